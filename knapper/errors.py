@@ -1,0 +1,94 @@
+"""The one tree of errors: each class knows its HTTP status, its stable code, and who is at fault.
+
+A message says what was wrong, which value, what is allowed and what to do. `docs/errors.md` has a section for each code.
+"""
+
+from typing import ClassVar, Literal
+
+Category = Literal["user", "server"]
+
+
+class KnapperError(Exception):
+    """The root. Anything else that escapes is a defect of knapper."""
+
+    code: ClassVar[str] = "internal"
+    status: ClassVar[int] = 500
+    category: ClassVar[Category] = "server"
+
+
+class UserError(KnapperError):
+    """The request cannot be served as it is; sending it again changes nothing."""
+
+    code = "invalid_request"
+    status = 422
+    category = "user"
+
+
+class InvalidField(UserError):
+    """One field has a value that is not allowed."""
+
+    code = "invalid_field"
+
+    def __init__(self, field: str, value: object, allowed: str, todo: str = "") -> None:
+        shown = repr(value)
+        if len(shown) > 120:
+            shown = shown[:117] + "..."
+        super().__init__(f"{field} is {shown}; allowed: {allowed}" + (f". {todo}" if todo else ""))
+
+
+class NotFound(UserError):
+    """The named object does not exist, or belongs to another tenant (both look alike on purpose)."""
+
+    code = "not_found"
+    status = 404
+
+
+class TooLarge(UserError):
+    """The request, or a part of it, is over a limit."""
+
+    code = "too_large"
+    status = 413
+
+
+class Gone(UserError):
+    """The promise is lost: the client sends the request again (samples) or starts anew (a finished session)."""
+
+    code = "gone"
+    status = 410
+
+
+class Unauthorized(UserError):
+    """The API key is missing or not of a known form."""
+
+    code = "unauthorized"
+    status = 401
+
+
+class Unavailable(KnapperError):
+    """Not now: try again after `retry_after_s` seconds."""
+
+    code = "unavailable"
+    status = 503
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class StoreError(Unavailable):
+    """The store did not do what it was asked; whether it happened is unknown unless the message says so."""
+
+    code = "store_unavailable"
+
+
+class Fenced(KnapperError):
+    """A newer claim owns the run. The state in memory is dropped; nothing more of it may be written."""
+
+    code = "fenced"
+    status = 503
+
+
+class Corrupt(KnapperError):
+    """Stored bytes are not what their index says. Never used, never repaired in silence."""
+
+    code = "corrupt"

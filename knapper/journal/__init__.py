@@ -1,0 +1,1 @@
+"""How a run lives in an object store: accept, claim, fence, apply, commit, snapshot, replay, collect."""

@@ -1,0 +1,122 @@
+"""What lies in the store: one msgpack record an object, each with its format version."""
+
+from typing import Literal, TypeVar
+
+import msgspec
+
+from knapper.errors import Corrupt
+
+Kind = Literal[
+    "create", "forward_backward", "optim_step", "load_weights", "save_weights", "save_weights_for_sampler", "tombstone"
+]  # fmt: skip
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all. `v` is the format; a reader refuses a format that it does not know."""
+
+    v: int = 1
+
+
+class Operation(Record):
+    """in/<seq>: one accepted operation, as it came. `sha256` is over `body` as the client sent it (decompressed); `body` is kept as zstd."""
+
+    run: str
+    seq: int
+    kind: Kind
+    sha256: bytes
+    body_zstd: bytes
+    accepted_at: float  # seconds since the epoch, for people and for sweeps; never for order
+    error: str = ""  # of a tombstone: what the client is told
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The published answer to one operation. `failed`: a user's error; the state did not change."""
+
+    seq: int
+    sha256: bytes
+    content_type: Literal["application/json", "application/x-protobuf"]
+    body: bytes
+    failed: bool = False
+
+
+class Commit(Record):
+    """out/<n>: results in order of seq, dense after those of out/<n-1>. No results: a fence, which only says who holds the run."""
+
+    epoch: int
+    results: list[Result]
+
+
+class Spec(Record):
+    """What a run is; never changes after creation."""
+
+    run: str
+    tenant: str
+    base_model: str
+    rank: int
+    alpha: float
+    seed: int
+    train_attn: bool
+    train_mlp: bool
+    train_unembed: bool
+    user_metadata_json: str = "{}"
+
+
+class Terms(Record):
+    """What the bits of a run depend on besides its operations."""
+
+    device: str  # e.g. "cpu AMD EPYC"
+    dtype: str
+    threads: int
+    versions: str  # e.g. "torch 2.13.0+cpu"
+
+
+class Manifest(Record):
+    """manifest/<n>: the highest n wins. `snapshot` names a snap/ prefix, or is empty: replay from the first operation."""
+
+    epoch: int
+    holder: str  # whose claim it is, e.g. "host:pid:start"
+    address: str  # where the holder listens: a hint, for routing only
+    claimed_at: float
+    terms: Terms
+    snapshot: str = ""
+    snapshot_seq: int = -1  # the newest operation that the snapshot contains
+    snapshot_out: int = 0  # the newest out record that it contains
+    snapshot_before: str = ""  # the second newest, kept by sweeps
+    snapshot_before_seq: int = -1
+    snapshot_before_out: int = 0
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One object of a bundle."""
+
+    name: str
+    size: int
+    sha256: bytes
+
+
+class Index(Record):
+    """Written last: a bundle (snapshot or adapter) exists once its index does. `spec` and `seq` say whose it is and when."""
+
+    spec: Spec
+    seq: int
+    epoch: int
+    parts: list[Part]
+
+
+R = TypeVar("R", bound=Record)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(record: Record) -> bytes:
+    return _encoder.encode(record)
+
+
+def decode(data: bytes, kind: type[R], name: str) -> R:
+    """The record, or Corrupt, which names the object."""
+    try:
+        record = msgspec.msgpack.decode(data, type=kind)
+    except msgspec.DecodeError as error:
+        raise Corrupt(f"object {name} is not a {kind.__name__} record: {error}") from error
+    if record.v != 1:
+        raise Corrupt(f"object {name} has format {record.v}; this knapper reads format 1; upgrade it")
+    return record

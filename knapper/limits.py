@@ -1,0 +1,25 @@
+"""Every limit, in one place. Each is tested at the limit and one past it."""
+
+MIB = 1024 * 1024
+
+body_bytes_max = 64 * MIB  # one request, after decompression. The SDK's chunks are about 5 MB; one huge datum goes alone.
+body_drain_bytes_max = 512 * MIB  # how much of an oversized body is read and thrown away so that the client hears why
+name_chars_max = 128  # checkpoint names
+user_metadata_bytes_max = 16 * 1024
+datums_per_request_max = 4096
+rank_max = 256
+target_columns_max = 64  # K of (N, K) targets
+num_samples_max = 1024  # samples of one asample request
+stop_sequences_max = 64
+top_logprobs_max = 64  # k of topk_prompt_logprobs and topk_sample_logprobs
+operations_waiting_max = 16384  # accepted and not yet applied, for one run
+operations_ahead_max = 1_000_000  # how far past the newest applied operation a seq_id may lie
+samples_waiting_max = 8192  # asample requests that one gateway holds
+ttl_s_min, ttl_s_max = 3600, 315_360_000
+poll_hold_s = 30.0  # retrieve_future; the SDK gives up at 45 s
+slice_s = 30.0  # how long one bell works on a run before it rings the next
+hole_s = 900.0  # a sequence number that never arrives becomes a tombstone after this
+session_lapse_s = 300.0  # no heartbeat for so long: samples cancelled, runs released from memory
+replay_budget_s = 30.0  # compute that a recovery may have to repeat
+collect_after_s = 7 * 24 * 3600.0  # journal objects older than this may be swept
+commit_inline_bytes_max = 4 * MIB  # results that share one commit

@@ -1,0 +1,31 @@
+"""The object store: the only state. Four verbs, and objects are never overwritten."""
+
+from typing import Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Store(Protocol):
+    """What every backend does, exactly; `tests/store` holds all of them to it.
+
+    Names are '/'-separated, non-empty segments without '.' or '..' as a whole segment. Every verb may raise StoreError; after a failed
+    `put_if_absent` or `delete` it is unknown whether it happened. Reads see every earlier acknowledged write.
+    """
+
+    async def put_if_absent(self, name: str, data: bytes) -> bool:
+        """Create the object and return True once it is durable; return False if the name is taken (whatever its bytes)."""
+
+    async def get(self, name: str) -> bytes | None:
+        """The whole object, or None."""
+
+    async def list(self, prefix: str, start_after: str = "", limit: int = 0) -> list[str]:
+        """Names that begin with `prefix` and sort after `start_after`, in order of code points; at most `limit` (0: all)."""
+
+    async def delete(self, name: str) -> None:
+        """Remove the object; a missing one is no error."""
+
+
+def check_name(name: str) -> str:
+    """The name, or ValueError: a defect of the caller, since requests never name objects."""
+    if not name or len(name) > 900 or any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
+        raise ValueError(f"bad object name {name!r}")
+    return name
