@@ -2,6 +2,8 @@
 
 from typing import Protocol, runtime_checkable
 
+Names = list[str]  # inside a class with a verb `list`, the word means the verb
+
 
 @runtime_checkable
 class Store(Protocol):
@@ -17,7 +19,7 @@ class Store(Protocol):
     async def get(self, name: str) -> bytes | None:
         """The whole object, or None."""
 
-    async def list(self, prefix: str, start_after: str = "", limit: int = 0) -> list[str]:
+    async def list(self, prefix: str, start_after: str = "", limit: int = 0) -> Names:
         """Names that begin with `prefix` and sort after `start_after`, in order of code points; at most `limit` (0: all)."""
 
     async def delete(self, name: str) -> None:

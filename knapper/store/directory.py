@@ -1,0 +1,150 @@
+"""The store in a local directory: durable through fsync, exclusive through link(2). Any number of processes may share it."""
+
+import asyncio
+import errno
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from knapper.errors import StoreError
+from knapper.store import Names, check_name
+
+_TEMPORARY = ".tmp"
+
+
+class DirectoryStore:
+    """Object `a/b/c` is the file `a/b/c`. No object's name may be the beginning of another's path (`a` beside `a/b`)."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.resolve()
+        self._temporary = self._root / _TEMPORARY
+        self._count = itertools.count()
+        try:
+            self._temporary.mkdir(parents=True, exist_ok=True)
+            self._forget_torn_writes()
+        except OSError as error:
+            raise _explained(error, f"open the store at {self._root}") from error
+
+    async def put_if_absent(self, name: str, data: bytes) -> bool:
+        return await asyncio.to_thread(self._put, self._path(name), data)
+
+    async def get(self, name: str) -> bytes | None:
+        return await asyncio.to_thread(self._get, self._path(name))
+
+    async def list(self, prefix: str, start_after: str = "", limit: int = 0) -> Names:
+        return await asyncio.to_thread(self._list, prefix, start_after, limit)
+
+    async def delete(self, name: str) -> None:
+        await asyncio.to_thread(self._delete, self._path(name))
+
+    def _path(self, name: str) -> Path:
+        if check_name(name).startswith(_TEMPORARY + "/"):
+            raise ValueError(f"bad object name {name!r}: {_TEMPORARY}/ is the store's own")
+        return self._root / name
+
+    def _put(self, path: Path, data: bytes) -> bool:
+        if path.exists():  # the usual fate of a retry, without the cost of a write
+            return False
+        temporary = self._temporary / f"{os.getpid()}-{next(self._count)}"
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            self._make_directory(path.parent)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            _sync_directory(path.parent)
+            return True
+        except OSError as error:
+            raise _explained(error, f"write {path}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _get(self, path: Path) -> bytes | None:
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+        except OSError as error:
+            raise _explained(error, f"read {path}") from error
+
+    def _list(self, prefix: str, start_after: str, limit: int) -> Names:
+        folder, _, _ = prefix.rpartition("/")
+        try:
+            names = sorted(
+                name for name in self._walk(folder, prefix) if name.startswith(prefix) and name > start_after
+            )
+        except OSError as error:
+            raise _explained(error, f"list {prefix!r}") from error
+        return names[:limit] if limit else names
+
+    def _walk(self, folder: str, prefix: str) -> Iterator[str]:
+        try:
+            entries = [*os.scandir(self._root / folder)]
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if name == _TEMPORARY:
+                continue
+            if not entry.is_dir(follow_symlinks=False):
+                yield name
+            elif name.startswith(prefix) or prefix.startswith(name):
+                yield from self._walk(name, prefix)
+
+    def _delete(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+            if path.parent.is_dir():
+                _sync_directory(path.parent)
+        except NotADirectoryError:
+            return
+        except OSError as error:
+            raise _explained(error, f"delete {path}") from error
+
+    def _make_directory(self, directory: Path) -> None:
+        if directory.is_dir():
+            return
+        self._make_directory(directory.parent)
+        directory.mkdir(exist_ok=True)
+        _sync_directory(directory.parent)
+
+    def _forget_torn_writes(self) -> None:
+        """Remove what processes that no longer live left half written; nothing refers to it."""
+        for entry in self._temporary.iterdir():
+            writer = entry.name.partition("-")[0]
+            if not writer.isdigit() or not _alive(int(writer)):
+                entry.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _explained(error: OSError, doing: str) -> StoreError:
+    reasons = {
+        errno.ENOSPC: "the disk is full; free some space, everything acknowledged so far is safe",
+        errno.EDQUOT: "the disk quota is used up; everything acknowledged so far is safe",
+        errno.EROFS: "the file system is read-only",
+        errno.EACCES: "permission denied; check the owner and mode of the data directory",
+    }
+    reason = reasons.get(error.errno or 0, str(error))
+    return StoreError(f"cannot {doing}: {reason}", retry_after_s=5.0)

@@ -1,0 +1,136 @@
+"""One suite that every store passes."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from knapper.errors import StoreError
+from knapper.store import Store
+from knapper.store.directory import DirectoryStore
+from knapper.store.memory import MemoryStore
+
+Open = Callable[[], Store]
+
+
+@pytest.fixture(params=["memory", "directory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return MemoryStore() if request.param == "memory" else DirectoryStore(tmp_path / "store")
+
+
+def test_the_first_writer_wins_and_the_object_never_changes(store: Store) -> None:
+    async def story() -> None:
+        assert await store.put_if_absent("a/b", b"first")
+        assert not await store.put_if_absent("a/b", b"second")
+        assert await store.get("a/b") == b"first"
+
+    asyncio.run(story())
+
+
+def test_of_many_concurrent_writers_exactly_one_wins(store: Store) -> None:
+    async def story() -> None:
+        for name in ("x/1", "x/2", "y/1"):
+            won = await asyncio.gather(*(store.put_if_absent(name, bytes([n])) for n in range(24)))
+            assert sum(won) == 1
+            assert await store.get(name) == bytes([won.index(True)])
+
+    asyncio.run(story())
+
+
+def test_missing_objects_read_as_none_and_are_deleted_without_error(store: Store) -> None:
+    async def story() -> None:
+        assert await store.get("nowhere/at/all") is None
+        await store.delete("nowhere/at/all")
+        assert await store.put_if_absent("a", b"")
+        assert await store.get("a") == b""
+        await store.delete("a")
+        assert await store.get("a") is None
+        assert await store.put_if_absent("a", b"again")
+
+    asyncio.run(story())
+
+
+def test_listing_follows_code_points_of_whole_names(store: Store) -> None:
+    names = ["a-b/1", "a/1", "a/10", "a/2", "a/b/c", "ab", "run:1/x", "run:1/y", "run:10/x"]
+
+    async def story() -> None:
+        for name in random.Random(0).sample(names, len(names)):
+            await store.put_if_absent(name, b"x")
+        assert await store.list("") == sorted(names)
+        assert await store.list("a/") == ["a/1", "a/10", "a/2", "a/b/c"]
+        assert await store.list("a") == sorted(name for name in names if name.startswith("a"))
+        assert await store.list("a/1") == ["a/1", "a/10"]
+        assert await store.list("a/", start_after="a/10") == ["a/2", "a/b/c"]
+        assert await store.list("a/", start_after="a/1", limit=2) == ["a/10", "a/2"]
+        assert await store.list("run:1/") == ["run:1/x", "run:1/y"]
+        assert await store.list("zzz") == []
+
+    asyncio.run(story())
+
+
+def test_listings_agree_with_a_plain_model_on_random_histories(store: Store) -> None:
+    draw = random.Random(7)
+    model: dict[str, bytes] = {}
+    pool = [f"{a}/{b}{n}" for a in ("p", "p-q", "q") for b in ("", "0", "a") for n in range(4)]
+
+    async def story() -> None:
+        for _ in range(300):
+            name = draw.choice(pool)
+            if draw.random() < 0.6:
+                assert await store.put_if_absent(name, name.encode()) == (name not in model)
+                model.setdefault(name, name.encode())
+            else:
+                await store.delete(name)
+                model.pop(name, None)
+            prefix = draw.choice(pool)[: draw.randrange(4)]
+            after = draw.choice(["", *pool])
+            expected = sorted(n for n in model if n.startswith(prefix) and n > after)
+            assert await store.list(prefix, start_after=after) == expected
+            assert await store.list(prefix, start_after=after, limit=2) == expected[:2]
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("name", ["", "/", "a/", "/a", "a//b", "../a", "a/../b", "a/.", "a\0b", "x" * 901])
+def test_names_that_could_escape_are_refused(store: Store, name: str) -> None:
+    for verb in (store.get, store.delete):
+        with pytest.raises(ValueError, match="bad object name"):
+            asyncio.run(verb(name))
+    with pytest.raises(ValueError, match="bad object name"):
+        asyncio.run(store.put_if_absent(name, b""))
+
+
+def test_large_objects_come_back_whole(store: Store) -> None:
+    data = random.Random(1).randbytes(9_000_000)
+    assert asyncio.run(store.put_if_absent("big", data))
+    assert asyncio.run(store.get("big")) == data
+
+
+def test_a_directory_keeps_its_objects_and_drops_torn_writes(tmp_path: Path) -> None:
+    first = DirectoryStore(tmp_path)
+    asyncio.run(first.put_if_absent("a/b", b"kept"))
+    (tmp_path / ".tmp" / "999999999-0").write_bytes(b"torn")  # of a process that is gone
+    second = DirectoryStore(tmp_path)
+    assert asyncio.run(second.get("a/b")) == b"kept"
+    assert asyncio.run(second.list("")) == ["a/b"]
+    assert not list((tmp_path / ".tmp").iterdir())
+
+
+def test_a_full_disk_is_said_so_and_leaves_nothing(tmp_path: Path) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    store = DirectoryStore(tmp_path)
+    original = store._temporary
+    # Every temporary file of this store now is the device that is always full.
+    (tmp_path / "full").mkdir()
+    store._temporary = tmp_path / "full"
+    for n in range(3):
+        (tmp_path / "full" / f"{__import__('os').getpid()}-{n}").symlink_to(full)
+    with pytest.raises(StoreError, match="disk is full"):
+        asyncio.run(store.put_if_absent("a/b", b"x" * 100_000))
+    store._temporary = original
+    assert asyncio.run(store.get("a/b")) is None
+    assert asyncio.run(store.put_if_absent("a/b", b"now"))
