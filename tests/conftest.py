@@ -1,4 +1,4 @@
-"""What holds for every test: one compute thread (bits depend on the number), no model hub, no telemetry, replayable inputs."""
+"""For every test: one compute thread (bits depend on the number), no model hub, no telemetry, replayable inputs."""
 
 import os
 
