@@ -37,6 +37,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     content_type: Literal["application/json", "application/x-protobuf"]
     body: bytes
     failed: bool = False
+    source: str = ""  # of a load: the bundle whose files were loaded, so that a replay loads the same
 
 
 class Commit(Record):
@@ -59,6 +60,14 @@ class Spec(Record):
     train_mlp: bool
     train_unembed: bool
     user_metadata_json: str = "{}"
+
+
+class Creation(Record):
+    """The body of in/0: the new run, fresh from its seed or from the bundle `source`."""
+
+    spec: Spec
+    source: str = ""
+    with_optimizer: bool = False
 
 
 class Terms(Record):

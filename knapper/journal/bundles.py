@@ -1,0 +1,52 @@
+"""Bundles: immutable groups of files (snapshots, adapters). The index is written last, so a bundle exists whole or not at all."""
+
+import hashlib
+
+from knapper.errors import Corrupt
+from knapper.journal.machine import Files
+from knapper.journal.records import Index, Part, Spec, decode, encode
+from knapper.store import Store
+
+_INDEX = "index"
+
+
+async def write(store: Store, prefix: str, files: Files, *, spec: Spec, seq: int, epoch: int) -> Index:
+    """Store the bundle. Writing the same one again is harmless: whoever owns a prefix always writes the same bytes."""
+    parts = []
+    for name, data in sorted(files.items()):
+        content = bytes(data)
+        await store.put_if_absent(prefix + name, content)
+        parts.append(Part(name=name, size=len(content), sha256=hashlib.sha256(content).digest()))
+    index = Index(spec=spec, seq=seq, epoch=epoch, parts=parts)
+    await store.put_if_absent(prefix + _INDEX, encode(index))
+    return index
+
+
+async def read_index(store: Store, prefix: str) -> Index | None:
+    """The index, or None if the bundle was never finished, or is gone."""
+    data = await store.get(prefix + _INDEX)
+    return None if data is None else decode(data, Index, prefix + _INDEX)
+
+
+async def read(store: Store, prefix: str, only: frozenset[str] | None = None) -> tuple[Index, dict[str, bytes]]:
+    """The bundle's files (all, or those in `only`), verified. Raises Corrupt if anything is missing or not what the index says."""
+    index = await read_index(store, prefix)
+    if index is None:
+        raise Corrupt(f"bundle {prefix} has no index: it was never finished, or was deleted")
+    files: dict[str, bytes] = {}
+    for part in index.parts:
+        if only is not None and part.name not in only:
+            continue
+        data = await store.get(prefix + part.name)
+        if data is None or len(data) != part.size or hashlib.sha256(data).digest() != part.sha256:
+            found = "missing" if data is None else f"{len(data)} bytes with another hash"
+            raise Corrupt(f"object {prefix}{part.name} is {found}; its index says {part.size} bytes")
+        files[part.name] = data
+    return index, files
+
+
+async def delete(store: Store, prefix: str) -> None:
+    """Remove the bundle, its index first: a reader finds it whole or not at all."""
+    await store.delete(prefix + _INDEX)
+    for name in await store.list(prefix):
+        await store.delete(name)

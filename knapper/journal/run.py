@@ -1,0 +1,303 @@
+"""The holder's half: claim a run, apply its operations in order, commit. Safe to kill at any line, safe to run twice.
+
+Nothing here rests on a clock or a lock. `out/<n>` can be created once; a claim first puts a fence into the next slot, so an earlier
+holder that still lives loses the slot it needs and finds a higher epoch there.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Generic
+
+import msgspec
+
+from knapper import limits
+from knapper.errors import Corrupt, Fenced, KnapperError, NotFound, Unavailable, UserError
+from knapper.ids import RunId
+from knapper.journal import bundles, names
+from knapper.journal.accept import decode_creation, newest_manifest
+from knapper.journal.machine import Files, Machine, Outcome, State
+from knapper.journal.records import Commit, Creation, Manifest, Operation, Result, Terms, decode, encode
+from knapper.journal.saves import Saves
+from knapper.store import Store
+
+_ATTEMPTS_MAX = 3  # an operation that fails so often, by a defect and not by the user, is answered with that
+_COMMIT_AFTER_S = 0.05  # results wait no longer than this for others to share their commit
+
+Publish = Callable[[int, Commit], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who claims: a name that no other claim has or had (not even of the same process), and where it listens."""
+
+    name: str
+    address: str
+    terms: Terms
+
+
+class Run(Generic[State]):
+    """A claimed run. Any method may raise Fenced or StoreError: after Fenced, drop the object; after StoreError, call again or drop it."""
+
+    def __init__(
+        self, store: Store, run: RunId, machine: Machine[State], holder: Holder, clock: Callable[[], float]
+    ) -> None:  # use `claim`
+        self.run = run
+        self.epoch = 0
+        self.applied = -1  # the newest operation in `state`
+        self.replay_cost_s = 0.0  # compute since the newest snapshot
+        self.creation: Creation
+        self._state: State | None = None
+        self._durable: tuple[int, int, State | None, float] = (-1, 0, None, 0.0)  # (applied, out, state, cost) as committed
+        self._store = store
+        self._machine = machine
+        self._holder = holder
+        self._clock = clock
+        self._saves = Saves(store, clock)
+        self._manifest: Manifest
+        self._manifest_n = 0
+        self._out = 0  # the newest out record, ours or adopted
+        self._outbox: tuple[int, Commit] | None = None  # applied, and not yet known to be stored
+        self._attempts = 0
+        self._must_snapshot = False
+
+    # -- claim ---------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    async def claim(
+        cls, store: Store, run: RunId, machine: Machine[State], holder: Holder, clock: Callable[[], float]
+    ) -> "Run[State]":
+        """Take the run over, from whoever holds it. On return its state is current and every earlier holder is fenced.
+
+        Raises NotFound if there is no such run, Fenced if somebody else claims it at this moment.
+        """
+        self = cls(store, run, machine, holder, clock)
+        data = await store.get(names.operation(run, 0))
+        if data is None:
+            raise NotFound(f"training run {run!r} does not exist; create one with create_lora_training_client")
+        self.creation = decode_creation(decode(data, Operation, names.operation(run, 0)))
+        await self._take_manifest()
+        await self._recover()
+        await self._fence()
+        self._mark_durable()
+        return self
+
+    async def _take_manifest(self) -> None:
+        newest = await newest_manifest(self._store, self.run)
+        n, before = newest if newest else (0, None)
+        manifest = Manifest(
+            epoch=before.epoch + 1 if before else 1, holder=self._holder.name, address=self._holder.address,
+            claimed_at=self._clock(), terms=self._holder.terms,
+        )  # fmt: skip
+        if before is not None:
+            manifest = msgspec.structs.replace(
+                manifest, snapshot=before.snapshot, snapshot_seq=before.snapshot_seq, snapshot_out=before.snapshot_out,
+                snapshot_before=before.snapshot_before, snapshot_before_seq=before.snapshot_before_seq,
+                snapshot_before_out=before.snapshot_before_out,
+            )  # fmt: skip
+        await self._put_manifest(n + 1, manifest)
+        self.epoch = manifest.epoch
+
+    async def _put_manifest(self, n: int, manifest: Manifest) -> None:
+        data = encode(manifest)
+        name = names.manifest(self.run, n)
+        if not await self._store.put_if_absent(name, data) and await self._store.get(name) != data:
+            raise Fenced(f"another process claimed {self.run} as its manifest {n}")
+        self._manifest, self._manifest_n = manifest, n
+
+    async def _recover(self) -> None:
+        """Snapshot, then every committed operation after it, in order, each as it was cut when it first ran."""
+        manifest = self._manifest
+        if manifest.snapshot:
+            try:
+                await self._thaw(manifest.snapshot, manifest.snapshot_seq, manifest.snapshot_out)
+            except Corrupt:  # sweeps keep everything since the second newest snapshot; before there were two, everything
+                if manifest.snapshot_before:
+                    await self._thaw(manifest.snapshot_before, manifest.snapshot_before_seq, manifest.snapshot_before_out)
+        for name in await self._store.list(names.commits(self.run), start_after=names.commit(self.run, self._out)):
+            data = await self._store.get(name)
+            if data is None or names.last_number(name) != self._out + 1:
+                raise Corrupt(f"{name} does not follow record {self._out} of {self.run}: a record is missing")
+            await self._adopt(decode(data, Commit, name))
+
+    async def _thaw(self, prefix: str, seq: int, out: int) -> None:
+        _, files = await bundles.read(self._store, prefix)
+        self._state = await self._machine.thaw(self.creation.spec, files)
+        self.applied, self._out = seq, out
+
+    async def _adopt(self, commit: Commit) -> None:
+        """Make a stored commit part of the state."""
+        if commit.epoch > self.epoch:
+            raise Fenced(f"{self.run} was taken over at epoch {commit.epoch}; this claim is of epoch {self.epoch}")
+        for result in commit.results:
+            if result.seq != self.applied + 1:
+                raise Corrupt(f"record {self._out + 1} of {self.run} answers operation {result.seq}, after {self.applied}")
+            if not result.failed:
+                await self._replay(result)
+            self.applied = result.seq
+        self._out += 1
+
+    async def _replay(self, result: Result) -> None:
+        operation = await self._operation(result.seq)
+        if operation is None or operation.sha256 != result.sha256:
+            raise Corrupt(f"operation {result.seq} of {self.run} is not the one that was answered")
+        if operation.kind not in ("save_weights", "save_weights_for_sampler", "tombstone"):  # those leave the state alone
+            outcome = await self._step(operation, result.source)
+            self._state = outcome.state
+            self.replay_cost_s += outcome.cost_s
+
+    async def _fence(self) -> None:
+        while not await self._put_commit(Commit(epoch=self.epoch, results=[])):
+            pass
+
+    async def _put_commit(self, commit: Commit) -> bool:
+        """True if it is stored in the next slot; False if another was found there, and adopted."""
+        name, data = names.commit(self.run, self._out + 1), encode(commit)
+        if not await self._store.put_if_absent(name, data):
+            found = await self._store.get(name)
+            if found is None:
+                raise Fenced(f"{name} was taken and swept: this claim has slept for days")
+            if found != data:
+                await self._adopt(decode(found, Commit, name))
+                return False
+        self._out += 1
+        return True
+
+    # -- apply and commit ----------------------------------------------------------------------------------------------
+
+    async def apply_pending(self, stop: Callable[[], bool], publish: Publish) -> bool:
+        """Apply and commit what waits, in order, until nothing does or `stop()`; True if something may still wait.
+
+        `publish(n, commit)` is called with each commit once it is durable.
+        """
+        await self._flush(publish)
+        while not stop():
+            if self._must_snapshot or self.replay_cost_s > limits.replay_budget_s:
+                await self.snapshot()
+            try:
+                commit = await self._apply_some(stop)
+            except BaseException:  # what was applied and not committed never happened
+                self.applied, _, self._state, self.replay_cost_s = self._durable
+                raise
+            if commit is None:
+                return False
+            self._outbox = (self._out + 1, commit)
+            await self._flush(publish)
+        return True
+
+    async def _flush(self, publish: Publish) -> None:
+        if self._outbox is None:
+            return
+        n, commit = self._outbox
+        data = encode(commit)
+        name = names.commit(self.run, n)
+        if not await self._store.put_if_absent(name, data):
+            found = await self._store.get(name)
+            if found != data:  # after our own fence nobody but a later claim can have this slot
+                raise Fenced(f"slot {n} of {self.run} was taken by another claim")
+        self._out, self._outbox = n, None
+        self._mark_durable()
+        await publish(n, commit)
+
+    def _mark_durable(self) -> None:
+        self._durable = (self.applied, self._out, self._state, self.replay_cost_s)
+
+    async def _apply_some(self, stop: Callable[[], bool]) -> Commit | None:
+        """The next commit: one operation, and those behind it that are quick enough to share it. None: nothing waits."""
+        began = self._clock()
+        results: list[Result] = []
+        size = 0
+        while (operation := await self._operation(self.applied + 1)) is not None:
+            result = await self._apply(operation)
+            results.append(result)
+            size += len(result.body)
+            late = self._clock() - began >= _COMMIT_AFTER_S
+            if late or size >= limits.commit_inline_bytes_max or self._must_snapshot or stop():
+                break
+        return Commit(epoch=self.epoch, results=results) if results else None
+
+    async def _apply(self, operation: Operation) -> Result:
+        if operation.kind == "tombstone":
+            result = self._failure(operation, operation.error, "user")
+        else:
+            try:
+                result = await self._succeed(operation)
+            except UserError as error:
+                result = self._failure(operation, str(error), "user")
+            except KnapperError:
+                raise
+            except Exception as error:
+                self._attempts += 1
+                if self._attempts < _ATTEMPTS_MAX:
+                    raise Unavailable(f"operation {operation.seq} of {self.run} failed: {error!r}") from error
+                text = f"operation {operation.seq} failed {self._attempts} times, by a defect of the server: {error!r}"
+                result = self._failure(operation, text, "server")
+        self._attempts = 0
+        self.applied = operation.seq
+        return result
+
+    async def _succeed(self, operation: Operation) -> Result:
+        source = await self._saves.source(operation, self.creation.spec) if operation.kind == "load_weights" else ""
+        if operation.kind in ("save_weights", "save_weights_for_sampler"):
+            await self._saves.check(operation)
+        outcome = await self._step(operation, source)
+        body = outcome.body
+        if outcome.export:
+            body = await self._saves.store_export(operation, self.creation.spec, self.epoch, outcome.export)
+        self._state = outcome.state
+        self.replay_cost_s += outcome.cost_s
+        if source or (operation.seq == 0 and self.creation.source):
+            self._must_snapshot = True  # what was loaded may be deleted by its owner; the run must not depend on it
+        return Result(
+            seq=operation.seq, sha256=operation.sha256, content_type=outcome.content_type, body=body, source=source
+        )
+
+    async def _step(self, operation: Operation, source: str) -> Outcome[State]:
+        """One step of the machine, with the files it needs."""
+        if operation.seq == 0:
+            creation = self.creation
+            files = (await bundles.read(self._store, creation.source))[1] if creation.source else None
+            state = await self._machine.create(creation.spec, files, creation.with_optimizer)
+            body = msgspec.json.encode({"type": "create_model", "model_id": self.run})
+            return Outcome(state=state, content_type="application/json", body=body)
+        if self._state is None:
+            raise UserError(f"{self.run} was never made: its creation failed, as the answer to it said; create another")
+        loaded: Files | None = (await bundles.read(self._store, source))[1] if source else None
+        return await self._machine.apply(self._state, operation, loaded)
+
+    @staticmethod
+    def _failure(operation: Operation, error: str, category: str) -> Result:
+        body = msgspec.json.encode({"error": error, "category": category})
+        return Result(
+            seq=operation.seq, sha256=operation.sha256, content_type="application/json", body=body, failed=True
+        )
+
+    async def _operation(self, seq: int) -> Operation | None:
+        name = names.operation(self.run, seq)
+        data = await self._store.get(name)
+        return None if data is None else decode(data, Operation, name)
+
+    # -- snapshot ------------------------------------------------------------------------------------------------------
+
+    @property
+    def wants_snapshot(self) -> bool:
+        """Whether a recovery would by now repeat so much that a snapshot in the background is worth its bytes."""
+        return self._must_snapshot or self.replay_cost_s > limits.replay_budget_s / 2
+
+    async def snapshot(self) -> None:
+        """Store the committed state, and make recoveries start from it. May run while operations go on; one at a time."""
+        seq, out, state, cost = self._durable
+        self._must_snapshot = False
+        if state is None or seq == self._manifest.snapshot_seq:
+            return
+        files = await self._machine.freeze(state)
+        prefix = names.snapshot(self.run, seq, self.epoch)
+        await bundles.write(self._store, prefix, files, spec=self.creation.spec, seq=seq, epoch=self.epoch)
+        before = self._manifest
+        manifest = msgspec.structs.replace(
+            before, snapshot=prefix, snapshot_seq=seq, snapshot_out=out,
+            snapshot_before=before.snapshot, snapshot_before_seq=before.snapshot_seq, snapshot_before_out=before.snapshot_out,
+        )  # fmt: skip
+        await self._put_manifest(self._manifest_n + 1, manifest)
+        self.replay_cost_s -= cost
+        applied, out, state, durable_cost = self._durable
+        self._durable = (applied, out, state, durable_cost - cost)
