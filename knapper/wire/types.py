@@ -16,7 +16,7 @@ Float32 = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Datum:
-    """`tokens` int32 (T). `inputs`: arrays by name, int64 or float32, as the client shaped them; sparse ones are dense here."""
+    """`tokens` int32 (T). `inputs`: arrays by name, int64 or float32, shaped as they came, sparse ones dense."""
 
     tokens: Int32
     inputs: dict[str, NDArray[Any]]
@@ -34,7 +34,10 @@ class ForwardBackward:
 
 @dataclass(frozen=True)
 class ForwardBackwardOutput:
-    """`outputs`: for each datum, arrays by name (`logprobs` float32 in the shape of target_tokens). Metric keys: `name:reduction`."""
+    """`outputs`: for each datum, arrays by name (`logprobs` float32 in the shape of target_tokens).
+
+    Metric keys have the form `name:reduction`.
+    """
 
     outputs: list[dict[str, NDArray[Any]]]
     metrics: dict[str, float]
@@ -87,7 +90,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class Sequence:
-    """`tokens` (N) with the stop token or stop string in it; `logprobs` (N) of the distribution that was sampled from."""
+    """`tokens` (N), the stop token or string among them; `logprobs` (N) of the distribution that was sampled from."""
 
     tokens: Int32
     logprobs: Float32

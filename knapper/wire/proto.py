@@ -1,0 +1,250 @@
+"""forward_backward and sample results as protobuf: bytes to values and back.
+
+Broken or hostile bytes raise a UserError, never anything else. Shapes: see knapper.wire.types.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from knapper import limits
+from knapper.errors import InvalidField, TooLarge, UserError
+from knapper.wire import descriptor, scan, tensors
+from knapper.wire.types import Datum, ForwardBackward, ForwardBackwardOutput, Int32, SampleOutput, TopK
+from knapper.wire.types import Sequence as Sampled
+
+_LOSS_CONFIG_KEYS_MAX = 64
+_LOSS_INPUTS_MAX = 32
+
+
+# ---- forward_backward: request
+
+
+def decode_forward_backward(body: bytes) -> ForwardBackward:
+    """The request, each array checked against its shape. Values (vocabulary, lengths, NaN) the trainer judges."""
+    request = _parse_request(body)
+    keys = max(len(request.loss_fn_config_v2), len(request.loss_fn_config))
+    if keys > _LOSS_CONFIG_KEYS_MAX:
+        raise TooLarge(f"loss_fn_config has {keys} keys; allowed: {_LOSS_CONFIG_KEYS_MAX}")
+    if len(request.data) > limits.datums_per_request_max:
+        raise TooLarge(
+            f"data has {len(request.data)} datums; allowed: {limits.datums_per_request_max}; send fewer a call"
+        )
+    config: dict[str, float | str] = {}
+    for key, value in request.loss_fn_config_v2.items():
+        arm = value.WhichOneof("value")
+        if arm is None:
+            raise InvalidField(f"loss_fn_config[{key!r}]", None, "a number or a text")
+        config[key] = getattr(value, arm)
+    return ForwardBackward(
+        run=request.model_id,
+        seq=request.seq_id,
+        data=[_decode_datum(datum, f"data[{i}]") for i, datum in enumerate(request.data)],
+        loss=request.loss_fn,
+        config=config or dict(request.loss_fn_config),
+        forward_only=request.forward_only,
+    )
+
+
+def check_forward_backward(body: bytes) -> tuple[str, int]:
+    """(model_id, seq_id) of a request that parses and has no unknown fields; arrays are not looked at."""
+    request = _parse_request(body)
+    return request.model_id, request.seq_id
+
+
+def _parse_request(body: bytes) -> Any:
+    scan.bound(body)
+    request = _parse(descriptor.ForwardBackwardRequest, body)
+    # Provenance spans are known and unused: only stable_reinforce reads them, and the trainer refuses that loss.
+    size = request.ByteSize()
+    request.DiscardUnknownFields()
+    if request.ByteSize() != size:
+        raise UserError(
+            "the forward_backward request has protobuf fields that this server does not know; "
+            "allowed: those of tinker 0.38; use that version of the SDK, or upgrade the server"
+        )
+    return request
+
+
+def _decode_datum(datum: Any, where: str) -> Datum:
+    chunks: list[Int32] = []
+    for j, chunk in enumerate(datum.model_input):
+        kind = chunk.WhichOneof("chunk")
+        if kind != "encoded_text":
+            raise InvalidField(
+                f"{where}.model_input.chunks[{j}]", kind, "encoded_text", "This model is text only: send token ids"
+            )  # fmt: skip
+        data = chunk.encoded_text.tokens
+        if len(data) % 4:
+            raise InvalidField(f"{where}.model_input.chunks[{j}].tokens: length in bytes", len(data), "a multiple of 4")
+        chunks.append(np.frombuffer(data, dtype="<i4").astype(np.int32))
+    if len(datum.loss_fn_inputs) > _LOSS_INPUTS_MAX:
+        raise TooLarge(f"{where}.loss_fn_inputs has {len(datum.loss_fn_inputs)} arrays; allowed: {_LOSS_INPUTS_MAX}")
+    return Datum(
+        tokens=np.concatenate(chunks) if chunks else np.zeros(0, np.int32),
+        inputs={
+            name: tensors.decode(tensor, f"{where}.loss_fn_inputs.{name}")
+            for name, tensor in datum.loss_fn_inputs.items()
+        },
+    )
+
+
+def encode_forward_backward(request: ForwardBackward) -> bytes:
+    """The same request as bytes; arrays dense, int64 or float32."""
+    message = descriptor.ForwardBackwardRequest(
+        model_id=request.run, seq_id=request.seq, loss_fn=request.loss, forward_only=request.forward_only
+    )
+    for key, value in request.config.items():
+        if isinstance(value, str):
+            message.loss_fn_config_v2[key].text = value
+        else:
+            message.loss_fn_config_v2[key].number = value
+    for datum in request.data:
+        sent = message.data.add()
+        sent.model_input.add().encoded_text.tokens = tensors.little_endian(datum.tokens.astype(np.int32))
+        for name, array in datum.inputs.items():
+            tensor = sent.loss_fn_inputs[name]
+            tensor.dense, tensor.dtype = tensors.little_endian(array), tensors.number(array.dtype)
+            tensor.shape.extend(array.shape)
+    return _serialize(message)
+
+
+# ---- forward_backward: answer
+
+
+def encode_forward_backward_output(output: ForwardBackwardOutput) -> bytes:
+    """Consecutive datums whose arrays agree in dtype and trailing shape share a record; lengths may differ.
+
+    All datums carry the same names. Metric keys have the form `name:reduction`. The same output gives the same bytes.
+    """
+    message = descriptor.ForwardBackwardOutput(loss_fn_output_type="ArrayRecord")
+    for key, value in output.metrics.items():
+        if key.count(":") != 1:
+            raise ValueError(f"metric {key!r} must have the form name:reduction")  # else the SDK crashes
+        message.metrics[key] = value
+    for run in _alike(output.outputs):
+        record = message.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=len(run))
+        for name, first in run[0].items():
+            arrays = [datum[name] for datum in run]
+            batch = record.fields[name]
+            batch.data = b"".join(map(tensors.little_endian, arrays))
+            ends = np.cumsum([0, *(array.nbytes for array in arrays)], dtype=np.int64)
+            batch.offsets, batch.dtype = tensors.little_endian(ends), tensors.number(first.dtype)
+            batch.trailing_shape.extend(first.shape[1:])
+    return _serialize(message)
+
+
+def decode_forward_backward_output(body: bytes) -> ForwardBackwardOutput:
+    """The inverse, for our own clients."""
+    message = _parse(descriptor.ForwardBackwardOutput, body)
+    outputs: list[dict[str, tensors.Array]] = []
+    for record in message.loss_fn_outputs:
+        datums: list[dict[str, tensors.Array]] = [{} for _ in range(record.num_datums)]
+        for name, batch in record.fields.items():
+            ends = np.frombuffer(batch.offsets, dtype="<i8")
+            for i, datum in enumerate(datums):
+                flat = tensors.elements(batch.data[ends[i] : ends[i + 1]], batch.dtype, name)
+                trailing = list(batch.trailing_shape)
+                datum[name] = flat.reshape([flat.size // (math.prod(trailing) or 1), *trailing])
+        outputs += datums
+    return ForwardBackwardOutput(outputs=outputs, metrics=dict(message.metrics))
+
+
+def _alike(outputs: Sequence[dict[str, tensors.Array]]) -> Iterator[list[dict[str, tensors.Array]]]:
+    """Runs of consecutive datums that fit one record."""
+    run: list[dict[str, tensors.Array]] = []
+    form: object = None
+    for datum in outputs:
+        if datum.keys() != outputs[0].keys():
+            raise ValueError(f"datums must carry the same arrays: {sorted(datum)} and {sorted(outputs[0])}")
+        this = {name: (array.dtype, array.shape[1:]) for name, array in datum.items()}
+        if run and this != form:
+            yield run
+            run = []
+        run.append(datum)
+        form = this
+    if run:
+        yield run
+
+
+# ---- sample: answer
+
+
+def encode_sample_response(output: SampleOutput) -> bytes:
+    """Sequences in order; arrays as int32 and float32."""
+    message = descriptor.SampleResponse(prompt_cache_hit_tokens=output.prompt_cache_hit_tokens)
+    for sequence in output.sequences:
+        sent = message.sequences.add(
+            stop_reason=descriptor.STOP if sequence.stopped else descriptor.LENGTH,
+            tokens=tensors.little_endian(sequence.tokens.astype(np.int32)),
+            logprobs=tensors.little_endian(sequence.logprobs.astype(np.float32)),
+        )
+        _encode_topk(sent, "topk_sampled_logprobs", sequence.topk)
+    if output.prompt_logprobs is not None:
+        message.prompt_logprobs = tensors.little_endian(output.prompt_logprobs.astype(np.float32))
+    _encode_topk(message, "topk_prompt_logprobs", output.topk_prompt_logprobs)
+    return _serialize(message)
+
+
+def decode_sample_response(body: bytes) -> SampleOutput:
+    """The inverse, for our own clients."""
+    message = _parse(descriptor.SampleResponse, body)
+    return SampleOutput(
+        sequences=[
+            Sampled(
+                tokens=np.frombuffer(sequence.tokens, dtype="<i4").astype(np.int32),
+                logprobs=np.frombuffer(sequence.logprobs, dtype="<f4").astype(np.float32),
+                stopped=sequence.stop_reason == descriptor.STOP,
+                topk=_decode_topk(sequence, "topk_sampled_logprobs"),
+            )
+            for sequence in message.sequences
+        ],
+        prompt_logprobs=(
+            np.frombuffer(message.prompt_logprobs, dtype="<f4").astype(np.float32)
+            if message.HasField("prompt_logprobs")
+            else None
+        ),
+        topk_prompt_logprobs=_decode_topk(message, "topk_prompt_logprobs"),
+        prompt_cache_hit_tokens=message.prompt_cache_hit_tokens,
+    )
+
+
+def _encode_topk(message: Any, field: str, topk: TopK | None) -> None:
+    if topk is not None:
+        sent = getattr(message, field)
+        sent.token_ids = tensors.little_endian(topk.tokens.astype(np.int32))
+        sent.logprobs = tensors.little_endian(topk.logprobs.astype(np.float32))
+        sent.length, sent.k = topk.tokens.shape
+
+
+def _decode_topk(message: Any, field: str) -> TopK | None:
+    if not message.HasField(field):
+        return None
+    sent = getattr(message, field)
+    shape = (sent.length, sent.k)
+    return TopK(
+        tokens=np.frombuffer(sent.token_ids, dtype="<i4").astype(np.int32).reshape(shape),
+        logprobs=np.frombuffer(sent.logprobs, dtype="<f4").astype(np.float32).reshape(shape),
+    )
+
+
+# ---- bytes
+
+
+def _parse(kind: Any, body: bytes) -> Any:
+    try:
+        return kind.FromString(body)
+    except DecodeError as error:
+        raise _broken(kind, body) from error
+
+
+def _broken(kind: Any, body: bytes) -> UserError:
+    name = kind.DESCRIPTOR.full_name
+    return UserError(f"the body ({len(body)} bytes) is not a protobuf {name}; allowed: what tinker 0.25 and newer send")
+
+
+def _serialize(message: Any) -> bytes:
+    return bytes(message.SerializeToString(deterministic=True))

@@ -1,0 +1,85 @@
+"""A forward_backward request's protobuf, read field by field without building objects: for bodies not yet trusted."""
+
+from collections.abc import Iterator
+
+from knapper import limits
+from knapper.errors import TooLarge, UserError
+
+_DATUM = 3  # the number of ForwardBackwardRequest.data
+_OTHER_FIELDS_MAX = 256
+_FIXED_BYTES = {1: 8, 5: 4}  # by wire type
+
+
+def peek(prefix: bytes) -> tuple[str, int] | None:
+    """(model_id, seq_id) from the first bytes of a request, or None when they do not stand there.
+
+    Writers of protobuf put fields 1 and 2 first.
+    """
+    model_id, seq_id = "", 0
+    try:
+        for number, value in _fields(prefix):
+            if number == 1 and isinstance(value, bytes):
+                model_id = value.decode()
+            elif number == 2 and isinstance(value, int):
+                seq_id = value
+            if model_id and 0 < seq_id < 2**31:
+                return model_id, seq_id
+    except (UserError, UnicodeDecodeError):
+        pass
+    return None
+
+
+def bound(body: bytes) -> None:
+    """Raise TooLarge for too many objects, UserError for bytes that are no protobuf.
+
+    Parsing makes an object of some forty bytes of two on the wire, so that a limit on bytes alone bounds no memory.
+    """
+    parts = 0
+    for count, (number, value) in enumerate(_fields(body)):
+        if count >= limits.datums_per_request_max + _OTHER_FIELDS_MAX:
+            raise TooLarge(f"data has too many datums; allowed: {limits.datums_per_request_max}; send fewer a call")
+        if number == _DATUM and isinstance(value, bytes):
+            for _ in _fields(value):
+                parts += 1
+                if parts > limits.datum_parts_max:
+                    raise TooLarge(
+                        f"data has more than {limits.datum_parts_max} chunks, arrays and spans; allowed: that many; "
+                        "merge consecutive text chunks, or send fewer datums a call"
+                    )
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(number, value) of each field in turn. Raises UserError where the bytes make no sense or end early."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        wire_type = tag & 7
+        value: int | bytes
+        if wire_type == 0:
+            value, at = _varint(data, at)
+        elif wire_type == 2 or wire_type in _FIXED_BYTES:  # groups, the other types, never stood in this protocol
+            size, at = _varint(data, at) if wire_type == 2 else (_FIXED_BYTES[wire_type], at)
+            value, at = data[at : at + size], at + size
+        else:
+            raise _nonsense(data, at)
+        if at > len(data):
+            raise _nonsense(data, at)
+        yield tag >> 3, value
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """(value, next offset)"""
+    value = 0
+    for shift, byte in zip(range(0, 70, 7), data[at : at + 10], strict=False):
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise _nonsense(data, at)
+
+
+def _nonsense(data: bytes, at: int) -> UserError:
+    return UserError(
+        f"the forward_backward request is not protobuf: {len(data)} bytes make no sense at byte {min(at, len(data))}; "
+        "allowed: what tinker 0.25 and newer send"
+    )

@@ -1,0 +1,51 @@
+"""zstd with a hard cap on the output, whatever a frame says about itself."""
+
+import zstandard
+
+from knapper import limits
+from knapper.errors import TooLarge, UserError
+
+_STEP_BYTES = 256  # 64 blocks of at most 128 KiB: the most that one step can overshoot the cap is 8 MiB
+_WINDOW_BYTES_MAX = 128 * limits.MIB
+
+
+def compress(data: bytes, level: int = 3) -> bytes:
+    return zstandard.ZstdCompressor(level=level).compress(data)
+
+
+def decompress(data: bytes, limit: int = limits.body_bytes_max) -> bytes:
+    """The content of all frames. Raises TooLarge past `limit` bytes, UserError for broken or cut frames."""
+    content, cut = decompress_prefix(data, limit)
+    if cut:
+        raise TooLarge(f"the zstd body holds more than {limit} bytes; allowed: {limit}; send less in one request")
+    return content
+
+
+def decompress_prefix(data: bytes, limit: int) -> tuple[bytes, bool]:
+    """(at most `limit` bytes of the content, whether there is more). Raises UserError for broken or cut frames."""
+    parts: list[bytes] = []
+    size, rest = 0, memoryview(data)
+    frame = _frame()
+    while rest:
+        step, rest = rest[:_STEP_BYTES], rest[_STEP_BYTES:]
+        while step:
+            try:
+                part = frame.decompress(step)
+            except zstandard.ZstdError as error:
+                raise UserError(f"the body ({len(data)} bytes) is not zstd: {error}") from error
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                return b"".join(parts)[:limit], True
+            if not frame.eof:
+                break
+            step = memoryview(frame.unused_data)
+            if step or rest:
+                frame = _frame()
+    if not frame.eof:
+        raise UserError(f"the zstd body ({len(data)} bytes) ends in the middle of a frame; send it whole")
+    return b"".join(parts), False
+
+
+def _frame() -> "zstandard.ZstdDecompressionObj":  # a name that only the stubs have
+    return zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES_MAX).decompressobj()
