@@ -10,7 +10,7 @@ from knapper.journal.records import Record, decode, encode
 from knapper.store import Store
 
 
-class Checkpoint(Record):
+class Checkpoint(Record, frozen=True):
     """checkpoints/<run>/<kind>/<name>/<n>. `bundle` is the store prefix of its files, empty if this version deletes the name."""
 
     path: str

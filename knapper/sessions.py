@@ -8,7 +8,7 @@ from knapper.journal.records import Record, decode, encode
 from knapper.store import Store
 
 
-class Session(Record):
+class Session(Record, frozen=True):
     """sessions/<id>/created"""
 
     session: str
@@ -21,7 +21,7 @@ class Session(Record):
     user_metadata_json: str = "{}"
 
 
-class Finish(Record):
+class Finish(Record, frozen=True):
     """sessions/<id>/finished: the first reason stays."""
 
     reason: str
@@ -29,7 +29,7 @@ class Finish(Record):
     finished_at: float
 
 
-class Sampler(Record):
+class Sampler(Record, frozen=True):
     """samplers/<id>: one sampling session. `bundle` is the store prefix of its adapter, empty for the base model."""
 
     sampler: str

@@ -17,7 +17,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     v: int = 1
 
 
-class Operation(Record):
+class Operation(Record, frozen=True):
     """in/<seq>: one accepted operation, as it came. `sha256` is over `body` as the client sent it (decompressed); `body` is kept as zstd."""
 
     run: str
@@ -40,14 +40,14 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     source: str = ""  # of a load: the bundle whose files were loaded, so that a replay loads the same
 
 
-class Commit(Record):
+class Commit(Record, frozen=True):
     """out/<n>: results in order of seq, dense after those of out/<n-1>. No results: a fence, which only says who holds the run."""
 
     epoch: int
     results: list[Result]
 
 
-class Spec(Record):
+class Spec(Record, frozen=True):
     """What a run is; never changes after creation."""
 
     run: str
@@ -62,7 +62,7 @@ class Spec(Record):
     user_metadata_json: str = "{}"
 
 
-class Creation(Record):
+class Creation(Record, frozen=True):
     """The body of in/0: the new run, fresh from its seed or from the bundle `source`."""
 
     spec: Spec
@@ -70,7 +70,7 @@ class Creation(Record):
     with_optimizer: bool = False
 
 
-class Terms(Record):
+class Terms(Record, frozen=True):
     """What the bits of a run depend on besides its operations."""
 
     device: str  # e.g. "cpu AMD EPYC"
@@ -79,7 +79,7 @@ class Terms(Record):
     versions: str  # e.g. "torch 2.13.0+cpu"
 
 
-class Manifest(Record):
+class Manifest(Record, frozen=True):
     """manifest/<n>: the highest n wins. `snapshot` names a snap/ prefix, or is empty: replay from the first operation."""
 
     epoch: int
@@ -103,7 +103,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     sha256: bytes
 
 
-class Index(Record):
+class Index(Record, frozen=True):
     """Written last: a bundle (snapshot or adapter) exists once its index does. `spec` and `seq` say whose it is and when."""
 
     spec: Spec

@@ -279,6 +279,11 @@ class Run(Generic[State]):
     # -- snapshot ------------------------------------------------------------------------------------------------------
 
     @property
+    def state(self) -> State | None:
+        """The state after operation `applied`."""
+        return self._state
+
+    @property
     def wants_snapshot(self) -> bool:
         """Whether a recovery would by now repeat so much that a snapshot in the background is worth its bytes."""
         return self._must_snapshot or self.replay_cost_s > limits.replay_budget_s / 2
