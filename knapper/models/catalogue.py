@@ -1,0 +1,80 @@
+"""Which base models are served, by whom and on what terms: records `models/<slug>/<n>`, of which the highest n wins."""
+
+import hashlib
+
+from knapper.errors import NotFound, Unavailable
+from knapper.ids import number
+from knapper.journal.records import Record, decode, encode
+from knapper.store import Store
+
+_PREFIX = "models/"
+_attempts_max = 16  # each lost attempt means that another publisher won: they are few
+
+
+class ModelRecord(Record, frozen=True, kw_only=True):
+    """One base model. The URLs are where bells go; without either of them the model is known, but not served."""
+
+    name: str  # what clients call it: a hub name, or the directory's path
+    directory: str  # where its files lie, if clients on this machine may read them; else empty
+    tokenizer_id: str  # what the SDK gives to AutoTokenizer
+    context: int  # tokens
+    vocab: int
+    arch: str
+    dtype: str
+    trainable: bool
+    sampleable: bool
+    train_step_url: str
+    sample_url: str
+
+
+class Catalogue:
+    """The models of a store. Records are created, never changed; two publishers at once leave two versions."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def models(self) -> list[ModelRecord]:
+        """Those served now, by name."""
+        return [record for record in await self._newest() if record.trainable or record.sampleable]
+
+    async def find(self, base_model: str) -> ModelRecord:
+        """The served model of this name or directory. Raises NotFound, which lists what is served."""
+        served = await self.models()
+        for record in served:
+            if base_model and base_model in (record.name, record.directory):
+                return record
+        names = ", ".join(repr(record.name) for record in served) or "none"
+        raise NotFound(f"base_model {base_model!r} is not served here; served: {names}. "
+                       "Use one of them, or start knapper with --model")  # fmt: skip
+
+    async def publish(self, record: ModelRecord) -> bool:
+        """Make this the newest version; True if that needed a new one."""
+        for _ in range(_attempts_max):
+            newest = await self._newest_name(slug(record.name))
+            if newest and await self._read(newest) == record:
+                return False
+            n = int(newest.rpartition("/")[2]) + 1 if newest else 0
+            if await self._store.put_if_absent(f"{_PREFIX}{slug(record.name)}/{number(n)}", encode(record)):
+                return True
+        raise Unavailable(f"model {record.name!r}: other processes keep publishing it; stop all but one of them")
+
+    async def _newest(self) -> list[ModelRecord]:
+        newest: dict[str, str] = {}
+        for name in await self._store.list(_PREFIX):  # in order, so the last of a slug wins
+            newest[name.split("/")[1]] = name
+        return sorted([await self._read(name) for name in newest.values()], key=lambda record: record.name)
+
+    async def _newest_name(self, slug: str) -> str:
+        names = await self._store.list(f"{_PREFIX}{slug}/")
+        return names[-1] if names else ""
+
+    async def _read(self, name: str) -> ModelRecord:
+        data = await self._store.get(name)
+        if data is None:
+            raise Unavailable(f"object {name} vanished while it was read; try again")
+        return decode(data, ModelRecord, name)
+
+
+def slug(name: str) -> str:
+    """Where the versions of a model lie: any name becomes one plain segment."""
+    return hashlib.sha256(name.encode()).hexdigest()[:16]

