@@ -1,0 +1,63 @@
+"""Causal attention over packed rows. Each sequence sees itself alone, so its bits do not depend on its neighbours.
+
+N rows, H heads, G key/value heads, D head elements, T tokens of one sequence.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention_dtype(base: torch.dtype, device: torch.device) -> torch.dtype:
+    """float32 on a CPU, whose bfloat16 attention is slower and coarser; the base's dtype elsewhere."""
+    return torch.float32 if device.type == "cpu" else base
+
+
+class Attend(Protocol):
+    """Rotated queries (N, H, D), keys and values (N, G, D) of one layer to outputs (N, H * D)."""
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor: ...
+
+
+class Packed:
+    """Sequences one after another. Those of equal length share one call; none is ever padded."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = list(lengths)
+        self._buckets: dict[int, list[int]] = {}
+        for index, length in enumerate(lengths):
+            self._buckets.setdefault(length, []).append(index)
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:  # noqa: ARG002
+        rows = q_NHD.shape[0]
+        if len(self._buckets) == 1:
+            return _causal(*(x.view(len(self.lengths), -1, *x.shape[1:]) for x in (q_NHD, k_NGD, v_NGD))).reshape(
+                rows, -1
+            )
+        q, k, v = (x.split(self.lengths) for x in (q_NHD, k_NGD, v_NGD))
+        outputs: list[Tensor] = [q_NHD] * len(self.lengths)
+        for indices in self._buckets.values():
+            o_BTHD = _causal(*(torch.stack([x[index] for index in indices]) for x in (q, k, v)))
+            for index, o_THD in zip(indices, o_BTHD.unbind(), strict=True):
+                outputs[index] = o_THD
+        return torch.cat(outputs).reshape(rows, -1)
+
+
+class Recorded:
+    """Another attention, whose keys and values are kept for decoding: `kv` (layers, 2, N, G, D)."""
+
+    def __init__(self, attend: Attend, kv: Tensor) -> None:
+        self._attend, self._kv = attend, kv
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+        self._kv[layer, 0].copy_(k_NGD)
+        self._kv[layer, 1].copy_(v_NGD)
+        return self._attend(layer, q_NHD, k_NGD, v_NGD)
+
+
+def _causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)

@@ -1,0 +1,170 @@
+"""What a model directory says about its architecture, checked here so that nothing later guesses."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from knapper.errors import NotFound, UserError
+
+model_types = ("llama", "mistral", "qwen2", "qwen3")
+
+
+class UnsupportedModel(UserError):
+    """The architecture, or an option of it, is not one that the decoder computes."""
+
+    code = "unsupported_model"
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretched rotary frequencies (Llama 3.1 model card; `rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One decoder-only model. Sizes in elements; `context` in tokens; `eos` token ids that end a text."""
+
+    model_type: str
+    vocab_size: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    rms_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    tied: bool  # the head is the embedding
+    qk_norm: bool  # RMS norm of each query and key head before rotation
+    attention_bias: bool  # biases on q, k and v
+    output_bias: bool  # a bias on o
+    context: int
+    eos: tuple[int, ...]
+
+    @classmethod
+    def read(cls, directory: Path) -> "ModelConfig":
+        """The configuration in `config.json` (and `generation_config.json` for more end tokens).
+
+        Raises NotFound without a config.json, UnsupportedModel for an architecture or option that is not supported.
+        """
+        raw = _json(directory / "config.json")
+        if raw is None:
+            raise NotFound(
+                f"{directory} has no config.json; a model directory holds config.json and safetensors weights"
+            )
+        model_type = raw.get("model_type")
+        if model_type not in model_types:
+            architectures = ", ".join(raw.get("architectures") or ["?"])
+            raise UnsupportedModel(
+                f"{directory}: model_type is {model_type!r} (architecture {architectures}); "
+                f"supported: {', '.join(model_types)}"
+            )
+        _refuse_options(raw, directory)
+        hidden, heads = _size(raw, "hidden_size", directory), _size(raw, "num_attention_heads", directory)
+        kv_heads = raw.get("num_key_value_heads") or heads
+        if heads % kv_heads:
+            raise UnsupportedModel(f"{directory}: {heads} heads do not divide over {kv_heads} key/value heads")
+        theta, scaling = _rope(raw, directory)
+        bias = bool(raw.get("attention_bias", False))
+        generation = _json(directory / "generation_config.json") or {}
+        return cls(
+            model_type=model_type,
+            vocab_size=_size(raw, "vocab_size", directory),
+            hidden=hidden,
+            layers=_size(raw, "num_hidden_layers", directory),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=raw.get("head_dim") or hidden // heads,
+            intermediate=_size(raw, "intermediate_size", directory),
+            rms_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tied=bool(raw.get("tie_word_embeddings", False)),
+            qk_norm=model_type == "qwen3",
+            attention_bias=bias or model_type == "qwen2",
+            output_bias=bias and model_type in ("llama", "qwen3"),
+            context=_size(raw, "max_position_embeddings", directory),
+            eos=tuple(sorted(_ids(raw.get("eos_token_id")) | _ids(generation.get("eos_token_id")))),
+        )
+
+    def rope_frequencies(self) -> list[float]:
+        """Radians a position, one for each pair of a head's elements (head_dim / 2 of them)."""
+        plain = [self.rope_theta ** (-2 * pair / self.head_dim) for pair in range(self.head_dim // 2)]
+        return plain if self.rope_scaling is None else [_stretched(f, self.rope_scaling) for f in plain]
+
+
+def _stretched(frequency: float, scaling: RopeScaling) -> float:
+    """Long waves are slowed by `factor`, short ones kept; between, a blend linear in turns per original context."""
+    turns = scaling.original_context * frequency / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = min(1.0, max(0.0, kept))
+    return frequency * (kept + (1 - kept) / scaling.factor)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def _size(raw: Mapping[str, Any], field: str, directory: Path) -> int:
+    value = raw.get(field)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UnsupportedModel(f"{directory}/config.json: {field} is {value!r}; expected a whole number of 1 or more")
+    return value
+
+
+def _ids(value: int | list[int] | None) -> set[int]:
+    return set() if value is None else set(value) if isinstance(value, list) else {value}
+
+
+def _refuse_options(raw: Mapping[str, Any], directory: Path) -> None:
+    activation = raw.get("hidden_act", "silu")
+    sliding = raw.get("sliding_window") is not None and (
+        raw["model_type"] == "mistral" or raw.get("use_sliding_window", False)
+    )
+    for wrong, what in (
+        (activation not in ("silu", "swish"), f"hidden_act {activation!r} (only silu)"),
+        (sliding, f"sliding_window {raw.get('sliding_window')} (only full attention)"),
+        (raw.get("mlp_bias", False), "mlp_bias"),
+        (raw.get("quantization_config") is not None, "quantized weights (quantization_config)"),
+        (raw.get("partial_rotary_factor", 1.0) != 1.0, "partial_rotary_factor"),
+    ):
+        if wrong:
+            raise UnsupportedModel(f"{directory}: {raw['model_type']} with {what} is not supported")
+
+
+def _rope(raw: Mapping[str, Any], directory: Path) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before)."""
+    old = raw.get("rope_scaling") or {}
+    rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta", 10000.0), **old}
+    theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise UnsupportedModel(f"{directory}: rope scaling {kind!r} is not supported; supported: default, llama3")
+    try:
+        return theta, RopeScaling(
+            factor=float(rope["factor"]),
+            low_freq_factor=float(rope["low_freq_factor"]),
+            high_freq_factor=float(rope["high_freq_factor"]),
+            original_context=int(rope["original_max_position_embeddings"]),
+        )
+    except KeyError as missing:
+        raise UnsupportedModel(f"{directory}: rope scaling llama3 lacks {missing}") from missing

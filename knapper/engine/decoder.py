@@ -1,0 +1,126 @@
+"""The model: one pass of the layers over packed rows, for training, prefill and decoding alike.
+
+What differs between them is handed in: how rows attend (`Attend`) and which adapters they use (`Adapt`).
+N rows, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from knapper.engine.adapt import Adapt, Segment, Segments, head_site, padded, sites
+from knapper.engine.attention import Attend, Packed, Recorded, attention_dtype
+from knapper.engine.config import ModelConfig
+from knapper.engine.kv import Cache
+from knapper.engine.weights import LayerWeights, Weights
+
+__all__ = ["Decoder", "Segment"]
+
+
+class Decoder:
+    """A frozen base model. Adapters come with each call; nothing of them is kept."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self.config = config
+        self.weights = weights
+        self.dtype = weights.embed.dtype
+        self.device = weights.embed.device
+        self.attention_dtype = attention_dtype(self.dtype, self.device)
+        self._frequencies = torch.tensor(config.rope_frequencies(), dtype=torch.float32, device=self.device)
+        q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self._widths = {
+            "qkv": (q, kv, kv),
+            "o": (config.hidden,),
+            "gate_up": (config.intermediate, config.intermediate),
+            "down": (config.hidden,),
+        }
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, H); the embedding itself when the model ties them."""
+        return self.weights.head
+
+    def hidden(self, tokens_N: Tensor, lengths: Sequence[int], segments: Sequence[Segment]) -> Tensor:
+        """Rows (N, H) after the final norm, for sequences packed one after another, each from position 0.
+
+        `tokens_N` int64, `lengths` sum to N. Differentiable in the segments' adapters. A row's bits depend on its own
+        sequence and adapter only.
+        """
+        return self._pass(tokens_N, _positions(lengths, self.device), Packed(lengths), Segments(segments))
+
+    @torch.inference_mode()
+    def prefill(self, tokens_N: Tensor, lengths: Sequence[int], segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+        """`hidden`, and the keys and values that decoding starts from: (layers, 2, N, key/value heads, head_dim)."""
+        config = self.config
+        shape = (config.layers, 2, tokens_N.shape[0], config.kv_heads, config.head_dim)
+        kv = torch.empty(shape, dtype=self.attention_dtype, device=self.device)
+        attend = Recorded(Packed(lengths), kv)
+        return self._pass(tokens_N, _positions(lengths, self.device), attend, Segments(segments)), kv
+
+    @torch.inference_mode()
+    def step(self, tokens_N: Tensor, cache: Cache, adapt: Adapt) -> Tensor:
+        """One token for every sequence of the cache, in the order of `cache.rows`: rows (N, H) after the final norm.
+
+        The sequences are one token longer afterwards.
+        """
+        attend = cache.extend()
+        return self._pass(tokens_N, attend.positions_N, attend, adapt)
+
+    def logits(self, hidden_NH: Tensor, adapt: Adapt) -> Tensor:
+        """float32 (N, V), with the adapters' part of the head where they have one."""
+        rows = hidden_NH.shape[0]
+        hidden_NH = padded(hidden_NH)
+        (logits_NV,) = adapt((head_site,), (self.config.vocab_size,), hidden_NH, F.linear(hidden_NH, self.head_weight))
+        return logits_NV[:rows].float()
+
+    def _pass(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, adapt: Adapt) -> Tensor:
+        rows = tokens_N.shape[0]
+        assert rows == positions_N.shape[0], f"{rows} tokens for {positions_N.shape[0]} positions"
+        x_NH = F.embedding(padded(tokens_N), self.weights.embed)
+        angles_ND = positions_N[:, None].float() * self._frequencies
+        rope = angles_ND.cos()[:, None], angles_ND.sin()[:, None]
+        for index, layer in enumerate(self.weights.layers):
+            x_NH = x_NH + self._attention(index, layer, self._norm(x_NH, layer.input_norm), rope, attend, adapt)
+            x_NH = x_NH + self._mlp(index, layer, self._norm(x_NH, layer.post_norm), adapt)
+        return self._norm(x_NH, self.weights.norm)[:rows]
+
+    def _attention(
+        self, index: int, layer: LayerWeights, x_NH: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, adapt: Adapt
+    ) -> Tensor:
+        rows = rope[0].shape[0]
+        q, k, v = self._linear(index, "qkv", x_NH, layer.qkv, layer.qkv_bias, adapt)
+        q, k, v = (x[:rows].unflatten(1, (-1, self.config.head_dim)) for x in (q, k, v))
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
+        q, k = (_rotated(x, rope).to(self.attention_dtype) for x in (q, k))
+        o = attend(index, q, k, v.to(self.attention_dtype)).to(x_NH.dtype)
+        return self._linear(index, "o", padded(o), layer.o, layer.o_bias, adapt)[0]
+
+    def _mlp(self, index: int, layer: LayerWeights, x_NH: Tensor, adapt: Adapt) -> Tensor:
+        gate, up = self._linear(index, "gate_up", x_NH, layer.gate_up, None, adapt)
+        return self._linear(index, "down", F.silu(gate) * up, layer.down, None, adapt)[0]
+
+    def _linear(
+        self, index: int, name: str, x: Tensor, weight: Tensor, bias: Tensor | None, adapt: Adapt
+    ) -> tuple[Tensor, ...]:
+        return adapt(
+            [f"layers.{index}.{site}" for site in sites[name]], self._widths[name], x, F.linear(x, weight, bias)
+        )
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x / sqrt(mean(x^2) + eps), in float32, then scaled in the base's dtype."""
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.rms_eps)).to(x.dtype) * weight
+
+
+def _positions(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.cat([torch.arange(length) for length in lengths]).to(device, non_blocking=True)
+
+
+def _rotated(x_NHD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Pairs (element d, element d + D/2) turned by their position's angle, in float32."""
+    cos, sin = rope
+    first, second = x_NHD.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
