@@ -1,0 +1,163 @@
+"""From hidden states to the log-probabilities of chosen tokens, without ever holding rows x vocabulary.
+
+N rows, H hidden, V vocabulary, K targets of a row, R rank, C rows of a chunk.
+
+The head's weight W is frozen, so that a row's gradient is known up to a factor while its logits are at hand:
+d logp(t) / d h = W[t] - softmax(W h) W. The forward pass keeps the second term, (N, H), and the backward pass is a
+scaling of rows: two products with W instead of three. A head with a LoRA of its own needs the softmax again for the
+LoRA's gradient and computes it again, chunk by chunk.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from knapper.engine.adapt import padded
+
+ELEMENTS_MAX = 1 << 24  # logits alive at a time: 64 MiB of float32
+ROWS_MIN = 16  # smaller products take other kernels, whose last bits differ
+
+
+@dataclass(frozen=True)
+class HeadLora:
+    """`a` (R, H), `b` (V, R): logits += scale * (h @ a.T) @ b.T"""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def target_logprobs(
+    hidden_NH: Tensor, head_VH: Tensor, targets: Tensor, lora: HeadLora | None = None, needed_N: Tensor | None = None
+) -> Tensor:
+    """Log-probabilities of `targets`, int64 (N) or (N, K), in their shape; float32 (float64 for float64 hidden states).
+
+    Differentiable in the hidden states and in the LoRA; the head is taken as frozen. `needed_N`: rows that are False
+    promise a zero gradient, and cost no backward work; it is an AssertionError to break the promise.
+    """
+    columns_NK = targets.unsqueeze(1) if targets.dim() == 1 else targets
+    if needed_N is None:
+        needed_N = torch.ones(len(hidden_NH), dtype=torch.bool, device=hidden_NH.device)
+    if lora is None:
+        found = _FrozenHead.apply(hidden_NH, head_VH, columns_NK, needed_N)  # type: ignore[no-untyped-call]
+    else:
+        found = _AdaptedHead.apply(  # type: ignore[no-untyped-call]
+            hidden_NH, head_VH, columns_NK, needed_N, lora.a, lora.b, lora.scale
+        )
+    assert isinstance(found, Tensor)
+    return found.squeeze(1) if targets.dim() == 1 else found
+
+
+def logits(hidden_NH: Tensor, head_VH: Tensor, lora: HeadLora | None = None) -> Tensor:
+    """(N, V), float32 or wider. A row's bits do not depend on how many rows there are."""
+    rows, hidden_NH = len(hidden_NH), padded(hidden_NH)
+    found_NV = F.linear(hidden_NH, head_VH)
+    if lora is not None:
+        low_NR = F.linear(hidden_NH.to(lora.a.dtype), lora.a) * lora.scale
+        found_NV = (found_NV + F.linear(low_NR, lora.b)).to(found_NV.dtype)
+    return found_NV[:rows].to(_wide(hidden_NH))
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+def _chunks(rows: int, vocabulary: int) -> list[slice]:
+    step = max(ROWS_MIN, ELEMENTS_MAX // vocabulary)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _log_softmax_(logits_CV: Tensor, targets_CK: Tensor) -> tuple[Tensor, Tensor]:
+    """(log-probabilities (C, K), normaliser (C, 1)); afterwards logits_CV / normaliser are the probabilities."""
+    top_C1 = logits_CV.amax(dim=1, keepdim=True)
+    chosen_CK = logits_CV.gather(1, targets_CK)
+    total_C1 = logits_CV.sub_(top_C1).exp_().sum(dim=1, keepdim=True)
+    return chosen_CK - top_C1 - total_C1.log(), total_C1
+
+
+class _FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, head_VH: Tensor, targets_NK: Tensor, needed_N: Tensor) -> Tensor:
+        found: list[Tensor] = []
+        differentiate = ctx.needs_input_grad[0]
+        mean_NH = torch.zeros_like(hidden_NH) if differentiate else hidden_NH.new_empty(0)
+        for chunk in _chunks(len(hidden_NH), len(head_VH)):
+            logits_CV = logits(hidden_NH[chunk], head_VH)
+            logprobs_CK, total_C1 = _log_softmax_(logits_CV, targets_NK[chunk])
+            found.append(logprobs_CK)
+            if differentiate:
+                rows = needed_N[chunk].nonzero().squeeze(1)
+                if len(rows):
+                    whole = len(rows) == len(logits_CV)
+                    p_CV = logits_CV if whole else logits_CV[rows]
+                    p_CV = p_CV.div_(total_C1 if whole else total_C1[rows]).to(head_VH.dtype)
+                    mean_NH[chunk.start + rows] = (p_CV @ head_VH).to(mean_NH.dtype)
+        ctx.save_for_backward(head_VH, targets_NK, needed_N, mean_NH)
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad_NK,) = grads
+        head_VH, targets_NK, needed_N, mean_NH = ctx.saved_tensors
+        _check_promise(grad_NK, needed_N)
+        # W[t] of row n, weighted by its K gradients: one bag a row
+        wide = grad_NK.dtype
+        found_NH = mean_NH.to(wide).mul_(-grad_NK.sum(dim=1, keepdim=True))
+        for k in range(targets_NK.shape[1]):
+            found_NH.addcmul_(head_VH[targets_NK[:, k]].to(wide), grad_NK[:, k : k + 1])
+        return found_NH.to(mean_NH.dtype), None, None, None
+
+
+class _AdaptedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        head_VH: Tensor,
+        targets_NK: Tensor,
+        needed_N: Tensor,
+        a_RH: Tensor,
+        b_VR: Tensor,
+        scale: float,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden_NH, head_VH, targets_NK, needed_N, a_RH, b_VR)
+        ctx.scale = scale
+        lora = HeadLora(a_RH, b_VR, scale)
+        return torch.cat(
+            [
+                _log_softmax_(logits(hidden_NH[chunk], head_VH, lora), targets_NK[chunk])[0]
+                for chunk in _chunks(len(hidden_NH), len(head_VH))
+            ]
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_NK,) = grads
+        hidden_NH, head_VH, targets_NK, needed_N, a_RH, b_VR = ctx.saved_tensors
+        lora = HeadLora(a_RH, b_VR, ctx.scale)
+        _check_promise(grad_NK, needed_N)
+        rows_M = needed_N.nonzero().squeeze(1)
+        wide = grad_NK.dtype
+        grad_hidden_NH = torch.zeros_like(hidden_NH)
+        grad_a_RH, grad_b_VR = torch.zeros_like(a_RH), torch.zeros_like(b_VR)
+        for chunk in _chunks(len(rows_M), len(head_VH)):
+            rows_C = rows_M[chunk]
+            h_CH, targets_CK, grad_CK = hidden_NH[rows_C], targets_NK[rows_C], grad_NK[rows_C]
+            logits_CV = logits(h_CH, head_VH, lora)
+            _, total_C1 = _log_softmax_(logits_CV, targets_CK)
+            grad_logits_CV = logits_CV.mul_(-grad_CK.sum(dim=1, keepdim=True) / total_C1)
+            grad_logits_CV.scatter_add_(1, targets_CK, grad_CK)
+            low_CR = h_CH.to(wide) @ a_RH.T.to(wide)
+            grad_low_CR = (grad_logits_CV @ b_VR.to(wide)).mul_(ctx.scale)
+            grad_b_VR.addmm_(grad_logits_CV.T, low_CR, alpha=ctx.scale)
+            grad_a_RH.addmm_(grad_low_CR.T, h_CH.to(wide))
+            grad_h_CH = (grad_logits_CV.to(head_VH.dtype) @ head_VH).to(wide).addmm_(grad_low_CR, a_RH.to(wide))
+            grad_hidden_NH[rows_C] = grad_h_CH.to(grad_hidden_NH.dtype)
+        return grad_hidden_NH, None, None, None, grad_a_RH, grad_b_VR, None
+
+
+def _check_promise(grad_NK: Tensor, needed_N: Tensor) -> None:
+    assert not grad_NK[~needed_N].any(), "a row that promised a zero gradient has another"

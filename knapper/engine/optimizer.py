@@ -1,0 +1,94 @@
+"""AdamW on flat arenas: a pure function; what it is given stays as it was, whatever happens.
+
+P parameters of one run.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.optim import adamw
+
+from knapper.errors import InvalidField, UserError
+from knapper.wire.types import AdamW
+
+_RANGES = {
+    "learning_rate": (math.inf, "a finite number, 0 or more"),
+    "beta1": (1.0, "0 or more and below 1"),
+    "beta2": (1.0, "0 or more and below 1"),
+    "eps": (math.inf, "a finite number, 0 or more"),
+    "weight_decay": (math.inf, "a finite number, 0 or more"),
+    "grad_clip_norm": (math.inf, "a finite number, 0 or more (0: no clipping)"),
+}
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of Adam: running means of gradients and of their squares, float32 (P), after `step` steps."""
+
+    m_P: Tensor
+    v_P: Tensor
+    step: int
+
+
+def check(values: AdamW) -> AdamW:
+    """The values, checked. Raises InvalidField."""
+    for field in fields(values):
+        value = getattr(values, field.name)
+        below, allowed = _RANGES[field.name]
+        if not 0 <= value < below:  # NaN fails too
+            raise InvalidField(f"adam_params.{field.name}", value, allowed)
+    return values
+
+
+def step(
+    weights_P: Tensor, grads_P: Tensor, moments: Moments, values: AdamW
+) -> tuple[Tensor, Moments, dict[str, float]]:
+    """One step: (weights, moments, metrics), all new.
+
+    Decoupled weight decay, bias correction by the step count, eps outside the root (arXiv 1711.05101, as
+    torch.optim.AdamW computes it). With grad_clip_norm > 0 the gradient is first scaled by min(1, grad_clip_norm /
+    (norm + 1e-6)), the norm being over all of P, as clip_grad_norm_ does. The metric `grad_norm` is the norm before
+    clipping.
+
+    Raises InvalidField for values out of range, and UserError when the result has a number that is not finite; nothing
+    has changed then.
+    """
+    check(values)
+    norm = float(torch.linalg.vector_norm(grads_P, dtype=torch.float64))
+    if values.grad_clip_norm > 0:
+        scale = values.grad_clip_norm / (norm + 1e-6)
+        if scale < 1:
+            grads_P = grads_P * scale
+    weights_P, m_P, v_P = weights_P.clone(), moments.m_P.clone(), moments.v_P.clone()
+    adamw.adamw(
+        [weights_P],
+        [grads_P],
+        [m_P],
+        [v_P],
+        [],
+        [torch.tensor(float(moments.step), device=weights_P.device)],
+        fused=True,
+        amsgrad=False,
+        beta1=values.beta1,
+        beta2=values.beta2,
+        lr=values.learning_rate,
+        weight_decay=values.weight_decay,
+        eps=values.eps,
+        maximize=False,
+    )
+    for name, result_P in (("weights", weights_P), ("first moments", m_P), ("second moments", v_P)):
+        if not is_finite(result_P):
+            raise UserError(
+                f"optim_step would make the {name} not finite "
+                f"(gradient norm {norm:.3g}, learning_rate {values.learning_rate:.3g}, eps {values.eps:.3g}); "
+                "nothing was changed and the gradients are still pending. Lower learning_rate, set grad_clip_norm, or load an earlier state"
+            )
+    metrics = {"grad_norm": norm, "learning_rate": values.learning_rate, "step": float(moments.step + 1)}
+    return weights_P, Moments(m_P, v_P, moments.step + 1), metrics
+
+
+def is_finite(values_P: Tensor) -> bool:
+    """Whether every number is finite: their float64 norm is then, and only then (float32 squares cannot overflow it)."""
+    return math.isfinite(float(torch.linalg.vector_norm(values_P, dtype=torch.float64)))
