@@ -1,0 +1,139 @@
+"""Every knob, read from `KNAPPER_*` variables, each with its reason. `knapper settings` prints them all.
+
+Light on purpose: every process reads it first.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import msgspec
+from msgspec import Meta
+
+from knapper.errors import InvalidField
+
+PREFIX = "KNAPPER_"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """One process's settings; a child process gets them whole, as `environment()`."""
+
+    data: Annotated[Path, Meta(description="Everything that must survive: the store, and run/ with locks and states.")]
+    cache: Annotated[
+        Path, Meta(description="Base models that were downloaded or converted; can be deleted at any time.")
+    ]
+    model: Annotated[
+        str, Meta(min_length=1, description="The base model: a name, or a directory. The default runs on any laptop.")
+    ] = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model_directory: Annotated[
+        str, Meta(description="Where the model's files lie; `knapper up` finds it out, an image sets it.")
+    ] = ""
+    train_step_url: Annotated[
+        str, Meta(description="Where the gateway rings for training; `knapper up` sets its dispatcher's address.")
+    ] = ""
+    sample_url: Annotated[
+        str, Meta(description="Where the gateway rings for samples; `knapper up` sets its dispatcher's address.")
+    ] = ""
+    host: Annotated[
+        str, Meta(min_length=1, description="Where the gateway listens: loopback, since keys are off by default.")
+    ] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="The gateway's port; 0 takes a free one.")] = 8000
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Meta(description="Of the base weights; replayed bits depend on it, so a run keeps the one that it began with."),
+    ] = "auto"
+    threads: Annotated[
+        int,
+        Meta(ge=0, le=1024, description="Of torch on a CPU; 0: as many as torch takes. Replayed bits depend on it."),
+    ] = 0
+    idle_s: Annotated[
+        float,
+        Meta(gt=0, le=7 * 86400, description="An engine without requests for so long ends; the next bell starts it."),
+    ] = 300.0
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="The least that is written to stderr.")
+    ] = "info"
+
+    @staticmethod
+    def load(environ: Mapping[str, str]) -> "Settings":
+        """The settings of this environment. Raises InvalidField for a wrong value or an unknown KNAPPER_ variable."""
+        types = {field.name: field.type for field in msgspec.structs.fields(Settings)}
+        known = {variable(name): name for name in types}
+        values: dict[str, Any] = default_directories(environ)
+        for given, text in environ.items():
+            if given.startswith(PREFIX):
+                if given not in known:
+                    raise InvalidField("environment variable", given, ", ".join(known), "Correct its name, or unset it")
+                values[known[given]] = _convert(given, text, types[known[given]])
+        return Settings(**values)
+
+    @property
+    def store_directory(self) -> Path:
+        return self.data / "store"
+
+    @property
+    def run_directory(self) -> Path:
+        """Locks and states of running processes: of no use after them."""
+        return self.data / "run"
+
+    def environment(self) -> dict[str, str]:
+        """The variables from which `load` makes equal settings."""
+        return {variable(name): str(getattr(self, name)) for name in self.__struct_fields__}
+
+
+class Line(msgspec.Struct, frozen=True):
+    """One setting, for people."""
+
+    variable: str
+    value: str
+    source: str
+    reason: str
+
+
+def describe(environ: Mapping[str, str]) -> list[Line]:
+    """All settings with their sources and reasons."""
+    settings = Settings.load(environ)
+    return [
+        Line(
+            variable(field.name),
+            str(getattr(settings, field.name)),
+            "environment" if variable(field.name) in environ else "default",
+            get_args(field.type)[1].description,
+        )
+        for field in msgspec.structs.fields(Settings)
+    ]
+
+
+def variable(field: str) -> str:
+    """The environment variable of a field."""
+    return PREFIX + field.upper()
+
+
+def default_directories(environ: Mapping[str, str]) -> dict[str, Path]:
+    """Data and cache where the XDG specification wants them: one place a user, whatever the working directory."""
+    home = Path(environ.get("HOME") or "/")
+    return {
+        "data": Path(environ.get("XDG_DATA_HOME") or home / ".local/share") / "knapper",
+        "cache": Path(environ.get("XDG_CACHE_HOME") or home / ".cache") / "knapper/models",
+    }
+
+
+def _convert(name: str, text: str, kind: Any) -> Any:
+    if get_args(kind)[0] is Path:
+        if not text:
+            raise InvalidField(name, text, "a directory")
+        return Path(text).expanduser().absolute()
+    try:
+        return msgspec.convert(text, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise InvalidField(name, text, _allowed(kind)) from error
+
+
+def _allowed(kind: Any) -> str:
+    base, meta = get_args(kind)
+    if choices := get_args(base):
+        return ", ".join(choices)
+    if base is str:
+        return "a text that is not empty"
+    least = f"from {meta.ge}" if meta.ge is not None else f"above {meta.gt}"
+    return f"a {'whole ' if base is int else ''}number {least} to {meta.le}"
