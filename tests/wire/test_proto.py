@@ -89,9 +89,11 @@ def test_a_request_of_the_sdk_decodes_to_the_same_arrays() -> None:
     assert (request.run, request.seq, request.loss, request.forward_only) == (RUN, 3, "ppo", False)
     assert request.config == {"clip_low_threshold": 0.7, "mode": "x"}
     first, second = request.data
-    assert (first.tokens.dtype, first.tokens.tolist()) == (np.int32, [1, 2, 3])
+    assert first.tokens.dtype == np.int32
+    assert first.tokens.tolist() == [1, 2, 3]
     targets, weights = first.inputs["target_tokens"], first.inputs["weights"]
-    assert (targets.dtype, targets.tolist()) == (np.int64, [2, 3, 4])
+    assert targets.dtype == np.int64
+    assert targets.tolist() == [2, 3, 4]
     assert weights.dtype == np.float32
     assert np.array_equal(weights, array(np.float32, [0.0, -1.5, 1e-7]))
     assert second.inputs["target_tokens"].tolist() == [8]
@@ -233,7 +235,7 @@ def test_a_flood_of_tiny_objects_is_refused_before_it_is_parsed() -> None:
 
 def test_images_are_refused_since_the_model_is_text_only() -> None:
     chunk = sdk.ImageChunk(data=b"png", format="png", expected_tokens=4)
-    datum = tinker.Datum(model_input=tinker.ModelInput(chunks=[chunk]), loss_fn_inputs={})  # type: ignore[arg-type]
+    datum = tinker.Datum(model_input=tinker.ModelInput(chunks=[chunk]), loss_fn_inputs={})
     with pytest.raises(InvalidField, match=r"data\[0\].model_input.chunks\[0\] is 'image'.*text only"):
         proto.decode_forward_backward(sdk_request([datum]))
 

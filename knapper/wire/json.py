@@ -1,0 +1,91 @@
+"""Strict JSON: an unknown field, a wrong type or a value out of bounds becomes an error that says what is allowed."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, TypeVar, get_args
+
+import msgspec
+
+from knapper.errors import InvalidField, UserError
+
+S = TypeVar("S", bound=msgspec.Struct)
+_PLACE = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
+_STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]|\[(\.\.\.)\]")
+_NAMED = re.compile(r"^Object (contains unknown|missing required) field `(.*)`$", re.DOTALL)
+
+
+def decode(body: bytes, kind: type[S]) -> S:
+    """The request, every field checked. Raises UserError."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error), loads(body), kind) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        for field, value in _not_finite(loads(body)):
+            raise InvalidField(field, value, "a finite number") from error
+        raise UserError(f"the body ({len(body)} bytes) is not JSON: {error}") from error
+
+
+def loads(body: bytes) -> Any:
+    """Whatever JSON this is, NaN and Infinity included. Raises UserError."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the body ({len(body)} bytes) is not JSON: {error}") from error
+
+
+def _explain(message: str, sent: Any, kind: type[msgspec.Struct]) -> UserError:
+    found = _PLACE.match(message)
+    assert found is not None, "every part of the pattern may be empty"
+    what, steps = found["what"], _STEP.findall(found["path"] or "")
+    field = ".".join(name or f"[{index or '...'}]" for name, index, _ in steps).replace(".[", "[") or "the body"
+    value, known = sent, True
+    for name, index, _ in steps:
+        try:
+            value = value[name or int(index)]
+        except (ValueError, KeyError, IndexError, TypeError):  # below a dict, whose key msgspec does not tell
+            known = False
+            break
+    if named := _NAMED.match(what):
+        inside = "" if field == "the body" else f"{field}."
+        if named[1] == "missing required":
+            return InvalidField(f"{inside}{named[2]}", None, "a value: this field is required")
+        given = value.get(named[2]) if known and isinstance(value, dict) else None
+        fields = ", ".join(_fields_at(kind, [name for name, _, _ in steps if name]))
+        return InvalidField(
+            f"{inside}{named[2]}", given, f"no field of this name, only {fields or 'the documented ones'}"
+        )
+    allowed = what.removeprefix("Expected ").partition(", got ")[0].replace("`", "")
+    return InvalidField(field, value if known else "(not shown)", allowed[:1].lower() + allowed[1:])
+
+
+def _fields_at(kind: Any, path: list[str]) -> list[str]:
+    """The field names of the Struct that the path leads to, through optional and list types."""
+    for name in path:
+        types = {f.encode_name: f.type for f in msgspec.structs.fields(kind)} if _is_struct(kind) else {}
+        kind = next(_structs(types.get(name)), None)
+    return [f.encode_name for f in msgspec.structs.fields(kind)] if _is_struct(kind) else []
+
+
+def _structs(kind: Any) -> Iterator[Any]:
+    if _is_struct(kind):
+        yield kind
+    for argument in get_args(kind):
+        yield from _structs(argument)
+
+
+def _is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+
+
+def _not_finite(value: Any, field: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield field or "the body", value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _not_finite(inner, f"{field}.{name}" if field else name)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from _not_finite(inner, f"{field}[{i}]")

@@ -1,0 +1,421 @@
+"""Every JSON request of the core protocol, strict and bounded, and what each means in our own types.
+
+Field names and defaults are the SDK's. `decode(body, CreateModel)` checks; methods such as `adamw()` convert.
+"""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+import numpy as np
+from msgspec import UNSET, Meta, UnsetType
+
+from knapper import ids, limits
+from knapper.errors import InvalidField, TooLarge
+from knapper.ids import RunId, SessionId
+from knapper.wire import types
+from knapper.wire.json import decode
+
+__all__ = [
+    "CancelFuture", "ClientConfig", "CreateModel", "CreateSamplingSession", "CreateSession", "FinishSession", "GetInfo",
+    "Heartbeat", "LoadWeights", "OptimStep", "RetrieveFuture", "Sample", "SampleCall", "SaveWeights",
+    "SaveWeightsForSampler", "Telemetry", "decode", "encode",
+]  # fmt: skip
+
+_INT64_MAX = 2**63 - 1
+Id = Annotated[str, Meta(min_length=1, max_length=200)]
+Text = Annotated[str, Meta(max_length=1024)]
+Number = Annotated[int, Meta(ge=0, le=10**17)]  # a client's counter
+Seq = Annotated[int, Meta(ge=1, le=10**17)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=_INT64_MAX)]
+Ttl = Annotated[int, Meta(ge=limits.ttl_s_min, le=limits.ttl_s_max)]
+Token = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Path = Annotated[str, Meta(max_length=1024)]
+Labels = dict[str, str]
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all."""
+
+
+def encode(request: Request) -> bytes:
+    return msgspec.json.encode(request)
+
+
+# ---- service
+
+
+class ClientConfig(Request, frozen=True, kw_only=True):
+    """client/config and client/dynamic_config"""
+
+    sdk_version: Text = ""
+
+
+class CreateSession(Request, frozen=True, kw_only=True):
+    tags: Annotated[list[Text], Meta(max_length=256)] = []
+    user_metadata: dict[str, Any] | None = None
+    sdk_version: Text = ""
+    project_id: Text | None = None
+    display_name: Text | None = None
+    type: Literal["create_session"] = "create_session"
+
+    def user_metadata_json(self) -> str:
+        return _bounded_json(self.user_metadata)
+
+
+class Heartbeat(Request, frozen=True, kw_only=True):
+    session_id: Id
+    type: Literal["session_heartbeat"] = "session_heartbeat"
+
+
+class FinishReason(Request, frozen=True, kw_only=True):
+    type: Literal["success", "errored", "interrupted"]
+
+
+class FinishSession(Request, frozen=True, kw_only=True):
+    reason: FinishReason
+    detail: Annotated[str, Meta(max_length=100_000)] | None = None
+
+
+class Telemetry(Request, frozen=True, kw_only=True):
+    """Events are looked at by nobody here, and kept nowhere."""
+
+    events: list[msgspec.Raw]
+    platform: Text = ""
+    sdk_version: Text = ""
+    session_id: Id
+    process_uuid: Text = ""
+
+
+# ---- training
+
+
+class LoraConfig(Request, frozen=True, kw_only=True):
+    rank: int
+    seed: Seed | None = None
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+class CreateModel(Request, frozen=True, kw_only=True):
+    session_id: Id
+    model_seq_id: Number
+    base_model: Path
+    user_metadata: dict[str, Any] | None = None
+    lora_config: LoraConfig | None = None
+    optimizer_config: dict[str, Any] | None = None
+    type: Literal["create_model"] = "create_model"
+
+    def run(self) -> RunId:
+        return ids.make_run_id(ids.session_id(self.session_id), self.model_seq_id)
+
+    def lora(self) -> LoraConfig:
+        """Checked: raises InvalidField without one, if it trains nothing, or for another optimizer than AdamW."""
+        _only_adamw("optimizer_config", self.optimizer_config)
+        lora = self.lora_config
+        if lora is None:
+            raise InvalidField("lora_config", None, "a LoRA configuration: this server trains adapters only")
+        if not 1 <= lora.rank <= limits.rank_max:
+            raise InvalidField("lora_config.rank", lora.rank, f"1 to {limits.rank_max}")
+        if not (lora.train_attn or lora.train_mlp or lora.train_unembed):
+            raise InvalidField(
+                "lora_config.train_attn", False, "at least one of train_attn, train_mlp and train_unembed must be true"
+            )
+        return lora
+
+    def user_metadata_json(self) -> str:
+        return _bounded_json(self.user_metadata)
+
+
+class GetInfo(Request, frozen=True, kw_only=True):
+    model_id: Id
+    type: Literal["get_info"] = "get_info"
+
+
+Unit = Annotated[float, Meta(ge=0, lt=1)]
+Positive = Annotated[float, Meta(ge=0, le=1e30)]
+
+
+class AdamParams(Request, frozen=True, kw_only=True):
+    """The SDK's defaults."""
+
+    learning_rate: Positive = 1e-4
+    beta1: Unit = 0.9
+    beta2: Unit = 0.95
+    eps: Positive = 1e-12
+    weight_decay: Positive = 0.0
+    grad_clip_norm: Positive = 0.0
+
+
+class OptimStep(Request, frozen=True, kw_only=True):
+    model_id: Id
+    seq_id: Seq
+    adam_params: AdamParams | None = None
+    optimizer_params: dict[str, Any] | None = None
+    type: Literal["optim_step"] = "optim_step"
+
+    def adamw(self) -> types.AdamW:
+        """Raises InvalidField for another optimizer."""
+        if self.optimizer_params is not None:
+            _only_adamw("optimizer_params", {"type": None, **self.optimizer_params})
+        if self.adam_params is None:
+            raise InvalidField("adam_params", None, "AdamW's parameters: learning_rate, beta1, beta2, eps, ...")
+        return types.AdamW(**msgspec.structs.asdict(self.adam_params))
+
+
+class SaveWeights(Request, frozen=True, kw_only=True):
+    model_id: Id
+    seq_id: Seq
+    path: Path
+    ttl_seconds: Ttl | None = None
+    overwrite: bool = False
+    user_metadata: Labels | None = None
+    type: Literal["save_weights"] = "save_weights"
+
+    def __post_init__(self) -> None:
+        _bounded_json(self.user_metadata)
+
+
+class SaveWeightsForSampler(Request, frozen=True, kw_only=True):
+    model_id: Id
+    seq_id: Seq
+    path: Path | None = None
+    sampling_session_seq_id: Number | None = None
+    kind: Literal["snapshot", "inflight"] = "snapshot"
+    ttl_seconds: Ttl | None = None
+    user_metadata: Labels | None = None
+    type: Literal["save_weights_for_sampler"] = "save_weights_for_sampler"
+
+    def __post_init__(self) -> None:
+        _bounded_json(self.user_metadata)
+
+
+class LoadWeights(Request, frozen=True, kw_only=True):
+    """Into an existing run (model_id, seq_id), or as the first operation of a new one (session_id, model_seq_id)."""
+
+    path: Path
+    optimizer: bool
+    model_id: Id | None = None
+    seq_id: Seq | None = None
+    session_id: Id | None = None
+    model_seq_id: Number | None = None
+    base_model: Path | None = None
+    user_metadata: dict[str, Any] | None = None
+    optimizer_config: dict[str, Any] | None = None
+    weights_access_token: Annotated[str, Meta(max_length=4096)] | None = None
+    type: Literal["load_weights"] = "load_weights"
+
+    def creates(self) -> RunId | None:
+        """The run that it creates, or None for a load into an existing one. Raises InvalidField."""
+        if self.weights_access_token is not None:
+            raise InvalidField(
+                "weights_access_token", "(not shown)", "none: this server has no access tokens for weights"
+            )
+        _only_adamw("optimizer_config", self.optimizer_config)
+        if (
+            self.session_id is not None
+            and self.model_seq_id is not None
+            and self.model_id is None
+            and self.seq_id is None
+        ):
+            return ids.make_run_id(ids.session_id(self.session_id), self.model_seq_id)
+        if (
+            self.model_id is not None
+            and self.seq_id is not None
+            and self.session_id is None
+            and self.model_seq_id is None
+        ):
+            return None
+        given = [
+            name for name in ("model_id", "seq_id", "session_id", "model_seq_id") if getattr(self, name) is not None
+        ]
+        raise InvalidField("load_weights", given, "model_id with seq_id, or session_id with model_seq_id")
+
+    def session(self) -> SessionId:
+        return ids.session_id(self.session_id or "")
+
+    def user_metadata_json(self) -> str:
+        return _bounded_json(self.user_metadata)
+
+
+# ---- futures
+
+
+class RetrieveFuture(Request, frozen=True, kw_only=True):
+    """`allow_metadata_only` allows, and does not oblige: payloads come at once."""
+
+    request_id: Id
+    allow_metadata_only: bool = False
+
+
+class CancelFuture(Request, frozen=True, kw_only=True):
+    request_id: Id
+
+
+# ---- sampling
+
+
+class CreateSamplingSession(Request, frozen=True, kw_only=True):
+    session_id: Id
+    sampling_session_seq_id: Number
+    base_model: Path | None = None
+    model_path: Path | None = None
+    type: Literal["create_sampling_session"] = "create_sampling_session"
+
+
+class Chunk(Request, frozen=True, kw_only=True):
+    """A piece of a prompt. Other types than encoded_text are known, and refused by name."""
+
+    type: Literal["encoded_text", "image", "image_asset_pointer", "dmel"] = "encoded_text"
+    tokens: list[Token] | UnsetType = UNSET
+    data: str | UnsetType = UNSET
+    format: str | UnsetType = UNSET
+    expected_tokens: int | UnsetType | None = UNSET
+    location: str | UnsetType = UNSET
+    dmel: str | UnsetType = UNSET
+
+
+class Prompt(Request, frozen=True, kw_only=True):
+    chunks: Annotated[list[Chunk], Meta(max_length=limits.datum_parts_max)]
+
+    def tokens(self) -> types.Int32:
+        """The chunks in a row, int32 (P). Raises InvalidField for a chunk that is not text, or without any token."""
+        for i, chunk in enumerate(self.chunks):
+            if chunk.type != "encoded_text" or chunk.tokens is UNSET:
+                raise InvalidField(
+                    f"prompt.chunks[{i}]", chunk.type, "encoded_text with tokens", "This model is text only: send ids"
+                )  # fmt: skip
+        whole = [np.array(chunk.tokens, dtype=np.int32) for chunk in self.chunks if chunk.tokens]
+        if not whole:
+            raise InvalidField("prompt", "empty", "at least one token")
+        return np.concatenate(whole)
+
+
+class SamplingParams(Request, frozen=True, kw_only=True):
+    max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
+    seed: Seed | None = None
+    stop: str | list[str | int] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=1e6)] = 1.0
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = -1
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+
+    def params(self) -> types.SamplingParams:
+        """Raises InvalidField for stop sequences that are empty, mixed or too many, and for top_k 0."""
+        if self.top_k == 0:
+            raise InvalidField("sampling_params.top_k", 0, "-1 (all tokens), or at least 1")
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        strings = tuple(s for s in stop if isinstance(s, str))
+        tokens = tuple(s for s in stop if isinstance(s, int))
+        if len(stop) > limits.stop_sequences_max:
+            raise InvalidField("sampling_params.stop: count", len(stop), f"at most {limits.stop_sequences_max}")
+        if (strings and tokens) or "" in strings or any(not 0 <= token < 2**31 for token in tokens):
+            raise InvalidField(
+                "sampling_params.stop", self.stop, "a text, texts, or token ids (at least 0); none empty"
+            )
+        return types.SamplingParams(
+            max_tokens=self.max_tokens, seed=self.seed, stop_strings=strings, stop_tokens=tokens,
+            ignore_eos=self.stop == [], temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
+        )  # fmt: skip
+
+
+TopK = Annotated[int, Meta(ge=0, le=limits.top_logprobs_max)]
+
+
+class Sample(Request, frozen=True, kw_only=True):
+    """asample"""
+
+    prompt: Prompt
+    sampling_params: SamplingParams
+    sampling_session_id: Id | None = None
+    seq_id: Number | None = None
+    base_model: Path | None = None
+    model_path: Path | None = None
+    num_samples: Annotated[int, Meta(ge=1, le=limits.num_samples_max)] = 1
+    prompt_logprobs: bool | None = None
+    topk_prompt_logprobs: TopK = 0
+    topk_sample_logprobs: TopK = 0
+    target_prompt_logprobs: msgspec.Raw | None = None
+    prompt_alt_tokens_k: int = 0
+    prompt_logprobs_last_n: int | None = None
+    record_stability_info: bool | None = None
+    type: Literal["sample"] = "sample"
+
+    def address(self) -> tuple[str, int]:
+        """(sampling_session_id, seq_id). Raises InvalidField without them."""
+        if self.sampling_session_id is None or self.seq_id is None:
+            given = (self.sampling_session_id, self.seq_id)
+            raise InvalidField("(sampling_session_id, seq_id)", given, "both; create_sampling_client makes the session")
+        return self.sampling_session_id, self.seq_id
+
+    def call(self, base_model: str, adapter: str, seed: int) -> "SampleCall":
+        """What the sampler is asked; `seed` stands in where the client gave none. Raises InvalidField."""
+        if self.target_prompt_logprobs is not None and bytes(self.target_prompt_logprobs) != b"null":
+            raise InvalidField(
+                "target_prompt_logprobs", "a tensor", "none: this server does not score chosen targets yet"
+            )
+        if self.prompt_alt_tokens_k:
+            raise InvalidField("prompt_alt_tokens_k", self.prompt_alt_tokens_k, "0: not served yet")
+        if self.prompt_logprobs_last_n is not None:
+            raise InvalidField("prompt_logprobs_last_n", self.prompt_logprobs_last_n, "none: not served yet")
+        if self.record_stability_info:
+            raise InvalidField("record_stability_info", True, "false: stable_reinforce is not served yet")
+        params = self.sampling_params.params()
+        return SampleCall(
+            base_model=base_model,
+            adapter=adapter,
+            prompt=self.prompt.tokens().tolist(),
+            params=params,
+            seed=seed if params.seed is None else params.seed,
+            num_samples=self.num_samples,
+            prompt_logprobs=bool(self.prompt_logprobs),
+            topk_prompt_logprobs=self.topk_prompt_logprobs,
+            topk_sample_logprobs=self.topk_sample_logprobs,
+        )
+
+
+class SampleCall(Request, frozen=True, kw_only=True):
+    """What the gateway asks of the sample function: JSON there, protobuf back."""
+
+    base_model: Path
+    adapter: Path
+    prompt: Annotated[list[Token], Meta(min_length=1)]
+    params: types.SamplingParams
+    seed: Seed
+    num_samples: Annotated[int, Meta(ge=1, le=limits.num_samples_max)] = 1
+    prompt_logprobs: bool = False
+    topk_prompt_logprobs: TopK = 0
+    topk_sample_logprobs: TopK = 0
+
+    def sample(self) -> types.Sample:
+        return types.Sample(
+            base_model=self.base_model,
+            adapter=self.adapter,
+            prompt=np.array(self.prompt, dtype=np.int32),
+            params=self.params,
+            seed=self.seed,
+            num_samples=self.num_samples,
+            prompt_logprobs=self.prompt_logprobs,
+            topk_prompt_logprobs=self.topk_prompt_logprobs,
+            topk_sample_logprobs=self.topk_sample_logprobs,
+        )
+
+
+# ---- checks that several share
+
+
+def _only_adamw(name: str, config: dict[str, Any] | None) -> None:
+    if config is not None and config.get("type", "adamw") != "adamw":
+        raise InvalidField(
+            f"{name}.type", config.get("type"), "adamw", "Use tinker.AdamParams; no other optimizer is served"
+        )
+    if config is not None and (extra := sorted(config.keys() - {"type"})):
+        raise InvalidField(f"{name}.{extra[0]}", config[extra[0]], "no field of this name, only type")
+
+
+def _bounded_json(metadata: dict[str, Any] | Labels | None) -> str:
+    encoded = msgspec.json.encode(metadata or {})
+    if len(encoded) > limits.user_metadata_bytes_max:
+        raise TooLarge(
+            f"user_metadata is {len(encoded)} bytes as JSON; allowed: at most {limits.user_metadata_bytes_max} bytes"
+        )
+    return encoded.decode()
