@@ -165,24 +165,26 @@ class Run(Generic[State]):
     # -- apply and commit ----------------------------------------------------------------------------------------------
 
     async def apply_pending(self, stop: Callable[[], bool], publish: Publish) -> bool:
-        """Apply and commit what waits, in order, until nothing does or `stop()`; True if something may still wait.
+        """Apply and commit what waits, in order, until nothing does, or `stop()`, or a snapshot is due; True if something may still wait.
 
         `publish(n, commit)` is called with each commit once it is durable.
         """
         await self._flush(publish)
-        while not stop():
-            if self._must_snapshot or self.replay_cost_s > limits.replay_budget_s:
-                await self.snapshot()
+        while not stop() and not self.must_snapshot:
             try:
                 commit = await self._apply_some(stop)
-            except BaseException:  # what was applied and not committed never happened
-                self.applied, _, self._state, self.replay_cost_s = self._durable
+            except BaseException:
+                self._roll_back()
                 raise
             if commit is None:
                 return False
             self._outbox = (self._out + 1, commit)
             await self._flush(publish)
         return True
+
+    def _roll_back(self) -> None:
+        """What was applied and not committed never happened."""
+        self.applied, _, self._state, self.replay_cost_s = self._durable
 
     async def _flush(self, publish: Publish) -> None:
         if self._outbox is None:
@@ -284,9 +286,14 @@ class Run(Generic[State]):
         return self._state
 
     @property
+    def must_snapshot(self) -> bool:
+        """Whether nothing more is applied before a snapshot: a recovery may not have to repeat more than the budget."""
+        return self._must_snapshot or self.replay_cost_s > limits.replay_budget_s
+
+    @property
     def wants_snapshot(self) -> bool:
         """Whether a recovery would by now repeat so much that a snapshot in the background is worth its bytes."""
-        return self._must_snapshot or self.replay_cost_s > limits.replay_budget_s / 2
+        return self.must_snapshot or self.replay_cost_s > limits.replay_budget_s / 2
 
     async def snapshot(self) -> None:
         """Store the committed state, and make recoveries start from it. May run while operations go on; one at a time."""

@@ -1,0 +1,143 @@
+"""The runs that this process holds: claimed on the first bell, worked on in slices, dropped when fenced or long unused."""
+
+import asyncio
+import itertools
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Generic
+
+import structlog
+
+from knapper import limits
+from knapper.errors import KnapperError
+from knapper.events import Bell, Claimed, Committed, Done, Frame
+from knapper.ids import RunId
+from knapper.journal.machine import Machine, State
+from knapper.journal.records import Commit
+from knapper.journal.run import Holder, Run
+from knapper.store import Store
+
+_RESIDENTS_MAX = 64  # states in memory; more than that, and the longest unused is dropped (its journal has everything)
+_SETTLE_S = 3.0  # a run without bells for so long gets a snapshot, so that whoever claims it next need not replay
+
+log = structlog.get_logger()
+
+
+@dataclass
+class _Resident(Generic[State]):
+    """One claimed run. `lock` keeps slices apart; snapshots run beside them, one at a time (`snapshots`), the last when all is quiet."""
+
+    run: Run[State] | None = None
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    snapshots: asyncio.Lock = field(default_factory=asyncio.Lock)
+    settle: asyncio.TimerHandle | None = None
+    background: asyncio.Task[None] | None = None
+
+
+class Residents(Generic[State]):
+    """Answers bells."""
+
+    def __init__(self, store: Store, machine: Machine[State], holder: Holder, clock: Callable[[], float]) -> None:
+        self._store = store
+        self._machine = machine
+        self._holder = holder
+        self._clock = clock
+        self._residents: OrderedDict[RunId, _Resident[State]] = OrderedDict()
+        self._claims = itertools.count(1)
+
+    async def answer(self, bell: Bell) -> AsyncIterator[Frame]:
+        """Work on the bell's run for a slice; yield each commit as it becomes durable. Raises KnapperError: ring again, unless the user's.
+
+        The work goes on to the end of the operation even if nobody reads; what is durable is found in the store.
+        """
+        resident = self._resident(bell.run)
+        async with resident.lock:
+            if resident.settle is not None:
+                resident.settle.cancel()
+            try:
+                run = await self._claimed(bell.run, resident)
+                yield Claimed(epoch=run.epoch)
+                async for frame in self._slice(run, resident):
+                    yield frame
+            except KnapperError as error:
+                log.warning("run dropped from memory", run=bell.run, code=error.code, reason=str(error))
+                resident.run = None
+                raise
+
+    def _resident(self, run: RunId) -> _Resident[State]:
+        resident = self._residents.setdefault(run, _Resident())
+        self._residents.move_to_end(run)
+        for other in list(self._residents):
+            if len(self._residents) <= _RESIDENTS_MAX:
+                break
+            if not self._residents[other].lock.locked() and other != run:
+                del self._residents[other]
+        return resident
+
+    async def _claimed(self, run: RunId, resident: _Resident[State]) -> Run[State]:
+        if resident.run is None:
+            began = self._clock()
+            holder = replace(self._holder, name=f"{self._holder.name}/{next(self._claims)}")
+            resident.run = await Run.claim(self._store, run, self._machine, holder, self._clock)
+            log.info(
+                "claimed", run=run, epoch=resident.run.epoch, applied=resident.run.applied,
+                replayed_s=round(resident.run.replay_cost_s, 2), took_s=round(self._clock() - began, 2),
+            )  # fmt: skip
+        return resident.run
+
+    async def _slice(self, run: Run[State], resident: _Resident[State]) -> AsyncIterator[Frame]:
+        end = self._clock() + limits.slice_s
+        committed: asyncio.Queue[Frame | None] = asyncio.Queue()
+
+        async def publish(n: int, commit: Commit) -> None:
+            committed.put_nowait(Committed(n=n, commit=commit))
+
+        async def work() -> bool:
+            try:
+                while self._clock() < end:
+                    if run.must_snapshot:
+                        await self._snapshot(run, resident)
+                    if not await run.apply_pending(lambda: self._clock() >= end, publish):
+                        return False
+                return True
+            finally:
+                committed.put_nowait(None)
+
+        task = asyncio.ensure_future(work())
+        try:
+            while (frame := await committed.get()) is not None:
+                yield frame
+            more = await task
+        finally:
+            if not task.done():  # the reader left: finish the operation under way, then let go
+                end = self._clock()
+                with suppress(KnapperError):
+                    await asyncio.shield(task)
+        if run.wants_snapshot:
+            self._snapshot_in_background(run, resident)
+        elif run.replay_cost_s > 0:
+            loop = asyncio.get_running_loop()
+            resident.settle = loop.call_later(_SETTLE_S, self._snapshot_in_background, run, resident)
+        yield Done(applied=run.applied, more=more)
+
+    async def _snapshot(self, run: Run[State], resident: _Resident[State]) -> None:
+        async with resident.snapshots:
+            began = self._clock()
+            await run.snapshot()
+            log.info("snapshot", run=run.run, applied=run.applied, took_s=round(self._clock() - began, 2))
+
+    def _snapshot_in_background(self, run: Run[State], resident: _Resident[State]) -> None:
+        if resident.snapshots.locked():
+            return
+
+        async def snapshot() -> None:
+            try:
+                await self._snapshot(run, resident)
+            except KnapperError as error:
+                log.warning("snapshot failed", run=run.run, code=error.code, reason=str(error))
+                if resident.run is run:
+                    resident.run = None  # the next bell claims anew
+
+        resident.background = asyncio.ensure_future(snapshot())

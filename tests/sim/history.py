@@ -1,0 +1,277 @@
+"""One history: a client's plan, carried out by real journal classes in a hostile world, then held against the undisturbed run."""
+
+import asyncio
+import hashlib
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from knapper.errors import Fenced, KnapperError, StoreError
+from knapper.ids import RunId
+from knapper.journal import names
+from knapper.journal.accept import Acceptor, pack
+from knapper.journal.collect import sweep
+from knapper.journal.machine import Machine
+from knapper.journal.records import Commit, Creation, Kind, Operation, Result, Spec, Terms, decode
+from knapper.journal.results import Results
+from knapper.journal.run import Holder, Run
+from knapper.store import Store
+from knapper.store.memory import MemoryStore
+from tests.sim.ledger import SIZE, LedgerMachine
+from tests.sim.world import World, WorldStore, pause
+
+RUN = RunId("ses-" + "0" * 32 + ":train:0")
+SPEC = Spec(
+    run=RUN, tenant="local", base_model="ledger", rank=1, alpha=1.0, seed=3,
+    train_attn=True, train_mlp=True, train_unembed=True,
+)  # fmt: skip
+CREATION = Creation(spec=SPEC)
+TERMS = Terms(device="sim", dtype="float32", threads=1, versions="sim")
+
+
+@dataclass(frozen=True)
+class Step:
+    seq: int
+    kind: Kind
+    body: bytes
+    rejected: str = ""  # the gateway turns it into a tombstone
+
+
+def make_plan(seed: int, length: int) -> list[Step]:
+    """A run as clients make them: passes, steps, saves, loads of what was saved, and mistakes."""
+    draw = np.random.default_rng(seed)
+    plan: list[Step] = []
+    saved: list[str] = []
+    for seq in range(1, length + 1):
+        chance = draw.random()
+        if chance < 0.5:
+            body = b"wrong" if draw.random() < 0.05 else draw.random(SIZE, np.float32).tobytes()
+            plan.append(Step(seq, "forward_backward", body))
+        elif chance < 0.75:
+            plan.append(Step(seq, "optim_step", b"{}"))
+        elif chance < 0.85:
+            name = "again" if draw.random() < 0.3 else f"state-{seq}"
+            saved.append(name)
+            plan.append(Step(seq, "save_weights", _json(model_id=RUN, seq_id=seq, path=name)))
+        elif chance < 0.9:
+            body = _json(model_id=RUN, seq_id=seq, sampling_session_seq_id=seq)
+            plan.append(Step(seq, "save_weights_for_sampler", body))
+        elif chance < 0.96:
+            name = saved[int(draw.integers(len(saved)))] if saved and draw.random() < 0.9 else "never-saved"
+            path, optimizer = f"tinker://{RUN}/weights/{name}", bool(draw.random() < 0.5)
+            plan.append(Step(seq, "load_weights", _json(model_id=RUN, seq_id=seq, path=path, optimizer=optimizer)))
+        else:
+            plan.append(Step(seq, "optim_step", b'{"learning_rate": "high"}', rejected="learning_rate is 'high'"))
+    return plan
+
+
+def _json(**fields: object) -> bytes:
+    return msgspec.json.encode(fields)
+
+
+async def send(acceptor: Acceptor, step: Step) -> None:
+    if step.rejected:
+        await acceptor.reject(RUN, step.seq, pack(step.body), step.rejected)
+    else:
+        await acceptor.accept(RUN, step.seq, step.kind, pack(step.body))
+
+
+@dataclass
+class Truth:
+    """What the undisturbed run gives."""
+
+    digest: str
+    answers: dict[int, bytes]
+
+
+async def _nothing(_n: int, _commit: Commit) -> None:
+    return None
+
+
+def digest_of(state: Any) -> str:
+    return hashlib.sha256(state.bytes()).hexdigest()
+
+
+def undisturbed(plan: list[Step], machine: Machine[Any]) -> Truth:
+    async def story() -> Truth:
+        store = MemoryStore()
+        acceptor = Acceptor(store, lambda: 0.0)
+        await acceptor.create(CREATION, b"create")
+        for step in plan:
+            await send(acceptor, step)
+        run = await Run.claim(store, RUN, machine, Holder("h0", "", TERMS), lambda: 0.0)
+        while await run.apply_pending(lambda: False, _nothing):
+            await run.snapshot()
+        results = Results(store)
+        answers = {}
+        for seq in range(len(plan) + 1):
+            result = await results.find(RUN, seq)
+            assert result is not None
+            answers[seq] = result.body
+        return Truth(digest_of(run.state), answers)
+
+    return asyncio.run(story())
+
+
+@dataclass
+class History:
+    """Carries the plan out under faults. `claimants` processes fight for the run; one of them always stays in the end."""
+
+    seed: int
+    plan: list[Step]
+    machine: Machine[Any]
+    claimants: int = 2
+    faults: int = 30
+    run_class: type[Run[Any]] = Run
+    world: World = field(init=False)
+    acked: set[int] = field(default_factory=set)
+    seen: set[int] = field(default_factory=set)
+    answers: dict[int, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.world = World(self.seed, faults=self.faults)
+        self.store = WorldStore(self.world, self._created)
+        self._claims = itertools.count()
+        self._epoch = 0  # the highest whose claim was complete
+
+    def carry_out(self) -> None:
+        world = self.world
+        world.add("client", self._client, mortal=False)
+        for n in range(2):
+            world.add(f"poller{n}", self._poller)
+        for n in range(self.claimants):
+            world.add(f"holder{n}", self._holder)
+        world.add("sweeper", self._sweeper)
+        world.run(lambda: len(self.seen) == len(self.acked) == len(self.plan) + 1)
+
+    # -- the client and its gateways -------------------------------------------------------------------------------
+
+    async def _client(self) -> None:
+        """Sends every step until it is acknowledged, a window at a time, in any order within it, some of them twice."""
+        await self._until_acked(lambda a: a.create(CREATION, b"create"), 0)
+        draw = self.world.draw
+        waiting = [step for step in self.plan if step.seq not in self.acked]
+        while waiting:
+            window = waiting[: draw.randrange(1, 5)]
+            for step in draw.sample(window, len(window)):
+                await self._until_acked(lambda a, s=step: send(a, s), step.seq)  # type: ignore[misc]
+                if draw.random() < 0.2:  # the answer got lost: the client sends it again, for ever the same bytes
+                    await self._until_acked(lambda a, s=step: send(a, s), step.seq)  # type: ignore[misc]
+            waiting = waiting[len(window) :]
+        while True:
+            await pause()
+
+    async def _until_acked(self, call: Callable[[Acceptor], Any], seq: int) -> None:
+        while True:
+            try:
+                await call(Acceptor(self.store, self.world.clock))  # any gateway, any time
+            except KnapperError as error:
+                assert error.category == "server", error
+                continue
+            self.acked.add(seq)
+            return
+
+    async def _poller(self) -> None:
+        """Asks for answers as clients do; whatever was seen once must never be seen otherwise."""
+        results = Results(self.store)
+        while True:
+            await pause()
+            seq = self.world.draw.randrange(len(self.plan) + 1)
+            try:
+                result = await results.find(RUN, seq)
+            except KnapperError:
+                continue
+            if result is not None:
+                self._see(seq, result)
+
+    def _see(self, seq: int, result: Result) -> None:
+        self.seen.add(seq)
+        if b"kept for 7 days" in result.body:  # the sweeper's clock is 8 days ahead
+            return
+        known = self.answers.setdefault(seq, result.body)
+        assert known == result.body, f"seed {self.seed}: operation {seq} has two answers: {known!r}, {result.body!r}"
+
+    # -- whoever trains --------------------------------------------------------------------------------------------
+
+    async def _holder(self) -> None:
+        draw = self.world.draw
+        try:
+            holder = Holder(f"claim-{next(self._claims)}", "", TERMS)
+            run = await self.run_class.claim(self.store, RUN, self.machine, holder, self.world.clock)
+            self._epoch = max(self._epoch, run.epoch)
+            for _ in range(draw.randrange(1, 60)):
+                await self._work(run)
+                await pause()
+        except Fenced:
+            for _ in range(draw.randrange(200)):
+                await pause()
+        except KnapperError:
+            return
+
+    async def _work(self, run: Run[Any]) -> None:
+        draw = self.world.draw
+        turns, most = itertools.count(), draw.randrange(1, 6)
+        try:
+            await run.apply_pending(lambda: next(turns) >= most, _nothing)
+            if run.wants_snapshot or draw.random() < 0.05:
+                await run.snapshot()
+        except StoreError:
+            if draw.random() < 0.5:  # half of the time the same claim goes on
+                raise
+
+    def _created(self, name: str, data: bytes) -> None:
+        """Invariant 4: once a claim is complete, no earlier one can write a commit."""
+        if name.startswith(names.commits(RUN)):
+            commit = decode(data, Commit, name)
+            assert not commit.results or commit.epoch >= self._epoch, (
+                f"seed {self.seed}: a claim of epoch {commit.epoch} wrote {name} after epoch {self._epoch} was complete"
+            )
+
+    async def _sweeper(self) -> None:
+        for _ in range(50):
+            await pause()
+        try:
+            await sweep(self.store, RUN, self.world.now + 8 * 24 * 3600.0)
+        except KnapperError:
+            return
+
+    # -- judgement -------------------------------------------------------------------------------------------------
+
+    def judge(self, truth: Truth) -> None:
+        """Final state, every answer, and each operation exactly once. Raises AssertionError with the seed."""
+        where = f"seed {self.seed}"
+        assert self.acked == set(range(len(self.plan) + 1)), where
+        for seq, body in self.answers.items():
+            assert body == truth.answers[seq], f"{where}: operation {seq}: {body!r}, undisturbed {truth.answers[seq]!r}"
+        run = asyncio.run(self._final())
+        assert run.applied == len(self.plan), where
+        assert digest_of(run.state) == truth.digest, f"{where}: the final state differs from the undisturbed run's"
+
+    async def _final(self) -> Run[Any]:
+        memory: Store = self.store.memory
+        answered: list[int] = []
+        for name in await memory.list(names.commits(RUN)):
+            data = await memory.get(name)
+            assert data is not None
+            answered += [result.seq for result in decode(data, Commit, name).results]
+        assert answered == list(range(answered[0], len(self.plan) + 1)), f"seed {self.seed}: answered {answered}"
+        for name in await memory.list(names.operations(RUN)):
+            data = await memory.get(name)
+            assert data is not None
+            decode(data, Operation, name)
+        return await Run.claim(memory, RUN, self.machine, Holder("judge", "", TERMS), lambda: 0.0)
+
+
+def play(seed: int, *, faults: int = 30, run_class: type[Run[Any]] = Run, machine: Machine[Any] | None = None) -> World:
+    """Play and judge the history of one seed."""
+    machine = machine or LedgerMachine()
+    plan = make_plan(seed, length=12 + seed % 25)
+    truth = undisturbed(plan, machine)
+    history = History(seed, plan, machine, claimants=1 + seed % 3, faults=faults, run_class=run_class)
+    history.carry_out()
+    history.judge(truth)
+    return history.world
