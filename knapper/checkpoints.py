@@ -1,7 +1,9 @@
-"""Checkpoints: names that users gave -> immutable bundles. A name has versions; the highest wins, and a deletion is a version too."""
+"""Checkpoints: names that users gave -> immutable bundles.
+
+A name has versions; the highest wins, and a deletion is a version too.
+"""
 
 from dataclasses import dataclass
-
 
 from knapper import ids
 from knapper.errors import NotFound, UserError
@@ -11,7 +13,10 @@ from knapper.store import Store
 
 
 class Checkpoint(Record, frozen=True):
-    """checkpoints/<run>/<kind>/<name>/<n>. `bundle` is the store prefix of its files, empty if this version deletes the name."""
+    """checkpoints/<run>/<kind>/<name>/<n>.
+
+    `bundle` is the store prefix of its files, empty if this version deletes the name.
+    """
 
     path: str
     tenant: str
@@ -43,8 +48,8 @@ class Checkpoints:
             n, newest = versions[-1] if versions else (0, None)
             if newest is not None and newest.bundle and not overwrite:
                 raise UserError(
-                    f"path is {path.name!r}, and {path} exists already (saved by operation {newest.seq}); allowed: a new name, "
-                    "or overwrite=True where the method has it"
+                    f"path is {path.name!r}, and {path} exists already (saved by operation {newest.seq}); "
+                    "allowed: a new name, or overwrite=True where the method has it"
                 )
             if await self.store.put_if_absent(f"{_prefix(path)}{ids.number(n + 1)}", encode(checkpoint)):
                 return
@@ -57,7 +62,9 @@ class Checkpoints:
             checkpoint = decode(data, Checkpoint, listed[-1])
             if checkpoint.bundle and (checkpoint.tenant == tenant or checkpoint.public):
                 return checkpoint
-        raise NotFound(f"checkpoint {path} does not exist; save_state and save_weights_for_sampler answer the paths that do")
+        raise NotFound(
+            f"checkpoint {path} does not exist; save_state and save_weights_for_sampler answer the paths that do"
+        )
 
     async def _versions(self, path: TinkerPath) -> list[tuple[int, Checkpoint]]:
         found = []
@@ -70,5 +77,3 @@ class Checkpoints:
 
 def _prefix(path: TinkerPath) -> str:
     return f"checkpoints/{path.run}/{path.kind}/{path.name}/"
-
-

@@ -1,6 +1,7 @@
 """The one tree of errors: each class knows its HTTP status, its stable code, and who is at fault.
 
-A message says what was wrong, which value, what is allowed and what to do. `docs/errors.md` has a section for each code.
+A message says what was wrong, which value, what is allowed and what to do. `docs/errors.md` has a section for each
+code.
 """
 
 from typing import ClassVar, Literal

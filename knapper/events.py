@@ -78,7 +78,10 @@ def encode_frame(frame: Frame) -> bytes:
 
 
 async def decode_frames(chunks: AsyncIterator[bytes]) -> AsyncIterator[Frame]:
-    """The frames of a stream, each as soon as it is whole. A stream that breaks off just ends: what it said is durable all the same."""
+    """The frames of a stream, each as soon as it is whole.
+
+    A stream that breaks off just ends: what it said is durable all the same.
+    """
     waiting = bytearray()
     async for chunk in chunks:
         waiting += chunk

@@ -2,7 +2,9 @@
 
 MIB = 1024 * 1024
 
-body_bytes_max = 64 * MIB  # one request, after decompression. The SDK's chunks are about 5 MB; one huge datum goes alone.
+body_bytes_max = (
+    64 * MIB
+)  # one request, after decompression. The SDK's chunks are about 5 MB; one huge datum goes alone.
 body_drain_bytes_max = 512 * MIB  # how much of an oversized body is read and thrown away so that the client hears why
 name_chars_max = 128  # checkpoint names
 user_metadata_bytes_max = 16 * 1024

@@ -56,7 +56,9 @@ class Sessions:
         data = await self.store.get(name)
         if data is not None and (found := decode(data, Session, name)).tenant == tenant:
             return found
-        raise NotFound(f"session {session!r} does not exist; create one with create_session (the SDK does so by itself)")
+        raise NotFound(
+            f"session {session!r} does not exist; create one with create_session (the SDK does so by itself)"
+        )
 
     async def finish(self, session: SessionId, finish: Finish) -> None:
         """End the session; the first reason stays."""
@@ -85,8 +87,8 @@ class Samplers:
         stored = decode(data, Sampler, name)
         if _identity(stored) != _identity(sampler):
             raise UserError(
-                f"sampling_session_seq_id of {sampler.sampler} was used before, for {stored.model_path or stored.base_model}; "
-                "each sampling client needs a number of its own"
+                f"sampling_session_seq_id of {sampler.sampler} was used before, for "
+                f"{stored.model_path or stored.base_model}; each sampling client needs a number of its own"
             )
         return stored
 

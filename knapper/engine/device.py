@@ -1,4 +1,7 @@
-"""One thread computes. Work comes as generators; each `yield` is a place where other work may go first, so nobody waits long."""
+"""One thread computes. Work comes as generators.
+
+Each `yield` is a place where other work may go first, so nobody waits long.
+"""
 
 import asyncio
 import queue
@@ -13,7 +16,10 @@ Task = Generator[None, None, T]
 
 
 class Device:
-    """Runs tasks in turns, one step each, on one thread of its own: no task needs a lock, and no two compute at once."""
+    """Runs tasks in turns, one step each, on one thread of its own.
+
+    No task needs a lock, and no two compute at once.
+    """
 
     def __init__(self, name: str = "device") -> None:
         self._arrivals: queue.SimpleQueue[tuple[Task[Any], Future[Any]] | None] = queue.SimpleQueue()

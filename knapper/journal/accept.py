@@ -28,7 +28,10 @@ def pack(body: bytes) -> Packed:
 
 
 class Acceptor:
-    """Creates operations, in any order of arrival. Stateless but for a small cache; any number of them may share a store."""
+    """Creates operations, in any order of arrival.
+
+    Stateless but for a small cache; any number of them may share a store.
+    """
 
     def __init__(self, store: Store, clock: Callable[[], float]) -> None:
         self._store = store
@@ -58,8 +61,8 @@ class Acceptor:
             raise InvalidField("seq_id", seq, "1, 2, 3, ... for each operation of the run")
         if seq <= await self._consumed_seq(run) and await self._stored(run, seq) is None:
             raise UserError(
-                f"seq_id {seq} of {run} was applied more than {limits.collect_after_s / 86400:.0f} days ago and its record "
-                "is gone; continue with the next seq_id, or resume from a checkpoint"
+                f"seq_id {seq} of {run} was applied more than {limits.collect_after_s / 86400:.0f} days ago "
+                "and its record is gone; continue with the next seq_id, or resume from a checkpoint"
             )
         await self._put(run, seq, kind, packed)
 
@@ -70,7 +73,8 @@ class Acceptor:
     async def fill_holes(self, run: RunId, applied: int, finished: bool) -> list[int]:
         """Turn numbers that never arrived into tombstones, so that what follows them can run; return them.
 
-        `applied`: the newest operation known to be applied. `finished`: the client's session has ended, so nothing more arrives.
+        `applied`: the newest operation known to be applied. `finished`: the client's session has ended, so nothing
+        more arrives.
         """
         waiting = await self._store.list(names.operations(run), start_after=names.operation(run, max(applied, 0)))
         filled: list[int] = []
@@ -88,8 +92,8 @@ class Acceptor:
 
     async def _bury(self, run: RunId, seq: int) -> None:
         error = (
-            f"operation {seq} of {run} never arrived (its request was cancelled, or could not be read), while a later one did; "
-            "it was skipped"
+            f"operation {seq} of {run} never arrived (its request was cancelled, or could not be read), "
+            "while a later one did; it was skipped"
         )
         packed = Packed(b"", zstd.compress(b""))
         operation = self._operation(run, seq, "tombstone", packed, error)
@@ -100,7 +104,8 @@ class Acceptor:
         if await self._store.put_if_absent(names.operation(run, seq), encode(operation)):
             return
         stored = await self._stored(run, seq)
-        # A tombstone answers whoever comes late: through the future, where every other error of this operation would come too.
+        # A tombstone answers whoever comes late: through the future, where every other error of this operation would
+        # come too.
         if stored is not None and stored.kind != "tombstone" and stored.sha256 != packed.sha256:
             raise UserError(
                 f"seq_id {seq} of {run} was used before, for another request ({stored.kind}); "

@@ -1,4 +1,7 @@
-"""Bundles: immutable groups of files (snapshots, adapters). The index is written last, so a bundle exists whole or not at all."""
+"""Bundles: immutable groups of files (snapshots, adapters).
+
+The index is written last, so a bundle exists whole or not at all.
+"""
 
 import hashlib
 
@@ -29,7 +32,10 @@ async def read_index(store: Store, prefix: str) -> Index | None:
 
 
 async def read(store: Store, prefix: str, only: frozenset[str] | None = None) -> tuple[Index, dict[str, bytes]]:
-    """The bundle's files (all, or those in `only`), verified. Raises Corrupt if anything is missing or not what the index says."""
+    """The bundle's files (all, or those in `only`), verified.
+
+    Raises Corrupt if anything is missing or not what the index says.
+    """
     index = await read_index(store, prefix)
     if index is None:
         raise Corrupt(f"bundle {prefix} has no index: it was never finished, or was deleted")

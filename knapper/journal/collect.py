@@ -9,9 +9,12 @@ from knapper.store import Store
 
 
 async def sweep(store: Store, run: RunId, now: float) -> int:
-    """Delete operations, results and snapshots below the second newest snapshot that are older than seven days; return how many.
+    """Delete operations, results and snapshots below the second newest snapshot that are older than seven days.
 
-    Fences, manifests and operation 0 stay for ever: a process that slept through the sweep must still meet them. May be cut off and
+    Return how many.
+
+    Fences, manifests and operation 0 stay for ever: a process that slept through the sweep must still meet them. May
+    be cut off and
     repeated at any point, beside anything else.
     """
     newest = await newest_manifest(store, run)

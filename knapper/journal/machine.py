@@ -22,9 +22,12 @@ class Outcome(Generic[State]):
 
 
 class Machine(Protocol[State]):
-    """Pure: no store, no clock, no randomness of its own. Raises UserError for the user's mistakes, and then nothing has changed.
+    """Pure: no store, no clock, no randomness of its own.
 
-    `apply` gets forward_backward, optim_step and load_weights (with the files of the checkpoint as `source`), and both saves,
+    Raises UserError for the user's mistakes, and then nothing has changed.
+
+    `apply` gets forward_backward, optim_step and load_weights (with the files of the checkpoint as `source`), and
+    both saves,
     for which it returns the export and leaves the body empty (the journal names the checkpoint and answers).
     """
 

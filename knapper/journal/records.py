@@ -18,7 +18,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Operation(Record, frozen=True):
-    """in/<seq>: one accepted operation, as it came. `sha256` is over `body` as the client sent it (decompressed); `body` is kept as zstd."""
+    """in/<seq>: one accepted operation, as it came.
+
+    `sha256` is over `body` as the client sent it (decompressed); `body` is kept as zstd.
+    """
 
     run: str
     seq: int
@@ -41,7 +44,10 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Commit(Record, frozen=True):
-    """out/<n>: results in order of seq, dense after those of out/<n-1>. No results: a fence, which only says who holds the run."""
+    """out/<n>: results in order of seq, dense after those of out/<n-1>.
+
+    No results: a fence, which only says who holds the run.
+    """
 
     epoch: int
     results: list[Result]
@@ -80,7 +86,10 @@ class Terms(Record, frozen=True):
 
 
 class Manifest(Record, frozen=True):
-    """manifest/<n>: the highest n wins. `snapshot` names a snap/ prefix, or is empty: replay from the first operation."""
+    """manifest/<n>: the highest n wins.
+
+    `snapshot` names a snap/ prefix, or is empty: replay from the first operation.
+    """
 
     epoch: int
     holder: str  # whose claim it is, e.g. "host:pid:start"
@@ -104,7 +113,10 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Index(Record, frozen=True):
-    """Written last: a bundle (snapshot or adapter) exists once its index does. `spec` and `seq` say whose it is and when."""
+    """Written last: a bundle (snapshot or adapter) exists once its index does.
+
+    `spec` and `seq` say whose it is and when.
+    """
 
     spec: Spec
     seq: int

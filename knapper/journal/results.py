@@ -13,7 +13,10 @@ _CACHE_BYTES_MAX = 256 * 1024 * 1024
 
 @dataclass
 class _Seen:
-    """What is known of one run's commits. Every out record in (low, high] has been read; `where` says which one answers a seq."""
+    """What is known of one run's commits.
+
+    Every out record in (low, high] has been read; `where` says which one answers a seq.
+    """
 
     low: int = -1  # -1: nothing was read yet
     high: int = 0

@@ -1,7 +1,7 @@
 """The holder's half: claim a run, apply its operations in order, commit. Safe to kill at any line, safe to run twice.
 
-Nothing here rests on a clock or a lock. `out/<n>` can be created once; a claim first puts a fence into the next slot, so an earlier
-holder that still lives loses the slot it needs and finds a higher epoch there.
+Nothing here rests on a clock or a lock. `out/<n>` can be created once; a claim first puts a fence into the next slot,
+so an earlier holder that still lives loses the slot it needs and finds a higher epoch there.
 """
 
 from collections.abc import Awaitable, Callable
@@ -23,6 +23,8 @@ from knapper.store import Store
 _ATTEMPTS_MAX = 3  # an operation that fails so often, by a defect and not by the user, is answered with that
 _COMMIT_AFTER_S = 0.05  # results wait no longer than this for others to share their commit
 
+_STATELESS = ("save_weights", "save_weights_for_sampler", "tombstone")  # they leave the state alone
+
 Publish = Callable[[int, Commit], Awaitable[None]]
 
 
@@ -36,7 +38,10 @@ class Holder:
 
 
 class Run(Generic[State]):
-    """A claimed run. Any method may raise Fenced or StoreError: after Fenced, drop the object; after StoreError, call again or drop it."""
+    """A claimed run. Any method may raise Fenced or StoreError.
+
+    After Fenced, drop the object; after StoreError, call again or drop it.
+    """
 
     def __init__(
         self, store: Store, run: RunId, machine: Machine[State], holder: Holder, clock: Callable[[], float]
@@ -47,7 +52,8 @@ class Run(Generic[State]):
         self.replay_cost_s = 0.0  # compute since the newest snapshot
         self.creation: Creation
         self._state: State | None = None
-        self._durable: tuple[int, int, State | None, float] = (-1, 0, None, 0.0)  # (applied, out, state, cost) as committed
+        # As committed: (applied, out, state, replay cost)
+        self._durable: tuple[int, int, State | None, float] = (-1, 0, None, 0.0)
         self._store = store
         self._machine = machine
         self._holder = holder
@@ -110,9 +116,12 @@ class Run(Generic[State]):
         if manifest.snapshot:
             try:
                 await self._thaw(manifest.snapshot, manifest.snapshot_seq, manifest.snapshot_out)
-            except Corrupt:  # sweeps keep everything since the second newest snapshot; before there were two, everything
+            except Corrupt:
+                # Sweeps keep everything since the second newest snapshot, and before there were two, everything.
                 if manifest.snapshot_before:
-                    await self._thaw(manifest.snapshot_before, manifest.snapshot_before_seq, manifest.snapshot_before_out)
+                    await self._thaw(
+                        manifest.snapshot_before, manifest.snapshot_before_seq, manifest.snapshot_before_out
+                    )
         for name in await self._store.list(names.commits(self.run), start_after=names.commit(self.run, self._out)):
             data = await self._store.get(name)
             if data is None or names.last_number(name) != self._out + 1:
@@ -130,7 +139,9 @@ class Run(Generic[State]):
             raise Fenced(f"{self.run} was taken over at epoch {commit.epoch}; this claim is of epoch {self.epoch}")
         for result in commit.results:
             if result.seq != self.applied + 1:
-                raise Corrupt(f"record {self._out + 1} of {self.run} answers operation {result.seq}, after {self.applied}")
+                raise Corrupt(
+                    f"record {self._out + 1} of {self.run} answers operation {result.seq}, after {self.applied}"
+                )
             if not result.failed:
                 await self._replay(result)
             self.applied = result.seq
@@ -140,7 +151,7 @@ class Run(Generic[State]):
         operation = await self._operation(result.seq)
         if operation is None or operation.sha256 != result.sha256:
             raise Corrupt(f"operation {result.seq} of {self.run} is not the one that was answered")
-        if operation.kind not in ("save_weights", "save_weights_for_sampler", "tombstone"):  # those leave the state alone
+        if operation.kind not in _STATELESS:
             outcome = await self._step(operation, result.source)
             self._state = outcome.state
             self.replay_cost_s += outcome.cost_s
@@ -165,7 +176,9 @@ class Run(Generic[State]):
     # -- apply and commit ----------------------------------------------------------------------------------------------
 
     async def apply_pending(self, stop: Callable[[], bool], publish: Publish) -> bool:
-        """Apply and commit what waits, in order, until nothing does, or `stop()`, or a snapshot is due; True if something may still wait.
+        """Apply and commit what waits, in order, until nothing does, or `stop()`, or a snapshot is due.
+
+        True if something may still wait.
 
         `publish(n, commit)` is called with each commit once it is durable.
         """
@@ -204,7 +217,10 @@ class Run(Generic[State]):
         self._durable = (self.applied, self._out, self._state, self.replay_cost_s)
 
     async def _apply_some(self, stop: Callable[[], bool]) -> Commit | None:
-        """The next commit: one operation, and those behind it that are quick enough to share it. None: nothing waits."""
+        """The next commit: one operation, and those behind it that are quick enough to share it.
+
+        None: nothing waits.
+        """
         began = self._clock()
         results: list[Result] = []
         size = 0
@@ -296,7 +312,10 @@ class Run(Generic[State]):
         return self.must_snapshot or self.replay_cost_s > limits.replay_budget_s / 2
 
     async def snapshot(self) -> None:
-        """Store the committed state, and make recoveries start from it. May run while operations go on; one at a time."""
+        """Store the committed state, and make recoveries start from it.
+
+        May run while operations go on; one at a time.
+        """
         seq, out, state, cost = self._durable
         self._must_snapshot = False
         if state is None or seq == self._manifest.snapshot_seq:
@@ -307,7 +326,8 @@ class Run(Generic[State]):
         before = self._manifest
         manifest = msgspec.structs.replace(
             before, snapshot=prefix, snapshot_seq=seq, snapshot_out=out,
-            snapshot_before=before.snapshot, snapshot_before_seq=before.snapshot_seq, snapshot_before_out=before.snapshot_out,
+            snapshot_before=before.snapshot, snapshot_before_seq=before.snapshot_seq,
+            snapshot_before_out=before.snapshot_out,
         )  # fmt: skip
         await self._put_manifest(self._manifest_n + 1, manifest)
         self.replay_cost_s -= cost

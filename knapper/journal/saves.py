@@ -1,4 +1,7 @@
-"""What saves and loads mean beyond the state: an export becomes a checkpoint or a sampler, a path becomes the bundle to load."""
+"""What saves and loads mean beyond the state.
+
+An export becomes a checkpoint or a sampler, a path becomes the bundle to load.
+"""
 
 from collections.abc import Callable
 
@@ -17,7 +20,10 @@ from knapper.wire import requests, zstd
 
 
 class Saves:
-    """Runs inside a claim, before the commit that publishes the answer. Doing it twice, from any process, changes nothing."""
+    """Runs inside a claim, before the commit that publishes the answer.
+
+    Doing it twice, from any process, changes nothing.
+    """
 
     def __init__(self, store: Store, clock: Callable[[], float]) -> None:
         self._store = store
@@ -25,7 +31,10 @@ class Saves:
         self._checkpoints = Checkpoints(store)
 
     async def source(self, operation: Operation, spec: Spec) -> str:
-        """The bundle that a load_weights operation names. Raises UserError if there is none, or the owner's tenant differs."""
+        """The bundle that a load_weights operation names.
+
+        Raises UserError if there is none, or the owner's tenant differs.
+        """
         request = requests.decode(_body(operation), requests.LoadWeights)
         checkpoint = await self._checkpoints.resolve(TinkerPath.parse(request.path), spec.tenant)
         index = await bundles.read_index(self._store, checkpoint.bundle)
@@ -50,7 +59,10 @@ class Saves:
             raise InvalidField("path", None, "a name, or sampling_session_seq_id for an unnamed snapshot")
 
     async def store_export(self, operation: Operation, spec: Spec, epoch: int, files: Files) -> bytes:
-        """Make the files durable under the name that the request gives them; return the answer. Raises UserError if the name is taken."""
+        """Make the files durable under the name that the request gives them.
+
+        Return the answer. Raises UserError if the name is taken.
+        """
         run = RunId(operation.run)
         bundle = ids.adapter_prefix(run, operation.seq, epoch)
         index = await bundles.write(self._store, bundle, files, spec=spec, seq=operation.seq, epoch=epoch)
@@ -73,9 +85,14 @@ class Saves:
         sampler = ids.make_sampler_id(ids.session_of(run), request.sampling_session_seq_id)
         await Samplers(self._store).create(
             Sampler(
-                sampler=sampler, tenant=spec.tenant, base_model=spec.base_model, bundle=bundle, kind=request.kind,
-                run=run, seq=operation.seq,
-            )  # fmt: skip
+                sampler=sampler,
+                tenant=spec.tenant,
+                base_model=spec.base_model,
+                bundle=bundle,
+                kind=request.kind,
+                run=run,
+                seq=operation.seq,
+            )
         )
         return msgspec.json.encode({"type": "save_weights_for_sampler", "sampling_session_id": sampler})
 

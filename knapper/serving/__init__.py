@@ -1,1 +1,4 @@
-"""What a function's process holds between two requests: the engine, the runs it has claimed, the adapters it samples from."""
+"""What a function's process holds between two requests.
+
+The engine, the runs it has claimed, the adapters it samples from.
+"""

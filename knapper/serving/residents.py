@@ -1,4 +1,7 @@
-"""The runs that this process holds: claimed on the first bell, worked on in slices, dropped when fenced or long unused."""
+"""The runs that this process holds.
+
+Claimed on the first bell, worked on in slices, dropped when fenced or long unused.
+"""
 
 import asyncio
 import itertools
@@ -27,7 +30,10 @@ log = structlog.get_logger()
 
 @dataclass
 class _Resident(Generic[State]):
-    """One claimed run. `lock` keeps slices apart; snapshots run beside them, one at a time (`snapshots`), the last when all is quiet."""
+    """One claimed run. `lock` keeps slices apart.
+
+    Snapshots run beside them, one at a time (`snapshots`), the last when all is quiet.
+    """
 
     run: Run[State] | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -48,7 +54,9 @@ class Residents(Generic[State]):
         self._claims = itertools.count(1)
 
     async def answer(self, bell: Bell) -> AsyncIterator[Frame]:
-        """Work on the bell's run for a slice; yield each commit as it becomes durable. Raises KnapperError: ring again, unless the user's.
+        """Work on the bell's run for a slice.
+
+        Yield each commit as it becomes durable. Raises KnapperError: ring again, unless the user's.
 
         The work goes on to the end of the operation even if nobody reads; what is durable is found in the store.
         """

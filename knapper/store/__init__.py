@@ -9,18 +9,25 @@ Names = list[str]  # inside a class with a verb `list`, the word means the verb
 class Store(Protocol):
     """What every backend does, exactly; `tests/store` holds all of them to it.
 
-    Names are '/'-separated, non-empty segments without '.' or '..' as a whole segment. Every verb may raise StoreError; after a failed
+    Names are '/'-separated, non-empty segments without '.' or '..' as a whole segment. Every verb may raise
+    StoreError; after a failed
     `put_if_absent` or `delete` it is unknown whether it happened. Reads see every earlier acknowledged write.
     """
 
     async def put_if_absent(self, name: str, data: bytes) -> bool:
-        """Create the object and return True once it is durable; return False if the name is taken (whatever its bytes)."""
+        """Create the object and return True once it is durable.
+
+        Return False if the name is taken (whatever its bytes).
+        """
 
     async def get(self, name: str) -> bytes | None:
         """The whole object, or None."""
 
     async def list(self, prefix: str, start_after: str = "", limit: int = 0) -> Names:
-        """Names that begin with `prefix` and sort after `start_after`, in order of code points; at most `limit` (0: all)."""
+        """Names that begin with `prefix` and sort after `start_after`, in order of code points.
+
+        At most `limit` (0: all).
+        """
 
     async def delete(self, name: str) -> None:
         """Remove the object; a missing one is no error."""

@@ -1,4 +1,7 @@
-"""The store in a local directory: durable through fsync, exclusive through link(2). Any number of processes may share it."""
+"""The store in a local directory.
+
+Durable through fsync, exclusive through link(2). Any number of processes may share it.
+"""
 
 import asyncio
 import errno
@@ -14,7 +17,10 @@ _TEMPORARY = ".tmp"
 
 
 class DirectoryStore:
-    """Object `a/b/c` is the file `a/b/c`. No object's name may be the beginning of another's path (`a` beside `a/b`)."""
+    """Object `a/b/c` is the file `a/b/c`.
+
+    No object's name may be the beginning of another's path (`a` beside `a/b`).
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()

@@ -1,4 +1,6 @@
-"""One history: a client's plan, carried out by real journal classes in a hostile world, then held against the undisturbed run."""
+"""One history: a client's plan, carried out by real journal classes in a hostile world, then held against the
+undisturbed run.
+"""
 
 import asyncio
 import hashlib
@@ -10,7 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from knapper.errors import Fenced, KnapperError, StoreError
+from knapper.errors import Fenced, KnapperError, StoreError, Unavailable
 from knapper.ids import RunId
 from knapper.journal import names
 from knapper.journal.accept import Acceptor, pack
@@ -119,7 +121,10 @@ def undisturbed(plan: list[Step], machine: Machine[Any]) -> Truth:
 
 @dataclass
 class History:
-    """Carries the plan out under faults. `claimants` processes fight for the run; one of them always stays in the end."""
+    """Carries the plan out under faults.
+
+    `claimants` processes fight for the run; one of them always stays in the end.
+    """
 
     seed: int
     plan: list[Step]
@@ -169,8 +174,7 @@ class History:
         while True:
             try:
                 await call(Acceptor(self.store, self.world.clock))  # any gateway, any time
-            except KnapperError as error:
-                assert error.category == "server", error
+            except Unavailable:
                 continue
             self.acked.add(seq)
             return

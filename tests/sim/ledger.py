@@ -1,4 +1,7 @@
-"""A small machine for the simulation: real AdamW arithmetic on a vector, so that order, loss and repetition all change the bits."""
+"""A small machine for the simulation.
+
+Real AdamW arithmetic on a vector, so that order, loss and repetition all change the bits.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -51,7 +54,7 @@ class LedgerMachine:
             return self._outcome(replace(state, grads=grads), {"loss": float(loss)}, cost_s=9.0)
         if operation.kind == "optim_step":
             m = np.float32(0.9) * state.m + np.float32(0.1) * state.grads
-            v = np.float32(0.95) * state.v + np.float32(0.05) * state.grads**2
+            v = np.float32(0.95) * state.v + np.float32(0.05) * state.grads * state.grads
             weights = state.weights - np.float32(0.05) * m / (np.sqrt(v) + np.float32(1e-12))
             after = LedgerState(weights, m, v, np.zeros(SIZE, np.float32), state.step + 1)
             return self._outcome(after, {"step": after.step}, cost_s=1.0)

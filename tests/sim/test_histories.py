@@ -1,4 +1,6 @@
-"""Thousands of seeded histories of the real journal under kills, lost answers, zombies and rivals. One seed, one history.
+"""Thousands of seeded histories of the real journal under kills, lost answers, zombies and rivals.
+
+One seed, one history.
 
 Replay one:  python -m tests.sim.test_histories SEED
 """
@@ -20,7 +22,7 @@ def test_ten_thousand_kills_lose_and_double_nothing() -> None:
     while kills < KILLS_MIN:
         world = play(seed, faults=50)
         kills, errors, seed = kills + world.kills, errors + world.errors, seed + 1
-    print(f"\n{seed} histories, {kills} kills, {errors} failed store calls: every state, moment, gradient and answer as undisturbed")
+    print(f"\n{seed} histories, {kills} kills, {errors} failed store calls: all states and answers as undisturbed")
 
 
 class WithoutFence(Run[Any]):

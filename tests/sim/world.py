@@ -1,4 +1,6 @@
-"""A deterministic world: one seed, one history. Processes are coroutines; every store call is two places where one can be paused,
+"""A deterministic world.
+
+One seed, one history. Processes are coroutines; every store call is two places where one can be paused,
 fail, or die: before its effect and after it.
 """
 
@@ -89,7 +91,9 @@ class World:
                 self.faults -= 1
                 self.errors += 1
                 process.at.fault = StoreError("the store did not answer")
-            elif chance < self.kill_rate + self.error_rate + self.sleep_rate:  # a zombie: it goes on much later, unaware
+            elif (
+                chance < self.kill_rate + self.error_rate + self.sleep_rate
+            ):  # a zombie: it goes on much later, unaware
                 process.asleep_until = self.steps + self.draw.randrange(400)
                 return
         try:
