@@ -23,6 +23,9 @@ sites: Final[dict[str, tuple[str, ...]]] = {
     "down": ("down_proj",),
 }
 head_site: Final = "lm_head"
+_ranks_multiple: Final = (
+    16  # a GEMM with fewer columns takes another kernel: neighbours of higher rank would change bits
+)
 
 
 def rows_padded(rows: int) -> int:
@@ -136,7 +139,7 @@ class Stack:
             if not some:
                 b_parts.append(None)
                 continue
-            rank = max(lora.a[name].shape[0] for lora in some)
+            rank = -(-max(lora.a[name].shape[0] for lora in some) // _ranks_multiple) * _ranks_multiple
             first_a, first_b = some[0].a[name], some[0].b[name]
             a = first_a.new_zeros(len(self.loras), first_a.shape[1], rank)
             b = first_b.new_zeros(len(self.loras), rank, first_b.shape[0])

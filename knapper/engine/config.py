@@ -1,7 +1,6 @@
 """What a model directory says about its architecture, checked here so that nothing later guesses."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,19 +94,6 @@ class ModelConfig:
             context=_size(raw, "max_position_embeddings", directory),
             eos=tuple(sorted(_ids(raw.get("eos_token_id")) | _ids(generation.get("eos_token_id")))),
         )
-
-    def rope_frequencies(self) -> list[float]:
-        """Radians a position, one for each pair of a head's elements (head_dim / 2 of them)."""
-        plain = [self.rope_theta ** (-2 * pair / self.head_dim) for pair in range(self.head_dim // 2)]
-        return plain if self.rope_scaling is None else [_stretched(f, self.rope_scaling) for f in plain]
-
-
-def _stretched(frequency: float, scaling: RopeScaling) -> float:
-    """Long waves are slowed by `factor`, short ones kept; between, a blend linear in turns per original context."""
-    turns = scaling.original_context * frequency / (2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = min(1.0, max(0.0, kept))
-    return frequency * (kept + (1 - kept) / scaling.factor)
 
 
 def _json(path: Path) -> dict[str, Any] | None:

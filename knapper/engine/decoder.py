@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from knapper.engine import rope
 from knapper.engine.adapt import Adapt, Segment, Segments, head_site, padded, sites
 from knapper.engine.attention import Attend, Packed, Recorded, attention_dtype
 from knapper.engine.config import ModelConfig
@@ -28,7 +29,7 @@ class Decoder:
         self.dtype = weights.embed.dtype
         self.device = weights.embed.device
         self.attention_dtype = attention_dtype(self.dtype, self.device)
-        self._frequencies = torch.tensor(config.rope_frequencies(), dtype=torch.float32, device=self.device)
+        self._frequencies = rope.frequencies(config, self.device)
         q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self._widths = {
             "qkv": (q, kv, kv),
@@ -79,22 +80,21 @@ class Decoder:
         rows = tokens_N.shape[0]
         assert rows == positions_N.shape[0], f"{rows} tokens for {positions_N.shape[0]} positions"
         x_NH = F.embedding(padded(tokens_N), self.weights.embed)
-        angles_ND = positions_N[:, None].float() * self._frequencies
-        rope = angles_ND.cos()[:, None], angles_ND.sin()[:, None]
+        turns = rope.turns(positions_N, self._frequencies)
         for index, layer in enumerate(self.weights.layers):
-            x_NH = x_NH + self._attention(index, layer, self._norm(x_NH, layer.input_norm), rope, attend, adapt)
+            x_NH = x_NH + self._attention(index, layer, self._norm(x_NH, layer.input_norm), turns, attend, adapt)
             x_NH = x_NH + self._mlp(index, layer, self._norm(x_NH, layer.post_norm), adapt)
         return self._norm(x_NH, self.weights.norm)[:rows]
 
     def _attention(
-        self, index: int, layer: LayerWeights, x_NH: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, adapt: Adapt
+        self, index: int, layer: LayerWeights, x_NH: Tensor, turns: tuple[Tensor, Tensor], attend: Attend, adapt: Adapt
     ) -> Tensor:
-        rows = rope[0].shape[0]
+        rows = turns[0].shape[0]
         q, k, v = self._linear(index, "qkv", x_NH, layer.qkv, layer.qkv_bias, adapt)
         q, k, v = (x[:rows].unflatten(1, (-1, self.config.head_dim)) for x in (q, k, v))
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
-        q, k = (_rotated(x, rope).to(self.attention_dtype) for x in (q, k))
+        q, k = (rope.rotated(x, turns).to(self.attention_dtype) for x in (q, k))
         o = attend(index, q, k, v.to(self.attention_dtype)).to(x_NH.dtype)
         return self._linear(index, "o", padded(o), layer.o, layer.o_bias, adapt)[0]
 
@@ -117,10 +117,3 @@ class Decoder:
 
 def _positions(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.cat([torch.arange(length) for length in lengths]).to(device, non_blocking=True)
-
-
-def _rotated(x_NHD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Pairs (element d, element d + D/2) turned by their position's angle, in float32."""
-    cos, sin = rope
-    first, second = x_NHD.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
