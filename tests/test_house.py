@@ -15,6 +15,7 @@ import pytest
 
 from knapper.engine import losses
 from knapper.errors import KnapperError
+from knapper.settings import describe
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -129,6 +130,12 @@ def test_the_table_of_errors_states_the_status_and_whose_fault_it_is() -> None:
     text = (ROOT / "docs" / "errors.md").read_text()
     rows = re.findall(r"^\| \[`(\w+)`\]\(#\w+\) \| (\d+) \| (\w+) \|$", text, flags=re.MULTILINE)
     assert sorted(rows) == sorted({(error.code, str(error.status), error.category) for error in error_classes()})
+
+
+def test_the_page_of_settings_lists_each_with_its_default_and_reason() -> None:
+    text = (ROOT / "docs" / "settings.md").read_text()
+    rows = re.findall(r"^\| `(KNAPPER_\w+)` \| (?:`(.*)`)? ?\| (.+) \|$", text, flags=re.MULTILINE)
+    assert rows == [(line.variable, line.value, line.reason) for line in describe({"HOME": "~"})]
 
 
 def test_the_readme_lists_exactly_the_losses_that_exist() -> None:
