@@ -83,12 +83,13 @@ def step(
             raise UserError(
                 f"optim_step would make the {name} not finite "
                 f"(gradient norm {norm:.3g}, learning_rate {values.learning_rate:.3g}, eps {values.eps:.3g}); "
-                "nothing was changed and the gradients are still pending. Lower learning_rate, set grad_clip_norm, or load an earlier state"
+                "nothing was changed and the gradients are still pending. "
+                "Lower learning_rate, set grad_clip_norm, or load an earlier state"
             )
     metrics = {"grad_norm": norm, "learning_rate": values.learning_rate, "step": float(moments.step + 1)}
     return weights_P, Moments(m_P, v_P, moments.step + 1), metrics
 
 
 def is_finite(values_P: Tensor) -> bool:
-    """Whether every number is finite: their float64 norm is then, and only then (float32 squares cannot overflow it)."""
+    """Whether every number is finite: their float64 norm is then and only then (float32 squares cannot overflow it)."""
     return math.isfinite(float(torch.linalg.vector_norm(values_P, dtype=torch.float64)))

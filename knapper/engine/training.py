@@ -120,7 +120,7 @@ class Trainer:
             found = self._logprobs(lora, loss, batch, targets, inputs)
             losses = [loss(p, given, config) for p, given in zip(found, inputs, strict=True)]
             for index, (value, _) in enumerate(losses, first):
-                _check_finite(index, loss, value, found[index - first])
+                _check_finite(index, loss, float(value.detach()), found[index - first])
             if differentiate:
                 torch.stack([value for value, _ in losses]).sum().backward()
         return [
@@ -166,7 +166,7 @@ def _leaves(state: RunState, sums_P: Tensor | None) -> Lora:
 
 
 def _micro_batches(data: Sequence[Datum]) -> Iterator[tuple[int, list[Datum]]]:
-    """(index of the first, datums) in order, cut between datums so that each has at most ROWS_MAX rows, or one datum."""
+    """(index of the first, datums) in order, cut between datums: each has at most ROWS_MAX rows, or is one datum."""
     first, batch, rows = 0, list[Datum](), 0
     for index, datum in enumerate(data):
         if batch and rows + len(datum.tokens) > ROWS_MAX:
@@ -183,8 +183,8 @@ def _widened(target: Tensor, columns: int) -> Tensor:
     return torch.nn.functional.pad(target_TK, (0, columns - target_TK.shape[1]))
 
 
-def _check_finite(index: int, loss: Loss, value: Tensor, logprobs: Tensor) -> None:
-    if math.isfinite(float(value)):
+def _check_finite(index: int, loss: Loss, value: float, logprobs: Tensor) -> None:
+    if math.isfinite(value):
         return
     if not bool(torch.isfinite(logprobs).all()):
         raise UserError(
@@ -192,7 +192,7 @@ def _check_finite(index: int, loss: Loss, value: Tensor, logprobs: Tensor) -> No
             "nothing was changed. Load an earlier state and lower learning_rate"
         )
     raise UserError(
-        f"datum {index}: the loss {loss.name} is {float(value)}; nothing was changed. The model's log-probabilities "
+        f"datum {index}: the loss {loss.name} is {value}; nothing was changed. The model's log-probabilities "
         "are finite, so look for huge weights or advantages, or for `logprobs` far below the model's own: "
         "the ratio is exp of the difference"
     )

@@ -1,0 +1,104 @@
+"""What a journal needs of training: an operation in, the next state and the answer out. The device computes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import msgspec
+
+from knapper import limits
+from knapper.engine import peft_format
+from knapper.engine.device import Device, Task
+from knapper.engine.training import RunState, Trainer
+from knapper.errors import Corrupt
+from knapper.journal.machine import Files, Outcome
+from knapper.journal.records import Operation, Spec
+from knapper.wire import proto, requests, zstd
+
+T = TypeVar("T")
+
+
+class TrainingMachine:
+    """knapper.journal.machine.Machine over a trainer. `clock`, in seconds, only tells what an operation costs."""
+
+    def __init__(self, trainer: Trainer, device: Device, clock: Callable[[], float]) -> None:
+        self._trainer = trainer
+        self._device = device
+        self._clock = clock
+
+    async def create(self, spec: Spec, source: Files | None, with_optimizer: bool) -> RunState:
+        """Raises InvalidField for a spec that cannot be trained, or a checkpoint of another form than the spec's."""
+        if source is None:
+            return await self._device.run(_once(lambda: self._trainer.create(spec)))
+        return await self._device.run(_once(lambda: self._load(spec, source, with_optimizer)))
+
+    async def apply(self, state: RunState, operation: Operation, source: Files | None) -> Outcome[RunState]:
+        """Raises UserError for the user's mistakes; the state is the same then."""
+        outcome, cost_s = await self._device.run(_timed(self._apply(state, operation, source), self._clock))
+        return replace(outcome, cost_s=cost_s)
+
+    async def freeze(self, state: RunState) -> Files:
+        return await self._device.run(_once(lambda: peft_format.freeze(state)))
+
+    async def thaw(self, spec: Spec, files: Files) -> RunState:
+        return await self._device.run(_once(lambda: self._thaw(spec, files)))
+
+    def _apply(self, state: RunState, operation: Operation, source: Files | None) -> Task[Outcome[RunState]]:
+        body = zstd.decompress(operation.body_zstd, limits.body_bytes_max)
+        match operation.kind:
+            case "forward_backward":
+                state, output = yield from self._trainer.forward_backward(state, proto.decode_forward_backward(body))
+                return Outcome(state, "application/x-protobuf", proto.encode_forward_backward_output(output))
+            case "optim_step":
+                values = requests.decode(body, requests.OptimStep).adamw()
+                state, metrics = yield from self._trainer.optim_step(state, values)
+                return _answer(state, {"metrics": metrics})
+            case "load_weights":
+                request = requests.decode(body, requests.LoadWeights)
+                if source is None:
+                    raise Corrupt(f"the files of {request.path} were not handed to the load")
+                yield
+                state = self._load(state.spec, source, request.optimizer)
+                return _answer(state, {"path": request.path, "model_id": operation.run, "type": "load_weights"})
+            case "save_weights" | "save_weights_for_sampler":
+                yield
+                files = peft_format.export(state, with_optimizer=operation.kind == "save_weights")
+                return Outcome(state, "application/json", b"", export=files)
+            case _:
+                raise Corrupt(f"operation {operation.seq} of {operation.run} is a {operation.kind}: not one to apply")
+
+    def _load(self, spec: Spec, files: Files, with_optimizer: bool) -> RunState:
+        """The run as the checkpoint has it: no pending gradients; without the optimizer, moments and step count zero."""
+        layout = self._trainer.layout(spec)
+        return self._trainer.begin(spec, *peft_format.read(files, spec, layout, with_optimizer=with_optimizer))
+
+    def _thaw(self, spec: Spec, files: Files) -> RunState:
+        weights_P, moments, grads_P = peft_format.thaw(files, self._trainer.layout(spec))
+        state = self._trainer.begin(spec, weights_P, moments)
+        return state if grads_P is None else replace(state, grads_P=grads_P.to(state.weights_P.device))
+
+
+def _answer(state: RunState, body: object) -> Outcome[RunState]:
+    return Outcome(state, "application/json", msgspec.json.encode(body))
+
+
+def _once(function: Callable[[], T]) -> Task[T]:
+    """A task of one piece."""
+    yield from ()
+    return function()
+
+
+def _timed(task: Task[T], clock: Callable[[], float]) -> Task[tuple[T, float]]:
+    """(what the task returns, the seconds that its own pieces took: not those of its neighbours)."""
+    spent_s = 0.0
+    try:
+        while True:
+            started = clock()
+            try:
+                next(task)
+            except StopIteration as stop:
+                return stop.value, spent_s + clock() - started
+            spent_s += clock() - started
+            yield
+    finally:
+        task.close()

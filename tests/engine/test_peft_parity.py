@@ -1,0 +1,145 @@
+"""A whole run equals a plain torch + PEFT loop that starts from the run's own exported adapter."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from knapper.engine import peft_format
+from knapper.engine.losses import LOSSES
+from knapper.engine.training import RunState, Trainer
+from knapper.wire.types import AdamW, Datum
+from tests.engine.runs import datum, done, request, spec, tiny_trainer
+from tests.engine.tiny import Kind
+
+# PEFT's advice about tied heads and about a base model that is not on the hub; docs/decisions/0002 says what we do and why.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*tie_word_embeddings"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file"),
+]
+
+ADAM = AdamW(learning_rate=3e-3, weight_decay=0.01, grad_clip_norm=1.0)
+BATCHES = [  # of one optimizer step each: (loss, config, columns of targets)
+    [("cross_entropy", {}, 0), ("cross_entropy", {}, 3)],
+    [("importance_sampling", {}, 0)],
+    [("ppo", {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1}, 0), ("cross_entropy", {}, 0)],
+    [("cispo", {"clip_high_threshold": 2.0}, 0)],
+    [("dro", {"beta": 0.2}, 0)],
+    [("gspo", {"clip_low_threshold": 0.5, "clip_high_threshold": 1.5}, 0)],
+    [("ppo", {}, 0), ("importance_sampling", {}, 0)],
+]
+
+
+def plain_loss(name: str, p: Tensor, given: dict[str, Tensor], config: dict[str, float]) -> Tensor:
+    """The published formulas, written down once more."""
+    if name == "cross_entropy":
+        return -(given["weights"] * p).sum()
+    q, a = given["logprobs"], given["advantages"]
+    r = (p - q).exp()
+    if name == "importance_sampling":
+        return -(r * a).sum()
+    if name == "dro":
+        return -(p * a - 0.5 * config.get("beta", 0.05) * (p - q).pow(2)).sum()
+    if name == "cispo":
+        low, high = config.get("clip_low_threshold", 0.0), config.get("clip_high_threshold", 4.0)
+        return -(r.detach().clip(low, high) * p * a).sum()
+    low, high = config.get("clip_low_threshold", 0.8), config.get("clip_high_threshold", 1.2)
+    if name == "gspo":
+        mask = given["sequence_ratio_mask"]
+        r = ((mask * (p.detach() - q)).sum() / mask.sum()).exp() * (p - p.detach()).exp()
+    return -torch.min(r * a, r.clip(low, high) * a).sum()
+
+
+def plain_logprobs(model: torch.nn.Module, one: Datum) -> Tensor:
+    logits = model(input_ids=torch.from_numpy(one.tokens).long()[None]).logits[0].float()
+    targets = torch.from_numpy(one.inputs["target_tokens"])
+    columns = targets if targets.dim() == 2 else targets[:, None]
+    found = torch.log_softmax(logits, dim=-1).gather(1, columns)
+    return found if targets.dim() == 2 else found[:, 0]
+
+
+def load_in_peft(state: RunState, model: Path, adapter: Path, *, trainable: bool = False) -> torch.nn.Module:
+    """What a user does with the export."""
+    adapter.mkdir()
+    for name, data in peft_format.export(state, with_optimizer=False).items():
+        (adapter / name).write_bytes(data)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    loaded = PeftModel.from_pretrained(base, adapter, is_trainable=trainable)
+    assert isinstance(loaded, torch.nn.Module)
+    return loaded
+
+
+def batch(loss: str, columns: int, rng: np.random.Generator) -> list[Datum]:
+    return [datum(length, loss, rng, columns=columns, prompt=length // 3) for length in (19, 33, 7)]
+
+
+def adapter_of(trainer: Trainer, state: RunState, model: torch.nn.Module) -> Tensor:
+    """PEFT's weights, in our arena's order."""
+    named = {name.replace(".default", ""): p.detach() for name, p in model.named_parameters()}
+    return torch.cat(
+        [named[name].flatten() for site in state.layout.sites for name in peft_format.peft_names(site.name)]
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama_untied", "qwen3"])
+@pytest.mark.parametrize("unembed", [False, True])
+def test_a_run_equals_a_plain_peft_loop(tmp_path: Path, kind: Kind, unembed: bool) -> None:
+    trainer = tiny_trainer(tmp_path / "model", kind)
+    state = trainer.create(spec(train_unembed=unembed))
+    model = load_in_peft(state, tmp_path / "model", tmp_path / "adapter", trainable=True)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trainable) == state.layout.numel
+    adam = torch.optim.AdamW(trainable, lr=3e-3, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.01, foreach=False)
+    rng = np.random.default_rng(5)
+    losses_seen = set()
+    for step in BATCHES:
+        adam.zero_grad()
+        for loss, config, columns in step:
+            losses_seen.add(loss)
+            data = batch(loss, columns, rng)
+            state, output = done(trainer.forward_backward(state, request(data, loss, **config)))
+            total = 0.0
+            for one, found in zip(data, output.outputs, strict=True):
+                p = plain_logprobs(model, one)
+                given = {name: torch.from_numpy(values) for name, values in one.inputs.items()}
+                value = plain_loss(loss, p, given, config)
+                value.backward()
+                total += value.item()
+                np.testing.assert_allclose(found["logprobs"], p.detach().numpy(), atol=1e-5, rtol=1e-5)
+            assert output.metrics["loss:sum"] == pytest.approx(total, rel=1e-5, abs=1e-3)
+        norm = float(torch.nn.utils.clip_grad_norm_(trainable, 1.0))
+        adam.step()
+        state, metrics = done(trainer.optim_step(state, ADAM))
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert norm > 1.0  # else clipping was not tried
+        np.testing.assert_allclose(
+            state.weights_P.numpy(), adapter_of(trainer, state, model).numpy(), atol=1e-5, rtol=0
+        )
+    assert losses_seen == set(LOSSES)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    "targets",
+    [{"train_mlp": False}, {"train_attn": False}, {"train_unembed": True}, {"train_unembed": True, "train_mlp": False, "train_attn": False}],
+)  # fmt: skip
+def test_an_exported_adapter_gives_the_same_log_probabilities_in_peft(
+    tmp_path: Path, kind: Kind, targets: dict[str, bool]
+) -> None:
+    trainer = tiny_trainer(tmp_path / "model", kind)
+    state = trainer.create(spec(**targets, rank=3, alpha=5.0))
+    data = batch("cross_entropy", 0, np.random.default_rng(1))
+    before = done(trainer.forward_backward(state, request(data, forward_only=True)))[1]
+    for _ in range(2):
+        state, _ = done(trainer.forward_backward(state, request(data)))
+        state, _ = done(trainer.optim_step(state, AdamW(learning_rate=1e-2)))
+    after = done(trainer.forward_backward(state, request(data, forward_only=True)))[1]
+    model = load_in_peft(state, tmp_path / "model", tmp_path / "adapter")
+    for one, was, found in zip(data, before.outputs, after.outputs, strict=True):
+        assert np.abs(found["logprobs"] - was["logprobs"]).max() > 1e-2
+        with torch.no_grad():
+            np.testing.assert_allclose(found["logprobs"], plain_logprobs(model, one).numpy(), atol=1e-5, rtol=1e-5)
