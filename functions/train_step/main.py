@@ -1,0 +1,23 @@
+"""train_step: apply one run's waiting operations in order, and commit. Safe to run twice, or to kill at any line."""
+
+import functions_framework.aio
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from knapper import events
+from knapper.errors import KnapperError
+from knapper.serving import answers
+from knapper.serving.engine import engine
+
+engine()  # under ASGI this module is imported before the port binds: the weights are there when the first bell rings
+
+
+@functions_framework.aio.http
+async def train_step(request: Request) -> Response:
+    try:
+        bell = events.decode(request.headers, await answers.body(request))
+        frames = engine().residents.answer(bell)
+        first = await anext(frames)  # the claim: it succeeds before anything is answered
+    except KnapperError as error:
+        return answers.error(error)
+    return StreamingResponse(answers.stream(first, frames), media_type=events.FRAMES)

@@ -1,0 +1,76 @@
+"""What the functions' pages share: bounded bodies, errors that Knative understands, frames, callers who hang up."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import structlog
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from knapper import limits
+from knapper.errors import InvalidField, KnapperError, TooLarge, Unavailable, UserError
+from knapper.events import Frame, encode_frame
+
+T = TypeVar("T")
+log = structlog.get_logger()
+
+
+async def body(request: Request) -> bytes:
+    """The whole body. Raises TooLarge past the limit, without reading on."""
+    received = bytearray()
+    async for chunk in request.stream():
+        received += chunk
+        if len(received) > limits.body_bytes_max:
+            raise TooLarge(f"the body has more than {limits.body_bytes_max} bytes; allowed: {limits.body_bytes_max}")
+    return bytes(received)
+
+
+def error(error: KnapperError) -> Response:
+    """2xx: durable. 4xx: poison, do not repeat. 503: not now. Never 409, and never an empty body."""
+    status = error.status if isinstance(error, UserError) else 503
+    after_s = error.retry_after_s if isinstance(error, Unavailable) else 1.0
+    headers = {} if status != 503 else {"Retry-After": str(max(1, round(after_s)))}
+    return JSONResponse(
+        {"detail": str(error), "code": error.code, "category": error.category}, status_code=status, headers=headers
+    )
+
+
+async def stream(first: Frame, frames: AsyncIterator[Frame]) -> AsyncIterator[bytes]:
+    """The frames as bytes, each at once. An error ends the stream early: what it said is durable all the same."""
+    yield encode_frame(first)
+    with suppress(KnapperError):
+        async for frame in frames:
+            yield encode_frame(frame)
+
+
+def expect_model(asked: str, served: str) -> None:
+    """Raises InvalidField if the request is for another base model than this process has."""
+    if asked != served:
+        raise InvalidField("base_model", asked, repr(served))
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What the work returns. When the caller hangs up, the work is cancelled. Its defects are logged, and become 503."""
+    task = asyncio.ensure_future(work)
+    hung_up = asyncio.ensure_future(_hang_up(request))
+    try:
+        await asyncio.wait((task, hung_up), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Unavailable("the caller hung up")
+        return task.result()
+    except KnapperError:
+        raise
+    except Exception as defect:
+        log.exception("sampling failed")
+        raise Unavailable(f"sampling failed: {defect!r}") from defect
+    finally:
+        for waiting in (task, hung_up):
+            waiting.cancel()
+
+
+async def _hang_up(request: Request) -> None:
+    """Return once the caller is gone. The body was read before, so nothing else can come."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

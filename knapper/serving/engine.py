@@ -1,0 +1,117 @@
+"""The engine of this process: one base model, one device, one store. Every function of the process shares it."""
+
+import os
+import platform
+import socket
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import structlog
+import torch
+
+from knapper import telemetry
+from knapper.engine import peft_format, weights
+from knapper.engine.config import ModelConfig
+from knapper.engine.decoder import Decoder
+from knapper.engine.device import Device
+from knapper.engine.lora import Lora, layout
+from knapper.engine.machine import TrainingMachine
+from knapper.engine.sampler import Sampler
+from knapper.engine.stops import load_tokenizer
+from knapper.engine.training import RunState, Trainer
+from knapper.errors import InvalidField
+from knapper.journal import bundles
+from knapper.journal.records import Terms
+from knapper.journal.run import Holder
+from knapper.serving.residents import Residents
+from knapper.settings import Settings
+from knapper.store import Store
+from knapper.store.directory import DirectoryStore
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a function needs to answer: runs to train, and a sampler."""
+
+    base_model: str
+    residents: Residents[RunState]
+    sampler: Sampler
+
+
+@dataclass(frozen=True)
+class StoredAdapters:
+    """Adapters as a sampler wants them, read from their immutable bundles and verified."""
+
+    store: Store
+    config: ModelConfig
+    device: torch.device
+
+    async def load(self, adapter: str) -> Lora:
+        """Raises Corrupt if the bundle is gone or not what its index says."""
+        only = frozenset({peft_format.CONFIG, peft_format.ADAPTER})
+        index, files = await bundles.read(self.store, adapter, only)
+        where = layout(self.config, index.spec)
+        weights_P, _ = peft_format.read(files, index.spec, where, with_optimizer=False)
+        return where.lora(weights_P.to(self.device), index.spec.alpha / index.spec.rank)
+
+
+@cache
+def engine() -> Engine:
+    """The engine, loaded on the first call: do that before the port binds. Everything comes from the environment."""
+    settings = Settings.load(os.environ)
+    telemetry.configure("engine", settings.log_level)
+    began = time.monotonic()
+    if not settings.model_directory:
+        raise InvalidField("KNAPPER_MODEL_DIRECTORY", "", "the directory of the base model's files")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    directory = Path(settings.model_directory)
+    config = ModelConfig.read(directory)
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = _dtype(settings.dtype, where)
+    decoder = Decoder(config, weights.load(directory, config, dtype, where))
+    device = Device()
+    store = DirectoryStore(settings.store_directory)
+    machine = TrainingMachine(Trainer(decoder), device, time.monotonic)
+    terms = _terms(where, dtype)
+    holder = Holder(f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}", "", terms)
+    adapters = StoredAdapters(store, config, where)
+    log.info(
+        "loaded",
+        model=settings.model,
+        architecture=config.model_type,
+        device=terms.device,
+        dtype=terms.dtype,
+        threads=terms.threads,
+        took_s=round(time.monotonic() - began, 2),
+    )
+    return Engine(
+        base_model=settings.model,
+        residents=Residents(store, machine, holder, time.time),
+        sampler=Sampler(decoder, device, adapters, load_tokenizer(directory)),
+    )
+
+
+def _dtype(setting: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 where the hardware computes it faster than float32, else float32."""
+    if setting != "auto":
+        return torch.bfloat16 if setting == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    able = torch.cpu.get_capabilities()
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+
+
+def _terms(device: torch.device, dtype: torch.dtype) -> Terms:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return Terms(
+        device=f"{device.type} {name} {capability}",
+        dtype=str(dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        versions=f"torch {torch.__version__}",
+    )
