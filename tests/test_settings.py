@@ -55,7 +55,7 @@ def test_the_limits_themselves_are_allowed(port: int) -> None:
 
 
 def test_a_misspelt_variable_is_refused() -> None:
-    with pytest.raises(InvalidField, match="KNAPPER_PROT.*KNAPPER_PORT"):
+    with pytest.raises(InvalidField, match=r"KNAPPER_PROT.*KNAPPER_PORT"):
         Settings.load({"KNAPPER_PROT": "1"})
 
 

@@ -1,8 +1,12 @@
 """Which base models are served, by whom and on what terms: records `models/<slug>/<n>`, of which the highest n wins."""
 
 import hashlib
+from pathlib import Path
+from typing import Annotated
 
-from knapper.errors import NotFound, Unavailable
+import msgspec
+
+from knapper.errors import InvalidField, NotFound, Unavailable
 from knapper.ids import number
 from knapper.journal.records import Record, decode, encode
 from knapper.store import Store
@@ -58,6 +62,15 @@ class Catalogue:
                 return True
         raise Unavailable(f"model {record.name!r}: other processes keep publishing it; stop all but one of them")
 
+    async def serve_only(self, record: ModelRecord) -> None:
+        """Publish this model, and say of all others that nobody serves them."""
+        for other in await self.models():
+            if other.name != record.name:
+                await self.publish(
+                    msgspec.structs.replace(other, trainable=False, sampleable=False, train_step_url="", sample_url="")
+                )
+        await self.publish(record)
+
     async def _newest(self) -> list[ModelRecord]:
         newest: dict[str, str] = {}
         for name in await self._store.list(_PREFIX):  # in order, so the last of a slug wins
@@ -78,3 +91,35 @@ class Catalogue:
 def slug(name: str) -> str:
     """Where the versions of a model lie: any name becomes one plain segment."""
     return hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+def record_of(directory: Path, name: str, *, dtype: str, train_step_url: str, sample_url: str) -> ModelRecord:
+    """The record of a model that this machine serves from a directory. Raises InvalidField for a bad config.json."""
+    path = directory / "config.json"
+    try:
+        config = msgspec.json.decode(path.read_bytes(), type=_Config)
+    except (OSError, msgspec.DecodeError) as error:
+        raise InvalidField(
+            "model", str(directory), "a directory with the config.json of a language model", str(error)
+        ) from error
+    return ModelRecord(
+        name=name,
+        directory=str(directory),
+        tokenizer_id=str(directory),
+        context=config.max_position_embeddings,
+        vocab=config.vocab_size,
+        arch=config.architectures[0],
+        dtype=dtype,
+        trainable=True,
+        sampleable=True,
+        train_step_url=train_step_url,
+        sample_url=sample_url,
+    )
+
+
+class _Config(msgspec.Struct):
+    """What we read of config.json."""
+
+    architectures: Annotated[list[str], msgspec.Meta(min_length=1)]
+    vocab_size: Annotated[int, msgspec.Meta(ge=1)]
+    max_position_embeddings: Annotated[int, msgspec.Meta(ge=1)]

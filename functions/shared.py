@@ -1,0 +1,28 @@
+"""Several functions in one process, at /NAME each, under functions-framework: one copy of the base weights serves all.
+
+FUNCTION_SOURCES: paths of main.py files, joined by os.pathsep; each defines the function that its directory is named
+for. What they share lives in the library, since every main.py becomes sys.modules["main"].
+"""
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from functions_framework.aio import create_asgi_app
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.types import ASGIApp
+
+
+@asynccontextmanager
+async def load(app: Starlette) -> AsyncIterator[None]:
+    """Import every function before the port listens; one that fails to import ends the process."""
+    for source in map(Path, os.environ["FUNCTION_SOURCES"].split(os.pathsep)):  # noqa: TID251  an entry point
+        name = source.parent.name
+        function: ASGIApp = create_asgi_app(name, os.fspath(source), "http")  # type: ignore[no-untyped-call]
+        app.router.routes.append(Mount(f"/{name}", app=function))
+    yield
+
+
+app = Starlette(lifespan=load)

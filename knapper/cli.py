@@ -1,0 +1,74 @@
+"""The `knapper` command. What a subcommand needs is imported inside it, so that `--help` answers at once."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+import knapper
+
+app = typer.Typer(
+    name="knapper",
+    help="Fine-tuning that costs nothing while it sleeps.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def up(
+    model: Annotated[str | None, typer.Option(help="Base model: a name, or a directory.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="The gateway's port; 0: any free one.")] = None,
+    host: Annotated[str | None, typer.Option(help="Where the gateway listens.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Directory of everything that must survive.")] = None,
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"] | None, typer.Option(help="Of the base weights.")] = None,
+    idle: Annotated[float | None, typer.Option(help="Seconds without work after which the engine ends.")] = None,
+    isolated: Annotated[bool, typer.Option("--isolated", help="One process for each function.")] = False,
+) -> None:
+    """Serve the Tinker API on this machine until Ctrl-C. Defaults: see `knapper settings`."""
+    from knapper import telemetry
+    from knapper.local.root import deployables
+    from knapper.local.supervisor import up
+    from knapper.settings import Settings, variable
+
+    given = {"model": model, "port": port, "host": host, "data": data, "dtype": dtype, "idle_s": idle}
+    flags = {variable(name): str(value) for name, value in given.items() if value is not None}
+    settings = Settings.load({**os.environ, **flags})
+    telemetry.configure("up", settings.log_level)
+    up(settings, deployables(), os.environ, isolated=isolated)
+
+
+@app.command()
+def settings() -> None:
+    """Print every setting: its variable, its value, where that comes from, and why it exists."""
+    from knapper.settings import describe
+
+    for line in describe(os.environ):
+        print(f"{line.variable}={line.value}  ({line.source})\n    {line.reason}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(knapper.__version__)
+
+
+def main() -> None:
+    """The border of the process: a KnapperError becomes one line, anything else is a defect and keeps its traceback."""
+    from knapper.errors import KnapperError
+
+    try:
+        app()
+    except KnapperError as error:
+        print(f"knapper: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:  # before or after the event loop heeds signals
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One machine, no cloud: what stands in for Knative under `knapper up`."""

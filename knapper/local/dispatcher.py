@@ -1,0 +1,170 @@
+"""Knative's activator in small: an ASGI proxy that wakes a function's process, and streams its answer as it comes.
+
+    /train_step...  ->  the process that serves it, started if need be     (200, 503, ... whatever it answers)
+    /               ->  {"engine": "stopped" | "starting" | "running"}     (for the gateway's and people's information)
+
+Delivery is at least once: a request that gets no answer because its process ended is sent once more, to a new one.
+"""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import structlog
+
+from knapper import limits
+from knapper.errors import KnapperError, NotFound, TooLarge, Unavailable
+from knapper.local.service import Service
+
+log = structlog.get_logger()
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+_HOP_BY_HOP = {b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"proxy-connection"}
+_REWRITTEN = {b"host", b"content-length"}
+_attempts_max = 2
+_connect_s = 5.0
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where requests below a prefix go: into this service, below `base` there ('' or '/name')."""
+
+    service: Service
+    base: str
+
+
+class _Left(Exception):
+    """The client closed the connection."""
+
+
+class Dispatcher:
+    """The ASGI application. Bodies are bounded and held (they may be sent twice); answers are never held."""
+
+    def __init__(self, routes: Mapping[str, Route]) -> None:
+        self._routes = routes
+        self._client = httpx.AsyncClient(
+            timeout=httpx.Timeout(None, connect=_connect_s),
+            limits=httpx.Limits(max_connections=None),
+            trust_env=False,  # no proxy stands between two processes of one machine
+        )
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        try:
+            body = await _read(receive)
+        except _Left:
+            return
+        except TooLarge as error:
+            await _refuse(send, error)
+            return
+        answering = asyncio.create_task(self._answer(scope, body, send))
+        leaving = asyncio.create_task(_until_left(receive))
+        await asyncio.wait([answering, leaving], return_when=asyncio.FIRST_COMPLETED)
+        for task in (answering, leaving):
+            task.cancel()
+        await asyncio.wait([answering, leaving])
+        if not answering.cancelled() and (defect := answering.exception()):
+            log.error("dispatcher: defect", path=scope["path"], exc_info=defect)
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def _answer(self, scope: Mapping[str, Any], body: bytes, send: Send) -> None:
+        try:
+            if scope["path"] == "/":
+                states = {route.service.name: route.service.state for route in self._routes.values()}
+                await _reply(send, 200, states)
+                return
+            route, path = self._route(scope["path"])
+            url = path + ("?" + scope["query_string"].decode("latin-1") if scope["query_string"] else "")
+            for attempt in range(1, _attempts_max + 1):
+                if await self._forward(route.service, scope["method"], url, _request_headers(scope), body, send):
+                    return
+                log.warning(f"{route.service.name}: ended before it answered", attempt=attempt)
+            raise Unavailable(f"{route.service.name} ended twice before it answered (see the log)")
+        except KnapperError as error:
+            await _refuse(send, error)
+
+    def _route(self, path: str) -> tuple[Route, str]:
+        for prefix, route in self._routes.items():
+            if path == prefix or path.startswith(prefix + "/"):
+                return route, f"{route.base}/{path[len(prefix) + 1 :]}"
+        raise NotFound(f"the dispatcher has no function at {path!r}; it has: {', '.join(self._routes)}")
+
+    async def _forward(
+        self, service: Service, method: str, url: str, headers: Headers, body: bytes, send: Send
+    ) -> bool:  # fmt: skip
+        """False if there was no answer, so that nothing has been sent to the client yet."""
+        async with service.use() as running:
+            request = self._client.build_request(method, running.url + url, headers=headers, content=body)
+            try:
+                answer = await self._client.send(request, stream=True)
+            except httpx.TransportError as error:
+                log.info(f"{service.name}: {type(error).__name__}", pid=running.process.pid)
+                await service.lost(running)
+                return False
+            try:
+                await send(
+                    {"type": "http.response.start", "status": answer.status_code, "headers": _answer_headers(answer)}
+                )
+                async for chunk in answer.aiter_raw():
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await send({"type": "http.response.body", "body": b""})
+            except httpx.TransportError as error:  # the client sees a broken answer: it is not completed here
+                log.warning(f"{service.name}: the answer broke off", pid=running.process.pid, reason=str(error))
+            finally:
+                await answer.aclose()
+            return True
+
+
+async def _read(receive: Receive) -> bytes:
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _Left
+        size += len(message.get("body", b""))
+        if size > limits.body_bytes_max:
+            raise TooLarge(f"the body has over {limits.body_bytes_max} bytes, the most that a function accepts")
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return b"".join(chunks)
+
+
+async def _until_left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _request_headers(scope: Mapping[str, Any]) -> Headers:
+    kept = [(name, value) for name, value in scope["headers"] if name not in _HOP_BY_HOP | _REWRITTEN]
+    if not any(name == b"accept-encoding" for name, _ in kept):
+        kept.append((b"accept-encoding", b"identity"))  # or httpx would ask for gzip in the client's name
+    return kept
+
+
+def _answer_headers(answer: httpx.Response) -> Headers:
+    return [(name.lower(), value) for name, value in answer.headers.raw if name.lower() not in _HOP_BY_HOP]
+
+
+async def _refuse(send: Send, error: KnapperError) -> None:
+    headers = []
+    if isinstance(error, Unavailable):
+        headers.append((b"retry-after", str(max(1, round(error.retry_after_s))).encode()))
+    await _reply(send, error.status, {"error": str(error), "code": error.code}, headers)
+
+
+async def _reply(send: Send, status: int, body: object, headers: Headers | None = None) -> None:
+    content = json.dumps(body).encode()
+    plain = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": plain + (headers or [])})
+    await send({"type": "http.response.body", "body": content})

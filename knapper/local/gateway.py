@@ -1,0 +1,90 @@
+"""The gateway's process: always one, started again at once when it ends, on the same socket throughout."""
+
+import asyncio
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+import httpx
+import structlog
+
+from knapper.errors import Unavailable
+from knapper.local import web
+from knapper.local.process import Process
+
+log = structlog.get_logger()
+
+_healthy_s_max = 120.0
+_grace_s = 2.0  # it may hold polls of half a minute; clients repeat them
+_steady_s = 5.0  # who lived so long is started again without delay
+_backoff_s_max = 5.0
+
+
+class Gateway:
+    """We hold the listening socket: while there is no process, clients wait in it, and are not refused."""
+
+    def __init__(
+        self, root: Path, environment: Mapping[str, str], listener: socket.socket, changed: Callable[[Process], None]
+    ) -> None:  # fmt: skip
+        self._root = root
+        self._environment = environment
+        self._listener = listener
+        self._changed = changed
+        self._process: Process | None = None
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine reaches it."""
+        host, port = self._listener.getsockname()[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    async def keep(self, ready: Callable[[], None]) -> NoReturn:
+        """Run it until cancelled; `ready` is called once. Raises Unavailable if it cannot even begin to serve."""
+        loop = asyncio.get_running_loop()
+        self._listener.listen(2048)
+        served, quick_ends = False, 0
+        while True:
+            began = loop.time()
+            self._process = await web.start("gateway.main:app", self._root, self._environment, self._listener)
+            self._changed(self._process)
+            if not served:
+                await self._until_healthy(self._process)
+                served = True
+                ready()
+            ending = await self._process.ending()
+            quick_ends = quick_ends + 1 if loop.time() - began < _steady_s else 0
+            backoff_s = min(0.05 * 2**quick_ends, _backoff_s_max) if quick_ends else 0.0
+            log.error(f"gateway: ended ({ending}); starting it again", pid=self._process.pid)
+            await asyncio.sleep(backoff_s)
+
+    async def stop(self) -> None:
+        if self._process:
+            await self._process.stop(_grace_s)
+
+    def kill(self) -> None:
+        if self._process:
+            self._process.kill()
+
+    async def _until_healthy(self, process: Process) -> None:
+        asking = asyncio.create_task(self._ask_health())
+        await asyncio.wait([asking, process.exited], return_when=asyncio.FIRST_COMPLETED)
+        if asking.done():
+            asking.result()
+            return
+        asking.cancel()
+        raise Unavailable(
+            f"the gateway did not start ({await process.ending()}); its last lines:\n{await process.last_words()}"
+        )
+
+    async def _ask_health(self) -> None:
+        async with httpx.AsyncClient(trust_env=False, timeout=_healthy_s_max) as client:
+            try:
+                answer = await client.get(f"{self.url}/api/v1/healthz")
+            except httpx.HTTPError as error:
+                raise Unavailable(
+                    f"the gateway does not answer on {self.url}: {type(error).__name__} {error}"
+                ) from error
+        if not answer.is_success:
+            raise Unavailable(f"the gateway answers {answer.status_code} to /api/v1/healthz: {answer.text[:200]}")

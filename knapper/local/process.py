@@ -1,0 +1,68 @@
+"""A child process: it dies with us, its output joins ours, and its last words are remembered."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+_CHILD = Path(__file__).with_name("child.py")
+_last_words_bytes_max = 2000
+
+
+class Process:
+    """Made by `start`, which must run on the main thread (see child.py)."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self._last = b""
+        self._relay = asyncio.create_task(self._relay_output())
+        self.pid = process.pid
+        self.exited = asyncio.create_task(process.wait())  # awaited by several: shield it
+
+    @staticmethod
+    async def start(command: Sequence[str], environment: Mapping[str, str], inherit: Iterable[int] = ()) -> "Process":
+        """Run the command; `inherit`: file descriptors that it keeps under their numbers."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-I", "-S", os.fspath(_CHILD), str(os.getpid()), *command,
+            env=dict(environment), pass_fds=tuple(inherit),
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        return Process(process)
+
+    @property
+    def alive(self) -> bool:
+        return self._process.returncode is None
+
+    async def ending(self) -> str:
+        """Wait for its end, and say how it was: `exit code 3`, `killed by SIGKILL`."""
+        code = await asyncio.shield(self.exited)
+        if code >= 0:
+            return f"exit code {code}"
+        return f"killed by {signal.Signals(-code).name}"
+
+    async def last_words(self) -> str:
+        """The end of its output, once it has ended."""
+        await asyncio.wait([self._relay], timeout=1)  # a grandchild may hold the pipe open
+        lines = self._last.decode(errors="replace").splitlines()
+        return "\n".join(lines[1:] if len(self._last) == _last_words_bytes_max else lines)
+
+    async def stop(self, grace_s: float) -> None:
+        """SIGTERM, and SIGKILL if it still lives `grace_s` seconds later. Returns when it is gone."""
+        if self.alive:
+            self._process.terminate()
+        if not (await asyncio.wait([self.exited], timeout=grace_s))[0]:
+            self.kill()
+        await asyncio.shield(self.exited)
+
+    def kill(self) -> None:
+        if self.alive:
+            self._process.kill()
+
+    async def _relay_output(self) -> None:
+        assert self._process.stdout is not None
+        while chunk := await self._process.stdout.read(65536):
+            self._last = (self._last + chunk)[-_last_words_bytes_max:]
+            sys.stderr.buffer.write(chunk)
+            sys.stderr.buffer.flush()

@@ -1,0 +1,57 @@
+"""What runs now, for operators and tests, and the lock that keeps a data directory to one supervisor."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from knapper.errors import InvalidField
+
+
+class Processes:
+    """`run/processes.json`: {role: {"pid": ..., "port": ...}}, replaced whole at each change."""
+
+    def __init__(self, run_directory: Path) -> None:
+        self._path = run_directory / "processes.json"
+        self._roles: dict[str, dict[str, int]] = {}
+
+    def set(self, role: str, pid: int, port: int) -> None:
+        self._roles[role] = {"pid": pid, "port": port}
+        self._write()
+
+    def remove(self, role: str) -> None:
+        self._roles.pop(role, None)
+        self._write()
+
+    def clear(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self._roles, indent=2) + "\n")
+        temporary.replace(self._path)
+
+
+@contextmanager
+def locked(data: Path, run_directory: Path) -> Iterator[None]:
+    """This process alone uses the data directory. Raises InvalidField if another does, or it cannot be written."""
+    try:
+        run_directory.mkdir(parents=True, exist_ok=True)
+        file = (run_directory / "lock").open("a+")
+    except OSError as error:
+        raise InvalidField("data", str(data), "a directory that can be written", str(error)) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InvalidField(
+                "data", str(data), "a directory that no other knapper uses",
+                f"Process {file.read().strip()} uses it: stop that one, or choose another with --data",
+            ) from None  # fmt: skip
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -1,0 +1,144 @@
+"""`knapper up`: the gateway always, engines while there is work, one dispatcher between them; all of it ends together.
+
+supervisor, with the dispatcher in it
+ ├─ gateway                on a socket that the supervisor holds
+ └─ engine                 train_step and sample in one process, or a process for each (--isolated)
+"""
+
+import asyncio
+import os
+import resource
+import signal
+import socket
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from knapper.local import engines, web
+from knapper.local.dispatcher import Dispatcher
+from knapper.local.gateway import Gateway
+from knapper.local.process import Process
+from knapper.local.server import Server
+from knapper.local.service import Running
+from knapper.local.state import Processes, locked
+from knapper.models.catalogue import Catalogue, ModelRecord, record_of
+from knapper.models.obtain import obtain
+from knapper.settings import Settings
+from knapper.store.directory import DirectoryStore
+
+log = structlog.get_logger()
+
+
+def up(settings: Settings, root: Path, environ: Mapping[str, str], *, isolated: bool = False) -> None:
+    """Serve until SIGINT or SIGTERM. Raises KnapperError if that cannot begin; `root` holds gateway/ and functions/."""
+    _allow_many_connections()
+    with ExitStack() as stack:
+        stack.enter_context(locked(settings.data, settings.run_directory))
+        listener = stack.enter_context(web.bind(settings.host, settings.port))
+        bells = stack.enter_context(web.bind("127.0.0.1", 0))
+        directory = obtain(settings.model, settings.cache, say=log.info)
+        address = f"http://127.0.0.1:{bells.getsockname()[1]}"
+        settings = msgspec.structs.replace(
+            settings,
+            model_directory=str(directory),
+            train_step_url=f"{address}/train_step",
+            sample_url=f"{address}/sample",
+        )
+        asyncio.run(Supervisor(settings, root, environ, listener, bells, isolated=isolated).serve())
+
+
+class Supervisor:
+    """Every process of one `knapper up`. Lives on the main thread, whose end would end the children."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        root: Path,
+        environ: Mapping[str, str],
+        listener: socket.socket,
+        bells: socket.socket,
+        *,
+        isolated: bool,
+    ) -> None:
+        outer = {name: value for name, value in environ.items() if not name.startswith("KNAPPER_")}
+        environment = {**outer, **settings.environment(), "PYTHONUNBUFFERED": "1"}
+        make = engines.isolated if isolated else engines.shared
+        routes = make(root, environment, settings.idle_s, self._engine_changed)
+        self._settings = settings
+        self._processes = Processes(settings.run_directory)
+        self._services = {route.service.name: route.service for route in routes.values()}
+        self._gateway = Gateway(root, environment, listener, self._gateway_changed)
+        self._gateway_port = listener.getsockname()[1]
+        self._bells = bells
+        self._dispatcher = Dispatcher(routes)
+        self._server = Server(self._dispatcher, bells)
+        self._stop = asyncio.Event()
+
+    async def serve(self) -> None:
+        """Bring everything up, keep it up until a signal, take it down: the gateway first, so that nothing rings."""
+        self._heed_signals()
+        self._processes.set("supervisor", os.getpid(), self._bells.getsockname()[1])
+        keeping = asyncio.create_task(self._serve_gateway())
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait([keeping, stopping], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            keeping.cancel()
+            await asyncio.wait([keeping])
+            await self._gateway.stop()
+            await asyncio.gather(*(service.close() for service in self._services.values()))
+            await self._server.stop()
+            await self._dispatcher.close()
+            self._processes.clear()
+        if not keeping.cancelled():
+            await keeping  # it ended by itself: with an error
+        log.info("stopped")
+
+    async def _serve_gateway(self) -> None:
+        await Catalogue(DirectoryStore(self._settings.store_directory)).serve_only(self._record())
+        self._server.start()
+        await self._gateway.keep(lambda: print(f"ready: {self._gateway.url}", flush=True))
+
+    def _record(self) -> ModelRecord:
+        settings = self._settings
+        directory = Path(settings.model_directory)
+        name = settings.model if not Path(settings.model).expanduser().is_dir() else str(directory)
+        return record_of(
+            directory,
+            name,
+            dtype=settings.dtype,
+            train_step_url=settings.train_step_url,
+            sample_url=settings.sample_url,
+        )
+
+    def _heed_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._stop.is_set():  # again: no more patience
+            self._gateway.kill()
+            for service in self._services.values():
+                service.kill()
+            return
+        log.info(f"{number.name}: stopping (once more: at once)")
+        self._stop.set()
+
+    def _engine_changed(self, name: str, running: Running | None) -> None:
+        if running:
+            self._processes.set(name, running.process.pid, running.port)
+        else:
+            self._processes.remove(name)
+
+    def _gateway_changed(self, process: Process) -> None:
+        self._processes.set("gateway", process.pid, self._gateway_port)
+
+
+def _allow_many_connections() -> None:
+    """Each sample that is waited for holds a connection in every process on its way; the usual soft limit is 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
