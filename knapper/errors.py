@@ -76,6 +76,13 @@ class Unavailable(KnapperError):
         self.retry_after_s = retry_after_s
 
 
+class TooMany(Unavailable):
+    """A queue is full: clients back off and send again."""
+
+    code = "too_many"
+    status = 429
+
+
 class StoreError(Unavailable):
     """The store did not do what it was asked; whether it happened is unknown unless the message says so."""
 

@@ -1,0 +1,155 @@
+"""Ring train_step for runs with work undone, and let what it answers wake those who wait.
+
+A bell that gets lost costs time and nothing else: the work lies in the store, and whoever polls for it rings again.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import httpx
+import msgspec
+import structlog
+
+from knapper import events, limits
+from knapper.errors import Corrupt, KnapperError, UserError
+from knapper.events import Bell, Claimed, Committed, Done
+from knapper.ids import RunId
+from knapper.journal.results import Results
+
+_BACK_OFF_S, _BACK_OFF_MAX_S = 0.2, 5.0
+_COLD_S = 1.0  # an unanswered bell is a cold start after this
+_TIMEOUT = httpx.Timeout(connect=5.0, read=limits.slice_s + 300.0, write=30.0, pool=None)
+
+log = structlog.get_logger()
+
+
+@dataclass
+class _Line:
+    """One run, as this gateway sees it."""
+
+    accepted: int = -1  # the newest operation that passed through here
+    again: bool = False  # something was accepted since the newest bell began
+    task: asyncio.Task[None] | None = None
+    unanswered_since: float | None = None
+    wake: asyncio.Event | None = None
+
+
+class Bells:
+    """At most one bell in flight a run. `url_of` says where a run's train_step listens."""
+
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        results: Results,
+        url_of: Callable[[RunId], Awaitable[str]],
+        new_id: Callable[[], str],
+    ) -> None:
+        self._client = client
+        self._results = results
+        self._url_of = url_of
+        self._new_id = new_id
+        self._lines: dict[RunId, _Line] = {}
+        self._cold_start_s: float | None = None  # as last measured
+
+    def ring(self, run: RunId, accepted: int = -1) -> None:
+        """Work may wait for the run. Returns at once."""
+        line = self._lines.setdefault(run, _Line())
+        line.accepted = max(line.accepted, accepted)
+        line.again = True
+        if line.task is None:
+            line.task = asyncio.create_task(self._ring_until_quiet(run, line))
+
+    def woken(self, run: RunId) -> asyncio.Event:
+        """An event that is set when the run has a new result."""
+        line = self._lines.setdefault(run, _Line())
+        if line.wake is None or line.wake.is_set():
+            line.wake = asyncio.Event()
+        return line.wake
+
+    def undone(self) -> list[RunId]:
+        """Runs of which something was accepted here and not yet answered."""
+        return [run for run, line in self._lines.items() if line.accepted > self._results.applied(run)]
+
+    def runs(self) -> list[RunId]:
+        return list(self._lines)
+
+    def ringing(self, run: RunId) -> bool:
+        line = self._lines.get(run)
+        return line is not None and line.task is not None
+
+    def queue_state(self, run: RunId) -> tuple[str, str | None]:
+        """(queue_state, reason) for whoever waits on the run."""
+        line = self._lines.get(run)
+        since = line.unanswered_since if line is not None else None
+        waited = 0.0 if since is None else asyncio.get_running_loop().time() - since
+        if waited <= _COLD_S:
+            return "active", None
+        usually = (
+            "how long it takes is not known yet"
+            if self._cold_start_s is None
+            else f"usually {self._cold_start_s:.0f} s"
+        )
+        return "paused_capacity", f"train_step is starting from zero; waited {waited:.0f} s, {usually}"
+
+    async def forget(self, run: RunId) -> None:
+        """Stop ringing for the run and free what is known of it."""
+        line = self._lines.pop(run, None)
+        self._results.forget(run)
+        if line is not None and line.task is not None:
+            line.task.cancel()
+            await asyncio.gather(line.task, return_exceptions=True)
+
+    async def close(self) -> None:
+        for run in self.runs():
+            await self.forget(run)
+
+    async def _ring_until_quiet(self, run: RunId, line: _Line) -> None:
+        back_off = _BACK_OFF_S
+        try:
+            while line.again:
+                line.again = False
+                try:
+                    more = await self._ring(run, line)
+                    line.again = line.again or more
+                    back_off = _BACK_OFF_S
+                except (httpx.HTTPError, KnapperError, msgspec.MsgspecError) as error:
+                    if isinstance(error, UserError):
+                        log.error("train_step refuses the bell", run=run, reason=str(error))
+                        return
+                    log.info("train_step does not answer", run=run, reason=f"{type(error).__name__}: {error}")
+                    line.again = True
+                    await asyncio.sleep(back_off)
+                    back_off = min(2 * back_off, _BACK_OFF_MAX_S)
+        finally:
+            line.task = line.unanswered_since = None
+
+    async def _ring(self, run: RunId, line: _Line) -> bool:
+        """One bell, until its answer ends; True if it should ring again."""
+        loop = asyncio.get_running_loop()
+        if line.unanswered_since is None:
+            line.unanswered_since = loop.time()
+        headers, body = Bell(run=run, id=self._new_id()).encode()
+        url = await self._url_of(run)
+        async with self._client.stream("POST", url, headers=headers, content=body, timeout=_TIMEOUT) as response:
+            if 400 <= response.status_code < 500 and response.status_code not in (408, 425, 429):
+                raise UserError(f"{response.status_code}: {(await response.aread())[:500]!r}")
+            response.raise_for_status()
+            async for frame in events.decode_frames(response.aiter_bytes()):
+                match frame:
+                    case Claimed():
+                        waited = loop.time() - (line.unanswered_since or loop.time())
+                        if waited > _COLD_S:
+                            self._cold_start_s = waited
+                        line.unanswered_since = None
+                    case Committed(n=n, commit=commit):
+                        self._results.offer(run, n, commit)
+                        self.wake(run)
+                    case Done(more=more):
+                        return more
+        raise Corrupt("the answer broke off")  # what it said is durable all the same; the next bell goes on from there
+
+    def wake(self, run: RunId) -> None:
+        line = self._lines.get(run)
+        if line is not None and line.wake is not None:
+            line.wake.set()

@@ -1,0 +1,57 @@
+"""Errors as clients see them: one JSON shape, never a 409, never an empty body."""
+
+from collections.abc import Awaitable, Callable
+
+import structlog
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from knapper.errors import KnapperError, Unavailable, UserError
+
+log = structlog.get_logger()
+
+
+def body(error: KnapperError) -> dict[str, str]:
+    """`detail` is what the SDK and its command line print."""
+    return {"detail": str(error), "code": error.code, "category": error.category}
+
+
+def failure(error: KnapperError) -> dict[str, str]:
+    """The error as the result of a future."""
+    return {"error": str(error), "category": error.category}
+
+
+async def known(request: Request, error: Exception) -> Response:
+    assert isinstance(error, KnapperError), "registered for this class"
+    if not isinstance(error, UserError):
+        log.warning("request failed", path=request.url.path, code=error.code, reason=str(error))
+    headers = {"Retry-After": f"{error.retry_after_s:.0f}"} if isinstance(error, Unavailable) else None
+    return JSONResponse(body(error), status_code=error.status, headers=headers)
+
+
+async def http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException), "registered for this class"
+    detail = f"{request.method} {request.url.path}: {error.detail}; this server speaks the Tinker protocol of SDK 0.38"
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    return JSONResponse(
+        {"detail": detail, "code": code, "category": "user"}, status_code=error.status_code, headers=error.headers
+    )
+
+
+async def disconnected(_request: Request, _error: Exception) -> Response:
+    return JSONResponse({"detail": "the client went away", "code": "disconnected", "category": "user"}, status_code=499)
+
+
+def unknown(new_id: Callable[[], str]) -> Callable[[Request, Exception], Awaitable[Response]]:
+    """A defect: the traceback stays in the log, under an id that the client is given."""
+
+    async def handler(request: Request, error: Exception) -> Response:
+        incident = new_id()[:12]
+        log.error("defect", incident=incident, path=request.url.path, exc_info=error)
+        detail = (
+            f"the server failed in a way it should not; the operator finds incident {incident} in the gateway's log"
+        )
+        return JSONResponse({"detail": detail, "code": "internal", "category": "server"}, status_code=500)
+
+    return handler

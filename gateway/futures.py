@@ -1,0 +1,95 @@
+"""Promises kept: a poll is held until its result is there, or for half a minute, and then asked to come again."""
+
+import asyncio
+
+import structlog
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from gateway import bodies
+from gateway.parts import Parts, parts
+from gateway.tenants import tenant_of
+from knapper import ids, limits
+from knapper.errors import Gone, NotFound, StoreError
+from knapper.ids import RunId, Tenant
+from knapper.journal.records import Result
+from knapper.wire import requests
+
+_LOOK_S = 1.0  # a poll that nobody wakes looks into the store so often: another gateway's results, a lost bell
+
+log = structlog.get_logger()
+
+
+async def retrieve_future(request: Request) -> Response:
+    """200 with the result (a failure is JSON with `error`), 408 while there is none, 410 for a forgotten sample."""
+    gateway, tenant = parts(request), tenant_of(request)
+    asked = requests.decode(await bodies.read(request), requests.RetrieveFuture)
+    training = ids.parse_training_request_id(asked.request_id)
+    if training is None:
+        return await _sample(gateway, asked.request_id, tenant)
+    run, seq = training
+    try:
+        await gateway.records.spec(run, tenant)
+    except StoreError as error:  # the SDK repeats a poll that got a 5xx at once, and for ever
+        log.warning("the store fails under a poll", run=run, reason=str(error))
+        await asyncio.sleep(_LOOK_S)
+        return _try_again(asked.request_id, "active", None)
+    result = await _wait(gateway, run, seq)
+    if result is None:
+        return _try_again(asked.request_id, *gateway.bells.queue_state(run))
+    return Response(result.body, media_type=result.content_type)
+
+
+async def _wait(gateway: Parts, run: RunId, seq: int) -> Result | None:
+    """The answer, or None when the poll has been held long enough."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + limits.poll_hold_s
+    rang = False
+    while True:
+        woken = gateway.bells.woken(run)  # taken before looking, so that nothing that comes while we look is missed
+        try:
+            if (result := await gateway.results.find(run, seq)) is not None:
+                return result
+        except StoreError as error:
+            log.warning("the store fails under a poll", run=run, reason=str(error))
+        if not rang and not gateway.bells.ringing(run):
+            gateway.bells.ring(run, seq)  # whoever rang for it may have died since
+        rang = True
+        left = deadline - loop.time()
+        if left <= 0:
+            return None
+        try:
+            await asyncio.wait_for(woken.wait(), min(left, _LOOK_S))
+        except TimeoutError:
+            pass
+
+
+async def _sample(gateway: Parts, request_id: str, tenant: Tenant) -> Response:
+    if not request_id.startswith("s-"):
+        raise NotFound(f"request {request_id!r} does not exist; allowed: a request_id that this server gave out")
+    entry = gateway.samples.find(request_id, tenant)
+    if entry is None:
+        raise Gone(f"sample {request_id} is not known any more; send it again (the SDK does so by itself)")
+    try:
+        await asyncio.wait_for(entry.done.wait(), limits.poll_hold_s)
+    except TimeoutError:
+        return _try_again(request_id, *gateway.samples.queue_state(entry))
+    if entry.body is None:
+        raise Gone(f"sample {request_id} is not known any more; send it again (the SDK does so by itself)")
+    return Response(entry.body, media_type=entry.content_type)
+
+
+def _try_again(request_id: str, queue_state: str, reason: str | None) -> Response:
+    """408, which clients repeat at once and in silence; a 200 would print a warning for each poll."""
+    body = {"type": "try_again", "request_id": request_id, "queue_state": queue_state, "queue_state_reason": reason}
+    return JSONResponse(body, status_code=408)
+
+
+async def cancel_future(request: Request) -> Response:
+    """Ends a sample that nobody waits for. Training operations are in the journal, and stay."""
+    gateway, tenant = parts(request), tenant_of(request)
+    asked = requests.decode(await bodies.read(request), requests.CancelFuture)
+    entry = gateway.samples.find(asked.request_id, tenant)
+    if entry is not None:
+        gateway.samples.cancel(entry, Gone(f"sample {asked.request_id} was cancelled"))
+    return JSONResponse({"status": "ok"})

@@ -1,0 +1,125 @@
+"""The gateway's entry: `uvicorn gateway.main:app --lifespan on`, or `create_app` for a store of one's own."""
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import httpx
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import Route
+
+from gateway import clockwork, errors, futures, sampling, service, training
+from gateway.bells import Bells
+from gateway.heartbeats import Heartbeats
+from gateway.parts import Parts
+from gateway.records import Records
+from gateway.samples import Samples
+from knapper import telemetry
+from knapper.checkpoints import Checkpoints
+from knapper.errors import KnapperError
+from knapper.ids import RunId
+from knapper.journal.accept import Acceptor
+from knapper.journal.results import Results
+from knapper.settings import Settings
+from knapper.store import Store
+from knapper.store.directory import DirectoryStore
+
+_POST = {
+    "client/config": service.client_config,
+    "client/dynamic_config": service.client_dynamic_config,
+    "create_session": service.create_session,
+    "session_heartbeat": service.session_heartbeat,
+    "sessions/{session_id}/finish": service.finish_session,
+    "telemetry": service.telemetry,
+    "create_model": training.create_model,
+    "get_info": training.get_info,
+    "forward_backward": training.forward_backward,
+    "optim_step": training.optim_step,
+    "save_weights": training.save_weights,
+    "save_weights_for_sampler": training.save_weights_for_sampler,
+    "load_weights": training.load_weights,
+    "retrieve_future": futures.retrieve_future,
+    "cancel_future": futures.cancel_future,
+    "create_sampling_session": sampling.create_sampling_session,
+    "asample": sampling.asample,
+}
+_GET = {
+    "healthz": service.healthz,
+    "get_server_capabilities": service.get_server_capabilities,
+    "samplers/{sampler_id}": sampling.get_sampler,
+}
+
+
+def create_app(
+    store: Store,
+    *,
+    train_step_url: str = "",
+    sample_url: str = "",
+    clock: Callable[[], float] = time.time,
+    monotonic: Callable[[], float] = time.monotonic,
+    new_id: Callable[[], str] = lambda: secrets.token_hex(16),
+) -> Starlette:
+    """The gateway over `store`. An empty URL means: where the base model's catalogue record says."""
+    acceptor, results = Acceptor(store, clock), Results(store)
+    records = Records(store, acceptor, monotonic)
+
+    async def url_of(run: RunId) -> str:
+        return train_step_url or (await records.model((await records.spec_of(run)).base_model)).train_step_url
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        async with httpx.AsyncClient(limits=limits, trust_env=False) as client:
+            parts = app.state.parts = Parts(
+                store=store,
+                acceptor=acceptor,
+                results=results,
+                records=records,
+                checkpoints=Checkpoints(store),
+                bells=Bells(client, results, url_of, new_id),
+                samples=Samples(client, new_id, monotonic),
+                heartbeats=Heartbeats(monotonic),
+                sample_url=sample_url,
+                clock=clock,
+                new_id=new_id,
+            )
+            ticking = asyncio.create_task(clockwork.run(parts))
+            yield
+            ticking.cancel()
+            await asyncio.gather(ticking, return_exceptions=True)
+            await parts.bells.close()
+            await parts.samples.close()
+
+    return Starlette(
+        routes=[Route(f"/api/v1/{path}", handler, methods=["POST"]) for path, handler in _POST.items()]
+        + [Route(f"/api/v1/{path}", handler, methods=["GET"]) for path, handler in _GET.items()],
+        exception_handlers={
+            KnapperError: errors.known,
+            HTTPException: errors.http,
+            ClientDisconnect: errors.disconnected,
+            Exception: errors.unknown(new_id),
+        },
+        lifespan=lifespan,
+    )
+
+
+def _from_environment() -> Starlette:
+    settings = Settings.load(os.environ)
+    telemetry.configure("gateway", settings.log_level)
+    return create_app(
+        DirectoryStore(settings.store_directory),
+        train_step_url=settings.train_step_url,
+        sample_url=settings.sample_url,
+    )
+
+
+def __getattr__(name: str) -> Starlette:
+    """`app`, built when uvicorn asks for it: importing this module reads no environment and opens no store."""
+    if name == "app":
+        return _from_environment()
+    raise AttributeError(name)

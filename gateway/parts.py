@@ -1,0 +1,35 @@
+"""What the handlers share: one object a process, built once, found through the request."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+from starlette.requests import Request
+
+from gateway.bells import Bells
+from gateway.heartbeats import Heartbeats
+from gateway.records import Records
+from gateway.samples import Samples
+from knapper.checkpoints import Checkpoints
+from knapper.journal.accept import Acceptor
+from knapper.journal.results import Results
+from knapper.store import Store
+
+
+@dataclass(frozen=True)
+class Parts:
+    store: Store
+    acceptor: Acceptor
+    results: Results
+    records: Records
+    checkpoints: Checkpoints
+    bells: Bells
+    samples: Samples
+    heartbeats: Heartbeats
+    sample_url: str  # where all samples go, or empty: each model's record says
+    clock: Callable[[], float]  # seconds since the epoch
+    new_id: Callable[[], str]  # 32 random hexadecimal digits
+
+
+def parts(request: Request) -> Parts:
+    return cast(Parts, request.app.state.parts)

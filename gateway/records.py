@@ -1,0 +1,96 @@
+"""Small records that never change, read once and remembered; another tenant's answer as missing ones do."""
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
+
+from knapper import ids
+from knapper.errors import Gone, NotFound
+from knapper.ids import RunId, SamplerId, SessionId, Tenant
+from knapper.journal.accept import Acceptor
+from knapper.journal.records import Spec
+from knapper.models.catalogue import Catalogue, ModelRecord
+from knapper.sessions import Sampler, Samplers, Session, Sessions
+from knapper.store import Store
+
+_REMEMBERED_MAX = 16384
+_MODEL_FRESH_S = 5.0  # a model that is taken out of service is gone for new requests after this
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Remembered(Generic[K, V]):
+    """The most recently used values."""
+
+    def __init__(self) -> None:
+        self._values: OrderedDict[K, V] = OrderedDict()
+
+    async def get(self, key: K, load: Callable[[], Awaitable[V]]) -> V:
+        if key in self._values:
+            self._values.move_to_end(key)
+            return self._values[key]
+        value = self._values[key] = await load()
+        if len(self._values) > _REMEMBERED_MAX:
+            self._values.popitem(last=False)
+        return value
+
+
+class Records:
+    def __init__(self, store: Store, acceptor: Acceptor, now: Callable[[], float]) -> None:
+        self.sessions = Sessions(store)
+        self.samplers = Samplers(store)
+        self.catalogue = Catalogue(store)
+        self._acceptor = acceptor
+        self._now = now
+        self._specs: Remembered[RunId, Spec] = Remembered()
+        self._sampler: Remembered[tuple[SamplerId, Tenant], Sampler] = Remembered()
+        self._session: Remembered[tuple[SessionId, Tenant], Session] = Remembered()
+        self._models: dict[str, tuple[float, ModelRecord]] = {}
+
+    async def spec(self, run: str, tenant: Tenant) -> Spec:
+        """What the run is. Raises NotFound."""
+        spec = await self.spec_of(ids.run_id(run))
+        if spec.tenant != tenant:
+            raise _no_run(run)
+        return spec
+
+    async def spec_of(self, run: RunId) -> Spec:
+        """What the run is, whoever asks: for the gateway's own use. Raises NotFound."""
+        return await self._specs.get(run, lambda: self._load_spec(run))
+
+    async def sampler(self, sampler: str, tenant: Tenant) -> Sampler:
+        """Raises NotFound."""
+        checked = ids.sampler_id(sampler)
+        return await self._sampler.get((checked, tenant), lambda: self.samplers.get(checked, tenant))
+
+    async def session(self, session: str, tenant: Tenant) -> Session:
+        """Raises NotFound."""
+        checked = ids.session_id(session)
+        return await self._session.get((checked, tenant), lambda: self.sessions.get(checked, tenant))
+
+    async def open_session(self, session: str, tenant: Tenant) -> Session:
+        """Raises NotFound, or Gone once it has finished."""
+        record = await self.session(session, tenant)
+        if await self.sessions.finished(SessionId(record.session)) is not None:
+            raise Gone(f"session {session} has finished; create another ServiceClient")
+        return record
+
+    async def model(self, base_model: str) -> ModelRecord:
+        """The served model of this name or directory. Raises NotFound, which lists what is served."""
+        known = self._models.get(base_model)
+        if known is not None and self._now() - known[0] < _MODEL_FRESH_S:
+            return known[1]
+        record = await self.catalogue.find(base_model)
+        for name in (record.name, record.directory):
+            self._models[name] = (self._now(), record)
+        return record
+
+    async def _load_spec(self, run: RunId) -> Spec:
+        creation = await self._acceptor.creation(run)
+        if creation is None:
+            raise _no_run(run)
+        return creation.spec
+
+
+def _no_run(run: str) -> NotFound:
+    return NotFound(f"training run {run!r} does not exist; create one with create_lora_training_client")

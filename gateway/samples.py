@@ -1,0 +1,191 @@
+"""Samples in flight. In memory only: a sample can be asked for again, so a gateway that forgot one answers 410.
+
+Fair between sampling sessions: each in turn gets the next free place, and is served in order of arrival.
+"""
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import httpx
+import msgspec
+import structlog
+
+from knapper import limits
+from knapper.errors import Gone, KnapperError, TooMany
+from knapper.ids import SamplerId, SessionId, Tenant, session_of
+
+_IN_FLIGHT_MAX = 256
+_WAITING_BYTES_MAX = 256 * limits.MIB
+_KEPT_BYTES_MAX = 256 * limits.MIB  # results; clients fetch them within a poll or two
+_KEPT_S = 600.0
+_BACK_OFF_S, _BACK_OFF_MAX_S = 0.2, 5.0
+_DEFECTS_MAX = 3  # a 500 may be a pod that died: its reply becomes the result only when it comes again
+_COLD_S = 1.0
+_TIMEOUT = httpx.Timeout(connect=5.0, read=900.0, write=60.0, pool=None)
+_LATER = (408, 425, 429, 502, 503, 504)
+
+log = structlog.get_logger()
+
+
+@dataclass(eq=False)
+class Entry:
+    """One asample request, and its result once `done` is set; a body of None means that it was cancelled."""
+
+    request_id: str
+    address: tuple[SamplerId, int]
+    tenant: Tenant
+    num_samples: int
+    url: str
+    call: bytes
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    body: bytes | None = None
+    content_type: str = "application/json"
+    task: asyncio.Task[None] | None = None
+    refused_since: float | None = None
+    refusal: str = ""
+    done_at: float = 0.0
+
+    @property
+    def sequence_ids(self) -> list[str]:
+        return [f"{self.request_id}:{i}" for i in range(self.num_samples)]
+
+
+class Samples:
+    """`now`: monotonic seconds."""
+
+    def __init__(self, client: httpx.AsyncClient, new_id: Callable[[], str], now: Callable[[], float]) -> None:
+        self._client = client
+        self._new_id = new_id
+        self._now = now
+        self._entries: dict[str, Entry] = {}
+        self._by_address: dict[tuple[SamplerId, int], Entry] = {}
+        self._waiting: OrderedDict[SamplerId, deque[Entry]] = OrderedDict()  # the first one's turn is next
+        self._finished: deque[Entry] = deque()
+        self._waiting_bytes = self._kept_bytes = self._unfinished = self._in_flight = 0
+
+    def known(self, address: tuple[SamplerId, int]) -> Entry | None:
+        """The entry of a request that came before."""
+        return self._by_address.get(address)
+
+    def submit(self, address: tuple[SamplerId, int], tenant: Tenant, num_samples: int, url: str, call: bytes) -> Entry:
+        """Take the request on, or find it taken on before. Raises TooMany when the queue is full."""
+        if (entry := self.known(address)) is not None:
+            return entry
+        if self._unfinished >= limits.samples_waiting_max or self._waiting_bytes + len(call) > _WAITING_BYTES_MAX:
+            raise TooMany(
+                f"{self._unfinished} samples wait; allowed: {limits.samples_waiting_max}; send it again later"
+            )
+        entry = Entry(f"s-{self._new_id()}", address, tenant, num_samples, url, call)
+        self._entries[entry.request_id] = self._by_address[entry.address] = entry
+        self._waiting.setdefault(address[0], deque()).append(entry)
+        self._unfinished += 1
+        self._waiting_bytes += len(call)
+        self._dispatch()
+        return entry
+
+    def find(self, request_id: str, tenant: Tenant) -> Entry | None:
+        entry = self._entries.get(request_id)
+        return entry if entry is not None and entry.tenant == tenant else None
+
+    def cancel(self, entry: Entry, why: KnapperError) -> None:
+        """End it, upstream too."""
+        if not entry.done.is_set():
+            if entry.task is not None:
+                entry.task.cancel()
+            else:
+                self._waiting[entry.address[0]].remove(entry)
+            self._finish(entry, None, "application/json")
+            log.debug("sample cancelled", request=entry.request_id, reason=str(why))
+
+    def cancel_session(self, session: SessionId, why: KnapperError) -> None:
+        for entry in list(self._entries.values()):
+            if session_of(entry.address[0]) == session:
+                self.cancel(entry, why)
+
+    def queue_state(self, entry: Entry) -> tuple[str, str | None]:
+        """(queue_state, reason) for whoever waits on the sample."""
+        waited = 0.0 if entry.refused_since is None else self._now() - entry.refused_since
+        if waited <= _COLD_S:
+            return "active", None
+        return "paused_capacity", f"sample does not answer yet ({entry.refusal}); waited {waited:.0f} s"
+
+    def expire(self) -> None:
+        """Forget results that nobody fetched."""
+        while self._finished and (
+            self._kept_bytes > _KEPT_BYTES_MAX or self._now() - self._finished[0].done_at > _KEPT_S
+        ):
+            entry = self._finished.popleft()
+            self._kept_bytes -= len(entry.body or b"")
+            del self._entries[entry.request_id], self._by_address[entry.address]
+
+    async def close(self) -> None:
+        tasks = [entry.task for entry in self._entries.values() if entry.task is not None]
+        for entry in list(self._entries.values()):
+            self.cancel(entry, Gone("the gateway stops"))
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _dispatch(self) -> None:
+        while self._waiting and self._in_flight < _IN_FLIGHT_MAX:
+            sampler, queue = self._waiting.popitem(last=False)
+            if queue:
+                entry = queue.popleft()
+                self._in_flight += 1
+                entry.task = asyncio.create_task(self._serve(entry))
+            if queue:
+                self._waiting[sampler] = queue  # to the back
+
+    async def _serve(self, entry: Entry) -> None:
+        try:
+            body, content_type = await self._ask(entry)
+            self._finish(entry, body, content_type)
+        finally:
+            self._in_flight -= 1
+            self._dispatch()
+
+    async def _ask(self, entry: Entry) -> tuple[bytes, str]:
+        """(result, content type). Goes on until there is one."""
+        back_off, defects = _BACK_OFF_S, 0
+        headers = {"Content-Type": "application/json"}
+        while True:
+            try:
+                response = await self._client.post(entry.url, content=entry.call, headers=headers, timeout=_TIMEOUT)
+                if response.status_code == 200:
+                    return response.content, "application/x-protobuf"
+                reason = f"{response.status_code}: {response.text[:200]}"
+                if response.status_code not in _LATER:
+                    defects += response.status_code >= 500
+                    if response.status_code < 500 or defects >= _DEFECTS_MAX:
+                        return _failure(response), "application/json"
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                reason = f"starting from zero: {type(error).__name__}"
+            if entry.refused_since is None:
+                entry.refused_since = self._now()
+            entry.refusal = reason
+            log.info("sample does not answer", request=entry.request_id, reason=reason)
+            await asyncio.sleep(back_off)
+            back_off = min(2 * back_off, _BACK_OFF_MAX_S)
+
+    def _finish(self, entry: Entry, body: bytes | None, content_type: str) -> None:
+        if entry.done.is_set():
+            return
+        self._unfinished -= 1
+        self._waiting_bytes -= len(entry.call)
+        entry.call = b""
+        entry.body, entry.content_type, entry.done_at = body, content_type, self._now()
+        self._finished.append(entry)
+        self._kept_bytes += len(body or b"")
+        entry.done.set()
+        self.expire()
+
+
+def _failure(response: httpx.Response) -> bytes:
+    """The error of the sample function as the result of a future."""
+    try:
+        sent = msgspec.json.decode(response.content, type=dict[str, str])
+    except msgspec.MsgspecError:
+        sent = {}
+    error = sent.get("detail", f"the sample function answered {response.status_code}")
+    category = sent.get("category", "user" if response.status_code < 500 else "server")
+    return msgspec.json.encode({"error": error, "category": category})

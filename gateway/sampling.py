@@ -1,0 +1,75 @@
+"""Sampling sessions, each bound to weights that never change, and requests for samples from them."""
+
+import asyncio
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from gateway import bodies
+from gateway.parts import parts
+from gateway.tenants import tenant_of
+from knapper import ids
+from knapper.errors import InvalidField
+from knapper.ids import SamplerId, TinkerPath
+from knapper.sessions import Sampler
+from knapper.wire import requests
+
+
+async def create_sampling_session(request: Request) -> Response:
+    """Of a base model, or of a checkpoint. A repetition answers the same session."""
+    gateway, tenant = parts(request), tenant_of(request)
+    asked = requests.decode(await bodies.read(request), requests.CreateSamplingSession)
+    session = ids.SessionId((await gateway.records.open_session(asked.session_id, tenant)).session)
+    base_model, bundle = asked.base_model, ""
+    if asked.model_path is not None:
+        checkpoint = await gateway.checkpoints.resolve(TinkerPath.parse(asked.model_path, "model_path"), tenant)
+        base_model, bundle = checkpoint.base_model, checkpoint.bundle
+    elif base_model is None:
+        raise InvalidField("base_model", None, "a model's name, or model_path: tinker://<run>/<kind>/<name>")
+    model = await gateway.records.model(base_model)
+    if asked.base_model is not None and asked.base_model not in (model.name, model.directory):
+        raise InvalidField("base_model", asked.base_model, f"{model.name!r}, that of {asked.model_path}, or none")
+    if not model.sampleable:
+        raise InvalidField("base_model", base_model, "a model that can be sampled; see get_server_capabilities")
+    sampler = await gateway.records.samplers.create(
+        Sampler(
+            sampler=ids.make_sampler_id(session, asked.sampling_session_seq_id),
+            tenant=tenant,
+            base_model=model.name,
+            bundle=bundle,
+            model_path=asked.model_path or "",
+        )
+    )
+    return JSONResponse({"type": "create_sampling_session", "sampling_session_id": sampler.sampler})
+
+
+async def get_sampler(request: Request) -> Response:
+    gateway, tenant = parts(request), tenant_of(request)
+    sampler = await gateway.records.sampler(request.path_params["sampler_id"], tenant)
+    answer = {
+        "sampler_id": sampler.sampler,
+        "base_model": sampler.base_model,
+        "model_path": sampler.model_path or None,
+    }
+    return JSONResponse(answer)
+
+
+async def asample(request: Request) -> Response:
+    """The promise of a sample. A repetition gets the same promise."""
+    gateway, tenant = parts(request), tenant_of(request)
+    body = await bodies.read(request)
+    asked = await asyncio.to_thread(requests.decode, body, requests.Sample)
+    session, seq = asked.address()
+    sampler = await gateway.records.sampler(session, tenant)
+    address = (SamplerId(sampler.sampler), seq)
+    entry = gateway.samples.known(address)
+    if entry is None:
+        url = gateway.sample_url or (await gateway.records.model(sampler.base_model)).sample_url
+        seed = int(gateway.new_id()[:12], 16)
+        call = await asyncio.to_thread(_encode, asked, sampler, seed)
+        entry = gateway.samples.submit(address, tenant, asked.num_samples, url, call)
+    return JSONResponse({"request_id": entry.request_id, "sample_sequence_ids": entry.sequence_ids})
+
+
+def _encode(asked: requests.Sample, sampler: Sampler, seed: int) -> bytes:
+    return requests.encode(asked.call(sampler.base_model, sampler.bundle, seed))

@@ -1,0 +1,102 @@
+"""Sessions, what this server can do, and what clients should know about it."""
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from gateway import bodies
+from gateway.parts import parts
+from gateway.tenants import tenant_of
+from knapper import ids
+from knapper.errors import Gone
+from knapper.ids import SessionId
+from knapper.sessions import Finish, Session
+from knapper.wire import requests
+
+
+async def healthz(_request: Request) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+async def client_config(request: Request) -> Response:
+    """The flags that clients read once. Those left out keep the SDK's defaults."""
+    tenant_of(request)
+    requests.decode(await bodies.read(request), requests.ClientConfig)
+    flags = {
+        "parallel_fwdbwd_chunks": True,
+        "proto_compress_fwdbwd": True,
+        "sample_use_retrieve_futures": False,  # a client that waits on one poll for all waits for ever after a restart
+        "custom_loss_server_side": False,
+        "sample_join_sampling_session": False,
+        "pjwt_auth_enabled": False,
+    }
+    return JSONResponse(flags)
+
+
+async def client_dynamic_config(request: Request) -> Response:
+    """The flags that clients read again and again."""
+    tenant_of(request)
+    requests.decode(await bodies.read(request), requests.ClientConfig)
+    return JSONResponse({"refresh_interval_sec": 300, "sample_cancel_enabled": True})
+
+
+async def get_server_capabilities(request: Request) -> Response:
+    tenant_of(request)
+    models = [
+        {
+            "model_name": model.name,
+            "max_context_length": model.context,
+            "trainable": model.trainable,
+            "sampleable": model.sampleable,
+        }
+        for model in await parts(request).records.catalogue.models()
+    ]
+    return JSONResponse({"supported_models": models})
+
+
+async def create_session(request: Request) -> Response:
+    gateway, tenant = parts(request), tenant_of(request)
+    asked = requests.decode(await bodies.read(request), requests.CreateSession)
+    session = SessionId(f"ses-{gateway.new_id()}")
+    await gateway.records.sessions.create(
+        Session(
+            session=session,
+            tenant=tenant,
+            created_at=gateway.clock(),
+            sdk_version=asked.sdk_version,
+            project_id=asked.project_id or "",
+            display_name=asked.display_name or "",
+            tags=asked.tags,
+            user_metadata_json=asked.user_metadata_json(),
+        )
+    )
+    gateway.heartbeats.hear(session)
+    return JSONResponse({"type": "create_session", "session_id": session})
+
+
+async def session_heartbeat(request: Request) -> Response:
+    gateway, tenant = parts(request), tenant_of(request)
+    asked = requests.decode(await bodies.read(request), requests.Heartbeat)
+    session = SessionId((await gateway.records.open_session(asked.session_id, tenant)).session)
+    gateway.heartbeats.hear(session)
+    return JSONResponse({"type": "session_heartbeat"})
+
+
+async def finish_session(request: Request) -> Response:
+    """The first reason stays. What was accepted is still applied, and its results can still be read."""
+    gateway, tenant = parts(request), tenant_of(request)
+    session = ids.session_id((await gateway.records.session(request.path_params["session_id"], tenant)).session)
+    asked = requests.decode(await bodies.read(request), requests.FinishSession)
+    finish = Finish(reason=asked.reason.type, detail=asked.detail or "", finished_at=gateway.clock())
+    await gateway.records.sessions.finish(session, finish)
+    gateway.heartbeats.forget(session)
+    gateway.samples.cancel_session(session, Gone(f"session {session} has finished"))
+    return JSONResponse({"status": "ok"})
+
+
+async def telemetry(request: Request) -> Response:
+    tenant_of(request)
+    asked = requests.decode(await bodies.read(request), requests.Telemetry)
+    return Response(
+        msgspec.json.encode({"status": "accepted", "events": len(asked.events)}), media_type="application/json"
+    )

@@ -1,0 +1,209 @@
+"""Runs: made here, and fed. Every operation is durable before its client hears of it; nothing is computed."""
+
+import asyncio
+import hashlib
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from gateway import bodies
+from gateway.parts import Parts, parts
+from gateway.tenants import tenant_of
+from knapper import ids, limits
+from knapper.errors import InvalidField, TooMany, UserError
+from knapper.ids import RunId, Tenant, TinkerPath
+from knapper.journal import bundles
+from knapper.journal.accept import pack
+from knapper.journal.records import Creation, Kind, Spec
+from knapper.wire import json, proto, requests, scan
+
+_ALPHA = 32.0  # the protocol has no alpha: the scale of an adapter is alpha / rank
+_OPTIMIZER_PART = "optimizer.safetensors"
+
+Sequenced = TypeVar("Sequenced", requests.OptimStep, requests.SaveWeights, requests.SaveWeightsForSampler)
+
+
+# ---- making runs
+
+
+async def create_model(request: Request) -> Response:
+    gateway, tenant = parts(request), tenant_of(request)
+    body = await bodies.read(request)
+    asked = requests.decode(body, requests.CreateModel)
+    run, lora = asked.run(), asked.lora()
+    await gateway.records.open_session(asked.session_id, tenant)
+    model = await gateway.records.model(asked.base_model)
+    if not model.trainable:
+        raise InvalidField("base_model", asked.base_model, "a model that can be trained; see get_server_capabilities")
+    spec = Spec(
+        run=run,
+        tenant=tenant,
+        base_model=model.name,
+        rank=lora.rank,
+        alpha=_ALPHA,
+        seed=lora.seed if lora.seed is not None else _seed_of(run),
+        train_attn=lora.train_attn,
+        train_mlp=lora.train_mlp,
+        train_unembed=lora.train_unembed,
+        user_metadata_json=asked.user_metadata_json(),
+    )
+    return await _create(gateway, Creation(spec=spec), body)
+
+
+async def load_weights(request: Request) -> Response:
+    """Into a run, as one of its operations; or as the making of a new run, whose shape is the checkpoint's."""
+    gateway, tenant = parts(request), tenant_of(request)
+    body = await bodies.read(request)
+    asked = await _decode_or_bury(gateway, tenant, body, requests.LoadWeights)
+    if isinstance(asked, Response):
+        return asked
+    run = asked.creates()
+    if run is None:
+        return await _accept(gateway, tenant, asked.model_id or "", asked.seq_id or 0, "load_weights", body)
+    await gateway.records.open_session(asked.session(), tenant)
+    checkpoint = await gateway.checkpoints.resolve(TinkerPath.parse(asked.path), tenant)
+    model = await gateway.records.model(checkpoint.base_model)
+    if asked.base_model is not None and asked.base_model not in (model.name, model.directory):
+        raise InvalidField(
+            "base_model", asked.base_model, f"{model.name!r}, on which {asked.path} was trained, or none"
+        )
+    index = await bundles.read_index(gateway.store, checkpoint.bundle)
+    if index is None:
+        raise UserError(f"checkpoint {asked.path} has no files any more; load another one")
+    if asked.optimizer and not any(part.name == _OPTIMIZER_PART for part in index.parts):
+        raise InvalidField(
+            "path", asked.path, "a checkpoint with optimizer state (made by save_state), since optimizer is true",
+            "Use create_training_client_from_state, which takes the weights alone",
+        )  # fmt: skip
+    metadata = asked.user_metadata_json()
+    spec = msgspec.structs.replace(index.spec, run=run, tenant=tenant, user_metadata_json=metadata)
+    creation = Creation(spec=spec, source=checkpoint.bundle, with_optimizer=asked.optimizer)
+    return await _create(gateway, creation, body)
+
+
+async def _create(gateway: Parts, creation: Creation, body: bytes) -> Response:
+    await gateway.acceptor.create(creation, body)
+    run = RunId(creation.spec.run)
+    gateway.bells.ring(run, 0)
+    return _promise(run, 0)
+
+
+def _seed_of(run: RunId) -> int:
+    """Of a client that chose none: run ids are random, and a retry must get the same."""
+    return int.from_bytes(hashlib.sha256(run.encode()).digest()[:4], "big")
+
+
+async def get_info(request: Request) -> Response:
+    gateway, tenant = parts(request), tenant_of(request)
+    asked = requests.decode(await bodies.read(request), requests.GetInfo)
+    spec = await gateway.records.spec(asked.model_id, tenant)
+    model = await gateway.records.model(spec.base_model)
+    info = {
+        "type": "get_info",
+        "model_id": spec.run,
+        "model_data": {"arch": model.arch, "model_name": model.name, "tokenizer_id": model.tokenizer_id},
+        "model_name": model.name,
+        "is_lora": True,
+        "lora_rank": spec.rank,
+        "optimizer_config": {"type": "adamw"},
+    }
+    return JSONResponse(info)
+
+
+# ---- feeding them
+
+
+async def forward_backward(request: Request) -> Response:
+    """Protobuf. A request that is wrong, or too large, is answered through its future if it says whose it is."""
+    gateway, tenant = parts(request), tenant_of(request)
+    body = await bodies.read_or_peek(request)
+    if not body.whole:
+        return await _bury(gateway, tenant, scan.peek(body.data), body.data, bodies.too_large())
+    try:
+        model_id, seq = await asyncio.to_thread(proto.check_forward_backward, body.data)
+    except UserError as error:
+        return await _bury(gateway, tenant, scan.peek(body.data), body.data, error)
+    return await _accept(gateway, tenant, model_id, seq, "forward_backward", body.data)
+
+
+async def optim_step(request: Request) -> Response:
+    return await _json_operation(request, "optim_step", requests.OptimStep)
+
+
+async def save_weights(request: Request) -> Response:
+    return await _json_operation(request, "save_weights", requests.SaveWeights)
+
+
+async def save_weights_for_sampler(request: Request) -> Response:
+    return await _json_operation(request, "save_weights_for_sampler", requests.SaveWeightsForSampler)
+
+
+async def _json_operation(request: Request, kind: Kind, form: type[Sequenced]) -> Response:
+    gateway, tenant = parts(request), tenant_of(request)
+    body = await bodies.read(request)
+    asked = await _decode_or_bury(gateway, tenant, body, form)
+    if isinstance(asked, Response):
+        return asked
+    return await _accept(gateway, tenant, asked.model_id, asked.seq_id, kind, body)
+
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+async def _decode_or_bury(gateway: Parts, tenant: Tenant, body: bytes, form: type[S]) -> S | Response:
+    """The request; or, for a wrong one that says whose it is, the promise of its error."""
+    try:
+        return requests.decode(body, form)
+    except UserError as error:
+        return await _bury(gateway, tenant, _address(body), body, error)
+
+
+def _address(body: bytes) -> tuple[str, int] | None:
+    """(model_id, seq_id) of a JSON request that may be wrong otherwise."""
+    sent: Any = json.loads(body)
+    if isinstance(sent, dict):
+        model_id, seq = sent.get("model_id"), sent.get("seq_id")
+        if isinstance(model_id, str) and type(seq) is int and 1 <= seq <= 10**17:
+            return model_id, seq
+    return None
+
+
+async def _accept(gateway: Parts, tenant: Tenant, model_id: str, seq: int, kind: Kind, body: bytes) -> Response:
+    run = RunId((await gateway.records.spec(model_id, tenant)).run)
+    await _room(gateway, run, seq)
+    await gateway.acceptor.accept(run, seq, kind, await asyncio.to_thread(pack, body))
+    gateway.bells.ring(run, seq)
+    return _promise(run, seq)
+
+
+async def _bury(
+    gateway: Parts, tenant: Tenant, address: tuple[str, int] | None, body: bytes, error: UserError
+) -> Response:
+    """Use up the number of a request that cannot be served, and promise the error: a 4xx would leave a hole."""
+    if address is None:
+        raise error
+    run = RunId((await gateway.records.spec(address[0], tenant)).run)
+    await _room(gateway, run, address[1])
+    await gateway.acceptor.reject(run, address[1], await asyncio.to_thread(pack, body), str(error))
+    gateway.bells.ring(run, address[1])
+    return _promise(run, address[1])
+
+
+async def _room(gateway: Parts, run: RunId, seq: int) -> None:
+    """Raises TooMany while too much waits before `seq`, InvalidField for a number that no client gets to."""
+    if seq > max(gateway.results.applied(run), 0) + limits.operations_waiting_max:
+        await gateway.results.find(run, seq)  # perhaps more was applied than this process has heard
+        ahead = seq - max(gateway.results.applied(run), 0)
+        if ahead > limits.operations_ahead_max:
+            allowed = f"at most {limits.operations_ahead_max} past the newest applied operation"
+            raise InvalidField("seq_id", seq, allowed)
+        if ahead > limits.operations_waiting_max:
+            raise TooMany(
+                f"{ahead} operations of {run} wait; allowed: {limits.operations_waiting_max}; send it again later"
+            )
+
+
+def _promise(run: RunId, seq: int) -> Response:
+    return JSONResponse({"request_id": ids.make_training_request_id(run, seq), "model_id": run})
