@@ -1,0 +1,116 @@
+"""`make demo`: start knapper, teach a small real model to add and to answer a question, and show what changed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import tinker
+from matplotlib import pyplot as plt
+from tinker import types
+
+from examples import rl_addition, sft_chat
+
+OUT = Path("out")
+RL_STEPS, SFT_STEPS = 30, 15
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SUMS = [(3, 4), (2, 6), (5, 1), (4, 4)]
+
+
+@contextmanager
+def knapper() -> Iterator[str]:
+    """A running `knapper up` of our own, on a free port; its address."""
+    command = [sys.executable, "-m", "knapper.cli", "up", "--model", MODEL, "--port", "0", "--data", str(OUT / "data")]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        for line in server.stdout:
+            print(line, end="", flush=True)
+            if line.startswith("ready: "):
+                yield line.removeprefix("ready: ").strip()
+                return
+        sys.exit("knapper did not start; its last lines above say why")
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait()
+
+
+def show(what: str, steps: int, high: float, began: float) -> Callable[[int, float], None]:
+    """A printer of one line a step, with a bar as long as the value."""
+
+    def line(step: int, value: float) -> None:
+        bar = "#" * round(30 * min(value / high, 1.0))
+        print(f"{time.monotonic() - began:5.0f} s  {what} {step + 1:2d}/{steps}  {value:6.3f}  {bar}", flush=True)
+
+    return line
+
+
+def ask(sampler: tinker.SamplingClient, prompts: list[str], stop: str) -> list[str]:
+    """Greedy answers, one line each."""
+    tokenizer = sampler.get_tokenizer()
+    params = types.SamplingParams(max_tokens=24, temperature=0.0, stop=[stop])
+    given = [types.ModelInput.from_ints(tokenizer.encode(prompt)) for prompt in prompts]
+    futures = [sampler.sample(each, num_samples=1, sampling_params=params) for each in given]
+    answers = [tokenizer.decode(future.result().sequences[0].tokens) for future in futures]
+    return [answer.removesuffix(stop).strip().replace("\n", " ") for answer in answers]
+
+
+def fifths(values: list[float]) -> tuple[float, float]:
+    """Means over the first and the last fifth."""
+    n = max(1, len(values) // 5)
+    return sum(values[:n]) / n, sum(values[-n:]) / n
+
+
+def draw(rewards: list[float], losses: list[float], path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    left.plot(range(1, len(rewards) + 1), rewards, marker="o", color="tab:green")
+    left.set(title="Reinforcement learning: addition", xlabel="step", ylabel="mean reward", ylim=(0, 1))
+    right.plot(range(1, len(losses) + 1), losses, marker="o", color="tab:blue")
+    right.set(title="Supervised: what is knapper?", xlabel="step", ylabel="loss per token", ylim=(0, None))
+    figure.savefig(path, dpi=120)
+
+
+def run(url: str) -> None:
+    began = time.monotonic()
+    service = tinker.ServiceClient(base_url=url, api_key="tml-local")
+    sums = [rl_addition.prompt(*each) for each in SUMS]
+    base = service.create_sampling_client(base_model=MODEL)
+    before = ask(base, sums, "\n") + ask(base, [sft_chat.chat(sft_chat.QUESTION)], "<|im_end|>")
+    print("\nReinforcement learning: 8 questions x 8 answers a step, reward 1 for the right sum")
+    rewards, added = rl_addition.train(service, MODEL, RL_STEPS, show("reward", RL_STEPS, 1.0, began))
+    print("\nSupervised fine-tuning: four conversations about knapper")
+    losses, chatted = sft_chat.train(service, MODEL, SFT_STEPS, show("loss  ", SFT_STEPS, 4.0, began))
+    after = ask(added, sums, "\n") + ask(chatted, [sft_chat.chat(sft_chat.QUESTION)], "<|im_end|>")
+    service.close()
+
+    (reward_first, reward_last), (loss_first, loss_last) = fifths(rewards), fifths(losses)
+    figures = {
+        "reward_first": reward_first, "reward_last": reward_last, "loss_first": loss_first, "loss_last": loss_last,
+        "seconds": time.monotonic() - began,
+    }  # fmt: skip
+    (OUT / "demo.json").write_text(json.dumps(figures, indent=2) + "\n")
+    draw(rewards, losses, OUT / "demo.png")
+    print(f"\n{'':14}{'first fifth':>12}{'last fifth':>12}")
+    print(f"{'mean reward':14}{reward_first:12.3f}{reward_last:12.3f}\n{'loss':14}{loss_first:12.3f}{loss_last:12.3f}")
+    print("\nThe model's own words, before -> after")
+    for question, old, new in zip([*(f"{a} plus {b}" for a, b in SUMS), sft_chat.QUESTION], before, after, strict=True):
+        print(f"  {question:18} {old[:90]!r} -> {new[:90]!r}")
+    print(f"\n{figures['seconds']:.0f} s; curves in {OUT / 'demo.png'}, figures in {OUT / 'demo.json'}")
+
+
+if __name__ == "__main__":
+    OUT.mkdir(exist_ok=True)
+    os.environ.setdefault("TINKER_TELEMETRY", "0")
+    try:
+        with knapper() as address:
+            run(address)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")
