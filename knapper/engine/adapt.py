@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from knapper.engine.config import ModelConfig
 from knapper.engine.lora import Lora
 
 # The fused linears of a layer and the sites that they stack.
@@ -26,6 +27,16 @@ head_site: Final = "lm_head"
 _ranks_multiple: Final = (
     16  # a GEMM with fewer columns takes another kernel: neighbours of higher rank would change bits
 )
+
+
+def site_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of every site that an adapter may have."""
+    hidden, inner = config.hidden, config.intermediate
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    layer = {"q_proj": (hidden, q), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (q, hidden)}
+    layer |= {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
+    shapes = {f"layers.{index}.{name}": shape for index in range(config.layers) for name, shape in layer.items()}
+    return {**shapes, head_site: (hidden, config.vocab_size)}
 
 
 def rows_padded(rows: int) -> int:

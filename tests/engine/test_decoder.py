@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from knapper.engine import weights
-from knapper.engine.adapt import Scattered, Segment, Segments, Stack, base
+from knapper.engine.adapt import Scattered, Segment, Segments, Stack, base, site_shapes
 from knapper.engine.config import ModelConfig, UnsupportedModel
 from knapper.engine.decoder import Decoder
 from knapper.engine.kv import Cache, capacity_for
@@ -36,20 +36,7 @@ def tokens_of(decoder: Decoder, lengths: Sequence[int], seed: int = 0) -> Tensor
 def lora_of(decoder: Decoder, *, seed: int, rank: int = 4, scale: float = 2.0, only: Sequence[str] = ()) -> Lora:
     """Random in every site (or in those whose name ends in one of `only`), with a B that is far from zero."""
     generator = torch.Generator().manual_seed(seed)
-    config = decoder.config
-    heads, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    shapes = {"lm_head": (config.hidden, config.vocab_size)}
-    for index in range(config.layers):
-        for name, size in {
-            "q_proj": (config.hidden, heads),
-            "k_proj": (config.hidden, kv),
-            "v_proj": (config.hidden, kv),
-            "o_proj": (heads, config.hidden),
-            "gate_proj": (config.hidden, config.intermediate),
-            "up_proj": (config.hidden, config.intermediate),
-            "down_proj": (config.intermediate, config.hidden),
-        }.items():
-            shapes[f"layers.{index}.{name}"] = size
+    shapes = site_shapes(decoder.config)
     wanted = {site: size for site, size in shapes.items() if not only or site.endswith(tuple(only))}
     return Lora(
         a={site: torch.randn(rank, size[0], generator=generator) * 0.1 for site, size in wanted.items()},

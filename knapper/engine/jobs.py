@@ -1,0 +1,141 @@
+"""A sample request under way, and each of its texts. V vocabulary, H hidden size, P prompt tokens, k alternatives."""
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from knapper.engine.adapt import Segment
+from knapper.engine.draw import empty_logprob, uniforms
+from knapper.engine.kv import capacity_for
+from knapper.engine.lora import Lora
+from knapper.engine.stops import Stops
+from knapper.wire.types import Float32, Sample, SampleOutput, Sequence, TopK
+
+
+@dataclass(eq=False)
+class Job:
+    """One request. `tokens_max` of a text: what was asked, within the context. `turn`: texts before others go first."""
+
+    request: Sample
+    lora: Lora | None
+    stops: Stops
+    tokens_max: int
+    turn: int
+    future: "Future[SampleOutput]" = field(default_factory=Future)
+    started: int = 0  # texts
+    sequences: dict[int, Sequence] = field(default_factory=dict)  # finished texts by number
+    kv: Tensor | None = None  # of the prompt: kept while texts wait and there is room, else computed again
+    last_1H: Tensor | None = None  # the prompt's last row
+    prompt_logprobs: Float32 | None = None
+    prompt_topk: TopK | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return int(self.request.prompt.size)
+
+    @property
+    def left(self) -> int:
+        """Texts that have not begun."""
+        return self.request.num_samples - self.started
+
+    @property
+    def cost(self) -> int:
+        """Positions that one text reserves. Its last token is never fed, so a text of one token costs nothing."""
+        return 0 if self.tokens_max <= 1 else capacity_for(self.prompt_tokens + self.tokens_max - 1)
+
+    @property
+    def needs_prefill(self) -> bool:
+        return self.last_1H is None or (self.kv is None and self.cost > 0)
+
+    @property
+    def finished(self) -> bool:
+        return len(self.sequences) == self.request.num_samples
+
+    def segment(self, start: int, rows: int) -> Segment:
+        return Segment(start, start + rows, self.lora)
+
+    def begin(self, count: int) -> list["Text"]:
+        texts = [Text(self, self.started + index) for index in range(count)]
+        self.started += count
+        return texts
+
+    def output(self) -> SampleOutput:
+        return SampleOutput(
+            sequences=[self.sequences[index] for index in range(self.request.num_samples)],
+            prompt_logprobs=self.prompt_logprobs if self.request.prompt_logprobs else None,
+            topk_prompt_logprobs=self.prompt_topk,
+        )
+
+
+class Text:
+    """One sample of a request. Its random numbers come from (seed, its number) alone."""
+
+    def __init__(self, job: Job, number: int) -> None:
+        self.job = job
+        self.tokens: list[int] = []
+        self._number = number
+        self._uniforms = uniforms(job.request.seed, number)
+        self._logprobs: list[float] = []
+        self._topk: list[tuple[Tensor, Tensor]] = []
+
+    def uniform(self) -> float:
+        return float(self._uniforms.random())
+
+    def take(self, token: int, logprob: float, topk: tuple[Tensor, Tensor] | None) -> bool:
+        """Add a token. True when the text ends with it; the job then has its sequence."""
+        self.tokens.append(token)
+        self._logprobs.append(logprob)
+        if topk is not None:
+            self._topk.append(topk)
+        stopped = self.job.stops.ended(self.tokens)
+        if not stopped and len(self.tokens) < self.job.tokens_max:
+            return False
+        self.finish(stopped)
+        return True
+
+    def finish(self, stopped: bool) -> None:
+        k = self.job.request.topk_sample_logprobs
+        self.job.sequences[self._number] = Sequence(
+            tokens=np.array(self.tokens, dtype=np.int32),
+            logprobs=np.array(self._logprobs, dtype=np.float32),
+            stopped=stopped,
+            topk=_topk(self._topk, k) if k else None,
+        )
+
+
+class PromptScores:
+    """The prompt's log-probabilities, by ranges of rows: row j tells of token j + 1, and nothing tells of token 0."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._k = job.request.topk_prompt_logprobs
+        self._logprobs = np.full(job.prompt_tokens, np.nan, dtype=np.float32)
+        self._topk_tokens = np.zeros((job.prompt_tokens, self._k), dtype=np.int32)
+        self._topk_logprobs = np.full((job.prompt_tokens, self._k), empty_logprob, dtype=np.float32)
+
+    @property
+    def width(self) -> int:
+        return self._k
+
+    def add(self, start: int, logprobs_NV: Tensor, topk: tuple[Tensor, Tensor] | None) -> None:
+        rows = slice(start + 1, start + 1 + logprobs_NV.shape[0])
+        following = torch.from_numpy(self._job.request.prompt[rows].astype(np.int64)).to(logprobs_NV.device)
+        self._logprobs[rows] = logprobs_NV.gather(1, following[:, None])[:, 0].cpu().numpy()
+        if topk is not None:
+            self._topk_tokens[rows], self._topk_logprobs[rows] = topk[0].cpu().numpy(), topk[1].cpu().numpy()
+
+    def finish(self) -> None:
+        self._job.prompt_logprobs = self._logprobs
+        self._job.prompt_topk = TopK(self._topk_tokens, self._topk_logprobs) if self._k else None
+
+
+def _topk(rows: list[tuple[Tensor, Tensor]], k: int) -> TopK:
+    if not rows:
+        return TopK(np.zeros((0, k), dtype=np.int32), np.zeros((0, k), dtype=np.float32))
+    return TopK(
+        tokens=torch.stack([tokens for tokens, _ in rows]).cpu().numpy().astype(np.int32),
+        logprobs=torch.stack([logprobs for _, logprobs in rows]).cpu().numpy().astype(np.float32),
+    )

@@ -1,0 +1,85 @@
+"""What a sample request may ask for. Every refusal names the field, the value and what is allowed."""
+
+import math
+
+import numpy as np
+
+from knapper import limits
+from knapper.engine.adapt import site_shapes
+from knapper.engine.config import ModelConfig
+from knapper.engine.lora import Lora
+from knapper.errors import InvalidField, UserError
+from knapper.wire.types import Sample
+
+temperature_min, temperature_max = 1e-6, 1e6
+
+
+def check(request: Sample, config: ModelConfig) -> None:
+    """Raises InvalidField, or UserError for a prompt that does not fit the model's context."""
+    _check_prompt(request, config)
+    _between("num_samples", request.num_samples, 1, limits.num_samples_max)
+    _between("topk_prompt_logprobs", request.topk_prompt_logprobs, 0, limits.top_logprobs_max)
+    _between("topk_sample_logprobs", request.topk_sample_logprobs, 0, limits.top_logprobs_max)
+    params = request.params
+    if params.max_tokens is not None and params.max_tokens < 0:
+        raise InvalidField(
+            "sampling_params.max_tokens", params.max_tokens, "0 or more, or none for up to the context's end"
+        )
+    if params.temperature != 0 and not temperature_min <= params.temperature <= temperature_max:
+        allowed = f"0 (greedy), or {temperature_min:g} to {temperature_max:g}"
+        raise InvalidField("sampling_params.temperature", params.temperature, allowed)
+    if not (math.isfinite(params.top_p) and 0 < params.top_p <= 1):
+        raise InvalidField("sampling_params.top_p", params.top_p, "above 0, up to 1")
+    if params.top_k != -1 and params.top_k < 1:
+        raise InvalidField("sampling_params.top_k", params.top_k, "-1 (all), or 1 or more")
+    _check_stops(request, config)
+
+
+def check_adapter(adapter: str, lora: Lora, config: ModelConfig) -> None:
+    """Raises UserError for an adapter that was made for another model."""
+    shapes = site_shapes(config)
+    for site, a in lora.a.items():
+        if site not in shapes:
+            raise UserError(f"adapter {adapter} has the site {site}, which the model does not have")
+        found = (a.shape[1], lora.b[site].shape[0])
+        if found != shapes[site] or a.shape[0] != lora.b[site].shape[1]:
+            raise UserError(
+                f"adapter {adapter}: site {site} maps {found[0]} to {found[1]}; "
+                f"the model's maps {shapes[site][0]} to {shapes[site][1]}. It was trained on another model"
+            )
+
+
+def _check_prompt(request: Sample, config: ModelConfig) -> None:
+    prompt = request.prompt
+    if prompt.ndim != 1 or prompt.size == 0:
+        raise InvalidField("prompt", list(prompt.shape), "a list of at least one token")
+    wrong = np.flatnonzero((prompt < 0) | (prompt >= config.vocab_size))
+    if wrong.size:
+        at = int(wrong[0])
+        allowed = f"token ids 0 to {config.vocab_size - 1} (the vocabulary has {config.vocab_size})"
+        raise InvalidField(f"prompt[{at}]", int(prompt[at]), allowed)
+    # A prompt that only is scored needs no room for a token after it.
+    longest = config.context if request.params.max_tokens == 0 else config.context - 1
+    if prompt.size > longest:
+        raise UserError(
+            f"prompt has {prompt.size} tokens; allowed: up to {longest}, as the model's context is {config.context}. "
+            "Shorten the prompt"
+        )
+
+
+def _check_stops(request: Sample, config: ModelConfig) -> None:
+    strings, tokens = request.params.stop_strings, request.params.stop_tokens
+    if len(strings) + len(tokens) > limits.stop_sequences_max:
+        raise InvalidField(
+            "sampling_params.stop", len(strings) + len(tokens), f"up to {limits.stop_sequences_max} stops"
+        )
+    if "" in strings:
+        raise InvalidField("sampling_params.stop", "", "strings of at least one character")
+    for token in tokens:
+        if not 0 <= token < config.vocab_size:
+            raise InvalidField("sampling_params.stop", token, f"token ids 0 to {config.vocab_size - 1}")
+
+
+def _between(field: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise InvalidField(field, value, f"{least} to {most}")

@@ -1,0 +1,37 @@
+"""When a sampled text ends: a stop token, or a stop string in the decoded text. Both stay in the output."""
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+_edge_tokens = (
+    4  # a decoded window may begin inside a character, or lose a leading space: so many more tokens than needed
+)
+
+
+class Stops:
+    """The ends of one request."""
+
+    def __init__(self, tokens: Sequence[int], strings: Sequence[str], tokenizer: Tokenizer | None) -> None:
+        assert tokenizer is not None or not strings
+        self._tokens = frozenset(tokens)
+        self._strings = tuple(strings)
+        self._tokenizer = tokenizer
+        self._longest = max((len(string.encode()) for string in strings), default=0)
+
+    def ended(self, sampled: Sequence[int]) -> bool:
+        """Whether the newest of the sampled tokens ends the text. Called after each token."""
+        return sampled[-1] in self._tokens or (bool(self._strings) and self._string_in(sampled))
+
+    def _string_in(self, sampled: Sequence[int]) -> bool:
+        """Only a window is decoded: a string that the newest token completes lies in as many tokens as it has bytes.
+
+        Tokens without text make the window longer.
+        """
+        assert self._tokenizer is not None
+        window = self._longest + _edge_tokens
+        while True:
+            text = self._tokenizer.decode(list(sampled[-window:]), skip_special_tokens=False)
+            if window >= len(sampled) or len(text.encode()) >= self._longest + _edge_tokens:
+                return any(string in text for string in self._strings)
+            window *= 2
