@@ -43,6 +43,7 @@ def up(settings: Settings, root: Path, environ: Mapping[str, str], *, isolated: 
         address = f"http://127.0.0.1:{bells.getsockname()[1]}"
         settings = msgspec.structs.replace(
             settings,
+            model=str(directory) if Path(settings.model).expanduser().is_dir() else settings.model,
             model_directory=str(directory),
             train_step_url=f"{address}/train_step",
             sample_url=f"{address}/sample",
@@ -104,11 +105,9 @@ class Supervisor:
 
     def _record(self) -> ModelRecord:
         settings = self._settings
-        directory = Path(settings.model_directory)
-        name = settings.model if not Path(settings.model).expanduser().is_dir() else str(directory)
         return record_of(
-            directory,
-            name,
+            Path(settings.model_directory),
+            settings.model,
             dtype=settings.dtype,
             train_step_url=settings.train_step_url,
             sample_url=settings.sample_url,
