@@ -117,7 +117,8 @@ class Bells:
                     if isinstance(error, UserError):
                         log.error("train_step refuses the bell", run=run, reason=str(error))
                         return
-                    log.info("train_step does not answer", run=run, reason=f"{type(error).__name__}: {error}")
+                    if back_off == _BACK_OFF_S:
+                        log.info("train_step does not answer", run=run, reason=f"{type(error).__name__}: {error}")
                     line.again = True
                     await asyncio.sleep(back_off)
                     back_off = min(2 * back_off, _BACK_OFF_MAX_S)

@@ -42,11 +42,11 @@ async def read_or_peek(request: Request) -> Body:
         size += len(chunk)
         if size > limits.body_drain_bytes_max:
             raise too_large()
-        if size > limits.body_bytes_max and whole:
-            whole = False
-            del kept[_PREFIX_BYTES:]
         if whole:
             kept += chunk
+            if size > limits.body_bytes_max:
+                whole = False
+                del kept[_PREFIX_BYTES:]
     data = bytes(kept)
     if encoding == "identity":
         return Body(data, whole)

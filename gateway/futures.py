@@ -48,7 +48,7 @@ async def _wait(gateway: Parts, run: RunId, seq: int) -> Result | None:
     while True:
         woken = gateway.bells.woken(run)  # taken before looking, so that nothing that comes while we look is missed
         try:
-            if (result := await gateway.results.find(run, seq)) is not None:
+            if (result := await gateway.looks.find(run, seq)) is not None:
                 return result
         except StoreError as error:
             log.warning("the store fails under a poll", run=run, reason=str(error))

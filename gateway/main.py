@@ -16,6 +16,7 @@ from starlette.routing import Route
 from gateway import clockwork, errors, futures, sampling, service, training
 from gateway.bells import Bells
 from gateway.heartbeats import Heartbeats
+from gateway.looks import Looks
 from gateway.parts import Parts
 from gateway.records import Records
 from gateway.samples import Samples
@@ -79,6 +80,7 @@ def create_app(
                 store=store,
                 acceptor=acceptor,
                 results=results,
+                looks=Looks(results, monotonic),
                 records=records,
                 checkpoints=Checkpoints(store),
                 bells=Bells(client, results, url_of, new_id),

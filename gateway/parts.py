@@ -8,6 +8,7 @@ from starlette.requests import Request
 
 from gateway.bells import Bells
 from gateway.heartbeats import Heartbeats
+from gateway.looks import Looks
 from gateway.records import Records
 from gateway.samples import Samples
 from knapper.checkpoints import Checkpoints
@@ -21,6 +22,7 @@ class Parts:
     store: Store
     acceptor: Acceptor
     results: Results
+    looks: Looks
     records: Records
     checkpoints: Checkpoints
     bells: Bells

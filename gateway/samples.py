@@ -163,7 +163,8 @@ class Samples:
             if entry.refused_since is None:
                 entry.refused_since = self._now()
             entry.refusal = reason
-            log.info("sample does not answer", request=entry.request_id, reason=reason)
+            if back_off == _BACK_OFF_S:
+                log.info("sample does not answer", request=entry.request_id, reason=reason)
             await asyncio.sleep(back_off)
             back_off = min(2 * back_off, _BACK_OFF_MAX_S)
 

@@ -1,0 +1,45 @@
+"""Look into the store for results: once a run and moment, however many polls wait for it."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from knapper.ids import RunId
+from knapper.journal.records import Result
+from knapper.journal.results import Results
+
+_FRESH_S = 0.9  # polls look again every second
+_RUNS_MAX = 4096
+
+
+@dataclass
+class _Look:
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    at: float = float("-inf")
+
+
+class Looks:
+    """`now`: monotonic seconds."""
+
+    def __init__(self, results: Results, now: Callable[[], float]) -> None:
+        self._results = results
+        self._now = now
+        self._looks: OrderedDict[RunId, _Look] = OrderedDict()
+
+    async def find(self, run: RunId, seq: int) -> Result | None:
+        """The answer to operation `seq`, or None if there was none a moment ago."""
+        if (known := self._results.known(run, seq)) is not None:
+            return known
+        look = self._looks.setdefault(run, _Look())
+        self._looks.move_to_end(run)
+        if len(self._looks) > _RUNS_MAX:
+            self._looks.popitem(last=False)
+        async with look.lock:
+            if (known := self._results.known(run, seq)) is not None:
+                return known
+            if seq > self._results.applied(run) and self._now() - look.at < _FRESH_S:
+                return None
+            found = await self._results.find(run, seq)
+            look.at = self._now()
+            return found

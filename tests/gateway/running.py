@@ -1,0 +1,133 @@
+"""A gateway on a real port, over a store that the test can look into, and requests to it as the SDK's."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import msgspec
+import numpy as np
+import uvicorn
+from starlette.applications import Starlette
+
+from gateway.main import create_app
+from gateway.parts import Parts
+from knapper.journal import names
+from knapper.journal.records import Operation, decode
+from knapper.models.catalogue import Catalogue, ModelRecord
+from knapper.store import Store
+from knapper.store.memory import MemoryStore
+from knapper.wire import proto
+from knapper.wire.types import Datum, ForwardBackward
+
+MODEL = ModelRecord(
+    name="tiny/model", directory="/models/tiny/model/x", tokenizer_id="/models/tiny/model/x", context=512, vocab=300,
+    arch="llama", dtype="float32", trainable=True, sampleable=True, train_step_url="", sample_url="",
+)  # fmt: skip
+
+
+@dataclass
+class Running:
+    url: str
+    store: Store
+    app: Starlette
+    loop: asyncio.AbstractEventLoop
+    http: httpx.Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.http = httpx.Client(base_url=f"{self.url}/api/v1/", headers={"X-API-Key": "tml-local"}, timeout=60)
+
+    @property
+    def parts(self) -> Parts:
+        parts: Parts = self.app.state.parts
+        return parts
+
+    def run(self, coroutine: Any) -> Any:
+        """Run it where the gateway runs."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(30)
+
+    def post(self, path: str, json: Any = None, status: int = 200, **more: Any) -> Any:
+        reply = self.http.post(path, json=json, **more)
+        assert reply.status_code == status, reply.text
+        return reply.json()
+
+    def session(self) -> str:
+        asked = {"tags": [], "user_metadata": None, "sdk_version": "0.38.0", "type": "create_session"}
+        created: str = self.post("create_session", asked)["session_id"]
+        return created
+
+    def make_run(self, session: str | None = None, model_seq_id: int = 0) -> str:
+        asked = create_model(session or self.session(), model_seq_id)
+        return str(self.post("create_model", asked)["model_id"])
+
+    def forward_backward(self, body: bytes, **headers: str) -> httpx.Response:
+        return self.http.post(
+            "forward_backward", content=body, headers={"Content-Type": "application/x-protobuf", **headers}
+        )
+
+    def stored(self, run: str, seq: int) -> Operation | None:
+        name = names.operation(run, seq)  # type: ignore[arg-type]
+        data = self.run(self.store.get(name))
+        return None if data is None else decode(data, Operation, name)
+
+
+def create_model(session: str, model_seq_id: int = 0, **changes: Any) -> dict[str, Any]:
+    return {
+        "session_id": session, "model_seq_id": model_seq_id, "base_model": MODEL.name, "lora_config": {"rank": 4},
+        "optimizer_config": {"type": "adamw"}, "type": "create_model",
+    } | changes  # fmt: skip
+
+
+def fwdbwd(run: str, seq: int, tokens: int = 3) -> bytes:
+    inputs = {"target_tokens": np.arange(tokens) + 1, "weights": np.ones(tokens, np.float32)}
+    datum = Datum(tokens=np.arange(tokens, dtype=np.int32), inputs=inputs)
+    return proto.encode_forward_backward(ForwardBackward(run, seq, [datum], "cross_entropy", {}, False))
+
+
+@contextlib.contextmanager
+def serve(app: Any) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
+    """The app on a free port, in a thread of its own."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="warning", timeout_graceful_shutdown=2))
+    loops: list[asyncio.AbstractEventLoop] = []
+    started = threading.Event()
+
+    async def main() -> None:
+        loops.append(asyncio.get_running_loop())
+        started.set()
+        await server.serve([listener])
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
+    thread.start()
+    started.wait(10)
+    while not server.started and thread.is_alive():
+        threading.Event().wait(0.01)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", loops[0]
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
+
+
+@contextlib.contextmanager
+def gateway(store: Store | None = None, *, model: ModelRecord | None = MODEL, **settings: Any) -> Iterator[Running]:
+    store = store if store is not None else MemoryStore()
+    if model is not None:
+        asyncio.run(Catalogue(store).publish(model))
+    app = create_app(store, **({"train_step_url": NOWHERE, "sample_url": NOWHERE} | settings))
+    with serve(app) as (url, loop):
+        running = Running(url, store, app, loop)
+        with running.http:
+            yield running
+
+
+NOWHERE = "http://127.0.0.1:9/"  # discard: nothing listens
+
+
+def json_of(body: bytes) -> Any:
+    return msgspec.json.decode(body)

@@ -1,0 +1,137 @@
+"""Polls: held, woken, and asked to come again."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from knapper import limits
+from knapper.journal import names
+from knapper.journal.records import Commit, Result, encode
+from tests.gateway.running import Running, fwdbwd, gateway, json_of
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    with gateway() as running:
+        yield running
+
+
+def result(seq: int, body: bytes = b'{"metrics":{}}', **more: bool) -> Result:
+    return Result(seq=seq, sha256=b"", content_type="application/json", body=body, **more)
+
+
+def commit(running: Running, run: str, n: int, *results: Result) -> Commit:
+    """As a train_step would have stored it."""
+    record = Commit(epoch=1, results=list(results))
+    assert running.run(running.store.put_if_absent(names.commit(run, n), encode(record)))  # type: ignore[arg-type]
+    return record
+
+
+def test_a_pending_poll_is_held_and_then_asked_to_come_again(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = running.make_run()
+    monkeypatch.setattr(limits, "poll_hold_s", 0.3)
+    body = running.post("retrieve_future", {"request_id": f"{run}:0", "allow_metadata_only": True}, status=408)
+    assert body["type"] == "try_again"
+    assert body["request_id"] == f"{run}:0"
+    assert body["queue_state"] == "active"
+
+
+def test_a_cold_start_is_told_with_the_time_it_has_taken(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = running.make_run()
+    monkeypatch.setattr(limits, "poll_hold_s", 1.5)
+    body = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
+    assert body["queue_state"] == "paused_capacity"
+    assert body["queue_state_reason"].startswith("train_step is starting from zero; waited ")
+
+
+def test_results_in_the_store_are_found_and_stay(running: Running) -> None:
+    run = running.make_run()
+    running.forward_backward(fwdbwd(run, 1))
+    commit(running, run, 1)
+    commit(running, run, 2, result(0, b'{"model_id":"m"}'), result(1))
+    for _ in range(2):
+        assert running.post("retrieve_future", {"request_id": f"{run}:1"}) == {"metrics": {}}
+        assert running.post("retrieve_future", {"request_id": f"{run}:0"}) == {"model_id": "m"}
+
+
+def test_a_failure_is_a_result_with_an_error(running: Running) -> None:
+    run = running.make_run()
+    commit(running, run, 1, result(0, b'{"error":"rank is wrong","category":"user"}', failed=True))
+    assert running.post("retrieve_future", {"request_id": f"{run}:0"}) == {
+        "error": "rank is wrong",
+        "category": "user",
+    }
+
+
+def test_protobuf_results_keep_their_type(running: Running) -> None:
+    run = running.make_run()
+    made = Result(seq=0, sha256=b"", content_type="application/x-protobuf", body=b"\x0a\x00")
+    commit(running, run, 1, made)
+    reply = running.http.post("retrieve_future", json={"request_id": f"{run}:0"})
+    assert reply.headers["content-type"] == "application/x-protobuf"
+    assert reply.content == b"\x0a\x00"
+
+
+def test_a_pushed_result_wakes_those_who_wait(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.futures._LOOK_S", 30.0)  # nobody looks: only the push can wake
+    run = running.make_run()
+    with ThreadPoolExecutor() as pool:
+        polls = [pool.submit(running.post, "retrieve_future", {"request_id": f"{run}:0"}) for _ in range(3)]
+        time.sleep(0.5)
+        assert not any(poll.done() for poll in polls)
+
+        async def push() -> None:
+            running.parts.results.offer(run, 1, Commit(epoch=1, results=[result(0)]))  # type: ignore[arg-type]
+            running.parts.bells.wake(run)  # type: ignore[arg-type]
+
+        running.run(push())
+        assert [poll.result(10) for poll in polls] == [{"metrics": {}}] * 3
+
+
+def test_a_result_that_nobody_pushed_is_found_by_looking(running: Running) -> None:
+    run = running.make_run()
+    with ThreadPoolExecutor() as pool:
+        poll = pool.submit(running.post, "retrieve_future", {"request_id": f"{run}:0"})
+        time.sleep(0.3)
+        commit(running, run, 1, result(0))
+        assert poll.result(10) == {"metrics": {}}
+
+
+def test_a_new_gateway_over_the_same_store_answers_old_promises() -> None:
+    with gateway() as before:
+        run = before.make_run()
+        commit(before, run, 1, result(0))
+        store = before.store
+    with gateway(store) as after:
+        assert after.post("retrieve_future", {"request_id": f"{run}:0"}) == {"metrics": {}}
+        assert after.forward_backward(fwdbwd(run, 1)).status_code == 200
+
+
+def test_unknown_promises_are_told_apart(running: Running) -> None:
+    assert running.post("retrieve_future", {"request_id": "s-0123"}, status=410)["code"] == "gone"
+    never = "ses-" + "3" * 32 + ":train:0:1"
+    assert running.post("retrieve_future", {"request_id": never}, status=404)["code"] == "not_found"
+    assert running.post("retrieve_future", {"request_id": "nonsense"}, status=404)["code"] == "not_found"
+    assert running.post("cancel_future", {"request_id": "s-0123"}) == {"status": "ok"}
+
+
+def test_many_polls_share_one_look_at_the_store(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = running.make_run()
+    looks: list[str] = []
+    listed = running.store.list
+
+    async def counting(prefix: str, start_after: str = "", limit: int = 0) -> list[str]:
+        looks.append(prefix)
+        return await listed(prefix, start_after, limit)
+
+    monkeypatch.setattr(running.store, "list", counting)
+    monkeypatch.setattr(limits, "poll_hold_s", 2.5)
+    with ThreadPoolExecutor(40) as pool:
+        replies = list(
+            pool.map(lambda seq: running.http.post("retrieve_future", json={"request_id": f"{run}:{seq}"}), range(40))
+        )
+    assert {reply.status_code for reply in replies} == {408}
+    assert sum(prefix == names.commits(run) for prefix in looks) <= 12  # type: ignore[arg-type]
+    assert json_of(replies[0].content)["type"] == "try_again"
