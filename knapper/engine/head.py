@@ -103,9 +103,8 @@ class _FrozenHead(torch.autograd.Function):
         (grad_NK,) = grads
         head_VH, targets_NK, needed_N, mean_NH = ctx.saved_tensors
         _check_promise(grad_NK, needed_N)
-        # W[t] of row n, weighted by its K gradients: one bag a row
         wide = grad_NK.dtype
-        found_NH = mean_NH.to(wide).mul_(-grad_NK.sum(dim=1, keepdim=True))
+        found_NH = mean_NH.to(wide) * -grad_NK.sum(dim=1, keepdim=True)
         for k in range(targets_NK.shape[1]):
             found_NH.addcmul_(head_VH[targets_NK[:, k]].to(wide), grad_NK[:, k : k + 1])
         return found_NH.to(mean_NH.dtype), None, None, None

@@ -65,10 +65,10 @@ class TrainingMachine:
                 files = peft_format.export(state, with_optimizer=operation.kind == "save_weights")
                 return Outcome(state, "application/json", b"", export=files)
             case _:
-                raise Corrupt(f"operation {operation.seq} of {operation.run} is a {operation.kind}: not one to apply")
+                raise Corrupt(f"operation {operation.seq} of {operation.run} is of kind {operation.kind}")
 
     def _load(self, spec: Spec, files: Files, with_optimizer: bool) -> RunState:
-        """The run as the checkpoint has it: no pending gradients; without the optimizer, moments and step count zero."""
+        """The run as the checkpoint has it: no pending gradients; without the optimizer zero moments, zero steps."""
         layout = self._trainer.layout(spec)
         return self._trainer.begin(spec, *peft_format.read(files, spec, layout, with_optimizer=with_optimizer))
 

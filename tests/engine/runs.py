@@ -1,6 +1,6 @@
 """Runs on tiny models, and requests to train them with: what the tests of training share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,6 +63,10 @@ def datum(
 
 
 def request(
-    data: Sequence[Datum], loss: str = "cross_entropy", *, forward_only: bool = False, **config: float
+    data: Sequence[Datum],
+    loss: str = "cross_entropy",
+    config: Mapping[str, float | str] | None = None,
+    *,
+    forward_only: bool = False,
 ) -> ForwardBackward:
-    return ForwardBackward(RUN, 1, list(data), loss, dict(config), forward_only)
+    return ForwardBackward(RUN, 1, list(data), loss, dict(config or {}), forward_only)

@@ -16,14 +16,15 @@ from knapper.wire.types import AdamW, Datum
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
 from tests.engine.tiny import Kind
 
-# PEFT's advice about tied heads and about a base model that is not on the hub; docs/decisions/0002 says what we do and why.
+# PEFT's advice about tied heads (docs/decisions/0002 says what we do and why) and a base model that is not on the hub.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tie_word_embeddings"),
     pytest.mark.filterwarnings("ignore:Could not find a config file"),
 ]
 
 ADAM = AdamW(learning_rate=3e-3, weight_decay=0.01, grad_clip_norm=1.0)
-BATCHES = [  # of one optimizer step each: (loss, config, columns of targets)
+Request = tuple[str, dict[str, float], int]
+BATCHES: list[list[Request]] = [  # of one optimizer step each: (loss, config, columns of targets)
     [("cross_entropy", {}, 0), ("cross_entropy", {}, 3)],
     [("importance_sampling", {}, 0)],
     [("ppo", {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1}, 0), ("cross_entropy", {}, 0)],
@@ -101,7 +102,7 @@ def test_a_run_equals_a_plain_peft_loop(tmp_path: Path, kind: Kind, unembed: boo
         for loss, config, columns in step:
             losses_seen.add(loss)
             data = batch(loss, columns, rng)
-            state, output = done(trainer.forward_backward(state, request(data, loss, **config)))
+            state, output = done(trainer.forward_backward(state, request(data, loss, config)))
             total = 0.0
             for one, found in zip(data, output.outputs, strict=True):
                 p = plain_logprobs(model, one)
@@ -125,8 +126,13 @@ def test_a_run_equals_a_plain_peft_loop(tmp_path: Path, kind: Kind, unembed: boo
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 @pytest.mark.parametrize(
     "targets",
-    [{"train_mlp": False}, {"train_attn": False}, {"train_unembed": True}, {"train_unembed": True, "train_mlp": False, "train_attn": False}],
-)  # fmt: skip
+    [
+        {"train_mlp": False},
+        {"train_attn": False},
+        {"train_unembed": True},
+        {"train_unembed": True, "train_mlp": False, "train_attn": False},
+    ],
+)
 def test_an_exported_adapter_gives_the_same_log_probabilities_in_peft(
     tmp_path: Path, kind: Kind, targets: dict[str, bool]
 ) -> None:

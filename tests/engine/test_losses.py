@@ -1,0 +1,202 @@
+"""Every loss and its gradient equal the formula, computed plainly from full logits."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from knapper.engine import losses
+from knapper.engine.losses import LOSSES
+from knapper.errors import InvalidField, UserError
+
+TOKENS, VOCABULARY = 50, 11
+Given = dict[str, Tensor]
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs_of(name: str, columns: int = 0) -> Given:
+    """Inputs that reach every branch: ratios on both sides of the bounds, advantages of both signs and zero."""
+    shape = (TOKENS, columns) if columns else (TOKENS,)
+    if name == "cross_entropy":
+        weights = normal(1, *shape)
+        weights[::4] = 0
+        return {"weights": weights}
+    advantages = normal(2, TOKENS)
+    advantages[::5] = 0
+    given = {"logprobs": normal(3, TOKENS) * 0.5 - 2.4, "advantages": advantages}
+    if name == "gspo":
+        given["sequence_ratio_mask"] = (torch.arange(TOKENS) % 3 != 0).float()
+    return given
+
+
+def logits_and_targets(columns: int = 0) -> tuple[Tensor, Tensor]:
+    shape = (TOKENS, columns) if columns else (TOKENS, 1)
+    targets = torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(4))
+    return normal(5, TOKENS, VOCABULARY), targets
+
+
+def by_loops(name: str, logits: Tensor, targets: Tensor, given: Given, config: dict[str, float]) -> Tensor:
+    """Token after token, with `max` and `min` as conditions: nothing shared with the code under test."""
+    total = torch.zeros(())
+    normaliser = logits.exp().sum(dim=1).log()
+    if name == "gspo":
+        kept = [t for t in range(TOKENS) if given["sequence_ratio_mask"][t] == 1]
+        differences = [(logits[t, targets[t, 0]] - normaliser[t]).detach() - given["logprobs"][t] for t in kept]
+        sequence = math.exp(sum(float(d) for d in differences) / len(kept))
+    else:
+        sequence = 0.0
+    for t in range(TOKENS):
+        for k in range(targets.shape[1]):
+            p = logits[t, targets[t, k]] - normaliser[t]
+            if name == "cross_entropy":
+                weight = given["weights"][t] if targets.shape[1] == 1 else given["weights"][t, k]
+                total = total - weight * p
+                continue
+            q, a = given["logprobs"][t], given["advantages"][t]
+            ratio = (p - q).exp()
+            if name == "importance_sampling":
+                total = total - ratio * a
+            elif name == "dro":
+                total = total - (p * a - config["beta"] / 2 * (p - q) * (p - q))
+            elif name == "cispo":
+                bounded = min(max(ratio.item(), config["low"]), config["high"])
+                total = total - bounded * p * a
+            else:
+                if name == "gspo":
+                    ratio = sequence * (p - p.detach()).exp()
+                clipped = torch.tensor(min(max(ratio.item(), config["low"]), config["high"]))
+                if clipped.item() == ratio.item():  # inside the bounds: the gradient passes
+                    clipped = ratio
+                total = total - (ratio * a if (ratio * a).item() <= (clipped * a).item() else clipped * a)
+    return total
+
+
+CASES = [
+    ("cross_entropy", {}, {}),
+    ("importance_sampling", {}, {}),
+    ("ppo", {}, {"low": 0.8, "high": 1.2}),
+    ("ppo", {"clip_low_threshold": 0.5, "clip_high_threshold": 2.0}, {"low": 0.5, "high": 2.0}),
+    ("ppo", {"clip_high_threshold": 1.5}, {"low": 0.8, "high": 1.5}),
+    ("cispo", {}, {"low": 0.0, "high": 4.0}),
+    ("cispo", {"clip_low_threshold": 0.6, "clip_high_threshold": 1.1}, {"low": 0.6, "high": 1.1}),
+    ("dro", {}, {"beta": 0.05}),
+    ("dro", {"beta": 0.7}, {"beta": 0.7}),
+    ("gspo", {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1}, {"low": 0.9, "high": 1.1}),
+    ("gspo", {"clip_low_threshold": 0.0, "clip_high_threshold": 99.0}, {"low": 0.0, "high": 99.0}),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "meaning"), CASES)
+def test_value_and_gradient_equal_the_formula(name: str, config: dict[str, float], meaning: dict[str, float]) -> None:
+    check_against_loops(name, config, meaning, 0)
+
+
+def test_cross_entropy_takes_several_targets_a_position() -> None:
+    check_against_loops("cross_entropy", {}, {}, 3)
+
+
+def check_against_loops(name: str, config: dict[str, float], meaning: dict[str, float], columns: int) -> None:
+    raw, targets = logits_and_targets(columns)
+    given = inputs_of(name, columns)
+    mine_logits, plain_logits = raw.clone().requires_grad_(), raw.clone().requires_grad_()
+    learner = torch.log_softmax(mine_logits, dim=-1).gather(1, targets)
+    loss = losses.find(name)
+    value, metrics = loss(learner if columns else learner[:, 0], given, loss.read_config(config))
+    plain = by_loops(name, plain_logits, targets, given, meaning)
+    assert value.item() == pytest.approx(plain.item(), rel=1e-5, abs=1e-4)
+    assert metrics["loss:sum"].item() == value.item()
+    (mine_grad,) = torch.autograd.grad(value, mine_logits)
+    (plain_grad,) = torch.autograd.grad(plain, plain_logits)
+    torch.testing.assert_close(mine_grad, plain_grad, rtol=1e-4, atol=1e-6)
+    assert mine_grad.abs().max() > 1e-3
+    needed = loss.needs_gradient(given)
+    if needed is not None:
+        assert not mine_grad[~needed].any()
+        assert (~needed).any()
+    assert all(key.count(":") == 1 for key in metrics)
+
+
+def test_thresholds_may_differ_by_token() -> None:
+    given, (raw, targets) = inputs_of("ppo"), logits_and_targets()
+    learner = torch.log_softmax(raw, dim=-1).gather(1, targets)[:, 0]
+    loss = LOSSES["ppo"]
+    low, high = torch.full((TOKENS,), 0.5), torch.full((TOKENS,), 1.3)
+    same, _ = loss(learner, given, {"clip_low_threshold": 0.5, "clip_high_threshold": 1.3})
+    each, _ = loss(learner, {**given, "clip_low_threshold": low, "clip_high_threshold": high}, {})
+    assert each.item() == same.item()
+    first = torch.arange(TOKENS) < TOKENS // 2
+    low[~first], high[~first] = 0.9, 1.1
+    mixed, _ = loss(learner, {**given, "clip_low_threshold": low, "clip_high_threshold": high}, {})
+    parts = [
+        loss(
+            learner[half], {k: v[half] for k, v in given.items()}, {"clip_low_threshold": lo, "clip_high_threshold": hi}
+        )[0]
+        for half, lo, hi in ((first, 0.5, 1.3), (~first, 0.9, 1.1))
+    ]
+    assert mixed.item() == pytest.approx(sum(part.item() for part in parts), rel=1e-5)
+    assert mixed.item() != pytest.approx(same.item(), rel=1e-3)
+
+
+def test_cispo_carries_no_gradient_through_the_ratio() -> None:
+    """d/dp (stop_gradient(r) p A) = r A, with r = exp(-1 + 2) = e here, which the bounds leave alone."""
+    learner = torch.full((4,), -1.0, requires_grad=True)
+    given = {"logprobs": torch.full((4,), -2.0), "advantages": torch.tensor([1.0, -2.0, 0.5, 0.0])}
+    value, _ = LOSSES["cispo"](learner, given, {})
+    (grad,) = torch.autograd.grad(value, learner)
+    torch.testing.assert_close(grad, -math.e * given["advantages"])
+
+
+def test_metrics_are_sums_over_trained_tokens() -> None:
+    learner = torch.tensor([-1.0, -2.0, -3.0])
+    given = {"logprobs": torch.tensor([-1.0, -2.5, 0.0]), "advantages": torch.tensor([1.0, 1.0, 0.0])}
+    _, metrics = LOSSES["ppo"](learner, given, {})
+    found = {name: value.item() for name, value in metrics.items()}
+    assert found["tokens:sum"] == 2
+    assert found["ratio:sum"] == pytest.approx(1 + math.exp(0.5))
+    assert found["kl:sum"] == pytest.approx(-0.5)
+    assert found["clipped:sum"] == 1
+    _, metrics = LOSSES["cross_entropy"](learner, {"weights": torch.tensor([0.0, 2.0, -0.5])}, {})
+    assert (metrics["tokens:sum"].item(), metrics["weights:sum"].item()) == (2, 1.5)
+
+
+@pytest.mark.parametrize("name", ["", "crossentropy", "CROSS_ENTROPY", "forward"])
+def test_an_unknown_loss_is_answered_with_the_known_ones(name: str) -> None:
+    with pytest.raises(InvalidField, match="cross_entropy, importance_sampling, ppo, cispo, dro, gspo"):
+        losses.find(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "todo"),
+    [("stable_reinforce", "not published.*importance_sampling, ppo or cispo"), ("custom", "forward_backward_custom")],
+)
+def test_losses_that_cannot_be_had_say_why_and_what_instead(name: str, todo: str) -> None:
+    with pytest.raises(UserError, match=todo):
+        losses.find(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "allowed"),
+    [
+        ("cross_entropy", {"beta": 1.0}, "takes no keys"),
+        ("importance_sampling", {"clip_low_threshold": 0.8}, "takes no keys"),
+        ("ppo", {"epsilon": 0.2}, "takes clip_low_threshold, clip_high_threshold"),
+        ("dro", {"beta": -1.0}, "0 or more"),
+        ("dro", {"beta": math.nan}, "finite"),
+        ("dro", {"beta": math.inf}, "finite"),
+        ("dro", {"beta": "0.05"}, "finite number"),
+    ],
+)
+def test_config_keys_and_values_are_checked(name: str, config: dict[str, float | str], allowed: str) -> None:
+    with pytest.raises(InvalidField, match=allowed):
+        losses.find(name).read_config(config)
+
+
+def test_the_registry_names_every_argument_of_every_formula() -> None:
+    for loss in LOSSES.values():
+        arguments = set(inspect.signature(loss.formula).parameters) - {"learner_T"}
+        assert arguments == (set(loss.required) - {"target_tokens"}) | set(loss.optional) | set(loss.config)

@@ -1,0 +1,123 @@
+"""AdamW is torch's, on a flat arena, and leaves what it is given alone."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from knapper.engine.optimizer import Moments, check, is_finite, step
+from knapper.errors import InvalidField, UserError
+from knapper.wire.types import AdamW
+
+SIZE = 1000
+
+
+def draw(seed: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(SIZE, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def fresh() -> Moments:
+    return Moments(torch.zeros(SIZE), torch.zeros(SIZE), 0)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5, 1e6])
+def test_steps_equal_torch_adamw_with_values_that_change_every_step(clip: float) -> None:
+    weights, moments = draw(0), fresh()
+    parameter = torch.nn.Parameter(weights.clone())
+    reference = torch.optim.AdamW([parameter], foreach=False, fused=False)
+    for index in range(6):
+        values = AdamW(
+            learning_rate=1e-3 * (index + 1), beta1=0.8 + 0.02 * index, beta2=0.95, eps=1e-12, weight_decay=0.1 * index,
+            grad_clip_norm=clip,
+        )  # fmt: skip
+        grads = draw(index + 1, scale=0.1)
+        parameter.grad = grads.clone()
+        norm = grads.norm().item()
+        if clip:
+            assert torch.nn.utils.clip_grad_norm_([parameter], clip).item() == pytest.approx(norm)
+        reference.param_groups[0].update(
+            lr=values.learning_rate,
+            betas=(values.beta1, values.beta2),
+            eps=values.eps,
+            weight_decay=values.weight_decay,
+        )
+        reference.step()
+        weights, moments, metrics = step(weights, grads, moments, values)
+        torch.testing.assert_close(weights, parameter.detach(), rtol=1e-6, atol=1e-7)
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-6)
+        assert metrics["step"] == moments.step == index + 1
+        assert metrics["learning_rate"] == values.learning_rate
+
+
+def test_first_step_is_the_formula_by_hand() -> None:
+    weights, grads = torch.tensor([2.0, -1.0]), torch.tensor([0.5, -3.0])
+    zero = torch.zeros(2)
+    found, moments, _ = step(weights, grads, Moments(zero, zero, 0), AdamW(learning_rate=0.1, weight_decay=0.5))
+    # decay: w * (1 - 0.1 * 0.5); bias correction makes the first step lr * sign(gradient)
+    torch.testing.assert_close(found, torch.tensor([2.0 * 0.95 - 0.1, -1.0 * 0.95 + 0.1]))
+    torch.testing.assert_close(moments.m_P, 0.1 * grads)
+    torch.testing.assert_close(moments.v_P, 0.05 * grads**2)
+
+
+def test_what_it_is_given_is_not_written_to() -> None:
+    weights, grads, moments = draw(0), draw(1), Moments(draw(2), draw(3).abs(), 4)
+    before = [t.clone() for t in (weights, grads, moments.m_P, moments.v_P)]
+    step(weights, grads, moments, AdamW(learning_rate=0.1, grad_clip_norm=0.01))
+    assert all(torch.equal(a, b) for a, b in zip(before, (weights, grads, moments.m_P, moments.v_P), strict=True))
+
+
+def test_a_zero_gradient_moves_nothing_without_momentum_and_counts() -> None:
+    found, moments, metrics = step(draw(0), torch.zeros(SIZE), fresh(), AdamW())
+    assert torch.equal(found, draw(0))
+    assert (moments.step, metrics["grad_norm"]) == (1, 0.0)
+
+
+@pytest.mark.parametrize("field", ["learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm"])
+@pytest.mark.parametrize("value", [-1e-9, math.nan, math.inf, -math.inf])
+def test_values_out_of_range_are_refused_by_name(field: str, value: float) -> None:
+    with pytest.raises(InvalidField, match=f"adam_params.{field} is"):
+        check(replace(AdamW(), **{field: value}))
+
+
+@pytest.mark.parametrize("field", ["beta1", "beta2"])
+def test_betas_stay_below_one(field: str) -> None:
+    check(replace(AdamW(), **{field: 0.999999}))
+    with pytest.raises(InvalidField, match=field):
+        check(replace(AdamW(), **{field: 1.0}))
+
+
+def test_zero_is_allowed_everywhere() -> None:
+    check(AdamW(learning_rate=0.0, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0, grad_clip_norm=0.0))
+
+
+@pytest.mark.parametrize(
+    ("grads", "values", "what"),
+    [
+        (draw(1), AdamW(learning_rate=1e30, weight_decay=1e30), "weights"),
+        (
+            draw(1, 1e25),
+            AdamW(),
+            "second moments",
+        ),  # the squares overflow float32; Adam would then stand still for ever
+        (torch.zeros(SIZE), AdamW(eps=0.0), "weights"),  # 0 / 0
+    ],
+)
+def test_a_result_that_is_not_finite_is_refused_and_named(grads: Tensor, values: AdamW, what: str) -> None:
+    with pytest.raises(UserError, match=f"would make the {what} not finite.*nothing was changed"):
+        step(draw(0), grads, fresh(), values)
+
+
+def test_clipping_saves_what_would_overflow() -> None:
+    found, _, metrics = step(draw(0), draw(1, 1e25), fresh(), AdamW(grad_clip_norm=1.0))
+    assert is_finite(found)
+    assert metrics["grad_norm"] == pytest.approx(draw(1).double().norm().item() * 1e25, rel=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_one_wrong_number_is_seen(wrong: float) -> None:
+    values = draw(0, 1e37)
+    assert is_finite(values)
+    values[123] = wrong
+    assert not is_finite(values)
