@@ -2,8 +2,10 @@
 
 import ast
 import importlib.metadata
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -16,6 +18,7 @@ import pytest
 from knapper.engine import losses
 from knapper.errors import KnapperError
 from knapper.settings import describe
+from tests.engine.tiny import tiny_model
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -230,3 +233,38 @@ def test_the_wheel_finds_what_it_deploys(installed: Path) -> None:
     answer = run_installed(installed, "from knapper.local import root; print(root.deployables())")
     assert answer.returncode == 0, answer.stderr
     assert Path(answer.stdout.strip()) == installed / "knapper" / "_deployables"
+
+
+@pytest.mark.timeout(110)
+def test_the_example_of_the_readme_learns_from_the_wheel_alone(installed: Path, tmp_path: Path) -> None:
+    """`knapper up` as installed, its gateway and functions from the wheel; only address and model are exchanged."""
+    model = tiny_model(tmp_path / "models" / "tiny")
+    environment = {
+        "HOME": str(tmp_path), "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1",
+    }  # fmt: skip
+    up = [sys.executable, str(installed / "bin/knapper"), "up", "--port", "0", "--model", str(model)]
+    with subprocess.Popen(up, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout
+            ready = next((line for line in server.stdout if line.startswith("ready: ")), "")
+            assert ready, "knapper up ended before it was ready; its own lines are above"
+            client = [sys.executable, "-c", readme_example(ready.split()[1], str(model))]
+            said = subprocess.run(client, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90)
+        finally:
+            server.send_signal(signal.SIGINT)
+    assert said.returncode == 0, said.stderr
+    losses_by_step = [float(loss) for loss in re.findall(r"^\d+ (\S+)$", said.stdout, flags=re.MULTILINE)]
+    assert len(losses_by_step) == 10
+    assert losses_by_step[-1] < 0.5 * losses_by_step[0]
+
+
+def readme_example(url: str, model: str) -> str:
+    """The README's program, for another server and another model."""
+    block = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert block
+    program = block[1]
+    for shown, given in (("http://127.0.0.1:8000", url), ("HuggingFaceTB/SmolLM2-135M-Instruct", model)):
+        assert program.count(shown) == 1
+        program = program.replace(shown, given)
+    return program
