@@ -36,7 +36,7 @@ class _Line:
 
 
 class Bells:
-    """At most one bell in flight a run. `url_of` says where a run's train_step listens."""
+    """At most one bell in flight a run. `url_of` says where a run's train_step listens; `now`: monotonic seconds."""
 
     def __init__(
         self,
@@ -44,11 +44,13 @@ class Bells:
         results: Results,
         url_of: Callable[[RunId], Awaitable[str]],
         new_id: Callable[[], str],
+        now: Callable[[], float],
     ) -> None:
         self._client = client
         self._results = results
         self._url_of = url_of
         self._new_id = new_id
+        self._now = now
         self._lines: dict[RunId, _Line] = {}
         self._cold_start_s: float | None = None  # as last measured
 
@@ -82,7 +84,7 @@ class Bells:
         """(queue_state, reason) for whoever waits on the run."""
         line = self._lines.get(run)
         since = line.unanswered_since if line is not None else None
-        waited = 0.0 if since is None else asyncio.get_running_loop().time() - since
+        waited = 0.0 if since is None else self._now() - since
         if waited <= _COLD_S:
             return "active", None
         usually = (
@@ -127,9 +129,8 @@ class Bells:
 
     async def _ring(self, run: RunId, line: _Line) -> bool:
         """One bell, until its answer ends; True if it should ring again."""
-        loop = asyncio.get_running_loop()
         if line.unanswered_since is None:
-            line.unanswered_since = loop.time()
+            line.unanswered_since = self._now()
         headers, body = Bell(run=run, id=self._new_id()).encode()
         url = await self._url_of(run)
         async with self._client.stream("POST", url, headers=headers, content=body, timeout=_TIMEOUT) as response:
@@ -139,7 +140,7 @@ class Bells:
             async for frame in events.decode_frames(response.aiter_bytes()):
                 match frame:
                     case Claimed():
-                        waited = loop.time() - (line.unanswered_since or loop.time())
+                        waited = self._now() - (line.unanswered_since or self._now())
                         if waited > _COLD_S:
                             self._cold_start_s = waited
                         line.unanswered_since = None

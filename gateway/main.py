@@ -83,7 +83,7 @@ def create_app(
                 looks=Looks(results, monotonic),
                 records=records,
                 checkpoints=Checkpoints(store),
-                bells=Bells(client, results, url_of, new_id),
+                bells=Bells(client, results, url_of, new_id, monotonic),
                 samples=Samples(client, new_id, monotonic),
                 heartbeats=Heartbeats(monotonic),
                 sample_url=sample_url,
