@@ -256,7 +256,7 @@ def test_the_example_of_the_readme_learns_from_the_wheel_alone(installed: Path, 
     assert said.returncode == 0, said.stderr
     losses_by_step = [float(loss) for loss in re.findall(r"^\d+ (\S+)$", said.stdout, flags=re.MULTILINE)]
     assert len(losses_by_step) == 10
-    assert losses_by_step[-1] < 0.5 * losses_by_step[0]
+    assert losses_by_step[-1] < 0.75 * losses_by_step[0]
 
 
 def readme_example(url: str, model: str) -> str:
