@@ -133,6 +133,7 @@ class Bells:
             line.unanswered_since = self._now()
         headers, body = Bell(run=run, id=self._new_id()).encode()
         url = await self._url_of(run)
+        done: Done | None = None
         async with self._client.stream("POST", url, headers=headers, content=body, timeout=_TIMEOUT) as response:
             if 400 <= response.status_code < 500 and response.status_code not in (408, 425, 429):
                 raise UserError(f"{response.status_code}: {(await response.aread())[:500]!r}")
@@ -147,8 +148,10 @@ class Bells:
                     case Committed(n=n, commit=commit):
                         self._results.offer(run, n, commit)
                         self.wake(run)
-                    case Done(more=more):
-                        return more
+                    case Done():
+                        done = frame  # nothing follows, but a connection that was read to its end can be used again
+        if done is not None:
+            return done.more
         raise Corrupt("the answer broke off")  # what it said is durable all the same; the next bell goes on from there
 
     def wake(self, run: RunId) -> None:

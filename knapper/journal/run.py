@@ -275,7 +275,8 @@ class Run(Generic[State]):
             creation = self.creation
             files = (await bundles.read(self._store, creation.source))[1] if creation.source else None
             state = await self._machine.create(creation.spec, files, creation.with_optimizer)
-            body = msgspec.json.encode({"type": "create_model", "model_id": self.run})
+            kind = "load_weights" if creation.source else "create_model"  # the SDK checks it
+            body = msgspec.json.encode({"type": kind, "model_id": self.run})
             return Outcome(state=state, content_type="application/json", body=body)
         if self._state is None:
             raise UserError(f"{self.run} was never made: its creation failed, as the answer to it said; create another")

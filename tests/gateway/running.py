@@ -12,6 +12,7 @@ import httpx
 import msgspec
 import numpy as np
 import uvicorn
+from numpy.typing import NDArray
 from starlette.applications import Starlette
 
 from gateway.main import create_app
@@ -56,7 +57,7 @@ class Running:
         return reply.json()
 
     def session(self) -> str:
-        asked = {"tags": [], "user_metadata": None, "sdk_version": "0.38.0", "type": "create_session"}
+        asked: dict[str, Any] = {"tags": [], "user_metadata": None, "sdk_version": "0.38.0", "type": "create_session"}
         created: str = self.post("create_session", asked)["session_id"]
         return created
 
@@ -83,7 +84,8 @@ def create_model(session: str, model_seq_id: int = 0, **changes: Any) -> dict[st
 
 
 def fwdbwd(run: str, seq: int, tokens: int = 3) -> bytes:
-    inputs = {"target_tokens": np.arange(tokens) + 1, "weights": np.ones(tokens, np.float32)}
+    targets: NDArray[Any] = np.arange(tokens, dtype=np.int64) + 1
+    inputs = {"target_tokens": targets, "weights": np.ones(tokens, np.float32)}
     datum = Datum(tokens=np.arange(tokens, dtype=np.int32), inputs=inputs)
     return proto.encode_forward_backward(ForwardBackward(run, seq, [datum], "cross_entropy", {}, False))
 

@@ -18,8 +18,8 @@ def running() -> Iterator[Running]:
         yield running
 
 
-def result(seq: int, body: bytes = b'{"metrics":{}}', **more: bool) -> Result:
-    return Result(seq=seq, sha256=b"", content_type="application/json", body=body, **more)
+def result(seq: int, body: bytes = b'{"metrics":{}}', *, failed: bool = False) -> Result:
+    return Result(seq=seq, sha256=b"", content_type="application/json", body=body, failed=failed)
 
 
 def commit(running: Running, run: str, n: int, *results: Result) -> Commit:

@@ -134,11 +134,12 @@ def test_the_gateway_chooses_a_seed_where_the_client_did_not(running: Running, u
 
 def test_what_is_wrong_is_refused_by_name(running: Running, upstream: Upstream) -> None:
     session = sampler(running)
-    for changes, complaint in [
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"sampling_params": {"top_k": 0}}, "sampling_params.top_k is 0"),
         ({"num_samples": 0}, "num_samples is 0"),
         ({"sampling_session_id": None}, "sampling_session_id"),
-    ]:
+    ]
+    for changes, complaint in wrong:
         assert complaint in running.post("asample", asample(session) | changes, status=422)["detail"]
     running.post("asample", asample(session[:-1] + "8"), status=404)
     assert upstream.calls == []

@@ -88,7 +88,7 @@ def test_another_tenants_objects_answer_as_missing_ones(running: Running, monkey
     )["sampling_session_id"]
     missing = running.post("get_info", {"model_id": run[:-1] + "9"}, status=404)
     for module in ("service", "training", "sampling", "futures"):
-        monkeypatch.setattr(f"gateway.{module}.tenant_of", lambda request: "somebody")
+        monkeypatch.setattr(f"gateway.{module}.tenant_of", lambda _: "somebody")
     assert running.post("get_info", {"model_id": run}, status=404)["detail"] == missing["detail"].replace(
         run[:-1] + "9", run
     )
