@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 _CHILD = Path(__file__).with_name("child.py")
-_last_words_bytes_max = 2000
+_last_bytes_max = 4096
+_last_lines_max = 4  # all of it has been relayed already; this is the reason in short
 
 
 class Process:
@@ -43,10 +44,10 @@ class Process:
         return f"killed by {signal.Signals(-code).name}"
 
     async def last_words(self) -> str:
-        """The end of its output, once it has ended."""
+        """The last lines of its output, once it has ended."""
         await asyncio.wait([self._relay], timeout=1)  # a grandchild may hold the pipe open
-        lines = self._last.decode(errors="replace").splitlines()
-        return "\n".join(lines[1:] if len(self._last) == _last_words_bytes_max else lines)
+        lines = [line for line in self._last.decode(errors="replace").splitlines() if line.strip()]
+        return "\n".join(lines[-_last_lines_max:])
 
     async def stop(self, grace_s: float) -> None:
         """SIGTERM, and SIGKILL if it still lives `grace_s` seconds later. Returns when it is gone."""
@@ -63,6 +64,6 @@ class Process:
     async def _relay_output(self) -> None:
         assert self._process.stdout is not None
         while chunk := await self._process.stdout.read(65536):
-            self._last = (self._last + chunk)[-_last_words_bytes_max:]
+            self._last = (self._last + chunk)[-_last_bytes_max:]
             sys.stderr.buffer.write(chunk)
             sys.stderr.buffer.flush()

@@ -86,6 +86,7 @@ def test_a_process_with_a_request_in_flight_is_not_idle(tmp_path: Path) -> None:
                 lines = answer.aiter_lines()
                 assert await anext(lines) == "first"
                 await asyncio.sleep(0.5)  # several times the idle time
+                assert (await world.client.get("/")).json() == {"engine": "running"}
                 (world.notes / "go").touch()
                 assert await anext(lines) == "second"
 
