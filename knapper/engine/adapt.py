@@ -24,9 +24,8 @@ sites: Final[dict[str, tuple[str, ...]]] = {
     "down": ("down_proj",),
 }
 head_site: Final = "lm_head"
-_ranks_multiple: Final = (
-    16  # a GEMM with fewer columns takes another kernel: neighbours of higher rank would change bits
-)
+# A GEMM with fewer columns takes another kernel: a neighbour of higher rank would change bits.
+_ranks_multiple: Final = 16
 
 
 def site_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:

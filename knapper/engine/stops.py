@@ -1,12 +1,12 @@
 """When a sampled text ends: a stop token, or a stop string in the decoded text. Both stay in the output."""
 
 from collections.abc import Sequence
+from typing import Final
 
 from tokenizers import Tokenizer
 
-_edge_tokens = (
-    4  # a decoded window may begin inside a character, or lose a leading space: so many more tokens than needed
-)
+# A decoded window may begin inside a character, or lose a leading space: it has so many more tokens than needed.
+_edge_tokens: Final = 4
 
 
 class Stops:
