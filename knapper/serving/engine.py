@@ -10,8 +10,9 @@ from pathlib import Path
 
 import structlog
 import torch
+from tokenizers import Tokenizer
 
-from knapper import telemetry
+from knapper import limits, telemetry
 from knapper.engine import peft_format, weights
 from knapper.engine.config import ModelConfig
 from knapper.engine.decoder import Decoder
@@ -19,7 +20,6 @@ from knapper.engine.device import Device
 from knapper.engine.lora import Lora, layout
 from knapper.engine.machine import TrainingMachine
 from knapper.engine.sampler import Sampler
-from knapper.engine.stops import load_tokenizer
 from knapper.engine.training import RunState, Trainer
 from knapper.errors import InvalidField
 from knapper.journal import bundles
@@ -29,6 +29,9 @@ from knapper.serving.residents import Residents
 from knapper.settings import Settings
 from knapper.store import Store
 from knapper.store.directory import DirectoryStore
+
+_SLOTS_MAX = 64  # from some 64 rows on a CPU's matrix products are saturated: more only make each text wait longer
+_KV_BYTES_MAX = 2 * 1024 * limits.MIB  # keys and values of all texts that decode at once
 
 log = structlog.get_logger()
 
@@ -92,8 +95,20 @@ def engine() -> Engine:
     return Engine(
         base_model=settings.model,
         residents=Residents(store, machine, holder, time.time),
-        sampler=Sampler(decoder, device, adapters, load_tokenizer(directory)),
+        sampler=Sampler(
+            decoder,
+            device,
+            adapters,
+            Tokenizer.from_file(str(directory / "tokenizer.json")),
+            slots_max=_SLOTS_MAX,
+            kv_tokens_max=max(config.context, _KV_BYTES_MAX // _kv_bytes(config, dtype)),
+        ),
     )
+
+
+def _kv_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Of one position: a key and a value in each layer."""
+    return 2 * config.layers * config.kv_heads * config.head_dim * dtype.itemsize
 
 
 def _dtype(setting: str, device: torch.device) -> torch.dtype:

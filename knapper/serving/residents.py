@@ -23,7 +23,7 @@ from knapper.journal.run import Holder, Run
 from knapper.store import Store
 
 _RESIDENTS_MAX = 64  # states in memory; more than that, and the longest unused is dropped (its journal has everything)
-_SETTLE_S = 3.0  # a run without bells for so long gets a snapshot, so that whoever claims it next need not replay
+_SETTLE_S = 30.0  # a run without bells for so long gets a snapshot, so that whoever claims it next need not replay
 
 log = structlog.get_logger()
 
