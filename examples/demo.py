@@ -53,13 +53,13 @@ def show(what: str, steps: int, high: float, began: float) -> Callable[[int, flo
     return line
 
 
-def ask(sampler: tinker.SamplingClient, prompts: list[str], stop: str) -> list[str]:
-    """Greedy answers, one line each."""
-    tokenizer = sampler.get_tokenizer()
+def ask(training: tinker.TrainingClient, prompts: list[str], stop: str) -> list[str]:
+    """The greedy answers of the model as it is now, one line each."""
+    sampler, tokenizer = training.save_weights_and_get_sampling_client().result(), training.get_tokenizer()
     params = types.SamplingParams(max_tokens=24, temperature=0.0, stop=[stop])
     given = [types.ModelInput.from_ints(tokenizer.encode(prompt)) for prompt in prompts]
     futures = [sampler.sample(each, num_samples=1, sampling_params=params) for each in given]
-    answers = [tokenizer.decode(future.result().sequences[0].tokens) for future in futures]
+    answers = [str(tokenizer.decode(future.result().sequences[0].tokens)) for future in futures]
     return [answer.removesuffix(stop).strip().replace("\n", " ") for answer in answers]
 
 
@@ -81,15 +81,16 @@ def draw(rewards: list[float], losses: list[float], path: Path) -> None:
 def run(url: str) -> None:
     began = time.monotonic()
     service = tinker.ServiceClient(base_url=url, api_key="tml-local")
-    sums = [rl_addition.prompt(*each) for each in SUMS]
-    base = service.create_sampling_client(base_model=MODEL)
-    before = ask(base, sums, "\n") + ask(base, [sft_chat.chat(sft_chat.QUESTION)], "<|im_end|>")
+    adder = service.create_lora_training_client(MODEL, rank=16, seed=0, train_unembed=False).result()
+    chatter = service.create_lora_training_client(MODEL, rank=16, seed=0).result()
+    sums, question = [rl_addition.prompt(*each) for each in SUMS], [sft_chat.chat(sft_chat.QUESTION)]
+    before = ask(adder, sums, "\n") + ask(chatter, question, "<|im_end|>")
     print("\nReinforcement learning: 8 questions x 8 answers a step, reward 1 for the right sum")
-    rewards, added = rl_addition.train(service, MODEL, RL_STEPS, show("reward", RL_STEPS, 1.0, began))
+    rewards = rl_addition.train(adder, RL_STEPS, show("reward", RL_STEPS, 1.0, began))
     print("\nSupervised fine-tuning: four conversations about knapper")
-    losses, chatted = sft_chat.train(service, MODEL, SFT_STEPS, show("loss  ", SFT_STEPS, 4.0, began))
-    after = ask(added, sums, "\n") + ask(chatted, [sft_chat.chat(sft_chat.QUESTION)], "<|im_end|>")
-    service.close()
+    losses = sft_chat.train(chatter, SFT_STEPS, show("loss  ", SFT_STEPS, 4.0, began))
+    after = ask(adder, sums, "\n") + ask(chatter, question, "<|im_end|>")
+    service.close("success").result()
 
     (reward_first, reward_last), (loss_first, loss_last) = fifths(rewards), fifths(losses)
     figures = {
@@ -101,8 +102,9 @@ def run(url: str) -> None:
     print(f"\n{'':14}{'first fifth':>12}{'last fifth':>12}")
     print(f"{'mean reward':14}{reward_first:12.3f}{reward_last:12.3f}\n{'loss':14}{loss_first:12.3f}{loss_last:12.3f}")
     print("\nThe model's own words, before -> after")
-    for question, old, new in zip([*(f"{a} plus {b}" for a, b in SUMS), sft_chat.QUESTION], before, after, strict=True):
-        print(f"  {question:18} {old[:90]!r} -> {new[:90]!r}")
+    asked = [*(f"{a} plus {b}" for a, b in SUMS), sft_chat.QUESTION]
+    for what, old, new in zip(asked, before, after, strict=True):
+        print(f"  {what:18} {old[:90]!r} -> {new[:90]!r}")
     print(f"\n{figures['seconds']:.0f} s; curves in {OUT / 'demo.png'}, figures in {OUT / 'demo.json'}")
 
 

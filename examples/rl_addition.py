@@ -1,7 +1,7 @@
 """Reinforcement learning on one page: a small model learns to add. The loop runs here, the compute in knapper.
 
-    knapper up &
-    TINKER_BASE_URL=http://127.0.0.1:8000 TINKER_API_KEY=tml-local python -m examples.rl_addition
+knapper up &
+TINKER_BASE_URL=http://127.0.0.1:8000 TINKER_API_KEY=tml-local python -m examples.rl_addition
 """
 
 import random
@@ -12,7 +12,7 @@ from tinker import types
 
 QUESTIONS = [(a, b) for a in range(1, 9) for b in range(1, 9) if a + b < 10]
 GROUPS, SAMPLES = 8, 8  # questions a step, answers to each
-LEARNING_RATE = 4e-4
+LEARNING_RATE = 2e-4
 
 
 def prompt(a: int, b: int) -> str:
@@ -24,28 +24,27 @@ def reward(answer: str, a: int, b: int) -> float:
     return float(answer.strip() == str(a + b))
 
 
-def train(
-    service: tinker.ServiceClient, base_model: str, steps: int, on_step: Callable[[int, float], None]
-) -> tuple[list[float], tinker.SamplingClient]:
-    """Mean reward of each step, and a sampler of what was learnt."""
-    training = service.create_lora_training_client(base_model, rank=16, seed=0, train_unembed=False)
+def train(training: tinker.TrainingClient, steps: int, on_step: Callable[[int, float], None]) -> list[float]:
+    """Mean reward of each step."""
     tokenizer = training.get_tokenizer()
     params = types.SamplingParams(max_tokens=3, temperature=1.0, stop=["\n"])
     draw = random.Random(0)
     rewards: list[float] = []
     for step in range(steps):
-        sampler = training.save_weights_and_get_sampling_client()
+        sampler = training.save_weights_and_get_sampling_client().result()
         questions = draw.sample(QUESTIONS, GROUPS)
         prompts = [types.ModelInput.from_ints(tokenizer.encode(prompt(*question))) for question in questions]
         futures = [
-            sampler.sample(each, num_samples=SAMPLES, sampling_params=params.model_copy(update={"seed": 1000 * step + n}))
+            sampler.sample(
+                each, num_samples=SAMPLES, sampling_params=params.model_copy(update={"seed": 1000 * step + n})
+            )
             for n, each in enumerate(prompts)
         ]
         data: list[types.Datum] = []
         total = 0.0
         for question, given, future in zip(questions, prompts, futures, strict=True):
             sequences = future.result().sequences
-            scores = [reward(tokenizer.decode(sequence.tokens), *question) for sequence in sequences]
+            scores = [reward(str(tokenizer.decode(sequence.tokens)), *question) for sequence in sequences]
             mean = sum(scores) / len(scores)
             spread = (sum((score - mean) ** 2 for score in scores) / len(scores)) ** 0.5
             total += mean
@@ -61,7 +60,7 @@ def train(
             stepped.result()
         rewards.append(total / GROUPS)
         on_step(step, rewards[-1])
-    return rewards, training.save_weights_and_get_sampling_client()
+    return rewards
 
 
 def datum(given: types.ModelInput, sequence: types.SampledSequence, advantage: float) -> types.Datum:
@@ -84,4 +83,5 @@ if __name__ == "__main__":
     client = tinker.ServiceClient()
     model = client.get_server_capabilities().supported_models[0].model_name
     assert model is not None
-    train(client, model, 30, lambda step, mean: print(f"step {step:2d}  mean reward {mean:.2f}", flush=True))
+    adder = client.create_lora_training_client(model, rank=16, seed=0, train_unembed=False).result()
+    train(adder, 30, lambda step, mean: print(f"step {step:2d}  mean reward {mean:.2f}", flush=True))

@@ -1,7 +1,7 @@
 """Supervised fine-tuning on one page: a small model learns what knapper is, from four short conversations.
 
-    knapper up &
-    TINKER_BASE_URL=http://127.0.0.1:8000 TINKER_API_KEY=tml-local python -m examples.sft_chat
+knapper up &
+TINKER_BASE_URL=http://127.0.0.1:8000 TINKER_API_KEY=tml-local python -m examples.sft_chat
 """
 
 from collections.abc import Callable
@@ -34,11 +34,8 @@ def datum(tokenizer: Any, question: str, answer: str) -> types.Datum:
     )
 
 
-def train(
-    service: tinker.ServiceClient, base_model: str, steps: int, on_step: Callable[[int, float], None]
-) -> tuple[list[float], tinker.SamplingClient]:
-    """Mean loss of an answer's token at each step, and a sampler of what was learnt."""
-    training = service.create_lora_training_client(base_model, rank=16, seed=0)
+def train(training: tinker.TrainingClient, steps: int, on_step: Callable[[int, float], None]) -> list[float]:
+    """Mean loss of an answer's token at each step."""
     tokenizer = training.get_tokenizer()
     data = [datum(tokenizer, *conversation) for conversation in CONVERSATIONS]
     tokens = sum(sum(each.loss_fn_inputs["weights"].data) for each in data)
@@ -49,11 +46,12 @@ def train(
         losses.append(passed.result().metrics["loss:sum"] / tokens)
         stepped.result()
         on_step(step, losses[-1])
-    return losses, training.save_weights_and_get_sampling_client()
+    return losses
 
 
 if __name__ == "__main__":
     client = tinker.ServiceClient()
     model = client.get_server_capabilities().supported_models[0].model_name
     assert model is not None
-    train(client, model, 12, lambda step, loss: print(f"step {step:2d}  loss {loss:.3f}", flush=True))
+    chatter = client.create_lora_training_client(model, rank=16, seed=0).result()
+    train(chatter, 15, lambda step, loss: print(f"step {step:2d}  loss {loss:.3f}", flush=True))

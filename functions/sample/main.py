@@ -1,4 +1,4 @@
-"""sample: tokens and log-probabilities of one (adapter, prompt, parameters, seed). Keeps nothing; repeats give the same."""
+"""sample: tokens and log-probabilities of (adapter, prompt, parameters, seed). Keeps nothing; repeats give the same."""
 
 import functions_framework.aio
 from starlette.requests import Request

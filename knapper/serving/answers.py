@@ -52,7 +52,7 @@ def expect_model(asked: str, served: str) -> None:
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What the work returns. When the caller hangs up, the work is cancelled. Its defects are logged, and become 503."""
+    """What the work returns. When the caller hangs up, it is cancelled. Its defects are logged, and become 503."""
     task = asyncio.ensure_future(work)
     hung_up = asyncio.ensure_future(_hang_up(request))
     try:
