@@ -94,8 +94,14 @@ async def _nothing(_n: int, _commit: Commit) -> None:
     return None
 
 
-def digest_of(state: Any) -> str:
-    return hashlib.sha256(state.bytes()).hexdigest()
+async def digest_of(machine: Machine[Any], run: Run[Any]) -> str:
+    """SHA-256 of weights, moments, step count and pending gradients."""
+    assert run.state is not None
+    files = await machine.freeze(run.state)
+    whole = hashlib.sha256()
+    for name, data in sorted(files.items()):
+        whole.update(name.encode() + bytes(data))
+    return whole.hexdigest()
 
 
 def undisturbed(plan: list[Step], machine: Machine[Any]) -> Truth:
@@ -114,7 +120,7 @@ def undisturbed(plan: list[Step], machine: Machine[Any]) -> Truth:
             result = await results.find(RUN, seq)
             assert result is not None
             answers[seq] = result.body
-        return Truth(digest_of(run.state), answers)
+        return Truth(await digest_of(machine, run), answers)
 
     return asyncio.run(story())
 
@@ -253,7 +259,7 @@ class History:
             assert body == truth.answers[seq], f"{where}: operation {seq}: {body!r}, undisturbed {truth.answers[seq]!r}"
         run = asyncio.run(self._final())
         assert run.applied == len(self.plan), where
-        assert digest_of(run.state) == truth.digest, f"{where}: the final state differs from the undisturbed run's"
+        assert asyncio.run(digest_of(self.machine, run)) == truth.digest, f"{where}: the final state differs from the undisturbed run's"
 
     async def _final(self) -> Run[Any]:
         memory: Store = self.store.memory
@@ -270,10 +276,17 @@ class History:
         return await Run.claim(memory, RUN, self.machine, Holder("judge", "", TERMS), lambda: 0.0)
 
 
-def play(seed: int, *, faults: int = 30, run_class: type[Run[Any]] = Run, machine: Machine[Any] | None = None) -> World:
+def play(
+    seed: int,
+    *,
+    faults: int = 30,
+    run_class: type[Run[Any]] = Run,
+    machine: Machine[Any] | None = None,
+    plan: list[Step] | None = None,
+) -> World:
     """Play and judge the history of one seed."""
     machine = machine or LedgerMachine()
-    plan = make_plan(seed, length=12 + seed % 25)
+    plan = plan or make_plan(seed, length=12 + seed % 25)
     truth = undisturbed(plan, machine)
     history = History(seed, plan, machine, claimants=1 + seed % 3, faults=faults, run_class=run_class)
     history.carry_out()

@@ -55,7 +55,7 @@ class LedgerMachine:
         if operation.kind == "optim_step":
             m = np.float32(0.9) * state.m + np.float32(0.1) * state.grads
             v = np.float32(0.95) * state.v + np.float32(0.05) * state.grads * state.grads
-            change: Vector = np.float32(0.05) * m / (np.sqrt(v) + np.float32(1e-12))
+            change = (np.float32(0.05) * m / (np.sqrt(v) + np.float32(1e-12))).astype(np.float32)
             weights = state.weights - change
             after = LedgerState(weights, m, v, np.zeros(SIZE, np.float32), state.step + 1)
             return self._outcome(after, {"step": after.step}, cost_s=1.0)
