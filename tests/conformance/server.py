@@ -1,0 +1,108 @@
+"""A real `knapper up` of our own, and what its processes are."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+_STOP_S = 30.0
+
+
+class Server:
+    """One `knapper up` over `data`, running from `start` to `stop`; it can be killed and brought up again between.
+
+    Its standard error is in `log_path`, beside the data directory, and survives restarts.
+    """
+
+    def __init__(self, model: Path, data: Path, *flags: str) -> None:
+        self.data = data
+        self.url = ""
+        self.log_path = data.with_name(f"{data.name}.log")
+        self._model, self._flags = model, flags
+        self._process: subprocess.Popen[str] | None = None
+
+    @classmethod
+    def start(cls, model: Path, data: Path, *flags: str) -> Self:
+        """A server that answers. `flags` go to `knapper up` as they are."""
+        server = cls(model, data, *flags)
+        server.up()
+        return server
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    def up(self) -> None:
+        """Bring it up, after a kill at the port that it had. Returns once it answers."""
+        port = self.url.rpartition(":")[2] or "0"
+        command = [sys.executable, "-m", "knapper.cli", "up", "--model", str(self._model), "--data", str(self.data)]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("KNAPPER_")}
+        with self.log_path.open("a", encoding="utf-8") as log:
+            self._process = subprocess.Popen(
+                [*command, "--port", port, *self._flags],
+                stdout=subprocess.PIPE, stderr=log, text=True, env={**environment, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+        assert self._process.stdout is not None
+        with self._process.stdout as said:
+            for line in said:
+                if line.startswith("ready: "):
+                    self.url = line.removeprefix("ready: ").strip()
+                    return
+        raise AssertionError(f"knapper did not start (exit {self._process.wait()}):\n{self.log()[-4000:]}")
+
+    def stop(self) -> int:
+        """End it as Ctrl-C does, and return its exit status. Nothing happens to one that has ended."""
+        if self._process is None:
+            return 0
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+        try:
+            return self._process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise AssertionError(f"knapper did not stop within {_STOP_S:.0f} s:\n{self.log()[-4000:]}") from None
+
+    def kill(self, role: str = "supervisor") -> int:
+        """`kill -9` one of `processes`, and return its pid once it is gone. Of the supervisor: all of it, at once."""
+        pid = self.processes()[role]
+        everyone = list(self.processes().values()) if role == "supervisor" else [pid]
+        os.kill(pid, signal.SIGKILL)
+        if role == "supervisor":
+            assert self._process is not None
+            self._process.wait()
+        wait_until(lambda: not any(_alive(each) for each in everyone), f"{role} is gone")
+        return pid
+
+    def processes(self) -> dict[str, int]:
+        """Pids by role: supervisor, gateway, and the engine (or train_step and sample) while there is work."""
+        found = json.loads((self.data / "run" / "processes.json").read_text(encoding="utf-8"))
+        return {role: process["pid"] for role, process in found.items()}
+
+    def log(self) -> str:
+        """What it wrote to standard error so far, in all its lives."""
+        return self.log_path.read_text(encoding="utf-8")
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+    """Return once the condition holds; fail after `timeout_s`, saying that `what` did not come true."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"not within {timeout_s:.0f} s: {what}"
+        time.sleep(0.02)
+
+
+def _alive(pid: int) -> bool:
+    """Whether the process runs; one that waits for its parent to notice its end does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
