@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from knapper.engine import weights
 from knapper.engine.config import ModelConfig
@@ -29,11 +30,11 @@ def done(task: Task[T]) -> T:
             return result
 
 
-def tiny_trainer(directory: Path, kind: Kind = "llama") -> Trainer:
+def tiny_trainer(directory: Path, kind: Kind = "llama", dtype: torch.dtype = torch.float32) -> Trainer:
     """On a tiny model that now lies in `directory`."""
     tiny_model(directory, kind=kind)
     config = ModelConfig.read(directory)
-    return Trainer(Decoder(config, weights.load(directory, config)))
+    return Trainer(Decoder(config, weights.load(directory, config, dtype)))
 
 
 def spec(**changes: Any) -> Spec:

@@ -1,5 +1,7 @@
 """Steps of a run: gradients add up, forward_only leaves no trace, a failure changes nothing, cuts do not matter."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -161,6 +163,15 @@ def test_weights_that_give_nan_are_blamed_on_the_weights(trainer: Trainer) -> No
         done(trainer.forward_backward(state, request(batch())))
 
 
+def test_no_step_writes_to_the_state_it_is_given(trainer: Trainer) -> None:
+    state, _ = done(trainer.forward_backward(trained(trainer), request(batch())))
+    before = [t.clone() for t in tensors(state)]
+    done(trainer.forward_backward(state, request(batch(seed=1))))
+    done(trainer.optim_step(state, AdamW(learning_rate=0.1, grad_clip_norm=0.01)))
+    assert len(before) == 4
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors(state), strict=True))
+
+
 def test_an_optimizer_step_uses_the_gradients_up(trainer: Trainer) -> None:
     state, _ = done(trainer.forward_backward(trained(trainer), request(batch())))
     stepped, metrics = done(trainer.optim_step(state, AdamW(learning_rate=1e-3)))
@@ -203,6 +214,19 @@ def test_clipping_looks_at_this_runs_parameters_alone(trainer: Trainer) -> None:
     done(trainer.optim_step(other, AdamW(grad_clip_norm=0.1)))
     crowded, _ = done(trainer.optim_step(state, AdamW(grad_clip_norm=0.1)))
     assert torch.equal(crowded.weights_P, alone.weights_P)
+
+
+def test_a_bfloat16_base_trains_float32_adapters_to_about_the_same_gradients(tmp_path: Path, trainer: Trainer) -> None:
+    half = tiny_trainer(tmp_path, dtype=torch.bfloat16)
+    state, data = trained(trainer), batch()
+    wanted, output = done(trainer.forward_backward(state, request(data)))
+    found, half_output = done(half.forward_backward(state, request(data)))
+    assert found.grads_P is not None
+    assert wanted.grads_P is not None
+    assert found.grads_P.dtype == torch.float32
+    assert torch.cosine_similarity(found.grads_P, wanted.grads_P, dim=0) > 0.98
+    for mine, other in zip(half_output.outputs, output.outputs, strict=True):
+        assert np.abs(mine["logprobs"] - other["logprobs"]).mean() < 0.1
 
 
 def test_the_scale_is_alpha_over_rank(trainer: Trainer) -> None:
