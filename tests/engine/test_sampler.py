@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import weakref
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,7 @@ class House:
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.shelf = Shelf({f"adapter-{seed}": lora_of(self.decoder, seed=seed, rank=3 + seed) for seed in (1, 2, 3)})
         self.device = Device()
+        weakref.finalize(self, self.device.close)
         self.sampler = Sampler(
             self.decoder, self.device, self.shelf, self.tokenizer, slots_max=slots_max, kv_tokens_max=kv_tokens_max
         )
@@ -264,6 +266,17 @@ def test_more_samples_than_slots_and_memory_all_come_and_small_requests_go_in_be
     assert house.sampler._cache.tokens == 0
     (roomy,) = House(tmp_path / "roomy").run(request(num_samples=30))
     assert all(same(a, b) for a, b in zip(large.sequences, roomy.sequences, strict=True))
+
+
+def test_prompts_wait_in_spare_memory_only_and_are_computed_again_without_it(tmp_path: Path) -> None:
+    large = request(prompt=prompt_of(60), num_samples=12, max_tokens=5)  # 64 positions a text
+    outputs = []
+    for kv_tokens_max, prefilled in ((192, 4 * 60), (192 + 60, 60)):
+        house = House(tmp_path, slots_max=12, kv_tokens_max=kv_tokens_max)
+        outputs += house.run(large)
+        assert house.sampler.counters.prefilled_tokens == prefilled
+    tight, roomy = outputs
+    assert all(same(a, b) for a, b in zip(tight.sequences, roomy.sequences, strict=True))
 
 
 def test_a_request_that_can_never_fit_is_refused(tmp_path: Path) -> None:

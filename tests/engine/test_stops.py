@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 
 from knapper.engine.stops import Stops
 from tests.engine.tiny import eos, tiny_model
@@ -54,3 +54,10 @@ def test_tokens_without_text_do_not_hide_a_string(tokenizer: Tokenizer) -> None:
     assert end is not None
     (x, y) = tokenizer.encode("xy").ids
     assert end_of(Stops((), ("xy",), Silent()), [x, *[end] * 100, y]) == 102  # type: ignore[arg-type]
+
+
+def test_a_leading_space_that_decoding_drops_is_still_found() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"▁": 0, "a": 1, "b": 2}, unk_token="a"))
+    tokenizer.decoder = decoders.Metaspace()
+    assert tokenizer.decode([0, 2]) == "b"
+    assert end_of(Stops((), (" b",), tokenizer), [1, 1, 1, 0, 2, 1]) == 5
