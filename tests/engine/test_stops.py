@@ -57,7 +57,7 @@ def test_tokens_without_text_do_not_hide_a_string(tokenizer: Tokenizer) -> None:
 
 
 def test_a_leading_space_that_decoding_drops_is_still_found() -> None:
-    tokenizer = Tokenizer(models.WordLevel({"▁": 0, "a": 1, "b": 2}, unk_token="a"))
+    tokenizer = Tokenizer(models.WordLevel({"▁": 0, "a": 1, "bb": 2}, unk_token="a"))
     tokenizer.decoder = decoders.Metaspace()
-    assert tokenizer.decode([0, 2]) == "b"
-    assert end_of(Stops((), (" b",), tokenizer), [1, 1, 1, 0, 2, 1]) == 5
+    assert tokenizer.decode([0, 1, 2]) == "abb"
+    assert end_of(Stops((), (" ab",), tokenizer), [1, 1, 0, 1, 2, 1]) == 5
