@@ -1,0 +1,97 @@
+"""One knapper for most tests, and clients of it."""
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tinker
+from tinker import types
+
+from knapper.checkpoints import Checkpoints
+from knapper.ids import LOCAL_TENANT, TinkerPath
+from knapper.journal import bundles
+from knapper.store.directory import DirectoryStore
+from tests.conformance import data
+from tests.conformance.server import Server
+from tests.engine.tiny import tiny_model
+
+os.environ.setdefault("TINKER_TELEMETRY", "0")
+
+NewClient = Callable[..., tinker.TrainingClient]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The SDK leaves the connection of its first request to the garbage collector, whenever that comes."""
+    for left in ("unclosed <socket", "unclosed transport"):
+        config.addinivalue_line("filterwarnings", f"ignore:{left}:ResourceWarning")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server.start(model, tmp_path_factory.mktemp("knapper") / "data") as running:
+        yield running
+    assert "Traceback" not in running.log(), running.log()[-4000:]
+
+
+@pytest.fixture
+def service(server: Server) -> Iterator[tinker.ServiceClient]:
+    with tinker.ServiceClient(base_url=server.url, api_key="tml-local") as client:
+        yield client
+
+
+@pytest.fixture
+def new_client(service: tinker.ServiceClient, model: Path) -> NewClient:
+    """A run of rank 4 and seed 1, unless told otherwise."""
+
+    def make(rank: int = 4, seed: int = 1, **more: bool) -> tinker.TrainingClient:
+        return service.create_lora_training_client(str(model), rank=rank, seed=seed, **more).result()
+
+    return make
+
+
+@pytest.fixture
+def client(new_client: NewClient) -> tinker.TrainingClient:
+    return new_client()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint of a run with some training behind it: its path, and its files as PEFT loads them."""
+
+    path: str
+    directory: Path
+
+
+@pytest.fixture(scope="session")
+def trained(server: Server, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    with tinker.ServiceClient(base_url=server.url, api_key="tml-local") as service:
+        client = service.create_lora_training_client(str(model), rank=4, seed=3).result()
+        rng = np.random.default_rng(3)
+        for _ in range(3):
+            client.forward_backward(data.batch(rng), "cross_entropy")
+            client.optim_step(types.AdamParams(learning_rate=1e-2))
+        path = client.save_state("trained").result().path
+    return Trained(path, exported(server, path, tmp_path_factory.mktemp("adapter")))
+
+
+def exported(server: Server, path: str, directory: Path) -> Path:
+    """The files of the checkpoint `path`, written to `directory`."""
+
+    async def read() -> dict[str, bytes]:
+        store = DirectoryStore(server.data / "store")
+        checkpoint = await Checkpoints(store).resolve(TinkerPath.parse(path), LOCAL_TENANT)
+        return (await bundles.read(store, checkpoint.bundle))[1]
+
+    directory.mkdir(exist_ok=True)
+    for name, content in asyncio.run(read()).items():
+        (directory / name).write_bytes(content)
+    return directory

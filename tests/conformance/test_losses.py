@@ -1,0 +1,161 @@
+"""Every loss, its value and its gradient, against transformers and peft over the adapter that the server exported."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tinker
+import torch
+from safetensors.torch import load_file
+from tinker import types
+
+from tests.conformance import data, reference
+from tests.conformance.conftest import NewClient, Trained, exported
+from tests.conformance.reference import Reference
+from tests.conformance.server import Server
+
+pytestmark = [
+    pytest.mark.timeout(60),
+    # PEFT cannot know that a deliberately untied output adapter is meant (docs/decisions/0002).
+    pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True.:UserWarning"),
+]
+
+LENGTHS = (19, 33, 7)
+ADAM = types.AdamParams(learning_rate=1e-3, beta1=0.8, beta2=0.9, eps=1e-8, weight_decay=0.1, grad_clip_norm=0.5)
+Batch = list[types.Datum]
+rng = np.random.default_rng
+
+
+def negative_weights() -> Batch:
+    batch = data.batch(rng(11), LENGTHS)
+    assert any(min(datum.loss_fn_inputs["weights"].data) < 0 for datum in batch)
+    return batch
+
+
+def columns() -> Batch:
+    """(N, 3) targets, dense."""
+    dice = rng(12)
+    return [
+        types.Datum(
+            model_input=data.prompt(dice, n),
+            loss_fn_inputs={
+                "target_tokens": dice.integers(0, data.vocabulary, (n, 3)),
+                "weights": dice.normal(size=(n, 3)).astype(np.float32),
+            },
+        )
+        for n in LENGTHS
+    ]
+
+
+def sparse() -> Batch:
+    """(N, 16) targets of which one in ten is there: the SDK sends them as CSR."""
+    dice = rng(13)
+    batch = []
+    for n in LENGTHS:
+        there = dice.random((n, 16)) < 0.1
+        targets = torch.from_numpy(dice.integers(1, data.vocabulary, (n, 16)) * there)
+        weights = torch.from_numpy((dice.normal(size=(n, 16)) * there).astype(np.float32))
+        inputs = {"target_tokens": targets, "weights": weights}
+        batch.append(types.Datum(model_input=data.prompt(dice, n), loss_fn_inputs=inputs))
+    assert all(each.sparse_crow_indices is not None for datum in batch for each in datum.loss_fn_inputs.values())
+    return batch
+
+
+def sampled(**more: Callable[[np.random.Generator, int], np.ndarray]) -> Callable[[Reference], Batch]:
+    """Texts whose sampler was somewhat off the learner: ratios far on both sides of 1. `more`: further inputs."""
+
+    def make(learner: Reference) -> Batch:
+        dice = rng(14)
+        batch = []
+        for n in LENGTHS:
+            text = data.weighted(data.tokens(dice, n + 1))
+            with torch.no_grad():
+                p = learner.logprobs(text).numpy()
+            inputs = {
+                "target_tokens": text.loss_fn_inputs["target_tokens"],
+                "logprobs": (p + dice.normal(size=n) * 0.5).astype(np.float32),
+                "advantages": (dice.normal(size=n) * (np.arange(n) > 2)).astype(np.float32),
+                **{name: values(dice, n).astype(np.float32) for name, values in more.items()},
+            }
+            batch.append(types.Datum(model_input=text.model_input, loss_fn_inputs=inputs))
+        return batch
+
+    return make
+
+
+CASES: dict[str, tuple[str, Mapping[str, float], Callable[[Reference], Batch]]] = {
+    "cross_entropy with negative weights": ("cross_entropy", {}, lambda _: negative_weights()),
+    "cross_entropy of several targets": ("cross_entropy", {}, lambda _: columns()),
+    "cross_entropy of sparse targets": ("cross_entropy", {}, lambda _: sparse()),
+    "importance_sampling": ("importance_sampling", {}, sampled()),
+    "ppo": ("ppo", {}, sampled()),
+    "ppo with its thresholds": ("ppo", {"clip_low_threshold": 0.5, "clip_high_threshold": 1.1}, sampled()),
+    "ppo with a threshold for each token": (
+        "ppo", {"clip_low_threshold": 0.7},
+        sampled(clip_high_threshold=lambda dice, n: 1.0 + dice.random(n)),
+    ),
+    "cispo": ("cispo", {}, sampled()),
+    "cispo with its thresholds": ("cispo", {"clip_low_threshold": 0.9, "clip_high_threshold": 1.3}, sampled()),
+    "dro": ("dro", {}, sampled()),
+    "dro with its beta": ("dro", {"beta": 0.7}, sampled()),
+    "gspo": (
+        "gspo", {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1},
+        sampled(sequence_ratio_mask=lambda _, n: np.arange(n) % 2 == 0),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_loss_and_its_step_are_those_of_transformers_and_peft(
+    case: str, service: tinker.ServiceClient, server: Server, model: Path, trained: Trained, tmp_path: Path
+) -> None:
+    name, config, make = CASES[case]
+    learner = Reference(model, trained.directory)
+    batch = make(learner)
+    client = service.create_training_client_from_state(trained.path).result()
+    scored = client.forward(batch, name, dict(config)).result()  # type: ignore[arg-type]
+    output = client.forward_backward(batch, name, dict(config)).result()  # type: ignore[arg-type]
+    client.optim_step(ADAM).result()
+    stepped = load_file(
+        exported(server, client.save_state("stepped").result().path, tmp_path) / "adapter_model.safetensors"
+    )
+
+    parameters = learner.trainable()
+    adam = torch.optim.AdamW(parameters.values(), lr=1e-3, betas=(0.8, 0.9), eps=1e-8, weight_decay=0.1)
+    total = 0.0
+    for datum, found in zip(batch, data.logprobs(output), strict=True):
+        p = learner.logprobs(datum)
+        value = reference.loss(name, datum, p, config)
+        value.backward()  # type: ignore[no-untyped-call]
+        total += value.item()
+        np.testing.assert_allclose(found, p.detach().numpy(), atol=1e-4)
+    assert output.metrics["loss:sum"] == pytest.approx(total, rel=1e-4, abs=1e-4)
+    assert scored.metrics["loss:sum"] == output.metrics["loss:sum"]
+    assert data.bits(scored) == data.bits(output)
+    assert float(torch.nn.utils.clip_grad_norm_(parameters.values(), 0.5)) > 0.5, "clipping was not tried"
+    adam.step()
+    assert stepped.keys() == parameters.keys()
+    moved = 0.0
+    before = load_file(trained.directory / "adapter_model.safetensors")
+    for matrix, wanted in parameters.items():
+        np.testing.assert_allclose(stepped[matrix].numpy(), wanted.detach().numpy(), atol=1e-4, err_msg=matrix)
+        moved = max(moved, float((stepped[matrix] - before[matrix]).abs().max()))
+    assert moved > 5e-4, "the step was too small for the comparison to say anything"
+
+
+def test_losses_are_sums_over_datums_and_tokens(new_client: NewClient) -> None:
+    """The loss of twice the datums is twice the loss, exactly; that of twice the weights too."""
+    client = new_client()
+    batch = data.batch(rng(15), (8, 8))
+    doubled = [
+        data.weighted(
+            [*datum.model_input.to_ints(), datum.loss_fn_inputs["target_tokens"].tolist()[-1]],
+            (2 * datum.loss_fn_inputs["weights"].to_numpy()).tolist(),
+        )
+        for datum in batch
+    ]
+    once, twice, heavy = (client.forward(each, "cross_entropy").result() for each in (batch, batch * 2, doubled))
+    assert twice.metrics["loss:sum"] == pytest.approx(2 * once.metrics["loss:sum"], rel=1e-6)
+    assert heavy.metrics["loss:sum"] == pytest.approx(2 * once.metrics["loss:sum"], rel=1e-6)
+    assert data.bits(twice) == data.bits(once) * 2
