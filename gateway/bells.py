@@ -12,7 +12,7 @@ import msgspec
 import structlog
 
 from knapper import events, limits
-from knapper.errors import Corrupt, KnapperError, UserError
+from knapper.errors import Corrupt, KnapperError, Unavailable, UserError
 from knapper.events import Bell, Claimed, Committed, Done
 from knapper.ids import RunId
 from knapper.journal.results import Results
@@ -32,6 +32,7 @@ class _Line:
     again: bool = False  # something was accepted since the newest bell began
     task: asyncio.Task[None] | None = None
     unanswered_since: float | None = None
+    trouble: str = ""  # what train_step said when it refused the newest bell
     wake: asyncio.Event | None = None
 
 
@@ -87,12 +88,22 @@ class Bells:
         waited = 0.0 if since is None else self._now() - since
         if waited <= _COLD_S:
             return "active", None
+        if line is not None and line.trouble:
+            return (
+                "paused_capacity",
+                f"train_step cannot go on yet: {line.trouble}; waited {waited:.0f} s, trying again",
+            )
         usually = (
             "how long it takes is not known yet"
             if self._cold_start_s is None
             else f"usually {self._cold_start_s:.0f} s"
         )
         return "paused_capacity", f"train_step is starting from zero; waited {waited:.0f} s, {usually}"
+
+    def trouble(self, run: RunId) -> str:
+        """Why train_step refuses the run's bells, empty if it does not."""
+        line = self._lines.get(run)
+        return line.trouble if line is not None else ""
 
     async def forget(self, run: RunId) -> None:
         """Stop ringing for the run and free what is known of it."""
@@ -120,7 +131,7 @@ class Bells:
                         log.error("train_step refuses the bell", run=run, reason=str(error))
                         return
                     if back_off == _BACK_OFF_S:
-                        log.info("train_step does not answer", run=run, reason=f"{type(error).__name__}: {error}")
+                        log.info("train_step does not answer", run=run, reason=str(error) or type(error).__name__)
                     line.again = True
                     await asyncio.sleep(back_off)
                     back_off = min(2 * back_off, _BACK_OFF_MAX_S)
@@ -135,9 +146,12 @@ class Bells:
         url = await self._url_of(run)
         done: Done | None = None
         async with self._client.stream("POST", url, headers=headers, content=body, timeout=_TIMEOUT) as response:
-            if 400 <= response.status_code < 500 and response.status_code not in (408, 425, 429):
-                raise UserError(f"{response.status_code}: {(await response.aread())[:500]!r}")
-            response.raise_for_status()
+            if response.status_code != 200:
+                said = detail(await response.aread(), response.status_code)
+                if 400 <= response.status_code < 500 and response.status_code not in (408, 425, 429):
+                    raise UserError(said)
+                line.trouble = said
+                raise Unavailable(said)
             async for frame in events.decode_frames(response.aiter_bytes()):
                 match frame:
                     case Claimed():
@@ -145,6 +159,7 @@ class Bells:
                         if waited > _COLD_S:
                             self._cold_start_s = waited
                         line.unanswered_since = None
+                        line.trouble = ""
                     case Committed(n=n, commit=commit):
                         self._results.offer(run, n, commit)
                         self.wake(run)
@@ -158,3 +173,11 @@ class Bells:
         line = self._lines.get(run)
         if line is not None and line.wake is not None:
             line.wake.set()
+
+
+def detail(body: bytes, status: int) -> str:
+    """What an answer that is no success says for itself."""
+    try:
+        return f"{status}: {msgspec.json.decode(body, type=dict[str, str])['detail']}"
+    except (msgspec.MsgspecError, KeyError):
+        return f"{status}: {body[:200].decode(errors='replace')}"

@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from knapper.errors import KnapperError, Unavailable, UserError
+from knapper.errors import KnapperError, StoreError, Unavailable, UserError
 
 log = structlog.get_logger()
 
@@ -22,11 +22,19 @@ def failure(error: KnapperError) -> dict[str, str]:
     return {"error": str(error), "category": error.category}
 
 
+def notice(text: str) -> dict[str, str]:
+    """Headers that make the SDK print `text` in the user's terminal, whatever the status."""
+    printable = text.encode("ascii", "replace").decode().replace("\n", " ")
+    return {"x-deprecation-note": printable[:1000], "x-deprecation-level": "warning"}
+
+
 async def known(request: Request, error: Exception) -> Response:
     assert isinstance(error, KnapperError), "registered for this class"
     if not isinstance(error, UserError):
         log.warning("request failed", path=request.url.path, code=error.code, reason=str(error))
-    headers = {"Retry-After": f"{error.retry_after_s:.0f}"} if isinstance(error, Unavailable) else None
+    headers = {"Retry-After": f"{error.retry_after_s:.0f}"} if isinstance(error, Unavailable) else {}
+    if isinstance(error, StoreError):  # the SDK's inner layer would repeat it for a minute without a word to the user
+        headers |= {"x-should-retry": "false", **notice(str(error))}
     return JSONResponse(body(error), status_code=error.status, headers=headers)
 
 

@@ -6,7 +6,7 @@ import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from gateway import bodies
+from gateway import bodies, errors
 from gateway.parts import Parts, parts
 from gateway.tenants import tenant_of
 from knapper import ids, limits
@@ -15,6 +15,7 @@ from knapper.ids import RunId, Tenant
 from knapper.journal.records import Result
 from knapper.wire import requests
 
+_PAUSED_HOLD_S = 5.0  # whoever waits for a cold start, or for trouble to end, hears so early
 _LOOK_S = 1.0  # a poll that nobody wakes looks into the store so often: another gateway's results, a lost bell
 
 log = structlog.get_logger()
@@ -36,14 +37,14 @@ async def retrieve_future(request: Request) -> Response:
         return _try_again(asked.request_id, "active", None)
     result = await _wait(gateway, run, seq)
     if result is None:
-        return _try_again(asked.request_id, *gateway.bells.queue_state(run))
+        return _try_again(asked.request_id, *gateway.bells.queue_state(run), notice=gateway.bells.trouble(run))
     return Response(result.body, media_type=result.content_type)
 
 
 async def _wait(gateway: Parts, run: RunId, seq: int) -> Result | None:
     """The answer, or None when the poll has been held long enough."""
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + limits.poll_hold_s
+    began = loop.time()
     rang = False
     while True:
         woken = gateway.bells.woken(run)  # taken before looking, so that nothing that comes while we look is missed
@@ -55,7 +56,8 @@ async def _wait(gateway: Parts, run: RunId, seq: int) -> Result | None:
         if not rang and not gateway.bells.ringing(run):
             gateway.bells.ring(run, seq)  # whoever rang for it may have died since
         rang = True
-        left = deadline - loop.time()
+        paused = gateway.bells.queue_state(run)[0] != "active"
+        left = began + (_PAUSED_HOLD_S if paused else limits.poll_hold_s) - loop.time()
         if left <= 0:
             return None
         try:
@@ -71,18 +73,24 @@ async def _sample(gateway: Parts, request_id: str, tenant: Tenant) -> Response:
     if entry is None:
         raise Gone(f"sample {request_id} is not known any more; send it again (the SDK does so by itself)")
     try:
-        await asyncio.wait_for(entry.done.wait(), limits.poll_hold_s)
+        await asyncio.wait_for(entry.done.wait(), _PAUSED_HOLD_S)
     except TimeoutError:
-        return _try_again(request_id, *gateway.samples.queue_state(entry))
+        state = gateway.samples.queue_state(entry)
+        if state[0] != "active":
+            return _try_again(request_id, *state)
+        try:
+            await asyncio.wait_for(entry.done.wait(), limits.poll_hold_s - _PAUSED_HOLD_S)
+        except TimeoutError:
+            return _try_again(request_id, *gateway.samples.queue_state(entry))
     if entry.body is None:
         raise Gone(f"sample {request_id} is not known any more; send it again (the SDK does so by itself)")
     return Response(entry.body, media_type=entry.content_type)
 
 
-def _try_again(request_id: str, queue_state: str, reason: str | None) -> Response:
-    """408, which clients repeat at once and in silence; a 200 would print a warning for each poll."""
+def _try_again(request_id: str, queue_state: str, reason: str | None, notice: str = "") -> Response:
+    """408, which clients repeat at once and in silence (a 200 would print a warning a poll), but for a notice."""
     body = {"type": "try_again", "request_id": request_id, "queue_state": queue_state, "queue_state_reason": reason}
-    return JSONResponse(body, status_code=408)
+    return JSONResponse(body, status_code=408, headers=errors.notice(notice) if notice else None)
 
 
 async def cancel_future(request: Request) -> Response:

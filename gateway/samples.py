@@ -43,6 +43,7 @@ class Entry:
     body: bytes | None = None
     content_type: str = "application/json"
     task: asyncio.Task[None] | None = None
+    asked_at: float = float("inf")  # when it went to the sample function
     refused_since: float | None = None
     refusal: str = ""
     done_at: float = 0.0
@@ -63,6 +64,7 @@ class Samples:
         self._by_address: dict[tuple[SamplerId, int], Entry] = {}
         self._waiting: OrderedDict[SamplerId, deque[Entry]] = OrderedDict()  # the first one's turn is next
         self._finished: deque[Entry] = deque()
+        self._answered_at = float("-inf")  # when the sample function last said anything
         self._waiting_bytes = self._kept_bytes = self._unfinished = self._in_flight = 0
 
     def known(self, address: tuple[SamplerId, int]) -> Entry | None:
@@ -106,7 +108,12 @@ class Samples:
 
     def queue_state(self, entry: Entry) -> tuple[str, str | None]:
         """(queue_state, reason) for whoever waits on the sample."""
-        waited = 0.0 if entry.refused_since is None else self._now() - entry.refused_since
+        if entry.refused_since is None:
+            silent_s = self._now() - max(entry.asked_at, self._answered_at)
+            if entry.asked_at < self._answered_at or silent_s <= _COLD_S:
+                return "active", None
+            return "paused_capacity", f"sample has said nothing for {silent_s:.0f} s: it starts from zero, or is busy"
+        waited = self._now() - entry.refused_since
         if waited <= _COLD_S:
             return "active", None
         return "paused_capacity", f"sample does not answer yet ({entry.refusal}); waited {waited:.0f} s"
@@ -150,7 +157,9 @@ class Samples:
         headers = {"Content-Type": "application/json"}
         while True:
             try:
+                entry.asked_at = min(entry.asked_at, self._now())
                 response = await self._client.post(entry.url, content=entry.call, headers=headers, timeout=_TIMEOUT)
+                self._answered_at = self._now()
                 if response.status_code == 200:
                     return response.content, "application/x-protobuf"
                 reason = f"{response.status_code}: {response.text[:200]}"

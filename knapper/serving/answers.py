@@ -28,8 +28,8 @@ async def body(request: Request) -> bytes:
 
 
 def error(error: KnapperError) -> Response:
-    """2xx: durable. 4xx: poison, do not repeat. 503: not now. Never 409, and never an empty body."""
-    status = error.status if isinstance(error, UserError) else 503
+    """2xx: durable. 4xx: poison, do not repeat. 500: a defect. 503: not now. Never 409, and never an empty body."""
+    status = error.status if isinstance(error, UserError) or error.code == KnapperError.code else 503
     after_s = error.retry_after_s if isinstance(error, Unavailable) else 1.0
     headers = {} if status != 503 else {"Retry-After": str(max(1, round(after_s)))}
     return JSONResponse(
@@ -64,7 +64,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         raise
     except Exception as defect:
         log.exception("sampling failed")
-        raise Unavailable(f"sampling failed: {defect!r}") from defect
+        raise KnapperError(f"sampling failed by a defect of the server: {defect!r}") from defect
     finally:
         for waiting in (task, hung_up):
             waiting.cancel()

@@ -121,7 +121,7 @@ def test_a_request_that_kills_every_process_is_refused_after_two(tmp_path: Path)
         async with dispatching(make_root(tmp_path)) as world:
             answer = await world.client.post("/train_step/die")
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-            assert "ended twice" in answer.json()["error"]
+            assert "ended twice" in answer.json()["detail"]
             assert len(world.deliveries()) == 2
 
     asyncio.run(story())
@@ -137,10 +137,10 @@ def test_a_function_that_fails_to_import_is_503_then_backs_off_then_recovers(
         async with dispatching(root, isolated=isolated) as world:
             first = await world.client.post("/train_step")
             assert (first.status_code, first.json()["code"]) == (503, "unavailable")
-            assert "did not start: exit code 3" in first.json()["error"]
+            assert "did not start: exit code 3" in first.json()["detail"]
             second = await world.client.post("/train_step")
             assert (second.status_code, second.headers["retry-after"]) == (503, "1")
-            assert "the next attempt is in" in second.json()["error"]
+            assert "the next attempt is in" in second.json()["detail"]
             assert world.roles == {}
             (root / "notes" / "broken").unlink()
             while (await world.client.post("/train_step")).status_code == 503:  # noqa: ASYNC110  what a client does
@@ -170,7 +170,7 @@ def test_an_unknown_function_is_404_and_starts_nothing(tmp_path: Path, path: str
         async with dispatching(make_root(tmp_path)) as world:
             answer = await world.client.post(path)
             assert answer.status_code == 404
-            assert "/train_step, /sample" in answer.json()["error"]
+            assert "/train_step, /sample" in answer.json()["detail"]
             assert world.roles == {}
 
     asyncio.run(story())

@@ -1,0 +1,84 @@
+"""kill -9 of each process in turn, under a client that has no except in it: it ends with the same weights, bit for bit.
+
+Replay one:  KILL_SEED=7 python -m pytest tests/conformance/test_kills.py
+"""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.conformance.server import Server, wait_until
+from tests.engine.tiny import tiny_model
+
+SEED = int(os.environ.get("KILL_SEED", "1"))
+ROLES = ("train_step", "gateway", "sample", "supervisor")
+
+
+def client(server: Server, model: Path, steps: int) -> Iterator[str]:
+    """The lines that the client prints, as it prints them."""
+    command = [sys.executable, "-m", "tests.conformance.kill_client", server.url, str(model), str(server.data)]
+    process = subprocess.Popen([*command, str(steps)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        for line in process.stdout:
+            yield line.strip()
+        complaints = process.stderr.read()
+        assert process.wait() == 0, complaints[-3000:] + server.log()[-6000:]
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def kill_often(tmp_path: Path, kills: int, steps: int, *flags: str) -> None:
+    """Run the loop undisturbed, then again with `kills` kills spread over it, and compare all that came out."""
+    model = tiny_model(tmp_path / "a" / "model" / "tiny")
+    with Server.start(model, tmp_path / "calm", *flags) as server:
+        calm = list(client(server, model, steps))[-1]
+    draw = random.Random(SEED)
+    roles = [ROLES[n % len(ROLES)] for n in range(kills)]
+    due = sorted(draw.sample(range(1, steps), kills) if kills < steps else range(1, kills + 1))
+    killed: list[str] = []
+    with Server.start(model, tmp_path / "wild", *flags) as server:
+        last = ""
+        for line in client(server, model, steps):
+            last = line
+            while due and line == f"step {due[0] - 1}":
+                due.pop(0)
+                time.sleep(draw.random() * 0.3)  # anywhere in the next step
+                killed.append(kill(server, roles[len(killed)]))
+        print(f"\nseed {SEED}: killed {killed}")
+        assert len(killed) == kills
+        assert last == calm, f"seed {SEED}: {last!r}; undisturbed {calm!r}"
+
+
+def kill(server: Server, role: str) -> str:
+    """Kill -9 it, as soon as it lives. The supervisor is brought up again, as an operator would."""
+    with suppress(AssertionError):
+        wait_until(lambda: role in server.processes(), f"{role} lives", timeout_s=10.0)
+    if role not in server.processes():  # asleep, and the client does not need it now
+        role = "gateway"
+    server.kill(role)
+    if role == "supervisor":
+        server.up()
+    return role
+
+
+@pytest.mark.timeout(400)
+def test_twenty_kills_of_every_process_change_not_one_bit(tmp_path: Path) -> None:
+    kill_often(tmp_path, 20, 24, "--isolated")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_hundred_kills_with_one_shared_engine_change_not_one_bit(tmp_path: Path) -> None:
+    kill_often(tmp_path, 100, 110)
