@@ -36,24 +36,24 @@ class Device:
         return future
 
     def close(self) -> None:
-        """Finish what is under way, then end the thread."""
+        """End the thread after the step under way; what is not finished then is cancelled."""
         self._arrivals.put(None)
         self._thread.join()
 
     def _work(self) -> None:
         ready: deque[tuple[Task[Any], Future[Any]]] = deque()
-        closing = False
-        while not (closing and not ready):
+        while True:
             while not ready or not self._arrivals.empty():
                 arrival = self._arrivals.get()
                 if arrival is None:
-                    closing = True
-                    break
+                    for task, future in ready:
+                        task.close()
+                        future.cancel()
+                    return
                 ready.append(arrival)
-            if ready:
-                task, future = ready.popleft()
-                if self._step(task, future):
-                    ready.append((task, future))
+            task, future = ready.popleft()
+            if self._step(task, future):
+                ready.append((task, future))
 
     @staticmethod
     def _step(task: Task[Any], future: Future[Any]) -> bool:

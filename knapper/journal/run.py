@@ -51,6 +51,7 @@ class Run(Generic[State]):
         self.applied = -1  # the newest operation in `state`
         self.replay_cost_s = 0.0  # compute since the newest snapshot
         self.creation: Creation
+        self.terms_before: Terms | None = None  # of the claim before this one, if they were others
         self._state: State | None = None
         # As committed: (applied, out, state, replay cost)
         self._durable: tuple[int, int, State | None, float] = (-1, 0, None, 0.0)
@@ -102,6 +103,8 @@ class Run(Generic[State]):
             )  # fmt: skip
         await self._put_manifest(n + 1, manifest)
         self.epoch = manifest.epoch
+        if before is not None and before.terms != manifest.terms:
+            self.terms_before = before.terms
 
     async def _put_manifest(self, n: int, manifest: Manifest) -> None:
         data = encode(manifest)

@@ -1,5 +1,6 @@
 """The engine of this process: one base model, one device, one store. Every function of the process shares it."""
 
+import atexit
 import os
 import platform
 import socket
@@ -78,6 +79,7 @@ def engine() -> Engine:
     dtype = _dtype(settings.dtype, where)
     decoder = Decoder(config, weights.load(directory, config, dtype, where))
     device = Device()
+    atexit.register(device.close)  # torch aborts if the interpreter goes away under its thread
     store = DirectoryStore(settings.store_directory)
     machine = TrainingMachine(Trainer(decoder), device, time.monotonic)
     terms = _terms(where, dtype)

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Generic
 
+import msgspec
 import structlog
 
 from knapper import limits
@@ -93,6 +94,13 @@ class Residents(Generic[State]):
                 "claimed", run=run, epoch=resident.run.epoch, applied=resident.run.applied,
                 replayed_s=round(resident.run.replay_cost_s, 2), took_s=round(self._clock() - began, 2),
             )  # fmt: skip
+            if resident.run.terms_before is not None:
+                log.warning(
+                    "claimed on other terms: what is replayed may differ in its last bits; published results stay",
+                    run=run,
+                    before=msgspec.structs.asdict(resident.run.terms_before),
+                    now=msgspec.structs.asdict(self._holder.terms),
+                )
         return resident.run
 
     async def _slice(self, run: Run[State], resident: _Resident[State]) -> AsyncIterator[Frame]:

@@ -57,7 +57,7 @@ def engine_plan(seed: int) -> list[Step]:
         if step.kind == "forward_backward":
             tokens = draw.integers(0, 200, 6).astype(np.int32)
             targets = draw.integers(0, 200, 5 if step.body == b"wrong" else 6).astype(np.int64)
-            inputs = {"target_tokens": targets, "weights": draw.random(6).astype(np.float32)}
+            inputs: dict[str, np.ndarray] = {"target_tokens": targets, "weights": draw.random(6).astype(np.float32)}
             request = ForwardBackward(RUN, step.seq, [Datum(tokens, inputs)], "cross_entropy", {}, False)
             step = replace(step, body=proto.encode_forward_backward(request))
         elif step.kind == "optim_step" and not step.rejected:
