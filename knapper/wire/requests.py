@@ -327,7 +327,7 @@ class Sample(Request, frozen=True, kw_only=True):
     prompt: Prompt
     sampling_params: SamplingParams
     sampling_session_id: Id | None = None
-    seq_id: Number | None = None
+    seq_id: Annotated[int, Meta(ge=0, le=_INT64_MAX)] | None = None  # a client's clones count from k * 10^9, k to 10^9
     base_model: Path | None = None
     model_path: Path | None = None
     num_samples: Annotated[int, Meta(ge=1, le=limits.num_samples_max)] = 1
