@@ -20,7 +20,7 @@ from tinker import types
 from examples import rl_addition, sft_chat
 
 OUT = Path("out")
-RL_STEPS, SFT_STEPS = 30, 15
+RL_STEPS, SFT_STEPS = 25, 15
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SUMS = [(3, 4), (2, 6), (5, 1), (4, 4)]
 

@@ -23,6 +23,7 @@ _KEPT_S = 600.0
 _BACK_OFF_S, _BACK_OFF_MAX_S = 0.2, 5.0
 _DEFECTS_MAX = 3  # a 500 may be a pod that died: its reply becomes the result only when it comes again
 _COLD_S = 1.0
+_ASLEEP_S = 30.0  # a function that answered less long ago is no cold start, whatever it takes
 _TIMEOUT = httpx.Timeout(connect=5.0, read=900.0, write=60.0, pool=None)
 _LATER = (408, 425, 429, 502, 503, 504)
 
@@ -109,10 +110,11 @@ class Samples:
     def queue_state(self, entry: Entry) -> tuple[str, str | None]:
         """(queue_state, reason) for whoever waits on the sample."""
         if entry.refused_since is None:
-            silent_s = self._now() - max(entry.asked_at, self._answered_at)
-            if entry.asked_at < self._answered_at or silent_s <= _COLD_S:
+            waited = self._now() - entry.asked_at
+            answered_lately = entry.asked_at - self._answered_at < _ASLEEP_S
+            if waited <= _COLD_S or answered_lately:
                 return "active", None
-            return "paused_capacity", f"sample has said nothing for {silent_s:.0f} s: it starts from zero, or is busy"
+            return "paused_capacity", f"sample is starting from zero, or busy; waited {waited:.0f} s"
         waited = self._now() - entry.refused_since
         if waited <= _COLD_S:
             return "active", None

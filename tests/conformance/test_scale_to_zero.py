@@ -1,0 +1,39 @@
+"""Idle is free: without work the engine's processes end, and the next operation brings them back to the same bits."""
+
+from pathlib import Path
+
+import pytest
+import tinker
+from tinker import types
+
+from tests.conformance.kill_client import datum, tokens
+from tests.conformance.server import Server, wait_until
+from tests.engine.tiny import tiny_model
+
+FUNCTIONS = {"engine", "train_step", "sample"}
+
+
+@pytest.mark.parametrize("flags", [(), ("--isolated",)], ids=["shared", "isolated"])
+@pytest.mark.timeout(180)
+def test_functions_end_when_idle_and_come_back_on_the_next_bell(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    model = tiny_model(tmp_path / "a" / "model" / "tiny")
+    with Server.start(model, tmp_path / "data", "--idle", "2", *flags) as server:
+        assert not FUNCTIONS & set(server.processes()), "nothing computes before there is work"
+        service = tinker.ServiceClient(base_url=server.url, api_key="tml-local")
+        training = service.create_lora_training_client(str(model), rank=4, seed=1).result()
+        sampler = training.save_weights_and_get_sampling_client().result()
+        prompt = types.ModelInput.from_ints(tokens(1))
+        params = types.SamplingParams(max_tokens=8, seed=3, stop=[])
+
+        def sampled() -> list[int]:
+            return list(sampler.sample(prompt, num_samples=1, sampling_params=params).result().sequences[0].tokens)
+
+        first = sampled()
+        before = training.forward_backward([datum(1)], "cross_entropy").result().metrics["loss:sum"]
+        wait_until(lambda: not FUNCTIONS & set(server.processes()), "the functions have ended", timeout_s=60)
+        assert "scaled to zero" in server.log()
+
+        after = training.forward([datum(1)], "cross_entropy").result().metrics["loss:sum"]
+        assert after == before
+        assert sampled() == first
+        service.close("success").result()
