@@ -115,4 +115,5 @@ if __name__ == "__main__":
         with knapper() as address:
             run(address)
     except KeyboardInterrupt:
-        sys.exit("\nstopped")
+        print("\nstopped")
+        sys.exit(130)
