@@ -259,7 +259,8 @@ class History:
             assert body == truth.answers[seq], f"{where}: operation {seq}: {body!r}, undisturbed {truth.answers[seq]!r}"
         run = asyncio.run(self._final())
         assert run.applied == len(self.plan), where
-        assert asyncio.run(digest_of(self.machine, run)) == truth.digest, f"{where}: the final state differs from the undisturbed run's"
+        digest = asyncio.run(digest_of(self.machine, run))
+        assert digest == truth.digest, f"{where}: the final state differs from the undisturbed run's"
 
     async def _final(self) -> Run[Any]:
         memory: Store = self.store.memory

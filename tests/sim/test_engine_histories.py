@@ -5,7 +5,6 @@ Replay one:  python -m pytest tests/sim/test_engine_histories.py -k SEED
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar, cast
 
 import numpy as np
