@@ -43,6 +43,7 @@ _POST = {
     "optim_step": training.optim_step,
     "save_weights": training.save_weights,
     "save_weights_for_sampler": training.save_weights_for_sampler,
+    "save_weights_external": training.save_weights_external,
     "load_weights": training.load_weights,
     "retrieve_future": futures.retrieve_future,
     "cancel_future": futures.cancel_future,

@@ -140,6 +140,16 @@ async def save_weights_for_sampler(request: Request) -> Response:
     return await _json_operation(request, "save_weights_for_sampler", requests.SaveWeightsForSampler)
 
 
+async def save_weights_external(request: Request) -> Response:
+    """Not served yet. Refused under its own number: a 404 would leave a hole, for which the run's next ones wait."""
+    gateway, tenant = parts(request), tenant_of(request)
+    body = await bodies.read(request)
+    error = UserError(
+        "save_weights_external is not served yet; save_weights_for_sampler stores the adapter in the format of PEFT"
+    )
+    return await _bury(gateway, tenant, _address(body), body, error)
+
+
 async def _json_operation(request: Request, kind: Kind, form: type[Sequenced]) -> Response:
     gateway, tenant = parts(request), tenant_of(request)
     body = await bodies.read(request)
