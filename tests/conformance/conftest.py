@@ -42,9 +42,18 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     assert "Traceback" not in running.log(), running.log()[-4000:]
 
 
+NewService = Callable[[], tinker.ServiceClient]
+
+
 @pytest.fixture
-def service(server: Server) -> Iterator[tinker.ServiceClient]:
-    with tinker.ServiceClient(base_url=server.url, api_key="tml-local") as client:
+def new_service(server: Server) -> NewService:
+    """Sessions of their own: close them, or use them as context managers."""
+    return lambda: tinker.ServiceClient(base_url=server.url, api_key="tml-local")
+
+
+@pytest.fixture
+def service(new_service: NewService) -> Iterator[tinker.ServiceClient]:
+    with new_service() as client:
         yield client
 
 
@@ -52,8 +61,8 @@ def service(server: Server) -> Iterator[tinker.ServiceClient]:
 def new_client(service: tinker.ServiceClient, model: Path) -> NewClient:
     """A run of rank 4 and seed 1, unless told otherwise."""
 
-    def make(rank: int = 4, seed: int = 1, **more: bool) -> tinker.TrainingClient:
-        return service.create_lora_training_client(str(model), rank=rank, seed=seed, **more).result()
+    def make(rank: int = 4, seed: int = 1, **train: bool) -> tinker.TrainingClient:
+        return service.create_lora_training_client(str(model), rank=rank, seed=seed, **train).result()  # type: ignore[arg-type]
 
     return make
 

@@ -3,11 +3,14 @@
 N positions of a datum, K targets a position.
 """
 
+from typing import Any, Final
+
 import numpy as np
 from numpy.typing import NDArray
 from tinker import types
 
-vocabulary = 260  # tokens 0 to 259 of the tiny model's 268 or so: no special ones
+CE: Final = "cross_entropy"
+vocabulary: Final = 260  # tokens 0 to 259 of the tiny model's 268 or so: no special ones
 Floats = NDArray[np.float32]
 
 
@@ -22,7 +25,10 @@ def prompt(rng: np.random.Generator, length: int) -> types.ModelInput:
 
 def weighted(text: list[int], weights: list[float] | None = None) -> types.Datum:
     """Next-token prediction over `text`, weight 1 everywhere unless told otherwise."""
-    inputs = {"target_tokens": text[1:], "weights": weights if weights is not None else [1.0] * (len(text) - 1)}
+    inputs: dict[str, Any] = {
+        "target_tokens": text[1:],
+        "weights": weights if weights is not None else [1.0] * (len(text) - 1),
+    }
     return types.Datum(model_input=types.ModelInput.from_ints(text[:-1]), loss_fn_inputs=inputs)
 
 

@@ -3,6 +3,7 @@
 N positions of a datum, K targets a position, V vocabulary.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +19,10 @@ class Reference:
 
     def __init__(self, model: Path, adapter: Path | None = None) -> None:
         base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
-        self.module = base if adapter is None else PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        with warnings.catch_warnings():
+            # PEFT cannot know that an output adapter of its own beside a tied embedding is meant.
+            warnings.filterwarnings("ignore", ".*tie_word_embeddings")
+            self.module = base if adapter is None else PeftModel.from_pretrained(base, adapter, is_trainable=True)
 
     def distribution(self, tokens: list[int]) -> Tensor:
         """log p(next token) after each token, (N, V)."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,7 @@ from tests.conformance.conftest import NewClient, Trained, exported
 from tests.conformance.reference import Reference
 from tests.conformance.server import Server
 
-pytestmark = [
-    pytest.mark.timeout(60),
-    # PEFT cannot know that a deliberately untied output adapter is meant (docs/decisions/0002).
-    pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True.:UserWarning"),
-]
+pytestmark = pytest.mark.timeout(60)
 
 LENGTHS = (19, 33, 7)
 ADAM = types.AdamParams(learning_rate=1e-3, beta1=0.8, beta2=0.9, eps=1e-8, weight_decay=0.1, grad_clip_norm=0.5)
@@ -56,7 +53,7 @@ def sparse() -> Batch:
         there = dice.random((n, 16)) < 0.1
         targets = torch.from_numpy(dice.integers(1, data.vocabulary, (n, 16)) * there)
         weights = torch.from_numpy((dice.normal(size=(n, 16)) * there).astype(np.float32))
-        inputs = {"target_tokens": targets, "weights": weights}
+        inputs: dict[str, Any] = {"target_tokens": targets, "weights": weights}
         batch.append(types.Datum(model_input=data.prompt(dice, n), loss_fn_inputs=inputs))
     assert all(each.sparse_crow_indices is not None for datum in batch for each in datum.loss_fn_inputs.values())
     return batch
@@ -72,7 +69,7 @@ def sampled(**more: Callable[[np.random.Generator, int], np.ndarray]) -> Callabl
             text = data.weighted(data.tokens(dice, n + 1))
             with torch.no_grad():
                 p = learner.logprobs(text).numpy()
-            inputs = {
+            inputs: dict[str, Any] = {
                 "target_tokens": text.loss_fn_inputs["target_tokens"],
                 "logprobs": (p + dice.normal(size=n) * 0.5).astype(np.float32),
                 "advantages": (dice.normal(size=n) * (np.arange(n) > 2)).astype(np.float32),
@@ -127,7 +124,7 @@ def test_a_loss_and_its_step_are_those_of_transformers_and_peft(
     for datum, found in zip(batch, data.logprobs(output), strict=True):
         p = learner.logprobs(datum)
         value = reference.loss(name, datum, p, config)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         total += value.item()
         np.testing.assert_allclose(found, p.detach().numpy(), atol=1e-4)
     assert output.metrics["loss:sum"] == pytest.approx(total, rel=1e-4, abs=1e-4)
