@@ -1,0 +1,29 @@
+"""The examples run as their first lines say, on a tiny model."""
+
+import os
+import subprocess
+import sys
+
+from tests.conformance.server import Server
+
+
+def lines_of(example: str, server: Server) -> list[float]:
+    """The last number of each line that the example prints."""
+    environment = {**os.environ, "TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-local"}
+    done = subprocess.run(
+        [sys.executable, "-m", f"examples.{example}"], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("step")]
+
+
+def test_the_reinforcement_example_runs(server: Server) -> None:
+    rewards = lines_of("rl_addition", server)
+    assert len(rewards) == 30
+    assert all(0 <= reward <= 1 for reward in rewards)
+
+
+def test_the_supervised_example_learns(server: Server) -> None:
+    losses = lines_of("sft_chat", server)
+    assert len(losses) == 15
+    assert losses[-1] < 0.9 * losses[0]
