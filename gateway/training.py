@@ -59,7 +59,10 @@ async def load_weights(request: Request) -> Response:
     asked = await _decode_or_bury(gateway, tenant, body, requests.LoadWeights)
     if isinstance(asked, Response):
         return asked
-    run = asked.creates()
+    try:
+        run = asked.creates()
+    except UserError as error:
+        return await _bury(gateway, tenant, _address(body), body, error)
     if run is None:
         return await _accept(gateway, tenant, asked.model_id or "", asked.seq_id or 0, "load_weights", body)
     await gateway.records.open_session(asked.session(), tenant)
