@@ -197,6 +197,16 @@ def test_what_is_not_served_yet_says_so_and_the_run_goes_on(client: tinker.Train
     client.forward([datum()], CE).result(20)
 
 
+def test_an_access_token_is_refused_and_the_run_goes_on(client: tinker.TrainingClient) -> None:
+    path = client.save_state("mine").result().path
+    with (
+        pytest.warns(FutureWarning),
+        pytest.raises(tinker.RequestFailedError, match="weights_access_token.*allowed: none"),
+    ):
+        client.load_state(path, weights_access_token="secret").result()
+    client.forward([datum()], CE).result(20)
+
+
 RUNS: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown model": ({"base_model": "meta-llama/Llama-9"}, r"meta-llama/Llama-9.*{model}"),
     "rank zero": ({"rank": 0}, r"rank is 0; allowed: 1 to 256"),
