@@ -1,7 +1,9 @@
 """One knapper for most tests, and clients of it."""
 
 import asyncio
+import gc
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """The SDK leaves the connection of its first request to the garbage collector, whenever that comes."""
     for left in ("unclosed <socket", "unclosed transport"):
         config.addinivalue_line("filterwarnings", f"ignore:{left}:ResourceWarning")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_unconfigure() -> None:
+    """And the last of them: pytest looks for them once more, with the filters that it began with."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -201,7 +201,7 @@ def test_an_access_token_is_refused_and_the_run_goes_on(client: tinker.TrainingC
     path = client.save_state("mine").result().path
     with (
         pytest.warns(FutureWarning),
-        pytest.raises(tinker.RequestFailedError, match="weights_access_token.*allowed: none"),
+        pytest.raises(tinker.RequestFailedError, match=r"weights_access_token.*allowed: none"),
     ):
         client.load_state(path, weights_access_token="secret").result()
     client.forward([datum()], CE).result(20)
