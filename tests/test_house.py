@@ -1,8 +1,10 @@
 """The house is in order: documents agree with the code, and the distribution with what is imported."""
 
 import ast
+import importlib
 import importlib.metadata
 import os
+import pkgutil
 import re
 import shutil
 import signal
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import knapper
 from knapper.engine import losses
 from knapper.errors import KnapperError
 from knapper.settings import describe
@@ -61,6 +64,9 @@ def tracked(*folders: str) -> list[str]:
 
 
 def error_classes(root: type[KnapperError] = KnapperError) -> Iterator[type[KnapperError]]:
+    if root is KnapperError:  # a class exists once its module was imported
+        for module in pkgutil.walk_packages(knapper.__path__, "knapper."):
+            importlib.import_module(module.name)
     yield root
     for child in root.__subclasses__():
         yield from error_classes(child)
