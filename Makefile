@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 # Where torch comes from; empty: the CPU index if this is Linux without an NVIDIA GPU and the index answers, else pip's own.
 TORCH_INDEX_URL ?=
 TORCH_CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
 UP_ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -24,7 +24,7 @@ demo: setup ## train a small real model on this machine and plot it (a few minut
 up: setup ## serve http://127.0.0.1:8000 until Ctrl-C (UP_ARGS='--port 9000')
 	@exec $(BIN)/knapper up $(UP_ARGS)
 
-test: setup ## run the tests (PYTEST_ARGS='-n 2' for two workers, '-m long' for the long ones)
+test: setup ## run the tests (PYTEST_ARGS='-n 0' in one process, '-m long' for the long ones)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)
 
 check: setup ## lint, format, strict types, import directions
