@@ -133,11 +133,11 @@ def test_no_datums_at_all_are_refused(client: tinker.TrainingClient) -> None:
     client.forward_backward([datum()], CE).result()
 
 
-@pytest.mark.parametrize("wrong", ["target", "weight"])
-def test_a_body_of_seventy_megabytes_is_refused(wrong: str, client: tinker.TrainingClient) -> None:
+@pytest.mark.parametrize("content", ["zeros", "noise"])
+def test_a_body_of_seventy_megabytes_is_refused(content: str, client: tinker.TrainingClient) -> None:
     """Whether it is that large on the wire or only once it is decompressed."""
     size = 18 * 2**20
-    weights = np.zeros(size, np.float32) if wrong == "weight" else rng(1).random(size, np.float32)
+    weights = np.zeros(size, np.float32) if content == "zeros" else rng(1).random(size, np.float32)
     huge = types.Datum(
         model_input=types.ModelInput.from_ints(TEXT[:-1]),
         loss_fn_inputs={"target_tokens": TEXT[1:], "weights": weights},
