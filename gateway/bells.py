@@ -84,6 +84,12 @@ class Bells:
     def queue_state(self, run: RunId) -> tuple[str, str | None]:
         """(queue_state, reason) for whoever waits on the run."""
         line = self._lines.get(run)
+        applied = self._results.applied(run)
+        if line is not None and line.task is None and line.accepted > applied:
+            return "paused_capacity", (
+                f"operation {applied + 1} has not arrived, and later ones wait for it; if it never does (a cancelled "
+                f"request, say), it is skipped {limits.hole_s:.0f} s after they came, or when the session is closed"
+            )
         since = line.unanswered_since if line is not None else None
         waited = 0.0 if since is None else self._now() - since
         if waited <= _COLD_S:

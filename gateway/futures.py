@@ -15,7 +15,7 @@ from knapper.ids import RunId, Tenant
 from knapper.journal.records import Result
 from knapper.wire import requests
 
-_PAUSED_HOLD_S = 5.0  # whoever waits for a cold start, or for trouble to end, hears so early
+_PAUSED_HOLD_S = 5.0  # whoever waits for a cold start, or for an operation that does not come, hears so early
 _LOOK_S = 1.0  # a poll that nobody wakes looks into the store so often: another gateway's results, a lost bell
 
 log = structlog.get_logger()
@@ -56,8 +56,8 @@ async def _wait(gateway: Parts, run: RunId, seq: int) -> Result | None:
         if not rang and not gateway.bells.ringing(run):
             gateway.bells.ring(run, seq)  # whoever rang for it may have died since
         rang = True
-        paused = gateway.bells.queue_state(run)[0] != "active"
-        left = began + (_PAUSED_HOLD_S if paused else limits.poll_hold_s) - loop.time()
+        starting = gateway.bells.queue_state(run)[0] != "active" and not gateway.bells.trouble(run)
+        left = began + (_PAUSED_HOLD_S if starting else limits.poll_hold_s) - loop.time()
         if left <= 0:
             return None
         try:
