@@ -34,7 +34,7 @@ NOT_IMPORTED = {
     "mypy": ("Makefile", "/mypy"),
     "pytest-randomly": ("CONTRIBUTING.md", "--randomly-seed"),
     "pytest-timeout": ("pyproject.toml", "timeout = "),
-    "pytest-xdist": (".ci/run", "-n 2"),
+    "pytest-xdist": ("Makefile", "-n 2"),
     "ruff": ("Makefile", "/ruff"),
     "types-protobuf": ("Makefile", "/mypy"),
 }
