@@ -1,5 +1,6 @@
 """A sample request under way, and each of its texts. V vocabulary, H hidden size, k alternatives."""
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from knapper.engine.kv import capacity_for
 from knapper.engine.lora import Lora
 from knapper.engine.prompt_scores import PromptScores
 from knapper.engine.stops import Stops
+from knapper.wire.progress import Drawn, Ending
 from knapper.wire.types import Sample, SampleOutput, Sequence, TopK
 
 
@@ -25,6 +27,7 @@ class Job:
     stops: Stops
     tokens_max: int
     turn: int
+    listen: Callable[[Drawn], None] | None = None  # called on the device's thread, and must return at once
     future: "Future[SampleOutput]" = field(default_factory=Future)
     started: int = 0  # texts
     sequences: dict[int, Sequence] = field(default_factory=dict)  # finished texts by number
@@ -96,10 +99,15 @@ class Text:
         if topk is not None:
             self._topk.append(topk)
         stopped = self.job.stops.ended(self.tokens)
-        if not stopped and len(self.tokens) < self.job.tokens_max:
-            return False
-        self.finish(stopped)
-        return True
+        full = len(self.tokens) >= self.job.tokens_max
+        if self.job.listen is not None:
+            ending: Ending = "stop" if stopped else "length" if full else ""
+            ids, logprobs = ([], []) if topk is None else (topk[0].tolist(), topk[1].tolist())
+            alternatives = list(zip(ids, logprobs, strict=True))
+            self.job.listen(Drawn(self._number, len(self.tokens) - 1, token, logprob, ending, alternatives))
+        if stopped or full:
+            self.finish(stopped)
+        return stopped or full
 
     def finish(self, stopped: bool) -> None:
         k = self.job.request.topk_sample_logprobs
