@@ -19,13 +19,18 @@ from gateway.heartbeats import Heartbeats
 from gateway.looks import Looks
 from gateway.parts import Parts
 from gateway.records import Records
+from gateway.rest.routes import ROUTES
 from gateway.samples import Samples
 from knapper import telemetry
+from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
 from knapper.errors import KnapperError
 from knapper.ids import RunId
 from knapper.journal.accept import Acceptor
 from knapper.journal.results import Results
+from knapper.links import Links
+from knapper.orphans import Orphans
+from knapper.register import Register
 from knapper.settings import Settings
 from knapper.store import Store
 from knapper.store.directory import DirectoryStore
@@ -39,11 +44,14 @@ _POST = {
     "telemetry": service.telemetry,
     "create_model": training.create_model,
     "get_info": training.get_info,
+    "forward": training.forward,
     "forward_backward": training.forward_backward,
     "optim_step": training.optim_step,
     "save_weights": training.save_weights,
     "save_weights_for_sampler": training.save_weights_for_sampler,
+    "save_weights_external": training.save_weights_external,
     "load_weights": training.load_weights,
+    "create_custom_loss": training.create_custom_loss,
     "retrieve_future": futures.retrieve_future,
     "cancel_future": futures.cancel_future,
     "create_sampling_session": sampling.create_sampling_session,
@@ -70,6 +78,7 @@ def create_app(
     records = Records(store, acceptor, monotonic)
 
     async def url_of(run: RunId) -> str:
+    checkpoints = Checkpoints(store, clock)
         return train_step_url or (await records.model((await records.spec_of(run)).base_model)).train_step_url
 
     @asynccontextmanager
@@ -82,9 +91,13 @@ def create_app(
                 results=results,
                 looks=Looks(results, monotonic),
                 records=records,
-                checkpoints=Checkpoints(store),
+                checkpoints=checkpoints,
+                register=Register(store),
+                links=Links(store, clock, new_id),
+                audit=Audit(store, clock, new_id),
+                orphans=Orphans(store, checkpoints, records.sessions, clock, monotonic),
                 bells=Bells(client, results, url_of, new_id, monotonic),
-                samples=Samples(client, new_id, monotonic),
+                samples=Samples(client, new_id, monotonic, first=int(clock() * 1e6)),
                 heartbeats=Heartbeats(monotonic),
                 sample_url=sample_url,
                 clock=clock,
@@ -99,7 +112,8 @@ def create_app(
 
     return Starlette(
         routes=[Route(f"/api/v1/{path}", handler, methods=["POST"]) for path, handler in _POST.items()]
-        + [Route(f"/api/v1/{path}", handler, methods=["GET"]) for path, handler in _GET.items()],
+        + [Route(f"/api/v1/{path}", handler, methods=["GET"]) for path, handler in _GET.items()]
+        + ROUTES,
         exception_handlers={
             KnapperError: errors.known,
             HTTPException: errors.http,

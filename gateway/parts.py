@@ -11,9 +11,13 @@ from gateway.heartbeats import Heartbeats
 from gateway.looks import Looks
 from gateway.records import Records
 from gateway.samples import Samples
+from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
 from knapper.journal.accept import Acceptor
 from knapper.journal.results import Results
+from knapper.links import Links
+from knapper.orphans import Orphans
+from knapper.register import Register
 from knapper.store import Store
 
 
@@ -25,6 +29,10 @@ class Parts:
     looks: Looks
     records: Records
     checkpoints: Checkpoints
+    register: Register
+    links: Links
+    audit: Audit
+    orphans: Orphans
     bells: Bells
     samples: Samples
     heartbeats: Heartbeats

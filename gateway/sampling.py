@@ -31,6 +31,8 @@ async def create_sampling_session(request: Request) -> Response:
         raise InvalidField("base_model", asked.base_model, f"{model.name!r}, that of {asked.model_path}, or none")
     if not model.sampleable:
         raise InvalidField("base_model", base_model, "a model that can be sampled; see get_server_capabilities")
+    if asked.model_path is not None:
+        await gateway.audit.read(tenant, asked.model_path, "sampling")
     sampler = await gateway.records.samplers.create(
         Sampler(
             sampler=ids.make_sampler_id(session, asked.sampling_session_seq_id),

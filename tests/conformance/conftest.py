@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ def exported(server: Server, path: str, directory: Path) -> Path:
 
     async def read() -> dict[str, bytes]:
         store = DirectoryStore(server.data / "store")
-        checkpoint = await Checkpoints(store).resolve(TinkerPath.parse(path), LOCAL_TENANT)
+        checkpoint = await Checkpoints(store, time.time).resolve(TinkerPath.parse(path), LOCAL_TENANT)
         return (await bundles.read(store, checkpoint.bundle))[1]
 
     directory.mkdir(exist_ok=True)
