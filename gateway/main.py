@@ -76,9 +76,9 @@ def create_app(
     """The gateway over `store`. An empty URL means: where the base model's catalogue record says."""
     acceptor, results = Acceptor(store, clock), Results(store)
     records = Records(store, acceptor, monotonic)
+    checkpoints = Checkpoints(store, clock)
 
     async def url_of(run: RunId) -> str:
-    checkpoints = Checkpoints(store, clock)
         return train_step_url or (await records.model((await records.spec_of(run)).base_model)).train_step_url
 
     @asynccontextmanager

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from knapper import ids
 from knapper.errors import Gone, NotFound
 from knapper.ids import RunId, SamplerId, SessionId, Tenant
-from knapper.journal.accept import Acceptor
 from knapper.journal import names
+from knapper.journal.accept import Acceptor
 from knapper.journal.records import Operation, Spec, decode
 from knapper.models.catalogue import Catalogue, ModelRecord
-from knapper.sessions import Sampler, Samplers, Session, Sessions
 from knapper.remembered import Remembered
+from knapper.sessions import Sampler, Samplers, Session, Sessions
 from knapper.store import Store
 
 _MODEL_FRESH_S = 5.0  # a model that is taken out of service is gone for new requests after this
@@ -26,11 +26,11 @@ class Records:
         self._specs: Remembered[RunId, Spec] = Remembered()
         self._sampler: Remembered[tuple[SamplerId, Tenant], Sampler] = Remembered()
         self._session: Remembered[tuple[SessionId, Tenant], Session] = Remembered()
+        self._heard: Remembered[tuple[SessionId, int], None] = Remembered()
+        self._accepted: Remembered[str, float] = Remembered()
         self._models: dict[str, tuple[float, ModelRecord]] = {}
 
     async def spec(self, run: str, tenant: Tenant) -> Spec:
-        self._heard: Remembered[tuple[SessionId, int], None] = Remembered()
-        self._accepted: Remembered[str, float] = Remembered()
         """What the run is. Raises NotFound."""
         spec = await self.spec_of(ids.run_id(run))
         if spec.tenant != tenant:
@@ -58,9 +58,6 @@ class Records:
             raise Gone(f"session {session} has finished; create another ServiceClient")
         return record
 
-    async def model(self, base_model: str) -> ModelRecord:
-        """The served model of this name or directory. Raises NotFound, which lists what is served."""
-        known = self._models.get(base_model)
     async def hear(self, session: SessionId, day: int) -> None:
         """Remember for good that the session's client lived on this day; written once a day."""
         await self._heard.get((session, day), lambda: self.sessions.hear(session, day))
@@ -76,6 +73,9 @@ class Records:
             raise _no_run(run)
         return await self._accepted.get(listed[-1], lambda: self._load_accepted(listed[-1]))
 
+    async def model(self, base_model: str) -> ModelRecord:
+        """The served model of this name or directory. Raises NotFound, which lists what is served."""
+        known = self._models.get(base_model)
         if known is not None and self._now() - known[0] < _MODEL_FRESH_S:
             return known[1]
         record = await self.catalogue.find(base_model)
@@ -83,15 +83,15 @@ class Records:
             self._models[known_as] = (self._now(), record)
         return record
 
-    async def _load_spec(self, run: RunId) -> Spec:
-        creation = await self._acceptor.creation(run)
-        if creation is None:
     async def _load_accepted(self, name: str) -> float:
         data = await self._store.get(name)
         if data is None:
             raise NotFound(f"{name} was swept while it was being read; ask again")
         return decode(data, Operation, name).accepted_at
 
+    async def _load_spec(self, run: RunId) -> Spec:
+        creation = await self._acceptor.creation(run)
+        if creation is None:
             raise _no_run(run)
         return creation.spec
 
