@@ -9,6 +9,7 @@ from starlette.requests import Request
 from gateway.bells import Bells
 from gateway.heartbeats import Heartbeats
 from gateway.looks import Looks
+from gateway.openai.shared import Shared
 from gateway.records import Records
 from gateway.samples import Samples
 from knapper.audit import Audit
@@ -36,6 +37,7 @@ class Parts:
     bells: Bells
     samples: Samples
     heartbeats: Heartbeats
+    openai: Shared
     sample_url: str  # where all samples go, or empty: each model's record says
     clock: Callable[[], float]  # seconds since the epoch
     new_id: Callable[[], str]  # 32 random hexadecimal digits
