@@ -17,6 +17,8 @@ from gateway import clockwork, errors, futures, sampling, service, training
 from gateway.bells import Bells
 from gateway.heartbeats import Heartbeats
 from gateway.looks import Looks
+from gateway.openai.routes import ROUTES as OPENAI_ROUTES
+from gateway.openai.shared import Shared
 from gateway.parts import Parts
 from gateway.records import Records
 from gateway.rest.routes import ROUTES
@@ -53,8 +55,10 @@ _POST = {
     "load_weights": training.load_weights,
     "create_custom_loss": training.create_custom_loss,
     "retrieve_future": futures.retrieve_future,
+    "retrieve_futures": futures.retrieve_futures,
     "cancel_future": futures.cancel_future,
     "create_sampling_session": sampling.create_sampling_session,
+    "join_sampling_session": sampling.join_sampling_session,
     "asample": sampling.asample,
 }
 _GET = {
@@ -77,6 +81,7 @@ def create_app(
     acceptor, results = Acceptor(store, clock), Results(store)
     records = Records(store, acceptor, monotonic)
     checkpoints = Checkpoints(store, clock)
+    audit = Audit(store, clock, new_id)
 
     async def url_of(run: RunId) -> str:
         return train_step_url or (await records.model((await records.spec_of(run)).base_model)).train_step_url
@@ -94,11 +99,12 @@ def create_app(
                 checkpoints=checkpoints,
                 register=Register(store),
                 links=Links(store, clock, new_id),
-                audit=Audit(store, clock, new_id),
+                audit=audit,
                 orphans=Orphans(store, checkpoints, records.sessions, clock, monotonic),
                 bells=Bells(client, results, url_of, new_id, monotonic),
                 samples=Samples(client, new_id, monotonic, first=int(clock() * 1e6)),
                 heartbeats=Heartbeats(monotonic),
+                openai=Shared(audit),
                 sample_url=sample_url,
                 clock=clock,
                 new_id=new_id,
@@ -113,7 +119,8 @@ def create_app(
     return Starlette(
         routes=[Route(f"/api/v1/{path}", handler, methods=["POST"]) for path, handler in _POST.items()]
         + [Route(f"/api/v1/{path}", handler, methods=["GET"]) for path, handler in _GET.items()]
-        + ROUTES,
+        + ROUTES
+        + OPENAI_ROUTES,
         exception_handlers={
             KnapperError: errors.known,
             HTTPException: errors.http,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from gateway.inflight import Inflight
 from knapper import ids
 from knapper.errors import Gone, NotFound
 from knapper.ids import RunId, SamplerId, SessionId, Tenant
@@ -21,6 +22,8 @@ class Records:
         self.sessions = Sessions(store)
         self.samplers = Samplers(store)
         self.catalogue = Catalogue(store)
+        self.inflight = Inflight(self.samplers, now)
+        self._store = store
         self._acceptor = acceptor
         self._now = now
         self._specs: Remembered[RunId, Spec] = Remembered()

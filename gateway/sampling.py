@@ -45,6 +45,15 @@ async def create_sampling_session(request: Request) -> Response:
     return JSONResponse({"type": "create_sampling_session", "sampling_session_id": sampler.sampler})
 
 
+async def join_sampling_session(request: Request) -> Response:
+    """A number of its own for one more client of the session, from which it counts its requests."""
+    gateway, tenant = parts(request), tenant_of(request)
+    asked = requests.decode(await bodies.read(request), requests.JoinSamplingSession)
+    sampler = SamplerId((await gateway.records.sampler(asked.sampling_session_id, tenant)).sampler)
+    counter = await gateway.records.samplers.join(sampler)
+    return JSONResponse({"type": "join_sampling_session", "client_counter": counter})
+
+
 async def get_sampler(request: Request) -> Response:
     gateway, tenant = parts(request), tenant_of(request)
     sampler = await gateway.records.sampler(request.path_params["sampler_id"], tenant)
@@ -68,7 +77,8 @@ async def asample(request: Request) -> Response:
     if entry is None:
         url = gateway.sample_url or (await gateway.records.model(sampler.base_model)).sample_url
         seed = int(gateway.new_id()[:12], 16)
-        call = await asyncio.to_thread(_encode, asked, sampler, seed)
+        serving = await gateway.records.inflight.serving(sampler)
+        call = await asyncio.to_thread(_encode, asked, serving, seed)
         entry = gateway.samples.submit(address, tenant, asked.num_samples, url, call)
     return JSONResponse({"request_id": entry.request_id, "sample_sequence_ids": entry.sequence_ids})
 

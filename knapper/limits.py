@@ -19,6 +19,7 @@ top_logprobs_max = 64  # k of topk_prompt_logprobs, topk_sample_logprobs and pro
 prompt_targets_max = MIB  # cells of target_prompt_logprobs
 operations_waiting_max = 16384  # accepted and not yet applied, for one run
 operations_ahead_max = 1_000_000  # how far past the newest applied operation a seq_id may lie
+clones_max = 100_000  # clients of one sampling session, besides the one that made it
 samples_waiting_max = 8192  # asample requests that one gateway holds
 ttl_s_min, ttl_s_max = 3600, 315_360_000
 poll_hold_s = 30.0  # retrieve_future; the SDK gives up at 45 s

@@ -127,7 +127,10 @@ class Samplers:
         Raises UserError if the id was used for other weights.
         """
         name = f"samplers/{sampler.sampler}"
-        if await self.store.put_if_absent(name, encode(sampler)):
+        created = await self.store.put_if_absent(name, encode(sampler))
+        if sampler.kind == "inflight":
+            await self.store.put_if_absent(f"{_inflight(sampler.run)}{ids.number(sampler.seq)}", encode(sampler))
+        if created:
             return sampler
         data = await self.store.get(name)
         assert data is not None, "samplers are never deleted"
@@ -146,6 +149,34 @@ class Samplers:
         if data is not None and (found := decode(data, Sampler, name)).tenant == tenant:
             return found
         raise NotFound(f"sampler {sampler!r} does not exist; create one with create_sampling_client")
+
+    async def inflight_after(self, run: str, seq: int) -> Sampler | None:
+        """The newest inflight sampler of the run that was saved after operation `seq`, or None."""
+        listed = await self.store.list(_inflight(run), start_after=f"{_inflight(run)}{ids.number(seq)}")
+        data = await self.store.get(listed[-1]) if listed else None
+        return None if data is None else decode(data, Sampler, listed[-1])
+
+    async def join(self, sampler: SamplerId) -> int:
+        """A number of its own for one more client of the sampler: 1, 2, 3, ... The client that made it has 0."""
+        prefix = f"clones/{sampler}/"
+        while True:
+            listed = await self.store.list(prefix)
+            n = names.last_number(listed[-1]) + 1 if listed else 1
+            if n > limits.clones_max:
+                raise UserError(
+                    f"{sampler} has {limits.clones_max} clones; allowed: no more; create another sampling client"
+                )
+            if await self.store.put_if_absent(f"{prefix}{ids.number(n)}", b""):
+                return n
+
+    async def of_session(self, session: SessionId) -> list[SamplerId]:
+        prefix = f"samplers/{session}:sample:"
+        listed = [SamplerId(name.removeprefix("samplers/")) for name in await self.store.list(prefix)]
+        return sorted(listed, key=lambda sampler: int(sampler.rpartition(":")[2]))
+
+
+def _inflight(run: str) -> str:
+    return f"inflight/{run}/"
 
 
 def _identity(sampler: Sampler) -> tuple[str, str, str, str, int]:

@@ -18,7 +18,8 @@ from knapper.wire.json_tensors import TensorData
 
 __all__ = [
     "CancelFuture", "ClientConfig", "CreateModel", "CreateSamplingSession", "CreateSession", "FinishSession", "GetInfo",
-    "Heartbeat", "LoadWeights", "OptimStep", "RetrieveFuture", "Sample", "SampleCall", "SaveWeights",
+    "Heartbeat", "JoinSamplingSession", "LoadWeights", "OptimStep", "RetrieveFuture",
+    "RetrieveFutures", "Sample", "SampleCall", "SaveWeights",
     "SaveWeightsExternal", "SaveWeightsForSampler", "Telemetry", "decode", "encode",
 ]  # fmt: skip
 
@@ -268,6 +269,23 @@ class RetrieveFuture(Request, frozen=True, kw_only=True):
     allow_metadata_only: bool = False
 
 
+class FuturesTarget(Request, frozen=True, kw_only=True):
+    """One client of a sampling session: its requests are those whose seq_id // 10^9 is `cloned_sampler_id`."""
+
+    sampling_session_id: Id
+    cloned_sampler_id: Annotated[int, Meta(ge=0, le=10**9)] = 0
+    type: Literal["sampling_session"] = "sampling_session"
+
+
+class RetrieveFutures(Request, frozen=True, kw_only=True):
+    """`timeout`: seconds that the poll may be held; None: as long as the server likes."""
+
+    target: FuturesTarget
+    prev_cursor: Annotated[int, Meta(ge=0, le=_INT64_MAX)] = 0
+    timeout: Annotated[float, Meta(ge=0, le=3600)] | None = None
+    retrieved_request_ids: list[Id] = []
+
+
 class CancelFuture(Request, frozen=True, kw_only=True):
     request_id: Id
 
@@ -281,6 +299,11 @@ class CreateSamplingSession(Request, frozen=True, kw_only=True):
     base_model: Path | None = None
     model_path: Path | None = None
     type: Literal["create_sampling_session"] = "create_sampling_session"
+
+
+class JoinSamplingSession(Request, frozen=True, kw_only=True):
+    sampling_session_id: Id
+    type: Literal["join_sampling_session"] = "join_sampling_session"
 
 
 class Chunk(Request, frozen=True, kw_only=True):
@@ -298,16 +321,16 @@ class Chunk(Request, frozen=True, kw_only=True):
 class Prompt(Request, frozen=True, kw_only=True):
     chunks: Annotated[list[Chunk], Meta(max_length=limits.datum_parts_max)]
 
-    def tokens(self) -> types.Int32:
+    def tokens(self, field: str = "prompt") -> types.Int32:
         """The chunks in a row, int32 (P). Raises InvalidField for a chunk that is not text, or without any token."""
         for i, chunk in enumerate(self.chunks):
             if chunk.type != "encoded_text" or chunk.tokens is UNSET:
                 raise InvalidField(
-                    f"prompt.chunks[{i}]", chunk.type, "encoded_text with tokens", "This model is text only: send ids"
+                    f"{field}.chunks[{i}]", chunk.type, "encoded_text with tokens", "This model is text only: send ids"
                 )  # fmt: skip
         whole = [np.array(chunk.tokens, dtype=np.int32) for chunk in self.chunks if chunk.tokens]
         if not whole:
-            raise InvalidField("prompt", "empty", "at least one token")
+            raise InvalidField(field, "empty", "at least one token")
         return np.concatenate(whole)
 
 
@@ -413,6 +436,7 @@ class SampleCall(Request, frozen=True, kw_only=True):
     target_prompt_logprobs: TensorData | None = None
     prompt_alt_tokens_k: TopK = 0
     prompt_logprobs_last_n: LastN | None = None
+    stream: bool = False  # answer in the frames of knapper.wire.progress
 
     def sample(self) -> types.Sample:
         targets = self.target_prompt_logprobs
