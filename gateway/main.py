@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
-from gateway import clockwork, errors, futures, sampling, service, training
+from gateway import auth, clockwork, errors, futures, sampling, service, training
 from gateway.bells import Bells
 from gateway.heartbeats import Heartbeats
 from gateway.looks import Looks
@@ -36,8 +36,10 @@ from knapper.register import Register
 from knapper.settings import Settings
 from knapper.store import Store
 from knapper.store.directory import DirectoryStore
+from knapper.tokens import Tokens
 
 _POST = {
+    "auth/token": auth.token,
     "client/config": service.client_config,
     "client/dynamic_config": service.client_dynamic_config,
     "create_session": service.create_session,
@@ -63,6 +65,7 @@ _POST = {
 }
 _GET = {
     "healthz": service.healthz,
+    "auth/apikey/me": auth.describe_key,
     "get_server_capabilities": service.get_server_capabilities,
     "samplers/{sampler_id}": sampling.get_sampler,
 }
@@ -75,9 +78,13 @@ def create_app(
     sample_url: str = "",
     clock: Callable[[], float] = time.time,
     monotonic: Callable[[], float] = time.monotonic,
+    jwt: bool = False,
     new_id: Callable[[], str] = lambda: secrets.token_hex(16),
 ) -> Starlette:
-    """The gateway over `store`. An empty URL means: where the base model's catalogue record says."""
+    """The gateway over `store`. An empty URL means: where the base model's catalogue record says.
+
+    `jwt`: clients are told to exchange their keys for tokens.
+    """
     acceptor, results = Acceptor(store, clock), Results(store)
     records = Records(store, acceptor, monotonic)
     checkpoints = Checkpoints(store, clock)
@@ -105,6 +112,7 @@ def create_app(
                 samples=Samples(client, new_id, monotonic, first=int(clock() * 1e6)),
                 heartbeats=Heartbeats(monotonic),
                 openai=Shared(audit),
+                tokens=await Tokens.open(store, clock, new_id) if jwt else None,
                 sample_url=sample_url,
                 clock=clock,
                 new_id=new_id,
@@ -119,6 +127,7 @@ def create_app(
     return Starlette(
         routes=[Route(f"/api/v1/{path}", handler, methods=["POST"]) for path, handler in _POST.items()]
         + [Route(f"/api/v1/{path}", handler, methods=["GET"]) for path, handler in _GET.items()]
+        + [Route("/api/v1/auth/apikey/me", auth.delete_key, methods=["DELETE"])]
         + ROUTES
         + OPENAI_ROUTES,
         exception_handlers={
@@ -138,6 +147,7 @@ def _from_environment() -> Starlette:
         DirectoryStore(settings.store_directory),
         train_step_url=settings.train_step_url,
         sample_url=settings.sample_url,
+        jwt=settings.jwt,
     )
 
 

@@ -20,6 +20,7 @@ from knapper.links import Links
 from knapper.orphans import Orphans
 from knapper.register import Register
 from knapper.store import Store
+from knapper.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Parts:
     samples: Samples
     heartbeats: Heartbeats
     openai: Shared
+    tokens: Tokens | None  # None: keys are sent as they are
     sample_url: str  # where all samples go, or empty: each model's record says
     clock: Callable[[], float]  # seconds since the epoch
     new_id: Callable[[], str]  # 32 random hexadecimal digits

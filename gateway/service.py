@@ -28,7 +28,7 @@ async def client_config(request: Request) -> Response:
         "sample_use_retrieve_futures": False,  # a client that waits on one poll for all waits for ever after a restart
         "custom_loss_server_side": False,
         "sample_join_sampling_session": True,
-        "pjwt_auth_enabled": False,
+        "pjwt_auth_enabled": parts(request).tokens is not None,
     }
     return JSONResponse(flags)
 

@@ -67,6 +67,12 @@ class Unauthorized(UserError):
     status = 401
 
 
+class InvalidToken(Unauthorized):
+    """The token in the place of the API key has expired, or is not ours: exchange the key for another."""
+
+    code = "invalid_token"
+
+
 class Unavailable(KnapperError):
     """Not now: try again after `retry_after_s` seconds."""
 

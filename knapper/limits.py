@@ -31,6 +31,7 @@ collect_after_s = 7 * 24 * 3600.0  # journal objects older than this may be swep
 commit_inline_bytes_max = 4 * MIB  # results that share one commit
 page_max = 1000  # how many runs, checkpoints or sessions one list answers
 project_chars_max = 128
+token_s = 3600.0  # a token is good for this long; the SDK exchanges its key for another at half of it
 link_s = 3600.0  # a signed URL is good for this long
 session_silent_s = 7 * 24 * 3600.0  # a session that nobody has heard of for so long holds its samplers' weights no more
 orphan_grace_s = 3600.0  # files that nothing leads to any more are deleted after this, so that loads under way succeed
