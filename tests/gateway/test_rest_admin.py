@@ -1,9 +1,10 @@
 """Audit, usage and traces over raw HTTP."""
 
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 
 from knapper import limits
@@ -33,7 +34,7 @@ def test_the_audit_log_tells_what_became_of_a_checkpoint(running: Running, clock
     run = running.make_run()
     path = saved.save(running, run, "a", "external_weights")
     asked = {"source_path": path, "destination_project_id": "p"}
-    for call in (
+    calls: tuple[Callable[[], httpx.Response], ...] = (
         lambda: sampler_of(running, path),
         lambda: running.http.get(url(path, "/external_weights_urls")),
         lambda: running.http.post(url(path, "/publish")),
@@ -43,7 +44,8 @@ def test_the_audit_log_tells_what_became_of_a_checkpoint(running: Running, clock
         lambda: running.http.post("copy_weights", json=asked),
         lambda: running.http.delete(url(path)),
         lambda: running.http.delete(url(path)),
-    ):
+    )
+    for call in calls:
         call().raise_for_status()
         clock.at += 1
     found = entries(running)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from knapper.ids import LOCAL_TENANT, CheckpointKind, RunId
 from tests.gateway import saved
 from tests.gateway.running import MODEL, Running, create_model, fwdbwd, gateway
 from tests.gateway.saved import Clock
@@ -59,8 +60,8 @@ def test_a_run_made_twice_is_listed_once(running: Running) -> None:
 
 def test_a_run_that_was_registered_and_never_made_is_not_shown(running: Running, clock: Clock) -> None:
     session = make_session(running, clock)
-    record = running.run(running.parts.records.session(session, "local"))
-    running.run(running.parts.register.add_run(record, f"{session}:train:0"))
+    record = running.run(running.parts.records.session(session, LOCAL_TENANT))
+    running.run(running.parts.register.add_run(record, RunId(f"{session}:train:0")))
     assert run_ids(running) == []
     assert running.http.get(f"training_runs/{session}:train:0").status_code == 404
 
@@ -73,8 +74,9 @@ def test_a_run_tells_of_itself(running: Running, clock: Clock) -> None:
     assert running.forward_backward(fwdbwd(run, 1)).status_code == 200
     saved.save(running, run, "old", seq=2)
     clock.at += 1
-    for kind in ("weights", "sampler_weights"):
-        saved.save(running, run, "new", kind, seq=3)  # type: ignore[arg-type]
+    kinds: tuple[CheckpointKind, ...] = ("weights", "sampler_weights")
+    for kind in kinds:
+        saved.save(running, run, "new", kind, seq=3)
     found = get(running, f"training_runs/{run}", access_scope="accessible")
     assert found["last_checkpoint"].pop("tinker_path") == f"tinker://{run}/weights/new"
     assert found["last_sampler_checkpoint"].pop("tinker_path") == f"tinker://{run}/sampler_weights/new"
@@ -151,7 +153,7 @@ def test_search_pages_through_everything_once(running: Running, clock: Clock) ->
         seen += [found["session_id"] for found in page["sessions"]]
         cursor = page["next_cursor"]
     assert cursor is None
-    assert seen == sorted(made[2:], reverse=True) + [made[1], made[0]]
+    assert seen == [*sorted(made[2:], reverse=True), made[1], made[0]]
 
 
 def test_search_filters(running: Running, clock: Clock) -> None:
