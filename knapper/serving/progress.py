@@ -3,11 +3,15 @@
 import asyncio
 from collections.abc import AsyncIterator
 
+import structlog
+
 from knapper.engine.sampler import Sampler
 from knapper.errors import KnapperError
 from knapper.wire import progress, proto
 from knapper.wire.progress import Drawn, Failed, Frame, Whole
 from knapper.wire.types import Sample
+
+log = structlog.get_logger()
 
 
 async def frames(sampler: Sampler, sample: Sample) -> AsyncIterator[Frame]:
@@ -23,18 +27,19 @@ async def frames(sampler: Sampler, sample: Sample) -> AsyncIterator[Frame]:
 
     work = asyncio.ensure_future(sampler.sample(sample, listen))
     work.add_done_callback(lambda _: heard.put_nowait(None))  # behind every token: the loop keeps their order
-    begun = False
+    told = 0
     try:
         while (drawn := await heard.get()) is not None:
-            begun = True
+            told += 1
             yield drawn
         yield Whole(proto.encode_sample_response(work.result()))
     except KnapperError as error:
-        if not begun:
+        if not told:
             raise
         yield Failed(error.status, str(error), error.code, error.category)
     finally:
-        work.cancel()
+        if work.cancel():
+            log.info("the caller left a sample", prompt_tokens=int(sample.prompt.size), told=told)
 
 
 async def stream(first: Frame, rest: AsyncIterator[Frame]) -> AsyncIterator[bytes]:
