@@ -4,6 +4,7 @@ import asyncio
 import gc
 import inspect
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -15,6 +16,10 @@ import pytest
 import tinker
 from tinker import types
 
+from knapper.checkpoints import Checkpoints
+from knapper.ids import LOCAL_TENANT, TinkerPath
+from knapper.journal import bundles
+from knapper.store.directory import DirectoryStore
 from tests.conformance import data
 from tests.conformance.conftest import NewClient
 from tests.conformance.server import Server
@@ -147,6 +152,22 @@ def test_a_deleted_checkpoint_is_gone_for_new_clients_and_not_for_a_sampler_that
     assert drawn(holder) == before
     assert drawn(unread) == before, "its weights were not loaded before the checkpoint was deleted"
     assert client.save_state("a").result().path == state, "the name is free again"
+
+
+def test_a_sampler_whose_weights_are_gone_says_so(
+    server: Server, service: tinker.ServiceClient, client: tinker.TrainingClient
+) -> None:
+    path = client.save_weights_for_sampler("b").result().path
+    sampler = service.create_sampling_client(model_path=path).result()
+
+    async def sweep() -> None:
+        store = DirectoryStore(server.data / "store")
+        found = await Checkpoints(store, time.time).resolve(TinkerPath.parse(path), LOCAL_TENANT)
+        await bundles.delete(store, found.bundle)
+
+    asyncio.run(sweep())
+    with pytest.raises(tinker.RequestFailedError, match="create another sampling client"):
+        drawn(sampler)
 
 
 def test_publishing_is_idempotent_and_shows(rest: tinker.RestClient, client: tinker.TrainingClient) -> None:
