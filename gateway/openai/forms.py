@@ -188,7 +188,7 @@ class ChatMessage(Strict, frozen=True, kw_only=True):
 class Chat(Form, frozen=True, kw_only=True):
     """v1/chat/completions"""
 
-    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=4096)]
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=limits.chat_messages_max)]
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None

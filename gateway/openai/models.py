@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 
 from gateway.parts import Parts
-from knapper import ids
+from knapper import ids, limits
 from knapper.checkpoints import Checkpoint
 from knapper.errors import InvalidField, NotFound
 from knapper.ids import Tenant, TinkerPath
 from knapper.models.catalogue import ModelRecord
 
-_CHECKPOINTS_LISTED_MAX = 1000  # by v1/models, the newest; others can be used all the same
 _CREATED = 0  # of base models, which say nothing about it; clients want a number
 
 
@@ -63,7 +62,7 @@ async def listed(gateway: Parts, tenant: Tenant) -> list[dict[str, object]]:
         for checkpoint in await gateway.checkpoints.listed(tenant)
         if checkpoint.base_model in models
     ]
-    saved = [(path, at) for path, at in saved if path.kind == "sampler_weights"][:_CHECKPOINTS_LISTED_MAX]
+    saved = [(path, at) for path, at in saved if path.kind == "sampler_weights"][: limits.models_listed_max]
     newest = {path.run: at for path, at in reversed(saved)}
     return (
         [described(name) for name in models]

@@ -1,6 +1,9 @@
 """The official OpenAI client against a real server: base model, checkpoint and run, whole and streamed."""
 
 import asyncio
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -223,6 +226,17 @@ def test_a_stream_outlives_the_engine(client: openai.OpenAI, server: Server, mod
     assert "".join(texts) == expected
     assert "a streamed sample broke off" in server.log(), "or the kill came too late"
     wait_until(lambda: server.processes().get("engine", pid) != pid, "another engine serves")
+
+
+def test_the_program_of_the_documentation_runs(server: Server) -> None:
+    page = (Path(__file__).parent.parent.parent / "docs" / "openai.md").read_text(encoding="utf-8")
+    block = re.search(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    assert block
+    assert block[1].count("http://127.0.0.1:8000") == 2
+    program = block[1].replace("http://127.0.0.1:8000", server.url)
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert said.returncode == 0, said.stderr.decode()
+    assert said.stdout.strip()
 
 
 def test_the_example_talks(server: Server, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,6 +115,13 @@ def test_choices_have_a_limit_over_all_prompts() -> None:
         completion(prompt=["a", "b"], n=half + 1).prompts()
 
 
+def test_a_chat_has_at_most_so_many_messages() -> None:
+    longest = [{"role": "user", "content": "x"}] * limits.chat_messages_max
+    assert len(chat(messages=longest).conversation()) == limits.chat_messages_max
+    with pytest.raises(InvalidField, match="messages is"):
+        chat(messages=[*longest, longest[0]])
+
+
 def test_messages_are_texts_whole_or_in_parts() -> None:
     parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "end"}]
     asked = chat(messages=[{"role": "system", "content": parts, "name": "me"}, {"role": "user", "content": ""}])

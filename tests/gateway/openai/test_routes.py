@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from gateway.openai import asking
+from knapper import limits
 from knapper.checkpoints import Checkpoint, Checkpoints
 from knapper.ids import LOCAL_TENANT
 from knapper.wire import progress, proto
@@ -290,7 +291,7 @@ def test_what_is_not_served_says_so_in_the_same_shape(served: Served) -> None:
     assert "not JSON" in broken["message"]
 
 
-def test_models_are_base_models_checkpoints_and_runs(served: Served) -> None:
+def test_models_are_base_models_checkpoints_and_runs(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     async def save(name: str, kind: str, seq: int, at: float, tenant: str = LOCAL_TENANT) -> str:
         path = f"tinker://{RUN}/{kind}/{name}"
         found = Checkpoint(path, tenant, MODEL.name, 4, f"adapters/{name}/", seq, 10, at)
@@ -304,6 +305,9 @@ def test_models_are_base_models_checkpoints_and_runs(served: Served) -> None:
     listed = served.http.get("models").json()
     assert [model["id"] for model in listed["data"]] == [MODEL.name, second, first, RUN]
     assert [model["created"] for model in listed["data"]] == [0, 200, 100, 200]
+    for most, names in ((1, [MODEL.name, second, RUN]), (2, [MODEL.name, second, first, RUN])):
+        monkeypatch.setattr(limits, "models_listed_max", most)
+        assert [model["id"] for model in served.http.get("models").json()["data"]] == names
     for model in (MODEL.name, first, second, state, RUN):
         assert served.http.get(f"models/{model.replace('/', '%2F')}").json()["id"] == model
     assert served.http.get(f"models/{other.replace('/', '%2F')}").status_code == 404
