@@ -8,6 +8,7 @@ from gateway.parts import parts
 from gateway.rest import shapes
 from gateway.tenants import tenant_of
 from knapper import ids
+from knapper.errors import UserError
 from knapper.ids import TinkerPath
 from knapper.wire import json, rest
 
@@ -39,6 +40,15 @@ async def delete(request: Request) -> Response:
         await gateway.audit.write(tenant, "checkpoint_delete", tinker_path=str(path), model_id=path.run)
         await gateway.checkpoints.delete(path, tenant)
     return JSONResponse(_DONE)
+
+
+async def archive(request: Request) -> Response:
+    """Refused: SDK 0.36 and newer do not ask for archives any more."""
+    await parts(request).checkpoints.own(path_of(request), tenant_of(request))
+    raise UserError(
+        "checkpoints are not served as archives; allowed: their files one by one. With SDK 0.36 or newer, use "
+        "save_weights_external and get_external_weights_urls, or `tinker checkpoint download`"
+    )
 
 
 async def publish(request: Request) -> Response:

@@ -17,6 +17,7 @@ ROUTES = [
         ("POST", f"{_ONE}/publish", checkpoints.publish),
         ("DELETE", f"{_ONE}/publish", checkpoints.unpublish),
         ("PUT", f"{_ONE}/ttl", checkpoints.set_ttl),
+        ("GET", f"{_ONE}/archive", checkpoints.archive),
         ("GET", f"{_ONE}/external_weights_urls", weights.external_weights_urls),
         ("POST", "weights_info", weights.weights_info),
         ("POST", "copy_weights", weights.copy_weights),

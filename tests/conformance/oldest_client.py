@@ -5,6 +5,7 @@ Prints one line of JSON: what came out, to be compared with the newest SDK's.
 
 import json
 import sys
+from typing import Any
 
 import tinker
 from tinker import types
@@ -49,6 +50,21 @@ def main(url: str, model: str) -> None:
         refusal = str(error)
     else:
         refusal = "none"
+    resumed = [
+        service.create_training_client_from_state(state),
+        service.create_training_client_from_state_with_optimizer(state),
+    ]
+    rest: Any = service.create_rest_client()  # the newest SDK, whose types are checked, has no archives
+    run = training.get_info().model_id
+    rest.publish_checkpoint_from_tinker_path(sampler_path).result()
+    listed = rest.list_checkpoints(run).result().checkpoints
+    try:
+        rest.get_checkpoint_archive_url_from_tinker_path(sampler_path).result()
+    except tinker.APIStatusError as error:
+        archive = str(error)
+    else:
+        archive = "none"
+    rest.delete_checkpoint_from_tinker_path(sampler_path).result()
     found = {
         "version": tinker.__version__,
         "losses": losses,
@@ -60,6 +76,12 @@ def main(url: str, model: str) -> None:
         "sampled_logprobs": [sequence.logprobs for sequence in sampled.sequences],
         "prompt_logprobs": sampler.compute_logprobs(prompt).result(),
         "refusal": refusal,
+        "resumed": [each.forward(batch, "cross_entropy").result().metrics["loss:sum"] for each in resumed],
+        "listed": {each.tinker_path: each.public for each in listed},
+        "left": [each.tinker_path for each in rest.list_checkpoints(run).result().checkpoints],
+        "found": rest.get_training_run(run).result().training_run_id == run,
+        "sampler_path": sampler_path,
+        "archive": archive,
     }
     print(json.dumps(found))
 

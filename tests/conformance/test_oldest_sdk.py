@@ -66,5 +66,13 @@ def test_it_saves_and_loads(oldest: dict[str, Any], service: tinker.ServiceClien
     assert scored.metrics["loss:sum"] == oldest["scored"]
 
 
+def test_it_manages_its_checkpoints(oldest: dict[str, Any]) -> None:
+    assert oldest["resumed"] == [oldest["scored"]] * 2
+    assert oldest["listed"] == {oldest["state"]: False, oldest["sampler_path"]: True}
+    assert oldest["left"] == [oldest["state"]]
+    assert oldest["found"]
+    assert "not served as archives" in oldest["archive"]
+
+
 def test_it_hears_what_was_wrong(oldest: dict[str, Any]) -> None:
     assert "model_input[0] is 1000000; allowed: 0 to" in oldest["refusal"]
