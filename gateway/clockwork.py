@@ -1,6 +1,7 @@
-"""What happens by itself, every few seconds: forgotten bells, holes in the order of a run, clients that fell silent."""
+"""What happens by itself: forgotten bells, holes in the order of a run, clients that fell silent, files left over."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import structlog
 
@@ -9,18 +10,29 @@ from knapper.errors import Gone, KnapperError
 from knapper.ids import RunId, session_of
 
 _TICK_S = 5.0
+_SWEEP_S = 600.0
 
 log = structlog.get_logger()
 
 
 async def run(gateway: Parts) -> None:
-    """Ticks for ever."""
+    """Ticks and sweeps for ever."""
+    await asyncio.gather(_every(_TICK_S, tick, gateway), _every(_SWEEP_S, sweep, gateway))
+
+
+async def _every(seconds: float, work: Callable[[Parts], Awaitable[None]], gateway: Parts) -> None:
     while True:
-        await asyncio.sleep(_TICK_S)
+        await asyncio.sleep(seconds)
         try:
-            await tick(gateway)
-        except KnapperError as error:  # the next tick tries again
-            log.warning("tick failed", code=error.code, reason=str(error))
+            await work(gateway)
+        except KnapperError as error:  # the next time tries again
+            log.warning(f"{work.__name__} failed", code=error.code, reason=str(error))
+
+
+async def sweep(gateway: Parts) -> None:
+    """Delete the files of checkpoints that have gone, once nothing needs them."""
+    for bundle in await gateway.orphans.sweep():
+        log.info("files that nothing leads to are deleted", bundle=bundle)
 
 
 async def tick(gateway: Parts) -> None:

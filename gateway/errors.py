@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from knapper.errors import KnapperError, StoreError, Unavailable, UserError
+from knapper.errors import InvalidToken, KnapperError, StoreError, Unavailable, UserError
 
 log = structlog.get_logger()
 
@@ -33,6 +33,8 @@ async def known(request: Request, error: Exception) -> Response:
     if not isinstance(error, UserError):
         log.warning("request failed", path=request.url.path, code=error.code, reason=str(error))
     headers = {"Retry-After": f"{error.retry_after_s:.0f}"} if isinstance(error, Unavailable) else {}
+    if isinstance(error, InvalidToken):  # on this, and on no other 401, the SDK exchanges its key anew
+        headers |= {"WWW-Authenticate": 'Bearer error="invalid_token"'}
     if isinstance(error, StoreError):  # the SDK's inner layer would repeat it for a minute without a word to the user
         headers |= {"x-should-retry": "false", **notice(str(error))}
     return JSONResponse(body(error), status_code=error.status, headers=headers)

@@ -1,6 +1,7 @@
 """Promises kept: a poll is held until its result is there, or for half a minute, and then asked to come again."""
 
 import asyncio
+from collections.abc import Callable
 
 import structlog
 from starlette.requests import Request
@@ -8,13 +9,15 @@ from starlette.responses import JSONResponse, Response
 
 from gateway import bodies, errors
 from gateway.parts import Parts, parts
+from gateway.samples import Entry
 from gateway.tenants import tenant_of
 from knapper import ids, limits
 from knapper.errors import Gone, NotFound, StoreError
-from knapper.ids import RunId, Tenant
+from knapper.ids import RunId, SamplerId, Tenant
 from knapper.journal.records import Result
-from knapper.wire import requests
+from knapper.wire import json_forward, proto, requests
 
+_PROTOBUF = "application/x-protobuf"
 _PAUSED_HOLD_S = 5.0  # whoever waits for a cold start, or for an operation that does not come, hears so early
 _LOOK_S = 1.0  # a poll that nobody wakes looks into the store so often: another gateway's results, a lost bell
 
@@ -27,7 +30,7 @@ async def retrieve_future(request: Request) -> Response:
     asked = requests.decode(await bodies.read(request), requests.RetrieveFuture)
     training = ids.parse_training_request_id(asked.request_id)
     if training is None:
-        return await _sample(gateway, asked.request_id, tenant)
+        return await _sample(gateway, asked.request_id, tenant, request)
     run, seq = training
     try:
         await gateway.records.spec(run, tenant)
@@ -38,7 +41,22 @@ async def retrieve_future(request: Request) -> Response:
     result = await _wait(gateway, run, seq)
     if result is None:
         return _try_again(asked.request_id, *gateway.bells.queue_state(run), notice=gateway.bells.trouble(run))
-    return Response(result.body, media_type=result.content_type)
+    return await _answer(request, result.body, result.content_type, _forward_json)
+
+
+async def _answer(request: Request, body: bytes, content_type: str, as_json: Callable[[bytes], bytes]) -> Response:
+    """Protobuf for those who accept it, which SDK 0.25 and newer do; the same as JSON for all others."""
+    if content_type == _PROTOBUF and _PROTOBUF not in request.headers.get("accept", ""):
+        body, content_type = await asyncio.to_thread(as_json, body), "application/json"
+    return Response(body, media_type=content_type)
+
+
+def _forward_json(body: bytes) -> bytes:
+    return json_forward.encode_forward_backward_output(proto.decode_forward_backward_output(body))
+
+
+def _sample_json(body: bytes) -> bytes:
+    return json_forward.encode_sample_response(proto.decode_sample_response(body))
 
 
 async def _wait(gateway: Parts, run: RunId, seq: int) -> Result | None:
@@ -66,7 +84,7 @@ async def _wait(gateway: Parts, run: RunId, seq: int) -> Result | None:
             pass
 
 
-async def _sample(gateway: Parts, request_id: str, tenant: Tenant) -> Response:
+async def _sample(gateway: Parts, request_id: str, tenant: Tenant, request: Request) -> Response:
     if not request_id.startswith("s-"):
         raise NotFound(f"request {request_id!r} does not exist; allowed: a request_id that this server gave out")
     entry = gateway.samples.find(request_id, tenant)
@@ -84,7 +102,39 @@ async def _sample(gateway: Parts, request_id: str, tenant: Tenant) -> Response:
             return _try_again(request_id, *gateway.samples.queue_state(entry))
     if entry.body is None:
         raise Gone(f"sample {request_id} is not known any more; send it again (the SDK does so by itself)")
-    return Response(entry.body, media_type=entry.content_type)
+    return await _answer(request, entry.body, entry.content_type, _sample_json)
+
+
+async def retrieve_futures(request: Request) -> Response:
+    """Everything that was done for one client of a sampling session after its cursor; held while there is nothing.
+
+    Cursors are this process's own: they go on from the clock, so that those of an earlier one are all behind them.
+    """
+    gateway, tenant = parts(request), tenant_of(request)
+    asked = requests.decode(await bodies.read(request), requests.RetrieveFutures)
+    sampler = await gateway.records.sampler(asked.target.sampling_session_id, tenant)
+    client = (SamplerId(sampler.sampler), asked.target.cloned_sampler_id)
+    gateway.samples.release(asked.retrieved_request_ids, tenant)
+    loop = asyncio.get_running_loop()
+    hold_s = limits.poll_hold_s if asked.timeout is None else min(asked.timeout, limits.poll_hold_s)
+    until = loop.time() + hold_s
+    with gateway.samples.watch(client) as more:
+        while not (done := gateway.samples.done_after(client, asked.prev_cursor)) and (left := until - loop.time()) > 0:
+            more.clear()
+            try:
+                await asyncio.wait_for(more.wait(), left)
+            except TimeoutError:
+                pass
+    cursor = max([asked.prev_cursor, *(entry.number for entry in done)])
+    return JSONResponse({"completions": [_completion(entry) for entry in done], "cursor": cursor})
+
+
+def _completion(entry: Entry) -> dict[str, str | int]:
+    """A failure's reason, and a sample's payload, are fetched with retrieve_future."""
+    if entry.failed:
+        return {"state": "failed", "request_id": entry.request_id}
+    size = len(entry.body or b"")
+    return {"state": "finished", "request_id": entry.request_id, "response_payload_uncompressed_size": size}
 
 
 def _try_again(request_id: str, queue_state: str, reason: str | None, notice: str = "") -> Response:

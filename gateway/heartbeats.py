@@ -16,6 +16,10 @@ class Heartbeats:
     def hear(self, session: SessionId) -> None:
         self._heard[session] = self._now()
 
+    def heard(self, session: SessionId) -> bool:
+        """Whether its client lives, as far as this process knows."""
+        return self._now() - self._heard.get(session, float("-inf")) < limits.session_lapse_s
+
     def forget(self, session: SessionId) -> None:
         self._heard.pop(session, None)
 

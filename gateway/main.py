@@ -13,24 +13,33 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
-from gateway import clockwork, errors, futures, sampling, service, training
+from gateway import auth, clockwork, errors, futures, sampling, service, training
 from gateway.bells import Bells
 from gateway.heartbeats import Heartbeats
 from gateway.looks import Looks
+from gateway.openai.routes import ROUTES as OPENAI_ROUTES
+from gateway.openai.shared import Shared
 from gateway.parts import Parts
 from gateway.records import Records
+from gateway.rest.routes import ROUTES
 from gateway.samples import Samples
 from knapper import telemetry
+from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
 from knapper.errors import KnapperError
 from knapper.ids import RunId
 from knapper.journal.accept import Acceptor
 from knapper.journal.results import Results
+from knapper.links import Links
+from knapper.orphans import Orphans
+from knapper.register import Register
 from knapper.settings import Settings
 from knapper.store import Store
 from knapper.store.directory import DirectoryStore
+from knapper.tokens import Tokens
 
 _POST = {
+    "auth/token": auth.token,
     "client/config": service.client_config,
     "client/dynamic_config": service.client_dynamic_config,
     "create_session": service.create_session,
@@ -39,19 +48,24 @@ _POST = {
     "telemetry": service.telemetry,
     "create_model": training.create_model,
     "get_info": training.get_info,
+    "forward": training.forward,
     "forward_backward": training.forward_backward,
     "optim_step": training.optim_step,
     "save_weights": training.save_weights,
     "save_weights_for_sampler": training.save_weights_for_sampler,
     "save_weights_external": training.save_weights_external,
     "load_weights": training.load_weights,
+    "create_custom_loss": training.create_custom_loss,
     "retrieve_future": futures.retrieve_future,
+    "retrieve_futures": futures.retrieve_futures,
     "cancel_future": futures.cancel_future,
     "create_sampling_session": sampling.create_sampling_session,
+    "join_sampling_session": sampling.join_sampling_session,
     "asample": sampling.asample,
 }
 _GET = {
     "healthz": service.healthz,
+    "auth/apikey/me": auth.describe_key,
     "get_server_capabilities": service.get_server_capabilities,
     "samplers/{sampler_id}": sampling.get_sampler,
 }
@@ -64,11 +78,17 @@ def create_app(
     sample_url: str = "",
     clock: Callable[[], float] = time.time,
     monotonic: Callable[[], float] = time.monotonic,
+    jwt: bool = False,
     new_id: Callable[[], str] = lambda: secrets.token_hex(16),
 ) -> Starlette:
-    """The gateway over `store`. An empty URL means: where the base model's catalogue record says."""
+    """The gateway over `store`. An empty URL means: where the base model's catalogue record says.
+
+    `jwt`: clients are told to exchange their keys for tokens.
+    """
     acceptor, results = Acceptor(store, clock), Results(store)
     records = Records(store, acceptor, monotonic)
+    checkpoints = Checkpoints(store, clock)
+    audit = Audit(store, clock, new_id)
 
     async def url_of(run: RunId) -> str:
         return train_step_url or (await records.model((await records.spec_of(run)).base_model)).train_step_url
@@ -83,10 +103,16 @@ def create_app(
                 results=results,
                 looks=Looks(results, monotonic),
                 records=records,
-                checkpoints=Checkpoints(store),
+                checkpoints=checkpoints,
+                register=Register(store),
+                links=Links(store, clock, new_id),
+                audit=audit,
+                orphans=Orphans(store, checkpoints, records.sessions, clock, monotonic),
                 bells=Bells(client, results, url_of, new_id, monotonic),
-                samples=Samples(client, new_id, monotonic),
+                samples=Samples(client, new_id, monotonic, first=int(clock() * 1e6)),
                 heartbeats=Heartbeats(monotonic),
+                openai=Shared(audit),
+                tokens=await Tokens.open(store, clock, new_id) if jwt else None,
                 sample_url=sample_url,
                 clock=clock,
                 new_id=new_id,
@@ -100,7 +126,10 @@ def create_app(
 
     return Starlette(
         routes=[Route(f"/api/v1/{path}", handler, methods=["POST"]) for path, handler in _POST.items()]
-        + [Route(f"/api/v1/{path}", handler, methods=["GET"]) for path, handler in _GET.items()],
+        + [Route(f"/api/v1/{path}", handler, methods=["GET"]) for path, handler in _GET.items()]
+        + [Route("/api/v1/auth/apikey/me", auth.delete_key, methods=["DELETE"])]
+        + ROUTES
+        + OPENAI_ROUTES,
         exception_handlers={
             KnapperError: errors.known,
             HTTPException: errors.http,
@@ -118,6 +147,7 @@ def _from_environment() -> Starlette:
         DirectoryStore(settings.store_directory),
         train_step_url=settings.train_step_url,
         sample_url=settings.sample_url,
+        jwt=settings.jwt,
     )
 
 

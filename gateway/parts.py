@@ -9,12 +9,18 @@ from starlette.requests import Request
 from gateway.bells import Bells
 from gateway.heartbeats import Heartbeats
 from gateway.looks import Looks
+from gateway.openai.shared import Shared
 from gateway.records import Records
 from gateway.samples import Samples
+from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
 from knapper.journal.accept import Acceptor
 from knapper.journal.results import Results
+from knapper.links import Links
+from knapper.orphans import Orphans
+from knapper.register import Register
 from knapper.store import Store
+from knapper.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -25,9 +31,15 @@ class Parts:
     looks: Looks
     records: Records
     checkpoints: Checkpoints
+    register: Register
+    links: Links
+    audit: Audit
+    orphans: Orphans
     bells: Bells
     samples: Samples
     heartbeats: Heartbeats
+    openai: Shared
+    tokens: Tokens | None  # None: keys are sent as they are
     sample_url: str  # where all samples go, or empty: each model's record says
     clock: Callable[[], float]  # seconds since the epoch
     new_id: Callable[[], str]  # 32 random hexadecimal digits

@@ -1,38 +1,20 @@
 """Small records that never change, read once and remembered; another tenant's answer as missing ones do."""
 
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable
 
+from gateway.inflight import Inflight
 from knapper import ids
 from knapper.errors import Gone, NotFound
 from knapper.ids import RunId, SamplerId, SessionId, Tenant
+from knapper.journal import names
 from knapper.journal.accept import Acceptor
-from knapper.journal.records import Spec
+from knapper.journal.records import Operation, Spec, decode
 from knapper.models.catalogue import Catalogue, ModelRecord
+from knapper.remembered import Remembered
 from knapper.sessions import Sampler, Samplers, Session, Sessions
 from knapper.store import Store
 
-_REMEMBERED_MAX = 16384
 _MODEL_FRESH_S = 5.0  # a model that is taken out of service is gone for new requests after this
-K = TypeVar("K")
-V = TypeVar("V")
-
-
-class Remembered(Generic[K, V]):
-    """The most recently used values."""
-
-    def __init__(self) -> None:
-        self._values: OrderedDict[K, V] = OrderedDict()
-
-    async def get(self, key: K, load: Callable[[], Awaitable[V]]) -> V:
-        if key in self._values:
-            self._values.move_to_end(key)
-            return self._values[key]
-        value = self._values[key] = await load()
-        if len(self._values) > _REMEMBERED_MAX:
-            self._values.popitem(last=False)
-        return value
 
 
 class Records:
@@ -40,11 +22,15 @@ class Records:
         self.sessions = Sessions(store)
         self.samplers = Samplers(store)
         self.catalogue = Catalogue(store)
+        self.inflight = Inflight(self.samplers, now)
+        self._store = store
         self._acceptor = acceptor
         self._now = now
         self._specs: Remembered[RunId, Spec] = Remembered()
         self._sampler: Remembered[tuple[SamplerId, Tenant], Sampler] = Remembered()
         self._session: Remembered[tuple[SessionId, Tenant], Session] = Remembered()
+        self._heard: Remembered[tuple[SessionId, int], None] = Remembered()
+        self._accepted: Remembered[str, float] = Remembered()
         self._models: dict[str, tuple[float, ModelRecord]] = {}
 
     async def spec(self, run: str, tenant: Tenant) -> Spec:
@@ -75,15 +61,36 @@ class Records:
             raise Gone(f"session {session} has finished; create another ServiceClient")
         return record
 
+    async def hear(self, session: SessionId, day: int) -> None:
+        """Remember for good that the session's client lived on this day; written once a day."""
+        await self._heard.get((session, day), lambda: self.sessions.hear(session, day))
+
+    async def project(self, session: str, tenant: Tenant) -> str:
+        """The project that the session is in, empty for none. Raises NotFound."""
+        return await self.sessions.project(await self.session(session, tenant))
+
+    async def asked_at(self, run: RunId) -> float:
+        """When the run's newest operation was accepted, in seconds since the epoch. Raises NotFound."""
+        listed = await self._store.list(names.operations(run))
+        if not listed:
+            raise _no_run(run)
+        return await self._accepted.get(listed[-1], lambda: self._load_accepted(listed[-1]))
+
     async def model(self, base_model: str) -> ModelRecord:
         """The served model of this name or directory. Raises NotFound, which lists what is served."""
         known = self._models.get(base_model)
         if known is not None and self._now() - known[0] < _MODEL_FRESH_S:
             return known[1]
         record = await self.catalogue.find(base_model)
-        for name in (record.name, record.directory):
-            self._models[name] = (self._now(), record)
+        for known_as in (record.name, record.directory):
+            self._models[known_as] = (self._now(), record)
         return record
+
+    async def _load_accepted(self, name: str) -> float:
+        data = await self._store.get(name)
+        if data is None:
+            raise NotFound(f"{name} was swept while it was being read; ask again")
+        return decode(data, Operation, name).accepted_at
 
     async def _load_spec(self, run: RunId) -> Spec:
         creation = await self._acceptor.creation(run)

@@ -5,7 +5,8 @@ Fair between sampling sessions: each in turn gets the next free place, and is se
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import httpx
@@ -15,6 +16,8 @@ import structlog
 from knapper import limits
 from knapper.errors import Gone, KnapperError, TooMany
 from knapper.ids import SamplerId, SessionId, Tenant, session_of
+from knapper.wire import progress
+from knapper.wire.progress import Drawn, Failed, Whole
 
 _IN_FLIGHT_MAX = 256
 _WAITING_BYTES_MAX = 256 * limits.MIB
@@ -26,6 +29,9 @@ _COLD_S = 1.0
 _ASLEEP_S = 30.0  # a function that answered less long ago is no cold start, whatever it takes
 _TIMEOUT = httpx.Timeout(connect=5.0, read=900.0, write=60.0, pool=None)
 _LATER = (408, 425, 429, 502, 503, 504)
+
+CLONE_SEQS = 10**9  # each client of a sampling session counts its requests in a block of its own
+Client = tuple[SamplerId, int]  # (sampling session, which client of it)
 
 log = structlog.get_logger()
 
@@ -40,6 +46,7 @@ class Entry:
     num_samples: int
     url: str
     call: bytes
+    listen: Callable[[Drawn], None] | None = None  # hears tokens as they are drawn, again from the first after a break
     done: asyncio.Event = field(default_factory=asyncio.Event)
     body: bytes | None = None
     content_type: str = "application/json"
@@ -48,6 +55,16 @@ class Entry:
     refused_since: float | None = None
     refusal: str = ""
     done_at: float = 0.0
+    number: int = 0  # once done: one above that of whatever was done before it
+
+    @property
+    def client(self) -> Client:
+        return self.address[0], self.address[1] // CLONE_SEQS
+
+    @property
+    def failed(self) -> bool:
+        """Done without a sample: its error is in `body`, or it was cancelled."""
+        return self.body is None or self.content_type == "application/json"
 
     @property
     def sequence_ids(self) -> list[str]:
@@ -55,9 +72,11 @@ class Entry:
 
 
 class Samples:
-    """`now`: monotonic seconds."""
+    """`now`: monotonic seconds. `first`: what is done gets numbers above it, so that a later process's are higher."""
 
-    def __init__(self, client: httpx.AsyncClient, new_id: Callable[[], str], now: Callable[[], float]) -> None:
+    def __init__(
+        self, client: httpx.AsyncClient, new_id: Callable[[], str], now: Callable[[], float], first: int = 0
+    ) -> None:
         self._client = client
         self._new_id = new_id
         self._now = now
@@ -65,6 +84,9 @@ class Samples:
         self._by_address: dict[tuple[SamplerId, int], Entry] = {}
         self._waiting: OrderedDict[SamplerId, deque[Entry]] = OrderedDict()  # the first one's turn is next
         self._finished: deque[Entry] = deque()
+        self._done: dict[Client, deque[Entry]] = {}  # finished and not yet told to a client that asks for all at once
+        self._watching: dict[Client, set[asyncio.Event]] = {}
+        self._number = first
         self._answered_at = float("-inf")  # when the sample function last said anything
         self._waiting_bytes = self._kept_bytes = self._unfinished = self._in_flight = 0
 
@@ -72,15 +94,26 @@ class Samples:
         """The entry of a request that came before."""
         return self._by_address.get(address)
 
-    def submit(self, address: tuple[SamplerId, int], tenant: Tenant, num_samples: int, url: str, call: bytes) -> Entry:
-        """Take the request on, or find it taken on before. Raises TooMany when the queue is full."""
+    def submit(
+        self,
+        address: tuple[SamplerId, int],
+        tenant: Tenant,
+        num_samples: int,
+        url: str,
+        call: bytes,
+        listen: Callable[[Drawn], None] | None = None,
+    ) -> Entry:
+        """Take the request on, or find it taken on before. Raises TooMany when the queue is full.
+
+        `listen` goes with a `call` that asks for a stream.
+        """
         if (entry := self.known(address)) is not None:
             return entry
         if self._unfinished >= limits.samples_waiting_max or self._waiting_bytes + len(call) > _WAITING_BYTES_MAX:
             raise TooMany(
                 f"{self._unfinished} samples wait; allowed: {limits.samples_waiting_max}; send it again later"
             )
-        entry = Entry(f"s-{self._new_id()}", address, tenant, num_samples, url, call)
+        entry = Entry(f"s-{self._new_id()}", address, tenant, num_samples, url, call, listen)
         self._entries[entry.request_id] = self._by_address[entry.address] = entry
         self._waiting.setdefault(address[0], deque()).append(entry)
         self._unfinished += 1
@@ -91,6 +124,33 @@ class Samples:
     def find(self, request_id: str, tenant: Tenant) -> Entry | None:
         entry = self._entries.get(request_id)
         return entry if entry is not None and entry.tenant == tenant else None
+
+    def done_after(self, client: Client, number: int) -> list[Entry]:
+        """What was done for the client after `number`, in order; what was done before is not told again."""
+        done = self._done.get(client, deque())
+        while done and done[0].number <= number:
+            done.popleft()
+        return list(done)
+
+    @contextmanager
+    def watch(self, client: Client) -> Iterator[asyncio.Event]:
+        """An event that is set, inside, each time that something more is done for the client."""
+        event = asyncio.Event()
+        self._watching.setdefault(client, set()).add(event)
+        try:
+            yield event
+        finally:
+            self._watching[client].discard(event)
+            if not self._watching[client]:
+                del self._watching[client]
+
+    def release(self, request_ids: list[str], tenant: Tenant) -> None:
+        """Their results were fetched for good, and need to be kept no longer."""
+        for request_id in request_ids:
+            entry = self.find(request_id, tenant)
+            if entry is not None and entry.done.is_set():
+                self._kept_bytes -= len(entry.body or b"")
+                entry.body = None
 
     def cancel(self, entry: Entry, why: KnapperError) -> None:
         """End it, upstream too."""
@@ -128,6 +188,15 @@ class Samples:
             entry = self._finished.popleft()
             self._kept_bytes -= len(entry.body or b"")
             del self._entries[entry.request_id], self._by_address[entry.address]
+            self._forget(entry)
+
+    def _forget(self, entry: Entry) -> None:
+        done = self._done.get(entry.client)
+        if done is not None:
+            if done and done[0] is entry:
+                done.popleft()
+            if not done:
+                del self._done[entry.client]
 
     async def close(self) -> None:
         tasks = [entry.task for entry in self._entries.values() if entry.task is not None]
@@ -156,19 +225,18 @@ class Samples:
     async def _ask(self, entry: Entry) -> tuple[bytes, str]:
         """(result, content type). Goes on until there is one."""
         back_off, defects = _BACK_OFF_S, 0
-        headers = {"Content-Type": "application/json"}
         while True:
             try:
                 entry.asked_at = min(entry.asked_at, self._now())
-                response = await self._client.post(entry.url, content=entry.call, headers=headers, timeout=_TIMEOUT)
+                status, content = await self._post(entry)
                 self._answered_at = self._now()
-                if response.status_code == 200:
-                    return response.content, "application/x-protobuf"
-                reason = f"{response.status_code}: {response.text[:200]}"
-                if response.status_code not in _LATER:
-                    defects += response.status_code >= 500
-                    if response.status_code < 500 or defects >= _DEFECTS_MAX:
-                        return _failure(response), "application/json"
+                if status == 200:
+                    return content, "application/x-protobuf"
+                reason = f"{status}: {content[:200].decode(errors='replace')}"
+                if status not in _LATER:
+                    defects += status >= 500
+                    if status < 500 or defects >= _DEFECTS_MAX:
+                        return _failure(status, content), "application/json"
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 reason = f"starting from zero: {type(error).__name__}"
             if entry.refused_since is None:
@@ -179,6 +247,30 @@ class Samples:
             await asyncio.sleep(back_off)
             back_off = min(2 * back_off, _BACK_OFF_MAX_S)
 
+    async def _post(self, entry: Entry) -> tuple[int, bytes]:
+        """(status, content) of one attempt."""
+        headers = {"Content-Type": "application/json"}
+        if entry.listen is None:
+            response = await self._client.post(entry.url, content=entry.call, headers=headers, timeout=_TIMEOUT)
+            return response.status_code, response.content
+        async with self._client.stream(
+            "POST", entry.url, content=entry.call, headers=headers, timeout=_TIMEOUT
+        ) as response:
+            if response.status_code != 200:
+                return response.status_code, await response.aread()
+            try:
+                async for frame in progress.decode(response.aiter_bytes()):
+                    match frame:
+                        case Drawn():
+                            entry.listen(frame)
+                        case Whole(answer=answer):
+                            return 200, answer
+                        case Failed(status=status):
+                            return status, msgspec.json.encode({"detail": frame.detail, "category": frame.category})
+            except httpx.TransportError as error:
+                log.info("a streamed sample broke off", request=entry.request_id, reason=type(error).__name__)
+        return 500, b"the sample function's answer broke off"
+
     def _finish(self, entry: Entry, body: bytes | None, content_type: str) -> None:
         if entry.done.is_set():
             return
@@ -186,18 +278,23 @@ class Samples:
         self._waiting_bytes -= len(entry.call)
         entry.call = b""
         entry.body, entry.content_type, entry.done_at = body, content_type, self._now()
+        self._number += 1
+        entry.number = self._number
         self._finished.append(entry)
+        self._done.setdefault(entry.client, deque()).append(entry)
+        for event in self._watching.get(entry.client, ()):
+            event.set()
         self._kept_bytes += len(body or b"")
         entry.done.set()
         self.expire()
 
 
-def _failure(response: httpx.Response) -> bytes:
+def _failure(status: int, content: bytes) -> bytes:
     """The error of the sample function as the result of a future."""
     try:
-        sent = msgspec.json.decode(response.content, type=dict[str, str])
+        sent = msgspec.json.decode(content, type=dict[str, str])
     except msgspec.MsgspecError:
         sent = {}
-    error = sent.get("detail", f"the sample function answered {response.status_code}")
-    category = sent.get("category", "user" if response.status_code < 500 else "server")
+    error = sent.get("detail", f"the sample function answered {status}")
+    category = sent.get("category", "user" if status < 500 else "server")
     return msgspec.json.encode({"error": error, "category": category})

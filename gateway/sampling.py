@@ -31,6 +31,8 @@ async def create_sampling_session(request: Request) -> Response:
         raise InvalidField("base_model", asked.base_model, f"{model.name!r}, that of {asked.model_path}, or none")
     if not model.sampleable:
         raise InvalidField("base_model", base_model, "a model that can be sampled; see get_server_capabilities")
+    if asked.model_path is not None:
+        await gateway.audit.read(tenant, asked.model_path, "sampling")
     sampler = await gateway.records.samplers.create(
         Sampler(
             sampler=ids.make_sampler_id(session, asked.sampling_session_seq_id),
@@ -41,6 +43,15 @@ async def create_sampling_session(request: Request) -> Response:
         )
     )
     return JSONResponse({"type": "create_sampling_session", "sampling_session_id": sampler.sampler})
+
+
+async def join_sampling_session(request: Request) -> Response:
+    """A number of its own for one more client of the session, from which it counts its requests."""
+    gateway, tenant = parts(request), tenant_of(request)
+    asked = requests.decode(await bodies.read(request), requests.JoinSamplingSession)
+    sampler = SamplerId((await gateway.records.sampler(asked.sampling_session_id, tenant)).sampler)
+    counter = await gateway.records.samplers.join(sampler)
+    return JSONResponse({"type": "join_sampling_session", "client_counter": counter})
 
 
 async def get_sampler(request: Request) -> Response:
@@ -66,7 +77,8 @@ async def asample(request: Request) -> Response:
     if entry is None:
         url = gateway.sample_url or (await gateway.records.model(sampler.base_model)).sample_url
         seed = int(gateway.new_id()[:12], 16)
-        call = await asyncio.to_thread(_encode, asked, sampler, seed)
+        serving = await gateway.records.inflight.serving(sampler)
+        call = await asyncio.to_thread(_encode, asked, serving, seed)
         entry = gateway.samples.submit(address, tenant, asked.num_samples, url, call)
     return JSONResponse({"request_id": entry.request_id, "sample_sequence_ids": entry.sequence_ids})
 

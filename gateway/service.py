@@ -10,7 +10,7 @@ from gateway.tenants import tenant_of
 from knapper import ids
 from knapper.errors import Gone
 from knapper.ids import SessionId
-from knapper.sessions import Finish, Session
+from knapper.sessions import DAY_S, Finish, Session
 from knapper.wire import requests
 
 
@@ -27,8 +27,8 @@ async def client_config(request: Request) -> Response:
         "proto_compress_fwdbwd": True,
         "sample_use_retrieve_futures": False,  # a client that waits on one poll for all waits for ever after a restart
         "custom_loss_server_side": False,
-        "sample_join_sampling_session": False,
-        "pjwt_auth_enabled": False,
+        "sample_join_sampling_session": True,
+        "pjwt_auth_enabled": parts(request).tokens is not None,
     }
     return JSONResponse(flags)
 
@@ -58,18 +58,18 @@ async def create_session(request: Request) -> Response:
     gateway, tenant = parts(request), tenant_of(request)
     asked = requests.decode(await bodies.read(request), requests.CreateSession)
     session = SessionId(f"ses-{gateway.new_id()}")
-    await gateway.records.sessions.create(
-        Session(
-            session=session,
-            tenant=tenant,
-            created_at=gateway.clock(),
-            sdk_version=asked.sdk_version,
-            project_id=asked.project_id or "",
-            display_name=asked.display_name or "",
-            tags=asked.tags,
-            user_metadata_json=asked.user_metadata_json(),
-        )
+    record = Session(
+        session=session,
+        tenant=tenant,
+        created_at=gateway.clock(),
+        sdk_version=asked.sdk_version,
+        project_id=asked.project_id or "",
+        display_name=asked.display_name or "",
+        tags=asked.tags,
+        user_metadata_json=asked.user_metadata_json(),
     )
+    await gateway.register.add_session(record)
+    await gateway.records.sessions.create(record)
     gateway.heartbeats.hear(session)
     return JSONResponse({"type": "create_session", "session_id": session})
 
@@ -79,6 +79,7 @@ async def session_heartbeat(request: Request) -> Response:
     asked = requests.decode(await bodies.read(request), requests.Heartbeat)
     session = SessionId((await gateway.records.open_session(asked.session_id, tenant)).session)
     gateway.heartbeats.hear(session)
+    await gateway.records.hear(session, int(gateway.clock() // DAY_S))
     return JSONResponse({"type": "session_heartbeat"})
 
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import hashlib
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,14 +17,21 @@ from knapper import ids, limits
 from knapper.errors import InvalidField, TooMany, UserError
 from knapper.ids import RunId, Tenant, TinkerPath
 from knapper.journal import bundles
-from knapper.journal.accept import pack
+from knapper.journal.accept import Packed, pack
 from knapper.journal.records import Creation, Kind, Spec
-from knapper.wire import json, proto, requests, scan
+from knapper.wire import json, json_forward, proto, requests, scan
+from knapper.wire.types import ForwardBackward
 
 _ALPHA = 32.0  # the protocol has no alpha: the scale of an adapter is alpha / rank
 _OPTIMIZER_PART = "optimizer.safetensors"
 
-Sequenced = TypeVar("Sequenced", requests.OptimStep, requests.SaveWeights, requests.SaveWeightsForSampler)
+Sequenced = TypeVar(
+    "Sequenced",
+    requests.OptimStep,
+    requests.SaveWeights,
+    requests.SaveWeightsForSampler,
+    requests.SaveWeightsExternal,
+)
 
 
 # ---- making runs
@@ -49,7 +58,7 @@ async def create_model(request: Request) -> Response:
         train_unembed=lora.train_unembed,
         user_metadata_json=asked.user_metadata_json(),
     )
-    return await _create(gateway, Creation(spec=spec), body)
+    return await _create(gateway, tenant, Creation(spec=spec), body)
 
 
 async def load_weights(request: Request) -> Response:
@@ -83,12 +92,14 @@ async def load_weights(request: Request) -> Response:
     metadata = asked.user_metadata_json()
     spec = msgspec.structs.replace(index.spec, run=run, tenant=tenant, user_metadata_json=metadata)
     creation = Creation(spec=spec, source=checkpoint.bundle, with_optimizer=asked.optimizer)
-    return await _create(gateway, creation, body)
+    await gateway.audit.read(tenant, checkpoint.path, "training")
+    return await _create(gateway, tenant, creation, body)
 
 
-async def _create(gateway: Parts, creation: Creation, body: bytes) -> Response:
-    await gateway.acceptor.create(creation, body)
+async def _create(gateway: Parts, tenant: Tenant, creation: Creation, body: bytes) -> Response:
     run = RunId(creation.spec.run)
+    await gateway.register.add_run(await gateway.records.session(ids.session_of(run), tenant), run)
+    await gateway.acceptor.create(creation, body)
     gateway.bells.ring(run, 0)
     return _promise(run, 0)
 
@@ -115,11 +126,26 @@ async def get_info(request: Request) -> Response:
     return JSONResponse(info)
 
 
+async def create_custom_loss(request: Request) -> Response:
+    """Refused: clients compute their losses themselves, as they do wherever custom_loss_server_side is false."""
+    tenant_of(request)
+    await bodies.read(request)
+    raise UserError(
+        "custom losses are not computed on this server; allowed: those that the client computes, which is the SDK's "
+        "default: pass your function, or the handle of create_custom_loss, to forward_backward_custom"
+    )
+
+
 # ---- feeding them
 
 
 async def forward_backward(request: Request) -> Response:
-    """Protobuf. A request that is wrong, or too large, is answered through its future if it says whose it is."""
+    """Protobuf, or JSON as SDK 0.18 to 0.24 send it.
+
+    A request that is wrong, or too large, is answered through its future if it says whose it is.
+    """
+    if "json" in request.headers.get("content-type", ""):
+        return await _json_forward(request, json_forward.decode_forward_backward)
     gateway, tenant = parts(request), tenant_of(request)
     body = await bodies.read_or_peek(request)
     if not body.whole:
@@ -129,6 +155,27 @@ async def forward_backward(request: Request) -> Response:
     except UserError as error:
         return await _bury(gateway, tenant, scan.peek(body.data), body.data, error)
     return await _accept(gateway, tenant, model_id, seq, "forward_backward", body.data)
+
+
+async def forward(request: Request) -> Response:
+    """JSON only: SDK 0.25 and newer send it to forward_backward."""
+    return await _json_forward(request, json_forward.decode_forward)
+
+
+async def _json_forward(request: Request, decode: Callable[[bytes], ForwardBackward]) -> Response:
+    """The same operation as in protobuf, and stored as that; repetitions are told by the bytes that came."""
+    gateway, tenant = parts(request), tenant_of(request)
+    body = await bodies.read(request)
+    try:
+        asked = await asyncio.to_thread(decode, body)
+    except UserError as error:
+        return await _bury(gateway, tenant, _address(body), body, error)
+    packed = await asyncio.to_thread(_pack_forward, body, asked)
+    return await _accept_packed(gateway, tenant, asked.run, asked.seq, "forward_backward", packed)
+
+
+def _pack_forward(body: bytes, asked: ForwardBackward) -> Packed:
+    return replace(pack(proto.encode_forward_backward(asked)), sha256=hashlib.sha256(body).digest())
 
 
 async def optim_step(request: Request) -> Response:
@@ -144,13 +191,7 @@ async def save_weights_for_sampler(request: Request) -> Response:
 
 
 async def save_weights_external(request: Request) -> Response:
-    """Not served yet. Refused under its own number: a 404 would leave a hole, for which the run's next ones wait."""
-    gateway, tenant = parts(request), tenant_of(request)
-    body = await bodies.read(request)
-    error = UserError(
-        "save_weights_external is not served yet; save_weights_for_sampler stores the adapter in the format of PEFT"
-    )
-    return await _bury(gateway, tenant, _address(body), body, error)
+    return await _json_operation(request, "save_weights_external", requests.SaveWeightsExternal)
 
 
 async def _json_operation(request: Request, kind: Kind, form: type[Sequenced]) -> Response:
@@ -184,9 +225,15 @@ def _address(body: bytes) -> tuple[str, int] | None:
 
 
 async def _accept(gateway: Parts, tenant: Tenant, model_id: str, seq: int, kind: Kind, body: bytes) -> Response:
-    run = RunId((await gateway.records.spec(model_id, tenant)).run)
+    return await _accept_packed(gateway, tenant, model_id, seq, kind, await asyncio.to_thread(pack, body))
+
+
+async def _accept_packed(
+    gateway: Parts, tenant: Tenant, model_id: str, seq: int, kind: Kind, packed: Packed
+) -> Response:
+    run = await _trainable(gateway, tenant, model_id)
     await _room(gateway, run, seq)
-    await gateway.acceptor.accept(run, seq, kind, await asyncio.to_thread(pack, body))
+    await gateway.acceptor.accept(run, seq, kind, packed)
     gateway.bells.ring(run, seq)
     return _promise(run, seq)
 
@@ -197,11 +244,22 @@ async def _bury(
     """Use up the number of a request that cannot be served, and promise the error: a 4xx would leave a hole."""
     if address is None:
         raise error
-    run = RunId((await gateway.records.spec(address[0], tenant)).run)
+    run = await _trainable(gateway, tenant, address[0])
     await _room(gateway, run, address[1])
     await gateway.acceptor.reject(run, address[1], await asyncio.to_thread(pack, body), str(error))
     gateway.bells.ring(run, address[1])
     return _promise(run, address[1])
+
+
+async def _trainable(gateway: Parts, tenant: Tenant, model_id: str) -> RunId:
+    """The run. Raises NotFound, or UserError for one that only holds a copy."""
+    spec = await gateway.records.spec(model_id, tenant)
+    if spec.copied_from:
+        raise UserError(
+            f"training run {model_id} holds a copy of {spec.copied_from} and cannot be trained; "
+            "load the copy into a new run with create_training_client_from_state"
+        )
+    return RunId(spec.run)
 
 
 async def _room(gateway: Parts, run: RunId, seq: int) -> None:

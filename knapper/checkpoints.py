@@ -1,21 +1,30 @@
 """Checkpoints: names that users gave -> immutable bundles.
 
-A name has versions; the highest wins, and a deletion is a version too.
+A name has versions; the highest wins. Publishing, a new time to live and a deletion are versions too. The files of a
+bundle may outlast the names that led to it: `knapper.orphans` says for how long.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
 
 from knapper import ids
 from knapper.errors import NotFound, UserError
-from knapper.ids import TinkerPath
-from knapper.journal.records import Record, decode, encode
-from knapper.store import Store
+from knapper.ids import RunId, TinkerPath
+from knapper.journal import names
+from knapper.journal.accept import decode_creation
+from knapper.journal.records import Operation, Record, decode, encode
+from knapper.remembered import Remembered
+from knapper.store import Store, many
+
+EVERYONE = ""
 
 
 class Checkpoint(Record, frozen=True):
-    """checkpoints/<run>/<kind>/<name>/<n>.
+    """checkpoints/<tenant>/<run>/<kind>/<name>/<n>.
 
-    `bundle` is the store prefix of its files, empty if this version deletes the name.
+    `bundle` is the store prefix of its files, empty if this version deletes the name. Times in seconds since the epoch.
     """
 
     path: str
@@ -30,50 +39,123 @@ class Checkpoint(Record, frozen=True):
     public: bool = False
     user_metadata: dict[str, str] = {}
 
+    def lives(self, now: float) -> bool:
+        """Whether the name leads to its files at this time."""
+        return bool(self.bundle) and not 0.0 < self.expires_at <= now
+
 
 @dataclass(frozen=True)
 class Checkpoints:
-    store: Store
+    """`clock`: seconds since the epoch; what has expired by it answers as what is missing."""
 
-    async def publish(self, checkpoint: Checkpoint, *, overwrite: bool) -> None:
+    store: Store
+    clock: Callable[[], float]
+    _read: Remembered[str, Checkpoint | None] = field(default_factory=Remembered, repr=False, compare=False)
+
+    async def save(self, checkpoint: Checkpoint, *, overwrite: bool) -> None:
         """Give the name to the bundle. Doing it again for the same operation of the run changes nothing.
 
         Raises UserError if another operation's checkpoint has the name and `overwrite` is false.
         """
         path = TinkerPath.parse(checkpoint.path)
+        prefix = _prefix(path, checkpoint.tenant)
         while True:
-            versions = await self._versions(path)
-            if any(version.seq == checkpoint.seq for _, version in versions):
+            listed = await self.store.list(prefix)
+            versions = [version for name in listed if (version := await self._version(name)) is not None]
+            if any(version.seq == checkpoint.seq for version in versions):
                 return
-            n, newest = versions[-1] if versions else (0, None)
-            if newest is not None and newest.bundle and not overwrite:
+            if versions and versions[-1].lives(self.clock()) and not overwrite:
                 raise UserError(
-                    f"path is {path.name!r}, and {path} exists already (saved by operation {newest.seq}); "
+                    f"path is {path.name!r}, and {path} exists already (saved by operation {versions[-1].seq}); "
                     "allowed: a new name, or overwrite=True where the method has it"
                 )
-            if await self.store.put_if_absent(f"{_prefix(path)}{ids.number(n + 1)}", encode(checkpoint)):
+            n = names.last_number(listed[-1]) if listed else 0
+            if await self.store.put_if_absent(f"{prefix}{ids.number(n + 1)}", encode(checkpoint)):
                 return
 
     async def resolve(self, path: TinkerPath, tenant: str) -> Checkpoint:
         """The newest version. Raises NotFound, also for what belongs to another tenant and is not public."""
-        listed = await self.store.list(_prefix(path))
-        data = await self.store.get(listed[-1]) if listed else None
-        if data is not None:
-            checkpoint = decode(data, Checkpoint, listed[-1])
-            if checkpoint.bundle and (checkpoint.tenant == tenant or checkpoint.public):
-                return checkpoint
-        raise NotFound(
-            f"checkpoint {path} does not exist; save_state and save_weights_for_sampler answer the paths that do"
-        )
+        if (own := await self._living(path, tenant)) is not None:
+            return own
+        owner = await self._owner(path.run)
+        if owner is not None and owner != tenant:
+            other = await self._living(path, owner)
+            if other is not None and other.public:
+                return other
+        raise _missing(path)
 
-    async def _versions(self, path: TinkerPath) -> list[tuple[int, Checkpoint]]:
-        found = []
-        for name in await self.store.list(_prefix(path)):
-            data = await self.store.get(name)
-            if data is not None:
-                found.append((int(name.rpartition("/")[2]), decode(data, Checkpoint, name)))
+    async def publish(self, path: TinkerPath, tenant: str, public: bool) -> None:
+        """Let every tenant read it, or only its owner. Raises NotFound, also for another tenant's."""
+        await self._change(path, tenant, public=public)
+
+    async def set_ttl(self, path: TinkerPath, tenant: str, ttl_s: int | None) -> None:
+        """Let it expire so many seconds from now, or never. Raises NotFound, also for another tenant's."""
+        await self._change(path, tenant, expires_at=0.0 if ttl_s is None else self.clock() + ttl_s)
+
+    async def deleted(self, path: TinkerPath, tenant: str) -> bool:
+        """Whether the tenant has deleted it, and not made it anew."""
+        _, newest = await self._newest(path, tenant)
+        return newest is not None and not newest.bundle
+
+    async def delete(self, path: TinkerPath, tenant: str) -> None:
+        """Take the name away; a repetition changes nothing. Raises NotFound, also for another tenant's."""
+        if not await self.deleted(path, tenant):
+            await self._change(path, tenant, bundle="", public=False)
+
+    async def own(self, path: TinkerPath, tenant: str) -> Checkpoint:
+        """The newest version of the tenant's own. Raises NotFound, also for what another tenant made public."""
+        if (found := await self._living(path, tenant)) is None:
+            raise _missing(path)
         return found
 
+    async def listed(self, tenant: str, within: str = "") -> list[Checkpoint]:
+        """The tenant's, newest first: all, or those of the runs whose ids begin with `within`. EVERYONE: all there are.
 
-def _prefix(path: TinkerPath) -> str:
-    return f"checkpoints/{path.run}/{path.kind}/{path.name}/"
+        Reads one listing, and of each name the newest version unless it was read before.
+        """
+        prefix = "checkpoints/" if tenant == EVERYONE else f"checkpoints/{tenant}/{within}"
+        newest = {name.rpartition("/")[0]: name for name in await self.store.list(prefix)}  # sorted: the last one stays
+        now = self.clock()
+        found = [c for c in await many.each(newest.values(), self._version) if c is not None and c.lives(now)]
+        return sorted(found, key=lambda checkpoint: (checkpoint.saved_at, checkpoint.path), reverse=True)
+
+    async def _change(self, path: TinkerPath, tenant: str, **changes: object) -> None:
+        while True:
+            n, newest = await self._newest(path, tenant)
+            if newest is None or not newest.lives(self.clock()):
+                raise _missing(path)
+            changed = msgspec.structs.replace(newest, **changes)
+            if changed == newest:
+                return
+            if await self.store.put_if_absent(f"{_prefix(path, tenant)}{ids.number(n + 1)}", encode(changed)):
+                return
+
+    async def _living(self, path: TinkerPath, tenant: str) -> Checkpoint | None:
+        _, newest = await self._newest(path, tenant)
+        return newest if newest is not None and newest.lives(self.clock()) else None
+
+    async def _newest(self, path: TinkerPath, tenant: str) -> tuple[int, Checkpoint | None]:
+        listed = await self.store.list(_prefix(path, tenant))
+        return (names.last_number(listed[-1]), await self._version(listed[-1])) if listed else (0, None)
+
+    async def _version(self, name: str) -> Checkpoint | None:
+        async def load() -> Checkpoint | None:
+            data = await self.store.get(name)
+            return None if data is None else decode(data, Checkpoint, name)
+
+        return await self._read.get(name, load)
+
+    async def _owner(self, run: RunId) -> str | None:
+        name = names.operation(run, 0)
+        data = await self.store.get(name)
+        return None if data is None else decode_creation(decode(data, Operation, name)).spec.tenant
+
+
+def _prefix(path: TinkerPath, tenant: str) -> str:
+    return f"checkpoints/{tenant}/{path.run}/{path.kind}/{path.name}/"
+
+
+def _missing(path: TinkerPath) -> NotFound:
+    return NotFound(
+        f"checkpoint {path} does not exist; save_state and save_weights_for_sampler answer the paths that do"
+    )

@@ -15,6 +15,7 @@ class KnapperError(Exception):
     code: ClassVar[str] = "internal"
     status: ClassVar[int] = 500
     category: ClassVar[Category] = "server"
+    field: str | None = None  # the one that is wrong, where it is one
 
 
 class UserError(KnapperError):
@@ -35,6 +36,7 @@ class InvalidField(UserError):
         if len(shown) > 120:
             shown = shown[:117] + "..."
         super().__init__(f"{field} is {shown}; allowed: {allowed}" + (f". {todo}" if todo else ""))
+        self.field = field
 
 
 class NotFound(UserError):
@@ -63,6 +65,12 @@ class Unauthorized(UserError):
 
     code = "unauthorized"
     status = 401
+
+
+class InvalidToken(Unauthorized):
+    """The token in the place of the API key has expired, or is not ours: exchange the key for another."""
+
+    code = "invalid_token"
 
 
 class Unavailable(KnapperError):

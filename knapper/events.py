@@ -9,13 +9,13 @@ from cloudevents.exceptions import GenericException
 from cloudevents.http import CloudEvent, from_http
 
 from knapper import ids
-from knapper.errors import Corrupt, UserError
+from knapper.errors import UserError
+from knapper.frames import frame, split
 from knapper.ids import RunId
 from knapper.journal.records import Commit
 
 OPERATIONS = "dev.knapper.run.operations"
 FRAMES = "application/x-knapper-frames"
-_FRAME_BYTES_MAX = 512 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,9 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Frame)
 
 
-def encode_frame(frame: Frame) -> bytes:
-    """4 bytes of length, then msgpack: a train_step answers a bell with a stream of these, as things become durable."""
-    data = _encoder.encode(frame)
-    return len(data).to_bytes(4, "big") + data
+def encode_frame(message: Frame) -> bytes:
+    """A train_step answers a bell with a stream of these, as things become durable."""
+    return frame(_encoder.encode(message))
 
 
 async def decode_frames(chunks: AsyncIterator[bytes]) -> AsyncIterator[Frame]:
@@ -82,15 +81,5 @@ async def decode_frames(chunks: AsyncIterator[bytes]) -> AsyncIterator[Frame]:
 
     A stream that breaks off just ends: what it said is durable all the same.
     """
-    waiting = bytearray()
-    async for chunk in chunks:
-        waiting += chunk
-        while len(waiting) >= 4:
-            size = int.from_bytes(waiting[:4], "big")
-            if size > _FRAME_BYTES_MAX:
-                raise Corrupt(f"a frame of {size} bytes; at most {_FRAME_BYTES_MAX} are allowed")
-            if len(waiting) < 4 + size:
-                break
-            frame = bytes(waiting[4 : 4 + size])
-            del waiting[: 4 + size]
-            yield _decoder.decode(frame)
+    async for message in split(chunks):
+        yield _decoder.decode(message)

@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass
 
+from knapper import ids, limits
 from knapper.errors import NotFound, UserError
 from knapper.ids import SamplerId, SessionId
+from knapper.journal import names
 from knapper.journal.records import Record, decode, encode
 from knapper.store import Store
+
+DAY_S = 24 * 3600.0
 
 
 class Session(Record, frozen=True):
@@ -29,6 +33,12 @@ class Finish(Record, frozen=True):
     finished_at: float
 
 
+class Assignment(Record, frozen=True):
+    """sessions/<id>/project/<n>: the project that the session was moved to; the highest n wins."""
+
+    project_id: str
+
+
 class Sampler(Record, frozen=True):
     """samplers/<id>: one sampling session. `bundle` is the store prefix of its adapter, empty for the base model."""
 
@@ -50,6 +60,12 @@ class Sessions:
         if not await self.store.put_if_absent(f"sessions/{session.session}/created", encode(session)):
             raise UserError(f"session {session.session} exists already")
 
+    async def find_or_create(self, session: Session) -> Session:
+        """The session as it stands: the one who made it first stays. Only for ids that nobody else can have."""
+        if await self.store.put_if_absent(f"sessions/{session.session}/created", encode(session)):
+            return session
+        return await self.get(SessionId(session.session), session.tenant)
+
     async def get(self, session: SessionId, tenant: str) -> Session:
         """Raises NotFound, also for another tenant's."""
         name = f"sessions/{session}/created"
@@ -69,6 +85,37 @@ class Sessions:
         data = await self.store.get(name)
         return None if data is None else decode(data, Finish, name)
 
+    async def assign(self, session: SessionId, project_id: str) -> None:
+        """Move the session into the project."""
+        prefix = f"sessions/{session}/project/"
+        data = encode(Assignment(project_id=project_id))
+        while True:
+            listed = await self.store.list(prefix)
+            n = names.last_number(listed[-1]) if listed else 0
+            if await self.store.put_if_absent(f"{prefix}{ids.number(n + 1)}", data):
+                return
+
+    async def project(self, session: Session) -> str:
+        """The project that it is in, empty for none."""
+        listed = await self.store.list(f"sessions/{session.session}/project/")
+        data = await self.store.get(listed[-1]) if listed else None
+        return session.project_id if data is None else decode(data, Assignment, listed[-1]).project_id
+
+    async def hear(self, session: SessionId, day: int) -> None:
+        """Its client lived on this day (counted from the epoch); what its samplers hold lives with it."""
+        await self.store.put_if_absent(f"sessions/{session}/heard/{ids.number(day)}", b"")
+
+    async def over(self, session: SessionId, now: float) -> bool:
+        """Whether it has finished, or nobody has heard of it for a week, so that nothing needs to be kept for it."""
+        if await self.finished(session) is not None:
+            return True
+        heard = await self.store.list(f"sessions/{session}/heard/")
+        if heard:
+            return now - (names.last_number(heard[-1]) + 1) * DAY_S > limits.session_silent_s
+        name = f"sessions/{session}/created"
+        data = await self.store.get(name)
+        return data is None or now - decode(data, Session, name).created_at > limits.session_silent_s
+
 
 @dataclass(frozen=True)
 class Samplers:
@@ -80,7 +127,10 @@ class Samplers:
         Raises UserError if the id was used for other weights.
         """
         name = f"samplers/{sampler.sampler}"
-        if await self.store.put_if_absent(name, encode(sampler)):
+        created = await self.store.put_if_absent(name, encode(sampler))
+        if sampler.kind == "inflight":
+            await self.store.put_if_absent(f"{_inflight(sampler.run)}{ids.number(sampler.seq)}", encode(sampler))
+        if created:
             return sampler
         data = await self.store.get(name)
         assert data is not None, "samplers are never deleted"
@@ -99,6 +149,34 @@ class Samplers:
         if data is not None and (found := decode(data, Sampler, name)).tenant == tenant:
             return found
         raise NotFound(f"sampler {sampler!r} does not exist; create one with create_sampling_client")
+
+    async def inflight_after(self, run: str, seq: int) -> Sampler | None:
+        """The newest inflight sampler of the run that was saved after operation `seq`, or None."""
+        listed = await self.store.list(_inflight(run), start_after=f"{_inflight(run)}{ids.number(seq)}")
+        data = await self.store.get(listed[-1]) if listed else None
+        return None if data is None else decode(data, Sampler, listed[-1])
+
+    async def join(self, sampler: SamplerId) -> int:
+        """A number of its own for one more client of the sampler: 1, 2, 3, ... The client that made it has 0."""
+        prefix = f"clones/{sampler}/"
+        while True:
+            listed = await self.store.list(prefix)
+            n = names.last_number(listed[-1]) + 1 if listed else 1
+            if n > limits.clones_max:
+                raise UserError(
+                    f"{sampler} has {limits.clones_max} clones; allowed: no more; create another sampling client"
+                )
+            if await self.store.put_if_absent(f"{prefix}{ids.number(n)}", b""):
+                return n
+
+    async def of_session(self, session: SessionId) -> list[SamplerId]:
+        prefix = f"samplers/{session}:sample:"
+        listed = [SamplerId(name.removeprefix("samplers/")) for name in await self.store.list(prefix)]
+        return sorted(listed, key=lambda sampler: int(sampler.rpartition(":")[2]))
+
+
+def _inflight(run: str) -> str:
+    return f"inflight/{run}/"
 
 
 def _identity(sampler: Sampler) -> tuple[str, str, str, str, int]:

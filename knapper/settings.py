@@ -50,6 +50,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Meta(gt=0, le=7 * 86400, description="An engine without requests for so long ends; the next bell starts it."),
     ] = 300.0
+    jwt: Annotated[
+        bool,
+        Meta(
+            description="Clients exchange their keys for tokens of an hour, so that requests carry no lasting secret."
+        ),
+    ] = False
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="The least that is written to stderr.")
     ] = "info"
@@ -133,6 +139,8 @@ def _allowed(kind: Any) -> str:
     base, meta = get_args(kind)
     if choices := get_args(base):
         return ", ".join(choices)
+    if base is bool:
+        return "true or false"
     if base is str:
         return "a text that is not empty"
     least = f"from {meta.ge}" if meta.ge is not None else f"above {meta.gt}"

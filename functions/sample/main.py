@@ -2,12 +2,13 @@
 
 import functions_framework.aio
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from knapper.errors import KnapperError
-from knapper.serving import answers
+from knapper.serving import answers, progress
 from knapper.serving.engine import engine
 from knapper.wire import proto, requests
+from knapper.wire.progress import FRAMES
 
 engine()  # under ASGI this module is imported before the port binds: the weights are there when the first request comes
 
@@ -17,6 +18,10 @@ async def sample(request: Request) -> Response:
     try:
         call = requests.decode(await answers.body(request), requests.SampleCall)
         answers.expect_model(call.base_model, engine().base_model)
+        if call.stream:
+            frames = progress.frames(engine().sampler, call.sample())
+            first = await answers.while_connected(request, anext(frames))  # what cannot be asked is said by the status
+            return StreamingResponse(progress.stream(first, frames), media_type=FRAMES)
         output = await answers.while_connected(request, engine().sampler.sample(call.sample()))
     except KnapperError as error:
         return answers.error(error)

@@ -1,6 +1,6 @@
 """From logits to tokens: the distribution that is sampled from, and a draw from it that depends on one row alone.
 
-N rows, V vocabulary, k alternatives. Everything is float32 but the cumulative sums, which are float64.
+N rows, V vocabulary, k alternatives or draws. Everything is float32 but the cumulative sums, which are float64.
 """
 
 import hashlib
@@ -22,7 +22,16 @@ _sorted_first: Final = 1024  # values that top-p looks at before it sorts the wh
 
 def uniforms(seed: int, sample: int) -> np.random.Generator:
     """Sample `sample` of a request with `seed` takes one number in [0, 1) of this generator for each token it draws."""
-    key = hashlib.blake2b(f"{seed}:{sample}".encode(), digest_size=16).digest()
+    return _generator(f"{seed}:{sample}")
+
+
+def prompt_uniforms(seed: int, rows: int, k: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """The numbers (rows, k) in [0, 1) that draw alternatives to a prompt's tokens; none of `uniforms` is among them."""
+    return _generator(f"{seed}:prompt").random((rows, k))
+
+
+def _generator(of: str) -> np.random.Generator:
+    key = hashlib.blake2b(of.encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
 
 
@@ -57,9 +66,17 @@ def draw(logits_NV: Tensor, params: list[SamplingParams], uniforms_N: list[float
         top_k = [vocabulary if params[row].top_k == -1 else min(params[row].top_k, vocabulary) for row in cut]
         top_p = [params[row].top_p for row in cut]
         logprobs_NV[rows] = _truncated(logprobs_NV[rows], torch.tensor(top_k, device=device), top_p)
-    tokens_N = _inverse(logprobs_NV, torch.tensor(uniforms_N, dtype=torch.float64, device=device))
+    tokens_N = _inverse(logprobs_NV, torch.tensor(uniforms_N, dtype=torch.float64, device=device)[:, None])[:, 0]
     greedy = torch.tensor([p.temperature == 0 for p in params], device=device)
     return Drawn(torch.where(greedy, logits_NV.argmax(-1), tokens_N), logprobs_NV)
+
+
+def redraw(logits_NV: Tensor, temperature: float, uniforms_Nk: Tensor) -> Tensor:
+    """k independent tokens a row (N, k), from the whole distribution at the temperature; at 0 the likeliest token."""
+    if temperature == 0:
+        return logits_NV.argmax(-1, keepdim=True).expand(uniforms_Nk.shape)
+    temperature_N = torch.full((len(logits_NV),), temperature, dtype=torch.float64, device=logits_NV.device)
+    return _inverse(log_distribution(logits_NV, temperature_N), uniforms_Nk)
 
 
 def alternatives(logprobs_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -107,17 +124,18 @@ def _truncated(logprobs_NV: Tensor, top_k_N: Tensor, top_p: list[float]) -> Tens
     return F.log_softmax(padded(logprobs_NV).masked_fill(~keep, -torch.inf), dim=-1)[:rows]
 
 
-def _inverse(logprobs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
+def _inverse(logprobs_NV: Tensor, uniforms_Nk: Tensor) -> Tensor:
+    """(N, k): for each number the first id whose cumulative probability exceeds it."""
     rows, vocabulary = logprobs_NV.shape
     p_NV = F.pad(logprobs_NV.exp(), (0, -vocabulary % _block))
     blocks = p_NV.view(rows, -1, _block)
     until = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-    total = until[:, -1]
-    target = torch.minimum(uniforms_N * total, torch.nextafter(total, torch.zeros_like(total)))[:, None]
+    total = until[:, -1:]
+    target = torch.minimum(uniforms_Nk * total, torch.nextafter(total, torch.zeros_like(total)))
     block = torch.searchsorted(until, target, right=True)
     start = F.pad(until, (1, 0)).gather(1, block)
-    own = blocks.gather(1, block[:, :, None].expand(-1, 1, _block))[:, 0].double()
-    within = torch.searchsorted(start + own.cumsum(-1), target, right=True)
+    own = blocks.gather(1, block[:, :, None].expand(-1, -1, _block)).double()
+    within = torch.searchsorted(start[:, :, None] + own.cumsum(-1), target[:, :, None], right=True)[:, :, 0]
     # Rounding may leave the block's end just short of the target: its last token with any probability is meant then.
-    last = (_block - 1) - (own.flip(-1) > 0).int().argmax(-1, keepdim=True)
-    return (block * _block + torch.minimum(within, last))[:, 0]
+    last = (_block - 1) - (own.flip(-1) > 0).int().argmax(-1)
+    return block * _block + torch.minimum(within, last)

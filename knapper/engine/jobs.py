@@ -1,5 +1,6 @@
-"""A sample request under way, and each of its texts. V vocabulary, H hidden size, P prompt tokens, k alternatives."""
+"""A sample request under way, and each of its texts. V vocabulary, H hidden size, k alternatives."""
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -8,11 +9,13 @@ import torch
 from torch import Tensor
 
 from knapper.engine.adapt import Segment
-from knapper.engine.draw import empty_logprob, uniforms
+from knapper.engine.draw import uniforms
 from knapper.engine.kv import capacity_for
 from knapper.engine.lora import Lora
+from knapper.engine.prompt_scores import PromptScores
 from knapper.engine.stops import Stops
-from knapper.wire.types import Float32, Sample, SampleOutput, Sequence, TopK
+from knapper.wire.progress import Drawn, Ending
+from knapper.wire.types import Sample, SampleOutput, Sequence, TopK
 
 
 @dataclass(eq=False)
@@ -24,13 +27,13 @@ class Job:
     stops: Stops
     tokens_max: int
     turn: int
+    listen: Callable[[Drawn], None] | None = None  # called on the device's thread, and must return at once
     future: "Future[SampleOutput]" = field(default_factory=Future)
     started: int = 0  # texts
     sequences: dict[int, Sequence] = field(default_factory=dict)  # finished texts by number
     kv: Tensor | None = None  # of the prompt: kept while texts wait and there is room, else computed again
     last_1H: Tensor | None = None  # the prompt's last row
-    prompt_logprobs: Float32 | None = None
-    prompt_topk: TopK | None = None
+    scores: PromptScores | None = None  # what the request wants to know of its prompt, once it is all there
 
     @property
     def prompt_tokens(self) -> int:
@@ -63,10 +66,15 @@ class Job:
         return texts
 
     def output(self) -> SampleOutput:
+        sequences = [self.sequences[index] for index in range(self.request.num_samples)]
+        if self.scores is None:
+            return SampleOutput(sequences)
         return SampleOutput(
-            sequences=[self.sequences[index] for index in range(self.request.num_samples)],
-            prompt_logprobs=self.prompt_logprobs if self.request.prompt_logprobs else None,
-            topk_prompt_logprobs=self.prompt_topk,
+            sequences,
+            prompt_logprobs=self.scores.logprobs,
+            topk_prompt_logprobs=self.scores.topk,
+            target_prompt_logprobs=self.scores.targets,
+            prompt_draws=self.scores.draws,
         )
 
 
@@ -91,10 +99,15 @@ class Text:
         if topk is not None:
             self._topk.append(topk)
         stopped = self.job.stops.ended(self.tokens)
-        if not stopped and len(self.tokens) < self.job.tokens_max:
-            return False
-        self.finish(stopped)
-        return True
+        full = len(self.tokens) >= self.job.tokens_max
+        if self.job.listen is not None:
+            ending: Ending = "stop" if stopped else "length" if full else ""
+            ids, logprobs = ([], []) if topk is None else (topk[0].tolist(), topk[1].tolist())
+            alternatives = list(zip(ids, logprobs, strict=True))
+            self.job.listen(Drawn(self._number, len(self.tokens) - 1, token, logprob, ending, alternatives))
+        if stopped or full:
+            self.finish(stopped)
+        return stopped or full
 
     def finish(self, stopped: bool) -> None:
         k = self.job.request.topk_sample_logprobs
@@ -104,32 +117,6 @@ class Text:
             stopped=stopped,
             topk=_topk(self._topk, k) if k else None,
         )
-
-
-class PromptScores:
-    """The prompt's log-probabilities, by ranges of rows: row j tells of token j + 1, and nothing tells of token 0."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._k = job.request.topk_prompt_logprobs
-        self._logprobs = np.full(job.prompt_tokens, np.nan, dtype=np.float32)
-        self._topk_tokens = np.zeros((job.prompt_tokens, self._k), dtype=np.int32)
-        self._topk_logprobs = np.full((job.prompt_tokens, self._k), empty_logprob, dtype=np.float32)
-
-    @property
-    def width(self) -> int:
-        return self._k
-
-    def add(self, start: int, logprobs_NV: Tensor, topk: tuple[Tensor, Tensor] | None) -> None:
-        rows = slice(start + 1, start + 1 + logprobs_NV.shape[0])
-        following = torch.from_numpy(self._job.request.prompt[rows].astype(np.int64)).to(logprobs_NV.device)
-        self._logprobs[rows] = logprobs_NV.gather(1, following[:, None])[:, 0].cpu().numpy()
-        if topk is not None:
-            self._topk_tokens[rows], self._topk_logprobs[rows] = topk[0].cpu().numpy(), topk[1].cpu().numpy()
-
-    def finish(self) -> None:
-        self._job.prompt_logprobs = self._logprobs
-        self._job.prompt_topk = TopK(self._topk_tokens, self._topk_logprobs) if self._k else None
 
 
 def _topk(rows: list[tuple[Tensor, Tensor]], k: int) -> TopK:

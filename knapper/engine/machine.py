@@ -60,7 +60,7 @@ class TrainingMachine:
                 yield
                 state = self._load(state.spec, source, request.optimizer)
                 return _answer(state, {"path": request.path, "model_id": operation.run, "type": "load_weights"})
-            case "save_weights" | "save_weights_for_sampler":
+            case "save_weights" | "save_weights_for_sampler" | "save_weights_external":
                 yield
                 files = peft_format.export(state, with_optimizer=operation.kind == "save_weights")
                 return Outcome(state, "application/json", b"", export=files)

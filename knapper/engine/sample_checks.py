@@ -8,7 +8,7 @@ from knapper import limits
 from knapper.engine.adapt import site_shapes
 from knapper.engine.config import ModelConfig
 from knapper.engine.lora import Lora
-from knapper.errors import InvalidField, UserError
+from knapper.errors import InvalidField, TooLarge, UserError
 from knapper.wire.types import Sample
 
 temperature_min, temperature_max = 1e-6, 1e6
@@ -20,6 +20,8 @@ def check(request: Sample, config: ModelConfig) -> None:
     _between("num_samples", request.num_samples, 1, limits.num_samples_max)
     _between("topk_prompt_logprobs", request.topk_prompt_logprobs, 0, limits.top_logprobs_max)
     _between("topk_sample_logprobs", request.topk_sample_logprobs, 0, limits.top_logprobs_max)
+    _between("prompt_alt_tokens_k", request.prompt_alt_tokens_k, 0, limits.top_logprobs_max)
+    _check_scores(request, config)
     params = request.params
     if params.max_tokens is not None and params.max_tokens < 0:
         raise InvalidField(
@@ -65,6 +67,30 @@ def _check_prompt(request: Sample, config: ModelConfig) -> None:
             f"prompt has {prompt.size} tokens; allowed: up to {longest}, as the model's context is {config.context}. "
             "Shorten the prompt"
         )
+
+
+def _check_scores(request: Sample, config: ModelConfig) -> None:
+    rows = int(request.prompt.size) - 1
+    last_n, targets = request.prompt_logprobs_last_n, request.target_prompt_logprobs
+    if last_n is not None and not 1 <= last_n <= rows:
+        raise InvalidField("prompt_logprobs_last_n", last_n, f"1 to {rows}, the prompt's tokens after the first")
+    if request.prompt_alt_tokens_k and not rows:
+        raise InvalidField("prompt_alt_tokens_k", request.prompt_alt_tokens_k, "0, as the prompt is one token")
+    if targets is None:
+        return
+    if targets.shape[0] != rows:
+        allowed = f"({rows}, K): a row for each token of the prompt after the first"
+        raise InvalidField("target_prompt_logprobs.shape", list(targets.shape), allowed)
+    if targets.values.size > limits.prompt_targets_max:
+        raise TooLarge(
+            f"target_prompt_logprobs names {targets.values.size} cells; allowed: {limits.prompt_targets_max}"
+        )
+    wrong = np.flatnonzero((targets.values < -1) | (targets.values >= config.vocab_size))
+    if wrong.size:
+        at, allowed = int(wrong[0]), f"-1 (nothing is asked), or a token id, 0 to {config.vocab_size - 1}"
+        raise InvalidField(f"target_prompt_logprobs.data[{at}]", int(targets.values[at]), allowed)
+    if not (targets.values >= 0).any():
+        raise InvalidField("target_prompt_logprobs", "-1 everywhere", "at least one token id")
 
 
 def _check_stops(request: Sample, config: ModelConfig) -> None:

@@ -13,7 +13,7 @@ values are kept between turns while there is room, else computed again.
 import asyncio
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -26,12 +26,14 @@ from knapper.engine import sample_checks
 from knapper.engine.adapt import Adapt, Scattered, Segments, Stack, base
 from knapper.engine.decoder import Decoder
 from knapper.engine.device import Device, Task
-from knapper.engine.draw import alternatives, draw, log_distribution
-from knapper.engine.jobs import Job, PromptScores, Text
+from knapper.engine.draw import alternatives, draw
+from knapper.engine.jobs import Job, Text
 from knapper.engine.kv import Cache, Slot
 from knapper.engine.lora import Lora
+from knapper.engine.prompt_scores import PromptScores
 from knapper.engine.stops import Stops
 from knapper.errors import InvalidField, TooLarge, Unavailable, UserError
+from knapper.wire.progress import Drawn
 from knapper.wire.types import Sample, SampleOutput
 
 _prefill_rows: Final = 512  # prompt tokens of one pass (a longer prompt goes alone): bounds how long decoding waits
@@ -104,11 +106,13 @@ class Sampler:
         """Requests with texts that have not begun."""
         return len(self._arrivals) + len(self._waiting)
 
-    async def sample(self, request: Sample) -> SampleOutput:
+    async def sample(self, request: Sample, listen: Callable[[Drawn], None] | None = None) -> SampleOutput:
         """The samples of one request: in float32 the same tokens for the same request, whoever else is there.
 
         The log-probabilities are those of the distribution that each token was drawn from (`draw.draw` says more);
-        those of the prompt are untempered. max_tokens 0 only scores the prompt. Cancelling the caller frees the slots.
+        those of the prompt are untempered; only alternatives to its tokens are drawn at the request's temperature, and
+        without its top_k and top_p. max_tokens 0 only scores the prompt. Cancelling the caller frees the slots.
+        `listen` hears each token as it is drawn: on the device's thread, which waits for it.
         Raises InvalidField or UserError for what cannot be asked, TooLarge for what can never fit, NonFiniteLogits for
         broken weights, Unavailable when too many wait.
         """
@@ -125,6 +129,7 @@ class Sampler:
             stops=Stops((*ends, *params.stop_tokens), params.stop_strings, self._tokenizer),
             tokens_max=room if params.max_tokens is None else min(params.max_tokens, room),
             turn=self._turn,
+            listen=listen,
         )
         if job.cost > self._kv_tokens_max:
             raise TooLarge(
@@ -224,15 +229,14 @@ class Sampler:
         hidden = self._prompts(jobs)
         yield
         for job, rows in zip(jobs, hidden, strict=True):
-            wants = job.request.prompt_logprobs or job.request.topk_prompt_logprobs > 0
-            if wants and job.prompt_logprobs is None:
-                scores = PromptScores(job)
+            if job.scores is None and PromptScores.wanted(job.request):
+                scores = PromptScores(job.request)
                 scored = rows[:-1]  # the last row tells of the first sampled token
-                for start in range(0, scored.shape[0], _logit_rows):
+                for start in range(scores.first, scored.shape[0], _logit_rows):
                     if not self._score(job, scores, start, scored[start : start + _logit_rows]):
                         break
                     yield
-                scores.finish()
+                job.scores = scores
 
     @torch.inference_mode()
     def _prompts(self, jobs: Sequence[Job]) -> list[Tensor]:
@@ -256,8 +260,7 @@ class Sampler:
         if not bool(logits.isfinite().all()):
             self._fail(job)
             return False
-        logprobs = log_distribution(logits)
-        scores.add(start, logprobs, alternatives(logprobs, scores.width) if scores.width else None)
+        scores.add(start, logits)
         return True
 
     @torch.inference_mode()

@@ -3,6 +3,7 @@
 The index is written last, so a bundle exists whole or not at all.
 """
 
+import asyncio
 import hashlib
 
 from knapper.errors import Corrupt
@@ -49,6 +50,19 @@ async def read(store: Store, prefix: str, only: frozenset[str] | None = None) ->
             raise Corrupt(f"object {prefix}{part.name} is {found}; its index says {part.size} bytes")
         files[part.name] = data
     return index, files
+
+
+async def read_part(store: Store, prefix: str, index: Index, name: str) -> bytes:
+    """One of the bundle's files, verified off the event loop: it may be large. Raises Corrupt."""
+    part = next((part for part in index.parts if part.name == name), None)
+    data = await store.get(prefix + name) if part is not None else None
+    if part is None or data is None or await asyncio.to_thread(_sha256, data) != part.sha256:
+        raise Corrupt(f"object {prefix}{name} is missing, or not what its index says")
+    return data
+
+
+def _sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 async def delete(store: Store, prefix: str) -> None:

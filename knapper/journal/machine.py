@@ -27,7 +27,7 @@ class Machine(Protocol[State]):
     Raises UserError for the user's mistakes, and then nothing has changed.
 
     `apply` gets forward_backward, optim_step and load_weights (with the files of the checkpoint as `source`), and
-    both saves,
+    the saves,
     for which it returns the export and leaves the body empty (the journal names the checkpoint and answers).
     """
 

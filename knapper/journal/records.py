@@ -7,8 +7,10 @@ import msgspec
 from knapper.errors import Corrupt
 
 Kind = Literal[
-    "create", "forward_backward", "optim_step", "load_weights", "save_weights", "save_weights_for_sampler", "tombstone"
+    "create", "forward_backward", "optim_step", "load_weights", "save_weights", "save_weights_for_sampler",
+    "save_weights_external", "tombstone",
 ]  # fmt: skip
+SAVES: frozenset[Kind] = frozenset({"save_weights", "save_weights_for_sampler", "save_weights_external"})
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,6 +53,7 @@ class Commit(Record, frozen=True):
 
     epoch: int
     results: list[Result]
+    committed_at: float = 0.0  # seconds since the epoch, for people; of a fence 0
 
 
 class Spec(Record, frozen=True):
@@ -66,6 +69,7 @@ class Spec(Record, frozen=True):
     train_mlp: bool
     train_unembed: bool
     user_metadata_json: str = "{}"
+    copied_from: str = ""  # of a run that only holds a copied checkpoint, and cannot be trained: the tinker:// path
 
 
 class Creation(Record, frozen=True):

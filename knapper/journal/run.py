@@ -16,14 +16,14 @@ from knapper.ids import RunId
 from knapper.journal import bundles, names
 from knapper.journal.accept import decode_creation, newest_manifest
 from knapper.journal.machine import Files, Machine, Outcome, State
-from knapper.journal.records import Commit, Creation, Manifest, Operation, Result, Terms, decode, encode
+from knapper.journal.records import SAVES, Commit, Creation, Manifest, Operation, Result, Terms, decode, encode
 from knapper.journal.saves import Saves
 from knapper.store import Store
 
 _ATTEMPTS_MAX = 3  # an operation that fails so often, by a defect and not by the user, is answered with that
 _COMMIT_AFTER_S = 0.05  # results wait no longer than this for others to share their commit
 
-_STATELESS = ("save_weights", "save_weights_for_sampler", "tombstone")  # they leave the state alone
+_STATELESS = SAVES | {"tombstone"}  # they leave the state alone
 
 Publish = Callable[[int, Commit], Awaitable[None]]
 
@@ -234,7 +234,7 @@ class Run(Generic[State]):
             late = self._clock() - began >= _COMMIT_AFTER_S
             if late or size >= limits.commit_inline_bytes_max or self._must_snapshot or stop():
                 break
-        return Commit(epoch=self.epoch, results=results) if results else None
+        return Commit(epoch=self.epoch, results=results, committed_at=self._clock()) if results else None
 
     async def _apply(self, operation: Operation) -> Result:
         if operation.kind == "tombstone":
@@ -258,8 +258,10 @@ class Run(Generic[State]):
 
     async def _succeed(self, operation: Operation) -> Result:
         source = await self._saves.source(operation, self.creation.spec) if operation.kind == "load_weights" else ""
-        if operation.kind in ("save_weights", "save_weights_for_sampler"):
+        if operation.kind in SAVES:
             await self._saves.check(operation)
+        if operation.seq == 0 and self.creation.source:
+            await self._saves.check_source(self.creation.source)
         outcome = await self._step(operation, source)
         body = outcome.body
         if outcome.export:

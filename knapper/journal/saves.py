@@ -28,7 +28,7 @@ class Saves:
     def __init__(self, store: Store, clock: Callable[[], float]) -> None:
         self._store = store
         self._clock = clock
-        self._checkpoints = Checkpoints(store)
+        self._checkpoints = Checkpoints(store, clock)
 
     async def source(self, operation: Operation, spec: Spec) -> str:
         """The bundle that a load_weights operation names.
@@ -47,10 +47,22 @@ class Saves:
             )  # fmt: skip
         return checkpoint.bundle
 
+    async def check_source(self, bundle: str) -> None:
+        """Raises UserError if the files that a run is to be made from were deleted before it came to that."""
+        if await bundles.read_index(self._store, bundle) is None:
+            raise UserError(
+                "the checkpoint to load was deleted, or expired, before the run could be made from it; load another one"
+            )
+
     async def check(self, operation: Operation) -> None:
         """Raises UserError for a save that cannot be named, before anything is computed for it."""
         if operation.kind == "save_weights":
             ids.checkpoint_name(requests.decode(_body(operation), requests.SaveWeights).path)
+            return
+        if operation.kind == "save_weights_external":
+            external = requests.decode(_body(operation), requests.SaveWeightsExternal)
+            ids.checkpoint_name(external.path)
+            external.expect_unencrypted()
             return
         request = requests.decode(_body(operation), requests.SaveWeightsForSampler)
         if request.path is not None:
@@ -71,15 +83,21 @@ class Saves:
             save = requests.decode(_body(operation), requests.SaveWeights)
             path = TinkerPath(run, "weights", ids.checkpoint_name(save.path))
             checkpoint = self._checkpoint(path, operation, spec, bundle, size, save.ttl_seconds, save.user_metadata)
-            await self._checkpoints.publish(checkpoint, overwrite=save.overwrite)
+            await self._checkpoints.save(checkpoint, overwrite=save.overwrite)
             return msgspec.json.encode({"type": "save_weights", "path": str(path)})
+        if operation.kind == "save_weights_external":
+            external = requests.decode(_body(operation), requests.SaveWeightsExternal)
+            path = TinkerPath(run, "external_weights", ids.checkpoint_name(external.path))
+            checkpoint = self._checkpoint(path, operation, spec, bundle, size, external.ttl_seconds, None)
+            await self._checkpoints.save(checkpoint, overwrite=False)
+            return msgspec.json.encode({"type": "save_weights_external", "path": str(path), "size_bytes": size})
         request = requests.decode(_body(operation), requests.SaveWeightsForSampler)
         if request.path is not None:
             path = TinkerPath(run, "sampler_weights", ids.checkpoint_name(request.path))
             checkpoint = self._checkpoint(
                 path, operation, spec, bundle, size, request.ttl_seconds, request.user_metadata
             )
-            await self._checkpoints.publish(checkpoint, overwrite=False)
+            await self._checkpoints.save(checkpoint, overwrite=False)
             return msgspec.json.encode({"type": "save_weights_for_sampler", "path": str(path)})
         assert request.sampling_session_seq_id is not None, "check() came first"
         sampler = ids.make_sampler_id(ids.session_of(run), request.sampling_session_seq_id)

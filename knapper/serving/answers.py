@@ -1,9 +1,9 @@
 """What the functions' pages share: bounded bodies, errors that Knative understands, frames, callers who hang up."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import structlog
 from starlette.requests import Request
@@ -51,7 +51,7 @@ def expect_model(asked: str, served: str) -> None:
         raise InvalidField("base_model", asked, repr(served))
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
     """What the work returns. When the caller hangs up, it is cancelled. Its defects are logged, and become 503."""
     task = asyncio.ensure_future(work)
     hung_up = asyncio.ensure_future(_hang_up(request))

@@ -22,7 +22,7 @@ from knapper.engine.lora import Lora, layout
 from knapper.engine.machine import TrainingMachine
 from knapper.engine.sampler import Sampler
 from knapper.engine.training import RunState, Trainer
-from knapper.errors import InvalidField
+from knapper.errors import InvalidField, NotFound
 from knapper.journal import bundles
 from knapper.journal.records import Terms
 from knapper.journal.run import Holder
@@ -55,7 +55,12 @@ class StoredAdapters:
     device: torch.device
 
     async def load(self, adapter: str) -> Lora:
-        """Raises Corrupt if the bundle is gone or not what its index says."""
+        """Raises NotFound once the bundle was deleted, Corrupt if it is not what its index says."""
+        if await bundles.read_index(self.store, adapter) is None:
+            raise NotFound(
+                "the weights of this sampler are gone: its checkpoint was deleted or expired, and its session has "
+                "ended; create another sampling client"
+            )
         only = frozenset({peft_format.CONFIG, peft_format.ADAPTER})
         index, files = await bundles.read(self.store, adapter, only)
         where = layout(self.config, index.spec)

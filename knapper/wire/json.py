@@ -28,6 +28,14 @@ def decode(body: bytes, kind: type[S]) -> S:
         raise UserError(f"the body ({len(body)} bytes) is not JSON: {error}") from error
 
 
+def convert(sent: dict[str, str], kind: type[S]) -> S:
+    """The parameters of a query, every one checked as `decode` checks fields. Raises UserError."""
+    try:
+        return msgspec.convert(sent, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error), sent, kind) from error
+
+
 def loads(body: bytes) -> Any:
     """Whatever JSON this is, NaN and Infinity included. Raises UserError."""
     try:

@@ -13,7 +13,16 @@ from google.protobuf.message import DecodeError
 from knapper import limits
 from knapper.errors import InvalidField, TooLarge, UserError
 from knapper.wire import descriptor, scan, tensors
-from knapper.wire.types import Datum, ForwardBackward, ForwardBackwardOutput, Int32, SampleOutput, TopK
+from knapper.wire.types import (
+    Cells,
+    Datum,
+    ForwardBackward,
+    ForwardBackwardOutput,
+    Int32,
+    PromptDraws,
+    SampleOutput,
+    TopK,
+)
 from knapper.wire.types import Sequence as Sampled
 
 _LOSS_CONFIG_KEYS_MAX = 64
@@ -106,9 +115,7 @@ def encode_forward_backward(request: ForwardBackward) -> bytes:
         sent = message.data.add()
         sent.model_input.add().encoded_text.tokens = tensors.little_endian(datum.tokens.astype(np.int32))
         for name, array in datum.inputs.items():
-            tensor = sent.loss_fn_inputs[name]
-            tensor.dense, tensor.dtype = tensors.little_endian(array), tensors.number(array.dtype)
-            tensor.shape.extend(array.shape)
+            tensors.encode(sent.loss_fn_inputs[name], array)
     return _serialize(message)
 
 
@@ -186,6 +193,11 @@ def encode_sample_response(output: SampleOutput) -> bytes:
     if output.prompt_logprobs is not None:
         message.prompt_logprobs = tensors.little_endian(output.prompt_logprobs.astype(np.float32))
     _encode_topk(message, "topk_prompt_logprobs", output.topk_prompt_logprobs)
+    if output.target_prompt_logprobs is not None:
+        _encode_cells(message.target_prompt_logprobs, output.target_prompt_logprobs)
+    if output.prompt_draws is not None:
+        tensors.encode(message.prompt_alt_tokens.tokens, output.prompt_draws.tokens.astype(np.int32))
+        tensors.encode(message.prompt_alt_tokens.logprobs, output.prompt_draws.logprobs)
     return _serialize(message)
 
 
@@ -208,6 +220,17 @@ def decode_sample_response(body: bytes) -> SampleOutput:
             else None
         ),
         topk_prompt_logprobs=_decode_topk(message, "topk_prompt_logprobs"),
+        target_prompt_logprobs=(
+            _decode_cells(message.target_prompt_logprobs) if message.HasField("target_prompt_logprobs") else None
+        ),
+        prompt_draws=(
+            PromptDraws(
+                tensors.decode(message.prompt_alt_tokens.tokens, "prompt_alt_tokens.tokens"),
+                tensors.decode(message.prompt_alt_tokens.logprobs, "prompt_alt_tokens.logprobs"),
+            )
+            if message.HasField("prompt_alt_tokens")
+            else None
+        ),
         prompt_cache_hit_tokens=message.prompt_cache_hit_tokens,
     )
 
@@ -228,6 +251,30 @@ def _decode_topk(message: Any, field: str) -> TopK | None:
     return TopK(
         tokens=np.frombuffer(sent.token_ids, dtype="<i4").astype(np.int32).reshape(shape),
         logprobs=np.frombuffer(sent.logprobs, dtype="<f4").astype(np.float32).reshape(shape),
+    )
+
+
+def _encode_cells(message: Any, cells: Cells) -> None:
+    if cells.starts is None or cells.columns is None:
+        tensors.encode(message, cells.values.reshape(cells.shape))
+        return
+    message.dtype = tensors.number(cells.values.dtype)
+    message.shape.extend(cells.shape)
+    message.sparse_csr.values = tensors.little_endian(cells.values)
+    message.sparse_csr.crow_indices = tensors.little_endian(cells.starts)
+    message.sparse_csr.col_indices = tensors.little_endian(cells.columns)
+
+
+def _decode_cells(message: Any) -> Cells:
+    rows, columns = message.shape
+    if message.WhichOneof("encoding") == "dense":
+        return Cells(tensors.elements(message.dense, message.dtype, "dense"), (rows, columns))
+    csr = message.sparse_csr
+    return Cells(
+        tensors.elements(csr.values, message.dtype, "values"),
+        (rows, columns),
+        tensors.elements(csr.crow_indices, descriptor.INT64, "crow_indices"),
+        tensors.elements(csr.col_indices, descriptor.INT64, "col_indices"),
     )
 
 

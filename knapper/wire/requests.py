@@ -14,11 +14,13 @@ from knapper.errors import InvalidField, TooLarge
 from knapper.ids import RunId, SessionId
 from knapper.wire import types
 from knapper.wire.json import decode
+from knapper.wire.json_tensors import TensorData
 
 __all__ = [
     "CancelFuture", "ClientConfig", "CreateModel", "CreateSamplingSession", "CreateSession", "FinishSession", "GetInfo",
-    "Heartbeat", "LoadWeights", "OptimStep", "RetrieveFuture", "Sample", "SampleCall", "SaveWeights",
-    "SaveWeightsForSampler", "Telemetry", "decode", "encode",
+    "Heartbeat", "JoinSamplingSession", "LoadWeights", "OptimStep", "RetrieveFuture",
+    "RetrieveFutures", "Sample", "SampleCall", "SaveWeights",
+    "SaveWeightsExternal", "SaveWeightsForSampler", "Telemetry", "decode", "encode",
 ]  # fmt: skip
 
 _INT64_MAX = 2**63 - 1
@@ -190,6 +192,25 @@ class SaveWeightsForSampler(Request, frozen=True, kw_only=True):
         _bounded_json(self.user_metadata)
 
 
+class SaveWeightsExternal(Request, frozen=True, kw_only=True):
+    """A PEFT directory to be downloaded."""
+
+    model_id: Id
+    seq_id: Seq
+    path: Path
+    ttl_seconds: Ttl | None = None
+    age_encryption_recipients: list[Text] | None = None
+    type: Literal["save_weights_external"] = "save_weights_external"
+
+    def expect_unencrypted(self) -> None:
+        """Raises InvalidField for recipients: this server encrypts nothing."""
+        if self.age_encryption_recipients:
+            raise InvalidField(
+                "age_encryption_recipients", self.age_encryption_recipients, "none: this server does not encrypt",
+                "Download the files over HTTPS, and encrypt them with age yourself",
+            )  # fmt: skip
+
+
 class LoadWeights(Request, frozen=True, kw_only=True):
     """Into an existing run (model_id, seq_id), or as the first operation of a new one (session_id, model_seq_id)."""
 
@@ -248,6 +269,23 @@ class RetrieveFuture(Request, frozen=True, kw_only=True):
     allow_metadata_only: bool = False
 
 
+class FuturesTarget(Request, frozen=True, kw_only=True):
+    """One client of a sampling session: its requests are those whose seq_id // 10^9 is `cloned_sampler_id`."""
+
+    sampling_session_id: Id
+    cloned_sampler_id: Annotated[int, Meta(ge=0, le=10**9)] = 0
+    type: Literal["sampling_session"] = "sampling_session"
+
+
+class RetrieveFutures(Request, frozen=True, kw_only=True):
+    """`timeout`: seconds that the poll may be held; None: as long as the server likes."""
+
+    target: FuturesTarget
+    prev_cursor: Annotated[int, Meta(ge=0, le=_INT64_MAX)] = 0
+    timeout: Annotated[float, Meta(ge=0, le=3600)] | None = None
+    retrieved_request_ids: list[Id] = []
+
+
 class CancelFuture(Request, frozen=True, kw_only=True):
     request_id: Id
 
@@ -261,6 +299,11 @@ class CreateSamplingSession(Request, frozen=True, kw_only=True):
     base_model: Path | None = None
     model_path: Path | None = None
     type: Literal["create_sampling_session"] = "create_sampling_session"
+
+
+class JoinSamplingSession(Request, frozen=True, kw_only=True):
+    sampling_session_id: Id
+    type: Literal["join_sampling_session"] = "join_sampling_session"
 
 
 class Chunk(Request, frozen=True, kw_only=True):
@@ -278,16 +321,16 @@ class Chunk(Request, frozen=True, kw_only=True):
 class Prompt(Request, frozen=True, kw_only=True):
     chunks: Annotated[list[Chunk], Meta(max_length=limits.datum_parts_max)]
 
-    def tokens(self) -> types.Int32:
+    def tokens(self, field: str = "prompt") -> types.Int32:
         """The chunks in a row, int32 (P). Raises InvalidField for a chunk that is not text, or without any token."""
         for i, chunk in enumerate(self.chunks):
             if chunk.type != "encoded_text" or chunk.tokens is UNSET:
                 raise InvalidField(
-                    f"prompt.chunks[{i}]", chunk.type, "encoded_text with tokens", "This model is text only: send ids"
+                    f"{field}.chunks[{i}]", chunk.type, "encoded_text with tokens", "This model is text only: send ids"
                 )  # fmt: skip
         whole = [np.array(chunk.tokens, dtype=np.int32) for chunk in self.chunks if chunk.tokens]
         if not whole:
-            raise InvalidField("prompt", "empty", "at least one token")
+            raise InvalidField(field, "empty", "at least one token")
         return np.concatenate(whole)
 
 
@@ -319,6 +362,7 @@ class SamplingParams(Request, frozen=True, kw_only=True):
 
 
 TopK = Annotated[int, Meta(ge=0, le=limits.top_logprobs_max)]
+LastN = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 
 class Sample(Request, frozen=True, kw_only=True):
@@ -334,9 +378,9 @@ class Sample(Request, frozen=True, kw_only=True):
     prompt_logprobs: bool | None = None
     topk_prompt_logprobs: TopK = 0
     topk_sample_logprobs: TopK = 0
-    target_prompt_logprobs: msgspec.Raw | None = None
-    prompt_alt_tokens_k: int = 0
-    prompt_logprobs_last_n: int | None = None
+    target_prompt_logprobs: TensorData | None = None
+    prompt_alt_tokens_k: TopK = 0
+    prompt_logprobs_last_n: LastN | None = None
     record_stability_info: bool | None = None
     type: Literal["sample"] = "sample"
 
@@ -349,16 +393,17 @@ class Sample(Request, frozen=True, kw_only=True):
 
     def call(self, base_model: str, adapter: str, seed: int) -> "SampleCall":
         """What the sampler is asked; `seed` stands in where the client gave none. Raises InvalidField."""
-        if self.target_prompt_logprobs is not None and bytes(self.target_prompt_logprobs) != b"null":
-            raise InvalidField(
-                "target_prompt_logprobs", "a tensor", "none: this server does not score chosen targets yet"
-            )
-        if self.prompt_alt_tokens_k:
-            raise InvalidField("prompt_alt_tokens_k", self.prompt_alt_tokens_k, "0: not served yet")
-        if self.prompt_logprobs_last_n is not None:
-            raise InvalidField("prompt_logprobs_last_n", self.prompt_logprobs_last_n, "none: not served yet")
         if self.record_stability_info:
-            raise InvalidField("record_stability_info", True, "false: stable_reinforce is not served yet")
+            raise InvalidField(
+                "record_stability_info", True, "false, since only the loss stable_reinforce reads what it records, "
+                "and that loss is not published",
+                "Create the sampling client without it, and pass the loss importance_sampling, ppo or cispo",
+            )  # fmt: skip
+        if self.prompt_logprobs_last_n is not None and not self.prompt_logprobs:
+            allowed = "none without prompt_logprobs, whose range it is"
+            raise InvalidField("prompt_logprobs_last_n", self.prompt_logprobs_last_n, allowed)
+        if self.target_prompt_logprobs is not None:
+            self.target_prompt_logprobs.cells("target_prompt_logprobs")  # said at once, not by the sampler
         params = self.sampling_params.params()
         return SampleCall(
             base_model=base_model,
@@ -370,6 +415,9 @@ class Sample(Request, frozen=True, kw_only=True):
             prompt_logprobs=bool(self.prompt_logprobs),
             topk_prompt_logprobs=self.topk_prompt_logprobs,
             topk_sample_logprobs=self.topk_sample_logprobs,
+            target_prompt_logprobs=self.target_prompt_logprobs,
+            prompt_alt_tokens_k=self.prompt_alt_tokens_k,
+            prompt_logprobs_last_n=self.prompt_logprobs_last_n,
         )
 
 
@@ -385,8 +433,13 @@ class SampleCall(Request, frozen=True, kw_only=True):
     prompt_logprobs: bool = False
     topk_prompt_logprobs: TopK = 0
     topk_sample_logprobs: TopK = 0
+    target_prompt_logprobs: TensorData | None = None
+    prompt_alt_tokens_k: TopK = 0
+    prompt_logprobs_last_n: LastN | None = None
+    stream: bool = False  # answer in the frames of knapper.wire.progress
 
     def sample(self) -> types.Sample:
+        targets = self.target_prompt_logprobs
         return types.Sample(
             base_model=self.base_model,
             adapter=self.adapter,
@@ -397,6 +450,9 @@ class SampleCall(Request, frozen=True, kw_only=True):
             prompt_logprobs=self.prompt_logprobs,
             topk_prompt_logprobs=self.topk_prompt_logprobs,
             topk_sample_logprobs=self.topk_sample_logprobs,
+            target_prompt_logprobs=None if targets is None else targets.cells("target_prompt_logprobs"),
+            prompt_alt_tokens_k=self.prompt_alt_tokens_k,
+            prompt_logprobs_last_n=self.prompt_logprobs_last_n,
         )
 
 

@@ -49,6 +49,12 @@ def elements(data: bytes, dtype: int, field: str) -> Array:
     return flat.astype(np.float32 if dtype == descriptor.FLOAT32 else np.int64)
 
 
+def encode(message: Any, array: Array) -> None:
+    """Fill the Tensor message, dense, with an array that `number` knows."""
+    message.dense, message.dtype = little_endian(array), number(array.dtype)
+    message.shape.extend(array.shape)
+
+
 def decode(tensor: Any, field: str) -> Array:
     """The Tensor message as an array of one or two dimensions. Raises InvalidField, or TooLarge past the limits."""
     shape = list(tensor.shape)
@@ -75,10 +81,29 @@ def _dense(csr: Any, dtype: int, shape: list[int], field: str) -> Array:
     """Rows and columns as CSR lists them; every other cell is 0."""
     if len(shape) != 2:
         raise InvalidField(f"{field}.shape", shape, "(N, K), which a sparse array must state")
+    return dense(
+        elements(csr.values, dtype, field),
+        elements(csr.crow_indices, descriptor.INT64, f"{field}.crow_indices"),
+        elements(csr.col_indices, descriptor.INT64, f"{field}.col_indices"),
+        (shape[0], shape[1]),
+        field,
+    )
+
+
+def dense(values: Array, starts: Array, places: Array, shape: tuple[int, int], field: str) -> Array:
+    """The sparse array as a whole one; cells that CSR does not list are 0. Raises InvalidField, TooLarge."""
+    check_csr(values, starts, places, shape, field)
     rows, columns = shape
-    values = elements(csr.values, dtype, field)
-    starts = elements(csr.crow_indices, descriptor.INT64, f"{field}.crow_indices")
-    places = elements(csr.col_indices, descriptor.INT64, f"{field}.col_indices")
+    if rows * columns > limits.sparse_cells_max:
+        raise TooLarge(f"{field}.shape is {shape}: {rows * columns} cells; allowed: {limits.sparse_cells_max} cells")
+    whole = np.zeros(rows * columns, dtype=values.dtype)
+    whole[np.repeat(np.arange(rows), np.diff(starts)) * columns + places] = values
+    return whole.reshape(rows, columns)
+
+
+def check_csr(values: Array, starts: Array, places: Array, shape: tuple[int, int], field: str) -> None:
+    """Raises InvalidField where the parts of a CSR array contradict each other, or name a cell twice."""
+    rows, columns = shape
     if starts.size != rows + 1:
         raise InvalidField(f"{field}.crow_indices: count", starts.size, f"{rows + 1}, one more than the {rows} rows")
     if starts[0] != 0 or starts[-1] != values.size or (np.diff(starts) < 0).any():
@@ -87,11 +112,6 @@ def _dense(csr: Any, dtype: int, shape: list[int], field: str) -> Array:
         raise InvalidField(f"{field}.col_indices: count", places.size, f"{values.size}, one a value")
     if places.size and not 0 <= places.min() <= places.max() < columns:
         raise InvalidField(f"{field}.col_indices", places.tolist(), f"0 to {columns - 1}")
-    if rows * columns > limits.sparse_cells_max:
-        raise TooLarge(f"{field}.shape is {shape}: {rows * columns} cells; allowed: {limits.sparse_cells_max} cells")
     cells = np.repeat(np.arange(rows), np.diff(starts)) * columns + places
     if np.unique(cells).size != cells.size:
         raise InvalidField(f"{field}.col_indices", places.tolist(), "each column at most once in a row")
-    dense = np.zeros(rows * columns, dtype=values.dtype)
-    dense[cells] = values
-    return dense.reshape(rows, columns)

@@ -66,6 +66,25 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class Cells:
+    """Cells of a matrix, row by row: all of them, or those that a CSR layout lists.
+
+    `values` (M); `starts` (rows + 1) and `columns` (M) are those of CSR, or None when all cells are there.
+    """
+
+    values: NDArray[Any]
+    shape: tuple[int, int]
+    starts: Int64 | None = None
+    columns: Int64 | None = None
+
+    def rows(self) -> Int64:
+        """Of each value (M)."""
+        if self.starts is None:
+            return np.repeat(np.arange(self.shape[0], dtype=np.int64), self.shape[1])
+        return np.repeat(np.arange(self.shape[0], dtype=np.int64), np.diff(self.starts))
+
+
+@dataclass(frozen=True)
 class Sample:
     """One asample request. `adapter`: the store prefix of an immutable export, or empty for the base model."""
 
@@ -78,6 +97,9 @@ class Sample:
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
+    target_prompt_logprobs: Cells | None = None  # int64 (P - 1, K): row i scores position i + 1; -1 asks for nothing
+    prompt_alt_tokens_k: int = 0  # draws at each position after the first
+    prompt_logprobs_last_n: int | None = None  # of prompt_logprobs and topk_prompt_logprobs; None: all
 
 
 @dataclass(frozen=True)
@@ -86,6 +108,14 @@ class TopK:
 
     tokens: Int32  # (N, k)
     logprobs: Float32  # (N, k)
+
+
+@dataclass(frozen=True)
+class PromptDraws:
+    """Row i: draws with replacement from the distribution over the prompt's token i + 1."""
+
+    tokens: Int64  # (P - 1, k)
+    logprobs: Float32  # (P - 1, k), untempered
 
 
 @dataclass(frozen=True)
@@ -101,7 +131,9 @@ class Sequence:
 @dataclass(frozen=True)
 class SampleOutput:
     sequences: list[Sequence]
-    prompt_logprobs: Float32 | None = None  # (P), [0] is NaN
-    topk_prompt_logprobs: TopK | None = None  # (P, k), row 0 empty
+    prompt_logprobs: Float32 | None = None  # (P), NaN where there is none: always at 0
+    topk_prompt_logprobs: TopK | None = None  # (P, k), empty where there is none: always row 0
+    target_prompt_logprobs: Cells | None = None  # float32, in the request's layout; 0.0 where it has -1
+    prompt_draws: PromptDraws | None = None
     prompt_cache_hit_tokens: int = 0
     extra: dict[str, float] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def exported(server: Server, path: str, directory: Path) -> Path:
 
     async def read() -> dict[str, bytes]:
         store = DirectoryStore(server.data / "store")
-        checkpoint = await Checkpoints(store).resolve(TinkerPath.parse(path), LOCAL_TENANT)
+        checkpoint = await Checkpoints(store, time.time).resolve(TinkerPath.parse(path), LOCAL_TENANT)
         return (await bundles.read(store, checkpoint.bundle))[1]
 
     directory.mkdir(exist_ok=True)

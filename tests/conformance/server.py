@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,17 +20,17 @@ class Server:
     Its standard error is in `log_path`, beside the data directory, and survives restarts.
     """
 
-    def __init__(self, model: Path, data: Path, *flags: str) -> None:
+    def __init__(self, model: Path, data: Path, *flags: str, settings: Mapping[str, str] | None = None) -> None:
         self.data = data
         self.url = ""
         self.log_path = data.with_name(f"{data.name}.log")
-        self._model, self._flags = model, flags
+        self._model, self._flags, self._settings = model, flags, settings or {}
         self._process: subprocess.Popen[str] | None = None
 
     @classmethod
-    def start(cls, model: Path, data: Path, *flags: str) -> Self:
-        """A server that answers. `flags` go to `knapper up` as they are."""
-        server = cls(model, data, *flags)
+    def start(cls, model: Path, data: Path, *flags: str, settings: Mapping[str, str] | None = None) -> Self:
+        """A server that answers. `flags` go to `knapper up` as they are, `settings` as environment variables."""
+        server = cls(model, data, *flags, settings=settings)
         server.up()
         return server
 
@@ -44,11 +44,12 @@ class Server:
         """Bring it up, after a kill at the port that it had. Returns once it answers."""
         port = self.url.rpartition(":")[2] or "0"
         command = [sys.executable, "-m", "knapper.cli", "up", "--model", str(self._model), "--data", str(self.data)]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("KNAPPER_")}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("KNAPPER_")}
+        environment = {**inherited, **self._settings, "OMP_NUM_THREADS": "1"}
         with self.log_path.open("a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 [*command, "--port", port, *self._flags],
-                stdout=subprocess.PIPE, stderr=log, text=True, env={**environment, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
             )  # fmt: skip
         assert self._process.stdout is not None
         with self._process.stdout as said:

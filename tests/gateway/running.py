@@ -40,7 +40,8 @@ class Running:
     http: httpx.Client = field(init=False)
 
     def __post_init__(self) -> None:
-        self.http = httpx.Client(base_url=f"{self.url}/api/v1/", headers={"X-API-Key": "tml-local"}, timeout=60)
+        headers = {"X-API-Key": "tml-local", "Accept": "application/x-protobuf, application/json"}
+        self.http = httpx.Client(base_url=f"{self.url}/api/v1/", headers=headers, timeout=60)
 
     @property
     def parts(self) -> Parts:

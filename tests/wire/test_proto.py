@@ -21,7 +21,16 @@ import knapper.wire.descriptor
 from knapper import limits
 from knapper.errors import InvalidField, TooLarge, UserError
 from knapper.wire import proto, scan
-from knapper.wire.types import Datum, ForwardBackward, ForwardBackwardOutput, SampleOutput, Sequence, TopK
+from knapper.wire.types import (
+    Cells,
+    Datum,
+    ForwardBackward,
+    ForwardBackwardOutput,
+    PromptDraws,
+    SampleOutput,
+    Sequence,
+    TopK,
+)
 
 
 def array(dtype: type, values: object) -> NDArray[Any]:
@@ -355,6 +364,31 @@ def test_samples_reach_the_sdk() -> None:
     assert back.sequences[1].topk is None
     assert back.prompt_logprobs is not None
     assert np.isnan(back.prompt_logprobs[0])
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_scores_of_a_prompt_reach_the_sdk_in_the_layout_of_the_request(sparse: bool) -> None:
+    values = array(np.float32, [-1.5, -2.5] if sparse else [0.0, -1.5, 0.0, -2.5, 0.0, 0.0])
+    layout = (array(np.int64, [0, 1, 2, 2]), array(np.int64, [1, 1])) if sparse else (None, None)
+    draws = PromptDraws(array(np.int64, [[3, 4], [5, 5], [0, 1]]), array(np.float32, [[-1, -2], [-3, -3], [-4, -5]]))
+    body = proto.encode_sample_response(
+        SampleOutput([], target_prompt_logprobs=Cells(values, (3, 2), *layout), prompt_draws=draws)
+    )
+    seen = response_conv.deserialize_sample_response(body)
+    assert seen.target_prompt_logprobs is not None
+    assert (seen.target_prompt_logprobs.sparse_crow_indices is not None) == sparse
+    assert seen.target_prompt_logprobs.dtype == "float32"
+    assert seen.target_prompt_logprobs.to_numpy().tolist() == [[0.0, -1.5], [0.0, -2.5], [0.0, 0.0]]
+    assert seen.prompt_alt_tokens is not None
+    assert seen.prompt_alt_tokens.tokens.dtype == "int64"
+    assert seen.prompt_alt_tokens.tokens.to_numpy().tolist() == draws.tokens.tolist()
+    assert seen.prompt_alt_tokens.logprobs.to_numpy().tolist() == draws.logprobs.tolist()
+    back = proto.decode_sample_response(body)
+    assert back.target_prompt_logprobs is not None
+    assert np.array_equal(back.target_prompt_logprobs.values, values)
+    assert np.array_equal(back.target_prompt_logprobs.rows(), [0, 1] if sparse else [0, 0, 1, 1, 2, 2])
+    assert back.prompt_draws is not None
+    assert np.array_equal(back.prompt_draws.tokens, draws.tokens)
 
 
 def test_the_wire_imports_neither_torch_nor_the_sdk() -> None:

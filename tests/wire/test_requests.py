@@ -6,9 +6,11 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinker import types as sdk
+from tinker.lib.public_interfaces.sampling_client import _tensor_data_to_model
 
 from knapper import ids, limits
 from knapper.errors import InvalidField, TooLarge, UserError
@@ -171,6 +173,10 @@ def sample(**changes: Any) -> requests.SampleCall:
     return requests.decode(msgspec.json.encode(sent), requests.Sample).call("model", "adapters/x/", 99)
 
 
+def targets(**changes: Any) -> dict[str, Any]:
+    return {"data": [1, 2], "dtype": "int64", "shape": [1, 2]} | changes
+
+
 def test_a_sample_becomes_a_call_and_the_call_a_sample() -> None:
     asked = requests.decode(dump(SENT[-2][0]), requests.Sample)
     assert asked.address() == (SESSION + ":sample:0", 10**15)
@@ -180,6 +186,23 @@ def test_a_sample_becomes_a_call_and_the_call_a_sample() -> None:
     assert call.params == types.SamplingParams(max_tokens=5, seed=7, stop_strings=("a",))
     assert (call.num_samples, call.prompt_logprobs, call.topk_prompt_logprobs) == (2, True, 3)
     assert sample().seed == 99
+
+
+def test_what_is_asked_of_a_prompt_reaches_the_sampler() -> None:
+    ids = torch.tensor([[5, -1, -1, -1, -1, -1], [-1] * 6])
+    for sent in (sdk.TensorData.from_torch(ids), sdk.TensorData.from_torch_sparse(ids, pad_value=-1)):
+        asked = sample(
+            target_prompt_logprobs=_tensor_data_to_model(sent).model_dump(exclude_none=True),
+            prompt_logprobs=True, prompt_alt_tokens_k=3, prompt_logprobs_last_n=1,
+        )  # fmt: skip
+        call = requests.decode(requests.encode(asked), requests.SampleCall).sample()
+        assert (call.prompt_alt_tokens_k, call.prompt_logprobs_last_n) == (3, 1)
+        cells = call.target_prompt_logprobs
+        assert cells is not None
+        assert cells.shape == (2, 6)
+        assert (cells.starts is None) == (sent.sparse_crow_indices is None)
+        assert cells.values[0] == 5
+        assert cells.rows().tolist() == ([0] if sent.sparse_crow_indices else [0] * 6 + [1] * 6)
 
 
 @pytest.mark.parametrize(
@@ -213,10 +236,19 @@ def test_every_form_of_stop_is_understood(stop: Any, expected: types.SamplingPar
         ({"prompt": {"chunks": []}}, "prompt is 'empty'"),
         ({"prompt": {"chunks": [{"type": "image", "data": "", "format": "png"}]}}, "prompt.chunks[0] is 'image'"),
         ({"prompt": {"chunks": [{"type": "encoded_text", "tokens": [-1]}]}}, "prompt.chunks[0].tokens[0] is -1"),
-        ({"target_prompt_logprobs": {"data": []}}, "target_prompt_logprobs"),
-        ({"prompt_alt_tokens_k": 1}, "prompt_alt_tokens_k is 1"),
-        ({"prompt_logprobs_last_n": 1}, "prompt_logprobs_last_n is 1"),
-        ({"record_stability_info": True}, "record_stability_info is True"),
+        ({"target_prompt_logprobs": {"data": [], "dtype": "int64"}}, "target_prompt_logprobs.shape is None"),
+        ({"target_prompt_logprobs": targets(dtype="float32")}, "target_prompt_logprobs.dtype is 'float32'"),
+        ({"target_prompt_logprobs": targets(data=[1, 2.5])}, "target_prompt_logprobs.data[1] is 2.5"),
+        ({"target_prompt_logprobs": targets(shape=[1, 3])}, "target_prompt_logprobs.shape is [1, 3]"),
+        ({"target_prompt_logprobs": targets(sparse_crow_indices=[0, 2])}, "sparse_col_indices is 'one of them'"),
+        (
+            {"target_prompt_logprobs": targets(sparse_crow_indices=[0, 2], sparse_col_indices=[0, 2])},
+            "target_prompt_logprobs.col_indices is [0, 2]; allowed: 0 to 1",
+        ),
+        ({"prompt_alt_tokens_k": 65}, "prompt_alt_tokens_k is 65"),
+        ({"prompt_logprobs_last_n": 0, "prompt_logprobs": True}, "prompt_logprobs_last_n is 0"),
+        ({"prompt_logprobs_last_n": 1}, "prompt_logprobs_last_n is 1; allowed: none without prompt_logprobs"),
+        ({"record_stability_info": True}, "pass the loss importance_sampling, ppo or cispo"),
     ],
 )
 def test_a_sample_that_cannot_be_served_is_refused_by_name(changes: dict[str, Any], complaint: str) -> None:

@@ -1,0 +1,58 @@
+"""Errors as OpenAI's clients know them, and keys as they send them."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import structlog
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from gateway.tenants import tenant_of
+from knapper.errors import KnapperError, NotFound, Unavailable, UserError
+
+Handler = Callable[[Request], Awaitable[Response]]
+_BEARER = "bearer "
+
+log = structlog.get_logger()
+
+
+def body(error: KnapperError) -> dict[str, Any]:
+    """`code` is knapper's own, and stable; `param` names the field where one is wrong."""
+    kind = "rate_limit_error" if error.status == 429 else f"{'invalid_request' if _users(error) else 'server'}_error"
+    return {"error": {"message": str(error), "type": kind, "param": error.field, "code": error.code}}
+
+
+def spoken(handler: Handler) -> Handler:
+    """The handler, for a client that sends its key as a bearer token and expects errors in OpenAI's shape."""
+
+    async def endpoint(request: Request) -> Response:
+        try:
+            return await handler(_with_key(request))
+        except KnapperError as error:
+            if not _users(error):
+                log.warning("request failed", path=request.url.path, code=error.code, reason=str(error))
+            status = 400 if error.status == UserError.status else error.status
+            headers = {"Retry-After": f"{error.retry_after_s:.0f}"} if isinstance(error, Unavailable) else None
+            return JSONResponse(body(error), status_code=status, headers=headers)
+
+    return endpoint
+
+
+async def unknown_path(request: Request) -> Response:
+    tenant_of(request)
+    served = "/v1/models, /v1/completions and /v1/chat/completions"
+    raise NotFound(f"{request.method} {request.url.path} is not served; of the OpenAI protocol, {served} are")
+
+
+def _users(error: KnapperError) -> bool:
+    return error.category == "user"
+
+
+def _with_key(request: Request) -> Request:
+    """Its key in the header where the rest of the gateway looks for it."""
+    authorization = request.headers.get("authorization", "")
+    if "x-api-key" in request.headers or authorization[: len(_BEARER)].lower() != _BEARER:
+        return request
+    key = authorization[len(_BEARER) :].strip().encode("latin-1")
+    headers = [*request.scope["headers"], (b"x-api-key", key)]
+    return Request({**request.scope, "headers": headers}, request.receive)

@@ -1,0 +1,76 @@
+"""Names of models: a base model, a checkpoint, or a run, which stands for the newest of its sampler checkpoints."""
+
+from dataclasses import dataclass
+
+from gateway.parts import Parts
+from knapper import ids, limits
+from knapper.checkpoints import Checkpoint
+from knapper.errors import InvalidField, NotFound
+from knapper.ids import Tenant, TinkerPath
+from knapper.models.catalogue import ModelRecord
+
+_CREATED = 0  # of base models, which say nothing about it; clients want a number
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What samples: the base model, with the adapter of a checkpoint, or alone."""
+
+    model: ModelRecord
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def adapter(self) -> str:
+        """Where it lies in the store; empty for none."""
+        return self.checkpoint.bundle if self.checkpoint is not None else ""
+
+
+async def choose(gateway: Parts, tenant: Tenant, name: str) -> Chosen:
+    """What the name stands for now. Raises NotFound, also for another tenant's, and InvalidField."""
+    try:
+        checkpoint = await _checkpoint(gateway, tenant, name)
+        model = await gateway.records.model(name if checkpoint is None else checkpoint.base_model)
+    except NotFound as error:
+        error.field = "model"
+        raise
+    if not model.sampleable:
+        raise InvalidField("model", name, "a model that can be sampled; v1/models lists them")
+    return Chosen(model, checkpoint)
+
+
+async def _checkpoint(gateway: Parts, tenant: Tenant, name: str) -> Checkpoint | None:
+    """None: the name is no checkpoint's, so it can only be a base model's."""
+    if name.startswith("tinker://"):
+        return await gateway.checkpoints.resolve(TinkerPath.parse(name, "model"), tenant)
+    try:
+        ids.run_id(name)
+    except NotFound:
+        return None
+    saved = await gateway.checkpoints.listed(tenant, f"{name}/sampler_weights/")
+    if not saved:
+        raise NotFound(
+            f"run {name!r} does not exist, or has no sampler checkpoint; save one with save_weights_for_sampler"
+        )
+    return saved[0]
+
+
+async def listed(gateway: Parts, tenant: Tenant) -> list[dict[str, object]]:
+    """Base models, then the tenant's sampler checkpoints, the newest first, then the runs that have any."""
+    models = [model.name for model in await gateway.records.catalogue.models() if model.sampleable]
+    saved = [
+        (TinkerPath.parse(checkpoint.path), int(checkpoint.saved_at))
+        for checkpoint in await gateway.checkpoints.listed(tenant)
+        if checkpoint.base_model in models
+    ]
+    saved = [(path, at) for path, at in saved if path.kind == "sampler_weights"][: limits.models_listed_max]
+    newest = {path.run: at for path, at in reversed(saved)}
+    return (
+        [described(name) for name in models]
+        + [described(str(path), at) for path, at in saved]
+        + [described(run, at) for run, at in newest.items()]
+    )
+
+
+def described(name: str, created: int = _CREATED) -> dict[str, object]:
+    """A model as clients know it. `created`: seconds since the epoch."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "knapper"}

@@ -1,0 +1,91 @@
+"""What administrators look at: the audit log, and usage. Of the tenant that asks; prices are not ours to know."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from gateway.parts import Parts, parts
+from gateway.rest import shapes
+from gateway.tenants import tenant_of
+from knapper import usage
+from knapper.audit import Entry
+from knapper.checkpoints import Checkpoint
+from knapper.errors import InvalidField
+from knapper.ids import RunId, Tenant, session_of
+from knapper.usage import Window
+from knapper.wire import json, rest
+
+_RESOURCES = {"all": "", "checkpoints": "checkpoint", "projects": "project", "teams": "team"}
+_RESOURCES["organizations"] = "organization"
+
+
+async def audit(request: Request) -> Response:
+    """One UTC day, today if none is named."""
+    gateway, tenant = parts(request), tenant_of(request)
+    asked = json.convert(shapes.query(request), rest.AuditQuery)
+    try:
+        day = datetime.fromisoformat(asked.day) if asked.day else datetime.fromtimestamp(gateway.clock(), UTC)
+    except ValueError as error:
+        raise InvalidField("day", asked.day, "a day as YYYY-MM-DD") from error
+    entries = await gateway.audit.day(tenant, day, _RESOURCES[asked.event_type])
+    return JSONResponse({"entries": [_entry(tenant, entry) for entry in entries]})
+
+
+def _entry(tenant: Tenant, entry: Entry) -> dict[str, Any]:
+    about = {name: entry.details.get(name) for name in ("model_id", "tinker_path", "purpose")}
+    details = {"actor": tenant, **entry.details}
+    return {"timestamp": shapes.time(entry.at), "event": entry.event, "event_details": details, **about}
+
+
+async def usage_events(request: Request) -> Response:
+    """Tokens trained and checkpoints saved, for each hour and run. Nothing is estimated: there is no price list."""
+    gateway, tenant = parts(request), tenant_of(request)
+    window = Window(*json.convert(shapes.query(request), rest.UsageQuery).hours(gateway.clock()))
+    runs = await gateway.register.runs(tenant)
+    trained = await usage.tokens_trained(gateway.store, runs, window)
+    saved = usage.checkpoints_saved(await gateway.checkpoints.listed(tenant), window)
+    rows = [
+        (hour, -tokens, run, {"type": "training", "token_count": tokens}) for (hour, run), tokens in trained.items()
+    ]
+    rows += [(hour, 0, run, {"type": "checkpoint", "count": count}) for (hour, run), count in saved.items()]
+    data = [await _event(gateway, tenant, hour, run, told) for hour, _, run, told in sorted(rows, key=lambda r: r[:3])]
+    sessions = {}
+    for session in {event["session_id"] for event in data}:
+        metadata = (await gateway.records.session(session, tenant)).user_metadata_json
+        sessions[session] = {"user_metadata": shapes.labels(metadata)}
+    return JSONResponse({"data": data, "sessions": sessions, "cost_data_through": None})
+
+
+async def _event(gateway: Parts, tenant: Tenant, hour: int, run: RunId, told: dict[str, Any]) -> dict[str, Any]:
+    session = session_of(run)
+    return {
+        "bucket_start": usage.begin_of(hour).isoformat(),
+        "bucket_end": usage.begin_of(hour + 1).isoformat(),
+        "base_model": (await gateway.records.spec(run, tenant)).base_model,
+        "user_id": tenant,
+        "session_id": session,
+        "project_id": await gateway.records.project(session, tenant) or None,
+        "event_info": told,
+    }
+
+
+async def storage(request: Request) -> Response:
+    """Checkpoints that live, by project. Files that several share count once in each project."""
+    gateway, tenant = parts(request), tenant_of(request)
+    asked = json.convert(shapes.query(request), rest.StorageQuery)
+    projects: dict[str, list[Checkpoint]] = {}
+    found: dict[str, str] = {}
+    for checkpoint in await gateway.checkpoints.listed(tenant):
+        session = session_of(usage.run_of(checkpoint))
+        if session not in found:
+            found[session] = await gateway.records.project(session, tenant)
+        projects.setdefault(found[session], []).append(checkpoint)
+    data = []
+    for project, checkpoints in sorted(projects.items()):
+        if asked.project_id in (None, project):
+            size = usage.stored_bytes(checkpoints)
+            row = {"project_id": project or None, "org_user_urn": tenant, "checkpoint_count": len(checkpoints)}
+            data.append({**row, "size_bytes": size, "size_gigabytes": size / 1e9})
+    return JSONResponse({"data": data, "effective_rate_usd_per_gigabyte_month": None})

@@ -1,0 +1,80 @@
+"""Training runs: lists and single ones."""
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from gateway.parts import Parts, parts
+from gateway.rest import shapes
+from gateway.tenants import tenant_of
+from knapper import usage
+from knapper.checkpoints import Checkpoint
+from knapper.errors import NotFound
+from knapper.ids import RunId, Tenant, TinkerPath, session_of
+from knapper.journal.records import Spec
+from knapper.store import many
+from knapper.wire import json, rest
+
+
+async def list_runs(request: Request) -> Response:
+    """Those of the newest session first, and of a session the newest."""
+    gateway, tenant = parts(request), tenant_of(request)
+    asked = json.convert(shapes.query(request), rest.RunsPage)
+    runs = await gateway.register.runs(tenant)
+    if asked.project_id is not None:
+        runs = await _in_project(gateway, tenant, runs, asked.project_id)
+    page = runs[asked.offset : asked.offset + asked.limit]
+    saved: dict[RunId, list[Checkpoint]] = {}
+    for checkpoint in await gateway.checkpoints.listed(tenant) if page else []:
+        saved.setdefault(usage.run_of(checkpoint), []).append(checkpoint)
+
+    async def shown(run: RunId) -> dict[str, Any] | None:
+        try:
+            spec = await gateway.records.spec(run, tenant)
+        except NotFound:  # registered, and then its maker died before making it
+            return None
+        return await _shape(gateway, spec, saved.get(run, []))
+
+    found = [run for run in await many.each(page, shown) if run is not None]
+    answer = {"training_runs": found, "cursor": shapes.cursor(asked.offset, asked.limit, len(runs))}
+    return JSONResponse(answer)
+
+
+async def get_run(request: Request) -> Response:
+    gateway, tenant = parts(request), tenant_of(request)
+    json.convert(shapes.query(request), rest.Access)
+    spec = await gateway.records.spec(request.path_params["run_id"], tenant)
+    return JSONResponse(await _shape(gateway, spec, await gateway.checkpoints.listed(tenant, within=f"{spec.run}/")))
+
+
+async def list_checkpoints(request: Request) -> Response:
+    """All of the run, newest first."""
+    gateway, tenant = parts(request), tenant_of(request)
+    spec = await gateway.records.spec(request.path_params["run_id"], tenant)
+    found = await gateway.checkpoints.listed(tenant, within=f"{spec.run}/")
+    return JSONResponse({"checkpoints": [shapes.checkpoint(checkpoint) for checkpoint in found], "cursor": None})
+
+
+async def _shape(gateway: Parts, spec: Spec, saved: list[Checkpoint]) -> dict[str, Any]:
+    """`saved`: its checkpoints, newest first."""
+    kinds = [(TinkerPath.parse(checkpoint.path).kind, checkpoint) for checkpoint in saved]
+    newest = {kind: shapes.checkpoint(checkpoint) for kind, checkpoint in reversed(kinds)}
+    return {
+        "training_run_id": spec.run,
+        "base_model": spec.base_model,
+        "model_owner": spec.tenant,
+        "is_lora": True,
+        "lora_rank": spec.rank,
+        "last_request_time": shapes.time(await gateway.records.asked_at(RunId(spec.run))),
+        "last_checkpoint": newest.get("weights"),
+        "last_sampler_checkpoint": newest.get("sampler_weights"),
+        "user_metadata": shapes.labels(spec.user_metadata_json),
+    }
+
+
+async def _in_project(gateway: Parts, tenant: Tenant, runs: list[RunId], project: str) -> list[RunId]:
+    sessions = list(dict.fromkeys(session_of(run) for run in runs))
+    projects = await many.each(sessions, lambda session: gateway.records.project(session, tenant))
+    wanted = {session for session, found in zip(sessions, projects, strict=True) if found == project}
+    return [run for run in runs if session_of(run) in wanted]

@@ -1,0 +1,138 @@
+"""Weights: what they are, copies of them, and links to their files."""
+
+import hashlib
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from gateway import bodies
+from gateway.parts import Parts, parts
+from gateway.rest import links, shapes
+from gateway.rest.checkpoints import path_of
+from gateway.tenants import tenant_of
+from knapper import ids, limits
+from knapper.checkpoints import Checkpoint
+from knapper.errors import InvalidField, UserError
+from knapper.ids import SessionId, Tenant, TinkerPath
+from knapper.journal import bundles
+from knapper.journal.records import Creation, Index
+from knapper.links import Link
+from knapper.sessions import Finish, Session
+from knapper.wire import json, rest
+
+
+async def weights_info(request: Request) -> Response:
+    """What is needed to load a checkpoint: one's own, or a public one."""
+    gateway, tenant = parts(request), tenant_of(request)
+    asked = json.decode(await bodies.read(request), rest.WeightsInfo)
+    checkpoint = await gateway.checkpoints.resolve(TinkerPath.parse(asked.tinker_path, "tinker_path"), tenant)
+    spec = (await _index(gateway, checkpoint)).spec
+    info = {
+        "base_model": checkpoint.base_model,
+        "optimizer_config": {"type": "adamw"},
+        "is_lora": True,
+        "lora_rank": checkpoint.rank,
+        "train_unembed": spec.train_unembed,
+        "train_mlp": spec.train_mlp,
+        "train_attn": spec.train_attn,
+    }
+    return JSONResponse(info)
+
+
+async def copy_weights(request: Request) -> Response:
+    """A checkpoint of the same kind, name and files under a run of its own, which cannot be trained.
+
+    The files are shared: they stay while either lives. A repetition (the same body under the same idempotency key)
+    answers the first one's path.
+    """
+    gateway, tenant = parts(request), tenant_of(request)
+    body = await bodies.read(request)
+    asked = json.decode(body, rest.CopyWeights)
+    if asked.weights_access_token is not None or "x-tinker-weights-access-token" in request.headers:
+        raise InvalidField("weights_access_token", "(not shown)", "none: this server has no access tokens for weights")
+    path = TinkerPath.parse(asked.source_path, "source_path")
+    source = await gateway.checkpoints.resolve(path, tenant)
+    spec = (await _index(gateway, source)).spec
+    run = asked.run()
+    if run is None:
+        key = request.headers.get("x-idempotency-key") or gateway.new_id()
+        session = await _session(gateway, tenant, key, body, asked.destination_project_id or "")
+        run = ids.make_run_id(SessionId(session.session), 0)
+    else:
+        session = await gateway.records.open_session(ids.session_of(run), tenant)
+    copy = TinkerPath(run, path.kind, path.name)
+    await gateway.audit.write(
+        tenant, "checkpoint_copy", tinker_path=source.path, model_id=path.run, copied_to=str(copy)
+    )
+    await gateway.register.add_run(session, run)
+    spec = msgspec.structs.replace(spec, run=run, tenant=tenant, copied_from=source.path, user_metadata_json="{}")
+    await gateway.acceptor.create(Creation(spec=spec, source=source.bundle), body)
+    now = gateway.clock()
+    await gateway.checkpoints.save(
+        msgspec.structs.replace(
+            source, path=str(copy), tenant=tenant, seq=0, saved_at=now, public=False,
+            expires_at=now + asked.ttl_seconds if asked.ttl_seconds is not None else 0.0,
+        ),
+        overwrite=False,
+    )  # fmt: skip
+    return JSONResponse({"tinker_path": str(copy)})
+
+
+async def _session(gateway: Parts, tenant: Tenant, key: str, body: bytes, project: str) -> Session:
+    """The session of a copy; whoever asks again with the same key finds the same."""
+    digest = hashlib.sha256(b"\0".join((tenant.encode(), key.encode(), body))).hexdigest()
+    session = SessionId(f"ses-{digest[:32]}")
+    made = Session(
+        session=session, tenant=tenant, created_at=gateway.clock(), project_id=project, display_name="copy of weights"
+    )
+    found = await gateway.records.sessions.find_or_create(made)
+    await gateway.register.add_session(found)
+    finish = Finish(reason="success", detail="copy_weights", finished_at=made.created_at)
+    await gateway.records.sessions.finish(session, finish)
+    return found
+
+
+async def external_weights_urls(request: Request) -> Response:
+    """A link for each file of an external checkpoint, good for an hour, which anyone who has it may fetch."""
+    gateway, tenant = parts(request), tenant_of(request)
+    path = path_of(request)
+    if path.kind != "external_weights":
+        raise InvalidField("checkpoint_id", f"{path.kind}/{path.name}", "external_weights/<name>")
+    checkpoint = await gateway.checkpoints.resolve(path, tenant)
+    index = await _index(gateway, checkpoint)
+    await gateway.audit.read(tenant, checkpoint.path, "download")
+    expires_at = gateway.clock() + limits.link_s
+    urls = {}
+    for part in index.parts:
+        link = Link(
+            kind="weights", tenant=tenant, subject=str(path), expires_at=expires_at, part=part.name,
+            bundle=checkpoint.bundle,
+        )  # fmt: skip
+        urls[part.name] = await links.url(request, link)
+    return JSONResponse({"urls": urls, "expires": shapes.time(expires_at)})
+
+
+async def file_of(gateway: Parts, link: Link) -> Response:
+    """The file that a link leads to, if it still could be had."""
+    checkpoint = await gateway.checkpoints.resolve(TinkerPath.parse(link.subject), link.tenant)
+    index = await _index(gateway, checkpoint)
+    if checkpoint.bundle != link.bundle:
+        raise UserError(f"checkpoint {link.subject} was saved anew since this link was made; ask for a new one")
+    content = await bundles.read_part(gateway.store, checkpoint.bundle, index, link.part)
+    return Response(
+        content,
+        media_type="application/octet-stream",
+        headers={
+            "Content-Disposition": f'attachment; filename="{link.part}"',
+            "X-Content-Type-Options": "nosniff",
+            "Cache-Control": "private, no-store",
+        },
+    )
+
+
+async def _index(gateway: Parts, checkpoint: Checkpoint) -> Index:
+    index = await bundles.read_index(gateway.store, checkpoint.bundle)
+    if index is None:
+        raise UserError(f"checkpoint {checkpoint.path} has no files any more; use another one")
+    return index

@@ -1,0 +1,55 @@
+"""What each tenant has made: names only, so that a list of all costs one listing and no reading.
+
+A name is written before the thing that it names. So nothing exists that is not listed; what is listed and was never
+made (its maker died in between) answers as missing.
+"""
+
+from dataclasses import dataclass
+
+from knapper import ids
+from knapper.ids import RunId, SessionId
+from knapper.sessions import Session
+from knapper.store import Store
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A session, and when it was created in microseconds since the epoch."""
+
+    created_us: int
+    session: SessionId
+
+
+@dataclass(frozen=True)
+class Register:
+    """tenants/<tenant>/sessions/<microseconds>-<session> and tenants/<tenant>/runs/<microseconds>-<session>/<n>"""
+
+    store: Store
+
+    async def add_session(self, session: Session) -> None:
+        await self.store.put_if_absent(f"tenants/{session.tenant}/sessions/{_place(session)}", b"")
+
+    async def add_run(self, session: Session, run: RunId) -> None:
+        number = int(run.rpartition(":")[2])
+        await self.store.put_if_absent(f"tenants/{session.tenant}/runs/{_place(session)}/{ids.number(number)}", b"")
+
+    async def sessions(self, tenant: str) -> list[Listed]:
+        """Newest first."""
+        prefix = f"tenants/{tenant}/sessions/"
+        listed = [name.removeprefix(prefix).split("-", 1) for name in await self.store.list(prefix)]
+        return [Listed(int(created_us), SessionId(session)) for created_us, session in reversed(listed)]
+
+    async def runs(self, tenant: str, session: Session | None = None) -> list[RunId]:
+        """Those of the newest session first, and of a session the newest; all, or those of one session."""
+        prefix = f"tenants/{tenant}/runs/"
+        names = await self.store.list(f"{prefix}{_place(session)}/" if session is not None else prefix)
+        return [_run(name.removeprefix(prefix)) for name in reversed(names)]
+
+
+def _place(session: Session) -> str:
+    return f"{ids.number(int(session.created_at * 1e6))}-{session.session}"
+
+
+def _run(name: str) -> RunId:
+    place, _, number = name.partition("/")
+    return ids.make_run_id(SessionId(place.split("-", 1)[1]), int(number))

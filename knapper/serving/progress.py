@@ -1,0 +1,49 @@
+"""A sample, told token by token to whoever asked for it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import structlog
+
+from knapper.engine.sampler import Sampler
+from knapper.errors import KnapperError
+from knapper.wire import progress, proto
+from knapper.wire.progress import Drawn, Failed, Frame, Whole
+from knapper.wire.types import Sample
+
+log = structlog.get_logger()
+
+
+async def frames(sampler: Sampler, sample: Sample) -> AsyncIterator[Frame]:
+    """Each token when it is drawn, then the whole answer. Closing it ends the sample.
+
+    An error before the first token is raised; a later one is the last frame.
+    """
+    loop = asyncio.get_running_loop()
+    heard: asyncio.Queue[Drawn | None] = asyncio.Queue()
+
+    def listen(drawn: Drawn) -> None:
+        loop.call_soon_threadsafe(heard.put_nowait, drawn)
+
+    work = asyncio.ensure_future(sampler.sample(sample, listen))
+    work.add_done_callback(lambda _: heard.put_nowait(None))  # behind every token: the loop keeps their order
+    told = 0
+    try:
+        while (drawn := await heard.get()) is not None:
+            told += 1
+            yield drawn
+        yield Whole(proto.encode_sample_response(work.result()))
+    except KnapperError as error:
+        if not told:
+            raise
+        yield Failed(error.status, str(error), error.code, error.category)
+    finally:
+        if work.cancel():
+            log.info("the caller left a sample", prompt_tokens=int(sample.prompt.size), told=told)
+
+
+async def stream(first: Frame, rest: AsyncIterator[Frame]) -> AsyncIterator[bytes]:
+    """The frames as bytes, each at once."""
+    yield progress.encode(first)
+    async for frame in rest:
+        yield progress.encode(frame)

@@ -1,0 +1,68 @@
+"""Tokens: short-lived signed statements of who a client is, exchanged for its key and sent in its place."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jwt
+import msgspec
+
+from knapper import limits
+from knapper.errors import InvalidToken
+from knapper.ids import Tenant
+from knapper.store import Store
+
+_SECRET = "secrets/tokens"
+_ALGORITHM = "HS256"
+
+
+class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a token says. The SDK reads `sub`, `org_id` and `email` for whoami, `iat` and `exp` for its refreshes."""
+
+    sub: str  # a user's URN
+    org_id: str
+    email: str  # empty: there is no person behind the key
+    tenant: str
+    iat: int  # seconds since the epoch
+    exp: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Every gateway over the store signs with the same secret. `clock`: seconds since the epoch."""
+
+    clock: Callable[[], float]
+    _secret: bytes = field(repr=False)
+
+    @staticmethod
+    async def open(store: Store, clock: Callable[[], float], new_id: Callable[[], str]) -> "Tokens":
+        """With the store's secret, made now if there is none. `new_id`: 128 random bits in hexadecimal."""
+        await store.put_if_absent(_SECRET, (new_id() + new_id()).encode())
+        secret = await store.get(_SECRET)
+        assert secret, "it is never deleted"
+        return Tokens(clock, secret)
+
+    def issue(self, tenant: Tenant) -> str:
+        """A token that is good for an hour."""
+        now = int(self.clock())
+        claims = Claims(
+            sub=f"tml:user:{tenant}", org_id=tenant, email="", tenant=tenant, iat=now, exp=now + int(limits.token_s)
+        )
+        return jwt.encode(msgspec.structs.asdict(claims), self._secret, algorithm=_ALGORITHM)
+
+    def tenant(self, token: str) -> Tenant:
+        """Whose token it is. Raises InvalidToken for one that has expired, or that was signed elsewhere."""
+        try:
+            found = jwt.decode(
+                token,
+                self._secret,
+                algorithms=[_ALGORITHM],
+                options={"verify_exp": False, "verify_iat": False},  # it would look at a clock of its own
+            )
+            claims = msgspec.convert(found, Claims)
+        except (jwt.InvalidTokenError, msgspec.ValidationError) as error:
+            raise InvalidToken(
+                "the token is not one that this server signed; send your key, or exchange it anew"
+            ) from error
+        if self.clock() >= claims.exp:
+            raise InvalidToken("the token has expired; exchange your key for another (the SDK does so by itself)")
+        return Tenant(claims.tenant)

@@ -1,0 +1,157 @@
+"""The JSON requests and the queries of the REST group: lists, checkpoints, sessions, audit and usage.
+
+Field names and defaults are the SDK's.
+"""
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from knapper import ids, limits
+from knapper.errors import InvalidField
+from knapper.ids import RunId
+from knapper.wire.requests import Id, Labels, Number, Path, Request, Text, Ttl
+
+Scope = Literal["owned", "accessible"]  # a tenant may read what it owns, so both mean the same here
+Offset = Annotated[int, Meta(ge=0, le=10**9)]
+PageSize = Annotated[int, Meta(ge=1, le=limits.page_max)]
+Project = Annotated[str, Meta(min_length=1, max_length=limits.project_chars_max)]
+
+
+class Access(Request, frozen=True, kw_only=True):
+    """The query of one run or session."""
+
+    access_scope: Scope = "owned"
+
+
+class Page(Request, frozen=True, kw_only=True):
+    """The query of a list of sessions."""
+
+    limit: PageSize = 20
+    offset: Offset = 0
+    access_scope: Scope = "owned"
+
+
+class RunsPage(Page, frozen=True, kw_only=True):
+    project_id: Project | None = None
+
+
+class CheckpointsPage(Request, frozen=True, kw_only=True):
+    limit: PageSize = 100
+    offset: Offset = 0
+
+
+class TtlChange(Request, frozen=True, kw_only=True):
+    """null removes it. The field is required, so that a misspelt one cannot mean for ever."""
+
+    ttl_seconds: Ttl | None
+
+
+class WeightsInfo(Request, frozen=True, kw_only=True):
+    tinker_path: Path
+
+
+class CopyWeights(Request, frozen=True, kw_only=True):
+    source_path: Path
+    session_id: Id | None = None
+    model_seq_id: Number | None = None
+    destination_project_id: Project | None = None
+    ttl_seconds: Ttl | None = None
+    weights_access_token: Annotated[str, Meta(max_length=4096)] | None = None
+
+    def run(self) -> RunId | None:
+        """The run that it names, or None if it names a project, in which a session is made. Raises InvalidField."""
+        named = self.session_id is not None and self.model_seq_id is not None
+        if named and self.destination_project_id is None:
+            return ids.make_run_id(ids.session_id(self.session_id or ""), self.model_seq_id or 0)
+        if self.session_id is None and self.model_seq_id is None and self.destination_project_id is not None:
+            return None
+        names = ("session_id", "model_seq_id", "destination_project_id")
+        given = [name for name in names if getattr(self, name) is not None]
+        raise InvalidField("copy_weights", given, "destination_project_id, or session_id with model_seq_id")
+
+
+class SessionProject(Request, frozen=True, kw_only=True):
+    project_id: Project
+
+
+class Own(Request, frozen=True, kw_only=True, tag="own"):
+    pass
+
+
+class Accessible(Request, frozen=True, kw_only=True, tag="accessible"):
+    pass
+
+
+class Users(Request, frozen=True, kw_only=True, tag="user"):
+    owner_urns: Annotated[list[Text], Meta(min_length=1, max_length=10)]
+
+
+class Active(Request, frozen=True, kw_only=True, tag="active"):
+    pass
+
+
+class Cancelled(Request, frozen=True, kw_only=True, tag="cancelled"):
+    pass
+
+
+class Failed(Request, frozen=True, kw_only=True, tag="failed"):
+    pass
+
+
+class ClientFinished(Request, frozen=True, kw_only=True, tag="client_finished"):
+    reasons: Annotated[list[Literal["success", "errored", "interrupted"]], Meta(min_length=1)] | None = None
+
+
+Status = Active | Cancelled | Failed | ClientFinished
+
+
+class Cursor(Request, frozen=True, kw_only=True):
+    last_created_at: Annotated[datetime, Meta(tz=True)]
+    last_session_id: Id
+
+
+class SessionSearch(Request, frozen=True, kw_only=True):
+    session_id: Id | None = None
+    project_ids: Annotated[list[Project], Meta(max_length=1000)] | None = None
+    user_metadata: Labels = {}
+    display_name: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
+    owner: Own | Accessible | Users = msgspec.field(default_factory=Own)
+    statuses: Annotated[list[Status], Meta(min_length=1, max_length=32)] | None = None
+    limit: Annotated[int, Meta(ge=1, le=200)] = 50
+    cursor: Cursor | None = None
+
+
+class AuditQuery(Request, frozen=True, kw_only=True):
+    event_type: Literal["all", "checkpoints", "projects", "teams", "organizations"] = "all"
+    day: Annotated[str, Meta(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
+
+
+class UsageQuery(Request, frozen=True, kw_only=True):
+    starting_on: Annotated[datetime, Meta(tz=True)]
+    ending_before: Annotated[datetime, Meta(tz=True)]
+
+    def hours(self, now: float) -> tuple[int, int]:
+        """[first, end) in hours since the epoch. Raises InvalidField for a window that is not of whole hours, or wrong.
+
+        `now`: seconds since the epoch.
+        """
+        window = []
+        for name in ("starting_on", "ending_before"):
+            at: datetime = getattr(self, name)
+            if at.timestamp() % 3600:
+                raise InvalidField(name, at.isoformat(), "a full hour, in UTC")
+            window.append(int(at.timestamp() // 3600))
+        first, end = window
+        if first * 3600 > now:
+            raise InvalidField("starting_on", self.starting_on.isoformat(), "a time that is not in the future")
+        if not first < end <= first + 24 * limits.usage_days_max:
+            allowed = f"after starting_on, and at most {limits.usage_days_max} days"
+            raise InvalidField("ending_before", self.ending_before.isoformat(), allowed)
+        return first, end
+
+
+class StorageQuery(Request, frozen=True, kw_only=True):
+    project_id: Project | None = None

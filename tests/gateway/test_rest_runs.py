@@ -1,0 +1,196 @@
+"""Training runs and sessions over raw HTTP."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from knapper.ids import LOCAL_TENANT, CheckpointKind, RunId
+from tests.gateway import saved
+from tests.gateway.running import MODEL, Running, create_model, fwdbwd, gateway
+from tests.gateway.saved import Clock
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def running(clock: Clock) -> Iterator[Running]:
+    with gateway(clock=clock, monotonic=clock) as running:
+        yield running
+
+
+def get(running: Running, path: str, **query: Any) -> Any:
+    return running.http.get(path, params=query).raise_for_status().json()
+
+
+def run_ids(running: Running, **query: Any) -> list[str]:
+    return [run["training_run_id"] for run in get(running, "training_runs", **query)["training_runs"]]
+
+
+def make_session(running: Running, clock: Clock, **more: Any) -> str:
+    asked = {"tags": [], "sdk_version": "0.38.0", "type": "create_session"} | more
+    made: str = running.post("create_session", asked)["session_id"]
+    clock.at += 1
+    return made
+
+
+# ---- runs
+
+
+def test_runs_are_listed_newest_first_in_pages(running: Running, clock: Clock) -> None:
+    made = []
+    for _ in range(2):
+        session = make_session(running, clock)
+        made += [running.make_run(session, n) for n in (0, 1, 10)]
+    saved.others_run(running)
+    assert run_ids(running) == made[::-1]
+    assert run_ids(running, limit=4) + run_ids(running, limit=4, offset=4) == made[::-1]
+    assert get(running, "training_runs", limit=4, offset=4)["cursor"] == {"offset": 4, "limit": 4, "total_count": 6}
+
+
+def test_a_run_made_twice_is_listed_once(running: Running) -> None:
+    session = running.session()
+    for _ in range(3):
+        running.post("create_model", create_model(session))
+    assert run_ids(running) == [f"{session}:train:0"]
+
+
+def test_a_run_that_was_registered_and_never_made_is_not_shown(running: Running, clock: Clock) -> None:
+    session = make_session(running, clock)
+    record = running.run(running.parts.records.session(session, LOCAL_TENANT))
+    running.run(running.parts.register.add_run(record, RunId(f"{session}:train:0")))
+    assert run_ids(running) == []
+    assert running.http.get(f"training_runs/{session}:train:0").status_code == 404
+
+
+def test_a_run_tells_of_itself(running: Running, clock: Clock) -> None:
+    session = make_session(running, clock)
+    asked = create_model(session, user_metadata={"task": "sums", "n": 3})
+    run = running.post("create_model", asked)["model_id"]
+    clock.at += 60
+    assert running.forward_backward(fwdbwd(run, 1)).status_code == 200
+    saved.save(running, run, "old", seq=2)
+    clock.at += 1
+    kinds: tuple[CheckpointKind, ...] = ("weights", "sampler_weights")
+    for kind in kinds:
+        saved.save(running, run, "new", kind, seq=3)
+    found = get(running, f"training_runs/{run}", access_scope="accessible")
+    assert found["last_checkpoint"].pop("tinker_path") == f"tinker://{run}/weights/new"
+    assert found["last_sampler_checkpoint"].pop("tinker_path") == f"tinker://{run}/sampler_weights/new"
+    del found["last_checkpoint"], found["last_sampler_checkpoint"]
+    assert found == {
+        "training_run_id": run, "base_model": MODEL.name, "model_owner": "local", "is_lora": True, "lora_rank": 4,
+        "last_request_time": "2027-01-15T08:01:01+00:00", "user_metadata": {"task": "sums", "n": "3"},
+    }  # fmt: skip
+    assert get(running, "training_runs")["training_runs"][0]["training_run_id"] == run
+
+
+def test_runs_of_a_project(running: Running, clock: Clock) -> None:
+    first = make_session(running, clock, project_id="p")
+    second = make_session(running, clock)
+    runs = [running.make_run(first), running.make_run(second)]
+    assert run_ids(running, project_id="p") == [runs[0]]
+    put = running.http.put(f"sessions/{second}/project", json={"project_id": "p"})
+    assert put.status_code == 200
+    assert run_ids(running, project_id="p") == runs[::-1]
+    running.http.put(f"sessions/{first}/project", json={"project_id": "q"}).raise_for_status()
+    assert run_ids(running, project_id="p") == [runs[1]]
+
+
+# ---- sessions
+
+
+def test_sessions_are_listed_newest_first_in_pages(running: Running, clock: Clock) -> None:
+    made = [make_session(running, clock) for _ in range(3)]
+    saved.others_run(running)
+    assert get(running, "sessions")["sessions"] == made[::-1]
+    assert get(running, "sessions", limit=1, offset=1)["sessions"] == [made[1]]
+
+
+def test_a_session_tells_of_its_runs_and_samplers(running: Running, clock: Clock) -> None:
+    session = make_session(running, clock, display_name="nightly", user_metadata={"a": "b"})
+    runs = [running.make_run(session, n) for n in (0, 2)]
+    for n in (1, 10):
+        asked = {"session_id": session, "sampling_session_seq_id": n, "base_model": MODEL.name}
+        running.post("create_sampling_session", asked)
+    make_session(running, clock)
+    assert get(running, f"sessions/{session}") == {
+        "training_run_ids": runs, "sampler_ids": [f"{session}:sample:1", f"{session}:sample:10"],
+        "user_metadata": {"a": "b"}, "display_name": "nightly",
+    }  # fmt: skip
+
+
+def test_another_tenants_session_answers_as_a_missing_one(running: Running) -> None:
+    theirs = saved.others_run(running).partition(":")[0]
+    missing = "ses-" + "0" * 32
+    for session in (theirs, missing):
+        replies = [
+            running.http.get(f"sessions/{session}"),
+            running.http.get(f"sessions/{session}/trace_export"),
+            running.http.put(f"sessions/{session}/project", json={"project_id": "p"}),
+        ]
+        assert [reply.status_code for reply in replies] == [404] * 3
+        assert {reply.json()["detail"].replace(session, "X") for reply in replies} == {
+            "session 'X' does not exist; create one with create_session (the SDK does so by itself)"
+        }
+
+
+def search(running: Running, **asked: Any) -> list[str]:
+    return [found["session_id"] for found in running.post("sessions/search", asked)["sessions"]]
+
+
+def test_search_pages_through_everything_once(running: Running, clock: Clock) -> None:
+    made = [make_session(running, clock) for _ in range(2)]
+    for _ in range(3):  # at the same moment
+        made.append(make_session(running, clock))
+        clock.at -= 1
+    seen, cursor = [], None
+    for _ in range(3):
+        page = running.post("sessions/search", {"limit": 2} | ({"cursor": cursor} if cursor else {}))
+        seen += [found["session_id"] for found in page["sessions"]]
+        cursor = page["next_cursor"]
+    assert cursor is None
+    assert seen == [*sorted(made[2:], reverse=True), made[1], made[0]]
+
+
+def test_search_filters(running: Running, clock: Clock) -> None:
+    a = make_session(running, clock, display_name="Nightly RL run", user_metadata={"k": "v", "n": "1"})
+    b = make_session(running, clock, display_name="nightly sft", project_id="p")
+    c = make_session(running, clock)
+    running.post(f"sessions/{a}/finish", {"reason": {"type": "errored"}, "detail": "out of luck"})
+    assert search(running, display_name="NIGHTLY") == [b, a]
+    assert search(running, display_name="run nightly") == [a]
+    assert search(running, session_id=c, display_name="sft") == [c, b]
+    assert search(running, session_id=c) == [c]
+    assert search(running, user_metadata={"k": "v"}) == [a]
+    assert search(running, user_metadata={"k": "v", "n": "2"}) == []
+    assert search(running, project_ids=["p"]) == [b]
+    assert search(running, owner={"type": "user", "owner_urns": ["nobody"]}) == []
+    assert search(running, owner={"type": "accessible"}) == [c, b, a]
+    assert search(running, statuses=[{"type": "active"}]) == [c, b]
+    assert search(running, statuses=[{"type": "client_finished"}]) == [a]
+    assert search(running, statuses=[{"type": "client_finished", "reasons": ["success"]}]) == []
+    assert search(running, statuses=[{"type": "failed"}, {"type": "cancelled"}]) == []
+
+
+def test_search_summarises(running: Running, clock: Clock) -> None:
+    session = make_session(running, clock, display_name="x", user_metadata={"k": "v"}, project_id="p")
+    run = running.make_run(session)
+    for n in (1, 2):
+        saved.save(running, run, f"c{n}", seq=n)
+    running.post(f"sessions/{session}/finish", {"reason": {"type": "interrupted"}, "detail": "Ctrl-C"})
+    assert running.post("sessions/search", {})["sessions"] == [{
+        "session_id": session, "created_at": "2027-01-15T08:00:00+00:00", "owner": "local", "project_id": "p",
+        "status": {"type": "client_finished", "reason": {"type": "interrupted"}, "detail": "Ctrl-C"},
+        "display_name": "x", "user_metadata": {"k": "v"}, "checkpoints_count": 2,
+        "checkpoint_storage_bytes": 2 * saved.SIZE,
+    }]  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", [{"limit": 0}, {"limit": 201}, {"statuses": []}, {"display_name": ""}, {"x": 1}])
+def test_a_search_has_bounds(running: Running, asked: dict[str, Any]) -> None:
+    assert running.http.post("sessions/search", json=asked).status_code == 422
+    assert running.http.post("sessions/search", json={"limit": 200}).status_code == 200
