@@ -191,12 +191,6 @@ def test_a_time_to_live_out_of_range_is_refused(ttl: int, client: tinker.Trainin
     client.save_state("good", ttl_seconds=3600).result()
 
 
-def test_what_is_not_served_yet_says_so_and_the_run_goes_on(client: tinker.TrainingClient) -> None:
-    with pytest.raises(tinker.RequestFailedError, match="save_weights_external is not served yet"):
-        client.save_weights_external("merged").result()
-    client.forward([datum()], CE).result(20)
-
-
 def test_an_access_token_is_refused_and_the_run_goes_on(client: tinker.TrainingClient) -> None:
     path = client.save_state("mine").result().path
     with (
