@@ -74,7 +74,7 @@ def running(upstream: Functions) -> Iterator[Running]:
 
 
 def wait_for(running: Running, request_id: str) -> httpx.Response:
-    for _ in range(3):
+    for _ in range(20):
         reply = running.http.post("retrieve_future", json={"request_id": request_id}, timeout=40)
         if reply.status_code != 408:
             return reply
