@@ -1,5 +1,6 @@
 """The SDK's command line against a real server: a checkpoint's life, and a download that PEFT reads."""
 
+import functools
 import gc
 import json
 import os
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 import tinker
 import torch
-from click.testing import CliRunner
 from tinker import types
 from tinker.cli.__main__ import main_cli
 from tinker.cli.exceptions import TinkerCliError
@@ -38,19 +38,26 @@ def environment(server: Server, tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def cli(environment: dict[str, str]) -> Iterator[Tinker]:
+def cli(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Tinker]:
     """`tinker --format json` with these arguments: what it printed, or how it failed if it should.
 
     In this process: starting one takes seconds, nearly all of them for imports.
     """
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
 
     def call(*arguments: str, fails: bool = False) -> Any:
-        done = CliRunner().invoke(main_cli, ["--format", "json", *arguments], env=environment)
+        capsys.readouterr()
+        run = functools.partial(main_cli.main, ["--format", "json", *arguments], standalone_mode=False)
         if fails:
-            assert isinstance(done.exception, TinkerCliError), done.output
-            return f"{done.exception.message} {done.exception.details}"
-        assert done.exit_code == 0, f"{done.output} {done.exception}"
-        return json.loads(done.stdout) if done.stdout.strip() else None
+            with pytest.raises(TinkerCliError) as caught:
+                run()
+            return f"{caught.value.message} {caught.value.details}"
+        run()
+        printed = capsys.readouterr().out
+        return json.loads(printed) if printed.strip() else None
 
     yield call
     gc.collect()  # the SDK leaves the connection of its first request to the garbage collector

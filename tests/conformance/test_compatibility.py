@@ -28,7 +28,7 @@ def test_every_public_method_of_the_sdk_has_a_check() -> None:
 
 
 def test_a_method_that_a_new_sdk_brings_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tinker.RestClient, "forecast_weather", lambda self: None, raising=False)
+    monkeypatch.setattr(tinker.RestClient, "forecast_weather", lambda _: None, raising=False)
     assert unknown() == ["RestClient.forecast_weather"]
     assert "| `forecast_weather` | **unknown** |" in render()
 
