@@ -66,7 +66,9 @@ def _explain(message: str, sent: Any, kind: type[msgspec.Struct]) -> UserError:
             f"{inside}{named[2]}", given, f"no field of this name, only {fields or 'the documented ones'}"
         )
     allowed = what.removeprefix("Expected ").partition(", got ")[0].replace("`", "")
-    return InvalidField(field, value if known else "(not shown)", allowed[:1].lower() + allowed[1:])
+    # Clients cannot say NaN or infinity in JSON; they say null.
+    todo = "NaN and infinity come as null" if known and value is None and allowed == "float" else ""
+    return InvalidField(field, value if known else "(not shown)", allowed[:1].lower() + allowed[1:], todo)
 
 
 def _fields_at(kind: Any, path: list[str]) -> list[str]:
