@@ -233,15 +233,6 @@ SAMPLES: dict[str, tuple[list[int], dict[str, Any], dict[str, Any], str]] = {
     "too many samples": (TEXT, {}, {"num_samples": 1025}, r"num_samples is 1025"),
     "no samples": (TEXT, {}, {"num_samples": 0}, r"num_samples is 0"),
     "too many alternatives": (TEXT, {}, {"topk_sample_logprobs": 65}, r"topk_sample_logprobs is 65"),
-    "alternatives to the prompt": (TEXT, {}, {"prompt_alt_tokens_k": 2}, r"prompt_alt_tokens_k is 2.*not served"),
-    "the end of the prompt only": (
-        TEXT, {}, {"include_prompt_logprobs": True, "prompt_logprobs_last_n": 2},
-        r"prompt_logprobs_last_n is 2.*not served",
-    ),
-    "chosen targets": (
-        TEXT, {}, {"target_prompt_logprobs": types.TensorData(data=[1] * 8, dtype="int64", shape=[8, 1])},
-        r"target_prompt_logprobs is .*allowed: ",
-    ),
 }  # fmt: skip
 
 
