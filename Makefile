@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n 2
 UP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check
+.PHONY: help setup demo up test check bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +32,9 @@ check: setup ## lint, format, strict types, import directions
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: setup ## measure what an operation costs, beside the same work without a server
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
 
 .venv/.installed: pyproject.toml Makefile
 	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
