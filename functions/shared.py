@@ -20,7 +20,7 @@ async def load(app: Starlette) -> AsyncIterator[None]:
     """Import every function before the port listens; one that fails to import ends the process."""
     for source in map(Path, os.environ["FUNCTION_SOURCES"].split(os.pathsep)):  # noqa: TID251  an entry point
         name = source.parent.name
-        function: ASGIApp = create_asgi_app(name, os.fspath(source), "http")  # type: ignore[no-untyped-call]
+        function: ASGIApp = create_asgi_app(name, os.fspath(source), "http")  # type: ignore[no-untyped-call]  # the library has no types here
         app.router.routes.append(Mount(f"/{name}", app=function))
     yield
 

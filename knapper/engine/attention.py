@@ -31,7 +31,7 @@ class Packed:
         for index, length in enumerate(lengths):
             self._buckets.setdefault(length, []).append(index)
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:  # noqa: ARG002
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:  # noqa: ARG002  the protocol gives each layer its number
         rows = q_NHD.shape[0]
         if len(self._buckets) == 1:
             return _causal(*(x.view(len(self.lengths), -1, *x.shape[1:]) for x in (q_NHD, k_NGD, v_NGD))).reshape(

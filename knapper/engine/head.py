@@ -42,9 +42,9 @@ def target_logprobs(
     if needed_N is None:
         needed_N = torch.ones(len(hidden_NH), dtype=torch.bool, device=hidden_NH.device)
     if lora is None:
-        found = _FrozenHead.apply(hidden_NH, head_VH, columns_NK, needed_N)  # type: ignore[no-untyped-call]
+        found = _FrozenHead.apply(hidden_NH, head_VH, columns_NK, needed_N)  # type: ignore[no-untyped-call]  # the library has no types here
     else:
-        found = _AdaptedHead.apply(  # type: ignore[no-untyped-call]
+        found = _AdaptedHead.apply(  # type: ignore[no-untyped-call]  # the library has no types here
             hidden_NH, head_VH, columns_NK, needed_N, lora.a, lora.b, lora.scale
         )
     assert isinstance(found, Tensor)

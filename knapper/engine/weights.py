@@ -101,10 +101,10 @@ class _Tensors:
         file = self._left.pop(name, None)
         if file is None:
             raise BrokenModel(f"{self._directory}: tensor {name} is missing; config.json promises it as {list(shape)}")
-        found = list(file.get_slice(name).get_shape())  # type: ignore[no-untyped-call]
+        found = list(file.get_slice(name).get_shape())  # type: ignore[no-untyped-call]  # the library has no types here
         if found != list(shape):
             raise BrokenModel(f"{self._directory}: tensor {name} is {found}; config.json makes it {list(shape)}")
-        tensor: Tensor = file.get_tensor(name)  # type: ignore[no-untyped-call]
+        tensor: Tensor = file.get_tensor(name)  # type: ignore[no-untyped-call]  # the library has no types here
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise BrokenModel(
                 f"{self._directory}: tensor {name} is {tensor.dtype}; allowed: bfloat16, float16, float32"
@@ -129,7 +129,7 @@ def _open(path: Path) -> safe_open:
 
 
 def _names(file: safe_open) -> list[str]:
-    return list(file.keys())  # type: ignore[no-untyped-call]
+    return list(file.keys())  # type: ignore[no-untyped-call]  # the library has no types here
 
 
 def _paths(directory: Path) -> list[Path]:

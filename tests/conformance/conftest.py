@@ -73,7 +73,7 @@ def new_client(service: tinker.ServiceClient, model: Path) -> NewClient:
     """A run of rank 4 and seed 1, unless told otherwise."""
 
     def make(rank: int = 4, seed: int = 1, **train: bool) -> tinker.TrainingClient:
-        return service.create_lora_training_client(str(model), rank=rank, seed=seed, **train).result()  # type: ignore[arg-type]
+        return service.create_lora_training_client(str(model), rank=rank, seed=seed, **train).result()  # type: ignore[arg-type]  # flags
 
     return make
 

@@ -29,7 +29,7 @@ def jwt_server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 def token_of(holder: object) -> str:
     """What the client sends in the key's place."""
-    provider = holder._default_auth  # type: ignore[attr-defined]
+    provider = holder._default_auth  # type: ignore[attr-defined]  # the SDK has no public way
     assert isinstance(provider, JwtAuthProvider)
     return provider._token
 

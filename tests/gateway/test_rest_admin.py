@@ -1,7 +1,7 @@
 """Audit, usage and traces over raw HTTP."""
 
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -9,20 +9,9 @@ import pytest
 
 from knapper import limits
 from tests.gateway import saved
-from tests.gateway.running import MODEL, Running, fwdbwd, gateway, json_of
+from tests.gateway.running import MODEL, Running, fwdbwd, json_of
 from tests.gateway.saved import Clock
 from tests.gateway.test_rest_checkpoints import sampler_of, url
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def running(clock: Clock) -> Iterator[Running]:
-    with gateway(clock=clock, monotonic=clock) as running:
-        yield running
 
 
 def entries(running: Running, **query: Any) -> list[dict[str, Any]]:

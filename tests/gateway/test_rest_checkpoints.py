@@ -1,25 +1,12 @@
 """Checkpoints over raw HTTP: lists, deletion, publishing, times to live, and the bytes behind them."""
 
-from collections.abc import Iterator
-
 import httpx
 import pytest
 
 from knapper import limits
 from tests.gateway import saved
-from tests.gateway.running import Running, gateway
+from tests.gateway.running import Running
 from tests.gateway.saved import Clock
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def running(clock: Clock) -> Iterator[Running]:
-    with gateway(clock=clock, monotonic=clock) as running:
-        yield running
 
 
 def url(path: str, ending: str = "") -> str:

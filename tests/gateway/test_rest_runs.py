@@ -1,25 +1,13 @@
 """Training runs and sessions over raw HTTP."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from knapper.ids import LOCAL_TENANT, CheckpointKind, RunId
 from tests.gateway import saved
-from tests.gateway.running import MODEL, Running, create_model, fwdbwd, gateway
+from tests.gateway.running import MODEL, Running, create_model, fwdbwd
 from tests.gateway.saved import Clock
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def running(clock: Clock) -> Iterator[Running]:
-    with gateway(clock=clock, monotonic=clock) as running:
-        yield running
 
 
 def get(running: Running, path: str, **query: Any) -> Any:

@@ -3,7 +3,6 @@
 import base64
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,17 +12,6 @@ from tests.gateway import saved
 from tests.gateway.running import MODEL, Running, fwdbwd, gateway, json_of
 from tests.gateway.saved import Clock
 from tests.gateway.test_rest_checkpoints import loads, paths, sweep, url
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def running(clock: Clock) -> Iterator[Running]:
-    with gateway(clock=clock, monotonic=clock) as running:
-        yield running
 
 
 def fetch(link: str) -> bytes:

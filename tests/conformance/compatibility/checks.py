@@ -56,11 +56,11 @@ class World:
         """A run with one step behind it."""
         training = self.service.create_lora_training_client(self.model, rank=4, seed=1)
         step(training)
-        return training  # type: ignore[no-any-return]
+        return training  # type: ignore[no-any-return]  # the SDK's future is untyped
 
     @cached_property
     def base(self) -> Noted:
-        return self.service.create_sampling_client(base_model=self.model)  # type: ignore[no-any-return]
+        return self.service.create_sampling_client(base_model=self.model)  # type: ignore[no-any-return]  # the SDK's future is untyped
 
     @property
     def run(self) -> str:
@@ -444,7 +444,7 @@ def delete(world: World) -> None:
     world.rest.delete_checkpoint(world.run, "weights/x")
     world.rest.delete_checkpoint_from_tinker_path(paths[1])
     for path in paths:
-        missing(lambda path=path: world.service.create_training_client_from_state(path))  # type: ignore[misc]
+        missing(lambda path=path: world.service.create_training_client_from_state(path))  # type: ignore[misc]  # a default in a lambda
     assert world.training.save_state("x").path == paths[0]
 
 
