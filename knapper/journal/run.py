@@ -64,7 +64,7 @@ class Run(Generic[State]):
         self._manifest_n = 0
         self._out = 0  # the newest out record, ours or adopted
         self._outbox: tuple[int, Commit] | None = None  # applied, and not yet known to be stored
-        self._attempts = 0
+        self._failed = (-1, 0)  # (operation, how often it failed by a defect)
         self._must_snapshot = False
 
     # -- claim ---------------------------------------------------------------------------------------------------------
@@ -247,12 +247,13 @@ class Run(Generic[State]):
             except KnapperError:
                 raise
             except Exception as error:
-                self._attempts += 1
-                if self._attempts < _ATTEMPTS_MAX:
+                seq, times = self._failed
+                times = times + 1 if seq == operation.seq else 1
+                self._failed = (operation.seq, times)
+                if times < _ATTEMPTS_MAX:
                     raise Unavailable(f"operation {operation.seq} of {self.run} failed: {error!r}") from error
-                text = f"operation {operation.seq} failed {self._attempts} times, by a defect of the server: {error!r}"
+                text = f"operation {operation.seq} failed {times} times, by a defect of the server: {error!r}"
                 result = self._failure(operation, text, "server")
-        self._attempts = 0
         self.applied = operation.seq
         return result
 

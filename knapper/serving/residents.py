@@ -15,7 +15,7 @@ import msgspec
 import structlog
 
 from knapper import limits
-from knapper.errors import KnapperError
+from knapper.errors import KnapperError, Unavailable
 from knapper.events import Bell, Claimed, Committed, Done, Frame
 from knapper.ids import RunId
 from knapper.journal.machine import Machine, State
@@ -70,6 +70,11 @@ class Residents(Generic[State]):
                 yield Claimed(epoch=run.epoch)
                 async for frame in self._slice(run, resident):
                     yield frame
+            except (
+                Unavailable
+            ) as error:  # the same claim goes on with the next bell; it counts what fails again and again
+                log.warning("slice broken off", run=bell.run, code=error.code, reason=str(error))
+                raise
             except KnapperError as error:
                 log.warning("run dropped from memory", run=bell.run, code=error.code, reason=str(error))
                 resident.run = None

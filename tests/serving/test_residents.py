@@ -1,0 +1,47 @@
+"""Runs in memory: an operation that the server cannot apply is tried three times, then answered with that."""
+
+import asyncio
+
+import pytest
+
+from knapper.errors import Unavailable
+from knapper.events import Bell, Committed, Frame
+from knapper.journal.accept import Acceptor
+from knapper.journal.machine import Files, Outcome
+from knapper.journal.records import Operation
+from knapper.journal.run import Holder
+from knapper.serving.residents import Residents
+from knapper.store.memory import MemoryStore
+from tests.sim.history import CREATION, RUN, TERMS, Step, send
+from tests.sim.ledger import LedgerMachine, LedgerState
+
+
+class Defective(LedgerMachine):
+    async def apply(self, state: LedgerState, operation: Operation, source: Files | None) -> Outcome[LedgerState]:
+        if operation.seq == 1:
+            raise ZeroDivisionError("a defect")
+        return await super().apply(state, operation, source)
+
+
+def test_a_defect_is_answered_after_three_tries_and_the_run_goes_on() -> None:
+    async def story() -> None:
+        store = MemoryStore()
+        acceptor = Acceptor(store, lambda: 0.0)
+        await acceptor.create(CREATION, b"create")
+        for seq in (1, 2):
+            await send(acceptor, Step(seq, "optim_step", b"{}"))
+        residents = Residents(store, Defective(), Holder("h", "", TERMS), lambda: 0.0)
+
+        async def ring() -> list[Frame]:
+            return [frame async for frame in residents.answer(Bell(RUN, "b"))]
+
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="a defect"):
+                await ring()
+        commits = [frame.commit for frame in await ring() if isinstance(frame, Committed)]
+        results = {result.seq: result for commit in commits for result in commit.results}
+        assert results[1].failed
+        assert b"failed 3 times, by a defect of the server" in results[1].body
+        assert not results[2].failed
+
+    asyncio.run(story())
