@@ -70,9 +70,8 @@ class Residents(Generic[State]):
                 yield Claimed(epoch=run.epoch)
                 async for frame in self._slice(run, resident):
                     yield frame
-            except (
-                Unavailable
-            ) as error:  # the same claim goes on with the next bell; it counts what fails again and again
+            except Unavailable as error:
+                # The same claim goes on with the next bell: it counts what fails again and again.
                 log.warning("slice broken off", run=bell.run, code=error.code, reason=str(error))
                 raise
             except KnapperError as error:
