@@ -65,7 +65,7 @@ class Run(Generic[State]):
         self._out = 0  # the newest out record, ours or adopted
         self._outbox: tuple[int, Commit] | None = None  # applied, and not yet known to be stored
         self._failed = (-1, 0)  # (operation, how often it failed by a defect)
-        self._must_snapshot = False
+        self._loaded = -1  # the newest operation that took its state from a checkpoint
 
     # -- claim ---------------------------------------------------------------------------------------------------------
 
@@ -158,6 +158,7 @@ class Run(Generic[State]):
             outcome = await self._step(operation, result.source)
             self._state = outcome.state
             self.replay_cost_s += outcome.cost_s
+            self._note_load(result.seq, result.source)
 
     async def _fence(self) -> None:
         while not await self._put_commit(Commit(epoch=self.epoch, results=[])):
@@ -232,7 +233,7 @@ class Run(Generic[State]):
             results.append(result)
             size += len(result.body)
             late = self._clock() - began >= _COMMIT_AFTER_S
-            if late or size >= limits.commit_inline_bytes_max or self._must_snapshot or stop():
+            if late or size >= limits.commit_inline_bytes_max or self.must_snapshot or stop():
                 break
         return Commit(epoch=self.epoch, results=results, committed_at=self._clock()) if results else None
 
@@ -269,11 +270,15 @@ class Run(Generic[State]):
             body = await self._saves.store_export(operation, self.creation.spec, self.epoch, outcome.export)
         self._state = outcome.state
         self.replay_cost_s += outcome.cost_s
-        if source or (operation.seq == 0 and self.creation.source):
-            self._must_snapshot = True  # what was loaded may be deleted by its owner; the run must not depend on it
+        self._note_load(operation.seq, source)
         return Result(
             seq=operation.seq, sha256=operation.sha256, content_type=outcome.content_type, body=body, source=source
         )
+
+    def _note_load(self, seq: int, source: str) -> None:
+        """What was loaded may be deleted by its owner; the run must not depend on it for longer than it has to."""
+        if source or (seq == 0 and self.creation.source):
+            self._loaded = seq
 
     async def _step(self, operation: Operation, source: str) -> Outcome[State]:
         """One step of the machine, with the files it needs."""
@@ -311,7 +316,8 @@ class Run(Generic[State]):
     @property
     def must_snapshot(self) -> bool:
         """Whether nothing more is applied before a snapshot: a recovery may not have to repeat more than the budget."""
-        return self._must_snapshot or self.replay_cost_s > limits.replay_budget_s
+        loaded = self._manifest.snapshot_seq < self._loaded <= self.applied
+        return loaded or self.replay_cost_s > limits.replay_budget_s
 
     @property
     def wants_snapshot(self) -> bool:
@@ -324,7 +330,6 @@ class Run(Generic[State]):
         May run while operations go on; one at a time.
         """
         seq, out, state, cost = self._durable
-        self._must_snapshot = False
         if state is None or seq == self._manifest.snapshot_seq:
             return
         files = await self._machine.freeze(state)
