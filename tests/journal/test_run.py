@@ -1,0 +1,60 @@
+"""A claimed run: what is forced, whatever else goes on."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from knapper.journal import names
+from knapper.journal.accept import Acceptor, newest_manifest
+from knapper.journal.records import Commit
+from knapper.journal.run import Holder, Run
+from knapper.store.memory import MemoryStore
+from tests.sim.history import CREATION, RUN, TERMS, Step, send
+from tests.sim.ledger import LedgerMachine
+
+
+class Interrupted(MemoryStore):
+    """Does something else just before a commit is stored."""
+
+    before_commit: Callable[[], Awaitable[None]] | None = None
+
+    async def put_if_absent(self, name: str, data: bytes) -> bool:
+        if self.before_commit is not None and name.startswith(names.commits(RUN)):
+            meanwhile, self.before_commit = self.before_commit, None
+            await meanwhile()
+        return await super().put_if_absent(name, data)
+
+
+async def _nothing(_n: int, _commit: Commit) -> None:
+    return None
+
+
+def body(**fields: object) -> bytes:
+    return msgspec.json.encode({"model_id": RUN, **fields})
+
+
+def test_a_load_forces_a_snapshot_though_another_was_taken_before_its_commit() -> None:
+    async def story() -> None:
+        store = Interrupted()
+        acceptor = Acceptor(store, lambda: 0.0)
+        await acceptor.create(CREATION, b"create")
+        await send(acceptor, Step(1, "save_weights", body(seq_id=1, path="mine")))
+        holder = Holder("h", "", TERMS)
+        run = await Run.claim(store, RUN, LedgerMachine(), holder, lambda: 0.0)
+        assert not await run.apply_pending(lambda: False, _nothing)
+
+        load = body(seq_id=2, path=f"tinker://{RUN}/weights/mine", optimizer=True)
+        await send(acceptor, Step(2, "load_weights", load))
+        store.before_commit = run.snapshot  # in the background: of operation 1, for operation 2 is not committed yet
+        assert await run.apply_pending(lambda: False, _nothing), "it stops for a snapshot"
+        assert run.must_snapshot
+        again = await Run.claim(store, RUN, LedgerMachine(), Holder("h2", "", TERMS), lambda: 0.0)
+        assert again.must_snapshot, "whoever recovers owes it as well"
+        await again.snapshot()
+        assert not again.must_snapshot
+        newest = await newest_manifest(store, RUN)
+        assert newest is not None
+        assert newest[1].snapshot_seq == 2
+
+    asyncio.run(story())
