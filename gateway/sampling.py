@@ -12,13 +12,13 @@ from knapper import ids
 from knapper.errors import InvalidField
 from knapper.ids import SamplerId, TinkerPath
 from knapper.sessions import Sampler
-from knapper.wire import requests
+from knapper.wire import sample_requests
 
 
 async def create_sampling_session(request: Request) -> Response:
     """Of a base model, or of a checkpoint. A repetition answers the same session."""
     gateway, tenant = parts(request), tenant_of(request)
-    asked = requests.decode(await bodies.read(request), requests.CreateSamplingSession)
+    asked = sample_requests.decode(await bodies.read(request), sample_requests.CreateSamplingSession)
     session = ids.SessionId((await gateway.records.open_session(asked.session_id, tenant)).session)
     base_model, bundle = asked.base_model, ""
     if asked.model_path is not None:
@@ -48,7 +48,7 @@ async def create_sampling_session(request: Request) -> Response:
 async def join_sampling_session(request: Request) -> Response:
     """A number of its own for one more client of the session, from which it counts its requests."""
     gateway, tenant = parts(request), tenant_of(request)
-    asked = requests.decode(await bodies.read(request), requests.JoinSamplingSession)
+    asked = sample_requests.decode(await bodies.read(request), sample_requests.JoinSamplingSession)
     sampler = SamplerId((await gateway.records.sampler(asked.sampling_session_id, tenant)).sampler)
     counter = await gateway.records.samplers.join(sampler)
     return JSONResponse({"type": "join_sampling_session", "client_counter": counter})
@@ -69,7 +69,7 @@ async def asample(request: Request) -> Response:
     """The promise of a sample. A repetition gets the same promise."""
     gateway, tenant = parts(request), tenant_of(request)
     body = await bodies.read(request)
-    asked = await asyncio.to_thread(requests.decode, body, requests.Sample)
+    asked = await asyncio.to_thread(sample_requests.decode, body, sample_requests.Sample)
     session, seq = asked.address()
     sampler = await gateway.records.sampler(session, tenant)
     address = (SamplerId(sampler.sampler), seq)
@@ -83,5 +83,5 @@ async def asample(request: Request) -> Response:
     return JSONResponse({"request_id": entry.request_id, "sample_sequence_ids": entry.sequence_ids})
 
 
-def _encode(asked: requests.Sample, sampler: Sampler, seed: int) -> bytes:
-    return requests.encode(asked.call(sampler.base_model, sampler.bundle, seed))
+def _encode(asked: sample_requests.Sample, sampler: Sampler, seed: int) -> bytes:
+    return sample_requests.encode(asked.call(sampler.base_model, sampler.bundle, seed))

@@ -7,7 +7,7 @@ from starlette.responses import Response, StreamingResponse
 from knapper.errors import KnapperError
 from knapper.serving import answers, progress
 from knapper.serving.engine import engine
-from knapper.wire import proto, requests
+from knapper.wire import proto, sample_requests
 from knapper.wire.progress import FRAMES
 
 engine()  # under ASGI this module is imported before the port binds: the weights are there when the first request comes
@@ -16,7 +16,7 @@ engine()  # under ASGI this module is imported before the port binds: the weight
 @functions_framework.aio.http
 async def sample(request: Request) -> Response:
     try:
-        call = requests.decode(await answers.body(request), requests.SampleCall)
+        call = sample_requests.decode(await answers.body(request), sample_requests.SampleCall)
         answers.expect_model(call.base_model, engine().base_model)
         if call.stream:
             frames = progress.frames(engine().sampler, call.sample())

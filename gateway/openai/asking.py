@@ -15,7 +15,7 @@ from gateway.parts import Parts
 from gateway.samples import Entry
 from knapper.errors import Gone, KnapperError, Unavailable, UserError
 from knapper.ids import SamplerId, Tenant
-from knapper.wire import proto, requests
+from knapper.wire import proto, sample_requests
 from knapper.wire.progress import Drawn
 from knapper.wire.types import SampleOutput, SamplingParams
 
@@ -63,7 +63,7 @@ class Asked:
         seed = question.params.seed
         try:
             for number, prompt in enumerate(prompts):
-                call = requests.SampleCall(
+                call = sample_requests.SampleCall(
                     base_model=chosen.model.name,
                     adapter=chosen.adapter,
                     prompt=prompt,
@@ -76,7 +76,7 @@ class Asked:
                     stream=self._stream,
                 )
                 address = (SamplerId(f"openai:{self._tenant}"), next(self._gateway.openai.numbers))
-                body = await asyncio.to_thread(requests.encode, call)
+                body = await asyncio.to_thread(sample_requests.encode, call)
                 listen = _Ear(number, self._heard) if self._stream else None
                 entry = self._gateway.samples.submit(address, self._tenant, question.choices, url, body, listen)
                 self._entries.append(entry)

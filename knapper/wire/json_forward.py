@@ -10,9 +10,10 @@ from msgspec import Meta
 
 from knapper import limits
 from knapper.errors import TooLarge
+from knapper.wire.fields import Id, Request, Seq, Text
 from knapper.wire.json import decode
 from knapper.wire.json_tensors import TensorData
-from knapper.wire.requests import Id, Prompt, Request, Seq, Text
+from knapper.wire.sample_requests import Prompt
 from knapper.wire.tensors import Array
 from knapper.wire.types import Cells, Datum, Float32, ForwardBackward, ForwardBackwardOutput, SampleOutput, TopK
 

@@ -1,4 +1,4 @@
-"""Every JSON request of the core protocol, strict and bounded, and what each means in our own types.
+"""JSON requests about sessions, runs and futures, strict and bounded, and what each means in our own types.
 
 Field names and defaults are the SDK's. `decode(body, CreateModel)` checks; methods such as `adamw()` convert.
 """
@@ -6,42 +6,20 @@ Field names and defaults are the SDK's. `decode(body, CreateModel)` checks; meth
 from typing import Annotated, Any, Literal
 
 import msgspec
-import numpy as np
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import Meta
 
 from knapper import ids, limits
 from knapper.errors import InvalidField, TooLarge
 from knapper.ids import RunId, SessionId
 from knapper.wire import types
+from knapper.wire.fields import Id, Labels, Number, Path, Request, Seed, Seq, Text, Ttl, encode
 from knapper.wire.json import decode
-from knapper.wire.json_tensors import TensorData
 
 __all__ = [
-    "CancelFuture", "ClientConfig", "CreateModel", "CreateSamplingSession", "CreateSession", "FinishSession", "GetInfo",
-    "Heartbeat", "JoinSamplingSession", "LoadWeights", "OptimStep", "RetrieveFuture",
-    "RetrieveFutures", "Sample", "SampleCall", "SaveWeights",
-    "SaveWeightsExternal", "SaveWeightsForSampler", "Telemetry", "decode", "encode",
+    "CancelFuture", "ClientConfig", "CreateModel", "CreateSession", "FinishSession", "GetInfo", "Heartbeat",
+    "LoadWeights", "OptimStep", "RetrieveFuture", "RetrieveFutures", "SaveWeights", "SaveWeightsExternal",
+    "SaveWeightsForSampler", "Telemetry", "decode", "encode",
 ]  # fmt: skip
-
-_INT64_MAX = 2**63 - 1
-Id = Annotated[str, Meta(min_length=1, max_length=200)]
-Text = Annotated[str, Meta(max_length=1024)]
-Number = Annotated[int, Meta(ge=0, le=10**17)]  # a client's counter
-Seq = Annotated[int, Meta(ge=1, le=10**17)]
-Seed = Annotated[int, Meta(ge=-(2**63), le=_INT64_MAX)]
-Ttl = Annotated[int, Meta(ge=limits.ttl_s_min, le=limits.ttl_s_max)]
-Token = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-Path = Annotated[str, Meta(max_length=1024)]
-Labels = dict[str, str]
-
-
-class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of all."""
-
-
-def encode(request: Request) -> bytes:
-    return msgspec.json.encode(request)
-
 
 # ---- service
 
@@ -281,179 +259,13 @@ class RetrieveFutures(Request, frozen=True, kw_only=True):
     """`timeout`: seconds that the poll may be held; None: as long as the server likes."""
 
     target: FuturesTarget
-    prev_cursor: Annotated[int, Meta(ge=0, le=_INT64_MAX)] = 0
+    prev_cursor: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     timeout: Annotated[float, Meta(ge=0, le=3600)] | None = None
     retrieved_request_ids: list[Id] = []
 
 
 class CancelFuture(Request, frozen=True, kw_only=True):
     request_id: Id
-
-
-# ---- sampling
-
-
-class CreateSamplingSession(Request, frozen=True, kw_only=True):
-    session_id: Id
-    sampling_session_seq_id: Number
-    base_model: Path | None = None
-    model_path: Path | None = None
-    type: Literal["create_sampling_session"] = "create_sampling_session"
-
-
-class JoinSamplingSession(Request, frozen=True, kw_only=True):
-    sampling_session_id: Id
-    type: Literal["join_sampling_session"] = "join_sampling_session"
-
-
-class Chunk(Request, frozen=True, kw_only=True):
-    """A piece of a prompt. Other types than encoded_text are known, and refused by name."""
-
-    type: Literal["encoded_text", "image", "image_asset_pointer", "dmel"] = "encoded_text"
-    tokens: list[Token] | UnsetType = UNSET
-    data: str | UnsetType = UNSET
-    format: str | UnsetType = UNSET
-    expected_tokens: int | UnsetType | None = UNSET
-    location: str | UnsetType = UNSET
-    dmel: str | UnsetType = UNSET
-
-
-class Prompt(Request, frozen=True, kw_only=True):
-    chunks: Annotated[list[Chunk], Meta(max_length=limits.datum_parts_max)]
-
-    def tokens(self, field: str = "prompt") -> types.Int32:
-        """The chunks in a row, int32 (P). Raises InvalidField for a chunk that is not text, or without any token."""
-        for i, chunk in enumerate(self.chunks):
-            if chunk.type != "encoded_text" or chunk.tokens is UNSET:
-                raise InvalidField(
-                    f"{field}.chunks[{i}]", chunk.type, "encoded_text with tokens", "This model is text only: send ids"
-                )  # fmt: skip
-        whole = [np.array(chunk.tokens, dtype=np.int32) for chunk in self.chunks if chunk.tokens]
-        if not whole:
-            raise InvalidField(field, "empty", "at least one token")
-        return np.concatenate(whole)
-
-
-class SamplingParams(Request, frozen=True, kw_only=True):
-    max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
-    seed: Seed | None = None
-    stop: str | list[str | int] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=1e6)] = 1.0
-    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = -1
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-
-    def params(self) -> types.SamplingParams:
-        """Raises InvalidField for stop sequences that are empty, mixed or too many, and for top_k 0."""
-        if self.top_k == 0:
-            raise InvalidField("sampling_params.top_k", 0, "-1 (all tokens), or at least 1")
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        strings = tuple(s for s in stop if isinstance(s, str))
-        tokens = tuple(s for s in stop if isinstance(s, int))
-        if len(stop) > limits.stop_sequences_max:
-            raise InvalidField("sampling_params.stop: count", len(stop), f"at most {limits.stop_sequences_max}")
-        if (strings and tokens) or "" in strings or any(not 0 <= token < 2**31 for token in tokens):
-            raise InvalidField(
-                "sampling_params.stop", self.stop, "a text, texts, or token ids (at least 0); none empty"
-            )
-        return types.SamplingParams(
-            max_tokens=self.max_tokens, seed=self.seed, stop_strings=strings, stop_tokens=tokens,
-            ignore_eos=self.stop == [], temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
-        )  # fmt: skip
-
-
-TopK = Annotated[int, Meta(ge=0, le=limits.top_logprobs_max)]
-LastN = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-
-
-class Sample(Request, frozen=True, kw_only=True):
-    """asample"""
-
-    prompt: Prompt
-    sampling_params: SamplingParams
-    sampling_session_id: Id | None = None
-    seq_id: Annotated[int, Meta(ge=0, le=_INT64_MAX)] | None = None  # a client's clones count from k * 10^9, k to 10^9
-    base_model: Path | None = None
-    model_path: Path | None = None
-    num_samples: Annotated[int, Meta(ge=1, le=limits.num_samples_max)] = 1
-    prompt_logprobs: bool | None = None
-    topk_prompt_logprobs: TopK = 0
-    topk_sample_logprobs: TopK = 0
-    target_prompt_logprobs: TensorData | None = None
-    prompt_alt_tokens_k: TopK = 0
-    prompt_logprobs_last_n: LastN | None = None
-    record_stability_info: bool | None = None
-    type: Literal["sample"] = "sample"
-
-    def address(self) -> tuple[str, int]:
-        """(sampling_session_id, seq_id). Raises InvalidField without them."""
-        if self.sampling_session_id is None or self.seq_id is None:
-            given = (self.sampling_session_id, self.seq_id)
-            raise InvalidField("(sampling_session_id, seq_id)", given, "both; create_sampling_client makes the session")
-        return self.sampling_session_id, self.seq_id
-
-    def call(self, base_model: str, adapter: str, seed: int) -> "SampleCall":
-        """What the sampler is asked; `seed` stands in where the client gave none. Raises InvalidField."""
-        if self.record_stability_info:
-            raise InvalidField(
-                "record_stability_info", True, "false, since only the loss stable_reinforce reads what it records, "
-                "and that loss is not published",
-                "Create the sampling client without it, and pass the loss importance_sampling, ppo or cispo",
-            )  # fmt: skip
-        if self.prompt_logprobs_last_n is not None and not self.prompt_logprobs:
-            allowed = "none without prompt_logprobs, whose range it is"
-            raise InvalidField("prompt_logprobs_last_n", self.prompt_logprobs_last_n, allowed)
-        if self.target_prompt_logprobs is not None:
-            self.target_prompt_logprobs.cells("target_prompt_logprobs")  # said at once, not by the sampler
-        params = self.sampling_params.params()
-        return SampleCall(
-            base_model=base_model,
-            adapter=adapter,
-            prompt=self.prompt.tokens().tolist(),
-            params=params,
-            seed=seed if params.seed is None else params.seed,
-            num_samples=self.num_samples,
-            prompt_logprobs=bool(self.prompt_logprobs),
-            topk_prompt_logprobs=self.topk_prompt_logprobs,
-            topk_sample_logprobs=self.topk_sample_logprobs,
-            target_prompt_logprobs=self.target_prompt_logprobs,
-            prompt_alt_tokens_k=self.prompt_alt_tokens_k,
-            prompt_logprobs_last_n=self.prompt_logprobs_last_n,
-        )
-
-
-class SampleCall(Request, frozen=True, kw_only=True):
-    """What the gateway asks of the sample function: JSON there, protobuf back."""
-
-    base_model: Path
-    adapter: Path
-    prompt: Annotated[list[Token], Meta(min_length=1)]
-    params: types.SamplingParams
-    seed: Seed
-    num_samples: Annotated[int, Meta(ge=1, le=limits.num_samples_max)] = 1
-    prompt_logprobs: bool = False
-    topk_prompt_logprobs: TopK = 0
-    topk_sample_logprobs: TopK = 0
-    target_prompt_logprobs: TensorData | None = None
-    prompt_alt_tokens_k: TopK = 0
-    prompt_logprobs_last_n: LastN | None = None
-    stream: bool = False  # answer in the frames of knapper.wire.progress
-
-    def sample(self) -> types.Sample:
-        targets = self.target_prompt_logprobs
-        return types.Sample(
-            base_model=self.base_model,
-            adapter=self.adapter,
-            prompt=np.array(self.prompt, dtype=np.int32),
-            params=self.params,
-            seed=self.seed,
-            num_samples=self.num_samples,
-            prompt_logprobs=self.prompt_logprobs,
-            topk_prompt_logprobs=self.topk_prompt_logprobs,
-            topk_sample_logprobs=self.topk_sample_logprobs,
-            target_prompt_logprobs=None if targets is None else targets.cells("target_prompt_logprobs"),
-            prompt_alt_tokens_k=self.prompt_alt_tokens_k,
-            prompt_logprobs_last_n=self.prompt_logprobs_last_n,
-        )
 
 
 # ---- checks that several share

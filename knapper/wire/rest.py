@@ -12,7 +12,7 @@ from msgspec import Meta
 from knapper import ids, limits
 from knapper.errors import InvalidField
 from knapper.ids import RunId
-from knapper.wire.requests import Id, Labels, Number, Path, Request, Text, Ttl
+from knapper.wire.fields import Id, Labels, Number, Path, Request, Text, Ttl
 
 Scope = Literal["owned", "accessible"]  # a tenant may read what it owns, so both mean the same here
 Offset = Annotated[int, Meta(ge=0, le=10**9)]

@@ -14,14 +14,14 @@ from tinker.lib.public_interfaces.sampling_client import _tensor_data_to_model
 
 from knapper import ids, limits
 from knapper.errors import InvalidField, TooLarge, UserError
-from knapper.wire import requests, types
+from knapper.wire import fields, requests, sample_requests, types
 
 SESSION = "ses-" + "0" * 32
 RUN = SESSION + ":train:0"
 TEXT = sdk.ModelInput(chunks=[sdk.EncodedTextChunk(tokens=[1, 2]), sdk.EncodedTextChunk(tokens=[3])])
 
 ADAM = {"learning_rate": 3e-4, "beta1": 0.8, "beta2": 0.9, "eps": 1e-8, "weight_decay": 0.1, "grad_clip_norm": 1.0}
-SENT: list[tuple[Any, type[requests.Request]]] = [
+SENT: list[tuple[Any, type[fields.Request]]] = [
     (sdk.CreateSessionRequest(tags=["a"], user_metadata={"k": 1}, sdk_version="0.38.0"), requests.CreateSession),
     (sdk.SessionHeartbeatRequest(session_id=SESSION), requests.Heartbeat),
     (
@@ -44,7 +44,7 @@ SENT: list[tuple[Any, type[requests.Request]]] = [
     ),
     (
         sdk.CreateSamplingSessionRequest(session_id=SESSION, sampling_session_seq_id=0, base_model="m"),
-        requests.CreateSamplingSession,
+        sample_requests.CreateSamplingSession,
     ),
     (
         sdk.SampleRequest(
@@ -56,7 +56,7 @@ SENT: list[tuple[Any, type[requests.Request]]] = [
             prompt_logprobs=True,
             topk_prompt_logprobs=3,
         ),
-        requests.Sample,
+        sample_requests.Sample,
     ),
     (sdk.FutureRetrieveRequest(request_id="s-1", allow_metadata_only=True), requests.RetrieveFuture),
 ]
@@ -67,7 +67,7 @@ def dump(request: Any) -> bytes:
 
 
 @pytest.mark.parametrize(("sent", "kind"), SENT, ids=lambda value: type(value).__name__)
-def test_what_the_sdk_sends_is_understood(sent: Any, kind: type[requests.Request]) -> None:
+def test_what_the_sdk_sends_is_understood(sent: Any, kind: type[fields.Request]) -> None:
     read = requests.decode(dump(sent), kind)
     for name, value in msgspec.json.decode(dump(sent)).items():
         ours = msgspec.to_builtins(getattr(read, name))
@@ -168,9 +168,9 @@ def test_metadata_has_its_limit() -> None:
         requests.decode(body(room + 1), requests.SaveWeights)
 
 
-def sample(**changes: Any) -> requests.SampleCall:
+def sample(**changes: Any) -> sample_requests.SampleCall:
     sent = {"prompt": {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}, "sampling_params": {}} | changes
-    return requests.decode(msgspec.json.encode(sent), requests.Sample).call("model", "adapters/x/", 99)
+    return requests.decode(msgspec.json.encode(sent), sample_requests.Sample).call("model", "adapters/x/", 99)
 
 
 def targets(**changes: Any) -> dict[str, Any]:
@@ -178,9 +178,9 @@ def targets(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_sample_becomes_a_call_and_the_call_a_sample() -> None:
-    asked = requests.decode(dump(SENT[-2][0]), requests.Sample)
+    asked = requests.decode(dump(SENT[-2][0]), sample_requests.Sample)
     assert asked.address() == (SESSION + ":sample:0", 10**15)
-    call = requests.decode(requests.encode(asked.call("model", "", 99)), requests.SampleCall).sample()
+    call = requests.decode(requests.encode(asked.call("model", "", 99)), sample_requests.SampleCall).sample()
     assert call.prompt.tolist() == [1, 2, 3]
     assert call.seed == 7
     assert call.params == types.SamplingParams(max_tokens=5, seed=7, stop_strings=("a",))
@@ -195,7 +195,7 @@ def test_what_is_asked_of_a_prompt_reaches_the_sampler() -> None:
             target_prompt_logprobs=_tensor_data_to_model(sent).model_dump(exclude_none=True),
             prompt_logprobs=True, prompt_alt_tokens_k=3, prompt_logprobs_last_n=1,
         )  # fmt: skip
-        call = requests.decode(requests.encode(asked), requests.SampleCall).sample()
+        call = requests.decode(requests.encode(asked), sample_requests.SampleCall).sample()
         assert (call.prompt_alt_tokens_k, call.prompt_logprobs_last_n) == (3, 1)
         cells = call.target_prompt_logprobs
         assert cells is not None
@@ -274,7 +274,7 @@ VALUES = st.recursive(
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.sampled_from(KINDS), st.data())
-def test_arbitrary_json_raises_only_user_errors(kind: type[requests.Request], data: st.DataObject) -> None:
+def test_arbitrary_json_raises_only_user_errors(kind: type[fields.Request], data: st.DataObject) -> None:
     names = [field.encode_name for field in msgspec.structs.fields(kind)]
     fields = data.draw(st.dictionaries(st.sampled_from([*names, "other"]), VALUES, max_size=6))
     for body in (requests_json(fields), data.draw(st.binary(max_size=40))):

@@ -1,0 +1,26 @@
+"""What the fields of JSON requests have in common: their bounds, and that unknown ones are refused."""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from knapper import limits
+
+Id = Annotated[str, Meta(min_length=1, max_length=200)]
+Text = Annotated[str, Meta(max_length=1024)]
+Number = Annotated[int, Meta(ge=0, le=10**17)]  # a client's counter
+Seq = Annotated[int, Meta(ge=1, le=10**17)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Ttl = Annotated[int, Meta(ge=limits.ttl_s_min, le=limits.ttl_s_max)]
+Token = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Path = Annotated[str, Meta(max_length=1024)]
+Labels = dict[str, str]
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all."""
+
+
+def encode(request: Request) -> bytes:
+    return msgspec.json.encode(request)
