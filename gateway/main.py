@@ -11,7 +11,7 @@ import httpx
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from gateway import auth, clockwork, errors, futures, sampling, service, training
 from gateway.bells import Bells
@@ -125,11 +125,7 @@ def create_app(
             await parts.samples.close()
 
     return Starlette(
-        routes=[Route(f"/api/v1/{path}", handler, methods=["POST"]) for path, handler in _POST.items()]
-        + [Route(f"/api/v1/{path}", handler, methods=["GET"]) for path, handler in _GET.items()]
-        + [Route("/api/v1/auth/apikey/me", auth.delete_key, methods=["DELETE"])]
-        + ROUTES
-        + OPENAI_ROUTES,
+        routes=_routes(),
         exception_handlers={
             KnapperError: errors.known,
             HTTPException: errors.http,
@@ -138,6 +134,16 @@ def create_app(
         },
         lifespan=lifespan,
     )
+
+
+def _routes() -> list[BaseRoute]:
+    return [
+        *(Route(f"/api/v1/{path}", handler, methods=["POST"]) for path, handler in _POST.items()),
+        *(Route(f"/api/v1/{path}", handler, methods=["GET"]) for path, handler in _GET.items()),
+        Route("/api/v1/auth/apikey/me", auth.delete_key, methods=["DELETE"]),
+        *ROUTES,
+        *OPENAI_ROUTES,
+    ]
 
 
 def _from_environment() -> Starlette:

@@ -43,6 +43,25 @@ def up(
 
 
 @app.command()
+def sweep(data: Annotated[Path | None, typer.Option(help="The data directory of `knapper up`.")] = None) -> None:
+    """Delete journal records that are older than seven days and of no use to a recovery; a server may run meanwhile."""
+    import asyncio
+    import time
+
+    from knapper.journal.collect import sweep_all
+    from knapper.settings import Settings, variable
+    from knapper.store.directory import DirectoryStore
+
+    settings = Settings.load({**os.environ, **({variable("data"): str(data)} if data else {})})
+
+    async def sweep_and_tell() -> None:
+        async for run, count in sweep_all(DirectoryStore(settings.store_directory), time.time()):
+            print(f"{run}: {count} objects deleted")
+
+    asyncio.run(sweep_and_tell())
+
+
+@app.command()
 def settings() -> None:
     """Print every setting: its variable, its value, where that comes from, and why it exists."""
     from knapper.settings import describe

@@ -110,6 +110,11 @@ def run_prefix(run: RunId) -> str:
     return f"runs/{hashlib.sha256(run.encode()).hexdigest()[:8]}-{run}/"
 
 
+def run_of(name: str) -> RunId:
+    """Whose object lies under a `run_prefix`."""
+    return RunId(name.split("/")[1].partition("-")[2])
+
+
 def adapter_prefix(run: RunId, seq: int, epoch: int) -> str:
     """Where the immutable export of one save operation lies; epochs never share a name."""
     return f"adapters/{run}/{number(seq)}-{number(epoch)}/"

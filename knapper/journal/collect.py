@@ -1,11 +1,19 @@
 """Sweep one run: what two snapshots have made unnecessary, and late pollers no longer want."""
 
+from collections.abc import AsyncIterator
+
 from knapper import limits
-from knapper.ids import RunId
+from knapper.ids import RunId, run_of
 from knapper.journal import bundles, names
 from knapper.journal.accept import newest_manifest
 from knapper.journal.records import Commit, Operation, decode
 from knapper.store import Store
+
+
+async def sweep_all(store: Store, now: float) -> AsyncIterator[tuple[RunId, int]]:
+    """Sweep every run of the store; yield each with the number of objects that were deleted."""
+    for run in sorted({run_of(name) for name in await store.list("runs/")}):
+        yield run, await sweep(store, run, now)
 
 
 async def sweep(store: Store, run: RunId, now: float) -> int:

@@ -26,7 +26,7 @@ class Interrupted(MemoryStore):
         return await super().put_if_absent(name, data)
 
 
-async def _nothing(_n: int, _commit: Commit) -> None:
+async def nothing(_n: int, _commit: Commit) -> None:
     return None
 
 
@@ -42,12 +42,12 @@ def test_a_load_forces_a_snapshot_though_another_was_taken_before_its_commit() -
         await send(acceptor, Step(1, "save_weights", body(seq_id=1, path="mine")))
         holder = Holder("h", "", TERMS)
         run = await Run.claim(store, RUN, LedgerMachine(), holder, lambda: 0.0)
-        assert not await run.apply_pending(lambda: False, _nothing)
+        assert not await run.apply_pending(lambda: False, nothing)
 
         load = body(seq_id=2, path=f"tinker://{RUN}/weights/mine", optimizer=True)
         await send(acceptor, Step(2, "load_weights", load))
         store.before_commit = run.snapshot  # in the background: of operation 1, for operation 2 is not committed yet
-        assert await run.apply_pending(lambda: False, _nothing), "it stops for a snapshot"
+        assert await run.apply_pending(lambda: False, nothing), "it stops for a snapshot"
         assert run.must_snapshot
         again = await Run.claim(store, RUN, LedgerMachine(), Holder("h2", "", TERMS), lambda: 0.0)
         assert again.must_snapshot, "whoever recovers owes it as well"
