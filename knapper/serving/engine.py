@@ -18,6 +18,7 @@ from knapper.engine import peft_format, weights
 from knapper.engine.config import ModelConfig
 from knapper.engine.decoder import Decoder
 from knapper.engine.device import Device
+from knapper.engine.kv import bytes_per_token
 from knapper.engine.lora import Lora, layout
 from knapper.engine.machine import TrainingMachine
 from knapper.engine.sampler import Sampler
@@ -108,14 +109,9 @@ def engine() -> Engine:
             adapters,
             Tokenizer.from_file(str(directory / "tokenizer.json")),
             slots_max=_SLOTS_MAX,
-            kv_tokens_max=max(config.context, _KV_BYTES_MAX // _kv_bytes(config, dtype)),
+            kv_tokens_max=max(config.context, _KV_BYTES_MAX // bytes_per_token(config, dtype)),
         ),
     )
-
-
-def _kv_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Of one position: a key and a value in each layer."""
-    return 2 * config.layers * config.kv_heads * config.head_dim * dtype.itemsize
 
 
 def _dtype(setting: str, device: torch.device) -> torch.dtype:
