@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import httpx
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Route
 
@@ -23,6 +24,7 @@ from gateway.parts import Parts
 from gateway.records import Records
 from gateway.rest.routes import ROUTES
 from gateway.samples import Samples
+from gateway.tenants import Doorkeeper
 from knapper import telemetry
 from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
@@ -30,6 +32,7 @@ from knapper.errors import KnapperError
 from knapper.ids import RunId
 from knapper.journal.accept import Acceptor
 from knapper.journal.results import Results
+from knapper.keys import Keyring, Keys
 from knapper.links import Links
 from knapper.orphans import Orphans
 from knapper.register import Register
@@ -78,11 +81,13 @@ def create_app(
     sample_url: str = "",
     clock: Callable[[], float] = time.time,
     monotonic: Callable[[], float] = time.monotonic,
+    keys: bool = False,
     jwt: bool = False,
     new_id: Callable[[], str] = lambda: secrets.token_hex(16),
 ) -> Starlette:
     """The gateway over `store`. An empty URL means: where the base model's catalogue record says.
 
+    `keys`: only who has a key made by `knapper key create` is answered, as the key's tenant; else all are `local`.
     `jwt`: clients are told to exchange their keys for tokens.
     """
     acceptor, results = Acceptor(store, clock), Results(store)
@@ -112,6 +117,7 @@ def create_app(
                 samples=Samples(client, new_id, monotonic, first=int(clock() * 1e6)),
                 heartbeats=Heartbeats(monotonic),
                 openai=Shared(audit),
+                keys=Keyring(Keys(store, clock), monotonic) if keys else None,
                 tokens=await Tokens.open(store, clock, new_id) if jwt else None,
                 sample_url=sample_url,
                 clock=clock,
@@ -126,6 +132,7 @@ def create_app(
 
     return Starlette(
         routes=_routes(),
+        middleware=[Middleware(Doorkeeper)],
         exception_handlers={
             KnapperError: errors.known,
             HTTPException: errors.http,
@@ -149,10 +156,12 @@ def _routes() -> list[BaseRoute]:
 def _from_environment() -> Starlette:
     settings = Settings.load(os.environ)
     telemetry.configure("gateway", settings.log_level)
+    settings.expect_keys_beyond_loopback()
     return create_app(
         DirectoryStore(settings.store_directory),
         train_step_url=settings.train_step_url,
         sample_url=settings.sample_url,
+        keys=settings.keys,
         jwt=settings.jwt,
     )
 

@@ -16,6 +16,7 @@ from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
 from knapper.journal.accept import Acceptor
 from knapper.journal.results import Results
+from knapper.keys import Keyring
 from knapper.links import Links
 from knapper.orphans import Orphans
 from knapper.register import Register
@@ -39,6 +40,7 @@ class Parts:
     samples: Samples
     heartbeats: Heartbeats
     openai: Shared
+    keys: Keyring | None  # None: they are off, and everyone is the tenant `local`
     tokens: Tokens | None  # None: keys are sent as they are
     sample_url: str  # where all samples go, or empty: each model's record says
     clock: Callable[[], float]  # seconds since the epoch

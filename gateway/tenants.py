@@ -1,34 +1,110 @@
-"""Who asks."""
+"""Who asks. Found out once a request, before its handler; handlers hear it from `tenant_of`, and from nothing else."""
+
+from ipaddress import IPv6Address, ip_address
 
 from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.parts import parts
-from knapper.errors import Unauthorized
+from gateway.parts import Parts, parts
+from knapper.errors import InvalidToken, KnapperError, Unauthorized
 from knapper.ids import LOCAL_TENANT, Tenant
+from knapper.keys import Key, Keyring
+from knapper.tokens import Tokens
+
+_ASKER = "knapper.asker"
+_BEARER = "bearer "
 
 
 def tenant_of(request: Request) -> Tenant:
-    """The tenant of the request's key; keys are off, so any will do and everyone is `local`. Raises Unauthorized.
+    """The tenant of the request's key, or of the token in its place. Raises Unauthorized, InvalidToken or StoreError.
 
-    Where tokens are on, one may stand in the key's place: it says whose it is. Raises InvalidToken.
+    Every handler that looks at anything of anybody calls it first. Where keys are off, all are `local`.
     """
-    key = key_of(request)
-    if not is_token(key):
+    asker: Tenant | KnapperError = request.scope[_ASKER]
+    if isinstance(asker, KnapperError):
+        raise asker
+    return asker
+
+
+class Doorkeeper:
+    """The middleware that asks. It lets everybody in: who may not go on is refused by `tenant_of`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            request = Request(scope)
+            try:
+                scope[_ASKER] = await _find(request, parts(request))
+            except KnapperError as error:
+                scope[_ASKER] = error
+        await self._app(scope, receive, send)
+
+
+async def _find(request: Request, gateway: Parts) -> Tenant:
+    if gateway.keys is None:
+        if not on_this_machine(request):
+            raise Unauthorized(
+                "keys are off on this server, so it answers its own machine only; allowed elsewhere: a server whose "
+                "operator sets KNAPPER_KEYS=true, and makes keys with `knapper key create`"
+            )
+        key = key_of(request)
+        if is_token(key):
+            _tokens(gateway.tokens).claims(key)
         return LOCAL_TENANT
-    tokens = parts(request).tokens
+    return Tenant((await _record(key_of(request), gateway.keys, gateway.tokens)).tenant)
+
+
+async def _record(key: str, keys: Keyring, tokens: Tokens | None) -> Key:
+    """Of the key, or of the one that the token was exchanged for: a token dies with it."""
+    if not is_token(key):
+        return await keys.of_key(key)
+    claims = _tokens(tokens).claims(key)
+    if not claims.key:
+        raise InvalidToken("the token was issued while keys were off; exchange your key for another")
+    return await keys.of_id(claims.key)
+
+
+def _tokens(tokens: Tokens | None) -> Tokens:
     if tokens is None:
         raise Unauthorized("X-API-Key holds a token, and this server issues none; allowed: a key that begins with tml-")
-    return tokens.tenant(key)
+    return tokens
+
+
+async def record_of(request: Request) -> Key | None:
+    """What is known of the request's key, or None where keys are off. Raises what `tenant_of` does."""
+    gateway = parts(request)
+    tenant_of(request)
+    return None if gateway.keys is None else await _record(key_of(request), gateway.keys, gateway.tokens)
 
 
 def key_of(request: Request) -> str:
-    """Raises Unauthorized if there is none."""
+    """As the Tinker SDK sends it, or as OpenAI's clients do. Raises Unauthorized if there is none."""
     if key := request.headers.get("x-api-key"):
         return key
-    raise Unauthorized(
-        "header X-API-Key is missing; allowed: any key that begins with tml-; set TINKER_API_KEY=tml-local"
-    )
+    authorization = request.headers.get("authorization", "")
+    if authorization[: len(_BEARER)].lower() == _BEARER and (key := authorization[len(_BEARER) :].strip()):
+        return key
+    if parts(request).keys is None:
+        allowed = "any key that begins with tml-; set TINKER_API_KEY=tml-local"
+    else:
+        allowed = "a key that the server's operator made with `knapper key create`; set TINKER_API_KEY to it"
+    raise Unauthorized(f"header X-API-Key is missing; allowed: {allowed}")
 
 
 def is_token(key: str) -> bool:
     return key.startswith("eyJ")  # '{"' in base64, with which every JWT begins
+
+
+def on_this_machine(request: Request) -> bool:
+    """Whether the client is on the gateway's own machine, as far as the connection, or a proxy on it, tells."""
+    if request.client is None:  # a socket in the file system
+        return True
+    try:
+        address = ip_address(request.client.host)
+    except ValueError:
+        return False
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped.is_loopback
+    return address.is_loopback

@@ -3,11 +3,14 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 import knapper
+
+if TYPE_CHECKING:
+    from knapper.keys import Keys
 
 app = typer.Typer(
     name="knapper",
@@ -17,6 +20,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+key = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
+app.add_typer(key, name="key")
 
 
 @app.command()
@@ -59,6 +64,62 @@ def sweep(data: Annotated[Path | None, typer.Option(help="The data directory of 
             print(f"{run}: {count} objects deleted")
 
     asyncio.run(sweep_and_tell())
+
+
+Data = Annotated[Path | None, typer.Option(help="The data directory of `knapper up`.")]
+
+
+@key.command("create")
+def create_key(
+    tenant: Annotated[str, typer.Argument(help="Whose objects it opens: small letters, digits and '-'.")],
+    note: Annotated[str, typer.Option(help="What it is for, as `knapper key list` shows it.")] = "",
+    data: Data = None,
+) -> None:
+    """Make a key and print it, once: the store keeps a hash. It is good at once."""
+    import asyncio
+    import secrets
+
+    from knapper import ids
+
+    made, record = asyncio.run(_keys(data).create(ids.tenant(tenant), note, lambda: secrets.token_hex(32)))
+    print(f"key {record.id} of tenant {tenant}, not shown again; its user sets TINKER_API_KEY to it:", file=sys.stderr)
+    print(made)
+
+
+@key.command("list")
+def list_keys(data: Data = None) -> None:
+    """Print the keys there are and were: id, tenant, when each was made, whether it is good, and its note."""
+    import asyncio
+
+    for record in asyncio.run(_keys(data).listed()):
+        state = f"revoked {_utc(record.revoked_at)}" if record.revoked_at else "good"
+        print(f"{record.id}  {record.tenant}  {_utc(record.created_at)}  {state}  {record.note}".rstrip())
+
+
+@key.command("revoke")
+def revoke_key(key_id: Annotated[str, typer.Argument(help="The key's id, not the key.")], data: Data = None) -> None:
+    """End a key for good. Gateways refuse it, and tokens that were issued for it, within a second."""
+    import asyncio
+
+    record = asyncio.run(_keys(data).revoke(key_id))
+    print(f"key {record.id} of tenant {record.tenant} is revoked")
+
+
+def _keys(data: Path | None) -> "Keys":
+    import time
+
+    from knapper.keys import Keys
+    from knapper.settings import Settings, variable
+    from knapper.store.directory import DirectoryStore
+
+    settings = Settings.load({**os.environ, **({variable("data"): str(data)} if data else {})})
+    return Keys(DirectoryStore(settings.store_directory), time.time)
+
+
+def _utc(at: float) -> str:
+    from datetime import UTC, datetime
+
+    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 @app.command()

@@ -21,8 +21,17 @@ _SESSION = re.compile(r"ses-[0-9a-f]{32}")
 _RUN = re.compile(r"(ses-[0-9a-f]{32}):train:(0|[1-9][0-9]{0,17})")
 _SAMPLER = re.compile(r"(ses-[0-9a-f]{32}):sample:(0|[1-9][0-9]{0,17})")
 _TRAINING_REQUEST = re.compile(r"(ses-[0-9a-f]{32}:train:(?:0|[1-9][0-9]{0,17})):(0|[1-9][0-9]{0,17})")
+_TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _KINDS = ("weights", "sampler_weights", "external_weights")
+
+
+def tenant(value: str) -> Tenant:
+    """The name, checked. Raises InvalidField."""
+    if not _TENANT.fullmatch(value):
+        allowed = "1 to 63 small letters, digits and '-', the first a letter or digit"
+        raise InvalidField("tenant", value, allowed)
+    return Tenant(value)
 
 
 def session_id(value: str) -> SessionId:

@@ -4,6 +4,7 @@ Light on purpose: every process reads it first.
 """
 
 from collections.abc import Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -35,7 +36,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         str, Meta(description="Where the gateway rings for samples; `knapper up` sets its dispatcher's address.")
     ] = ""
     host: Annotated[
-        str, Meta(min_length=1, description="Where the gateway listens: loopback, since keys are off by default.")
+        str, Meta(min_length=1, description="Where the gateway listens; beyond loopback only with KNAPPER_KEYS=true.")
     ] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="The gateway's port; 0 takes a free one.")] = 8000
     dtype: Annotated[
@@ -50,6 +51,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Meta(gt=0, le=7 * 86400, description="An engine without requests for so long ends; the next bell starts it."),
     ] = 300.0
+    keys: Annotated[
+        bool,
+        Meta(
+            description="Only keys made by `knapper key create` open the API. Off: any key does, on this machine alone."
+        ),
+    ] = False
     jwt: Annotated[
         bool,
         Meta(
@@ -66,12 +73,23 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         types = {field.name: field.type for field in msgspec.structs.fields(Settings)}
         known = {variable(name): name for name in types}
         values: dict[str, Any] = default_directories(environ)
+        if "K_SERVICE" in environ:  # Knative's container contract: it listens on every address
+            values["host"] = "0.0.0.0"
         for given, text in environ.items():
             if given.startswith(PREFIX):
                 if given not in known:
                     raise InvalidField("environment variable", given, ", ".join(known), "Correct its name, or unset it")
                 values[known[given]] = _convert(given, text, types[known[given]])
         return Settings(**values)
+
+    def expect_keys_beyond_loopback(self) -> None:
+        """Raises InvalidField where others than this machine's users could reach a gateway that asks for no keys."""
+        if not self.keys and not _is_loopback(self.host):
+            raise InvalidField(
+                variable("host"), self.host, "127.0.0.1, ::1 or localhost while KNAPPER_KEYS is false",
+                "To serve other machines, set KNAPPER_KEYS=true, and make a key for each user "
+                "with `knapper key create TENANT`",
+            )  # fmt: skip
 
     @property
     def store_directory(self) -> Path:
@@ -122,6 +140,13 @@ def default_directories(environ: Mapping[str, str]) -> dict[str, Path]:
         "data": Path(environ.get("XDG_DATA_HOME") or home / ".local/share") / "knapper",
         "cache": Path(environ.get("XDG_CACHE_HOME") or home / ".cache") / "knapper/models",
     }
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _convert(name: str, text: str, kind: Any) -> Any:

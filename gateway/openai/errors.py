@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients know them, and keys as they send them."""
+"""Errors as OpenAI's clients know them."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -11,7 +11,6 @@ from gateway.tenants import tenant_of
 from knapper.errors import KnapperError, NotFound, Unavailable, UserError
 
 Handler = Callable[[Request], Awaitable[Response]]
-_BEARER = "bearer "
 
 log = structlog.get_logger()
 
@@ -23,11 +22,11 @@ def body(error: KnapperError) -> dict[str, Any]:
 
 
 def spoken(handler: Handler) -> Handler:
-    """The handler, for a client that sends its key as a bearer token and expects errors in OpenAI's shape."""
+    """The handler, for a client that expects errors in OpenAI's shape."""
 
     async def endpoint(request: Request) -> Response:
         try:
-            return await handler(_with_key(request))
+            return await handler(request)
         except KnapperError as error:
             if not _users(error):
                 log.warning("request failed", path=request.url.path, code=error.code, reason=str(error))
@@ -46,13 +45,3 @@ async def unknown_path(request: Request) -> Response:
 
 def _users(error: KnapperError) -> bool:
     return error.category == "user"
-
-
-def _with_key(request: Request) -> Request:
-    """Its key in the header where the rest of the gateway looks for it."""
-    authorization = request.headers.get("authorization", "")
-    if "x-api-key" in request.headers or authorization[: len(_BEARER)].lower() != _BEARER:
-        return request
-    key = authorization[len(_BEARER) :].strip().encode("latin-1")
-    headers = [*request.scope["headers"], (b"x-api-key", key)]
-    return Request({**request.scope, "headers": headers}, request.receive)

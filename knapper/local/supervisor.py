@@ -34,6 +34,7 @@ log = structlog.get_logger()
 
 def up(settings: Settings, root: Path, environ: Mapping[str, str], *, isolated: bool = False) -> None:
     """Serve until SIGINT or SIGTERM. Raises KnapperError if that cannot begin; `root` holds gateway/ and functions/."""
+    settings.expect_keys_beyond_loopback()
     _allow_many_connections()
     with ExitStack() as stack:
         stack.enter_context(locked(settings.data, settings.run_directory))

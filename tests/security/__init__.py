@@ -1,0 +1,1 @@
+"""What strangers, other tenants and bad input are answered."""
