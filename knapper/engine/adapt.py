@@ -85,13 +85,26 @@ class Segments:
 
     def __call__(self, names: Sequence[str], widths: Sequence[int], x_NI: Tensor, y_NO: Tensor) -> tuple[Tensor, ...]:
         parts = y_NO.split(list(widths), dim=1)
-        deltas = [self._deltas(names, x_NI[start:stop], lora) for start, stop, lora in self._adapted]
+        deltas = [
+            self._deltas(names, x_MI, lora)
+            for x_MI, (_, _, lora) in zip(self._pieces(x_NI), self._adapted, strict=True)
+        ]
         return tuple(
             self._added(part, [delta[index] for delta in deltas])
             if any(delta[index] is not None for delta in deltas)
             else part
             for index, part in enumerate(parts)
         )
+
+    def _pieces(self, x_NI: Tensor) -> list[Tensor]:
+        """The rows of each adapter. By one split: its gradient is one tensor, where each slice's would be one of N."""
+        sizes: list[int] = []
+        at = 0
+        for start, stop, _ in self._adapted:
+            sizes += [start - at, stop - start]
+            at = stop
+        sizes.append(x_NI.shape[0] - at)
+        return list(x_NI.split(sizes)[1::2])
 
     def _deltas(self, names: Sequence[str], x_NI: Tensor, lora: Lora) -> list[Tensor | None]:
         """One (N, width) for each site, None where the adapter has none. The sites' A share one GEMM."""

@@ -46,6 +46,33 @@ class Packed:
         return torch.cat(outputs).reshape(rows, -1)
 
 
+class Shared:
+    """Rows that several sequences have in common (`Prefixes`): each sequence attends as if it were alone.
+
+    So its bits are those that it has alone. What a common row gets is the same from each, and taken from the first.
+    """
+
+    def __init__(self, lengths: Sequence[int], places_N: Tensor, first_U: Tensor) -> None:
+        self._packed, self._places_N, self._first_U = Packed(lengths), places_N, first_U
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+        q, k, v = (x.index_select(0, self._places_N) for x in (q_NHD, k_NGD, v_NGD))
+        return self._packed(layer, q, k, v).index_select(0, self._first_U)
+
+
+class Joined:
+    """Attentions of several groups of rows, one after another: those of several runs in one pass."""
+
+    def __init__(self, attends: Sequence[Attend], rows: Sequence[int]) -> None:
+        self._attends, self._rows = attends, list(rows)
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+        if len(self._attends) == 1:
+            return self._attends[0](layer, q_NHD, k_NGD, v_NGD)
+        parts = zip(*(x.split(self._rows) for x in (q_NHD, k_NGD, v_NGD)), strict=True)
+        return torch.cat([attend(layer, *part) for attend, part in zip(self._attends, parts, strict=True)])
+
+
 class Recorded:
     """Another attention, whose keys and values are kept for decoding: `kv` (layers, 2, N, G, D)."""
 

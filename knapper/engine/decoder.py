@@ -49,7 +49,11 @@ class Decoder:
         `tokens_N` int64, `lengths` sum to N. Differentiable in the segments' adapters. A row's bits depend on its own
         sequence and adapter only.
         """
-        return self._pass(tokens_N, _positions(lengths, self.device), Packed(lengths), Segments(segments))
+        return self.hidden_of(tokens_N, _positions(lengths, self.device), Packed(lengths), segments)
+
+    def hidden_of(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, segments: Sequence[Segment]) -> Tensor:
+        """`hidden`, for rows that attend in another way than packed sequences do."""
+        return self._pass(tokens_N, positions_N, attend, Segments(segments))
 
     @torch.inference_mode()
     def prefill(self, tokens_N: Tensor, lengths: Sequence[int], segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,11 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from knapper.errors import InvalidField, UserError
@@ -144,12 +147,12 @@ class Loss:
     silent: str = ""
     columns: bool = False  # (T, K) targets allowed
 
-    def needs_gradient(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
-        """(T) bool, False where no gradient can arise; None: anywhere."""
+    def needs_gradient(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
+        """(T), False where no gradient can arise."""
         if not self.silent:
-            return None
-        needed = inputs[self.silent] != 0
-        return needed.any(dim=1) if needed.dim() == 2 else needed
+            return np.ones(len(inputs["target_tokens"]), dtype=bool)
+        needed: NDArray[np.bool_] = inputs[self.silent] != 0
+        return np.asarray(needed.any(axis=1)) if needed.ndim == 2 else needed
 
     def read_config(self, config: Mapping[str, float | str]) -> dict[str, float]:
         """The config, checked. Raises InvalidField."""

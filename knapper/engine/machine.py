@@ -1,5 +1,6 @@
 """What a journal needs of training: an operation in, the next state and the answer out. The device computes."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
@@ -8,6 +9,7 @@ import msgspec
 
 from knapper import limits
 from knapper.engine import peft_format
+from knapper.engine.clock import Clock
 from knapper.engine.device import Device, Task
 from knapper.engine.training import RunState, Trainer
 from knapper.errors import Corrupt
@@ -25,6 +27,7 @@ class TrainingMachine:
         self._trainer = trainer
         self._device = device
         self._clock = clock
+        self.passes = Clock(trainer, device, clock)
 
     async def create(self, spec: Spec, source: Files | None, with_optimizer: bool) -> RunState:
         """Raises InvalidField for a spec that cannot be trained, or a checkpoint of another form than the spec's."""
@@ -34,6 +37,10 @@ class TrainingMachine:
 
     async def apply(self, state: RunState, operation: Operation, source: Files | None) -> Outcome[RunState]:
         """Raises UserError for the user's mistakes; the state is the same then."""
+        if operation.kind == "forward_backward":
+            future = self.passes.submit(state, lambda: proto.decode_forward_backward(_body(operation)))
+            state, output, cost_s = await asyncio.wrap_future(future)
+            return Outcome(state, "application/x-protobuf", proto.encode_forward_backward_output(output), cost_s=cost_s)
         outcome, cost_s = await self._device.run(_timed(self._apply(state, operation, source), self._clock))
         return replace(outcome, cost_s=cost_s)
 
@@ -44,17 +51,13 @@ class TrainingMachine:
         return await self._device.run(_once(lambda: self._thaw(spec, files)))
 
     def _apply(self, state: RunState, operation: Operation, source: Files | None) -> Task[Outcome[RunState]]:
-        body = zstd.decompress(operation.body_zstd, limits.body_bytes_max)
         match operation.kind:
-            case "forward_backward":
-                state, output = yield from self._trainer.forward_backward(state, proto.decode_forward_backward(body))
-                return Outcome(state, "application/x-protobuf", proto.encode_forward_backward_output(output))
             case "optim_step":
-                values = requests.decode(body, requests.OptimStep).adamw()
+                values = requests.decode(_body(operation), requests.OptimStep).adamw()
                 state, metrics = yield from self._trainer.optim_step(state, values)
                 return _answer(state, {"metrics": metrics})
             case "load_weights":
-                request = requests.decode(body, requests.LoadWeights)
+                request = requests.decode(_body(operation), requests.LoadWeights)
                 if source is None:
                     raise Corrupt(f"the files of {request.path} were not handed to the load")
                 yield
@@ -76,6 +79,10 @@ class TrainingMachine:
         weights_P, moments, grads_P = peft_format.thaw(files, self._trainer.layout(spec))
         state = self._trainer.begin(spec, weights_P, moments)
         return state if grads_P is None else replace(state, grads_P=grads_P.to(state.weights_P.device))
+
+
+def _body(operation: Operation) -> bytes:
+    return zstd.decompress(operation.body_zstd, limits.body_bytes_max)
 
 
 def _answer(state: RunState, body: object) -> Outcome[RunState]:

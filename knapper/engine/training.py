@@ -1,30 +1,29 @@
 """Training steps of one run: pure functions from (state, request) to (state, result), in pieces that other work may go
 between.
 
-P parameters, N rows of a micro-batch, T tokens of a datum, K targets a position.
+P parameters.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections import deque
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from knapper.engine import optimizer
 from knapper.engine.checks import check
-from knapper.engine.decoder import Decoder, Segment
+from knapper.engine.decoder import Decoder
 from knapper.engine.device import Task
-from knapper.engine.head import HeadLora, target_logprobs
 from knapper.engine.lora import Layout, Lora, layout
-from knapper.engine.losses import Loss
 from knapper.engine.optimizer import Moments, is_finite
+from knapper.engine.passes import Pass, compute, micro_batches
 from knapper.errors import UserError
 from knapper.journal.records import Spec
-from knapper.wire.types import AdamW, Datum, ForwardBackward, ForwardBackwardOutput
+from knapper.wire.types import AdamW, ForwardBackward, ForwardBackwardOutput
 
-ROWS_MAX = 2048  # of a micro-batch: bounds memory and how long neighbours wait; a longer datum goes alone
+# Rows of a micro-batch: they bound memory and how long neighbours wait; a longer datum goes alone. A CPU's products are
+# saturated from some 128 rows on, a GPU's are not.
+ROWS_MAX_CPU, ROWS_MAX_GPU = 1024, 8192
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,10 @@ class RunState:
 class Trainer:
     """Trains adapters of many runs on one frozen base model; keeps nothing of any of them."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, rows_max: int | None = None) -> None:
+        """`rows_max` of a micro-batch; None: what suits the device."""
         self.decoder = decoder
+        self.rows_max = rows_max or (ROWS_MAX_CPU if decoder.device.type == "cpu" else ROWS_MAX_GPU)
 
     def layout(self, spec: Spec) -> Layout:
         """Raises InvalidField for a spec that cannot be trained on this model."""
@@ -75,28 +76,32 @@ class Trainer:
             moments = Moments(moments.m_P.to(self.decoder.device), moments.v_P.to(self.decoder.device), moments.step)
         return RunState(spec, where, weights_P, moments)
 
+    def open(self, state: RunState, request: ForwardBackward) -> Pass:
+        """The request, cut into micro-batches; how depends on it alone, so that its bits do. Raises UserError."""
+        loss, config = check(request, self.decoder.config)
+        sums_P = None if request.forward_only else torch.zeros_like(state.weights_P)
+        batches = deque(micro_batches(request.data, self.rows_max))
+        return Pass(_leaves(state, sums_P), loss, config, sums_P, batches)
+
+    def close(self, state: RunState, one: Pass) -> tuple[RunState, ForwardBackwardOutput]:
+        """The state that the finished pass leads to. Raises UserError for what it failed with."""
+        output = one.output()
+        return (state if one.sums_P is None else replace(state, grads_P=_added(state, one.sums_P))), output
+
     def forward_backward(
         self, state: RunState, request: ForwardBackward
     ) -> Task[tuple[RunState, ForwardBackwardOutput]]:
         """The loss of each datum, and its gradient added to those pending; forward_only leaves these as they are.
 
-        Yields after each micro-batch; how the request is cut depends on the request alone, so that its bits do. Losses
-        and gradients are sums, never means. Raises UserError for a request that is wrong, or whose loss or gradient is
-        not finite; `state` holds as before then.
+        Yields after each micro-batch. Losses and gradients are sums, never means. Raises UserError for a request that
+        is wrong, or whose loss or gradient is not finite; `state` holds as before then. The clock computes the same for
+        several runs at a time.
         """
-        loss, config = check(request, self.decoder.config)
-        sums_P = None if request.forward_only else torch.zeros_like(state.weights_P)
-        lora = _leaves(state, sums_P)
-        outputs: list[dict[str, np.ndarray]] = []
-        metrics: dict[str, float] = {}
-        for first, batch in _micro_batches(request.data):
-            for logprobs, found in self._micro_batch(lora, loss, config, first, batch, sums_P is not None):
-                outputs.append({"logprobs": logprobs})
-                for name, value in found.items():
-                    metrics[name] = metrics.get(name, 0.0) + value
+        one = self.open(state, request)
+        while not one.done:
+            compute(self.decoder, [one])
             yield
-        output = ForwardBackwardOutput(outputs, metrics)
-        return (state if sums_P is None else replace(state, grads_P=_added(state, sums_P))), output
+        return self.close(state, one)
 
     def optim_step(self, state: RunState, values: AdamW) -> Task[tuple[RunState, dict[str, float]]]:
         """One AdamW step with the pending gradients, which are then used up. (state, metrics)
@@ -108,48 +113,6 @@ class Trainer:
         grads_P = torch.zeros_like(state.weights_P) if state.grads_P is None else state.grads_P
         weights_P, moments, metrics = optimizer.step(state.weights_P, grads_P, state.moments, values)
         return replace(state, weights_P=weights_P, moments=moments, grads_P=None), metrics
-
-    def _micro_batch(
-        self, lora: Lora, loss: Loss, config: dict[str, float], first: int, batch: Sequence[Datum], differentiate: bool
-    ) -> list[tuple[np.ndarray, dict[str, float]]]:
-        """(log-probabilities, metrics) of each datum. Gradients are added into the adapter's leaves."""
-        device = self.decoder.device
-        inputs = [{name: torch.from_numpy(a).to(device) for name, a in datum.inputs.items()} for datum in batch]
-        targets = [given.pop("target_tokens") for given in inputs]
-        with torch.set_grad_enabled(differentiate):
-            found = self._logprobs(lora, loss, batch, targets, inputs)
-            losses = [loss(p, given, config) for p, given in zip(found, inputs, strict=True)]
-            for index, (value, _) in enumerate(losses, first):
-                _check_finite(index, loss, float(value.detach()), found[index - first])
-            if differentiate:
-                torch.stack([value for value, _ in losses]).sum().backward()
-        return [
-            (p.detach().cpu().numpy(), {name: float(value) for name, value in metrics.items()})
-            for p, (_, metrics) in zip(found, losses, strict=True)
-        ]
-
-    def _logprobs(
-        self,
-        lora: Lora,
-        loss: Loss,
-        batch: Sequence[Datum],
-        targets: Sequence[Tensor],
-        inputs: Sequence[dict[str, Tensor]],
-    ) -> list[Tensor]:
-        """Of the targets, for each datum in the shape of its targets."""
-        lengths = [len(datum.tokens) for datum in batch]
-        tokens_N = torch.from_numpy(np.concatenate([datum.tokens for datum in batch])).long().to(self.decoder.device)
-        hidden_NH = self.decoder.hidden(tokens_N, lengths, [Segment(0, len(tokens_N), lora)])
-        columns = max(1 if target.dim() == 1 else target.shape[1] for target in targets)
-        targets_NK = torch.cat([_widened(target, columns) for target in targets])
-        needed = [loss.needs_gradient(given) for given in inputs]
-        needed_N = None if needed[0] is None else torch.cat([one for one in needed if one is not None])
-        head = HeadLora(lora.a["lm_head"], lora.b["lm_head"], lora.scale) if "lm_head" in lora.a else None
-        found_NK = target_logprobs(hidden_NH, self.decoder.head_weight, targets_NK, head, needed_N)
-        return [
-            rows[:, 0] if target.dim() == 1 else rows[:, : target.shape[1]]
-            for rows, target in zip(found_NK.split(lengths), targets, strict=True)
-        ]
 
 
 def _leaves(state: RunState, sums_P: Tensor | None) -> Lora:
@@ -163,39 +126,6 @@ def _leaves(state: RunState, sums_P: Tensor | None) -> Lora:
             tensors[site] = tensors[site].detach().requires_grad_()
             tensors[site].grad = grads[site]
     return lora
-
-
-def _micro_batches(data: Sequence[Datum]) -> Iterator[tuple[int, list[Datum]]]:
-    """(index of the first, datums) in order, cut between datums: each has at most ROWS_MAX rows, or is one datum."""
-    first, batch, rows = 0, list[Datum](), 0
-    for index, datum in enumerate(data):
-        if batch and rows + len(datum.tokens) > ROWS_MAX:
-            yield first, batch
-            first, batch, rows = index, [], 0
-        batch.append(datum)
-        rows += len(datum.tokens)
-    yield first, batch
-
-
-def _widened(target: Tensor, columns: int) -> Tensor:
-    """(T, columns), int64; added columns are token 0, computed and never read."""
-    target_TK = (target.unsqueeze(1) if target.dim() == 1 else target).long()
-    return torch.nn.functional.pad(target_TK, (0, columns - target_TK.shape[1]))
-
-
-def _check_finite(index: int, loss: Loss, value: float, logprobs: Tensor) -> None:
-    if math.isfinite(value):
-        return
-    if not bool(torch.isfinite(logprobs).all()):
-        raise UserError(
-            f"datum {index}: the model's log-probabilities are not finite: the adapter's weights have grown too large; "
-            "nothing was changed. Load an earlier state and lower learning_rate"
-        )
-    raise UserError(
-        f"datum {index}: the loss {loss.name} is {value}; nothing was changed. The model's log-probabilities "
-        "are finite, so look for huge weights or advantages, or for `logprobs` far below the model's own: "
-        "the ratio is exp of the difference"
-    )
 
 
 def _added(state: RunState, sums_P: Tensor) -> Tensor:

@@ -114,10 +114,13 @@ def check_against_loops(name: str, config: dict[str, float], meaning: dict[str, 
     (plain_grad,) = torch.autograd.grad(plain, plain_logits)
     torch.testing.assert_close(mine_grad, plain_grad, rtol=1e-4, atol=1e-6)
     assert mine_grad.abs().max() > 1e-3
-    needed = loss.needs_gradient(given)
-    if needed is not None:
-        assert not mine_grad[~needed].any()
-        assert (~needed).any()
+    needed = torch.from_numpy(
+        loss.needs_gradient(
+            {"target_tokens": targets.numpy(), **{name: value.numpy() for name, value in given.items()}}
+        )
+    )
+    assert not mine_grad[~needed].any()
+    assert (~needed).any() == bool(loss.silent)
     assert all(key.count(":") == 1 for key in metrics)
 
 

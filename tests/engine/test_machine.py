@@ -226,12 +226,12 @@ def test_a_checkpoint_of_another_rank_is_refused_and_changes_nothing(machine: Tr
 def test_the_cost_is_that_of_the_operations_own_pieces(
     trainer: Trainer, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("knapper.engine.training.ROWS_MAX", 10)  # three datums, three pieces, and the end
+    monkeypatch.setattr(trainer, "rows_max", 10)  # three datums, three passes
 
     async def story() -> None:
         machine = TrainingMachine(trainer, device, Ticks())
         state = await machine.create(spec(), None, False)
         outcomes = await asyncio.gather(*(machine.apply(state, OPERATIONS[0], None) for _ in range(3)))
-        assert [outcome.cost_s for outcome in outcomes] == [4.0, 4.0, 4.0]  # a second for each piece, none for waiting
+        assert [outcome.cost_s for outcome in outcomes] == [3.0, 3.0, 3.0]  # a second for each pass, none for waiting
 
     run(story())

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from knapper.engine import training
 from knapper.engine.training import RunState, Trainer
 from knapper.errors import InvalidField, UserError
 from knapper.wire.types import AdamW, Datum
@@ -89,7 +88,7 @@ def test_log_probabilities_have_the_shape_of_their_targets(trainer: Trainer) -> 
 def test_micro_batches_change_nothing_but_the_last_bits(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     state, data = trained(trainer), batch()
     whole, output = done(trainer.forward_backward(state, request(data)))
-    monkeypatch.setattr(training, "ROWS_MAX", 40)
+    monkeypatch.setattr(trainer, "rows_max", 40)
     pieces = sum(1 for _ in trainer.forward_backward(state, request(data)))
     cut, cut_output = done(trainer.forward_backward(state, request(data)))
     assert pieces == 4  # 19 | 33 + 7 | 33 | 20
@@ -109,7 +108,7 @@ def test_a_task_left_half_way_changes_nothing_and_disturbs_nobody(
 ) -> None:
     state = trained(trainer)
     alone = gradient(trainer, state, batch())
-    monkeypatch.setattr(training, "ROWS_MAX", 40)
+    monkeypatch.setattr(trainer, "rows_max", 40)
     before = [t.clone() for t in tensors(state)]
     half = trainer.forward_backward(state, request(batch(seed=5)))
     next(half)
@@ -126,7 +125,7 @@ def test_a_task_left_half_way_changes_nothing_and_disturbs_nobody(
 def test_a_loss_that_is_not_finite_is_refused_half_way_and_changes_nothing(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "ROWS_MAX", 40)
+    monkeypatch.setattr(trainer, "rows_max", 40)
     state, _ = done(trainer.forward_backward(trained(trainer), request(batch())))
     before = [t.clone() for t in tensors(state)]
     data = batch(loss="ppo")

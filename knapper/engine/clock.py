@@ -1,0 +1,196 @@
+"""Which runs compute next: forward_backward requests of all of them, gathered into passes of the one base model.
+
+One task on the device serves all, as the sampler's does, and yields after every pass, so that sampling takes its turns.
+Nobody is waited for: what arrives while a pass runs shares the next one. Fair by rows: the run that was served least
+goes first, and others fill the pass up. A request that no other could share a pass with is not held up by it.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Final
+
+from knapper.engine import passes
+from knapper.engine.device import Device, Task
+from knapper.engine.passes import Pass
+from knapper.engine.training import RunState, Trainer
+from knapper.errors import UserError
+from knapper.wire.types import ForwardBackward, ForwardBackwardOutput
+
+Computed = tuple[RunState, ForwardBackwardOutput, float]
+
+_RUNS_REMEMBERED: Final = 1024  # whose share of the device is known; idle ones are forgotten first
+
+
+@dataclass
+class Counters:
+    """Since the clock began."""
+
+    passes: int = 0
+    rows: int = 0  # computed, of all passes
+    shares: int = 0  # micro-batches: shares / passes runs are in a pass on average
+    repeated: int = 0  # requests that were computed again, alone, after a pass that broke
+
+
+@dataclass(eq=False)
+class _Request:
+    state: RunState
+    read: Callable[[], ForwardBackward]
+    future: "Future[Computed]" = field(default_factory=Future)
+    opened: Pass | None = None
+    alone: bool = False  # a pass that it was part of broke
+    cost_s: float = 0.0
+
+    @property
+    def run(self) -> str:
+        return self.state.spec.run
+
+    @property
+    def rows(self) -> int:
+        assert self.opened is not None
+        return self.opened.waiting[0].rows
+
+
+class Clock:
+    """Passes on one device. `now` in seconds only tells what a request costs."""
+
+    def __init__(self, trainer: Trainer, device: Device, now: Callable[[], float]) -> None:
+        self.counters = Counters()
+        self._trainer, self._device, self._now = trainer, device, now
+        # Callers and the device's thread meet at these two, under the lock.
+        self._lock = threading.Lock()
+        self._arrivals: list[_Request] = []
+        self._working = False
+        # The rest belongs to the device's thread.
+        self._requests: list[_Request] = []
+        self._served: dict[str, int] = {}  # rows by run
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are not finished."""
+        return len(self._arrivals) + len(self._requests)
+
+    def submit(self, state: RunState, read: Callable[[], ForwardBackward]) -> "Future[Computed]":
+        """(state, output, seconds of the passes that were this request's), as `Trainer.forward_backward` has them.
+
+        The same bits, whoever shares the passes. `read` is called on the device's thread; what it raises is raised.
+        Cancelling the future ends the request with its micro-batch.
+        """
+        request = _Request(state, read)
+        with self._lock:
+            self._arrivals.append(request)
+            if not self._working:
+                self._working = True
+                self._device.submit(self._work())
+        return request.future
+
+    # From here on: the device's thread.
+
+    def _work(self) -> Task[None]:
+        try:
+            while self._look():
+                if chosen := self._choose():
+                    self._compute(chosen)
+                    yield
+        except BaseException as error:
+            self._abandon(error)
+            raise
+
+    def _look(self) -> bool:
+        """Take in what arrived and drop what was cancelled. False when nothing is left: the task then ends."""
+        with self._lock:
+            arrived, self._arrivals = self._arrivals, []
+            self._requests = [one for one in self._requests + arrived if not one.future.cancelled()]
+            self._working = bool(self._requests)
+        self._welcome(arrived)
+        for one in list(self._requests):
+            if one.opened is None:
+                self._open(one)
+        return self._working
+
+    def _welcome(self, arrived: Sequence[_Request]) -> None:
+        """A run that was away has no claim to what it did not use."""
+        before = [self._served[one.run] for one in self._requests if one not in arrived]
+        floor = min(before, default=0)
+        for one in arrived:
+            self._served[one.run] = max(self._served.pop(one.run, 0), floor)
+        for run in list(self._served)[: max(0, len(self._served) - _RUNS_REMEMBERED)]:
+            if all(one.run != run for one in self._requests):
+                del self._served[run]
+
+    def _open(self, one: _Request) -> None:
+        try:
+            one.opened = self._trainer.open(one.state, one.read())
+        except BaseException as error:  # noqa: BLE001  the border of the thread: the waiting caller gets it
+            self._answer(one, error)
+
+    def _choose(self) -> list[_Request]:
+        """Who computes a micro-batch now: the least served, and whoever else fits beside it."""
+        waiting = sorted(self._requests, key=lambda one: self._served[one.run])
+        chosen: list[_Request] = []
+        rows = 0
+        for one in waiting:
+            assert one.opened is not None
+            if not chosen:
+                chosen, rows = [one], one.rows
+                continue
+            first = chosen[0]
+            assert first.opened is not None
+            alike = one.opened.differentiates == first.opened.differentiates
+            if alike and not (one.alone or first.alone) and rows + one.rows <= self._trainer.rows_max:
+                chosen.append(one)
+                rows += one.rows
+        return chosen
+
+    def _compute(self, chosen: Sequence[_Request]) -> None:
+        rows = [one.rows for one in chosen]
+        began = self._now()
+        try:
+            passes.compute(self._trainer.decoder, [one.opened for one in chosen if one.opened is not None])
+        except Exception as error:  # noqa: BLE001  a defect that one request brings out must not fail the others
+            self._part(chosen, error)
+            return
+        spent_s = self._now() - began
+        self.counters.passes += 1
+        self.counters.shares += len(chosen)
+        self.counters.rows += sum(rows)
+        for one, own in zip(chosen, rows, strict=True):
+            one.cost_s += spent_s * own / sum(rows)
+            self._served[one.run] += own
+            if one.opened is not None and one.opened.done:
+                self._finish(one, one.opened)
+
+    def _part(self, chosen: Sequence[_Request], error: Exception) -> None:
+        """A pass broke, perhaps with gradients half added: begin each of its requests anew, by itself."""
+        for one in chosen:
+            if len(chosen) == 1:
+                self._answer(one, error)
+            else:
+                self.counters.repeated += 1
+                one.alone, one.opened = True, None
+
+    def _finish(self, one: _Request, opened: Pass) -> None:
+        try:
+            state, output = self._trainer.close(one.state, opened)
+        except UserError as error:
+            self._answer(one, error)
+        else:
+            self._answer(one, (state, output, one.cost_s))
+
+    def _answer(self, one: _Request, result: Computed | BaseException) -> None:
+        self._requests.remove(one)
+        if one.future.set_running_or_notify_cancel():
+            if isinstance(result, BaseException):
+                one.future.set_exception(result)
+            else:
+                one.future.set_result(result)
+
+    def _abandon(self, error: BaseException) -> None:
+        """The device closes, or something broke that no request is to blame for: every caller hears it."""
+        with self._lock:
+            requests = self._requests + self._arrivals
+            self._requests, self._arrivals, self._working = [], [], False
+        for one in requests:
+            if one.future.set_running_or_notify_cancel():
+                one.future.set_exception(error)

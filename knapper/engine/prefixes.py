@@ -1,0 +1,82 @@
+"""Sequences that begin alike: the rows that they share, each computed once.
+
+A causal model's row depends on the tokens up to it and on none after it. So sequences with a common beginning have
+common rows there: the samples of a group share their prompt, the turns of a conversation all that came before.
+
+N rows of all sequences, one after another; U rows that differ.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Ints = NDArray[np.int64]
+
+
+class Prefixes:
+    """Grows by whole sequences. Two rows are one when the tokens up to and with them are the same."""
+
+    def __init__(self) -> None:
+        self._children: dict[tuple[int, int], int] = {}  # (row before, token) -> row
+        self._tokens: list[int] = []
+        self._positions: list[int] = []
+        self._first: list[int] = []  # where among the N rows each of the U first stands
+        self._places: list[_Ints] = []
+        self.lengths: list[int] = []
+
+    def __len__(self) -> int:
+        """How many rows have to be computed."""
+        return len(self._tokens)
+
+    @property
+    def total(self) -> int:
+        """How many rows the sequences have."""
+        return sum(self.lengths)
+
+    def new_rows(self, tokens_T: NDArray[np.int32]) -> int:
+        """How many rows `add` would add."""
+        return len(tokens_T) - len(self._walk(tokens_T.tolist()))
+
+    def add(self, tokens_T: NDArray[np.int32]) -> None:
+        tokens = tokens_T.tolist()
+        path = self._walk(tokens)
+        start = self.total
+        row = path[-1] if path else -1
+        for position in range(len(path), len(tokens)):
+            before, row = row, len(self._tokens)
+            self._children[before, tokens[position]] = row
+            self._tokens.append(tokens[position])
+            self._positions.append(position)
+            self._first.append(start + position)
+            path.append(row)
+        self._places.append(np.array(path, dtype=np.int64))
+        self.lengths.append(len(tokens))
+
+    def _walk(self, tokens: list[int]) -> list[int]:
+        """The rows that are there already, as far as the sequence goes along with an earlier one."""
+        path: list[int] = []
+        row = -1
+        for token in tokens:
+            found = self._children.get((row, token))
+            if found is None:
+                break
+            path.append(found)
+            row = found
+        return path
+
+    @property
+    def tokens_U(self) -> _Ints:
+        return np.array(self._tokens, dtype=np.int64)
+
+    @property
+    def positions_U(self) -> _Ints:
+        return np.array(self._positions, dtype=np.int64)
+
+    @property
+    def first_U(self) -> _Ints:
+        """For each row that is computed, a place among the N where it stands."""
+        return np.array(self._first, dtype=np.int64)
+
+    @property
+    def places_N(self) -> _Ints:
+        """For each row of each sequence, the computed row that it is."""
+        return np.concatenate(self._places)
