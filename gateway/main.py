@@ -39,7 +39,7 @@ from knapper.orphans import Orphans
 from knapper.register import Register
 from knapper.settings import Settings
 from knapper.store import Store
-from knapper.store.directory import DirectoryStore
+from knapper.store.opening import open_store
 from knapper.tokens import Tokens
 
 _POST = {
@@ -165,7 +165,7 @@ def _from_environment() -> Starlette:
     telemetry.configure("gateway", settings.log_level)
     settings.expect_keys_beyond_loopback()
     return create_app(
-        DirectoryStore(settings.store_directory),
+        open_store(settings),
         train_step_url=settings.train_step_url,
         sample_url=settings.sample_url,
         keys=settings.keys,

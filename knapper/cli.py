@@ -55,12 +55,12 @@ def sweep(data: Annotated[Path | None, typer.Option(help="The data directory of 
 
     from knapper.journal.collect import sweep_all
     from knapper.settings import Settings, variable
-    from knapper.store.directory import DirectoryStore
+    from knapper.store.opening import open_store
 
     settings = Settings.load({**os.environ, **({variable("data"): str(data)} if data else {})})
 
     async def sweep_and_tell() -> None:
-        async for run, count in sweep_all(DirectoryStore(settings.store_directory), time.time()):
+        async for run, count in sweep_all(open_store(settings), time.time()):
             print(f"{run}: {count} objects deleted")
 
     asyncio.run(sweep_and_tell())
@@ -110,10 +110,10 @@ def _keys(data: Path | None) -> "Keys":
 
     from knapper.keys import Keys
     from knapper.settings import Settings, variable
-    from knapper.store.directory import DirectoryStore
+    from knapper.store.opening import open_store
 
     settings = Settings.load({**os.environ, **({variable("data"): str(data)} if data else {})})
-    return Keys(DirectoryStore(settings.store_directory), time.time)
+    return Keys(open_store(settings), time.time)
 
 
 def _utc(at: float) -> str:

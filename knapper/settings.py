@@ -20,6 +20,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """One process's settings; a child process gets them whole, as `environment()`."""
 
     data: Annotated[Path, Meta(description="Everything that must survive: the store, and run/ with locks and states.")]
+    store: Annotated[
+        str, Meta(description="Where the store is: empty for KNAPPER_DATA/store, or gs://BUCKET or gs://BUCKET/PREFIX.")
+    ] = ""
     cache: Annotated[
         Path, Meta(description="Base models that were downloaded or converted; can be deleted at any time.")
     ]

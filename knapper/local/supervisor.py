@@ -27,7 +27,7 @@ from knapper.local.state import Processes, locked
 from knapper.models.catalogue import Catalogue, ModelRecord, record_of
 from knapper.models.obtain import obtain
 from knapper.settings import Settings
-from knapper.store.directory import DirectoryStore
+from knapper.store.opening import open_store
 
 log = structlog.get_logger()
 
@@ -100,7 +100,7 @@ class Supervisor:
         log.info("stopped")
 
     async def _serve_gateway(self) -> None:
-        await Catalogue(DirectoryStore(self._settings.store_directory)).serve_only(self._record())
+        await Catalogue(open_store(self._settings)).serve_only(self._record())
         self._server.start()
         await self._gateway.keep(lambda: print(f"ready: {self._gateway.url}", flush=True))
 

@@ -1,23 +1,19 @@
 """Scores of rollouts: for each a finite number, and what each term of the reward gave. Anything else is an error."""
 
+import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from knapper import limits
 from knapper.errors import UserError
-from knapper.rewards import plain
+from knapper.rewards import plain, sandboxed
+from knapper.rewards.rollouts import Rollout
 from knapper.rewards.spec import ExactMatch, Format, Length, Numeric, Reward, Term
+from knapper.sandbox.pool import Sandbox, SandboxMissing
 
-
-@dataclass(frozen=True)
-class Rollout:
-    """`answer`: whatever the data says beside the prompt, plain JSON."""
-
-    id: str
-    prompt: str | list[dict[str, str]]
-    completion: str
-    answer: object
+__all__ = ["RewardFailed", "Rollout", "Score", "score"]
 
 
 @dataclass(frozen=True)
@@ -44,9 +40,23 @@ class RewardFailed(UserError):
         self.reason = shown
 
 
-async def score(reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
-    """The scores, in order. Raises RewardFailed for the first rollout that has none."""
-    by_term = {label: await _values(term, rollouts) for label, term in reward.terms.items()}
+async def score(reward: Reward, rollouts: Sequence[Rollout], *, sandbox: Sandbox | None = None) -> list[Score]:
+    """The scores, in order. Raises RewardFailed for a rollout that has none, SandboxMissing where code cannot run.
+
+    `sandbox`: one that outlives the call, whose processes are warm; otherwise the call makes one and ends it.
+    """
+    for rollout in rollouts:
+        if len(rollout.completion) > limits.reward_text_chars_max:
+            raise RewardFailed(
+                rollout.id,
+                f"the completion has {len(rollout.completion)} characters; allowed: {limits.reward_text_chars_max}",
+            )
+    own = sandbox or Sandbox()
+    try:
+        by_term = {label: await _values(term, reward, rollouts, own) for label, term in reward.terms.items()}
+    finally:
+        if sandbox is None:
+            await own.close()
     scores = []
     for n, rollout in enumerate(rollouts):
         parts = {label: values[n] for label, values in by_term.items()}
@@ -57,17 +67,26 @@ async def score(reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
     return scores
 
 
-async def _values(term: Term, rollouts: Sequence[Rollout]) -> list[float]:
-    values = []
-    for rollout in rollouts:
-        try:
-            values.append(_value(term, rollout))
-        except UserError as error:
-            raise RewardFailed(rollout.id, str(error)) from error
-    return values
+async def _values(term: Term, reward: Reward, rollouts: Sequence[Rollout], sandbox: Sandbox) -> list[float]:
+    if not rollouts:
+        return []
+    with _named(rollouts[0]):
+        preload = await sandboxed.imports(term, reward.files, sandbox)
+
+    async def one(rollout: Rollout) -> float:
+        with _named(rollout):
+            return await _value(term, rollout, reward, preload, sandbox)
+
+    tasks = [asyncio.ensure_future(one(rollout)) for rollout in rollouts]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:  # one failed, or nobody waits: the others are of no use
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _value(term: Term, rollout: Rollout) -> float:
+async def _value(term: Term, rollout: Rollout, reward: Reward, preload: tuple[str, ...], sandbox: Sandbox) -> float:
     match term:
         case ExactMatch():
             return plain.exact_match(term, rollout.completion, rollout.answer)
@@ -77,4 +96,15 @@ def _value(term: Term, rollout: Rollout) -> float:
             return plain.length(term, rollout.completion)
         case Format():
             return plain.format(term, rollout.completion)
-    raise NotImplementedError(type(term).__name__)
+    return await sandboxed.value(term, rollout, reward.files, preload, sandbox)
+
+
+@contextmanager
+def _named(rollout: Rollout) -> Iterator[None]:
+    """What goes wrong inside, under the rollout's name."""
+    try:
+        yield
+    except (SandboxMissing, RewardFailed):
+        raise
+    except UserError as error:
+        raise RewardFailed(rollout.id, str(error)) from error

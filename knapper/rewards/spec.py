@@ -15,6 +15,7 @@ from knapper.wire import json
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]  # of a file beside job.yaml
 Label = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_]{0,62}$")]
 Mark = Annotated[str, Meta(max_length=128)]
+FunctionName = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,127}$")]
 Seconds = Annotated[float, Meta(ge=0.1, le=limits.reward_s_max)]
 
 
@@ -77,11 +78,13 @@ class Sql(Textual, frozen=True, kw_only=True):
 class PythonTests(Textual, frozen=True, kw_only=True):
     """The text is a program; the answer (Python with asserts, or a list of such) tests its functions.
 
-    1 if all pass; `partial`: the fraction of the list that passes.
+    1 if all pass; `partial`: the fraction of the list that passes. `functions`: what of the program the tests see; all,
+    unless given, except what Python itself has under that name.
     """
 
     take: Literal["all", "last_line", "code_block"] = "code_block"
     partial: bool = False
+    functions: Annotated[tuple[FunctionName, ...], Meta(min_length=1, max_length=64)] | None = None
     timeout_s: Seconds = 10.0
 
 

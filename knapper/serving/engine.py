@@ -30,7 +30,7 @@ from knapper.journal.run import Holder
 from knapper.serving.residents import Residents
 from knapper.settings import Settings
 from knapper.store import Store
-from knapper.store.directory import DirectoryStore
+from knapper.store.opening import open_store
 
 _SLOTS_MAX = 64  # from some 64 rows on a CPU's matrix products are saturated: more only make each text wait longer
 _KV_BYTES_MAX = 2 * 1024 * limits.MIB  # keys and values of all texts that decode at once
@@ -86,7 +86,7 @@ def engine() -> Engine:
     decoder = Decoder(config, weights.load(directory, config, dtype, where))
     device = Device()
     atexit.register(device.close)  # torch aborts if the interpreter goes away under its thread
-    store = DirectoryStore(settings.store_directory)
+    store = open_store(settings)
     machine = TrainingMachine(Trainer(decoder), device, time.monotonic)
     terms = _terms(where, dtype)
     holder = Holder(f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}", "", terms)

@@ -4,15 +4,17 @@ import asyncio
 import json
 from typing import Any
 
+import msgspec
+
 from knapper import ids
-from knapper.checkpoints import Checkpoints
+from knapper.checkpoints import Checkpoint, Checkpoints
 from knapper.ids import RunId, SessionId, TinkerPath
 from knapper.journal import bundles
 from knapper.journal.accept import Acceptor, pack
 from knapper.journal.records import Commit, Creation, Kind, Spec, Terms
 from knapper.journal.run import Holder, Run
 from knapper.store.memory import MemoryStore
-from tests.sim.ledger import LedgerMachine, LedgerState
+from tests.sim.ledger import SIZE, LedgerMachine, LedgerState
 
 RUN = ids.make_run_id(SessionId("ses-" + "a" * 32), 0)
 SPEC = Spec(
@@ -99,5 +101,35 @@ def test_a_run_whose_source_was_deleted_before_it_was_made_fails_in_words() -> N
         assert "was deleted" in made["error"]
         assert made["category"] == "user"
         assert "never made" in stepped["error"]
+
+    asyncio.run(story())
+
+
+def test_a_load_reaches_another_tenant_s_checkpoint_only_while_it_is_public() -> None:
+    """Through the journal, where no gateway looks any more; private, it is answered as one that never existed."""
+
+    async def story() -> None:
+        bench = Bench()
+        theirs = ids.make_run_id(SessionId("ses-" + "b" * 32), 0)
+        spec = msgspec.structs.replace(SPEC, run=theirs, tenant="bob")
+        await bench.acceptor.create(Creation(spec=spec), b"theirs")
+        await bench.acceptor.create(Creation(spec=SPEC), b"made")
+        checkpoints = Checkpoints(bench.store, clock)
+        path = TinkerPath(theirs, "weights", "a")
+        bundle = ids.adapter_prefix(theirs, 1, 1)
+        files = {"weights": bytes(4 * SIZE)}
+        await bundles.write(bench.store, bundle, files, spec=spec, seq=1, epoch=1)
+        saved = Checkpoint(
+            path=str(path), tenant="bob", base_model="m", rank=4, bundle=bundle, seq=1, size_bytes=2, saved_at=clock()
+        )
+        await checkpoints.save(saved, overwrite=False)
+        await bench.accept(1, "load_weights", path=str(path), optimizer=False)
+        await bench.accept(2, "load_weights", path=str(path).replace("/a", "/b"), optimizer=False)
+        _, private, missing = await bench.apply("first")
+        assert private["error"] == missing["error"].replace("/b ", "/a ")
+        await checkpoints.publish(path, "bob", True)
+        await bench.accept(3, "load_weights", path=str(path), optimizer=False)
+        [public] = await bench.apply("second")
+        assert public == {"loaded": True}
 
     asyncio.run(story())

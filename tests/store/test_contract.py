@@ -15,8 +15,11 @@ from knapper.store.memory import MemoryStore
 Open = Callable[[], Store]
 
 
-@pytest.fixture(params=["memory", "directory"])
+@pytest.fixture(params=["memory", "directory", "gcs"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "gcs":
+        opened: Store = request.getfixturevalue("new_bucket")()
+        return opened
     return MemoryStore() if request.param == "memory" else DirectoryStore(tmp_path / "store")
 
 

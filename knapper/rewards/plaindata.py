@@ -1,0 +1,55 @@
+"""Values that may go from one cell to the other: plain data of exactly these types, as JSON. Nothing in it can run."""
+
+from typing import Any
+
+_depth_max = 50
+_ATOMS = (type(None), bool, float, str)
+
+
+class NotPlain(TypeError):
+    """The value has a type that cannot be sent."""
+
+
+def pack(value: object, depth: int = 0) -> Any:
+    """Raises NotPlain. Exact types: a subclass could behave as it likes on the other side."""
+    kind = type(value)
+    if depth > _depth_max:
+        raise NotPlain(f"nested deeper than {_depth_max}")
+    if kind in _ATOMS:
+        return value
+    match value:
+        case int():
+            packed: Any = hex(value)
+        case complex():
+            packed = [value.real, value.imag]
+        case bytes():
+            packed = value.hex()
+        case dict():
+            packed = [[pack(key, depth + 1), pack(each, depth + 1)] for key, each in value.items()]
+        case list() | tuple() | set() | frozenset():
+            packed = [pack(each, depth + 1) for each in value]
+        case _:
+            raise NotPlain(f"{kind.__name__} is not plain data")
+    if kind.__name__ not in _UNPACK or kind.__module__ != "builtins":
+        raise NotPlain(f"{kind.__name__} is not plain data")
+    return [kind.__name__, packed]
+
+
+def unpack(packed: Any) -> Any:
+    """The value. Raises ValueError, TypeError, KeyError or RecursionError for anything that `pack` did not make."""
+    if type(packed) in _ATOMS:
+        return packed
+    kind, content = packed
+    return _UNPACK[kind](content)
+
+
+_UNPACK: dict[str, Any] = {
+    "int": lambda content: int(content, 16),
+    "complex": lambda content: complex(float(content[0]), float(content[1])),
+    "bytes": bytes.fromhex,
+    "dict": lambda content: {unpack(key): unpack(value) for key, value in content},
+    "list": lambda content: [unpack(each) for each in content],
+    "tuple": lambda content: tuple(unpack(each) for each in content),
+    "set": lambda content: {unpack(each) for each in content},
+    "frozenset": lambda content: frozenset(unpack(each) for each in content),
+}

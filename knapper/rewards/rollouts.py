@@ -1,0 +1,13 @@
+"""What is scored."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """`answer`: whatever the data says beside the prompt, plain JSON."""
+
+    id: str
+    prompt: str | list[dict[str, str]]
+    completion: str
+    answer: object

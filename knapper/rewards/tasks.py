@@ -1,0 +1,156 @@
+"""What cells compute for rewards: imports the standard library only, and the rest where it is used.
+
+Every task answers `{"value": ...}`, or `{"error": reason}` where the reward itself is at fault.
+"""
+
+import json
+import linecache
+import math
+import re
+import sqlite3
+import time
+import traceback
+from collections import Counter
+from types import TracebackType
+from typing import Any
+
+from knapper.sandbox import cell
+
+_rows_max = 10_000
+_sql_text_max = 10_000_000  # bytes of one value
+_steps_between_looks = 10_000
+
+
+def user_code(arguments: dict[str, Any], _link: int) -> dict[str, Any]:
+    """`reward(prompt, completion, answer)` of the user's file."""
+    name, code = arguments["name"], arguments["code"]
+    show_lines_of(name, code)
+    try:
+        module: dict[str, Any] = {"__name__": "reward", "__file__": name}
+        exec(compile(code, name, "exec", dont_inherit=True), module)  # noqa: S102  this is the sandbox
+        if not callable(function := module.get("reward")):
+            return {"error": f"{name} has no function `reward(prompt, completion, answer)`"}
+        value = function(arguments["prompt"], arguments["completion"], arguments["answer"])
+    except BaseException as error:  # noqa: BLE001  SystemExit and KeyboardInterrupt are no numbers either
+        return {"error": reason(error, name)}
+    return number(value, name)
+
+
+def imports(arguments: dict[str, Any], _link: int) -> dict[str, Any]:
+    """The modules that the code names."""
+    try:
+        return {"value": cell.imported(arguments["code"])}
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return {"error": reason(error, arguments["name"])}
+
+
+def number(value: object, name: str) -> dict[str, Any]:
+    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+        return {"error": f"{name} returned {type(value).__name__}; allowed: a finite number"}
+    try:
+        result = float(value)
+    except BaseException as error:  # noqa: BLE001  its __float__ is the user's code too
+        return {"error": reason(error, name)}
+    return (
+        {"value": result} if math.isfinite(result) else {"error": f"{name} returned {result}; allowed: a finite number"}
+    )
+
+
+def reason(error: BaseException, name: str) -> str:
+    """The error in a line, with the last line of `name` that it passed."""
+    text = "".join(traceback.format_exception_only(error)).strip().splitlines()
+    said = text[-1][:200] if text else type(error).__name__
+    if isinstance(error, SyntaxError):
+        return f"{said} ({name}, line {error.lineno})"
+    if isinstance(error, ImportError):
+        said += "; the sandbox has the modules that are installed beside it and that an import statement names"
+    if isinstance(error, PermissionError):
+        said += "; the sandbox has no files, network or processes"
+    if isinstance(error, MemoryError):
+        said += "; the sandbox's memory is used up"
+    line = line_of(error.__traceback__, name)
+    return f"{said} ({name}, line {line}: {linecache.getline(name, line).strip()[:120]})" if line else said
+
+
+def line_of(frames: TracebackType | None, name: str) -> int:
+    line = 0
+    while frames is not None:
+        if frames.tb_frame.f_code.co_filename == name:
+            line = frames.tb_lineno
+        frames = frames.tb_next
+    return line
+
+
+def show_lines_of(name: str, code: str) -> None:
+    linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
+
+
+def regex(arguments: dict[str, Any], _link: int) -> dict[str, Any]:
+    search = re.fullmatch if arguments["whole"] else re.search
+    return {"value": float(search(arguments["pattern"], arguments["text"]) is not None)}
+
+
+def json_schema(arguments: dict[str, Any], _link: int) -> dict[str, Any]:
+    try:
+        import jsonschema
+        from referencing import Registry
+    except ImportError:
+        return {"error": "jsonschema is not installed; allowed: `pip install 'knapper[reward]'`"}
+    schema = json.loads(arguments["schema"])
+    try:
+        kind = jsonschema.validators.validator_for(schema)
+        kind.check_schema(schema)
+        validator = kind(schema, registry=Registry())  # an empty one: nothing is fetched
+    except jsonschema.SchemaError as error:
+        return {"error": f"the schema is no JSON schema: {error.message[:200]}"}
+    try:
+        value = json.loads(arguments["text"], parse_constant=_no_constant)
+        return {"value": float(validator.is_valid(value))}
+    except (ValueError, RecursionError):
+        return {"value": 0.0}
+    except Exception as error:  # noqa: BLE001  a reference that leads nowhere, a pattern that does not compile
+        return {"error": f"the schema cannot be used: {str(error)[:200]}"}
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def sql(arguments: dict[str, Any], _link: int) -> dict[str, Any]:
+    """Rows of the completion's query and of the answer's, each on a database of its own."""
+    script, wanted = arguments["script"], arguments["answer"]
+    deadline = time.monotonic() + 0.8 * arguments["timeout_s"]
+    try:
+        expected = _rows(script, wanted, deadline) if isinstance(wanted, str) else [tuple(row) for row in wanted]
+    except (sqlite3.Error, sqlite3.Warning, TypeError, OverflowError) as error:
+        return {"error": f"the database's script or the answer's query fails: {str(error)[:200]}"}
+    try:
+        rows = _rows(script, arguments["text"], deadline)
+    except (sqlite3.Error, sqlite3.Warning, OverflowError, ValueError, MemoryError):
+        return {"value": 0.0}
+    given, expected = [_comparable(row) for row in rows], [_comparable(row) for row in expected]
+    same = given == expected if arguments["ordered"] else Counter(given) == Counter(expected)
+    return {"value": float(same)}
+
+
+def _rows(script: str, query: str, deadline: float) -> list[tuple[Any, ...]]:
+    connection = sqlite3.connect(":memory:")
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _sql_text_max)
+    connection.execute("PRAGMA temp_store = MEMORY")
+    connection.executescript(script)
+    connection.commit()
+    connection.set_progress_handler(lambda: time.monotonic() > deadline, _steps_between_looks)
+    connection.set_authorizer(_reads_only)
+    rows = connection.execute(query).fetchmany(_rows_max + 1)
+    if len(rows) > _rows_max:
+        raise sqlite3.DataError(f"over {_rows_max} rows")
+    return rows
+
+
+def _reads_only(action: int, *_: object) -> int:
+    allowed = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE)
+    return sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY
+
+
+def _comparable(row: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(float(f"{value:.9g}") if isinstance(value, float) else value for value in row)

@@ -1,0 +1,254 @@
+"""The store in a bucket of Google Cloud Storage. The one module that imports its client.
+
+Every object is created on the condition that its name is free, and never changed. A request that was repeated, or whose
+answer was lost, may have won without knowing: so each writer marks what it writes, and on doubt reads who won.
+
+What is larger than one conditional upload may be goes up as parts under names of their own, in parallel; the object
+itself is then a small pointer to them. So who wins a name is always decided by one small conditional upload.
+"""
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn, TypeVar
+
+import msgspec
+import requests
+from google.api_core.exceptions import Forbidden, GoogleAPIError, NotFound, PreconditionFailed, Unauthorized
+from google.auth.exceptions import GoogleAuthError
+from google.cloud import storage  # noqa: TID251 - here, and nowhere else
+from google.cloud.storage import retry  # noqa: TID251
+from google.cloud.storage.exceptions import DataCorruption, InvalidResponse  # noqa: TID251
+from requests.adapters import HTTPAdapter
+from urllib3.exceptions import HTTPError
+
+from knapper import limits
+from knapper.errors import Corrupt, StoreError
+from knapper.store import Names, check_name
+
+part_bytes_max = 8 * limits.MIB  # of one upload; the client would send more as a resumable one
+_PARTS = ".parts/"  # objects below it are the store's own
+_POINTER = b"knapper parts 1\n"  # how a pointer begins; whatever else begins so goes up as parts too
+_WRITER, _ID, _COUNT, _OF = "knapper-writer", "knapper-parts", "knapper-count", "knapper-of"  # metadata of objects
+_AT_ONCE, _PARTS_AT_ONCE = 32, 8  # requests; parts have threads of their own: no commit waits behind a snapshot
+_TIMEOUT_S = (5.0, 30.0)  # to connect, and between bytes
+# The library's policy, with less patience than clients have: who calls the store tries again anyway.
+_AGAIN = retry.DEFAULT_RETRY.with_delay(initial=0.2, maximum=4.0, multiplier=2.0).with_timeout(20.0)
+_AGAIN_IF_CONDITIONAL = retry.ConditionalRetryPolicy(_AGAIN, retry.is_generation_specified, ["query_params"])
+_FAILURES = (
+    GoogleAPIError, GoogleAuthError, InvalidResponse, DataCorruption, requests.RequestException, HTTPError, OSError,
+)  # fmt: skip
+T = TypeVar("T")
+
+
+class _Pointer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What stands in the place of a large object: where its parts are, and what they make."""
+
+    id: str
+    count: int
+    size: int
+    sha256: bytes
+
+
+def connect() -> storage.Client:
+    """A client with the credentials of this machine; of the emulator at STORAGE_EMULATOR_HOST, and then anonymous."""
+    client = storage.Client()
+    # The library's session keeps ten connections, and would open and close all others for each request.
+    adapter = HTTPAdapter(pool_connections=2, pool_maxsize=_AT_ONCE + _PARTS_AT_ONCE)
+    client._http.mount("https://", adapter)
+    client._http.mount("http://", adapter)
+    return client
+
+
+class GcsStore:
+    """Object `a/b` is `<prefix>a/b` in the bucket, which exists already. `new_id`: 128 random bits in hexadecimal.
+
+    Nothing is connected before the first verb.
+    """
+
+    def __init__(
+        self, bucket: str, prefix: str, new_id: Callable[[], str], connect: Callable[[], storage.Client] = connect
+    ) -> None:
+        self._bucket_name, self._prefix = bucket, prefix
+        self._new_id = new_id
+        self._connect = connect
+        self._connecting = threading.Lock()
+        self._connected: storage.Bucket | None = None
+        self._seen = False  # whether the bucket is known to exist
+        self._threads = ThreadPoolExecutor(_AT_ONCE, "gcs")
+        self._part_threads = ThreadPoolExecutor(_PARTS_AT_ONCE, "gcs-part")
+
+    async def put_if_absent(self, name: str, data: bytes) -> bool:
+        return await self._run(self._put, self._checked(name), bytes(data))
+
+    async def get(self, name: str) -> bytes | None:
+        return await self._run(self._get, self._checked(name))
+
+    async def list(self, prefix: str, start_after: str = "", limit: int = 0) -> Names:
+        return await self._run(self._list, prefix, start_after, limit)
+
+    async def delete(self, name: str) -> None:
+        await self._run(self._delete, self._checked(name))
+
+    async def _run(self, verb: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, verb, *arguments)
+
+    @staticmethod
+    def _checked(name: str) -> str:
+        if check_name(name).startswith(_PARTS):
+            raise ValueError(f"bad object name {name!r}: {_PARTS} is the store's own")
+        return name
+
+    def close(self) -> None:
+        """Free its threads and connections. Without it, they end with the process."""
+        self._threads.shutdown()
+        self._part_threads.shutdown()
+        if self._connected is not None:
+            self._connected.client.close()
+
+    # -- in threads ----------------------------------------------------------------------------------------------------
+
+    def _put(self, name: str, data: bytes) -> bool:
+        if len(data) <= part_bytes_max and not data.startswith(_POINTER):
+            return self._create(name, data, {})
+        pointer = _Pointer(self._new_id(), -(-len(data) // part_bytes_max), len(data), hashlib.sha256(data).digest())
+        view = memoryview(data)
+        pieces = [bytes(view[at : at + part_bytes_max]) for at in range(0, len(data), part_bytes_max)]
+        parts = zip(_names(pointer.id, pointer.count), pieces, strict=True)
+        list(self._part_threads.map(lambda part: self._create(part[0], part[1], {_OF: name}), parts))
+        metadata = {_ID: pointer.id, _COUNT: str(pointer.count)}
+        won = self._create(name, _POINTER + msgspec.msgpack.encode(pointer), metadata)
+        if not won:
+            self._delete_parts(pointer.id, pointer.count)
+        return won
+
+    def _create(self, name: str, data: bytes, metadata: dict[str, str]) -> bool:
+        """One conditional upload. True if the object is ours, whatever became of the answers."""
+        mark = self._new_id()
+        try:
+            blob = self._blob(name)
+            blob.metadata = {_WRITER: mark, **metadata}
+            blob.upload_from_string(
+                data, "application/octet-stream", if_generation_match=0, checksum="crc32c", timeout=_TIMEOUT_S,
+                retry=_AGAIN_IF_CONDITIONAL,
+            )  # fmt: skip
+            self._seen = True
+            return True
+        except PreconditionFailed:  # by another's object, or by our own, if its answer was lost and we tried again
+            return self._writer(name) == mark
+        except _FAILURES as error:
+            if not isinstance(error, NotFound | Forbidden | Unauthorized) and self._writer(name) == mark:
+                return True
+            self._explain(error, f"write {name}")
+
+    def _writer(self, name: str) -> str | None:
+        """Who wrote the object: the mark, empty for one without; None if there is no object."""
+        try:
+            found = self._bucket().get_blob(self._prefix + name, timeout=_TIMEOUT_S, retry=_AGAIN)
+        except _FAILURES as error:
+            self._explain(error, f"find out who wrote {name}")
+        return None if found is None else (found.metadata or {}).get(_WRITER, "")
+
+    def _get(self, name: str) -> bytes | None:
+        while True:
+            data = self._download(name)
+            if data is None or not data.startswith(_POINTER):
+                return data
+            pointer = msgspec.msgpack.decode(data[len(_POINTER) :], type=_Pointer)
+            pieces = [*self._part_threads.map(self._download, _names(pointer.id, pointer.count))]
+            if None in pieces:
+                if self._download(name) != data:
+                    continue  # deleted while it was read
+                raise Corrupt(f"object {name} lacks {pieces.count(None)} of its {pointer.count} parts")
+            whole = b"".join(piece for piece in pieces if piece is not None)
+            if len(whole) != pointer.size or hashlib.sha256(whole).digest() != pointer.sha256:
+                raise Corrupt(f"object {name} is {len(whole)} bytes that are not those which were written")
+            return whole
+
+    def _download(self, name: str) -> bytes | None:
+        try:
+            data: bytes = self._blob(name).download_as_bytes(checksum="auto", timeout=_TIMEOUT_S, retry=_AGAIN)
+        except NotFound:
+            self._expect_bucket()
+            return None
+        except _FAILURES as error:
+            self._explain(error, f"read {name}")
+        self._seen = True
+        return data
+
+    def _list(self, prefix: str, start_after: str, limit: int) -> Names:
+        names: Names = []
+        own = len(self._prefix)
+        try:
+            for blob in self._bucket().list_blobs(
+                prefix=self._prefix + prefix,
+                start_offset=self._prefix + start_after if start_after else None,
+                page_size=min(limit + 1, 1000) if limit else None,
+                fields="items(name),nextPageToken",
+                timeout=_TIMEOUT_S,
+                retry=_AGAIN,
+            ):
+                name = blob.name[own:]
+                if name > start_after and not name.startswith(_PARTS):
+                    names.append(name)
+                    if len(names) == limit:
+                        break
+        except _FAILURES as error:
+            self._explain(error, f"list {prefix!r}")
+        self._seen = True
+        return names
+
+    def _delete(self, name: str) -> None:
+        try:
+            found = self._bucket().get_blob(self._prefix + name, timeout=_TIMEOUT_S, retry=_AGAIN)
+            if found is None:
+                self._expect_bucket()
+                return
+            self._delete_blob(name)
+        except _FAILURES as error:
+            self._explain(error, f"delete {name}")
+        if _ID in (metadata := found.metadata or {}):
+            self._delete_parts(metadata[_ID], int(metadata[_COUNT]))
+
+    def _delete_parts(self, pointer_id: str, count: int) -> None:
+        try:
+            list(self._part_threads.map(self._delete_blob, _names(pointer_id, count)))
+        except _FAILURES as error:
+            self._explain(error, f"delete the parts {pointer_id}")
+
+    def _delete_blob(self, name: str) -> None:
+        """Again and again is safe without a condition: a name that was deleted is never used for anything else."""
+        try:
+            self._blob(name).delete(timeout=_TIMEOUT_S, retry=_AGAIN)
+        except NotFound:
+            pass
+
+    def _blob(self, name: str) -> storage.Blob:
+        return self._bucket().blob(self._prefix + name)
+
+    def _bucket(self) -> storage.Bucket:
+        with self._connecting:
+            if self._connected is None:
+                self._connected = self._connect().bucket(self._bucket_name)
+            return self._connected
+
+    def _expect_bucket(self) -> None:
+        """A missing bucket answers like a missing object: raises StoreError once, instead of looking empty."""
+        if not self._seen:
+            self._list("", "", 1)
+
+    def _explain(self, error: Exception, doing: str) -> NoReturn:
+        reason = str(error) or type(error).__name__
+        if isinstance(error, NotFound):
+            reason = "the bucket does not exist; create it, or correct KNAPPER_STORE"
+        elif isinstance(error, Forbidden | Unauthorized):
+            reason = f"permission denied; the service account needs roles/storage.objectUser on the bucket ({reason})"
+        elif isinstance(error, GoogleAuthError):
+            reason = f"no valid credentials ({reason})"
+        raise StoreError(f"cannot {doing} in gs://{self._bucket_name}: {reason[:500]}", retry_after_s=5.0) from error
+
+
+def _names(pointer_id: str, count: int) -> Names:
+    return [f"{_PARTS}{pointer_id}/{number:06d}" for number in range(count)]

