@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import aiohttp
 import httpx
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -101,7 +102,13 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        async with httpx.AsyncClient(limits=limits, trust_env=False, follow_redirects=True) as client:
+        async with (
+            httpx.AsyncClient(limits=limits, trust_env=False, follow_redirects=True) as client,
+            # Samples come in crowds: httpx's pool looks at each connection for each of them, aiohttp's does not.
+            aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar()
+            ) as crowd,
+        ):
             parts = app.state.parts = Parts(
                 store=store,
                 acceptor=acceptor,
@@ -114,7 +121,7 @@ def create_app(
                 audit=audit,
                 orphans=Orphans(store, checkpoints, records.sessions, clock, monotonic),
                 bells=Bells(client, results, url_of, new_id, monotonic),
-                samples=Samples(client, new_id, monotonic, first=int(clock() * 1e6)),
+                samples=Samples(crowd, new_id, monotonic, first=int(clock() * 1e6)),
                 heartbeats=Heartbeats(monotonic),
                 openai=Shared(audit),
                 keys=Keyring(Keys(store, clock), monotonic) if keys else None,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import httpx
+import aiohttp
 import msgspec
 import structlog
 
@@ -27,7 +27,7 @@ _BACK_OFF_S, _BACK_OFF_MAX_S = 0.2, 5.0
 _DEFECTS_MAX = 3  # a 500 may be a pod that died: its reply becomes the result only when it comes again
 _COLD_S = 1.0
 _ASLEEP_S = 30.0  # a function that answered less long ago is no cold start, whatever it takes
-_TIMEOUT = httpx.Timeout(connect=5.0, read=900.0, write=60.0, pool=None)
+_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=900.0)
 _LATER = (408, 425, 429, 502, 503, 504)
 
 CLONE_SEQS = 10**9  # each client of a sampling session counts its requests in a block of its own
@@ -75,7 +75,7 @@ class Samples:
     """`now`: monotonic seconds. `first`: what is done gets numbers above it, so that a later process's are higher."""
 
     def __init__(
-        self, client: httpx.AsyncClient, new_id: Callable[[], str], now: Callable[[], float], first: int = 0
+        self, client: aiohttp.ClientSession, new_id: Callable[[], str], now: Callable[[], float], first: int = 0
     ) -> None:
         self._client = client
         self._new_id = new_id
@@ -237,7 +237,7 @@ class Samples:
                     defects += status >= 500
                     if status < 500 or defects >= _DEFECTS_MAX:
                         return _failure(status, content), "application/json"
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
+            except (aiohttp.ClientError, TimeoutError) as error:
                 reason = f"starting from zero: {type(error).__name__}"
             if entry.refused_since is None:
                 entry.refused_since = self._now()
@@ -250,16 +250,11 @@ class Samples:
     async def _post(self, entry: Entry) -> tuple[int, bytes]:
         """(status, content) of one attempt."""
         headers = {"Content-Type": "application/json"}
-        if entry.listen is None:
-            response = await self._client.post(entry.url, content=entry.call, headers=headers, timeout=_TIMEOUT)
-            return response.status_code, response.content
-        async with self._client.stream(
-            "POST", entry.url, content=entry.call, headers=headers, timeout=_TIMEOUT
-        ) as response:
-            if response.status_code != 200:
-                return response.status_code, await response.aread()
+        async with self._client.post(entry.url, data=entry.call, headers=headers, timeout=_TIMEOUT) as response:
+            if entry.listen is None or response.status != 200:
+                return response.status, await response.read()
             try:
-                async for frame in progress.decode(response.aiter_bytes()):
+                async for frame in progress.decode(response.content.iter_any()):
                     match frame:
                         case Drawn():
                             entry.listen(frame)
@@ -267,7 +262,7 @@ class Samples:
                             return 200, answer
                         case Failed(status=status):
                             return status, msgspec.json.encode({"detail": frame.detail, "category": frame.category})
-            except httpx.TransportError as error:
+            except (aiohttp.ClientError, TimeoutError) as error:
                 log.info("a streamed sample broke off", request=entry.request_id, reason=type(error).__name__)
         return 500, b"the sample function's answer broke off"
 

@@ -12,8 +12,9 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import aiohttp
 import structlog
+from yarl import URL
 
 from knapper import limits
 from knapper.errors import KnapperError, NotFound, TooLarge, Unavailable
@@ -49,11 +50,7 @@ class Dispatcher:
 
     def __init__(self, routes: Mapping[str, Route]) -> None:
         self._routes = routes
-        self._client = httpx.AsyncClient(
-            timeout=httpx.Timeout(None, connect=_connect_s),
-            limits=httpx.Limits(max_connections=None),
-            trust_env=False,  # no proxy stands between two processes of one machine
-        )
+        self._client: aiohttp.ClientSession | None = None
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -75,7 +72,20 @@ class Dispatcher:
             log.error("dispatcher: defect", path=scope["path"], exc_info=defect)
 
     async def close(self) -> None:
-        await self._client.aclose()
+        if self._client is not None:
+            await self._client.close()
+
+    def _session(self) -> aiohttp.ClientSession:
+        """Made inside the running loop. httpx would do but for crowds: its pool looks at every connection each time."""
+        if self._client is None:
+            self._client = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_connect_s),
+                auto_decompress=False,
+                skip_auto_headers=("User-Agent", "Accept", "Content-Type"),
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+        return self._client
 
     async def _answer(self, scope: Mapping[str, Any], body: bytes, send: Send) -> None:
         try:
@@ -100,28 +110,27 @@ class Dispatcher:
         raise NotFound(f"the dispatcher has no function at {path!r}; it has: {', '.join(self._routes)}")
 
     async def _forward(
-        self, service: Service, method: str, url: str, headers: Headers, body: bytes, send: Send
+        self, service: Service, method: str, url: str, headers: list[tuple[str, str]], body: bytes, send: Send
     ) -> bool:  # fmt: skip
         """False if there was no answer, so that nothing has been sent to the client yet."""
         async with service.use() as running:
-            request = self._client.build_request(method, running.url + url, headers=headers, content=body)
             try:
-                answer = await self._client.send(request, stream=True)
-            except httpx.TransportError as error:
+                answer = await self._session().request(
+                    method, URL(running.url + url, encoded=True), headers=headers, data=body, allow_redirects=False
+                )
+            except aiohttp.ClientConnectionError as error:
                 log.info(f"{service.name}: {type(error).__name__}", pid=running.process.pid)
                 await service.lost(running)
                 return False
             try:
-                await send(
-                    {"type": "http.response.start", "status": answer.status_code, "headers": _answer_headers(answer)}
-                )
-                async for chunk in answer.aiter_raw():
+                await send({"type": "http.response.start", "status": answer.status, "headers": _answer_headers(answer)})
+                async for chunk in answer.content.iter_any():
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 await send({"type": "http.response.body", "body": b""})
-            except httpx.TransportError as error:  # the client sees a broken answer: it is not completed here
+            except aiohttp.ClientError as error:  # the client sees a broken answer: it is not completed here
                 log.warning(f"{service.name}: the answer broke off", pid=running.process.pid, reason=str(error))
             finally:
-                await answer.aclose()
+                answer.release()
             return True
 
 
@@ -145,15 +154,15 @@ async def _until_left(receive: Receive) -> None:
         pass
 
 
-def _request_headers(scope: Mapping[str, Any]) -> Headers:
+def _request_headers(scope: Mapping[str, Any]) -> list[tuple[str, str]]:
     kept = [(name, value) for name, value in scope["headers"] if name not in _HOP_BY_HOP | _REWRITTEN]
     if not any(name == b"accept-encoding" for name, _ in kept):
-        kept.append((b"accept-encoding", b"identity"))  # or httpx would ask for gzip in the client's name
-    return kept
+        kept.append((b"accept-encoding", b"identity"))  # or aiohttp would ask for gzip in the client's name
+    return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in kept]
 
 
-def _answer_headers(answer: httpx.Response) -> Headers:
-    return [(name.lower(), value) for name, value in answer.headers.raw if name.lower() not in _HOP_BY_HOP]
+def _answer_headers(answer: aiohttp.ClientResponse) -> Headers:
+    return [(name.lower(), value) for name, value in answer.raw_headers if name.lower() not in _HOP_BY_HOP]
 
 
 async def _refuse(send: Send, error: KnapperError) -> None:

@@ -267,6 +267,33 @@ def test_sixty_four_requests_at_once_answer_as_one_at_a_time(
     assert [len(each.sequences) for each in crowd] == [1 + n % 3 for n in range(64)]
 
 
+@pytest.mark.timeout(120)
+def test_a_thousand_requests_at_once_are_all_answered_and_leave_no_memory_behind(
+    base: tinker.SamplingClient, server: Server
+) -> None:
+    prompt = types.ModelInput.from_ints(data.tokens(rng(3), 9))
+
+    def round_of_a_thousand() -> list[types.SampleResponse]:
+        futures = [base.sample(prompt, 1, params(2, seed=n)) for n in range(1000)]
+        return [each.result() for each in futures]
+
+    first = round_of_a_thousand()
+    before = resident_mib(server)
+    again = round_of_a_thousand()
+    assert [texts(each) for each in again] == [texts(each) for each in first]
+    assert all(len(each.sequences[0].tokens) == 2 for each in again)
+    assert {role: mib for role, mib in resident_mib(server).items() if mib > before[role] + 24} == {}
+
+
+def resident_mib(server: Server) -> dict[str, float]:
+    """Of each process of the server."""
+    found: dict[str, float] = {}
+    for role, pid in server.processes().items():
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+        found[role] = int(status.partition("VmRSS:")[2].split()[0]) / 1024
+    return found
+
+
 def test_a_cancelled_sample_stops_computing(server: Server, base: tinker.SamplingClient) -> None:
     """A thousand long texts would keep the engine busy for minutes; once cancelled, it does nothing soon."""
     pid = server.processes()["engine"]
