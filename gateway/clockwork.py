@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from gateway.parts import Parts
-from knapper.errors import Gone, KnapperError
+from knapper.errors import Gone, KnapperError, Unavailable
 from knapper.ids import RunId, session_of
 
 _TICK_S = 5.0
@@ -17,7 +17,9 @@ log = structlog.get_logger()
 
 async def run(gateway: Parts) -> None:
     """Ticks and sweeps for ever."""
-    await asyncio.gather(_every(_TICK_S, tick, gateway), _every(_SWEEP_S, sweep, gateway))
+    await asyncio.gather(
+        _every(_TICK_S, publish, gateway), _every(_TICK_S, tick, gateway), _every(_SWEEP_S, sweep, gateway)
+    )
 
 
 async def _every(seconds: float, work: Callable[[Parts], Awaitable[None]], gateway: Parts) -> None:
@@ -27,6 +29,20 @@ async def _every(seconds: float, work: Callable[[Parts], Awaitable[None]], gatew
             await work(gateway)
         except KnapperError as error:  # the next time tries again
             log.warning(f"{work.__name__} failed", code=error.code, reason=str(error))
+
+
+async def begin(gateway: Parts) -> None:
+    """What comes before the first request. Raises InvalidField; a store that does not answer yet is asked again."""
+    try:
+        await publish(gateway)
+    except Unavailable as error:
+        log.warning("models are not published yet", reason=str(error))
+
+
+async def publish(gateway: Parts) -> None:
+    """Keep the catalogue at the models that are declared, where they are."""
+    if gateway.declared is not None and (names := await gateway.declared.publish()):
+        log.info("models are published", names=names)
 
 
 async def sweep(gateway: Parts) -> None:

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import aiohttp
 import httpx
@@ -35,6 +36,7 @@ from knapper.journal.accept import Acceptor
 from knapper.journal.results import Results
 from knapper.keys import Keyring, Keys
 from knapper.links import Links
+from knapper.models.declared import Declared
 from knapper.orphans import Orphans
 from knapper.register import Register
 from knapper.settings import Settings
@@ -84,12 +86,14 @@ def create_app(
     monotonic: Callable[[], float] = time.monotonic,
     keys: bool = False,
     jwt: bool = False,
+    models: str = "",
     new_id: Callable[[], str] = lambda: secrets.token_hex(16),
 ) -> Starlette:
     """The gateway over `store`. An empty URL means: where the base model's catalogue record says.
 
     `keys`: only who has a key made by `knapper key create` is answered, as the key's tenant; else all are `local`.
     `jwt`: clients are told to exchange their keys for tokens.
+    `models`: a directory that declares which models are served; they are published before anything is answered.
     """
     acceptor, results = Acceptor(store, clock), Results(store)
     records = Records(store, acceptor, monotonic)
@@ -125,11 +129,13 @@ def create_app(
                 heartbeats=Heartbeats(monotonic),
                 openai=Shared(audit),
                 keys=Keyring(Keys(store, clock), monotonic) if keys else None,
+                declared=Declared(Path(models), records.catalogue) if models else None,
                 tokens=await Tokens.open(store, clock, new_id) if jwt else None,
                 sample_url=sample_url,
                 clock=clock,
                 new_id=new_id,
             )
+            await clockwork.begin(parts)
             ticking = asyncio.create_task(clockwork.run(parts))
             yield
             ticking.cancel()
@@ -170,6 +176,7 @@ def _from_environment() -> Starlette:
         sample_url=settings.sample_url,
         keys=settings.keys,
         jwt=settings.jwt,
+        models=settings.models,
     )
 
 

@@ -18,6 +18,7 @@ from knapper.journal.accept import Acceptor
 from knapper.journal.results import Results
 from knapper.keys import Keyring
 from knapper.links import Links
+from knapper.models.declared import Declared
 from knapper.orphans import Orphans
 from knapper.register import Register
 from knapper.store import Store
@@ -41,6 +42,7 @@ class Parts:
     heartbeats: Heartbeats
     openai: Shared
     keys: Keyring | None  # None: they are off, and everyone is the tenant `local`
+    declared: Declared | None  # None: whoever serves models publishes them, as `knapper up` does
     tokens: Tokens | None  # None: keys are sent as they are
     sample_url: str  # where all samples go, or empty: each model's record says
     clock: Callable[[], float]  # seconds since the epoch

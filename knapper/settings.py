@@ -32,6 +32,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     model_directory: Annotated[
         str, Meta(description="Where the model's files lie; `knapper up` finds it out, an image sets it.")
     ] = ""
+    models: Annotated[
+        str, Meta(description="A directory of model records that the gateway publishes; on a cluster a ConfigMap.")
+    ] = ""
     train_step_url: Annotated[
         str, Meta(description="Where the gateway rings for training; `knapper up` sets its dispatcher's address.")
     ] = ""
