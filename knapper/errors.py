@@ -36,7 +36,7 @@ class InvalidField(UserError):
         if len(shown) > 120:
             shown = shown[:117] + "..."
         super().__init__(f"{field} is {shown}; allowed: {allowed}" + (f". {todo}" if todo else ""))
-        self.field = field
+        self.field, self.value, self.allowed, self.todo = field, value, allowed, todo
 
 
 class NotFound(UserError):

@@ -38,6 +38,7 @@ NOT_IMPORTED = {
     "ruff": ("Makefile", "/ruff"),
     "types-jsonschema": ("Makefile", "/mypy"),
     "types-protobuf": ("Makefile", "/mypy"),
+    "types-pyyaml": ("Makefile", "/mypy"),
 }
 EXTRAS_WITHOUT_CODE_YET = {"vllm"}
 # Imported on purpose without being declared; each is asked for at run time, and its absence is handled.

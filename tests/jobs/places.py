@@ -1,0 +1,66 @@
+"""A place for jobs in memory, with a clock that the test turns, and files as users put them there."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from knapper.ids import LOCAL_TENANT
+from knapper.jobs.place import Place
+from knapper.models.catalogue import Catalogue, ModelRecord
+from knapper.store import Store
+from knapper.store.memory import MemoryStore
+
+
+@dataclass(frozen=True)
+class Blob:
+    data: bytes
+    generation: str
+
+
+@dataclass
+class Folder:
+    """An exchange in memory: what is published, and nothing more."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    async def read(self, name: str, bytes_max: int) -> Blob | None:
+        data = self.files.get(name)
+        return None if data is None else Blob(data[:bytes_max], hashlib.sha256(data).hexdigest())
+
+    async def publish(self, name: str, data: bytes) -> None:
+        self.files[name] = data
+
+    async def remove(self, name: str) -> None:
+        self.files.pop(name, None)
+
+    def put(self, job: str, files: Mapping[str, str | bytes]) -> None:
+        for name, content in files.items():
+            data = content.encode() if isinstance(content, str) else content
+            self.files[f"inbox/{LOCAL_TENANT}/{job}/{name}"] = data
+
+
+@dataclass
+class Clock:
+    at: float = 1_000_000.0
+
+    def __call__(self) -> float:
+        self.at += 0.001
+        return self.at
+
+
+async def serve(store: Store, model: str = "tiny", directory: str = "") -> None:
+    record = ModelRecord(
+        name=model, directory=directory, tokenizer_id=directory, context=512, vocab=268, arch="LlamaForCausalLM",
+        dtype="float32", trainable=True, sampleable=True, train_step_url="http://t", sample_url="http://s",
+    )  # fmt: skip
+    await Catalogue(store).publish(record)
+
+
+def place() -> tuple[Place, Folder, Clock]:
+    folder, clock = Folder(), Clock()
+    return Place(MemoryStore(), folder, clock), folder, clock
+
+
+def lines(*rows: object) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
