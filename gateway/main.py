@@ -86,6 +86,7 @@ def create_app(
     monotonic: Callable[[], float] = time.monotonic,
     keys: bool = False,
     jwt: bool = False,
+    notice: str = "",
     models: str = "",
     new_id: Callable[[], str] = lambda: secrets.token_hex(16),
 ) -> Starlette:
@@ -93,6 +94,7 @@ def create_app(
 
     `keys`: only who has a key made by `knapper key create` is answered, as the key's tenant; else all are `local`.
     `jwt`: clients are told to exchange their keys for tokens.
+    `notice`: what each prints when it starts.
     `models`: a directory that declares which models are served; they are published before anything is answered.
     """
     acceptor, results = Acceptor(store, clock), Results(store)
@@ -132,6 +134,7 @@ def create_app(
                 declared=Declared(Path(models), records.catalogue) if models else None,
                 tokens=await Tokens.open(store, clock, new_id) if jwt else None,
                 sample_url=sample_url,
+                notice=notice,
                 clock=clock,
                 new_id=new_id,
             )
@@ -176,6 +179,7 @@ def _from_environment() -> Starlette:
         sample_url=settings.sample_url,
         keys=settings.keys,
         jwt=settings.jwt,
+        notice=settings.notice,
         models=settings.models,
     )
 

@@ -45,6 +45,7 @@ class Parts:
     declared: Declared | None  # None: whoever serves models publishes them, as `knapper up` does
     tokens: Tokens | None  # None: keys are sent as they are
     sample_url: str  # where all samples go, or empty: each model's record says
+    notice: str  # the operator's, for every client that starts
     clock: Callable[[], float]  # seconds since the epoch
     new_id: Callable[[], str]  # 32 random hexadecimal digits
 

@@ -69,6 +69,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             description="Clients exchange their keys for tokens of an hour, so that requests carry no lasting secret."
         ),
     ] = False
+    notice: Annotated[
+        str,
+        Meta(
+            pattern="^[ -~]{0,500}$",
+            description="What every client prints once when it starts, for example when this server will be down.",
+        ),
+    ] = ""
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="The least that is written to stderr.")
     ] = "info"
@@ -173,6 +180,6 @@ def _allowed(kind: Any) -> str:
     if base is bool:
         return "true or false"
     if base is str:
-        return "a text that is not empty"
+        return "at most 500 printable ASCII characters" if meta.pattern else "a text that is not empty"
     least = f"from {meta.ge}" if meta.ge is not None else f"above {meta.gt}"
     return f"a {'whole ' if base is int else ''}number {least} to {meta.le}"
