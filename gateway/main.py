@@ -16,7 +16,7 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Route
 
-from gateway import auth, clockwork, errors, futures, sampling, service, training
+from gateway import auth, clockwork, errors, futures, rewards, sampling, service, training
 from gateway.bells import Bells
 from gateway.heartbeats import Heartbeats
 from gateway.looks import Looks
@@ -25,6 +25,7 @@ from gateway.openai.shared import Shared
 from gateway.parts import Parts
 from gateway.records import Records
 from gateway.rest.routes import ROUTES
+from gateway.rewarding import Rewards
 from gateway.samples import Samples
 from gateway.tenants import Doorkeeper
 from knapper import telemetry
@@ -68,6 +69,7 @@ _POST = {
     "create_sampling_session": sampling.create_sampling_session,
     "join_sampling_session": sampling.join_sampling_session,
     "asample": sampling.asample,
+    "rewards": rewards.score,
 }
 _GET = {
     "healthz": service.healthz,
@@ -82,6 +84,7 @@ def create_app(
     *,
     train_step_url: str = "",
     sample_url: str = "",
+    reward_url: str = "",
     clock: Callable[[], float] = time.time,
     monotonic: Callable[[], float] = time.monotonic,
     keys: bool = False,
@@ -128,6 +131,7 @@ def create_app(
                 orphans=Orphans(store, checkpoints, records.sessions, clock, monotonic),
                 bells=Bells(client, results, url_of, new_id, monotonic),
                 samples=Samples(crowd, new_id, monotonic, first=int(clock() * 1e6)),
+                rewards=Rewards(client, reward_url),
                 heartbeats=Heartbeats(monotonic),
                 openai=Shared(audit),
                 keys=Keyring(Keys(store, clock), monotonic) if keys else None,
@@ -177,6 +181,7 @@ def _from_environment() -> Starlette:
         open_store(settings),
         train_step_url=settings.train_step_url,
         sample_url=settings.sample_url,
+        reward_url=settings.reward_url,
         keys=settings.keys,
         jwt=settings.jwt,
         notice=settings.notice,

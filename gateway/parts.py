@@ -11,6 +11,7 @@ from gateway.heartbeats import Heartbeats
 from gateway.looks import Looks
 from gateway.openai.shared import Shared
 from gateway.records import Records
+from gateway.rewarding import Rewards
 from gateway.samples import Samples
 from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
@@ -39,6 +40,7 @@ class Parts:
     orphans: Orphans
     bells: Bells
     samples: Samples
+    rewards: Rewards
     heartbeats: Heartbeats
     openai: Shared
     keys: Keyring | None  # None: they are off, and everyone is the tenant `local`

@@ -41,6 +41,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     sample_url: Annotated[
         str, Meta(description="Where the gateway rings for samples; `knapper up` sets its dispatcher's address.")
     ] = ""
+    reward_url: Annotated[
+        str, Meta(description="Where the gateway sends rollouts to score; `knapper up` sets its dispatcher's address.")
+    ] = ""
     host: Annotated[
         str, Meta(min_length=1, description="Where the gateway listens; beyond loopback only with KNAPPER_KEYS=true.")
     ] = "127.0.0.1"

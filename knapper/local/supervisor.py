@@ -2,7 +2,8 @@
 
 supervisor, with the dispatcher in it
  ├─ gateway                on a socket that the supervisor holds
- └─ engine                 train_step and sample in one process, or a process for each (--isolated)
+ ├─ engine                 train_step and sample in one process, or a process for each (--isolated)
+ └─ reward                 without the base model; it starts a process for each run of somebody's code
 """
 
 import asyncio
@@ -48,6 +49,7 @@ def up(settings: Settings, root: Path, environ: Mapping[str, str], *, isolated: 
             model_directory=str(directory),
             train_step_url=f"{address}/train_step",
             sample_url=f"{address}/sample",
+            reward_url=f"{address}/reward",
         )
         asyncio.run(Supervisor(settings, root, environ, listener, bells, isolated=isolated).serve())
 

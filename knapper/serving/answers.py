@@ -63,8 +63,8 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
     except KnapperError:
         raise
     except Exception as defect:
-        log.exception("sampling failed")
-        raise KnapperError(f"sampling failed by a defect of the server: {defect!r}") from defect
+        log.exception("defect")
+        raise KnapperError(f"a defect of the server: {defect!r}") from defect
     finally:
         for waiting in (task, hung_up):
             waiting.cancel()
