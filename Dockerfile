@@ -88,6 +88,8 @@ FROM runtime AS gateway
 COPY --from=gateway-environment /opt/venv /opt/venv
 COPY --from=weights /tokenizers /srv/models
 COPY gateway /app/gateway
+# As ENTRYPOINT has it: beyond loopback the gateway starts with KNAPPER_KEYS=true only.
+ENV KNAPPER_HOST=0.0.0.0
 RUN python -m compileall -q -f --invalidation-mode unchecked-hash /app
 USER 65532:65532
 ENTRYPOINT ["uvicorn", "gateway.main:app", "--host", "0.0.0.0", "--port", "8080", "--workers", "1", "--lifespan", "on", "--timeout-keep-alive", "75", "--log-level", "warning", "--no-access-log"]

@@ -164,6 +164,7 @@ DOORS: dict[tuple[str, str], Open | Own | Named] = {
     ("POST", "/api/v1/join_sampling_session"): Named([body(lambda theirs, _: {"sampling_session_id": theirs.sampler})]),
     ("POST", "/api/v1/asample"): Named([body(lambda theirs, _: asample(theirs.sampler, 7))]),
     ("GET", "/api/v1/samplers/{sampler_id}"): Named([nothing]),
+    ("POST", "/api/v1/rewards"): Own({"json": {}}),
     # ---- the REST group
     ("GET", "/api/v1/training_runs"): Own(shows=lambda owned: owned.run),
     ("GET", "/api/v1/training_runs/{run_id}"): Named([nothing]),
