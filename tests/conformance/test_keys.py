@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 import tinker
 
@@ -42,3 +43,11 @@ def test_a_server_with_keys_from_the_command_line_on(model: Path, tmp_path: Path
     for secret in (alice, bob):
         assert secret not in server.log()
         assert not [path for path in data.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+
+
+def test_a_proxy_on_this_machine_lets_nobody_else_in(server: Server) -> None:
+    """A server without keys believes a proxy beside it, which names its client, and refuses who is elsewhere."""
+    url = f"{server.url}/api/v1/get_server_capabilities"
+    for forwarded, status in (("", 200), ("127.0.0.1", 200), ("10.0.0.7", 401), ("127.0.0.1, 10.0.0.7", 401)):
+        headers = {"X-API-Key": "tml-local"} | ({"X-Forwarded-For": forwarded} if forwarded else {})
+        assert httpx.get(url, headers=headers, trust_env=False).status_code == status, forwarded
