@@ -33,8 +33,8 @@ check: setup ## lint, format, strict types, import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-manifests: setup ## render what a cluster gets, check it against every schema, and the images' Dockerfile with it
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/manifests tests/images $(PYTEST_ARGS)
+manifests: setup ## render what a cluster gets, check it and the Terraform files against every schema, and the Dockerfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/manifests tests/terraform tests/images $(PYTEST_ARGS)
 
 bench: setup ## measure what an operation costs, beside the same work without a server
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
