@@ -118,6 +118,11 @@ class Sandbox:
             self._give_back(key, warden)
         return _result(answer, orders[-1].timeout_s)
 
+    @property
+    def pids(self) -> list[int]:
+        """Of the wardens that live."""
+        return [warden.process.pid for warden in self._all]
+
     async def close(self) -> None:
         """End every warden, and with it every cell."""
         await asyncio.gather(*(self._end(warden) for warden in list(self._all)))
