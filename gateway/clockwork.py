@@ -10,6 +10,7 @@ from knapper.errors import Gone, KnapperError, Unavailable
 from knapper.ids import RunId, session_of
 
 _TICK_S = 5.0
+_METER_S = 60.0
 _SWEEP_S = 600.0
 
 log = structlog.get_logger()
@@ -18,7 +19,10 @@ log = structlog.get_logger()
 async def run(gateway: Parts) -> None:
     """Ticks and sweeps for ever."""
     await asyncio.gather(
-        _every(_TICK_S, publish, gateway), _every(_TICK_S, tick, gateway), _every(_SWEEP_S, sweep, gateway)
+        _every(_TICK_S, publish, gateway),
+        _every(_TICK_S, tick, gateway),
+        _every(_METER_S, meter, gateway),
+        _every(_SWEEP_S, sweep, gateway),
     )
 
 
@@ -37,6 +41,19 @@ async def begin(gateway: Parts) -> None:
         await publish(gateway)
     except Unavailable as error:
         log.warning("models are not published yet", reason=str(error))
+
+
+async def end(gateway: Parts) -> None:
+    """What comes after the last request."""
+    try:
+        await meter(gateway)
+    except KnapperError as error:
+        log.warning("tokens that were sampled lately are not counted", reason=str(error))
+
+
+async def meter(gateway: Parts) -> None:
+    """Write down how many tokens were sampled."""
+    await gateway.meter.flush()
 
 
 async def publish(gateway: Parts) -> None:

@@ -20,6 +20,7 @@ from gateway import auth, clockwork, errors, futures, rewards, sampling, service
 from gateway.bells import Bells
 from gateway.heartbeats import Heartbeats
 from gateway.looks import Looks
+from gateway.meter import Meter
 from gateway.openai.routes import ROUTES as OPENAI_ROUTES
 from gateway.openai.shared import Shared
 from gateway.parts import Parts
@@ -103,6 +104,7 @@ def create_app(
     acceptor, results = Acceptor(store, clock), Results(store)
     records = Records(store, acceptor, monotonic)
     checkpoints = Checkpoints(store, clock)
+    meter = Meter(store, clock, new_id)
     audit = Audit(store, clock, new_id)
 
     async def url_of(run: RunId) -> str:
@@ -130,7 +132,8 @@ def create_app(
                 audit=audit,
                 orphans=Orphans(store, checkpoints, records.sessions, clock, monotonic),
                 bells=Bells(client, results, url_of, new_id, monotonic),
-                samples=Samples(crowd, new_id, monotonic, first=int(clock() * 1e6)),
+                samples=Samples(crowd, new_id, monotonic, meter.count, first=int(clock() * 1e6)),
+                meter=meter,
                 rewards=Rewards(client, reward_url),
                 heartbeats=Heartbeats(monotonic),
                 openai=Shared(audit),
@@ -149,6 +152,7 @@ def create_app(
             await asyncio.gather(ticking, return_exceptions=True)
             await parts.bells.close()
             await parts.samples.close()
+            await clockwork.end(parts)
 
     return Starlette(
         routes=_routes(),

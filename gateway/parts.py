@@ -9,6 +9,7 @@ from starlette.requests import Request
 from gateway.bells import Bells
 from gateway.heartbeats import Heartbeats
 from gateway.looks import Looks
+from gateway.meter import Meter
 from gateway.openai.shared import Shared
 from gateway.records import Records
 from gateway.rewarding import Rewards
@@ -40,6 +41,7 @@ class Parts:
     orphans: Orphans
     bells: Bells
     samples: Samples
+    meter: Meter
     rewards: Rewards
     heartbeats: Heartbeats
     openai: Shared
