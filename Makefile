@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n 2
 UP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check manifests bench
+.PHONY: help setup demo up test check manifests scan bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,16 @@ check: setup ## lint, format, strict types, import directions
 
 manifests: setup ## render what a cluster gets, check it and the Terraform files against every schema, and the Dockerfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/manifests tests/terraform tests/images $(PYTEST_ARGS)
+
+scan: setup .venv/checkov/.installed ## let checkov look at the same; what it may find is explained in .checkov.yaml
+	@rm -rf out/scan && $(BIN)/python -m tests.manifests.scan out/scan && cp Dockerfile out/scan/ && cp -r terraform out/scan/terraform
+	.venv/checkov/bin/checkov --config-file .checkov.yaml --directory out/scan
+
+.venv/checkov/.installed:
+	@# In an environment of its own: it pins half of PyPI.
+	$(BIN)/python -m venv .venv/checkov
+	.venv/checkov/bin/python -m pip --disable-pip-version-check install --quiet 'checkov>=3.3,<4'
+	@touch $@
 
 bench: setup ## measure what an operation costs, beside the same work without a server
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks

@@ -76,7 +76,7 @@ def errors(thing: Object) -> Iterator[str]:
             for error in jsonschema.Draft202012Validator(rules).iter_errors(value):
                 yield f"{'.'.join(map(str, error.absolute_path)) or thing['kind']}: {error.message[:300]}"
         if thing["kind"] == "Service":
-            yield from _core(_pod(thing))
+            yield from _core(pod_of(thing))
     elif thing["kind"] not in _OPERATOR:
         yield from _core(thing)
 
@@ -95,12 +95,17 @@ def _core(thing: Object) -> Iterator[str]:
         yield f"{'.'.join(map(str, error.path))}: {error.message[:300]}"
 
 
-def _pod(service: Object) -> Object:
+def pod_of(service: Object) -> Object:
     """The pod of a Knative Service, for what the CRD leaves open: CSI volumes, tolerations, node selectors."""
     spec = copy.deepcopy(service["spec"]["template"]["spec"])
     for own in ("containerConcurrency", "timeoutSeconds", "responseStartTimeoutSeconds", "idleTimeoutSeconds"):
         spec.pop(own, None)
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": service["metadata"]["name"]}, "spec": spec}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": service["metadata"]["name"], "namespace": service["metadata"]["namespace"]},
+        "spec": spec,
+    }
 
 
 @cache
