@@ -55,13 +55,16 @@ def sweep(data: Annotated[Path | None, typer.Option(help="The data directory of 
 
     from knapper.journal.collect import sweep_all
     from knapper.settings import Settings, variable
-    from knapper.store.opening import open_store
+    from knapper.store.opening import forget_torn_writes, open_store
 
     settings = Settings.load({**os.environ, **({variable("data"): str(data)} if data else {})})
 
     async def sweep_and_tell() -> None:
-        async for run, count in sweep_all(open_store(settings), time.time()):
+        store = open_store(settings)
+        async for run, count in sweep_all(store, time.time()):
             print(f"{run}: {count} objects deleted")
+        if count := await forget_torn_writes(store, time.time()):
+            print(f"torn writes: {count} objects deleted")
 
     asyncio.run(sweep_and_tell())
 

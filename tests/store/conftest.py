@@ -1,3 +1,10 @@
+import pytest
+
 from tests.store.emulator import gcs, new_bucket
 
 __all__ = ["gcs", "new_bucket"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The client leaves a connection that broke off to the garbage collector, whenever that comes."""
+    config.addinivalue_line("filterwarnings", "ignore:unclosed <socket:ResourceWarning")
