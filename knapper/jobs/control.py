@@ -10,6 +10,7 @@ from knapper.jobs.records import Control, State, decode, encode
 from knapper.journal.names import last_number
 from knapper.store import Store
 
+REPLACED = "job.yaml was replaced"
 _MAY = {
     "running": ("cancelled", "failed", "completed"),
     "cancelled": ("running",),

@@ -1,9 +1,10 @@
-"""What every part of a job works with: where state lies, where people look, what time it is."""
+"""What every part of a job works with: where state lies, where people look, who is rung, what time it is."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from knapper.jobs.bells import Bells
 from knapper.store import Store
 
 
@@ -31,4 +32,5 @@ class Place:
 
     store: Store
     exchange: Exchange
+    bells: Bells
     clock: Callable[[], float]

@@ -8,7 +8,7 @@ from knapper.journal.records import Record, decode, encode
 from knapper.store import Store
 
 __all__ = [
-    "Control", "Evaluated", "Record", "Refusal", "Rollout", "Rollouts", "Score", "Scores", "Started", "State",
+    "Control", "Evaluated", "Record", "Refusal", "Rollout", "Rollouts", "Score", "Scores", "Spent", "Started", "State",
     "Trained", "Waiting", "decode", "encode", "read",
 ]  # fmt: skip
 
@@ -29,6 +29,7 @@ class Started(Record, frozen=True, kw_only=True):
     base_model: str  # as it is served
     model: str  # its slug, which events carry
     rows: int  # of `data`
+    held_out: int  # of `evaluate.data`
     started_at: float
 
 
@@ -87,6 +88,17 @@ class Scores(Record, frozen=True, kw_only=True):
     ended_at: float
 
 
+class Spent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a round's rollouts cost. `busy`: when anybody worked for them, in seconds since the epoch."""
+
+    prompt_tokens: int = 0
+    sampled_tokens: int = 0
+    sample_s: float = 0.0
+    reward_s: float = 0.0
+    bytes: int = 0
+    busy: list[tuple[float, float]] = []
+
+
 class Trained(Record, frozen=True, kw_only=True):
     """A step is done: the adapter has a new version."""
 
@@ -94,8 +106,9 @@ class Trained(Record, frozen=True, kw_only=True):
     reference_seq: int = 1  # of the reference's
     steps: int  # of the whole job
     metrics: dict[str, float]
-    tokens: int  # that went through the model
-    bytes: int  # that the step left in the store
+    tokens: int  # of the run's operations
+    bytes: int  # and what these left in the journal
+    spent: Spent
     began_at: float
     ended_at: float
 
@@ -103,10 +116,12 @@ class Trained(Record, frozen=True, kw_only=True):
 class Evaluated(Record, frozen=True, kw_only=True):
     """A version of the adapter was looked at with the held-out data."""
 
-    next_seq: int = 1
+    next_seq: int
     reference_seq: int = 1
     metrics: dict[str, float]
     tokens: int
+    bytes: int
+    spent: Spent
     began_at: float
     ended_at: float
 

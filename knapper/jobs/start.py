@@ -6,7 +6,7 @@ record `started` is written last. What is wrong is said beside job.yaml, and loo
 
 import asyncio
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import structlog
@@ -75,8 +75,9 @@ async def _checked(
     """The record of the start. Raises UserError for whatever can be found wrong before it."""
     job = parsed.job
     rows = await asyncio.to_thread(datasets.rows, job, job.data, files[job.data])
+    held_out: Sequence[object] = []
     if job.evaluate is not None:
-        await asyncio.to_thread(datasets.rows, job, job.evaluate.data, files[job.evaluate.data])
+        held_out = await asyncio.to_thread(datasets.rows, job, job.evaluate.data, files[job.evaluate.data])
     if isinstance(job, RlJob):
         _check_reward(job, files)
     model = await _model(place, job.base_model)
@@ -84,7 +85,7 @@ async def _checked(
         tenant=start.tenant, job=start.job, start=start.id, generation=generation, spec_json=spec.encode(job),
         job_yaml=job_yaml, files={name: _sha256(data) for name, data in files.items()},
         files_bytes=sum(map(len, files.values())), base_model=model, model=slug(model), rows=len(rows),
-        started_at=place.clock(),
+        held_out=len(held_out), started_at=place.clock(),
     )  # fmt: skip
 
 
@@ -130,7 +131,7 @@ async def _end_earlier(place: Place, start: Start) -> None:
     for name in await place.store.list(f"working/{start.tenant}/{start.job}/"):
         other = Start(start.tenant, start.job, name.rpartition("/")[2])
         if other != start and await place.store.get(other.started) is not None:
-            reason = f"job.yaml was replaced: start {start.id} took its place"
+            reason = f"{control.REPLACED}: start {start.id} took its place"
             if await control.change(place.store, other, "cancelled", reason, place.clock()):
                 await place.store.delete(other.working)
 

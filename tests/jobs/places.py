@@ -5,7 +5,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from knapper.events import Event
 from knapper.ids import LOCAL_TENANT
+from knapper.jobs.bells import Bells
 from knapper.jobs.place import Place
 from knapper.models.catalogue import Catalogue, ModelRecord
 from knapper.store import Store
@@ -58,8 +60,13 @@ async def serve(store: Store, model: str = "tiny", directory: str = "") -> None:
 
 
 def place() -> tuple[Place, Folder, Clock]:
+    """A place whose bells nobody hears."""
     folder, clock = Folder(), Clock()
-    return Place(MemoryStore(), folder, clock), folder, clock
+    return Place(MemoryStore(), folder, Bells(_lost, clock), clock), folder, clock
+
+
+async def _lost(event: Event) -> None:
+    pass
 
 
 def lines(*rows: object) -> str:

@@ -1,0 +1,101 @@
+"""What people see of a job while it runs, in the exchange: all of it derived from the store, and published again."""
+
+from collections import OrderedDict
+from typing import Any
+
+import msgspec
+
+from knapper.jobs import control, names
+from knapper.jobs.folders import Folder
+from knapper.jobs.names import Start
+from knapper.jobs.place import Place
+from knapper.jobs.records import Evaluated, Trained, read
+from knapper.journal.names import last_number
+from knapper.store import Store
+
+_KEPT_MAX = 64
+
+
+def where(start: Start, name: str) -> str:
+    return f"{names.outputs(start.tenant, start.job)}{name}"
+
+
+def metrics_line(step: int, trained: Trained) -> dict[str, Any]:
+    """`step`: counted from 1."""
+    return {"step": step, **trained.metrics, "seconds": round(trained.ended_at - trained.began_at, 4)}
+
+
+class Metrics:
+    """metrics.jsonl of jobs under way; what was read of them is kept, as it never changes."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._lines: OrderedDict[Start, list[bytes]] = OrderedDict()
+
+    async def publish(self, folder: Folder) -> None:
+        lines = self._lines.setdefault(folder.start, [])
+        self._lines.move_to_end(folder.start)
+        if len(self._lines) > _KEPT_MAX:
+            self._lines.popitem(last=False)
+        while (trained := await read(self._place.store, folder.start.trained(len(lines)), Trained)) is not None:
+            lines.append(msgspec.json.encode(metrics_line(len(lines) + 1, trained)) + b"\n")
+        await self._place.exchange.publish(where(folder.start, "metrics.jsonl"), b"".join(lines))
+
+    def forget(self, folder: Folder) -> None:
+        self._lines.pop(folder.start, None)
+
+
+async def publish_rollouts(place: Place, folder: Folder, name: str, readable: bytes) -> None:
+    if readable:
+        await place.exchange.publish(where(folder.start, f"rollouts/{name}.jsonl"), readable)
+
+
+async def evaluations(store: Store, start: Start) -> dict[int, Evaluated]:
+    """By version, in order."""
+    listed = await store.list(f"{start.prefix}evaluations/")
+    found = {}
+    for name in listed:
+        if name.endswith("/evaluated"):
+            evaluated = await read(store, name, Evaluated)
+            assert evaluated is not None, "it was listed, and nobody deletes it"
+            found[last_number(name.removesuffix("/evaluated"))] = evaluated
+    return found
+
+
+def evaluation(found: dict[int, Evaluated], steps: int) -> dict[str, Any]:
+    """Before, after, and at the steps between."""
+    told = {version: each.metrics for version, each in found.items()}
+    between = [{"step": version, **metrics} for version, metrics in told.items() if 0 < version < steps]
+    return {"before": told.get(0), "after": told.get(steps), "during": between}
+
+
+async def publish_evaluations(place: Place, folder: Folder, steps: int) -> None:
+    found = evaluation(await evaluations(place.store, folder.start), steps)
+    await _publish_json(place, folder.start, "evaluation.json", found)
+
+
+async def publish_status(place: Place, folder: Folder) -> None:
+    """status.json; of a start that another took the place of, nothing."""
+    now = await control.now(place.store, folder.start)
+    newest = await newest_step(place.store, folder.start)
+    status = {
+        "job": folder.start.job, "start": folder.start.id, "kind": folder.job.kind, "state": now.state,
+        "reason": now.reason, "step": newest, "base_model": folder.started.base_model, "run": folder.start.run,
+    }  # fmt: skip
+    if not (now.state == "cancelled" and now.reason.startswith(control.REPLACED)):
+        await _publish_json(place, folder.start, "status.json", status)
+
+
+async def newest_step(store: Store, start: Start) -> int:
+    """Steps that are done."""
+    listed = [name for name in await store.list(f"{start.prefix}steps/") if name.endswith("/trained")]
+    return len(listed)
+
+
+async def publish_bill(place: Place, folder: Folder, bill: dict[str, Any]) -> None:
+    await _publish_json(place, folder.start, "bill.json", bill)
+
+
+async def _publish_json(place: Place, start: Start, name: str, value: dict[str, Any]) -> None:
+    data = msgspec.json.format(msgspec.json.encode(value)) + b"\n"
+    await place.exchange.publish(where(start, name), data)
