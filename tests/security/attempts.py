@@ -338,8 +338,8 @@ def has_a_file_signal_another(world: World) -> bool:
 def traces_another(world: World) -> bool:
     import ctypes
 
-    ctypes.CDLL(None).ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
-    return bool(ctypes.CDLL(None).syscall(101, 0x4206, world["pid"], 0, 0) == 0)  # PTRACE_SEIZE
+    seize = 0x4206
+    return bool(ctypes.CDLL(None).ptrace(seize, world["pid"], None, None) == 0)
 
 
 def reads_anothers_memory(world: World) -> bool:

@@ -39,6 +39,10 @@ def reward(prompt, completion, answer):
 OUTSIDE = SOURCE + "\nimport json, sys\nprint(bool(globals()[sys.argv[1]](json.loads(sys.argv[2]))))\n"
 
 
+# What a container, or a machine whose users are no root, may refuse by itself.
+CLOSED_ELSEWHERE_TOO = {"makes_a_namespace", "traces_another", "writes_into_shared_memory"}
+
+
 @dataclass
 class World:
     """What there is to be reached."""
@@ -116,7 +120,8 @@ def test_the_way_out_is_closed(name: str, world: World, sandbox: Sandbox, runner
         [sys.executable, "-S", "-c", OUTSIDE, name, json.dumps(world.told(f"{name}-outside"))],
         env={**os.environ, "CANARY": "sings"}, capture_output=True, text=True, timeout=30,
     )  # fmt: skip
-    assert outside.stdout.strip() == "True", f"the attempt itself is broken:\n{outside.stderr[-2000:]}"
+    works = outside.stdout.strip() == "True"
+    assert works or name in CLOSED_ELSEWHERE_TOO, f"the attempt itself is broken:\n{outside.stderr[-2000:]}"
 
     world.reached.clear()
     told = world.told(f"{name}-inside")
