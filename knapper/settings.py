@@ -23,6 +23,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     store: Annotated[
         str, Meta(description="Where the store is: empty for KNAPPER_DATA/store, or gs://BUCKET or gs://BUCKET/PREFIX.")
     ] = ""
+    exchange: Annotated[
+        str,
+        Meta(description="Where inbox/ and jobs/ are: empty for KNAPPER_DATA, or gs://BUCKET or gs://BUCKET/PREFIX."),
+    ] = ""
     cache: Annotated[
         Path, Meta(description="Base models that were downloaded or converted; can be deleted at any time.")
     ]
@@ -43,6 +47,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = ""
     reward_url: Annotated[
         str, Meta(description="Where the gateway sends rollouts to score; `knapper up` sets its dispatcher's address.")
+    ] = ""
+    broker_url: Annotated[
+        str, Meta(description="Where events are posted; `knapper up` sets its own broker's address. Empty: no jobs.")
     ] = ""
     host: Annotated[
         str, Meta(min_length=1, description="Where the gateway listens; beyond loopback only with KNAPPER_KEYS=true.")

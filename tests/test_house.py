@@ -30,6 +30,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Declared, and used other than by an import; each with the place that shows it.
 NOT_IMPORTED = {
     "hatchling": ("pyproject.toml", "hatchling.build"),
+    "httptools": ("knapper/local/web.py", "httptools"),
     "import-linter": ("Makefile", "lint-imports"),
     "mypy": ("Makefile", "/mypy"),
     "pytest-randomly": ("CONTRIBUTING.md", "--randomly-seed"),

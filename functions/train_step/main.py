@@ -15,8 +15,8 @@ engine()  # under ASGI this module is imported before the port binds: the weight
 @functions_framework.aio.http
 async def train_step(request: Request) -> Response:
     try:
-        bell = events.decode(request.headers, await answers.body(request))
-        frames = engine().residents.answer(bell)
+        event = events.decode(request.headers, await answers.body(request))
+        frames = engine().residents.answer(events.run_of(event))
         first = await anext(frames)  # the claim: it succeeds before anything is answered
     except KnapperError as error:
         return answers.error(error)

@@ -16,7 +16,7 @@ import structlog
 
 from knapper import limits
 from knapper.errors import KnapperError, Unavailable
-from knapper.events import Bell, Claimed, Committed, Done, Frame
+from knapper.events import Claimed, Committed, Done, Frame
 from knapper.ids import RunId
 from knapper.journal.machine import Machine, State
 from knapper.journal.records import Commit
@@ -54,28 +54,28 @@ class Residents(Generic[State]):
         self._residents: OrderedDict[RunId, _Resident[State]] = OrderedDict()
         self._claims = itertools.count(1)
 
-    async def answer(self, bell: Bell) -> AsyncIterator[Frame]:
-        """Work on the bell's run for a slice.
+    async def answer(self, of: RunId) -> AsyncIterator[Frame]:
+        """Work on the run for a slice.
 
         Yield each commit as it becomes durable. Raises KnapperError: ring again, unless the user's.
 
         The work goes on to the end of the operation even if nobody reads; what is durable is found in the store.
         """
-        resident = self._resident(bell.run)
+        resident = self._resident(of)
         async with resident.lock:
             if resident.settle is not None:
                 resident.settle.cancel()
             try:
-                run = await self._claimed(bell.run, resident)
+                run = await self._claimed(of, resident)
                 yield Claimed(epoch=run.epoch)
                 async for frame in self._slice(run, resident):
                     yield frame
             except Unavailable as error:
                 # The same claim goes on with the next bell: it counts what fails again and again.
-                log.warning("slice broken off", run=bell.run, code=error.code, reason=str(error))
+                log.warning("slice broken off", run=of, code=error.code, reason=str(error))
                 raise
             except KnapperError as error:
-                log.warning("run dropped from memory", run=bell.run, code=error.code, reason=str(error))
+                log.warning("run dropped from memory", run=of, code=error.code, reason=str(error))
                 resident.run = None
                 raise
 

@@ -39,7 +39,7 @@ def open_store(settings: Settings) -> Store:
 
 
 def bucket_of(setting: str, address: str) -> tuple[str, str]:
-    """(bucket, prefix with its slash) of `gs://BUCKET/PREFIX`. Raises InvalidField, also where its client is missing."""
+    """(bucket, prefix with its slash) of `gs://BUCKET/PREFIX`. Raises InvalidField, also without its client."""
     match = _BUCKET.fullmatch(address)
     if match is None:
         raise InvalidField(variable(setting), address, _ALLOWED)

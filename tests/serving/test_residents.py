@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from knapper.errors import Unavailable
-from knapper.events import Bell, Committed, Frame
+from knapper.events import Committed, Frame
 from knapper.journal.accept import Acceptor
 from knapper.journal.machine import Files, Outcome
 from knapper.journal.records import Operation
@@ -33,7 +33,7 @@ def test_a_defect_is_answered_after_three_tries_and_the_run_goes_on() -> None:
         residents = Residents(store, Defective(), Holder("h", "", TERMS), lambda: 0.0)
 
         async def ring() -> list[Frame]:
-            return [frame async for frame in residents.answer(Bell(RUN, "b"))]
+            return [frame async for frame in residents.answer(RUN)]
 
         for _ in range(2):
             with pytest.raises(Unavailable, match="a defect"):
