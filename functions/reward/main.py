@@ -1,20 +1,43 @@
-"""reward: what completions are worth. Keeps nothing; code that is not ours runs in the sandbox, a process a rollout."""
+"""reward: what completions, and a job's rollouts, are worth. Keeps nothing; code of others runs in the sandbox."""
+
+import os
+import time
+from functools import cache
 
 import functions_framework.aio
 from starlette.requests import Request
 from starlette.responses import Response
 
+from knapper import events
 from knapper.errors import KnapperError
+from knapper.jobs.folders import Folders
+from knapper.jobs.place import open_place
+from knapper.jobs.scoring import Scoring
+from knapper.jobs.working import Worker
 from knapper.rewards import requests
+from knapper.rewards.scoring import score
 from knapper.sandbox.pool import Sandbox
 from knapper.serving import answers
+from knapper.settings import Settings
+from knapper.store.opening import open_store
 
 sandbox = Sandbox()  # its processes start with the first reward that needs them, and end with this one
+
+
+@cache
+def scoring() -> Scoring:
+    """What is done for jobs. Where the state lies comes from the environment."""
+    settings = Settings.load(os.environ)
+    place = open_place(settings, open_store(settings), time.time)
+    return Scoring(Worker(place, Folders(place.store)), lambda *given: score(*given, sandbox=sandbox))
 
 
 @functions_framework.aio.http
 async def reward(request: Request) -> Response:
     try:
+        if answers.is_event(request):
+            await scoring().answer(events.decode(request.headers, await answers.body(request)))
+            return answers.durable()
         scores = await answers.while_connected(request, requests.answer(await answers.body(request), sandbox))
     except KnapperError as error:
         return answers.error(error)

@@ -1,4 +1,7 @@
-"""train_step: apply one run's waiting operations in order, and commit. Safe to run twice, or to kill at any line."""
+"""train_step: apply one run's waiting operations in order, and commit; for a job, the next steps of its run.
+
+Safe to run twice, or to kill at any line.
+"""
 
 import functions_framework.aio
 from starlette.requests import Request
@@ -6,7 +9,7 @@ from starlette.responses import Response, StreamingResponse
 
 from knapper import events
 from knapper.errors import KnapperError
-from knapper.serving import answers
+from knapper.serving import answers, jobs
 from knapper.serving.engine import engine
 
 engine()  # under ASGI this module is imported before the port binds: the weights are there when the first bell rings
@@ -16,6 +19,9 @@ engine()  # under ASGI this module is imported before the port binds: the weight
 async def train_step(request: Request) -> Response:
     try:
         event = events.decode(request.headers, await answers.body(request))
+        if event.type != events.OPERATIONS:
+            await jobs.training().answer(event)
+            return answers.durable()
         frames = engine().residents.answer(events.run_of(event))
         first = await anext(frames)  # the claim: it succeeds before anything is answered
     except KnapperError as error:

@@ -2,28 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
+from knapper.broker import Broker
+from knapper.exchange import Exchange
+from knapper.exchange.opening import open_exchange
 from knapper.jobs.bells import Bells
+from knapper.settings import Settings
 from knapper.store import Store
-
-
-class Blob(Protocol):
-    @property
-    def data(self) -> bytes: ...
-
-    @property
-    def generation(self) -> str: ...
-
-
-class Exchange(Protocol):
-    """What a job needs of `knapper.exchange`."""
-
-    async def read(self, name: str, bytes_max: int) -> Blob | None: ...
-
-    async def publish(self, name: str, data: bytes) -> None: ...
-
-    async def remove(self, name: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -34,3 +19,8 @@ class Place:
     exchange: Exchange
     bells: Bells
     clock: Callable[[], float]
+
+
+def open_place(settings: Settings, store: Store, clock: Callable[[], float]) -> Place:
+    """That of this process. Raises InvalidField for an exchange's address that is none."""
+    return Place(store, open_exchange(settings), Bells(Broker(settings.broker_url).post, clock), clock)

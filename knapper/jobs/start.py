@@ -12,7 +12,7 @@ import msgspec
 import structlog
 
 from knapper import limits
-from knapper.errors import InvalidField, NotFound, UserError
+from knapper.errors import InvalidField, NotFound, TooLarge, UserError
 from knapper.ids import Tenant, number
 from knapper.jobs import control, datasets, names, spec
 from knapper.jobs.documents import JobError
@@ -34,7 +34,11 @@ async def look(place: Place, tenant: Tenant, job: str) -> Start | None:
     any number of processes at once.
     """
     inbox = names.inbox(tenant, names.job(job))
-    found = await place.exchange.read(f"{inbox}{names.JOB_YAML}", limits.job_yaml_bytes_max + 1)
+    try:
+        found = await place.exchange.read(f"{inbox}{names.JOB_YAML}", limits.job_yaml_bytes_max)
+    except TooLarge as error:  # its generation is not known: all that are too large share one start that never is
+        await _refuse(place, Start.of(tenant, job, "too large"), _as_job_error(error))
+        return None
     if found is None:
         return None
     start = Start.of(tenant, job, found.generation)
@@ -56,15 +60,11 @@ async def look(place: Place, tenant: Tenant, job: str) -> Start | None:
 
 
 async def _files(place: Place, inbox: str, parsed: Parsed) -> dict[str, bytes]:
-    """Those that are there. Raises InvalidField for one that is too large."""
+    """Those that are there. Raises TooLarge."""
     found = {}
     for name in parsed.job.files:
-        blob = await place.exchange.read(f"{inbox}{names.file(name)}", limits.job_file_bytes_max + 1)
+        blob = await place.exchange.read(f"{inbox}{names.file(name)}", limits.job_file_bytes_max)
         if blob is not None:
-            if len(blob.data) > limits.job_file_bytes_max:
-                raise JobError(
-                    1, "its size in bytes", len(blob.data), f"at most {limits.job_file_bytes_max}", file=name
-                )
             found[name] = blob.data
     return found
 

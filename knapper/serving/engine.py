@@ -24,6 +24,7 @@ from knapper.engine.machine import TrainingMachine
 from knapper.engine.sampler import Sampler
 from knapper.engine.training import RunState, Trainer
 from knapper.errors import InvalidField, NotFound
+from knapper.jobs.place import Place, open_place
 from knapper.journal import bundles
 from knapper.journal.records import Terms
 from knapper.journal.run import Holder
@@ -43,8 +44,11 @@ class Engine:
     """What a function needs to answer: runs to train, and a sampler."""
 
     base_model: str
+    directory: Path
+    context: int
     residents: Residents[RunState]
     sampler: Sampler
+    place: Place  # of jobs
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,8 @@ def engine() -> Engine:
     )
     return Engine(
         base_model=settings.model,
+        directory=directory,
+        context=config.context,
         residents=Residents(store, machine, holder, time.time),
         sampler=Sampler(
             decoder,
@@ -111,6 +117,7 @@ def engine() -> Engine:
             slots_max=_SLOTS_MAX,
             kv_tokens_max=max(config.context, _KV_BYTES_MAX // bytes_per_token(config, dtype)),
         ),
+        place=open_place(settings, store, time.time),
     )
 
 

@@ -5,7 +5,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from knapper.errors import TooLarge
 from knapper.events import Event
+from knapper.exchange import Blob, Entries, Entry
 from knapper.ids import LOCAL_TENANT
 from knapper.jobs.bells import Bells
 from knapper.jobs.place import Place
@@ -14,21 +16,23 @@ from knapper.store import Store
 from knapper.store.memory import MemoryStore
 
 
-@dataclass(frozen=True)
-class Blob:
-    data: bytes
-    generation: str
-
-
 @dataclass
 class Folder:
     """An exchange in memory: what is published, and nothing more."""
 
     files: dict[str, bytes] = field(default_factory=dict)
 
+    bucket = "local"
+
     async def read(self, name: str, bytes_max: int) -> Blob | None:
         data = self.files.get(name)
-        return None if data is None else Blob(data[:bytes_max], hashlib.sha256(data).hexdigest())
+        if data is not None and len(data) > bytes_max:
+            raise TooLarge(f"{name} has {len(data)} bytes; allowed: {bytes_max}")
+        return None if data is None else Blob(data, hashlib.sha256(data).hexdigest())
+
+    async def list(self, prefix: str) -> Entries:
+        named = sorted(name for name in self.files if name.startswith(prefix))
+        return [Entry(name, hashlib.sha256(self.files[name]).hexdigest(), len(self.files[name])) for name in named]
 
     async def publish(self, name: str, data: bytes) -> None:
         self.files[name] = data

@@ -75,6 +75,7 @@ def test_a_corrected_job_yaml_is_another_start_and_ends_the_first() -> None:
         ({"p.jsonl": lines({"promt": "a"})}, 1, "promt"),
         ({"p.jsonl": "\n"}, 1, "empty"),
         ({"reward.py": b"\xff"}, 4, "reward.py"),
+        ({"job.yaml": "#" * (limits.job_yaml_bytes_max + 1)}, 1, "job.yaml has"),
     ],
 )
 def test_what_is_wrong_is_said_beside_job_yaml_until_it_is_right(
