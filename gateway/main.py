@@ -19,6 +19,7 @@ from starlette.routing import BaseRoute, Route
 from gateway import auth, clockwork, errors, futures, rewards, sampling, service, training
 from gateway.bells import Bells
 from gateway.heartbeats import Heartbeats
+from gateway.jobs import ROUTES as JOB_ROUTES
 from gateway.looks import Looks
 from gateway.meter import Meter
 from gateway.openai.routes import ROUTES as OPENAI_ROUTES
@@ -34,6 +35,7 @@ from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
 from knapper.errors import KnapperError
 from knapper.ids import RunId
+from knapper.jobs.place import Place, open_place
 from knapper.journal.accept import Acceptor
 from knapper.journal.results import Results
 from knapper.keys import Keyring, Keys
@@ -92,6 +94,7 @@ def create_app(
     jwt: bool = False,
     notice: str = "",
     models: str = "",
+    place: Place | None = None,
     new_id: Callable[[], str] = lambda: secrets.token_hex(16),
 ) -> Starlette:
     """The gateway over `store`. An empty URL means: where the base model's catalogue record says.
@@ -100,6 +103,7 @@ def create_app(
     `jwt`: clients are told to exchange their keys for tokens.
     `notice`: what each prints when it starts.
     `models`: a directory that declares which models are served; they are published before anything is answered.
+    `place`: of jobs; without it there are none.
     """
     acceptor, results = Acceptor(store, clock), Results(store)
     records = Records(store, acceptor, monotonic)
@@ -135,6 +139,7 @@ def create_app(
                 samples=Samples(crowd, new_id, monotonic, meter.count, first=int(clock() * 1e6)),
                 meter=meter,
                 rewards=Rewards(client, reward_url),
+                place=place,
                 heartbeats=Heartbeats(monotonic),
                 openai=Shared(audit),
                 keys=Keyring(Keys(store, clock), monotonic) if keys else None,
@@ -173,6 +178,7 @@ def _routes() -> list[BaseRoute]:
         *(Route(f"/api/v1/{path}", handler, methods=["GET"]) for path, handler in _GET.items()),
         Route("/api/v1/auth/apikey/me", auth.delete_key, methods=["DELETE"]),
         *ROUTES,
+        *JOB_ROUTES,
         *OPENAI_ROUTES,
     ]
 
@@ -181,8 +187,9 @@ def _from_environment() -> Starlette:
     settings = Settings.load(os.environ)
     telemetry.configure("gateway", settings.log_level)
     settings.expect_keys_beyond_loopback()
+    store = open_store(settings)
     return create_app(
-        open_store(settings),
+        store,
         train_step_url=settings.train_step_url,
         sample_url=settings.sample_url,
         reward_url=settings.reward_url,
@@ -190,6 +197,7 @@ def _from_environment() -> Starlette:
         jwt=settings.jwt,
         notice=settings.notice,
         models=settings.models,
+        place=open_place(settings, store, time.time),
     )
 
 

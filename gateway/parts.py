@@ -16,6 +16,7 @@ from gateway.rewarding import Rewards
 from gateway.samples import Samples
 from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
+from knapper.jobs.place import Place
 from knapper.journal.accept import Acceptor
 from knapper.journal.results import Results
 from knapper.keys import Keyring
@@ -43,6 +44,7 @@ class Parts:
     samples: Samples
     meter: Meter
     rewards: Rewards
+    place: Place | None  # of jobs; None: there is nowhere to put their files
     heartbeats: Heartbeats
     openai: Shared
     keys: Keyring | None  # None: they are off, and everyone is the tenant `local`

@@ -39,6 +39,10 @@ class Bells:
         self._rung[key] = now
         await self._post(bell)
 
+    async def post(self, event: Event) -> None:
+        """This very event."""
+        await self._post(event)
+
     async def go_on(self, event: Event) -> None:
         """Ring the same bell again, for the rest of the work."""
         await self._post(event.next(event.type, event.source, step=event.step))

@@ -35,7 +35,7 @@ async def write(place: Place, checkpoints: Checkpoints, folder: Folder, line: Li
     for checkpoint in await checkpoints.listed(start.tenant, within=f"{start.run}/sampler_weights/step-"):
         await checkpoints.delete(TinkerPath.parse(checkpoint.path), start.tenant)
     await store.delete(start.working)
-    await outputs.publish_status(place, folder)
+    await outputs.publish_status(place, folder.started)
 
 
 async def _trained(place: Place, folder: Folder, step: int) -> Trained:

@@ -5,11 +5,13 @@ from typing import Any
 
 import msgspec
 
+from knapper.ids import Tenant
 from knapper.jobs import control, names
 from knapper.jobs.folders import Folder
 from knapper.jobs.names import Start
 from knapper.jobs.place import Place
-from knapper.jobs.records import Evaluated, Trained, read
+from knapper.jobs.records import Evaluated, Started, Trained, read
+from knapper.jobs.spec import decode
 from knapper.journal.names import last_number
 from knapper.store import Store
 
@@ -74,22 +76,32 @@ async def publish_evaluations(place: Place, folder: Folder, steps: int) -> None:
     await _publish_json(place, folder.start, "evaluation.json", found)
 
 
-async def publish_status(place: Place, folder: Folder) -> None:
+async def publish_status(place: Place, started: Started) -> None:
     """status.json; of a start that another took the place of, nothing."""
-    now = await control.now(place.store, folder.start)
-    newest = await newest_step(place.store, folder.start)
+    start = Start(Tenant(started.tenant), started.job, started.start)
+    now = await control.now(place.store, start)
+    if now.state == "cancelled" and now.reason.startswith(control.REPLACED):
+        return
     status = {
-        "job": folder.start.job, "start": folder.start.id, "kind": folder.job.kind, "state": now.state,
-        "reason": now.reason, "step": newest, "base_model": folder.started.base_model, "run": folder.start.run,
+        "job": start.job, "start": start.id, "kind": decode(started.spec_json).kind, "state": now.state,
+        "reason": now.reason, "step": await newest_step(place.store, start), "base_model": started.base_model,
+        "run": start.run,
     }  # fmt: skip
-    if not (now.state == "cancelled" and now.reason.startswith(control.REPLACED)):
-        await _publish_json(place, folder.start, "status.json", status)
+    await _publish_json(place, start, "status.json", status)
 
 
 async def newest_step(store: Store, start: Start) -> int:
-    """Steps that are done."""
-    listed = [name for name in await store.list(f"{start.prefix}steps/") if name.endswith("/trained")]
-    return len(listed)
+    """Steps that are done, found with few looks: they are dense, and there may be many."""
+    there, beyond = 0, 1
+    while await store.get(start.trained(beyond - 1)) is not None:
+        there, beyond = beyond, 2 * beyond
+    while beyond - there > 1:
+        middle = (there + beyond) // 2
+        if await store.get(start.trained(middle - 1)) is not None:
+            there = middle
+        else:
+            beyond = middle
+    return there
 
 
 async def publish_bill(place: Place, folder: Folder, bill: dict[str, Any]) -> None:

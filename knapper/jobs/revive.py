@@ -51,7 +51,7 @@ async def _of(place: Place, seen: Seen, start: Start, quiet_s: float) -> list[Ev
     if now - known[1] < quiet_s:
         return []
     seen.since[start] = (size, now)
-    return await _bells(place, started, start, int(now * 1e3))
+    return await again(place, started, start)
 
 
 async def _unstarted(place: Place, start: Start) -> list[Event]:
@@ -70,8 +70,9 @@ async def first(place: Place, start: Start) -> Event:
     return bells.started(started)
 
 
-async def _bells(place: Place, started: Started, start: Start, when: int) -> list[Event]:
-    """Of whoever has something to do."""
+async def again(place: Place, started: Started, start: Start) -> list[Event]:
+    """The bells of whoever has something to do for the job."""
+    when = int(place.clock() * 1e3)
     job = decode(started.spec_json)
     if not isinstance(job, RlJob):
         return [bells.revived(started, start, events.JOB_STARTED, 0, when)]  # train_step is the only one

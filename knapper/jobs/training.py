@@ -89,7 +89,7 @@ class Training:
         await self._place.store.put_if_absent(folder.start.trained(step), encode(trained))
         await self._forget_adapters(folder, step + 1, course.steps)
         await self._metrics.publish(folder)
-        await outputs.publish_status(self._place, folder)
+        await outputs.publish_status(self._place, folder.started)
 
     async def _evaluate(self, folder: Folder, course: Course, version: int, within: Slice) -> None:
         began_at = self._place.clock()

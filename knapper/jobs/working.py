@@ -93,7 +93,7 @@ class Worker:
             await place.bells.go_on(event)
         except Stopped:
             await place.store.delete(start.working)
-            await outputs.publish_status(place, folder)
+            await outputs.publish_status(place, folder.started)
         except UserError as error:
             await self._fail(event, folder, str(error))
         except KnapperError:
@@ -111,4 +111,4 @@ class Worker:
             log.error("job failed", job=str(start), reason=reason)
             await place.bells.ring(event, events.JOB_FAILED, event.source, event.step or 0)
         await place.store.delete(start.working)
-        await outputs.publish_status(place, folder)
+        await outputs.publish_status(place, folder.started)
