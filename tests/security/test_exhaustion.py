@@ -232,20 +232,31 @@ def test_a_query_only_reads(query: str, judge: Judge) -> None:
     assert not Path("/tmp/knapper-attached").exists()
 
 
+def _code(body: bytes) -> spec.Reward:
+    return spec.parse({"code": "reward.py"}, {"reward.py": b"def reward(p, c, a): " + body})
+
+
+def alive(pid: object) -> bool:
+    """And no zombie, which only waits for its parent to look."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_a_cancelled_score_leaves_no_process(runner: asyncio.Runner) -> None:
     async def story() -> None:
         sandbox = Sandbox(at_once=1)
-        wanted = spec.parse({"code": "reward.py"}, {"reward.py": b"def reward(p, c, a):\n    while True: pass\n"})
-        scoring_ = asyncio.create_task(scoring.score(wanted, [Rollout("r", "", "", None)], sandbox=sandbox))
-        while not sandbox.pids:  # noqa: ASYNC110  a process that starts sets no event
-            await asyncio.sleep(0.01)
+        rollouts = [Rollout("r", "", "", None)]
+        await scoring.score(_code(b"return 1"), rollouts, sandbox=sandbox)  # its process has started
+        scoring_ = asyncio.create_task(scoring.score(_code(b"\n    while True: pass"), rollouts, sandbox=sandbox))
         await asyncio.sleep(0.3)
         (pid,) = sandbox.pids
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()  # noqa: ASYNC240  not a disk
         assert children
 
-        def living() -> list[Path]:
-            return [path for process in (pid, *children) if (path := Path(f"/proc/{process}")).exists()]
+        def living() -> list[object]:
+            return [process for process in (pid, *children) if alive(process)]
 
         assert len(living()) == 2
         scoring_.cancel()
