@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 import knapper
+from knapper.cluster import commands
 
 if TYPE_CHECKING:
     from knapper.keys import Keys
@@ -22,6 +23,8 @@ app = typer.Typer(
 )
 key = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 app.add_typer(key, name="key")
+app.add_typer(commands.app, name="deploy")
+app.command()(commands.doctor)
 
 
 @app.command()

@@ -97,6 +97,12 @@ class StoreError(Unavailable):
     code = "store_unavailable"
 
 
+class NewerFormat(Unavailable):
+    """The record was written by a newer knapper: nothing is wrong with it, and this one cannot read it."""
+
+    code = "newer_format"
+
+
 class Fenced(KnapperError):
     """A newer claim owns the run. The state in memory is dropped; nothing more of it may be written."""
 

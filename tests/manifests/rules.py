@@ -27,7 +27,7 @@ LABELS = {
     *(f"pod-security.kubernetes.io/{mode}" for mode in ("enforce", "warn", "audit")),
 }  # fmt: skip
 _AUTOSCALING = "autoscaling.knative.dev/"
-PENDING = {"KNAPPER_BROKER_URL", "KNAPPER_EXCHANGE", "KNAPPER_MODELS", "KNAPPER_POD_IP", "KNAPPER_STORE"}
+PENDING = {"KNAPPER_POD_IP"}
 COLD_START_S = 15 * 60  # until a GPU can be used on a new node, as the cluster autoscaler itself assumes
 
 
