@@ -233,11 +233,18 @@ def test_sixty_four_rollouts_take_less_than_two_seconds(scores: Scorer) -> None:
     assert time.monotonic() - started < 2.0
 
 
-def test_a_completion_has_a_limit(scores: Scorer) -> None:
-    full = "x" * limits.reward_text_chars_max
+def test_texts_have_a_limit(scores: Scorer) -> None:
+    most = limits.reward_text_chars_max
+    full = "x" * most
     assert values(scores({"name": "length", "max": 0}, (full, None))) == [0]
-    with pytest.raises(RewardFailed, match=f"has {len(full) + 1} characters; allowed: {len(full)}"):
+    with pytest.raises(RewardFailed, match=f"the completion: {most + 1} characters; allowed: at most {most}"):
         scores({"name": "length", "max": 0}, (full + "x", None))
+    around = len('["the prompt",""]')
+    assert values(scores({"name": "length", "max": 0}, ("", full[around:]))) == [1]
+    with pytest.raises(
+        RewardFailed, match=f"prompt and answer as JSON: {most + 1} characters; allowed: at most {most}"
+    ):
+        scores({"name": "length", "max": 0}, ("", full[around - 1 :]))
 
 
 WITHOUT_SECCOMP = """
