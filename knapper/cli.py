@@ -9,6 +9,7 @@ import typer
 
 import knapper
 from knapper.cluster import commands
+from knapper.jobs import commands as jobs
 
 if TYPE_CHECKING:
     from knapper.keys import Keys
@@ -23,6 +24,8 @@ app = typer.Typer(
 )
 key = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 app.add_typer(key, name="key")
+app.add_typer(jobs.app, name="jobs")
+app.command()(jobs.submit)
 app.add_typer(commands.app, name="deploy")
 app.command()(commands.doctor)
 
