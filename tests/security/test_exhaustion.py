@@ -200,7 +200,7 @@ CHEATS = {
 @pytest.mark.parametrize("program", CHEATS.values(), ids=CHEATS.keys())
 def test_a_program_cannot_forge_its_score(program: str, judge: Judge) -> None:
     tests = "assert abs(f(1) - 2) == 0\nassert all([f(3) == 4])"
-    assert judge.tests("def f(x): return x + 1", tests, timeout_s=0.5) == 1
+    assert judge.tests("def f(x): return x + 1", tests) == 1
     assert judge.tests(program, tests, timeout_s=0.5) == 0
 
 
@@ -227,7 +227,7 @@ QUERIES = {
 
 @pytest.mark.parametrize("query", QUERIES.values(), ids=QUERIES.keys())
 def test_a_query_only_reads(query: str, judge: Judge) -> None:
-    assert judge.sql("select a from t order by b desc", "select a from t", timeout_s=1.0) == 1
+    assert judge.sql("select a from t order by b desc", "select a from t") == 1
     assert judge.sql(query, "select a from t", timeout_s=1.0) == 0
     assert not Path("/tmp/knapper-attached").exists()
 
