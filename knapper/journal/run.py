@@ -235,7 +235,7 @@ class Run(Generic[State]):
             result = await self._apply(operation)
             results.append(result)
             size += len(result.body)
-            late = self._clock() - began >= _COMMIT_AFTER_S
+            late = not 0.0 <= self._clock() - began < _COMMIT_AFTER_S  # also if the clock stepped
             if late or size >= limits.commit_inline_bytes_max or self.must_snapshot or stop():
                 break
         return Commit(epoch=self.epoch, results=results, committed_at=self._clock()) if results else None

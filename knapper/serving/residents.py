@@ -108,7 +108,8 @@ class Residents(Generic[State]):
         return resident.run
 
     async def _slice(self, run: Run[State], resident: _Resident[State]) -> AsyncIterator[Frame]:
-        end = self._clock() + limits.slice_s
+        now = asyncio.get_running_loop().time  # the clock of the day may step, and a slice stays one
+        end = now() + limits.slice_s
         committed: asyncio.Queue[Frame | None] = asyncio.Queue()
 
         async def publish(n: int, commit: Commit) -> None:
@@ -116,10 +117,10 @@ class Residents(Generic[State]):
 
         async def work() -> bool:
             try:
-                while self._clock() < end:
+                while now() < end:
                     if run.must_snapshot:
                         await self._snapshot(run, resident)
-                    if not await run.apply_pending(lambda: self._clock() >= end, publish):
+                    if not await run.apply_pending(lambda: now() >= end, publish):
                         return False
                 return True
             finally:
@@ -132,7 +133,7 @@ class Residents(Generic[State]):
             more = await task
         finally:
             if not task.done():  # the reader left: finish the operation under way, then let go
-                end = self._clock()
+                end = now()
                 with suppress(KnapperError):
                     await asyncio.shield(task)
         if run.wants_snapshot:
