@@ -1,5 +1,8 @@
 """Jobs by HTTP: the same road as an upload, and what a client sees of it."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,3 +110,34 @@ def test_what_is_not_there_is_not_found(running: tuple[Running, Rung]) -> None:
     submit(http)
     http.post("jobs/j/resume", status=200)  # it runs already: nothing to do, no error
     assert http.http.get("jobs/j", params={"after": -1}).status_code == 422
+
+
+def command(running: Running, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "TINKER_BASE_URL": running.url, "TINKER_API_KEY": "tml-local"}
+    return subprocess.run(
+        [sys.executable, "-m", "knapper.cli", *arguments], capture_output=True, text=True, env=environment
+    )
+
+
+def test_the_command_line_submits_a_folder_and_follows_it(running: tuple[Running, Rung], tmp_path: Path) -> None:
+    http, _ = running
+    folder = tmp_path / "my-job"
+    folder.mkdir()
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    (folder / "job.yaml").write_text(YAML.replace("3", "none"))
+    wrong = command(http, "submit", str(folder / "job.yaml"))
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
+    assert "job.yaml, line 3: steps is 'none'" in wrong.stderr
+    (folder / "job.yaml").write_text(YAML)
+    done = command(http, "submit", str(folder / "job.yaml"))
+    assert (done.returncode, done.stdout) == (0, "my-job: running, step 0/3\n")
+    assert "my-job  sft   running  0/3" in command(http, "jobs", "list").stdout
+    assert command(http, "jobs", "cancel", "my-job").stdout.startswith("my-job: cancelled")
+    followed = command(http, "jobs", "show", "my-job", "--follow")
+    assert followed.stdout == "my-job: cancelled, step 0/3\ncancelled by its owner\n"
+    (folder / "d.jsonl").write_text("{}\n")
+    (folder / "job.yaml").write_text(YAML + "seed: 1\n")
+    refused = command(http, "submit", str(folder / "job.yaml"), "--follow")
+    assert refused.returncode == 1
+    assert "d.jsonl, line 1: prompt" in refused.stdout

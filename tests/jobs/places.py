@@ -22,7 +22,7 @@ class Folder:
 
     files: dict[str, bytes] = field(default_factory=dict)
 
-    bucket = "local"
+    bucket, prefix = "local", ""
 
     async def read(self, name: str, bytes_max: int) -> Blob | None:
         data = self.files.get(name)

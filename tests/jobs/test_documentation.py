@@ -24,7 +24,7 @@ def documented(name: str) -> dict[str, str]:
 
 
 def fields(struct: Any, inside: str = "") -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for field in msgspec.structs.fields(struct):
         nested = next((each for each in (field.type, *get_args(field.type)) if _is_part(each)), None)
         if nested is not None:

@@ -1,12 +1,18 @@
 """Whole jobs, from the upload to the adapter, by bells alone."""
 
 import json
+from collections.abc import Sequence
 
 import pytest
 
-from knapper.jobs import control
+from knapper import events
+from knapper.jobs import control, operations
+from knapper.rewards import scoring
+from knapper.rewards.rollouts import Rollout
+from knapper.rewards.scoring import Score
+from knapper.rewards.spec import Reward
 from tests.jobs.places import lines
-from tests.jobs.works import House, Malice, Works, run
+from tests.jobs.works import House, Malice, Works, run, variety
 
 RL = """\
 kind: rl
@@ -81,6 +87,7 @@ def test_an_upload_ends_with_an_adapter_and_its_curve(house: House, name: str) -
     evaluation = json.loads(works.output("evaluation.json"))
     assert evaluation["before"]
     assert evaluation["after"]
+    assert all("grad_norm" in each for each in metrics), "every step trains"
     bill = json.loads(works.output("bill.json"))
     assert bill["tokens"]["trained"] > 0
     assert json.loads(works.output("status.json"))["state"] == "completed"
@@ -109,3 +116,151 @@ def test_whatever_happens_to_bells_and_processes_the_adapter_is_the_same_bit_for
 def test_duplicates_do_not_multiply(house: House) -> None:
     works = run(lambda: done(Works(house, 1, Malice(copies_max=5, shuffle=True)), "rl"))
     assert len(works.log) < 60
+
+
+def test_which_version_a_step_is_sampled_from_depends_on_its_number_alone(house: House) -> None:
+    works = run(lambda: done(Works(house), "rl-ahead"))
+    metrics = [json.loads(line) for line in works.output("metrics.jsonl").splitlines()]
+    assert [each["staleness"] for each in metrics] == [0, 1, 1, 1]
+    first_two = [json.loads(line)["id"] for line in works.output("rollouts/step-2.jsonl").splitlines()]
+    assert first_two[0] == "2/0/0"
+    sampled = [event.step for event in works.log if event.type == events.ROLLOUTS_SAMPLED]
+    stepped = [event.step for event in works.log if event.type == events.ADAPTER_STEPPED]
+    assert sampled.index(1) < len(sampled)
+    first_step = works.log.index(next(event for event in works.log if event.type == events.ADAPTER_STEPPED))
+    ahead = next(n for n, event in enumerate(works.log) if event.type == events.ROLLOUTS_SAMPLED and event.step == 1)
+    assert ahead < first_step, "step 2's rollouts were sampled before step 1 was trained"
+    assert stepped == [1, 2, 3, 4]
+    assert works.adapter() != run(lambda: done(Works(house), "rl")).adapter()
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_cancelled_job_stops_within_one_operation_and_goes_on_to_the_same_adapter(house: House, name: str) -> None:
+    calm = run(lambda: done(Works(house), name))
+
+    async def story() -> Works:
+        works = Works(house, slice_s=0.05)
+        begun = await works.submit(JOBS[name])
+        while not await works.store.get(begun.trained(0)):
+            await works.deliver()
+        await control.ask(works.store, begun, "cancelled", "enough", works.clock())
+        before = len(await works.store.list("runs/"))
+        await works.drain()
+        after = [each for each in await works.store.list("runs/") if "/in/" in each]
+        assert len(await works.store.list("runs/")) == before, after
+        assert json.loads(works.output("status.json"))["state"] == "cancelled"
+        assert await works.store.list("working/") == []
+        await control.ask(works.store, begun, "running", "", works.clock())
+        await works.store.put_if_absent(begun.working, b"")
+        await works.run(begun)
+        return works
+
+    assert run(story).adapter() == calm.adapter()
+
+
+def test_cancelled_between_the_operations_of_a_step(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operation under way is the last one that is accepted."""
+    monkeypatch.setattr(operations, "_TOKENS_MAX", 8)
+
+    async def story() -> None:
+        works = Works(house)
+        begun = await works.submit(JOBS["rl"])
+        accepted: list[str] = []
+        put = works.store.put_if_absent
+
+        async def put_and_cancel(name: str, data: bytes) -> bool:
+            if "/in/" in name:
+                accepted.append(name)
+                if len(accepted) == 3:
+                    await control.ask(works.store, begun, "cancelled", "enough", works.clock())
+            return await put(name, data)
+
+        works.store.put_if_absent = put_and_cancel  # type: ignore[method-assign]
+        await works.run(begun)
+        await works.drain()
+        assert len(accepted) == 3
+
+    run(story)
+
+
+async def ended(works: Works, files: dict[str, str]) -> str:
+    begun = await works.submit(files)
+    await works.run(begun)
+    await works.drain()
+    assert await works.store.list("working/") == []
+    now = await control.now(works.store, begun)
+    assert json.loads(works.output("status.json"))["state"] == now.state
+    return f"{now.state}: {now.reason}"
+
+
+async def broken(reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
+    """Fails for the second rollout of the second prompt of step 2."""
+    for rollout in rollouts:
+        if rollout.id == "2/1/1":
+            raise scoring.RewardFailed(rollout.id, "it returned nan")
+    return await variety(reward, rollouts)
+
+
+def test_a_reward_that_fails_ends_the_job_with_the_rollouts_id_or_leaves_the_group_out(house: House) -> None:
+    works = Works(house)
+    works.judge = broken
+    assert run(lambda: ended(works, JOBS["rl"])) == "failed: rollout 2/1/1: it returned nan"
+    assert [event.type for event in works.log][-1] == events.JOB_FAILED
+    works = Works(house)
+    works.judge = broken
+    lenient = {**JOBS["rl"], "job.yaml": RL + "on_reward_error: skip_group\n"}
+    assert run(lambda: ended(works, lenient)) == "completed: "
+    metrics = [json.loads(line) for line in works.output("metrics.jsonl").splitlines()]
+    assert [each["groups/refused"] for each in metrics] == [0, 1, 0, 0]
+    rollouts = [json.loads(line) for line in works.output("rollouts/step-2.jsonl").splitlines()]
+    refused = [each for each in rollouts if "refused" in each]
+    assert [each["id"] for each in refused] == [f"2/1/{n}" for n in range(4)]
+    assert all(each["advantage"] == 0 and "nan" in each["refused"] for each in refused)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "says"),
+    [
+        ("rl", "max_tokens: 6", "max_tokens: 510", "row 1 of p.jsonl: the prompt's length in tokens is"),
+        ("rl", "learning_rate: 0.01", "learning_rate: 1, grad_clip_norm: 0, weight_decay: 1.0e+6", "not finite"),
+        ("sft", "epochs: 2", "epochs: 2\nmax_tokens: 5", "of p.jsonl: its length in tokens is"),
+        ("dpo", "epochs: 2", "epochs: 2\nmax_tokens: 3", "of p.jsonl: its length in tokens is"),
+    ],
+)
+def test_a_users_mistake_ends_the_job_and_is_told(house: House, name: str, old: str, new: str, says: str) -> None:
+    assert old in JOBS[name]["job.yaml"]
+    files = {**JOBS[name], "job.yaml": JOBS[name]["job.yaml"].replace(old, new)}
+    told = run(lambda: ended(Works(house), files))
+    assert told.startswith("failed: ")
+    assert says in told, told
+
+
+def test_a_group_without_a_difference_trains_nothing_and_the_job_goes_on(house: House) -> None:
+    alike = {**JOBS["rl"], "job.yaml": RL.replace("max: 4, slope: 10", "max: 1000")}
+    works = Works(house)
+    works.judge = scoring.score
+    assert run(lambda: ended(works, alike)) == "completed: "
+    metrics = [json.loads(line) for line in works.output("metrics.jsonl").splitlines()]
+    assert [each["groups/silent"] for each in metrics] == [3, 3, 3, 3]
+    assert "grad_norm" not in metrics[0]
+
+
+@pytest.mark.parametrize("loss", ["ppo", "cispo", "gspo"])
+def test_every_loss_that_a_job_may_name_trains(house: House, loss: str) -> None:
+    given = f"loss: {{name: {loss}, clip_low_threshold: 0.8, clip_high_threshold: 1.2}}\n"
+    works = Works(house)
+    assert run(lambda: ended(works, {**JOBS["rl"], "job.yaml": RL + given})) == "completed: "
+    assert "loss/mean" in json.loads(works.output("metrics.jsonl").splitlines()[0])
+
+
+def test_packed_sequences_are_fewer_and_every_row_counts(house: House) -> None:
+    plain, packed = Works(house), Works(house)
+    assert run(lambda: ended(plain, JOBS["sft"])) == "completed: "
+    yaml = JOBS["sft"]["job.yaml"] + "packing: true\nmax_tokens: 64\n"
+    assert run(lambda: ended(packed, {**JOBS["sft"], "job.yaml": yaml})) == "completed: "
+    sums = []
+    for works in (plain, packed):
+        metrics = [json.loads(line) for line in works.output("metrics.jsonl").splitlines()]
+        sums.append((sum(each["tokens/counted"] for each in metrics), len(metrics)))
+    assert sums[0][0] == sums[1][0]
+    assert sums[1][1] < sums[0][1]
