@@ -1,6 +1,8 @@
 """`knapper up` with its store in a bucket: what the SDK's core does there, and that the bits are a directory's."""
 
 import asyncio
+import logging
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +13,10 @@ from tinker import types
 from knapper.settings import Settings
 from knapper.store.opening import open_store
 from tests.conformance.kill_client import datum, digest_of, tokens
-from tests.conformance.server import Server
+from tests.conformance.server import Server, wait_until
+from tests.store import proxy
 from tests.store.emulator import Emulator
+from tests.store.proxy import FAULTS
 
 
 @pytest.fixture
@@ -67,3 +71,30 @@ def test_training_sampling_saving_and_resuming_give_the_same_bits_over_a_bucket_
 def test_a_bucket_that_does_not_exist_stops_the_start_and_says_so(address: str, model: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="the bucket does not exist; create it, or correct KNAPPER_STORE"):
         Server.start(model, tmp_path / "data", settings={"KNAPPER_STORE": "gs://nobody-made-this"})
+
+
+@pytest.mark.timeout(180)
+def test_a_bucket_in_trouble_makes_clients_wait_with_a_reason_and_changes_no_answer(
+    server: Server, gcs: Emulator, address: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """One request in eight meets a fault; then, for a while, nothing may be written at all."""
+    path, answers = train_sample_save_resume(server.url, model)
+    draw = random.Random(11)
+    with proxy.before(gcs.url) as way, caplog.at_level(logging.WARNING):
+        settings = {"KNAPPER_STORE": address, "STORAGE_EMULATOR_HOST": way.url}
+        with Server.start(model, tmp_path / "data", settings=settings) as running:
+            way.choose = lambda _method, _path: draw.choice(FAULTS) if draw.random() < 0.12 else ""
+            there, same = train_sample_save_resume(running.url, model)
+            assert same == answers
+            assert sum(way.met.values()) > 20, "hardly a fault happened"
+
+            way.choose = lambda _method, _path: ""
+            with tinker.ServiceClient(base_url=running.url, api_key="tml-local") as service:
+                training = service.create_lora_training_client(str(model), rank=4, seed=1).result()
+                way.choose = lambda method, _path: "" if method == "GET" else "403"
+                waiting = training.forward([datum(0)], "cross_entropy")
+                wait_until(lambda: "permission denied" in caplog.text, "the user is told", timeout_s=60)
+                way.choose = lambda _method, _path: ""
+                assert waiting.result().metrics["loss:sum"] > 0
+    assert asyncio.run(digest_of(address, there)) == asyncio.run(digest_of(str(server.data), path))

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import fields
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from knapper.checkpoints import Checkpoint, Checkpoints
@@ -107,6 +108,35 @@ def test_two_damaged_snapshots_end_the_claim_and_name_the_object(damaged: tuple[
         await damage(f"{manifest.snapshot_before}state")
         with pytest.raises(Corrupt, match=f"{manifest.snapshot_before}state"):
             await Run.claim(store, RUN, LedgerMachine(), Holder("h2", "", TERMS), lambda: 0.0)
+
+    asyncio.run(story())
+
+
+def test_a_damaged_checkpoint_is_never_loaded_and_what_waits_goes_on_once_it_is_restored(
+    damaged: tuple[Store, Damage],
+) -> None:
+    store, damage = damaged
+
+    async def story() -> None:
+        acceptor = Acceptor(store, lambda: 0.0)
+        await acceptor.create(CREATION, b"create")
+        run = await Run.claim(store, RUN, LedgerMachine(), Holder("h", "", TERMS), lambda: 0.0)
+        path = f"tinker://{RUN}/weights/a"
+        for seq, kind, asked in ((1, "save_weights", {"path": "a"}), (2, "load_weights", {"path": path})):
+            body = {"model_id": RUN, "seq_id": seq, **asked, **({"optimizer": True} if seq == 2 else {})}
+            await send(acceptor, Step(seq, kind, msgspec.json.encode(body)))  # type: ignore[arg-type]
+            if seq == 1:
+                while await run.apply_pending(lambda: False, nothing):
+                    pass
+        [part] = [name for name in await store.list("adapters/") if name.endswith("optimizer.safetensors")]
+        await damage(part)
+        for _ in range(2):
+            with pytest.raises(Corrupt, match=r"optimizer.safetensors is .* bytes that are others"):
+                await run.apply_pending(lambda: False, nothing)
+        assert run.applied == 1
+        await damage(part)  # the same bit again: it is as it was
+        await run.apply_pending(lambda: False, nothing)
+        assert run.applied == 2
 
     asyncio.run(story())
 
