@@ -1,6 +1,7 @@
 """Whole jobs, from the upload to the adapter, by bells alone."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -115,7 +116,8 @@ def test_whatever_happens_to_bells_and_processes_the_adapter_is_the_same_bit_for
 
 def test_duplicates_do_not_multiply(house: House) -> None:
     works = run(lambda: done(Works(house, 1, Malice(copies_max=5, shuffle=True)), "rl"))
-    assert len(works.log) < 60
+    rung = Counter((event.type, event.step) for event in works.log)
+    assert max(rung.values()) <= 2, "a step and an evaluation may have the same number"
 
 
 def test_which_version_a_step_is_sampled_from_depends_on_its_number_alone(house: House) -> None:
