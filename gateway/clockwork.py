@@ -8,8 +8,10 @@ import structlog
 from gateway.parts import Parts
 from knapper.errors import Gone, KnapperError, Unavailable
 from knapper.ids import RunId, session_of
+from knapper.jobs.revive import due
 
 _TICK_S = 5.0
+_JOBS_S = 5.0
 _METER_S = 60.0
 _SWEEP_S = 600.0
 
@@ -21,6 +23,7 @@ async def run(gateway: Parts) -> None:
     await asyncio.gather(
         _every(_TICK_S, publish, gateway),
         _every(_TICK_S, tick, gateway),
+        _every(_JOBS_S, jobs, gateway),
         _every(_METER_S, meter, gateway),
         _every(_SWEEP_S, sweep, gateway),
     )
@@ -33,6 +36,14 @@ async def _every(seconds: float, work: Callable[[Parts], Awaitable[None]], gatew
             await work(gateway)
         except KnapperError as error:  # the next time tries again
             log.warning(f"{work.__name__} failed", code=error.code, reason=str(error))
+
+
+async def jobs(gateway: Parts) -> None:
+    """Ring again for jobs that do not move, and start those whose files are all there now."""
+    if gateway.place is not None:
+        for bell in await due(gateway.place, gateway.seen_jobs, gateway.job_quiet_s):
+            log.info("a job is rung for again", job=bell.subject, type=bell.type, step=bell.step)
+            await gateway.place.bells.post(bell)
 
 
 async def begin(gateway: Parts) -> None:

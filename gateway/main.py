@@ -18,6 +18,7 @@ from starlette.routing import BaseRoute, Route
 
 from gateway import auth, clockwork, errors, futures, rewards, sampling, service, training
 from gateway.bells import Bells
+from gateway.events import ROUTES as EVENT_ROUTES
 from gateway.heartbeats import Heartbeats
 from gateway.jobs import ROUTES as JOB_ROUTES
 from gateway.looks import Looks
@@ -36,6 +37,7 @@ from knapper.checkpoints import Checkpoints
 from knapper.errors import KnapperError
 from knapper.ids import RunId
 from knapper.jobs.place import Place, open_place
+from knapper.jobs.revive import Seen
 from knapper.journal.accept import Acceptor
 from knapper.journal.results import Results
 from knapper.keys import Keyring, Keys
@@ -95,6 +97,8 @@ def create_app(
     notice: str = "",
     models: str = "",
     place: Place | None = None,
+    job_quiet_s: float = 60.0,
+    events_host: str = "",
     new_id: Callable[[], str] = lambda: secrets.token_hex(16),
 ) -> Starlette:
     """The gateway over `store`. An empty URL means: where the base model's catalogue record says.
@@ -103,7 +107,8 @@ def create_app(
     `jwt`: clients are told to exchange their keys for tokens.
     `notice`: what each prints when it starts.
     `models`: a directory that declares which models are served; they are published before anything is answered.
-    `place`: of jobs; without it there are none.
+    `place`: of jobs; without it there are none. One that has not moved for `job_quiet_s` is rung for again.
+    `events_host`: the name under which only this cluster's own services reach us; events are taken there.
     """
     acceptor, results = Acceptor(store, clock), Results(store)
     records = Records(store, acceptor, monotonic)
@@ -139,7 +144,10 @@ def create_app(
                 samples=Samples(crowd, new_id, monotonic, meter.count, first=int(clock() * 1e6)),
                 meter=meter,
                 rewards=Rewards(client, reward_url),
+                events_host=events_host,
                 place=place,
+                seen_jobs=Seen(),
+                job_quiet_s=job_quiet_s,
                 heartbeats=Heartbeats(monotonic),
                 openai=Shared(audit),
                 keys=Keyring(Keys(store, clock), monotonic) if keys else None,
@@ -179,6 +187,7 @@ def _routes() -> list[BaseRoute]:
         Route("/api/v1/auth/apikey/me", auth.delete_key, methods=["DELETE"]),
         *ROUTES,
         *JOB_ROUTES,
+        *EVENT_ROUTES,
         *OPENAI_ROUTES,
     ]
 
@@ -198,6 +207,8 @@ def _from_environment() -> Starlette:
         notice=settings.notice,
         models=settings.models,
         place=open_place(settings, store, time.time),
+        job_quiet_s=settings.job_quiet_s,
+        events_host=settings.events_host,
     )
 
 

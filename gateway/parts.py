@@ -17,6 +17,7 @@ from gateway.samples import Samples
 from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
 from knapper.jobs.place import Place
+from knapper.jobs.revive import Seen
 from knapper.journal.accept import Acceptor
 from knapper.journal.results import Results
 from knapper.keys import Keyring
@@ -44,7 +45,10 @@ class Parts:
     samples: Samples
     meter: Meter
     rewards: Rewards
+    events_host: str  # the name under which events come; empty: this machine's own
     place: Place | None  # of jobs; None: there is nowhere to put their files
+    seen_jobs: Seen  # how far jobs were at the last tick
+    job_quiet_s: float
     heartbeats: Heartbeats
     openai: Shared
     keys: Keyring | None  # None: they are off, and everyone is the tenant `local`

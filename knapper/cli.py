@@ -132,6 +132,24 @@ def _utc(at: float) -> str:
 
 
 @app.command()
+def dead_letters(data: Annotated[Path | None, typer.Option(help="The data directory of `knapper up`.")] = None) -> None:
+    """List events that nobody could deliver: when, what, for whom, and what that one said."""
+    import asyncio
+    from datetime import UTC, datetime
+
+    from knapper import dead
+    from knapper.settings import Settings, variable
+    from knapper.store.opening import open_store
+
+    loaded = Settings.load({**os.environ, **({variable("data"): str(data)} if data else {})})
+    for letter in asyncio.run(dead.listed(open_store(loaded))):
+        told = letter.attributes.get
+        when = datetime.fromtimestamp(letter.kept_at, UTC).isoformat(timespec="seconds")
+        print(f"{when}  {told('type', '?')}  {told('subject', '')}  id {told('id', '?')}")
+        print(f"    to {told('knativeerrordest', '?')}: {told('knativeerrorcode', '?')} {told('knativeerrordata', '')}")
+
+
+@app.command()
 def settings() -> None:
     """Print every setting: its variable, its value, where that comes from, and why it exists."""
     from knapper.settings import describe

@@ -9,7 +9,7 @@ from cloudevents.conversion import to_binary
 from cloudevents.exceptions import GenericException
 from cloudevents.http import CloudEvent, from_http
 
-from knapper import ids
+from knapper import ids, limits
 from knapper.errors import InvalidField, UserError
 from knapper.frames import frame, split
 from knapper.ids import RunId
@@ -27,7 +27,6 @@ TICK = "dev.knapper.tick"
 OBJECT_FINALIZED = "google.cloud.storage.object.v1.finalized"
 FRAMES = "application/x-knapper-frames"
 
-_ATTRIBUTE_CHARS_MAX = 1024  # an object's name, the longest of them, has as many
 _STEP_DIGITS_MAX = 18
 
 
@@ -79,8 +78,8 @@ def decode(headers: Mapping[str, str], body: bytes) -> Event:
     attributes = event.get_attributes()
     for name in ("type", "source", "id", "subject", "step", "kind", "model", "traceparent"):
         value = attributes.get(name, "")
-        if not isinstance(value, str | int) or len(str(value)) > _ATTRIBUTE_CHARS_MAX:
-            raise InvalidField(name, value, f"a string of at most {_ATTRIBUTE_CHARS_MAX} characters")
+        if not isinstance(value, str | int) or len(str(value)) > limits.event_attribute_chars_max:
+            raise InvalidField(name, value, f"a string of at most {limits.event_attribute_chars_max} characters")
     step = str(attributes.get("step", ""))
     if step and not (step.isdecimal() and step.isascii() and len(step) <= _STEP_DIGITS_MAX):
         raise InvalidField("step", step, f"a number of at most {_STEP_DIGITS_MAX} digits")
@@ -96,6 +95,24 @@ def decode(headers: Mapping[str, str], body: bytes) -> Event:
         data=b"" if data is None else data if isinstance(data, bytes) else msgspec.json.encode(data),
         traceparent=str(attributes.get("traceparent", "")),
     )
+
+
+def as_binary(headers: Mapping[str, str], body: bytes) -> tuple[dict[str, str], bytes]:
+    """Any CloudEvent, with whatever attributes it has, in binary mode; its `ce-` headers in lower case.
+
+    Raises UserError for anything else.
+    """
+    try:
+        found, data = to_binary(from_http(dict(headers), body, data_unmarshaller=_untouched))
+    except (GenericException, ValueError, TypeError, AttributeError) as error:  # the library raises all of these
+        raise UserError(f"not a CloudEvent: {error}") from error
+    if isinstance(data, str):
+        data = data.encode()
+    return {str(name).lower(): str(value) for name, value in found.items()}, data or b""
+
+
+def _untouched(data: object) -> object:
+    return data
 
 
 def bell(run: RunId, id_: str) -> Event:

@@ -57,3 +57,7 @@ job_batch_max = 4096  # prompts, sequences or pairs of one step
 job_staleness_max = 4
 job_missing_s = 600.0  # files that job.yaml names and that do not come are an error after this
 jobs_told_max = 1000  # jobs that one list answers
+event_bytes_max = MIB  # of a CloudEvent; a doorbell has none, an event of storage about one thousand
+events_under_way_max = 4096  # deliveries of the local broker
+event_attribute_chars_max = 1024  # an object's name, the longest of them, has as many
+dead_letters_listed_max = 1000

@@ -51,6 +51,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     broker_url: Annotated[
         str, Meta(description="Where events are posted; `knapper up` sets its own broker's address. Empty: no jobs.")
     ] = ""
+    gateway_url: Annotated[
+        str, Meta(description="Where the local broker delivers to the gateway; `knapper up` sets its address.")
+    ] = ""
+    events_host: Annotated[
+        str,
+        Meta(description="The name under which a cluster's own services reach the gateway: it takes events there."),
+    ] = ""
+    job_quiet_s: Annotated[
+        float,
+        Meta(ge=1, le=3600, description="A job that has not moved for so long is rung for again: a bell may be lost."),
+    ] = 60.0
+    mischief: Annotated[
+        str,
+        Meta(
+            pattern="^[0-9]{0,9}$",
+            description="A seed: the local broker then doubles, drops and delays events, as a test.",
+        ),
+    ] = ""
     host: Annotated[
         str, Meta(min_length=1, description="Where the gateway listens; beyond loopback only with KNAPPER_KEYS=true.")
     ] = "127.0.0.1"

@@ -35,6 +35,10 @@ class Exchange(Protocol):
     def bucket(self) -> str:
         """What events of storage call it."""
 
+    @property
+    def prefix(self) -> str:
+        """What stands before our names there, with its slash."""
+
     async def read(self, name: str, bytes_max: int) -> Blob | None:
         """The object, or None. Raises TooLarge for one of more than `bytes_max`, before its bytes are fetched."""
 

@@ -31,11 +31,19 @@ class DirectoryExchange:
     def bucket(self) -> str:
         return "local"
 
+    @property
+    def prefix(self) -> str:
+        return ""
+
     async def read(self, name: str, bytes_max: int) -> Blob | None:
         return await asyncio.to_thread(self._read, name, bytes_max)
 
     async def list(self, prefix: str) -> Entries:
         return await asyncio.to_thread(self._list, prefix)
+
+    async def entry(self, name: str) -> Entry | None:
+        """The entry that a list has for the object, or None."""
+        return await asyncio.to_thread(lambda: self._entry(self._path(name)))
 
     async def publish(self, name: str, data: bytes) -> None:
         await asyncio.to_thread(self._publish, name, data)

@@ -30,6 +30,10 @@ class GcsExchange:
     def bucket(self) -> str:
         return self._bucket_name
 
+    @property
+    def prefix(self) -> str:
+        return self._prefix
+
     async def read(self, name: str, bytes_max: int) -> Blob | None:
         return await self._try(f"read {name}", self._read, check_name(name), bytes_max)
 

@@ -177,6 +177,8 @@ DOORS: dict[tuple[str, str], Open | Own | Named] = {
     ("GET", "/api/v1/jobs/{job}"): Named([nothing]),
     ("POST", "/api/v1/jobs/{job}/cancel"): Named([nothing]),
     ("POST", "/api/v1/jobs/{job}/resume"): Named([nothing]),
+    ("POST", "/events"): Open("brokers have no key; it is not there but for this cluster, and believes nothing"),
+    ("POST", "/events/dead"): Open("the same; it keeps what it is given, and shows it to operators"),
     # ---- the REST group
     ("GET", "/api/v1/training_runs"): Own(shows=lambda owned: owned.run),
     ("GET", "/api/v1/training_runs/{run_id}"): Named([nothing]),
