@@ -1,9 +1,18 @@
 import copy
+import os
 
 import pytest
 
 from tests.cluster.apiserver import Cluster, healthy
 from tests.manifests.rendering import rendered
+
+os.environ.setdefault("TINKER_TELEMETRY", "0")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The SDK leaves the connection of its first request to the garbage collector, whenever that comes."""
+    for left in ("unclosed <socket", "unclosed transport"):
+        config.addinivalue_line("filterwarnings", f"ignore:{left}:ResourceWarning")
 
 
 @pytest.fixture
