@@ -52,7 +52,7 @@ class _Pointer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def connect() -> storage.Client:
     """A client with the credentials of this machine; of the emulator at STORAGE_EMULATOR_HOST, and then anonymous."""
-    client = storage.Client()
+    client = storage.Client(project=None)  # buckets are found without one, and credentials may not name any
     # For spans, it would ask about the bucket in the background, and again after each missing object; those are many,
     # and asking takes a permission that nothing else here needs.
     client._bucket_metadata_cache = None

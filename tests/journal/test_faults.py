@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from knapper.checkpoints import Checkpoint, Checkpoints
-from knapper.errors import Corrupt
+from knapper.errors import Corrupt, StoreError
 from knapper.ids import TinkerPath, number
 from knapper.journal import bundles, names
 from knapper.journal.accept import Acceptor, newest_manifest
@@ -202,6 +202,33 @@ def test_a_claim_whose_listing_lags_loses_nothing() -> None:
         run = await Run.claim(store, RUN, LedgerMachine(), Holder("h2", "", TERMS), lambda: 0.0)
         assert run.applied == 8
         assert await digest_of(LedgerMachine(), run) == digest
+
+    asyncio.run(story())
+
+
+# -- a store that may not be written -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refusal", ["the disk is full", "the bucket may only be read"])
+def test_what_cannot_be_written_is_neither_answered_nor_lost(refusal: str) -> None:
+    async def story() -> None:
+        store = FaultyStore(MemoryStore(), random.Random(1), Rates())
+        acceptor, results = Acceptor(store, lambda: 0.0), Results(store)
+        await acceptor.create(CREATION, b"create")
+        run = await Run.claim(store, RUN, LedgerMachine(), Holder("h", "", TERMS), lambda: 0.0)
+        await send(acceptor, Step(1, "optim_step", b"{}"))
+        store.refusal = refusal
+        for _ in range(2):
+            with pytest.raises(StoreError, match=refusal):
+                await run.apply_pending(lambda: False, nothing)
+            with pytest.raises(StoreError, match=refusal):
+                await send(acceptor, Step(2, "optim_step", b"{}"))
+            assert await results.find(RUN, 1) is None, "nothing is shown that is not stored"
+        store.refusal = ""
+        await run.apply_pending(lambda: False, nothing)
+        found = await results.find(RUN, 1)
+        assert found is not None
+        assert found.body == b'{"step":1}'
 
     asyncio.run(story())
 

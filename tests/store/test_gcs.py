@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -144,6 +145,14 @@ def test_a_missing_bucket_does_not_look_like_an_empty_one(new_bucket: NewBucket)
                 await verb
 
     asyncio.run(story())
+
+
+def test_missing_credentials_are_said_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
+    store = open_store(Settings.load({"KNAPPER_STORE": "gs://bucket"}))
+    with pytest.raises(StoreError, match=r"cannot read x in gs://bucket: no valid credentials \(File .*none.json"):
+        asyncio.run(store.get("x"))
 
 
 def test_a_body_that_was_changed_on_its_way_is_refused(new_store: NewStore, way: Proxy) -> None:
