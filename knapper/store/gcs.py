@@ -165,7 +165,10 @@ class GcsStore:
             data = self._download(name)
             if data is None or not data.startswith(_POINTER):
                 return data
-            pointer = msgspec.msgpack.decode(data[len(_POINTER) :], type=_Pointer)
+            try:
+                pointer = msgspec.msgpack.decode(data[len(_POINTER) :], type=_Pointer)
+            except msgspec.DecodeError as error:
+                raise Corrupt(f"object {name} is a damaged pointer to parts: {error}") from error
             pieces = [*self._part_threads.map(self._download, _names(pointer.id, pointer.count))]
             if None in pieces:
                 if self._download(name) != data:

@@ -243,13 +243,15 @@ def parts_of(store: GcsStore) -> list[str]:
     return [blob.name for blob in store._bucket().list_blobs(prefix="p/.parts/")]
 
 
-@pytest.mark.parametrize("damage", ["flipped", "lost", "cut"])
+@pytest.mark.parametrize("damage", ["flipped", "lost", "cut", "pointer"])
 def test_a_damaged_part_is_refused(new_store: NewStore, small_parts: int, damage: str) -> None:
     async def story() -> None:
         store = new_store()
         await store.put_if_absent("x", bytes(small_parts * 3))
         blob = store._bucket().blob(parts_of(store)[1])
-        if damage == "lost":
+        if damage == "pointer":
+            store._blob("x").upload_from_string(gcs_module._POINTER + b"\x84")
+        elif damage == "lost":
             blob.delete()
         else:
             blob.upload_from_string(bytes(small_parts - 1) + (b"\1" if damage == "flipped" else b""))
