@@ -13,7 +13,7 @@ import numpy as np
 
 from knapper import events
 from knapper.checkpoints import Checkpoints
-from knapper.errors import InvalidField, UserError
+from knapper.errors import InvalidField
 from knapper.events import Event
 from knapper.ids import TinkerPath
 from knapper.jobs import progress, schedule
@@ -61,8 +61,7 @@ class Sampling:
 
     async def _work(self, folder: Folder, within: Slice, event: Event) -> None:
         job = folder.job
-        if not isinstance(job, RlJob):
-            raise UserError(f"job {folder.start} is of kind {job.kind}, and has nothing to sample")
+        assert isinstance(job, RlJob), "the worker takes no others"
         while True:
             await within.go_on()
             now = await self._looks.look(folder.outline, job.steps)

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from knapper import events
-from knapper.errors import Corrupt, UserError
+from knapper.errors import Corrupt
 from knapper.events import Event
 from knapper.jobs import progress
 from knapper.jobs.datasets import RlRow
@@ -40,8 +40,7 @@ class Scoring:
 
     async def _work(self, folder: Folder, within: Slice, event: Event) -> None:
         job = folder.job
-        if not isinstance(job, RlJob):
-            raise UserError(f"job {folder.start} is of kind {job.kind}, and has nothing to score")
+        assert isinstance(job, RlJob), "the worker takes no others"
         reward = spec.parse(job.reward, folder.files)
         while True:
             await within.go_on()

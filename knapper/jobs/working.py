@@ -4,18 +4,19 @@ Whatever goes wrong by the user's fault ends the job, and says why; whatever may
 comes again.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import structlog
 
 from knapper import events, limits
-from knapper.errors import InvalidField, KnapperError, UserError
+from knapper.errors import InvalidField, KnapperError, NotFound, UserError
 from knapper.events import Event
 from knapper.jobs import control, outputs
 from knapper.jobs.folders import Folder, Folders
 from knapper.jobs.names import Start
 from knapper.jobs.place import Place
+from knapper.jobs.spec import Kind
 
 _DEFECTS_MAX = 3  # in a row: then the job ends with that, instead of being tried for ever
 
@@ -59,6 +60,7 @@ class Worker:
 
     place: Place
     folders: Folders
+    kinds: Sequence[Kind]  # of the jobs that it has a part in
     base_model: str = ""
     slice_s: float = limits.slice_s
     _busy: set[Start] = field(default_factory=set)
@@ -73,9 +75,7 @@ class Worker:
             return
         self._busy.add(start)
         try:
-            folder = await self.folders.read(start)
-            if self.base_model and folder.started.base_model != self.base_model:
-                raise InvalidField("model", folder.started.base_model, repr(self.base_model))
+            folder = await self._folder(start)
             self._again.add(start)
             while start in self._again:
                 self._again.discard(start)
@@ -83,6 +83,18 @@ class Worker:
         finally:
             self._busy.discard(start)
             self._again.discard(start)
+
+    async def _folder(self, start: Start) -> Folder:
+        """Raises InvalidField for a job that this function has no part in: its bell is poison, the job is not."""
+        try:
+            folder = await self.folders.read(start)
+        except NotFound as error:  # a Broker would try again for a 404
+            raise InvalidField("subject", str(start), "a job that was started") from error
+        if folder.job.kind not in self.kinds:
+            raise InvalidField("kind", folder.job.kind, " or ".join(self.kinds))
+        if self.base_model and folder.started.base_model != self.base_model:
+            raise InvalidField("model", folder.started.base_model, repr(self.base_model))
+        return folder
 
     async def _slice(self, event: Event, folder: Folder, work: Work) -> None:
         place, start = self.place, folder.start

@@ -1,10 +1,12 @@
 """What the engines' functions do for jobs, made once a process."""
 
+from collections.abc import Sequence
 from functools import cache
 
 from knapper.jobs.folders import Folders
 from knapper.jobs.operations import Journal
 from knapper.jobs.sampling import Sampling
+from knapper.jobs.spec import KINDS, Kind
 from knapper.jobs.training import Training
 from knapper.jobs.working import Worker
 from knapper.language import Language
@@ -14,19 +16,19 @@ from knapper.serving.engine import engine
 @cache
 def sampling() -> Sampling:
     served = engine()
-    return Sampling(_worker(), served.sampler, _language(), served.context)
+    return Sampling(_worker(["rl"]), served.sampler, _language(), served.context)
 
 
 @cache
 def training() -> Training:
     served = engine()
     journal = Journal(served.place.store, served.residents, served.place.clock)
-    return Training(_worker(), journal, _language(), served.context)
+    return Training(_worker(KINDS), journal, _language(), served.context)
 
 
-def _worker() -> Worker:
+def _worker(kinds: Sequence[Kind]) -> Worker:
     served = engine()
-    return Worker(served.place, _folders(), served.base_model)
+    return Worker(served.place, _folders(), kinds, served.base_model)
 
 
 @cache

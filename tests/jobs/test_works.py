@@ -3,11 +3,13 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from knapper import events
-from knapper.jobs import control, operations
+from knapper.errors import InvalidField
+from knapper.jobs import control, operations, revive
 from knapper.rewards import scoring
 from knapper.rewards.rollouts import Rollout
 from knapper.rewards.scoring import Score
@@ -266,3 +268,24 @@ def test_packed_sequences_are_fewer_and_every_row_counts(house: House) -> None:
         sums.append((sum(each["tokens/counted"] for each in metrics), len(metrics)))
     assert sums[0][0] == sums[1][0]
     assert sums[1][1] < sums[0][1]
+
+
+def test_bells_that_nobody_should_have_rung_are_poison_and_harm_no_job(house: House) -> None:
+    async def story() -> None:
+        works = Works(house)
+        begun = await works.submit(JOBS["sft"])
+        there = await revive.first(works.place, begun)
+        for target, wrong in (
+            ("sample", there),  # of a job that has nothing to sample
+            ("reward", there),
+            ("train_step", replace(there, subject="local/j")),
+            ("train_step", replace(there, subject="../j/0123456789abcdef")),
+            ("train_step", replace(there, subject="local/j/0123456789abcdef")),  # never started
+        ):
+            with pytest.raises(InvalidField) as caught:
+                await works.call(target, wrong)
+            assert caught.value.status == 422, "a Broker buries it at once"
+        await works.run(begun)
+        assert (await control.now(works.store, begun)).state == "completed"
+
+    run(story)

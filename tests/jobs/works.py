@@ -35,6 +35,7 @@ from knapper.jobs.place import Place
 from knapper.jobs.revive import Seen
 from knapper.jobs.sampling import Sampling
 from knapper.jobs.scoring import Judge, Scoring
+from knapper.jobs.spec import KINDS, Kind
 from knapper.jobs.training import Training
 from knapper.jobs.working import Worker
 from knapper.journal.records import Terms
@@ -100,7 +101,8 @@ class Works:
     def _begin(self, name: str) -> None:
         """A process with an empty memory."""
         place = Place(self.store, self.folder, Bells(self.post, self.clock), self.clock)
-        worker = Worker(place, Folders(self.store), "" if name == "reward" else "tiny", self.slice_s)
+        kinds: Sequence[Kind] = KINDS if name == "train_step" else ["rl"]
+        worker = Worker(place, Folders(self.store), kinds, "" if name == "reward" else "tiny", self.slice_s)
         house = self.house
         if name == "reward":
             self._processes[name] = Scoring(worker, lambda *given: self.judge(*given)).answer
@@ -175,6 +177,10 @@ class Works:
             if error.status < 500:
                 raise
             self._queue.append((target, event))
+
+    async def call(self, target: str, event: Event) -> None:
+        """The function itself, with nobody in between."""
+        await self._processes[target](event)
 
     def output(self, name: str, job: str = "j") -> bytes:
         return self.folder.files[f"jobs/local/{job}/{name}"]
