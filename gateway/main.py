@@ -4,9 +4,10 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 import aiohttp
 import httpx
@@ -16,7 +17,7 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Route
 
-from gateway import auth, clockwork, errors, futures, rewards, sampling, service, training
+from gateway import auth, clockwork, errors, futures, observing, rewards, sampling, service, training, uploads
 from gateway.bells import Bells
 from gateway.events import ROUTES as EVENT_ROUTES
 from gateway.heartbeats import Heartbeats
@@ -31,10 +32,11 @@ from gateway.rest.routes import ROUTES
 from gateway.rewarding import Rewards
 from gateway.samples import Samples
 from gateway.tenants import Doorkeeper
-from knapper import telemetry
+from knapper import metrics, telemetry
 from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
 from knapper.errors import KnapperError
+from knapper.exchange.directory import DirectoryExchange
 from knapper.ids import RunId
 from knapper.jobs.place import Place, open_place
 from knapper.jobs.revive import Seen
@@ -97,6 +99,7 @@ def create_app(
     notice: str = "",
     models: str = "",
     place: Place | None = None,
+    subscription: str = "",
     job_quiet_s: float = 60.0,
     events_host: str = "",
     new_id: Callable[[], str] = lambda: secrets.token_hex(16),
@@ -108,6 +111,8 @@ def create_app(
     `notice`: what each prints when it starts.
     `models`: a directory that declares which models are served; they are published before anything is answered.
     `place`: of jobs; without it there are none. One that has not moved for `job_quiet_s` is rung for again.
+    `subscription`: where a bucket tells of uploads; without one, a bucket is looked into, and a directory is watched by
+    others.
     `events_host`: the name under which only this cluster's own services reach us; events are taken there.
     """
     acceptor, results = Acceptor(store, clock), Results(store)
@@ -159,7 +164,7 @@ def create_app(
                 new_id=new_id,
             )
             await clockwork.begin(parts)
-            ticking = asyncio.create_task(clockwork.run(parts))
+            ticking = asyncio.gather(clockwork.run(parts), *_uploads(parts, subscription))
             yield
             ticking.cancel()
             await asyncio.gather(ticking, return_exceptions=True)
@@ -180,6 +185,13 @@ def create_app(
     )
 
 
+def _uploads(gateway: Parts, subscription: str) -> list[Coroutine[Any, Any, NoReturn]]:
+    """What waits for uploads."""
+    if gateway.place is None or isinstance(gateway.place.exchange, DirectoryExchange):
+        return []
+    return [uploads.pulled(gateway, subscription) if subscription else uploads.looked_for(gateway)]
+
+
 def _routes() -> list[BaseRoute]:
     return [
         *(Route(f"/api/v1/{path}", handler, methods=["POST"]) for path, handler in _POST.items()),
@@ -189,6 +201,7 @@ def _routes() -> list[BaseRoute]:
         *JOB_ROUTES,
         *EVENT_ROUTES,
         *OPENAI_ROUTES,
+        *observing.ROUTES,
     ]
 
 
@@ -196,7 +209,7 @@ def _from_environment() -> Starlette:
     settings = Settings.load(os.environ)
     telemetry.configure("gateway", settings.log_level)
     settings.expect_keys_beyond_loopback()
-    store = open_store(settings)
+    store = metrics.CountedStore(open_store(settings))
     return create_app(
         store,
         train_step_url=settings.train_step_url,
@@ -207,6 +220,7 @@ def _from_environment() -> Starlette:
         notice=settings.notice,
         models=settings.models,
         place=open_place(settings, store, time.time),
+        subscription=settings.subscription,
         job_quiet_s=settings.job_quiet_s,
         events_host=settings.events_host,
     )

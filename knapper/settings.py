@@ -54,6 +54,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     gateway_url: Annotated[
         str, Meta(description="Where the local broker delivers to the gateway; `knapper up` sets its address.")
     ] = ""
+    subscription: Annotated[
+        str,
+        Meta(
+            pattern="^(projects/[a-z0-9:.-]{1,64}/subscriptions/[A-Za-z0-9._~+%-]{3,255})?$",
+            description="Tells of uploads: projects/P/subscriptions/S. Empty: the inbox is looked into.",
+        ),
+    ] = ""
     events_host: Annotated[
         str,
         Meta(description="The name under which a cluster's own services reach the gateway: it takes events there."),

@@ -38,6 +38,7 @@ NOT_IMPORTED = {
     "pytest-xdist": ("Makefile", "-n 2"),
     "ruff": ("Makefile", "/ruff"),
     "types-jsonschema": ("Makefile", "/mypy"),
+    "types-grpcio": ("Makefile", "/mypy"),
     "types-protobuf": ("Makefile", "/mypy"),
     "types-pyyaml": ("Makefile", "/mypy"),
 }
