@@ -100,6 +100,11 @@ class Samples:
         self._answered_at = float("-inf")  # when the sample function last said anything
         self._waiting_bytes = self._kept_bytes = self._unfinished = self._in_flight = 0
 
+    @property
+    def open(self) -> int:
+        """Samples that are asked for and not done."""
+        return self._unfinished
+
     def known(self, address: tuple[SamplerId, int]) -> Entry | None:
         """The entry of a request that came before."""
         return self._by_address.get(address)

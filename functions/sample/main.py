@@ -9,7 +9,7 @@ from starlette.responses import Response, StreamingResponse
 
 from knapper import events
 from knapper.errors import KnapperError
-from knapper.serving import answers, jobs, progress
+from knapper.serving import answers, jobs, observing, progress
 from knapper.serving.engine import engine
 from knapper.wire import proto, sample_requests
 from knapper.wire.progress import FRAMES
@@ -19,6 +19,8 @@ engine()  # under ASGI this module is imported before the port binds: the weight
 
 @functions_framework.aio.http
 async def sample(request: Request) -> Response:
+    if observing.asked(request):
+        return observing.answer()
     try:
         if answers.is_event(request):
             await jobs.sampling().answer(events.decode(request.headers, await answers.body(request)))

@@ -9,7 +9,7 @@ from starlette.responses import Response, StreamingResponse
 
 from knapper import events
 from knapper.errors import KnapperError
-from knapper.serving import answers, jobs
+from knapper.serving import answers, jobs, observing
 from knapper.serving.engine import engine
 
 engine()  # under ASGI this module is imported before the port binds: the weights are there when the first bell rings
@@ -17,6 +17,8 @@ engine()  # under ASGI this module is imported before the port binds: the weight
 
 @functions_framework.aio.http
 async def train_step(request: Request) -> Response:
+    if observing.asked(request):
+        return observing.answer()
     try:
         event = events.decode(request.headers, await answers.body(request))
         if event.type != events.OPERATIONS:

@@ -14,7 +14,7 @@ from typing import Generic
 import msgspec
 import structlog
 
-from knapper import limits
+from knapper import limits, metrics
 from knapper.errors import KnapperError, Unavailable
 from knapper.events import Claimed, Committed, Done, Frame
 from knapper.ids import RunId
@@ -94,6 +94,7 @@ class Residents(Generic[State]):
             began = self._clock()
             holder = replace(self._holder, name=f"{self._holder.name}/{next(self._claims)}")
             resident.run = await Run.claim(self._store, run, self._machine, holder, self._clock)
+            metrics.replayed_seconds.inc(resident.run.replay_cost_s)
             log.info(
                 "claimed", run=run, epoch=resident.run.epoch, applied=resident.run.applied,
                 replayed_s=round(resident.run.replay_cost_s, 2), took_s=round(self._clock() - began, 2),
