@@ -1,4 +1,4 @@
-"""docs/events.md says what the code does: its examples are read, its types are all that there are, its table is served."""
+"""docs/events.md says what the code does: its examples are read, it names every type, and its table is served."""
 
 import re
 from pathlib import Path
