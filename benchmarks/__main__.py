@@ -1,7 +1,8 @@
 """`make bench`: what an operation costs through the SDK and `knapper up`, beside the same work called in this process.
 
 Medians of repeats that alternate (served, bare, served, bare, ...), on a tiny random model, so that what is measured is
-the road and not the matrices. One figure a line, as a ratio and as milliseconds added. Written to out/bench.json too.
+the road and not the matrices. One figure a line, as a ratio and as milliseconds added. Then the stores. Written to
+out/bench.json too.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ import tinker
 import torch
 from tinker import types
 
+from benchmarks import stores
 from knapper.engine import weights
 from knapper.engine.config import ModelConfig
 from knapper.engine.decoder import Decoder
@@ -108,10 +110,13 @@ def main() -> None:
             service.close("success").result()
     device.close()
     loop.close()
+    store_figures = stores.measured()
+    print(f"\n{stores.table(store_figures)}")
     machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
     out = Path("out")
     out.mkdir(exist_ok=True)
-    (out / "bench.json").write_text(json.dumps({"machine": machine, "repeats": REPEATS, "figures": figures}, indent=2))
+    found = {"machine": machine, "repeats": REPEATS, "figures": figures, "stores": store_figures}
+    (out / "bench.json").write_text(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import structlog
 
 from knapper import events, limits
 from knapper.errors import Corrupt, KnapperError, Unavailable, UserError
-from knapper.events import Bell, Claimed, Committed, Done
+from knapper.events import Claimed, Committed, Done
 from knapper.ids import RunId
 from knapper.journal.results import Results
 
@@ -148,7 +148,7 @@ class Bells:
         """One bell, until its answer ends; True if it should ring again."""
         if line.unanswered_since is None:
             line.unanswered_since = self._now()
-        headers, body = Bell(run=run, id=self._new_id()).encode()
+        headers, body = events.bell(run, self._new_id()).encode()
         url = await self._url_of(run)
         done: Done | None = None
         async with self._client.stream("POST", url, headers=headers, content=body, timeout=_TIMEOUT) as response:

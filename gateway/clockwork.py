@@ -6,10 +6,13 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from gateway.parts import Parts
-from knapper.errors import Gone, KnapperError
+from knapper.errors import Gone, KnapperError, Unavailable
 from knapper.ids import RunId, session_of
+from knapper.jobs.revive import due
 
 _TICK_S = 5.0
+_JOBS_S = 5.0
+_METER_S = 60.0
 _SWEEP_S = 600.0
 
 log = structlog.get_logger()
@@ -17,7 +20,13 @@ log = structlog.get_logger()
 
 async def run(gateway: Parts) -> None:
     """Ticks and sweeps for ever."""
-    await asyncio.gather(_every(_TICK_S, tick, gateway), _every(_SWEEP_S, sweep, gateway))
+    await asyncio.gather(
+        _every(_TICK_S, publish, gateway),
+        _every(_TICK_S, tick, gateway),
+        _every(_JOBS_S, jobs, gateway),
+        _every(_METER_S, meter, gateway),
+        _every(_SWEEP_S, sweep, gateway),
+    )
 
 
 async def _every(seconds: float, work: Callable[[Parts], Awaitable[None]], gateway: Parts) -> None:
@@ -27,6 +36,41 @@ async def _every(seconds: float, work: Callable[[Parts], Awaitable[None]], gatew
             await work(gateway)
         except KnapperError as error:  # the next time tries again
             log.warning(f"{work.__name__} failed", code=error.code, reason=str(error))
+
+
+async def jobs(gateway: Parts) -> None:
+    """Ring again for jobs that do not move, and start those whose files are all there now."""
+    if gateway.place is not None:
+        for bell in await due(gateway.place, gateway.seen_jobs, gateway.job_quiet_s):
+            log.info("a job is rung for again", job=bell.subject, type=bell.type, step=bell.step)
+            await gateway.place.bells.post(bell)
+
+
+async def begin(gateway: Parts) -> None:
+    """What comes before the first request. Raises InvalidField; a store that does not answer yet is asked again."""
+    try:
+        await publish(gateway)
+    except Unavailable as error:
+        log.warning("models are not published yet", reason=str(error))
+
+
+async def end(gateway: Parts) -> None:
+    """What comes after the last request."""
+    try:
+        await meter(gateway)
+    except KnapperError as error:
+        log.warning("tokens that were sampled lately are not counted", reason=str(error))
+
+
+async def meter(gateway: Parts) -> None:
+    """Write down how many tokens were sampled."""
+    await gateway.meter.flush()
+
+
+async def publish(gateway: Parts) -> None:
+    """Keep the catalogue at the models that are declared, where they are."""
+    if gateway.declared is not None and (names := await gateway.declared.publish()):
+        log.info("models are published", names=names)
 
 
 async def sweep(gateway: Parts) -> None:

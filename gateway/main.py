@@ -4,8 +4,10 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, NoReturn
 
 import aiohttp
 import httpx
@@ -15,26 +17,34 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Route
 
-from gateway import auth, clockwork, errors, futures, sampling, service, training
+from gateway import auth, clockwork, errors, futures, observing, rewards, sampling, service, training, uploads
 from gateway.bells import Bells
+from gateway.events import ROUTES as EVENT_ROUTES
 from gateway.heartbeats import Heartbeats
+from gateway.jobs import ROUTES as JOB_ROUTES
 from gateway.looks import Looks
+from gateway.meter import Meter
 from gateway.openai.routes import ROUTES as OPENAI_ROUTES
 from gateway.openai.shared import Shared
 from gateway.parts import Parts
 from gateway.records import Records
 from gateway.rest.routes import ROUTES
+from gateway.rewarding import Rewards
 from gateway.samples import Samples
 from gateway.tenants import Doorkeeper
-from knapper import telemetry
+from knapper import metrics, telemetry
 from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
 from knapper.errors import KnapperError
+from knapper.exchange.directory import DirectoryExchange
 from knapper.ids import RunId
+from knapper.jobs.place import Place, open_place
+from knapper.jobs.revive import Seen
 from knapper.journal.accept import Acceptor
 from knapper.journal.results import Results
 from knapper.keys import Keyring, Keys
 from knapper.links import Links
+from knapper.models.declared import Declared
 from knapper.orphans import Orphans
 from knapper.register import Register
 from knapper.settings import Settings
@@ -66,6 +76,7 @@ _POST = {
     "create_sampling_session": sampling.create_sampling_session,
     "join_sampling_session": sampling.join_sampling_session,
     "asample": sampling.asample,
+    "rewards": rewards.score,
 }
 _GET = {
     "healthz": service.healthz,
@@ -80,20 +91,34 @@ def create_app(
     *,
     train_step_url: str = "",
     sample_url: str = "",
+    reward_url: str = "",
     clock: Callable[[], float] = time.time,
     monotonic: Callable[[], float] = time.monotonic,
     keys: bool = False,
     jwt: bool = False,
+    notice: str = "",
+    models: str = "",
+    place: Place | None = None,
+    subscription: str = "",
+    job_quiet_s: float = 60.0,
+    events_host: str = "",
     new_id: Callable[[], str] = lambda: secrets.token_hex(16),
 ) -> Starlette:
     """The gateway over `store`. An empty URL means: where the base model's catalogue record says.
 
     `keys`: only who has a key made by `knapper key create` is answered, as the key's tenant; else all are `local`.
     `jwt`: clients are told to exchange their keys for tokens.
+    `notice`: what each prints when it starts.
+    `models`: a directory that declares which models are served; they are published before anything is answered.
+    `place`: of jobs; without it there are none. One that has not moved for `job_quiet_s` is rung for again.
+    `subscription`: where a bucket tells of uploads; without one, a bucket is looked into, and a directory is watched by
+    others.
+    `events_host`: the name under which only this cluster's own services reach us; events are taken there.
     """
     acceptor, results = Acceptor(store, clock), Results(store)
     records = Records(store, acceptor, monotonic)
     checkpoints = Checkpoints(store, clock)
+    meter = Meter(store, clock, new_id)
     audit = Audit(store, clock, new_id)
 
     async def url_of(run: RunId) -> str:
@@ -121,21 +146,31 @@ def create_app(
                 audit=audit,
                 orphans=Orphans(store, checkpoints, records.sessions, clock, monotonic),
                 bells=Bells(client, results, url_of, new_id, monotonic),
-                samples=Samples(crowd, new_id, monotonic, first=int(clock() * 1e6)),
+                samples=Samples(crowd, new_id, monotonic, meter.count, first=int(clock() * 1e6)),
+                meter=meter,
+                rewards=Rewards(client, reward_url),
+                events_host=events_host,
+                place=place,
+                seen_jobs=Seen(),
+                job_quiet_s=job_quiet_s,
                 heartbeats=Heartbeats(monotonic),
                 openai=Shared(audit),
                 keys=Keyring(Keys(store, clock), monotonic) if keys else None,
+                declared=Declared(Path(models), records.catalogue) if models else None,
                 tokens=await Tokens.open(store, clock, new_id) if jwt else None,
                 sample_url=sample_url,
+                notice=notice,
                 clock=clock,
                 new_id=new_id,
             )
-            ticking = asyncio.create_task(clockwork.run(parts))
+            await clockwork.begin(parts)
+            ticking = asyncio.gather(clockwork.run(parts), *_uploads(parts, subscription))
             yield
             ticking.cancel()
             await asyncio.gather(ticking, return_exceptions=True)
             await parts.bells.close()
             await parts.samples.close()
+            await clockwork.end(parts)
 
     return Starlette(
         routes=_routes(),
@@ -150,13 +185,23 @@ def create_app(
     )
 
 
+def _uploads(gateway: Parts, subscription: str) -> list[Coroutine[Any, Any, NoReturn]]:
+    """What waits for uploads."""
+    if gateway.place is None or isinstance(gateway.place.exchange, DirectoryExchange):
+        return []
+    return [uploads.pulled(gateway, subscription) if subscription else uploads.looked_for(gateway)]
+
+
 def _routes() -> list[BaseRoute]:
     return [
         *(Route(f"/api/v1/{path}", handler, methods=["POST"]) for path, handler in _POST.items()),
         *(Route(f"/api/v1/{path}", handler, methods=["GET"]) for path, handler in _GET.items()),
         Route("/api/v1/auth/apikey/me", auth.delete_key, methods=["DELETE"]),
         *ROUTES,
+        *JOB_ROUTES,
+        *EVENT_ROUTES,
         *OPENAI_ROUTES,
+        *observing.ROUTES,
     ]
 
 
@@ -164,12 +209,20 @@ def _from_environment() -> Starlette:
     settings = Settings.load(os.environ)
     telemetry.configure("gateway", settings.log_level)
     settings.expect_keys_beyond_loopback()
+    store = metrics.CountedStore(open_store(settings))
     return create_app(
-        open_store(settings),
+        store,
         train_step_url=settings.train_step_url,
         sample_url=settings.sample_url,
+        reward_url=settings.reward_url,
         keys=settings.keys,
         jwt=settings.jwt,
+        notice=settings.notice,
+        models=settings.models,
+        place=open_place(settings, store, time.time),
+        subscription=settings.subscription,
+        job_quiet_s=settings.job_quiet_s,
+        events_host=settings.events_host,
     )
 
 

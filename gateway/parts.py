@@ -9,15 +9,20 @@ from starlette.requests import Request
 from gateway.bells import Bells
 from gateway.heartbeats import Heartbeats
 from gateway.looks import Looks
+from gateway.meter import Meter
 from gateway.openai.shared import Shared
 from gateway.records import Records
+from gateway.rewarding import Rewards
 from gateway.samples import Samples
 from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
+from knapper.jobs.place import Place
+from knapper.jobs.revive import Seen
 from knapper.journal.accept import Acceptor
 from knapper.journal.results import Results
 from knapper.keys import Keyring
 from knapper.links import Links
+from knapper.models.declared import Declared
 from knapper.orphans import Orphans
 from knapper.register import Register
 from knapper.store import Store
@@ -38,11 +43,19 @@ class Parts:
     orphans: Orphans
     bells: Bells
     samples: Samples
+    meter: Meter
+    rewards: Rewards
+    events_host: str  # the name under which events come; empty: this machine's own
+    place: Place | None  # of jobs; None: there is nowhere to put their files
+    seen_jobs: Seen  # how far jobs were at the last tick
+    job_quiet_s: float
     heartbeats: Heartbeats
     openai: Shared
     keys: Keyring | None  # None: they are off, and everyone is the tenant `local`
+    declared: Declared | None  # None: whoever serves models publishes them, as `knapper up` does
     tokens: Tokens | None  # None: keys are sent as they are
     sample_url: str  # where all samples go, or empty: each model's record says
+    notice: str  # the operator's, for every client that starts
     clock: Callable[[], float]  # seconds since the epoch
     new_id: Callable[[], str]  # 32 random hexadecimal digits
 

@@ -13,7 +13,7 @@ import aiohttp
 import msgspec
 import structlog
 
-from knapper import limits
+from knapper import ids, limits
 from knapper.errors import Gone, KnapperError, TooMany
 from knapper.ids import SamplerId, SessionId, Tenant, session_of
 from knapper.wire import progress
@@ -28,6 +28,7 @@ _DEFECTS_MAX = 3  # a 500 may be a pod that died: its reply becomes the result o
 _COLD_S = 1.0
 _ASLEEP_S = 30.0  # a function that answered less long ago is no cold start, whatever it takes
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=900.0)
+_PROTOBUF = "application/x-protobuf"
 _LATER = (408, 425, 429, 502, 503, 504)
 
 CLONE_SEQS = 10**9  # each client of a sampling session counts its requests in a block of its own
@@ -72,14 +73,23 @@ class Entry:
 
 
 class Samples:
-    """`now`: monotonic seconds. `first`: what is done gets numbers above it, so that a later process's are higher."""
+    """`now`: monotonic seconds. `first`: what is done gets numbers above it, so that a later process's are higher.
+
+    `count` hears of each sample that succeeds: tenant, session if it has one, the request and the answer.
+    """
 
     def __init__(
-        self, client: aiohttp.ClientSession, new_id: Callable[[], str], now: Callable[[], float], first: int = 0
+        self,
+        client: aiohttp.ClientSession,
+        new_id: Callable[[], str],
+        now: Callable[[], float],
+        count: Callable[[Tenant, str, bytes, bytes], None],
+        first: int = 0,
     ) -> None:
         self._client = client
         self._new_id = new_id
         self._now = now
+        self._count = count
         self._entries: dict[str, Entry] = {}
         self._by_address: dict[tuple[SamplerId, int], Entry] = {}
         self._waiting: OrderedDict[SamplerId, deque[Entry]] = OrderedDict()  # the first one's turn is next
@@ -89,6 +99,11 @@ class Samples:
         self._number = first
         self._answered_at = float("-inf")  # when the sample function last said anything
         self._waiting_bytes = self._kept_bytes = self._unfinished = self._in_flight = 0
+
+    @property
+    def open(self) -> int:
+        """Samples that are asked for and not done."""
+        return self._unfinished
 
     def known(self, address: tuple[SamplerId, int]) -> Entry | None:
         """The entry of a request that came before."""
@@ -231,7 +246,7 @@ class Samples:
                 status, content = await self._post(entry)
                 self._answered_at = self._now()
                 if status == 200:
-                    return content, "application/x-protobuf"
+                    return content, _PROTOBUF
                 reason = f"{status}: {content[:200].decode(errors='replace')}"
                 if status not in _LATER:
                     defects += status >= 500
@@ -271,6 +286,9 @@ class Samples:
             return
         self._unfinished -= 1
         self._waiting_bytes -= len(entry.call)
+        if body is not None and content_type == _PROTOBUF:
+            session = session_of(entry.address[0])
+            self._count(entry.tenant, session if ids.is_session(session) else "", entry.call, body)
         entry.call = b""
         entry.body, entry.content_type, entry.done_at = body, content_type, self._now()
         self._number += 1

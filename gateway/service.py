@@ -4,7 +4,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from gateway import bodies
+from gateway import bodies, errors, notices
 from gateway.parts import parts
 from gateway.tenants import tenant_of
 from knapper import ids
@@ -20,17 +20,19 @@ async def healthz(_request: Request) -> Response:
 
 async def client_config(request: Request) -> Response:
     """The flags that clients read once. Those left out keep the SDK's defaults."""
+    gateway = parts(request)
     tenant_of(request)
-    requests.decode(await bodies.read(request), requests.ClientConfig)
+    asked = requests.decode(await bodies.read(request), requests.ClientConfig)
     flags = {
         "parallel_fwdbwd_chunks": True,
         "proto_compress_fwdbwd": True,
         "sample_use_retrieve_futures": False,  # a client that waits on one poll for all waits for ever after a restart
         "custom_loss_server_side": False,
         "sample_join_sampling_session": True,
-        "pjwt_auth_enabled": parts(request).tokens is not None,
+        "pjwt_auth_enabled": gateway.tokens is not None,
     }
-    return JSONResponse(flags)
+    note = notices.for_header(asked.sdk_version, gateway.notice)
+    return JSONResponse(flags, headers=errors.notice(note) if note else None)
 
 
 async def client_dynamic_config(request: Request) -> Response:
@@ -71,7 +73,8 @@ async def create_session(request: Request) -> Response:
     await gateway.register.add_session(record)
     await gateway.records.sessions.create(record)
     gateway.heartbeats.hear(session)
-    return JSONResponse({"type": "create_session", "session_id": session})
+    note = notices.for_session(asked.sdk_version, gateway.notice)
+    return JSONResponse({"type": "create_session", "session_id": session, "warning_message": note or None})
 
 
 async def session_heartbeat(request: Request) -> Response:

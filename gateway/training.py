@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from gateway import bodies
 from gateway.parts import Parts, parts
-from gateway.tenants import tenant_of
+from gateway.tenants import on_this_machine, tenant_of
 from knapper import ids, limits
 from knapper.errors import InvalidField, TooMany, UserError
 from knapper.ids import RunId, Tenant, TinkerPath
@@ -110,14 +110,16 @@ def _seed_of(run: RunId) -> int:
 
 
 async def get_info(request: Request) -> Response:
+    """`tokenizer_id` is for get_tokenizer: a directory for clients that can read it, the model's name for others."""
     gateway, tenant = parts(request), tenant_of(request)
     asked = requests.decode(await bodies.read(request), requests.GetInfo)
     spec = await gateway.records.spec(asked.model_id, tenant)
     model = await gateway.records.model(spec.base_model)
+    tokenizer = (on_this_machine(request) and model.directory) or model.tokenizer_id
     info = {
         "type": "get_info",
         "model_id": spec.run,
-        "model_data": {"arch": model.arch, "model_name": model.name, "tokenizer_id": model.tokenizer_id},
+        "model_data": {"arch": model.arch, "model_name": model.name, "tokenizer_id": tokenizer},
         "model_name": model.name,
         "is_lora": True,
         "lora_rank": spec.rank,

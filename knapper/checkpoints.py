@@ -135,8 +135,13 @@ class Checkpoints:
         return newest if newest is not None and newest.lives(self.clock()) else None
 
     async def _newest(self, path: TinkerPath, tenant: str) -> tuple[int, Checkpoint | None]:
-        listed = await self.store.list(_prefix(path, tenant))
-        return (names.last_number(listed[-1]), await self._version(listed[-1])) if listed else (0, None)
+        prefix = _prefix(path, tenant)
+        listed = await self.store.list(prefix)
+        n, newest = (names.last_number(listed[-1]), await self._version(listed[-1])) if listed else (0, None)
+        # A load must not take an old version because a listing lags: what no listing shows yet is found by its name.
+        while (data := await self.store.get(name := f"{prefix}{ids.number(n + 1)}")) is not None:
+            n, newest = n + 1, decode(data, Checkpoint, name)
+        return n, newest
 
     async def _version(self, name: str) -> Checkpoint | None:
         async def load() -> Checkpoint | None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 import knapper
+from knapper.cluster import commands
+from knapper.jobs import commands as jobs
 
 if TYPE_CHECKING:
     from knapper.keys import Keys
@@ -22,6 +24,10 @@ app = typer.Typer(
 )
 key = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 app.add_typer(key, name="key")
+app.add_typer(jobs.app, name="jobs")
+app.command()(jobs.submit)
+app.add_typer(commands.app, name="deploy")
+app.command()(commands.doctor)
 
 
 @app.command()
@@ -55,13 +61,16 @@ def sweep(data: Annotated[Path | None, typer.Option(help="The data directory of 
 
     from knapper.journal.collect import sweep_all
     from knapper.settings import Settings, variable
-    from knapper.store.opening import open_store
+    from knapper.store.opening import forget_torn_writes, open_store
 
     settings = Settings.load({**os.environ, **({variable("data"): str(data)} if data else {})})
 
     async def sweep_and_tell() -> None:
-        async for run, count in sweep_all(open_store(settings), time.time()):
+        store = open_store(settings)
+        async for run, count in sweep_all(store, time.time()):
             print(f"{run}: {count} objects deleted")
+        if count := await forget_torn_writes(store, time.time()):
+            print(f"torn writes: {count} objects deleted")
 
     asyncio.run(sweep_and_tell())
 
@@ -120,6 +129,24 @@ def _utc(at: float) -> str:
     from datetime import UTC, datetime
 
     return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+@app.command()
+def dead_letters(data: Annotated[Path | None, typer.Option(help="The data directory of `knapper up`.")] = None) -> None:
+    """List events that nobody could deliver: when, what, for whom, and what that one said."""
+    import asyncio
+    from datetime import UTC, datetime
+
+    from knapper import dead
+    from knapper.settings import Settings, variable
+    from knapper.store.opening import open_store
+
+    loaded = Settings.load({**os.environ, **({variable("data"): str(data)} if data else {})})
+    for letter in asyncio.run(dead.listed(open_store(loaded))):
+        told = letter.attributes.get
+        when = datetime.fromtimestamp(letter.kept_at, UTC).isoformat(timespec="seconds")
+        print(f"{when}  {told('type', '?')}  {told('subject', '')}  id {told('id', '?')}")
+        print(f"    to {told('knativeerrordest', '?')}: {told('knativeerrorcode', '?')} {told('knativeerrordata', '')}")
 
 
 @app.command()

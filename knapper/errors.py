@@ -36,7 +36,7 @@ class InvalidField(UserError):
         if len(shown) > 120:
             shown = shown[:117] + "..."
         super().__init__(f"{field} is {shown}; allowed: {allowed}" + (f". {todo}" if todo else ""))
-        self.field = field
+        self.field, self.value, self.allowed, self.todo = field, value, allowed, todo
 
 
 class NotFound(UserError):
@@ -95,6 +95,12 @@ class StoreError(Unavailable):
     """The store did not do what it was asked; whether it happened is unknown unless the message says so."""
 
     code = "store_unavailable"
+
+
+class NewerFormat(Unavailable):
+    """The record was written by a newer knapper: nothing is wrong with it, and this one cannot read it."""
+
+    code = "newer_format"
 
 
 class Fenced(KnapperError):

@@ -1,49 +1,132 @@
 """Doorbells: CloudEvents that say "look at the store". Lost, repeated or reordered, they change nothing."""
 
+import hashlib
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 from cloudevents.conversion import to_binary
 from cloudevents.exceptions import GenericException
 from cloudevents.http import CloudEvent, from_http
 
-from knapper import ids
-from knapper.errors import UserError
+from knapper import ids, limits
+from knapper.errors import InvalidField, UserError
 from knapper.frames import frame, split
 from knapper.ids import RunId
 from knapper.journal.records import Commit
 
 OPERATIONS = "dev.knapper.run.operations"
+JOB_STARTED = "dev.knapper.job.started"
+ROLLOUTS_SAMPLED = "dev.knapper.rollouts.sampled"
+ROLLOUTS_SCORED = "dev.knapper.rollouts.scored"
+ADAPTER_STEPPED = "dev.knapper.adapter.stepped"
+JOB_COMPLETED = "dev.knapper.job.completed"
+JOB_FAILED = "dev.knapper.job.failed"
+JOB_CANCELLED = "dev.knapper.job.cancelled"
+TICK = "dev.knapper.tick"
+OBJECT_FINALIZED = "google.cloud.storage.object.v1.finalized"
 FRAMES = "application/x-knapper-frames"
+
+_STEP_DIGITS_MAX = 18
 
 
 @dataclass(frozen=True)
-class Bell:
-    """Work waits for `run`. `id` is derived by whoever rings, so that repetitions can be told."""
+class Event:
+    """A CloudEvent. `id` is derived by whoever rings, so that repetitions can be told.
 
-    run: RunId
+    `step`, `kind` (rl, sft or dpo) and `model` (the slug of the base model) are of a job. Only events of storage carry
+    `data`; a doorbell says where to look, and nothing else.
+    """
+
+    type: str
+    subject: str
     id: str
+    source: str = "knapper/gateway"
+    step: int | None = None
+    kind: str = ""
+    model: str = ""
+    data: bytes = b""
+    traceparent: str = ""
+
+    def next(self, type_: str, source: str, step: int | None = None) -> "Event":
+        """The bell that follows; the same bell has the same follower, by its id."""
+        derived = hashlib.sha256(f"{self.id}|{type_}|{step}".encode()).hexdigest()[:32]
+        return replace(self, type=type_, source=source, step=step, id=derived, data=b"")
 
     def encode(self) -> tuple[dict[str, str], bytes]:
-        """Headers and body of a binary-mode CloudEvent over HTTP."""
-        attributes = {"type": OPERATIONS, "source": "knapper/gateway", "subject": self.run, "id": self.id}
-        headers, body = to_binary(CloudEvent(attributes, data=None))
+        """Headers and body of the event in binary mode."""
+        attributes = {"type": self.type, "source": self.source, "id": self.id}
+        extensions = {
+            "subject": self.subject,
+            "step": "" if self.step is None else str(self.step),
+            "kind": self.kind,
+            "model": self.model,
+            "traceparent": self.traceparent,
+            "datacontenttype": "application/json" if self.data else "",
+        }
+        attributes |= {name: value for name, value in extensions.items() if value}
+        headers, body = to_binary(CloudEvent(attributes, data=self.data or None))
         return {str(name): str(value) for name, value in headers.items()}, body or b""
 
 
-def decode(headers: Mapping[str, str], body: bytes) -> Bell:
-    """The bell. Raises UserError for anything that is not one (it goes to the dead letters)."""
+def decode(headers: Mapping[str, str], body: bytes) -> Event:
+    """The event, sent in binary or in structured mode. Raises UserError for anything else: it is poison."""
     try:
         event = from_http(dict(headers), body)
-    except GenericException as error:
+    except (GenericException, ValueError, TypeError, AttributeError) as error:  # the library raises all of these
         raise UserError(f"not a CloudEvent: {error}") from error
-    if event["type"] != OPERATIONS:
-        raise UserError(f"event type is {event['type']!r}; allowed: {OPERATIONS}")
-    subject = event.get_attributes().get("subject")
-    if not isinstance(subject, str):
+    attributes = event.get_attributes()
+    for name in ("type", "source", "id", "subject", "step", "kind", "model", "traceparent"):
+        value = attributes.get(name, "")
+        if not isinstance(value, str | int) or len(str(value)) > limits.event_attribute_chars_max:
+            raise InvalidField(name, value, f"a string of at most {limits.event_attribute_chars_max} characters")
+    step = str(attributes.get("step", ""))
+    if step and not (step.isdecimal() and step.isascii() and len(step) <= _STEP_DIGITS_MAX):
+        raise InvalidField("step", step, f"a number of at most {_STEP_DIGITS_MAX} digits")
+    data = event.get_data()
+    return Event(
+        type=str(attributes["type"]),
+        subject=str(attributes.get("subject", "")),
+        id=str(attributes["id"]),
+        source=str(attributes["source"]),
+        step=int(step) if step else None,
+        kind=str(attributes.get("kind", "")),
+        model=str(attributes.get("model", "")),
+        data=b"" if data is None else data if isinstance(data, bytes) else msgspec.json.encode(data),
+        traceparent=str(attributes.get("traceparent", "")),
+    )
+
+
+def as_binary(headers: Mapping[str, str], body: bytes) -> tuple[dict[str, str], bytes]:
+    """Any CloudEvent, with whatever attributes it has, in binary mode; its `ce-` headers in lower case.
+
+    Raises UserError for anything else.
+    """
+    try:
+        found, data = to_binary(from_http(dict(headers), body, data_unmarshaller=_untouched))
+    except (GenericException, ValueError, TypeError, AttributeError) as error:  # the library raises all of these
+        raise UserError(f"not a CloudEvent: {error}") from error
+    if isinstance(data, str):
+        data = data.encode()
+    return {str(name).lower(): str(value) for name, value in found.items()}, data or b""
+
+
+def _untouched(data: object) -> object:
+    return data
+
+
+def bell(run: RunId, id_: str) -> Event:
+    """Operations wait for `run`."""
+    return Event(type=OPERATIONS, subject=run, id=id_)
+
+
+def run_of(event: Event) -> RunId:
+    """Whose operations wait. Raises UserError for an event that says something else."""
+    if event.type != OPERATIONS:
+        raise UserError(f"event type is {event.type!r}; allowed: {OPERATIONS}")
+    if not event.subject:
         raise UserError("the event has no subject; it names the run")
-    return Bell(run=ids.run_id(subject), id=str(event["id"]))
+    return ids.run_id(event.subject)
 
 
 class Claimed(msgspec.Struct, frozen=True, tag="claimed"):

@@ -41,6 +41,11 @@ def session_id(value: str) -> SessionId:
     return SessionId(value)
 
 
+def is_session(value: str) -> bool:
+    """Whether it has the form of a session's id."""
+    return _SESSION.fullmatch(value) is not None
+
+
 def run_id(value: str) -> RunId:
     """The id, checked. Raises NotFound: an id of another form was never given out."""
     if not _RUN.fullmatch(value):

@@ -23,6 +23,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     store: Annotated[
         str, Meta(description="Where the store is: empty for KNAPPER_DATA/store, or gs://BUCKET or gs://BUCKET/PREFIX.")
     ] = ""
+    exchange: Annotated[
+        str,
+        Meta(description="Where inbox/ and jobs/ are: empty for KNAPPER_DATA, or gs://BUCKET or gs://BUCKET/PREFIX."),
+    ] = ""
     cache: Annotated[
         Path, Meta(description="Base models that were downloaded or converted; can be deleted at any time.")
     ]
@@ -32,11 +36,45 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     model_directory: Annotated[
         str, Meta(description="Where the model's files lie; `knapper up` finds it out, an image sets it.")
     ] = ""
+    models: Annotated[
+        str, Meta(description="A directory of model records that the gateway publishes; on a cluster a ConfigMap.")
+    ] = ""
     train_step_url: Annotated[
         str, Meta(description="Where the gateway rings for training; `knapper up` sets its dispatcher's address.")
     ] = ""
     sample_url: Annotated[
         str, Meta(description="Where the gateway rings for samples; `knapper up` sets its dispatcher's address.")
+    ] = ""
+    reward_url: Annotated[
+        str, Meta(description="Where the gateway sends rollouts to score; `knapper up` sets its dispatcher's address.")
+    ] = ""
+    broker_url: Annotated[
+        str, Meta(description="Where events are posted; `knapper up` sets its own broker's address. Empty: no jobs.")
+    ] = ""
+    gateway_url: Annotated[
+        str, Meta(description="Where the local broker delivers to the gateway; `knapper up` sets its address.")
+    ] = ""
+    subscription: Annotated[
+        str,
+        Meta(
+            pattern="^(projects/[a-z0-9:.-]{1,64}/subscriptions/[A-Za-z0-9._~+%-]{3,255})?$",
+            description="Tells of uploads: projects/P/subscriptions/S. Empty: the inbox is looked into.",
+        ),
+    ] = ""
+    events_host: Annotated[
+        str,
+        Meta(description="The name under which a cluster's own services reach the gateway: it takes events there."),
+    ] = ""
+    job_quiet_s: Annotated[
+        float,
+        Meta(ge=1, le=3600, description="A job that has not moved for so long is rung for again: a bell may be lost."),
+    ] = 60.0
+    mischief: Annotated[
+        str,
+        Meta(
+            pattern="^[0-9]{0,9}$",
+            description="A seed: the local broker then doubles, drops and delays events, as a test.",
+        ),
     ] = ""
     host: Annotated[
         str, Meta(min_length=1, description="Where the gateway listens; beyond loopback only with KNAPPER_KEYS=true.")
@@ -66,6 +104,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             description="Clients exchange their keys for tokens of an hour, so that requests carry no lasting secret."
         ),
     ] = False
+    notice: Annotated[
+        str,
+        Meta(
+            pattern="^[ -~]{0,500}$",
+            description="What every client prints once when it starts, for example when this server will be down.",
+        ),
+    ] = ""
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="The least that is written to stderr.")
     ] = "info"
@@ -170,6 +215,6 @@ def _allowed(kind: Any) -> str:
     if base is bool:
         return "true or false"
     if base is str:
-        return "a text that is not empty"
+        return "at most 500 printable ASCII characters" if meta.pattern else "a text that is not empty"
     least = f"from {meta.ge}" if meta.ge is not None else f"above {meta.gt}"
     return f"a {'whole ' if base is int else ''}number {least} to {meta.le}"

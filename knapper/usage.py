@@ -1,7 +1,7 @@
-"""What a tenant has used: tokens trained, read from the journal, and checkpoints saved, read from their records.
+"""What a tenant has used: tokens trained, read from the journal; checkpoints saved, and tokens sampled, from records.
 
-Nothing is counted while requests are served. The journal knows a week for certain, and every run since its second
-newest snapshot; tokens of samples are in no journal.
+The journal knows a week for certain, and every run since its second newest snapshot. Samples are in no journal: the
+gateway counts them, and writes down what it counted.
 """
 
 import asyncio
@@ -9,16 +9,33 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import msgspec
+
 from knapper import limits
 from knapper.checkpoints import Checkpoint
 from knapper.errors import InvalidField, UserError
-from knapper.ids import RunId
+from knapper.ids import RunId, number
 from knapper.journal import history
-from knapper.journal.records import Operation
-from knapper.store import Store
+from knapper.journal.records import Operation, Record, decode
+from knapper.store import Store, many
 from knapper.wire import proto, zstd
 
-_HOUR_S = 3600
+HOUR_S = 3600
+
+
+class Sampled(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Tokens of prompts (each once, however many samples it had) and of samples, of one session and model."""
+
+    session: str  # empty: none
+    base_model: str
+    prompt: int = 0
+    sampled: int = 0
+
+
+class Samplings(Record, frozen=True):
+    """usage/<tenant>/<hour>/<id>: what one gateway counted in a minute of that hour."""
+
+    rows: list[Sampled]
 
 
 @dataclass(frozen=True)
@@ -30,12 +47,40 @@ class Window:
 
     def hour(self, at: float) -> int | None:
         """The hour of a time, or None outside the window."""
-        hour = int(at // _HOUR_S)
+        hour = int(at // HOUR_S)
         return hour if self.first <= hour < self.end else None
 
 
 def begin_of(hour: int) -> datetime:
-    return datetime.fromtimestamp(hour * _HOUR_S, UTC)
+    return datetime.fromtimestamp(hour * HOUR_S, UTC)
+
+
+def record_name(tenant: str, hour: int, record_id: str) -> str:
+    return f"usage/{tenant}/{number(hour)}/{record_id}"
+
+
+async def tokens_sampled(store: Store, tenant: str, window: Window) -> list[tuple[int, Sampled]]:
+    """(hour, tokens) of each hour, session and model. Raises InvalidField if there is too much for one answer."""
+
+    async def read(name: str) -> tuple[int, list[Sampled]]:
+        data = await store.get(name)
+        assert data is not None, "they are never deleted"
+        return int(name.split("/")[2]), decode(data, Samplings, name).rows
+
+    prefix = f"usage/{tenant}/"
+    names = await store.list(prefix, start_after=f"{prefix}{number(window.first)}")
+    within = [name for name in names if int(name.split("/")[2]) < window.end]
+    if len(within) > limits.operations_told_max:
+        raise _too_much(window, "minutes of samples")
+    totals: dict[tuple[int, str, str], Sampled] = {}
+    for hour, rows in await many.each(within, read):
+        for row in rows:
+            key = hour, row.session, row.base_model
+            before = totals.get(key, Sampled(session=row.session, base_model=row.base_model))
+            totals[key] = msgspec.structs.replace(
+                before, prompt=before.prompt + row.prompt, sampled=before.sampled + row.sampled
+            )
+    return [(hour, found) for (hour, _, _), found in totals.items()]
 
 
 async def tokens_trained(store: Store, runs: list[RunId], window: Window) -> dict[tuple[int, RunId], int]:
@@ -50,13 +95,10 @@ async def tokens_trained(store: Store, runs: list[RunId], window: Window) -> dic
             within = [(hour, each) for each in group if (hour := window.hour(each.accepted_at)) is not None]
             read += len(within)
             if read > limits.operations_told_max:
-                raise InvalidField(
-                    "starting_on", begin_of(window.first).isoformat(),
-                    f"a window with at most {limits.operations_told_max} operations", "Ask for fewer hours at a time",
-                )  # fmt: skip
+                raise _too_much(window, "operations")
             for hour, operation in within:
                 counted[hour, run] += await asyncio.to_thread(_tokens, operation)
-            if all(operation.accepted_at < window.first * _HOUR_S for operation in group):
+            if all(operation.accepted_at < window.first * HOUR_S for operation in group):
                 break
     return {key: tokens for key, tokens in counted.items() if tokens}
 
@@ -84,3 +126,10 @@ def _tokens(operation: Operation) -> int:
     except UserError:  # it was answered with this error, and trained nothing
         return 0
     return sum(datum.tokens.size for datum in request.data)
+
+
+def _too_much(window: Window, what: str) -> InvalidField:
+    return InvalidField(
+        "starting_on", begin_of(window.first).isoformat(), f"a window with at most {limits.operations_told_max} {what}",
+        "Ask for fewer hours at a time",
+    )  # fmt: skip

@@ -30,6 +30,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Declared, and used other than by an import; each with the place that shows it.
 NOT_IMPORTED = {
     "hatchling": ("pyproject.toml", "hatchling.build"),
+    "httptools": ("knapper/local/web.py", "httptools"),
     "import-linter": ("Makefile", "lint-imports"),
     "mypy": ("Makefile", "/mypy"),
     "pytest-randomly": ("CONTRIBUTING.md", "--randomly-seed"),
@@ -37,7 +38,9 @@ NOT_IMPORTED = {
     "pytest-xdist": ("Makefile", "-n 2"),
     "ruff": ("Makefile", "/ruff"),
     "types-jsonschema": ("Makefile", "/mypy"),
+    "types-grpcio": ("Makefile", "/mypy"),
     "types-protobuf": ("Makefile", "/mypy"),
+    "types-pyyaml": ("Makefile", "/mypy"),
 }
 EXTRAS_WITHOUT_CODE_YET = {"vllm"}
 # Imported on purpose without being declared; each is asked for at run time, and its absence is handled.
@@ -177,9 +180,9 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
 
 def test_whatever_is_imported_is_declared() -> None:
     product = imported_distributions("knapper", "gateway", "functions")
-    assert product - NOT_DECLARED <= declared("core", "train", "gcp", "reward")
+    assert product - NOT_DECLARED <= declared("core", "train", "gcp", "reward", "deploy")
     everything = imported_distributions("knapper", "gateway", "functions", "tests", "examples", "benchmarks")
-    assert everything - NOT_DECLARED <= declared("core", "train", "gcp", "reward", "dev")
+    assert everything - NOT_DECLARED <= declared("core", "train", "gcp", "reward", "deploy", "dev")
 
 
 def test_whatever_is_declared_is_used() -> None:
@@ -187,9 +190,10 @@ def test_whatever_is_declared_is_used() -> None:
     everything = product | imported_distributions("tests", "examples", "benchmarks")
     for distribution, (file, text) in NOT_IMPORTED.items():
         assert text in (ROOT / file).read_text(), f"{file} no longer shows the use of {distribution}"
-    assert declared("core", "train", "gcp", "reward") - product - set(NOT_IMPORTED) == set()
+    assert declared("core", "train", "gcp", "reward", "deploy") - product - set(NOT_IMPORTED) == set()
     assert declared("dev") - everything - set(NOT_IMPORTED) == set()
-    assert set(PROJECT["optional-dependencies"]) == {"train", "gcp", "reward", "dev"} | EXTRAS_WITHOUT_CODE_YET
+    with_code = {"train", "gcp", "reward", "deploy", "dev"}
+    assert set(PROJECT["optional-dependencies"]) == with_code | EXTRAS_WITHOUT_CODE_YET
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +202,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tmp = tmp_path_factory.mktemp("wheel")
     source = tmp / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "knapper", "gateway", "functions"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "knapper", "gateway", "functions", "knative"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
@@ -226,7 +230,7 @@ def test_the_wheel_puts_one_name_into_site_packages(installed: Path) -> None:
 
 def test_the_wheel_carries_every_file_of_the_product(installed: Path) -> None:
     """Data files too: the wire's descriptor, the functions' requirements."""
-    product = tracked("knapper", "gateway", "functions")
+    product = tracked("knapper", "gateway", "functions", "knative")
     places = [installed / ("" if path.startswith("knapper/") else "knapper/_deployables") / path for path in product]
     assert [place for place in places if not place.is_file()] == []
 

@@ -1,11 +1,15 @@
-"""sample: tokens and log-probabilities of (adapter, prompt, parameters, seed). Keeps nothing; repeats give the same."""
+"""sample: tokens and log-probabilities of (adapter, prompt, parameters, seed); for a job, its rollouts.
+
+Keeps nothing; repeats give the same.
+"""
 
 import functions_framework.aio
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from knapper import events
 from knapper.errors import KnapperError
-from knapper.serving import answers, progress
+from knapper.serving import answers, jobs, observing, progress
 from knapper.serving.engine import engine
 from knapper.wire import proto, sample_requests
 from knapper.wire.progress import FRAMES
@@ -15,7 +19,12 @@ engine()  # under ASGI this module is imported before the port binds: the weight
 
 @functions_framework.aio.http
 async def sample(request: Request) -> Response:
+    if observing.asked(request):
+        return observing.answer()
     try:
+        if answers.is_event(request):
+            await jobs.sampling().answer(events.decode(request.headers, await answers.body(request)))
+            return answers.durable()
         call = sample_requests.decode(await answers.body(request), sample_requests.SampleCall)
         answers.expect_model(call.base_model, engine().base_model)
         if call.stream:

@@ -1,4 +1,7 @@
-"""train_step: apply one run's waiting operations in order, and commit. Safe to run twice, or to kill at any line."""
+"""train_step: apply one run's waiting operations in order, and commit; for a job, the next steps of its run.
+
+Safe to run twice, or to kill at any line.
+"""
 
 import functions_framework.aio
 from starlette.requests import Request
@@ -6,7 +9,7 @@ from starlette.responses import Response, StreamingResponse
 
 from knapper import events
 from knapper.errors import KnapperError
-from knapper.serving import answers
+from knapper.serving import answers, jobs, observing
 from knapper.serving.engine import engine
 
 engine()  # under ASGI this module is imported before the port binds: the weights are there when the first bell rings
@@ -14,9 +17,14 @@ engine()  # under ASGI this module is imported before the port binds: the weight
 
 @functions_framework.aio.http
 async def train_step(request: Request) -> Response:
+    if observing.asked(request):
+        return observing.answer()
     try:
-        bell = events.decode(request.headers, await answers.body(request))
-        frames = engine().residents.answer(bell)
+        event = events.decode(request.headers, await answers.body(request))
+        if event.type != events.OPERATIONS:
+            await jobs.training().answer(event)
+            return answers.durable()
+        frames = engine().residents.answer(events.run_of(event))
         first = await anext(frames)  # the claim: it succeeds before anything is answered
     except KnapperError as error:
         return answers.error(error)

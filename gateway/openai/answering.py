@@ -14,13 +14,13 @@ from gateway.leaving import unless_left
 from gateway.openai import errors
 from gateway.openai.asking import Asked, Question, Quiet
 from gateway.openai.forms import Form
-from gateway.openai.language import Language
 from gateway.openai.models import Chosen
 from gateway.openai.shapes import Json, Shape
 from gateway.openai.texts import Piece, Scored, Text
 from gateway.parts import parts
 from gateway.tenants import tenant_of
 from knapper.errors import KnapperError
+from knapper.language import Language
 from knapper.wire.progress import Drawn, Ending
 from knapper.wire.types import SampleOutput, Sequence, TopK
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from gateway.openai.templates import Message
 from knapper import limits
 from knapper.errors import InvalidField
+from knapper.templates import Message
 from knapper.wire import types
 from knapper.wire.json import decode
 

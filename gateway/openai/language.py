@@ -1,69 +1,14 @@
-"""What a model's directory says about text: its tokenizer, its special tokens, its chat template."""
+"""Which languages the gateway has read: each model's own."""
 
 import asyncio
-import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from tokenizers import Tokenizer
-
-from gateway.openai.templates import Message, Template
-from knapper.errors import InvalidField, UserError
+from knapper.errors import InvalidField
+from knapper.language import Language
 from knapper.models.catalogue import ModelRecord
 
 _KEPT_MAX = 8  # tokenizers of large vocabularies take tens of megabytes
-
-
-@dataclass(frozen=True)
-class Language:
-    """Text to tokens and back. Tokenizers are fast, but not free: encode off the event loop."""
-
-    tokenizer: Tokenizer
-    template: Template | None
-
-    @staticmethod
-    def read(directory: Path) -> "Language":
-        """From tokenizer.json, tokenizer_config.json and chat_template.jinja. Raises InvalidField."""
-        try:
-            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-            config = _json(directory / "tokenizer_config.json")
-            more = _json(directory / "special_tokens_map.json")
-        except Exception as error:  # tokenizers raises nothing more specific
-            allowed = "one whose tokenizer.json and tokenizer_config.json this gateway can read"
-            raise InvalidField("model: directory", str(directory), allowed, str(error)) from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        alone = directory / "chat_template.jinja"
-        source = alone.read_text(encoding="utf-8") if alone.is_file() else _chosen(config.get("chat_template"))
-        template = None if source is None else Template(source, _special_tokens(more | config))
-        return Language(tokenizer, template)
-
-    def encode(self, text: str) -> list[int]:
-        """With the special tokens that the tokenizer puts around any text."""
-        ids: list[int] = self.tokenizer.encode(text).ids
-        return ids
-
-    def chat(self, messages: Sequence[Message], now: float, more: Mapping[str, object]) -> list[int]:
-        """The prompt for the assistant's next words, from the model's template. Raises UserError."""
-        if self.template is None:
-            raise UserError(
-                "the model has no chat template, as base models do not; allowed: v1/completions with a prompt, "
-                "or put a chat_template.jinja into the model's directory and start knapper again"
-            )
-        ids: list[int] = self.tokenizer.encode(self.template.render(messages, now, more), add_special_tokens=False).ids
-        return ids
-
-    def word(self, token: int) -> str:
-        """What one token stands for inside a text; U+FFFD where that is no whole character.
-
-        Decoded behind itself: some tokenizers drop a space that begins a text.
-        """
-        decode = self.tokenizer.decode
-        alone: str = decode([token], skip_special_tokens=False)
-        return str(decode([token, token], skip_special_tokens=False))[len(alone) :]
 
 
 class Languages:
@@ -87,22 +32,3 @@ class Languages:
         if len(self._kept) > _KEPT_MAX:
             self._kept.popitem(last=False)
         return await asyncio.shield(found)  # one caller's end must not take it from another
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """What the file says, or nothing if there is none."""
-    sent: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return sent
-
-
-def _chosen(templates: str | list[dict[str, str]] | None) -> str | None:
-    """A model may have several, by name; the one for plain chats is called default."""
-    if not isinstance(templates, list):
-        return templates
-    return next((each["template"] for each in templates if each.get("name") == "default"), None)
-
-
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """Those that templates use by name, such as `bos_token`: given as text, or as an object with its settings."""
-    found = {name: value.get("content") if isinstance(value, dict) else value for name, value in config.items()}
-    return {name: value for name, value in found.items() if name.endswith("_token") and isinstance(value, str)}

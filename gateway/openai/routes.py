@@ -11,10 +11,10 @@ from gateway.openai import forms, models
 from gateway.openai.answering import Task, answer
 from gateway.openai.asking import Question
 from gateway.openai.errors import spoken, unknown_path
-from gateway.openai.language import Language
 from gateway.openai.shapes import ChatShape, CompletionShape
 from gateway.parts import parts
 from gateway.tenants import tenant_of
+from knapper.language import Language
 
 
 async def list_models(request: Request) -> Response:

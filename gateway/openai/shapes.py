@@ -4,8 +4,8 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from gateway.openai.language import Language
 from gateway.openai.texts import Piece, Scored
+from knapper.language import Language
 from knapper.wire.progress import Ending
 
 Json = dict[str, Any]

@@ -1,5 +1,6 @@
 """What administrators look at: the audit log, and usage. Of the tenant that asks; prices are not ours to know."""
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -40,34 +41,56 @@ def _entry(tenant: Tenant, entry: Entry) -> dict[str, Any]:
 
 
 async def usage_events(request: Request) -> Response:
-    """Tokens trained and checkpoints saved, for each hour and run. Nothing is estimated: there is no price list."""
+    """Tokens trained and checkpoints saved, for each hour and run, and tokens sampled, for each hour and session.
+
+    No cost is estimated: there is no price list.
+    """
     gateway, tenant = parts(request), tenant_of(request)
     window = Window(*json.convert(shapes.query(request), rest.UsageQuery).hours(gateway.clock()))
     runs = await gateway.register.runs(tenant)
     trained = await usage.tokens_trained(gateway.store, runs, window)
     saved = usage.checkpoints_saved(await gateway.checkpoints.listed(tenant), window)
-    rows = [
-        (hour, -tokens, run, {"type": "training", "token_count": tokens}) for (hour, run), tokens in trained.items()
-    ]
-    rows += [(hour, 0, run, {"type": "checkpoint", "count": count}) for (hour, run), count in saved.items()]
-    data = [await _event(gateway, tenant, hour, run, told) for hour, _, run, told in sorted(rows, key=lambda r: r[:3])]
+    rows = []
+    for (hour, run), tokens in trained.items():
+        rows.append(_Row(hour, tokens, session_of(run), await _model(gateway, tenant, run), {"type": "training"}))
+    for (hour, run), count in saved.items():
+        model, told = await _model(gateway, tenant, run), {"type": "checkpoint", "count": count}
+        rows.append(_Row(hour, 0, session_of(run), model, told))
+    for hour, each in await usage.tokens_sampled(gateway.store, tenant, window):
+        prefill = {"type": "sampling_prefill", "cached": False}  # a prompt that several samples share counts once
+        rows.append(_Row(hour, each.prompt, each.session, each.base_model, prefill))
+        rows.append(_Row(hour, each.sampled, each.session, each.base_model, {"type": "sampling_sample"}))
+    data = [await _event(gateway, tenant, row) for row in sorted(rows, key=lambda row: (row.hour, -row.tokens))]
     sessions = {}
-    for session in {event["session_id"] for event in data}:
+    for session in {event["session_id"] for event in data} - {None}:
         metadata = (await gateway.records.session(session, tenant)).user_metadata_json
         sessions[session] = {"user_metadata": shapes.labels(metadata)}
     return JSONResponse({"data": data, "sessions": sessions, "cost_data_through": None})
 
 
-async def _event(gateway: Parts, tenant: Tenant, hour: int, run: RunId, told: dict[str, Any]) -> dict[str, Any]:
-    session = session_of(run)
+@dataclass(frozen=True)
+class _Row:
+    hour: int
+    tokens: int
+    session: str  # empty: none
+    base_model: str
+    told: dict[str, Any]
+
+
+async def _model(gateway: Parts, tenant: Tenant, run: RunId) -> str:
+    return (await gateway.records.spec(run, tenant)).base_model
+
+
+async def _event(gateway: Parts, tenant: Tenant, row: _Row) -> dict[str, Any]:
+    counted = {} if row.told["type"] == "checkpoint" else {"token_count": row.tokens}
     return {
-        "bucket_start": usage.begin_of(hour).isoformat(),
-        "bucket_end": usage.begin_of(hour + 1).isoformat(),
-        "base_model": (await gateway.records.spec(run, tenant)).base_model,
+        "bucket_start": usage.begin_of(row.hour).isoformat(),
+        "bucket_end": usage.begin_of(row.hour + 1).isoformat(),
+        "base_model": row.base_model,
         "user_id": tenant,
-        "session_id": session,
-        "project_id": await gateway.records.project(session, tenant) or None,
-        "event_info": told,
+        "session_id": row.session or None,
+        "project_id": (await gateway.records.project(row.session, tenant) or None) if row.session else None,
+        "event_info": row.told | counted,
     }
 
 

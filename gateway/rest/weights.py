@@ -20,6 +20,7 @@ from knapper.journal.records import Creation, Index
 from knapper.links import Link
 from knapper.sessions import Finish, Session
 from knapper.wire import json, rest
+from knapper.wire.fields import expect_no_access_token
 
 
 async def weights_info(request: Request) -> Response:
@@ -49,8 +50,7 @@ async def copy_weights(request: Request) -> Response:
     gateway, tenant = parts(request), tenant_of(request)
     body = await bodies.read(request)
     asked = json.decode(body, rest.CopyWeights)
-    if asked.weights_access_token is not None or "x-tinker-weights-access-token" in request.headers:
-        raise InvalidField("weights_access_token", "(not shown)", "none: this server has no access tokens for weights")
+    expect_no_access_token(asked.weights_access_token or request.headers.get("x-tinker-weights-access-token"))
     path = TinkerPath.parse(asked.source_path, "source_path")
     source = await gateway.checkpoints.resolve(path, tenant)
     spec = (await _index(gateway, source)).spec

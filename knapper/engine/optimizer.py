@@ -50,7 +50,7 @@ def step(
     Decoupled weight decay, bias correction by the step count, eps outside the root (arXiv 1711.05101, as
     torch.optim.AdamW computes it). With grad_clip_norm > 0 the gradient is first scaled by min(1, grad_clip_norm /
     (norm + 1e-6)), the norm being over all of P, as clip_grad_norm_ does. The metric `grad_norm` is the norm before
-    clipping.
+    clipping. None is called `step`: training loops merge these metrics into their own row, which has one.
 
     Raises InvalidField for values out of range, and UserError when the result has a number that is not finite; nothing
     has changed then.
@@ -86,7 +86,7 @@ def step(
                 "nothing was changed and the gradients are still pending. "
                 "Lower learning_rate, set grad_clip_norm, or load an earlier state"
             )
-    metrics = {"grad_norm": norm, "learning_rate": values.learning_rate, "step": float(moments.step + 1)}
+    metrics = {"grad_norm": norm, "learning_rate": values.learning_rate, "optimizer_steps": float(moments.step + 1)}
     return weights_P, Moments(m_P, v_P, moments.step + 1), metrics
 
 

@@ -1,26 +1,28 @@
-"""Bundles: immutable groups of files (snapshots, adapters).
+"""Bundles: immutable groups of files (snapshots, adapters), which travel in parallel.
 
 The index is written last, so a bundle exists whole or not at all.
 """
 
-import asyncio
 import hashlib
 
 from knapper.errors import Corrupt
 from knapper.journal.machine import Files
 from knapper.journal.records import Index, Part, Spec, decode, encode
-from knapper.store import Store
+from knapper.store import Store, many
 
 _INDEX = "index"
 
 
 async def write(store: Store, prefix: str, files: Files, *, spec: Spec, seq: int, epoch: int) -> Index:
     """Store the bundle. Writing the same one again is harmless: whoever owns a prefix always writes the same bytes."""
-    parts = []
-    for name, data in sorted(files.items()):
-        content = bytes(data)
+
+    async def write_part(name: str) -> Part:
+        content = bytes(files[name])
+        sha256 = await many.off_loop(_sha256, content)
         await store.put_if_absent(prefix + name, content)
-        parts.append(Part(name=name, size=len(content), sha256=hashlib.sha256(content).digest()))
+        return Part(name=name, size=len(content), sha256=sha256)
+
+    parts = await many.each(sorted(files), write_part)
     index = Index(spec=spec, seq=seq, epoch=epoch, parts=parts)
     await store.put_if_absent(prefix + _INDEX, encode(index))
     return index
@@ -40,24 +42,25 @@ async def read(store: Store, prefix: str, only: frozenset[str] | None = None) ->
     index = await read_index(store, prefix)
     if index is None:
         raise Corrupt(f"bundle {prefix} has no index: it was never finished, or was deleted")
-    files: dict[str, bytes] = {}
-    for part in index.parts:
-        if only is not None and part.name not in only:
-            continue
-        data = await store.get(prefix + part.name)
-        if data is None or len(data) != part.size or hashlib.sha256(data).digest() != part.sha256:
-            found = "missing" if data is None else f"{len(data)} bytes with another hash"
-            raise Corrupt(f"object {prefix}{part.name} is {found}; its index says {part.size} bytes")
-        files[part.name] = data
-    return index, files
+    parts = [part for part in index.parts if only is None or part.name in only]
+    contents = await many.each(parts, lambda part: _read(store, prefix, part))
+    return index, {part.name: content for part, content in zip(parts, contents, strict=True)}
 
 
 async def read_part(store: Store, prefix: str, index: Index, name: str) -> bytes:
-    """One of the bundle's files, verified off the event loop: it may be large. Raises Corrupt."""
+    """One of the bundle's files, verified. Raises Corrupt."""
     part = next((part for part in index.parts if part.name == name), None)
-    data = await store.get(prefix + name) if part is not None else None
-    if part is None or data is None or await asyncio.to_thread(_sha256, data) != part.sha256:
-        raise Corrupt(f"object {prefix}{name} is missing, or not what its index says")
+    if part is None:
+        raise Corrupt(f"bundle {prefix} has no file {name}")
+    return await _read(store, prefix, part)
+
+
+async def _read(store: Store, prefix: str, part: Part) -> bytes:
+    """Verified off the event loop: it may be large."""
+    data = await store.get(prefix + part.name)
+    if data is None or len(data) != part.size or await many.off_loop(_sha256, data) != part.sha256:
+        found = "missing" if data is None else f"{len(data)} bytes that are others"
+        raise Corrupt(f"object {prefix}{part.name} is {found}; its index says {part.size} bytes of a known hash")
     return data
 
 

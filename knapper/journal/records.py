@@ -1,10 +1,11 @@
 """What lies in the store: one msgpack record an object, each with its format version."""
 
+from functools import cache
 from typing import Literal, TypeVar
 
 import msgspec
 
-from knapper.errors import Corrupt
+from knapper.errors import Corrupt, NewerFormat
 
 Kind = Literal[
     "create", "forward_backward", "optim_step", "load_weights", "save_weights", "save_weights_for_sampler",
@@ -14,9 +15,18 @@ SAVES: frozenset[Kind] = frozenset({"save_weights", "save_weights_for_sampler", 
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of all. `v` is the format; a reader refuses a format that it does not know."""
+    """Base of all. `v` is the format: a type whose old records mean something else has a higher default.
+
+    Old formats are read for ever, newer ones are refused; tests/golden has a file of each that there ever was.
+    """
 
     v: int = 1
+
+
+class _Format(msgspec.Struct):
+    """What even a record of the future tells."""
+
+    v: int
 
 
 class Operation(Record, frozen=True):
@@ -137,11 +147,33 @@ def encode(record: Record) -> bytes:
 
 
 def decode(data: bytes, kind: type[R], name: str) -> R:
-    """The record, or Corrupt, which names the object."""
+    """The record. Raises Corrupt or NewerFormat, which name the object."""
     try:
         record = msgspec.msgpack.decode(data, type=kind)
     except msgspec.DecodeError as error:
+        _refuse_newer(_format(data), kind, name)
         raise Corrupt(f"object {name} is not a {kind.__name__} record: {error}") from error
-    if record.v != 1:
-        raise Corrupt(f"object {name} has format {record.v}; this knapper reads format 1; upgrade it")
+    _refuse_newer(record.v, kind, name)
     return record
+
+
+@cache
+def format_of(kind: type[Record]) -> int:
+    """The format in which it is written today."""
+    return next(int(field.default) for field in msgspec.structs.fields(kind) if field.name == "v")
+
+
+def _format(data: bytes) -> int:
+    try:
+        return msgspec.msgpack.decode(data, type=_Format).v
+    except msgspec.DecodeError:
+        return 0  # it is no record at all
+
+
+def _refuse_newer(found: int, kind: type[Record], name: str) -> None:
+    if found > format_of(kind):
+        raise NewerFormat(
+            f"object {name} has format {found} of {kind.__name__}; this knapper reads up to format {format_of(kind)}: "
+            "run the newer one",
+            retry_after_s=30.0,
+        )

@@ -79,11 +79,11 @@ class Results:
         listed = await self._store.list(names.commits(run), start_after=names.commit(run, seen.high))
         if not listed:
             return
-        numbers = [names.last_number(name) for name in listed]
+        last = names.last_number(listed[-1])
         if seen.low < 0:  # first sight: begin at the end, for that is what clients ask about
-            seen.low, seen.high = numbers[-1] - 1, numbers[-1]
-            numbers = numbers[-1:]
-        for n in numbers:
+            seen.low = seen.high = last - 1
+        while seen.high < last:  # by number: what a listing leaves out is read all the same
+            n = seen.high + 1
             await self._commit(run, n)
             seen.high = max(seen.high, n)
 

@@ -125,10 +125,13 @@ class Run(Generic[State]):
                     await self._thaw(
                         manifest.snapshot_before, manifest.snapshot_before_seq, manifest.snapshot_before_out
                     )
-        for name in await self._store.list(names.commits(self.run), start_after=names.commit(self.run, self._out)):
+        listed = await self._store.list(names.commits(self.run), start_after=names.commit(self.run, self._out))
+        last = names.last_number(listed[-1]) if listed else 0
+        while self._out < last:  # by number: what a listing leaves out is read all the same
+            name = names.commit(self.run, self._out + 1)
             data = await self._store.get(name)
-            if data is None or names.last_number(name) != self._out + 1:
-                raise Corrupt(f"{name} does not follow record {self._out} of {self.run}: a record is missing")
+            if data is None:
+                raise Corrupt(f"{name} is missing, although record {last} of {self.run} exists")
             await self._adopt(decode(data, Commit, name))
 
     async def _thaw(self, prefix: str, seq: int, out: int) -> None:
@@ -232,7 +235,7 @@ class Run(Generic[State]):
             result = await self._apply(operation)
             results.append(result)
             size += len(result.body)
-            late = self._clock() - began >= _COMMIT_AFTER_S
+            late = not 0.0 <= self._clock() - began < _COMMIT_AFTER_S  # also if the clock stepped
             if late or size >= limits.commit_inline_bytes_max or self.must_snapshot or stop():
                 break
         return Commit(epoch=self.epoch, results=results, committed_at=self._clock()) if results else None

@@ -1,8 +1,11 @@
-"""`knapper up`: the gateway always, engines while there is work, one dispatcher between them; all of it ends together.
+"""`knapper up`: gateway and broker always, functions while there is work, one dispatcher before them; all end together.
 
 supervisor, with the dispatcher in it
  ├─ gateway                on a socket that the supervisor holds
- └─ engine                 train_step and sample in one process, or a process for each (--isolated)
+ ├─ broker                 the same; delivers events, and watches the inbox
+ ├─ reward                 scores, and starts processes for code of others
+ ├─ engine                 train_step and sample in one process, or a process for each (--isolated)
+ └─ reward                 without the base model; it starts a process for each run of somebody's code
 """
 
 import asyncio
@@ -17,12 +20,13 @@ from pathlib import Path
 import msgspec
 import structlog
 
+import knapper
 from knapper.local import engines, web
 from knapper.local.dispatcher import Dispatcher
-from knapper.local.gateway import Gateway
 from knapper.local.process import Process
 from knapper.local.server import Server
 from knapper.local.service import Running
+from knapper.local.standing import Standing
 from knapper.local.state import Processes, locked
 from knapper.models.catalogue import Catalogue, ModelRecord, record_of
 from knapper.models.obtain import obtain
@@ -39,7 +43,7 @@ def up(settings: Settings, root: Path, environ: Mapping[str, str], *, isolated: 
     with ExitStack() as stack:
         stack.enter_context(locked(settings.data, settings.run_directory))
         listener = stack.enter_context(web.bind(settings.host, settings.port))
-        bells = stack.enter_context(web.bind("127.0.0.1", 0))
+        bells, posts = (stack.enter_context(web.bind("127.0.0.1", 0)) for _ in range(2))
         directory = obtain(settings.model, settings.cache, say=log.info)
         address = f"http://127.0.0.1:{bells.getsockname()[1]}"
         settings = msgspec.structs.replace(
@@ -48,8 +52,11 @@ def up(settings: Settings, root: Path, environ: Mapping[str, str], *, isolated: 
             model_directory=str(directory),
             train_step_url=f"{address}/train_step",
             sample_url=f"{address}/sample",
+            reward_url=f"{address}/reward",
+            broker_url=f"http://127.0.0.1:{posts.getsockname()[1]}/",
+            gateway_url=f"http://127.0.0.1:{listener.getsockname()[1]}",
         )
-        asyncio.run(Supervisor(settings, root, environ, listener, bells, isolated=isolated).serve())
+        asyncio.run(Supervisor(settings, root, environ, listener, bells, posts, isolated=isolated).serve())
 
 
 class Supervisor:
@@ -62,6 +69,7 @@ class Supervisor:
         environ: Mapping[str, str],
         listener: socket.socket,
         bells: socket.socket,
+        posts: socket.socket,
         *,
         isolated: bool,
     ) -> None:
@@ -72,8 +80,14 @@ class Supervisor:
         self._settings = settings
         self._processes = Processes(settings.run_directory)
         self._services = {route.service.name: route.service for route in routes.values()}
-        self._gateway = Gateway(root, environment, listener, self._gateway_changed)
-        self._gateway_port = listener.getsockname()[1]
+        self._gateway = Standing(
+            "gateway", "gateway.main:app", root, environment, listener, "/api/v1/healthz", self._standing_changed
+        )
+        package = Path(knapper.__file__).parent.parent
+        self._broker = Standing(
+            "broker", "knapper.local.broker.main:app", package, environment, posts, "/", self._standing_changed
+        )
+        self._ports = {"gateway": listener.getsockname()[1], "broker": posts.getsockname()[1]}
         self._bells = bells
         self._dispatcher = Dispatcher(routes)
         self._server = Server(self._dispatcher, bells)
@@ -83,20 +97,22 @@ class Supervisor:
         """Bring everything up, keep it up until a signal, take it down: the gateway first, so that nothing rings."""
         self._heed_signals()
         self._processes.set("supervisor", os.getpid(), self._bells.getsockname()[1])
-        keeping = asyncio.create_task(self._serve_gateway())
+        keeping = [asyncio.create_task(self._serve_gateway()), asyncio.create_task(self._broker.keep())]
         stopping = asyncio.create_task(self._stop.wait())
         try:
-            await asyncio.wait([keeping, stopping], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([*keeping, stopping], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            keeping.cancel()
-            await asyncio.wait([keeping])
-            await self._gateway.stop()
+            for task in keeping:
+                task.cancel()
+            await asyncio.wait(keeping)
+            await asyncio.gather(self._gateway.stop(), self._broker.stop())
             await asyncio.gather(*(service.close() for service in self._services.values()))
             await self._server.stop()
             await self._dispatcher.close()
             self._processes.clear()
-        if not keeping.cancelled():
-            await keeping  # it ended by itself: with an error
+        for task in keeping:
+            if not task.cancelled():
+                await task  # it ended by itself: with an error
         log.info("stopped")
 
     async def _serve_gateway(self) -> None:
@@ -122,6 +138,7 @@ class Supervisor:
     def _on_signal(self, number: signal.Signals) -> None:
         if self._stop.is_set():  # again: no more patience
             self._gateway.kill()
+            self._broker.kill()
             for service in self._services.values():
                 service.kill()
             return
@@ -134,8 +151,8 @@ class Supervisor:
         else:
             self._processes.remove(name)
 
-    def _gateway_changed(self, process: Process) -> None:
-        self._processes.set("gateway", process.pid, self._gateway_port)
+    def _standing_changed(self, name: str, process: Process) -> None:
+        self._processes.set(name, process.pid, self._ports[name])
 
 
 def _allow_many_connections() -> None:

@@ -1,6 +1,7 @@
 """Which base models are served, by whom and on what terms: records `models/<slug>/<n>`, of which the highest n wins."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ class ModelRecord(Record, frozen=True, kw_only=True):
 
     name: str  # what clients call it: a hub name, or the directory's path
     directory: str  # where its files lie, if clients on this machine may read them; else empty
-    tokenizer_id: str  # what the SDK gives to AutoTokenizer
+    tokenizer_id: str  # what AutoTokenizer takes on any machine; on this one, the directory does without a hub
     context: int  # tokens
     vocab: int
     arch: str
@@ -64,12 +65,18 @@ class Catalogue:
 
     async def serve_only(self, record: ModelRecord) -> None:
         """Publish this model, and say of all others that nobody serves them."""
+        await self.serve_exactly([record])
+
+    async def serve_exactly(self, records: Sequence[ModelRecord]) -> None:
+        """Publish these models, and say of all others that nobody serves them."""
+        names = {record.name for record in records}
         for other in await self.models():
-            if other.name != record.name:
+            if other.name not in names:
                 await self.publish(
                     msgspec.structs.replace(other, trainable=False, sampleable=False, train_step_url="", sample_url="")
                 )
-        await self.publish(record)
+        for record in records:
+            await self.publish(record)
 
     async def _newest(self) -> list[ModelRecord]:
         newest: dict[str, str] = {}
@@ -105,7 +112,7 @@ def record_of(directory: Path, name: str, *, dtype: str, train_step_url: str, sa
     return ModelRecord(
         name=name,
         directory=str(directory),
-        tokenizer_id=str(directory),
+        tokenizer_id=name,
         context=config.max_position_embeddings,
         vocab=config.vocab_size,
         arch=config.architectures[0],

@@ -12,6 +12,7 @@ from knapper.sandbox.pool import Ended, Order, Sandbox
 _TASKS = "knapper.rewards.tasks"
 _PROGRAMS = "knapper.rewards.programs"
 _EQUATIONS = "knapper.rewards.equations"
+_QUERIES = "knapper.rewards.queries"
 _judging_s = 3.0  # beyond the program's time, in which the tests do their own work
 
 
@@ -20,14 +21,16 @@ async def imports(term: Term, files: Mapping[str, str], sandbox: Sandbox) -> tup
     match term:
         case Code():
             order = Order(f"{_TASKS}:imports", {"code": files[term.code], "name": term.code}, term.timeout_s)
-            return tuple(await _value(order, sandbox=sandbox))
+            return (_TASKS, *await _value(order, preload=(_TASKS,), sandbox=sandbox))
         case Maths():
             return (_EQUATIONS,)
         case JsonSchema():
-            return ("jsonschema", "referencing")
+            return (_TASKS, "jsonschema", "referencing")
         case Sql():
-            return ("sqlite3",)
-    return ()
+            return (_QUERIES,)
+        case PythonTests():
+            return (_PROGRAMS,)
+    return (_TASKS,)
 
 
 async def value(
@@ -45,11 +48,11 @@ async def value(
             order = Order(f"{_TASKS}:user_code", arguments, term.timeout_s, rollout.id)
             return _number(await _value(order, preload=preload, sandbox=sandbox))
         case PythonTests():
-            return await _python_tests(term, rollout, sandbox)
+            return await _python_tests(term, rollout, preload, sandbox)
         case Regex():
             arguments = {"pattern": term.pattern, "text": part(term, rollout.completion), "whole": term.whole}
             order = Order(f"{_TASKS}:regex", arguments, term.timeout_s, reads=True)
-            return _number(await _value(order, sandbox=sandbox, sealed=False))
+            return _number(await _value(order, preload=preload, sandbox=sandbox, sealed=False))
         case JsonSchema():
             arguments = {"text": part(term, rollout.completion), "schema": files[term.json_schema]}
             order = Order(f"{_TASKS}:json_schema", arguments, term.timeout_s, reads=True)
@@ -78,7 +81,7 @@ def _sql(term: Sql, rollout: Rollout, files: Mapping[str, str]) -> tuple[Order, 
     arguments = {
         "script": files[term.database], "answer": answer, "ordered": term.ordered, "timeout_s": term.timeout_s,
     }  # fmt: skip
-    return _order_and_own(f"{_TASKS}:sql", arguments, term, rollout)
+    return _order_and_own(f"{_QUERIES}:sql", arguments, term, rollout)
 
 
 def _order_and_own(task: str, arguments: dict[str, Any], term: Maths | Sql, rollout: Rollout) -> tuple[Order, Order]:
@@ -102,7 +105,7 @@ async def _compared(order: Order, own: Order, preload: tuple[str, ...], sandbox:
     return _number(_checked(result))
 
 
-async def _python_tests(term: PythonTests, rollout: Rollout, sandbox: Sandbox) -> float:
+async def _python_tests(term: PythonTests, rollout: Rollout, preload: tuple[str, ...], sandbox: Sandbox) -> float:
     tests = rollout.answer
     if not isinstance(tests, str) and not (
         isinstance(tests, list) and tests and all(isinstance(t, str) for t in tests)
@@ -119,6 +122,7 @@ async def _python_tests(term: PythonTests, rollout: Rollout, sandbox: Sandbox) -
         await _value(
             Order(f"{_PROGRAMS}:program", program, within_s, rollout.id, ["program"]),
             Order(f"{_PROGRAMS}:tests", judged, within_s, rollout.id, ["code"]),
+            preload=preload,
             sandbox=sandbox,
         )
     )

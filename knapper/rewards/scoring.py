@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import msgspec
+
 from knapper import limits
 from knapper.errors import UserError
 from knapper.rewards import plain, sandboxed
@@ -46,11 +48,7 @@ async def score(reward: Reward, rollouts: Sequence[Rollout], *, sandbox: Sandbox
     `sandbox`: one that outlives the call, whose processes are warm; otherwise the call makes one and ends it.
     """
     for rollout in rollouts:
-        if len(rollout.completion) > limits.reward_text_chars_max:
-            raise RewardFailed(
-                rollout.id,
-                f"the completion has {len(rollout.completion)} characters; allowed: {limits.reward_text_chars_max}",
-            )
+        _check(rollout)
     own = sandbox or Sandbox()
     try:
         by_term = {label: await _values(term, reward, rollouts, own) for label, term in reward.terms.items()}
@@ -65,6 +63,19 @@ async def score(reward: Reward, rollouts: Sequence[Rollout], *, sandbox: Sandbox
             raise RewardFailed(rollout.id, f"the weighted sum is {value}; allowed: a finite number")
         scores.append(Score(value, parts))
     return scores
+
+
+def _check(rollout: Rollout) -> None:
+    """Raises RewardFailed for a text over its limit."""
+    try:
+        beside = len(msgspec.json.encode((rollout.prompt, rollout.answer)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RewardFailed(rollout.id, f"prompt and answer are not plain JSON: {error}") from error
+    for what, size in (("the completion", len(rollout.completion)), ("prompt and answer as JSON", beside)):
+        if size > limits.reward_text_chars_max:
+            raise RewardFailed(
+                rollout.id, f"{what}: {size} characters; allowed: at most {limits.reward_text_chars_max}"
+            )
 
 
 async def _values(term: Term, reward: Reward, rollouts: Sequence[Rollout], sandbox: Sandbox) -> list[float]:

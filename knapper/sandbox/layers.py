@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterable
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
 _CLONE_NEWUSER, _CLONE_NEWNET, _CLONE_NEWIPC = 0x10000000, 0x40000000, 0x08000000
 _NOBODY = 65534
 
@@ -63,6 +63,7 @@ def read_only_below(directories: Iterable[str]) -> str:
         beneath = _Beneath(allowed, parent)
         _libc.syscall(_ADD_RULE, rules, _PATH_BENEATH, ctypes.byref(beneath), 0)
         os.close(parent)
+    _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)  # without it only root may restrict itself
     failed = _libc.syscall(_RESTRICT_SELF, rules, 0)
     os.close(rules)
     return os.strerror(ctypes.get_errno()) if failed else ""

@@ -22,7 +22,7 @@ log = structlog.get_logger()
 _WARDEN = Path(__file__).with_name("warden.py")
 # Nothing of ours: no keys, no paths. One thread each, since cells cannot start any; a fixed hash order and time zone.
 _ENVIRONMENT = {
-    "LC_ALL": "C.UTF-8", "TZ": "UTC0", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1",
+    "LC_ALL": "C.UTF-8", "TZ": "UTC0", "PYTHONHASHSEED": "0",
     "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
 }  # fmt: skip
 _start_s_max = 60.0  # importing what the code names, on a slow disk
@@ -117,6 +117,11 @@ class Sandbox:
                 raise
             self._give_back(key, warden)
         return _result(answer, orders[-1].timeout_s)
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the wardens that live."""
+        return [warden.process.pid for warden in self._all]
 
     async def close(self) -> None:
         """End every warden, and with it every cell."""

@@ -121,28 +121,23 @@ def collect(pid: int, pipe: int, deadline: float) -> tuple[bytes, bytes]:
         else:
             output += chunk
             how = b"o" if len(output) > output_bytes_max else b""
-    if not how and not ended(pid, deadline):
-        how = b"t"  # it closed its pipe and goes on
     os.close(pipe)
-    if how:
+    code = None if how else ended(pid, deadline)
+    if code is None:  # its time is over, or it closed its pipe and goes on
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        return how, b""
-    return (b"e", output) if _status[0] == 0 else (b"s", str(os.waitstatus_to_exitcode(_status[0])).encode())
+        return how or b"t", b""
+    return (b"s", str(code).encode()) if code else (b"e", output)
 
 
-_status = [0]  # of the last cell that ended by itself
-
-
-def ended(pid: int, deadline: float) -> bool:
-    """Wait for a cell whose pipe is closed: that is its last act, unless it is up to something."""
-    while True:
-        done, _status[0] = os.waitpid(pid, os.WNOHANG)
+def ended(pid: int, deadline: float) -> int | None:
+    """The exit code of a cell whose pipe is closed: that is its last act, unless it is up to something. Then None."""
+    while time.monotonic() <= deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            return True
-        if time.monotonic() > deadline:
-            return False
+            return os.waitstatus_to_exitcode(status)
         time.sleep(0.0005)
+    return None
 
 
 def exactly(size: int) -> bytes:

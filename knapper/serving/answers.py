@@ -37,6 +37,17 @@ def error(error: KnapperError) -> Response:
     )
 
 
+def durable() -> Response:
+    """The work is in the store. Empty, or a Broker takes the body for an event, and delivers this one again."""
+    return Response(status_code=204)
+
+
+def is_event(request: Request) -> bool:
+    """Whether a CloudEvent came, in binary or in structured mode, and not a call."""
+    kind = request.headers.get("content-type", "")
+    return "ce-specversion" in request.headers or kind.startswith("application/cloudevents")
+
+
 async def stream(first: Frame, frames: AsyncIterator[Frame]) -> AsyncIterator[bytes]:
     """The frames as bytes, each at once. An error ends the stream early: what it said is durable all the same."""
     yield encode_frame(first)
@@ -63,8 +74,8 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
     except KnapperError:
         raise
     except Exception as defect:
-        log.exception("sampling failed")
-        raise KnapperError(f"sampling failed by a defect of the server: {defect!r}") from defect
+        log.exception("defect")
+        raise KnapperError(f"a defect of the server: {defect!r}") from defect
     finally:
         for waiting in (task, hung_up):
             waiting.cancel()

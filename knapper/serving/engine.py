@@ -13,7 +13,7 @@ import structlog
 import torch
 from tokenizers import Tokenizer
 
-from knapper import limits, telemetry
+from knapper import limits, metrics, telemetry
 from knapper.engine import peft_format, weights
 from knapper.engine.config import ModelConfig
 from knapper.engine.decoder import Decoder
@@ -24,9 +24,11 @@ from knapper.engine.machine import TrainingMachine
 from knapper.engine.sampler import Sampler
 from knapper.engine.training import RunState, Trainer
 from knapper.errors import InvalidField, NotFound
+from knapper.jobs.place import Place, open_place
 from knapper.journal import bundles
 from knapper.journal.records import Terms
 from knapper.journal.run import Holder
+from knapper.metrics import Reading
 from knapper.serving.residents import Residents
 from knapper.settings import Settings
 from knapper.store import Store
@@ -43,8 +45,11 @@ class Engine:
     """What a function needs to answer: runs to train, and a sampler."""
 
     base_model: str
+    directory: Path
+    context: int
     residents: Residents[RunState]
     sampler: Sampler
+    place: Place  # of jobs
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ def engine() -> Engine:
     settings = Settings.load(os.environ)
     telemetry.configure("engine", settings.log_level)
     began = time.monotonic()
+    if (age_s := metrics.process_age_s()) is not None:
+        metrics.cold_start_seconds.labels("import").observe(age_s)
     if not settings.model_directory:
         raise InvalidField("KNAPPER_MODEL_DIRECTORY", "", "the directory of the base model's files")
     if settings.threads:
@@ -86,7 +93,8 @@ def engine() -> Engine:
     decoder = Decoder(config, weights.load(directory, config, dtype, where))
     device = Device()
     atexit.register(device.close)  # torch aborts if the interpreter goes away under its thread
-    store = open_store(settings)
+    metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
+    store = metrics.CountedStore(open_store(settings))
     machine = TrainingMachine(Trainer(decoder), device, time.monotonic)
     terms = _terms(where, dtype)
     holder = Holder(f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}", "", terms)
@@ -100,18 +108,40 @@ def engine() -> Engine:
         threads=terms.threads,
         took_s=round(time.monotonic() - began, 2),
     )
+    sampler = Sampler(
+        decoder,
+        device,
+        adapters,
+        Tokenizer.from_file(str(directory / "tokenizer.json")),
+        slots_max=_SLOTS_MAX,
+        kv_tokens_max=max(config.context, _KV_BYTES_MAX // bytes_per_token(config, dtype)),
+    )
+    metrics.Readings(_readings(machine, sampler))
     return Engine(
         base_model=settings.model,
-        residents=Residents(store, machine, holder, time.time),
-        sampler=Sampler(
-            decoder,
-            device,
-            adapters,
-            Tokenizer.from_file(str(directory / "tokenizer.json")),
-            slots_max=_SLOTS_MAX,
-            kv_tokens_max=max(config.context, _KV_BYTES_MAX // bytes_per_token(config, dtype)),
-        ),
+        directory=directory,
+        context=config.context,
+        residents=Residents(store, metrics.CountedMachine(machine), holder, time.time),
+        sampler=sampler,
+        place=open_place(settings, store, time.time),
     )
+
+
+def _readings(machine: TrainingMachine, sampler: Sampler) -> list[Reading]:
+    passes, counts = machine.passes.counters, sampler.counters
+    return [
+        Reading("knapper_train_passes", "Passes of training.", lambda: passes.passes, counts=True),
+        Reading("knapper_train_rows", "Tokens that those computed.", lambda: passes.rows, counts=True),
+        Reading("knapper_train_shares", "Requests in those: over passes, how full one is.", lambda: passes.shares,
+                counts=True),
+        Reading("knapper_train_waiting", "Requests that wait for a pass.", lambda: machine.passes.waiting),
+        Reading("knapper_prefilled_tokens", "Prompt tokens computed.", lambda: counts.prefilled_tokens, counts=True),
+        Reading("knapper_sampled_tokens", "Tokens sampled.", lambda: counts.decoded_tokens, counts=True),
+        Reading("knapper_sample_steps", "Decoding steps: tokens over steps is how full one is.", lambda: counts.steps,
+                counts=True),
+        Reading("knapper_sample_slots", "Texts that decode now.", lambda: sampler.active),
+        Reading("knapper_sample_slots_max", "Texts that can decode at once.", lambda: _SLOTS_MAX),
+    ]  # fmt: skip
 
 
 def _dtype(setting: str, device: torch.device) -> torch.dtype:

@@ -14,9 +14,9 @@ from typing import Generic
 import msgspec
 import structlog
 
-from knapper import limits
+from knapper import limits, metrics
 from knapper.errors import KnapperError, Unavailable
-from knapper.events import Bell, Claimed, Committed, Done, Frame
+from knapper.events import Claimed, Committed, Done, Frame
 from knapper.ids import RunId
 from knapper.journal.machine import Machine, State
 from knapper.journal.records import Commit
@@ -54,28 +54,28 @@ class Residents(Generic[State]):
         self._residents: OrderedDict[RunId, _Resident[State]] = OrderedDict()
         self._claims = itertools.count(1)
 
-    async def answer(self, bell: Bell) -> AsyncIterator[Frame]:
-        """Work on the bell's run for a slice.
+    async def answer(self, of: RunId) -> AsyncIterator[Frame]:
+        """Work on the run for a slice.
 
         Yield each commit as it becomes durable. Raises KnapperError: ring again, unless the user's.
 
         The work goes on to the end of the operation even if nobody reads; what is durable is found in the store.
         """
-        resident = self._resident(bell.run)
+        resident = self._resident(of)
         async with resident.lock:
             if resident.settle is not None:
                 resident.settle.cancel()
             try:
-                run = await self._claimed(bell.run, resident)
+                run = await self._claimed(of, resident)
                 yield Claimed(epoch=run.epoch)
                 async for frame in self._slice(run, resident):
                     yield frame
             except Unavailable as error:
                 # The same claim goes on with the next bell: it counts what fails again and again.
-                log.warning("slice broken off", run=bell.run, code=error.code, reason=str(error))
+                log.warning("slice broken off", run=of, code=error.code, reason=str(error))
                 raise
             except KnapperError as error:
-                log.warning("run dropped from memory", run=bell.run, code=error.code, reason=str(error))
+                log.warning("run dropped from memory", run=of, code=error.code, reason=str(error))
                 resident.run = None
                 raise
 
@@ -94,6 +94,7 @@ class Residents(Generic[State]):
             began = self._clock()
             holder = replace(self._holder, name=f"{self._holder.name}/{next(self._claims)}")
             resident.run = await Run.claim(self._store, run, self._machine, holder, self._clock)
+            metrics.replayed_seconds.inc(resident.run.replay_cost_s)
             log.info(
                 "claimed", run=run, epoch=resident.run.epoch, applied=resident.run.applied,
                 replayed_s=round(resident.run.replay_cost_s, 2), took_s=round(self._clock() - began, 2),
@@ -108,7 +109,8 @@ class Residents(Generic[State]):
         return resident.run
 
     async def _slice(self, run: Run[State], resident: _Resident[State]) -> AsyncIterator[Frame]:
-        end = self._clock() + limits.slice_s
+        now = asyncio.get_running_loop().time  # the clock of the day may step, and a slice stays one
+        end = now() + limits.slice_s
         committed: asyncio.Queue[Frame | None] = asyncio.Queue()
 
         async def publish(n: int, commit: Commit) -> None:
@@ -116,10 +118,10 @@ class Residents(Generic[State]):
 
         async def work() -> bool:
             try:
-                while self._clock() < end:
+                while now() < end:
                     if run.must_snapshot:
                         await self._snapshot(run, resident)
-                    if not await run.apply_pending(lambda: self._clock() >= end, publish):
+                    if not await run.apply_pending(lambda: now() >= end, publish):
                         return False
                 return True
             finally:
@@ -132,7 +134,7 @@ class Residents(Generic[State]):
             more = await task
         finally:
             if not task.done():  # the reader left: finish the operation under way, then let go
-                end = self._clock()
+                end = now()
                 with suppress(KnapperError):
                     await asyncio.shield(task)
         if run.wants_snapshot:

@@ -8,6 +8,7 @@ import errno
 import itertools
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from knapper.errors import StoreError
@@ -68,7 +69,8 @@ class DirectoryStore:
         except OSError as error:
             raise _explained(error, f"write {path}") from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # what is left here is forgotten at the next start
+                temporary.unlink(missing_ok=True)
 
     def _get(self, path: Path) -> bytes | None:
         try:

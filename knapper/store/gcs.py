@@ -34,9 +34,7 @@ _POINTER = b"knapper parts 1\n"  # how a pointer begins; whatever else begins so
 _WRITER, _ID, _COUNT, _OF = "knapper-writer", "knapper-parts", "knapper-count", "knapper-of"  # metadata of objects
 _AT_ONCE, _PARTS_AT_ONCE = 32, 8  # requests; parts have threads of their own: no commit waits behind a snapshot
 _TIMEOUT_S = (5.0, 30.0)  # to connect, and between bytes
-# The library's policy, with less patience than clients have: who calls the store tries again anyway.
-_AGAIN = retry.DEFAULT_RETRY.with_delay(initial=0.2, maximum=4.0, multiplier=2.0).with_timeout(20.0)
-_AGAIN_IF_CONDITIONAL = retry.ConditionalRetryPolicy(_AGAIN, retry.is_generation_specified, ["query_params"])
+_PATIENCE_S = 20.0  # of the retries of one request; clients have more, and who calls the store tries again anyway
 _FAILURES = (
     GoogleAPIError, GoogleAuthError, InvalidResponse, DataCorruption, requests.RequestException, HTTPError, OSError,
 )  # fmt: skip
@@ -54,7 +52,10 @@ class _Pointer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def connect() -> storage.Client:
     """A client with the credentials of this machine; of the emulator at STORAGE_EMULATOR_HOST, and then anonymous."""
-    client = storage.Client()
+    client = storage.Client(project=None)  # buckets are found without one, and credentials may not name any
+    # For spans, it would ask about the bucket in the background, and again after each missing object; those are many,
+    # and asking takes a permission that nothing else here needs.
+    client._bucket_metadata_cache = None
     # The library's session keeps ten connections, and would open and close all others for each request.
     adapter = HTTPAdapter(pool_connections=2, pool_maxsize=_AT_ONCE + _PARTS_AT_ONCE)
     client._http.mount("https://", adapter)
@@ -68,12 +69,14 @@ class GcsStore:
     Nothing is connected before the first verb.
     """
 
-    def __init__(
-        self, bucket: str, prefix: str, new_id: Callable[[], str], connect: Callable[[], storage.Client] = connect
-    ) -> None:
+    def __init__(self, bucket: str, prefix: str, new_id: Callable[[], str], patience_s: float = _PATIENCE_S) -> None:
         self._bucket_name, self._prefix = bucket, prefix
         self._new_id = new_id
-        self._connect = connect
+        # The library's policies. Uploads have a condition; reads and deletes can be repeated without one.
+        self._again = retry.DEFAULT_RETRY.with_delay(0.2, 4.0, 2.0).with_timeout(patience_s)
+        self._again_if_conditional = retry.ConditionalRetryPolicy(
+            self._again, retry.is_generation_specified, ["query_params"]
+        )
         self._connecting = threading.Lock()
         self._connected: storage.Bucket | None = None
         self._seen = False  # whether the bucket is known to exist
@@ -91,6 +94,10 @@ class GcsStore:
 
     async def delete(self, name: str) -> None:
         await self._run(self._delete, self._checked(name))
+
+    async def forget_torn_writes(self, now: float) -> int:
+        """Delete parts that no object needs, older than seven days: their writers died. Return how many."""
+        return await self._run(self._forget_torn_writes, now)
 
     async def _run(self, verb: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, verb, *arguments)
@@ -132,21 +139,23 @@ class GcsStore:
             blob.metadata = {_WRITER: mark, **metadata}
             blob.upload_from_string(
                 data, "application/octet-stream", if_generation_match=0, checksum="crc32c", timeout=_TIMEOUT_S,
-                retry=_AGAIN_IF_CONDITIONAL,
+                retry=self._again_if_conditional,
             )  # fmt: skip
             self._seen = True
             return True
         except PreconditionFailed:  # by another's object, or by our own, if its answer was lost and we tried again
             return self._writer(name) == mark
+        except (NotFound, Forbidden, Unauthorized) as error:
+            self._explain(error, f"write {name}")
         except _FAILURES as error:
-            if not isinstance(error, NotFound | Forbidden | Unauthorized) and self._writer(name) == mark:
-                return True
+            if (winner := self._writer(name)) is not None:
+                return winner == mark
             self._explain(error, f"write {name}")
 
     def _writer(self, name: str) -> str | None:
         """Who wrote the object: the mark, empty for one without; None if there is no object."""
         try:
-            found = self._bucket().get_blob(self._prefix + name, timeout=_TIMEOUT_S, retry=_AGAIN)
+            found = self._bucket().get_blob(self._prefix + name, timeout=_TIMEOUT_S, retry=self._again)
         except _FAILURES as error:
             self._explain(error, f"find out who wrote {name}")
         return None if found is None else (found.metadata or {}).get(_WRITER, "")
@@ -156,7 +165,10 @@ class GcsStore:
             data = self._download(name)
             if data is None or not data.startswith(_POINTER):
                 return data
-            pointer = msgspec.msgpack.decode(data[len(_POINTER) :], type=_Pointer)
+            try:
+                pointer = msgspec.msgpack.decode(data[len(_POINTER) :], type=_Pointer)
+            except msgspec.DecodeError as error:
+                raise Corrupt(f"object {name} is a damaged pointer to parts: {error}") from error
             pieces = [*self._part_threads.map(self._download, _names(pointer.id, pointer.count))]
             if None in pieces:
                 if self._download(name) != data:
@@ -169,7 +181,7 @@ class GcsStore:
 
     def _download(self, name: str) -> bytes | None:
         try:
-            data: bytes = self._blob(name).download_as_bytes(checksum="auto", timeout=_TIMEOUT_S, retry=_AGAIN)
+            data: bytes = self._blob(name).download_as_bytes(checksum="auto", timeout=_TIMEOUT_S, retry=self._again)
         except NotFound:
             self._expect_bucket()
             return None
@@ -188,7 +200,7 @@ class GcsStore:
                 page_size=min(limit + 1, 1000) if limit else None,
                 fields="items(name),nextPageToken",
                 timeout=_TIMEOUT_S,
-                retry=_AGAIN,
+                retry=self._again,
             ):
                 name = blob.name[own:]
                 if name > start_after and not name.startswith(_PARTS):
@@ -202,7 +214,7 @@ class GcsStore:
 
     def _delete(self, name: str) -> None:
         try:
-            found = self._bucket().get_blob(self._prefix + name, timeout=_TIMEOUT_S, retry=_AGAIN)
+            found = self._bucket().get_blob(self._prefix + name, timeout=_TIMEOUT_S, retry=self._again)
             if found is None:
                 self._expect_bucket()
                 return
@@ -221,9 +233,28 @@ class GcsStore:
     def _delete_blob(self, name: str) -> None:
         """Again and again is safe without a condition: a name that was deleted is never used for anything else."""
         try:
-            self._blob(name).delete(timeout=_TIMEOUT_S, retry=_AGAIN)
+            self._blob(name).delete(timeout=_TIMEOUT_S, retry=self._again)
         except NotFound:
             pass
+
+    def _forget_torn_writes(self, now: float) -> int:
+        torn: dict[tuple[str, str], Names] = {}  # by their object's name, and their pointer's id
+        try:
+            for blob in self._bucket().list_blobs(
+                prefix=self._prefix + _PARTS, fields="items(name,metadata,timeCreated),nextPageToken",
+                timeout=_TIMEOUT_S, retry=self._again,
+            ):  # fmt: skip
+                name = blob.name.removeprefix(self._prefix)
+                if now - blob.time_created.timestamp() > limits.collect_after_s:
+                    torn.setdefault(((blob.metadata or {}).get(_OF, ""), name.split("/")[1]), []).append(name)
+            for owner, pointer_id in torn:
+                found = self._bucket().get_blob(self._prefix + owner, timeout=_TIMEOUT_S, retry=self._again)
+                if found is not None and (found.metadata or {}).get(_ID) == pointer_id:
+                    torn[owner, pointer_id] = []
+                list(self._part_threads.map(self._delete_blob, torn[owner, pointer_id]))
+        except _FAILURES as error:
+            self._explain(error, f"sweep {_PARTS}")
+        return sum(map(len, torn.values()))
 
     def _blob(self, name: str) -> storage.Blob:
         return self._bucket().blob(self._prefix + name)
@@ -231,7 +262,7 @@ class GcsStore:
     def _bucket(self) -> storage.Bucket:
         with self._connecting:
             if self._connected is None:
-                self._connected = self._connect().bucket(self._bucket_name)
+                self._connected = connect().bucket(self._bucket_name)
             return self._connected
 
     def _expect_bucket(self) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from secrets import token_hex  # noqa: TID251 - marks of writers: never replayed, and unlike those of all other processes
+from typing import Protocol, runtime_checkable
 
 from knapper.errors import InvalidField
 from knapper.settings import Settings, variable
@@ -9,7 +10,19 @@ from knapper.store import Store
 from knapper.store.directory import DirectoryStore
 
 _BUCKET = re.compile(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])((?:/[A-Za-z0-9][A-Za-z0-9._-]{0,63}){0,4})/?")
-_ALLOWED = "empty (the directory store below KNAPPER_DATA), or gs://BUCKET or gs://BUCKET/PREFIX"
+_ALLOWED = "empty (a directory below KNAPPER_DATA), or gs://BUCKET or gs://BUCKET/PREFIX"
+
+
+@runtime_checkable
+class _Leaving(Protocol):
+    """A store in which a writer that dies leaves something behind."""
+
+    async def forget_torn_writes(self, now: float) -> int: ...
+
+
+async def forget_torn_writes(store: Store, now: float) -> int:
+    """Delete what writers that died a week ago left in the store, which nothing refers to. Return how many objects."""
+    return await store.forget_torn_writes(now) if isinstance(store, _Leaving) else 0
 
 
 def open_store(settings: Settings) -> Store:
@@ -19,15 +32,23 @@ def open_store(settings: Settings) -> Store:
     """
     if not settings.store:
         return DirectoryStore(settings.store_directory)
-    match = _BUCKET.fullmatch(settings.store)
+    bucket, prefix = bucket_of("store", settings.store)
+    from knapper.store.gcs import GcsStore
+
+    return GcsStore(bucket, prefix, lambda: token_hex(16))
+
+
+def bucket_of(setting: str, address: str) -> tuple[str, str]:
+    """(bucket, prefix with its slash) of `gs://BUCKET/PREFIX`. Raises InvalidField, also without its client."""
+    match = _BUCKET.fullmatch(address)
     if match is None:
-        raise InvalidField(variable("store"), settings.store, _ALLOWED)
+        raise InvalidField(variable(setting), address, _ALLOWED)
     try:
-        from knapper.store.gcs import GcsStore
+        import knapper.store.gcs  # noqa: F401  only to see whether it is there
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("google"):
             raise
         raise InvalidField(
-            variable("store"), settings.store, "a bucket only with the extra gcp", "pip install 'knapper[gcp]'"
+            variable(setting), address, "a bucket only with the extra gcp", "pip install 'knapper[gcp]'"
         ) from error
-    return GcsStore(match[1], match[2].removeprefix("/") + "/" if match[2] else "", lambda: token_hex(16))
+    return match[1], match[2].removeprefix("/") + "/" if match[2] else ""

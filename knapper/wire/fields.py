@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta
 
 from knapper import limits
+from knapper.errors import InvalidField
 
 Id = Annotated[str, Meta(min_length=1, max_length=200)]
 Text = Annotated[str, Meta(max_length=1024)]
@@ -20,6 +21,18 @@ Labels = dict[str, str]
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all."""
+
+
+AccessToken = Annotated[str, Meta(max_length=4096)]
+
+
+def expect_no_access_token(token: str | None) -> None:
+    """Raises InvalidField for one, without showing it."""
+    if token is not None:
+        raise InvalidField(
+            "weights_access_token", "(not shown)", "none: this server has no access tokens for weights",
+            "The checkpoint's owner can publish it (`tinker checkpoint publish`), and then anyone's key loads it",
+        )  # fmt: skip
 
 
 def encode(request: Request) -> bytes:

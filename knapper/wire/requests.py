@@ -12,7 +12,20 @@ from knapper import ids, limits
 from knapper.errors import InvalidField, TooLarge
 from knapper.ids import RunId, SessionId
 from knapper.wire import types
-from knapper.wire.fields import Id, Labels, Number, Path, Request, Seed, Seq, Text, Ttl, encode
+from knapper.wire.fields import (
+    AccessToken,
+    Id,
+    Labels,
+    Number,
+    Path,
+    Request,
+    Seed,
+    Seq,
+    Text,
+    Ttl,
+    encode,
+    expect_no_access_token,
+)
 from knapper.wire.json import decode
 
 __all__ = [
@@ -201,15 +214,12 @@ class LoadWeights(Request, frozen=True, kw_only=True):
     base_model: Path | None = None
     user_metadata: dict[str, Any] | None = None
     optimizer_config: dict[str, Any] | None = None
-    weights_access_token: Annotated[str, Meta(max_length=4096)] | None = None
+    weights_access_token: AccessToken | None = None
     type: Literal["load_weights"] = "load_weights"
 
     def creates(self) -> RunId | None:
         """The run that it creates, or None for a load into an existing one. Raises InvalidField."""
-        if self.weights_access_token is not None:
-            raise InvalidField(
-                "weights_access_token", "(not shown)", "none: this server has no access tokens for weights"
-            )
+        expect_no_access_token(self.weights_access_token)
         _only_adamw("optimizer_config", self.optimizer_config)
         if (
             self.session_id is not None

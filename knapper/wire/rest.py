@@ -12,7 +12,7 @@ from msgspec import Meta
 from knapper import ids, limits
 from knapper.errors import InvalidField
 from knapper.ids import RunId
-from knapper.wire.fields import Id, Labels, Number, Path, Request, Text, Ttl
+from knapper.wire.fields import AccessToken, Id, Labels, Number, Path, Request, Text, Ttl
 
 Scope = Literal["owned", "accessible"]  # a tenant may read what it owns, so both mean the same here
 Offset = Annotated[int, Meta(ge=0, le=10**9)]
@@ -59,7 +59,7 @@ class CopyWeights(Request, frozen=True, kw_only=True):
     model_seq_id: Number | None = None
     destination_project_id: Project | None = None
     ttl_seconds: Ttl | None = None
-    weights_access_token: Annotated[str, Meta(max_length=4096)] | None = None
+    weights_access_token: AccessToken | None = None
 
     def run(self) -> RunId | None:
         """The run that it names, or None if it names a project, in which a session is made. Raises InvalidField."""

@@ -21,6 +21,9 @@ from knapper.store.directory import DirectoryStore
 from tests.conformance import data
 from tests.conformance.server import Server
 from tests.engine.tiny import tiny_model
+from tests.store.emulator import gcs
+
+__all__ = ["gcs"]
 
 os.environ.setdefault("TINKER_TELEMETRY", "0")
 

@@ -1,11 +1,17 @@
 """What a researcher would run: one loop, no except in it. Prints a line a step, then the hash of what was trained."""
 
+import asyncio
 import hashlib
 import sys
-from pathlib import Path
 
 import tinker
 from tinker import types
+
+from knapper.checkpoints import Checkpoints
+from knapper.ids import LOCAL_TENANT, TinkerPath
+from knapper.journal import bundles
+from knapper.settings import Settings
+from knapper.store.opening import open_store
 
 
 def tokens(seed: int, length: int = 12) -> list[int]:
@@ -20,7 +26,7 @@ def datum(seed: int) -> types.Datum:
     )
 
 
-def main(url: str, model: str, data: Path, steps: int) -> None:
+def main(url: str, model: str, store: str, steps: int) -> None:
     service = tinker.ServiceClient(base_url=url, api_key="tml-local")
     training = service.create_lora_training_client(model, rank=4, seed=1).result()
     print(f"run {training.model_id}", flush=True)
@@ -42,18 +48,22 @@ def main(url: str, model: str, data: Path, steps: int) -> None:
         print(f"step {step}", flush=True)
     path = training.save_state("final").result().path
     service.close("success").result()
+    trained = asyncio.run(digest_of(store, path))
+    print(f"trained {trained} answered {answered.hexdigest()}", flush=True)
+
+
+async def digest_of(address: str, path: str) -> str:
+    """SHA-256 of a checkpoint's files, as the store has them: weights, moments and step count."""
+    where = "KNAPPER_STORE" if address.startswith("gs://") else "KNAPPER_DATA"
+    store = open_store(Settings.load({where: address}))
+    checkpoint = await Checkpoints(store, lambda: 0.0).resolve(TinkerPath.parse(path), LOCAL_TENANT)
+    _, files = await bundles.read(store, checkpoint.bundle)
     whole = hashlib.sha256()
-    for file in files_of(data, path):
-        whole.update(file.name.encode() + file.read_bytes())
-    print(f"trained {whole.hexdigest()} answered {answered.hexdigest()}", flush=True)
-
-
-def files_of(data: Path, path: str) -> list[Path]:
-    """The files of a checkpoint, where the directory store keeps them: weights, moments and step count."""
-    run = path.removeprefix("tinker://").partition("/")[0]
-    newest = max((data / "store" / "adapters" / run).iterdir(), key=lambda each: each.name.partition("-")[0])
-    return sorted(file for file in newest.iterdir() if file.suffix == ".safetensors")
+    for name, content in sorted(files.items()):
+        if name.endswith(".safetensors"):
+            whole.update(name.encode() + content)
+    return whole.hexdigest()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))

@@ -23,6 +23,13 @@ def test_the_reinforcement_example_runs(server: Server) -> None:
     assert all(0 <= reward <= 1 for reward in rewards)
 
 
+def test_the_reinforcement_example_with_rewards_of_the_server_runs(server: Server) -> None:
+    rewards = lines_of("rl_server_rewards", server)
+    assert len(rewards) == 8
+    assert all(0 <= reward <= 1.1 for reward in rewards)
+    assert max(rewards) > 0  # something was scored: no answer at all is worth nothing
+
+
 def test_the_supervised_example_learns(server: Server) -> None:
     losses = lines_of("sft_chat", server)
     assert len(losses) == 15

@@ -21,7 +21,7 @@ def test_whoever_waits_behind_a_missing_operation_is_told_which(server: Server, 
         service.close("success").result()
         while (answer := http.post("/api/v1/retrieve_future", json={"request_id": promise})).status_code == 408:
             pass
-        assert answer.json()["metrics"]["step"] == 1.0
+        assert answer.json()["metrics"]["optimizer_steps"] == 1.0
         missing = http.post("/api/v1/retrieve_future", json={"request_id": promise[:-1] + "1"}).json()
         assert missing["category"] == "user"
         assert "never arrived" in missing["error"]

@@ -3,11 +3,15 @@
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 import tinker
 
+from knapper.ids import Tenant
+from knapper.keys import Keys
 from tests.conformance.server import Server
 from tests.conformance.test_auth import run as tinker_command
+from tests.gateway.running import gateway
 from tests.security.test_keys import knapper
 
 
@@ -42,3 +46,24 @@ def test_a_server_with_keys_from_the_command_line_on(model: Path, tmp_path: Path
     for secret in (alice, bob):
         assert secret not in server.log()
         assert not [path for path in data.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+
+
+def test_a_proxy_on_this_machine_lets_nobody_else_in(server: Server) -> None:
+    """A server without keys believes a proxy beside it, which names its client, and refuses who is elsewhere."""
+    url = f"{server.url}/api/v1/get_server_capabilities"
+    for forwarded, status in (("", 200), ("127.0.0.1", 200), ("10.0.0.7", 401), ("127.0.0.1, 10.0.0.7", 401)):
+        headers = {"X-API-Key": "tml-local"} | ({"X-Forwarded-For": forwarded} if forwarded else {})
+        assert httpx.get(url, headers=headers, trust_env=False).status_code == status, forwarded
+
+
+def test_with_tokens_the_sdk_says_whose_it_is_and_ends_with_its_key() -> None:
+    with gateway(keys=True, jwt=True) as running:
+        keys = Keys(running.store, time.time)
+        key, record = running.run(keys.create(Tenant("alice"), "", lambda: "0" * 64))
+        client = tinker.RestClient(base_url=running.url, api_key=key)
+        assert client.whoami().result().org_urn == "tml:organization:alice"
+        assert client.get_server_capabilities().result().supported_models
+        running.run(keys.revoke(record.id))
+        time.sleep(1.0)
+        with pytest.raises(tinker.AuthenticationError, match="was revoked"):
+            client.get_server_capabilities().result()

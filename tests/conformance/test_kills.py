@@ -16,15 +16,16 @@ import pytest
 
 from tests.conformance.server import Server, wait_until
 from tests.engine.tiny import tiny_model
+from tests.store.emulator import Emulator
 
 SEED = int(os.environ.get("KILL_SEED", "1"))
 ISOLATED = ("train_step", "gateway", "sample", "supervisor")
 SHARED = ("engine", "gateway", "engine", "supervisor")
 
 
-def client(server: Server, model: Path, steps: int) -> Iterator[str]:
+def client(server: Server, model: Path, steps: int, store: str = "") -> Iterator[str]:
     """The lines that the client prints, as it prints them."""
-    command = [sys.executable, "-m", "tests.conformance.kill_client", server.url, str(model), str(server.data)]
+    command = [sys.executable, "-m", "tests.conformance.kill_client", server.url, str(model), store or str(server.data)]
     process = subprocess.Popen([*command, str(steps)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -40,8 +41,13 @@ def client(server: Server, model: Path, steps: int) -> Iterator[str]:
         process.stderr.close()
 
 
-def kill_often(tmp_path: Path, kills: int, steps: int, processes: tuple[str, ...], *flags: str) -> None:
-    """Run the loop undisturbed, then again with `kills` kills spread over it, and compare all that came out."""
+def kill_often(
+    tmp_path: Path, kills: int, steps: int, processes: tuple[str, ...], *flags: str, bucket: str = ""
+) -> None:
+    """Run the loop undisturbed, then again with `kills` kills spread over it, and compare all that came out.
+
+    The undisturbed one keeps its store in a directory; the other too, or in the `bucket`.
+    """
     model = tiny_model(tmp_path / "a" / "model" / "tiny")
     with Server.start(model, tmp_path / "calm", *flags) as server:
         calm = list(client(server, model, steps))[-1]
@@ -49,9 +55,9 @@ def kill_often(tmp_path: Path, kills: int, steps: int, processes: tuple[str, ...
     roles = [processes[n % len(processes)] for n in range(kills)]
     due = sorted(draw.sample(range(1, steps), kills) if kills < steps else range(1, kills + 1))
     killed: list[str] = []
-    with Server.start(model, tmp_path / "wild", *flags) as server:
+    with Server.start(model, tmp_path / "wild", *flags, settings={"KNAPPER_STORE": bucket}) as server:
         last = ""
-        for line in client(server, model, steps):
+        for line in client(server, model, steps, bucket):
             last = line
             while due and line == f"step {due[0] - 1}":
                 due.pop(0)
@@ -77,6 +83,23 @@ def kill(server: Server, role: str) -> str:
 @pytest.mark.timeout(400)
 def test_twenty_kills_of_every_process_change_not_one_bit(tmp_path: Path) -> None:
     kill_often(tmp_path, 20, 24, ISOLATED, "--isolated")
+
+
+@pytest.mark.timeout(400)
+def test_ten_kills_over_a_bucket_give_what_a_directory_gives(
+    tmp_path: Path, gcs: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs.url)
+    kill_often(tmp_path, 10, 12, SHARED, bucket=f"gs://{gcs.make_bucket()}/kills")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_hundred_kills_over_a_bucket_give_what_a_directory_gives(
+    tmp_path: Path, gcs: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs.url)
+    kill_often(tmp_path, 100, 110, SHARED, bucket=f"gs://{gcs.make_bucket()}/kills")
 
 
 @pytest.mark.long

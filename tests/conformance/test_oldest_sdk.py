@@ -32,7 +32,11 @@ def oldest(server: Server, model: Path) -> dict[str, Any]:
     assert ran.returncode == 0, ran.stderr[-4000:]
     found: dict[str, Any] = json.loads(ran.stdout)
     assert found["version"] == VERSION
-    return found
+    return found | {"terminal": ran.stderr}
+
+
+def test_its_user_is_told_once_that_it_is_old(oldest: dict[str, Any]) -> None:
+    assert oldest["terminal"].count(f"tinker {VERSION} sends data as JSON") == 1
 
 
 def test_it_trains_as_the_newest_does(oldest: dict[str, Any], service: tinker.ServiceClient, model: Path) -> None:

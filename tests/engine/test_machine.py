@@ -109,7 +109,7 @@ def test_answers_are_what_the_client_reads(machine: TrainingMachine) -> None:
         assert stepped.content_type == "application/json"
         metrics = json.loads(stepped.body)["metrics"]
         assert metrics["learning_rate"] == 1e-2
-        assert metrics["step"] == 1.0
+        assert metrics["optimizer_steps"] == 1.0
         assert stepped.state.moments.step == 1
 
     run(story())

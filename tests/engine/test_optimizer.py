@@ -47,7 +47,8 @@ def test_steps_equal_torch_adamw_with_values_that_change_every_step(clip: float)
         weights, moments, metrics = step(weights, grads, moments, values)
         torch.testing.assert_close(weights, parameter.detach(), rtol=1e-6, atol=1e-7)
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-6)
-        assert metrics["step"] == moments.step == index + 1
+        assert metrics["optimizer_steps"] == moments.step == index + 1
+        assert "step" not in metrics, "the name of a training loop's own count, which this would overwrite"
         assert metrics["learning_rate"] == values.learning_rate
 
 

@@ -27,8 +27,8 @@ _merges: Final = [
 ]  # Ġ is how ByteLevel writes a space
 
 
-def tiny_model(directory: Path, *, seed: int = 0, kind: Kind = "llama") -> Path:
-    """`directory`, now holding a model: 2 layers, hidden 64, 4 heads over 2, context 512, a byte-level BPE tokenizer.
+def tiny_model(directory: Path, *, seed: int = 0, kind: Kind = "llama", context: int = context) -> Path:
+    """`directory`, now holding a model: 2 layers, hidden 64, 4 heads over 2, a byte-level BPE tokenizer.
 
     Weights are drawn from `seed`, large enough that attention and every layer matter to the logits.
     """
@@ -38,8 +38,8 @@ def tiny_model(directory: Path, *, seed: int = 0, kind: Kind = "llama") -> Path:
     vocab_size, begin, end = tokenizer.get_vocab_size(), tokenizer.token_to_id(bos), tokenizer.token_to_id(eos)
     assert begin is not None
     assert end is not None
-    _write(directory / "tokenizer_config.json", _tokenizer_config())
-    _write(directory / "config.json", _config(kind, vocab_size, begin, end))
+    _write(directory / "tokenizer_config.json", _tokenizer_config(context))
+    _write(directory / "config.json", _config(kind, vocab_size, begin, end, context))
     _write(directory / "generation_config.json", {"eos_token_id": end})
     save_file(_weights(kind, vocab_size, seed), directory / "model.safetensors", metadata={"format": "pt"})
     return directory
@@ -63,7 +63,7 @@ def _tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _tokenizer_config() -> dict[str, object]:
+def _tokenizer_config(context: int) -> dict[str, object]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
@@ -72,7 +72,7 @@ def _tokenizer_config() -> dict[str, object]:
     }
 
 
-def _config(kind: Kind, vocab_size: int, begin: int, end: int) -> dict[str, object]:
+def _config(kind: Kind, vocab_size: int, begin: int, end: int, context: int) -> dict[str, object]:
     qwen3 = kind == "qwen3"
     return {
         "architectures": ["Qwen3ForCausalLM" if qwen3 else "LlamaForCausalLM"],

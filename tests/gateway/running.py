@@ -26,7 +26,7 @@ from knapper.wire import proto
 from knapper.wire.types import Datum, ForwardBackward
 
 MODEL = ModelRecord(
-    name="tiny/model", directory="/models/tiny/model/x", tokenizer_id="/models/tiny/model/x", context=512, vocab=300,
+    name="tiny/model", directory="/models/tiny/model/x", tokenizer_id="tiny/model", context=512, vocab=300,
     arch="llama", dtype="float32", trainable=True, sampleable=True, train_step_url="", sample_url="",
 )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """What is accepted is stored before it is promised, in any order, once; what is wrong fails in its future."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +8,8 @@ import httpx
 import pytest
 
 from knapper import limits
+from knapper.ids import LOCAL_TENANT
+from knapper.keys import Keys
 from knapper.wire import zstd
 from tests.gateway.running import MODEL, Running, create_model, fwdbwd, gateway
 
@@ -87,8 +90,24 @@ def test_a_model_may_be_named_by_its_directory(running: Running) -> None:
     run = running.post("create_model", create_model(running.session(), base_model=MODEL.directory))["model_id"]
     info = running.post("get_info", {"model_id": run, "type": "get_info"})
     assert info["model_name"] == MODEL.name
-    assert info["model_data"] == {"arch": "llama", "model_name": MODEL.name, "tokenizer_id": MODEL.tokenizer_id}
+    assert info["model_data"] == {"arch": "llama", "model_name": MODEL.name, "tokenizer_id": MODEL.directory}
     assert (info["is_lora"], info["lora_rank"], info["model_id"]) == (True, 4, run)
+
+
+def test_a_client_elsewhere_hears_the_tokenizer_s_name_and_no_directory_of_the_server() -> None:
+    with gateway(keys=True) as running:
+        key = running.run(Keys(running.store, time.time).create(LOCAL_TENANT, "", lambda: "0" * 64))[0]
+        running.http.headers["X-API-Key"] = key
+        run = running.make_run()
+
+        async def ask(host: str) -> str:
+            transport = httpx.ASGITransport(running.app, client=(host, 40000))
+            async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+                answer = await client.post("/api/v1/get_info", json={"model_id": run}, headers={"X-API-Key": key})
+            return str(answer.raise_for_status().json()["model_data"]["tokenizer_id"])
+
+        assert running.run(ask("127.0.0.1")) == MODEL.directory
+        assert running.run(ask("10.0.0.7")) == MODEL.name
 
 
 def test_a_seed_that_was_not_chosen_differs_between_runs_and_not_between_retries(running: Running) -> None:

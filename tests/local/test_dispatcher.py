@@ -15,10 +15,10 @@ from tests.local.work import dispatching, gone, make_root, until
 def test_the_first_request_starts_the_process_and_the_next_ones_find_it(tmp_path: Path) -> None:
     async def story() -> None:
         async with dispatching(make_root(tmp_path)) as world:
-            assert (await world.client.get("/")).json() == {"engine": "stopped"}
+            assert (await world.client.get("/")).json() == {"engine": "stopped", "reward": "stopped"}
             pids = await asyncio.gather(*(world.pid() for _ in range(8)))
             assert len({*pids, await world.pid("/sample")}) == 1
-            assert (await world.client.get("/")).json() == {"engine": "running"}
+            assert (await world.client.get("/")).json() == {"engine": "running", "reward": "stopped"}
 
     asyncio.run(story())
 
@@ -86,7 +86,7 @@ def test_a_process_with_a_request_in_flight_is_not_idle(tmp_path: Path) -> None:
                 lines = answer.aiter_lines()
                 assert await anext(lines) == "first"
                 await asyncio.sleep(0.5)  # several times the idle time
-                assert (await world.client.get("/")).json() == {"engine": "running"}
+                assert (await world.client.get("/")).json() == {"engine": "running", "reward": "stopped"}
                 (world.notes / "go").touch()
                 assert await anext(lines) == "second"
 
@@ -164,7 +164,7 @@ def test_a_body_of_the_limit_passes_and_one_byte_more_does_not(
     asyncio.run(story())
 
 
-@pytest.mark.parametrize("path", ["/reward", "/train_stepp", "/trainstep/x"])
+@pytest.mark.parametrize("path", ["/rewards", "/train_stepp", "/trainstep/x"])
 def test_an_unknown_function_is_404_and_starts_nothing(tmp_path: Path, path: str) -> None:
     async def story() -> None:
         async with dispatching(make_root(tmp_path)) as world:

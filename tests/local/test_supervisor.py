@@ -96,7 +96,7 @@ def test_it_comes_up_and_ctrl_c_ends_all_of_it_without_a_traceback(tmp_path: Pat
         up.wait_until_ready()
         assert up.healthy()
         up.ring()
-        pids = [up.pid(role) for role in ("supervisor", "gateway", "engine")]
+        pids = [up.pid(role) for role in ("supervisor", "gateway", "broker", "engine")]
         os.killpg(up.process.pid, signal.SIGINT)  # as a terminal does: to the whole group
         assert up.process.wait() == 0
         assert all(gone(pid) for pid in pids)
@@ -138,7 +138,7 @@ def test_isolated_functions_scale_to_zero_one_by_one(tmp_path: Path, model: Path
         up.wait_until_ready()
         pids = {up.ring("train_step"), up.ring("sample")}
         assert len(pids) == 2
-        asyncio.run(until(lambda: {*up.processes()} == {"supervisor", "gateway"}))
+        asyncio.run(until(lambda: {*up.processes()} == {"supervisor", "gateway", "broker"}))
         assert all(gone(pid) for pid in pids)
         assert up.log().count("scaled to zero") == 2
 
@@ -147,7 +147,7 @@ def test_kill_9_of_the_supervisor_ends_every_process_and_leaves_the_data_usable(
     with running(tmp_path, model) as up:
         up.wait_until_ready()
         up.ring()
-        children = [up.pid("gateway"), up.pid("engine")]
+        children = [up.pid(role) for role in ("gateway", "broker", "engine")]
         up.process.kill()
         asyncio.run(until(lambda: all(gone(pid) for pid in children)))
     with running(tmp_path, model) as again:

@@ -1,12 +1,14 @@
 """The catalogue says what is served now, and keeps every version."""
 
 import asyncio
+import json
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from knapper.errors import NotFound
-from knapper.models.catalogue import Catalogue, ModelRecord, slug
+from knapper.models.catalogue import Catalogue, ModelRecord, record_of, slug
 from knapper.store.memory import MemoryStore
 
 RECORD = ModelRecord(
@@ -74,3 +76,12 @@ def test_a_model_that_nobody_serves_is_not_listed() -> None:
             await catalogue.find("org/model")
 
     asyncio.run(story())
+
+
+def test_a_tokenizer_is_named_as_its_model_is(tmp_path: Path) -> None:
+    """By the name, which means something on every machine; by a directory only if that is what the user gave."""
+    config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 64, "max_position_embeddings": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in ("org/model", str(tmp_path)):
+        record = record_of(tmp_path, name, dtype="auto", train_step_url="", sample_url="")
+        assert (record.tokenizer_id, record.directory) == (name, str(tmp_path))

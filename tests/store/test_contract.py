@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,6 +120,25 @@ def test_a_directory_keeps_its_objects_and_drops_torn_writes(tmp_path: Path) -> 
     assert asyncio.run(second.get("a/b")) == b"kept"
     assert asyncio.run(second.list("")) == ["a/b"]
     assert not list((tmp_path / ".tmp").iterdir())
+
+
+def test_a_file_system_that_may_only_be_read_is_said_so_and_still_read(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a disk needs root")
+    try:
+        store = DirectoryStore(disk)
+        assert asyncio.run(store.put_if_absent("a/b", b"kept"))
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for verb in (store.put_if_absent("a/c", b""), store.delete("a/b")):
+            with pytest.raises(StoreError, match="the file system is read-only"):
+                asyncio.run(verb)
+        assert asyncio.run(store.get("a/b")) == b"kept"
+        assert asyncio.run(store.list("")) == ["a/b"]
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_a_full_disk_is_said_so_and_leaves_nothing(tmp_path: Path) -> None:

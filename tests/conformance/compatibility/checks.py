@@ -613,10 +613,22 @@ REFUSALS = [
         lambda world: world.training.optim_step(types.DimuonParams(learning_rate=1e-3)),
     ),
     Refusal(
+        'loss `"custom"`, computed on the server',
+        "use forward_backward_custom, which computes your loss on the client",
+        lambda world: world.training.forward_backward(batch(), "custom"),
+    ),
+    Refusal(
         "`weights_access_token`",
-        "none: this server has no access tokens for weights",
+        "The checkpoint's owner can publish it (`tinker checkpoint publish`), and then anyone's key loads it",
         lambda world: world.service.create_training_client_from_state(
             world.training.save_state("guarded").path, weights_access_token="token"
+        ),
+    ),
+    Refusal(
+        "copies with `weights_access_token`",
+        "The checkpoint's owner can publish it (`tinker checkpoint publish`), and then anyone's key loads it",
+        lambda world: world.rest.copy_weights(
+            world.training.save_state("guarded-too").path, "project", weights_access_token="token"
         ),
     ),
     Refusal(
@@ -628,5 +640,23 @@ REFUSALS = [
         "images and audio in a prompt",
         "This model is text only: send ids",
         lambda world: world.base.sample(_image(), 1, types.SamplingParams(max_tokens=1)),
+    ),
+    Refusal(
+        "images and audio in training data",
+        "This model is text only: send token ids",
+        lambda world: world.training.forward_backward(
+            [types.Datum(model_input=_image(), loss_fn_inputs={"target_tokens": [1], "weights": [1.0]})],
+            "cross_entropy",
+        ),
+    ),
+    Refusal(
+        "a base model that the server does not have",
+        "Use one of them, or start knapper with --model",
+        lambda world: world.service.create_lora_training_client("nobody/nothing", rank=4),
+    ),
+    Refusal(
+        "a rank over 256",
+        "allowed: 1 to 256",
+        lambda world: world.service.create_lora_training_client(world.model, rank=257),
     ),
 ]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from gateway.openai.language import Language
-from gateway.openai.templates import Template
 from knapper.errors import InvalidField, UserError
+from knapper.language import Language
+from knapper.templates import Template
 from tests.gateway.openai.chatting import TEMPLATE, chat_model
 
 CHAT = [

@@ -1,4 +1,4 @@
-"""The gateway's process: always one, started again at once when it ends, on the same socket throughout."""
+"""A process of which there is always one: started again at once when it ends, on the same socket throughout."""
 
 import asyncio
 import socket
@@ -16,20 +16,33 @@ from knapper.local.process import Process
 log = structlog.get_logger()
 
 _healthy_s_max = 120.0
-_grace_s = 2.0  # it may hold polls of half a minute; clients repeat them
+_grace_s = 2.0  # the gateway may hold polls of half a minute; clients repeat them
 _steady_s = 5.0  # who lived so long is started again without delay
 _backoff_s_max = 5.0
 
 
-class Gateway:
-    """We hold the listening socket: while there is no process, clients wait in it, and are not refused."""
+class Standing:
+    """We hold the listening socket: while there is no process, clients wait in it, and are not refused.
+
+    `application` is served from `directory`; it is up when a GET of `health` succeeds.
+    """
 
     def __init__(
-        self, root: Path, environment: Mapping[str, str], listener: socket.socket, changed: Callable[[Process], None]
-    ) -> None:  # fmt: skip
-        self._root = root
+        self,
+        name: str,
+        application: str,
+        directory: Path,
+        environment: Mapping[str, str],
+        listener: socket.socket,
+        health: str,
+        changed: Callable[[str, Process], None],
+    ) -> None:
+        self.name = name
+        self._application = application
+        self._directory = directory
         self._environment = environment
         self._listener = listener
+        self._health = health
         self._changed = changed
         self._process: Process | None = None
 
@@ -40,15 +53,15 @@ class Gateway:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    async def keep(self, ready: Callable[[], None]) -> NoReturn:
+    async def keep(self, ready: Callable[[], None] = lambda: None) -> NoReturn:
         """Run it until cancelled; `ready` is called once. Raises Unavailable if it cannot even begin to serve."""
         loop = asyncio.get_running_loop()
         self._listener.listen(2048)
         served, quick_ends = False, 0
         while True:
             began = loop.time()
-            self._process = await web.start("gateway.main:app", self._root, self._environment, self._listener)
-            self._changed(self._process)
+            self._process = await web.start(self._application, self._directory, self._environment, self._listener)
+            self._changed(self.name, self._process)
             if not served:
                 await self._until_healthy(self._process)
                 served = True
@@ -56,7 +69,7 @@ class Gateway:
             ending = await self._process.ending()
             quick_ends = quick_ends + 1 if loop.time() - began < _steady_s else 0
             backoff_s = min(0.05 * 2**quick_ends, _backoff_s_max) if quick_ends else 0.0
-            log.error(f"gateway: ended ({ending}); starting it again", pid=self._process.pid)
+            log.error(f"{self.name}: ended ({ending}); starting it again", pid=self._process.pid)
             await asyncio.sleep(backoff_s)
 
     async def stop(self) -> None:
@@ -75,16 +88,16 @@ class Gateway:
             return
         asking.cancel()
         raise Unavailable(
-            f"the gateway did not start ({await process.ending()}); its last lines:\n{await process.last_words()}"
+            f"the {self.name} did not start ({await process.ending()}); its last lines:\n{await process.last_words()}"
         )
 
     async def _ask_health(self) -> None:
         async with httpx.AsyncClient(trust_env=False, timeout=_healthy_s_max) as client:
             try:
-                answer = await client.get(f"{self.url}/api/v1/healthz")
+                answer = await client.get(f"{self.url}{self._health}")
             except httpx.HTTPError as error:
                 raise Unavailable(
-                    f"the gateway does not answer on {self.url}: {type(error).__name__} {error}"
+                    f"the {self.name} does not answer on {self.url}: {type(error).__name__} {error}"
                 ) from error
         if not answer.is_success:
-            raise Unavailable(f"the gateway answers {answer.status_code} to /api/v1/healthz: {answer.text[:200]}")
+            raise Unavailable(f"the {self.name} answers {answer.status_code} to {self._health}: {answer.text[:200]}")

@@ -40,8 +40,12 @@ class Template:
         except jinja2.TemplateError as error:
             raise InvalidField("chat_template", source, "a Jinja template", f"{error}. Repair the model's") from error
 
-    def render(self, messages: Sequence[Message], now: float, more: Mapping[str, object]) -> str:
-        """The prompt for the assistant's next words. `now`: seconds since the epoch. `more`: further variables.
+    def render(
+        self, messages: Sequence[Message], now: float, more: Mapping[str, object], *, answering: bool = True
+    ) -> str:
+        """The prompt for the assistant's next words; without `answering` the messages alone.
+
+        `now`: seconds since the epoch. `more`: further variables.
 
         Raises UserError.
         """
@@ -55,7 +59,7 @@ class Template:
                 messages=[dict(message) for message in messages],
                 tools=None,
                 documents=None,
-                add_generation_prompt=True,
+                add_generation_prompt=answering,
                 strftime_now=lambda form: time.strftime(form, time.localtime(now)),
             )
         except _FAILURES as error:

@@ -1,0 +1,85 @@
+"""What the stores cost: a directory of this machine, and the bucket store over fake-gcs-server on this machine.
+
+The emulator has no network and no disk: its figures are what our own client costs, and not what Google's service would.
+"""
+
+import asyncio
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from knapper.journal import bundles
+from knapper.journal.records import Spec
+from knapper.limits import MIB
+from knapper.settings import Settings
+from knapper.store import Store
+from knapper.store.opening import open_store
+from tests.store import emulator
+
+_SMALL, _TIMES = 1024, 200
+_FILES, _FILE_BYTES, _BUNDLES = 4, 16 * MIB, 3
+_SPEC = Spec(
+    run="bench", tenant="local", base_model="none", rank=1, alpha=1.0, seed=0,
+    train_attn=True, train_mlp=True, train_unembed=True,
+)  # fmt: skip
+Figures = dict[str, float]
+
+
+def measured() -> dict[str, Figures]:
+    """Medians of `put_ms` and `get_ms` (1 KB, one after another), best of `up_mb_s` and `down_mb_s` (a bundle)."""
+    with tempfile.TemporaryDirectory(prefix="knapper-stores-") as scratch:
+        figures = {"directory": asyncio.run(_figures(open_store(Settings.load({"KNAPPER_DATA": scratch}))))}
+        with emulator.running(Path(scratch) / "emulator.log") as running:
+            os.environ["STORAGE_EMULATOR_HOST"] = running.url
+            bucket = open_store(Settings.load({"KNAPPER_STORE": f"gs://{running.make_bucket()}"}))
+            figures["fake-gcs-server"] = asyncio.run(_figures(bucket))
+            del os.environ["STORAGE_EMULATOR_HOST"]
+    return figures
+
+
+def table(figures: dict[str, Figures]) -> str:
+    lines = [f"{'store':22}{'put 1 KB ms':>13}{'get 1 KB ms':>13}{'up MB/s':>10}{'down MB/s':>11}"]
+    for name, each in figures.items():
+        label = f"{name} (emulator)" if name != "directory" else name
+        lines.append(
+            f"{label:27}{each['put_ms']:8.2f}{each['get_ms']:13.2f}{each['up_mb_s']:10.0f}{each['down_mb_s']:11.0f}"
+        )
+    return "\n".join(lines)
+
+
+async def _figures(store: Store) -> Figures:
+    draw = random.Random(1)
+    small = draw.randbytes(_SMALL)
+    files = {f"part-{n}": draw.randbytes(_FILE_BYTES) for n in range(_FILES)}
+    megabytes = _FILES * _FILE_BYTES / 1e6
+
+    async def write(n: int) -> None:
+        await bundles.write(store, f"bundles/{n}/", files, spec=_SPEC, seq=n, epoch=1)
+
+    async def read(n: int) -> None:
+        await bundles.read(store, f"bundles/{n}/")
+
+    puts = [await _seconds(store.put_if_absent, f"small/{n:04d}", small) for n in range(_TIMES)]
+    gets = [await _seconds(store.get, f"small/{n:04d}") for n in range(_TIMES)]
+    ups = [await _seconds(write, n) for n in range(_BUNDLES)]
+    downs = [await _seconds(read, n) for n in range(_BUNDLES)]
+    return {
+        "put_ms": 1000 * statistics.median(puts),
+        "get_ms": 1000 * statistics.median(gets),
+        "up_mb_s": megabytes / min(ups),
+        "down_mb_s": megabytes / min(downs),
+    }
+
+
+async def _seconds(call: Callable[..., Awaitable[object]], *arguments: object) -> float:
+    began = time.perf_counter()
+    await call(*arguments)
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    print(table(measured()))

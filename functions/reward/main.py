@@ -1,0 +1,46 @@
+"""reward: what completions, and a job's rollouts, are worth. Keeps nothing; code of others runs in the sandbox."""
+
+import os
+import time
+from functools import cache
+
+import functions_framework.aio
+from starlette.requests import Request
+from starlette.responses import Response
+
+from knapper import events, metrics
+from knapper.errors import KnapperError
+from knapper.jobs.folders import Folders
+from knapper.jobs.place import open_place
+from knapper.jobs.scoring import Scoring
+from knapper.jobs.working import Worker
+from knapper.rewards import requests
+from knapper.rewards.scoring import score
+from knapper.sandbox.pool import Sandbox
+from knapper.serving import answers, observing
+from knapper.settings import Settings
+from knapper.store.opening import open_store
+
+sandbox = Sandbox()  # its processes start with the first reward that needs them, and end with this one
+
+
+@cache
+def scoring() -> Scoring:
+    """What is done for jobs. Where the state lies comes from the environment."""
+    settings = Settings.load(os.environ)
+    place = open_place(settings, metrics.CountedStore(open_store(settings)), time.time)
+    return Scoring(Worker(place, Folders(place.store), ["rl"]), lambda *given: score(*given, sandbox=sandbox))
+
+
+@functions_framework.aio.http
+async def reward(request: Request) -> Response:
+    if observing.asked(request):
+        return observing.answer()
+    try:
+        if answers.is_event(request):
+            await scoring().answer(events.decode(request.headers, await answers.body(request)))
+            return answers.durable()
+        scores = await answers.while_connected(request, requests.answer(await answers.body(request), sandbox))
+    except KnapperError as error:
+        return answers.error(error)
+    return Response(scores, media_type="application/json")

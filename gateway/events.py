@@ -1,0 +1,131 @@
+"""CloudEvents for the gateway: uploads into the inbox, the tick, and letters that nobody could deliver.
+
+They are taken from the cluster's own services only, under a name that no ingress serves (docs/decisions/0008). Nothing
+in them is believed: an upload makes the gateway look into the inbox, a tick into the store.
+"""
+
+import hashlib
+import re
+from typing import Final
+
+import msgspec
+import structlog
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from gateway import clockwork
+from gateway.parts import Parts, parts
+from gateway.tenants import on_this_machine
+from knapper import dead, events, ids, limits
+from knapper.dead import DeadLetter
+from knapper.errors import InvalidField, NotFound, TooLarge, Unavailable, UserError
+from knapper.events import Event
+from knapper.jobs import names, revive
+from knapper.jobs.start import look
+
+_TICKS: Final = (events.TICK, "dev.knative.sources.ping")  # a PingSource cannot choose its event's type
+_LOOPBACK: Final = re.compile(r"(127\.\d+\.\d+\.\d+|localhost|\[::1\])(:\d+)?")
+
+log = structlog.get_logger()
+
+
+class Finalized(msgspec.Struct, frozen=True):
+    """What is read of an object's data; there is more of it."""
+
+    bucket: str
+    name: str
+    generation: str
+
+
+async def take(request: Request) -> Response:
+    """204 once what the event asks for is durable; 422 for one that never will be."""
+    _expect_insider(request)
+    event = events.decode(request.headers, await _body(request))
+    if event.type in _TICKS:
+        await clockwork.jobs(parts(request))
+    elif event.type == events.OBJECT_FINALIZED:
+        await uploaded(parts(request), event)
+    else:
+        allowed = ", ".join((*_TICKS, events.OBJECT_FINALIZED))
+        raise InvalidField("type", event.type, allowed)
+    return Response(status_code=204)
+
+
+async def bury(request: Request) -> Response:
+    """Keep a letter that could not be delivered, whatever it is: there is nobody behind us who would."""
+    _expect_insider(request)
+    body = await _body(request)
+    attributes = {
+        name.removeprefix("ce-"): value[: limits.event_attribute_chars_max]
+        for name, value in sorted(request.headers.items())
+        if name.startswith("ce-") or name == "content-type"
+    }
+    gateway = parts(request)
+    name = await dead.keep(gateway.store, DeadLetter(attributes, body, gateway.clock()))
+    log.warning("dead letter", name=name, **{key: attributes.get(key, "")[:200] for key in ("type", "subject", "id")})
+    return Response(status_code=204)
+
+
+async def uploaded(gateway: Parts, event: Event) -> None:
+    """Look at the folder that the object came into, and ring for the job that starts with it."""
+    if gateway.place is None:
+        raise Unavailable("this gateway has no exchange")
+    try:
+        found = msgspec.json.decode(event.data, type=Finalized)
+    except msgspec.MsgspecError as error:
+        raise UserError(f"the event's data is not that of an object: {error}") from error
+    if found.bucket != gateway.place.exchange.bucket:
+        raise InvalidField("bucket", found.bucket, repr(gateway.place.exchange.bucket))
+    folder = folder_of(found.name.removeprefix(gateway.place.exchange.prefix))
+    if folder is None:
+        return
+    key = f"{found.bucket}/{found.name}#{found.generation}"
+    marker = f"uploads/{hashlib.sha256(key.encode()).hexdigest()}"
+    if await gateway.store.get(marker) is not None:
+        return
+    start = await look(gateway.place, *folder)
+    if start is not None:
+        await gateway.place.bells.post(await revive.first(gateway.place, start))
+    # Last: who dies before this looks again, and a job starts once however often anybody looks.
+    await gateway.store.put_if_absent(marker, b"")
+
+
+def folder_of(name: str) -> tuple[ids.Tenant, str] | None:
+    """(tenant, job) of an object in somebody's folder of the inbox; None for any other, and for what we put there."""
+    root, *folders, file = name.split("/")
+    if root != "inbox" or len(folders) != 2 or file == names.JOB_ERROR:
+        return None
+    try:
+        return ids.tenant(folders[0]), names.job(folders[1])
+    except UserError:
+        log.info("an upload into a folder that no job can have", name=name[:200])
+        return None
+
+
+def _expect_insider(request: Request) -> None:
+    """Raises NotFound: outside, this route does not exist."""
+    host = request.headers.get("host", "")
+    expected = parts(request).events_host
+    inside = (
+        host.rpartition(":")[0] == expected or host == expected
+        if expected
+        else on_this_machine(request) and _LOOPBACK.fullmatch(host) is not None
+    )
+    if not inside:
+        raise NotFound(f"there is nothing at {request.url.path}")
+
+
+async def _body(request: Request) -> bytes:
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limits.event_bytes_max:
+            raise TooLarge(f"the event has over {limits.event_bytes_max} bytes")
+    return body
+
+
+ROUTES: Final = [
+    Route("/events", take, methods=["POST"]),
+    Route("/events/dead", bury, methods=["POST"]),
+]

@@ -1,0 +1,119 @@
+"""Jobs for clients: submitted with their files, listed, shown, cancelled, resumed."""
+
+import asyncio
+from typing import Annotated
+
+from msgspec import Meta
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from gateway import bodies
+from gateway.parts import Parts, parts
+from gateway.rest import shapes
+from gateway.tenants import tenant_of
+from knapper import events
+from knapper.errors import InvalidField, Unavailable
+from knapper.ids import Tenant
+from knapper.jobs import bells, control, names, outputs, revive, telling
+from knapper.jobs.place import Place
+from knapper.jobs.records import Started, read
+from knapper.jobs.start import look
+from knapper.wire import fields, json
+
+_FILES_MAX = 64
+
+
+class Submit(fields.Request, frozen=True, kw_only=True):
+    """`files`: their texts; job.yaml is one of them. `name`: none makes one up."""
+
+    name: Annotated[str, Meta(max_length=63)] | None = None
+    files: Annotated[dict[str, str], Meta(min_length=1, max_length=_FILES_MAX)]
+
+
+class Show(fields.Request, frozen=True, kw_only=True):
+    after: Annotated[int, Meta(ge=0, le=10**9)] = 0
+
+
+async def submit(request: Request) -> Response:
+    """Put the files where uploads go, and look: the same road as any other. Answers what `show` does."""
+    gateway, tenant = parts(request), tenant_of(request)
+    asked = await asyncio.to_thread(json.decode, await bodies.read(request), Submit)
+    place = _place(gateway)
+    job = names.job(asked.name or f"job-{gateway.new_id()[:12]}")
+    if names.JOB_YAML not in asked.files:
+        raise InvalidField("files", sorted(asked.files), f"{names.JOB_YAML} among them")
+    inbox = names.inbox(tenant, job)
+    checked = {names.file(name): text.encode() for name, text in asked.files.items()}
+    for name in sorted(checked, key=lambda name: name == names.JOB_YAML):  # job.yaml last: then everything is there
+        await place.exchange.publish(f"{inbox}{name}", checked[name])
+    start = await look(place, tenant, job)
+    if start is not None:
+        await place.bells.post(await revive.first(place, start))
+    return JSONResponse(await telling.whole(place, tenant, job, 0))
+
+
+async def list_jobs(request: Request) -> Response:
+    gateway, tenant = parts(request), tenant_of(request)
+    return JSONResponse({"jobs": await telling.briefs(gateway.store, tenant)})
+
+
+async def show(request: Request) -> Response:
+    gateway, tenant = parts(request), tenant_of(request)
+    asked = json.convert(shapes.query(request), Show)
+    told = await telling.whole(_place(gateway), tenant, request.path_params["job"], asked.after)
+    return JSONResponse(told)
+
+
+async def cancel(request: Request) -> Response:
+    """Nothing more is begun for it; what is under way ends within one operation."""
+    gateway, tenant = parts(request), tenant_of(request)
+    place = _place(gateway)
+    found = await telling.newest(place.store, tenant, request.path_params["job"])
+    started = await _started(place, found)
+    await control.ask(place.store, found.start, "cancelled", "cancelled by its owner", place.clock())
+    await place.store.delete(found.start.working)
+    await outputs.publish_status(place, started)
+    first = bells.started(started)
+    await place.bells.ring(first, events.JOB_CANCELLED, "knapper/gateway", 0)
+    return await _told(place, tenant, found)
+
+
+async def resume(request: Request) -> Response:
+    """Go on where it stopped."""
+    gateway, tenant = parts(request), tenant_of(request)
+    place = _place(gateway)
+    found = await telling.newest(place.store, tenant, request.path_params["job"])
+    started = await _started(place, found)
+    await control.ask(place.store, found.start, "running", "", place.clock())
+    await place.store.put_if_absent(found.start.working, b"")
+    await outputs.publish_status(place, started)
+    for event in await revive.again(place, started, found.start):
+        await place.bells.post(event)
+    return await _told(place, tenant, found)
+
+
+async def _started(place: Place, found: telling.Listed) -> Started:
+    started = await read(place.store, found.start.started, Started)
+    if started is None:
+        raise InvalidField("job", found.start.job, "a job that has started", "See its error in `knapper jobs show`")
+    return started
+
+
+async def _told(place: Place, tenant: Tenant, found: telling.Listed) -> Response:
+    return JSONResponse(await telling.whole(place, tenant, found.start.job, 10**9))
+
+
+def _place(gateway: Parts) -> Place:
+    if gateway.place is None:
+        raise Unavailable("this gateway has no exchange; its operator sets KNAPPER_EXCHANGE and KNAPPER_BROKER_URL")
+    return gateway.place
+
+
+ROUTES = [
+    Route("/api/v1/jobs", submit, methods=["POST"]),
+    Route("/api/v1/jobs", list_jobs, methods=["GET"]),
+    Route("/api/v1/jobs/{job}", show, methods=["GET"]),
+    Route("/api/v1/jobs/{job}/cancel", cancel, methods=["POST"]),
+    Route("/api/v1/jobs/{job}/resume", resume, methods=["POST"]),
+]

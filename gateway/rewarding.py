@@ -1,0 +1,35 @@
+"""The reward function, as the gateway reaches it."""
+
+import httpx
+from starlette.responses import Response
+
+from knapper import limits
+from knapper.errors import Unavailable, UserError
+
+_COLD_S = 60.0  # a function that was asleep starts first
+_TIMEOUT = httpx.Timeout(limits.rewards_request_s + _COLD_S, connect=5.0)
+_JSON = "application/json"
+
+
+class Rewards:
+    """Sends rollouts there, and brings back what it says."""
+
+    def __init__(self, client: httpx.AsyncClient, url: str) -> None:
+        self._client = client
+        self._url = url
+
+    async def score(self, body: bytes) -> Response:
+        """Its scores, or why there are none. Raises UserError where there is no such function, Unavailable."""
+        if not self._url:
+            raise UserError(
+                "this server has no reward function; allowed: one whose operator sets KNAPPER_REWARD_URL, as `knapper "
+                "up` does. Score in the client instead"
+            )
+        try:
+            answer = await self._client.post(self._url, content=body, headers={"Content-Type": _JSON}, timeout=_TIMEOUT)
+        except httpx.HTTPError as error:
+            raise Unavailable(f"the reward function does not answer: {error!r}") from error
+        if answer.headers.get("Content-Type", "").partition(";")[0] != _JSON:
+            raise Unavailable(f"the reward function is not there yet: HTTP {answer.status_code}")
+        headers = {name: value for name, value in answer.headers.items() if name == "retry-after"}
+        return Response(answer.content, answer.status_code, headers, media_type=_JSON)

@@ -1,0 +1,45 @@
+"""Post events to the Broker. It keeps nothing that matters: an event that gets lost is rung again by a tick."""
+
+import aiohttp
+import structlog
+
+from knapper.events import Event
+
+_TIMEOUT_S = 3.0  # a Broker answers at once; one whose channel delivers first is left to it
+
+log = structlog.get_logger()
+
+
+class Broker:
+    """The Broker at `url`; empty: there is none, and whoever waits is found by the tick."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._session: aiohttp.ClientSession | None = None
+
+    async def post(self, event: Event) -> bool:
+        """True if the Broker took the event. What became of one that it did not take is not known."""
+        if not self._url:
+            return False
+        headers, body = event.encode()
+        try:
+            async with self._client().post(self._url, data=body, headers=headers, allow_redirects=False) as answer:
+                if answer.status < 300:
+                    return True
+                reason = f"{answer.status}: {(await answer.text())[:200]}"
+        except (aiohttp.ClientError, TimeoutError) as error:
+            reason = str(error) or type(error).__name__
+        log.info("the broker did not take an event", type=event.type, subject=event.subject, reason=reason)
+        return False
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    def _client(self) -> aiohttp.ClientSession:
+        """Made inside the running loop."""
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S), cookie_jar=aiohttp.DummyCookieJar()
+            )
+        return self._session

@@ -1,0 +1,1 @@
+"""What an operator's machine does with a cluster: render the manifests, apply them, look for what is wrong."""

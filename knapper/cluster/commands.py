@@ -1,0 +1,175 @@
+"""`knapper deploy ...`: base models on a cluster. What a command needs is imported inside it."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from knapper.cluster.api import Api
+    from knapper.cluster.state import Deployed
+
+app = typer.Typer(name="deploy", help="Base models on a Knative cluster.", no_args_is_help=True, rich_markup_mode=None)
+
+Kubeconfig = Annotated[Path | None, typer.Option(help="As kubectl's --kubeconfig.")]
+Context = Annotated[str | None, typer.Option(help="As kubectl's --context.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the objects; touch nothing.")]
+
+
+@app.command()
+def add(
+    model: Annotated[str, typer.Argument(help="The base model's name, as clients will ask for it.")],
+    accelerator: Annotated[str, typer.Option(help="The GPU, as GKE names it; empty: what the manifests say.")] = "",
+    manifests: Annotated[
+        Path | None, typer.Option(help="A kustomization: a directory, or an overlay's name. Else: gke-l4.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="The model's config.json; else the hub is asked.")] = None,
+    directory: Annotated[
+        str, typer.Option(help="Where pods find the weights; else /srv/models/ORGANISATION--NAME.")
+    ] = "",
+    dtype: Annotated[str, typer.Option(help="Of the base weights: auto, float32 or bfloat16.")] = "auto",
+    sample_replicas_max: Annotated[int | None, typer.Option(min=1, help="Pods that sample, at most.")] = None,
+    dry_run: DryRun = False,
+    kubeconfig: Kubeconfig = None,
+    context: Context = None,
+) -> None:
+    """Serve a base model: its train_step and sample Services, their Triggers, its entry in the gateway's list."""
+    import yaml
+
+    from knapper.cluster import describing
+    from knapper.cluster.kustomize import render
+    from knapper.cluster.model import Wanted, objects
+    from knapper.local.root import deployables
+
+    record = describing.record(model, config, directory, dtype, os.environ.get("HF_ENDPOINT") or describing.HUB)
+    rendered = render(describing.manifests(manifests, deployables()))
+    made = objects(rendered, Wanted(record, accelerator, sample_replicas_max))
+    if dry_run:
+        print(yaml.safe_dump_all(made, sort_keys=False), end="")
+        return
+    api = _api(kubeconfig, context)
+    *applied, entry = made
+    for thing in applied:
+        api.apply(thing)
+        print(f"applied: {thing['kind']} {thing['metadata']['name']}")
+    api.merge(entry)  # last: the gateway tells clients of a model whose Services are there
+    print(f"declared: {model}; the gateway serves it within two minutes, and no GPU runs before the first request")
+
+
+@app.command()
+def remove(
+    model: Annotated[str, typer.Argument(help="The base model's name.")],
+    dry_run: DryRun = False,
+    kubeconfig: Kubeconfig = None,
+    context: Context = None,
+) -> None:
+    """Stop serving a base model. Its runs stay in the store, and go on when it is added again."""
+    from knapper.cluster.model import LABEL, NAMESPACE, no_entry
+    from knapper.models.catalogue import slug
+
+    api = _api(kubeconfig, context)
+    label = f"{LABEL}={slug(model)}"
+    kinds = (("eventing.knative.dev/v1", "Trigger"), ("serving.knative.dev/v1", "Service"))
+    found = [thing for kind in kinds for thing in api.list(*kind, NAMESPACE, label)]
+    if not dry_run:
+        api.merge(no_entry(model))  # first: nobody is told of it any more
+    for thing in found:
+        kind, name = thing["kind"], thing["metadata"]["name"]
+        print(f"would delete: {kind} {name}" if dry_run else f"deleted: {kind} {name}")
+        if not dry_run:
+            api.delete(thing)
+    if not found:
+        print(f"{model}: nothing of it was there")
+
+
+@app.command("list")
+def list_(kubeconfig: Kubeconfig = None, context: Context = None) -> None:
+    """One line for each base model."""
+    from knapper.cluster.state import deployed
+
+    rows = [("MODEL", "TRAIN-STEP", "SAMPLE", "GPU", "RUNS WAITING", "LAST ERROR")]
+    for one in deployed(_api(kubeconfig, context)):
+        states = {part.service: f"{part.state} ({part.replicas})" for part in one.parts}
+        gpu = next((part.gpu for part in one.parts), "-")
+        error = next((part.error for part in one.parts if part.error), "" if one.declared else "not declared")
+        waiting = "?" if one.waiting is None else str(one.waiting)
+        rows.append(
+            (one.model, states.get("train-step", "missing"), states.get("sample", "missing"), gpu, waiting, error)
+        )
+    _table(rows)
+
+
+@app.command()
+def status(
+    model: Annotated[str, typer.Argument(help="The base model's name.")],
+    kubeconfig: Kubeconfig = None,
+    context: Context = None,
+) -> None:
+    """What runs of one base model: revisions, replicas, cold or warm, GPU, what waits, what went wrong last."""
+    from knapper.cluster.state import deployed
+    from knapper.errors import NotFound
+
+    every = deployed(_api(kubeconfig, context))
+    one = next((each for each in every if each.model == model), None)
+    if one is None:
+        raise NotFound(f"model {model!r} is not deployed; deployed: {', '.join(_names(every)) or 'none'}")
+    print(f"{one.model}: {'served' if one.declared else 'not declared to the gateway'}")
+    print(f"runs waiting: {'the gateway does not say' if one.waiting is None else one.waiting}")
+    rows = [("SERVICE", "REVISION", "REPLICAS", "STATE", "GPU", "LAST ERROR")]
+    rows += [
+        (each.name, each.revision or "-", str(each.replicas), each.state, each.gpu, each.error) for each in one.parts
+    ]
+    _table(rows)
+
+
+def _names(every: "Sequence[Deployed]") -> list[str]:
+    return [each.model for each in every]
+
+
+def _api(kubeconfig: Path | None, context: str | None) -> "Api":
+    try:
+        from knapper.cluster.api import Api
+    except ModuleNotFoundError as error:
+        from knapper.errors import UserError
+
+        raise UserError(f"{error.name} is not installed; pip install 'knapper[deploy]'") from error
+    return Api.open(kubeconfig, context)
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def doctor(
+    project: Annotated[str, typer.Option(help="Google Cloud project: quotas are looked at.")] = "",
+    region: Annotated[str, typer.Option(help="Where GPUs and buckets should be.")] = "",
+    accelerator: Annotated[str, typer.Option(help="The GPU whose quota is looked at, as GKE names it.")] = "",
+    subscription: Annotated[str, typer.Option(help="projects/PROJECT/subscriptions/NAME of the uploads.")] = "",
+    spot: Annotated[bool, typer.Option(help="Whether GPUs are Spot: they count against another quota.")] = True,
+    cold_start: Annotated[
+        float, typer.Option(min=1, help="Seconds that a start from zero may take, node and all.")
+    ] = 900,
+    every: Annotated[bool, typer.Option("--all", help="Show what is good, too.")] = False,
+    kubeconfig: Kubeconfig = None,
+    context: Context = None,
+) -> None:
+    """Look for what is wrong with a cluster, and say which command mends it. Exit status 1 if something is."""
+    from knapper.cluster.doctor import Patient, examine
+    from knapper.cluster.google import Google, default_token
+    from knapper.local.root import deployables
+
+    google = Google(default_token, project, region, accelerator, subscription, spot)
+    patient = Patient(_api(kubeconfig, context), deployables(), cold_start, [google.examine])
+    counts = {"good": 0, "wrong": 0, "unknown": 0}
+    for finding in examine(patient):
+        counts[finding.verdict] += 1
+        if finding.verdict != "good" or every:
+            print(f"{finding.verdict:<7} {finding.subject}: {finding.seen}")
+            if finding.mend:
+                print(f"        {finding.mend}")
+    print(f"{counts['wrong']} wrong, {counts['unknown']} unknown, {counts['good']} good")
+    raise typer.Exit(1 if counts["wrong"] else 0)

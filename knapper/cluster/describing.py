@@ -1,0 +1,53 @@
+"""What a base model's record needs to know of the model: its config.json, from a file or from the hub."""
+
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import httpx
+
+from knapper.errors import InvalidField, Unavailable
+from knapper.models.catalogue import ModelRecord, record_of
+
+HUB = "https://huggingface.co"
+_CONFIG_BYTES_MAX = 1024 * 1024
+_TIMEOUT_S = 20.0
+
+
+def record(model: str, config: Path | None, directory: str, dtype: str, hub: str = HUB) -> ModelRecord:
+    """The record of a model that pods find in `directory`. Raises InvalidField, Unavailable."""
+    with TemporaryDirectory() as empty:
+        if config is None:
+            config = Path(empty) / "config.json"
+            config.write_bytes(_from_hub(model, hub))
+        found = record_of(
+            config.parent if config.is_file() else config, model, dtype=dtype, train_step_url="-", sample_url="-"
+        )
+    return type(found)(
+        **{name: getattr(found, name) for name in found.__struct_fields__ if name not in ("directory", "tokenizer_id")},
+        directory=directory or f"/srv/models/{model.replace('/', '--')}",
+        tokenizer_id=model,  # what clients elsewhere give to AutoTokenizer: never a path of the cluster's
+    )
+
+
+def _from_hub(model: str, hub: str) -> bytes:
+    try:
+        answer = httpx.get(f"{hub}/{model}/resolve/main/config.json", timeout=_TIMEOUT_S, follow_redirects=True)
+    except httpx.HTTPError as error:
+        raise Unavailable(f"{hub} does not answer ({error}); give the model's config.json: --config PATH") from error
+    if answer.status_code in (401, 403, 404):
+        raise InvalidField("model", model, f"one that {hub} shows", "Or give its config.json: --config PATH")
+    if not answer.is_success or len(answer.content) > _CONFIG_BYTES_MAX:
+        raise Unavailable(f"{hub} answers {answer.status_code}; give the model's config.json: --config PATH")
+    return answer.content
+
+
+def manifests(given: Path | None, root: Path) -> Path:
+    """The kustomization to make objects of: a directory, or the name of an overlay."""
+    found = given or Path("gke-l4")
+    if not found.is_dir() and os.sep not in str(found):
+        found = root / "knative" / "overlays" / found
+    if not (found / "kustomization.yaml").is_file():
+        overlays = ", ".join(sorted(path.name for path in (root / "knative" / "overlays").iterdir()))
+        raise InvalidField("manifests", str(given), f"a directory with a kustomization.yaml, or an overlay: {overlays}")
+    return found

@@ -1,0 +1,271 @@
+"""What is wrong with a cluster, before it is met in the middle of a run: each finding with the command that mends it.
+
+Looks only. What it cannot see (no permission, no Google Cloud) it says so of; it never takes silence for health.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from knapper.cluster.api import Api
+from knapper.cluster.kustomize import Object, render
+from knapper.cluster.model import LABEL, NAMESPACE
+from knapper.errors import KnapperError
+
+Verdict = Literal["good", "wrong", "unknown"]
+
+KNATIVE_MIN = (1, 22)  # the manifests were checked against it
+KUBERNETES_MIN = (1, 32)  # what that Knative asks for
+_KINDS = {
+    "services.serving.knative.dev": "serving", "revisions.serving.knative.dev": "serving",
+    "brokers.eventing.knative.dev": "eventing", "triggers.eventing.knative.dev": "eventing",
+    "pingsources.sources.knative.dev": "eventing", "inmemorychannels.messaging.knative.dev": "eventing",
+}  # fmt: skip
+_DUTIES = (  # what `knapper deploy` does
+    ("patch", "serving.knative.dev", "services"), ("delete", "serving.knative.dev", "services"),
+    ("patch", "eventing.knative.dev", "triggers"), ("delete", "eventing.knative.dev", "triggers"),
+    ("patch", "", "configmaps"), ("list", "", "pods"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. `mend`: a command, or what to do; empty for what is good."""
+
+    subject: str
+    verdict: Verdict
+    seen: str
+    mend: str = ""
+
+
+@dataclass(frozen=True)
+class Patient:
+    """What is looked at: the cluster, this version's manifests, and how long a start from zero may take."""
+
+    api: Api
+    root: Path  # holds knative/
+    cold_start_s: float = 900.0
+    more: Sequence[Callable[[Object], Iterator[Finding]]] = field(default=())  # given the settings of the services
+
+
+def examine(patient: Patient) -> Iterator[Finding]:
+    """Everything, in an order in which mending it makes sense."""
+    looks: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
+        versions, kinds, flags, permissions, services, times, eventing, accelerators,
+    )  # fmt: skip
+    for look in looks:
+        try:
+            yield from look(patient)
+        except KnapperError as error:
+            yield Finding(look.__name__, "unknown", str(error), "mend what is above, or ask for the permission")
+    settings = (patient.api.get(f"/api/v1/namespaces/{NAMESPACE}/configmaps/knapper") or {}).get("data", {})
+    for more in patient.more:
+        yield from more(settings)
+
+
+def versions(patient: Patient) -> Iterator[Finding]:
+    """Kubernetes, Serving and Eventing are new enough."""
+    about = patient.api.get("/version") or {}
+    yield _version("Kubernetes", about.get("gitVersion", ""), KUBERNETES_MIN, "upgrade the cluster")
+    for part, deployment in (("serving", "activator"), ("eventing", "eventing-controller")):
+        found = patient.api.get(f"/apis/apps/v1/namespaces/knative-{part}/deployments/{deployment}")
+        labels = (found or {}).get("metadata", {}).get("labels", {})
+        mend = f"install Knative {part.title()} 1.{KNATIVE_MIN[1]}: kubectl apply -k knative/cluster/operator"
+        yield _version(f"Knative {part.title()}", labels.get("app.kubernetes.io/version", ""), KNATIVE_MIN, mend)
+
+
+def _version(what: str, text: str, least: tuple[int, int], mend: str) -> Finding:
+    match = re.search(r"(\d+)\.(\d+)", text)
+    if match is None:
+        return Finding(what, "wrong", "not installed", mend)
+    new = (int(match[1]), int(match[2])) >= least
+    return Finding(what, "good" if new else "wrong", text, "" if new else f"needs {least[0]}.{least[1]}: {mend}")
+
+
+def kinds(patient: Patient) -> Iterator[Finding]:
+    """The kinds that our manifests use exist."""
+    for name, part in _KINDS.items():
+        there = patient.api.get(f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}") is not None
+        mend = "" if there else f"install Knative {part.title()}: kubectl apply -k knative/cluster/operator"
+        yield Finding(f"kind {name}", "good" if there else "wrong", "there" if there else "missing", mend)
+
+
+def flags(patient: Patient) -> Iterator[Finding]:
+    """Knative allows, and does, what knative/cluster says."""
+    mend = (
+        "kubectl apply --server-side --force-conflicts -k knative/cluster/configmaps "
+        "(with Knative's operator: -k knative/cluster/operator)"
+    )
+    for wanted in render(patient.root / "knative/cluster/configmaps"):
+        name = wanted["metadata"]["name"]
+        found = patient.api.get(f"/api/v1/namespaces/knative-serving/configmaps/{name}") or {}
+        for key, value in wanted["data"].items():
+            seen = found.get("data", {}).get(key)
+            about = f"{name} {key}"
+            if seen == value:
+                yield Finding(about, "good", str(seen))
+            else:
+                yield Finding(about, "wrong", f"{'not set' if seen is None else seen}, should be {value}", mend)
+
+
+def permissions(patient: Patient) -> Iterator[Finding]:
+    """Whoever asks may deploy."""
+    for verb, group, resource in _DUTIES:
+        may = patient.api.review(verb, group, resource, NAMESPACE)
+        about = f"permission to {verb} {resource}{'.' + group if group else ''}"
+        mend = (
+            f"kubectl create rolebinding knapper-deploy -n {NAMESPACE} "
+            "--clusterrole=knative-serving-namespaced-admin --user=YOU"
+        )
+        yield Finding(about, "good" if may else "wrong", "yes" if may else "no", "" if may else mend)
+
+
+def services(patient: Patient) -> Iterator[Finding]:
+    """Each Service is ready, has a ceiling, and knows where its image is."""
+    for service in _ours(patient):
+        about = f"Service {service['metadata']['name']}"
+        ready = next(
+            (each for each in service.get("status", {}).get("conditions", []) if each["type"] == "Ready"), None
+        )
+        if ready is None or ready["status"] != "True":
+            seen = "no word yet" if ready is None else f"{ready.get('reason', '')}: {ready.get('message', '')}"
+            yield Finding(about, "wrong", seen, f"kubectl describe ksvc -n {NAMESPACE} {service['metadata']['name']}")
+        else:
+            yield Finding(about, "good", "ready")
+        notes = service["spec"]["template"]["metadata"].get("annotations", {})
+        for key, default in (("max-scale", "0"), ("initial-scale", "1"), ("target-utilization-percentage", "70")):
+            value, wanted = notes.get(f"autoscaling.knative.dev/{key}", default), _WANTED[key]
+            if LABEL in service["metadata"].get("labels", {}) and not wanted(value):
+                yield Finding(f"{about} {key}", "wrong", value, "apply knative/overlays again: it was changed by hand")
+        image = service["spec"]["template"]["spec"]["containers"][0]["image"]
+        if "PROJECT_ID" in image:
+            yield Finding(
+                f"{about} image", "wrong", image, "apply the overlay that terraform/stages/30-functions wrote"
+            )
+
+
+_WANTED: dict[str, Callable[[str], bool]] = {
+    "max-scale": lambda value: value != "0",  # 0: as many GPUs as there are
+    "initial-scale": lambda value: value == "0",
+    "target-utilization-percentage": lambda value: float(value) == 100,
+}
+
+
+def times(patient: Patient) -> Iterator[Finding]:
+    """Nothing gives up before a start from zero is over."""
+    api, budget = patient.api, patient.cold_start_s
+    deployment = (api.get("/api/v1/namespaces/knative-serving/configmaps/config-deployment") or {}).get("data", {})
+    for service in _ours(patient):
+        template = service["spec"]["template"]
+        container = template["spec"]["containers"][0]
+        if "nvidia.com/gpu" not in container.get("resources", {}).get("limits", {}):
+            continue
+        name = service["metadata"]["name"]
+        notes = template["metadata"].get("annotations", {})
+        said = notes.get("serving.knative.dev/progress-deadline", deployment.get("progress-deadline", "600s"))
+        yield _enough(
+            f"Service {name} progress deadline", seconds(said), budget, "serving.knative.dev/progress-deadline"
+        )
+        probe = container.get("startupProbe", {})
+        patience = float(probe.get("periodSeconds", 10)) * float(probe.get("failureThreshold", 3))
+        yield _enough(f"Service {name} start-up probe", patience, budget, "startupProbe.failureThreshold")
+    defaults = (api.get("/api/v1/namespaces/knative-serving/configmaps/config-defaults") or {}).get("data", {})
+    longest = float(defaults.get("max-revision-timeout-seconds", 600))
+    activator = api.get("/apis/apps/v1/namespaces/knative-serving/deployments/activator")
+    if activator is not None:
+        grace = float(activator["spec"]["template"]["spec"].get("terminationGracePeriodSeconds", 30))
+        yield _enough(
+            "activator grace", grace, longest,
+            "kubectl patch deployment activator -n knative-serving -p "
+            f"'{{\"spec\":{{\"template\":{{\"spec\":{{\"terminationGracePeriodSeconds\":{longest:.0f}}}}}}}}}'",
+            "a request that it holds may take",
+        )  # fmt: skip
+
+
+def _enough(
+    about: str, seen_s: float, needed_s: float, where: str, needed_for: str = "a start from zero may take"
+) -> Finding:  # fmt: skip
+    if seen_s >= needed_s:
+        return Finding(about, "good", f"{seen_s:.0f} s")
+    mend = where if where.startswith("kubectl") else f"raise {where} in the overlay, and apply it"
+    return Finding(about, "wrong", f"{seen_s:.0f} s, and {needed_for} {needed_s:.0f} s", mend)
+
+
+def eventing(patient: Patient) -> Iterator[Finding]:
+    """Broker, Triggers and the tick are ready, and try again for longer than a start from zero takes."""
+    for version, kind in (
+        ("eventing.knative.dev/v1", "Broker"),
+        ("eventing.knative.dev/v1", "Trigger"),
+        ("sources.knative.dev/v1", "PingSource"),
+    ):
+        found = patient.api.list(version, kind, NAMESPACE)
+        if not found:
+            yield Finding(kind, "wrong", "none", "kubectl apply -k knative/overlays/...: jobs need it")
+        for thing in found:
+            name = thing["metadata"]["name"]
+            conditions: list[Object] = thing.get("status", {}).get("conditions", [])
+            ready: Object = next((each for each in conditions if each["type"] == "Ready"), {})
+            good = ready.get("status") == "True"
+            seen = "ready" if good else f"{ready.get('reason', 'no word yet')}: {ready.get('message', '')}"
+            yield Finding(
+                f"{kind} {name}",
+                "good" if good else "wrong",
+                seen,
+                "" if good else f"kubectl describe {kind.lower()} -n {NAMESPACE} {name}",
+            )
+            if kind == "Trigger":
+                yield _enough(
+                    f"Trigger {name} retries",
+                    outlasts_s(thing["spec"].get("delivery", {})),
+                    patient.cold_start_s,
+                    "delivery.retry",
+                )
+            if (
+                kind == "Broker"
+                and thing["metadata"].get("annotations", {}).get("messaging.knative.dev/async-handler") != "true"
+            ):
+                mend = "delete the Broker, apply the overlay again: the annotation counts when it is made"
+                yield Finding(
+                    f"Broker {name} async-handler", "wrong", "callers wait for the whole chain of events", mend
+                )
+
+
+def accelerators(patient: Patient) -> Iterator[Finding]:
+    """Where GPUs are asked for, nodes that have them are known; pools at zero show nothing here."""
+    asked = {
+        kind
+        for service in _ours(patient)
+        for key, kind in service["spec"]["template"]["spec"].get("nodeSelector", {}).items()
+        if key == "cloud.google.com/gke-accelerator"
+    }
+    for kind in sorted(asked):
+        nodes = patient.api.list("v1", "Node", labels=f"cloud.google.com/gke-accelerator={kind}")
+        free = sum(int(node["status"].get("allocatable", {}).get("nvidia.com/gpu", 0)) for node in nodes)
+        seen = f"{free} on {len(nodes)} nodes" if nodes else "no node now, as it is while idle"
+        yield Finding(
+            f"GPU {kind}",
+            "good" if free else "unknown",
+            seen,
+            "" if free else f"see that a pool has it: gcloud container node-pools list --cluster NAME | grep {kind}",
+        )
+
+
+def _ours(patient: Patient) -> list[Object]:
+    return patient.api.list("serving.knative.dev/v1", "Service", NAMESPACE, "app.kubernetes.io/part-of=knapper")
+
+
+def outlasts_s(delivery: Object) -> float:
+    """How long deliveries are tried again, not counting the attempts themselves."""
+    delay, retries = seconds(delivery.get("backoffDelay", "PT0.2S")), int(delivery.get("retry", 10))
+    exponential = delivery.get("backoffPolicy", "exponential") == "exponential"
+    return float(sum(delay * (2.0**n if exponential else n) for n in range(1, retries + 1)))
+
+
+def seconds(text: str) -> float:
+    """Of 90s, 1m30s, PT2S, PT0.2S, PT15M."""
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0}
+    return sum(
+        float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)([hms])", text.lower().removeprefix("pt"))
+    )

@@ -1,0 +1,106 @@
+"""The objects of one base model on a cluster, made from the manifests of the model that these describe."""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from knapper.cluster.kustomize import Object
+from knapper.errors import InvalidField
+from knapper.models.catalogue import ModelRecord, slug
+from knapper.models.declared import encode
+
+NAMESPACE = "knapper"
+LABEL = "knapper.dev/model"
+SERVICES = ("train-step", "sample")
+MODELS = "knapper-models"  # the ConfigMap that the gateway reads
+_ACCELERATOR = "cloud.google.com/gke-accelerator"
+_PLACEHOLDER = re.compile(r"PROJECT_ID|PROJECT_NUMBER|REGION-docker")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What `knapper deploy add` was asked for."""
+
+    record: ModelRecord  # its URLs are set here
+    accelerator: str  # as GKE names it; empty: what the manifests say
+    sample_replicas_max: int | None = None
+
+
+def objects(manifests: Sequence[Object], wanted: Wanted) -> list[Object]:
+    """Services and Triggers of the model, and its entry in the ConfigMap. Raises InvalidField."""
+    services = {each: _only(manifests, "serving.knative.dev/v1", "Service", each) for each in SERVICES}
+    triggers = {each: _only(manifests, "eventing.knative.dev/v1", "Trigger", each) for each in SERVICES}
+    model = wanted.record.name
+    ours = services["train-step"]["metadata"]["labels"][LABEL] == slug(model)  # the manifests' own: it keeps its names
+    names = {each: each if ours else f"{each}-{slug(model)[:8]}" for each in SERVICES}
+    found = [_service(services[each], each, names[each], wanted) for each in SERVICES]
+    found += [_trigger(triggers[each], names[each], model) for each in SERVICES]
+    if placeholder := _PLACEHOLDER.search(repr(found)):
+        raise InvalidField(
+            "manifests", placeholder[0], "an overlay with the names of your project in it",
+            "Give the one that terraform/stages/30-functions wrote: --manifests .../.rendered/NAME",
+        )  # fmt: skip
+    urls = {f"{each.replace('-', '_')}_url": f"http://{names[each]}.{NAMESPACE}.svc.cluster.local" for each in SERVICES}
+    record = msgspec.structs.replace(wanted.record, **urls)
+    return [*found, _models({f"{slug(model)}.json": encode(record)})]
+
+
+def no_entry(model: str) -> Object:
+    """A merge patch that takes the model out of the ConfigMap."""
+    return _models({f"{slug(model)}.json": None})
+
+
+def _models(data: Mapping[str, str | None]) -> Object:
+    metadata = {"name": MODELS, "namespace": NAMESPACE}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": dict(data)}
+
+
+def _only(manifests: Sequence[Object], version: str, kind: str, name: str) -> Object:
+    for thing in manifests:
+        if (thing["apiVersion"], thing["kind"], thing["metadata"]["name"]) == (version, kind, name):
+            return copy.deepcopy(thing)
+    raise InvalidField("manifests", f"{kind} {name}", "a kustomization of knative/overlays, or one that stands on it")
+
+
+def _service(thing: Object, service: str, name: str, wanted: Wanted) -> Object:
+    record, template = wanted.record, thing["spec"]["template"]
+    thing["metadata"]["name"] = name
+    for metadata in (thing["metadata"], template["metadata"]):
+        metadata["labels"][LABEL] = slug(record.name)
+    (container,) = template["spec"]["containers"]
+    ours = {"KNAPPER_MODEL": record.name, "KNAPPER_MODEL_DIRECTORY": record.directory, "KNAPPER_DTYPE": record.dtype}
+    container["env"] = [
+        *({"name": key, "value": value} for key, value in ours.items()),
+        *(each for each in container["env"] if each["name"] not in ours),
+    ]
+    if wanted.accelerator:
+        if "nvidia.com/gpu" not in container["resources"]["limits"]:
+            raise InvalidField(
+                "accelerator", wanted.accelerator, "none with manifests that ask for no GPU",
+                "Take an overlay for GPUs, or leave --accelerator out",
+            )  # fmt: skip
+        template["spec"]["nodeSelector"] = template["spec"].get("nodeSelector", {}) | {_ACCELERATOR: wanted.accelerator}
+    if service == "sample" and wanted.sample_replicas_max is not None:
+        scale = str(wanted.sample_replicas_max)
+        template["metadata"]["annotations"]["autoscaling.knative.dev/max-scale"] = scale
+    return thing
+
+
+def _trigger(thing: Object, name: str, model: str) -> Object:
+    thing["metadata"]["name"] = name
+    thing["metadata"]["labels"][LABEL] = slug(model)
+    thing["spec"]["subscriber"]["ref"]["name"] = name
+    thing["spec"]["filters"] = _renamed(thing["spec"]["filters"], slug(model))
+    return thing
+
+
+def _renamed(filters: object, model: str) -> object:
+    """The filters for another model."""
+    if isinstance(filters, list):
+        return [_renamed(each, model) for each in filters]
+    if isinstance(filters, dict):
+        return {key: model if key == "model" else _renamed(value, model) for key, value in filters.items()}
+    return filters

@@ -1,0 +1,104 @@
+"""What runs of each base model: read from the cluster, never remembered."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from knapper.cluster.api import Api
+from knapper.cluster.kustomize import Object
+from knapper.cluster.model import LABEL, MODELS, NAMESPACE, SERVICES
+from knapper.models.catalogue import slug
+
+_ACCELERATORS = ("cloud.google.com/gke-accelerator", "nvidia.com/gpu.product")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One Service of a model."""
+
+    service: str
+    name: str
+    revision: str  # the newest that was ready; empty for none
+    replicas: int
+    state: str  # warm, cold, starting or failing
+    gpu: str
+    error: str  # what is wrong, as Knative says it; empty for nothing
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """One base model. `waiting`: runs with operations that are not answered, None where the gateway does not say."""
+
+    model: str
+    declared: bool
+    parts: Sequence[Part]
+    waiting: int | None
+
+
+def deployed(api: Api) -> list[Deployed]:
+    """All models that have Services, or are declared to the gateway."""
+    import msgspec
+
+    config = api.get(f"/api/v1/namespaces/{NAMESPACE}/configmaps/{MODELS}") or {}
+    declared = {name.removesuffix(".json"): text for name, text in (config.get("data") or {}).items()}
+    services = [
+        each
+        for each in api.list("serving.knative.dev/v1", "Service", NAMESPACE, LABEL)
+        if each["metadata"].get("labels", {}).get("app.kubernetes.io/name") in SERVICES
+    ]
+    waiting = _waiting(api)
+    found = []
+    for one in sorted(declared.keys() | {each["metadata"]["labels"][LABEL] for each in services}):
+        own = [each for each in services if each["metadata"]["labels"][LABEL] == one]
+        name = str(msgspec.json.decode(declared[one])["name"]) if one in declared else _model_of(own[0])
+        parts = [_part(api, each) for each in sorted(own, key=_order)]
+        count = None if waiting is None else waiting.get(name, 0)
+        found.append(Deployed(name, one in declared, parts, count))
+    return found
+
+
+def _model_of(service: Object) -> str:
+    (container,) = service["spec"]["template"]["spec"]["containers"]
+    return next((str(each["value"]) for each in container.get("env", []) if each["name"] == "KNAPPER_MODEL"), "?")
+
+
+def _order(service: Object) -> int:
+    return SERVICES.index(service["metadata"]["labels"]["app.kubernetes.io/name"])
+
+
+def _part(api: Api, service: Object) -> Part:
+    status, spec = service.get("status", {}), service["spec"]["template"]["spec"]
+    revision = status.get("latestReadyRevisionName", "")
+    about = api.get(f"/apis/serving.knative.dev/v1/namespaces/{NAMESPACE}/revisions/{revision}") if revision else None
+    running = (about or {}).get("status", {})
+    replicas, desired = int(running.get("actualReplicas") or 0), int(running.get("desiredReplicas") or 0)
+    errors = [
+        f"{each['type']}: {each.get('reason', '')} {each.get('message', '')}".strip()
+        for each in [*status.get("conditions", []), *running.get("conditions", [])]
+        if each["status"] == "False" and each["type"] != "Active"  # not active: at zero, as it should be
+    ]
+    state = "failing" if errors else "warm" if replicas else "starting" if desired else "cold"
+    limits = spec["containers"][0].get("resources", {}).get("limits", {})
+    kinds = [value for key, value in spec.get("nodeSelector", {}).items() if key in _ACCELERATORS]
+    gpu = f"{limits['nvidia.com/gpu']} x {', '.join(kinds) or 'any'}" if "nvidia.com/gpu" in limits else "none"
+    labels = service["metadata"]["labels"]
+    name = service["metadata"]["name"]
+    return Part(labels["app.kubernetes.io/name"], name, revision, replicas, state, gpu, errors[0] if errors else "")
+
+
+def _waiting(api: Api) -> dict[str, int] | None:
+    """Runs that wait, by base model, as the gateway counts them."""
+    pods = api.list("v1", "Pod", NAMESPACE, "app.kubernetes.io/name=gateway")
+    ready = [each["metadata"]["name"] for each in pods if each.get("status", {}).get("phase") == "Running"]
+    if not ready:
+        return None
+    text = api.text(f"/api/v1/namespaces/{NAMESPACE}/pods/{ready[0]}:8080/proxy/metrics")
+    if text is None:
+        return None
+    found = re.findall(r'^knapper_runs_waiting\{model="([^"]*)"\} ([\d.e+]+)$', text, flags=re.MULTILINE)
+    return {model: int(float(count)) for model, count in found}
+
+
+def is_of(service: Object, model: str) -> bool:
+    """Whether an object belongs to the model."""
+    return bool(service["metadata"].get("labels", {}).get(LABEL) == slug(model))

@@ -1,0 +1,135 @@
+"""The exchange in a local directory: plain files, for people to look at. A generation is the sha256 of the bytes."""
+
+import asyncio
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from knapper.errors import StoreError, TooLarge
+from knapper.exchange import Blob, Entries, Entry
+from knapper.store import check_name
+
+FOLDERS = ("inbox", "jobs")
+_TEMPORARY = ".publishing-"  # the beginning of a file that is still being written; no name of ours begins so
+_CHUNK_BYTES = 1 << 20
+
+
+class DirectoryExchange:
+    """`inbox/` and `jobs/` below `root`. Symbolic links are not followed: who may write here may not read elsewhere."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.resolve()
+        try:
+            for folder in FOLDERS:
+                (self._root / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot make {self._root}/inbox: {error.strerror}") from error
+
+    @property
+    def bucket(self) -> str:
+        return "local"
+
+    @property
+    def prefix(self) -> str:
+        return ""
+
+    async def read(self, name: str, bytes_max: int) -> Blob | None:
+        return await asyncio.to_thread(self._read, name, bytes_max)
+
+    async def list(self, prefix: str) -> Entries:
+        return await asyncio.to_thread(self._list, prefix)
+
+    async def entry(self, name: str) -> Entry | None:
+        """The entry that a list has for the object, or None."""
+        return await asyncio.to_thread(lambda: self._entry(self._path(name)))
+
+    async def publish(self, name: str, data: bytes) -> None:
+        await asyncio.to_thread(self._publish, name, data)
+
+    async def remove(self, name: str) -> None:
+        await asyncio.to_thread(self._remove, name)
+
+    def _path(self, name: str) -> Path:
+        if check_name(name).split("/")[0] not in FOLDERS:
+            raise ValueError(f"bad name {name!r}: it begins with {' or '.join(f'{folder}/' for folder in FOLDERS)}")
+        path = self._root / name
+        for parent in path.parents:
+            if parent == self._root:
+                break
+            if parent.is_symlink():
+                raise StoreError(f"{parent} is a symbolic link; put the files themselves there")
+        return path
+
+    def _open(self, path: Path) -> BinaryIO | None:
+        try:
+            return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+        except OSError as error:
+            raise StoreError(f"cannot read {path}: {error.strerror} (symbolic links are not followed)") from error
+
+    def _read(self, name: str, bytes_max: int) -> Blob | None:
+        file = self._open(self._path(name))
+        if file is None:
+            return None
+        with file:
+            try:
+                data = file.read(bytes_max + 1)
+            except IsADirectoryError:
+                return None
+            if len(data) > bytes_max:
+                raise TooLarge(f"{name} has over {bytes_max} bytes, the most that is read; split it, or leave some out")
+        return Blob(data, hashlib.sha256(data).hexdigest())
+
+    def _list(self, prefix: str) -> Entries:
+        folder = self._path(prefix.rpartition("/")[0] or FOLDERS[0])
+        found = [entry for entry in self._walk(folder) if entry.name.startswith(prefix)]
+        return sorted(found, key=lambda entry: entry.name)
+
+    def _walk(self, folder: Path) -> Iterator[Entry]:
+        try:
+            entries = [*os.scandir(folder)]
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise StoreError(f"cannot list {folder}: {error.strerror}") from error
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from self._walk(Path(entry.path))
+                continue
+            whole = entry.is_file(follow_symlinks=False) and not entry.name.startswith(_TEMPORARY)
+            if whole and (made := self._entry(Path(entry.path))) is not None:
+                yield made
+
+    def _entry(self, path: Path) -> Entry | None:
+        file = self._open(path)
+        if file is None:
+            return None
+        digest, size = hashlib.sha256(), 0
+        with file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                size += len(chunk)
+        return Entry(path.relative_to(self._root).as_posix(), digest.hexdigest(), size)
+
+    def _publish(self, name: str, data: bytes) -> None:
+        path = self._path(name)
+        temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{hashlib.sha256(name.encode()).hexdigest()[:16]}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        except OSError as error:
+            raise StoreError(f"cannot write {path}: {error.strerror}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _remove(self, name: str) -> None:
+        try:
+            self._path(name).unlink(missing_ok=True)
+        except NotADirectoryError:
+            return
+        except OSError as error:
+            raise StoreError(f"cannot remove {name}: {error.strerror}") from error

@@ -1,0 +1,53 @@
+"""What a job used: tokens, seconds in which somebody worked for it and in which nobody did, bytes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from knapper.jobs.folders import Folder
+from knapper.jobs.records import Evaluated, Trained
+
+Interval = tuple[float, float]
+
+
+def union(intervals: Sequence[Interval]) -> list[Interval]:
+    """The same times without overlaps, in order."""
+    found: list[Interval] = []
+    for began, ended in sorted(intervals):
+        if found and began <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], ended))
+        else:
+            found.append((began, ended))
+    return found
+
+
+def covered(intervals: Sequence[Interval]) -> float:
+    return sum(ended - began for began, ended in union(intervals))
+
+
+def bill(folder: Folder, done: Sequence[Trained | Evaluated], adapter_bytes: int, now: float) -> dict[str, Any]:
+    """`busy`: by function; they overlap with `max_staleness`. `idle`: the wall clock's seconds in which none worked."""
+    spent = [each.spent for each in done]
+    wall_s = now - folder.started.started_at
+    working = [(each.began_at, each.ended_at) for each in done]
+    busy_s = covered([*working, *((began, ended) for each in spent for began, ended in each.busy)])
+    return {
+        "tokens": {
+            "prompts": sum(each.prompt_tokens for each in spent),
+            "sampled": sum(each.sampled_tokens for each in spent),
+            "trained": sum(each.tokens for each in done),
+        },
+        "compute_seconds": {
+            "sample": round(sum(each.sample_s for each in spent), 3),
+            "reward": round(sum(each.reward_s for each in spent), 3),
+            "train_step": round(sum(ended - began for began, ended in working), 3),
+            "busy": round(busy_s, 3),
+            "idle": round(max(0.0, wall_s - busy_s), 3),
+            "wall": round(wall_s, 3),
+        },
+        "bytes": {
+            "uploaded": folder.started.files_bytes,
+            "rollouts": sum(each.bytes for each in spent),
+            "journal": sum(each.bytes for each in done),
+            "adapter": adapter_bytes,
+        },
+    }

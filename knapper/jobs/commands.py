@@ -1,0 +1,113 @@
+"""`knapper submit` and `knapper jobs ...`. What a command needs is imported inside it."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from knapper.jobs.client import Client
+
+app = typer.Typer(name="jobs", help="List, show, cancel and resume jobs.", no_args_is_help=True, rich_markup_mode=None)
+
+_POLL_S = 1.0
+Url = Annotated[str | None, typer.Option(help="The gateway; else TINKER_BASE_URL, else http://127.0.0.1:8000.")]
+Name = Annotated[str, typer.Argument(help="The job's name.")]
+
+
+def submit(
+    job_yaml: Annotated[Path, typer.Argument(help="job.yaml; the files that it names lie beside it.")],
+    name: Annotated[str | None, typer.Option(help="The job's name; else its folder's.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show each step until the job ends.")] = False,
+    url: Url = None,
+) -> None:
+    """Start a job: send job.yaml and its files. It runs on the server, whatever becomes of this command."""
+    client = _client(url)
+    told = client.submit(job_yaml, name)
+    if follow and told["state"] not in ("refused",):
+        _follow(client, told["job"])
+        return
+    _say(told)
+
+
+@app.command("list")
+def list_jobs(url: Url = None) -> None:
+    """Print all jobs, the newest first."""
+    from knapper.jobs.client import table
+
+    for line in table(_client(url).jobs()):
+        print(line)
+
+
+@app.command()
+def show(
+    job: Name,
+    follow: Annotated[bool, typer.Option("--follow", help="Show each step until the job ends.")] = False,
+    url: Url = None,
+) -> None:
+    """Print a job's steps, and what became of it."""
+    from knapper.jobs.client import lines
+
+    client = _client(url)
+    if follow:
+        _follow(client, job)
+        return
+    told, after = client.show(job), 0
+    while told["metrics"]:
+        for line in lines(told):
+            print(line)
+        after = told["metrics"][-1]["step"]
+        told = client.show(job, after)
+    _say(told)
+
+
+@app.command()
+def cancel(job: Name, url: Url = None) -> None:
+    """Stop a job; what is done stays, and `resume` goes on from there."""
+    _say(_client(url).cancel(job))
+
+
+@app.command()
+def resume(job: Name, url: Url = None) -> None:
+    """Let a cancelled or failed job go on where it stopped."""
+    _say(_client(url).resume(job))
+
+
+def _follow(client: "Client", job: str) -> None:
+    """Print each step as it comes; Ctrl-C ends the printing, and not the job."""
+    import time
+
+    from knapper.jobs.client import ENDED, lines
+
+    after = 0
+    while True:
+        told = client.show(job, after)
+        for line in lines(told):
+            print(line, flush=True)
+        if told["metrics"]:
+            after = told["metrics"][-1]["step"]
+        elif told["state"] in ENDED:
+            break
+        else:
+            time.sleep(_POLL_S)
+    _say(told)
+
+
+def _say(told: dict[str, Any]) -> None:
+    from knapper.jobs.client import summary
+
+    for line in summary(told):
+        print(line)
+    if told["state"] in ("failed", "refused"):
+        sys.exit(1)
+
+
+def _client(url: str | None) -> "Client":
+    from knapper.jobs.client import Client
+
+    return Client(
+        url or os.environ.get("TINKER_BASE_URL") or "http://127.0.0.1:8000",
+        os.environ.get("TINKER_API_KEY") or "tml-local",
+    )

@@ -1,0 +1,63 @@
+"""What becomes of a job: versions of one small record, of which the highest wins. Without any, the job runs.
+
+running -> cancelled | failed | completed;  cancelled -> running;  failed -> running
+"""
+
+from knapper.errors import UserError
+from knapper.ids import number
+from knapper.jobs.names import Start
+from knapper.jobs.records import Control, State, decode, encode
+from knapper.journal.names import last_number
+from knapper.store import Store
+
+REPLACED = "job.yaml was replaced"
+_MAY = {
+    "running": ("cancelled", "failed", "completed"),
+    "cancelled": ("running",),
+    "failed": ("running",),
+    "completed": (),
+}
+_RUNNING = Control(state="running", reason="", at=0.0)
+
+
+async def now(store: Store, start: Start) -> Control:
+    """What the job is at this moment."""
+    return (await _newest(store, start))[1]
+
+
+async def runs(store: Store, start: Start) -> bool:
+    return (await now(store, start)).state == "running"
+
+
+async def change(store: Store, start: Start, state: State, reason: str, at: float) -> bool:
+    """True once it is in this state; False if another change that excludes this one came first."""
+    while True:
+        n, newest = await _newest(store, start)
+        if newest.state == state:
+            return True
+        if state not in _MAY[newest.state]:
+            return False
+        data = encode(Control(state=state, reason=reason, at=at))
+        if await store.put_if_absent(f"{start.controls}{number(n + 1)}", data):
+            return True
+
+
+async def ask(store: Store, start: Start, state: State, reason: str, at: float) -> None:
+    """Raises UserError if the job cannot come into this state."""
+    if not await change(store, start, state, reason, at):
+        is_now = (await now(store, start)).state
+        verb = {"cancelled": "cancelled", "running": "resumed"}.get(state, state)
+        raise UserError(f"job {start.job} is {is_now}, and cannot be {verb}; allowed then: {_allowed(is_now)}")
+
+
+def _allowed(state: str) -> str:
+    return {"running": "cancel", "cancelled": "resume", "failed": "resume"}.get(state, "nothing; submit it anew")
+
+
+async def _newest(store: Store, start: Start) -> tuple[int, Control]:
+    listed = await store.list(start.controls)
+    if not listed:
+        return 0, _RUNNING
+    data = await store.get(listed[-1])
+    assert data is not None, "control records are never deleted"
+    return last_number(listed[-1]), decode(data, Control, listed[-1])

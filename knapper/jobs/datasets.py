@@ -1,0 +1,121 @@
+"""Data files: JSON Lines, each row checked, whatever is wrong named with its line. No tokenizer is needed for that."""
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from knapper import limits
+from knapper.errors import InvalidField, UserError
+from knapper.jobs.documents import JobError
+from knapper.jobs.spec import AnyJob, DpoJob, RlJob, SftJob
+from knapper.wire import json
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    role: Annotated[str, Meta(min_length=1, max_length=32)]
+    content: str
+
+    def plain(self) -> dict[str, str]:
+        return {"role": self.role, "content": self.content}
+
+
+Messages = Annotated[list[Message], Meta(min_length=1, max_length=limits.chat_messages_max)]
+Prompt = Annotated[str, Meta(min_length=1)] | Messages
+
+
+class RlRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the model is asked. `answer`: whatever the reward compares with."""
+
+    prompt: Prompt
+    answer: Any = None
+
+
+class ChatRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    messages: Messages
+
+
+class CompletionRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    prompt: Prompt
+    completion: Annotated[str, Meta(min_length=1)]
+
+
+class PairRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A prompt, and of two completions the better one."""
+
+    prompt: Prompt
+    chosen: Annotated[str, Meta(min_length=1)]
+    rejected: Annotated[str, Meta(min_length=1)]
+
+
+SftRow = ChatRow | CompletionRow
+Row = RlRow | ChatRow | CompletionRow | PairRow
+
+
+def rl(name: str, data: bytes) -> list[RlRow]:
+    """Raises JobError."""
+    return [_decode(name, line, text, RlRow) for line, text in _lines(name, data)]
+
+
+def sft(name: str, data: bytes, loss_on: str | Sequence[str]) -> list[SftRow]:
+    """`loss_on`: roles are for chats, so that a row without roles is an error then. Raises JobError."""
+    rows: list[SftRow] = []
+    for line, text in _lines(name, data):
+        row = _decode(name, line, text, ChatRow if b'"messages"' in text else CompletionRow)
+        rows.append(row)
+        if not isinstance(loss_on, str):
+            if not isinstance(row, ChatRow):
+                raise JobError(line, "prompt", "there", "rows of messages, as `loss_on` names roles", file=name)
+            if not _has(row, *loss_on):
+                roles = [message.role for message in row.messages]
+                raise JobError(line, "messages: roles", roles, f"one of {', '.join(loss_on)} at least", file=name)
+        elif isinstance(row, ChatRow) and loss_on == "completions" and not _has(row, "assistant"):
+            raise JobError(line, "messages: roles", "no assistant", "an assistant's message to learn", file=name)
+    return rows
+
+
+def _has(row: ChatRow, *roles: str) -> bool:
+    return any(message.role in roles for message in row.messages)
+
+
+def dpo(name: str, data: bytes) -> list[PairRow]:
+    """Raises JobError."""
+    rows = [(line, _decode(name, line, text, PairRow)) for line, text in _lines(name, data)]
+    for line, row in rows:
+        if row.chosen == row.rejected:
+            raise JobError(line, "rejected", row.rejected, "another text than `chosen`", file=name)
+    return [row for _, row in rows]
+
+
+def rows(job: AnyJob, name: str, data: bytes) -> Sequence[Row]:
+    """Of a data file of this job, `data` or `evaluate.data`. Raises JobError."""
+    match job:
+        case RlJob():
+            return rl(name, data)
+        case SftJob():
+            return sft(name, data, job.loss_on)
+        case DpoJob():
+            return dpo(name, data)
+
+
+def _lines(name: str, data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, bytes) of each line that is not empty."""
+    found = 0
+    for number, text in enumerate(data.split(b"\n"), 1):
+        if text.strip():
+            found += 1
+            if found > limits.job_rows_max:
+                raise JobError(number, "its number of rows", found, f"at most {limits.job_rows_max}", file=name)
+            yield number, text
+    if not found:
+        raise JobError(1, "its content", "empty", "a row of JSON in each line", file=name)
+
+
+def _decode(name: str, line: int, text: bytes, kind: Any) -> Any:
+    try:
+        return json.decode(text, kind)
+    except InvalidField as error:
+        raise JobError(line, error.field or "", error.value, error.allowed, error.todo, file=name) from error
+    except UserError as error:
+        raise JobError(line, "the line", text[:80], "one JSON object", message=str(error), file=name) from error

@@ -1,0 +1,113 @@
+"""What people see of a job while it runs, in the exchange: all of it derived from the store, and published again."""
+
+from collections import OrderedDict
+from typing import Any
+
+import msgspec
+
+from knapper.ids import Tenant
+from knapper.jobs import control, names
+from knapper.jobs.folders import Folder
+from knapper.jobs.names import Start
+from knapper.jobs.place import Place
+from knapper.jobs.records import Evaluated, Started, Trained, read
+from knapper.jobs.spec import decode
+from knapper.journal.names import last_number
+from knapper.store import Store
+
+_KEPT_MAX = 64
+
+
+def where(start: Start, name: str) -> str:
+    return f"{names.outputs(start.tenant, start.job)}{name}"
+
+
+def metrics_line(step: int, trained: Trained) -> dict[str, Any]:
+    """`step`: counted from 1."""
+    return {"step": step, **trained.metrics, "seconds": round(trained.ended_at - trained.began_at, 4)}
+
+
+class Metrics:
+    """metrics.jsonl of jobs under way; what was read of them is kept, as it never changes."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._lines: OrderedDict[Start, list[bytes]] = OrderedDict()
+
+    async def publish(self, folder: Folder) -> None:
+        lines = self._lines.setdefault(folder.start, [])
+        self._lines.move_to_end(folder.start)
+        if len(self._lines) > _KEPT_MAX:
+            self._lines.popitem(last=False)
+        while (trained := await read(self._place.store, folder.start.trained(len(lines)), Trained)) is not None:
+            lines.append(msgspec.json.encode(metrics_line(len(lines) + 1, trained)) + b"\n")
+        await self._place.exchange.publish(where(folder.start, "metrics.jsonl"), b"".join(lines))
+
+    def forget(self, folder: Folder) -> None:
+        self._lines.pop(folder.start, None)
+
+
+async def publish_rollouts(place: Place, folder: Folder, name: str, readable: bytes) -> None:
+    if readable:
+        await place.exchange.publish(where(folder.start, f"rollouts/{name}.jsonl"), readable)
+
+
+async def evaluations(store: Store, start: Start) -> dict[int, Evaluated]:
+    """By version, in order."""
+    listed = await store.list(f"{start.prefix}evaluations/")
+    found = {}
+    for name in listed:
+        if name.endswith("/evaluated"):
+            evaluated = await read(store, name, Evaluated)
+            assert evaluated is not None, "it was listed, and nobody deletes it"
+            found[last_number(name.removesuffix("/evaluated"))] = evaluated
+    return found
+
+
+def evaluation(found: dict[int, Evaluated], steps: int) -> dict[str, Any]:
+    """Before, after, and at the steps between."""
+    told = {version: each.metrics for version, each in found.items()}
+    between = [{"step": version, **metrics} for version, metrics in told.items() if 0 < version < steps]
+    return {"before": told.get(0), "after": told.get(steps), "during": between}
+
+
+async def publish_evaluations(place: Place, folder: Folder, steps: int) -> None:
+    found = evaluation(await evaluations(place.store, folder.start), steps)
+    await _publish_json(place, folder.start, "evaluation.json", found)
+
+
+async def publish_status(place: Place, started: Started) -> None:
+    """status.json; of a start that another took the place of, nothing."""
+    start = Start(Tenant(started.tenant), started.job, started.start)
+    now = await control.now(place.store, start)
+    if now.state == "cancelled" and now.reason.startswith(control.REPLACED):
+        return
+    status = {
+        "job": start.job, "start": start.id, "kind": decode(started.spec_json).kind, "state": now.state,
+        "reason": now.reason, "step": await newest_step(place.store, start), "base_model": started.base_model,
+        "run": start.run,
+    }  # fmt: skip
+    await _publish_json(place, start, "status.json", status)
+
+
+async def newest_step(store: Store, start: Start) -> int:
+    """Steps that are done, found with few looks: they are dense, and there may be many."""
+    there, beyond = 0, 1
+    while await store.get(start.trained(beyond - 1)) is not None:
+        there, beyond = beyond, 2 * beyond
+    while beyond - there > 1:
+        middle = (there + beyond) // 2
+        if await store.get(start.trained(middle - 1)) is not None:
+            there = middle
+        else:
+            beyond = middle
+    return there
+
+
+async def publish_bill(place: Place, folder: Folder, bill: dict[str, Any]) -> None:
+    await _publish_json(place, folder.start, "bill.json", bill)
+
+
+async def _publish_json(place: Place, start: Start, name: str, value: dict[str, Any]) -> None:
+    data = msgspec.json.format(msgspec.json.encode(value)) + b"\n"
+    await place.exchange.publish(where(start, name), data)

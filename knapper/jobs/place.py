@@ -1,0 +1,26 @@
+"""What every part of a job works with: where state lies, where people look, who is rung, what time it is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from knapper.broker import Broker
+from knapper.exchange import Exchange
+from knapper.exchange.opening import open_exchange
+from knapper.jobs.bells import Bells
+from knapper.settings import Settings
+from knapper.store import Store
+
+
+@dataclass(frozen=True)
+class Place:
+    """`clock`: seconds since the epoch."""
+
+    store: Store
+    exchange: Exchange
+    bells: Bells
+    clock: Callable[[], float]
+
+
+def open_place(settings: Settings, store: Store, clock: Callable[[], float]) -> Place:
+    """That of this process. Raises InvalidField for an exchange's address that is none."""
+    return Place(store, open_exchange(settings), Bells(Broker(settings.broker_url).post, clock), clock)

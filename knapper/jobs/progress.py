@@ -1,0 +1,109 @@
+"""How far a job is, from the names of what lies in the store; and what can be done next, and by whom.
+
+Step k: its prompts are sampled, each sample is scored, then it is trained, which makes version k + 1 of the adapter.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from knapper.ids import number
+from knapper.jobs import schedule
+from knapper.jobs.names import Round, Start
+from knapper.jobs.spec import AnyJob, RlJob
+from knapper.store import Store
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What must be known of a job to tell how far it is. `held_out`: rows that it is evaluated with."""
+
+    start: Start
+    job: AnyJob
+    held_out: int
+
+
+@dataclass
+class Parts:
+    """Of one round: the prompts whose rollouts, and whose scores, are there."""
+
+    rollouts: set[int] = field(default_factory=set)
+    scores: set[int] = field(default_factory=set)
+    done: bool = False  # trained, or evaluated
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`trained`: steps that are done, which is the newest version of the adapter. Rounds from there on."""
+
+    trained: int
+    rounds: Mapping[tuple[Round, int], Parts]
+    evaluated_to: int  # every version below it that was to be evaluated is
+
+    def parts(self, kind: Round, n: int) -> Parts:
+        return self.rounds.get((kind, n), Parts())
+
+
+class Looks:
+    """Looks at the store; remembers what is done for good, so that each look is short."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._known: dict[Start, tuple[int, int]] = {}
+
+    async def look(self, outline: Outline, steps: int) -> Progress:
+        """`steps`: of the whole job."""
+        start = outline.start
+        trained, evaluated_to = self._known.get(start, (0, 0))
+        rounds: dict[tuple[Round, int], Parts] = {}
+        for kind, first in (("steps", trained), ("evaluations", evaluated_to)):
+            prefix = f"{start.prefix}{kind}/"
+            for name in await self._store.list(prefix, start_after=f"{prefix}{number(first)}/"):
+                n, what, part = _split(name.removeprefix(prefix))
+                parts = rounds.setdefault((kind, n), Parts())  # type: ignore[arg-type]
+                if what == "rollouts":
+                    parts.rollouts.add(part)
+                elif what == "scores":
+                    parts.scores.add(part)
+                else:
+                    parts.done = True
+        while rounds.get(("steps", trained), Parts()).done:
+            trained += 1
+        evaluated_to = next(
+            (v for v in range(evaluated_to, trained + 1) if _open(outline, rounds, v, steps)), trained + 1
+        )
+        self._known[start] = (trained, evaluated_to)
+        return Progress(trained, rounds, evaluated_to)
+
+
+def _open(outline: Outline, rounds: Mapping[tuple[Round, int], Parts], version: int, steps: int) -> bool:
+    if not schedule.evaluated(outline.job, version, steps):
+        return False
+    parts = rounds.get(("evaluations", version))
+    return parts is None or not parts.done
+
+
+def _split(name: str) -> tuple[int, str, int]:
+    steps = name.split("/")
+    return int(steps[0]), steps[1], int(steps[2]) if len(steps) > 2 else 0
+
+
+def evaluations(outline: Outline, progress: Progress, steps: int) -> Iterator[int]:
+    """Versions that are there and still to be evaluated."""
+    for version in range(progress.evaluated_to, progress.trained + 1):
+        if schedule.evaluated(outline.job, version, steps) and not progress.parts("evaluations", version).done:
+            yield version
+
+
+def rounds(outline: Outline, job: RlJob, progress: Progress) -> list[tuple[Round, int, int]]:
+    """(kind, number, prompts) of the rounds of an rl job that can be worked on now, the most urgent first."""
+    last = min(progress.trained + job.max_staleness, job.steps - 1)
+    steps: Sequence[tuple[Round, int, int]] = [
+        ("steps", step, job.batch.prompts) for step in range(progress.trained, last + 1)
+    ]
+    held_out = outline.held_out
+    return [*steps, *(("evaluations", version, held_out) for version in evaluations(outline, progress, job.steps))]
+
+
+def finished(outline: Outline, progress: Progress, steps: int) -> bool:
+    """Whether only the end is left to be written."""
+    return progress.trained >= steps and next(evaluations(outline, progress, steps), None) is None

@@ -1,0 +1,135 @@
+"""What a job writes into the store: create-only msgpack records, like the journal's."""
+
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from knapper.journal.records import Record, decode, encode
+from knapper.store import Store
+
+__all__ = [
+    "Control", "Evaluated", "Record", "Refusal", "Rollout", "Rollouts", "Score", "Scores", "Spent", "Started", "State",
+    "Trained", "Waiting", "decode", "encode", "read",
+]  # fmt: skip
+
+State = Literal["running", "cancelled", "failed", "completed"]
+
+
+class Started(Record, frozen=True, kw_only=True):
+    """What was asked, complete: everything after is a function of this and of the files."""
+
+    tenant: str
+    job: str
+    start: str
+    generation: str
+    spec_json: bytes  # knapper.jobs.spec.encode
+    job_yaml: bytes
+    files: dict[str, str]  # name -> sha256
+    files_bytes: int
+    base_model: str  # as it is served
+    model: str  # its slug, which events carry
+    rows: int  # of `data`
+    held_out: int  # of `evaluate.data`
+    started_at: float
+
+
+class Waiting(Record, frozen=True, kw_only=True):
+    """job.yaml came, and files that it names did not."""
+
+    since: float
+
+
+class Refusal(Record, frozen=True, kw_only=True):
+    """Why a job.yaml is not started: JobError.report()."""
+
+    report: dict[str, Any]
+    at: float
+
+
+class Control(Record, frozen=True, kw_only=True):
+    """control/<n>: what became of the job; without any, it runs."""
+
+    state: State
+    reason: str
+    at: float
+
+
+class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One completion: `tokens` int32, `logprobs` float32, little-endian."""
+
+    id: str
+    tokens: bytes
+    logprobs: bytes
+    text: str  # without what ended it
+    stopped: bool
+
+
+class Rollouts(Record, frozen=True, kw_only=True):
+    """All completions of one prompt of a round."""
+
+    row: int
+    prompt_tokens: bytes  # int32, little-endian
+    rollouts: list[Rollout]
+    began_at: float
+    ended_at: float
+
+
+class Score(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    value: float
+    parts: dict[str, float] = {}
+
+
+class Scores(Record, frozen=True, kw_only=True):
+    """Of one prompt's rollouts, in their order. `refused`: why the group has none."""
+
+    scores: list[Score]
+    refused: str = ""
+    began_at: float
+    ended_at: float
+
+
+class Spent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a round's rollouts cost. `busy`: when anybody worked for them, in seconds since the epoch."""
+
+    prompt_tokens: int = 0
+    sampled_tokens: int = 0
+    sample_s: float = 0.0
+    reward_s: float = 0.0
+    bytes: int = 0
+    busy: list[tuple[float, float]] = []
+
+
+class Trained(Record, frozen=True, kw_only=True):
+    """A step is done: the adapter has a new version."""
+
+    next_seq: int  # of the run's journal
+    reference_seq: int = 1  # of the reference's
+    steps: int  # of the whole job
+    metrics: dict[str, float]
+    tokens: int  # of the run's operations
+    bytes: int  # and what these left in the journal
+    spent: Spent
+    began_at: float
+    ended_at: float
+
+
+class Evaluated(Record, frozen=True, kw_only=True):
+    """A version of the adapter was looked at with the held-out data."""
+
+    next_seq: int
+    reference_seq: int = 1
+    metrics: dict[str, float]
+    tokens: int
+    bytes: int
+    spent: Spent
+    began_at: float
+    ended_at: float
+
+
+R = TypeVar("R", bound=Record)
+
+
+async def read(store: Store, name: str, kind: type[R]) -> R | None:
+    """The record, or None."""
+    data = await store.get(name)
+    return None if data is None else decode(data, kind, name)

@@ -1,0 +1,73 @@
+"""What happens at which step: pure functions of the job and the step's number.
+
+Step k makes version k + 1 of the adapter out of version k; version 0 is the untouched one.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from knapper.jobs.spec import AnyJob, Optimizer, RlJob
+from knapper.wire import types
+
+
+def adamw(optimizer: Optimizer, step: int, steps: int) -> types.AdamW:
+    """Of step 0 to steps - 1: up in a straight line over the warmup, then as the schedule says, down to `final`."""
+    warm, part = optimizer.warmup_steps, 1.0
+    if step < warm:
+        part = (step + 1) / (warm + 1)
+    elif optimizer.schedule != "constant":
+        done = (step - warm) / max(steps - warm, 1)
+        fall = done if optimizer.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
+        part = 1 - (1 - optimizer.final) * fall
+    return types.AdamW(
+        learning_rate=optimizer.learning_rate * part, beta1=optimizer.beta1, beta2=optimizer.beta2,
+        eps=optimizer.eps, weight_decay=optimizer.weight_decay, grad_clip_norm=optimizer.grad_clip_norm,
+    )  # fmt: skip
+
+
+def sampled_from(job: RlJob, step: int) -> int:
+    """The version of the adapter that the step's rollouts come from."""
+    return max(0, step - job.max_staleness)
+
+
+def evaluated(job: AnyJob, version: int, steps: int) -> bool:
+    """Whether this version of the adapter is evaluated: the first, the last, and every so many between."""
+    evaluate = job.evaluate
+    if evaluate is None:
+        return False
+    return version in (0, steps) or (evaluate.every > 0 and version % evaluate.every == 0)
+
+
+def rows(seed: int, step: int, batch: int, count: int, total: int | None = None) -> list[int]:
+    """The rows (0 to count - 1) of a step: the data in a new order each epoch, cut into batches without a gap.
+
+    `total`: how many there are in all epochs, where the last batch is not filled up.
+    """
+    end = (step + 1) * batch if total is None else min((step + 1) * batch, total)
+    orders: dict[int, Sequence[int]] = {}
+    found = []
+    for at in range(step * batch, end):
+        epoch, place = divmod(at, count)
+        if epoch not in orders:
+            orders[epoch] = order(seed, epoch, count)
+        found.append(orders[epoch][place])
+    return found
+
+
+def order(seed: int, epoch: int, count: int) -> Sequence[int]:
+    """A permutation of 0 to count - 1 that depends on the seed and the epoch alone."""
+    generator = np.random.Generator(np.random.Philox(key=_number("order", seed, epoch, bits=128)))
+    return generator.permutation(count).tolist()  # type: ignore[no-any-return]
+
+
+def sample_seed(seed: int, round_name: str, prompt: int) -> int:
+    """Of all samples of one prompt of one round; sample i of them draws from (this seed, i)."""
+    return _number("sample", seed, round_name, prompt, bits=62)
+
+
+def _number(*of: object, bits: int) -> int:
+    digest = hashlib.sha256(":".join(map(str, of)).encode()).digest()
+    return int.from_bytes(digest[:16], "little") & ((1 << bits) - 1)

@@ -1,0 +1,230 @@
+"""job.yaml: what a job may say. Parsing it runs no code and looks at no other file.
+
+The comment behind a field says what it means; `docs/jobs.md` has them all, and a test that it does.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from knapper import limits
+from knapper.errors import InvalidField, UserError
+from knapper.jobs import documents
+from knapper.jobs.documents import Document, JobError
+from knapper.rewards import spec as rewards
+from knapper.wire import json
+
+Kind = Literal["rl", "sft", "dpo"]
+KINDS: tuple[Kind, ...] = ("rl", "sft", "dpo")
+File = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]  # beside job.yaml
+Role = Annotated[str, Meta(pattern=r"^[a-z][a-z_]{0,31}$")]
+Count = Annotated[int, Meta(ge=1, le=limits.job_steps_max)]
+Tokens = Annotated[int, Meta(ge=1, le=2**20)]
+Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+Factor = Annotated[float, Meta(ge=0, le=1e6)]
+Unit = Annotated[float, Meta(ge=0, lt=1)]
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all."""
+
+
+class Lora(Part, frozen=True, kw_only=True):
+    rank: Annotated[int, Meta(ge=1, le=limits.rank_max)] = 16
+    alpha: Annotated[float, Meta(gt=0, le=1e4)] = 32.0
+    seed: Seed = 0
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = False  # off: not every server loads adapters that have it
+
+
+class Optimizer(Part, frozen=True, kw_only=True):
+    """AdamW. The gradient is a mean: of tokens (sft, rl) or pairs (dpo)."""
+
+    learning_rate: Annotated[float, Meta(gt=0, le=1)] = 1e-4
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: Annotated[int, Meta(ge=0, le=limits.job_steps_max)] = 0
+    final: Annotated[float, Meta(ge=0, le=1)] = 0.0  # where linear and cosine end, as a part of learning_rate
+    grad_clip_norm: Factor = 1.0  # 0: off
+    beta1: Unit = 0.9
+    beta2: Unit = 0.95
+    eps: Annotated[float, Meta(gt=0, le=1)] = 1e-12
+    weight_decay: Factor = 0.0
+
+
+class Sampling(Part, frozen=True, kw_only=True):
+    max_tokens: Tokens = 256
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=-1, le=2**20)] = -1
+    stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=200)]], Meta(max_length=16)] = []
+
+
+class RlBatch(Part, frozen=True, kw_only=True):
+    prompts: Annotated[int, Meta(ge=1, le=limits.job_batch_max)] = 8
+    samples: Annotated[int, Meta(ge=2, le=limits.num_samples_max)] = 8
+
+
+class SftBatch(Part, frozen=True, kw_only=True):
+    sequences: Annotated[int, Meta(ge=1, le=limits.job_batch_max)] = 8
+
+
+class DpoBatch(Part, frozen=True, kw_only=True):
+    pairs: Annotated[int, Meta(ge=1, le=limits.job_batch_max)] = 8
+
+
+class Loss(Part, frozen=True, kw_only=True):
+    """Not dro: it counts the prompt's tokens too, which nobody sampled."""
+
+    name: Literal["importance_sampling", "ppo", "cispo", "gspo"] = "importance_sampling"
+    clip_low_threshold: Factor | None = None
+    clip_high_threshold: Factor | None = None
+
+
+class Evaluate(Part, frozen=True, kw_only=True):
+    data: File
+    every: Annotated[int, Meta(ge=0, le=limits.job_steps_max)] = 0  # 0: before and after only
+
+
+class RlEvaluate(Evaluate, frozen=True, kw_only=True):
+    samples: Annotated[int, Meta(ge=1, le=64)] = 1
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+
+
+class Job(Part, frozen=True, kw_only=True):
+    """What every kind of job says."""
+
+    data: File
+    base_model: Annotated[str, Meta(max_length=1024)] | None = None  # none: the only one that is served
+    lora: Lora = Lora()
+    optimizer: Optimizer = Optimizer()
+    seed: Seed = 0  # of the data's order, and of the samples
+
+    @property
+    def files(self) -> list[str]:
+        """The files beside job.yaml that it needs, each once."""
+        return list(dict.fromkeys([self.data, *self._more_files()]))
+
+    def _more_files(self) -> list[str]:
+        evaluate: Evaluate | None = getattr(self, "evaluate", None)
+        return [] if evaluate is None else [evaluate.data]
+
+
+class RlJob(Job, frozen=True, kw_only=True):
+    kind: Literal["rl"]
+    steps: Count
+    reward: Any  # knapper.rewards.spec
+    batch: RlBatch = RlBatch()
+    sampling: Sampling = Sampling()
+    loss: Loss = Loss()
+    advantage: Literal["group_normalised", "group_centred"] = "group_normalised"
+    max_staleness: Annotated[int, Meta(ge=0, le=limits.job_staleness_max)] = 0  # steps that samples may be behind
+    on_reward_error: Literal["fail", "skip_group"] = "fail"
+    evaluate: RlEvaluate | None = None
+
+    def _more_files(self) -> list[str]:
+        return [*super()._more_files(), *rewards.names(self.reward)]
+
+
+class Supervised(Job, frozen=True, kw_only=True):
+    """sft and dpo: passes over rows of text."""
+
+    steps: Count | None = None
+    epochs: Annotated[int, Meta(ge=1, le=1000)] | None = None
+    max_tokens: Tokens | None = None  # of one sequence; none: the model's context. Longer rows are an error
+    evaluate: Evaluate | None = None
+
+
+class SftJob(Supervised, frozen=True, kw_only=True):
+    kind: Literal["sft"]
+    batch: SftBatch = SftBatch()
+    packing: bool = False
+    loss_on: Literal["completions", "all"] | Annotated[list[Role], Meta(min_length=1, max_length=16)] = "completions"
+
+
+class DpoJob(Supervised, frozen=True, kw_only=True):
+    kind: Literal["dpo"]
+    batch: DpoBatch = DpoBatch()
+    beta: Annotated[float, Meta(gt=0, le=100)] = 0.1
+
+
+AnyJob = RlJob | SftJob | DpoJob
+TYPES: dict[Kind, type[RlJob] | type[SftJob] | type[DpoJob]] = {"rl": RlJob, "sft": SftJob, "dpo": DpoJob}
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """The job, and where its fields stand, for what is found wrong with them later."""
+
+    job: AnyJob
+    document: Document
+
+    def wrong(self, error: UserError) -> JobError:
+        """The error of a field, with its line."""
+        return _located(self.document, error)
+
+
+def parse(data: bytes) -> Parsed:
+    """Raises JobError: the first thing that is wrong, with its line."""
+    document = documents.read(data)
+    content = document.content
+    if not isinstance(content, dict):
+        raise JobError(1, "its content", content, "a job: kind, data, steps, ... one `field: value` a line")
+    kind = content.get("kind")
+    if kind not in KINDS:
+        raise JobError(document.line(("kind",)), "kind", kind, ", ".join(KINDS), "Say what the job does")
+    try:
+        job: AnyJob = json.decode(msgspec.json.encode(content), TYPES[kind])
+        _check(job)
+        return Parsed(job, document)
+    except UserError as error:
+        raise _located(document, error) from error
+
+
+def decode(data: bytes) -> AnyJob:
+    """What `encode` wrote."""
+    kind = msgspec.json.decode(data, type=_Kinded).kind
+    return msgspec.json.decode(data, type=TYPES[kind])
+
+
+def encode(job: AnyJob) -> bytes:
+    return msgspec.json.encode(job)
+
+
+class _Kinded(msgspec.Struct):
+    kind: Kind
+
+
+def _check(job: AnyJob) -> None:
+    """What no single field says. Raises InvalidField."""
+    if not (job.lora.train_attn or job.lora.train_mlp or job.lora.train_unembed):
+        raise InvalidField("lora.train_attn", False, "at least one of train_attn, train_mlp and train_unembed is true")
+    if isinstance(job, RlJob):
+        rewards.names(job.reward)
+        _check_loss(job.loss)
+        return
+    if (job.steps is None) == (job.epochs is None):
+        given = "both" if job.steps is not None else None
+        raise InvalidField("steps", given, "one of `steps:` and `epochs:`")
+
+
+def _check_loss(loss: Loss) -> None:
+    low, high = loss.clip_low_threshold, loss.clip_high_threshold
+    if loss.name == "importance_sampling" and (low is not None or high is not None):
+        raise InvalidField("loss.name", loss.name, "ppo, cispo or gspo with clip thresholds", "Or leave these out")
+    if loss.name == "gspo" and (low is None or high is None):
+        raise InvalidField("loss.clip_low_threshold", low, "a number, and clip_high_threshold too, for gspo")
+    if low is not None and high is not None and low > high:
+        raise InvalidField("loss.clip_low_threshold", low, f"at most clip_high_threshold, which is {high}")
+
+
+def _located(document: Document, error: UserError) -> JobError:
+    if isinstance(error, JobError):
+        return error
+    field = error.field or "job.yaml"
+    line = document.line(documents.path_of(field))
+    if not isinstance(error, InvalidField):
+        return JobError(line, field, None, "", message=str(error))
+    return JobError(line, field, error.value, error.allowed, error.todo)

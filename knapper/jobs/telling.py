@@ -1,0 +1,109 @@
+"""What there is to tell about jobs: lists, and single ones, from the records in the store."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from knapper import limits
+from knapper.errors import NotFound
+from knapper.ids import Tenant, TinkerPath
+from knapper.jobs import control, names, outputs
+from knapper.jobs.ending import FINAL
+from knapper.jobs.names import Start
+from knapper.jobs.place import Place
+from knapper.jobs.records import Refusal, Started, Trained, Waiting, read
+from knapper.jobs.spec import Kind, RlJob, decode
+from knapper.store import Store, many
+
+_METRICS_MAX = 1000  # lines that one answer has
+_BILL_BYTES_MAX = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A start that was ever looked at."""
+
+    start: Start
+    at: float
+
+
+async def listed(store: Store, tenant: Tenant) -> list[Listed]:
+    """The newest start of each job, newest first."""
+    prefix = names.listed(tenant)
+    newest: dict[str, Listed] = {}
+    for name in await store.list(prefix):  # in order of time: the last one stays
+        at_us, job, start = name.removeprefix(prefix).split("/")
+        newest[job] = Listed(Start(tenant, job, start), int(at_us) / 1e6)
+    return sorted(newest.values(), key=lambda each: each.at, reverse=True)[: limits.jobs_told_max]
+
+
+async def newest(store: Store, tenant: Tenant, job: str) -> Listed:
+    """Raises NotFound."""
+    names.job(job)
+    for each in await listed(store, tenant):
+        if each.start.job == job:
+            return each
+    raise NotFound(f"job {job!r} does not exist; `knapper jobs` lists those that do")
+
+
+async def briefs(store: Store, tenant: Tenant) -> list[dict[str, Any]]:
+    """A line each, newest first."""
+    return await many.each(await listed(store, tenant), lambda each: _brief(store, each))
+
+
+async def whole(place: Place, tenant: Tenant, job: str, after: int) -> dict[str, Any]:
+    """Everything about one job; its metrics from the step behind `after` on, a thousand at most. Raises NotFound."""
+    found = await newest(place.store, tenant, job)
+    start, told = found.start, await _brief(place.store, found)
+    trained = await many.each(
+        range(after, min(told["step"], after + _METRICS_MAX)),
+        lambda step: read(place.store, start.trained(step), Trained),
+    )
+    lines = [(after + n, each) for n, each in enumerate(trained, 1) if each is not None]
+    told["metrics"] = [outputs.metrics_line(step, each) for step, each in lines]
+    started = await read(place.store, start.started, Started)
+    if started is None:
+        return told
+    evaluations = await outputs.evaluations(place.store, start)
+    last = told["steps"] if told["steps"] is not None else -1
+    told |= {
+        "base_model": started.base_model,
+        "run": start.run,
+        "evaluation": outputs.evaluation(evaluations, last) if evaluations else None,
+        "outputs": names.outputs(tenant, job),
+        "job_yaml": started.job_yaml.decode(),
+    }
+    if told["state"] == "completed":
+        told["checkpoint"] = str(TinkerPath(start.run, "sampler_weights", FINAL))
+        bill = await place.exchange.read(outputs.where(start, "bill.json"), _BILL_BYTES_MAX)
+        told["bill"] = None if bill is None else msgspec.json.decode(bill.data)
+    return told
+
+
+async def _brief(store: Store, found: Listed) -> dict[str, Any]:
+    start = found.start
+    told: dict[str, Any] = {
+        "job": start.job, "start": start.id, "kind": None, "state": "waiting", "reason": "", "step": 0, "steps": None,
+        "created_at": datetime.fromtimestamp(found.at, UTC).isoformat(),
+    }  # fmt: skip
+    started = await read(store, start.started, Started)
+    if started is None:
+        return told | await _unstarted(store, start)
+    job, now = decode(started.spec_json), await control.now(store, start)
+    step = await outputs.newest_step(store, start)
+    last = await read(store, start.trained(step - 1), Trained) if step else None
+    kind: Kind = job.kind
+    steps = job.steps if isinstance(job, RlJob) or job.steps is not None else None if last is None else last.steps
+    return told | {"kind": kind, "state": now.state, "reason": now.reason, "step": step, "steps": steps}
+
+
+async def _unstarted(store: Store, start: Start) -> dict[str, Any]:
+    refusals = await store.list(start.refusals)
+    refused = await read(store, refusals[-1], Refusal) if refusals else None
+    if refused is not None:
+        return {"state": "refused", "reason": str(refused.report.get("error", "")), "error": refused.report}
+    if await read(store, start.waiting, Waiting) is not None:
+        return {"reason": "files that job.yaml names are not there yet"}
+    return {}

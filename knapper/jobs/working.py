@@ -1,0 +1,126 @@
+"""How a function answers a job's bell: one worker a job, in slices, until nothing is left to do here.
+
+Whatever goes wrong by the user's fault ends the job, and says why; whatever may pass is answered 503, and the bell
+comes again.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import structlog
+
+from knapper import events, limits
+from knapper.errors import InvalidField, KnapperError, NotFound, UserError
+from knapper.events import Event
+from knapper.jobs import control, outputs
+from knapper.jobs.folders import Folder, Folders
+from knapper.jobs.names import Start
+from knapper.jobs.place import Place
+from knapper.jobs.spec import Kind
+
+_DEFECTS_MAX = 3  # in a row: then the job ends with that, instead of being tried for ever
+
+log = structlog.get_logger()
+
+
+class SliceOver(Exception):
+    """The time of this slice is used up; the work goes on with another bell."""
+
+
+class Stopped(Exception):
+    """The job does not run any more: it was cancelled, or it ended."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """`go_on` stands before each piece of work."""
+
+    place: Place
+    start: Start
+    end: float
+
+    async def go_on(self) -> None:
+        """Raises Stopped or SliceOver."""
+        await self.expect_running()
+        if self.place.clock() >= self.end:
+            raise SliceOver
+
+    async def expect_running(self) -> None:
+        """Raises Stopped."""
+        if not await control.runs(self.place.store, self.start):
+            raise Stopped
+
+
+Work = Callable[[Folder, Slice, Event], Awaitable[None]]
+
+
+@dataclass
+class Worker:
+    """Of one function in one process. `base_model`: what it has in memory; empty: it needs none."""
+
+    place: Place
+    folders: Folders
+    kinds: Sequence[Kind]  # of the jobs that it has a part in
+    base_model: str = ""
+    slice_s: float = limits.slice_s
+    _busy: set[Start] = field(default_factory=set)
+    _again: set[Start] = field(default_factory=set)
+    _defects: dict[Start, int] = field(default_factory=dict)
+
+    async def answer(self, event: Event, work: Work) -> None:
+        """Do what is there to do. Raises UserError for a bell that is poison, Unavailable and its kin for 'not now'."""
+        start = Start.parse(event.subject)
+        if start in self._busy:
+            self._again.add(start)  # whoever is at work looks once more before it goes
+            return
+        self._busy.add(start)
+        try:
+            folder = await self._folder(start)
+            self._again.add(start)
+            while start in self._again:
+                self._again.discard(start)
+                await self._slice(event, folder, work)
+        finally:
+            self._busy.discard(start)
+            self._again.discard(start)
+
+    async def _folder(self, start: Start) -> Folder:
+        """Raises InvalidField for a job that this function has no part in: its bell is poison, the job is not."""
+        try:
+            folder = await self.folders.read(start)
+        except NotFound as error:  # a Broker would try again for a 404
+            raise InvalidField("subject", str(start), "a job that was started") from error
+        if folder.job.kind not in self.kinds:
+            raise InvalidField("kind", folder.job.kind, " or ".join(self.kinds))
+        if self.base_model and folder.started.base_model != self.base_model:
+            raise InvalidField("model", folder.started.base_model, repr(self.base_model))
+        return folder
+
+    async def _slice(self, event: Event, folder: Folder, work: Work) -> None:
+        place, start = self.place, folder.start
+        try:
+            await work(folder, Slice(place, start, place.clock() + self.slice_s), event)
+            self._defects.pop(start, None)
+        except SliceOver:
+            await place.bells.go_on(event)
+        except Stopped:
+            await place.store.delete(start.working)
+            await outputs.publish_status(place, folder.started)
+        except UserError as error:
+            await self._fail(event, folder, str(error))
+        except KnapperError:
+            raise
+        except Exception as defect:
+            times = self._defects[start] = self._defects.get(start, 0) + 1
+            log.exception("defect", job=str(start), times=times)
+            if times < _DEFECTS_MAX:
+                raise KnapperError(f"job {start} met a defect of the server: {defect!r}") from defect
+            await self._fail(event, folder, f"failed {times} times by a defect of the server: {defect!r}")
+
+    async def _fail(self, event: Event, folder: Folder, reason: str) -> None:
+        place, start = self.place, folder.start
+        if await control.change(place.store, start, "failed", reason, place.clock()):
+            log.error("job failed", job=str(start), reason=reason)
+            await place.bells.ring(event, events.JOB_FAILED, event.source, event.step or 0)
+        await place.store.delete(start.working)
+        await outputs.publish_status(place, folder.started)

@@ -1,0 +1,96 @@
+"""The process: `uvicorn knapper.local.broker.main:app`. Its port takes events; beside it, the inbox is watched."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import aiohttp
+import structlog
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from knapper import events, limits, telemetry
+from knapper.errors import KnapperError, TooMany, UserError
+from knapper.events import Event
+from knapper.local.broker.broker import Broker
+from knapper.local.broker.delivery import Letter
+from knapper.local.broker.mischief import Mischief
+from knapper.local.broker.watcher import Watcher
+from knapper.settings import Settings
+
+log = structlog.get_logger()
+
+
+async def post(request: Request) -> Response:
+    """202 once the event is here. As Knative's: what becomes of it later, its producer is not told."""
+    broker: Broker = request.app.state.broker
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limits.event_bytes_max:
+            return _refused(413, UserError(f"the event has over {limits.event_bytes_max} bytes"))
+    try:
+        await broker.post(Letter(*events.as_binary(request.headers, body)))
+    except TooMany as error:
+        return _refused(503, error)
+    except UserError as error:
+        return _refused(400, error)
+    return Response(status_code=202)
+
+
+async def state(request: Request) -> Response:
+    return JSONResponse({"under_way": request.app.state.broker.under_way})
+
+
+def create_app(settings: Settings) -> Starlette:
+    """The broker of the functions and the gateway that the settings name, and the watcher of the inbox."""
+    urls = {
+        "train_step": settings.train_step_url,
+        "sample": settings.sample_url,
+        "reward": settings.reward_url,
+        "gateway": f"{settings.gateway_url}/events",
+    }
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar()) as client:
+            mischief = Mischief(int(settings.mischief)) if settings.mischief else None
+            broker = app.state.broker = Broker(client, urls, f"{settings.gateway_url}/events/dead", mischief)
+
+            async def tell(event: Event) -> None:
+                await broker.post(Letter(*events.as_binary(*event.encode())))
+
+            stop = asyncio.Event()
+            watching = None
+            if not settings.exchange:  # a bucket sends events of its own
+                watching = asyncio.create_task(Watcher(settings.data, tell).watch(stop))
+                watching.add_done_callback(_heard)
+            yield
+            stop.set()
+            if watching is not None:
+                await asyncio.wait([watching])
+            await broker.close()
+
+    return Starlette(routes=[Route("/", post, methods=["POST"]), Route("/", state, methods=["GET"])], lifespan=lifespan)
+
+
+def _heard(watching: asyncio.Task[None]) -> None:
+    if not watching.cancelled() and (defect := watching.exception()) is not None:
+        log.error("watcher: defect", exc_info=defect)
+
+
+def _refused(status: int, error: KnapperError) -> Response:
+    return JSONResponse({"detail": str(error), "code": error.code}, status_code=status)
+
+
+def __getattr__(name: str) -> Starlette:
+    """`app`, built when uvicorn asks for it."""
+    if name == "app":
+        settings = Settings.load(os.environ)
+        telemetry.configure("broker", settings.log_level)
+        return create_app(settings)
+    raise AttributeError(name)

@@ -1,0 +1,26 @@
+"""What a broker may do, done on purpose: events come again, late, in another order, or not at all."""
+
+import random
+from dataclasses import dataclass, field
+from typing import Final
+
+COPIES_MAX: Final = 5
+DROPPED: Final = 0.2
+LATE_S_MAX: Final = 0.5
+
+
+@dataclass
+class Mischief:
+    """One seed, one history. Of each delivery: how many copies come, and how late each is."""
+
+    seed: int
+    _random: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed)
+
+    def copies(self) -> list[float]:
+        """Delays in seconds of 1 to 5 copies, or none."""
+        if self._random.random() < DROPPED:
+            return []
+        return [self._random.uniform(0, LATE_S_MAX) for _ in range(self._random.randint(1, COPIES_MAX))]

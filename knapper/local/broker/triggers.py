@@ -1,0 +1,40 @@
+"""Who hears what: the same table as knative/base/triggers.yaml (but for `model`: one machine has one base model)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from knapper import events
+
+Exact = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """`any_of`: attributes that an event has, all of one of them. `prefix`: how its subject begins."""
+
+    subscriber: str
+    any_of: tuple[Exact, ...]
+    prefix: str = ""
+
+    def wants(self, attributes: Mapping[str, str]) -> bool:
+        return attributes.get("subject", "").startswith(self.prefix) and any(
+            all(attributes.get(name) == value for name, value in exact.items()) for exact in self.any_of
+        )
+
+
+TRIGGERS: Final = (
+    Trigger("sample", ({"type": events.JOB_STARTED, "kind": "rl"}, {"type": events.ADAPTER_STEPPED, "kind": "rl"})),
+    Trigger("reward", ({"type": events.ROLLOUTS_SAMPLED},)),
+    Trigger(
+        "train_step",
+        (
+            {"type": events.ROLLOUTS_SCORED},
+            {"type": events.JOB_STARTED, "kind": "sft"},
+            {"type": events.ADAPTER_STEPPED, "kind": "sft"},
+            {"type": events.JOB_STARTED, "kind": "dpo"},
+            {"type": events.ADAPTER_STEPPED, "kind": "dpo"},
+        ),
+    ),
+    Trigger("gateway", ({"type": events.OBJECT_FINALIZED},), prefix="objects/inbox/"),
+)

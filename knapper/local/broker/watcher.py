@@ -1,0 +1,128 @@
+"""Files in the inbox become the events that a bucket would send.
+
+A file is announced once it has been still for a moment, so that one that is being copied does not start half a job;
+`mv` from the same disk is whole at once. What came while nobody watched is found at the start.
+"""
+
+import asyncio
+import hashlib
+import mimetypes
+import os
+import stat
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import structlog
+from watchfiles import awatch
+
+from knapper import events
+from knapper.errors import StoreError
+from knapper.events import Event
+from knapper.exchange.directory import DirectoryExchange
+
+_STILL_S: Final = 0.3
+_LOOK_S: Final = 10.0  # even if the file system told nothing: some do not
+
+log = structlog.get_logger()
+_Stat = tuple[int, int]  # bytes, modified at ns
+
+
+class Watcher:
+    """`post` hears of each file once for each content."""
+
+    def __init__(self, root: Path, post: Callable[[Event], Awaitable[object]]) -> None:
+        self._exchange = DirectoryExchange(root)
+        self._inbox = root.resolve() / "inbox"
+        self._post = post
+        self._told: dict[Path, _Stat] = {}
+
+    async def watch(self, stop: asyncio.Event) -> None:
+        """Until `stop` is set."""
+        moved = asyncio.Event()
+        listening = asyncio.create_task(self._listen(moved, stop))
+        try:
+            while not stop.is_set():
+                moved.clear()
+                try:
+                    await self._look()
+                except StoreError as error:
+                    log.warning("the inbox cannot be read", reason=str(error))
+                try:
+                    await asyncio.wait_for(moved.wait(), _LOOK_S)
+                except TimeoutError:
+                    pass
+        finally:
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
+
+    async def _listen(self, moved: asyncio.Event, stop: asyncio.Event) -> None:
+        try:
+            async for _ in awatch(self._inbox, stop_event=stop, debounce=200, step=50):
+                moved.set()
+        except (OSError, RuntimeError) as error:  # the system has no watch to give
+            log.warning(f"the inbox is looked at every {_LOOK_S:.0f} s", reason=str(error))
+        moved.set()
+
+    async def _look(self) -> None:
+        """Tell of what is new and still."""
+        before = await asyncio.to_thread(self._stats)
+        self._told = {path: known for path, known in self._told.items() if path in before}
+        new = {path: found for path, found in before.items() if self._told.get(path) != found}
+        while new:
+            await asyncio.sleep(_STILL_S)
+            now = await asyncio.to_thread(self._stats)
+            for path in [path for path, found in new.items() if now.get(path) == found]:
+                await self._tell(path, modified_ns=new[path][1])
+                self._told[path] = new[path]
+            new = {path: found for path, found in now.items() if self._told.get(path) != found}
+
+    def _stats(self) -> dict[Path, _Stat]:
+        found: dict[Path, _Stat] = {}
+        for folder, _, files in os.walk(self._inbox):
+            for name in files:
+                path = Path(folder, name)
+                try:
+                    status = path.lstat()
+                except FileNotFoundError:
+                    continue
+                if stat.S_ISREG(status.st_mode) and not name.startswith("."):
+                    found[path] = (status.st_size, status.st_mtime_ns)
+        return found
+
+    async def _tell(self, path: Path, modified_ns: int) -> None:
+        name = path.relative_to(self._inbox.parent).as_posix()
+        try:
+            entry = await self._exchange.entry(name)
+        except (StoreError, ValueError) as error:
+            log.warning("a file in the inbox cannot be read", file=name, reason=str(error))
+            return
+        if entry is not None:
+            await self._post(finalized(entry.name, entry.generation, entry.size, modified_ns / 1e9))
+            log.info("a file arrived", file=name, bytes=entry.size)
+
+
+def finalized(name: str, generation: str, size: int, modified_s: float, bucket: str = "local") -> Event:
+    """The event that says that an object was created, in the shape that Eventarc gives it: numbers are strings."""
+    when = datetime.fromtimestamp(modified_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    data = {
+        "kind": "storage#object",
+        "id": f"{bucket}/{name}/{generation}",
+        "bucket": bucket,
+        "name": name,
+        "generation": generation,
+        "metageneration": "1",
+        "size": str(size),
+        "contentType": mimetypes.guess_type(name)[0] or "application/octet-stream",
+        "timeCreated": when,
+        "updated": when,
+    }
+    return Event(
+        type=events.OBJECT_FINALIZED,
+        source=f"//storage.googleapis.com/projects/_/buckets/{bucket}",
+        subject=f"objects/{name}",
+        id=hashlib.sha256(f"{bucket}/{name}#{generation}".encode()).hexdigest()[:32],
+        data=msgspec.json.encode(data),
+    )

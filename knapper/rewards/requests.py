@@ -1,0 +1,78 @@
+"""Rollouts that a client sends to be scored: the JSON of a request and of its answer."""
+
+import asyncio
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from knapper import limits
+from knapper.errors import InvalidField, TooLarge, UserError
+from knapper.rewards import scoring, spec
+from knapper.rewards.rollouts import Rollout
+from knapper.sandbox.pool import Sandbox
+from knapper.wire import json
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    role: str
+    content: str
+
+
+class Sent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One rollout. `id`: whatever tells it from the others; errors name it."""
+
+    id: Annotated[str, Meta(min_length=1, max_length=limits.name_chars_max)]
+    prompt: str | list[Message] = ""
+    completion: str
+    answer: Any = None
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`reward`: as in job.yaml; `files`: the texts of those that it names."""
+
+    reward: Any
+    files: Annotated[dict[str, str], Meta(max_length=limits.reward_terms_max)] = {}
+    rollouts: list[Sent]
+
+
+class Scored(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    value: float
+    parts: dict[str, float]
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """In the order of the rollouts."""
+
+    scores: list[Scored]
+
+
+async def answer(body: bytes, sandbox: Sandbox) -> bytes:
+    """The answer's JSON. Raises UserError for a wrong request, RewardFailed, SandboxMissing."""
+    sent = json.decode(body, Request)
+    if len(sent.rollouts) > limits.rollouts_per_request_max:
+        raise TooLarge(f"the request has {len(sent.rollouts)} rollouts; allowed: {limits.rollouts_per_request_max}")
+    ids = [each.id for each in sent.rollouts]
+    if len(set(ids)) < len(ids):
+        double = next(each for n, each in enumerate(ids) if each in ids[:n])
+        raise InvalidField("rollouts[].id", double, "an id that no other rollout of the request has")
+    reward = spec.parse(sent.reward, {name: text.encode() for name, text in sent.files.items()})
+    rollouts = [Rollout(each.id, _prompt(each.prompt), each.completion, each.answer) for each in sent.rollouts]
+    try:
+        async with asyncio.timeout(limits.rewards_request_s):
+            scores = await scoring.score(reward, rollouts, sandbox=sandbox)
+    except TimeoutError as error:
+        raise UserError(
+            f"scoring {len(rollouts)} rollouts took over {limits.rewards_request_s:g} s; send fewer in one request, "
+            "or a faster reward"
+        ) from error
+    return msgspec.json.encode(
+        Answer(scores=[Scored(id=of, value=each.value, parts=each.parts) for of, each in zip(ids, scores, strict=True)])
+    )
+
+
+def _prompt(prompt: str | list[Message]) -> str | list[dict[str, str]]:
+    if isinstance(prompt, str):
+        return prompt
+    return [{"role": each.role, "content": each.content} for each in prompt]

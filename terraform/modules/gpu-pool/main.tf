@@ -1,0 +1,79 @@
+# GPU nodes, from zero: a node starts for a pod that waits, and goes some ten minutes after the last one.
+
+resource "google_container_node_pool" "this" {
+  project  = var.project
+  cluster  = var.cluster
+  name     = var.name
+  location = var.location
+
+  node_locations = var.zones
+
+  autoscaling {
+    total_min_node_count = 0 # total_*: over all zones, not in each
+    total_max_node_count = var.nodes_max
+    location_policy      = "ANY" # wherever there is a GPU
+  }
+
+  management {
+    auto_repair  = true
+    auto_upgrade = true
+  }
+
+  node_config {
+    machine_type     = var.machine_type
+    image_type       = "COS_CONTAINERD"
+    service_account  = var.nodes_account
+    oauth_scopes     = ["https://www.googleapis.com/auth/cloud-platform"]
+    spot             = var.provisioning == "spot"
+    flex_start       = var.provisioning == "flex" ? true : null
+    max_run_duration = var.provisioning == "flex" ? "${var.flex_max_run_s}s" : null
+    disk_size_gb     = var.disk_size_gb
+
+    guest_accelerator {
+      type  = var.accelerator
+      count = var.accelerators_per_node
+
+      gpu_driver_installation_config {
+        gpu_driver_version = "LATEST"
+      }
+
+      dynamic "gpu_sharing_config" {
+        for_each = var.time_sharing_clients > 1 ? [var.time_sharing_clients] : []
+
+        content {
+          gpu_sharing_strategy       = "TIME_SHARING"
+          max_shared_clients_per_gpu = gpu_sharing_config.value
+        }
+      }
+    }
+
+    gcfs_config {
+      enabled = true # an image of gigabytes is there in seconds
+    }
+
+    gvnic {
+      enabled = true
+    }
+
+    workload_metadata_config {
+      mode = "GKE_METADATA"
+    }
+
+    shielded_instance_config {
+      enable_secure_boot          = true # needs Google's signed drivers, which LATEST is
+      enable_integrity_monitoring = true
+    }
+
+    taint {
+      key    = "nvidia.com/gpu"
+      value  = "present"
+      effect = "NO_SCHEDULE"
+    }
+
+    labels = { "knapper.dev/pool" = var.name }
+  }
+
+  lifecycle {
+    ignore_changes = [node_config[0].taint, node_config[0].resource_labels] # GKE adds its own for GPUs and Spot
+  }
+}

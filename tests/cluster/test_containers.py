@@ -1,0 +1,160 @@
+"""What is applied to a cluster works when each container's command line runs with the environment that it gets."""
+
+import copy
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+import tinker
+
+from knapper.cluster.kustomize import Object, identity
+from knapper.cluster.model import Wanted, objects
+from knapper.local.broker.triggers import TRIGGERS
+from knapper.models.catalogue import record_of
+from tests.cluster.containers import Container, download, running, upload
+from tests.conformance import test_training
+from tests.conformance.conftest import NewClient
+from tests.engine.tiny import tiny_model
+from tests.jobs.test_works import JOBS
+from tests.jobs.works import CHAT
+from tests.manifests.rendering import rendered
+from tests.store.emulator import running as emulator_running
+
+MODEL = "example/tiny"
+
+
+def overlay(model: Path) -> list[Object]:
+    """The local overlay as it is, with `knapper deploy add` in the place of the model that the images would carry."""
+    local = copy.deepcopy(rendered("overlays/local"))
+    record = msgspec.structs.replace(
+        record_of(model, MODEL, dtype="float32", train_step_url="", sample_url=""),
+        directory="/srv/models/example--tiny", tokenizer_id=MODEL,
+    )  # fmt: skip
+    *added, entry = objects(local, Wanted(record, accelerator=""))
+    kept = [thing for thing in local if thing["metadata"]["name"] not in ("train-step", "sample")]
+    for thing in kept:
+        if thing["kind"] == "ConfigMap" and thing["metadata"]["name"] == "knapper-models":
+            thing["data"] = entry["data"]
+    assert len({identity(thing) for thing in [*kept, *added]}) == len(kept) + len(added)
+    return [*kept, *added]
+
+
+@dataclass(frozen=True)
+class Trial:
+    containers: dict[str, Container]
+    url: str
+    broker: str
+    emulator: str
+    key: str
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
+    root = tmp_path_factory.mktemp("cluster")
+    model = tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+    (model / "chat_template.jinja").write_text(CHAT)
+    with emulator_running(root / "emulator.log") as emulator:
+        answer = httpx.post(f"{emulator.url}/storage/v1/b", json={"name": "knapper"}, trust_env=False)
+        answer.raise_for_status()
+        with running(overlay(model), model, emulator.url, root, mischief="7") as (containers, ports):
+            gateway = containers["gateway"]
+            # As the operator makes one: kubectl exec into the gateway, and this.
+            command = ["python", "-m", "knapper.cli", "key", "create", "demo"]
+            made = subprocess.run(
+                command, env=gateway.environment, cwd=gateway.directory, capture_output=True, text=True
+            )
+            assert made.returncode == 0, made.stderr
+            url, broker = f"http://127.0.0.1:{ports['gateway']}", f"http://127.0.0.1:{ports['broker']}"
+            yield Trial(containers, url, broker, emulator.url, made.stdout.strip())
+    for container in containers.values():
+        assert "Traceback" not in container.said(), f"{container.name}:\n{container.said()[-4000:]}"
+
+
+def test_the_manifests_triggers_are_the_local_brokers() -> None:
+    """Who hears what, in YAML and in code: the same, but for the model, of which one machine has one."""
+    ours = {(each.subscriber, each.prefix, frozenset(map(_frozen, each.any_of))) for each in TRIGGERS}
+    theirs = set()
+    for thing in rendered("overlays/local"):
+        if thing["kind"] == "Trigger":
+            (outer,) = thing["spec"]["filters"]
+            parts = outer.get("any") or outer.get("all") or [outer]
+            exact = [
+                {key: value for key, value in part["exact"].items() if key != "model"}
+                for part in parts
+                if "exact" in part
+            ]
+            prefix = next((part["prefix"]["subject"] for part in parts if "prefix" in part), "")
+            name = thing["spec"]["subscriber"]["ref"]["name"].replace("-", "_")
+            theirs.add((name, prefix, frozenset(map(_frozen, exact))))
+    assert theirs == ours
+
+
+def _frozen(exact: object) -> tuple[tuple[str, str], ...]:
+    assert hasattr(exact, "items")
+    return tuple(sorted(exact.items()))
+
+
+@pytest.mark.timeout(240)
+def test_the_sdk_trains_and_samples(trial: Trial) -> None:
+    with tinker.ServiceClient(base_url=trial.url, api_key=trial.key) as service:
+
+        def new_client(rank: int = 4, seed: int = 1, **train: bool) -> tinker.TrainingClient:
+            return service.create_lora_training_client(MODEL, rank=rank, seed=seed, **train).result()  # type: ignore[arg-type]  # flags
+
+        make: NewClient = new_client
+        test_training.test_every_log_probability_has_its_own_target(make())
+        test_training.test_forward_leaves_the_gradients_alone(make)
+        test_training.test_training_lowers_the_loss(make())
+        client = make()
+        sampler = client.save_weights_and_get_sampling_client().result()
+        prompt = tinker.ModelInput.from_ints([1, 2, 3])
+        sampled = sampler.sample(prompt, 2, tinker.SamplingParams(max_tokens=5, seed=3)).result()
+        assert [len(each.tokens) <= 5 for each in sampled.sequences] == [True, True]
+
+
+def test_without_a_key_nothing_opens(trial: Trial) -> None:
+    answer = httpx.post(
+        f"{trial.url}/api/v1/create_session", json={}, headers={"X-API-Key": "tml-guess"}, trust_env=False
+    )
+    assert answer.status_code == 401
+
+
+@pytest.mark.timeout(240)
+def test_an_upload_ends_with_an_adapter_whatever_the_broker_does(trial: Trial) -> None:
+    """A job by reinforcement through all four, over a Broker that doubles, drops and delays; the tick does the rest."""
+    for name, text in JOBS["rl"].items():
+        yaml = f"base_model: {MODEL}\n{text}" if name == "job.yaml" else text
+        generation = upload(trial.emulator, "knapper", f"inbox/demo/first/{name}", yaml.encode())
+        event = {
+            "ce-specversion": "1.0", "ce-type": "google.cloud.storage.object.v1.finalized", "ce-id": f"upload-{name}",
+            "ce-source": "//storage.googleapis.com/projects/_/buckets/knapper", "content-type": "application/json",
+            "ce-subject": f"objects/inbox/demo/first/{name}",
+        }  # fmt: skip
+        data = {"bucket": "knapper", "name": f"inbox/demo/first/{name}", "generation": generation}
+        for _ in range(5):  # the Broker drops some: Pub/Sub would come again, too
+            httpx.post(trial.broker, json=data, headers=event, trust_env=False).raise_for_status()
+    ping = {
+        "ce-specversion": "1.0", "ce-type": "dev.knative.sources.ping", "ce-id": "1", "ce-source": "tick",
+        "content-type": "application/json",
+    }  # fmt: skip
+    end = time.monotonic() + 200
+    state: object = None
+    while time.monotonic() < end:
+        httpx.post(f"{trial.url}/events", json={}, headers=ping, trust_env=False).raise_for_status()
+        status = download(trial.emulator, "knapper", "jobs/demo/first/status.json")
+        state = json.loads(status) if status else None
+        if isinstance(state, dict) and state.get("state") in ("completed", "failed"):
+            break
+        time.sleep(1)
+    assert isinstance(state, dict), {name: each.said()[-1500:] for name, each in trial.containers.items()}
+    assert state["state"] == "completed", state
+    metrics = download(trial.emulator, "knapper", "jobs/demo/first/metrics.jsonl")
+    assert metrics is not None
+    assert len(metrics.splitlines()) == 4
+    assert download(trial.emulator, "knapper", "jobs/demo/first/adapter/adapter_model.safetensors") is not None

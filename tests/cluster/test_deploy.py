@@ -1,0 +1,168 @@
+"""Models come and go on a cluster by commands that can be repeated; the API server is constructed (apiserver.py)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from knapper.models.catalogue import slug
+from tests.cluster.apiserver import Cluster, ready, serving
+from tests.manifests import rules, schema
+from tests.manifests.rendering import ROOT, rendered
+
+MODEL = "Qwen/Qwen3-8B"
+CONFIG = {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "max_position_embeddings": 40960}
+DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def knapper(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+    command = [sys.executable, "-m", "knapper.cli", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    return path
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> Path:
+    """As terraform/stages/30-functions writes one: the overlay, with a project's names."""
+    base = os.path.relpath(ROOT / "knative/overlays/gke-l4", tmp_path / "overlay")
+    (tmp_path / "overlay").mkdir()
+    names = ("gateway", "train-step", "sample", "reward")
+    target = {"group": "serving.knative.dev", "version": "v1", "kind": "Service", "name": "gateway|train-step|sample"}
+    bucket = "/spec/template/spec/volumes/0/csi/volumeAttributes/bucketName"
+    plan = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": [base],
+        "patches": [{"target": target, "patch": json.dumps([{"op": "replace", "path": bucket, "value": "m"}])}],
+        "images": [
+            {"name": f"REGION-docker.pkg.dev/PROJECT_ID/knapper/{name}", "newName": f"registry/{name}", "newTag": "v1"}
+            for name in names
+        ],
+    }  # fmt: skip
+    (tmp_path / "overlay/kustomization.yaml").write_text(yaml.safe_dump(plan))
+    return tmp_path / "overlay"
+
+
+def test_a_model_is_added_twice_as_once_and_removed_without_a_trace(
+    cluster: Cluster, config: Path, overlay: Path, tmp_path: Path
+) -> None:
+    before = {path: dict(thing) for path, thing in cluster.objects.items()}
+    declared = dict(cluster.objects["/api/v1/namespaces/knapper/configmaps/knapper-models"]["data"])
+    add = ["deploy", "add", MODEL, "--accelerator", "nvidia-l4", "--config", str(config), "--manifests", str(overlay)]
+    with serving(cluster, tmp_path) as kubeconfig:
+        at = ["--kubeconfig", str(kubeconfig)]
+        done = knapper(*add, *at)
+        assert done.returncode == 0, done.stderr
+        once = json.dumps(cluster.objects, sort_keys=True)
+        assert knapper(*add, *at).returncode == 0
+        assert json.dumps(cluster.objects, sort_keys=True) == once
+        eight = slug(MODEL)[:8]
+        made = {path.split("/knapper/")[1] for path in cluster.objects.keys() - before.keys()}
+        assert made == {
+            f"services/train-step-{eight}", f"services/sample-{eight}", f"triggers/train-step-{eight}",
+            f"triggers/sample-{eight}",
+        }  # fmt: skip
+        entry = cluster.objects["/api/v1/namespaces/knapper/configmaps/knapper-models"]["data"][f"{slug(MODEL)}.json"]
+        assert json.loads(entry)["train_step_url"] == f"http://train-step-{eight}.knapper.svc.cluster.local"
+        assert json.loads(entry)["context"] == CONFIG["max_position_embeddings"]
+        listed = knapper("deploy", "list", *at)
+        assert listed.returncode == 0, listed.stderr
+        assert MODEL in listed.stdout
+        assert DEFAULT in listed.stdout
+        gone = knapper("deploy", "remove", MODEL, *at)
+        assert gone.returncode == 0, gone.stderr
+    assert cluster.objects.keys() == before.keys()
+    assert cluster.objects["/api/v1/namespaces/knapper/configmaps/knapper-models"]["data"] == declared
+
+
+def test_a_dry_run_prints_objects_that_fit_and_asks_no_cluster(config: Path, overlay: Path) -> None:
+    done = knapper(
+        "deploy", "add", MODEL, "--accelerator", "nvidia-h100-80gb", "--config", str(config), "--dry-run",
+        "--manifests", str(overlay), "--sample-replicas-max", "3", "--kubeconfig", "/nonexistent",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    made = list(yaml.safe_load_all(done.stdout))
+    assert [thing["kind"] for thing in made] == ["Service", "Service", "Trigger", "Trigger", "ConfigMap"]
+    if schema.CRDS is not None:
+        assert [error for thing in made for error in schema.errors(thing)] == []
+    names = {thing["metadata"]["name"] for thing in made[:4]}
+    others = [each for each in rendered("overlays/gke-l4") if each["metadata"]["name"] not in names]
+    assert list(rules.findings([*others, *made[:4]])) == []
+    sample = made[1]["spec"]["template"]
+    assert sample["spec"]["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
+    assert sample["metadata"]["annotations"]["autoscaling.knative.dev/max-scale"] == "3"
+    given = {each["name"]: each.get("value") for each in sample["spec"]["containers"][0]["env"]}
+    assert (given["KNAPPER_MODEL"], given["KNAPPER_MODEL_DIRECTORY"]) == (MODEL, "/srv/models/Qwen--Qwen3-8B")
+    models = set(_values(made[2]["spec"]["filters"], "model"))
+    assert models == {slug(MODEL)}
+
+
+def _values(thing: object, key: str) -> list[str]:
+    if isinstance(thing, dict):
+        return [found for name, value in thing.items() for found in ([value] if name == key else _values(value, key))]
+    return [found for each in thing for found in _values(each, key)] if isinstance(thing, list) else []
+
+
+def test_the_manifests_own_model_keeps_its_names(overlay: Path, config: Path) -> None:
+    done = knapper("deploy", "add", DEFAULT, "--config", str(config), "--manifests", str(overlay), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert {thing["metadata"]["name"] for thing in yaml.safe_load_all(done.stdout)} == {
+        "train-step", "sample", "knapper-models",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--manifests", "gke-l4"], "an overlay with the names of your project in it"),
+        (["--manifests", "gke-b200"], "an overlay: gke-h100, gke-l4, local"),
+        (["--manifests", "local", "--accelerator", "nvidia-l4"], "ask for no GPU"),
+    ],
+)
+def test_what_cannot_be_deployed_is_said(arguments: list[str], words: str, config: Path) -> None:
+    done = knapper("deploy", "add", MODEL, "--config", str(config), "--dry-run", *arguments)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_status_tells_warm_from_cold_and_what_went_wrong(cluster: Cluster, tmp_path: Path) -> None:
+    services = "/apis/serving.knative.dev/v1/namespaces/knapper/services"
+    cluster.put(*ready(cluster.objects[f"{services}/train-step"], replicas=1))
+    cluster.put(*ready(cluster.objects[f"{services}/sample"], reason="RevisionFailed", message="Unable to fetch image"))
+    pod = {
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": "gateway-1", "namespace": "knapper", "labels": {"app.kubernetes.io/name": "gateway"}},
+        "status": {"phase": "Running"},
+    }  # fmt: skip
+    cluster.put(pod)
+    cluster.texts["/api/v1/namespaces/knapper/pods/gateway-1:8080/proxy/metrics"] = (
+        f'# TYPE knapper_runs_waiting gauge\nknapper_runs_waiting{{model="{DEFAULT}"}} 3.0\n'
+    )
+    with serving(cluster, tmp_path) as kubeconfig:
+        done = knapper("deploy", "status", DEFAULT, "--kubeconfig", str(kubeconfig))
+        unknown = knapper("deploy", "status", "org/none", "--kubeconfig", str(kubeconfig))
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line for line in done.stdout.splitlines()[3:]}
+    assert "runs waiting: 3" in done.stdout
+    assert rows["train-step"].split()[1:4] == ["train-step-00001", "1", "warm"]
+    assert "1 x nvidia-l4" in rows["train-step"]
+    assert "failing" in rows["sample"]
+    assert "RevisionFailed Unable to fetch image" in rows["sample"]
+    assert unknown.returncode == 1
+    assert f"deployed: {DEFAULT}" in unknown.stderr
+
+
+def test_without_a_cluster_the_command_says_so(tmp_path: Path) -> None:
+    done = knapper("deploy", "list", "--kubeconfig", str(tmp_path / "none"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("knapper: kubeconfig is ")

@@ -1,0 +1,240 @@
+"""The doctor finds what was broken, names the command, and calls nothing good that it could not see.
+
+Both servers are constructed: Kubernetes' in apiserver.py, Google's here.
+"""
+
+import copy
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from knapper.cluster.api import Api
+from knapper.cluster.doctor import Finding, Patient, examine
+from knapper.cluster.google import Google
+from tests.cluster.apiserver import Cluster, ready, serving
+from tests.cluster.test_deploy import knapper
+from tests.manifests.rendering import ROOT
+
+CONFIG = "/api/v1/namespaces/knative-serving/configmaps"
+SERVICE = "/apis/serving.knative.dev/v1/namespaces/knapper/services"
+EVENTING = "/apis/eventing.knative.dev/v1/namespaces/knapper"
+
+
+def look(cluster: Cluster, directory: Path, google: Google | None = None) -> list[Finding]:
+    with serving(cluster, directory) as kubeconfig:
+        more = [google.examine] if google else []
+        return list(examine(Patient(Api.open(kubeconfig), ROOT, more=more)))
+
+
+def test_a_healthy_cluster_has_nothing_wrong(cluster: Cluster, tmp_path: Path) -> None:
+    found = look(cluster, tmp_path)
+    assert [each for each in found if each.verdict == "wrong"] == []
+    assert [each.subject for each in found if each.verdict == "unknown"] == ["GPU nvidia-l4"]  # no node while idle
+    assert len(found) > 50
+
+
+def template(cluster: Cluster, name: str = "train-step") -> Any:
+    return cluster.objects[f"{SERVICE}/{name}"]["spec"]["template"]
+
+
+# What is broken, what is said of, and a word of the command that mends it.
+BROKEN: dict[str, tuple[Callable[[Cluster], object], str, str]] = {
+    "a flag": (
+        lambda cluster: cluster.objects[f"{CONFIG}/config-features"]["data"].pop("kubernetes.podspec-fieldref"),
+        "config-features kubernetes.podspec-fieldref", "kubectl apply --server-side",
+    ),
+    "zero at first": (
+        lambda cluster: cluster.objects[f"{CONFIG}/config-autoscaler"]["data"].update(
+            {"allow-zero-initial-scale": "false"}
+        ),
+        "config-autoscaler allow-zero-initial-scale", "kubectl apply --server-side",
+    ),
+    "an old Knative": (
+        lambda cluster: cluster.objects["/apis/apps/v1/namespaces/knative-serving/deployments/activator"]["metadata"][
+            "labels"
+        ].update({"app.kubernetes.io/version": "1.17.0"}),
+        "Knative Serving", "knative/cluster/operator",
+    ),
+    "no Eventing": (
+        lambda cluster: cluster.objects.pop(
+            "/apis/apps/v1/namespaces/knative-eventing/deployments/eventing-controller"
+        ),
+        "Knative Eventing", "knative/cluster/operator",
+    ),
+    "a kind that is missing": (
+        lambda cluster: cluster.objects.pop(
+            "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/pingsources.sources.knative.dev"
+        ),
+        "kind pingsources.sources.knative.dev", "knative/cluster/operator",
+    ),
+    "no permission": (lambda cluster: cluster.forbidden.add("triggers"), "permission to patch triggers", "rolebinding"),
+    "a Service that is not ready": (
+        lambda cluster: cluster.put(*ready(cluster.objects[f"{SERVICE}/sample"], reason="ContainerMissing")),
+        "Service sample", "kubectl describe ksvc",
+    ),
+    "no ceiling": (
+        lambda cluster: template(cluster)["metadata"]["annotations"].pop("autoscaling.knative.dev/max-scale"),
+        "Service train-step max-scale", "apply",
+    ),
+    "an image of nobody's": (
+        lambda cluster: template(cluster, "gateway")["spec"]["containers"][0].update(image="PROJECT_ID/x"),
+        "Service gateway image", "30-functions",
+    ),
+    "a short deadline": (
+        lambda cluster: template(cluster)["metadata"]["annotations"].update(
+            {"serving.knative.dev/progress-deadline": "120s"}
+        ),
+        "Service train-step progress deadline", "progress-deadline",
+    ),
+    "a probe without patience": (
+        lambda cluster: template(cluster)["spec"]["containers"][0]["startupProbe"].update(failureThreshold=3),
+        "Service train-step start-up probe", "startupProbe",
+    ),
+    "an activator that dies first": (
+        lambda cluster: cluster.objects["/apis/apps/v1/namespaces/knative-serving/deployments/activator"]["spec"][
+            "template"
+        ]["spec"].update(terminationGracePeriodSeconds=600),
+        "activator grace", "kubectl patch deployment activator",
+    ),
+    "retries shorter than a cold start": (
+        lambda cluster: cluster.objects[f"{EVENTING}/triggers/sample"]["spec"]["delivery"].update(retry=5),
+        "Trigger sample retries", "delivery.retry",
+    ),
+    "a Broker that makes callers wait": (
+        lambda cluster: cluster.objects[f"{EVENTING}/brokers/knapper"]["metadata"]["annotations"].pop(
+            "messaging.knative.dev/async-handler"
+        ),
+        "Broker knapper async-handler", "delete the Broker",
+    ),
+    "no tick": (
+        lambda cluster: cluster.objects.pop("/apis/sources.knative.dev/v1/namespaces/knapper/pingsources/tick"),
+        "PingSource", "kubectl apply",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_broken_is_found_alone_with_its_command(what: str, cluster: Cluster, tmp_path: Path) -> None:
+    break_, subject, command = BROKEN[what]
+    break_(cluster)
+    wrong = [each for each in look(cluster, tmp_path) if each.verdict == "wrong"]
+    assert [each.subject for each in wrong] == ([subject] if what != "no permission" else [
+        "permission to patch triggers.eventing.knative.dev", "permission to delete triggers.eventing.knative.dev",
+    ])  # fmt: skip
+    assert command in wrong[0].mend
+
+
+GOOGLE: dict[str, Any] = {
+    "/storage/b/example-project-knapper-state": {
+        "name": "example-project-knapper-state", "location": "EUROPE-WEST4",
+        "softDeletePolicy": {"retentionDurationSeconds": "0"},
+        "lifecycle": {"rule": [{"action": {"type": "AbortIncompleteMultipartUpload"}, "condition": {"age": 1}}]},
+    },
+    "/pubsub/projects/example-project/subscriptions/knapper-uploads": {
+        "state": "ACTIVE", "expirationPolicy": {}, "pushConfig": {},
+        "deadLetterPolicy": {"deadLetterTopic": "projects/example-project/topics/knapper-uploads-dead"},
+    },
+    "/compute/projects/example-project/regions/europe-west4": {
+        "quotas": [{"metric": "PREEMPTIBLE_NVIDIA_L4_GPUS", "limit": 4.0, "usage": 1.0}],
+    },
+}  # fmt: skip
+
+
+@contextmanager
+def google(answers: dict[str, Any]) -> Iterator[Google]:
+    """Constructed: the fields of Google's REST answers that the doctor reads, in their shape."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert self.headers["Authorization"] == "Bearer made-up"
+            found = answers.get(self.path)
+            sent = json.dumps(found or {"error": {"code": 403}}).encode()
+            self.send_response(200 if found else 403)
+            self.send_header("Content-Length", str(len(sent)))
+            self.end_headers()
+            self.wfile.write(sent)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    base = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield Google(
+            lambda: "made-up", "example-project", "europe-west4", "nvidia-l4",
+            "projects/example-project/subscriptions/knapper-uploads",
+            storage=f"{base}/storage", pubsub=f"{base}/pubsub", compute=f"{base}/compute",
+        )  # fmt: skip
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+STATE, SUBSCRIPTION, REGION = GOOGLE
+WRONG: dict[str, tuple[Callable[[Any], object], str, str]] = {
+    "soft delete": (
+        lambda all_: all_[STATE].update(softDeletePolicy={"retentionDurationSeconds": "604800"}),
+        "soft delete", "--clear-soft-delete",
+    ),
+    "a rule that deletes": (
+        lambda all_: all_[STATE]["lifecycle"]["rule"].append({"action": {"type": "Delete"}, "condition": {"age": 7}}),
+        "lifecycle", "--clear-lifecycle",
+    ),
+    "versions": (lambda all_: all_[STATE].update(versioning={"enabled": True}), "versioning", "--no-versioning"),
+    "far away": (lambda all_: all_[STATE].update(location="US"), "location", "beside the GPUs"),
+    "a subscription that ends": (
+        lambda all_: all_[SUBSCRIPTION].update(expirationPolicy={"ttl": "2678400s"}), "expiration", "never",
+    ),
+    "no dead letters": (lambda all_: all_[SUBSCRIPTION].pop("deadLetterPolicy"), "dead letters", "--dead-letter-topic"),
+    "push": (
+        lambda all_: all_[SUBSCRIPTION].update(pushConfig={"pushEndpoint": "https://x"}), "delivery", "--push-endpoint",
+    ),
+    "one GPU": (lambda all_: all_[REGION]["quotas"][0].update(limit=2.0), "quota for nvidia-l4", "quotas?project"),
+}  # fmt: skip
+
+
+def test_googles_side_is_good(cluster: Cluster, tmp_path: Path) -> None:
+    with google(GOOGLE) as asked:
+        found = look(cluster, tmp_path, asked)
+    assert [each for each in found if each.verdict == "wrong"] == []
+    assert sum("bucket" in each.subject or "quota" in each.subject for each in found) == 5
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_at_google_is_found_alone(what: str, cluster: Cluster, tmp_path: Path) -> None:
+    break_, subject, command = WRONG[what]
+    answers = copy.deepcopy(GOOGLE)
+    break_(answers)
+    with google(answers) as asked:
+        wrong = [each for each in look(cluster, tmp_path, asked) if each.verdict == "wrong"]
+    assert [each.subject.endswith(subject) for each in wrong] == [True]
+    assert command in wrong[0].mend
+
+
+def test_what_google_does_not_show_is_unknown_and_never_good(cluster: Cluster, tmp_path: Path) -> None:
+    with google({}) as asked:
+        found = look(cluster, tmp_path, asked)
+    unknown = [each.subject for each in found if each.verdict == "unknown"]
+    assert unknown[-3:] == [
+        "bucket example-project-knapper-state",
+        "subscription knapper-uploads",
+        "quota for nvidia-l4",
+    ]
+
+
+def test_the_command_prints_what_is_wrong_and_fails(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.objects["/api/v1/namespaces/knapper/configmaps/knapper"]["data"]["STORAGE_EMULATOR_HOST"] = "http://x:4443"
+    with serving(cluster, tmp_path) as kubeconfig:
+        good = knapper("doctor", "--kubeconfig", str(kubeconfig))
+        cluster.objects[f"{CONFIG}/config-features"]["data"].pop("kubernetes.podspec-fieldref")
+        bad = knapper("doctor", "--kubeconfig", str(kubeconfig))
+    assert (good.returncode, bad.returncode) == (0, 1), good.stdout + good.stderr
+    assert "0 wrong" in good.stdout
+    assert "wrong   config-features kubernetes.podspec-fieldref: not set, should be enabled" in bad.stdout

@@ -1,0 +1,53 @@
+"""tinker-cookbook, unmodified, trains here; docs/cookbook.md has the figures of a run in full."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conformance.cookbook.loops import LOOPS, Loop, refused
+from tests.conformance.cookbook.page import COMMAND, PATH, figures_of, render
+from tests.conformance.cookbook.workplace import COOKBOOK, Workplace, installed, opened
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.xdist_group("cookbook"),  # one worker, one process: importing the cookbook takes as long as a few loops
+]
+CASES = [pytest.param(loop, loop.steps[0], id=loop.name) for loop in LOOPS if loop.steps[0]]
+CASES += [
+    pytest.param(loop, loop.steps[1], id=f"{loop.name}, in full", marks=pytest.mark.long)
+    for loop in LOOPS
+    if loop.steps[1] > loop.steps[0]
+]
+
+
+@pytest.fixture(scope="module")
+def at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    assert installed(), f"the cookbook is not in {COOKBOOK}; `make setup` installs it"
+    with opened(tmp_path_factory.mktemp("cookbook")) as workplace:
+        yield workplace
+        log = workplace.server.log()
+    assert "Traceback" not in log, log[-4000:]
+
+
+@pytest.mark.parametrize(("loop", "steps"), CASES)
+def test_a_loop_of_the_cookbook_has_its_effect(loop: Loop, steps: int, at: Workplace) -> None:
+    seen = loop.follow(at, steps)
+    print(f"{loop.name}: {loop.figure} {seen.first:.3g} -> {seen.last:.3g}, {seen.steps} steps")
+
+
+@pytest.mark.parametrize("options", [{}, {"max_steps_off_policy": 1}], ids=["synchronous", "asynchronous"])
+def test_the_default_loss_is_refused_with_what_to_pass_instead(options: dict[str, int], at: Workplace) -> None:
+    said = refused(at, **options)
+    assert "stable_reinforce" in said
+    assert "pass the loss importance_sampling, ppo or cispo" in said
+
+
+def test_the_page_has_every_loop_and_figures_that_show_its_effect() -> None:
+    page = PATH.read_text(encoding="utf-8")
+    figures = figures_of(page)
+    assert list(figures) == [loop.name for loop in LOOPS], f"docs/cookbook.md is out of date; run: {COMMAND}"
+    assert page == render(figures), f"docs/cookbook.md is out of date; run: {COMMAND}"
+    for loop in LOOPS:
+        seen = figures[loop.name]
+        assert seen.steps == loop.steps[1]
+        assert seen.last > seen.first if "reward" in loop.figure else seen.last <= max(seen.first, 1e-5)

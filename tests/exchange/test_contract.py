@@ -1,0 +1,97 @@
+"""What every exchange does: files that people put in and take out."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from knapper.errors import StoreError, TooLarge
+from knapper.exchange import Exchange
+from knapper.exchange.directory import DirectoryExchange
+
+
+def test_what_is_published_can_be_read_replaced_and_removed(exchange: Exchange) -> None:
+    async def story() -> None:
+        name = "jobs/local/adding/metrics.jsonl"
+        assert await exchange.read(name, 100) is None
+        await exchange.publish(name, b"one\n")
+        first = await exchange.read(name, 100)
+        await exchange.publish(name, b"one\ntwo\n")
+        second = await exchange.read(name, 100)
+        assert first is not None
+        assert second is not None
+        assert (first.data, second.data) == (b"one\n", b"one\ntwo\n")
+        assert first.generation != second.generation
+        await exchange.remove(name)
+        await exchange.remove(name)
+        assert await exchange.read(name, 100) is None
+
+    asyncio.run(story())
+
+
+def test_a_list_names_what_begins_so_with_its_size_and_generation(exchange: Exchange) -> None:
+    async def story() -> None:
+        for name in ("inbox/a/x/job.yaml", "inbox/a/x/data.jsonl", "inbox/a/xy/job.yaml", "jobs/a/x/bill.json"):
+            await exchange.publish(name, name.encode())
+        found = await exchange.list("inbox/a/x/")
+        assert [(entry.name, entry.size) for entry in found] == [
+            ("inbox/a/x/data.jsonl", 20), ("inbox/a/x/job.yaml", 18),
+        ]  # fmt: skip
+        blob = await exchange.read("inbox/a/x/job.yaml", 100)
+        assert blob is not None
+        assert blob.generation == found[1].generation
+        assert [entry.name for entry in await exchange.list("inbox/")][-1] == "inbox/a/xy/job.yaml"
+        assert await exchange.list("inbox/b/") == []
+
+    asyncio.run(story())
+
+
+def test_more_than_is_asked_for_is_refused_and_just_as_much_is_read(exchange: Exchange) -> None:
+    async def story() -> None:
+        await exchange.publish("inbox/a/x/data.jsonl", b"x" * 1000)
+        blob = await exchange.read("inbox/a/x/data.jsonl", 1000)
+        assert blob is not None
+        assert len(blob.data) == 1000
+        with pytest.raises(TooLarge, match="999"):
+            await exchange.read("inbox/a/x/data.jsonl", 999)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("name", ["", "/etc/passwd", "../x", "inbox/../../x", "inbox//x", "inbox/a\0b"])
+def test_no_name_leads_out_of_it(exchange: Exchange, name: str) -> None:
+    with pytest.raises(ValueError, match="bad"):
+        asyncio.run(exchange.read(name, 10))
+    with pytest.raises(ValueError, match="bad"):
+        asyncio.run(exchange.publish(name, b""))
+
+
+def test_the_directory_holds_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "secret").write_text("x")
+    with pytest.raises(ValueError, match="begins with inbox/ or jobs/"):
+        asyncio.run(DirectoryExchange(tmp_path).read("store/secret", 10))
+
+
+def test_symbolic_links_in_the_inbox_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "key").write_text("x")
+    exchange = DirectoryExchange(tmp_path / "data")
+    folder = tmp_path / "data" / "inbox" / "local" / "job"
+    folder.mkdir(parents=True)
+    (folder / "data.jsonl").symlink_to(tmp_path / "secret" / "key")
+    (folder.parent / "linked").symlink_to(tmp_path / "secret")
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(StoreError, match="symbolic links are not followed"):
+        asyncio.run(exchange.read("inbox/local/job/data.jsonl", 10))
+    with pytest.raises(StoreError, match="symbolic link"):
+        asyncio.run(exchange.read("inbox/local/linked/key", 10))
+    assert asyncio.run(exchange.list("inbox/")) == []
+
+
+def test_a_write_that_was_torn_is_not_listed(tmp_path: Path) -> None:
+    exchange = DirectoryExchange(tmp_path)
+    asyncio.run(exchange.publish("inbox/a/x/job.yaml", b"kind: rl"))
+    (tmp_path / "inbox" / "a" / "x" / ".publishing-1-2").write_bytes(b"kin")
+    assert [entry.name for entry in asyncio.run(exchange.list("inbox/"))] == ["inbox/a/x/job.yaml"]

@@ -1,0 +1,154 @@
+"""Events at the gateway: uploads start jobs once, ticks ring again, dead letters are kept; outsiders find nothing."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from knapper import dead, events, limits
+from knapper.events import Event
+from knapper.exchange.directory import DirectoryExchange
+from knapper.jobs.bells import Bells
+from knapper.jobs.place import Place
+from knapper.local.broker.watcher import finalized
+from knapper.store.memory import MemoryStore
+from tests.gateway.running import Running, gateway
+from tests.gateway.test_jobs import FILES, Rung
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[tuple[Running, Rung]]:
+    store, rung = MemoryStore(), Rung()
+    place = Place(store, DirectoryExchange(tmp_path), Bells(rung.post, lambda: 0.0), iter(range(10**6)).__next__)
+    with gateway(store, place=place) as running:
+        yield running, rung
+
+
+def put(root: Path, name: str, text: str) -> Event:
+    path = root / "inbox" / "local" / "j" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return finalized(f"inbox/local/j/{name}", f"of {text}", len(text), 0.0)
+
+
+def send(running: Running, event: Event, path: str = "/events", **headers: str) -> httpx.Response:
+    given, body = event.encode()
+    return httpx.post(f"{running.url}{path}", headers={**given, **headers}, content=body, timeout=30)
+
+
+def test_uploads_in_any_order_start_a_job_once(running: tuple[Running, Rung], tmp_path: Path) -> None:
+    http, rung = running
+    first = put(tmp_path, "job.yaml", FILES["job.yaml"])
+    assert send(http, first).status_code == 204
+    assert rung.events == []
+    second = put(tmp_path, "d.jsonl", FILES["d.jsonl"])
+    for event in (second, second, first, second):
+        answer = send(http, event)
+        assert (answer.status_code, answer.content) == (204, b"")
+    assert [event.type for event in rung.events] == [events.JOB_STARTED]
+    assert rung.events[0].subject.startswith("local/j/")
+    assert rung.events[0].kind == "sft"
+
+
+def test_the_structured_mode_of_eventarc_is_taken_too(running: tuple[Running, Rung], tmp_path: Path) -> None:
+    http, rung = running
+    put(tmp_path, "d.jsonl", FILES["d.jsonl"])
+    event = put(tmp_path, "job.yaml", FILES["job.yaml"])
+    sent = {
+        "specversion": "1.0", "type": event.type, "source": event.source, "id": "123456", "subject": event.subject,
+        "time": "2026-11-23T00:00:00Z", "datacontenttype": "application/json", "data": json.loads(event.data),
+    }  # fmt: skip
+    headers = {"Content-Type": "application/cloudevents+json; charset=UTF-8"}
+    answer = httpx.post(f"{http.url}/events", headers=headers, content=json.dumps(sent), timeout=30)
+    assert answer.status_code == 204
+    assert len(rung.events) == 1
+
+
+def test_who_dies_between_the_start_and_its_bell_is_made_good_by_the_tick(
+    running: tuple[Running, Rung], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    http, rung = running
+    put(tmp_path, "d.jsonl", FILES["d.jsonl"])
+    event = put(tmp_path, "job.yaml", FILES["job.yaml"])
+
+    async def lost(event: Event) -> None:
+        raise RuntimeError("died")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(http.parts.place.bells, "_post", lost)  # type: ignore[union-attr]  # there is a place
+        assert send(http, event).status_code == 500
+    assert send(http, event).status_code == 204
+    assert rung.events == [], "it was started before"
+    for _ in range(200):  # the job's clock moves a second each time that it is read
+        assert send(http, Event(type="dev.knative.sources.ping", subject="", id="t")).status_code == 204
+        if rung.events:
+            break
+    assert [event.type for event in rung.events] == [events.JOB_STARTED]
+
+
+def test_an_idle_tick_rings_for_nobody(running: tuple[Running, Rung]) -> None:
+    http, rung = running
+    for _ in range(3):
+        assert send(http, Event(type=events.TICK, subject="", id="t")).status_code == 204
+    assert rung.events == []
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        Event(type=events.ROLLOUTS_SCORED, subject="local/j/0123456789abcdef", id="1"),
+        Event(type=events.OBJECT_FINALIZED, subject="objects/inbox/local/j/job.yaml", id="1", data=b"[]"),
+        Event(type=events.OBJECT_FINALIZED, subject="objects/inbox/local/j/job.yaml", id="1"),
+        finalized("inbox/local/j/job.yaml", "1", 1, 0.0, bucket="somebody-elses"),
+    ],
+)
+def test_poison_is_answered_422(running: tuple[Running, Rung], event: Event) -> None:
+    http, _ = running
+    assert send(http, event).status_code == 422
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["jobs/local/j/bill.json", "inbox/x", "inbox/local/j/deeper/job.yaml", "inbox/LOCAL/j/job.yaml",
+     "inbox/local/../job.yaml", "inbox/local/j/job.error.json"],
+)  # fmt: skip
+def test_what_is_no_file_of_a_job_is_nobodys_business(running: tuple[Running, Rung], name: str) -> None:
+    http, rung = running
+    assert send(http, finalized(name, "1", 1, 0.0)).status_code == 204
+    assert rung.events == []
+    assert http.run(http.store.list("")) == http.run(http.store.list("models/"))
+
+
+def test_dead_letters_are_kept_once_whatever_they_are(running: tuple[Running, Rung]) -> None:
+    http, _ = running
+    letter = Event(type=events.ROLLOUTS_SCORED, subject="local/j/x", id="7", source="knapper/reward")
+    why = {"ce-knativeerrorcode": "422", "ce-knativeerrordest": "http://train-step", "ce-knativeerrordata": "no job"}
+    for _ in range(3):
+        assert send(http, letter, "/events/dead", **why).status_code == 204
+    assert httpx.post(f"{http.url}/events/dead", content=b"\xff\x00 anything").status_code == 204
+    first, second = http.run(dead.listed(http.store))
+    assert (first.attributes["id"], first.attributes["knativeerrorcode"]) == ("7", "422")
+    assert second.body == b"\xff\x00 anything"
+    large = httpx.post(f"{http.url}/events/dead", content=b"x" * (limits.event_bytes_max + 1), timeout=30)
+    assert large.status_code == 413
+    assert httpx.post(f"{http.url}/events/dead", content=b"x" * limits.event_bytes_max, timeout=30).status_code == 204
+
+
+def test_outside_there_is_nothing(running: tuple[Running, Rung]) -> None:
+    http, _ = running
+    tick = Event(type=events.TICK, subject="", id="t")
+    for path in ("/events", "/events/dead"):
+        assert send(http, tick, path, Host="knapper.example.com").status_code == 404
+        assert send(http, tick, path, **{"X-Forwarded-For": "203.0.113.9"}).status_code == 404
+
+
+def test_on_a_cluster_events_come_under_the_name_that_only_the_cluster_serves() -> None:
+    inside = "gateway.knapper.svc.cluster.local"
+    tick = Event(type=events.TICK, subject="", id="t")
+    with gateway(MemoryStore(), events_host=inside) as http:
+        for host in (inside, f"{inside}:80"):
+            assert send(http, tick, Host=host).status_code == 204
+        for host in ("127.0.0.1", "knapper.example.com", f"x.{inside}", f"{inside}.example.com"):
+            assert send(http, tick, Host=host).status_code == 404

@@ -1,0 +1,143 @@
+"""Jobs by HTTP: the same road as an upload, and what a client sees of it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from knapper import events
+from knapper.events import Event
+from knapper.exchange.directory import DirectoryExchange
+from knapper.ids import LOCAL_TENANT
+from knapper.jobs.bells import Bells
+from knapper.jobs.names import Start
+from knapper.jobs.place import Place
+from knapper.jobs.records import Spent, Trained, encode
+from knapper.store.memory import MemoryStore
+from tests.gateway.running import Running, gateway
+
+YAML = "kind: sft\ndata: d.jsonl\nsteps: 3\n"
+FILES = {"job.yaml": YAML, "d.jsonl": '{"prompt": "a", "completion": "b"}\n'}
+
+
+class Rung:
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    async def post(self, event: Event) -> None:
+        self.events.append(event)
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[tuple[Running, Rung]]:
+    store, rung = MemoryStore(), Rung()
+    place = Place(store, DirectoryExchange(tmp_path), Bells(rung.post, lambda: 0.0), iter(range(10**6)).__next__)
+    with gateway(store, place=place) as running:
+        yield running, rung
+
+
+def submit(running: Running, **more: Any) -> Any:
+    return running.post("jobs", {"name": "j", "files": {**FILES, **more}})
+
+
+def test_a_job_is_submitted_listed_shown_cancelled_and_resumed(running: tuple[Running, Rung], tmp_path: Path) -> None:
+    http, rung = running
+    made = submit(http)
+    assert (made["job"], made["state"], made["kind"], made["step"], made["steps"]) == ("j", "running", "sft", 0, 3)
+    assert (tmp_path / "inbox/local/j/job.yaml").read_text() == YAML
+    assert [event.type for event in rung.events] == [events.JOB_STARTED]
+    assert submit(http)["start"] == made["start"]
+    assert len(rung.events) == 1, "the same again starts nothing"
+    start = Start(LOCAL_TENANT, "j", made["start"])
+    for step in range(2):
+        record = Trained(
+            next_seq=1, steps=3, metrics={"loss/mean": 1.0 / (step + 1)}, tokens=1, bytes=1, spent=Spent(),
+            began_at=0.0, ended_at=1.0,
+        )  # fmt: skip
+        http.run(http.store.put_if_absent(start.trained(step), encode(record)))
+    shown = http.http.get("jobs/j", params={"after": 1}).json()
+    assert shown["step"] == 2
+    assert shown["metrics"] == [{"step": 2, "loss/mean": 0.5, "seconds": 1.0}]
+    (brief,) = http.http.get("jobs").json()["jobs"]
+    assert (brief["job"], brief["step"], brief["steps"], brief["state"]) == ("j", 2, 3, "running")
+    assert http.post("jobs/j/cancel")["state"] == "cancelled"
+    assert '"cancelled"' in (tmp_path / "jobs/local/j/status.json").read_text()
+    assert http.run(http.store.list("working/")) == []
+    assert http.post("jobs/j/resume")["state"] == "running"
+    assert http.run(http.store.list("working/")) == [start.working]
+    assert [event.type for event in rung.events] == [events.JOB_STARTED, events.JOB_CANCELLED, events.JOB_STARTED]
+
+
+def test_a_wrong_job_yaml_is_told_in_the_answer_and_in_the_list(running: tuple[Running, Rung]) -> None:
+    http, rung = running
+    made = submit(http, **{"job.yaml": "kind: sft\ndata: d.jsonl\nsteps: none\n"})
+    assert made["state"] == "refused"
+    assert (made["error"]["line"], made["error"]["field"], made["error"]["value"]) == (3, "steps", "'none'")
+    (brief,) = http.http.get("jobs").json()["jobs"]
+    assert "job.yaml, line 3: steps is 'none'" in brief["reason"]
+    assert rung.events == []
+    assert submit(http)["state"] == "running"
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "field"),
+    [
+        ("../j", FILES, "job"),
+        ("J", FILES, "job"),
+        ("j" * 64, FILES, "name"),
+        ("j", {"../job.yaml": "", **FILES}, "file"),
+        ("j", {"a/b": "", **FILES}, "file"),
+        ("j", {"d.jsonl": ""}, "files"),
+        ("j", {}, "files"),
+    ],
+)
+def test_names_that_are_no_plain_names_are_refused(
+    running: tuple[Running, Rung], tmp_path: Path, name: str, files: dict[str, str], field: str
+) -> None:
+    refused = running[0].post("jobs", {"name": name, "files": files}, status=422)
+    assert refused["detail"].startswith(field), refused
+    assert list((tmp_path / "inbox").rglob("*")) == []
+
+
+def test_what_is_not_there_is_not_found(running: tuple[Running, Rung]) -> None:
+    http = running[0]
+    assert http.http.get("jobs/none").status_code == 404
+    http.post("jobs/none/cancel", status=404)
+    submit(http)
+    http.post("jobs/j/resume", status=200)  # it runs already: nothing to do, no error
+    assert http.http.get("jobs/j", params={"after": -1}).status_code == 422
+
+
+def command(running: Running, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "TINKER_BASE_URL": running.url, "TINKER_API_KEY": "tml-local"}
+    return subprocess.run(
+        [sys.executable, "-m", "knapper.cli", *arguments], capture_output=True, text=True, env=environment
+    )
+
+
+def test_the_command_line_submits_a_folder_and_follows_it(running: tuple[Running, Rung], tmp_path: Path) -> None:
+    http, _ = running
+    folder = tmp_path / "my-job"
+    folder.mkdir()
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    (folder / "job.yaml").write_text(YAML.replace("3", "none"))
+    wrong = command(http, "submit", str(folder / "job.yaml"))
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
+    assert "job.yaml, line 3: steps is 'none'" in wrong.stderr
+    (folder / "job.yaml").write_text(YAML)
+    done = command(http, "submit", str(folder / "job.yaml"))
+    assert (done.returncode, done.stdout) == (0, "my-job: running, step 0/3\n")
+    assert "my-job  sft   running  0/3" in command(http, "jobs", "list").stdout
+    assert command(http, "jobs", "cancel", "my-job").stdout.startswith("my-job: cancelled")
+    followed = command(http, "jobs", "show", "my-job", "--follow")
+    assert followed.stdout == "my-job: cancelled, step 0/3\ncancelled by its owner\n"
+    (folder / "d.jsonl").write_text("{}\n")
+    (folder / "job.yaml").write_text(YAML + "seed: 1\n")
+    refused = command(http, "submit", str(folder / "job.yaml"), "--follow")
+    assert refused.returncode == 1
+    assert "d.jsonl, line 1: prompt" in refused.stdout

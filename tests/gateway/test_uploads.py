@@ -1,0 +1,174 @@
+"""Uploads that are pulled: a Pub/Sub server of our own, built from Google's own protocol definitions (constructed: the
+real service was not asked), and a bucket of the emulator that nobody tells of.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.empty_pb2 import Empty
+from google.pubsub_v1.types import (
+    AcknowledgeRequest,
+    PubsubMessage,
+    PullRequest,
+    PullResponse,
+    ReceivedMessage,
+)  # fmt: skip
+
+from knapper import dead, events
+from knapper.exchange import Exchange
+from knapper.exchange.gcs import GcsExchange
+from knapper.jobs.bells import Bells
+from knapper.jobs.place import Place
+from knapper.store.memory import MemoryStore
+from tests.gateway.running import Running, gateway
+from tests.gateway.test_jobs import FILES, Rung
+from tests.store.emulator import Emulator, gcs
+
+__all__ = ["gcs"]
+
+SUBSCRIPTION = "projects/p/subscriptions/uploads"
+BUCKET_KEYS = {"eventType": "OBJECT_FINALIZE", "payloadFormat": "JSON_API_V1"}
+
+
+class Topic:
+    """Delivers each message again until it is acknowledged, as Pub/Sub does."""
+
+    def __init__(self) -> None:
+        self.messages: dict[str, PubsubMessage] = {}
+        self.deliveries: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def publish(self, id_: str, attributes: dict[str, str], data: bytes = b"") -> None:
+        with self._lock:
+            self.messages[id_] = PubsubMessage(message_id=id_, attributes=attributes, data=data)
+
+    def pull(self, request: PullRequest, _context: grpc.ServicerContext) -> PullResponse:
+        assert request.subscription == SUBSCRIPTION
+        time.sleep(0.02)
+        with self._lock:
+            for id_ in self.messages:
+                self.deliveries[id_] = self.deliveries.get(id_, 0) + 1
+            found = [ReceivedMessage(ack_id=f"ack {id_}", message=each) for id_, each in self.messages.items()]
+        return PullResponse(received_messages=found)
+
+    def acknowledge(self, request: AcknowledgeRequest, _context: grpc.ServicerContext) -> Empty:
+        with self._lock:
+            for ack in request.ack_ids:
+                self.messages.pop(ack.removeprefix("ack "), None)
+        return Empty()
+
+
+@pytest.fixture
+def topic(monkeypatch: pytest.MonkeyPatch) -> Iterator[Topic]:
+    topic = Topic()
+    server = grpc.server(futures.ThreadPoolExecutor(4))
+    methods: dict[str, Any] = {
+        "Pull": grpc.unary_unary_rpc_method_handler(topic.pull, PullRequest.deserialize, PullResponse.serialize),
+        "Acknowledge": grpc.unary_unary_rpc_method_handler(
+            topic.acknowledge, AcknowledgeRequest.deserialize, Empty.SerializeToString
+        ),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("google.pubsub.v1.Subscriber", methods),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    monkeypatch.setenv("PUBSUB_EMULATOR_HOST", f"127.0.0.1:{port}")
+    yield topic
+    server.stop(None).wait()
+
+
+@pytest.fixture
+def exchange(gcs: Emulator, monkeypatch: pytest.MonkeyPatch) -> GcsExchange:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs.url)
+    return GcsExchange(gcs.make_bucket(), "team/")
+
+
+@pytest.fixture
+def rung() -> Rung:
+    return Rung()
+
+
+def place(exchange: Exchange, store: MemoryStore, rung: Rung) -> Place:
+    return Place(store, exchange, Bells(rung.post, time.time), time.time)
+
+
+def upload(running: Running, exchange: Exchange, name: str, text: str) -> dict[str, str]:
+    """Put it there; what its notification says."""
+    running.run(exchange.publish(f"inbox/local/j/{name}", text.encode()))
+    blob = running.run(exchange.read(f"inbox/local/j/{name}", 1000))
+    told = {"bucketId": exchange.bucket, "objectId": f"team/inbox/local/j/{name}", "objectGeneration": blob.generation}
+    return {**BUCKET_KEYS, **told}
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_notifications_start_a_job_once_and_are_acknowledged(topic: Topic, exchange: GcsExchange, rung: Rung) -> None:
+    store = MemoryStore()
+    with gateway(store, place=place(exchange, store, rung), subscription=SUBSCRIPTION) as running:
+        first = upload(running, exchange, "job.yaml", FILES["job.yaml"])
+        topic.publish("1", first, json.dumps({"bucket": exchange.bucket, "name": first["objectId"], "size": "9",
+                                              "generation": first["objectGeneration"]}).encode())  # fmt: skip
+        until(lambda: not topic.messages)
+        assert rung.events == []
+        second = upload(running, exchange, "d.jsonl", FILES["d.jsonl"])
+        topic.publish("2", second)
+        topic.publish("3", second)
+        topic.publish("4", {**second, "eventType": "OBJECT_DELETE"})
+        until(lambda: not topic.messages)
+        assert [event.type for event in rung.events] == [events.JOB_STARTED]
+
+
+def test_a_message_that_no_bucket_sends_becomes_a_dead_letter(topic: Topic, exchange: GcsExchange, rung: Rung) -> None:
+    store = MemoryStore()
+    with gateway(store, place=place(exchange, store, rung), subscription=SUBSCRIPTION) as running:
+        topic.publish("9", {"hello": "world"}, b"\xff")
+        topic.publish("8", {**BUCKET_KEYS, "bucketId": "others", "objectId": "inbox/a/b/c", "objectGeneration": "1"})
+        until(lambda: not topic.messages)
+        letters = {letter.attributes["id"]: letter for letter in running.run(dead.listed(store))}
+        assert set(letters) == {"8", "9"}
+        assert letters["9"].body == b"\xff"
+        assert "bucketId" in letters["9"].attributes["knativeerrordata"]
+
+
+def test_what_cannot_be_done_now_is_delivered_again(topic: Topic, exchange: GcsExchange, rung: Rung) -> None:
+    class Failing(MemoryStore):
+        failures = 2
+
+        async def put_if_absent(self, name: str, data: bytes) -> bool:
+            from knapper.errors import StoreError
+
+            if name.startswith("uploads/") and self.failures:
+                self.failures -= 1
+                raise StoreError("the store is away")
+            return await super().put_if_absent(name, data)
+
+    store = Failing()
+    with gateway(store, place=place(exchange, store, rung), subscription=SUBSCRIPTION) as running:
+        upload(running, exchange, "d.jsonl", FILES["d.jsonl"])
+        topic.publish("1", upload(running, exchange, "job.yaml", FILES["job.yaml"]))
+        until(lambda: not topic.messages)
+        assert topic.deliveries["1"] >= 3
+        assert [event.type for event in rung.events] == [events.JOB_STARTED]
+
+
+def test_a_bucket_that_nobody_tells_of_is_looked_into(
+    exchange: GcsExchange, rung: Rung, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.uploads._LOOK_S", 0.05)
+    store = MemoryStore()
+    with gateway(store, place=place(exchange, store, rung)) as running:
+        upload(running, exchange, "job.yaml", FILES["job.yaml"])
+        upload(running, exchange, "d.jsonl", FILES["d.jsonl"])
+        until(lambda: bool(rung.events))
+        time.sleep(0.3)
+        assert [event.type for event in rung.events] == [events.JOB_STARTED]

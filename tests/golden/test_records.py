@@ -1,0 +1,85 @@
+"""What was ever stored can be read for ever, and what is newer is refused in words."""
+
+import asyncio
+from typing import Any
+
+import msgspec
+import pytest
+
+from knapper.errors import Corrupt, NewerFormat
+from knapper.journal import names
+from knapper.journal.accept import Acceptor
+from knapper.journal.records import Commit, Record, decode, encode, format_of
+from knapper.journal.run import Holder, Run
+from knapper.store.memory import MemoryStore
+from tests.golden import records
+from tests.sim.history import CREATION, RUN, TERMS
+from tests.sim.ledger import LedgerMachine
+
+ADD = "run `python -m tests.golden.records`, and commit what it prints"
+
+
+@pytest.fixture(scope="module")
+def types() -> dict[str, type[Record]]:
+    return records.types()
+
+
+def test_every_type_of_record_has_a_file_of_what_it_is_today(types: dict[str, type[Record]]) -> None:
+    for name, kind in types.items():
+        files = records.files(name)
+        assert files, f"{name} has no golden file: {ADD}"
+        today = encode(records.full(kind))
+        assert files[-1].read_bytes() == today, f"{name} is stored otherwise than {files[-1].name} shows: {ADD}"
+
+
+def test_every_file_there_ever_was_can_be_read(types: dict[str, type[Record]]) -> None:
+    assert len([*records.FILES.iterdir()]) >= len(types)
+    for path in sorted(records.FILES.iterdir()):
+        kind = types.get(path.name.partition("-")[0])
+        assert kind is not None, f"there is no {path.name} any more: what is stored cannot be read"
+        data = path.read_bytes()
+        raw = msgspec.msgpack.decode(data)
+        assert raw["v"] <= format_of(kind)
+        told = msgspec.to_builtins(decode(data, kind, path.name), builtin_types=(bytes,))
+        for field, value in raw.items():
+            if field != "v":
+                assert covers(told[field], value), f"{path.name}: {field} was {value!r}, and is read as {told[field]!r}"
+
+
+def covers(now: Any, then: Any) -> bool:
+    """Whether all that was stored then is still there; what came into being since has its default."""
+    if isinstance(then, dict):
+        return all(key in now and covers(now[key], value) for key, value in then.items())
+    if isinstance(then, list):
+        return len(now) == len(then) and all(map(covers, now, then))
+    return bool(now == then)
+
+
+def test_a_newer_format_is_refused_in_words_whatever_it_looks_like(types: dict[str, type[Record]]) -> None:
+    for name, kind in types.items():
+        newest = format_of(kind)
+        todays = msgspec.msgpack.decode(encode(records.full(kind)))
+        for future in ({**todays, "v": newest + 1}, {**todays, "v": newest + 1, "unheard_of": 1}, {"v": newest + 1}):
+            with pytest.raises(NewerFormat, match=f"object x has format {newest + 1} of {name}; .* run the newer one"):
+                decode(msgspec.msgpack.encode(future), kind, "x")
+
+
+def test_an_unknown_field_in_a_known_format_is_damage() -> None:
+    data = msgspec.msgpack.encode({"v": 1, "epoch": 1, "results": [], "unheard_of": 1})
+    with pytest.raises(Corrupt, match="unheard_of"):
+        decode(data, Commit, "x")
+    with pytest.raises(Corrupt, match="is not a Commit record"):
+        decode(b"\xc1", Commit, "x")
+
+
+def test_a_run_with_records_of_the_future_waits_for_the_newer_program() -> None:
+    async def story() -> None:
+
+        store = MemoryStore()
+        await Acceptor(store, lambda: 0.0).create(CREATION, b"create")
+        future = {**msgspec.msgpack.decode(encode(Commit(epoch=1, results=[]))), "v": 2}
+        await store.put_if_absent(names.commit(RUN, 1), msgspec.msgpack.encode(future))
+        with pytest.raises(NewerFormat, match="has format 2 of Commit; this knapper reads up to format 1"):
+            await Run.claim(store, RUN, LedgerMachine(), Holder("h", "", TERMS), lambda: 0.0)
+
+    asyncio.run(story())

@@ -1,0 +1,111 @@
+"""The Dockerfile says what it should, and what it installs is what pyproject.toml declares."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from tests.images import requirements
+from tests.images.dockerfile import TARGETS, ignored, image, lay_out, stages
+from tests.images.requirements import EXTRAS, ROOT, canonical
+
+PLACES = {"gateway": "gateway", **{name: f"functions/{name.replace('-', '_')}" for name in TARGETS[1:]}}
+
+
+@pytest.mark.parametrize("place", EXTRAS)
+def test_requirements_are_those_of_pyproject(place: str) -> None:
+    written = (ROOT / place / "requirements.txt").read_text()
+    again = "run `python -m tests.images.requirements`"
+    assert written == requirements.render(place, requirements.project()), again
+
+
+def test_constraints_fit_every_requirement() -> None:
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()[1:])
+    for place in EXTRAS:
+        for line in (ROOT / place / "requirements.txt").read_text().splitlines()[1:]:
+            wanted = Requirement(line)
+            if wanted.name != "torch":  # has a version of its own, and an index
+                version = pinned[canonical(wanted.name)]
+                assert wanted.specifier.contains(version), f"{line}: constraints.txt has {version}"
+    torch = dict(rest.split("=") for word, rest in stages()["torch-cpu"].instructions if word == "ARG" and "=" in rest)
+    (line,) = [each for each in requirements.requirements(requirements.project(), "train") if each.startswith("torch")]
+    assert Requirement(line).specifier.contains(torch["TORCH_VERSION"])
+    assert f"torch=={torch['TORCH_VERSION']}" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"TORCH": "cuda", "WEIGHTS": "none"}])
+def test_every_stage_stands_on_a_stage_or_on_an_image_by_digest(arguments: dict[str, str]) -> None:
+    every = stages(arguments)
+    for stage in every.values():
+        assert stage.base in every or re.search(r"@sha256:[0-9a-f]{64}$", stage.base), stage.base
+        for word, rest in stage.instructions:
+            if word == "COPY" and rest.startswith("--from="):
+                assert rest.split()[0].removeprefix("--from=") in every
+
+
+def test_what_is_copied_is_there_and_is_not_ignored() -> None:
+    for stage in stages().values():
+        for word, rest in stage.instructions:
+            if word == "COPY" and not rest.startswith("--from"):
+                for source in rest.split()[:-1]:
+                    assert (ROOT / source).exists()
+                    assert not ignored(source), f".dockerignore keeps {source} out"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [".git", "tests/conftest.py", "docs/errors.md", "README.md", "knapper/__pycache__/a.pyc", "out/x", ".venv/bin"],
+)
+def test_the_context_is_small(path: str) -> None:
+    assert ignored(path)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_container_runs_as_nobody_under_asgi_in_one_process(target: str) -> None:
+    made = image(target)
+    assert made.user == "65532:65532"
+    assert made.environment["HOME"] == "/tmp"
+    app = "gateway.main:app" if target == "gateway" else "functions_framework.aio:app"
+    assert made.entrypoint[:2] == ["uvicorn", app]
+    options = dict(zip(made.entrypoint[2:-1:2], made.entrypoint[3::2], strict=True))
+    assert (options["--workers"], options["--lifespan"], options["--port"]) == ("1", "on", "8080")
+    if target != "gateway":
+        assert made.environment["FUNCTION_TARGET"] == target.replace("-", "_")
+
+
+# Keeps out what is installed here and not in the image. torch's own dependencies come with torch.
+STRANGERS = """
+import importlib.abc, importlib.metadata, sys
+brought, by_name = {brought!r}, importlib.metadata.packages_distributions()
+sys.path[:] = [{app!r}, *(path for path in sys.path if path != {root!r})]
+
+class Strangers(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        found = by_name.get(name, []) if path is None else []
+        if found and not brought & {{each.lower().replace("_", "-").replace(".", "-") for each in found}}:
+            raise ModuleNotFoundError(name + " is not among the requirements", name=name)
+
+sys.meta_path.insert(0, Strangers())
+"""
+WITH_TORCH = {"torch", "sympy", "mpmath", "networkx", "jinja2", "setuptools", "fsspec", "filelock", "typing-extensions"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_container_has_what_its_program_imports(target: str, tmp_path: Path) -> None:
+    """Of this project, only what was copied; of others, only what its requirements bring."""
+    made = lay_out(target, tmp_path)
+    assert made.environment["PYTHONPATH"] == "/app"
+    named = requirements.requirements(requirements.project(), *EXTRAS[PLACES[target]])
+    brought = {name for line in named for name, _ in requirements._closure(Requirement(line))}
+    brought |= WITH_TORCH if any(line.startswith("torch") for line in named) else set()
+    program = STRANGERS.format(brought=brought, app=str(tmp_path / "app"), root=str(ROOT))
+    if target == "gateway":
+        program += "import gateway.main\n"
+    else:  # the imports of the page; what it does beside needs a model
+        page = tmp_path / made.environment["FUNCTION_SOURCE"].removeprefix("/")
+        program += "".join(f"{line}\n" for line in page.read_text().splitlines() if re.match(r"(import|from) ", line))
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,77 @@
+"""A place for jobs in memory, with a clock that the test turns, and files as users put them there."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from knapper.errors import TooLarge
+from knapper.events import Event
+from knapper.exchange import Blob, Entries, Entry
+from knapper.ids import LOCAL_TENANT
+from knapper.jobs.bells import Bells
+from knapper.jobs.place import Place
+from knapper.models.catalogue import Catalogue, ModelRecord
+from knapper.store import Store
+from knapper.store.memory import MemoryStore
+
+
+@dataclass
+class Folder:
+    """An exchange in memory: what is published, and nothing more."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    bucket, prefix = "local", ""
+
+    async def read(self, name: str, bytes_max: int) -> Blob | None:
+        data = self.files.get(name)
+        if data is not None and len(data) > bytes_max:
+            raise TooLarge(f"{name} has {len(data)} bytes; allowed: {bytes_max}")
+        return None if data is None else Blob(data, hashlib.sha256(data).hexdigest())
+
+    async def list(self, prefix: str) -> Entries:
+        named = sorted(name for name in self.files if name.startswith(prefix))
+        return [Entry(name, hashlib.sha256(self.files[name]).hexdigest(), len(self.files[name])) for name in named]
+
+    async def publish(self, name: str, data: bytes) -> None:
+        self.files[name] = data
+
+    async def remove(self, name: str) -> None:
+        self.files.pop(name, None)
+
+    def put(self, job: str, files: Mapping[str, str | bytes]) -> None:
+        for name, content in files.items():
+            data = content.encode() if isinstance(content, str) else content
+            self.files[f"inbox/{LOCAL_TENANT}/{job}/{name}"] = data
+
+
+@dataclass
+class Clock:
+    at: float = 1_000_000.0
+
+    def __call__(self) -> float:
+        self.at += 0.001
+        return self.at
+
+
+async def serve(store: Store, model: str = "tiny", directory: str = "") -> None:
+    record = ModelRecord(
+        name=model, directory=directory, tokenizer_id=directory, context=512, vocab=268, arch="LlamaForCausalLM",
+        dtype="float32", trainable=True, sampleable=True, train_step_url="http://t", sample_url="http://s",
+    )  # fmt: skip
+    await Catalogue(store).publish(record)
+
+
+def place() -> tuple[Place, Folder, Clock]:
+    """A place whose bells nobody hears."""
+    folder, clock = Folder(), Clock()
+    return Place(MemoryStore(), folder, Bells(_lost, clock), clock), folder, clock
+
+
+async def _lost(event: Event) -> None:
+    pass
+
+
+def lines(*rows: object) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)

@@ -1,0 +1,66 @@
+"""docs/jobs.md has every field of job.yaml with its default, and none that is not there."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+import pytest
+
+from knapper.jobs import spec
+from knapper.jobs.spec import TYPES, Job, Kind
+
+PAGE = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text()
+
+
+def section(name: str) -> str:
+    return PAGE.partition(f"\n### {name}\n")[2].partition("\n### ")[0].partition("\n## ")[0]
+
+
+def documented(name: str) -> dict[str, str]:
+    """Field -> default."""
+    return dict(re.findall(r"^\| `([\w.]+)` \| .*? \| (.+?) \| .*\|$", section(name), flags=re.MULTILINE))
+
+
+def fields(struct: Any, inside: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for field in msgspec.structs.fields(struct):
+        nested = next((each for each in (field.type, *get_args(field.type)) if _is_part(each)), None)
+        if nested is not None:
+            found |= fields(nested, f"{inside}{field.name}.")
+        else:
+            found[f"{inside}{field.name}"] = _default(field)
+    return found
+
+
+def _is_part(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, spec.Part)
+
+
+def _default(field: Any) -> str:
+    if field.default is not msgspec.NODEFAULT:
+        return "none" if field.default is None else json.dumps(field.default).strip('"')
+    if field.default_factory is not msgspec.NODEFAULT:
+        return json.dumps(field.default_factory())
+    return "required"
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_field_is_on_the_page_with_its_default(kind: Kind) -> None:
+    told = documented("Every kind") | documented(kind)
+    there = fields(TYPES[kind])
+    assert set(told) == set(there)
+    for name, default in there.items():
+        said = told[name].strip("`")
+        if default not in ("none",):
+            assert said.partition(" ")[0] == default, name
+
+
+def test_what_is_common_to_all_is_told_once() -> None:
+    assert set(documented("Every kind")) - {"kind"} == set(fields(Job))
+
+
+def test_the_example_of_the_page_is_a_job() -> None:
+    example = PAGE.partition("```yaml\n")[2].partition("```")[0]
+    assert spec.parse(example.encode()).job.kind == "rl"

@@ -1,0 +1,205 @@
+"""The functions of jobs over the real engine on a tiny model, and a Broker that loses, doubles and shuffles.
+
+Everything hostile comes from one seed. A process that is killed loses its memory and whatever it was doing; the store
+and the device's thread stay.
+"""
+
+import asyncio
+import itertools
+import random
+import weakref
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from knapper import events
+from knapper.engine import weights
+from knapper.engine.config import ModelConfig
+from knapper.engine.decoder import Decoder
+from knapper.engine.device import Device
+from knapper.engine.machine import TrainingMachine
+from knapper.engine.sampler import Sampler
+from knapper.engine.training import Trainer
+from knapper.errors import Fenced, KnapperError, Unavailable
+from knapper.events import Event
+from knapper.ids import LOCAL_TENANT
+from knapper.jobs import control, revive, start
+from knapper.jobs.bells import Bells
+from knapper.jobs.folders import Folders
+from knapper.jobs.names import Start
+from knapper.jobs.operations import Journal
+from knapper.jobs.place import Place
+from knapper.jobs.revive import Seen
+from knapper.jobs.sampling import Sampling
+from knapper.jobs.scoring import Judge, Scoring
+from knapper.jobs.spec import KINDS, Kind
+from knapper.jobs.training import Training
+from knapper.jobs.working import Worker
+from knapper.journal.records import Terms
+from knapper.journal.run import Holder
+from knapper.language import Language
+from knapper.rewards.rollouts import Rollout
+from knapper.rewards.scoring import Score
+from knapper.rewards.spec import Reward
+from knapper.serving.engine import StoredAdapters
+from knapper.serving.residents import Residents
+from knapper.store.memory import MemoryStore
+from tests.engine.tiny import tiny_model
+from tests.jobs.places import Clock, Folder, serve
+
+CONTEXT = 512
+CHAT = (
+    "{% for message in messages %}<|begin|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|begin|>assistant\n{% endif %}"
+)
+TERMS = Terms(device="cpu", dtype="float32", threads=1, versions="")
+
+
+class House:
+    """A tiny model in memory: what takes long to make, and has no state."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = tiny_model(directory)
+        (directory / "chat_template.jinja").write_text(CHAT)
+        self.config = ModelConfig.read(directory)
+        self.decoder = Decoder(self.config, weights.load(directory, self.config, torch.float32))
+        self.language = Language.read(directory)
+        self.device = Device()
+        weakref.finalize(self, self.device.close)
+
+
+@dataclass(frozen=True)
+class Malice:
+    """What the Broker and the machines do to a job. Chances, of each event or call."""
+
+    lose: float = 0.0
+    copies_max: int = 1
+    shuffle: bool = False
+    kill: float = 0.0
+
+
+class Works:
+    """One store, one exchange, and three functions that may die."""
+
+    def __init__(self, house: House, seed: int = 0, malice: Malice = Malice(), slice_s: float = 30.0) -> None:
+        self.store, self.folder, self.clock = MemoryStore(), Folder(), Clock()
+        self.house, self.malice, self.slice_s = house, malice, slice_s
+        self.judge: Judge = variety
+        self.log: list[Event] = []
+        self._die = random.Random(seed)
+        self._queue: list[tuple[str, Event]] = []
+        self._seen = Seen()
+        self._lives = itertools.count()
+        self._processes: dict[str, Callable[[Event], Awaitable[None]]] = {}
+        self.place = Place(self.store, self.folder, Bells(self.post, self.clock), self.clock)
+        for name in ("sample", "reward", "train_step"):
+            self._begin(name)
+
+    def _begin(self, name: str) -> None:
+        """A process with an empty memory."""
+        place = Place(self.store, self.folder, Bells(self.post, self.clock), self.clock)
+        kinds: Sequence[Kind] = KINDS if name == "train_step" else ["rl"]
+        worker = Worker(place, Folders(self.store), kinds, "" if name == "reward" else "tiny", self.slice_s)
+        house = self.house
+        if name == "reward":
+            self._processes[name] = Scoring(worker, lambda *given: self.judge(*given)).answer
+        elif name == "sample":
+            adapters = StoredAdapters(self.store, house.config, torch.device("cpu"))
+            sampler = Sampler(
+                house.decoder, house.device, adapters, house.language.tokenizer, slots_max=16, kv_tokens_max=8192
+            )
+            self._processes[name] = Sampling(worker, sampler, house.language, CONTEXT).answer
+        else:
+            machine = TrainingMachine(Trainer(house.decoder), house.device, self.clock)
+            holder = Holder(f"life-{next(self._lives)}", "", TERMS)
+            residents = Residents(self.store, machine, holder, self.clock)
+            journal = Journal(self.store, residents, self.clock)
+            self._processes[name] = Training(worker, journal, house.language, CONTEXT).answer
+
+    async def post(self, event: Event) -> None:
+        """What the Broker does with an event."""
+        self.log.append(event)
+        for target in triggered(event):
+            if self._die.random() >= self.malice.lose:
+                copies = self._die.randint(1, self.malice.copies_max)
+                self._queue += [(target, event)] * copies
+
+    async def submit(self, files: Mapping[str, str | bytes], job: str = "j") -> Start:
+        await serve(self.store)
+        self.folder.put(job, files)
+        begun = await start.look(self.place, LOCAL_TENANT, job)
+        assert begun is not None, self.folder.files.get(f"inbox/local/{job}/job.error.json")
+        await self.post(await revive.first(self.place, begun))
+        return begun
+
+    async def run(self, begun: Start, turns_max: int = 3000) -> None:
+        """Deliver until the job has ended."""
+        for _ in range(turns_max):
+            if not await control.runs(self.store, begun):
+                return
+            if not self._queue:
+                for event in await revive.due(self.place, self._seen, quiet_s=0):
+                    await self.post(event)
+                continue
+            await self.deliver()
+        raise AssertionError(f"job {begun} did not end in {turns_max} turns: {self.log[-5:]}")
+
+    async def drain(self) -> None:
+        """Deliver what is still under way."""
+        while self._queue:
+            await self.deliver()
+
+    async def deliver(self) -> None:
+        at = self._die.randrange(len(self._queue)) if self.malice.shuffle else 0
+        count = 2 if self.malice.shuffle and len(self._queue) > 1 and self._die.random() < 0.3 else 1
+        chosen = [self._queue.pop(min(at, len(self._queue) - 1)) for _ in range(count)]
+        await asyncio.gather(*(self._call(target, event) for target, event in chosen))
+
+    async def _call(self, target: str, event: Event) -> None:
+        task = asyncio.ensure_future(self._processes[target](event))
+        if self._die.random() < self.malice.kill:
+            for _ in range(self._die.randint(0, 400)):
+                await asyncio.sleep(0)
+                if task.done():
+                    break
+            task.cancel()
+            self._begin(target)
+        try:
+            await task
+        except asyncio.CancelledError:
+            self._queue.append((target, event))  # the Broker got no answer
+        except (Unavailable, Fenced):
+            self._queue.append((target, event))
+        except KnapperError as error:
+            if error.status < 500:
+                raise
+            self._queue.append((target, event))
+
+    async def call(self, target: str, event: Event) -> None:
+        """The function itself, with nobody in between."""
+        await self._processes[target](event)
+
+    def output(self, name: str, job: str = "j") -> bytes:
+        return self.folder.files[f"jobs/local/{job}/{name}"]
+
+    def adapter(self, job: str = "j") -> bytes:
+        return self.output("adapter/adapter_model.safetensors", job)
+
+
+async def variety(_reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
+    """How many different characters a completion has: even a tiny random model's differ in that."""
+    return [Score(len(set(rollout.completion)) / 6, {}) for rollout in rollouts]
+
+
+def triggered(event: Event) -> list[str]:
+    """Whom the Triggers send it to."""
+    if event.type in (events.JOB_STARTED, events.ADAPTER_STEPPED):
+        return ["sample"] if event.kind == "rl" else ["train_step"]
+    return {events.ROLLOUTS_SAMPLED: ["reward"], events.ROLLOUTS_SCORED: ["train_step"]}.get(event.type, [])
+
+
+def run(story: Callable[[], Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(story(), 100))

@@ -1,0 +1,79 @@
+"""Files in a folder become the events of a bucket: each content once, never half of one, found after a rest too."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from knapper import events
+from knapper.events import Event
+from knapper.local.broker.watcher import Watcher
+
+
+@asynccontextmanager
+async def watching(root: Path) -> AsyncIterator[list[Event]]:
+    heard: list[Event] = []
+
+    async def post(event: Event) -> None:
+        heard.append(event)
+
+    stop = asyncio.Event()
+    task = asyncio.create_task(Watcher(root, post).watch(stop))
+    yield heard
+    stop.set()
+    await task
+
+
+async def until(heard: list[Event], count: int) -> None:
+    async with asyncio.timeout(20):
+        while len(heard) < count:  # noqa: ASYNC110  the watcher tells a plain list
+            await asyncio.sleep(0.02)
+    await asyncio.sleep(0.8)
+    assert len(heard) == count, [each.subject for each in heard]
+
+
+def put(root: Path, name: str, data: bytes) -> Path:
+    path = root / "inbox" / "local" / "job" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def test_what_lies_there_and_what_comes_is_told_once_for_each_content(tmp_path: Path) -> None:
+    async def story() -> None:
+        put(tmp_path, "before.jsonl", b"{}")
+        async with watching(tmp_path) as heard:
+            await until(heard, 1)
+            path = put(tmp_path, "job.yaml", b"kind: rl")
+            await until(heard, 2)
+            path.write_bytes(b"kind: sft")
+            await until(heard, 3)
+            put(tmp_path, ".hidden", b"x")
+            (path.parent / "linked").symlink_to(path)
+            await until(heard, 3)
+        event = heard[1]
+        assert (event.type, event.subject) == (events.OBJECT_FINALIZED, "objects/inbox/local/job/job.yaml")
+        assert event.source == "//storage.googleapis.com/projects/_/buckets/local"
+        data = json.loads(event.data)
+        assert data["generation"] == hashlib.sha256(b"kind: rl").hexdigest()
+        assert (data["name"], data["bucket"], data["size"]) == ("inbox/local/job/job.yaml", "local", "8")
+        assert len({each.id for each in heard}) == 3
+
+    asyncio.run(story())
+
+
+def test_a_file_that_still_grows_is_not_told_of(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with watching(tmp_path) as heard:
+            path = put(tmp_path, "data.jsonl", b"")
+            whole = b""
+            for _ in range(12):
+                whole += b"0123456789"
+                path.write_bytes(whole)
+                await asyncio.sleep(0.1)
+            await until(heard, 1)
+        assert json.loads(heard[0].data)["generation"] == hashlib.sha256(whole).hexdigest()
+
+    asyncio.run(story())

