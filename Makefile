@@ -9,6 +9,7 @@ TORCH_INDEX_URL ?=
 TORCH_CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 UP_ARGS ?=
+BENCH_ARGS ?=
 # What the tests need of tinker-cookbook.
 COOKBOOK := tests/conformance/cookbook/requirements.txt
 
@@ -48,8 +49,8 @@ scan: setup .venv/checkov/.installed ## let checkov look at the same; what it ma
 	.venv/checkov/bin/python -m pip --disable-pip-version-check install --quiet 'checkov>=3.3,<4'
 	@touch $@
 
-bench: setup ## measure what an operation costs, beside the same work without a server
-	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
+bench: setup ## measure everything beside bare loops, as ratios (BENCH_ARGS='--quick --only training')
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 .venv/.installed: pyproject.toml Makefile $(COOKBOOK)
 	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -1,122 +1,61 @@
-"""`make bench`: what an operation costs through the SDK and `knapper up`, beside the same work called in this process.
+"""`make bench`: each figure beside the bare loop that it is compared with, measured in turns in the same run.
 
-Medians of repeats that alternate (served, bare, served, bare, ...), on a tiny random model, so that what is measured is
-the road and not the matrices. One figure a line, as a ratio and as milliseconds added. Then the stores. Written to
-out/bench.json too.
+    python -m benchmarks [--quick] [--only operations training ...] [--base-url URL --model NAME]
+
+With --base-url, any server that speaks the Tinker protocol is measured instead of our own; the bare loops need the
+model's files here all the same. Written to out/bench.json with the machine, and out/sharing.png.
 """
 
-import asyncio
-import json
-import platform
-import statistics
-import tempfile
-import time
+import argparse
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import tinker
 import torch
-from tinker import types
 
-from benchmarks import stores
-from knapper.engine import weights
-from knapper.engine.config import ModelConfig
-from knapper.engine.decoder import Decoder
-from knapper.engine.device import Device, Task
-from knapper.engine.lora import Lora
-from knapper.engine.sampler import Sampler
-from knapper.engine.training import Trainer
-from knapper.journal.records import Spec
-from knapper.wire.types import AdamW, Datum, ForwardBackward, Sample, SamplingParams
-from tests.conformance.server import Server
-from tests.engine.tiny import tiny_model
+from benchmarks import figures, operations, reinforcement, sampling, starting, stores, training
+from benchmarks.figures import Figure
+from benchmarks.served import Setting, serving
+from knapper.models.obtain import obtain
+from knapper.settings import Settings
 
-REPEATS, WARM_UP = 60, 5
-TOKENS = [(7 * n) % 199 for n in range(13)]
-Timed = Callable[[], object]
-
-
-class NoAdapters:
-    async def load(self, adapter: str) -> Lora:
-        raise AssertionError(f"the bare sampler draws from the base model, not from {adapter}")
-
-
-def served(service: tinker.ServiceClient, model: Path) -> dict[str, Timed]:
-    training = service.create_lora_training_client(str(model), rank=4, seed=1).result()
-    sampler = training.save_weights_and_get_sampling_client().result()
-    datum = types.Datum(
-        model_input=types.ModelInput.from_ints(TOKENS[:-1]),
-        loss_fn_inputs={"target_tokens": TOKENS[1:], "weights": [1.0] * 12},
-    )
-    prompt, params = types.ModelInput.from_ints(TOKENS), types.SamplingParams(max_tokens=1, seed=0)
-    return {
-        "forward_backward": lambda: training.forward_backward([datum], "cross_entropy").result(),
-        "optim_step": lambda: training.optim_step(types.AdamParams()).result(),
-        "sample one token": lambda: sampler.sample(prompt, num_samples=1, sampling_params=params).result(),
-    }
-
-
-def bare(model: Path, device: Device, loop: asyncio.AbstractEventLoop) -> dict[str, Timed]:
-    config = ModelConfig.read(model)
-    decoder = Decoder(config, weights.load(model, config))
-    trainer = Trainer(decoder)
-    spec = Spec(
-        run="bare", tenant="local", base_model=str(model), rank=4, alpha=32.0, seed=1,
-        train_attn=True, train_mlp=True, train_unembed=True,
-    )  # fmt: skip
-    state = trainer.create(spec)
-    inputs: dict[str, np.ndarray] = {
-        "target_tokens": np.array(TOKENS[1:], np.int64),
-        "weights": np.ones(12, np.float32),
-    }
-    datum = Datum(np.array(TOKENS[:-1], np.int32), inputs)
-    request = ForwardBackward("bare", 1, [datum], "cross_entropy", {}, False)
-    sampler = Sampler(decoder, device, NoAdapters(), None, slots_max=8, kv_tokens_max=4096)
-    sample = Sample(str(model), "", np.array(TOKENS, np.int32), SamplingParams(max_tokens=1), seed=0)
-
-    def run(task: Task[object]) -> object:
-        return device.submit(task).result()
-
-    return {
-        "forward_backward": lambda: run(trainer.forward_backward(state, request)),
-        "optim_step": lambda: run(trainer.optim_step(state, AdamW())),
-        "sample one token": lambda: loop.run_until_complete(sampler.sample(sample)),
-    }
-
-
-def milliseconds(call: Timed) -> float:
-    began = time.perf_counter()
-    call()
-    return 1000 * (time.perf_counter() - began)
+_SERVED: dict[str, Callable[[Setting], list[Figure]]] = {
+    "training": training.measure,
+    "sampling": sampling.measure,
+    "reinforcement": reinforcement.measure,
+}
+_OURS: dict[str, Callable[[Setting], list[Figure]]] = {
+    "operations": lambda setting: operations.measure(20 if setting.quick else operations.REPEATS),
+    "starting": starting.measure,
+    "stores": lambda _: stores.figures(),
+}
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    device, loop = Device("bench"), asyncio.new_event_loop()
-    figures = {}
-    with tempfile.TemporaryDirectory(prefix="knapper-bench-") as scratch:
-        model = tiny_model(Path(scratch) / "models" / "tiny")
-        with Server.start(model, Path(scratch) / "data") as server:
-            service = tinker.ServiceClient(base_url=server.url, api_key="tml-local")
-            ours, theirs = served(service, model), bare(model, device, loop)
-            print(f"{'p50, milliseconds':22}{'served':>9}{'bare':>9}{'added':>9}{'ratio':>8}")
-            for name, call in ours.items():
-                pairs = [(milliseconds(call), milliseconds(theirs[name])) for _ in range(WARM_UP + REPEATS)][WARM_UP:]
-                with_us, without = (statistics.median(column) for column in zip(*pairs, strict=True))
-                figures[name] = {"served_ms": with_us, "bare_ms": without, "ratio": with_us / without}
-                added = with_us - without
-                print(f"{name:22}{with_us:9.1f}{without:9.1f}{added:9.1f}{with_us / without:8.1f}", flush=True)
-            service.close("success").result()
-    device.close()
-    loop.close()
-    store_figures = stores.measured()
-    print(f"\n{stores.table(store_figures)}")
-    machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
-    out = Path("out")
-    out.mkdir(exist_ok=True)
-    found = {"machine": machine, "repeats": REPEATS, "figures": figures, "stores": store_figures}
-    (out / "bench.json").write_text(json.dumps(found, indent=2))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="under five minutes: smaller, and fewer repeats")
+    parser.add_argument("--only", nargs="+", choices=[*_SERVED, *_OURS], default=[], help="these sections")
+    parser.add_argument("--base-url", default="", help="another server, with its key in TINKER_API_KEY")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the base model")
+    given = parser.parse_args()
+    os.environ.setdefault("TINKER_TELEMETRY", "0")
+    settings = Settings.load({**os.environ, "KNAPPER_MODEL": given.model})
+    directory = obtain(given.model, settings.cache, say=lambda *said, **_: print(*said, file=sys.stderr))
+    torch.set_num_threads(os.cpu_count() or 1)
+    machine = figures.machine()
+    where = "{cpu}, {cores} cores, {capability}, torch {torch}, load {load_1min:.1f}"
+    print(where.format(**machine))
+    wanted = given.only or ([*_SERVED] if given.base_url else [*_OURS, *_SERVED])
+    found: list[Figure] = []
+    print(figures.HEADER)
+    threads = torch.get_num_threads()
+    with serving(Path(directory), given.model, given.base_url, quick=given.quick, threads=threads) as setting:
+        for name in wanted:
+            for figure in (_SERVED | _OURS)[name](setting):
+                found.append(figure)
+                print(figure.line(), flush=True)
+    figures.store(found, Path("out/bench.json"), machine)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from benchmarks.figures import Figure
 from knapper.journal import bundles
 from knapper.journal.records import Spec
 from knapper.limits import MIB
@@ -41,14 +42,22 @@ def measured() -> dict[str, Figures]:
     return figures
 
 
-def table(figures: dict[str, Figures]) -> str:
-    lines = [f"{'store':22}{'put 1 KB ms':>13}{'get 1 KB ms':>13}{'up MB/s':>10}{'down MB/s':>11}"]
-    for name, each in figures.items():
-        label = f"{name} (emulator)" if name != "directory" else name
-        lines.append(
-            f"{label:27}{each['put_ms']:8.2f}{each['get_ms']:13.2f}{each['up_mb_s']:10.0f}{each['down_mb_s']:11.0f}"
+def figures() -> list[Figure]:
+    """Of both, as the other sections have them."""
+    units = {"put_ms": ("put 1 KB", "ms"), "get_ms": ("get 1 KB", "ms"), "up_mb_s": ("bundle up", "MB/s"),
+             "down_mb_s": ("bundle down", "MB/s")}  # fmt: skip
+    return [
+        Figure(
+            "stores",
+            f"{store}: {units[name][0]}",
+            value,
+            None,
+            units[name][1],
+            note="emulator, no network" * (store != "directory"),
         )
-    return "\n".join(lines)
+        for store, each in measured().items()
+        for name, value in each.items()
+    ]
 
 
 async def _figures(store: Store) -> Figures:
@@ -79,7 +88,3 @@ async def _seconds(call: Callable[..., Awaitable[object]], *arguments: object) -
     began = time.perf_counter()
     await call(*arguments)
     return time.perf_counter() - began
-
-
-if __name__ == "__main__":
-    print(table(measured()))

@@ -1,0 +1,130 @@
+"""A whole iteration of reinforcement learning, and many loops that wait for slow rewards on one engine."""
+
+import threading
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import tinker
+from matplotlib import pyplot as plt
+from tinker import types
+
+from benchmarks.bare import Bare
+from benchmarks.figures import Figure, faster, paired
+from benchmarks.served import Setting, step
+from benchmarks.training import texts
+
+SAMPLES = 8
+
+
+def measure(setting: Setting) -> list[Figure]:
+    return [_iteration(setting), *_sharing(setting)]
+
+
+def iterate(client: tinker.TrainingClient, prompts: list[list[int]], tokens: int, wait_s: float = 0.0) -> None:
+    """Save, sample a group for each prompt, wait for rewards, train on them."""
+    sampler = client.save_weights_and_get_sampling_client().result()
+    params = types.SamplingParams(max_tokens=tokens, temperature=1.0, stop=[])
+    futures = [sampler.sample(types.ModelInput.from_ints(prompt), SAMPLES, params) for prompt in prompts]
+    groups = [future.result().sequences for future in futures]
+    time.sleep(wait_s)
+    data = [
+        rollout(prompt, sequence.tokens, sequence.logprobs or [], 1.0 if index % 2 else -1.0)
+        for prompt, group in zip(prompts, groups, strict=True)
+        for index, sequence in enumerate(group)
+    ]
+    step(client, data, "importance_sampling")
+
+
+def rollout(prompt: list[int], tokens: list[int], logprobs: list[float], advantage: float) -> types.Datum:
+    before = len(prompt) - 1
+    return types.Datum(
+        model_input=types.ModelInput.from_ints([*prompt, *tokens[:-1]]),
+        loss_fn_inputs={
+            "target_tokens": [*prompt[1:], *tokens],
+            "logprobs": [*[0.0] * before, *logprobs],
+            "advantages": [*[0.0] * before, *[advantage] * len(tokens)],
+        },
+    )
+
+
+def _iteration(setting: Setting) -> Figure:
+    groups, length, tokens = (2, 96, 16) if setting.quick else (8, 96, 32)
+    prompts = texts([length] * groups)
+    client, bare = setting.training_client(), Bare(setting.directory)
+
+    def theirs() -> None:
+        repeated = [prompt for prompt in prompts for _ in range(SAMPLES)]
+        found = bare.generate(repeated, tokens).tolist()
+        weights = [[0.0] * length + [1.0 if index % 2 else -1.0] * tokens for index in range(len(found))]
+        bare.step(found, weights)
+
+    ours_s, bare_s = paired(lambda: iterate(client, prompts, tokens), theirs, setting.repeats(3))
+    name = f"GRPO iteration: {groups} prompts of {length} x {SAMPLES} samples of {tokens}"
+    return faster("reinforcement", name, ours_s, bare_s, ">= 2.5x")
+
+
+def _sharing(setting: Setting) -> list[Figure]:
+    """Loops that wait two thirds of their time for a reward: how much do several get done on one engine?"""
+    prompts, tokens = texts([48]), 8
+    alone = setting.training_client()
+    iterate(alone, prompts, tokens)
+    began = time.perf_counter()
+    iterate(alone, prompts, tokens)
+    wait_s = 2 * (time.perf_counter() - began)
+    counts = (1, 3) if setting.quick else (1, 2, 3, 8)
+    rates, busy = {}, {}
+    for jobs in counts:
+        rates[jobs], busy[jobs] = _together(setting, jobs, prompts, tokens, wait_s)
+    _draw(rates, busy, Path("out/sharing.png"))
+    figures = []
+    for jobs in counts:
+        name = f"{jobs} loops that wait {wait_s:.1f} s of each step: steps a minute"
+        goal = {3: ">= 2.7x", 8: "engine busy >= 95 %"}.get(jobs, "")
+        note = f"engine busy {100 * busy[jobs]:.0f} %" if setting.server else ""
+        ratio = rates[jobs] / rates[1]
+        figures.append(Figure("reinforcement", name, rates[jobs], rates[1], "/min", ratio, goal, note))
+    return figures
+
+
+def _together(setting: Setting, jobs: int, prompts: list[list[int]], tokens: int, wait_s: float) -> tuple[float, float]:
+    """(steps a minute of all, share of the time that the engine's threads computed)."""
+    clients = [setting.training_client(seed) for seed in range(jobs)]
+    during_s = max(8 * wait_s, 12.0 if setting.quick else 30.0)
+    done = [0] * jobs
+    until = time.monotonic() + during_s
+
+    def loop(index: int) -> None:
+        while time.monotonic() < until:
+            iterate(clients[index], prompts, tokens, wait_s)
+            done[index] += 1
+
+    began, before = time.monotonic(), _cpu_s(setting)
+    workers = [threading.Thread(target=loop, args=(index,)) for index in range(jobs)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    took_s = time.monotonic() - began
+    return 60 * sum(done) / took_s, (_cpu_s(setting) - before) / took_s / setting.threads
+
+
+def _cpu_s(setting: Setting) -> float:
+    """Of the engine's process, all threads."""
+    if setting.server is None:
+        return 0.0
+    fields = Path(f"/proc/{setting.server.processes()['engine']}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / 100
+
+
+def _draw(rates: dict[int, float], busy: dict[int, float], path: Path) -> None:
+    figure, left = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    left.plot(list(rates), list(rates.values()), marker="o", color="tab:green")
+    left.set(xlabel="loops on one engine", ylabel="steps a minute, all together", ylim=(0, None))
+    right = left.twinx()
+    right.bar(list(busy), [100 * share for share in busy.values()], alpha=0.2, color="tab:blue")
+    right.set(ylabel="engine busy, %", ylim=(0, 100))
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,66 @@
+"""Samples through the whole server, against transformers' generate."""
+
+from collections.abc import Callable
+from functools import partial
+
+import tinker
+from tinker import types
+
+from benchmarks.bare import Bare
+from benchmarks.figures import Figure, faster, paired, seconds
+from benchmarks.served import Setting
+from benchmarks.training import texts
+
+PROMPT, TOKENS = 64, 32
+
+
+def measure(setting: Setting) -> list[Figure]:
+    bare = Bare(setting.directory)
+    trained = setting.training_client().save_weights_and_get_sampling_client().result()
+    figures = []
+    for count, goal, by_hand in ((8, ">= 7x", ">= 1.4x"), (32, ">= 15x", "")):
+        if setting.quick and count > 8:
+            continue
+        prompts = texts([PROMPT] * count, seed=count)
+        ours = _ours(trained, prompts)
+        one_by_one = _one_by_one(bare, prompts[: 4 if setting.quick else 8])
+        ours_s, some_s = paired(ours, one_by_one, setting.repeats(3))
+        alone_s = some_s * count / min(count, 4 if setting.quick else 8)
+        name = f"{count} samples of {TOKENS} tokens at once"
+        figures.append(faster("sampling", f"{name}, generate one by one", ours_s, alone_s, goal))
+        if by_hand:
+            ours_s, batched_s = paired(ours, partial(bare.generate, prompts, TOKENS), setting.repeats(3))
+            figures.append(faster("sampling", f"{name}, generate batched", ours_s, batched_s, by_hand))
+    return [*figures, _crowd(setting)]
+
+
+def _ours(sampler: tinker.SamplingClient, prompts: list[list[int]]) -> Callable[[], None]:
+    params = types.SamplingParams(max_tokens=TOKENS, temperature=1.0, stop=[])
+
+    def run() -> None:
+        given = [types.ModelInput.from_ints(prompt) for prompt in prompts]
+        futures = [sampler.sample(each, num_samples=1, sampling_params=params) for each in given]
+        for future in futures:
+            future.result()
+
+    return run
+
+
+def _one_by_one(bare: Bare, prompts: list[list[int]]) -> Callable[[], None]:
+    def run() -> None:
+        for prompt in prompts:
+            bare.generate([prompt], TOKENS)
+
+    return run
+
+
+def _crowd(setting: Setting) -> Figure:
+    sampler = setting.service.create_sampling_client(base_model=setting.model).result()
+    prompt, params = types.ModelInput.from_ints(texts([8])[0]), types.SamplingParams(max_tokens=1, stop=[])
+    count = 200 if setting.quick else 1000
+
+    def run() -> None:
+        for future in [sampler.sample(prompt, num_samples=1, sampling_params=params) for _ in range(count)]:
+            future.result()
+
+    return Figure("sampling", f"{count} requests at once, one token each", seconds(run), None, "s", goal="all answered")

@@ -1,0 +1,77 @@
+"""From nothing to the first answered operation, by stage; and what a step takes of memory."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.figures import Figure, seconds
+from benchmarks.served import Setting, datum, serving, step
+from benchmarks.training import texts
+
+_LOAD = (
+    "import sys, time; from pathlib import Path; from knapper.engine import weights; "
+    "from knapper.engine.config import ModelConfig; d = Path(sys.argv[1]); began = time.perf_counter(); "
+    "c = ModelConfig.read(d); weights.load(d, c); print(time.perf_counter() - began)"
+)
+
+
+def measure(setting: Setting) -> list[Figure]:
+    interpreter_s = _python_s("pass")
+    imports_s = _python_s("import knapper.serving.engine") - interpreter_s
+    bare_imports_s = _python_s("import torch, transformers, peft; transformers.AutoModelForCausalLM; peft.LoraConfig")
+    loading = subprocess.run(
+        [sys.executable, "-c", _LOAD, str(setting.directory)], capture_output=True, text=True, check=True
+    )
+    return [
+        Figure("starting", "interpreter", interpreter_s, None, "s"),
+        Figure(
+            "starting", "imports of the engine, against torch, transformers and peft", imports_s,
+            bare_imports_s - interpreter_s, "s", (bare_imports_s - interpreter_s) / imports_s,
+        ),
+        Figure("starting", "weights", float(loading.stdout), None, "s"),
+        *_first_operation(setting),
+    ]  # fmt: skip
+
+
+def _python_s(code: str) -> float:
+    run = [sys.executable, "-c", code]
+    return min(seconds(lambda: subprocess.run(run, check=True)) for _ in range(3))
+
+
+def _first_operation(setting: Setting) -> list[Figure]:
+    """Of a server whose engine is at zero; then its peak memory after a large step."""
+    rows = 4 if setting.quick else 16
+    data = texts([128] * rows)
+    sent = [datum(text, [1.0] * len(text)) for text in data]
+    with serving(setting.directory, "", "", quick=setting.quick, threads=setting.threads) as fresh:
+        client = fresh.service.create_lora_training_client(fresh.model, rank=16, train_unembed=False)
+        began = time.perf_counter()
+        client.result().forward_backward([sent[0]], "cross_entropy").result()
+        whole_s = time.perf_counter() - began
+        step(client.result(), sent)
+        assert fresh.server is not None
+        peak = _peak_mib(Path(f"/proc/{fresh.server.processes()['engine']}/status").read_text())
+    bare = float(_bare_peak(setting.directory, rows))
+    return [
+        Figure("starting", "the first forward_backward of an engine at zero", whole_s, None, "s", goal="<= 4 s"),
+        Figure(
+            "starting", f"peak memory of the process, a step of {rows} x 128 tokens", peak, bare, "MiB", bare / peak,
+            "<= 0.5x, so >= 2x",
+        ),
+    ]  # fmt: skip
+
+
+def _peak_mib(status: str) -> float:
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def _bare_peak(directory: Path, rows: int) -> str:
+    code = (
+        "import sys; from pathlib import Path; "
+        "from benchmarks.bare import Bare; from benchmarks.training import texts; "
+        f"data = texts([128] * {rows}); Bare(Path(sys.argv[1])).step(data, [[1.0] * 128] * {rows}); "
+        "print(int(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0]) / 1024)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, str(directory)], capture_output=True, text=True, check=True)
+    return ran.stdout.strip().splitlines()[-1]

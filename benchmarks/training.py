@@ -1,0 +1,88 @@
+"""Steps through the whole server, against the bare loop in this process."""
+
+import threading
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import tinker
+import torch
+from tinker import types
+
+from benchmarks.bare import Bare
+from benchmarks.figures import Figure, faster, paired
+from benchmarks.served import Setting, datum, step
+
+VOCABULARY = 40_000
+UNEVEN = [20, 400, 55, 210, 90, 320, 35, 140]
+
+
+def texts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, VOCABULARY, length).tolist() for length in lengths]
+
+
+def measure(setting: Setting) -> list[Figure]:
+    rows = 4 if setting.quick else 16
+    figures = [
+        _step(setting, f"step, {rows} texts of 128 tokens", texts([128] * rows), ">= 1.8x (with bf16)"),
+        _step(setting, "step, 8 texts of 20 to 400 tokens", texts(UNEVEN), ">= 2.5x (with bf16)"),
+    ]
+    if not setting.quick and torch.cpu.get_capabilities().get("avx512_bf16"):
+        even = texts([128] * rows)
+        figures.append(_step(setting, f"step, {rows} texts of 128, against bf16", even, ">= 1.2x", torch.bfloat16))
+    return [*figures, *_tenants(setting)]
+
+
+def _step(setting: Setting, name: str, data: list[list[int]], goal: str, dtype: torch.dtype = torch.float32) -> Figure:
+    client, bare = setting.training_client(), Bare(setting.directory, dtype=dtype)
+    weights = [[1.0] * len(text) for text in data]
+    sent = [datum(text, each) for text, each in zip(data, weights, strict=True)]
+    ours_s, bare_s = paired(lambda: step(client, sent), lambda: bare.step(data, weights), setting.repeats(5))
+    return faster("training", name, ours_s, bare_s, goal)
+
+
+def _tenants(setting: Setting, runs: int = 8, tokens: int = 32) -> list[Figure]:
+    """Eight runs at once, each with one small datum a step."""
+    clients = [setting.training_client(seed) for seed in range(runs)]
+    bare = Bare(setting.directory, adapters=runs)
+    data = [texts([tokens], seed)[0] for seed in range(runs)]
+    ones = [1.0] * tokens
+    sent = [datum(text, ones) for text in data]
+
+    def ours() -> None:
+        asked = [
+            (client.forward_backward([one], "cross_entropy"), client.optim_step(types.AdamParams(learning_rate=1e-4)))
+            for client, one in zip(clients, sent, strict=True)
+        ]
+        for first, second in asked:
+            first.result()
+            second.result()
+
+    def theirs() -> None:
+        for name, text in zip(bare.names, data, strict=True):
+            bare.step([text], [ones], name)
+
+    ours_s, bare_s = paired(ours, theirs, setting.repeats(6))
+    return [
+        faster("training", f"{runs} runs, a step of {tokens} tokens each", ours_s, bare_s, ">= 2.5x"),
+        Figure("training", "the same, slowest run : fastest run", _unevenness(clients, sent), None, "", goal="<= 1.05"),
+    ]
+
+
+def _unevenness(clients: Sequence[tinker.TrainingClient], sent: Sequence[types.Datum], during_s: float = 20.0) -> float:
+    """Every run steps as fast as it can for a while."""
+    counts = [0] * len(clients)
+    until = time.monotonic() + during_s
+
+    def loop(index: int) -> None:
+        while time.monotonic() < until:
+            step(clients[index], [sent[index]])
+            counts[index] += 1
+
+    workers = [threading.Thread(target=loop, args=(index,)) for index in range(len(clients))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return max(counts) / max(1, min(counts))
