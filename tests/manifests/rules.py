@@ -27,7 +27,7 @@ LABELS = {
     *(f"pod-security.kubernetes.io/{mode}" for mode in ("enforce", "warn", "audit")),
 }  # fmt: skip
 _AUTOSCALING = "autoscaling.knative.dev/"
-PENDING = {"KNAPPER_POD_IP"}
+PENDING: set[str] = {"KNAPPER_POD_IP"}  # of a setting that comes with routing by the lease hint
 COLD_START_S = 15 * 60  # until a GPU can be used on a new node, as the cluster autoscaler itself assumes
 
 
