@@ -152,6 +152,17 @@ class Works:
         while self._queue:
             await self.deliver()
 
+    def silence(self) -> None:
+        """Lose every bell that is under way."""
+        self._queue.clear()
+
+    async def drain_once(self) -> None:
+        """Deliver what is there now, and lose whatever it leads to."""
+        given, self._queue = self._queue, []
+        for target, event in given:
+            await self._call(target, event)
+        self.silence()
+
     async def deliver(self) -> None:
         at = self._die.randrange(len(self._queue)) if self.malice.shuffle else 0
         count = 2 if self.malice.shuffle and len(self._queue) > 1 and self._die.random() < 0.3 else 1
