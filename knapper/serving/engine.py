@@ -14,13 +14,13 @@ import torch
 from tokenizers import Tokenizer
 
 from knapper import limits, metrics, telemetry
-from knapper.engine import peft_format, weights
-from knapper.engine.config import ModelConfig
-from knapper.engine.decoder import Decoder
+from knapper.engine import peft_format
+from knapper.engine.config import Facts
 from knapper.engine.device import Device
-from knapper.engine.kv import bytes_per_token
+from knapper.engine.loading import load
 from knapper.engine.lora import Lora, layout
 from knapper.engine.machine import TrainingMachine
+from knapper.engine.model import Model
 from knapper.engine.sampler import Sampler
 from knapper.engine.training import RunState, Trainer
 from knapper.errors import InvalidField, NotFound
@@ -57,7 +57,7 @@ class StoredAdapters:
     """Adapters as a sampler wants them, read from their immutable bundles and verified."""
 
     store: Store
-    config: ModelConfig
+    config: Facts
     device: torch.device
 
     async def load(self, adapter: str) -> Lora:
@@ -87,22 +87,24 @@ def engine() -> Engine:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     directory = Path(settings.model_directory)
-    config = ModelConfig.read(directory)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _dtype(settings.dtype, where)
-    decoder = Decoder(config, weights.load(directory, config, dtype, where))
+    decoder = load(directory, dtype, where)
+    config = decoder.config
     device = Device()
     atexit.register(device.close)  # torch aborts if the interpreter goes away under its thread
     metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
     store = metrics.CountedStore(open_store(settings))
     machine = TrainingMachine(Trainer(decoder), device, time.monotonic)
-    terms = _terms(where, dtype)
+    terms = _terms(where, decoder)
     holder = Holder(f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}", "", terms)
     adapters = StoredAdapters(store, config, where)
     log.info(
         "loaded",
         model=settings.model,
-        architecture=config.model_type,
+        architecture=decoder.architecture,
+        computed_by=decoder.computed_by,
+        context=config.context,
         device=terms.device,
         dtype=terms.dtype,
         threads=terms.threads,
@@ -114,7 +116,7 @@ def engine() -> Engine:
         adapters,
         Tokenizer.from_file(str(directory / "tokenizer.json")),
         slots_max=_SLOTS_MAX,
-        kv_tokens_max=max(config.context, _KV_BYTES_MAX // bytes_per_token(config, dtype)),
+        kv_tokens_max=max(config.context, _KV_BYTES_MAX // decoder.bytes_per_token),
     )
     metrics.Readings(_readings(machine, sampler))
     return Engine(
@@ -154,12 +156,12 @@ def _dtype(setting: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
-def _terms(device: torch.device, dtype: torch.dtype) -> Terms:
+def _terms(device: torch.device, model: Model) -> Terms:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     capability = torch.backends.cpu.get_cpu_capability()
     return Terms(
         device=f"{device.type} {name} {capability}",
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
-        versions=f"torch {torch.__version__}",
+        versions=", ".join((f"torch {torch.__version__}", *model.versions)),
     )
