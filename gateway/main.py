@@ -207,7 +207,7 @@ def _routes() -> list[BaseRoute]:
 
 def _from_environment() -> Starlette:
     settings = Settings.load(os.environ)
-    telemetry.configure("gateway", settings.log_level)
+    telemetry.begin("gateway", settings)
     settings.expect_keys_beyond_loopback()
     store = metrics.CountedStore(open_store(settings))
     return create_app(

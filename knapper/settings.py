@@ -114,6 +114,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="The least that is written to stderr.")
     ] = "info"
+    log_format: Annotated[
+        Literal["text", "json"], Meta(description="Of stderr: lines for people, or an object a line for a log service.")
+    ] = "text"
+    traces: Annotated[
+        str, Meta(description="An OTLP collector (HTTP) that gets traces, as http://collector:4318; empty: none does.")
+    ] = ""
 
     @staticmethod
     def load(environ: Mapping[str, str]) -> "Settings":

@@ -78,7 +78,7 @@ class StoredAdapters:
 def engine() -> Engine:
     """The engine, loaded on the first call: do that before the port binds. Everything comes from the environment."""
     settings = Settings.load(os.environ)
-    telemetry.configure("engine", settings.log_level)
+    telemetry.begin("engine", settings)
     began = time.monotonic()
     if (age_s := metrics.process_age_s()) is not None:
         metrics.cold_start_seconds.labels("import").observe(age_s)
