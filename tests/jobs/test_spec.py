@@ -27,21 +27,34 @@ max_staleness: 1
 def test_the_example_of_the_documentation_is_a_job() -> None:
     job = spec.parse(DESIGN).job
     assert isinstance(job, RlJob)
-    assert (job.lora.rank, job.batch.samples, job.optimizer.learning_rate, job.max_staleness) == (16, 8, 1e-4, 1)
+    assert (
+        job.lora.rank,
+        job.batch.samples,
+        job.optimizer.learning_rate,
+        job.max_staleness,
+    ) == (16, 8, 1e-4, 1)
     assert job.files == ["prompts.jsonl", "held_out.jsonl"]
     assert spec.decode(spec.encode(job)) == job
 
 
 def test_what_a_reward_needs_is_among_the_files() -> None:
-    job = spec.parse(DESIGN.replace(b"{name: exact_match}", b"[{code: reward.py}, {name: length, max: 9}]")).job
+    job = spec.parse(
+        DESIGN.replace(
+            b"{name: exact_match}", b"[{code: reward.py}, {name: length, max: 9}]"
+        )
+    ).job
     assert job.files == ["prompts.jsonl", "held_out.jsonl", "reward.py"]
 
 
 def test_other_kinds() -> None:
-    sft = spec.parse(b"kind: sft\ndata: a.jsonl\nepochs: 2\nloss_on: [assistant]\npacking: true\n").job
+    sft = spec.parse(
+        b"kind: sft\ndata: a.jsonl\nepochs: 2\nloss_on: [assistant]\npacking: true\n"
+    ).job
     assert isinstance(sft, SftJob)
     assert sft.loss_on == ["assistant"]
-    dpo = spec.parse(b"kind: dpo\ndata: a.jsonl\nsteps: 2\noptimizer: {learning_rate: 5e-6}\n").job
+    dpo = spec.parse(
+        b"kind: dpo\ndata: a.jsonl\nsteps: 2\noptimizer: {learning_rate: 5e-6}\n"
+    ).job
     assert isinstance(dpo, DpoJob)
     assert dpo.optimizer.learning_rate == 5e-6  # PyYAML itself reads a text
 
@@ -63,26 +76,45 @@ def test_other_kinds() -> None:
         (DESIGN.replace(b"rank: 16", b"rank: 257"), 3, "lora.rank", "257"),
         (DESIGN.replace(b"rank:", b"rnak:"), 3, "lora.rnak", "rank, alpha"),
         (DESIGN + b"extra: 1\n", 14, "extra", "max_staleness"),
-        (DESIGN.replace(b"prompts.jsonl", b"../prompts.jsonl"), 4, "data", "../prompts"),
+        (
+            DESIGN.replace(b"prompts.jsonl", b"../prompts.jsonl"),
+            4,
+            "data",
+            "../prompts",
+        ),
         (DESIGN.replace(b"steps: 50", b"steps: fifty"), 5, "steps", "fifty"),
         (DESIGN.replace(b"steps: 50\n", b""), 1, "steps", "required"),
         (DESIGN.replace(b"1.0e-4", b".nan"), 10, "optimizer.learning_rate", ""),
         (DESIGN.replace(b"linear", b"square"), 10, "optimizer.schedule", "square"),
         (DESIGN.replace(b"importance_sampling", b"dro"), 8, "loss.name", "dro"),
-        (DESIGN.replace(b"importance_sampling", b"gspo"), 8, "loss.clip_low_threshold", "gspo"),
+        (
+            DESIGN.replace(b"importance_sampling", b"gspo"),
+            8,
+            "loss.clip_low_threshold",
+            "gspo",
+        ),
         (DESIGN.replace(b"exact_match", b"exact"), 11, "reward.name", "exact_match"),
         (DESIGN.replace(b"staleness: 1", b"staleness: 5"), 13, "max_staleness", "5"),
         (b"kind: sft\ndata: a\n", 1, "steps", "epochs"),
         (b"kind: sft\ndata: a\nsteps: 1\nepochs: 1\n", 3, "steps", "both"),
-        (b"kind: sft\nsteps: 1\ndata: a\nreward: {name: length, max: 1}\n", 4, "reward", "no field of this name"),
+        (
+            b"kind: sft\nsteps: 1\ndata: a\nreward: {name: length, max: 1}\n",
+            4,
+            "reward",
+            "no field of this name",
+        ),
         (b"#" * (limits.job_yaml_bytes_max + 1), 1, "its size in bytes", "at most"),
         (b"kind: rl\na: " + b"[" * 1000 + b"]" * 1000, 2, "its depth", "levels"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(wrong: bytes, line: int, field: str, says: str) -> None:
+def test_what_is_wrong_is_named_with_its_line(
+    wrong: bytes, line: int, field: str, says: str
+) -> None:
     with pytest.raises(JobError) as caught:
         spec.parse(wrong)
-    assert (caught.value.line, says in str(caught.value)) == (line, True), str(caught.value)
+    assert (caught.value.line, says in str(caught.value)) == (line, True), str(
+        caught.value
+    )
     assert (caught.value.field or "").startswith(field), caught.value.field
     assert caught.value.report()["line"] == line
 
@@ -95,7 +127,10 @@ def test_the_largest_job_yaml_that_is_allowed_is_read() -> None:
 def test_learning_rates_go_up_and_then_as_the_schedule_says() -> None:
     def rates(name: str, **more: float) -> list[float]:
         optimizer = Optimizer(learning_rate=1.0, schedule=name, warmup_steps=2, **more)  # type: ignore[arg-type]
-        return [round(schedule.adamw(optimizer, step, 6).learning_rate, 3) for step in range(6)]
+        return [
+            round(schedule.adamw(optimizer, step, 6).learning_rate, 3)
+            for step in range(6)
+        ]
 
     assert rates("constant") == [0.333, 0.667, 1, 1, 1, 1]
     assert rates("linear") == [0.333, 0.667, 1, 0.75, 0.5, 0.25]
