@@ -1,8 +1,8 @@
 """`make bench`: what an operation costs through the SDK and `knapper up`, beside the same work called in this process.
 
 Medians of repeats that alternate (served, bare, served, bare, ...), on a tiny random model, so that what is measured is
-the road and not the matrices. One figure a line, as a ratio and as milliseconds added. Then the stores, and jobs. Written
-to out/bench.json too.
+the road and not the matrices. One figure a line, as a ratio and as milliseconds added. Then the stores, and jobs.
+Written to out/bench.json too.
 """
 
 import asyncio
