@@ -57,9 +57,7 @@ def test_roles_that_no_row_has_are_an_error() -> None:
     with pytest.raises(JobError, match=r"roles.*tool"):
         datasets.sft("d", lines(CHAT).encode(), ["tool"])
     with pytest.raises(JobError, match="names roles"):
-        datasets.sft(
-            "d", lines({"prompt": "a", "completion": "b"}).encode(), ["assistant"]
-        )
+        datasets.sft("d", lines({"prompt": "a", "completion": "b"}).encode(), ["assistant"])
 
 
 def test_as_many_rows_as_are_allowed_and_one_more(
@@ -67,7 +65,5 @@ def test_as_many_rows_as_are_allowed_and_one_more(
 ) -> None:
     monkeypatch.setattr(limits, "job_rows_max", 3)
     assert len(datasets.rl("d", lines(*[{"prompt": "a"}] * 3).encode())) == 3
-    with pytest.raises(
-        JobError, match="line 4: its number of rows is 4; allowed: at most 3"
-    ):
+    with pytest.raises(JobError, match="line 4: its number of rows is 4; allowed: at most 3"):
         datasets.rl("d", lines(*[{"prompt": "a"}] * 4).encode())

@@ -15,11 +15,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text()
 
 
 def section(name: str) -> str:
-    return (
-        PAGE.partition(f"\n### {name}\n")[2]
-        .partition("\n### ")[0]
-        .partition("\n## ")[0]
-    )
+    return PAGE.partition(f"\n### {name}\n")[2].partition("\n### ")[0].partition("\n## ")[0]
 
 
 def documented(name: str) -> dict[str, str]:

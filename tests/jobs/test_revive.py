@@ -30,9 +30,7 @@ def test_a_job_that_hears_no_bell_but_the_ticks_ends(house: House, name: str) ->
                 await works.post(event)
             await works.drain_once()
         assert (await control.now(works.store, begun)).state == "completed"
-        assert await revive.due(works.place, seen, quiet_s=0) == [], (
-            "an ended job wakes nobody"
-        )
+        assert await revive.due(works.place, seen, quiet_s=0) == [], "an ended job wakes nobody"
         assert wakened < 40
 
     run(story)
@@ -50,12 +48,8 @@ def test_a_job_is_rung_for_only_after_it_has_not_moved_for_a_while(
         works.clock.at += 59
         assert await revive.due(works.place, seen, quiet_s=60) == []
         works.clock.at += 2
-        assert [
-            event.type for event in await revive.due(works.place, seen, quiet_s=60)
-        ] == [events.JOB_STARTED]
-        assert await revive.due(works.place, seen, quiet_s=60) == [], (
-            "and again only after as long"
-        )
+        assert [event.type for event in await revive.due(works.place, seen, quiet_s=60)] == [events.JOB_STARTED]
+        assert await revive.due(works.place, seen, quiet_s=60) == [], "and again only after as long"
 
     run(story)
 
@@ -68,9 +62,7 @@ def test_whoever_has_nothing_to_do_is_not_woken(house: House) -> None:
         await works.submit(JOBS["rl"])
         await works.deliver()  # sample
         works.silence()
-        types = [
-            event.type for event in await revive.due(works.place, Seen(), quiet_s=0)
-        ]
+        types = [event.type for event in await revive.due(works.place, Seen(), quiet_s=0)]
         assert types == [events.ROLLOUTS_SAMPLED]
 
     run(story)

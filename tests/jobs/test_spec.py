@@ -38,23 +38,15 @@ def test_the_example_of_the_documentation_is_a_job() -> None:
 
 
 def test_what_a_reward_needs_is_among_the_files() -> None:
-    job = spec.parse(
-        DESIGN.replace(
-            b"{name: exact_match}", b"[{code: reward.py}, {name: length, max: 9}]"
-        )
-    ).job
+    job = spec.parse(DESIGN.replace(b"{name: exact_match}", b"[{code: reward.py}, {name: length, max: 9}]")).job
     assert job.files == ["prompts.jsonl", "held_out.jsonl", "reward.py"]
 
 
 def test_other_kinds() -> None:
-    sft = spec.parse(
-        b"kind: sft\ndata: a.jsonl\nepochs: 2\nloss_on: [assistant]\npacking: true\n"
-    ).job
+    sft = spec.parse(b"kind: sft\ndata: a.jsonl\nepochs: 2\nloss_on: [assistant]\npacking: true\n").job
     assert isinstance(sft, SftJob)
     assert sft.loss_on == ["assistant"]
-    dpo = spec.parse(
-        b"kind: dpo\ndata: a.jsonl\nsteps: 2\noptimizer: {learning_rate: 5e-6}\n"
-    ).job
+    dpo = spec.parse(b"kind: dpo\ndata: a.jsonl\nsteps: 2\noptimizer: {learning_rate: 5e-6}\n").job
     assert isinstance(dpo, DpoJob)
     assert dpo.optimizer.learning_rate == 5e-6  # PyYAML itself reads a text
 
@@ -107,14 +99,10 @@ def test_other_kinds() -> None:
         (b"kind: rl\na: " + b"[" * 1000 + b"]" * 1000, 2, "its depth", "levels"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(
-    wrong: bytes, line: int, field: str, says: str
-) -> None:
+def test_what_is_wrong_is_named_with_its_line(wrong: bytes, line: int, field: str, says: str) -> None:
     with pytest.raises(JobError) as caught:
         spec.parse(wrong)
-    assert (caught.value.line, says in str(caught.value)) == (line, True), str(
-        caught.value
-    )
+    assert (caught.value.line, says in str(caught.value)) == (line, True), str(caught.value)
     assert (caught.value.field or "").startswith(field), caught.value.field
     assert caught.value.report()["line"] == line
 
@@ -127,10 +115,7 @@ def test_the_largest_job_yaml_that_is_allowed_is_read() -> None:
 def test_learning_rates_go_up_and_then_as_the_schedule_says() -> None:
     def rates(name: str, **more: float) -> list[float]:
         optimizer = Optimizer(learning_rate=1.0, schedule=name, warmup_steps=2, **more)  # type: ignore[arg-type]
-        return [
-            round(schedule.adamw(optimizer, step, 6).learning_rate, 3)
-            for step in range(6)
-        ]
+        return [round(schedule.adamw(optimizer, step, 6).learning_rate, 3) for step in range(6)]
 
     assert rates("constant") == [0.333, 0.667, 1, 1, 1, 1]
     assert rates("linear") == [0.333, 0.667, 1, 0.75, 0.5, 0.25]

@@ -17,9 +17,7 @@ from tests.jobs.places import lines, place, serve
 YAML = "kind: rl\ndata: p.jsonl\nsteps: 3\nreward: {code: reward.py}\nevaluate: {data: e.jsonl}\n"
 FILES = {
     "job.yaml": YAML,
-    "p.jsonl": lines(
-        {"prompt": "1+1=", "answer": 2}, {"prompt": [{"role": "user", "content": "hi"}]}
-    ),
+    "p.jsonl": lines({"prompt": "1+1=", "answer": 2}, {"prompt": [{"role": "user", "content": "hi"}]}),
     "e.jsonl": lines({"prompt": "2+2=", "answer": 4}),
     "reward.py": "def reward(prompt, completion, answer):\n    return 1.0\n",
 }
@@ -35,9 +33,7 @@ def test_files_come_in_any_order_and_the_job_starts_once(
         starts = []
         for name in order:
             folder.put("j", {name: FILES[name]})
-            starts += await asyncio.gather(
-                *(start.look(here, LOCAL_TENANT, "j") for _ in range(3))
-            )
+            starts += await asyncio.gather(*(start.look(here, LOCAL_TENANT, "j") for _ in range(3)))
         assert [found is not None for found in starts].count(True) == 1
         (begun,) = [found for found in starts if found is not None]
         record = await read(here.store, begun.started, Started)
@@ -47,10 +43,7 @@ def test_files_come_in_any_order_and_the_job_starts_once(
             "tiny",
             ["e.jsonl", "p.jsonl", "reward.py"],
         )
-        assert (
-            await here.store.get(begun.content(record.files["p.jsonl"]))
-            == FILES["p.jsonl"].encode()
-        )
+        assert await here.store.get(begun.content(record.files["p.jsonl"])) == FILES["p.jsonl"].encode()
         assert await here.store.list("expected/") == []
         assert "inbox/local/j/job.error.json" not in folder.files
 
@@ -102,9 +95,7 @@ def test_what_is_wrong_is_said_beside_job_yaml_until_it_is_right(
         report = json.loads(folder.files["inbox/local/j/job.error.json"])
         assert says in report["error"]
         assert report["line"] == line
-        assert (
-            len(await here.store.list("tenants/local/jobs/")) == 1
-        )  # where `knapper jobs` looks
+        assert len(await here.store.list("tenants/local/jobs/")) == 1  # where `knapper jobs` looks
         folder.put("j", FILES)
         assert await start.look(here, LOCAL_TENANT, "j") is not None
         assert "inbox/local/j/job.error.json" not in folder.files
@@ -112,15 +103,11 @@ def test_what_is_wrong_is_said_beside_job_yaml_until_it_is_right(
     asyncio.run(story())
 
 
-def test_files_that_do_not_come_are_an_error_after_ten_minutes_and_start_the_job_when_they_do() -> (
-    None
-):
+def test_files_that_do_not_come_are_an_error_after_ten_minutes_and_start_the_job_when_they_do() -> None:
     async def story() -> None:
         here, folder, clock = place()
         await serve(here.store)
-        folder.put(
-            "j", {name: FILES[name] for name in ("job.yaml", "p.jsonl", "reward.py")}
-        )
+        folder.put("j", {name: FILES[name] for name in ("job.yaml", "p.jsonl", "reward.py")})
         assert await start.look(here, LOCAL_TENANT, "j") is None
         clock.at += limits.job_missing_s - 1
         assert await start.look(here, LOCAL_TENANT, "j") is None
@@ -145,10 +132,7 @@ def test_states_follow_their_order_whoever_comes_first() -> None:
         one = Start(LOCAL_TENANT, "j", "0" * 16)
         assert (await control.now(here.store, one)).state == "running"
         won = await asyncio.gather(
-            *(
-                control.change(here.store, one, state, "", 0.0)
-                for state in ("completed", "cancelled", "failed")
-            )
+            *(control.change(here.store, one, state, "", 0.0) for state in ("completed", "cancelled", "failed"))
         )
         assert sorted(won) == [False, False, True]
         assert not await control.change(here.store, one, "running", "", 0.0)
@@ -192,8 +176,7 @@ def test_a_data_file_of_the_size_that_is_allowed_and_one_byte_more(
         folder.put("j", {**FILES, "p.jsonl": padded + "\n" * (201 - len(padded))})
         assert await start.look(here, LOCAL_TENANT, "j") is None
         assert (
-            "p.jsonl has 201 bytes; allowed: 200"
-            in json.loads(folder.files["inbox/local/j/job.error.json"])["error"]
+            "p.jsonl has 201 bytes; allowed: 200" in json.loads(folder.files["inbox/local/j/job.error.json"])["error"]
         )
         folder.put("j", {**FILES, "p.jsonl": padded + "\n" * (200 - len(padded))})
         assert await start.look(here, LOCAL_TENANT, "j") is not None

@@ -31,9 +31,7 @@ def counted(example: Example) -> str:
             runs[-1].append(token)
         elif runs[-1]:
             runs.append([])
-    return "|".join(
-        LANGUAGE.tokenizer.decode(run, skip_special_tokens=False) for run in runs if run
-    )
+    return "|".join(LANGUAGE.tokenizer.decode(run, skip_special_tokens=False) for run in runs if run)
 
 
 CHATTED = ChatRow(
@@ -63,20 +61,16 @@ def test_all_counts_every_token_but_the_first() -> None:
 def test_a_completion_counts_with_the_token_that_ends_it() -> None:
     example = texts().sft(CompletionRow(prompt="in", completion="the"), "completions")
     assert counted(example) == f"the{eos}"
-    chat = texts().sft(
-        CompletionRow(prompt=[Message("user", "a")], completion="b"), "completions"
+    chat = texts().sft(CompletionRow(prompt=[Message("user", "a")], completion="b"), "completions")
+    assert LANGUAGE.tokenizer.decode(chat.tokens_T.tolist(), skip_special_tokens=False) == (
+        f"{bos}user\na{eos}\n{bos}assistant\nb{eos}"
     )
-    assert LANGUAGE.tokenizer.decode(
-        chat.tokens_T.tolist(), skip_special_tokens=False
-    ) == (f"{bos}user\na{eos}\n{bos}assistant\nb{eos}")
     assert counted(chat) == f"b{eos}"
     chosen, rejected = texts().pair(PairRow(prompt="in", chosen="b", rejected="a"))
     assert (counted(chosen), counted(rejected)) == (f"b{eos}", f"a{eos}")
 
 
-def test_a_template_that_rewrites_earlier_messages_is_refused_instead_of_guessed() -> (
-    None
-):
+def test_a_template_that_rewrites_earlier_messages_is_refused_instead_of_guessed() -> None:
     forgetful = "{% for m in messages %}{{ m.role }}:{{ m.content if loop.last else '...' }}\n{% endfor %}"
     with pytest.raises(UserError, match="message 2 in another way"):
         texts(template=forgetful).sft(CHATTED, "completions")
@@ -91,24 +85,17 @@ def test_a_row_fits_exactly_or_is_an_error() -> None:
 
 
 def test_packing_loses_no_token_and_cuts_no_row() -> None:
-    examples = [
-        Example(np.arange(n, dtype=np.int32), np.arange(n) > 0)
-        for n in (5, 3, 2, 7, 1, 1, 8)
-    ]
+    examples = [Example(np.arange(n, dtype=np.int32), np.arange(n) > 0) for n in (5, 3, 2, 7, 1, 1, 8)]
     packed = pack(examples, 8)
     assert [len(each.tokens_T) for each in packed] == [8, 2, 8, 1, 8]
     assert np.concatenate([each.tokens_T for each in packed]).tolist() == [
         t for n in (5, 3, 2, 7, 1, 1, 8) for t in range(n)
     ]
-    assert sum(each.counted for each in packed) == sum(
-        each.counted for each in examples
-    )
+    assert sum(each.counted for each in packed) == sum(each.counted for each in examples)
 
 
 def test_a_datum_predicts_each_next_token_with_its_weight() -> None:
-    datum = Example(
-        np.array([4, 5, 6], np.int32), np.array([False, False, True])
-    ).datum(0.5)
+    datum = Example(np.array([4, 5, 6], np.int32), np.array([False, False, True])).datum(0.5)
     assert datum.tokens.tolist() == [4, 5]
     assert datum.inputs["target_tokens"].tolist() == [5, 6]
     assert datum.inputs["weights"].tolist() == [0.0, 0.5]

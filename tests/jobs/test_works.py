@@ -28,12 +28,7 @@ optimizer: {learning_rate: 0.01, warmup_steps: 1}
 reward: {name: length, max: 4, slope: 10}
 evaluate: {data: e.jsonl, every: 2}
 """
-PROMPTS = lines(
-    *(
-        {"prompt": f"the {word} and", "answer": word}
-        for word in ("in", "on", "her", "an", "thin")
-    )
-)
+PROMPTS = lines(*({"prompt": f"the {word} and", "answer": word} for word in ("in", "on", "her", "an", "thin")))
 HELD_OUT = lines({"prompt": "and the"}, {"prompt": "in a", "answer": 1})
 SFT = """\
 kind: sft
@@ -71,12 +66,7 @@ lora: {rank: 4}
 optimizer: {learning_rate: 0.01}
 evaluate: {data: e.jsonl}
 """
-PAIRS = lines(
-    *(
-        {"prompt": f"{n} and", "chosen": " the one", "rejected": f" {n}er"}
-        for n in "abcde"
-    )
-)
+PAIRS = lines(*({"prompt": f"{n} and", "chosen": " the one", "rejected": f" {n}er"} for n in "abcde"))
 JOBS = {
     "rl": {"job.yaml": RL, "p.jsonl": PROMPTS, "e.jsonl": HELD_OUT},
     "rl-ahead": {
@@ -97,9 +87,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> House:
 async def done(works: Works, name: str) -> Works:
     begun = await works.submit(JOBS[name])
     await works.run(begun)
-    assert (await control.now(works.store, begun)).state == "completed", (
-        await control.now(works.store, begun)
-    )
+    assert (await control.now(works.store, begun)).state == "completed", await control.now(works.store, begun)
     await works.drain()
     return works
 
@@ -107,11 +95,7 @@ async def done(works: Works, name: str) -> Works:
 @pytest.mark.parametrize("name", JOBS)
 def test_an_upload_ends_with_an_adapter_and_its_curve(house: House, name: str) -> None:
     works = run(lambda: done(Works(house), name))
-    files = {
-        path.removeprefix("jobs/local/j/")
-        for path in works.folder.files
-        if path.startswith("jobs/")
-    }
+    files = {path.removeprefix("jobs/local/j/") for path in works.folder.files if path.startswith("jobs/")}
     assert {
         "adapter/adapter_config.json",
         "metrics.jsonl",
@@ -122,10 +106,7 @@ def test_an_upload_ends_with_an_adapter_and_its_curve(house: House, name: str) -
     metrics = [json.loads(line) for line in works.output("metrics.jsonl").splitlines()]
     steps = len(metrics)
     assert [each["step"] for each in metrics] == list(range(1, steps + 1))
-    assert all(
-        ("reward/mean" if name.startswith("rl") else "loss/mean") in each
-        for each in metrics
-    )
+    assert all(("reward/mean" if name.startswith("rl") else "loss/mean") in each for each in metrics)
     evaluation = json.loads(works.output("evaluation.json"))
     assert evaluation["before"]
     assert evaluation["after"]
@@ -167,37 +148,20 @@ def test_which_version_a_step_is_sampled_from_depends_on_its_number_alone(
     works = run(lambda: done(Works(house), "rl-ahead"))
     metrics = [json.loads(line) for line in works.output("metrics.jsonl").splitlines()]
     assert [each["staleness"] for each in metrics] == [0, 1, 1, 1]
-    first_two = [
-        json.loads(line)["id"]
-        for line in works.output("rollouts/step-2.jsonl").splitlines()
-    ]
+    first_two = [json.loads(line)["id"] for line in works.output("rollouts/step-2.jsonl").splitlines()]
     assert first_two[0] == "2/0/0"
-    sampled = [
-        event.step for event in works.log if event.type == events.ROLLOUTS_SAMPLED
-    ]
-    stepped = [
-        event.step for event in works.log if event.type == events.ADAPTER_STEPPED
-    ]
+    sampled = [event.step for event in works.log if event.type == events.ROLLOUTS_SAMPLED]
+    stepped = [event.step for event in works.log if event.type == events.ADAPTER_STEPPED]
     assert sampled.index(1) < len(sampled)
-    first_step = works.log.index(
-        next(event for event in works.log if event.type == events.ADAPTER_STEPPED)
-    )
-    ahead = next(
-        n
-        for n, event in enumerate(works.log)
-        if event.type == events.ROLLOUTS_SAMPLED and event.step == 1
-    )
-    assert ahead < first_step, (
-        "step 2's rollouts were sampled before step 1 was trained"
-    )
+    first_step = works.log.index(next(event for event in works.log if event.type == events.ADAPTER_STEPPED))
+    ahead = next(n for n, event in enumerate(works.log) if event.type == events.ROLLOUTS_SAMPLED and event.step == 1)
+    assert ahead < first_step, "step 2's rollouts were sampled before step 1 was trained"
     assert stepped == [1, 2, 3, 4]
     assert works.adapter() != run(lambda: done(Works(house), "rl")).adapter()
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_cancelled_job_stops_within_one_operation_and_goes_on_to_the_same_adapter(
-    house: House, name: str
-) -> None:
+def test_a_cancelled_job_stops_within_one_operation_and_goes_on_to_the_same_adapter(house: House, name: str) -> None:
     calm = run(lambda: done(Works(house), name))
 
     async def story() -> Works:
@@ -220,9 +184,7 @@ def test_a_cancelled_job_stops_within_one_operation_and_goes_on_to_the_same_adap
     assert run(story).adapter() == calm.adapter()
 
 
-def test_cancelled_between_the_operations_of_a_step(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cancelled_between_the_operations_of_a_step(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operation under way is the last one that is accepted."""
     monkeypatch.setattr(operations, "_TOKENS_MAX", 8)
 
@@ -236,9 +198,7 @@ def test_cancelled_between_the_operations_of_a_step(
             if "/in/" in name:
                 accepted.append(name)
                 if len(accepted) == 3:
-                    await control.ask(
-                        works.store, begun, "cancelled", "enough", works.clock()
-                    )
+                    await control.ask(works.store, begun, "cancelled", "enough", works.clock())
             return await put(name, data)
 
         works.store.put_if_absent = put_and_cancel  # type: ignore[method-assign]
@@ -272,10 +232,7 @@ def test_a_reward_that_fails_ends_the_job_with_the_rollouts_id_or_leaves_the_gro
 ) -> None:
     works = Works(house)
     works.judge = broken
-    assert (
-        run(lambda: ended(works, JOBS["rl"]))
-        == "failed: rollout 2/1/1: it returned nan"
-    )
+    assert run(lambda: ended(works, JOBS["rl"])) == "failed: rollout 2/1/1: it returned nan"
     assert [event.type for event in works.log][-1] == events.JOB_FAILED
     works = Works(house)
     works.judge = broken
@@ -283,9 +240,7 @@ def test_a_reward_that_fails_ends_the_job_with_the_rollouts_id_or_leaves_the_gro
     assert run(lambda: ended(works, lenient)) == "completed: "
     metrics = [json.loads(line) for line in works.output("metrics.jsonl").splitlines()]
     assert [each["groups/refused"] for each in metrics] == [0, 1, 0, 0]
-    rollouts = [
-        json.loads(line) for line in works.output("rollouts/step-2.jsonl").splitlines()
-    ]
+    rollouts = [json.loads(line) for line in works.output("rollouts/step-2.jsonl").splitlines()]
     refused = [each for each in rollouts if "refused" in each]
     assert [each["id"] for each in refused] == [f"2/1/{n}" for n in range(4)]
     assert all(each["advantage"] == 0 and "nan" in each["refused"] for each in refused)
@@ -320,9 +275,7 @@ def test_a_reward_that_fails_ends_the_job_with_the_rollouts_id_or_leaves_the_gro
         ),
     ],
 )
-def test_a_users_mistake_ends_the_job_and_is_told(
-    house: House, name: str, old: str, new: str, says: str
-) -> None:
+def test_a_users_mistake_ends_the_job_and_is_told(house: House, name: str, old: str, new: str, says: str) -> None:
     assert old in JOBS[name]["job.yaml"]
     files = {**JOBS[name], "job.yaml": JOBS[name]["job.yaml"].replace(old, new)}
     told = run(lambda: ended(Works(house), files))
@@ -344,14 +297,9 @@ def test_a_group_without_a_difference_trains_nothing_and_the_job_goes_on(
 
 @pytest.mark.parametrize("loss", ["ppo", "cispo", "gspo"])
 def test_every_loss_that_a_job_may_name_trains(house: House, loss: str) -> None:
-    given = (
-        f"loss: {{name: {loss}, clip_low_threshold: 0.8, clip_high_threshold: 1.2}}\n"
-    )
+    given = f"loss: {{name: {loss}, clip_low_threshold: 0.8, clip_high_threshold: 1.2}}\n"
     works = Works(house)
-    assert (
-        run(lambda: ended(works, {**JOBS["rl"], "job.yaml": RL + given}))
-        == "completed: "
-    )
+    assert run(lambda: ended(works, {**JOBS["rl"], "job.yaml": RL + given})) == "completed: "
     assert "loss/mean" in json.loads(works.output("metrics.jsonl").splitlines()[0])
 
 
@@ -359,14 +307,10 @@ def test_packed_sequences_are_fewer_and_every_row_counts(house: House) -> None:
     plain, packed = Works(house), Works(house)
     assert run(lambda: ended(plain, JOBS["sft"])) == "completed: "
     yaml = JOBS["sft"]["job.yaml"] + "packing: true\nmax_tokens: 64\n"
-    assert (
-        run(lambda: ended(packed, {**JOBS["sft"], "job.yaml": yaml})) == "completed: "
-    )
+    assert run(lambda: ended(packed, {**JOBS["sft"], "job.yaml": yaml})) == "completed: "
     sums = []
     for works in (plain, packed):
-        metrics = [
-            json.loads(line) for line in works.output("metrics.jsonl").splitlines()
-        ]
+        metrics = [json.loads(line) for line in works.output("metrics.jsonl").splitlines()]
         sums.append((sum(each["tokens/counted"] for each in metrics), len(metrics)))
     assert sums[0][0] == sums[1][0]
     assert sums[1][1] < sums[0][1]

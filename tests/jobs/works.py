@@ -65,9 +65,7 @@ class House:
         self.directory = tiny_model(directory)
         (directory / "chat_template.jinja").write_text(CHAT)
         self.config = ModelConfig.read(directory)
-        self.decoder = Decoder(
-            self.config, weights.load(directory, self.config, torch.float32)
-        )
+        self.decoder = Decoder(self.config, weights.load(directory, self.config, torch.float32))
         self.language = Language.read(directory)
         self.device = Device()
         weakref.finalize(self, self.device.close)
@@ -102,9 +100,7 @@ class Works:
         self._seen = Seen()
         self._lives = itertools.count()
         self._processes: dict[str, Callable[[Event], Awaitable[None]]] = {}
-        self.place = Place(
-            self.store, self.folder, Bells(self.post, self.clock), self.clock
-        )
+        self.place = Place(self.store, self.folder, Bells(self.post, self.clock), self.clock)
         for name in ("sample", "reward", "train_step"):
             self._begin(name)
 
@@ -121,9 +117,7 @@ class Works:
         )
         house = self.house
         if name == "reward":
-            self._processes[name] = Scoring(
-                worker, lambda *given: self.judge(*given)
-            ).answer
+            self._processes[name] = Scoring(worker, lambda *given: self.judge(*given)).answer
         elif name == "sample":
             adapters = StoredAdapters(self.store, house.config, torch.device("cpu"))
             sampler = Sampler(
@@ -134,17 +128,13 @@ class Works:
                 slots_max=16,
                 kv_tokens_max=8192,
             )
-            self._processes[name] = Sampling(
-                worker, sampler, house.language, CONTEXT
-            ).answer
+            self._processes[name] = Sampling(worker, sampler, house.language, CONTEXT).answer
         else:
             machine = TrainingMachine(Trainer(house.decoder), house.device, self.clock)
             holder = Holder(f"life-{next(self._lives)}", "", TERMS)
             residents = Residents(self.store, machine, holder, self.clock)
             journal = Journal(self.store, residents, self.clock)
-            self._processes[name] = Training(
-                worker, journal, house.language, CONTEXT
-            ).answer
+            self._processes[name] = Training(worker, journal, house.language, CONTEXT).answer
 
     async def post(self, event: Event) -> None:
         """What the Broker does with an event."""
@@ -158,9 +148,7 @@ class Works:
         await serve(self.store)
         self.folder.put(job, files)
         begun = await start.look(self.place, LOCAL_TENANT, job)
-        assert begun is not None, self.folder.files.get(
-            f"inbox/local/{job}/job.error.json"
-        )
+        assert begun is not None, self.folder.files.get(f"inbox/local/{job}/job.error.json")
         await self.post(await revive.first(self.place, begun))
         return begun
 
@@ -174,9 +162,7 @@ class Works:
                     await self.post(event)
                 continue
             await self.deliver()
-        raise AssertionError(
-            f"job {begun} did not end in {turns_max} turns: {self.log[-5:]}"
-        )
+        raise AssertionError(f"job {begun} did not end in {turns_max} turns: {self.log[-5:]}")
 
     async def drain(self) -> None:
         """Deliver what is still under way."""
@@ -196,11 +182,7 @@ class Works:
 
     async def deliver(self) -> None:
         at = self._die.randrange(len(self._queue)) if self.malice.shuffle else 0
-        count = (
-            2
-            if self.malice.shuffle and len(self._queue) > 1 and self._die.random() < 0.3
-            else 1
-        )
+        count = 2 if self.malice.shuffle and len(self._queue) > 1 and self._die.random() < 0.3 else 1
         chosen = [self._queue.pop(min(at, len(self._queue) - 1)) for _ in range(count)]
         await asyncio.gather(*(self._call(target, event) for target, event in chosen))
 
