@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from tests.jobs.test_works import JOBS
 from tests.jobs.works import CHAT
 from tests.manifests.rendering import rendered
 from tests.store.emulator import running as emulator_running
+from tests.test_metrics import asked
 
 MODEL = "example/tiny"
 
@@ -158,3 +160,15 @@ def test_an_upload_ends_with_an_adapter_whatever_the_broker_does(trial: Trial) -
     assert metrics is not None
     assert len(metrics.splitlines()) == 4
     assert download(trial.emulator, "knapper", "jobs/demo/first/adapter/adapter_model.safetensors") is not None
+
+
+def test_every_container_tells_prometheus_what_dashboards_and_alerts_ask_for(trial: Trial) -> None:
+    told: set[str] = set()
+    for container in trial.containers.values():
+        if container.name != "broker":
+            port = container.command[container.command.index("--port") + 1]
+            answer = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False)
+            assert answer.status_code == 200, container.name
+            told |= set(re.findall(r"^# TYPE (knapper_\w+)", answer.text, flags=re.MULTILINE))
+    wanted = {name for query in asked().values() for name in re.findall(r"\bknapper_\w+", query)}
+    assert {name.removesuffix("_bucket") for name in wanted} <= told
