@@ -25,7 +25,7 @@ async def train_step(request: Request) -> Response:
             if event.type != events.OPERATIONS:
                 await jobs.training().answer(event)
                 return answers.durable()
-            frames = engine().residents.answer(events.run_of(event))
+            frames = engine().residents.answer(events.run_of(event), event.hint)
             first = await anext(frames)  # the claim: it succeeds before anything is answered
     except KnapperError as error:
         return answers.error(error)

@@ -27,7 +27,7 @@ LABELS = {
     *(f"pod-security.kubernetes.io/{mode}" for mode in ("enforce", "warn", "audit")),
 }  # fmt: skip
 _AUTOSCALING = "autoscaling.knative.dev/"
-PENDING: set[str] = {"KNAPPER_POD_IP"}  # of a setting that comes with routing by the lease hint
+PENDING: set[str] = set()  # of settings that are to come
 COLD_START_S = 15 * 60  # until a GPU can be used on a new node, as the cluster autoscaler itself assumes
 
 
