@@ -11,7 +11,7 @@ import httpx
 import msgspec
 import structlog
 
-from knapper import events, limits
+from knapper import events, limits, metrics, tracing
 from knapper.errors import Corrupt, KnapperError, NotHolder, Unavailable, UserError
 from knapper.events import Claimed, Committed, Done, Hint
 from knapper.ids import RunId
@@ -138,7 +138,8 @@ class Bells:
             while line.again:
                 line.again = False
                 try:
-                    more = await self._ring(run, line)
+                    with tracing.span("ring", run=run):
+                        more = await self._ring(run, line)
                     line.again = line.again or more
                     back_off = _BACK_OFF_S
                 except (httpx.HTTPError, KnapperError, msgspec.MsgspecError) as error:
@@ -172,7 +173,8 @@ class Bells:
 
     async def _post(self, run: RunId, line: _Line, url: str, hint: Hint) -> bool:
         """Raises NotHolder, TimeoutError or httpx.HTTPError: this address is of no use now. Else as `_ring`."""
-        headers, body = events.bell(run, self._new_id(), hint).encode()
+        bell = replace(events.bell(run, self._new_id(), hint), traceparent=tracing.current())
+        headers, body = bell.encode()
         direct = hint.way == "direct"
         request = self._client.build_request(
             "POST", url, headers=headers, content=body, timeout=_DIRECT if direct else _TIMEOUT
@@ -201,6 +203,7 @@ class Bells:
                     waited = self._now() - (line.unanswered_since or self._now())
                     if waited > _COLD_S:
                         self._cold_start_s = waited
+                        metrics.cold_start_seconds.labels("total").observe(waited)
                     line.unanswered_since = None
                     line.trouble = ""
                 case Committed(n=n, commit=commit):

@@ -22,7 +22,6 @@ import httpx
 from knapper.cluster.kustomize import Object
 from tests.images.dockerfile import Image, lay_out
 from tests.manifests.rendering import find, services
-from tests.manifests.rules import PENDING
 
 _START_S = 90.0
 BROKER = "broker-ingress.knative-eventing.svc.cluster.local/knapper/knapper"
@@ -101,7 +100,7 @@ class House:
             found |= find(self.objects, "ConfigMap", each["configMapRef"]["name"])["data"]
         for each in spec.get("env", []):
             found[each["name"]] = each.get("value", "127.0.0.1")  # the pod's address
-        return {name: value for name, value in found.items() if name not in PENDING}
+        return found
 
     def _mount(self, service: Object, spec: Object, root: Path) -> None:
         volumes = {volume["name"]: volume for volume in service["spec"]["template"]["spec"]["volumes"]}
