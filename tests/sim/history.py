@@ -147,6 +147,7 @@ class History:
         self.world = World(self.seed, faults=self.faults)
         self.store = WorldStore(self.world, self._created)
         self._claims = itertools.count()
+        self._fights = 0  # claims that ended another, since the newest commit
         self._epoch = 0  # the highest whose claim was complete
 
     def carry_out(self) -> None:
@@ -217,7 +218,8 @@ class History:
                 await self._work(run)
                 await pause()
         except Fenced:
-            for _ in range(draw.randrange(200)):
+            self._fights = min(self._fights + 1, 8)
+            for _ in range(draw.randrange(100 * 2**self._fights)):  # who rings backs off while nothing comes of it
                 await pause()
         except KnapperError:
             return
@@ -237,6 +239,7 @@ class History:
         """Invariant 4: once a claim is complete, no earlier one can write a commit."""
         if name.startswith(names.commits(RUN)):
             commit = decode(data, Commit, name)
+            self._fights = 0 if commit.results else self._fights
             assert not commit.results or commit.epoch >= self._epoch, (
                 f"seed {self.seed}: a claim of epoch {commit.epoch} wrote {name} after epoch {self._epoch} was complete"
             )
