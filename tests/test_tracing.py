@@ -1,7 +1,9 @@
 """One trace for one bell, whoever handles it; logs of it name it; without a collector nothing happens."""
 
+import gzip
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -14,6 +16,33 @@ from knapper.events import Event
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 EVENT = Event(type=events.JOB_STARTED, subject="t/j/0123456789abcdef", id="1", kind="rl", traceparent=PARENT)
+
+
+@contextmanager
+def collecting() -> Iterator[tuple[str, list[ExportTraceServiceRequest]]]:
+    """An OTLP collector's address, and what it got."""
+    heard: list[ExportTraceServiceRequest] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            assert self.path == "/v1/traces"
+            sent = self.rfile.read(int(self.headers["Content-Length"]))
+            sent = gzip.decompress(sent) if self.headers.get("Content-Encoding") == "gzip" else sent
+            heard.append(ExportTraceServiceRequest.FromString(sent))
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/", heard
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture(autouse=True)
@@ -71,29 +100,11 @@ def test_an_error_is_in_the_span_and_goes_on() -> None:
 
 def test_a_collector_gets_them_over_http() -> None:
     """A server of ours in a collector's place: it reads what comes as OTLP."""
-    heard: list[ExportTraceServiceRequest] = []
-
-    class Collector(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            assert self.path == "/v1/traces"
-            heard.append(ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
-        tracing.configure("gateway", f"http://127.0.0.1:{server.server_port}/")
+    with collecting() as (url, heard):
+        tracing.configure("gateway", url)
         with tracing.span("ring"):
             pass
         tracing.close()
-    finally:
-        server.shutdown()
-        server.server_close()
     (resource,) = heard[0].resource_spans
     assert resource.scope_spans[0].spans[0].name == "ring"
     assert {each.key: each.value.string_value for each in resource.resource.attributes}[

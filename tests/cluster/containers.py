@@ -128,7 +128,7 @@ class House:
 
 @contextmanager
 def running(
-    objects: list[Object], model: Path, emulator: str, root: Path, mischief: str = ""
+    objects: list[Object], model: Path, emulator: str, root: Path, mischief: str = "", traces: str = ""
 ) -> Iterator[tuple[dict[str, Container], dict[str, int]]]:
     """All services and the Broker, answering; the ports by service."""
     names = [service["metadata"]["name"] for service in services(objects)]
@@ -138,6 +138,8 @@ def running(
     for container in containers.values():  # as the name by which the cluster's services reach it
         if container.environment.get("KNAPPER_EVENTS_HOST"):
             container.environment["KNAPPER_EVENTS_HOST"] = "127.0.0.1"
+    for container in containers.values():
+        container.environment["KNAPPER_TRACES"] = traces
     containers["gateway"].environment["KNAPPER_JOB_QUIET_S"] = "3"  # a minute: tests do not wait so long for lost bells
     containers["broker"] = _broker(containers, ports, root, mischief)
     with ExitStack() as stack:
