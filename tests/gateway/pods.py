@@ -1,6 +1,5 @@
 """Two train_step processes over one store, started as a pod's container starts them; each can be rung by itself."""
 
-import asyncio
 import hashlib
 import os
 import signal
