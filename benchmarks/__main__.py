@@ -1,8 +1,8 @@
 """`make bench`: what an operation costs through the SDK and `knapper up`, beside the same work called in this process.
 
 Medians of repeats that alternate (served, bare, served, bare, ...), on a tiny random model, so that what is measured is
-the road and not the matrices. One figure a line, as a ratio and as milliseconds added. Then the stores. Written to
-out/bench.json too.
+the road and not the matrices. One figure a line, as a ratio and as milliseconds added. Then the stores, and jobs.
+Written to out/bench.json too.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ import tinker
 import torch
 from tinker import types
 
-from benchmarks import stores
+from benchmarks import overlap, stores
 from knapper.engine import weights
 from knapper.engine.config import ModelConfig
 from knapper.engine.decoder import Decoder
@@ -112,10 +112,12 @@ def main() -> None:
     loop.close()
     store_figures = stores.measured()
     print(f"\n{stores.table(store_figures)}")
+    job_figures = overlap.measured()
+    print(f"\n{overlap.table(job_figures)}")
     machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
     out = Path("out")
     out.mkdir(exist_ok=True)
-    found = {"machine": machine, "repeats": REPEATS, "figures": figures, "stores": store_figures}
+    found = {"machine": machine, "repeats": REPEATS, "figures": figures, "stores": store_figures, "jobs": job_figures}
     (out / "bench.json").write_text(json.dumps(found, indent=2))
 
 

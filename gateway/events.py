@@ -17,7 +17,7 @@ from starlette.routing import Route
 from gateway import clockwork
 from gateway.parts import Parts, parts
 from gateway.tenants import on_this_machine
-from knapper import dead, events, ids, limits
+from knapper import dead, events, ids, limits, tracing
 from knapper.dead import DeadLetter
 from knapper.errors import InvalidField, NotFound, TooLarge, Unavailable, UserError
 from knapper.events import Event
@@ -42,13 +42,14 @@ async def take(request: Request) -> Response:
     """204 once what the event asks for is durable; 422 for one that never will be."""
     _expect_insider(request)
     event = events.decode(request.headers, await _body(request))
-    if event.type in _TICKS:
-        await clockwork.jobs(parts(request))
-    elif event.type == events.OBJECT_FINALIZED:
-        await uploaded(parts(request), event)
-    else:
-        allowed = ", ".join((*_TICKS, events.OBJECT_FINALIZED))
-        raise InvalidField("type", event.type, allowed)
+    with tracing.span("gateway", event.traceparent, subject=event.subject):  # what it rings for belongs to this trace
+        if event.type in _TICKS:
+            await clockwork.jobs(parts(request))
+        elif event.type == events.OBJECT_FINALIZED:
+            await uploaded(parts(request), event)
+        else:
+            allowed = ", ".join((*_TICKS, events.OBJECT_FINALIZED))
+            raise InvalidField("type", event.type, allowed)
     return Response(status_code=204)
 
 

@@ -36,11 +36,12 @@ from knapper import metrics, telemetry
 from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
 from knapper.errors import KnapperError
+from knapper.events import Claimed
 from knapper.exchange.directory import DirectoryExchange
 from knapper.ids import RunId
 from knapper.jobs.place import Place, open_place
 from knapper.jobs.revive import Seen
-from knapper.journal.accept import Acceptor
+from knapper.journal.accept import Acceptor, newest_manifest
 from knapper.journal.results import Results
 from knapper.keys import Keyring, Keys
 from knapper.links import Links
@@ -124,6 +125,10 @@ def create_app(
     async def url_of(run: RunId) -> str:
         return train_step_url or (await records.model((await records.spec_of(run)).base_model)).train_step_url
 
+    async def holder_of(run: RunId) -> Claimed | None:
+        newest = await newest_manifest(store, run)
+        return None if newest is None else Claimed(newest[1].epoch, newest[1].holder, newest[1].address)
+
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
@@ -145,7 +150,7 @@ def create_app(
                 links=Links(store, clock, new_id),
                 audit=audit,
                 orphans=Orphans(store, checkpoints, records.sessions, clock, monotonic),
-                bells=Bells(client, results, url_of, new_id, monotonic),
+                bells=Bells(client, results, url_of, holder_of, new_id, monotonic),
                 samples=Samples(crowd, new_id, monotonic, meter.count, first=int(clock() * 1e6)),
                 meter=meter,
                 rewards=Rewards(client, reward_url),
@@ -207,7 +212,7 @@ def _routes() -> list[BaseRoute]:
 
 def _from_environment() -> Starlette:
     settings = Settings.load(os.environ)
-    telemetry.configure("gateway", settings.log_level)
+    telemetry.begin("gateway", settings)
     settings.expect_keys_beyond_loopback()
     store = metrics.CountedStore(open_store(settings))
     return create_app(

@@ -47,6 +47,7 @@ class Run(Generic[State]):
         self, store: Store, run: RunId, machine: Machine[State], holder: Holder, clock: Callable[[], float]
     ) -> None:  # use `claim`
         self.run = run
+        self.holder = holder
         self.epoch = 0
         self.applied = -1  # the newest operation in `state`
         self.replay_cost_s = 0.0  # compute since the newest snapshot
@@ -57,7 +58,6 @@ class Run(Generic[State]):
         self._durable: tuple[int, int, State | None, float] = (-1, 0, None, 0.0)
         self._store = store
         self._machine = machine
-        self._holder = holder
         self._clock = clock
         self._saves = Saves(store, clock)
         self._manifest: Manifest
@@ -92,8 +92,8 @@ class Run(Generic[State]):
         newest = await newest_manifest(self._store, self.run)
         n, before = newest if newest else (0, None)
         manifest = Manifest(
-            epoch=before.epoch + 1 if before else 1, holder=self._holder.name, address=self._holder.address,
-            claimed_at=self._clock(), terms=self._holder.terms,
+            epoch=before.epoch + 1 if before else 1, holder=self.holder.name, address=self.holder.address,
+            claimed_at=self._clock(), terms=self.holder.terms,
         )  # fmt: skip
         if before is not None:
             manifest = msgspec.structs.replace(

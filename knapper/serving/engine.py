@@ -3,11 +3,13 @@
 import atexit
 import os
 import platform
+import signal
 import socket
 import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import FrameType
 
 import structlog
 import torch
@@ -78,7 +80,7 @@ class StoredAdapters:
 def engine() -> Engine:
     """The engine, loaded on the first call: do that before the port binds. Everything comes from the environment."""
     settings = Settings.load(os.environ)
-    telemetry.configure("engine", settings.log_level)
+    telemetry.begin("engine", settings)
     began = time.monotonic()
     if (age_s := metrics.process_age_s()) is not None:
         metrics.cold_start_seconds.labels("import").observe(age_s)
@@ -97,7 +99,7 @@ def engine() -> Engine:
     store = metrics.CountedStore(open_store(settings))
     machine = TrainingMachine(Trainer(decoder), device, time.monotonic)
     terms = _terms(where, decoder)
-    holder = Holder(f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}", "", terms)
+    holder = Holder(f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}", settings.address, terms)
     adapters = StoredAdapters(store, config, where)
     log.info(
         "loaded",
@@ -119,14 +121,32 @@ def engine() -> Engine:
         kv_tokens_max=max(config.context, _KV_BYTES_MAX // decoder.bytes_per_token),
     )
     metrics.Readings(_readings(machine, sampler))
+    residents = Residents(store, metrics.CountedMachine(machine), holder, time.time)
+    if holder.address:
+        _leave_at_sigterm(residents)
     return Engine(
         base_model=settings.model,
         directory=directory,
         context=config.context,
-        residents=Residents(store, metrics.CountedMachine(machine), holder, time.time),
+        residents=residents,
         sampler=sampler,
         place=open_place(settings, store, time.time),
     )
+
+
+def _leave_at_sigterm(residents: Residents[RunState]) -> None:
+    """Where others can ring us directly, they do so until they hear that we leave. Then as the server has it."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        residents.leave()
+        if callable(before):
+            before(number, frame)
+        else:
+            signal.signal(number, before)
+            signal.raise_signal(number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def _readings(machine: TrainingMachine, sampler: Sampler) -> list[Reading]:

@@ -15,12 +15,13 @@ import msgspec
 import structlog
 
 from knapper import limits, metrics
-from knapper.errors import KnapperError, Unavailable
-from knapper.events import Claimed, Committed, Done, Frame
+from knapper.errors import KnapperError, NotHolder, Unavailable
+from knapper.events import Claimed, Committed, Done, Frame, Hint
 from knapper.ids import RunId
 from knapper.journal.machine import Machine, State
 from knapper.journal.records import Commit
 from knapper.journal.run import Holder, Run
+from knapper.serving import holding
 from knapper.store import Store
 
 _RESIDENTS_MAX = 64  # states in memory; more than that, and the longest unused is dropped (its journal has everything)
@@ -53,9 +54,14 @@ class Residents(Generic[State]):
         self._clock = clock
         self._residents: OrderedDict[RunId, _Resident[State]] = OrderedDict()
         self._claims = itertools.count(1)
+        self._leaving = False
 
-    async def answer(self, of: RunId) -> AsyncIterator[Frame]:
-        """Work on the run for a slice.
+    def leave(self) -> None:
+        """This process is about to end: slices end after the operation under way, and bells are refused."""
+        self._leaving = True
+
+    async def answer(self, of: RunId, hint: Hint | None = None) -> AsyncIterator[Frame]:
+        """Work on the run for a slice. `hint`: of a gateway that knows who holds it; without one, it is taken over.
 
         Yield each commit as it becomes durable. Raises KnapperError: ring again, unless the user's.
 
@@ -66,8 +72,10 @@ class Residents(Generic[State]):
             if resident.settle is not None:
                 resident.settle.cancel()
             try:
-                run = await self._claimed(of, resident)
-                yield Claimed(epoch=run.epoch)
+                if self._leaving:
+                    raise NotHolder(f"{self._holder.name} is leaving, and works on {of} no more")
+                run = await self._claimed(of, resident, hint)
+                yield Claimed(epoch=run.epoch, holder=run.holder.name, address=run.holder.address)
                 async for frame in self._slice(run, resident):
                     yield frame
             except Unavailable as error:
@@ -89,8 +97,13 @@ class Residents(Generic[State]):
                 del self._residents[other]
         return resident
 
-    async def _claimed(self, run: RunId, resident: _Resident[State]) -> Run[State]:
+    async def _claimed(self, run: RunId, resident: _Resident[State], hint: Hint | None) -> Run[State]:
+        if resident.run is not None and hint is not None and hint.epoch > resident.run.epoch:
+            log.warning("run dropped from memory", run=run, reason=f"{hint.holder} claimed it at epoch {hint.epoch}")
+            resident.run = None
         if resident.run is None:
+            if hint is not None and self._holder.address:
+                await holding.expect_free(self._store, run, self._holder, hint, self._clock())
             began = self._clock()
             holder = replace(self._holder, name=f"{self._holder.name}/{next(self._claims)}")
             resident.run = await Run.claim(self._store, run, self._machine, holder, self._clock)
@@ -111,6 +124,10 @@ class Residents(Generic[State]):
     async def _slice(self, run: Run[State], resident: _Resident[State]) -> AsyncIterator[Frame]:
         now = asyncio.get_running_loop().time  # the clock of the day may step, and a slice stays one
         end = now() + limits.slice_s
+
+        def over() -> bool:
+            return self._leaving or now() >= end
+
         committed: asyncio.Queue[Frame | None] = asyncio.Queue()
 
         async def publish(n: int, commit: Commit) -> None:
@@ -118,10 +135,10 @@ class Residents(Generic[State]):
 
         async def work() -> bool:
             try:
-                while now() < end:
+                while not over():
                     if run.must_snapshot:
                         await self._snapshot(run, resident)
-                    if not await run.apply_pending(lambda: now() >= end, publish):
+                    if not await run.apply_pending(over, publish):
                         return False
                 return True
             finally:

@@ -1,5 +1,6 @@
-"""Jobs on a tiny model, through real processes: an upload ends with the same adapter whatever the Broker does."""
+"""Jobs on a tiny model, through real processes: an upload ends with the same adapter, whatever happens on the way."""
 
+import itertools
 import json
 import shutil
 import time
@@ -112,7 +113,7 @@ def post(server: Server, sent: list[Event]) -> Iterator[None]:
 
 
 @pytest.mark.timeout(180)
-def test_uploads_end_with_the_same_adapters_whatever_the_broker_does(chatting: Path, tmp_path: Path) -> None:
+def test_uploads_end_with_the_same_adapters_whatever_is_lost_doubled_or_killed(chatting: Path, tmp_path: Path) -> None:
     with Server.start(chatting, tmp_path / "calm") as calm:
         upload(calm)
         ended(calm, iter(()))
@@ -122,7 +123,9 @@ def test_uploads_end_with_the_same_adapters_whatever_the_broker_does(chatting: P
     settings = {"KNAPPER_MISCHIEF": "7", "KNAPPER_JOB_QUIET_S": "1"}
     with Server.start(chatting, tmp_path / "wild", settings=settings) as wild:
         upload(wild)
-        ended(wild, post(wild, sent))
+        dead_pids: list[int] = []
+        ended(wild, itertools.chain(post(wild, sent), killed(wild, dead_pids)))
+        assert len(dead_pids) >= 3, "the jobs were at work while their processes were killed"
         assert results(wild) == wanted
         assert "Traceback" not in wild.log(), wild.log()[-4000:]
         letters = _letters(wild, {event.id for event in sent})
@@ -131,6 +134,15 @@ def test_uploads_end_with_the_same_adapters_whatever_the_broker_does(chatting: P
     assert [step["staleness"] for step in metrics(wild, "rl")] == [0, 1, 1]
     losses = [step["loss/mean"] for step in metrics(wild, "sft")]
     assert losses[-1] < losses[0]
+
+
+def killed(server: Server, pids: list[int]) -> Iterator[None]:
+    """kill -9 of who computes, three times, and of the gateway; the broker remembers nothing, and is let be."""
+    for role in ("engine", "gateway", "engine", "engine"):
+        if role in server.processes():
+            pids.append(server.kill(role))
+        for _ in range(8):
+            yield
 
 
 def _letters(server: Server, expected: set[str]) -> set[str]:

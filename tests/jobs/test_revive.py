@@ -36,7 +36,9 @@ def test_a_job_that_hears_no_bell_but_the_ticks_ends(house: House, name: str) ->
     run(story)
 
 
-def test_a_job_is_rung_for_only_after_it_has_not_moved_for_a_while(house: House) -> None:
+def test_a_job_is_rung_for_only_after_it_has_not_moved_for_a_while(
+    house: House,
+) -> None:
     async def story() -> None:
         works = Works(house)
         await works.submit(JOBS["rl"])
