@@ -53,7 +53,7 @@ class WithoutRollback(Run[Any]):
 def test_the_histories_turn_red_when_a_guard_is_taken_out(broken: type[Run[Any]]) -> None:
     def red(seed: int) -> bool:
         try:
-            play(seed, run_class=broken)
+            play(seed, run_class=broken, faults=50, rates=Rates.everywhere(0.01))
         except AssertionError:
             return True
         return False
