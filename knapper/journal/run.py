@@ -65,6 +65,7 @@ class Run(Generic[State]):
         self._out = 0  # the newest out record, ours or adopted
         self._outbox: tuple[int, Commit] | None = None  # applied, and not yet known to be stored
         self._failed = (-1, 0)  # (operation, how often it failed by a defect)
+        self._entered = False  # somebody is in `apply_pending`
         self._loaded = -1  # the newest operation that took its state from a checkpoint
 
     # -- claim ---------------------------------------------------------------------------------------------------------
@@ -187,8 +188,17 @@ class Run(Generic[State]):
 
         True if something may still wait.
 
-        `publish(n, commit)` is called with each commit once it is durable.
+        `publish(n, commit)` is called with each commit once it is durable. One call at a time: a second would apply
+        what the first is about to commit.
         """
+        assert not self._entered, f"two slices are in {self.run} at once"
+        self._entered = True
+        try:
+            return await self._apply_pending(stop, publish)
+        finally:
+            self._entered = False
+
+    async def _apply_pending(self, stop: Callable[[], bool], publish: Publish) -> bool:
         await self._flush(publish)
         while not stop() and not self.must_snapshot:
             try:

@@ -6,8 +6,8 @@ Claimed on the first bell, worked on in slices, dropped when fenced or long unus
 import asyncio
 import itertools
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Generic
 
@@ -42,6 +42,7 @@ class _Resident(Generic[State]):
     snapshots: asyncio.Lock = field(default_factory=asyncio.Lock)
     settle: asyncio.TimerHandle | None = None
     background: asyncio.Task[None] | None = None
+    work: asyncio.Task[bool] | None = None  # of the slice under way, or the last one
 
 
 class Residents(Generic[State]):
@@ -68,24 +69,32 @@ class Residents(Generic[State]):
         The work goes on to the end of the operation even if nobody reads; what is durable is found in the store.
         """
         resident = self._resident(of)
-        async with resident.lock:
+        await resident.lock.acquire()
+        try:
             if resident.settle is not None:
                 resident.settle.cancel()
-            try:
-                if self._leaving:
-                    raise NotHolder(f"{self._holder.name} is leaving, and works on {of} no more")
-                run = await self._claimed(of, resident, hint)
-                yield Claimed(epoch=run.epoch, holder=run.holder.name, address=run.holder.address)
-                async for frame in self._slice(run, resident):
+            if self._leaving:
+                raise NotHolder(f"{self._holder.name} is leaving, and works on {of} no more")
+            run = await self._claimed(of, resident, hint)
+            yield Claimed(epoch=run.epoch, holder=run.holder.name, address=run.holder.address)
+            async with aclosing(self._slice(run, resident)) as frames:
+                async for frame in frames:
                     yield frame
-            except Unavailable as error:
-                # The same claim goes on with the next bell: it counts what fails again and again.
-                log.warning("slice broken off", run=of, code=error.code, reason=str(error))
-                raise
-            except KnapperError as error:
-                log.warning("run dropped from memory", run=of, code=error.code, reason=str(error))
-                resident.run = None
-                raise
+        except Unavailable as error:
+            # The same claim goes on with the next bell: it counts what fails again and again.
+            log.warning("slice broken off", run=of, code=error.code, reason=str(error))
+            raise
+        except KnapperError as error:
+            log.warning("run dropped from memory", run=of, code=error.code, reason=str(error))
+            resident.run = None
+            raise
+        finally:
+            # Nothing is awaited here: a reader that leaves is cancelled again at every await, and a lock let go before
+            # the work has ended would let two slices into one run.
+            if resident.work is None or resident.work.done():
+                resident.lock.release()
+            else:
+                resident.work.add_done_callback(lambda work: _let_go(resident.lock, work))
 
     def _resident(self, run: RunId) -> _Resident[State]:
         resident = self._residents.setdefault(run, _Resident())
@@ -121,7 +130,7 @@ class Residents(Generic[State]):
                 )
         return resident.run
 
-    async def _slice(self, run: Run[State], resident: _Resident[State]) -> AsyncIterator[Frame]:
+    async def _slice(self, run: Run[State], resident: _Resident[State]) -> AsyncGenerator[Frame]:
         now = asyncio.get_running_loop().time  # the clock of the day may step, and a slice stays one
         end = now() + limits.slice_s
 
@@ -144,16 +153,13 @@ class Residents(Generic[State]):
             finally:
                 committed.put_nowait(None)
 
-        task = asyncio.ensure_future(work())
+        task = resident.work = asyncio.ensure_future(work())
         try:
             while (frame := await committed.get()) is not None:
                 yield frame
-            more = await task
+            more = await asyncio.shield(task)
         finally:
-            if not task.done():  # the reader left: finish the operation under way, then let go
-                end = now()
-                with suppress(KnapperError):
-                    await asyncio.shield(task)
+            end = now()  # if the reader left: the operation under way is finished, and then `answer` lets go
         if run.wants_snapshot:
             self._snapshot_in_background(run, resident)
         elif run.replay_cost_s > 0:
@@ -180,3 +186,10 @@ class Residents(Generic[State]):
                     resident.run = None  # the next bell claims anew
 
         resident.background = asyncio.ensure_future(snapshot())
+
+
+def _let_go(lock: asyncio.Lock, work: asyncio.Task[bool]) -> None:
+    """The end of work that nobody reads of. What it met, the next bell meets again."""
+    if not work.cancelled() and (met := work.exception()) is not None:
+        log.warning("a slice that nobody reads broke off", reason=str(met))
+    lock.release()
