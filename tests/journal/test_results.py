@@ -2,6 +2,9 @@
 
 import asyncio
 
+import pytest
+
+from knapper.errors import UserError
 from knapper.journal.accept import Acceptor
 from knapper.journal.records import Commit
 from knapper.journal.results import Results
@@ -34,5 +37,18 @@ def test_an_answer_behind_the_fences_of_later_claims_is_found() -> None:
         assert results.applied(RUN) == 1
         assert await results.find(RUN, 2) is None
         assert await fenced.find(RUN, 1) is not None
+
+    asyncio.run(story())
+
+
+def test_a_retried_sampler_save_with_the_sdk_s_next_number_is_the_same_save() -> None:
+    async def story() -> None:
+        acceptor = Acceptor(MemoryStore(), lambda: 0.0)
+        await acceptor.create(CREATION, b"create")
+        for number in (3, 4):
+            body = b'{"seq_id":1,"sampling_session_seq_id":%d}' % number
+            await send(acceptor, Step(1, "save_weights_for_sampler", body))
+        with pytest.raises(UserError, match="was used before"):
+            await send(acceptor, Step(1, "save_weights_for_sampler", b'{"seq_id":1,"path":"a"}'))
 
     asyncio.run(story())
