@@ -88,8 +88,9 @@ async def uploaded(gateway: Parts, event: Event) -> None:
     start = await look(gateway.place, *folder)
     if start is not None:
         await gateway.place.bells.post(await revive.first(gateway.place, start))
-    # Last: who dies before this looks again, and a job starts once however often anybody looks.
-    await gateway.store.put_if_absent(marker, b"")
+        # Only of what started a job, and last: whatever else came looks again when it comes again (content that was put
+        # back, a model that is served now), and a job starts once however often anybody looks.
+        await gateway.store.put_if_absent(marker, b"")
 
 
 def folder_of(name: str) -> tuple[ids.Tenant, str] | None:

@@ -37,7 +37,6 @@ from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
 from knapper.errors import KnapperError
 from knapper.events import Claimed
-from knapper.exchange.directory import DirectoryExchange
 from knapper.ids import RunId
 from knapper.jobs.place import Place, open_place
 from knapper.jobs.revive import Seen
@@ -112,8 +111,7 @@ def create_app(
     `notice`: what each prints when it starts.
     `models`: a directory that declares which models are served; they are published before anything is answered.
     `place`: of jobs; without it there are none. One that has not moved for `job_quiet_s` is rung for again.
-    `subscription`: where a bucket tells of uploads; without one, a bucket is looked into, and a directory is watched by
-    others.
+    `subscription`: where a bucket tells of uploads; without one, the inbox is looked into now and then.
     `events_host`: the name under which only this cluster's own services reach us; events are taken there.
     """
     acceptor, results = Acceptor(store, clock), Results(store)
@@ -191,8 +189,8 @@ def create_app(
 
 
 def _uploads(gateway: Parts, subscription: str) -> list[Coroutine[Any, Any, NoReturn]]:
-    """What waits for uploads."""
-    if gateway.place is None or isinstance(gateway.place.exchange, DirectoryExchange):
+    """What waits for uploads. A directory is watched by the broker's process; what it lost is found here."""
+    if gateway.place is None:
         return []
     return [uploads.pulled(gateway, subscription) if subscription else uploads.looked_for(gateway)]
 
