@@ -7,22 +7,25 @@ TORCH := torch==2.13.0
 # Where torch comes from; empty: the CPU index if this is Linux without an NVIDIA GPU and the index answers, else pip's own.
 TORCH_INDEX_URL ?=
 TORCH_CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
-PYTEST_ARGS ?= -n 2 --dist loadgroup
+PYTEST_ARGS ?= -n 2
 UP_ARGS ?=
 BENCH_ARGS ?=
 # What the tests need of tinker-cookbook.
 COOKBOOK := tests/conformance/cookbook/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check manifests scan bench
+.PHONY: help setup demo demo-events up test check manifests scan bench
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: .venv/.installed ## install everything into .venv; instant when nothing changed
 
 demo: setup ## train a small real model on this machine and plot it (a few minutes)
 	@$(BIN)/python -m examples.demo
+
+demo-events: setup ## put a folder into the inbox and watch an adapter come out (a few minutes)
+	@$(BIN)/python -m examples.demo_events
 
 up: setup ## serve http://127.0.0.1:8000 until Ctrl-C (UP_ARGS='--port 9000')
 	@exec $(BIN)/knapper up $(UP_ARGS)
@@ -65,7 +68,7 @@ bench: setup ## measure everything beside bare loops, as ratios (BENCH_ARGS='--q
 		else echo "note: $(TORCH_CPU_INDEX_URL) does not answer; pip's default build of torch is used (it may bring CUDA libraries)"; fi; \
 	fi; \
 	set -x; $(PIP) $${index:+--index-url "$$index"} $(TORCH)
-	$(PIP) --editable '.[train,gcp,reward,deploy,dev]'
+	$(PIP) --editable '.[train,gcp,reward,deploy,traces,dev]'
 	@# The oldest SDK that is served, for tests that run it in a process of its own; its dependencies are the newest one's.
 	$(PIP) --no-deps --upgrade --target .venv/tinker-0.18.2 tinker==0.18.2
 	@# The cookbook, for tests that run it in a process of its own; two scripts that they run are in its source only.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import figures, operations, reinforcement, sampling, starting, stores, training
+from benchmarks import figures, operations, overlap, reinforcement, sampling, starting, stores, training
 from benchmarks.figures import Figure
 from benchmarks.served import Setting, serving
 from knapper.models.obtain import obtain
@@ -29,6 +29,7 @@ _OURS: dict[str, Callable[[Setting], list[Figure]]] = {
     "operations": lambda setting: operations.measure(20 if setting.quick else operations.REPEATS),
     "starting": starting.measure,
     "stores": lambda _: stores.figures(),
+    "jobs": lambda _: overlap.figures(),
 }
 
 

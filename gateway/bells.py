@@ -5,21 +5,24 @@ A bell that gets lost costs time and nothing else: the work lies in the store, a
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
 import msgspec
 import structlog
 
-from knapper import events, limits
-from knapper.errors import Corrupt, KnapperError, Unavailable, UserError
-from knapper.events import Claimed, Committed, Done
+from knapper import events, limits, metrics, tracing
+from knapper.errors import Corrupt, KnapperError, NotHolder, Unavailable, UserError
+from knapper.events import Claimed, Committed, Done, Hint
 from knapper.ids import RunId
 from knapper.journal.results import Results
 
 _BACK_OFF_S, _BACK_OFF_MAX_S = 0.2, 5.0
 _COLD_S = 1.0  # an unanswered bell is a cold start after this
 _TIMEOUT = httpx.Timeout(connect=5.0, read=limits.slice_s + 300.0, write=30.0, pool=None)
+_DIRECT = httpx.Timeout(
+    connect=1.0, read=limits.slice_s + 300.0, write=30.0, pool=None
+)  # a dead pod may just be silent
 
 log = structlog.get_logger()
 
@@ -33,23 +36,29 @@ class _Line:
     task: asyncio.Task[None] | None = None
     unanswered_since: float | None = None
     trouble: str = ""  # what train_step said when it refused the newest bell
+    holder: Claimed | None = None  # as last heard
     wake: asyncio.Event | None = None
 
 
 class Bells:
-    """At most one bell in flight a run. `url_of` says where a run's train_step listens; `now`: monotonic seconds."""
+    """At most one bell in flight a run. `url_of` says where a run's train_step listens; `now`: monotonic seconds.
+
+    Where pods have addresses of their own, the run's holder is rung there first, and the service if it is lost.
+    """
 
     def __init__(
         self,
         client: httpx.AsyncClient,
         results: Results,
         url_of: Callable[[RunId], Awaitable[str]],
+        holder_of: Callable[[RunId], Awaitable[Claimed | None]],
         new_id: Callable[[], str],
         now: Callable[[], float],
     ) -> None:
         self._client = client
         self._results = results
         self._url_of = url_of
+        self._holder_of = holder_of
         self._new_id = new_id
         self._now = now
         self._lines: dict[RunId, _Line] = {}
@@ -129,7 +138,8 @@ class Bells:
             while line.again:
                 line.again = False
                 try:
-                    more = await self._ring(run, line)
+                    with tracing.span("ring", run=run):
+                        more = await self._ring(run, line)
                     line.again = line.again or more
                     back_off = _BACK_OFF_S
                 except (httpx.HTTPError, KnapperError, msgspec.MsgspecError) as error:
@@ -139,6 +149,7 @@ class Bells:
                     if back_off == _BACK_OFF_S:
                         log.info("train_step does not answer", run=run, reason=str(error) or type(error).__name__)
                     line.again = True
+                    line.holder = None  # it may be another by now
                     await asyncio.sleep(back_off)
                     back_off = min(2 * back_off, _BACK_OFF_MAX_S)
         finally:
@@ -148,29 +159,58 @@ class Bells:
         """One bell, until its answer ends; True if it should ring again."""
         if line.unanswered_since is None:
             line.unanswered_since = self._now()
-        headers, body = events.bell(run, self._new_id()).encode()
-        url = await self._url_of(run)
+        if line.holder is None:
+            line.holder = await self._holder_of(run)
+        holder = line.holder
+        if holder is None or not holder.address:  # nobody, or nobody that can be rung: whoever hears it may have it
+            return await self._post(run, line, await self._url_of(run), Hint())
+        hint = Hint(holder.holder, holder.epoch, "direct")
+        try:
+            return await self._post(run, line, holder.address, hint)
+        except (NotHolder, httpx.ConnectError, httpx.ConnectTimeout, TimeoutError) as lost:
+            log.info("the holder is lost", run=run, holder=holder.holder, at=holder.address, reason=repr(lost))
+        return await self._post(run, line, await self._url_of(run), replace(hint, way="lost"))
+
+    async def _post(self, run: RunId, line: _Line, url: str, hint: Hint) -> bool:
+        """Raises NotHolder, TimeoutError or httpx.HTTPError: this address is of no use now. Else as `_ring`."""
+        bell = replace(events.bell(run, self._new_id(), hint), traceparent=tracing.current())
+        headers, body = bell.encode()
+        direct = hint.way == "direct"
+        request = self._client.build_request(
+            "POST", url, headers=headers, content=body, timeout=_DIRECT if direct else _TIMEOUT
+        )
+        async with asyncio.timeout(limits.holder_answers_s if direct else None):  # until it begins to answer
+            response = await self._client.send(request, stream=True)
+        try:
+            return await self._hear(run, line, response, direct)
+        finally:
+            await response.aclose()
+
+    async def _hear(self, run: RunId, line: _Line, response: httpx.Response, direct: bool) -> bool:
         done: Done | None = None
-        async with self._client.stream("POST", url, headers=headers, content=body, timeout=_TIMEOUT) as response:
-            if response.status_code != 200:
-                said = detail(await response.aread(), response.status_code)
-                if 400 <= response.status_code < 500 and response.status_code not in (408, 425, 429):
-                    raise UserError(said)
-                line.trouble = said
-                raise Unavailable(said)
-            async for frame in events.decode_frames(response.aiter_bytes()):
-                match frame:
-                    case Claimed():
-                        waited = self._now() - (line.unanswered_since or self._now())
-                        if waited > _COLD_S:
-                            self._cold_start_s = waited
-                        line.unanswered_since = None
-                        line.trouble = ""
-                    case Committed(n=n, commit=commit):
-                        self._results.offer(run, n, commit)
-                        self.wake(run)
-                    case Done():
-                        done = frame  # nothing follows, but a connection that was read to its end can be used again
+        if response.status_code != 200:
+            said = detail(await response.aread(), response.status_code)
+            if direct and (response.status_code == 502 or _code(response) == NotHolder.code):
+                raise NotHolder(said)  # 502: Knative's proxy lives, and what it stands before does not
+            if 400 <= response.status_code < 500 and response.status_code not in (408, 425, 429):
+                raise UserError(said)
+            line.trouble = said
+            raise Unavailable(said)
+        async for frame in events.decode_frames(response.aiter_bytes()):
+            match frame:
+                case Claimed():
+                    line.holder = frame
+                    waited = self._now() - (line.unanswered_since or self._now())
+                    if waited > _COLD_S:
+                        self._cold_start_s = waited
+                        metrics.cold_start_seconds.labels("total").observe(waited)
+                    line.unanswered_since = None
+                    line.trouble = ""
+                case Committed(n=n, commit=commit):
+                    self._results.offer(run, n, commit)
+                    self.wake(run)
+                case Done():
+                    done = frame  # nothing follows, but a connection that was read to its end can be used again
         if done is not None:
             return done.more
         raise Corrupt("the answer broke off")  # what it said is durable all the same; the next bell goes on from there
@@ -179,6 +219,14 @@ class Bells:
         line = self._lines.get(run)
         if line is not None and line.wake is not None:
             line.wake.set()
+
+
+def _code(response: httpx.Response) -> str:
+    """The code of an error that was read, empty if it has none."""
+    try:
+        return msgspec.json.decode(response.content, type=dict[str, str]).get("code", "")
+    except msgspec.MsgspecError:
+        return ""
 
 
 def detail(body: bytes, status: int) -> str:

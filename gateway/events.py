@@ -17,7 +17,7 @@ from starlette.routing import Route
 from gateway import clockwork
 from gateway.parts import Parts, parts
 from gateway.tenants import on_this_machine
-from knapper import dead, events, ids, limits
+from knapper import dead, events, ids, limits, tracing
 from knapper.dead import DeadLetter
 from knapper.errors import InvalidField, NotFound, TooLarge, Unavailable, UserError
 from knapper.events import Event
@@ -42,13 +42,14 @@ async def take(request: Request) -> Response:
     """204 once what the event asks for is durable; 422 for one that never will be."""
     _expect_insider(request)
     event = events.decode(request.headers, await _body(request))
-    if event.type in _TICKS:
-        await clockwork.jobs(parts(request))
-    elif event.type == events.OBJECT_FINALIZED:
-        await uploaded(parts(request), event)
-    else:
-        allowed = ", ".join((*_TICKS, events.OBJECT_FINALIZED))
-        raise InvalidField("type", event.type, allowed)
+    with tracing.span("gateway", event.traceparent, subject=event.subject):  # what it rings for belongs to this trace
+        if event.type in _TICKS:
+            await clockwork.jobs(parts(request))
+        elif event.type == events.OBJECT_FINALIZED:
+            await uploaded(parts(request), event)
+        else:
+            allowed = ", ".join((*_TICKS, events.OBJECT_FINALIZED))
+            raise InvalidField("type", event.type, allowed)
     return Response(status_code=204)
 
 
@@ -87,8 +88,9 @@ async def uploaded(gateway: Parts, event: Event) -> None:
     start = await look(gateway.place, *folder)
     if start is not None:
         await gateway.place.bells.post(await revive.first(gateway.place, start))
-    # Last: who dies before this looks again, and a job starts once however often anybody looks.
-    await gateway.store.put_if_absent(marker, b"")
+        # Only of what started a job, and last: whatever else came looks again when it comes again (content that was put
+        # back, a model that is served now), and a job starts once however often anybody looks.
+        await gateway.store.put_if_absent(marker, b"")
 
 
 def folder_of(name: str) -> tuple[ids.Tenant, str] | None:

@@ -36,11 +36,11 @@ from knapper import metrics, telemetry
 from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
 from knapper.errors import KnapperError
-from knapper.exchange.directory import DirectoryExchange
+from knapper.events import Claimed
 from knapper.ids import RunId
 from knapper.jobs.place import Place, open_place
 from knapper.jobs.revive import Seen
-from knapper.journal.accept import Acceptor
+from knapper.journal.accept import Acceptor, newest_manifest
 from knapper.journal.results import Results
 from knapper.keys import Keyring, Keys
 from knapper.links import Links
@@ -111,8 +111,7 @@ def create_app(
     `notice`: what each prints when it starts.
     `models`: a directory that declares which models are served; they are published before anything is answered.
     `place`: of jobs; without it there are none. One that has not moved for `job_quiet_s` is rung for again.
-    `subscription`: where a bucket tells of uploads; without one, a bucket is looked into, and a directory is watched by
-    others.
+    `subscription`: where a bucket tells of uploads; without one, the inbox is looked into now and then.
     `events_host`: the name under which only this cluster's own services reach us; events are taken there.
     """
     acceptor, results = Acceptor(store, clock), Results(store)
@@ -123,6 +122,10 @@ def create_app(
 
     async def url_of(run: RunId) -> str:
         return train_step_url or (await records.model((await records.spec_of(run)).base_model)).train_step_url
+
+    async def holder_of(run: RunId) -> Claimed | None:
+        newest = await newest_manifest(store, run)
+        return None if newest is None else Claimed(newest[1].epoch, newest[1].holder, newest[1].address)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -145,7 +148,7 @@ def create_app(
                 links=Links(store, clock, new_id),
                 audit=audit,
                 orphans=Orphans(store, checkpoints, records.sessions, clock, monotonic),
-                bells=Bells(client, results, url_of, new_id, monotonic),
+                bells=Bells(client, results, url_of, holder_of, new_id, monotonic),
                 samples=Samples(crowd, new_id, monotonic, meter.count, first=int(clock() * 1e6)),
                 meter=meter,
                 rewards=Rewards(client, reward_url),
@@ -186,8 +189,8 @@ def create_app(
 
 
 def _uploads(gateway: Parts, subscription: str) -> list[Coroutine[Any, Any, NoReturn]]:
-    """What waits for uploads."""
-    if gateway.place is None or isinstance(gateway.place.exchange, DirectoryExchange):
+    """What waits for uploads. A directory is watched by the broker's process; what it lost is found here."""
+    if gateway.place is None:
         return []
     return [uploads.pulled(gateway, subscription) if subscription else uploads.looked_for(gateway)]
 
@@ -207,7 +210,7 @@ def _routes() -> list[BaseRoute]:
 
 def _from_environment() -> Starlette:
     settings = Settings.load(os.environ)
-    telemetry.configure("gateway", settings.log_level)
+    telemetry.begin("gateway", settings)
     settings.expect_keys_beyond_loopback()
     store = metrics.CountedStore(open_store(settings))
     return create_app(

@@ -19,6 +19,7 @@ from knapper.ids import RunId, Tenant, TinkerPath
 from knapper.journal import bundles
 from knapper.journal.accept import Packed, pack
 from knapper.journal.records import Creation, Kind, Spec
+from knapper.models.catalogue import ModelRecord
 from knapper.wire import json, json_forward, proto, requests, scan
 from knapper.wire.types import ForwardBackward
 
@@ -119,13 +120,18 @@ async def get_info(request: Request) -> Response:
     info = {
         "type": "get_info",
         "model_id": spec.run,
-        "model_data": {"arch": model.arch, "model_name": model.name, "tokenizer_id": tokenizer},
+        "model_data": {"arch": model.arch, "model_name": model.name, "tokenizer_id": tokenizer, **_computing(model)},
         "model_name": model.name,
         "is_lora": True,
         "lora_rank": spec.rank,
         "optimizer_config": {"type": "adamw"},
     }
     return JSONResponse(info)
+
+
+def _computing(model: ModelRecord) -> dict[str, str]:
+    """Whose code computes the layers, as a field that the SDK carries along."""
+    return {"computed_by": model.computed_by} if model.computed_by else {}
 
 
 async def create_custom_loss(request: Request) -> Response:

@@ -1,8 +1,11 @@
 """Post events to the Broker. It keeps nothing that matters: an event that gets lost is rung again by a tick."""
 
+from dataclasses import replace
+
 import aiohttp
 import structlog
 
+from knapper import tracing
 from knapper.events import Event
 
 _TIMEOUT_S = 3.0  # a Broker answers at once; one whose channel delivers first is left to it
@@ -21,7 +24,7 @@ class Broker:
         """True if the Broker took the event. What became of one that it did not take is not known."""
         if not self._url:
             return False
-        headers, body = event.encode()
+        headers, body = replace(event, traceparent=tracing.current(event.traceparent)).encode()
         try:
             async with self._client().post(self._url, data=body, headers=headers, allow_redirects=False) as answer:
                 if answer.status < 300:

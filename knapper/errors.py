@@ -110,6 +110,12 @@ class Fenced(KnapperError):
     status = 503
 
 
+class NotHolder(Unavailable):
+    """Another process holds the run, or this one is leaving: ring that one, or the service."""
+
+    code = "not_holder"
+
+
 class Corrupt(KnapperError):
     """Stored bytes are not what their index says. Never used, never repaired in silence."""
 

@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import msgspec
 from cloudevents.conversion import to_binary
@@ -29,13 +30,29 @@ FRAMES = "application/x-knapper-frames"
 
 _STEP_DIGITS_MAX = 18
 
+Way = Literal["direct", "service", "lost"]
+_WAYS = get_args(Way)
+
+
+@dataclass(frozen=True)
+class Hint:
+    """Who holds the run, as the newest manifest that the gateway saw has it. For routing; nothing else rests on it.
+
+    `way`: the bell goes to the holder itself (`direct`), to the service, or to the service because the holder is
+    `lost`: it does not answer, or leaves.
+    """
+
+    holder: str = ""  # empty: not known
+    epoch: int = 0
+    way: Way = "service"
+
 
 @dataclass(frozen=True)
 class Event:
     """A CloudEvent. `id` is derived by whoever rings, so that repetitions can be told.
 
-    `step`, `kind` (rl, sft or dpo) and `model` (the slug of the base model) are of a job. Only events of storage carry
-    `data`; a doorbell says where to look, and nothing else.
+    `hint` is of OPERATIONS; `step`, `kind` (rl, sft or dpo) and `model` (the slug of the base model) are of a job. Only
+    events of storage carry `data`; a doorbell says where to look, and nothing else.
     """
 
     type: str
@@ -47,6 +64,7 @@ class Event:
     model: str = ""
     data: bytes = b""
     traceparent: str = ""
+    hint: Hint = field(default_factory=Hint)
 
     def next(self, type_: str, source: str, step: int | None = None) -> "Event":
         """The bell that follows; the same bell has the same follower, by its id."""
@@ -64,6 +82,8 @@ class Event:
             "traceparent": self.traceparent,
             "datacontenttype": "application/json" if self.data else "",
         }
+        if self.hint != Hint():
+            extensions |= {"holder": self.hint.holder, "epoch": str(self.hint.epoch), "way": self.hint.way}
         attributes |= {name: value for name, value in extensions.items() if value}
         headers, body = to_binary(CloudEvent(attributes, data=self.data or None))
         return {str(name): str(value) for name, value in headers.items()}, body or b""
@@ -76,25 +96,36 @@ def decode(headers: Mapping[str, str], body: bytes) -> Event:
     except (GenericException, ValueError, TypeError, AttributeError) as error:  # the library raises all of these
         raise UserError(f"not a CloudEvent: {error}") from error
     attributes = event.get_attributes()
-    for name in ("type", "source", "id", "subject", "step", "kind", "model", "traceparent"):
+    for name in (
+        "type", "source", "id", "subject", "step", "kind", "model", "traceparent", "holder", "epoch", "way"
+    ):  # fmt: skip
         value = attributes.get(name, "")
         if not isinstance(value, str | int) or len(str(value)) > limits.event_attribute_chars_max:
             raise InvalidField(name, value, f"a string of at most {limits.event_attribute_chars_max} characters")
-    step = str(attributes.get("step", ""))
-    if step and not (step.isdecimal() and step.isascii() and len(step) <= _STEP_DIGITS_MAX):
-        raise InvalidField("step", step, f"a number of at most {_STEP_DIGITS_MAX} digits")
+    step, epoch = _number(attributes, "step"), _number(attributes, "epoch")
+    way = attributes.get("way", "service")
+    if way not in _WAYS:
+        raise InvalidField("way", way, ", ".join(_WAYS))
     data = event.get_data()
     return Event(
         type=str(attributes["type"]),
         subject=str(attributes.get("subject", "")),
         id=str(attributes["id"]),
         source=str(attributes["source"]),
-        step=int(step) if step else None,
+        step=step,
         kind=str(attributes.get("kind", "")),
         model=str(attributes.get("model", "")),
         data=b"" if data is None else data if isinstance(data, bytes) else msgspec.json.encode(data),
         traceparent=str(attributes.get("traceparent", "")),
+        hint=Hint(str(attributes.get("holder", "")), epoch or 0, way),
     )
+
+
+def _number(attributes: Mapping[str, object], name: str) -> int | None:
+    text = str(attributes.get(name, ""))
+    if text and not (text.isdecimal() and text.isascii() and len(text) <= _STEP_DIGITS_MAX):
+        raise InvalidField(name, text, f"a number of at most {_STEP_DIGITS_MAX} digits")
+    return int(text) if text else None
 
 
 def as_binary(headers: Mapping[str, str], body: bytes) -> tuple[dict[str, str], bytes]:
@@ -115,9 +146,9 @@ def _untouched(data: object) -> object:
     return data
 
 
-def bell(run: RunId, id_: str) -> Event:
+def bell(run: RunId, id_: str, hint: Hint | None = None) -> Event:
     """Operations wait for `run`."""
-    return Event(type=OPERATIONS, subject=run, id=id_)
+    return Event(type=OPERATIONS, subject=run, id=id_, hint=hint or Hint())
 
 
 def run_of(event: Event) -> RunId:
@@ -130,9 +161,11 @@ def run_of(event: Event) -> RunId:
 
 
 class Claimed(msgspec.Struct, frozen=True, tag="claimed"):
-    """The holder has the run; its state is current."""
+    """The holder has the run; its state is current. `address`: where it listens, empty if nobody can ring it there."""
 
     epoch: int
+    holder: str = ""
+    address: str = ""
 
 
 class Committed(msgspec.Struct, frozen=True, tag="committed"):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
@@ -21,6 +22,7 @@ from knapper.store import Names, Store
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 REGISTRY = CollectorRegistry()
+log = structlog.get_logger()
 State = TypeVar("State")
 
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -154,6 +156,7 @@ class CountedMachine(Generic[State]):
                 result = await self._machine.apply(state, operation, source)
             outcome = "ok"
             device_seconds.labels(operation.kind).inc(result.cost_s)
+            log.debug("applied", run=operation.run, seq=operation.seq, kind=operation.kind, device_s=result.cost_s)
             return result
         except UserError:
             outcome = "refused"

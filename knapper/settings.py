@@ -3,6 +3,7 @@
 Light on purpose: every process reads it first.
 """
 
+import re
 from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
@@ -14,6 +15,8 @@ from msgspec import Meta
 from knapper.errors import InvalidField
 
 PREFIX = "KNAPPER_"
+_QUEUE_PROXY_PORT = 8012  # of every Knative pod: it keeps to containerConcurrency, and counts for the autoscaler
+_ADDRESS = re.compile(r"https?://[A-Za-z0-9.:\[\]-]{1,255}/?")
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +95,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Meta(gt=0, le=7 * 86400, description="An engine without requests for so long ends; the next bell starts it."),
     ] = 300.0
+    pod_ip: Annotated[
+        str, Meta(description="A train_step pod's own IP: the gateway rings it there, at Knative's queue-proxy (8012).")
+    ] = ""
+    holder_address: Annotated[
+        str, Meta(description="The same as a URL, of a process that is no pod. Empty both: rung at its service only.")
+    ] = ""
     keys: Annotated[
         bool,
         Meta(
@@ -114,6 +123,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="The least that is written to stderr.")
     ] = "info"
+    log_format: Annotated[
+        Literal["text", "json"], Meta(description="Of stderr: lines for people, or an object a line for a log service.")
+    ] = "text"
+    traces: Annotated[
+        str, Meta(description="An OTLP collector (HTTP) that gets traces, as http://collector:4318; empty: none does.")
+    ] = ""
 
     @staticmethod
     def load(environ: Mapping[str, str]) -> "Settings":
@@ -138,6 +153,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 "To serve other machines, set KNAPPER_KEYS=true, and make a key for each user "
                 "with `knapper key create TENANT`",
             )  # fmt: skip
+
+    @property
+    def address(self) -> str:
+        """Where this very process can be rung; empty if only its service can. Raises InvalidField."""
+        if self.holder_address:
+            if not _ADDRESS.fullmatch(self.holder_address):
+                raise InvalidField(variable("holder_address"), self.holder_address, "http://HOST:PORT, or empty")
+            return self.holder_address.rstrip("/")
+        if not self.pod_ip:
+            return ""
+        try:
+            ip = ip_address(self.pod_ip)
+        except ValueError as error:
+            raise InvalidField(variable("pod_ip"), self.pod_ip, "an IP address, or empty") from error
+        return f"http://{f'[{ip}]' if ip.version == 6 else ip}:{_QUEUE_PROXY_PORT}"
 
     @property
     def store_directory(self) -> Path:

@@ -93,7 +93,10 @@ def imported_distributions(*folders: str) -> set[str]:
     ours = {"knapper", "gateway", "functions", "tests", "examples", "benchmarks"}
     by_name = importlib.metadata.packages_distributions()
     third_party = imported_names(*folders) - ours - sys.stdlib_module_names
-    namespaces = {"google": {"google-cloud-pubsub", "google-cloud-storage", "protobuf"}}  # of many; these are used
+    namespaces = {  # of many distributions each; these are used
+        "google": {"google-cloud-pubsub", "google-cloud-storage", "protobuf"},
+        "opentelemetry": {"opentelemetry-exporter-otlp-proto-http", "opentelemetry-sdk"},
+    }
     return {
         distribution.lower().replace("_", "-")
         for name in third_party
@@ -180,9 +183,9 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
 
 def test_whatever_is_imported_is_declared() -> None:
     product = imported_distributions("knapper", "gateway", "functions")
-    assert product - NOT_DECLARED <= declared("core", "train", "gcp", "reward", "deploy")
+    assert product - NOT_DECLARED <= declared("core", "train", "gcp", "reward", "deploy", "traces")
     everything = imported_distributions("knapper", "gateway", "functions", "tests", "examples", "benchmarks")
-    assert everything - NOT_DECLARED <= declared("core", "train", "gcp", "reward", "deploy", "dev")
+    assert everything - NOT_DECLARED <= declared("core", "train", "gcp", "reward", "deploy", "traces", "dev")
 
 
 def test_whatever_is_declared_is_used() -> None:
@@ -190,9 +193,9 @@ def test_whatever_is_declared_is_used() -> None:
     everything = product | imported_distributions("tests", "examples", "benchmarks")
     for distribution, (file, text) in NOT_IMPORTED.items():
         assert text in (ROOT / file).read_text(), f"{file} no longer shows the use of {distribution}"
-    assert declared("core", "train", "gcp", "reward", "deploy") - product - set(NOT_IMPORTED) == set()
+    assert declared("core", "train", "gcp", "reward", "deploy", "traces") - product - set(NOT_IMPORTED) == set()
     assert declared("dev") - everything - set(NOT_IMPORTED) == set()
-    with_code = {"train", "gcp", "reward", "deploy", "dev"}
+    with_code = {"train", "gcp", "reward", "deploy", "traces", "dev"}
     assert set(PROJECT["optional-dependencies"]) == with_code | EXTRAS_WITHOUT_CODE_YET
 
 

@@ -12,8 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.observing import Ages
 from knapper import metrics
-from knapper.errors import StoreError
+from knapper.errors import StoreError, UserError
 from knapper.ids import RunId
+from knapper.journal.machine import Files, Outcome
+from knapper.journal.records import Operation, Spec
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import gateway
 
@@ -105,3 +107,45 @@ def test_a_scrape_needs_no_key_and_names_nobody() -> None:
     assert answer.status_code == 200
     assert "knapper_runs_waiting" in answer.text
     assert "tml-" not in answer.text
+
+
+def test_what_a_machine_applies_is_counted_with_its_cost_and_its_outcome() -> None:
+    ledger = Ledger()
+    machine = metrics.CountedMachine(ledger)
+    kinds: list[tuple[str, str]] = [("forward_backward", "ok"), ("forward_backward", "refused")]
+    before = [value("knapper_operations_total", kind=kind, outcome=outcome) for kind, outcome in kinds]
+    spent = value("knapper_device_seconds_total", kind="forward_backward")
+
+    async def story() -> None:
+        await machine.apply(0, OPERATION, None)
+        ledger.refuses = True
+        with pytest.raises(UserError):
+            await machine.apply(0, OPERATION, None)
+
+    asyncio.run(story())
+    after = [value("knapper_operations_total", kind=kind, outcome=outcome) for kind, outcome in kinds]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [1.0, 1.0]
+    assert value("knapper_device_seconds_total", kind="forward_backward") - spent == 2.5
+
+
+OPERATION = Operation(run="r", seq=1, kind="forward_backward", sha256=b"", body_zstd=b"", accepted_at=0.0)
+
+
+class Ledger:
+    """A machine whose states are numbers, and whose operations cost 2.5 s each."""
+
+    refuses = False
+
+    async def create(self, spec: Spec, source: Files | None, with_optimizer: bool) -> int:
+        return 0
+
+    async def apply(self, state: int, operation: Operation, source: Files | None) -> Outcome[int]:
+        if self.refuses:
+            raise UserError("no")
+        return Outcome(state + 1, "application/json", b"", cost_s=2.5)
+
+    async def freeze(self, state: int) -> Files:
+        return {}
+
+    async def thaw(self, spec: Spec, files: Files) -> int:
+        return 0

@@ -8,7 +8,7 @@ import functions_framework.aio
 from starlette.requests import Request
 from starlette.responses import Response
 
-from knapper import events, metrics
+from knapper import events, metrics, telemetry, tracing
 from knapper.errors import KnapperError
 from knapper.jobs.folders import Folders
 from knapper.jobs.place import open_place
@@ -21,6 +21,7 @@ from knapper.serving import answers, observing
 from knapper.settings import Settings
 from knapper.store.opening import open_store
 
+telemetry.begin("reward", Settings.load(os.environ))
 sandbox = Sandbox()  # its processes start with the first reward that needs them, and end with this one
 
 
@@ -38,7 +39,9 @@ async def reward(request: Request) -> Response:
         return observing.answer()
     try:
         if answers.is_event(request):
-            await scoring().answer(events.decode(request.headers, await answers.body(request)))
+            event = events.decode(request.headers, await answers.body(request))
+            with tracing.span("reward", event.traceparent, subject=event.subject):
+                await scoring().answer(event)
             return answers.durable()
         scores = await answers.while_connected(request, requests.answer(await answers.body(request), sandbox))
     except KnapperError as error:

@@ -7,7 +7,7 @@ import functions_framework.aio
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from knapper import events
+from knapper import events, tracing
 from knapper.errors import KnapperError
 from knapper.serving import answers, jobs, observing, progress
 from knapper.serving.engine import engine
@@ -23,7 +23,9 @@ async def sample(request: Request) -> Response:
         return observing.answer()
     try:
         if answers.is_event(request):
-            await jobs.sampling().answer(events.decode(request.headers, await answers.body(request)))
+            event = events.decode(request.headers, await answers.body(request))
+            with tracing.span("sample", event.traceparent, subject=event.subject):
+                await jobs.sampling().answer(event)
             return answers.durable()
         call = sample_requests.decode(await answers.body(request), sample_requests.SampleCall)
         answers.expect_model(call.base_model, engine().base_model)

@@ -7,7 +7,7 @@ import functions_framework.aio
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from knapper import events
+from knapper import events, tracing
 from knapper.errors import KnapperError
 from knapper.serving import answers, jobs, observing
 from knapper.serving.engine import engine
@@ -21,11 +21,12 @@ async def train_step(request: Request) -> Response:
         return observing.answer()
     try:
         event = events.decode(request.headers, await answers.body(request))
-        if event.type != events.OPERATIONS:
-            await jobs.training().answer(event)
-            return answers.durable()
-        frames = engine().residents.answer(events.run_of(event))
-        first = await anext(frames)  # the claim: it succeeds before anything is answered
+        with tracing.span("train_step", event.traceparent, subject=event.subject):
+            if event.type != events.OPERATIONS:
+                await jobs.training().answer(event)
+                return answers.durable()
+            frames = engine().residents.answer(events.run_of(event), event.hint)
+            first = await anext(frames)  # the claim: it succeeds before anything is answered
     except KnapperError as error:
         return answers.error(error)
     return StreamingResponse(answers.stream(first, frames), media_type=events.FRAMES)

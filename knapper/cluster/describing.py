@@ -5,7 +5,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import httpx
+import msgspec
 
+from knapper.engine.config import computed_by
 from knapper.errors import InvalidField, Unavailable
 from knapper.models.catalogue import ModelRecord, record_of
 
@@ -20,9 +22,9 @@ def record(model: str, config: Path | None, directory: str, dtype: str, hub: str
         if config is None:
             config = Path(empty) / "config.json"
             config.write_bytes(_from_hub(model, hub))
-        found = record_of(
-            config.parent if config.is_file() else config, model, dtype=dtype, train_step_url="-", sample_url="-"
-        )
+        where = config.parent if config.is_file() else config
+        found = record_of(where, model, dtype=dtype, train_step_url="-", sample_url="-")
+        found = msgspec.structs.replace(found, computed_by=computed_by(where))
     return type(found)(
         **{name: getattr(found, name) for name in found.__struct_fields__ if name not in ("directory", "tokenizer_id")},
         directory=directory or f"/srv/models/{model.replace('/', '--')}",

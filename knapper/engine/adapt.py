@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knapper.engine.config import ModelConfig
+from knapper.engine.config import HEAD, Facts
 from knapper.engine.lora import Lora
 
 # The fused linears of a layer and the sites that they stack.
@@ -23,19 +23,14 @@ sites: Final[dict[str, tuple[str, ...]]] = {
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
-head_site: Final = "lm_head"
+head_site: Final = HEAD
 # A GEMM with fewer columns takes another kernel: a neighbour of higher rank would change bits.
 _ranks_multiple: Final = 16
 
 
-def site_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+def site_shapes(config: Facts) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of every site that an adapter may have."""
-    hidden, inner = config.hidden, config.intermediate
-    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    layer = {"q_proj": (hidden, q), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (q, hidden)}
-    layer |= {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
-    shapes = {f"layers.{index}.{name}": shape for index in range(config.layers) for name, shape in layer.items()}
-    return {**shapes, head_site: (hidden, config.vocab_size)}
+    return {site.name: (site.inputs, site.outputs) for site in config.sites}
 
 
 def rows_padded(rows: int) -> int:

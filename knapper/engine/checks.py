@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from knapper import limits
 from knapper.engine import losses
-from knapper.engine.config import ModelConfig
+from knapper.engine.config import Facts
 from knapper.engine.losses import Loss
 from knapper.errors import InvalidField, TooLarge, UserError
 from knapper.wire.types import Datum, ForwardBackward
@@ -20,7 +20,7 @@ from knapper.wire.types import Datum, ForwardBackward
 Array = NDArray[Any]
 
 
-def check(request: ForwardBackward, model: ModelConfig) -> tuple[Loss, dict[str, float]]:
+def check(request: ForwardBackward, model: Facts) -> tuple[Loss, dict[str, float]]:
     """The loss and its config. Raises UserError."""
     loss = losses.find(request.loss)
     config = loss.read_config(request.config)
@@ -44,7 +44,7 @@ def check(request: ForwardBackward, model: ModelConfig) -> tuple[Loss, dict[str,
     return loss, config
 
 
-def _check_tokens(where: str, tokens_T: Array, model: ModelConfig) -> None:
+def _check_tokens(where: str, tokens_T: Array, model: Facts) -> None:
     if not 1 <= len(tokens_T) <= model.context:
         raise InvalidField(
             f"{where}model_input's length in tokens", len(tokens_T), f"1 to {model.context}, the model's context"
@@ -52,7 +52,7 @@ def _check_tokens(where: str, tokens_T: Array, model: ModelConfig) -> None:
     _check_ids(where, "model_input", tokens_T, model)
 
 
-def _check_ids(where: str, name: str, ids: Array, model: ModelConfig) -> None:
+def _check_ids(where: str, name: str, ids: Array, model: Facts) -> None:
     wrong = (ids < 0) | (ids >= model.vocab_size)
     if wrong.any():
         position = _first(wrong)
@@ -76,7 +76,7 @@ def _check_names(where: str, datum: Datum, loss: Loss) -> None:
             raise UserError(f"{where}loss_fn_inputs has {name!r}; allowed for {loss.name}: {', '.join(allowed)}")
 
 
-def _check_targets(where: str, datum: Datum, loss: Loss, model: ModelConfig) -> None:
+def _check_targets(where: str, datum: Datum, loss: Loss, model: Facts) -> None:
     targets = datum.inputs["target_tokens"]
     if targets.dtype.kind != "i":
         raise InvalidField(f"{where}target_tokens' dtype", str(targets.dtype), "int64")

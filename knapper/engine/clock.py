@@ -80,9 +80,9 @@ class Clock:
         request = _Request(state, read)
         with self._lock:
             self._arrivals.append(request)
-            if not self._working:
-                self._working = True
-                self._device.submit(self._work())
+            begins, self._working = not self._working, True
+        if begins:
+            self._device.submit(self._work())
         return request.future
 
     # From here on: the device's thread.

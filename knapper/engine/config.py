@@ -3,10 +3,15 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal, Protocol
 
 from knapper.errors import NotFound, UserError
+
+ComputedBy = Literal["native", "transformers"]
+Part = Literal["attention", "mlp", "unembed"]
+HEAD: Final = "lm_head"
 
 model_types = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -15,6 +20,37 @@ class UnsupportedModel(UserError):
     """The architecture, or an option of it, is not one that the decoder computes."""
 
     code = "unsupported_model"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear, (inputs) -> (outputs), that an adapter may have. `name` is ours; `module` is its name in transformers,
+    `target` what PEFT's target_modules names it by.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    part: Part
+    module: str
+    target: str
+
+
+class Facts(Protocol):
+    """What requests and adapters are held to. `context` in tokens; `eos`: token ids that end a text; `sites`: from the
+    first layer to the last, the head's at the end."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def context(self) -> int: ...
+
+    @property
+    def eos(self) -> tuple[int, ...]: ...
+
+    @property
+    def sites(self) -> tuple[Site, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -49,13 +85,31 @@ class ModelConfig:
     context: int
     eos: tuple[int, ...]
 
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """In each layer q, k, v, o, gate, up, down."""
+        hidden, wide = self.hidden, self.intermediate
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = (("q_proj", hidden, q), ("k_proj", hidden, kv), ("v_proj", hidden, kv), ("o_proj", q, hidden))
+        mlp = (("gate_proj", hidden, wide), ("up_proj", hidden, wide), ("down_proj", wide, hidden))
+
+        def layer(i: int) -> list[Site]:
+            at = f"model.layers.{i}"
+            return [
+                *(Site(f"layers.{i}.{n}", x, y, "attention", f"{at}.self_attn.{n}", n) for n, x, y in attention),
+                *(Site(f"layers.{i}.{n}", x, y, "mlp", f"{at}.mlp.{n}", n) for n, x, y in mlp),
+            ]
+
+        head = Site(HEAD, hidden, self.vocab_size, "unembed", HEAD, HEAD)
+        return (*(site for i in range(self.layers) for site in layer(i)), head)
+
     @classmethod
     def read(cls, directory: Path) -> "ModelConfig":
         """The configuration in `config.json` (and `generation_config.json` for more end tokens).
 
         Raises NotFound without a config.json, UnsupportedModel for an architecture or option that is not supported.
         """
-        raw = _json(directory / "config.json")
+        raw = read_json(directory / "config.json")
         if raw is None:
             raise NotFound(
                 f"{directory} has no config.json; a model directory holds config.json and safetensors weights"
@@ -74,7 +128,6 @@ class ModelConfig:
             raise UnsupportedModel(f"{directory}: {heads} heads do not divide over {kv_heads} key/value heads")
         theta, scaling = _rope(raw, directory)
         bias = bool(raw.get("attention_bias", False))
-        generation = _json(directory / "generation_config.json") or {}
         return cls(
             model_type=model_type,
             vocab_size=_size(raw, "vocab_size", directory),
@@ -92,11 +145,26 @@ class ModelConfig:
             attention_bias=bias or model_type == "qwen2",
             output_bias=bias and model_type in ("llama", "qwen3"),
             context=_size(raw, "max_position_embeddings", directory),
-            eos=tuple(sorted(_ids(raw.get("eos_token_id")) | _ids(generation.get("eos_token_id")))),
+            eos=end_tokens(raw, directory),
         )
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def computed_by(directory: Path) -> ComputedBy:
+    """Who computes the layers of the model in `directory`. Raises NotFound, or UserError for a broken config.json."""
+    try:
+        ModelConfig.read(directory)
+    except UnsupportedModel:
+        return "transformers"
+    return "native"
+
+
+def end_tokens(raw: Mapping[str, Any], directory: Path) -> tuple[int, ...]:
+    """The ids that `raw`, the text model's configuration, and generation_config.json end a text with."""
+    generation = read_json(directory / "generation_config.json") or {}
+    return tuple(sorted(_ids(raw.get("eos_token_id")) | _ids(generation.get("eos_token_id"))))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:

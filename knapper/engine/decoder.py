@@ -4,27 +4,37 @@ What differs between them is handed in: how rows attend (`Attend`) and which ada
 N rows, H hidden size, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from knapper.engine import rope
 from knapper.engine.adapt import Adapt, Segment, Segments, head_site, padded, sites
-from knapper.engine.attention import Attend, Packed, Recorded, attention_dtype
-from knapper.engine.config import ModelConfig
-from knapper.engine.kv import Cache
+from knapper.engine.attention import Attend, Joined, Packed, Recorded, Shared, attention_dtype
+from knapper.engine.config import ComputedBy, ModelConfig
+from knapper.engine.decoding import NativeTexts
+from knapper.engine.head import HeadLora, target_logprobs
+from knapper.engine.kv import Cache, bytes_per_token
+from knapper.engine.lora import Lora
+from knapper.engine.prefixes import Prefixes
 from knapper.engine.weights import LayerWeights, Weights
 
 __all__ = ["Decoder", "Segment"]
 
 
 class Decoder:
-    """A frozen base model. Adapters come with each call; nothing of them is kept."""
+    """knapper.engine.model.Model in layer code of our own."""
+
+    computed_by: Final[ComputedBy] = "native"
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self.config = config
+        self.architecture = config.model_type
+        self.versions: tuple[str, ...] = ()
         self.weights = weights
         self.dtype = weights.embed.dtype
         self.device = weights.embed.device
@@ -39,6 +49,10 @@ class Decoder:
         }
 
     @property
+    def bytes_per_token(self) -> int:
+        return bytes_per_token(self.config, self.dtype)
+
+    @property
     def head_weight(self) -> Tensor:
         """(V, H); the embedding itself when the model ties them."""
         return self.weights.head
@@ -50,6 +64,33 @@ class Decoder:
         sequence and adapter only.
         """
         return self.hidden_of(tokens_N, _positions(lengths, self.device), Packed(lengths), segments)
+
+    def groups(self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]) -> Tensor:
+        """(U, H): the groups' common rows are computed once."""
+
+        def on_device(arrays: Sequence[np.ndarray]) -> Tensor:
+            return torch.from_numpy(np.concatenate(arrays)).to(self.device, non_blocking=True)
+
+        rows = [len(group) for group in groups]
+        segments: list[Segment] = []
+        for count, lora in zip(rows, loras, strict=True):
+            start = segments[-1].stop if segments else 0
+            segments.append(Segment(start, start + count, lora))
+        attends = [
+            Packed(group.lengths)
+            if len(group) == group.total
+            else Shared(group.lengths, on_device([group.places_N]), on_device([group.first_U]))
+            for group in groups
+        ]
+        return self.hidden_of(
+            on_device([group.tokens_U for group in groups]),
+            on_device([group.positions_U for group in groups]),
+            Joined(attends, rows),
+            segments,
+        )
+
+    def target_logprobs(self, hidden_NH: Tensor, targets_NK: Tensor, lora: HeadLora | None, needed_N: Tensor) -> Tensor:
+        return target_logprobs(hidden_NH, self.head_weight, targets_NK, lora, needed_N)
 
     def hidden_of(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, segments: Sequence[Segment]) -> Tensor:
         """`hidden`, for rows that attend in another way than packed sequences do."""
@@ -63,6 +104,17 @@ class Decoder:
         kv = torch.empty(shape, dtype=self.attention_dtype, device=self.device)
         attend = Recorded(Packed(lengths), kv)
         return self._pass(tokens_N, _positions(lengths, self.device), attend, Segments(segments)), kv
+
+    def prompts(
+        self, tokens_N: Tensor, lengths: Sequence[int], segments: Sequence[Segment]
+    ) -> tuple[Tensor, Callable[[int], Tensor]]:
+        hidden_NH, kv = self.prefill(tokens_N, lengths, segments)
+        parts = kv.split(list(lengths), dim=2)
+        # A view would keep the pass of all prompts alive for as long as one text waits.
+        return hidden_NH, lambda prompt: parts[prompt].clone()
+
+    def texts(self) -> NativeTexts:
+        return NativeTexts(self)
 
     @torch.inference_mode()
     def step(self, tokens_N: Tensor, cache: Cache, adapt: Adapt) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,9 @@ class Job:
     future: "Future[SampleOutput]" = field(default_factory=Future)
     started: int = 0  # texts
     sequences: dict[int, Sequence] = field(default_factory=dict)  # finished texts by number
-    kv: Tensor | None = None  # of the prompt: kept while texts wait and there is room, else computed again
+    kept: Any = (
+        None  # what texts begin with after the prompt: kept while texts wait and there is room, else computed again
+    )
     last_1H: Tensor | None = None  # the prompt's last row
     scores: PromptScores | None = None  # what the request wants to know of its prompt, once it is all there
 
@@ -51,7 +54,7 @@ class Job:
 
     @property
     def needs_prefill(self) -> bool:
-        return self.last_1H is None or (self.kv is None and self.cost > 0)
+        return self.last_1H is None or (self.kept is None and self.cost > 0)
 
     @property
     def finished(self) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from knapper import limits
-from knapper.engine.config import ModelConfig
+from knapper.engine.config import Facts, Site
 from knapper.errors import InvalidField
 from knapper.journal.records import Spec
 
@@ -27,22 +27,13 @@ SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1  # what torch takes
 class Lora:
     """What a forward pass reads, by site: y += scale * (x @ a.T) @ b.T.
 
-    `a`: (R, in), `b`: (out, R), float32. Sites are named `layers.{i}.{q|k|v|o|gate|up|down}_proj` and `lm_head`; a site
-    that is missing is not adapted.
+    `a`: (R, in), `b`: (out, R), float32. Sites are named as the model names them (`Facts.sites`); one that is missing
+    is not adapted.
     """
 
     a: dict[str, Tensor]
     b: dict[str, Tensor]
     scale: float
-
-
-@dataclass(frozen=True)
-class Site:
-    """One adapted linear, (inputs) -> (outputs)."""
-
-    name: str
-    inputs: int
-    outputs: int
 
 
 @dataclass(frozen=True)
@@ -85,7 +76,7 @@ class Layout:
         return arena_P
 
 
-def layout(config: ModelConfig, spec: Spec) -> Layout:
+def layout(config: Facts, spec: Spec) -> Layout:
     """The layout of a run on a model. Raises InvalidField for a spec that cannot be trained.
 
     A trained unembedding is LoRA on lm_head. Where the head shares its matrix with the embedding, the embedding stays
@@ -101,16 +92,5 @@ def layout(config: ModelConfig, spec: Spec) -> Layout:
         raise InvalidField(
             "lora_config", "train_attn=False, train_mlp=False, train_unembed=False", "at least one of them True"
         )
-    hidden, heads = config.hidden, config.heads * config.head_dim
-    shared, wide = config.kv_heads * config.head_dim, config.intermediate
-    attention = (("q", hidden, heads), ("k", hidden, shared), ("v", hidden, shared), ("o", heads, hidden))
-    mlp = (("gate", hidden, wide), ("up", hidden, wide), ("down", wide, hidden))
-    layer = (attention if spec.train_attn else ()) + (mlp if spec.train_mlp else ())
-    sites = [
-        Site(f"layers.{i}.{name}_proj", inputs, outputs)
-        for i in range(config.layers)
-        for name, inputs, outputs in layer
-    ]
-    if spec.train_unembed:
-        sites.append(Site("lm_head", hidden, config.vocab_size))
-    return Layout(spec.rank, tuple(sites))
+    wanted = {"attention": spec.train_attn, "mlp": spec.train_mlp, "unembed": spec.train_unembed}
+    return Layout(spec.rank, tuple(site for site in config.sites if wanted[site.part]))

@@ -39,7 +39,7 @@ class TrainingMachine:
         """Raises UserError for the user's mistakes; the state is the same then."""
         if operation.kind == "forward_backward":
             future = self.passes.submit(state, lambda: proto.decode_forward_backward(_body(operation)))
-            state, output, cost_s = await asyncio.wrap_future(future)
+            state, output, cost_s = future.result() if future.done() else await asyncio.wrap_future(future)
             return Outcome(state, "application/x-protobuf", proto.encode_forward_backward_output(output), cost_s=cost_s)
         outcome, cost_s = await self._device.run(_timed(self._apply(state, operation, source), self._clock))
         return replace(outcome, cost_s=cost_s)

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knapper.engine.attention import Joined, Packed, Shared
-from knapper.engine.decoder import Decoder, Segment
-from knapper.engine.head import HeadLora, target_logprobs
+from knapper.engine.config import HEAD
+from knapper.engine.head import HeadLora
 from knapper.engine.lora import Lora
 from knapper.engine.losses import Loss
+from knapper.engine.model import Model
 from knapper.engine.prefixes import Prefixes
 from knapper.errors import UserError
 from knapper.wire.types import Datum, ForwardBackwardOutput
@@ -85,51 +85,25 @@ def micro_batches(data: Sequence[Datum], rows_max: int) -> Iterator[MicroBatch]:
     yield MicroBatch(first, data[first:], prefixes)
 
 
-def compute(decoder: Decoder, passes: Sequence[Pass]) -> None:
+def compute(model: Model, passes: Sequence[Pass]) -> None:
     """The next micro-batch of each, in one forward and backward. All of them differentiate, or none does.
 
     A pass whose loss is not finite has `failed` afterwards; the others do not notice.
     """
     batches = [one.waiting.popleft() for one in passes]
     with torch.set_grad_enabled(passes[0].differentiates):
-        hidden_NH = _hidden(decoder, passes, batches).split([batch.rows for batch in batches])
-        losses = [
-            _losses(decoder, one, batch, rows) for one, batch, rows in zip(passes, batches, hidden_NH, strict=True)
-        ]
+        rows_UH = model.groups([batch.prefixes for batch in batches], [one.lora for one in passes])
+        hidden_UH = rows_UH.split([batch.rows for batch in batches])
+        losses = [_losses(model, one, batch, rows) for one, batch, rows in zip(passes, batches, hidden_UH, strict=True)]
         sums = [value for value in losses if value is not None]
         if sums and passes[0].differentiates:
             torch.stack(sums).sum().backward()
 
 
-def _hidden(decoder: Decoder, passes: Sequence[Pass], batches: Sequence[MicroBatch]) -> Tensor:
-    """(U, H), the micro-batches one after another."""
-
-    def on_device(arrays: Sequence[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(arrays)).to(decoder.device, non_blocking=True)
-
-    segments: list[Segment] = []
-    at = 0
-    for one, batch in zip(passes, batches, strict=True):
-        segments.append(Segment(at, at + batch.rows, one.lora))
-        at += batch.rows
-    attends = [
-        Packed(batch.prefixes.lengths)
-        if batch.rows == batch.prefixes.total
-        else Shared(batch.prefixes.lengths, on_device([batch.prefixes.places_N]), on_device([batch.prefixes.first_U]))
-        for batch in batches
-    ]
-    return decoder.hidden_of(
-        on_device([batch.prefixes.tokens_U for batch in batches]),
-        on_device([batch.prefixes.positions_U for batch in batches]),
-        Joined(attends, [batch.rows for batch in batches]),
-        segments,
-    )
-
-
-def _losses(decoder: Decoder, one: Pass, batch: MicroBatch, hidden_UH: Tensor) -> Tensor | None:
+def _losses(model: Model, one: Pass, batch: MicroBatch, hidden_UH: Tensor) -> Tensor | None:
     """The sum of the datums' losses, whose outputs and metrics are then in the pass; None when it has failed."""
-    inputs = _inputs(batch.data, decoder.device)
-    found = _logprobs(decoder, one, batch, hidden_UH)
+    inputs = _inputs(batch.data, model.device)
+    found = _logprobs(model, one, batch, hidden_UH)
     losses = [one.loss(p, given, one.config) for p, given in zip(found, inputs, strict=True)]
     values = torch.stack([value for value, _ in losses])
     for index, value in enumerate(values.detach().tolist()):  # one transfer for all
@@ -163,7 +137,7 @@ def _inputs(data: Sequence[Datum], device: torch.device) -> list[dict[str, Tenso
     return given
 
 
-def _logprobs(decoder: Decoder, one: Pass, batch: MicroBatch, hidden_UH: Tensor) -> list[Tensor]:
+def _logprobs(model: Model, one: Pass, batch: MicroBatch, hidden_UH: Tensor) -> list[Tensor]:
     """Of the targets, for each datum in the shape of its targets."""
     targets = [datum.inputs["target_tokens"] for datum in batch.data]
     columns = max(1 if target.ndim == 1 else target.shape[1] for target in targets)
@@ -175,11 +149,11 @@ def _logprobs(decoder: Decoder, one: Pass, batch: MicroBatch, hidden_UH: Tensor)
     )
 
     def on_device(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(decoder.device, non_blocking=True)
+        return torch.from_numpy(array).to(model.device, non_blocking=True)
 
-    head = HeadLora(one.lora.a["lm_head"], one.lora.b["lm_head"], one.lora.scale) if "lm_head" in one.lora.a else None
+    head = HeadLora(one.lora.a[HEAD], one.lora.b[HEAD], one.lora.scale) if HEAD in one.lora.a else None
     hidden_MH = hidden_UH if rows_M is None else hidden_UH.index_select(0, on_device(rows_M))
-    found_NK = target_logprobs(hidden_MH, decoder.head_weight, on_device(targets_MK), head, on_device(needed_M))
+    found_NK = model.target_logprobs(hidden_MH, on_device(targets_MK), head, on_device(needed_M))
     if places_N is not None:
         found_NK = found_NK.index_select(0, on_device(places_N))
     return [

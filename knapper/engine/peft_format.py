@@ -25,16 +25,10 @@ from knapper.journal.machine import Files
 from knapper.journal.records import Spec
 
 CONFIG, ADAPTER, OPTIMIZER = "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
-def peft_names(site: str) -> tuple[str, str]:
-    """What PEFT calls the A and the B of a site."""
-    module = site
-    if site != "lm_head":
-        _, layer, linear = site.split(".")
-        module = f"model.layers.{layer}.{'self_attn' if linear in _ATTENTION else 'mlp'}.{linear}"
+def peft_names(module: str) -> tuple[str, str]:
+    """What PEFT calls the A and the B of a site's module."""
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 
@@ -45,10 +39,10 @@ def export(state: RunState, *, with_optimizer: bool) -> Files:
     """
     names: list[tuple[str, tuple[int, ...]]] = []
     for site, a, b in state.layout.matrices(state.weights_P):
-        a_name, b_name = peft_names(site.name)
+        a_name, b_name = peft_names(site.module)
         names += [(a_name, tuple(a.shape)), (b_name, tuple(b.shape))]
     files = {
-        CONFIG: json.dumps(_config(state.spec), indent=2).encode() + b"\n",
+        CONFIG: json.dumps(_config(state.spec, state.layout), indent=2).encode() + b"\n",
         ADAPTER: _safetensors(names, [state.weights_P]),
     }
     if with_optimizer:
@@ -66,11 +60,11 @@ def read(files: Files, spec: Spec, layout: Layout, *, with_optimizer: bool) -> t
     Raises InvalidField for a checkpoint of another form, UserError for numbers that are not finite, Corrupt for broken
     files.
     """
-    _check_config(_json(_file(files, CONFIG), CONFIG), _config(spec))
+    _check_config(_json(_file(files, CONFIG), CONFIG), _config(spec, layout))
     tensors, _ = _tensors(_file(files, ADAPTER), ADAPTER)
     weights_P = torch.empty(layout.numel)
     for site, *parts in layout.matrices(weights_P):
-        for name, part in zip(peft_names(site.name), parts, strict=True):
+        for name, part in zip(peft_names(site.module), parts, strict=True):
             part.copy_(_take(tensors, name, tuple(part.shape), ADAPTER))
     if tensors:
         raise Corrupt(f"{ADAPTER} has tensors that its configuration does not: {', '.join(sorted(tensors)[:4])}")
@@ -136,8 +130,7 @@ def thaw(files: Files, layout: Layout) -> tuple[Tensor, Moments, Tensor | None]:
     return weights_P, Moments(m_P, v_P, header.step), grads_P
 
 
-def _config(spec: Spec) -> dict[str, Any]:
-    targets = (_ATTENTION if spec.train_attn else ()) + (_MLP if spec.train_mlp else ())
+def _config(spec: Spec, layout: Layout) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -145,7 +138,7 @@ def _config(spec: Spec) -> dict[str, Any]:
         "r": spec.rank,
         "lora_alpha": int(spec.alpha) if spec.alpha.is_integer() else spec.alpha,  # vLLM wants a whole number
         "lora_dropout": 0.0,
-        "target_modules": [*targets, *(("lm_head",) if spec.train_unembed else ())],
+        "target_modules": list(dict.fromkeys(site.target for site in layout.sites)),
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,

@@ -6,7 +6,7 @@ import numpy as np
 
 from knapper import limits
 from knapper.engine.adapt import site_shapes
-from knapper.engine.config import ModelConfig
+from knapper.engine.config import Facts
 from knapper.engine.lora import Lora
 from knapper.errors import InvalidField, TooLarge, UserError
 from knapper.wire.types import Sample
@@ -14,7 +14,7 @@ from knapper.wire.types import Sample
 temperature_min, temperature_max = 1e-6, 1e6
 
 
-def check(request: Sample, config: ModelConfig) -> None:
+def check(request: Sample, config: Facts) -> None:
     """Raises InvalidField, or UserError for a prompt that does not fit the model's context."""
     _check_prompt(request, config)
     _between("num_samples", request.num_samples, 1, limits.num_samples_max)
@@ -37,7 +37,7 @@ def check(request: Sample, config: ModelConfig) -> None:
     _check_stops(request, config)
 
 
-def check_adapter(adapter: str, lora: Lora, config: ModelConfig) -> None:
+def check_adapter(adapter: str, lora: Lora, config: Facts) -> None:
     """Raises UserError for an adapter that was made for another model."""
     shapes = site_shapes(config)
     for site, a in lora.a.items():
@@ -51,7 +51,7 @@ def check_adapter(adapter: str, lora: Lora, config: ModelConfig) -> None:
             )
 
 
-def _check_prompt(request: Sample, config: ModelConfig) -> None:
+def _check_prompt(request: Sample, config: Facts) -> None:
     prompt = request.prompt
     if prompt.ndim != 1 or prompt.size == 0:
         raise InvalidField("prompt", list(prompt.shape), "a list of at least one token")
@@ -69,7 +69,7 @@ def _check_prompt(request: Sample, config: ModelConfig) -> None:
         )
 
 
-def _check_scores(request: Sample, config: ModelConfig) -> None:
+def _check_scores(request: Sample, config: Facts) -> None:
     rows = int(request.prompt.size) - 1
     last_n, targets = request.prompt_logprobs_last_n, request.target_prompt_logprobs
     if last_n is not None and not 1 <= last_n <= rows:
@@ -93,7 +93,7 @@ def _check_scores(request: Sample, config: ModelConfig) -> None:
         raise InvalidField("target_prompt_logprobs", "-1 everywhere", "at least one token id")
 
 
-def _check_stops(request: Sample, config: ModelConfig) -> None:
+def _check_stops(request: Sample, config: Facts) -> None:
     strings, tokens = request.params.stop_strings, request.params.stop_tokens
     if len(strings) + len(tokens) > limits.stop_sequences_max:
         raise InvalidField(

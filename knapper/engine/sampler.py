@@ -13,7 +13,7 @@ values are kept between turns while there is room, else computed again.
 import asyncio
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -23,13 +23,12 @@ from torch import Tensor
 
 from knapper import limits
 from knapper.engine import sample_checks
-from knapper.engine.adapt import Adapt, Scattered, Segments, Stack, base
-from knapper.engine.decoder import Decoder
+from knapper.engine.adapt import Segments
 from knapper.engine.device import Device, Task
 from knapper.engine.draw import alternatives, draw
 from knapper.engine.jobs import Job, Text
-from knapper.engine.kv import Cache, Slot
 from knapper.engine.lora import Lora
+from knapper.engine.model import Model
 from knapper.engine.prompt_scores import PromptScores
 from knapper.engine.stops import Stops
 from knapper.errors import InvalidField, TooLarge, Unavailable, UserError
@@ -71,7 +70,7 @@ class Sampler:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Model,
         device: Device,
         adapters: AdapterSource,
         tokenizer: Tokenizer | None,
@@ -92,9 +91,8 @@ class Sampler:
         # The rest belongs to the device's thread.
         self._jobs: list[Job] = []  # all that are not finished
         self._waiting: deque[Job] = deque()  # those with texts that have not begun
-        self._texts: dict[Slot, Text] = {}
-        self._cache = self._empty_cache()
-        self._stack: Stack | None = None
+        self._texts: dict[Hashable, Text] = {}
+        self._cache = decoder.texts()
 
     @property
     def active(self) -> int:
@@ -194,14 +192,11 @@ class Sampler:
             self._jobs, self._arrivals, self._working = [], [], False
             self._waiting.clear()
             self._texts.clear()
-            self._cache, self._stack = self._empty_cache(), None
+            self._cache = self._decoder.texts()
         for job in jobs:
             self.counters.failed += 1
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(error)
-
-    def _empty_cache(self) -> Cache:
-        return Cache(self._decoder.config, self._decoder.attention_dtype, self._decoder.device)
 
     def _next_turns(self) -> list[tuple[Job, int]]:
         """Which jobs begin now and how many texts each, in order, until the first for which there is no room."""
@@ -244,11 +239,10 @@ class Sampler:
         starts = [sum(lengths[:index]) for index in range(len(jobs))]
         tokens = torch.cat([torch.from_numpy(job.request.prompt.astype("int64")) for job in jobs])
         segments = [job.segment(start, length) for job, start, length in zip(jobs, starts, lengths, strict=True)]
-        hidden, kv = self._decoder.prefill(tokens.to(self._decoder.device), lengths, segments)
-        for job, start, length in zip(jobs, starts, lengths, strict=True):
+        hidden, kept = self._decoder.prompts(tokens.to(self._decoder.device), lengths, segments)
+        for index, (job, start, length) in enumerate(zip(jobs, starts, lengths, strict=True)):
             job.last_1H = hidden[start + length - 1 : start + length].clone()
-            # A view would keep the pass of all prompts alive for as long as one job waits.
-            job.kv = kv[:, :, start : start + length].clone() if job.cost else None
+            job.kept = kept(index) if job.cost else None
         self.counters.prefills += 1
         self.counters.prefilled_tokens += sum(lengths)
         return list(hidden.split(lengths))
@@ -286,8 +280,7 @@ class Sampler:
             place = {job: row for row, job in enumerate(jobs)}
             rows = torch.tensor([place[text.job] for text in some], device=logits_JV.device)
             for text in self._draw(some, logits_JV[rows]):
-                assert text.job.kv is not None
-                self._texts[self._cache.add(text.job.kv, text.job.prompt_tokens)] = text
+                self._texts[self._cache.add(text.job.kept, text.job.prompt_tokens)] = text
         self._release_prompts()
         self._deliver()
 
@@ -304,12 +297,12 @@ class Sampler:
         free = self._kv_tokens_max - sum(text.job.cost for text in self._texts.values())
         for job in self._jobs:
             if not job.left:
-                job.kv = None
+                job.kept = None
         for job in self._waiting:
-            if job.kv is not None:
+            if job.kept is not None:
                 free -= job.prompt_tokens
                 if free < 0:
-                    job.kv = None
+                    job.kept = None
 
     @torch.inference_mode()
     def _step(self) -> None:
@@ -318,26 +311,13 @@ class Sampler:
         slots = self._cache.rows
         texts = [self._texts[slot] for slot in slots]
         tokens = torch.tensor([text.tokens[-1] for text in texts], device=self._decoder.device)
-        adapt = self._adapt([text.job.lora for text in texts])
-        hidden = self._decoder.step(tokens, self._cache, adapt)
-        going = set(self._draw(texts, self._decoder.logits(hidden, adapt)))
+        going = set(self._draw(texts, self._cache.step(tokens, [text.job.lora for text in texts])))
         for slot, text in zip(slots, texts, strict=True):
             if text not in going and slot in self._texts:
                 del self._texts[slot]
                 self._cache.remove(slot)
         self.counters.steps += 1
         self._deliver()
-
-    def _adapt(self, loras: Sequence[Lora | None]) -> Adapt:
-        wanted = {id(lora): lora for lora in loras if lora is not None}
-        if not wanted:
-            self._stack = None
-            return base
-        stacked = set() if self._stack is None else {id(lora) for lora in self._stack.loras}
-        # Copying adapters costs about a step, computing ones that nobody uses a little of each: rebuild at half.
-        if self._stack is None or not wanted.keys() <= stacked or 2 * len(wanted) < len(stacked):
-            self._stack = Stack(list(wanted.values()))
-        return Scattered(self._stack, loras, self._decoder.device)
 
     def _draw(self, texts: Sequence[Text], logits_NV: Tensor) -> list[Text]:
         """A token for each text. Returns those that go on; a job whose logits are not numbers fails."""

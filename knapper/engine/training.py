@@ -12,9 +12,9 @@ from torch import Tensor
 
 from knapper.engine import optimizer
 from knapper.engine.checks import check
-from knapper.engine.decoder import Decoder
 from knapper.engine.device import Task
 from knapper.engine.lora import Layout, Lora, layout
+from knapper.engine.model import Model
 from knapper.engine.optimizer import Moments, is_finite
 from knapper.engine.passes import Pass, compute, micro_batches
 from knapper.errors import UserError
@@ -52,7 +52,7 @@ class RunState:
 class Trainer:
     """Trains adapters of many runs on one frozen base model; keeps nothing of any of them."""
 
-    def __init__(self, decoder: Decoder, rows_max: int | None = None) -> None:
+    def __init__(self, decoder: Model, rows_max: int | None = None) -> None:
         """`rows_max` of a micro-batch; None: what suits the device."""
         self.decoder = decoder
         self.rows_max = rows_max or (ROWS_MAX_CPU if decoder.device.type == "cpu" else ROWS_MAX_GPU)

@@ -2,10 +2,11 @@
 
 import asyncio
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from knapper.errors import StoreError, TooLarge
 from knapper.exchange import Blob, Entries, Entry
@@ -13,7 +14,7 @@ from knapper.store import check_name
 
 FOLDERS = ("inbox", "jobs")
 _TEMPORARY = ".publishing-"  # the beginning of a file that is still being written; no name of ours begins so
-_CHUNK_BYTES = 1 << 20
+_HASHED_MAX = 10_000
 
 
 class DirectoryExchange:
@@ -21,6 +22,8 @@ class DirectoryExchange:
 
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()
+        self._numbers = itertools.count()
+        self._hashed: dict[Path, tuple[tuple[int, int, int], str]] = {}  # by size, time and inode
         try:
             for folder in FOLDERS:
                 (self._root / folder).mkdir(parents=True, exist_ok=True)
@@ -62,7 +65,7 @@ class DirectoryExchange:
                 raise StoreError(f"{parent} is a symbolic link; put the files themselves there")
         return path
 
-    def _open(self, path: Path) -> BinaryIO | None:
+    def _open(self, path: Path) -> BufferedReader | None:
         try:
             return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -107,16 +110,20 @@ class DirectoryExchange:
         file = self._open(path)
         if file is None:
             return None
-        digest, size = hashlib.sha256(), 0
         with file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                size += len(chunk)
-        return Entry(path.relative_to(self._root).as_posix(), digest.hexdigest(), size)
+            status = os.fstat(file.fileno())
+            seen = (status.st_size, status.st_mtime_ns, status.st_ino)
+            known = self._hashed.get(path)
+            if known is None or known[0] != seen:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if len(self._hashed) >= _HASHED_MAX:
+                    self._hashed.clear()
+                known = self._hashed[path] = (seen, digest)
+        return Entry(path.relative_to(self._root).as_posix(), known[1], status.st_size)
 
     def _publish(self, name: str, data: bytes) -> None:
         path = self._path(name)
-        temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{hashlib.sha256(name.encode()).hexdigest()[:16]}")
+        temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{next(self._numbers)}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(data)

@@ -70,16 +70,17 @@ class Worker:
     async def answer(self, event: Event, work: Work) -> None:
         """Do what is there to do. Raises UserError for a bell that is poison, Unavailable and its kin for 'not now'."""
         start = Start.parse(event.subject)
+        folder = await self._folder(start)
         if start in self._busy:
             self._again.add(start)  # whoever is at work looks once more before it goes
             return
         self._busy.add(start)
         try:
-            folder = await self._folder(start)
             self._again.add(start)
             while start in self._again:
                 self._again.discard(start)
-                await self._slice(event, folder, work)
+                if await self._slice(event, folder, work):
+                    break
         finally:
             self._busy.discard(start)
             self._again.discard(start)
@@ -96,13 +97,15 @@ class Worker:
             raise InvalidField("model", folder.started.base_model, repr(self.base_model))
         return folder
 
-    async def _slice(self, event: Event, folder: Folder, work: Work) -> None:
+    async def _slice(self, event: Event, folder: Folder, work: Work) -> bool:
+        """True if its time was used up: then a bell was rung for the rest."""
         place, start = self.place, folder.start
         try:
             await work(folder, Slice(place, start, place.clock() + self.slice_s), event)
             self._defects.pop(start, None)
         except SliceOver:
             await place.bells.go_on(event)
+            return True
         except Stopped:
             await place.store.delete(start.working)
             await outputs.publish_status(place, folder.started)
@@ -116,6 +119,7 @@ class Worker:
             if times < _DEFECTS_MAX:
                 raise KnapperError(f"job {start} met a defect of the server: {defect!r}") from defect
             await self._fail(event, folder, f"failed {times} times by a defect of the server: {defect!r}")
+        return False
 
     async def _fail(self, event: Event, folder: Folder, reason: str) -> None:
         place, start = self.place, folder.start

@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from knapper import limits
 from knapper.errors import InvalidField, NotFound, UserError
 from knapper.ids import RunId
@@ -106,7 +108,9 @@ class Acceptor:
         stored = await self._stored(run, seq)
         # A tombstone answers whoever comes late: through the future, where every other error of this operation would
         # come too.
-        if stored is not None and stored.kind != "tombstone" and stored.sha256 != packed.sha256:
+        if stored is None or stored.kind == "tombstone" or stored.sha256 == packed.sha256:
+            return
+        if not _same_sampler_save(stored, operation):
             raise UserError(
                 f"seq_id {seq} of {run} was used before, for another request ({stored.kind}); "
                 "each operation needs a seq_id of its own, and a retry must repeat the same bytes"
@@ -138,6 +142,17 @@ class Acceptor:
         seq = newest[1].snapshot_seq if newest else -1
         self._consumed[run] = (self._clock(), seq)
         return seq
+
+
+def _same_sampler_save(stored: Operation, again: Operation) -> bool:
+    """Whether they differ in the sampler's number alone: the SDK draws another for each retry. The first one counts."""
+    if not stored.kind == again.kind == "save_weights_for_sampler":
+        return False
+    first, second = (
+        msgspec.json.decode(zstd.decompress(each.body_zstd, limits.body_bytes_max)) for each in (stored, again)
+    )
+    number = "sampling_session_seq_id"
+    return bool(number in first and {**first, number: 0} == {**second, number: 0})
 
 
 def decode_creation(operation: Operation) -> Creation:

@@ -39,7 +39,8 @@ class Results:
             return known
         seen = self._seen.setdefault(run, _Seen())
         await self._read_new(run, seen)
-        while seq not in seen.where and seq <= seen.applied and seen.low > 0:
+        # While no answer was seen at all, nothing but fences was: whoever claims leaves one behind.
+        while seq not in seen.where and (seq <= seen.applied or seen.applied < 0) and seen.low > 0:
             await self._read_older(run, seen)
         if (n := seen.where.get(seq)) is not None:
             return self._answer(await self._commit(run, n), seq)

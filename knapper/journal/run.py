@@ -47,6 +47,7 @@ class Run(Generic[State]):
         self, store: Store, run: RunId, machine: Machine[State], holder: Holder, clock: Callable[[], float]
     ) -> None:  # use `claim`
         self.run = run
+        self.holder = holder
         self.epoch = 0
         self.applied = -1  # the newest operation in `state`
         self.replay_cost_s = 0.0  # compute since the newest snapshot
@@ -57,7 +58,6 @@ class Run(Generic[State]):
         self._durable: tuple[int, int, State | None, float] = (-1, 0, None, 0.0)
         self._store = store
         self._machine = machine
-        self._holder = holder
         self._clock = clock
         self._saves = Saves(store, clock)
         self._manifest: Manifest
@@ -65,6 +65,7 @@ class Run(Generic[State]):
         self._out = 0  # the newest out record, ours or adopted
         self._outbox: tuple[int, Commit] | None = None  # applied, and not yet known to be stored
         self._failed = (-1, 0)  # (operation, how often it failed by a defect)
+        self._entered = False  # somebody is in `apply_pending`
         self._loaded = -1  # the newest operation that took its state from a checkpoint
 
     # -- claim ---------------------------------------------------------------------------------------------------------
@@ -92,8 +93,8 @@ class Run(Generic[State]):
         newest = await newest_manifest(self._store, self.run)
         n, before = newest if newest else (0, None)
         manifest = Manifest(
-            epoch=before.epoch + 1 if before else 1, holder=self._holder.name, address=self._holder.address,
-            claimed_at=self._clock(), terms=self._holder.terms,
+            epoch=before.epoch + 1 if before else 1, holder=self.holder.name, address=self.holder.address,
+            claimed_at=self._clock(), terms=self.holder.terms,
         )  # fmt: skip
         if before is not None:
             manifest = msgspec.structs.replace(
@@ -187,8 +188,17 @@ class Run(Generic[State]):
 
         True if something may still wait.
 
-        `publish(n, commit)` is called with each commit once it is durable.
+        `publish(n, commit)` is called with each commit once it is durable. One call at a time: a second would apply
+        what the first is about to commit.
         """
+        assert not self._entered, f"two slices are in {self.run} at once"
+        self._entered = True
+        try:
+            return await self._apply_pending(stop, publish)
+        finally:
+            self._entered = False
+
+    async def _apply_pending(self, stop: Callable[[], bool], publish: Publish) -> bool:
         await self._flush(publish)
         while not stop() and not self.must_snapshot:
             try:

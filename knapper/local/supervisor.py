@@ -21,6 +21,7 @@ import msgspec
 import structlog
 
 import knapper
+from knapper.engine.config import computed_by
 from knapper.local import engines, web
 from knapper.local.dispatcher import Dispatcher
 from knapper.local.process import Process
@@ -122,13 +123,14 @@ class Supervisor:
 
     def _record(self) -> ModelRecord:
         settings = self._settings
-        return record_of(
+        found = record_of(
             Path(settings.model_directory),
             settings.model,
             dtype=settings.dtype,
             train_step_url=settings.train_step_url,
             sample_url=settings.sample_url,
         )
+        return msgspec.structs.replace(found, computed_by=computed_by(Path(settings.model_directory)))
 
     def _heed_signals(self) -> None:
         loop = asyncio.get_running_loop()

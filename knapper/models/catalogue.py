@@ -30,6 +30,7 @@ class ModelRecord(Record, frozen=True, kw_only=True):
     sampleable: bool
     train_step_url: str
     sample_url: str
+    computed_by: str = ""  # native, or transformers; of records from before that: not known
 
 
 class Catalogue:

@@ -3,24 +3,26 @@
 import atexit
 import os
 import platform
+import signal
 import socket
 import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import FrameType
 
 import structlog
 import torch
 from tokenizers import Tokenizer
 
 from knapper import limits, metrics, telemetry
-from knapper.engine import peft_format, weights
-from knapper.engine.config import ModelConfig
-from knapper.engine.decoder import Decoder
+from knapper.engine import peft_format
+from knapper.engine.config import Facts
 from knapper.engine.device import Device
-from knapper.engine.kv import bytes_per_token
+from knapper.engine.loading import load
 from knapper.engine.lora import Lora, layout
 from knapper.engine.machine import TrainingMachine
+from knapper.engine.model import Model
 from knapper.engine.sampler import Sampler
 from knapper.engine.training import RunState, Trainer
 from knapper.errors import InvalidField, NotFound
@@ -57,7 +59,7 @@ class StoredAdapters:
     """Adapters as a sampler wants them, read from their immutable bundles and verified."""
 
     store: Store
-    config: ModelConfig
+    config: Facts
     device: torch.device
 
     async def load(self, adapter: str) -> Lora:
@@ -78,7 +80,7 @@ class StoredAdapters:
 def engine() -> Engine:
     """The engine, loaded on the first call: do that before the port binds. Everything comes from the environment."""
     settings = Settings.load(os.environ)
-    telemetry.configure("engine", settings.log_level)
+    telemetry.begin("engine", settings)
     began = time.monotonic()
     if (age_s := metrics.process_age_s()) is not None:
         metrics.cold_start_seconds.labels("import").observe(age_s)
@@ -87,22 +89,24 @@ def engine() -> Engine:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     directory = Path(settings.model_directory)
-    config = ModelConfig.read(directory)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _dtype(settings.dtype, where)
-    decoder = Decoder(config, weights.load(directory, config, dtype, where))
+    decoder = load(directory, dtype, where)
+    config = decoder.config
     device = Device()
     atexit.register(device.close)  # torch aborts if the interpreter goes away under its thread
     metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
     store = metrics.CountedStore(open_store(settings))
     machine = TrainingMachine(Trainer(decoder), device, time.monotonic)
-    terms = _terms(where, dtype)
-    holder = Holder(f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}", "", terms)
+    terms = _terms(where, decoder)
+    holder = Holder(f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}", settings.address, terms)
     adapters = StoredAdapters(store, config, where)
     log.info(
         "loaded",
         model=settings.model,
-        architecture=config.model_type,
+        architecture=decoder.architecture,
+        computed_by=decoder.computed_by,
+        context=config.context,
         device=terms.device,
         dtype=terms.dtype,
         threads=terms.threads,
@@ -114,17 +118,35 @@ def engine() -> Engine:
         adapters,
         Tokenizer.from_file(str(directory / "tokenizer.json")),
         slots_max=_SLOTS_MAX,
-        kv_tokens_max=max(config.context, _KV_BYTES_MAX // bytes_per_token(config, dtype)),
+        kv_tokens_max=max(config.context, _KV_BYTES_MAX // decoder.bytes_per_token),
     )
     metrics.Readings(_readings(machine, sampler))
+    residents = Residents(store, metrics.CountedMachine(machine), holder, time.time)
+    if holder.address:
+        _leave_at_sigterm(residents)
     return Engine(
         base_model=settings.model,
         directory=directory,
         context=config.context,
-        residents=Residents(store, metrics.CountedMachine(machine), holder, time.time),
+        residents=residents,
         sampler=sampler,
         place=open_place(settings, store, time.time),
     )
+
+
+def _leave_at_sigterm(residents: Residents[RunState]) -> None:
+    """Where others can ring us directly, they do so until they hear that we leave. Then as the server has it."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        residents.leave()
+        if callable(before):
+            before(number, frame)
+        else:
+            signal.signal(number, before)
+            signal.raise_signal(number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def _readings(machine: TrainingMachine, sampler: Sampler) -> list[Reading]:
@@ -154,12 +176,12 @@ def _dtype(setting: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
-def _terms(device: torch.device, dtype: torch.dtype) -> Terms:
+def _terms(device: torch.device, model: Model) -> Terms:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     capability = torch.backends.cpu.get_cpu_capability()
     return Terms(
         device=f"{device.type} {name} {capability}",
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
-        versions=f"torch {torch.__version__}",
+        versions=", ".join((f"torch {torch.__version__}", *model.versions)),
     )

@@ -6,8 +6,8 @@ Claimed on the first bell, worked on in slices, dropped when fenced or long unus
 import asyncio
 import itertools
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Generic
 
@@ -15,12 +15,13 @@ import msgspec
 import structlog
 
 from knapper import limits, metrics
-from knapper.errors import KnapperError, Unavailable
-from knapper.events import Claimed, Committed, Done, Frame
+from knapper.errors import KnapperError, NotHolder, Unavailable
+from knapper.events import Claimed, Committed, Done, Frame, Hint
 from knapper.ids import RunId
 from knapper.journal.machine import Machine, State
 from knapper.journal.records import Commit
 from knapper.journal.run import Holder, Run
+from knapper.serving import holding
 from knapper.store import Store
 
 _RESIDENTS_MAX = 64  # states in memory; more than that, and the longest unused is dropped (its journal has everything)
@@ -41,6 +42,7 @@ class _Resident(Generic[State]):
     snapshots: asyncio.Lock = field(default_factory=asyncio.Lock)
     settle: asyncio.TimerHandle | None = None
     background: asyncio.Task[None] | None = None
+    work: asyncio.Task[bool] | None = None  # of the slice under way, or the last one
 
 
 class Residents(Generic[State]):
@@ -53,31 +55,46 @@ class Residents(Generic[State]):
         self._clock = clock
         self._residents: OrderedDict[RunId, _Resident[State]] = OrderedDict()
         self._claims = itertools.count(1)
+        self._leaving = False
 
-    async def answer(self, of: RunId) -> AsyncIterator[Frame]:
-        """Work on the run for a slice.
+    def leave(self) -> None:
+        """This process is about to end: slices end after the operation under way, and bells are refused."""
+        self._leaving = True
+
+    async def answer(self, of: RunId, hint: Hint | None = None) -> AsyncIterator[Frame]:
+        """Work on the run for a slice. `hint`: of a gateway that knows who holds it; without one, it is taken over.
 
         Yield each commit as it becomes durable. Raises KnapperError: ring again, unless the user's.
 
         The work goes on to the end of the operation even if nobody reads; what is durable is found in the store.
         """
         resident = self._resident(of)
-        async with resident.lock:
+        await resident.lock.acquire()
+        try:
             if resident.settle is not None:
                 resident.settle.cancel()
-            try:
-                run = await self._claimed(of, resident)
-                yield Claimed(epoch=run.epoch)
-                async for frame in self._slice(run, resident):
+            if self._leaving:
+                raise NotHolder(f"{self._holder.name} is leaving, and works on {of} no more")
+            run = await self._claimed(of, resident, hint)
+            yield Claimed(epoch=run.epoch, holder=run.holder.name, address=run.holder.address)
+            async with aclosing(self._slice(run, resident)) as frames:
+                async for frame in frames:
                     yield frame
-            except Unavailable as error:
-                # The same claim goes on with the next bell: it counts what fails again and again.
-                log.warning("slice broken off", run=of, code=error.code, reason=str(error))
-                raise
-            except KnapperError as error:
-                log.warning("run dropped from memory", run=of, code=error.code, reason=str(error))
-                resident.run = None
-                raise
+        except Unavailable as error:
+            # The same claim goes on with the next bell: it counts what fails again and again.
+            log.warning("slice broken off", run=of, code=error.code, reason=str(error))
+            raise
+        except KnapperError as error:
+            log.warning("run dropped from memory", run=of, code=error.code, reason=str(error))
+            resident.run = None
+            raise
+        finally:
+            # Nothing is awaited here: a reader that leaves is cancelled again at every await, and a lock let go before
+            # the work has ended would let two slices into one run.
+            if resident.work is None or resident.work.done():
+                resident.lock.release()
+            else:
+                resident.work.add_done_callback(lambda work: _let_go(resident.lock, work))
 
     def _resident(self, run: RunId) -> _Resident[State]:
         resident = self._residents.setdefault(run, _Resident())
@@ -89,8 +106,13 @@ class Residents(Generic[State]):
                 del self._residents[other]
         return resident
 
-    async def _claimed(self, run: RunId, resident: _Resident[State]) -> Run[State]:
+    async def _claimed(self, run: RunId, resident: _Resident[State], hint: Hint | None) -> Run[State]:
+        if resident.run is not None and hint is not None and hint.epoch > resident.run.epoch:
+            log.warning("run dropped from memory", run=run, reason=f"{hint.holder} claimed it at epoch {hint.epoch}")
+            resident.run = None
         if resident.run is None:
+            if hint is not None and self._holder.address:
+                await holding.expect_free(self._store, run, self._holder, hint, self._clock())
             began = self._clock()
             holder = replace(self._holder, name=f"{self._holder.name}/{next(self._claims)}")
             resident.run = await Run.claim(self._store, run, self._machine, holder, self._clock)
@@ -108,9 +130,13 @@ class Residents(Generic[State]):
                 )
         return resident.run
 
-    async def _slice(self, run: Run[State], resident: _Resident[State]) -> AsyncIterator[Frame]:
+    async def _slice(self, run: Run[State], resident: _Resident[State]) -> AsyncGenerator[Frame]:
         now = asyncio.get_running_loop().time  # the clock of the day may step, and a slice stays one
         end = now() + limits.slice_s
+
+        def over() -> bool:
+            return self._leaving or now() >= end
+
         committed: asyncio.Queue[Frame | None] = asyncio.Queue()
 
         async def publish(n: int, commit: Commit) -> None:
@@ -118,25 +144,22 @@ class Residents(Generic[State]):
 
         async def work() -> bool:
             try:
-                while now() < end:
+                while not over():
                     if run.must_snapshot:
                         await self._snapshot(run, resident)
-                    if not await run.apply_pending(lambda: now() >= end, publish):
+                    if not await run.apply_pending(over, publish):
                         return False
                 return True
             finally:
                 committed.put_nowait(None)
 
-        task = asyncio.ensure_future(work())
+        task = resident.work = asyncio.ensure_future(work())
         try:
             while (frame := await committed.get()) is not None:
                 yield frame
-            more = await task
+            more = await asyncio.shield(task)
         finally:
-            if not task.done():  # the reader left: finish the operation under way, then let go
-                end = now()
-                with suppress(KnapperError):
-                    await asyncio.shield(task)
+            end = now()  # if the reader left: the operation under way is finished, and then `answer` lets go
         if run.wants_snapshot:
             self._snapshot_in_background(run, resident)
         elif run.replay_cost_s > 0:
@@ -163,3 +186,10 @@ class Residents(Generic[State]):
                     resident.run = None  # the next bell claims anew
 
         resident.background = asyncio.ensure_future(snapshot())
+
+
+def _let_go(lock: asyncio.Lock, work: asyncio.Task[bool]) -> None:
+    """The end of work that nobody reads of. What it met, the next bell meets again."""
+    if not work.cancelled() and (met := work.exception()) is not None:
+        log.warning("a slice that nobody reads broke off", reason=str(met))
+    lock.release()

@@ -22,7 +22,6 @@ import httpx
 from knapper.cluster.kustomize import Object
 from tests.images.dockerfile import Image, lay_out
 from tests.manifests.rendering import find, services
-from tests.manifests.rules import PENDING
 
 _START_S = 90.0
 BROKER = "broker-ingress.knative-eventing.svc.cluster.local/knapper/knapper"
@@ -101,7 +100,7 @@ class House:
             found |= find(self.objects, "ConfigMap", each["configMapRef"]["name"])["data"]
         for each in spec.get("env", []):
             found[each["name"]] = each.get("value", "127.0.0.1")  # the pod's address
-        return {name: value for name, value in found.items() if name not in PENDING}
+        return found
 
     def _mount(self, service: Object, spec: Object, root: Path) -> None:
         volumes = {volume["name"]: volume for volume in service["spec"]["template"]["spec"]["volumes"]}
@@ -129,7 +128,7 @@ class House:
 
 @contextmanager
 def running(
-    objects: list[Object], model: Path, emulator: str, root: Path, mischief: str = ""
+    objects: list[Object], model: Path, emulator: str, root: Path, mischief: str = "", traces: str = ""
 ) -> Iterator[tuple[dict[str, Container], dict[str, int]]]:
     """All services and the Broker, answering; the ports by service."""
     names = [service["metadata"]["name"] for service in services(objects)]
@@ -139,6 +138,8 @@ def running(
     for container in containers.values():  # as the name by which the cluster's services reach it
         if container.environment.get("KNAPPER_EVENTS_HOST"):
             container.environment["KNAPPER_EVENTS_HOST"] = "127.0.0.1"
+    for container in containers.values():
+        container.environment["KNAPPER_TRACES"] = traces
     containers["gateway"].environment["KNAPPER_JOB_QUIET_S"] = "3"  # a minute: tests do not wait so long for lost bells
     containers["broker"] = _broker(containers, ports, root, mischief)
     with ExitStack() as stack:

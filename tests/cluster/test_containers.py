@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import httpx
 import msgspec
 import pytest
 import tinker
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from knapper.cluster.kustomize import Object, identity
 from knapper.cluster.model import Wanted, objects
@@ -20,11 +22,14 @@ from knapper.models.catalogue import record_of
 from tests.cluster.containers import Container, download, running, upload
 from tests.conformance import test_training
 from tests.conformance.conftest import NewClient
+from tests.conformance.server import wait_until
 from tests.engine.tiny import tiny_model
 from tests.jobs.test_works import JOBS
 from tests.jobs.works import CHAT
 from tests.manifests.rendering import rendered
 from tests.store.emulator import running as emulator_running
+from tests.test_metrics import asked
+from tests.test_tracing import collecting
 
 MODEL = "example/tiny"
 
@@ -52,6 +57,7 @@ class Trial:
     broker: str
     emulator: str
     key: str
+    heard: list[ExportTraceServiceRequest]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +68,10 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
     with emulator_running(root / "emulator.log") as emulator:
         answer = httpx.post(f"{emulator.url}/storage/v1/b", json={"name": "knapper"}, trust_env=False)
         answer.raise_for_status()
-        with running(overlay(model), model, emulator.url, root, mischief="7") as (containers, ports):
+        with (
+            collecting() as (collector, heard),
+            running(overlay(model), model, emulator.url, root, mischief="7", traces=collector) as (containers, ports),
+        ):
             gateway = containers["gateway"]
             # As the operator makes one: kubectl exec into the gateway, and this.
             command = ["python", "-m", "knapper.cli", "key", "create", "demo"]
@@ -71,7 +80,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
             )
             assert made.returncode == 0, made.stderr
             url, broker = f"http://127.0.0.1:{ports['gateway']}", f"http://127.0.0.1:{ports['broker']}"
-            yield Trial(containers, url, broker, emulator.url, made.stdout.strip())
+            yield Trial(containers, url, broker, emulator.url, made.stdout.strip(), heard)
     for container in containers.values():
         assert "Traceback" not in container.said(), f"{container.name}:\n{container.said()[-4000:]}"
 
@@ -116,6 +125,7 @@ def test_the_sdk_trains_and_samples(trial: Trial) -> None:
         prompt = tinker.ModelInput.from_ints([1, 2, 3])
         sampled = sampler.sample(prompt, 2, tinker.SamplingParams(max_tokens=5, seed=3)).result()
         assert [len(each.tokens) <= 5 for each in sampled.sequences] == [True, True]
+    wait_until(lambda: {"ring", "train_step"} in traces(trial.heard), "a bell and what it led to are one trace")
 
 
 def test_without_a_key_nothing_opens(trial: Trial) -> None:
@@ -158,3 +168,28 @@ def test_an_upload_ends_with_an_adapter_whatever_the_broker_does(trial: Trial) -
     assert metrics is not None
     assert len(metrics.splitlines()) == 4
     assert download(trial.emulator, "knapper", "jobs/demo/first/adapter/adapter_model.safetensors") is not None
+    links = ({"gateway", "sample"}, {"sample", "reward"}, {"reward", "train_step"}, {"train_step", "sample"})
+    wait_until(lambda: all(any(link <= one for one in traces(trial.heard)) for link in links), "spans are one trace")
+
+
+def traces(heard: list[ExportTraceServiceRequest]) -> list[set[str]]:
+    """Names of the spans of each trace."""
+    found: dict[bytes, set[str]] = {}
+    for request in list(heard):
+        for resource in request.resource_spans:
+            for scope in resource.scope_spans:
+                for span in scope.spans:
+                    found.setdefault(span.trace_id, set()).add(span.name)
+    return list(found.values())
+
+
+def test_every_container_tells_prometheus_what_dashboards_and_alerts_ask_for(trial: Trial) -> None:
+    told: set[str] = set()
+    for container in trial.containers.values():
+        if container.name != "broker":
+            port = container.command[container.command.index("--port") + 1]
+            answer = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False)
+            assert answer.status_code == 200, container.name
+            told |= set(re.findall(r"^# TYPE (knapper_\w+)", answer.text, flags=re.MULTILINE))
+    wanted = {name for query in asked().values() for name in re.findall(r"\bknapper_\w+", query)}
+    assert {name.removesuffix("_bucket") for name in wanted} <= told

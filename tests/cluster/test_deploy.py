@@ -124,7 +124,7 @@ def test_the_manifests_own_model_keeps_its_names(overlay: Path, config: Path) ->
     ("arguments", "words"),
     [
         (["--manifests", "gke-l4"], "an overlay with the names of your project in it"),
-        (["--manifests", "gke-b200"], "an overlay: gke-h100, gke-l4, local"),
+        (["--manifests", "gke-b200"], "an overlay: gke-h100, gke-l4, gke-l4-shared, local"),
         (["--manifests", "local", "--accelerator", "nvidia-l4"], "ask for no GPU"),
     ],
 )

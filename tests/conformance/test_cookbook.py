@@ -8,10 +8,7 @@ from tests.conformance.cookbook.loops import LOOPS, Loop, refused
 from tests.conformance.cookbook.page import COMMAND, PATH, figures_of, render
 from tests.conformance.cookbook.workplace import COOKBOOK, Workplace, installed, opened
 
-pytestmark = [
-    pytest.mark.timeout(300),
-    pytest.mark.xdist_group("cookbook"),  # one worker, one process: importing the cookbook takes as long as a few loops
-]
+pytestmark = pytest.mark.timeout(300)
 CASES = [pytest.param(loop, loop.steps[0], id=loop.name) for loop in LOOPS if loop.steps[0]]
 CASES += [
     pytest.param(loop, loop.steps[1], id=f"{loop.name}, in full", marks=pytest.mark.long)

@@ -2,18 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 
-from knapper.engine import weights
-from knapper.engine.config import ModelConfig
-from knapper.engine.decoder import Decoder
 from knapper.engine.device import Task
+from knapper.engine.loading import load
 from knapper.engine.training import Trainer
 from knapper.journal.records import Spec
 from knapper.wire.types import Datum, ForwardBackward
+from tests.engine.strange import CONFIGS, strange_model
 from tests.engine.tiny import Kind, tiny_model
 
 T = TypeVar("T")
@@ -30,11 +29,13 @@ def done(task: Task[T]) -> T:
             return result
 
 
-def tiny_trainer(directory: Path, kind: Kind = "llama", dtype: torch.dtype = torch.float32) -> Trainer:
-    """On a tiny model that now lies in `directory`."""
-    tiny_model(directory, kind=kind)
-    config = ModelConfig.read(directory)
-    return Trainer(Decoder(config, weights.load(directory, config, dtype)))
+def tiny_trainer(directory: Path, kind: str = "llama", dtype: torch.dtype = torch.float32) -> Trainer:
+    """On a tiny model that now lies in `directory`; `kind` of tiny.Kind or of strange.CONFIGS."""
+    if kind in CONFIGS:
+        strange_model(directory, kind)
+    else:
+        tiny_model(directory, kind=cast("Kind", kind))
+    return Trainer(load(directory, dtype))
 
 
 def spec(**changes: Any) -> Spec:

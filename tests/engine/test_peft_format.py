@@ -62,7 +62,7 @@ def test_the_adapter_is_a_plain_safetensors_file(state: RunState, tmp_path: Path
         names = set(opened.keys())
         assert opened.metadata() == {"format": "pt"}
         for site, a, b in state.layout.matrices(state.weights_P):
-            for name, matrix in zip(peft_format.peft_names(site.name), (a, b), strict=True):
+            for name, matrix in zip(peft_format.peft_names(site.module), (a, b), strict=True):
                 assert torch.equal(opened.get_tensor(name), matrix)
                 names.remove(name)
     assert not names

@@ -14,7 +14,6 @@ from knapper.engine.losses import LOSSES
 from knapper.engine.training import RunState, Trainer
 from knapper.wire.types import AdamW, Datum
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
-from tests.engine.tiny import Kind
 
 # PEFT's advice about tied heads (docs/decisions/0002 says what we do and why) and a base model that is not on the hub.
 pytestmark = [
@@ -82,13 +81,13 @@ def adapter_of(trainer: Trainer, state: RunState, model: torch.nn.Module) -> Ten
     """PEFT's weights, in our arena's order."""
     named = {name.replace(".default", ""): p.detach() for name, p in model.named_parameters()}
     return torch.cat(
-        [named[name].flatten() for site in state.layout.sites for name in peft_format.peft_names(site.name)]
+        [named[name].flatten() for site in state.layout.sites for name in peft_format.peft_names(site.module)]
     )
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama_untied", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "llama_untied", "qwen3", "gpt_neox", "phi3", "gemma2", "phi"])
 @pytest.mark.parametrize("unembed", [False, True])
-def test_a_run_equals_a_plain_peft_loop(tmp_path: Path, kind: Kind, unembed: bool) -> None:
+def test_a_run_equals_a_plain_peft_loop(tmp_path: Path, kind: str, unembed: bool) -> None:
     trainer = tiny_trainer(tmp_path / "model", kind)
     state = trainer.create(spec(train_unembed=unembed))
     model = load_in_peft(state, tmp_path / "model", tmp_path / "adapter", trainable=True)
@@ -97,7 +96,7 @@ def test_a_run_equals_a_plain_peft_loop(tmp_path: Path, kind: Kind, unembed: boo
     adam = torch.optim.AdamW(trainable, lr=3e-3, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.01, foreach=False)
     rng = np.random.default_rng(5)
     losses_seen = set()
-    for step in BATCHES:
+    for step in (*BATCHES, *BATCHES[:3]):
         adam.zero_grad()
         for loss, config, columns in step:
             losses_seen.add(loss)
@@ -123,7 +122,7 @@ def test_a_run_equals_a_plain_peft_loop(tmp_path: Path, kind: Kind, unembed: boo
     assert losses_seen == set(LOSSES)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox", "olmo2", "granite"])
 @pytest.mark.parametrize(
     "targets",
     [
@@ -134,7 +133,7 @@ def test_a_run_equals_a_plain_peft_loop(tmp_path: Path, kind: Kind, unembed: boo
     ],
 )
 def test_an_exported_adapter_gives_the_same_log_probabilities_in_peft(
-    tmp_path: Path, kind: Kind, targets: dict[str, bool]
+    tmp_path: Path, kind: str, targets: dict[str, bool]
 ) -> None:
     trainer = tiny_trainer(tmp_path / "model", kind)
     state = trainer.create(spec(**targets, rank=3, alpha=5.0))

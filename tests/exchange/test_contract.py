@@ -95,3 +95,14 @@ def test_a_write_that_was_torn_is_not_listed(tmp_path: Path) -> None:
     asyncio.run(exchange.publish("inbox/a/x/job.yaml", b"kind: rl"))
     (tmp_path / "inbox" / "a" / "x" / ".publishing-1-2").write_bytes(b"kin")
     assert [entry.name for entry in asyncio.run(exchange.list("inbox/"))] == ["inbox/a/x/job.yaml"]
+
+
+def test_one_name_may_be_published_by_several_at_once(tmp_path: Path) -> None:
+    exchange = DirectoryExchange(tmp_path)
+
+    async def story() -> None:
+        await asyncio.gather(*(exchange.publish("jobs/a/x/metrics.jsonl", bytes([n]) * 100_000) for n in range(64)))
+
+    asyncio.run(story())
+    (written,) = (tmp_path / "jobs" / "a" / "x").iterdir()
+    assert len(set(written.read_bytes())) == 1

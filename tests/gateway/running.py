@@ -28,6 +28,7 @@ from knapper.wire.types import Datum, ForwardBackward
 MODEL = ModelRecord(
     name="tiny/model", directory="/models/tiny/model/x", tokenizer_id="tiny/model", context=512, vocab=300,
     arch="llama", dtype="float32", trainable=True, sampleable=True, train_step_url="", sample_url="",
+    computed_by="native",
 )  # fmt: skip
 
 

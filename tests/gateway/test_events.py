@@ -152,3 +152,14 @@ def test_on_a_cluster_events_come_under_the_name_that_only_the_cluster_serves() 
             assert send(http, tick, Host=host).status_code == 204
         for host in ("127.0.0.1", "knapper.example.com", f"x.{inside}", f"{inside}.example.com"):
             assert send(http, tick, Host=host).status_code == 404
+
+
+def test_what_is_put_back_is_looked_at_again(running: tuple[Running, Rung], tmp_path: Path) -> None:
+    http, rung = running
+    assert send(http, put(tmp_path, "d.jsonl", FILES["d.jsonl"])).status_code == 204
+    assert send(http, put(tmp_path, "d.jsonl", "broken")).status_code == 204
+    assert send(http, put(tmp_path, "job.yaml", FILES["job.yaml"])).status_code == 204
+    assert (tmp_path / "inbox/local/j/job.error.json").exists()
+    assert send(http, put(tmp_path, "d.jsonl", FILES["d.jsonl"])).status_code == 204
+    assert [event.type for event in rung.events] == [events.JOB_STARTED]
+    assert not (tmp_path / "inbox/local/j/job.error.json").exists()

@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tinker.types import GetInfoResponse
 
 from knapper import limits
 from knapper.ids import LOCAL_TENANT
@@ -90,7 +91,10 @@ def test_a_model_may_be_named_by_its_directory(running: Running) -> None:
     run = running.post("create_model", create_model(running.session(), base_model=MODEL.directory))["model_id"]
     info = running.post("get_info", {"model_id": run, "type": "get_info"})
     assert info["model_name"] == MODEL.name
-    assert info["model_data"] == {"arch": "llama", "model_name": MODEL.name, "tokenizer_id": MODEL.directory}
+    assert info["model_data"] == {
+        "arch": "llama", "model_name": MODEL.name, "tokenizer_id": MODEL.directory, "computed_by": "native",
+    }  # fmt: skip
+    assert GetInfoResponse.model_validate(info).model_data.model_name == MODEL.name
     assert (info["is_lora"], info["lora_rank"], info["model_id"]) == (True, 4, run)
 
 

@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[2]
 
 # What each image needs beside the core. Only the gateway pulls Pub/Sub, but the extra is one.
 EXTRAS = {
-    "gateway": ("gcp",),
-    "functions/train_step": ("train", "gcp"),
-    "functions/sample": ("train", "gcp"),
-    "functions/reward": ("reward", "gcp"),
+    "gateway": ("gcp", "traces"),
+    "functions/train_step": ("train", "gcp", "traces"),
+    "functions/sample": ("train", "gcp", "traces"),
+    "functions/reward": ("reward", "gcp", "traces"),
 }
 # What the images get from torch's own index, with a version of its own: see TORCH_VERSION in the Dockerfile.
 _FROM_TORCH = {"torch"}
@@ -28,7 +28,7 @@ _FROM_TORCH = {"torch"}
 def render(place: str, project: Mapping[str, object]) -> str:
     """requirements.txt of an image."""
     extras = EXTRAS[place]
-    named = f"the extra{'s' if len(extras) > 1 else ''} {' and '.join(extras)}"
+    named = f"the extras {', '.join(extras)}"
     head = f"# knapper's core and {named}, from pyproject.toml; `python -m tests.images.requirements` writes this file."
     return "\n".join([head, *sorted(requirements(project, *extras))]) + "\n"
 

@@ -32,7 +32,14 @@ class Folder:
 
     async def list(self, prefix: str) -> Entries:
         named = sorted(name for name in self.files if name.startswith(prefix))
-        return [Entry(name, hashlib.sha256(self.files[name]).hexdigest(), len(self.files[name])) for name in named]
+        return [
+            Entry(
+                name,
+                hashlib.sha256(self.files[name]).hexdigest(),
+                len(self.files[name]),
+            )
+            for name in named
+        ]
 
     async def publish(self, name: str, data: bytes) -> None:
         self.files[name] = data

@@ -20,13 +20,22 @@ def section(name: str) -> str:
 
 def documented(name: str) -> dict[str, str]:
     """Field -> default."""
-    return dict(re.findall(r"^\| `([\w.]+)` \| .*? \| (.+?) \| .*\|$", section(name), flags=re.MULTILINE))
+    return dict(
+        re.findall(
+            r"^\| `([\w.]+)` \| .*? \| (.+?) \| .*\|$",
+            section(name),
+            flags=re.MULTILINE,
+        )
+    )
 
 
 def fields(struct: Any, inside: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
     for field in msgspec.structs.fields(struct):
-        nested = next((each for each in (field.type, *get_args(field.type)) if _is_part(each)), None)
+        nested = next(
+            (each for each in (field.type, *get_args(field.type)) if _is_part(each)),
+            None,
+        )
         if nested is not None:
             found |= fields(nested, f"{inside}{field.name}.")
         else:

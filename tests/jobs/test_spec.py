@@ -27,7 +27,12 @@ max_staleness: 1
 def test_the_example_of_the_documentation_is_a_job() -> None:
     job = spec.parse(DESIGN).job
     assert isinstance(job, RlJob)
-    assert (job.lora.rank, job.batch.samples, job.optimizer.learning_rate, job.max_staleness) == (16, 8, 1e-4, 1)
+    assert (
+        job.lora.rank,
+        job.batch.samples,
+        job.optimizer.learning_rate,
+        job.max_staleness,
+    ) == (16, 8, 1e-4, 1)
     assert job.files == ["prompts.jsonl", "held_out.jsonl"]
     assert spec.decode(spec.encode(job)) == job
 
@@ -63,18 +68,33 @@ def test_other_kinds() -> None:
         (DESIGN.replace(b"rank: 16", b"rank: 257"), 3, "lora.rank", "257"),
         (DESIGN.replace(b"rank:", b"rnak:"), 3, "lora.rnak", "rank, alpha"),
         (DESIGN + b"extra: 1\n", 14, "extra", "max_staleness"),
-        (DESIGN.replace(b"prompts.jsonl", b"../prompts.jsonl"), 4, "data", "../prompts"),
+        (
+            DESIGN.replace(b"prompts.jsonl", b"../prompts.jsonl"),
+            4,
+            "data",
+            "../prompts",
+        ),
         (DESIGN.replace(b"steps: 50", b"steps: fifty"), 5, "steps", "fifty"),
         (DESIGN.replace(b"steps: 50\n", b""), 1, "steps", "required"),
         (DESIGN.replace(b"1.0e-4", b".nan"), 10, "optimizer.learning_rate", ""),
         (DESIGN.replace(b"linear", b"square"), 10, "optimizer.schedule", "square"),
         (DESIGN.replace(b"importance_sampling", b"dro"), 8, "loss.name", "dro"),
-        (DESIGN.replace(b"importance_sampling", b"gspo"), 8, "loss.clip_low_threshold", "gspo"),
+        (
+            DESIGN.replace(b"importance_sampling", b"gspo"),
+            8,
+            "loss.clip_low_threshold",
+            "gspo",
+        ),
         (DESIGN.replace(b"exact_match", b"exact"), 11, "reward.name", "exact_match"),
         (DESIGN.replace(b"staleness: 1", b"staleness: 5"), 13, "max_staleness", "5"),
         (b"kind: sft\ndata: a\n", 1, "steps", "epochs"),
         (b"kind: sft\ndata: a\nsteps: 1\nepochs: 1\n", 3, "steps", "both"),
-        (b"kind: sft\nsteps: 1\ndata: a\nreward: {name: length, max: 1}\n", 4, "reward", "no field of this name"),
+        (
+            b"kind: sft\nsteps: 1\ndata: a\nreward: {name: length, max: 1}\n",
+            4,
+            "reward",
+            "no field of this name",
+        ),
         (b"#" * (limits.job_yaml_bytes_max + 1), 1, "its size in bytes", "at most"),
         (b"kind: rl\na: " + b"[" * 1000 + b"]" * 1000, 2, "its depth", "levels"),
     ],

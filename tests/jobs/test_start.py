@@ -24,7 +24,9 @@ FILES = {
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(FILES)), ids=" ".join)
-def test_files_come_in_any_order_and_the_job_starts_once(order: tuple[str, ...]) -> None:
+def test_files_come_in_any_order_and_the_job_starts_once(
+    order: tuple[str, ...],
+) -> None:
     async def story() -> None:
         here, folder, _ = place()
         await serve(here.store)
@@ -70,7 +72,11 @@ def test_a_corrected_job_yaml_is_another_start_and_ends_the_first() -> None:
     ("files", "line", "says"),
     [
         ({"job.yaml": YAML.replace("steps: 3", "steps: none")}, 3, "steps"),
-        ({"job.yaml": YAML + "base_model: other\n"}, 6, "base_model is 'other'; allowed: tiny"),
+        (
+            {"job.yaml": YAML + "base_model: other\n"},
+            6,
+            "base_model is 'other'; allowed: tiny",
+        ),
         ({"p.jsonl": lines({"prompt": "a"}) + "\n{"}, 3, "p.jsonl, line 3"),
         ({"p.jsonl": lines({"promt": "a"})}, 1, "promt"),
         ({"p.jsonl": "\n"}, 1, "empty"),
@@ -109,7 +115,11 @@ def test_files_that_do_not_come_are_an_error_after_ten_minutes_and_start_the_job
         clock.at += 1
         assert await start.look(here, LOCAL_TENANT, "j") is None
         report = json.loads(folder.files["inbox/local/j/job.error.json"])
-        assert (report["line"], report["field"], report["value"]) == (5, "evaluate.data", "'e.jsonl'")
+        assert (report["line"], report["field"], report["value"]) == (
+            5,
+            "evaluate.data",
+            "'e.jsonl'",
+        )
         folder.put("j", FILES)
         assert await start.look(here, LOCAL_TENANT, "j") is not None
 
@@ -137,7 +147,14 @@ def test_states_follow_their_order_whoever_comes_first() -> None:
 def test_subjects_of_events_are_checked() -> None:
     one = Start(LOCAL_TENANT, "j", "0123456789abcdef")
     assert Start.parse(str(one)) == one
-    for wrong in ("", "a/b", "a/b/c", "../b/0123456789abcdef", "a/B/0123456789abcdef", "a/b/0123456789abcdef/d"):
+    for wrong in (
+        "",
+        "a/b",
+        "a/b/c",
+        "../b/0123456789abcdef",
+        "a/B/0123456789abcdef",
+        "a/b/0123456789abcdef/d",
+    ):
         with pytest.raises(InvalidField, match="allowed"):
             Start.parse(wrong)
 
@@ -145,3 +162,23 @@ def test_subjects_of_events_are_checked() -> None:
 def test_spec_of_a_started_job_survives() -> None:
     job = spec.parse(YAML.encode()).job
     assert spec.decode(spec.encode(job)) == job
+
+
+def test_a_data_file_of_the_size_that_is_allowed_and_one_byte_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "job_file_bytes_max", 200)
+
+    async def story() -> None:
+        here, folder, _ = place()
+        await serve(here.store)
+        padded = lines({"prompt": "a"})
+        folder.put("j", {**FILES, "p.jsonl": padded + "\n" * (201 - len(padded))})
+        assert await start.look(here, LOCAL_TENANT, "j") is None
+        assert (
+            "p.jsonl has 201 bytes; allowed: 200" in json.loads(folder.files["inbox/local/j/job.error.json"])["error"]
+        )
+        folder.put("j", {**FILES, "p.jsonl": padded + "\n" * (200 - len(padded))})
+        assert await start.look(here, LOCAL_TENANT, "j") is not None
+
+    asyncio.run(story())

@@ -16,7 +16,11 @@ LANGUAGE = Language(tokenizer(), Template(CHAT, {}), tokenizer().token_to_id(eos
 
 
 def texts(tokens_max: int = 200, template: str = CHAT) -> Texts:
-    return Texts(Language(LANGUAGE.tokenizer, Template(template, {}), LANGUAGE.end), 0.0, tokens_max)
+    return Texts(
+        Language(LANGUAGE.tokenizer, Template(template, {}), LANGUAGE.end),
+        0.0,
+        tokens_max,
+    )
 
 
 def counted(example: Example) -> str:

@@ -40,10 +40,20 @@ optimizer: {learning_rate: 0.01}
 evaluate: {data: e.jsonl, every: 2}
 """
 CHATS = lines(
-    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the end"}]},
+    {
+        "messages": [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "the end"},
+        ]
+    },
     {"prompt": "and the", "completion": " answer"},
     {"prompt": [{"role": "user", "content": "why?"}], "completion": "on and on"},
-    {"messages": [{"role": "system", "content": "be"}, {"role": "assistant", "content": "in the an"}]},
+    {
+        "messages": [
+            {"role": "system", "content": "be"},
+            {"role": "assistant", "content": "in the an"},
+        ]
+    },
     {"prompt": "a", "completion": " thin line"},
 )
 DPO = """\
@@ -59,7 +69,11 @@ evaluate: {data: e.jsonl}
 PAIRS = lines(*({"prompt": f"{n} and", "chosen": " the one", "rejected": f" {n}er"} for n in "abcde"))
 JOBS = {
     "rl": {"job.yaml": RL, "p.jsonl": PROMPTS, "e.jsonl": HELD_OUT},
-    "rl-ahead": {"job.yaml": RL + "max_staleness: 1\n", "p.jsonl": PROMPTS, "e.jsonl": HELD_OUT},
+    "rl-ahead": {
+        "job.yaml": RL + "max_staleness: 1\n",
+        "p.jsonl": PROMPTS,
+        "e.jsonl": HELD_OUT,
+    },
     "sft": {"job.yaml": SFT, "p.jsonl": CHATS, "e.jsonl": CHATS},
     "dpo": {"job.yaml": DPO, "p.jsonl": PAIRS, "e.jsonl": PAIRS},
 }
@@ -82,7 +96,13 @@ async def done(works: Works, name: str) -> Works:
 def test_an_upload_ends_with_an_adapter_and_its_curve(house: House, name: str) -> None:
     works = run(lambda: done(Works(house), name))
     files = {path.removeprefix("jobs/local/j/") for path in works.folder.files if path.startswith("jobs/")}
-    assert {"adapter/adapter_config.json", "metrics.jsonl", "evaluation.json", "bill.json", "status.json"} <= files
+    assert {
+        "adapter/adapter_config.json",
+        "metrics.jsonl",
+        "evaluation.json",
+        "bill.json",
+        "status.json",
+    } <= files
     metrics = [json.loads(line) for line in works.output("metrics.jsonl").splitlines()]
     steps = len(metrics)
     assert [each["step"] for each in metrics] == list(range(1, steps + 1))
@@ -122,7 +142,9 @@ def test_duplicates_do_not_multiply(house: House) -> None:
     assert max(rung.values()) <= 2, "a step and an evaluation may have the same number"
 
 
-def test_which_version_a_step_is_sampled_from_depends_on_its_number_alone(house: House) -> None:
+def test_which_version_a_step_is_sampled_from_depends_on_its_number_alone(
+    house: House,
+) -> None:
     works = run(lambda: done(Works(house), "rl-ahead"))
     metrics = [json.loads(line) for line in works.output("metrics.jsonl").splitlines()]
     assert [each["staleness"] for each in metrics] == [0, 1, 1, 1]
@@ -205,7 +227,9 @@ async def broken(reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
     return await variety(reward, rollouts)
 
 
-def test_a_reward_that_fails_ends_the_job_with_the_rollouts_id_or_leaves_the_group_out(house: House) -> None:
+def test_a_reward_that_fails_ends_the_job_with_the_rollouts_id_or_leaves_the_group_out(
+    house: House,
+) -> None:
     works = Works(house)
     works.judge = broken
     assert run(lambda: ended(works, JOBS["rl"])) == "failed: rollout 2/1/1: it returned nan"
@@ -225,10 +249,30 @@ def test_a_reward_that_fails_ends_the_job_with_the_rollouts_id_or_leaves_the_gro
 @pytest.mark.parametrize(
     ("name", "old", "new", "says"),
     [
-        ("rl", "max_tokens: 6", "max_tokens: 510", "row 1 of p.jsonl: the prompt's length in tokens is"),
-        ("rl", "learning_rate: 0.01", "learning_rate: 1, grad_clip_norm: 0, weight_decay: 1.0e+6", "not finite"),
-        ("sft", "epochs: 2", "epochs: 2\nmax_tokens: 5", "of p.jsonl: its length in tokens is"),
-        ("dpo", "epochs: 2", "epochs: 2\nmax_tokens: 3", "of p.jsonl: its length in tokens is"),
+        (
+            "rl",
+            "max_tokens: 6",
+            "max_tokens: 510",
+            "row 1 of p.jsonl: the prompt's length in tokens is",
+        ),
+        (
+            "rl",
+            "learning_rate: 0.01",
+            "learning_rate: 1, grad_clip_norm: 0, weight_decay: 1.0e+6",
+            "not finite",
+        ),
+        (
+            "sft",
+            "epochs: 2",
+            "epochs: 2\nmax_tokens: 5",
+            "of p.jsonl: its length in tokens is",
+        ),
+        (
+            "dpo",
+            "epochs: 2",
+            "epochs: 2\nmax_tokens: 3",
+            "of p.jsonl: its length in tokens is",
+        ),
     ],
 )
 def test_a_users_mistake_ends_the_job_and_is_told(house: House, name: str, old: str, new: str, says: str) -> None:
@@ -239,7 +283,9 @@ def test_a_users_mistake_ends_the_job_and_is_told(house: House, name: str, old: 
     assert says in told, told
 
 
-def test_a_group_without_a_difference_trains_nothing_and_the_job_goes_on(house: House) -> None:
+def test_a_group_without_a_difference_trains_nothing_and_the_job_goes_on(
+    house: House,
+) -> None:
     alike = {**JOBS["rl"], "job.yaml": RL.replace("max: 4, slope: 10", "max: 1000")}
     works = Works(house)
     works.judge = scoring.score
@@ -270,7 +316,9 @@ def test_packed_sequences_are_fewer_and_every_row_counts(house: House) -> None:
     assert sums[1][1] < sums[0][1]
 
 
-def test_bells_that_nobody_should_have_rung_are_poison_and_harm_no_job(house: House) -> None:
+def test_bells_that_nobody_should_have_rung_are_poison_and_harm_no_job(
+    house: House,
+) -> None:
     async def story() -> None:
         works = Works(house)
         begun = await works.submit(JOBS["sft"])
@@ -280,7 +328,10 @@ def test_bells_that_nobody_should_have_rung_are_poison_and_harm_no_job(house: Ho
             ("reward", there),
             ("train_step", replace(there, subject="local/j")),
             ("train_step", replace(there, subject="../j/0123456789abcdef")),
-            ("train_step", replace(there, subject="local/j/0123456789abcdef")),  # never started
+            (
+                "train_step",
+                replace(there, subject="local/j/0123456789abcdef"),
+            ),  # never started
         ):
             with pytest.raises(InvalidField) as caught:
                 await works.call(target, wrong)

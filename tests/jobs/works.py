@@ -84,7 +84,13 @@ class Malice:
 class Works:
     """One store, one exchange, and three functions that may die."""
 
-    def __init__(self, house: House, seed: int = 0, malice: Malice = Malice(), slice_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        house: House,
+        seed: int = 0,
+        malice: Malice = Malice(),
+        slice_s: float = 30.0,
+    ) -> None:
         self.store, self.folder, self.clock = MemoryStore(), Folder(), Clock()
         self.house, self.malice, self.slice_s = house, malice, slice_s
         self.judge: Judge = variety
@@ -102,14 +108,25 @@ class Works:
         """A process with an empty memory."""
         place = Place(self.store, self.folder, Bells(self.post, self.clock), self.clock)
         kinds: Sequence[Kind] = KINDS if name == "train_step" else ["rl"]
-        worker = Worker(place, Folders(self.store), kinds, "" if name == "reward" else "tiny", self.slice_s)
+        worker = Worker(
+            place,
+            Folders(self.store),
+            kinds,
+            "" if name == "reward" else "tiny",
+            self.slice_s,
+        )
         house = self.house
         if name == "reward":
             self._processes[name] = Scoring(worker, lambda *given: self.judge(*given)).answer
         elif name == "sample":
             adapters = StoredAdapters(self.store, house.config, torch.device("cpu"))
             sampler = Sampler(
-                house.decoder, house.device, adapters, house.language.tokenizer, slots_max=16, kv_tokens_max=8192
+                house.decoder,
+                house.device,
+                adapters,
+                house.language.tokenizer,
+                slots_max=16,
+                kv_tokens_max=8192,
             )
             self._processes[name] = Sampling(worker, sampler, house.language, CONTEXT).answer
         else:
@@ -151,6 +168,17 @@ class Works:
         """Deliver what is still under way."""
         while self._queue:
             await self.deliver()
+
+    def silence(self) -> None:
+        """Lose every bell that is under way."""
+        self._queue.clear()
+
+    async def drain_once(self) -> None:
+        """Deliver what is there now, and lose whatever it leads to."""
+        given, self._queue = self._queue, []
+        for target, event in given:
+            await self._call(target, event)
+        self.silence()
 
     async def deliver(self) -> None:
         at = self._die.randrange(len(self._queue)) if self.malice.shuffle else 0
@@ -198,7 +226,10 @@ def triggered(event: Event) -> list[str]:
     """Whom the Triggers send it to."""
     if event.type in (events.JOB_STARTED, events.ADAPTER_STEPPED):
         return ["sample"] if event.kind == "rl" else ["train_step"]
-    return {events.ROLLOUTS_SAMPLED: ["reward"], events.ROLLOUTS_SCORED: ["train_step"]}.get(event.type, [])
+    return {
+        events.ROLLOUTS_SAMPLED: ["reward"],
+        events.ROLLOUTS_SCORED: ["train_step"],
+    }.get(event.type, [])
 
 
 def run(story: Callable[[], Any]) -> Any:

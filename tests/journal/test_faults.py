@@ -246,7 +246,7 @@ class FaultyHistory(History):
         self.clock = SteppingClock(self.world.clock, draw, rate=0.1)
 
     def carry_out(self) -> None:
-        sound, self.store = self.store, self.faulty  # type: ignore[assignment]
+        sound, self.store = self.store, self.faulty
         self.world.clock = self.clock  # type: ignore[method-assign]
         super().carry_out()
         self.store = sound

@@ -10,7 +10,7 @@ import yaml
 from knapper.cluster.kustomize import Object, render
 
 ROOT = Path(__file__).parents[2]
-OVERLAYS = ["overlays/local", "overlays/gke-l4", "overlays/gke-h100"]
+OVERLAYS = ["overlays/local", "overlays/gke-l4", "overlays/gke-l4-shared", "overlays/gke-h100"]
 APPLIED = [*OVERLAYS, "cluster/configmaps", "cluster/operator"]
 KUBECTL = shutil.which("kubectl")
 

@@ -27,7 +27,6 @@ LABELS = {
     *(f"pod-security.kubernetes.io/{mode}" for mode in ("enforce", "warn", "audit")),
 }  # fmt: skip
 _AUTOSCALING = "autoscaling.knative.dev/"
-PENDING = {"KNAPPER_POD_IP"}
 COLD_START_S = 15 * 60  # until a GPU can be used on a new node, as the cluster autoscaler itself assumes
 
 
@@ -186,7 +185,7 @@ def outlasts_s(delivery: Object) -> float:
 
 def _settings(objects: list[Object]) -> Iterator[str]:
     """Our programs refuse unknown KNAPPER_ variables and wrong values: what a manifest sets must be a setting."""
-    fields = {variable(name) for name in Settings.__struct_fields__} | PENDING
+    fields = {variable(name) for name in Settings.__struct_fields__}
     given: list[tuple[str, str]] = []
     for thing in objects:
         if thing["kind"] == "ConfigMap" and thing["metadata"]["name"] == "knapper":

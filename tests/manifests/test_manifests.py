@@ -196,7 +196,7 @@ def test_a_pod_takes_at_once_what_its_process_keeps() -> None:
 
 
 def test_reward_reaches_dns_the_brokers_door_and_the_store_and_nothing_else() -> None:
-    for overlay in ("overlays/gke-l4", "overlays/gke-h100"):
+    for overlay in OVERLAYS[1:]:
         ways = []
         for policy in rendered(overlay):
             if policy["kind"] == "NetworkPolicy" and "Egress" in policy["spec"]["policyTypes"]:

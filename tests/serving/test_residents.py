@@ -8,9 +8,10 @@ import pytest
 from knapper import limits
 from knapper.errors import Unavailable
 from knapper.events import Committed, Done, Frame
+from knapper.journal import names
 from knapper.journal.accept import Acceptor
 from knapper.journal.machine import Files, Outcome
-from knapper.journal.records import Operation
+from knapper.journal.records import Commit, Operation, decode
 from knapper.journal.run import Holder
 from knapper.serving.residents import Residents
 from knapper.store.memory import MemoryStore
@@ -63,5 +64,51 @@ def test_a_slice_ends_though_the_clock_of_the_day_goes_back(monkeypatch: pytest.
         frames = [frame async for frame in residents.answer(RUN)]
         assert [frame.more for frame in frames if isinstance(frame, Done)] == [True]
         assert not [frame for frame in frames if isinstance(frame, Committed)], "the slice was over before it began"
+
+    asyncio.run(story())
+
+
+class Slow(LedgerMachine):
+    """Counts how many operations it works on at once."""
+
+    at_once = most = 0
+
+    async def apply(self, state: LedgerState, operation: Operation, source: Files | None) -> Outcome[LedgerState]:
+        self.at_once += 1
+        self.most = max(self.most, self.at_once)
+        await asyncio.sleep(0.05)
+        self.at_once -= 1
+        return await super().apply(state, operation, source)
+
+
+def test_a_reader_that_is_cancelled_at_every_await_lets_nobody_in_before_the_work_has_ended() -> None:
+    """As a server does with a connection that broke: its cancellation comes again until the task has ended."""
+
+    async def story() -> None:
+        store, machine = MemoryStore(), Slow()
+        acceptor = Acceptor(store, lambda: 0.0)
+        await acceptor.create(CREATION, b"create")
+        for seq in range(1, 9):
+            await send(acceptor, Step(seq, "optim_step", b"{}"))
+        residents = Residents(store, machine, Holder("h", "", TERMS), lambda: 0.0)
+
+        async def read() -> None:
+            async for _ in residents.answer(RUN):
+                pass
+
+        for _ in range(3):
+            reader = asyncio.ensure_future(read())
+            await asyncio.sleep(0.03)
+            while not reader.done():
+                reader.cancel()
+                await asyncio.sleep(0)
+        await read()
+        assert machine.most == 1
+        answered = [
+            result.seq
+            for name in await store.list(names.commits(RUN))
+            for result in decode(await store.get(name) or b"", Commit, name).results
+        ]
+        assert answered == list(range(9))
 
     asyncio.run(story())

@@ -5,6 +5,7 @@ undisturbed run.
 import asyncio
 import hashlib
 import itertools
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,19 +13,22 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from knapper.errors import Fenced, KnapperError, StoreError, Unavailable
+from knapper.errors import Fenced, KnapperError, NotHolder, StoreError, Unavailable
+from knapper.events import Hint, Way
 from knapper.ids import RunId
 from knapper.journal import names
-from knapper.journal.accept import Acceptor, pack
+from knapper.journal.accept import Acceptor, newest_manifest, pack
 from knapper.journal.collect import sweep
 from knapper.journal.machine import Machine
 from knapper.journal.records import Commit, Creation, Kind, Operation, Result, Spec, Terms, decode
 from knapper.journal.results import Results
 from knapper.journal.run import Holder, Run
+from knapper.serving import holding
 from knapper.store import Store
 from knapper.store.memory import MemoryStore
 from tests.sim.ledger import SIZE, LedgerMachine
 from tests.sim.world import World, WorldStore, pause
+from tests.store.faulty import FaultyStore, Rates
 
 RUN = RunId("ses-" + "0" * 32 + ":train:0")
 SPEC = Spec(
@@ -138,15 +142,23 @@ class History:
     claimants: int = 2
     faults: int = 30
     run_class: type[Run[Any]] = Run
+    rates: Rates | None = None  # of the store's own faults, which never end
     world: World = field(init=False)
     acked: set[int] = field(default_factory=set)
     seen: set[int] = field(default_factory=set)
     answers: dict[int, bytes] = field(default_factory=dict)
+    swept: int = 0  # sweeps that found something
+    takeovers: int = 0  # claims that were completed
 
     def __post_init__(self) -> None:
         self.world = World(self.seed, faults=self.faults)
-        self.store = WorldStore(self.world, self._created)
+        self.sound = WorldStore(self.world, self._created)
+        self.store: Store = self.sound
+        if self.rates is not None:
+            self.faulty = FaultyStore(self.sound, random.Random(self.seed), self.rates, lambda _s: pause())
+            self.store = self.faulty
         self._claims = itertools.count()
+        self._fights = 0  # claims that ended another, since the newest commit
         self._epoch = 0  # the highest whose claim was complete
 
     def carry_out(self) -> None:
@@ -210,17 +222,34 @@ class History:
     async def _holder(self) -> None:
         draw = self.world.draw
         try:
-            holder = Holder(f"claim-{next(self._claims)}", "", TERMS)
+            name = f"pod-{next(self._claims)}"
+            await self._expect_free(name)
+            holder = Holder(f"{name}/1", f"http://{name}", TERMS)
             run = await self.run_class.claim(self.store, RUN, self.machine, holder, self.world.clock)
             self._epoch = max(self._epoch, run.epoch)
+            self.takeovers += 1
             for _ in range(draw.randrange(1, 60)):
                 await self._work(run)
                 await pause()
+        except NotHolder:
+            for _ in range(draw.randrange(50)):
+                await pause()
         except Fenced:
-            for _ in range(draw.randrange(200)):
+            self._fights = min(self._fights + 1, 6)
+            for _ in range(draw.randrange(100 * 2**self._fights)):  # who rings backs off while nothing comes of it
                 await pause()
         except KnapperError:
             return
+
+    async def _expect_free(self, name: str) -> None:
+        """What a pod does when a gateway rings it that has looked some time ago, and may take a living one for dead."""
+        draw = self.world.draw
+        newest = await newest_manifest(self.store, RUN)
+        for _ in range(draw.randrange(30)):
+            await pause()
+        way: Way = draw.choice(("service", "lost", "lost"))
+        hint = Hint() if newest is None else Hint(newest[1].holder, newest[1].epoch, way)
+        await holding.expect_free(self.store, RUN, Holder(name, f"http://{name}", TERMS), hint, self.world.now)
 
     async def _work(self, run: Run[Any]) -> None:
         draw = self.world.draw
@@ -237,6 +266,7 @@ class History:
         """Invariant 4: once a claim is complete, no earlier one can write a commit."""
         if name.startswith(names.commits(RUN)):
             commit = decode(data, Commit, name)
+            self._fights = 0 if commit.results else self._fights
             assert not commit.results or commit.epoch >= self._epoch, (
                 f"seed {self.seed}: a claim of epoch {commit.epoch} wrote {name} after epoch {self._epoch} was complete"
             )
@@ -245,7 +275,7 @@ class History:
         for _ in range(50):
             await pause()
         try:
-            await sweep(self.store, RUN, self.world.now + 8 * 24 * 3600.0)
+            self.swept += await sweep(self.store, RUN, self.world.now + 8 * 24 * 3600.0) > 0
         except KnapperError:
             return
 
@@ -263,7 +293,7 @@ class History:
         assert digest == truth.digest, f"{where}: the final state differs from the undisturbed run's"
 
     async def _final(self) -> Run[Any]:
-        memory: Store = self.store.memory
+        memory: Store = self.sound.memory
         answered: list[int] = []
         for name in await memory.list(names.commits(RUN)):
             data = await memory.get(name)
@@ -277,19 +307,25 @@ class History:
         return await Run.claim(memory, RUN, self.machine, Holder("judge", "", TERMS), lambda: 0.0)
 
 
-def play(
+def played(
     seed: int,
     *,
     faults: int = 30,
     run_class: type[Run[Any]] = Run,
     machine: Machine[Any] | None = None,
     plan: list[Step] | None = None,
-) -> World:
+    rates: Rates | None = None,
+) -> History:
     """Play and judge the history of one seed."""
     machine = machine or LedgerMachine()
     plan = plan or make_plan(seed, length=12 + seed % 25)
     truth = undisturbed(plan, machine)
-    history = History(seed, plan, machine, claimants=1 + seed % 3, faults=faults, run_class=run_class)
+    history = History(seed, plan, machine, claimants=1 + seed % 3, faults=faults, run_class=run_class, rates=rates)
     history.carry_out()
     history.judge(truth)
-    return history.world
+    return history
+
+
+def play(seed: int, **more: Any) -> World:
+    """Play and judge the history of one seed; the world in which it happened."""
+    return played(seed, **more).world

@@ -4,6 +4,7 @@ Replay one:  python -m pytest tests/sim/test_engine_histories.py -k SEED
 """
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import TypeVar, cast
 
@@ -29,11 +30,17 @@ class Inline:
     """A device without a thread: the simulation decides what runs when."""
 
     async def run(self, task: Task[T]) -> T:
+        return self.submit(task).result()
+
+    def submit(self, task: Task[T]) -> "Future[T]":
+        """All of it, at once."""
+        future: Future[T] = Future()
         while True:
             try:
                 next(task)
             except StopIteration as stop:
-                return cast(T, stop.value)
+                future.set_result(cast(T, stop.value))
+                return future
 
 
 @pytest.fixture(scope="module")

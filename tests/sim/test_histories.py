@@ -1,4 +1,4 @@
-"""Thousands of seeded histories of the real journal under kills, lost answers, zombies and rivals.
+"""Thousands of seeded histories of the real journal under kills, zombies, rivals and faults of the store.
 
 One seed, one history.
 
@@ -6,23 +6,33 @@ Replay one:  python -m tests.sim.test_histories SEED
 """
 
 import sys
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from knapper.journal.run import Run
-from tests.sim.history import play
+from tests.sim.history import play, played
 from tests.sim.world import World
+from tests.store.faulty import Rates
 
 KILLS_MIN = 10_000
+RATES = Rates.everywhere(0.003)
 
 
 def test_ten_thousand_kills_lose_and_double_nothing() -> None:
-    kills = errors = seed = 0
+    kills = errors = swept = takeovers = seed = 0
+    met: Counter[str] = Counter()
     while kills < KILLS_MIN:
-        world = play(seed, faults=50)
-        kills, errors, seed = kills + world.kills, errors + world.errors, seed + 1
-    print(f"\n{seed} histories, {kills} kills, {errors} failed store calls: all states and answers as undisturbed")
+        history = played(seed, faults=50, rates=RATES)
+        kills, errors, seed = kills + history.world.kills, errors + history.world.errors, seed + 1
+        swept, takeovers, met = swept + history.swept, takeovers + history.takeovers, met + history.faulty.injected
+    print(
+        f"\n{seed} histories, {kills} kills, {takeovers} claims, {swept} sweeps between them, {errors} failed calls, "
+        f"faults of the store {dict(met)}: all states and answers as undisturbed"
+    )
+    assert swept > seed / 4
+    assert all(met[name] > 20 for name in RATES.__dataclass_fields__), met
 
 
 class WithoutFence(Run[Any]):
@@ -43,7 +53,7 @@ class WithoutRollback(Run[Any]):
 def test_the_histories_turn_red_when_a_guard_is_taken_out(broken: type[Run[Any]]) -> None:
     def red(seed: int) -> bool:
         try:
-            play(seed, run_class=broken)
+            play(seed, run_class=broken, faults=50, rates=Rates.everywhere(0.01))
         except AssertionError:
             return True
         return False
@@ -61,5 +71,5 @@ def test_one_seed_is_one_history() -> None:
 
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        played = play(int(argument), faults=50)
-        print(f"seed {argument}: fine after {played.kills} kills, {played.errors} failed calls, {played.steps} steps")
+        world = play(int(argument), faults=50, rates=RATES)
+        print(f"seed {argument}: fine after {world.kills} kills, {world.errors} failed calls, {world.steps} steps")

@@ -184,7 +184,7 @@ def test_the_way_in_from_outside_fits_knatives_schemas() -> None:
     assert "/" not in paths
 
 
-@pytest.mark.parametrize("overlay", ["gke-l4", "gke-h100"])
+@pytest.mark.parametrize("overlay", ["gke-l4", "gke-l4-shared", "gke-h100"])
 def test_the_names_that_stage_30_replaces_are_in_the_overlays(overlay: str) -> None:
     stage = (TERRAFORM / "stages/30-functions/main.tf").read_text()
     for thing in render(TERRAFORM.parent / "knative/overlays" / overlay):

@@ -14,7 +14,7 @@ import aiohttp
 import structlog
 
 from knapper import events, limits
-from knapper.errors import UserError
+from knapper.errors import TooMany, UserError
 
 _AGAIN: Final = (404, 408, 409, 429)
 _RETRIES_MAX: Final = 12
@@ -98,7 +98,10 @@ class Delivery:
         if letter.hops_left <= 1:
             log.warning("a chain of replies is too long: its last event is dropped", **_names(answered))
             return 0, b"", 0.0
-        await self._reply(answered.with_hops(letter.hops_left - 1))
+        try:
+            await self._reply(answered.with_hops(letter.hops_left - 1))
+        except TooMany as error:  # as Knative: a reply that cannot be taken is an attempt that failed
+            return 503, str(error).encode(), 0.0
         return 0, b"", 0.0
 
     async def _bury(self, letter: Letter, url: str, status: int, said: bytes) -> None:

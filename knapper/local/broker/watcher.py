@@ -19,7 +19,7 @@ import structlog
 from watchfiles import awatch
 
 from knapper import events
-from knapper.errors import StoreError
+from knapper.errors import KnapperError, StoreError
 from knapper.events import Event
 from knapper.exchange.directory import DirectoryExchange
 
@@ -48,8 +48,8 @@ class Watcher:
                 moved.clear()
                 try:
                     await self._look()
-                except StoreError as error:
-                    log.warning("the inbox cannot be read", reason=str(error))
+                except KnapperError as error:  # the next look tells what this one could not
+                    log.warning("the inbox waits", code=error.code, reason=str(error))
                 try:
                     await asyncio.wait_for(moved.wait(), _LOOK_S)
                 except TimeoutError:

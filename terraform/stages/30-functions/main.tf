@@ -46,8 +46,9 @@ locals {
   manifest = "${path.module}/../../../knative"
 
   settings = merge({
-    KNAPPER_STORE    = "gs://${var.platform.state_bucket}"
-    KNAPPER_EXCHANGE = "gs://${var.platform.exchange_bucket}"
+    KNAPPER_STORE        = "gs://${var.platform.state_bucket}"
+    KNAPPER_EXCHANGE     = "gs://${var.platform.exchange_bucket}"
+    KNAPPER_SUBSCRIPTION = var.platform.subscription
   }, var.settings)
 
   credentials = jsonencode({

@@ -19,7 +19,7 @@ variable "overlay" {
   default     = "gke-l4"
 
   validation {
-    condition     = can(regex("^gke-[a-z0-9]+$", var.overlay))
+    condition     = can(regex("^gke-[a-z0-9-]+$", var.overlay))
     error_message = "overlay must be one of GKE's in knative/overlays, such as gke-l4 or gke-h100."
   }
 }

@@ -231,3 +231,21 @@ def test_mischief_doubles_drops_and_mixes_and_a_seed_is_a_history() -> None:
 def _copies(seed: int, count: int) -> list[list[float]]:
     mischief = Mischief(seed)
     return [mischief.copies() for _ in range(count)]
+
+
+def test_a_reply_that_finds_the_broker_full_is_no_reply_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer(_: web.Request, before: int) -> web.Response:
+        monkeypatch.setattr(limits, "events_under_way_max", 4096 if before else 0)
+        if before >= 2:
+            return web.Response(status=204)
+        headers, _body = SAMPLED.next(events.ROLLOUTS_SAMPLED, "test", 9).encode()
+        return web.Response(status=200, headers=headers)
+
+    async def story() -> None:
+        async with broker_of(answer) as (broker, subscriber):
+            await broker.post(letter())
+            await settled(broker)
+            assert [each["ce-step"] for each in subscriber.heard] == ["3", "3", "9"]
+            assert subscriber.dead == []
+
+    asyncio.run(story())

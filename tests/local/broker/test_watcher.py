@@ -7,8 +7,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
+
 from knapper import events
+from knapper.errors import TooMany
 from knapper.events import Event
+from knapper.local.broker import watcher
 from knapper.local.broker.watcher import Watcher
 
 
@@ -75,5 +79,28 @@ def test_a_file_that_still_grows_is_not_told_of(tmp_path: Path) -> None:
                 await asyncio.sleep(0.1)
             await until(heard, 1)
         assert json.loads(heard[0].data)["generation"] == hashlib.sha256(whole).hexdigest()
+
+    asyncio.run(story())
+
+
+def test_a_broker_that_is_full_hears_of_a_file_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watcher, "_LOOK_S", 0.1)
+    heard: list[Event] = []
+    full = iter([True, True, False, False])
+
+    async def post(event: Event) -> None:
+        if next(full):
+            raise TooMany("4096 events are under way")
+        heard.append(event)
+
+    async def story() -> None:
+        stop = asyncio.Event()
+        task = asyncio.create_task(Watcher(tmp_path, post).watch(stop))
+        put(tmp_path, "job.yaml", b"kind: rl")
+        await until(heard, 1)
+        put(tmp_path, "data.jsonl", b"{}")
+        await until(heard, 2)
+        stop.set()
+        await task
 
     asyncio.run(story())

@@ -1,0 +1,61 @@
+"""What `max_staleness` saves: the same rl job with 0 and with 1, each function in a process of its own.
+
+Seconds a step, from the bill's wall clock; jobs of both kinds alternate. On a machine with as many cores as processes
+that compute, step k+1 is really sampled while step k trains; on one device they take turns, and only the ways between
+them overlap.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.figures import Figure, faster
+from tests.conformance.server import Server
+from tests.engine.tiny import tiny_model
+
+STEPS, REPEATS = 12, 3
+JOB = """\
+kind: rl
+data: p.jsonl
+steps: {steps}
+batch: {{prompts: 8, samples: 8}}
+sampling: {{max_tokens: 64}}
+reward: {{name: length, max: 10, slope: 200}}
+max_staleness: {staleness}
+"""
+PROMPTS = "".join(json.dumps({"prompt": f"Tell me {n} times what the sea is like."}) + "\n" for n in range(16))
+
+
+def measured() -> dict[str, float]:
+    """Seconds a step, the median of the repeats, by max_staleness."""
+    found: dict[int, list[float]] = {0: [], 1: []}
+    with tempfile.TemporaryDirectory(prefix="knapper-bench-") as scratch:
+        model = tiny_model(Path(scratch) / "model")
+        with Server.start(model, Path(scratch) / "data", "--isolated") as server:
+            _run(server, 0, "warm-up")
+            for repeat in range(REPEATS):
+                for staleness, seconds in found.items():
+                    seconds.append(_run(server, staleness, f"job-{staleness}-{repeat}"))
+    return {f"max_staleness {staleness}": statistics.median(seconds) for staleness, seconds in found.items()}
+
+
+def figures() -> list[Figure]:
+    """As the other sections have them."""
+    without, with_ = measured().values()
+    name = "an rl job, tiny model: seconds a step with max_staleness 1, against 0"
+    return [faster("jobs", name, with_, without)]
+
+
+def _run(server: Server, staleness: int, job: str) -> float:
+    inbox, results = server.data / "inbox" / "local" / job, server.data / "jobs" / "local" / job
+    inbox.mkdir(parents=True)
+    (inbox / "p.jsonl").write_text(PROMPTS)
+    (inbox / "job.yaml").write_text(JOB.format(steps=STEPS, staleness=staleness))
+    status = results / "status.json"
+    while not status.exists() or json.loads(status.read_text())["state"] == "running":
+        time.sleep(0.05)
+    assert json.loads(status.read_text())["state"] == "completed", status.read_text()
+    wall: float = json.loads((results / "bill.json").read_text())["compute_seconds"]["wall"]
+    return wall / STEPS

@@ -1,0 +1,205 @@
+"""Models of other architectures, computed by transformers.
+
+Adapters enter through hooks on the model's own linears. Sequences are computed one by one, each with its adapter, so
+that neighbours change nothing: slower than the native decoder, and held to the same tests.
+N rows of all sequences, U rows that differ, T of one sequence, H hidden size, V vocabulary, K targets, R rank.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from knapper.engine import head
+from knapper.engine.adapt import Adapt, Segment, Segments, head_site, padded
+from knapper.engine.config import ComputedBy, Site
+from knapper.engine.head import HeadLora
+from knapper.engine.lora import Lora
+from knapper.engine.prefixes import Prefixes
+
+
+@dataclass(frozen=True)
+class ForeignFacts:
+    """knapper.engine.config.Facts, as the model's configuration and its modules have them."""
+
+    architecture: str
+    vocab_size: int
+    context: int
+    eos: tuple[int, ...]
+    sites: tuple[Site, ...]
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = cap * tanh((W h * scale + bias) / cap); without a cap, W h * scale + bias.
+
+    The scale is applied to the rows that the model gives, before W.
+    """
+
+    weight_VH: Tensor
+    bias_V: Tensor | None
+    scale: float
+    cap: float | None
+
+    def logits(self, hidden_NH: Tensor, adapt: Adapt) -> Tensor:
+        """float32 (N, V); a row's bits do not depend on how many rows there are."""
+        rows, hidden_NH = hidden_NH.shape[0], padded(hidden_NH)
+        plain_NV = F.linear(hidden_NH, self.weight_VH, self.bias_V)
+        (logits_NV,) = adapt((head_site,), (len(self.weight_VH),), hidden_NH, plain_NV)
+        logits_NV = logits_NV[:rows].float()
+        return logits_NV if self.cap is None else torch.tanh(logits_NV / self.cap) * self.cap
+
+    def logprobs(self, hidden_NH: Tensor, targets_NK: Tensor, lora: HeadLora | None, needed_N: Tensor) -> Tensor:
+        """`head.target_logprobs`. With a bias or a cap, logits are computed again for the gradient, some rows at a
+        time."""
+        if self.bias_V is None and self.cap is None:
+            return head.target_logprobs(hidden_NH, self.weight_VH, targets_NK, lora, needed_N)
+        adapter = None if lora is None else Lora({head_site: lora.a}, {head_site: lora.b}, lora.scale)
+
+        def chosen(hidden_CH: Tensor, targets_CK: Tensor) -> Tensor:
+            adapt = Segments([Segment(0, len(hidden_CH), adapter)])
+            return self.logits(hidden_CH, adapt).log_softmax(-1).gather(1, targets_CK)
+
+        size = max(head.ROWS_MIN, head.ELEMENTS_MAX // len(self.weight_VH))
+        columns_NK = targets_NK.unsqueeze(1) if targets_NK.dim() == 1 else targets_NK
+        found = [
+            checkpoint(chosen, *chunk, use_reentrant=False, preserve_rng_state=False)
+            for chunk in zip(hidden_NH.split(size), columns_NK.split(size), strict=True)
+        ]
+        return torch.cat(found).view(targets_NK.shape)
+
+
+class ForeignModel:
+    """knapper.engine.model.Model over a causal language model of transformers."""
+
+    computed_by: Final[ComputedBy] = "transformers"
+
+    def __init__(
+        self,
+        body: nn.Module,
+        linears: Mapping[str, nn.Module],
+        head: Head,
+        config: ForeignFacts,
+        versions: tuple[str, ...],
+    ) -> None:
+        """`body`: the model without its head; `linears` of it by site."""
+        self.config, self.versions = config, versions
+        self.architecture = config.architecture
+        self.bytes_per_token = 0  # until a trial says it
+        self.device, self.dtype = head.weight_VH.device, head.weight_VH.dtype
+        self.head = head
+        self._body = body
+        self._lora: Lora | None = None
+        self.adapted: set[str] = set()  # sites that a pass went through
+        for site, linear in linears.items():
+            linear.register_forward_hook(self._hook(site))
+
+    def groups(self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]) -> Tensor:
+        """(U, H). Every sequence is computed whole; of rows that are one, the first sequence's is taken."""
+        found: list[Tensor] = []
+        for group, lora in zip(groups, loras, strict=True):
+            tokens_N = torch.from_numpy(group.tokens_U[group.places_N]).to(self.device)
+            rows_NH = torch.cat([self.rows(tokens_T, lora)[0] for tokens_T in tokens_N.split(group.lengths)])
+            shared = len(group) < group.total
+            found.append(rows_NH[torch.from_numpy(group.first_U).to(self.device)] if shared else rows_NH)
+        return torch.cat(found)
+
+    def target_logprobs(self, hidden_NH: Tensor, targets_NK: Tensor, lora: HeadLora | None, needed_N: Tensor) -> Tensor:
+        return self.head.logprobs(hidden_NH, targets_NK, lora, needed_N)
+
+    def logits(self, hidden_NH: Tensor, adapt: Adapt) -> Tensor:
+        return self.head.logits(hidden_NH, adapt)
+
+    def prompts(
+        self, tokens_N: Tensor, lengths: Sequence[int], segments: Sequence[Segment]
+    ) -> tuple[Tensor, Callable[[int], Any]]:
+        with _plain():
+            found = [
+                self.rows(tokens_T, segment.lora, caches=True)
+                for tokens_T, segment in zip(tokens_N.split(list(lengths)), segments, strict=True)
+            ]
+        return torch.cat([rows for rows, _ in found]), lambda prompt: found[prompt][1]
+
+    def texts(self) -> "ForeignTexts":
+        return ForeignTexts(self)
+
+    def rows(
+        self, tokens_T: Tensor, lora: Lora | None, cache: Any = None, *, caches: bool = False
+    ) -> tuple[Tensor, Any]:
+        """(T, H) for the head; with `caches` also the keys and values of all tokens so far: `cache`, changed."""
+        self._lora = lora
+        try:
+            out = self._body(input_ids=tokens_T[None], past_key_values=cache, use_cache=caches, return_dict=True)
+        finally:
+            self._lora = None
+        rows_TH = out.last_hidden_state[0]
+        rows_TH = rows_TH if self.head.scale == 1.0 else rows_TH * self.head.scale
+        return rows_TH, out.past_key_values if caches else None
+
+    def _hook(self, site: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            self.adapted.add(site)
+            lora = self._lora
+            if lora is None or site not in lora.a:
+                return None
+            a_RI, b_OR = lora.a[site], lora.b[site]
+            delta = F.linear(F.linear(inputs[0].to(a_RI.dtype), a_RI) * lora.scale, b_OR)
+            return (output + delta).to(output.dtype)
+
+        return add
+
+
+@dataclass(eq=False)
+class ForeignSlot:
+    cache: Any  # transformers' own, of this text alone
+    length: int
+
+
+class ForeignTexts:
+    """knapper.engine.model.Texts: a pass for each text and token."""
+
+    def __init__(self, model: ForeignModel) -> None:
+        self._model = model
+        self._slots: list[ForeignSlot] = []
+
+    @property
+    def rows(self) -> list[ForeignSlot]:
+        return list(self._slots)
+
+    @property
+    def tokens(self) -> int:
+        return sum(slot.length for slot in self._slots)
+
+    def add(self, kept: Any, length: int) -> ForeignSlot:
+        slot = ForeignSlot(copy.deepcopy(kept), length)
+        self._slots.append(slot)
+        return slot
+
+    def remove(self, slot: ForeignSlot) -> None:
+        self._slots.remove(slot)
+
+    def settle(self) -> None:
+        """Caches grow by themselves."""
+
+    def step(self, tokens_N: Tensor, loras: Sequence[Lora | None]) -> Tensor:
+        with _plain():
+            found: list[Tensor] = []
+            for slot, token_1, lora in zip(self._slots, tokens_N.split(1), loras, strict=True):
+                row_1H, slot.cache = self._model.rows(token_1, lora, slot.cache, caches=True)
+                slot.length += 1
+                found.append(row_1H)
+            adapt = Segments([Segment(row, row + 1, lora) for row, lora in enumerate(loras)])
+            return self._model.logits(torch.cat(found), adapt)
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """No gradients, yet ordinary tensors: a model may keep some, and training could not use those of inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

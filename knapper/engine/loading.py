@@ -1,0 +1,28 @@
+"""A model directory becomes a model: by our own layer code if it knows the architecture, else through transformers."""
+
+from pathlib import Path
+
+import torch
+
+from knapper.engine import weights
+from knapper.engine.config import ModelConfig, UnsupportedModel
+from knapper.engine.decoder import Decoder
+from knapper.engine.model import Model
+
+
+def load(directory: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
+    """The model in `directory`, in `dtype` on `device`.
+
+    Raises NotFound for missing files, BrokenModel for wrong ones, UnsupportedModel for what neither way computes.
+    """
+    try:
+        config = ModelConfig.read(directory)
+    except UnsupportedModel as not_native:
+        # Only here: importing transformers takes longer than all else that the start of a native model does.
+        from knapper.engine import foreign_loading
+
+        try:
+            return foreign_loading.load(directory, dtype, torch.device(device))
+        except UnsupportedModel as refused:
+            raise UnsupportedModel(f"{refused} (not computed natively either: {not_native})") from refused
+    return Decoder(config, weights.load(directory, config, dtype, device))

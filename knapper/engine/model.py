@@ -1,0 +1,99 @@
+"""What a base model is to training and sampling, whoever computes its layers.
+
+`Decoder` computes those that `ModelConfig` knows; `ForeignModel` leaves any other to transformers.
+N rows, U rows that differ (`Prefixes`), H hidden size, V vocabulary, K targets of a row.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from knapper.engine.adapt import Adapt, Segment
+from knapper.engine.config import ComputedBy, Facts
+from knapper.engine.head import HeadLora
+from knapper.engine.lora import Lora
+from knapper.engine.prefixes import Prefixes
+
+SlotT = TypeVar("SlotT", bound=Hashable)
+
+
+class Texts(Protocol[SlotT]):
+    """The texts that decode, and what the model keeps of each. `rows`: the order in which a step takes them."""
+
+    @property
+    def rows(self) -> list[SlotT]: ...
+
+    @property
+    def tokens(self) -> int:
+        """Positions that the texts occupy."""
+        ...
+
+    def add(self, kept: Any, length: int) -> SlotT:
+        """A text whose first `length` tokens left `kept`, which other texts may begin with too."""
+        ...
+
+    def remove(self, slot: SlotT) -> None: ...
+
+    def settle(self) -> None:
+        """Room for one more token in every text. This may change `rows`."""
+        ...
+
+    def step(self, tokens_N: Tensor, loras: Sequence[Lora | None]) -> Tensor:
+        """One token for every text: float32 logits (N, V) of the next. The texts are one token longer afterwards."""
+        ...
+
+
+class Model(Protocol):
+    """A frozen base model. Adapters come with each call; nothing of them is kept.
+
+    A row's bits depend on its own sequence and adapter, and on the request that it came with; never on other requests.
+    """
+
+    @property
+    def config(self) -> Facts: ...
+
+    @property
+    def computed_by(self) -> ComputedBy: ...
+
+    @property
+    def architecture(self) -> str: ...
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """Of what its last bits depend on, beside torch."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What decoding keeps of a token."""
+        ...
+
+    def groups(self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]) -> Tensor:
+        """Rows (U, H) that the head takes, group after group, each with its adapter; differentiable in these."""
+        ...
+
+    def target_logprobs(self, hidden_NH: Tensor, targets_NK: Tensor, lora: HeadLora | None, needed_N: Tensor) -> Tensor:
+        """`head.target_logprobs` with this model's head."""
+        ...
+
+    def logits(self, hidden_NH: Tensor, adapt: Adapt) -> Tensor:
+        """float32 (N, V), with the adapters' part of the head where they have one."""
+        ...
+
+    def prompts(
+        self, tokens_N: Tensor, lengths: Sequence[int], segments: Sequence[Segment]
+    ) -> tuple[Tensor, Callable[[int], Any]]:
+        """Rows (N, H) of prompts one after another, and what to begin texts with, for a prompt by its number."""
+        ...
+
+    def texts(self) -> Texts[Any]:
+        """None as yet."""
+        ...

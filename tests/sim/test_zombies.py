@@ -1,0 +1,163 @@
+"""A thousand processes that sleep through takeovers and sweeps, and go on where they stood: nothing of them counts.
+
+Replay one:  python -m tests.sim.test_zombies TRIAL
+"""
+
+import asyncio
+import random
+import sys
+from collections.abc import Coroutine
+from functools import cache
+from typing import Any
+
+import pytest
+
+from knapper.errors import KnapperError
+from knapper.journal import names
+from knapper.journal.accept import Acceptor
+from knapper.journal.collect import sweep
+from knapper.journal.records import Commit, decode
+from knapper.journal.results import Results
+from knapper.journal.run import Holder, Run
+from tests.sim.history import CREATION, RUN, TERMS, Step, Truth, digest_of, make_plan, send, undisturbed
+from tests.sim.ledger import LedgerMachine
+from tests.sim.world import World, WorldStore
+
+TRIALS = 1_000
+_PLANS = 40
+_DAYS_S = 8 * 24 * 3600.0
+
+
+@cache
+def truth_of(plan: int) -> tuple[list[Step], Truth]:
+    steps = make_plan(plan, length=10 + plan % 8)
+    return steps, undisturbed(steps, LedgerMachine())
+
+
+def drive(story: Coroutine[Any, Any, Any], turns: int = 10**6) -> bool:
+    """Let it go on for so many turns, each from one store call to the next; False once it has ended."""
+    try:
+        for _ in range(turns):
+            story.send(None)
+    except StopIteration:
+        return False
+    return True
+
+
+class Trial:
+    """One process sleeps at a random point; others take over, sweep, finish; then it wakes."""
+
+    def __init__(self, number: int, run_class: type[Run[Any]] = Run) -> None:
+        self.number = number
+        self.plan, self.truth = truth_of(number % _PLANS)
+        self.draw = random.Random(number)
+        self.store = WorldStore(World(number), self._created)
+        self.acceptor = Acceptor(self.store, lambda: 0.0)
+        self.fate = ""  # what ended the sleeper
+        self.swept = 0
+        self._run_class = run_class
+        self._epoch = 0
+
+    def play(self) -> None:
+        """Raises AssertionError, which names the trial."""
+        half = self.draw.randrange(1, len(self.plan))
+        drive(self._send(CREATION, self.plan[:half]))
+        zombie = self._zombie()
+        self.asleep = drive(zombie, self.draw.randrange(400))
+        drive(self._send(None, self.plan[half:]))
+        for pod in range(2):
+            drive(self._successor(pod, last=pod == 1))
+            if self.draw.random() < 0.5:
+                drive(self._sweep())
+        assert self.asleep, f"trial {self.number}: it ended before it slept"
+        drive(zombie)
+        asyncio.run(self._judge())
+
+    async def _send(self, creation: Any, steps: list[Step]) -> None:
+        if creation is not None:
+            await self.acceptor.create(creation, b"create")
+        for step in steps:
+            await send(self.acceptor, step)
+
+    async def _claim(self, name: str) -> Run[Any]:
+        holder = Holder(name, "", TERMS)
+        run = await self._run_class.claim(self.store, RUN, LedgerMachine(), holder, lambda: 0.0)
+        self._epoch = max(self._epoch, run.epoch)
+        return run
+
+    async def _zombie(self) -> None:
+        """Works on, an operation or a snapshot at a time, as if nothing had happened, until something tells it."""
+        try:
+            run = await self._claim("zombie")
+            for _ in range(300):
+                await self._some(run)
+        except KnapperError as error:
+            self.fate = error.code
+
+    async def _successor(self, pod: int, *, last: bool) -> None:
+        run = await self._claim(f"pod-{pod}")
+        for _ in range(10**6 if last else self.draw.randrange(12)):
+            more = await self._some(run)
+            if last and not more and run.applied == len(self.plan):
+                return
+
+    async def _some(self, run: Run[Any]) -> bool:
+        turns = iter(range(self.draw.randrange(1, 4)))
+        more = await run.apply_pending(lambda: next(turns, None) is None, _nothing)
+        if run.wants_snapshot or self.draw.random() < 0.2:
+            await run.snapshot()
+        return more
+
+    async def _sweep(self) -> None:
+        self.swept += await sweep(self.store, RUN, _DAYS_S)
+
+    def _created(self, name: str, data: bytes) -> None:
+        if name.startswith(names.commits(RUN)):
+            commit = decode(data, Commit, name)
+            assert not commit.results or commit.epoch >= self._epoch, f"trial {self.number}: the zombie wrote {name}"
+
+    async def _judge(self) -> None:
+        where, memory = f"trial {self.number}", self.store.memory
+        run = await Run.claim(memory, RUN, LedgerMachine(), Holder("judge", "", TERMS), lambda: 0.0)
+        assert run.applied == len(self.plan), where
+        assert await digest_of(LedgerMachine(), run) == self.truth.digest, where
+        results = Results(memory)
+        for seq, body in self.truth.answers.items():
+            found = await results.find(RUN, seq)
+            assert found is not None, f"{where}: operation {seq} has no answer"
+            assert found.body == body or b"kept for 7 days" in found.body, f"{where}: operation {seq}: {found.body!r}"
+
+
+async def _nothing(_n: int, _commit: Commit) -> None:
+    return None
+
+
+def test_a_thousand_zombies_write_nothing_that_counts() -> None:
+    trials = [Trial(number) for number in range(TRIALS)]
+    for trial in trials:
+        trial.play()
+    fates = [trial.fate for trial in trials]
+    woken = {fate: fates.count(fate) for fate in sorted(set(fates))}
+    print(
+        f"\n{TRIALS} zombies, ended by {woken}; {sum(trial.swept for trial in trials)} objects swept between takeovers"
+    )
+    assert fates.count("fenced") > TRIALS / 4, woken
+    assert sum(trial.swept > 0 for trial in trials) > TRIALS / 10
+
+
+class WithoutFence(Run[Any]):
+    async def _fence(self) -> None:
+        return None
+
+
+def test_the_trials_turn_red_without_the_fence() -> None:
+    with pytest.raises(AssertionError, match="trial"):
+        for number in range(TRIALS):
+            Trial(number, WithoutFence).play()
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        trial = Trial(int(argument))
+        trial.play()
+        print(f"trial {argument}: fine; the zombie ended by {trial.fate or 'itself'}, {trial.swept} objects swept")
