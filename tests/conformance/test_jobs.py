@@ -1,5 +1,6 @@
 """Jobs on a tiny model, through real processes: an upload ends with the same adapter, whatever happens on the way."""
 
+import asyncio
 import itertools
 import json
 import shutil
@@ -156,3 +157,28 @@ def _letters(server: Server, expected: set[str]) -> set[str]:
         if found >= expected or time.monotonic() > until:
             return found
         time.sleep(0.2)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_job_of_five_hundred_steps_runs_through_a_broker_that_ends_chains_of_replies_after_255(
+    chatting: Path, tmp_path: Path
+) -> None:
+    """Each step is three events and more, every one posted and none of them a reply."""
+    yaml = (
+        "kind: rl\ndata: p.jsonl\nsteps: 500\nlora: {rank: 2}\nbatch: {prompts: 1, samples: 2}\n"
+        "sampling: {max_tokens: 2}\nreward: {name: length, max: 1, slope: 3}\n"
+    )
+    with Server.start(chatting, tmp_path / "data", settings={"KNAPPER_JOB_QUIET_S": "600"}) as server:
+        inbox, results = (server.data / part / "local" / "long" for part in ("inbox", "jobs"))
+        inbox.mkdir(parents=True)
+        (inbox / "p.jsonl").write_text('{"prompt": "and the"}\n')
+        (inbox / "job.yaml").write_text(yaml)
+        until, status = time.monotonic() + 800, results / "status.json"
+        while not status.exists() or json.loads(status.read_text())["state"] == "running":
+            assert time.monotonic() < until, server.log()[-4000:]
+            time.sleep(1)
+        assert json.loads(status.read_text())["state"] == "completed", status.read_text()
+        assert len((results / "metrics.jsonl").read_text().splitlines()) == 500
+        assert "rung for again" not in server.log(), "no bell was lost, and no tick had to help"
+        assert asyncio.run(dead.listed(DirectoryStore(server.data / "store"))) == []
