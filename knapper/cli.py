@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 import knapper
+from knapper.chaos import commands as chaos
 from knapper.cluster import commands
 from knapper.jobs import commands as jobs
 
@@ -28,6 +29,7 @@ app.add_typer(jobs.app, name="jobs")
 app.command()(jobs.submit)
 app.add_typer(commands.app, name="deploy")
 app.command()(commands.doctor)
+app.command()(chaos.chaos)
 
 
 @app.command()

@@ -64,9 +64,10 @@ class Api:
             about = f"{thing['kind']} {thing['metadata']['name']}"
             raise UserError(f"{about} is not there; apply an overlay of knative/ first")
 
-    def delete(self, thing: Object) -> bool:
-        """False if it was not there."""
-        return self._ask("DELETE", path_of(thing)) is not None
+    def delete(self, thing: Object, *, at_once: bool = False) -> bool:
+        """False if it was not there. `at_once`: a pod has no time to tidy up."""
+        query = {"gracePeriodSeconds": "0"} if at_once else None
+        return self._ask("DELETE", path_of(thing), query=query) is not None
 
     def review(self, verb: str, group: str, resource: str, namespace: str) -> bool:
         """Whether whoever we are may do this there."""
