@@ -1,6 +1,10 @@
-"""GET /metrics: what Prometheus sees of the gateway. No key: it tells nothing of anybody, and no way in leads here."""
+"""GET /metrics: what Prometheus sees of the gateway, which it asks at the pod's own address.
+
+No key, so not for outsiders: who comes by a name, as through any ingress, finds nothing here.
+"""
 
 from collections import Counter
+from ipaddress import ip_address
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -8,7 +12,7 @@ from starlette.routing import Route
 
 from gateway.parts import parts
 from knapper import metrics
-from knapper.errors import KnapperError
+from knapper.errors import KnapperError, NotFound
 from knapper.ids import RunId
 
 
@@ -32,6 +36,7 @@ _ages = Ages()
 
 async def scrape(request: Request) -> Response:
     """The metrics of this process; queues as they are now."""
+    _expect_address(request)
     gateway = parts(request)
     waiting = gateway.bells.undone()
     models: Counter[str] = Counter()
@@ -47,6 +52,16 @@ async def scrape(request: Request) -> Response:
     metrics.queue_age_seconds.set(_ages.oldest(applied, gateway.clock()))
     metrics.samples_waiting.set(gateway.samples.open)
     return Response(metrics.text(), media_type=metrics.CONTENT_TYPE)
+
+
+def _expect_address(request: Request) -> None:
+    """Raises NotFound for a request by name: an ingress routes by names, and gives none of ours to an address."""
+    host = request.url.hostname or ""
+    try:
+        ip_address(host)
+    except ValueError as error:
+        if host != "localhost":
+            raise NotFound("there is nothing at /metrics") from error
 
 
 ROUTES = [Route("/metrics", scrape, methods=["GET"])]

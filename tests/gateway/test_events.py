@@ -163,3 +163,9 @@ def test_what_is_put_back_is_looked_at_again(running: tuple[Running, Rung], tmp_
     assert send(http, put(tmp_path, "d.jsonl", FILES["d.jsonl"])).status_code == 204
     assert [event.type for event in rung.events] == [events.JOB_STARTED]
     assert not (tmp_path / "inbox/local/j/job.error.json").exists()
+
+
+def test_metrics_are_told_at_the_address_and_under_no_name(running: tuple[Running, Rung]) -> None:
+    http, _ = running
+    assert httpx.get(f"{http.url}/metrics").status_code == 200
+    assert httpx.get(f"{http.url}/metrics", headers={"Host": "knapper.example.com"}).status_code == 404

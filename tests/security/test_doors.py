@@ -177,6 +177,7 @@ DOORS: dict[tuple[str, str], Open | Own | Named] = {
     ("GET", "/api/v1/jobs/{job}"): Named([nothing]),
     ("POST", "/api/v1/jobs/{job}/cancel"): Named([nothing]),
     ("POST", "/api/v1/jobs/{job}/resume"): Named([nothing]),
+    ("GET", "/metrics"): Open("counts of this process, told to who comes to its own address, past any ingress"),
     ("POST", "/events"): Open("brokers have no key; it is not there but for this cluster, and believes nothing"),
     ("POST", "/events/dead"): Open("the same; it keeps what it is given, and shows it to operators"),
     # ---- the REST group
@@ -300,8 +301,8 @@ class World:
         """Names of the same form that nobody has."""
         digits = hashlib.sha256(b"never %d" % next(self.counter)).hexdigest()[:32]
         return Objects(
-            f"ses-{digits}", f"ses-{digits}:train:0", f"ses-{digits}:sample:0", f"s-{digits}", f"ckpt-{digits[:4]}",
-            f"job-{digits[:4]}",
+            f"ses-{digits}", f"ses-{digits}:train:0", f"ses-{digits}:sample:0", f"s-{digits}", f"ckpt-f{digits[:3]}",
+            f"job-f{digits[:3]}",  # those that there are have numbers
         )  # fmt: skip
 
     def stored(self) -> dict[str, bytes]:

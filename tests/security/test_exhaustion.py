@@ -1,6 +1,8 @@
 """What takes too much of anything ends, as an error of that rollout; what lies about its result gets nothing by it."""
 
 import asyncio
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -206,9 +208,8 @@ def test_a_program_cannot_forge_its_score(program: str, judge: Judge) -> None:
 
 def test_in_one_process_the_tests_could_be_read() -> None:
     """The cheat above works where the program and its tests share memory."""
-    scope: dict[str, object] = {"test": "assert f(1) == 2"}
-    exec(CHEATS["reads the tests"], scope)  # noqa: S102
-    assert scope["f"](1) == 2  # type: ignore[operator]
+    program = f"{CHEATS['reads the tests']}\nscope = {{'test': 'assert f(1) == 2'}}\nassert f(1) == 2"
+    subprocess.run([sys.executable, "-I", "-c", program], check=True)
 
 
 QUERIES = {
