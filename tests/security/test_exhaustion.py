@@ -208,7 +208,7 @@ def test_a_program_cannot_forge_its_score(program: str, judge: Judge) -> None:
 
 def test_in_one_process_the_tests_could_be_read() -> None:
     """The cheat above works where the program and its tests share memory."""
-    program = f"{CHEATS['reads the tests']}\nscope = {{'test': 'assert f(1) == 2'}}\nassert f(1) == 2"
+    program = f"{CHEATS['reads the tests']}\nscope = {{'test': 'assert f(1) == 2', 'f': f}}\nassert f(1) == 2"
     subprocess.run([sys.executable, "-I", "-c", program], check=True)
 
 
