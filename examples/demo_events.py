@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from examples.demo import OUT, knapper, show
 
 FOLDER = Path(__file__).parent / "jobs" / "rl"
-STEPS = int(re.search(r"^steps: (\d+)$", (FOLDER / "job.yaml").read_text(), re.MULTILINE)[1])  # type: ignore[index]
+STEPS = int(re.search(r"^steps: (\d+)$", (FOLDER / "job.yaml").read_text(), re.MULTILINE)[1])  # type: ignore[index]  # it is there
 JOB = f"addition-{int(time.time())}"  # a name that no earlier demo had
 INBOX, RESULTS = OUT / "data" / "inbox" / "local" / JOB, OUT / "data" / "jobs" / "local" / JOB
 

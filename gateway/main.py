@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import aiohttp
 import httpx
+import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -51,6 +52,8 @@ from knapper.settings import Settings
 from knapper.store import Store
 from knapper.store.opening import open_store
 from knapper.tokens import Tokens
+
+log = structlog.get_logger()
 
 _POST = {
     "auth/token": auth.token,
@@ -168,6 +171,7 @@ def create_app(
             )
             await clockwork.begin(parts)
             ticking = asyncio.gather(clockwork.run(parts), *_uploads(parts, subscription))
+            ticking.add_done_callback(_heard)
             yield
             ticking.cancel()
             await asyncio.gather(ticking, return_exceptions=True)
@@ -193,6 +197,12 @@ def _uploads(gateway: Parts, subscription: str) -> list[Coroutine[Any, Any, NoRe
     if gateway.place is None:
         return []
     return [uploads.pulled(gateway, subscription) if subscription else uploads.looked_for(gateway)]
+
+
+def _heard(ticking: "asyncio.Future[Any]") -> None:
+    """None of it ends by itself: whatever did is a defect, and nobody waits for it until the gateway stops."""
+    if not ticking.cancelled() and (defect := ticking.exception()) is not None:
+        log.error("clockwork: defect", exc_info=defect)
 
 
 def _routes() -> list[BaseRoute]:

@@ -59,7 +59,7 @@ class Looks:
             prefix = f"{start.prefix}{kind}/"
             for name in await self._store.list(prefix, start_after=f"{prefix}{number(first)}/"):
                 n, what, part = _split(name.removeprefix(prefix))
-                parts = rounds.setdefault((kind, n), Parts())  # type: ignore[arg-type]
+                parts = rounds.setdefault((kind, n), Parts())  # type: ignore[arg-type]  # the list has these two
                 if what == "rollouts":
                     parts.rollouts.add(part)
                 elif what == "scores":

@@ -60,7 +60,7 @@ def rows(seed: int, step: int, batch: int, count: int, total: int | None = None)
 def order(seed: int, epoch: int, count: int) -> Sequence[int]:
     """A permutation of 0 to count - 1 that depends on the seed and the epoch alone."""
     generator = np.random.Generator(np.random.Philox(key=_number("order", seed, epoch, bits=128)))
-    return generator.permutation(count).tolist()  # type: ignore[no-any-return]
+    return generator.permutation(count).tolist()  # type: ignore[no-any-return]  # numpy says Any
 
 
 def sample_seed(seed: int, round_name: str, prompt: int) -> int:

@@ -48,7 +48,7 @@ def main(config: dict[str, object]) -> NoReturn:
 def readable(config: dict[str, object]) -> list[str]:
     """Where modules and shared libraries lie. /proc: a cell asks there how large it is, before it is sealed."""
     system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache", "/proc", "/dev/null"]
-    return [*map(str, list(config["path"])), *map(str, list(config["prefixes"])), *system]  # type: ignore[call-overload]
+    return [*map(str, list(config["path"])), *map(str, list(config["prefixes"])), *system]  # type: ignore[call-overload]  # lists, too
 
 
 def proof() -> str:

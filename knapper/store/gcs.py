@@ -19,8 +19,8 @@ import requests
 from google.api_core.exceptions import Forbidden, GoogleAPIError, NotFound, PreconditionFailed, Unauthorized
 from google.auth.exceptions import GoogleAuthError
 from google.cloud import storage  # noqa: TID251 - here, and nowhere else
-from google.cloud.storage import retry  # noqa: TID251
-from google.cloud.storage.exceptions import DataCorruption, InvalidResponse  # noqa: TID251
+from google.cloud.storage import retry  # noqa: TID251 - the same
+from google.cloud.storage.exceptions import DataCorruption, InvalidResponse  # noqa: TID251 - the same
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError
 
