@@ -200,8 +200,11 @@ def _uploads(gateway: Parts, subscription: str) -> list[Coroutine[Any, Any, NoRe
 
 
 def _heard(ticking: "asyncio.Future[Any]") -> None:
-    """None of it ends by itself: whatever did is a defect, and nobody waits for it until the gateway stops."""
-    if not ticking.cancelled() and (defect := ticking.exception()) is not None:
+    """None of it ends by itself: whatever did is a defect, and nobody waits for it until the gateway stops.
+
+    A gather that is cancelled ends with its children's CancelledError as an exception like others."""
+    defect = asyncio.CancelledError() if ticking.cancelled() else ticking.exception()
+    if defect is not None and not isinstance(defect, asyncio.CancelledError):
         log.error("clockwork: defect", exc_info=defect)
 
 
