@@ -182,6 +182,14 @@ def test_the_way_in_from_outside_fits_knatives_schemas() -> None:
     paths = [match["path"]["value"] for rule in route["spec"]["rules"] for match in rule["matches"]]
     assert "/events" not in paths
     assert "/" not in paths
+    # Knative's operator puts everything, Kourier too, into the namespace of the KnativeServing.
+    operator = render(TERRAFORM.parent / "knative/cluster/operator")
+    (serving,) = [thing for thing in operator if thing["kind"] == "KnativeServing"]
+    (backend,) = route["spec"]["rules"][0]["backendRefs"]
+    assert (backend["name"], backend["namespace"]) == ("kourier", serving["metadata"]["namespace"])
+    about = [thing for thing in objects if thing["kind"] in ("ReferenceGrant", "GCPBackendPolicy", "HealthCheckPolicy")]
+    assert {thing["metadata"]["namespace"] for thing in about} == {backend["namespace"]}
+    assert len(about) == 3
 
 
 @pytest.mark.parametrize("overlay", ["gke-l4", "gke-l4-shared", "gke-h100"])
