@@ -244,6 +244,9 @@ def test_the_program_of_the_documented_trial_runs(trial: Trial, environment: dic
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 6
     wait_until(lambda: {"ring", "train_step"} in traces(trial.heard), "a bell and what it led to are one trace")
+    usage = [sys.executable, "-m", "knapper.cli", "usage"]
+    told = subprocess.run(usage, env=environment, capture_output=True, text=True, check=True).stdout
+    assert re.search(rf"^ses-\w+:train:0  {MODEL}: 45 tokens trained, \d\.\d+ device seconds$", told, re.MULTILINE)
 
 
 def test_without_a_key_nothing_opens(trial: Trial) -> None:
