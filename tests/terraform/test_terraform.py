@@ -3,7 +3,9 @@
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import hcl2
 import pytest
 import yaml
 
@@ -162,7 +164,9 @@ def test_the_state_bucket_keeps_everything_and_no_more() -> None:
 def test_gpu_nodes_start_from_zero_and_have_a_most() -> None:
     (pool,) = [body for _, _, body in blocks(documents()[TERRAFORM / "modules/gpu-pool"], "resource")]
     (scaling,) = pool["autoscaling"]
-    assert scaling["total_min_node_count"] == 0
+    variables = {name: body for _, name, body in blocks(documents()[TERRAFORM / "modules/gpu-pool"], "variable")}
+    assert scaling["total_min_node_count"] == "${var.nodes_warm}"
+    assert variables["nodes_warm"]["default"] == 0
     assert "var.nodes_max" in scaling["total_max_node_count"]
 
 
@@ -203,6 +207,33 @@ def test_the_names_that_stage_30_replaces_are_in_the_overlays(overlay: str) -> N
                 assert spec["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "PROJECT_ID-knapper-models"
     assert "REGION-docker.pkg.dev/PROJECT_ID/knapper/${target}" in stage
     assert "/spec/template/spec/volumes/0/csi/volumeAttributes/bucketName" in stage
+
+
+@pytest.mark.parametrize("stage", ["10-platform", "20-knative", "30-functions"])
+def test_the_tests_of_a_stage_are_about_it(stage: str) -> None:
+    """`terraform test` itself runs where providers can be had; here: they parse, and name what the stage has."""
+    document = documents()[TERRAFORM / "stages" / stage]
+    variables = {name: body for _, name, body in blocks(document, "variable")}
+    providers = {plain(name) for each in document["provider"] for name in each if not name.startswith("__")}
+    required = {plain(name) for each in document["terraform"] for block in each["required_providers"] for name in block}
+    (path,) = (TERRAFORM / "stages" / stage / "tests").glob("*.tftest.hcl")
+    with path.open(encoding="utf-8") as file:
+        test = hcl2.load(file)
+    mocked = {plain(name) for each in test["mock_provider"] for name in each}
+    assert providers <= mocked <= required, "no test may reach a cloud"
+    assert {name for name in required if not name.startswith("__")} <= mocked
+    for given in (*test["variables"], *(each for run in _runs(test).values() for each in run.get("variables", []))):
+        assert {key for key in given if not key.startswith("__")} <= set(variables), given
+    needed = {name for name, body in variables.items() if "default" not in body}
+    assert needed <= set(test["variables"][0])
+    for name, run in _runs(test).items():
+        refused = [each.removeprefix("${var.").removesuffix("}") for each in run.get("expect_failures", [])]
+        assert all("validation" in variables[each] for each in refused), name
+        assert refused or run.get("assert"), f"{name} asserts nothing"
+
+
+def _runs(test: dict[str, Any]) -> dict[str, Any]:
+    return {plain(name): body for each in test["run"] for name, body in each.items() if not name.startswith("__")}
 
 
 @pytest.mark.long
