@@ -15,7 +15,9 @@ from tests.engine.tiny import tiny_model
 FUNCTIONS = {"engine", "train_step", "sample"}
 
 
-@pytest.mark.parametrize("flags", [(), ("--isolated",)], ids=["shared", "isolated"])
+@pytest.mark.parametrize(
+    "flags", [(), pytest.param(("--isolated",), marks=pytest.mark.long)], ids=["shared", "isolated"]
+)
 @pytest.mark.timeout(180)
 def test_functions_end_when_idle_and_come_back_on_the_next_bell(tmp_path: Path, flags: tuple[str, ...]) -> None:
     model = tiny_model(tmp_path / "a" / "model" / "tiny")
