@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import hcl2
+import helm_python
 import pytest
 import yaml
 
@@ -194,6 +195,18 @@ def test_the_way_in_from_outside_fits_knatives_schemas() -> None:
     about = [thing for thing in objects if thing["kind"] in ("ReferenceGrant", "GCPBackendPolicy", "HealthCheckPolicy")]
     assert {thing["metadata"]["namespace"] for thing in about} == {backend["namespace"]}
     assert len(about) == 3
+
+
+def test_helm_applies_the_objects_as_they_are_given() -> None:
+    """Helm's own engine over our chart: what looks like a template, a number or a boolean comes out as it went in."""
+    objects = [
+        *render(TERRAFORM.parent / "knative/cluster/operator"),
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "odd"},
+         "data": {"a": "{{ .Values }}", "b": "5", "c": "true", "d": "one\ntwo\n", "e": "---"}},
+    ]  # fmt: skip
+    with helm_python.Chart.load(str(TERRAFORM / "modules/objects/chart")) as chart:
+        written = chart.render({"objects": objects}, name="knative-config", namespace="knative-operator")
+    assert [each for text in written.values() for each in yaml.safe_load_all(text) if each] == objects
 
 
 @pytest.mark.parametrize("overlay", ["gke-l4", "gke-l4-shared", "gke-h100"])
