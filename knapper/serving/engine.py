@@ -90,7 +90,7 @@ def engine() -> Engine:
         torch.set_num_threads(settings.threads)
     directory = Path(settings.model_directory)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = _dtype(settings.dtype, where)
+    dtype = dtype_for(settings.dtype, where)
     decoder = load(directory, dtype, where)
     config = decoder.config
     device = Device()
@@ -166,7 +166,7 @@ def _readings(machine: TrainingMachine, sampler: Sampler) -> list[Reading]:
     ]  # fmt: skip
 
 
-def _dtype(setting: str, device: torch.device) -> torch.dtype:
+def dtype_for(setting: str, device: torch.device) -> torch.dtype:
     """`auto`: bfloat16 where the hardware computes it faster than float32, else float32."""
     if setting != "auto":
         return torch.bfloat16 if setting == "bfloat16" else torch.float32
