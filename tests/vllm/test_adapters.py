@@ -1,0 +1,119 @@
+"""The shelf: what lies there is what was saved, once, and the least used goes first."""
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from knapper import limits
+from knapper.engine import peft_format
+from knapper.engine.config import ModelConfig
+from knapper.errors import Corrupt, NotFound, UserError
+from knapper.journal import bundles
+from knapper.journal.records import Spec
+from knapper.store.memory import MemoryStore
+from knapper.vllm import shapes
+from knapper.vllm.adapters import Shelf
+from knapper.vllm.core import Adapter
+from tests.engine.tiny import tiny_model
+from tests.vllm.house import adapter_state, bundle
+
+SPEC = Spec(
+    run="one", tenant="local", base_model="tiny", rank=4, alpha=8.0, seed=1, train_attn=True, train_mlp=True,
+    train_unembed=True,
+)  # fmt: skip
+
+
+class Room:
+    def __init__(self, directory: Path) -> None:
+        self.store = MemoryStore()
+        self.facts = ModelConfig.read(tiny_model(directory / "model"))
+        self.forgotten: list[int] = []
+        self.memory = directory / "memory"
+        self.memory.mkdir()
+        self.shelf = self.open()
+
+    def open(self) -> Shelf:
+        return Shelf(self.store, self.facts, self.memory, self.forget, lambda spec: shapes.refusal(spec, 16))
+
+    async def forget(self, adapter: Adapter) -> None:
+        self.forgotten.append(adapter.number)
+
+    async def save(self, name: str, spec: Spec = SPEC) -> dict[str, bytes]:
+        files = peft_format.export(adapter_state(self.facts, spec), with_optimizer=False)
+        await bundles.write(self.store, bundle(name), files, spec=spec, seq=1, epoch=1)
+        return {each: bytes(content) for each, content in files.items()}
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Room:
+    return Room(tmp_path)
+
+
+def test_it_lies_there_as_saved_and_equal_ones_are_one(room: Room) -> None:
+    async def story() -> None:
+        saved = await room.save("a")
+        await room.save("twin")
+        await room.save("other", msgspec.structs.replace(SPEC, seed=2))
+        async with room.shelf.take(bundle("a")) as a, room.shelf.take(bundle("twin")) as twin:
+            assert {path.name: path.read_bytes() for path in a.adapter.directory.iterdir()} == saved
+            assert a.adapter == twin.adapter
+            async with room.shelf.take(bundle("other")) as other:
+                assert other.adapter.content != a.adapter.content
+                assert other.adapter.number != a.adapter.number
+        together = await asyncio.gather(*(take(room.shelf, bundle("a")) for _ in range(5)))
+        assert {each.number for each in together} == {a.adapter.number}
+
+    asyncio.run(story())
+
+
+def test_what_is_changed_gone_or_of_another_shape_is_refused(room: Room) -> None:
+    async def story() -> None:
+        files = await room.save("changed")
+        await room.store.delete(bundle("changed") + peft_format.ADAPTER)
+        await room.store.put_if_absent(bundle("changed") + peft_format.ADAPTER, bytes(len(files[peft_format.ADAPTER])))
+        with pytest.raises(Corrupt, match="bytes that are others"):
+            await take(room.shelf, bundle("changed"))
+        with pytest.raises(NotFound, match="deleted or expired"):
+            await take(room.shelf, bundle("gone"))
+        await room.save("wide", msgspec.structs.replace(SPEC, rank=17))
+        with pytest.raises(UserError, match="rank 17; this vLLM sampler has room for ranks up to 16"):
+            await take(room.shelf, bundle("wide"))
+
+    asyncio.run(story())
+
+
+def test_the_longest_unused_goes_and_what_is_used_stays(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "adapters_kept_max", 2)
+
+    async def story() -> None:
+        for n in range(4):
+            await room.save(f"a{n}", msgspec.structs.replace(SPEC, seed=10 + n))
+        async with room.shelf.take(bundle("a0")) as used:
+            a1 = await take(room.shelf, bundle("a1"))
+            await take(room.shelf, bundle("a2"))
+            assert room.forgotten == [a1.number]
+            assert not a1.directory.exists()
+            assert used.adapter.directory.exists()
+        again = await take(room.shelf, bundle("a1"))
+        assert again.content == a1.content
+        assert again.number != a1.number
+
+    asyncio.run(story())
+
+
+def test_what_a_killed_process_left_in_memory_is_swept(room: Room) -> None:
+    left = room.memory / "knapper-999999999-x"
+    left.mkdir()
+    stranger = room.memory / "something"
+    stranger.mkdir()
+    other = room.open()
+    assert not left.exists()
+    assert stranger.exists()
+    other.close()
+
+
+async def take(shelf: Shelf, name: str) -> Adapter:
+    async with shelf.take(name) as shelved:
+        return shelved.adapter
