@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from knapper.engine import rowwise
+
 
 def attention_dtype(base: torch.dtype, device: torch.device) -> torch.dtype:
     """float32 on a CPU, whose bfloat16 attention is slower and coarser; the base's dtype elsewhere."""
@@ -86,5 +88,7 @@ class Recorded:
 
 
 def _causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
+    if q_BTHD.device.type == "cpu":
+        return rowwise.causal(q_BTHD, k_BTGD, v_BTGD)  # the bits of decoding
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
