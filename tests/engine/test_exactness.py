@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from knapper.engine import draw, rowwise
 from knapper.engine.device import Device
 from knapper.engine.lora import Lora
 from knapper.engine.sampler import Sampler
-from knapper.engine.training import RunState, Trainer
+from knapper.engine.training import RunState
 from knapper.wire.types import AdamW, Datum, Sample, SampleOutput, SamplingParams
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
+from tests.engine.test_clock import held
 from tests.engine.test_sampler import Shelf
 
 SEED = 4
@@ -46,10 +46,10 @@ class Pair:
         self.trainer = tiny_trainer(directory, kind, dtype)
         self.states = {name: self._trained(name) for name in SPECS}
         loras: dict[str, Lora] = {name: state.lora() for name, state in self.states.items() if name != BASE}
-        device = Device()
-        weakref.finalize(self, device.close)
+        self.device = Device()
+        weakref.finalize(self, self.device.close)
         self.sampler = Sampler(
-            self.trainer.decoder, device, Shelf(loras), None, slots_max=24, kv_tokens_max=1 << 14
+            self.trainer.decoder, self.device, Shelf(loras), None, slots_max=24, kv_tokens_max=1 << 14
         )
 
     def _trained(self, name: str) -> RunState:
@@ -61,8 +61,15 @@ class Pair:
         return done(self.trainer.optim_step(state, AdamW(learning_rate=0.03)))[0]
 
     def sampled(self, *asked: Sample) -> list[SampleOutput]:
+        """All having arrived before the first begins."""
+        gate = held(self.device)
+
         async def together() -> list[SampleOutput]:
-            return list(await asyncio.gather(*map(self.sampler.sample, asked)))
+            tasks = [asyncio.ensure_future(self.sampler.sample(one)) for one in asked]
+            while self.sampler.waiting < len(asked):  # noqa: ASYNC110  no event tells
+                await asyncio.sleep(0)
+            gate.set()
+            return list(await asyncio.gather(*tasks))
 
         return asyncio.run(asyncio.wait_for(together(), 60))
 
@@ -122,3 +129,46 @@ def test_sampled_and_prompt_logprobs_are_the_trainers_bit_for_bit(pair: Pair) ->
     assert_equal(pair, asked, outputs)
     said = np.concatenate([sequence.logprobs for output in outputs for sequence in output.sequences])
     assert len(np.unique(said)) > 0.9 * len(said)
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_conversation_that_goes_on_where_it_was_has_the_trainers_bits(pair: Pair) -> None:
+    """Each turn begins with all that was said before, two of them with the same; other adapters say the same beside."""
+    rng = np.random.default_rng(SEED)
+    names = list(SPECS)
+    said = {name: [rng.integers(0, 256, 45).astype(np.int32)] * 2 for name in names}
+    said["wide"] = said["narrow"]  # tokens alone must not tell
+    for turn in range(4):
+        asked = [
+            Sample("tiny", name, prompt, SamplingParams(max_tokens=21, ignore_eos=True), seed=10 * turn + number)
+            for name in names
+            for number, prompt in enumerate(said[name])
+        ]
+        outputs = pair.sampled(*asked)
+        assert_equal(pair, asked, outputs)
+        if turn:
+            assert all(output.prompt_cache_hit_tokens >= 45 + 51 * (turn - 1) for output in outputs)
+        texts = iter(
+            np.concatenate([one.prompt, output.sequences[0].tokens, rng.integers(0, 256, 30)]).astype(np.int32)
+            for one, output in zip(asked, outputs, strict=True)
+        )
+        said = {name: [next(texts) for _ in said[name]] for name in names}
+
+
+@pytest.mark.usefixtures("threads")
+def test_prompts_that_begin_alike_have_the_trainers_bits(pair: Pair) -> None:
+    """In one pass, and with the log-probabilities of the part that differs."""
+    rng = np.random.default_rng(SEED)
+    common = rng.integers(0, 256, 60).astype(np.int32)
+    asked = [
+        Sample(
+            "tiny", name, np.concatenate([common, rng.integers(0, 256, length).astype(np.int32)]),
+            SamplingParams(max_tokens=5, ignore_eos=True), seed=length, prompt_logprobs=scored,
+        )
+        for name in ("narrow", BASE)
+        for length, scored in ((1, False), (7, True), (50, False))
+    ]  # fmt: skip
+    outputs = pair.sampled(*asked)
+    assert_equal(pair, asked, outputs)
+    assert pair.sampler.counters.prefilled_tokens == 2 * (60 + 58)
+    assert pair.sampler.counters.reused_tokens == 2 * 120
