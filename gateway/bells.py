@@ -204,6 +204,8 @@ class Bells:
                     if waited > _COLD_S:
                         self._cold_start_s = waited
                         metrics.cold_start_seconds.labels("total").observe(waited)
+                        if 0 < frame.age_s < waited:  # else it ran before, and this was no start
+                            metrics.cold_start_seconds.labels("pod").observe(waited - frame.age_s)
                     line.unanswered_since = None
                     line.trouble = ""
                 case Committed(n=n, commit=commit):

@@ -1,10 +1,10 @@
 """What happens by itself: forgotten bells, holes in the order of a run, clients that fell silent, files left over."""
 
-import asyncio
-from collections.abc import Awaitable, Callable
+from functools import partial
 
 import structlog
 
+from gateway.chores import Chore
 from gateway.parts import Parts
 from knapper.errors import Gone, KnapperError, Unavailable
 from knapper.ids import RunId, session_of
@@ -18,24 +18,10 @@ _SWEEP_S = 600.0
 log = structlog.get_logger()
 
 
-async def run(gateway: Parts) -> None:
-    """Ticks and sweeps for ever."""
-    await asyncio.gather(
-        _every(_TICK_S, publish, gateway),
-        _every(_TICK_S, tick, gateway),
-        _every(_JOBS_S, jobs, gateway),
-        _every(_METER_S, meter, gateway),
-        _every(_SWEEP_S, sweep, gateway),
-    )
-
-
-async def _every(seconds: float, work: Callable[[Parts], Awaitable[None]], gateway: Parts) -> None:
-    while True:
-        await asyncio.sleep(seconds)
-        try:
-            await work(gateway)
-        except KnapperError as error:  # the next time tries again
-            log.warning(f"{work.__name__} failed", code=error.code, reason=str(error))
+def chores(gateway: Parts) -> list[Chore]:
+    """All of it, but for uploads."""
+    paces = [(publish, _TICK_S), (tick, _TICK_S), (jobs, _JOBS_S), (meter, _METER_S), (sweep, _SWEEP_S)]
+    return [Chore(work.__name__, partial(work, gateway), every_s) for work, every_s in paces]
 
 
 async def jobs(gateway: Parts) -> None:

@@ -1,59 +1,31 @@
 """The gateway's entry: `uvicorn gateway.main:app --lifespan on`, or `create_app` for a store of one's own."""
 
-import asyncio
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any, NoReturn
 
-import aiohttp
-import httpx
-import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Route
 
-from gateway import auth, clockwork, errors, futures, observing, rewards, sampling, service, training, uploads
-from gateway.bells import Bells
+from gateway import auth, chores, clockwork, errors, futures, observing, rewards, sampling, service, training, uploads
+from gateway.assembly import assembled
 from gateway.events import ROUTES as EVENT_ROUTES
-from gateway.heartbeats import Heartbeats
 from gateway.jobs import ROUTES as JOB_ROUTES
-from gateway.looks import Looks
-from gateway.meter import Meter
 from gateway.openai.routes import ROUTES as OPENAI_ROUTES
-from gateway.openai.shared import Shared
-from gateway.parts import Parts
-from gateway.records import Records
 from gateway.rest.routes import ROUTES
-from gateway.rewarding import Rewards
-from gateway.samples import Samples
 from gateway.tenants import Doorkeeper
 from knapper import metrics, telemetry
-from knapper.audit import Audit
-from knapper.checkpoints import Checkpoints
 from knapper.errors import KnapperError
-from knapper.events import Claimed
-from knapper.ids import RunId
+from knapper.exchange.opening import expect_subscribable
 from knapper.jobs.place import Place, open_place
-from knapper.jobs.revive import Seen
-from knapper.journal.accept import Acceptor, newest_manifest
-from knapper.journal.results import Results
-from knapper.keys import Keyring, Keys
-from knapper.links import Links
-from knapper.models.declared import Declared
-from knapper.orphans import Orphans
-from knapper.register import Register
 from knapper.settings import Settings
 from knapper.store import Store
 from knapper.store.opening import open_store
-from knapper.tokens import Tokens
-
-log = structlog.get_logger()
 
 _POST = {
     "auth/token": auth.token,
@@ -91,90 +63,22 @@ _GET = {
 
 def create_app(
     store: Store,
+    settings: Settings,
     *,
-    train_step_url: str = "",
-    sample_url: str = "",
-    reward_url: str = "",
+    place: Place | None = None,
     clock: Callable[[], float] = time.time,
     monotonic: Callable[[], float] = time.monotonic,
-    keys: bool = False,
-    jwt: bool = False,
-    notice: str = "",
-    models: str = "",
-    place: Place | None = None,
-    subscription: str = "",
-    job_quiet_s: float = 60.0,
-    events_host: str = "",
     new_id: Callable[[], str] = lambda: secrets.token_hex(16),
 ) -> Starlette:
-    """The gateway over `store`. An empty URL means: where the base model's catalogue record says.
-
-    `keys`: only who has a key made by `knapper key create` is answered, as the key's tenant; else all are `local`.
-    `jwt`: clients are told to exchange their keys for tokens.
-    `notice`: what each prints when it starts.
-    `models`: a directory that declares which models are served; they are published before anything is answered.
-    `place`: of jobs; without it there are none. One that has not moved for `job_quiet_s` is rung for again.
-    `subscription`: where a bucket tells of uploads; without one, the inbox is looked into now and then.
-    `events_host`: the name under which only this cluster's own services reach us; events are taken there.
-    """
-    acceptor, results = Acceptor(store, clock), Results(store)
-    records = Records(store, acceptor, monotonic)
-    checkpoints = Checkpoints(store, clock)
-    meter = Meter(store, clock, new_id)
-    audit = Audit(store, clock, new_id)
-
-    async def url_of(run: RunId) -> str:
-        return train_step_url or (await records.model((await records.spec_of(run)).base_model)).train_step_url
-
-    async def holder_of(run: RunId) -> Claimed | None:
-        newest = await newest_manifest(store, run)
-        return None if newest is None else Claimed(newest[1].epoch, newest[1].holder, newest[1].address)
+    """The gateway over `store`. `place`: of jobs; without it there are none."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        async with (
-            httpx.AsyncClient(limits=limits, trust_env=False, follow_redirects=True) as client,
-            # Samples come in crowds: httpx's pool looks at each connection for each of them, aiohttp's does not.
-            aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar()
-            ) as crowd,
-        ):
-            parts = app.state.parts = Parts(
-                store=store,
-                acceptor=acceptor,
-                results=results,
-                looks=Looks(results, monotonic),
-                records=records,
-                checkpoints=checkpoints,
-                register=Register(store),
-                links=Links(store, clock, new_id),
-                audit=audit,
-                orphans=Orphans(store, checkpoints, records.sessions, clock, monotonic),
-                bells=Bells(client, results, url_of, holder_of, new_id, monotonic),
-                samples=Samples(crowd, new_id, monotonic, meter.count, first=int(clock() * 1e6)),
-                meter=meter,
-                rewards=Rewards(client, reward_url),
-                events_host=events_host,
-                place=place,
-                seen_jobs=Seen(),
-                job_quiet_s=job_quiet_s,
-                heartbeats=Heartbeats(monotonic),
-                openai=Shared(audit),
-                keys=Keyring(Keys(store, clock), monotonic) if keys else None,
-                declared=Declared(Path(models), records.catalogue) if models else None,
-                tokens=await Tokens.open(store, clock, new_id) if jwt else None,
-                sample_url=sample_url,
-                notice=notice,
-                clock=clock,
-                new_id=new_id,
-            )
+        async with assembled(settings, store, place, clock=clock, monotonic=monotonic, new_id=new_id) as parts:
+            app.state.parts = parts
             await clockwork.begin(parts)
-            ticking = asyncio.gather(clockwork.run(parts), *_uploads(parts, subscription))
-            ticking.add_done_callback(_heard)
-            yield
-            ticking.cancel()
-            await asyncio.gather(ticking, return_exceptions=True)
+            async with chores.done([*clockwork.chores(parts), *uploads.chores(parts)]):
+                yield
             await parts.bells.close()
             await parts.samples.close()
             await clockwork.end(parts)
@@ -190,22 +94,6 @@ def create_app(
         },
         lifespan=lifespan,
     )
-
-
-def _uploads(gateway: Parts, subscription: str) -> list[Coroutine[Any, Any, NoReturn]]:
-    """What waits for uploads. A directory is watched by the broker's process; what it lost is found here."""
-    if gateway.place is None:
-        return []
-    return [uploads.pulled(gateway, subscription) if subscription else uploads.looked_for(gateway)]
-
-
-def _heard(ticking: "asyncio.Future[Any]") -> None:
-    """None of it ends by itself: whatever did is a defect, and nobody waits for it until the gateway stops.
-
-    A gather that is cancelled ends with its children's CancelledError as an exception like others."""
-    defect = asyncio.CancelledError() if ticking.cancelled() else ticking.exception()
-    if defect is not None and not isinstance(defect, asyncio.CancelledError):
-        log.error("clockwork: defect", exc_info=defect)
 
 
 def _routes() -> list[BaseRoute]:
@@ -225,21 +113,9 @@ def _from_environment() -> Starlette:
     settings = Settings.load(os.environ)
     telemetry.begin("gateway", settings)
     settings.expect_keys_beyond_loopback()
+    expect_subscribable(settings)
     store = metrics.CountedStore(open_store(settings))
-    return create_app(
-        store,
-        train_step_url=settings.train_step_url,
-        sample_url=settings.sample_url,
-        reward_url=settings.reward_url,
-        keys=settings.keys,
-        jwt=settings.jwt,
-        notice=settings.notice,
-        models=settings.models,
-        place=open_place(settings, store, time.time),
-        subscription=settings.subscription,
-        job_quiet_s=settings.job_quiet_s,
-        events_host=settings.events_host,
-    )
+    return create_app(store, settings, place=open_place(settings, store, time.time))
 
 
 def __getattr__(name: str) -> Starlette:

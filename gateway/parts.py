@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from starlette.requests import Request
 
@@ -28,6 +28,9 @@ from knapper.register import Register
 from knapper.store import Store
 from knapper.tokens import Tokens
 
+if TYPE_CHECKING:
+    from knapper.pubsub import Subscription
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -47,6 +50,7 @@ class Parts:
     rewards: Rewards
     events_host: str  # the name under which events come; empty: this machine's own
     place: Place | None  # of jobs; None: there is nowhere to put their files
+    subscription: "Subscription | None"  # tells of uploads; None: the inbox is looked into
     seen_jobs: Seen  # how far jobs were at the last tick
     job_quiet_s: float
     heartbeats: Heartbeats

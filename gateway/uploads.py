@@ -4,44 +4,45 @@ With a subscription a job starts seconds after its last file came. Without one (
 inbox is listed now and then.
 """
 
-import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
 
 from gateway import events as taking
+from gateway.chores import Chore
 from gateway.parts import Parts
 from knapper import dead, events
 from knapper.dead import DeadLetter
 from knapper.errors import KnapperError, UserError
 from knapper.events import Event
+from knapper.exchange import Exchange
 
 if TYPE_CHECKING:
-    from knapper.pubsub import Message
+    from knapper.pubsub import Message, Subscription
 
 _LOOK_S = 10.0
-_AGAIN_S = 5.0
 
 log = structlog.get_logger()
 
 
-async def pulled(gateway: Parts, subscription: str) -> NoReturn:
-    """For ever: take what the subscription has; a message is acknowledged once what it asks for is durable."""
-    from knapper import pubsub  # its client takes half a second to import, and few gateways need it
+def chores(gateway: Parts) -> list[Chore]:
+    """What waits for uploads. A directory is watched by the broker's process; what it lost is found here."""
+    if gateway.place is None:
+        return []
+    if gateway.subscription is not None:
+        return [Chore("uploads", partial(pull, gateway, gateway.subscription), every_s=0.0)]
+    return [Chore("inbox", Inbox(gateway, gateway.place.exchange).look, _LOOK_S, at_once=True)]
 
-    source = pubsub.Subscription(subscription)
-    try:
-        while True:
-            try:
-                messages = await source.pull()
-                await source.acknowledge([each for each in messages if await _took(gateway, pubsub.finalized, each)])
-            except KnapperError as error:
-                log.warning("uploads are not heard of", code=error.code, reason=str(error))
-                await asyncio.sleep(_AGAIN_S)
-    finally:
-        source.close()
+
+async def pull(gateway: Parts, source: "Subscription") -> None:
+    """Take what the subscription has; a message is acknowledged once what it asks for is durable."""
+    from knapper.pubsub import finalized
+
+    messages = await source.pull()
+    await source.acknowledge([each for each in messages if await _took(gateway, finalized, each)])
 
 
 async def _took(gateway: Parts, read: "Callable[[Message], Event | None]", message: "Message") -> bool:
@@ -60,23 +61,23 @@ async def _took(gateway: Parts, read: "Callable[[Message], Event | None]", messa
     return True
 
 
-async def looked_for(gateway: Parts) -> NoReturn:
-    """For ever: find what is new in the inbox."""
-    assert gateway.place is not None
-    exchange = gateway.place.exchange
-    known: set[tuple[str, str]] = set()
-    while True:
-        try:
-            found = await exchange.list("inbox/")
-            for entry in found:
-                if (entry.name, entry.generation) not in known:
-                    await taking.uploaded(
-                        gateway, _event(exchange.bucket, exchange.prefix + entry.name, entry.generation)
-                    )
-            known = {(entry.name, entry.generation) for entry in found}
-        except KnapperError as error:
-            log.warning("the inbox cannot be looked into", code=error.code, reason=str(error))
-        await asyncio.sleep(_LOOK_S)
+class Inbox:
+    """The inbox, looked into."""
+
+    def __init__(self, gateway: Parts, exchange: Exchange) -> None:
+        self._gateway = gateway
+        self._exchange = exchange
+        self._known: set[tuple[str, str]] = set()
+
+    async def look(self) -> None:
+        """Take what is new since the last look that succeeded."""
+        exchange = self._exchange
+        found = await exchange.list("inbox/")
+        for entry in found:
+            if (entry.name, entry.generation) not in self._known:
+                event = _event(exchange.bucket, exchange.prefix + entry.name, entry.generation)
+                await taking.uploaded(self._gateway, event)
+        self._known = {(entry.name, entry.generation) for entry in found}
 
 
 def _event(bucket: str, name: str, generation: str) -> Event:

@@ -18,7 +18,6 @@ class Broker:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._session: aiohttp.ClientSession | None = None
 
     async def post(self, event: Event) -> bool:
         """True if the Broker took the event. What became of one that it did not take is not known."""
@@ -26,7 +25,10 @@ class Broker:
             return False
         headers, body = replace(event, traceparent=tracing.current(event.traceparent)).encode()
         try:
-            async with self._client().post(self._url, data=body, headers=headers, allow_redirects=False) as answer:
+            async with (
+                _client() as client,  # for this event alone: they are rare, and then nothing is left open at the end
+                client.post(self._url, data=body, headers=headers, allow_redirects=False) as answer,
+            ):
                 if answer.status < 300:
                     return True
                 reason = f"{answer.status}: {(await answer.text())[:200]}"
@@ -35,14 +37,6 @@ class Broker:
         log.info("the broker did not take an event", type=event.type, subject=event.subject, reason=reason)
         return False
 
-    async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
 
-    def _client(self) -> aiohttp.ClientSession:
-        """Made inside the running loop."""
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S), cookie_jar=aiohttp.DummyCookieJar()
-            )
-        return self._session
+def _client() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S), cookie_jar=aiohttp.DummyCookieJar())

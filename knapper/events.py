@@ -161,11 +161,15 @@ def run_of(event: Event) -> RunId:
 
 
 class Claimed(msgspec.Struct, frozen=True, tag="claimed"):
-    """The holder has the run; its state is current. `address`: where it listens, empty if nobody can ring it there."""
+    """The holder has the run; its state is current. `address`: where it listens, empty if nobody can ring it there.
+
+    `age_s`: how long its process has run, 0 where that is not known.
+    """
 
     epoch: int
     holder: str = ""
     address: str = ""
+    age_s: float = 0.0
 
 
 class Committed(msgspec.Struct, frozen=True, tag="committed"):

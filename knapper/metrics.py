@@ -49,8 +49,8 @@ store_seconds = Histogram(
 )
 cold_start_seconds = Histogram(
     "knapper_cold_start_seconds",
-    "Starts from zero, by stage: total (as the gateway waits, node and image included), import, weights, adapter (the "
-    "first state that is made or loaded), first_step.",
+    "Starts from zero, by stage: total (as the gateway waits), pod (of it, until the process began: node and image), "
+    "import, weights, adapter (the first state that is made or loaded), first_step.",
     ["stage"], buckets=_STARTS, registry=REGISTRY,
 )  # fmt: skip
 runs_waiting = Gauge(

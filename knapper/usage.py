@@ -103,6 +103,26 @@ async def tokens_trained(store: Store, runs: list[RunId], window: Window) -> dic
     return {key: tokens for key, tokens in counted.items() if tokens}
 
 
+async def device_seconds(store: Store, runs: list[RunId], window: Window) -> dict[tuple[int, RunId], float]:
+    """Seconds of the device that the published results took, by hour and run; each counts once, whatever was replayed.
+
+    Raises InvalidField if too much happened in the window to be counted at once.
+    """
+    seconds: dict[tuple[int, RunId], float] = {}
+    read = 0
+    for run in runs:
+        async for group in history.commits(store, run):
+            read += sum(window.hour(each.committed_at) is not None for each in group)
+            if read > limits.operations_told_max:
+                raise _too_much(window, "operations")
+            for commit in group:
+                if (hour := window.hour(commit.committed_at)) is not None:
+                    seconds[hour, run] = seconds.get((hour, run), 0.0) + commit.device_s
+            if group and all(commit.committed_at < window.first * HOUR_S for commit in group):
+                break
+    return seconds
+
+
 def checkpoints_saved(checkpoints: list[Checkpoint], window: Window) -> dict[tuple[int, RunId], int]:
     """Checkpoints that live, by the hour of their saving and run."""
     hours = [(window.hour(checkpoint.saved_at), run_of(checkpoint)) for checkpoint in checkpoints]

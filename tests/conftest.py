@@ -8,8 +8,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TINKER_TELEMETRY", "0")
 
+import pytest
 from hypothesis import settings
 
 # No deadline: shared machines are slow at random. `print_blob`: a failure prints the decorator that replays it.
 settings.register_profile("knapper", deadline=None, print_blob=True)
 settings.load_profile("knapper")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What may take longer than usual comes first, in any order: no worker is left alone with such a one at the end."""
+    items.sort(key=lambda item: not any(mark.args[0] > 120 for mark in item.iter_markers("timeout")))

@@ -43,16 +43,20 @@ def _entry(tenant: Tenant, entry: Entry) -> dict[str, Any]:
 async def usage_events(request: Request) -> Response:
     """Tokens trained and checkpoints saved, for each hour and run, and tokens sampled, for each hour and session.
 
-    No cost is estimated: there is no price list.
+    Beside the protocol's fields, training says which run, and the seconds that it had of the device: what a GPU is paid
+    for. No cost is estimated: there is no price list.
     """
     gateway, tenant = parts(request), tenant_of(request)
     window = Window(*json.convert(shapes.query(request), rest.UsageQuery).hours(gateway.clock()))
     runs = await gateway.register.runs(tenant)
     trained = await usage.tokens_trained(gateway.store, runs, window)
+    device = await usage.device_seconds(gateway.store, runs, window)
     saved = usage.checkpoints_saved(await gateway.checkpoints.listed(tenant), window)
     rows = []
-    for (hour, run), tokens in trained.items():
-        rows.append(_Row(hour, tokens, session_of(run), await _model(gateway, tenant, run), {"type": "training"}))
+    for hour, run in trained.keys() | {key for key, seconds in device.items() if seconds}:
+        told = {"type": "training", "training_run_id": run, "device_seconds": round(device.get((hour, run), 0.0), 3)}
+        tokens = trained.get((hour, run), 0)
+        rows.append(_Row(hour, tokens, session_of(run), await _model(gateway, tenant, run), told))
     for (hour, run), count in saved.items():
         model, told = await _model(gateway, tenant, run), {"type": "checkpoint", "count": count}
         rows.append(_Row(hour, 0, session_of(run), model, told))

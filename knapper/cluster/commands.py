@@ -107,7 +107,7 @@ def status(
     kubeconfig: Kubeconfig = None,
     context: Context = None,
 ) -> None:
-    """What runs of one base model: revisions, replicas, cold or warm, GPU, what waits, what went wrong last."""
+    """What runs of one base model: revisions, replicas, cold or warm, GPU, what waits, how the last pod started."""
     from knapper.cluster.state import deployed
     from knapper.errors import NotFound
 
@@ -122,6 +122,10 @@ def status(
         (each.name, each.revision or "-", str(each.replicas), each.state, each.gpu, each.error) for each in one.parts
     ]
     _table(rows)
+    for start in (each.start for each in one.parts if each.start is not None):
+        stages = (("node", start.node_s), ("image and volumes", start.image_s), ("process", start.ready_s))
+        told = ", ".join(f"{stage} {'not yet' if taken is None else f'{taken:.0f} s'}" for stage, taken in stages)
+        print(f"start of {start.pod}: {told}{f' ({start.waits_for})' if start.waits_for else ''}")
 
 
 def _names(every: "Sequence[Deployed]") -> list[str]:

@@ -16,6 +16,7 @@ from knapper.errors import KnapperError
 
 Verdict = Literal["good", "wrong", "unknown"]
 
+_CHANNELS = "MTChannelBasedBroker"
 KNATIVE_MIN = (1, 22)  # the manifests were checked against it
 KUBERNETES_MIN = (1, 32)  # what that Knative asks for
 _KINDS = {
@@ -222,9 +223,11 @@ def eventing(patient: Patient) -> Iterator[Finding]:
                     patient.cold_start_s,
                     "delivery.retry",
                 )
+            notes = thing["metadata"].get("annotations", {})
             if (
                 kind == "Broker"
-                and thing["metadata"].get("annotations", {}).get("messaging.knative.dev/async-handler") != "true"
+                and notes.get("eventing.knative.dev/broker.class", _CHANNELS) == _CHANNELS
+                and notes.get("messaging.knative.dev/async-handler") != "true"
             ):
                 mend = "delete the Broker, apply the overlay again: the annotation counts when it is made"
                 yield Finding(

@@ -49,10 +49,12 @@ def _build(directory: Path, objects: list[Object]) -> list[Object]:
     for name in plan.get("resources", []):
         place = directory / name
         objects += _build(place, []) if place.is_dir() else documents(place)
+    for plan_of_map in plan.get(
+        "configMapGenerator", []
+    ):  # before components: what these generate cannot be merged into
+        _generate(plan_of_map, directory, objects)
     for name in plan.get("components", []):
         objects = _build(directory / name, objects)
-    for plan_of_map in plan.get("configMapGenerator", []):
-        _generate(plan_of_map, directory, objects)
     for patch in plan.get("patches", []):
         operations = jsonpatch.JsonPatch(yaml.safe_load(patch["patch"]))
         chosen = [number for number, thing in enumerate(objects) if _matches(thing, patch["target"])]

@@ -1,8 +1,10 @@
 """What runs of each base model: read from the cluster, never remembered."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from knapper.cluster.api import Api
 from knapper.cluster.kustomize import Object
@@ -10,6 +12,17 @@ from knapper.cluster.model import LABEL, MODELS, NAMESPACE, SERVICES
 from knapper.models.catalogue import slug
 
 _ACCELERATORS = ("cloud.google.com/gke-accelerator", "nvidia.com/gpu.product")
+
+
+@dataclass(frozen=True)
+class Start:
+    """How the newest pod of a Service started, in seconds by stage; None for a stage that is not over."""
+
+    pod: str
+    node_s: float | None  # until it had a node, which the autoscaler may have had to make
+    image_s: float | None  # until its process began: image, volumes
+    ready_s: float | None  # until it answered: imports, weights
+    waits_for: str  # what Kubernetes says of a pod that has no node, or whose container cannot start
 
 
 @dataclass(frozen=True)
@@ -23,6 +36,7 @@ class Part:
     state: str  # warm, cold, starting or failing
     gpu: str
     error: str  # what is wrong, as Knative says it; empty for nothing
+    start: Start | None = None  # of the newest pod, while there is one
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,37 @@ def _part(api: Api, service: Object) -> Part:
     gpu = f"{limits['nvidia.com/gpu']} x {', '.join(kinds) or 'any'}" if "nvidia.com/gpu" in limits else "none"
     labels = service["metadata"]["labels"]
     name = service["metadata"]["name"]
-    return Part(labels["app.kubernetes.io/name"], name, revision, replicas, state, gpu, errors[0] if errors else "")
+    pods = api.list("v1", "Pod", NAMESPACE, f"serving.knative.dev/service={name}")
+    start = _start(max(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))) if pods else None
+    error = errors[0] if errors else ""
+    return Part(labels["app.kubernetes.io/name"], name, revision, replicas, state, gpu, error, start)
+
+
+def _start(pod: Object) -> Start:
+    status = pod.get("status", {})
+    conditions = {each["type"]: each for each in status.get("conditions", [])}
+    container: Object = next(
+        (each for each in status.get("containerStatuses", []) if each["name"] == "user-container"), {}
+    )
+    now: Object = container.get("state", {})
+    scheduled, ready = conditions.get("PodScheduled", {}), conditions.get("Ready", {})
+    moments = [
+        _moment(pod["metadata"].get("creationTimestamp")),
+        _moment(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else None,
+        _moment(now.get("running", {}).get("startedAt")),
+        _moment(ready.get("lastTransitionTime")) if ready.get("status") == "True" else None,
+    ]
+    spans = [
+        None if begun is None or over is None else max(0.0, (over - begun).total_seconds())
+        for begun, over in itertools.pairwise(moments)
+    ]
+    said: Object = scheduled if scheduled.get("status") == "False" else now.get("waiting", {})
+    waits_for = " ".join(filter(None, (said.get("reason", ""), said.get("message", ""))))
+    return Start(pod["metadata"]["name"], spans[0], spans[1], spans[2], waits_for)
+
+
+def _moment(text: str | None) -> datetime | None:
+    return None if text is None else datetime.fromisoformat(text)
 
 
 def _waiting(api: Api) -> dict[str, int] | None:

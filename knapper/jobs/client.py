@@ -1,8 +1,10 @@
-"""A client of a gateway's jobs, as the command line is one."""
+"""A client of a gateway's jobs, and of what they and others used, as the command line is one."""
 
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 
@@ -51,6 +53,12 @@ class Client:
 
     def resume(self, job: str) -> dict[str, Any]:
         return self._ask("POST", f"jobs/{names.job(job)}/resume")
+
+    def usage(self, starting_on: datetime, ending_before: datetime) -> list[dict[str, Any]]:
+        """What was used in each hour between two full hours."""
+        window = {"starting_on": starting_on.isoformat(), "ending_before": ending_before.isoformat()}
+        found: list[dict[str, Any]] = self._ask("GET", f"billing/usage/events?{urlencode(window)}")["data"]
+        return found
 
     def _ask(self, method: str, path: str, body: object = None) -> dict[str, Any]:
         try:

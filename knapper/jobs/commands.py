@@ -1,4 +1,4 @@
-"""`knapper submit` and `knapper jobs ...`. What a command needs is imported inside it."""
+"""`knapper submit`, `knapper jobs ...` and `knapper usage`. What a command needs is imported inside it."""
 
 import os
 import sys
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from knapper import limits
 
 if TYPE_CHECKING:
     from knapper.jobs.client import Client
@@ -111,3 +113,36 @@ def _client(url: str | None) -> "Client":
         url or os.environ.get("TINKER_BASE_URL") or "http://127.0.0.1:8000",
         os.environ.get("TINKER_API_KEY") or "tml-local",
     )
+
+
+def usage(
+    hours: Annotated[
+        int, typer.Option(min=1, max=24 * limits.usage_days_max, help="How far to look back, this hour included.")
+    ] = 24,
+    url: Url = None,
+) -> None:
+    """Say what your runs and sessions used: tokens, and seconds of the device, which are what a GPU is paid for."""
+    from datetime import UTC, datetime, timedelta
+
+    end = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) + timedelta(hours=1)
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for each in _client(url).usage(end - timedelta(hours=hours), end):
+        info = each["event_info"]
+        row = rows.setdefault((info.get("training_run_id") or each["session_id"] or "-", each["base_model"]), {})
+        for name in ("token_count", "device_seconds", "count"):
+            row[f"{info['type']} {name}"] = row.get(f"{info['type']} {name}", 0) + info.get(name, 0)
+    for (about, model), used in sorted(rows.items()):
+        parts = [
+            f"{used.get(name, 0):{form}} {unit}"
+            for name, form, unit in (
+                ("training token_count", "d", "tokens trained"),
+                ("training device_seconds", ".3f", "device seconds"),
+                ("sampling_prefill token_count", "d", "prompt tokens"),
+                ("sampling_sample token_count", "d", "tokens sampled"),
+                ("checkpoint count", "d", "checkpoints"),
+            )
+            if name in used
+        ]
+        print(f"{about}  {model}: {', '.join(parts)}")
+    if not rows:
+        print(f"nothing in the last {hours} hours")

@@ -55,15 +55,17 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     source: str = ""  # of a load: the bundle whose files were loaded, so that a replay loads the same
 
 
-class Commit(Record, frozen=True):
+class Commit(Record, frozen=True, kw_only=True):
     """out/<n>: results in order of seq, dense after those of out/<n-1>.
 
     No results: a fence, which only says who holds the run.
     """
 
+    v: int = 2  # 1 had no device_s
     epoch: int
     results: list[Result]
     committed_at: float = 0.0  # seconds since the epoch, for people; of a fence 0
+    device_s: float = 0.0  # of the device, to compute the results; a replay of them adds nothing
 
 
 class Spec(Record, frozen=True):

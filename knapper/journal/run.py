@@ -51,6 +51,7 @@ class Run(Generic[State]):
         self.epoch = 0
         self.applied = -1  # the newest operation in `state`
         self.replay_cost_s = 0.0  # compute since the newest snapshot
+        self._spent_s = 0.0  # compute of the commit that is being made
         self.creation: Creation
         self.terms_before: Terms | None = None  # of the claim before this one, if they were others
         self._state: State | None = None
@@ -238,7 +239,7 @@ class Run(Generic[State]):
 
         None: nothing waits.
         """
-        began = self._clock()
+        began, self._spent_s = self._clock(), 0.0
         results: list[Result] = []
         size = 0
         while (operation := await self._operation(self.applied + 1)) is not None:
@@ -248,7 +249,9 @@ class Run(Generic[State]):
             late = not 0.0 <= self._clock() - began < _COMMIT_AFTER_S  # also if the clock stepped
             if late or size >= limits.commit_inline_bytes_max or self.must_snapshot or stop():
                 break
-        return Commit(epoch=self.epoch, results=results, committed_at=self._clock()) if results else None
+        if not results:
+            return None
+        return Commit(epoch=self.epoch, results=results, committed_at=self._clock(), device_s=self._spent_s)
 
     async def _apply(self, operation: Operation) -> Result:
         if operation.kind == "tombstone":
@@ -283,6 +286,7 @@ class Run(Generic[State]):
             body = await self._saves.store_export(operation, self.creation.spec, self.epoch, outcome.export)
         self._state = outcome.state
         self.replay_cost_s += outcome.cost_s
+        self._spent_s += outcome.cost_s
         self._note_load(operation.seq, source)
         return Result(
             seq=operation.seq, sha256=operation.sha256, content_type=outcome.content_type, body=body, source=source

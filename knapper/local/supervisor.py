@@ -22,6 +22,7 @@ import structlog
 
 import knapper
 from knapper.engine.config import computed_by
+from knapper.exchange.opening import expect_subscribable
 from knapper.local import engines, web
 from knapper.local.dispatcher import Dispatcher
 from knapper.local.process import Process
@@ -40,6 +41,7 @@ log = structlog.get_logger()
 def up(settings: Settings, root: Path, environ: Mapping[str, str], *, isolated: bool = False) -> None:
     """Serve until SIGINT or SIGTERM. Raises KnapperError if that cannot begin; `root` holds gateway/ and functions/."""
     settings.expect_keys_beyond_loopback()
+    expect_subscribable(settings)
     _allow_many_connections()
     with ExitStack() as stack:
         stack.enter_context(locked(settings.data, settings.run_directory))

@@ -76,7 +76,8 @@ class Residents(Generic[State]):
             if self._leaving:
                 raise NotHolder(f"{self._holder.name} is leaving, and works on {of} no more")
             run = await self._claimed(of, resident, hint)
-            yield Claimed(epoch=run.epoch, holder=run.holder.name, address=run.holder.address)
+            age_s = metrics.process_age_s() or 0.0
+            yield Claimed(epoch=run.epoch, holder=run.holder.name, address=run.holder.address, age_s=age_s)
             async with aclosing(self._slice(run, resident)) as frames:
                 async for frame in frames:
                     yield frame

@@ -1,9 +1,11 @@
 """What is applied to a cluster works when each container's command line runs with the environment that it gets."""
 
 import copy
+import gc
 import json
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +22,39 @@ from knapper.cluster.model import Wanted, objects
 from knapper.local.broker.triggers import TRIGGERS
 from knapper.models.catalogue import record_of
 from tests.cluster.containers import Container, download, running, upload
-from tests.conformance import test_training
-from tests.conformance.conftest import NewClient
+from tests.cluster.page import file
+from tests.conformance.conftest import NewClient, NewService
 from tests.conformance.server import wait_until
+
+# The core of the SDK's conformance, as it is elsewhere, over what a cluster runs: with the fixtures of this module.
+from tests.conformance.test_bad_input import test_no_datums_at_all_are_refused
+from tests.conformance.test_cli import cli, test_a_checkpoints_life_on_the_command_line
+from tests.conformance.test_losses import test_losses_are_sums_over_datums_and_tokens
+from tests.conformance.test_rest import (
+    test_checkpoints_are_listed_with_what_was_said_of_them,
+    test_copied_weights_train_and_sample_as_their_source,
+    test_publishing_is_idempotent_and_shows,
+    test_runs_are_listed_and_found,
+    test_usage_counts_what_was_trained_and_stored,
+)
+from tests.conformance.test_sampling import (
+    base,
+    test_a_seed_reproduces_its_texts_and_samples_differ,
+    test_a_snapshot_is_taken_where_it_was_asked_for,
+    test_a_snapshot_never_sees_later_training,
+    test_an_inflight_sampler_sees_the_weights_that_were_published,
+    test_top_k_and_top_p_draw_from_what_they_leave,
+)
+from tests.conformance.test_states import (
+    test_a_run_of_another_session_goes_on_from_the_state,
+    test_a_state_of_another_shape_does_not_fit,
+    test_going_on_with_the_optimizer_is_as_if_nothing_had_happened,
+)
+from tests.conformance.test_training import (
+    test_a_custom_loss_of_the_client_gives_its_gradient,
+    test_every_log_probability_has_its_own_target,
+    test_forward_leaves_the_gradients_alone,
+)
 from tests.engine.tiny import tiny_model
 from tests.jobs.test_works import JOBS
 from tests.jobs.works import CHAT
@@ -30,6 +62,36 @@ from tests.manifests.rendering import rendered
 from tests.store.emulator import running as emulator_running
 from tests.test_metrics import asked
 from tests.test_tracing import collecting
+
+__all__ = [
+    "base",
+    "cli",
+    "test_a_checkpoints_life_on_the_command_line",
+    "test_a_custom_loss_of_the_client_gives_its_gradient",
+    "test_a_run_of_another_session_goes_on_from_the_state",
+    "test_a_seed_reproduces_its_texts_and_samples_differ",
+    "test_a_snapshot_is_taken_where_it_was_asked_for",
+    "test_a_snapshot_never_sees_later_training",
+    "test_a_state_of_another_shape_does_not_fit",
+    "test_an_inflight_sampler_sees_the_weights_that_were_published",
+    "test_checkpoints_are_listed_with_what_was_said_of_them",
+    "test_copied_weights_train_and_sample_as_their_source",
+    "test_every_log_probability_has_its_own_target",
+    "test_forward_leaves_the_gradients_alone",
+    "test_going_on_with_the_optimizer_is_as_if_nothing_had_happened",
+    "test_losses_are_sums_over_datums_and_tokens",
+    "test_no_datums_at_all_are_refused",
+    "test_publishing_is_idempotent_and_shows",
+    "test_runs_are_listed_and_found",
+    "test_top_k_and_top_p_draw_from_what_they_leave",
+    "test_usage_counts_what_was_trained_and_stored",
+]
+pytestmark = [
+    pytest.mark.timeout(240),
+    pytest.mark.filterwarnings("ignore:DEPRECATED:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*is experimental:tinker.lib.experimental.ExperimentalWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file"),
+]
 
 MODEL = "example/tiny"
 
@@ -109,23 +171,82 @@ def _frozen(exact: object) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(exact.items()))
 
 
-@pytest.mark.timeout(240)
-def test_the_sdk_trains_and_samples(trial: Trial) -> None:
-    with tinker.ServiceClient(base_url=trial.url, api_key=trial.key) as service:
+@pytest.fixture
+def model() -> str:
+    return MODEL
 
-        def new_client(rank: int = 4, seed: int = 1, **train: bool) -> tinker.TrainingClient:
-            return service.create_lora_training_client(MODEL, rank=rank, seed=seed, **train).result()  # type: ignore[arg-type]  # flags
 
-        make: NewClient = new_client
-        test_training.test_every_log_probability_has_its_own_target(make())
-        test_training.test_forward_leaves_the_gradients_alone(make)
-        test_training.test_training_lowers_the_loss(make())
-        client = make()
-        sampler = client.save_weights_and_get_sampling_client().result()
-        prompt = tinker.ModelInput.from_ints([1, 2, 3])
-        sampled = sampler.sample(prompt, 2, tinker.SamplingParams(max_tokens=5, seed=3)).result()
-        assert [len(each.tokens) <= 5 for each in sampled.sequences] == [True, True]
+@pytest.fixture
+def environment(trial: Trial, tmp_path: Path) -> dict[str, str]:
+    """Of the SDK's command line."""
+    return {
+        "TINKER_BASE_URL": trial.url, "TINKER_API_KEY": trial.key, "TINKER_TELEMETRY": "0", "HOME": str(tmp_path)
+    }  # fmt: skip
+
+
+@pytest.fixture
+def new_service(trial: Trial) -> NewService:
+    return lambda: tinker.ServiceClient(base_url=trial.url, api_key=trial.key)
+
+
+@pytest.fixture
+def service(new_service: NewService) -> Iterator[tinker.ServiceClient]:
+    with new_service() as client:
+        yield client
+
+
+@pytest.fixture
+def new_client(service: tinker.ServiceClient) -> NewClient:
+    def make(rank: int = 4, seed: int = 1, **train: bool) -> tinker.TrainingClient:
+        return service.create_lora_training_client(MODEL, rank=rank, seed=seed, **train).result()  # type: ignore[arg-type]  # flags
+
+    return make
+
+
+@pytest.fixture
+def client(new_client: NewClient) -> tinker.TrainingClient:
+    return new_client()
+
+
+@dataclass(frozen=True)
+class Address:
+    """All that the conformance's fixtures of the REST group ask of a server."""
+
+    url: str
+
+
+@pytest.fixture
+def server(trial: Trial) -> Address:
+    return Address(trial.url)
+
+
+@pytest.fixture
+def rest(trial: Trial) -> Iterator[tinker.RestClient]:
+    yield tinker.RestClient(base_url=trial.url, api_key=trial.key)
+    gc.collect()  # the SDK leaves the connection of its first request to the garbage collector
+
+
+@pytest.fixture
+def admin(rest: tinker.RestClient, trial: Trial) -> tinker.AdminClient:
+    return tinker.AdminClient(base_url=trial.url, api_key=trial.key)
+
+
+@pytest.fixture(autouse=True)
+def key(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of clients that are not told one."""
+    monkeypatch.setenv("TINKER_API_KEY", trial.key)
+
+
+def test_the_program_of_the_documented_trial_runs(trial: Trial, environment: dict[str, str], tmp_path: Path) -> None:
+    program = file("out/loop.py").replace("HuggingFaceTB/SmolLM2-135M-Instruct", MODEL)
+    (tmp_path / "loop.py").write_text(program)
+    done = subprocess.run([sys.executable, "loop.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 6
     wait_until(lambda: {"ring", "train_step"} in traces(trial.heard), "a bell and what it led to are one trace")
+    usage = [sys.executable, "-m", "knapper.cli", "usage"]
+    told = subprocess.run(usage, env=environment, capture_output=True, text=True, check=True).stdout
+    assert re.search(rf"^ses-\w+:train:0  {MODEL}: 45 tokens trained, \d\.\d+ device seconds$", told, re.MULTILINE)
 
 
 def test_without_a_key_nothing_opens(trial: Trial) -> None:
@@ -135,7 +256,6 @@ def test_without_a_key_nothing_opens(trial: Trial) -> None:
     assert answer.status_code == 401
 
 
-@pytest.mark.timeout(240)
 def test_an_upload_ends_with_an_adapter_whatever_the_broker_does(trial: Trial) -> None:
     """A job by reinforcement through all four, over a Broker that doubles, drops and delays; the tick does the rest."""
     for name, text in JOBS["rl"].items():

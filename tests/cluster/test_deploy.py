@@ -162,6 +162,38 @@ def test_status_tells_warm_from_cold_and_what_went_wrong(cluster: Cluster, tmp_p
     assert f"deployed: {DEFAULT}" in unknown.stderr
 
 
+def pod_of(service: str, *conditions: dict[str, str], container: dict[str, object]) -> dict[str, object]:
+    metadata = {
+        "name": f"{service}-00001-deployment-x", "namespace": "knapper", "creationTimestamp": "2027-01-15T08:00:00Z",
+        "labels": {"serving.knative.dev/service": service},
+    }  # fmt: skip
+    containers = [{"name": "user-container", "state": container}]
+    status = {"conditions": list(conditions), "containerStatuses": containers}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "status": status}
+
+
+def test_status_tells_how_a_start_from_zero_went_stage_by_stage(cluster: Cluster, tmp_path: Path) -> None:
+    had_a_node = {"type": "PodScheduled", "status": "True", "lastTransitionTime": "2027-01-15T08:02:12Z"}
+    answered = {"type": "Ready", "status": "True", "lastTransitionTime": "2027-01-15T08:03:20Z"}
+    no_node = {
+        "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes are available",
+        "lastTransitionTime": "2027-01-15T08:00:01Z",
+    }  # fmt: skip
+    cluster.put(
+        pod_of("train-step", had_a_node, answered, container={"running": {"startedAt": "2027-01-15T08:02:52Z"}}),
+        pod_of("sample", no_node, container={}),
+    )
+    with serving(cluster, tmp_path) as kubeconfig:
+        done = knapper("deploy", "status", DEFAULT, "--kubeconfig", str(kubeconfig))
+        cluster.put(pod_of("sample", had_a_node, container={"waiting": {"reason": "ImagePullBackOff"}}))
+        later = knapper("deploy", "status", DEFAULT, "--kubeconfig", str(kubeconfig))
+    told = {line.split("-00001")[0]: line for line in done.stdout.splitlines() if line.startswith("start of")}
+    assert told["start of train-step"].endswith(": node 132 s, image and volumes 40 s, process 28 s")
+    nothing = "node not yet, image and volumes not yet, process not yet"
+    assert told["start of sample"].endswith(f": {nothing} (Unschedulable 0/1 nodes are available)")
+    assert "node 132 s, image and volumes not yet, process not yet (ImagePullBackOff)" in later.stdout
+
+
 def test_without_a_cluster_the_command_says_so(tmp_path: Path) -> None:
     done = knapper("deploy", "list", "--kubeconfig", str(tmp_path / "none"))
     assert done.returncode == 1

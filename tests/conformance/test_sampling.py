@@ -4,6 +4,7 @@ import pickle
 import threading
 import time
 from concurrent.futures import CancelledError
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -325,8 +326,9 @@ def test_a_sampler_can_be_handed_to_another_process(base: tinker.SamplingClient)
     expected = texts(base.sample(prompt, 2, params()).result())
     pickled = pickle.loads(pickle.dumps(base))  # noqa: S301 - our own bytes
     handled = tinker.SamplingClient.from_sampler_handle(base.get_sampler_handle(), api_key="tml-local")
-    assert texts(pickled.sample(prompt, 2, params()).result()) == expected
-    assert texts(handled.sample(prompt, 2, params()).result()) == expected
+    with closing(pickled.holder), closing(handled.holder):  # or their heartbeats go on after the server has ended
+        assert texts(pickled.sample(prompt, 2, params()).result()) == expected
+        assert texts(handled.sample(prompt, 2, params()).result()) == expected
     assert texts(base.sample(prompt, 2, params(seed=9)).result()) != expected
 
 

@@ -5,6 +5,7 @@ P tokens of a prompt, V vocabulary, K targets a position.
 
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,14 @@ def test_inflight_samplers_move_on_with_the_run_and_snapshots_stay(new_client: N
     assert snapshot.compute_logprobs(probe).result() == before
 
 
-def test_each_clone_counts_in_a_block_of_its_own(adapted: tinker.SamplingClient) -> None:
+@pytest.fixture
+def closed_at_end() -> Iterator[ExitStack]:
+    """For clones: nobody else closes them, and their heartbeats would go on after the server has ended."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def test_each_clone_counts_in_a_block_of_its_own(adapted: tinker.SamplingClient, closed_at_end: ExitStack) -> None:
     """The server numbers them: pickled ones, those made from a handle, and clones of clones."""
     prompt = data.prompt(rng(26), 8)
     how = params(6, seed=3)
@@ -171,6 +179,7 @@ def test_each_clone_counts_in_a_block_of_its_own(adapted: tinker.SamplingClient)
     ]
     clones.append(clone_of(clones[0]))
     for clone in clones:
+        closed_at_end.callback(clone.holder.close)
         assert [each.tokens for each in clone.sample(prompt, 2, how).result().sequences] == expected
         assert clone.get_base_model() == adapted.get_base_model()
     assert [clone._cloned_sampler_id for clone in clones] == [1, 2, 3, 4]
@@ -187,10 +196,11 @@ def one_poll(server: Server, trained: Trained) -> Iterator[Callable[[], tinker.S
 
 
 def test_one_poll_serves_all_samples_of_a_client(
-    one_poll: Callable[[], tinker.SamplingClient], adapted: tinker.SamplingClient
+    one_poll: Callable[[], tinker.SamplingClient], adapted: tinker.SamplingClient, closed_at_end: ExitStack
 ) -> None:
     polling = one_poll()
     clone = clone_of(polling)
+    closed_at_end.callback(clone.holder.close)
     asked = [(data.prompt(rng(n), 5 + n), params(4 + n % 5, seed=n)) for n in range(20)]
     for client in (polling, clone, polling):  # the last after a pause, with its cursor moved on
         answers = [future.result() for future in [client.sample(prompt, 2, how) for prompt, how in asked]]

@@ -1,7 +1,9 @@
 """Idle is free: without work the engine's processes end, and the next operation brings them back to the same bits."""
 
+import re
 from pathlib import Path
 
+import httpx
 import pytest
 import tinker
 from tinker import types
@@ -13,7 +15,9 @@ from tests.engine.tiny import tiny_model
 FUNCTIONS = {"engine", "train_step", "sample"}
 
 
-@pytest.mark.parametrize("flags", [(), ("--isolated",)], ids=["shared", "isolated"])
+@pytest.mark.parametrize(
+    "flags", [(), pytest.param(("--isolated",), marks=pytest.mark.long)], ids=["shared", "isolated"]
+)
 @pytest.mark.timeout(180)
 def test_functions_end_when_idle_and_come_back_on_the_next_bell(tmp_path: Path, flags: tuple[str, ...]) -> None:
     model = tiny_model(tmp_path / "a" / "model" / "tiny")
@@ -37,3 +41,6 @@ def test_functions_end_when_idle_and_come_back_on_the_next_bell(tmp_path: Path, 
         assert after == before
         assert sampled() == first
         service.close("success").result()
+        told = httpx.get(f"{server.url}/metrics", trust_env=False).text
+        starts = dict(re.findall(r'knapper_cold_start_seconds_sum\{stage="(total|pod)"\} ([\d.e-]+)', told))
+        assert 0 < float(starts["pod"]) < float(starts["total"]), "what came before the process is a part of the wait"

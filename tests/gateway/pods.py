@@ -170,6 +170,8 @@ def two(directory: Path, *, routed: bool) -> Iterator[Two]:
     finally:
         for pod in pods:
             pod.stop()
+    for pod in pods:
+        assert "Traceback" not in pod.log.read_text(errors="replace"), pod.said()
 
 
 def committed(frames: Sequence[Frame]) -> list[int]:

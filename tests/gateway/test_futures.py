@@ -40,7 +40,7 @@ def test_a_pending_poll_is_held_and_then_asked_to_come_again(running: Running, m
 
 def test_a_cold_start_is_told_with_the_time_it_has_taken(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     run = running.make_run()
-    monkeypatch.setattr(limits, "poll_hold_s", 1.5)
+    monkeypatch.setattr("gateway.futures._PAUSED_HOLD_S", 1.2)  # a bell without an answer is a cold start after 1 s
     body = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
     assert body["queue_state"] == "paused_capacity"
     assert body["queue_state_reason"].startswith("train_step is starting from zero; waited ")
@@ -127,7 +127,8 @@ def test_many_polls_share_one_look_at_the_store(running: Running, monkeypatch: p
         return await listed(prefix, start_after, limit)
 
     monkeypatch.setattr(running.store, "list", counting)
-    monkeypatch.setattr(limits, "poll_hold_s", 2.5)
+    for hold in ("gateway.futures._PAUSED_HOLD_S", "knapper.limits.poll_hold_s"):
+        monkeypatch.setattr(hold, 2.5)
     with ThreadPoolExecutor(40) as pool:
         replies = list(
             pool.map(lambda seq: running.http.post("retrieve_future", json={"request_id": f"{run}:{seq}"}), range(40))

@@ -91,10 +91,11 @@ def test_usage_counts_tokens_and_checkpoints_by_hour_and_run(running: Running, c
     running.forward_backward(fwdbwd(runs[0], 3, 5))
     saved.save(running, runs[0], "a", seq=4)
     found = usage(running)
+    nobody_trained = {"type": "training", "device_seconds": 0.0}
     assert [(row["bucket_start"][11:16], row["event_info"]) for row in found["data"]] == [
-        ("08:00", {"type": "training", "token_count": 50}),
-        ("08:00", {"type": "training", "token_count": 7}),
-        ("09:00", {"type": "training", "token_count": 5}),
+        ("08:00", {**nobody_trained, "training_run_id": runs[1], "token_count": 50}),
+        ("08:00", {**nobody_trained, "training_run_id": runs[0], "token_count": 7}),
+        ("09:00", {**nobody_trained, "training_run_id": runs[0], "token_count": 5}),
         ("09:00", {"type": "checkpoint", "count": 1}),
     ]
     first = found["data"][0]

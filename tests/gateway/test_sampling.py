@@ -247,7 +247,7 @@ def test_results_that_nobody_fetches_are_forgotten(
 
 
 def test_a_cold_start_is_told(running: Running, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "poll_hold_s", 1.6)
+    monkeypatch.setattr("gateway.futures._PAUSED_HOLD_S", 1.4)
     upstream.replies += [Response("no", status_code=503) for _ in range(6)]
     promise = running.post("asample", asample(sampler(running)))
     told = running.post("retrieve_future", {"request_id": promise["request_id"]}, status=408)

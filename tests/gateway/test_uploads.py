@@ -3,10 +3,14 @@ real service was not asked), and a bucket of the emulator that nobody tells of.
 """
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -172,3 +176,26 @@ def test_a_bucket_that_nobody_tells_of_is_looked_into(
         until(lambda: bool(rung.events))
         time.sleep(0.3)
         assert [event.type for event in rung.events] == [events.JOB_STARTED]
+
+
+def test_a_subscription_without_its_library_keeps_gateway_and_knapper_up_from_starting(tmp_path: Path) -> None:
+    code = """
+import sys
+sys.modules["google.cloud.pubsub_v1"] = None  # as if it were not installed
+import gateway.main
+from knapper import cli
+from knapper.errors import InvalidField
+try:
+    gateway.main.app
+except InvalidField as error:
+    print(error)
+sys.argv = ["knapper", "up", "--port", "0"]
+cli.main()
+"""
+    environment = {**os.environ, "KNAPPER_SUBSCRIPTION": SUBSCRIPTION, "KNAPPER_DATA": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    said = f"KNAPPER_SUBSCRIPTION is {SUBSCRIPTION!r}; allowed: a subscription only with the extra gcp. pip install"
+    assert said in ran.stdout
+    assert said in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert ran.returncode == 1

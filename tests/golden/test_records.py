@@ -77,9 +77,9 @@ def test_a_run_with_records_of_the_future_waits_for_the_newer_program() -> None:
 
         store = MemoryStore()
         await Acceptor(store, lambda: 0.0).create(CREATION, b"create")
-        future = {**msgspec.msgpack.decode(encode(Commit(epoch=1, results=[]))), "v": 2}
+        future = {**msgspec.msgpack.decode(encode(Commit(epoch=1, results=[]))), "v": 3}
         await store.put_if_absent(names.commit(RUN, 1), msgspec.msgpack.encode(future))
-        with pytest.raises(NewerFormat, match="has format 2 of Commit; this knapper reads up to format 1"):
+        with pytest.raises(NewerFormat, match="has format 3 of Commit; this knapper reads up to format 2"):
             await Run.claim(store, RUN, LedgerMachine(), Holder("h", "", TERMS), lambda: 0.0)
 
     asyncio.run(story())

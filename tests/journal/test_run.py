@@ -4,14 +4,16 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import msgspec
+import numpy as np
 
+from knapper import usage
 from knapper.journal import names
 from knapper.journal.accept import Acceptor, newest_manifest
 from knapper.journal.records import Commit
 from knapper.journal.run import Holder, Run
 from knapper.store.memory import MemoryStore
 from tests.sim.history import CREATION, RUN, TERMS, Step, send
-from tests.sim.ledger import LedgerMachine
+from tests.sim.ledger import SIZE, LedgerMachine
 
 
 class Interrupted(MemoryStore):
@@ -56,5 +58,25 @@ def test_a_load_forces_a_snapshot_though_another_was_taken_before_its_commit() -
         newest = await newest_manifest(store, RUN)
         assert newest is not None
         assert newest[1].snapshot_seq == 2
+
+    asyncio.run(story())
+
+
+def test_what_results_cost_the_device_is_told_once_whoever_computes_them_again() -> None:
+    """In the commits themselves: nine seconds for each forward_backward of this machine, also after two replays."""
+
+    async def story() -> None:
+        store, now = MemoryStore(), 7200.0
+        acceptor = Acceptor(store, lambda: now)
+        await acceptor.create(CREATION, b"create")
+        row = np.ones(SIZE, np.float32).tobytes()
+        for holder, seq in (("one", 1), ("two", 2), ("three", 3)):
+            await send(acceptor, Step(seq, "forward_backward", b"wrong" if seq == 2 else row))
+            run = await Run.claim(store, RUN, LedgerMachine(), Holder(holder, "", TERMS), lambda: now)
+            assert not await run.apply_pending(lambda: False, nothing)
+            assert run.replay_cost_s == (9.0 if seq < 3 else 18.0), "what was computed again"
+        told = await usage.device_seconds(store, [RUN], usage.Window(2, 3))
+        assert told == {(2, RUN): 18.0}
+        assert await usage.device_seconds(store, [RUN], usage.Window(0, 2)) == {}
 
     asyncio.run(story())

@@ -64,6 +64,7 @@ def annotations(service: Object) -> dict[str, str]:
 
 def _webhook(service: Object) -> Iterator[str]:
     """What Knative Serving refuses, as seen on a cluster or read in its validation."""
+    yield from _volumes(service)
     spec, said = service["spec"]["template"]["spec"], annotations(service)
     (container,) = spec["containers"]
     scale = {name.removeprefix(_AUTOSCALING): value for name, value in said.items() if name.startswith(_AUTOSCALING)}
@@ -86,6 +87,21 @@ def _webhook(service: Object) -> Iterator[str]:
             yield f"{name} outside 1 to 100"
     if not 110 <= float(scale.get("panic-threshold-percentage", 200)) <= 1000:
         yield "panic-threshold-percentage outside 110 to 1000"
+
+
+def _volumes(service: Object) -> Iterator[str]:
+    spec = service["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    mounts = container["volumeMounts"]
+    yield from (f"volume {name} is not mounted" for name in set(volumes) - {mount["name"] for mount in mounts})
+    for mount in mounts:
+        if mount["mountPath"].rstrip("/") in ("", "/dev", "/dev/log"):
+            yield f"{mount['mountPath']} is Knative's own"
+        if not {"emptyDir", "persistentVolumeClaim"} & set(volumes.get(mount["name"], {})) and not mount.get(
+            "readOnly"
+        ):
+            yield f"volume {mount['name']} is not mounted readOnly"
 
 
 def _decided(service: Object) -> Iterator[str]:
@@ -168,11 +184,13 @@ def _eventing(thing: Object, known: set[tuple[str, str, str]]) -> Iterator[str]:
             yield "gives up before a GPU node can be there"
     elif thing["kind"] != "PingSource":
         yield "no delivery: Knative's default gives up after 205 s"
-    if (
-        thing["kind"] == "Broker"
-        and thing["metadata"].get("annotations", {}).get("messaging.knative.dev/async-handler") != "true"
-    ):
-        yield "a POST to it waits for the whole chain of events behind it (messaging.knative.dev/async-handler)"
+    if thing["kind"] == "Broker":
+        notes, config = thing["metadata"].get("annotations", {}), spec["config"]
+        of_channels = notes.get("eventing.knative.dev/broker.class", "MTChannelBasedBroker") == "MTChannelBasedBroker"
+        if of_channels and notes.get("messaging.knative.dev/async-handler") != "true":
+            yield "a POST to it waits for the whole chain of events behind it (messaging.knative.dev/async-handler)"
+        if (config["kind"], config["namespace"], config["name"]) not in known:
+            yield f"its {config['kind']} {config['name']} is not there"
 
 
 def outlasts_s(delivery: Object) -> float:

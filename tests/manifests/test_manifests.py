@@ -1,6 +1,8 @@
 """What an operator applies is what Kubernetes and Knative take, and what this project decided; mistakes are found."""
 
 import copy
+import os
+import subprocess
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import yaml
 from gguf import GGUFReader
 
-from knapper.cluster.kustomize import Object, identity
+from knapper.cluster.kustomize import Object, identity, render
 from knapper.models import obtain
 from knapper.models.catalogue import slug
 from knapper.models.declared import read
@@ -128,6 +130,18 @@ FOR_RULES: dict[str, tuple[Breaking, str]] = {
     "a volume that is not there": (
         lambda all_: container(all_)["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"}), "volume shm",
     ),
+    "a volume for nobody": (
+        lambda all_: pod(all_)["volumes"].append({"name": "spare", "emptyDir": {}}), "volume spare is not mounted",
+    ),
+    "a ConfigMap to be written": (
+        lambda all_: container(all_, "gateway")["volumeMounts"][1].pop("readOnly"), "not mounted readOnly",
+    ),
+    "a path of Knative's own": (
+        lambda all_: put(container(all_)["volumeMounts"][0], mountPath="/dev/"), "/dev/ is Knative's own",
+    ),
+    "a Broker without its settings": (
+        lambda all_: put(find(all_, "Broker", "knapper")["spec"]["config"], name="channel"), "ConfigMap channel is not",
+    ),
     "a subscriber that is not there": (
         lambda all_: put(trigger(all_)["subscriber"]["ref"], name="train_step"), "sink train_step",
     ),
@@ -161,6 +175,31 @@ def test_rules_find(mistake: str) -> None:
     breaking, words = FOR_RULES[mistake]
     breaking(objects)
     assert [finding for finding in rules.findings(objects) if words in finding] != []
+
+
+def test_events_go_by_kafka_where_its_component_is_added(tmp_path: Path) -> None:
+    plan = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization",
+        "resources": [os.path.relpath(ROOT / "knative/overlays/local", tmp_path)],
+        "components": [os.path.relpath(ROOT / "knative/components/kafka-broker", tmp_path)],
+        "generatorOptions": {"disableNameSuffixHash": True},
+        "patches": [{
+            "target": {"version": "v1", "kind": "ConfigMap", "name": "knapper-kafka"},
+            "patch": yaml.safe_dump([{"op": "replace", "path": "/data/bootstrap.servers", "value": "k:9092"}]),
+        }],
+    }  # fmt: skip
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(plan))
+    objects = render(tmp_path)
+    assert list(rules.findings(objects)) == []
+    broker = find(objects, "Broker", "knapper")
+    assert broker["metadata"]["annotations"] == {"eventing.knative.dev/broker.class": "Kafka"}
+    assert find(objects, "ConfigMap", broker["spec"]["config"]["name"])["data"]["bootstrap.servers"] == "k:9092"
+    assert "kafka-broker-ingress" in find(objects, "ConfigMap", "knapper")["data"]["KNAPPER_BROKER_URL"]
+    if schema.CRDS is not None:
+        assert [error for thing in objects for error in schema.errors(thing)] == []
+    if KUBECTL is not None:
+        said = subprocess.run([KUBECTL, "kustomize", str(tmp_path)], capture_output=True, text=True, check=True).stdout
+        assert {identity(each): each for each in yaml.safe_load_all(said)} == {identity(each): each for each in objects}
 
 
 def test_both_ways_of_configuring_knative_say_the_same() -> None:

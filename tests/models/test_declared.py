@@ -12,6 +12,7 @@ from knapper.errors import InvalidField, NotFound
 from knapper.models.catalogue import Catalogue, ModelRecord, slug
 from knapper.models.declared import MODELS_MAX, Declared, encode, read
 from knapper.store.memory import MemoryStore
+from tests.gateway.running import settings
 from tests.models.test_catalogue import RECORD
 
 OTHER = msgspec.structs.replace(RECORD, name="org/other", directory="")
@@ -65,7 +66,7 @@ def test_a_file_that_is_no_model_is_named_and_keeps_the_gateway_from_starting(
     with pytest.raises(InvalidField, match=words) as raised:
         read(tmp_path)
     assert "bad.json" in str(raised.value)
-    with pytest.raises(InvalidField), TestClient(create_app(MemoryStore(), models=str(tmp_path))):
+    with pytest.raises(InvalidField), TestClient(create_app(MemoryStore(), settings(models=str(tmp_path)))):
         pass
 
 
@@ -86,7 +87,7 @@ def test_one_model_twice_and_too_many_are_refused(tmp_path: Path) -> None:
 
 def test_a_gateway_serves_what_is_declared_before_its_first_answer(tmp_path: Path) -> None:
     write(tmp_path, RECORD)
-    app = create_app(MemoryStore(), models=str(tmp_path))
+    app = create_app(MemoryStore(), settings(models=str(tmp_path)))
     with TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 1)) as client:
         answer = client.get("/api/v1/get_server_capabilities", headers={"X-API-Key": "tml-local"})
     served = answer.json()

@@ -34,7 +34,7 @@ from knapper.jobs.place import Place
 from knapper.keys import Keys
 from knapper.store.memory import MemoryStore
 from tests.gateway import saved
-from tests.gateway.running import MODEL, Running, create_model, fwdbwd, gateway
+from tests.gateway.running import MODEL, Running, create_model, fwdbwd, gateway, settings
 from tests.gateway.test_json_forward import asked as json_forward
 from tests.gateway.test_sampling import asample
 
@@ -234,7 +234,7 @@ def discovered(routes: list[BaseRoute], prefix: str = "") -> Iterator[tuple[str,
             yield type(route).__name__, f"{prefix}{getattr(route, 'path', '')}"
 
 
-ROUTES = list(discovered(list(create_app(MemoryStore()).routes)))
+ROUTES = list(discovered(list(create_app(MemoryStore(), settings()).routes)))
 NAMED = [(*route, n) for route in ROUTES if isinstance(door := DOORS.get(route), Named) for n in range(len(door.asks))]
 
 

@@ -59,6 +59,7 @@ class _Server(http.server.ThreadingHTTPServer):
 
 class _Exchange(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body go out one by one: else 40 ms an answer
 
     def __init__(self, proxy: Proxy, client: httpx.Client, *connection: object) -> None:
         self._proxy, self._client = proxy, client

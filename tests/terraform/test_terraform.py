@@ -3,7 +3,10 @@
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import hcl2
+import helm_python
 import pytest
 import yaml
 
@@ -162,7 +165,9 @@ def test_the_state_bucket_keeps_everything_and_no_more() -> None:
 def test_gpu_nodes_start_from_zero_and_have_a_most() -> None:
     (pool,) = [body for _, _, body in blocks(documents()[TERRAFORM / "modules/gpu-pool"], "resource")]
     (scaling,) = pool["autoscaling"]
-    assert scaling["total_min_node_count"] == 0
+    variables = {name: body for _, name, body in blocks(documents()[TERRAFORM / "modules/gpu-pool"], "variable")}
+    assert scaling["total_min_node_count"] == "${var.nodes_warm}"
+    assert variables["nodes_warm"]["default"] == 0
     assert "var.nodes_max" in scaling["total_max_node_count"]
 
 
@@ -182,6 +187,26 @@ def test_the_way_in_from_outside_fits_knatives_schemas() -> None:
     paths = [match["path"]["value"] for rule in route["spec"]["rules"] for match in rule["matches"]]
     assert "/events" not in paths
     assert "/" not in paths
+    # Knative's operator puts everything, Kourier too, into the namespace of the KnativeServing.
+    operator = render(TERRAFORM.parent / "knative/cluster/operator")
+    (serving,) = [thing for thing in operator if thing["kind"] == "KnativeServing"]
+    (backend,) = route["spec"]["rules"][0]["backendRefs"]
+    assert (backend["name"], backend["namespace"]) == ("kourier", serving["metadata"]["namespace"])
+    about = [thing for thing in objects if thing["kind"] in ("ReferenceGrant", "GCPBackendPolicy", "HealthCheckPolicy")]
+    assert {thing["metadata"]["namespace"] for thing in about} == {backend["namespace"]}
+    assert len(about) == 3
+
+
+def test_helm_applies_the_objects_as_they_are_given() -> None:
+    """Helm's own engine over our chart: what looks like a template, a number or a boolean comes out as it went in."""
+    objects = [
+        *render(TERRAFORM.parent / "knative/cluster/operator"),
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "odd"},
+         "data": {"a": "{{ .Values }}", "b": "5", "c": "true", "d": "one\ntwo\n", "e": "---"}},
+    ]  # fmt: skip
+    with helm_python.Chart.load(str(TERRAFORM / "modules/objects/chart")) as chart:
+        written = chart.render({"objects": objects}, name="knative-config", namespace="knative-operator")
+    assert [each for text in written.values() for each in yaml.safe_load_all(text) if each] == objects
 
 
 @pytest.mark.parametrize("overlay", ["gke-l4", "gke-l4-shared", "gke-h100"])
@@ -195,6 +220,33 @@ def test_the_names_that_stage_30_replaces_are_in_the_overlays(overlay: str) -> N
                 assert spec["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "PROJECT_ID-knapper-models"
     assert "REGION-docker.pkg.dev/PROJECT_ID/knapper/${target}" in stage
     assert "/spec/template/spec/volumes/0/csi/volumeAttributes/bucketName" in stage
+
+
+@pytest.mark.parametrize("stage", ["10-platform", "20-knative", "30-functions"])
+def test_the_tests_of_a_stage_are_about_it(stage: str) -> None:
+    """`terraform test` itself runs where providers can be had; here: they parse, and name what the stage has."""
+    document = documents()[TERRAFORM / "stages" / stage]
+    variables = {name: body for _, name, body in blocks(document, "variable")}
+    providers = {plain(name) for each in document["provider"] for name in each if not name.startswith("__")}
+    required = {plain(name) for each in document["terraform"] for block in each["required_providers"] for name in block}
+    (path,) = (TERRAFORM / "stages" / stage / "tests").glob("*.tftest.hcl")
+    with path.open(encoding="utf-8") as file:
+        test = hcl2.load(file)
+    mocked = {plain(name) for each in test["mock_provider"] for name in each}
+    assert providers <= mocked <= required, "no test may reach a cloud"
+    assert {name for name in required if not name.startswith("__")} <= mocked
+    for given in (*test["variables"], *(each for run in _runs(test).values() for each in run.get("variables", []))):
+        assert {key for key in given if not key.startswith("__")} <= set(variables), given
+    needed = {name for name, body in variables.items() if "default" not in body}
+    assert needed <= set(test["variables"][0])
+    for name, run in _runs(test).items():
+        refused = [each.removeprefix("${var.").removesuffix("}") for each in run.get("expect_failures", [])]
+        assert all("validation" in variables[each] for each in refused), name
+        assert refused or run.get("assert"), f"{name} asserts nothing"
+
+
+def _runs(test: dict[str, Any]) -> dict[str, Any]:
+    return {plain(name): body for each in test["run"] for name, body in each.items() if not name.startswith("__")}
 
 
 @pytest.mark.long

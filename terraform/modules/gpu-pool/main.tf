@@ -1,4 +1,4 @@
-# GPU nodes, from zero: a node starts for a pod that waits, and goes some ten minutes after the last one.
+# GPU nodes, from zero (unless nodes_warm says otherwise): one starts for a pod that waits, and goes some ten minutes after the last.
 
 resource "google_container_node_pool" "this" {
   project  = var.project
@@ -9,7 +9,7 @@ resource "google_container_node_pool" "this" {
   node_locations = var.zones
 
   autoscaling {
-    total_min_node_count = 0 # total_*: over all zones, not in each
+    total_min_node_count = var.nodes_warm # total_*: over all zones, not in each
     total_max_node_count = var.nodes_max
     location_policy      = "ANY" # wherever there is a GPU
   }
@@ -49,6 +49,25 @@ resource "google_container_node_pool" "this" {
 
     gcfs_config {
       enabled = true # an image of gigabytes is there in seconds
+    }
+
+    # Images on a disk that comes with the node, for those that are too large to be streamed; it does not make nodes start later.
+    dynamic "secondary_boot_disks" {
+      for_each = var.image_disk == "" ? [] : [var.image_disk]
+
+      content {
+        disk_image = secondary_boot_disks.value
+        mode       = "CONTAINER_IMAGE_CACHE"
+      }
+    }
+
+    # emptyDirs, and with them the cache of weights, on disks inside the machine.
+    dynamic "ephemeral_storage_local_ssd_config" {
+      for_each = var.local_ssds == 0 ? [] : [var.local_ssds]
+
+      content {
+        local_ssd_count = ephemeral_storage_local_ssd_config.value
+      }
     }
 
     gvnic {

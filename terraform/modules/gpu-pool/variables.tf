@@ -107,3 +107,36 @@ variable "disk_size_gb" {
   type        = number
   default     = 200
 }
+
+variable "nodes_warm" {
+  description = "Nodes that run without work, so that no start waits for one: each is paid for all the time. 0: none."
+  type        = number
+  default     = 0
+
+  validation {
+    condition     = var.nodes_warm >= 0 && var.nodes_warm <= 16
+    error_message = "nodes_warm must be from 0 to 16, and not over nodes_max."
+  }
+}
+
+variable "image_disk" {
+  description = "A disk image with container images on it (global/images/NAME), made by Google's gke-disk-image-builder; empty: none."
+  type        = string
+  default     = ""
+
+  validation {
+    condition     = var.image_disk == "" || can(regex("^(projects/[a-z0-9-]+/)?global/images/[a-z0-9-]+$", var.image_disk))
+    error_message = "image_disk must be [projects/PROJECT/]global/images/NAME, or empty."
+  }
+}
+
+variable "local_ssds" {
+  description = "Disks inside the machine for caches; what machine types take is in Google's table of local SSDs. 0: none."
+  type        = number
+  default     = 0
+
+  validation {
+    condition     = var.local_ssds >= 0 && var.local_ssds <= 32
+    error_message = "local_ssds must be from 0 to 32."
+  }
+}

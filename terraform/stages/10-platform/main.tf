@@ -75,6 +75,9 @@ module "gpu_pool" {
   nodes_max             = each.value.nodes_max
   provisioning          = each.value.provisioning
   time_sharing_clients  = each.value.time_sharing_clients
+  nodes_warm            = each.value.nodes_warm
+  image_disk            = each.value.image_disk
+  local_ssds            = each.value.local_ssds
 }
 
 resource "google_artifact_registry_repository" "images" {

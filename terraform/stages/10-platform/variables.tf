@@ -36,7 +36,7 @@ variable "location" {
 }
 
 variable "gpu_pools" {
-  description = "GPU pools by name; all from zero nodes. Which GPUs a zone has: gcloud compute accelerator-types list."
+  description = "GPU pools by name; from zero nodes unless nodes_warm says otherwise. Which GPUs a zone has: gcloud compute accelerator-types list."
   type = map(object({
     machine_type          = string
     accelerator           = string
@@ -45,6 +45,9 @@ variable "gpu_pools" {
     nodes_max             = optional(number, 2)
     provisioning          = optional(string, "spot")
     time_sharing_clients  = optional(number, 1)
+    nodes_warm            = optional(number, 0)
+    image_disk            = optional(string, "")
+    local_ssds            = optional(number, 0)
   }))
   default = {}
 

@@ -238,7 +238,7 @@ def test_whoever_hangs_up_ends_the_sample(served: Served, stream: bool) -> None:
 
 def test_a_quiet_stream_says_what_it_waits_for(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asking, "_QUIET_S", 0.3)
-    served.upstream.refusals = [Response("no", status_code=503) for _ in range(4)]
+    served.upstream.refusals = [Response("no", status_code=503) for _ in range(3)]
     asked = {"model": MODEL.name, "prompt": "the", "stream": True}
     reply = served.http.post("completions", json=asked)
     comments = [line for line in reply.text.split("\n\n") if line.startswith(":")]

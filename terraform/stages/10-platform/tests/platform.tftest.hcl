@@ -43,6 +43,15 @@ run "a_zone_is_no_region" {
   expect_failures = [var.region]
 }
 
+run "a_pool_idles_at_zero_nodes" {
+  command = plan
+
+  assert {
+    condition     = alltrue([for pool in values(var.gpu_pools) : pool.nodes_warm == 0])
+    error_message = "nobody pays for a GPU that nobody uses, unless they say so"
+  }
+}
+
 run "a_pool_is_spot_flex_or_standard" {
   command = plan
 

@@ -1,0 +1,121 @@
+"""The parts of a gateway, put together out of its settings, and closed at its end."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import aiohttp
+import httpx
+
+from gateway.bells import Bells
+from gateway.heartbeats import Heartbeats
+from gateway.looks import Looks
+from gateway.meter import Meter
+from gateway.openai.shared import Shared
+from gateway.parts import Parts
+from gateway.records import Records
+from gateway.rewarding import Rewards
+from gateway.samples import Samples
+from knapper.audit import Audit
+from knapper.checkpoints import Checkpoints
+from knapper.events import Claimed
+from knapper.ids import RunId
+from knapper.jobs.place import Place
+from knapper.jobs.revive import Seen
+from knapper.journal.accept import Acceptor, newest_manifest
+from knapper.journal.results import Results
+from knapper.keys import Keyring, Keys
+from knapper.links import Links
+from knapper.models.declared import Declared
+from knapper.orphans import Orphans
+from knapper.register import Register
+from knapper.settings import Settings
+from knapper.store import Store
+from knapper.tokens import Tokens
+
+if TYPE_CHECKING:
+    from knapper.pubsub import Subscription
+
+
+@asynccontextmanager
+async def assembled(
+    settings: Settings,
+    store: Store,
+    place: Place | None,
+    *,
+    clock: Callable[[], float],
+    monotonic: Callable[[], float],
+    new_id: Callable[[], str],
+) -> AsyncIterator[Parts]:
+    """The parts, with connections that live as long as this is open. `place`: of jobs; without it there are none."""
+    acceptor, results = Acceptor(store, clock), Results(store)
+    records = Records(store, acceptor, monotonic)
+    checkpoints = Checkpoints(store, clock)
+    meter = Meter(store, clock, new_id)
+    audit = Audit(store, clock, new_id)
+    url_of, holder_of = partial(_url_of, records, settings.train_step_url), partial(_holder_of, store)
+    async with AsyncExitStack() as connections:
+        client = await connections.enter_async_context(_client())
+        crowd = await connections.enter_async_context(_crowd())
+        yield Parts(
+            store=store,
+            acceptor=acceptor,
+            results=results,
+            looks=Looks(results, monotonic),
+            records=records,
+            checkpoints=checkpoints,
+            register=Register(store),
+            links=Links(store, clock, new_id),
+            audit=audit,
+            orphans=Orphans(store, checkpoints, records.sessions, clock, monotonic),
+            bells=Bells(client, results, url_of, holder_of, new_id, monotonic),
+            samples=Samples(crowd, new_id, monotonic, meter.count, first=int(clock() * 1e6)),
+            meter=meter,
+            rewards=Rewards(client, settings.reward_url),
+            events_host=settings.events_host,
+            place=place,
+            subscription=None if place is None else _subscribed(settings.subscription, connections),
+            seen_jobs=Seen(),
+            job_quiet_s=settings.job_quiet_s,
+            heartbeats=Heartbeats(monotonic),
+            openai=Shared(audit),
+            keys=Keyring(Keys(store, clock), monotonic) if settings.keys else None,
+            declared=Declared(Path(settings.models), records.catalogue) if settings.models else None,
+            tokens=await Tokens.open(store, clock, new_id) if settings.jwt else None,
+            sample_url=settings.sample_url,
+            notice=settings.notice,
+            clock=clock,
+            new_id=new_id,
+        )
+
+
+def _client() -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+    return httpx.AsyncClient(limits=limits, trust_env=False, follow_redirects=True)
+
+
+def _crowd() -> aiohttp.ClientSession:
+    """For samples, which come in crowds: httpx's pool looks at each connection for each of them, this one does not."""
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar())
+
+
+def _subscribed(name: str, connections: AsyncExitStack) -> "Subscription | None":
+    if not name:
+        return None
+    from knapper import pubsub  # its client takes half a second to import, and few gateways need it
+
+    subscription = pubsub.Subscription(name)
+    connections.callback(subscription.close)
+    return subscription
+
+
+async def _url_of(records: Records, everywhere: str, run: RunId) -> str:
+    """Where the run's train_step listens: the same for all runs if settings say so, else its base model's."""
+    return everywhere or (await records.model((await records.spec_of(run)).base_model)).train_step_url
+
+
+async def _holder_of(store: Store, run: RunId) -> Claimed | None:
+    newest = await newest_manifest(store, run)
+    return None if newest is None else Claimed(newest[1].epoch, newest[1].holder, newest[1].address)
