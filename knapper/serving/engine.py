@@ -158,6 +158,8 @@ def _readings(machine: TrainingMachine, sampler: Sampler) -> list[Reading]:
                 counts=True),
         Reading("knapper_train_waiting", "Requests that wait for a pass.", lambda: machine.passes.waiting),
         Reading("knapper_prefilled_tokens", "Prompt tokens computed.", lambda: counts.prefilled_tokens, counts=True),
+        Reading("knapper_reused_tokens", "Prompt tokens that were there already.", lambda: counts.reused_tokens,
+                counts=True),
         Reading("knapper_sampled_tokens", "Tokens sampled.", lambda: counts.decoded_tokens, counts=True),
         Reading("knapper_sample_steps", "Decoding steps: tokens over steps is how full one is.", lambda: counts.steps,
                 counts=True),
