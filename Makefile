@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 # Where torch comes from; empty: the CPU index if this is Linux without an NVIDIA GPU and the index answers, else pip's own.
 TORCH_INDEX_URL ?=
 TORCH_CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 UP_ARGS ?=
 BENCH_ARGS ?=
 # What the tests need of tinker-cookbook.

@@ -194,6 +194,8 @@ class Bells:
                 raise NotHolder(said)  # 502: Knative's proxy lives, and what it stands before does not
             if 400 <= response.status_code < 500 and response.status_code not in (408, 425, 429):
                 raise UserError(said)
+            if _code(response) == Corrupt.code:  # a pause and no result: what waits goes on once the object is restored
+                said += f"; {run} waits until it is restored from a backup; or go on from a checkpoint in a new run"
             line.trouble = said
             raise Unavailable(said)
         async for frame in events.decode_frames(response.aiter_bytes()):

@@ -264,7 +264,7 @@ class Samples:
 
     async def _post(self, entry: Entry) -> tuple[int, bytes]:
         """(status, content) of one attempt."""
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", "Knapper-Tenant": entry.tenant}  # whose turn it takes
         async with self._client.post(entry.url, data=entry.call, headers=headers, timeout=_TIMEOUT) as response:
             if entry.listen is None or response.status != 200:
                 return response.status, await response.read()

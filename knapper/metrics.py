@@ -5,7 +5,7 @@ bounded: never a run, a tenant or a name that a client chose. What a job costs i
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,25 +70,33 @@ def text() -> bytes:
 
 @dataclass(frozen=True)
 class Reading:
-    """One value, read when it is asked for. `counts`: it only grows."""
+    """One value, read when it is asked for, or one for each value of `label`. `counts`: it only grows."""
 
     name: str
     meaning: str
-    read: Callable[[], float]
+    read: Callable[[], float | Mapping[str, float]]
     counts: bool = False
+    label: str = ""
 
 
 class Readings:
     """Counters and gauges that live elsewhere: asked at each scrape, kept nowhere twice."""
 
-    def __init__(self, readings: Iterable[Reading]) -> None:
+    def __init__(self, readings: Iterable[Reading], registry: CollectorRegistry = REGISTRY) -> None:
         self._readings = tuple(readings)
-        REGISTRY.register(self)
+        registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
         for each in self._readings:
             family = CounterMetricFamily if each.counts else GaugeMetricFamily
-            yield family(each.name, each.meaning, value=each.read())
+            found = each.read()
+            if isinstance(found, Mapping):
+                metric = family(each.name, each.meaning, labels=[each.label])
+                for value, number in found.items():
+                    metric.add_metric([value], number)
+                yield metric
+            else:
+                yield family(each.name, each.meaning, value=found)
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,27 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         int,
         Meta(ge=0, le=1024, description="Of torch on a CPU; 0: as many as torch takes. Replayed bits depend on it."),
     ] = 0
+    sampler: Annotated[
+        Literal["torch", "vllm"],
+        Meta(description="Who samples: the engine itself, or vLLM in an environment of its own: docs/vllm.md."),
+    ] = "torch"
+    vllm_rank: Annotated[
+        int, Meta(ge=1, le=256, description="The highest rank of adapters that vLLM makes room for: it costs memory.")
+    ] = 64
+    vllm_adapters: Annotated[
+        int,
+        Meta(ge=1, le=64, description="Different adapters in one batch of vLLM; each takes memory by vllm_rank."),
+    ] = 8
+    vllm_memory: Annotated[
+        float, Meta(gt=0, le=1, description="The part of a GPU that vLLM takes; less where train_step shares it.")
+    ] = 0.9
+    vllm_rest_s: Annotated[
+        float,
+        Meta(ge=0, le=86400, description="vLLM without samples for so long gives its memory back; 0: never."),
+    ] = 0.0
+    vllm_shelf: Annotated[
+        Path, Meta(description="A memory file system where vLLM reads adapters; each process has a directory there.")
+    ] = Path("/dev/shm")
     idle_s: Annotated[
         float,
         Meta(gt=0, le=7 * 86400, description="An engine without requests for so long ends; the next bell starts it."),

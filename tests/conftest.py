@@ -16,6 +16,16 @@ settings.register_profile("knapper", deadline=None, print_blob=True)
 settings.load_profile("knapper")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sampler", choices=["torch", "vllm"], default="torch", help="who samples, in tests of sampling")
+
+
+@pytest.fixture(scope="session")
+def sampler_name(request: pytest.FixtureRequest) -> str:
+    """`vllm` only where vLLM is installed: `make test-vllm` asks for it."""
+    return str(request.config.getoption("--sampler"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What may take longer than usual comes first, in any order: no worker is left alone with such a one at the end."""
     items.sort(key=lambda item: not any(mark.args[0] > 120 for mark in item.iter_markers("timeout")))

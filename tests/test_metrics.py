@@ -3,20 +3,29 @@
 import asyncio
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.observing import Ages
 from knapper import metrics
+from knapper.engine.device import Device
+from knapper.engine.machine import TrainingMachine
+from knapper.engine.sampler import Sampler
 from knapper.errors import StoreError, UserError
 from knapper.ids import RunId
 from knapper.journal.machine import Files, Outcome
 from knapper.journal.records import Operation, Spec
+from knapper.serving.engine import readings
 from knapper.store.memory import MemoryStore
+from tests.engine.runs import datum, request, spec, tiny_trainer
+from tests.engine.test_sampler import Shelf
 from tests.gateway.running import gateway
 
 ROOT = Path(__file__).parent.parent
@@ -149,3 +158,24 @@ class Ledger:
 
     async def thaw(self, spec: Spec, files: Files) -> int:
         return 0
+
+
+def test_shares_are_told_by_place_and_never_by_name(tmp_path: Path) -> None:
+    device = Device()
+    try:
+        trainer = tiny_trainer(tmp_path)
+        machine = TrainingMachine(trainer, device, lambda: 0.0)
+        for name, lengths in (("one", [20, 10]), ("two", [10])):
+            data = [datum(length, "cross_entropy", np.random.default_rng(0)) for length in lengths]
+            machine.passes.submit(trainer.create(spec(run=name)), partial(request, data)).result(60)
+        sampler = Sampler(trainer.decoder, device, Shelf({}), None, slots_max=1, kv_tokens_max=64)
+        registry = CollectorRegistry()
+        metrics.Readings(readings(machine, sampler), registry)
+    finally:
+        device.close()
+    families = {family.name: family for family in registry.collect()}
+    share = {sample.labels["place"]: sample.value for sample in families["knapper_train_share"].samples}
+    assert share == {"1": 0.75, "2": 0.25} | {str(place): 0.0 for place in range(3, 9)}
+    assert [sample.value for sample in families["knapper_train_room"].samples] == [2 * trainer.rows_max]
+    assert [sample.value for sample in families["knapper_train_rows"].samples] == [40]
+    assert [sample.value for sample in families["knapper_train_oldest_seconds"].samples] == [0.0]

@@ -10,11 +10,11 @@ from starlette.responses import Response, StreamingResponse
 from knapper import events, tracing
 from knapper.errors import KnapperError
 from knapper.serving import answers, jobs, observing, progress
-from knapper.serving.engine import engine
+from knapper.serving.sampling import served
 from knapper.wire import proto, sample_requests
 from knapper.wire.progress import FRAMES
 
-engine()  # under ASGI this module is imported before the port binds: the weights are there when the first request comes
+served()  # under ASGI this module is imported before the port binds: the weights are there when the first request comes
 
 
 @functions_framework.aio.http
@@ -28,12 +28,13 @@ async def sample(request: Request) -> Response:
                 await jobs.sampling().answer(event)
             return answers.durable()
         call = sample_requests.decode(await answers.body(request), sample_requests.SampleCall)
-        answers.expect_model(call.base_model, engine().base_model)
+        answers.expect_model(call.base_model, served().base_model)
+        asked = call.sample(request.headers.get("knapper-tenant", ""))
         if call.stream:
-            frames = progress.frames(engine().sampler, call.sample())
+            frames = progress.frames(served().sampler, asked)
             first = await answers.while_connected(request, anext(frames))  # what cannot be asked is said by the status
             return StreamingResponse(progress.stream(first, frames), media_type=FRAMES)
-        output = await answers.while_connected(request, engine().sampler.sample(call.sample()))
+        output = await answers.while_connected(request, served().sampler.sample(asked))
     except KnapperError as error:
         return answers.error(error)
     return Response(proto.encode_sample_response(output), media_type="application/x-protobuf")

@@ -2,10 +2,14 @@
 
 One task on the device serves all, as the sampler's does, and yields after every pass, so that sampling takes its turns.
 Nobody is waited for: what arrives while a pass runs shares the next one. Fair by rows: the run that was served least
-goes first, and others fill the pass up. A request that no other could share a pass with is not held up by it.
+goes first, and others fill the pass up. A run that comes, new or back, begins level with the run whose turn it last
+was: what it did not use gives it no claim, and what others used while it was away is not held against them. A request
+that no other could share a pass with is not held up by it.
 """
 
+import math
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -20,7 +24,7 @@ from knapper.wire.types import ForwardBackward, ForwardBackwardOutput
 
 Computed = tuple[RunState, ForwardBackwardOutput, float]
 
-_RUNS_REMEMBERED: Final = 1024  # whose share of the device is known; idle ones are forgotten first
+_SHARES_REMEMBERED: Final = 1024  # micro-batches over which `shares` tells who was served
 
 
 @dataclass
@@ -29,6 +33,7 @@ class Counters:
 
     passes: int = 0
     rows: int = 0  # computed, of all passes
+    room: int = 0  # rows that they could have had: rows / room is how full they were
     shares: int = 0  # micro-batches: shares / passes runs are in a pass on average
     repeated: int = 0  # requests that were computed again, alone, after a pass that broke
 
@@ -37,6 +42,7 @@ class Counters:
 class _Request:
     state: RunState
     read: Callable[[], ForwardBackward]
+    arrived_s: float
     future: "Future[Computed]" = field(default_factory=Future)
     opened: Pass | None = None
     alone: bool = False  # a pass that it was part of broke
@@ -52,24 +58,47 @@ class _Request:
         return self.opened.waiting[0].rows
 
 
+def _share(first: _Request, other: _Request) -> bool:
+    assert first.opened is not None
+    assert other.opened is not None
+    return not (first.alone or other.alone) and first.opened.differentiates == other.opened.differentiates
+
+
 class Clock:
-    """Passes on one device. `now` in seconds only tells what a request costs."""
+    """Passes on one device. `now` in seconds only tells what a request costs, and how long it has waited."""
 
     def __init__(self, trainer: Trainer, device: Device, now: Callable[[], float]) -> None:
         self.counters = Counters()
         self._trainer, self._device, self._now = trainer, device, now
-        # Callers and the device's thread meet at these two, under the lock.
+        # Callers and the device's thread meet at these, under the lock.
         self._lock = threading.Lock()
         self._arrivals: list[_Request] = []
         self._working = False
+        self._recent: deque[tuple[str, int]] = deque(maxlen=_SHARES_REMEMBERED)  # (run, rows)
         # The rest belongs to the device's thread.
         self._requests: list[_Request] = []
-        self._served: dict[str, int] = {}  # rows by run
+        self._served: dict[str, int] = {}  # rows by run, of those that are ahead of `_level` or wait
+        self._level = 0  # what the run had been served whose turn it last was
 
     @property
     def waiting(self) -> int:
         """Requests that are not finished."""
         return len(self._arrivals) + len(self._requests)
+
+    def oldest_s(self) -> float:
+        """How long the request that waits longest has; 0 if none does."""
+        now_s = self._now()
+        with self._lock:
+            return max((now_s - one.arrived_s for one in [*self._arrivals, *self._requests]), default=0.0)
+
+    def shares(self, places: int) -> list[float]:
+        """Of the rows computed lately, the parts of the `places` runs that had most; the largest first."""
+        rows: dict[str, int] = {}
+        with self._lock:
+            for run, own in self._recent:
+                rows[run] = rows.get(run, 0) + own
+        total = sum(rows.values())
+        return [own / total for own in sorted(rows.values(), reverse=True)[:places]]
 
     def submit(self, state: RunState, read: Callable[[], ForwardBackward]) -> "Future[Computed]":
         """(state, output, seconds of the passes that were this request's), as `Trainer.forward_backward` has them.
@@ -77,7 +106,7 @@ class Clock:
         The same bits, whoever shares the passes. `read` is called on the device's thread; what it raises is raised.
         Cancelling the future ends the request with its micro-batch.
         """
-        request = _Request(state, read)
+        request = _Request(state, read, self._now())
         with self._lock:
             self._arrivals.append(request)
             begins, self._working = not self._working, True
@@ -104,19 +133,23 @@ class Clock:
             self._requests = [one for one in self._requests + arrived if not one.future.cancelled()]
             self._working = bool(self._requests)
         self._welcome(arrived)
+        self._forget()
         for one in list(self._requests):
             if one.opened is None:
                 self._open(one)
         return self._working
 
     def _welcome(self, arrived: Sequence[_Request]) -> None:
-        """A run that was away has no claim to what it did not use."""
-        before = [self._served[one.run] for one in self._requests if one not in arrived]
-        floor = min(before, default=0)
         for one in arrived:
-            self._served[one.run] = max(self._served.pop(one.run, 0), floor)
-        for run in list(self._served)[: max(0, len(self._served) - _RUNS_REMEMBERED)]:
-            if all(one.run != run for one in self._requests):
+            self._served[one.run] = max(self._served.get(one.run, 0), self._level)
+
+    def _forget(self) -> None:
+        """Runs that are away and not ahead: they come back at the level anyway. When all is done, nobody is ahead."""
+        if not self._requests:
+            self._level = max(self._served.values(), default=self._level)
+        waiting = {one.run for one in self._requests}
+        for run, rows in list(self._served.items()):
+            if rows <= self._level and run not in waiting:
                 del self._served[run]
 
     def _open(self, one: _Request) -> None:
@@ -126,21 +159,23 @@ class Clock:
             self._answer(one, error)
 
     def _choose(self) -> list[_Request]:
-        """Who computes a micro-batch now: the least served, and whoever else fits beside it."""
+        """Who computes a micro-batch now: the least served, and whoever else fits beside it.
+
+        Nobody fills up who is a whole pass ahead of a run that is left out: what fills up costs that run time.
+        """
+        rows_max = self._trainer.rows_max
         waiting = sorted(self._requests, key=lambda one: self._served[one.run])
         chosen: list[_Request] = []
-        rows = 0
+        rows, bound = 0, math.inf
         for one in waiting:
-            assert one.opened is not None
+            served = self._served[one.run]
             if not chosen:
-                chosen, rows = [one], one.rows
-                continue
-            first = chosen[0]
-            assert first.opened is not None
-            alike = one.opened.differentiates == first.opened.differentiates
-            if alike and not (one.alone or first.alone) and rows + one.rows <= self._trainer.rows_max:
+                self._level = max(self._level, served)
+            if not chosen or (served <= bound and rows + one.rows <= rows_max and _share(chosen[0], one)):
                 chosen.append(one)
                 rows += one.rows
+            else:
+                bound = min(bound, served + rows_max)
         return chosen
 
     def _compute(self, chosen: Sequence[_Request]) -> None:
@@ -155,6 +190,9 @@ class Clock:
         self.counters.passes += 1
         self.counters.shares += len(chosen)
         self.counters.rows += sum(rows)
+        self.counters.room += max(self._trainer.rows_max, sum(rows))
+        with self._lock:
+            self._recent.extend((one.run, own) for one, own in zip(chosen, rows, strict=True))
         for one, own in zip(chosen, rows, strict=True):
             one.cost_s += spent_s * own / sum(rows)
             self._served[one.run] += own

@@ -115,6 +115,7 @@ class Sampling:
                 params=one.params,
                 seed=schedule.sample_seed(one.job.seed, one.seed_of, part),
                 num_samples=one.samples,
+                tenant=one.folder.start.tenant,
             )
         )
         rollouts = [

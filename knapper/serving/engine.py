@@ -6,6 +6,7 @@ import platform
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,6 +39,7 @@ from knapper.store.opening import open_store
 
 _SLOTS_MAX = 64  # from some 64 rows on a CPU's matrix products are saturated: more only make each text wait longer
 _KV_BYTES_MAX = 2 * 1024 * limits.MIB  # keys and values of all texts that decode at once
+_PLACES = 8  # of the runs that are served most: how many metrics tell the share of
 
 log = structlog.get_logger()
 
@@ -90,7 +92,7 @@ def engine() -> Engine:
         torch.set_num_threads(settings.threads)
     directory = Path(settings.model_directory)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = _dtype(settings.dtype, where)
+    dtype = dtype_for(settings.dtype, where)
     decoder = load(directory, dtype, where)
     config = decoder.config
     device = Device()
@@ -120,7 +122,7 @@ def engine() -> Engine:
         slots_max=_SLOTS_MAX,
         kv_tokens_max=max(config.context, _KV_BYTES_MAX // decoder.bytes_per_token),
     )
-    metrics.Readings(_readings(machine, sampler))
+    metrics.Readings(readings(machine, sampler))
     residents = Residents(store, metrics.CountedMachine(machine), holder, time.time)
     if holder.address:
         _leave_at_sigterm(residents)
@@ -149,14 +151,21 @@ def _leave_at_sigterm(residents: Residents[RunState]) -> None:
     signal.signal(signal.SIGTERM, leave)
 
 
-def _readings(machine: TrainingMachine, sampler: Sampler) -> list[Reading]:
+def readings(machine: TrainingMachine, sampler: Sampler) -> list[Reading]:
+    """What a scrape is told of both."""
     passes, counts = machine.passes.counters, sampler.counters
     return [
         Reading("knapper_train_passes", "Passes of training.", lambda: passes.passes, counts=True),
         Reading("knapper_train_rows", "Tokens that those computed.", lambda: passes.rows, counts=True),
-        Reading("knapper_train_shares", "Requests in those: over passes, how full one is.", lambda: passes.shares,
+        Reading("knapper_train_shares", "Requests in those: over passes, how many share one.", lambda: passes.shares,
                 counts=True),
+        Reading("knapper_train_room", "Tokens that they had room for: rows over room is how full one is.",
+                lambda: passes.room, counts=True),
         Reading("knapper_train_waiting", "Requests that wait for a pass.", lambda: machine.passes.waiting),
+        Reading("knapper_train_oldest_seconds", "How long the longest of those has waited.", machine.passes.oldest_s),
+        Reading("knapper_train_share", "Of the tokens of the last 1,024 shares, the part of the run that had most "
+                "(place 1), second most, ...; which runs they are, `knapper usage` tells.",
+                lambda: _by_place(machine.passes.shares(_PLACES)), label="place"),
         Reading("knapper_prefilled_tokens", "Prompt tokens computed.", lambda: counts.prefilled_tokens, counts=True),
         Reading("knapper_reused_tokens", "Prompt tokens that were there already.", lambda: counts.reused_tokens,
                 counts=True),
@@ -168,7 +177,12 @@ def _readings(machine: TrainingMachine, sampler: Sampler) -> list[Reading]:
     ]  # fmt: skip
 
 
-def _dtype(setting: str, device: torch.device) -> torch.dtype:
+def _by_place(shares: Sequence[float]) -> dict[str, float]:
+    """All places, so that none keeps an old value."""
+    return {str(place + 1): shares[place] if place < len(shares) else 0.0 for place in range(_PLACES)}
+
+
+def dtype_for(setting: str, device: torch.device) -> torch.dtype:
     """`auto`: bfloat16 where the hardware computes it faster than float32, else float32."""
     if setting != "auto":
         return torch.bfloat16 if setting == "bfloat16" else torch.float32

@@ -2,41 +2,43 @@
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 from knapper.jobs.folders import Folders
 from knapper.jobs.operations import Journal
+from knapper.jobs.place import Place
 from knapper.jobs.sampling import Sampling
 from knapper.jobs.spec import KINDS, Kind
 from knapper.jobs.training import Training
 from knapper.jobs.working import Worker
 from knapper.language import Language
 from knapper.serving.engine import engine
+from knapper.serving.sampling import served
 
 
 @cache
 def sampling() -> Sampling:
-    served = engine()
-    return Sampling(_worker(["rl"]), served.sampler, _language(), served.context)
+    own = served()
+    return Sampling(_worker(own.place, own.base_model, ["rl"]), own.sampler, _language(own.directory), own.context)
 
 
 @cache
 def training() -> Training:
-    served = engine()
-    journal = Journal(served.place.store, served.residents, served.place.clock)
-    return Training(_worker(KINDS), journal, _language(), served.context)
+    own = engine()
+    journal = Journal(own.place.store, own.residents, own.place.clock)
+    return Training(_worker(own.place, own.base_model, KINDS), journal, _language(own.directory), own.context)
 
 
-def _worker(kinds: Sequence[Kind]) -> Worker:
-    served = engine()
-    return Worker(served.place, _folders(), kinds, served.base_model)
+def _worker(place: Place, base_model: str, kinds: Sequence[Kind]) -> Worker:
+    return Worker(place, _folders(place), kinds, base_model)
 
 
 @cache
-def _folders() -> Folders:
+def _folders(place: Place) -> Folders:
     """Both functions of a process read a job once."""
-    return Folders(engine().place.store)
+    return Folders(place.store)
 
 
 @cache
-def _language() -> Language:
-    return Language.read(engine().directory)
+def _language(directory: Path) -> Language:
+    return Language.read(directory)

@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 
 import structlog
 
-from knapper.engine.sampler import Sampler
 from knapper.errors import KnapperError
+from knapper.serving.sampling import Sampler
 from knapper.wire import progress, proto
 from knapper.wire.progress import Drawn, Failed, Frame, Whole
 from knapper.wire.types import Sample

@@ -163,7 +163,7 @@ class SampleCall(Request, frozen=True, kw_only=True):
     prompt_logprobs_last_n: LastN | None = None
     stream: bool = False  # answer in the frames of knapper.wire.progress
 
-    def sample(self) -> types.Sample:
+    def sample(self, tenant: str = "") -> types.Sample:
         targets = self.target_prompt_logprobs
         return types.Sample(
             base_model=self.base_model,
@@ -178,4 +178,5 @@ class SampleCall(Request, frozen=True, kw_only=True):
             target_prompt_logprobs=None if targets is None else targets.cells("target_prompt_logprobs"),
             prompt_alt_tokens_k=self.prompt_alt_tokens_k,
             prompt_logprobs_last_n=self.prompt_logprobs_last_n,
+            tenant=tenant,
         )

@@ -100,6 +100,7 @@ class Sample:
     target_prompt_logprobs: Cells | None = None  # int64 (P - 1, K): row i scores position i + 1; -1 asks for nothing
     prompt_alt_tokens_k: int = 0  # draws at each position after the first
     prompt_logprobs_last_n: int | None = None  # of prompt_logprobs and topk_prompt_logprobs; None: all
+    tenant: str = ""  # whose turn it takes where turns are taken; no part of the answer
 
 
 @dataclass(frozen=True)

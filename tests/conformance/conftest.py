@@ -20,7 +20,7 @@ from knapper.journal import bundles
 from knapper.store.directory import DirectoryStore
 from tests.conformance import data
 from tests.conformance.server import Server
-from tests.engine.tiny import tiny_model
+from tests.engine.tiny import Kind, tiny_model
 from tests.store.emulator import gcs
 
 __all__ = ["gcs"]
@@ -45,13 +45,15 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+def model(tmp_path_factory: pytest.TempPathFactory, sampler_name: str) -> Path:
+    kind: Kind = "llama" if sampler_name == "torch" else "llama_wide"
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny", kind=kind)
 
 
 @pytest.fixture(scope="session")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server.start(model, tmp_path_factory.mktemp("knapper") / "data") as running:
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory, sampler_name: str) -> Iterator[Server]:
+    settings = {"KNAPPER_SAMPLER": sampler_name}
+    with Server.start(model, tmp_path_factory.mktemp("knapper") / "data", settings=settings) as running:
         yield running
     assert "Traceback" not in running.log(), running.log()[-4000:]
 

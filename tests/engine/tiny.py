@@ -9,7 +9,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-Kind = Literal["llama", "llama_untied", "qwen3"]
+Kind = Literal[
+    "llama", "llama_wide", "llama_untied", "qwen3"
+]  # wide: heads of 32, the least that vLLM computes on a CPU
 
 hidden, layers, heads, kv_heads, inner, context = 64, 2, 4, 2, 128, 512
 bos, eos = "<|begin|>", "<|end|>"
@@ -83,13 +85,13 @@ def _config(kind: Kind, vocab_size: int, begin: int, end: int, context: int) -> 
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         # Qwen 3's heads need not add up to the hidden size.
-        "head_dim": 32 if qwen3 else hidden // heads,
+        "head_dim": 32 if kind in ("qwen3", "llama_wide") else hidden // heads,
         "intermediate_size": inner,
         "max_position_embeddings": context,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "hidden_act": "silu",
-        "tie_word_embeddings": kind == "llama",
+        "tie_word_embeddings": kind in ("llama", "llama_wide"),
         "bos_token_id": begin,
         "eos_token_id": end,
         "torch_dtype": "float32",
@@ -98,7 +100,7 @@ def _config(kind: Kind, vocab_size: int, begin: int, end: int, context: int) -> 
 
 def _weights(kind: Kind, vocab_size: int, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    head_dim = 32 if kind == "qwen3" else hidden // heads
+    head_dim = 32 if kind in ("qwen3", "llama_wide") else hidden // heads
 
     def normal(*shape: int, scale: float) -> Tensor:
         return torch.randn(*shape, generator=generator) * scale
@@ -126,7 +128,7 @@ def _weights(kind: Kind, vocab_size: int, seed: int) -> dict[str, Tensor]:
         if kind == "qwen3":
             tensors[f"{at}.self_attn.q_norm.weight"] = gain(head_dim)
             tensors[f"{at}.self_attn.k_norm.weight"] = gain(head_dim)
-    if kind != "llama":
+    if kind not in ("llama", "llama_wide"):
         tensors["lm_head.weight"] = normal(vocab_size, hidden, scale=0.3)
     return tensors
 

@@ -5,11 +5,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from knapper import limits
+from knapper.errors import Corrupt
 from knapper.journal import names
 from knapper.journal.records import Commit, Result, encode
-from tests.gateway.running import Running, fwdbwd, gateway, json_of
+from knapper.serving import answers
+from tests.gateway.running import Running, fwdbwd, gateway, json_of, serve
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +50,22 @@ def test_a_cold_start_is_told_with_the_time_it_has_taken(running: Running, monke
     body = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
     assert body["queue_state"] == "paused_capacity"
     assert body["queue_state_reason"].startswith("train_step is starting from zero; waited ")
+
+
+def test_whoever_waits_on_a_damaged_run_hears_what_is_damaged_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "poll_hold_s", 1.5)
+    monkeypatch.setattr("gateway.bells._COLD_S", 0.1)
+
+    async def damaged(_: Request) -> Response:
+        return answers.error(Corrupt("object runs/x/out/7 is not a Commit record: truncated"))
+
+    function = Starlette(routes=[Route("/", damaged, methods=["POST"])])
+    with serve(function) as (url, _), gateway(train_step_url=f"{url}/") as running:
+        run = running.make_run()
+        told = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
+    assert told["queue_state"] == "paused_capacity"
+    assert "object runs/x/out/7 is not a Commit record" in told["queue_state_reason"]
+    assert f"{run} waits until it is restored from a backup; or go on from a checkpoint" in told["queue_state_reason"]
 
 
 def test_results_in_the_store_are_found_and_stay(running: Running) -> None:

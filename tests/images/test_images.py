@@ -104,8 +104,14 @@ def test_a_container_has_what_its_program_imports(target: str, tmp_path: Path) -
     program = STRANGERS.format(brought=brought, app=str(tmp_path / "app"), root=str(ROOT))
     if target == "gateway":
         program += "import gateway.main\n"
+        # And the operator's command in its pod: `python -m knapper.cli key create TENANT`.
+        program += "import os, runpy, sys\n"
+        program += f"os.environ.update(KNAPPER_DATA={str(tmp_path / 'data')!r})\n"
+        program += "sys.argv = ['knapper', 'key', 'create', 'alice']\n"
+        program += "runpy.run_module('knapper.cli', run_name='__main__')\n"
     else:  # the imports of the page; what it does beside needs a model
         page = tmp_path / made.environment["FUNCTION_SOURCE"].removeprefix("/")
         program += "".join(f"{line}\n" for line in page.read_text().splitlines() if re.match(r"(import|from) ", line))
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+    assert target != "gateway" or done.stdout.startswith("tml-")

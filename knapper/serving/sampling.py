@@ -1,0 +1,67 @@
+"""The sampler of this process, whichever its settings name: the engine's own, or vLLM."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from knapper import metrics, telemetry
+from knapper.errors import InvalidField
+from knapper.jobs.place import Place, open_place
+from knapper.settings import Settings
+from knapper.store.opening import open_store
+from knapper.wire.progress import Drawn
+from knapper.wire.types import Sample, SampleOutput
+
+
+class Sampler(Protocol):
+    """What both are: knapper.engine.sampler.Sampler says what is promised."""
+
+    @property
+    def active(self) -> int: ...
+
+    async def sample(self, request: Sample, listen: Callable[[Drawn], None] | None = None) -> SampleOutput: ...
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the sample function needs to answer."""
+
+    base_model: str
+    directory: Path
+    context: int
+    sampler: Sampler
+    place: Place  # of jobs
+
+
+@cache
+def served() -> Served:
+    """Ready to sample, once it returns: call it before the port binds. Everything comes from the environment."""
+    settings = Settings.load(os.environ)
+    if settings.sampler == "vllm":
+        return _by_vllm(settings)
+    from knapper.serving.engine import engine
+
+    own = engine()
+    return Served(own.base_model, own.directory, own.context, own.sampler, own.place)
+
+
+def _by_vllm(settings: Settings) -> Served:
+    """A process that only samples loads nothing of training."""
+    from knapper.vllm.opening import open_sampler
+
+    if not structlog.is_configured():  # a process that also trains has done it
+        telemetry.begin("sample", settings)
+    if not settings.model_directory:
+        raise InvalidField("KNAPPER_MODEL_DIRECTORY", "", "the directory of the base model's files")
+    began = time.monotonic()
+    store = metrics.CountedStore(open_store(settings))
+    sampler, context = open_sampler(settings, store, os.environ)
+    metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
+    place = open_place(settings, store, time.time)
+    return Served(settings.model, Path(settings.model_directory), context, sampler, place)

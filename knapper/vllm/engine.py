@@ -1,0 +1,135 @@
+"""The core that is there now: made on first use, made again when it ended, put to rest when nobody needs it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+
+import structlog
+
+from knapper.errors import KnapperError
+from knapper.vllm.core import Adapter, Core, CoreEnded
+
+log = structlog.get_logger()
+
+
+class Engine:
+    """`start` blocks until a core can sample. `rest_s`: after so long without a sample memory is given back; 0: never.
+
+    On one GPU, that is how train_step and sample take turns.
+    """
+
+    def __init__(self, start: Callable[[], Core], rest_s: float) -> None:
+        self._start, self._rest_s = start, rest_s
+        self._core: Core | None = None
+        self._loaded: dict[int, asyncio.Future[None]] = {}  # adapters of this core, by number
+        self._mended: Core | None = None
+        self._waking: asyncio.Future[Core] | None = None
+        self._asleep = False
+        self._users = 0
+        self._rest: asyncio.TimerHandle | None = None
+        self._resting: asyncio.Task[None] | None = None
+        self.starts = 0
+
+    def begin(self) -> None:
+        """Blocks. Before the port binds, so that the first sample finds a core."""
+        self._core = self._start()
+        self.starts += 1
+
+    @property
+    def core(self) -> Core | None:
+        return self._core
+
+    @property
+    def resting(self) -> bool:
+        return self._asleep or self._core is None
+
+    @asynccontextmanager
+    async def use(self) -> AsyncIterator[Core]:
+        """A core that is awake, and stays so. Raises Unavailable while none can be had."""
+        self._users += 1
+        if self._rest is not None:
+            self._rest.cancel()
+        try:
+            core = await self._ready()
+            yield core
+        except CoreEnded:
+            log.warning("vllm: the engine core ended; another starts")
+            if self._waking is None and self._core is not None and self._core.ended:
+                asyncio.ensure_future(self._ready()).add_done_callback(_heard)
+            raise
+        finally:
+            self._users -= 1
+            if not self._users and self._rest_s:
+                self._rest = asyncio.get_running_loop().call_later(self._rest_s, self._tire)
+
+    async def load(self, core: Core, adapter: Adapter) -> None:
+        """Once a core, however many ask."""
+        loading = self._loaded.get(adapter.number)
+        if loading is None:
+            loading = self._loaded[adapter.number] = asyncio.ensure_future(core.load(adapter))
+        try:
+            await asyncio.shield(loading)
+        except KnapperError:
+            if self._loaded.get(adapter.number) is loading:
+                del self._loaded[adapter.number]
+            raise
+
+    async def forget(self, adapter: Adapter) -> None:
+        if self._loaded.pop(adapter.number, None) is not None and self._core is not None:
+            with suppress(KnapperError):
+                await self._core.forget(adapter)
+
+    async def rest(self) -> None:
+        """Give the memory back, unless somebody samples: asleep where vLLM can, else ended."""
+        if self._users or self._core is None or self._asleep:
+            return
+        core = self._core
+        if not core.ended and await core.sleep():
+            self._asleep = True
+            log.info("vllm: asleep")
+            return
+        self._core, self._loaded = None, {}
+        await asyncio.to_thread(core.close)
+        log.info("vllm: ended, to give its memory back")
+
+    def close(self) -> None:
+        if self._core is not None:
+            self._core.close()
+
+    def _tire(self) -> None:
+        self._resting = asyncio.ensure_future(self.rest())
+
+    async def _ready(self) -> Core:
+        if self._resting is not None:
+            await asyncio.wait([self._resting])
+        core = self._core
+        if core is not None and core is self._mended and not core.ended and not self._asleep:
+            return core
+        if self._waking is None:
+            self._waking = asyncio.ensure_future(self._wake())
+            self._waking.add_done_callback(lambda _: setattr(self, "_waking", None))
+        return await asyncio.shield(self._waking)
+
+    async def _wake(self) -> Core:
+        core, self._asleep = self._core, False
+        if core is not None and not core.ended:
+            if self._mended is core:
+                await core.wake()
+            else:
+                await core.mend()
+                self._mended = core
+            return core
+        self._core, self._loaded = None, {}
+        if core is not None:
+            await asyncio.to_thread(core.close)
+        self._core = await asyncio.to_thread(self._start)
+        self.starts += 1
+        await self._core.mend()
+        self._mended = self._core
+        log.info("vllm: ready")
+        return self._core
+
+
+def _heard(started: "asyncio.Future[Core]") -> None:
+    if not started.cancelled() and (error := started.exception()) is not None:
+        log.error("vllm: no other core could be started; the next sample tries again", reason=str(error))

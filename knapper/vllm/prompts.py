@@ -1,0 +1,44 @@
+"""What a request wants to know of its prompt: as vLLM is asked for it, and as the contract tells it.
+
+P prompt tokens, k alternatives. Nothing tells of token 0. Log-probabilities are untempered.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from knapper.engine.draw import empty_logprob, empty_token
+from knapper.vllm.core import Piece, Top
+from knapper.wire.types import Sample, TopK
+
+
+def wanted(request: Sample) -> int | None:
+    """How many alternatives to each token of the prompt; None if nothing is asked of them."""
+    asked = request.prompt_logprobs or request.topk_prompt_logprobs
+    return request.topk_prompt_logprobs if asked else None
+
+
+def told(request: Sample, piece: Piece) -> dict[str, Any]:
+    """Fields of SampleOutput."""
+    found: dict[str, Any] = {}
+    if piece.prompt is not None:
+        first = 1
+        if request.prompt_logprobs_last_n is not None:
+            first = int(request.prompt.size) - request.prompt_logprobs_last_n
+        rows = [row if at >= first else None for at, row in enumerate(piece.prompt)]
+        if request.prompt_logprobs:
+            found["prompt_logprobs"] = np.array([np.nan if row is None else row[0] for row in rows], dtype=np.float32)
+        if k := request.topk_prompt_logprobs:
+            found["topk_prompt_logprobs"] = table([[] if row is None else row[1] for row in rows], k)
+    return found
+
+
+def table(tops: Sequence[Top], k: int) -> TopK:
+    """(N, k), with empty cells where there are fewer."""
+    tokens = np.full((len(tops), k), empty_token, dtype=np.int32)
+    logprobs = np.full((len(tops), k), empty_logprob, dtype=np.float32)
+    for row, top in enumerate(tops):
+        for column, (token, logprob) in enumerate(top[:k]):
+            tokens[row, column], logprobs[row, column] = token, logprob
+    return TopK(tokens, logprobs)

@@ -1,0 +1,94 @@
+"""Whose text begins next: fair between tenants, and between the adapters of a tenant.
+
+The core decodes `slots_max` texts at once and queues none, so that all waiting is done here, where it is fair: a free
+slot goes to the tenant that has the fewest texts under way, there to the adapter that has the fewest, and among equals
+to whoever waits longest. A request waits with one text at a time, so few wait.
+"""
+
+import asyncio
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+_PATIENCE: Final = 64  # texts that may go before one that only lacks room for its adapter; then all wait for it
+
+
+@dataclass(eq=False)
+class _Text:
+    tenant: str
+    adapter: str  # empty: the base model
+    number: int
+    ready: asyncio.Future[None]
+    passed: int = 0  # how many others went before it, though it was its turn
+
+
+class Turns:
+    """`adapters_max`: different adapters under way at once."""
+
+    def __init__(self, slots_max: int, adapters_max: int) -> None:
+        self._slots_max, self._adapters_max = slots_max, adapters_max
+        self._waiting: list[_Text] = []
+        self._numbers = itertools.count()
+        self._of_tenant: Counter[str] = Counter()  # texts under way; nobody has an entry of zero
+        self._of_adapter: Counter[tuple[str, str]] = Counter()
+
+    @property
+    def active(self) -> int:
+        """Texts under way."""
+        return self._of_tenant.total()
+
+    async def take(self, tenant: str, adapter: str) -> Callable[[object], None]:
+        """Returns when it is this text's turn; call what it returns once the text has ended."""
+        text = _Text(tenant, adapter, next(self._numbers), asyncio.get_running_loop().create_future())
+        self._waiting.append(text)
+        self._grant()
+        try:
+            await text.ready
+        except asyncio.CancelledError:
+            if text in self._waiting:
+                self._waiting.remove(text)
+            else:  # it was granted at this very moment
+                self._leave(text)
+            raise
+        return lambda _: self._leave(text)
+
+    def _leave(self, text: _Text) -> None:
+        self._count(text, -1)
+        self._grant()
+
+    def _count(self, text: _Text, by: int) -> None:
+        self._of_tenant[text.tenant] += by
+        self._of_adapter[text.tenant, text.adapter] += by
+        self._of_tenant, self._of_adapter = +self._of_tenant, +self._of_adapter
+
+    def _grant(self) -> None:
+        while self._waiting and self.active < self._slots_max:
+            found = self._next()
+            if found is None:
+                return
+            self._waiting.remove(found)
+            self._count(found, 1)
+            if not found.ready.done():
+                found.ready.set_result(None)
+
+    def _next(self) -> _Text | None:
+        """None: nobody who waits may begin now."""
+        first = min(self._waiting, key=self._rank)
+        loaded = {adapter for _, adapter in self._of_adapter if adapter}
+
+        def fits(text: _Text) -> bool:
+            return not text.adapter or text.adapter in loaded or len(loaded) < self._adapters_max
+
+        if fits(first):
+            return first
+        if first.passed >= _PATIENCE:
+            return None
+        other = min(filter(fits, self._waiting), key=self._rank, default=None)
+        if other is not None:
+            first.passed += 1
+        return other
+
+    def _rank(self, text: _Text) -> tuple[int, int, int]:
+        return self._of_tenant[text.tenant], self._of_adapter[text.tenant, text.adapter], text.number

@@ -1,0 +1,107 @@
+"""What runs inside vLLM's worker process, beside its own: two mends, without which answers would be wrong, and its end.
+
+vLLM imports this and calls `knapper_mend`, both by name. Nothing here imports vLLM: all is reached from the worker.
+
+- It computes a prompt's log-probabilities with the adapters of the rows that are sampled, whatever rows these are: an
+  adapter on the head then gives those of another, or ends the process. Here each prompt is computed with its own.
+- On a CPU a row without an adapter gets the one in the last slot. Here it gets none.
+- vLLM's processes outlive a server that is killed, and keep the GPU's memory. Here they end with it.
+"""
+
+import multiprocessing
+import os
+import select
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Mends:
+    """Becomes a base class of vLLM's worker (its option worker_extension_cls)."""
+
+    model_runner: Any
+
+    def knapper_mend(self) -> None:
+        """Once, before the first sample."""
+        runner = self.model_runner
+        _score_prompts_with_their_own_adapters(runner)
+        wrappers = runner.lora_manager._adapter_manager.punica_wrapper_mapping.values()
+        for wrapper in {id(each): each for each in wrappers}.values():
+            if type(wrapper).__name__ == "PunicaWrapperCPU":
+                _leave_base_rows_alone(wrapper)
+
+
+def _score_prompts_with_their_own_adapters(runner: Any) -> None:
+    model, compute_logits, scores = runner.model, runner.model.compute_logits, runner._get_prompt_logprobs_dict
+    rows_max = runner.max_num_reqs  # vLLM's tables of sampled rows are no longer
+    scored: list[Any] = []  # the request whose prompt is computed now
+
+    def logits_of(hidden: Any, *rest: Any, **named: Any) -> Any:
+        if not scored:
+            return compute_logits(hidden, *rest, **named)
+        lora = scored[0].lora_request
+        number = lora.lora_int_id if lora else 0
+        parts = []
+        for part in hidden.split(rows_max):
+            rows = (number,) * part.shape[0]
+            runner._set_active_loras(rows, rows, {lora} if lora else set())
+            parts.append(compute_logits(part, *rest, **named))
+        return torch.cat(parts)
+
+    def one_by_one(hidden: Any, scheduled: dict[str, int]) -> dict[str, Any]:
+        asked = runner.num_prompt_logprobs
+        found: dict[str, Any] = {}
+        for name in list(asked):
+            runner.num_prompt_logprobs = {name: asked[name]}
+            scored.append(runner.requests[name])
+            try:
+                found |= scores(hidden, scheduled)
+            finally:
+                scored.clear()
+                if name not in runner.num_prompt_logprobs:
+                    del asked[name]
+                runner.num_prompt_logprobs = asked
+        return found
+
+    model.compute_logits = logits_of
+    runner._get_prompt_logprobs_dict = one_by_one
+
+
+def _leave_base_rows_alone(wrapper: Any) -> None:
+    def mended(add: Callable[..., Any], adapter_of_row: Callable[[], Tensor]) -> Callable[..., Any]:
+        def only_to_adapted(y: Tensor, *rest: Any, **named: Any) -> Any:
+            base_rows = adapter_of_row()[: y.shape[0]] < 0
+            before = y[base_rows].clone()
+            added = add(y, *rest, **named)
+            y[base_rows] = before
+            return added
+
+        return only_to_adapted
+
+    wrapper.add_lora_linear = mended(wrapper.add_lora_linear, lambda: wrapper.token_lora_indices)
+    wrapper.add_lora_logits = mended(wrapper.add_lora_logits, lambda: wrapper.sampler_indices)
+
+
+def _end_with_the_server() -> None:
+    """The server started the engine core, and that one this worker."""
+    core = os.getppid()
+    try:
+        server = os.pidfd_open(int(Path(f"/proc/{core}/stat").read_text().rpartition(")")[2].split()[1]))
+        select.select([server], [], [])  # readable once the process has ended
+    except ProcessLookupError:
+        pass  # it has ended
+    _end(core)
+
+
+def _end(core: int) -> None:
+    os.kill(core, signal.SIGKILL)
+    os._exit(1)
+
+
+if multiprocessing.parent_process() is not None:  # in a worker: from the moment that vLLM looks this module up
+    threading.Thread(target=_end_with_the_server, name="end with the server", daemon=True).start()

@@ -1,0 +1,207 @@
+"""Who computes when: shares by rows, the order of passes, and who waits for whom. Counted, never timed."""
+
+import asyncio
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pytest
+
+from knapper.engine import passes
+from knapper.engine.clock import Clock
+from knapper.engine.device import Device
+from knapper.engine.machine import TrainingMachine
+from knapper.engine.passes import Pass
+from knapper.engine.sampler import Sampler
+from knapper.engine.training import RunState, Trainer
+from knapper.wire.types import Datum, ForwardBackward, Sample, SamplingParams
+from tests.engine.runs import datum, request, spec, tiny_trainer
+from tests.engine.test_clock import gathered, held, submitted
+from tests.engine.test_machine import optim_step
+from tests.engine.test_sampler import Shelf
+
+ROWS_MAX = 32
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    made = tiny_trainer(tmp_path_factory.mktemp("model"))
+    return Trainer(made.decoder, ROWS_MAX)
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    device = Device()
+    yield device
+    device.close()
+
+
+@pytest.fixture
+def turns(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, int]]]:
+    """(run, rows) of each pass that was computed, as it happens."""
+    found: list[list[tuple[str, int]]] = []
+    names: dict[int, str] = {}
+    opened, compute = trainer.open, passes.compute
+
+    def named(state: RunState, asked: ForwardBackward) -> Pass:
+        one = opened(state, asked)
+        names[id(one)] = state.spec.run
+        return one
+
+    def noted(model: object, chosen: list[Pass]) -> None:
+        found.append([(names[id(one)], one.waiting[0].rows) for one in chosen])
+        compute(model, chosen)  # type: ignore[arg-type]  # a Model
+
+    monkeypatch.setattr(trainer, "open", named)
+    monkeypatch.setattr(passes, "compute", noted)
+    return found
+
+
+def texts(count: int, length: int) -> list[Datum]:
+    rng = np.random.default_rng(count * 100 + length)
+    return [datum(length, "cross_entropy", rng) for _ in range(count)]
+
+
+def asked(trainer: Trainer, name: str, count: int, length: int) -> tuple[RunState, ForwardBackward]:
+    return trainer.create(spec(run=name)), request(texts(count, length))
+
+
+@pytest.mark.parametrize(("lengths", "bound"), [([10] * 8, 10), ([3, 5, 8, 10, 16, 24, 30, 32], 3 * ROWS_MAX)])
+def test_runs_that_always_want_more_get_equal_shares_by_rows(
+    trainer: Trainer, device: Device, turns: list[list[tuple[str, int]]], lengths: list[int], bound: int
+) -> None:
+    """Eight closed loops, each of which asks again as soon as it is answered."""
+    clock, rounds = Clock(trainer, device, lambda: 0.0), 80
+    over = threading.Event()
+
+    def ask(name: str, state: RunState, wanted: ForwardBackward) -> None:
+        def again(_: object) -> None:
+            if len(turns) >= rounds:
+                over.set()
+            else:
+                ask(name, state, wanted)
+
+        submitted(clock, state, wanted).add_done_callback(again)
+
+    gate = held(device)
+    for index, length in enumerate(lengths):
+        ask(f"run-{index}", *asked(trainer, f"run-{index}", 1, length))
+    gate.set()
+    assert over.wait(60)
+    served = Counter[str]()
+    for name, rows in (one for turn in turns[:rounds] for one in turn):
+        served[name] += rows
+    assert len(served) == len(lengths)
+    assert max(served.values()) - min(served.values()) <= bound
+    if bound == 10:
+        assert max(served.values()) / min(served.values()) <= 1.05
+        assert clock.shares(3) == pytest.approx([1 / 8] * 3, rel=0.05)
+
+
+def test_a_veteran_does_not_wait_for_a_newcomer_to_catch_up(
+    trainer: Trainer, device: Device, turns: list[list[tuple[str, int]]]
+) -> None:
+    clock = Clock(trainer, device, lambda: 0.0)
+    gathered(device, clock, [asked(trainer, "veteran", 20, 32)])
+    turns.clear()
+    gathered(device, clock, [asked(trainer, "new", 6, 32), asked(trainer, "veteran", 6, 32)])
+    assert [name for ((name, _),) in turns] == ["new", "veteran"] * 6
+
+
+def test_a_newcomer_does_not_catch_up_with_what_others_had_before_it_came(
+    trainer: Trainer, device: Device, turns: list[list[tuple[str, int]]]
+) -> None:
+    clock = Clock(trainer, device, lambda: 0.0)
+    gate = held(device)
+    busy, first = (submitted(clock, *asked(trainer, name, n, 32)) for name, n in (("busy", 12), ("first", 4)))
+    late = asked(trainer, "new", 4, 32)
+    later: Future[Any] = Future()
+    first.add_done_callback(lambda _: submitted(clock, *late).add_done_callback(later.set_result))
+    gate.set()
+    later.result(60).result(60)
+    busy.result(60)
+    names = [name for ((name, _),) in turns]
+    assert names[:8] == ["busy", "first"] * 4
+    assert names.count("new") == 4
+    assert ("new", "new") not in itertools.pairwise(names)
+
+
+def test_another_runs_optim_step_waits_for_one_pass_at_most(
+    trainer: Trainer, device: Device, turns: list[list[tuple[str, int]]]
+) -> None:
+    """The barrier is each run's own: a step of `short` is applied while `long` has most of its passes before it."""
+    machine = TrainingMachine(trainer, device, lambda: 0.0)
+    gate = held(device)
+    long = submitted(machine.passes, *asked(trainer, "long", 30, 32))
+
+    async def short() -> int:
+        await machine.apply(trainer.create(spec(run="short")), optim_step(learning_rate=1e-3), None)
+        return len(turns)
+
+    async def story() -> int:
+        work = asyncio.ensure_future(short())
+        await asyncio.sleep(0)  # it is in the device's queue now
+        gate.set()
+        return await work
+
+    assert asyncio.run(story()) <= 2  # the pass under way, and one that began before this thread saw the answer
+    assert isinstance(long.result(60), tuple)
+    assert len(turns) == 30
+
+
+@pytest.mark.parametrize("loops", [1, 4])
+def test_training_and_sampling_never_wait_for_two_turns_of_the_other(
+    trainer: Trainer, device: Device, turns: list[list[tuple[str, int]]], monkeypatch: pytest.MonkeyPatch, loops: int
+) -> None:
+    """Both have work for many turns, training of several runs: a pass, a decoding step, a pass, ..."""
+    sampler = Sampler(trainer.decoder, device, Shelf({}), None, slots_max=8, kv_tokens_max=4096)
+    clock = Clock(trainer, device, lambda: 0.0)
+    steps: list[int] = []  # decoding steps before each pass
+    compute = passes.compute
+
+    def noted(model: object, chosen: list[Pass]) -> None:
+        steps.append(sampler.counters.steps)
+        compute(model, chosen)  # type: ignore[arg-type]  # a Model
+
+    monkeypatch.setattr(passes, "compute", noted)
+    prompt = np.arange(8, dtype=np.int32)
+    samples = [Sample("tiny", "", prompt, SamplingParams(max_tokens=24), seed=n) for n in range(6)]
+
+    async def story() -> None:
+        gate = held(device)
+        futures = [submitted(clock, *asked(trainer, f"run-{n}", 40 // loops, 32)) for n in range(loops)]
+        work = [asyncio.ensure_future(sampler.sample(one)) for one in samples]
+        await asyncio.sleep(0.01)
+        gate.set()
+        await asyncio.gather(*work, *map(asyncio.wrap_future, futures))
+
+    asyncio.run(story())
+    assert len(turns) == 40
+    between = [later - earlier for earlier, later in itertools.pairwise(steps)]
+    assert max(between) <= 1  # training never waits for two decoding steps
+    first, last = steps.index(1), steps.index(max(steps))
+    assert last - first <= max(steps) - 1  # nor decoding for two passes
+
+
+def test_what_waits_and_how_full_passes_are_is_counted(trainer: Trainer, device: Device) -> None:
+    now = [100.0]
+    clock = Clock(trainer, device, lambda: now[0])
+    assert (clock.waiting, clock.oldest_s(), clock.shares(8)) == (0, 0.0, [])
+    gate = held(device)
+    futures: list[Future[Any]] = []
+    for name, count in (("a", 1), ("b", 1), ("c", 2)):
+        futures.append(submitted(clock, *asked(trainer, name, count, 16)))
+        now[0] += 5.0
+    assert (clock.waiting, clock.oldest_s()) == (3, 15.0)
+    gate.set()
+    for future in futures:
+        future.result(60)
+    assert (clock.waiting, clock.oldest_s()) == (0, 0.0)
+    counters = clock.counters
+    assert (counters.passes, counters.rows, counters.room, counters.shares) == (2, 64, 64, 3)
+    assert clock.shares(8) == [0.5, 0.25, 0.25]
+    assert clock.shares(1) == [0.5]
