@@ -47,6 +47,12 @@ def padded(x_N: Tensor) -> Tensor:
     return x_N if short == 0 else torch.cat([x_N, x_N.new_zeros(short, *x_N.shape[1:])])
 
 
+def ranks_padded(matrix: Tensor, dim: int) -> Tensor:
+    """A or B of an adapter with zeros along its rank `dim`, up to what a GEMM runs on whoever decodes beside it."""
+    short = -matrix.shape[dim] % _ranks_multiple
+    return matrix if short == 0 else F.pad(matrix, (0, 0) * (matrix.dim() - 1 - dim) + (0, short))
+
+
 class Adapt(Protocol):
     """Adds the adapters' part to the output of one linear, rows by rows.
 
@@ -106,11 +112,11 @@ class Segments:
         present = [name for name in names if name in lora.a]
         if not present:
             return [None] * len(names)
-        a = [lora.a[name] for name in present]
+        a = [ranks_padded(lora.a[name], 0) for name in present]
         rows = x_NI.shape[0]
         low = F.linear(padded(x_NI.to(a[0].dtype)), a[0] if len(a) == 1 else torch.cat(a)) * lora.scale
         lows = dict(zip(present, low.split([part.shape[0] for part in a], dim=1), strict=True))
-        return [F.linear(lows[name], lora.b[name])[:rows] if name in lows else None for name in names]
+        return [F.linear(lows[name], ranks_padded(lora.b[name], 1))[:rows] if name in lows else None for name in names]
 
     def _added(self, y_NO: Tensor, deltas: Sequence[Tensor | None]) -> Tensor:
         pieces: list[Tensor] = []

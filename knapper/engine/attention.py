@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from knapper.engine import rowwise
+from knapper.engine.prefixes import Prefixes
+
 
 def attention_dtype(base: torch.dtype, device: torch.device) -> torch.dtype:
     """float32 on a CPU, whose bfloat16 attention is slower and coarser; the base's dtype elsewhere."""
@@ -60,6 +63,18 @@ class Shared:
         return self._packed(layer, q, k, v).index_select(0, self._first_U)
 
 
+class Continued:
+    """The rest of one sequence, whose beginning was computed before: `past_kv` (layers, 2, P, G, D)."""
+
+    def __init__(self, past_kv: Tensor) -> None:
+        self._past_kv = past_kv
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+        keys, values = self._past_kv[layer]
+        k, v = torch.cat([keys, k_NGD]), torch.cat([values, v_NGD])
+        return _causal(q_NHD[None], k[None], v[None]).reshape(q_NHD.shape[0], -1)
+
+
 class Joined:
     """Attentions of several groups of rows, one after another: those of several runs in one pass."""
 
@@ -85,6 +100,20 @@ class Recorded:
         return self._attend(layer, q_NHD, k_NGD, v_NGD)
 
 
+def of_group(group: Prefixes, device: torch.device) -> Attend:
+    """How the rows of a group attend that are computed."""
+    if len(group) == group.total:
+        return Packed(group.lengths)
+    places_N, first_U = torch.from_numpy(group.places_N), torch.from_numpy(group.first_U)
+    return Shared(group.lengths, places_N.to(device, non_blocking=True), first_U.to(device, non_blocking=True))
+
+
 def _causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
+    if q_BTHD.device.type == "cpu":
+        return rowwise.causal(q_BTHD, k_BTGD, v_BTGD)  # the bits of decoding
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    tokens, keys = q.shape[2], k.shape[2]
+    seen = None if tokens == keys else torch.ones(tokens, keys, dtype=torch.bool, device=q.device).tril_(keys - tokens)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=q.shape[1] != k.shape[1]
+    ).transpose(1, 2)

@@ -4,7 +4,7 @@ What differs between them is handed in: how rows attend (`Attend`) and which ada
 N rows, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -14,13 +14,14 @@ from torch import Tensor
 
 from knapper.engine import rope
 from knapper.engine.adapt import Adapt, Segment, Segments, head_site, padded, sites
-from knapper.engine.attention import Attend, Joined, Packed, Recorded, Shared, attention_dtype
+from knapper.engine.attention import Attend, Joined, Packed, Recorded, attention_dtype, of_group
 from knapper.engine.config import ComputedBy, ModelConfig
 from knapper.engine.decoding import NativeTexts
 from knapper.engine.head import HeadLora, target_logprobs
 from knapper.engine.kv import Cache, bytes_per_token
 from knapper.engine.lora import Lora
 from knapper.engine.prefixes import Prefixes
+from knapper.engine.prompts import Prefilled, Prompt, prefill
 from knapper.engine.weights import LayerWeights, Weights
 
 __all__ = ["Decoder", "Segment"]
@@ -30,6 +31,7 @@ class Decoder:
     """knapper.engine.model.Model in layer code of our own."""
 
     computed_by: Final[ComputedBy] = "native"
+    continues: Final = True
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self.config = config
@@ -76,16 +78,10 @@ class Decoder:
         for count, lora in zip(rows, loras, strict=True):
             start = segments[-1].stop if segments else 0
             segments.append(Segment(start, start + count, lora))
-        attends = [
-            Packed(group.lengths)
-            if len(group) == group.total
-            else Shared(group.lengths, on_device([group.places_N]), on_device([group.first_U]))
-            for group in groups
-        ]
         return self.hidden_of(
             on_device([group.tokens_U for group in groups]),
             on_device([group.positions_U for group in groups]),
-            Joined(attends, rows),
+            Joined([of_group(group, self.device) for group in groups], rows),
             segments,
         )
 
@@ -97,21 +93,17 @@ class Decoder:
         return self._pass(tokens_N, positions_N, attend, Segments(segments))
 
     @torch.inference_mode()
-    def prefill(self, tokens_N: Tensor, lengths: Sequence[int], segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
-        """`hidden`, and the keys and values that decoding starts from: (layers, 2, N, key/value heads, head_dim)."""
+    def recorded(
+        self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, segments: Sequence[Segment]
+    ) -> tuple[Tensor, Tensor]:
+        """`hidden_of`, and the rows' keys and values: (layers, 2, N, key/value heads, head_dim)."""
         config = self.config
         shape = (config.layers, 2, tokens_N.shape[0], config.kv_heads, config.head_dim)
         kv = torch.empty(shape, dtype=self.attention_dtype, device=self.device)
-        attend = Recorded(Packed(lengths), kv)
-        return self._pass(tokens_N, _positions(lengths, self.device), attend, Segments(segments)), kv
+        return self.hidden_of(tokens_N, positions_N, Recorded(attend, kv), segments), kv
 
-    def prompts(
-        self, tokens_N: Tensor, lengths: Sequence[int], segments: Sequence[Segment]
-    ) -> tuple[Tensor, Callable[[int], Tensor]]:
-        hidden_NH, kv = self.prefill(tokens_N, lengths, segments)
-        parts = kv.split(list(lengths), dim=2)
-        # A view would keep the pass of all prompts alive for as long as one text waits.
-        return hidden_NH, lambda prompt: parts[prompt].clone()
+    def prompts(self, prompts: Sequence[Prompt]) -> list[Prefilled]:
+        return prefill(self, prompts)
 
     def texts(self) -> NativeTexts:
         return NativeTexts(self)

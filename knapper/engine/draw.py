@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knapper.engine.adapt import padded
+from knapper.engine.head import row_sums
 from knapper.wire.types import SamplingParams
 
 empty_token, empty_logprob = 0, -99999.0  # a cell of top-k log-probabilities that holds nothing
@@ -93,7 +94,8 @@ def log_distribution(logits_NV: Tensor, temperature_N: Tensor | None = None) -> 
     # The largest logit becomes 0 first: a small temperature then sends the others to -inf and never makes a NaN.
     shifted = logits_NV - logits_NV.max(-1, keepdim=True).values
     scaled = shifted if temperature_N is None else shifted / temperature_N[:, None].float()
-    return F.log_softmax(padded(scaled), dim=-1)[: logits_NV.shape[0]]
+    # As `head` has it for training, operation for operation.
+    return scaled - row_sums(scaled.exp()).log()
 
 
 def _truncated(logprobs_NV: Tensor, top_k_N: Tensor, top_p: list[float]) -> Tensor:

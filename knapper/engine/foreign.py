@@ -8,7 +8,7 @@ N rows of all sequences, U rows that differ, T of one sequence, H hidden size, V
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -22,6 +22,7 @@ from knapper.engine.config import ComputedBy, Site
 from knapper.engine.head import HeadLora
 from knapper.engine.lora import Lora
 from knapper.engine.prefixes import Prefixes
+from knapper.engine.prompts import Prefilled, Prompt
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class ForeignModel:
     """knapper.engine.model.Model over a causal language model of transformers."""
 
     computed_by: Final[ComputedBy] = "transformers"
+    continues: Final = False  # a cache of theirs may slide, and then it has no beginning any more
 
     def __init__(
         self,
@@ -116,15 +118,21 @@ class ForeignModel:
     def logits(self, hidden_NH: Tensor, adapt: Adapt) -> Tensor:
         return self.head.logits(hidden_NH, adapt)
 
-    def prompts(
-        self, tokens_N: Tensor, lengths: Sequence[int], segments: Sequence[Segment]
-    ) -> tuple[Tensor, Callable[[int], Any]]:
-        with _plain():
-            found = [
-                self.rows(tokens_T, segment.lora, caches=True)
-                for tokens_T, segment in zip(tokens_N.split(list(lengths)), segments, strict=True)
-            ]
-        return torch.cat([rows for rows, _ in found]), lambda prompt: found[prompt][1]
+    def prompts(self, prompts: Sequence[Prompt]) -> list[Prefilled]:
+        assert not any(prompt.reused for prompt in prompts)
+        found: dict[tuple[int, bytes], Prefilled] = {}
+        given: list[Prefilled] = []
+        for prompt in prompts:
+            key = id(prompt.lora), prompt.tokens_T.tobytes()
+            if key in found:
+                given.append(replace(found[key], computed=0))
+                continue
+            tokens_T = torch.from_numpy(prompt.tokens_T.astype("int64")).to(self.device)
+            with _plain():
+                rows_TH, kept = self.rows(tokens_T, prompt.lora, caches=True)
+            found[key] = Prefilled(rows_TH, kept, len(tokens_T))
+            given.append(found[key])
+        return given
 
     def texts(self) -> "ForeignTexts":
         return ForeignTexts(self)

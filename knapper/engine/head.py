@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knapper.engine.adapt import padded
+from knapper.engine.adapt import padded, ranks_padded
 
 ELEMENTS_MAX = 1 << 24  # logits alive at a time: 64 MiB of float32
 ROWS_MIN = 16  # smaller products take other kernels, whose last bits differ
@@ -56,9 +56,14 @@ def logits(hidden_NH: Tensor, head_VH: Tensor, lora: HeadLora | None = None) -> 
     rows, hidden_NH = len(hidden_NH), padded(hidden_NH)
     found_NV = F.linear(hidden_NH, head_VH)
     if lora is not None:
-        low_NR = F.linear(hidden_NH.to(lora.a.dtype), lora.a) * lora.scale
-        found_NV = (found_NV + F.linear(low_NR, lora.b)).to(found_NV.dtype)
+        low_NR = F.linear(hidden_NH.to(lora.a.dtype), ranks_padded(lora.a, 0)) * lora.scale
+        found_NV = (found_NV + F.linear(low_NR, ranks_padded(lora.b, 1))).to(found_NV.dtype)
     return found_NV[:rows].to(_wide(hidden_NH))
+
+
+def row_sums(values_NV: Tensor) -> Tensor:
+    """(N, 1). The sum of a few rows is split over threads, and then in another order than that of many."""
+    return padded(values_NV).sum(dim=1, keepdim=True)[: len(values_NV)]
 
 
 def _wide(values: Tensor) -> torch.dtype:
@@ -74,7 +79,7 @@ def _log_softmax_(logits_CV: Tensor, targets_CK: Tensor) -> tuple[Tensor, Tensor
     """(log-probabilities (C, K), normaliser (C, 1)); afterwards logits_CV / normaliser are the probabilities."""
     top_C1 = logits_CV.amax(dim=1, keepdim=True)
     chosen_CK = logits_CV.gather(1, targets_CK)
-    total_C1 = logits_CV.sub_(top_C1).exp_().sum(dim=1, keepdim=True)
+    total_C1 = row_sums(logits_CV.sub_(top_C1).exp_())
     return chosen_CK - top_C1 - total_C1.log(), total_C1
 
 

@@ -36,6 +36,7 @@ class Job:
         None  # what texts begin with after the prompt: kept while texts wait and there is room, else computed again
     )
     last_1H: Tensor | None = None  # the prompt's last row
+    reused: int = 0  # prompt tokens that were not computed for this request
     scores: PromptScores | None = None  # what the request wants to know of its prompt, once it is all there
 
     @property
@@ -57,6 +58,13 @@ class Job:
         return self.last_1H is None or (self.kept is None and self.cost > 0)
 
     @property
+    def reusable(self) -> int:
+        """How many of the prompt's rows the request does not want to see."""
+        if self.scores is None and PromptScores.wanted(self.request):
+            return PromptScores(self.request).first
+        return self.prompt_tokens
+
+    @property
     def finished(self) -> bool:
         return len(self.sequences) == self.request.num_samples
 
@@ -71,9 +79,10 @@ class Job:
     def output(self) -> SampleOutput:
         sequences = [self.sequences[index] for index in range(self.request.num_samples)]
         if self.scores is None:
-            return SampleOutput(sequences)
+            return SampleOutput(sequences, prompt_cache_hit_tokens=self.reused)
         return SampleOutput(
             sequences,
+            prompt_cache_hit_tokens=self.reused,
             prompt_logprobs=self.scores.logprobs,
             topk_prompt_logprobs=self.scores.topk,
             target_prompt_logprobs=self.scores.targets,

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from knapper.engine import rowwise
 from knapper.engine.config import ModelConfig
 
-capacity_min = 64
+capacity_min = rowwise.KEYS
 
 
 def capacity_for(length: int) -> int:
@@ -174,10 +175,10 @@ class Attention:
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
         rows, _, head_dim = q_NHD.shape
-        scaled = q_NHD.view(rows, k_NGD.shape[1], -1, head_dim) * head_dim**-0.5
-        split = (x.split(self._sizes) for x in (scaled, k_NGD, v_NGD))
+        q_NGQD = q_NHD.reshape(rows, k_NGD.shape[1], -1, head_dim)
+        split = (x.split(self._sizes) for x in (q_NGQD, k_NGD, v_NGD))
         outputs = [self._part(layer, part, *qkv) for part, *qkv in zip(self._parts, *split, strict=True)]
-        return torch.cat(outputs).view(rows, -1)
+        return torch.cat(outputs).reshape(rows, -1)
 
     @staticmethod
     def _part(layer: int, part: PoolPart, q_NGQD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
@@ -185,5 +186,8 @@ class Attention:
         row = torch.arange(len(part.at_N), device=keys.device)
         keys[row, :, part.at_N] = k_NGD
         values[row, :, part.at_N] = v_NGD
-        scores = torch.matmul(q_NGQD, keys.transpose(-1, -2)).add_(part.bias_N11C)
+        if q_NGQD.device.type == "cpu":
+            return rowwise.decoded(q_NGQD, keys, values, part.bias_N11C)  # the bits of training
+        scaled = q_NGQD * q_NGQD.shape[-1] ** -0.5
+        scores = torch.matmul(scaled, keys.transpose(-1, -2)).add_(part.bias_N11C)
         return torch.matmul(scores.softmax(-1), values)

@@ -4,17 +4,18 @@
 N rows, U rows that differ (`Prefixes`), H hidden size, V vocabulary, K targets of a row.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from knapper.engine.adapt import Adapt, Segment
+from knapper.engine.adapt import Adapt
 from knapper.engine.config import ComputedBy, Facts
 from knapper.engine.head import HeadLora
 from knapper.engine.lora import Lora
 from knapper.engine.prefixes import Prefixes
+from knapper.engine.prompts import Prefilled, Prompt
 
 SlotT = TypeVar("SlotT", bound=Hashable)
 
@@ -88,10 +89,13 @@ class Model(Protocol):
         """float32 (N, V), with the adapters' part of the head where they have one."""
         ...
 
-    def prompts(
-        self, tokens_N: Tensor, lengths: Sequence[int], segments: Sequence[Segment]
-    ) -> tuple[Tensor, Callable[[int], Any]]:
-        """Rows (N, H) of prompts one after another, and what to begin texts with, for a prompt by its number."""
+    @property
+    def continues(self) -> bool:
+        """Whether a prompt can go on from a part of what another one left. Else none of `prompts` reuses anything."""
+        ...
+
+    def prompts(self, prompts: Sequence[Prompt]) -> list[Prefilled]:
+        """Each with the rows that it did not reuse, and what texts of it begin with."""
         ...
 
     def texts(self) -> Texts[Any]:

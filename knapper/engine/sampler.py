@@ -7,14 +7,14 @@ a step, and yields between steps, so that training takes its turns. It ends when
 
 Memory: a text reserves, when it begins, the positions that it can grow to. Jobs begin in order of arrival, a quarter of
 the slots' worth of texts a turn, so that a request for a thousand does not hold up the rest; its prompt's keys and
-values are kept between turns while there is room, else computed again.
+values are kept between turns while there is room, else computed again. In room that nobody else needs they are kept for
+later requests too (`Beginnings`).
 """
 
 import asyncio
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from typing import Final, Protocol
 
 import torch
@@ -29,6 +29,7 @@ from knapper.engine.draw import alternatives, draw
 from knapper.engine.jobs import Job, Text
 from knapper.engine.lora import Lora
 from knapper.engine.model import Model
+from knapper.engine.prefilling import Counters, Prefilling
 from knapper.engine.prompt_scores import PromptScores
 from knapper.engine.stops import Stops
 from knapper.errors import InvalidField, TooLarge, Unavailable, UserError
@@ -37,6 +38,7 @@ from knapper.wire.types import Sample, SampleOutput
 
 _prefill_rows: Final = 512  # prompt tokens of one pass (a longer prompt goes alone): bounds how long decoding waits
 _logit_rows: Final = 64  # rows of vocabulary-wide tensors at a time: bounds memory
+_beginnings_part: Final = 4  # of the memory for keys and values: 1 / so much may hold prompts of earlier requests
 _adapters_kept: Final = 32  # adapters kept between requests, so that a running client's is not read again for each
 
 
@@ -50,19 +52,6 @@ class AdapterSource(Protocol):
     async def load(self, adapter: str) -> Lora:
         """The adapter that `Sample.adapter` names, on the decoder's device. What a name holds never changes."""
         ...
-
-
-@dataclass
-class Counters:
-    """Since the sampler began."""
-
-    prefilled_tokens: int = 0
-    decoded_tokens: int = 0  # sampled ones, the first of each text included
-    prefills: int = 0  # passes, of one or several prompts
-    steps: int = 0  # passes of one token a text
-    finished: int = 0  # requests
-    failed: int = 0
-    cancelled: int = 0
 
 
 class Sampler:
@@ -93,6 +82,7 @@ class Sampler:
         self._waiting: deque[Job] = deque()  # those with texts that have not begun
         self._texts: dict[Hashable, Text] = {}
         self._cache = decoder.texts()
+        self._prefilling = Prefilling(decoder, self.counters, kv_tokens_max // _beginnings_part)
 
     @property
     def active(self) -> int:
@@ -193,6 +183,7 @@ class Sampler:
             self._waiting.clear()
             self._texts.clear()
             self._cache = self._decoder.texts()
+            self._prefilling.trim(0)
         for job in jobs:
             self.counters.failed += 1
             if job.future.set_running_or_notify_cancel():
@@ -202,11 +193,14 @@ class Sampler:
         """Which jobs begin now and how many texts each, in order, until the first for which there is no room."""
         turns: list[tuple[Job, int]] = []
         slots = self._slots_max - len(self._texts)
-        free = self._kv_tokens_max - sum(text.job.cost for text in self._texts.values())
+        free = self._unreserved()
         rows = 0
+        prompts: set[tuple[str, bytes]] = set()  # of this turn: each is computed once
         for job in self._waiting:
-            rows += job.prompt_tokens if job.needs_prefill else 0
-            if turns and rows > _prefill_rows:
+            if job.needs_prefill and (prompt := (job.request.adapter, job.request.prompt.tobytes())) not in prompts:
+                prompts.add(prompt)
+                rows += self._prefilling.rows(job)
+            if turns and (rows > _prefill_rows or len(turns) == _logit_rows):
                 break
             wanted = job.left if job.cost == 0 else min(job.left, job.turn)
             count = wanted if job.cost == 0 else min(wanted, slots, free // job.cost)
@@ -221,31 +215,22 @@ class Sampler:
         """One pass over the prompts of `jobs`, then their log-probabilities if they are asked for."""
         if not jobs:
             return
-        hidden = self._prompts(jobs)
+        hidden = self._prefilling.compute(jobs)
         yield
         for job, rows in zip(jobs, hidden, strict=True):
             if job.scores is None and PromptScores.wanted(job.request):
                 scores = PromptScores(job.request)
-                scored = rows[:-1]  # the last row tells of the first sampled token
-                for start in range(scores.first, scored.shape[0], _logit_rows):
-                    if not self._score(job, scores, start, scored[start : start + _logit_rows]):
+                before, last = job.prompt_tokens - rows.shape[0], job.prompt_tokens - 1
+                for start in range(scores.first, last, _logit_rows):  # the last row tells of the first sampled token
+                    stop = min(start + _logit_rows, last)
+                    if not self._score(job, scores, start, rows[start - before : stop - before]):
                         break
                     yield
                 job.scores = scores
 
-    @torch.inference_mode()
-    def _prompts(self, jobs: Sequence[Job]) -> list[Tensor]:
-        lengths = [job.prompt_tokens for job in jobs]
-        starts = [sum(lengths[:index]) for index in range(len(jobs))]
-        tokens = torch.cat([torch.from_numpy(job.request.prompt.astype("int64")) for job in jobs])
-        segments = [job.segment(start, length) for job, start, length in zip(jobs, starts, lengths, strict=True)]
-        hidden, kept = self._decoder.prompts(tokens.to(self._decoder.device), lengths, segments)
-        for index, (job, start, length) in enumerate(zip(jobs, starts, lengths, strict=True)):
-            job.last_1H = hidden[start + length - 1 : start + length].clone()
-            job.kept = kept(index) if job.cost else None
-        self.counters.prefills += 1
-        self.counters.prefilled_tokens += sum(lengths)
-        return list(hidden.split(lengths))
+    def _unreserved(self) -> int:
+        """Positions that no text has reserved."""
+        return self._kv_tokens_max - sum(text.job.cost for text in self._texts.values())
 
     @torch.inference_mode()
     def _score(self, job: Job, scores: PromptScores, start: int, hidden_NH: Tensor) -> bool:
@@ -293,8 +278,11 @@ class Sampler:
             self._waiting.append(job)
 
     def _release_prompts(self) -> None:
-        """Prompts stay for texts that are still to begin, the first in line first, in room that no text reserved."""
-        free = self._kv_tokens_max - sum(text.job.cost for text in self._texts.values())
+        """Prompts stay for texts that are still to begin, the first in line first, in room that no text reserved.
+
+        What is left is for the prompts of earlier requests.
+        """
+        free = self._unreserved()
         for job in self._jobs:
             if not job.left:
                 job.kept = None
@@ -303,6 +291,7 @@ class Sampler:
                 free -= job.prompt_tokens
                 if free < 0:
                     job.kept = None
+        self._prefilling.trim(free)
 
     @torch.inference_mode()
     def _step(self) -> None:

@@ -167,6 +167,8 @@ def readings(machine: TrainingMachine, sampler: Sampler) -> list[Reading]:
                 "(place 1), second most, ...; which runs they are, `knapper usage` tells.",
                 lambda: _by_place(machine.passes.shares(_PLACES)), label="place"),
         Reading("knapper_prefilled_tokens", "Prompt tokens computed.", lambda: counts.prefilled_tokens, counts=True),
+        Reading("knapper_reused_tokens", "Prompt tokens that were there already.", lambda: counts.reused_tokens,
+                counts=True),
         Reading("knapper_sampled_tokens", "Tokens sampled.", lambda: counts.decoded_tokens, counts=True),
         Reading("knapper_sample_steps", "Decoding steps: tokens over steps is how full one is.", lambda: counts.steps,
                 counts=True),

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from knapper.engine import weights
 from knapper.engine.adapt import Scattered, Segment, Segments, Stack, base, site_shapes
+from knapper.engine.attention import Packed
 from knapper.engine.config import ModelConfig, UnsupportedModel
 from knapper.engine.decoder import Decoder
 from knapper.engine.kv import Cache, capacity_for
@@ -43,6 +44,13 @@ def lora_of(decoder: Decoder, *, seed: int, rank: int = 4, scale: float = 2.0, o
         b={site: torch.randn(size[1], rank, generator=generator) * 0.1 for site, size in wanted.items()},
         scale=scale,
     )
+
+
+def prefill(
+    decoder: Decoder, tokens_N: Tensor, lengths: Sequence[int], segments: Sequence[Segment]
+) -> tuple[Tensor, Tensor]:
+    positions_N = torch.cat([torch.arange(length) for length in lengths])
+    return decoder.recorded(tokens_N, positions_N, Packed(lengths), segments)
 
 
 def tensor_name(site: str) -> str:
@@ -162,8 +170,8 @@ def test_decoding_step_by_step_equals_one_pass(tmp_path: Path, kind: Kind) -> No
     texts = [tokens_of(decoder, [length], seed=index) for index, length in enumerate(lengths)]
     packed = torch.cat([text[:prompt] for text, prompt in zip(texts, prompts, strict=True)])
     starts = [sum(prompts[:index]) for index in range(4)]
-    hidden, kv = decoder.prefill(
-        packed, prompts, [Segment(s, s + p, lora) for s, p, lora in zip(starts, prompts, loras, strict=True)]
+    hidden, kv = prefill(
+        decoder, packed, prompts, [Segment(s, s + p, lora) for s, p, lora in zip(starts, prompts, loras, strict=True)]
     )
     cache = Cache(decoder.config, decoder.attention_dtype, decoder.device)
     slots = [cache.add(kv[:, :, s : s + p], p) for s, p in zip(starts, prompts, strict=True)]
@@ -197,7 +205,7 @@ def test_a_decoding_sequence_has_the_same_bits_alone_and_in_a_crowd(tmp_path: Pa
         for index in members:
             prompt = 3 + 11 * index
             text = tokens_of(decoder, [prompt], seed=index)
-            _, kv = decoder.prefill(text, [prompt], [Segment(0, prompt, loras[index % 3])])
+            _, kv = prefill(decoder, text, [prompt], [Segment(0, prompt, loras[index % 3])])
             slots[index] = cache.add(kv, prompt)
         stack = Stack([loras[which] for which in sorted({index % 3 for index in members})])
         out: dict[int, list[Tensor]] = {index: [] for index in members}
@@ -221,7 +229,7 @@ def test_a_decoding_sequence_has_the_same_bits_alone_and_in_a_crowd(tmp_path: Pa
 def test_a_sequence_that_left_does_not_poison_its_place(tmp_path: Path) -> None:
     decoder = decoder_of(tiny_model(tmp_path))
     cache = Cache(decoder.config, decoder.attention_dtype, decoder.device)
-    _, kv = decoder.prefill(tokens_of(decoder, [50]), [50], [])
+    _, kv = prefill(decoder, tokens_of(decoder, [50]), [50], [])
     cache.add(kv, 50)
     broken = cache.add(torch.full_like(kv, torch.nan), 50)
     cache.remove(broken)

@@ -1,0 +1,116 @@
+"""Causal attention on a CPU in which a row's bits depend on its own past only, so that training and decoding agree.
+
+A row is the same whether it is computed among all rows of a text or alone, a token at a time, whatever the texts beside
+it. For that, everything here is a float32 GEMM or goes element by element:
+
+- GEMMs have at least 8 rows, below which libraries take other kernels, and values are added up 64 keys at a time, one
+  block after another: in which order a GEMM adds depends on how many it has to add, from some 190 on;
+- softmax is exp(S - max), with exact zeros where masked, and its sum runs over the same blocks. So keys that are masked
+  add nothing, and a block of them changes nothing.
+
+B sequences, T tokens, C keys, M rows, H heads, G key/value heads, Q heads a key/value head, D head elements.
+"""
+
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KEYS: Final = 64
+ROWS_MIN: Final = 8
+_queries: Final = 64  # of a block in training: keys after the last of them are not looked at
+_scores_max: Final = 1 << 18  # of a block: 1 MiB of float32, so that they stay in the cache
+
+
+def causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
+    """(B, T, H, D), differentiable in all three, which are float32 on a CPU.
+
+    Without gradients there may be more keys than queries: these are the last ones.
+    """
+    found = _Causal.apply(q_BTHD, k_BTGD, v_BTGD)  # type: ignore[no-untyped-call]  # the library has no types here
+    assert isinstance(found, Tensor)
+    return found
+
+
+def decoded(q_NGQD: Tensor, keys_NGCD: Tensor, values_NGCD: Tensor, bias_N11C: Tensor) -> Tensor:
+    """(N, G, Q, D): one token of each of N texts over its own keys. `bias_N11C`: -inf where a text has none.
+
+    C is a multiple of KEYS; keys and values past a text's end are finite.
+    """
+    texts, groups, queries, width = q_NGQD.shape
+    rows = max(ROWS_MIN, queries)  # those that are added go into the GEMMs and nowhere else
+    q_NGMD = q_NGQD.new_zeros(texts, groups, rows, width)
+    torch.mul(q_NGQD, width**-0.5, out=q_NGMD[:, :, :queries])
+    scores = torch.bmm(q_NGMD.flatten(0, 1), keys_NGCD.flatten(0, 1).transpose(1, 2))
+    scores.view(texts, groups, rows, -1)[:, :, :queries].add_(bias_N11C)
+    return _weighted_(scores, values_NGCD.flatten(0, 1), queries)[0].view(texts, groups, queries, width)
+
+
+class _Causal(torch.autograd.Function):
+    """The gradient is that of the library's own attention, which wants no more than our outputs and normalisers."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
+        outputs_BHTD, normalisers_BHT = _forward(q_BTHD, k_BTGD, v_BTGD)
+        ctx.save_for_backward(q_BTHD, k_BTGD, v_BTGD, outputs_BHTD, normalisers_BHT)
+        return outputs_BHTD.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, outputs_BHTD, normalisers_BHT = ctx.saved_tensors
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(x.transpose(1, 2) for x in (grads[0], q, k, v)), outputs_BHTD, normalisers_BHT, 0.0, True
+        )
+        return tuple(x.transpose(1, 2) for x in found)
+
+
+def _forward(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs (B, H, T, D) and the log of each row's sum of exponentials (B, H, T)."""
+    sequences, tokens, heads, width = q_BTHD.shape
+    total, groups = k_BTGD.shape[1:3]
+    past, queries = total - tokens, heads // groups
+    keys_BGCD, values_BGCD = (F.pad(x.transpose(1, 2), (0, 0, 0, _whole(total) - total)) for x in (k_BTGD, v_BTGD))
+    q_BGQTD = F.pad(
+        (q_BTHD * width**-0.5).view(sequences, tokens, groups, queries, width).permute(0, 2, 3, 1, 4),
+        (0, 0, 0, -tokens % ROWS_MIN),
+    )
+    rows = q_BGQTD.shape[3]
+    outputs = q_BTHD.new_empty(sequences, groups, queries, rows, width)
+    normalisers = q_BTHD.new_empty(sequences, groups, queries, rows)
+    mask = q_BTHD.new_full((_queries, _queries + KEYS), -torch.inf).triu_(1)
+    for start in range(0, rows, _queries):
+        stop = min(start + _queries, rows)
+        keys = min(_whole(past + stop), keys_BGCD.shape[2])
+        own = past + start  # the first key that not all of these rows see
+        step = max(1, _scores_max // (heads * (stop - start) * keys))
+        for first in range(0, sequences, step):
+            some = slice(first, first + step)
+            q_XMD = q_BGQTD[some, :, :, start:stop].reshape(-1, queries * (stop - start), width)
+            scores_XMC = torch.bmm(q_XMD, keys_BGCD[some, :, :keys].flatten(0, 1).transpose(1, 2))
+            scores_XMC.view(-1, stop - start, keys)[..., own:].add_(mask[: stop - start, : keys - own])
+            values_XCD = values_BGCD[some, :, :keys].flatten(0, 1)
+            found, top, sums = _weighted_(scores_XMC, values_XCD, scores_XMC.shape[1])
+            outputs[some, :, :, start:stop] = found.view(-1, groups, queries, stop - start, width)
+            normalisers[some, :, :, start:stop] = (top + sums.log()).view(-1, groups, queries, stop - start)
+    return outputs[:, :, :, :tokens].flatten(1, 2), normalisers[..., :tokens].flatten(1, 2)
+
+
+def _whole(keys: int) -> int:
+    return keys + -keys % KEYS
+
+
+def _weighted_(scores_XMC: Tensor, values_XCD: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the first `rows` rows: values weighted by the scores' softmax, maxima, and sums of exponentials.
+
+    Overwrites the scores.
+    """
+    p_XRC = scores_XMC[:, :rows]
+    top = p_XRC.amax(-1, keepdim=True)
+    sums = p_XRC.sub_(top).exp_().unflatten(-1, (-1, KEYS)).sum(-1)
+    sums = sums if sums.shape[-1] == 1 else sums.cumsum(-1)[..., -1:]
+    parts = zip(scores_XMC.split(KEYS, dim=-1), values_XCD.split(KEYS, dim=1), strict=True)
+    found = torch.bmm(*next(parts))
+    for part in parts:
+        found.baddbmm_(*part)
+    return found[:, :rows] / sums, top, sums
