@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import time
 from typing import Any
 
 import numpy as np
@@ -167,25 +166,3 @@ def test_a_core_that_dies_is_answered_and_healed(house: House) -> None:
         assert house.engine.starts == before + 1
 
     house.within(story())
-
-
-def test_memory_is_given_back_and_taken_again(house: House) -> None:
-    [before] = house.run(request(temperature=0.0, max_tokens=8))
-    assert house.engine.core is not None
-    [core] = house.engine.core.pids
-    house.within(house.engine.rest())
-    assert house.engine.resting
-    assert not alive(core)
-    [after] = house.run(request(temperature=0.0, max_tokens=8))
-    assert after.sequences[0].tokens.tolist() == before.sequences[0].tokens.tolist()
-
-
-def alive(pid: int) -> bool:
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        time.sleep(0.05)
-    return True
