@@ -15,7 +15,7 @@ VLLM_PIP := .venv/vllm/bin/python -m pip --disable-pip-version-check install --q
 COOKBOOK := tests/conformance/cookbook/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-events up test test-vllm check manifests scan bench
+.PHONY: help setup demo demo-events up test test-vllm check manifests scan bench bench-page bench-check
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -73,6 +73,12 @@ scan: setup .venv/checkov/.installed ## let checkov look at the same; what it ma
 
 bench: setup ## measure everything beside bare loops, as ratios (BENCH_ARGS='--quick --only training')
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+bench-page: setup ## write the figures of the last `make bench` into docs/performance.md
+	@$(BIN)/python -m benchmarks.page
+
+bench-check: setup ## has an optimisation been lost? counted work and one ratio against benchmarks/floors.json (under a minute)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.check
 
 .venv/.installed: pyproject.toml Makefile $(COOKBOOK)
 	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -3,12 +3,16 @@
     python -m benchmarks [--quick] [--only operations training ...] [--base-url URL --model NAME]
 
 With --base-url, any server that speaks the Tinker protocol is measured instead of our own; the bare loops need the
-model's files here all the same. Written to out/bench.json with the machine, and out/sharing.png.
+model's files here all the same. Written to out/bench.json with the machine, and out/sharing.png. A section
+that fails is told, and the others go on; the exit status is 1 then. `python -m benchmarks.page` makes
+docs/performance.md's tables of out/bench.json; `python -m benchmarks.check` compares counted work with floors.json.
 """
 
 import argparse
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,15 +52,30 @@ def main() -> None:
     where = "{cpu}, {cores} cores, {capability}, torch {torch}, load {load_1min:.1f}"
     print(where.format(**machine))
     wanted = given.only or ([*_SERVED] if given.base_url else [*_OURS, *_SERVED])
+    if given.base_url and (ours := [name for name in wanted if name in _OURS]):
+        parser.error(f"--only {' '.join(ours)}: measured on servers of our own; with --base-url: {', '.join(_SERVED)}")
     found: list[Figure] = []
+    failed: dict[str, str] = {}
+    began = time.monotonic()
     print(figures.HEADER)
     threads = torch.get_num_threads()
     with serving(Path(directory), given.model, given.base_url, quick=given.quick, threads=threads) as setting:
         for name in wanted:
-            for figure in (_SERVED | _OURS)[name](setting):
-                found.append(figure)
-                print(figure.line(), flush=True)
-    figures.store(found, Path("out/bench.json"), machine)
+            print(f"[{time.monotonic() - began:5.0f} s] {name} ...", file=sys.stderr, flush=True)
+            try:
+                for figure in (_SERVED | _OURS)[name](setting):
+                    found.append(figure)
+                    print(figure.line(), flush=True)
+            except Exception as error:  # noqa: BLE001  the other sections are worth having, and this one is told
+                traceback.print_exc()
+                failed[name] = f"{type(error).__name__}: {error}"
+            took_s = round(time.monotonic() - began)
+            said = {"machine": machine, "load_1min_after": os.getloadavg()[0], "took_s": took_s, "failed": failed}
+            figures.store(found, Path("out/bench.json"), model=given.model, quick=given.quick, **said)
+    for name, reason in failed.items():
+        print(f"section {name} failed: {reason}", file=sys.stderr)
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

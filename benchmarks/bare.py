@@ -29,19 +29,32 @@ class Bare:
         mine = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(mine, lr=1e-4, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0)
 
-    def step(self, texts: Sequence[Sequence[int]], weights: Sequence[Sequence[float]], name: str = "run0") -> float:
-        """Cross entropy of the next tokens, summed, and one AdamW step; the loss."""
+    def step(
+        self, texts: Sequence[Sequence[int]], weights: Sequence[Sequence[float]], name: str = "run0", at_once: int = 0
+    ) -> float:
+        """Cross entropy of the next tokens, summed, and one AdamW step; the loss.
+
+        `at_once`: texts of a forward and backward (0: all), where all together take more memory than there is.
+        """
         if len(self.names) > 1:
             self.model.set_adapter(name)
         self.model.train()
+        size = at_once or len(texts)
+        loss = sum(
+            self._accumulate(texts[first : first + size], weights[first : first + size])
+            for first in range(0, len(texts), size)
+        )
+        optimizer = self._optimizers[name]
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    def _accumulate(self, texts: Sequence[Sequence[int]], weights: Sequence[Sequence[float]]) -> float:
         tokens_BT, mask_BT, weights_BT = _padded(texts, weights)
         logits_BTV = self.model(input_ids=tokens_BT[:, :-1], attention_mask=mask_BT[:, :-1]).logits
         losses_BT = F.cross_entropy(logits_BTV.float().transpose(1, 2), tokens_BT[:, 1:], reduction="none")
         loss = (losses_BT * weights_BT[:, 1:]).sum()
         loss.backward()
-        optimizer = self._optimizers[name]
-        optimizer.step()
-        optimizer.zero_grad()
         return float(loss.detach())
 
     @torch.inference_mode()

@@ -7,7 +7,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -25,15 +27,35 @@ class Figure:
     unit: str
     ratio: float | None = None
     goal: str = ""
+    stretch: str = ""
+    spread: float | None = None
     note: str = ""
+
+    @property
+    def remarks(self) -> str:
+        """The note, and how much repeats differed where that is much."""
+        noisy = self.spread is not None and self.spread > NOISY
+        return "; ".join(
+            filter(None, [self.note, f"repeats differ by {100 * (self.spread or 0):.0f} %" if noisy else ""])
+        )
 
     def line(self) -> str:
         bare = "" if self.bare is None else f"{self.bare:.3g}"
         ratio = "" if self.ratio is None else f"{self.ratio:.2f}x"
-        return f"{self.name:58}{self.ours:>10.3g}{bare:>10} {self.unit:8}{ratio:>8}  {self.goal:22}{self.note}"
+        aims = f"{self.goal:22}{self.stretch:10}"
+        return f"{self.name:66}{self.ours:>10.3g}{bare:>10} {self.unit:6}{ratio:>8}  {aims}{self.remarks}"
 
 
-HEADER = f"{'':58}{'ours':>10}{'bare':>10} {'':8}{'better':>8}  {'goal':22}"
+NOISY = 0.15  # of the median: repeats that differ by more are said beside the figure
+HEADER = f"{'':66}{'ours':>10}{'bare':>10} {'':6}{'better':>8}  {'goal':22}{'stretch':10}"
+
+
+class Pair(NamedTuple):
+    """Medians of seconds, and how far repeats' ratios lie apart: half their range over their median."""
+
+    ours_s: float
+    bare_s: float
+    spread: float | None
 
 
 def seconds(call: Timed) -> float:
@@ -42,16 +64,19 @@ def seconds(call: Timed) -> float:
     return time.perf_counter() - began
 
 
-def paired(ours: Timed, bare: Timed, repeats: int, warm_up: int = 1) -> tuple[float, float]:
-    """Medians of seconds, taken in turns: ours, bare, ours, bare, ..."""
+def paired(ours: Timed, bare: Timed, repeats: int, warm_up: int = 1) -> Pair:
+    """Taken in turns: ours, bare, ours, bare, ..."""
     pairs = [(seconds(ours), seconds(bare)) for _ in range(warm_up + repeats)][warm_up:]
     first, second = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return first, second
+    ratios = [bare_s / ours_s for ours_s, bare_s in pairs]
+    spread = (max(ratios) - min(ratios)) / 2 / statistics.median(ratios) if repeats > 1 else None
+    return Pair(first, second, spread)
 
 
-def faster(section: str, name: str, ours_s: float, bare_s: float, goal: str = "", note: str = "") -> Figure:
+def faster(section: str, name: str, pair: Pair, goal: str = "", stretch: str = "", note: str = "") -> Figure:
     """Of two durations."""
-    return Figure(section, name, ours_s, bare_s, "s", bare_s / ours_s, goal, note)
+    ratio = pair.bare_s / pair.ours_s
+    return Figure(section, name, pair.ours_s, pair.bare_s, "s", ratio, goal, stretch, pair.spread, note)
 
 
 def machine() -> dict[str, object]:
@@ -61,6 +86,7 @@ def machine() -> dict[str, object]:
         "cpu": model.partition(":")[2].strip() or platform.machine(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
+        **{name: version(name) for name in ("knapper", "transformers", "peft", "tinker")},
         "python": platform.python_version(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "load_1min": os.getloadavg()[0],
@@ -72,6 +98,9 @@ def _cpuinfo() -> Iterable[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
-def store(figures: Iterable[Figure], path: Path, said_of_the_machine: dict[str, object]) -> None:
+def store(figures: Iterable[Figure], path: Path, **said: object) -> None:
+    """As JSON: what is said of the run, and the figures."""
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"machine": said_of_the_machine, "figures": [asdict(one) for one in figures]}, indent=2))
+    path.write_text(
+        json.dumps({**said, "figures": [{**asdict(one), "remarks": one.remarks} for one in figures]}, indent=2) + "\n"
+    )

@@ -28,7 +28,7 @@ from tests.engine.tiny import tiny_model
 
 REPEATS, WARM_UP = 60, 5
 TOKENS = [(7 * n) % 199 for n in range(13)]
-GOALS = {"optim_step": "<= 15 ms"}
+GOALS = {"optim_step": ("<= 15 ms", "8 ms")}
 
 
 class NoAdapters:
@@ -92,11 +92,13 @@ def measure(repeats: int = REPEATS) -> list[Figure]:
                 service = tinker.ServiceClient(base_url=server.url, api_key="tml-local")
                 ours, theirs = served(service, model), bare(model, device, loop)
                 for name, call in ours.items():
-                    with_us, without = (1000 * each for each in paired(call, theirs[name], repeats, WARM_UP))
-                    goal, note = GOALS.get(name, ""), f"adds {with_us - without:.1f} ms"
-                    figures.append(
-                        Figure("operations", f"{name}, p50", with_us, without, "ms", without / with_us, goal, note)
-                    )
+                    pair = paired(call, theirs[name], repeats, WARM_UP)
+                    with_us, without = 1000 * pair.ours_s, 1000 * pair.bare_s
+                    aims, added = GOALS.get(name, ("", "")), with_us - without
+                    figures += [
+                        Figure("operations", f"{name}, durable, p50", with_us, without, "ms", None, *aims),
+                        Figure("operations", f"{name}: added by the way", added, None, "ms", None, "<= 5 ms", "2 ms"),
+                    ]
                 figures.append(_first_token(service, model, repeats))
                 service.close("success").result()
     finally:
@@ -117,5 +119,12 @@ def _first_token(service: tinker.ServiceClient, model: Path, repeats: int) -> Fi
     once()
     found = statistics.median(1000 * seconds(once) for _ in range(repeats))
     return Figure(
-        "operations", "save_weights_and_get_sampling_client to first token", found, None, "ms", goal="<= 60 ms"
+        "operations",
+        "save_weights_and_get_sampling_client to first token",
+        found,
+        None,
+        "ms",
+        None,
+        "<= 60 ms",
+        "30 ms",
     )

@@ -23,6 +23,13 @@ class Setting:
     threads: int
     server: Server | None
 
+    def engine_mib(self) -> float | None:
+        """Memory of the engine's process; None of somebody else's server."""
+        if self.server is None:
+            return None
+        status = Path(f"/proc/{self.server.processes()['engine']}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
     def repeats(self, full: int) -> int:
         return max(1, full // 3) if self.quick else full
 

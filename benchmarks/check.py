@@ -1,0 +1,201 @@
+"""`python -m benchmarks.check`: has an optimisation been lost? Under a minute, on any machine, however busy.
+
+Work that is counted (rows, passes, decoding steps, objects and bytes stored, modules imported) and one ratio of times
+taken in turns, each against its floor or ceiling in floors.json. Seconds are never compared.
+"""
+
+import asyncio
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tinker
+import torch
+from tinker import types
+
+from benchmarks.bare import Bare
+from benchmarks.figures import paired
+from benchmarks.operations import NoAdapters
+from benchmarks.training import UNEVEN, texts
+from knapper.engine.clock import Clock
+from knapper.engine.device import Device
+from knapper.engine.loading import load
+from knapper.engine.sampler import Sampler
+from knapper.engine.training import RunState, Trainer
+from knapper.journal.records import Spec
+from knapper.wire.types import AdamW, Datum, ForwardBackward, Sample, SamplingParams
+from tests.conformance.server import Server
+from tests.engine.tiny import tiny_model
+
+FLOORS = Path(__file__).parent / "floors.json"
+VOCABULARY = 200
+Found = dict[str, float]
+
+
+def lost(found: Mapping[str, float], floors: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is below its floor or above its ceiling, in words. Both name the same things, or that is told."""
+    said = [f"{name}: has no floor in {FLOORS.name}" for name in found.keys() - floors.keys()]
+    for name, bound in floors.items():
+        if name not in found:
+            said.append(f"{name}: was not measured")
+        elif found[name] > bound.get("at_most", float("inf")) or found[name] < bound.get("at_least", float("-inf")):
+            limits = " and ".join(f"{kind.replace('_', ' ')} {bound[kind]:g}" for kind in bound if kind != "holds")
+            said.append(f"{name}: {found[name]:.4g}, and must be {limits}; it holds {bound['holds']}")
+    return said
+
+
+def computed(model: Path) -> Found:
+    """Rows, passes and steps, by the engine's own counters."""
+    trainer, device = Trainer(load(model)), Device("check")
+    try:
+        prompt, each = [7] * 96, texts([32] * 8, vocabulary=VOCABULARY)
+        group = [_datum(prompt + tail) for tail in each]
+        alone = Clock(trainer, device, lambda: 0.0)
+        alone.submit(_run(trainer, "group"), lambda: _request(group)).result()
+        together = Clock(trainer, device, lambda: 0.0)
+        _together(together, device, [(_run(trainer, str(n)), _request([_datum(tail)])) for n, tail in enumerate(each)])
+        sampler = Sampler(trainer.decoder, device, NoAdapters(), None, slots_max=8, kv_tokens_max=8192)
+        asked = Sample("", "", np.array(prompt, np.int32), SamplingParams(max_tokens=16), num_samples=8, seed=0)
+        asyncio.run(sampler.sample(asked))
+    finally:
+        device.close()
+    tokens = sum(len(one.tokens) for one in group)
+    return {
+        "tokens of a group over rows computed": tokens / alone.counters.rows,
+        "passes for 8 runs": together.counters.passes,
+        "prompt tokens prefilled for 8 samples of 96": sampler.counters.prefilled_tokens,
+        "decoding steps for 8 samples of 16": sampler.counters.steps,
+    }
+
+
+def uneven(model: Path) -> Found:
+    """The step on texts of 20 to 400 tokens, packed, against the padded loop."""
+    trainer, bare = Trainer(load(model)), Bare(model)
+    data = texts(UNEVEN, vocabulary=VOCABULARY)
+    ones = [[1.0] * len(one) for one in data]
+    state, asked = _run(trainer, "uneven"), _request([_datum(one) for one in data])
+
+    def ours() -> None:
+        after, _ = _done(trainer.forward_backward(state, asked))
+        _done(trainer.optim_step(after, AdamW(learning_rate=1e-4)))
+
+    pair = paired(ours, lambda: bare.step(data, ones), repeats=7, warm_up=2)
+    return {"uneven texts, packed against padded": pair.bare_s / pair.ours_s}
+
+
+def stored(model: Path, data: Path, steps: int = 20) -> Found:
+    """Objects and bytes that a training step leaves in the store, through the whole server."""
+    with Server.start(model, data) as server:
+        service = tinker.ServiceClient(base_url=server.url, api_key="tml-local")
+        client = service.create_lora_training_client(str(model), rank=4, seed=1).result()
+        sent = types.Datum(
+            model_input=types.ModelInput.from_ints(list(range(12))),
+            loss_fn_inputs={"target_tokens": list(range(1, 13)), "weights": [1.0] * 12},
+        )
+        before = _objects(data / "store")
+        for _ in range(steps):
+            first = client.forward_backward([sent], "cross_entropy")
+            client.optim_step(types.AdamParams()).result()
+            first.result()
+        after = _objects(data / "store")
+        service.close("success").result()
+    return {
+        "objects stored for a step": (after[0] - before[0]) / steps,
+        "KB stored for a step": (after[1] - before[1]) / steps / 1000,
+    }
+
+
+def imported() -> Found:
+    """What a process has to read before it answers."""
+    return {
+        "modules that the engine imports": _modules("knapper.serving.engine"),
+        "modules that the gateway imports": _modules("gateway.main"),
+        "torch in the gateway": _modules("gateway.main", "torch"),
+        "transformers in the engine": _modules("knapper.serving.engine", "transformers"),
+    }
+
+
+def _modules(module: str, under: str = "") -> int:
+    code = "import sys, importlib; importlib.import_module(sys.argv[1]); print('\\n'.join(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code, module], capture_output=True, text=True, check=True)
+    names = ran.stdout.splitlines()
+    return sum(name == under or name.startswith(f"{under}.") for name in names) if under else len(names)
+
+
+def _objects(store: Path) -> tuple[int, int]:
+    sizes = [path.stat().st_size for path in store.rglob("*") if path.is_file()]
+    return len(sizes), sum(sizes)
+
+
+def _run(trainer: Trainer, name: str) -> RunState:
+    spec = Spec(
+        run=name, tenant="local", base_model="", rank=8, alpha=32.0, seed=1,
+        train_attn=True, train_mlp=True, train_unembed=False,
+    )  # fmt: skip
+    return trainer.create(spec)
+
+
+def _datum(tokens: list[int]) -> Datum:
+    targets = np.array(tokens[1:], np.int64)
+    inputs: dict[str, np.ndarray] = {"target_tokens": targets, "weights": np.ones(targets.size, np.float32)}
+    return Datum(np.array(tokens[:-1], np.int32), inputs)
+
+
+def _request(data: list[Datum]) -> ForwardBackward:
+    return ForwardBackward("check", 1, data, "cross_entropy", {}, False)
+
+
+def _together(clock: Clock, device: Device, asked: list[tuple[RunState, ForwardBackward]]) -> None:
+    """All are there before the first pass begins."""
+    submitted: list[Future[Any]] = []
+
+    def arrive() -> Any:
+        submitted.extend(clock.submit(state, partial(_same, one)) for state, one in asked)
+        yield
+
+    device.submit(arrive()).result()
+    for future in submitted:
+        future.result()
+
+
+def _same(request: ForwardBackward) -> ForwardBackward:
+    return request
+
+
+def _done(task: Any) -> Any:
+    try:
+        while True:
+            next(task)
+    except StopIteration as stop:
+        return stop.value
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    floors = json.loads(FLOORS.read_text())
+    with tempfile.TemporaryDirectory(prefix="knapper-check-") as scratch:
+        model = tiny_model(Path(scratch) / "model")
+        parts: list[Callable[[], Found]] = [
+            lambda: computed(model), lambda: stored(model, Path(scratch) / "data"), imported, lambda: uneven(model),
+        ]  # fmt: skip
+        found: Found = {}
+        for part in parts:
+            found |= part()
+        if any(name.startswith("uneven") for name in lost(found, floors)):
+            found |= uneven(model)  # a time, which others on the machine disturb: once more
+    for name, value in found.items():
+        print(f"{name:50}{value:>10.4g}")
+    for said in lost(found, floors):
+        print(f"lost: {said}", file=sys.stderr)
+    return 1 if lost(found, floors) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
