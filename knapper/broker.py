@@ -1,12 +1,15 @@
 """Post events to the Broker. It keeps nothing that matters: an event that gets lost is rung again by a tick."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import aiohttp
 import structlog
 
 from knapper import tracing
 from knapper.events import Event
+
+if TYPE_CHECKING:
+    import aiohttp
 
 _TIMEOUT_S = 3.0  # a Broker answers at once; one whose channel delivers first is left to it
 
@@ -23,6 +26,8 @@ class Broker:
         """True if the Broker took the event. What became of one that it did not take is not known."""
         if not self._url:
             return False
+        import aiohttp  # here: a process that posts nothing starts without it
+
         headers, body = replace(event, traceparent=tracing.current(event.traceparent)).encode()
         try:
             async with (
@@ -38,5 +43,7 @@ class Broker:
         return False
 
 
-def _client() -> aiohttp.ClientSession:
+def _client() -> "aiohttp.ClientSession":
+    import aiohttp
+
     return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S), cookie_jar=aiohttp.DummyCookieJar())

@@ -83,6 +83,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         str, Meta(min_length=1, description="Where the gateway listens; beyond loopback only with KNAPPER_KEYS=true.")
     ] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="The gateway's port; 0 takes a free one.")] = 8000
+    device: Annotated[
+        Literal["auto", "cuda", "mps", "cpu"],
+        Meta(description="What computes; auto: cuda, else cpu. mps, a Mac's GPU, was never run: docs/models.md."),
+    ] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
         Meta(description="Of the base weights; replayed bits depend on it, so a run keeps the one that it began with."),

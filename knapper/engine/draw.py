@@ -57,6 +57,7 @@ def draw(logits_NV: Tensor, params: list[SamplingParams], uniforms_N: list[float
     equals; its distribution would be a certainty, so its log-probabilities are the untempered ones. `logits_NV` must be
     finite. A row's result does not depend on the others.
     """
+    logits_NV = where_float64(logits_NV)
     device = logits_NV.device
     temperature_N = torch.tensor([p.temperature or 1.0 for p in params], dtype=torch.float64, device=device)
     logprobs_NV = log_distribution(logits_NV, temperature_N)
@@ -70,6 +71,11 @@ def draw(logits_NV: Tensor, params: list[SamplingParams], uniforms_N: list[float
     tokens_N = _inverse(logprobs_NV, torch.tensor(uniforms_N, dtype=torch.float64, device=device)[:, None])[:, 0]
     greedy = torch.tensor([p.temperature == 0 for p in params], device=device)
     return Drawn(torch.where(greedy, logits_NV.argmax(-1), tokens_N), logprobs_NV)
+
+
+def where_float64(logits_NV: Tensor) -> Tensor:
+    """The logits where draws can be computed: mps has no float64, and shares its memory with the CPU."""
+    return logits_NV.cpu() if logits_NV.device.type == "mps" else logits_NV
 
 
 def redraw(logits_NV: Tensor, temperature: float, uniforms_Nk: Tensor) -> Tensor:

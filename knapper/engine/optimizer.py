@@ -56,7 +56,7 @@ def step(
     has changed then.
     """
     check(values)
-    norm = float(torch.linalg.vector_norm(grads_P, dtype=torch.float64))
+    norm = norm_of(grads_P)
     if values.grad_clip_norm > 0:
         scale = values.grad_clip_norm / (norm + 1e-6)
         if scale < 1:
@@ -91,5 +91,22 @@ def step(
 
 
 def is_finite(values_P: Tensor) -> bool:
-    """Whether every number is finite: their float64 norm is then and only then (float32 squares cannot overflow it)."""
-    return math.isfinite(float(torch.linalg.vector_norm(values_P, dtype=torch.float64)))
+    """Whether every number is finite: their norm is then and only then (float32 squares cannot overflow it)."""
+    return math.isfinite(norm_of(values_P))
+
+
+def norm_of(values_P: Tensor) -> float:
+    """The Euclidean norm, in float64 where the device has it."""
+    if values_P.device.type == "mps":
+        return scaled_norm(values_P)
+    return float(torch.linalg.vector_norm(values_P, dtype=torch.float64))
+
+
+def scaled_norm(values_P: Tensor) -> float:
+    """The same for devices without float64: the largest element is taken out, so that no float32 square overflows."""
+    if not len(values_P):
+        return 0.0
+    largest = values_P.abs().amax()
+    squares = (values_P / largest.clamp(min=torch.finfo(torch.float32).tiny)).square()
+    found, scale = torch.stack([squares.sum().sqrt(), largest]).tolist()  # one transfer
+    return float(found) * float(scale)

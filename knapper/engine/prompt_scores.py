@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knapper.engine.draw import alternatives, empty_logprob, log_distribution, prompt_uniforms, redraw
+from knapper.engine.draw import alternatives, empty_logprob, log_distribution, prompt_uniforms, redraw, where_float64
 from knapper.wire.types import Cells, Float32, PromptDraws, Sample, TopK
 
 
@@ -62,6 +62,7 @@ class PromptScores:
 
     def add(self, start: int, logits_NV: Tensor) -> None:
         """The rows from `start` on; their logits are finite."""
+        logits_NV = where_float64(logits_NV)
         logprobs_NV = log_distribution(logits_NV)
         stop = start + len(logits_NV)
         if (skipped := max(start, self._first_logprob)) < stop:

@@ -20,6 +20,7 @@ from knapper import limits, metrics, telemetry
 from knapper.engine import peft_format
 from knapper.engine.config import Facts
 from knapper.engine.device import Device
+from knapper.engine.hardware import device_for, dtype_for
 from knapper.engine.loading import load
 from knapper.engine.lora import Lora, layout
 from knapper.engine.machine import TrainingMachine
@@ -91,7 +92,7 @@ def engine() -> Engine:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     directory = Path(settings.model_directory)
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = device_for(settings.device)
     dtype = dtype_for(settings.dtype, where)
     decoder = load(directory, dtype, where)
     config = decoder.config
@@ -180,16 +181,6 @@ def readings(machine: TrainingMachine, sampler: Sampler) -> list[Reading]:
 def _by_place(shares: Sequence[float]) -> dict[str, float]:
     """All places, so that none keeps an old value."""
     return {str(place + 1): shares[place] if place < len(shares) else 0.0 for place in range(_PLACES)}
-
-
-def dtype_for(setting: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where the hardware computes it faster than float32, else float32."""
-    if setting != "auto":
-        return torch.bfloat16 if setting == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    able = torch.cpu.get_capabilities()
-    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
 def _terms(device: torch.device, model: Model) -> Terms:

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from knapper import limits
 from knapper.engine.config import ModelConfig
+from knapper.engine.hardware import dtype_for
 from knapper.metrics import Reading, Readings
-from knapper.serving.engine import dtype_for
 from knapper.settings import Settings
 from knapper.store import Store
 from knapper.vllm import shapes

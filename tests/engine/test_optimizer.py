@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from knapper.engine.optimizer import Moments, check, is_finite, step
+from knapper.engine.optimizer import Moments, check, is_finite, norm_of, scaled_norm, step
 from knapper.errors import InvalidField, UserError
 from knapper.wire.types import AdamW
 
@@ -122,3 +122,18 @@ def test_one_wrong_number_is_seen(wrong: float) -> None:
     assert is_finite(values)
     values[123] = wrong
     assert not is_finite(values)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_the_norm_without_float64_is_the_norm(scale: float) -> None:
+    values = draw(3, scale)
+    assert scaled_norm(values) == pytest.approx(norm_of(values), rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_the_norm_without_float64_is_finite_only_if_all_are(bad: float) -> None:
+    assert scaled_norm(torch.zeros(SIZE)) == 0
+    assert math.isfinite(scaled_norm(torch.full((SIZE,), 3e38)))
+    values = draw(4)
+    values[17] = bad
+    assert not math.isfinite(scaled_norm(values))
