@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -24,16 +24,16 @@ from benchmarks.served import Setting, serving
 from knapper.models.obtain import obtain
 from knapper.settings import Settings
 
-_SERVED: dict[str, Callable[[Setting], list[Figure]]] = {
+_SERVED: dict[str, Callable[[Setting], Iterable[Figure]]] = {
     "training": training.measure,
     "sampling": sampling.measure,
     "reinforcement": reinforcement.measure,
 }
-_OURS: dict[str, Callable[[Setting], list[Figure]]] = {
+_OURS: dict[str, Callable[[Setting], Iterable[Figure]]] = {
     "operations": lambda setting: operations.measure(20 if setting.quick else operations.REPEATS),
     "starting": starting.measure,
     "stores": lambda _: stores.figures(),
-    "jobs": lambda _: overlap.figures(),
+    "jobs": lambda setting: overlap.figures(1 if setting.quick else overlap.REPEATS),
 }
 
 

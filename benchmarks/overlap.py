@@ -28,22 +28,22 @@ max_staleness: {staleness}
 PROMPTS = "".join(json.dumps({"prompt": f"Tell me {n} times what the sea is like."}) + "\n" for n in range(16))
 
 
-def measured() -> dict[str, float]:
+def measured(repeats: int = REPEATS) -> dict[str, float]:
     """Seconds a step, the median of the repeats, by max_staleness."""
     found: dict[int, list[float]] = {0: [], 1: []}
     with tempfile.TemporaryDirectory(prefix="knapper-bench-") as scratch:
         model = tiny_model(Path(scratch) / "model")
         with Server.start(model, Path(scratch) / "data", "--isolated") as server:
             _run(server, 0, "warm-up")
-            for repeat in range(REPEATS):
+            for repeat in range(repeats):
                 for staleness, seconds in found.items():
                     seconds.append(_run(server, staleness, f"job-{staleness}-{repeat}"))
     return {f"max_staleness {staleness}": statistics.median(seconds) for staleness, seconds in found.items()}
 
 
-def figures() -> list[Figure]:
+def figures(repeats: int = REPEATS) -> list[Figure]:
     """As the other sections have them."""
-    without, with_ = measured().values()
+    without, with_ = measured(repeats).values()
     name = "an rl job, tiny model: seconds a step with max_staleness 1, against 0"
     return [faster("jobs", name, Pair(with_, without, None))]
 

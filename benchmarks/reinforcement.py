@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -19,9 +20,11 @@ from benchmarks.training import texts
 SAMPLES = 8
 
 
-def measure(setting: Setting) -> list[Figure]:
-    figures = [_iteration(setting, 96)] if setting.quick else [_iteration(setting, 96), _iteration(setting, 256)]
-    return [*figures, *_sharing(setting)]
+def measure(setting: Setting) -> Iterator[Figure]:
+    yield _iteration(setting, 96)
+    if not setting.quick:
+        yield _iteration(setting, 256)
+    yield from _sharing(setting)
 
 
 def iterate(client: tinker.TrainingClient, prompts: list[list[int]], tokens: int, wait_s: float = 0.0) -> None:

@@ -1,6 +1,6 @@
 """Samples through the whole server, against transformers' generate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import tinker
@@ -14,10 +14,9 @@ from benchmarks.training import texts
 PROMPT, TOKENS = 64, 32
 
 
-def measure(setting: Setting) -> list[Figure]:
+def measure(setting: Setting) -> Iterator[Figure]:
     bare = Bare(setting.directory)
     trained = setting.training_client().save_weights_and_get_sampling_client().result()
-    figures = []
     for count, goal, by_hand in ((8, (">= 7x", "14x"), (">= 1.4x", "2x")), (32, (">= 15x", "30x"), None)):
         if setting.quick and count > 8:
             continue
@@ -27,11 +26,11 @@ def measure(setting: Setting) -> list[Figure]:
         pair = paired(ours, one_by_one, setting.repeats(2))
         pair = pair._replace(bare_s=pair.bare_s * count / min(count, 4 if setting.quick else 8))
         name = f"{count} samples of {TOKENS} tokens at once"
-        figures.append(faster("sampling", f"{name}, generate one by one", pair, *goal))
+        yield faster("sampling", f"{name}, generate one by one", pair, *goal)
         if by_hand:
             pair = paired(ours, partial(bare.generate, prompts, TOKENS), setting.repeats(5))
-            figures.append(faster("sampling", f"{name}, generate batched", pair, *by_hand))
-    return [*figures, _crowd(setting)]
+            yield faster("sampling", f"{name}, generate batched", pair, *by_hand)
+    yield _crowd(setting)
 
 
 def _ours(sampler: tinker.SamplingClient, prompts: list[list[int]]) -> Callable[[], None]:

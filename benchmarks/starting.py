@@ -17,9 +17,11 @@ _LOAD = (
 
 
 def measure(setting: Setting) -> list[Figure]:
-    interpreter_s = _python_s("pass")
-    imports_s = _python_s("import knapper.serving.engine") - interpreter_s
-    bare_imports_s = _python_s("import torch, transformers, peft; transformers.AutoModelForCausalLM; peft.LoraConfig")
+    times = 1 if setting.quick else 3
+    interpreter_s = _python_s("pass", times)
+    imports_s = _python_s("import knapper.serving.engine", times) - interpreter_s
+    bare_code = "import torch, transformers, peft; transformers.AutoModelForCausalLM; peft.LoraConfig"
+    bare_imports_s = _python_s(bare_code, times)
     loading = subprocess.run(
         [sys.executable, "-c", _LOAD, str(setting.directory)], capture_output=True, text=True, check=True
     )
@@ -34,9 +36,9 @@ def measure(setting: Setting) -> list[Figure]:
     ]  # fmt: skip
 
 
-def _python_s(code: str) -> float:
+def _python_s(code: str, times: int) -> float:
     run = [sys.executable, "-c", code]
-    return min(seconds(lambda: subprocess.run(run, check=True)) for _ in range(3))
+    return min(seconds(lambda: subprocess.run(run, check=True)) for _ in range(times))
 
 
 def _first_operation(setting: Setting) -> list[Figure]:
