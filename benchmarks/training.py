@@ -69,7 +69,7 @@ def _tenants(setting: Setting, runs: int = 8, tokens: int = 32) -> list[Figure]:
         Figure(
             "training",
             "the same, slowest run : fastest run",
-            _unevenness(clients, sent, 8.0 if setting.quick else 20.0),
+            _unevenness(clients, sent, 8 if setting.quick else 24),
             None,
             "",
             goal="<= 1.05",
@@ -77,25 +77,25 @@ def _tenants(setting: Setting, runs: int = 8, tokens: int = 32) -> list[Figure]:
     ]
 
 
-def _unevenness(clients: Sequence[tinker.TrainingClient], sent: Sequence[types.Datum], during_s: float) -> float:
-    """Every run steps as fast as it can for a while: the fastest rate over the slowest.
+def _unevenness(clients: Sequence[tinker.TrainingClient], sent: Sequence[types.Datum], steps: int) -> float:
+    """Every run steps as fast as it can until all have made `steps`: the slowest's time for those over the fastest's.
 
-    A rate is taken to the end of a run's own last step: of few steps, one more or less by the end of a fixed time would
-    say 1.25 of equal runs.
+    To a number of steps, and not for a time: of few steps, one more or less would say 1.25 of equal runs.
     """
-    rates = [0.0] * len(clients)
+    took_s: dict[int, float] = {}
     began = time.monotonic()
 
     def loop(index: int) -> None:
-        steps = 0
-        while (took_s := time.monotonic() - began) < during_s:
+        done = 0
+        while len(took_s) < len(clients):
             step(clients[index], [sent[index]])
-            steps += 1
-        rates[index] = steps / took_s
+            done += 1
+            if done == steps:
+                took_s[index] = time.monotonic() - began
 
     workers = [threading.Thread(target=loop, args=(index,)) for index in range(len(clients))]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    return max(rates) / min(rates)
+    return max(took_s.values()) / min(took_s.values())
