@@ -43,6 +43,7 @@ class Device:
     def _work(self) -> None:
         ready: deque[tuple[Task[Any], Future[Any]]] = deque()
         while True:
+            arrival = None
             while not ready or not self._arrivals.empty():
                 arrival = self._arrivals.get()
                 if arrival is None:
@@ -51,9 +52,10 @@ class Device:
                         future.cancel()
                     return
                 ready.append(arrival)
-            task, future = ready.popleft()
-            if self._step(task, future):
-                ready.append((task, future))
+            turn = ready.popleft()
+            if self._step(*turn):
+                ready.append(turn)
+            del turn, arrival  # while it waits, the thread must not keep the last result: a run's whole state
 
     @staticmethod
     def _step(task: Task[Any], future: Future[Any]) -> bool:

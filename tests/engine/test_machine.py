@@ -1,7 +1,10 @@
 """Operations as they lie in the journal become steps and answers; a replay from any snapshot gives the same bits."""
 
 import asyncio
+import gc
 import json
+import time
+import weakref
 from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 
@@ -235,3 +238,21 @@ def test_the_cost_is_that_of_the_operations_own_pieces(
         assert [outcome.cost_s for outcome in outcomes] == [3.0, 3.0, 3.0]  # a second for each pass, none for waiting
 
     run(story())
+
+
+def test_an_idle_engine_keeps_nothing_of_a_run_that_was_let_go(machine: TrainingMachine) -> None:
+    async def lived() -> "list[weakref.ref[Any]]":
+        state = await machine.create(spec(), None, False)
+        seen = [weakref.ref(state.weights_P), weakref.ref(state.moments.m_P)]
+        state = (await machine.apply(state, forward_backward(1), None)).state
+        assert state.grads_P is not None
+        seen.append(weakref.ref(state.grads_P))
+        state = (await machine.apply(state, optim_step(), None)).state
+        return [*seen, weakref.ref(state.weights_P), weakref.ref(state.moments.v_P)]
+
+    seen = run(lived())
+    until = time.monotonic() + 5
+    while any(one() is not None for one in seen) and time.monotonic() < until:
+        gc.collect()
+        time.sleep(0.01)  # the device's thread lets go a moment after it has answered
+    assert [one() is None for one in seen] == [True] * 5
