@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import time
 from functools import partial
 from pathlib import Path
 
@@ -168,7 +169,7 @@ def test_shares_are_told_by_place_and_never_by_name(tmp_path: Path) -> None:
         for name, lengths in (("one", [20, 10]), ("two", [10])):
             data = [datum(length, "cross_entropy", np.random.default_rng(0)) for length in lengths]
             machine.passes.submit(trainer.create(spec(run=name)), partial(request, data)).result(60)
-        sampler = Sampler(trainer.decoder, device, Shelf({}), None, slots_max=1, kv_tokens_max=64)
+        sampler = Sampler(trainer.decoder, device, Shelf({}), None, slots_max=1, kv_tokens_max=64, now=time.monotonic)
         registry = CollectorRegistry()
         metrics.Readings(readings(machine, sampler), registry)
     finally:

@@ -19,6 +19,14 @@ def device_for(setting: str) -> torch.device:
     return torch.device(setting)
 
 
+def finish(device: torch.device) -> None:
+    """Wait until the device has computed what it was given: what follows is then not charged for it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def dtype_for(setting: str, device: torch.device) -> torch.dtype:
     """`auto`: bfloat16 where the hardware computes it faster than float32, else float32."""
     if setting != "auto":

@@ -122,6 +122,7 @@ def engine() -> Engine:
         Tokenizer.from_file(str(directory / "tokenizer.json")),
         slots_max=_SLOTS_MAX,
         kv_tokens_max=max(config.context, _KV_BYTES_MAX // decoder.bytes_per_token),
+        now=time.monotonic,
     )
     metrics.Readings(readings(machine, sampler))
     residents = Residents(store, metrics.CountedMachine(machine), holder, time.time)
@@ -171,6 +172,8 @@ def readings(machine: TrainingMachine, sampler: Sampler) -> list[Reading]:
         Reading("knapper_reused_tokens", "Prompt tokens that were there already.", lambda: counts.reused_tokens,
                 counts=True),
         Reading("knapper_sampled_tokens", "Tokens sampled.", lambda: counts.decoded_tokens, counts=True),
+        Reading("knapper_sample_device_seconds", "Seconds of the device that samples took.", lambda: counts.device_s,
+                counts=True),
         Reading("knapper_sample_steps", "Decoding steps: tokens over steps is how full one is.", lambda: counts.steps,
                 counts=True),
         Reading("knapper_sample_slots", "Texts that decode now.", lambda: sampler.active),

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -158,7 +159,7 @@ def test_training_and_sampling_never_wait_for_two_turns_of_the_other(
     trainer: Trainer, device: Device, turns: list[list[tuple[str, int]]], monkeypatch: pytest.MonkeyPatch, loops: int
 ) -> None:
     """Both have work for many turns, training of several runs: a pass, a decoding step, a pass, ..."""
-    sampler = Sampler(trainer.decoder, device, Shelf({}), None, slots_max=8, kv_tokens_max=4096)
+    sampler = Sampler(trainer.decoder, device, Shelf({}), None, slots_max=8, kv_tokens_max=4096, now=time.monotonic)
     clock = Clock(trainer, device, lambda: 0.0)
     steps: list[int] = []  # decoding steps before each pass
     compute = passes.compute

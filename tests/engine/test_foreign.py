@@ -7,6 +7,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def trained(trainer: Trainer, **changes: Any) -> RunState:
 def sampled(trainer: Trainer, adapters: dict[str, Lora], directory: Path, *requests: Sample) -> list[SampleOutput]:
     device = Device()
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    sampler = Sampler(trainer.decoder, device, Shelf(adapters), tokenizer, slots_max=6, kv_tokens_max=4096)
+    sampler = Sampler(
+        trainer.decoder, device, Shelf(adapters), tokenizer, slots_max=6, kv_tokens_max=4096, now=time.monotonic
+    )
 
     async def together() -> list[SampleOutput]:
         return list(await asyncio.gather(*(sampler.sample(one) for one in requests)))

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from knapper.vllm.adapters import Shelf
 from knapper.vllm.core import Core, Options
 from knapper.vllm.engine import Engine
 from knapper.vllm.sampler import VllmSampler
+from knapper.vllm.shares import Shares
 from knapper.vllm.turns import Turns
 from knapper.wire.types import Sample, SampleOutput
 
@@ -56,7 +58,8 @@ class House:
             self.store, self.facts, memory, self.engine.forget, lambda spec: shapes.refusal(spec, rank_max)
         )
         self.turns = Turns(texts_max, options.adapters_at_once)
-        self.sampler = VllmSampler(self.engine, self.shelf, self.facts, self.tokenizer, self.turns)
+        self.shares = Shares(time.monotonic)
+        self.sampler = VllmSampler(self.engine, self.shelf, self.facts, self.tokenizer, self.turns, self.shares)
 
     def run(self, *requests: Sample) -> list[SampleOutput]:
         async def together() -> list[SampleOutput]:
