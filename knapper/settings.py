@@ -95,6 +95,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         int,
         Meta(ge=0, le=1024, description="Of torch on a CPU; 0: as many as torch takes. Replayed bits depend on it."),
     ] = 0
+    gpu_memory_share: Annotated[
+        float,
+        Meta(gt=0, le=1, description="The part of a GPU's memory that the engine takes; less where others share it."),
+    ] = 1.0
     sampler: Annotated[
         Literal["torch", "vllm"],
         Meta(description="Who samples: the engine itself, or vLLM in an environment of its own: docs/vllm.md."),
