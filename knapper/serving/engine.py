@@ -131,7 +131,7 @@ def engine() -> Engine:
         now=time.monotonic,
     )
     metrics.Readings(readings(machine, sampler))
-    residents = Residents(store, metrics.CountedMachine(machine), holder, time.time)
+    residents = Residents(store, metrics.CountedMachine(machine), holder, time.time, rest_s=settings.rest_s)
     if holder.address:
         _leave_at_sigterm(residents)
     return Engine(
