@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knapper.engine import rope
+from knapper.engine import recomputing, rope
 from knapper.engine.adapt import Adapt, Segment, Segments, head_site, padded, sites
 from knapper.engine.attention import Attend, Joined, Packed, Recorded, attention_dtype, of_group
 from knapper.engine.config import ComputedBy, ModelConfig
@@ -45,6 +45,8 @@ class Decoder:
         self.device = weights.embed.device
         self.attention_dtype = attention_dtype(self.dtype, self.device)
         self._frequencies = rope.frequencies(config, self.device)
+        self._saved_bytes_max = recomputing.saved_bytes_max(weights.nbytes, self.device)
+        self._saved_bytes_of_row = recomputing.saved_bytes_of_row(config)
         q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self._widths = {
             "qkv": (q, kv, kv),
@@ -141,7 +143,11 @@ class Decoder:
         assert rows == positions_N.shape[0], f"{rows} tokens for {positions_N.shape[0]} positions"
         x_NH = F.embedding(padded(tokens_N), self.weights.embed)
         turns = rope.turns(positions_N, self._frequencies)
-        layers = [partial(self._layer, index, turns, attend, adapt) for index in range(len(self.weights.layers))]
+        kept = self._saved_bytes_max // (rows * self._saved_bytes_of_row)
+        layers = [
+            partial(recomputing.through, partial(self._layer, index, turns, attend, adapt), keep=index < kept)
+            for index in range(len(self.weights.layers))
+        ]
         return x_NH, [*layers, lambda x_NH: self._norm(x_NH, self.weights.norm)[:rows]]
 
     def _layer(self, index: int, turns: tuple[Tensor, Tensor], attend: Attend, adapt: Adapt, x_NH: Tensor) -> Tensor:
