@@ -95,6 +95,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         int,
         Meta(ge=0, le=1024, description="Of torch on a CPU; 0: as many as torch takes. Replayed bits depend on it."),
     ] = 0
+    gpu_memory_share: Annotated[
+        float,
+        Meta(gt=0, le=1, description="The part of a GPU's memory that the engine takes; less where others share it."),
+    ] = 1.0
     sampler: Annotated[
         Literal["torch", "vllm"],
         Meta(description="Who samples: the engine itself, or vLLM in an environment of its own: docs/vllm.md."),
@@ -120,6 +124,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Meta(gt=0, le=7 * 86400, description="An engine without requests for so long ends; the next bell starts it."),
     ] = 300.0
+    rest_s: Annotated[
+        float,
+        Meta(ge=0, le=86400, description="A run without bells for so long leaves a living engine's memory; 0: never."),
+    ] = 120.0
     pod_ip: Annotated[
         str, Meta(description="A train_step pod's own IP: the gateway rings it there, at Knative's queue-proxy (8012).")
     ] = ""

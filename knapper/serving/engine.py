@@ -20,7 +20,7 @@ from knapper import limits, metrics, telemetry
 from knapper.engine import peft_format
 from knapper.engine.config import Facts
 from knapper.engine.device import Device
-from knapper.engine.hardware import device_for, dtype_for
+from knapper.engine.hardware import device_for, dtype_for, kv_bytes, take_memory
 from knapper.engine.loading import load
 from knapper.engine.lora import Lora, layout
 from knapper.engine.machine import TrainingMachine
@@ -93,8 +93,13 @@ def engine() -> Engine:
         torch.set_num_threads(settings.threads)
     directory = Path(settings.model_directory)
     where = device_for(settings.device)
+    memory = take_memory(where, settings.gpu_memory_share)
     dtype = dtype_for(settings.dtype, where)
-    decoder = load(directory, dtype, where)
+    try:
+        decoder = load(directory, dtype, where)
+    except torch.OutOfMemoryError as error:
+        allowed = f"what the weights of {settings.model} fit into; torch says: {error}"
+        raise InvalidField("KNAPPER_GPU_MEMORY_SHARE", settings.gpu_memory_share, allowed, "Or a larger GPU") from error
     config = decoder.config
     device = Device()
     atexit.register(device.close)  # torch aborts if the interpreter goes away under its thread
@@ -121,11 +126,12 @@ def engine() -> Engine:
         adapters,
         Tokenizer.from_file(str(directory / "tokenizer.json")),
         slots_max=_SLOTS_MAX,
-        kv_tokens_max=max(config.context, _KV_BYTES_MAX // decoder.bytes_per_token),
+        # One text may always fill the context.
+        kv_tokens_max=max(config.context, kv_bytes(where, memory, _KV_BYTES_MAX) // decoder.bytes_per_token),
         now=time.monotonic,
     )
     metrics.Readings(readings(machine, sampler))
-    residents = Residents(store, metrics.CountedMachine(machine), holder, time.time)
+    residents = Residents(store, metrics.CountedMachine(machine), holder, time.time, rest_s=settings.rest_s)
     if holder.address:
         _leave_at_sigterm(residents)
     return Engine(
