@@ -26,7 +26,7 @@ _IN_PYTHON = ("tolist", "numpy", "cpu")  # on a CPU these never reach the dispat
 
 class _Operations(TorchDispatchMode):
     def __init__(self, seen: Counter[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # the library has no types here
         self._seen = seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
