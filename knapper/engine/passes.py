@@ -92,18 +92,20 @@ def compute(model: Model, passes: Sequence[Pass]) -> None:
     """
     batches = [one.waiting.popleft() for one in passes]
     with torch.set_grad_enabled(passes[0].differentiates):
-        rows_UH = model.groups([batch.prefixes for batch in batches], [one.lora for one in passes])
-        hidden_UH = rows_UH.split([batch.rows for batch in batches])
-        losses = [_losses(model, one, batch, rows) for one, batch, rows in zip(passes, batches, hidden_UH, strict=True)]
+        hidden_UH = model.groups([batch.prefixes for batch in batches], [one.lora for one in passes])
+        found = _logprobs(model, passes, batches, hidden_UH)
+        losses = [_losses(model, one, batch, p) for one, batch, p in zip(passes, batches, found, strict=True)]
         sums = [value for value in losses if value is not None]
         if sums and passes[0].differentiates:
             torch.stack(sums).sum().backward()
 
 
-def _losses(model: Model, one: Pass, batch: MicroBatch, hidden_UH: Tensor) -> Tensor | None:
-    """The sum of the datums' losses, whose outputs and metrics are then in the pass; None when it has failed."""
+def _losses(model: Model, one: Pass, batch: MicroBatch, found: Sequence[Tensor]) -> Tensor | None:
+    """The sum of the datums' losses, whose outputs and metrics are then in the pass; None when it has failed.
+
+    `found`: the targets' log-probabilities, by datum.
+    """
     inputs = _inputs(batch.data, model.device)
-    found = _logprobs(model, one, batch, hidden_UH)
     losses = [one.loss(p, given, one.config) for p, given in zip(found, inputs, strict=True)]
     values = torch.stack([value for value, _ in losses])
     for index, value in enumerate(values.detach().tolist()):  # one transfer for all
@@ -137,29 +139,69 @@ def _inputs(data: Sequence[Datum], device: torch.device) -> list[dict[str, Tenso
     return given
 
 
-def _logprobs(model: Model, one: Pass, batch: MicroBatch, hidden_UH: Tensor) -> list[Tensor]:
-    """Of the targets, for each datum in the shape of its targets."""
-    targets = [datum.inputs["target_tokens"] for datum in batch.data]
-    columns = max(1 if target.ndim == 1 else target.shape[1] for target in targets)
-    targets_NK = np.concatenate([_widened(target, columns) for target in targets])
-    needed_N = np.concatenate([one.loss.needs_gradient(datum.inputs) for datum in batch.data])
-    shared = batch.rows < batch.prefixes.total
-    rows_M, places_N, targets_MK, needed_M = (
-        _distinct(batch.prefixes.places_N, targets_NK, needed_N) if shared else (None, None, targets_NK, needed_N)
-    )
+@dataclass(frozen=True)
+class _Asked:
+    """What a micro-batch wants of the head. Without `rows_M` and `places_N`: all rows, in order."""
+
+    rows_M: np.ndarray | None
+    places_N: np.ndarray | None
+    targets_MK: np.ndarray
+    needed_M: np.ndarray
+
+    @classmethod
+    def of(cls, loss: Loss, batch: MicroBatch) -> "_Asked":
+        targets = [datum.inputs["target_tokens"] for datum in batch.data]
+        columns = max(1 if target.ndim == 1 else target.shape[1] for target in targets)
+        targets_NK = np.concatenate([_widened(target, columns) for target in targets])
+        needed_N = np.concatenate([loss.needs_gradient(datum.inputs) for datum in batch.data])
+        if batch.rows == batch.prefixes.total:
+            return cls(None, None, targets_NK, needed_N)
+        rows_M, places_N, targets_MK, needed_M = _distinct(batch.prefixes.places_N, targets_NK, needed_N)
+        return cls(rows_M, places_N, targets_MK, needed_M)
+
+
+def _logprobs(
+    model: Model, passes: Sequence[Pass], batches: Sequence[MicroBatch], hidden_UH: Tensor
+) -> list[list[Tensor]]:
+    """Of the targets, by pass and datum in the shape of its targets.
+
+    Rows of all passes go through the head together: a row's bits are its own there too. Other numbers of targets are
+    added up in another order, and so go by themselves, and so does a head with an adapter.
+    """
 
     def on_device(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(model.device, non_blocking=True)
 
-    head = HeadLora(one.lora.a[HEAD], one.lora.b[HEAD], one.lora.scale) if HEAD in one.lora.a else None
-    hidden_MH = hidden_UH if rows_M is None else hidden_UH.index_select(0, on_device(rows_M))
-    found_NK = model.target_logprobs(hidden_MH, on_device(targets_MK), head, on_device(needed_M))
-    if places_N is not None:
-        found_NK = found_NK.index_select(0, on_device(places_N))
-    return [
-        rows[:, 0] if target.ndim == 1 else rows[:, : target.shape[1]]
-        for rows, target in zip(found_NK.split(batch.prefixes.lengths), targets, strict=True)
-    ]
+    asked = [_Asked.of(one.loss, batch) for one, batch in zip(passes, batches, strict=True)]
+    pieces = hidden_UH.split([batch.rows for batch in batches])
+    together: dict[tuple[int, int | None], list[int]] = {}
+    for index, (one, mine) in enumerate(zip(passes, asked, strict=True)):
+        alone = index if HEAD in one.lora.a else None
+        together.setdefault((mine.targets_MK.shape[1], alone), []).append(index)
+    found: list[list[Tensor]] = [[] for _ in passes]
+    for (_, alone), members in together.items():
+        lora = None if alone is None else passes[alone].lora
+        logprobs_MK = model.target_logprobs(
+            torch.cat([_selected(pieces[index], asked[index].rows_M) for index in members]),
+            on_device(np.concatenate([asked[index].targets_MK for index in members])),
+            None if lora is None else HeadLora(lora.a[HEAD], lora.b[HEAD], lora.scale),
+            on_device(np.concatenate([asked[index].needed_M for index in members])),
+        )
+        for index, own_MK in zip(members, logprobs_MK.split([len(asked[i].needed_M) for i in members]), strict=True):
+            own_NK = _selected(own_MK, asked[index].places_N)
+            lengths, data = batches[index].prefixes.lengths, batches[index].data
+            found[index] = [
+                _as(one.inputs["target_tokens"], p) for one, p in zip(data, own_NK.split(lengths), strict=True)
+            ]
+    return found
+
+
+def _as(target: np.ndarray, found_TK: Tensor) -> Tensor:
+    return found_TK[:, 0] if target.ndim == 1 else found_TK[:, : target.shape[1]]
+
+
+def _selected(rows: Tensor, which: np.ndarray | None) -> Tensor:
+    return rows if which is None else rows.index_select(0, torch.from_numpy(which).to(rows.device, non_blocking=True))
 
 
 def _distinct(
