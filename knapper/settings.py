@@ -124,6 +124,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Meta(gt=0, le=7 * 86400, description="An engine without requests for so long ends; the next bell starts it."),
     ] = 300.0
+    rest_s: Annotated[
+        float,
+        Meta(ge=0, le=86400, description="A run without bells for so long leaves a living engine's memory; 0: never."),
+    ] = 120.0
     pod_ip: Annotated[
         str, Meta(description="A train_step pod's own IP: the gateway rings it there, at Knative's queue-proxy (8012).")
     ] = ""

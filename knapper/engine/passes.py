@@ -2,7 +2,7 @@
 
 A request is cut into micro-batches, by itself alone; a pass computes micro-batches of any runs together, and gives each
 the bits that it has alone: rows are computed row by row whatever their number, an adapter's gradient comes from its own
-rows only, and the head and the loss are each request's own.
+rows only, and the loss is each request's own.
 
 N rows of all sequences, U rows that are computed (`Prefixes`), M different (row, targets) of the head, K targets.
 """
@@ -11,21 +11,28 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from knapper.engine.config import HEAD
+from knapper.engine.device import Task
 from knapper.engine.head import HeadLora
 from knapper.engine.lora import Lora
 from knapper.engine.losses import Loss
 from knapper.engine.model import Model
 from knapper.engine.prefixes import Prefixes
+from knapper.engine.stretches import Course
 from knapper.errors import UserError
 from knapper.wire.types import Datum, ForwardBackwardOutput
 
+T = TypeVar("T")
+
 _ATTENDED_TIMES = 4  # sequences of a micro-batch have at most so many times the rows that are computed of it
+
+_HEAD_ROWS = 128  # of several requests in one product: it is saturated, and others wait for one such product at most
 
 
 @dataclass(frozen=True)
@@ -85,19 +92,45 @@ def micro_batches(data: Sequence[Datum], rows_max: int) -> Iterator[MicroBatch]:
     yield MicroBatch(first, data[first:], prefixes)
 
 
-def compute(model: Model, passes: Sequence[Pass]) -> None:
+def compute(model: Model, passes: Sequence[Pass]) -> Task[None]:
     """The next micro-batch of each, in one forward and backward. All of them differentiate, or none does.
 
-    A pass whose loss is not finite has `failed` afterwards; the others do not notice.
+    Yields after every layer, forward and backward, and after the head of some requests. A pass whose loss is not finite
+    has `failed` afterwards; the others do not notice.
     """
     batches = [one.waiting.popleft() for one in passes]
+    course = Course(differentiates=passes[0].differentiates)
+    begin, stretches = model.stretches([batch.prefixes for batch in batches], [one.lora for one in passes])
+    rows_UH = yield from course.forward(begin, stretches)
+    asked = [_Asked.of(one.loss, batch) for one, batch in zip(passes, batches, strict=True)]
+    grads = list(rows_UH.split([batch.rows for batch in batches]))
+    for some in _headed(passes, asked):
+        found = _head(model, _at(passes, some), _at(batches, some), _at(asked, some), _at(grads, some))
+        for index, grad in zip(some, found, strict=True):
+            grads[index] = grad
+        yield
+    yield from course.backward(torch.cat(grads))
+
+
+def _head(
+    model: Model,
+    passes: Sequence[Pass],
+    batches: Sequence[MicroBatch],
+    asked: Sequence["_Asked"],
+    hidden: Sequence[Tensor],
+) -> list[Tensor]:
+    """The losses' gradient in each one's rows, zero if nothing is differentiated; that in a head's adapter is added."""
+    leaves = [rows_UH.detach().requires_grad_(rows_UH.requires_grad) for rows_UH in hidden]
     with torch.set_grad_enabled(passes[0].differentiates):
-        hidden_UH = model.groups([batch.prefixes for batch in batches], [one.lora for one in passes])
-        found = _logprobs(model, passes, batches, hidden_UH)
-        losses = [_losses(model, one, batch, p) for one, batch, p in zip(passes, batches, found, strict=True)]
-        sums = [value for value in losses if value is not None]
-        if sums and passes[0].differentiates:
-            torch.stack(sums).sum().backward()
+        found = _logprobs(model, passes, batches, asked, leaves)
+        losses = [_losses(model, *each) for each in zip(passes, batches, found, strict=True)]
+    sums = [loss for loss in losses if loss is not None]
+    if sums and passes[0].differentiates:
+        torch.stack(sums).sum().backward()
+    return [  # of one that failed it may be 0 * NaN
+        torch.zeros_like(rows_UH) if one.failed is not None or rows_UH.grad is None else rows_UH.grad
+        for one, rows_UH in zip(passes, leaves, strict=True)
+    ]
 
 
 def _losses(model: Model, one: Pass, batch: MicroBatch, found: Sequence[Tensor]) -> Tensor | None:
@@ -160,48 +193,64 @@ class _Asked:
         return cls(rows_M, places_N, targets_MK, needed_M)
 
 
-def _logprobs(
-    model: Model, passes: Sequence[Pass], batches: Sequence[MicroBatch], hidden_UH: Tensor
-) -> list[list[Tensor]]:
-    """Of the targets, by pass and datum in the shape of its targets.
+def _headed(passes: Sequence[Pass], asked: Sequence[_Asked]) -> list[list[int]]:
+    """Who goes through the head together: a row's bits are its own there too.
 
-    Rows of all passes go through the head together: a row's bits are its own there too. Other numbers of targets are
-    added up in another order, and so go by themselves, and so does a head with an adapter.
+    A head with an adapter goes by itself, and so do other numbers of targets, which are added up in another order.
     """
-
-    def on_device(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(model.device, non_blocking=True)
-
-    asked = [_Asked.of(one.loss, batch) for one, batch in zip(passes, batches, strict=True)]
-    pieces = hidden_UH.split([batch.rows for batch in batches])
-    together: dict[tuple[int, int | None], list[int]] = {}
+    open_: dict[int, list[int]] = {}  # by number of targets, those that may become more
+    rows: dict[int, int] = {}
+    found: list[list[int]] = []
     for index, (one, mine) in enumerate(zip(passes, asked, strict=True)):
-        alone = index if HEAD in one.lora.a else None
-        together.setdefault((mine.targets_MK.shape[1], alone), []).append(index)
-    found: list[list[Tensor]] = [[] for _ in passes]
-    for (_, alone), members in together.items():
-        lora = None if alone is None else passes[alone].lora
-        logprobs_MK = model.target_logprobs(
-            torch.cat([_selected(pieces[index], asked[index].rows_M) for index in members]),
-            on_device(np.concatenate([asked[index].targets_MK for index in members])),
-            None if lora is None else HeadLora(lora.a[HEAD], lora.b[HEAD], lora.scale),
-            on_device(np.concatenate([asked[index].needed_M for index in members])),
-        )
-        for index, own_MK in zip(members, logprobs_MK.split([len(asked[i].needed_M) for i in members]), strict=True):
-            own_NK = _selected(own_MK, asked[index].places_N)
-            lengths, data = batches[index].prefixes.lengths, batches[index].data
-            found[index] = [
-                _as(one.inputs["target_tokens"], p) for one, p in zip(data, own_NK.split(lengths), strict=True)
-            ]
+        own, columns = mine.targets_MK.shape
+        if HEAD in one.lora.a:
+            found.append([index])
+        elif columns in open_ and rows[columns] + own <= _HEAD_ROWS:
+            open_[columns].append(index)
+            rows[columns] += own
+        else:
+            open_[columns], rows[columns] = [index], own
+            found.append(open_[columns])
     return found
+
+
+def _logprobs(
+    model: Model,
+    passes: Sequence[Pass],
+    batches: Sequence[MicroBatch],
+    asked: Sequence[_Asked],
+    hidden: Sequence[Tensor],
+) -> list[list[Tensor]]:
+    """Of the targets, by request and datum in the shape of its targets. A head's adapter is of one request alone."""
+    lora = passes[0].lora
+    logprobs_MK = model.target_logprobs(
+        torch.cat([_selected(rows_UH, mine.rows_M) for rows_UH, mine in zip(hidden, asked, strict=True)]),
+        _on(model.device, np.concatenate([mine.targets_MK for mine in asked])),
+        HeadLora(lora.a[HEAD], lora.b[HEAD], lora.scale) if HEAD in lora.a else None,
+        _on(model.device, np.concatenate([mine.needed_M for mine in asked])),
+    )
+    found: list[list[Tensor]] = []
+    parts = logprobs_MK.split([len(mine.needed_M) for mine in asked])
+    for mine, batch, own_MK in zip(asked, batches, parts, strict=True):
+        by_datum = zip(batch.data, _selected(own_MK, mine.places_N).split(batch.prefixes.lengths), strict=True)
+        found.append([_as(one.inputs["target_tokens"], found_TK) for one, found_TK in by_datum])
+    return found
+
+
+def _at(these: Sequence[T], places: Sequence[int]) -> list[T]:
+    return [these[place] for place in places]
+
+
+def _selected(rows: Tensor, which: np.ndarray | None) -> Tensor:
+    return rows if which is None else rows.index_select(0, _on(rows.device, which))
+
+
+def _on(device: torch.device, array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def _as(target: np.ndarray, found_TK: Tensor) -> Tensor:
     return found_TK[:, 0] if target.ndim == 1 else found_TK[:, : target.shape[1]]
-
-
-def _selected(rows: Tensor, which: np.ndarray | None) -> Tensor:
-    return rows if which is None else rows.index_select(0, torch.from_numpy(which).to(rows.device, non_blocking=True))
 
 
 def _distinct(

@@ -138,7 +138,7 @@ class Sampler:
             self._arrivals.append(job)
             if not self._working:
                 self._working = True
-                self._device.submit(self._work())
+                self._device.submit(self._work(), "samples")
 
     async def _lora(self, adapter: str) -> Lora:
         load = self._loads.get(adapter)

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import FrameType
 
@@ -20,7 +20,7 @@ from knapper import limits, metrics, telemetry
 from knapper.engine import peft_format
 from knapper.engine.config import Facts
 from knapper.engine.device import Device
-from knapper.engine.hardware import device_for, dtype_for, kv_bytes, take_memory
+from knapper.engine.hardware import device_for, dtype_for, finish, kv_bytes, take_memory
 from knapper.engine.loading import load
 from knapper.engine.lora import Lora, layout
 from knapper.engine.machine import TrainingMachine
@@ -101,7 +101,7 @@ def engine() -> Engine:
         allowed = f"what the weights of {settings.model} fit into; torch says: {error}"
         raise InvalidField("KNAPPER_GPU_MEMORY_SHARE", settings.gpu_memory_share, allowed, "Or a larger GPU") from error
     config = decoder.config
-    device = Device()
+    device = Device(settle=partial(finish, where))
     atexit.register(device.close)  # torch aborts if the interpreter goes away under its thread
     metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
     store = metrics.CountedStore(open_store(settings))
@@ -131,7 +131,7 @@ def engine() -> Engine:
         now=time.monotonic,
     )
     metrics.Readings(readings(machine, sampler))
-    residents = Residents(store, metrics.CountedMachine(machine), holder, time.time)
+    residents = Residents(store, metrics.CountedMachine(machine), holder, time.time, rest_s=settings.rest_s)
     if holder.address:
         _leave_at_sigterm(residents)
     return Engine(
@@ -163,6 +163,8 @@ def readings(machine: TrainingMachine, sampler: Sampler) -> list[Reading]:
     """What a scrape is told of both."""
     passes, counts = machine.passes.counters, sampler.counters
     return [
+        Reading("knapper_device_busy_seconds", "Seconds in which the device's thread computed, for whomever.",
+                lambda: machine.device.busy_s, counts=True),
         Reading("knapper_train_passes", "Passes of training.", lambda: passes.passes, counts=True),
         Reading("knapper_train_rows", "Tokens that those computed.", lambda: passes.rows, counts=True),
         Reading("knapper_train_shares", "Requests in those: over passes, how many share one.", lambda: passes.shares,
