@@ -20,9 +20,9 @@ from knapper.engine.config import ComputedBy, ModelConfig
 from knapper.engine.decoding import NativeTexts
 from knapper.engine.head import HeadLora, target_logprobs
 from knapper.engine.kv import Cache, bytes_per_token
+from knapper.engine.linear import FrozenLinear
 from knapper.engine.lora import Lora
 from knapper.engine.prefixes import Prefixes
-from knapper.engine.products import linear
 from knapper.engine.prompts import Prefilled, Prompt, prefill
 from knapper.engine.stretches import Stretch
 from knapper.engine.weights import LayerWeights, Weights
@@ -59,11 +59,6 @@ class Decoder:
     def bytes_per_token(self) -> int:
         return bytes_per_token(self.config, self.dtype)
 
-    @property
-    def head_weight(self) -> Tensor:
-        """(V, H); the embedding itself when the model ties them."""
-        return self.weights.head
-
     def hidden(self, tokens_N: Tensor, lengths: Sequence[int], segments: Sequence[Segment]) -> Tensor:
         """Rows (N, H) after the final norm, for sequences packed one after another, each from position 0.
 
@@ -91,7 +86,7 @@ class Decoder:
         )
 
     def target_logprobs(self, hidden_NH: Tensor, targets_NK: Tensor, lora: HeadLora | None, needed_N: Tensor) -> Tensor:
-        return target_logprobs(hidden_NH, self.head_weight, targets_NK, lora, needed_N)
+        return target_logprobs(hidden_NH, self.weights.head, targets_NK, lora, needed_N)
 
     def hidden_of(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, segments: Sequence[Segment]) -> Tensor:
         """`hidden`, for rows that attend in another way than packed sequences do."""
@@ -126,7 +121,7 @@ class Decoder:
         """float32 (N, V), with the adapters' part of the head where they have one."""
         rows = hidden_NH.shape[0]
         hidden_NH = padded(hidden_NH)
-        (logits_NV,) = adapt((head_site,), (self.config.vocab_size,), hidden_NH, linear(hidden_NH, self.head_weight))
+        (logits_NV,) = adapt((head_site,), (self.config.vocab_size,), hidden_NH, self.weights.head(hidden_NH))
         return logits_NV[:rows].float()
 
     def _pass(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, adapt: Adapt) -> Tensor:
@@ -159,22 +154,20 @@ class Decoder:
         self, index: int, layer: LayerWeights, x_NH: Tensor, turns: tuple[Tensor, Tensor], attend: Attend, adapt: Adapt
     ) -> Tensor:
         rows = turns[0].shape[0]
-        q, k, v = self._linear(index, "qkv", x_NH, layer.qkv, layer.qkv_bias, adapt)
+        q, k, v = self._linear(index, "qkv", x_NH, layer.qkv, adapt)
         q, k, v = (x[:rows].unflatten(1, (-1, self.config.head_dim)) for x in (q, k, v))
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
         q, k = (rope.rotated(x, turns).to(self.attention_dtype) for x in (q, k))
         o = attend(index, q, k, v.to(self.attention_dtype)).to(x_NH.dtype)
-        return self._linear(index, "o", padded(o), layer.o, layer.o_bias, adapt)[0]
+        return self._linear(index, "o", padded(o), layer.o, adapt)[0]
 
     def _mlp(self, index: int, layer: LayerWeights, x_NH: Tensor, adapt: Adapt) -> Tensor:
-        gate, up = self._linear(index, "gate_up", x_NH, layer.gate_up, None, adapt)
-        return self._linear(index, "down", F.silu(gate) * up, layer.down, None, adapt)[0]
+        gate, up = self._linear(index, "gate_up", x_NH, layer.gate_up, adapt)
+        return self._linear(index, "down", F.silu(gate) * up, layer.down, adapt)[0]
 
-    def _linear(
-        self, index: int, name: str, x: Tensor, weight: Tensor, bias: Tensor | None, adapt: Adapt
-    ) -> tuple[Tensor, ...]:
-        return adapt([f"layers.{index}.{site}" for site in sites[name]], self._widths[name], x, linear(x, weight, bias))
+    def _linear(self, index: int, name: str, x: Tensor, linear: FrozenLinear, adapt: Adapt) -> tuple[Tensor, ...]:
+        return adapt([f"layers.{index}.{site}" for site in sites[name]], self._widths[name], x, linear(x))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """x / sqrt(mean(x^2) + eps), in float32, then scaled in the base's dtype."""

@@ -20,6 +20,7 @@ from knapper.engine import head
 from knapper.engine.adapt import Adapt, Segment, Segments, head_site, padded
 from knapper.engine.config import ComputedBy, Site
 from knapper.engine.head import HeadLora
+from knapper.engine.linear import FrozenLinear
 from knapper.engine.lora import Lora
 from knapper.engine.prefixes import Prefixes
 from knapper.engine.prompts import Prefilled, Prompt
@@ -61,7 +62,8 @@ class Head:
         """`head.target_logprobs`. With a bias or a cap, logits are computed again for the gradient, some rows at a
         time."""
         if self.bias_V is None and self.cap is None:
-            return head.target_logprobs(hidden_NH, self.weight_VH, targets_NK, lora, needed_N)
+            linear = FrozenLinear([self.weight_VH], self.weight_VH.dtype, pack=False)
+            return head.target_logprobs(hidden_NH, linear, targets_NK, lora, needed_N)
         adapter = None if lora is None else Lora({head_site: lora.a}, {head_site: lora.b}, lora.scale)
 
         def chosen(hidden_CH: Tensor, targets_CK: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knapper.engine.adapt import padded, ranks_padded
+from knapper.engine.linear import FrozenLinear
 
 ELEMENTS_MAX = 1 << 24  # logits alive at a time: 64 MiB of float32
 ROWS_MIN = 16  # smaller products take other kernels, whose last bits differ
@@ -31,7 +32,7 @@ class HeadLora:
 
 
 def target_logprobs(
-    hidden_NH: Tensor, head_VH: Tensor, targets: Tensor, lora: HeadLora | None = None, needed_N: Tensor | None = None
+    hidden_NH: Tensor, head: FrozenLinear, targets: Tensor, lora: HeadLora | None = None, needed_N: Tensor | None = None
 ) -> Tensor:
     """Log-probabilities of `targets`, int64 (N) or (N, K), in their shape; float32 (float64 for float64 hidden states).
 
@@ -42,19 +43,19 @@ def target_logprobs(
     if needed_N is None:
         needed_N = torch.ones(len(hidden_NH), dtype=torch.bool, device=hidden_NH.device)
     if lora is None:
-        found = _FrozenHead.apply(hidden_NH, head_VH, columns_NK, needed_N)  # type: ignore[no-untyped-call]  # the library has no types here
+        found = _FrozenHead.apply(hidden_NH, head, columns_NK, needed_N)  # type: ignore[no-untyped-call]  # the library has no types here
     else:
         found = _AdaptedHead.apply(  # type: ignore[no-untyped-call]  # the library has no types here
-            hidden_NH, head_VH, columns_NK, needed_N, lora.a, lora.b, lora.scale
+            hidden_NH, head, columns_NK, needed_N, lora.a, lora.b, lora.scale
         )
     assert isinstance(found, Tensor)
     return found.squeeze(1) if targets.dim() == 1 else found
 
 
-def logits(hidden_NH: Tensor, head_VH: Tensor, lora: HeadLora | None = None) -> Tensor:
+def logits(hidden_NH: Tensor, head: FrozenLinear, lora: HeadLora | None = None) -> Tensor:
     """(N, V), float32 or wider. A row's bits do not depend on how many rows there are."""
     rows, hidden_NH = len(hidden_NH), padded(hidden_NH)
-    found_NV = F.linear(hidden_NH, head_VH)
+    found_NV = head(hidden_NH)
     if lora is not None:
         low_NR = F.linear(hidden_NH.to(lora.a.dtype), ranks_padded(lora.a, 0)) * lora.scale
         found_NV = (found_NV + F.linear(low_NR, ranks_padded(lora.b, 1))).to(found_NV.dtype)
@@ -85,12 +86,12 @@ def _log_softmax_(logits_CV: Tensor, targets_CK: Tensor) -> tuple[Tensor, Tensor
 
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, head_VH: Tensor, targets_NK: Tensor, needed_N: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_NH: Tensor, head: FrozenLinear, targets_NK: Tensor, needed_N: Tensor) -> Tensor:
         found: list[Tensor] = []
         differentiate = ctx.needs_input_grad[0]
         mean_NH = torch.zeros_like(hidden_NH) if differentiate else hidden_NH.new_empty(0)
-        for chunk in _chunks(len(hidden_NH), len(head_VH)):
-            logits_CV = logits(hidden_NH[chunk], head_VH)
+        for chunk in _chunks(len(hidden_NH), head.outputs):
+            logits_CV = logits(hidden_NH[chunk], head)
             logprobs_CK, total_C1 = _log_softmax_(logits_CV, targets_NK[chunk])
             found.append(logprobs_CK)
             if differentiate:
@@ -98,20 +99,22 @@ class _FrozenHead(torch.autograd.Function):
                 if len(rows):
                     whole = len(rows) == len(logits_CV)
                     p_CV = logits_CV if whole else logits_CV[rows]
-                    p_CV = p_CV.div_(total_C1 if whole else total_C1[rows]).to(head_VH.dtype)
-                    mean_NH[chunk.start + rows] = (padded(p_CV) @ head_VH)[: len(rows)].to(mean_NH.dtype)
-        ctx.save_for_backward(head_VH, targets_NK, needed_N, mean_NH)
+                    p_CV = p_CV.div_(total_C1 if whole else total_C1[rows]).to(head.dtype)
+                    mean_NH[chunk.start + rows] = head.back(padded(p_CV))[: len(rows)].to(mean_NH.dtype)
+        ctx.head = head
+        ctx.save_for_backward(targets_NK, needed_N, mean_NH)
         return torch.cat(found)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_NK,) = grads
-        head_VH, targets_NK, needed_N, mean_NH = ctx.saved_tensors
+        targets_NK, needed_N, mean_NH = ctx.saved_tensors
+        head: FrozenLinear = ctx.head
         _check_promise(grad_NK, needed_N)
         wide = grad_NK.dtype
         found_NH = mean_NH.to(wide) * -grad_NK.sum(dim=1, keepdim=True)
         for k in range(targets_NK.shape[1]):
-            found_NH.addcmul_(head_VH[targets_NK[:, k]].to(wide), grad_NK[:, k : k + 1])
+            found_NH.addcmul_(head.rows(targets_NK[:, k]).to(wide), grad_NK[:, k : k + 1])
         return found_NH.to(mean_NH.dtype), None, None, None
 
 
@@ -120,37 +123,39 @@ class _AdaptedHead(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_NH: Tensor,
-        head_VH: Tensor,
+        head: FrozenLinear,
         targets_NK: Tensor,
         needed_N: Tensor,
         a_RH: Tensor,
         b_VR: Tensor,
         scale: float,
     ) -> Tensor:
-        ctx.save_for_backward(hidden_NH, head_VH, targets_NK, needed_N, a_RH, b_VR)
+        ctx.head = head
+        ctx.save_for_backward(hidden_NH, targets_NK, needed_N, a_RH, b_VR)
         ctx.scale = scale
         lora = HeadLora(a_RH, b_VR, scale)
         return torch.cat(
             [
-                _log_softmax_(logits(hidden_NH[chunk], head_VH, lora), targets_NK[chunk])[0]
-                for chunk in _chunks(len(hidden_NH), len(head_VH))
+                _log_softmax_(logits(hidden_NH[chunk], head, lora), targets_NK[chunk])[0]
+                for chunk in _chunks(len(hidden_NH), head.outputs)
             ]
         )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_NK,) = grads
-        hidden_NH, head_VH, targets_NK, needed_N, a_RH, b_VR = ctx.saved_tensors
+        hidden_NH, targets_NK, needed_N, a_RH, b_VR = ctx.saved_tensors
+        head: FrozenLinear = ctx.head
         lora = HeadLora(a_RH, b_VR, ctx.scale)
         _check_promise(grad_NK, needed_N)
         rows_M = needed_N.nonzero().squeeze(1)
         wide = grad_NK.dtype
         grad_hidden_NH = torch.zeros_like(hidden_NH)
         grad_a_RH, grad_b_VR = torch.zeros_like(a_RH), torch.zeros_like(b_VR)
-        for chunk in _chunks(len(rows_M), len(head_VH)):
+        for chunk in _chunks(len(rows_M), head.outputs):
             rows_C = rows_M[chunk]
             h_CH, targets_CK, grad_CK = hidden_NH[rows_C], targets_NK[rows_C], grad_NK[rows_C]
-            logits_CV = logits(h_CH, head_VH, lora)
+            logits_CV = logits(h_CH, head, lora)
             _, total_C1 = _log_softmax_(logits_CV, targets_CK)
             grad_logits_CV = logits_CV.mul_(-grad_CK.sum(dim=1, keepdim=True) / total_C1)
             grad_logits_CV.scatter_add_(1, targets_CK, grad_CK)
@@ -158,7 +163,7 @@ class _AdaptedHead(torch.autograd.Function):
             grad_low_CR = (grad_logits_CV @ b_VR.to(wide)).mul_(ctx.scale)
             grad_b_VR.addmm_(grad_logits_CV.T, low_CR, alpha=ctx.scale)
             grad_a_RH.addmm_(grad_low_CR.T, h_CH.to(wide))
-            grad_h_CH = (grad_logits_CV.to(head_VH.dtype) @ head_VH).to(wide).addmm_(grad_low_CR, a_RH.to(wide))
+            grad_h_CH = head.back(grad_logits_CV.to(head.dtype)).to(wide).addmm_(grad_low_CR, a_RH.to(wide))
             grad_hidden_NH[rows_C] = grad_h_CH.to(grad_hidden_NH.dtype)
         return grad_hidden_NH, None, None, None, grad_a_RH, grad_b_VR, None
 

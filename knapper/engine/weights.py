@@ -1,6 +1,7 @@
 """Base weights from safetensors files: named, complete, of the right shape, in the dtype that computes."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from knapper.engine.config import ModelConfig
+from knapper.engine.linear import FrozenLinear
 from knapper.errors import NotFound, UserError
 
 
@@ -20,34 +22,33 @@ class BrokenModel(UserError):
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer. Linears that read the same input are one tensor, rows stacked: `qkv`, `gate_up`."""
+    """One layer. Linears that read the same input are one, rows stacked: `qkv`, `gate_up`."""
 
     input_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
+    qkv: FrozenLinear
     q_norm: Tensor | None
     k_norm: Tensor | None
-    o: Tensor
-    o_bias: Tensor | None
+    o: FrozenLinear
     post_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: FrozenLinear
+    down: FrozenLinear
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Frozen: no gradient ever. `head` (V, H) is `embed` itself when the model ties them."""
+    """Frozen: no gradient ever. `head` (V, H) has the numbers of `embed` when the model ties them."""
 
     embed: Tensor
     layers: tuple[LayerWeights, ...]
     norm: Tensor
-    head: Tensor
+    head: FrozenLinear
+    tied: bool
 
     @property
     def nbytes(self) -> int:
         """Of the large ones: all matrices, a tied head once."""
         linears = sum(one.nbytes for layer in self.layers for one in (layer.qkv, layer.o, layer.gate_up, layer.down))
-        return linears + self.embed.nbytes + (0 if self.head is self.embed else self.head.nbytes)
+        return linears + self.embed.nbytes + (0 if self.tied else self.head.nbytes)
 
 
 def load(
@@ -57,49 +58,51 @@ def load(
 
     Raises NotFound without weight files, BrokenModel when a tensor is missing, unexpected or of another shape.
     """
-    tensors = _Tensors(directory, dtype, torch.device(device))
+    tensors = _Tensors(directory, torch.device(device))
     hidden, inner, head_dim = config.hidden, config.intermediate, config.head_dim
     q_rows, kv_rows = config.heads * head_dim, config.kv_heads * head_dim
 
+    def linear(names: Sequence[str], rows: Sequence[int], inputs: int, *, biased: bool = False) -> FrozenLinear:
+        parts = list(zip(names, rows, strict=True))
+        weights = [tensors.take(f"{name}.weight", count, inputs) for name, count in parts]
+        bias = torch.cat([tensors.take(f"{name}.bias", count) for name, count in parts]).to(dtype) if biased else None
+        return FrozenLinear(weights, dtype, bias)
+
+    def norm(name: str, width: int) -> Tensor:
+        return tensors.take(f"{name}.weight", width).to(dtype)
+
     def layer(index: int) -> LayerWeights:
         at = f"model.layers.{index}"
-        attention, mlp = f"{at}.self_attn", f"{at}.mlp"
-        parts = (("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows))
-        qkv = torch.cat([tensors.take(f"{attention}.{name}.weight", rows, hidden) for name, rows in parts])
+        q, k, v, o = (f"{at}.self_attn.{name}_proj" for name in "qkvo")
+        gate, up, down = (f"{at}.mlp.{name}_proj" for name in ("gate", "up", "down"))
         return LayerWeights(
-            input_norm=tensors.take(f"{at}.input_layernorm.weight", hidden),
-            qkv=qkv,
-            qkv_bias=torch.cat([tensors.take(f"{attention}.{name}.bias", rows) for name, rows in parts])
-            if config.attention_bias
-            else None,
-            q_norm=tensors.take(f"{attention}.q_norm.weight", head_dim) if config.qk_norm else None,
-            k_norm=tensors.take(f"{attention}.k_norm.weight", head_dim) if config.qk_norm else None,
-            o=tensors.take(f"{attention}.o_proj.weight", hidden, q_rows),
-            o_bias=tensors.take(f"{attention}.o_proj.bias", hidden) if config.output_bias else None,
-            post_norm=tensors.take(f"{at}.post_attention_layernorm.weight", hidden),
-            gate_up=torch.cat(
-                [tensors.take(f"{mlp}.{name}.weight", inner, hidden) for name in ("gate_proj", "up_proj")]
-            ),
-            down=tensors.take(f"{mlp}.down_proj.weight", hidden, inner),
+            input_norm=norm(f"{at}.input_layernorm", hidden),
+            qkv=linear([q, k, v], [q_rows, kv_rows, kv_rows], hidden, biased=config.attention_bias),
+            q_norm=norm(f"{at}.self_attn.q_norm", head_dim) if config.qk_norm else None,
+            k_norm=norm(f"{at}.self_attn.k_norm", head_dim) if config.qk_norm else None,
+            o=linear([o], [hidden], q_rows, biased=config.output_bias),
+            post_norm=norm(f"{at}.post_attention_layernorm", hidden),
+            gate_up=linear([gate, up], [inner, inner], hidden),
+            down=linear([down], [hidden], inner),
         )
 
-    embed = tensors.take("model.embed_tokens.weight", config.vocab_size, hidden)
+    embed = tensors.take("model.embed_tokens.weight", config.vocab_size, hidden).to(dtype)
     layers = tuple(layer(index) for index in range(config.layers))
-    norm = tensors.take("model.norm.weight", hidden)
+    last_norm = norm("model.norm", hidden)
     if config.tied:
-        head = embed
+        head = FrozenLinear([embed], dtype)
         tensors.ignore("lm_head.weight")
     else:
-        head = tensors.take("lm_head.weight", config.vocab_size, hidden)
+        head = linear(["lm_head"], [config.vocab_size], hidden)
     tensors.finish()
-    return Weights(embed=embed, layers=layers, norm=norm, head=head)
+    return Weights(embed=embed, layers=layers, norm=last_norm, head=head, tied=config.tied)
 
 
 class _Tensors:
     """Memory-mapped tensors by name, each taken once."""
 
-    def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device) -> None:
-        self._directory, self._dtype, self._device = directory, dtype, device
+    def __init__(self, directory: Path, device: torch.device) -> None:
+        self._directory, self._device = directory, device
         self._files = {path: _open(path) for path in _paths(directory)}
         self._left = {name: file for file in self._files.values() for name in _names(file)}
 
@@ -115,7 +118,7 @@ class _Tensors:
             raise BrokenModel(
                 f"{self._directory}: tensor {name} is {tensor.dtype}; allowed: bfloat16, float16, float32"
             )
-        return tensor.to(self._device, self._dtype)
+        return tensor.to(self._device)
 
     def ignore(self, name: str) -> None:
         self._left.pop(name, None)

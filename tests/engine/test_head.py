@@ -6,6 +6,7 @@ from torch import Tensor
 
 from knapper.engine import head
 from knapper.engine.head import HeadLora, logits, target_logprobs
+from knapper.engine.linear import FrozenLinear
 
 ROWS, HIDDEN, VOCABULARY, RANK = 37, 6, 23, 3
 
@@ -20,6 +21,10 @@ def draw(columns: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, 
     targets = torch.randint(VOCABULARY, shape, generator=generator)
     lora = HeadLora(normal(RANK, HIDDEN).requires_grad_(), normal(VOCABULARY, RANK).requires_grad_(), 0.7)
     return normal(ROWS, HIDDEN).requires_grad_(), normal(VOCABULARY, HIDDEN), targets, lora
+
+
+def frozen(head_VH: Tensor) -> FrozenLinear:
+    return FrozenLinear([head_VH], head_VH.dtype)
 
 
 def plain(hidden_NH: Tensor, head_VH: Tensor, targets: Tensor, lora: HeadLora | None) -> Tensor:
@@ -41,7 +46,7 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 def test_values_and_gradients_equal_log_softmax(columns: int, adapted: bool) -> None:
     hidden_NH, head_VH, targets, lora = draw(columns)
     given = lora if adapted else None
-    found, wanted = target_logprobs(hidden_NH, head_VH, targets, given), plain(hidden_NH, head_VH, targets, given)
+    found, wanted = target_logprobs(hidden_NH, frozen(head_VH), targets, given), plain(hidden_NH, head_VH, targets, given)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     assert found.shape == targets.shape
     factor = torch.randn(found.shape, dtype=found.dtype, generator=torch.Generator().manual_seed(4))
@@ -58,9 +63,9 @@ def test_values_and_gradients_equal_log_softmax(columns: int, adapted: bool) -> 
 @pytest.mark.parametrize("columns", [0, 2])
 def test_gradcheck(columns: int) -> None:
     hidden_NH, head_VH, targets, lora = draw(columns)
-    assert torch.autograd.gradcheck(lambda h: target_logprobs(h, head_VH, targets), (hidden_NH,))
+    assert torch.autograd.gradcheck(lambda h: target_logprobs(h, frozen(head_VH), targets), (hidden_NH,))
     assert torch.autograd.gradcheck(
-        lambda h, a, b: target_logprobs(h, head_VH, targets, HeadLora(a, b, 0.7)), (hidden_NH, lora.a, lora.b)
+        lambda h, a, b: target_logprobs(h, frozen(head_VH), targets, HeadLora(a, b, 0.7)), (hidden_NH, lora.a, lora.b)
     )
 
 
@@ -73,8 +78,8 @@ def test_rows_that_need_no_gradient_change_nothing_for_the_others(adapted: bool)
     given = lora if adapted else None
     leaves = [hidden_NH, lora.a, lora.b] if adapted else [hidden_NH]
     factor = needed_N[:, None] * torch.linspace(-1, 2, ROWS * 2, dtype=torch.float64).view(ROWS, 2)
-    found = target_logprobs(hidden_NH, head_VH, targets, given, needed_N)
-    everywhere = target_logprobs(hidden_NH, head_VH, targets, given)
+    found = target_logprobs(hidden_NH, frozen(head_VH), targets, given, needed_N)
+    everywhere = target_logprobs(hidden_NH, frozen(head_VH), targets, given)
     assert torch.equal(found, everywhere)
     for sparse, whole in zip(
         torch.autograd.grad((found * factor).sum(), leaves),
@@ -88,7 +93,7 @@ def test_rows_that_need_no_gradient_change_nothing_for_the_others(adapted: bool)
 def test_a_broken_promise_of_no_gradient_is_an_error(adapted: bool) -> None:
     hidden_NH, head_VH, targets, lora = draw()
     needed_N = torch.arange(ROWS) != 5
-    found = target_logprobs(hidden_NH, head_VH, targets, lora if adapted else None, needed_N)
+    found = target_logprobs(hidden_NH, frozen(head_VH), targets, lora if adapted else None, needed_N)
     with pytest.raises(AssertionError, match="promised"):
         found.sum().backward()
 
@@ -96,7 +101,7 @@ def test_a_broken_promise_of_no_gradient_is_an_error(adapted: bool) -> None:
 def test_large_logits_stay_finite_in_float32() -> None:
     hidden_NH, head_VH, targets, _ = draw(dtype=torch.float32)
     hidden_NH = (hidden_NH.detach() * 1e4).requires_grad_()
-    found = target_logprobs(hidden_NH, head_VH, targets)
+    found = target_logprobs(hidden_NH, frozen(head_VH), targets)
     torch.testing.assert_close(found, plain(hidden_NH, head_VH, targets, None), rtol=1e-5, atol=0.1)
     (grad,) = torch.autograd.grad(found.sum(), hidden_NH)
     assert torch.isfinite(found).all()
@@ -106,7 +111,7 @@ def test_large_logits_stay_finite_in_float32() -> None:
 def test_bfloat16_weights_give_float32_log_probabilities() -> None:
     hidden_NH, head_VH, targets, lora = draw(dtype=torch.float32)
     half, half_head = hidden_NH.detach().bfloat16().requires_grad_(), head_VH.bfloat16()
-    found = target_logprobs(half, half_head, targets, lora)
+    found = target_logprobs(half, frozen(half_head), targets, lora)
     wanted = plain(half.float(), half_head.float(), targets, lora)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, wanted, rtol=0, atol=0.1)
@@ -121,6 +126,7 @@ def test_bfloat16_weights_give_float32_log_probabilities() -> None:
 def test_a_row_of_logits_does_not_depend_on_its_neighbours() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden_NH, head_VH = torch.randn(40, 64, generator=generator), torch.randn(300, 64, generator=generator)
-    whole = logits(hidden_NH, head_VH)
+    linear = frozen(head_VH)
+    whole = logits(hidden_NH, linear)
     for start, stop in ((0, 1), (3, 5), (7, 16), (20, 40)):
-        assert torch.equal(logits(hidden_NH[start:stop], head_VH), whole[start:stop])
+        assert torch.equal(logits(hidden_NH[start:stop], linear), whole[start:stop])

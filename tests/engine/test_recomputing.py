@@ -70,10 +70,8 @@ def _saved(trainer: Trainer, layers: int, rows: int) -> int:
     """Bytes that the forward pass keeps for the backward pass, the model's own aside."""
     assert isinstance(trainer.decoder, Decoder)
     weights = trainer.decoder.weights
-    own = {
-        one.untyped_storage().data_ptr() for layer in weights.layers for one in vars(layer).values() if one is not None
-    }
-    own |= {one.untyped_storage().data_ptr() for one in (weights.embed, weights.norm, weights.head)}
+    tensors = [one for layer in weights.layers for one in vars(layer).values() if isinstance(one, Tensor)]
+    own = {one.untyped_storage().data_ptr() for one in (*tensors, weights.embed, weights.norm)}
     kept: dict[int, int] = {}
     inside = 0
 

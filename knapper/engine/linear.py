@@ -1,0 +1,79 @@
+"""A frozen linear: x W^T + b, differentiable in x alone.
+
+On a CPU in float32 W is packed once, as oneDNN's kernels read it. MKL packs it anew for every product, which for a few
+rows is most of the work. A packed product adds in another order than F.linear, so training, prefill and decoding
+must all use it; a row then has the same bits whatever the rows beside it and the number of threads.
+W itself is what the gradient is computed with: parts of the model's file, mapped, which a process that only samples does
+not touch again.
+N rows, I inputs, O outputs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class FrozenLinear:
+    """W (O, I) is `parts` stacked, in the dtype of the model's file; `dtype` computes."""
+
+    def __init__(
+        self, parts: Sequence[Tensor], dtype: torch.dtype, bias_O: Tensor | None = None, *, pack: bool = True
+    ) -> None:
+        """`pack`: a second copy in memory is worth it."""
+        packs = (
+            pack and parts[0].device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        )
+        self.outputs, self.inputs = sum(len(part) for part in parts), parts[0].shape[1]
+        self.dtype = dtype
+        self._bias_O = bias_O
+        whole_OI = parts[0].to(dtype) if len(parts) == 1 else torch.cat([part.to(dtype) for part in parts])
+        self._parts = tuple(parts) if packs else (whole_OI,)
+        self._packed: Tensor | None = torch.ops.mkldnn._reorder_linear_weight(whole_OI, None) if packs else None
+
+    @property
+    def nbytes(self) -> int:
+        """Of W, once, as it computes."""
+        return self.outputs * self.inputs * self.dtype.itemsize
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        if self._packed is None:
+            return F.linear(x_NI, self._parts[0], self._bias_O)
+        if not (torch.is_grad_enabled() and x_NI.requires_grad):
+            return self._product(x_NI)
+        found = _Packed.apply(x_NI, self)  # type: ignore[no-untyped-call]  # the library has no types here
+        assert isinstance(found, Tensor)
+        return found
+
+    def back(self, grad_NO: Tensor) -> Tensor:
+        """grad W (N, I)."""
+        sizes = [len(part) for part in self._parts]
+        total_NI, *rest = (
+            grad @ part.to(self.dtype) for grad, part in zip(grad_NO.split(sizes, dim=1), self._parts, strict=True)
+        )
+        for each in rest:
+            total_NI += each
+        return total_NI
+
+    def rows(self, outputs_N: Tensor) -> Tensor:
+        """W[outputs] (N, I), of a W of one part."""
+        (whole_OI,) = self._parts
+        return F.embedding(outputs_N, whole_OI).to(self.dtype)
+
+    def _product(self, x_NI: Tensor) -> Tensor:
+        found_NO: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, self._packed, self._bias_O, "none", [], "")
+        return found_NO
+
+
+class _Packed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, linear: FrozenLinear) -> Tensor:
+        ctx.linear = linear
+        return linear._product(x_NI)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        linear: FrozenLinear = ctx.linear
+        return linear.back(grads[0]), None

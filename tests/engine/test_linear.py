@@ -1,0 +1,69 @@
+"""A frozen linear, packed or not: right values and gradients, and bits that depend on nothing but the row."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from knapper.engine.linear import FrozenLinear
+
+SHAPES = [  # SmolLM2-135M's linears and head, and tiny and odd ones
+    (960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576), (192, 64), (300, 64), (40, 24), (23, 6),
+]  # fmt: skip
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+def test_a_row_has_the_same_bits_among_any_others_and_on_any_threads(outputs: int, inputs: int) -> None:
+    linear = FrozenLinear([random(outputs, inputs)], torch.float32, random(outputs, seed=1))
+    x_NI = random(300, inputs, seed=2)
+    found = {}
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        found[count] = linear(x_NI)
+        for start, stop in ((0, 1), (3, 10), (0, 8), (20, 36), (41, 105), (1, 250)):
+            assert torch.equal(linear(x_NI[start:stop]), found[count][start:stop]), (count, start, stop)
+    assert torch.equal(found[1], found[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+def test_values_and_gradients_are_those_of_the_stacked_weight(dtype: torch.dtype, pack: bool, biased: bool) -> None:
+    parts = [random(rows, 48, seed=rows).to(dtype) for rows in (64, 16, 16)]
+    bias = random(96, seed=5).to(dtype) if biased else None
+    linear = FrozenLinear(parts, dtype, bias, pack=pack)
+    x_NI, grad_NO = random(20, 48, seed=6).to(dtype).requires_grad_(), random(20, 96, seed=7).to(dtype)
+    wanted = F.linear(x_NI, torch.cat(parts), bias)
+    (wanted_grad,) = torch.autograd.grad(wanted, x_NI, grad_NO)
+    found = linear(x_NI)
+    (found_grad,) = torch.autograd.grad(found, x_NI, grad_NO)
+    close = {torch.float32: 1e-4, torch.bfloat16: 0.0, torch.float64: 0.0}[dtype]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=close)
+    torch.testing.assert_close(found_grad, wanted_grad, rtol=0, atol=close)
+    with torch.no_grad():
+        assert torch.equal(linear(x_NI), found)
+
+
+def test_a_file_in_bfloat16_is_computed_in_float32_as_if_it_had_been_converted() -> None:
+    parts = [random(64, 32).bfloat16(), random(32, 32, seed=1).bfloat16()]
+    linear, converted = FrozenLinear(parts, torch.float32), FrozenLinear([one.float() for one in parts], torch.float32)
+    x_NI = random(20, 32, seed=2).requires_grad_()
+    assert torch.equal(linear(x_NI), converted(x_NI))
+    assert torch.equal(linear.back(random(20, 96, seed=3)), converted.back(random(20, 96, seed=3)))
+    head = FrozenLinear(parts[:1], torch.float32)
+    assert torch.equal(head.rows(torch.tensor([5, 2])), parts[0][[5, 2]].float())
+    assert linear.nbytes == 96 * 32 * 4
