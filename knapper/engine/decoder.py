@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from knapper.engine import recomputing, rope
@@ -85,7 +86,9 @@ class Decoder:
             Segments(segments),
         )
 
-    def target_logprobs(self, hidden_NH: Tensor, targets_NK: Tensor, lora: HeadLora | None, needed_N: Tensor) -> Tensor:
+    def target_logprobs(
+        self, hidden_NH: Tensor, targets_NK: Tensor, lora: HeadLora | None, needed_N: NDArray[np.bool_]
+    ) -> Tensor:
         return target_logprobs(hidden_NH, self.weights.head, targets_NK, lora, needed_N)
 
     def hidden_of(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, segments: Sequence[Segment]) -> Tensor:

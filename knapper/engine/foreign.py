@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -58,7 +60,9 @@ class Head:
         logits_NV = logits_NV[:rows].float()
         return logits_NV if self.cap is None else torch.tanh(logits_NV / self.cap) * self.cap
 
-    def logprobs(self, hidden_NH: Tensor, targets_NK: Tensor, lora: HeadLora | None, needed_N: Tensor) -> Tensor:
+    def logprobs(
+        self, hidden_NH: Tensor, targets_NK: Tensor, lora: HeadLora | None, needed_N: NDArray[np.bool_]
+    ) -> Tensor:
         """`head.target_logprobs`. With a bias or a cap, logits are computed again for the gradient, some rows at a
         time."""
         if self.bias_V is None and self.cap is None:
@@ -119,7 +123,9 @@ class ForeignModel:
             found.append(rows_NH[torch.from_numpy(group.first_U).to(self.device)] if shared else rows_NH)
         return torch.cat(found)
 
-    def target_logprobs(self, hidden_NH: Tensor, targets_NK: Tensor, lora: HeadLora | None, needed_N: Tensor) -> Tensor:
+    def target_logprobs(
+        self, hidden_NH: Tensor, targets_NK: Tensor, lora: HeadLora | None, needed_N: NDArray[np.bool_]
+    ) -> Tensor:
         return self.head.logprobs(hidden_NH, targets_NK, lora, needed_N)
 
     def logits(self, hidden_NH: Tensor, adapt: Adapt) -> Tensor:

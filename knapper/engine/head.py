@@ -11,8 +11,10 @@ LoRA's gradient and computes it again, chunk by chunk.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from knapper.engine.adapt import padded, ranks_padded
@@ -32,16 +34,21 @@ class HeadLora:
 
 
 def target_logprobs(
-    hidden_NH: Tensor, head: FrozenLinear, targets: Tensor, lora: HeadLora | None = None, needed_N: Tensor | None = None
+    hidden_NH: Tensor,
+    head: FrozenLinear,
+    targets: Tensor,
+    lora: HeadLora | None = None,
+    needed_N: NDArray[np.bool_] | None = None,
 ) -> Tensor:
     """Log-probabilities of `targets`, int64 (N) or (N, K), in their shape; float32 (float64 for float64 hidden states).
 
     Differentiable in the hidden states and in the LoRA; the head is taken as frozen. `needed_N`: rows that are False
-    promise a zero gradient, and cost no backward work; it is an AssertionError to break the promise.
+    promise a zero gradient, and cost no backward work; it is an AssertionError to break the promise. It is not on the
+    device, so that nobody waits for the device to know which rows they are.
     """
     columns_NK = targets.unsqueeze(1) if targets.dim() == 1 else targets
     if needed_N is None:
-        needed_N = torch.ones(len(hidden_NH), dtype=torch.bool, device=hidden_NH.device)
+        needed_N = np.ones(len(hidden_NH), dtype=bool)
     if lora is None:
         found = _FrozenHead.apply(hidden_NH, head, columns_NK, needed_N)  # type: ignore[no-untyped-call]  # the library has no types here
     else:
@@ -86,7 +93,9 @@ def _log_softmax_(logits_CV: Tensor, targets_CK: Tensor) -> tuple[Tensor, Tensor
 
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, head: FrozenLinear, targets_NK: Tensor, needed_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden_NH: Tensor, head: FrozenLinear, targets_NK: Tensor, needed_N: NDArray[np.bool_]
+    ) -> Tensor:
         found: list[Tensor] = []
         differentiate = ctx.needs_input_grad[0]
         mean_NH = torch.zeros_like(hidden_NH) if differentiate else hidden_NH.new_empty(0)
@@ -95,22 +104,22 @@ class _FrozenHead(torch.autograd.Function):
             logprobs_CK, total_C1 = _log_softmax_(logits_CV, targets_NK[chunk])
             found.append(logprobs_CK)
             if differentiate:
-                rows = needed_N[chunk].nonzero().squeeze(1)
+                rows = _places(needed_N[chunk], hidden_NH.device)
                 if len(rows):
                     whole = len(rows) == len(logits_CV)
                     p_CV = logits_CV if whole else logits_CV[rows]
                     p_CV = p_CV.div_(total_C1 if whole else total_C1[rows]).to(head.dtype)
                     mean_NH[chunk.start + rows] = head.back(padded(p_CV))[: len(rows)].to(mean_NH.dtype)
-        ctx.head = head
-        ctx.save_for_backward(targets_NK, needed_N, mean_NH)
+        ctx.head, ctx.needed_N = head, needed_N
+        ctx.save_for_backward(targets_NK, mean_NH)
         return torch.cat(found)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_NK,) = grads
-        targets_NK, needed_N, mean_NH = ctx.saved_tensors
+        targets_NK, mean_NH = ctx.saved_tensors
         head: FrozenLinear = ctx.head
-        _check_promise(grad_NK, needed_N)
+        _check_promise(grad_NK, ctx.needed_N)
         wide = grad_NK.dtype
         found_NH = mean_NH.to(wide) * -grad_NK.sum(dim=1, keepdim=True)
         for k in range(targets_NK.shape[1]):
@@ -125,13 +134,13 @@ class _AdaptedHead(torch.autograd.Function):
         hidden_NH: Tensor,
         head: FrozenLinear,
         targets_NK: Tensor,
-        needed_N: Tensor,
+        needed_N: NDArray[np.bool_],
         a_RH: Tensor,
         b_VR: Tensor,
         scale: float,
     ) -> Tensor:
-        ctx.head = head
-        ctx.save_for_backward(hidden_NH, targets_NK, needed_N, a_RH, b_VR)
+        ctx.head, ctx.needed_N = head, needed_N
+        ctx.save_for_backward(hidden_NH, targets_NK, a_RH, b_VR)
         ctx.scale = scale
         lora = HeadLora(a_RH, b_VR, scale)
         return torch.cat(
@@ -144,11 +153,11 @@ class _AdaptedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_NK,) = grads
-        hidden_NH, targets_NK, needed_N, a_RH, b_VR = ctx.saved_tensors
+        hidden_NH, targets_NK, a_RH, b_VR = ctx.saved_tensors
         head: FrozenLinear = ctx.head
         lora = HeadLora(a_RH, b_VR, ctx.scale)
-        _check_promise(grad_NK, needed_N)
-        rows_M = needed_N.nonzero().squeeze(1)
+        _check_promise(grad_NK, ctx.needed_N)
+        rows_M = _places(ctx.needed_N, hidden_NH.device)
         wide = grad_NK.dtype
         grad_hidden_NH = torch.zeros_like(hidden_NH)
         grad_a_RH, grad_b_VR = torch.zeros_like(a_RH), torch.zeros_like(b_VR)
@@ -168,5 +177,10 @@ class _AdaptedHead(torch.autograd.Function):
         return grad_hidden_NH, None, None, None, grad_a_RH, grad_b_VR, None
 
 
-def _check_promise(grad_NK: Tensor, needed_N: Tensor) -> None:
-    assert not grad_NK[~needed_N].any(), "a row that promised a zero gradient has another"
+def _places(needed_N: NDArray[np.bool_], device: torch.device) -> Tensor:
+    return torch.from_numpy(needed_N.nonzero()[0]).to(device, non_blocking=True)
+
+
+def _check_promise(grad_NK: Tensor, needed_N: NDArray[np.bool_]) -> None:
+    idle_N1 = torch.from_numpy(~needed_N[:, None]).to(grad_NK.device, non_blocking=True)
+    assert not (grad_NK.ne(0) & idle_N1).any(), "a row that promised a zero gradient has another"

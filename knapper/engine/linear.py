@@ -3,8 +3,8 @@
 On a CPU in float32 W is packed once, as oneDNN's kernels read it. MKL packs it anew for every product, which for a few
 rows is most of the work. A packed product adds in another order than F.linear, so training, prefill and decoding
 must all use it; a row then has the same bits whatever the rows beside it and the number of threads.
-W itself is what the gradient is computed with: parts of the model's file, mapped, which a process that only samples does
-not touch again.
+W itself is what the gradient is computed with: parts of the model's file, mapped, which a process that only samples
+does not touch again.
 N rows, I inputs, O outputs.
 """
 
@@ -29,9 +29,13 @@ class FrozenLinear:
         self.outputs, self.inputs = sum(len(part) for part in parts), parts[0].shape[1]
         self.dtype = dtype
         self._bias_O = bias_O
-        whole_OI = parts[0].to(dtype) if len(parts) == 1 else torch.cat([part.to(dtype) for part in parts])
+        whole_OI: Tensor = parts[0].to(dtype) if len(parts) == 1 else torch.cat([part.to(dtype) for part in parts])
         self._parts = tuple(parts) if packs else (whole_OI,)
         self._packed: Tensor | None = torch.ops.mkldnn._reorder_linear_weight(whole_OI, None) if packs else None
+
+    @property
+    def packed(self) -> bool:
+        return self._packed is not None
 
     @property
     def nbytes(self) -> int:
@@ -50,12 +54,11 @@ class FrozenLinear:
     def back(self, grad_NO: Tensor) -> Tensor:
         """grad W (N, I)."""
         sizes = [len(part) for part in self._parts]
-        total_NI, *rest = (
-            grad @ part.to(self.dtype) for grad, part in zip(grad_NO.split(sizes, dim=1), self._parts, strict=True)
-        )
+        grads = zip(grad_NO.split(sizes, dim=1), self._parts, strict=True)
+        first, *rest = (torch.mm(grad, part.to(self.dtype)) for grad, part in grads)
         for each in rest:
-            total_NI += each
-        return total_NI
+            first += each
+        return first
 
     def rows(self, outputs_N: Tensor) -> Tensor:
         """W[outputs] (N, I), of a W of one part."""

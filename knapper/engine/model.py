@@ -7,7 +7,9 @@ N rows, U rows that differ (`Prefixes`), H hidden size, V vocabulary, K targets 
 from collections.abc import Hashable, Sequence
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from knapper.engine.adapt import Adapt
@@ -86,7 +88,9 @@ class Model(Protocol):
         """
         ...
 
-    def target_logprobs(self, hidden_NH: Tensor, targets_NK: Tensor, lora: HeadLora | None, needed_N: Tensor) -> Tensor:
+    def target_logprobs(
+        self, hidden_NH: Tensor, targets_NK: Tensor, lora: HeadLora | None, needed_N: NDArray[np.bool_]
+    ) -> Tensor:
         """`head.target_logprobs` with this model's head."""
         ...
 

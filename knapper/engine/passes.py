@@ -227,7 +227,7 @@ def _logprobs(
         torch.cat([_selected(rows_UH, mine.rows_M) for rows_UH, mine in zip(hidden, asked, strict=True)]),
         _on(model.device, np.concatenate([mine.targets_MK for mine in asked])),
         HeadLora(lora.a[HEAD], lora.b[HEAD], lora.scale) if HEAD in lora.a else None,
-        _on(model.device, np.concatenate([mine.needed_M for mine in asked])),
+        np.concatenate([mine.needed_M for mine in asked]),
     )
     found: list[list[Tensor]] = []
     parts = logprobs_MK.split([len(mine.needed_M) for mine in asked])

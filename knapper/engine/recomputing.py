@@ -12,7 +12,7 @@ from torch import Tensor
 
 from knapper.engine.config import ModelConfig
 
-_saved_bytes_least: Final = 1536 << 20  # of a small model's layers at a time; of a larger one's, as much as its weights
+_saved_bytes_least: Final = 1024 << 20  # of a small model's layers at a time; of a larger one's, as much as its weights
 _gpu_part: Final = 4  # of a GPU's memory: at most 1 / so much
 
 Layer = Callable[[Tensor], Tensor]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from knapper.engine.draw import Drawn, alternatives, draw, log_distribution, uniforms
+from knapper.engine.draw import Drawn, alternatives, draw, log_distribution, uniforms, where_float64
 from knapper.wire.types import SamplingParams
 
 
@@ -132,3 +132,17 @@ def test_uniforms_depend_on_seed_and_sample_alone() -> None:
     assert uniforms(8, 0).random(5).tolist() != first.tolist()
     # Pinned: a seed a user wrote down years ago still gives its tokens.
     assert uniforms(0, 0).random() == 0.7378060618188116
+
+
+def test_logits_on_a_macs_gpu_are_drawn_from_on_the_cpu() -> None:
+    """Told by the device's name alone: no such GPU was there."""
+    logits = random_logits(300)[None]
+
+    class OnMps:
+        device = torch.device("mps")
+
+        def cpu(self) -> Tensor:
+            return logits
+
+    assert where_float64(OnMps()) is logits  # type: ignore[arg-type]  # as much of a tensor as is looked at
+    assert where_float64(logits) is logits

@@ -46,7 +46,10 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 def test_values_and_gradients_equal_log_softmax(columns: int, adapted: bool) -> None:
     hidden_NH, head_VH, targets, lora = draw(columns)
     given = lora if adapted else None
-    found, wanted = target_logprobs(hidden_NH, frozen(head_VH), targets, given), plain(hidden_NH, head_VH, targets, given)
+    found, wanted = (
+        target_logprobs(hidden_NH, frozen(head_VH), targets, given),
+        plain(hidden_NH, head_VH, targets, given),
+    )
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     assert found.shape == targets.shape
     factor = torch.randn(found.shape, dtype=found.dtype, generator=torch.Generator().manual_seed(4))
@@ -78,7 +81,7 @@ def test_rows_that_need_no_gradient_change_nothing_for_the_others(adapted: bool)
     given = lora if adapted else None
     leaves = [hidden_NH, lora.a, lora.b] if adapted else [hidden_NH]
     factor = needed_N[:, None] * torch.linspace(-1, 2, ROWS * 2, dtype=torch.float64).view(ROWS, 2)
-    found = target_logprobs(hidden_NH, frozen(head_VH), targets, given, needed_N)
+    found = target_logprobs(hidden_NH, frozen(head_VH), targets, given, needed_N.numpy())
     everywhere = target_logprobs(hidden_NH, frozen(head_VH), targets, given)
     assert torch.equal(found, everywhere)
     for sparse, whole in zip(
@@ -93,7 +96,7 @@ def test_rows_that_need_no_gradient_change_nothing_for_the_others(adapted: bool)
 def test_a_broken_promise_of_no_gradient_is_an_error(adapted: bool) -> None:
     hidden_NH, head_VH, targets, lora = draw()
     needed_N = torch.arange(ROWS) != 5
-    found = target_logprobs(hidden_NH, frozen(head_VH), targets, lora if adapted else None, needed_N)
+    found = target_logprobs(hidden_NH, frozen(head_VH), targets, lora if adapted else None, needed_N.numpy())
     with pytest.raises(AssertionError, match="promised"):
         found.sum().backward()
 

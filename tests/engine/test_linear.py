@@ -1,13 +1,17 @@
 """A frozen linear, packed or not: right values and gradients, and bits that depend on nothing but the row."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from knapper.engine.config import ModelConfig
 from knapper.engine.linear import FrozenLinear
+from knapper.engine.weights import load
+from tests.engine.tiny import tiny_model
 
 SHAPES = [  # SmolLM2-135M's linears and head, and tiny and odd ones
     (960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576), (192, 64), (300, 64), (40, 24), (23, 6),
@@ -37,6 +41,14 @@ def test_a_row_has_the_same_bits_among_any_others_and_on_any_threads(outputs: in
         for start, stop in ((0, 1), (3, 10), (0, 8), (20, 36), (41, 105), (1, 250)):
             assert torch.equal(linear(x_NI[start:stop]), found[count][start:stop]), (count, start, stop)
     assert torch.equal(found[1], found[2])
+
+
+def test_a_model_in_float32_on_a_cpu_is_packed_and_one_in_bfloat16_is_not(tmp_path: Path) -> None:
+    tiny_model(tmp_path)
+    for dtype, packed in ((torch.float32, True), (torch.bfloat16, False)):
+        weights = load(tmp_path, ModelConfig.read(tmp_path), dtype)
+        linears = [each for layer in weights.layers for each in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        assert {each.packed for each in (*linears, weights.head)} == {packed}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

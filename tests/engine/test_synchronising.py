@@ -15,10 +15,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from knapper.engine import passes
+from knapper.engine import head, passes
 from knapper.engine.training import RunState, Trainer
 from knapper.wire.types import AdamW
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
+from tests.engine.test_sampler import House, prompt_of
+from tests.engine.test_sampler import request as sample_request
 
 _BY_VALUE = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim"}
 _IN_PYTHON = ("tolist", "numpy", "cpu")  # on a CPU these never reach the dispatcher
@@ -86,6 +88,57 @@ def test_a_pass_waits_as_often_for_many_layers(tmp_path: Path, monkeypatch: pyte
     before = _pass(trainer, monkeypatch, "cross_entropy", 2, 20)
     object.__setattr__(weights, "layers", weights.layers[:1])
     assert _pass(trainer, monkeypatch, "cross_entropy", 2, 20) == before
+
+
+def test_several_runs_in_a_pass_wait_as_often_each_as_one(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def together(runs: int) -> Counter[str]:
+        rng = np.random.default_rng(0)
+        asked = [request([datum(20 + run, "ppo", rng, prompt=4)], "ppo") for run in range(runs)]
+        ones = [trainer.open(trainer.create(spec(rank=4 + run)), each) for run, each in enumerate(asked)]
+        with counted(monkeypatch) as seen:
+            done(passes.compute(trainer.decoder, ones))
+        return seen
+
+    alone = together(1).total()
+    for runs in (3, 7):
+        assert together(runs).total() <= runs * alone
+
+
+def test_a_head_in_chunks_waits_as_often_as_a_whole_one(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = _pass(trainer, monkeypatch, "cross_entropy", 9, 50, prompt=4)
+    monkeypatch.setattr(head, "ELEMENTS_MAX", 1)  # chunks of 16 rows
+    assert _pass(trainer, monkeypatch, "cross_entropy", 9, 50, prompt=4) == whole
+
+
+@pytest.mark.parametrize("adapters", [0, 1, 3])
+def test_a_decoding_step_waits_for_its_tokens_only(tmp_path: Path, adapters: int) -> None:
+    """However many texts it serves, and however long they are."""
+    for texts in (2, 11):
+        steps = _steps(tmp_path / str(texts), texts, adapters)
+        assert max(each.total() for each in steps) <= 3, steps  # tokens, log-probabilities, whether they are finite
+
+
+def _steps(directory: Path, texts: int, adapters: int) -> list[Counter[str]]:
+    """Of each decoding step of so many texts, with so many adapters and the base model."""
+    house = House(directory)
+    seen: list[Counter[str]] = []
+    step = house.sampler._step
+
+    def counting() -> None:
+        with pytest.MonkeyPatch.context() as patch, counted(patch) as found:
+            seen.append(found)  # before the step: that tells its answers, and nobody waits for more
+            step()
+
+    house.sampler._step = counting  # type: ignore[method-assign]  # the device's thread calls it
+    names = [*(f"adapter-{number + 1}" for number in range(adapters)), ""]
+    house.run(
+        *(
+            sample_request(adapter=names[n % len(names)], prompt=prompt_of(9 + n), seed=n, max_tokens=12)
+            for n in range(texts)
+        )
+    )
+    assert len(seen) == house.sampler.counters.steps > 10
+    return seen
 
 
 def test_an_optimizer_step_waits_for_its_norms_only(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
