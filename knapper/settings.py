@@ -62,6 +62,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Meta(
             pattern="^(projects/[a-z0-9:.-]{1,64}/subscriptions/[A-Za-z0-9._~+%-]{3,255})?$",
             description="Tells of uploads: projects/P/subscriptions/S. Empty: the inbox is looked into.",
+            title="projects/P/subscriptions/S, or empty",
         ),
     ] = ""
     events_host: Annotated[
@@ -77,6 +78,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Meta(
             pattern="^[0-9]{0,9}$",
             description="A seed: the local broker then doubles, drops and delays events, as a test.",
+            title="a whole number of at most 9 digits, or empty",
         ),
     ] = ""
     host: Annotated[
@@ -151,6 +153,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Meta(
             pattern="^[ -~]{0,500}$",
             description="What every client prints once when it starts, for example when this server will be down.",
+            title="at most 500 printable ASCII characters",
         ),
     ] = ""
     log_level: Annotated[
@@ -278,6 +281,6 @@ def _allowed(kind: Any) -> str:
     if base is bool:
         return "true or false"
     if base is str:
-        return "at most 500 printable ASCII characters" if meta.pattern else "a text that is not empty"
+        return meta.title or "a text that is not empty"  # a pattern has its words there
     least = f"from {meta.ge}" if meta.ge is not None else f"above {meta.gt}"
     return f"a {'whole ' if base is int else ''}number {least} to {meta.le}"

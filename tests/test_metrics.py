@@ -48,9 +48,10 @@ def existing() -> set[str]:
     for family in metrics.REGISTRY.collect():
         suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.type, [""])
         found |= {family.name + suffix for suffix in suffixes}
-    engine = (ROOT / "knapper/serving/engine.py").read_text()
-    for name, rest in re.findall(r'Reading\(\s*"(\w+)",(.*?)\),\n', engine, flags=re.DOTALL):
-        found.add(f"{name}_total" if "counts=True" in rest else name)
+    for module in ("serving/engine.py", "vllm/opening.py"):
+        source = (ROOT / "knapper" / module).read_text()
+        for name, rest in re.findall(r'Reading\(\s*"(\w+)",(.*?)\),\n', source, flags=re.DOTALL):
+            found.add(f"{name}_total" if "counts=True" in rest else name)
     return found
 
 

@@ -43,6 +43,8 @@ def test_a_child_reads_equal_settings() -> None:
         ("KNAPPER_DTYPE", "float16", "auto, float32, bfloat16"),
         ("KNAPPER_MODEL", "", "a text that is not empty"),
         ("KNAPPER_DATA", "", "a directory"),
+        ("KNAPPER_SUBSCRIPTION", "uploads", "projects/P/subscriptions/S, or empty"),
+        ("KNAPPER_MISCHIEF", "seven", "a whole number of at most 9 digits, or empty"),
     ],
 )
 def test_a_wrong_value_names_the_variable_and_what_is_allowed(variable: str, value: str, allowed: str) -> None:
