@@ -1,4 +1,4 @@
-"""A child process: it dies with us, its output joins ours, and its last words are remembered."""
+"""A child process: it dies with us, its own die with it, its output joins ours, its last words are remembered."""
 
 import asyncio
 import os
@@ -6,6 +6,8 @@ import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+from knapper.local import group
 
 _CHILD = Path(__file__).with_name("child.py")
 _last_bytes_max = 4096
@@ -20,7 +22,7 @@ class Process:
         self._last = b""
         self._relay = asyncio.create_task(self._relay_output())
         self.pid = process.pid
-        self.exited = asyncio.create_task(process.wait())  # awaited by several: shield it
+        self.exited = asyncio.create_task(self._exit())  # awaited by several: shield it
 
     @staticmethod
     async def start(command: Sequence[str], environment: Mapping[str, str], inherit: Iterable[int] = ()) -> "Process":
@@ -60,6 +62,11 @@ class Process:
     def kill(self) -> None:
         if self.alive:
             self._process.kill()
+
+    async def _exit(self) -> int:
+        code = await self._process.wait()
+        group.end(self.pid)
+        return code
 
     async def _relay_output(self) -> None:
         assert self._process.stdout is not None

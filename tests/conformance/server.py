@@ -88,6 +88,11 @@ class Server:
         found = json.loads((self.data / "run" / "processes.json").read_text(encoding="utf-8"))
         return {role: process["pid"] for role, process in found.items()}
 
+    def members(self, role: str) -> list[int]:
+        """Pids of the process of that role and of those that it has started."""
+        pid = self.processes()[role]
+        return sorted({pid, *group(pid)})
+
     def log(self) -> str:
         """What it wrote to standard error so far, in all its lives."""
         return self.log_path.read_text(encoding="utf-8")
@@ -99,6 +104,19 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0
     while not condition():
         assert time.monotonic() < end, f"not within {timeout_s:.0f} s: {what}"
         time.sleep(0.02)
+
+
+def group(leader: int) -> list[int]:
+    """Pids that run in a process group."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        pid = int(path.name)
+        try:
+            if os.getpgid(pid) == leader and _alive(pid):
+                found.append(pid)
+        except ProcessLookupError:
+            pass  # it has ended
+    return found
 
 
 def _alive(pid: int) -> bool:
