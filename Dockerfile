@@ -4,6 +4,7 @@
 #   docker build --target train-step -t REGISTRY/knapper/train-step:TAG .          (--build-arg TORCH=cuda on GPUs)
 #   docker build --target sample     -t REGISTRY/knapper/sample:TAG .              (--build-arg TORCH=cuda on GPUs)
 #   docker build --target reward     -t REGISTRY/knapper/reward:TAG .
+#   docker build --target sample-vllm -t REGISTRY/knapper/sample-vllm:TAG .        vLLM in the place of sample: GPUs only, some 10 GB more
 #
 # Everything that runs is told by the environment; no file is edited. Every target runs as uid 65532, on a root file system
 # that may be read-only: only /tmp is written.
@@ -57,6 +58,12 @@ COPY functions/train_step/requirements.txt /build/
 RUN --mount=type=cache,target=/root/.cache/pip pip install -r /build/requirements.txt -c /build/constraints.txt
 RUN python -m compileall -q -f -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
 
+# vLLM pins torch and much else. Its torch is TORCH_VERSION, so the layer below is train-step's; what else it pins is in a list of its own.
+FROM torch-cuda AS vllm-environment
+COPY functions/sample/requirements-vllm.txt constraints-vllm.txt /build/
+RUN --mount=type=cache,target=/root/.cache/pip pip install -r /build/requirements-vllm.txt -c /build/constraints-vllm.txt
+RUN python -m compileall -q -f -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
+
 # ---- The base model, as a directory of config, tokenizer and safetensors. No torch is needed to make it. ----
 FROM environment AS weights-baked
 COPY functions/train_step/requirements.txt /build/
@@ -97,7 +104,11 @@ RUN python -m compileall -q -f --invalidation-mode unchecked-hash /app
 USER 65532:65532
 ENTRYPOINT ["uvicorn", "gateway.main:app", "--host", "0.0.0.0", "--port", "8080", "--workers", "1", "--lifespan", "on", "--timeout-keep-alive", "75", "--log-level", "warning", "--no-access-log"]
 
-FROM runtime AS train-step
+# GKE lays the GPU's driver there, and tells nobody's loader of it; where another runtime does, this directory is not there.
+FROM runtime AS gpu
+ENV LD_LIBRARY_PATH=/usr/local/nvidia/lib64
+
+FROM gpu AS train-step
 COPY --from=engine-environment /opt/venv /opt/venv
 COPY --from=weights /srv/models /srv/models
 COPY functions/train_step /app/functions/train_step
@@ -106,12 +117,27 @@ ENV FUNCTION_TARGET=train_step FUNCTION_SOURCE=/app/functions/train_step/main.py
 USER 65532:65532
 ENTRYPOINT ["uvicorn", "functions_framework.aio:app", "--host", "0.0.0.0", "--port", "8080", "--workers", "1", "--lifespan", "on", "--timeout-keep-alive", "75", "--log-level", "warning", "--no-access-log"]
 
-FROM runtime AS sample
+FROM gpu AS sample
 COPY --from=engine-environment /opt/venv /opt/venv
 COPY --from=weights /srv/models /srv/models
 COPY functions/sample /app/functions/sample
 RUN python -m compileall -q -f --invalidation-mode unchecked-hash /app
 ENV FUNCTION_TARGET=sample FUNCTION_SOURCE=/app/functions/sample/main.py
+USER 65532:65532
+ENTRYPOINT ["uvicorn", "functions_framework.aio:app", "--host", "0.0.0.0", "--port", "8080", "--workers", "1", "--lifespan", "on", "--timeout-keep-alive", "75", "--log-level", "warning", "--no-access-log"]
+
+# As sample, and vLLM. Triton, which computes its adapters, compiles a piece of C when it starts; nvcc is not here, and what wants it is off.
+FROM gpu AS sample-vllm
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+COPY --from=vllm-environment /opt/venv /opt/venv
+COPY --from=weights /srv/models /srv/models
+COPY functions/sample /app/functions/sample
+RUN python -m compileall -q -f --invalidation-mode unchecked-hash /app
+# One directory holds all that libraries write: a volume of its own on the cluster (knative/components/vllm).
+ENV HF_HOME=/tmp/cache/huggingface VLLM_CACHE_ROOT=/tmp/cache/vllm VLLM_CONFIG_ROOT=/tmp/cache/vllm-config \
+    TRITON_CACHE_DIR=/tmp/cache/triton TORCHINDUCTOR_CACHE_DIR=/tmp/cache/inductor FLASHINFER_WORKSPACE_BASE=/tmp/cache \
+    NUMBA_CACHE_DIR=/tmp/cache/numba VLLM_USE_FLASHINFER_SAMPLER=0
+ENV KNAPPER_SAMPLER=vllm FUNCTION_TARGET=sample FUNCTION_SOURCE=/app/functions/sample/main.py
 USER 65532:65532
 ENTRYPOINT ["uvicorn", "functions_framework.aio:app", "--host", "0.0.0.0", "--port", "8080", "--workers", "1", "--lifespan", "on", "--timeout-keep-alive", "75", "--log-level", "warning", "--no-access-log"]
 

@@ -15,10 +15,10 @@ VLLM_PIP := .venv/vllm/bin/python -m pip --disable-pip-version-check install --q
 COOKBOOK := tests/conformance/cookbook/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-events up test test-vllm check manifests scan bench bench-page bench-check
+.PHONY: help setup demo demo-events up test test-vllm check manifests scan bench bench-page bench-check bench-backends bench-agreement
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: .venv/.installed ## install everything into .venv; instant when nothing changed
 
@@ -74,7 +74,13 @@ scan: setup .venv/checkov/.installed ## let checkov look at the same; what it ma
 bench: setup ## measure everything beside bare loops, as ratios (BENCH_ARGS='--quick --only training')
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-bench-page: setup ## write the figures of the last `make bench` into docs/performance.md
+bench-backends: setup .venv/vllm/.installed ## samples a second by torch and by vLLM beside plain generate (BENCH_ARGS='--quick --only 8x4')
+	@$(BIN)/python -m benchmarks.backends $(BENCH_ARGS)
+
+bench-agreement: setup .venv/vllm/.installed ## how far samplers' log-probabilities are from the trainer's, by backend and dtype
+	@$(BIN)/python -m benchmarks.agreement $(BENCH_ARGS)
+
+bench-page: setup ## write the figures of the last runs into docs/performance.md and docs/vllm.md
 	@$(BIN)/python -m benchmarks.page
 
 bench-check: setup ## has an optimisation been lost? counted work and one ratio against benchmarks/floors.json (under a minute)

@@ -5,7 +5,8 @@
 With --base-url, any server that speaks the Tinker protocol is measured instead of our own; the bare loops need the
 model's files here all the same. Written to out/bench.json with the machine, and out/sharing.png. A section
 that fails is told, and the others go on; the exit status is 1 then. `python -m benchmarks.page` makes
-docs/performance.md's tables of out/bench.json; `python -m benchmarks.check` compares counted work with floors.json.
+docs/performance.md's tables of out/bench.json; `python -m benchmarks.check` compares counted work with floors.json;
+`python -m benchmarks.backends` measures vLLM beside the torch sampler, in an environment of its own.
 """
 
 import argparse

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
@@ -61,7 +62,9 @@ def computed(model: Path) -> Found:
         alone.submit(_run(trainer, "group"), lambda: _request(group)).result()
         together = Clock(trainer, device, lambda: 0.0)
         _together(together, device, [(_run(trainer, str(n)), _request([_datum(tail)])) for n, tail in enumerate(each)])
-        sampler = Sampler(trainer.decoder, device, NoAdapters(), None, slots_max=8, kv_tokens_max=8192)
+        sampler = Sampler(
+            trainer.decoder, device, NoAdapters(), None, slots_max=8, kv_tokens_max=8192, now=time.monotonic
+        )
         asked = Sample("", "", np.array(prompt, np.int32), SamplingParams(max_tokens=16), num_samples=8, seed=0)
         asyncio.run(sampler.sample(asked))
     finally:

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from benchmarks.page import NOISY
 
 Timed = Callable[[], object]
 
@@ -46,7 +49,6 @@ class Figure:
         return f"{self.name:66}{self.ours:>10.3g}{bare:>10} {self.unit:6}{ratio:>8}  {aims}{self.remarks}"
 
 
-NOISY = 0.15  # of the median: repeats that differ by more are said beside the figure
 HEADER = f"{'':66}{'ours':>10}{'bare':>10} {'':6}{'better':>8}  {'goal':22}{'stretch':10}"
 
 
@@ -98,9 +100,21 @@ def _cpuinfo() -> Iterable[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
+def versions(python: Path, *names: str) -> dict[str, str]:
+    """Of those packages that another environment has."""
+    code = (
+        "import sys, importlib.metadata as m; print(*(f'{d.name} {d.version}' for d in m.distributions()), sep='\\n')"
+    )
+    said = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
+    installed = dict(line.split(" ", 1) for line in said.splitlines())
+    return {name: installed[name] for name in names if name in installed}
+
+
 def store(figures: Iterable[Figure], path: Path, **said: object) -> None:
     """As JSON: what is said of the run, and the figures."""
+    write(path, **said, figures=[{**asdict(one), "remarks": one.remarks} for one in figures])
+
+
+def write(path: Path, **stored: object) -> None:
     path.parent.mkdir(exist_ok=True)
-    path.write_text(
-        json.dumps({**said, "figures": [{**asdict(one), "remarks": one.remarks} for one in figures]}, indent=2) + "\n"
-    )
+    path.write_text(json.dumps(stored, indent=2) + "\n")

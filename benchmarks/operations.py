@@ -6,6 +6,7 @@ On a tiny random model, one thread each.
 import asyncio
 import statistics
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def bare(model: Path, device: Device, loop: asyncio.AbstractEventLoop) -> dict[s
     }
     datum = Datum(np.array(TOKENS[:-1], np.int32), inputs)
     request = ForwardBackward("bare", 1, [datum], "cross_entropy", {}, False)
-    sampler = Sampler(decoder, device, NoAdapters(), None, slots_max=8, kv_tokens_max=4096)
+    sampler = Sampler(decoder, device, NoAdapters(), None, slots_max=8, kv_tokens_max=4096, now=time.monotonic)
     sample = Sample(str(model), "", np.array(TOKENS, np.int32), SamplingParams(max_tokens=1), seed=0)
 
     def run(task: Task[object]) -> object:

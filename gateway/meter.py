@@ -1,6 +1,7 @@
-"""What samples cost in tokens, counted as each is done, and written down once a minute and when the gateway stops.
+"""What samples cost in tokens and in seconds of the device, counted as each is done.
 
-A gateway that is killed forgets what it counted since: a minute of figures, and no sample.
+It is written down once a minute and when the gateway stops. A gateway that is killed forgets what it counted since: a
+minute of figures, and no sample.
 """
 
 from collections.abc import Callable
@@ -35,7 +36,7 @@ class Meter:
         self._counted: dict[tuple[Tenant, int], dict[tuple[str, str], Sampled]] = {}
         self._unwritten: dict[str, bytes] = {}
 
-    def count(self, tenant: Tenant, session: str, call: bytes, answer: bytes) -> None:
+    def count(self, tenant: Tenant, session: str, call: bytes, answer: bytes, device_s: float) -> None:
         """A sample is done. `session`: empty for one that belongs to none, as OpenAI's clients ask for them."""
         try:
             asked = msgspec.json.decode(call, type=_Call)
@@ -45,9 +46,7 @@ class Meter:
             return
         hours = self._counted.setdefault((tenant, int(self._clock() // HOUR_S)), {})
         before = hours.get((session, asked.base_model), Sampled(session=session, base_model=asked.base_model))
-        hours[session, asked.base_model] = msgspec.structs.replace(
-            before, prompt=before.prompt + len(asked.prompt), sampled=before.sampled + sampled
-        )
+        hours[session, asked.base_model] = before.plus(len(asked.prompt), sampled, device_s)
 
     async def flush(self) -> None:
         """Make all that was counted durable. What fails is kept, and goes under the same name the next time."""

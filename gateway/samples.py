@@ -56,6 +56,7 @@ class Entry:
     refused_since: float | None = None
     refusal: str = ""
     done_at: float = 0.0
+    device_s: float = 0.0  # what the answer says that it took
     number: int = 0  # once done: one above that of whatever was done before it
 
     @property
@@ -75,7 +76,8 @@ class Entry:
 class Samples:
     """`now`: monotonic seconds. `first`: what is done gets numbers above it, so that a later process's are higher.
 
-    `count` hears of each sample that succeeds: tenant, session if it has one, the request and the answer.
+    `count` hears of each sample that succeeds: tenant, session if it has one, the request, the answer, and the seconds
+    of the device.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class Samples:
         client: aiohttp.ClientSession,
         new_id: Callable[[], str],
         now: Callable[[], float],
-        count: Callable[[Tenant, str, bytes, bytes], None],
+        count: Callable[[Tenant, str, bytes, bytes, float], None],
         first: int = 0,
     ) -> None:
         self._client = client
@@ -266,6 +268,7 @@ class Samples:
         """(status, content) of one attempt."""
         headers = {"Content-Type": "application/json", "Knapper-Tenant": entry.tenant}  # whose turn it takes
         async with self._client.post(entry.url, data=entry.call, headers=headers, timeout=_TIMEOUT) as response:
+            entry.device_s = progress.device_s(response.headers.get(progress.DEVICE_S))
             if entry.listen is None or response.status != 200:
                 return response.status, await response.read()
             try:
@@ -273,7 +276,8 @@ class Samples:
                     match frame:
                         case Drawn():
                             entry.listen(frame)
-                        case Whole(answer=answer):
+                        case Whole(answer=answer, device_s=device_s):
+                            entry.device_s = device_s
                             return 200, answer
                         case Failed(status=status):
                             return status, msgspec.json.encode({"detail": frame.detail, "category": frame.category})
@@ -288,7 +292,7 @@ class Samples:
         self._waiting_bytes -= len(entry.call)
         if body is not None and content_type == _PROTOBUF:
             session = session_of(entry.address[0])
-            self._count(entry.tenant, session if ids.is_session(session) else "", entry.call, body)
+            self._count(entry.tenant, session if ids.is_session(session) else "", entry.call, body, entry.device_s)
         entry.call = b""
         entry.body, entry.content_type, entry.done_at = body, content_type, self._now()
         self._number += 1

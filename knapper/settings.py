@@ -85,7 +85,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     port: Annotated[int, Meta(ge=0, le=65535, description="The gateway's port; 0 takes a free one.")] = 8000
     device: Annotated[
         Literal["auto", "cuda", "mps", "cpu"],
-        Meta(description="What computes; auto: cuda, else cpu. mps, a Mac's GPU, was never run: docs/models.md."),
+        Meta(description="What computes; auto: cuda, else cpu. mps was never run: docs/models.md; vLLM: docs/vllm.md."),
     ] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
@@ -95,6 +95,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         int,
         Meta(ge=0, le=1024, description="Of torch on a CPU; 0: as many as torch takes. Replayed bits depend on it."),
     ] = 0
+    gpu_memory_share: Annotated[
+        float,
+        Meta(gt=0, le=1, description="The part of a GPU's memory that the engine takes; less where others share it."),
+    ] = 1.0
     sampler: Annotated[
         Literal["torch", "vllm"],
         Meta(description="Who samples: the engine itself, or vLLM in an environment of its own: docs/vllm.md."),
@@ -120,6 +124,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Meta(gt=0, le=7 * 86400, description="An engine without requests for so long ends; the next bell starts it."),
     ] = 300.0
+    rest_s: Annotated[
+        float,
+        Meta(ge=0, le=86400, description="A run without bells for so long leaves a living engine's memory; 0: never."),
+    ] = 120.0
     pod_ip: Annotated[
         str, Meta(description="A train_step pod's own IP: the gateway rings it there, at Knative's queue-proxy (8012).")
     ] = ""

@@ -24,17 +24,27 @@ HOUR_S = 3600
 
 
 class Sampled(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Tokens of prompts (each once, however many samples it had) and of samples, of one session and model."""
+    """Tokens of prompts (each once, however many samples it had) and of samples, of one session and model.
+
+    `device_s`: seconds of the device for them; of a sample that was computed twice, once.
+    """
 
     session: str  # empty: none
     base_model: str
     prompt: int = 0
     sampled: int = 0
+    device_s: float = 0.0
+
+    def plus(self, prompt: int, sampled: int, device_s: float) -> "Sampled":
+        return msgspec.structs.replace(
+            self, prompt=self.prompt + prompt, sampled=self.sampled + sampled, device_s=self.device_s + device_s
+        )
 
 
-class Samplings(Record, frozen=True):
+class Samplings(Record, frozen=True, kw_only=True):
     """usage/<tenant>/<hour>/<id>: what one gateway counted in a minute of that hour."""
 
+    v: int = 2  # the rows of 1 had no device_s
     rows: list[Sampled]
 
 
@@ -77,9 +87,7 @@ async def tokens_sampled(store: Store, tenant: str, window: Window) -> list[tupl
         for row in rows:
             key = hour, row.session, row.base_model
             before = totals.get(key, Sampled(session=row.session, base_model=row.base_model))
-            totals[key] = msgspec.structs.replace(
-                before, prompt=before.prompt + row.prompt, sampled=before.sampled + row.sampled
-            )
+            totals[key] = before.plus(row.prompt, row.sampled, row.device_s)
     return [(hour, found) for (hour, _, _), found in totals.items()]
 
 

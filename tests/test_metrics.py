@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import time
 from functools import partial
 from pathlib import Path
 
@@ -168,7 +169,7 @@ def test_shares_are_told_by_place_and_never_by_name(tmp_path: Path) -> None:
         for name, lengths in (("one", [20, 10]), ("two", [10])):
             data = [datum(length, "cross_entropy", np.random.default_rng(0)) for length in lengths]
             machine.passes.submit(trainer.create(spec(run=name)), partial(request, data)).result(60)
-        sampler = Sampler(trainer.decoder, device, Shelf({}), None, slots_max=1, kv_tokens_max=64)
+        sampler = Sampler(trainer.decoder, device, Shelf({}), None, slots_max=1, kv_tokens_max=64, now=time.monotonic)
         registry = CollectorRegistry()
         metrics.Readings(readings(machine, sampler), registry)
     finally:
@@ -176,6 +177,8 @@ def test_shares_are_told_by_place_and_never_by_name(tmp_path: Path) -> None:
     families = {family.name: family for family in registry.collect()}
     share = {sample.labels["place"]: sample.value for sample in families["knapper_train_share"].samples}
     assert share == {"1": 0.75, "2": 0.25} | {str(place): 0.0 for place in range(3, 9)}
-    assert [sample.value for sample in families["knapper_train_room"].samples] == [2 * trainer.rows_max]
+    assert [sample.value for sample in families["knapper_train_room"].samples] == [2 * trainer.rows_shared]
     assert [sample.value for sample in families["knapper_train_rows"].samples] == [40]
+    assert [sample.value for sample in families["knapper_device_busy_seconds"].samples] == [device.busy_s]
+    assert device.busy_s > 0
     assert [sample.value for sample in families["knapper_train_oldest_seconds"].samples] == [0.0]

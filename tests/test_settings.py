@@ -38,6 +38,8 @@ def test_a_child_reads_equal_settings() -> None:
         ("KNAPPER_PORT", "http", "a whole number from 0 to 65535"),
         ("KNAPPER_IDLE_S", "0", "a number above 0"),
         ("KNAPPER_IDLE_S", "nan", "a number above 0"),
+        ("KNAPPER_GPU_MEMORY_SHARE", "0", "a number above 0 to 1"),
+        ("KNAPPER_GPU_MEMORY_SHARE", "1.01", "a number above 0 to 1"),
         ("KNAPPER_DTYPE", "float16", "auto, float32, bfloat16"),
         ("KNAPPER_MODEL", "", "a text that is not empty"),
         ("KNAPPER_DATA", "", "a directory"),

@@ -12,7 +12,7 @@ from knapper.errors import KnapperError
 from knapper.serving import answers, jobs, observing, progress
 from knapper.serving.sampling import served
 from knapper.wire import proto, sample_requests
-from knapper.wire.progress import FRAMES
+from knapper.wire.progress import DEVICE_S, FRAMES
 
 served()  # under ASGI this module is imported before the port binds: the weights are there when the first request comes
 
@@ -37,4 +37,5 @@ async def sample(request: Request) -> Response:
         output = await answers.while_connected(request, served().sampler.sample(asked))
     except KnapperError as error:
         return answers.error(error)
-    return Response(proto.encode_sample_response(output), media_type="application/x-protobuf")
+    headers = {DEVICE_S: repr(output.device_s)}
+    return Response(proto.encode_sample_response(output), media_type="application/x-protobuf", headers=headers)

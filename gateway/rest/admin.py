@@ -43,8 +43,8 @@ def _entry(tenant: Tenant, entry: Entry) -> dict[str, Any]:
 async def usage_events(request: Request) -> Response:
     """Tokens trained and checkpoints saved, for each hour and run, and tokens sampled, for each hour and session.
 
-    Beside the protocol's fields, training says which run, and the seconds that it had of the device: what a GPU is paid
-    for. No cost is estimated: there is no price list.
+    Beside the protocol's fields, training says which run, and both say the seconds that they had of the device: what a
+    GPU is paid for. Those of prompts are among those of their samples. No cost is estimated: there is no price list.
     """
     gateway, tenant = parts(request), tenant_of(request)
     window = Window(*json.convert(shapes.query(request), rest.UsageQuery).hours(gateway.clock()))
@@ -63,7 +63,8 @@ async def usage_events(request: Request) -> Response:
     for hour, each in await usage.tokens_sampled(gateway.store, tenant, window):
         prefill = {"type": "sampling_prefill", "cached": False}  # a prompt that several samples share counts once
         rows.append(_Row(hour, each.prompt, each.session, each.base_model, prefill))
-        rows.append(_Row(hour, each.sampled, each.session, each.base_model, {"type": "sampling_sample"}))
+        drawn = {"type": "sampling_sample", "device_seconds": round(each.device_s, 3)}
+        rows.append(_Row(hour, each.sampled, each.session, each.base_model, drawn))
     data = [await _event(gateway, tenant, row) for row in sorted(rows, key=lambda row: (row.hour, -row.tokens))]
     sessions = {}
     for session in {event["session_id"] for event in data} - {None}:

@@ -30,6 +30,7 @@ def add(
         str, typer.Option(help="Where pods find the weights; else /srv/models/ORGANISATION--NAME.")
     ] = "",
     dtype: Annotated[str, typer.Option(help="Of the base weights: auto, float32 or bfloat16.")] = "auto",
+    sampler: Annotated[str, typer.Option(help="vllm: it samples this model; empty: what the manifests say.")] = "",
     sample_replicas_max: Annotated[int | None, typer.Option(min=1, help="Pods that sample, at most.")] = None,
     dry_run: DryRun = False,
     kubeconfig: Kubeconfig = None,
@@ -44,7 +45,11 @@ def add(
     from knapper.local.root import deployables
 
     record = describing.record(model, config, directory, dtype, os.environ.get("HF_ENDPOINT") or describing.HUB)
-    rendered = render(describing.manifests(manifests, deployables()))
+    root = deployables()
+    path = describing.manifests(manifests, root)
+    rendered = render(path)
+    if describing.wants_vllm(sampler, record, rendered):
+        rendered = render(path, root / "knative" / "components" / "vllm")
     made = objects(rendered, Wanted(record, accelerator, sample_replicas_max))
     if dry_run:
         print(yaml.safe_dump_all(made, sort_keys=False), end="")

@@ -1,12 +1,15 @@
 """What a base model's record needs to know of the model: its config.json, from a file or from the hub."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import httpx
 import msgspec
 
+from knapper.cluster.kustomize import Object
+from knapper.cluster.model import only, samples_by_vllm
 from knapper.engine.config import computed_by
 from knapper.errors import InvalidField, Unavailable
 from knapper.models.catalogue import ModelRecord, record_of
@@ -42,6 +45,21 @@ def _from_hub(model: str, hub: str) -> bytes:
     if not answer.is_success or len(answer.content) > _CONFIG_BYTES_MAX:
         raise Unavailable(f"{hub} answers {answer.status_code}; give the model's config.json: --config PATH")
     return answer.content
+
+
+def wants_vllm(sampler: str, record: ModelRecord, rendered: Sequence[Object]) -> bool:
+    """Whether vLLM is to sample and does not by these manifests. Raises InvalidField for a sampler that cannot be."""
+    if sampler not in ("", "vllm"):
+        raise InvalidField("sampler", sampler, "vllm, or none: what the manifests say")
+    if not sampler:
+        return False
+    if record.computed_by != "native":
+        raise InvalidField("sampler", sampler, f"none for {record.name}, which {record.computed_by} computes")
+    service = only(rendered, "serving.knative.dev/v1", "Service", "sample")
+    (container,) = service["spec"]["template"]["spec"]["containers"]
+    if "nvidia.com/gpu" not in container["resources"]["limits"]:
+        raise InvalidField("sampler", sampler, "none with manifests that ask for no GPU", "Take an overlay for GPUs")
+    return not samples_by_vllm(service)
 
 
 def manifests(given: Path | None, root: Path) -> Path:

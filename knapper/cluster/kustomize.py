@@ -22,9 +22,12 @@ _KNOWN = {
 }  # fmt: skip
 
 
-def render(directory: Path) -> list[Object]:
-    """The objects of a kustomization. Raises InvalidField for what it cannot render."""
-    return _build(directory, [])
+def render(directory: Path, *components: Path) -> list[Object]:
+    """The objects of a kustomization, with these components over it. Raises InvalidField for what it cannot render."""
+    objects = _build(directory, [])
+    for component in components:
+        objects = _build(component, objects)
+    return objects
 
 
 def identity(thing: Object) -> tuple[str, str, str, str]:
@@ -99,5 +102,6 @@ def _containers(objects: list[Object]) -> Iterator[Object]:
 def _rename(container: Object, image: Mapping[str, str]) -> None:
     if re.split(r"[:@]", container["image"])[0] != image["name"]:
         return
-    end = f"@{image['digest']}" if "digest" in image else f":{image['newTag']}" if "newTag" in image else ""
+    kept = container["image"].removeprefix(image["name"])
+    end = f"@{image['digest']}" if "digest" in image else f":{image['newTag']}" if "newTag" in image else kept
     container["image"] = image.get("newName", image["name"]) + end

@@ -31,8 +31,8 @@ class Wanted:
 
 def objects(manifests: Sequence[Object], wanted: Wanted) -> list[Object]:
     """Services and Triggers of the model, and its entry in the ConfigMap. Raises InvalidField."""
-    services = {each: _only(manifests, "serving.knative.dev/v1", "Service", each) for each in SERVICES}
-    triggers = {each: _only(manifests, "eventing.knative.dev/v1", "Trigger", each) for each in SERVICES}
+    services = {each: only(manifests, "serving.knative.dev/v1", "Service", each) for each in SERVICES}
+    triggers = {each: only(manifests, "eventing.knative.dev/v1", "Trigger", each) for each in SERVICES}
     model = wanted.record.name
     ours = services["train-step"]["metadata"]["labels"][LABEL] == slug(model)  # the manifests' own: it keeps its names
     names = {each: each if ours else f"{each}-{slug(model)[:8]}" for each in SERVICES}
@@ -58,7 +58,8 @@ def _models(data: Mapping[str, str | None]) -> Object:
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": dict(data)}
 
 
-def _only(manifests: Sequence[Object], version: str, kind: str, name: str) -> Object:
+def only(manifests: Sequence[Object], version: str, kind: str, name: str) -> Object:
+    """A copy of the object, to be changed. Raises InvalidField where there is none."""
     for thing in manifests:
         if (thing["apiVersion"], thing["kind"], thing["metadata"]["name"]) == (version, kind, name):
             return copy.deepcopy(thing)
@@ -86,7 +87,27 @@ def _service(thing: Object, service: str, name: str, wanted: Wanted) -> Object:
     if service == "sample" and wanted.sample_replicas_max is not None:
         scale = str(wanted.sample_replicas_max)
         template["metadata"]["annotations"]["autoscaling.knative.dev/max-scale"] = scale
+    if samples_by_vllm(thing):
+        container["image"] = _with_vllm(container["image"])
     return thing
+
+
+def samples_by_vllm(service: Object) -> bool:
+    (container,) = service["spec"]["template"]["spec"]["containers"]
+    return {"name": "KNAPPER_SAMPLER", "value": "vllm"} in container.get("env", [])
+
+
+def _with_vllm(image: str) -> str:
+    """The image of the same release that has vLLM in it. Raises InvalidField where the name does not tell it."""
+    if re.search(r"(^|/)sample-vllm([:@]|$)", image):
+        return image
+    renamed, count = re.subn(r"(^|/)sample(:[^/@]+)?$", r"\1sample-vllm\2", image)
+    if not count:
+        raise InvalidField(
+            "sampler", f"vllm with the image {image}", "the image sample by its tag: sample-vllm has the same",
+            "Or write an overlay with knative/components/vllm and the image's digest, and give it by --manifests",
+        )  # fmt: skip
+    return renamed
 
 
 def _trigger(thing: Object, name: str, model: str) -> Object:

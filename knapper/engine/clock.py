@@ -1,10 +1,10 @@
 """Which runs compute next: forward_backward requests of all of them, gathered into passes of the one base model.
 
-One task on the device serves all, as the sampler's does, and yields after every pass, so that sampling takes its turns.
-Nobody is waited for: what arrives while a pass runs shares the next one. Fair by rows: the run that was served least
-goes first, and others fill the pass up. A run that comes, new or back, begins level with the run whose turn it last
-was: what it did not use gives it no claim, and what others used while it was away is not held against them. A request
-that no other could share a pass with is not held up by it.
+One task on the device serves all, as the sampler's does, and yields after every layer of a pass, so that sampling and
+optimizer steps take their turns. Nobody is waited for: what arrives while a pass runs shares the next one. Fair by
+rows: the run that was served least goes first, and others fill the pass up. A run that comes, new or back, begins level
+with the run whose turn it last was: what it did not use gives it no claim, and what others used while it was away is
+not held against them. A request that no other could share a pass with is not held up by it.
 """
 
 import math
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from knapper.engine import passes
-from knapper.engine.device import Device, Task
+from knapper.engine.device import Device, Task, timed
 from knapper.engine.passes import Pass
 from knapper.engine.training import RunState, Trainer
 from knapper.errors import UserError
@@ -111,7 +111,7 @@ class Clock:
             self._arrivals.append(request)
             begins, self._working = not self._working, True
         if begins:
-            self._device.submit(self._work())
+            self._device.submit(self._work(), "passes")
         return request.future
 
     # From here on: the device's thread.
@@ -120,8 +120,7 @@ class Clock:
         try:
             while self._look():
                 if chosen := self._choose():
-                    self._compute(chosen)
-                    yield
+                    yield from self._compute(chosen)
         except BaseException as error:
             self._abandon(error)
             raise
@@ -163,7 +162,7 @@ class Clock:
 
         Nobody fills up who is a whole pass ahead of a run that is left out: what fills up costs that run time.
         """
-        rows_max = self._trainer.rows_max
+        rows_max, rows_shared = self._trainer.rows_max, self._trainer.rows_shared
         waiting = sorted(self._requests, key=lambda one: self._served[one.run])
         chosen: list[_Request] = []
         rows, bound = 0, math.inf
@@ -171,26 +170,25 @@ class Clock:
             served = self._served[one.run]
             if not chosen:
                 self._level = max(self._level, served)
-            if not chosen or (served <= bound and rows + one.rows <= rows_max and _share(chosen[0], one)):
+            if not chosen or (served <= bound and rows + one.rows <= rows_shared and _share(chosen[0], one)):
                 chosen.append(one)
                 rows += one.rows
             else:
                 bound = min(bound, served + rows_max)
         return chosen
 
-    def _compute(self, chosen: Sequence[_Request]) -> None:
+    def _compute(self, chosen: Sequence[_Request]) -> Task[None]:
         rows = [one.rows for one in chosen]
-        began = self._now()
+        opened = [one.opened for one in chosen if one.opened is not None]
         try:
-            passes.compute(self._trainer.decoder, [one.opened for one in chosen if one.opened is not None])
+            _, spent_s = yield from timed(passes.compute(self._trainer.decoder, opened), self._now)
         except Exception as error:  # noqa: BLE001  a defect that one request brings out must not fail the others
             self._part(chosen, error)
             return
-        spent_s = self._now() - began
         self.counters.passes += 1
         self.counters.shares += len(chosen)
         self.counters.rows += sum(rows)
-        self.counters.room += max(self._trainer.rows_max, sum(rows))
+        self.counters.room += max(self._trainer.rows_shared, sum(rows))
         with self._lock:
             self._recent.extend((one.run, own) for one, own in zip(chosen, rows, strict=True))
         for one, own in zip(chosen, rows, strict=True):

@@ -5,6 +5,7 @@ N rows, H hidden size, V vocabulary.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knapper.engine import rope
+from knapper.engine import recomputing, rope
 from knapper.engine.adapt import Adapt, Segment, Segments, head_site, padded, sites
 from knapper.engine.attention import Attend, Joined, Packed, Recorded, attention_dtype, of_group
 from knapper.engine.config import ComputedBy, ModelConfig
@@ -22,6 +23,7 @@ from knapper.engine.kv import Cache, bytes_per_token
 from knapper.engine.lora import Lora
 from knapper.engine.prefixes import Prefixes
 from knapper.engine.prompts import Prefilled, Prompt, prefill
+from knapper.engine.stretches import Stretch
 from knapper.engine.weights import LayerWeights, Weights
 
 __all__ = ["Decoder", "Segment"]
@@ -42,6 +44,8 @@ class Decoder:
         self.device = weights.embed.device
         self.attention_dtype = attention_dtype(self.dtype, self.device)
         self._frequencies = rope.frequencies(config, self.device)
+        self._saved_bytes_max = recomputing.saved_bytes_max(weights.nbytes, self.device)
+        self._saved_bytes_of_row = recomputing.saved_bytes_of_row(config)
         q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self._widths = {
             "qkv": (q, kv, kv),
@@ -67,8 +71,8 @@ class Decoder:
         """
         return self.hidden_of(tokens_N, _positions(lengths, self.device), Packed(lengths), segments)
 
-    def groups(self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]) -> Tensor:
-        """(U, H): the groups' common rows are computed once."""
+    def stretches(self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]) -> tuple[Tensor, list[Stretch]]:
+        """To (U, H), a layer each: the groups' common rows are computed once."""
 
         def on_device(arrays: Sequence[np.ndarray]) -> Tensor:
             return torch.from_numpy(np.concatenate(arrays)).to(self.device, non_blocking=True)
@@ -78,11 +82,11 @@ class Decoder:
         for count, lora in zip(rows, loras, strict=True):
             start = segments[-1].stop if segments else 0
             segments.append(Segment(start, start + count, lora))
-        return self.hidden_of(
+        return self._stretches(
             on_device([group.tokens_U for group in groups]),
             on_device([group.positions_U for group in groups]),
             Joined([of_group(group, self.device) for group in groups], rows),
-            segments,
+            Segments(segments),
         )
 
     def target_logprobs(self, hidden_NH: Tensor, targets_NK: Tensor, lora: HeadLora | None, needed_N: Tensor) -> Tensor:
@@ -125,14 +129,30 @@ class Decoder:
         return logits_NV[:rows].float()
 
     def _pass(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, adapt: Adapt) -> Tensor:
+        x_NH, stretches = self._stretches(tokens_N, positions_N, attend, adapt)
+        for stretch in stretches:
+            x_NH = stretch(x_NH)
+        return x_NH
+
+    def _stretches(
+        self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, adapt: Adapt
+    ) -> tuple[Tensor, list[Stretch]]:
+        """The embedded rows, and what is done with them one after another: each layer, and the final norm."""
         rows = tokens_N.shape[0]
         assert rows == positions_N.shape[0], f"{rows} tokens for {positions_N.shape[0]} positions"
         x_NH = F.embedding(padded(tokens_N), self.weights.embed)
         turns = rope.turns(positions_N, self._frequencies)
-        for index, layer in enumerate(self.weights.layers):
-            x_NH = x_NH + self._attention(index, layer, self._norm(x_NH, layer.input_norm), turns, attend, adapt)
-            x_NH = x_NH + self._mlp(index, layer, self._norm(x_NH, layer.post_norm), adapt)
-        return self._norm(x_NH, self.weights.norm)[:rows]
+        kept = self._saved_bytes_max // (rows * self._saved_bytes_of_row)
+        layers = [
+            partial(recomputing.through, partial(self._layer, index, turns, attend, adapt), keep=index < kept)
+            for index in range(len(self.weights.layers))
+        ]
+        return x_NH, [*layers, lambda x_NH: self._norm(x_NH, self.weights.norm)[:rows]]
+
+    def _layer(self, index: int, turns: tuple[Tensor, Tensor], attend: Attend, adapt: Adapt, x_NH: Tensor) -> Tensor:
+        layer = self.weights.layers[index]
+        x_NH = x_NH + self._attention(index, layer, self._norm(x_NH, layer.input_norm), turns, attend, adapt)
+        return x_NH + self._mlp(index, layer, self._norm(x_NH, layer.post_norm), adapt)
 
     def _attention(
         self, index: int, layer: LayerWeights, x_NH: Tensor, turns: tuple[Tensor, Tensor], attend: Attend, adapt: Adapt

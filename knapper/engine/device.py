@@ -1,18 +1,29 @@
 """One thread computes. Work comes as generators.
 
-Each `yield` is a place where other work may go first, so nobody waits long.
+Each `yield` is a place where other work may go first, so nobody waits long. Who wants the device shares it evenly by
+time: training and sampling have half of it each while both have work, whatever their turns take. Who comes, new or
+back, begins level with whoever had least: what it left unused gives it no claim.
 """
 
 import asyncio
 import queue
 import threading
-from collections import deque
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 Task = Generator[None, None, T]
+Now = Callable[[], float]
+
+
+@dataclass(frozen=True, eq=False)
+class _Turn(Generic[T]):
+    task: Task[T]
+    future: Future[T]
+    whose: str
 
 
 class Device:
@@ -21,18 +32,30 @@ class Device:
     No task needs a lock, and no two compute at once.
     """
 
-    def __init__(self, name: str = "device") -> None:
-        self._arrivals: queue.SimpleQueue[tuple[Task[Any], Future[Any]] | None] = queue.SimpleQueue()
+    def __init__(
+        self,
+        name: str = "device",
+        now: Now = time.monotonic,  # noqa: TID251  what turns take is measured, and decides only whose turn is next
+        settle: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`settle` waits until what a turn began is done, on hardware that computes while its thread goes on: called
+        when others wait, so that each is charged its own."""
+        self.busy_s = 0.0  # that turns took
+        self._now, self._settle = now, settle
+        self._arrivals: queue.SimpleQueue[_Turn[Any] | None] = queue.SimpleQueue()
+        self._spent_s: dict[str, float] = {}  # of those that wait, and of those that are ahead of them
+        self._level_s = 0.0  # what the one had spent whose turn it last was
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    async def run(self, task: Task[T]) -> T:
+    async def run(self, task: Task[T], whose: str = "") -> T:
         """What the task returns or raises. If the caller is cancelled, the task is closed at its next yield."""
-        return await asyncio.wrap_future(self.submit(task))
+        return await asyncio.wrap_future(self.submit(task, whose))
 
-    def submit(self, task: Task[T]) -> Future[T]:
+    def submit(self, task: Task[T], whose: str = "") -> Future[T]:
+        """`whose` time it takes: tasks of one owner take turns within its share."""
         future: Future[T] = Future()
-        self._arrivals.put((task, future))
+        self._arrivals.put(_Turn(task, future, whose))
         return future
 
     def close(self) -> None:
@@ -41,21 +64,43 @@ class Device:
         self._thread.join()
 
     def _work(self) -> None:
-        ready: deque[tuple[Task[Any], Future[Any]]] = deque()
+        ready: list[_Turn[Any]] = []  # who had a turn goes to the end
         while True:
             arrival = None
             while not ready or not self._arrivals.empty():
                 arrival = self._arrivals.get()
                 if arrival is None:
-                    for task, future in ready:
-                        task.close()
-                        future.cancel()
+                    for turn in ready:
+                        turn.task.close()
+                        turn.future.cancel()
                     return
+                self._spent_s[arrival.whose] = max(self._spent_s.get(arrival.whose, 0.0), self._level_s)
                 ready.append(arrival)
-            turn = ready.popleft()
-            if self._step(*turn):
+            turn = min(ready, key=lambda one: self._spent_s[one.whose])
+            ready.remove(turn)
+            if self._charged(turn, alone=not ready):
                 ready.append(turn)
+            else:
+                self._forget({one.whose for one in ready})
             del turn, arrival  # while it waits, the thread must not keep the last result: a run's whole state
+
+    def _charged(self, turn: _Turn[Any], *, alone: bool) -> bool:
+        """A step, on its owner's account. True if the task has more to do."""
+        self._level_s = self._spent_s[turn.whose]
+        began = self._now()
+        more = self._step(turn.task, turn.future)
+        if not alone:
+            self._settle()
+        took_s = self._now() - began
+        self.busy_s += took_s
+        self._spent_s[turn.whose] += took_s
+        return more
+
+    def _forget(self, waiting: set[str]) -> None:
+        """Who is away and not ahead comes back at the level anyway; when nobody is left, nobody is ahead."""
+        for whose, spent_s in list(self._spent_s.items()):
+            if whose not in waiting and (not waiting or spent_s <= self._level_s):
+                del self._spent_s[whose]
 
     @staticmethod
     def _step(task: Task[Any], future: Future[Any]) -> bool:
@@ -76,3 +121,19 @@ class Device:
             else:
                 future.set_result(result)
         return False
+
+
+def timed(task: Task[T], now: Now) -> Task[tuple[T, float]]:
+    """(what the task returns, the seconds that its own pieces took: not those of its neighbours)."""
+    spent_s = 0.0
+    try:
+        while True:
+            started = now()
+            try:
+                next(task)
+            except StopIteration as stop:
+                return stop.value, spent_s + now() - started
+            spent_s += now() - started
+            yield
+    finally:
+        task.close()

@@ -23,6 +23,7 @@ from knapper.engine.head import HeadLora
 from knapper.engine.lora import Lora
 from knapper.engine.prefixes import Prefixes
 from knapper.engine.prompts import Prefilled, Prompt
+from knapper.engine.stretches import Stretch
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,11 @@ class ForeignModel:
         for site, linear in linears.items():
             linear.register_forward_hook(self._hook(site))
 
-    def groups(self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]) -> Tensor:
+    def stretches(self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]) -> tuple[Tensor, list[Stretch]]:
+        """One, as theirs is not taken apart."""
+        return torch.empty(0, device=self.device), [lambda _: self._groups(groups, loras)]
+
+    def _groups(self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]) -> Tensor:
         """(U, H). Every sequence is computed whole; of rows that are one, the first sequence's is taken."""
         found: list[Tensor] = []
         for group, lora in zip(groups, loras, strict=True):

@@ -37,6 +37,7 @@ class Job:
     )
     last_1H: Tensor | None = None  # the prompt's last row
     reused: int = 0  # prompt tokens that were not computed for this request
+    device_s: float = 0.0  # its part of the passes that it was in
     scores: PromptScores | None = None  # what the request wants to know of its prompt, once it is all there
 
     @property
@@ -79,10 +80,11 @@ class Job:
     def output(self) -> SampleOutput:
         sequences = [self.sequences[index] for index in range(self.request.num_samples)]
         if self.scores is None:
-            return SampleOutput(sequences, prompt_cache_hit_tokens=self.reused)
+            return SampleOutput(sequences, prompt_cache_hit_tokens=self.reused, device_s=self.device_s)
         return SampleOutput(
             sequences,
             prompt_cache_hit_tokens=self.reused,
+            device_s=self.device_s,
             prompt_logprobs=self.scores.logprobs,
             topk_prompt_logprobs=self.scores.topk,
             target_prompt_logprobs=self.scores.targets,

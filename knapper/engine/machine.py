@@ -10,7 +10,7 @@ import msgspec
 from knapper import limits
 from knapper.engine import peft_format
 from knapper.engine.clock import Clock
-from knapper.engine.device import Device, Task
+from knapper.engine.device import Device, Task, timed
 from knapper.engine.training import RunState, Trainer
 from knapper.errors import Corrupt
 from knapper.journal.machine import Files, Outcome
@@ -25,15 +25,15 @@ class TrainingMachine:
 
     def __init__(self, trainer: Trainer, device: Device, clock: Callable[[], float]) -> None:
         self._trainer = trainer
-        self._device = device
+        self.device = device
         self._clock = clock
         self.passes = Clock(trainer, device, clock)
 
     async def create(self, spec: Spec, source: Files | None, with_optimizer: bool) -> RunState:
         """Raises InvalidField for a spec that cannot be trained, or a checkpoint of another form than the spec's."""
         if source is None:
-            return await self._device.run(_once(lambda: self._trainer.create(spec)))
-        return await self._device.run(_once(lambda: self._load(spec, source, with_optimizer)))
+            return await self.device.run(_once(lambda: self._trainer.create(spec)), spec.run)
+        return await self.device.run(_once(lambda: self._load(spec, source, with_optimizer)), spec.run)
 
     async def apply(self, state: RunState, operation: Operation, source: Files | None) -> Outcome[RunState]:
         """Raises UserError for the user's mistakes; the state is the same then."""
@@ -41,14 +41,15 @@ class TrainingMachine:
             future = self.passes.submit(state, lambda: proto.decode_forward_backward(_body(operation)))
             state, output, cost_s = future.result() if future.done() else await asyncio.wrap_future(future)
             return Outcome(state, "application/x-protobuf", proto.encode_forward_backward_output(output), cost_s=cost_s)
-        outcome, cost_s = await self._device.run(_timed(self._apply(state, operation, source), self._clock))
+        task = timed(self._apply(state, operation, source), self._clock)
+        outcome, cost_s = await self.device.run(task, operation.run)
         return replace(outcome, cost_s=cost_s)
 
     async def freeze(self, state: RunState) -> Files:
-        return await self._device.run(_once(lambda: peft_format.freeze(state)))
+        return await self.device.run(_once(lambda: peft_format.freeze(state)), state.spec.run)
 
     async def thaw(self, spec: Spec, files: Files) -> RunState:
-        return await self._device.run(_once(lambda: self._thaw(spec, files)))
+        return await self.device.run(_once(lambda: self._thaw(spec, files)), spec.run)
 
     def _apply(self, state: RunState, operation: Operation, source: Files | None) -> Task[Outcome[RunState]]:
         match operation.kind:
@@ -93,19 +94,3 @@ def _once(function: Callable[[], T]) -> Task[T]:
     """A task of one piece."""
     yield from ()
     return function()
-
-
-def _timed(task: Task[T], clock: Callable[[], float]) -> Task[tuple[T, float]]:
-    """(what the task returns, the seconds that its own pieces took: not those of its neighbours)."""
-    spent_s = 0.0
-    try:
-        while True:
-            started = clock()
-            try:
-                next(task)
-            except StopIteration as stop:
-                return stop.value, spent_s + clock() - started
-            spent_s += clock() - started
-            yield
-    finally:
-        task.close()

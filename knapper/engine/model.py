@@ -16,6 +16,7 @@ from knapper.engine.head import HeadLora
 from knapper.engine.lora import Lora
 from knapper.engine.prefixes import Prefixes
 from knapper.engine.prompts import Prefilled, Prompt
+from knapper.engine.stretches import Stretch
 
 SlotT = TypeVar("SlotT", bound=Hashable)
 
@@ -77,8 +78,12 @@ class Model(Protocol):
         """What decoding keeps of a token."""
         ...
 
-    def groups(self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]) -> Tensor:
-        """Rows (U, H) that the head takes, group after group, each with its adapter; differentiable in these."""
+    def stretches(self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]) -> tuple[Tensor, Sequence[Stretch]]:
+        """A forward pass: its beginning, and what is done with that one after another, others computing between.
+
+        The last gives the rows (U, H) that the head takes, group after group, each with its adapter; differentiable in
+        these, each stretch by itself.
+        """
         ...
 
     def target_logprobs(self, hidden_NH: Tensor, targets_NK: Tensor, lora: HeadLora | None, needed_N: Tensor) -> Tensor:

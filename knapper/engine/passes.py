@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from knapper.engine.config import HEAD
+from knapper.engine.device import Task
 from knapper.engine.head import HeadLora
 from knapper.engine.lora import Lora
 from knapper.engine.losses import Loss
 from knapper.engine.model import Model
 from knapper.engine.prefixes import Prefixes
+from knapper.engine.stretches import Course
 from knapper.errors import UserError
 from knapper.wire.types import Datum, ForwardBackwardOutput
 
@@ -85,19 +87,31 @@ def micro_batches(data: Sequence[Datum], rows_max: int) -> Iterator[MicroBatch]:
     yield MicroBatch(first, data[first:], prefixes)
 
 
-def compute(model: Model, passes: Sequence[Pass]) -> None:
+def compute(model: Model, passes: Sequence[Pass]) -> Task[None]:
     """The next micro-batch of each, in one forward and backward. All of them differentiate, or none does.
 
-    A pass whose loss is not finite has `failed` afterwards; the others do not notice.
+    Yields after every layer, forward and backward, and after every request's head. A pass whose loss is not finite has
+    `failed` afterwards; the others do not notice.
     """
     batches = [one.waiting.popleft() for one in passes]
-    with torch.set_grad_enabled(passes[0].differentiates):
-        rows_UH = model.groups([batch.prefixes for batch in batches], [one.lora for one in passes])
-        hidden_UH = rows_UH.split([batch.rows for batch in batches])
-        losses = [_losses(model, one, batch, rows) for one, batch, rows in zip(passes, batches, hidden_UH, strict=True)]
-        sums = [value for value in losses if value is not None]
-        if sums and passes[0].differentiates:
-            torch.stack(sums).sum().backward()
+    course = Course(differentiates=passes[0].differentiates)
+    begin, stretches = model.stretches([batch.prefixes for batch in batches], [one.lora for one in passes])
+    rows_UH = yield from course.forward(begin, stretches)
+    grads: list[Tensor] = []
+    for one, batch, hidden_UH in zip(passes, batches, rows_UH.split([batch.rows for batch in batches]), strict=True):
+        grads.append(_head(model, one, batch, hidden_UH))
+        yield
+    yield from course.backward(torch.cat(grads))
+
+
+def _head(model: Model, one: Pass, batch: MicroBatch, hidden_UH: Tensor) -> Tensor:
+    """The loss's gradient in the rows, zero if nothing is differentiated; that in the head's adapter is added."""
+    hidden_UH = hidden_UH.detach().requires_grad_(hidden_UH.requires_grad)
+    with torch.set_grad_enabled(one.differentiates):
+        loss = _losses(model, one, batch, hidden_UH)
+    if loss is not None and one.differentiates:
+        loss.backward()
+    return torch.zeros_like(hidden_UH) if hidden_UH.grad is None else hidden_UH.grad
 
 
 def _losses(model: Model, one: Pass, batch: MicroBatch, hidden_UH: Tensor) -> Tensor | None:

@@ -24,6 +24,7 @@ class Counters:
     finished: int = 0  # requests
     failed: int = 0
     cancelled: int = 0
+    device_s: float = 0.0  # of the device, for all of these
 
 
 class Prefilling:

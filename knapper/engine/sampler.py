@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from knapper import limits
-from knapper.engine import sample_checks
+from knapper.engine import hardware, sample_checks
 from knapper.engine.adapt import Segments
 from knapper.engine.device import Device, Task
 from knapper.engine.draw import alternatives, draw
@@ -55,7 +55,10 @@ class AdapterSource(Protocol):
 
 
 class Sampler:
-    """Continuous batching over one decoder: `slots_max` texts decode at once, within `kv_tokens_max` positions."""
+    """Continuous batching over one decoder: `slots_max` texts decode at once, within `kv_tokens_max` positions.
+
+    `now`, in seconds, only tells what a request costs.
+    """
 
     def __init__(
         self,
@@ -66,11 +69,12 @@ class Sampler:
         *,
         slots_max: int,
         kv_tokens_max: int,
+        now: Callable[[], float],
     ) -> None:
         assert slots_max >= 1
         self.counters = Counters()
         self._decoder, self._device, self._source, self._tokenizer = decoder, device, adapters, tokenizer
-        self._slots_max, self._kv_tokens_max = slots_max, kv_tokens_max
+        self._slots_max, self._kv_tokens_max, self._now = slots_max, kv_tokens_max, now
         self._turn = max(1, slots_max // 4)
         self._loads: OrderedDict[str, asyncio.Future[Lora]] = OrderedDict()
         # Callers and the device's thread meet at these two, under the lock.
@@ -134,7 +138,7 @@ class Sampler:
             self._arrivals.append(job)
             if not self._working:
                 self._working = True
-                self._device.submit(self._work())
+                self._device.submit(self._work(), "samples")
 
     async def _lora(self, adapter: str) -> Lora:
         load = self._loads.get(adapter)
@@ -215,7 +219,10 @@ class Sampler:
         """One pass over the prompts of `jobs`, then their log-probabilities if they are asked for."""
         if not jobs:
             return
+        began_s = self._now()
         hidden = self._prefilling.compute(jobs)
+        hardware.finish(self._decoder.device)
+        self._charge(began_s, [(job, rows.shape[0]) for job, rows in zip(jobs, hidden, strict=True)])
         yield
         for job, rows in zip(jobs, hidden, strict=True):
             if job.scores is None and PromptScores.wanted(job.request):
@@ -235,12 +242,15 @@ class Sampler:
     @torch.inference_mode()
     def _score(self, job: Job, scores: PromptScores, start: int, hidden_NH: Tensor) -> bool:
         """False when the job failed: its logits are not numbers."""
+        began_s = self._now()
         logits = self._decoder.logits(hidden_NH, Segments([job.segment(0, hidden_NH.shape[0])]))
-        if not bool(logits.isfinite().all()):
+        finite = bool(logits.isfinite().all())
+        if finite:
+            scores.add(start, logits)
+        self._charge(began_s, [(job, 1)])
+        if not finite:
             self._fail(job)
-            return False
-        scores.add(start, logits)
-        return True
+        return finite
 
     @torch.inference_mode()
     def _begin(self, turns: Sequence[tuple[Job, int]]) -> None:
@@ -258,7 +268,7 @@ class Sampler:
                 text.finish(stopped=False)
         texts = [text for text in texts if text.job.tokens_max > 0]
         for start in range(0, len(texts), _logit_rows):
-            some = texts[start : start + _logit_rows]
+            began_s, some = self._now(), texts[start : start + _logit_rows]
             jobs = list(dict.fromkeys(text.job for text in some))
             last_JH = torch.cat([job.last_1H for job in jobs if job.last_1H is not None])
             logits_JV = self._decoder.logits(last_JH, Segments([job.segment(row, 1) for row, job in enumerate(jobs)]))
@@ -266,6 +276,7 @@ class Sampler:
             rows = torch.tensor([place[text.job] for text in some], device=logits_JV.device)
             for text in self._draw(some, logits_JV[rows]):
                 self._texts[self._cache.add(text.job.kept, text.job.prompt_tokens)] = text
+            self._charge(began_s, [(text.job, 1) for text in some])
         self._release_prompts()
         self._deliver()
 
@@ -296,6 +307,7 @@ class Sampler:
     @torch.inference_mode()
     def _step(self) -> None:
         """One token for every active text."""
+        began_s = self._now()
         self._cache.settle()
         slots = self._cache.rows
         texts = [self._texts[slot] for slot in slots]
@@ -306,7 +318,16 @@ class Sampler:
                 del self._texts[slot]
                 self._cache.remove(slot)
         self.counters.steps += 1
+        self._charge(began_s, [(text.job, 1) for text in texts])
         self._deliver()
+
+    def _charge(self, began_s: float, parts: Sequence[tuple[Job, int]]) -> None:
+        """The seconds since then were the jobs', by their rows; where none was computed, in equal parts."""
+        spent_s = self._now() - began_s
+        total = sum(rows for _, rows in parts)
+        self.counters.device_s += spent_s
+        for job, rows in parts:
+            job.device_s += spent_s * (rows / total if total else 1 / len(parts))
 
     def _draw(self, texts: Sequence[Text], logits_NV: Tensor) -> list[Text]:
         """A token for each text. Returns those that go on; a job whose logits are not numbers fails."""

@@ -24,6 +24,9 @@ from knapper.wire.types import AdamW, ForwardBackward, ForwardBackwardOutput
 # Rows of a micro-batch: they bound memory and how long neighbours wait; a longer datum goes alone. A CPU's products are
 # saturated from some 128 rows on, a GPU's are not.
 ROWS_MAX_CPU, ROWS_MAX_GPU = 1024, 8192
+# With more rows than these a CPU computes each no faster, and whoever shares a pass waits for all of it: runs that
+# share every pass end every step together, and then wait for their rewards together.
+ROWS_SHARED_CPU = 384
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ class Trainer:
         """`rows_max` of a micro-batch; None: what suits the device."""
         self.decoder = decoder
         self.rows_max = rows_max or (ROWS_MAX_CPU if decoder.device.type == "cpu" else ROWS_MAX_GPU)
+
+    @property
+    def rows_shared(self) -> int:
+        """Rows up to which a pass takes in more requests."""
+        return min(self.rows_max, ROWS_SHARED_CPU) if self.decoder.device.type == "cpu" else self.rows_max
 
     def layout(self, spec: Spec) -> Layout:
         """Raises InvalidField for a spec that cannot be trained on this model."""
@@ -93,14 +101,13 @@ class Trainer:
     ) -> Task[tuple[RunState, ForwardBackwardOutput]]:
         """The loss of each datum, and its gradient added to those pending; forward_only leaves these as they are.
 
-        Yields after each micro-batch. Losses and gradients are sums, never means. Raises UserError for a request that
+        Yields after each layer. Losses and gradients are sums, never means. Raises UserError for a request that
         is wrong, or whose loss or gradient is not finite; `state` holds as before then. The clock computes the same for
         several runs at a time.
         """
         one = self.open(state, request)
         while not one.done:
-            compute(self.decoder, [one])
-            yield
+            yield from compute(self.decoder, [one])
         return self.close(state, one)
 
     def optim_step(self, state: RunState, values: AdamW) -> Task[tuple[RunState, dict[str, float]]]:

@@ -43,6 +43,12 @@ class Weights:
     norm: Tensor
     head: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        """Of the large ones: all matrices, a tied head once."""
+        linears = sum(one.nbytes for layer in self.layers for one in (layer.qkv, layer.o, layer.gate_up, layer.down))
+        return linears + self.embed.nbytes + (0 if self.head is self.embed else self.head.nbytes)
+
 
 def load(
     directory: Path, config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"

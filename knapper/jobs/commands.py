@@ -139,6 +139,7 @@ def usage(
                 ("training device_seconds", ".3f", "device seconds"),
                 ("sampling_prefill token_count", "d", "prompt tokens"),
                 ("sampling_sample token_count", "d", "tokens sampled"),
+                ("sampling_sample device_seconds", ".3f", "device seconds"),
                 ("checkpoint count", "d", "checkpoints"),
             )
             if name in used

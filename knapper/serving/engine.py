@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import FrameType
 
@@ -20,7 +20,7 @@ from knapper import limits, metrics, telemetry
 from knapper.engine import peft_format
 from knapper.engine.config import Facts
 from knapper.engine.device import Device
-from knapper.engine.hardware import device_for, dtype_for
+from knapper.engine.hardware import device_for, dtype_for, finish, kv_bytes, take_memory
 from knapper.engine.loading import load
 from knapper.engine.lora import Lora, layout
 from knapper.engine.machine import TrainingMachine
@@ -93,10 +93,15 @@ def engine() -> Engine:
         torch.set_num_threads(settings.threads)
     directory = Path(settings.model_directory)
     where = device_for(settings.device)
+    memory = take_memory(where, settings.gpu_memory_share)
     dtype = dtype_for(settings.dtype, where)
-    decoder = load(directory, dtype, where)
+    try:
+        decoder = load(directory, dtype, where)
+    except torch.OutOfMemoryError as error:
+        allowed = f"what the weights of {settings.model} fit into; torch says: {error}"
+        raise InvalidField("KNAPPER_GPU_MEMORY_SHARE", settings.gpu_memory_share, allowed, "Or a larger GPU") from error
     config = decoder.config
-    device = Device()
+    device = Device(settle=partial(finish, where))
     atexit.register(device.close)  # torch aborts if the interpreter goes away under its thread
     metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
     store = metrics.CountedStore(open_store(settings))
@@ -121,10 +126,12 @@ def engine() -> Engine:
         adapters,
         Tokenizer.from_file(str(directory / "tokenizer.json")),
         slots_max=_SLOTS_MAX,
-        kv_tokens_max=max(config.context, _KV_BYTES_MAX // decoder.bytes_per_token),
+        # One text may always fill the context.
+        kv_tokens_max=max(config.context, kv_bytes(where, memory, _KV_BYTES_MAX) // decoder.bytes_per_token),
+        now=time.monotonic,
     )
     metrics.Readings(readings(machine, sampler))
-    residents = Residents(store, metrics.CountedMachine(machine), holder, time.time)
+    residents = Residents(store, metrics.CountedMachine(machine), holder, time.time, rest_s=settings.rest_s)
     if holder.address:
         _leave_at_sigterm(residents)
     return Engine(
@@ -156,6 +163,8 @@ def readings(machine: TrainingMachine, sampler: Sampler) -> list[Reading]:
     """What a scrape is told of both."""
     passes, counts = machine.passes.counters, sampler.counters
     return [
+        Reading("knapper_device_busy_seconds", "Seconds in which the device's thread computed, for whomever.",
+                lambda: machine.device.busy_s, counts=True),
         Reading("knapper_train_passes", "Passes of training.", lambda: passes.passes, counts=True),
         Reading("knapper_train_rows", "Tokens that those computed.", lambda: passes.rows, counts=True),
         Reading("knapper_train_shares", "Requests in those: over passes, how many share one.", lambda: passes.shares,
@@ -171,6 +180,8 @@ def readings(machine: TrainingMachine, sampler: Sampler) -> list[Reading]:
         Reading("knapper_reused_tokens", "Prompt tokens that were there already.", lambda: counts.reused_tokens,
                 counts=True),
         Reading("knapper_sampled_tokens", "Tokens sampled.", lambda: counts.decoded_tokens, counts=True),
+        Reading("knapper_sample_device_seconds", "Seconds of the device that samples took.", lambda: counts.device_s,
+                counts=True),
         Reading("knapper_sample_steps", "Decoding steps: tokens over steps is how full one is.", lambda: counts.steps,
                 counts=True),
         Reading("knapper_sample_slots", "Texts that decode now.", lambda: sampler.active),

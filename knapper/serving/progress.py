@@ -32,7 +32,8 @@ async def frames(sampler: Sampler, sample: Sample) -> AsyncIterator[Frame]:
         while (drawn := await heard.get()) is not None:
             told += 1
             yield drawn
-        yield Whole(proto.encode_sample_response(work.result()))
+        output = work.result()
+        yield Whole(proto.encode_sample_response(output), output.device_s)
     except KnapperError as error:
         if not told:
             raise

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Generic
+from typing import Any, Generic
 
 import msgspec
 import structlog
@@ -41,21 +41,36 @@ class _Resident(Generic[State]):
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     snapshots: asyncio.Lock = field(default_factory=asyncio.Lock)
     settle: asyncio.TimerHandle | None = None
+    rest: asyncio.TimerHandle | None = None  # of the last bell; it changes with the next
     background: asyncio.Task[None] | None = None
     work: asyncio.Task[bool] | None = None  # of the slice under way, or the last one
 
 
 class Residents(Generic[State]):
-    """Answers bells."""
+    """Answers bells. A run that none came for in `rest_s` is stored whole and leaves the memory; 0: never."""
 
-    def __init__(self, store: Store, machine: Machine[State], holder: Holder, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        machine: Machine[State],
+        holder: Holder,
+        clock: Callable[[], float],
+        *,
+        rest_s: float = 0.0,
+    ) -> None:
         self._store = store
         self._machine = machine
         self._holder = holder
         self._clock = clock
+        self._rest_s = rest_s
         self._residents: OrderedDict[RunId, _Resident[State]] = OrderedDict()
         self._claims = itertools.count(1)
         self._leaving = False
+
+    @property
+    def present(self) -> int:
+        """Runs whose state is in memory."""
+        return sum(resident.run is not None for resident in self._residents.values())
 
     def leave(self) -> None:
         """This process is about to end: slices end after the operation under way, and bells are refused."""
@@ -71,8 +86,9 @@ class Residents(Generic[State]):
         resident = self._resident(of)
         await resident.lock.acquire()
         try:
-            if resident.settle is not None:
-                resident.settle.cancel()
+            for timer in (resident.settle, resident.rest):
+                if timer is not None:
+                    timer.cancel()
             if self._leaving:
                 raise NotHolder(f"{self._holder.name} is leaving, and works on {of} no more")
             run = await self._claimed(of, resident, hint)
@@ -96,6 +112,7 @@ class Residents(Generic[State]):
                 resident.lock.release()
             else:
                 resident.work.add_done_callback(lambda work: _let_go(resident.lock, work))
+            self._rest_later(resident)
 
     def _resident(self, run: RunId) -> _Resident[State]:
         resident = self._residents.setdefault(run, _Resident())
@@ -175,6 +192,7 @@ class Residents(Generic[State]):
             log.info("snapshot", run=run.run, applied=run.applied, took_s=round(self._clock() - began, 2))
 
     def _snapshot_in_background(self, run: Run[State], resident: _Resident[State]) -> None:
+        resident.settle = None  # a timer that went off holds the run that it was given
         if resident.snapshots.locked():
             return
 
@@ -187,6 +205,45 @@ class Residents(Generic[State]):
                     resident.run = None  # the next bell claims anew
 
         resident.background = asyncio.ensure_future(snapshot())
+
+    def _rest_later(self, resident: _Resident[State]) -> None:
+        if resident.rest is not None:
+            resident.rest.cancel()
+        if self._rest_s > 0:
+            resident.rest = asyncio.get_running_loop().call_later(self._rest_s, self._rest, resident)
+
+    def _rest(self, resident: _Resident[State]) -> None:
+        """No bell came for long: what the run is goes into the store, then out of memory.
+
+        The next bell claims it anew, from the snapshot, to the last bit.
+        """
+        run, timer = resident.run, resident.rest
+        if run is None:
+            return
+        if _busy(resident) or resident.snapshots.locked():
+            self._rest_later(resident)
+            return
+
+        async def rest() -> None:
+            try:
+                await self._snapshot(run, resident)
+            except KnapperError as error:
+                log.warning("snapshot failed", run=run.run, code=error.code, reason=str(error))
+                if isinstance(error, Unavailable):
+                    self._rest_later(resident)
+                    return
+            # Nothing is awaited from here on: a bell that came meanwhile keeps the run.
+            if resident.run is run and resident.rest is timer and not _busy(resident):
+                resident.run = None
+                if resident.settle is not None:
+                    resident.settle.cancel()  # it holds the run
+                log.info("run rests", run=run.run, applied=run.applied)
+
+        resident.background = asyncio.ensure_future(rest())
+
+
+def _busy(resident: _Resident[Any]) -> bool:
+    return resident.lock.locked() or (resident.work is not None and not resident.work.done())
 
 
 def _let_go(lock: asyncio.Lock, work: asyncio.Task[bool]) -> None:

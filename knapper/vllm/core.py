@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from knapper import limits
-from knapper.errors import KnapperError, Unavailable
+from knapper.errors import InvalidField, KnapperError, Unavailable
 
 RANKS: Final = (8, 16, 32, 64, 128, 256)  # that vLLM makes room for; an adapter's may be any up to it
 TEMPERATURES: Final = (0.01, 2.0)  # outside of these vLLM raises it in silence, or refuses it
-_CLOSE_S: Final = 3.0  # for a core to end by itself, then it is killed: it holds nothing that must be saved
+_CLOSE_S: Final = 1.5  # for a core to end by itself, then it is killed: it holds nothing that must be saved
 Top = list[tuple[int, float]]  # (token, log-probability), the likeliest first
 
 
@@ -211,7 +211,15 @@ def _told() -> Iterator[None]:
 
 
 def _prepare(options: Options, environ: MutableMapping[str, str]) -> None:
-    """What vLLM takes from the environment only. What an operator set stays."""
+    """What vLLM takes from the environment only. What an operator set stays, but for what KNAPPER_ variables say.
+
+    Raises InvalidField for what would end the core at the first sample.
+    """
+    if options.device == "cpu" and environ.get("VLLM_BATCH_INVARIANT", "0") != "0":
+        raise InvalidField(
+            "VLLM_BATCH_INVARIANT", environ["VLLM_BATCH_INVARIANT"], "0 on a CPU",
+            "vLLM's batch-invariant kernels are for GPUs: unset it",
+        )  # fmt: skip
     wanted = {
         "VLLM_USE_V2_MODEL_RUNNER": "0",  # the mends of knapper.vllm.worker are for the first
         "VLLM_NO_USAGE_STATS": "1",  # it would report to its makers
@@ -229,7 +237,7 @@ def _prepare(options: Options, environ: MutableMapping[str, str]) -> None:
             "TORCH_COMPILE_DISABLE": "1",  # one small function of the sampler is, for 13 s of the first request
         }
         if options.threads:
-            wanted["OMP_NUM_THREADS"] = str(options.threads)
+            environ["OMP_NUM_THREADS"] = str(options.threads)
     for name, value in wanted.items():
         environ.setdefault(name, value)
 

@@ -25,6 +25,7 @@ from knapper.vllm.adapters import Shelf
 from knapper.vllm.core import Core, Options
 from knapper.vllm.engine import Engine
 from knapper.vllm.sampler import VllmSampler
+from knapper.vllm.shares import Shares
 from knapper.vllm.turns import Turns
 
 _TEXTS_MAX: Final = {"cpu": 64, "cuda": 256}  # that decode at once
@@ -65,12 +66,13 @@ def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, 
     _leave_at_sigterm(engine)
     engine.begin()
     turns = Turns(options.texts_max, options.adapters_at_once)
-    sampler = VllmSampler(engine, shelf, facts, Tokenizer.from_file(str(directory / "tokenizer.json")), turns)
+    tokenizer, shares = Tokenizer.from_file(str(directory / "tokenizer.json")), Shares(time.monotonic)
+    sampler = VllmSampler(engine, shelf, facts, tokenizer, turns, shares)
     log.info(
         "vllm: ready", model=settings.model, context=facts.context, device=device, dtype=options.dtype,
         took_s=round(time.monotonic() - began, 2),
     )  # fmt: skip
-    Readings(_readings(sampler, engine, options.texts_max))
+    Readings(_readings(sampler, engine, shares, options.texts_max))
     return sampler, facts.context
 
 
@@ -101,12 +103,14 @@ def _leave_at_sigterm(engine: Engine) -> None:
     signal.signal(signal.SIGTERM, leave)
 
 
-def _readings(sampler: VllmSampler, engine: Engine, texts_max: int) -> list[Reading]:
+def _readings(sampler: VllmSampler, engine: Engine, shares: Shares, texts_max: int) -> list[Reading]:
     counts = sampler.counters
     return [
         Reading("knapper_vllm_prefilled_tokens", "Prompt tokens, those that were in the cache too.",
                 lambda: counts.prefilled_tokens, counts=True),
         Reading("knapper_vllm_sampled_tokens", "Tokens sampled.", lambda: counts.decoded_tokens, counts=True),
+        Reading("knapper_vllm_device_seconds", "Seconds in which a text was under way.", lambda: shares.device_s,
+                counts=True),
         Reading("knapper_vllm_slots", "Texts that decode now.", lambda: sampler.active),
         Reading("knapper_vllm_slots_max", "Texts that can decode at once.", lambda: texts_max),
         Reading("knapper_vllm_starts", "Engine cores that were started.", lambda: engine.starts, counts=True),

@@ -23,6 +23,7 @@ from knapper.vllm import prompts
 from knapper.vllm.adapters import Shelf
 from knapper.vllm.core import TEMPERATURES, Adapter, Ask, Core, Piece, Top
 from knapper.vllm.engine import Engine
+from knapper.vllm.shares import Shares
 from knapper.vllm.turns import Turns
 from knapper.wire.progress import Drawn, Ending
 from knapper.wire.types import Sample, SampleOutput, Sequence
@@ -52,13 +53,17 @@ class _Job:
     sequences: dict[int, Sequence] = field(default_factory=dict)
     prompt: Piece | None = None
     cached: int = 0
+    device_s: float = 0.0  # its texts' shares of the wall clock
 
 
 class VllmSampler:
     """As many texts at once as the engine's core has slots for; the rest wait in turn."""
 
-    def __init__(self, engine: Engine, shelf: Shelf, facts: Facts, tokenizer: Tokenizer, turns: Turns) -> None:
+    def __init__(
+        self, engine: Engine, shelf: Shelf, facts: Facts, tokenizer: Tokenizer, turns: Turns, shares: Shares
+    ) -> None:
         self.counters = Counters()
+        self._shares = shares
         self._engine, self._shelf, self._facts, self._tokenizer, self._turns = engine, shelf, facts, tokenizer, turns
         self._requests = 0
 
@@ -137,7 +142,7 @@ class VllmSampler:
         try:
             for number in range(wanted):
                 leave = await self._turns.take(job.request.tenant, job.adapter.content if job.adapter else "")
-                tasks.append(asyncio.create_task(self._text(core, job, number)))
+                tasks.append(asyncio.create_task(self._charged(core, job, number)))
                 tasks[-1].add_done_callback(leave)
                 if any(task.done() and task.exception() for task in tasks):
                     break
@@ -146,6 +151,14 @@ class VllmSampler:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _charged(self, core: Core, job: _Job, number: int) -> None:
+        """A text; its share of the time is the job's."""
+        end = self._shares.begin()
+        try:
+            await self._text(core, job, number)
+        finally:
+            job.device_s += end()
 
     async def _text(self, core: Core, job: _Job, number: int) -> None:
         request, params = job.request, job.request.params
@@ -220,7 +233,7 @@ def _output(job: _Job) -> SampleOutput:
     count = job.request.num_samples
     sequences = [job.sequences[number if job.tokens_max else 0] for number in range(count)]
     told = prompts.told(job.request, job.prompt) if job.prompt is not None else {}
-    return SampleOutput(sequences, prompt_cache_hit_tokens=job.cached, **told)
+    return SampleOutput(sequences, prompt_cache_hit_tokens=job.cached, device_s=job.device_s, **told)
 
 
 def _seed(seed: int, number: int) -> int:

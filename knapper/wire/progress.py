@@ -4,13 +4,17 @@ A frame for each token as it is drawn, then the whole answer, as if nobody had l
 """
 
 from collections.abc import AsyncIterator
-from typing import Literal
+from math import inf
+from typing import Final, Literal
 
 import msgspec
+import structlog
 
 from knapper.frames import frame, split
 
 FRAMES = "application/x-knapper-sample-frames"
+DEVICE_S: Final = "Knapper-Device-Seconds"  # a header of an answer that is no stream: of the device, for this sample
+log = structlog.get_logger()
 Ending = Literal["", "stop", "length"]
 
 
@@ -29,9 +33,10 @@ class Drawn(msgspec.Struct, frozen=True, tag="drawn"):
 
 
 class Whole(msgspec.Struct, frozen=True, tag="whole"):
-    """The protobuf answer."""
+    """The protobuf answer, and the seconds of the device that it took."""
 
     answer: bytes
+    device_s: float = 0.0
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -44,6 +49,20 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 Frame = Drawn | Whole | Failed
+
+
+def device_s(header: str | None) -> float:
+    """What DEVICE_S says. Without it, as from a function of an older release, 0; what is no such number is logged."""
+    try:
+        seconds = float(header or 0.0)
+    except ValueError:
+        seconds = inf
+    if 0.0 <= seconds < inf:
+        return seconds
+    log.error("a sample's device seconds cannot be counted", header=header)
+    return 0.0
+
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Frame)
 

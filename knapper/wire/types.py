@@ -137,4 +137,5 @@ class SampleOutput:
     target_prompt_logprobs: Cells | None = None  # float32, in the request's layout; 0.0 where it has -1
     prompt_draws: PromptDraws | None = None
     prompt_cache_hit_tokens: int = 0
+    device_s: float = 0.0  # seconds of the device that were this request's; not on the client's wire
     extra: dict[str, float] = field(default_factory=dict)

@@ -9,13 +9,21 @@ from pathlib import Path
 import pytest
 import yaml
 
+from knapper.cluster.model import _with_vllm
+from knapper.errors import InvalidField
 from knapper.models.catalogue import slug
 from tests.cluster.apiserver import Cluster, ready, serving
 from tests.manifests import rules, schema
 from tests.manifests.rendering import ROOT, rendered
 
 MODEL = "Qwen/Qwen3-8B"
-CONFIG = {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "max_position_embeddings": 40960}
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "intermediate_size": 12288, "rms_norm_eps": 1e-6, "rope_theta": 1000000, "hidden_act": "silu",
+    "tie_word_embeddings": False, "bos_token_id": 151643, "eos_token_id": 151645,
+}  # fmt: skip
 DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -106,6 +114,41 @@ def test_a_dry_run_prints_objects_that_fit_and_asks_no_cluster(config: Path, ove
     assert models == {slug(MODEL)}
 
 
+def test_vllm_can_sample_one_model_beside_others(config: Path, overlay: Path) -> None:
+    done = knapper(
+        "deploy", "add", MODEL, "--config", str(config), "--dry-run", "--manifests", str(overlay), "--sampler", "vllm"
+    )
+    assert done.returncode == 0, done.stderr
+    made = list(yaml.safe_load_all(done.stdout))
+    if schema.CRDS is not None:
+        assert [error for thing in made for error in schema.errors(thing)] == []
+    names = {thing["metadata"]["name"] for thing in made[:4]}
+    others = [each for each in rendered("overlays/gke-l4") if each["metadata"]["name"] not in names]
+    assert list(rules.findings([*others, *made[:4]])) == []
+    images = [thing["spec"]["template"]["spec"]["containers"][0]["image"] for thing in made[:2]]
+    assert images == ["registry/train-step:v1", "registry/sample-vllm:v1"]
+
+
+@pytest.mark.parametrize(("image", "becomes"), [
+    ("registry:5000/a/sample:v1", "registry:5000/a/sample-vllm:v1"), ("sample", "sample-vllm"),
+    ("a/sample-vllm@sha256:00", "a/sample-vllm@sha256:00"), ("a/sample@sha256:00", None), ("a/other:v1", None),
+])  # fmt: skip
+def test_the_image_with_vllm_is_the_sister_of_the_one_without(image: str, becomes: str | None) -> None:
+    if becomes is None:
+        with pytest.raises(InvalidField, match="by its tag"):
+            _with_vllm(image)
+    else:
+        assert _with_vllm(image) == becomes
+
+
+def test_vllm_samples_no_model_that_transformers_computes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "model_type": "gemma3_text"}))
+    at = ["--config", str(tmp_path / "config.json"), "--manifests", "gke-l4", "--sampler", "vllm", "--dry-run"]
+    done = knapper("deploy", "add", MODEL, *at)
+    assert done.returncode == 1
+    assert f"none for {MODEL}, which transformers computes" in done.stderr
+
+
 def _values(thing: object, key: str) -> list[str]:
     if isinstance(thing, dict):
         return [found for name, value in thing.items() for found in ([value] if name == key else _values(value, key))]
@@ -124,8 +167,10 @@ def test_the_manifests_own_model_keeps_its_names(overlay: Path, config: Path) ->
     ("arguments", "words"),
     [
         (["--manifests", "gke-l4"], "an overlay with the names of your project in it"),
-        (["--manifests", "gke-b200"], "an overlay: gke-h100, gke-l4, gke-l4-shared, local"),
+        (["--manifests", "gke-b200"], "an overlay: gke-h100, gke-h100-vllm, gke-l4, gke-l4-shared, gke-l4-vllm, local"),
         (["--manifests", "local", "--accelerator", "nvidia-l4"], "ask for no GPU"),
+        (["--manifests", "local", "--sampler", "tgi"], "sampler is 'tgi'; allowed: vllm"),
+        (["--manifests", "local", "--sampler", "vllm"], "ask for no GPU"),
     ],
 )
 def test_what_cannot_be_deployed_is_said(arguments: list[str], words: str, config: Path) -> None:

@@ -20,17 +20,34 @@ class Server:
     Its standard error is in `log_path`, beside the data directory, and survives restarts.
     """
 
-    def __init__(self, model: Path, data: Path, *flags: str, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        data: Path,
+        *flags: str,
+        settings: Mapping[str, str] | None = None,
+        python: str = sys.executable,
+    ) -> None:
         self.data = data
         self.url = ""
         self.log_path = data.with_name(f"{data.name}.log")
-        self._model, self._flags, self._settings = model, flags, settings or {}
+        self._model, self._flags, self._settings, self._python = model, flags, settings or {}, python
         self._process: subprocess.Popen[str] | None = None
 
     @classmethod
-    def start(cls, model: Path, data: Path, *flags: str, settings: Mapping[str, str] | None = None) -> Self:
-        """A server that answers. `flags` go to `knapper up` as they are, `settings` as environment variables."""
-        server = cls(model, data, *flags, settings=settings)
+    def start(
+        cls,
+        model: Path,
+        data: Path,
+        *flags: str,
+        settings: Mapping[str, str] | None = None,
+        python: str = sys.executable,
+    ) -> Self:
+        """A server that answers. `flags` go to `knapper up` as they are, `settings` as environment variables.
+
+        `python`: of the environment that serves, where that is another one.
+        """
+        server = cls(model, data, *flags, settings=settings, python=python)
         server.up()
         return server
 
@@ -43,7 +60,7 @@ class Server:
     def up(self) -> None:
         """Bring it up, after a kill at the port that it had. Returns once it answers."""
         port = self.url.rpartition(":")[2] or "0"
-        command = [sys.executable, "-m", "knapper.cli", "up", "--model", str(self._model), "--data", str(self.data)]
+        command = [self._python, "-m", "knapper.cli", "up", "--model", str(self._model), "--data", str(self.data)]
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("KNAPPER_")}
         environment = {**inherited, **self._settings, "OMP_NUM_THREADS": "1"}
         with self.log_path.open("a", encoding="utf-8") as log:

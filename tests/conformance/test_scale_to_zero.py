@@ -1,5 +1,6 @@
 """Idle is free: without work the engine's processes end, and the next operation brings them back to the same bits."""
 
+import asyncio
 import re
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 import tinker
 from tinker import types
 
+from knapper.journal.records import decode
+from knapper.store.directory import DirectoryStore
+from knapper.usage import Samplings
 from tests.conformance.kill_client import datum, tokens
 from tests.conformance.server import Server, wait_until
 from tests.engine.tiny import tiny_model
@@ -44,3 +48,15 @@ def test_functions_end_when_idle_and_come_back_on_the_next_bell(tmp_path: Path, 
         told = httpx.get(f"{server.url}/metrics", trust_env=False).text
         starts = dict(re.findall(r'knapper_cold_start_seconds_sum\{stage="(total|pod)"\} ([\d.e-]+)', told))
         assert 0 < float(starts["pod"]) < float(starts["total"]), "what came before the process is a part of the wait"
+    assert asyncio.run(metered(tmp_path / "data" / "store")) > 0, (
+        "the gateway that stopped wrote down what samples took"
+    )
+
+
+async def metered(directory: Path) -> float:
+    """Seconds of the device, of all samples."""
+    store = DirectoryStore(directory)
+    records = [(name, await store.get(name)) for name in await store.list("usage/")]
+    rows = [row for name, data in records if data for row in decode(data, Samplings, name).rows]
+    assert sum(row.sampled for row in rows) == 16
+    return sum(row.device_s for row in rows)

@@ -188,9 +188,9 @@ def test_a_defect_that_one_request_brings_out_fails_no_other(
     alone = [done(trainer.forward_backward(state, one)) for state, one in asked]
     compute, culprit = passes.compute, asked[1][1].data[0]
 
-    def defective(decoder: Decoder, chosen: list[Pass]) -> None:
+    def defective(decoder: Decoder, chosen: list[Pass]) -> Task[None]:
         mine = any(batch.data[0] is culprit for one in chosen for batch in one.waiting)
-        compute(decoder, chosen)  # its gradients are added, and then it breaks
+        yield from compute(decoder, chosen)  # its gradients are added, and then it breaks
         if mine:
             raise RuntimeError("out of memory")
 
@@ -211,9 +211,9 @@ def test_the_device_is_shared_by_rows_and_nobody_starves(
     order: list[str] = []
     compute = passes.compute
 
-    def noted(decoder: Decoder, chosen: list[Pass]) -> None:
+    def noted(decoder: Decoder, chosen: list[Pass]) -> Task[None]:
         order.extend(names[id(one.lora.a)] for one in chosen)
-        compute(decoder, chosen)
+        return compute(decoder, chosen)
 
     names: dict[int, str] = {}
     opened = trainer.open

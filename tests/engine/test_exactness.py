@@ -4,6 +4,7 @@ So that the ratio of an on-policy step is 1, and not 1 and some noise.
 """
 
 import asyncio
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,13 @@ class Pair:
         self.device = Device()
         weakref.finalize(self, self.device.close)
         self.sampler = Sampler(
-            self.trainer.decoder, self.device, Shelf(loras), None, slots_max=24, kv_tokens_max=1 << 14
+            self.trainer.decoder,
+            self.device,
+            Shelf(loras),
+            None,
+            slots_max=24,
+            kv_tokens_max=1 << 14,
+            now=time.monotonic,
         )
 
     def _trained(self, name: str) -> RunState:

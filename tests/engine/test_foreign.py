@@ -7,6 +7,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def trained(trainer: Trainer, **changes: Any) -> RunState:
 def sampled(trainer: Trainer, adapters: dict[str, Lora], directory: Path, *requests: Sample) -> list[SampleOutput]:
     device = Device()
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    sampler = Sampler(trainer.decoder, device, Shelf(adapters), tokenizer, slots_max=6, kv_tokens_max=4096)
+    sampler = Sampler(
+        trainer.decoder, device, Shelf(adapters), tokenizer, slots_max=6, kv_tokens_max=4096, now=time.monotonic
+    )
 
     async def together() -> list[SampleOutput]:
         return list(await asyncio.gather(*(sampler.sample(one) for one in requests)))
@@ -126,7 +129,7 @@ def test_a_run_in_a_crowd_equals_the_run_alone_bit_for_bit(tmp_path: Path, kind:
     states = [trainer.create(spec(seed=seed, rank=3 + seed, train_unembed=seed == 1)) for seed in range(3)]
     requests = [request([datum(length, "ppo", rng) for length in (5, 21, 9 + n)], "ppo") for n in range(3)]
     passes = [trainer.open(state, one) for state, one in zip(states, requests, strict=True)]
-    compute(trainer.decoder, passes)
+    done(compute(trainer.decoder, passes))
     for state, one, crowded in zip(states, requests, passes, strict=True):
         alone, output = done(trainer.forward_backward(state, one))
         together, crowd_output = trainer.close(state, crowded)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
+from knapper.engine.decoder import Decoder
 from knapper.engine.device import Device
 from knapper.engine.machine import TrainingMachine
 from knapper.engine.training import RunState, Trainer
@@ -235,7 +236,10 @@ def test_the_cost_is_that_of_the_operations_own_pieces(
         machine = TrainingMachine(trainer, device, Ticks())
         state = await machine.create(spec(), None, False)
         outcomes = await asyncio.gather(*(machine.apply(state, OPERATIONS[0], None) for _ in range(3)))
-        assert [outcome.cost_s for outcome in outcomes] == [3.0, 3.0, 3.0]  # a second for each pass, none for waiting
+        assert isinstance(trainer.decoder, Decoder)
+        stretches = trainer.decoder.config.layers + 1
+        pieces = 3 * (2 * stretches + 2)  # each pass: the stretches, the head, the stretches backward, the end
+        assert [outcome.cost_s for outcome in outcomes] == [pieces] * 3  # a second for each, none for waiting
 
     run(story())
 

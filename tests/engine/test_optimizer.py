@@ -137,3 +137,21 @@ def test_the_norm_without_float64_is_finite_only_if_all_are(bad: float) -> None:
     values = draw(4)
     values[17] = bad
     assert not math.isfinite(scaled_norm(values))
+
+
+@pytest.mark.parametrize("size", [0, 1, 1023, 1024, 5000])
+@pytest.mark.parametrize("scale", [1.0, 1e-8, 1e-12, 1e-30, 1e30])
+def test_the_norm_is_that_of_float64_whatever_the_numbers_size(size: int, scale: float) -> None:
+    values = torch.randn(size, generator=torch.Generator().manual_seed(size)) * scale
+    assert norm_of(values) == pytest.approx(float(torch.linalg.vector_norm(values.double())), rel=1e-6, abs=0)
+    assert is_finite(values)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 1023, 1024, 4095, 4096, 4999])
+def test_one_wrong_number_is_seen_wherever_it_is(wrong: float, place: int) -> None:
+    values = torch.randn(5000, generator=torch.Generator().manual_seed(place)) * 1e37
+    assert is_finite(values)
+    values[place] = wrong
+    assert not is_finite(values)
+    assert not math.isfinite(norm_of(values))

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import time
 import weakref
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -21,6 +22,7 @@ from knapper.engine.lora import Lora
 from knapper.engine.sampler import NonFiniteLogits, Sampler
 from knapper.errors import NotFound, TooLarge, UserError
 from knapper.wire.types import Sample, SampleOutput, SamplingParams, Sequence
+from tests.engine.test_clock import held
 from tests.engine.test_decoder import decoder_of, lora_of
 from tests.engine.tiny import context, tiny_model
 
@@ -50,14 +52,27 @@ async def until(reached: Callable[[], bool]) -> None:
 class House:
     """A sampler over a tiny model on a device of its own."""
 
-    def __init__(self, directory: Path, *, slots_max: int = 16, kv_tokens_max: int = 8192) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        slots_max: int = 16,
+        kv_tokens_max: int = 8192,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.decoder = decoder_of(tiny_model(directory))
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.shelf = Shelf({f"adapter-{seed}": lora_of(self.decoder, seed=seed, rank=3 + seed) for seed in (1, 2, 3)})
         self.device = Device()
         weakref.finalize(self, self.device.close)
         self.sampler = Sampler(
-            self.decoder, self.device, self.shelf, self.tokenizer, slots_max=slots_max, kv_tokens_max=kv_tokens_max
+            self.decoder,
+            self.device,
+            self.shelf,
+            self.tokenizer,
+            slots_max=slots_max,
+            kv_tokens_max=kv_tokens_max,
+            now=now,
         )
 
     def run(self, *requests: Sample) -> list[SampleOutput]:
@@ -321,7 +336,7 @@ def test_a_stop_string_across_tokens_ends_a_text_and_stays_in_it(house: House) -
 
 
 def test_stop_strings_need_a_tokenizer(house: House) -> None:
-    bare = Sampler(house.decoder, house.device, house.shelf, None, slots_max=4, kv_tokens_max=1024)
+    bare = Sampler(house.decoder, house.device, house.shelf, None, slots_max=4, kv_tokens_max=1024, now=time.monotonic)
     with pytest.raises(UserError, match="no tokenizer"):
         house.within(bare.sample(request(stop_strings=("x",))))
 
@@ -463,7 +478,40 @@ def test_training_takes_turns_with_decoding(house: House) -> None:
 def test_bfloat16_samples_are_the_same_alone_and_in_a_crowd(tmp_path: Path) -> None:
     house = House(tmp_path)
     house.decoder = decoder_of(tmp_path, torch.bfloat16)
-    house.sampler = Sampler(house.decoder, house.device, house.shelf, house.tokenizer, slots_max=16, kv_tokens_max=8192)
+    house.sampler = Sampler(
+        house.decoder, house.device, house.shelf, house.tokenizer, slots_max=16, kv_tokens_max=8192, now=time.monotonic
+    )
     crowd = [request(adapter=["", "adapter-1"][n % 2], prompt=prompt_of(5 + n, seed=n), seed=n) for n in range(9)]
     for one, output in zip(crowd, house.run(*crowd), strict=True):
         assert same(house.run(one)[0].sequences[0], output.sequences[0])
+
+
+def test_the_seconds_of_each_pass_are_divided_over_its_rows(tmp_path: Path) -> None:
+    """A clock that says how often it was asked: every pass takes one second of it."""
+    ticks = itertools.count()
+    house = House(tmp_path, now=lambda: float(next(ticks)))
+
+    def passes() -> int:
+        return house.sampler.counters.prefills + house.sampler.counters.steps
+
+    alone = house.run(request(max_tokens=5, num_samples=2))[0]
+    assert alone.device_s == 2 + 4, "the prompt and its first tokens, then four steps"
+    short, long = (
+        request(prompt=prompt_of(10, seed=1), max_tokens=1),
+        request(prompt=prompt_of(30, seed=2), max_tokens=5, num_samples=3),
+    )
+    before = passes()
+    gate = held(house.device)
+
+    async def together() -> list[SampleOutput]:
+        tasks = [asyncio.ensure_future(house.sampler.sample(one)) for one in (short, long)]
+        await until(lambda: house.sampler.waiting == 2)
+        gate.set()
+        return list(await asyncio.gather(*tasks))
+
+    outputs = house.within(together())
+    assert [output.device_s for output in outputs] == pytest.approx([10 / 40 + 1 / 4, 30 / 40 + 3 / 4 + 4])
+    assert passes() - before == 1 + 4
+    again = house.run(request(max_tokens=5, num_samples=2))[0]
+    assert again.device_s == alone.device_s, "this clock's second for a look at a prompt that is there"
+    assert house.sampler.counters.device_s == pytest.approx(sum(each.device_s for each in (alone, *outputs, again)))

@@ -1,12 +1,14 @@
 """The gateway and the real functions, as processes over one directory: trained, sampled, killed and gone on."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +169,35 @@ def test_a_prompt_past_the_context_is_the_users_error(running: Running, upstream
     failed = wait_for(running, promise["request_id"]).json()
     assert failed["category"] == "user"
     assert "600" in failed["error"]
+
+
+def test_the_seconds_that_samples_had_of_the_device_are_told_once(running: Running, upstream: Functions) -> None:
+    if upstream.process is None or upstream.process.poll() is not None:
+        upstream.start()
+
+    def told(session: str) -> float:
+        running.run(running.parts.meter.flush())
+        now = running.parts.clock()
+        hours = [datetime.fromtimestamp(now // 3600 * 3600 + more, UTC).isoformat() for more in (-3600, 3600)]
+        window = dict(zip(("starting_on", "ending_before"), hours, strict=True))
+        found = running.http.get("billing/usage/events", params=window).raise_for_status().json()["data"]
+        return float(sum(row["event_info"].get("device_seconds", 0.0) for row in found if row["session_id"] == session))
+
+    session = running.session()
+    asked = {"session_id": session, "sampling_session_seq_id": 0, "base_model": MODEL.name}
+    sampler = running.post("create_sampling_session", asked)["sampling_session_id"]
+    prompt = {"chunks": [{"type": "encoded_text", "tokens": [0, 1, 2, 3]}]}
+    sample = {"sampling_session_id": sampler, "seq_id": 0, "prompt": prompt, "num_samples": 2}
+    sample["sampling_params"] = {"max_tokens": 64, "seed": 1}
+    for _ in range(2):  # the second is answered by the first's answer
+        reply = wait_for(running, running.post("asample", sample)["request_id"])
+        assert reply.headers["content-type"] == "application/x-protobuf", reply.text
+        assert "knapper-device-seconds" not in reply.headers, "between us and the function"
+    once = told(session)
+    assert once > 0
+    wait_for(running, running.post("asample", {**sample, "seq_id": 1})["request_id"])
+    assert told(session) > once
+    command = [sys.executable, "-m", "knapper.cli", "usage", "--hours", "2", "--url", running.url]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    said = rf"^{session}  {MODEL.name}: 8 prompt tokens, \d+ tokens sampled, \d+\.\d{{3}} device seconds$"
+    assert re.search(said, printed, re.MULTILINE), printed

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from knapper import limits
 from knapper.errors import StoreError
 from knapper.store.memory import MemoryStore
-from knapper.wire import proto
+from knapper.wire import progress, proto
 from knapper.wire.types import SampleOutput, Sequence
 from tests.gateway.running import MODEL, Running, fwdbwd, gateway, serve
 from tests.gateway.saved import Clock
@@ -48,7 +48,8 @@ def upstream() -> Iterator[tuple[str, list[bytes]]]:
     async def sample(_: Request) -> Response:
         if not replies:
             return Response(b'{"detail": "wrong", "category": "user"}', status_code=422)
-        return Response(replies.pop(0), media_type="application/x-protobuf")
+        took = {"Knapper-Device-Seconds": "0.25"}
+        return Response(replies.pop(0), media_type="application/x-protobuf", headers=took)
 
     with serve(Starlette(routes=[Route("/", sample, methods=["POST"])])) as (url, _):
         yield url, replies
@@ -102,6 +103,28 @@ def test_tokens_sampled_are_reported_by_hour_and_session(running: Running, upstr
         ("08", sessions[0], "sampling_prefill", 6), ("08", sessions[1], "sampling_prefill", 3),
         ("09", sessions[0], "sampling_sample", 7), ("09", sessions[0], "sampling_prefill", 3),
     ]  # fmt: skip
+
+
+def test_seconds_of_the_device_are_reported_with_the_tokens_that_took_them(
+    running: Running, upstream: tuple[str, list[bytes]]
+) -> None:
+    where = sampler(running)
+    upstream[1].extend([drawn(5), drawn(2)])
+    for seq in (1, 1, 2, 3):  # a repetition, and one that fails
+        draw(running, where, seq)
+    running.run(running.parts.meter.flush())
+    found = running.http.get("billing/usage/events", params=_HOURS).raise_for_status().json()["data"]
+    assert [row["event_info"] for row in found] == [
+        {"type": "sampling_sample", "token_count": 7, "device_seconds": 0.5},
+        {"type": "sampling_prefill", "token_count": 6, "cached": False},
+    ]
+
+
+@pytest.mark.parametrize(("header", "seconds"), [
+    (None, 0.0), ("0.125", 0.125), ("nan", 0.0), ("inf", 0.0), ("-1", 0.0), ("a while", 0.0),
+])  # fmt: skip
+def test_seconds_that_are_none_are_not_counted(header: str | None, seconds: float) -> None:
+    assert progress.device_s(header) == seconds
 
 
 def test_training_and_sampling_stand_in_one_report(running: Running, upstream: tuple[str, list[bytes]]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from tests.images.requirements import ROOT
 
 TARGETS = ("gateway", "train-step", "sample", "reward")
+VLLM = "sample-vllm"  # in the place of sample, where there are GPUs
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Requirements of each image, made from pyproject.toml; `python -m tests.images.requirements` writes them anew.
 
 Tools that know nothing of extras (func, buildpacks, the Dockerfile's layers) read requirements.txt. `constraints.txt`
-holds the versions that the tests ran with, so that an image built next month is the same one.
+holds the versions that the tests ran with, so that an image built next month is the same one. `constraints-vllm.txt`
+is another such list, of which no test ran: its first lines say how it is made.
 """
 
 import importlib.metadata
@@ -16,18 +17,21 @@ ROOT = Path(__file__).parents[2]
 
 # What each image needs beside the core. Only the gateway pulls Pub/Sub, but the extra is one.
 EXTRAS = {
-    "gateway": ("gcp", "traces"),
-    "functions/train_step": ("train", "gcp", "traces"),
-    "functions/sample": ("train", "gcp", "traces"),
-    "functions/reward": ("reward", "gcp", "traces"),
+    "gateway/requirements.txt": ("gcp", "traces"),
+    "functions/train_step/requirements.txt": ("train", "gcp", "traces"),
+    "functions/sample/requirements.txt": ("train", "gcp", "traces"),
+    "functions/sample/requirements-vllm.txt": ("train", "vllm", "gcp", "traces"),
+    "functions/reward/requirements.txt": ("reward", "gcp", "traces"),
 }
+# Needs a GPU, and is installed nowhere here: constraints-vllm.txt is what pip resolved for it.
+VLLM = "functions/sample/requirements-vllm.txt"
 # What the images get from torch's own index, with a version of its own: see TORCH_VERSION in the Dockerfile.
 _FROM_TORCH = {"torch"}
 
 
-def render(place: str, project: Mapping[str, object]) -> str:
-    """requirements.txt of an image."""
-    extras = EXTRAS[place]
+def render(file: str, project: Mapping[str, object]) -> str:
+    """The requirements of an image."""
+    extras = EXTRAS[file]
     named = f"the extras {', '.join(extras)}"
     head = f"# knapper's core and {named}, from pyproject.toml; `python -m tests.images.requirements` writes this file."
     return "\n".join([head, *sorted(requirements(project, *extras))]) + "\n"
@@ -43,7 +47,7 @@ def requirements(project: Mapping[str, object], *extras: str) -> list[str]:
 
 def constraints(project: Mapping[str, object]) -> str:
     """The versions that are installed here, of everything that any image installs."""
-    wanted = {line for extras in EXTRAS.values() for line in requirements(project, *extras)}
+    wanted = {line for file, extras in EXTRAS.items() if file != VLLM for line in requirements(project, *extras)}
     found = dict(pair for line in wanted for pair in _closure(Requirement(line)))
     head = "# Versions that the tests ran with; `python -m tests.images.requirements` writes this file."
     return "\n".join([head, *(f"{name}=={version}" for name, version in sorted(found.items()))]) + "\n"
@@ -75,8 +79,8 @@ def project() -> dict[str, object]:
 
 
 def main() -> None:
-    for place in EXTRAS:
-        (ROOT / place / "requirements.txt").write_text(render(place, project()), encoding="utf-8")
+    for file in EXTRAS:
+        (ROOT / file).write_text(render(file, project()), encoding="utf-8")
     (ROOT / "constraints.txt").write_text(constraints(project()), encoding="utf-8")
 
 

@@ -9,31 +9,67 @@ import pytest
 from packaging.requirements import Requirement
 
 from tests.images import requirements
-from tests.images.dockerfile import TARGETS, ignored, image, lay_out, stages
+from tests.images.dockerfile import TARGETS, VLLM, ignored, image, lay_out, stages
 from tests.images.requirements import EXTRAS, ROOT, canonical
 
-PLACES = {"gateway": "gateway", **{name: f"functions/{name.replace('-', '_')}" for name in TARGETS[1:]}}
+FILES = {
+    "gateway": "gateway/requirements.txt",
+    **{name: f"functions/{name.replace('-', '_')}/requirements.txt" for name in TARGETS[1:]},
+    VLLM: requirements.VLLM,
+}
 
 
-@pytest.mark.parametrize("place", EXTRAS)
-def test_requirements_are_those_of_pyproject(place: str) -> None:
-    written = (ROOT / place / "requirements.txt").read_text()
+@pytest.mark.parametrize("file", EXTRAS)
+def test_requirements_are_those_of_pyproject(file: str) -> None:
+    written = (ROOT / file).read_text()
     again = "run `python -m tests.images.requirements`"
-    assert written == requirements.render(place, requirements.project()), again
+    assert written == requirements.render(file, requirements.project()), again
 
 
 def test_constraints_fit_every_requirement() -> None:
-    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()[1:])
-    for place in EXTRAS:
-        for line in (ROOT / place / "requirements.txt").read_text().splitlines()[1:]:
+    for file in EXTRAS:
+        constraints = "constraints-vllm.txt" if file == requirements.VLLM else "constraints.txt"
+        pinned = pins(constraints)
+        for line in (ROOT / file).read_text().splitlines()[1:]:
             wanted = Requirement(line)
             if wanted.name != "torch":  # has a version of its own, and an index
                 version = pinned[canonical(wanted.name)]
-                assert wanted.specifier.contains(version), f"{line}: constraints.txt has {version}"
+                assert wanted.specifier.contains(version), f"{line}: {constraints} has {version}"
     torch = dict(rest.split("=") for word, rest in stages()["torch-cpu"].instructions if word == "ARG" and "=" in rest)
     (line,) = [each for each in requirements.requirements(requirements.project(), "train") if each.startswith("torch")]
     assert Requirement(line).specifier.contains(torch["TORCH_VERSION"])
     assert f"torch=={torch['TORCH_VERSION']}" in (ROOT / "Makefile").read_text()
+
+
+def pins(file: str) -> dict[str, str]:
+    lines = (ROOT / file).read_text().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def test_vllm_stands_on_what_the_tests_ran_with_wherever_it_lets_us() -> None:
+    """One torch, one transformers, one numpy would be best: what is sampled there is trained elsewhere."""
+    ours, theirs = pins("constraints.txt"), pins("constraints-vllm.txt")
+    other = {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
+    assert other == {"numpy"}, "mistral-common, which vLLM wants, is not for ours yet"
+    (torch,) = {rest for word, rest in stages()["torch-cuda"].instructions if word == "ARG"}
+    assert theirs["torch"] == torch.removeprefix("TORCH_VERSION=")
+    assert stages()["vllm-environment"].base == "torch-cuda", "the layer of torch is train-step's"
+
+
+def test_vllm_finds_a_compiler_and_writes_only_below_one_directory() -> None:
+    made = image(VLLM)
+    assert made.environment["KNAPPER_SAMPLER"] == "vllm"
+    caches = {
+        name: value for name, value in made.environment.items() if re.search("CACHE|_HOME|_ROOT$|WORKSPACE", name)
+    }
+    assert len(caches) >= 8
+    assert all(value == "/tmp/cache" or value.startswith("/tmp/cache/") for value in caches.values()), caches
+    assert any(word == "RUN" and "gcc" in rest for word, rest in stages()[VLLM].instructions)
+
+
+@pytest.mark.parametrize("target", ["train-step", "sample", VLLM])
+def test_what_computes_finds_the_driver_where_gke_lays_it(target: str) -> None:
+    assert image(target).environment["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
 
 
 @pytest.mark.parametrize("arguments", [{}, {"TORCH": "cuda", "WEIGHTS": "none"}])
@@ -63,7 +99,7 @@ def test_the_context_is_small(path: str) -> None:
     assert ignored(path)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [*TARGETS, VLLM])
 def test_a_container_runs_as_nobody_under_asgi_in_one_process(target: str) -> None:
     made = image(target)
     assert made.user == "65532:65532"
@@ -73,7 +109,7 @@ def test_a_container_runs_as_nobody_under_asgi_in_one_process(target: str) -> No
     options = dict(zip(made.entrypoint[2:-1:2], made.entrypoint[3::2], strict=True))
     assert (options["--workers"], options["--lifespan"], options["--port"]) == ("1", "on", "8080")
     if target != "gateway":
-        assert made.environment["FUNCTION_TARGET"] == target.replace("-", "_")
+        assert made.environment["FUNCTION_TARGET"] == target.removesuffix("-vllm").replace("-", "_")
 
 
 # Keeps out what is installed here and not in the image. torch's own dependencies come with torch.
@@ -93,12 +129,13 @@ sys.meta_path.insert(0, Strangers())
 WITH_TORCH = {"torch", "sympy", "mpmath", "networkx", "jinja2", "setuptools", "fsspec", "filelock", "typing-extensions"}
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [*TARGETS, VLLM])
 def test_a_container_has_what_its_program_imports(target: str, tmp_path: Path) -> None:
     """Of this project, only what was copied; of others, only what its requirements bring."""
     made = lay_out(target, tmp_path)
     assert made.environment["PYTHONPATH"] == "/app"
-    named = requirements.requirements(requirements.project(), *EXTRAS[PLACES[target]])
+    named = requirements.requirements(requirements.project(), *EXTRAS[FILES[target]])
+    named = [line for line in named if not line.startswith("vllm")]  # the page imports without it
     brought = {name for line in named for name, _ in requirements._closure(Requirement(line))}
     brought |= WITH_TORCH if any(line.startswith("torch") for line in named) else set()
     program = STRANGERS.format(brought=brought, app=str(tmp_path / "app"), root=str(ROOT))

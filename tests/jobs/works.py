@@ -127,6 +127,7 @@ class Works:
                 house.language.tokenizer,
                 slots_max=16,
                 kv_tokens_max=8192,
+                now=self.clock,
             )
             self._processes[name] = Sampling(worker, sampler, house.language, CONTEXT).answer
         else:

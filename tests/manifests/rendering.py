@@ -10,7 +10,8 @@ import yaml
 from knapper.cluster.kustomize import Object, render
 
 ROOT = Path(__file__).parents[2]
-OVERLAYS = ["overlays/local", "overlays/gke-l4", "overlays/gke-l4-shared", "overlays/gke-h100"]
+VLLM = ["overlays/gke-l4-vllm", "overlays/gke-h100-vllm"]
+OVERLAYS = ["overlays/local", "overlays/gke-l4", "overlays/gke-l4-shared", "overlays/gke-h100", *VLLM]
 APPLIED = [*OVERLAYS, "cluster/configmaps", "cluster/operator"]
 KUBECTL = shutil.which("kubectl")
 

@@ -3,7 +3,9 @@
 import re
 from collections.abc import Iterator
 
+from knapper import limits
 from knapper.cluster.kustomize import Object, identity
+from knapper.errors import InvalidField
 from knapper.settings import Settings, variable
 from tests.manifests.rendering import services
 
@@ -135,6 +137,8 @@ def _decided(service: Object) -> Iterator[str]:
         yield "the start-up probe outlasts the progress deadline"
     if "nvidia.com/gpu" in container["resources"]["limits"]:
         yield from _gpu(spec, said, patience_s)
+    if {"name": "KNAPPER_SAMPLER", "value": "vllm"} in container.get("env", []):
+        yield from _vllm(spec)
 
 
 def _gpu(spec: Object, said: dict[str, str], patience_s: float) -> Iterator[str]:
@@ -147,6 +151,29 @@ def _gpu(spec: Object, said: dict[str, str], patience_s: float) -> Iterator[str]
     for key, value in {"panic-threshold-percentage": "1000", "target-burst-capacity": "-1"}.items():
         if said.get(_AUTOSCALING + key) != value:
             yield f"{key} is not {value}"
+
+
+def _vllm(spec: Object) -> Iterator[str]:
+    (container,) = spec["containers"]
+    if "nvidia.com/gpu" not in container["resources"]["limits"]:
+        yield "vLLM's image is for GPUs, and none is asked for"
+    if not re.search(r"/sample-vllm[:@]", container["image"]):
+        yield f"vLLM is not in the image {container['image']}"
+    shelf = 64.0 / 1024  # GiB of /dev/shm that a container has by itself
+    volumes = {each["name"]: each for each in spec["volumes"]}
+    for mount in container["volumeMounts"]:
+        empty = volumes.get(mount["name"], {}).get("emptyDir", {})
+        if mount["mountPath"] == "/dev/shm" and empty.get("medium") == "Memory":
+            shelf = gib(empty.get("sizeLimit", "0Gi"))
+    if shelf < 1 + limits.adapters_kept_bytes_max / 2**30:
+        yield "/dev/shm has no room for the adapters that vLLM keeps"
+    if shelf >= gib(container["resources"]["limits"]["memory"]) / 2:
+        yield "/dev/shm takes half of the container's memory"
+
+
+def gib(text: str) -> float:
+    assert text.endswith("Gi"), text
+    return float(text.removesuffix("Gi"))
 
 
 def _references(service: Object, known: set[tuple[str, str, str]]) -> Iterator[str]:
@@ -214,6 +241,13 @@ def _settings(objects: list[Object]) -> Iterator[str]:
     for name, value in given:
         if name.startswith("KNAPPER_") and name not in fields:
             yield f"{name}={value} is no setting"
+            continue
+        try:
+            Settings.load(
+                {name: value.replace("PROJECT_ID", "a-project")} if name.startswith("KNAPPER_") and value else {}
+            )
+        except InvalidField as error:
+            yield str(error)
 
 
 def seconds(text: str) -> float:

@@ -19,8 +19,9 @@ from knapper.models import obtain
 from knapper.models.catalogue import slug
 from knapper.models.declared import read
 from knapper.serving import engine, residents
+from knapper.vllm import opening
 from tests.manifests import rules, schema
-from tests.manifests.rendering import APPLIED, KUBECTL, OVERLAYS, ROOT, by_kubectl, find, rendered, services
+from tests.manifests.rendering import APPLIED, KUBECTL, OVERLAYS, ROOT, VLLM, by_kubectl, find, rendered, services
 
 needs_crds = pytest.mark.skipif(schema.CRDS is None, reason="no directory knative-crds beside the checkout")
 Breaking = Callable[[list[Object]], None]
@@ -156,6 +157,18 @@ FOR_RULES: dict[str, tuple[Breaking, str]] = {
         ),
         "waits for the whole chain",
     ),
+    "a share that is more than the whole": (
+        lambda all_: container(all_)["env"].append({"name": "KNAPPER_GPU_MEMORY_SHARE", "value": "45"}),
+        "KNAPPER_GPU_MEMORY_SHARE is '45'",
+    ),
+    "vLLM in an image without it": (
+        lambda all_: container(all_, "sample")["env"].append({"name": "KNAPPER_SAMPLER", "value": "vllm"}),
+        "vLLM is not in the image",
+    ),
+    "no room for adapters": (
+        lambda all_: container(all_, "sample")["env"].append({"name": "KNAPPER_SAMPLER", "value": "vllm"}),
+        "/dev/shm has no room",
+    ),
     "a setting that is none": (
         lambda all_: put(find(all_, "ConfigMap", "knapper")["data"], KNAPPER_STOER="gs://x"), "KNAPPER_STOER",
     ),
@@ -180,17 +193,12 @@ def test_rules_find(mistake: str) -> None:
 
 
 def test_events_go_by_kafka_where_its_component_is_added(tmp_path: Path) -> None:
-    plan = {
-        "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization",
-        "resources": [os.path.relpath(ROOT / "knative/overlays/local", tmp_path)],
-        "components": [os.path.relpath(ROOT / "knative/components/kafka-broker", tmp_path)],
-        "generatorOptions": {"disableNameSuffixHash": True},
-        "patches": [{
-            "target": {"version": "v1", "kind": "ConfigMap", "name": "knapper-kafka"},
-            "patch": yaml.safe_dump([{"op": "replace", "path": "/data/bootstrap.servers", "value": "k:9092"}]),
-        }],
-    }  # fmt: skip
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(plan))
+    path = stacked(tmp_path, "overlays/local", "components/kafka-broker") / "kustomization.yaml"
+    patches = [{
+        "target": {"version": "v1", "kind": "ConfigMap", "name": "knapper-kafka"},
+        "patch": yaml.safe_dump([{"op": "replace", "path": "/data/bootstrap.servers", "value": "k:9092"}]),
+    }]  # fmt: skip
+    path.write_text(path.read_text() + yaml.safe_dump({"patches": patches}))
     objects = render(tmp_path)
     assert list(rules.findings(objects)) == []
     broker = find(objects, "Broker", "knapper")
@@ -232,8 +240,40 @@ def test_only_the_flags_that_knative_must_have_are_used_by_the_local_overlay() -
 
 def test_a_pod_takes_at_once_what_its_process_keeps() -> None:
     for overlay in OVERLAYS:
+        texts = opening._TEXTS_MAX["cuda"] if overlay in VLLM else engine._SLOTS_MAX
         assert pod(rendered(overlay), "train-step")["containerConcurrency"] == residents._RESIDENTS_MAX
-        assert pod(rendered(overlay), "sample")["containerConcurrency"] == engine._SLOTS_MAX
+        assert pod(rendered(overlay), "sample")["containerConcurrency"] == texts
+
+
+@pytest.mark.parametrize("sampler", ["torch", "vllm"])
+def test_two_on_one_gpu_are_told_their_parts_of_its_memory(sampler: str, tmp_path: Path) -> None:
+    more = ["components/vllm"] if sampler == "vllm" else []
+    objects = render(stacked(tmp_path, "overlays/gke-l4-shared", *more))
+    assert list(rules.findings(objects)) == []
+    given = {name: values(objects, name) for name in ("train-step", "sample")}
+    taken = [float(given["train-step"]["KNAPPER_GPU_MEMORY_SHARE"] or 1)]
+    asked = "KNAPPER_VLLM_MEMORY" if sampler == "vllm" else "KNAPPER_GPU_MEMORY_SHARE"
+    taken.append(float(given["sample"][asked] or 1))
+    assert given["sample"].get("KNAPPER_SAMPLER", "torch") == sampler
+    assert 0.8 <= sum(taken) <= 0.95, "and CUDA itself wants some hundred MB a process"
+    for overlay in ("overlays/gke-l4", "overlays/gke-h100", *VLLM):
+        assert not {"KNAPPER_GPU_MEMORY_SHARE", "KNAPPER_VLLM_MEMORY"} & set(values(rendered(overlay), "sample"))
+
+
+def stacked(at: Path, overlay: str, *components: str) -> Path:
+    """A kustomization over ours, as an operator writes one."""
+    plan = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization",
+        "resources": [os.path.relpath(ROOT / "knative" / overlay, at)],
+        "components": [os.path.relpath(ROOT / "knative" / each, at) for each in components],
+        "generatorOptions": {"disableNameSuffixHash": True},
+    }  # fmt: skip
+    (at / "kustomization.yaml").write_text(yaml.safe_dump(plan))
+    return at
+
+
+def values(objects: list[Object], service: str) -> dict[str, str | None]:
+    return {each["name"]: each.get("value") for each in container(objects, service)["env"]}
 
 
 def test_reward_reaches_dns_the_brokers_door_and_the_store_and_nothing_else() -> None:
@@ -267,7 +307,7 @@ def test_the_declared_model_is_the_one_that_the_images_carry() -> None:
         objects = rendered(overlay)
         assert list(find(objects, "ConfigMap", "knapper-models")["data"]) == [f"{slug(record.name)}.json"]
         for service, url in (("train-step", record.train_step_url), ("sample", record.sample_url)):
-            given = {each["name"]: each.get("value") for each in container(objects, service)["env"]}
+            given = values(objects, service)
             assert (given["KNAPPER_MODEL"], given["KNAPPER_MODEL_DIRECTORY"]) == (record.name, record.directory)
             assert url == f"http://{service}.knapper.svc.cluster.local"
 

@@ -29,9 +29,10 @@ def _imported(entry: str, directory: Path, **environment: str) -> set[str]:
     return set(done.stdout.rpartition("MODULES ")[2].split())
 
 
-def test_an_engine_that_loaded_its_weights_imported_only_what_it_needs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("entry", ["functions.train_step.main", "functions.sample.main"])
+def test_an_engine_that_loaded_its_weights_imported_only_what_it_needs(tmp_path: Path, entry: str) -> None:
     directory = str(tiny_model(tmp_path / "model"))
-    modules = _imported("functions.train_step.main", tmp_path, KNAPPER_MODEL_DIRECTORY=directory, KNAPPER_THREADS="1")
+    modules = _imported(entry, tmp_path, KNAPPER_MODEL_DIRECTORY=directory, KNAPPER_THREADS="1")
     assert "torch" in modules
     assert (modules & (_NEVER | _NEVER_OF_TORCH | {"aiohttp"})) == set()
     assert len(modules) < 1900

@@ -27,6 +27,7 @@ def test_the_frames_of_a_stream_are_the_answer(house: House) -> None:
     asked = request(num_samples=3, max_tokens=9, topk_sample_logprobs=2, ignore_eos=True)
     *drawn, whole = house.within(frames_of(house, asked))
     assert isinstance(whole, Whole)
+    assert whole.device_s > 0
     output = proto.decode_sample_response(whole.answer)
     assert output.sequences[0].tokens.tolist() == house.run(asked)[0].sequences[0].tokens.tolist()
     for number, sequence in enumerate(output.sequences):
@@ -87,7 +88,7 @@ def test_an_error_is_raised_before_the_first_token_and_a_frame_after_it(house: H
 def test_frames_survive_the_way() -> None:
     frames: list[Frame] = [
         Drawn(1, 2, 3, -0.5, "stop", [(3, -0.5), (4, float("-inf"))]),
-        Whole(b"\x00\xff"),
+        Whole(b"\x00\xff", 0.25),
         Failed(422, "a", "b", "user"),
     ]
 

@@ -2,9 +2,10 @@
 
 import asyncio
 import os
+import time
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from tokenizers import Tokenizer
@@ -22,6 +23,7 @@ from knapper.vllm.adapters import Shelf
 from knapper.vllm.core import Core, Options
 from knapper.vllm.engine import Engine
 from knapper.vllm.sampler import VllmSampler
+from knapper.vllm.shares import Shares
 from knapper.vllm.turns import Turns
 from knapper.wire.types import Sample, SampleOutput
 
@@ -40,7 +42,14 @@ class House:
     """`run` and `within` use one event loop: the core is bound to it."""
 
     def __init__(
-        self, model: Path, memory: Path, *, rest_s: float = 0.0, texts_max: int = 16, rank_max: int = 16
+        self,
+        model: Path,
+        memory: Path,
+        *,
+        rest_s: float = 0.0,
+        texts_max: int = 16,
+        rank_max: int = 16,
+        dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         self.model, self.memory = model, memory
         self.facts = ModelConfig.read(model)
@@ -48,7 +57,7 @@ class House:
         self.store = MemoryStore()
         self.loop = asyncio.Runner()
         options = Options(
-            directory=model, dtype="float32", context=self.facts.context, texts_max=texts_max, rank_max=rank_max,
+            directory=model, dtype=dtype, context=self.facts.context, texts_max=texts_max, rank_max=rank_max,
             adapters_at_once=2, adapters_kept=4, device="cpu", memory=0.9, kv_bytes=2**30, threads=1, sleeps=False,
         )  # fmt: skip
         self.engine = Engine(lambda: Core.start(options, os.environ), rest_s)
@@ -56,7 +65,8 @@ class House:
             self.store, self.facts, memory, self.engine.forget, lambda spec: shapes.refusal(spec, rank_max)
         )
         self.turns = Turns(texts_max, options.adapters_at_once)
-        self.sampler = VllmSampler(self.engine, self.shelf, self.facts, self.tokenizer, self.turns)
+        self.shares = Shares(time.monotonic)
+        self.sampler = VllmSampler(self.engine, self.shelf, self.facts, self.tokenizer, self.turns, self.shares)
 
     def run(self, *requests: Sample) -> list[SampleOutput]:
         async def together() -> list[SampleOutput]:

@@ -166,3 +166,10 @@ def test_a_core_that_dies_is_answered_and_healed(house: House) -> None:
         assert house.engine.starts == before + 1
 
     house.within(story())
+
+
+def test_the_seconds_of_samples_add_up_to_the_time_in_which_there_was_any(house: House) -> None:
+    before = house.shares.device_s
+    outputs = house.run(request(seed=1, num_samples=3), request(seed=2, max_tokens=3))
+    assert all(output.device_s > 0 for output in outputs)
+    assert sum(output.device_s for output in outputs) == pytest.approx(house.shares.device_s - before)

@@ -92,7 +92,7 @@ variable "flex_max_run_s" {
 }
 
 variable "time_sharing_clients" {
-  description = "Pods that share one GPU in turns; 1: none. Memory is not divided: train-step and sample must fit together."
+  description = "Pods that share one GPU in turns; 1: none. Memory is not divided: the overlay gke-l4-shared tells each of them its part."
   type        = number
   default     = 1
 

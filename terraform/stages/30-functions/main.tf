@@ -42,7 +42,7 @@ provider "helm" {
 }
 
 locals {
-  targets  = ["gateway", "train-step", "sample", "reward"]
+  targets  = ["gateway", "train-step", "sample", "sample-vllm", "reward"]
   manifest = "${path.module}/../../../knative"
 
   settings = merge({

@@ -20,7 +20,7 @@ variable "overlay" {
 
   validation {
     condition     = can(regex("^gke-[a-z0-9-]+$", var.overlay))
-    error_message = "overlay must be one of GKE's in knative/overlays, such as gke-l4 or gke-h100."
+    error_message = "overlay must be one of GKE's in knative/overlays, such as gke-l4, gke-h100 or gke-l4-vllm."
   }
 }
 
@@ -30,7 +30,7 @@ variable "registry" {
 }
 
 variable "release" {
-  description = "The tag of all four images; or, better, a digest for each in `digests`."
+  description = "The tag of all images; or, better, a digest for each in `digests`."
   type        = string
 
   validation {
@@ -40,15 +40,15 @@ variable "release" {
 }
 
 variable "digests" {
-  description = "Digests of images by target (gateway, train-step, sample, reward); they win over the tag."
+  description = "Digests of images by target (gateway, train-step, sample or sample-vllm, reward); they win over the tag."
   type        = map(string)
   default     = {}
 
   validation {
     condition = alltrue([for target, digest in var.digests :
-      contains(["gateway", "train-step", "sample", "reward"], target) && can(regex("^sha256:[0-9a-f]{64}$", digest))
+      contains(["gateway", "train-step", "sample", "sample-vllm", "reward"], target) && can(regex("^sha256:[0-9a-f]{64}$", digest))
     ])
-    error_message = "digests must be sha256:... by target: gateway, train-step, sample or reward."
+    error_message = "digests must be sha256:... by target: gateway, train-step, sample, sample-vllm or reward."
   }
 }
 

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class Upstream:
         except asyncio.CancelledError:
             self.left += 1
             raise
-        yield progress.encode(Whole(proto.encode_sample_response(self.output(call))))
+        yield progress.encode(Whole(proto.encode_sample_response(self.output(call)), 0.25))
 
 
 @dataclass
@@ -169,6 +170,27 @@ def test_a_stream_says_what_the_whole_answer_says(served: Served) -> None:
     ends = [choice["finish_reason"] for event in events for choice in event["choices"] if choice["finish_reason"]]
     assert ends == ["stop"] * 2
     assert all(event["usage"] is None for event in events[:-1])
+
+
+def test_what_a_stream_took_of_the_device_is_metered_once_though_it_broke_off(served: Served) -> None:
+    def told() -> float:
+        served.running.run(served.running.parts.meter.flush())
+        now = served.running.parts.clock() // 3600
+        window = {"starting_on": _hour(now), "ending_before": _hour(now + 1)}
+        answer = served.http.get(f"{served.running.url}/api/v1/billing/usage/events", params=window)
+        return float(
+            sum(row["event_info"].get("device_seconds", 0.0) for row in answer.raise_for_status().json()["data"])
+        )
+
+    before = told()
+    served.upstream.breaks = [2]
+    served.events()
+    assert len(served.upstream.calls) == 2
+    assert told() - before == 0.25
+
+
+def _hour(number: float) -> str:
+    return datetime.fromtimestamp(number * 3600, UTC).isoformat()
 
 
 def test_tokens_are_told_while_others_are_still_to_be_drawn(served: Served) -> None:

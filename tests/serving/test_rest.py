@@ -1,0 +1,150 @@
+"""A run that nobody asks anything of leaves the memory of a living engine, and comes back as it was."""
+
+import asyncio
+import json
+import time
+import weakref
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from knapper.engine.device import Device, Task
+from knapper.engine.machine import TrainingMachine
+from knapper.engine.training import RunState, Trainer
+from knapper.errors import Unavailable
+from knapper.events import Committed
+from knapper.ids import RunId
+from knapper.journal.accept import Acceptor, newest_manifest
+from knapper.journal.machine import Files
+from knapper.journal.records import Creation, Spec
+from knapper.journal.run import Holder
+from knapper.serving.residents import Residents
+from knapper.store.memory import MemoryStore
+from knapper.wire import proto
+from tests.engine.runs import RUN as NAME
+from tests.engine.runs import datum, request, spec, tiny_trainer
+from tests.sim.history import TERMS, Step, send
+
+RUN = RunId(NAME)
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    return tiny_trainer(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    device = Device()
+    yield device
+    device.close()
+
+
+class Watched(TrainingMachine):
+    """Remembers, without holding it, every state that it made; `failing` freezes fail first."""
+
+    def __init__(self, trainer: Trainer, device: Device, failing: int = 0) -> None:
+        super().__init__(trainer, device, time.monotonic)
+        self.states: list[weakref.ref[RunState]] = []
+        self.thawed = 0
+        self.failing = failing
+
+    @property
+    def alive(self) -> int:
+        return sum(one() is not None for one in self.states)
+
+    async def apply(self, state: RunState, *rest: Any) -> Any:
+        outcome = await super().apply(state, *rest)
+        self.states.append(weakref.ref(outcome.state))
+        return outcome
+
+    async def freeze(self, state: RunState) -> Files:
+        if self.failing:
+            self.failing -= 1
+            raise Unavailable("the store is away")
+        return await super().freeze(state)
+
+    async def thaw(self, spec: Spec, files: Files) -> RunState:
+        self.thawed += 1
+        state = await super().thaw(spec, files)
+        self.states.append(weakref.ref(state))
+        return state
+
+
+def _steps() -> list[Step]:
+    """Ends with gradients that are still pending when the run rests."""
+    rng = np.random.default_rng(1)
+    steps: list[Step] = []
+    for seq in range(1, 7):
+        if seq % 3:
+            body = proto.encode_forward_backward(request([datum(12, "cross_entropy", rng) for _ in range(2)]))
+            steps.append(Step(seq, "forward_backward", body))
+        else:
+            adam = {"learning_rate": 1e-2}
+            body = json.dumps({"model_id": RUN, "seq_id": seq, "adam_params": adam}).encode()
+            steps.append(Step(seq, "optim_step", body))
+    return steps
+
+
+async def _ring(residents: Residents[RunState]) -> AsyncIterator[bytes]:
+    async for frame in residents.answer(RUN):
+        if isinstance(frame, Committed):
+            for result in frame.commit.results:
+                assert not result.failed, result.body
+                yield result.body
+
+
+async def _story(machine: Watched, rest_s: float) -> tuple[list[bytes], Residents[RunState], MemoryStore]:
+    """The answers to one step a bell; with `rest_s` the run rests after each."""
+    store = MemoryStore()
+    acceptor = Acceptor(store, lambda: 0.0)
+    await acceptor.create(Creation(spec=spec()), b"create")
+    residents = Residents(store, machine, Holder("h", "", TERMS), lambda: 0.0, rest_s=rest_s)
+    answers: list[bytes] = []
+    for step in _steps():
+        await send(acceptor, step)
+        answers += [body async for body in _ring(residents)]
+        while rest_s and residents.present:  # noqa: ASYNC110  nothing in it tells of a rest
+            await asyncio.sleep(0.001)
+    return answers, residents, store
+
+
+def test_a_run_that_rests_after_every_operation_gives_the_bits_of_one_that_never_does(
+    trainer: Trainer, device: Device
+) -> None:
+    resting, awake = Watched(trainer, device), Watched(trainer, device)
+    with_rests, _, store = asyncio.run(_story(resting, 0.001))
+    without, residents, _ = asyncio.run(_story(awake, 0.0))
+    assert with_rests == without
+    assert len(with_rests) == len(_steps()) + 1  # the creation too
+    assert (resting.thawed, awake.thawed) == (len(_steps()) - 1, 0)
+    assert residents.present == 1
+
+    async def newest() -> int:
+        found = await newest_manifest(store, RUN)
+        assert found is not None
+        return found[1].snapshot_seq
+
+    assert asyncio.run(newest()) == len(_steps()), "it left the memory, and its last operation is in no snapshot"
+
+
+def test_a_run_that_rests_leaves_nothing_of_its_state_in_memory(trainer: Trainer, device: Device) -> None:
+    machine = Watched(trainer, device)
+    _, residents, _ = asyncio.run(_story(machine, 0.001))
+    assert residents.present == 0
+    device.submit(_nothing()).result(10)  # the device's thread has let go of what it computed last
+    assert machine.alive == 0
+
+
+def test_a_run_stays_in_memory_until_its_snapshot_is_safe(trainer: Trainer, device: Device) -> None:
+    machine = Watched(trainer, device, failing=3)
+    answers, _, _ = asyncio.run(_story(machine, 0.001))
+    assert machine.failing == 0
+    assert machine.thawed == len(_steps()) - 1, "it was let go while only its journal had it"
+    assert len(answers) == len(_steps()) + 1
+
+
+def _nothing() -> Task[None]:
+    yield from ()
