@@ -1,19 +1,24 @@
 """A whole iteration of reinforcement learning, and many loops that wait for slow rewards on one engine."""
 
+import statistics
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import matplotlib
 
 matplotlib.use("Agg")
 import tinker
 from matplotlib import pyplot as plt
+from prometheus_client.parser import text_string_to_metric_families
 from tinker import types
 
 from benchmarks.bare import Bare
-from benchmarks.figures import Figure, faster, paired
+from benchmarks.figures import Figure, faster, paired, seconds
 from benchmarks.served import Setting, step
 from benchmarks.training import texts
 
@@ -75,52 +80,69 @@ def _sharing(setting: Setting) -> list[Figure]:
     prompts, tokens = texts([48]), 8
     alone = setting.training_client()
     iterate(alone, prompts, tokens)
-    began = time.perf_counter()
-    iterate(alone, prompts, tokens)
-    wait_s = 2 * (time.perf_counter() - began)
+    wait_s = 2 * statistics.median(seconds(lambda: iterate(alone, prompts, tokens)) for _ in range(3))
     counts = (1, 3) if setting.quick else (1, 2, 3, 8)
-    rates, busy = {}, {}
-    for jobs in counts:
-        rates[jobs], busy[jobs] = _together(setting, jobs, prompts, tokens, wait_s)
-    _draw(rates, busy, Path("out/sharing.png"))
+    together = {jobs: _together(setting, jobs, prompts, tokens, wait_s) for jobs in counts}
+    rates = {jobs: one.steps_a_minute for jobs, one in together.items()}
+    _draw(rates, {jobs: one.busy for jobs, one in together.items()}, Path("out/sharing.png"))
     figures = []
     for jobs in counts:
         name = f"{jobs} loops that wait {wait_s:.1f} s of each step: steps a minute"
         goal, stretch = {3: (">= 2.7x", "2.95x"), 8: ("engine busy >= 95 %", "")}.get(jobs, ("", ""))
-        note = f"engine busy {100 * busy[jobs]:.0f} %" if setting.server else ""
+        note = f"engine busy {100 * together[jobs].busy:.0f} %" if setting.server else ""
         ratio = rates[jobs] / rates[1]
         figures.append(Figure("reinforcement", name, rates[jobs], rates[1], "/min", ratio, goal, stretch, None, note))
     return figures
 
 
-def _together(setting: Setting, jobs: int, prompts: list[list[int]], tokens: int, wait_s: float) -> tuple[float, float]:
-    """(steps a minute of all, share of the time that the engine's threads computed)."""
+@dataclass(frozen=True)
+class Together:
+    steps_a_minute: float  # of all loops
+    busy: float  # the part of the time in which the engine's device computed
+
+
+def _together(setting: Setting, jobs: int, prompts: list[list[int]], tokens: int, wait_s: float) -> Together:
+    """All begin at once, which is the worst that they can do, and go on until each has made as many steps as count.
+
+    The first ones do not: they get the loops out of step.
+    """
     clients = [setting.training_client(seed) for seed in range(jobs)]
-    during_s = max(8 * wait_s, 12.0 if setting.quick else 30.0)
-    done = [0] * jobs
-    until = time.monotonic() + during_s
+    skipped, counted = (1, 3) if setting.quick else (2, 6)
+    ends: list[list[float]] = [[] for _ in range(jobs)]
+    readings: list[tuple[float, float]] = []  # (time, seconds that the device was busy), at both ends of what counts
+    over, lock = threading.Event(), threading.Lock()
 
     def loop(index: int) -> None:
-        while time.monotonic() < until:
-            iterate(clients[index], prompts, tokens, wait_s)
-            done[index] += 1
+        try:
+            while not over.is_set():
+                iterate(clients[index], prompts, tokens, wait_s)
+                with lock:
+                    ends[index].append(time.monotonic())
+                    if min(map(len, ends)) >= (skipped if not readings else skipped + counted) and not over.is_set():
+                        readings.append((ends[index][-1], _device_busy_s(setting)))
+                        if len(readings) == 2:
+                            over.set()
+        finally:
+            over.set()  # a loop that fails ends the others
 
-    began, before = time.monotonic(), _cpu_s(setting)
-    workers = [threading.Thread(target=loop, args=(index,)) for index in range(jobs)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    took_s = time.monotonic() - began
-    return 60 * sum(done) / took_s, (_cpu_s(setting) - before) / took_s / setting.threads
+    with ThreadPoolExecutor(jobs) as pool:
+        for done in [pool.submit(loop, index) for index in range(jobs)]:
+            done.result()
+    (began, busy_before), (ended, busy_after) = readings
+    each = [[end for end in own if began <= end <= ended] for own in ends]
+    rate = sum((len(own) - 1) / (own[-1] - own[0]) for own in each)
+    return Together(60 * rate, (busy_after - busy_before) / (ended - began))
 
 
-def _cpu_s(setting: Setting) -> float:
-    """Of the engine's process, all threads."""
+def _device_busy_s(setting: Setting) -> float:
+    """So far; 0 of somebody else's server."""
     if setting.server is None:
         return 0.0
-    fields = Path(f"/proc/{setting.server.processes()['engine']}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / 100
+    scraped = httpx.get(f"http://127.0.0.1:{setting.server.ports()['engine']}/train_step/metrics", trust_env=False)
+    for family in text_string_to_metric_families(scraped.raise_for_status().text):
+        if family.name == "knapper_device_busy_seconds":
+            return family.samples[0].value
+    raise LookupError("the engine does not tell knapper_device_busy_seconds")
 
 
 def _draw(rates: dict[int, float], busy: dict[int, float], path: Path) -> None:

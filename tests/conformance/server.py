@@ -110,6 +110,11 @@ class Server:
         pid = self.processes()[role]
         return sorted({pid, *group(pid)})
 
+    def ports(self) -> dict[str, int]:
+        """Of the processes that listen on one, by role."""
+        found = json.loads((self.data / "run" / "processes.json").read_text(encoding="utf-8"))
+        return {role: process["port"] for role, process in found.items() if process.get("port")}
+
     def log(self) -> str:
         """What it wrote to standard error so far, in all its lives."""
         return self.log_path.read_text(encoding="utf-8")
