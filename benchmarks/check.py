@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tinker
@@ -28,6 +28,7 @@ from benchmarks.training import UNEVEN, texts
 from knapper.engine.clock import Clock
 from knapper.engine.device import Device
 from knapper.engine.loading import load
+from knapper.engine.model import Model
 from knapper.engine.sampler import Sampler
 from knapper.engine.training import RunState, Trainer
 from knapper.journal.records import Spec
@@ -54,14 +55,16 @@ def lost(found: Mapping[str, float], floors: Mapping[str, Mapping[str, Any]]) ->
 
 def computed(model: Path) -> Found:
     """Rows, passes and steps, by the engine's own counters."""
-    trainer, device = Trainer(load(model)), Device("check")
+    counted = _CountedHead(load(model))
+    trainer, device = Trainer(cast(Model, counted)), Device("check")
     try:
         prompt, each = [7] * 96, texts([32] * 8, vocabulary=VOCABULARY)
         group = [_datum(prompt + tail) for tail in each]
         alone = Clock(trainer, device, lambda: 0.0)
         alone.submit(_run(trainer, "group"), lambda: _request(group)).result()
-        together = Clock(trainer, device, lambda: 0.0)
+        together, counted.heads = Clock(trainer, device, lambda: 0.0), 0
         _together(together, device, [(_run(trainer, str(n)), _request([_datum(tail)])) for n, tail in enumerate(each)])
+        in_head = counted.heads
         sampler = Sampler(
             trainer.decoder, device, NoAdapters(), None, slots_max=8, kv_tokens_max=8192, now=time.monotonic
         )
@@ -73,6 +76,8 @@ def computed(model: Path) -> Found:
     return {
         "tokens of a group over rows computed": tokens / alone.counters.rows,
         "passes for 8 runs": together.counters.passes,
+        "rows in a pass of 8 runs": together.counters.rows / together.counters.passes,
+        "passes of the head for 8 runs": in_head,
         "prompt tokens prefilled for 8 samples of 96": sampler.counters.prefilled_tokens,
         "decoding steps for 8 samples of 16": sampler.counters.steps,
     }
@@ -130,6 +135,21 @@ def _modules(module: str, under: str = "") -> int:
     ran = subprocess.run([sys.executable, "-c", code, module], capture_output=True, text=True, check=True)
     names = ran.stdout.splitlines()
     return sum(name == under or name.startswith(f"{under}.") for name in names) if under else len(names)
+
+
+class _CountedHead:
+    """A model that counts how often training asks its head."""
+
+    def __init__(self, model: Model) -> None:
+        self.heads = 0
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def target_logprobs(self, *given: Any) -> torch.Tensor:
+        self.heads += 1
+        return self._model.target_logprobs(*given)
 
 
 def _objects(store: Path) -> tuple[int, int]:

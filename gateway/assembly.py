@@ -18,6 +18,7 @@ from gateway.parts import Parts
 from gateway.records import Records
 from gateway.rewarding import Rewards
 from gateway.samples import Samples
+from gateway.shortcuts import Shortcuts
 from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
 from knapper.events import Claimed
@@ -59,6 +60,8 @@ async def assembled(
     async with AsyncExitStack() as connections:
         client = await connections.enter_async_context(_client())
         crowd = await connections.enter_async_context(_crowd())
+        shortcuts = Shortcuts(crowd, monotonic)
+        connections.push_async_callback(shortcuts.close)
         yield Parts(
             store=store,
             acceptor=acceptor,
@@ -70,8 +73,8 @@ async def assembled(
             links=Links(store, clock, new_id),
             audit=audit,
             orphans=Orphans(store, checkpoints, records.sessions, clock, monotonic),
-            bells=Bells(client, results, url_of, holder_of, new_id, monotonic),
-            samples=Samples(crowd, new_id, monotonic, meter.count, first=int(clock() * 1e6)),
+            bells=Bells(crowd, shortcuts, results, url_of, holder_of, new_id, monotonic),
+            samples=Samples(crowd, shortcuts, new_id, monotonic, meter.count, first=int(clock() * 1e6)),
             meter=meter,
             rewards=Rewards(client, settings.reward_url),
             events_host=settings.events_host,
@@ -97,7 +100,7 @@ def _client() -> httpx.AsyncClient:
 
 
 def _crowd() -> aiohttp.ClientSession:
-    """For samples, which come in crowds: httpx's pool looks at each connection for each of them, this one does not."""
+    """For bells and samples: httpx takes longer for each request, and looks at every connection of its pool for it."""
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar())
 
 

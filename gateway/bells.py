@@ -5,12 +5,14 @@ A bell that gets lost costs time and nothing else: the work lies in the store, a
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-import httpx
+import aiohttp
 import msgspec
 import structlog
 
+from gateway.shortcuts import Shortcuts
 from knapper import events, limits, metrics, tracing
 from knapper.errors import Corrupt, KnapperError, NotHolder, Unavailable, UserError
 from knapper.events import Claimed, Committed, Done, Hint
@@ -19,10 +21,9 @@ from knapper.journal.results import Results
 
 _BACK_OFF_S, _BACK_OFF_MAX_S = 0.2, 5.0
 _COLD_S = 1.0  # an unanswered bell is a cold start after this
-_TIMEOUT = httpx.Timeout(connect=5.0, read=limits.slice_s + 300.0, write=30.0, pool=None)
-_DIRECT = httpx.Timeout(
-    connect=1.0, read=limits.slice_s + 300.0, write=30.0, pool=None
-)  # a dead pod may just be silent
+_SILENCE_S = limits.slice_s + 300.0
+_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=_SILENCE_S)
+_DIRECT = aiohttp.ClientTimeout(total=None, sock_connect=1.0, sock_read=_SILENCE_S)  # a dead pod may just be silent
 
 log = structlog.get_logger()
 
@@ -48,7 +49,8 @@ class Bells:
 
     def __init__(
         self,
-        client: httpx.AsyncClient,
+        client: aiohttp.ClientSession,
+        shortcuts: Shortcuts,
         results: Results,
         url_of: Callable[[RunId], Awaitable[str]],
         holder_of: Callable[[RunId], Awaitable[Claimed | None]],
@@ -56,6 +58,7 @@ class Bells:
         now: Callable[[], float],
     ) -> None:
         self._client = client
+        self._shortcuts = shortcuts
         self._results = results
         self._url_of = url_of
         self._holder_of = holder_of
@@ -142,7 +145,7 @@ class Bells:
                         more = await self._ring(run, line)
                     line.again = line.again or more
                     back_off = _BACK_OFF_S
-                except (httpx.HTTPError, KnapperError, msgspec.MsgspecError) as error:
+                except (aiohttp.ClientError, TimeoutError, KnapperError, msgspec.MsgspecError) as error:
                     if isinstance(error, UserError):
                         log.error("train_step refuses the bell", run=run, reason=str(error))
                         return
@@ -163,42 +166,51 @@ class Bells:
             line.holder = await self._holder_of(run)
         holder = line.holder
         if holder is None or not holder.address:  # nobody, or nobody that can be rung: whoever hears it may have it
-            return await self._post(run, line, await self._url_of(run), Hint())
+            return await self._post_to_service(run, line, Hint())
         hint = Hint(holder.holder, holder.epoch, "direct")
         try:
             return await self._post(run, line, holder.address, hint)
-        except (NotHolder, httpx.ConnectError, httpx.ConnectTimeout, TimeoutError) as lost:
+        except (NotHolder, aiohttp.ClientConnectorError, TimeoutError) as lost:
             log.info("the holder is lost", run=run, holder=holder.holder, at=holder.address, reason=repr(lost))
-        return await self._post(run, line, await self._url_of(run), replace(hint, way="lost"))
+        return await self._post_to_service(run, line, replace(hint, way="lost"))
+
+    async def _post_to_service(self, run: RunId, line: _Line, hint: Hint) -> bool:
+        """As `_post`, to whoever serves the run's model, by the shortest way that there is."""
+        service = await self._url_of(run)
+        with suppress(aiohttp.ClientError, TimeoutError), self._shortcuts.use(service) as url:
+            if url != service:
+                return await self._post(run, line, url, hint)
+        return await self._post(run, line, service, hint)
 
     async def _post(self, run: RunId, line: _Line, url: str, hint: Hint) -> bool:
-        """Raises NotHolder, TimeoutError or httpx.HTTPError: this address is of no use now. Else as `_ring`."""
+        """Raises NotHolder, TimeoutError or aiohttp.ClientError: this address is of no use now. Else as `_ring`."""
         bell = replace(events.bell(run, self._new_id(), hint), traceparent=tracing.current())
         headers, body = bell.encode()
         direct = hint.way == "direct"
-        request = self._client.build_request(
-            "POST", url, headers=headers, content=body, timeout=_DIRECT if direct else _TIMEOUT
-        )
         async with asyncio.timeout(limits.holder_answers_s if direct else None):  # until it begins to answer
-            response = await self._client.send(request, stream=True)
+            response = await self._client.post(url, headers=headers, data=body, timeout=_DIRECT if direct else _TIMEOUT)
+        self._shortcuts.heard(url, response.headers)
         try:
             return await self._hear(run, line, response, direct)
+        except aiohttp.SocketTimeoutError as error:
+            raise Unavailable(f"the answer paused for {_SILENCE_S:.0f} s") from error
         finally:
-            await response.aclose()
+            response.close()  # one that was read to its end has let its connection go before
 
-    async def _hear(self, run: RunId, line: _Line, response: httpx.Response, direct: bool) -> bool:
+    async def _hear(self, run: RunId, line: _Line, response: aiohttp.ClientResponse, direct: bool) -> bool:
         done: Done | None = None
-        if response.status_code != 200:
-            said = detail(await response.aread(), response.status_code)
-            if direct and (response.status_code == 502 or _code(response) == NotHolder.code):
+        if response.status != 200:
+            content = await response.read()
+            said, code = detail(content, response.status), _code(content)
+            if direct and (response.status == 502 or code == NotHolder.code):
                 raise NotHolder(said)  # 502: Knative's proxy lives, and what it stands before does not
-            if 400 <= response.status_code < 500 and response.status_code not in (408, 425, 429):
+            if 400 <= response.status < 500 and response.status not in (408, 425, 429):
                 raise UserError(said)
-            if _code(response) == Corrupt.code:  # a pause and no result: what waits goes on once the object is restored
+            if code == Corrupt.code:  # a pause and no result: what waits goes on once the object is restored
                 said += f"; {run} waits until it is restored from a backup; or go on from a checkpoint in a new run"
             line.trouble = said
             raise Unavailable(said)
-        async for frame in events.decode_frames(response.aiter_bytes()):
+        async for frame in events.decode_frames(response.content.iter_any()):
             match frame:
                 case Claimed():
                     line.holder = frame
@@ -225,10 +237,10 @@ class Bells:
             line.wake.set()
 
 
-def _code(response: httpx.Response) -> str:
-    """The code of an error that was read, empty if it has none."""
+def _code(content: bytes) -> str:
+    """The code of an error, empty if it has none."""
     try:
-        return msgspec.json.decode(response.content, type=dict[str, str]).get("code", "")
+        return msgspec.json.decode(content, type=dict[str, str]).get("code", "")
     except msgspec.MsgspecError:
         return ""
 

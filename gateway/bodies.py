@@ -1,7 +1,9 @@
 """Request bodies, bounded while they stream in: what is too large is thrown away as it comes, except its beginning."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 from starlette.requests import Request
 
@@ -9,7 +11,12 @@ from knapper import limits
 from knapper.errors import InvalidField, TooLarge, UserError
 from knapper.wire import zstd
 
+_SMALL_BYTES = 16 * 1024  # work on so few takes less time than it takes to give it to a thread
 _PREFIX_BYTES = 256 * 1024  # two zstd blocks: enough for the first bytes of any content
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,19 @@ async def read_or_peek(request: Request) -> Body:
         return Body(data, whole)
     if not whole:
         return Body(await asyncio.to_thread(_beginning, data), False)
+    if len(data) <= _SMALL_BYTES:
+        content, cut = zstd.decompress_prefix(data, min(_SMALL_BYTES, limits.body_bytes_max))
+        if not cut:
+            return Body(content, True)
     content, cut = await asyncio.to_thread(zstd.decompress_prefix, data, limits.body_bytes_max)
     return Body(content[:_PREFIX_BYTES] if cut else content, not cut)
+
+
+async def computed(size: int, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """What the work returns, whose time grows with the `size` of a body: in a thread, unless it is small."""
+    if size <= _SMALL_BYTES:
+        return work(*arguments, **named)
+    return await asyncio.to_thread(work, *arguments, **named)
 
 
 def too_large() -> TooLarge:

@@ -47,7 +47,7 @@ async def retrieve_future(request: Request) -> Response:
 async def _answer(request: Request, body: bytes, content_type: str, as_json: Callable[[bytes], bytes]) -> Response:
     """Protobuf for those who accept it, which SDK 0.25 and newer do; the same as JSON for all others."""
     if content_type == _PROTOBUF and _PROTOBUF not in request.headers.get("accept", ""):
-        body, content_type = await asyncio.to_thread(as_json, body), "application/json"
+        body, content_type = await bodies.computed(len(body), as_json, body), "application/json"
     return Response(body, media_type=content_type)
 
 

@@ -13,6 +13,7 @@ import aiohttp
 import msgspec
 import structlog
 
+from gateway.shortcuts import Shortcuts
 from knapper import ids, limits
 from knapper.errors import Gone, KnapperError, TooMany
 from knapper.ids import SamplerId, SessionId, Tenant, session_of
@@ -83,12 +84,14 @@ class Samples:
     def __init__(
         self,
         client: aiohttp.ClientSession,
+        shortcuts: Shortcuts,
         new_id: Callable[[], str],
         now: Callable[[], float],
         count: Callable[[Tenant, str, bytes, bytes, float], None],
         first: int = 0,
     ) -> None:
         self._client = client
+        self._shortcuts = shortcuts
         self._new_id = new_id
         self._now = now
         self._count = count
@@ -267,7 +270,12 @@ class Samples:
     async def _post(self, entry: Entry) -> tuple[int, bytes]:
         """(status, content) of one attempt."""
         headers = {"Content-Type": "application/json", "Knapper-Tenant": entry.tenant}  # whose turn it takes
-        async with self._client.post(entry.url, data=entry.call, headers=headers, timeout=_TIMEOUT) as response:
+        with self._shortcuts.use(entry.url) as url:
+            return await self._post_to(url, entry, headers)
+
+    async def _post_to(self, url: str, entry: Entry, headers: dict[str, str]) -> tuple[int, bytes]:
+        async with self._client.post(url, data=entry.call, headers=headers, timeout=_TIMEOUT) as response:
+            self._shortcuts.heard(url, response.headers)
             entry.device_s = progress.device_s(response.headers.get(progress.DEVICE_S))
             if entry.listen is None or response.status != 200:
                 return response.status, await response.read()

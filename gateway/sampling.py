@@ -1,7 +1,5 @@
 """Sampling sessions, each bound to weights that never change, and requests for samples from them."""
 
-import asyncio
-
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -69,7 +67,7 @@ async def asample(request: Request) -> Response:
     """The promise of a sample. A repetition gets the same promise."""
     gateway, tenant = parts(request), tenant_of(request)
     body = await bodies.read(request)
-    asked = await asyncio.to_thread(sample_requests.decode, body, sample_requests.Sample)
+    asked = await bodies.computed(len(body), sample_requests.decode, body, sample_requests.Sample)
     session, seq = asked.address()
     sampler = await gateway.records.sampler(session, tenant)
     address = (SamplerId(sampler.sampler), seq)
@@ -78,7 +76,7 @@ async def asample(request: Request) -> Response:
         url = gateway.sample_url or (await gateway.records.model(sampler.base_model)).sample_url
         seed = int(gateway.new_id()[:12], 16)
         serving = await gateway.records.inflight.serving(sampler)
-        call = await asyncio.to_thread(_encode, asked, serving, seed)
+        call = await bodies.computed(len(body), _encode, asked, serving, seed)
         entry = gateway.samples.submit(address, tenant, asked.num_samples, url, call)
     return JSONResponse({"request_id": entry.request_id, "sample_sequence_ids": entry.sequence_ids})
 

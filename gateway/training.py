@@ -1,6 +1,5 @@
 """Runs: made here, and fed. Every operation is durable before its client hears of it; nothing is computed."""
 
-import asyncio
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -159,7 +158,7 @@ async def forward_backward(request: Request) -> Response:
     if not body.whole:
         return await _bury(gateway, tenant, scan.peek(body.data), body.data, bodies.too_large())
     try:
-        model_id, seq = await asyncio.to_thread(proto.check_forward_backward, body.data)
+        model_id, seq = await bodies.computed(len(body.data), proto.check_forward_backward, body.data)
     except UserError as error:
         return await _bury(gateway, tenant, scan.peek(body.data), body.data, error)
     return await _accept(gateway, tenant, model_id, seq, "forward_backward", body.data)
@@ -175,10 +174,10 @@ async def _json_forward(request: Request, decode: Callable[[bytes], ForwardBackw
     gateway, tenant = parts(request), tenant_of(request)
     body = await bodies.read(request)
     try:
-        asked = await asyncio.to_thread(decode, body)
+        asked = await bodies.computed(len(body), decode, body)
     except UserError as error:
         return await _bury(gateway, tenant, _address(body), body, error)
-    packed = await asyncio.to_thread(_pack_forward, body, asked)
+    packed = await bodies.computed(len(body), _pack_forward, body, asked)
     return await _accept_packed(gateway, tenant, asked.run, asked.seq, "forward_backward", packed)
 
 
@@ -233,7 +232,8 @@ def _address(body: bytes) -> tuple[str, int] | None:
 
 
 async def _accept(gateway: Parts, tenant: Tenant, model_id: str, seq: int, kind: Kind, body: bytes) -> Response:
-    return await _accept_packed(gateway, tenant, model_id, seq, kind, await asyncio.to_thread(pack, body))
+    packed = await bodies.computed(len(body), pack, body)
+    return await _accept_packed(gateway, tenant, model_id, seq, kind, packed)
 
 
 async def _accept_packed(
@@ -254,7 +254,8 @@ async def _bury(
         raise error
     run = await _trainable(gateway, tenant, address[0])
     await _room(gateway, run, address[1])
-    await gateway.acceptor.reject(run, address[1], await asyncio.to_thread(pack, body), str(error))
+    packed = await bodies.computed(len(body), pack, body)
+    await gateway.acceptor.reject(run, address[1], packed, str(error))
     gateway.bells.ring(run, address[1])
     return _promise(run, address[1])
 

@@ -31,6 +31,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOT_IMPORTED = {
     "hatchling": ("pyproject.toml", "hatchling.build"),
     "httptools": ("knapper/local/web.py", "httptools"),
+    "uvloop": ("knapper/local/web.py", "uvloop"),
     "import-linter": ("Makefile", "lint-imports"),
     "mypy": ("Makefile", "/mypy"),
     "pytest-randomly": ("CONTRIBUTING.md", "--randomly-seed"),

@@ -177,7 +177,7 @@ def test_shares_are_told_by_place_and_never_by_name(tmp_path: Path) -> None:
     families = {family.name: family for family in registry.collect()}
     share = {sample.labels["place"]: sample.value for sample in families["knapper_train_share"].samples}
     assert share == {"1": 0.75, "2": 0.25} | {str(place): 0.0 for place in range(3, 9)}
-    assert [sample.value for sample in families["knapper_train_room"].samples] == [2 * trainer.rows_shared]
+    assert [sample.value for sample in families["knapper_train_room"].samples] == [2 * trainer.rows_shared(1)]
     assert [sample.value for sample in families["knapper_train_rows"].samples] == [40]
     assert [sample.value for sample in families["knapper_device_busy_seconds"].samples] == [device.busy_s]
     assert device.busy_s > 0

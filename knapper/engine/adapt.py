@@ -188,6 +188,8 @@ class Scattered:
             if lora is not None:
                 by_adapter[place[id(lora)]].append(row)
         self._stack = stack
+        # One adapter for all rows, as often: they lie as its product wants them.
+        self._straight = len(by_adapter) == 1 and len(by_adapter[0]) == len(row_loras)
         width = rows_padded(max(len(rows) for rows in by_adapter))
         # Padding gathers row 0: its product is computed and never put back.
         gather = [rows + [0] * (width - len(rows)) for rows in by_adapter]
@@ -202,7 +204,8 @@ class Scattered:
         if stacked is None:
             return parts
         a_AIR, b_parts = stacked
-        x_AMI = x_NI.index_select(0, self._gather).view(a_AIR.shape[0], self._width, -1).to(a_AIR.dtype)
+        rows_NI = padded(x_NI) if self._straight else x_NI.index_select(0, self._gather)
+        x_AMI = rows_NI.view(a_AIR.shape[0], self._width, -1).to(a_AIR.dtype)
         low = torch.bmm(x_AMI, a_AIR) * self._stack.scale
         lows = iter(low.split([b.shape[1] for b in b_parts if b is not None], dim=2))
         sums = [
@@ -212,6 +215,8 @@ class Scattered:
         return tuple(sums)
 
     def _added(self, y_NO: Tensor, delta_AMO: Tensor) -> Tensor:
+        if self._straight:
+            return (y_NO + delta_AMO[0, : y_NO.shape[0]]).to(y_NO.dtype)
         delta = delta_AMO.flatten(0, 1).index_select(0, self._where)
         full = delta.new_zeros(y_NO.shape).index_copy_(0, self._rows, delta)
         return (y_NO + full).to(y_NO.dtype)

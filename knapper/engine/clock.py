@@ -162,7 +162,7 @@ class Clock:
 
         Nobody fills up who is a whole pass ahead of a run that is left out: what fills up costs that run time.
         """
-        rows_max, rows_shared = self._trainer.rows_max, self._trainer.rows_shared
+        rows_max, rows_shared = self._trainer.rows_max, self._trainer.rows_shared(len(self._requests))
         waiting = sorted(self._requests, key=lambda one: self._served[one.run])
         chosen: list[_Request] = []
         rows, bound = 0, math.inf
@@ -178,7 +178,7 @@ class Clock:
         return chosen
 
     def _compute(self, chosen: Sequence[_Request]) -> Task[None]:
-        rows = [one.rows for one in chosen]
+        rows, room = [one.rows for one in chosen], self._trainer.rows_shared(len(self._requests))
         opened = [one.opened for one in chosen if one.opened is not None]
         try:
             _, spent_s = yield from timed(passes.compute(self._trainer.decoder, opened), self._now)
@@ -188,7 +188,7 @@ class Clock:
         self.counters.passes += 1
         self.counters.shares += len(chosen)
         self.counters.rows += sum(rows)
-        self.counters.room += max(self._trainer.rows_shared, sum(rows))
+        self.counters.room += max(room, sum(rows))
         with self._lock:
             self._recent.extend((one.run, own) for one, own in zip(chosen, rows, strict=True))
         for one, own in zip(chosen, rows, strict=True):

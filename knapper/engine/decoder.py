@@ -22,6 +22,7 @@ from knapper.engine.head import HeadLora, target_logprobs
 from knapper.engine.kv import Cache, bytes_per_token
 from knapper.engine.lora import Lora
 from knapper.engine.prefixes import Prefixes
+from knapper.engine.products import linear
 from knapper.engine.prompts import Prefilled, Prompt, prefill
 from knapper.engine.stretches import Stretch
 from knapper.engine.weights import LayerWeights, Weights
@@ -125,7 +126,7 @@ class Decoder:
         """float32 (N, V), with the adapters' part of the head where they have one."""
         rows = hidden_NH.shape[0]
         hidden_NH = padded(hidden_NH)
-        (logits_NV,) = adapt((head_site,), (self.config.vocab_size,), hidden_NH, F.linear(hidden_NH, self.head_weight))
+        (logits_NV,) = adapt((head_site,), (self.config.vocab_size,), hidden_NH, linear(hidden_NH, self.head_weight))
         return logits_NV[:rows].float()
 
     def _pass(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, adapt: Adapt) -> Tensor:
@@ -173,9 +174,7 @@ class Decoder:
     def _linear(
         self, index: int, name: str, x: Tensor, weight: Tensor, bias: Tensor | None, adapt: Adapt
     ) -> tuple[Tensor, ...]:
-        return adapt(
-            [f"layers.{index}.{site}" for site in sites[name]], self._widths[name], x, F.linear(x, weight, bias)
-        )
+        return adapt([f"layers.{index}.{site}" for site in sites[name]], self._widths[name], x, linear(x, weight, bias))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """x / sqrt(mean(x^2) + eps), in float32, then scaled in the base's dtype."""

@@ -99,7 +99,7 @@ class _FrozenHead(torch.autograd.Function):
                     whole = len(rows) == len(logits_CV)
                     p_CV = logits_CV if whole else logits_CV[rows]
                     p_CV = p_CV.div_(total_C1 if whole else total_C1[rows]).to(head_VH.dtype)
-                    mean_NH[chunk.start + rows] = (p_CV @ head_VH).to(mean_NH.dtype)
+                    mean_NH[chunk.start + rows] = (padded(p_CV) @ head_VH)[: len(rows)].to(mean_NH.dtype)
         ctx.save_for_backward(head_VH, targets_NK, needed_N, mean_NH)
         return torch.cat(found)
 

@@ -141,7 +141,8 @@ class Cache:
             bias = torch.zeros(masked.shape, dtype=self._shape.dtype, device=self._shape.device).masked_fill_(
                 masked, -torch.inf
             )
-            parts.append(PoolPart(pool, at_N, bias[:, None, None, :]))
+            rows_N = torch.arange(len(pool.slots), device=self._shape.device)
+            parts.append(PoolPart(pool, rows_N, at_N, bias[:, None, None, :]))
             for slot in pool.slots:
                 slot.length += 1
         return Attention(parts)
@@ -161,6 +162,7 @@ class Cache:
 @dataclass(frozen=True)
 class PoolPart:
     pool: Pool
+    rows_N: Tensor
     at_N: Tensor  # the position that this step fills
     bias_N11C: Tensor  # -inf past it
 
@@ -176,6 +178,8 @@ class Attention:
     def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
         rows, _, head_dim = q_NHD.shape
         q_NGQD = q_NHD.reshape(rows, k_NGD.shape[1], -1, head_dim)
+        if len(self._parts) == 1:
+            return self._part(layer, self._parts[0], q_NGQD, k_NGD, v_NGD).reshape(rows, -1)
         split = (x.split(self._sizes) for x in (q_NGQD, k_NGD, v_NGD))
         outputs = [self._part(layer, part, *qkv) for part, *qkv in zip(self._parts, *split, strict=True)]
         return torch.cat(outputs).reshape(rows, -1)
@@ -183,9 +187,8 @@ class Attention:
     @staticmethod
     def _part(layer: int, part: PoolPart, q_NGQD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
         keys, values = part.pool.layer(layer)
-        row = torch.arange(len(part.at_N), device=keys.device)
-        keys[row, :, part.at_N] = k_NGD
-        values[row, :, part.at_N] = v_NGD
+        keys[part.rows_N, :, part.at_N] = k_NGD
+        values[part.rows_N, :, part.at_N] = v_NGD
         if q_NGQD.device.type == "cpu":
             return rowwise.decoded(q_NGQD, keys, values, part.bias_N11C)  # the bits of training
         scaled = q_NGQD * q_NGQD.shape[-1] ** -0.5

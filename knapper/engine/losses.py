@@ -123,8 +123,9 @@ def _off_policy(learner_T: Tensor, sampler_T: Tensor, ratio_T: Tensor, trained_T
     """
     return {
         "tokens:sum": _count(trained_T),
-        "ratio:sum": ratio_T.detach()[trained_T].sum(),
-        "kl:sum": (sampler_T - learner_T.detach())[trained_T].sum(),
+        # By `where`: a mask as an index would make the device tell how many there are.
+        "ratio:sum": torch.where(trained_T, ratio_T.detach(), 0.0).sum(),
+        "kl:sum": torch.where(trained_T, sampler_T - learner_T.detach(), 0.0).sum(),
     }
 
 

@@ -2,7 +2,7 @@
 
 A request is cut into micro-batches, by itself alone; a pass computes micro-batches of any runs together, and gives each
 the bits that it has alone: rows are computed row by row whatever their number, an adapter's gradient comes from its own
-rows only, and the head and the loss are each request's own.
+rows only, and the loss is each request's own.
 
 N rows of all sequences, U rows that are computed (`Prefixes`), M different (row, targets) of the head, K targets.
 """
@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +28,11 @@ from knapper.engine.stretches import Course
 from knapper.errors import UserError
 from knapper.wire.types import Datum, ForwardBackwardOutput
 
+T = TypeVar("T")
+
 _ATTENDED_TIMES = 4  # sequences of a micro-batch have at most so many times the rows that are computed of it
+
+_HEAD_ROWS = 128  # of several requests in one product: it is saturated, and others wait for one such product at most
 
 
 @dataclass(frozen=True)
@@ -90,34 +95,50 @@ def micro_batches(data: Sequence[Datum], rows_max: int) -> Iterator[MicroBatch]:
 def compute(model: Model, passes: Sequence[Pass]) -> Task[None]:
     """The next micro-batch of each, in one forward and backward. All of them differentiate, or none does.
 
-    Yields after every layer, forward and backward, and after every request's head. A pass whose loss is not finite has
-    `failed` afterwards; the others do not notice.
+    Yields after every layer, forward and backward, and after the head of some requests. A pass whose loss is not finite
+    has `failed` afterwards; the others do not notice.
     """
     batches = [one.waiting.popleft() for one in passes]
     course = Course(differentiates=passes[0].differentiates)
     begin, stretches = model.stretches([batch.prefixes for batch in batches], [one.lora for one in passes])
     rows_UH = yield from course.forward(begin, stretches)
-    grads: list[Tensor] = []
-    for one, batch, hidden_UH in zip(passes, batches, rows_UH.split([batch.rows for batch in batches]), strict=True):
-        grads.append(_head(model, one, batch, hidden_UH))
+    asked = [_Asked.of(one.loss, batch) for one, batch in zip(passes, batches, strict=True)]
+    grads = list(rows_UH.split([batch.rows for batch in batches]))
+    for some in _headed(passes, asked):
+        found = _head(model, _at(passes, some), _at(batches, some), _at(asked, some), _at(grads, some))
+        for index, grad in zip(some, found, strict=True):
+            grads[index] = grad
         yield
     yield from course.backward(torch.cat(grads))
 
 
-def _head(model: Model, one: Pass, batch: MicroBatch, hidden_UH: Tensor) -> Tensor:
-    """The loss's gradient in the rows, zero if nothing is differentiated; that in the head's adapter is added."""
-    hidden_UH = hidden_UH.detach().requires_grad_(hidden_UH.requires_grad)
-    with torch.set_grad_enabled(one.differentiates):
-        loss = _losses(model, one, batch, hidden_UH)
-    if loss is not None and one.differentiates:
-        loss.backward()
-    return torch.zeros_like(hidden_UH) if hidden_UH.grad is None else hidden_UH.grad
+def _head(
+    model: Model,
+    passes: Sequence[Pass],
+    batches: Sequence[MicroBatch],
+    asked: Sequence["_Asked"],
+    hidden: Sequence[Tensor],
+) -> list[Tensor]:
+    """The losses' gradient in each one's rows, zero if nothing is differentiated; that in a head's adapter is added."""
+    leaves = [rows_UH.detach().requires_grad_(rows_UH.requires_grad) for rows_UH in hidden]
+    with torch.set_grad_enabled(passes[0].differentiates):
+        found = _logprobs(model, passes, batches, asked, leaves)
+        losses = [_losses(model, *each) for each in zip(passes, batches, found, strict=True)]
+    sums = [loss for loss in losses if loss is not None]
+    if sums and passes[0].differentiates:
+        torch.stack(sums).sum().backward()
+    return [  # of one that failed it may be 0 * NaN
+        torch.zeros_like(rows_UH) if one.failed is not None or rows_UH.grad is None else rows_UH.grad
+        for one, rows_UH in zip(passes, leaves, strict=True)
+    ]
 
 
-def _losses(model: Model, one: Pass, batch: MicroBatch, hidden_UH: Tensor) -> Tensor | None:
-    """The sum of the datums' losses, whose outputs and metrics are then in the pass; None when it has failed."""
+def _losses(model: Model, one: Pass, batch: MicroBatch, found: Sequence[Tensor]) -> Tensor | None:
+    """The sum of the datums' losses, whose outputs and metrics are then in the pass; None when it has failed.
+
+    `found`: the targets' log-probabilities, by datum.
+    """
     inputs = _inputs(batch.data, model.device)
-    found = _logprobs(model, one, batch, hidden_UH)
     losses = [one.loss(p, given, one.config) for p, given in zip(found, inputs, strict=True)]
     values = torch.stack([value for value, _ in losses])
     for index, value in enumerate(values.detach().tolist()):  # one transfer for all
@@ -151,29 +172,85 @@ def _inputs(data: Sequence[Datum], device: torch.device) -> list[dict[str, Tenso
     return given
 
 
-def _logprobs(model: Model, one: Pass, batch: MicroBatch, hidden_UH: Tensor) -> list[Tensor]:
-    """Of the targets, for each datum in the shape of its targets."""
-    targets = [datum.inputs["target_tokens"] for datum in batch.data]
-    columns = max(1 if target.ndim == 1 else target.shape[1] for target in targets)
-    targets_NK = np.concatenate([_widened(target, columns) for target in targets])
-    needed_N = np.concatenate([one.loss.needs_gradient(datum.inputs) for datum in batch.data])
-    shared = batch.rows < batch.prefixes.total
-    rows_M, places_N, targets_MK, needed_M = (
-        _distinct(batch.prefixes.places_N, targets_NK, needed_N) if shared else (None, None, targets_NK, needed_N)
+@dataclass(frozen=True)
+class _Asked:
+    """What a micro-batch wants of the head. Without `rows_M` and `places_N`: all rows, in order."""
+
+    rows_M: np.ndarray | None
+    places_N: np.ndarray | None
+    targets_MK: np.ndarray
+    needed_M: np.ndarray
+
+    @classmethod
+    def of(cls, loss: Loss, batch: MicroBatch) -> "_Asked":
+        targets = [datum.inputs["target_tokens"] for datum in batch.data]
+        columns = max(1 if target.ndim == 1 else target.shape[1] for target in targets)
+        targets_NK = np.concatenate([_widened(target, columns) for target in targets])
+        needed_N = np.concatenate([loss.needs_gradient(datum.inputs) for datum in batch.data])
+        if batch.rows == batch.prefixes.total:
+            return cls(None, None, targets_NK, needed_N)
+        rows_M, places_N, targets_MK, needed_M = _distinct(batch.prefixes.places_N, targets_NK, needed_N)
+        return cls(rows_M, places_N, targets_MK, needed_M)
+
+
+def _headed(passes: Sequence[Pass], asked: Sequence[_Asked]) -> list[list[int]]:
+    """Who goes through the head together: a row's bits are its own there too.
+
+    A head with an adapter goes by itself, and so do other numbers of targets, which are added up in another order.
+    """
+    open_: dict[int, list[int]] = {}  # by number of targets, those that may become more
+    rows: dict[int, int] = {}
+    found: list[list[int]] = []
+    for index, (one, mine) in enumerate(zip(passes, asked, strict=True)):
+        own, columns = mine.targets_MK.shape
+        if HEAD in one.lora.a:
+            found.append([index])
+        elif columns in open_ and rows[columns] + own <= _HEAD_ROWS:
+            open_[columns].append(index)
+            rows[columns] += own
+        else:
+            open_[columns], rows[columns] = [index], own
+            found.append(open_[columns])
+    return found
+
+
+def _logprobs(
+    model: Model,
+    passes: Sequence[Pass],
+    batches: Sequence[MicroBatch],
+    asked: Sequence[_Asked],
+    hidden: Sequence[Tensor],
+) -> list[list[Tensor]]:
+    """Of the targets, by request and datum in the shape of its targets. A head's adapter is of one request alone."""
+    lora = passes[0].lora
+    logprobs_MK = model.target_logprobs(
+        torch.cat([_selected(rows_UH, mine.rows_M) for rows_UH, mine in zip(hidden, asked, strict=True)]),
+        _on(model.device, np.concatenate([mine.targets_MK for mine in asked])),
+        HeadLora(lora.a[HEAD], lora.b[HEAD], lora.scale) if HEAD in lora.a else None,
+        _on(model.device, np.concatenate([mine.needed_M for mine in asked])),
     )
+    found: list[list[Tensor]] = []
+    parts = logprobs_MK.split([len(mine.needed_M) for mine in asked])
+    for mine, batch, own_MK in zip(asked, batches, parts, strict=True):
+        by_datum = zip(batch.data, _selected(own_MK, mine.places_N).split(batch.prefixes.lengths), strict=True)
+        found.append([_as(one.inputs["target_tokens"], found_TK) for one, found_TK in by_datum])
+    return found
 
-    def on_device(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(model.device, non_blocking=True)
 
-    head = HeadLora(one.lora.a[HEAD], one.lora.b[HEAD], one.lora.scale) if HEAD in one.lora.a else None
-    hidden_MH = hidden_UH if rows_M is None else hidden_UH.index_select(0, on_device(rows_M))
-    found_NK = model.target_logprobs(hidden_MH, on_device(targets_MK), head, on_device(needed_M))
-    if places_N is not None:
-        found_NK = found_NK.index_select(0, on_device(places_N))
-    return [
-        rows[:, 0] if target.ndim == 1 else rows[:, : target.shape[1]]
-        for rows, target in zip(found_NK.split(batch.prefixes.lengths), targets, strict=True)
-    ]
+def _at(these: Sequence[T], places: Sequence[int]) -> list[T]:
+    return [these[place] for place in places]
+
+
+def _selected(rows: Tensor, which: np.ndarray | None) -> Tensor:
+    return rows if which is None else rows.index_select(0, _on(rows.device, which))
+
+
+def _on(device: torch.device, array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def _as(target: np.ndarray, found_TK: Tensor) -> Tensor:
+    return found_TK[:, 0] if target.ndim == 1 else found_TK[:, : target.shape[1]]
 
 
 def _distinct(

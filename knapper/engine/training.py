@@ -24,9 +24,10 @@ from knapper.wire.types import AdamW, ForwardBackward, ForwardBackwardOutput
 # Rows of a micro-batch: they bound memory and how long neighbours wait; a longer datum goes alone. A CPU's products are
 # saturated from some 128 rows on, a GPU's are not.
 ROWS_MAX_CPU, ROWS_MAX_GPU = 1024, 8192
-# With more rows than these a CPU computes each no faster, and whoever shares a pass waits for all of it: runs that
-# share every pass end every step together, and then wait for their rewards together.
-ROWS_SHARED_CPU = 384
+# Rows up to which a CPU's pass takes in more requests. From 384 on it computes each no faster. From 128 on little
+# faster, and whoever shares a pass waits for all of it: a few runs go one after another then, or they would end every
+# step together, and wait for their rewards together; more than a few gain by it, as those behind them do.
+ROWS_SHARED_CPU, ROWS_SHARED_BY_FEW_CPU, FEW = 384, 128, 3
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,11 @@ class Trainer:
         self.decoder = decoder
         self.rows_max = rows_max or (ROWS_MAX_CPU if decoder.device.type == "cpu" else ROWS_MAX_GPU)
 
-    @property
-    def rows_shared(self) -> int:
-        """Rows up to which a pass takes in more requests."""
-        return min(self.rows_max, ROWS_SHARED_CPU) if self.decoder.device.type == "cpu" else self.rows_max
+    def rows_shared(self, waiting: int) -> int:
+        """Rows up to which a pass takes in more requests while so many wait."""
+        if self.decoder.device.type != "cpu":
+            return self.rows_max
+        return min(self.rows_max, ROWS_SHARED_BY_FEW_CPU if waiting <= FEW else ROWS_SHARED_CPU)
 
     def layout(self, spec: Spec) -> Layout:
         """Raises InvalidField for a spec that cannot be trained on this model."""

@@ -1,6 +1,7 @@
 """Knative's activator in small: an ASGI proxy that wakes a function's process, and streams its answer as it comes.
 
     /train_step...  ->  the process that serves it, started if need be     (200, 503, ... whatever it answers)
+    /lease/NAME...  ->  the address of that process, for as long as the answer is read  (knapper/lease.py)
     /               ->  {"engine": "stopped" | "starting" | "running"}     (for the gateway's and people's information)
 
 Delivery is at least once: a request that gets no answer because its process ended is sent once more, to a new one.
@@ -16,7 +17,7 @@ import aiohttp
 import structlog
 from yarl import URL
 
-from knapper import limits
+from knapper import lease, limits
 from knapper.errors import KnapperError, NotFound, TooLarge, Unavailable
 from knapper.local.service import Service
 
@@ -49,6 +50,7 @@ class Dispatcher:
     """The ASGI application. Bodies are bounded and held (they may be sent twice); answers are never held."""
 
     def __init__(self, routes: Mapping[str, Route]) -> None:
+        self.forwarded = 0  # requests that a process answered through here
         self._routes = routes
         self._client: aiohttp.ClientSession | None = None
 
@@ -93,10 +95,15 @@ class Dispatcher:
                 states = {route.service.name: route.service.state for route in self._routes.values()}
                 await _reply(send, 200, states)
                 return
+            if scope["path"].startswith(lease.PATH + "/"):
+                await self._lend(*self._route(scope["path"].removeprefix(lease.PATH)), send)
+                return
             route, path = self._route(scope["path"])
             url = path + ("?" + scope["query_string"].decode("latin-1") if scope["query_string"] else "")
+            offer = (lease.HEADER.encode(), f"{lease.PATH}/{scope['path'].split('/')[1]}".encode())
             for attempt in range(1, _attempts_max + 1):
-                if await self._forward(route.service, scope["method"], url, _request_headers(scope), body, send):
+                asked = (scope["method"], url, _request_headers(scope), body)
+                if await self._forward(route.service, *asked, send, offer):
                     return
                 log.warning(f"{route.service.name}: ended before it answered", attempt=attempt)
             raise Unavailable(f"{route.service.name} ended twice before it answered (see the log)")
@@ -110,7 +117,8 @@ class Dispatcher:
         raise NotFound(f"the dispatcher has no function at {path!r}; it has: {', '.join(self._routes)}")
 
     async def _forward(
-        self, service: Service, method: str, url: str, headers: list[tuple[str, str]], body: bytes, send: Send
+        self, service: Service, method: str, url: str, headers: list[tuple[str, str]], body: bytes, send: Send,
+        offer: tuple[bytes, bytes],
     ) -> bool:  # fmt: skip
         """False if there was no answer, so that nothing has been sent to the client yet."""
         async with service.use() as running:
@@ -122,8 +130,11 @@ class Dispatcher:
                 log.info(f"{service.name}: {type(error).__name__}", pid=running.process.pid)
                 await service.lost(running)
                 return False
+            self.forwarded += 1
             try:
-                await send({"type": "http.response.start", "status": answer.status, "headers": _answer_headers(answer)})
+                await send(
+                    {"type": "http.response.start", "status": answer.status, "headers": _answer_headers(answer, offer)}
+                )
                 async for chunk in answer.content.iter_any():
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 await send({"type": "http.response.body", "body": b""})
@@ -132,6 +143,16 @@ class Dispatcher:
             finally:
                 answer.release()
             return True
+
+    async def _lend(self, route: Route, path: str, send: Send) -> None:
+        """The process's address, until it ends or nobody listens. Raises Unavailable if there is none to lend."""
+        if route.service.state != "running":
+            raise Unavailable(f"{route.service.name} does not run")
+        async with route.service.use() as running:
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
+            await send({"type": "http.response.body", "body": f"{running.url}{path}\n".encode(), "more_body": True})
+            await running.process.ending()
+            await send({"type": "http.response.body", "body": b""})
 
 
 async def _read(receive: Receive) -> bytes:
@@ -161,8 +182,9 @@ def _request_headers(scope: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in kept]
 
 
-def _answer_headers(answer: aiohttp.ClientResponse) -> Headers:
-    return [(name.lower(), value) for name, value in answer.raw_headers if name.lower() not in _HOP_BY_HOP]
+def _answer_headers(answer: aiohttp.ClientResponse, offer: tuple[bytes, bytes]) -> Headers:
+    kept = [(name.lower(), value) for name, value in answer.raw_headers if name.lower() not in _HOP_BY_HOP]
+    return [*kept, offer]
 
 
 async def _refuse(send: Send, error: KnapperError) -> None:

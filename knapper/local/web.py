@@ -20,8 +20,8 @@ async def start(application: str, directory: Path, environment: Mapping[str, str
     """Serve `module:attribute` of `directory` on `listener`, which listens only after the application's start-up."""
     command = [
         sys.executable, "-P", "-m", "uvicorn", "--app-dir", str(directory), "--fd", str(listener.fileno()),
-        "--workers", "1", "--http", "httptools", "--lifespan", "on", "--timeout-keep-alive", str(KEEP_ALIVE_S),
-        "--log-level", "warning", "--no-access-log", application,
+        "--workers", "1", "--loop", "uvloop", "--http", "httptools", "--lifespan", "on",
+        "--timeout-keep-alive", str(KEEP_ALIVE_S), "--log-level", "warning", "--no-access-log", application,
     ]  # fmt: skip
     return await Process.start(command, environment, inherit=[listener.fileno()])
 

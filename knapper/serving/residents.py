@@ -93,8 +93,8 @@ class Residents(Generic[State]):
                 raise NotHolder(f"{self._holder.name} is leaving, and works on {of} no more")
             run = await self._claimed(of, resident, hint)
             age_s = metrics.process_age_s() or 0.0
-            yield Claimed(epoch=run.epoch, holder=run.holder.name, address=run.holder.address, age_s=age_s)
-            async with aclosing(self._slice(run, resident)) as frames:
+            claimed = Claimed(epoch=run.epoch, holder=run.holder.name, address=run.holder.address, age_s=age_s)
+            async with aclosing(self._slice(run, resident, claimed)) as frames:
                 async for frame in frames:
                     yield frame
         except Unavailable as error:
@@ -148,7 +148,8 @@ class Residents(Generic[State]):
                 )
         return resident.run
 
-    async def _slice(self, run: Run[State], resident: _Resident[State]) -> AsyncGenerator[Frame]:
+    async def _slice(self, run: Run[State], resident: _Resident[State], claimed: Claimed) -> AsyncGenerator[Frame]:
+        """The claim, told while the work begins already; its commits; its end."""
         now = asyncio.get_running_loop().time  # the clock of the day may step, and a slice stays one
         end = now() + limits.slice_s
 
@@ -173,6 +174,7 @@ class Residents(Generic[State]):
 
         task = resident.work = asyncio.ensure_future(work())
         try:
+            yield claimed
             while (frame := await committed.get()) is not None:
                 yield frame
             more = await asyncio.shield(task)

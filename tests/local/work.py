@@ -72,6 +72,7 @@ class World:
         self.notes = root / "notes"
         self.client = client
         self.services = services
+        self.dispatcher: Dispatcher
         self.roles: dict[str, int] = {}  # what runs now
 
     def changed(self, name: str, running: Running | None) -> None:
@@ -99,7 +100,7 @@ async def dispatching(root: Path, *, isolated: bool = False, idle_s: float = 60.
         make = engines.isolated if isolated else engines.shared
         routes = make(root, dict(os.environ), idle_s, world.changed)
         world.services = {route.service.name: route.service for route in routes.values()}
-        dispatcher = Dispatcher(routes)
+        dispatcher = world.dispatcher = Dispatcher(routes)
         server = Server(dispatcher, listener)
         server.start()
         try:

@@ -1,0 +1,208 @@
+"""Loops that wait for slow rewards on one engine, in a time that only turns of the device let pass.
+
+The scheduling is the real one, and so is what is computed, on a tiny model; each turn then takes the seconds that it
+took with SmolLM2-135M on two cores of a CPU, so that the figures are those of no machine.
+"""
+
+import asyncio
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+from knapper.engine import passes
+from knapper.engine.clock import Clock
+from knapper.engine.decoding import NativeTexts
+from knapper.engine.device import Device, Task
+from knapper.engine.passes import Pass
+from knapper.engine.sampler import Sampler
+from knapper.engine.training import Trainer
+from knapper.wire.progress import Drawn
+from knapper.wire.types import Sample, SamplingParams
+from tests.engine.runs import datum, request, spec, tiny_trainer
+from tests.engine.test_sampler import Shelf
+
+SAMPLES, TOKENS, ROWS = 8, 8, 104
+ALONE_S = 2.3  # a step of one loop without its reward: what the turns below add up to
+WAIT_S = 2 * ALONE_S
+BETWEEN_S = 0.25  # from the gradient to the next sample: the optimizer, the save, the way to the client and back
+LAYERS = 30  # of SmolLM2
+APART_S = 0.01  # loops that begin at once
+
+
+def pass_s(rows: int) -> float:
+    return 0.25 + 0.0074 * rows
+
+
+def decoding_s(texts: int) -> float:
+    return 0.10 + 0.006 * texts
+
+
+def prefill_s(prompts: int) -> float:
+    return 0.07 + 0.15 * prompts
+
+
+class World:
+    """Time, and what happens at what time. All of it on the device's thread, so that it is the same every time."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.idle: list[tuple[float, float]] = []
+        self.under_way = 0  # requests that the device has
+        self._later: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
+        self.over = threading.Event()
+
+    def at(self, when_s: float, then: Callable[[], None]) -> None:
+        heapq.heappush(self._later, (when_s, next(self._numbers), then))
+
+    def spend(self, seconds: float) -> None:
+        self.now_s += seconds
+        self.happen()
+
+    def happen(self) -> None:
+        while self._later and self._later[0][0] <= self.now_s:
+            heapq.heappop(self._later)[2]()
+
+    def rest(self) -> Task[None]:
+        """A turn in which nobody has work: until somebody does."""
+        while not self.under_way and self._later and not self.over.is_set():
+            self.idle.append((self.now_s, self._later[0][0]))
+            self.now_s = self._later[0][0]
+            self.happen()
+        yield
+
+
+class Loops:
+    """`count` of them: sample a group, wait for its rewards, train on it."""
+
+    def __init__(self, world: World, trainer: Trainer, device: Device, count: int, steps: int) -> None:
+        self.world, self.device = world, device
+        self.clock = Clock(trainer, device, lambda: world.now_s)
+        self.sampler = Sampler(
+            trainer.decoder, device, Shelf({}), None, slots_max=64, kv_tokens_max=65536, now=lambda: world.now_s
+        )
+        self.ends: list[list[float]] = [[] for _ in range(count)]
+        self.steps = steps
+        rng = np.random.default_rng(0)
+        self.asked = request([datum(ROWS // SAMPLES, "cross_entropy", rng) for _ in range(SAMPLES)])
+        self.states = [trainer.create(spec(run=f"run-{index}")) for index in range(count)]
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+        self.sampling: list[Future[Any]] = []
+
+    def close(self) -> None:
+        for future in self.sampling:
+            future.cancel()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+    def begin(self) -> Task[None]:
+        for index in range(len(self.ends)):
+            self.world.at(APART_S * index, partial(self.sample, index))
+        self.world.happen()
+        yield
+
+    def sample(self, index: int) -> None:
+        ended = itertools.count(1)
+
+        def listen(drawn: Drawn) -> None:
+            if drawn.ending and next(ended) == SAMPLES:
+                self.done(self.world.now_s + WAIT_S, partial(self.train, index))
+
+        self.world.under_way += 1
+        wanted = Sample(
+            "", "", np.arange(12, dtype=np.int32) + index, SamplingParams(max_tokens=TOKENS, ignore_eos=True),
+            num_samples=SAMPLES, seed=index,
+        )  # fmt: skip
+        arrived = self.sampler.waiting + 1
+        self.sampling.append(asyncio.run_coroutine_threadsafe(self.sampler.sample(wanted, listen), self.loop))
+        while self.sampler.waiting < arrived:  # the other thread only brings it here
+            time.sleep(0.0001)
+
+    def train(self, index: int) -> None:
+        self.world.under_way += 1
+        answer = self.clock.submit(self.states[index], lambda: self.asked)
+        answer.add_done_callback(lambda _: self.step_done(index))
+
+    def step_done(self, index: int) -> None:
+        self.ends[index].append(self.world.now_s)
+        if min(map(len, self.ends)) >= self.steps:
+            self.world.over.set()
+        self.done(self.world.now_s + BETWEEN_S, partial(self.sample, index))
+
+    def done(self, when_s: float, then: Callable[[], None]) -> None:
+        self.world.under_way -= 1
+        self.world.at(when_s, then)
+        if not self.world.under_way:
+            self.device.submit(self.world.rest(), "rest")
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    return tiny_trainer(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def world(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    world = World()
+    compute, step, prompts = passes.compute, NativeTexts.step, trainer.decoder.prompts
+
+    def computed(model: Any, chosen: Sequence[Pass]) -> Task[None]:
+        takes_s = pass_s(sum(one.waiting[0].rows for one in chosen))
+        for _ in compute(model, chosen):
+            pass
+        for _ in range(2 * LAYERS):
+            world.spend(takes_s / (2 * LAYERS))
+            yield
+
+    def stepped(self: NativeTexts, *given: Any) -> Any:
+        found = step(self, *given)
+        world.spend(decoding_s(len(self.rows)))
+        return found
+
+    def prefilled(given: Sequence[Any]) -> Any:
+        world.spend(prefill_s(len(given)))
+        return prompts(given)
+
+    monkeypatch.setattr(passes, "compute", computed)
+    monkeypatch.setattr(NativeTexts, "step", stepped)
+    monkeypatch.setattr(trainer.decoder, "prompts", prefilled)
+    yield world
+    world.over.set()
+
+
+def measured(world: World, trainer: Trainer, count: int) -> tuple[float, float]:
+    """(steps a second of all loops, the part of the time in which the device computed), once they are settled."""
+    device, skipped = Device("sharing", lambda: world.now_s), 3
+    loops = Loops(world, trainer, device, count, steps=8)
+    try:
+        device.submit(loops.begin())
+        assert world.over.wait(120)
+    finally:
+        device.close()
+        loops.close()
+    began_s = max(own[skipped] for own in loops.ends)
+    each = [[end for end in own if end >= began_s] for own in loops.ends]
+    rate = sum((len(own) - 1) / (own[-1] - own[0]) for own in each)
+    idle_s = sum(until_s - max(from_s, began_s) for from_s, until_s in world.idle if until_s > began_s)
+    return rate, 1 - idle_s / (world.now_s - began_s)
+
+
+@pytest.mark.parametrize(("count", "times", "busy"), [(3, 2.7, 0.75), (8, 3.8, 0.95)])
+def test_loops_that_wait_for_rewards_do_not_fall_into_step(
+    trainer: Trainer, world: World, count: int, times: float, busy: float
+) -> None:
+    """Three do at least 2.7 times what one does, of 3 that are possible; eight leave the device no time to rest."""
+    rate, share = measured(world, trainer, count)
+    assert rate * (WAIT_S + ALONE_S) >= times
+    assert share >= busy

@@ -1,0 +1,96 @@
+"""How often a device would have to be waited for: a few times a request, never for each layer, row or datum.
+
+Counted on a CPU, where waiting costs nothing: calls that need a value of a tensor in Python (item, tolist, numpy, bool)
+and operations whose result's shape depends on values (nonzero, indexing by a mask).
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from knapper.engine import passes
+from knapper.engine.training import RunState, Trainer
+from knapper.wire.types import AdamW
+from tests.engine.runs import datum, done, request, spec, tiny_trainer
+
+_BY_VALUE = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim"}
+_IN_PYTHON = ("tolist", "numpy", "cpu")  # on a CPU these never reach the dispatcher
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, seen: Counter[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # the library has no types here
+        self._seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        masks = name.startswith("aten::index") and len(args) > 1 and isinstance(args[1], list | tuple)
+        if name in _BY_VALUE or (masks and any(one is not None and one.dtype == torch.bool for one in args[1])):
+            self._seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    seen: Counter[str] = Counter()
+
+    def told(name: str, original: Any) -> Any:
+        def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            seen[name] += 1
+            return original(tensor, *args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch, _Operations(seen):
+        for name in _IN_PYTHON:
+            patch.setattr(torch.Tensor, name, told(name, getattr(torch.Tensor, name)))
+        yield seen
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    return tiny_trainer(tmp_path_factory.mktemp("model"))
+
+
+def _pass(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, loss: str, datums: int, rows: int, prompt: int = 0
+) -> Counter[str]:
+    rng = np.random.default_rng(0)
+    data = [datum(rows, loss, rng, prompt=prompt) for _ in range(datums)]
+    one = trainer.open(trainer.create(spec()), request(data, loss))
+    with counted(monkeypatch) as seen:
+        done(passes.compute(trainer.decoder, [one]))
+    return seen
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"])
+def test_a_pass_waits_as_often_for_many_datums_and_rows_as_for_one(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    few = _pass(trainer, monkeypatch, loss, 1, 20, prompt=4)
+    many = _pass(trainer, monkeypatch, loss, 9, 50, prompt=4)
+    assert many == few
+    assert few.total() <= 8, few
+
+
+def test_a_pass_waits_as_often_for_many_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = tiny_trainer(tmp_path / "model")
+    weights = trainer.decoder.weights  # type: ignore[attr-defined]
+    before = _pass(trainer, monkeypatch, "cross_entropy", 2, 20)
+    object.__setattr__(weights, "layers", weights.layers[:1])
+    assert _pass(trainer, monkeypatch, "cross_entropy", 2, 20) == before
+
+
+def test_an_optimizer_step_waits_for_its_norms_only(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = trainer.create(spec())
+    ready = RunState(state.spec, state.layout, state.weights_P, state.moments, torch.ones_like(state.weights_P))
+    with counted(monkeypatch) as seen:
+        done(trainer.optim_step(ready, AdamW(learning_rate=1e-3, grad_clip_norm=1.0)))
+    assert seen == {"tolist": 4}  # the gradient, the weights, both moments
