@@ -1,7 +1,5 @@
 """The SDK's command line against a real server: a checkpoint's life, and a download that PEFT reads."""
 
-import functools
-import gc
 import json
 import os
 import subprocess
@@ -15,8 +13,6 @@ import pytest
 import tinker
 import torch
 from tinker import types
-from tinker.cli.__main__ import main_cli
-from tinker.cli.exceptions import TinkerCliError
 
 from tests.conformance import data
 from tests.conformance.reference import Reference
@@ -38,29 +34,26 @@ def environment(server: Server, tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def cli(
-    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Tinker]:
-    """`tinker --format json` with these arguments: what it printed, or how it failed if it should.
+def cli(environment: dict[str, str]) -> Iterator[Tinker]:
+    """`tinker --format json` with these arguments: what it printed, or how it failed if it should."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.conformance.commands"], env=os.environ | environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as commands:  # fmt: skip
+        assert commands.stdin is not None
+        assert commands.stdout is not None
+        asked, answers = commands.stdin, commands.stdout
 
-    In this process: starting one takes seconds, nearly all of them for imports.
-    """
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+        def call(*arguments: str, fails: bool = False) -> Any:
+            print(json.dumps(arguments), file=asked, flush=True)
+            answer = json.loads(answers.readline())
+            assert (answer["error"] is not None) == fails, answer
+            if fails:
+                return answer["error"]
+            return json.loads(answer["printed"]) if answer["printed"].strip() else None
 
-    def call(*arguments: str, fails: bool = False) -> Any:
-        capsys.readouterr()
-        run = functools.partial(main_cli.main, ["--format", "json", *arguments], standalone_mode=False)
-        if fails:
-            with pytest.raises(TinkerCliError) as caught:
-                run()
-            return f"{caught.value.message} {caught.value.details}"
-        run()
-        printed = capsys.readouterr().out
-        return json.loads(printed) if printed.strip() else None
-
-    yield call
-    gc.collect()  # the SDK leaves the connection of its first request to the garbage collector
+        yield call
+        asked.close()
 
 
 def test_a_checkpoints_life_on_the_command_line(cli: Tinker, client: tinker.TrainingClient, model: Path) -> None:

@@ -114,7 +114,7 @@ def test_a_pod_that_leaves_ends_its_slice_says_so_and_another_goes_on(
     async def story(pods: Two) -> None:
         run = await pods.make("leaving")
         await pods.a.ring(run, Hint())
-        await pods.accept(run, range(1, 400), tokens=300)
+        await pods.accept(run, range(1, 400), tokens=200)
         hint = await pods.hint(run, "direct")
         working, waiting = asyncio.create_task(pods.a.ring(run, hint)), asyncio.create_task(pods.a.ring(run, hint))
         await asyncio.sleep(0.3)

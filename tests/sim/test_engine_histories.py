@@ -29,10 +29,10 @@ T = TypeVar("T")
 class Inline:
     """A device without a thread: the simulation decides what runs when."""
 
-    async def run(self, task: Task[T]) -> T:
-        return self.submit(task).result()
+    async def run(self, task: Task[T], whose: str = "") -> T:
+        return self.submit(task, whose).result()
 
-    def submit(self, task: Task[T]) -> "Future[T]":
+    def submit(self, task: Task[T], whose: str = "") -> "Future[T]":
         """All of it, at once."""
         future: Future[T] = Future()
         while True:
