@@ -3,6 +3,7 @@
 import asyncio
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -51,22 +52,21 @@ def test_a_server_that_is_stopped_leaves_no_process_and_no_adapter(
 
 
 def test_a_start_is_given_up_when_the_server_stops(server: Server, model: Path) -> None:
-    with tinker.ServiceClient(base_url=server.url, api_key="tml-local") as service:
-        future = service.create_sampling_client(base_model=str(model)).sample(
-            types.ModelInput.from_ints(prompt_of(9).tolist()), 1, types.SamplingParams(max_tokens=4)
-        )
+    service = tinker.ServiceClient(base_url=server.url, api_key="tml-local")
+    sampler = service.create_sampling_client(base_model=str(model)).result()
+    with closing(sampler.holder):  # `with service` would tell the server that the session ends, until it answers
+        sampler.sample(types.ModelInput.from_ints(prompt_of(9).tolist()), 1, types.SamplingParams(max_tokens=4))
         wait_until(lambda: "engine" in server.processes(), "the engine's process is there")
-        wait_until(lambda: len(server.members("engine")) > 2, "it has begun to start a core")
+        wait_until(lambda: len(server.members("engine")) > 2, "it has begun to start a core", 120)
         members = server.members("engine")
         server.stop()
-        future.future().cancel()
     assert [pid for pid in members if running(pid)] == []
 
 
 def test_a_server_that_is_killed_takes_its_core_with_it(server: Server, model: Path) -> None:
     with tinker.ServiceClient(base_url=server.url, api_key="tml-local") as service:
         prompt = types.ModelInput.from_ints(prompt_of(9).tolist())
-        sampler = service.create_sampling_client(base_model=str(model))
+        sampler = service.create_sampling_client(base_model=str(model)).result()
         before = sampler.sample(prompt, 1, types.SamplingParams(max_tokens=4, seed=5)).result()
         members = server.members("engine")
         server.kill("engine")
