@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -90,15 +90,10 @@ def test_a_core_that_rests_has_no_process_and_the_next_sample_wakes_another(mode
         pids = core.pids
         assert pids
         assert all(map(running, pids))
-        house.within(_until(lambda: not any(map(running, pids))))
+        house.within(asyncio.to_thread(wait_until, lambda: not any(map(running, pids)), "the core has ended"))
         assert house.engine.resting
         [after] = house.run(asked)
         assert house.engine.starts == 2
         assert after.sequences[0].tokens.tolist() == before.sequences[0].tokens.tolist()
     finally:
         house.close()
-
-
-async def _until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.05)
