@@ -44,7 +44,8 @@ manifests: setup ## render what a cluster gets, check it and the Terraform files
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/manifests tests/terraform tests/images $(PYTEST_ARGS)
 
 test-vllm: .venv/vllm/.installed ## test sampling by vLLM on this CPU, in an environment of its own (some minutes, 3.3 GB)
-	OMP_NUM_THREADS=1 .venv/vllm/bin/python -m pytest -n 0 -W default tests/vllm
+	OMP_NUM_THREADS=1 .venv/vllm/bin/python -m pytest -n 0 -W default --sampler vllm \
+		tests/vllm tests/conformance/test_sampling.py tests/conformance/test_sampling_extras.py
 
 .venv/vllm/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv/vllm

@@ -202,7 +202,7 @@ def _expect_effect(texts: Sequence[Text], scores: Sequence[list[float]]) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.agreement", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tiny model only")
-    parser.add_argument("--model", nargs="+", default=[SMOLLM2], help="the real models, besides the tiny ones")
+    parser.add_argument("--model", nargs="*", default=[SMOLLM2], help="the real models, besides the tiny ones; or none")
     given = parser.parse_args()
     os.environ.setdefault("TINKER_TELEMETRY", "0")
     torch.set_num_threads(1)

@@ -87,7 +87,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     port: Annotated[int, Meta(ge=0, le=65535, description="The gateway's port; 0 takes a free one.")] = 8000
     device: Annotated[
         Literal["auto", "cuda", "mps", "cpu"],
-        Meta(description="What computes; auto: cuda, else cpu. mps, a Mac's GPU, was never run: docs/models.md."),
+        Meta(description="What computes; auto: cuda, else cpu. mps was never run: docs/models.md; vLLM: docs/vllm.md."),
     ] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],

@@ -26,6 +26,9 @@ def sampler_name(request: pytest.FixtureRequest) -> str:
     return str(request.config.getoption("--sampler"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What may take longer than usual comes first, in any order: no worker is left alone with such a one at the end."""
     items.sort(key=lambda item: not any(mark.args[0] > 120 for mark in item.iter_markers("timeout")))
+    if config.getoption("--sampler") == "vllm":
+        for item in items:  # whichever samples first waits until a core has started
+            item.add_marker(pytest.mark.timeout(300), append=False)

@@ -1,4 +1,4 @@
-"""Become a command that dies with its parent: `python child.py PARENT_PID COMMAND...`.
+"""Become a command that dies with its parent, in a group of its own: `python child.py PARENT_PID COMMAND...`.
 
 Linux sends the signal when the parent's thread that forked ends, however it ends; so the supervisor forks from its main
 thread. Elsewhere children outlive a supervisor that was killed with SIGKILL.
@@ -20,7 +20,8 @@ def main() -> None:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:  # it died before the line above
         sys.exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C during an import: no traceback; the supervisor ends us
+    os.setpgid(0, 0)  # Ctrl-C reaches the supervisor alone, which ends us; group.py then ends whoever we leave
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.execvp(command[0], command)
 
 

@@ -1,11 +1,15 @@
-"""A child process: it dies with us, its output joins ours, and its last words are remembered."""
+"""A child process: it dies with us, its own die with it, its output joins ours, its last words are remembered."""
 
 import asyncio
 import os
 import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import BinaryIO
+
+from knapper.local import group
 
 _CHILD = Path(__file__).with_name("child.py")
 _last_bytes_max = 4096
@@ -15,22 +19,31 @@ _last_lines_max = 4  # all of it has been relayed already; this is the reason in
 class Process:
     """Made by `start`, which must run on the main thread (see child.py)."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, output: BinaryIO) -> None:
         self._process = process
         self._last = b""
-        self._relay = asyncio.create_task(self._relay_output())
+        self._relay = asyncio.create_task(self._relay_output(output))
         self.pid = process.pid
-        self.exited = asyncio.create_task(process.wait())  # awaited by several: shield it
+        self.exited = asyncio.create_task(self._exit())  # awaited by several: shield it
 
     @staticmethod
     async def start(command: Sequence[str], environment: Mapping[str, str], inherit: Iterable[int] = ()) -> "Process":
         """Run the command; `inherit`: file descriptors that it keeps under their numbers."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-S", os.fspath(_CHILD), str(os.getpid()), *command,
-            env=dict(environment), pass_fds=tuple(inherit),
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-        )  # fmt: skip
-        return Process(process)
+        # Not asyncio's pipe: with that, a process has not ended while one that it started holds the other end.
+        ours, theirs = os.pipe()
+        output = os.fdopen(ours, "rb", buffering=0)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-I", "-S", os.fspath(_CHILD), str(os.getpid()), *command,
+                env=dict(environment), pass_fds=tuple(inherit),
+                stdin=asyncio.subprocess.DEVNULL, stdout=theirs, stderr=asyncio.subprocess.STDOUT,
+            )  # fmt: skip
+        except BaseException:
+            output.close()
+            raise
+        finally:
+            os.close(theirs)
+        return Process(process, output)
 
     @property
     def alive(self) -> bool:
@@ -61,9 +74,18 @@ class Process:
         if self.alive:
             self._process.kill()
 
-    async def _relay_output(self) -> None:
-        assert self._process.stdout is not None
-        while chunk := await self._process.stdout.read(65536):
-            self._last = (self._last + chunk)[-_last_bytes_max:]
-            sys.stderr.buffer.write(chunk)
-            sys.stderr.buffer.flush()
+    async def _exit(self) -> int:
+        code = await self._process.wait()
+        group.end(self.pid)
+        return code
+
+    async def _relay_output(self, output: BinaryIO) -> None:
+        stream = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(stream), output
+        )
+        with closing(transport):
+            while chunk := await stream.read(65536):
+                self._last = (self._last + chunk)[-_last_bytes_max:]
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.buffer.flush()

@@ -117,7 +117,7 @@ class Service:
             await process.stop(grace_s=1)
             raise self._failed(f"no answer within {start_s_max:.0f} s") from None
         except asyncio.CancelledError:
-            await process.stop(stop_grace_s)
+            await process.stop(grace_s=0)  # it has done nothing yet that it could finish
             self._changed(self.name, None)
             raise
         if not ready:

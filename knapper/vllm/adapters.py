@@ -70,7 +70,8 @@ class Shelf:
     ) -> None:
         self._store, self._facts, self._forget, self._refuse = store, facts, forget, refuse
         _sweep(memory)
-        self._directory = Path(tempfile.mkdtemp(prefix=f"knapper-{os.getpid()}-", dir=memory))
+        self._memory = memory
+        self._directory: Path | None = None  # made for the first adapter: a process without any leaves nothing
         self._numbers = itertools.count(1)
         self._contents: dict[str, str] = {}  # of bundles: what a name holds never changes
         self._here: OrderedDict[str, _Place] = OrderedDict()  # by content, the longest unused first
@@ -92,7 +93,8 @@ class Shelf:
             place.users -= 1
 
     def close(self) -> None:
-        shutil.rmtree(self._directory, ignore_errors=True)
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
 
     async def _place(self, bundle: str) -> _Place:
         content = self._contents.get(bundle)
@@ -118,6 +120,8 @@ class Shelf:
         where = layout(self._facts, index.spec)
         await asyncio.to_thread(peft_format.read, files, index.spec, where, with_optimizer=False)
         number = next(self._numbers)
+        if self._directory is None:
+            self._directory = Path(tempfile.mkdtemp(prefix=f"knapper-{os.getpid()}-", dir=self._memory))
         directory = self._directory / str(number)
         await asyncio.to_thread(_write, directory, files)
         size = sum(map(len, files.values()))

@@ -4,6 +4,7 @@ The core's processes are vLLM's. This side holds an `AsyncLLM`, which is bound t
 """
 
 import itertools
+import multiprocessing
 from collections.abc import AsyncGenerator, Iterator, MutableMapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from knapper.errors import InvalidField, KnapperError, Unavailable
 
 RANKS: Final = (8, 16, 32, 64, 128, 256)  # that vLLM makes room for; an adapter's may be any up to it
 TEMPERATURES: Final = (0.01, 2.0)  # outside of these vLLM raises it in silence, or refuses it
+_CLOSE_S: Final = 1.5  # for a core to end by itself, then it is killed: it holds nothing that must be saved
 Top = list[tuple[int, float]]  # (token, log-probability), the likeliest first
 
 
@@ -87,6 +89,7 @@ class Core:
 
     def __init__(self, llm: Any, sleeps: bool) -> None:
         self._llm = llm
+        self._processes = list(llm.engine_core.resources.engine_manager.processes)
         self._sleeps = sleeps
         self._names = itertools.count(1)
 
@@ -137,9 +140,8 @@ class Core:
 
     @property
     def pids(self) -> list[int]:
-        """Of its own processes."""
-        manager = self._llm.engine_core.resources.engine_manager
-        return [process.pid for process in manager.processes]
+        """Of the processes that this one started for it; those have workers of their own."""
+        return [process.pid for process in self._processes]
 
     async def generate(self, ask: Ask, adapter: Adapter | None) -> AsyncGenerator[Piece]:
         """Closing it ends the text in the core too. Raises CoreEnded."""
@@ -171,15 +173,30 @@ class Core:
         """Give the GPU's memory back, weights kept in the host's. False where vLLM cannot: close it then."""
         if not self._sleeps:
             return False
-        await self._llm.sleep(level=1)
+        with _told():
+            await self._llm.sleep(level=1)
         return True
 
     async def wake(self) -> None:
-        await self._llm.wake_up()
+        """After `sleep`. Raises CoreEnded."""
+        with _told():
+            await self._llm.wake_up()
 
     def close(self) -> None:
-        """End its processes. Blocks until they are gone."""
-        self._llm.shutdown()
+        """End its processes. Blocks until they are gone, a few seconds at most."""
+        try:
+            self._llm.shutdown(timeout=_CLOSE_S)
+        finally:
+            for process in self._processes:
+                process.kill()
+                process.join()
+
+
+def abandon_start() -> None:
+    """Make a `Core.start` that blocks in another thread raise soon, if it has a process yet. Running cores end too."""
+    for process in multiprocessing.active_children():
+        if process.name.startswith("EngineCore"):
+            process.kill()
 
 
 @contextmanager

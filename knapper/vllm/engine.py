@@ -1,13 +1,17 @@
 """The core that is there now: made on first use, made again when it ended, put to rest when nobody needs it."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from typing import Final
 
 import structlog
 
-from knapper.errors import KnapperError
-from knapper.vllm.core import Adapter, Core, CoreEnded
+from knapper.errors import KnapperError, Unavailable
+from knapper.vllm.core import Adapter, Core, CoreEnded, abandon_start
+
+_ABANDON_EVERY_S: Final = 0.2  # a start that has no process yet has one a moment later
 
 log = structlog.get_logger()
 
@@ -25,15 +29,16 @@ class Engine:
         self._mended: Core | None = None
         self._waking: asyncio.Future[Core] | None = None
         self._asleep = False
+        self._starting = self._leaving = False
         self._users = 0
         self._rest: asyncio.TimerHandle | None = None
         self._resting: asyncio.Task[None] | None = None
         self.starts = 0
 
     def begin(self) -> None:
-        """Blocks. Before the port binds, so that the first sample finds a core."""
-        self._core = self._start()
-        self.starts += 1
+        """Blocks. Before the port binds, so that the first sample finds a core. Needs a running event loop."""
+        self._core = self._another()
+        self._rest_soon()
 
     @property
     def core(self) -> Core | None:
@@ -59,8 +64,7 @@ class Engine:
             raise
         finally:
             self._users -= 1
-            if not self._users and self._rest_s:
-                self._rest = asyncio.get_running_loop().call_later(self._rest_s, self._tire)
+            self._rest_soon()
 
     async def load(self, core: Core, adapter: Adapter) -> None:
         """Once a core, however many ask."""
@@ -84,17 +88,49 @@ class Engine:
         if self._users or self._core is None or self._asleep:
             return
         core = self._core
-        if not core.ended and await core.sleep():
-            self._asleep = True
-            log.info("vllm: asleep")
-            return
-        self._core, self._loaded = None, {}
+        try:
+            if not core.ended and await core.sleep():
+                self._asleep = True
+                log.info("vllm: asleep")
+                return
+        except CoreEnded:
+            pass  # then it has nothing to give back
+        self._core = self._mended = None
+        self._loaded = {}
         await asyncio.to_thread(core.close)
         log.info("vllm: ended, to give its memory back")
 
+    def leave(self) -> None:
+        """This process ends: no other core starts, and one that only starts is given up. For signal handlers too."""
+        self._leaving = True
+        threading.Thread(target=self._abandon, name="vllm: give up a start", daemon=True).start()
+
     def close(self) -> None:
-        if self._core is not None:
-            self._core.close()
+        core, self._core = self._core, None
+        if core is not None:
+            core.close()
+
+    def _abandon(self) -> None:
+        pause = threading.Event()
+        while self._starting:
+            abandon_start()
+            pause.wait(_ABANDON_EVERY_S)
+
+    def _another(self) -> Core:
+        """Blocks. Raises Unavailable."""
+        self._starting = True
+        try:
+            if self._leaving:
+                raise Unavailable("this vLLM sampler ends", retry_after_s=1.0)
+            core = self._start()
+        finally:
+            self._starting = False
+        self.starts += 1
+        return core
+
+    def _rest_soon(self) -> None:
+        if self._rest_s and not self._users:
+            self._rest = asyncio.get_running_loop().call_later(self._rest_s, self._tire)
 
     def _tire(self) -> None:
         self._resting = asyncio.ensure_future(self.rest())
@@ -122,8 +158,7 @@ class Engine:
         self._core, self._loaded = None, {}
         if core is not None:
             await asyncio.to_thread(core.close)
-        self._core = await asyncio.to_thread(self._start)
-        self.starts += 1
+        self._core = await asyncio.to_thread(self._another)
         await self._core.mend()
         self._mended = self._core
         log.info("vllm: ready")

@@ -1,11 +1,13 @@
 """A vLLM sampler as this process's settings want it, ready when it is returned."""
 
 import atexit
+import signal
 import time
 from collections.abc import MutableMapping
 from functools import partial
 from pathlib import Path
-from typing import Final
+from types import FrameType
+from typing import Final, Literal
 
 import structlog
 import torch
@@ -14,6 +16,7 @@ from tokenizers import Tokenizer
 from knapper import limits
 from knapper.engine.config import ModelConfig
 from knapper.engine.hardware import dtype_for
+from knapper.errors import InvalidField
 from knapper.metrics import Reading, Readings
 from knapper.settings import Settings
 from knapper.store import Store
@@ -40,36 +43,64 @@ def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, 
     began = time.monotonic()
     directory = Path(settings.model_directory)
     facts = ModelConfig.read(directory)
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_for(settings.device, "cuda" if torch.cuda.is_available() else "cpu")
     options = Options(
         directory=directory,
-        dtype="bfloat16" if dtype_for(settings.dtype, where) == torch.bfloat16 else "float32",
+        dtype="bfloat16" if dtype_for(settings.dtype, torch.device(device)) == torch.bfloat16 else "float32",
         context=facts.context,
-        texts_max=_TEXTS_MAX[where.type],
+        texts_max=_TEXTS_MAX[device],
         rank_max=settings.vllm_rank,
         adapters_at_once=settings.vllm_adapters,
         adapters_kept=limits.adapters_kept_max,
-        device="cuda" if where.type == "cuda" else "cpu",
+        device=device,
         memory=settings.vllm_memory,
         kv_bytes=_KV_BYTES,
         threads=settings.threads,
-        sleeps=where.type == "cuda" and settings.vllm_rest_s > 0,
+        sleeps=device == "cuda" and settings.vllm_rest_s > 0,
     )
     engine = Engine(lambda: Core.start(options, environ), settings.vllm_rest_s)
     refuse = partial(shapes.refusal, rank_max=settings.vllm_rank)
     shelf = Shelf(store, facts, settings.vllm_shelf, engine.forget, refuse)
     atexit.register(shelf.close)
-    engine.begin()
     atexit.register(engine.close)
+    _leave_at_sigterm(engine)
+    engine.begin()
     turns = Turns(options.texts_max, options.adapters_at_once)
     tokenizer, shares = Tokenizer.from_file(str(directory / "tokenizer.json")), Shares(time.monotonic)
     sampler = VllmSampler(engine, shelf, facts, tokenizer, turns, shares)
     log.info(
-        "vllm: ready", model=settings.model, context=facts.context, device=where.type, dtype=options.dtype,
+        "vllm: ready", model=settings.model, context=facts.context, device=device, dtype=options.dtype,
         took_s=round(time.monotonic() - began, 2),
     )  # fmt: skip
     Readings(_readings(sampler, engine, shares, options.texts_max))
     return sampler, facts.context
+
+
+def device_for(setting: str, present: Literal["cuda", "cpu"]) -> Literal["cuda", "cpu"]:
+    """vLLM is built for one kind of device, `present`. Raises InvalidField if the setting is another."""
+    if setting not in ("auto", present):
+        allowed = f"auto or {present} with KNAPPER_SAMPLER=vllm: this environment's vLLM computes nowhere else"
+        raise InvalidField("KNAPPER_DEVICE", setting, allowed)
+    return present
+
+
+def _leave_at_sigterm(engine: Engine) -> None:
+    """The server ends itself by the signal once it has drained, and what is registered with atexit would not run.
+
+    Blocked from the first one on, the signal cannot; the process then ends as one that has nothing left to do.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        engine.leave()
+        if callable(before):
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            before(number, frame)
+        else:
+            signal.signal(number, before)
+            signal.raise_signal(number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def _readings(sampler: VllmSampler, engine: Engine, shares: Shares, texts_max: int) -> list[Reading]:

@@ -76,12 +76,12 @@ class Server:
                     return
         raise AssertionError(f"knapper did not start (exit {self._process.wait()}):\n{self.log()[-4000:]}")
 
-    def stop(self) -> int:
+    def stop(self, by: signal.Signals = signal.SIGINT) -> int:
         """End it as Ctrl-C does, and return its exit status. Nothing happens to one that has ended."""
         if self._process is None:
             return 0
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT)
+            self._process.send_signal(by)
         try:
             return self._process.wait(_STOP_S)
         except subprocess.TimeoutExpired:
@@ -97,13 +97,18 @@ class Server:
         if role == "supervisor":
             assert self._process is not None
             self._process.wait()
-        wait_until(lambda: not any(_alive(each) for each in everyone), f"{role} is gone")
+        wait_until(lambda: not any(running(each) for each in everyone), f"{role} is gone")
         return pid
 
     def processes(self) -> dict[str, int]:
         """Pids by role: supervisor, gateway, and the engine (or train_step and sample) while there is work."""
         found = json.loads((self.data / "run" / "processes.json").read_text(encoding="utf-8"))
         return {role: process["pid"] for role, process in found.items()}
+
+    def members(self, role: str) -> list[int]:
+        """Pids of the process of that role and of those that it has started."""
+        pid = self.processes()[role]
+        return sorted({pid, *group(pid)})
 
     def ports(self) -> dict[str, int]:
         """Of the processes that listen on one, by role."""
@@ -123,7 +128,20 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0
         time.sleep(0.02)
 
 
-def _alive(pid: int) -> bool:
+def group(leader: int) -> list[int]:
+    """Pids that run in a process group."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        pid = int(path.name)
+        try:
+            if os.getpgid(pid) == leader and running(pid):
+                found.append(pid)
+        except ProcessLookupError:
+            pass  # it has ended
+    return found
+
+
+def running(pid: int) -> bool:
     """Whether the process runs; one that waits for its parent to notice its end does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"

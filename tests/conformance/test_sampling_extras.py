@@ -62,6 +62,13 @@ def scored(model: Path, trained: Trained) -> Scored:
     return types.ModelInput.from_ints(tokens), distribution
 
 
+@pytest.fixture
+def torch_only(sampler_name: str) -> None:
+    if sampler_name == "vllm":
+        pytest.skip("vLLM refuses it, which another test holds")
+
+
+@pytest.mark.usefixtures("torch_only")
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_chosen_targets_of_a_prompt_are_scored_in_their_layout(
     sparse: bool, adapted: tinker.SamplingClient, scored: Scored
@@ -82,6 +89,23 @@ def test_chosen_targets_of_a_prompt_are_scored_in_their_layout(
     assert (found.to_torch()[ids < 0] == 0.0).all()
 
 
+def test_vllm_refuses_what_it_cannot_score(adapted: tinker.SamplingClient, sampler_name: str) -> None:
+    if sampler_name == "torch":
+        pytest.skip("the torch sampler scores all of it, which other tests hold")
+    prompt = data.prompt(rng(22), 9)
+    targets = types.TensorData.from_torch(torch.zeros((8, 2), dtype=torch.int64))
+    for asked, complaint in (
+        ({"target_prompt_logprobs": targets}, "target_prompt_logprobs is 'given'; allowed: none with the vLLM sampler"),
+        ({"prompt_alt_tokens_k": 3}, "prompt_alt_tokens_k is 3; allowed: 0 with the vLLM sampler"),
+    ):
+        with pytest.raises(tinker.RequestFailedError, match=complaint):
+            adapted.sample(prompt, 1, params(), **asked).result()
+    with pytest.raises(tinker.RequestFailedError, match=r"temperature is 3.0; allowed: 0 .greedy., or 0.01 to 2"):
+        adapted.sample(prompt, 1, params(temperature=3.0)).result()
+    assert adapted.sample(prompt, 1, params()).result().sequences
+
+
+@pytest.mark.usefixtures("torch_only")
 def test_alternatives_to_a_prompt_s_tokens_are_drawn_and_scored(adapted: tinker.SamplingClient, scored: Scored) -> None:
     prompt, distribution = scored
     answers = [

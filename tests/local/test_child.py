@@ -41,6 +41,26 @@ def test_a_child_whose_parent_is_another_process_does_not_begin() -> None:
     assert (done.returncode, done.stdout) == (1, b"")
 
 
+def test_what_a_child_has_started_dies_with_it() -> None:
+    """It is killed, and what it started knows nothing of that."""
+    starting = (
+        "import subprocess, sys, time; "
+        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid, flush=True); "
+        "time.sleep(600)"
+    )
+
+    async def story() -> None:
+        child = await Process.start([sys.executable, "-c", starting], os.environ)
+        await until(lambda: child._last.endswith(b"\n"))
+        started = int(child._last)
+        assert not gone(started)
+        child.kill()
+        assert await child.ending() == "killed by SIGKILL"
+        await until(lambda: gone(started))
+
+    asyncio.run(story())
+
+
 def test_the_end_of_a_child_is_told_in_words() -> None:
     async def story() -> None:
         failing = await Process.start([sys.executable, "-c", "print('last words'); raise SystemExit(3)"], os.environ)
