@@ -312,4 +312,7 @@ def test_every_container_tells_prometheus_what_dashboards_and_alerts_ask_for(tri
             assert answer.status_code == 200, container.name
             told |= set(re.findall(r"^# TYPE (knapper_\w+)", answer.text, flags=re.MULTILINE))
     wanted = {name for query in asked().values() for name in re.findall(r"\bknapper_\w+", query)}
-    assert {name.removesuffix("_bucket") for name in wanted} <= told
+    # vLLM's are told by a container that this cluster has none of; tests/test_metrics.py finds them in its source.
+    ours = {name.removesuffix("_bucket") for name in wanted if not name.startswith("knapper_vllm_")}
+    assert len(ours) > 20
+    assert ours <= told
