@@ -1,6 +1,6 @@
 """`make bench-backends`: tokens a second of both sampling backends, beside transformers' generate, in turns.
 
-    python -m benchmarks.backends [--quick] [--only 1x1 32x4 ...] [--model NAME]
+    python -m benchmarks.backends [--quick] [--only 1x1 32x4 ...] [--repeats N] [--model NAME]
 
 Each backend is a `knapper up` in its own environment, asked through the SDK; vLLM's is .venv/vllm, which the make
 target sets up. 32x4 is 32 texts at once, of 4 adapters. One at a time (1x1, 1x4) is a few texts one after another. All
@@ -144,6 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.backends", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one repeat, at most 8 at once")
     parser.add_argument("--only", nargs="+", choices=[f"{n}x{m}" for n, m in CELLS], default=[], help="these cells")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="of each, in turns")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the base model")
     given = parser.parse_args()
     os.environ.setdefault("TINKER_TELEMETRY", "0")
@@ -154,6 +155,7 @@ def main() -> None:
     where = "{cpu}, {cores} cores, {capability}, torch {torch}, load {load_1min:.1f}"
     print(where.format(**machine))
     cells = [(n, m) for n, m in CELLS if (f"{n}x{m}" in given.only or not given.only) and (n <= 8 or not given.quick)]
+    repeats = 1 if given.quick else given.repeats
     began, found, draws = time.monotonic(), list[Cell](), dict[str, Draw]()
     with tempfile.TemporaryDirectory(prefix="knapper-bench-") as scratch:
         with (
@@ -169,10 +171,10 @@ def main() -> None:
                 draw(texts([PROMPT] * 8, seed=1), 8, ADAPTERS)  # each adapter is where it decodes then
             print(f"[{time.monotonic() - began:5.0f} s] all are ready", file=sys.stderr, flush=True)
             for at_once, adapters in cells:
-                found.append(measured(draws, at_once, adapters, 1 if given.quick else REPEATS))
+                found.append(measured(draws, at_once, adapters, repeats))
                 print(f"[{time.monotonic() - began:5.0f} s] {_line(found[-1])}", flush=True)
                 said = {"load_1min_after": os.getloadavg()[0], "took_s": round(time.monotonic() - began)}
-                kind = {"model": given.model, "quick": given.quick, "only": given.only}
+                kind = {"model": given.model, "quick": given.quick, "only": given.only, "repeats": repeats}
                 figures.write(STORED, machine=machine, **kind, **said, cells=[asdict(cell) for cell in found])
 
 

@@ -34,7 +34,8 @@ def tables(stored: Mapping[str, Any]) -> str:
 
 def backends(stored: Mapping[str, Any]) -> str:
     """Of what `python -m benchmarks.backends` stored."""
-    kind = "`--quick`, one repeat" if stored["quick"] else "a part of a run" if stored["only"] else "the full run"
+    kind = "`--quick`" if stored["quick"] else "a part of a run" if stored["only"] else "all of it"
+    kind = f"{kind}, {stored['repeats']} of each"
     load = f"load {stored['machine']['load_1min']:.1f} before and {stored['load_1min_after']:.1f} after"
     lines = [f"{_with_vllm(stored)}; {load}; model {stored['model']}; {kind}, {stored['took_s']} s.", ""]
     lines += ["| at once | adapters | torch | vLLM | `generate` | torch : `generate` | vLLM : `generate` | |"]
