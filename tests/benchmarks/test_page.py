@@ -78,7 +78,8 @@ def test_the_page_on_vllm_has_the_figures_of_both_of_its_runs() -> None:
     cell = Cell(
         8, 4, {"torch": 60.0, "vllm": 30.0, "generate": 20.0}, {"torch": 3.0, "vllm": 1.5}, {"torch": 0.3, "vllm": 0.1}
     )
-    said = {"machine": machine, "model": "m", "quick": False, "only": [], "repeats": 3, "took_s": 9, "load_1min_after": 1.0}
+    said: dict[str, object] = {"machine": machine, "model": "m", "quick": False, "only": [], "repeats": 3}
+    said |= {"took_s": 9, "load_1min_after": 1.0}
     once = BACKENDS.written(text, {**said, "cells": [asdict(cell)]})
     assert (
         "| 8 | 4 | 60 /s | 30 /s | 20 /s | **3.00x** | **1.50x** | torch: repeats differ by 30 % |" in once.splitlines()
