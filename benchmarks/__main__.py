@@ -58,21 +58,29 @@ def main() -> None:
     found: list[Figure] = []
     failed: dict[str, str] = {}
     began = time.monotonic()
+
+    def keep() -> None:
+        """What there is so far."""
+        took_s = round(time.monotonic() - began)
+        said = {"machine": machine, "load_1min_after": os.getloadavg()[0], "took_s": took_s, "failed": failed}
+        figures.store(found, Path("out/bench.json"), model=given.model, quick=given.quick, **said)
+
     print(figures.HEADER)
     threads = torch.get_num_threads()
     with serving(Path(directory), given.model, given.base_url, quick=given.quick, threads=threads) as setting:
         for name in wanted:
             print(f"[{time.monotonic() - began:5.0f} s] {name} ...", file=sys.stderr, flush=True)
+            failed[name] = "the run was stopped"  # unless it goes on
             try:
                 for figure in (_SERVED | _OURS)[name](setting):
                     found.append(figure)
                     print(figure.line(), flush=True)
+                    keep()
+                del failed[name]
             except Exception as error:  # noqa: BLE001  the other sections are worth having, and this one is told
                 traceback.print_exc()
                 failed[name] = f"{type(error).__name__}: {error}"
-            took_s = round(time.monotonic() - began)
-            said = {"machine": machine, "load_1min_after": os.getloadavg()[0], "took_s": took_s, "failed": failed}
-            figures.store(found, Path("out/bench.json"), model=given.model, quick=given.quick, **said)
+            keep()
     for name, reason in failed.items():
         print(f"section {name} failed: {reason}", file=sys.stderr)
     if failed:

@@ -21,7 +21,8 @@ def tables(stored: Mapping[str, Any]) -> str:
     """Of what `python -m benchmarks` stored."""
     machine = _MACHINE.format(**stored["machine"])
     load = f"load {stored['machine']['load_1min']:.1f} before and {stored['load_1min_after']:.1f} after"
-    kind = "`--quick`, smaller and with few repeats" if stored["quick"] else "the full run"
+    kind = "`--quick`, smaller and with few repeats" if stored["quick"] else "the full settings"
+    kind += ", not all sections whole" if stored["failed"] else ""
     lines = [f"{machine}; {load}; model {stored['model']}; {kind}, {stored['took_s']} s."]
     for name, reason in stored["failed"].items():
         lines += ["", f"**Section {name} failed**, and has only the figures from before that: {_cell(reason)}"]

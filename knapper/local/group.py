@@ -26,7 +26,7 @@ def _members(leader: int) -> list[int]:
     for path in Path("/proc").glob("[0-9]*"):
         try:
             fields = (path / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
+        except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or is hidden: not ours
             continue
         if int(fields[2]) == leader:
             found.append(int(path.name))
