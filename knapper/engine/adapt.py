@@ -15,6 +15,7 @@ from torch import Tensor
 
 from knapper.engine.config import HEAD, Facts
 from knapper.engine.lora import Lora
+from knapper.engine.rows import padded, rows_padded
 
 # The fused linears of a layer and the sites that they stack.
 sites: Final[dict[str, tuple[str, ...]]] = {
@@ -31,20 +32,6 @@ _ranks_multiple: Final = 16
 def site_shapes(config: Facts) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of every site that an adapter may have."""
     return {site.name: (site.inputs, site.outputs) for site in config.sites}
-
-
-def rows_padded(rows: int) -> int:
-    """How many rows a GEMM runs on so that one row's bits do not depend on how many others there are.
-
-    Small float32 GEMMs take other kernels, or split unevenly over threads; from 8 rows (then 16) on they do not.
-    """
-    return rows if rows >= 16 else 8 if rows <= 8 else 16
-
-
-def padded(x_N: Tensor) -> Tensor:
-    """`x_N` with zero rows at the end, up to `rows_padded`: computed, never read. The same tensor if it has enough."""
-    short = rows_padded(x_N.shape[0]) - x_N.shape[0]
-    return x_N if short == 0 else torch.cat([x_N, x_N.new_zeros(short, *x_N.shape[1:])])
 
 
 def ranks_padded(matrix: Tensor, dim: int) -> Tensor:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from knapper.engine import recomputing, rope
-from knapper.engine.adapt import Adapt, Segment, Segments, head_site, padded, sites
+from knapper.engine.adapt import Adapt, Segment, Segments, head_site, sites
 from knapper.engine.attention import Attend, Joined, Packed, Recorded, attention_dtype, of_group
 from knapper.engine.config import ComputedBy, ModelConfig
 from knapper.engine.decoding import NativeTexts
@@ -122,10 +122,8 @@ class Decoder:
 
     def logits(self, hidden_NH: Tensor, adapt: Adapt) -> Tensor:
         """float32 (N, V), with the adapters' part of the head where they have one."""
-        rows = hidden_NH.shape[0]
-        hidden_NH = padded(hidden_NH)
         (logits_NV,) = adapt((head_site,), (self.config.vocab_size,), hidden_NH, self.weights.head(hidden_NH))
-        return logits_NV[:rows].float()
+        return logits_NV.float()
 
     def _pass(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, adapt: Adapt) -> Tensor:
         x_NH, stretches = self._stretches(tokens_N, positions_N, attend, adapt)
@@ -139,14 +137,14 @@ class Decoder:
         """The embedded rows, and what is done with them one after another: each layer, and the final norm."""
         rows = tokens_N.shape[0]
         assert rows == positions_N.shape[0], f"{rows} tokens for {positions_N.shape[0]} positions"
-        x_NH = F.embedding(padded(tokens_N), self.weights.embed)
+        x_NH = F.embedding(tokens_N, self.weights.embed)
         turns = rope.turns(positions_N, self._frequencies)
         kept = self._saved_bytes_max // (rows * self._saved_bytes_of_row)
         layers = [
             partial(recomputing.through, partial(self._layer, index, turns, attend, adapt), keep=index < kept)
             for index in range(len(self.weights.layers))
         ]
-        return x_NH, [*layers, lambda x_NH: self._norm(x_NH, self.weights.norm)[:rows]]
+        return x_NH, [*layers, lambda x_NH: self._norm(x_NH, self.weights.norm)]
 
     def _layer(self, index: int, turns: tuple[Tensor, Tensor], attend: Attend, adapt: Adapt, x_NH: Tensor) -> Tensor:
         layer = self.weights.layers[index]
@@ -156,14 +154,13 @@ class Decoder:
     def _attention(
         self, index: int, layer: LayerWeights, x_NH: Tensor, turns: tuple[Tensor, Tensor], attend: Attend, adapt: Adapt
     ) -> Tensor:
-        rows = turns[0].shape[0]
         q, k, v = self._linear(index, "qkv", x_NH, layer.qkv, adapt)
-        q, k, v = (x[:rows].unflatten(1, (-1, self.config.head_dim)) for x in (q, k, v))
+        q, k, v = (x.unflatten(1, (-1, self.config.head_dim)) for x in (q, k, v))
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
         q, k = (rope.rotated(x, turns).to(self.attention_dtype) for x in (q, k))
         o = attend(index, q, k, v.to(self.attention_dtype)).to(x_NH.dtype)
-        return self._linear(index, "o", padded(o), layer.o, adapt)[0]
+        return self._linear(index, "o", o, layer.o, adapt)[0]
 
     def _mlp(self, index: int, layer: LayerWeights, x_NH: Tensor, adapt: Adapt) -> Tensor:
         gate, up = self._linear(index, "gate_up", x_NH, layer.gate_up, adapt)

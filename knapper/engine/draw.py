@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knapper.engine.adapt import padded
-from knapper.engine.head import row_sums
+from knapper.engine.rows import padded, row_sums
 from knapper.wire.types import SamplingParams
 
 empty_token, empty_logprob = 0, -99999.0  # a cell of top-k log-probabilities that holds nothing

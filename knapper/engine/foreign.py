@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from knapper.engine import head
-from knapper.engine.adapt import Adapt, Segment, Segments, head_site, padded
+from knapper.engine.adapt import Adapt, Segment, Segments, head_site
 from knapper.engine.config import ComputedBy, Site
 from knapper.engine.head import HeadLora
 from knapper.engine.linear import FrozenLinear
@@ -54,10 +54,9 @@ class Head:
 
     def logits(self, hidden_NH: Tensor, adapt: Adapt) -> Tensor:
         """float32 (N, V); a row's bits do not depend on how many rows there are."""
-        rows, hidden_NH = hidden_NH.shape[0], padded(hidden_NH)
-        plain_NV = F.linear(hidden_NH, self.weight_VH, self.bias_V)
-        (logits_NV,) = adapt((head_site,), (len(self.weight_VH),), hidden_NH, plain_NV)
-        logits_NV = logits_NV[:rows].float()
+        linear = FrozenLinear([self.weight_VH], self.weight_VH.dtype, self.bias_V, pack=False)
+        (logits_NV,) = adapt((head_site,), (linear.outputs,), hidden_NH, linear(hidden_NH))
+        logits_NV = logits_NV.float()
         return logits_NV if self.cap is None else torch.tanh(logits_NV / self.cap) * self.cap
 
     def logprobs(

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from knapper.engine.adapt import padded, ranks_padded
+from knapper.engine.adapt import ranks_padded
 from knapper.engine.linear import FrozenLinear
+from knapper.engine.rows import padded, row_sums
 
 ELEMENTS_MAX = 1 << 24  # logits alive at a time: 64 MiB of float32
 ROWS_MIN = 16  # smaller products take other kernels, whose last bits differ
@@ -61,17 +62,12 @@ def target_logprobs(
 
 def logits(hidden_NH: Tensor, head: FrozenLinear, lora: HeadLora | None = None) -> Tensor:
     """(N, V), float32 or wider. A row's bits do not depend on how many rows there are."""
-    rows, hidden_NH = len(hidden_NH), padded(hidden_NH)
     found_NV = head(hidden_NH)
     if lora is not None:
-        low_NR = F.linear(hidden_NH.to(lora.a.dtype), ranks_padded(lora.a, 0)) * lora.scale
-        found_NV = (found_NV + F.linear(low_NR, ranks_padded(lora.b, 1))).to(found_NV.dtype)
-    return found_NV[:rows].to(_wide(hidden_NH))
-
-
-def row_sums(values_NV: Tensor) -> Tensor:
-    """(N, 1). The sum of a few rows is split over threads, and then in another order than that of many."""
-    return padded(values_NV).sum(dim=1, keepdim=True)[: len(values_NV)]
+        low_NR = F.linear(padded(hidden_NH.to(lora.a.dtype)), ranks_padded(lora.a, 0)) * lora.scale
+        delta_NV = F.linear(low_NR, ranks_padded(lora.b, 1))[: len(hidden_NH)]
+        found_NV = (found_NV + delta_NV).to(found_NV.dtype)
+    return found_NV.to(_wide(hidden_NH))
 
 
 def _wide(values: Tensor) -> torch.dtype:
@@ -109,7 +105,7 @@ class _FrozenHead(torch.autograd.Function):
                     whole = len(rows) == len(logits_CV)
                     p_CV = logits_CV if whole else logits_CV[rows]
                     p_CV = p_CV.div_(total_C1 if whole else total_C1[rows]).to(head.dtype)
-                    mean_NH[chunk.start + rows] = head.back(padded(p_CV))[: len(rows)].to(mean_NH.dtype)
+                    mean_NH[chunk.start + rows] = head.back(p_CV).to(mean_NH.dtype)
         ctx.head, ctx.needed_N = head, needed_N
         ctx.save_for_backward(targets_NK, mean_NH)
         return torch.cat(found)

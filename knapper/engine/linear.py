@@ -2,7 +2,7 @@
 
 On a CPU in float32 W is packed once, as oneDNN's kernels read it: products of a few rows take 0.6 to 0.8 of the time.
 A packed product adds in another order than F.linear, so training, prefill and decoding must all use it; a row then has
-the same bits whatever the rows beside it and the number of threads.
+the same bits whatever the rows beside it and the number of threads. Other products get more rows for that (`rows`).
 W itself is what the gradient is computed with: parts of the model's file, mapped, which a process that only samples
 does not touch again.
 N rows, I inputs, O outputs.
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from knapper.engine.rows import padded
 
 
 class FrozenLinear:
@@ -44,7 +46,7 @@ class FrozenLinear:
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         if self._packed is None:
-            return F.linear(x_NI, self._parts[0], self._bias_O)
+            return F.linear(padded(x_NI), self._parts[0], self._bias_O)[: len(x_NI)]
         if not (torch.is_grad_enabled() and x_NI.requires_grad):
             return self._product(x_NI)
         found = _Packed.apply(x_NI, self)  # type: ignore[no-untyped-call]  # the library has no types here
@@ -54,11 +56,11 @@ class FrozenLinear:
     def back(self, grad_NO: Tensor) -> Tensor:
         """grad W (N, I)."""
         sizes = [len(part) for part in self._parts]
-        grads = zip(grad_NO.split(sizes, dim=1), self._parts, strict=True)
+        grads = zip(padded(grad_NO).split(sizes, dim=1), self._parts, strict=True)
         first, *rest = (torch.mm(grad, part.to(self.dtype)) for grad, part in grads)
         for each in rest:
             first += each
-        return first
+        return first[: len(grad_NO)]
 
     def rows(self, outputs_N: Tensor) -> Tensor:
         """W[outputs] (N, I), of a W of one part."""

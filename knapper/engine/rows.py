@@ -1,0 +1,23 @@
+"""How many rows go into a computation, so that one row's bits do not depend on how many others there are."""
+
+import torch
+from torch import Tensor
+
+
+def rows_padded(rows: int) -> int:
+    """How many rows a GEMM of the library runs on.
+
+    Small float32 GEMMs take other kernels, or split unevenly over threads; from 8 rows (then 16) on they do not.
+    """
+    return rows if rows >= 16 else 8 if rows <= 8 else 16
+
+
+def padded(x_N: Tensor) -> Tensor:
+    """`x_N` with zero rows at the end, up to `rows_padded`: computed, never read. The same tensor if it has enough."""
+    short = rows_padded(x_N.shape[0]) - x_N.shape[0]
+    return x_N if short == 0 else torch.cat([x_N, x_N.new_zeros(short, *x_N.shape[1:])])
+
+
+def row_sums(values_NV: Tensor) -> Tensor:
+    """(N, 1). The sum of a few rows is split over threads, and then in another order than that of many."""
+    return padded(values_NV).sum(dim=1, keepdim=True)[: len(values_NV)]
