@@ -10,6 +10,7 @@ TORCH_CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?= -n 2 --dist worksteal
 UP_ARGS ?=
 BENCH_ARGS ?=
+VLLM_ARGS ?= -n 2 --dist loadfile
 VLLM_PIP := .venv/vllm/bin/python -m pip --disable-pip-version-check install --quiet
 # What the tests need of tinker-cookbook.
 COOKBOOK := tests/conformance/cookbook/requirements.txt
@@ -44,7 +45,7 @@ manifests: setup ## render what a cluster gets, check it and the Terraform files
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/manifests tests/terraform tests/images $(PYTEST_ARGS)
 
 test-vllm: .venv/vllm/.installed ## test sampling by vLLM on this CPU, in an environment of its own (some minutes, 3.3 GB)
-	OMP_NUM_THREADS=1 .venv/vllm/bin/python -m pytest -n 0 -W default --sampler vllm \
+	OMP_NUM_THREADS=1 .venv/vllm/bin/python -m pytest -W default --sampler vllm $(VLLM_ARGS) \
 		tests/vllm tests/conformance/test_sampling.py tests/conformance/test_sampling_extras.py
 
 .venv/vllm/.installed: pyproject.toml

@@ -80,7 +80,7 @@ def _sharing(setting: Setting) -> list[Figure]:
     prompts, tokens = texts([48]), 8
     alone = setting.training_client()
     iterate(alone, prompts, tokens)
-    wait_s = 2 * statistics.median(seconds(lambda: iterate(alone, prompts, tokens)) for _ in range(3))
+    wait_s = 2 * statistics.median(seconds(lambda: iterate(alone, prompts, tokens)) for _ in range(setting.repeats(3)))
     counts = (1, 3) if setting.quick else (1, 2, 3, 8)
     together = {jobs: _together(setting, jobs, prompts, tokens, wait_s) for jobs in counts}
     rates = {jobs: one.steps_a_minute for jobs, one in together.items()}
@@ -107,7 +107,7 @@ def _together(setting: Setting, jobs: int, prompts: list[list[int]], tokens: int
     The first ones do not: they get the loops out of step.
     """
     clients = [setting.training_client(seed) for seed in range(jobs)]
-    skipped, counted = (1, 3) if setting.quick else (2, 6)
+    skipped, counted = (1, 2) if setting.quick else (2, 6)
     ends: list[list[float]] = [[] for _ in range(jobs)]
     readings: list[tuple[float, float]] = []  # (time, seconds that the device was busy), at both ends of what counts
     over, lock = threading.Event(), threading.Lock()

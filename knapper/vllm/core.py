@@ -5,6 +5,7 @@ The core's processes are vLLM's. This side holds an `AsyncLLM`, which is bound t
 
 import itertools
 import multiprocessing
+import os
 from collections.abc import AsyncGenerator, Iterator, MutableMapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from knapper.errors import InvalidField, KnapperError, Unavailable
 
 RANKS: Final = (8, 16, 32, 64, 128, 256)  # that vLLM makes room for; an adapter's may be any up to it
 TEMPERATURES: Final = (0.01, 2.0)  # outside of these vLLM raises it in silence, or refuses it
+SERVER: Final = "KNAPPER_VLLM_SERVER"  # names this process to the core's, which end with it
 _CLOSE_S: Final = 1.5  # for a core to end by itself, then it is killed: it holds nothing that must be saved
 Top = list[tuple[int, float]]  # (token, log-probability), the likeliest first
 
@@ -240,6 +242,7 @@ def _prepare(options: Options, environ: MutableMapping[str, str]) -> None:
             environ["OMP_NUM_THREADS"] = str(options.threads)
     for name, value in wanted.items():
         environ.setdefault(name, value)
+    environ[SERVER] = str(os.getpid())
 
 
 def _params(ask: Ask) -> Any:

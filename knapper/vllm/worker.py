@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from knapper.vllm.core import SERVER
+
 
 class Mends:
     """Becomes a base class of vLLM's worker (its option worker_extension_cls)."""
@@ -87,21 +89,21 @@ def _leave_base_rows_alone(wrapper: Any) -> None:
     wrapper.add_lora_logits = mended(wrapper.add_lora_logits, lambda: wrapper.sampler_indices)
 
 
-def _end_with_the_server() -> None:
-    """The server started the engine core, and that one this worker."""
-    core = os.getppid()
+def _end_with(server: int, starter: int) -> None:
+    """`starter` started this process: the server, whose core this is then, or a core, which the server started."""
+    core = os.getpid() if starter == server else starter
     try:
-        server = os.pidfd_open(int(Path(f"/proc/{core}/stat").read_text().rpartition(")")[2].split()[1]))
-        select.select([server], [], [])  # readable once the process has ended
-    except ProcessLookupError:
+        opened = os.pidfd_open(server)
+        if int(Path(f"/proc/{core}/stat").read_text().rpartition(")")[2].split()[1]) == server:
+            select.select([opened], [], [])  # readable once the process has ended
+    except (FileNotFoundError, ProcessLookupError):
         pass  # it has ended
-    _end(core)
-
-
-def _end(core: int) -> None:
-    os.kill(core, signal.SIGKILL)
+    if core == os.getppid():
+        os.kill(core, signal.SIGKILL)
     os._exit(1)
 
 
-if multiprocessing.parent_process() is not None:  # in a worker: from the moment that vLLM looks this module up
-    threading.Thread(target=_end_with_the_server, name="end with the server", daemon=True).start()
+_starter = multiprocessing.parent_process()
+_server = os.environ.get(SERVER)  # noqa: TID251  nobody passes arguments to a module that vLLM looks up
+if _starter is not None and _server is not None:  # in vLLM's processes
+    threading.Thread(target=_end_with, args=(int(_server), _starter.pid), daemon=True).start()

@@ -12,7 +12,7 @@ from tests.engine.test_sampler import prompt_of, request
 from tests.engine.tiny import tiny_model
 from tests.vllm.house import House, bundle
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.long]
 # bfloat16 keeps 8 bits: a value is off by up to 0.2 %. vLLM rounds adapters, attention and the logits too, which lie
 # between -10 and 10 on this model: 0.02 on each, and what two layers before added. The trainer has all of these in
 # float32. Found: 0.12 at most, 0.03 on average. Rows that get no adapter are off by 8 at most, 1 on average.

@@ -149,6 +149,7 @@ def test_adapters_beyond_the_shelf_come_back_as_they_were(house: House) -> None:
     assert [house.run(one)[0].sequences[0].tokens.tolist() for one in asked] == before
 
 
+@pytest.mark.long
 def test_a_core_that_dies_is_answered_and_healed(house: House) -> None:
     async def story() -> None:
         started = asyncio.Event()

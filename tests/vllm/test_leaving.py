@@ -15,7 +15,7 @@ from tests.engine.test_sampler import prompt_of, request
 from tests.engine.tiny import tiny_model
 from tests.vllm.house import House, bundle
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +51,8 @@ def test_a_server_that_is_stopped_leaves_no_process_and_no_adapter(
     assert [pid for pid in members if running(pid)] == []
 
 
-def test_a_start_is_given_up_when_the_server_stops(server: Server, model: Path) -> None:
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_a_core_that_only_starts_ends_with_its_server(end: str, server: Server, model: Path) -> None:
     service = tinker.ServiceClient(base_url=server.url, api_key="tml-local")
     sampler = service.create_sampling_client(base_model=str(model)).result()
     with closing(sampler.holder):  # `with service` would tell the server that the session ends, until it answers
@@ -59,7 +60,11 @@ def test_a_start_is_given_up_when_the_server_stops(server: Server, model: Path) 
         wait_until(lambda: "engine" in server.processes(), "the engine's process is there")
         wait_until(lambda: len(server.members("engine")) > 2, "it has begun to start a core", 120)
         members = server.members("engine")
-        server.stop()
+        if end == "stop":
+            server.stop()
+        else:
+            server.kill()
+            wait_until(lambda: not any(map(running, members)), "the core has ended", 60)
     assert [pid for pid in members if running(pid)] == []
 
 
