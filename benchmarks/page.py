@@ -1,5 +1,7 @@
 """`python -m benchmarks.page`: the tables of docs/performance.md and docs/vllm.md, from what the runs in out/ stored.
 
+out/before.json is an out/bench.json of another version, measured by this one through --base-url and put there by hand.
+
 Between the markers nothing is typed by hand; what stands around them is prose.
 """
 
@@ -30,6 +32,19 @@ def tables(stored: Mapping[str, Any]) -> str:
         lines += ["", f"### {section.capitalize()}", ""]
         lines += ["| | ours | bare | better | goal | stretch | |", "|---|--:|--:|--:|---|---|---|"]
         lines += [_row(one) for one in figures]
+    return "\n".join(lines) + "\n"
+
+
+def before_and_now(stored: Mapping[str, Any]) -> str:
+    """Of an earlier version, with its figures (`before`) and those of this one (`now`)."""
+    before, now = stored["before"], {one["name"]: one for one in stored["now"]["figures"]}
+    machine = _MACHINE.format(**before["machine"])
+    lines = [f"Before: {machine}; model {before['model']}, {before['took_s']} s.", ""]
+    lines += ["| | before | bare | better | now | bare | better |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for one in before["figures"]:
+        after = now.get(one["name"])
+        cells = [one["name"], *_values(one), *(["", "", ""] if after is None else _values(after))]
+        lines += ["| " + " | ".join(map(_cell, cells)) + " |"]
     return "\n".join(lines) + "\n"
 
 
@@ -83,6 +98,10 @@ FIGURES = Part(
     Path("out/bench.json"), DOCS / "performance.md",
     "<!-- figures: written by make bench-page -->", "<!-- end of the figures -->", tables,
 )  # fmt: skip
+BEFORE = Part(
+    Path("out/before.json"), DOCS / "performance.md",
+    "<!-- before and now: written by make bench-page -->", "<!-- end of before and now -->", before_and_now,
+)  # fmt: skip
 BACKENDS = Part(
     Path("out/backends.json"), DOCS / "vllm.md",
     "<!-- throughput: written by make bench-page -->", "<!-- end of the throughput -->", backends,
@@ -104,11 +123,14 @@ def _noise(one: Mapping[str, Any]) -> str:
     return "; ".join(f"{name}: repeats differ by {100 * spread:.0f} %" for name, spread in wide.items())
 
 
-def _row(one: Mapping[str, Any]) -> str:
+def _values(one: Mapping[str, Any]) -> list[str]:
     ours = f"{one['ours']:.3g} {one['unit']}".strip()
     bare = "" if one["bare"] is None else f"{one['bare']:.3g} {one['unit']}".strip()
-    ratio = "" if one["ratio"] is None else f"**{one['ratio']:.2f}x**"
-    cells = [one["name"], ours, bare, ratio, one["goal"], one["stretch"], one["remarks"]]
+    return [ours, bare, "" if one["ratio"] is None else f"**{one['ratio']:.2f}x**"]
+
+
+def _row(one: Mapping[str, Any]) -> str:
+    cells = [one["name"], *_values(one), one["goal"], one["stretch"], one["remarks"]]
     return "| " + " | ".join(map(_cell, cells)) + " |"
 
 
@@ -117,11 +139,14 @@ def _cell(text: str) -> str:
 
 
 def main() -> None:
-    for part in (FIGURES, BACKENDS, AGREEMENT):
+    for part in (FIGURES, BEFORE, BACKENDS, AGREEMENT):
         if not part.stored.exists():
             print(f"{part.page} keeps what it has: there is no {part.stored}")
             continue
-        page = part.written(part.page.read_text(encoding="utf-8"), json.loads(part.stored.read_text()))
+        stored = json.loads(part.stored.read_text(encoding="utf-8"))
+        if part is BEFORE:
+            stored = {"before": stored, "now": json.loads(FIGURES.stored.read_text(encoding="utf-8"))}
+        page = part.written(part.page.read_text(encoding="utf-8"), stored)
         part.page.write_text(page, encoding="utf-8")
         print(f"{part.page} has the figures of {part.stored}")
 

@@ -60,7 +60,7 @@ def rollout(prompt: list[int], tokens: list[int], logprobs: list[float], advanta
 
 
 def _iteration(setting: Setting, length: int) -> Figure:
-    groups, tokens = (2, 16) if setting.quick else (8, 32)
+    groups, tokens = (1, 16) if setting.quick else (8, 32)
     prompts = texts([length] * groups)
     client, bare = setting.training_client(), Bare(setting.directory)
 

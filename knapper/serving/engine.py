@@ -91,16 +91,10 @@ def engine() -> Engine:
         raise InvalidField("KNAPPER_MODEL_DIRECTORY", "", "the directory of the base model's files")
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    directory = Path(settings.model_directory)
     where = device_for(settings.device)
     memory = take_memory(where, settings.gpu_memory_share)
-    dtype = dtype_for(settings.dtype, where)
-    try:
-        decoder = load(directory, dtype, where)
-    except torch.OutOfMemoryError as error:
-        allowed = f"what the weights of {settings.model} fit into; torch says: {error}"
-        raise InvalidField("KNAPPER_GPU_MEMORY_SHARE", settings.gpu_memory_share, allowed, "Or a larger GPU") from error
-    config = decoder.config
+    decoder = _loaded(settings, where)
+    directory, context = Path(settings.model_directory), decoder.config.context
     device = Device(settle=partial(finish, where))
     atexit.register(device.close)  # torch aborts if the interpreter goes away under its thread
     metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
@@ -108,13 +102,12 @@ def engine() -> Engine:
     machine = TrainingMachine(Trainer(decoder), device, time.monotonic)
     terms = _terms(where, decoder)
     holder = Holder(f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}", settings.address, terms)
-    adapters = StoredAdapters(store, config, where)
     log.info(
         "loaded",
         model=settings.model,
         architecture=decoder.architecture,
         computed_by=decoder.computed_by,
-        context=config.context,
+        context=context,
         device=terms.device,
         dtype=terms.dtype,
         threads=terms.threads,
@@ -123,11 +116,11 @@ def engine() -> Engine:
     sampler = Sampler(
         decoder,
         device,
-        adapters,
+        StoredAdapters(store, decoder.config, where),
         Tokenizer.from_file(str(directory / "tokenizer.json")),
         slots_max=_SLOTS_MAX,
         # One text may always fill the context.
-        kv_tokens_max=max(config.context, kv_bytes(where, memory, _KV_BYTES_MAX) // decoder.bytes_per_token),
+        kv_tokens_max=max(context, kv_bytes(where, memory, _KV_BYTES_MAX) // decoder.bytes_per_token),
         now=time.monotonic,
     )
     metrics.Readings(readings(machine, sampler))
@@ -137,11 +130,20 @@ def engine() -> Engine:
     return Engine(
         base_model=settings.model,
         directory=directory,
-        context=config.context,
+        context=context,
         residents=residents,
         sampler=sampler,
         place=open_place(settings, store, time.time),
     )
+
+
+def _loaded(settings: Settings, where: torch.device) -> Model:
+    """Raises InvalidField if the weights do not fit into a GPU's memory, or the settings ask for what is not there."""
+    try:
+        return load(Path(settings.model_directory), dtype_for(settings.dtype, where), where)
+    except torch.OutOfMemoryError as error:
+        allowed = f"what the weights of {settings.model} fit into; torch says: {error}"
+        raise InvalidField("KNAPPER_GPU_MEMORY_SHARE", settings.gpu_memory_share, allowed, "Or a larger GPU") from error
 
 
 def _leave_at_sigterm(residents: Residents[RunState]) -> None:

@@ -12,7 +12,7 @@ from benchmarks import figures
 from benchmarks.agreement import Gap
 from benchmarks.backends import Cell
 from benchmarks.figures import Figure, Pair
-from benchmarks.page import AGREEMENT, BACKENDS, FIGURES
+from benchmarks.page import AGREEMENT, BACKENDS, BEFORE, FIGURES
 
 ROOT = Path(__file__).parent.parent.parent
 MACHINE = {**figures.machine(), "load_1min": 0.25}
@@ -50,6 +50,20 @@ def test_tables_stand_between_the_markers_and_a_second_run_replaces_the_first(tm
     assert "| interpreter | 0.02 s |  |  |  |  |  |" in once.splitlines()
     assert FIGURES.written(once, stored(tmp_path)) == once
     assert "**Section sampling failed**" in FIGURES.written(once, stored(tmp_path, failed={"sampling": "OSError: no"}))
+
+
+def test_figures_of_before_stand_beside_those_of_now(tmp_path: Path) -> None:
+    now = stored(tmp_path)
+    older = [
+        Figure("training", "quiet", 3.0, 5.0, "s", 5 / 3, note="slow"),
+        Figure("training", "gone since", 1.0, None, "s"),
+    ]
+    said = {"machine": MACHINE, "load_1min_after": 1.0, "took_s": 4, "failed": {}, "model": "m", "quick": False}
+    figures.store(older, tmp_path / "before.json", **said)
+    both = {"before": json.loads((tmp_path / "before.json").read_text()), "now": now}
+    page = BEFORE.written(BEFORE.page.read_text(encoding="utf-8"), both)
+    assert "| quiet | 3 s | 5 s | **1.67x** | 2 s | 5 s | **2.50x** |" in page.splitlines()
+    assert "| gone since | 1 s |  |  |  |  |  |" in page.splitlines()
 
 
 @pytest.mark.parametrize(
