@@ -3,11 +3,14 @@
 N rows, H heads, G key/value heads, D head elements, T tokens of one sequence.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from knapper.engine import rowwise
@@ -76,7 +79,7 @@ class Continued:
 
 
 class Joined:
-    """Attentions of several groups of rows, one after another: those of several runs in one pass."""
+    """Attentions of several groups of rows, one after another, that do not all attend alike."""
 
     def __init__(self, attends: Sequence[Attend], rows: Sequence[int]) -> None:
         self._attends, self._rows = attends, list(rows)
@@ -100,12 +103,20 @@ class Recorded:
         return self._attend(layer, q_NHD, k_NGD, v_NGD)
 
 
-def of_group(group: Prefixes, device: torch.device) -> Attend:
-    """How the rows of a group attend that are computed."""
-    if len(group) == group.total:
-        return Packed(group.lengths)
-    places_N, first_U = torch.from_numpy(group.places_N), torch.from_numpy(group.first_U)
-    return Shared(group.lengths, places_N.to(device, non_blocking=True), first_U.to(device, non_blocking=True))
+def of_groups(groups: Sequence[Prefixes], device: torch.device) -> Attend:
+    """How the rows attend that are computed of the groups, one group after another."""
+    lengths = [length for group in groups for length in group.lengths]
+    if all(len(group) == group.total for group in groups):
+        return Packed(lengths)
+    places_N = _one_after_another([group.places_N for group in groups], [len(group) for group in groups])
+    first_U = _one_after_another([group.first_U for group in groups], [group.total for group in groups])
+    return Shared(lengths, places_N.to(device, non_blocking=True), first_U.to(device, non_blocking=True))
+
+
+def _one_after_another(places: Sequence[NDArray[np.int64]], sizes: Sequence[int]) -> Tensor:
+    """Places in each of several parts, as places in the whole."""
+    starts = itertools.accumulate(sizes[:-1], initial=0)
+    return torch.from_numpy(np.concatenate([part + start for part, start in zip(places, starts, strict=True)]))
 
 
 def _causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from knapper.engine import recomputing, rope
-from knapper.engine.adapt import Adapt, Segment, Segments, head_site, sites
-from knapper.engine.attention import Attend, Joined, Packed, Recorded, attention_dtype, of_group
+from knapper.engine.adapt import Adapt, head_site, sites
+from knapper.engine.attention import Attend, Packed, Recorded, attention_dtype, of_groups
 from knapper.engine.config import ComputedBy, ModelConfig
 from knapper.engine.decoding import NativeTexts
 from knapper.engine.head import HeadLora, target_logprobs
@@ -25,6 +25,7 @@ from knapper.engine.linear import FrozenLinear
 from knapper.engine.lora import Lora
 from knapper.engine.prefixes import Prefixes
 from knapper.engine.prompts import Prefilled, Prompt, prefill
+from knapper.engine.segments import Segment, Segments
 from knapper.engine.stretches import Stretch
 from knapper.engine.weights import LayerWeights, Weights
 
@@ -48,13 +49,6 @@ class Decoder:
         self._frequencies = rope.frequencies(config, self.device)
         self._saved_bytes_max = recomputing.saved_bytes_max(weights.nbytes, self.device)
         self._saved_bytes_of_row = recomputing.saved_bytes_of_row(config)
-        q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self._widths = {
-            "qkv": (q, kv, kv),
-            "o": (config.hidden,),
-            "gate_up": (config.intermediate, config.intermediate),
-            "down": (config.hidden,),
-        }
 
     @property
     def bytes_per_token(self) -> int:
@@ -82,7 +76,7 @@ class Decoder:
         return self._stretches(
             on_device([group.tokens_U for group in groups]),
             on_device([group.positions_U for group in groups]),
-            Joined([of_group(group, self.device) for group in groups], rows),
+            of_groups(groups, self.device),
             Segments(segments),
         )
 
@@ -122,7 +116,7 @@ class Decoder:
 
     def logits(self, hidden_NH: Tensor, adapt: Adapt) -> Tensor:
         """float32 (N, V), with the adapters' part of the head where they have one."""
-        (logits_NV,) = adapt((head_site,), (self.config.vocab_size,), hidden_NH, self.weights.head(hidden_NH))
+        (logits_NV,) = adapt((head_site,), hidden_NH, self.weights.head)
         return logits_NV.float()
 
     def _pass(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, adapt: Adapt) -> Tensor:
@@ -167,7 +161,7 @@ class Decoder:
         return self._linear(index, "down", F.silu(gate) * up, layer.down, adapt)[0]
 
     def _linear(self, index: int, name: str, x: Tensor, linear: FrozenLinear, adapt: Adapt) -> tuple[Tensor, ...]:
-        return adapt([f"layers.{index}.{site}" for site in sites[name]], self._widths[name], x, linear(x))
+        return adapt([f"layers.{index}.{site}" for site in sites[name]], x, linear)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """x / sqrt(mean(x^2) + eps), in float32, then scaled in the base's dtype."""

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from knapper.engine.adapt import Adapt, Scattered, Stack, base
+from knapper.engine.adapt import Adapt
 from knapper.engine.kv import Cache, Slot
 from knapper.engine.lora import Lora
+from knapper.engine.scattered import Scattered, Stack
+from knapper.engine.segments import base
 
 if TYPE_CHECKING:
     from knapper.engine.decoder import Decoder

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from knapper.engine import head
-from knapper.engine.adapt import Adapt, Segment, Segments, head_site
+from knapper.engine.adapt import Adapt, head_site
 from knapper.engine.config import ComputedBy, Site
 from knapper.engine.head import HeadLora
 from knapper.engine.linear import FrozenLinear
 from knapper.engine.lora import Lora
 from knapper.engine.prefixes import Prefixes
 from knapper.engine.prompts import Prefilled, Prompt
+from knapper.engine.segments import Segment, Segments
 from knapper.engine.stretches import Stretch
 
 
@@ -55,7 +56,7 @@ class Head:
     def logits(self, hidden_NH: Tensor, adapt: Adapt) -> Tensor:
         """float32 (N, V); a row's bits do not depend on how many rows there are."""
         linear = FrozenLinear([self.weight_VH], self.weight_VH.dtype, self.bias_V, pack=False)
-        (logits_NV,) = adapt((head_site,), (linear.outputs,), hidden_NH, linear(hidden_NH))
+        (logits_NV,) = adapt((head_site,), hidden_NH, linear)
         logits_NV = logits_NV.float()
         return logits_NV if self.cap is None else torch.tanh(logits_NV / self.cap) * self.cap
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from knapper.engine.adapt import base
 from knapper.engine.config import HEAD, Part, Site, UnsupportedModel, end_tokens, read_json
 from knapper.engine.foreign import ForeignFacts, ForeignModel, Head
+from knapper.engine.segments import base
 from knapper.engine.weights import BrokenModel
 from knapper.errors import NotFound
 

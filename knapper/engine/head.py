@@ -105,7 +105,7 @@ class _FrozenHead(torch.autograd.Function):
                     whole = len(rows) == len(logits_CV)
                     p_CV = logits_CV if whole else logits_CV[rows]
                     p_CV = p_CV.div_(total_C1 if whole else total_C1[rows]).to(head.dtype)
-                    mean_NH[chunk.start + rows] = head.back(p_CV).to(mean_NH.dtype)
+                    mean_NH[chunk.start + rows] = head.back([p_CV]).to(mean_NH.dtype)
         ctx.head, ctx.needed_N = head, needed_N
         ctx.save_for_backward(targets_NK, mean_NH)
         return torch.cat(found)
@@ -168,7 +168,7 @@ class _AdaptedHead(torch.autograd.Function):
             grad_low_CR = (grad_logits_CV @ b_VR.to(wide)).mul_(ctx.scale)
             grad_b_VR.addmm_(grad_logits_CV.T, low_CR, alpha=ctx.scale)
             grad_a_RH.addmm_(grad_low_CR.T, h_CH.to(wide))
-            grad_h_CH = head.back(grad_logits_CV.to(head.dtype)).to(wide).addmm_(grad_low_CR, a_RH.to(wide))
+            grad_h_CH = head.back([grad_logits_CV.to(head.dtype)]).to(wide).addmm_(grad_low_CR, a_RH.to(wide))
             grad_hidden_NH[rows_C] = grad_h_CH.to(grad_hidden_NH.dtype)
         return grad_hidden_NH, None, None, None, grad_a_RH, grad_b_VR, None
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knapper.engine.adapt import Segment
 from knapper.engine.draw import uniforms
 from knapper.engine.kv import capacity_for
 from knapper.engine.lora import Lora
 from knapper.engine.prompt_scores import PromptScores
+from knapper.engine.segments import Segment
 from knapper.engine.stops import Stops
 from knapper.wire.progress import Drawn, Ending
 from knapper.wire.types import Sample, SampleOutput, Sequence, TopK

@@ -1,4 +1,4 @@
-"""A frozen linear: x W^T + b, differentiable in x alone.
+"""A frozen linear: x W^T + b, and its gradient in x.
 
 On a CPU in float32 W is packed once, as oneDNN's kernels read it: products of a few rows take 0.6 to 0.8 of the time.
 A packed product adds in another order than F.linear, so training, prefill and decoding must all use it; a row then has
@@ -9,7 +9,6 @@ N rows, I inputs, O outputs.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,8 @@ class FrozenLinear:
         packs = (
             pack and parts[0].device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
         )
-        self.outputs, self.inputs = sum(len(part) for part in parts), parts[0].shape[1]
+        self.widths = tuple(len(part) for part in parts)
+        self.outputs, self.inputs = sum(self.widths), parts[0].shape[1]
         self.dtype = dtype
         self._bias_O = bias_O
         whole_OI: Tensor = parts[0].to(dtype) if len(parts) == 1 else torch.cat([part.to(dtype) for part in parts])
@@ -45,40 +45,23 @@ class FrozenLinear:
         return self.outputs * self.inputs * self.dtype.itemsize
 
     def __call__(self, x_NI: Tensor) -> Tensor:
+        """(N, O), a tensor of its own. Not differentiable: `back` is its gradient."""
         if self._packed is None:
             return F.linear(padded(x_NI), self._parts[0], self._bias_O)[: len(x_NI)]
-        if not (torch.is_grad_enabled() and x_NI.requires_grad):
-            return self._product(x_NI)
-        found = _Packed.apply(x_NI, self)  # type: ignore[no-untyped-call]  # the library has no types here
-        assert isinstance(found, Tensor)
-        return found
+        found_NO: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, self._packed, self._bias_O, "none", [], "")
+        return found_NO
 
-    def back(self, grad_NO: Tensor) -> Tensor:
-        """grad W (N, I)."""
-        sizes = [len(part) for part in self._parts]
-        grads = zip(padded(grad_NO).split(sizes, dim=1), self._parts, strict=True)
-        first, *rest = (torch.mm(grad, part.to(self.dtype)) for grad, part in grads)
-        for each in rest:
-            first += each
-        return first[: len(grad_NO)]
+    def back(self, grads: Sequence[Tensor]) -> Tensor:
+        """grad W (N, I), of gradients (N, width) by part."""
+        if len(self._parts) != len(grads):
+            grads = [torch.cat(list(grads), dim=1)]
+        first, *rest = zip(map(padded, grads), self._parts, strict=True)
+        found_NI = torch.mm(first[0], first[1].to(self.dtype))
+        for grad, part in rest:
+            found_NI.addmm_(grad, part.to(self.dtype))
+        return found_NI[: len(grads[0])]
 
     def rows(self, outputs_N: Tensor) -> Tensor:
         """W[outputs] (N, I), of a W of one part."""
         (whole_OI,) = self._parts
         return F.embedding(outputs_N, whole_OI).to(self.dtype)
-
-    def _product(self, x_NI: Tensor) -> Tensor:
-        found_NO: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, self._packed, self._bias_O, "none", [], "")
-        return found_NO
-
-
-class _Packed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, linear: FrozenLinear) -> Tensor:
-        ctx.linear = linear
-        return linear._product(x_NI)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        linear: FrozenLinear = ctx.linear
-        return linear.back(grads[0]), None

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from knapper.engine.adapt import Segment
-from knapper.engine.attention import Attend, Continued, Joined, of_group
+from knapper.engine.attention import Attend, Continued, Joined, of_groups
 from knapper.engine.lora import Lora
 from knapper.engine.prefixes import Prefixes
+from knapper.engine.segments import Segment
 
 if TYPE_CHECKING:
     from knapper.engine.decoder import Decoder
@@ -96,7 +96,7 @@ def _fresh(decoder: "Decoder", prompts: Sequence[Prompt], chosen: set[int]) -> l
     for group, members in groups.values():
         places = np.split(group.places_N, np.cumsum(group.lengths)[:-1])
         made = [(number, at, computed) for (number, computed), at in zip(members, places, strict=True)]
-        attend = of_group(group, decoder.device)
+        attend = of_groups([group], decoder.device)
         parts.append(_Part(prompts[members[0][0]].lora, group.tokens_U, group.positions_U, attend, None, made))
     return parts
 

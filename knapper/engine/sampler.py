@@ -23,7 +23,6 @@ from torch import Tensor
 
 from knapper import limits
 from knapper.engine import hardware, sample_checks
-from knapper.engine.adapt import Segments
 from knapper.engine.device import Device, Task
 from knapper.engine.draw import alternatives, draw
 from knapper.engine.jobs import Job, Text
@@ -31,6 +30,7 @@ from knapper.engine.lora import Lora
 from knapper.engine.model import Model
 from knapper.engine.prefilling import Counters, Prefilling
 from knapper.engine.prompt_scores import PromptScores
+from knapper.engine.segments import Segments
 from knapper.engine.stops import Stops
 from knapper.errors import InvalidField, TooLarge, Unavailable, UserError
 from knapper.wire.progress import Drawn

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from knapper import limits, metrics, telemetry
 from knapper.engine import peft_format
 from knapper.engine.config import Facts
-from knapper.engine.device import Device
+from knapper.engine.device import Device, Task
 from knapper.engine.hardware import device_for, dtype_for, finish, kv_bytes, take_memory
 from knapper.engine.loading import load
 from knapper.engine.lora import Lora, layout
@@ -89,18 +89,17 @@ def engine() -> Engine:
         metrics.cold_start_seconds.labels("import").observe(age_s)
     if not settings.model_directory:
         raise InvalidField("KNAPPER_MODEL_DIRECTORY", "", "the directory of the base model's files")
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     where = device_for(settings.device)
     memory = take_memory(where, settings.gpu_memory_share)
-    decoder = _loaded(settings, where)
-    directory, context = Path(settings.model_directory), decoder.config.context
     device = Device(settle=partial(finish, where))
     atexit.register(device.close)  # torch aborts if the interpreter goes away under its thread
+    decoder, threads = device.submit(_loaded(settings, where)).result()
+    torch.set_num_threads(1)  # of whoever is not the device's thread: see _loaded
+    directory, context = Path(settings.model_directory), decoder.config.context
     metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
     store = metrics.CountedStore(open_store(settings))
     machine = TrainingMachine(Trainer(decoder), device, time.monotonic)
-    terms = _terms(where, decoder)
+    terms = _terms(where, decoder, threads)
     holder = Holder(f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}", settings.address, terms)
     log.info(
         "loaded",
@@ -137,10 +136,19 @@ def engine() -> Engine:
     )
 
 
-def _loaded(settings: Settings, where: torch.device) -> Model:
-    """Raises InvalidField if the weights do not fit into a GPU's memory, or the settings ask for what is not there."""
+def _loaded(settings: Settings, where: torch.device) -> Task[tuple[Model, int]]:
+    """The model, and on how many threads the device's computes.
+
+    A task of the device, because OpenMP keeps a team of threads for each thread that ever computed on several. With two
+    teams there are more than CPUs, and then they sleep between any two products, where they would have waited awake.
+
+    Raises InvalidField if the weights do not fit into a GPU's memory, or the settings ask for what is not there.
+    """
+    yield from ()
+    threads = settings.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        return load(Path(settings.model_directory), dtype_for(settings.dtype, where), where)
+        return load(Path(settings.model_directory), dtype_for(settings.dtype, where), where), threads
     except torch.OutOfMemoryError as error:
         allowed = f"what the weights of {settings.model} fit into; torch says: {error}"
         raise InvalidField("KNAPPER_GPU_MEMORY_SHARE", settings.gpu_memory_share, allowed, "Or a larger GPU") from error
@@ -196,12 +204,12 @@ def _by_place(shares: Sequence[float]) -> dict[str, float]:
     return {str(place + 1): shares[place] if place < len(shares) else 0.0 for place in range(_PLACES)}
 
 
-def _terms(device: torch.device, model: Model) -> Terms:
+def _terms(device: torch.device, model: Model, threads: int) -> Terms:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     capability = torch.backends.cpu.get_cpu_capability()
     return Terms(
         device=f"{device.type} {name} {capability}",
         dtype=str(model.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
+        threads=threads,
         versions=", ".join((f"torch {torch.__version__}", *model.versions)),
     )

@@ -11,12 +11,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from knapper.engine import weights
-from knapper.engine.adapt import Scattered, Segment, Segments, Stack, base, site_shapes
+from knapper.engine.adapt import site_shapes
 from knapper.engine.attention import Packed
 from knapper.engine.config import ModelConfig, UnsupportedModel
 from knapper.engine.decoder import Decoder
 from knapper.engine.kv import Cache, capacity_for
 from knapper.engine.lora import Lora
+from knapper.engine.scattered import Scattered, Stack
+from knapper.engine.segments import Segment, Segments, base
 from knapper.engine.weights import BrokenModel
 from knapper.errors import NotFound
 from tests.engine.tiny import Kind, tiny_model

@@ -61,21 +61,20 @@ def test_values_and_gradients_are_those_of_the_stacked_weight(dtype: torch.dtype
     x_NI, grad_NO = random(20, 48, seed=6).to(dtype).requires_grad_(), random(20, 96, seed=7).to(dtype)
     wanted = F.linear(x_NI, torch.cat(parts), bias)
     (wanted_grad,) = torch.autograd.grad(wanted, x_NI, grad_NO)
-    found = linear(x_NI)
-    (found_grad,) = torch.autograd.grad(found, x_NI, grad_NO)
     close = {torch.float32: 1e-4, torch.bfloat16: 0.0, torch.float64: 0.0}[dtype]
-    torch.testing.assert_close(found, wanted, rtol=0, atol=close)
-    torch.testing.assert_close(found_grad, wanted_grad, rtol=0, atol=close)
+    assert linear.widths == (64, 16, 16)
     with torch.no_grad():
-        assert torch.equal(linear(x_NI), found)
+        torch.testing.assert_close(linear(x_NI), wanted, rtol=0, atol=close)
+        found_grad = linear.back(grad_NO.split(linear.widths, dim=1))
+    torch.testing.assert_close(found_grad, wanted_grad, rtol=0, atol=close)
 
 
 def test_a_file_in_bfloat16_is_computed_in_float32_as_if_it_had_been_converted() -> None:
     parts = [random(64, 32).bfloat16(), random(32, 32, seed=1).bfloat16()]
     linear, converted = FrozenLinear(parts, torch.float32), FrozenLinear([one.float() for one in parts], torch.float32)
-    x_NI = random(20, 32, seed=2).requires_grad_()
+    x_NI, grads = random(20, 32, seed=2), random(20, 96, seed=3).split([64, 32], dim=1)
     assert torch.equal(linear(x_NI), converted(x_NI))
-    assert torch.equal(linear.back(random(20, 96, seed=3)), converted.back(random(20, 96, seed=3)))
+    assert torch.equal(linear.back(grads), converted.back(grads))
     head = FrozenLinear(parts[:1], torch.float32)
     assert torch.equal(head.rows(torch.tensor([5, 2])), parts[0][[5, 2]].float())
     assert linear.nbytes == 96 * 32 * 4

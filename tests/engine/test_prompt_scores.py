@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from knapper import limits
-from knapper.engine.adapt import Segment, Segments
 from knapper.engine.prompt_scores import PromptScores
+from knapper.engine.segments import Segment, Segments
 from knapper.errors import KnapperError
 from knapper.wire.types import Cells
 from tests.engine.test_sampler import House, prompt_of, request

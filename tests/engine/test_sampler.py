@@ -15,11 +15,11 @@ import torch
 from tokenizers import Tokenizer
 
 from knapper import limits
-from knapper.engine.adapt import Segments
 from knapper.engine.decoder import Segment
 from knapper.engine.device import Device
 from knapper.engine.lora import Lora
 from knapper.engine.sampler import NonFiniteLogits, Sampler
+from knapper.engine.segments import Segments
 from knapper.errors import NotFound, TooLarge, UserError
 from knapper.wire.types import Sample, SampleOutput, SamplingParams, Sequence
 from tests.engine.test_clock import held

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from knapper.engine.adapt import Segment, Segments
+from knapper.engine.segments import Segment, Segments
 from tests.engine.test_decoder import decoder_of
 from tests.engine.test_sampler import prompt_of, request
 from tests.engine.tiny import tiny_model

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from knapper.engine.adapt import Segment, Segments
 from knapper.engine.decoder import Decoder
 from knapper.engine.lora import Lora
+from knapper.engine.segments import Segment, Segments
 from knapper.errors import InvalidField, Unavailable, UserError
 from knapper.wire.progress import Drawn
 from tests.engine.test_decoder import decoder_of
