@@ -51,5 +51,5 @@ def test_only_the_devices_thread_has_others_that_compute_with_it(tmp_path: Path)
     assert (alone["device"], helped["device"]) == (1, 3)
     assert (alone["others"], helped["others"]) == (1, 1)
     assert (alone["more"], helped["more"]) == (0, 0)
-    # One team, and as many again of a pool that torch makes when it is told a number, and that these products do not use.
+    # One team, and as many again of a pool that torch makes when it is told a number, and that does nothing here.
     assert helped["tasks"] - alone["tasks"] == 2 * 2
