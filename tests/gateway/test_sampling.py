@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,12 +52,20 @@ def served() -> Iterator[tuple[Running, Upstream]]:
         yield running, upstream
 
 
-@pytest.fixture
-def upstream(served: tuple[Running, Upstream]) -> Iterator[Upstream]:
-    upstream = served[1]
+@contextmanager
+def fresh(served: tuple[Running, Upstream]) -> Iterator[Upstream]:
+    """The upstream, for one test."""
+    running, upstream = served
     upstream.replies, upstream.calls, upstream.open, upstream.cancelled = [], [], True, 0
     yield upstream
     upstream.open = True
+    until(lambda: not running.parts.samples.open)  # one still on its way would take a reply of the next test
+
+
+@pytest.fixture
+def upstream(served: tuple[Running, Upstream]) -> Iterator[Upstream]:
+    with fresh(served) as upstream:
+        yield upstream
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from knapper import limits
 from knapper.sessions import Sampler, Samplers
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import MODEL, Running, gateway, serve
-from tests.gateway.test_sampling import Upstream, asample, sampler, until
+from tests.gateway.test_sampling import Upstream, asample, fresh, sampler, until
 
 CLONE = 10**9
 
@@ -47,10 +47,8 @@ def running(served: tuple[Running, Upstream]) -> Running:
 
 @pytest.fixture
 def upstream(served: tuple[Running, Upstream]) -> Iterator[Upstream]:
-    upstream = served[1]
-    upstream.replies, upstream.calls, upstream.open = [], [], True
-    yield upstream
-    upstream.open = True
+    with fresh(served) as upstream:
+        yield upstream
 
 
 def poll(running: Running, session: str, cursor: int = 0, clone: int = 0, **more: Any) -> dict[str, Any]:
