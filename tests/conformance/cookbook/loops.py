@@ -115,7 +115,7 @@ def _reinforced(at: Workplace, steps: int, **options: Any) -> Seen:
     end, which costs a tenth of a point: so the reward has somewhere to rise to."""
     fixed: dict[str, Any] = {
         "load_checkpoint_path": at.taught.checkpoint["state_path"], "lora_rank": 8, "max_tokens": 9, "group_size": 8,
-        "groups_per_batch": 4, "learning_rate": 1.2e-3, "loss_fn": "importance_sampling", "eval_every": 0,
+        "groups_per_batch": 8, "learning_rate": 8e-4, "loss_fn": "importance_sampling", "eval_every": 0,
         "save_every": 0,
     }  # fmt: skip
     options = {**fixed, **options}
@@ -129,7 +129,9 @@ def _reinforced(at: Workplace, steps: int, **options: Any) -> Seen:
     assert ran.series(_reward)[: steps // 2] == rewards, "the resumed run does not repeat what was done"
     rewards = ran.series(_reward)
     seen = Seen(fmean(rewards[:3]), fmean(rewards[-3:]), steps)
-    # What is sampled has no seed: over twelve steps the reward has risen by 0.031 to 0.051.
+    # What is sampled has no seed. Of 20 runs each of 12 steps, the reward rose by 0.040 to 0.061 in step and by 0.045 to
+    # 0.058 streamed; ahead, in 16 runs of 16 steps, by 0.023 to 0.071. With half of the groups and a rate a quarter
+    # higher one of eight ended where every answer is cut off: all rewards are alike there, and nothing leads out of it.
     assert seen.last > seen.first + 0.005, rewards
     return seen
 
@@ -139,12 +141,12 @@ def _reinforced_in_step(at: Workplace, steps: int) -> Seen:
 
 
 def _reinforced_streamed(at: Workplace, steps: int) -> Seen:
-    streamed = {"stream_minibatch_config__groups_per_batch": 4, "stream_minibatch_config__num_minibatches": 2}
+    streamed = {"stream_minibatch_config__groups_per_batch": 8, "stream_minibatch_config__num_minibatches": 2}
     return _reinforced(at, steps, **streamed)
 
 
 def _reinforced_ahead(at: Workplace, steps: int) -> Seen:
-    return _reinforced(at, steps, max_steps_off_policy=1, loss_fn="ppo", learning_rate=1e-3)
+    return _reinforced(at, steps, max_steps_off_policy=1, loss_fn="ppo")
 
 
 def _guessed(at: Workplace, steps: int) -> Seen:
@@ -243,7 +245,7 @@ LOOPS = (
     Loop("RL, synchronous", "`math_rl.train`", "reward, mean of three steps",
          "the reward rises, over two commands of which the second resumes the first", (12, 24), _reinforced_in_step),
     Loop("RL, asynchronous", "`math_rl.train max_steps_off_policy=1`", "reward, mean of three steps",
-         "the same, while samples are a step older than the weights", (12, 24), _reinforced_ahead),
+         "the same, while samples are a step older than the weights", (16, 24), _reinforced_ahead),
     Loop("RL, streamed minibatches", "`math_rl.train stream_minibatch_config...`", "reward, mean of three steps",
          "the same", (0, 24), _reinforced_streamed),
     Loop("RL, many turns", "`multiplayer_rl.guess_number.train`", "half the mean square of sampler - trainer",
