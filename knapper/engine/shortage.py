@@ -11,6 +11,7 @@ from knapper.errors import OutOfMemory
 _SAYS: Final = (  # of a RuntimeError; torch has an error of its own for GPUs alone
     "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "MPS backend out of memory",
     "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc",
+    "could not create a primitive", "could not create a memory object",  # oneDNN's, which do not say why
 )  # fmt: skip
 _NEEDED: Final = re.compile(r"(?:[Tt]ried to allocate|Unable to allocate) ([\d.]+) (bytes|[KMGT]i?B)\b")
 _UNITS: Final = {"bytes": 1} | {f"{p}{i}B": 1024**n for n, p in enumerate("KMGT", 1) for i in ("", "i")}

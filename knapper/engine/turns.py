@@ -31,10 +31,10 @@ def next_turns(waiting: Iterable[Job], places: Places, rows_of: Callable[[Job], 
     prompts: set[tuple[str, bytes]] = set()  # of this turn: each is computed once
     for job in waiting:
         if not _joins(job, [*places.decoding, *(other for other, _ in turns)]):
-            if job.overtaken >= places.overtaken_max:
-                break
             skipped.append(job)
             continue
+        if any(other.overtaken >= places.overtaken_max for other in skipped):
+            break
         if job.needs_prefill and (prompt := (job.request.adapter, job.request.prompt.tobytes())) not in prompts:
             prompts.add(prompt)
             rows += rows_of(job)

@@ -59,8 +59,9 @@ class House:
         slots_max: int = 16,
         kv_tokens_max: int = 8192,
         now: Callable[[], float] = time.monotonic,
+        make: Callable[[Path], Path] = tiny_model,
     ) -> None:
-        self.decoder = decoder_of(tiny_model(directory))
+        self.decoder = decoder_of(make(directory))
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.shelf = Shelf({f"adapter-{seed}": lora_of(self.decoder, seed=seed, rank=3 + seed) for seed in (1, 2, 3)})
         self.device = Device()
