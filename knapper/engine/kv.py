@@ -140,6 +140,10 @@ class Pool:
         """Keys and values (2, N, G, C, D) of the sequences that are here."""
         return self._layers[index][:, : len(self.slots)]
 
+    def end(self) -> None:
+        """Give the memory back, whoever still holds one of its sequences."""
+        self._layers.clear()
+
     def _allocated(self, places: int) -> Tensor:
         shape = self._shape
         size = (2, places, shape.kv_heads, self.capacity, shape.head_dim)
@@ -241,6 +245,7 @@ class Cache:
     def _let_go(self, pool: Pool) -> None:
         if not pool.slots:
             self._pools.pop(pool.capacity, None)
+            pool.end()
 
     def _free(self, wanted: int) -> int:
         """Positions without memory as yet: `wanted`, if need be by giving spare places back, or all that there are."""

@@ -332,14 +332,15 @@ def test_a_parked_text_can_be_cancelled(house: House, embedding: Embedding) -> N
 @pytest.mark.parametrize("error", [gpu_error, cpu_error])
 def test_wherever_memory_is_lacking_for_a_moment_nothing_changes(house: House, error: Callable[[], Exception]) -> None:
     """One operator after another fails once, or some in a row: in passes, scores, draws, or while pools grow."""
-    requests = [*crowd(5, max_tokens=70), request(prompt=prompt_of(60, seed=8), prompt_logprobs=True, num_samples=3)]
+    scored = request(prompt=prompt_of(60, seed=8), prompt_logprobs=True, num_samples=2, max_tokens=8)
+    requests = [*crowd(2, max_tokens=10), scored]
     undisturbed = house.run(*requests)
     house.sampler._prefilling.trim(0)
     counted = Operators(lambda _number, _name: False, error)
     with on(house.device, counted):
         assert alike(house.run(*requests), undisturbed)  # type: ignore[arg-type]
     rng = np.random.default_rng(5)
-    for at in sorted(rng.integers(1, counted.count, 20).tolist()):
+    for at in sorted(rng.integers(1, counted.count, 12).tolist()):
         house.sampler._prefilling.trim(0)
         broken = Operators(lambda number, _name, at=at: number == at, error)  # type: ignore[misc]
         with on(house.device, broken):
@@ -351,13 +352,13 @@ def test_wherever_memory_is_lacking_for_a_moment_nothing_changes(house: House, e
 
 def test_while_memory_is_lacking_nobody_gets_other_bits(house: House) -> None:
     """Each operator fails with a chance: whoever is answered has what it has undisturbed, and no other error comes."""
-    requests = crowd(8)
+    requests = crowd(5, max_tokens=10)
     undisturbed = house.run(*requests)
     served = 0
-    for seed in range(10):
+    for seed in range(8):
         house.sampler._prefilling.trim(0)
         rng = np.random.default_rng(seed)
-        broken = Operators(lambda _number, _name, rng=rng: bool(rng.random() < 2e-4), gpu_error)  # type: ignore[misc]
+        broken = Operators(lambda _number, _name, rng=rng: bool(rng.random() < 1e-3), gpu_error)  # type: ignore[misc]
         with on(house.device, broken):
             found = house.within(answers(house, requests))
         assert broken.broken > 0
@@ -365,7 +366,7 @@ def test_while_memory_is_lacking_nobody_gets_other_bits(house: House) -> None:
             assert isinstance(one, OutOfMemory) or alike([one], [wanted]), f"seed {seed}"
         served += sum(isinstance(one, SampleOutput) for one in found)
         assert nothing_left(house)
-    assert served > 40, "of 80: most are"
+    assert served > 20, "of 40: most are"
 
 
 # -- real --------------------------------------------------------------------------------------------------------------
@@ -401,4 +402,4 @@ def test_a_prompt_that_the_allocator_has_no_memory_for_fails_alone(tmp_path: Pat
     others_alike, failed = json.loads(done.stdout.splitlines()[-1])
     assert others_alike
     assert failed.startswith("OutOfMemory: a prompt of 30000 tokens with up to 5 sampled ones does not fit into the")
-    assert re.search(r"it needs 9\d\d MiB at once; [12]\d\d MiB are free\. Send a shorter prompt", failed), failed
+    assert re.search(r"it needs 9\d\d MiB at once; \d+ MiB are free\. Send a shorter prompt", failed), failed
