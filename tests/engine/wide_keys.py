@@ -12,7 +12,7 @@ from tests.engine.tiny import hidden, inner, tiny_model
 def wide_model(
     directory: Path, *, layers: int, kv_heads: int = 8, head_dim: int = 128, context: int = 40_960, ends: int = 1
 ) -> Path:
-    """`directory`, now holding it. Of its tokens the last `ends` end a text: with many of them texts are short.
+    """`directory`, now holding it. Of its 268 tokens the last `ends` end a text.
 
     Qwen3-0.6B has 28 layers, and the other sizes as here.
     """
