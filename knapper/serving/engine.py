@@ -20,6 +20,7 @@ from knapper import limits, metrics, telemetry
 from knapper.engine import peft_format
 from knapper.engine.config import Facts
 from knapper.engine.device import Device, Task
+from knapper.engine.exactness import Exactness
 from knapper.engine.hardware import device_for, dtype_for, finish, kv_bytes, take_memory
 from knapper.engine.loading import load
 from knapper.engine.lora import Lora, layout
@@ -93,7 +94,8 @@ def engine() -> Engine:
     memory = take_memory(where, settings.gpu_memory_share)
     device = Device(settle=partial(finish, where))
     atexit.register(device.close)  # torch aborts if the interpreter goes away under its thread
-    decoder, threads = device.submit(_loaded(settings, where)).result()
+    exactness = Exactness(promised=settings.exact)
+    decoder, threads = device.submit(_loaded(settings, where, exactness)).result()
     torch.set_num_threads(1)  # of whoever is not the device's thread: see _loaded
     directory, context = Path(settings.model_directory), decoder.config.context
     metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
@@ -110,6 +112,7 @@ def engine() -> Engine:
         device=terms.device,
         dtype=terms.dtype,
         threads=terms.threads,
+        exact=_promise(exactness, where),
         took_s=round(time.monotonic() - began, 2),
     )
     sampler = Sampler(
@@ -136,7 +139,7 @@ def engine() -> Engine:
     )
 
 
-def _loaded(settings: Settings, where: torch.device) -> Task[tuple[Model, int]]:
+def _loaded(settings: Settings, where: torch.device, exactness: Exactness) -> Task[tuple[Model, int]]:
     """The model, and on how many threads the device's computes.
 
     A task of the device, because OpenMP keeps a team of threads for each thread that ever computed on several. With two
@@ -148,10 +151,23 @@ def _loaded(settings: Settings, where: torch.device) -> Task[tuple[Model, int]]:
     threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return load(Path(settings.model_directory), dtype_for(settings.dtype, where), where), threads
+        dtype = dtype_for(settings.dtype, where)
+        return load(Path(settings.model_directory), dtype, where, exactness), threads
     except torch.OutOfMemoryError as error:
         allowed = f"what the weights of {settings.model} fit into; torch says: {error}"
         raise InvalidField("KNAPPER_GPU_MEMORY_SHARE", settings.gpu_memory_share, allowed, "Or a larger GPU") from error
+
+
+def _promise(exactness: Exactness, where: torch.device) -> str:
+    """Whether a row's bits depend on its neighbours, in a few words for the log."""
+    if where.type != "cpu":
+        return f"no: {where.type}"
+    if not exactness.promised:
+        return "no: KNAPPER_EXACT=false"
+    if exactness.broken:
+        return f"not of {', '.join(exactness.broken)}"
+    ways = [f"{product}: {way}" for product, way in exactness.found.items()]
+    return f"yes; {'; '.join(ways)}" if ways else "yes"
 
 
 def _leave_at_sigterm(residents: Residents[RunState]) -> None:
