@@ -97,6 +97,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         int,
         Meta(ge=0, le=1024, description="Of torch on a CPU; 0: as many as torch takes. Replayed bits depend on it."),
     ] = 0
+    exact: Annotated[
+        bool,
+        Meta(description="On a CPU, bits do not depend on neighbours; false gives that up, for speed on some CPUs."),
+    ] = True
     gpu_memory_share: Annotated[
         float,
         Meta(gt=0, le=1, description="The part of a GPU's memory that the engine takes; less where others share it."),

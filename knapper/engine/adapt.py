@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knapper.engine.config import HEAD, Facts
+from knapper.engine.exactness import Way
 from knapper.engine.linear import FrozenLinear
 
 # The fused linears of a layer and the sites that they stack.
@@ -30,7 +31,7 @@ def site_shapes(config: Facts) -> dict[str, tuple[int, int]]:
 
 
 def rank_padded(rank: int) -> int:
-    """What a GEMM runs on. With fewer columns it takes another kernel: a neighbour of higher rank would change bits."""
+    """What a GEMM runs on: on fewer columns it is slower. Adapters of one padded rank share a batch."""
     return rank + -rank % _ranks_multiple
 
 
@@ -38,6 +39,11 @@ def ranks_padded(matrix: Tensor, dim: int) -> Tensor:
     """A or B of an adapter with zeros along its rank `dim`, up to `rank_padded`."""
     short = rank_padded(matrix.shape[dim]) - matrix.shape[dim]
     return matrix if short == 0 else F.pad(matrix, (0, 0) * (matrix.dim() - 1 - dim) + (0, short))
+
+
+def times(way: Way, x_MI: Tensor, w_OI: Tensor) -> Tensor:
+    """x w^T (M, O), of an adapter's matrix."""
+    return way(lambda x: F.linear(x, w_OI), x_MI)
 
 
 class Adapt(Protocol):

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -53,10 +54,13 @@ class Head:
     scale: float
     cap: float | None
 
+    @cached_property
+    def _linear(self) -> FrozenLinear:
+        return FrozenLinear([self.weight_VH], self.weight_VH.dtype, self.bias_V, pack=False)
+
     def logits(self, hidden_NH: Tensor, adapt: Adapt) -> Tensor:
         """float32 (N, V); a row's bits do not depend on how many rows there are."""
-        linear = FrozenLinear([self.weight_VH], self.weight_VH.dtype, self.bias_V, pack=False)
-        (logits_NV,) = adapt((head_site,), hidden_NH, linear)
+        (logits_NV,) = adapt((head_site,), hidden_NH, self._linear)
         logits_NV = logits_NV.float()
         return logits_NV if self.cap is None else torch.tanh(logits_NV / self.cap) * self.cap
 
@@ -66,8 +70,7 @@ class Head:
         """`head.target_logprobs`. With a bias or a cap, logits are computed again for the gradient, some rows at a
         time."""
         if self.bias_V is None and self.cap is None:
-            linear = FrozenLinear([self.weight_VH], self.weight_VH.dtype, pack=False)
-            return head.target_logprobs(hidden_NH, linear, targets_NK, lora, needed_N)
+            return head.target_logprobs(hidden_NH, self._linear, targets_NK, lora, needed_N)
         adapter = None if lora is None else Lora({head_site: lora.a}, {head_site: lora.b}, lora.scale)
 
         def chosen(hidden_CH: Tensor, targets_CK: Tensor) -> Tensor:

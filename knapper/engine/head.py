@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from knapper.engine.adapt import ranks_padded
+from knapper.engine.adapt import rank_padded, ranks_padded, times
 from knapper.engine.linear import FrozenLinear
-from knapper.engine.rows import padded, row_sums
+from knapper.engine.rows import row_sums
 
 ELEMENTS_MAX = 1 << 24  # logits alive at a time: 64 MiB of float32
 ROWS_MIN = 16  # smaller products take other kernels, whose last bits differ
@@ -64,9 +63,9 @@ def logits(hidden_NH: Tensor, head: FrozenLinear, lora: HeadLora | None = None) 
     """(N, V), float32 or wider. A row's bits do not depend on how many rows there are."""
     found_NV = head(hidden_NH)
     if lora is not None:
-        low_NR = F.linear(padded(hidden_NH.to(lora.a.dtype)), ranks_padded(lora.a, 0)) * lora.scale
-        delta_NV = F.linear(low_NR, ranks_padded(lora.b, 1))[: len(hidden_NH)]
-        found_NV = (found_NV + delta_NV).to(found_NV.dtype)
+        way = head.exactness.adapter(rank_padded(len(lora.a)), lora.a)
+        low_NR = times(way, hidden_NH.to(lora.a.dtype), ranks_padded(lora.a, 0)) * lora.scale
+        found_NV = (found_NV + times(way, low_NR, ranks_padded(lora.b, 1))).to(found_NV.dtype)
     return found_NV.to(_wide(hidden_NH))
 
 

@@ -4,14 +4,20 @@ from pathlib import Path
 
 import torch
 
-from knapper.engine import weights
+from knapper.engine import rowwise, weights
 from knapper.engine.config import ModelConfig, UnsupportedModel
 from knapper.engine.decoder import Decoder
+from knapper.engine.exactness import Exactness
 from knapper.engine.model import Model
 
 
-def load(directory: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
-    """The model in `directory`, in `dtype` on `device`.
+def load(
+    directory: Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    exactness: Exactness | None = None,
+) -> Model:
+    """The model in `directory`, in `dtype` on `device`; `exactness` then has what was found of its products.
 
     Raises NotFound for missing files, BrokenModel for wrong ones, UnsupportedModel for what neither way computes.
     """
@@ -25,4 +31,8 @@ def load(directory: Path, dtype: torch.dtype = torch.float32, device: torch.devi
             return foreign_loading.load(directory, dtype, torch.device(device))
         except UnsupportedModel as refused:
             raise UnsupportedModel(f"{refused} (not computed natively either: {not_native})") from refused
-    return Decoder(config, weights.load(directory, config, dtype, device))
+    exactness = exactness or Exactness()
+    decoder = Decoder(config, weights.load(directory, config, dtype, device, exactness))
+    if exactness.promised and decoder.device.type == "cpu":
+        exactness.check("attention", rowwise.steady(config.heads, config.kv_heads, config.head_dim))
+    return decoder

@@ -47,6 +47,28 @@ def decoded(q_NGQD: Tensor, keys_NGCD: Tensor, values_NGCD: Tensor, bias_N11C: T
     return _weighted_(scores, values_NGCD.flatten(0, 1), queries)[0].view(texts, groups, queries, width)
 
 
+@torch.inference_mode()
+def steady(heads: int, groups: int, width: int) -> bool:
+    """Whether on this CPU a row has the same bits in a text, in a shorter one, as the rest of one, and decoded."""
+    tokens = 3 * KEYS + 5
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, tokens, count, width, generator=generator) for count in (heads, groups, groups))
+    whole = causal(q, k, v)
+    for count in (1, 7, KEYS, KEYS + 1, 2 * KEYS + 9):
+        short = causal(*(x[:, :count] for x in (q, k, v)))
+        rest = causal(q[:, count:], k, v)
+        if not (torch.equal(short, whole[:, :count]) and torch.equal(rest, whole[:, count:])):
+            return False
+        capacity = _whole(count)
+        keys, values = (F.pad(x[:, :count].transpose(1, 2), (0, 0, 0, capacity - count)) for x in (k, v))
+        bias = torch.zeros(1, 1, 1, capacity)
+        bias[..., count:] = -torch.inf
+        row_1GQD = q[:, count - 1].view(1, groups, heads // groups, width)
+        if not torch.equal(decoded(row_1GQD, keys, values, bias).flatten(1, 2), whole[:, count - 1]):
+            return False
+    return True
+
+
 class _Causal(torch.autograd.Function):
     """The gradient is that of the library's own attention, which wants no more than our outputs and normalisers."""
 

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from knapper.engine.adapt import rank_padded, ranks_padded
+from knapper.engine.adapt import rank_padded, ranks_padded, times
 from knapper.engine.linear import FrozenLinear
 from knapper.engine.lora import Lora
-from knapper.engine.rows import padded
 
 
 @dataclass(frozen=True)
@@ -77,9 +75,10 @@ class _Adapted(torch.autograd.Function):
         lows: list[Tensor] = []
         for span, a, b in _each(spans, matrices):
             x_MI = span.of(x_NI).to(a[0].dtype)
-            low_MR = F.linear(padded(x_MI), _stacked([ranks_padded(a_RI, 0) for a_RI in a])) * span.scale
+            way = linear.exactness.adapter(rank_padded(len(a[0])), a[0])
+            low_MR = times(way, x_MI, _stacked([ranks_padded(a_RI, 0) for a_RI in a])) * span.scale
             for part, low, b_OR in zip(span.parts, _by_part(low_MR, a), b, strict=True):
-                span.of(parts[part]).add_(F.linear(low, ranks_padded(b_OR, 1))[: len(x_MI)])
+                span.of(parts[part]).add_(times(way, low, ranks_padded(b_OR, 1)))
             lows.append(low_MR)
         ctx.linear, ctx.spans = linear, spans
         ctx.save_for_backward(x_NI, *lows, *matrices)
@@ -99,7 +98,7 @@ class _Adapted(torch.autograd.Function):
             grad_low_MR = _joined([grad_MO @ b_OR for grad_MO, b_OR in zip(own, b, strict=True)]).mul_(span.scale)
             found += (grad_low_MR.T @ x_MI).split([len(a_RI) for a_RI in a])
             for grad_MO, low, a_RI in zip(own, _by_part(low_MR, a), a, strict=True):
-                found.append(grad_MO.T @ low[: len(x_MI), : len(a_RI)])
+                found.append(grad_MO.T @ low[:, : len(a_RI)])
             if grad_NI is not None:
                 span.of(grad_NI).add_(grad_low_MR @ _stacked(a))
         return None, None, grad_NI, *found

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from knapper.engine.config import ModelConfig
+from knapper.engine.exactness import Exactness
 from knapper.engine.linear import FrozenLinear
 from knapper.errors import NotFound, UserError
 
@@ -52,13 +53,18 @@ class Weights:
 
 
 def load(
-    directory: Path, config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    directory: Path,
+    config: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    exactness: Exactness | None = None,
 ) -> Weights:
     """The weights of `directory` (one file, or shards with an index), in `dtype` on `device`.
 
     Raises NotFound without weight files, BrokenModel when a tensor is missing, unexpected or of another shape.
     """
     tensors = _Tensors(directory, torch.device(device))
+    exactness = exactness or Exactness()
     hidden, inner, head_dim = config.hidden, config.intermediate, config.head_dim
     q_rows, kv_rows = config.heads * head_dim, config.kv_heads * head_dim
 
@@ -66,7 +72,7 @@ def load(
         parts = list(zip(names, rows, strict=True))
         weights = [tensors.take(f"{name}.weight", count, inputs) for name, count in parts]
         bias = torch.cat([tensors.take(f"{name}.bias", count) for name, count in parts]).to(dtype) if biased else None
-        return FrozenLinear(weights, dtype, bias)
+        return FrozenLinear(weights, dtype, bias, exactness=exactness)
 
     def norm(name: str, width: int) -> Tensor:
         return tensors.take(f"{name}.weight", width).to(dtype)
@@ -90,7 +96,7 @@ def load(
     layers = tuple(layer(index) for index in range(config.layers))
     last_norm = norm("model.norm", hidden)
     if config.tied:
-        head = FrozenLinear([embed], dtype)
+        head = FrozenLinear([embed], dtype, exactness=exactness)
         tensors.ignore("lm_head.weight")
     else:
         head = linear(["lm_head"], [config.vocab_size], hidden)

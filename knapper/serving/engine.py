@@ -17,18 +17,11 @@ import torch
 from tokenizers import Tokenizer
 
 from knapper import metrics, telemetry
-from knapper.engine import peft_format
+from knapper.engine import hardware, peft_format
 from knapper.engine.config import Facts
 from knapper.engine.device import Device, Task
-from knapper.engine.hardware import (
-    adapter_bytes,
-    device_for,
-    dtype_for,
-    finish,
-    kv_bytes,
-    memory_left,
-    take_memory,
-)
+from knapper.engine.exactness import Exactness
+from knapper.engine.hardware import device_for, dtype_for, finish, take_memory
 from knapper.engine.loading import load
 from knapper.engine.lora import Lora, layout
 from knapper.engine.machine import TrainingMachine
@@ -100,7 +93,8 @@ def engine() -> Engine:
     take_memory(where, settings.gpu_memory_share)
     device = Device(settle=partial(finish, where))
     atexit.register(device.close)  # torch aborts if the interpreter goes away under its thread
-    decoder, threads = device.submit(_loaded(settings, where)).result()
+    exactness = Exactness(promised=settings.exact)
+    decoder, threads = device.submit(_loaded(settings, where, exactness)).result()
     torch.set_num_threads(1)  # of whoever is not the device's thread: see _loaded
     directory, context = Path(settings.model_directory), decoder.config.context
     metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
@@ -117,6 +111,7 @@ def engine() -> Engine:
         device=terms.device,
         dtype=terms.dtype,
         threads=terms.threads,
+        exact=_promise(exactness, where),
         took_s=round(time.monotonic() - began, 2),
     )
     sampler = _sampler(settings, decoder, device, StoredAdapters(store, decoder.config, where))
@@ -136,11 +131,10 @@ def engine() -> Engine:
 
 def _sampler(settings: Settings, model: Model, device: Device, adapters: StoredAdapters) -> Sampler:
     """With its part of the memory that the weights left."""
-    left, one = memory_left(model.device), model.bytes_per_token
-    kv = kv_bytes(left, settings.kv_memory, model.context_positions * one)
-    log.info(
-        "memory", left_mib=left >> 20, kv_mib=kv >> 20, kv_tokens=kv // one, adapters_mib=adapter_bytes(left) >> 20
-    )
+    left, one = hardware.memory_left(model.device), model.bytes_per_token
+    kv = hardware.kv_bytes(left, settings.kv_memory, model.context_positions * one)
+    kept = hardware.adapter_bytes(left)
+    log.info("memory", left_mib=left >> 20, kv_mib=kv >> 20, kv_tokens=kv // one, adapters_mib=kept >> 20)
     if kv // one < model.context_positions:
         log.warning(
             "not even one text of the whole context fits: longer ones are refused",
@@ -155,11 +149,11 @@ def _sampler(settings: Settings, model: Model, device: Device, adapters: StoredA
         slots_max=_SLOTS_MAX,
         kv_tokens_max=kv // one,
         now=time.monotonic,
-        adapter_bytes_max=adapter_bytes(left),
+        adapter_bytes_max=kept,
     )
 
 
-def _loaded(settings: Settings, where: torch.device) -> Task[tuple[Model, int]]:
+def _loaded(settings: Settings, where: torch.device, exactness: Exactness) -> Task[tuple[Model, int]]:
     """The model, and on how many threads the device's computes.
 
     A task of the device, because OpenMP keeps a team of threads for each thread that ever computed on several. With two
@@ -171,10 +165,23 @@ def _loaded(settings: Settings, where: torch.device) -> Task[tuple[Model, int]]:
     threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return load(Path(settings.model_directory), dtype_for(settings.dtype, where), where), threads
+        dtype = dtype_for(settings.dtype, where)
+        return load(Path(settings.model_directory), dtype, where, exactness), threads
     except torch.OutOfMemoryError as error:
         allowed = f"what the weights of {settings.model} fit into; torch says: {error}"
         raise InvalidField("KNAPPER_GPU_MEMORY_SHARE", settings.gpu_memory_share, allowed, "Or a larger GPU") from error
+
+
+def _promise(exactness: Exactness, where: torch.device) -> str:
+    """Whether a row's bits depend on its neighbours, in a few words for the log."""
+    if where.type != "cpu":
+        return f"no: {where.type}"
+    if not exactness.promised:
+        return "no: KNAPPER_EXACT=false"
+    if exactness.broken:
+        return f"not of {', '.join(exactness.broken)}"
+    ways = [f"{product}: {way}" for product, way in exactness.found.items()]
+    return f"yes; {'; '.join(ways)}" if ways else "yes"
 
 
 def _leave_at_sigterm(residents: Residents[RunState]) -> None:

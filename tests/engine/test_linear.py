@@ -29,23 +29,48 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def cancelling(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x and W whose products are nothing but the rounding of their sums: bfloat16 hides most of other differences."""
+    halves = (random(count, inputs // 2, seed=seed) for seed, count in enumerate((rows, outputs)))
+    x_NI, w_OI = (torch.cat([half, sign * half], dim=1).to(dtype) for half, sign in zip(halves, (1, -1), strict=True))
+    return x_NI, w_OI
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads_count", [1, 2])
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+def test_a_row_has_the_same_bits_among_any_others(
+    outputs: int, inputs: int, dtype: torch.dtype, threads_count: int
+) -> None:
+    torch.set_num_threads(threads_count)
+    x_NI, w_OI = cancelling(300, outputs, inputs, dtype)
+    linear = FrozenLinear([w_OI], dtype, random(outputs, seed=1).to(dtype))
+    whole = linear(x_NI)
+    for start, stop in ((0, 1), (17, 18), (3, 10), (0, 8), (20, 36), (41, 105), (1, 250)):
+        assert torch.equal(linear(x_NI[start:stop]), whole[start:stop]), (start, stop)
+    grads_NO, _ = cancelling(300, 1, outputs - outputs % 2, dtype)
+    grads_NO = torch.nn.functional.pad(grads_NO, (0, outputs % 2))
+    back = linear.back([grads_NO])
+    for start, stop in ((0, 1), (3, 10), (20, 36), (41, 105), (1, 250)):
+        assert torch.equal(linear.back([grads_NO[start:stop]]), back[start:stop]), (start, stop)
+    assert linear.exactness.broken == []
+
+
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
-def test_a_row_has_the_same_bits_among_any_others_and_on_any_threads(outputs: int, inputs: int) -> None:
+def test_packed_in_float32_a_row_has_the_same_bits_on_any_threads(outputs: int, inputs: int) -> None:
     linear = FrozenLinear([random(outputs, inputs)], torch.float32, random(outputs, seed=1))
     x_NI = random(300, inputs, seed=2)
-    found = {}
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        found[count] = linear(x_NI)
-        for start, stop in ((0, 1), (3, 10), (0, 8), (20, 36), (41, 105), (1, 250)):
-            assert torch.equal(linear(x_NI[start:stop]), found[count][start:stop]), (count, start, stop)
-    assert torch.equal(found[1], found[2])
+    torch.set_num_threads(1)
+    alone = linear(x_NI)
+    torch.set_num_threads(2)
+    assert torch.equal(linear(x_NI), alone)
 
 
-def test_a_model_in_float32_on_a_cpu_is_packed_and_one_in_bfloat16_is_not(tmp_path: Path) -> None:
+def test_on_a_cpu_a_model_is_packed_in_every_dtype_that_its_kernels_take(tmp_path: Path) -> None:
     tiny_model(tmp_path)
-    for dtype, packed in ((torch.float32, True), (torch.bfloat16, False)):
+    for dtype, packed in ((torch.float32, True), (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported())):
         weights = load(tmp_path, ModelConfig.read(tmp_path), dtype)
         linears = [each for layer in weights.layers for each in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         assert {each.packed for each in (*linears, weights.head)} == {packed}

@@ -1,0 +1,373 @@
+"""`make exactness`: are the promised bits kept on this CPU, under every instruction set that it has, at what cost?
+
+    python -m benchmarks.exactness [--quick] [--model DIRECTORY_OR_NAME] [--threads 1 2] [--dtypes float32]
+
+The engine on a real model, base and adapters of several ranks. The largest difference in a log-probability, of the same
+text and weights, between
+
+- the sampler and the trainer,
+- the trainer, the text alone, and the same among others: of its own request, and of other runs in the pass,
+- the sampler, the text alone, and the same in a crowd,
+- a run after three steps by itself, and the same run beside three others.
+
+Each is 0 where nothing is lost. Instruction sets are those that the libraries can be told to use: each in a process of
+its own, because they read that once. Speed: a training step and a decoding step, with the bits kept and with them given
+up (`KNAPPER_EXACT=false`). Written to out/exactness.json.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import msgspec
+import numpy as np
+import torch
+
+from benchmarks import figures
+from knapper.engine.device import Device, Task
+from knapper.engine.exactness import Exactness
+from knapper.engine.loading import load
+from knapper.engine.lora import Lora
+from knapper.engine.model import Model
+from knapper.engine.passes import compute
+from knapper.engine.sampler import Sampler
+from knapper.engine.training import RunState, Trainer
+from knapper.journal.records import Spec
+from knapper.models.obtain import SMOLLM2, obtain
+from knapper.settings import Settings
+from knapper.wire.types import AdamW, Datum, ForwardBackward, Sample, SampleOutput, SamplingParams
+
+T = TypeVar("T")
+
+HOLDING: Final = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+STORED: Final = Path("out/exactness.json")
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BASE: Final = ""
+ADAPTERS: Final[dict[str, dict[str, Any]]] = {
+    "rank 32, head too": {"rank": 32, "train_unembed": True},
+    "rank 8": {"rank": 8},
+    "rank 40, attention": {"rank": 40, "train_mlp": False},
+}
+LENGTHS: Final = (1, 9, 40, 77, 130, 230)
+LENGTHS_QUICK: Final = (1, 70)
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """What the libraries are told, by environment variables that each reads once."""
+
+    name: str
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Largest differences in a log-probability: of the base model, and of adapters. Seconds of a step."""
+
+    instructions: str
+    dtype: str
+    threads: int
+    exact: bool
+    sampler_trainer: tuple[float, float]
+    trainer_alone: tuple[float, float]
+    sampler_alone: tuple[float, float]
+    run_alone: float
+    train_s: float
+    decode_s: float
+    found: Mapping[str, str]
+    broken: Sequence[str]
+
+    @classmethod
+    def read(cls, said: str) -> "Row":
+        return msgspec.json.decode(said, type=cls)
+
+    @property
+    def zero(self) -> bool:
+        return not any((*self.sampler_trainer, *self.trainer_alone, *self.sampler_alone, self.run_alone))
+
+
+def _loaded(directory: Path, dtype: torch.dtype, threads: int, exactness: Exactness) -> Task[Model]:
+    yield from ()
+    torch.set_num_threads(threads)
+    return load(directory, dtype, torch.device("cpu"), exactness)
+
+
+class _Shelf:
+    def __init__(self, loras: Mapping[str, Lora]) -> None:
+        self._loras = loras
+
+    async def load(self, adapter: str) -> Lora:
+        return self._loras[adapter]
+
+
+class Subject:
+    """A trainer and a sampler on one model, in one dtype, with adapters that were trained for a while (in effect)."""
+
+    def __init__(
+        self, directory: Path, dtype: torch.dtype, threads: int, lengths: Sequence[int], adapters: int, *, exact: bool
+    ) -> None:
+        self.device = Device()
+        self.exactness = Exactness(promised=exact)
+        model = self.done(_loaded(directory, dtype, threads, self.exactness))
+        self.trainer = Trainer(model)
+        self.vocabulary = min(model.config.vocab_size, 40_000)
+        self.lengths = lengths
+        self.states = {
+            name: self._grown(number, values)
+            for number, (name, values) in enumerate([(BASE, {"rank": 8}), *list(ADAPTERS.items())[:adapters]])
+        }
+        loras = {name: state.lora() for name, state in self.states.items() if name != BASE}
+        self.sampler = Sampler(
+            model, self.device, _Shelf(loras), None, slots_max=64, kv_tokens_max=1 << 15, now=time.monotonic
+        )
+
+    def done(self, task: Task[T]) -> T:
+        """On the device's thread, where everything computes."""
+        return self.device.submit(task).result()
+
+    def _grown(self, number: int, values: Mapping[str, Any]) -> RunState:
+        """A new adapter changes nothing; this one has a B that does, but for the base's."""
+        spec = Spec(
+            run=f"run-{number}", tenant="local", base_model="m", alpha=32.0, seed=number, train_attn=True,
+            **{"train_mlp": True, "train_unembed": False, **values},
+        )  # fmt: skip
+        state = self.trainer.create(spec)
+        if number:
+            generator = torch.Generator().manual_seed(number)
+            for _, _, b in state.layout.matrices(state.weights_P):
+                b.normal_(0, 0.003, generator=generator)
+        return state
+
+    def texts(self, seed: int) -> list[np.ndarray]:
+        rng = np.random.default_rng(seed)
+        return [rng.integers(1, self.vocabulary, length).astype(np.int32) for length in self.lengths]
+
+    def sampled(self, asked: Sequence[Sample]) -> list[SampleOutput]:
+        async def together() -> list[SampleOutput]:
+            return list(await asyncio.gather(*(self.sampler.sample(one) for one in asked)))
+
+        return asyncio.run(together())
+
+    def scored(self, state: RunState, texts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The trainer's log-probabilities of each text's tokens after the first, all in one request."""
+        _, output = self.done(self.trainer.forward_backward(state, request(texts)))
+        return [one["logprobs"] for one in output.outputs]
+
+    def step(self, states: Sequence[RunState], requests: Sequence[ForwardBackward]) -> list[RunState]:
+        """One step of each run, all of them in the same passes."""
+        opened = [self.trainer.open(state, one) for state, one in zip(states, requests, strict=True)]
+        while going := [one for one in opened if not one.done]:
+            self.done(compute(self.trainer.decoder, going))
+        closed = [self.trainer.close(state, one)[0] for state, one in zip(states, opened, strict=True)]
+        return [self.done(self.trainer.optim_step(state, AdamW(learning_rate=1e-3)))[0] for state in closed]
+
+
+def request(texts: Sequence[np.ndarray]) -> ForwardBackward:
+    data = [
+        Datum(text[:-1].astype(np.int32), {"target_tokens": text[1:].astype(np.int64),
+                                           "weights": np.ones(len(text) - 1, np.float32)})
+        for text in texts
+    ]  # fmt: skip
+    return ForwardBackward("run", 1, data, "cross_entropy", {}, forward_only=False)
+
+
+def furthest(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
+    """The largest difference, infinite where the tokens that followed are others."""
+    return max(
+        float(np.abs(a.astype(np.float64) - b).max(initial=0)) if a.shape == b.shape else float("inf")
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def sample(adapter: str, prompt: np.ndarray, seed: int, tokens: int) -> Sample:
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    return Sample("m", adapter, prompt, params, seed=seed, num_samples=1, prompt_logprobs=len(prompt) > 1)
+
+
+def sampling(subject: Subject, tokens: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(sampler against trainer, alone against in a crowd), each of the base and of the adapters."""
+    asked = [
+        sample(name, prompt, seed, tokens) for name in subject.states for seed, prompt in enumerate(subject.texts(1))
+    ]
+    crowd = subject.sampled(asked)
+    against_trainer, against_alone = {False: 0.0, True: 0.0}, {False: 0.0, True: 0.0}
+    for one, output in zip(asked, crowd, strict=True):
+        (alone,) = subject.sampled([one])
+        said, lone = (np.concatenate([_prompt(each), each.sequences[0].logprobs]) for each in (output, alone))
+        same = np.array_equal(output.sequences[0].tokens, alone.sequences[0].tokens)
+        adapted = one.adapter != BASE
+        against_alone[adapted] = max(against_alone[adapted], furthest([said], [lone if same else lone[:0]]))
+        text = np.concatenate([one.prompt, output.sequences[0].tokens])
+        against_trainer[adapted] = max(
+            against_trainer[adapted], furthest([said], subject.scored(subject.states[one.adapter], [text]))
+        )
+    return tuple(against_trainer.values()), tuple(against_alone.values())  # type: ignore[return-value]  # two each
+
+
+def _prompt(output: SampleOutput) -> np.ndarray:
+    """Of the prompt's tokens after the first."""
+    return np.zeros(0, np.float32) if output.prompt_logprobs is None else output.prompt_logprobs[1:]
+
+
+def training(subject: Subject) -> tuple[float, float]:
+    """A text alone against the same among those of its request, and among those of other runs."""
+    texts = [text for text in subject.texts(2) if len(text) > 1]
+    found = {False: 0.0, True: 0.0}
+    passes = [subject.trainer.open(state, request(texts)) for state in subject.states.values()]
+    while going := [one for one in passes if not one.done]:
+        subject.done(compute(subject.trainer.decoder, going))
+    for (name, state), shared in zip(subject.states.items(), passes, strict=True):
+        alone = [subject.scored(state, [text])[0] for text in texts]
+        together = subject.scored(state, texts)
+        crowd = [one["logprobs"] for one in shared.outputs]
+        adapted = name != BASE
+        found[adapted] = max(found[adapted], furthest(alone, together), furthest(alone, crowd))
+    return found[False], found[True]
+
+
+def steps(subject: Subject, count: int = 3) -> float:
+    """A run's log-probabilities after some steps: alone, and beside the others."""
+    texts = [[text for text in subject.texts(10 + number) if len(text) > 1] for number in range(len(subject.states))]
+    states = list(subject.states.values())[1:]
+    beside, alone = states, states[:1]
+    for number in range(count):
+        asked = [request(texts[(number + place) % len(texts)]) for place in range(len(states))]
+        beside = subject.step(beside, asked)
+        alone = subject.step(alone, asked[:1])
+    return furthest(subject.scored(alone[0], texts[0]), subject.scored(beside[0], texts[0]))
+
+
+def speed(subject: Subject, repeats: int) -> tuple[float, float]:
+    """Seconds of a training step of 4 texts of 128 tokens, and of a decoding step of 8 texts with an adapter."""
+    rng = np.random.default_rng(3)
+    state = subject.states["rank 8"]
+    texts = [rng.integers(1, subject.vocabulary, 129).astype(np.int32) for _ in range(4)]
+    train_s = min(figures.seconds(lambda: subject.step([state], [request(texts)])) for _ in range(repeats + 1))
+    few, many = (
+        min(figures.seconds(partial(_decoded, subject, texts, tokens)) for _ in range(repeats)) for tokens in (2, 26)
+    )
+    return train_s, (many - few) / 24
+
+
+def _decoded(subject: Subject, texts: Sequence[np.ndarray], tokens: int) -> None:
+    subject.sampled([sample("rank 8", text[: 20 + seed], seed, tokens) for seed, text in enumerate([*texts, *texts])])
+
+
+def measure(instructions: str, directory: Path, dtype: str, threads: int, *, quick: bool, exact: bool = True) -> Row:
+    """In this process, with the instruction sets that its environment allows."""
+    lengths, adapters = (LENGTHS_QUICK, 2) if quick else (LENGTHS, len(ADAPTERS))
+    subject = Subject(directory, DTYPES[dtype], threads, lengths, adapters, exact=exact)
+    against_trainer, against_alone = sampling(subject, 3 if quick else 12)
+    alone = training(subject)
+    run = steps(subject, 1 if quick else 3)
+    train_s, decode_s = (0.0, 0.0) if quick else speed(subject, 2)
+    found, broken = subject.exactness.found, subject.exactness.broken
+    subject.device.close()
+    return Row(
+        instructions,
+        dtype,
+        threads,
+        exact,
+        against_trainer,
+        alone,
+        against_alone,
+        run,
+        train_s,
+        decode_s,
+        found,
+        broken,
+    )
+
+
+def instruction_sets() -> list[InstructionSet]:
+    """Those of this CPU, each as far as the libraries can be held to it; the last is what they choose by themselves."""
+    able = torch.cpu.get_capabilities()
+    bf16, amx = able.get("avx512_bf16"), able.get("amx_bf16")
+    held = [
+        ("AVX2", "AVX2", "avx2", "AVX2", able.get("avx512_f")),
+        ("AVX-512", "AVX512_CORE", "avx512", "AVX512", bf16 or amx),
+        ("AVX-512 with bf16", "AVX512_CORE_BF16", "avx512", "AVX512", amx),
+    ]
+    found = [
+        InstructionSet(name, dict(zip(HOLDING, (onednn, aten, mkl), strict=True)))
+        for name, onednn, aten, mkl, more in held
+        if more
+    ]
+    own = "AMX" if amx else "AVX-512 with bf16" if bf16 else "AVX-512" if able.get("avx512_f") else "AVX2"
+    return [*found, InstructionSet(own, {})]
+
+
+def measured(one: InstructionSet, model: str, dtype: str, threads: int, *, quick: bool, exact: bool = True) -> Row:
+    """In a process of its own, which alone reads the environment that holds the libraries to it."""
+    kept = {key: value for key, value in os.environ.items() if key not in HOLDING}
+    said = subprocess.run(
+        [sys.executable, "-m", "benchmarks.exactness", "--child", "--model", model, "--dtypes", dtype,
+         "--threads", str(threads), *(["--quick"] if quick else []), *([] if exact else ["--inexact"])],
+        env={**kept, **one.environment}, check=True, stdout=subprocess.PIPE, text=True,
+    ).stdout  # fmt: skip
+    return replace(Row.read(said.splitlines()[-1]), instructions=one.name)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """As docs/performance.md has it."""
+
+    def pair(two: tuple[float, float]) -> str:
+        return " / ".join(f"{value:.2g}" for value in two)
+
+    columns = (
+        "instructions, dtype, threads", "sampler against trainer", "trainer, alone, among others",
+        "sampler, alone, in a crowd", "run, alone, beside others", "training step", "decoding step",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        name = f"{row.instructions}, {row.dtype}, {row.threads}{'' if row.exact else ', bits given up'}"
+        lines.append(
+            f"| {name} | {pair(row.sampler_trainer)} | {pair(row.trainer_alone)} | {pair(row.sampler_alone)} | "
+            f"{row.run_alone:.2g} | {row.train_s:.2f} s | {1000 * row.decode_s:.0f} ms |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Are the promised bits kept on this CPU, and what does that cost?")
+    parser.add_argument("--model", default=SMOLLM2, help="a directory, or a name")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, min(2, os.cpu_count() or 1)])
+    parser.add_argument("--dtypes", nargs="+", choices=[*DTYPES], default=[*DTYPES])
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter texts, one step, no speed")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--inexact", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    directory = obtain(options.model, Settings.load(os.environ).cache, say=lambda _: None)
+    if options.child:
+        row = measure("", directory, *options.dtypes, *options.threads, quick=options.quick, exact=not options.inexact)
+        print(json.dumps(asdict(row)))
+        return 0
+    rows = []
+    for one, dtype, threads, exact in itertools.product(
+        instruction_sets(), options.dtypes, dict.fromkeys(options.threads), [True] if options.quick else [True, False]
+    ):
+        rows.append(measured(one, str(directory), dtype, threads, quick=options.quick, exact=exact))
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
+        for product, way in rows[-1].found.items():
+            print(f"    {product}: {way}")
+        for product in rows[-1].broken:
+            print(f"    {product}: NO WAY FOUND")
+    print(table(rows))
+    figures.write(STORED, machine=figures.machine(), rows=[asdict(row) for row in rows])
+    wrong = [row for row in rows if row.exact and not row.zero]
+    print(f"{len(wrong)} of {len(rows)} lose bits that are promised" if wrong else "every promised bit is kept")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

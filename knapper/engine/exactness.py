@@ -1,0 +1,201 @@
+"""Products in which a row has the same bits however many rows there are: how that is reached is found out on this CPU.
+
+Libraries choose a kernel, and with it the order in which it adds, by the CPU, the shape and the number of rows. So
+nothing is taken for granted: every product of the model and of its adapters is tried at its real shape, once, and goes
+the first of a few ways in which no row's bits depend on the others. The last of them are blocks of a fixed number of
+rows, which leave a kernel nothing to choose. Training, prefill and decoding go the same way.
+
+A search takes no time into account, so that it ends alike on every start: replayed bits depend on it.
+docs/decisions/0013-exactness-is-probed.md has the measurements. N rows, M rows of one adapter, I inputs, O outputs, R
+rank.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+log = structlog.get_logger()
+
+Product = Callable[[Tensor], Tensor]
+Make = Callable[[Tensor], Product]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How rows go into a product: zero rows are added up to `least`, or up to whole blocks of `block`.
+
+    Each block is then a product of its own. What is computed of added rows is never read. Rows begin where a vector
+    register's would: of others, which a tensor's part may be, some kernels add the first numbers in another order.
+    """
+
+    least: int = 1
+    block: int = 0  # all rows at once
+
+    def rows(self, count: int) -> int:
+        """`count` with the rows that are added."""
+        return count + -count % self.block if self.block else max(count, self.least)
+
+    def filled(self, x_N: Tensor) -> Tensor:
+        """`x_N` with the rows that are added; the same tensor where nothing is missing."""
+        added = self.rows(len(x_N)) - len(x_N)
+        if added:
+            return torch.cat([x_N, x_N.new_zeros(added, *x_N.shape[1:])])
+        return x_N if self == AS_IT_IS or x_N.data_ptr() % _ALIGNMENT == 0 else x_N.clone()
+
+    def __call__(self, product: Product, x_NI: Tensor) -> Tensor:
+        """product(x_NI) (N, O)."""
+        filled = self.filled(x_NI)
+        if not self.block or len(filled) == self.block:
+            return product(filled)[: len(x_NI)]
+        return torch.cat([product(block) for block in filled.split(self.block)])[: len(x_NI)]
+
+    def __str__(self) -> str:
+        return f"blocks of {self.block} rows" if self.block else f"{self.least} rows at least"
+
+
+AS_IT_IS: Final = Way()
+# In the order in which they are tried: what costs least first. A model's matrices are read from memory anyway, so that
+# some rows more cost a decoding step little; smaller blocks would cost a training step more.
+MODEL_WAYS: Final = (AS_IT_IS, Way(2), Way(8), Way(16), Way(block=64), Way(block=128), Way(block=256))
+BACKWARD_WAYS: Final = (Way(8), *MODEL_WAYS[3:])
+ADAPTER_WAYS: Final = (Way(8), Way(16), Way(block=16), Way(block=32), Way(block=64), Way(block=128))
+
+_ALIGNMENT: Final = 64  # bytes, of a register of AVX-512; torch's own tensors begin so
+_COUNTS: Final = (1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 64, 65, 130, 257)  # below and above where kernels change
+_COUNTS_LARGE: Final = (1, 2, 8, 17, 33, 130)  # of a matrix of more than so many elements:
+_LARGE: Final = 1 << 22
+_ROWS_MAX: Final = 1024  # of a pass
+_ELEMENTS_MAX: Final = 1 << 24  # of what a trial computes at a time
+_TRIED_MAX: Final = 1 << 26  # elements of a matrix; a larger one is tried with fewer outputs
+
+
+class Exactness:
+    """What was found for one model, on one number of threads.
+
+    `promised`: False computes as fast as it goes, whatever the bits; so does any device but a CPU.
+    """
+
+    def __init__(self, *, promised: bool = True) -> None:
+        self.promised = promised
+        self.broken: list[str] = []  # products for which there is no way
+        self._ways: dict[tuple[object, ...], Way] = {}
+        self._linears: set[tuple[int, tuple[int, ...]]] = set()  # (inputs, widths) of those that adapters enter
+
+    @property
+    def found(self) -> dict[str, str]:
+        """By product, where it does not go as it is: which way it goes."""
+        return {" ".join(map(str, key)): str(way) for key, way in self._ways.items() if way != AS_IT_IS}
+
+    def add(self, inputs: int, widths: tuple[int, ...]) -> None:
+        """A linear that adapters enter."""
+        self._linears.add((inputs, widths))
+
+    def product(self, name: str, ways: Sequence[Way], make: Make, inputs: int, outputs: int, like: Tensor) -> Way:
+        """For products x w^T that `make` makes of a matrix w (O, I) with the dtype and device of `like`."""
+        if not self._tried(like):
+            return AS_IT_IS
+        key = (name, f"{inputs}x{outputs}", _short(like.dtype))
+        if key not in self._ways:
+            x_NI, w_OI = _cancelling(inputs, min(outputs, max(1, _TRIED_MAX // inputs)), like)
+            product = make(w_OI)
+            self._ways[key] = self._first(key, ways, lambda way: _steady(way, product, x_NI, outputs))
+        return self._ways[key]
+
+    def adapter(self, rank: int, like: Tensor) -> Way:
+        """Of every product of an adapter whose rank was padded to `rank`, on any of the linears."""
+        if not self._tried(like):
+            return AS_IT_IS
+        name = ("adapter of rank", str(rank), _short(like.dtype))
+        if name not in self._ways:
+            pairs = [
+                (len(widths), inputs, rank, width) for inputs, widths in sorted(self._linears) for width in set(widths)
+            ]
+            shapes = {(inputs, parts * rank) for parts, inputs, rank, _ in pairs} | {(r, w) for _, _, r, w in pairs}
+            self._ways[name] = self._first(name, ADAPTER_WAYS, lambda way: _adapter_steady(way, sorted(shapes), like))
+        return self._ways[name]
+
+    def check(self, name: str, steady: bool) -> None:
+        """Something that goes one way only."""
+        if not steady:
+            self._break(name)
+
+    def _tried(self, like: Tensor) -> bool:
+        return self.promised and like.device.type == "cpu"
+
+    def _first(self, name: tuple[object, ...], ways: Iterable[Way], steady: Callable[[Way], bool]) -> Way:
+        first, *others = ways
+        for way in (first, *others):
+            with torch.inference_mode():
+                if steady(way):
+                    if way != first:
+                        log.info("exact bits", product=" ".join(map(str, name)), way=str(way))
+                    return way
+        self._break(" ".join(map(str, name)))
+        return first
+
+    def _break(self, name: str) -> None:
+        self.broken.append(name)
+        log.warning(
+            "bits are not promised: on this CPU what a row gives depends on how many rows are computed beside it",
+            product=name,
+        )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _cancelling(inputs: int, outputs: int, like: Tensor, elements_max: int = _ELEMENTS_MAX) -> tuple[Tensor, Tensor]:
+    """x (N, I) and w (O, I) whose products are 0, but for the rounding of the sums on the way.
+
+    So what comes out is the order in which they were added, and nothing else. Of other numbers bfloat16 would round
+    most differences away, and show them of one number in ten thousand.
+    """
+    rows = max(_COUNTS_LARGE[-1] + 1, min(_ROWS_MAX, elements_max // max(inputs, outputs)))
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(inputs, generator=generator)
+    halves = [torch.rand(count, inputs // 2, generator=generator).sub_(0.5) for count in (rows, outputs)]
+    rest = [torch.zeros(count, inputs % 2) for count in (rows, outputs)]
+    x_NI, w_OI = (
+        torch.cat([half, sign * half, none], dim=1)[:, order].to(like.dtype)
+        for half, none, sign in zip(halves, rest, (1, -1), strict=True)
+    )
+    return x_NI, w_OI
+
+
+def _steady(way: Way, product: Product, x_NI: Tensor, outputs: int) -> bool:
+    """Whether some rows have, at any place, the bits that they have among all."""
+    whole = way(product, x_NI)
+    for count in _COUNTS_LARGE if x_NI.shape[1] * outputs > _LARGE else _COUNTS:
+        start = (7 * count) % max(1, len(whole) - count)
+        if count < len(whole) and not torch.equal(
+            way(product, x_NI[start : start + count]), whole[start : start + count]
+        ):
+            return False
+    return True
+
+
+def _adapter_steady(way: Way, shapes: Sequence[tuple[int, int]], like: Tensor) -> bool:
+    """As training computes it (`F.linear`), and as decoding does: several adapters in one batch."""
+    for inputs, outputs in shapes:
+        x_NI, w_OI = _cancelling(inputs, outputs, like, _LARGE)
+
+        def linear(x_NI: Tensor, w_OI: Tensor = w_OI) -> Tensor:
+            return F.linear(x_NI, w_OI)
+
+        if not _steady(way, linear, x_NI, outputs):
+            return False
+        whole = way(linear, x_NI)
+        for adapters, count in ((1, 1), (3, 1), (2, 9), (1, 64)):
+            batch = x_NI[: adapters * count].view(adapters, count, inputs)
+            filled = torch.stack([way.filled(each) for each in batch])
+            blocks = filled.view(-1, way.block or filled.shape[1], inputs)
+            found = torch.bmm(blocks, w_OI.T.expand(len(blocks), -1, -1)).view(adapters, -1, outputs)[:, :count]
+            if not torch.equal(found.reshape(-1, outputs), whole[: adapters * count]):
+                return False
+    return True
