@@ -53,6 +53,13 @@ class TooLarge(UserError):
     status = 413
 
 
+class OutOfMemory(UserError):
+    """What the request needs at once does not fit into the memory that the server has, even by itself."""
+
+    code = "out_of_memory"
+    status = 413
+
+
 class Gone(UserError):
     """The promise is lost: the client sends the request again (samples) or starts anew (a finished session)."""
 

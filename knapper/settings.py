@@ -105,6 +105,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Meta(gt=0, le=1, description="The part of a GPU's memory that the engine takes; less where others share it."),
     ] = 1.0
+    kv_memory: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=0.9,
+            description="The part of the memory that weights leave which keys and values of samples take; 0: "
+            "a quarter, or what one text of the whole context needs, up to three.",
+        ),
+    ] = 0.0
     sampler: Annotated[
         Literal["torch", "vllm"],
         Meta(description="Who samples: the engine itself, or vLLM in an environment of its own: docs/vllm.md."),

@@ -20,7 +20,7 @@ from knapper.engine.attention import Attend, Packed, Recorded, attention_dtype, 
 from knapper.engine.config import ComputedBy, ModelConfig
 from knapper.engine.decoding import NativeTexts
 from knapper.engine.head import HeadLora, target_logprobs
-from knapper.engine.kv import Cache, bytes_per_token
+from knapper.engine.kv import Cache, bytes_per_token, context_positions
 from knapper.engine.linear import FrozenLinear
 from knapper.engine.lora import Lora
 from knapper.engine.prefixes import Prefixes
@@ -52,7 +52,11 @@ class Decoder:
 
     @property
     def bytes_per_token(self) -> int:
-        return bytes_per_token(self.config, self.dtype)
+        return bytes_per_token(self.config, self.attention_dtype)
+
+    @property
+    def context_positions(self) -> int:
+        return context_positions(self.config)
 
     def hidden(self, tokens_N: Tensor, lengths: Sequence[int], segments: Sequence[Segment]) -> Tensor:
         """Rows (N, H) after the final norm, for sequences packed one after another, each from position 0.
@@ -102,8 +106,8 @@ class Decoder:
     def prompts(self, prompts: Sequence[Prompt]) -> list[Prefilled]:
         return prefill(self, prompts)
 
-    def texts(self) -> NativeTexts:
-        return NativeTexts(self)
+    def texts(self, positions_max: int) -> NativeTexts:
+        return NativeTexts(self, positions_max)
 
     @torch.inference_mode()
     def step(self, tokens_N: Tensor, cache: Cache, adapt: Adapt) -> Tensor:

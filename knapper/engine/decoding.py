@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class NativeTexts:
     """knapper.engine.model.Texts: all of them in one pass a step."""
 
-    def __init__(self, decoder: "Decoder") -> None:
+    def __init__(self, decoder: "Decoder", positions_max: int) -> None:
         self._decoder = decoder
-        self._cache = Cache(decoder.config, decoder.attention_dtype, decoder.device)
+        self._cache = Cache(decoder.config, decoder.attention_dtype, decoder.device, positions_max)
         self._stack: Stack | None = None
 
     @property
@@ -32,6 +32,13 @@ class NativeTexts:
     def tokens(self) -> int:
         return self._cache.tokens
 
+    @property
+    def longest(self) -> int:
+        return self._cache.longest
+
+    def positions(self, length: int) -> int:
+        return self._cache.positions(length)
+
     def add(self, kept: Tensor, length: int) -> Slot:
         return self._cache.add(kept, length)
 
@@ -40,6 +47,9 @@ class NativeTexts:
 
     def settle(self) -> None:
         self._cache.settle()
+
+    def restored(self, slot: Slot, length: int) -> bool:
+        return self._cache.restored(slot, length)
 
     @torch.inference_mode()
     def step(self, tokens_N: Tensor, loras: Sequence[Lora | None]) -> Tensor:

@@ -104,6 +104,7 @@ class ForeignModel:
         self.config, self.versions = config, versions
         self.architecture = config.architecture
         self.bytes_per_token = 0  # until a trial says it
+        self.context_positions = config.context
         self.device, self.dtype = head.weight_VH.device, head.weight_VH.dtype
         self.head = head
         self._body = body
@@ -136,22 +137,29 @@ class ForeignModel:
 
     def prompts(self, prompts: Sequence[Prompt]) -> list[Prefilled]:
         assert not any(prompt.reused for prompt in prompts)
-        found: dict[tuple[int, bytes], Prefilled] = {}
+        found: dict[tuple[int, bytes, int], Prefilled] = {}
         given: list[Prefilled] = []
         for prompt in prompts:
-            key = id(prompt.lora), prompt.tokens_T.tobytes()
+            key = id(prompt.lora), prompt.tokens_T.tobytes(), prompt.drawn
             if key in found:
                 given.append(replace(found[key], computed=0))
                 continue
             tokens_T = torch.from_numpy(prompt.tokens_T.astype("int64")).to(self.device)
             with _plain():
-                rows_TH, kept = self.rows(tokens_T, prompt.lora, caches=True)
+                rows_TH, kept = self._recorded(tokens_T, prompt)
             found[key] = Prefilled(rows_TH, kept, len(tokens_T))
             given.append(found[key])
         return given
 
-    def texts(self) -> "ForeignTexts":
-        return ForeignTexts(self)
+    def _recorded(self, tokens_T: Tensor, prompt: Prompt) -> tuple[Tensor, Any]:
+        """Rows, and the cache of all tokens. At once and one by one a row has other last bits here."""
+        at_once, *drawn = tokens_T.split([len(tokens_T) - prompt.drawn, *[1] * prompt.drawn])
+        rows_TH, kept = self.rows(at_once, prompt.lora, caches=True)
+        rest = [self.rows(token_1, prompt.lora, kept, caches=True)[0] for token_1 in drawn]
+        return torch.cat([rows_TH, *rest]) if rest else rows_TH, kept
+
+    def texts(self, positions_max: int) -> "ForeignTexts":
+        return ForeignTexts(self, positions_max)
 
     def rows(
         self, tokens_T: Tensor, lora: Lora | None, cache: Any = None, *, caches: bool = False
@@ -179,6 +187,9 @@ class ForeignModel:
         return add
 
 
+_UNKNOWN: Final = -1  # the length of a cache while it grows, layer by layer
+
+
 @dataclass(eq=False)
 class ForeignSlot:
     cache: Any  # transformers' own, of this text alone
@@ -188,8 +199,9 @@ class ForeignSlot:
 class ForeignTexts:
     """knapper.engine.model.Texts: a pass for each text and token."""
 
-    def __init__(self, model: ForeignModel) -> None:
+    def __init__(self, model: ForeignModel, positions_max: int) -> None:
         self._model = model
+        self.longest = min(model.config.context, positions_max)
         self._slots: list[ForeignSlot] = []
 
     @property
@@ -199,6 +211,9 @@ class ForeignTexts:
     @property
     def tokens(self) -> int:
         return sum(slot.length for slot in self._slots)
+
+    def positions(self, length: int) -> int:
+        return length
 
     def add(self, kept: Any, length: int) -> ForeignSlot:
         slot = ForeignSlot(copy.deepcopy(kept), length)
@@ -211,12 +226,17 @@ class ForeignTexts:
     def settle(self) -> None:
         """Caches grow by themselves."""
 
+    def restored(self, slot: ForeignSlot, length: int) -> bool:
+        """Theirs are not made shorter: some slide."""
+        return slot.length == length
+
     def step(self, tokens_N: Tensor, loras: Sequence[Lora | None]) -> Tensor:
         with _plain():
             found: list[Tensor] = []
             for slot, token_1, lora in zip(self._slots, tokens_N.split(1), loras, strict=True):
+                length, slot.length = slot.length, _UNKNOWN
                 row_1H, slot.cache = self._model.rows(token_1, lora, slot.cache, caches=True)
-                slot.length += 1
+                slot.length = length + 1
                 found.append(row_1H)
             adapt = Segments([Segment(row, row + 1, lora) for row, lora in enumerate(loras)])
             return self._model.logits(torch.cat(found), adapt)

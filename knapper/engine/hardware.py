@@ -1,26 +1,35 @@
-"""Which device computes, with how much of its memory, and in which dtype: decided here alone."""
+"""Which device computes, with how much of its memory, and in which dtype: decided here alone.
+
+The account of memory: weights are loaded first. Of what they leave, keys and values of samples get a part, adapters
+that samples use a smaller one, and the rest is for passes (activations, and a prompt's keys and values until its texts
+have copies) and for the runs that train.
+"""
 
 from typing import Final
 
 import torch
 
+from knapper.engine import host_memory
 from knapper.errors import InvalidField
 
-_KV_PART: Final = 4  # of the memory that weights leave, keys and values take 1 / so much: the rest is for passes
+_KV_PART: Final = 0.25  # of what the weights leave: so much is for keys and values
+_KV_PART_MOST: Final = 0.75  # where one text of the whole context needs more
+_ADAPTERS_PART: Final = 1 / 16  # of what the weights leave, for adapters that samples use
 
 
 def device_for(setting: str) -> torch.device:
     """`auto`: cuda, else cpu; a Mac's GPU (mps) only where it is asked for: knapper was never run on one.
 
+    Of several GPUs the first that CUDA_VISIBLE_DEVICES shows, by its index: torch caps no memory without one.
     Raises InvalidField for a device that this machine lacks.
     """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     able = [name for name, there in present.items() if there]
-    if setting == "auto":
-        return torch.device("cuda" if present["cuda"] else "cpu")
-    if setting not in able:
+    automatic = "cuda" if present["cuda"] else "cpu"
+    chosen = automatic if setting == "auto" else setting
+    if chosen not in able:
         raise InvalidField("KNAPPER_DEVICE", setting, f"auto, {', '.join(able)} on this machine")
-    return torch.device(setting)
+    return torch.device(chosen, 0) if chosen == "cuda" else torch.device(chosen)
 
 
 def take_memory(device: torch.device, share: float) -> int | None:
@@ -36,15 +45,42 @@ def take_memory(device: torch.device, share: float) -> int | None:
                 "Unset it, or set KNAPPER_DEVICE=cuda",
             )  # fmt: skip
         return None
-    torch.cuda.set_per_process_memory_fraction(share, device)
+    torch.cuda.set_per_process_memory_fraction(float(share), device)
     return int(share * torch.cuda.get_device_properties(device).total_memory)
 
 
-def kv_bytes(device: torch.device, memory: int | None, most: int) -> int:
-    """For keys and values, once the weights are there: a part of what these left of `memory`, `most` at most."""
-    if memory is None:
-        return most
-    return min(most, max(0, memory - torch.cuda.memory_allocated(device)) // _KV_PART)
+def memory_left(device: torch.device) -> int:
+    """Bytes that this process can still take: of a GPU what its share and the card have left, else of the machine."""
+    if device.type != "cuda":
+        return host_memory.available()
+    free_on_card, total = torch.cuda.mem_get_info(device)
+    held, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    own = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return max(0, min(own, free_on_card + reserved) - held)
+
+
+def kv_bytes(left: int, part: float, context_bytes: int) -> int:
+    """For the keys and values of all texts that decode at once; `left` once the weights are there.
+
+    `part` of that. 0: a quarter; and where one text that fills the context needs more, as much as it needs, up to three
+    quarters.
+    """
+    if part > 0:
+        return int(part * left)
+    return max(int(_KV_PART * left), min(context_bytes, int(_KV_PART_MOST * left)))
+
+
+def adapter_bytes(left: int) -> int:
+    """For the adapters of samples that are kept, those in use among them; `left` once the weights are there."""
+    return int(_ADAPTERS_PART * left)
+
+
+def release(device: torch.device) -> None:
+    """Give back what torch keeps of the device's memory for later: a pass needs it in other pieces."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def finish(device: torch.device) -> None:
@@ -60,7 +96,7 @@ def dtype_for(setting: str, device: torch.device) -> torch.dtype:
     if setting != "auto":
         return torch.bfloat16 if setting == "bfloat16" else torch.float32
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "mps":
         return torch.float32  # not every Mac's GPU computes bfloat16, and none was measured
     able = torch.cpu.get_capabilities()

@@ -35,6 +35,10 @@ class Lora:
     b: dict[str, Tensor]
     scale: float
 
+    @property
+    def nbytes(self) -> int:
+        return sum(matrix.nbytes for matrices in (self.a, self.b) for matrix in matrices.values())
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -34,6 +34,15 @@ class Texts(Protocol[SlotT]):
         """Positions that the texts occupy."""
         ...
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that there is room for when there is no other."""
+        ...
+
+    def positions(self, length: int) -> int:
+        """What a text of `length` tokens occupies, in the unit of `positions_max`; more than that: it cannot be."""
+        ...
+
     def add(self, kept: Any, length: int) -> SlotT:
         """A text whose first `length` tokens left `kept`, which other texts may begin with too."""
         ...
@@ -46,6 +55,13 @@ class Texts(Protocol[SlotT]):
 
     def step(self, tokens_N: Tensor, loras: Sequence[Lora | None]) -> Tensor:
         """One token for every text: float32 logits (N, V) of the next. The texts are one token longer afterwards."""
+        ...
+
+    def restored(self, slot: SlotT, length: int) -> bool:
+        """After `settle` or `step` broke: have the text `length` tokens long, as it was before, or is one longer.
+
+        False: what it had is lost. Remove it.
+        """
         ...
 
 
@@ -77,7 +93,12 @@ class Model(Protocol):
 
     @property
     def bytes_per_token(self) -> int:
-        """What decoding keeps of a token."""
+        """What decoding keeps of a token, in the dtype in which it is kept."""
+        ...
+
+    @property
+    def context_positions(self) -> int:
+        """What a text that fills the context occupies."""
         ...
 
     def stretches(self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]) -> tuple[Tensor, Sequence[Stretch]]:
@@ -107,6 +128,6 @@ class Model(Protocol):
         """Each with the rows that it did not reuse, and what texts of it begin with."""
         ...
 
-    def texts(self) -> Texts[Any]:
-        """None as yet."""
+    def texts(self, positions_max: int) -> Texts[Any]:
+        """None as yet. They occupy `positions_max` at most, as whoever adds them sees to."""
         ...

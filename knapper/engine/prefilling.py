@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from knapper.engine.beginnings import Beginning, Beginnings
-from knapper.engine.jobs import Job
+from knapper.engine.jobs import Job, Text
 from knapper.engine.model import Model
 from knapper.engine.prompts import Prompt
 
@@ -24,6 +25,7 @@ class Counters:
     finished: int = 0  # requests
     failed: int = 0
     cancelled: int = 0
+    parked: int = 0  # texts that had to wait, after they had begun, because memory ran out
     device_s: float = 0.0  # of the device, for all of these
 
 
@@ -78,6 +80,15 @@ class Prefilling:
             if first:
                 job.reused = job.prompt_tokens - new
         return rows
+
+    @torch.inference_mode()
+    def again(self, texts: Sequence[Text]) -> list[Any]:
+        """What each text had before it was parked, all but its last token: one pass over the texts so far."""
+        prompts = [Prompt(text.fed_T, text.job.lora, drawn=len(text.tokens) - 1) for text in texts]
+        made = self._model.prompts(prompts)
+        self._counters.prefills += 1
+        self._counters.prefilled_tokens += sum(each.computed for each in made)
+        return [each.kept for each in made]
 
     def _found(self, job: Job) -> tuple[Beginning | None, int]:
         """An earlier prompt that this job's begins like, and how many tokens of it are of use."""

@@ -23,12 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A prompt whose first `reused` tokens, not all, are those that `past` begins with: another's `Prefilled.kept`."""
+    """A prompt whose first `reused` tokens, not all, are those that `past` begins with: another's `Prefilled.kept`.
+
+    `drawn`: how many of the last tokens came one by one, in steps of decoding. A model whose bits depend on that
+    computes them so again.
+    """
 
     tokens_T: NDArray[np.int32]
     lora: Lora | None
     past: Any = None
     reused: int = 0
+    drawn: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,20 @@ import structlog
 import torch
 from tokenizers import Tokenizer
 
-from knapper import limits, metrics, telemetry
+from knapper import metrics, telemetry
 from knapper.engine import peft_format
 from knapper.engine.config import Facts
 from knapper.engine.device import Device, Task
 from knapper.engine.exactness import Exactness
-from knapper.engine.hardware import device_for, dtype_for, finish, kv_bytes, take_memory
+from knapper.engine.hardware import (
+    adapter_bytes,
+    device_for,
+    dtype_for,
+    finish,
+    kv_bytes,
+    memory_left,
+    take_memory,
+)
 from knapper.engine.loading import load
 from knapper.engine.lora import Lora, layout
 from knapper.engine.machine import TrainingMachine
@@ -40,7 +48,6 @@ from knapper.store import Store
 from knapper.store.opening import open_store
 
 _SLOTS_MAX = 64  # from some 64 rows on a CPU's matrix products are saturated: more only make each text wait longer
-_KV_BYTES_MAX = 2 * 1024 * limits.MIB  # keys and values of all texts that decode at once
 _PLACES = 8  # of the runs that are served most: how many metrics tell the share of
 
 log = structlog.get_logger()
@@ -91,7 +98,7 @@ def engine() -> Engine:
     if not settings.model_directory:
         raise InvalidField("KNAPPER_MODEL_DIRECTORY", "", "the directory of the base model's files")
     where = device_for(settings.device)
-    memory = take_memory(where, settings.gpu_memory_share)
+    take_memory(where, settings.gpu_memory_share)
     device = Device(settle=partial(finish, where))
     atexit.register(device.close)  # torch aborts if the interpreter goes away under its thread
     exactness = Exactness(promised=settings.exact)
@@ -115,16 +122,7 @@ def engine() -> Engine:
         exact=_promise(exactness, where),
         took_s=round(time.monotonic() - began, 2),
     )
-    sampler = Sampler(
-        decoder,
-        device,
-        StoredAdapters(store, decoder.config, where),
-        Tokenizer.from_file(str(directory / "tokenizer.json")),
-        slots_max=_SLOTS_MAX,
-        # One text may always fill the context.
-        kv_tokens_max=max(context, kv_bytes(where, memory, _KV_BYTES_MAX) // decoder.bytes_per_token),
-        now=time.monotonic,
-    )
+    sampler = _sampler(settings, decoder, device, StoredAdapters(store, decoder.config, where))
     metrics.Readings(readings(machine, sampler))
     residents = Residents(store, metrics.CountedMachine(machine), holder, time.time, rest_s=settings.rest_s)
     if holder.address:
@@ -136,6 +134,31 @@ def engine() -> Engine:
         residents=residents,
         sampler=sampler,
         place=open_place(settings, store, time.time),
+    )
+
+
+def _sampler(settings: Settings, model: Model, device: Device, adapters: StoredAdapters) -> Sampler:
+    """With its part of the memory that the weights left."""
+    left, one = memory_left(model.device), model.bytes_per_token
+    kv = kv_bytes(left, settings.kv_memory, model.context_positions * one)
+    log.info(
+        "memory", left_mib=left >> 20, kv_mib=kv >> 20, kv_tokens=kv // one, adapters_mib=adapter_bytes(left) >> 20
+    )
+    if kv // one < model.context_positions:
+        log.warning(
+            "not even one text of the whole context fits: longer ones are refused",
+            tokens=kv // one, context=model.config.context, bytes_per_token=one,
+            todo="raise KNAPPER_KV_MEMORY, or give the engine more memory",
+        )  # fmt: skip
+    return Sampler(
+        model,
+        device,
+        adapters,
+        Tokenizer.from_file(f"{settings.model_directory}/tokenizer.json"),
+        slots_max=_SLOTS_MAX,
+        kv_tokens_max=kv // one,
+        now=time.monotonic,
+        adapter_bytes_max=adapter_bytes(left),
     )
 
 
@@ -210,6 +233,8 @@ def readings(machine: TrainingMachine, sampler: Sampler) -> list[Reading]:
                 counts=True),
         Reading("knapper_sample_steps", "Decoding steps: tokens over steps is how full one is.", lambda: counts.steps,
                 counts=True),
+        Reading("knapper_sample_parked", "Texts that had to wait, after they had begun, because memory ran out.",
+                lambda: counts.parked, counts=True),
         Reading("knapper_sample_slots", "Texts that decode now.", lambda: sampler.active),
         Reading("knapper_sample_slots_max", "Texts that can decode at once.", lambda: _SLOTS_MAX),
     ]  # fmt: skip

@@ -1,23 +1,35 @@
-"""The device is chosen in one place, and a wrong one is refused with what the machine has."""
+"""The device is chosen in one place, a wrong one is refused with what the machine has, and its memory is divided."""
 
-from types import SimpleNamespace
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from knapper.engine.hardware import device_for, dtype_for, kv_bytes, take_memory
+from knapper.engine import hardware
+from knapper.engine.hardware import adapter_bytes, device_for, dtype_for, kv_bytes, memory_left, take_memory
 from knapper.errors import InvalidField
+from tests.engine.gpu import GIB, Driver, with_gpu
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Torch asks once whether there is an MPS, and keeps the answer."""
+    torch.backends.mps.is_available.cache_clear()
+    yield
+    torch.backends.mps.is_available.cache_clear()
 
 
 def _machine(monkeypatch: pytest.MonkeyPatch, *, cuda: bool, mps: bool) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    if cuda:
+        with_gpu(monkeypatch, Driver())
+    monkeypatch.setattr(torch._C, "_mps_is_available", lambda: mps)
 
 
 @pytest.mark.parametrize(
     ("cuda", "mps", "setting", "chosen"),
     [
-        (True, False, "auto", "cuda"),
+        (True, False, "auto", "cuda:0"),
+        (True, False, "cuda", "cuda:0"),
         (True, False, "cpu", "cpu"),
         (False, True, "auto", "cpu"),
         (False, True, "mps", "mps"),
@@ -40,26 +52,59 @@ def test_mps_computes_in_float32_unless_told() -> None:
     assert dtype_for("bfloat16", torch.device("mps")) == torch.bfloat16
 
 
-def test_a_share_of_a_gpu_is_what_torch_gives_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.cuda stands in for a GPU of 24 GiB, 6 of them weights; what it does with the fraction is torch's affair."""
-    gib, capped = 2**30, dict[torch.device, float]()
-    monkeypatch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda share, device: capped.update({device: share})
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=24 * gib))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 6 * gib)
-    cuda = torch.device("cuda")
-    assert take_memory(cuda, 0.5) == 12 * gib
-    assert capped == {cuda: 0.5}
-    assert kv_bytes(cuda, 12 * gib, 2 * gib) == 1.5 * gib, "a quarter of what the weights leave"
-    assert kv_bytes(cuda, 24 * gib, 2 * gib) == 2 * gib
-    assert kv_bytes(cuda, 5 * gib, 2 * gib) == 0
+@pytest.mark.parametrize("setting", ["auto", "cuda"])
+def test_a_gpu_is_started_as_torch_and_its_driver_want_it(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    """What an engine does first, through torch's own Python: an H100 of which half is ours, 16 GiB of that weights."""
+    driver = with_gpu(monkeypatch, Driver(total=80 * GIB))
+    device = device_for(setting)
+    assert take_memory(device, 0.5) == 40 * GIB
+    assert driver.capped == {0: 0.5}
+    driver.held, driver.reserved = 16 * GIB, 18 * GIB
+    assert memory_left(device) == 24 * GIB
+    assert kv_bytes(memory_left(device), 0, 0) == 6 * GIB
+    assert dtype_for("auto", device) == torch.bfloat16
+    hardware.release(device)
+    assert driver.emptied == 1
+
+
+@pytest.mark.parametrize(
+    ("card", "capability", "dtype"),
+    [("V100", (7, 0), "float32"), ("T4", (7, 5), "float32"), ("A100", (8, 0), "bfloat16"), ("L4", (8, 9), "bfloat16")],
+)
+def test_bfloat16_is_chosen_where_a_gpu_computes_it_itself(
+    monkeypatch: pytest.MonkeyPatch, card: str, capability: tuple[int, int], dtype: str
+) -> None:
+    """Older cards only emulate it: torch would say that they support it, as a tensor of it can be made."""
+    with_gpu(monkeypatch, Driver(capability=capability))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)  # emulation: on every card
+    assert torch.cuda.is_bf16_supported()
+    device = device_for("auto")
+    assert dtype_for("auto", device) == getattr(torch, dtype), card
+    assert dtype_for("bfloat16", device) == torch.bfloat16, "who asks for it has it"
+
+
+def test_what_others_hold_of_a_gpu_is_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = with_gpu(monkeypatch, Driver(total=24 * GIB, held=6 * GIB, reserved=7 * GIB, others=12 * GIB))
+    device = device_for("auto")
+    take_memory(device, 1.0)
+    assert memory_left(device) == 6 * GIB, "5 that nobody has, and 1 that torch has ready"
+    driver.others = 20 * GIB
+    assert memory_left(device) == 0
+
+
+def test_keys_and_values_have_a_quarter_and_a_text_of_the_whole_context_has_more() -> None:
+    assert kv_bytes(64 * GIB, 0, 6 * GIB) == 16 * GIB
+    assert kv_bytes(16 * GIB, 0, 9 * GIB) == 9 * GIB, "more than a quarter, less than three"
+    assert kv_bytes(16 * GIB, 0, 16 * GIB) == 12 * GIB, "three quarters: the context does not fit"
+    assert kv_bytes(16 * GIB, 0.5, 16 * GIB) == 8 * GIB, "an operator's part is that part"
+    assert kv_bytes(0, 0, GIB) == 0
+    assert adapter_bytes(64 * GIB) == 4 * GIB
 
 
 @pytest.mark.parametrize("name", ["cpu", "mps"])
 def test_a_memory_that_cannot_be_divided_is_taken_whole_or_refused(name: str) -> None:
     device = torch.device(name)
     assert take_memory(device, 1.0) is None
-    assert kv_bytes(device, None, 7) == 7
+    assert memory_left(device) > 0
     with pytest.raises(InvalidField, match=rf"KNAPPER_GPU_MEMORY_SHARE is 0.5; allowed: 1 on {name}: .*Unset it"):
         take_memory(device, 0.5)

@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,8 +60,9 @@ class House:
         slots_max: int = 16,
         kv_tokens_max: int = 8192,
         now: Callable[[], float] = time.monotonic,
+        make: Callable[[Path], Path] = tiny_model,
     ) -> None:
-        self.decoder = decoder_of(tiny_model(directory))
+        self.decoder = decoder_of(make(directory))
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.shelf = Shelf({f"adapter-{seed}": lora_of(self.decoder, seed=seed, rank=3 + seed) for seed in (1, 2, 3)})
         self.device = Device()
@@ -298,6 +300,31 @@ def test_a_request_that_can_never_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TooLarge, match=r"9 tokens with up to 200 sampled ones.*allowed: 128"):
         house.run(request(max_tokens=200))
     assert house.run(request(max_tokens=100))[0].sequences[0].tokens.size == 100
+
+
+def test_a_context_that_is_no_capacity_can_be_filled(tmp_path: Path) -> None:
+    """300 tokens lie between the capacities 256 and 384: what a text reserves ends with the context, at 320."""
+    house = House(tmp_path, kv_tokens_max=320, make=partial(tiny_model, context=300))
+    (output,) = house.run(request(prompt=prompt_of(10), max_tokens=None))
+    assert output.sequences[0].tokens.size == 290
+    (same_again,) = house.run(request(prompt=prompt_of(10), max_tokens=290))
+    assert same(output.sequences[0], same_again.sequences[0])
+    roomy = House(tmp_path / "roomy", kv_tokens_max=8192, make=partial(tiny_model, context=300))
+    assert same(output.sequences[0], roomy.run(request(prompt=prompt_of(10), max_tokens=291))[0].sequences[0])
+
+
+def test_where_the_context_does_not_fit_a_text_may_fill_what_there_is(tmp_path: Path) -> None:
+    """Of 200 positions 192 are of use; a text's last token needs none. One more is refused, with the limit."""
+    house = House(tmp_path, kv_tokens_max=200, make=partial(tiny_model, context=300))
+    (output,) = house.run(request(prompt=prompt_of(10), max_tokens=None))
+    assert output.sequences[0].tokens.size == 183
+    assert not output.sequences[0].stopped
+    assert same(output.sequences[0], house.run(request(prompt=prompt_of(10), max_tokens=183))[0].sequences[0])
+    with pytest.raises(TooLarge, match=r"10 tokens with up to 184 sampled ones needs 256 positions .*allowed: 200"):
+        house.run(request(prompt=prompt_of(10), max_tokens=184))
+    house.run(request(prompt=prompt_of(192), max_tokens=None))
+    with pytest.raises(TooLarge, match=r"193 tokens with up to 107 sampled ones needs 384 positions .*allowed: 200"):
+        house.run(request(prompt=prompt_of(193), max_tokens=None))
 
 
 def test_the_end_token_ends_a_text_and_stays_in_it_unless_it_is_ignored(house: House) -> None:
