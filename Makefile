@@ -16,7 +16,7 @@ VLLM_PIP := .venv/vllm/bin/python -m pip --disable-pip-version-check install --q
 COOKBOOK := tests/conformance/cookbook/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-events up test test-vllm check manifests scan bench bench-page bench-check bench-backends bench-agreement
+.PHONY: help setup demo demo-events up test test-vllm check manifests scan bench exactness bench-page bench-check bench-backends bench-agreement
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -81,6 +81,9 @@ bench-backends: setup .venv/vllm/.installed ## samples a second by torch and by 
 
 bench-agreement: setup .venv/vllm/.installed ## how far samplers' log-probabilities are from the trainer's, by backend and dtype
 	@$(BIN)/python -m benchmarks.agreement $(BENCH_ARGS)
+
+exactness: setup ## are the promised bits kept on this CPU, in every instruction set that it has, at what cost? (10 minutes; BENCH_ARGS=--quick)
+	@$(BIN)/python -m benchmarks.exactness $(BENCH_ARGS)
 
 bench-page: setup ## write the figures of the last runs into docs/performance.md and docs/vllm.md
 	@$(BIN)/python -m benchmarks.page

@@ -31,6 +31,7 @@ from benchmarks.backends import VLLM_PYTHON, serving
 from benchmarks.served import datum
 from knapper.models.obtain import SMOLLM2, obtain
 from knapper.settings import Settings
+from tests.conformance.server import Dtype
 from tests.engine.tiny import tiny_model
 
 STORED: Final = Path("out/agreement.json")
@@ -50,7 +51,12 @@ def mean(values): return sum(values) / len(values) if values else 0.0  # of noth
 """.splitlines()
 STEPS, LEARNING_RATE = 3, 3e-3
 # The first one trains the adapters, the last one scores what bfloat16 drew.
-SERVED: Final = (("vllm", "float32"), ("vllm", "bfloat16"), ("torch", "bfloat16"), ("torch", "float32"))
+SERVED: Final[Sequence[tuple[str, Dtype]]] = (
+    ("vllm", "float32"),
+    ("vllm", "bfloat16"),
+    ("torch", "bfloat16"),
+    ("torch", "float32"),
+)
 
 
 @dataclass(frozen=True)

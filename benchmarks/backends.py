@@ -32,7 +32,7 @@ from benchmarks.served import datum, step
 from benchmarks.training import texts
 from knapper.models.obtain import obtain
 from knapper.settings import Settings
-from tests.conformance.server import Server
+from tests.conformance.server import Dtype, Server
 
 VLLM_PYTHON: Final = Path(".venv/vllm/bin/python")
 BACKENDS: Final = {"torch": Path(sys.executable), "vllm": VLLM_PYTHON}
@@ -57,19 +57,18 @@ class Cell:
 
 
 @contextmanager
-def serving(model: Path, data: Path, backend: str, dtype: str = "float32") -> Iterator[Server]:
+def serving(model: Path, data: Path, backend: str, dtype: Dtype = "float32") -> Iterator[Server]:
     """A server whose samples are drawn by this backend, on all cores; none that is idle ends."""
     python = BACKENDS[backend]
     if not python.exists():
         raise SystemExit(f"{python} is not there: `make bench-backends` and `make test-vllm` set it up")
     settings = {
         "KNAPPER_SAMPLER": backend,
-        "KNAPPER_DTYPE": dtype,
         "KNAPPER_THREADS": str(os.cpu_count() or 1),
         "KNAPPER_IDLE_S": "86400",
         "KNAPPER_VLLM_RANK": str(RANK),  # on a CPU vLLM computes every adapter as if it were of the highest rank
     }
-    with Server.start(model, data, settings=settings, python=str(python.absolute())) as server:
+    with Server.start(model, data, settings=settings, python=str(python.absolute()), dtype=dtype) as server:
         yield server
 
 

@@ -43,9 +43,9 @@ def serving(model: Path, name: str, base_url: str, *, quick: bool, threads: int)
     if base_url:
         yield Setting(tinker.ServiceClient(base_url=base_url), name, model, quick, threads, None)
         return
-    settings = {"KNAPPER_THREADS": str(threads), "KNAPPER_DTYPE": "float32"}
+    settings = {"KNAPPER_THREADS": str(threads)}
     with tempfile.TemporaryDirectory(prefix="knapper-bench-") as scratch:
-        with Server.start(model, Path(scratch) / "data", settings=settings) as server:
+        with Server.start(model, Path(scratch) / "data", settings=settings, dtype="float32") as server:
             service = tinker.ServiceClient(base_url=server.url, api_key="tml-local")
             yield Setting(service, str(model), model, quick, threads, server)
             service.close("success").result()

@@ -14,7 +14,7 @@ import structlog
 
 from gateway.shortcuts import Shortcuts
 from knapper import events, limits, metrics, tracing
-from knapper.errors import Corrupt, KnapperError, NotHolder, Unavailable, UserError
+from knapper.errors import STANDING, Corrupt, KnapperError, NotHolder, Unavailable, UserError
 from knapper.events import Claimed, Committed, Done, Hint
 from knapper.ids import RunId
 from knapper.journal.results import Results
@@ -37,6 +37,7 @@ class _Line:
     task: asyncio.Task[None] | None = None
     unanswered_since: float | None = None
     trouble: str = ""  # what train_step said when it refused the newest bell
+    untold: bool = False  # that it will say so until an operator does something, and nobody who waits knows yet
     holder: Claimed | None = None  # as last heard
     wake: asyncio.Event | None = None
 
@@ -123,6 +124,14 @@ class Bells:
         line = self._lines.get(run)
         return line.trouble if line is not None else ""
 
+    def tell(self, run: RunId) -> bool:
+        """Whether whoever waits is to hear of it at once: the first one does, of what does not pass by itself."""
+        line = self._lines.get(run)
+        untold = line is not None and line.untold
+        if line is not None:
+            line.untold = False
+        return untold
+
     async def forget(self, run: RunId) -> None:
         """Stop ringing for the run and free what is known of it."""
         line = self._lines.pop(run, None)
@@ -153,7 +162,7 @@ class Bells:
                         log.info("train_step does not answer", run=run, reason=str(error) or type(error).__name__)
                     line.again = True
                     line.holder = None  # it may be another by now
-                    await asyncio.sleep(back_off)
+                    await asyncio.sleep(max(back_off, _asked_s(error)))
                     back_off = min(2 * back_off, _BACK_OFF_MAX_S)
         finally:
             line.task = line.unanswered_since = None
@@ -208,8 +217,9 @@ class Bells:
                 raise UserError(said)
             if code == Corrupt.code:  # a pause and no result: what waits goes on once the object is restored
                 said += f"; {run} waits until it is restored from a backup; or go on from a checkpoint in a new run"
+            line.untold = code in STANDING and (line.untold or said != line.trouble)
             line.trouble = said
-            raise Unavailable(said)
+            raise Unavailable(said, _seconds(response.headers.get("Retry-After", "")))
         async for frame in events.decode_frames(response.content.iter_any()):
             match frame:
                 case Claimed():
@@ -221,7 +231,7 @@ class Bells:
                         if 0 < frame.age_s < waited:  # else it ran before, and this was no start
                             metrics.cold_start_seconds.labels("pod").observe(waited - frame.age_s)
                     line.unanswered_since = None
-                    line.trouble = ""
+                    line.trouble, line.untold = "", False
                 case Committed(n=n, commit=commit):
                     self._results.offer(run, n, commit)
                     self.wake(run)
@@ -235,6 +245,19 @@ class Bells:
         line = self._lines.get(run)
         if line is not None and line.wake is not None:
             line.wake.set()
+
+
+def _seconds(retry_after: str) -> float:
+    return float(retry_after) if retry_after.isdecimal() else 0.0  # a date is not understood
+
+
+def _asked_s(error: Exception) -> float:
+    """For how long train_step wants no bell, if that is longer than the gateway would pause by itself anyway.
+
+    It says so of what cannot pass by itself: asked every few seconds, a pod would never scale to zero meanwhile.
+    """
+    after_s = error.retry_after_s if isinstance(error, Unavailable) else 0.0
+    return after_s if after_s > _BACK_OFF_MAX_S else 0.0
 
 
 def _code(content: bytes) -> str:

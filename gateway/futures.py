@@ -76,7 +76,7 @@ async def _wait(gateway: Parts, run: RunId, seq: int) -> Result | None:
         rang = True
         starting = gateway.bells.queue_state(run)[0] != "active" and not gateway.bells.trouble(run)
         left = began + (_PAUSED_HOLD_S if starting else limits.poll_hold_s) - loop.time()
-        if left <= 0:
+        if left <= 0 or gateway.bells.tell(run):
             return None
         try:
             await asyncio.wait_for(woken.wait(), min(left, _LOOK_S))

@@ -4,7 +4,7 @@ A message says what was wrong, which value, what is allowed and what to do. `doc
 code.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 Category = Literal["user", "server"]
 
@@ -110,6 +110,12 @@ class NewerFormat(Unavailable):
     code = "newer_format"
 
 
+class OtherDtype(Unavailable):
+    """The run was made in another dtype than this engine computes in: it waits for one that computes in its own."""
+
+    code = "other_dtype"
+
+
 class Fenced(KnapperError):
     """A newer claim owns the run. The state in memory is dropped; nothing more of it may be written."""
 
@@ -127,3 +133,7 @@ class Corrupt(KnapperError):
     """Stored bytes are not what their index says. Never used, never repaired in silence."""
 
     code = "corrupt"
+
+
+# Codes of what waits for an operator: nothing that a client or a retry does ends it.
+STANDING: Final = frozenset({Corrupt.code, NewerFormat.code, OtherDtype.code})

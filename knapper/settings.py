@@ -91,7 +91,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        Meta(description="Of the base weights; replayed bits depend on it, so a run keeps the one that it began with."),
+        Meta(description="Of the base weights; auto: the faster one, measured. A run keeps its own: docs/models.md."),
     ] = "auto"
     threads: Annotated[
         int,

@@ -255,7 +255,7 @@ def test_the_example_of_the_readme_learns_from_the_wheel_alone(installed: Path, 
     model = tiny_model(tmp_path / "models" / "tiny")
     environment = {
         "HOME": str(tmp_path), "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1", "KNAPPER_DTYPE": "float32",
     }  # fmt: skip
     up = [sys.executable, str(installed / "bin/knapper"), "up", "--port", "0", "--model", str(model)]
     with subprocess.Popen(up, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as server:

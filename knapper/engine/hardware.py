@@ -5,16 +5,26 @@ that samples use a smaller one, and the rest is for passes (activations, and a p
 have copies) and for the runs that train.
 """
 
+import time
+from collections.abc import Callable
 from typing import Final
 
+import structlog
 import torch
 
 from knapper.engine import host_memory
+from knapper.engine.exactness import Exactness
+from knapper.engine.linear import FrozenLinear
 from knapper.errors import InvalidField
 
 _KV_PART: Final = 0.25  # of what the weights leave: so much is for keys and values
 _KV_PART_MOST: Final = 0.75  # where one text of the whole context needs more
 _ADAPTERS_PART: Final = 1 / 16  # of what the weights leave, for adapters that samples use
+_ROWS, _WIDTH, _TURNS = 128, 1024, 5  # of the products that dtypes are compared by: a millisecond or two each
+_GFLOP: Final = 2e-9 * _ROWS * _WIDTH * _WIDTH
+_FASTER: Final = 1.3  # docs/decisions/0017
+
+log = structlog.get_logger()
 
 
 def device_for(setting: str) -> torch.device:
@@ -91,13 +101,55 @@ def finish(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def dtype_for(setting: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where the hardware computes it faster than float32, else float32."""
+def dtype_for(setting: str, device: torch.device, cpu_s: Callable[[], float] = time.thread_time) -> torch.dtype:
+    """`auto`: bfloat16 where the hardware computes it faster than float32, else float32.
+
+    `cpu_s`: seconds that this thread has computed.
+    """
     if setting != "auto":
         return torch.bfloat16 if setting == "bfloat16" else torch.float32
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "mps":
         return torch.float32  # not every Mac's GPU computes bfloat16, and none was measured
-    able = torch.cpu.get_capabilities()
-    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+    return _faster_on_this_cpu(cpu_s)
+
+
+def _faster_on_this_cpu(cpu_s: Callable[[], float]) -> torch.dtype:
+    """bfloat16 if it is faster by so much that no other start on this machine finds otherwise.
+
+    Measured, because no flag tells: of two CPUs with avx512_bf16 one computes it twice as fast as float32, and the
+    other slower. On one thread and in its own time, to which whoever else computes on the machine adds nothing.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        took_s = _took_s(cpu_s)
+    finally:
+        torch.set_num_threads(threads)
+    ratio = took_s[torch.float32] / took_s[torch.bfloat16]
+    chosen = torch.bfloat16 if ratio >= _FASTER else torch.float32
+    log.info(
+        "KNAPPER_DTYPE is auto: measured on this CPU",
+        dtype=str(chosen).removeprefix("torch."),
+        reason=f"bfloat16 products are {ratio:.2f} times as fast as float32's; it is taken from {_FASTER} on",
+        gflops={str(dtype).removeprefix("torch."): round(_GFLOP / each_s) for dtype, each_s in took_s.items()},
+    )
+    return chosen
+
+
+def _took_s(cpu_s: Callable[[], float]) -> dict[torch.dtype, float]:
+    """The least that a linear took, by dtype; in turns, as the engine computes one."""
+    w = torch.linspace(-1, 1, _WIDTH * _WIDTH).view(_WIDTH, _WIDTH)
+    raw = Exactness(promised=False)
+    linears = [FrozenLinear([w.to(dtype)], dtype, exactness=raw) for dtype in (torch.float32, torch.bfloat16)]
+    least_s = {linear.dtype: float("inf") for linear in linears}
+    for turn in range(1 + _TURNS):
+        for linear in linears:
+            x = w[:_ROWS].to(linear.dtype)
+            began = cpu_s()
+            linear(x)
+            took_s = cpu_s() - began
+            if turn > 0:  # in the first one, oneDNN makes its kernels
+                least_s[linear.dtype] = min(least_s[linear.dtype], took_s)
+    return least_s

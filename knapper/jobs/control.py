@@ -42,6 +42,19 @@ async def change(store: Store, start: Start, state: State, reason: str, at: floa
             return True
 
 
+async def note(store: Store, start: Start, reason: str, at: float) -> bool:
+    """Say why the job, which runs, does not move; empty: it does. True if that is news.
+
+    Of one that does not run nothing is noted.
+    """
+    n, newest = await _newest(store, start)
+    if newest.state != "running" or newest.reason == reason:
+        return False
+    return await store.put_if_absent(
+        f"{start.controls}{number(n + 1)}", encode(Control(state="running", reason=reason, at=at))
+    )
+
+
 async def ask(store: Store, start: Start, state: State, reason: str, at: float) -> None:
     """Raises UserError if the job cannot come into this state."""
     if not await change(store, start, state, reason, at):

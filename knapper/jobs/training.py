@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from knapper import events
 from knapper.checkpoints import Checkpoints
-from knapper.errors import Corrupt
+from knapper.errors import STANDING, Corrupt, KnapperError
 from knapper.events import Event
 from knapper.ids import TinkerPath
-from knapper.jobs import ending, outputs, progress, schedule
+from knapper.jobs import control, ending, outputs, progress, schedule
 from knapper.jobs.courses import Course, Lines
 from knapper.jobs.folders import Folder
 from knapper.jobs.names import Round
@@ -52,6 +52,14 @@ class Training:
         await self.worker.answer(event, self._work)
 
     async def _work(self, folder: Folder, within: Slice, event: Event) -> None:
+        try:
+            await self._go_on(folder, within, event)
+        except KnapperError as error:
+            if error.code in STANDING:
+                await self._note(folder, f"waits: {error}")
+            raise
+
+    async def _go_on(self, folder: Folder, within: Slice, event: Event) -> None:
         await within.go_on()
         course = await self._course(folder)
         await self._create(folder, course)
@@ -89,6 +97,7 @@ class Training:
         await self._place.store.put_if_absent(folder.start.trained(step), encode(trained))
         await self._forget_adapters(folder, step + 1, course.steps)
         await self._metrics.publish(folder)
+        await control.note(self._place.store, folder.start, "", self._place.clock())
         await outputs.publish_status(self._place, folder.started)
 
     async def _evaluate(self, folder: Folder, course: Course, version: int, within: Slice) -> None:
@@ -103,6 +112,11 @@ class Training:
         await outputs.publish_rollouts(self._place, folder, f"evaluation-{version}", outcome.readable)
         await self._place.store.put_if_absent(folder.start.evaluated(version), encode(evaluated))
         await outputs.publish_evaluations(self._place, folder, course.steps)
+        await self._note(folder, "")
+
+    async def _note(self, folder: Folder, reason: str) -> None:
+        if await control.note(self._place.store, folder.start, reason, self._place.clock()):
+            await outputs.publish_status(self._place, folder.started)
 
     async def _lines(
         self, folder: Folder, course: Course, version: int, within: Slice, *, before_step: bool = False

@@ -93,10 +93,10 @@ class Creation(Record, frozen=True):
 
 
 class Terms(Record, frozen=True):
-    """What the bits of a run depend on besides its operations."""
+    """What the bits of a run depend on besides its operations. Of these, the dtype of a run never changes."""
 
-    device: str  # e.g. "cpu AMD EPYC"
-    dtype: str
+    device: str  # e.g. "cpu x86_64 AVX512"
+    dtype: str  # e.g. "float32"
     threads: int
     versions: str  # e.g. "torch 2.13.0+cpu"
 

@@ -11,7 +11,7 @@ from typing import Generic
 import msgspec
 
 from knapper import limits
-from knapper.errors import Corrupt, Fenced, KnapperError, NotFound, Unavailable, UserError
+from knapper.errors import Corrupt, Fenced, KnapperError, NotFound, OtherDtype, Unavailable, UserError
 from knapper.ids import RunId
 from knapper.journal import bundles, names
 from knapper.journal.accept import decode_creation, newest_manifest
@@ -22,6 +22,8 @@ from knapper.store import Store
 
 _ATTEMPTS_MAX = 3  # an operation that fails so often, by a defect and not by the user, is answered with that
 _COMMIT_AFTER_S = 0.05  # results wait no longer than this for others to share their commit
+
+_OTHER_DTYPE_S = 30.0  # nothing but another start of the engine helps: nobody need ask sooner
 
 _STATELESS = SAVES | {"tombstone"}  # they leave the state alone
 
@@ -77,7 +79,8 @@ class Run(Generic[State]):
     ) -> "Run[State]":
         """Take the run over, from whoever holds it. On return its state is current and every earlier holder is fenced.
 
-        Raises NotFound if there is no such run, Fenced if somebody else claims it at this moment.
+        Raises NotFound if there is no such run, Fenced if somebody else claims it at this moment, OtherDtype if it was
+        made in another dtype than the holder's; then nothing was written, and the run is still whose it was.
         """
         self = cls(store, run, machine, holder, clock)
         data = await store.get(names.operation(run, 0))
@@ -93,6 +96,8 @@ class Run(Generic[State]):
     async def _take_manifest(self) -> None:
         newest = await newest_manifest(self._store, self.run)
         n, before = newest if newest else (0, None)
+        if before is not None:
+            _expect_dtype(self.run, before.terms, self.holder.terms)
         manifest = Manifest(
             epoch=before.epoch + 1 if before else 1, holder=self.holder.name, address=self.holder.address,
             claimed_at=self._clock(), terms=self.holder.terms,
@@ -362,3 +367,14 @@ class Run(Generic[State]):
         self.replay_cost_s -= cost
         applied, out, state, durable_cost = self._durable
         self._durable = (applied, out, state, durable_cost - cost)
+
+
+def _expect_dtype(run: RunId, made: Terms, ours: Terms) -> None:
+    """Another dtype is no matter of last bits: log-probabilities would jump, and a replay would not be what it was."""
+    if made.dtype != ours.dtype:
+        raise OtherDtype(
+            f"{run} was made in {made.dtype}, and this engine computes in {ours.dtype}. Its operations are stored and "
+            f"wait for one that is started with KNAPPER_DTYPE={made.dtype} (knapper up --dtype {made.dtype}); or go on "
+            "from one of its checkpoints in a new run",
+            retry_after_s=_OTHER_DTYPE_S,
+        )

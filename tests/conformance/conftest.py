@@ -19,7 +19,7 @@ from knapper.ids import LOCAL_TENANT, TinkerPath
 from knapper.journal import bundles
 from knapper.store.directory import DirectoryStore
 from tests.conformance import data
-from tests.conformance.server import Server
+from tests.conformance.server import Dtype, Server
 from tests.engine.tiny import Kind, tiny_model
 from tests.store.emulator import gcs
 
@@ -51,9 +51,15 @@ def model(tmp_path_factory: pytest.TempPathFactory, sampler_name: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory, sampler_name: str) -> Iterator[Server]:
+def dtype() -> Dtype:
+    """Of the server. test_bfloat16 has another, and runs in it what is compared with transformers and peft."""
+    return "float32"
+
+
+@pytest.fixture(scope="session")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory, sampler_name: str, dtype: Dtype) -> Iterator[Server]:
     settings = {"KNAPPER_SAMPLER": sampler_name}
-    with Server.start(model, tmp_path_factory.mktemp("knapper") / "data", settings=settings) as running:
+    with Server.start(model, tmp_path_factory.mktemp("knapper") / "data", settings=settings, dtype=dtype) as running:
         yield running
     assert "Traceback" not in running.log(), running.log()[-4000:]
 
@@ -98,6 +104,10 @@ class Trained:
 
 @pytest.fixture(scope="session")
 def trained(server: Server, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return train(server, model, tmp_path_factory.mktemp("adapter"))
+
+
+def train(server: Server, model: Path, directory: Path) -> Trained:
     with tinker.ServiceClient(base_url=server.url, api_key="tml-local") as service:
         client = service.create_lora_training_client(str(model), rank=4, seed=3).result()
         rng = np.random.default_rng(3)
@@ -105,7 +115,7 @@ def trained(server: Server, model: Path, tmp_path_factory: pytest.TempPathFactor
             client.forward_backward(data.batch(rng), "cross_entropy")
             client.optim_step(types.AdamParams(learning_rate=1e-2))
         path = client.save_state("trained").result().path
-    return Trained(path, exported(server, path, tmp_path_factory.mktemp("adapter")))
+    return Trained(path, exported(server, path, directory))
 
 
 def exported(server: Server, path: str, directory: Path) -> Path:

@@ -42,6 +42,11 @@ def logprobs(output: types.ForwardBackwardOutput) -> list[Floats]:
     return [each["logprobs"].to_numpy() for each in output.loss_fn_outputs]
 
 
+def all_logprobs(output: types.ForwardBackwardOutput) -> Floats:
+    """Of every datum, one after another."""
+    return np.concatenate([each.ravel() for each in logprobs(output)])
+
+
 def bits(output: types.ForwardBackwardOutput) -> list[bytes]:
     """The log-probabilities, to be compared bit for bit."""
     return [each.tobytes() for each in logprobs(output)]

@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
+
+Dtype = Literal["auto", "float32", "bfloat16"]
 
 _STOP_S = 30.0
 
@@ -17,6 +19,7 @@ _STOP_S = 30.0
 class Server:
     """One `knapper up` over `data`, running from `start` to `stop`; it can be killed and brought up again between.
 
+    Its dtype is not the machine's choice, unless a test asks for `auto`: what is compared says what computed it.
     Its standard error is in `log_path`, beside the data directory, and survives restarts.
     """
 
@@ -27,8 +30,10 @@ class Server:
         *flags: str,
         settings: Mapping[str, str] | None = None,
         python: str = sys.executable,
+        dtype: Dtype = "float32",
     ) -> None:
         self.data = data
+        self.dtype = dtype
         self.url = ""
         self.log_path = data.with_name(f"{data.name}.log")
         self._model, self._flags, self._settings, self._python = model, flags, settings or {}, python
@@ -42,12 +47,13 @@ class Server:
         *flags: str,
         settings: Mapping[str, str] | None = None,
         python: str = sys.executable,
+        dtype: Dtype = "float32",
     ) -> Self:
         """A server that answers. `flags` go to `knapper up` as they are, `settings` as environment variables.
 
         `python`: of the environment that serves, where that is another one.
         """
-        server = cls(model, data, *flags, settings=settings, python=python)
+        server = cls(model, data, *flags, settings=settings, python=python, dtype=dtype)
         server.up()
         return server
 
@@ -62,7 +68,7 @@ class Server:
         port = self.url.rpartition(":")[2] or "0"
         command = [self._python, "-m", "knapper.cli", "up", "--model", str(self._model), "--data", str(self.data)]
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("KNAPPER_")}
-        environment = {**inherited, **self._settings, "OMP_NUM_THREADS": "1"}
+        environment = {**inherited, "KNAPPER_DTYPE": self.dtype, **self._settings, "OMP_NUM_THREADS": "1"}
         with self.log_path.open("a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 [*command, "--port", port, *self._flags],

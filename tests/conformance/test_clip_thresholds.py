@@ -11,7 +11,8 @@ from tinker import types
 
 from tests.conformance import data, reference
 from tests.conformance.conftest import Trained
-from tests.conformance.reference import Reference
+from tests.conformance.reference import Reference, Standard
+from tests.conformance.server import Dtype
 
 pytestmark = [
     pytest.mark.timeout(60),
@@ -39,8 +40,8 @@ def batch(learner: Reference, loss: str, thresholds: str) -> list[types.Datum]:
             inputs |= {"clip_low_threshold": np.full(n, LOW, np.float32)}
             inputs |= {"clip_high_threshold": np.full(n, HIGH, np.float32)}
         if thresholds == "one a token":
-            inputs |= {"clip_low_threshold": spread[0].astype(np.float32)}
-            inputs |= {"clip_high_threshold": (1 + spread[1]).astype(np.float32)}
+            inputs |= {"clip_low_threshold": (1 - 0.1 * spread[0]).astype(np.float32)}
+            inputs |= {"clip_high_threshold": (1 + 0.1 * spread[1]).astype(np.float32)}
         if loss == "gspo":
             inputs["sequence_ratio_mask"] = (np.arange(n) % 2 == 0).astype(np.float32)
         found.append(types.Datum(model_input=text.model_input, loss_fn_inputs=inputs))
@@ -49,15 +50,17 @@ def batch(learner: Reference, loss: str, thresholds: str) -> list[types.Datum]:
 
 @pytest.mark.parametrize("loss", ["ppo", "cispo", "gspo"])
 def test_thresholds_of_each_token_are_those_of_the_formula(
-    loss: Any, service: tinker.ServiceClient, model: Path, trained: Trained
+    loss: Any, service: tinker.ServiceClient, model: Path, dtype: Dtype, trained: Trained
 ) -> None:
-    learner = Reference(model, trained.directory)
-    asked = batch(learner, loss, "one a token")
+    standard = Standard(model, trained.directory, dtype)
+    asked = batch(standard.truth, loss, "one a token")
     client = service.create_training_client_from_state(trained.path).result()
-    found = client.forward(asked, loss).result().metrics
-    wanted = sum(reference.loss(loss, datum, learner.logprobs(datum), {}).item() for datum in asked)
-    assert found["loss:sum"] == pytest.approx(wanted, rel=1e-4, abs=1e-4)
-    assert found["clipped:sum"] > 0, "nothing was clipped"
+    output = client.forward(asked, loss).result()
+    standard.expect(data.all_logprobs(output), lambda learner: learner.all_logprobs(asked))
+    told = [torch.from_numpy(each) for each in data.logprobs(output)]
+    wanted = sum(reference.loss(loss, datum, p, {}).item() for datum, p in zip(asked, told, strict=True))
+    assert output.metrics["loss:sum"] == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+    assert output.metrics["clipped:sum"] > 0, "nothing was clipped"
 
 
 @pytest.mark.parametrize("loss", ["ppo", "cispo", "gspo"])

@@ -17,8 +17,9 @@ from tinker import types
 from tests.conformance import data
 from tests.conformance.conftest import NewClient, NewService, Trained
 from tests.conformance.data import CE
-from tests.conformance.reference import Reference
-from tests.conformance.server import Server, wait_until
+from tests.conformance.reference import Reference, Standard
+from tests.conformance.server import Dtype, Server, wait_until
+from tests.nearness import expect_near
 
 pytestmark = pytest.mark.timeout(60)
 rng = np.random.default_rng
@@ -54,71 +55,77 @@ def test_a_sampler_knows_its_base_model_and_tokenizer(
 
 @pytest.mark.parametrize("kind", ["base", "adapted"])
 def test_greedy_texts_and_their_log_probabilities_are_the_models(
-    kind: str, base: tinker.SamplingClient, adapted: tinker.SamplingClient, model: Path, trained: Trained
+    kind: str, base: tinker.SamplingClient, adapted: tinker.SamplingClient, model: Path, dtype: Dtype, trained: Trained
 ) -> None:
-    sampler, reference = (base, Reference(model)) if kind == "base" else (adapted, Reference(model, trained.directory))
+    sampler, adapter = (base, None) if kind == "base" else (adapted, trained.directory)
+    standard = Standard(model, adapter, dtype)
     prompt = data.tokens(rng(1), 11)
-    answer = sampler.sample(types.ModelInput.from_ints(prompt), 2, params(12, temperature=0.0)).result()
+    answer = sampler.sample(types.ModelInput.from_ints(prompt), 2, params(40, temperature=0.0)).result()
     first, second = answer.sequences
     assert first.tokens == second.tokens
     assert first.stop_reason == "length"
-    with torch.no_grad():
-        distribution_NV = reference.distribution(prompt + first.tokens[:-1])[len(prompt) - 1 :]
-    assert first.tokens == distribution_NV.argmax(-1).tolist()
-    assert first.logprobs is not None
-    np.testing.assert_allclose(first.logprobs, distribution_NV.max(-1).values.numpy(), atol=1e-4)
+    standard.expect(first.logprobs, lambda model: model.continued(prompt, first.tokens), "of what was sampled")
+    standard.expect(first.logprobs, lambda model: model.after(prompt, first.tokens).max(-1).values, "of the likeliest")
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
 def test_log_probabilities_are_those_of_the_tempered_distribution(
-    temperature: float, adapted: tinker.SamplingClient, model: Path, trained: Trained
+    temperature: float, adapted: tinker.SamplingClient, model: Path, dtype: Dtype, trained: Trained
 ) -> None:
-    reference = Reference(model, trained.directory)
     prompt = data.tokens(rng(2), 9)
     answer = adapted.sample(types.ModelInput.from_ints(prompt), 4, params(10, temperature=temperature)).result()
-    for each in answer.sequences:
-        with torch.no_grad():
-            plain_NV = reference.distribution(prompt + each.tokens[:-1])[len(prompt) - 1 :]
-        tempered_NV = torch.log_softmax(plain_NV / temperature, dim=-1)
-        wanted = tempered_NV.gather(1, torch.tensor(each.tokens)[:, None])[:, 0]
-        assert each.logprobs is not None
-        np.testing.assert_allclose(each.logprobs, wanted.numpy(), atol=1e-4)
+    found = [logprob for each in answer.sequences for logprob in each.logprobs or []]
+    Standard(model, trained.directory, dtype).expect(
+        found,
+        lambda model: torch.cat([model.continued(prompt, each.tokens, temperature) for each in answer.sequences]),
+    )
 
 
 def test_prompt_log_probabilities_are_those_of_a_forward_pass(
-    service: tinker.ServiceClient, adapted: tinker.SamplingClient, trained: Trained
+    service: tinker.ServiceClient, adapted: tinker.SamplingClient, model: Path, dtype: Dtype, trained: Trained
 ) -> None:
+    """In bfloat16 the two may differ by what transformers differs from the truth."""
     client = service.create_training_client_from_state(trained.path).result()
     text = data.tokens(rng(3), 41)
     [forward] = data.logprobs(client.forward([data.weighted(text)], CE).result())
+    standard = Standard(model, trained.directory, dtype)
+    with torch.no_grad():
+        truth, peer = standard.both(lambda reference: reference.logprobs(data.weighted(text)))
     first, *rest = adapted.compute_logprobs(types.ModelInput.from_ints(text)).result()
     assert first is None
-    np.testing.assert_allclose(np.array(rest, dtype=np.float32), forward, atol=1e-4)
+    expect_near(torch.tensor(rest), torch.from_numpy(forward), torch.from_numpy(forward) + peer - truth)
 
 
 def test_the_likeliest_tokens_of_prompt_and_text_come_with_their_log_probabilities(
-    adapted: tinker.SamplingClient, model: Path, trained: Trained
+    adapted: tinker.SamplingClient, model: Path, dtype: Dtype, trained: Trained
 ) -> None:
-    reference = Reference(model, trained.directory)
     prompt = data.tokens(rng(4), 15)
     answer = adapted.sample(
         types.ModelInput.from_ints(prompt), 1, params(6), include_prompt_logprobs=True,
         topk_prompt_logprobs=3, topk_sample_logprobs=5,
     ).result()  # fmt: skip
     [text] = answer.sequences
-    with torch.no_grad():
-        likeliest_N5 = reference.distribution(prompt + text.tokens[:-1]).topk(5)
     of_prompt, of_text = answer.topk_prompt_logprobs, text.topk_logprobs
     assert of_prompt is not None
     assert of_text is not None
     assert of_prompt[0] is None
     assert len(of_prompt) == 15
     assert len(of_text) == 6
-    found = [(row, 3) for row in of_prompt[1:]] + [(row, 5) for row in of_text]
-    for (row, k), values, tokens in zip(found, likeliest_N5.values, likeliest_N5.indices, strict=True):
-        assert row is not None
-        assert [token for token, _ in row] == tokens[:k].tolist()
-        np.testing.assert_allclose([logprob for _, logprob in row], values[:k].numpy(), atol=1e-4)
+    rows = [row or [] for row in (*of_prompt[1:], *of_text)]
+    assert [len(row) for row in rows] == [3] * 14 + [5] * 6
+    assert all(row == sorted(row, key=lambda one: -one[1]) for row in rows)
+    asked, standard = prompt + text.tokens[:-1], Standard(model, trained.directory, dtype)
+
+    def of_those_tokens(reference: Reference) -> torch.Tensor:
+        after = zip(rows, reference.distribution(asked), strict=True)
+        return torch.cat([each_V[[token for token, _ in row]] for row, each_V in after])
+
+    def of_the_likeliest(reference: Reference) -> torch.Tensor:
+        after = zip(rows, reference.distribution(asked), strict=True)
+        return torch.cat([each_V.topk(len(row)).values for row, each_V in after])
+
+    for compute in (of_those_tokens, of_the_likeliest):
+        standard.expect([logprob for row in rows for _, logprob in row], compute, compute.__name__)
 
 
 def test_a_seed_reproduces_its_texts_and_samples_differ(base: tinker.SamplingClient) -> None:

@@ -17,8 +17,9 @@ from tinker import types
 
 from tests.conformance import data
 from tests.conformance.conftest import NewClient, Trained
-from tests.conformance.reference import Reference
-from tests.conformance.server import Server, wait_until
+from tests.conformance.reference import Standard
+from tests.conformance.server import Dtype, Server, wait_until
+from tests.nearness import expect_near
 
 pytestmark = [
     pytest.mark.timeout(60),
@@ -28,7 +29,7 @@ pytestmark = [
 
 CLONE = 10**9
 rng = np.random.default_rng
-Scored = tuple[types.ModelInput, torch.Tensor]
+Scored = tuple[types.ModelInput, torch.Tensor, torch.Tensor]
 
 
 def params(max_tokens: int = 1, seed: int = 0, **more: Any) -> types.SamplingParams:
@@ -54,12 +55,12 @@ def adapted(service: tinker.ServiceClient, trained: Trained) -> tinker.SamplingC
 
 
 @pytest.fixture
-def scored(model: Path, trained: Trained) -> Scored:
-    """A prompt of 80 tokens, and the adapter's distribution over each after the first, (P - 1, V)."""
+def scored(model: Path, dtype: Dtype, trained: Trained) -> Scored:
+    """A prompt of 80 tokens, and the adapter's distribution over each after the first, (P - 1, V): truth and peer."""
     tokens = data.tokens(rng(21), 80)
     with torch.no_grad():
-        distribution = Reference(model, trained.directory).distribution(tokens)[:-1]
-    return types.ModelInput.from_ints(tokens), distribution
+        truth, peer = Standard(model, trained.directory, dtype).both(lambda of: of.distribution(tokens)[:-1])
+    return types.ModelInput.from_ints(tokens), truth, peer
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def torch_only(sampler_name: str) -> None:
 def test_chosen_targets_of_a_prompt_are_scored_in_their_layout(
     sparse: bool, adapted: tinker.SamplingClient, scored: Scored
 ) -> None:
-    prompt, distribution = scored
+    prompt, *distributions = scored
     dice = rng(22)
     ids = torch.from_numpy(np.where(dice.random((79, 6)) < 0.15, dice.integers(0, data.vocabulary, (79, 6)), -1))
     asked = types.TensorData.from_torch_sparse(ids, pad_value=-1) if sparse else types.TensorData.from_torch(ids)
@@ -84,9 +85,9 @@ def test_chosen_targets_of_a_prompt_are_scored_in_their_layout(
     assert found.sparse_crow_indices == asked.sparse_crow_indices
     assert found.sparse_col_indices == asked.sparse_col_indices
     assert (found.dtype, found.shape) == ("float32", [79, 6])
-    wanted = torch.where(ids >= 0, distribution.gather(1, ids.clamp(min=0)), 0.0)
-    torch.testing.assert_close(found.to_torch(), wanted, atol=1e-4, rtol=1e-4)
-    assert (found.to_torch()[ids < 0] == 0.0).all()
+    there, tokens = ids >= 0, ids.clamp(min=0)
+    expect_near(found.to_torch()[there], *(each.gather(1, tokens)[there] for each in distributions))
+    assert (found.to_torch()[~there] == 0.0).all()
 
 
 def test_vllm_refuses_what_it_cannot_score(adapted: tinker.SamplingClient, sampler_name: str) -> None:
@@ -107,7 +108,7 @@ def test_vllm_refuses_what_it_cannot_score(adapted: tinker.SamplingClient, sampl
 
 @pytest.mark.usefixtures("torch_only")
 def test_alternatives_to_a_prompt_s_tokens_are_drawn_and_scored(adapted: tinker.SamplingClient, scored: Scored) -> None:
-    prompt, distribution = scored
+    prompt, *distributions = scored
     answers = [
         adapted.sample(prompt, 1, params(seed=seed, temperature=0.7), prompt_alt_tokens_k=64).result()
         for seed in (1, 1, 2)
@@ -118,23 +119,23 @@ def test_alternatives_to_a_prompt_s_tokens_are_drawn_and_scored(adapted: tinker.
     assert drawn[2] is not None
     tokens = drawn[0].tokens.to_torch()
     assert tokens.shape == (79, 64)
-    torch.testing.assert_close(drawn[0].logprobs.to_torch(), distribution.gather(1, tokens), atol=1e-4, rtol=1e-4)
+    expect_near(drawn[0].logprobs.to_torch(), *(each.gather(1, tokens) for each in distributions))
     assert torch.equal(tokens, drawn[1].tokens.to_torch())
     assert not torch.equal(tokens, drawn[2].tokens.to_torch())
-    tempered = (distribution.double() / 0.7).softmax(-1)
+    tempered = (distributions[0].double() / 0.7).softmax(-1)
     # The mean chance of what is drawn is that of a draw: five standard deviations over 79 * 64 draws.
     expected, chance = (tempered**2).sum(-1).mean(), tempered.gather(1, tokens)
     assert abs(float(chance.mean() - expected)) < 5 * float(chance.std()) / (79 * 64) ** 0.5
 
 
 def test_the_last_n_tokens_alone_are_scored(adapted: tinker.SamplingClient, scored: Scored) -> None:
-    prompt, distribution = scored
+    prompt, *distributions = scored
     whole = adapted.compute_logprobs(prompt).result()
     some = adapted.compute_logprobs(prompt, prompt_logprobs_last_n=7).result()
     assert some[:-7] == [None] * 73
     assert some[-7:] == whole[-7:]
-    expected = distribution.gather(1, torch.tensor(prompt.to_ints()[1:])[:, None])[:, 0]
-    np.testing.assert_allclose(np.array(whole[1:], dtype=np.float32), expected.numpy(), atol=1e-4)
+    tokens = torch.tensor(prompt.to_ints()[1:])[:, None]
+    expect_near(torch.tensor(whole[1:])[:, None], *(each.gather(1, tokens) for each in distributions))
     answer = adapted.sample(
         prompt, 1, params(), include_prompt_logprobs=True, topk_prompt_logprobs=2, prompt_logprobs_last_n=7
     ).result()

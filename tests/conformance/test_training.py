@@ -1,5 +1,6 @@
 """A training client: what it is told about its run, and what its operations do to one another."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from tinker import types
 from tests.conformance import data
 from tests.conformance.conftest import NewClient, exported
 from tests.conformance.data import CE
-from tests.conformance.reference import Reference
-from tests.conformance.server import Server
+from tests.conformance.reference import Reference, Standard
+from tests.conformance.server import Dtype, Server
+from tests.nearness import MEAN, expect_near
 
 pytestmark = pytest.mark.timeout(60)
 rng = np.random.default_rng
@@ -45,13 +47,10 @@ def test_the_tokenizer_of_a_model_directory_is_found_offline(client: tinker.Trai
     assert tokenizer.decode(tokenizer.encode("the end and the ênd")) == "the end and the ênd"
 
 
-def test_a_new_run_is_the_base_model(client: tinker.TrainingClient, model: Path) -> None:
-    base = Reference(model)
+def test_a_new_run_is_the_base_model(client: tinker.TrainingClient, model: Path, dtype: Dtype) -> None:
     batch = data.batch(rng(0))
-    found = data.logprobs(client.forward(batch, CE).result())
-    for datum, logprobs in zip(batch, found, strict=True):
-        with torch.no_grad():
-            np.testing.assert_allclose(logprobs, base.logprobs(datum).numpy(), atol=1e-4)
+    found = data.all_logprobs(client.forward(batch, CE).result())
+    Standard(model, None, dtype).expect(found, lambda base: base.all_logprobs(batch))
 
 
 def test_every_log_probability_has_its_own_target(client: tinker.TrainingClient) -> None:
@@ -107,31 +106,55 @@ def test_a_step_at_learning_rate_zero_moves_nothing(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_each_step_takes_its_own_values(new_client: NewClient, server: Server, model: Path, tmp_path: Path) -> None:
+SCHEDULE: list[dict[str, float]] = [
+    {"learning_rate": 1e-2, "eps": 1e-2},
+    {"learning_rate": 1e-3, "beta1": 0.5, "beta2": 0.99, "eps": 1e-1},
+    {"learning_rate": 5e-3, "weight_decay": 0.5, "eps": 1e-2},
+    {"learning_rate": 5e-3, "grad_clip_norm": 0.1, "eps": 1e-2},
+]
+
+
+def test_each_step_takes_its_own_values(
+    new_client: NewClient, server: Server, model: Path, dtype: Dtype, tmp_path: Path
+) -> None:
     """Learning rate, betas, eps, decay and clipping change from step to step, as torch's AdamW changes with them."""
     client = new_client()
     client.save_state("start").result()
-    schedule: list[dict[str, float]] = [
-        {"learning_rate": 1e-2, "eps": 1e-2},
-        {"learning_rate": 1e-3, "beta1": 0.5, "beta2": 0.99, "eps": 1e-1},
-        {"learning_rate": 5e-3, "weight_decay": 0.5, "eps": 1e-2},
-        {"learning_rate": 5e-3, "grad_clip_norm": 0.1, "eps": 1e-2},
-    ]
     arenas = [weights(client, server, tmp_path, "0")]
     norms = []
-    for index, values in enumerate(schedule):
-        batch = data.batch(rng(20 + index))
-        answer = step(client, batch, **values)
-        norms.append(answer.metrics)
+    for index, values in enumerate(SCHEDULE):
+        metrics = step(client, data.batch(rng(20 + index)), **values).metrics or {}
+        norms.append(next(value for name, value in metrics.items() if "grad_norm" in name))
         arenas.append(weights(client, server, tmp_path, str(index + 1)))
-    learner = Reference(model, tmp_path / "0")
+    truth, peer = Standard(model, tmp_path / "0", dtype).both(trained_on_schedule)
+    for found, norm, true, near in zip(arenas[1:], norms, truth, peer, strict=True):
+        expect_near(torch.cat([found[name].flatten() for name in true.names]), true.weights_P, near.weights_P)
+        # Two vectors' norms differ by no more than the vectors do.
+        allowed = MEAN * float((near.grads_P - true.grads_P).norm())
+        norm_of_truth = float(true.grads_P.norm())
+        assert norm == pytest.approx(norm_of_truth, abs=max(1e-3 * norm_of_truth, allowed))
+    assert max(float((arenas[0][name] - arenas[-1][name]).abs().max()) for name in truth[0].names) > 5e-3
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """P parameters, one matrix after another."""
+
+    names: list[str]
+    grads_P: torch.Tensor
+    weights_P: torch.Tensor
+
+
+def trained_on_schedule(learner: Reference) -> list[Stepped]:
     named = learner.trainable()
     adam = torch.optim.AdamW(named.values())
-    for index, values in enumerate(schedule):
+    found = []
+    for index, values in enumerate(SCHEDULE):
         adam.zero_grad()
         for datum in data.batch(rng(20 + index)):
             (-(datum.loss_fn_inputs["weights"].to_torch() * learner.logprobs(datum)).sum()).backward()
-        norm = torch.nn.utils.clip_grad_norm_(named.values(), values.get("grad_clip_norm") or torch.inf)
+        grads_P = torch.cat([each.grad.flatten() for each in named.values() if each.grad is not None])
+        torch.nn.utils.clip_grad_norm_(named.values(), values.get("grad_clip_norm") or torch.inf)
         adam.param_groups[0].update(
             lr=values["learning_rate"],
             betas=(values.get("beta1", 0.9), values.get("beta2", 0.95)),
@@ -139,11 +162,8 @@ def test_each_step_takes_its_own_values(new_client: NewClient, server: Server, m
             weight_decay=values.get("weight_decay", 0.0),
         )
         adam.step()
-        metrics = norms[index] or {}
-        assert float(norm) == pytest.approx(next(v for k, v in metrics.items() if "grad_norm" in k), rel=1e-3)
-        for name, wanted in named.items():
-            torch.testing.assert_close(arenas[index + 1][name], wanted.detach(), atol=1e-4, rtol=0)
-    assert max(float((arenas[0][name] - arenas[-1][name]).abs().max()) for name in named) > 5e-3
+        found.append(Stepped([*named], grads_P, torch.cat([each.detach().flatten() for each in named.values()])))
+    return found
 
 
 def test_a_custom_loss_of_the_client_gives_its_gradient(new_client: NewClient) -> None:

@@ -28,7 +28,7 @@ class Operators(TorchDispatchMode):
     """Counts the operators of its thread; those for which `breaks(number, name)` raise `error()` in their place."""
 
     def __init__(self, breaks: Callable[[int, str], bool], error: Callable[[], Exception]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # the library has no types here
         self.count = self.broken = 0
         self._breaks, self._error = breaks, error
 

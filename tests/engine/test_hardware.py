@@ -1,10 +1,17 @@
 """The device is chosen in one place, a wrong one is refused with what the machine has, and its memory is divided."""
 
-from collections.abc import Iterator
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate, chain
+from pathlib import Path
 
 import pytest
 import torch
 
+import knapper
 from knapper.engine import hardware
 from knapper.engine.hardware import adapter_bytes, device_for, dtype_for, kv_bytes, memory_left, take_memory
 from knapper.errors import InvalidField
@@ -99,6 +106,65 @@ def test_keys_and_values_have_a_quarter_and_a_text_of_the_whole_context_has_more
     assert kv_bytes(16 * GIB, 0.5, 16 * GIB) == 8 * GIB, "an operator's part is that part"
     assert kv_bytes(0, 0, GIB) == 0
     assert adapter_bytes(64 * GIB) == 4 * GIB
+
+
+def _clock(float32_s: Iterable[float], bfloat16_s: Iterable[float]) -> Callable[[], float]:
+    """Of a thread on which a product takes so long, turn by turn."""
+    took = zip(float32_s, bfloat16_s, strict=True)
+    return accumulate(chain.from_iterable((0.0, wide_s, 0.0, narrow_s) for wide_s, narrow_s in took)).__next__
+
+
+@pytest.mark.parametrize(
+    ("float32_s", "bfloat16_s", "chosen"),
+    [
+        ([9, 1.82, 1.82, 1.82, 1.82, 1.82], [9, 1, 1, 1, 1, 1], torch.bfloat16),  # Zen 4
+        ([9, 0.75, 0.75, 0.75, 0.75, 0.75], [9, 1, 1, 1, 1, 1], torch.float32),  # Sapphire Rapids without AMX
+        ([9, 7.2, 7.2, 7.2, 7.2, 7.2], [9, 1, 1, 1, 1, 1], torch.bfloat16),  # and with it
+        ([9, 1.3125, 1.3125, 1.3125, 1.3125, 1.3125], [9, 1, 1, 1, 1, 1], torch.bfloat16),
+        ([9, 1.25, 1.25, 1.25, 1.25, 1.25], [9, 1, 1, 1, 1, 1], torch.float32),  # no margin, no change
+        ([9, 50, 50, 0.75, 50, 50], [9, 50, 1, 50, 50, 50], torch.float32),  # disturbed in most turns
+        ([9, 50, 50, 1.82, 50, 50], [99, 1, 50, 50, 50, 50], torch.bfloat16),
+        ([0.1, 1.82, 1.82, 1.82, 1.82, 1.82], [9, 1, 1, 1, 1, 1], torch.bfloat16),  # the first turn says nothing
+    ],
+)
+def test_auto_takes_bfloat16_on_a_cpu_that_is_clearly_faster_in_it(
+    float32_s: list[float], bfloat16_s: list[float], chosen: torch.dtype
+) -> None:
+    assert dtype_for("auto", torch.device("cpu"), _clock(float32_s, bfloat16_s)) == chosen
+
+
+def test_measuring_leaves_the_threads_as_they_were() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        dtype_for("auto", torch.device("cpu"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN's variable is for x86")
+def test_auto_sees_that_onednn_may_not_use_the_instructions() -> None:
+    """Without any for bfloat16 its products take four times as long as float32's, whatever the CPU's flags say."""
+    code = "import torch; from knapper.engine.hardware import dtype_for; print(dtype_for('auto', torch.device('cpu')))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        cwd=Path(knapper.__file__).parent.parent, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    told, chosen = done.stdout.splitlines()
+    assert chosen == "torch.float32"
+    assert "KNAPPER_DTYPE is auto: measured" in told
+    assert "dtype=float32" in told
+    assert "is taken from 1.3 on" in told
+
+
+def test_a_dtype_that_is_asked_for_is_taken_unmeasured() -> None:
+    def never() -> float:
+        raise AssertionError("nobody asked how fast it is")
+
+    for setting, chosen in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        assert dtype_for(setting, torch.device("cpu"), never) == chosen
 
 
 @pytest.mark.parametrize("name", ["cpu", "mps"])

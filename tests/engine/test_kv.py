@@ -38,7 +38,7 @@ class Held(TorchDispatchMode):
     """Bytes of the pools' tensors (2, places, G, C, D) that are still there, and the most that they ever were."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # the library has no types here
         self.bytes = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

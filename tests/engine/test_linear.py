@@ -49,6 +49,8 @@ def test_a_row_has_the_same_bits_among_any_others(
     whole = linear(x_NI)
     for start, stop in ((0, 1), (17, 18), (3, 10), (0, 8), (20, 36), (41, 105), (1, 250)):
         assert torch.equal(linear(x_NI[start:stop]), whole[start:stop]), (start, stop)
+    if inputs < 16:
+        return  # narrower than any model: MKL may have no way then, and that is said
     grads_NO, _ = cancelling(300, 1, outputs - outputs % 2, dtype)
     grads_NO = torch.nn.functional.pad(grads_NO, (0, outputs % 2))
     back = linear.back([grads_NO])

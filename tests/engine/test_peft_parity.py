@@ -1,5 +1,6 @@
 """A whole run equals a plain torch + PEFT loop that starts from the run's own exported adapter."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from knapper.engine import peft_format
 from knapper.engine.losses import LOSSES
-from knapper.engine.training import RunState, Trainer
+from knapper.engine.training import RunState
 from knapper.wire.types import AdamW, Datum
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
+from tests.nearness import expect_near
 
 # PEFT's advice about tied heads (docs/decisions/0002 says what we do and why) and a base model that is not on the hub.
 pytestmark = [
@@ -62,12 +64,14 @@ def plain_logprobs(model: torch.nn.Module, one: Datum) -> Tensor:
     return found if targets.dim() == 2 else found[:, 0]
 
 
-def load_in_peft(state: RunState, model: Path, adapter: Path, *, trainable: bool = False) -> torch.nn.Module:
+def load_in_peft(
+    state: RunState, model: Path, adapter: Path, *, trainable: bool = False, dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
     """What a user does with the export."""
     adapter.mkdir()
     for name, data in peft_format.export(state, with_optimizer=False).items():
         (adapter / name).write_bytes(data)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="eager")
     loaded = PeftModel.from_pretrained(base, adapter, is_trainable=trainable)
     assert isinstance(loaded, torch.nn.Module)
     return loaded
@@ -77,12 +81,11 @@ def batch(loss: str, columns: int, rng: np.random.Generator) -> list[Datum]:
     return [datum(length, loss, rng, columns=columns, prompt=length // 3) for length in (19, 33, 7)]
 
 
-def adapter_of(trainer: Trainer, state: RunState, model: torch.nn.Module) -> Tensor:
-    """PEFT's weights, in our arena's order."""
-    named = {name.replace(".default", ""): p.detach() for name, p in model.named_parameters()}
-    return torch.cat(
-        [named[name].flatten() for site in state.layout.sites for name in peft_format.peft_names(site.module)]
-    )
+def arena(state: RunState, model: torch.nn.Module, of: Callable[[Tensor], Tensor | None]) -> Tensor:
+    """What `of` says of PEFT's weights, in our arena's order."""
+    named = {name.replace(".default", ""): of(p) for name, p in model.named_parameters()}
+    ordered = [named[name] for site in state.layout.sites for name in peft_format.peft_names(site.module)]
+    return torch.cat([each.flatten() for each in ordered if each is not None])
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_untied", "qwen3", "gpt_neox", "phi3", "gemma2", "phi"])
@@ -117,9 +120,33 @@ def test_a_run_equals_a_plain_peft_loop(tmp_path: Path, kind: str, unembed: bool
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
         assert norm > 1.0  # else clipping was not tried
         np.testing.assert_allclose(
-            state.weights_P.numpy(), adapter_of(trainer, state, model).numpy(), atol=1e-5, rtol=0
+            state.weights_P.numpy(), arena(state, model, Tensor.detach).numpy(), atol=1e-5, rtol=0
         )
     assert losses_seen == set(LOSSES)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama_untied", "qwen3", "gpt_neox", "phi3", "gemma2", "phi", "olmo2"])
+def test_a_run_in_bfloat16_is_as_near_the_truth_as_peft_in_bfloat16(tmp_path: Path, kind: str) -> None:
+    """Its log-probabilities and its gradients; the truth is PEFT in float32, with the same adapter."""
+    trainer, rng = tiny_trainer(tmp_path / "model", kind, torch.bfloat16), np.random.default_rng(6)
+    state = trainer.create(spec(train_unembed=True))
+    for _ in range(3):  # until B is no longer zero, and every matrix has a gradient
+        state, _ = done(trainer.forward_backward(state, request(batch("cross_entropy", 0, rng))))
+        state, _ = done(trainer.optim_step(state, AdamW(learning_rate=1e-2)))
+    data = [each for _ in range(3) for each in batch("cross_entropy", 0, rng)]
+    after, output = done(trainer.forward_backward(state, request(data)))
+    wanted = []
+    for name, dtype in (("truth", torch.float32), ("peer", torch.bfloat16)):
+        model = load_in_peft(state, tmp_path / "model", tmp_path / name, trainable=True, dtype=dtype)
+        logprobs = [plain_logprobs(model, one) for one in data]
+        for p, one in zip(logprobs, data, strict=True):
+            plain_loss("cross_entropy", p, {"weights": torch.from_numpy(one.inputs["weights"])}, {}).backward()
+        wanted.append((torch.cat(logprobs), arena(state, model, lambda p: p.grad)))
+    (truth, truth_P), (peer, peer_P) = wanted
+    found = torch.cat([torch.from_numpy(each["logprobs"]) for each in output.outputs])
+    expect_near(found, truth, peer, what="log-probabilities", exact=0.0)
+    assert after.grads_P is not None
+    expect_near(after.grads_P, truth_P, peer_P, what="gradients", exact=0.0)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox", "olmo2", "granite"])

@@ -32,7 +32,7 @@ def wide_model(
     generator = torch.Generator().manual_seed(0)
 
     def linear(outputs: int, inputs: int) -> torch.Tensor:
-        return torch.randn(outputs, inputs, generator=generator) * 1.5 * inputs**-0.5
+        return torch.randn(outputs, inputs, generator=generator) * (1.5 * float(inputs) ** -0.5)
 
     width = kv_heads * head_dim
     tensors = {

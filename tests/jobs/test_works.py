@@ -5,17 +5,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from knapper import events
 from knapper.errors import InvalidField
-from knapper.jobs import control, operations, revive
+from knapper.jobs import control, operations, outputs, revive
+from knapper.jobs.revive import Seen
 from knapper.rewards import scoring
 from knapper.rewards.rollouts import Rollout
 from knapper.rewards.scoring import Score
 from knapper.rewards.spec import Reward
 from tests.jobs.places import lines
-from tests.jobs.works import House, Malice, Works, run, variety
+from tests.jobs.works import TERMS, House, Malice, Works, run, variety
 
 RL = """\
 kind: rl
@@ -179,6 +181,39 @@ def test_a_cancelled_job_stops_within_one_operation_and_goes_on_to_the_same_adap
         await control.ask(works.store, begun, "running", "", works.clock())
         await works.store.put_if_absent(begun.working, b"")
         await works.run(begun)
+        return works
+
+    assert run(story).adapter() == calm.adapter()
+
+
+@pytest.mark.parametrize("name", ["rl", "sft"])
+def test_a_job_whose_run_has_another_dtype_waits_says_why_and_goes_on_to_the_same_adapter(
+    house: House, name: str
+) -> None:
+    calm = run(lambda: done(Works(house), name))
+
+    async def story() -> Works:
+        works = Works(house, slice_s=0.05)
+        begun = await works.submit(JOBS[name])
+        while not await works.store.get(begun.trained(0)):
+            await works.deliver()
+        trained = await outputs.newest_step(works.store, begun)
+        works.restart(msgspec.structs.replace(TERMS, dtype="bfloat16"))
+        for _ in range(8):
+            for event in await revive.due(works.place, Seen(), quiet_s=0):
+                await works.post(event)
+            await works.drain_once()
+        status = json.loads(works.output("status.json"))
+        assert (status["state"], status["step"]) == ("running", trained)
+        assert status["reason"].startswith(
+            f"waits: {begun.run} was made in float32, and this engine computes in bfloat16"
+        )
+        assert "KNAPPER_DTYPE=float32" in status["reason"]
+        assert len(await works.store.list(begun.controls)) == 1, "it is said once"
+        works.restart(TERMS)
+        await works.run(begun)
+        await works.drain()
+        assert json.loads(works.output("status.json"))["reason"] == ""
         return works
 
     assert run(story).adapter() == calm.adapter()

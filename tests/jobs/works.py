@@ -92,6 +92,7 @@ class Works:
         slice_s: float = 30.0,
     ) -> None:
         self.store, self.folder, self.clock = MemoryStore(), Folder(), Clock()
+        self.terms = TERMS
         self.house, self.malice, self.slice_s = house, malice, slice_s
         self.judge: Judge = variety
         self.log: list[Event] = []
@@ -132,10 +133,15 @@ class Works:
             self._processes[name] = Sampling(worker, sampler, house.language, CONTEXT).answer
         else:
             machine = TrainingMachine(Trainer(house.decoder), house.device, self.clock)
-            holder = Holder(f"life-{next(self._lives)}", "", TERMS)
+            holder = Holder(f"life-{next(self._lives)}", "", self.terms)
             residents = Residents(self.store, machine, holder, self.clock)
             journal = Journal(self.store, residents, self.clock)
             self._processes[name] = Training(worker, journal, house.language, CONTEXT).answer
+
+    def restart(self, terms: Terms) -> None:
+        """train_step begins anew, with other terms."""
+        self.terms = terms
+        self._begin("train_step")
 
     async def post(self, event: Event) -> None:
         """What the Broker does with an event."""

@@ -1,12 +1,13 @@
-"""Runs in memory: an operation that the server cannot apply is tried three times, then answered with that."""
+"""Runs in memory: what the server cannot apply is tried again, and a run of another dtype is left as it is."""
 
 import asyncio
 import itertools
 
+import msgspec
 import pytest
 
 from knapper import limits
-from knapper.errors import Unavailable
+from knapper.errors import OtherDtype, Unavailable
 from knapper.events import Committed, Done, Frame
 from knapper.journal import names
 from knapper.journal.accept import Acceptor
@@ -46,6 +47,39 @@ def test_a_defect_is_answered_after_three_tries_and_the_run_goes_on() -> None:
         assert results[1].failed
         assert b"failed 3 times, by a defect of the server" in results[1].body
         assert not results[2].failed
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(("made", "other"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_run_of_another_dtype_is_refused_before_anything_is_done_and_goes_on_in_its_own(
+    made: str, other: str
+) -> None:
+    """Whatever else changed: threads and versions move last bits, which the log says."""
+
+    async def story() -> None:
+        store = MemoryStore()
+        acceptor = Acceptor(store, lambda: 0.0)
+        await acceptor.create(CREATION, b"create")
+
+        async def ring(**terms: object) -> list[int]:
+            holder = Holder("h", "", msgspec.structs.replace(TERMS, **terms))
+            frames = [frame async for frame in Residents(store, LedgerMachine(), holder, lambda: 0.0).answer(RUN)]
+            commits = [frame.commit for frame in frames if isinstance(frame, Committed)]
+            return [result.seq for commit in commits for result in commit.results]
+
+        assert await ring(dtype=made) == [0]
+        await send(acceptor, Step(1, "optim_step", b"{}"))
+        before = await store.list("")
+        with pytest.raises(OtherDtype) as refused:
+            await ring(dtype=other)
+        assert str(refused.value) == (
+            f"{RUN} was made in {made}, and this engine computes in {other}. Its operations are stored and wait for "
+            f"one that is started with KNAPPER_DTYPE={made} (knapper up --dtype {made}); or go on from one of its "
+            "checkpoints in a new run"
+        )
+        assert await store.list("") == before, "no claim, no fence, no answer"
+        assert await ring(dtype=made, threads=7, versions="torch 9", device="cpu other") == [1]
 
     asyncio.run(story())
 
