@@ -72,7 +72,8 @@ class Scattered:
             if any(members := [rows.get(id(lora), []) for lora in group.loras])
         ]
         # One adapter for all rows, as often: they lie as its product wants them.
-        self._straight = len(rows) == 1 and len(next(iter(rows.values()))) == len(row_loras)
+        lone = len(self._groups) == 1 and len(self._groups[0][1]) == 1
+        self._straight = lone and len(self._groups[0][1][0]) == len(row_loras)
         self._blocks: dict[tuple[int, Way], _Blocks] = {}
 
     def __call__(self, names: Sequence[str], x_NI: Tensor, linear: FrozenLinear) -> tuple[Tensor, ...]:
