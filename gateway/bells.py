@@ -39,6 +39,7 @@ class _Line:
     trouble: str = ""  # what train_step said when it refused the newest bell
     holder: Claimed | None = None  # as last heard
     wake: asyncio.Event | None = None
+    told: bool = False  # the holder tells of each commit at this moment: the answer to a bell is open
 
 
 class Bells:
@@ -82,9 +83,10 @@ class Bells:
             line.wake = asyncio.Event()
         return line.wake
 
-    def undone(self) -> list[RunId]:
-        """Runs of which something was accepted here and not yet answered."""
-        return [run for run, line in self._lines.items() if line.accepted > self._results.applied(run)]
+    def undone(self) -> dict[RunId, tuple[int, int]]:
+        """Runs of which something was accepted here and not yet answered; of each, the newest operations that were."""
+        far = {run: (line.accepted, self._results.applied(run)) for run, line in self._lines.items()}
+        return {run: (accepted, applied) for run, (accepted, applied) in far.items() if accepted > applied}
 
     def runs(self) -> list[RunId]:
         return list(self._lines)
@@ -92,6 +94,11 @@ class Bells:
     def ringing(self, run: RunId) -> bool:
         line = self._lines.get(run)
         return line is not None and line.task is not None
+
+    def told(self, run: RunId) -> bool:
+        """Whether the run's holder tells of whatever it commits: until its answer to the bell ends, or breaks off."""
+        line = self._lines.get(run)
+        return line is not None and line.told
 
     def queue_state(self, run: RunId) -> tuple[str, str | None]:
         """(queue_state, reason) for whoever waits on the run."""
@@ -195,6 +202,7 @@ class Bells:
         except aiohttp.SocketTimeoutError as error:
             raise Unavailable(f"the answer paused for {_SILENCE_S:.0f} s") from error
         finally:
+            line.told = False
             response.close()  # one that was read to its end has let its connection go before
 
     async def _hear(self, run: RunId, line: _Line, response: aiohttp.ClientResponse, direct: bool) -> bool:
@@ -222,6 +230,8 @@ class Bells:
                             metrics.cold_start_seconds.labels("pod").observe(waited - frame.age_s)
                     line.unanswered_since = None
                     line.trouble = ""
+                    line.told = frame.out >= 0
+                    self._results.hear(run, frame.out)
                 case Committed(n=n, commit=commit):
                     self._results.offer(run, n, commit)
                     self.wake(run)

@@ -48,6 +48,7 @@ async def submit(request: Request) -> Response:
     for name in sorted(checked, key=lambda name: name == names.JOB_YAML):  # job.yaml last: then everything is there
         await place.exchange.publish(f"{inbox}{name}", checked[name])
     start = await look(place, tenant, job)
+    gateway.stirs.jobs.set()
     if start is not None:
         await place.bells.post(await revive.first(place, start))
     return JSONResponse(await telling.whole(place, tenant, job, 0))
@@ -87,6 +88,7 @@ async def resume(request: Request) -> Response:
     started = await _started(place, found)
     await control.ask(place.store, found.start, "running", "", place.clock())
     await place.store.put_if_absent(found.start.working, b"")
+    gateway.stirs.jobs.set()
     await outputs.publish_status(place, started)
     for event in await revive.again(place, started, found.start):
         await place.bells.post(event)

@@ -14,6 +14,8 @@ from gateway.openai.shared import Shared
 from gateway.records import Records
 from gateway.rewarding import Rewards
 from gateway.samples import Samples
+from gateway.stirs import Stirs
+from gateway.waits import Waits
 from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
 from knapper.jobs.place import Place
@@ -54,6 +56,8 @@ class Parts:
     seen_jobs: Seen  # how far jobs were at the last tick
     job_quiet_s: float
     heartbeats: Heartbeats
+    waits: Waits
+    stirs: Stirs
     openai: Shared
     keys: Keyring | None  # None: they are off, and everyone is the tenant `local`
     declared: Declared | None  # None: whoever serves models publishes them, as `knapper up` does

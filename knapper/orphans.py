@@ -29,6 +29,12 @@ class Orphans:
     now: Callable[[], float]
     _since: dict[str, float] = field(default_factory=dict)  # in memory: a new process gives everything its hour anew
     _bundles: Remembered[str, str] = field(default_factory=Remembered)
+    _finished: Remembered[SessionId, bool] = field(default_factory=Remembered)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether files wait for their hour to be over."""
+        return bool(self._since)
 
     async def sweep(self) -> list[str]:
         """Delete what nothing has led to for the time of grace; return the bundles deleted. Safe to cut off."""
@@ -46,11 +52,16 @@ class Orphans:
         samplers: dict[SessionId, list[str]] = {}
         for name in await self.store.list("samplers/"):
             samplers.setdefault(session_of(SamplerId(name.removeprefix("samplers/"))), []).append(name)
-        clock = self.clock()
-        over = await many.each(samplers, lambda session: self.sessions.over(session, clock))
+        over = await many.each(samplers, self._over)
         held = [name for names, done in zip(samplers.values(), over, strict=True) if not done for name in names]
         wanted = set(await many.each(held, self._bundle_of))
         return wanted | {checkpoint.bundle for checkpoint in await self.checkpoints.listed(EVERYONE)}
+
+    async def _over(self, session: SessionId) -> bool:
+        """Asked once of a session that has finished: that is for good."""
+        if not self._finished.known(session) and await self.sessions.finished(session) is not None:
+            self._finished.keep(session, True)
+        return self._finished.known(session) or await self.sessions.silent(session, self.clock())
 
     async def _bundle_of(self, name: str) -> str:
         async def load() -> str:

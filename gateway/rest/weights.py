@@ -89,7 +89,7 @@ async def _session(gateway: Parts, tenant: Tenant, key: str, body: bytes, projec
     found = await gateway.records.sessions.find_or_create(made)
     await gateway.register.add_session(found)
     finish = Finish(reason="success", detail="copy_weights", finished_at=made.created_at)
-    await gateway.records.sessions.finish(session, finish)
+    await gateway.records.finish(session, finish)
     return found
 
 

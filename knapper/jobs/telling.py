@@ -13,6 +13,7 @@ from knapper.jobs import control, names, outputs
 from knapper.jobs.ending import FINAL
 from knapper.jobs.names import Start
 from knapper.jobs.place import Place
+from knapper.jobs.progress import newest_step
 from knapper.jobs.records import Refusal, Started, Trained, Waiting, read
 from knapper.jobs.spec import Kind, RlJob, decode
 from knapper.store import Store, many
@@ -92,7 +93,7 @@ async def _brief(store: Store, found: Listed) -> dict[str, Any]:
     if started is None:
         return told | await _unstarted(store, start)
     job, now = decode(started.spec_json), await control.now(store, start)
-    step = await outputs.newest_step(store, start)
+    step = await newest_step(store, start)
     last = await read(store, start.trained(step - 1), Trained) if step else None
     kind: Kind = job.kind
     steps = job.steps if isinstance(job, RlJob) or job.steps is not None else None if last is None else last.steps

@@ -10,6 +10,7 @@ from knapper import limits
 from knapper.errors import InvalidField, NotFound, UserError
 from knapper.ids import RunId
 from knapper.journal import names
+from knapper.journal.newest import Manifests
 from knapper.journal.records import Creation, Kind, Manifest, Operation, decode, encode
 from knapper.store import Store
 from knapper.wire import zstd
@@ -35,9 +36,10 @@ class Acceptor:
     Stateless but for a small cache; any number of them may share a store.
     """
 
-    def __init__(self, store: Store, clock: Callable[[], float]) -> None:
+    def __init__(self, store: Store, clock: Callable[[], float], manifests: Manifests | None = None) -> None:
         self._store = store
         self._clock = clock
+        self._manifests = manifests or Manifests(store)
         self._consumed: dict[RunId, tuple[float, int]] = {}
 
     async def create(self, creation: Creation, request: bytes) -> None:
@@ -138,7 +140,7 @@ class Acceptor:
         known = self._consumed.get(run)
         if known is not None and self._clock() - known[0] < _MANIFEST_FRESH_S:
             return known[1]
-        newest = await newest_manifest(self._store, run)
+        newest = await self._manifests.newest(run)
         seq = newest[1].snapshot_seq if newest else -1
         self._consumed[run] = (self._clock(), seq)
         return seq
@@ -161,10 +163,5 @@ def decode_creation(operation: Operation) -> Creation:
 
 
 async def newest_manifest(store: Store, run: RunId) -> tuple[int, Manifest] | None:
-    """(n, manifest) of the highest n, or None if nobody ever claimed the run."""
-    listed = await store.list(names.manifests(run))
-    if not listed:
-        return None
-    data = await store.get(listed[-1])
-    assert data is not None, "manifests are never deleted"
-    return names.last_number(listed[-1]), decode(data, Manifest, listed[-1])
+    """(n, manifest) of the highest n, or None if nobody ever claimed the run. `Manifests` is for who asks again."""
+    return await Manifests(store).newest(run)
