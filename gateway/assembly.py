@@ -21,6 +21,7 @@ from gateway.samples import Samples
 from gateway.shortcuts import Shortcuts
 from gateway.stirs import Stirs
 from gateway.waits import Waits
+from knapper.accounts import Accounts
 from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
 from knapper.events import Claimed
@@ -59,6 +60,7 @@ async def assembled(
     records = Records(store, acceptor, monotonic)
     checkpoints = Checkpoints(store, clock)
     meter = Meter(store, clock, new_id)
+    accounts = Accounts(store, clock, monotonic, new_id)
     audit = Audit(store, clock, new_id)
     url_of, holder_of = partial(_url_of, records, settings.train_step_url), partial(_holder_of, manifests)
     async with AsyncExitStack() as connections:
@@ -66,7 +68,7 @@ async def assembled(
         crowd = await connections.enter_async_context(_crowd())
         shortcuts = Shortcuts(crowd, monotonic)
         connections.push_async_callback(shortcuts.close)
-        bells = Bells(crowd, shortcuts, results, url_of, holder_of, new_id, monotonic)
+        bells = Bells(crowd, shortcuts, results, url_of, holder_of, accounts.answered, new_id, monotonic)
         yield Parts(
             store=store,
             acceptor=acceptor,
@@ -81,6 +83,7 @@ async def assembled(
             bells=bells,
             samples=Samples(crowd, shortcuts, new_id, monotonic, meter.count, first=int(clock() * 1e6)),
             meter=meter,
+            accounts=accounts,
             rewards=Rewards(client, settings.reward_url),
             events_host=settings.events_host,
             place=place,
