@@ -15,8 +15,8 @@ _JOBS_S = 15.0
 _AWAITING_S = 60.0  # jobs are looked at so often at least while files are awaited, which may be given up
 _WAITING_S = 600.0  # and so often while all that run were rung for, and do not move
 _METER_S = 60.0
-_ACCOUNTS_S, _ACCOUNTS_OPEN_S, _ACCOUNTS_REST_S = 300.0, 1800.0, 6 * 3600.0
-_SWEEP_S, _SWEEP_REST_S = 600.0, 6 * 3600.0
+_ACCOUNTS_S, _ACCOUNTS_OPEN_S, _ACCOUNTS_REST_S = 300.0, 1800.0, 24 * 3600.0
+_SWEEP_S, _SWEEP_REST_S = 600.0, 24 * 3600.0
 REST_S = 1800.0  # where there is nothing to do, what nobody told of is found after this
 
 log = structlog.get_logger()
@@ -85,7 +85,7 @@ async def sweep(gateway: Parts) -> float | None:
     """Delete the files of checkpoints that have gone, once nothing needs them."""
     for bundle in await gateway.orphans.sweep():
         log.info("files that nothing leads to are deleted", bundle=bundle)
-    return None if gateway.orphans.waiting else _SWEEP_REST_S
+    return min(gateway.orphans.quiet_s, _SWEEP_REST_S)
 
 
 async def tick(gateway: Parts) -> None:
@@ -96,7 +96,8 @@ async def tick(gateway: Parts) -> None:
         for name in gateway.bells.runs():
             if session_of(name) == session:
                 await gateway.bells.forget(name)  # from memory; a poll, or another request, brings it back
-    for name in gateway.waits.due(gateway.bells.undone()):
+    undone = {run: far for run, far in gateway.bells.undone().items() if not gateway.bells.told(run)}
+    for name in gateway.waits.due(undone):
         await revive(gateway, name)
         gateway.waits.looked(name)
 
