@@ -19,13 +19,17 @@ from gateway.records import Records
 from gateway.rewarding import Rewards
 from gateway.samples import Samples
 from gateway.shortcuts import Shortcuts
+from gateway.stirs import Stirs
+from gateway.waits import Waits
+from knapper.accounts import Accounts
 from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
 from knapper.events import Claimed
 from knapper.ids import RunId
 from knapper.jobs.place import Place
 from knapper.jobs.revive import Seen
-from knapper.journal.accept import Acceptor, newest_manifest
+from knapper.journal.accept import Acceptor
+from knapper.journal.newest import Manifests
 from knapper.journal.results import Results
 from knapper.keys import Keyring, Keys
 from knapper.links import Links
@@ -51,31 +55,35 @@ async def assembled(
     new_id: Callable[[], str],
 ) -> AsyncIterator[Parts]:
     """The parts, with connections that live as long as this is open. `place`: of jobs; without it there are none."""
-    acceptor, results = Acceptor(store, clock), Results(store)
+    manifests = Manifests(store)
+    acceptor, results = Acceptor(store, clock, manifests), Results(store, manifests)
     records = Records(store, acceptor, monotonic)
     checkpoints = Checkpoints(store, clock)
     meter = Meter(store, clock, new_id)
+    accounts = Accounts(store, clock, monotonic, new_id)
     audit = Audit(store, clock, new_id)
-    url_of, holder_of = partial(_url_of, records, settings.train_step_url), partial(_holder_of, store)
+    url_of, holder_of = partial(_url_of, records, settings.train_step_url), partial(_holder_of, manifests)
     async with AsyncExitStack() as connections:
         client = await connections.enter_async_context(_client())
         crowd = await connections.enter_async_context(_crowd())
         shortcuts = Shortcuts(crowd, monotonic)
         connections.push_async_callback(shortcuts.close)
+        bells = Bells(crowd, shortcuts, results, url_of, holder_of, accounts.answered, new_id, monotonic)
         yield Parts(
             store=store,
             acceptor=acceptor,
             results=results,
-            looks=Looks(results, monotonic),
+            looks=Looks(results, bells.told, monotonic),
             records=records,
             checkpoints=checkpoints,
             register=Register(store),
             links=Links(store, clock, new_id),
             audit=audit,
             orphans=Orphans(store, checkpoints, records.sessions, clock, monotonic),
-            bells=Bells(crowd, shortcuts, results, url_of, holder_of, new_id, monotonic),
+            bells=bells,
             samples=Samples(crowd, shortcuts, new_id, monotonic, meter.count, first=int(clock() * 1e6)),
             meter=meter,
+            accounts=accounts,
             rewards=Rewards(client, settings.reward_url),
             events_host=settings.events_host,
             place=place,
@@ -83,6 +91,8 @@ async def assembled(
             seen_jobs=Seen(),
             job_quiet_s=settings.job_quiet_s,
             heartbeats=Heartbeats(monotonic),
+            waits=Waits(monotonic),
+            stirs=Stirs(),
             openai=Shared(audit),
             keys=Keyring(Keys(store, clock), monotonic) if settings.keys else None,
             declared=Declared(Path(settings.models), records.catalogue) if settings.models else None,
@@ -119,6 +129,6 @@ async def _url_of(records: Records, everywhere: str, run: RunId) -> str:
     return everywhere or (await records.model((await records.spec_of(run)).base_model)).train_step_url
 
 
-async def _holder_of(store: Store, run: RunId) -> Claimed | None:
-    newest = await newest_manifest(store, run)
+async def _holder_of(manifests: Manifests, run: RunId) -> Claimed | None:
+    newest = await manifests.newest(run)
     return None if newest is None else Claimed(newest[1].epoch, newest[1].holder, newest[1].address)

@@ -17,6 +17,7 @@ from knapper import events, limits, metrics, tracing
 from knapper.errors import STANDING, Corrupt, KnapperError, NotHolder, Unavailable, UserError
 from knapper.events import Claimed, Committed, Done, Hint
 from knapper.ids import RunId
+from knapper.journal.records import Commit
 from knapper.journal.results import Results
 
 _BACK_OFF_S, _BACK_OFF_MAX_S = 0.2, 5.0
@@ -40,12 +41,14 @@ class _Line:
     untold: bool = False  # that it will say so until an operator does something, and nobody who waits knows yet
     holder: Claimed | None = None  # as last heard
     wake: asyncio.Event | None = None
+    told: bool = False  # the holder tells of each commit at this moment: the answer to a bell is open
 
 
 class Bells:
     """At most one bell in flight a run. `url_of` says where a run's train_step listens; `now`: monotonic seconds.
 
-    Where pods have addresses of their own, the run's holder is rung there first, and the service if it is lost.
+    `told` hears of each commit that a holder tells of. Where pods have addresses of their own, the run's holder is rung
+    there first, and the service if it is lost.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Bells:
         results: Results,
         url_of: Callable[[RunId], Awaitable[str]],
         holder_of: Callable[[RunId], Awaitable[Claimed | None]],
+        told: Callable[[RunId, int, Commit], None],
         new_id: Callable[[], str],
         now: Callable[[], float],
     ) -> None:
@@ -63,6 +67,7 @@ class Bells:
         self._results = results
         self._url_of = url_of
         self._holder_of = holder_of
+        self._told = told
         self._new_id = new_id
         self._now = now
         self._lines: dict[RunId, _Line] = {}
@@ -74,6 +79,7 @@ class Bells:
         line.accepted = max(line.accepted, accepted)
         line.again = True
         if line.task is None:
+            line.unanswered_since = self._now()
             line.task = asyncio.create_task(self._ring_until_quiet(run, line))
 
     def woken(self, run: RunId) -> asyncio.Event:
@@ -83,9 +89,10 @@ class Bells:
             line.wake = asyncio.Event()
         return line.wake
 
-    def undone(self) -> list[RunId]:
-        """Runs of which something was accepted here and not yet answered."""
-        return [run for run, line in self._lines.items() if line.accepted > self._results.applied(run)]
+    def undone(self) -> dict[RunId, tuple[int, int]]:
+        """Runs of which something was accepted here and not yet answered; of each, the newest operations that were."""
+        far = {run: (line.accepted, self._results.applied(run)) for run, line in self._lines.items()}
+        return {run: (accepted, applied) for run, (accepted, applied) in far.items() if accepted > applied}
 
     def runs(self) -> list[RunId]:
         return list(self._lines)
@@ -93,6 +100,17 @@ class Bells:
     def ringing(self, run: RunId) -> bool:
         line = self._lines.get(run)
         return line is not None and line.task is not None
+
+    def told(self, run: RunId) -> bool:
+        """Whether the run's holder tells of whatever it commits, until its answer to the bell ends or breaks off.
+
+        A bell of a moment ago counts as answered: what was committed before it is told at the beginning of its answer.
+        """
+        line = self._lines.get(run)
+        if line is None:
+            return False
+        just_rung = line.unanswered_since is not None and self._now() - line.unanswered_since < _COLD_S
+        return line.told or just_rung
 
     def queue_state(self, run: RunId) -> tuple[str, str | None]:
         """(queue_state, reason) for whoever waits on the run."""
@@ -204,6 +222,7 @@ class Bells:
         except aiohttp.SocketTimeoutError as error:
             raise Unavailable(f"the answer paused for {_SILENCE_S:.0f} s") from error
         finally:
+            line.told = False
             response.close()  # one that was read to its end has let its connection go before
 
     async def _hear(self, run: RunId, line: _Line, response: aiohttp.ClientResponse, direct: bool) -> bool:
@@ -232,8 +251,11 @@ class Bells:
                             metrics.cold_start_seconds.labels("pod").observe(waited - frame.age_s)
                     line.unanswered_since = None
                     line.trouble, line.untold = "", False
+                    line.told = frame.out >= 0
+                    self._results.hear(run, frame.out)
                 case Committed(n=n, commit=commit):
                     self._results.offer(run, n, commit)
+                    self._told(run, n, commit)
                     self.wake(run)
                 case Done():
                     done = frame  # nothing follows, but a connection that was read to its end can be used again

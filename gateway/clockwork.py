@@ -11,33 +11,50 @@ from knapper.ids import RunId, session_of
 from knapper.jobs.revive import due
 
 _TICK_S = 5.0
-_JOBS_S = 5.0
+_JOBS_S = 15.0
+_AWAITING_S = 60.0  # jobs are looked at so often at least while files are awaited, which may be given up
+_WAITING_S = 600.0  # and so often while all that run were rung for, and do not move
 _METER_S = 60.0
-_SWEEP_S = 600.0
+_ACCOUNTS_S, _ACCOUNTS_OPEN_S, _ACCOUNTS_REST_S = 300.0, 1800.0, 24 * 3600.0
+_SWEEP_S, _SWEEP_REST_S = 600.0, 24 * 3600.0
+REST_S = 1800.0  # where there is nothing to do, what nobody told of is found after this
 
 log = structlog.get_logger()
 
 
 def chores(gateway: Parts) -> list[Chore]:
-    """All of it, but for uploads."""
-    paces = [(publish, _TICK_S), (tick, _TICK_S), (jobs, _JOBS_S), (meter, _METER_S), (sweep, _SWEEP_S)]
-    return [Chore(work.__name__, partial(work, gateway), every_s) for work, every_s in paces]
+    """All of it, but for uploads. What is told by the store costs a few listings an hour where nothing happens."""
+    jobs_s = min(_JOBS_S, max(1.0, gateway.job_quiet_s / 4))
+    return [
+        Chore("publish", partial(publish, gateway), _TICK_S),
+        Chore("tick", partial(tick, gateway), _TICK_S),
+        Chore("jobs", partial(jobs, gateway), jobs_s, stirred=gateway.stirs.jobs),
+        Chore("meter", partial(meter, gateway), _METER_S),
+        Chore("settle", partial(settle, gateway), _ACCOUNTS_S, stirred=gateway.stirs.accounts),
+        Chore("sweep", partial(sweep, gateway), _SWEEP_S, stirred=gateway.stirs.sweep),
+    ]
 
 
-async def jobs(gateway: Parts) -> None:
+async def jobs(gateway: Parts) -> float | None:
     """Ring again for jobs that do not move, and start those whose files are all there now."""
-    if gateway.place is not None:
-        for bell in await due(gateway.place, gateway.seen_jobs, gateway.job_quiet_s):
-            log.info("a job is rung for again", job=bell.subject, type=bell.type, step=bell.step)
-            await gateway.place.bells.post(bell)
+    if gateway.place is None:
+        return REST_S
+    seen = gateway.seen_jobs
+    for bell in await due(gateway.place, seen, gateway.job_quiet_s):
+        log.info("a job is rung for again", job=bell.subject, type=bell.type, step=bell.step)
+        await gateway.place.bells.post(bell)
+    if seen.lively:
+        return None
+    return _AWAITING_S if seen.awaiting else _WAITING_S if seen.known else REST_S
 
 
 async def begin(gateway: Parts) -> None:
     """What comes before the first request. Raises InvalidField; a store that does not answer yet is asked again."""
     try:
         await publish(gateway)
+        await gateway.accounts.begun()
     except Unavailable as error:
-        log.warning("models are not published yet", reason=str(error))
+        log.warning("the store does not answer yet", reason=str(error))
 
 
 async def end(gateway: Parts) -> None:
@@ -53,16 +70,22 @@ async def meter(gateway: Parts) -> None:
     await gateway.meter.flush()
 
 
+async def settle(gateway: Parts) -> float | None:
+    """Account for what runs have used, so that nobody reads their journals for it."""
+    return _ACCOUNTS_OPEN_S if await gateway.accounts.settle() else _ACCOUNTS_REST_S
+
+
 async def publish(gateway: Parts) -> None:
     """Keep the catalogue at the models that are declared, where they are."""
     if gateway.declared is not None and (names := await gateway.declared.publish()):
         log.info("models are published", names=names)
 
 
-async def sweep(gateway: Parts) -> None:
+async def sweep(gateway: Parts) -> float | None:
     """Delete the files of checkpoints that have gone, once nothing needs them."""
     for bundle in await gateway.orphans.sweep():
         log.info("files that nothing leads to are deleted", bundle=bundle)
+    return min(gateway.orphans.quiet_s, _SWEEP_REST_S)
 
 
 async def tick(gateway: Parts) -> None:
@@ -73,8 +96,10 @@ async def tick(gateway: Parts) -> None:
         for name in gateway.bells.runs():
             if session_of(name) == session:
                 await gateway.bells.forget(name)  # from memory; a poll, or another request, brings it back
-    for name in gateway.bells.undone():
+    undone = {run: far for run, far in gateway.bells.undone().items() if not gateway.bells.told(run)}
+    for name in gateway.waits.due(undone):
         await revive(gateway, name)
+        gateway.waits.looked(name)
 
 
 async def revive(gateway: Parts, run: RunId) -> None:

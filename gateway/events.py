@@ -22,6 +22,7 @@ from knapper.dead import DeadLetter
 from knapper.errors import InvalidField, NotFound, TooLarge, Unavailable, UserError
 from knapper.events import Event
 from knapper.jobs import names, revive
+from knapper.jobs.place import Place
 from knapper.jobs.start import look
 
 _TICKS: Final = (events.TICK, "dev.knative.sources.ping")  # a PingSource cannot choose its event's type
@@ -83,14 +84,20 @@ async def uploaded(gateway: Parts, event: Event) -> None:
         return
     key = f"{found.bucket}/{found.name}#{found.generation}"
     marker = f"uploads/{hashlib.sha256(key.encode()).hexdigest()}"
-    if await gateway.store.get(marker) is not None:
-        return
-    start = await look(gateway.place, *folder)
-    if start is not None:
-        await gateway.place.bells.post(await revive.first(gateway.place, start))
+    if await gateway.store.get(marker) is None and await started(gateway, gateway.place, *folder):
         # Only of what started a job, and last: whatever else came looks again when it comes again (content that was put
         # back, a model that is served now), and a job starts once however often anybody looks.
         await gateway.store.put_if_absent(marker, b"")
+
+
+async def started(gateway: Parts, place: Place, tenant: ids.Tenant, job: str) -> bool:
+    """Whether the job of this folder started just now; then it is rung for."""
+    start = await look(place, tenant, job)
+    gateway.stirs.jobs.set()
+    gateway.stirs.inbox.set()  # who uploads one file uploads more
+    if start is not None:
+        await place.bells.post(await revive.first(place, start))
+    return start is not None
 
 
 def folder_of(name: str) -> tuple[ids.Tenant, str] | None:

@@ -12,7 +12,7 @@ from gateway import bodies
 from gateway.parts import Parts, parts
 from gateway.rest import shapes
 from gateway.tenants import tenant_of
-from knapper import events
+from knapper import events, limits
 from knapper.errors import InvalidField, Unavailable
 from knapper.ids import Tenant
 from knapper.jobs import bells, control, names, outputs, revive, telling
@@ -29,6 +29,11 @@ class Submit(fields.Request, frozen=True, kw_only=True):
 
     name: Annotated[str, Meta(max_length=63)] | None = None
     files: Annotated[dict[str, str], Meta(min_length=1, max_length=_FILES_MAX)]
+
+
+class List(fields.Request, frozen=True, kw_only=True):
+    limit: Annotated[int, Meta(ge=1, le=limits.jobs_told_max)] = 100
+    offset: Annotated[int, Meta(ge=0, le=10**9)] = 0
 
 
 class Show(fields.Request, frozen=True, kw_only=True):
@@ -48,14 +53,23 @@ async def submit(request: Request) -> Response:
     for name in sorted(checked, key=lambda name: name == names.JOB_YAML):  # job.yaml last: then everything is there
         await place.exchange.publish(f"{inbox}{name}", checked[name])
     start = await look(place, tenant, job)
+    gateway.stirs.jobs.set()
     if start is not None:
         await place.bells.post(await revive.first(place, start))
     return JSONResponse(await telling.whole(place, tenant, job, 0))
 
 
 async def list_jobs(request: Request) -> Response:
+    """Newest first, a page at a time: only of those that are told of anything is read."""
     gateway, tenant = parts(request), tenant_of(request)
-    return JSONResponse({"jobs": await telling.briefs(gateway.store, tenant)})
+    asked = json.convert(shapes.query(request), List)
+    found = await telling.listed(gateway.store, tenant)
+    page = found[asked.offset : asked.offset + asked.limit]
+    answer = {
+        "jobs": await telling.briefs(gateway.store, page),
+        "cursor": shapes.cursor(asked.offset, asked.limit, len(found)),
+    }
+    return JSONResponse(answer)
 
 
 async def show(request: Request) -> Response:
@@ -87,6 +101,7 @@ async def resume(request: Request) -> Response:
     started = await _started(place, found)
     await control.ask(place.store, found.start, "running", "", place.clock())
     await place.store.put_if_absent(found.start.working, b"")
+    gateway.stirs.jobs.set()
     await outputs.publish_status(place, started)
     for event in await revive.again(place, started, found.start):
         await place.bells.post(event)

@@ -10,6 +10,7 @@ from knapper.journal.records import Result
 from knapper.journal.results import Results
 
 _FRESH_S = 0.9  # polls look again every second
+_TOLD_S = 20.0  # while the holder tells of each commit, a look is only for what it should have told, and did not
 _RUNS_MAX = 4096
 
 
@@ -20,10 +21,11 @@ class _Look:
 
 
 class Looks:
-    """`now`: monotonic seconds."""
+    """`told`: whether a run's holder tells of what it commits at this moment. `now`: monotonic seconds."""
 
-    def __init__(self, results: Results, now: Callable[[], float]) -> None:
+    def __init__(self, results: Results, told: Callable[[RunId], bool], now: Callable[[], float]) -> None:
         self._results = results
+        self._told = told
         self._now = now
         self._looks: OrderedDict[RunId, _Look] = OrderedDict()
 
@@ -38,8 +40,11 @@ class Looks:
         async with look.lock:
             if (known := self._results.known(run, seq)) is not None:
                 return known
-            if seq > self._results.applied(run) and self._now() - look.at < _FRESH_S:
+            if seq > self._results.applied(run) and self._now() - look.at < self._fresh_s(run):
                 return None
             found = await self._results.find(run, seq)
             look.at = self._now()
             return found
+
+    def _fresh_s(self, run: RunId) -> float:
+        return _TOLD_S if self._told(run) and self._results.complete(run) else _FRESH_S

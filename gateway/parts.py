@@ -14,6 +14,9 @@ from gateway.openai.shared import Shared
 from gateway.records import Records
 from gateway.rewarding import Rewards
 from gateway.samples import Samples
+from gateway.stirs import Stirs
+from gateway.waits import Waits
+from knapper.accounts import Accounts
 from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
 from knapper.jobs.place import Place
@@ -47,6 +50,7 @@ class Parts:
     bells: Bells
     samples: Samples
     meter: Meter
+    accounts: Accounts
     rewards: Rewards
     events_host: str  # the name under which events come; empty: this machine's own
     place: Place | None  # of jobs; None: there is nowhere to put their files
@@ -54,6 +58,8 @@ class Parts:
     seen_jobs: Seen  # how far jobs were at the last tick
     job_quiet_s: float
     heartbeats: Heartbeats
+    waits: Waits
+    stirs: Stirs
     openai: Shared
     keys: Keyring | None  # None: they are off, and everyone is the tenant `local`
     declared: Declared | None  # None: whoever serves models publishes them, as `knapper up` does

@@ -8,12 +8,15 @@ from knapper.errors import Gone, NotFound
 from knapper.ids import RunId, SamplerId, SessionId, Tenant
 from knapper.journal import names
 from knapper.journal.accept import Acceptor
+from knapper.journal.newest import newest_name
 from knapper.journal.records import Operation, Spec, decode
 from knapper.models.catalogue import Catalogue, ModelRecord
 from knapper.remembered import Remembered
-from knapper.sessions import Sampler, Samplers, Session, Sessions
+from knapper.sessions import Finish, Sampler, Samplers, Session, Sessions
 from knapper.store import Store
 
+_OPEN_FRESH_S = 600.0  # another gateway's word that a session has finished may reach its heartbeats so late
+_PROJECT_FRESH_S = 600.0
 _MODEL_FRESH_S = 5.0  # a model that is taken out of service is gone for new requests after this
 
 
@@ -29,8 +32,10 @@ class Records:
         self._specs: Remembered[RunId, Spec] = Remembered()
         self._sampler: Remembered[tuple[SamplerId, Tenant], Sampler] = Remembered()
         self._session: Remembered[tuple[SessionId, Tenant], Session] = Remembered()
+        self._open: Remembered[SessionId, float] = Remembered()
+        self._projects: Remembered[SessionId, tuple[float, str]] = Remembered()
         self._heard: Remembered[tuple[SessionId, int], None] = Remembered()
-        self._accepted: Remembered[str, float] = Remembered()
+        self._accepted: Remembered[RunId, tuple[int, float]] = Remembered()
         self._models: dict[str, tuple[float, ModelRecord]] = {}
 
     async def spec(self, run: str, tenant: Tenant) -> Spec:
@@ -61,20 +66,51 @@ class Records:
             raise Gone(f"session {session} has finished; create another ServiceClient")
         return record
 
+    async def beating_session(self, session: str, tenant: Tenant) -> Session:
+        """As `open_session`, for what comes every ten seconds: whether it has finished is asked every ten minutes."""
+        record = await self.session(session, tenant)
+        seen_at = self._open.known(SessionId(record.session))
+        if seen_at is None or self._now() - seen_at >= _OPEN_FRESH_S:
+            await self.open_session(session, tenant)
+            self._open.keep(SessionId(record.session), self._now())
+        return record
+
+    async def finish(self, session: SessionId, finish: Finish) -> None:
+        """End the session; the first reason stays."""
+        await self.sessions.finish(session, finish)
+        self._open.forget(session)
+
     async def hear(self, session: SessionId, day: int) -> None:
         """Remember for good that the session's client lived on this day; written once a day."""
         await self._heard.get((session, day), lambda: self.sessions.hear(session, day))
 
     async def project(self, session: str, tenant: Tenant) -> str:
-        """The project that the session is in, empty for none. Raises NotFound."""
-        return await self.sessions.project(await self.session(session, tenant))
+        """The project that the session is in, empty for none: another gateway's move may be missed for ten minutes.
+
+        Raises NotFound.
+        """
+        record = await self.session(session, tenant)
+        known = self._projects.known(SessionId(record.session))
+        if known is None or self._now() - known[0] >= _PROJECT_FRESH_S:
+            known = self._now(), await self.sessions.project(record)
+            self._projects.keep(SessionId(record.session), known)
+        return known[1]
+
+    async def assign(self, session: Session, project_id: str) -> None:
+        """Move the session into the project."""
+        await self.sessions.assign(SessionId(session.session), project_id)
+        self._projects.forget(SessionId(session.session))
 
     async def asked_at(self, run: RunId) -> float:
         """When the run's newest operation was accepted, in seconds since the epoch. Raises NotFound."""
-        listed = await self._store.list(names.operations(run))
-        if not listed:
+        known = self._accepted.known(run)
+        name = await newest_name(self._store, names.operations(run), after=known[0] if known else 0)
+        if name:
+            known = names.last_number(name), await self._load_accepted(name)
+            self._accepted.keep(run, known)
+        if known is None:
             raise _no_run(run)
-        return await self._accepted.get(listed[-1], lambda: self._load_accepted(listed[-1]))
+        return known[1]
 
     async def model(self, base_model: str) -> ModelRecord:
         """The served model of this name or directory. Raises NotFound, which lists what is served."""

@@ -80,7 +80,7 @@ async def create_session(request: Request) -> Response:
 async def session_heartbeat(request: Request) -> Response:
     gateway, tenant = parts(request), tenant_of(request)
     asked = requests.decode(await bodies.read(request), requests.Heartbeat)
-    session = SessionId((await gateway.records.open_session(asked.session_id, tenant)).session)
+    session = SessionId((await gateway.records.beating_session(asked.session_id, tenant)).session)
     gateway.heartbeats.hear(session)
     await gateway.records.hear(session, int(gateway.clock() // DAY_S))
     return JSONResponse({"type": "session_heartbeat"})
@@ -92,9 +92,13 @@ async def finish_session(request: Request) -> Response:
     session = ids.session_id((await gateway.records.session(request.path_params["session_id"], tenant)).session)
     asked = requests.decode(await bodies.read(request), requests.FinishSession)
     finish = Finish(reason=asked.reason.type, detail=asked.detail or "", finished_at=gateway.clock())
-    await gateway.records.sessions.finish(session, finish)
+    await gateway.records.finish(session, finish)
     gateway.heartbeats.forget(session)
     gateway.samples.cancel_session(session, Gone(f"session {session} has finished"))
+    gateway.waits.stir(session)
+    gateway.accounts.forget(session)
+    gateway.stirs.accounts.set()
+    gateway.stirs.sweep.set()
     return JSONResponse({"status": "ok"})
 
 

@@ -1,29 +1,30 @@
 """Uploads that nobody posts to us: pulled from the bucket's subscription, or found by looking into the bucket.
 
 With a subscription a job starts seconds after its last file came. Without one (an emulator, another's bucket), the
-inbox is listed now and then.
+inbox is listed: every ten seconds while files come, and ever less often, down to every five minutes, while none do.
 """
 
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-import msgspec
 import structlog
 
 from gateway import events as taking
 from gateway.chores import Chore
 from gateway.parts import Parts
-from knapper import dead, events
+from knapper import dead
 from knapper.dead import DeadLetter
 from knapper.errors import KnapperError, UserError
 from knapper.events import Event
-from knapper.exchange import Exchange
+from knapper.jobs import names
+from knapper.jobs.names import Start
+from knapper.jobs.place import Place
 
 if TYPE_CHECKING:
     from knapper.pubsub import Message, Subscription
 
-_LOOK_S = 10.0
+_LOOK_S, _LOOK_REST_S = 10.0, 300.0
 
 log = structlog.get_logger()
 
@@ -34,7 +35,7 @@ def chores(gateway: Parts) -> list[Chore]:
         return []
     if gateway.subscription is not None:
         return [Chore("uploads", partial(pull, gateway, gateway.subscription), every_s=0.0)]
-    return [Chore("inbox", Inbox(gateway, gateway.place.exchange).look, _LOOK_S, at_once=True)]
+    return [Chore("inbox", Inbox(gateway, gateway.place).look, _LOOK_S, at_once=True, stirred=gateway.stirs.inbox)]
 
 
 async def pull(gateway: Parts, source: "Subscription") -> None:
@@ -62,24 +63,21 @@ async def _took(gateway: Parts, read: "Callable[[Message], Event | None]", messa
 
 
 class Inbox:
-    """The inbox, looked into."""
+    """The inbox of a gateway that nobody tells of uploads, or not of all."""
 
-    def __init__(self, gateway: Parts, exchange: Exchange) -> None:
+    def __init__(self, gateway: Parts, place: Place) -> None:
         self._gateway = gateway
-        self._exchange = exchange
+        self._place = place
         self._known: set[tuple[str, str]] = set()
 
-    async def look(self) -> None:
-        """Take what is new since the last look that succeeded."""
-        exchange = self._exchange
-        found = await exchange.list("inbox/")
-        for entry in found:
-            if (entry.name, entry.generation) not in self._known:
-                event = _event(exchange.bucket, exchange.prefix + entry.name, entry.generation)
-                await taking.uploaded(self._gateway, event)
+    async def look(self) -> float | None:
+        """Take what is new since the last look that succeeded: each folder once, and none whose job has started."""
+        found = await self._place.exchange.list("inbox/")
+        new = [entry for entry in found if (entry.name, entry.generation) not in self._known]
+        job_yamls = {entry.name: entry.generation for entry in found}
+        for tenant, job in dict.fromkeys(folder for entry in new if (folder := taking.folder_of(entry.name))):
+            generation = job_yamls.get(f"{names.inbox(tenant, job)}{names.JOB_YAML}")
+            if generation is None or await self._place.store.get(Start.of(tenant, job, generation).started) is None:
+                await taking.started(self._gateway, self._place, tenant, job)
         self._known = {(entry.name, entry.generation) for entry in found}
-
-
-def _event(bucket: str, name: str, generation: str) -> Event:
-    data = msgspec.json.encode({"bucket": bucket, "name": name, "generation": generation})
-    return Event(type=events.OBJECT_FINALIZED, subject=f"objects/{name}", id=f"{name}#{generation}", data=data)
+        return None if new else _LOOK_REST_S

@@ -4,17 +4,18 @@ A name has versions; the highest wins. Publishing, a new time to live and a dele
 bundle may outlast the names that led to it: `knapper.orphans` says for how long.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
 
-from knapper import ids
+from knapper import ids, labels
 from knapper.errors import NotFound, UserError
 from knapper.ids import RunId, TinkerPath
 from knapper.journal import names
 from knapper.journal.accept import decode_creation
 from knapper.journal.records import Operation, Record, decode, encode
+from knapper.labels import Label
 from knapper.remembered import Remembered
 from knapper.store import Store, many
 
@@ -59,6 +60,8 @@ class Checkpoints:
         """
         path = TinkerPath.parse(checkpoint.path)
         prefix = _prefix(path, checkpoint.tenant)
+        if await self._put(f"{prefix}{ids.number(1)}", checkpoint):
+            return
         while True:
             listed = await self.store.list(prefix)
             versions = [version for name in listed if (version := await self._version(name)) is not None]
@@ -70,7 +73,7 @@ class Checkpoints:
                     "allowed: a new name, or overwrite=True where the method has it"
                 )
             n = names.last_number(listed[-1]) if listed else 0
-            if await self.store.put_if_absent(f"{prefix}{ids.number(n + 1)}", encode(checkpoint)):
+            if await self._put(f"{prefix}{ids.number(n + 1)}", checkpoint):
                 return
 
     async def resolve(self, path: TinkerPath, tenant: str) -> Checkpoint:
@@ -108,16 +111,24 @@ class Checkpoints:
             raise _missing(path)
         return found
 
-    async def listed(self, tenant: str, within: str = "") -> list[Checkpoint]:
+    async def labels(self, tenant: str, within: str = "") -> list[Label]:
         """The tenant's, newest first: all, or those of the runs whose ids begin with `within`. EVERYONE: all there are.
 
-        Reads one listing, and of each name the newest version unless it was read before.
+        Two listings, however many there are; nothing is read.
         """
-        prefix = "checkpoints/" if tenant == EVERYONE else f"checkpoints/{tenant}/{within}"
-        newest = {name.rpartition("/")[0]: name for name in await self.store.list(prefix)}  # sorted: the last one stays
+        below = "" if tenant == EVERYONE else f"{tenant}/{within}"
         now = self.clock()
-        found = [c for c in await many.each(newest.values(), self._version) if c is not None and c.lives(now)]
-        return sorted(found, key=lambda checkpoint: (checkpoint.saved_at, checkpoint.path), reverse=True)
+        found = [label for label in await labels.newest(self.store, below, self._label) if label.lives(now)]
+        return sorted(found, key=lambda label: (label.saved_at, str(label.path)), reverse=True)
+
+    async def read(self, chosen: Iterable[Label]) -> list[Checkpoint]:
+        """What they are about, in their order."""
+        found = await many.each(chosen, lambda label: self._version(label.version))
+        return [checkpoint for checkpoint in found if checkpoint is not None]
+
+    async def listed(self, tenant: str, within: str = "") -> list[Checkpoint]:
+        """As `labels`, and all of it read."""
+        return await self.read(await self.labels(tenant, within))
 
     async def _change(self, path: TinkerPath, tenant: str, **changes: object) -> None:
         while True:
@@ -127,7 +138,7 @@ class Checkpoints:
             changed = msgspec.structs.replace(newest, **changes)
             if changed == newest:
                 return
-            if await self.store.put_if_absent(f"{_prefix(path, tenant)}{ids.number(n + 1)}", encode(changed)):
+            if await self._put(f"{_prefix(path, tenant)}{ids.number(n + 1)}", changed):
                 return
 
     async def _living(self, path: TinkerPath, tenant: str) -> Checkpoint | None:
@@ -143,6 +154,17 @@ class Checkpoints:
             n, newest = n + 1, decode(data, Checkpoint, name)
         return n, newest
 
+    async def _put(self, version: str, checkpoint: Checkpoint) -> bool:
+        """True if it is stored; then it is labelled too."""
+        if not await self.store.put_if_absent(version, encode(checkpoint)):
+            return False
+        await self.store.put_if_absent(_label_of(version, checkpoint).place, b"")
+        return True
+
+    async def _label(self, version: str) -> Label | None:
+        checkpoint = await self._version(version)
+        return None if checkpoint is None else _label_of(version, checkpoint)
+
     async def _version(self, name: str) -> Checkpoint | None:
         async def load() -> Checkpoint | None:
             data = await self.store.get(name)
@@ -154,6 +176,13 @@ class Checkpoints:
         name = names.operation(run, 0)
         data = await self.store.get(name)
         return None if data is None else decode_creation(decode(data, Operation, name)).spec.tenant
+
+
+def _label_of(version: str, checkpoint: Checkpoint) -> Label:
+    return Label.of(
+        version, checkpoint.saved_at, checkpoint.expires_at, checkpoint.size_bytes, checkpoint.base_model,
+        checkpoint.bundle,
+    )  # fmt: skip
 
 
 def _prefix(path: TinkerPath, tenant: str) -> str:

@@ -163,13 +163,15 @@ def run_of(event: Event) -> RunId:
 class Claimed(msgspec.Struct, frozen=True, tag="claimed"):
     """The holder has the run; its state is current. `address`: where it listens, empty if nobody can ring it there.
 
-    `age_s`: how long its process has run, 0 where that is not known.
+    `age_s`: how long its process has run, 0 where that is not known. `out`: the newest record of the run; those after
+    it are told in this very answer.
     """
 
     epoch: int
     holder: str = ""
     address: str = ""
     age_s: float = 0.0
+    out: int = -1  # not told
 
 
 class Committed(msgspec.Struct, frozen=True, tag="committed"):

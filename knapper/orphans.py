@@ -28,7 +28,14 @@ class Orphans:
     clock: Callable[[], float]
     now: Callable[[], float]
     _since: dict[str, float] = field(default_factory=dict)  # in memory: a new process gives everything its hour anew
+    _expires_at: float = float("inf")  # the next checkpoint that will
     _bundles: Remembered[str, str] = field(default_factory=Remembered)
+    _finished: Remembered[SessionId, bool] = field(default_factory=Remembered)
+
+    @property
+    def quiet_s(self) -> float:
+        """How long no more files become orphans by themselves; 0 while some wait for their hour to be over."""
+        return 0.0 if self._since else max(self._expires_at - self.clock(), 0.0)
 
     async def sweep(self) -> list[str]:
         """Delete what nothing has led to for the time of grace; return the bundles deleted. Safe to cut off."""
@@ -46,11 +53,18 @@ class Orphans:
         samplers: dict[SessionId, list[str]] = {}
         for name in await self.store.list("samplers/"):
             samplers.setdefault(session_of(SamplerId(name.removeprefix("samplers/"))), []).append(name)
-        clock = self.clock()
-        over = await many.each(samplers, lambda session: self.sessions.over(session, clock))
+        over = await many.each(samplers, self._over)
         held = [name for names, done in zip(samplers.values(), over, strict=True) if not done for name in names]
         wanted = set(await many.each(held, self._bundle_of))
-        return wanted | {checkpoint.bundle for checkpoint in await self.checkpoints.listed(EVERYONE)}
+        living = await self.checkpoints.labels(EVERYONE)
+        self._expires_at = min((label.expires_at for label in living if label.expires_at), default=float("inf"))
+        return wanted | {label.bundle for label in living}
+
+    async def _over(self, session: SessionId) -> bool:
+        """Asked once of a session that has finished: that is for good."""
+        if not self._finished.known(session) and await self.sessions.finished(session) is not None:
+            self._finished.keep(session, True)
+        return self._finished.known(session) or await self.sessions.silent(session, self.clock())
 
     async def _bundle_of(self, name: str) -> str:
         async def load() -> str:

@@ -19,7 +19,26 @@ class Remembered(Generic[K, V]):
         if key in self._values:
             self._values.move_to_end(key)
             return self._values[key]
-        value = self._values[key] = await load()
+        value = await load()
+        self.keep(key, value)
+        return value
+
+    def known(self, key: K) -> V | None:
+        """The value if it is in memory."""
+        if key in self._values:
+            self._values.move_to_end(key)
+        return self._values.get(key)
+
+    def known_keys(self) -> list[K]:
+        return list(self._values)
+
+    def keep(self, key: K, value: V) -> None:
+        """Remember the value, in the place of any other."""
+        self._values[key] = value
+        self._values.move_to_end(key)
         if len(self._values) > _REMEMBERED_MAX:
             self._values.popitem(last=False)
-        return value
+
+    def forget(self, key: K) -> None:
+        """Read it anew the next time."""
+        self._values.pop(key, None)

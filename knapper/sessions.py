@@ -6,6 +6,7 @@ from knapper import ids, limits
 from knapper.errors import NotFound, UserError
 from knapper.ids import SamplerId, SessionId
 from knapper.journal import names
+from knapper.journal.newest import newest_name, newest_of_few
 from knapper.journal.records import Record, decode, encode
 from knapper.store import Store
 
@@ -90,28 +91,29 @@ class Sessions:
         prefix = f"sessions/{session}/project/"
         data = encode(Assignment(project_id=project_id))
         while True:
-            listed = await self.store.list(prefix)
-            n = names.last_number(listed[-1]) if listed else 0
+            n, _ = await newest_of_few(self.store, prefix)
             if await self.store.put_if_absent(f"{prefix}{ids.number(n + 1)}", data):
                 return
 
     async def project(self, session: Session) -> str:
         """The project that it is in, empty for none."""
-        listed = await self.store.list(f"sessions/{session.session}/project/")
-        data = await self.store.get(listed[-1]) if listed else None
-        return session.project_id if data is None else decode(data, Assignment, listed[-1]).project_id
+        prefix = f"sessions/{session.session}/project/"
+        n, data = await newest_of_few(self.store, prefix)
+        return session.project_id if data is None else decode(data, Assignment, f"{prefix}{ids.number(n)}").project_id
 
     async def hear(self, session: SessionId, day: int) -> None:
         """Its client lived on this day (counted from the epoch); what its samplers hold lives with it."""
         await self.store.put_if_absent(f"sessions/{session}/heard/{ids.number(day)}", b"")
 
     async def over(self, session: SessionId, now: float) -> bool:
-        """Whether it has finished, or nobody has heard of it for a week, so that nothing needs to be kept for it."""
-        if await self.finished(session) is not None:
-            return True
-        heard = await self.store.list(f"sessions/{session}/heard/")
+        """Whether it has finished, or is silent, so that nothing needs to be kept for it."""
+        return await self.finished(session) is not None or await self.silent(session, now)
+
+    async def silent(self, session: SessionId, now: float) -> bool:
+        """Whether nobody has heard of it for a week."""
+        heard = await newest_name(self.store, f"sessions/{session}/heard/")
         if heard:
-            return now - (names.last_number(heard[-1]) + 1) * DAY_S > limits.session_silent_s
+            return now - (names.last_number(heard) + 1) * DAY_S > limits.session_silent_s
         name = f"sessions/{session}/created"
         data = await self.store.get(name)
         return data is None or now - decode(data, Session, name).created_at > limits.session_silent_s
@@ -152,16 +154,16 @@ class Samplers:
 
     async def inflight_after(self, run: str, seq: int) -> Sampler | None:
         """The newest inflight sampler of the run that was saved after operation `seq`, or None."""
-        listed = await self.store.list(_inflight(run), start_after=f"{_inflight(run)}{ids.number(seq)}")
-        data = await self.store.get(listed[-1]) if listed else None
-        return None if data is None else decode(data, Sampler, listed[-1])
+        name = await newest_name(self.store, _inflight(run), after=seq)
+        data = await self.store.get(name) if name else None
+        return None if data is None else decode(data, Sampler, name)
 
     async def join(self, sampler: SamplerId) -> int:
         """A number of its own for one more client of the sampler: 1, 2, 3, ... The client that made it has 0."""
         prefix = f"clones/{sampler}/"
         while True:
-            listed = await self.store.list(prefix)
-            n = names.last_number(listed[-1]) + 1 if listed else 1
+            name = await newest_name(self.store, prefix)
+            n = names.last_number(name) + 1 if name else 1
             if n > limits.clones_max:
                 raise UserError(
                     f"{sampler} has {limits.clones_max} clones; allowed: no more; create another sampling client"

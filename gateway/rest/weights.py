@@ -76,6 +76,7 @@ async def copy_weights(request: Request) -> Response:
         ),
         overwrite=False,
     )  # fmt: skip
+    gateway.stirs.sweep.set()
     return JSONResponse({"tinker_path": str(copy)})
 
 
@@ -89,7 +90,7 @@ async def _session(gateway: Parts, tenant: Tenant, key: str, body: bytes, projec
     found = await gateway.records.sessions.find_or_create(made)
     await gateway.register.add_session(found)
     finish = Finish(reason="success", detail="copy_weights", finished_at=made.created_at)
-    await gateway.records.sessions.finish(session, finish)
+    await gateway.records.finish(session, finish)
     return found
 
 

@@ -7,7 +7,7 @@ from knapper.errors import UserError
 from knapper.ids import number
 from knapper.jobs.names import Start
 from knapper.jobs.records import Control, State, decode, encode
-from knapper.journal.names import last_number
+from knapper.journal.newest import newest_of_few
 from knapper.store import Store
 
 REPLACED = "job.yaml was replaced"
@@ -68,9 +68,5 @@ def _allowed(state: str) -> str:
 
 
 async def _newest(store: Store, start: Start) -> tuple[int, Control]:
-    listed = await store.list(start.controls)
-    if not listed:
-        return 0, _RUNNING
-    data = await store.get(listed[-1])
-    assert data is not None, "control records are never deleted"
-    return last_number(listed[-1]), decode(data, Control, listed[-1])
+    n, data = await newest_of_few(store, start.controls)
+    return n, _RUNNING if data is None else decode(data, Control, f"{start.controls}{number(n)}")

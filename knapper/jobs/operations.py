@@ -13,6 +13,7 @@ from knapper.errors import UserError
 from knapper.events import Committed, Frame
 from knapper.ids import RunId
 from knapper.journal.accept import Acceptor, pack
+from knapper.journal.newest import Manifests
 from knapper.journal.records import Creation, Kind, Result, Spec
 from knapper.journal.results import Results
 from knapper.store import Store
@@ -33,8 +34,9 @@ class Journal:
     """Of all runs that jobs of this process train."""
 
     def __init__(self, store: Store, residents: Applies, clock: Callable[[], float]) -> None:
-        self._acceptor = Acceptor(store, clock)
-        self._results = Results(store)
+        manifests = Manifests(store)
+        self._acceptor = Acceptor(store, clock, manifests)
+        self._results = Results(store, manifests)
         self._residents = residents
 
     async def create(self, spec: Spec) -> None:

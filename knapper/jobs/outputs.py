@@ -10,6 +10,7 @@ from knapper.jobs import control, names
 from knapper.jobs.folders import Folder
 from knapper.jobs.names import Start
 from knapper.jobs.place import Place
+from knapper.jobs.progress import newest_step
 from knapper.jobs.records import Evaluated, Started, Trained, read
 from knapper.jobs.spec import decode
 from knapper.journal.names import last_number
@@ -88,20 +89,6 @@ async def publish_status(place: Place, started: Started) -> None:
         "run": start.run,
     }  # fmt: skip
     await _publish_json(place, start, "status.json", status)
-
-
-async def newest_step(store: Store, start: Start) -> int:
-    """Steps that are done, found with few looks: they are dense, and there may be many."""
-    there, beyond = 0, 1
-    while await store.get(start.trained(beyond - 1)) is not None:
-        there, beyond = beyond, 2 * beyond
-    while beyond - there > 1:
-        middle = (there + beyond) // 2
-        if await store.get(start.trained(middle - 1)) is not None:
-            there = middle
-        else:
-            beyond = middle
-    return there
 
 
 async def publish_bill(place: Place, folder: Folder, bill: dict[str, Any]) -> None:

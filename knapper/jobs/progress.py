@@ -43,6 +43,20 @@ class Progress:
         return self.rounds.get((kind, n), Parts())
 
 
+async def newest_step(store: Store, start: Start) -> int:
+    """Steps that are done, found with few looks: they are dense, and there may be many."""
+    there, beyond = 0, 1
+    while await store.get(start.trained(beyond - 1)) is not None:
+        there, beyond = beyond, 2 * beyond
+    while beyond - there > 1:
+        middle = (there + beyond) // 2
+        if await store.get(start.trained(middle - 1)) is not None:
+            there = middle
+        else:
+            beyond = middle
+    return there
+
+
 class Looks:
     """Looks at the store; remembers what is done for good, so that each look is short."""
 
@@ -53,9 +67,12 @@ class Looks:
     async def look(self, outline: Outline, steps: int) -> Progress:
         """`steps`: of the whole job."""
         start = outline.start
-        trained, evaluated_to = self._known.get(start, (0, 0))
+        known = self._known.get(start)
+        trained, evaluated_to = known if known is not None else (await newest_step(self._store, start), 0)
         rounds: dict[tuple[Round, int], Parts] = {}
         for kind, first in (("steps", trained), ("evaluations", evaluated_to)):
+            if kind == "evaluations" and outline.job.evaluate is None:
+                continue
             prefix = f"{start.prefix}{kind}/"
             for name in await self._store.list(prefix, start_after=f"{prefix}{number(first)}/"):
                 n, what, part = _split(name.removeprefix(prefix))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from knapper import events
+from knapper import events, limits
 from knapper.events import Event
 from knapper.jobs import bells, control, progress
 from knapper.jobs.names import Start
@@ -10,48 +10,86 @@ from knapper.jobs.place import Place
 from knapper.jobs.progress import Looks, Outline
 from knapper.jobs.records import Started, read
 from knapper.jobs.spec import RlJob, decode
-from knapper.jobs.start import look
+from knapper.jobs.start import current, look
 
 _QUIET_S = 60.0
 
 
 @dataclass
-class Seen:
-    """What a gateway remembers of the jobs between two ticks: how far each was, and since when."""
+class _Known:
+    """A job at the last look: how far it was, and since when. `since` moves on with each bell."""
 
-    since: dict[Start, tuple[object, float]] = field(default_factory=dict)
+    started: Started
+    moved: object
+    since: float
+    rung: bool = False  # nothing has moved since a bell
+
+
+@dataclass
+class Seen:
+    """What a gateway remembers of the jobs between two looks.
+
+    `lively`: a job has moved lately, so that it will soon be known whether it goes on. `awaiting`: files are awaited.
+    """
+
+    known: dict[Start, _Known] = field(default_factory=dict)
+    looks: Looks | None = None
+    lively: bool = False
+    awaiting: bool = False
 
 
 async def due(place: Place, seen: Seen, quiet_s: float = _QUIET_S) -> list[Event]:
     """The bells for jobs with work undone that have not moved for so long; and first bells of jobs that start now."""
     found: list[Event] = []
-    for name in await place.store.list("expected/"):
-        start = Start.parse(name.removeprefix("expected/"))
-        if (begun := await look(place, start.tenant, start.job)) is not None:
-            found.append(await first(place, begun))
+    expected = [Start.parse(name.removeprefix("expected/")) for name in await place.store.list("expected/")]
+    for start in expected:
+        found += await _awaited(place, start)
     working = [Start.parse(name.removeprefix("working/")) for name in await place.store.list("working/")]
-    seen.since = {start: known for start, known in seen.since.items() if start in working}
+    seen.known = {start: known for start, known in seen.known.items() if start in working}
     for start in working:
         found += await _of(place, seen, start, quiet_s)
+    now = place.clock()
+    seen.awaiting = bool(expected)
+    seen.lively = any(now - known.since < quiet_s and not known.rung for known in seen.known.values())
     return found
+
+
+async def _awaited(place: Place, start: Start) -> list[Event]:
+    """Look again; of a job.yaml that another took the place of, nothing is awaited any more."""
+    if await current(place, start.tenant, start.job) != start:
+        await place.store.delete(start.expected)
+    begun = await look(place, start.tenant, start.job)
+    return [] if begun is None else [await first(place, begun)]
 
 
 async def _of(place: Place, seen: Seen, start: Start, quiet_s: float) -> list[Event]:
     store = place.store
-    started = await read(store, start.started, Started)
+    before = seen.known.get(start)
+    started = before.started if before is not None else await read(store, start.started, Started)
     if started is None:
         return await _unstarted(place, start)
     if not await control.runs(store, start):
         await store.delete(start.working)
+        seen.known.pop(start, None)
         return []
-    known, now = seen.since.get(start), place.clock()
-    size = len(await store.list(start.prefix))  # nothing that a job writes is ever deleted while it runs
-    if known is None or known[0] != size:
-        known = seen.since[start] = (size, now)
-    if now - known[1] < quiet_s:
+    moved, now = await _moved(place, seen, start, started), place.clock()
+    if before is None or before.moved != moved:
+        seen.known[start] = before = _Known(started, moved, now)
+    if now - before.since < quiet_s:
         return []
-    seen.since[start] = (size, now)
+    seen.known[start] = _Known(started, moved, now, rung=True)
     return await again(place, started, start)
+
+
+async def _moved(place: Place, seen: Seen, start: Start, started: Started) -> object:
+    """Something that is another whenever the job has moved."""
+    if seen.looks is None:
+        seen.looks = Looks(place.store)
+    job = decode(started.spec_json)
+    steps = job.steps if job.steps is not None else limits.job_steps_max
+    now = await seen.looks.look(Outline(start, job, started.held_out), steps)
+    parts = [(len(each.rollouts), len(each.scores), each.done) for each in now.rounds.values()]
+    return now.trained, now.evaluated_to, parts
 
 
 async def _unstarted(place: Place, start: Start) -> list[Event]:

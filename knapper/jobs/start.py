@@ -27,6 +27,15 @@ from knapper.rewards import spec as rewards
 log = structlog.get_logger()
 
 
+async def current(place: Place, tenant: Tenant, job: str) -> Start | None:
+    """The start that the job.yaml makes which lies there now; None if none does."""
+    try:
+        found = await place.exchange.read(f"{names.inbox(tenant, job)}{names.JOB_YAML}", limits.job_yaml_bytes_max)
+    except TooLarge:
+        return None
+    return None if found is None else Start.of(tenant, job, found.generation)
+
+
 async def look(place: Place, tenant: Tenant, job: str) -> Start | None:
     """Start the job of this folder if everything is there, and it was not started before; then return the start.
 
@@ -137,10 +146,13 @@ async def _end_earlier(place: Place, start: Start) -> None:
 
 
 async def _list(place: Place, start: Start) -> None:
-    """Into the tenant's list, once."""
-    if await place.store.put_if_absent(f"{start.prefix}listed", b""):
+    """Into the tenant's lists: once, or once more if somebody dies here, which changes nothing."""
+    marker = f"{start.prefix}listed"
+    if await place.store.get(marker) is None:
         at = number(int(place.clock() * 1e6))
+        await place.store.put_if_absent(f"{names.starts(start.tenant, start.job)}{at}/{start.id}", b"")
         await place.store.put_if_absent(f"{names.listed(start.tenant)}{at}/{start.job}/{start.id}", b"")
+        await place.store.put_if_absent(marker, b"")
 
 
 async def _wait(place: Place, start: Start, parsed: Parsed, missing: list[str]) -> None:
@@ -155,7 +167,6 @@ async def _wait(place: Place, start: Start, parsed: Parsed, missing: list[str]) 
         todo = f"Upload {', '.join(missing)} beside job.yaml: the job starts as soon as all are there"
         allowed = f"a file that is there within {limits.job_missing_s / 60:.0f} minutes"
         await _refuse(place, start, parsed.wrong(InvalidField(field, missing[0], allowed, todo)))
-        await place.store.delete(start.expected)  # from now on only uploads make anybody look
 
 
 def _fields(parsed: Parsed) -> list[tuple[str, str]]:
@@ -180,6 +191,7 @@ async def _refuse(place: Place, start: Start, error: JobError) -> None:
         log.error("job refused", job=str(start), reason=str(error))
     data = msgspec.json.format(msgspec.json.encode(report)) + b"\n"
     await place.exchange.publish(f"{names.inbox(start.tenant, start.job)}{names.JOB_ERROR}", data)
+    await place.store.delete(start.expected)  # from now on only uploads make anybody look
 
 
 def _as_job_error(error: UserError) -> JobError:

@@ -6,13 +6,13 @@ from typing import Any
 
 import msgspec
 
-from knapper import limits
 from knapper.errors import NotFound
 from knapper.ids import Tenant, TinkerPath
 from knapper.jobs import control, names, outputs
 from knapper.jobs.ending import FINAL
 from knapper.jobs.names import Start
 from knapper.jobs.place import Place
+from knapper.jobs.progress import newest_step
 from knapper.jobs.records import Refusal, Started, Trained, Waiting, read
 from knapper.jobs.spec import Kind, RlJob, decode
 from knapper.store import Store, many
@@ -36,21 +36,25 @@ async def listed(store: Store, tenant: Tenant) -> list[Listed]:
     for name in await store.list(prefix):  # in order of time: the last one stays
         at_us, job, start = name.removeprefix(prefix).split("/")
         newest[job] = Listed(Start(tenant, job, start), int(at_us) / 1e6)
-    return sorted(newest.values(), key=lambda each: each.at, reverse=True)[: limits.jobs_told_max]
+    return sorted(newest.values(), key=lambda each: each.at, reverse=True)
 
 
 async def newest(store: Store, tenant: Tenant, job: str) -> Listed:
     """Raises NotFound."""
-    names.job(job)
+    prefix = names.starts(tenant, names.job(job))
+    if starts := await store.list(prefix):
+        at_us, start = starts[-1].removeprefix(prefix).split("/")
+        return Listed(Start(tenant, job, start), int(at_us) / 1e6)
+    # One from before there were such names, or none.
     for each in await listed(store, tenant):
         if each.start.job == job:
             return each
     raise NotFound(f"job {job!r} does not exist; `knapper jobs` lists those that do")
 
 
-async def briefs(store: Store, tenant: Tenant) -> list[dict[str, Any]]:
-    """A line each, newest first."""
-    return await many.each(await listed(store, tenant), lambda each: _brief(store, each))
+async def briefs(store: Store, chosen: list[Listed]) -> list[dict[str, Any]]:
+    """A line each, in their order."""
+    return await many.each(chosen, lambda each: _brief(store, each))
 
 
 async def whole(place: Place, tenant: Tenant, job: str, after: int) -> dict[str, Any]:
@@ -92,7 +96,7 @@ async def _brief(store: Store, found: Listed) -> dict[str, Any]:
     if started is None:
         return told | await _unstarted(store, start)
     job, now = decode(started.spec_json), await control.now(store, start)
-    step = await outputs.newest_step(store, start)
+    step = await newest_step(store, start)
     last = await read(store, start.trained(step - 1), Trained) if step else None
     kind: Kind = job.kind
     steps = job.steps if isinstance(job, RlJob) or job.steps is not None else None if last is None else last.steps

@@ -10,6 +10,7 @@ from knapper import limits
 from knapper.errors import InvalidField, NotFound, UserError
 from knapper.ids import RunId
 from knapper.journal import names
+from knapper.journal.newest import Manifests
 from knapper.journal.records import Creation, Kind, Manifest, Operation, decode, encode
 from knapper.store import Store
 from knapper.wire import zstd
@@ -35,9 +36,10 @@ class Acceptor:
     Stateless but for a small cache; any number of them may share a store.
     """
 
-    def __init__(self, store: Store, clock: Callable[[], float]) -> None:
+    def __init__(self, store: Store, clock: Callable[[], float], manifests: Manifests | None = None) -> None:
         self._store = store
         self._clock = clock
+        self._manifests = manifests or Manifests(store)
         self._consumed: dict[RunId, tuple[float, int]] = {}
 
     async def create(self, creation: Creation, request: bytes) -> None:
@@ -54,8 +56,8 @@ class Acceptor:
         operation = await self._stored(run, 0)
         return None if operation is None else decode_creation(operation)
 
-    async def accept(self, run: RunId, seq: int, kind: Kind, packed: Packed) -> None:
-        """Store the operation, durable on return. A repetition of the same body is silent.
+    async def accept(self, run: RunId, seq: int, kind: Kind, packed: Packed) -> float | None:
+        """Store the operation, durable on return: when it was accepted. None for a repetition of the same body.
 
         Raises UserError if `seq` is taken by another body, or so old that its record is gone.
         """
@@ -66,7 +68,7 @@ class Acceptor:
                 f"seq_id {seq} of {run} was applied more than {limits.collect_after_s / 86400:.0f} days ago "
                 "and its record is gone; continue with the next seq_id, or resume from a checkpoint"
             )
-        await self._put(run, seq, kind, packed)
+        return await self._put(run, seq, kind, packed)
 
     async def reject(self, run: RunId, seq: int, packed: Packed, error: str) -> None:
         """Use up `seq` for a request that cannot be served: a tombstone, whose result will be `error`."""
@@ -101,20 +103,21 @@ class Acceptor:
         operation = self._operation(run, seq, "tombstone", packed, error)
         await self._store.put_if_absent(names.operation(run, seq), encode(operation))
 
-    async def _put(self, run: RunId, seq: int, kind: Kind, packed: Packed, error: str = "") -> None:
+    async def _put(self, run: RunId, seq: int, kind: Kind, packed: Packed, error: str = "") -> float | None:
         operation = self._operation(run, seq, kind, packed, error)
         if await self._store.put_if_absent(names.operation(run, seq), encode(operation)):
-            return
+            return operation.accepted_at
         stored = await self._stored(run, seq)
         # A tombstone answers whoever comes late: through the future, where every other error of this operation would
         # come too.
         if stored is None or stored.kind == "tombstone" or stored.sha256 == packed.sha256:
-            return
+            return None
         if not _same_sampler_save(stored, operation):
             raise UserError(
                 f"seq_id {seq} of {run} was used before, for another request ({stored.kind}); "
                 "each operation needs a seq_id of its own, and a retry must repeat the same bytes"
             )
+        return None
 
     def _operation(self, run: RunId, seq: int, kind: Kind, packed: Packed, error: str) -> Operation:
         return Operation(
@@ -138,7 +141,7 @@ class Acceptor:
         known = self._consumed.get(run)
         if known is not None and self._clock() - known[0] < _MANIFEST_FRESH_S:
             return known[1]
-        newest = await newest_manifest(self._store, run)
+        newest = await self._manifests.newest(run)
         seq = newest[1].snapshot_seq if newest else -1
         self._consumed[run] = (self._clock(), seq)
         return seq
@@ -161,10 +164,5 @@ def decode_creation(operation: Operation) -> Creation:
 
 
 async def newest_manifest(store: Store, run: RunId) -> tuple[int, Manifest] | None:
-    """(n, manifest) of the highest n, or None if nobody ever claimed the run."""
-    listed = await store.list(names.manifests(run))
-    if not listed:
-        return None
-    data = await store.get(listed[-1])
-    assert data is not None, "manifests are never deleted"
-    return names.last_number(listed[-1]), decode(data, Manifest, listed[-1])
+    """(n, manifest) of the highest n, or None if nobody ever claimed the run. `Manifests` is for who asks again."""
+    return await Manifests(store).newest(run)

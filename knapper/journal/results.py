@@ -5,21 +5,26 @@ from dataclasses import dataclass, field
 
 from knapper.ids import RunId
 from knapper.journal import names
+from knapper.journal.newest import Manifests, newest_name
 from knapper.journal.records import Commit, Result, decode
 from knapper.store import Store
 
 _CACHE_BYTES_MAX = 256 * 1024 * 1024
+_BEHIND_MAX = 1000  # more records than that, and reading begins anew at the end
+_SWEPT = 0  # the epoch of a record that is gone; claims count from 1
 
 
 @dataclass
 class _Seen:
     """What is known of one run's commits.
 
-    Every out record in (low, high] has been read; `where` says which one answers a seq.
+    Every out record in (low, high] has been read; `where` says which one answers a seq. `told`: the newest that anybody
+    told of, read or not.
     """
 
     low: int = -1  # -1: nothing was read yet
     high: int = 0
+    told: int = 0
     applied: int = -1
     where: dict[int, int] = field(default_factory=dict)
 
@@ -27,8 +32,9 @@ class _Seen:
 class Results:
     """Finds the answer to an operation; remembers the recent ones. Safe to lose: the store has everything."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, manifests: Manifests | None = None) -> None:
         self._store = store
+        self._manifests = manifests or Manifests(store)
         self._seen: dict[RunId, _Seen] = {}
         self._commits: OrderedDict[tuple[RunId, int], Commit] = OrderedDict()
         self._bytes = 0
@@ -39,12 +45,13 @@ class Results:
             return known
         seen = self._seen.setdefault(run, _Seen())
         await self._read_new(run, seen)
-        # While no answer was seen at all, nothing but fences was: whoever claims leaves one behind.
-        while seq not in seen.where and (seq <= seen.applied or seen.applied < 0) and seen.low > 0:
+        while seen.applied < 0 and seen.low > 0:  # nothing but fences was seen: whoever claims leaves one behind
             await self._read_older(run, seen)
+        if seq <= seen.applied and seq not in seen.where and seen.low > 0:
+            await self._search(run, seen, seq)
         if (n := seen.where.get(seq)) is not None:
             return self._answer(await self._commit(run, n), seq)
-        if seq <= seen.applied and seen.low == 0:  # applied, and swept since
+        if seq <= seen.applied:  # applied, and swept since
             error = b'{"error":"the result of this operation was kept for 7 days and is gone","category":"user"}'
             return Result(seq=seq, sha256=b"", content_type="application/json", body=error, failed=True)
         return None
@@ -62,9 +69,20 @@ class Results:
         seen = self._seen.get(run)
         return -1 if seen is None else seen.applied
 
+    def complete(self, run: RunId) -> bool:
+        """Whether all was read that anybody told of: a look into the store finds more only if nobody told."""
+        seen = self._seen.get(run)
+        return seen is not None and seen.low >= 0 and seen.told <= seen.high
+
+    def hear(self, run: RunId, n: int) -> None:
+        """Record `n` is durable, says its holder."""
+        seen = self._seen.setdefault(run, _Seen())
+        seen.told = max(seen.told, n)
+
     def offer(self, run: RunId, n: int, commit: Commit) -> None:
         """Take in a durable commit that its holder pushed, which saves reading it."""
-        seen = self._seen.setdefault(run, _Seen())
+        self.hear(run, n)
+        seen = self._seen[run]
         self._learn(run, seen, n, commit)
         if n == seen.high + 1 and seen.low >= 0:
             seen.high = n
@@ -77,16 +95,32 @@ class Results:
                     self._bytes -= _size(commit)
 
     async def _read_new(self, run: RunId, seen: _Seen) -> None:
-        listed = await self._store.list(names.commits(run), start_after=names.commit(run, seen.high))
-        if not listed:
+        last = await (self._first_look(run) if seen.low < 0 else self._newest(run, seen.high))
+        if seen.low < 0 and last == 0:  # nobody ever claimed the run: whatever comes is read from its beginning
+            seen.low = seen.high = 0
+        if last == 0:
             return
-        last = names.last_number(listed[-1])
-        if seen.low < 0:  # first sight: begin at the end, for that is what clients ask about
+        if seen.low < 0 or last - seen.high > _BEHIND_MAX:  # begin at the end, for that is what clients ask about
             seen.low = seen.high = last - 1
         while seen.high < last:  # by number: what a listing leaves out is read all the same
             n = seen.high + 1
             await self._commit(run, n)
             seen.high = max(seen.high, n)
+
+    async def _first_look(self, run: RunId) -> int:
+        """The newest record, 0 if there is none. A long life costs no more than a short one: a snapshot leads there."""
+        known = self._manifests.seen(run)
+        if known is None:
+            if not await self._store.list(names.commits(run), limit=1):
+                return 0
+            known = await self._manifests.newest(run)
+        snapshot_out = known[1].snapshot_out if known is not None else 0
+        return await self._newest(run, snapshot_out) or snapshot_out
+
+    async def _newest(self, run: RunId, after: int) -> int:
+        """Of the records above `after`; 0 if there is none."""
+        name = await newest_name(self._store, names.commits(run), after)
+        return names.last_number(name) if name else 0
 
     async def _read_older(self, run: RunId, seen: _Seen) -> None:
         name = names.commit(run, seen.low)
@@ -96,12 +130,36 @@ class Results:
         await self._commit(run, seen.low)
         seen.low -= 1
 
+    async def _search(self, run: RunId, seen: _Seen, seq: int) -> None:
+        """Read the record that answers `seq`, somewhere in [1, low], if it is there still: operations are in order."""
+        above, below, step = seen.low + 1, seen.low, 1
+        while below > 0 and not await self._before(run, below, seq):
+            above, step = below, 2 * step
+            below = max(above - step, 0)
+        while above - below > 1 and seq not in seen.where:
+            middle = (below + above) // 2
+            if await self._before(run, middle, seq):
+                below = middle
+            else:
+                above = middle
+
+    async def _before(self, run: RunId, n: int, seq: int) -> bool:
+        """Whether record `n` lies before the one that answers `seq`. A fence is judged by the record before it."""
+        while n > 0:
+            commit = await self._commit(run, n)
+            if commit.results:
+                return commit.results[-1].seq < seq
+            if commit.epoch == _SWEPT:
+                break
+            n -= 1
+        return True
+
     async def _commit(self, run: RunId, n: int) -> Commit:
         if (commit := self._commits.get((run, n))) is not None:
             return commit
         name = names.commit(run, n)
         data = await self._store.get(name)
-        commit = decode(data, Commit, name) if data is not None else Commit(epoch=0, results=[])
+        commit = decode(data, Commit, name) if data is not None else Commit(epoch=_SWEPT, results=[])
         self._learn(run, self._seen.setdefault(run, _Seen()), n, commit)
         return commit
 

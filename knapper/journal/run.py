@@ -14,8 +14,9 @@ from knapper import limits
 from knapper.errors import Corrupt, Fenced, KnapperError, NotFound, OtherDtype, Unavailable, UserError
 from knapper.ids import RunId
 from knapper.journal import bundles, names
-from knapper.journal.accept import decode_creation, newest_manifest
+from knapper.journal.accept import decode_creation
 from knapper.journal.machine import Files, Machine, Outcome, State
+from knapper.journal.newest import Manifests, newest_name
 from knapper.journal.records import SAVES, Commit, Creation, Manifest, Operation, Result, Terms, decode, encode
 from knapper.journal.saves import Saves
 from knapper.store import Store
@@ -46,7 +47,13 @@ class Run(Generic[State]):
     """
 
     def __init__(
-        self, store: Store, run: RunId, machine: Machine[State], holder: Holder, clock: Callable[[], float]
+        self,
+        store: Store,
+        run: RunId,
+        machine: Machine[State],
+        holder: Holder,
+        clock: Callable[[], float],
+        manifests: Manifests,
     ) -> None:  # use `claim`
         self.run = run
         self.holder = holder
@@ -63,6 +70,7 @@ class Run(Generic[State]):
         self._machine = machine
         self._clock = clock
         self._saves = Saves(store, clock)
+        self._manifests = manifests
         self._manifest: Manifest
         self._manifest_n = 0
         self._out = 0  # the newest out record, ours or adopted
@@ -75,14 +83,22 @@ class Run(Generic[State]):
 
     @classmethod
     async def claim(
-        cls, store: Store, run: RunId, machine: Machine[State], holder: Holder, clock: Callable[[], float]
+        cls,
+        store: Store,
+        run: RunId,
+        machine: Machine[State],
+        holder: Holder,
+        clock: Callable[[], float],
+        manifests: Manifests | None = None,
     ) -> "Run[State]":
         """Take the run over, from whoever holds it. On return its state is current and every earlier holder is fenced.
+
+        `manifests`: of a process that claims more than once, and need not search anew for what it has seen.
 
         Raises NotFound if there is no such run, Fenced if somebody else claims it at this moment, OtherDtype if it was
         made in another dtype than the holder's; then nothing was written, and the run is still whose it was.
         """
-        self = cls(store, run, machine, holder, clock)
+        self = cls(store, run, machine, holder, clock, manifests or Manifests(store))
         data = await store.get(names.operation(run, 0))
         if data is None:
             raise NotFound(f"training run {run!r} does not exist; create one with create_lora_training_client")
@@ -94,7 +110,7 @@ class Run(Generic[State]):
         return self
 
     async def _take_manifest(self) -> None:
-        newest = await newest_manifest(self._store, self.run)
+        newest = await self._manifests.newest(self.run)
         n, before = newest if newest else (0, None)
         if before is not None:
             _expect_dtype(self.run, before.terms, self.holder.terms)
@@ -119,6 +135,7 @@ class Run(Generic[State]):
         if not await self._store.put_if_absent(name, data) and await self._store.get(name) != data:
             raise Fenced(f"another process claimed {self.run} as its manifest {n}")
         self._manifest, self._manifest_n = manifest, n
+        self._manifests.saw(self.run, n, manifest)
 
     async def _recover(self) -> None:
         """Snapshot, then every committed operation after it, in order, each as it was cut when it first ran."""
@@ -132,8 +149,8 @@ class Run(Generic[State]):
                     await self._thaw(
                         manifest.snapshot_before, manifest.snapshot_before_seq, manifest.snapshot_before_out
                     )
-        listed = await self._store.list(names.commits(self.run), start_after=names.commit(self.run, self._out))
-        last = names.last_number(listed[-1]) if listed else 0
+        name = await newest_name(self._store, names.commits(self.run), after=self._out)
+        last = names.last_number(name) if name else 0
         while self._out < last:  # by number: what a listing leaves out is read all the same
             name = names.commit(self.run, self._out + 1)
             data = await self._store.get(name)
@@ -329,6 +346,11 @@ class Run(Generic[State]):
         return None if data is None else decode(data, Operation, name)
 
     # -- snapshot ------------------------------------------------------------------------------------------------------
+
+    @property
+    def out(self) -> int:
+        """The newest record that is known to be stored."""
+        return self._out
 
     @property
     def state(self) -> State | None:

@@ -10,6 +10,7 @@ import msgspec
 from knapper.errors import InvalidField, NotFound, Unavailable
 from knapper.ids import number
 from knapper.journal.records import Record, decode, encode
+from knapper.remembered import Remembered
 from knapper.store import Store
 
 _PREFIX = "models/"
@@ -38,6 +39,7 @@ class Catalogue:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._records: Remembered[str, ModelRecord] = Remembered()
 
     async def models(self) -> list[ModelRecord]:
         """Those served now, by name."""
@@ -90,10 +92,13 @@ class Catalogue:
         return names[-1] if names else ""
 
     async def _read(self, name: str) -> ModelRecord:
-        data = await self._store.get(name)
-        if data is None:
-            raise Unavailable(f"object {name} vanished while it was read; try again")
-        return decode(data, ModelRecord, name)
+        async def load() -> ModelRecord:
+            data = await self._store.get(name)
+            if data is None:
+                raise Unavailable(f"object {name} vanished while it was read; try again")
+            return decode(data, ModelRecord, name)
+
+        return await self._records.get(name, load)
 
 
 def slug(name: str) -> str:

@@ -5,15 +5,17 @@ from knapper.errors import NotHolder
 from knapper.events import Hint
 from knapper.ids import RunId
 from knapper.journal import names
-from knapper.journal.accept import newest_manifest
+from knapper.journal.newest import Manifests, newest_name
 from knapper.journal.records import Commit, Manifest, decode
 from knapper.journal.run import Holder
 from knapper.store import Store
 
 
-async def expect_free(store: Store, run: RunId, us: Holder, hint: Hint, now: float) -> None:
+async def expect_free(
+    store: Store, run: RunId, us: Holder, hint: Hint, now: float, manifests: Manifests | None = None
+) -> None:
     """Raises NotHolder, which names the holder, unless the run is ours, nobody's, or its holder is lost."""
-    newest = await newest_manifest(store, run)
+    newest = await (manifests or Manifests(store)).newest(run)
     if newest is None:
         return
     holder = newest[1]
@@ -32,6 +34,6 @@ async def _lost(store: Store, run: RunId, holder: Manifest, hint: Hint, now: flo
 
 async def _last_commit(store: Store, run: RunId, after: int) -> float:
     """When; 0 if there is none."""
-    listed = await store.list(names.commits(run), start_after=names.commit(run, after))
-    data = await store.get(listed[-1]) if listed else None
-    return 0.0 if data is None else decode(data, Commit, listed[-1]).committed_at
+    name = await newest_name(store, names.commits(run), after)
+    data = await store.get(name) if name else None
+    return 0.0 if data is None else decode(data, Commit, name).committed_at

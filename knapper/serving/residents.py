@@ -19,6 +19,7 @@ from knapper.errors import KnapperError, NotHolder, Unavailable
 from knapper.events import Claimed, Committed, Done, Frame, Hint
 from knapper.ids import RunId
 from knapper.journal.machine import Machine, State
+from knapper.journal.newest import Manifests
 from knapper.journal.records import Commit
 from knapper.journal.run import Holder, Run
 from knapper.serving import holding
@@ -63,6 +64,7 @@ class Residents(Generic[State]):
         self._holder = holder
         self._clock = clock
         self._rest_s = rest_s
+        self._manifests = Manifests(store)
         self._residents: OrderedDict[RunId, _Resident[State]] = OrderedDict()
         self._claims = itertools.count(1)
         self._leaving = False
@@ -93,7 +95,9 @@ class Residents(Generic[State]):
                 raise NotHolder(f"{self._holder.name} is leaving, and works on {of} no more")
             run = await self._claimed(of, resident, hint)
             age_s = metrics.process_age_s() or 0.0
-            claimed = Claimed(epoch=run.epoch, holder=run.holder.name, address=run.holder.address, age_s=age_s)
+            claimed = Claimed(
+                epoch=run.epoch, holder=run.holder.name, address=run.holder.address, age_s=age_s, out=run.out
+            )  # fmt: skip
             async with aclosing(self._slice(run, resident, claimed)) as frames:
                 async for frame in frames:
                     yield frame
@@ -130,10 +134,10 @@ class Residents(Generic[State]):
             resident.run = None
         if resident.run is None:
             if hint is not None and self._holder.address:
-                await holding.expect_free(self._store, run, self._holder, hint, self._clock())
+                await holding.expect_free(self._store, run, self._holder, hint, self._clock(), self._manifests)
             began = self._clock()
             holder = replace(self._holder, name=f"{self._holder.name}/{next(self._claims)}")
-            resident.run = await Run.claim(self._store, run, self._machine, holder, self._clock)
+            resident.run = await Run.claim(self._store, run, self._machine, holder, self._clock, self._manifests)
             metrics.replayed_seconds.inc(resident.run.replay_cost_s)
             log.info(
                 "claimed", run=run, epoch=resident.run.epoch, applied=resident.run.applied,
