@@ -101,6 +101,11 @@ class Bells:
         line = self._lines.get(run)
         return line is not None and line.task is not None
 
+    def answered(self, run: RunId) -> bool:
+        """Whether the run's holder works on it at this moment, and tells of whatever it commits."""
+        line = self._lines.get(run)
+        return line is not None and line.told
+
     def told(self, run: RunId) -> bool:
         """Whether the run's holder tells of whatever it commits, until its answer to the bell ends or breaks off.
 

@@ -96,7 +96,7 @@ async def tick(gateway: Parts) -> None:
         for name in gateway.bells.runs():
             if session_of(name) == session:
                 await gateway.bells.forget(name)  # from memory; a poll, or another request, brings it back
-    undone = {run: far for run, far in gateway.bells.undone().items() if not gateway.bells.told(run)}
+    undone = {run: far for run, far in gateway.bells.undone().items() if not gateway.bells.answered(run)}
     for name in gateway.waits.due(undone):
         await revive(gateway, name)
         gateway.waits.looked(name)

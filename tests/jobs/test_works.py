@@ -10,7 +10,7 @@ import pytest
 
 from knapper import events
 from knapper.errors import InvalidField
-from knapper.jobs import control, operations, outputs, revive
+from knapper.jobs import control, operations, outputs, progress, revive
 from knapper.jobs.revive import Seen
 from knapper.rewards import scoring
 from knapper.rewards.rollouts import Rollout
@@ -197,7 +197,7 @@ def test_a_job_whose_run_has_another_dtype_waits_says_why_and_goes_on_to_the_sam
         begun = await works.submit(JOBS[name])
         while not await works.store.get(begun.trained(0)):
             await works.deliver()
-        trained = await outputs.newest_step(works.store, begun)
+        trained = await progress.newest_step(works.store, begun)
         works.restart(msgspec.structs.replace(TERMS, dtype="bfloat16"))
         for _ in range(8):
             for event in await revive.due(works.place, Seen(), quiet_s=0):
