@@ -1,7 +1,8 @@
 """`python -m benchmarks.check`: has an optimisation been lost? Under a minute, on any machine, however busy.
 
 Work that is counted (rows, passes, decoding steps, objects and bytes stored, modules imported) and one ratio of times
-taken in turns, each against its floor or ceiling in floors.json. Seconds are never compared.
+taken in turns, each against its floor or ceiling in floors.json. Seconds are never compared. All of it in float32, on
+both sides of the ratio and whatever `auto` takes here, so that every CPU has the same floors.
 """
 
 import asyncio
@@ -38,6 +39,7 @@ from tests.engine.tiny import tiny_model
 
 FLOORS = Path(__file__).parent / "floors.json"
 VOCABULARY = 200
+DTYPE = torch.float32
 Found = dict[str, float]
 
 
@@ -55,7 +57,7 @@ def lost(found: Mapping[str, float], floors: Mapping[str, Mapping[str, Any]]) ->
 
 def computed(model: Path) -> Found:
     """Rows, passes and steps, by the engine's own counters."""
-    counted = _CountedHead(load(model))
+    counted = _CountedHead(load(model, DTYPE))
     trainer, device = Trainer(cast(Model, counted)), Device("check")
     try:
         prompt, each = [7] * 96, texts([32] * 8, vocabulary=VOCABULARY)
@@ -85,7 +87,7 @@ def computed(model: Path) -> Found:
 
 def uneven(model: Path) -> Found:
     """The step on texts of 20 to 400 tokens, packed, against the padded loop."""
-    trainer, bare = Trainer(load(model)), Bare(model)
+    trainer, bare = Trainer(load(model, DTYPE)), Bare(model, dtype=DTYPE)
     data = texts(UNEVEN, vocabulary=VOCABULARY)
     ones = [[1.0] * len(one) for one in data]
     state, asked = _run(trainer, "uneven"), _request([_datum(one) for one in data])
@@ -100,7 +102,7 @@ def uneven(model: Path) -> Found:
 
 def stored(model: Path, data: Path, steps: int = 20) -> Found:
     """Objects and bytes that a training step leaves in the store, through the whole server."""
-    with Server.start(model, data) as server:
+    with Server.start(model, data, dtype="float32") as server:
         service = tinker.ServiceClient(base_url=server.url, api_key="tml-local")
         client = service.create_lora_training_client(str(model), rank=4, seed=1).result()
         sent = types.Datum(

@@ -89,7 +89,7 @@ def measure(repeats: int = REPEATS) -> list[Figure]:
     try:
         with tempfile.TemporaryDirectory(prefix="knapper-bench-") as scratch:
             model = tiny_model(Path(scratch) / "models" / "tiny")
-            with Server.start(model, Path(scratch) / "data") as server:
+            with Server.start(model, Path(scratch) / "data", dtype="float32") as server:
                 service = tinker.ServiceClient(base_url=server.url, api_key="tml-local")
                 ours, theirs = served(service, model), bare(model, device, loop)
                 for name, call in ours.items():

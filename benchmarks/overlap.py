@@ -33,7 +33,7 @@ def measured(repeats: int = REPEATS) -> dict[str, float]:
     found: dict[int, list[float]] = {0: [], 1: []}
     with tempfile.TemporaryDirectory(prefix="knapper-bench-") as scratch:
         model = tiny_model(Path(scratch) / "model")
-        with Server.start(model, Path(scratch) / "data", "--isolated") as server:
+        with Server.start(model, Path(scratch) / "data", "--isolated", dtype="float32") as server:
             _run(server, 0, "warm-up")
             for repeat in range(repeats):
                 for staleness, seconds in found.items():

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from tests import instructions
+
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 _STOP_S = 30.0
@@ -86,6 +88,7 @@ class Server:
         """End it as Ctrl-C does, and return its exit status. Nothing happens to one that has ended."""
         if self._process is None:
             return 0
+        instructions.note_log(self.log())
         if self._process.poll() is None:
             self._process.send_signal(by)
         try:

@@ -9,6 +9,7 @@ import pytest
 import tinker
 from tinker import types
 
+from tests import instructions
 from tests.conformance import data
 from tests.conformance.data import CE
 from tests.conformance.server import Server, wait_until
@@ -71,8 +72,8 @@ def test_auto_says_in_the_log_which_dtype_it_took_and_why(tmp_path: Path, model:
     ):
         service.create_lora_training_client(str(model), rank=2).result()
         measured = re.search(r"KNAPPER_DTYPE is auto: measured.*dtype='(\w+)'", server.log())
-        loaded = re.search(r"engine: loaded .*dtype='(\w+)'", server.log())
+        loaded = instructions.LOADED.search(server.log())
         assert measured is not None, server.log()
         assert loaded is not None, server.log()
-        assert measured[1] == loaded[1]
+        assert measured[1] == loaded["dtype"]
         assert re.search(r"bfloat16 products are \d+\.\d\d times as fast as float32's", server.log())

@@ -23,7 +23,7 @@ def _imported(entry: str, directory: Path, **environment: str) -> set[str]:
     code = f"import {entry}, sys; getattr(sys.modules[{entry!r}], 'app', None); print('MODULES', *sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**kept, "KNAPPER_DATA": str(directory / "data"), **environment},
+        env={**kept, "KNAPPER_DATA": str(directory / "data"), "KNAPPER_DTYPE": "float32", **environment},
         cwd=_ROOT, check=True, capture_output=True, text=True,
     )  # fmt: skip
     return set(done.stdout.rpartition("MODULES ")[2].split())

@@ -37,7 +37,7 @@ def _told(directory: Path, threads: int) -> dict[str, Any]:
     settings = {"KNAPPER_MODEL_DIRECTORY": str(directory / "model"), "KNAPPER_DATA": str(directory / "data")}
     done = subprocess.run(
         [sys.executable, "-c", _CODE],
-        env={**kept, **settings, "KNAPPER_THREADS": str(threads)},
+        env={**kept, **settings, "KNAPPER_THREADS": str(threads), "KNAPPER_DTYPE": "auto"},  # which computes too
         cwd=Path(knapper.__file__).parent.parent, check=True, capture_output=True, text=True,
     )  # fmt: skip
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
