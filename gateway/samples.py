@@ -250,6 +250,8 @@ class Samples:
                 entry.asked_at = min(entry.asked_at, self._now())
                 status, content = await self._post(entry)
                 self._answered_at = self._now()
+                if status == 200 and len(content) > _KEPT_BYTES_MAX:
+                    return _oversized(len(content)), "application/json"
                 if status == 200:
                     return content, _PROTOBUF
                 reason = f"{status}: {content[:200].decode(errors='replace')}"
@@ -312,6 +314,12 @@ class Samples:
         self._kept_bytes += len(body or b"")
         entry.done.set()
         self.expire()
+
+
+def _oversized(size: int) -> bytes:
+    """Told in place of an answer that could not be kept until it is fetched, and would be asked for again and again."""
+    error = f"the answer has {size} bytes; allowed: {_KEPT_BYTES_MAX}. Ask for fewer samples or alternatives at once"
+    return msgspec.json.encode({"error": error, "category": "user"})
 
 
 def _failure(status: int, content: bytes) -> bytes:

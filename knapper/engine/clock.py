@@ -15,9 +15,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Final
 
-from knapper.engine import passes
+from knapper.engine import hardware, passes
 from knapper.engine.device import Device, Task, timed
 from knapper.engine.passes import Pass
+from knapper.engine.shortage import Shortage, told
 from knapper.engine.training import RunState, Trainer
 from knapper.errors import UserError
 from knapper.wire.types import ForwardBackward, ForwardBackwardOutput
@@ -35,7 +36,7 @@ class Counters:
     rows: int = 0  # computed, of all passes
     room: int = 0  # rows that they could have had: rows / room is how full they were
     shares: int = 0  # micro-batches: shares / passes runs are in a pass on average
-    repeated: int = 0  # requests that were computed again, alone, after a pass that broke
+    repeated: int = 0  # requests that were computed again, alone, after a pass that broke or lacked memory
 
 
 @dataclass(eq=False)
@@ -46,6 +47,7 @@ class _Request:
     future: "Future[Computed]" = field(default_factory=Future)
     opened: Pass | None = None
     alone: bool = False  # a pass that it was part of broke
+    spared: bool = False  # it lacked memory, and all that was kept for later has been given back
     cost_s: float = 0.0
 
     @property
@@ -152,10 +154,14 @@ class Clock:
                 del self._served[run]
 
     def _open(self, one: _Request) -> None:
+        """With its gradients' memory, or it is opened again at the next look."""
         try:
             one.opened = self._trainer.open(one.state, one.read())
         except BaseException as error:  # noqa: BLE001  the border of the thread: the waiting caller gets it
-            self._answer(one, error)
+            failed = told(error)
+        else:
+            return
+        self._part([one], failed)
 
     def _choose(self) -> list[_Request]:
         """Who computes a micro-batch now: the least served, and whoever else fits beside it.
@@ -163,7 +169,8 @@ class Clock:
         Nobody fills up who is a whole pass ahead of a run that is left out: what fills up costs that run time.
         """
         rows_max, rows_shared = self._trainer.rows_max, self._trainer.rows_shared(len(self._requests))
-        waiting = sorted(self._requests, key=lambda one: self._served[one.run])
+        waiting = [one for one in self._requests if one.opened is not None]
+        waiting.sort(key=lambda one: self._served[one.run])
         chosen: list[_Request] = []
         rows, bound = 0, math.inf
         for one in waiting:
@@ -183,8 +190,15 @@ class Clock:
         try:
             _, spent_s = yield from timed(passes.compute(self._trainer.decoder, opened), self._now)
         except Exception as error:  # noqa: BLE001  a defect that one request brings out must not fail the others
-            self._part(chosen, error)
+            failed = told(error)
+        else:
+            self._computed(chosen, spent_s, rows, room)
             return
+        del opened  # gradients that are half added, and perhaps the memory that was lacking
+        self._part(chosen, failed)
+
+    def _computed(self, chosen: Sequence[_Request], spent_s: float, rows: Sequence[int], room: int) -> None:
+        """A pass is done, of which `rows` are each one's."""
         self.counters.passes += 1
         self.counters.shares += len(chosen)
         self.counters.rows += sum(rows)
@@ -197,22 +211,38 @@ class Clock:
             if one.opened is not None and one.opened.done:
                 self._finish(one, one.opened)
 
-    def _part(self, chosen: Sequence[_Request], error: Exception) -> None:
-        """A pass broke, perhaps with gradients half added: begin each of its requests anew, by itself."""
+    def _part(self, chosen: Sequence[_Request], failed: BaseException) -> None:
+        """A pass broke, perhaps with gradients half added: begin each of its requests anew, by itself.
+
+        One that lacked memory by itself is tried once more, when all that is kept for later has been given back.
+        """
+        device = self._trainer.decoder.device
         for one in chosen:
-            if len(chosen) == 1:
-                self._answer(one, error)
-            else:
+            one.alone, one.opened = True, None
+        if isinstance(failed, Shortage):
+            hardware.release(device)
+        for one in chosen:
+            if len(chosen) > 1 or (isinstance(failed, Shortage) and not one.spared):
                 self.counters.repeated += 1
-                one.alone, one.opened = True, None
+                one.spared = len(chosen) == 1
+            elif isinstance(failed, Shortage):
+                todo = "Send shorter datums or fewer of them in a request, or train an adapter of a lower rank"
+                self._answer(one, failed.error(f"a training pass of {one.run}", device, todo))
+            else:
+                self._answer(one, failed)
 
     def _finish(self, one: _Request, opened: Pass) -> None:
         try:
             state, output = self._trainer.close(one.state, opened)
         except UserError as error:
             self._answer(one, error)
+            return
+        except Exception as error:  # noqa: BLE001  as above
+            failed = told(error)
         else:
             self._answer(one, (state, output, one.cost_s))
+            return
+        self._part([one], failed)
 
     def _answer(self, one: _Request, result: Computed | BaseException) -> None:
         self._requests.remove(one)

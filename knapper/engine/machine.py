@@ -8,9 +8,10 @@ from typing import TypeVar
 import msgspec
 
 from knapper import limits
-from knapper.engine import peft_format
+from knapper.engine import hardware, peft_format
 from knapper.engine.clock import Clock
 from knapper.engine.device import Device, Task, timed
+from knapper.engine.shortage import Shortage
 from knapper.engine.training import RunState, Trainer
 from knapper.errors import Corrupt
 from knapper.journal.machine import Files, Outcome
@@ -32,24 +33,40 @@ class TrainingMachine:
     async def create(self, spec: Spec, source: Files | None, with_optimizer: bool) -> RunState:
         """Raises InvalidField for a spec that cannot be trained, or a checkpoint of another form than the spec's."""
         if source is None:
-            return await self.device.run(_once(lambda: self._trainer.create(spec)), spec.run)
-        return await self.device.run(_once(lambda: self._load(spec, source, with_optimizer)), spec.run)
+            return await self._run(lambda: _once(lambda: self._trainer.create(spec)), spec)
+        return await self._run(lambda: _once(lambda: self._load(spec, source, with_optimizer)), spec)
 
     async def apply(self, state: RunState, operation: Operation, source: Files | None) -> Outcome[RunState]:
-        """Raises UserError for the user's mistakes; the state is the same then."""
+        """Raises UserError for the user's mistakes, OutOfMemory where memory is lacking; the state is the same then."""
         if operation.kind == "forward_backward":
             future = self.passes.submit(state, lambda: proto.decode_forward_backward(_body(operation)))
             state, output, cost_s = future.result() if future.done() else await asyncio.wrap_future(future)
             return Outcome(state, "application/x-protobuf", proto.encode_forward_backward_output(output), cost_s=cost_s)
-        task = timed(self._apply(state, operation, source), self._clock)
-        outcome, cost_s = await self.device.run(task, operation.run)
+        outcome, cost_s = await self._run(lambda: timed(self._apply(state, operation, source), self._clock), state.spec)
         return replace(outcome, cost_s=cost_s)
 
     async def freeze(self, state: RunState) -> Files:
-        return await self.device.run(_once(lambda: peft_format.freeze(state)), state.spec.run)
+        return await self._run(lambda: _once(lambda: peft_format.freeze(state)), state.spec)
 
     async def thaw(self, spec: Spec, files: Files) -> RunState:
-        return await self.device.run(_once(lambda: self._thaw(spec, files)), spec.run)
+        return await self._run(lambda: _once(lambda: self._thaw(spec, files)), spec)
+
+    async def _run(self, begin: Callable[[], Task[T]], spec: Spec) -> T:
+        """A task; one that lacks memory once more, when all that is kept for later has been given back.
+
+        Raises OutOfMemory when it is lacking then too.
+        """
+        failed = Shortage(None)
+        for _ in range(2):
+            try:
+                return await self.device.run(begin(), spec.run)
+            except Exception as error:
+                if (lacking := Shortage.of(error)) is None:
+                    raise
+                failed = lacking
+            hardware.release(self._trainer.decoder.device)
+        what = f"what an operation of {spec.run} needs, an adapter of rank {spec.rank},"
+        raise failed.error(what, self._trainer.decoder.device, "Train one of a lower rank, or when fewer others train")
 
     def _apply(self, state: RunState, operation: Operation, source: Files | None) -> Task[Outcome[RunState]]:
         match operation.kind:

@@ -1,12 +1,14 @@
 """Memory that was asked for and not there, whoever says so, and what is told of it."""
 
 import re
-from typing import Final, Self
+from typing import Final, Self, TypeVar
 
 import torch
 
 from knapper.engine import hardware
 from knapper.errors import OutOfMemory
+
+E = TypeVar("E", bound=BaseException)
 
 _SAYS: Final = (  # of a RuntimeError; torch has an error of its own for GPUs alone
     "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "MPS backend out of memory",
@@ -45,7 +47,7 @@ class Shortage(Exception):
         return OutOfMemory(f"{what} does not fit into the server's memory: it needs {needed}{told}. {todo}")
 
 
-def told(error: Exception) -> Exception:
+def told(error: E) -> "E | Shortage":
     """The error, or in place of one that holds a pass's tensors the Shortage that it tells of."""
     return Shortage.of(error) or error
 

@@ -4,14 +4,15 @@ Nothing here rests on a clock or a lock. `out/<n>` can be created once; a claim 
 so an earlier holder that still lives loses the slot it needs and finds a higher epoch there.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic
 
 import msgspec
 
 from knapper import limits
-from knapper.errors import Corrupt, Fenced, KnapperError, NotFound, OtherDtype, Unavailable, UserError
+from knapper.errors import Corrupt, Fenced, KnapperError, NotFound, OtherDtype, OutOfMemory, Unavailable, UserError
 from knapper.ids import RunId
 from knapper.journal import bundles, names
 from knapper.journal.accept import decode_creation
@@ -38,6 +39,15 @@ class Holder:
     name: str
     address: str
     terms: Terms
+
+
+@contextmanager
+def _when_there_is_memory(run: RunId) -> Iterator[None]:
+    """Memory that is lacking for what no operation asked for is nobody's mistake: Unavailable, and tried again."""
+    try:
+        yield
+    except OutOfMemory as error:
+        raise Unavailable(f"no memory for {run} now: {error}", retry_after_s=5.0) from error
 
 
 class Run(Generic[State]):
@@ -104,7 +114,8 @@ class Run(Generic[State]):
             raise NotFound(f"training run {run!r} does not exist; create one with create_lora_training_client")
         self.creation = decode_creation(decode(data, Operation, names.operation(run, 0)))
         await self._take_manifest()
-        await self._recover()
+        with _when_there_is_memory(run):
+            await self._recover()
         await self._fence()
         self._mark_durable()
         return self
@@ -281,20 +292,25 @@ class Run(Generic[State]):
         else:
             try:
                 result = await self._succeed(operation)
+            except OutOfMemory as error:  # others may need less of it a moment later
+                result = self._given_up(operation, error, f": {error}", "user")
             except UserError as error:
                 result = self._failure(operation, str(error), "user")
             except KnapperError:
                 raise
-            except Exception as error:
-                seq, times = self._failed
-                times = times + 1 if seq == operation.seq else 1
-                self._failed = (operation.seq, times)
-                if times < _ATTEMPTS_MAX:
-                    raise Unavailable(f"operation {operation.seq} of {self.run} failed: {error!r}") from error
-                text = f"operation {operation.seq} failed {times} times, by a defect of the server: {error!r}"
-                result = self._failure(operation, text, "server")
+            except Exception as error:  # noqa: BLE001  a defect, of whatever kind: tried again, then told
+                result = self._given_up(operation, error, f", by a defect of the server: {error!r}", "server")
         self.applied = operation.seq
         return result
+
+    def _given_up(self, operation: Operation, error: Exception, why: str, category: str) -> Result:
+        """The answer to what has failed too often. Raises Unavailable before that: it is tried again."""
+        seq, times = self._failed
+        times = times + 1 if seq == operation.seq else 1
+        self._failed = (operation.seq, times)
+        if times < _ATTEMPTS_MAX:
+            raise Unavailable(f"operation {operation.seq} of {self.run} failed: {error!r}") from error
+        return self._failure(operation, f"operation {operation.seq} failed {times} times{why}", category)
 
     async def _succeed(self, operation: Operation) -> Result:
         source = await self._saves.source(operation, self.creation.spec) if operation.kind == "load_weights" else ""
@@ -376,7 +392,8 @@ class Run(Generic[State]):
         seq, out, state, cost = self._durable
         if state is None or seq == self._manifest.snapshot_seq:
             return
-        files = await self._machine.freeze(state)
+        with _when_there_is_memory(self.run):
+            files = await self._machine.freeze(state)
         prefix = names.snapshot(self.run, seq, self.epoch)
         await bundles.write(self._store, prefix, files, spec=self.creation.spec, seq=seq, epoch=self.epoch)
         before = self._manifest

@@ -28,7 +28,8 @@ class CoreEnded(Unavailable):
 
 @dataclass(frozen=True)
 class Options:
-    """How a core is made. `memory`: the part of a GPU that it takes; on a CPU keys and values have `kv_bytes`."""
+    """How a core is made. `memory`: the part of a GPU that it takes; on a CPU keys and values have `kv_bytes`, which
+    are whole GiB."""
 
     directory: Path
     dtype: Literal["float32", "bfloat16"]
@@ -232,7 +233,7 @@ def _prepare(options: Options, environ: MutableMapping[str, str]) -> None:
     }
     if options.device == "cpu":
         wanted |= {
-            "VLLM_CPU_KVCACHE_SPACE": str(max(1, options.kv_bytes // (1024 * limits.MIB))),
+            "VLLM_CPU_KVCACHE_SPACE": str(options.kv_bytes // (1024 * limits.MIB)),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes of a pod or laptop compute too
             "OMP_WAIT_POLICY": "PASSIVE",
             "KMP_BLOCKTIME": "0",

@@ -4,6 +4,7 @@ import atexit
 import signal
 import time
 from collections.abc import MutableMapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -14,8 +15,10 @@ import torch
 from tokenizers import Tokenizer
 
 from knapper import limits
+from knapper.engine import hardware, host_memory
 from knapper.engine.config import ModelConfig
 from knapper.engine.hardware import dtype_for
+from knapper.engine.kv import bytes_per_token
 from knapper.errors import InvalidField
 from knapper.metrics import Reading, Readings
 from knapper.settings import Settings
@@ -29,7 +32,8 @@ from knapper.vllm.shares import Shares
 from knapper.vllm.turns import Turns
 
 _TEXTS_MAX: Final = {"cpu": 64, "cuda": 256}  # that decode at once
-_KV_BYTES: Final = 2 * 1024 * limits.MIB  # keys and values on a CPU; on a GPU what KNAPPER_VLLM_MEMORY leaves
+_GIB: Final = 1024 * limits.MIB  # what vLLM's keys and values on a CPU are counted in
+_BLOCK: Final = 128  # positions of keys and values that a text takes at a time there
 
 log = structlog.get_logger()
 
@@ -44,9 +48,19 @@ def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, 
     directory = Path(settings.model_directory)
     facts = ModelConfig.read(directory)
     device = device_for(settings.device, "cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype_for(settings.dtype, torch.device(device))
+    kv_bytes = 0  # on a GPU it is what KNAPPER_VLLM_MEMORY leaves
+    if device == "cpu":
+        kv_bytes, fits = on_cpu(facts, dtype, _left(directory, dtype), settings.kv_memory)
+        if fits < facts.context:
+            log.warning(
+                "vllm: not even one text of the whole context fits: longer ones are refused",
+                tokens=fits, context=facts.context, todo="raise KNAPPER_KV_MEMORY, or give the sampler more memory",
+            )  # fmt: skip
+        facts = replace(facts, context=fits)
     options = Options(
         directory=directory,
-        dtype="bfloat16" if dtype_for(settings.dtype, torch.device(device)) == torch.bfloat16 else "float32",
+        dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
         context=facts.context,
         texts_max=_TEXTS_MAX[device],
         rank_max=settings.vllm_rank,
@@ -54,7 +68,7 @@ def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, 
         adapters_kept=limits.adapters_kept_max,
         device=device,
         memory=settings.vllm_memory,
-        kv_bytes=_KV_BYTES,
+        kv_bytes=kv_bytes,
         threads=settings.threads,
         sleeps=device == "cuda" and settings.vllm_rest_s > 0,
     )
@@ -74,6 +88,29 @@ def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, 
     )  # fmt: skip
     Readings(_readings(sampler, engine, shares, options.texts_max))
     return sampler, facts.context
+
+
+def on_cpu(facts: ModelConfig, dtype: torch.dtype, left: int, part: float) -> tuple[int, int]:
+    """(bytes of keys and values, tokens of the longest text) on a CPU whose memory has `left` beside the weights.
+
+    `part` as hardware.kv_bytes has it. vLLM takes whole GiB, one at least, and does not start unless they hold a text
+    of the context that it is told.
+    """
+    one = bytes_per_token(facts, dtype)
+    text = (facts.context + -facts.context % _BLOCK) * one
+    most = _TEXTS_MAX["cpu"] * text  # it takes all at once, whoever samples
+    kv = min(hardware.kv_bytes(left, part, _whole(text)), _whole(most)) // _GIB * _GIB
+    return max(_GIB, kv), min(facts.context, max(_GIB, kv) // (_BLOCK * one) * _BLOCK)
+
+
+def _whole(count: int) -> int:
+    return count + -count % _GIB
+
+
+def _left(directory: Path, dtype: torch.dtype) -> int:
+    """Of the machine's memory, once vLLM has the weights: in float32 they may take twice the bytes of their files."""
+    files = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    return max(0, host_memory.available() - files * (2 if dtype == torch.float32 else 1))
 
 
 def device_for(setting: str, present: Literal["cuda", "cpu"]) -> Literal["cuda", "cpu"]:

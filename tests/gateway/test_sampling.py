@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
+import numpy as np
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -16,12 +18,21 @@ from starlette.routing import Route
 
 from gateway import clockwork
 from knapper import limits
+from knapper.wire import proto, sample_requests
+from knapper.wire.types import SampleOutput, Sequence
 from tests.gateway.running import MODEL, Running, gateway, serve
+
+ANSWER = proto.encode_sample_response(
+    SampleOutput([Sequence(np.array([7, 8], dtype=np.int32), np.array([-0.5, -1.5], dtype=np.float32), stopped=False)])
+)
 
 
 @dataclass
 class Upstream:
-    """Answers in turn what `replies` says, then 200; holds requests while `gate` is closed."""
+    """Answers in turn what `replies` says, then a sample; holds requests while it is not `open`.
+
+    It reads what the sample function reads, and as strictly.
+    """
 
     replies: list[Response] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -29,13 +40,15 @@ class Upstream:
     cancelled: int = 0
 
     async def __call__(self, request: Request) -> Response:
-        self.calls.append(json.loads(await request.body()))
+        body = await request.body()
+        sample_requests.decode(body, sample_requests.SampleCall).sample(request.headers["knapper-tenant"])
+        self.calls.append(json.loads(body))
         while not self.open:
             await asyncio.sleep(0.01)
             if await request.is_disconnected():
                 self.cancelled += 1
                 return Response(status_code=499)
-        return self.replies.pop(0) if self.replies else Response(b"proto", media_type="application/x-protobuf")
+        return self.replies.pop(0) if self.replies else Response(ANSWER, media_type="application/x-protobuf")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +134,7 @@ def test_a_sample_is_promised_asked_for_and_kept(running: Running, upstream: Ups
     assert running.post("asample", asked) == promise
     for _ in range(2):
         reply = running.http.post("retrieve_future", json={"request_id": promise["request_id"]})
-        assert (reply.status_code, reply.content) == (200, b"proto")
+        assert (reply.status_code, reply.content) == (200, ANSWER)
         assert reply.headers["content-type"] == "application/x-protobuf"
     assert len(upstream.calls) == 1
     call = upstream.calls[0]
@@ -165,7 +178,7 @@ def test_an_error_of_the_user_comes_through_the_future(running: Running, upstrea
 def test_not_now_is_tried_again(running: Running, upstream: Upstream) -> None:
     upstream.replies += [JSONResponse({}, status_code=503), Response("bad gateway", status_code=502)]
     promise = running.post("asample", asample(sampler(running)))
-    assert running.http.post("retrieve_future", json={"request_id": promise["request_id"]}).content == b"proto"
+    assert running.http.post("retrieve_future", json={"request_id": promise["request_id"]}).content == ANSWER
     assert len(upstream.calls) == 3
 
 
@@ -196,7 +209,7 @@ def test_samples_end_with_their_session(running: Running, upstream: Upstream) ->
     until(lambda: upstream.cancelled == 1)
     upstream.open = True
     running.post("retrieve_future", {"request_id": mine["request_id"]}, status=410)
-    assert running.http.post("retrieve_future", json={"request_id": theirs["request_id"]}).content == b"proto"
+    assert running.http.post("retrieve_future", json={"request_id": theirs["request_id"]}).content == ANSWER
 
 
 def test_samples_of_a_client_that_fell_silent_are_cancelled(
@@ -253,6 +266,28 @@ def test_results_that_nobody_fetches_are_forgotten(
     running.run(clockwork.tick(running.parts))
     running.post("retrieve_future", {"request_id": promise["request_id"]}, status=410)
     assert running.post("asample", asample(session))["request_id"] != promise["request_id"]
+
+
+def test_an_answer_that_cannot_be_kept_is_refused_in_words(
+    running: Running, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would be forgotten before it is fetched, and the SDK would ask for it again, for ever."""
+    session = sampler(running)
+    tokens = np.arange(1000, dtype=np.int32)
+    whole = proto.encode_sample_response(SampleOutput([Sequence(tokens, tokens.astype(np.float32), stopped=False)]))
+
+    def asked(seq: int) -> httpx.Response:
+        upstream.replies = [Response(whole, media_type="application/x-protobuf")]
+        promise = running.post("asample", asample(session, seq))
+        return running.http.post("retrieve_future", json={"request_id": promise["request_id"]})
+
+    size = len(whole)
+    monkeypatch.setattr("gateway.samples._KEPT_BYTES_MAX", size)
+    assert asked(1).content == whole, "the limit itself is allowed"
+    monkeypatch.setattr("gateway.samples._KEPT_BYTES_MAX", size - 1)
+    told = asked(2).json()
+    assert told["category"] == "user"
+    assert told["error"].startswith(f"the answer has {size} bytes; allowed: {size - 1}. Ask for fewer samples")
 
 
 def test_a_cold_start_is_told(running: Running, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:

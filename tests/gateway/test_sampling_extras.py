@@ -16,7 +16,7 @@ from knapper import limits
 from knapper.sessions import Sampler, Samplers
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import MODEL, Running, gateway, serve
-from tests.gateway.test_sampling import Upstream, asample, fresh, sampler, until
+from tests.gateway.test_sampling import ANSWER, Upstream, asample, fresh, sampler, until
 
 CLONE = 10**9
 
@@ -66,14 +66,14 @@ def test_a_poll_tells_each_completion_once_in_order(running: Running, upstream: 
     assert poll(running, session, timeout=0) == {"completions": [], "cursor": 0}
     first = running.post("asample", asample(session, 1))["request_id"]
     seen = poll(running, session)
-    finished = {"state": "finished", "request_id": first, "response_payload_uncompressed_size": len(b"proto")}
+    finished = {"state": "finished", "request_id": first, "response_payload_uncompressed_size": len(ANSWER)}
     assert seen["completions"] == [finished]
     second = running.post("asample", asample(session, 2))["request_id"]
     then = poll(running, session, seen["cursor"])
     assert ids(then) == [second]
     assert then["cursor"] > seen["cursor"]
     assert poll(running, session, then["cursor"], timeout=0) == {"completions": [], "cursor": then["cursor"]}
-    assert running.http.post("retrieve_future", json={"request_id": first}).content == b"proto"
+    assert running.http.post("retrieve_future", json={"request_id": first}).content == ANSWER
 
 
 def test_a_poll_whose_answer_was_lost_is_answered_again(running: Running, upstream: Upstream) -> None:

@@ -189,6 +189,22 @@ def test_an_oversized_body_is_promised_its_error(running: Running, monkeypatch: 
     assert "over" in tombstone(running, run, 3)
 
 
+def test_the_limit_is_of_the_content_however_long_it_is_on_its_way(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not compress is a little longer as zstd: here 12 bytes of frame and block around it."""
+    run = running.make_run()
+    content = fwdbwd(run, 1, tokens=1000)
+    size = len(content)
+    frame = b"\x28\xb5\x2f\xfd\xa0" + size.to_bytes(4, "little") + (size << 3 | 1).to_bytes(3, "little") + content
+    assert zstd.decompress(frame) == content
+    monkeypatch.setattr(limits, "body_bytes_max", size)
+    assert running.forward_backward(frame, **{"Content-Encoding": "zstd"}).status_code == 200
+    stored = running.stored(run, 1)
+    assert stored is not None
+    assert stored.kind == "forward_backward"
+
+
 def test_seventy_megabytes_are_read_thrown_away_and_answered(running: Running) -> None:
     run = running.make_run()
     head = fwdbwd(run, 1)

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from knapper import limits
-from knapper.errors import OtherDtype, Unavailable
+from knapper.errors import OtherDtype, OutOfMemory, Unavailable
 from knapper.events import Committed, Done, Frame
 from knapper.journal import names
 from knapper.journal.accept import Acceptor
@@ -47,6 +47,50 @@ def test_a_defect_is_answered_after_three_tries_and_the_run_goes_on() -> None:
         assert results[1].failed
         assert b"failed 3 times, by a defect of the server" in results[1].body
         assert not results[2].failed
+
+    asyncio.run(story())
+
+
+class Cramped(LedgerMachine):
+    """Has no memory for operation 1, whoever asks, and none to make a run again for as long as it is `full`."""
+
+    full = False
+
+    async def apply(self, state: LedgerState, operation: Operation, source: Files | None) -> Outcome[LedgerState]:
+        if operation.seq == 1 or self.full:
+            raise OutOfMemory("it does not fit: it needs 9.0 GiB at once; 1.0 GiB are free")
+        return await super().apply(state, operation, source)
+
+
+def test_what_does_not_fit_is_told_after_three_tries_by_its_name_and_the_run_goes_on() -> None:
+    async def story() -> None:
+        store, machine = MemoryStore(), Cramped()
+        acceptor = Acceptor(store, lambda: 0.0)
+        await acceptor.create(CREATION, b"create")
+        for seq in (1, 2):
+            await send(acceptor, Step(seq, "optim_step", b"{}"))
+        residents = Residents(store, machine, Holder("h", "", TERMS), lambda: 0.0)
+
+        async def ring() -> list[Frame]:
+            return [frame async for frame in residents.answer(RUN)]
+
+        for _ in range(2):
+            with pytest.raises(Unavailable, match=r"9\.0 GiB"):
+                await ring()
+        commits = [frame.commit for frame in await ring() if isinstance(frame, Committed)]
+        results = {result.seq: result for commit in commits for result in commit.results}
+        assert msgspec.json.decode(results[1].body) == {
+            "error": "operation 1 failed 3 times: it does not fit: it needs 9.0 GiB at once; 1.0 GiB are free",
+            "category": "user",
+        }
+        assert not results[2].failed
+
+        machine.full = True
+        residents = Residents(store, machine, Holder("h2", "", TERMS), lambda: 0.0)
+        with pytest.raises(Unavailable, match=rf"no memory for {RUN} now: it does not fit"):  # operation 2 is replayed
+            await ring()
+        machine.full = False
+        assert [type(frame) for frame in await ring()][-1] is Done
 
     asyncio.run(story())
 
