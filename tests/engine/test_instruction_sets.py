@@ -8,6 +8,7 @@ import pytest
 from benchmarks.exactness import DTYPES, InstructionSet, instruction_sets, measured
 from knapper.models.obtain import SMOLLM2, obtain
 from knapper.settings import Settings
+from tests import instructions as instructions_tried
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,7 @@ def cases() -> list[object]:
 @pytest.mark.parametrize(("instructions", "dtype"), cases())
 def test_no_neighbour_changes_a_bit_at_real_shapes(instructions: InstructionSet, dtype: str, smollm2: Path) -> None:
     row = measured(instructions, str(smollm2), dtype, threads=1, quick=True)
+    instructions_tried.note(dtype, environment={**os.environ, **instructions.environment})
     assert row.broken == []
     assert row.zero, row
     assert any("adapter of rank 32" in product for product in row.found), "the adapters were not tried"

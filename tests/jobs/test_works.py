@@ -10,7 +10,7 @@ import pytest
 
 from knapper import events
 from knapper.errors import InvalidField
-from knapper.jobs import control, operations, outputs, progress, revive
+from knapper.jobs import control, operations, progress, revive
 from knapper.jobs.revive import Seen
 from knapper.rewards import scoring
 from knapper.rewards.rollouts import Rollout
