@@ -1,7 +1,7 @@
 """Checkpoints: names that users gave -> immutable bundles.
 
 A name has versions; the highest wins. Publishing, a new time to live and a deletion are versions too. The files of a
-bundle may outlast the names that led to it: `knapper.orphans` says for how long.
+bundle may outlast the names that led to it: `knapper.collect` says for how long.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import msgspec
 
 from knapper import ids
+from knapper.collect import marks
 from knapper.errors import NotFound, UserError
-from knapper.ids import RunId, TinkerPath
+from knapper.ids import RunId, TinkerPath, run_of_bundle, session_of
 from knapper.journal import names
 from knapper.journal.accept import decode_creation
 from knapper.journal.records import Operation, Record, decode, encode
@@ -61,7 +62,9 @@ class Checkpoints:
         prefix = _prefix(path, checkpoint.tenant)
         while True:
             listed = await self.store.list(prefix)
-            versions = [version for name in listed if (version := await self._version(name)) is not None]
+            versions = [version for name in listed if (version := await self.version(name)) is not None]
+            if versions and versions[-1].seq >= checkpoint.seq > 0:  # of a later one: ours was overwritten long ago
+                return
             if any(version.seq == checkpoint.seq for version in versions):
                 return
             if versions and versions[-1].lives(self.clock()) and not overwrite:
@@ -116,7 +119,7 @@ class Checkpoints:
         prefix = "checkpoints/" if tenant == EVERYONE else f"checkpoints/{tenant}/{within}"
         newest = {name.rpartition("/")[0]: name for name in await self.store.list(prefix)}  # sorted: the last one stays
         now = self.clock()
-        found = [c for c in await many.each(newest.values(), self._version) if c is not None and c.lives(now)]
+        found = [c for c in await many.each(newest.values(), self.version) if c is not None and c.lives(now)]
         return sorted(found, key=lambda checkpoint: (checkpoint.saved_at, checkpoint.path), reverse=True)
 
     async def _change(self, path: TinkerPath, tenant: str, **changes: object) -> None:
@@ -127,6 +130,8 @@ class Checkpoints:
             changed = msgspec.structs.replace(newest, **changes)
             if changed == newest:
                 return
+            for run in {path.run, run_of_bundle(newest.bundle)}:  # a copy's files lie where its source's do
+                await marks.put(self.store, session_of(run), f"{path.run}-{path.kind}-{path.name}-{n + 1}")
             if await self.store.put_if_absent(f"{_prefix(path, tenant)}{ids.number(n + 1)}", encode(changed)):
                 return
 
@@ -137,13 +142,13 @@ class Checkpoints:
     async def _newest(self, path: TinkerPath, tenant: str) -> tuple[int, Checkpoint | None]:
         prefix = _prefix(path, tenant)
         listed = await self.store.list(prefix)
-        n, newest = (names.last_number(listed[-1]), await self._version(listed[-1])) if listed else (0, None)
+        n, newest = (names.last_number(listed[-1]), await self.version(listed[-1])) if listed else (0, None)
         # A load must not take an old version because a listing lags: what no listing shows yet is found by its name.
         while (data := await self.store.get(name := f"{prefix}{ids.number(n + 1)}")) is not None:
             n, newest = n + 1, decode(data, Checkpoint, name)
         return n, newest
 
-    async def _version(self, name: str) -> Checkpoint | None:
+    async def version(self, name: str) -> Checkpoint | None:
         async def load() -> Checkpoint | None:
             data = await self.store.get(name)
             return None if data is None else decode(data, Checkpoint, name)

@@ -157,6 +157,9 @@ class CountedMachine(Generic[State]):
     async def freeze(self, state: State) -> Files:
         return await self._machine.freeze(state)
 
+    def frozen_bytes(self, state: State) -> int:
+        return self._machine.frozen_bytes(state)
+
     async def apply(self, state: State, operation: Operation, source: Files | None) -> Outcome[State]:
         outcome = "failed"
         try:

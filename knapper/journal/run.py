@@ -13,7 +13,7 @@ import msgspec
 from knapper import limits
 from knapper.errors import Corrupt, Fenced, KnapperError, NotFound, Unavailable, UserError
 from knapper.ids import RunId
-from knapper.journal import bundles, names
+from knapper.journal import bundles, ends, names
 from knapper.journal.accept import decode_creation
 from knapper.journal.machine import Files, Machine, Outcome, State
 from knapper.journal.newest import Manifests, newest_name
@@ -22,6 +22,7 @@ from knapper.journal.saves import Saves
 from knapper.store import Store
 
 _ATTEMPTS_MAX = 3  # an operation that fails so often, by a defect and not by the user, is answered with that
+_STORING_S = 2.0  # what a snapshot takes, before one was taken
 _COMMIT_AFTER_S = 0.05  # results wait no longer than this for others to share their commit
 
 _STATELESS = SAVES | {"tombstone"}  # they leave the state alone
@@ -75,6 +76,7 @@ class Run(Generic[State]):
         self._outbox: tuple[int, Commit] | None = None  # applied, and not yet known to be stored
         self._failed = (-1, 0)  # (operation, how often it failed by a defect)
         self._entered = False  # somebody is in `apply_pending`
+        self._storing_s = _STORING_S  # how long the newest snapshot took to store
         self._loaded = -1  # the newest operation that took its state from a checkpoint
 
     # -- claim ---------------------------------------------------------------------------------------------------------
@@ -93,7 +95,7 @@ class Run(Generic[State]):
 
         `manifests`: of a process that claims more than once, and need not search anew for what it has seen.
 
-        Raises NotFound if there is no such run, Fenced if somebody else claims it at this moment.
+        Raises NotFound if there is no such run, or none any more, Fenced if somebody else claims it at this moment.
         """
         self = cls(store, run, machine, holder, clock, manifests or Manifests(store))
         data = await store.get(names.operation(run, 0))
@@ -101,10 +103,26 @@ class Run(Generic[State]):
             raise NotFound(f"training run {run!r} does not exist; create one with create_lora_training_client")
         self.creation = decode_creation(decode(data, Operation, names.operation(run, 0)))
         await self._take_manifest()
-        await self._recover()
-        await self._fence()
+        if (over := await ends.ended(store, run)) is not None:
+            raise ends.refusal(run, over)
+        try:
+            await self._recover()
+            await self._fence()
+        except Corrupt as error:
+            await self._expect_newest(error)
+            raise
+        await self._expect_newest()
         self._mark_durable()
         return self
+
+    async def _expect_newest(self, error: Corrupt | None = None) -> None:
+        """Raises Fenced if a claim or snapshot came after our manifest.
+
+        Then what we read may be gone, and the slot that our fence took one of old, which was collected: neither counts.
+        Found by its number, which is never free again.
+        """
+        if await self._store.get(names.manifest(self.run, self._manifest_n + 1)) is not None:
+            raise Fenced(f"{self.run} went on without this claim, of epoch {self.epoch}") from error
 
     async def _take_manifest(self) -> None:
         newest = await self._manifests.newest(self.run)
@@ -139,11 +157,15 @@ class Run(Generic[State]):
             try:
                 await self._thaw(manifest.snapshot, manifest.snapshot_seq, manifest.snapshot_out)
             except Corrupt:
-                # Sweeps keep everything since the second newest snapshot, and before there were two, everything.
-                if manifest.snapshot_before:
-                    await self._thaw(
-                        manifest.snapshot_before, manifest.snapshot_before_seq, manifest.snapshot_before_out
-                    )
+                # The collector keeps everything since the second newest snapshot; before there were two, everything.
+                # The next snapshot comes after that one: the damaged one is nobody's second newest.
+                manifest = self._manifest = msgspec.structs.replace(
+                    manifest, snapshot=manifest.snapshot_before, snapshot_seq=manifest.snapshot_before_seq,
+                    snapshot_out=manifest.snapshot_before_out, snapshot_before="", snapshot_before_seq=-1,
+                    snapshot_before_out=0,
+                )  # fmt: skip
+                if manifest.snapshot:
+                    await self._thaw(manifest.snapshot, manifest.snapshot_seq, manifest.snapshot_out)
         name = await newest_name(self._store, names.commits(self.run), after=self._out)
         last = names.last_number(name) if name else 0
         while self._out < last:  # by number: what a listing leaves out is read all the same
@@ -192,7 +214,7 @@ class Run(Generic[State]):
         if not await self._store.put_if_absent(name, data):
             found = await self._store.get(name)
             if found is None:
-                raise Fenced(f"{name} was taken and swept: this claim has slept for days")
+                raise Fenced(f"{name} was taken and collected: this claim has slept for long")
             if found != data:
                 await self._adopt(decode(found, Commit, name))
                 return False
@@ -360,17 +382,32 @@ class Run(Generic[State]):
 
     @property
     def wants_snapshot(self) -> bool:
-        """Whether a recovery would by now repeat so much that a snapshot in the background is worth its bytes."""
-        return self.must_snapshot or self.replay_cost_s > limits.replay_budget_s / 2
+        """Whether the budget is used up by about the time that a snapshot in the background will have taken.
+
+        Begun then, no operation waits for it; begun sooner, it would only be more often.
+        """
+        ahead_s = min(2 * self._storing_s, limits.replay_budget_s / 2)
+        return self.must_snapshot or self.replay_cost_s > limits.replay_budget_s - ahead_s
+
+    @property
+    def worth_snapshot(self) -> bool:
+        """Whether a run that leaves the memory should be stored: its replay costs more than its bytes do."""
+        if self._state is None or self.applied == self._manifest.snapshot_seq:
+            return False
+        worth_s = self._machine.frozen_bytes(self._state) / limits.snapshot_bytes_per_replay_s
+        return self.must_snapshot or self.replay_cost_s > min(worth_s, limits.replay_budget_s / 2)
 
     async def snapshot(self) -> None:
-        """Store the committed state, and make recoveries start from it.
+        """Store the committed state, and make recoveries start from it. What that supersedes is the collector's.
 
         May run while operations go on; one at a time.
         """
         seq, out, state, cost = self._durable
         if state is None or seq == self._manifest.snapshot_seq:
             return
+        await self._expect_newest()
+        await self._expect_no_end()
+        began = self._clock()
         files = await self._machine.freeze(state)
         prefix = names.snapshot(self.run, seq, self.epoch)
         await bundles.write(self._store, prefix, files, spec=self.creation.spec, seq=seq, epoch=self.epoch)
@@ -381,6 +418,26 @@ class Run(Generic[State]):
             snapshot_before_out=before.snapshot_out,
         )  # fmt: skip
         await self._put_manifest(self._manifest_n + 1, manifest)
+        await self._expect_no_end(prefix)
+        self._storing_s = max(0.0, self._clock() - began)
         self.replay_cost_s -= cost
         applied, out, state, durable_cost = self._durable
         self._durable = (applied, out, state, durable_cost - cost)
+
+    async def _expect_no_end(self, written: str = "") -> None:
+        """Raises Fenced once the run was ended; a snapshot that was written meanwhile goes again."""
+        creation = names.operation(self.run, 0)  # in the end it goes, and the record of the end after it
+        if await ends.ended(self._store, self.run) is not None or await self._store.get(creation) is None:
+            if written:
+                await bundles.delete(self._store, written)
+            raise Fenced(f"{self.run} was ended")
+
+    @property
+    def manifest(self) -> Manifest:
+        """The newest, as this claim knows it."""
+        return self._manifest
+
+    @property
+    def manifest_n(self) -> int:
+        """The number of that."""
+        return self._manifest_n

@@ -142,7 +142,7 @@ def test_a_directory_of_objects_that_are_all_deleted_goes_with_the_last(tmp_path
 
 
 class Tidied(DirectoryStore):
-    """Somebody deletes the last object of the directory at the worst moment: after it was made, before its first file."""
+    """Somebody deletes the last object of the directory at the worst moment: it was made, and has no file yet."""
 
     def __init__(self, root: Path, times: int) -> None:
         super().__init__(root)
