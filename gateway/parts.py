@@ -18,6 +18,7 @@ from gateway.stirs import Stirs
 from gateway.waits import Waits
 from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
+from knapper.collect.collector import Collector
 from knapper.jobs.place import Place
 from knapper.jobs.revive import Seen
 from knapper.journal.accept import Acceptor
@@ -25,7 +26,6 @@ from knapper.journal.results import Results
 from knapper.keys import Keyring
 from knapper.links import Links
 from knapper.models.declared import Declared
-from knapper.orphans import Orphans
 from knapper.register import Register
 from knapper.store import Store
 from knapper.tokens import Tokens
@@ -45,7 +45,7 @@ class Parts:
     register: Register
     links: Links
     audit: Audit
-    orphans: Orphans
+    collector: Collector
     bells: Bells
     samples: Samples
     meter: Meter

@@ -261,8 +261,8 @@ async def _bury(
 
 
 async def _trainable(gateway: Parts, tenant: Tenant, model_id: str) -> RunId:
-    """The run. Raises NotFound, or UserError for one that only holds a copy."""
-    spec = await gateway.records.spec(model_id, tenant)
+    """The run. Raises NotFound, also for one that has ended, or UserError for one that only holds a copy."""
+    spec = await gateway.records.living(model_id, tenant)
     if spec.copied_from:
         raise UserError(
             f"training run {model_id} holds a copy of {spec.copied_from} and cannot be trained; "

@@ -43,7 +43,6 @@ key_note_chars_max = 128
 key_fresh_s = 0.5  # a key that was good so long ago is good; a revoked one is refused within a second
 link_s = 3600.0  # a signed URL is good for this long
 session_silent_s = 7 * 24 * 3600.0  # a session that nobody has heard of for so long holds its samplers' weights no more
-orphan_grace_s = 3600.0  # files that nothing leads to any more are deleted after this, so that loads under way succeed
 operations_told_max = 20_000  # operations that one trace, or one report of usage, is made from
 usage_days_max = 14
 reward_terms_max = 16  # of one weighted sum

@@ -39,7 +39,7 @@ async def delete(request: Request) -> Response:
         await gateway.checkpoints.own(path, tenant)
         await gateway.audit.write(tenant, "checkpoint_delete", tinker_path=str(path), model_id=path.run)
         await gateway.checkpoints.delete(path, tenant)
-        gateway.stirs.sweep.set()
+        gateway.stirs.collect.set()
     return JSONResponse(_DONE)
 
 

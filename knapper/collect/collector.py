@@ -12,18 +12,19 @@ Driven by marks and by what the gateway has seen: a session of which nothing is 
 happens ever less. It may be cut off anywhere, repeated, and done by several at once.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from math import inf
 
 import structlog
 
 from knapper.collect import marks
-from knapper.collect.session import Look, Memory, Pass, Retention, Visit, asked_of
-from knapper.errors import KnapperError, Unavailable
+from knapper.collect.session import Look, Memory, Need, Pass, Retention, Visit, asked_of
+from knapper.errors import KnapperError, NotFound, Unavailable
 from knapper.ids import RunId, SamplerId, SessionId, run_of, session_of
 from knapper.journal import ends
 from knapper.journal.records import End
+from knapper.sessions import Session
 from knapper.store import Store
 
 _PACE_S = 300.0  # a session that changes is looked at so often,
@@ -34,8 +35,8 @@ _FAR_S = 90 * 24 * 3600.0
 log = structlog.get_logger()
 
 
-async def nothing_needed() -> Mapping[RunId, int]:
-    return {}
+async def no_job(_session: Session, _run: RunId) -> Need:
+    return Need()
 
 
 async def no_accounts(_run: RunId) -> None:
@@ -54,7 +55,7 @@ class _Plan:
 class Collector:
     """`clock`: seconds since the epoch, by which things expire; `now`: monotonic seconds, by which grace is counted.
 
-    `needed` and `account`: as knapper.collect.session.Memory has them.
+    `need` and `account`: as knapper.collect.session.Memory has them.
     """
 
     def __init__(
@@ -63,11 +64,11 @@ class Collector:
         retention: Retention,
         clock: Callable[[], float],
         now: Callable[[], float],
-        needed: Callable[[], Awaitable[Mapping[RunId, int]]] = nothing_needed,
+        need: Callable[[Session, RunId], Awaitable[Need]] = no_job,
         account: Callable[[RunId], Awaitable[None]] = no_accounts,
     ) -> None:
         self._store, self._clock, self._now = store, clock, now
-        self._memory = Memory(store, retention, clock, now, needed, account)
+        self._memory = Memory(store, retention, clock, now, need, account)
         self._plans: dict[SessionId, _Plan] = {}
         self._touched: set[SessionId] = set()
         self._listed_at = -inf
@@ -159,6 +160,15 @@ class Collector:
         visit = Visit(self._memory, session, Pass(self._memory), {run})
         await visit.deleted_run(run, tenant)
         return visit.found.deleted
+
+    async def delete_of_anybody(self, run: RunId) -> tuple[str, int]:
+        """As `delete`, for the operator; return whose it was, too. Raises NotFound if there is no such run."""
+        creation = await self._memory.acceptor.creation(run)
+        end = await ends.ended(self._store, run)
+        if creation is None and end is None:
+            raise NotFound(f"training run {run!r} does not exist; `tinker run list` shows those that do")
+        tenant = end.tenant if end is not None else creation.spec.tenant if creation is not None else ""
+        return tenant, await self.delete(run, tenant)
 
     async def sweep(self) -> dict[SessionId, int]:
         """Look at every session of which anything is there; return where how many objects were deleted.

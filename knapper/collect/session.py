@@ -1,6 +1,6 @@
 """One look at a session: what is left of its runs, samplers and checkpoints, and what of it may go by now."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from math import inf
 
@@ -39,6 +39,14 @@ class Retention:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Need:
+    """What a job may still ask of a run: answers from operation `seq` on. `running`: and it will."""
+
+    seq: float = inf
+    running: bool = False
+
+
 @dataclass
 class Look:
     """What a look found. `next_s`: when time alone lets something go. `left`: whether anything may, whenever.
@@ -60,15 +68,15 @@ class Look:
 class Memory:
     """What all looks of a process share. `clock`: seconds since the epoch; `now`: monotonic, for what is given grace.
 
-    `needed`: of runs that jobs train, the lowest operation whose answer may still be asked for. `account`: writes down
-    what a run used, before the records go that tell it.
+    `need`: of a job, in the session, for one of its runs. `account`: writes down what a run used, before the records go
+    that tell it.
     """
 
     store: Store
     retention: Retention
     clock: Callable[[], float]
     now: Callable[[], float]
-    needed: Callable[[], Awaitable[Mapping[RunId, int]]]
+    need: Callable[[Session, RunId], Awaitable[Need]]
     account: Callable[[RunId], Awaitable[None]]
     # Of this process, so that a new one gives everything its time anew:
     asked: dict[SamplerId, float] = field(default_factory=dict)  # when somebody last did
@@ -96,7 +104,6 @@ class Pass:
     memory: Memory
     at_once: bool = False
     _held: frozenset[str] | None = None
-    _needed: Mapping[RunId, int] | None = None
 
     async def held(self) -> frozenset[str]:
         """Every bundle that a checkpoint which lives, or a sampler, of whatever session leads to."""
@@ -106,12 +113,6 @@ class Pass:
             living = await self.memory.checkpoints.listed(EVERYONE)
             self._held = frozenset(each.bundle for each in (*samplers, *living) if each is not None)
         return self._held
-
-    async def needed(self, run: RunId) -> float:
-        """The lowest operation of the run whose answer a job may still ask for."""
-        if self._needed is None:
-            self._needed = await self.memory.needed()
-        return self._needed.get(run, inf)
 
 
 class Visit:
@@ -126,6 +127,7 @@ class Visit:
         self._over: float | None = None  # since when
         self._ended: set[RunId] = set()
         self._bundles: set[str] = set()
+        self._named: set[str] = set()  # bundles that checkpoints lead to, or did
         self._holding: set[str] = set()  # bundles that samplers and living checkpoints of the session lead to
 
     async def go(self) -> Look:
@@ -183,9 +185,9 @@ class Visit:
         if not manifest.snapshot_before:
             return
         await self._memory.account(run)
-        now, needed = self._memory.clock(), await self._during.needed(run)
+        now, need = self._memory.clock(), await self._need(run)
         gone = await journal.records(
-            self._store, run, manifest, now=now, keep_s=self._keep.results_s, needed=needed,
+            self._store, run, manifest, now=now, keep_s=self._keep.results_s, needed=need.seq,
             after=self._memory.out.get(run, 0),
         )  # fmt: skip
         self._memory.out[run] = gone.out
@@ -202,12 +204,17 @@ class Visit:
         if at <= now:
             asked_at = await asked_of(self._store, run)
             at = max(self._over, claimed_at, asked_at) + self._keep.finished_s
-        if at > now or await self._during.needed(run) < inf:
-            self.found.wait(max(at - now, 3600.0 if at <= now else 0.0))
+        if at <= now and (await self._need(run)).running:
+            at = now + _HELD_S
+        if at > now:
+            self.found.wait(at - now)
             return
         asked = End(reason="finished", tenant=self._tenant, at=now, asked_at=asked_at)
         await self._memory.account(run)
         await self._after_end(run, await ends.end(self._store, run, asked))
+
+    async def _need(self, run: RunId) -> Need:
+        return Need() if self._record is None else await self._memory.need(self._record, run)
 
     async def _after_end(self, run: RunId, end: End) -> None:
         self._ended.add(run)
@@ -280,7 +287,10 @@ class Visit:
     # -- checkpoints, and files --------------------------------------------------------------------------------------
 
     async def _names(self) -> None:
-        """Of each name the newest version counts; older ones go, and who comes late with one finds it overtaken."""
+        """Of each name the newest version counts; older ones go after their files.
+
+        The newest stays, dead or alive: it is what a process that slept over its save finds.
+        """
         if not self._tenant:
             return
         now = self._memory.clock()
@@ -295,14 +305,20 @@ class Visit:
                 self._holding.add(newest.bundle)
                 if newest.expires_at:
                     self.found.wait(newest.expires_at - now)
-            self.found.deleted += await journal.delete(self._store, [name for name, _ in named[:-1]])
+            self._named |= {version.bundle for _, version in named}
+            old = [name for name, version in named[:-1] if version.bundle not in self._bundles - {newest.bundle}]
+            self.found.deleted += await journal.delete(self._store, old)
 
     async def _orphans(self) -> None:
-        """Files that nothing leads to. What is being saved has no name yet: its operation is not answered."""
+        """Files that nothing leads to any more; or never did, though their operation is answered.
+
+        What is being saved has no name yet.
+        """
         for prefix in sorted(self._bundles - self._holding):
             run = run_of_bundle(prefix)
             seq, _ = names.parse_snapshot(prefix)
-            if run not in self._ended and seq > await self._applied(run):
+            saving = prefix not in self._named and run not in self._ended
+            if saving and seq > await self._applied(run):
                 continue
             if prefix in await self._during.held():
                 self._memory.since.pop(prefix, None)

@@ -9,7 +9,7 @@ import msgspec
 from knapper import limits
 from knapper.errors import InvalidField, NotFound, UserError
 from knapper.ids import RunId
-from knapper.journal import names
+from knapper.journal import ends, names
 from knapper.journal.newest import Manifests
 from knapper.journal.records import Creation, Kind, Manifest, Operation, decode, encode
 from knapper.store import Store
@@ -45,9 +45,11 @@ class Acceptor:
     async def create(self, creation: Creation, request: bytes) -> None:
         """Make the run: operation 0. `request` is the client's body: a repetition is recognised by it.
 
-        Raises UserError if the run exists already and was created by another request.
+        Raises UserError if the run exists already and was created by another request, NotFound if it has ended.
         """
         run = RunId(creation.spec.run)
+        if (end := await ends.ended(self._store, run)) is not None:
+            raise ends.refusal(run, end)
         packed = Packed(hashlib.sha256(request).digest(), zstd.compress(encode(creation)))
         await self._put(run, 0, "create", packed)
 

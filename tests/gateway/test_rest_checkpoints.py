@@ -5,7 +5,7 @@ import pytest
 
 from knapper import limits
 from tests.gateway import saved
-from tests.gateway.running import Running
+from tests.gateway.running import Running, settings
 from tests.gateway.saved import Clock
 
 
@@ -165,9 +165,18 @@ def test_a_name_that_leaves_its_folder_is_refused(running: Running) -> None:
 # ---- the bytes
 
 
+GRACE_S = settings().keep_orphans_s
+
+
 def sweep(running: Running) -> list[str]:
-    swept: list[str] = running.run(running.parts.orphans.sweep())
-    return swept
+    """The collector's next look, as the gateway's chore does it; the bundles that are gone after it."""
+    before = bundles_of(running)
+    running.run(running.parts.collector.work())
+    return sorted(before - bundles_of(running))
+
+
+def bundles_of(running: Running) -> set[str]:
+    return {name.rpartition("/")[0] for name in saved.bundle_names(running)}
 
 
 def test_bytes_go_an_hour_after_the_last_name_that_led_to_them(running: Running, clock: Clock) -> None:
@@ -177,12 +186,12 @@ def test_bytes_go_an_hour_after_the_last_name_that_led_to_them(running: Running,
     running.http.delete(url(saved.save(running, run, "deleted", seq=3))).raise_for_status()
     before = saved.bundle_names(running)
     assert sweep(running) == []
-    clock.at += limits.orphan_grace_s - 1
+    clock.at += GRACE_S - 1
     assert sweep(running) == []
     assert saved.bundle_names(running) == before
     clock.at += 1
     assert len(sweep(running)) == 1, "the deleted one; the expired one is only just found"
-    clock.at += limits.orphan_grace_s
+    clock.at += GRACE_S
     assert len(sweep(running)) == 1
     left = {name.rpartition("/")[0] for name in saved.bundle_names(running)}
     assert len(left) == 1
@@ -197,9 +206,9 @@ def test_a_save_under_way_keeps_its_bytes(running: Running, clock: Clock) -> Non
     record = running.run(running.store.get(name))
     running.run(running.store.delete(name))
     assert sweep(running) == []
-    clock.at += limits.orphan_grace_s - 1
+    clock.at += GRACE_S - 1
     assert running.run(running.store.put_if_absent(name, record))
-    clock.at += limits.orphan_grace_s
+    clock.at += GRACE_S
     assert sweep(running) == []
     assert loads(running, path) == 200
 
@@ -219,7 +228,7 @@ def test_a_sampler_keeps_the_bytes_of_a_deleted_checkpoint_while_its_session_liv
     assert len(saved.bundle_names(running)) == len(saved.FILES) + 1
     running.post(f"sessions/{session}/finish", {"reason": {"type": "success"}})
     assert sweep(running) == []
-    clock.at += limits.orphan_grace_s
+    clock.at += GRACE_S
     assert len(sweep(running)) == 1
     assert saved.bundle_names(running) == []
 
@@ -230,7 +239,7 @@ def test_a_session_that_nobody_hears_of_keeps_nothing_after_a_week(running: Runn
     running.http.delete(url(path)).raise_for_status()
     clock.at += limits.session_silent_s
     assert sweep(running) == []
-    clock.at += limits.orphan_grace_s
+    clock.at += GRACE_S
     assert sweep(running) == []
-    clock.at += limits.orphan_grace_s
+    clock.at += GRACE_S
     assert len(sweep(running)) == 1

@@ -162,7 +162,8 @@ class History:
         session = Session(session=SESSION, tenant=SPEC.tenant, created_at=self.world.now)
         asyncio.run(self.sound.memory.put_if_absent(f"sessions/{SESSION}/created", encode(session)))
         draw = random.Random(f"keep {self.seed}")
-        self.keep = Retention(*(draw.choice((0.01, 1.0, 5.0)) for _ in range(3)), finished_s=1e9, records_s=1e9)
+        results_s, samplers_s, orphans_s = (draw.choice((0.01, 1.0, 5.0)) for _ in range(3))
+        self.keep = Retention(results_s, samplers_s, orphans_s, finished_s=1e9, records_s=1e9)
         self.store: Store = self.sound
         if self.rates is not None:
             self.faulty = FaultyStore(self.sound, random.Random(self.seed), self.rates, lambda _s: pause())

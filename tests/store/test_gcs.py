@@ -13,9 +13,10 @@ import pytest
 from knapper import limits
 from knapper.errors import Corrupt, InvalidField, StoreError
 from knapper.settings import Settings
+from knapper.store import forget_torn_writes
 from knapper.store import gcs as gcs_module
 from knapper.store.gcs import GcsStore
-from knapper.store.opening import forget_torn_writes, open_store
+from knapper.store.opening import open_store
 from tests.store import proxy
 from tests.store.emulator import Emulator, NewBucket
 from tests.store.proxy import FAULTS, Fault, Proxy
