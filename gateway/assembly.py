@@ -21,6 +21,7 @@ from gateway.samples import Samples
 from gateway.shortcuts import Shortcuts
 from gateway.stirs import Stirs
 from gateway.waits import Waits
+from knapper.accounts import Accounts
 from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
 from knapper.collect.collector import Collector
@@ -58,7 +59,9 @@ async def assembled(
     """The parts, with connections that live as long as this is open. `place`: of jobs; without it there are none."""
     manifests = Manifests(store)
     acceptor, results = Acceptor(store, clock, manifests), Results(store, manifests)
-    collector = Collector(store, Retention.of(settings), clock, monotonic, partial(needs.of, store))
+    accounts = Accounts(store, clock, monotonic, new_id)
+    keep = Retention.of(settings)
+    collector = Collector(store, keep, clock, monotonic, partial(needs.of, store), accounts.account)
     records = Records(store, acceptor, monotonic, collector.ask)
     checkpoints = Checkpoints(store, clock)
     meter = Meter(store, clock, new_id)
@@ -69,7 +72,9 @@ async def assembled(
         crowd = await connections.enter_async_context(_crowd())
         shortcuts = Shortcuts(crowd, monotonic)
         connections.push_async_callback(shortcuts.close)
-        bells = Bells(crowd, shortcuts, results, url_of, holder_of, records.forget_run, new_id, monotonic)
+        bells = Bells(
+            crowd, shortcuts, results, url_of, holder_of, accounts.answered, records.forget_run, new_id, monotonic
+        )
         yield Parts(
             store=store,
             acceptor=acceptor,
@@ -84,6 +89,7 @@ async def assembled(
             bells=bells,
             samples=Samples(crowd, shortcuts, new_id, monotonic, meter.count, first=int(clock() * 1e6)),
             meter=meter,
+            accounts=accounts,
             rewards=Rewards(client, settings.reward_url),
             events_host=settings.events_host,
             place=place,

@@ -17,6 +17,7 @@ from knapper import events, limits, metrics, tracing
 from knapper.errors import Corrupt, KnapperError, NotFound, NotHolder, Unavailable, UserError
 from knapper.events import Claimed, Committed, Done, Hint
 from knapper.ids import RunId
+from knapper.journal.records import Commit
 from knapper.journal.results import Results
 
 _BACK_OFF_S, _BACK_OFF_MAX_S = 0.2, 5.0
@@ -46,9 +47,8 @@ class _Line:
 class Bells:
     """At most one bell in flight a run. `url_of` says where a run's train_step listens; `now`: monotonic seconds.
 
-    `missing` hears of a run that train_step does not find: it was deleted, or is over.
-
-    Where pods have addresses of their own, the run's holder is rung there first, and the service if it is lost.
+    `told` hears of each commit that a holder tells of; `missing` of a run that train_step does not find any more. Where
+    pods have addresses of their own, the run's holder is rung there first, and the service if it is lost.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Bells:
         results: Results,
         url_of: Callable[[RunId], Awaitable[str]],
         holder_of: Callable[[RunId], Awaitable[Claimed | None]],
+        told: Callable[[RunId, int, Commit], None],
         missing: Callable[[RunId], None],
         new_id: Callable[[], str],
         now: Callable[[], float],
@@ -67,6 +68,7 @@ class Bells:
         self._results = results
         self._url_of = url_of
         self._holder_of = holder_of
+        self._told = told
         self._missing = missing
         self._new_id = new_id
         self._now = now
@@ -252,6 +254,7 @@ class Bells:
                     self._results.hear(run, frame.out)
                 case Committed(n=n, commit=commit):
                     self._results.offer(run, n, commit)
+                    self._told(run, n, commit)
                     self.wake(run)
                 case Done():
                     done = frame  # nothing follows, but a connection that was read to its end can be used again

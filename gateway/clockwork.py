@@ -17,6 +17,7 @@ _AWAITING_S = 60.0  # jobs are looked at so often at least while files are await
 _WAITING_S = 600.0  # and so often while all that run were rung for, and do not move
 _METER_S = 60.0
 _PARTS_S = 24 * 3600.0
+_ACCOUNTS_S, _ACCOUNTS_OPEN_S, _ACCOUNTS_REST_S = 300.0, 1800.0, 6 * 3600.0
 REST_S = 1800.0  # where there is nothing to do, what nobody told of is found after this
 
 log = structlog.get_logger()
@@ -30,6 +31,7 @@ def chores(gateway: Parts) -> list[Chore]:
         Chore("tick", partial(tick, gateway), _TICK_S),
         Chore("jobs", partial(jobs, gateway), jobs_s, stirred=gateway.stirs.jobs),
         Chore("meter", partial(meter, gateway), _METER_S),
+        Chore("settle", partial(settle, gateway), _ACCOUNTS_S, stirred=gateway.stirs.accounts),
         Chore("parts", partial(parts_left, gateway), _PARTS_S),
         Chore("collect", partial(collect, gateway), gateway.collector.pace_s, stirred=gateway.stirs.collect),
     ]
@@ -52,8 +54,9 @@ async def begin(gateway: Parts) -> None:
     """What comes before the first request. Raises InvalidField; a store that does not answer yet is asked again."""
     try:
         await publish(gateway)
+        await gateway.accounts.begun()
     except Unavailable as error:
-        log.warning("models are not published yet", reason=str(error))
+        log.warning("the store does not answer yet", reason=str(error))
 
 
 async def end(gateway: Parts) -> None:
@@ -67,6 +70,11 @@ async def end(gateway: Parts) -> None:
 async def meter(gateway: Parts) -> None:
     """Write down how many tokens were sampled."""
     await gateway.meter.flush()
+
+
+async def settle(gateway: Parts) -> float | None:
+    """Account for what runs have used, so that nobody reads their journals for it."""
+    return _ACCOUNTS_OPEN_S if await gateway.accounts.settle() else _ACCOUNTS_REST_S
 
 
 async def publish(gateway: Parts) -> None:

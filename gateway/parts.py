@@ -16,6 +16,7 @@ from gateway.rewarding import Rewards
 from gateway.samples import Samples
 from gateway.stirs import Stirs
 from gateway.waits import Waits
+from knapper.accounts import Accounts
 from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
 from knapper.collect.collector import Collector
@@ -49,6 +50,7 @@ class Parts:
     bells: Bells
     samples: Samples
     meter: Meter
+    accounts: Accounts
     rewards: Rewards
     events_host: str  # the name under which events come; empty: this machine's own
     place: Place | None  # of jobs; None: there is nowhere to put their files

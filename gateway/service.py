@@ -96,6 +96,8 @@ async def finish_session(request: Request) -> Response:
     gateway.heartbeats.forget(session)
     gateway.samples.cancel_session(session, Gone(f"session {session} has finished"))
     gateway.waits.stir(session)
+    gateway.accounts.forget(session)
+    gateway.stirs.accounts.set()
     gateway.stirs.collect.set()
     return JSONResponse({"status": "ok"})
 

@@ -99,6 +99,7 @@ async def load_weights(request: Request) -> Response:
 async def _create(gateway: Parts, tenant: Tenant, creation: Creation, body: bytes) -> Response:
     run = RunId(creation.spec.run)
     await gateway.register.add_run(await gateway.records.session(ids.session_of(run), tenant), run)
+    await _mark(gateway, tenant, run)
     await gateway.acceptor.create(creation, body)
     gateway.bells.ring(run, 0)
     return _promise(run, 0)
@@ -158,10 +159,10 @@ async def forward_backward(request: Request) -> Response:
     if not body.whole:
         return await _bury(gateway, tenant, scan.peek(body.data), body.data, bodies.too_large())
     try:
-        model_id, seq = await bodies.computed(len(body.data), proto.check_forward_backward, body.data)
+        model_id, seq, tokens = await bodies.computed(len(body.data), proto.check_forward_backward, body.data)
     except UserError as error:
         return await _bury(gateway, tenant, scan.peek(body.data), body.data, error)
-    return await _accept(gateway, tenant, model_id, seq, "forward_backward", body.data)
+    return await _accept(gateway, tenant, model_id, seq, "forward_backward", body.data, tokens)
 
 
 async def forward(request: Request) -> Response:
@@ -178,7 +179,8 @@ async def _json_forward(request: Request, decode: Callable[[bytes], ForwardBackw
     except UserError as error:
         return await _bury(gateway, tenant, _address(body), body, error)
     packed = await bodies.computed(len(body), _pack_forward, body, asked)
-    return await _accept_packed(gateway, tenant, asked.run, asked.seq, "forward_backward", packed)
+    tokens = sum(datum.tokens.size for datum in asked.data)
+    return await _accept_packed(gateway, tenant, asked.run, asked.seq, "forward_backward", packed, tokens)
 
 
 def _pack_forward(body: bytes, asked: ForwardBackward) -> Packed:
@@ -231,17 +233,23 @@ def _address(body: bytes) -> tuple[str, int] | None:
     return None
 
 
-async def _accept(gateway: Parts, tenant: Tenant, model_id: str, seq: int, kind: Kind, body: bytes) -> Response:
+async def _accept(
+    gateway: Parts, tenant: Tenant, model_id: str, seq: int, kind: Kind, body: bytes, tokens: int = 0
+) -> Response:
     packed = await bodies.computed(len(body), pack, body)
-    return await _accept_packed(gateway, tenant, model_id, seq, kind, packed)
+    return await _accept_packed(gateway, tenant, model_id, seq, kind, packed, tokens)
 
 
 async def _accept_packed(
-    gateway: Parts, tenant: Tenant, model_id: str, seq: int, kind: Kind, packed: Packed
+    gateway: Parts, tenant: Tenant, model_id: str, seq: int, kind: Kind, packed: Packed, tokens: int
 ) -> Response:
+    """`tokens`: of a forward pass."""
     run = await _trainable(gateway, tenant, model_id)
     await _room(gateway, run, seq)
-    await gateway.acceptor.accept(run, seq, kind, packed)
+    await _mark(gateway, tenant, run)
+    accepted_at = await gateway.acceptor.accept(run, seq, kind, packed)
+    if accepted_at is not None:
+        gateway.accounts.asked(run, seq, accepted_at, tokens)
     gateway.bells.ring(run, seq)
     return _promise(run, seq)
 
@@ -255,6 +263,7 @@ async def _bury(
     run = await _trainable(gateway, tenant, address[0])
     await _room(gateway, run, address[1])
     packed = await bodies.computed(len(body), pack, body)
+    await _mark(gateway, tenant, run)
     await gateway.acceptor.reject(run, address[1], packed, str(error))
     gateway.bells.ring(run, address[1])
     return _promise(run, address[1])
@@ -283,6 +292,12 @@ async def _room(gateway: Parts, run: RunId, seq: int) -> None:
             raise TooMany(
                 f"{ahead} operations of {run} wait; allowed: {limits.operations_waiting_max}; send it again later"
             )
+
+
+async def _mark(gateway: Parts, tenant: Tenant, run: RunId) -> None:
+    """What the run uses from here on is accounted for, whoever dies."""
+    if await gateway.accounts.mark(tenant, run):
+        gateway.stirs.accounts.set()
 
 
 def _promise(run: RunId, seq: int) -> Response:

@@ -81,9 +81,11 @@ def sweep(data: Annotated[Path | None, typer.Option(help="The data directory of 
 
 def _collector(data: Path | None) -> "tuple[Collector, Store]":
     """Of this deployment, and its store."""
+    import secrets
     import time
     from functools import partial
 
+    from knapper.accounts import Accounts
     from knapper.collect.collector import Collector
     from knapper.collect.session import Retention
     from knapper.jobs import needs
@@ -93,7 +95,8 @@ def _collector(data: Path | None) -> "tuple[Collector, Store]":
     settings = Settings.load({**os.environ, **({variable("data"): str(data)} if data else {})})
     store = open_store(settings)
     keep = Retention.of(settings)
-    return Collector(store, keep, time.time, time.monotonic, partial(needs.of, store)), store
+    account = Accounts(store, time.time, time.monotonic, lambda: secrets.token_hex(16)).account
+    return Collector(store, keep, time.time, time.monotonic, partial(needs.of, store), account), store
 
 
 Data = Annotated[Path | None, typer.Option(help="The data directory of `knapper up`.")]

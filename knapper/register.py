@@ -7,7 +7,7 @@ made (its maker died in between) answers as missing.
 from dataclasses import dataclass
 
 from knapper import ids
-from knapper.ids import RunId, SessionId
+from knapper.ids import RunId, SessionId, Tenant
 from knapper.sessions import Session
 from knapper.store import Store
 
@@ -51,6 +51,11 @@ class Register:
         prefix = f"tenants/{tenant}/runs/"
         names = await self.store.list(f"{prefix}{_place(session)}/" if session is not None else prefix)
         return [_run(name.removeprefix(prefix)) for name in reversed(names)]
+
+    async def everybodys_runs(self) -> list[tuple[Tenant, RunId]]:
+        """Of all tenants, in no order that means anything."""
+        listed = [name.split("/", 3) for name in await self.store.list("tenants/")]
+        return [(Tenant(tenant), _run(rest)) for _, tenant, kind, rest in listed if kind == "runs"]
 
 
 def _place(session: Session) -> str:

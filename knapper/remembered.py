@@ -29,6 +29,9 @@ class Remembered(Generic[K, V]):
             self._values.move_to_end(key)
         return self._values.get(key)
 
+    def known_keys(self) -> list[K]:
+        return list(self._values)
+
     def keep(self, key: K, value: V) -> None:
         """Remember the value, in the place of any other."""
         self._values[key] = value

@@ -81,7 +81,7 @@ async def tokens_sampled(store: Store, tenant: str, window: Window) -> list[tupl
     names = await store.list(prefix, start_after=f"{prefix}{number(window.first)}")
     within = [name for name in names if int(name.split("/")[2]) < window.end]
     if len(within) > limits.operations_told_max:
-        raise _too_much(window, "minutes of samples")
+        raise too_much(window, "minutes of samples")
     totals: dict[tuple[int, str, str], Sampled] = {}
     for hour, rows in await many.each(within, read):
         for row in rows:
@@ -103,9 +103,9 @@ async def tokens_trained(store: Store, runs: list[RunId], window: Window) -> dic
             within = [(hour, each) for each in group if (hour := window.hour(each.accepted_at)) is not None]
             read += len(within)
             if read > limits.operations_told_max:
-                raise _too_much(window, "operations")
+                raise too_much(window, "operations")
             for hour, operation in within:
-                counted[hour, run] += await asyncio.to_thread(_tokens, operation)
+                counted[hour, run] += await asyncio.to_thread(tokens_of, operation)
             if all(operation.accepted_at < window.first * HOUR_S for operation in group):
                 break
     return {key: tokens for key, tokens in counted.items() if tokens}
@@ -122,7 +122,7 @@ async def device_seconds(store: Store, runs: list[RunId], window: Window) -> dic
         async for group in history.commits(store, run):
             read += sum(window.hour(each.committed_at) is not None for each in group)
             if read > limits.operations_told_max:
-                raise _too_much(window, "operations")
+                raise too_much(window, "operations")
             for commit in group:
                 if (hour := window.hour(commit.committed_at)) is not None:
                     seconds[hour, run] = seconds.get((hour, run), 0.0) + commit.device_s
@@ -146,7 +146,8 @@ def stored_bytes(checkpoints: list[Checkpoint]) -> int:
     return sum({checkpoint.bundle: checkpoint.size_bytes for checkpoint in checkpoints}.values())
 
 
-def _tokens(operation: Operation) -> int:
+def tokens_of(operation: Operation) -> int:
+    """Of a forward pass, of another operation 0. Takes a while."""
     if operation.kind != "forward_backward":
         return 0
     try:
@@ -156,7 +157,7 @@ def _tokens(operation: Operation) -> int:
     return sum(datum.tokens.size for datum in request.data)
 
 
-def _too_much(window: Window, what: str) -> InvalidField:
+def too_much(window: Window, what: str) -> InvalidField:
     return InvalidField(
         "starting_on", begin_of(window.first).isoformat(), f"a window with at most {limits.operations_told_max} {what}",
         "Ask for fewer hours at a time",

@@ -11,6 +11,7 @@ from gateway.parts import Parts, parts
 from gateway.rest import shapes
 from gateway.tenants import tenant_of
 from knapper import usage
+from knapper.accounts import Use
 from knapper.audit import Entry
 from knapper.checkpoints import Checkpoint
 from knapper.errors import InvalidField
@@ -48,15 +49,12 @@ async def usage_events(request: Request) -> Response:
     """
     gateway, tenant = parts(request), tenant_of(request)
     window = Window(*json.convert(shapes.query(request), rest.UsageQuery).hours(gateway.clock()))
-    runs = await gateway.register.runs(tenant)
-    trained = await usage.tokens_trained(gateway.store, runs, window)
-    device = await usage.device_seconds(gateway.store, runs, window)
     saved = usage.checkpoints_saved(await gateway.checkpoints.listed(tenant), window)
     rows = []
-    for hour, run in trained.keys() | {key for key, seconds in device.items() if seconds}:
-        told = {"type": "training", "training_run_id": run, "device_seconds": round(device.get((hour, run), 0.0), 3)}
-        tokens = trained.get((hour, run), 0)
-        rows.append(_Row(hour, tokens, session_of(run), await _model(gateway, tenant, run), told))
+    for (hour, run), (tokens, device_s) in (await _trained(gateway, tenant, window)).items():
+        told = {"type": "training", "training_run_id": run, "device_seconds": round(device_s, 3)}
+        if tokens or device_s:
+            rows.append(_Row(hour, tokens, session_of(run), await _model(gateway, tenant, run), told))
     for (hour, run), count in saved.items():
         model, told = await _model(gateway, tenant, run), {"type": "checkpoint", "count": count}
         rows.append(_Row(hour, 0, session_of(run), model, told))
@@ -71,6 +69,16 @@ async def usage_events(request: Request) -> Response:
         metadata = (await gateway.records.session(session, tenant)).user_metadata_json
         sessions[session] = {"user_metadata": shapes.labels(metadata)}
     return JSONResponse({"data": data, "sessions": sessions, "cost_data_through": None})
+
+
+async def _trained(gateway: Parts, tenant: Tenant, window: Window) -> Use:
+    """From accounts; until there are any, from the journals of all runs."""
+    if await gateway.accounts.begun():
+        return await gateway.accounts.used(tenant, window)
+    runs = await gateway.register.runs(tenant)
+    tokens = await usage.tokens_trained(gateway.store, runs, window)
+    device_s = await usage.device_seconds(gateway.store, runs, window)
+    return {key: (tokens.get(key, 0), device_s.get(key, 0.0)) for key in tokens.keys() | device_s.keys()}
 
 
 @dataclass(frozen=True)

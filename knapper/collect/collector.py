@@ -39,7 +39,7 @@ async def no_job(_session: Session, _run: RunId) -> Need:
     return Need()
 
 
-async def no_accounts(_run: RunId) -> None:
+async def no_accounts(_tenant: str, _run: RunId) -> None:
     return None
 
 
@@ -65,7 +65,7 @@ class Collector:
         clock: Callable[[], float],
         now: Callable[[], float],
         need: Callable[[Session, RunId], Awaitable[Need]] = no_job,
-        account: Callable[[RunId], Awaitable[None]] = no_accounts,
+        account: Callable[[str, RunId], Awaitable[None]] = no_accounts,
     ) -> None:
         self._store, self._clock, self._now = store, clock, now
         self._memory = Memory(store, retention, clock, now, need, account)
@@ -155,7 +155,7 @@ class Collector:
         await marks.put(self._store, session, f"{run}-deleted")
         self.touch(session)
         asked_at = await asked_of(self._store, run)
-        await self._memory.account(run)
+        await self._memory.account(tenant, run)
         await ends.end(self._store, run, End(reason="deleted", tenant=tenant, at=self._clock(), asked_at=asked_at))
         visit = Visit(self._memory, session, Pass(self._memory), {run})
         await visit.deleted_run(run, tenant)

@@ -10,7 +10,7 @@ sleep, be wrong about what is newest, or work beside another, and deletes nothin
                 claim and one a snapshot, of some 300 bytes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from math import inf
 
@@ -82,47 +82,63 @@ class Gone:
 
 
 async def records(
-    store: Store, run: RunId, manifest: Manifest, *, now: float, keep_s: float, needed: float = inf, after: int = 0
+    store: Store,
+    run: RunId,
+    manifest: Manifest,
+    *,
+    now: float,
+    keep_s: float,
+    needed: float = inf,
+    after: int = 0,
+    first: Callable[[], Awaitable[None]] | None = None,
 ) -> Gone:
     """Delete operations and their answers up to the second newest snapshot, so long after their commit.
 
     `needed`: the lowest operation whose answer somebody will ask for, whenever that may be. `after`: out records up to
-    here are known to be gone, or fences.
+    here are known to be gone, or fences. `first` is done before any goes.
     """
     gone = Gone(out=after)
     while gone.out < manifest.snapshot_before_out:
         listed = await store.list(names.commits(run), start_after=names.commit(run, gone.out), limit=_PAGE)
         page = [name for name in listed if names.last_number(name) <= manifest.snapshot_before_out]
         for at in range(0, len(page), _READ_AT_ONCE):
-            more = await _some(store, run, page[at : at + _READ_AT_ONCE], now - keep_s, needed)
-            gone = Gone(gone.count + more.count, max(gone.out, more.out), more.next_at + keep_s)
-            if more.stopped:
+            some = await _old(store, page[at : at + _READ_AT_ONCE], now - keep_s, needed)
+            if some.doomed and first is not None:
+                await first()
+                first = None
+            # Operations go first: what sleeps in a claim, and finds the slot of such a commit free, finds nothing to do.
+            count = await _operations(store, run, some.through) + await delete(store, some.doomed)
+            gone = Gone(gone.count + count, max(gone.out, some.out), some.next_at + keep_s)
+            if some.stopped:
                 return gone
         if not page:
             break
     return gone
 
 
-async def _some(store: Store, run: RunId, page: Names, before: float, needed: float) -> "_Some":
-    """Delete what may go of these commits, and the operations that they answer."""
-    doomed: list[str] = []
-    through, out, stopped, next_at = -1, 0, False, inf
+@dataclass(frozen=True)
+class _Old:
+    """Commits that may go, which answer operations up to `through`; how far was looked, and what stopped that."""
+
+    doomed: Names
+    through: int
+    out: int
+    stopped: bool
+    next_at: float  # when the one was committed that is not old enough
+
+
+async def _old(store: Store, page: Names, before: float, needed: float) -> _Old:
+    doomed: Names = []
+    through, out = -1, 0
     for name, commit in zip(page, await many.each(page, lambda name: _commit(store, name)), strict=True):
         if commit is not None and commit.results:
             if commit.committed_at > before or commit.results[-1].seq >= needed:
-                stopped, next_at = True, commit.committed_at if commit.committed_at > before else inf
-                break
+                next_at = commit.committed_at if commit.committed_at > before else inf
+                return _Old(doomed, through, out, True, next_at)
             doomed.append(name)
             through = commit.results[-1].seq
         out = names.last_number(name)
-    # Operations first: whoever sleeps in a claim, and finds the slot of such a commit free, must find nothing to do.
-    count = await _operations(store, run, through) + await delete(store, doomed)
-    return _Some(count, out, next_at, stopped)
-
-
-@dataclass(frozen=True)
-class _Some(Gone):
-    stopped: bool = False
+    return _Old(doomed, through, out, False, inf)
 
 
 async def _operations(store: Store, run: RunId, through: int) -> int:

@@ -68,8 +68,8 @@ class Look:
 class Memory:
     """What all looks of a process share. `clock`: seconds since the epoch; `now`: monotonic, for what is given grace.
 
-    `need`: of a job, in the session, for one of its runs. `account`: writes down what a run used, before the records go
-    that tell it.
+    `need`: of a job, in the session, for one of its runs. `account`: writes down what a tenant's run
+    used, before the records go that tell it.
     """
 
     store: Store
@@ -77,7 +77,7 @@ class Memory:
     clock: Callable[[], float]
     now: Callable[[], float]
     need: Callable[[Session, RunId], Awaitable[Need]]
-    account: Callable[[RunId], Awaitable[None]]
+    account: Callable[[str, RunId], Awaitable[None]]
     # Of this process, so that a new one gives everything its time anew:
     asked: dict[SamplerId, float] = field(default_factory=dict)  # when somebody last did
     since: dict[str, float] = field(default_factory=dict)  # when a prefix was first seen that nobody needs
@@ -184,11 +184,10 @@ class Visit:
     async def _answers(self, run: RunId, manifest: Manifest) -> None:
         if not manifest.snapshot_before:
             return
-        await self._memory.account(run)
         now, need = self._memory.clock(), await self._need(run)
         gone = await journal.records(
             self._store, run, manifest, now=now, keep_s=self._keep.results_s, needed=need.seq,
-            after=self._memory.out.get(run, 0),
+            after=self._memory.out.get(run, 0), first=lambda: self._memory.account(self._tenant, run),
         )  # fmt: skip
         self._memory.out[run] = gone.out
         self.found.deleted += gone.count
@@ -210,7 +209,7 @@ class Visit:
             self.found.wait(at - now)
             return
         asked = End(reason="finished", tenant=self._tenant, at=now, asked_at=asked_at)
-        await self._memory.account(run)
+        await self._memory.account(self._tenant, run)
         await self._after_end(run, await ends.end(self._store, run, asked))
 
     async def _need(self, run: RunId) -> Need:

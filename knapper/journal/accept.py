@@ -58,8 +58,8 @@ class Acceptor:
         operation = await self._stored(run, 0)
         return None if operation is None else decode_creation(operation)
 
-    async def accept(self, run: RunId, seq: int, kind: Kind, packed: Packed) -> None:
-        """Store the operation, durable on return. A repetition of the same body is silent.
+    async def accept(self, run: RunId, seq: int, kind: Kind, packed: Packed) -> float | None:
+        """Store the operation, durable on return: when it was accepted. None for a repetition of the same body.
 
         Raises UserError if `seq` is taken by another body, or so old that its record is gone.
         """
@@ -70,7 +70,7 @@ class Acceptor:
                 f"seq_id {seq} of {run} was applied long ago and its record is gone; "
                 "continue with the next seq_id, or resume from a checkpoint"
             )
-        await self._put(run, seq, kind, packed)
+        return await self._put(run, seq, kind, packed)
 
     async def reject(self, run: RunId, seq: int, packed: Packed, error: str) -> None:
         """Use up `seq` for a request that cannot be served: a tombstone, whose result will be `error`."""
@@ -105,20 +105,21 @@ class Acceptor:
         operation = self._operation(run, seq, "tombstone", packed, error)
         await self._store.put_if_absent(names.operation(run, seq), encode(operation))
 
-    async def _put(self, run: RunId, seq: int, kind: Kind, packed: Packed, error: str = "") -> None:
+    async def _put(self, run: RunId, seq: int, kind: Kind, packed: Packed, error: str = "") -> float | None:
         operation = self._operation(run, seq, kind, packed, error)
         if await self._store.put_if_absent(names.operation(run, seq), encode(operation)):
-            return
+            return operation.accepted_at
         stored = await self._stored(run, seq)
         # A tombstone answers whoever comes late: through the future, where every other error of this operation would
         # come too.
         if stored is None or stored.kind == "tombstone" or stored.sha256 == packed.sha256:
-            return
+            return None
         if not _same_sampler_save(stored, operation):
             raise UserError(
                 f"seq_id {seq} of {run} was used before, for another request ({stored.kind}); "
                 "each operation needs a seq_id of its own, and a retry must repeat the same bytes"
             )
+        return None
 
     def _operation(self, run: RunId, seq: int, kind: Kind, packed: Packed, error: str) -> Operation:
         return Operation(

@@ -58,10 +58,14 @@ def decode_forward_backward(body: bytes) -> ForwardBackward:
     )
 
 
-def check_forward_backward(body: bytes) -> tuple[str, int]:
-    """(model_id, seq_id) of a request that parses and has no unknown fields; arrays are not looked at."""
+def check_forward_backward(body: bytes) -> tuple[str, int, int]:
+    """(model_id, seq_id, tokens) of a request that parses and has no unknown fields; arrays are not looked at.
+
+    `tokens`: as many as it has if it can be decoded at all.
+    """
     request = _parse_request(body)
-    return request.model_id, request.seq_id
+    tokens = sum(len(chunk.encoded_text.tokens) // 4 for datum in request.data for chunk in datum.model_input)
+    return request.model_id, request.seq_id, tokens
 
 
 def _parse_request(body: bytes) -> Any:

@@ -106,7 +106,7 @@ def test_a_request_of_the_sdk_decodes_to_the_same_arrays() -> None:
     assert weights.dtype == np.float32
     assert np.array_equal(weights, array(np.float32, [0.0, -1.5, 1e-7]))
     assert second.inputs["target_tokens"].tolist() == [8]
-    assert proto.check_forward_backward(body) == (RUN, 3)
+    assert proto.check_forward_backward(body) == (RUN, 3, 4)
 
 
 def test_sparse_targets_of_the_sdk_become_dense() -> None:

@@ -1,0 +1,142 @@
+"""Hours of a real gateway in seconds: a loop whose time leaps to the next timer, and a store that counts its calls."""
+
+import asyncio
+import selectors
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import httpx
+
+from gateway.main import create_app
+from gateway.parts import Parts
+from knapper.jobs.place import Place
+from knapper.store import Names, Store
+from tests.gateway.running import settings
+
+HOUR_S = 3600.0
+BEGAN_AT = 1_800_000_000.0
+_LISTED_MAX = 1000  # names that a bucket tells a request
+T = TypeVar("T")
+
+
+class _Leaping(selectors.DefaultSelector):
+    loop: "LeapingLoop"
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if ready or timeout is None or timeout <= 0:
+            return ready or super().select(timeout)
+        if self.loop.threads:
+            return super().select(0.01)
+        self.loop.now += timeout
+        return []
+
+
+class LeapingLoop(asyncio.SelectorEventLoop):
+    """Where nothing is ready and no thread is at work, time leaps to the next timer; else it stands still."""
+
+    def __init__(self) -> None:
+        self.now, self.threads = 0.0, 0
+        selector = _Leaping()
+        selector.loop = self
+        super().__init__(selector)
+
+    def time(self) -> float:
+        return self.now
+
+    def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> "asyncio.Future[T]":  # type: ignore[override]
+        self.threads += 1
+        future = super().run_in_executor(executor, func, *args)
+        future.add_done_callback(self._ended)
+        return future
+
+    def _ended(self, _: object) -> None:
+        self.threads -= 1
+
+
+def lived(story: Callable[[], Awaitable[T]]) -> T:
+    """What the story returns, which may take days."""
+    with asyncio.Runner(loop_factory=LeapingLoop) as runner:
+        return runner.run(_awaited(story))
+
+
+async def _awaited(story: Callable[[], Awaitable[T]]) -> T:
+    return await story()
+
+
+def clock() -> float:
+    return BEGAN_AT + asyncio.get_running_loop().time()
+
+
+@dataclass
+class CountingStore:
+    """`calls`: (verb, what), a listing of more than a thousand names as a bucket counts it. `what`: the name's kind."""
+
+    store: Store
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    @property
+    def verbs(self) -> dict[str, int]:
+        found: Counter[str] = Counter()
+        for (verb, _), count in self.calls.items():
+            found[verb] += count
+        return dict(found)
+
+    async def put_if_absent(self, name: str, data: bytes) -> bool:
+        self.calls["put", _what(name)] += 1
+        return await self.store.put_if_absent(name, data)
+
+    async def get(self, name: str) -> bytes | None:
+        self.calls["get", _what(name)] += 1
+        return await self.store.get(name)
+
+    async def list(self, prefix: str, start_after: str = "", limit: int = 0) -> Names:
+        names = await self.store.list(prefix, start_after, limit)
+        self.calls["list", _what(prefix)] += max(1, -(-len(names) // _LISTED_MAX))
+        return names
+
+    async def delete(self, name: str) -> None:
+        self.calls["delete", _what(name)] += 1
+        await self.store.delete(name)
+
+
+def _what(name: str) -> str:
+    """runs/<run>/in/... is runs/in."""
+    parts = name.split("/")
+    return f"runs/{parts[2]}" if parts[0] == "runs" and len(parts) > 2 else parts[0]
+
+
+@dataclass(frozen=True)
+class Gateway:
+    http: httpx.AsyncClient
+    parts: Parts
+
+    async def post(self, path: str, json: Any = None) -> Any:
+        return (await self.http.post(path, json=json)).raise_for_status().json()
+
+    async def session(self) -> str:
+        asked: dict[str, Any] = {"tags": [], "user_metadata": None, "sdk_version": "0.38.0", "type": "create_session"}
+        return str((await self.post("create_session", asked))["session_id"])
+
+    async def live(self, session: str) -> None:
+        """As the SDK does while its user thinks: a heartbeat every ten seconds, for ever."""
+        while True:
+            await self.post("session_heartbeat", {"session_id": session, "type": "session_heartbeat"})
+            await asyncio.sleep(10.0)
+
+
+@asynccontextmanager
+async def gateway(store: Store, place: Place | None = None, **changes: Any) -> AsyncIterator[Gateway]:
+    """The whole gateway, chores and all, whose clocks are the loop's. `changes`: of its settings."""
+    now = asyncio.get_running_loop().time
+    app = create_app(store, settings(**changes), place=place, clock=clock, monotonic=now)
+    transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
+    headers = {"X-API-Key": "tml-local", "Accept": "application/x-protobuf, application/json"}
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1/api/v1/", headers=headers) as http,
+    ):
+        yield Gateway(http, app.state.parts)
