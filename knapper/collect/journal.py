@@ -106,7 +106,7 @@ async def records(
             if some.doomed and first is not None:
                 await first()
                 first = None
-            # Operations go first: what sleeps in a claim, and finds the slot of such a commit free, finds nothing to do.
+            # Operations first: what sleeps in a claim, and finds the slot of such a commit free, finds nothing to do.
             count = await _operations(store, run, some.through) + await delete(store, some.doomed)
             gone = Gone(gone.count + count, max(gone.out, some.out), some.next_at + keep_s)
             if some.stopped:

