@@ -98,6 +98,7 @@ async def finish_session(request: Request) -> Response:
     gateway.waits.stir(session)
     gateway.accounts.forget(session)
     gateway.stirs.accounts.set()
+    gateway.collector.touch(session)
     gateway.stirs.collect.set()
     return JSONResponse({"status": "ok"})
 

@@ -88,6 +88,8 @@ class Collector:
     @property
     def rest_s(self) -> float:
         """How long nothing has to be done, if nothing happens."""
+        if self._touched:
+            return 0.0
         now = self._now()
         soonest = min((plan.at for plan in self._plans.values()), default=inf)
         return max(0.0, min(soonest - now, self._listed_at + _LOOK_S - now))
@@ -98,7 +100,7 @@ class Collector:
         Asks nothing of the store while nothing has happened and no time has come. Raises StoreError; the next call goes
         on.
         """
-        if not self._touched and self.rest_s > 0:
+        if self.rest_s > 0:
             return {}
         if not self._begun:
             await marks.mark_all(self._store)

@@ -127,6 +127,7 @@ class Visit:
         self._over: float | None = None  # since when
         self._ended: set[RunId] = set()
         self._bundles: set[str] = set()
+        self._before: list[tuple[str, str]] = []  # versions of names that were overtaken, and files that only they name
         self._named: set[str] = set()  # bundles that checkpoints lead to, or did
         self._holding: set[str] = set()  # bundles that samplers and living checkpoints of the session lead to
 
@@ -138,6 +139,7 @@ class Visit:
         await self._samplers()
         await self._names()
         await self._orphans()
+        await self._versions_before()
         if self._over is None:
             self.found.left = True  # it lives, and may do anything
         else:
@@ -286,10 +288,7 @@ class Visit:
     # -- checkpoints, and files --------------------------------------------------------------------------------------
 
     async def _names(self) -> None:
-        """Of each name the newest version counts; older ones go after their files.
-
-        The newest stays, dead or alive: it is what a process that slept over its save finds.
-        """
+        """What the checkpoints of the session lead to: the newest version of each name counts."""
         if not self._tenant:
             return
         now = self._memory.clock()
@@ -305,8 +304,8 @@ class Visit:
                 if newest.expires_at:
                     self.found.wait(newest.expires_at - now)
             self._named |= {version.bundle for _, version in named}
-            old = [name for name, version in named[:-1] if version.bundle not in self._bundles - {newest.bundle}]
-            self.found.deleted += await journal.delete(self._store, old)
+            for name, version in named[:-1]:
+                self._before.append((name, version.bundle if version.bundle != newest.bundle else ""))
 
     async def _orphans(self) -> None:
         """Files that nothing leads to any more; or never did, though their operation is answered.
@@ -324,6 +323,14 @@ class Visit:
                 self.found.wait(_HELD_S)
             elif self._during.at_once or self._has_waited(prefix):
                 await self._delete_bundle(prefix)
+
+    async def _versions_before(self) -> None:
+        """Older versions of names go after their files.
+
+        The newest stays, dead or alive: it is what a process that slept over its save finds.
+        """
+        old = [name for name, bundle in self._before if bundle not in self._bundles]
+        self.found.deleted += await journal.delete(self._store, old)
 
     async def _applied(self, run: RunId) -> int:
         """An operation that is answered; the newest, but for many claims in a row that did nothing."""

@@ -100,6 +100,8 @@ class Run(Generic[State]):
         self = cls(store, run, machine, holder, clock, manifests or Manifests(store))
         data = await store.get(names.operation(run, 0))
         if data is None:
+            if (over := await ends.ended(store, run)) is not None:
+                raise ends.refusal(run, over)
             raise NotFound(f"training run {run!r} does not exist; create one with create_lora_training_client")
         self.creation = decode_creation(decode(data, Operation, names.operation(run, 0)))
         await self._take_manifest()

@@ -165,7 +165,7 @@ def test_a_name_that_leaves_its_folder_is_refused(running: Running) -> None:
 # ---- the bytes
 
 
-GRACE_S = settings().keep_orphans_s
+GRACE_S, UNASKED_S = settings().keep_orphans_s, settings().keep_samplers_s
 
 
 def sweep(running: Running) -> list[str]:
@@ -189,7 +189,7 @@ def test_bytes_go_an_hour_after_the_last_name_that_led_to_them(running: Running,
     clock.at += GRACE_S - 1
     assert sweep(running) == []
     assert saved.bundle_names(running) == before
-    clock.at += 1
+    clock.at += running.parts.collector.pace_s
     assert len(sweep(running)) == 1, "the deleted one; the expired one is only just found"
     clock.at += GRACE_S
     assert len(sweep(running)) == 1
@@ -228,6 +228,9 @@ def test_a_sampler_keeps_the_bytes_of_a_deleted_checkpoint_while_its_session_liv
     assert len(saved.bundle_names(running)) == len(saved.FILES) + 1
     running.post(f"sessions/{session}/finish", {"reason": {"type": "success"}})
     assert sweep(running) == []
+    clock.at += UNASKED_S
+    assert sweep(running) == [], "the sampler is gone, and its files wait for loads under way"
+    assert running.http.get(f"samplers/{sampler}").status_code == 404
     clock.at += GRACE_S
     assert len(sweep(running)) == 1
     assert saved.bundle_names(running) == []
@@ -240,6 +243,8 @@ def test_a_session_that_nobody_hears_of_keeps_nothing_after_a_week(running: Runn
     clock.at += limits.session_silent_s
     assert sweep(running) == []
     clock.at += GRACE_S
+    assert sweep(running) == [], "silent for a week only now"
+    clock.at += UNASKED_S
     assert sweep(running) == []
     clock.at += GRACE_S
     assert len(sweep(running)) == 1
