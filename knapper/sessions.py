@@ -122,7 +122,9 @@ class Sessions:
             silent_at = (names.last_number(heard) + 1) * DAY_S + limits.session_silent_s
         else:
             record = await self.find(session)
-            silent_at = 0.0 if record is None else record.created_at + limits.session_silent_s
+            if record is None:  # nothing is known of it, so nothing of it is given up
+                return None
+            silent_at = record.created_at + limits.session_silent_s
         return silent_at if now > silent_at else None
 
     async def delete(self, session: SessionId) -> int:

@@ -140,10 +140,10 @@ class Visit:
         await self._names()
         await self._orphans()
         await self._versions_before()
-        if self._over is None:
-            self.found.left = True  # it lives, and may do anything
-        else:
+        if self._over is not None:
             await self._forget()
+        elif self._record is not None or self._runs or self._holding:
+            self.found.left = True  # it lives, and may do anything
         return self.found
 
     async def _begin(self) -> None:
@@ -284,6 +284,8 @@ class Visit:
         self._memory.records.forget(f"samplers/{sampler.sampler}")
         if sampler.run and sampler.bundle:
             await self._delete_bundle(sampler.bundle)
+        elif sampler.bundle:  # a checkpoint's, whose name may be gone
+            await marks.put(self._store, session_of(run_of_bundle(sampler.bundle)), f"{sampler.sampler}-gone")
 
     # -- checkpoints, and files --------------------------------------------------------------------------------------
 
