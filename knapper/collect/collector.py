@@ -131,6 +131,7 @@ class Collector:
         except KnapperError as error:  # a damaged record, say: everything else is collected all the same
             log.error("a session cannot be collected", session=session, code=error.code, reason=str(error))
             look = Look(left=True, next_s=_LOOK_S)
+        self._touched |= look.others
         if not look.left:
             await marks.remove(self._store, session, seen)
             return look.deleted
@@ -161,6 +162,7 @@ class Collector:
         await ends.end(self._store, run, End(reason="deleted", tenant=tenant, at=self._clock(), asked_at=asked_at))
         visit = Visit(self._memory, session, Pass(self._memory), {run})
         await visit.deleted_run(run, tenant)
+        self._touched |= visit.found.others
         return visit.found.deleted
 
     async def delete_of_anybody(self, run: RunId) -> tuple[str, int]:

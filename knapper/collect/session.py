@@ -51,13 +51,14 @@ class Need:
 class Look:
     """What a look found. `next_s`: when time alone lets something go. `left`: whether anything may, whenever.
 
-    `over`: the session is, so that nothing happens in it any more.
+    `over`: the session is, so that nothing happens in it any more. `others`: whose files lost something that led to them.
     """
 
     deleted: int = 0
     next_s: float = inf
     left: bool = False
     over: bool = False
+    others: set[SessionId] = field(default_factory=set)
 
     def wait(self, seconds: float) -> None:
         """Something is left, to be looked at again then."""
@@ -233,8 +234,8 @@ class Visit:
         doomed = await self._store.list(f"checkpoints/{tenant}/{run}/")
         versions = await many.each(doomed, self._memory.checkpoints.version)
         led_to = {version.bundle for version in versions if version is not None and version.bundle}
-        for session in {session_of(run_of_bundle(bundle)) for bundle in led_to} - {self._session}:
-            await marks.put(self._store, session, f"{run}-deleted")  # a copy's files lie where its source's do
+        for bundle in led_to:  # a copy's files lie where its source's do
+            await self._tell(bundle, f"{run}-deleted")
         doomed += await self._store.list(f"inflight/{run}/")
         for name in await self._store.list(f"samplers/{self._session}:"):
             if (sampler := await self._memory.sampler(name)) is not None and sampler.run == run:
@@ -285,7 +286,14 @@ class Visit:
         if sampler.run and sampler.bundle:
             await self._delete_bundle(sampler.bundle)
         elif sampler.bundle:  # a checkpoint's, whose name may be gone
-            await marks.put(self._store, session_of(run_of_bundle(sampler.bundle)), f"{sampler.sampler}-gone")
+            await self._tell(sampler.bundle, f"{sampler.sampler}-gone")
+
+    async def _tell(self, bundle: str, what: str) -> None:
+        """Whoever's files these are: they may be needed no more."""
+        session = session_of(run_of_bundle(bundle))
+        if session != self._session:
+            await marks.put(self._store, session, what)
+            self.found.others.add(session)
 
     # -- checkpoints, and files --------------------------------------------------------------------------------------
 
