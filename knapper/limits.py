@@ -34,6 +34,7 @@ hole_s = 900.0  # a sequence number that never arrives becomes a tombstone after
 session_lapse_s = 300.0  # no heartbeat for so long: samples cancelled, runs released from memory
 replay_budget_s = 30.0  # compute that a recovery may have to repeat
 snapshot_bytes_per_replay_s = 25 * MIB  # so many bytes are stored to spare a recovery one second of compute
+snapshot_least_replay_s = 1.0  # and however few they are: it is ten calls of the store
 torn_after_s = 7 * 24 * 3600.0  # parts of large objects that nothing refers to: no writer takes so long
 commit_inline_bytes_max = 4 * MIB  # results that share one commit
 page_max = 1000  # how many runs, checkpoints or sessions one list answers

@@ -51,7 +51,7 @@ class Need:
 class Look:
     """What a look found. `next_s`: when time alone lets something go. `left`: whether anything may, whenever.
 
-    `over`: the session is, so that nothing happens in it any more. `others`: whose files lost something that led to them.
+    `over`: the session is, so that nothing happens in it any more. `others`: whose files have lost what led to them.
     """
 
     deleted: int = 0

@@ -396,7 +396,8 @@ class Run(Generic[State]):
         """Whether a run that leaves the memory should be stored: its replay costs more than its bytes do."""
         if self._state is None or self.applied == self._manifest.snapshot_seq:
             return False
-        worth_s = self._machine.frozen_bytes(self._state) / limits.snapshot_bytes_per_replay_s
+        size = self._machine.frozen_bytes(self._state)
+        worth_s = max(limits.snapshot_least_replay_s, size / limits.snapshot_bytes_per_replay_s)
         return self.must_snapshot or self.replay_cost_s > min(worth_s, limits.replay_budget_s / 2)
 
     async def snapshot(self) -> None:

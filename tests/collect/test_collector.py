@@ -402,9 +402,7 @@ def test_a_job_finds_the_answers_of_its_step_however_long_it_stood_still() -> No
             return names.last_number((await bench.names(names.operations(bench.run)))[1])
 
         await steps(3)
-        trained = Trained(
-            next_seq=5, steps=9, metrics={}, tokens=0, bytes=0, spent=Spent(), began_at=0.0, ended_at=0.0
-        )
+        trained = Trained(next_seq=5, steps=9, metrics={}, tokens=0, bytes=0, spent=Spent(), began_at=0.0, ended_at=0.0)
         await bench.collect(after_s=DAY_S)
         assert await lowest() == 1, "no step is done yet"
         await bench.store.put_if_absent(start.trained(0), encode(trained))
