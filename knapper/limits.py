@@ -33,6 +33,7 @@ slice_s = 30.0  # how long one bell works on a run before it rings the next
 hole_s = 900.0  # a sequence number that never arrives becomes a tombstone after this
 session_lapse_s = 300.0  # no heartbeat for so long: samples cancelled, runs released from memory
 replay_budget_s = 30.0  # compute that a recovery may have to repeat
+replay_bytes_min = MIB // 4  # of records that a recovery may have to read in any case
 snapshot_bytes_per_replay_s = 25 * MIB  # so many bytes are stored to spare a recovery one second of compute
 snapshot_least_replay_s = 1.0  # and however few they are: it is ten calls of the store
 torn_after_s = 7 * 24 * 3600.0  # parts of large objects that nothing refers to: no writer takes so long

@@ -5,7 +5,7 @@ so an earlier holder that still lives loses the slot it needs and finds a higher
 """
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic
 
 import msgspec
@@ -39,6 +39,22 @@ class Holder:
     terms: Terms
 
 
+@dataclass(frozen=True)
+class _Durable(Generic[State]):
+    """What is committed: the newest operation, the newest out record, the state; and what a recovery of it repeats."""
+
+    applied: int = -1
+    out: int = 0
+    state: State | None = None
+    cost_s: float = 0.0
+    bytes: int = 0
+
+
+def _stored_bytes(size: int) -> int:
+    """What a record takes at least where it lies, and to be read: small ones are not free."""
+    return max(size, 4096)
+
+
 class Run(Generic[State]):
     """A claimed run. Any method may raise Fenced or StoreError.
 
@@ -63,8 +79,8 @@ class Run(Generic[State]):
         self.creation: Creation
         self.terms_before: Terms | None = None  # of the claim before this one, if they were others
         self._state: State | None = None
-        # As committed: (applied, out, state, replay cost)
-        self._durable: tuple[int, int, State | None, float] = (-1, 0, None, 0.0)
+        self._replay_bytes = 0  # records since the newest snapshot
+        self._durable: _Durable[State] = _Durable()
         self._store = store
         self._machine = machine
         self._clock = clock
@@ -186,6 +202,7 @@ class Run(Generic[State]):
         """Make a stored commit part of the state."""
         if commit.epoch > self.epoch:
             raise Fenced(f"{self.run} was taken over at epoch {commit.epoch}; this claim is of epoch {self.epoch}")
+        self._replay_bytes += _stored_bytes(sum(len(result.body) for result in commit.results))
         for result in commit.results:
             if result.seq != self.applied + 1:
                 raise Corrupt(
@@ -200,6 +217,7 @@ class Run(Generic[State]):
         operation = await self._operation(result.seq)
         if operation is None or operation.sha256 != result.sha256:
             raise Corrupt(f"operation {result.seq} of {self.run} is not the one that was answered")
+        self._replay_bytes += _stored_bytes(len(operation.body_zstd))
         if operation.kind not in _STATELESS:
             outcome = await self._step(operation, result.source)
             self._state = outcome.state
@@ -256,7 +274,9 @@ class Run(Generic[State]):
 
     def _roll_back(self) -> None:
         """What was applied and not committed never happened."""
-        self.applied, _, self._state, self.replay_cost_s = self._durable
+        was = self._durable
+        self.applied, self._state = was.applied, was.state
+        self.replay_cost_s, self._replay_bytes = was.cost_s, was.bytes
 
     async def _flush(self, publish: Publish) -> None:
         if self._outbox is None:
@@ -269,11 +289,12 @@ class Run(Generic[State]):
             if found != data:  # after our own fence nobody but a later claim can have this slot
                 raise Fenced(f"slot {n} of {self.run} was taken by another claim")
         self._out, self._outbox = n, None
+        self._replay_bytes += _stored_bytes(len(data))
         self._mark_durable()
         await publish(n, commit)
 
     def _mark_durable(self) -> None:
-        self._durable = (self.applied, self._out, self._state, self.replay_cost_s)
+        self._durable = _Durable(self.applied, self._out, self._state, self.replay_cost_s, self._replay_bytes)
 
     async def _apply_some(self, stop: Callable[[], bool]) -> Commit | None:
         """The next commit: one operation, and those behind it that are quick enough to share it.
@@ -313,6 +334,7 @@ class Run(Generic[State]):
                 text = f"operation {operation.seq} failed {times} times, by a defect of the server: {error!r}"
                 result = self._failure(operation, text, "server")
         self.applied = operation.seq
+        self._replay_bytes += _stored_bytes(len(operation.body_zstd))
         return result
 
     async def _succeed(self, operation: Operation) -> Result:
@@ -386,26 +408,34 @@ class Run(Generic[State]):
     def wants_snapshot(self) -> bool:
         """Whether the budget is used up by about the time that a snapshot in the background will have taken.
 
-        Begun then, no operation waits for it; begun sooner, it would only be more often.
+        Begun then, no operation waits for it; begun sooner, it would only be more often. Or a recovery has more to read
+        in records than a snapshot is large: that bounds what a run of many small operations leaves.
         """
+        if self.must_snapshot:
+            return True
         ahead_s = min(2 * self._storing_s, limits.replay_budget_s / 2)
-        return self.must_snapshot or self.replay_cost_s > limits.replay_budget_s - ahead_s
+        bytes_max = max(limits.replay_bytes_min, self._frozen_bytes)
+        return self.replay_cost_s > limits.replay_budget_s - ahead_s or self._replay_bytes > bytes_max
 
     @property
     def worth_snapshot(self) -> bool:
         """Whether a run that leaves the memory should be stored: its replay costs more than its bytes do."""
         if self._state is None or self.applied == self._manifest.snapshot_seq:
             return False
-        size = self._machine.frozen_bytes(self._state)
-        worth_s = max(limits.snapshot_least_replay_s, size / limits.snapshot_bytes_per_replay_s)
+        worth_s = max(limits.snapshot_least_replay_s, self._frozen_bytes / limits.snapshot_bytes_per_replay_s)
         return self.must_snapshot or self.replay_cost_s > min(worth_s, limits.replay_budget_s / 2)
+
+    @property
+    def _frozen_bytes(self) -> int:
+        return 0 if self._state is None else self._machine.frozen_bytes(self._state)
 
     async def snapshot(self) -> None:
         """Store the committed state, and make recoveries start from it. What that supersedes is the collector's.
 
         May run while operations go on; one at a time.
         """
-        seq, out, state, cost = self._durable
+        stored = self._durable
+        seq, state = stored.applied, stored.state
         if state is None or seq == self._manifest.snapshot_seq:
             return
         await self._expect_newest()
@@ -416,16 +446,17 @@ class Run(Generic[State]):
         await bundles.write(self._store, prefix, files, spec=self.creation.spec, seq=seq, epoch=self.epoch)
         before = self._manifest
         manifest = msgspec.structs.replace(
-            before, snapshot=prefix, snapshot_seq=seq, snapshot_out=out,
+            before, snapshot=prefix, snapshot_seq=seq, snapshot_out=stored.out,
             snapshot_before=before.snapshot, snapshot_before_seq=before.snapshot_seq,
             snapshot_before_out=before.snapshot_out,
         )  # fmt: skip
         await self._put_manifest(self._manifest_n + 1, manifest)
         await self._expect_no_end(prefix)
         self._storing_s = max(0.0, self._clock() - began)
-        self.replay_cost_s -= cost
-        applied, out, state, durable_cost = self._durable
-        self._durable = (applied, out, state, durable_cost - cost)
+        self.replay_cost_s -= stored.cost_s
+        self._replay_bytes -= stored.bytes
+        now = self._durable
+        self._durable = replace(now, cost_s=now.cost_s - stored.cost_s, bytes=now.bytes - stored.bytes)
 
     async def _expect_no_end(self, written: str = "") -> None:
         """Raises Fenced once the run was ended; a snapshot that was written meanwhile goes again."""

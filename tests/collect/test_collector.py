@@ -110,7 +110,7 @@ def test_an_inflight_sampler_that_is_used_stays_and_moves_on_to_the_newest_weigh
     async def story() -> None:
         bench = Bench()
         await bench.begin()
-        used = await bench.save_sampler("inflight")
+        newest = used = await bench.save_sampler("inflight")
         for _ in range(20):
             await bench.step(sampler=False)
             newest = await bench.save_sampler("inflight")
@@ -272,6 +272,7 @@ def test_the_holder_keeps_the_two_newest_snapshots() -> None:
     async def story() -> None:
         bench = Bench()
         await bench.begin()
+        kept = set[str]()
         for _ in range(5):
             await bench.step()
             await bench.snapshot()
