@@ -81,6 +81,7 @@ class Bells:
         line.accepted = max(line.accepted, accepted)
         line.again = True
         if line.task is None:
+            line.unanswered_since = self._now()
             line.task = asyncio.create_task(self._ring_until_quiet(run, line))
 
     def woken(self, run: RunId) -> asyncio.Event:
@@ -113,9 +114,15 @@ class Bells:
         return line is not None and line.task is not None
 
     def told(self, run: RunId) -> bool:
-        """Whether the run's holder tells of whatever it commits: until its answer to the bell ends, or breaks off."""
+        """Whether the run's holder tells of whatever it commits, until its answer to the bell ends or breaks off.
+
+        A bell of a moment ago counts as answered: what was committed before it is told at the beginning of its answer.
+        """
         line = self._lines.get(run)
-        return line is not None and line.told
+        if line is None:
+            return False
+        just_rung = line.unanswered_since is not None and self._now() - line.unanswered_since < _COLD_S
+        return line.told or just_rung
 
     def queue_state(self, run: RunId) -> tuple[str, str | None]:
         """(queue_state, reason) for whoever waits on the run."""

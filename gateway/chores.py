@@ -48,16 +48,19 @@ async def done(chores: Iterable[Chore]) -> AsyncIterator[None]:
 async def _for_ever(chore: Chore) -> None:
     pause_s = 0.0 if chore.at_once else chore.every_s
     while True:
-        await _pause(chore, pause_s)
-        pause_s = await _work(chore, pause_s)
+        pause_s = await _work(chore, await _paused(chore, pause_s))
 
 
-async def _pause(chore: Chore, pause_s: float) -> None:
-    if pause_s > chore.every_s:
+async def _paused(chore: Chore, pause_s: float) -> float:
+    """How long at most, so that the next pause is not longer than it should be for what was stirred."""
+    last_s = min(pause_s, chore.every_s)
+    if pause_s > last_s:
         with suppress(TimeoutError):
-            await asyncio.wait_for(chore.stirred.wait(), pause_s - chore.every_s)
+            await asyncio.wait_for(chore.stirred.wait(), pause_s - last_s)
+            pause_s = last_s
     chore.stirred.clear()  # what stirs from here on, while the work perhaps has looked already, is for the next time
-    await asyncio.sleep(min(pause_s, chore.every_s))
+    await asyncio.sleep(last_s)
+    return pause_s
 
 
 async def _work(chore: Chore, pause_s: float) -> float:

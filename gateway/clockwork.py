@@ -17,7 +17,7 @@ _AWAITING_S = 60.0  # jobs are looked at so often at least while files are await
 _WAITING_S = 600.0  # and so often while all that run were rung for, and do not move
 _METER_S = 60.0
 _PARTS_S = 24 * 3600.0
-_ACCOUNTS_S, _ACCOUNTS_OPEN_S, _ACCOUNTS_REST_S = 300.0, 1800.0, 6 * 3600.0
+_ACCOUNTS_S, _ACCOUNTS_OPEN_S, _ACCOUNTS_REST_S = 300.0, 1800.0, 24 * 3600.0
 REST_S = 1800.0  # where there is nothing to do, what nobody told of is found after this
 
 log = structlog.get_logger()
@@ -109,7 +109,8 @@ async def tick(gateway: Parts) -> None:
         for name in gateway.bells.runs():
             if session_of(name) == session:
                 await gateway.bells.forget(name)  # from memory; a poll, or another request, brings it back
-    for name in gateway.waits.due(gateway.bells.undone()):
+    undone = {run: far for run, far in gateway.bells.undone().items() if not gateway.bells.told(run)}
+    for name in gateway.waits.due(undone):
         await revive(gateway, name)
         gateway.waits.looked(name)
 

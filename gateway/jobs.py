@@ -12,7 +12,7 @@ from gateway import bodies
 from gateway.parts import Parts, parts
 from gateway.rest import shapes
 from gateway.tenants import tenant_of
-from knapper import events
+from knapper import events, limits
 from knapper.errors import InvalidField, Unavailable
 from knapper.ids import Tenant
 from knapper.jobs import bells, control, names, outputs, revive, telling
@@ -29,6 +29,11 @@ class Submit(fields.Request, frozen=True, kw_only=True):
 
     name: Annotated[str, Meta(max_length=63)] | None = None
     files: Annotated[dict[str, str], Meta(min_length=1, max_length=_FILES_MAX)]
+
+
+class List(fields.Request, frozen=True, kw_only=True):
+    limit: Annotated[int, Meta(ge=1, le=limits.jobs_told_max)] = 100
+    offset: Annotated[int, Meta(ge=0, le=10**9)] = 0
 
 
 class Show(fields.Request, frozen=True, kw_only=True):
@@ -55,8 +60,16 @@ async def submit(request: Request) -> Response:
 
 
 async def list_jobs(request: Request) -> Response:
+    """Newest first, a page at a time: only of those that are told of anything is read."""
     gateway, tenant = parts(request), tenant_of(request)
-    return JSONResponse({"jobs": await telling.briefs(gateway.store, tenant)})
+    asked = json.convert(shapes.query(request), List)
+    found = await telling.listed(gateway.store, tenant)
+    page = found[asked.offset : asked.offset + asked.limit]
+    answer = {
+        "jobs": await telling.briefs(gateway.store, page),
+        "cursor": shapes.cursor(asked.offset, asked.limit, len(found)),
+    }
+    return JSONResponse(answer)
 
 
 async def show(request: Request) -> Response:

@@ -16,6 +16,7 @@ from knapper.sessions import Finish, Sampler, Samplers, Session, Sessions
 from knapper.store import Store
 
 _OPEN_FRESH_S = 600.0  # another gateway's word that a session has finished may reach its heartbeats so late
+_PROJECT_FRESH_S = 600.0
 _MODEL_FRESH_S = 5.0  # a model that is taken out of service is gone for new requests after this
 
 
@@ -38,6 +39,7 @@ class Records:
         self._sampler: Remembered[tuple[SamplerId, Tenant], Sampler] = Remembered()
         self._session: Remembered[tuple[SessionId, Tenant], Session] = Remembered()
         self._open: Remembered[SessionId, float] = Remembered()
+        self._projects: Remembered[SessionId, tuple[float, str]] = Remembered()
         self._heard: Remembered[tuple[SessionId, int], None] = Remembered()
         self._accepted: Remembered[RunId, tuple[int, float]] = Remembered()
         self._models: dict[str, tuple[float, ModelRecord]] = {}
@@ -124,8 +126,21 @@ class Records:
         await self._heard.get((session, day), lambda: self.sessions.hear(session, day))
 
     async def project(self, session: str, tenant: Tenant) -> str:
-        """The project that the session is in, empty for none. Raises NotFound."""
-        return await self.sessions.project(await self.session(session, tenant))
+        """The project that the session is in, empty for none: another gateway's move may be missed for ten minutes.
+
+        Raises NotFound.
+        """
+        record = await self.session(session, tenant)
+        known = self._projects.known(SessionId(record.session))
+        if known is None or self._now() - known[0] >= _PROJECT_FRESH_S:
+            known = self._now(), await self.sessions.project(record)
+            self._projects.keep(SessionId(record.session), known)
+        return known[1]
+
+    async def assign(self, session: Session, project_id: str) -> None:
+        """Move the session into the project."""
+        await self.sessions.assign(SessionId(session.session), project_id)
+        self._projects.forget(SessionId(session.session))
 
     async def asked_at(self, run: RunId) -> float:
         """When the run's newest operation was accepted, in seconds since the epoch. Raises NotFound."""

@@ -17,7 +17,7 @@ from knapper.errors import InvalidField, TooMany, UserError
 from knapper.ids import RunId, Tenant, TinkerPath
 from knapper.journal import bundles
 from knapper.journal.accept import Packed, pack
-from knapper.journal.records import Creation, Kind, Spec
+from knapper.journal.records import SAVES, Creation, Kind, Spec
 from knapper.models.catalogue import ModelRecord
 from knapper.wire import json, json_forward, proto, requests, scan
 from knapper.wire.types import ForwardBackward
@@ -250,6 +250,8 @@ async def _accept_packed(
     accepted_at = await gateway.acceptor.accept(run, seq, kind, packed)
     if accepted_at is not None:
         gateway.accounts.asked(run, seq, accepted_at, tokens)
+    if kind in SAVES:
+        gateway.stirs.sweep.set()  # it may take the name of another, or have a time to live
     gateway.bells.ring(run, seq)
     return _promise(run, seq)
 

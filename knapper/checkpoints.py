@@ -4,18 +4,19 @@ A name has versions; the highest wins. Publishing, a new time to live and a dele
 bundle may outlast the names that led to it: `knapper.collect` says for how long.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
 
-from knapper import ids
+from knapper import ids, labels
 from knapper.collect import marks
 from knapper.errors import NotFound, UserError
 from knapper.ids import RunId, TinkerPath, run_of_bundle, session_of
 from knapper.journal import names
 from knapper.journal.accept import decode_creation
 from knapper.journal.records import Operation, Record, decode, encode
+from knapper.labels import Label
 from knapper.remembered import Remembered
 from knapper.store import Store, many
 
@@ -60,9 +61,11 @@ class Checkpoints:
         """
         path = TinkerPath.parse(checkpoint.path)
         prefix = _prefix(path, checkpoint.tenant)
+        if await self._put(f"{prefix}{ids.number(1)}", checkpoint):
+            return
         while True:
             listed = await self.store.list(prefix)
-            versions = [version for name in listed if (version := await self.version(name)) is not None]
+            versions = [version for name in listed if (version := await self._version(name)) is not None]
             if versions and versions[-1].seq >= checkpoint.seq > 0:  # of a later one: ours was overwritten long ago
                 return
             if any(version.seq == checkpoint.seq for version in versions):
@@ -73,7 +76,7 @@ class Checkpoints:
                     "allowed: a new name, or overwrite=True where the method has it"
                 )
             n = names.last_number(listed[-1]) if listed else 0
-            if await self.store.put_if_absent(f"{prefix}{ids.number(n + 1)}", encode(checkpoint)):
+            if await self._put(f"{prefix}{ids.number(n + 1)}", checkpoint):
                 return
 
     async def resolve(self, path: TinkerPath, tenant: str) -> Checkpoint:
@@ -111,16 +114,31 @@ class Checkpoints:
             raise _missing(path)
         return found
 
-    async def listed(self, tenant: str, within: str = "") -> list[Checkpoint]:
+    async def labels(self, tenant: str, within: str = "") -> list[Label]:
         """The tenant's, newest first: all, or those of the runs whose ids begin with `within`. EVERYONE: all there are.
 
-        Reads one listing, and of each name the newest version unless it was read before.
+        Two listings, however many there are; nothing is read.
         """
-        prefix = "checkpoints/" if tenant == EVERYONE else f"checkpoints/{tenant}/{within}"
-        newest = {name.rpartition("/")[0]: name for name in await self.store.list(prefix)}  # sorted: the last one stays
+        below = "" if tenant == EVERYONE else f"{tenant}/{within}"
         now = self.clock()
-        found = [c for c in await many.each(newest.values(), self.version) if c is not None and c.lives(now)]
-        return sorted(found, key=lambda checkpoint: (checkpoint.saved_at, checkpoint.path), reverse=True)
+        found = [label for label in await labels.newest(self.store, below, self._label) if label.lives(now)]
+        return sorted(found, key=lambda label: (label.saved_at, str(label.path)), reverse=True)
+
+    async def read(self, chosen: Iterable[Label]) -> list[Checkpoint]:
+        """What they are about, in their order."""
+        found = await many.each(chosen, lambda label: self._version(label.version))
+        return [checkpoint for checkpoint in found if checkpoint is not None]
+
+    async def listed(self, tenant: str, within: str = "") -> list[Checkpoint]:
+        """As `labels`, and all of it read."""
+        return await self.read(await self.labels(tenant, within))
+
+    async def versions(self, tenant: str, within: str) -> list[list[Label]]:
+        """Of each name below all versions that there are, the newest last, whether it lives or not."""
+        found: dict[str, list[Label]] = {}
+        for label in await labels.every(self.store, f"{tenant}/{within}", self._label):
+            found.setdefault(str(label.path), []).append(label)
+        return list(found.values())
 
     async def _change(self, path: TinkerPath, tenant: str, **changes: object) -> None:
         while True:
@@ -132,7 +150,7 @@ class Checkpoints:
                 return
             for run in {path.run, run_of_bundle(newest.bundle)}:  # a copy's files lie where its source's do
                 await marks.put(self.store, session_of(run), f"{path.run}-{path.kind}-{path.name}-{n + 1}")
-            if await self.store.put_if_absent(f"{_prefix(path, tenant)}{ids.number(n + 1)}", encode(changed)):
+            if await self._put(f"{_prefix(path, tenant)}{ids.number(n + 1)}", changed):
                 return
 
     async def _living(self, path: TinkerPath, tenant: str) -> Checkpoint | None:
@@ -142,13 +160,24 @@ class Checkpoints:
     async def _newest(self, path: TinkerPath, tenant: str) -> tuple[int, Checkpoint | None]:
         prefix = _prefix(path, tenant)
         listed = await self.store.list(prefix)
-        n, newest = (names.last_number(listed[-1]), await self.version(listed[-1])) if listed else (0, None)
+        n, newest = (names.last_number(listed[-1]), await self._version(listed[-1])) if listed else (0, None)
         # A load must not take an old version because a listing lags: what no listing shows yet is found by its name.
         while (data := await self.store.get(name := f"{prefix}{ids.number(n + 1)}")) is not None:
             n, newest = n + 1, decode(data, Checkpoint, name)
         return n, newest
 
-    async def version(self, name: str) -> Checkpoint | None:
+    async def _put(self, version: str, checkpoint: Checkpoint) -> bool:
+        """True if it is stored; then it is labelled too."""
+        if not await self.store.put_if_absent(version, encode(checkpoint)):
+            return False
+        await self.store.put_if_absent(_label_of(version, checkpoint).place, b"")
+        return True
+
+    async def _label(self, version: str) -> Label | None:
+        checkpoint = await self._version(version)
+        return None if checkpoint is None else _label_of(version, checkpoint)
+
+    async def _version(self, name: str) -> Checkpoint | None:
         async def load() -> Checkpoint | None:
             data = await self.store.get(name)
             return None if data is None else decode(data, Checkpoint, name)
@@ -159,6 +188,13 @@ class Checkpoints:
         name = names.operation(run, 0)
         data = await self.store.get(name)
         return None if data is None else decode_creation(decode(data, Operation, name)).spec.tenant
+
+
+def _label_of(version: str, checkpoint: Checkpoint) -> Label:
+    return Label.of(
+        version, checkpoint.saved_at, checkpoint.expires_at, checkpoint.size_bytes, checkpoint.base_model,
+        checkpoint.bundle,
+    )  # fmt: skip
 
 
 def _prefix(path: TinkerPath, tenant: str) -> str:

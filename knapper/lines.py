@@ -10,9 +10,7 @@ from dataclasses import dataclass
 
 from knapper.ids import RunId, number
 from knapper.store import Store
-from knapper.usage import Window
-
-_PAGE = 999  # names of one listing, as a bucket serves them in one request
+from knapper.usage import Window, names_within
 
 
 @dataclass(frozen=True, order=True)
@@ -55,20 +53,9 @@ def _parse(name: str) -> Line:
 
 
 async def within(store: Store, tenant: str, window: Window) -> dict[tuple[int, RunId], Line]:
-    """The lines of the window, by hour and run. Reads nothing, and lists nothing from after its end."""
-    found: dict[tuple[int, RunId], Line] = {}
-    prefix = f"used/{tenant}/"
-    after = f"{prefix}{number(window.first)}"
-    while True:
-        page = await store.list(prefix, start_after=after, limit=_PAGE)
-        for name in page:  # in order: the highest of a run and hour stays
-            line = _parse(name)
-            if line.hour >= window.end:
-                return found
-            found[line.hour, line.run] = line
-        if len(page) < _PAGE:
-            return found
-        after = page[-1]
+    """The lines of the window, by hour and run. Nothing is read."""
+    found = map(_parse, await names_within(store, f"used/{tenant}/", window))
+    return {(line.hour, line.run): line for line in found}  # in order: the highest of an hour and run stays
 
 
 async def of_run(store: Store, tenant: str, hour: int, run: RunId) -> Line:

@@ -12,15 +12,16 @@ from datetime import UTC, datetime
 import msgspec
 
 from knapper import limits
-from knapper.checkpoints import Checkpoint
 from knapper.errors import InvalidField, UserError
 from knapper.ids import RunId, number
 from knapper.journal import history
 from knapper.journal.records import Operation, Record, decode
-from knapper.store import Store, many
+from knapper.labels import Label
+from knapper.store import Names, Store, many
 from knapper.wire import proto, zstd
 
 HOUR_S = 3600
+_PAGE = 999  # names of one listing, as a bucket tells them in one request
 
 
 class Sampled(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,6 +70,18 @@ def record_name(tenant: str, hour: int, record_id: str) -> str:
     return f"usage/{tenant}/{number(hour)}/{record_id}"
 
 
+async def names_within(store: Store, prefix: str, window: Window) -> Names:
+    """Of all `<prefix><hour>/...` in the window, and of nothing after it."""
+    end, after = f"{prefix}{number(window.end)}", f"{prefix}{number(window.first)}"
+    found: Names = []
+    while page := await store.list(prefix, start_after=after, limit=_PAGE):
+        found += [name for name in page if name < end]
+        after = page[-1]
+        if len(page) < _PAGE or after >= end:
+            break
+    return found
+
+
 async def tokens_sampled(store: Store, tenant: str, window: Window) -> list[tuple[int, Sampled]]:
     """(hour, tokens) of each hour, session and model. Raises InvalidField if there is too much for one answer."""
 
@@ -77,9 +90,7 @@ async def tokens_sampled(store: Store, tenant: str, window: Window) -> list[tupl
         assert data is not None, "they are never deleted"
         return int(name.split("/")[2]), decode(data, Samplings, name).rows
 
-    prefix = f"usage/{tenant}/"
-    names = await store.list(prefix, start_after=f"{prefix}{number(window.first)}")
-    within = [name for name in names if int(name.split("/")[2]) < window.end]
+    within = await names_within(store, f"usage/{tenant}/", window)
     if len(within) > limits.operations_told_max:
         raise too_much(window, "minutes of samples")
     totals: dict[tuple[int, str, str], Sampled] = {}
@@ -131,19 +142,15 @@ async def device_seconds(store: Store, runs: list[RunId], window: Window) -> dic
     return seconds
 
 
-def checkpoints_saved(checkpoints: list[Checkpoint], window: Window) -> dict[tuple[int, RunId], int]:
+def checkpoints_saved(living: list[Label], window: Window) -> dict[tuple[int, RunId], int]:
     """Checkpoints that live, by the hour of their saving and run."""
-    hours = [(window.hour(checkpoint.saved_at), run_of(checkpoint)) for checkpoint in checkpoints]
+    hours = [(window.hour(label.saved_at), label.path.run) for label in living]
     return Counter((hour, run) for hour, run in hours if hour is not None)
 
 
-def run_of(checkpoint: Checkpoint) -> RunId:
-    return RunId(checkpoint.path.removeprefix("tinker://").partition("/")[0])
-
-
-def stored_bytes(checkpoints: list[Checkpoint]) -> int:
+def stored_bytes(living: list[Label]) -> int:
     """Of all their files; those that several share count once."""
-    return sum({checkpoint.bundle: checkpoint.size_bytes for checkpoint in checkpoints}.values())
+    return sum({label.bundle: label.size_bytes for label in living}.values())
 
 
 def tokens_of(operation: Operation) -> int:

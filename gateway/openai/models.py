@@ -7,7 +7,7 @@ from knapper import ids, limits
 from knapper.checkpoints import Checkpoint
 from knapper.errors import InvalidField, NotFound
 from knapper.ids import Tenant, TinkerPath
-from knapper.models.catalogue import ModelRecord
+from knapper.models.catalogue import ModelRecord, slug
 
 _CREATED = 0  # of base models, which say nothing about it; clients want a number
 
@@ -46,7 +46,7 @@ async def _checkpoint(gateway: Parts, tenant: Tenant, name: str) -> Checkpoint |
         ids.run_id(name)
     except NotFound:
         return None
-    saved = await gateway.checkpoints.listed(tenant, f"{name}/sampler_weights/")
+    saved = await gateway.checkpoints.read((await gateway.checkpoints.labels(tenant, f"{name}/sampler_weights/"))[:1])
     if not saved:
         raise NotFound(
             f"run {name!r} does not exist, or has no sampler checkpoint; save one with save_weights_for_sampler"
@@ -57,11 +57,9 @@ async def _checkpoint(gateway: Parts, tenant: Tenant, name: str) -> Checkpoint |
 async def listed(gateway: Parts, tenant: Tenant) -> list[dict[str, object]]:
     """Base models, then the tenant's sampler checkpoints, the newest first, then the runs that have any."""
     models = [model.name for model in await gateway.records.catalogue.models() if model.sampleable]
-    saved = [
-        (TinkerPath.parse(checkpoint.path), int(checkpoint.saved_at))
-        for checkpoint in await gateway.checkpoints.listed(tenant)
-        if checkpoint.base_model in models
-    ]
+    slugs = {slug(model) for model in models}
+    labels = [label for label in await gateway.checkpoints.labels(tenant) if label.model in slugs]
+    saved = [(label.path, int(label.saved_at)) for label in labels]
     saved = [(path, at) for path, at in saved if path.kind == "sampler_weights"][: limits.models_listed_max]
     newest = {path.run: at for path, at in reversed(saved)}
     return (

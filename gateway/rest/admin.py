@@ -13,9 +13,10 @@ from gateway.tenants import tenant_of
 from knapper import usage
 from knapper.accounts import Use
 from knapper.audit import Entry
-from knapper.checkpoints import Checkpoint
-from knapper.errors import InvalidField
+from knapper.errors import InvalidField, NotFound
 from knapper.ids import RunId, Tenant, session_of
+from knapper.labels import Label
+from knapper.store import many
 from knapper.usage import Window
 from knapper.wire import json, rest
 
@@ -49,9 +50,11 @@ async def usage_events(request: Request) -> Response:
     """
     gateway, tenant = parts(request), tenant_of(request)
     window = Window(*json.convert(shapes.query(request), rest.UsageQuery).hours(gateway.clock()))
-    saved = usage.checkpoints_saved(await gateway.checkpoints.listed(tenant), window)
+    saved = usage.checkpoints_saved(await gateway.checkpoints.labels(tenant), window)
     rows = []
-    for (hour, run), (tokens, device_s) in (await _trained(gateway, tenant, window)).items():
+    used = await _trained(gateway, tenant, window)
+    await many.each({run for _, run in used} | {run for _, run in saved}, lambda run: _model(gateway, tenant, run))
+    for (hour, run), (tokens, device_s) in used.items():
         told = {"type": "training", "training_run_id": run, "device_seconds": round(device_s, 3)}
         if tokens or device_s:
             rows.append(_Row(hour, tokens, session_of(run), await _model(gateway, tenant, run), told))
@@ -63,6 +66,7 @@ async def usage_events(request: Request) -> Response:
         rows.append(_Row(hour, each.prompt, each.session, each.base_model, prefill))
         drawn = {"type": "sampling_sample", "device_seconds": round(each.device_s, 3)}
         rows.append(_Row(hour, each.sampled, each.session, each.base_model, drawn))
+    await many.each({row.session for row in rows if row.session}, lambda each: gateway.records.project(each, tenant))
     data = [await _event(gateway, tenant, row) for row in sorted(rows, key=lambda row: (row.hour, -row.tokens))]
     sessions = {}
     for session in {event["session_id"] for event in data} - {None}:
@@ -91,7 +95,11 @@ class _Row:
 
 
 async def _model(gateway: Parts, tenant: Tenant, run: RunId) -> str:
-    return (await gateway.records.spec(run, tenant)).base_model
+    """Empty for a run that is gone; what it used is not."""
+    try:
+        return (await gateway.records.spec(run, tenant)).base_model
+    except NotFound:
+        return ""
 
 
 async def _event(gateway: Parts, tenant: Tenant, row: _Row) -> dict[str, Any]:
@@ -111,17 +119,18 @@ async def storage(request: Request) -> Response:
     """Checkpoints that live, by project. Files that several share count once in each project."""
     gateway, tenant = parts(request), tenant_of(request)
     asked = json.convert(shapes.query(request), rest.StorageQuery)
-    projects: dict[str, list[Checkpoint]] = {}
-    found: dict[str, str] = {}
-    for checkpoint in await gateway.checkpoints.listed(tenant):
-        session = session_of(usage.run_of(checkpoint))
-        if session not in found:
-            found[session] = await gateway.records.project(session, tenant)
-        projects.setdefault(found[session], []).append(checkpoint)
+    living = await gateway.checkpoints.labels(tenant)
+    sessions = list(dict.fromkeys(session_of(label.path.run) for label in living))
+    found = dict(
+        zip(sessions, await many.each(sessions, lambda each: gateway.records.project(each, tenant)), strict=True)
+    )
+    projects: dict[str, list[Label]] = {}
+    for label in living:
+        projects.setdefault(found[session_of(label.path.run)], []).append(label)
     data = []
-    for project, checkpoints in sorted(projects.items()):
+    for project, labels in sorted(projects.items()):
         if asked.project_id in (None, project):
-            size = usage.stored_bytes(checkpoints)
-            row = {"project_id": project or None, "org_user_urn": tenant, "checkpoint_count": len(checkpoints)}
+            size = usage.stored_bytes(labels)
+            row = {"project_id": project or None, "org_user_urn": tenant, "checkpoint_count": len(labels)}
             data.append({**row, "size_bytes": size, "size_gigabytes": size / 1e9})
     return JSONResponse({"data": data, "effective_rate_usd_per_gigabyte_month": None})

@@ -19,8 +19,8 @@ async def list_all(request: Request) -> Response:
     """Of every run of the tenant, newest first."""
     gateway, tenant = parts(request), tenant_of(request)
     asked = json.convert(shapes.query(request), rest.CheckpointsPage)
-    found = await gateway.checkpoints.listed(tenant)
-    page = found[asked.offset : asked.offset + asked.limit]
+    found = await gateway.checkpoints.labels(tenant)
+    page = await gateway.checkpoints.read(found[asked.offset : asked.offset + asked.limit])
     answer = {
         "checkpoints": [shapes.checkpoint(checkpoint) for checkpoint in page],
         "cursor": shapes.cursor(asked.offset, asked.limit, len(found)),
@@ -80,6 +80,7 @@ async def set_ttl(request: Request) -> Response:
     ttl = "never" if asked.ttl_seconds is None else str(asked.ttl_seconds)
     await gateway.audit.write(tenant, "checkpoint_set_ttl", tinker_path=str(path), model_id=path.run, ttl_seconds=ttl)
     await gateway.checkpoints.set_ttl(path, tenant, asked.ttl_seconds)
+    gateway.stirs.sweep.set()
     return JSONResponse(_DONE)
 
 

@@ -8,14 +8,15 @@ from starlette.responses import JSONResponse, Response
 from gateway.parts import Parts, parts
 from gateway.rest import shapes
 from gateway.tenants import tenant_of
-from knapper import ids, usage
-from knapper.checkpoints import Checkpoint
+from knapper import ids
 from knapper.errors import NotFound
-from knapper.ids import RunId, Tenant, TinkerPath, session_of
+from knapper.ids import CheckpointKind, RunId, Tenant, TinkerPath, session_of
 from knapper.journal import ends
 from knapper.journal.records import Spec
 from knapper.store import many
 from knapper.wire import json, rest
+
+_SHOWN: tuple[CheckpointKind, ...] = ("weights", "sampler_weights")
 
 
 async def list_runs(request: Request) -> Response:
@@ -26,16 +27,13 @@ async def list_runs(request: Request) -> Response:
     if asked.project_id is not None:
         runs = await _in_project(gateway, tenant, runs, asked.project_id)
     page = runs[asked.offset : asked.offset + asked.limit]
-    saved: dict[RunId, list[Checkpoint]] = {}
-    for checkpoint in await gateway.checkpoints.listed(tenant) if page else []:
-        saved.setdefault(usage.run_of(checkpoint), []).append(checkpoint)
 
     async def shown(run: RunId) -> dict[str, Any] | None:
         try:
             spec = await gateway.records.spec(run, tenant)
         except NotFound:  # registered, and then its maker died before making it
             return None
-        return await _shape(gateway, spec, saved.get(run, []))
+        return await _shape(gateway, spec)
 
     found = [run for run in await many.each(page, shown) if run is not None]
     answer = {"training_runs": found, "cursor": shapes.cursor(asked.offset, asked.limit, len(runs))}
@@ -46,7 +44,7 @@ async def get_run(request: Request) -> Response:
     gateway, tenant = parts(request), tenant_of(request)
     json.convert(shapes.query(request), rest.Access)
     spec = await gateway.records.spec(request.path_params["run_id"], tenant)
-    return JSONResponse(await _shape(gateway, spec, await gateway.checkpoints.listed(tenant, within=f"{spec.run}/")))
+    return JSONResponse(await _shape(gateway, spec))
 
 
 async def delete_run(request: Request) -> Response:
@@ -76,10 +74,11 @@ async def list_checkpoints(request: Request) -> Response:
     return JSONResponse({"checkpoints": [shapes.checkpoint(checkpoint) for checkpoint in found], "cursor": None})
 
 
-async def _shape(gateway: Parts, spec: Spec, saved: list[Checkpoint]) -> dict[str, Any]:
-    """`saved`: its checkpoints, newest first."""
-    kinds = [(TinkerPath.parse(checkpoint.path).kind, checkpoint) for checkpoint in saved]
-    newest = {kind: shapes.checkpoint(checkpoint) for kind, checkpoint in reversed(kinds)}
+async def _shape(gateway: Parts, spec: Spec) -> dict[str, Any]:
+    saved = await gateway.checkpoints.labels(Tenant(spec.tenant), within=f"{spec.run}/")
+    newest = {label.path.kind: label for label in reversed(saved)}
+    read = await gateway.checkpoints.read(label for kind in _SHOWN if (label := newest.get(kind)) is not None)
+    shown = {TinkerPath.parse(checkpoint.path).kind: shapes.checkpoint(checkpoint) for checkpoint in read}
     return {
         "training_run_id": spec.run,
         "base_model": spec.base_model,
@@ -87,8 +86,8 @@ async def _shape(gateway: Parts, spec: Spec, saved: list[Checkpoint]) -> dict[st
         "is_lora": True,
         "lora_rank": spec.rank,
         "last_request_time": shapes.time(await gateway.records.asked_at(RunId(spec.run))),
-        "last_checkpoint": newest.get("weights"),
-        "last_sampler_checkpoint": newest.get("sampler_weights"),
+        "last_checkpoint": shown.get("weights"),
+        "last_sampler_checkpoint": shown.get("sampler_weights"),
         "user_metadata": shapes.labels(spec.user_metadata_json),
     }
 

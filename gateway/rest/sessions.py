@@ -49,7 +49,7 @@ async def assign_project(request: Request) -> Response:
         await gateway.audit.write(
             tenant, "project_session_assign", session_id=session.session, project_id=asked.project_id
         )
-        await gateway.records.sessions.assign(SessionId(session.session), asked.project_id)
+        await gateway.records.assign(session, asked.project_id)
     return JSONResponse({"status": "ok"})
 
 
@@ -63,6 +63,8 @@ async def search(request: Request) -> Response:
     after = (_microseconds(asked.cursor.last_created_at), asked.cursor.last_session_id) if asked.cursor else None
     found: list[tuple[Listed, dict[str, Any]]] = []
     for listed in await gateway.register.sessions(tenant):
+        if asked.display_name is None and asked.session_id not in (None, listed.session):
+            continue
         if after is None or (listed.created_us, listed.session) < after:
             session = await gateway.records.session(listed.session, tenant)
             summary = await _matching(gateway, session, asked)
@@ -89,7 +91,7 @@ async def _matching(gateway: Parts, session: Session, asked: rest.SessionSearch)
     metadata = shapes.labels(session.user_metadata_json) or {}
     if any(metadata.get(name) != value for name, value in asked.user_metadata.items()):
         return None
-    project = await gateway.records.sessions.project(session)
+    project = await gateway.records.project(session.session, Tenant(session.tenant))
     if asked.project_ids is not None and project not in asked.project_ids:
         return None
     status = await _status(gateway, SessionId(session.session))
@@ -130,7 +132,7 @@ def _is(status: dict[str, Any] | None, wanted: rest.Status) -> bool:
 
 
 async def _stored(gateway: Parts, session: SessionId, tenant: Tenant) -> dict[str, int]:
-    saved = await gateway.checkpoints.listed(tenant, within=f"{session}:")
+    saved = await gateway.checkpoints.labels(tenant, within=f"{session}:")
     return {"checkpoints_count": len(saved), "checkpoint_storage_bytes": usage.stored_bytes(saved)}
 
 

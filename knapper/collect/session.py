@@ -4,13 +4,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from math import inf
 
-from knapper.checkpoints import EVERYONE, Checkpoint, Checkpoints
+from knapper import labels
+from knapper.checkpoints import EVERYONE, Checkpoints
 from knapper.collect import journal, marks
 from knapper.ids import RunId, SamplerId, SessionId, run_of_bundle, run_prefix, session_of
 from knapper.journal import bundles, ends, names
 from knapper.journal.accept import Acceptor
 from knapper.journal.newest import Manifests, newest_name
 from knapper.journal.records import Commit, End, Manifest, Operation, decode
+from knapper.labels import Label
 from knapper.register import Register
 from knapper.remembered import Remembered
 from knapper.sessions import Sampler, Samplers, Session, Sessions
@@ -111,7 +113,7 @@ class Pass:
         if self._held is None:
             listed = await self.memory.store.list("samplers/")
             samplers = await many.each(listed, self.memory.sampler)
-            living = await self.memory.checkpoints.listed(EVERYONE)
+            living = await self.memory.checkpoints.labels(EVERYONE)
             self._held = frozenset(each.bundle for each in (*samplers, *living) if each is not None)
         return self._held
 
@@ -128,7 +130,7 @@ class Visit:
         self._over: float | None = None  # since when
         self._ended: set[RunId] = set()
         self._bundles: set[str] = set()
-        self._before: list[tuple[str, str]] = []  # versions of names that were overtaken, and files that only they name
+        self._overtaken: list[Label] = []  # versions of checkpoints' names
         self._named: set[str] = set()  # bundles that checkpoints lead to, or did
         self._holding: set[str] = set()  # bundles that samplers and living checkpoints of the session lead to
 
@@ -231,12 +233,13 @@ class Visit:
 
     async def deleted_run(self, run: RunId, tenant: str) -> None:
         """Delete whatever is there of a run that its tenant, or the operator, has deleted."""
-        doomed = await self._store.list(f"checkpoints/{tenant}/{run}/")
-        versions = await many.each(doomed, self._memory.checkpoints.version)
-        led_to = {version.bundle for version in versions if version is not None and version.bundle}
-        for bundle in led_to:  # a copy's files lie where its source's do
+        versions = [each for named in await self._memory.checkpoints.versions(tenant, f"{run}/") for each in named]
+        for bundle in {
+            version.bundle for version in versions if version.bundle
+        }:  # a copy's files lie where its source's do
             await self._tell(bundle, f"{run}-deleted")
-        doomed += await self._store.list(f"inflight/{run}/")
+        self.found.deleted += await labels.remove(self._store, versions)
+        doomed = await self._store.list(f"inflight/{run}/")
         for name in await self._store.list(f"samplers/{self._session}:"):
             if (sampler := await self._memory.sampler(name)) is not None and sampler.run == run:
                 await self._drop(sampler)
@@ -302,20 +305,14 @@ class Visit:
         if not self._tenant:
             return
         now = self._memory.clock()
-        versions: dict[str, list[tuple[str, Checkpoint]]] = {}
-        listed = await self._store.list(f"checkpoints/{self._tenant}/{self._session}:")
-        for name, version in zip(listed, await many.each(listed, self._memory.checkpoints.version), strict=True):
-            if version is not None:
-                versions.setdefault(name.rpartition("/")[0], []).append((name, version))
-        for named in versions.values():
-            newest = named[-1][1]
+        for first, *later in await self._memory.checkpoints.versions(self._tenant, f"{self._session}:"):
+            newest = later[-1] if later else first
             if newest.lives(now):
                 self._holding.add(newest.bundle)
                 if newest.expires_at:
                     self.found.wait(newest.expires_at - now)
-            self._named |= {version.bundle for _, version in named}
-            for name, version in named[:-1]:
-                self._before.append((name, version.bundle if version.bundle != newest.bundle else ""))
+            self._named |= {version.bundle for version in (first, *later)}
+            self._overtaken += later[:-1]
 
     async def _orphans(self) -> None:
         """Files that nothing leads to any more; or never did, though their operation is answered.
@@ -335,12 +332,13 @@ class Visit:
                 await self._delete_bundle(prefix)
 
     async def _versions_before(self) -> None:
-        """Older versions of names go after their files.
+        """Versions of a name between the first and the newest go after their files.
 
-        The newest stays, dead or alive: it is what a process that slept over its save finds.
+        The newest stays, dead or alive: it is what a process that slept over its save finds. So does the first: whoever
+        saves begins with its number.
         """
-        old = [name for name, bundle in self._before if bundle not in self._bundles]
-        self.found.deleted += await journal.delete(self._store, old)
+        gone = [version for version in self._overtaken if version.bundle not in self._bundles]
+        self.found.deleted += await labels.remove(self._store, gone)
 
     async def _applied(self, run: RunId) -> int:
         """An operation that is answered; the newest, but for many claims in a row that did nothing."""
@@ -382,7 +380,8 @@ class Visit:
         elif not self.found.left and not self._holding and not self._bundles:
             doomed = [name for run in self._runs for name in await self._store.list(run_prefix(run))]
             if self._tenant:
-                doomed += await self._store.list(f"checkpoints/{self._tenant}/{self._session}:")
+                for kind in ("checkpoints", "labels"):
+                    doomed += await self._store.list(f"{kind}/{self._tenant}/{self._session}:")
             self.found.deleted += await journal.delete(self._store, doomed)
             if self._record is not None:
                 for run in self._runs:

@@ -41,9 +41,10 @@ class Client:
         texts = {each: _text(each, content) for each, content in files.items()}
         return self._ask("POST", "jobs", {"name": names.job(name or folder.name), "files": texts})
 
-    def jobs(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self._ask("GET", "jobs")["jobs"]
-        return found
+    def jobs(self, limit: int) -> tuple[list[dict[str, Any]], int]:
+        """(the newest, how many there are)."""
+        answer = self._ask("GET", f"jobs?limit={limit}")
+        return answer["jobs"], answer["cursor"]["total_count"]
 
     def show(self, job: str, after: int = 0) -> dict[str, Any]:
         return self._ask("GET", f"jobs/{names.job(job)}?after={after}")

@@ -35,12 +35,18 @@ def submit(
 
 
 @app.command("list")
-def list_jobs(url: Url = None) -> None:
-    """Print all jobs, the newest first."""
+def list_jobs(
+    limit: Annotated[int, typer.Option(min=1, max=limits.jobs_told_max, help="How many to print.")] = 100,
+    url: Url = None,
+) -> None:
+    """Print the newest jobs."""
     from knapper.jobs.client import table
 
-    for line in table(_client(url).jobs()):
+    jobs, total = _client(url).jobs(limit)
+    for line in table(jobs):
         print(line)
+    if total > len(jobs):
+        print(f"{total - len(jobs)} more; --limit tells how many to print")
 
 
 @app.command()

@@ -7,6 +7,7 @@ jobs/<tenant>/<job>/<start>/started            what was asked, written last: the
                            /evaluations/<v>/.. of version v of the adapter: rollouts/<prompt>, scores/<prompt>, scored
                            /refused/<n>        why it was not started
 tenants/<tenant>/jobs/<microseconds>/<job>/<start>    a list of all that were ever looked at
+tenants/<tenant>/starts/<job>/<microseconds>/<start>  the same by job
 working/<tenant>/<job>/<start>                 an index of those with work undone; deleted at the end
 expected/<tenant>/<job>/<start>                and of those whose files are awaited
 """
@@ -141,3 +142,7 @@ def outputs(tenant: Tenant, job: str) -> str:
 
 def listed(tenant: Tenant) -> str:
     return f"tenants/{tenant}/jobs/"
+
+
+def starts(tenant: Tenant, job: str) -> str:
+    return f"tenants/{tenant}/starts/{job}/"

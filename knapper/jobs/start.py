@@ -146,10 +146,13 @@ async def _end_earlier(place: Place, start: Start) -> None:
 
 
 async def _list(place: Place, start: Start) -> None:
-    """Into the tenant's list, once."""
-    if await place.store.put_if_absent(f"{start.prefix}listed", b""):
+    """Into the tenant's lists: once, or once more if somebody dies here, which changes nothing."""
+    marker = f"{start.prefix}listed"
+    if await place.store.get(marker) is None:
         at = number(int(place.clock() * 1e6))
+        await place.store.put_if_absent(f"{names.starts(start.tenant, start.job)}{at}/{start.id}", b"")
         await place.store.put_if_absent(f"{names.listed(start.tenant)}{at}/{start.job}/{start.id}", b"")
+        await place.store.put_if_absent(marker, b"")
 
 
 async def _wait(place: Place, start: Start, parsed: Parsed, missing: list[str]) -> None:

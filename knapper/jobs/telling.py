@@ -6,7 +6,6 @@ from typing import Any
 
 import msgspec
 
-from knapper import limits
 from knapper.errors import NotFound
 from knapper.ids import Tenant, TinkerPath
 from knapper.jobs import control, names, outputs
@@ -37,21 +36,25 @@ async def listed(store: Store, tenant: Tenant) -> list[Listed]:
     for name in await store.list(prefix):  # in order of time: the last one stays
         at_us, job, start = name.removeprefix(prefix).split("/")
         newest[job] = Listed(Start(tenant, job, start), int(at_us) / 1e6)
-    return sorted(newest.values(), key=lambda each: each.at, reverse=True)[: limits.jobs_told_max]
+    return sorted(newest.values(), key=lambda each: each.at, reverse=True)
 
 
 async def newest(store: Store, tenant: Tenant, job: str) -> Listed:
     """Raises NotFound."""
-    names.job(job)
+    prefix = names.starts(tenant, names.job(job))
+    if starts := await store.list(prefix):
+        at_us, start = starts[-1].removeprefix(prefix).split("/")
+        return Listed(Start(tenant, job, start), int(at_us) / 1e6)
+    # One from before there were such names, or none.
     for each in await listed(store, tenant):
         if each.start.job == job:
             return each
     raise NotFound(f"job {job!r} does not exist; `knapper jobs` lists those that do")
 
 
-async def briefs(store: Store, tenant: Tenant) -> list[dict[str, Any]]:
-    """A line each, newest first."""
-    return await many.each(await listed(store, tenant), lambda each: _brief(store, each))
+async def briefs(store: Store, chosen: list[Listed]) -> list[dict[str, Any]]:
+    """A line each, in their order."""
+    return await many.each(chosen, lambda each: _brief(store, each))
 
 
 async def whole(place: Place, tenant: Tenant, job: str, after: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import selectors
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -9,16 +10,25 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import httpx
+from aiohttp import web
 
 from gateway.main import create_app
 from gateway.parts import Parts
+from knapper import events
+from knapper.errors import KnapperError
 from knapper.jobs.place import Place
+from knapper.journal.machine import Machine
+from knapper.journal.run import Holder
+from knapper.serving import answers
+from knapper.serving.residents import Residents
 from knapper.store import Names, Store
-from tests.gateway.running import settings
+from tests.gateway.running import create_model, settings
+from tests.sim.history import TERMS
 
 HOUR_S = 3600.0
 BEGAN_AT = 1_800_000_000.0
 _LISTED_MAX = 1000  # names that a bucket tells a request
+_TRAVELS_S = 0.01  # what was sent on this machine has come after this
 T = TypeVar("T")
 
 
@@ -31,6 +41,8 @@ class _Leaping(selectors.DefaultSelector):
             return ready or super().select(timeout)
         if self.loop.threads:
             return super().select(0.01)
+        if self.loop.sockets and (ready := super().select(_TRAVELS_S)):
+            return ready
         self.loop.now += timeout
         return []
 
@@ -39,7 +51,7 @@ class LeapingLoop(asyncio.SelectorEventLoop):
     """Where nothing is ready and no thread is at work, time leaps to the next timer; else it stands still."""
 
     def __init__(self) -> None:
-        self.now, self.threads = 0.0, 0
+        self.now, self.threads, self.sockets = 0.0, 0, False
         selector = _Leaping()
         selector.loop = self
         super().__init__(selector)
@@ -121,6 +133,22 @@ class Gateway:
         asked: dict[str, Any] = {"tags": [], "user_metadata": None, "sdk_version": "0.38.0", "type": "create_session"}
         return str((await self.post("create_session", asked))["session_id"])
 
+    async def run(self, session: str, n: int = 0) -> str:
+        return str((await self.post("create_model", create_model(session, n)))["model_id"])
+
+    async def step(self, run: str, seq: int, status: int = 200) -> None:
+        """An optimizer step, accepted."""
+        asked = {"model_id": run, "seq_id": seq, "adam_params": {"learning_rate": 1e-4}, "type": "optim_step"}
+        assert (await self.http.post("optim_step", json=asked)).status_code == status
+
+    async def result(self, run: str, seq: int) -> Any:
+        """As the SDK waits for it."""
+        while (
+            answer := await self.http.post("retrieve_future", json={"request_id": f"{run}:{seq}"})
+        ).status_code == 408:
+            pass
+        return answer.raise_for_status().json()
+
     async def live(self, session: str) -> None:
         """As the SDK does while its user thinks: a heartbeat every ten seconds, for ever."""
         while True:
@@ -140,3 +168,36 @@ async def gateway(store: Store, place: Place | None = None, **changes: Any) -> A
         httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1/api/v1/", headers=headers) as http,
     ):
         yield Gateway(http, app.state.parts)
+
+
+@asynccontextmanager
+async def engine(store: Store, machine: Machine[Any]) -> AsyncIterator[str]:
+    """A train_step on a port of its own, in this very loop: where it is."""
+    residents = Residents(store, machine, Holder("engine", "", TERMS), clock)
+
+    async def bell(request: web.Request) -> web.StreamResponse:
+        event = events.decode(request.headers, await request.read())
+        frames = residents.answer(events.run_of(event), event.hint)
+        try:
+            first = await anext(frames)
+        except KnapperError as error:
+            told = answers.error(error)
+            return web.Response(body=bytes(told.body), status=told.status_code, content_type="application/json")
+        response = web.StreamResponse(headers={"Content-Type": events.FRAMES})
+        await response.prepare(request)
+        async for chunk in answers.stream(first, frames):
+            await response.write(chunk)
+        await response.write_eof()
+        return response
+
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, LeapingLoop)
+    loop.sockets = True
+    app = web.Application()
+    app.router.add_post("/", bell)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        await web.SockSite(runner, listener).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        await runner.cleanup()
