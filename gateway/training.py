@@ -251,7 +251,7 @@ async def _accept_packed(
     if accepted_at is not None:
         gateway.accounts.asked(run, seq, accepted_at, tokens)
     if kind in SAVES:
-        gateway.stirs.sweep.set()  # it may take the name of another, or have a time to live
+        gateway.stirs.collect.set()  # it may take the name of another, or have a time to live
     gateway.bells.ring(run, seq)
     return _promise(run, seq)
 

@@ -234,9 +234,7 @@ class Visit:
     async def deleted_run(self, run: RunId, tenant: str) -> None:
         """Delete whatever is there of a run that its tenant, or the operator, has deleted."""
         versions = [each for named in await self._memory.checkpoints.versions(tenant, f"{run}/") for each in named]
-        for bundle in {
-            version.bundle for version in versions if version.bundle
-        }:  # a copy's files lie where its source's do
+        for bundle in {version.bundle for version in versions} - {""}:  # a copy's files lie where its source's do
             await self._tell(bundle, f"{run}-deleted")
         self.found.deleted += await labels.remove(self._store, versions)
         doomed = await self._store.list(f"inflight/{run}/")
@@ -312,7 +310,9 @@ class Visit:
                 if newest.expires_at:
                     self.found.wait(newest.expires_at - now)
             self._named |= {version.bundle for version in (first, *later)}
-            self._overtaken += later[:-1]
+            self._overtaken += [version for version in later[:-1] if version.bundle != newest.bundle]
+            same = [version for version in later[:-1] if version.bundle == newest.bundle]
+            self.found.deleted += await labels.remove(self._store, same)
 
     async def _orphans(self) -> None:
         """Files that nothing leads to any more; or never did, though their operation is answered.
