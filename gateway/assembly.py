@@ -24,8 +24,11 @@ from gateway.waits import Waits
 from knapper.accounts import Accounts
 from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
+from knapper.collect.collector import Collector
+from knapper.collect.session import Retention
 from knapper.events import Claimed
 from knapper.ids import RunId
+from knapper.jobs import needs
 from knapper.jobs.place import Place
 from knapper.jobs.revive import Seen
 from knapper.journal.accept import Acceptor
@@ -34,7 +37,6 @@ from knapper.journal.results import Results
 from knapper.keys import Keyring, Keys
 from knapper.links import Links
 from knapper.models.declared import Declared
-from knapper.orphans import Orphans
 from knapper.register import Register
 from knapper.settings import Settings
 from knapper.store import Store
@@ -57,10 +59,12 @@ async def assembled(
     """The parts, with connections that live as long as this is open. `place`: of jobs; without it there are none."""
     manifests = Manifests(store)
     acceptor, results = Acceptor(store, clock, manifests), Results(store, manifests)
-    records = Records(store, acceptor, monotonic)
+    accounts = Accounts(store, clock, monotonic, new_id)
+    keep = Retention.of(settings)
+    collector = Collector(store, keep, clock, monotonic, partial(needs.of, store), accounts.account)
+    records = Records(store, acceptor, monotonic, collector.ask)
     checkpoints = Checkpoints(store, clock)
     meter = Meter(store, clock, new_id)
-    accounts = Accounts(store, clock, monotonic, new_id)
     audit = Audit(store, clock, new_id)
     url_of, holder_of = partial(_url_of, records, settings.train_step_url), partial(_holder_of, manifests)
     async with AsyncExitStack() as connections:
@@ -68,7 +72,9 @@ async def assembled(
         crowd = await connections.enter_async_context(_crowd())
         shortcuts = Shortcuts(crowd, monotonic)
         connections.push_async_callback(shortcuts.close)
-        bells = Bells(crowd, shortcuts, results, url_of, holder_of, accounts.answered, new_id, monotonic)
+        bells = Bells(
+            crowd, shortcuts, results, url_of, holder_of, accounts.answered, records.forget_run, new_id, monotonic
+        )
         yield Parts(
             store=store,
             acceptor=acceptor,
@@ -79,7 +85,7 @@ async def assembled(
             register=Register(store),
             links=Links(store, clock, new_id),
             audit=audit,
-            orphans=Orphans(store, checkpoints, records.sessions, clock, monotonic),
+            collector=collector,
             bells=bells,
             samples=Samples(crowd, shortcuts, new_id, monotonic, meter.count, first=int(clock() * 1e6)),
             meter=meter,

@@ -14,7 +14,7 @@ import structlog
 
 from gateway.shortcuts import Shortcuts
 from knapper import events, limits, metrics, tracing
-from knapper.errors import STANDING, Corrupt, KnapperError, NotHolder, Unavailable, UserError
+from knapper.errors import STANDING, Corrupt, KnapperError, NotFound, NotHolder, Unavailable, UserError
 from knapper.events import Claimed, Committed, Done, Hint
 from knapper.ids import RunId
 from knapper.journal.records import Commit
@@ -41,14 +41,15 @@ class _Line:
     untold: bool = False  # that it will say so until an operator does something, and nobody who waits knows yet
     holder: Claimed | None = None  # as last heard
     wake: asyncio.Event | None = None
+    far: tuple[int, int] = (-1, -1)  # newest accepted and answered operations, as `moved` last told
     told: bool = False  # the holder tells of each commit at this moment: the answer to a bell is open
 
 
 class Bells:
     """At most one bell in flight a run. `url_of` says where a run's train_step listens; `now`: monotonic seconds.
 
-    `told` hears of each commit that a holder tells of. Where pods have addresses of their own, the run's holder is rung
-    there first, and the service if it is lost.
+    `told` hears of each commit that a holder tells of; `missing` of a run that train_step does not find any more. Where
+    pods have addresses of their own, the run's holder is rung there first, and the service if it is lost.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Bells:
         url_of: Callable[[RunId], Awaitable[str]],
         holder_of: Callable[[RunId], Awaitable[Claimed | None]],
         told: Callable[[RunId, int, Commit], None],
+        missing: Callable[[RunId], None],
         new_id: Callable[[], str],
         now: Callable[[], float],
     ) -> None:
@@ -68,6 +70,7 @@ class Bells:
         self._url_of = url_of
         self._holder_of = holder_of
         self._told = told
+        self._missing = missing
         self._new_id = new_id
         self._now = now
         self._lines: dict[RunId, _Line] = {}
@@ -93,6 +96,16 @@ class Bells:
         """Runs of which something was accepted here and not yet answered; of each, the newest operations that were."""
         far = {run: (line.accepted, self._results.applied(run)) for run, line in self._lines.items()}
         return {run: (accepted, applied) for run, (accepted, applied) in far.items() if accepted > applied}
+
+    def moved(self) -> list[RunId]:
+        """Runs of which anything was accepted or answered since this was asked last."""
+        found = []
+        for run, line in self._lines.items():
+            far = (line.accepted, self._results.applied(run))
+            if far != line.far:
+                line.far = far
+                found.append(run)
+        return found
 
     def runs(self) -> list[RunId]:
         return list(self._lines)
@@ -180,6 +193,9 @@ class Bells:
                 except (aiohttp.ClientError, TimeoutError, KnapperError, msgspec.MsgspecError) as error:
                     if isinstance(error, UserError):
                         log.error("train_step refuses the bell", run=run, reason=str(error))
+                        if isinstance(error, NotFound):
+                            self._missing(run)
+                            self.wake(run)
                         return
                     if back_off == _BACK_OFF_S:
                         log.info("train_step does not answer", run=run, reason=str(error) or type(error).__name__)
@@ -238,7 +254,7 @@ class Bells:
             if direct and (response.status == 502 or code == NotHolder.code):
                 raise NotHolder(said)  # 502: Knative's proxy lives, and what it stands before does not
             if 400 <= response.status < 500 and response.status not in (408, 425, 429):
-                raise UserError(said)
+                raise NotFound(said) if code == NotFound.code else UserError(said)
             if code == Corrupt.code:  # a pause and no result: what waits goes on once the object is restored
                 said += f"; {run} waits until it is restored from a backup; or go on from a checkpoint in a new run"
             line.untold = code in STANDING and (line.untold or said != line.trouble)

@@ -1,4 +1,4 @@
-"""What happens by itself: forgotten bells, holes in the order of a run, clients that fell silent, files left over."""
+"""What happens by itself: forgotten bells, holes in the order of a run, clients that fell silent, leftovers."""
 
 from functools import partial
 
@@ -9,14 +9,15 @@ from gateway.parts import Parts
 from knapper.errors import Gone, KnapperError, Unavailable
 from knapper.ids import RunId, session_of
 from knapper.jobs.revive import due
+from knapper.store import forget_torn_writes
 
 _TICK_S = 5.0
 _JOBS_S = 15.0
 _AWAITING_S = 60.0  # jobs are looked at so often at least while files are awaited, which may be given up
 _WAITING_S = 600.0  # and so often while all that run were rung for, and do not move
 _METER_S = 60.0
+_PARTS_S = 24 * 3600.0
 _ACCOUNTS_S, _ACCOUNTS_OPEN_S, _ACCOUNTS_REST_S = 300.0, 1800.0, 24 * 3600.0
-_SWEEP_S, _SWEEP_REST_S = 600.0, 24 * 3600.0
 REST_S = 1800.0  # where there is nothing to do, what nobody told of is found after this
 
 log = structlog.get_logger()
@@ -31,7 +32,8 @@ def chores(gateway: Parts) -> list[Chore]:
         Chore("jobs", partial(jobs, gateway), jobs_s, stirred=gateway.stirs.jobs),
         Chore("meter", partial(meter, gateway), _METER_S),
         Chore("settle", partial(settle, gateway), _ACCOUNTS_S, stirred=gateway.stirs.accounts),
-        Chore("sweep", partial(sweep, gateway), _SWEEP_S, stirred=gateway.stirs.sweep),
+        Chore("parts", partial(parts_left, gateway), _PARTS_S),
+        Chore("collect", partial(collect, gateway), gateway.collector.pace_s, stirred=gateway.stirs.collect),
     ]
 
 
@@ -81,11 +83,22 @@ async def publish(gateway: Parts) -> None:
         log.info("models are published", names=names)
 
 
-async def sweep(gateway: Parts) -> float | None:
-    """Delete the files of checkpoints that have gone, once nothing needs them."""
-    for bundle in await gateway.orphans.sweep():
-        log.info("files that nothing leads to are deleted", bundle=bundle)
-    return min(gateway.orphans.quiet_s, _SWEEP_REST_S)
+async def collect(gateway: Parts) -> float | None:
+    """Delete what nothing needs any more; of sessions in which nothing has happened, ever more rarely looked for."""
+    for sampler in gateway.samples.sampled_now():
+        gateway.collector.ask(sampler)
+    for run in gateway.bells.moved():
+        gateway.collector.touch(session_of(run))
+    if deleted := await gateway.collector.work():
+        gateway.records.forget_samplers()
+        log.info("collected", sessions=len(deleted), objects=sum(deleted.values()))
+    return gateway.collector.rest_s
+
+
+async def parts_left(gateway: Parts) -> None:
+    """Delete parts of large objects whose writers died."""
+    if count := await forget_torn_writes(gateway.store, gateway.clock()):
+        log.info("parts of torn writes are deleted", objects=count)
 
 
 async def tick(gateway: Parts) -> None:

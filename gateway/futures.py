@@ -33,12 +33,12 @@ async def retrieve_future(request: Request) -> Response:
         return await _sample(gateway, asked.request_id, tenant, request)
     run, seq = training
     try:
-        await gateway.records.spec(run, tenant)
+        await gateway.records.living(run, tenant)
     except StoreError as error:  # the SDK repeats a poll that got a 5xx at once, and for ever
         log.warning("the store fails under a poll", run=run, reason=str(error))
         await asyncio.sleep(_LOOK_S)
         return _try_again(asked.request_id, "active", None)
-    result = await _wait(gateway, run, seq)
+    result = await _wait(gateway, run, seq, tenant)
     if result is None:
         return _try_again(asked.request_id, *gateway.bells.queue_state(run), notice=gateway.bells.trouble(run))
     return await _answer(request, result.body, result.content_type, _forward_json)
@@ -59,8 +59,8 @@ def _sample_json(body: bytes) -> bytes:
     return json_forward.encode_sample_response(proto.decode_sample_response(body))
 
 
-async def _wait(gateway: Parts, run: RunId, seq: int) -> Result | None:
-    """The answer, or None when the poll has been held long enough."""
+async def _wait(gateway: Parts, run: RunId, seq: int, tenant: Tenant) -> Result | None:
+    """The answer, or None when the poll has been held long enough. Raises NotFound once the run has ended."""
     loop = asyncio.get_running_loop()
     began = loop.time()
     rang = False
@@ -69,6 +69,7 @@ async def _wait(gateway: Parts, run: RunId, seq: int) -> Result | None:
         try:
             if (result := await gateway.looks.find(run, seq)) is not None:
                 return result
+            await gateway.records.living(run, tenant)  # asks only if the run was missing meanwhile
         except StoreError as error:
             log.warning("the store fails under a poll", run=run, reason=str(error))
         if not rang and not gateway.bells.ringing(run):

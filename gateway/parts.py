@@ -19,6 +19,7 @@ from gateway.waits import Waits
 from knapper.accounts import Accounts
 from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
+from knapper.collect.collector import Collector
 from knapper.jobs.place import Place
 from knapper.jobs.revive import Seen
 from knapper.journal.accept import Acceptor
@@ -26,7 +27,6 @@ from knapper.journal.results import Results
 from knapper.keys import Keyring
 from knapper.links import Links
 from knapper.models.declared import Declared
-from knapper.orphans import Orphans
 from knapper.register import Register
 from knapper.store import Store
 from knapper.tokens import Tokens
@@ -46,7 +46,7 @@ class Parts:
     register: Register
     links: Links
     audit: Audit
-    orphans: Orphans
+    collector: Collector
     bells: Bells
     samples: Samples
     meter: Meter

@@ -1,4 +1,4 @@
-"""Small records that never change, read once and remembered; another tenant's answer as missing ones do."""
+"""Small records, read once and remembered; another tenant's answer as missing ones do."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from gateway.inflight import Inflight
 from knapper import ids
 from knapper.errors import Gone, NotFound
 from knapper.ids import RunId, SamplerId, SessionId, Tenant
-from knapper.journal import names
+from knapper.journal import ends, names
 from knapper.journal.accept import Acceptor
 from knapper.journal.newest import newest_name
 from knapper.journal.records import Operation, Spec, decode
@@ -21,7 +21,11 @@ _MODEL_FRESH_S = 5.0  # a model that is taken out of service is gone for new req
 
 
 class Records:
-    def __init__(self, store: Store, acceptor: Acceptor, now: Callable[[], float]) -> None:
+    """`asked` hears of each sampler that somebody uses or lists."""
+
+    def __init__(
+        self, store: Store, acceptor: Acceptor, now: Callable[[], float], asked: Callable[[str], None]
+    ) -> None:
         self.sessions = Sessions(store)
         self.samplers = Samplers(store)
         self.catalogue = Catalogue(store)
@@ -29,7 +33,9 @@ class Records:
         self._store = store
         self._acceptor = acceptor
         self._now = now
+        self._asked = asked
         self._specs: Remembered[RunId, Spec] = Remembered()
+        self._living: Remembered[RunId, bool] = Remembered()
         self._sampler: Remembered[tuple[SamplerId, Tenant], Sampler] = Remembered()
         self._session: Remembered[tuple[SessionId, Tenant], Session] = Remembered()
         self._open: Remembered[SessionId, float] = Remembered()
@@ -39,11 +45,33 @@ class Records:
         self._models: dict[str, tuple[float, ModelRecord]] = {}
 
     async def spec(self, run: str, tenant: Tenant) -> Spec:
-        """What the run is. Raises NotFound."""
-        spec = await self.spec_of(ids.run_id(run))
+        """What the run is, or was. Raises NotFound."""
+        checked = ids.run_id(run)
+        try:
+            spec = await self.spec_of(checked)
+        except NotFound:
+            end = await ends.ended(self._store, checked)
+            if end is not None and end.tenant == tenant:
+                raise ends.refusal(checked, end) from None
+            raise
         if spec.tenant != tenant:
             raise _no_run(run)
         return spec
+
+    async def living(self, run: str, tenant: Tenant) -> Spec:
+        """As `spec`, of a run that goes on. Raises NotFound, which says how it ended if it has."""
+        spec = await self.spec(run, tenant)
+        checked = RunId(spec.run)
+        if not self._living.known(checked):
+            if (end := await ends.ended(self._store, checked)) is not None:
+                raise ends.refusal(checked, end)
+            self._living.keep(checked, True)
+        return spec
+
+    def forget_run(self, run: RunId) -> None:
+        """It may be gone, or over: look anew."""
+        self._specs.forget(run)
+        self._living.forget(run)
 
     async def spec_of(self, run: RunId) -> Spec:
         """What the run is, whoever asks: for the gateway's own use. Raises NotFound."""
@@ -52,7 +80,20 @@ class Records:
     async def sampler(self, sampler: str, tenant: Tenant) -> Sampler:
         """Raises NotFound."""
         checked = ids.sampler_id(sampler)
-        return await self._sampler.get((checked, tenant), lambda: self.samplers.get(checked, tenant))
+        found = await self._sampler.get((checked, tenant), lambda: self.samplers.get(checked, tenant))
+        self._asked(checked)  # of what is there, and by its tenant: it stays for a while
+        return found
+
+    async def list_samplers(self, session: SessionId) -> list[SamplerId]:
+        """Those of the session. Who lists them may use them next."""
+        listed = await self.samplers.of_session(session)
+        for sampler in listed:
+            self._asked(sampler)
+        return listed
+
+    def forget_samplers(self) -> None:
+        """Some may have been collected."""
+        self._sampler = Remembered()
 
     async def session(self, session: str, tenant: Tenant) -> Session:
         """Raises NotFound."""
@@ -125,7 +166,7 @@ class Records:
     async def _load_accepted(self, name: str) -> float:
         data = await self._store.get(name)
         if data is None:
-            raise NotFound(f"{name} was swept while it was being read; ask again")
+            raise NotFound(f"{name} was collected while it was being read; ask again")
         return decode(data, Operation, name).accepted_at
 
     async def _load_spec(self, run: RunId) -> Spec:

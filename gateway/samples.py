@@ -110,6 +110,10 @@ class Samples:
         """Samples that are asked for and not done."""
         return self._unfinished
 
+    def sampled_now(self) -> set[SamplerId]:
+        """Samplers of samples that are not done."""
+        return {entry.address[0] for entry in self._entries.values() if not entry.done.is_set()}
+
     def known(self, address: tuple[SamplerId, int]) -> Entry | None:
         """The entry of a request that came before."""
         return self._by_address.get(address)

@@ -98,7 +98,8 @@ async def finish_session(request: Request) -> Response:
     gateway.waits.stir(session)
     gateway.accounts.forget(session)
     gateway.stirs.accounts.set()
-    gateway.stirs.sweep.set()
+    gateway.collector.touch(session)
+    gateway.stirs.collect.set()
     return JSONResponse({"status": "ok"})
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 class Stirs:
     """`jobs`: one was started, resumed, or waits for files. `inbox`: somebody uploads.
 
-    `sweep`: files may have lost the last name that led to them. `accounts`: a run used something that no line has yet.
+    `collect`: something may be needed no more. `accounts`: a run used something that no line has yet.
     """
 
     jobs: asyncio.Event = field(default_factory=asyncio.Event)
-    sweep: asyncio.Event = field(default_factory=asyncio.Event)
+    collect: asyncio.Event = field(default_factory=asyncio.Event)
     accounts: asyncio.Event = field(default_factory=asyncio.Event)
     inbox: asyncio.Event = field(default_factory=asyncio.Event)

@@ -251,7 +251,7 @@ async def _accept_packed(
     if accepted_at is not None:
         gateway.accounts.asked(run, seq, accepted_at, tokens)
     if kind in SAVES:
-        gateway.stirs.sweep.set()  # it may take the name of another, or have a time to live
+        gateway.stirs.collect.set()  # it may take the name of another, or have a time to live
     gateway.bells.ring(run, seq)
     return _promise(run, seq)
 
@@ -272,8 +272,8 @@ async def _bury(
 
 
 async def _trainable(gateway: Parts, tenant: Tenant, model_id: str) -> RunId:
-    """The run. Raises NotFound, or UserError for one that only holds a copy."""
-    spec = await gateway.records.spec(model_id, tenant)
+    """The run. Raises NotFound, also for one that has ended, or UserError for one that only holds a copy."""
+    spec = await gateway.records.living(model_id, tenant)
     if spec.copied_from:
         raise UserError(
             f"training run {model_id} holds a copy of {spec.copied_from} and cannot be trained; "

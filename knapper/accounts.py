@@ -166,6 +166,12 @@ class Accounts:
                 log.warning("a run is not accounted for", run=run, code=error.code, reason=str(error))
         return left
 
+    async def account(self, tenant: str, run: RunId) -> None:
+        """Bring the run's lines up to date: what they are made from is about to be deleted."""
+        tail = await self._tail(run, await self._known_through(run))
+        if tail.since < tail.through:
+            await self._account(Tenant(tenant), run, tail.settled)
+
     async def _settle(self, tenant: Tenant, run: RunId, marks: list[_Mark], at: float) -> bool:
         """True if nothing is left to do for the run. `at`: when the marks were looked at."""
         tail = await self._tail(run, await self._known_through(run))

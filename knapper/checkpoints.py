@@ -1,7 +1,7 @@
 """Checkpoints: names that users gave -> immutable bundles.
 
 A name has versions; the highest wins. Publishing, a new time to live and a deletion are versions too. The files of a
-bundle may outlast the names that led to it: `knapper.orphans` says for how long.
+bundle may outlast the names that led to it: `knapper.collect` says for how long.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import msgspec
 
 from knapper import ids, labels
+from knapper.collect import marks
 from knapper.errors import NotFound, UserError
-from knapper.ids import RunId, TinkerPath
+from knapper.ids import RunId, TinkerPath, run_of_bundle, session_of
 from knapper.journal import names
 from knapper.journal.accept import decode_creation
 from knapper.journal.records import Operation, Record, decode, encode
@@ -65,6 +66,8 @@ class Checkpoints:
         while True:
             listed = await self.store.list(prefix)
             versions = [version for name in listed if (version := await self._version(name)) is not None]
+            if versions and versions[-1].seq >= checkpoint.seq > 0:  # of a later one: ours was overwritten long ago
+                return
             if any(version.seq == checkpoint.seq for version in versions):
                 return
             if versions and versions[-1].lives(self.clock()) and not overwrite:
@@ -130,6 +133,13 @@ class Checkpoints:
         """As `labels`, and all of it read."""
         return await self.read(await self.labels(tenant, within))
 
+    async def versions(self, tenant: str, within: str) -> list[list[Label]]:
+        """Of each name below all versions that there are, the newest last, whether it lives or not."""
+        found: dict[str, list[Label]] = {}
+        for label in await labels.every(self.store, f"{tenant}/{within}", self._label):
+            found.setdefault(str(label.path), []).append(label)
+        return list(found.values())
+
     async def _change(self, path: TinkerPath, tenant: str, **changes: object) -> None:
         while True:
             n, newest = await self._newest(path, tenant)
@@ -138,6 +148,8 @@ class Checkpoints:
             changed = msgspec.structs.replace(newest, **changes)
             if changed == newest:
                 return
+            for run in {path.run, run_of_bundle(newest.bundle)}:  # a copy's files lie where its source's do
+                await marks.put(self.store, session_of(run), f"{path.run}-{path.kind}-{path.name}-{n + 1}")
             if await self._put(f"{_prefix(path, tenant)}{ids.number(n + 1)}", changed):
                 return
 

@@ -13,7 +13,9 @@ from knapper.cluster import commands
 from knapper.jobs import commands as jobs
 
 if TYPE_CHECKING:
+    from knapper.collect.collector import Collector
     from knapper.keys import Keys
+    from knapper.store import Store
 
 app = typer.Typer(
     name="knapper",
@@ -25,6 +27,8 @@ app = typer.Typer(
 )
 key = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 app.add_typer(key, name="key")
+runs = typer.Typer(help="Delete training runs.", no_args_is_help=True)
+app.add_typer(runs, name="runs")
 app.add_typer(jobs.app, name="jobs")
 app.command()(jobs.submit)
 app.command()(jobs.usage)
@@ -58,27 +62,58 @@ def up(
 
 @app.command()
 def sweep(data: Annotated[Path | None, typer.Option(help="The data directory of `knapper up`.")] = None) -> None:
-    """Delete journal records that are older than seven days and of no use to a recovery; a server may run meanwhile."""
+    """Delete at once what a gateway deletes by itself: whatever is needed no more. A server may run meanwhile."""
     import asyncio
     import time
 
-    from knapper.journal.collect import sweep_all
-    from knapper.settings import Settings, variable
-    from knapper.store.opening import forget_torn_writes, open_store
+    from knapper.store import forget_torn_writes
 
-    settings = Settings.load({**os.environ, **({variable("data"): str(data)} if data else {})})
+    collector, store = _collector(data)
 
     async def sweep_and_tell() -> None:
-        store = open_store(settings)
-        async for run, count in sweep_all(store, time.time()):
-            print(f"{run}: {count} objects deleted")
+        for session, count in (await collector.sweep()).items():
+            print(f"{session}: {count} objects deleted")
         if count := await forget_torn_writes(store, time.time()):
             print(f"torn writes: {count} objects deleted")
 
     asyncio.run(sweep_and_tell())
 
 
+def _collector(data: Path | None) -> "tuple[Collector, Store]":
+    """Of this deployment, and its store."""
+    import secrets
+    import time
+    from functools import partial
+
+    from knapper.accounts import Accounts
+    from knapper.collect.collector import Collector
+    from knapper.collect.session import Retention
+    from knapper.jobs import needs
+    from knapper.settings import Settings, variable
+    from knapper.store.opening import open_store
+
+    settings = Settings.load({**os.environ, **({variable("data"): str(data)} if data else {})})
+    store = open_store(settings)
+    keep = Retention.of(settings)
+    account = Accounts(store, time.time, time.monotonic, lambda: secrets.token_hex(16)).account
+    return Collector(store, keep, time.time, time.monotonic, partial(needs.of, store), account), store
+
+
 Data = Annotated[Path | None, typer.Option(help="The data directory of `knapper up`.")]
+
+
+@runs.command("delete")
+def delete_run(
+    run: Annotated[str, typer.Argument(help="The run's id, as `tinker run list` shows it.")], data: Data = None
+) -> None:
+    """Delete a training run, whosever it is, with its checkpoints; a server may run meanwhile. There is no way back."""
+    import asyncio
+
+    from knapper import ids
+
+    collector, _ = _collector(data)
+    tenant, count = asyncio.run(collector.delete_of_anybody(ids.run_id(run)))
+    print(f"training run {run} of tenant {tenant} is deleted: {count} objects")
 
 
 @key.command("create")

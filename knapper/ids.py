@@ -129,6 +129,11 @@ def run_of(name: str) -> RunId:
     return RunId(name.split("/")[1].partition("-")[2])
 
 
+def run_of_bundle(prefix: str) -> RunId:
+    """Whose export lies under an `adapter_prefix`."""
+    return RunId(prefix.split("/")[1])
+
+
 def adapter_prefix(run: RunId, seq: int, epoch: int) -> str:
     """Where the immutable export of one save operation lies; epochs never share a name."""
     return f"adapters/{run}/{number(seq)}-{number(epoch)}/"

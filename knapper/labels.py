@@ -6,14 +6,14 @@ A label is stuck on after its version was made, and says what the version says. 
 between, or was an older one) the version is read, and labelled: a label is never more than a copy.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
 from urllib.parse import quote, unquote
 
 from knapper.ids import CheckpointKind, RunId, TinkerPath
 from knapper.models.catalogue import slug
-from knapper.store import Store, many
+from knapper.store import Names, Store, many
 
 _ROOT, _LABELS = "checkpoints/", "labels/"
 
@@ -61,9 +61,29 @@ def _parse(place: str) -> Label:
     )
 
 
-async def newest(store: Store, below: str, read: Callable[[str], Awaitable[Label | None]]) -> list[Label]:
+Read = Callable[[str], Awaitable[Label | None]]
+
+
+async def newest(store: Store, below: str, read: Read) -> list[Label]:
     """Of the newest version of each name below `checkpoints/<below>`. `read` makes the label of one that has none."""
     versions = {name.rpartition("/")[0]: name for name in await store.list(_ROOT + below)}  # sorted: the last one stays
+    return await _labels(store, below, list(versions.values()), read)
+
+
+async def every(store: Store, below: str, read: Read) -> list[Label]:
+    """Of every version, in order."""
+    return await _labels(store, below, await store.list(_ROOT + below), read)
+
+
+async def remove(store: Store, chosen: Iterable[Label]) -> int:
+    """Delete the versions, and what tells of them; return how many objects."""
+    gone = list(chosen)
+    await many.each([label.place for label in gone], store.delete)
+    await many.each([label.version for label in gone], store.delete)
+    return 2 * len(gone)
+
+
+async def _labels(store: Store, below: str, versions: Names, read: Read) -> list[Label]:
     labels = {label.version: label for label in map(_parse, await store.list(_LABELS + below))}
 
     async def make(version: str) -> Label | None:
@@ -72,7 +92,7 @@ async def newest(store: Store, below: str, read: Callable[[str], Awaitable[Label
             await store.put_if_absent(label.place, b"")
         return label
 
-    unlabelled = [version for version in versions.values() if version not in labels]
+    unlabelled = [version for version in versions if version not in labels]
     made = {label.version: label for label in await many.each(unlabelled, make) if label is not None}
     known = labels | made
-    return [known[version] for version in versions.values() if version in known]
+    return [known[version] for version in versions if version in known]

@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from knapper.errors import UserError
 from knapper.journal.machine import Files, Machine, Outcome
 from knapper.journal.records import Operation, Spec
-from knapper.store import Names, Store
+from knapper.store import Names, Store, forget_torn_writes
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 REGISTRY = CollectorRegistry()
@@ -129,6 +129,9 @@ class CountedStore:
             await self.store.delete(name)
             say("ok")
 
+    async def forget_torn_writes(self, now: float) -> int:
+        return await forget_torn_writes(self.store, now)
+
     @contextmanager
     def _counted(self, verb: str) -> Iterator[Callable[[str], None]]:
         began, outcome = self.now(), ["failed"]
@@ -156,6 +159,9 @@ class CountedMachine(Generic[State]):
 
     async def freeze(self, state: State) -> Files:
         return await self._machine.freeze(state)
+
+    def frozen_bytes(self, state: State) -> int:
+        return self._machine.frozen_bytes(state)
 
     async def apply(self, state: State, operation: Operation, source: Files | None) -> Outcome[State]:
         outcome = "failed"

@@ -33,6 +33,13 @@ class Register:
         number = int(run.rpartition(":")[2])
         await self.store.put_if_absent(f"tenants/{session.tenant}/runs/{_place(session)}/{ids.number(number)}", b"")
 
+    async def remove_session(self, session: Session) -> None:
+        await self.store.delete(f"tenants/{session.tenant}/sessions/{_place(session)}")
+
+    async def remove_run(self, session: Session, run: RunId) -> None:
+        number = int(run.rpartition(":")[2])
+        await self.store.delete(f"tenants/{session.tenant}/runs/{_place(session)}/{ids.number(number)}")
+
     async def sessions(self, tenant: str) -> list[Listed]:
         """Newest first."""
         prefix = f"tenants/{tenant}/sessions/"

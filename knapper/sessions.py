@@ -1,14 +1,15 @@
-"""Sessions and samplers: small create-only records that say who asked, and which weights a sampler holds for ever."""
+"""Sessions and samplers: small create-only records that say who asked, and which weights a sampler holds."""
 
 from dataclasses import dataclass
 
 from knapper import ids, limits
+from knapper.collect import marks
 from knapper.errors import NotFound, UserError
-from knapper.ids import SamplerId, SessionId
+from knapper.ids import SamplerId, SessionId, session_of
 from knapper.journal import names
 from knapper.journal.newest import newest_name, newest_of_few
 from knapper.journal.records import Record, decode, encode
-from knapper.store import Store
+from knapper.store import Store, many
 
 DAY_S = 24 * 3600.0
 
@@ -58,20 +59,26 @@ class Sessions:
     store: Store
 
     async def create(self, session: Session) -> None:
+        await marks.put(self.store, SessionId(session.session), "created")
         if not await self.store.put_if_absent(f"sessions/{session.session}/created", encode(session)):
             raise UserError(f"session {session.session} exists already")
 
     async def find_or_create(self, session: Session) -> Session:
         """The session as it stands: the one who made it first stays. Only for ids that nobody else can have."""
+        await marks.put(self.store, SessionId(session.session), "created")
         if await self.store.put_if_absent(f"sessions/{session.session}/created", encode(session)):
             return session
         return await self.get(SessionId(session.session), session.tenant)
 
-    async def get(self, session: SessionId, tenant: str) -> Session:
-        """Raises NotFound, also for another tenant's."""
+    async def find(self, session: SessionId) -> Session | None:
+        """The session, whosever it is."""
         name = f"sessions/{session}/created"
         data = await self.store.get(name)
-        if data is not None and (found := decode(data, Session, name)).tenant == tenant:
+        return None if data is None else decode(data, Session, name)
+
+    async def get(self, session: SessionId, tenant: str) -> Session:
+        """Raises NotFound, also for another tenant's."""
+        if (found := await self.find(session)) is not None and found.tenant == tenant:
             return found
         raise NotFound(
             f"session {session!r} does not exist; create one with create_session (the SDK does so by itself)"
@@ -79,6 +86,7 @@ class Sessions:
 
     async def finish(self, session: SessionId, finish: Finish) -> None:
         """End the session; the first reason stays."""
+        await marks.put(self.store, session, "finished")
         await self.store.put_if_absent(f"sessions/{session}/finished", encode(finish))
 
     async def finished(self, session: SessionId) -> Finish | None:
@@ -105,18 +113,25 @@ class Sessions:
         """Its client lived on this day (counted from the epoch); what its samplers hold lives with it."""
         await self.store.put_if_absent(f"sessions/{session}/heard/{ids.number(day)}", b"")
 
-    async def over(self, session: SessionId, now: float) -> bool:
-        """Whether it has finished, or is silent, so that nothing needs to be kept for it."""
-        return await self.finished(session) is not None or await self.silent(session, now)
-
-    async def silent(self, session: SessionId, now: float) -> bool:
-        """Whether nobody has heard of it for a week."""
+    async def over_since(self, session: SessionId, now: float) -> float | None:
+        """Since when it is over, or None while it lives: it has finished, or nobody has heard of it for a week."""
+        if (finish := await self.finished(session)) is not None:
+            return finish.finished_at
         heard = await newest_name(self.store, f"sessions/{session}/heard/")
         if heard:
-            return now - (names.last_number(heard) + 1) * DAY_S > limits.session_silent_s
-        name = f"sessions/{session}/created"
-        data = await self.store.get(name)
-        return data is None or now - decode(data, Session, name).created_at > limits.session_silent_s
+            silent_at = (names.last_number(heard) + 1) * DAY_S + limits.session_silent_s
+        else:
+            record = await self.find(session)
+            if record is None:  # nothing is known of it, so nothing of it is given up
+                return None
+            silent_at = record.created_at + limits.session_silent_s
+        return silent_at if now > silent_at else None
+
+    async def delete(self, session: SessionId) -> int:
+        """All that is known of it, that it was made last. Return how many objects."""
+        created = f"sessions/{session}/created"
+        others = [name for name in await self.store.list(f"sessions/{session}/") if name != created]
+        return len(await many.each([*others, created], self.store.delete))
 
 
 @dataclass(frozen=True)
@@ -135,7 +150,8 @@ class Samplers:
         if created:
             return sampler
         data = await self.store.get(name)
-        assert data is not None, "samplers are never deleted"
+        if data is None:  # it was collected at this moment
+            return await self.create(sampler)
         stored = decode(data, Sampler, name)
         if _identity(stored) != _identity(sampler):
             raise UserError(
@@ -150,7 +166,41 @@ class Samplers:
         data = await self.store.get(name)
         if data is not None and (found := decode(data, Sampler, name)).tenant == tenant:
             return found
-        raise NotFound(f"sampler {sampler!r} does not exist; create one with create_sampling_client")
+        raise await self._missing(sampler, tenant)
+
+    async def _missing(self, sampler: SamplerId, tenant: str) -> NotFound:
+        """What became of it: its session's later ones tell that it was there."""
+        session, number = session_of(sampler), int(sampler.rpartition(":")[2])
+        sessions = Sessions(self.store)
+        try:
+            await sessions.get(session, tenant)
+        except NotFound:
+            return _no_sampler(sampler)
+        if await sessions.finished(session) is not None:
+            return NotFound(
+                f"sampler {sampler} is gone: its session has finished; create another sampling client. Weights that "
+                "are saved under a name (save_weights_for_sampler) stay"
+            )
+        there = [int(each.rpartition(":")[2]) for each in await self.of_session(session)]
+        if not there:
+            return NotFound(
+                f"sampler {sampler} does not exist, or is gone: nobody has heard of its session for a week; "
+                "create another sampling client"
+            )
+        if number < max(there):
+            return NotFound(
+                f"sampler {sampler} is gone: newer weights of its run took its place, and nobody asked for it for a "
+                "while (KNAPPER_KEEP_SAMPLERS_S says how long it is kept); sample from a newer one "
+                "(save_weights_and_get_sampling_client), or keep weights under a name (save_weights_for_sampler)"
+            )
+        return _no_sampler(sampler)
+
+    async def delete(self, sampler: Sampler) -> int:
+        """The record, and what belongs to it alone; its weights are the caller's. Return how many objects."""
+        doomed = [f"samplers/{sampler.sampler}", *await self.store.list(f"clones/{sampler.sampler}/")]
+        if sampler.kind == "inflight":
+            doomed.append(f"{_inflight(sampler.run)}{ids.number(sampler.seq)}")
+        return len(await many.each(doomed, self.store.delete))
 
     async def inflight_after(self, run: str, seq: int) -> Sampler | None:
         """The newest inflight sampler of the run that was saved after operation `seq`, or None."""
@@ -175,6 +225,10 @@ class Samplers:
         prefix = f"samplers/{session}:sample:"
         listed = [SamplerId(name.removeprefix("samplers/")) for name in await self.store.list(prefix)]
         return sorted(listed, key=lambda sampler: int(sampler.rpartition(":")[2]))
+
+
+def _no_sampler(sampler: str) -> NotFound:
+    return NotFound(f"sampler {sampler!r} does not exist; create one with create_sampling_client")
 
 
 def _inflight(run: str) -> str:

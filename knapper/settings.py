@@ -143,6 +143,46 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Meta(ge=0, le=86400, description="A run without bells for so long leaves a living engine's memory; 0: never."),
     ] = 120.0
+    keep_results_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=30 * 86400,
+            description="An answer that no recovery needs stays so long after its commit, for clients that poll late.",
+        ),
+    ] = 3600.0
+    keep_samplers_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=30 * 86400,
+            description="Weights of an unnamed sampler that newer ones superseded stay so long after the last use.",
+        ),
+    ] = 900.0
+    keep_orphans_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=30 * 86400,
+            description="Files that nothing leads to any more stay so long, so that loads under way come to their end.",
+        ),
+    ] = 3600.0
+    keep_finished_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=3650 * 86400,
+            description="The state of a run stays so long after its session ended; its checkpoints stay anyway.",
+        ),
+    ] = 86400.0
+    keep_records_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=3650 * 86400,
+            description="A session without checkpoints is listed so long after it ended, and so are its runs.",
+        ),
+    ] = 30 * 86400.0
     pod_ip: Annotated[
         str, Meta(description="A train_step pod's own IP: the gateway rings it there, at Knative's queue-proxy (8012).")
     ] = ""

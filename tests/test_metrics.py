@@ -158,6 +158,9 @@ class Ledger:
     async def freeze(self, state: int) -> Files:
         return {}
 
+    def frozen_bytes(self, state: int) -> int:
+        return 0
+
     async def thaw(self, spec: Spec, files: Files) -> int:
         return 0
 

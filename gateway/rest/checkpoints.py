@@ -39,7 +39,7 @@ async def delete(request: Request) -> Response:
         await gateway.checkpoints.own(path, tenant)
         await gateway.audit.write(tenant, "checkpoint_delete", tinker_path=str(path), model_id=path.run)
         await gateway.checkpoints.delete(path, tenant)
-        gateway.stirs.sweep.set()
+        gateway.stirs.collect.set()
     return JSONResponse(_DONE)
 
 
@@ -80,7 +80,7 @@ async def set_ttl(request: Request) -> Response:
     ttl = "never" if asked.ttl_seconds is None else str(asked.ttl_seconds)
     await gateway.audit.write(tenant, "checkpoint_set_ttl", tinker_path=str(path), model_id=path.run, ttl_seconds=ttl)
     await gateway.checkpoints.set_ttl(path, tenant, asked.ttl_seconds)
-    gateway.stirs.sweep.set()
+    gateway.stirs.collect.set()
     return JSONResponse(_DONE)
 
 

@@ -11,6 +11,7 @@ ROUTES = [
     for method, path, handler in (
         ("GET", "training_runs", runs.list_runs),
         ("GET", "training_runs/{run_id}", runs.get_run),
+        ("DELETE", "training_runs/{run_id}", runs.delete_run),
         ("GET", "training_runs/{run_id}/checkpoints", runs.list_checkpoints),
         ("GET", "checkpoints", checkpoints.list_all),
         ("DELETE", _ONE, checkpoints.delete),

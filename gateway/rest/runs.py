@@ -8,8 +8,10 @@ from starlette.responses import JSONResponse, Response
 from gateway.parts import Parts, parts
 from gateway.rest import shapes
 from gateway.tenants import tenant_of
+from knapper import ids
 from knapper.errors import NotFound
 from knapper.ids import CheckpointKind, RunId, Tenant, TinkerPath, session_of
+from knapper.journal import ends
 from knapper.journal.records import Spec
 from knapper.store import many
 from knapper.wire import json, rest
@@ -43,6 +45,25 @@ async def get_run(request: Request) -> Response:
     json.convert(shapes.query(request), rest.Access)
     spec = await gateway.records.spec(request.path_params["run_id"], tenant)
     return JSONResponse(await _shape(gateway, spec))
+
+
+async def delete_run(request: Request) -> Response:
+    """With all that is of it, checkpoints included, at once and for good; what others lead to stays for those.
+
+    A repetition is silent: the first reply may have been lost.
+    """
+    gateway, tenant = parts(request), tenant_of(request)
+    run = ids.run_id(request.path_params["run_id"])
+    end = await ends.ended(gateway.store, run)
+    if end is None or end.tenant != tenant or end.reason != "deleted":
+        await gateway.records.spec(run, tenant)
+        await gateway.audit.write(tenant, "training_run_delete", model_id=run)
+    await gateway.collector.delete(run, tenant)
+    gateway.records.forget_run(run)
+    gateway.records.forget_samplers()
+    await gateway.bells.forget(run)
+    gateway.stirs.collect.set()
+    return JSONResponse({"status": "ok"})
 
 
 async def list_checkpoints(request: Request) -> Response:

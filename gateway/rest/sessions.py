@@ -33,7 +33,7 @@ async def get_session(request: Request) -> Response:
     session = await gateway.records.session(request.path_params["session_id"], tenant)
     answer = {
         "training_run_ids": (await gateway.register.runs(tenant, session))[::-1],
-        "sampler_ids": await gateway.records.samplers.of_session(SessionId(session.session)),
+        "sampler_ids": await gateway.records.list_samplers(SessionId(session.session)),
         "user_metadata": shapes.labels(session.user_metadata_json),
         "display_name": session.display_name or None,
     }

@@ -76,7 +76,7 @@ async def copy_weights(request: Request) -> Response:
         ),
         overwrite=False,
     )  # fmt: skip
-    gateway.stirs.sweep.set()
+    gateway.stirs.collect.set()
     return JSONResponse({"tinker_path": str(copy)})
 
 

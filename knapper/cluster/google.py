@@ -72,7 +72,7 @@ class Google:
         deletes = [rule for rule in found.get("lifecycle", {}).get("rule", []) if rule["action"]["type"] == "Delete"]
         yield _expect(
             f"{about} lifecycle", not deletes, f"{len(deletes)} rules that delete",
-            f"{update} --clear-lifecycle: they race the sweep, which alone knows what may go",
+            f"{update} --clear-lifecycle: they race the collector, which alone knows what may go",
         )  # fmt: skip
         versions = bool(found.get("versioning", {}).get("enabled"))
         yield _expect(

@@ -48,6 +48,9 @@ class TrainingMachine:
     async def freeze(self, state: RunState) -> Files:
         return await self._run(lambda: _once(lambda: peft_format.freeze(state)), state.spec)
 
+    def frozen_bytes(self, state: RunState) -> int:
+        return peft_format.frozen_bytes(state)
+
     async def thaw(self, spec: Spec, files: Files) -> RunState:
         return await self._run(lambda: _once(lambda: self._thaw(spec, files)), spec)
 

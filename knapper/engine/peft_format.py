@@ -114,6 +114,11 @@ def freeze(state: RunState) -> Files:
     return files
 
 
+def frozen_bytes(state: RunState) -> int:
+    """How large the files of `freeze` are, without the header."""
+    return 4 * state.layout.numel * (3 + (state.grads_P is not None))
+
+
 def thaw(files: Files, layout: Layout) -> tuple[Tensor, Moments, Tensor | None]:
     """(weights, moments, pending gradients) as `freeze` got them, bit for bit. Raises Corrupt."""
     try:

@@ -15,6 +15,7 @@ from knapper.store import check_name
 FOLDERS = ("inbox", "jobs")
 _TEMPORARY = ".publishing-"  # the beginning of a file that is still being written; no name of ours begins so
 _HASHED_MAX = 10_000
+_NUMBERS = itertools.count()  # of the process: two exchanges of it never write the same file
 
 
 class DirectoryExchange:
@@ -22,7 +23,6 @@ class DirectoryExchange:
 
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()
-        self._numbers = itertools.count()
         self._hashed: dict[Path, tuple[tuple[int, int, int], str]] = {}  # by size, time and inode
         try:
             for folder in FOLDERS:
@@ -123,7 +123,7 @@ class DirectoryExchange:
 
     def _publish(self, name: str, data: bytes) -> None:
         path = self._path(name)
-        temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{next(self._numbers)}")
+        temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{next(_NUMBERS)}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(data)

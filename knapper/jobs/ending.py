@@ -11,6 +11,7 @@ from knapper.jobs.place import Place
 from knapper.jobs.records import Trained, read
 from knapper.jobs.working import Stopped
 from knapper.journal import bundles
+from knapper.sessions import Finish, Sessions
 from knapper.store import many
 
 FINAL = "final"
@@ -34,6 +35,8 @@ async def write(place: Place, checkpoints: Checkpoints, folder: Folder, line: Li
         raise Stopped
     for checkpoint in await checkpoints.listed(start.tenant, within=f"{start.run}/sampler_weights/step-"):
         await checkpoints.delete(TinkerPath.parse(checkpoint.path), start.tenant)
+    finish = Finish(reason="success", detail="the job is completed", finished_at=place.clock())
+    await Sessions(store).finish(start.session, finish)
     await store.delete(start.working)
     await outputs.publish_status(place, folder.started)
 

@@ -10,7 +10,7 @@ from knapper.checkpoints import Checkpoints
 from knapper.errors import STANDING, Corrupt, KnapperError
 from knapper.events import Event
 from knapper.ids import TinkerPath
-from knapper.jobs import control, ending, outputs, progress, schedule
+from knapper.jobs import control, ending, needs, outputs, progress, schedule
 from knapper.jobs.courses import Course, Lines
 from knapper.jobs.folders import Folder
 from knapper.jobs.names import Round
@@ -27,7 +27,7 @@ from knapper.jobs.working import Slice, Worker
 from knapper.journal.records import Spec
 from knapper.language import Language
 from knapper.register import Register
-from knapper.sessions import Session, Sessions
+from knapper.sessions import DAY_S, Session, Sessions
 
 SOURCE = "knapper/train_step"
 
@@ -61,6 +61,7 @@ class Training:
 
     async def _go_on(self, folder: Folder, within: Slice, event: Event) -> None:
         await within.go_on()
+        await Sessions(self._place.store).hear(folder.start.session, int(self._place.clock() // DAY_S))
         course = await self._course(folder)
         await self._create(folder, course)
         while True:
@@ -176,7 +177,7 @@ class Training:
             return
         session = Session(
             session=start.session, tenant=start.tenant, created_at=started.started_at, display_name=f"job {start.job}",
-            tags=["job", folder.job.kind],
+            tags=[needs.TAG, folder.job.kind],
         )  # fmt: skip
         register = Register(self._place.store)
         await register.add_session(session)

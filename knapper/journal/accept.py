@@ -9,13 +9,13 @@ import msgspec
 from knapper import limits
 from knapper.errors import InvalidField, NotFound, UserError
 from knapper.ids import RunId
-from knapper.journal import names
+from knapper.journal import ends, names
 from knapper.journal.newest import Manifests
 from knapper.journal.records import Creation, Kind, Manifest, Operation, decode, encode
 from knapper.store import Store
 from knapper.wire import zstd
 
-_MANIFEST_FRESH_S = 3600.0  # sweeps leave operations alone for days, so an hour-old view of what may be swept is safe
+_MANIFEST_FRESH_S = 3600.0  # whoever sends an operation again after that is promised an answer that says it is gone
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,11 @@ class Acceptor:
     async def create(self, creation: Creation, request: bytes) -> None:
         """Make the run: operation 0. `request` is the client's body: a repetition is recognised by it.
 
-        Raises UserError if the run exists already and was created by another request.
+        Raises UserError if the run exists already and was created by another request, NotFound if it has ended.
         """
         run = RunId(creation.spec.run)
+        if (end := await ends.ended(self._store, run)) is not None:
+            raise ends.refusal(run, end)
         packed = Packed(hashlib.sha256(request).digest(), zstd.compress(encode(creation)))
         await self._put(run, 0, "create", packed)
 
@@ -65,8 +67,8 @@ class Acceptor:
             raise InvalidField("seq_id", seq, "1, 2, 3, ... for each operation of the run")
         if seq <= await self._consumed_seq(run) and await self._stored(run, seq) is None:
             raise UserError(
-                f"seq_id {seq} of {run} was applied more than {limits.collect_after_s / 86400:.0f} days ago "
-                "and its record is gone; continue with the next seq_id, or resume from a checkpoint"
+                f"seq_id {seq} of {run} was applied long ago and its record is gone; "
+                "continue with the next seq_id, or resume from a checkpoint"
             )
         return await self._put(run, seq, kind, packed)
 
@@ -133,7 +135,7 @@ class Acceptor:
     async def _must_get(self, name: str) -> bytes:
         data = await self._store.get(name)
         if data is None:
-            raise NotFound(f"{name} was swept while it was being read")
+            raise NotFound(f"{name} was collected while it was being read")
         return data
 
     async def _consumed_seq(self, run: RunId) -> int:

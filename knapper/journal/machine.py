@@ -39,5 +39,8 @@ class Machine(Protocol[State]):
     async def freeze(self, state: State) -> Files:
         """The whole state (weights, moments, step count, pending gradients) as files; may share memory with it."""
 
+    def frozen_bytes(self, state: State) -> int:
+        """How much `freeze` would store, nearly. Computes nothing."""
+
     async def thaw(self, spec: Spec, files: Files) -> State:
         """The state that `freeze` was given, bit for bit."""

@@ -35,5 +35,15 @@ def snapshot(run: RunId, seq: int, epoch: int) -> str:
     return f"{snapshots(run)}{number(seq)}-{number(epoch)}/"
 
 
+def parse_snapshot(prefix: str) -> tuple[int, int]:
+    """(seq, epoch) of a `snapshot`."""
+    seq, _, epoch = prefix.rstrip("/").rpartition("/")[2].partition("-")
+    return int(seq), int(epoch)
+
+
+def ends(run: RunId) -> str:
+    return f"{run_prefix(run)}end/"
+
+
 def last_number(name: str) -> int:
     return int(name.rpartition("/")[2])

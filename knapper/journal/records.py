@@ -40,7 +40,7 @@ class Operation(Record, frozen=True):
     kind: Kind
     sha256: bytes
     body_zstd: bytes
-    accepted_at: float  # seconds since the epoch, for people and for sweeps; never for order
+    accepted_at: float  # seconds since the epoch, for people and for the collector; never for order
     error: str = ""  # of a tombstone: what the client is told
 
 
@@ -115,9 +115,21 @@ class Manifest(Record, frozen=True):
     snapshot: str = ""
     snapshot_seq: int = -1  # the newest operation that the snapshot contains
     snapshot_out: int = 0  # the newest out record that it contains
-    snapshot_before: str = ""  # the second newest, kept by sweeps
+    snapshot_before: str = ""  # the second newest, which the collector keeps too
     snapshot_before_seq: int = -1
     snapshot_before_out: int = 0
+
+
+class End(Record, frozen=True):
+    """end/<n>: the run is over, and nothing of it may be written any more; the highest n wins.
+
+    `finished`: its session ended long ago, and its state was deleted; `deleted`: its tenant, or the operator, said so.
+    """
+
+    reason: Literal["finished", "deleted"]
+    tenant: str
+    at: float  # seconds since the epoch
+    asked_at: float = 0.0  # when the newest operation was accepted
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

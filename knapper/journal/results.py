@@ -3,6 +3,8 @@
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+import msgspec
+
 from knapper.ids import RunId
 from knapper.journal import names
 from knapper.journal.newest import Manifests, newest_name
@@ -10,6 +12,13 @@ from knapper.journal.records import Commit, Result, decode
 from knapper.store import Store
 
 _CACHE_BYTES_MAX = 256 * 1024 * 1024
+GONE = msgspec.json.encode(
+    {
+        "error": "the result of this operation is gone: nobody asked for it in time (KNAPPER_KEEP_RESULTS_S says how "
+        "long one is kept after its commit); what it did to the run stays",
+        "category": "user",
+    }
+)
 _BEHIND_MAX = 1000  # more records than that, and reading begins anew at the end
 _SWEPT = 0  # the epoch of a record that is gone; claims count from 1
 
@@ -51,9 +60,8 @@ class Results:
             await self._search(run, seen, seq)
         if (n := seen.where.get(seq)) is not None:
             return self._answer(await self._commit(run, n), seq)
-        if seq <= seen.applied:  # applied, and swept since
-            error = b'{"error":"the result of this operation was kept for 7 days and is gone","category":"user"}'
-            return Result(seq=seq, sha256=b"", content_type="application/json", body=error, failed=True)
+        if seq <= seen.applied:  # applied, and collected since
+            return Result(seq=seq, sha256=b"", content_type="application/json", body=GONE, failed=True)
         return None
 
     def known(self, run: RunId, seq: int) -> Result | None:

@@ -6,7 +6,7 @@ so an earlier holder that still lives loses the slot it needs and finds a higher
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic
 
 import msgspec
@@ -14,7 +14,7 @@ import msgspec
 from knapper import limits
 from knapper.errors import Corrupt, Fenced, KnapperError, NotFound, OtherDtype, OutOfMemory, Unavailable, UserError
 from knapper.ids import RunId
-from knapper.journal import bundles, names
+from knapper.journal import bundles, ends, names
 from knapper.journal.accept import decode_creation
 from knapper.journal.machine import Files, Machine, Outcome, State
 from knapper.journal.newest import Manifests, newest_name
@@ -23,6 +23,7 @@ from knapper.journal.saves import Saves
 from knapper.store import Store
 
 _ATTEMPTS_MAX = 3  # an operation that fails so often, by a defect and not by the user, is answered with that
+_STORING_S = 2.0  # what a snapshot takes, before one was taken
 _COMMIT_AFTER_S = 0.05  # results wait no longer than this for others to share their commit
 
 _OTHER_DTYPE_S = 30.0  # nothing but another start of the engine helps: nobody need ask sooner
@@ -50,6 +51,22 @@ def _when_there_is_memory(run: RunId) -> Iterator[None]:
         raise Unavailable(f"no memory for {run} now: {error}", retry_after_s=5.0) from error
 
 
+@dataclass(frozen=True)
+class _Durable(Generic[State]):
+    """What is committed: the newest operation, the newest out record, the state; and what a recovery of it repeats."""
+
+    applied: int = -1
+    out: int = 0
+    state: State | None = None
+    cost_s: float = 0.0
+    bytes: int = 0
+
+
+def _stored_bytes(size: int) -> int:
+    """What a record takes at least where it lies, and to be read: small ones are not free."""
+    return max(size, 4096)
+
+
 class Run(Generic[State]):
     """A claimed run. Any method may raise Fenced or StoreError.
 
@@ -74,8 +91,8 @@ class Run(Generic[State]):
         self.creation: Creation
         self.terms_before: Terms | None = None  # of the claim before this one, if they were others
         self._state: State | None = None
-        # As committed: (applied, out, state, replay cost)
-        self._durable: tuple[int, int, State | None, float] = (-1, 0, None, 0.0)
+        self._replay_bytes = 0  # records since the newest snapshot
+        self._durable: _Durable[State] = _Durable()
         self._store = store
         self._machine = machine
         self._clock = clock
@@ -87,6 +104,7 @@ class Run(Generic[State]):
         self._outbox: tuple[int, Commit] | None = None  # applied, and not yet known to be stored
         self._failed = (-1, 0)  # (operation, how often it failed by a defect)
         self._entered = False  # somebody is in `apply_pending`
+        self._storing_s = _STORING_S  # how long the newest snapshot took to store
         self._loaded = -1  # the newest operation that took its state from a checkpoint
 
     # -- claim ---------------------------------------------------------------------------------------------------------
@@ -105,20 +123,39 @@ class Run(Generic[State]):
 
         `manifests`: of a process that claims more than once, and need not search anew for what it has seen.
 
-        Raises NotFound if there is no such run, Fenced if somebody else claims it at this moment, OtherDtype if it was
-        made in another dtype than the holder's; then nothing was written, and the run is still whose it was.
+        Raises NotFound if there is no such run, or none any more, Fenced if somebody else claims it at this moment,
+        OtherDtype if it was made in another dtype than the holder's; then nothing was written, and the run is still
+        whose it was.
         """
         self = cls(store, run, machine, holder, clock, manifests or Manifests(store))
         data = await store.get(names.operation(run, 0))
         if data is None:
+            if (over := await ends.ended(store, run)) is not None:
+                raise ends.refusal(run, over)
             raise NotFound(f"training run {run!r} does not exist; create one with create_lora_training_client")
         self.creation = decode_creation(decode(data, Operation, names.operation(run, 0)))
         await self._take_manifest()
-        with _when_there_is_memory(run):
-            await self._recover()
-        await self._fence()
+        if (over := await ends.ended(store, run)) is not None:
+            raise ends.refusal(run, over)
+        try:
+            with _when_there_is_memory(run):
+                await self._recover()
+            await self._fence()
+        except Corrupt as error:
+            await self._expect_newest(error)
+            raise
+        await self._expect_newest()
         self._mark_durable()
         return self
+
+    async def _expect_newest(self, error: Corrupt | None = None) -> None:
+        """Raises Fenced if a claim or snapshot came after our manifest.
+
+        Then what we read may be gone, and the slot that our fence took one of old, which was collected: neither counts.
+        Found by its number, which is never free again.
+        """
+        if await self._store.get(names.manifest(self.run, self._manifest_n + 1)) is not None:
+            raise Fenced(f"{self.run} went on without this claim, of epoch {self.epoch}") from error
 
     async def _take_manifest(self) -> None:
         newest = await self._manifests.newest(self.run)
@@ -155,11 +192,15 @@ class Run(Generic[State]):
             try:
                 await self._thaw(manifest.snapshot, manifest.snapshot_seq, manifest.snapshot_out)
             except Corrupt:
-                # Sweeps keep everything since the second newest snapshot, and before there were two, everything.
-                if manifest.snapshot_before:
-                    await self._thaw(
-                        manifest.snapshot_before, manifest.snapshot_before_seq, manifest.snapshot_before_out
-                    )
+                # The collector keeps everything since the second newest snapshot; before there were two, everything.
+                # The next snapshot comes after that one: the damaged one is nobody's second newest.
+                manifest = self._manifest = msgspec.structs.replace(
+                    manifest, snapshot=manifest.snapshot_before, snapshot_seq=manifest.snapshot_before_seq,
+                    snapshot_out=manifest.snapshot_before_out, snapshot_before="", snapshot_before_seq=-1,
+                    snapshot_before_out=0,
+                )  # fmt: skip
+                if manifest.snapshot:
+                    await self._thaw(manifest.snapshot, manifest.snapshot_seq, manifest.snapshot_out)
         name = await newest_name(self._store, names.commits(self.run), after=self._out)
         last = names.last_number(name) if name else 0
         while self._out < last:  # by number: what a listing leaves out is read all the same
@@ -178,6 +219,7 @@ class Run(Generic[State]):
         """Make a stored commit part of the state."""
         if commit.epoch > self.epoch:
             raise Fenced(f"{self.run} was taken over at epoch {commit.epoch}; this claim is of epoch {self.epoch}")
+        self._replay_bytes += _stored_bytes(sum(len(result.body) for result in commit.results))
         for result in commit.results:
             if result.seq != self.applied + 1:
                 raise Corrupt(
@@ -192,6 +234,7 @@ class Run(Generic[State]):
         operation = await self._operation(result.seq)
         if operation is None or operation.sha256 != result.sha256:
             raise Corrupt(f"operation {result.seq} of {self.run} is not the one that was answered")
+        self._replay_bytes += _stored_bytes(len(operation.body_zstd))
         if operation.kind not in _STATELESS:
             outcome = await self._step(operation, result.source)
             self._state = outcome.state
@@ -208,7 +251,7 @@ class Run(Generic[State]):
         if not await self._store.put_if_absent(name, data):
             found = await self._store.get(name)
             if found is None:
-                raise Fenced(f"{name} was taken and swept: this claim has slept for days")
+                raise Fenced(f"{name} was taken and collected: this claim has slept for long")
             if found != data:
                 await self._adopt(decode(found, Commit, name))
                 return False
@@ -248,7 +291,9 @@ class Run(Generic[State]):
 
     def _roll_back(self) -> None:
         """What was applied and not committed never happened."""
-        self.applied, _, self._state, self.replay_cost_s = self._durable
+        was = self._durable
+        self.applied, self._state = was.applied, was.state
+        self.replay_cost_s, self._replay_bytes = was.cost_s, was.bytes
 
     async def _flush(self, publish: Publish) -> None:
         if self._outbox is None:
@@ -261,11 +306,12 @@ class Run(Generic[State]):
             if found != data:  # after our own fence nobody but a later claim can have this slot
                 raise Fenced(f"slot {n} of {self.run} was taken by another claim")
         self._out, self._outbox = n, None
+        self._replay_bytes += _stored_bytes(len(data))
         self._mark_durable()
         await publish(n, commit)
 
     def _mark_durable(self) -> None:
-        self._durable = (self.applied, self._out, self._state, self.replay_cost_s)
+        self._durable = _Durable(self.applied, self._out, self._state, self.replay_cost_s, self._replay_bytes)
 
     async def _apply_some(self, stop: Callable[[], bool]) -> Commit | None:
         """The next commit: one operation, and those behind it that are quick enough to share it.
@@ -301,6 +347,7 @@ class Run(Generic[State]):
             except Exception as error:  # noqa: BLE001  a defect, of whatever kind: tried again, then told
                 result = self._given_up(operation, error, f", by a defect of the server: {error!r}", "server")
         self.applied = operation.seq
+        self._replay_bytes += _stored_bytes(len(operation.body_zstd))
         return result
 
     def _given_up(self, operation: Operation, error: Exception, why: str, category: str) -> Result:
@@ -381,31 +428,76 @@ class Run(Generic[State]):
 
     @property
     def wants_snapshot(self) -> bool:
-        """Whether a recovery would by now repeat so much that a snapshot in the background is worth its bytes."""
-        return self.must_snapshot or self.replay_cost_s > limits.replay_budget_s / 2
+        """Whether the budget is used up by about the time that a snapshot in the background will have taken.
+
+        Begun then, no operation waits for it; begun sooner, it would only be more often. Or a recovery has more to read
+        in records than a snapshot is large: that bounds what a run of many small operations leaves.
+        """
+        if self.must_snapshot:
+            return True
+        ahead_s = min(2 * self._storing_s, limits.replay_budget_s / 2)
+        bytes_max = max(limits.replay_bytes_min, self._frozen_bytes)
+        return self.replay_cost_s > limits.replay_budget_s - ahead_s or self._replay_bytes > bytes_max
+
+    @property
+    def worth_snapshot(self) -> bool:
+        """Whether a run that leaves the memory should be stored: its replay costs more than its bytes do."""
+        if self._state is None or self.applied == self._manifest.snapshot_seq:
+            return False
+        worth_s = max(limits.snapshot_least_replay_s, self._frozen_bytes / limits.snapshot_bytes_per_replay_s)
+        return self.must_snapshot or self.replay_cost_s > min(worth_s, limits.replay_budget_s / 2)
+
+    @property
+    def _frozen_bytes(self) -> int:
+        return 0 if self._state is None else self._machine.frozen_bytes(self._state)
 
     async def snapshot(self) -> None:
-        """Store the committed state, and make recoveries start from it.
+        """Store the committed state, and make recoveries start from it. What that supersedes is the collector's.
 
         May run while operations go on; one at a time.
         """
-        seq, out, state, cost = self._durable
+        stored = self._durable
+        seq, state = stored.applied, stored.state
         if state is None or seq == self._manifest.snapshot_seq:
             return
+        await self._expect_newest()
+        await self._expect_no_end()
+        began = self._clock()
         with _when_there_is_memory(self.run):
             files = await self._machine.freeze(state)
         prefix = names.snapshot(self.run, seq, self.epoch)
         await bundles.write(self._store, prefix, files, spec=self.creation.spec, seq=seq, epoch=self.epoch)
         before = self._manifest
         manifest = msgspec.structs.replace(
-            before, snapshot=prefix, snapshot_seq=seq, snapshot_out=out,
+            before, snapshot=prefix, snapshot_seq=seq, snapshot_out=stored.out,
             snapshot_before=before.snapshot, snapshot_before_seq=before.snapshot_seq,
             snapshot_before_out=before.snapshot_out,
         )  # fmt: skip
         await self._put_manifest(self._manifest_n + 1, manifest)
-        self.replay_cost_s -= cost
-        applied, out, state, durable_cost = self._durable
-        self._durable = (applied, out, state, durable_cost - cost)
+        await self._expect_no_end(prefix)
+        self._storing_s = max(0.0, self._clock() - began)
+        self.replay_cost_s -= stored.cost_s
+        self._replay_bytes -= stored.bytes
+        now = self._durable
+        self._durable = replace(now, cost_s=now.cost_s - stored.cost_s, bytes=now.bytes - stored.bytes)
+
+    async def _expect_no_end(self, written: str = "") -> None:
+        """Raises Fenced once the run was ended; a snapshot that was written meanwhile goes again."""
+        creation = names.operation(self.run, 0)  # in the end it goes, and the record of the end after it
+        if await ends.ended(self._store, self.run) is not None or await self._store.get(creation) is None:
+            if written:
+                await bundles.delete(self._store, written)
+            raise Fenced(f"{self.run} was ended")
+
+    @property
+    def manifest(self) -> Manifest:
+        """The newest, as this claim knows it."""
+        return self._manifest
+
+    @property
+    def manifest_n(self) -> int:
+        """The number of that."""
+        return self._manifest_n
 
 
 def _expect_dtype(run: RunId, made: Terms, ours: Terms) -> None:

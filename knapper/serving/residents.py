@@ -15,7 +15,8 @@ import msgspec
 import structlog
 
 from knapper import limits, metrics
-from knapper.errors import KnapperError, NotHolder, Unavailable
+from knapper.collect import journal
+from knapper.errors import KnapperError, NotHolder, StoreError, Unavailable
 from knapper.events import Claimed, Committed, Done, Frame, Hint
 from knapper.ids import RunId
 from knapper.journal.machine import Machine, State
@@ -26,7 +27,6 @@ from knapper.serving import holding
 from knapper.store import Store
 
 _RESIDENTS_MAX = 64  # states in memory; more than that, and the longest unused is dropped (its journal has everything)
-_SETTLE_S = 30.0  # a run without bells for so long gets a snapshot, so that whoever claims it next need not replay
 
 log = structlog.get_logger()
 
@@ -41,14 +41,13 @@ class _Resident(Generic[State]):
     run: Run[State] | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     snapshots: asyncio.Lock = field(default_factory=asyncio.Lock)
-    settle: asyncio.TimerHandle | None = None
     rest: asyncio.TimerHandle | None = None  # of the last bell; it changes with the next
     background: asyncio.Task[None] | None = None
     work: asyncio.Task[bool] | None = None  # of the slice under way, or the last one
 
 
 class Residents(Generic[State]):
-    """Answers bells. A run that none came for in `rest_s` is stored whole and leaves the memory; 0: never."""
+    """Answers bells. A run that none came for in `rest_s` leaves the memory; 0: never."""
 
     def __init__(
         self,
@@ -88,9 +87,8 @@ class Residents(Generic[State]):
         resident = self._resident(of)
         await resident.lock.acquire()
         try:
-            for timer in (resident.settle, resident.rest):
-                if timer is not None:
-                    timer.cancel()
+            if resident.rest is not None:
+                resident.rest.cancel()
             if self._leaving:
                 raise NotHolder(f"{self._holder.name} is leaving, and works on {of} no more")
             run = await self._claimed(of, resident, hint)
@@ -164,12 +162,14 @@ class Residents(Generic[State]):
 
         async def publish(n: int, commit: Commit) -> None:
             committed.put_nowait(Committed(n=n, commit=commit))
+            if run.wants_snapshot:
+                self._snapshot_in_background(run, resident)
 
         async def work() -> bool:
             try:
                 while not over():
                     if run.must_snapshot:
-                        await self._snapshot(run, resident)
+                        await self._snapshot(run, resident, lambda: run.must_snapshot)
                     if not await run.apply_pending(over, publish):
                         return False
                 return True
@@ -184,27 +184,28 @@ class Residents(Generic[State]):
             more = await asyncio.shield(task)
         finally:
             end = now()  # if the reader left: the operation under way is finished, and then `answer` lets go
-        if run.wants_snapshot:
-            self._snapshot_in_background(run, resident)
-        elif run.replay_cost_s > 0:
-            loop = asyncio.get_running_loop()
-            resident.settle = loop.call_later(_SETTLE_S, self._snapshot_in_background, run, resident)
         yield Done(applied=run.applied, more=more)
 
-    async def _snapshot(self, run: Run[State], resident: _Resident[State]) -> None:
+    async def _snapshot(self, run: Run[State], resident: _Resident[State], wanted: Callable[[], bool]) -> None:
+        """Take one, unless another that was under way made it needless; and delete those that it supersedes."""
         async with resident.snapshots:
+            if not wanted():
+                return
             began = self._clock()
             await run.snapshot()
             log.info("snapshot", run=run.run, applied=run.applied, took_s=round(self._clock() - began, 2))
+            try:
+                await journal.snapshots(self._store, run.run, run.manifest)
+            except StoreError as error:
+                log.info("superseded snapshots are left to the gateway", run=run.run, reason=str(error))
 
     def _snapshot_in_background(self, run: Run[State], resident: _Resident[State]) -> None:
-        resident.settle = None  # a timer that went off holds the run that it was given
         if resident.snapshots.locked():
             return
 
         async def snapshot() -> None:
             try:
-                await self._snapshot(run, resident)
+                await self._snapshot(run, resident, lambda: run.wants_snapshot)
             except KnapperError as error:
                 log.warning("snapshot failed", run=run.run, code=error.code, reason=str(error))
                 if resident.run is run:
@@ -219,9 +220,9 @@ class Residents(Generic[State]):
             resident.rest = asyncio.get_running_loop().call_later(self._rest_s, self._rest, resident)
 
     def _rest(self, resident: _Resident[State]) -> None:
-        """No bell came for long: what the run is goes into the store, then out of memory.
+        """No bell came for long: the run leaves the memory, stored if its replay is worth more than its bytes.
 
-        The next bell claims it anew, from the snapshot, to the last bit.
+        The next bell claims it anew, from its newest snapshot, to the last bit.
         """
         run, timer = resident.run, resident.rest
         if run is None:
@@ -232,7 +233,7 @@ class Residents(Generic[State]):
 
         async def rest() -> None:
             try:
-                await self._snapshot(run, resident)
+                await self._snapshot(run, resident, lambda: run.worth_snapshot)
             except KnapperError as error:
                 log.warning("snapshot failed", run=run.run, code=error.code, reason=str(error))
                 if isinstance(error, Unavailable):
@@ -241,8 +242,6 @@ class Residents(Generic[State]):
             # Nothing is awaited from here on: a bell that came meanwhile keeps the run.
             if resident.run is run and resident.rest is timer and not _busy(resident):
                 resident.run = None
-                if resident.settle is not None:
-                    resident.settle.cancel()  # it holds the run
                 log.info("run rests", run=run.run, applied=run.applied)
 
         resident.background = asyncio.ensure_future(rest())

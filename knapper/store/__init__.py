@@ -33,6 +33,18 @@ class Store(Protocol):
         """Remove the object; a missing one is no error."""
 
 
+@runtime_checkable
+class Leaving(Protocol):
+    """A store in which a writer that dies leaves something behind."""
+
+    async def forget_torn_writes(self, now: float) -> int: ...
+
+
+async def forget_torn_writes(store: Store, now: float) -> int:
+    """Delete what writers that died a week ago left in the store, which nothing refers to. Return how many objects."""
+    return await store.forget_torn_writes(now) if isinstance(store, Leaving) else 0
+
+
 def check_name(name: str) -> str:
     """The name, or ValueError: a defect of the caller, since requests never name objects."""
     if not name or len(name) > 900 or any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:

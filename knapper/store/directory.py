@@ -16,6 +16,7 @@ from knapper.store import Names, check_name
 
 _TEMPORARY = ".tmp"
 _SMALL_BYTES = 64 * 1024
+_COUNT = itertools.count()  # of the process: two stores of it never write the same temporary file
 _AT_ONCE: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux: read what the page cache has, or nothing
 
 
@@ -28,7 +29,6 @@ class DirectoryStore:
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()
         self._temporary = self._root / _TEMPORARY
-        self._count = itertools.count()
         try:
             self._temporary.mkdir(parents=True, exist_ok=True)
             self._forget_torn_writes()
@@ -60,16 +60,13 @@ class DirectoryStore:
     def _put(self, path: Path, data: bytes) -> bool:
         if path.exists():  # the usual fate of a retry, without the cost of a write
             return False
-        temporary = self._temporary / f"{os.getpid()}-{next(self._count)}"
+        temporary = self._temporary / f"{os.getpid()}-{next(_COUNT)}"
         try:
             with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            self._make_directory(path.parent)
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
+            if not self._link(temporary, path):
                 return False
             _sync_directory(path.parent)
             return True
@@ -78,6 +75,19 @@ class DirectoryStore:
         finally:
             with suppress(OSError):  # what is left here is forgotten at the next start
                 temporary.unlink(missing_ok=True)
+
+    def _link(self, temporary: Path, path: Path) -> bool:
+        """Give the file its name. False if that is taken."""
+        while True:
+            self._make_directory(path.parent)
+            try:
+                os.link(temporary, path)
+                return True
+            except FileExistsError:
+                return False
+            except FileNotFoundError:  # whoever deleted the last object of the directory took that along
+                if not temporary.exists():
+                    raise
 
     def _get(self, path: Path) -> bytes | None:
         try:
@@ -114,19 +124,33 @@ class DirectoryStore:
     def _delete(self, path: Path) -> None:
         try:
             path.unlink(missing_ok=True)
-            if path.parent.is_dir():
-                _sync_directory(path.parent)
+            _sync_directory(self._without_empty(path.parent))
         except NotADirectoryError:
             return
         except OSError as error:
             raise _explained(error, f"delete {path}") from error
 
+    def _without_empty(self, directory: Path) -> Path:
+        """Remove the directory and those around it, as far as they are empty; return the first that is left."""
+        while directory != self._root:
+            try:
+                directory.rmdir()
+            except FileNotFoundError:  # another was faster, or it never was
+                pass
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                return directory
+            directory = directory.parent
+        return directory
+
     def _make_directory(self, directory: Path) -> None:
-        if directory.is_dir():
-            return
-        self._make_directory(directory.parent)
-        directory.mkdir(exist_ok=True)
-        _sync_directory(directory.parent)
+        """It may be gone again on return: whoever deletes takes empty ones along."""
+        while not directory.is_dir():
+            self._make_directory(directory.parent)
+            with suppress(FileNotFoundError):
+                directory.mkdir(exist_ok=True)
+                _sync_directory(directory.parent)
 
     def _forget_torn_writes(self) -> None:
         """Remove what processes that no longer live left half written; nothing refers to it."""

@@ -245,7 +245,7 @@ class GcsStore:
                 timeout=_TIMEOUT_S, retry=self._again,
             ):  # fmt: skip
                 name = blob.name.removeprefix(self._prefix)
-                if now - blob.time_created.timestamp() > limits.collect_after_s:
+                if now - blob.time_created.timestamp() > limits.torn_after_s:
                     torn.setdefault(((blob.metadata or {}).get(_OF, ""), name.split("/")[1]), []).append(name)
             for owner, pointer_id in torn:
                 found = self._bucket().get_blob(self._prefix + owner, timeout=_TIMEOUT_S, retry=self._again)

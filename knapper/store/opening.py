@@ -2,7 +2,6 @@
 
 import re
 from secrets import token_hex  # noqa: TID251 - marks of writers: never replayed, and unlike those of all other processes
-from typing import Protocol, runtime_checkable
 
 from knapper.errors import InvalidField
 from knapper.settings import Settings, variable
@@ -11,18 +10,6 @@ from knapper.store.directory import DirectoryStore
 
 _BUCKET = re.compile(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])((?:/[A-Za-z0-9][A-Za-z0-9._-]{0,63}){0,4})/?")
 _ALLOWED = "empty (a directory below KNAPPER_DATA), or gs://BUCKET or gs://BUCKET/PREFIX"
-
-
-@runtime_checkable
-class _Leaving(Protocol):
-    """A store in which a writer that dies leaves something behind."""
-
-    async def forget_torn_writes(self, now: float) -> int: ...
-
-
-async def forget_torn_writes(store: Store, now: float) -> int:
-    """Delete what writers that died a week ago left in the store, which nothing refers to. Return how many objects."""
-    return await store.forget_torn_writes(now) if isinstance(store, _Leaving) else 0
 
 
 def open_store(settings: Settings) -> Store:

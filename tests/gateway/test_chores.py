@@ -77,9 +77,9 @@ def test_a_gateway_that_stops_in_the_middle_of_its_chores_logs_no_defect(monkeyp
 
         return work
 
-    for name in ("tick", "jobs", "sweep"):
+    for name in ("tick", "jobs", "settle"):
         monkeypatch.setattr(clockwork, name, stuck(name))
-    for pace in ("_TICK_S", "_JOBS_S", "_METER_S", "_SWEEP_S"):
+    for pace in ("_TICK_S", "_JOBS_S", "_METER_S", "_ACCOUNTS_S"):
         monkeypatch.setattr(clockwork, pace, 0.01)
     with logged() as lines:
         with gateway():

@@ -3,9 +3,10 @@
 import httpx
 import pytest
 
+from gateway import clockwork
 from knapper import limits
 from tests.gateway import saved
-from tests.gateway.running import Running
+from tests.gateway.running import Running, settings
 from tests.gateway.saved import Clock
 
 
@@ -165,9 +166,28 @@ def test_a_name_that_leaves_its_folder_is_refused(running: Running) -> None:
 # ---- the bytes
 
 
+GRACE_S, UNASKED_S = settings().keep_orphans_s, settings().keep_samplers_s
+
+
 def sweep(running: Running) -> list[str]:
-    swept: list[str] = running.run(running.parts.orphans.sweep())
-    return swept
+    """The collector's next look, as the gateway's chore does it; the bundles that are gone after it."""
+    before = bundles_of(running)
+    running.run(clockwork.collect(running.parts))
+    return sorted(before - bundles_of(running))
+
+
+def gone_within(running: Running, clock: Clock, seconds: float) -> int:
+    """How many bundles go in that time and two looks, while the chore does what it does."""
+    pace_s = running.parts.collector.pace_s
+    gone = 0
+    for _ in range(int(seconds / pace_s) + 2):
+        clock.at += pace_s
+        gone += len(sweep(running))
+    return gone
+
+
+def bundles_of(running: Running) -> set[str]:
+    return {name.rpartition("/")[0] for name in saved.bundle_names(running)}
 
 
 def test_bytes_go_an_hour_after_the_last_name_that_led_to_them(running: Running, clock: Clock) -> None:
@@ -177,12 +197,12 @@ def test_bytes_go_an_hour_after_the_last_name_that_led_to_them(running: Running,
     running.http.delete(url(saved.save(running, run, "deleted", seq=3))).raise_for_status()
     before = saved.bundle_names(running)
     assert sweep(running) == []
-    clock.at += limits.orphan_grace_s - 1
+    clock.at += GRACE_S - 1
     assert sweep(running) == []
     assert saved.bundle_names(running) == before
-    clock.at += 1
+    clock.at += running.parts.collector.pace_s
     assert len(sweep(running)) == 1, "the deleted one; the expired one is only just found"
-    clock.at += limits.orphan_grace_s
+    clock.at += GRACE_S
     assert len(sweep(running)) == 1
     left = {name.rpartition("/")[0] for name in saved.bundle_names(running)}
     assert len(left) == 1
@@ -197,9 +217,9 @@ def test_a_save_under_way_keeps_its_bytes(running: Running, clock: Clock) -> Non
     record = running.run(running.store.get(name))
     running.run(running.store.delete(name))
     assert sweep(running) == []
-    clock.at += limits.orphan_grace_s - 1
+    clock.at += GRACE_S - 1
     assert running.run(running.store.put_if_absent(name, record))
-    clock.at += limits.orphan_grace_s
+    clock.at += GRACE_S
     assert sweep(running) == []
     assert loads(running, path) == 200
 
@@ -219,8 +239,10 @@ def test_a_sampler_keeps_the_bytes_of_a_deleted_checkpoint_while_its_session_liv
     assert len(saved.bundle_names(running)) == len(saved.FILES) + 1
     running.post(f"sessions/{session}/finish", {"reason": {"type": "success"}})
     assert sweep(running) == []
-    clock.at += limits.orphan_grace_s
-    assert len(sweep(running)) == 1
+    clock.at += UNASKED_S
+    assert sweep(running) == [], "the sampler is gone, and its files wait for loads under way"
+    assert running.http.get(f"samplers/{sampler}").status_code == 404
+    assert gone_within(running, clock, GRACE_S) == 1
     assert saved.bundle_names(running) == []
 
 
@@ -230,7 +252,8 @@ def test_a_session_that_nobody_hears_of_keeps_nothing_after_a_week(running: Runn
     running.http.delete(url(path)).raise_for_status()
     clock.at += limits.session_silent_s
     assert sweep(running) == []
-    clock.at += limits.orphan_grace_s
+    clock.at += GRACE_S
+    assert sweep(running) == [], "silent for a week only now"
+    clock.at += UNASKED_S
     assert sweep(running) == []
-    clock.at += limits.orphan_grace_s
-    assert len(sweep(running)) == 1
+    assert gone_within(running, clock, GRACE_S) == 1

@@ -4,9 +4,12 @@ from typing import Any
 
 import pytest
 
-from knapper.ids import LOCAL_TENANT, CheckpointKind, RunId
+from gateway import clockwork
+from knapper.collect.collector import Collector
+from knapper.collect.session import Retention
+from knapper.ids import LOCAL_TENANT, CheckpointKind, RunId, run_prefix
 from tests.gateway import saved
-from tests.gateway.running import MODEL, Running, create_model, fwdbwd
+from tests.gateway.running import MODEL, Running, create_model, fwdbwd, settings
 from tests.gateway.saved import Clock
 
 
@@ -86,6 +89,77 @@ def test_runs_of_a_project(running: Running, clock: Clock) -> None:
     assert run_ids(running, project_id="p") == runs[::-1]
     running.http.put(f"sessions/{first}/project", json={"project_id": "q"}).raise_for_status()
     assert run_ids(running, project_id="p") == [runs[1]]
+
+
+def test_a_deleted_run_is_gone_with_all_that_is_of_it_and_its_owner_is_told(running: Running) -> None:
+    session = running.session()
+    run, other = running.make_run(session), running.make_run(session, 1)
+    path = saved.save(running, run, "a")
+    kept = saved.save(running, other, "a")
+    running.forward_backward(fwdbwd(run, 1)).raise_for_status()
+    for _ in range(2):  # a repetition is silent: the first reply may have been lost
+        assert running.http.delete(f"training_runs/{run}").raise_for_status().json() == {"status": "ok"}
+    assert run_ids(running) == [other]
+    assert [found["tinker_path"] for found in get(running, "checkpoints")["checkpoints"]] == [kept]
+    assert {name.split("/")[1] for name in saved.bundle_names(running)} == {other}
+    left = running.run(running.store.list(run_prefix(RunId(run))))
+    assert {name.split("/")[2] for name in left} == {"end", "out"}
+    replies = [
+        running.http.get(f"training_runs/{run}"),
+        running.forward_backward(fwdbwd(run, 2)),
+        running.http.post("optim_step", json={"model_id": run, "seq_id": 2, "adam_params": {}, "type": "optim_step"}),
+        running.http.post("retrieve_future", json={"request_id": f"{run}:1", "allow_metadata_only": True}),
+        running.http.post("get_info", json={"model_id": run, "type": "get_info"}),
+        running.http.post("create_model", json=create_model(session)),
+    ]
+    for reply in replies:
+        assert reply.status_code == 404, reply.text
+        assert f"training run {run} was deleted on" in reply.json()["detail"]
+    missing = running.http.post("load_weights", json=_load(running.session(), path))
+    assert missing.status_code == 404
+    assert running.http.post("load_weights", json=_load(running.session(), kept)).status_code == 200
+    entries = get(running, "audit")["entries"]
+    assert [entry["model_id"] for entry in entries if entry["event"] == "training_run_delete"] == [run]
+
+
+def _load(session: str, path: str) -> dict[str, Any]:
+    return {"session_id": session, "model_seq_id": 0, "path": path, "optimizer": False}
+
+
+def test_only_its_tenant_deletes_a_run_and_all_others_find_none(running: Running) -> None:
+    theirs, path = saved.others_run(running), f"training_runs/{saved.others_run(running)}"
+    saved.save(running, theirs, "a", tenant=saved.OTHER)
+    before = running.run(running.store.list(""))
+    answers = [running.http.delete(path), running.http.delete(f"training_runs/ses-{'0' * 32}:train:0")]
+    assert [reply.status_code for reply in answers] == [404, 404]
+    assert answers[0].json()["detail"] == answers[1].json()["detail"].replace(f"ses-{'0' * 32}:train:0", theirs)
+    assert running.run(running.store.list("")) == before
+    running.run(running.parts.collector.delete(RunId(theirs), saved.OTHER))  # by themselves
+    again = running.http.delete(path)
+    assert (again.status_code, again.json()["detail"]) == (404, answers[0].json()["detail"])
+
+
+def test_a_copy_of_a_deleted_run_s_checkpoint_lives_on(running: Running) -> None:
+    run = running.make_run()
+    path = saved.save(running, run, "a")
+    copy = running.post("copy_weights", {"source_path": path, "destination_project_id": "p"})["tinker_path"]
+    running.http.delete(f"training_runs/{run}").raise_for_status()
+    assert len(saved.bundle_names(running)) == len(saved.FILES) + 1
+    assert running.http.post("load_weights", json=_load(running.session(), copy)).status_code == 200
+    running.http.delete(f"training_runs/{copy.removeprefix('tinker://').partition('/')[0]}").raise_for_status()
+    running.run(clockwork.collect(running.parts))
+    assert saved.bundle_names(running) == []
+
+
+def test_a_poll_hears_that_its_run_was_deleted_behind_the_gateway_s_back(running: Running) -> None:
+    """By the operator, in another process: the gateway learns it from train_step, which finds no such run."""
+    run = running.make_run()
+    running.forward_backward(fwdbwd(run, 1)).raise_for_status()
+    collector = Collector(running.store, Retention.of(settings()), running.parts.clock, running.parts.clock)
+    running.run(collector.delete(RunId(run), "local"))
+    running.parts.records.forget_run(RunId(run))  # as a bell does that was answered so
+    reply = running.http.post("retrieve_future", json={"request_id": f"{run}:1", "allow_metadata_only": True})
+    assert (reply.status_code, "was deleted on" in reply.text) == (404, True)
 
 
 # ---- sessions

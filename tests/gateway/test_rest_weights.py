@@ -11,7 +11,7 @@ from knapper import limits
 from tests.gateway import saved
 from tests.gateway.running import MODEL, Running, fwdbwd, gateway, json_of
 from tests.gateway.saved import Clock
-from tests.gateway.test_rest_checkpoints import loads, paths, sweep, url
+from tests.gateway.test_rest_checkpoints import GRACE_S, loads, paths, sweep, url
 
 
 def fetch(link: str) -> bytes:
@@ -136,12 +136,12 @@ def test_a_copy_shares_its_bytes_and_outlives_its_source(running: Running, clock
     clock.at += 3600
     for _ in range(2):
         sweep(running)
-        clock.at += limits.orphan_grace_s
+        clock.at += GRACE_S
     assert [loads(running, path), loads(running, made)] == [404, 200]
     running.http.delete(url(made)).raise_for_status()
     for _ in range(2):
         sweep(running)
-        clock.at += limits.orphan_grace_s
+        clock.at += GRACE_S
     assert saved.bundle_names(running) == []
 
 

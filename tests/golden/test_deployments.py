@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from knapper.checkpoints import Checkpoints
+from knapper.collect.collector import Collector
+from knapper.collect.session import Retention
 from knapper.engine.machine import TrainingMachine
 from knapper.ids import TinkerPath
 from knapper.journal import bundles
@@ -23,6 +25,9 @@ def test_an_older_store_goes_on(path: Path, tmp_path: Path) -> None:
         run = await deployment.claimed(store, machine)
         assert run.applied == 4
         assert await deployment.digest_of(machine, run) == digest
+        await Collector(store, Retention(1.0, 1.0, 1.0, 1e12, 1e12), lambda: 2e9, lambda: 0.0).sweep()
+        run = await deployment.claimed(store, machine)
+        assert await deployment.digest_of(machine, run) == digest, "the collector took something that a recovery needs"
         saved = TinkerPath(RUN, "weights", "golden")
         checkpoint = await Checkpoints(store, lambda: 1e9).resolve(saved, "local")
         _, files = await bundles.read(store, checkpoint.bundle)

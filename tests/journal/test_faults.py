@@ -244,6 +244,7 @@ class FaultyHistory(History):
         draw = random.Random(seed)
         self.faulty = FaultyStore(self.store, draw, rates, lambda _s: pause())
         self.clock = SteppingClock(self.world.clock, draw, rate=0.1)
+        self.steady = False
 
     def carry_out(self) -> None:
         sound, self.store = self.store, self.faulty

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -12,7 +13,7 @@ from knapper.events import Committed, Done, Frame
 from knapper.journal import names
 from knapper.journal.accept import Acceptor
 from knapper.journal.machine import Files, Outcome
-from knapper.journal.records import Commit, Operation, decode
+from knapper.journal.records import Commit, Manifest, Operation, decode
 from knapper.journal.run import Holder
 from knapper.serving.residents import Residents
 from knapper.store.memory import MemoryStore
@@ -188,5 +189,96 @@ def test_a_reader_that_is_cancelled_at_every_await_lets_nobody_in_before_the_wor
             for result in decode(await store.get(name) or b"", Commit, name).results
         ]
         assert answered == list(range(9))
+
+    asyncio.run(story())
+
+
+# -- when snapshots are taken ------------------------------------------------------------------------------------------
+
+
+class Costly(LedgerMachine):
+    """Every operation takes `cost_s` of compute, and its state is `size` bytes."""
+
+    def __init__(self, cost_s: float, size: int = 0) -> None:
+        self.cost_s, self.size = cost_s, size
+
+    async def apply(self, state: LedgerState, operation: Operation, source: Files | None) -> Outcome[LedgerState]:
+        outcome = await super().apply(state, operation, source)
+        return replace(outcome, cost_s=self.cost_s)
+
+    def frozen_bytes(self, state: LedgerState) -> int:
+        return self.size
+
+
+async def taken(machine: Costly, bells: int, rest_s: float = 0.0) -> tuple[list[int], int]:
+    """After which operations snapshots were taken, of one operation a bell; and how many are left."""
+    store = MemoryStore()
+    acceptor = Acceptor(store, lambda: 0.0)
+    await acceptor.create(CREATION, b"create")
+    residents = Residents(store, machine, Holder("h", "", TERMS), lambda: 0.0, rest_s=rest_s)
+    for seq in range(1, bells + 1):
+        await send(acceptor, Step(seq, "optim_step", b"{}"))
+        async for _ in residents.answer(RUN):
+            pass
+        for _ in range(20):  # what goes on in the background
+            await asyncio.sleep(0)
+        while rest_s and residents.present:  # noqa: ASYNC110  nothing in it tells of a rest
+            await asyncio.sleep(0.001)
+    listed = await store.list(names.manifests(RUN))
+    seqs = {decode(await store.get(name) or b"", Manifest, name).snapshot_seq for name in listed}
+    left = {name.rpartition("/")[0] for name in await store.list(names.snapshots(RUN))}
+    return sorted(seqs - {-1}), len(left)
+
+
+@pytest.mark.parametrize(
+    ("cost_s", "after"),
+    [
+        (1.0, [27, 58, 89]),  # in the background, so early that it is stored before the 30 s are used up
+        (9.0, [3, 7, 11, 15, 19]),
+        (18.0, [2, 4, 6, 8, 10, 12, 14]),  # an optimizer step of the default model on a slow machine: every other
+        (40.0, [1, 2, 3, 4]),  # the budget is less than one operation
+    ],
+)
+def test_a_snapshot_is_taken_when_the_budget_asks_for_it_and_two_are_left(cost_s: float, after: list[int]) -> None:
+    seqs, left = asyncio.run(taken(Costly(cost_s), after[-1]))
+    assert seqs == after
+    assert left == min(len(after), 2)
+
+
+@pytest.mark.parametrize(
+    ("cost_s", "size", "after"),
+    [
+        (2.0, 0, [1, 2, 3, 4, 5, 6]),  # free to store
+        (2.0, 5 * limits.snapshot_bytes_per_replay_s, [3, 6]),  # six seconds of replay are worth five of bytes
+        (2.0, 10**12, []),  # never worth it below half a budget
+        (7.0, 10**12, [3, 6]),  # and always above that: whoever comes back waits no longer
+    ],
+)
+def test_a_run_that_rests_is_stored_if_its_replay_is_worth_more_than_its_bytes(
+    cost_s: float, size: int, after: list[int]
+) -> None:
+    assert asyncio.run(taken(Costly(cost_s, size), 6, rest_s=0.001))[0] == after
+
+
+def test_a_snapshot_in_the_background_that_comes_in_time_makes_the_forced_one_needless() -> None:
+    """The budget is used up while it is stored: nothing more is applied until then, and one snapshot is enough."""
+
+    class SlowStore(MemoryStore):
+        async def put_if_absent(self, name: str, data: bytes) -> bool:
+            if name.startswith(names.snapshots(RUN)):
+                await asyncio.sleep(0.05)
+            return await super().put_if_absent(name, data)
+
+    async def story() -> None:
+        store = SlowStore()
+        acceptor = Acceptor(store, lambda: 0.0)
+        await acceptor.create(CREATION, b"create")
+        for seq in range(1, 41):
+            await send(acceptor, Step(seq, "optim_step", b"{}"))
+        residents = Residents(store, Costly(1.0), Holder("h", "", TERMS), lambda: 0.0)
+        async for _ in residents.answer(RUN):
+            pass
+        found = await store.list(names.manifests(RUN))
+        assert len(found) == 2, "the claim, and one snapshot"
 
     asyncio.run(story())

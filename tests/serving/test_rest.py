@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from knapper import limits
 from knapper.engine.device import Device, Task
 from knapper.engine.machine import TrainingMachine
 from knapper.engine.training import RunState, Trainer
 from knapper.errors import Unavailable
 from knapper.events import Committed
 from knapper.ids import RunId
+from knapper.journal import names
 from knapper.journal.accept import Acceptor, newest_manifest
 from knapper.journal.machine import Files
 from knapper.journal.records import Creation, Spec
@@ -96,6 +98,13 @@ async def _ring(residents: Residents[RunState]) -> AsyncIterator[bytes]:
                 yield result.body
 
 
+@pytest.fixture
+def worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes cost nothing: a run that leaves the memory is stored, however short its replay would be."""
+    monkeypatch.setattr(limits, "snapshot_least_replay_s", 0.0)
+    monkeypatch.setattr(limits, "snapshot_bytes_per_replay_s", 10**18)
+
+
 async def _story(machine: Watched, rest_s: float) -> tuple[list[bytes], Residents[RunState], MemoryStore]:
     """The answers to one step a bell; with `rest_s` the run rests after each."""
     store = MemoryStore()
@@ -111,6 +120,7 @@ async def _story(machine: Watched, rest_s: float) -> tuple[list[bytes], Resident
     return answers, residents, store
 
 
+@pytest.mark.usefixtures("worth")
 def test_a_run_that_rests_after_every_operation_gives_the_bits_of_one_that_never_does(
     trainer: Trainer, device: Device
 ) -> None:
@@ -130,6 +140,18 @@ def test_a_run_that_rests_after_every_operation_gives_the_bits_of_one_that_never
     assert asyncio.run(newest()) == len(_steps()), "it left the memory, and its last operation is in no snapshot"
 
 
+def test_a_run_whose_replay_is_short_rests_without_a_snapshot_and_gives_the_same_bits(
+    trainer: Trainer, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "snapshot_bytes_per_replay_s", 1)
+    resting, awake = Watched(trainer, device), Watched(trainer, device)
+    with_rests, _, store = asyncio.run(_story(resting, 0.001))
+    without, _, _ = asyncio.run(_story(awake, 0.0))
+    assert with_rests == without
+    assert resting.thawed == 0
+    assert asyncio.run(store.list(names.snapshots(RUN))) == []
+
+
 def test_a_run_that_rests_leaves_nothing_of_its_state_in_memory(trainer: Trainer, device: Device) -> None:
     machine = Watched(trainer, device)
     _, residents, _ = asyncio.run(_story(machine, 0.001))
@@ -138,6 +160,7 @@ def test_a_run_that_rests_leaves_nothing_of_its_state_in_memory(trainer: Trainer
     assert machine.alive == 0
 
 
+@pytest.mark.usefixtures("worth")
 def test_a_run_stays_in_memory_until_its_snapshot_is_safe(trainer: Trainer, device: Device) -> None:
     machine = Watched(trainer, device, failing=3)
     answers, _, _ = asyncio.run(_story(machine, 0.001))

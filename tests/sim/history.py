@@ -13,17 +13,21 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from knapper.checkpoints import Checkpoint
+from knapper.collect import journal
+from knapper.collect.collector import Collector
+from knapper.collect.session import Retention
 from knapper.errors import Fenced, KnapperError, NotHolder, StoreError, Unavailable
 from knapper.events import Hint, Way
-from knapper.ids import RunId
-from knapper.journal import names
+from knapper.ids import RunId, session_of
+from knapper.journal import bundles, names
 from knapper.journal.accept import Acceptor, newest_manifest, pack
-from knapper.journal.collect import sweep
 from knapper.journal.machine import Machine
-from knapper.journal.records import Commit, Creation, Kind, Operation, Result, Spec, Terms, decode
-from knapper.journal.results import Results
+from knapper.journal.records import Commit, Creation, Kind, Manifest, Operation, Result, Spec, Terms, decode, encode
+from knapper.journal.results import GONE, Results
 from knapper.journal.run import Holder, Run
 from knapper.serving import holding
+from knapper.sessions import Sampler, Session
 from knapper.store import Store
 from knapper.store.memory import MemoryStore
 from tests.sim.ledger import SIZE, LedgerMachine
@@ -36,6 +40,7 @@ SPEC = Spec(
     train_attn=True, train_mlp=True, train_unembed=True,
 )  # fmt: skip
 CREATION = Creation(spec=SPEC)
+SESSION = session_of(RUN)
 TERMS = Terms(device="sim", dtype="float32", threads=1, versions="sim")
 
 
@@ -143,16 +148,23 @@ class History:
     faults: int = 30
     run_class: type[Run[Any]] = Run
     rates: Rates | None = None  # of the store's own faults, which never end
+    steady: bool = True  # the clock goes on as it should
     world: World = field(init=False)
     acked: set[int] = field(default_factory=set)
     seen: set[int] = field(default_factory=set)
     answers: dict[int, bytes] = field(default_factory=dict)
-    swept: int = 0  # sweeps that found something
+    collected: int = 0  # looks that found something to delete
+    deletions: int = 0  # objects
     takeovers: int = 0  # claims that were completed
 
     def __post_init__(self) -> None:
         self.world = World(self.seed, faults=self.faults)
-        self.sound = WorldStore(self.world, self._created)
+        self.sound = WorldStore(self.world, self._created, self._deleted)
+        session = Session(session=SESSION, tenant=SPEC.tenant, created_at=self.world.now)
+        asyncio.run(self.sound.memory.put_if_absent(f"sessions/{SESSION}/created", encode(session)))
+        draw = random.Random(f"keep {self.seed}")
+        results_s, samplers_s, orphans_s = (draw.choice((0.01, 1.0, 5.0)) for _ in range(3))
+        self.keep = Retention(results_s, samplers_s, orphans_s, finished_s=1e9, records_s=1e9)
         self.store: Store = self.sound
         if self.rates is not None:
             self.faulty = FaultyStore(self.sound, random.Random(self.seed), self.rates, lambda _s: pause())
@@ -168,7 +180,8 @@ class History:
             world.add(f"poller{n}", self._poller)
         for n in range(self.claimants):
             world.add(f"holder{n}", self._holder)
-        world.add("sweeper", self._sweeper)
+        for n in range(2):
+            world.add(f"collector{n}", self._collector)
         world.run(lambda: len(self.seen) == len(self.acked) == len(self.plan) + 1)
 
     # -- the client and its gateways -------------------------------------------------------------------------------
@@ -212,7 +225,7 @@ class History:
 
     def _see(self, seq: int, result: Result) -> None:
         self.seen.add(seq)
-        if b"kept for 7 days" in result.body:  # the sweeper's clock is 8 days ahead
+        if result.body == GONE:
             return
         known = self.answers.setdefault(seq, result.body)
         assert known == result.body, f"seed {self.seed}: operation {seq} has two answers: {known!r}, {result.body!r}"
@@ -258,6 +271,7 @@ class History:
             await run.apply_pending(lambda: next(turns) >= most, _nothing)
             if run.wants_snapshot or draw.random() < 0.05:
                 await run.snapshot()
+                await journal.snapshots(self.store, RUN, run.manifest)
         except StoreError:
             if draw.random() < 0.5:  # half of the time the same claim goes on
                 raise
@@ -271,13 +285,46 @@ class History:
                 f"seed {self.seed}: a claim of epoch {commit.epoch} wrote {name} after epoch {self._epoch} was complete"
             )
 
-    async def _sweeper(self) -> None:
-        for _ in range(50):
-            await pause()
-        try:
-            self.swept += await sweep(self.store, RUN, self.world.now + 8 * 24 * 3600.0) > 0
-        except KnapperError:
-            return
+    def _deleted(self, name: str) -> None:
+        """Nothing goes that a recovery starts from, replays or must meet, or that any name leads to.
+
+        Held against what lies in the store at this very moment, whatever the collector has seen of it.
+        """
+        self.deletions += 1
+        memory, where = self.sound.memory, f"seed {self.seed}: {name} is deleted, and"
+        newest = asyncio.run(_newest(memory))
+        if newest is not None and name.startswith(names.snapshots(RUN)):
+            assert not newest.snapshot or not name.startswith(newest.snapshot), f"{where} recoveries start from it"
+            assert not newest.snapshot_before or not name.startswith(newest.snapshot_before), f"{where} is the spare"
+            seq, epoch = names.parse_snapshot(name.rpartition("/")[0])
+            storing = epoch == newest.epoch and seq > newest.snapshot_seq
+            assert not storing, f"{where} its holder is storing it"
+        elif name.startswith(names.manifests(RUN)):
+            raise AssertionError(f"{where} a claim that sleeps would find its number free")
+        elif name.startswith(names.commits(RUN)):
+            commit = decode(asyncio.run(memory.get(name)) or b"", Commit, name)
+            assert commit.results, f"{where} is a fence"
+            assert newest is not None, where
+            assert names.last_number(name) <= newest.snapshot_before_out, f"{where} recoveries may replay it"
+            old = commit.committed_at + self.keep.results_s <= self.world.now
+            assert old or not self.steady, f"{where} was committed just now"
+        elif name.startswith(names.operations(RUN)):
+            assert newest is not None, where
+            assert 0 < names.last_number(name) <= newest.snapshot_before_seq, f"{where} recoveries may replay it"
+        elif name.startswith("adapters/"):
+            led_to_by = asyncio.run(_leading(memory)).get(name.rpartition("/")[0] + "/")
+            assert led_to_by is None, f"{where} {led_to_by} leads to it"
+
+    async def _collector(self) -> None:
+        """As a gateway does it, which has seen nothing yet; cut off anywhere, beside another and the holders' own."""
+        collector = Collector(self.store, self.keep, self.world.clock, self.world.clock)
+        for _ in range(self.world.draw.randrange(1, 6)):
+            for _ in range(self.world.draw.randrange(100)):
+                await pause()
+            try:
+                self.collected += (await collector.look(SESSION, RUN)).deleted > 0
+            except KnapperError:
+                continue
 
     # -- judgement -------------------------------------------------------------------------------------------------
 
@@ -287,24 +334,69 @@ class History:
         assert self.acked == set(range(len(self.plan) + 1)), where
         for seq, body in self.answers.items():
             assert body == truth.answers[seq], f"{where}: operation {seq}: {body!r}, undisturbed {truth.answers[seq]!r}"
-        run = asyncio.run(self._final())
-        assert run.applied == len(self.plan), where
-        digest = asyncio.run(digest_of(self.machine, run))
-        assert digest == truth.digest, f"{where}: the final state differs from the undisturbed run's"
+        for digest in asyncio.run(self._digests()):
+            assert digest == truth.digest, f"{where}: the final state differs from the undisturbed run's"
+        asyncio.run(self._whole())
 
-    async def _final(self) -> Run[Any]:
+    async def _digests(self) -> list[str]:
+        """Of the state as it is recovered; and once more, after all that may go has gone."""
+        found = []
+        for name in ("judge", "after"):
+            run = await self._final(name)
+            assert run.applied == len(self.plan), f"seed {self.seed}"
+            found.append(await digest_of(self.machine, run))
+            self.world.now += 100.0
+            collector = Collector(self.sound.memory, self.keep, lambda: self.world.now, lambda: self.world.now)
+            for _ in range(4):
+                await collector.look(SESSION, RUN)
+                self.world.now += 100.0
+        return found
+
+    async def _whole(self) -> None:
+        """What is left is whole, and no more than it has to be."""
+        memory, where = self.sound.memory, f"seed {self.seed}"
+        newest = await _newest(memory)
+        assert newest is not None
+        kept = {prefix for prefix in (newest.snapshot, newest.snapshot_before) if prefix}
+        for prefix in kept:
+            await bundles.read(memory, prefix)
+        assert {name.rpartition("/")[0] + "/" for name in await memory.list(names.snapshots(RUN))} == kept, where
+        leads = await _leading(memory)
+        for prefix in leads:
+            await bundles.read(memory, prefix)
+        assert {name.rpartition("/")[0] + "/" for name in await memory.list("adapters/")} == leads.keys(), where
+        assert len(await memory.list("samplers/")) <= 1, f"{where}: a superseded sampler is left"
+
+    async def _final(self, name: str) -> Run[Any]:
         memory: Store = self.sound.memory
         answered: list[int] = []
         for name in await memory.list(names.commits(RUN)):
             data = await memory.get(name)
             assert data is not None
             answered += [result.seq for result in decode(data, Commit, name).results]
+        assert answered, f"seed {self.seed}: no answer is left, and recoveries may replay the newest"
         assert answered == list(range(answered[0], len(self.plan) + 1)), f"seed {self.seed}: answered {answered}"
         for name in await memory.list(names.operations(RUN)):
             data = await memory.get(name)
             assert data is not None
             decode(data, Operation, name)
-        return await Run.claim(memory, RUN, self.machine, Holder("judge", "", TERMS), lambda: 0.0)
+        return await Run.claim(memory, RUN, self.machine, Holder(name, "", TERMS), lambda: 0.0)
+
+
+async def _newest(memory: Store) -> Manifest | None:
+    found = await newest_manifest(memory, RUN)
+    return None if found is None else found[1]
+
+
+async def _leading(memory: Store) -> dict[str, str]:
+    """Bundles, and what leads to each: the newest version of a checkpoint's name, or a sampler."""
+    leads: dict[str, str] = {}
+    newest = {name.rpartition("/")[0]: name for name in await memory.list("checkpoints/")}
+    for name in newest.values():
+        leads[decode(await memory.get(name) or b"", Checkpoint, name).bundle] = name
+    for name in await memory.list("samplers/"):
+        leads[decode(await memory.get(name) or b"", Sampler, name).bundle] = name
+    return leads
 
 
 def played(

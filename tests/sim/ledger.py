@@ -68,6 +68,9 @@ class LedgerMachine:
     async def freeze(self, state: LedgerState) -> Files:
         return {"state": state.bytes()}
 
+    def frozen_bytes(self, state: LedgerState) -> int:
+        return len(state.bytes())
+
     async def thaw(self, spec: Spec, files: Files) -> LedgerState:
         return _parse(bytes(files["state"]))
 

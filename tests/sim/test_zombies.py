@@ -1,4 +1,4 @@
-"""A thousand processes that sleep through takeovers and sweeps, and go on where they stood: nothing of them counts.
+"""A thousand processes that sleep through takeovers and collections, and go on where they stood: nothing of it counts.
 
 Replay one:  python -m tests.sim.test_zombies TRIAL
 """
@@ -12,20 +12,24 @@ from typing import Any
 
 import pytest
 
-from knapper.errors import KnapperError
+from knapper.collect.collector import Collector
+from knapper.collect.session import Retention
+from knapper.errors import Corrupt, KnapperError
 from knapper.journal import names
-from knapper.journal.accept import Acceptor
-from knapper.journal.collect import sweep
+from knapper.journal.accept import Acceptor, newest_manifest
 from knapper.journal.records import Commit, decode
-from knapper.journal.results import Results
+from knapper.journal.results import GONE, Results
 from knapper.journal.run import Holder, Run
-from tests.sim.history import CREATION, RUN, TERMS, Step, Truth, digest_of, make_plan, send, undisturbed
+from tests.sim.history import CREATION, RUN, SESSION, TERMS, Step, Truth, digest_of, make_plan, send, undisturbed
 from tests.sim.ledger import LedgerMachine
 from tests.sim.world import World, WorldStore
 
 TRIALS = 1_000
 _PLANS = 40
-_DAYS_S = 8 * 24 * 3600.0
+_KEEP = Retention(results_s=1.0, samplers_s=1.0, orphans_s=1.0, finished_s=1e9, records_s=1e9)
+
+
+Story = Coroutine[Any, Any, Any]
 
 
 @cache
@@ -34,7 +38,7 @@ def truth_of(plan: int) -> tuple[list[Step], Truth]:
     return steps, undisturbed(steps, LedgerMachine())
 
 
-def drive(story: Coroutine[Any, Any, Any], turns: int = 10**6) -> bool:
+def drive(story: Story, turns: int = 10**6) -> bool:
     """Let it go on for so many turns, each from one store call to the next; False once it has ended."""
     try:
         for _ in range(turns):
@@ -45,7 +49,7 @@ def drive(story: Coroutine[Any, Any, Any], turns: int = 10**6) -> bool:
 
 
 class Trial:
-    """One process sleeps at a random point; others take over, sweep, finish; then it wakes."""
+    """One process sleeps at a random point; others take over, collect, finish; then it wakes."""
 
     def __init__(self, number: int, run_class: type[Run[Any]] = Run) -> None:
         self.number = number
@@ -54,24 +58,34 @@ class Trial:
         self.store = WorldStore(World(number), self._created)
         self.acceptor = Acceptor(self.store, lambda: 0.0)
         self.fate = ""  # what ended the sleeper
-        self.swept = 0
+        self.collected = 0
         self._run_class = run_class
         self._epoch = 0
+        self.voids: list[str] = []  # slots of what was collected, that somebody took again
 
     def play(self) -> None:
         """Raises AssertionError, which names the trial."""
         half = self.draw.randrange(1, len(self.plan))
         drive(self._send(CREATION, self.plan[:half]))
-        zombie = self._zombie()
-        self.asleep = drive(zombie, self.draw.randrange(400))
+        before, zombie = self._worker("before"), self._worker("zombie")
+        try:
+            self._play(half, before, zombie)
+        finally:
+            before.close()
+            zombie.close()
+        asyncio.run(self._judge())
+
+    def _play(self, half: int, before: Story, zombie: Story) -> None:
+        drive(before, self.draw.choice((0, 100)))
+        self.asleep = drive(zombie, self.draw.randrange(self.draw.choice((40, 400))))
         drive(self._send(None, self.plan[half:]))
+        drive(before, self.draw.choice((0, 100, 300)))  # while the zombie sleeps in its claim, it goes on
         for pod in range(2):
             drive(self._successor(pod, last=pod == 1))
             if self.draw.random() < 0.5:
-                drive(self._sweep())
+                drive(self._collect())
         assert self.asleep, f"trial {self.number}: it ended before it slept"
         drive(zombie)
-        asyncio.run(self._judge())
 
     async def _send(self, creation: Any, steps: list[Step]) -> None:
         if creation is not None:
@@ -82,17 +96,21 @@ class Trial:
     async def _claim(self, name: str) -> Run[Any]:
         holder = Holder(name, "", TERMS)
         run = await self._run_class.claim(self.store, RUN, LedgerMachine(), holder, lambda: 0.0)
+        assert not self.voids, (
+            f"trial {self.number}: {name} took {self.voids}, of old, and thinks that it holds the run"
+        )
         self._epoch = max(self._epoch, run.epoch)
         return run
 
-    async def _zombie(self) -> None:
+    async def _worker(self, name: str) -> None:
         """Works on, an operation or a snapshot at a time, as if nothing had happened, until something tells it."""
         try:
-            run = await self._claim("zombie")
+            run = await self._claim(name)
             for _ in range(300):
                 await self._some(run)
         except KnapperError as error:
-            self.fate = error.code
+            if name == "zombie":
+                self.fate = error.code
 
     async def _successor(self, pod: int, *, last: bool) -> None:
         run = await self._claim(f"pod-{pod}")
@@ -108,11 +126,18 @@ class Trial:
             await run.snapshot()
         return more
 
-    async def _sweep(self) -> None:
-        self.swept += await sweep(self.store, RUN, _DAYS_S)
+    async def _collect(self) -> None:
+        """All that may ever go, as after long."""
+        now = iter(range(0, 10**6, 10))
+        collector = Collector(self.store, _KEEP, lambda: 1e6, lambda: float(next(now)))
+        for _ in range(3):
+            self.collected += (await collector.look(SESSION, RUN)).deleted
 
     def _created(self, name: str, data: bytes) -> None:
         if name.startswith(names.commits(RUN)):
+            newest = asyncio.run(newest_manifest(self.store.memory, RUN))
+            if newest is not None and names.last_number(name) <= newest[1].snapshot_before_out:
+                self.voids.append(name)
             commit = decode(data, Commit, name)
             assert not commit.results or commit.epoch >= self._epoch, f"trial {self.number}: the zombie wrote {name}"
 
@@ -125,7 +150,7 @@ class Trial:
         for seq, body in self.truth.answers.items():
             found = await results.find(RUN, seq)
             assert found is not None, f"{where}: operation {seq} has no answer"
-            assert found.body == body or b"kept for 7 days" in found.body, f"{where}: operation {seq}: {found.body!r}"
+            assert found.body == body or found.body == GONE, f"{where}: operation {seq}: {found.body!r}"
 
 
 async def _nothing(_n: int, _commit: Commit) -> None:
@@ -138,11 +163,10 @@ def test_a_thousand_zombies_write_nothing_that_counts() -> None:
         trial.play()
     fates = [trial.fate for trial in trials]
     woken = {fate: fates.count(fate) for fate in sorted(set(fates))}
-    print(
-        f"\n{TRIALS} zombies, ended by {woken}; {sum(trial.swept for trial in trials)} objects swept between takeovers"
-    )
+    collected = sum(trial.collected for trial in trials)
+    print(f"\n{TRIALS} zombies, ended by {woken}; {collected} objects collected between takeovers")
     assert fates.count("fenced") > TRIALS / 4, woken
-    assert sum(trial.swept > 0 for trial in trials) > TRIALS / 10
+    assert sum(trial.collected > 0 for trial in trials) > TRIALS / 4
 
 
 class WithoutFence(Run[Any]):
@@ -150,14 +174,24 @@ class WithoutFence(Run[Any]):
         return None
 
 
-def test_the_trials_turn_red_without_the_fence() -> None:
+class Unaware(Run[Any]):
+    """Goes on from what it has read, whether or not somebody has claimed, and collected, meanwhile."""
+
+    async def _expect_newest(self, error: Corrupt | None = None) -> None:
+        return None
+
+
+@pytest.mark.parametrize("broken", [WithoutFence, Unaware])
+def test_the_trials_turn_red_without_a_guard(broken: type[Run[Any]]) -> None:
     with pytest.raises(AssertionError, match="trial"):
         for number in range(TRIALS):
-            Trial(number, WithoutFence).play()
+            Trial(number, broken).play()
 
 
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         trial = Trial(int(argument))
         trial.play()
-        print(f"trial {argument}: fine; the zombie ended by {trial.fate or 'itself'}, {trial.swept} objects swept")
+        print(
+            f"trial {argument}: fine; the zombie ended by {trial.fate or 'itself'}, {trial.collected} objects collected"
+        )

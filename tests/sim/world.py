@@ -120,6 +120,7 @@ class WorldStore:
 
     world: World
     created: Callable[[str, bytes], None]  # is told of every object at the moment it comes to be
+    deleted: Callable[[str], None] = lambda _name: None  # and of every one at the moment before it is gone
     memory: MemoryStore = field(default_factory=MemoryStore)
 
     async def put_if_absent(self, name: str, data: bytes) -> bool:
@@ -144,6 +145,7 @@ class WorldStore:
 
     async def delete(self, name: str) -> None:
         await _Point()
+        self.deleted(name)
         await self.memory.delete(name)
         await _Point()
 

@@ -1,6 +1,7 @@
 """One suite that every store passes."""
 
 import asyncio
+import itertools
 import random
 import subprocess
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from knapper.errors import StoreError
-from knapper.store import Store
+from knapper.store import Store, directory
 from knapper.store.directory import DirectoryStore
 from knapper.store.memory import MemoryStore
 
@@ -122,6 +123,57 @@ def test_a_directory_keeps_its_objects_and_drops_torn_writes(tmp_path: Path) -> 
     assert not list((tmp_path / ".tmp").iterdir())
 
 
+def test_a_directory_of_objects_that_are_all_deleted_goes_with_the_last(tmp_path: Path) -> None:
+    """Else a run of many steps would leave one for each adapter that it ever had, and every listing walk them all."""
+    store = DirectoryStore(tmp_path)
+
+    async def story() -> None:
+        for name in ("a/b/c/1", "a/b/c/2", "a/b/d/1"):
+            await store.put_if_absent(name, b"x")
+        await store.delete("a/b/c/1")
+        assert await store.list("a/") == ["a/b/c/2", "a/b/d/1"]
+        await store.delete("a/b/c/2")
+
+    asyncio.run(story())
+    assert [path.name for path in (tmp_path / "a/b").iterdir()] == ["d"]
+    for _ in range(2):
+        asyncio.run(store.delete("a/b/d/1"))
+    assert [path.name for path in tmp_path.iterdir()] == [".tmp"]
+
+
+class Tidied(DirectoryStore):
+    """Somebody deletes the last object of the directory at the worst moment: it was made, and has no file yet."""
+
+    def __init__(self, root: Path, times: int) -> None:
+        super().__init__(root)
+        self.times = times
+
+    def _make_directory(self, directory: Path) -> None:
+        super()._make_directory(directory)
+        if self.times and directory.name == "er":
+            self.times -= 1
+            self._delete(directory / "last")
+
+
+def test_a_write_beside_the_deletion_of_its_neighbours_is_not_lost(tmp_path: Path) -> None:
+    store = Tidied(tmp_path, times=3)
+    assert asyncio.run(store.put_if_absent("deep/er/1", b"kept"))
+    assert store.times == 0
+    assert asyncio.run(store.get("deep/er/1")) == b"kept"
+
+
+def test_two_stores_of_one_process_never_write_the_same_temporary_file(tmp_path: Path) -> None:
+    stores = DirectoryStore(tmp_path), DirectoryStore(tmp_path)
+
+    async def story() -> None:
+        for n in range(20):
+            await asyncio.gather(*(stores[k % 2].put_if_absent(f"{n}/{k}", b"%d" % k) for k in range(8)))
+            for k in range(8):
+                assert await stores[0].get(f"{n}/{k}") == b"%d" % k
+
+    asyncio.run(story())
+
+
 def test_a_file_system_that_may_only_be_read_is_said_so_and_still_read(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -141,11 +193,12 @@ def test_a_file_system_that_may_only_be_read_is_said_so_and_still_read(tmp_path:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_a_full_disk_is_said_so_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_is_said_so_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("this system has no /dev/full")
     store = DirectoryStore(tmp_path)
+    monkeypatch.setattr(directory, "_COUNT", itertools.count())
     original = store._temporary
     # Every temporary file of this store now is the device that is always full.
     (tmp_path / "full").mkdir()

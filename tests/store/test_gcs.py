@@ -13,9 +13,10 @@ import pytest
 from knapper import limits
 from knapper.errors import Corrupt, InvalidField, StoreError
 from knapper.settings import Settings
+from knapper.store import forget_torn_writes
 from knapper.store import gcs as gcs_module
 from knapper.store.gcs import GcsStore
-from knapper.store.opening import forget_torn_writes, open_store
+from knapper.store.opening import open_store
 from tests.store import proxy
 from tests.store.emulator import Emulator, NewBucket
 from tests.store.proxy import FAULTS, Fault, Proxy
@@ -277,8 +278,8 @@ def test_parts_of_a_dead_writer_are_swept_after_a_week_and_no_others(new_store: 
         kept = parts_of(store)
         store._create(".parts/dead/000000", b"torn", {gcs_module._OF: "whole"})
         store._create(".parts/dead2/000000", b"torn", {gcs_module._OF: "never made"})
-        assert await forget_torn_writes(store, time.time() + limits.collect_after_s - 60) == 0
-        assert await forget_torn_writes(store, time.time() + limits.collect_after_s + 60) == 2
+        assert await forget_torn_writes(store, time.time() + limits.torn_after_s - 60) == 0
+        assert await forget_torn_writes(store, time.time() + limits.torn_after_s + 60) == 2
         assert parts_of(store) == kept
         assert await store.get("whole") == bytes(small_parts * 3)
 

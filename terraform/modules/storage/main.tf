@@ -10,7 +10,7 @@ resource "google_storage_bucket" "state" {
   public_access_prevention    = "enforced"
   force_destroy               = var.force_destroy
 
-  # Objects are created once and never overwritten, and the sweep deletes by rules of its own: versions and soft deletion
+  # Objects are created once and never overwritten, and the collector deletes by rules of its own: versions and soft deletion
   # would only keep, and bill, what is known to be of no use.
   versioning {
     enabled = false
@@ -20,7 +20,7 @@ resource "google_storage_bucket" "state" {
     retention_duration_seconds = 0
   }
 
-  # No rule that deletes: it would race the sweep, and a deleted fence lets a stale process write again.
+  # No rule that deletes: it would race the collector, and a deleted fence lets a stale process write again.
   lifecycle_rule {
     condition {
       age = 1

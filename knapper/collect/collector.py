@@ -1,0 +1,196 @@
+"""The collector of a deployment: when each session is looked at. What is deleted: see `session` and `journal`.
+
+    runs            superseded snapshots, old answers. A run whose session ended long ago ends too: its state goes.
+    samplers        those that newer weights of their run superseded, and those of sessions that are over, once nobody
+                    has asked for them for a while.
+    checkpoints     a name goes by its time to live, or by its owner's word. Its files go once no name and no sampler,
+                    of whatever session, leads to them any more, and loads under way have had their time.
+    bundles         files that were never named, of an operation that is answered: nobody will name them.
+    sessions        records of one that was over long ago and has no checkpoint.
+
+Driven by marks and by what the gateway has seen: a session of which nothing is left costs nothing, one in which nothing
+happens ever less. It may be cut off anywhere, repeated, and done by several at once.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from math import inf
+
+import structlog
+
+from knapper.collect import marks
+from knapper.collect.session import Look, Memory, Need, Pass, Retention, Visit, asked_of
+from knapper.errors import KnapperError, NotFound, Unavailable
+from knapper.ids import RunId, SamplerId, SessionId, run_of, session_of
+from knapper.journal import ends
+from knapper.journal.records import End
+from knapper.sessions import Session
+from knapper.store import Store
+
+_PACE_S = 300.0  # a session that changes is looked at so often,
+_REST_S = 24 * 3600.0  # and one that does not ever later, up to this
+_LOOK_S = 3600.0  # what other processes have marked is seen so soon
+_FAR_S = 90 * 24 * 3600.0
+
+log = structlog.get_logger()
+
+
+async def no_job(_session: Session, _run: RunId) -> Need:
+    return Need()
+
+
+async def no_accounts(_tenant: str, _run: RunId) -> None:
+    return None
+
+
+@dataclass
+class _Plan:
+    """When a session is looked at again. `marks`: those that were seen."""
+
+    marks: frozenset[str]
+    at: float
+    pause_s: float
+
+
+class Collector:
+    """`clock`: seconds since the epoch, by which things expire; `now`: monotonic seconds, by which grace is counted.
+
+    `need` and `account`: as knapper.collect.session.Memory has them.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        retention: Retention,
+        clock: Callable[[], float],
+        now: Callable[[], float],
+        need: Callable[[Session, RunId], Awaitable[Need]] = no_job,
+        account: Callable[[str, RunId], Awaitable[None]] = no_accounts,
+    ) -> None:
+        self._store, self._clock, self._now = store, clock, now
+        self._memory = Memory(store, retention, clock, now, need, account)
+        self._plans: dict[SessionId, _Plan] = {}
+        self._touched: set[SessionId] = set()
+        self._listed_at = -inf
+        self._begun = False
+        # Often enough that nothing stays much longer than it is to be kept.
+        grace_s = min(retention.results_s, retention.samplers_s, retention.orphans_s)
+        self.pace_s = max(1.0, min(_PACE_S, grace_s / 3))
+
+    def ask(self, sampler: str) -> None:
+        """Somebody uses the sampler, or lists it."""
+        self._memory.asked[SamplerId(sampler)] = self._now()
+
+    def touch(self, session: SessionId) -> None:
+        """Something happened in the session."""
+        self._touched.add(session)
+
+    @property
+    def rest_s(self) -> float:
+        """How long nothing has to be done, if nothing happens."""
+        if self._touched:
+            return 0.0
+        now = self._now()
+        soonest = min((plan.at for plan in self._plans.values()), default=inf)
+        return max(0.0, min(soonest - now, self._listed_at + _LOOK_S - now))
+
+    async def work(self) -> dict[SessionId, int]:
+        """Look at each session whose time has come; return where how many objects were deleted.
+
+        Asks nothing of the store while nothing has happened and no time has come. Raises StoreError; the next call goes
+        on.
+        """
+        if self.rest_s > 0:
+            return {}
+        if not self._begun:
+            await marks.mark_all(self._store)
+            self._begun = True
+        found = await marks.listed(self._store)
+        self._listed_at = self._now()
+        self._touched &= found.keys()
+        self._plans = {session: plan for session, plan in self._plans.items() if session in found}
+        deleted: dict[SessionId, int] = {}
+        during = Pass(self._memory)
+        for session, seen in found.items():
+            if self._is_due(session, seen) and (count := await self._look(session, seen, during)):
+                deleted[session] = count
+        return deleted
+
+    def _is_due(self, session: SessionId, seen: frozenset[str]) -> bool:
+        plan = self._plans.get(session)
+        return plan is None or session in self._touched or plan.marks != seen or plan.at <= self._now()
+
+    async def _look(self, session: SessionId, seen: frozenset[str], during: Pass) -> int:
+        before = self._plans.pop(session, None)
+        quiet = before is not None and before.marks == seen and session not in self._touched
+        self._touched.discard(session)  # what touches it from here on is for the next time
+        try:
+            look = await Visit(self._memory, session, during, set()).go()
+        except Unavailable:
+            raise  # without a plan, it is due
+        except KnapperError as error:  # a damaged record, say: everything else is collected all the same
+            log.error("a session cannot be collected", session=session, code=error.code, reason=str(error))
+            look = Look(left=True, next_s=_LOOK_S)
+        self._touched |= look.others
+        if not look.left:
+            await marks.remove(self._store, session, seen)
+            return look.deleted
+        kept, *spare = sorted(seen)
+        await marks.remove(self._store, session, spare)
+        pause_s = self.pace_s
+        if quiet and before is not None and not look.deleted:
+            pause_s = min(2 * before.pause_s, _REST_S)
+        again_s = min(look.next_s, inf if look.over else pause_s, _FAR_S)
+        self._plans[session] = _Plan(frozenset({kept}), self._now() + max(again_s, self.pace_s), pause_s)
+        return look.deleted
+
+    async def look(self, session: SessionId, *runs: RunId, during: Pass | None = None) -> Look:
+        """Delete what may go of the session by now. `runs`: that are known to be in it, should it have no record."""
+        return await Visit(self._memory, session, during or Pass(self._memory), set(runs)).go()
+
+    async def delete(self, run: RunId, tenant: str) -> int:
+        """End the run, and delete what is of it: journal, snapshots, checkpoints, samplers. Return how many objects.
+
+        Files that another run's copy, or a sampler of another session, leads to stay for those. What is cut off here
+        the next look at the session finishes.
+        """
+        session = session_of(run)
+        await marks.put(self._store, session, f"{run}-deleted")
+        self.touch(session)
+        asked_at = await asked_of(self._store, run)
+        await self._memory.account(tenant, run)
+        await ends.end(self._store, run, End(reason="deleted", tenant=tenant, at=self._clock(), asked_at=asked_at))
+        visit = Visit(self._memory, session, Pass(self._memory), {run})
+        await visit.deleted_run(run, tenant)
+        self._touched |= visit.found.others
+        return visit.found.deleted
+
+    async def delete_of_anybody(self, run: RunId) -> tuple[str, int]:
+        """As `delete`, for the operator; return whose it was, too. Raises NotFound if there is no such run."""
+        creation = await self._memory.acceptor.creation(run)
+        end = await ends.ended(self._store, run)
+        if creation is None and end is None:
+            raise NotFound(f"training run {run!r} does not exist; `tinker run list` shows those that do")
+        tenant = end.tenant if end is not None else creation.spec.tenant if creation is not None else ""
+        return tenant, await self.delete(run, tenant)
+
+    async def sweep(self) -> dict[SessionId, int]:
+        """Look at every session of which anything is there; return where how many objects were deleted.
+
+        Files that nothing leads to get no time of grace. Superseded samplers of sessions that live are left to the
+        gateway, which knows what is asked for.
+        """
+        runs: dict[SessionId, set[RunId]] = {}
+        for name in await self._store.list("runs/"):
+            runs.setdefault(session_of(run_of(name)), set()).add(run_of(name))
+        for prefix in ("sessions/", "samplers/", "adapters/"):
+            for name in await self._store.list(prefix):
+                runs.setdefault(SessionId(name.split("/")[1].partition(":")[0]), set())
+        deleted: dict[SessionId, int] = {}
+        during = Pass(self._memory, at_once=True)
+        for session, known in sorted(runs.items()):
+            await marks.put(self._store, session, "swept")
+            look = await self.look(session, *known, during=during)
+            if look.deleted:
+                deleted[session] = look.deleted
+        return deleted

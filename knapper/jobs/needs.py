@@ -1,0 +1,37 @@
+"""What a job may still ask of its runs: the answers since its newest whole step, whatever that takes.
+
+A job that goes on after a break sends the operations of the step that it is in again, and finds their answers.
+"""
+
+from knapper.collect.session import Need
+from knapper.ids import RunId, Tenant
+from knapper.jobs import control
+from knapper.jobs.names import Start, listed
+from knapper.jobs.progress import newest_step
+from knapper.jobs.records import Trained, read
+from knapper.sessions import Session
+from knapper.store import Store
+
+TAG = "job"  # of the sessions that jobs make
+
+
+async def of(store: Store, session: Session, run: RunId) -> Need:
+    """Of a run in this session."""
+    if TAG not in session.tags:
+        return Need()
+    for name in await store.list(listed(Tenant(session.tenant))):
+        start = Start.parse(f"{session.tenant}/{'/'.join(name.split('/')[-2:])}")
+        if start.session == session.session:
+            return await _of(store, start, run)
+    return Need()  # a client may give its sessions whatever tags it likes
+
+
+async def _of(store: Store, start: Start, run: RunId) -> Need:
+    state = (await control.now(store, start)).state
+    if state == "completed":
+        return Need()
+    steps = await newest_step(store, start)
+    trained = await read(store, start.trained(steps - 1), Trained) if steps else None
+    if trained is None:
+        return Need(0, running=state == "running")
+    return Need(trained.next_seq if run == start.run else trained.reference_seq, running=state == "running")
