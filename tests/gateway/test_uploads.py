@@ -86,7 +86,7 @@ class Topic:
             context.abort(grpc.StatusCode.NOT_FOUND, f"resource not found (resource={subscription})")
         told = dict(context.invocation_metadata()).get("x-goog-request-params")
         if told != f"subscription={SUBSCRIPTION}":
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"routed by {told}")
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"routed by {told!r}")
 
 
 @pytest.fixture
