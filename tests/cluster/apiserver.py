@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from urllib.parse import parse_qs, urlparse
 
 import yaml
@@ -20,6 +20,13 @@ import yaml
 from knapper.cluster.api import path_of
 from knapper.cluster.kustomize import Object
 from tests.manifests import schema
+
+# What each kind of request may say beside its path.
+_QUERIES: Final[dict[tuple[str, str], set[str]]] = {
+    ("GET", ""): {"labelSelector"},
+    ("PATCH", "application/apply-patch+yaml"): {"fieldManager", "force", "dryRun"},
+    ("DELETE", ""): {"gracePeriodSeconds"},
+}
 
 
 class Cluster:
@@ -37,20 +44,39 @@ class Cluster:
 
     def answer(self, method: str, path: str, query: dict[str, list[str]], body: Any, kind: str) -> tuple[int, Any]:
         self.asked.append((method, path, query))
+        if unknown := set(query) - _QUERIES.get((method, kind), set()):
+            return self._wrong(400, f"{method} {path}: {', '.join(sorted(unknown))}")
         if path == "/version":
             return 200, {"major": "1", "minor": "34", "gitVersion": "v1.34.9"}
         if path.endswith("/selfsubjectaccessreviews"):
-            allowed = body["spec"]["resourceAttributes"]["resource"] not in self.forbidden
-            return 201, {**body, "status": {"allowed": allowed}}
+            return self._review(method, body, kind)
         if path in self.texts:
             return 200, self.texts[path]
-        if method == "GET":
-            return self._read(path, query)
-        if method == "PATCH" and kind == "application/apply-patch+yaml":
-            return self._apply(path, body, dry="dryRun" in query)
-        if method == "PATCH":
-            return self._merge(path, body)
-        return (200, {"kind": "Status", "status": "Success"}) if self.objects.pop(path, None) else self._missing(path)
+        match method, kind:
+            case "GET", "":
+                return self._read(path, query)
+            case "PATCH", "application/apply-patch+yaml":
+                return self._apply(path, body, query)
+            case "PATCH", "application/merge-patch+json":
+                return self._merge(path, body)
+            case "DELETE", "":
+                gone = self.objects.pop(path, None)
+                return (200, {"kind": "Status", "status": "Success"}) if gone else self._missing(path)
+            case "PATCH", _:
+                return self._wrong(415, f"the body of the request was in an unknown format: {kind}")
+        return self._wrong(405, f"the server does not allow this method on the requested resource: {method} {path}")
+
+    def _review(self, method: str, body: Any, kind: str) -> tuple[int, Any]:
+        if (method, kind) != ("POST", "application/json"):
+            return self._wrong(405, method)
+        if not {"apiVersion", "kind"} <= body.keys():
+            return self._wrong(400, "Object 'Kind' is missing")
+        if errors := list(schema.errors({**body, "metadata": {}, "status": {"allowed": False}})):
+            return self._wrong(400, errors[0])
+        return 201, {
+            **body,
+            "status": {"allowed": body["spec"]["resourceAttributes"]["resource"] not in self.forbidden},
+        }
 
     def _read(self, path: str, query: dict[str, list[str]]) -> tuple[int, Any]:
         if path in self.objects:
@@ -59,37 +85,70 @@ class Cluster:
         if not below and not any(each.startswith(f"{path}/") for each in self.objects) and "knative" in path:
             return self._missing(path)  # no such kind
         for selector in query.get("labelSelector", []):
-            key, equal, value = selector.partition("=")
-            below = [
-                each for each in below
-                if (labels := each["metadata"].get("labels", {})) is not None
-                and key in labels and (not equal or labels[key] == value)
-            ]  # fmt: skip
+            for wanted in selector.split(","):
+                if not re.fullmatch(r"[A-Za-z0-9._/-]+(=[A-Za-z0-9._-]*)?", wanted):
+                    return self._wrong(400, f"unable to parse requirement: {wanted}")
+                key, equal, value = wanted.partition("=")
+                below = [
+                    each for each in below
+                    if key in (labels := each["metadata"].get("labels", {})) and (not equal or labels[key] == value)
+                ]  # fmt: skip
         return 200, {"kind": "List", "items": below}
 
-    def _apply(self, path: str, body: Object, *, dry: bool) -> tuple[int, Any]:
-        if schema.CRDS is not None and (errors := list(schema.errors(body))):
-            return 422, {"kind": "Status", "message": errors[0]}
-        before = self.objects.get(path, {})
-        after = {**before, **copy.deepcopy(body)}
-        if not dry:
+    def _apply(self, path: str, body: Object, query: dict[str, list[str]]) -> tuple[int, Any]:
+        if not query.get("fieldManager"):
+            return self._wrong(400, "PatchOptions.meta.k8s.io is invalid: fieldManager: is required for apply patch")
+        if query.get("dryRun", ["All"]) != ["All"] or query.get("force", ["true"]) not in (["true"], ["false"]):
+            return self._wrong(400, f"dryRun and force: {query}")
+        if path_of(body) != path:
+            return self._wrong(400, f"the object is {path_of(body)}, and not {path}")
+        namespace = body["metadata"].get("namespace")
+        if namespace and f"/api/v1/namespaces/{namespace}" not in self.objects:
+            return self._wrong(404, f'namespaces "{namespace}" not found')
+        if errors := self._errors(body):
+            return self._wrong(422, errors[0])
+        after = {**self.objects.get(path, {}), **copy.deepcopy(body)}
+        if "dryRun" not in query:
             self.objects[path] = after
         return 200, after
 
     def _merge(self, path: str, body: Object) -> tuple[int, Any]:
         if path not in self.objects:
             return self._missing(path)
-        data = self.objects[path].setdefault("data", {})
-        for key, value in body["data"].items():
-            if value is None:
-                data.pop(key, None)
-            else:
-                data[key] = value
-        return 200, self.objects[path]
+        after = _merged(self.objects[path], body)
+        if path_of(after) != path:
+            return self._wrong(400, "the name of the object does not match the name on the URL")
+        if errors := self._errors(after):
+            return self._wrong(422, errors[0])
+        self.objects[path] = after
+        return 200, after
+
+    @staticmethod
+    def _errors(thing: Object) -> list[str]:
+        """Against the schemas that are there: Kubernetes' always are."""
+        knatives = "knative.dev" in thing["apiVersion"]
+        return list(schema.errors(thing)) if schema.CRDS is not None or not knatives else []
+
+    @staticmethod
+    def _wrong(code: int, message: str) -> tuple[int, Any]:
+        return code, {"kind": "Status", "code": code, "message": message}
 
     @staticmethod
     def _missing(path: str) -> tuple[int, Any]:
         return 404, {"kind": "Status", "code": 404, "message": f"{path} not found"}
+
+
+def _merged(before: Any, patch: Any) -> Any:
+    """RFC 7396."""
+    if not isinstance(patch, dict):
+        return copy.deepcopy(patch)
+    after = dict(before) if isinstance(before, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            after.pop(key, None)
+        else:
+            after[key] = _merged(after.get(key), value)
+    return after
 
 
 @contextmanager
@@ -102,15 +161,18 @@ def serving(cluster: Cluster, directory: Path) -> Iterator[Path]:
             size = int(self.headers.get("Content-Length") or 0)
             data = self.rfile.read(size)
             body = json.loads(data) if data else None
-            kind = self.headers.get("Content-Type", "")
-            status, said = cluster.answer(self.command, address.path, parse_qs(address.query), body, kind)
+            kind = self.headers.get("Content-Type", "") if data else ""
+            if self.headers.get("Authorization") != "Bearer made-up":
+                status, said = Cluster._wrong(401, "Unauthorized")
+            else:
+                status, said = cluster.answer(self.command, address.path, parse_qs(address.query), body, kind)
             sent = said.encode() if isinstance(said, str) else json.dumps(said).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(sent)))
             self.end_headers()
             self.wfile.write(sent)
 
-        do_GET = do_PATCH = do_POST = do_DELETE = _do
+        do_GET = do_PATCH = do_POST = do_PUT = do_DELETE = _do
 
         def log_message(self, *args: object) -> None:
             pass

@@ -41,31 +41,52 @@ BUCKET_KEYS = {"eventType": "OBJECT_FINALIZE", "payloadFormat": "JSON_API_V1"}
 
 
 class Topic:
-    """Delivers each message again until it is acknowledged, as Pub/Sub does."""
+    """Delivers each message again until it is acknowledged, as Pub/Sub does, and refuses what that refuses."""
 
     def __init__(self) -> None:
         self.messages: dict[str, PubsubMessage] = {}
         self.deliveries: dict[str, int] = {}
+        self._acks: dict[str, str] = {}  # of every delivery its own
         self._lock = threading.Lock()
 
     def publish(self, id_: str, attributes: dict[str, str], data: bytes = b"") -> None:
+        assert attributes or data, "a message has data or attributes"
         with self._lock:
             self.messages[id_] = PubsubMessage(message_id=id_, attributes=attributes, data=data)
 
-    def pull(self, request: PullRequest, _context: grpc.ServicerContext) -> PullResponse:
-        assert request.subscription == SUBSCRIPTION
+    def pull(self, request: PullRequest, context: grpc.ServicerContext) -> PullResponse:
+        self._expect(request.subscription, context)
+        if request.max_messages < 1:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "max_messages must be greater than 0")
         time.sleep(0.02)
         with self._lock:
-            for id_ in self.messages:
+            found = []
+            for id_, message in list(self.messages.items())[: request.max_messages]:
                 self.deliveries[id_] = self.deliveries.get(id_, 0) + 1
-            found = [ReceivedMessage(ack_id=f"ack {id_}", message=each) for id_, each in self.messages.items()]
+                ack = f"ack {id_} {self.deliveries[id_]}"
+                self._acks[ack] = id_
+                found.append(ReceivedMessage(ack_id=ack, message=message))
         return PullResponse(received_messages=found)
 
-    def acknowledge(self, request: AcknowledgeRequest, _context: grpc.ServicerContext) -> Empty:
+    def acknowledge(self, request: AcknowledgeRequest, context: grpc.ServicerContext) -> Empty:
+        self._expect(request.subscription, context)
+        if not request.ack_ids:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no ack ids specified")
         with self._lock:
             for ack in request.ack_ids:
-                self.messages.pop(ack.removeprefix("ack "), None)
+                if ack not in self._acks:
+                    context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"invalid ack id {ack}")
+                self.messages.pop(self._acks[ack], None)
         return Empty()
+
+    @staticmethod
+    def _expect(subscription: str, context: grpc.ServicerContext) -> None:
+        """Also where the request is routed to, which the client says beside it."""
+        if subscription != SUBSCRIPTION:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"resource not found (resource={subscription})")
+        told = dict(context.invocation_metadata()).get("x-goog-request-params")
+        if told != f"subscription={SUBSCRIPTION}":
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"routed by {told!r}")
 
 
 @pytest.fixture
