@@ -25,7 +25,7 @@ from knapper.ids import RunId, SamplerId, SessionId, run_of, session_of
 from knapper.journal import ends
 from knapper.journal.records import End
 from knapper.sessions import Session
-from knapper.store import Store
+from knapper.store import Names, Store
 
 _PACE_S = 300.0  # a session that changes is looked at so often,
 _REST_S = 24 * 3600.0  # and one that does not ever later, up to this
@@ -43,11 +43,11 @@ async def no_accounts(_tenant: str, _run: RunId) -> None:
     return None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Plan:
-    """When a session is looked at again. `marks`: those that were seen."""
+    """When a session is looked at again that is marked now. `marks`: those that were seen."""
 
-    marks: frozenset[str]
+    marks: Names
     at: float
     pause_s: float
 
@@ -71,7 +71,7 @@ class Collector:
         self._memory = Memory(store, retention, clock, now, need, account)
         self._plans: dict[SessionId, _Plan] = {}
         self._touched: set[SessionId] = set()
-        self._listed_at = -inf
+        self._listed_at = self._later_at = -inf
         self._begun = False
         # Often enough that nothing stays much longer than it is to be kept.
         grace_s = min(retention.results_s, retention.samplers_s, retention.orphans_s)
@@ -92,7 +92,7 @@ class Collector:
             return 0.0
         now = self._now()
         soonest = min((plan.at for plan in self._plans.values()), default=inf)
-        return max(0.0, min(soonest - now, self._listed_at + _LOOK_S - now))
+        return max(0.0, min(soonest - now, self._listed_at + _LOOK_S - now, self._later_at - self._clock()))
 
     async def work(self) -> dict[SessionId, int]:
         """Look at each session whose time has come; return where how many objects were deleted.
@@ -107,42 +107,60 @@ class Collector:
             self._begun = True
         found = await marks.listed(self._store)
         self._listed_at = self._now()
-        self._touched &= found.keys()
         self._plans = {session: plan for session, plan in self._plans.items() if session in found}
+        off: dict[SessionId, Names] = {}
+        if self._later_at <= self._clock():
+            due = await marks.due(self._store, self._clock())
+            off, self._later_at = due.sessions, min(due.next_at, self._clock() + _REST_S)
         deleted: dict[SessionId, int] = {}
         during = Pass(self._memory)
-        for session, seen in found.items():
-            if self._is_due(session, seen) and (count := await self._look(session, seen, during)):
+        for session in sorted(found.keys() | off.keys() | self._touched):
+            seen, put_off = found.get(session, []), off.get(session, [])
+            is_due = put_off or self._is_due(session, seen)
+            if is_due and (count := await self._look(session, seen, put_off, during)):
                 deleted[session] = count
         return deleted
 
-    def _is_due(self, session: SessionId, seen: frozenset[str]) -> bool:
+    def _is_due(self, session: SessionId, seen: Names) -> bool:
         plan = self._plans.get(session)
         return plan is None or session in self._touched or plan.marks != seen or plan.at <= self._now()
 
-    async def _look(self, session: SessionId, seen: frozenset[str], during: Pass) -> int:
+    async def _look(self, session: SessionId, seen: Names, put_off: Names, during: Pass) -> int:
         before = self._plans.pop(session, None)
-        quiet = before is not None and before.marks == seen and session not in self._touched
+        quiet = session not in self._touched and (put_off if before is None else before.marks == seen)
         self._touched.discard(session)  # what touches it from here on is for the next time
         try:
             look = await Visit(self._memory, session, during, set()).go()
         except Unavailable:
-            raise  # without a plan, it is due
+            self._touched.add(session)
+            raise
         except KnapperError as error:  # a damaged record, say: everything else is collected all the same
             log.error("a session cannot be collected", session=session, code=error.code, reason=str(error))
             look = Look(left=True, next_s=_LOOK_S)
         self._touched |= look.others
         if not look.left:
-            await marks.remove(self._store, session, seen)
+            await marks.remove(self._store, [*seen, *put_off])
             return look.deleted
-        kept, *spare = sorted(seen)
-        await marks.remove(self._store, session, spare)
         pause_s = self.pace_s
-        if quiet and before is not None and not look.deleted:
-            pause_s = min(2 * before.pause_s, _REST_S)
-        again_s = min(look.next_s, inf if look.over else pause_s, _FAR_S)
-        self._plans[session] = _Plan(frozenset({kept}), self._now() + max(again_s, self.pace_s), pause_s)
+        if quiet and not look.deleted:
+            pause_s = _REST_S if before is None else min(2 * before.pause_s, _REST_S)
+        again_s = max(self.pace_s, min(look.next_s, inf if look.over else pause_s, _FAR_S))
+        await self._again(session, seen, put_off, again_s, pause_s)
         return look.deleted
+
+    async def _again(self, session: SessionId, seen: Names, put_off: Names, again_s: float, pause_s: float) -> None:
+        """What is put off for long is not listed any more before its time, nor does this process remember it."""
+        if again_s > _LOOK_S:
+            until = self._clock() + again_s
+            await marks.put_off(self._store, session, until)
+            self._later_at = min(self._later_at, until)
+            kept: Names = []
+        else:
+            if not seen:
+                await marks.put(self._store, session, "again")
+            kept = seen[:1]
+            self._plans[session] = _Plan(kept, self._now() + again_s, pause_s)
+        await marks.remove(self._store, [*seen[len(kept) :], *put_off])
 
     async def look(self, session: SessionId, *runs: RunId, during: Pass | None = None) -> Look:
         """Delete what may go of the session by now. `runs`: that are known to be in it, should it have no record."""

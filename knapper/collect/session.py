@@ -139,10 +139,11 @@ class Visit:
         await self._begin()
         for run in sorted(self._runs):
             await self._run(run)
-        await self._samplers()
-        await self._names()
-        await self._orphans()
-        await self._versions_before()
+        if self._bundles or self._over is not None:
+            await self._samplers()
+            await self._names()
+            await self._orphans()
+            await self._versions_before()
         if self._over is not None:
             await self._forget()
         elif self._record is not None or self._runs or self._holding:
