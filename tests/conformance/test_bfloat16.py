@@ -20,6 +20,7 @@ from tests.conformance.test_sampling import (
     test_greedy_texts_and_their_log_probabilities_are_the_models,
     test_log_probabilities_are_those_of_the_tempered_distribution,
     test_prompt_log_probabilities_are_those_of_a_forward_pass,
+    test_the_end_token_ends_a_text_unless_stop_is_empty,
     test_the_likeliest_tokens_of_prompt_and_text_come_with_their_log_probabilities,
 )
 from tests.conformance.test_sampling_extras import (
@@ -49,6 +50,7 @@ __all__ = [  # what pytest is to find here: tests, and fixtures of theirs
     "test_greedy_texts_and_their_log_probabilities_are_the_models",
     "test_log_probabilities_are_those_of_the_tempered_distribution",
     "test_prompt_log_probabilities_are_those_of_a_forward_pass",
+    "test_the_end_token_ends_a_text_unless_stop_is_empty",
     "test_the_last_n_tokens_alone_are_scored",
     "test_the_likeliest_tokens_of_prompt_and_text_come_with_their_log_probabilities",
     "test_thresholds_of_each_token_are_those_of_the_formula",

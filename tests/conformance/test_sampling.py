@@ -176,9 +176,9 @@ def test_the_end_token_ends_a_text_unless_stop_is_empty(service: tinker.ServiceC
     end = client.get_tokenizer().eos_token_id
     assert isinstance(end, int)
     text = data.tokens(rng(9), 10)
-    for _ in range(12):
+    for _ in range(16):  # at 2e-2 the loss leaps up again now and then, in float32 too
         client.forward_backward([data.weighted([*text, *([end] * 8)])], CE)
-        client.optim_step(types.AdamParams(learning_rate=2e-2))
+        client.optim_step(types.AdamParams(learning_rate=5e-3))
     sampler = client.save_weights_and_get_sampling_client().result()
     prompt = types.ModelInput.from_ints(text)
     ended = sampler.sample(prompt, 1, types.SamplingParams(max_tokens=6, temperature=0.0)).result().sequences[0]
