@@ -138,7 +138,7 @@ def test_who_was_away_begins_level_and_waits_for_one_turn() -> None:
         begin.set()
         early.result(10)
         begin.clear()
-        there = device.submit(spent.task("there", 1.0, 20), "there")
+        there = device.submit(spent.task("there", 1.0, 20, begin), "there")
         again: Future[Future[None]] = Future()
 
         def middle() -> Task[None]:
@@ -147,6 +147,7 @@ def test_who_was_away_begins_level_and_waits_for_one_turn() -> None:
             again.set_result(device.submit(spent.task("came back", 1.0, 8), "came back"))
 
         device.submit(middle(), "there")
+        begin.set()  # not sooner: it could be through with all its turns before the other one is there
         again.result(10).result(10)
         there.result(10)
     finally:

@@ -119,7 +119,7 @@ def test_the_newest_manifest_costs_a_process_that_has_seen_one_a_listing_however
         found = await manifests.newest(RUN)
         assert found is not None
         assert (found[0], found[1].epoch) == (count, count)
-        cold = {10: 1, 900: 1, 2000: 2, 30_000: 11}
+        cold = {10: 1, 900: 1, 2000: 2, 30_000: 10}
         assert store.calls == {("list", "runs/manifest"): cold[count], ("get", "runs/manifest"): 1}
         store.calls.clear()
         assert await manifests.newest(RUN) == found

@@ -183,6 +183,7 @@ DOORS: dict[tuple[str, str], Open | Own | Named] = {
     # ---- the REST group
     ("GET", "/api/v1/training_runs"): Own(shows=lambda owned: owned.run),
     ("GET", "/api/v1/training_runs/{run_id}"): Named([nothing]),
+    ("DELETE", "/api/v1/training_runs/{run_id}"): Named([nothing]),
     ("GET", "/api/v1/training_runs/{run_id}/checkpoints"): Named([nothing]),
     ("GET", "/api/v1/checkpoints"): Own(shows=Objects.path),
     ("DELETE", _ONE): Named([nothing]),
