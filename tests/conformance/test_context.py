@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,14 @@ def server(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 @pytest.fixture
 def client(server: Server, qwen: Path) -> Iterator[tinker.SamplingClient]:
+    with client_of(server, qwen) as client:
+        yield client
+
+
+@contextmanager
+def client_of(server: Server, model: Path) -> Iterator[tinker.SamplingClient]:
     with tinker.ServiceClient(base_url=server.url, api_key="tml-local") as service:
-        yield service.create_sampling_client(base_model=str(qwen)).result()
+        yield service.create_sampling_client(base_model=str(model)).result()
 
 
 def sampled(client: tinker.SamplingClient, prompt: int, **params: int) -> types.SampledSequence:
@@ -45,7 +52,7 @@ def test_the_default_parameters_and_as_many_tokens_as_the_context_has_are_served
 ) -> None:
     assert sampled(client, 3).stop_reason == "stop"
     assert len(sampled(client, 3, max_tokens=8).tokens) <= 8
-    (positions,) = map(int, re.findall(r"kv_tokens=(\d+)", server.log()))
+    positions = positions_of(server)
     for max_tokens in (32_768, CONTEXT - 3, CONTEXT - 2):  # no capacity, the whole context, one more: to its end
         if positions >= CONTEXT:
             assert sampled(client, 3, max_tokens=max_tokens).stop_reason == "stop"
@@ -55,6 +62,28 @@ def test_the_default_parameters_and_as_many_tokens_as_the_context_has_are_served
     with pytest.raises(tinker.RequestFailedError, match=f"prompt has {CONTEXT} tokens; allowed: up to {CONTEXT - 1}"):
         sampled(client, CONTEXT, max_tokens=1)
     assert most_memory(server.processes()["engine"]) < 2**31, "what a text may grow to is reserved, not taken"
+
+
+@pytest.mark.timeout(120)
+def test_where_the_context_does_not_fit_a_text_may_fill_what_there_is(qwen: Path, tmp_path: Path) -> None:
+    """Four thousandths of what is left: some hundred positions of 40,960, or some thousand on a large machine."""
+    with (
+        Server.start(qwen, tmp_path / "data", settings={"KNAPPER_KV_MEMORY": "0.004"}) as server,
+        client_of(server, qwen) as client,
+    ):
+        assert sampled(client, 3).stop_reason == "stop"
+        positions = positions_of(server)
+        assert 3 < positions < CONTEXT // 2
+        assert "not even one text of the whole context fits" in server.log()
+        assert sampled(client, 3, max_tokens=positions // 64 * 64 - 2).stop_reason == "stop"
+        for prompt, params in ((3, {"max_tokens": positions // 64 * 64 - 1}), (positions + 1, {})):
+            with pytest.raises(tinker.RequestFailedError, match=f"key/value memory; allowed: {positions}. Lower"):
+                sampled(client, prompt, **params)
+
+
+def positions_of(server: Server) -> int:
+    (found,) = re.findall(r"kv_tokens=(\d+)", server.log())
+    return int(found)
 
 
 def most_memory(pid: int) -> int:
