@@ -86,6 +86,19 @@ def test_holes_hide_nothing(seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("page", [2, 3, 10])
+def test_no_length_of_a_history_is_special(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(newest, "PAGE", page)
+
+    async def story() -> None:
+        store = MemoryStore()
+        for n in range(1, 300):
+            await store.put_if_absent(f"{PREFIX}{number(n)}", b"")
+            assert await newest_name(store, PREFIX) == f"{PREFIX}{number(n)}"
+
+    asyncio.run(story())
+
+
 def test_of_a_few_the_newest_is_read() -> None:
     async def story() -> None:
         store = MemoryStore()
@@ -228,6 +241,24 @@ def test_a_first_look_at_results_costs_as_much_after_a_long_life(operations: int
         assert late.body == b'{"step":3}'
         assert store.verbs["get"] <= 26, "it is searched for"
         assert store.verbs["list"] == 1
+
+    asyncio.run(story())
+
+
+def test_an_answer_that_is_gone_is_not_searched_for_among_all_that_are() -> None:
+    async def story() -> None:
+        store = CountingStore(MemoryStore())
+        for n in range(1, 2001):
+            result = Result(seq=n, sha256=b"", content_type="application/json", body=b"")
+            if n > 1900:
+                await store.put_if_absent(names.commit(RUN, n), encode(Commit(epoch=1, results=[result])))
+        results = Results(store)
+        assert (await results.find(RUN, 2000)) is not None
+        store.calls.clear()
+        found = await results.find(RUN, 7)
+        assert found is not None
+        assert b"is gone" in found.body
+        assert store.verbs["get"] <= 26
 
     asyncio.run(story())
 
