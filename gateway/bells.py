@@ -38,7 +38,8 @@ class _Line:
     task: asyncio.Task[None] | None = None
     unanswered_since: float | None = None
     trouble: str = ""  # what train_step said when it refused the newest bell
-    untold: bool = False  # that it will say so until an operator does something, and nobody who waits knows yet
+    standing: bool = False  # it will say so until an operator does something
+    untold: bool = False  # and nobody who waits knows that yet
     holder: Claimed | None = None  # as last heard
     wake: asyncio.Event | None = None
     far: tuple[int, int] = (-1, -1)  # newest accepted and answered operations, as `moved` last told
@@ -141,13 +142,13 @@ class Bells:
             )
         since = line.unanswered_since if line is not None else None
         waited = 0.0 if since is None else self._now() - since
-        if waited <= _COLD_S:
-            return "active", None
-        if line is not None and line.trouble:
+        if line is not None and line.trouble and (line.standing or waited > _COLD_S):
             return (
                 "paused_capacity",
                 f"train_step cannot go on yet: {line.trouble}; waited {waited:.0f} s, trying again",
             )
+        if waited <= _COLD_S:
+            return "active", None
         usually = (
             "how long it takes is not known yet"
             if self._cold_start_s is None
@@ -257,7 +258,8 @@ class Bells:
                 raise NotFound(said) if code == NotFound.code else UserError(said)
             if code == Corrupt.code:  # a pause and no result: what waits goes on once the object is restored
                 said += f"; {run} waits until it is restored from a backup; or go on from a checkpoint in a new run"
-            line.untold = code in STANDING and (line.untold or said != line.trouble)
+            line.standing = code in STANDING
+            line.untold = line.standing and (line.untold or said != line.trouble)
             line.trouble = said
             raise Unavailable(said, _seconds(response.headers.get("Retry-After", "")))
         async for frame in events.decode_frames(response.content.iter_any()):
@@ -271,7 +273,7 @@ class Bells:
                         if 0 < frame.age_s < waited:  # else it ran before, and this was no start
                             metrics.cold_start_seconds.labels("pod").observe(waited - frame.age_s)
                     line.unanswered_since = None
-                    line.trouble, line.untold = "", False
+                    line.trouble, line.standing, line.untold = "", False, False
                     line.told = frame.out >= 0
                     self._results.hear(run, frame.out)
                 case Committed(n=n, commit=commit):

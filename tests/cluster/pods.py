@@ -11,6 +11,7 @@ Then the program of docs/cluster-trial.md runs, a job is uploaded, and its adapt
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -99,6 +100,14 @@ class Pod:
         run("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", str(self.inside))
         run("ip", "link", "set", cable, "master", "cluster", "up")
         os.write(go[1], b"go\n")
+
+    def stop(self) -> None:
+        """With all that runs in it. `--kill-child` is not enough: who becomes nobody no longer dies with its parent."""
+        if self.inside:
+            os.kill(self.inside, signal.SIGKILL)  # the first process of its namespace: the others end with it
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
 
     def _script(self, ready: int, go: int) -> str:
         root = self.root
@@ -218,8 +227,7 @@ def main(models: Path, emulator: Path, root: Path) -> None:
         _use(pods, root)
     finally:
         for pod in pods:
-            if pod.process is not None:
-                pod.process.kill()
+            pod.stop()
         for process in others:
             process.kill()
 

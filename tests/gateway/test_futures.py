@@ -53,8 +53,8 @@ def test_a_cold_start_is_told_with_the_time_it_has_taken(running: Running, monke
 
 
 def test_whoever_waits_on_a_damaged_run_hears_what_is_damaged_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "poll_hold_s", 1.5)
-    monkeypatch.setattr("gateway.bells._COLD_S", 0.1)
+    """At once: it is no cold start that might be over in a moment."""
+    monkeypatch.setattr("gateway.bells._COLD_S", 60.0)
 
     async def damaged(_: Request) -> Response:
         return answers.error(Corrupt("object runs/x/out/7 is not a Commit record: truncated"))
