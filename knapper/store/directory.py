@@ -185,11 +185,18 @@ def _in_memory(path: Path) -> bytes | None:
 
 
 def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """If it is gone by now, with the last of its objects, then the first around it that is there."""
+    while True:
+        try:
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            directory = directory.parent
+            continue
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        return
 
 
 def _alive(pid: int) -> bool:

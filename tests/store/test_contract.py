@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import random
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,28 @@ def test_a_write_beside_the_deletion_of_its_neighbours_is_not_lost(tmp_path: Pat
     assert asyncio.run(store.put_if_absent("deep/er/1", b"kept"))
     assert store.times == 0
     assert asyncio.run(store.get("deep/er/1")) == b"kept"
+
+
+class Overtaken(DirectoryStore):
+    """Whoever deletes the directory's last object does so when ours is gone, and the directory not yet on the disk."""
+
+    def _without_empty(self, directory: Path) -> Path:
+        left = super()._without_empty(directory)
+        if left.name == "er":
+            shutil.rmtree(left)
+        return left
+
+
+def test_a_deletion_beside_that_of_its_last_neighbour_succeeds(tmp_path: Path) -> None:
+    store = Overtaken(tmp_path)
+
+    async def story() -> None:
+        for name in ("deep/er/1", "deep/er/2", "deep/3"):
+            await store.put_if_absent(name, b"x")
+        await store.delete("deep/er/1")
+        assert await store.list("deep/") == ["deep/3"]
+
+    asyncio.run(story())
 
 
 def test_two_stores_of_one_process_never_write_the_same_temporary_file(tmp_path: Path) -> None:
