@@ -275,20 +275,23 @@ def test_sixty_four_requests_at_once_answer_as_one_at_a_time(
     assert [len(each.sequences) for each in crowd] == [1 + n % 3 for n in range(64)]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_thousand_requests_at_once_are_all_answered_and_leave_no_memory_behind(
     base: tinker.SamplingClient, server: Server
 ) -> None:
-    """vLLM's core, a child of the engine's, keeps some all the same: 9 to 40 MiB were seen."""
+    """Once it is warm: the first rounds leave kernels, one for each number of rows, and the allocator's pages.
+
+    vLLM's core, a child of the engine's, keeps some all the same: 9 to 40 MiB were seen.
+    """
     prompt = types.ModelInput.from_ints(data.tokens(rng(3), 9))
 
     def round_of_a_thousand() -> list[types.SampleResponse]:
         futures = [base.sample(prompt, 1, params(2, seed=n)) for n in range(1000)]
         return [each.result() for each in futures]
 
-    first = round_of_a_thousand()
+    first, *_ = [round_of_a_thousand() for _ in range(4)]
     before = resident_mib(server)
-    again = round_of_a_thousand()
+    _, again = round_of_a_thousand(), round_of_a_thousand()
     assert [texts(each) for each in again] == [texts(each) for each in first]
     assert all(len(each.sequences[0].tokens) == 2 for each in again)
     after = resident_mib(server)
