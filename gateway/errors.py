@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from knapper.errors import InvalidToken, KnapperError, StoreError, Unavailable, UserError
+from knapper.printable import printable
 
 log = structlog.get_logger()
 
@@ -42,7 +43,8 @@ async def known(request: Request, error: Exception) -> Response:
 
 async def http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), "registered for this class"
-    detail = f"{request.method} {request.url.path}: {error.detail}; this server speaks the Tinker protocol of SDK 0.38"
+    path = printable(request.url.path)
+    detail = f"{request.method} {path}: {error.detail}; this server speaks the Tinker protocol of SDK 0.38"
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     return JSONResponse(
         {"detail": detail, "code": code, "category": "user"}, status_code=error.status_code, headers=error.headers

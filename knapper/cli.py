@@ -11,6 +11,7 @@ import knapper
 from knapper.chaos import commands as chaos
 from knapper.cluster import commands
 from knapper.jobs import commands as jobs
+from knapper.printable import say
 
 if TYPE_CHECKING:
     from knapper.collect.collector import Collector
@@ -72,9 +73,9 @@ def sweep(data: Annotated[Path | None, typer.Option(help="The data directory of 
 
     async def sweep_and_tell() -> None:
         for session, count in (await collector.sweep()).items():
-            print(f"{session}: {count} objects deleted")
+            say(f"{session}: {count} objects deleted")
         if count := await forget_torn_writes(store, time.time()):
-            print(f"torn writes: {count} objects deleted")
+            say(f"torn writes: {count} objects deleted")
 
     asyncio.run(sweep_and_tell())
 
@@ -113,7 +114,7 @@ def delete_run(
 
     collector, _ = _collector(data)
     tenant, count = asyncio.run(collector.delete_of_anybody(ids.run_id(run)))
-    print(f"training run {run} of tenant {tenant} is deleted: {count} objects")
+    say(f"training run {run} of tenant {tenant} is deleted: {count} objects")
 
 
 @key.command("create")
@@ -129,8 +130,8 @@ def create_key(
     from knapper import ids
 
     made, record = asyncio.run(_keys(data).create(ids.tenant(tenant), note, lambda: secrets.token_hex(32)))
-    print(f"key {record.id} of tenant {tenant}, not shown again; its user sets TINKER_API_KEY to it:", file=sys.stderr)
-    print(made)
+    say(f"key {record.id} of tenant {tenant}, not shown again; its user sets TINKER_API_KEY to it:", file=sys.stderr)
+    say(made)
 
 
 @key.command("list")
@@ -140,7 +141,7 @@ def list_keys(data: Data = None) -> None:
 
     for record in asyncio.run(_keys(data).listed()):
         state = f"revoked {_utc(record.revoked_at)}" if record.revoked_at else "good"
-        print(f"{record.id}  {record.tenant}  {_utc(record.created_at)}  {state}  {record.note}".rstrip())
+        say(f"{record.id}  {record.tenant}  {_utc(record.created_at)}  {state}  {record.note}".rstrip())
 
 
 @key.command("revoke")
@@ -149,7 +150,7 @@ def revoke_key(key_id: Annotated[str, typer.Argument(help="The key's id, not the
     import asyncio
 
     record = asyncio.run(_keys(data).revoke(key_id))
-    print(f"key {record.id} of tenant {record.tenant} is revoked")
+    say(f"key {record.id} of tenant {record.tenant} is revoked")
 
 
 def _keys(data: Path | None) -> "Keys":
@@ -183,8 +184,8 @@ def dead_letters(data: Annotated[Path | None, typer.Option(help="The data direct
     for letter in asyncio.run(dead.listed(open_store(loaded))):
         told = letter.attributes.get
         when = datetime.fromtimestamp(letter.kept_at, UTC).isoformat(timespec="seconds")
-        print(f"{when}  {told('type', '?')}  {told('subject', '')}  id {told('id', '?')}")
-        print(f"    to {told('knativeerrordest', '?')}: {told('knativeerrorcode', '?')} {told('knativeerrordata', '')}")
+        say(f"{when}  {told('type', '?')}  {told('subject', '')}  id {told('id', '?')}")
+        say(f"    to {told('knativeerrordest', '?')}: {told('knativeerrorcode', '?')} {told('knativeerrordata', '')}")
 
 
 @app.command()
@@ -193,13 +194,13 @@ def settings() -> None:
     from knapper.settings import describe
 
     for line in describe(os.environ):
-        print(f"{line.variable}={line.value}  ({line.source})\n    {line.reason}")
+        say(f"{line.variable}={line.value}  ({line.source})", f"    {line.reason}")
 
 
 @app.command()
 def version() -> None:
     """Print the version."""
-    print(knapper.__version__)
+    say(knapper.__version__)
 
 
 def main() -> None:
@@ -209,7 +210,7 @@ def main() -> None:
     try:
         app()
     except KnapperError as error:
-        print(f"knapper: {error}", file=sys.stderr)
+        say(f"knapper: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:  # before or after the event loop heeds signals
         sys.exit(130)

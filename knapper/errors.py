@@ -6,6 +6,8 @@ code.
 
 from typing import ClassVar, Final, Literal
 
+from knapper.printable import printable
+
 Category = Literal["user", "server"]
 
 
@@ -16,6 +18,10 @@ class KnapperError(Exception):
     status: ClassVar[int] = 500
     category: ClassVar[Category] = "server"
     field: str | None = None  # the one that is wrong, where it is one
+
+    def __str__(self) -> str:
+        """One line, fit for a terminal: messages quote what users sent."""
+        return printable(super().__str__())
 
 
 class UserError(KnapperError):

@@ -9,6 +9,7 @@ from typing import Any
 import structlog
 
 from knapper import tracing
+from knapper.printable import printable
 from knapper.settings import Settings
 
 Event = MutableMapping[str, Any]
@@ -39,13 +40,11 @@ def configure(process_name: str, level: str, form: str = "text") -> None:
     logging.basicConfig(
         stream=sys.stderr,
         level=max(number, logging.WARNING),  # libraries speak up only when something is wrong
-        format=f"%(asctime)s %(levelname)-7s {process_name}: %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
         force=True,
     )
-    if form == "json":
-        for handler in logging.getLogger().handlers:
-            handler.setFormatter(_Json(process_name))
+    own = _Json(process_name) if form == "json" else _Text(process_name)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(own)
 
 
 def record(process_name: str, event: Event) -> str:
@@ -73,6 +72,19 @@ class _Json(logging.Formatter):
         return record(self._process_name, {**event, "event": entry.getMessage()})
 
 
+class _Text(logging.Formatter):
+    """Lines of libraries, for people."""
+
+    def __init__(self, process_name: str) -> None:
+        super().__init__(f"%(asctime)s %(levelname)-7s {process_name}: %(name)s: %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return _traceback(super().formatException(ei))
+
+
 def line(process_name: str, event: Event) -> str:
     """One event as one line (and its traceback on those after it)."""
     head = f"{event.pop('timestamp')} {event.pop('level'):<7} {process_name}: {event.pop('event')}"
@@ -80,4 +92,9 @@ def line(process_name: str, event: Event) -> str:
     fields = "".join(
         f" {key}={value!r}" if isinstance(value, str) else f" {key}={value}" for key, value in event.items()
     )
-    return head + fields + (f"\n{exception}" if exception else "")
+    return printable(head + fields) + (f"\n{_traceback(exception)}" if exception else "")
+
+
+def _traceback(text: str) -> str:
+    """On lines that are indented: none of them looks like an event, whatever the exception says."""
+    return "\n".join(f"  {line}" for line in printable(text, "\n\t").split("\n"))

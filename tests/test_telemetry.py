@@ -38,7 +38,7 @@ def test_json_is_an_object_a_line_with_the_fields_that_services_look_for() -> No
 
 
 @pytest.mark.parametrize(
-    "part", ["engine: claimed epoch=3 run='ses:train:0'\n", "engine: broken\nTraceback", "library: odd thing"]
+    "part", ["engine: claimed epoch=3 run='ses:train:0'\n", "engine: broken\n  Traceback", "library: odd thing"]
 )
 def test_text_is_a_line_for_people(part: str) -> None:
     assert part in said("text")

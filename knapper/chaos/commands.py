@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from knapper.printable import say
+
 if TYPE_CHECKING:
     from knapper.chaos.client import Client
     from knapper.chaos.victims import Victims
@@ -48,15 +50,15 @@ def chaos(
     client = Client(url, os.environ.get("TINKER_API_KEY") or "tml-local", time.monotonic, time.sleep)
     victims = _victims(url, data, namespace, labels, kubeconfig, context)
     plan = Plan(model or _only_model(client), seed, max(_STEPS_MIN, kills + 2))
-    print(f"{plan.model}, seed {seed}: {plan.steps} steps undisturbed", flush=True)
+    say(f"{plan.model}, seed {seed}: {plan.steps} steps undisturbed")
     calm = train(client, plan, lambda _step: None, lambda: None)
-    print(f"the same under {kills} kills", flush=True)
+    say(f"the same under {kills} kills")
     killer = Killer(victims, kills, plan.steps, sorted(calm.step_s)[plan.steps // 2], seed, time.sleep)
     wild = train(client, plan, killer.before_step, killer.after_step)
     client.close()
     verdict = compare(calm, wild, tolerance)
     for line in report(calm, wild, killer.killed, _recoveries(data, wild.run), verdict):
-        print(line)
+        say(line)
     raise typer.Exit(1 if verdict.differences else 0)
 
 

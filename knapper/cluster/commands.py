@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from knapper.printable import say
+
 if TYPE_CHECKING:
     from knapper.cluster.api import Api
     from knapper.cluster.state import Deployed
@@ -52,15 +54,15 @@ def add(
         rendered = render(path, root / "knative" / "components" / "vllm")
     made = objects(rendered, Wanted(record, accelerator, sample_replicas_max))
     if dry_run:
-        print(yaml.safe_dump_all(made, sort_keys=False), end="")
+        say(*yaml.safe_dump_all(made, sort_keys=False).splitlines())
         return
     api = _api(kubeconfig, context)
     *applied, entry = made
     for thing in applied:
         api.apply(thing)
-        print(f"applied: {thing['kind']} {thing['metadata']['name']}")
+        say(f"applied: {thing['kind']} {thing['metadata']['name']}")
     api.merge(entry)  # last: the gateway tells clients of a model whose Services are there
-    print(f"declared: {model}; the gateway serves it within two minutes, and no GPU runs before the first request")
+    say(f"declared: {model}; the gateway serves it within two minutes, and no GPU runs before the first request")
 
 
 @app.command()
@@ -82,11 +84,11 @@ def remove(
         api.merge(no_entry(model))  # first: nobody is told of it any more
     for thing in found:
         kind, name = thing["kind"], thing["metadata"]["name"]
-        print(f"would delete: {kind} {name}" if dry_run else f"deleted: {kind} {name}")
+        say(f"would delete: {kind} {name}" if dry_run else f"deleted: {kind} {name}")
         if not dry_run:
             api.delete(thing)
     if not found:
-        print(f"{model}: nothing of it was there")
+        say(f"{model}: nothing of it was there")
 
 
 @app.command("list")
@@ -120,8 +122,8 @@ def status(
     one = next((each for each in every if each.model == model), None)
     if one is None:
         raise NotFound(f"model {model!r} is not deployed; deployed: {', '.join(_names(every)) or 'none'}")
-    print(f"{one.model}: {'served' if one.declared else 'not declared to the gateway'}")
-    print(f"runs waiting: {'the gateway does not say' if one.waiting is None else one.waiting}")
+    say(f"{one.model}: {'served' if one.declared else 'not declared to the gateway'}")
+    say(f"runs waiting: {'the gateway does not say' if one.waiting is None else one.waiting}")
     rows = [("SERVICE", "REVISION", "REPLICAS", "STATE", "GPU", "LAST ERROR")]
     rows += [
         (each.name, each.revision or "-", str(each.replicas), each.state, each.gpu, each.error) for each in one.parts
@@ -130,7 +132,7 @@ def status(
     for start in (each.start for each in one.parts if each.start is not None):
         stages = (("node", start.node_s), ("image and volumes", start.image_s), ("process", start.ready_s))
         told = ", ".join(f"{stage} {'not yet' if taken is None else f'{taken:.0f} s'}" for stage, taken in stages)
-        print(f"start of {start.pod}: {told}{f' ({start.waits_for})' if start.waits_for else ''}")
+        say(f"start of {start.pod}: {told}{f' ({start.waits_for})' if start.waits_for else ''}")
 
 
 def _names(every: "Sequence[Deployed]") -> list[str]:
@@ -150,7 +152,7 @@ def _api(kubeconfig: Path | None, context: str | None) -> "Api":
 def _table(rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def doctor(
@@ -177,8 +179,8 @@ def doctor(
     for finding in examine(patient):
         counts[finding.verdict] += 1
         if finding.verdict != "good" or every:
-            print(f"{finding.verdict:<7} {finding.subject}: {finding.seen}")
+            say(f"{finding.verdict:<7} {finding.subject}: {finding.seen}")
             if finding.mend:
-                print(f"        {finding.mend}")
-    print(f"{counts['wrong']} wrong, {counts['unknown']} unknown, {counts['good']} good")
+                say(f"        {finding.mend}")
+    say(f"{counts['wrong']} wrong, {counts['unknown']} unknown, {counts['good']} good")
     raise typer.Exit(1 if counts["wrong"] else 0)

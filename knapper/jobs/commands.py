@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from knapper import limits
+from knapper.printable import say
 
 if TYPE_CHECKING:
     from knapper.jobs.client import Client
@@ -44,9 +45,9 @@ def list_jobs(
 
     jobs, total = _client(url).jobs(limit)
     for line in table(jobs):
-        print(line)
+        say(line)
     if total > len(jobs):
-        print(f"{total - len(jobs)} more; --limit tells how many to print")
+        say(f"{total - len(jobs)} more; --limit tells how many to print")
 
 
 @app.command()
@@ -65,7 +66,7 @@ def show(
     told, after = client.show(job), 0
     while told["metrics"]:
         for line in lines(told):
-            print(line)
+            say(line)
         after = told["metrics"][-1]["step"]
         told = client.show(job, after)
     _say(told)
@@ -93,7 +94,7 @@ def _follow(client: "Client", job: str) -> None:
     while True:
         told = client.show(job, after)
         for line in lines(told):
-            print(line, flush=True)
+            say(line)
         if told["metrics"]:
             after = told["metrics"][-1]["step"]
         elif told["state"] in ENDED:
@@ -107,7 +108,7 @@ def _say(told: dict[str, Any]) -> None:
     from knapper.jobs.client import summary
 
     for line in summary(told):
-        print(line)
+        say(line)
     if told["state"] in ("failed", "refused"):
         sys.exit(1)
 
@@ -150,6 +151,6 @@ def usage(
             )
             if name in used
         ]
-        print(f"{about}  {model}: {', '.join(parts)}")
+        say(f"{about}  {model}: {', '.join(parts)}")
     if not rows:
-        print(f"nothing in the last {hours} hours")
+        say(f"nothing in the last {hours} hours")

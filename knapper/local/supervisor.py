@@ -32,6 +32,7 @@ from knapper.local.standing import Standing
 from knapper.local.state import Processes, locked
 from knapper.models.catalogue import Catalogue, ModelRecord, record_of
 from knapper.models.obtain import obtain
+from knapper.printable import say
 from knapper.settings import Settings
 from knapper.store.opening import open_store
 
@@ -121,7 +122,7 @@ class Supervisor:
     async def _serve_gateway(self) -> None:
         await Catalogue(open_store(self._settings)).serve_only(self._record())
         self._server.start()
-        await self._gateway.keep(lambda: print(f"ready: {self._gateway.url}", flush=True))
+        await self._gateway.keep(lambda: say(f"ready: {self._gateway.url}"))
 
     def _record(self) -> ModelRecord:
         settings = self._settings
