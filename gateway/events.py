@@ -4,7 +4,6 @@ They are taken from the cluster's own services only, under a name that no ingres
 in them is believed: an upload makes the gateway look into the inbox, a tick into the store.
 """
 
-import hashlib
 import re
 from typing import Final
 
@@ -24,6 +23,7 @@ from knapper.events import Event
 from knapper.jobs import names, revive
 from knapper.jobs.place import Place
 from knapper.jobs.start import look
+from knapper.wire import json
 
 _TICKS: Final = (events.TICK, "dev.knative.sources.ping")  # a PingSource cannot choose its event's type
 _LOOPBACK: Final = re.compile(r"(127\.\d+\.\d+\.\d+|localhost|\[::1\])(:\d+)?")
@@ -36,7 +36,6 @@ class Finalized(msgspec.Struct, frozen=True):
 
     bucket: str
     name: str
-    generation: str
 
 
 async def take(request: Request) -> Response:
@@ -73,40 +72,30 @@ async def uploaded(gateway: Parts, event: Event) -> None:
     """Look at the folder that the object came into, and ring for the job that starts with it."""
     if gateway.place is None:
         raise Unavailable("this gateway has no exchange")
-    try:
-        found = msgspec.json.decode(event.data, type=Finalized)
-    except msgspec.MsgspecError as error:
-        raise UserError(f"the event's data is not that of an object: {error}") from error
+    found = json.decode(event.data, Finalized)
     if found.bucket != gateway.place.exchange.bucket:
         raise InvalidField("bucket", found.bucket, repr(gateway.place.exchange.bucket))
     folder = folder_of(found.name.removeprefix(gateway.place.exchange.prefix))
-    if folder is None:
-        return
-    key = f"{found.bucket}/{found.name}#{found.generation}"
-    marker = f"uploads/{hashlib.sha256(key.encode()).hexdigest()}"
-    if await gateway.store.get(marker) is None and await started(gateway, gateway.place, *folder):
-        # Only of what started a job, and last: whatever else came looks again when it comes again (content that was put
-        # back, a model that is served now), and a job starts once however often anybody looks.
-        await gateway.store.put_if_absent(marker, b"")
+    if folder is not None:  # a job starts once, however often anybody hears of its files
+        await started(gateway, gateway.place, *folder)
 
 
-async def started(gateway: Parts, place: Place, tenant: ids.Tenant, job: str) -> bool:
-    """Whether the job of this folder started just now; then it is rung for."""
+async def started(gateway: Parts, place: Place, tenant: ids.Tenant, job: str) -> None:
+    """Start the job of this folder if it can be, and ring for it."""
     start = await look(place, tenant, job)
     gateway.stirs.jobs.set()
     gateway.stirs.inbox.set()  # who uploads one file uploads more
     if start is not None:
         await place.bells.post(await revive.first(place, start))
-    return start is not None
 
 
 def folder_of(name: str) -> tuple[ids.Tenant, str] | None:
     """(tenant, job) of an object in somebody's folder of the inbox; None for any other, and for what we put there."""
-    root, *folders, file = name.split("/")
-    if root != "inbox" or len(folders) != 2 or file == names.JOB_ERROR:
+    root, *rest = name.split("/")
+    if root != "inbox" or len(rest) != 3 or rest[2] == names.JOB_ERROR:
         return None
     try:
-        return ids.tenant(folders[0]), names.job(folders[1])
+        return ids.tenant(rest[0]), names.job(rest[1])
     except UserError:
         log.info("an upload into a folder that no job can have", name=name[:200])
         return None

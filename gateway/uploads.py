@@ -15,8 +15,9 @@ from gateway.chores import Chore
 from gateway.parts import Parts
 from knapper import dead
 from knapper.dead import DeadLetter
-from knapper.errors import KnapperError, UserError
+from knapper.errors import KnapperError, Unavailable, UserError
 from knapper.events import Event
+from knapper.ids import Tenant
 from knapper.jobs import names
 from knapper.jobs.names import Start
 from knapper.jobs.place import Place
@@ -59,6 +60,9 @@ async def _took(gateway: Parts, read: "Callable[[Message], Event | None]", messa
     except KnapperError as error:
         log.warning("an upload waits", message=message.id, code=error.code, reason=str(error))
         return False
+    except Exception:  # a border: the others that came with it are not to blame
+        log.exception("an upload: defect", message=message.id)
+        return False
     return True
 
 
@@ -78,6 +82,15 @@ class Inbox:
         for tenant, job in dict.fromkeys(folder for entry in new if (folder := taking.folder_of(entry.name))):
             generation = job_yamls.get(f"{names.inbox(tenant, job)}{names.JOB_YAML}")
             if generation is None or await self._place.store.get(Start.of(tenant, job, generation).started) is None:
-                await taking.started(self._gateway, self._place, tenant, job)
+                await self._start(tenant, job)
         self._known = {(entry.name, entry.generation) for entry in found}
         return None if new else _LOOK_REST_S
+
+    async def _start(self, tenant: Tenant, job: str) -> None:
+        """What is wrong with one folder stops no other, and is looked at again when something comes into it."""
+        try:
+            await taking.started(self._gateway, self._place, tenant, job)
+        except Unavailable:
+            raise
+        except Exception:
+            log.exception("a folder of the inbox: defect", tenant=tenant, job=job)

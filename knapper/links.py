@@ -5,7 +5,6 @@ one gets what its owner could get at that moment: a deleted checkpoint's links l
 """
 
 import base64
-import binascii
 import hashlib
 import hmac
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Literal
 from knapper.errors import Gone, NotFound
 from knapper.journal.records import Record, decode, encode
 from knapper.store import Store
+from knapper.untrusted import parsing
 
 _SECRET = "secrets/links"
 _MAC_BYTES = hashlib.sha256().digest_size
@@ -48,10 +48,8 @@ class Links:
     async def open(self, token: str) -> Link:
         """The link. Raises NotFound unless this server made it, Gone once it has expired."""
         unknown = NotFound("this link is not one that this server made, or it was cut; ask for a new one")
-        try:
+        with parsing(lambda _: unknown):
             signed = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
-        except (binascii.Error, ValueError) as error:
-            raise unknown from error
         mac, content = signed[:_MAC_BYTES], signed[_MAC_BYTES:]
         if not hmac.compare_digest(mac, await self._mac(content)):
             raise unknown

@@ -16,13 +16,10 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from knapper.errors import InvalidField, UserError
+from knapper.untrusted import parsing
 
 Message = dict[str, str]
 _OURS = ("add_generation_prompt", "documents", "messages", "raise_exception", "strftime_now", "tools")
-# What a template can raise when messages are not what it expects. Anything else is a defect of ours.
-_FAILURES = (
-    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
-)  # fmt: skip
 
 
 class Template:
@@ -35,10 +32,10 @@ class Template:
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise
         self._special_tokens = dict(special_tokens)
-        try:
+        with parsing(
+            lambda error: InvalidField("chat_template", source, "a Jinja template", f"{error}. Repair the model's")
+        ):
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise InvalidField("chat_template", source, "a Jinja template", f"{error}. Repair the model's") from error
 
     def render(
         self, messages: Sequence[Message], now: float, more: Mapping[str, object], *, answering: bool = True
@@ -53,7 +50,7 @@ class Template:
             if name in _OURS or name in self._special_tokens:
                 raise InvalidField("chat_template_kwargs", name, "names that the server does not fill itself")
         given = self._special_tokens | dict(more)
-        try:
+        with parsing(lambda error: UserError(f"the model's chat template cannot render these messages: {error}")):
             return self._template.render(
                 **given,
                 messages=[dict(message) for message in messages],
@@ -62,8 +59,6 @@ class Template:
                 add_generation_prompt=answering,
                 strftime_now=lambda form: time.strftime(form, time.localtime(now)),
             )
-        except _FAILURES as error:
-            raise UserError(f"the model's chat template cannot render these messages: {error}") from error
 
 
 class _Generation(Extension):

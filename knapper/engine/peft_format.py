@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from knapper.engine.training import RunState
 from knapper.errors import Corrupt, InvalidField, UserError
 from knapper.journal.machine import Files
 from knapper.journal.records import Spec
+from knapper.untrusted import parsing
 
 CONFIG, ADAPTER, OPTIMIZER = "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"
 
@@ -121,10 +121,8 @@ def frozen_bytes(state: RunState) -> int:
 
 def thaw(files: Files, layout: Layout) -> tuple[Tensor, Moments, Tensor | None]:
     """(weights, moments, pending gradients) as `freeze` got them, bit for bit. Raises Corrupt."""
-    try:
+    with parsing(lambda error: Corrupt(f"the snapshot's header.json cannot be read: {error}")):
         header = msgspec.json.decode(bytes(_file(files, "header.json")), type=_Header)
-    except msgspec.DecodeError as error:
-        raise Corrupt(f"the snapshot's header.json cannot be read: {error}") from error
     if header.v != 1 or header.numel != layout.numel:
         raise Corrupt(
             f"the snapshot has format {header.v} and {header.numel} parameters; "
@@ -183,12 +181,10 @@ def _safetensors(
 
 def _tensors(data: bytes | memoryview, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     data = bytes(data)
-    try:
+    with parsing(lambda error: Corrupt(f"{name} cannot be read as safetensors: {error}")):
         tensors = load(data)
         (size,) = struct.unpack_from("<Q", data)
         metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
-    except (SafetensorError, ValueError) as error:
-        raise Corrupt(f"{name} cannot be read as safetensors: {error}") from error
     return tensors, metadata
 
 
@@ -207,10 +203,8 @@ def _file(files: Files, name: str) -> bytes | memoryview:
 
 
 def _json(data: bytes | memoryview, name: str) -> dict[str, Any]:
-    try:
+    with parsing(lambda error: Corrupt(f"{name} is not JSON: {error}")):
         value = json.loads(bytes(data))
-    except ValueError as error:
-        raise Corrupt(f"{name} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise Corrupt(f"{name} holds {type(value).__name__}; expected an object")
     return value

@@ -4,13 +4,13 @@ import asyncio
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BufferedReader
 from pathlib import Path
 
 from knapper.errors import StoreError, TooLarge
 from knapper.exchange import Blob, Entries, Entry
-from knapper.store import check_name
+from knapper.store import NAME_CHARS_MAX, check_name
 
 FOLDERS = ("inbox", "jobs")
 _TEMPORARY = ".publishing-"  # the beginning of a file that is still being written; no name of ours begins so
@@ -92,19 +92,27 @@ class DirectoryExchange:
         return sorted(found, key=lambda entry: entry.name)
 
     def _walk(self, folder: Path) -> Iterator[Entry]:
+        """As deep as names go: below that lies nothing of ours, however deep somebody dug."""
+        folders = [folder]
+        while folders:
+            for entry in self._scan(folders.pop()):
+                path = Path(entry.path)
+                if len(os.fspath(path)) - len(os.fspath(self._root)) > NAME_CHARS_MAX:
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(path)
+                    continue
+                whole = entry.is_file(follow_symlinks=False) and not entry.name.startswith(_TEMPORARY)
+                if whole and (made := self._entry(path)) is not None:
+                    yield made
+
+    def _scan(self, folder: Path) -> Sequence[os.DirEntry[str]]:
         try:
-            entries = [*os.scandir(folder)]
+            return [*os.scandir(folder)]
         except (FileNotFoundError, NotADirectoryError):
-            return
+            return []
         except OSError as error:
             raise StoreError(f"cannot list {folder}: {error.strerror}") from error
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from self._walk(Path(entry.path))
-                continue
-            whole = entry.is_file(follow_symlinks=False) and not entry.name.startswith(_TEMPORARY)
-            if whole and (made := self._entry(Path(entry.path))) is not None:
-                yield made
 
     def _entry(self, path: Path) -> Entry | None:
         file = self._open(path)

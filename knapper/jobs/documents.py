@@ -3,14 +3,17 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import msgspec
 import yaml
 from yaml.events import CollectionEndEvent, CollectionStartEvent
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from knapper import limits
 from knapper.errors import UserError
+from knapper.untrusted import parsing
 
 Path = tuple[str | int, ...]
 _DEPTH_MAX = 16
@@ -78,21 +81,23 @@ def read(data: bytes) -> Document:
     """Raises JobError."""
     if len(data) > limits.job_yaml_bytes_max:
         raise JobError(1, "its size in bytes", len(data), f"at most {limits.job_yaml_bytes_max}")
-    try:
+    with parsing(lambda error: _unreadable(data, error)):
         loader = _Loader(data.decode())
         _check_events(data.decode())
         node = loader.get_single_node()
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise JobError(line, "its encoding", data[error.start : error.start + 4], "UTF-8") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or "it cannot be read"
-        raise JobError(mark.line + 1 if mark else 1, "its syntax", problem, "YAML: `field: value` lines") from error
     if node is None:
         raise JobError(1, "its content", None, "a job: kind, data, steps, ... one `field: value` a line")
     lines: dict[Path, int] = {(): node.start_mark.line + 1}
     return Document(_content(loader, node, (), lines), lines)
+
+
+def _unreadable(data: bytes, error: Exception) -> JobError:
+    if isinstance(error, UnicodeDecodeError):
+        line = data[: error.start].count(b"\n") + 1
+        return JobError(line, "its encoding", data[error.start : error.start + 4], "UTF-8")
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error) or "it cannot be read"
+    return JobError(mark.line + 1 if mark else 1, "its syntax", problem, "YAML: `field: value` lines")
 
 
 def _check_events(text: str) -> None:
@@ -118,6 +123,8 @@ def _content(loader: _Loader, node: Node, at: Path, lines: dict[Path, int]) -> A
                 raise JobError(here, spoken(at) or "a field", "<<" if key == "<<" else "a list or a map", "a name")
             if key in found:
                 raise JobError(here, spoken((*at, key)), "there a second time", "each field once")
+            with parsing(partial(_no_name, here, key)):
+                key.encode()
             lines[(*at, key)] = here
             found[key] = _content(loader, value_node, (*at, key), lines)
         return found
@@ -129,10 +136,14 @@ def _content(loader: _Loader, node: Node, at: Path, lines: dict[Path, int]) -> A
         return items
     if node.tag not in _PLAIN:
         raise JobError(line, spoken(at) or "the document", node.tag, "plain values: texts, numbers, true, false")
-    try:
-        return loader.construct_object(node)
-    except (ValueError, yaml.YAMLError) as error:
-        raise JobError(line, spoken(at), node.value, "a number that can be read") from error
+    with parsing(lambda _: JobError(line, spoken(at), node.value, "a number or a text that can be read")):
+        value = loader.construct_object(node)
+        msgspec.json.encode(value)  # neither half of a character, nor more digits than anything holds
+    return value
+
+
+def _no_name(line: int, key: str, _: Exception) -> JobError:
+    return JobError(line, "the name of a field", key, "a text")
 
 
 def spoken(path: Path) -> str:

@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from knapper import limits
 from knapper.errors import InvalidField, UserError
+from knapper.untrusted import parsing
 from knapper.wire import json
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]  # of a file beside job.yaml
@@ -142,7 +143,11 @@ def parse(spec: object, files: Mapping[str, bytes]) -> Reward:
             )
         terms[label] = term
         _check(where, term)
-    return Reward(terms, {name: _text(name, files) for name in names(spec)})
+    texts = {name: _text(name, files) for name in names(spec)}
+    for term in terms.values():
+        if isinstance(term, JsonSchema):
+            _check_schema(term.json_schema, texts[term.json_schema])
+    return Reward(terms, texts)
 
 
 def names(spec: object) -> list[str]:
@@ -177,10 +182,12 @@ def _term(where: str, spec: object) -> tuple[str, Term]:
 
 
 def _convert(where: str, options: dict[Any, Any], kind: type[Term]) -> Term:
+    with parsing(  # YAML says more than JSON: keys that are no texts, sets
+        lambda error: UserError(f"{where} is not plain data: {error}; allowed: texts, numbers, true, false, lists")
+    ):
+        content = msgspec.json.encode(options)
     try:
-        return json.decode(msgspec.json.encode(options), kind)
-    except (TypeError, msgspec.EncodeError) as error:  # YAML says more than JSON: keys that are no texts, sets
-        raise UserError(f"{where} is not plain data: {error}; allowed: texts, numbers, true, false, lists") from error
+        return json.decode(content, kind)
     except InvalidField as error:
         error.field = f"{where}.{error.field}"
         error.args = (f"{where}.{error}",)
@@ -189,16 +196,22 @@ def _convert(where: str, options: dict[Any, Any], kind: type[Term]) -> Term:
 
 def _check(where: str, term: Term) -> None:
     if isinstance(term, Regex):
-        try:
-            re.compile(term.pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise InvalidField(
-                f"{where}.pattern", term.pattern, "a regular expression of Python", str(error)
-            ) from error
+        pattern = term.pattern
+        with parsing(
+            lambda error: InvalidField(f"{where}.pattern", pattern, "a regular expression of Python", str(error))
+        ):
+            re.compile(pattern)
     if isinstance(term, Length) and term.min > term.max:
         raise InvalidField(f"{where}.min", term.min, f"0 to max, which is {term.max}")
     if isinstance(term, Textual) and term.between is not None and not term.between[0]:
         raise InvalidField(f"{where}.between", term.between, "two marks, of which the first is not empty")
+
+
+def _check_schema(name: str, text: str) -> None:
+    with parsing(lambda error: UserError(f"{name} is no JSON: {error}")):
+        content = json.loads(text.encode())
+    if not isinstance(content, dict | bool):
+        raise UserError(f"{name} is a {type(content).__name__}; allowed: a JSON schema, which is an object")
 
 
 def _text(name: str, files: Mapping[str, bytes]) -> str:

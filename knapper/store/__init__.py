@@ -2,6 +2,7 @@
 
 from typing import Protocol, runtime_checkable
 
+NAME_CHARS_MAX = 900
 Names = list[str]  # inside a class with a verb `list`, the word means the verb
 
 
@@ -47,6 +48,11 @@ async def forget_torn_writes(store: Store, now: float) -> int:
 
 def check_name(name: str) -> str:
     """The name, or ValueError: a defect of the caller, since requests never name objects."""
-    if not name or len(name) > 900 or any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
+    if (
+        not name
+        or len(name) > NAME_CHARS_MAX
+        or any(part in ("", ".", "..") for part in name.split("/"))
+        or "\0" in name
+    ):
         raise ValueError(f"bad object name {name!r}")
     return name

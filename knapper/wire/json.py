@@ -4,11 +4,13 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, TypeVar, get_args
 
 import msgspec
 
 from knapper.errors import InvalidField, UserError
+from knapper.untrusted import parsing
 
 S = TypeVar("S", bound=msgspec.Struct)
 _PLACE = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
@@ -22,10 +24,11 @@ def decode(body: bytes, kind: type[S]) -> S:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise _explain(str(error), loads(body), kind) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        for field, value in _not_finite(loads(body)):
-            raise InvalidField(field, value, "a finite number") from error
-        raise UserError(f"the body ({len(body)} bytes) is not JSON: {error}") from error
+    except Exception as error:  # whatever it raises: the same as in knapper.untrusted
+        with parsing(partial(_not_json, body)):
+            for field, value in _not_finite(loads(body)):
+                raise InvalidField(field, value, "a finite number") from error
+            raise error
 
 
 def convert(sent: dict[str, str], kind: type[S]) -> S:
@@ -38,10 +41,12 @@ def convert(sent: dict[str, str], kind: type[S]) -> S:
 
 def loads(body: bytes) -> Any:
     """Whatever JSON this is, NaN and Infinity included. Raises UserError."""
-    try:
+    with parsing(partial(_not_json, body)):
         return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the body ({len(body)} bytes) is not JSON: {error}") from error
+
+
+def _not_json(body: bytes, error: Exception) -> UserError:
+    return UserError(f"the body ({len(body)} bytes) is not JSON: {error}")
 
 
 def _explain(message: str, sent: Any, kind: type[msgspec.Struct]) -> UserError:

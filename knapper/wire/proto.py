@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from google.protobuf.message import DecodeError
 
 from knapper import limits
 from knapper.errors import InvalidField, TooLarge, UserError
+from knapper.untrusted import parsing
 from knapper.wire import descriptor, scan, tensors
 from knapper.wire.types import (
     Cells,
@@ -291,10 +291,8 @@ def _decode_cells(message: Any) -> Cells:
 
 
 def _parse(kind: Any, body: bytes) -> Any:
-    try:
+    with parsing(lambda _: _broken(kind, body)):
         return kind.FromString(body)
-    except DecodeError as error:
-        raise _broken(kind, body) from error
 
 
 def _broken(kind: Any, body: bytes) -> UserError:

@@ -112,7 +112,8 @@ def test_poison_is_answered_422(running: tuple[Running, Rung], event: Event) -> 
 @pytest.mark.parametrize(
     "name",
     ["jobs/local/j/bill.json", "inbox/x", "inbox/local/j/deeper/job.yaml", "inbox/LOCAL/j/job.yaml",
-     "inbox/local/../job.yaml", "inbox/local/j/job.error.json"],
+     "inbox/local/../job.yaml", "inbox/local/j/job.error.json", "x", "", "/", "inbox", "inbox/", "inbox//", "inbox///",
+     "inbox//j/job.yaml", "/inbox/local/j/job.yaml", "inbox/local/j j/job.yaml"],
 )  # fmt: skip
 def test_what_is_no_file_of_a_job_is_nobodys_business(running: tuple[Running, Rung], name: str) -> None:
     http, rung = running
@@ -169,3 +170,40 @@ def test_metrics_are_told_at_the_address_and_under_no_name(running: tuple[Runnin
     http, _ = running
     assert httpx.get(f"{http.url}/metrics").status_code == 200
     assert httpx.get(f"{http.url}/metrics", headers={"Host": "knapper.example.com"}).status_code == 404
+
+
+STRUCTURED = {"Content-Type": "application/cloudevents+json"}
+OBJECT = {"specversion": "1.0", "type": events.OBJECT_FINALIZED, "source": "s", "id": "1", "subject": "objects/x"}
+BEGUN = b'{"specversion": "1.0", "type": "t", "source": "s", "id": "1", "data": '
+ODD = {
+    "nested without end": b"[" * 100_000,
+    "nested data": BEGUN + b"[" * 100_000,
+    "nested data that ends": BEGUN + b"[" * 900 + b"]" * 900 + b"}",
+    "half a pair": json.dumps({**OBJECT, "subject": "\ud800"}).encode(),
+    "half a pair in its type": json.dumps({**OBJECT, "type": "\ud800"}).encode(),
+    "half a pair in its data": json.dumps({**OBJECT, "data": {"bucket": "local", "name": "\ud800"}}).encode(),
+    "no UTF-8": b'{"specversion": "1.0", "type": "\xff"}',
+    "more digits than Python reads": b'{"specversion": "1.0", "type": ' + b"1" * 5000 + b"}",
+    "a number as its name": json.dumps({**OBJECT, "data": {"bucket": "local", "name": 1}}).encode(),
+    "a list as its version": json.dumps({**OBJECT, "specversion": []}).encode(),
+    "lines in its subject": json.dumps({**OBJECT, "subject": "a\r\nb"}).encode(),
+    "data in base64 that is none": json.dumps({**OBJECT, "data_base64": "\u00e9"}).encode(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", ODD.values(), ids=ODD.keys())
+def test_what_no_parser_takes_is_poison_and_no_defect(running: tuple[Running, Rung], body: bytes) -> None:
+    http, rung = running
+    answer = httpx.post(f"{http.url}/events", headers=STRUCTURED, content=body, timeout=30)
+    assert answer.status_code == 422, answer.text
+    assert httpx.post(f"{http.url}/events/dead", headers=STRUCTURED, content=body, timeout=30).status_code == 204
+    assert rung.events == []
+
+
+@pytest.mark.parametrize("data", [b"[" * 100_000, b'{"bucket": "local", "name": "\\ud800"}', b"\xff", b'{"name": "x"}'])
+def test_data_that_no_parser_takes_is_poison(running: tuple[Running, Rung], data: bytes) -> None:
+    http, _ = running
+    headers = {"ce-specversion": "1.0", "ce-type": events.OBJECT_FINALIZED, "ce-source": "s", "ce-id": "1"}
+    for kind in ("application/json", "text/plain", ""):
+        answer = httpx.post(f"{http.url}/events", headers={**headers, "Content-Type": kind}, content=data, timeout=30)
+        assert answer.status_code == 422, answer.text

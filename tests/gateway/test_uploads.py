@@ -165,6 +165,23 @@ def test_a_message_that_no_bucket_sends_becomes_a_dead_letter(topic: Topic, exch
         assert "bucketId" in letters["9"].attributes["knativeerrordata"]
 
 
+def test_an_odd_name_keeps_none_of_those_that_came_with_it(topic: Topic, exchange: GcsExchange, rung: Rung) -> None:
+    store = MemoryStore()
+    with gateway(store, place=place(exchange, store, rung), subscription=SUBSCRIPTION) as running:
+        told = {**BUCKET_KEYS, "bucketId": exchange.bucket, "objectGeneration": "1"}
+        for n, name in enumerate(
+            ["x", "", "team/", "team/inbox", "team/x", "\u202e", "a\nb", "team/inbox/" + "a/" * 400]
+        ):
+            topic.publish(f"odd {n}", {**told, "objectId": name})
+        topic.publish("deep", {**told, "objectId": "x", "payloadFormat": "JSON_API_V1"}, b"[" * 100_000)
+        upload(running, exchange, "d.jsonl", FILES["d.jsonl"])
+        topic.publish("good", upload(running, exchange, "job.yaml", FILES["job.yaml"]))
+        until(lambda: not topic.messages)
+        assert [event.type for event in rung.events] == [events.JOB_STARTED]
+        assert set(topic.deliveries.values()) == {1}, "each was taken at once"
+        assert {letter.attributes["id"] for letter in running.run(dead.listed(store))} == {"deep"}
+
+
 def test_what_cannot_be_done_now_is_delivered_again(topic: Topic, exchange: GcsExchange, rung: Rung) -> None:
     class Failing(MemoryStore):
         failures = 1
@@ -172,7 +189,7 @@ def test_what_cannot_be_done_now_is_delivered_again(topic: Topic, exchange: GcsE
         async def put_if_absent(self, name: str, data: bytes) -> bool:
             from knapper.errors import StoreError
 
-            if name.startswith("uploads/") and self.failures:
+            if name.endswith("/started") and self.failures:
                 self.failures -= 1
                 raise StoreError("the store is away")
             return await super().put_if_absent(name, data)

@@ -19,10 +19,12 @@ import structlog
 from watchfiles import awatch
 
 from knapper import events
-from knapper.errors import KnapperError, StoreError
+from knapper.errors import KnapperError, StoreError, UserError
 from knapper.events import Event
 from knapper.exchange.directory import DirectoryExchange
+from knapper.untrusted import parsing
 
+_FOLDERS: Final = 2  # inbox/<tenant>/<job>/<file>
 _STILL_S: Final = 0.3
 _LOOK_S: Final = 10.0  # even if the file system told nothing: some do not
 
@@ -50,6 +52,8 @@ class Watcher:
                     await self._look()
                 except KnapperError as error:  # the next look tells what this one could not
                     log.warning("the inbox waits", code=error.code, reason=str(error))
+                except Exception:
+                    log.exception("the inbox: defect")
                 try:
                     await asyncio.wait_for(moved.wait(), _LOOK_S)
                 except TimeoutError:
@@ -81,27 +85,34 @@ class Watcher:
 
     def _stats(self) -> dict[Path, _Stat]:
         found: dict[Path, _Stat] = {}
-        for folder, _, files in os.walk(self._inbox):
+        for folder, below, files in os.walk(self._inbox):
+            if len(Path(folder).relative_to(self._inbox).parts) >= _FOLDERS:
+                below.clear()  # nothing of a job lies deeper, however deep somebody dug
             for name in files:
                 path = Path(folder, name)
                 try:
                     status = path.lstat()
-                except FileNotFoundError:
+                except OSError:  # gone meanwhile, or in a folder that only its owner may enter
                     continue
                 if stat.S_ISREG(status.st_mode) and not name.startswith("."):
                     found[path] = (status.st_size, status.st_mtime_ns)
         return found
 
     async def _tell(self, path: Path, modified_ns: int) -> None:
+        """What cannot be told of one file, whatever its owner called it, stops no other."""
         name = path.relative_to(self._inbox.parent).as_posix()
         try:
-            entry = await self._exchange.entry(name)
-        except (StoreError, ValueError) as error:
-            log.warning("a file in the inbox cannot be read", file=name, reason=str(error))
+            with parsing(lambda error: UserError(f"it has a name or a time that no event can have: {error}")):
+                name.encode()
+                entry = await self._exchange.entry(name)
+                if entry is None:
+                    return
+                event = finalized(entry.name, entry.generation, entry.size, modified_ns / 1e9)
+            await self._post(event)
+        except (StoreError, UserError) as error:
+            log.warning("a file in the inbox cannot be told of", file=name, reason=str(error))
             return
-        if entry is not None:
-            await self._post(finalized(entry.name, entry.generation, entry.size, modified_ns / 1e9))
-            log.info("a file arrived", file=name, bytes=entry.size)
+        log.info("a file arrived", file=name, bytes=entry.size)
 
 
 def finalized(name: str, generation: str, size: int, modified_s: float, bucket: str = "local") -> Event:

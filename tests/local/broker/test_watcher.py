@@ -2,8 +2,11 @@
 
 import asyncio
 import hashlib
+import inspect
 import json
-from collections.abc import AsyncIterator
+import os
+import sys
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -12,8 +15,18 @@ import pytest
 from knapper import events
 from knapper.errors import TooMany
 from knapper.events import Event
+from knapper.exchange.directory import DirectoryExchange
 from knapper.local.broker import watcher
 from knapper.local.broker.watcher import Watcher
+
+
+@pytest.fixture
+def shallow() -> Iterator[None]:
+    """A stack that is soon used up, so that folders need not be so deep that nothing can delete them."""
+    usual = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 250)
+    yield
+    sys.setrecursionlimit(usual)
 
 
 @asynccontextmanager
@@ -21,6 +34,7 @@ async def watching(root: Path) -> AsyncIterator[list[Event]]:
     heard: list[Event] = []
 
     async def post(event: Event) -> None:
+        events.as_binary(*event.encode())  # as the process does
         heard.append(event)
 
     stop = asyncio.Event()
@@ -107,5 +121,39 @@ def test_a_broker_that_is_full_hears_of_a_file_later(tmp_path: Path, monkeypatch
         await only(heard, 2)
         stop.set()
         await task
+
+    asyncio.run(story())
+
+
+def test_files_that_nobody_can_be_told_of_hide_no_others(tmp_path: Path, shallow: None) -> None:
+    """Names that are no text, or no line; a time that no calendar has; a folder so deep that no name reaches there."""
+
+    async def story() -> None:
+        put(tmp_path, "a first", b"x")
+        folder = tmp_path / "inbox" / "local" / "job"
+        (folder / os.fsdecode(b"\xff\xfe.yaml")).write_bytes(b"x")
+        (folder / "two\nlines\x1b[31m").write_bytes(b"x")
+        (folder / ("long" * 60)).write_bytes(b"x")
+        os.utime(put(tmp_path, "far", b"x"), (2**42, 2**42))
+        os.utime(put(tmp_path, "past", b"x"), (-(2**37), -(2**37)))
+        deep = os.open(folder, os.O_RDONLY)
+        for _ in range(400):
+            os.mkdir("d", dir_fd=deep)
+            below = os.open("d", os.O_RDONLY, dir_fd=deep)
+            os.close(deep)
+            deep = below
+        os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=deep))
+        os.close(deep)
+        async with watching(tmp_path) as heard:
+            await until(heard, 1)
+            put(tmp_path, "z last", b"x")
+            async with asyncio.timeout(20):
+                while "objects/inbox/local/job/z last" not in [each.subject for each in heard]:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+        told = {each.subject.removeprefix("objects/inbox/local/job/") for each in heard}
+        assert {"a first", "z last"} <= told
+        assert not any("\udcff" in each or "\n" in each for each in told)
+        listed = {entry.name for entry in await DirectoryExchange(tmp_path).list("inbox/")}
+        assert {"inbox/local/job/a first", "inbox/local/job/z last"} <= listed
 
     asyncio.run(story())
