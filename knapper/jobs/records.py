@@ -77,11 +77,13 @@ class Rollouts(Record, frozen=True, kw_only=True):
 class Score(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     value: float
     parts: dict[str, float] = {}
+    reasons: dict[str, str] = {}  # by part: why it is 0 although nothing was compared
 
 
 class Scores(Record, frozen=True, kw_only=True):
     """Of one prompt's rollouts, in their order. `refused`: why the group has none."""
 
+    v: int = 2  # scores have reasons
     scores: list[Score]
     refused: str = ""
     began_at: float

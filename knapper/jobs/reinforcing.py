@@ -193,6 +193,8 @@ def _readable(rows: Sequence[Row], groups: Sequence[Group], found: Sequence[Any]
             else:
                 score = group.scores.scores[m]
                 told |= {"reward": score.value, "parts": score.parts}
+                if score.reasons:
+                    told["reasons"] = score.reasons
             if found is not None:
                 told["advantage"] = float(found[n][m])
             lines.append(msgspec.json.encode(told) + b"\n")

@@ -74,7 +74,7 @@ class Scoring:
             if job.on_reward_error == "fail":
                 raise
             refused = str(error)
-        found = [Score(value=score.value, parts=score.parts) for score in scores]
+        found = [Score(value=score.value, parts=score.parts, reasons=score.reasons) for score in scores]
         record_of = Scores(scores=found, refused=refused, began_at=began_at, ended_at=self._place.clock())
         await self._place.store.put_if_absent(folder.start.scores(kind, n, part), encode(record_of))
 

@@ -1,12 +1,13 @@
 """Rewards that are computed at once, in time linear in the text: no process is started for them."""
 
+import math
 import re
 
 from knapper.errors import UserError
-from knapper.rewards.spec import ExactMatch, Format, Length, Numeric, Textual
+from knapper.rewards.spec import ExactMatch, Format, Length, Maths, Numeric, PythonTests, Sql, Term, Textual
 
 # Each alternative is decided by its first character, so that a match costs its own length.
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,4})?")
+_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
 _FENCE = "```"
 
 
@@ -29,9 +30,7 @@ def part(term: Textual, completion: str) -> str | None:
 
 
 def exact_match(term: ExactMatch, completion: str, answer: object) -> float:
-    wanted = str(answer) if isinstance(answer, int | float) and not isinstance(answer, bool) else answer
-    if not isinstance(wanted, str):
-        raise UserError(f"answer is {answer!r:.80}; exact_match allows a text or a number")
+    wanted = _text(answer)
     given = part(term, completion)
     if given is None:
         return 0.0
@@ -41,11 +40,9 @@ def exact_match(term: ExactMatch, completion: str, answer: object) -> float:
 
 
 def numeric(term: Numeric, completion: str, answer: object) -> float:
-    wanted = _number(str(answer)) if isinstance(answer, int | float | str) and not isinstance(answer, bool) else None
-    if wanted is None:
-        raise UserError(f"answer is {answer!r:.80}; numeric allows a number, or a text that ends with one")
+    wanted = _finite(answer)
     given = _number(part(term, completion) or "")
-    if given is None:
+    if given is None or not math.isfinite(given):
         return 0.0
     return float(abs(given - wanted) <= max(term.absolute, term.relative * abs(wanted)))
 
@@ -64,6 +61,49 @@ def format(term: Format, completion: str) -> float:  # noqa: A001  the reward's 
         if before.strip() or not opened or not closed or f"<{tag}>" in inner:
             return 0.0
     return float(not rest.strip())
+
+
+def check(term: Term, answer: object) -> None:
+    """Raises UserError for an answer that the term can compare nothing with, as far as that can be told at once."""
+    match term:
+        case ExactMatch():
+            _text(answer)
+        case Numeric():
+            _finite(answer)
+        case Maths() if not isinstance(answer, str) and not _is_number(answer):
+            raise UserError(f"answer is {answer!r:.80}; maths allows a text or a number")
+        case Sql() if not isinstance(answer, str) and not _is_list(answer, list):
+            raise UserError(f"answer is {answer!r:.80}; sql allows a query, or a list of rows")
+        case PythonTests() if not isinstance(answer, str) and not (answer and _is_list(answer, str)):
+            raise UserError(
+                f"answer is {answer!r:.80}; python_tests allows Python with asserts, or a list of such texts"
+            )
+
+
+def _is_number(answer: object) -> bool:
+    return isinstance(answer, int | float) and not isinstance(answer, bool)
+
+
+def _is_list(answer: object, kind: type) -> bool:
+    return isinstance(answer, list) and all(isinstance(each, kind) for each in answer)
+
+
+def _text(answer: object) -> str:
+    """Raises UserError."""
+    wanted = str(answer) if _is_number(answer) else answer
+    if not isinstance(wanted, str):
+        raise UserError(f"answer is {answer!r:.80}; exact_match allows a text or a number")
+    return wanted
+
+
+def _finite(answer: object) -> float:
+    """Raises UserError. Beside infinity every number is within the relative tolerance."""
+    wanted = _number(str(answer)) if isinstance(answer, str) or _is_number(answer) else None
+    if wanted is None or not math.isfinite(wanted):
+        raise UserError(
+            f"answer is {answer!r:.80}; numeric allows a number, or a text that ends with one, of at most 1.8e308"
+        )
+    return wanted
 
 
 def _number(text: str) -> float | None:

@@ -10,11 +10,15 @@ class NotPlain(TypeError):
     """The value has a type that cannot be sent."""
 
 
+class TooDeep(NotPlain):
+    """The value is nested too deeply to be sent."""
+
+
 def pack(value: object, depth: int = 0) -> Any:
     """Raises NotPlain. Exact types: a subclass could behave as it likes on the other side."""
     kind = type(value)
     if depth > _depth_max:
-        raise NotPlain(f"nested deeper than {_depth_max}")
+        raise TooDeep(f"nested deeper than {_depth_max}")
     if kind in _ATOMS:
         return value
     match value:
@@ -36,7 +40,7 @@ def pack(value: object, depth: int = 0) -> Any:
 
 
 def unpack(packed: Any) -> Any:
-    """The value. Raises ValueError, TypeError, KeyError or RecursionError for anything that `pack` did not make."""
+    """The value. Raises some Exception, of any class, for anything that `pack` did not make."""
     if type(packed) in _ATOMS:
         return packed
     kind, content = packed
@@ -53,3 +57,12 @@ _UNPACK: dict[str, Any] = {
     "set": lambda content: {unpack(each) for each in content},
     "frozenset": lambda content: frozenset(unpack(each) for each in content),
 }
+
+
+def holds_nan(value: Any) -> bool:
+    """Whether something in it is not a number. `value`: what `unpack` gives."""
+    if isinstance(value, dict):
+        return any(holds_nan(key) or holds_nan(each) for key, each in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return any(map(holds_nan, value))
+    return isinstance(value, float | complex) and value != value

@@ -3,6 +3,7 @@
 import sqlite3
 import time
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 _rows_max = 10_000
@@ -15,19 +16,45 @@ def sql(arguments: dict[str, Any], _link: int) -> dict[str, Any]:
     script, wanted = arguments["script"], arguments["answer"]
     deadline = time.monotonic() + 0.8 * arguments["timeout_s"]
     try:
-        expected = _rows(script, wanted, deadline) if isinstance(wanted, str) else [tuple(row) for row in wanted]
-    except (sqlite3.Error, sqlite3.Warning, TypeError, OverflowError) as error:
+        expected = _Rows.of(_database(script, deadline), wanted)
+    except Exception as error:  # noqa: BLE001  whatever it is, no completion had a part in it
         return {"error": f"the database's script or the answer's query fails: {str(error)[:200]}"}
+    connection = _database(script, deadline)
     try:
-        rows = _rows(script, arguments["text"], deadline)
-    except (sqlite3.Error, sqlite3.Warning, OverflowError, ValueError, MemoryError):
-        return {"value": 0.0}
-    given, expected = [_comparable(row) for row in rows], [_comparable(row) for row in expected]
-    same = given == expected if arguments["ordered"] else Counter(given) == Counter(expected)
-    return {"value": float(same)}
+        given = _Rows.of(connection, arguments["text"])
+    except Exception as error:  # noqa: BLE001  the same, of the completion
+        return {"value": 0.0, "reason": f"{type(error).__name__}: {str(error)[:200]}"}
+    return {"value": float(given.equal(expected, ordered=arguments["ordered"]))}
 
 
-def _rows(script: str, query: str, deadline: float) -> list[tuple[Any, ...]]:
+@dataclass(frozen=True)
+class _Rows:
+    """`columns`: how many; None for a list of rows without any, which does not tell."""
+
+    columns: int | None
+    rows: list[tuple[Any, ...]]
+
+    @staticmethod
+    def of(connection: sqlite3.Connection, wanted: str | list[list[Any]]) -> "_Rows":
+        """Of a query, or as they are. Raises whatever SQLite and its binding raise."""
+        if not isinstance(wanted, str):
+            listed = [_comparable(tuple(row)) for row in wanted]
+            return _Rows(len(listed[0]) if Counter(listed) else None, listed)  # it raises for what no row can hold
+        cursor = connection.execute(wanted)
+        if cursor.description is None:  # nothing, or a comment: else it would equal any query without rows
+            raise sqlite3.DataError("it is no query")
+        rows = cursor.fetchmany(_rows_max + 1)
+        if len(rows) > _rows_max:
+            raise sqlite3.DataError(f"over {_rows_max} rows")
+        return _Rows(len(cursor.description), [_comparable(row) for row in rows])
+
+    def equal(self, other: "_Rows", *, ordered: bool) -> bool:
+        if None not in (self.columns, other.columns) and self.columns != other.columns:
+            return False
+        return self.rows == other.rows if ordered else Counter(self.rows) == Counter(other.rows)
+
+
+def _database(script: str, deadline: float) -> sqlite3.Connection:
     connection = sqlite3.connect(":memory:")
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _sql_text_max)
     connection.execute("PRAGMA temp_store = MEMORY")
@@ -35,10 +62,7 @@ def _rows(script: str, query: str, deadline: float) -> list[tuple[Any, ...]]:
     connection.commit()
     connection.set_progress_handler(lambda: time.monotonic() > deadline, _steps_between_looks)
     connection.set_authorizer(_reads_only)
-    rows = connection.execute(query).fetchmany(_rows_max + 1)
-    if len(rows) > _rows_max:
-        raise sqlite3.DataError(f"over {_rows_max} rows")
-    return rows
+    return connection
 
 
 def _reads_only(action: int, *_: object) -> int:

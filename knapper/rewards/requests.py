@@ -36,10 +36,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     rollouts: list[Sent]
 
 
-class Scored(msgspec.Struct, frozen=True, kw_only=True):
+class Scored(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`reasons`: as in knapper.rewards.scoring.Score."""
+
     id: str
     value: float
     parts: dict[str, float]
+    reasons: dict[str, str] = {}
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,7 +71,12 @@ async def answer(body: bytes, sandbox: Sandbox) -> bytes:
             "or a faster reward"
         ) from error
     return msgspec.json.encode(
-        Answer(scores=[Scored(id=of, value=each.value, parts=each.parts) for of, each in zip(ids, scores, strict=True)])
+        Answer(
+            scores=[
+                Scored(id=of, value=each.value, parts=each.parts, reasons=each.reasons)
+                for of, each in zip(ids, scores, strict=True)
+            ]
+        )
     )
 
 

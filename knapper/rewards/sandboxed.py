@@ -1,10 +1,13 @@
 """Which work in cells each reward means, and what its results and its endings mean."""
 
+import hashlib
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from knapper.errors import UserError
-from knapper.rewards.plain import part
+from knapper.rewards.plain import check, part
 from knapper.rewards.rollouts import Rollout
 from knapper.rewards.spec import Code, JsonSchema, Maths, PythonTests, Regex, Sql, Term, Textual
 from knapper.sandbox.pool import Ended, Order, Sandbox
@@ -14,14 +17,24 @@ _PROGRAMS = "knapper.rewards.programs"
 _EQUATIONS = "knapper.rewards.equations"
 _QUERIES = "knapper.rewards.queries"
 _judging_s = 3.0  # beyond the program's time, in which the tests do their own work
+_loading_s = 30.0  # for what a reward.py imports
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`reason`: why it is 0 although nothing was compared, where the completion is at fault for that."""
+
+    value: float
+    reason: str = ""
 
 
 async def imports(term: Term, files: Mapping[str, str], sandbox: Sandbox) -> tuple[str, ...]:
-    """What is loaded once for all rollouts, and not for each."""
+    """What is loaded once for all rollouts, and not for each. Raises UserError."""
     match term:
         case Code():
-            order = Order(f"{_TASKS}:imports", {"code": files[term.code], "name": term.code}, term.timeout_s)
-            return (_TASKS, *await _value(order, preload=(_TASKS,), sandbox=sandbox))
+            code = files[term.code]
+            key = hashlib.sha256(code.encode()).hexdigest()
+            return (_TASKS, *await sandbox.loaded.get(key, lambda: _loaded(term.code, code, sandbox)))
         case Maths():
             return (_EQUATIONS,)
         case JsonSchema():
@@ -33,12 +46,22 @@ async def imports(term: Term, files: Mapping[str, str], sandbox: Sandbox) -> tup
     return (_TASKS,)
 
 
+async def _loaded(name: str, code: str, sandbox: Sandbox) -> tuple[str, ...]:
+    """What of the code's imports can be loaded, tried in a cell: what exits or hangs there would end every warden."""
+    order = Order(f"{_TASKS}:imports", {"code": code, "name": name}, _loading_s, codes=["code"], trial=True)
+    try:
+        return tuple(map(str, await _value(order, preload=(_TASKS,), sandbox=sandbox)))
+    except Ended as error:
+        raise UserError(f"{name}: loading what it imports: {error}") from error
+
+
 async def value(
     term: Term, rollout: Rollout, files: Mapping[str, str], preload: tuple[str, ...], sandbox: Sandbox
-) -> float:
-    """The term's value for the rollout. Raises UserError with the reason where there is none."""
+) -> Outcome:
+    """The term's value for the rollout. Raises UserError with the reason where the reward or the answer is at fault."""
+    check(term, rollout.answer)
     if isinstance(term, Textual) and part(term, rollout.completion) is None:
-        return 0.0
+        return Outcome(0.0)
     match term:
         case Code():
             arguments = {
@@ -46,40 +69,34 @@ async def value(
                 "prompt": rollout.prompt, "completion": rollout.completion, "answer": rollout.answer,
             }  # fmt: skip
             order = Order(f"{_TASKS}:user_code", arguments, term.timeout_s, rollout.id)
-            return _number(await _value(order, preload=preload, sandbox=sandbox))
+            return Outcome(_number(await _value(order, preload=preload, sandbox=sandbox)))
         case PythonTests():
             return await _python_tests(term, rollout, preload, sandbox)
         case Regex():
             arguments = {"pattern": term.pattern, "text": part(term, rollout.completion), "whole": term.whole}
             order = Order(f"{_TASKS}:regex", arguments, term.timeout_s, reads=True)
-            return _number(await _value(order, preload=preload, sandbox=sandbox, sealed=False))
+            return await _judged(order, preload=preload, sandbox=sandbox, sealed=False)
         case JsonSchema():
             arguments = {"text": part(term, rollout.completion), "schema": files[term.json_schema]}
             order = Order(f"{_TASKS}:json_schema", arguments, term.timeout_s, reads=True)
-            return _number(await _value(order, preload=preload, sandbox=sandbox, sealed=False))
+            return await _judged(order, preload=preload, sandbox=sandbox, sealed=False)
         case Maths():
             order, own = _maths(term, rollout)
-            return await _compared(order, own, preload, sandbox)
+            return await _judged(order, preload=preload, sandbox=sandbox, own=(own,))
         case Sql():
             order, own = _sql(term, rollout, files)
-            return await _compared(order, own, preload, sandbox)
+            return await _judged(order, preload=preload, sandbox=sandbox, own=(own,))
     raise NotImplementedError(type(term).__name__)
 
 
 def _maths(term: Maths, rollout: Rollout) -> tuple[Order, Order]:
-    answer = rollout.answer
-    wanted = str(answer) if isinstance(answer, int | float) and not isinstance(answer, bool) else answer
-    if not isinstance(wanted, str):
-        raise UserError(f"answer is {answer!r:.80}; maths allows a text or a number")
-    return _order_and_own(f"{_EQUATIONS}:maths", {"answer": wanted}, term, rollout)
+    return _order_and_own(f"{_EQUATIONS}:maths", {"answer": str(rollout.answer)}, term, rollout)
 
 
 def _sql(term: Sql, rollout: Rollout, files: Mapping[str, str]) -> tuple[Order, Order]:
-    answer = rollout.answer
-    if not isinstance(answer, str) and not (isinstance(answer, list) and all(isinstance(row, list) for row in answer)):
-        raise UserError(f"answer is {answer!r:.80}; sql allows a query, or a list of rows")
     arguments = {
-        "script": files[term.database], "answer": answer, "ordered": term.ordered, "timeout_s": term.timeout_s,
+        "script": files[term.database], "answer": rollout.answer, "ordered": term.ordered,
+        "timeout_s": term.timeout_s,
     }  # fmt: skip
     return _order_and_own(f"{_QUERIES}:sql", arguments, term, rollout)
 
@@ -95,22 +112,9 @@ def _order_and_own(task: str, arguments: dict[str, Any], term: Maths | Sql, roll
     )
 
 
-async def _compared(order: Order, own: Order, preload: tuple[str, ...], sandbox: Sandbox) -> float:
-    """The value; 0 for a completion on which the comparison takes too long, or dies, if the answer itself is fine."""
-    try:
-        result = await sandbox.run(order, imports=preload)
-    except Ended:
-        await _value(own, preload=preload, sandbox=sandbox)
-        return 0.0
-    return _number(_checked(result))
-
-
-async def _python_tests(term: PythonTests, rollout: Rollout, preload: tuple[str, ...], sandbox: Sandbox) -> float:
+async def _python_tests(term: PythonTests, rollout: Rollout, preload: tuple[str, ...], sandbox: Sandbox) -> Outcome:
     tests = rollout.answer
-    if not isinstance(tests, str) and not (
-        isinstance(tests, list) and tests and all(isinstance(t, str) for t in tests)
-    ):
-        raise UserError(f"answer is {tests!r:.80}; python_tests allows Python with asserts, or a list of such texts")
+    assert isinstance(tests, str | list), "it was checked"
     within_s = term.timeout_s + _judging_s
     program = {"program": part(term, rollout.completion)}
     judged = {
@@ -118,22 +122,28 @@ async def _python_tests(term: PythonTests, rollout: Rollout, preload: tuple[str,
         "functions": None if term.functions is None else list(term.functions),
         "code": tests if isinstance(tests, str) else "\n".join(tests),
     }  # fmt: skip
-    return _number(
-        await _value(
-            Order(f"{_PROGRAMS}:program", program, within_s, rollout.id, ["program"]),
-            Order(f"{_PROGRAMS}:tests", judged, within_s, rollout.id, ["code"]),
-            preload=preload,
-            sandbox=sandbox,
-        )
+    tested = Order(f"{_PROGRAMS}:tests", judged, within_s, rollout.id, ["code"])
+    asked, empty = (
+        Order(f"{_PROGRAMS}:program", each, within_s, rollout.id, ["program"]) for each in (program, {"program": ""})
     )
+    return await _judged(asked, tested, preload=preload, sandbox=sandbox, own=(empty, tested))
 
 
-async def _value(*orders: Order, sandbox: Sandbox, preload: tuple[str, ...] = (), sealed: bool = True) -> Any:
+async def _judged(
+    *orders: Order, preload: tuple[str, ...], sandbox: Sandbox, own: tuple[Order, ...] = (), sealed: bool = True
+) -> Outcome:
+    """The value. 0 for a completion on which the work takes too long, or dies, if `own`, without it, does not."""
     try:
         result = await sandbox.run(*orders, imports=preload, sealed=sealed)
     except Ended as error:
-        raise UserError(str(error)) from error
-    return _checked(result)
+        if own:
+            await _value(*own, preload=preload, sandbox=sandbox)
+        return Outcome(0.0, str(error))
+    return Outcome(_number(_checked(result)), str(result.get("reason", "")))
+
+
+async def _value(*orders: Order, sandbox: Sandbox, preload: tuple[str, ...] = (), sealed: bool = True) -> Any:
+    return _checked(await sandbox.run(*orders, imports=preload, sealed=sealed))
 
 
 def _checked(result: object) -> Any:
@@ -147,4 +157,10 @@ def _checked(result: object) -> Any:
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError("it wrote something else than a number into its result channel")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise UserError(f"it wrote {number} into its result channel; allowed: a finite number")
+    return number

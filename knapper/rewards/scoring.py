@@ -4,26 +4,33 @@ import asyncio
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
 from knapper import limits
 from knapper.errors import UserError
+from knapper.printable import printable
 from knapper.rewards import plain, sandboxed
 from knapper.rewards.rollouts import Rollout
+from knapper.rewards.sandboxed import Outcome
 from knapper.rewards.spec import ExactMatch, Format, Length, Numeric, Reward, Term
 from knapper.sandbox.pool import Sandbox, SandboxMissing
+from knapper.untrusted import parsing
 
 __all__ = ["RewardFailed", "Rollout", "Score", "score"]
 
 
 @dataclass(frozen=True)
 class Score:
-    """`value`: the weighted sum of `parts`, which are unweighted, by the terms' labels."""
+    """`value`: the weighted sum of `parts`, which are unweighted, by the terms' labels.
+
+    `reasons`: why a part is 0 although nothing was compared: the completion could not be looked at.
+    """
 
     value: float
     parts: dict[str, float]
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
 class RewardFailed(UserError):
@@ -32,14 +39,15 @@ class RewardFailed(UserError):
     code = "reward_failed"
 
     def __init__(self, rollout_id: str, reason: str) -> None:
-        shown = (
-            reason
-            if len(reason) <= limits.reward_reason_chars_max
-            else reason[: limits.reward_reason_chars_max - 3] + "..."
-        )
+        shown = _shown(reason)
         super().__init__(f"rollout {rollout_id}: {shown}")
         self.rollout_id = rollout_id
         self.reason = shown
+
+
+def _shown(reason: str) -> str:
+    text, most = printable(reason), limits.reward_reason_chars_max
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 async def score(reward: Reward, rollouts: Sequence[Rollout], *, sandbox: Sandbox | None = None) -> list[Score]:
@@ -57,20 +65,19 @@ async def score(reward: Reward, rollouts: Sequence[Rollout], *, sandbox: Sandbox
             await own.close()
     scores = []
     for n, rollout in enumerate(rollouts):
-        parts = {label: values[n] for label, values in by_term.items()}
+        parts = {label: outcomes[n].value for label, outcomes in by_term.items()}
+        reasons = {label: _shown(why) for label, outcomes in by_term.items() if (why := outcomes[n].reason)}
         value = sum(reward.terms[label].weight * part for label, part in parts.items())
         if not math.isfinite(value):
             raise RewardFailed(rollout.id, f"the weighted sum is {value}; allowed: a finite number")
-        scores.append(Score(value, parts))
+        scores.append(Score(value, parts, reasons))
     return scores
 
 
 def _check(rollout: Rollout) -> None:
     """Raises RewardFailed for a text over its limit."""
-    try:
+    with parsing(lambda error: RewardFailed(rollout.id, f"prompt and answer are not plain JSON: {error}")):
         beside = len(msgspec.json.encode((rollout.prompt, rollout.answer)))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RewardFailed(rollout.id, f"prompt and answer are not plain JSON: {error}") from error
     for what, size in (("the completion", len(rollout.completion)), ("prompt and answer as JSON", beside)):
         if size > limits.reward_text_chars_max:
             raise RewardFailed(
@@ -78,13 +85,13 @@ def _check(rollout: Rollout) -> None:
             )
 
 
-async def _values(term: Term, reward: Reward, rollouts: Sequence[Rollout], sandbox: Sandbox) -> list[float]:
+async def _values(term: Term, reward: Reward, rollouts: Sequence[Rollout], sandbox: Sandbox) -> list[Outcome]:
     if not rollouts:
         return []
     with _named(rollouts[0]):
         preload = await sandboxed.imports(term, reward.files, sandbox)
 
-    async def one(rollout: Rollout) -> float:
+    async def one(rollout: Rollout) -> Outcome:
         with _named(rollout):
             return await _value(term, rollout, reward, preload, sandbox)
 
@@ -97,16 +104,16 @@ async def _values(term: Term, reward: Reward, rollouts: Sequence[Rollout], sandb
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _value(term: Term, rollout: Rollout, reward: Reward, preload: tuple[str, ...], sandbox: Sandbox) -> float:
+async def _value(term: Term, rollout: Rollout, reward: Reward, preload: tuple[str, ...], sandbox: Sandbox) -> Outcome:
     match term:
         case ExactMatch():
-            return plain.exact_match(term, rollout.completion, rollout.answer)
+            return Outcome(plain.exact_match(term, rollout.completion, rollout.answer))
         case Numeric():
-            return plain.numeric(term, rollout.completion, rollout.answer)
+            return Outcome(plain.numeric(term, rollout.completion, rollout.answer))
         case Length():
-            return plain.length(term, rollout.completion)
+            return Outcome(plain.length(term, rollout.completion))
         case Format():
-            return plain.format(term, rollout.completion)
+            return Outcome(plain.format(term, rollout.completion))
     return await sandboxed.value(term, rollout, reward.files, preload, sandbox)
 
 

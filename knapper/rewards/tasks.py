@@ -1,12 +1,14 @@
 """What cells compute for rewards: imports the standard library only, and the rest where it is used.
 
-Every task answers `{"value": ...}`, or `{"error": reason}` where the reward itself is at fault.
+Every task answers `{"value": ...}`, or `{"error": reason}` where the reward itself is at fault; beside a value of 0 may
+stand a `reason`, where the completion could not be looked at.
 """
 
 import json
 import linecache
 import math
 import re
+import sys
 import traceback
 from types import TracebackType
 from typing import Any
@@ -30,11 +32,12 @@ def user_code(arguments: dict[str, Any], _link: int) -> dict[str, Any]:
 
 
 def imports(arguments: dict[str, Any], _link: int) -> dict[str, Any]:
-    """The modules that the code names."""
+    """Those of the modules that the code names which this cell could load."""
     try:
-        return {"value": cell.imported(arguments["code"])}
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        names = cell.imported(arguments["code"])
+    except Exception as error:  # noqa: BLE001  whatever parsing raises, the text is at fault
         return {"error": reason(error, arguments["name"])}
+    return {"value": [name for name in names if name in sys.modules]}
 
 
 def number(value: object, name: str) -> dict[str, Any]:
@@ -87,23 +90,33 @@ def json_schema(arguments: dict[str, Any], _link: int) -> dict[str, Any]:
     try:
         import jsonschema
         from referencing import Registry
+        from referencing.exceptions import Unresolvable
     except ImportError:
         return {"error": "jsonschema is not installed; allowed: `pip install 'knapper[reward]'`"}
-    schema = json.loads(arguments["schema"])
     try:
+        schema = json.loads(arguments["schema"])
         kind = jsonschema.validators.validator_for(schema)
         kind.check_schema(schema)
         validator = kind(schema, registry=Registry())  # an empty one: nothing is fetched
+        simplest: list[Any] = [None, True, 0, "", [], {}]
+        for simple in simplest:  # what fails on these fails on anything
+            validator.is_valid(simple)
     except jsonschema.SchemaError as error:
         return {"error": f"the schema is no JSON schema: {error.message[:200]}"}
+    except Exception as error:  # noqa: BLE001  no JSON, a reference that leads nowhere, or back to itself
+        return {"error": f"the schema cannot be used: {type(error).__name__}: {str(error)[:200]}"}
     try:
-        value = json.loads(arguments["text"], parse_constant=_no_constant)
+        value = json.loads(arguments["text"], parse_constant=_no_number, parse_float=_finite)
         return {"value": float(validator.is_valid(value))}
-    except (ValueError, RecursionError):
-        return {"value": 0.0}
-    except Exception as error:  # noqa: BLE001  a reference that leads nowhere, a pattern that does not compile
+    except (Unresolvable, re.error) as error:  # a reference, or a pattern, that only some texts reach
         return {"error": f"the schema cannot be used: {str(error)[:200]}"}
+    except Exception as error:  # noqa: BLE001  no JSON, or so deep or large that it cannot be looked at
+        return {"value": 0.0, "reason": f"{type(error).__name__}: {str(error)[:200]}"}
 
 
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text[:20]} is no number of JSON that can be computed with")
+
+
+def _finite(text: str) -> float:
+    return value if math.isfinite(value := float(text)) else _no_number(text)

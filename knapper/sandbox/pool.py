@@ -16,6 +16,9 @@ from typing import Any
 import structlog
 
 from knapper.errors import Unavailable, UserError
+from knapper.remembered import Remembered
+from knapper.sandbox.warden import FAILED
+from knapper.untrusted import parsing
 
 log = structlog.get_logger()
 
@@ -41,6 +44,7 @@ class Order:
     """One cell's work. `task`: module:function of ours; `codes`: which arguments are Python code of somebody else.
 
     `reads`: it may go on reading files, as libraries do that load their parts late. Never with somebody else's code.
+    `trial`: it loads with as much memory as a warden, to find out what a warden can load.
     """
 
     task: str
@@ -49,22 +53,20 @@ class Order:
     seed: str = ""
     codes: Sequence[str] = ()
     reads: bool = False
+    trial: bool = False
 
     def frame(self) -> bytes:
-        content = json.dumps(
-            {
-                "task": self.task,
-                "arguments": self.arguments,
-                "timeout_s": self.timeout_s,
-                "seed": self.seed,
-                "codes": list(self.codes),
-                "reads": self.reads,
-            }
-        ).encode()
+        """Raises UserError for arguments that are nested too deeply."""
+        order = {
+            "task": self.task, "arguments": self.arguments, "timeout_s": self.timeout_s, "seed": self.seed,
+            "codes": list(self.codes), "reads": self.reads, "trial": self.trial,
+        }  # fmt: skip
+        with parsing(lambda error: UserError(f"prompt and answer cannot be sent to the sandbox: {error}")):
+            content = json.dumps(order).encode()
         return struct.pack("!I", len(content)) + content
 
 
-class Ended(Exception):
+class Ended(UserError):
     """The cell ended without a result: the text says how."""
 
 
@@ -92,6 +94,7 @@ class Sandbox:
         self._turns = asyncio.Semaphore(self.at_once)
         self._idle: list[tuple[frozenset[str], _Warden]] = []  # the one used longest ago first
         self._all: set[_Warden] = set()
+        self.loaded: Remembered[str, tuple[str, ...]] = Remembered()  # by code: what of its imports a cell could load
 
     async def run(self, *orders: Order, imports: Sequence[str] = (), sealed: bool = True) -> Any:
         """What the last order's task returns. Two orders: two cells, linked; the first cannot see the second's order.
@@ -206,7 +209,7 @@ def _result(answer: bytes, timeout_s: float) -> Any:
         raise Ended(f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it ended with exit code {code}")
     if not output:
         raise Ended("it ended without a result")
-    try:
+    if output[0] == FAILED:
+        raise Ended(f"it failed: {output[1:].decode(errors='replace')}")
+    with parsing(lambda _: Ended("it wrote something else than a result into its result channel")):
         return json.loads(output)
-    except (ValueError, RecursionError) as error:
-        raise Ended("it wrote something else than a result into its result channel") from error

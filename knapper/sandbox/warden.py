@@ -20,6 +20,7 @@ from typing import NoReturn
 
 CONTROL = 0  # the socket to the caller
 output_bytes_max = 65536  # of one cell
+FAILED = 0  # the first byte of what a cell writes whose task raised; then the error. No JSON begins so
 taken_s_max = 60.0  # a cell has read its frame after this, or the caller is stuck
 
 
@@ -97,7 +98,8 @@ def start(end: int, link: int, warden: int, *, seal: bool) -> NoReturn:
         os.write(end, struct.pack("!d", order["timeout_s"]))
         cell.run(order, end, link, warden, seal=seal)
     except BaseException as error:  # noqa: BLE001  a process border; the caller says it on
-        os.write(end, json.dumps({"error": f"the sandbox failed: {error!r}"[:1000]}).encode())
+        said = f"{type(error).__name__}: {error}"[:1000].encode(errors="backslashreplace")
+        os.write(end, bytes([FAILED]) + said)
     finally:
         os._exit(0)
 

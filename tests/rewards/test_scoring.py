@@ -5,44 +5,16 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from knapper import limits
 from knapper.errors import UserError
-from knapper.rewards import requests, scoring, spec
-from knapper.rewards.rollouts import Rollout
+from knapper.rewards import requests
 from knapper.rewards.scoring import RewardFailed, Score
 from knapper.sandbox.pool import Sandbox
-
-Scorer = Callable[..., list[Score]]
-
-
-@pytest.fixture(scope="module")
-def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as runner:
-        yield runner
-
-
-@pytest.fixture(scope="module")
-def sandbox(runner: asyncio.Runner) -> Iterator[Sandbox]:
-    sandbox = Sandbox(at_once=2)
-    yield sandbox
-    runner.run(sandbox.close())
-
-
-@pytest.fixture
-def scores(runner: asyncio.Runner, sandbox: Sandbox) -> Scorer:
-    """Scores of (completion, answer) pairs; `files` as text."""
-
-    def score(described: Any, *pairs: tuple[str, Any], **files: str) -> list[Score]:
-        reward = spec.parse(described, {name.replace("_", "."): text.encode() for name, text in files.items()})
-        rollouts = [Rollout(f"r{n}", "the prompt", *pair) for n, pair in enumerate(pairs)]
-        return runner.run(scoring.score(reward, rollouts, sandbox=sandbox))
-
-    return score
+from tests.rewards.conftest import Scorer
 
 
 def values(scored: list[Score]) -> list[float]:
@@ -151,7 +123,6 @@ def test_sql_is_equal_if_its_rows_are(query: str, answer: Any, ordered: bool, va
         ({"name": "python_tests"}, "f(lambda: 1)", "f.*function is not plain data; tests may pass.*line 1"),
         ({"name": "python_tests", "timeout_s": 0.2}, "while True: pass", "it ran over its 3.2 s"),
         ({"name": "sql", "database": "t.sql"}, "select missing", "the answer's query fails: no such column"),
-        ({"name": "regex", "pattern": "(a+)+$", "timeout_s": 0.3}, None, "it ran over its 0.3 s"),
     ],
 )
 def test_a_reward_at_fault_is_an_error_and_no_zero(
