@@ -99,6 +99,11 @@ def rows(job: AnyJob, name: str, data: bytes) -> Sequence[Row]:
             return dpo(name, data)
 
 
+def line_of(name: str, data: bytes, row: int) -> int:
+    """The line, from 1, of a row, from 0."""
+    return next(line for n, (line, _) in enumerate(_lines(name, data)) if n == row)
+
+
 def _lines(name: str, data: bytes) -> Iterator[tuple[int, bytes]]:
     """(number from 1, bytes) of each line that is not empty."""
     found = 0

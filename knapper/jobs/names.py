@@ -140,6 +140,11 @@ def outputs(tenant: Tenant, job: str) -> str:
     return f"jobs/{tenant}/{job}/"
 
 
+def awaited(tenant: Tenant, job: str) -> str:
+    """Starts of the job whose files are awaited; of the current job.yaml, if of any."""
+    return f"expected/{tenant}/{job}/"
+
+
 def listed(tenant: Tenant) -> str:
     return f"tenants/{tenant}/jobs/"
 

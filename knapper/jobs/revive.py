@@ -1,18 +1,24 @@
 """Bells that got lost: found by looking at the jobs that do not move, and rung again."""
 
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 
+import structlog
+
 from knapper import events, limits
+from knapper.errors import KnapperError
 from knapper.events import Event
 from knapper.jobs import bells, control, progress
 from knapper.jobs.names import Start
 from knapper.jobs.place import Place
 from knapper.jobs.progress import Looks, Outline
-from knapper.jobs.records import Started, read
+from knapper.jobs.records import Started, Waiting, read
 from knapper.jobs.spec import RlJob, decode
-from knapper.jobs.start import current, look
+from knapper.jobs.start import look
 
 _QUIET_S = 60.0
+
+log = structlog.get_logger()
 
 
 @dataclass
@@ -43,22 +49,37 @@ async def due(place: Place, seen: Seen, quiet_s: float = _QUIET_S) -> list[Event
     found: list[Event] = []
     expected = [Start.parse(name.removeprefix("expected/")) for name in await place.store.list("expected/")]
     for start in expected:
-        found += await _awaited(place, start)
+        found += await _alone(start, _awaited(place, start))
     working = [Start.parse(name.removeprefix("working/")) for name in await place.store.list("working/")]
     seen.known = {start: known for start, known in seen.known.items() if start in working}
     for start in working:
-        found += await _of(place, seen, start, quiet_s)
+        found += await _alone(start, _of(place, seen, start, quiet_s))
     now = place.clock()
     seen.awaiting = bool(expected)
     seen.lively = any(now - known.since < quiet_s and not known.rung for known in seen.known.values())
     return found
 
 
+async def _alone(start: Start, bells: Awaitable[list[Event]]) -> list[Event]:
+    """The bells of one job. What is wrong with it stops no other."""
+    try:
+        return await bells
+    except KnapperError as error:
+        log.warning("a job cannot be looked at", job=str(start), code=error.code, reason=str(error))
+    except Exception:
+        log.exception("a job cannot be looked at: defect", job=str(start))
+    return []
+
+
 async def _awaited(place: Place, start: Start) -> list[Event]:
-    """Look again; of a job.yaml that another took the place of, nothing is awaited any more."""
-    if await current(place, start.tenant, start.job) != start:
-        await place.store.delete(start.expected)
-    begun = await look(place, start.tenant, start.job)
+    """Look again; where nobody can, nothing is awaited any more after the time that files may take."""
+    try:
+        begun = await look(place, start.tenant, start.job)
+    except Exception:
+        waiting = await read(place.store, start.waiting, Waiting)
+        if waiting is None or place.clock() - waiting.since >= limits.job_missing_s:
+            await place.store.delete(start.expected)
+        raise
     return [] if begun is None else [await first(place, begun)]
 
 

@@ -15,6 +15,7 @@ from knapper import limits
 from knapper.errors import InvalidField, NotFound, TooLarge, UserError
 from knapper.ids import Tenant, number
 from knapper.jobs import control, datasets, names, spec
+from knapper.jobs.datasets import RlRow, Row
 from knapper.jobs.documents import JobError
 from knapper.jobs.names import Start
 from knapper.jobs.place import Place
@@ -22,18 +23,11 @@ from knapper.jobs.records import Refusal, Started, Waiting, encode, read
 from knapper.jobs.spec import Parsed, RlJob
 from knapper.journal.names import last_number
 from knapper.models.catalogue import Catalogue, slug
+from knapper.rewards import plain
 from knapper.rewards import spec as rewards
+from knapper.rewards.spec import Reward
 
 log = structlog.get_logger()
-
-
-async def current(place: Place, tenant: Tenant, job: str) -> Start | None:
-    """The start that the job.yaml makes which lies there now; None if none does."""
-    try:
-        found = await place.exchange.read(f"{names.inbox(tenant, job)}{names.JOB_YAML}", limits.job_yaml_bytes_max)
-    except TooLarge:
-        return None
-    return None if found is None else Start.of(tenant, job, found.generation)
 
 
 async def look(place: Place, tenant: Tenant, job: str) -> Start | None:
@@ -43,14 +37,18 @@ async def look(place: Place, tenant: Tenant, job: str) -> Start | None:
     any number of processes at once.
     """
     inbox = names.inbox(tenant, names.job(job))
+    awaited = await place.store.list(names.awaited(tenant, job))  # first: what is current later was not awaited before
     try:
         found = await place.exchange.read(f"{inbox}{names.JOB_YAML}", limits.job_yaml_bytes_max)
     except TooLarge as error:  # its generation is not known: all that are too large share one start that never is
+        await _forget(place, awaited)
         await _refuse(place, Start.of(tenant, job, "too large"), _as_job_error(error))
         return None
     if found is None:
+        await _forget(place, awaited)
         return None
     start = Start.of(tenant, job, found.generation)
+    await _forget(place, [name for name in awaited if name != start.expected])
     if await place.store.get(start.started) is not None:
         return None
     parsed: Parsed | None = None
@@ -66,6 +64,12 @@ async def look(place: Place, tenant: Tenant, job: str) -> Start | None:
         await _refuse(place, start, parsed.wrong(error) if parsed is not None else _as_job_error(error))
         return None
     return start if await _begin(place, start, started, files) else None
+
+
+async def _forget(place: Place, awaited: Sequence[str]) -> None:
+    """Nothing is awaited for a job.yaml that another took the place of, or nobody."""
+    for name in awaited:
+        await place.store.delete(name)
 
 
 async def _files(place: Place, inbox: str, parsed: Parsed) -> dict[str, bytes]:
@@ -84,11 +88,14 @@ async def _checked(
     """The record of the start. Raises UserError for whatever can be found wrong before it."""
     job = parsed.job
     rows = await asyncio.to_thread(datasets.rows, job, job.data, files[job.data])
-    held_out: Sequence[object] = []
+    held_out: Sequence[Row] = []
     if job.evaluate is not None:
         held_out = await asyncio.to_thread(datasets.rows, job, job.evaluate.data, files[job.evaluate.data])
     if isinstance(job, RlJob):
-        _check_reward(job, files)
+        reward = _reward(job, files)
+        await asyncio.to_thread(_check_answers, reward, job.data, files[job.data], rows)
+        if job.evaluate is not None:
+            await asyncio.to_thread(_check_answers, reward, job.evaluate.data, files[job.evaluate.data], held_out)
     model = await _model(place, job.base_model)
     return Started(
         tenant=start.tenant, job=start.job, start=start.id, generation=generation, spec_json=spec.encode(job),
@@ -98,12 +105,24 @@ async def _checked(
     )  # fmt: skip
 
 
-def _check_reward(job: RlJob, files: Mapping[str, bytes]) -> None:
+def _reward(job: RlJob, files: Mapping[str, bytes]) -> Reward:
     try:
-        rewards.parse(job.reward, files)
+        return rewards.parse(job.reward, files)
     except UserError as error:
         error.field = error.field or "reward"
         raise
+
+
+def _check_answers(reward: Reward, name: str, data: bytes, rows: Sequence[Row]) -> None:
+    """Raises JobError for the first row whose answer a term can compare nothing with."""
+    for n, row in enumerate(rows):
+        assert isinstance(row, RlRow), "the job is one of rl"
+        for term in reward.terms.values():
+            try:
+                plain.check(term, row.answer)
+            except UserError as error:
+                line = datasets.line_of(name, data, n)
+                raise JobError(line, "answer", row.answer, "", file=name, message=str(error)) from error
 
 
 async def _model(place: Place, asked: str | None) -> str:
@@ -159,10 +178,12 @@ async def _wait(place: Place, start: Start, parsed: Parsed, missing: list[str]) 
     """Files may come in any order; when they take too long it is said."""
     now = place.clock()
     await _list(place, start)
-    if await place.store.put_if_absent(start.waiting, encode(Waiting(since=now))):
-        await place.store.put_if_absent(start.expected, b"")
     waiting = await read(place.store, start.waiting, Waiting)
-    if waiting is not None and now - waiting.since >= limits.job_missing_s:
+    if waiting is None:  # nothing is written by those who look again
+        waiting = Waiting(since=now)
+        await place.store.put_if_absent(start.expected, b"")
+        await place.store.put_if_absent(start.waiting, encode(waiting))
+    if now - waiting.since >= limits.job_missing_s:
         field = next(field for field, name in _fields(parsed) if name in missing)
         todo = f"Upload {', '.join(missing)} beside job.yaml: the job starts as soon as all are there"
         allowed = f"a file that is there within {limits.job_missing_s / 60:.0f} minutes"
@@ -190,8 +211,18 @@ async def _refuse(place: Place, start: Start, error: JobError) -> None:
         await place.store.put_if_absent(f"{start.refusals}{number(n + 1)}", encode(refusal))
         log.error("job refused", job=str(start), reason=str(error))
     data = msgspec.json.format(msgspec.json.encode(report)) + b"\n"
-    await place.exchange.publish(f"{names.inbox(start.tenant, start.job)}{names.JOB_ERROR}", data)
+    beside = f"{names.inbox(start.tenant, start.job)}{names.JOB_ERROR}"
+    if not await _lies_there(place, beside, data):
+        await place.exchange.publish(beside, data)
     await place.store.delete(start.expected)  # from now on only uploads make anybody look
+
+
+async def _lies_there(place: Place, name: str, data: bytes) -> bool:
+    try:
+        found = await place.exchange.read(name, len(data))
+    except TooLarge:
+        return False
+    return found is not None and found.data == data
 
 
 def _as_job_error(error: UserError) -> JobError:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from knapper import events, limits
-from knapper.errors import InvalidField, KnapperError, NotFound, UserError
+from knapper.errors import InvalidField, KnapperError, NotFound, NotHolder, StoreError, Unavailable, UserError
 from knapper.events import Event
 from knapper.jobs import control, outputs
 from knapper.jobs.folders import Folder, Folders
@@ -19,6 +19,7 @@ from knapper.jobs.place import Place
 from knapper.jobs.spec import Kind
 
 _DEFECTS_MAX = 3  # in a row: then the job ends with that, instead of being tried for ever
+_WAITS_MAX = 3  # in a row: then the job says what it waits for
 
 log = structlog.get_logger()
 
@@ -66,6 +67,7 @@ class Worker:
     _busy: set[Start] = field(default_factory=set)
     _again: set[Start] = field(default_factory=set)
     _defects: dict[Start, int] = field(default_factory=dict)
+    _waiting: dict[Start, int] = field(default_factory=dict)
 
     async def answer(self, event: Event, work: Work) -> None:
         """Do what is there to do. Raises UserError for a bell that is poison, Unavailable and its kin for 'not now'."""
@@ -103,6 +105,7 @@ class Worker:
         try:
             await work(folder, Slice(place, start, place.clock() + self.slice_s), event)
             self._defects.pop(start, None)
+            await self._goes_on(folder)
         except SliceOver:
             await place.bells.go_on(event)
             return True
@@ -111,7 +114,8 @@ class Worker:
             await outputs.publish_status(place, folder.started)
         except UserError as error:
             await self._fail(event, folder, str(error))
-        except KnapperError:
+        except KnapperError as error:
+            await self._waits(folder, error)
             raise
         except Exception as defect:
             times = self._defects[start] = self._defects.get(start, 0) + 1
@@ -120,6 +124,23 @@ class Worker:
                 raise KnapperError(f"job {start} met a defect of the server: {defect!r}") from defect
             await self._fail(event, folder, f"failed {times} times by a defect of the server: {defect!r}")
         return False
+
+    async def _waits(self, folder: Folder, error: KnapperError) -> None:
+        """Say what the job waits for, once that was the same so often that it does not pass by itself."""
+        if not isinstance(error, Unavailable) or isinstance(error, StoreError | NotHolder):
+            return
+        times = self._waiting[folder.start] = self._waiting.get(folder.start, 0) + 1
+        if times == _WAITS_MAX:
+            log.error("job waits", job=str(folder.start), reason=str(error))
+            await self._note(folder, f"waits: {error}")
+
+    async def _goes_on(self, folder: Folder) -> None:
+        if self._waiting.pop(folder.start, 0) >= _WAITS_MAX:
+            await self._note(folder, "")
+
+    async def _note(self, folder: Folder, reason: str) -> None:
+        if await control.note(self.place.store, folder.start, reason, self.place.clock()):
+            await outputs.publish_status(self.place, folder.started)
 
     async def _fail(self, event: Event, folder: Folder, reason: str) -> None:
         place, start = self.place, folder.start
