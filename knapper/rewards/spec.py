@@ -208,8 +208,10 @@ def _check(where: str, term: Term) -> None:
 
 
 def _check_schema(name: str, text: str) -> None:
-    with parsing(lambda error: UserError(f"{name} is no JSON: {error}")):
+    try:
         content = json.loads(text.encode())
+    except UserError as error:
+        raise UserError(f"{name} is no JSON schema: {error}") from error
     if not isinstance(content, dict | bool):
         raise UserError(f"{name} is a {type(content).__name__}; allowed: a JSON schema, which is an object")
 

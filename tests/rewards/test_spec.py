@@ -22,8 +22,8 @@ def test_the_files_that_are_needed_are_known_before_they_are_there() -> None:
         {"code": "reward.py", "label": "again"}, {"name": "length", "max": 1},
     ]  # fmt: skip
     assert spec.names(described) == ["reward.py", "a.sql", "s.json"]
-    parsed = spec.parse(described, {"reward.py": b"1", "a.sql": b"2", "s.json": b"3", "other": b"4"})
-    assert parsed.files == {"reward.py": "1", "a.sql": "2", "s.json": "3"}
+    parsed = spec.parse(described, {"reward.py": b"1", "a.sql": b"2", "s.json": b"{}", "other": b"4"})
+    assert parsed.files == {"reward.py": "1", "a.sql": "2", "s.json": "{}"}
 
 
 REFUSED: list[tuple[Any, str]] = [
@@ -68,3 +68,9 @@ def test_a_file_has_a_limit_and_is_text() -> None:
 def test_the_longest_list_is_allowed() -> None:
     terms = [{"name": "length", "max": 1, "label": f"l{n}"} for n in range(limits.reward_terms_max)]
     assert len(spec.parse(terms, {}).terms) == limits.reward_terms_max
+
+
+@pytest.mark.parametrize("text", [b"{", b"3", b"[]", b"[" * 100_000, b"1" * 5000])
+def test_a_schema_is_json(text: bytes) -> None:
+    with pytest.raises(UserError, match=r"s\.json is "):
+        spec.parse({"name": "json_schema", "json_schema": "s.json"}, {"s.json": text})
