@@ -18,7 +18,7 @@ from knapper.ids import Tenant
 from knapper.jobs import bells, control, names, outputs, revive, telling
 from knapper.jobs.place import Place
 from knapper.jobs.records import Started, read
-from knapper.jobs.start import look
+from knapper.jobs.start import again, look, was_started
 from knapper.wire import fields, json
 
 _FILES_MAX = 64
@@ -29,6 +29,7 @@ class Submit(fields.Request, frozen=True, kw_only=True):
 
     name: Annotated[str, Meta(max_length=63)] | None = None
     files: Annotated[dict[str, str], Meta(min_length=1, max_length=_FILES_MAX)]
+    again: bool = False  # start them once more, though the same files were started before
 
 
 class List(fields.Request, frozen=True, kw_only=True):
@@ -41,7 +42,10 @@ class Show(fields.Request, frozen=True, kw_only=True):
 
 
 async def submit(request: Request) -> Response:
-    """Put the files where uploads go, and look: the same road as any other. Answers what `show` does."""
+    """Put the files where uploads go, and look: the same road as any other.
+
+    Answers what `show` does, and `equal`: whether these very files were started before, and are not now.
+    """
     gateway, tenant = parts(request), tenant_of(request)
     asked = await asyncio.to_thread(json.decode, await bodies.read(request), Submit)
     place = _place(gateway)
@@ -50,13 +54,16 @@ async def submit(request: Request) -> Response:
         raise InvalidField("files", sorted(asked.files), f"{names.JOB_YAML} among them")
     inbox = names.inbox(tenant, job)
     checked = {names.file(name): text.encode() for name, text in asked.files.items()}
-    for name in sorted(checked, key=lambda name: name == names.JOB_YAML):  # job.yaml last: then everything is there
+    equal = not asked.again and await was_started(place, tenant, job, checked)
+    # Without a job.yaml nothing starts: nobody shall find new files beside old ones.
+    await place.exchange.remove(f"{inbox}{names.JOB_YAML}")
+    for name in sorted(checked, key=lambda name: name == names.JOB_YAML):
         await place.exchange.publish(f"{inbox}{name}", checked[name])
-    start = await look(place, tenant, job)
+    start = await (again if asked.again else look)(place, tenant, job)
     gateway.stirs.jobs.set()
     if start is not None:
         await place.bells.post(await revive.first(place, start))
-    return JSONResponse(await telling.whole(place, tenant, job, 0))
+    return JSONResponse(await telling.whole(place, tenant, job, 0) | {"equal": equal})
 
 
 async def list_jobs(request: Request) -> Response:

@@ -18,8 +18,7 @@ from knapper.dead import DeadLetter
 from knapper.errors import KnapperError, Unavailable, UserError
 from knapper.events import Event
 from knapper.ids import Tenant
-from knapper.jobs import names
-from knapper.jobs.names import Start
+from knapper.jobs import names, upload
 from knapper.jobs.place import Place
 
 if TYPE_CHECKING:
@@ -78,10 +77,10 @@ class Inbox:
         """Take what is new since the last look that succeeded: each folder once, and none whose job has started."""
         found = await self._place.exchange.list("inbox/")
         new = [entry for entry in found if (entry.name, entry.generation) not in self._known]
-        job_yamls = {entry.name: entry.generation for entry in found}
         for tenant, job in dict.fromkeys(folder for entry in new if (folder := taking.folder_of(entry.name))):
-            generation = job_yamls.get(f"{names.inbox(tenant, job)}{names.JOB_YAML}")
-            if generation is None or await self._place.store.get(Start.of(tenant, job, generation).started) is None:
+            inbox = names.inbox(tenant, job)
+            there = {each.name.removeprefix(inbox): each.generation for each in found if each.name.startswith(inbox)}
+            if not await upload.unchanged(self._place.store, tenant, job, there):
                 await self._start(tenant, job)
         self._known = {(entry.name, entry.generation) for entry in found}
         return None if new else _LOOK_REST_S

@@ -27,7 +27,7 @@ class Client:
     def close(self) -> None:
         self._http.close()
 
-    def submit(self, job_yaml: Path, name: str | None) -> dict[str, Any]:
+    def submit(self, job_yaml: Path, name: str | None, *, again: bool = False) -> dict[str, Any]:
         """Send job.yaml and the files that it names, which lie beside it. Raises UserError before anything is sent."""
         folder = job_yaml.resolve().parent
         data = _read(job_yaml)
@@ -39,7 +39,7 @@ class Client:
                 "Copy the folder into the server's inbox instead",
             )  # fmt: skip
         texts = {each: _text(each, content) for each, content in files.items()}
-        return self._ask("POST", "jobs", {"name": names.job(name or folder.name), "files": texts})
+        return self._ask("POST", "jobs", {"name": names.job(name or folder.name), "files": texts, "again": again})
 
     def jobs(self, limit: int) -> tuple[list[dict[str, Any]], int]:
         """(the newest, how many there are)."""

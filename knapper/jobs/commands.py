@@ -24,11 +24,18 @@ def submit(
     job_yaml: Annotated[Path, typer.Argument(help="job.yaml; the files that it names lie beside it.")],
     name: Annotated[str | None, typer.Option(help="The job's name; else its folder's.")] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Show each step until the job ends.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Start anew, though the same files were started before.")
+    ] = False,
     url: Url = None,
 ) -> None:
     """Start a job: send job.yaml and its files. It runs on the server, whatever becomes of this command."""
     client = _client(url)
-    told = client.submit(job_yaml, name)
+    told = client.submit(job_yaml, name, again=again)
+    if told.get("equal"):
+        more = "" if told["state"] == "running" else "; --again starts them anew"
+        more += ", `knapper jobs resume` goes on" if told["state"] in ("failed", "cancelled") else ""
+        say(f"these files were submitted before: this is that job{more}")
     if follow and told["state"] not in ("refused",):
         _follow(client, told["job"])
         return

@@ -6,6 +6,7 @@ jobs/<tenant>/<job>/<start>/started            what was asked, written last: the
                            /steps/<k>/...      rollouts/<prompt>, scores/<prompt>, trained
                            /evaluations/<v>/.. of version v of the adapter: rollouts/<prompt>, scores/<prompt>, scored
                            /refused/<n>        why it was not started
+                           /again/<n>          the same content is to be started once more, under another <start>
 tenants/<tenant>/jobs/<microseconds>/<job>/<start>    a list of all that were ever looked at
 tenants/<tenant>/starts/<job>/<microseconds>/<start>  the same by job
 working/<tenant>/<job>/<start>                 an index of those with work undone; deleted at the end
@@ -46,16 +47,16 @@ def file(value: str) -> str:
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a job: a corrected job.yaml is another."""
+    """One start of a job: with any other content of job.yaml, or of a file that it names, it is another."""
 
     tenant: Tenant
     job: str
     id: str
 
     @staticmethod
-    def of(tenant: Tenant, job: str, generation: str) -> "Start":
-        """That of this generation of job.yaml."""
-        told = f"{inbox(tenant, job)}{JOB_YAML}#{generation}"
+    def of(tenant: Tenant, job: str, content: str) -> "Start":
+        """`content`: a digest of everything that the start depends on."""
+        told = f"{inbox(tenant, job)}{JOB_YAML}#{content}"
         return Start(tenant, job, hashlib.sha256(told.encode()).hexdigest()[:16])
 
     @staticmethod
@@ -88,6 +89,10 @@ class Start:
     @property
     def waiting(self) -> str:
         return f"{self.prefix}waiting"
+
+    @property
+    def repetitions(self) -> str:
+        return f"{self.prefix}again/"
 
     @property
     def controls(self) -> str:

@@ -18,6 +18,7 @@ State = Literal["running", "cancelled", "failed", "completed"]
 class Started(Record, frozen=True, kw_only=True):
     """What was asked, complete: everything after is a function of this and of the files."""
 
+    v: int = 2  # 1 had no generations
     tenant: str
     job: str
     start: str
@@ -31,6 +32,7 @@ class Started(Record, frozen=True, kw_only=True):
     rows: int  # of `data`
     held_out: int  # of `evaluate.data`
     started_at: float
+    generations: dict[str, str] = {}  # of job.yaml and the files, in the exchange
 
 
 class Waiting(Record, frozen=True, kw_only=True):

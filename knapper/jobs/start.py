@@ -5,22 +5,24 @@ record `started` is written last. What is wrong is said beside job.yaml, and loo
 """
 
 import asyncio
-import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import msgspec
 import structlog
 
 from knapper import limits
 from knapper.errors import InvalidField, NotFound, TooLarge, UserError
+from knapper.exchange import Blob
 from knapper.ids import Tenant, number
-from knapper.jobs import control, datasets, names, spec
+from knapper.jobs import control, datasets, names, spec, upload
 from knapper.jobs.datasets import RlRow, Row
 from knapper.jobs.documents import JobError
 from knapper.jobs.names import Start
 from knapper.jobs.place import Place
 from knapper.jobs.records import Refusal, Started, Waiting, encode, read
 from knapper.jobs.spec import Parsed, RlJob
+from knapper.jobs.upload import Upload
 from knapper.journal.names import last_number
 from knapper.models.catalogue import Catalogue, slug
 from knapper.rewards import plain
@@ -31,61 +33,116 @@ log = structlog.get_logger()
 
 
 async def look(place: Place, tenant: Tenant, job: str) -> Start | None:
-    """Start the job of this folder if everything is there, and it was not started before; then return the start.
+    """Start the job of this folder if everything is there, and this content was not started before; return the start.
 
     The caller rings `dev.knapper.job.started` for it; `revive` does if that gets lost. Safe to call at any time, by
     any number of processes at once.
     """
-    inbox = names.inbox(tenant, names.job(job))
+    names.job(job)
     awaited = await place.store.list(names.awaited(tenant, job))  # first: what is current later was not awaited before
-    try:
-        found = await place.exchange.read(f"{inbox}{names.JOB_YAML}", limits.job_yaml_bytes_max)
-    except TooLarge as error:  # its generation is not known: all that are too large share one start that never is
-        await _forget(place, awaited)
-        await _refuse(place, Start.of(tenant, job, "too large"), _as_job_error(error))
-        return None
-    if found is None:
-        await _forget(place, awaited)
-        return None
-    start = Start.of(tenant, job, found.generation)
-    await _forget(place, [name for name in awaited if name != start.expected])
-    if await place.store.get(start.started) is not None:
-        return None
-    parsed: Parsed | None = None
+    seen = await _look(place, tenant, job)
+    for name in awaited:  # by a job.yaml that another took the place of, or nobody; or everything has come
+        if seen.awaits is None or name != seen.awaits.expected:
+            await place.store.delete(name)
+    return seen.begun
+
+
+async def again(place: Place, tenant: Tenant, job: str) -> Start | None:
+    """Start the folder's content once more, although it was started before and nothing changed.
+
+    None if it cannot be started, as `look` has it. Raises InvalidField while it runs.
+    """
+    whole = await _whole(place, tenant, names.job(job))
+    start = None if whole is None else await upload.current(place.store, whole)
+    if whole is not None and start is not None and await place.store.get(start.started) is not None:
+        if await control.runs(place.store, start):
+            raise InvalidField("again", True, "for a job that has ended", "It runs; cancel it first")
+        await upload.repeat(place.store, whole)
+    return await look(place, tenant, job)
+
+
+async def was_started(place: Place, tenant: Tenant, job: str, files: Mapping[str, bytes]) -> bool:
+    """Whether a job of just these files was started, under this name."""
+    blobs = {name: Blob(data, "") for name, data in files.items()}
+    found = blobs.pop(names.JOB_YAML)
     try:
         parsed = spec.parse(found.data)
-        files = await _files(place, inbox, parsed)
-        missing = [name for name in parsed.job.files if name not in files]
+    except UserError:
+        return False
+    sent = Upload(tenant, job, found, {name: blobs[name] for name in parsed.job.files if name in blobs})
+    return await place.store.get((await upload.current(place.store, sent)).started) is not None
+
+
+async def _whole(place: Place, tenant: Tenant, job: str) -> Upload | None:
+    """What lies in the folder; None if nobody can tell what belongs to it."""
+    try:
+        found = await upload.job_yaml(place, tenant, job)
+        return None if found is None else await upload.read_files(place, tenant, job, found, spec.parse(found.data))
+    except UserError:
+        return None
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """`begun`: by this look. `awaits`: what stands for a job.yaml whose files are not all there."""
+
+    begun: Start | None = None
+    awaits: Start | None = None
+
+
+async def _look(place: Place, tenant: Tenant, job: str) -> _Seen:
+    try:
+        found = await upload.job_yaml(place, tenant, job)
+    except TooLarge as error:  # all that are too large share one start that never is
+        await _refuse(place, Start.of(tenant, job, "too large"), _as_job_error(error))
+        return _Seen()
+    if found is None:
+        return _Seen()
+    start, parsed = upload.of_job_yaml(tenant, job, found.data), None
+    try:
+        parsed = spec.parse(found.data)
+        whole = await upload.read_files(place, tenant, job, found, parsed)
+        missing = [name for name in parsed.job.files if name not in whole.files]
         if missing:
-            await _wait(place, start, parsed, missing)
-            return None
-        started = await _checked(place, start, parsed, files, found.generation, found.data)
+            return _Seen(awaits=start if await _wait(place, start, parsed, missing) else None)
+        start = await upload.current(place.store, whole)
+        if await place.store.get(start.started) is not None:
+            if not await _was_replaced(place, start, whole):
+                await _make_current(place, start)
+                return _Seen()
+            start = await upload.repeat(place.store, whole)
+        started = await _checked(place, start, parsed, whole)
     except UserError as error:
         await _refuse(place, start, parsed.wrong(error) if parsed is not None else _as_job_error(error))
-        return None
-    return start if await _begin(place, start, started, files) else None
+        return _Seen()
+    return _Seen(begun=start if await _begin(place, start, started, whole) else None)
 
 
-async def _forget(place: Place, awaited: Sequence[str]) -> None:
-    """Nothing is awaited for a job.yaml that another took the place of, or nobody."""
-    for name in awaited:
-        await place.store.delete(name)
+async def _was_replaced(place: Place, start: Start, whole: Upload) -> bool:
+    """Whether other content ended this start, and this one has come back since.
+
+    What lies there is read once more: the look that found it may have begun before the other content came.
+    """
+    now = await control.now(place.store, start)
+    if now.state != "cancelled" or not now.reason.startswith(control.REPLACED):
+        return False
+    there = await _whole(place, start.tenant, start.job)
+    if there is None or there.job_yaml.data != whole.job_yaml.data:
+        return False
+    return there.sha256s == whole.sha256s
 
 
-async def _files(place: Place, inbox: str, parsed: Parsed) -> dict[str, bytes]:
-    """Those that are there. Raises TooLarge."""
-    found = {}
-    for name in parsed.job.files:
-        blob = await place.exchange.read(f"{inbox}{names.file(name)}", limits.job_file_bytes_max)
-        if blob is not None:
-            found[name] = blob.data
-    return found
+async def _make_current(place: Place, start: Start) -> None:
+    """What lies in the folder is this start again, after something that was refused: people see it, and no error."""
+    listed = await place.store.list(names.starts(start.tenant, start.job))
+    if listed and not listed[-1].endswith(f"/{start.id}"):
+        await _list_now(place, start)
+        await place.exchange.remove(f"{names.inbox(start.tenant, start.job)}{names.JOB_ERROR}")
 
 
-async def _checked(
-    place: Place, start: Start, parsed: Parsed, files: Mapping[str, bytes], generation: str, job_yaml: bytes
-) -> Started:
+async def _checked(place: Place, start: Start, parsed: Parsed, whole: Upload) -> Started:
     """The record of the start. Raises UserError for whatever can be found wrong before it."""
+    files = {name: blob.data for name, blob in whole.files.items()}
     job = parsed.job
     rows = await asyncio.to_thread(datasets.rows, job, job.data, files[job.data])
     held_out: Sequence[Row] = []
@@ -98,8 +155,8 @@ async def _checked(
             await asyncio.to_thread(_check_answers, reward, job.evaluate.data, files[job.evaluate.data], held_out)
     model = await _model(place, job.base_model)
     return Started(
-        tenant=start.tenant, job=start.job, start=start.id, generation=generation, spec_json=spec.encode(job),
-        job_yaml=job_yaml, files={name: _sha256(data) for name, data in files.items()},
+        tenant=start.tenant, job=start.job, start=start.id, generation=whole.job_yaml.generation,
+        generations=whole.generations, spec_json=spec.encode(job), job_yaml=whole.job_yaml.data, files=whole.sha256s,
         files_bytes=sum(map(len, files.values())), base_model=model, model=slug(model), rows=len(rows),
         held_out=len(held_out), started_at=place.clock(),
     )  # fmt: skip
@@ -137,16 +194,15 @@ async def _model(place: Place, asked: str | None) -> str:
     raise InvalidField("base_model", asked, shown)
 
 
-async def _begin(place: Place, start: Start, started: Started, files: Mapping[str, bytes]) -> bool:
+async def _begin(place: Place, start: Start, started: Started, whole: Upload) -> bool:
     store = place.store
-    for name, data in files.items():
-        await store.put_if_absent(start.content(started.files[name]), data)
+    for name, blob in whole.files.items():
+        await store.put_if_absent(start.content(started.files[name]), blob.data)
     await _list(place, start)
     await store.put_if_absent(start.working, b"")
     await _end_earlier(place, start)
     won = await store.put_if_absent(start.started, encode(started))
     await store.put_if_absent(start.working, b"")  # again: `revive` clears away what never started
-    await store.delete(start.expected)
     if not won:
         return False
     await place.exchange.remove(f"{names.inbox(start.tenant, start.job)}{names.JOB_ERROR}")
@@ -168,14 +224,18 @@ async def _list(place: Place, start: Start) -> None:
     """Into the tenant's lists: once, or once more if somebody dies here, which changes nothing."""
     marker = f"{start.prefix}listed"
     if await place.store.get(marker) is None:
-        at = number(int(place.clock() * 1e6))
-        await place.store.put_if_absent(f"{names.starts(start.tenant, start.job)}{at}/{start.id}", b"")
-        await place.store.put_if_absent(f"{names.listed(start.tenant)}{at}/{start.job}/{start.id}", b"")
+        await _list_now(place, start)
         await place.store.put_if_absent(marker, b"")
 
 
-async def _wait(place: Place, start: Start, parsed: Parsed, missing: list[str]) -> None:
-    """Files may come in any order; when they take too long it is said."""
+async def _list_now(place: Place, start: Start) -> None:
+    at = number(int(place.clock() * 1e6))
+    await place.store.put_if_absent(f"{names.starts(start.tenant, start.job)}{at}/{start.id}", b"")
+    await place.store.put_if_absent(f"{names.listed(start.tenant)}{at}/{start.job}/{start.id}", b"")
+
+
+async def _wait(place: Place, start: Start, parsed: Parsed, missing: list[str]) -> bool:
+    """Files may come in any order. False once they took too long, which is said: then only uploads lead to a look."""
     now = place.clock()
     await _list(place, start)
     waiting = await read(place.store, start.waiting, Waiting)
@@ -183,11 +243,13 @@ async def _wait(place: Place, start: Start, parsed: Parsed, missing: list[str]) 
         waiting = Waiting(since=now)
         await place.store.put_if_absent(start.expected, b"")
         await place.store.put_if_absent(start.waiting, encode(waiting))
-    if now - waiting.since >= limits.job_missing_s:
-        field = next(field for field, name in _fields(parsed) if name in missing)
-        todo = f"Upload {', '.join(missing)} beside job.yaml: the job starts as soon as all are there"
-        allowed = f"a file that is there within {limits.job_missing_s / 60:.0f} minutes"
-        await _refuse(place, start, parsed.wrong(InvalidField(field, missing[0], allowed, todo)))
+    if now - waiting.since < limits.job_missing_s:
+        return True
+    field = next(field for field, name in _fields(parsed) if name in missing)
+    todo = f"Upload {', '.join(missing)} beside job.yaml: the job starts as soon as all are there"
+    allowed = f"a file that is there within {limits.job_missing_s / 60:.0f} minutes"
+    await _refuse(place, start, parsed.wrong(InvalidField(field, missing[0], allowed, todo)))
+    return False
 
 
 def _fields(parsed: Parsed) -> list[tuple[str, str]]:
@@ -214,7 +276,6 @@ async def _refuse(place: Place, start: Start, error: JobError) -> None:
     beside = f"{names.inbox(start.tenant, start.job)}{names.JOB_ERROR}"
     if not await _lies_there(place, beside, data):
         await place.exchange.publish(beside, data)
-    await place.store.delete(start.expected)  # from now on only uploads make anybody look
 
 
 async def _lies_there(place: Place, name: str, data: bytes) -> bool:
@@ -227,10 +288,6 @@ async def _lies_there(place: Place, name: str, data: bytes) -> bool:
 
 def _as_job_error(error: UserError) -> JobError:
     return error if isinstance(error, JobError) else JobError(1, "job.yaml", None, "", message=str(error))
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 async def started(place: Place, start: Start) -> Started:

@@ -72,6 +72,25 @@ def test_a_job_is_submitted_listed_shown_cancelled_and_resumed(running: tuple[Ru
     assert [event.type for event in rung.events] == [events.JOB_STARTED, events.JOB_CANCELLED, events.JOB_STARTED]
 
 
+def test_a_submit_says_whether_it_is_equal_and_again_starts_anew(running: tuple[Running, Rung]) -> None:
+    http, rung = running
+    first = submit(http)
+    same = submit(http)
+    assert (first["equal"], same["equal"], same["start"]) == (False, True, first["start"])
+    refused = http.http.post("jobs", json={"name": "j", "files": FILES, "again": True})
+    assert refused.status_code == 422
+    assert "cancel it first" in refused.json()["detail"]
+    http.post("jobs/j/cancel")
+    anew = http.post("jobs", {"name": "j", "files": FILES, "again": True})
+    assert (anew["equal"], anew["state"]) == (False, "running")
+    assert anew["start"] != first["start"]
+    data = next(name for name in FILES if name != "job.yaml")
+    corrected = submit(http, **{data: FILES[data] + "\n"})
+    assert (corrected["equal"], corrected["state"]) == (False, "running")
+    assert corrected["start"] not in (first["start"], anew["start"])
+    assert [event.type for event in rung.events].count(events.JOB_STARTED) == 3
+
+
 def test_a_wrong_job_yaml_is_told_in_the_answer_and_in_the_list(running: tuple[Running, Rung]) -> None:
     http, rung = running
     made = submit(http, **{"job.yaml": "kind: sft\ndata: d.jsonl\nsteps: none\n"})
