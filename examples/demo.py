@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from tinker import types
 from examples import rl_addition, sft_chat
 
 OUT = Path("out")
+DATA = OUT / "data"
 RL_STEPS, SFT_STEPS = 25, 15
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SUMS = [(3, 4), (2, 6), (5, 1), (4, 4)]
@@ -27,8 +29,8 @@ SUMS = [(3, 4), (2, 6), (5, 1), (4, 4)]
 
 @contextmanager
 def knapper() -> Iterator[str]:
-    """A running `knapper up` of our own, on a free port; its address."""
-    command = [sys.executable, "-m", "knapper.cli", "up", "--model", MODEL, "--port", "0", "--data", str(OUT / "data")]
+    """A running `knapper up` of our own, on a free port: its address. Its data goes with it, unless something failed."""
+    command = [sys.executable, "-m", "knapper.cli", "up", "--model", MODEL, "--port", "0", "--data", str(DATA)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
@@ -36,11 +38,16 @@ def knapper() -> Iterator[str]:
             print(line, end="", flush=True)
             if line.startswith("ready: "):
                 yield line.removeprefix("ready: ").strip()
-                return
-        sys.exit("knapper did not start; its last lines above say why")
+                break
+        else:
+            sys.exit("knapper did not start; its last lines above say why")
+    except BaseException:
+        print(f"what the server stored stays in {DATA}", file=sys.stderr)
+        raise
     finally:
         server.send_signal(signal.SIGINT)
         server.wait()
+    shutil.rmtree(DATA)
 
 
 def show(what: str, steps: int, high: float, began: float) -> Callable[[int, float], None]:

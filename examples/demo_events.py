@@ -14,12 +14,13 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from examples.demo import OUT, knapper, show
+from examples.demo import DATA, OUT, knapper, show
 
 FOLDER = Path(__file__).parent / "jobs" / "rl"
 STEPS = int(re.search(r"^steps: (\d+)$", (FOLDER / "job.yaml").read_text(), re.MULTILINE)[1])  # type: ignore[index]  # it is there
 JOB = f"addition-{int(time.time())}"  # a name that no earlier demo had
-INBOX, RESULTS = OUT / "data" / "inbox" / "local" / JOB, OUT / "data" / "jobs" / "local" / JOB
+INBOX, RESULTS = DATA / "inbox" / "local" / JOB, DATA / "jobs" / "local" / JOB
+KEPT = OUT / "demo-events"
 
 
 def read(name: str) -> Any:
@@ -70,7 +71,9 @@ def run() -> None:
     draw(steps, evaluation, OUT / "demo-events.png")
     before, after = evaluation["before"]["reward/mean"], evaluation["after"]["reward/mean"]
     print(f"\nheld-out sums, right before -> after training: {before:.0%} -> {after:.0%}")
-    print(f"adapter: {RESULTS / 'adapter'}, {bill['bytes']['adapter'] / 1e6:.1f} MB")
+    shutil.rmtree(KEPT, ignore_errors=True)
+    shutil.copytree(RESULTS, KEPT)
+    print(f"adapter: {KEPT / 'adapter'}, {bill['bytes']['adapter'] / 1e6:.1f} MB")
     seconds, tokens = bill["compute_seconds"], bill["tokens"]
     print(f"bill: {tokens['sampled']} tokens sampled, {tokens['trained']} trained; busy {seconds['busy']:.0f} s, "
           f"idle {seconds['idle']:.0f} s")  # fmt: skip

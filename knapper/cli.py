@@ -204,13 +204,19 @@ def version() -> None:
 
 
 def main() -> None:
-    """The border of the process: a KnapperError becomes one line, anything else is a defect and keeps its traceback."""
+    """The border of the process: what a user can mend becomes one line, a defect keeps its traceback."""
+    from knapper import extras
     from knapper.errors import KnapperError
 
     try:
         app()
     except KnapperError as error:
         say(f"knapper: {error}", file=sys.stderr)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if (told := extras.refusal(error)) is None:
+            raise
+        print(f"knapper: {told}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:  # before or after the event loop heeds signals
         sys.exit(130)

@@ -185,7 +185,9 @@ def test_whatever_is_imported_is_declared() -> None:
     product = imported_distributions("knapper", "gateway", "functions")
     assert product - NOT_DECLARED <= declared("core", "train", "gcp", "reward", "deploy", "traces", "vllm")
     everything = imported_distributions("knapper", "gateway", "functions", "tests", "examples", "benchmarks")
-    assert everything - NOT_DECLARED <= declared("core", "train", "gcp", "reward", "deploy", "traces", "vllm", "dev")
+    assert everything - NOT_DECLARED <= declared(
+        "core", "train", "gcp", "reward", "deploy", "traces", "vllm", "demo", "dev"
+    )
 
 
 def test_whatever_is_declared_is_used() -> None:
@@ -194,8 +196,17 @@ def test_whatever_is_declared_is_used() -> None:
     for distribution, (file, text) in NOT_IMPORTED.items():
         assert text in (ROOT / file).read_text(), f"{file} no longer shows the use of {distribution}"
     assert declared("core", "train", "gcp", "reward", "deploy", "traces", "vllm") - product - set(NOT_IMPORTED) == set()
-    assert declared("dev") - everything - set(NOT_IMPORTED) == set()
-    assert set(PROJECT["optional-dependencies"]) == {"train", "gcp", "reward", "deploy", "traces", "vllm", "dev"}
+    assert declared("demo", "dev") - everything - set(NOT_IMPORTED) == set()
+    assert set(PROJECT["optional-dependencies"]) == {
+        "train",
+        "gcp",
+        "reward",
+        "deploy",
+        "traces",
+        "vllm",
+        "demo",
+        "dev",
+    }
 
 
 @pytest.fixture(scope="module")

@@ -66,16 +66,14 @@ def _victims(
     url: str, data: Path | None, namespace: str, labels: str, kubeconfig: Path | None, context: str | None
 ) -> "Victims":  # fmt: skip
     from knapper.chaos.victims import Pods, Processes
-    from knapper.errors import InvalidField, UserError
+    from knapper.errors import InvalidField
 
     if (data is None) == (not namespace):
         raise InvalidField("(--data, --namespace)", (data and str(data), namespace), "one of them: whose to kill")
     if data is not None:
         return Processes(data, url)
-    try:
-        from knapper.cluster.api import Api
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed; pip install 'knapper[deploy]'") from error
+    from knapper.cluster.api import Api
+
     return Pods(Api.open(kubeconfig, context), namespace, labels)
 
 

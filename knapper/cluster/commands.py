@@ -140,12 +140,8 @@ def _names(every: "Sequence[Deployed]") -> list[str]:
 
 
 def _api(kubeconfig: Path | None, context: str | None) -> "Api":
-    try:
-        from knapper.cluster.api import Api
-    except ModuleNotFoundError as error:
-        from knapper.errors import UserError
+    from knapper.cluster.api import Api
 
-        raise UserError(f"{error.name} is not installed; pip install 'knapper[deploy]'") from error
     return Api.open(kubeconfig, context)
 
 
