@@ -216,7 +216,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (told := extras.refusal(error)) is None:
             raise
-        print(f"knapper: {told}", file=sys.stderr)
+        say(f"knapper: {told}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:  # before or after the event loop heeds signals
         sys.exit(130)
