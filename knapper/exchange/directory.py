@@ -2,12 +2,13 @@
 
 import asyncio
 import hashlib
-import itertools
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 
+from knapper import files, private
 from knapper.errors import StoreError, TooLarge
 from knapper.exchange import Blob, Entries, Entry
 from knapper.store import NAME_CHARS_MAX, check_name
@@ -15,18 +16,22 @@ from knapper.store import NAME_CHARS_MAX, check_name
 FOLDERS = ("inbox", "jobs")
 _TEMPORARY = ".publishing-"  # the beginning of a file that is still being written; no name of ours begins so
 _HASHED_MAX = 10_000
-_NUMBERS = itertools.count()  # of the process: two exchanges of it never write the same file
+_FOLDERS_MAX = 8  # deeper than anything of ours lies
 
 
 class DirectoryExchange:
-    """`inbox/` and `jobs/` below `root`. Symbolic links are not followed: who may write here may not read elsewhere."""
+    """`inbox/` and `jobs/` below `root`. Symbolic links are not followed: who may write here may not read elsewhere.
+
+    Every folder is opened from the one around it, so that none can be exchanged for a link on the way. `jobs/` is for
+    this account alone; whom `inbox/` is for, its owner says.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()
-        self._hashed: dict[Path, tuple[tuple[int, int, int], str]] = {}  # by size, time and inode
+        self._hashed: dict[str, tuple[tuple[int, int, int], str]] = {}  # by size, time and inode
         try:
-            for folder in FOLDERS:
-                (self._root / folder).mkdir(parents=True, exist_ok=True)
+            private.make(self._root / "jobs")
+            (self._root / "inbox").mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise StoreError(f"cannot make {self._root}/inbox: {error.strerror}") from error
 
@@ -46,7 +51,7 @@ class DirectoryExchange:
 
     async def entry(self, name: str) -> Entry | None:
         """The entry that a list has for the object, or None."""
-        return await asyncio.to_thread(lambda: self._entry(self._path(name)))
+        return await asyncio.to_thread(self._entry_of, name)
 
     async def publish(self, name: str, data: bytes) -> None:
         await asyncio.to_thread(self._publish, name, data)
@@ -54,97 +59,112 @@ class DirectoryExchange:
     async def remove(self, name: str) -> None:
         await asyncio.to_thread(self._remove, name)
 
-    def _path(self, name: str) -> Path:
-        if check_name(name).split("/")[0] not in FOLDERS:
-            raise ValueError(f"bad name {name!r}: it begins with {' or '.join(f'{folder}/' for folder in FOLDERS)}")
-        path = self._root / name
-        for parent in path.parents:
-            if parent == self._root:
-                break
-            if parent.is_symlink():
-                raise StoreError(f"{parent} is a symbolic link; put the files themselves there")
-        return path
+    @contextmanager
+    def _folder(self, name: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
+        """(the folder of the object, opened; its name there). Raises StoreError for a link on the way, or there."""
+        *folders, last = _parts(name)
+        with self._below(folders, make=make) as folder:
+            yield folder, last
 
-    def _open(self, path: Path) -> BufferedReader | None:
+    @contextmanager
+    def _below(self, folders: Sequence[str], *, make: bool = False) -> Iterator[int]:
         try:
-            return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+            with files.below(self._root, folders, make=make) as folder:
+                yield folder
+        except files.Link as error:
+            raise StoreError(
+                f"{error.filename} in {self._root.joinpath(*folders)} is a symbolic link, and symbolic links are not "
+                "followed; put the file or folder itself there"
+            ) from error
+
+    def _open(self, folder: int, name: str) -> BufferedReader | None:
+        try:
+            return files.read(folder, name)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
-        except OSError as error:
-            raise StoreError(f"cannot read {path}: {error.strerror} (symbolic links are not followed)") from error
 
     def _read(self, name: str, bytes_max: int) -> Blob | None:
-        file = self._open(self._path(name))
+        try:
+            with self._folder(name) as (folder, last):
+                file = self._open(folder, last)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise StoreError(f"cannot read {name}: {error.strerror}") from error
         if file is None:
             return None
         with file:
-            try:
-                data = file.read(bytes_max + 1)
-            except IsADirectoryError:
-                return None
-            if len(data) > bytes_max:
-                raise TooLarge(f"{name} has over {bytes_max} bytes, the most that is read; split it, or leave some out")
+            data = file.read(bytes_max + 1)
+        if len(data) > bytes_max:
+            raise TooLarge(f"{name} has over {bytes_max} bytes, the most that is read; split it, or leave some out")
         return Blob(data, hashlib.sha256(data).hexdigest())
 
     def _list(self, prefix: str) -> Entries:
-        folder = self._path(prefix.rpartition("/")[0] or FOLDERS[0])
-        found = [entry for entry in self._walk(folder) if entry.name.startswith(prefix)]
-        return sorted(found, key=lambda entry: entry.name)
-
-    def _walk(self, folder: Path) -> Iterator[Entry]:
-        """As deep as names go: below that lies nothing of ours, however deep somebody dug."""
-        folders = [folder]
-        while folders:
-            for entry in self._scan(folders.pop()):
-                path = Path(entry.path)
-                if len(os.fspath(path)) - len(os.fspath(self._root)) > NAME_CHARS_MAX:
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(path)
-                    continue
-                whole = entry.is_file(follow_symlinks=False) and not entry.name.startswith(_TEMPORARY)
-                if whole and (made := self._entry(path)) is not None:
-                    yield made
-
-    def _scan(self, folder: Path) -> Sequence[os.DirEntry[str]]:
+        above = prefix.rpartition("/")[0] or FOLDERS[0]
         try:
-            return [*os.scandir(folder)]
+            with self._below(_parts(above)) as folder:
+                found = [*self._walk(folder, above, prefix)]
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
-            raise StoreError(f"cannot list {folder}: {error.strerror}") from error
+            raise StoreError(f"cannot list {above}: {error.strerror}") from error
+        return sorted(found, key=lambda entry: entry.name)
 
-    def _entry(self, path: Path) -> Entry | None:
-        file = self._open(path)
+    def _walk(self, top: int, above: str, prefix: str) -> Iterator[Entry]:
+        for name, folder, last in files.regular(top, above, _FOLDERS_MAX):
+            whole = not last.startswith(_TEMPORARY) and len(name) <= NAME_CHARS_MAX
+            if whole and name.startswith(prefix):
+                with suppress(files.Link, PermissionError):  # no file any more, or nobody's business: it hides no other
+                    if (made := self._entry(folder, last, name)) is not None:
+                        yield made
+
+    def _entry_of(self, name: str) -> Entry | None:
+        try:
+            with self._folder(name) as (folder, last):
+                return self._entry(folder, last, name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise StoreError(f"cannot read {name}: {error.strerror}") from error
+
+    def _entry(self, folder: int, last: str, name: str) -> Entry | None:
+        file = self._open(folder, last)
         if file is None:
             return None
         with file:
             status = os.fstat(file.fileno())
             seen = (status.st_size, status.st_mtime_ns, status.st_ino)
-            known = self._hashed.get(path)
+            known = self._hashed.get(name)
             if known is None or known[0] != seen:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 if len(self._hashed) >= _HASHED_MAX:
                     self._hashed.clear()
-                known = self._hashed[path] = (seen, digest)
-        return Entry(path.relative_to(self._root).as_posix(), known[1], status.st_size)
+                known = self._hashed[name] = (seen, digest)
+        return Entry(name, known[1], status.st_size)
 
     def _publish(self, name: str, data: bytes) -> None:
-        path = self._path(name)
-        temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{next(_NUMBERS)}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(data)
-            temporary.replace(path)
+            with self._folder(name, make=True) as (folder, last):
+                readers = (
+                    os.fstat(folder).st_mode & 0o044
+                )  # whoever may look into the folder may read what we say there
+                files.replace(folder, last, data, prefix=_TEMPORARY, mode=0o600 | readers)
         except OSError as error:
-            raise StoreError(f"cannot write {path}: {error.strerror}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+            raise StoreError(f"cannot write {name}: {error.strerror}") from error
 
     def _remove(self, name: str) -> None:
         try:
-            self._path(name).unlink(missing_ok=True)
-        except NotADirectoryError:
+            with self._folder(name) as (folder, last):
+                os.unlink(last, dir_fd=folder)
+        except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
             raise StoreError(f"cannot remove {name}: {error.strerror}") from error
+
+
+def _parts(name: str) -> list[str]:
+    """Those of a name. Raises ValueError for one outside of the exchange."""
+    parts = check_name(name).split("/")
+    if parts[0] not in FOLDERS:
+        raise ValueError(f"bad name {name!r}: it begins with {' or '.join(f'{folder}/' for folder in FOLDERS)}")
+    return parts

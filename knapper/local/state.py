@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from knapper import files, private
 from knapper.errors import InvalidField
 
 
@@ -29,29 +30,28 @@ class Processes:
         self._path.unlink(missing_ok=True)
 
     def _write(self) -> None:
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._roles, indent=2) + "\n")
-        temporary.replace(self._path)
+        with files.directory(self._path.parent) as folder:
+            files.replace(folder, self._path.name, (json.dumps(self._roles, indent=2) + "\n").encode())
 
 
 @contextmanager
 def locked(data: Path, run_directory: Path) -> Iterator[None]:
     """This process alone uses the data directory. Raises InvalidField if another does, or it cannot be written."""
     try:
-        run_directory.mkdir(parents=True, exist_ok=True)
-        file = (run_directory / "lock").open("a+")
+        private.make(data, passable=private.shared(data / "inbox"))
+        private.make(run_directory)
+        file = files.opened(run_directory / "lock")
     except OSError as error:
         raise InvalidField("data", str(data), "a directory that can be written", str(error)) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
             raise InvalidField(
                 "data", str(data), "a directory that no other knapper uses",
-                f"Process {file.read().strip()} uses it: stop that one, or choose another with --data",
+                f"Process {file.read().decode().strip()} uses it: stop that one, or choose another with --data",
             ) from None  # fmt: skip
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(str(os.getpid()).encode())
         file.flush()
         yield

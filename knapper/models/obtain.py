@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from knapper import files
 from knapper.errors import Corrupt, InvalidField, NotFound, Unavailable
 
 Say = Callable[[str], None]
@@ -197,7 +198,7 @@ def _appearing(place: Path) -> Iterator[Path]:
 @contextmanager
 def _alone(cache: Path, say: Say) -> Iterator[None]:
     """One process at a time obtains models; whoever holds the lock may remove what a crashed one left."""
-    with (cache / ".lock").open("w") as lock:
+    with files.opened(cache / ".lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -5,18 +5,17 @@ Durable through fsync, exclusive through link(2). Any number of processes may sh
 
 import asyncio
 import errno
-import itertools
 import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from knapper import files, private
 from knapper.errors import StoreError
 from knapper.store import Names, check_name
 
 _TEMPORARY = ".tmp"
 _SMALL_BYTES = 64 * 1024
-_COUNT = itertools.count()  # of the process: two stores of it never write the same temporary file
 _AT_ONCE: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux: read what the page cache has, or nothing
 
 
@@ -30,8 +29,10 @@ class DirectoryStore:
         self._root = root.resolve()
         self._temporary = self._root / _TEMPORARY
         try:
-            self._temporary.mkdir(parents=True, exist_ok=True)
-            self._forget_torn_writes()
+            private.make(self._root)
+            self._temporary.mkdir(exist_ok=True)
+            for torn in self._temporary.iterdir():  # nothing refers to it
+                files.forget_torn(torn)
         except OSError as error:
             raise _explained(error, f"open the store at {self._root}") from error
 
@@ -60,14 +61,14 @@ class DirectoryStore:
     def _put(self, path: Path, data: bytes) -> bool:
         if path.exists():  # the usual fate of a retry, without the cost of a write
             return False
-        temporary = self._temporary / f"{os.getpid()}-{next(_COUNT)}"
+        temporary = self._temporary / files.random_name()
         try:
-            with temporary.open("wb") as file:
+            with files.beginning(temporary) as file:  # until it has its name: a torn write is one that nobody holds
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            if not self._link(temporary, path):
-                return False
+                if not self._link(temporary, path):
+                    return False
             _sync_directory(path.parent)
             return True
         except OSError as error:
@@ -152,13 +153,6 @@ class DirectoryStore:
                 directory.mkdir(exist_ok=True)
                 _sync_directory(directory.parent)
 
-    def _forget_torn_writes(self) -> None:
-        """Remove what processes that no longer live left half written; nothing refers to it."""
-        for entry in self._temporary.iterdir():
-            writer = entry.name.partition("-")[0]
-            if not writer.isdigit() or not _alive(int(writer)):
-                entry.unlink(missing_ok=True)
-
 
 def _in_memory(path: Path) -> bytes | None:
     """The bytes of a small file that needs no disk to be read; None if it does, or if that cannot be told.
@@ -197,16 +191,6 @@ def _sync_directory(directory: Path) -> None:
         finally:
             os.close(descriptor)
         return
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _explained(error: OSError, doing: str) -> StoreError:

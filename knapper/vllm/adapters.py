@@ -1,6 +1,6 @@
 """Adapters as files that the core reads: fetched once, verified, in memory, the least used gone first.
 
-    adapters/<run>/<seq>/  --bundles.read, verified-->  <memory>/knapper-<pid>-.../<number>/adapter_model.safetensors
+    adapters/<run>/<seq>/  --bundles.read, verified-->  <memory>/knapper-adapters-.../<number>/adapter_model.safetensors
 
 What they hold is what they are: two checkpoints with the same bytes are one adapter, and no two others ever are.
 """
@@ -9,7 +9,6 @@ import asyncio
 import hashlib
 import itertools
 import os
-import re
 import shutil
 import tempfile
 from collections import OrderedDict
@@ -25,13 +24,14 @@ from knapper.engine import peft_format
 from knapper.engine.config import Facts
 from knapper.engine.lora import layout
 from knapper.errors import NotFound, UserError
+from knapper.files import hold, torn
 from knapper.journal import bundles
 from knapper.journal.records import Index, Spec
 from knapper.store import Store
 from knapper.vllm.core import Adapter
 
 _FILES = frozenset({peft_format.CONFIG, peft_format.ADAPTER})
-_OURS = re.compile(r"knapper-(\d+)-.*")
+_OURS = "knapper-adapters-"
 
 log = structlog.get_logger()
 
@@ -72,6 +72,7 @@ class Shelf:
         _sweep(memory)
         self._memory = memory
         self._directory: Path | None = None  # made for the first adapter: a process without any leaves nothing
+        self._held = -1  # a descriptor of it, as long as this process lives
         self._numbers = itertools.count(1)
         self._contents: dict[str, str] = {}  # of bundles: what a name holds never changes
         self._here: OrderedDict[str, _Place] = OrderedDict()  # by content, the longest unused first
@@ -95,6 +96,7 @@ class Shelf:
     def close(self) -> None:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
+            os.close(self._held)
 
     async def _place(self, bundle: str) -> _Place:
         content = self._contents.get(bundle)
@@ -121,7 +123,7 @@ class Shelf:
         await asyncio.to_thread(peft_format.read, files, index.spec, where, with_optimizer=False)
         number = next(self._numbers)
         if self._directory is None:
-            self._directory = Path(tempfile.mkdtemp(prefix=f"knapper-{os.getpid()}-", dir=self._memory))
+            self._directory, self._held = _own(self._memory)
         directory = self._directory / str(number)
         await asyncio.to_thread(_write, directory, files)
         size = sum(map(len, files.values()))
@@ -158,9 +160,29 @@ def _write(directory: Path, files: dict[str, bytes]) -> None:
         (directory / name).write_bytes(files[name])
 
 
+def _own(memory: Path) -> tuple[Path, int]:
+    """A new directory for this account alone, and a descriptor that holds it."""
+    while True:
+        directory = Path(tempfile.mkdtemp(prefix=_OURS, dir=memory))
+        try:
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:  # another process swept it before it was held
+            continue
+        hold(descriptor)
+        if os.fstat(descriptor).st_nlink:
+            return directory, descriptor
+        os.close(descriptor)
+
+
 def _sweep(memory: Path) -> None:
-    """What processes left that were killed: it is memory."""
-    for path in memory.iterdir():
-        found = _OURS.fullmatch(path.name)
-        if found and not Path(f"/proc/{found[1]}").exists():
-            shutil.rmtree(path, ignore_errors=True)
+    """What processes left that were killed: it is memory. Those that live hold their directory."""
+    for path in memory.glob(f"{_OURS}*"):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:  # another account's, or gone
+            continue
+        try:
+            if torn(descriptor):
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(descriptor)

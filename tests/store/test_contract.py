@@ -1,17 +1,18 @@
 """One suite that every store passes."""
 
 import asyncio
-import itertools
 import random
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from knapper import files
 from knapper.errors import StoreError
-from knapper.store import Store, directory
+from knapper.store import Store
 from knapper.store.directory import DirectoryStore
 from knapper.store.memory import MemoryStore
 
@@ -216,20 +217,66 @@ def test_a_file_system_that_may_only_be_read_is_said_so_and_still_read(tmp_path:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_a_full_disk_is_said_so_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = Path("/dev/full")
-    if not full.exists():
-        pytest.skip("this system has no /dev/full")
-    store = DirectoryStore(tmp_path)
-    monkeypatch.setattr(directory, "_COUNT", itertools.count())
-    original = store._temporary
-    # Every temporary file of this store now is the device that is always full.
-    (tmp_path / "full").mkdir()
-    store._temporary = tmp_path / "full"
-    for n in range(3):
-        (tmp_path / "full" / f"{__import__('os').getpid()}-{n}").symlink_to(full)
-    with pytest.raises(StoreError, match="disk is full"):
-        asyncio.run(store.put_if_absent("a/b", b"x" * 100_000))
-    store._temporary = original
-    assert asyncio.run(store.get("a/b")) is None
-    assert asyncio.run(store.put_if_absent("a/b", b"now"))
+def test_a_full_disk_is_said_so_and_leaves_nothing(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a disk needs root")
+    try:
+        store = DirectoryStore(disk)
+        with pytest.raises(StoreError, match="disk is full"):
+            asyncio.run(store.put_if_absent("a/b", b"x" * 100_000))
+        assert asyncio.run(store.get("a/b")) is None
+        assert asyncio.run(store.put_if_absent("a/b", b"now"))
+        assert list((disk / ".tmp").iterdir()) == []
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+_WRITER = """
+import asyncio, os, sys
+from pathlib import Path
+from knapper.store.directory import DirectoryStore
+
+root, who = Path(sys.argv[1]), sys.argv[2]
+
+async def main():
+    store = DirectoryStore(root)
+    Path(root, f"ready-{who}").touch()
+    while not all(Path(root, f"ready-{each}").exists() for each in "ab"):
+        pass
+    for n in range(300):
+        data = who.encode() * 50_000 + b"%d" % n
+        assert await store.put_if_absent(f"x/{who}/{n}", data)
+        assert Path(root, "x", who, str(n)).read_bytes() == data, "acknowledged, and with the bytes of somebody else"
+
+print(os.getpid(), flush=True)
+asyncio.run(main())
+"""
+
+
+def test_two_containers_with_one_pid_write_their_own_objects(tmp_path: Path) -> None:
+    """Each is the first process of its own pid namespace; a third one opens the store again and again meanwhile."""
+    spaces = ["unshare", "--pid", "--fork"]
+    if subprocess.run([*spaces, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("a namespace of pids needs root")
+    command = [*spaces, sys.executable, "-c", _WRITER, str(tmp_path)]
+    writers = [subprocess.Popen([*command, who], stdout=subprocess.PIPE, stderr=subprocess.PIPE) for who in "ab"]
+    while any(writer.poll() is None for writer in writers):
+        DirectoryStore(tmp_path)  # forgets torn writes, and theirs are none
+    said = [writer.communicate() for writer in writers]
+    assert [(out, writer.returncode) for (out, _), writer in zip(said, writers, strict=True)] == [(b"1\n", 0)] * 2, said
+    assert list((tmp_path / ".tmp").iterdir()) == []
+
+
+def test_what_a_killed_writer_left_is_forgotten_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+    DirectoryStore(tmp_path)
+    (tmp_path / ".tmp" / "4194304-7").write_bytes(b"torn, by an earlier version")
+    (tmp_path / ".tmp" / files.random_name()).write_bytes(b"torn")
+    under_way = tmp_path / ".tmp" / files.random_name()
+    with files.beginning(under_way):
+        DirectoryStore(tmp_path)
+        assert list((tmp_path / ".tmp").iterdir()) == [under_way]
+    DirectoryStore(tmp_path)
+    assert list((tmp_path / ".tmp").iterdir()) == []

@@ -1,6 +1,7 @@
 """The shelf: what lies there is what was saved, once, and the least used goes first."""
 
 import asyncio
+import os
 from pathlib import Path
 
 import msgspec
@@ -13,7 +14,7 @@ from knapper.errors import Corrupt, NotFound, UserError
 from knapper.journal import bundles
 from knapper.journal.records import Spec
 from knapper.store.memory import MemoryStore
-from knapper.vllm import shapes
+from knapper.vllm import adapters, shapes
 from knapper.vllm.adapters import Shelf
 from knapper.vllm.core import Adapter
 from tests.engine.tiny import tiny_model
@@ -104,13 +105,24 @@ def test_the_longest_unused_goes_and_what_is_used_stays(room: Room, monkeypatch:
 
 
 def test_what_a_killed_process_left_in_memory_is_swept(room: Room) -> None:
-    left = room.memory / "knapper-999999999-x"
+    left = room.memory / "knapper-adapters-x"
     left.mkdir()
     stranger = room.memory / "something"
     stranger.mkdir()
     other = room.open()
     assert list(room.memory.iterdir()) == [stranger]  # and the new one has none until an adapter comes
     other.close()
+
+
+def test_two_processes_with_one_pid_leave_each_other_their_adapters(room: Room) -> None:
+    """Containers that share a memory file system: who starts later sees only what is held, or is not."""
+    directory, held = adapters._own(room.memory)
+    (directory / "1").mkdir()
+    room.open().close()
+    assert (directory / "1").is_dir()
+    os.close(held)  # as when its process ends
+    room.open().close()
+    assert not directory.exists()
 
 
 async def take(shelf: Shelf, name: str) -> Adapter:

@@ -8,8 +8,8 @@ import asyncio
 import hashlib
 import mimetypes
 import os
-import stat
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -18,13 +18,13 @@ import msgspec
 import structlog
 from watchfiles import awatch
 
-from knapper import events
+from knapper import events, files
 from knapper.errors import KnapperError, StoreError, UserError
 from knapper.events import Event
 from knapper.exchange.directory import DirectoryExchange
 from knapper.untrusted import parsing
 
-_FOLDERS: Final = 2  # inbox/<tenant>/<job>/<file>
+_FOLDERS: Final = 2  # inbox/<tenant>/<job>/<file>: nothing of a job lies deeper
 _STILL_S: Final = 0.3
 _LOOK_S: Final = 10.0  # even if the file system told nothing: some do not
 
@@ -85,17 +85,15 @@ class Watcher:
 
     def _stats(self) -> dict[Path, _Stat]:
         found: dict[Path, _Stat] = {}
-        for folder, below, files in os.walk(self._inbox):
-            if len(Path(folder).relative_to(self._inbox).parts) >= _FOLDERS:
-                below.clear()  # nothing of a job lies deeper, however deep somebody dug
-            for name in files:
-                path = Path(folder, name)
-                try:
-                    status = path.lstat()
-                except OSError:  # gone meanwhile, or in a folder that only its owner may enter
-                    continue
-                if stat.S_ISREG(status.st_mode) and not name.startswith("."):
-                    found[path] = (status.st_size, status.st_mtime_ns)
+        try:
+            with files.below(self._inbox.parent, ["inbox"]) as inbox:
+                for name, folder, last in files.regular(inbox, "inbox", _FOLDERS):
+                    if not last.startswith("."):
+                        with suppress(FileNotFoundError):
+                            status = os.stat(last, dir_fd=folder, follow_symlinks=False)
+                            found[self._inbox.parent / name] = (status.st_size, status.st_mtime_ns)
+        except OSError as error:
+            raise StoreError(f"cannot look into {self._inbox}: {error.strerror}") from error
         return found
 
     async def _tell(self, path: Path, modified_ns: int) -> None:
