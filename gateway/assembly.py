@@ -1,6 +1,6 @@
 """The parts of a gateway, put together out of its settings, and closed at its end."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from knapper.checkpoints import Checkpoints
 from knapper.collect.collector import Collector
 from knapper.collect.session import Retention
 from knapper.events import Claimed
+from knapper.function_key import FunctionKey
 from knapper.ids import RunId
 from knapper.jobs import needs
 from knapper.jobs.place import Place
@@ -68,8 +69,9 @@ async def assembled(
     audit = Audit(store, clock, new_id)
     url_of, holder_of = partial(_url_of, records, settings.train_step_url), partial(_holder_of, manifests)
     async with AsyncExitStack() as connections:
-        client = await connections.enter_async_context(_client())
-        crowd = await connections.enter_async_context(_crowd())
+        opening = await FunctionKey(store, new_id).headers()
+        client = await connections.enter_async_context(_client(opening))
+        crowd = await connections.enter_async_context(_crowd(opening))
         shortcuts = Shortcuts(crowd, monotonic)
         connections.push_async_callback(shortcuts.close)
         bells = Bells(
@@ -110,14 +112,16 @@ async def assembled(
         )
 
 
-def _client() -> httpx.AsyncClient:
+def _client(headers: Mapping[str, str]) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    return httpx.AsyncClient(limits=limits, trust_env=False, follow_redirects=True)
+    return httpx.AsyncClient(headers=headers, limits=limits, trust_env=False)
 
 
-def _crowd() -> aiohttp.ClientSession:
+def _crowd(headers: Mapping[str, str]) -> aiohttp.ClientSession:
     """For bells and samples: httpx takes longer for each request, and looks at every connection of its pool for it."""
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar())
+    return aiohttp.ClientSession(
+        headers=headers, connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar()
+    )
 
 
 def _subscribed(name: str, connections: AsyncExitStack) -> "Subscription | None":

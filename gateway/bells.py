@@ -21,6 +21,7 @@ from knapper.journal.records import Commit
 from knapper.journal.results import Results
 
 _BACK_OFF_S, _BACK_OFF_MAX_S = 0.2, 5.0
+_LATER = (401, 408, 425, 429)  # 401: it has another key of the functions, which is no fault of the user
 _COLD_S = 1.0  # an unanswered bell is a cold start after this
 _SILENCE_S = limits.slice_s + 300.0
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=_SILENCE_S)
@@ -254,7 +255,7 @@ class Bells:
             said, code = detail(content, response.status), _code(content)
             if direct and (response.status == 502 or code == NotHolder.code):
                 raise NotHolder(said)  # 502: Knative's proxy lives, and what it stands before does not
-            if 400 <= response.status < 500 and response.status not in (408, 425, 429):
+            if 400 <= response.status < 500 and response.status not in _LATER:
                 raise NotFound(said) if code == NotFound.code else UserError(said)
             if code == Corrupt.code:  # a pause and no result: what waits goes on once the object is restored
                 said += f"; {run} waits until it is restored from a backup; or go on from a checkpoint in a new run"

@@ -4,7 +4,7 @@ import httpx
 from starlette.responses import Response
 
 from knapper import limits
-from knapper.errors import Unavailable, UserError
+from knapper.errors import Unauthorized, Unavailable, UserError
 
 _COLD_S = 60.0  # a function that was asleep starts first
 _TIMEOUT = httpx.Timeout(limits.rewards_request_s + _COLD_S, connect=5.0)
@@ -29,6 +29,8 @@ class Rewards:
             answer = await self._client.post(self._url, content=body, headers={"Content-Type": _JSON}, timeout=_TIMEOUT)
         except httpx.HTTPError as error:
             raise Unavailable(f"the reward function does not answer: {error!r}") from error
+        if answer.status_code == Unauthorized.status:
+            raise Unavailable(f"the reward function does not know this gateway: {answer.text[:300]}")
         if answer.headers.get("Content-Type", "").partition(";")[0] != _JSON:
             raise Unavailable(f"the reward function is not there yet: HTTP {answer.status_code}")
         headers = {name: value for name, value in answer.headers.items() if name == "retry-after"}

@@ -30,7 +30,7 @@ _COLD_S = 1.0
 _ASLEEP_S = 30.0  # a function that answered less long ago is no cold start, whatever it takes
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=900.0)
 _PROTOBUF = "application/x-protobuf"
-_LATER = (408, 425, 429, 502, 503, 504)
+_LATER = (401, 408, 425, 429, 502, 503, 504)
 
 CLONE_SEQS = 10**9  # each client of a sampling session counts its requests in a block of its own
 Client = tuple[SamplerId, int]  # (sampling session, which client of it)

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 import structlog
 
 from knapper import tracing
+from knapper.errors import Unavailable
 from knapper.events import Event
+from knapper.function_key import FunctionKey
 
 if TYPE_CHECKING:
     import aiohttp
@@ -17,10 +19,10 @@ log = structlog.get_logger()
 
 
 class Broker:
-    """The Broker at `url`; empty: there is none, and whoever waits is found by the tick."""
+    """The Broker at `url`; empty: there is none, and whoever waits is found by the tick. `key` signs what it gets."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, url: str, key: FunctionKey) -> None:
+        self._url, self._key = url, key
 
     async def post(self, event: Event) -> bool:
         """True if the Broker took the event. What became of one that it did not take is not known."""
@@ -28,8 +30,9 @@ class Broker:
             return False
         import aiohttp  # here: a process that posts nothing starts without it
 
-        headers, body = replace(event, traceparent=tracing.current(event.traceparent)).encode()
         try:
+            signed = await self._key.sign(event)
+            headers, body = replace(signed, traceparent=tracing.current(event.traceparent)).encode()
             async with (
                 _client() as client,  # for this event alone: they are rare, and then nothing is left open at the end
                 client.post(self._url, data=body, headers=headers, allow_redirects=False) as answer,
@@ -37,7 +40,7 @@ class Broker:
                 if answer.status < 300:
                     return True
                 reason = f"{answer.status}: {(await answer.text())[:200]}"
-        except (aiohttp.ClientError, TimeoutError) as error:
+        except (aiohttp.ClientError, TimeoutError, Unavailable) as error:
             reason = str(error) or type(error).__name__
         log.info("the broker did not take an event", type=event.type, subject=event.subject, reason=reason)
         return False

@@ -30,7 +30,9 @@ OBJECT_FINALIZED = "google.cloud.storage.object.v1.finalized"
 FRAMES = "application/x-knapper-frames"
 
 _STEP_DIGITS_MAX = 18
-_READ = ("type", "source", "id", "subject", "step", "kind", "model", "traceparent", "holder", "epoch", "way")
+_READ = (
+    "type", "source", "id", "subject", "step", "kind", "model", "traceparent", "signature", "holder", "epoch", "way",
+)  # fmt: skip
 _NAME = re.compile(r"[a-z0-9]{1,64}")
 _NO_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
@@ -68,12 +70,13 @@ class Event:
     model: str = ""
     data: bytes = b""
     traceparent: str = ""
+    signature: str = ""  # of whoever made it, where functions take it through a Broker (knapper/function_key.py)
     hint: Hint = field(default_factory=Hint)
 
     def next(self, type_: str, source: str, step: int | None = None) -> "Event":
         """The bell that follows; the same bell has the same follower, by its id."""
         derived = hashlib.sha256(f"{self.id}|{type_}|{step}".encode()).hexdigest()[:32]
-        return replace(self, type=type_, source=source, step=step, id=derived, data=b"")
+        return replace(self, type=type_, source=source, step=step, id=derived, data=b"", signature="")
 
     def encode(self) -> tuple[dict[str, str], bytes]:
         """Headers and body of the event in binary mode."""
@@ -84,6 +87,7 @@ class Event:
             "kind": self.kind,
             "model": self.model,
             "traceparent": self.traceparent,
+            "signature": self.signature,
             "datacontenttype": "application/json" if self.data else "",
         }
         if self.hint != Hint():
@@ -91,6 +95,11 @@ class Event:
         attributes |= {name: value for name, value in extensions.items() if value}
         headers, body = to_binary(CloudEvent(attributes, data=self.data or None))
         return {str(name): str(value) for name, value in headers.items()}, body or b""
+
+
+def sent(headers: Mapping[str, str]) -> bool:
+    """Whether a CloudEvent comes, in binary or in structured mode, and not a call."""
+    return "ce-specversion" in headers or headers.get("content-type", "").startswith("application/cloudevents")
 
 
 def decode(headers: Mapping[str, str], body: bytes) -> Event:
@@ -116,6 +125,7 @@ def decode(headers: Mapping[str, str], body: bytes) -> Event:
         model=str(attributes.get("model", "")),
         data=content,
         traceparent=str(attributes.get("traceparent", "")),
+        signature=str(attributes.get("signature", "")),
         hint=Hint(str(attributes.get("holder", "")), epoch or 0, way),
     )
 

@@ -15,6 +15,8 @@ from starlette.routing import Route
 from knapper import events
 from knapper.broker import Broker
 from knapper.events import Event
+from knapper.function_key import FunctionKey
+from knapper.store.memory import MemoryStore
 from tests.gateway.running import NOWHERE, serve
 
 EVENT = Event(type=events.JOB_STARTED, subject="local/a/b", id="1")
@@ -46,9 +48,11 @@ def channel() -> Iterator[Channel]:
 
 
 def test_what_the_broker_takes_and_does_not_take(channel: Channel) -> None:
+    key = FunctionKey(MemoryStore(), lambda: "0" * 32)
+
     async def story() -> list[bool]:
         urls = [f"{channel.url}/", f"{channel.url}/full", f"{channel.url}/away", NOWHERE, ""]
-        return [await Broker(url).post(EVENT) for url in urls]
+        return [await Broker(url, key).post(EVENT) for url in urls]
 
     assert asyncio.run(story()) == [True, False, False, False, False]
     assert channel.taken == ["local/a/b"], "what it was led away to is not asked"
@@ -58,7 +62,10 @@ POSTING = """
 import asyncio, sys
 from knapper import events
 from knapper.broker import Broker
-asyncio.run(Broker(sys.argv[1]).post(events.Event(type=events.JOB_STARTED, subject="local/a/b", id="1")))
+from knapper.function_key import FunctionKey
+from knapper.store.memory import MemoryStore
+key = FunctionKey(MemoryStore(), lambda: "0" * 32)
+asyncio.run(Broker(sys.argv[1], key).post(events.Event(type=events.JOB_STARTED, subject="local/a/b", id="1")))
 """
 
 

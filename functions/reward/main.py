@@ -10,8 +10,9 @@ from starlette.responses import Response
 
 from knapper import events, metrics, telemetry, tracing
 from knapper.errors import KnapperError
+from knapper.function_key import FunctionKey
 from knapper.jobs.folders import Folders
-from knapper.jobs.place import open_place
+from knapper.jobs.place import Place, open_place
 from knapper.jobs.scoring import Scoring
 from knapper.jobs.working import Worker
 from knapper.rewards import requests
@@ -26,11 +27,21 @@ sandbox = Sandbox()  # its processes start with the first reward that needs them
 
 
 @cache
-def scoring() -> Scoring:
-    """What is done for jobs. Where the state lies comes from the environment."""
+def place() -> Place:
+    """Where the state lies comes from the environment."""
     settings = Settings.load(os.environ)
-    place = open_place(settings, metrics.CountedStore(open_store(settings)), time.time)
-    return Scoring(Worker(place, Folders(place.store), ["rl"]), lambda *given: score(*given, sandbox=sandbox))
+    return open_place(settings, metrics.CountedStore(open_store(settings)), time.time)
+
+
+@cache
+def key() -> FunctionKey:
+    return FunctionKey(place().store)
+
+
+@cache
+def scoring() -> Scoring:
+    """What is done for jobs."""
+    return Scoring(Worker(place(), Folders(place().store), ["rl"]), lambda *given: score(*given, sandbox=sandbox))
 
 
 @functions_framework.aio.http
@@ -38,12 +49,13 @@ async def reward(request: Request) -> Response:
     if observing.asked(request):
         return observing.answer()
     try:
-        if answers.is_event(request):
-            event = events.decode(request.headers, await answers.body(request))
+        body = await answers.admitted(request, key())
+        if events.sent(request.headers):
+            event = events.decode(request.headers, body)
             with tracing.span("reward", event.traceparent, subject=event.subject):
                 await scoring().answer(event)
             return answers.durable()
-        scores = await answers.while_connected(request, requests.answer(await answers.body(request), sandbox))
+        scores = await answers.while_connected(request, requests.answer(body, sandbox))
     except KnapperError as error:
         return answers.error(error)
     return Response(scores, media_type="application/json")

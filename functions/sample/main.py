@@ -9,12 +9,14 @@ from starlette.responses import Response, StreamingResponse
 
 from knapper import events, tracing
 from knapper.errors import KnapperError
+from knapper.function_key import FunctionKey
 from knapper.serving import answers, jobs, observing, progress
 from knapper.serving.sampling import served
 from knapper.wire import proto, sample_requests
 from knapper.wire.progress import DEVICE_S, FRAMES
 
-served()  # under ASGI this module is imported before the port binds: the weights are there when the first request comes
+# Under ASGI this module is imported before the port binds: the weights are there when the first request comes.
+key = FunctionKey(served().place.store)
 
 
 @functions_framework.aio.http
@@ -22,12 +24,13 @@ async def sample(request: Request) -> Response:
     if observing.asked(request):
         return observing.answer()
     try:
-        if answers.is_event(request):
-            event = events.decode(request.headers, await answers.body(request))
+        body = await answers.admitted(request, key)
+        if events.sent(request.headers):
+            event = events.decode(request.headers, body)
             with tracing.span("sample", event.traceparent, subject=event.subject):
                 await jobs.sampling().answer(event)
             return answers.durable()
-        call = sample_requests.decode(await answers.body(request), sample_requests.SampleCall)
+        call = sample_requests.decode(body, sample_requests.SampleCall)
         answers.expect_model(call.base_model, served().base_model)
         asked = call.sample(request.headers.get("knapper-tenant", ""))
         if call.stream:

@@ -9,10 +9,12 @@ from starlette.responses import Response, StreamingResponse
 
 from knapper import events, tracing
 from knapper.errors import KnapperError
+from knapper.function_key import FunctionKey
 from knapper.serving import answers, jobs, observing
 from knapper.serving.engine import engine
 
-engine()  # under ASGI this module is imported before the port binds: the weights are there when the first bell rings
+# Under ASGI this module is imported before the port binds: the weights are there when the first bell rings.
+key = FunctionKey(engine().place.store)
 
 
 @functions_framework.aio.http
@@ -20,7 +22,7 @@ async def train_step(request: Request) -> Response:
     if observing.asked(request):
         return observing.answer()
     try:
-        event = events.decode(request.headers, await answers.body(request))
+        event = events.decode(request.headers, await answers.admitted(request, key))
         with tracing.span("train_step", event.traceparent, subject=event.subject):
             if event.type != events.OPERATIONS:
                 await jobs.training().answer(event)

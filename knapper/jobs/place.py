@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from knapper.broker import Broker
 from knapper.exchange import Exchange
 from knapper.exchange.opening import open_exchange
+from knapper.function_key import FunctionKey
 from knapper.jobs.bells import Bells
 from knapper.settings import Settings
 from knapper.store import Store
@@ -23,4 +24,5 @@ class Place:
 
 def open_place(settings: Settings, store: Store, clock: Callable[[], float]) -> Place:
     """That of this process. Raises InvalidField for an exchange's address that is none."""
-    return Place(store, open_exchange(settings), Bells(Broker(settings.broker_url).post, clock), clock)
+    broker = Broker(settings.broker_url, FunctionKey(store))
+    return Place(store, open_exchange(settings), Bells(broker.post, clock), clock)

@@ -4,6 +4,7 @@
     /lease/NAME...  ->  the address of that process, for as long as the answer is read  (knapper/lease.py)
     /               ->  {"engine": "stopped" | "starting" | "running"}     (for the gateway's and people's information)
 
+Who has neither the functions' key nor an event of this deployment is refused, and starts nothing: knapper/function_key.py.
 Delivery is at least once: a request that gets no answer because its process ended is sent once more, to a new one.
 """
 
@@ -11,14 +12,16 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import aiohttp
 import structlog
 from yarl import URL
 
-from knapper import lease, limits
+from knapper import lease
 from knapper.errors import KnapperError, NotFound, TooLarge, Unavailable
+from knapper.function_key import FunctionKey
 from knapper.local.service import Service
 
 log = structlog.get_logger()
@@ -49,19 +52,19 @@ class _Left(Exception):
 class Dispatcher:
     """The ASGI application. Bodies are bounded and held (they may be sent twice); answers are never held."""
 
-    def __init__(self, routes: Mapping[str, Route]) -> None:
+    def __init__(self, routes: Mapping[str, Route], key: FunctionKey) -> None:
         self.forwarded = 0  # requests that a process answered through here
-        self._routes = routes
+        self._routes, self._key = routes, key
         self._client: aiohttp.ClientSession | None = None
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         try:
-            body = await _read(receive)
+            body = await self._key.admit(_headers(scope), partial(_read, receive))
         except _Left:
             return
-        except TooLarge as error:
+        except KnapperError as error:
             await _refuse(send, error)
             return
         answering = asyncio.create_task(self._answer(scope, body, send))
@@ -155,7 +158,7 @@ class Dispatcher:
             await send({"type": "http.response.body", "body": b""})
 
 
-async def _read(receive: Receive) -> bytes:
+async def _read(receive: Receive, bytes_max: int) -> bytes:
     chunks: list[bytes] = []
     size = 0
     while True:
@@ -163,8 +166,8 @@ async def _read(receive: Receive) -> bytes:
         if message["type"] == "http.disconnect":
             raise _Left
         size += len(message.get("body", b""))
-        if size > limits.body_bytes_max:
-            raise TooLarge(f"the body has over {limits.body_bytes_max} bytes, the most that a function accepts")
+        if size > bytes_max:
+            raise TooLarge(f"the body has over {bytes_max} bytes, the most that a function accepts")
         chunks.append(message.get("body", b""))
         if not message.get("more_body"):
             return b"".join(chunks)
@@ -173,6 +176,10 @@ async def _read(receive: Receive) -> bytes:
 async def _until_left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _headers(scope: Mapping[str, Any]) -> dict[str, str]:
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
 
 def _request_headers(scope: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ import socket
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from secrets import token_hex
 
 import msgspec
 import structlog
@@ -23,6 +24,7 @@ import structlog
 import knapper
 from knapper.engine.config import computed_by
 from knapper.exchange.opening import expect_subscribable
+from knapper.function_key import FunctionKey
 from knapper.local import engines, web
 from knapper.local.dispatcher import Dispatcher
 from knapper.local.process import Process
@@ -41,6 +43,7 @@ log = structlog.get_logger()
 
 def up(settings: Settings, root: Path, environ: Mapping[str, str], *, isolated: bool = False) -> None:
     """Serve until SIGINT or SIGTERM. Raises KnapperError if that cannot begin; `root` holds gateway/ and functions/."""
+    os.umask(0o077)  # of every process below: what they write is for this account alone
     settings.expect_keys_beyond_loopback()
     expect_subscribable(settings)
     _allow_many_connections()
@@ -93,7 +96,9 @@ class Supervisor:
         )
         self._ports = {"gateway": listener.getsockname()[1], "broker": posts.getsockname()[1]}
         self._bells = bells
-        self._dispatcher = Dispatcher(routes)
+        self._store = open_store(settings)
+        self._key = FunctionKey(self._store, lambda: token_hex(16))
+        self._dispatcher = Dispatcher(routes, self._key)
         self._server = Server(self._dispatcher, bells)
         self._stop = asyncio.Event()
 
@@ -120,7 +125,8 @@ class Supervisor:
         log.info("stopped")
 
     async def _serve_gateway(self) -> None:
-        await Catalogue(open_store(self._settings)).serve_only(self._record())
+        await Catalogue(self._store).serve_only(self._record())
+        await self._key.headers()  # made before anybody needs it
         self._server.start()
         await self._gateway.keep(lambda: say(f"ready: {self._gateway.url}"))
 

@@ -3,28 +3,34 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from knapper import limits
 from knapper.errors import InvalidField, KnapperError, TooLarge, Unavailable, UserError
 from knapper.events import Frame, encode_frame
+from knapper.function_key import FunctionKey
 
 T = TypeVar("T")
 log = structlog.get_logger()
 
 
-async def body(request: Request) -> bytes:
+async def body(request: Request, bytes_max: int) -> bytes:
     """The whole body. Raises TooLarge past the limit, without reading on."""
     received = bytearray()
     async for chunk in request.stream():
         received += chunk
-        if len(received) > limits.body_bytes_max:
-            raise TooLarge(f"the body has more than {limits.body_bytes_max} bytes; allowed: {limits.body_bytes_max}")
+        if len(received) > bytes_max:
+            raise TooLarge(f"the body has more than {bytes_max} bytes; allowed: {bytes_max}")
     return bytes(received)
+
+
+async def admitted(request: Request, key: FunctionKey) -> bytes:
+    """The body of a caller that may call. Raises Unauthorized for any other, and what `body` raises."""
+    return await key.admit(request.headers, partial(body, request))
 
 
 def error(error: KnapperError) -> Response:
@@ -40,12 +46,6 @@ def error(error: KnapperError) -> Response:
 def durable() -> Response:
     """The work is in the store. Empty, or a Broker takes the body for an event, and delivers this one again."""
     return Response(status_code=204)
-
-
-def is_event(request: Request) -> bool:
-    """Whether a CloudEvent came, in binary or in structured mode, and not a call."""
-    kind = request.headers.get("content-type", "")
-    return "ce-specversion" in request.headers or kind.startswith("application/cloudevents")
 
 
 async def stream(first: Frame, frames: AsyncIterator[Frame]) -> AsyncIterator[bytes]:

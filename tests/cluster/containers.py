@@ -163,6 +163,11 @@ def _broker(containers: Mapping[str, Container], ports: Mapping[str, int], root:
         "KNAPPER_REWARD_URL": f"http://127.0.0.1:{ports['reward']}",
         "KNAPPER_GATEWAY_URL": f"http://127.0.0.1:{ports['gateway']}",
     }  # fmt: skip
+    for name in (
+        "KNAPPER_STORE",
+        "STORAGE_EMULATOR_HOST",
+    ):  # it knows whose events it takes by the key of the functions
+        environment[name] = containers["gateway"].environment[name]
     command = [
         sys.executable, "-P", "-m", "uvicorn", "knapper.local.broker.main:app", "--host", "127.0.0.1",
         "--port", str(ports["broker"]), "--lifespan", "on", "--log-level", "warning",

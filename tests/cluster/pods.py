@@ -61,10 +61,10 @@ BROKER_APP = """
 import os
 from starlette.applications import Starlette
 from starlette.routing import Route
-from knapper.local.broker.main import create_app, post
+from knapper.local.broker.main import create_app, take
 from knapper.settings import Settings
 inner = create_app(Settings.load(os.environ))
-app = Starlette(routes=[Route("/knapper/knapper", post, methods=["POST"])], lifespan=inner.router.lifespan_context)
+app = Starlette(routes=[Route("/knapper/knapper", take, methods=["POST"])], lifespan=inner.router.lifespan_context)
 """
 
 

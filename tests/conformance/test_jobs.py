@@ -14,6 +14,7 @@ import pytest
 
 from knapper import dead, events
 from knapper.events import Event
+from knapper.function_key import FunctionKey
 from knapper.store.directory import DirectoryStore
 from tests.conformance.server import Server
 from tests.engine.tiny import tiny_model
@@ -105,8 +106,9 @@ def post(server: Server, sent: list[Event]) -> Iterator[None]:
     """Each several times over, since the Broker loses some; and things that are no events, which it refuses."""
     port = json.loads((server.data / "run" / "processes.json").read_text())["broker"]["port"]
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+        key = FunctionKey(DirectoryStore(server.data / "store"))
         for event in sent:
-            headers, body = event.encode()
+            headers, body = asyncio.run(key.sign(event)).encode()
             for _ in range(6):
                 assert client.post("/", headers=headers, content=body).status_code == 202
             assert client.post("/", content=b"{]").status_code == 400

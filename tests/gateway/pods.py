@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import msgspec
 import knapper
 from knapper import events
 from knapper.events import Claimed, Committed, Frame, Hint
+from knapper.function_key import FunctionKey
 from knapper.ids import RunId
 from knapper.journal.accept import Acceptor, Packed, newest_manifest, pack
 from knapper.journal.records import Creation, Kind, Spec
@@ -38,10 +40,11 @@ class Pod:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
+        self.data = directory / "data"
         self.log = directory / f"{name}.log"
         kept = {key: value for key, value in os.environ.items() if not key.startswith("KNAPPER_")}
         self._environment = kept | {
-            "KNAPPER_DATA": str(directory / "data"), "KNAPPER_MODEL": MODEL.name,
+            "KNAPPER_DATA": str(self.data), "KNAPPER_MODEL": MODEL.name,
             "KNAPPER_MODEL_DIRECTORY": str(tiny_model(directory / "model")), "KNAPPER_THREADS": "1",
             "KNAPPER_DTYPE": "float32", "FUNCTION_TARGET": "train_step", "OMP_NUM_THREADS": "1",
             "KNAPPER_HOLDER_ADDRESS": self.address if routed else "",
@@ -84,6 +87,7 @@ class Pod:
     async def ring(self, run: RunId, hint: Hint | None = None) -> tuple[int, str, list[Frame]]:
         """(status, what an error said, the frames until the answer ended or broke off)."""
         headers, body = events.bell(run, f"bell-{time.monotonic_ns()}", hint).encode()
+        headers |= await FunctionKey(DirectoryStore(self.data / "store"), lambda: secrets.token_hex(16)).headers()
         frames: list[Frame] = []
         async with (
             httpx.AsyncClient(trust_env=False, timeout=120) as client,

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from knapper import events
+from knapper import events, limits
 from knapper.errors import OtherDtype, Unavailable
 from knapper.serving import answers
 from tests.gateway.running import MODEL, Running, fwdbwd, gateway, serve
@@ -29,7 +29,7 @@ class Refusing:
         self.bells: Counter[str] = Counter()
 
     async def answer(self, request: Request) -> Response:
-        run = events.run_of(events.decode(request.headers, await answers.body(request)))
+        run = events.run_of(events.decode(request.headers, await answers.body(request, limits.body_bytes_max)))
         why = "stands" if run.endswith(":0") else "passes"
         self.bells[why] += 1
         return answers.error(REASONS[why])

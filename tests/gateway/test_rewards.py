@@ -13,6 +13,7 @@ import pytest
 
 import functions
 from knapper import limits
+from knapper.store.directory import DirectoryStore
 from tests.gateway.running import Running, gateway
 
 MAIN = Path(functions.__path__[0]) / "reward" / "main.py"
@@ -20,13 +21,19 @@ ROLLOUTS = [{"id": "a", "completion": "7", "answer": 7}, {"id": "b", "completion
 
 
 @pytest.fixture(scope="module")
-def function() -> Iterator[str]:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data directory of the deployment."""
+    return tmp_path_factory.mktemp("deployment") / "data"
+
+
+@pytest.fixture(scope="module")
+def function(data: Path) -> Iterator[str]:
     """As a cluster runs it: alone, under functions-framework. Without torch, which it must not need."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     no_torch = "import sys; sys.modules['torch'] = None; import uvicorn; uvicorn.main()"
     command = [sys.executable, "-c", no_torch, "functions_framework.aio:app", "--port", str(port), "--lifespan", "on"]
-    environment = os.environ | {"FUNCTION_TARGET": "reward", "FUNCTION_SOURCE": str(MAIN)}
+    environment = os.environ | {"FUNCTION_TARGET": "reward", "FUNCTION_SOURCE": str(MAIN), "KNAPPER_DATA": str(data)}
     with subprocess.Popen(command, env=environment) as process:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
@@ -40,8 +47,8 @@ def function() -> Iterator[str]:
 
 
 @pytest.fixture
-def running(function: str) -> Iterator[Running]:
-    with gateway(model=None, reward_url=function) as running:
+def running(function: str, data: Path) -> Iterator[Running]:
+    with gateway(DirectoryStore(data / "store"), model=None, reward_url=function) as running:
         yield running
 
 

@@ -37,7 +37,7 @@ class Caller:
 @asynccontextmanager
 async def calling(world: World) -> AsyncIterator[Caller]:
     await world.pid()  # it serves
-    async with aiohttp.ClientSession() as client:
+    async with aiohttp.ClientSession(headers=world.client.headers) as client:
         caller = Caller(world, client)
         try:
             yield caller

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from knapper.function_key import FunctionKey
 from knapper.models.catalogue import Catalogue, record_of
 from knapper.store.directory import DirectoryStore
 from tests.local.work import gone, make_root, until
@@ -53,7 +54,9 @@ class Up:
 
     def ring(self, function: str = "train_step") -> int:
         """Call a function by its dispatcher; the pid that answered."""
-        answer = httpx.post(f"http://127.0.0.1:{self.processes()['supervisor']['port']}/{function}", trust_env=False)
+        url = f"http://127.0.0.1:{self.processes()['supervisor']['port']}/{function}"
+        opening = asyncio.run(FunctionKey(DirectoryStore(self.data / "store")).headers())
+        answer = httpx.post(url, headers=opening, trust_env=False)
         assert answer.status_code == 200, answer.text
         return int(answer.json()["pid"])
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import secrets
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import httpx
 
+from knapper.function_key import FunctionKey
 from knapper.local import engines, web
 from knapper.local.dispatcher import Dispatcher
 from knapper.local.server import Server
 from knapper.local.service import Running, Service
+from knapper.store.memory import MemoryStore
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -92,15 +95,17 @@ class World:
 
 @asynccontextmanager
 async def dispatching(root: Path, *, isolated: bool = False, idle_s: float = 60.0) -> AsyncIterator[World]:
-    """The dispatcher on a loopback port, as the supervisor runs it."""
+    """The dispatcher on a loopback port, as the supervisor runs it, and a client that has the functions' key."""
     listener = web.bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=60) as client:
+    key = FunctionKey(MemoryStore(), lambda: secrets.token_hex(16))
+    opening = await key.headers()
+    async with httpx.AsyncClient(base_url=url, headers=opening, trust_env=False, timeout=60) as client:
         world = World(root, client, {})
         make = engines.isolated if isolated else engines.shared
         routes = make(root, dict(os.environ), idle_s, world.changed)
         world.services = {route.service.name: route.service for route in routes.values()}
-        dispatcher = world.dispatcher = Dispatcher(routes)
+        dispatcher = world.dispatcher = Dispatcher(routes, key)
         server = Server(dispatcher, listener)
         server.start()
         try:

@@ -13,28 +13,37 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from knapper import events, limits, telemetry
-from knapper.errors import KnapperError, TooMany, UserError
+from knapper.errors import KnapperError, TooLarge, Unauthorized, Unavailable, UserError
 from knapper.events import Event
+from knapper.function_key import FunctionKey
 from knapper.local.broker.broker import Broker
 from knapper.local.broker.delivery import Letter
 from knapper.local.broker.mischief import Mischief
 from knapper.local.broker.watcher import Watcher
+from knapper.serving import answers
 from knapper.settings import Settings
+from knapper.store.opening import open_store
 
 log = structlog.get_logger()
 
 
 async def post(request: Request) -> Response:
+    """As `take`, of this deployment's own events: others have no business on this machine."""
+    return await take(request, request.app.state.key)
+
+
+async def take(request: Request, key: FunctionKey | None = None) -> Response:
     """202 once the event is here. As Knative's: what becomes of it later, its producer is not told."""
     broker: Broker = request.app.state.broker
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limits.event_bytes_max:
-            return _refused(413, UserError(f"the event has over {limits.event_bytes_max} bytes"))
     try:
-        await broker.post(Letter(*events.as_binary(request.headers, body)))
-    except TooMany as error:
+        body = await answers.body(request, limits.event_bytes_max)
+        letter = Letter(*events.as_binary(request.headers, body))
+        if key is not None and not await key.signed(request.headers, body):
+            raise Unauthorized("the event has no signature of this deployment; those that make jobs go on have one")
+        await broker.post(letter)
+    except (TooLarge, Unauthorized) as error:
+        return _refused(error.status, error)
+    except Unavailable as error:
         return _refused(503, error)
     except UserError as error:
         return _refused(400, error)
@@ -58,6 +67,7 @@ def create_app(settings: Settings) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar()) as client:
+            app.state.key = FunctionKey(open_store(settings))
             mischief = Mischief(int(settings.mischief)) if settings.mischief else None
             broker = app.state.broker = Broker(client, urls, f"{settings.gateway_url}/events/dead", mischief)
 
