@@ -4,7 +4,6 @@ They are taken from the cluster's own services only, under a name that no ingres
 in them is believed: an upload makes the gateway look into the inbox, a tick into the store.
 """
 
-import re
 from typing import Final
 
 import msgspec
@@ -13,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gateway import clockwork
+from gateway import clockwork, sites
 from gateway.parts import Parts, parts
 from gateway.tenants import on_this_machine
 from knapper import dead, events, ids, limits, tracing
@@ -26,7 +25,6 @@ from knapper.jobs.start import look
 from knapper.wire import json
 
 _TICKS: Final = (events.TICK, "dev.knative.sources.ping")  # a PingSource cannot choose its event's type
-_LOOPBACK: Final = re.compile(r"(127\.\d+\.\d+\.\d+|localhost|\[::1\])(:\d+)?")
 
 log = structlog.get_logger()
 
@@ -102,15 +100,16 @@ def folder_of(name: str) -> tuple[ids.Tenant, str] | None:
 
 
 def _expect_insider(request: Request) -> None:
-    """Raises NotFound: outside, this route does not exist."""
+    """Raises NotFound: outside, this route does not exist. Nor for a page: its browser says where it is from, or sends
+    no header that makes an event."""
     host = request.headers.get("host", "")
     expected = parts(request).events_host
     inside = (
         host.rpartition(":")[0] == expected or host == expected
         if expected
-        else on_this_machine(request) and _LOOPBACK.fullmatch(host) is not None
+        else on_this_machine(request) and sites.is_loopback(sites.name_of(host))
     )
-    if not inside:
+    if not inside or "origin" in request.headers or not events.sent(request.headers):
         raise NotFound(f"there is nothing at {request.url.path}")
 
 

@@ -12,7 +12,20 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Route
 
-from gateway import auth, chores, clockwork, errors, futures, observing, rewards, sampling, service, training, uploads
+from gateway import (
+    auth,
+    chores,
+    clockwork,
+    errors,
+    futures,
+    observing,
+    rewards,
+    sampling,
+    service,
+    sites,
+    training,
+    uploads,
+)
 from gateway.assembly import assembled
 from gateway.events import ROUTES as EVENT_ROUTES
 from gateway.jobs import ROUTES as JOB_ROUTES
@@ -85,7 +98,7 @@ def create_app(
 
     return Starlette(
         routes=_routes(),
-        middleware=[Middleware(Doorkeeper)],
+        middleware=[*sites.middleware(settings), Middleware(Doorkeeper)],
         exception_handlers={
             KnapperError: errors.known,
             HTTPException: errors.http,

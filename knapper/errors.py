@@ -80,6 +80,13 @@ class Unauthorized(UserError):
     status = 401
 
 
+class ForeignSite(UserError):
+    """The request came by a name, or from a page, that this server does not go by: a browser may have been misled."""
+
+    code = "foreign_site"
+    status = 403
+
+
 class InvalidToken(Unauthorized):
     """The token in the place of the API key has expired, or is not ours: exchange the key for another."""
 

@@ -16,6 +16,7 @@ from knapper.errors import InvalidField
 
 PREFIX = "KNAPPER_"
 _QUEUE_PROXY_PORT = 8012  # of every Knative pod: it keeps to containerConcurrency, and counts for the autoscaler
+_NAME = r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])"
 _ADDRESS = re.compile(r"https?://[A-Za-z0-9.:\[\]-]{1,255}/?")
 
 
@@ -84,6 +85,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     host: Annotated[
         str, Meta(min_length=1, description="Where the gateway listens; beyond loopback only with KNAPPER_KEYS=true.")
     ] = "127.0.0.1"
+    hosts: Annotated[
+        str,
+        Meta(
+            pattern=f"^({_NAME}(,{_NAME}){{0,63}})?$",
+            description="Without keys: more names to answer by, beside this machine's own, and whose pages may call.",
+            title="names without ports, separated by commas, or empty",
+        ),
+    ] = ""
     port: Annotated[int, Meta(ge=0, le=65535, description="The gateway's port; 0 takes a free one.")] = 8000
     device: Annotated[
         Literal["auto", "cuda", "mps", "cpu"],

@@ -4,7 +4,7 @@
     /lease/NAME...  ->  the address of that process, for as long as the answer is read  (knapper/lease.py)
     /               ->  {"engine": "stopped" | "starting" | "running"}     (for the gateway's and people's information)
 
-Who has neither the functions' key nor an event of this deployment is refused, and starts nothing: knapper/function_key.py.
+Who has neither the functions' key nor an event of this deployment is refused, and starts nothing.
 Delivery is at least once: a request that gets no answer because its process ended is sent once more, to a new one.
 """
 
