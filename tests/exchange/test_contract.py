@@ -106,3 +106,77 @@ def test_one_name_may_be_published_by_several_at_once(tmp_path: Path) -> None:
     asyncio.run(story())
     (written,) = (tmp_path / "jobs" / "a" / "x").iterdir()
     assert len(set(written.read_bytes())) == 1
+
+
+def test_who_writes_to_the_inbox_overwrites_nothing_elsewhere(tmp_path: Path) -> None:
+    """Links lie in wait under every name that the pid and a count give, and in the place of what is published."""
+    victim = tmp_path / "authorized_keys"
+    victim.write_text("precious")
+    exchange = DirectoryExchange(tmp_path / "data")
+    folder = tmp_path / "data" / "inbox" / "local" / "evil"
+    folder.mkdir(parents=True)
+    for n in range(2000):
+        (folder / f".publishing-{os.getpid()}-{n}").symlink_to(victim)
+    (folder / "job.error.json").symlink_to(victim)
+    for name in ("job.error.json", "data.jsonl"):
+        asyncio.run(exchange.publish(f"inbox/local/evil/{name}", b"ours"))
+        assert (folder / name).read_bytes() == b"ours"
+        assert not (folder / name).is_symlink()
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3], ids=["inbox", "tenant", "job"])
+def test_no_folder_of_the_inbox_that_is_a_link_leads_out(tmp_path: Path, depth: int) -> None:
+    """Whatever is done: read, listed, told of, written or removed."""
+    exchange = DirectoryExchange(tmp_path / "data")
+    outside = tmp_path / "outside"
+    outside.joinpath(*["local", "job"][depth - 1 :]).mkdir(parents=True, exist_ok=True)
+    theirs = outside.joinpath(*["local", "job"][depth - 1 :], "secret.jsonl")
+    theirs.write_text("precious")
+    link = (tmp_path / "data").joinpath(*["inbox", "local", "job"][:depth])
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if link.is_dir():
+        link.rmdir()
+    link.symlink_to(outside)
+    name = "inbox/local/job/secret.jsonl"
+    assert (tmp_path / "data" / name).read_text() == "precious", "the link leads there"
+    for attempt in (
+        exchange.read(name, 100), exchange.entry(name), exchange.publish(name, b"ours"), exchange.remove(name),
+        exchange.publish("inbox/local/job/new", b"ours"), exchange.list("inbox/local/job/"),
+    ):  # fmt: skip
+        with pytest.raises(StoreError, match="symbolic link"):
+            asyncio.run(attempt)
+    if depth > 1:
+        assert asyncio.run(exchange.list("inbox/")) == []
+    assert [path.name for path in outside.rglob("*") if path.is_file()] == ["secret.jsonl"]
+    assert theirs.read_text() == "precious"
+
+
+def test_a_link_that_is_removed_leaves_what_it_led_to(tmp_path: Path) -> None:
+    exchange = DirectoryExchange(tmp_path)
+    (tmp_path / "victim").write_text("precious")
+    asyncio.run(exchange.publish("inbox/local/job/a", b"x"))
+    (tmp_path / "inbox/local/job/b").symlink_to(tmp_path / "victim")
+    asyncio.run(exchange.remove("inbox/local/job/b"))
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert [path.name for path in (tmp_path / "inbox/local/job").iterdir()] == ["a"]
+
+
+def test_what_somebody_hides_in_the_inbox_hides_nothing_else(tmp_path: Path) -> None:
+    exchange = DirectoryExchange(tmp_path)
+    asyncio.run(exchange.publish("inbox/local/job/job.yaml", b"kind: rl"))
+    folder = tmp_path / "inbox" / "local" / "other"
+    folder.mkdir()
+    (tmp_path / "inbox" / "local" / os.fsdecode(b"\xff\xfe")).write_bytes(b"no text for a name")
+    deep = folder
+    for _ in range(40):
+        deep = deep / ("d" * 30)
+    deep.mkdir(parents=True)
+    (deep / "x").touch()
+    os.mkfifo(folder / "pipe")
+    (folder / "unreadable").write_bytes(b"x")
+    (folder / "unreadable").chmod(0)
+    (folder / "closed").mkdir(mode=0)
+    names = [entry.name for entry in asyncio.run(exchange.list("inbox/"))]
+    readable = ["inbox/local/other/unreadable"] if os.geteuid() == 0 else []
+    assert names == ["inbox/local/job/job.yaml", *readable]

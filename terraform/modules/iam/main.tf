@@ -4,7 +4,8 @@
 # gateway    read, create, delete           read, create, delete     read     pull
 # train-step read, create, delete           outputs below jobs/      read
 # sample     read; write jobs/, working/    outputs below jobs/      read
-# reward     jobs/ and working/ only        outputs below jobs/
+# reward     jobs/ and working/ only, and   outputs below jobs/
+#            the key that opens functions
 
 locals {
   pool = "principal://iam.googleapis.com/projects/${var.project_number}/locations/global/workloadIdentityPools/${var.project}.svc.id.goog/subject/ns/${var.namespace}/sa"
@@ -75,6 +76,18 @@ resource "google_storage_bucket_iam_member" "job_records" {
   condition {
     title      = "records of jobs"
     expression = local.job_records
+  }
+}
+
+# By it reward knows who calls; the others read it with the rest.
+resource "google_storage_bucket_iam_member" "function_key" {
+  bucket = var.state_bucket
+  role   = "roles/storage.objectViewer"
+  member = local.reward
+
+  condition {
+    title      = "key of the functions"
+    expression = "resource.name == 'projects/_/buckets/${var.state_bucket}/objects/secrets/functions'"
   }
 }
 
