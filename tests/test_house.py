@@ -30,7 +30,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Declared, and used other than by an import; each with the place that shows it.
 NOT_IMPORTED = {
     "hatchling": ("pyproject.toml", "hatchling.build"),
-    "httptools": ("knapper/local/web.py", "httptools"),
+    "httptools": ("knapper/targets.py", "httptools"),
     "uvloop": ("knapper/local/web.py", "uvloop"),
     "import-linter": ("Makefile", "lint-imports"),
     "mypy": ("Makefile", "/mypy"),

@@ -20,7 +20,7 @@ async def start(application: str, directory: Path, environment: Mapping[str, str
     """Serve `module:attribute` of `directory` on `listener`, which listens only after the application's start-up."""
     command = [
         sys.executable, "-P", "-m", "uvicorn", "--app-dir", str(directory), "--fd", str(listener.fileno()),
-        "--workers", "1", "--loop", "uvloop", "--http", "httptools", "--lifespan", "on",
+        "--workers", "1", "--loop", "uvloop", "--http", "knapper.targets:Targeted", "--lifespan", "on",
         "--timeout-keep-alive", str(KEEP_ALIVE_S), "--log-level", "warning", "--no-access-log", application,
     ]  # fmt: skip
     return await Process.start(command, environment, inherit=[listener.fileno()])

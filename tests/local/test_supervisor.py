@@ -215,3 +215,24 @@ def test_a_gateway_that_cannot_begin_says_why_and_ends_the_rest(tmp_path: Path, 
         assert up.process.wait() == 1
         assert "knapper: the gateway did not start (exit code 1)" in up.log()
         assert up.log().count("RuntimeError: no gateway today") == 2  # as it happened, and as the reason at the end
+
+
+def test_a_request_is_for_whom_its_target_names_and_not_for_whom_its_host_does(tmp_path: Path, model: Path) -> None:
+    """As to a proxy; without keys the server answers by its machine's own names."""
+
+    def ask(target: str, *hosts: str) -> int:
+        lines = [f"GET {target} HTTP/1.1", *(f"Host: {host}" for host in hosts), "Connection: close", "", ""]
+        with socket.create_connection(("127.0.0.1", int(up.url.rpartition(":")[2]))) as raw:
+            raw.sendall("\r\n".join(lines).encode())
+            return int(raw.makefile("rb").readline().split()[1])
+
+    with running(tmp_path, model) as up:
+        up.wait_until_ready()
+        path = "/api/v1/healthz"
+        assert ask(path, "localhost") == ask(f"http://127.0.0.1:8000{path}", "localhost") == 200
+        assert ask(f"http://[::1]:8000{path}", "localhost") == 200
+        assert ask(f"http://localhost{path}", "attacker.example") == 200, "for this machine, whatever a proxy says"
+        for target in ("http://attacker.example", "http://attacker.example:8000", "https://localhost.attacker.example"):
+            assert ask(f"{target}{path}", "127.0.0.1") == 403
+        assert ask(path, "127.0.0.1", "attacker.example") == 403
+        assert ask(f"http://localhost{path}", "localhost", "localhost") == 403
