@@ -1,6 +1,7 @@
 """The data directory is for the account that serves alone: also one of an earlier version, and whoever else tries."""
 
 import asyncio
+import json
 import os
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from structlog.testing import capture_logs
 from knapper import private
 from knapper.errors import InvalidField
 from knapper.exchange.directory import DirectoryExchange
-from knapper.local.state import locked
+from knapper.local.state import Processes, locked
+from knapper.models.obtain import _alone
 from knapper.store.directory import DirectoryStore
 from tests.accounts import as_other, mode, opened
 
@@ -120,3 +122,24 @@ def test_a_file_system_that_keeps_no_modes_is_refused(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "fchmod", lambda *_: None)
     with pytest.raises(InvalidField, match=r"Its mode is 777, and its file system keeps no other"):
         private.make(tmp_path)
+
+
+def test_links_in_the_run_directory_and_the_cache_lead_nowhere(tmp_path: Path) -> None:
+    """Under each name that is the same every time."""
+    victim = tmp_path / "authorized_keys"
+    victim.write_text("precious")
+    run, cache = tmp_path / "data" / "run", tmp_path / "cache"
+    for place in (run, cache):
+        place.mkdir(parents=True)
+    for link in (run / "processes.tmp", run / "processes.json", cache / ".lock"):
+        link.symlink_to(victim)
+    with locked(tmp_path / "data", run):
+        Processes(run).set("gateway", 1, 2)
+    assert json.loads((run / "processes.json").read_bytes()) == {"gateway": {"pid": 1, "port": 2}}
+    with pytest.raises(OSError, match=r"symbolic links"), _alone(cache, print):
+        pass
+    (run / "lock").unlink()
+    (run / "lock").symlink_to(victim)
+    with pytest.raises(InvalidField, match=r"symbolic links"), locked(tmp_path / "data", run):
+        pass
+    assert victim.read_text() == "precious"
