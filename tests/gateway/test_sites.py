@@ -1,6 +1,7 @@
 """A gateway without keys answers by its machine's own names, and from its own pages; with keys it does not look."""
 
 import http.client
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import closing
@@ -11,6 +12,7 @@ import pytest
 from knapper.errors import InvalidField
 from knapper.settings import Settings
 from tests.gateway.running import Running, gateway
+from tests.security.test_doors import ROUTES
 
 OWN = ["127.0.0.1", "127.0.0.1:8000", "127.7.7.7", "localhost", "LOCALHOST:1", "localhost.", "localhost.:8000", "[::1]",
        "[::1]:8000", "[0:0:0:0:0:0:0:1]", "[::ffff:127.0.0.1]:80", "localhost:"]  # fmt: skip
@@ -126,3 +128,17 @@ def test_a_client_that_names_the_server_as_it_likes_is_told_what_is_allowed(runn
         "the header Host is 'my-laptop.local:8000'; allowed without keys: localhost, 127.0.0.1, [::1], and the names "
         "in KNAPPER_HOSTS"
     )
+
+
+def test_no_simple_request_changes_anything_even_if_its_browser_says_nothing(running: Running) -> None:
+    """A page may send these to any address without asking; its headers are not its to choose, so there is no key."""
+    changing = [(method, path) for method, path in ROUTES if method in ("POST", "PUT", "PATCH", "DELETE")]
+    assert len(changing) > 30
+    before = running.run(running.store.list(""))
+    for _, path in changing:
+        url = running.url + re.sub(r"\{[^}]*\}", "x", path)
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", None):
+            headers = {} if kind is None else {"Content-Type": kind}
+            answer = httpx.post(url, content=b'{"files": {"job.yaml": "kind: rl"}}', headers=headers, trust_env=False)
+            assert answer.status_code in (401, 404, 405), (path, kind, answer.text)
+    assert running.run(running.store.list("")) == before

@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from knapper.cluster.kustomize import render
+from knapper.function_key import SECRET
 from tests.manifests import schema as manifests
 from tests.terraform import schema
 from tests.terraform.checks import findings
-from tests.terraform.reading import TERRAFORM, blocks, documents, plain, read
+from tests.terraform.reading import TERRAFORM, blocks, documents, plain, read, text_of
 
 BINARY = shutil.which("terraform")
 
@@ -160,6 +161,17 @@ def test_the_state_bucket_keeps_everything_and_no_more() -> None:
     assert state["versioning"][0]["enabled"] is False
     actions = [plain(rule["action"][0]["type"]) for rule in state["lifecycle_rule"]]
     assert actions == ["AbortIncompleteMultipartUpload"]
+
+
+def test_of_the_secrets_reward_reads_the_key_of_the_functions_alone() -> None:
+    """It runs code of others; train-step and sample read the whole state."""
+    document = documents()[TERRAFORM / "modules/iam"]
+    reads = [body for kind, _, body in blocks(document, "resource") if kind == "google_storage_bucket_iam_member"]
+    mine = [body for body in reads if body.get("member") == "${local.reward}" and "secrets/" in text_of(body)]
+    (granted,) = mine
+    assert plain(granted["role"]) == "roles/storage.objectViewer"
+    expression = plain(granted["condition"][0]["expression"])
+    assert expression == f"resource.name == 'projects/_/buckets/${{var.state_bucket}}/objects/{SECRET}'"
 
 
 def test_gpu_nodes_start_from_zero_and_have_a_most() -> None:
