@@ -61,10 +61,10 @@ BROKER_APP = """
 import os
 from starlette.applications import Starlette
 from starlette.routing import Route
-from knapper.local.broker.main import create_app, take
+from knapper.local.broker.main import create_app, post
 from knapper.settings import Settings
 inner = create_app(Settings.load(os.environ))
-app = Starlette(routes=[Route("/knapper/knapper", take, methods=["POST"])], lifespan=inner.router.lifespan_context)
+app = Starlette(routes=[Route("/knapper/knapper", post, methods=["POST"])], lifespan=inner.router.lifespan_context)
 """
 
 
@@ -211,6 +211,8 @@ def main(models: Path, emulator: Path, root: Path) -> None:
         "PATH": os.environ["PATH"], "PYTHONPATH": f"{CHECKOUT}:{root}", "KNAPPER_DATA": str(root / "broker"),
         "KNAPPER_EXCHANGE": "gs://knapper", **heard,
     }  # fmt: skip
+    for name in ("KNAPPER_STORE", "STORAGE_EMULATOR_HOST"):  # where the key is by which it tells whose an event is
+        broker_environment[name] = find(objects, "ConfigMap", "knapper")["data"][name]
     uvicorn = [sys.executable, "-m", "uvicorn", "broker_app:app", "--host", doors["broker"], "--port", "80"]
     others = [
         subprocess.Popen([sys.executable, "-c", RELAY, *relays]),

@@ -16,6 +16,7 @@ import tinker
 from knapper import events, lease
 from knapper.events import Event
 from knapper.function_key import FunctionKey
+from knapper.local.broker.watcher import finalized
 from knapper.store.directory import DirectoryStore
 from tests.accounts import as_other, opened
 from tests.conformance.kill_client import datum
@@ -137,6 +138,9 @@ def test_with_the_key_of_the_store_the_same_calls_are_answered(server: Server) -
             assert scored.json()["scores"][0]["value"] == 0.5
         taken = client.post(f"http://127.0.0.1:{ports['broker']}/", headers=signed[0], content=signed[1])
         assert taken.status_code == 202
+        headers, body = finalized("inbox/local/none/job.yaml", "1", 1, 0.0).encode()
+        taken = client.post(f"http://127.0.0.1:{ports['broker']}/", headers=headers, content=body)
+        assert taken.status_code == 202, "of storage: the gateway looks into the inbox, and believes nothing"
 
 
 def test_another_account_of_the_machine_has_no_way_to_the_functions(server: Server) -> None:
