@@ -246,7 +246,7 @@ class Elsewhere:
 
     def ask(self, running: Running) -> httpx.Response:
         async def get() -> httpx.Response:
-            async with httpx.AsyncClient(transport=self._transport, base_url="http://gateway") as client:
+            async with httpx.AsyncClient(transport=self._transport, base_url="http://localhost") as client:
                 headers = {"X-API-Key": "tml-local"}
                 return await client.get("/api/v1/get_server_capabilities", headers=headers)
 
