@@ -66,10 +66,8 @@ def _check_names(where: str, datum: Datum, loss: Loss) -> None:
     allowed = (*loss.required, *loss.optional)
     missing = [name for name in loss.required if name not in datum.inputs]
     if missing:
-        hint = "; weights of 1.0 train on every token" if missing == ["weights"] else ""
         raise UserError(
-            f"{where}loss_fn_inputs has no {' and no '.join(missing)}; "
-            f"{loss.name} needs {', '.join(loss.required)}{hint}"
+            f"{where}loss_fn_inputs has no {' and no '.join(missing)}; {loss.name} needs {', '.join(loss.required)}"
         )
     for name in datum.inputs:
         if name not in allowed:

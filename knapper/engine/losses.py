@@ -4,6 +4,9 @@ T tokens, K targets of a position. `learner_T` are the log-probabilities of the 
 every other argument has the name and the meaning that it has in a request. Where a formula has no published default,
 ours stands beside it with its reason.
 
+A formula gives a term for each token. The loss is the sum of the terms, each multiplied by its weight where a datum has
+`weights`: 1 changes nothing, and 0 takes a token out of the gradient and the metrics.
+
 Every metric is a sum over tokens, so that it stays exact when a client splits its batch over requests: divide by
 `tokens:sum` for a mean.
 """
@@ -12,7 +15,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,22 +24,20 @@ from torch import Tensor
 
 from knapper.errors import InvalidField, UserError
 
-Metrics = dict[str, Tensor]  # `name:sum` -> a scalar
-Formula = Callable[..., tuple[Tensor, Metrics]]
+ByToken = dict[str, Tensor]  # name -> a value of each token, whose sum over the trained tokens is the metric `name:sum`
+Formula = Callable[..., tuple[Tensor, ByToken]]  # (terms, what is told of them), each in the shape of `learner_T`
 Threshold = float | Tensor  # one for all tokens (config), or one a token (input)
 
 
-def cross_entropy(learner_T: Tensor, *, weights: Tensor) -> tuple[Tensor, Metrics]:
-    """-sum(weights * learner). Both (T), or both (T, K). Weights may be negative: forward_backward_custom sends
-    -dC/dlogprobs.
-    """
-    return -(weights * learner_T).sum(), {"tokens:sum": _count(weights != 0), "weights:sum": weights.sum()}
+def cross_entropy(learner_T: Tensor) -> tuple[Tensor, ByToken]:
+    """-learner, (T) or (T, K). Its weights may be negative: forward_backward_custom sends -dC/dlogprobs."""
+    return -learner_T, {}
 
 
-def importance_sampling(learner_T: Tensor, *, logprobs: Tensor, advantages: Tensor) -> tuple[Tensor, Metrics]:
-    """-sum(ratio * advantages), ratio = exp(learner - sampler)."""
+def importance_sampling(learner_T: Tensor, *, logprobs: Tensor, advantages: Tensor) -> tuple[Tensor, ByToken]:
+    """-ratio * advantages, ratio = exp(learner - sampler)."""
     ratio_T = torch.exp(learner_T - logprobs)
-    return -(ratio_T * advantages).sum(), _off_policy(learner_T, logprobs, ratio_T, advantages != 0)
+    return -(ratio_T * advantages), _off_policy(learner_T, logprobs, ratio_T)
 
 
 def ppo(
@@ -46,8 +47,8 @@ def ppo(
     advantages: Tensor,
     clip_low_threshold: Threshold = 0.8,
     clip_high_threshold: Threshold = 1.2,
-) -> tuple[Tensor, Metrics]:
-    """-sum(min(ratio * advantages, clip(ratio) * advantages)); thresholds are ratios, not distances from 1."""
+) -> tuple[Tensor, ByToken]:
+    """-min(ratio * advantages, clip(ratio) * advantages); thresholds are ratios, not distances from 1."""
     ratio_T = torch.exp(learner_T - logprobs)
     return _clipped(learner_T, logprobs, advantages, ratio_T, clip_low_threshold, clip_high_threshold)
 
@@ -59,25 +60,22 @@ def cispo(
     advantages: Tensor,
     clip_low_threshold: Threshold = 0.0,
     clip_high_threshold: Threshold = 4.0,
-) -> tuple[Tensor, Metrics]:
-    """-sum(stop_gradient(clip(ratio)) * learner * advantages)."""
+) -> tuple[Tensor, ByToken]:
+    """-stop_gradient(clip(ratio)) * learner * advantages."""
     ratio_T = torch.exp(learner_T - logprobs).detach()
     clipped_T = _clip(ratio_T, clip_low_threshold, clip_high_threshold)
-    trained_T = advantages != 0
-    metrics = _off_policy(learner_T, logprobs, ratio_T, trained_T)
-    metrics["clipped:sum"] = _count((clipped_T != ratio_T) & trained_T)
-    return -(clipped_T * learner_T * advantages).sum(), metrics
+    told = _off_policy(learner_T, logprobs, ratio_T) | {"clipped": clipped_T != ratio_T}
+    return -(clipped_T * learner_T * advantages), told
 
 
-def dro(learner_T: Tensor, *, logprobs: Tensor, advantages: Tensor, beta: float = 0.05) -> tuple[Tensor, Metrics]:
-    """-sum(learner * advantages - beta/2 * (learner - sampler)^2), over all tokens, those of zero advantage too.
+def dro(learner_T: Tensor, *, logprobs: Tensor, advantages: Tensor, beta: float = 0.05) -> tuple[Tensor, ByToken]:
+    """-(learner * advantages - beta/2 * (learner - sampler)^2), of all tokens, those of zero advantage too.
 
     `beta` has no published default; 0.05 is the value of the published example.
     """
     distance_T = learner_T - logprobs
     value_T = learner_T * advantages - 0.5 * beta * distance_T**2
-    every_T = torch.ones_like(advantages, dtype=torch.bool)
-    return -value_T.sum(), _off_policy(learner_T, logprobs, torch.exp(distance_T), every_T)
+    return -value_T, _off_policy(learner_T, logprobs, torch.exp(distance_T))
 
 
 def gspo(
@@ -88,8 +86,8 @@ def gspo(
     sequence_ratio_mask: Tensor,
     clip_low_threshold: Threshold,
     clip_high_threshold: Threshold,
-) -> tuple[Tensor, Metrics]:
-    """PPO's sum with one ratio a sequence: s = exp(mean over the mask of (learner - sampler)), each token's gradient
+) -> tuple[Tensor, ByToken]:
+    """PPO's terms with one ratio a sequence: s = exp(mean over the mask of (learner - sampler)), each token's gradient
     through s * exp(learner - stop_gradient(learner)).
 
     The mask is 0 or 1 a token, with at least one 1. The thresholds have no published default, and ours would be a
@@ -103,11 +101,10 @@ def gspo(
 
 def _clipped(
     learner_T: Tensor, logprobs: Tensor, advantages: Tensor, ratio_T: Tensor, low: Threshold, high: Threshold
-) -> tuple[Tensor, Metrics]:
+) -> tuple[Tensor, ByToken]:
     plain_T, clipped_T = ratio_T * advantages, _clip(ratio_T, low, high) * advantages
-    metrics = _off_policy(learner_T, logprobs, ratio_T, advantages != 0)
-    metrics["clipped:sum"] = _count(clipped_T < plain_T)
-    return -torch.minimum(plain_T, clipped_T).sum(), metrics
+    told = _off_policy(learner_T, logprobs, ratio_T) | {"clipped": clipped_T < plain_T}
+    return -torch.minimum(plain_T, clipped_T), told
 
 
 def _clip(ratio_T: Tensor, low: Threshold, high: Threshold) -> Tensor:
@@ -117,27 +114,26 @@ def _clip(ratio_T: Tensor, low: Threshold, high: Threshold) -> Tensor:
     return torch.clamp(ratio_T, each(low), each(high))
 
 
-def _off_policy(learner_T: Tensor, sampler_T: Tensor, ratio_T: Tensor, trained_T: Tensor) -> Metrics:
-    """How far the learner is from the sampler: `kl:sum` estimates KL(sampler, learner) by the sampled tokens, k =
+def _off_policy(learner_T: Tensor, sampler_T: Tensor, ratio_T: Tensor) -> ByToken:
+    """How far the learner is from the sampler: `kl` estimates KL(sampler, learner) by the sampled tokens, k =
     sampler - learner.
     """
-    return {
-        "tokens:sum": _count(trained_T),
-        # By `where`: a mask as an index would make the device tell how many there are.
-        "ratio:sum": torch.where(trained_T, ratio_T.detach(), 0.0).sum(),
-        "kl:sum": torch.where(trained_T, sampler_T - learner_T.detach(), 0.0).sum(),
-    }
+    return {"ratio": ratio_T, "kl": sampler_T - learner_T}
 
 
-def _count(mask: Tensor) -> Tensor:
-    return mask.sum(dtype=torch.float32)
+class Computed(NamedTuple):
+    """Of one datum. `terms` is in the shape of its targets; their sum is `total`, which alone carries a gradient."""
+
+    total: Tensor
+    metrics: dict[str, Tensor]  # `name:sum` -> a scalar; `loss:sum` is the total
+    terms: Tensor
 
 
 @dataclass(frozen=True)
 class Loss:
     """A formula and what a request must and may give it.
 
-    `silent`: the input whose zeros make a token's gradient zero, whatever the weights; empty if there is none.
+    `silent`: the inputs whose zeros make a token's gradient zero, whatever the model's weights.
     """
 
     name: str
@@ -145,14 +141,16 @@ class Loss:
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
     config: tuple[str, ...] = ()
-    silent: str = ""
+    silent: tuple[str, ...] = ("weights", "advantages")
     columns: bool = False  # (T, K) targets allowed
+    terms_told: bool = False  # `elementwise_loss` is among the outputs
 
     def needs_gradient(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
         """(T), False where no gradient can arise."""
-        if not self.silent:
-            return np.ones(len(inputs["target_tokens"]), dtype=bool)
-        needed: NDArray[np.bool_] = inputs[self.silent] != 0
+        needed = np.ones(inputs["target_tokens"].shape, dtype=bool)
+        for name in self.silent:
+            if name in inputs:
+                needed &= inputs[name] != 0
         return np.asarray(needed.any(axis=1)) if needed.ndim == 2 else needed
 
     def read_config(self, config: Mapping[str, float | str]) -> dict[str, float]:
@@ -173,26 +171,41 @@ class Loss:
         found = inspect.signature(self.formula).parameters[key].default
         return None if found is inspect.Parameter.empty else float(found)
 
-    def __call__(
-        self, learner_T: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float]
-    ) -> tuple[Tensor, Metrics]:
-        """(the sum, metrics with `loss:sum` among them)."""
-        loss, metrics = self.formula(learner_T, **inputs, **config)
-        return loss, {"loss:sum": loss.detach(), **{name: value.detach() for name, value in metrics.items()}}
+    def __call__(self, learner_T: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float]) -> Computed:
+        """`inputs` without the targets."""
+        trained_T = torch.ones_like(learner_T, dtype=torch.bool)
+        for name in self.silent:
+            if name in inputs:
+                trained_T = trained_T & (inputs[name] != 0)
+        # Where no gradient can arise none does, not even 0 times the infinite one of a far ratio.
+        learner_T = torch.where(trained_T, learner_T, learner_T.detach())
+        given = {name: value for name, value in inputs.items() if name != "weights"}
+        terms_T, told = self.formula(learner_T, **given, **config)
+        weights_T = inputs.get("weights", torch.ones_like(terms_T))
+        terms_T = torch.where(weights_T != 0, terms_T * weights_T, 0.0)
+        metrics = {
+            "loss:sum": (total := terms_T.sum()).detach(),
+            "tokens:sum": trained_T.sum(dtype=torch.float32),
+            "weights:sum": weights_T.sum(),
+            # By `where`: a mask as an index would make the device tell how many there are.
+            **{f"{name}:sum": torch.where(trained_T, each.detach().float(), 0.0).sum() for name, each in told.items()},
+        }
+        return Computed(total, {name: value.detach() for name, value in metrics.items()}, terms_T.detach())
 
 
 _THRESHOLDS = ("clip_low_threshold", "clip_high_threshold")
 _SAMPLED = ("target_tokens", "logprobs", "advantages")
+_WEIGHTS = ("weights",)  # optional everywhere; without them each token weighs 1
 
 LOSSES: dict[str, Loss] = {
     loss.name: loss
     for loss in (
-        Loss("cross_entropy", cross_entropy, ("target_tokens", "weights"), silent="weights", columns=True),
-        Loss("importance_sampling", importance_sampling, _SAMPLED, silent="advantages"),
-        Loss("ppo", ppo, _SAMPLED, _THRESHOLDS, _THRESHOLDS, silent="advantages"),
-        Loss("cispo", cispo, _SAMPLED, _THRESHOLDS, _THRESHOLDS, silent="advantages"),
-        Loss("dro", dro, _SAMPLED, config=("beta",)),
-        Loss("gspo", gspo, (*_SAMPLED, "sequence_ratio_mask"), _THRESHOLDS, _THRESHOLDS, silent="advantages"),
+        Loss("cross_entropy", cross_entropy, ("target_tokens",), _WEIGHTS, columns=True, terms_told=True),
+        Loss("importance_sampling", importance_sampling, _SAMPLED, _WEIGHTS),
+        Loss("ppo", ppo, _SAMPLED, (*_WEIGHTS, *_THRESHOLDS), _THRESHOLDS),
+        Loss("cispo", cispo, _SAMPLED, (*_WEIGHTS, *_THRESHOLDS), _THRESHOLDS),
+        Loss("dro", dro, _SAMPLED, _WEIGHTS, ("beta",), silent=_WEIGHTS),
+        Loss("gspo", gspo, (*_SAMPLED, "sequence_ratio_mask"), (*_WEIGHTS, *_THRESHOLDS), _THRESHOLDS),
     )
 }
 

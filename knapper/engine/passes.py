@@ -21,7 +21,7 @@ from knapper.engine.config import HEAD
 from knapper.engine.device import Task
 from knapper.engine.head import HeadLora
 from knapper.engine.lora import Lora
-from knapper.engine.losses import Loss
+from knapper.engine.losses import Computed, Loss
 from knapper.engine.model import Model
 from knapper.engine.prefixes import Prefixes
 from knapper.engine.stretches import Course
@@ -140,24 +140,32 @@ def _losses(model: Model, one: Pass, batch: MicroBatch, found: Sequence[Tensor])
     """
     inputs = _inputs(batch.data, model.device)
     losses = [one.loss(p, given, one.config) for p, given in zip(found, inputs, strict=True)]
-    values = torch.stack([value for value, _ in losses])
+    values = torch.stack([loss.total for loss in losses])
     for index, value in enumerate(values.detach().tolist()):  # one transfer for all
         if not math.isfinite(value):
             one.failed = _not_finite(batch.first + index, one.loss, value, found[index])
             return None
-    flat = torch.cat([p.detach().flatten() for p in found]).cpu().numpy()
-    places = np.cumsum([p.numel() for p in found])[:-1]
-    one.outputs += [{"logprobs": part.reshape(p.shape)} for part, p in zip(np.split(flat, places), found, strict=True)]
-    names = list(losses[0][1])
+    told = {"logprobs": [p.detach() for p in found]}
+    if one.loss.terms_told:
+        told["elementwise_loss"] = [loss.terms for loss in losses]
+    one.outputs += [dict(zip(told, arrays, strict=True)) for arrays in zip(*map(_arrays, told.values()), strict=True)]
+    names = list(losses[0].metrics)
     for name, *column in zip(names, *_metrics(losses, names), strict=True):
         for value in column:
             one.metrics[name] = one.metrics.get(name, 0.0) + value
     return values.sum()
 
 
-def _metrics(losses: Sequence[tuple[Tensor, dict[str, Tensor]]], names: Sequence[str]) -> list[list[float]]:
+def _arrays(by_datum: Sequence[Tensor]) -> list[np.ndarray]:
+    """Each in its shape; in one transfer."""
+    flat = torch.cat([each.flatten() for each in by_datum]).cpu().numpy()
+    parts = np.split(flat, np.cumsum([each.numel() for each in by_datum])[:-1])
+    return [part.reshape(each.shape) for part, each in zip(parts, by_datum, strict=True)]
+
+
+def _metrics(losses: Sequence[Computed], names: Sequence[str]) -> list[list[float]]:
     """A list of values, by name, for each datum; in one transfer."""
-    return torch.stack([torch.stack([metrics[name].float() for name in names]) for _, metrics in losses]).tolist()
+    return torch.stack([torch.stack([loss.metrics[name].float() for name in names]) for loss in losses]).tolist()
 
 
 def _inputs(data: Sequence[Datum], device: torch.device) -> list[dict[str, Tensor]]:

@@ -80,8 +80,9 @@ class Standard:
 def loss(name: str, datum: types.Datum, p: Tensor, config: Mapping[str, float]) -> Tensor:
     """The sum over the datum's tokens; `p`: the learner's log-probabilities of the targets."""
     given = {key: value.to_torch() for key, value in datum.loss_fn_inputs.items()}
+    weights = given.get("weights", torch.ones_like(p))
     if name == "cross_entropy":
-        return -(given["weights"] * p).sum()
+        return -(weights * p).sum()
     q, a = given["logprobs"], given["advantages"]
     ratio = torch.exp(p - q)
     low, high = (
@@ -91,15 +92,15 @@ def loss(name: str, datum: types.Datum, p: Tensor, config: Mapping[str, float]) 
         )
     )
     if name == "importance_sampling":
-        return -(ratio * a).sum()
+        return -(weights * ratio * a).sum()
     if name == "dro":
-        return -(p * a).sum() + 0.5 * config.get("beta", 0.05) * ((p - q) ** 2).sum()
+        return -(weights * p * a).sum() + 0.5 * config.get("beta", 0.05) * (weights * (p - q) ** 2).sum()
     if name == "cispo":
-        return -(ratio.detach().clamp(low, high) * p * a).sum()
+        return -(weights * ratio.detach().clamp(low, high) * p * a).sum()
     if name == "gspo":
         mask = given["sequence_ratio_mask"].bool()
         ratio = torch.exp((p - q)[mask].mean()).detach() * torch.exp(p - p.detach())
-    return -torch.minimum(ratio * a, ratio.clamp(low, high) * a).sum()
+    return -(weights * torch.minimum(ratio * a, ratio.clamp(low, high) * a)).sum()
 
 
 _clips = {"ppo": (0.8, 1.2), "cispo": (0.0, 4.0)}

@@ -84,7 +84,6 @@ BATCHES: dict[str, tuple[list[types.Datum], str, dict[str, Any] | None, str]] = 
     "a weight that is no number": ([datum(weights=[1.0, math.nan, *far(6)])], CE, None, r"weights\[1\] is nan.*finite"),
     "an infinite weight": ([datum(weights=[*far(7), math.inf])], CE, None, r"weights\[7\] is inf.*finite"),
     "an advantage that is no number": ([rl(advantages=[math.nan] * ONE)], "ppo", None, r"advantages\[0\] is nan"),
-    "no weights": ([datum(weights=None)], CE, None, r"no weights.*cross_entropy needs target_tokens, weights"),
     "no advantages": ([rl(advantages=None)], "cispo", None, r"no advantages.*cispo needs"),
     "an input that the loss does not read": ([datum(advantages=far(ONE))], CE, None, r"'advantages'; allowed for"),
     "an unknown loss": ([datum()], "hinge", None, r"loss_fn is 'hinge'; allowed: cross_entropy, importance_sampling"),

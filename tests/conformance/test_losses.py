@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import tinker
@@ -60,6 +61,18 @@ def sparse() -> Batch:
     return batch
 
 
+def unweighted(batch: Batch) -> Batch:
+    """Without weights: each token weighs 1."""
+    for datum in batch:
+        del datum.loss_fn_inputs["weights"]
+    return batch
+
+
+def weights(dice: np.random.Generator, n: int) -> np.ndarray:
+    """Some negative, some zero, none the same."""
+    return np.where(np.arange(n) % 4 == 1, 0.0, dice.normal(size=n))
+
+
 def sampled(**more: Callable[[np.random.Generator, int], np.ndarray]) -> Callable[[Reference], Batch]:
     """Texts whose sampler was somewhat off the learner: ratios far on both sides of 1. `more`: further inputs."""
 
@@ -86,20 +99,30 @@ CASES: dict[str, tuple[str, Mapping[str, float], Callable[[Reference], Batch]]] 
     "cross_entropy with negative weights": ("cross_entropy", {}, lambda _: negative_weights()),
     "cross_entropy of several targets": ("cross_entropy", {}, lambda _: columns()),
     "cross_entropy of sparse targets": ("cross_entropy", {}, lambda _: sparse()),
+    "cross_entropy without weights": ("cross_entropy", {}, lambda _: unweighted(negative_weights())),
+    "cross_entropy of several targets without weights": ("cross_entropy", {}, lambda _: unweighted(columns())),
     "importance_sampling": ("importance_sampling", {}, sampled()),
+    "importance_sampling with weights": ("importance_sampling", {}, sampled(weights=weights)),
     "ppo": ("ppo", {}, sampled()),
+    "ppo with weights": ("ppo", {}, sampled(weights=weights)),
     "ppo with its thresholds": ("ppo", {"clip_low_threshold": 0.5, "clip_high_threshold": 1.1}, sampled()),
     "ppo with a threshold for each token": (
         "ppo", {"clip_low_threshold": 0.7},
         sampled(clip_high_threshold=lambda dice, n: 1.0 + dice.random(n)),
     ),
     "cispo": ("cispo", {}, sampled()),
+    "cispo with weights": ("cispo", {}, sampled(weights=weights)),
     "cispo with its thresholds": ("cispo", {"clip_low_threshold": 0.9, "clip_high_threshold": 1.3}, sampled()),
     "dro": ("dro", {}, sampled()),
+    "dro with weights": ("dro", {}, sampled(weights=weights)),
     "dro with its beta": ("dro", {"beta": 0.7}, sampled()),
     "gspo": (
         "gspo", {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1},
         sampled(sequence_ratio_mask=lambda _, n: np.arange(n) % 2 == 0),
+    ),
+    "gspo with weights": (
+        "gspo", {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1},
+        sampled(sequence_ratio_mask=lambda _, n: np.arange(n) % 2 == 0, weights=weights),
     ),
 }  # fmt: skip
 
@@ -152,6 +175,55 @@ def step_of(learner: Reference, batch: Batch, name: str, config: Mapping[str, fl
 
 def flat(weights: Mapping[str, torch.Tensor], names: Iterable[str]) -> torch.Tensor:
     return torch.cat([weights[name].flatten() for name in names])
+
+
+@pytest.mark.parametrize("make", [negative_weights, columns, sparse, lambda: unweighted(columns())])
+def test_cross_entropy_tells_the_loss_of_each_token(make: Callable[[], Batch], client: tinker.TrainingClient) -> None:
+    """-logprobs * weights, float32, in the shape of the weights; they add up to the loss. Of a forward pass too."""
+    batch = make()
+    for output in (client.forward_backward(batch, "cross_entropy"), client.forward(batch, "cross_entropy")):
+        found = output.result()
+        total = 0.0
+        for datum, told in zip(batch, found.loss_fn_outputs, strict=True):
+            p = told["logprobs"].to_numpy()
+            wanted = -p if "weights" not in datum.loss_fn_inputs else -p * datum.loss_fn_inputs["weights"].to_numpy()
+            loss = told["elementwise_loss"].to_numpy()
+            assert loss.dtype == np.float32
+            assert loss.shape == p.shape
+            np.testing.assert_array_equal(loss, wanted)
+            total += float(loss.sum(dtype=np.float64))
+        assert total == pytest.approx(found.metrics["loss:sum"], rel=1e-5, abs=1e-4)
+        assert total != 0
+
+
+def test_clients_that_read_json_are_told_the_loss_of_each_token_too(server: Server, model: Path) -> None:
+    """Clients up to 0.24 send JSON and read it."""
+    text = data.tokens(rng(16), 9)
+    tensors = {
+        "target_tokens": {"data": text[1:], "dtype": "int64", "shape": [8]},
+        "weights": {"data": [0.0, 0.5, -1.0, 2.0] * 2, "dtype": "float32", "shape": [8]},
+    }
+    datum = {"model_input": {"chunks": [{"type": "encoded_text", "tokens": text[:-1]}]}, "loss_fn_inputs": tensors}
+    with httpx.Client(base_url=f"{server.url}/api/v1/", headers={"X-API-Key": "tml-local"}, timeout=40) as http:
+
+        def post(path: str, body: dict[str, Any]) -> Any:
+            reply = http.post(path, json=body)
+            while reply.status_code == 408:
+                reply = http.post(path, json=body)
+            return reply.raise_for_status().json()
+
+        session = post("create_session", {"tags": [], "user_metadata": None, "sdk_version": "0.24.1"})["session_id"]
+        made = {"session_id": session, "model_seq_id": 1, "base_model": str(model), "lora_config": {"rank": 2}}
+        post("retrieve_future", {"request_id": (promise := post("create_model", made))["request_id"]})
+        told = []
+        for seq, path in enumerate(("forward", "forward_backward"), 1):
+            asked = {f"{path}_input": {"data": [datum], "loss_fn": "cross_entropy"}}
+            sent = post(path, {**asked, "model_id": promise["model_id"], "seq_id": seq})
+            told.append(post("retrieve_future", {"request_id": sent["request_id"]})["loss_fn_outputs"][0])
+    for each in told:
+        wanted = -np.array(each["logprobs"]["data"], np.float32) * np.array(tensors["weights"]["data"], np.float32)
+        assert (each["elementwise_loss"]["dtype"], each["elementwise_loss"]["shape"]) == ("float32", [8])
+        np.testing.assert_array_equal(np.array(each["elementwise_loss"]["data"], np.float32), wanted)
 
 
 def test_losses_are_sums_over_datums_and_tokens(new_client: NewClient) -> None:

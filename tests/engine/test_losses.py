@@ -19,19 +19,20 @@ def normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def inputs_of(name: str, columns: int = 0) -> Given:
-    """Inputs that reach every branch: ratios on both sides of the bounds, advantages of both signs and zero."""
-    shape = (TOKENS, columns) if columns else (TOKENS,)
+def inputs_of(name: str, columns: int = 0, *, weighted: bool = True) -> Given:
+    """Inputs that reach every branch: ratios on both sides of the bounds, advantages and weights of both signs and
+    zero.
+    """
+    weights = normal(1, *((TOKENS, columns) if columns else (TOKENS,)))
+    weights[::4] = 0
     if name == "cross_entropy":
-        weights = normal(1, *shape)
-        weights[::4] = 0
-        return {"weights": weights}
+        return {"weights": weights} if weighted else {}
     advantages = normal(2, TOKENS)
     advantages[::5] = 0
     given = {"logprobs": normal(3, TOKENS) * 0.5 - 2.4, "advantages": advantages}
     if name == "gspo":
         given["sequence_ratio_mask"] = (torch.arange(TOKENS) % 3 != 0).float()
-    return given
+    return given | ({"weights": weights} if weighted else {})
 
 
 def logits_and_targets(columns: int = 0) -> tuple[Tensor, Tensor]:
@@ -53,27 +54,34 @@ def by_loops(name: str, logits: Tensor, targets: Tensor, given: Given, config: d
     for t in range(TOKENS):
         for k in range(targets.shape[1]):
             p = logits[t, targets[t, k]] - normaliser[t]
-            if name == "cross_entropy":
-                weight = given["weights"][t] if targets.shape[1] == 1 else given["weights"][t, k]
-                total = total - weight * p
-                continue
-            q, a = given["logprobs"][t], given["advantages"][t]
-            ratio = (p - q).exp()
-            if name == "importance_sampling":
-                total = total - ratio * a
-            elif name == "dro":
-                total = total - (p * a - config["beta"] / 2 * (p - q) * (p - q))
-            elif name == "cispo":
-                bounded = min(max(ratio.item(), config["low"]), config["high"])
-                total = total - bounded * p * a
-            else:
-                if name == "gspo":
-                    ratio = sequence * (p - p.detach()).exp()
-                clipped = torch.tensor(min(max(ratio.item(), config["low"]), config["high"]))
-                if clipped.item() == ratio.item():  # inside the bounds: the gradient passes
-                    clipped = ratio
-                total = total - (ratio * a if (ratio * a).item() <= (clipped * a).item() else clipped * a)
+            total = total + weight_of(given, t, k) * term(name, p, given, t, sequence, config)
     return total
+
+
+def weight_of(given: Given, t: int, k: int) -> float:
+    if "weights" not in given:
+        return 1.0
+    return float(given["weights"][t] if given["weights"].dim() == 1 else given["weights"][t, k])
+
+
+def term(name: str, p: Tensor, given: Given, t: int, sequence: float, config: dict[str, float]) -> Tensor:
+    """Of one token, before its weight."""
+    if name == "cross_entropy":
+        return -p
+    q, a = given["logprobs"][t], given["advantages"][t]
+    ratio = (p - q).exp()
+    if name == "importance_sampling":
+        return -ratio * a
+    if name == "dro":
+        return -(p * a - config["beta"] / 2 * (p - q) * (p - q))
+    if name == "cispo":
+        return -min(max(ratio.item(), config["low"]), config["high"]) * p * a
+    if name == "gspo":
+        ratio = sequence * (p - p.detach()).exp()
+    clipped = torch.tensor(min(max(ratio.item(), config["low"]), config["high"]))
+    if clipped.item() == ratio.item():  # inside the bounds: the gradient passes
+        clipped = ratio
+    return -(ratio * a if (ratio * a).item() <= (clipped * a).item() else clipped * a)
 
 
 CASES = [
@@ -91,37 +99,61 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize(("name", "config", "meaning"), CASES)
-def test_value_and_gradient_equal_the_formula(name: str, config: dict[str, float], meaning: dict[str, float]) -> None:
-    check_against_loops(name, config, meaning, 0)
+def test_value_and_gradient_equal_the_formula(
+    name: str, config: dict[str, float], meaning: dict[str, float], weighted: bool
+) -> None:
+    """With a weight for each token, which multiplies its term whatever the loss; and without, when each weighs 1."""
+    check_against_loops(name, config, meaning, inputs_of(name, weighted=weighted), 0)
 
 
-def test_cross_entropy_takes_several_targets_a_position() -> None:
-    check_against_loops("cross_entropy", {}, {}, 3)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_cross_entropy_takes_several_targets_a_position(weighted: bool) -> None:
+    check_against_loops("cross_entropy", {}, {}, inputs_of("cross_entropy", 3, weighted=weighted), 3)
 
 
-def check_against_loops(name: str, config: dict[str, float], meaning: dict[str, float], columns: int) -> None:
+def check_against_loops(
+    name: str, config: dict[str, float], meaning: dict[str, float], given: Given, columns: int
+) -> None:
     raw, targets = logits_and_targets(columns)
-    given = inputs_of(name, columns)
     mine_logits, plain_logits = raw.clone().requires_grad_(), raw.clone().requires_grad_()
     learner = torch.log_softmax(mine_logits, dim=-1).gather(1, targets)
     loss = losses.find(name)
-    value, metrics = loss(learner if columns else learner[:, 0], given, loss.read_config(config))
+    value, metrics, terms = loss(learner if columns else learner[:, 0], given, loss.read_config(config))
     plain = by_loops(name, plain_logits, targets, given, meaning)
     assert value.item() == pytest.approx(plain.item(), rel=1e-5, abs=1e-4)
     assert metrics["loss:sum"].item() == value.item()
+    assert terms.shape == (targets.shape if columns else targets.shape[:1])
+    assert terms.sum().item() == pytest.approx(plain.item(), rel=1e-5, abs=1e-4)
     (mine_grad,) = torch.autograd.grad(value, mine_logits)
     (plain_grad,) = torch.autograd.grad(plain, plain_logits)
     torch.testing.assert_close(mine_grad, plain_grad, rtol=1e-4, atol=1e-6)
     assert mine_grad.abs().max() > 1e-3
     needed = torch.from_numpy(
         loss.needs_gradient(
-            {"target_tokens": targets.numpy(), **{name: value.numpy() for name, value in given.items()}}
+            {
+                "target_tokens": (targets if columns else targets[:, 0]).numpy(),
+                **{name: value.numpy() for name, value in given.items()},
+            }
         )
     )
     assert not mine_grad[~needed].any()
-    assert (~needed).any() == bool(loss.silent)
+    assert (~needed).any() == any(name in given for name in loss.silent)
     assert all(key.count(":") == 1 for key in metrics)
+
+
+def test_a_weight_of_zero_takes_a_token_out_however_far_its_ratio() -> None:
+    """exp(-1 - -200) is infinite in float32, and 0 times that is no number."""
+    learner = torch.tensor([-1.0, -2.0], requires_grad=True)
+    given = {"logprobs": torch.tensor([-200.0, -2.0]), "advantages": torch.ones(2), "weights": torch.tensor([0.0, 3.0])}
+    for name in ("importance_sampling", "ppo", "cispo"):
+        value, metrics, terms = LOSSES[name](learner, given, {})
+        (grad,) = torch.autograd.grad(value, learner)
+        # ratio 1, advantage 1, weight 3; cispo's term is the log-probability times the ratio
+        assert terms.tolist() == [0.0, 6.0 if name == "cispo" else -3.0]
+        assert grad.tolist() == [0.0, -3.0]
+        assert (metrics["tokens:sum"].item(), metrics["ratio:sum"].item(), metrics["kl:sum"].item()) == (1, 1, 0)
 
 
 def test_thresholds_may_differ_by_token() -> None:
@@ -129,12 +161,12 @@ def test_thresholds_may_differ_by_token() -> None:
     learner = torch.log_softmax(raw, dim=-1).gather(1, targets)[:, 0]
     loss = LOSSES["ppo"]
     low, high = torch.full((TOKENS,), 0.5), torch.full((TOKENS,), 1.3)
-    same, _ = loss(learner, given, {"clip_low_threshold": 0.5, "clip_high_threshold": 1.3})
-    each, _ = loss(learner, {**given, "clip_low_threshold": low, "clip_high_threshold": high}, {})
+    same, *_ = loss(learner, given, {"clip_low_threshold": 0.5, "clip_high_threshold": 1.3})
+    each, *_ = loss(learner, {**given, "clip_low_threshold": low, "clip_high_threshold": high}, {})
     assert each.item() == same.item()
     first = torch.arange(TOKENS) < TOKENS // 2
     low[~first], high[~first] = 0.9, 1.1
-    mixed, _ = loss(learner, {**given, "clip_low_threshold": low, "clip_high_threshold": high}, {})
+    mixed, *_ = loss(learner, {**given, "clip_low_threshold": low, "clip_high_threshold": high}, {})
     parts = [
         loss(
             learner[half], {k: v[half] for k, v in given.items()}, {"clip_low_threshold": lo, "clip_high_threshold": hi}
@@ -149,7 +181,7 @@ def test_cispo_carries_no_gradient_through_the_ratio() -> None:
     """d/dp (stop_gradient(r) p A) = r A, with r = exp(-1 + 2) = e here, which the bounds leave alone."""
     learner = torch.full((4,), -1.0, requires_grad=True)
     given = {"logprobs": torch.full((4,), -2.0), "advantages": torch.tensor([1.0, -2.0, 0.5, 0.0])}
-    value, _ = LOSSES["cispo"](learner, given, {})
+    value, *_ = LOSSES["cispo"](learner, given, {})
     (grad,) = torch.autograd.grad(value, learner)
     torch.testing.assert_close(grad, -math.e * given["advantages"])
 
@@ -157,14 +189,16 @@ def test_cispo_carries_no_gradient_through_the_ratio() -> None:
 def test_metrics_are_sums_over_trained_tokens() -> None:
     learner = torch.tensor([-1.0, -2.0, -3.0])
     given = {"logprobs": torch.tensor([-1.0, -2.5, 0.0]), "advantages": torch.tensor([1.0, 1.0, 0.0])}
-    _, metrics = LOSSES["ppo"](learner, given, {})
+    metrics = LOSSES["ppo"](learner, given, {}).metrics
     found = {name: value.item() for name, value in metrics.items()}
     assert found["tokens:sum"] == 2
     assert found["ratio:sum"] == pytest.approx(1 + math.exp(0.5))
     assert found["kl:sum"] == pytest.approx(-0.5)
     assert found["clipped:sum"] == 1
-    _, metrics = LOSSES["cross_entropy"](learner, {"weights": torch.tensor([0.0, 2.0, -0.5])}, {})
+    metrics = LOSSES["cross_entropy"](learner, {"weights": torch.tensor([0.0, 2.0, -0.5])}, {}).metrics
     assert (metrics["tokens:sum"].item(), metrics["weights:sum"].item()) == (2, 1.5)
+    metrics = LOSSES["cross_entropy"](learner, {}, {}).metrics
+    assert (metrics["tokens:sum"].item(), metrics["weights:sum"].item()) == (3, 3)
 
 
 @pytest.mark.parametrize("name", ["", "crossentropy", "CROSS_ENTROPY", "forward"])
@@ -202,4 +236,4 @@ def test_config_keys_and_values_are_checked(name: str, config: dict[str, float |
 def test_the_registry_names_every_argument_of_every_formula() -> None:
     for loss in LOSSES.values():
         arguments = set(inspect.signature(loss.formula).parameters) - {"learner_T"}
-        assert arguments == (set(loss.required) - {"target_tokens"}) | set(loss.optional) | set(loss.config)
+        assert arguments == (set(loss.required) | set(loss.optional) | set(loss.config)) - {"target_tokens", "weights"}
