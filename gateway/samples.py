@@ -8,14 +8,16 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import aiohttp
 import msgspec
 import structlog
 
+from gateway import errors
 from gateway.shortcuts import Shortcuts
 from knapper import ids, limits
-from knapper.errors import Gone, KnapperError, TooMany
+from knapper.errors import Gone, KnapperError, Told, TooLarge, TooMany
 from knapper.ids import SamplerId, SessionId, Tenant, session_of
 from knapper.wire import progress
 from knapper.wire.progress import Drawn, Failed, Whole
@@ -29,7 +31,6 @@ _DEFECTS_MAX = 3  # a 500 may be a pod that died: its reply becomes the result o
 _COLD_S = 1.0
 _ASLEEP_S = 30.0  # a function that answered less long ago is no cold start, whatever it takes
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=900.0)
-_PROTOBUF = "application/x-protobuf"
 _LATER = (401, 408, 425, 429, 502, 503, 504)
 
 CLONE_SEQS = 10**9  # each client of a sampling session counts its requests in a block of its own
@@ -51,7 +52,7 @@ class Entry:
     listen: Callable[[Drawn], None] | None = None  # hears tokens as they are drawn, again from the first after a break
     done: asyncio.Event = field(default_factory=asyncio.Event)
     body: bytes | None = None
-    content_type: str = "application/json"
+    error: KnapperError | None = None
     task: asyncio.Task[None] | None = None
     asked_at: float = float("inf")  # when it went to the sample function
     refused_since: float | None = None
@@ -67,7 +68,11 @@ class Entry:
     @property
     def failed(self) -> bool:
         """Done without a sample: its error is in `body`, or it was cancelled."""
-        return self.body is None or self.content_type == "application/json"
+        return self.body is None or self.error is not None
+
+    @property
+    def content_type(self) -> str:
+        return "application/json" if self.failed else "application/x-protobuf"
 
     @property
     def sequence_ids(self) -> list[str]:
@@ -183,7 +188,7 @@ class Samples:
                 entry.task.cancel()
             else:
                 self._waiting[entry.address[0]].remove(entry)
-            self._finish(entry, None, "application/json")
+            self._finish(entry, None)
             log.debug("sample cancelled", request=entry.request_id, reason=str(why))
 
     def cancel_session(self, session: SessionId, why: KnapperError) -> None:
@@ -240,29 +245,26 @@ class Samples:
 
     async def _serve(self, entry: Entry) -> None:
         try:
-            body, content_type = await self._ask(entry)
-            self._finish(entry, body, content_type)
+            self._finish(entry, await self._ask(entry))
         finally:
             self._in_flight -= 1
             self._dispatch()
 
-    async def _ask(self, entry: Entry) -> tuple[bytes, str]:
-        """(result, content type). Goes on until there is one."""
+    async def _ask(self, entry: Entry) -> bytes | KnapperError:
+        """The sample as protobuf, or why there is none. Goes on until there is one or the other."""
         back_off, defects = _BACK_OFF_S, 0
         while True:
             try:
                 entry.asked_at = min(entry.asked_at, self._now())
                 status, content = await self._post(entry)
                 self._answered_at = self._now()
-                if status == 200 and len(content) > _KEPT_BYTES_MAX:
-                    return _oversized(len(content)), "application/json"
                 if status == 200:
-                    return content, _PROTOBUF
+                    return content if len(content) <= _KEPT_BYTES_MAX else _oversized(len(content))
                 reason = f"{status}: {content[:200].decode(errors='replace')}"
                 if status not in _LATER:
                     defects += status >= 500
                     if status < 500 or defects >= _DEFECTS_MAX:
-                        return _failure(status, content), "application/json"
+                        return _told(status, content)
             except (aiohttp.ClientError, TimeoutError) as error:
                 reason = f"starting from zero: {type(error).__name__}"
             if entry.refused_since is None:
@@ -294,21 +296,24 @@ class Samples:
                             entry.device_s = device_s
                             return 200, answer
                         case Failed(status=status):
-                            return status, msgspec.json.encode({"detail": frame.detail, "category": frame.category})
+                            return status, msgspec.json.encode(frame)
             except (aiohttp.ClientError, TimeoutError) as error:
                 log.info("a streamed sample broke off", request=entry.request_id, reason=type(error).__name__)
         return 500, b"the sample function's answer broke off"
 
-    def _finish(self, entry: Entry, body: bytes | None, content_type: str) -> None:
+    def _finish(self, entry: Entry, result: bytes | KnapperError | None) -> None:
         if entry.done.is_set():
             return
+        body = msgspec.json.encode(errors.failure(result)) if isinstance(result, KnapperError) else result
         self._unfinished -= 1
         self._waiting_bytes -= len(entry.call)
-        if body is not None and content_type == _PROTOBUF:
+        if isinstance(result, KnapperError):
+            entry.error = result
+        elif body is not None:
             session = session_of(entry.address[0])
             self._count(entry.tenant, session if ids.is_session(session) else "", entry.call, body, entry.device_s)
         entry.call = b""
-        entry.body, entry.content_type, entry.done_at = body, content_type, self._now()
+        entry.body, entry.done_at = body, self._now()
         self._number += 1
         entry.number = self._number
         self._finished.append(entry)
@@ -320,18 +325,27 @@ class Samples:
         self.expire()
 
 
-def _oversized(size: int) -> bytes:
+def _oversized(size: int) -> TooLarge:
     """Told in place of an answer that could not be kept until it is fetched, and would be asked for again and again."""
-    error = f"the answer has {size} bytes; allowed: {_KEPT_BYTES_MAX}. Ask for fewer samples or alternatives at once"
-    return msgspec.json.encode({"error": error, "category": "user"})
+    return TooLarge(
+        f"the answer has {size} bytes; allowed: {_KEPT_BYTES_MAX}. Ask for fewer samples or alternatives at once"
+    )
 
 
-def _failure(status: int, content: bytes) -> bytes:
-    """The error of the sample function as the result of a future."""
+class _Sent(msgspec.Struct):
+    """What the sample function says of an error; nothing of it, where something between says it."""
+
+    detail: str = ""
+    code: str = KnapperError.code
+    category: Literal["", "user", "server"] = ""
+    field: str | None = None
+
+
+def _told(status: int, content: bytes) -> Told:
+    """The error of the sample function."""
     try:
-        sent = msgspec.json.decode(content, type=dict[str, str])
+        sent = msgspec.json.decode(content, type=_Sent)
     except msgspec.MsgspecError:
-        sent = {}
-    error = sent.get("detail", f"the sample function answered {status}")
-    category = sent.get("category", "user" if status < 500 else "server")
-    return msgspec.json.encode({"error": error, "category": category})
+        sent = _Sent()
+    category = sent.category or ("user" if status < 500 else "server")
+    return Told(sent.detail or f"the sample function answered {status}", sent.code, status, category, sent.field)

@@ -21,6 +21,7 @@ async def create_sampling_session(request: Request) -> Response:
     base_model, bundle = asked.base_model, ""
     if asked.model_path is not None:
         checkpoint = await gateway.checkpoints.resolve(TinkerPath.parse(asked.model_path, "model_path"), tenant)
+        checkpoint.expect_plain()
         base_model, bundle = checkpoint.base_model, checkpoint.bundle
     elif base_model is None:
         raise InvalidField("base_model", None, "a model's name, or model_path: tinker://<run>/<kind>/<name>")

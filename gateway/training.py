@@ -76,6 +76,7 @@ async def load_weights(request: Request) -> Response:
         return await _accept(gateway, tenant, asked.model_id or "", asked.seq_id or 0, "load_weights", body)
     await gateway.records.open_session(asked.session(), tenant)
     checkpoint = await gateway.checkpoints.resolve(TinkerPath.parse(asked.path), tenant)
+    checkpoint.expect_plain()
     model = await gateway.records.model(checkpoint.base_model)
     if asked.base_model is not None and asked.base_model not in (model.name, model.directory):
         raise InvalidField(

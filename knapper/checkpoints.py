@@ -40,6 +40,15 @@ class Checkpoint(Record, frozen=True):
     expires_at: float = 0.0  # 0: never
     public: bool = False
     user_metadata: dict[str, str] = {}
+    recipients: list[str] = []  # of age, for whom its files are encrypted when they are downloaded; none: nobody does
+
+    def expect_plain(self) -> None:
+        """Raises UserError for an encrypted one, which is for downloads alone: no other way leads around the key."""
+        if self.recipients:
+            raise UserError(
+                f"checkpoint {self.path} is encrypted for its recipients (age_encryption_recipients) and can only be "
+                "downloaded; load or sample from one that save_state or save_weights_for_sampler made"
+            )
 
     def lives(self, now: float) -> bool:
         """Whether the name leads to its files at this time."""

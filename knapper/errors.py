@@ -4,7 +4,7 @@ A message says what was wrong, which value, what is allowed and what to do. `doc
 code.
 """
 
-from typing import ClassVar, Final, Literal
+from typing import Final, Literal
 
 from knapper.printable import printable
 
@@ -14,9 +14,9 @@ Category = Literal["user", "server"]
 class KnapperError(Exception):
     """The root. Anything else that escapes is a defect of knapper."""
 
-    code: ClassVar[str] = "internal"
-    status: ClassVar[int] = 500
-    category: ClassVar[Category] = "server"
+    code: str = "internal"
+    status: int = 500
+    category: Category = "server"
     field: str | None = None  # the one that is wrong, where it is one
 
     def __str__(self) -> str:
@@ -43,6 +43,29 @@ class InvalidField(UserError):
             shown = shown[:117] + "..."
         super().__init__(f"{field} is {shown}; allowed: {allowed}" + (f". {todo}" if todo else ""))
         self.field, self.value, self.allowed, self.todo = field, value, allowed, todo
+
+
+class ContextLengthExceeded(UserError):
+    """A prompt is longer than the model reads. Programs that shorten their prompts look for this code, and for these
+    words.
+    """
+
+    code = "context_length_exceeded"
+
+    def __init__(self, prompt: int, longest: int, context: int, because: str = "") -> None:
+        """In tokens: the prompt's, how many it may have, and the model's context; `because`: why so few."""
+        super().__init__(
+            f"This model's maximum context length is {context} tokens; the prompt has {prompt}, and allowed: up to "
+            f"{longest}{because}. Shorten the prompt"
+        )
+        self.field = "prompt"
+
+    @classmethod
+    def check(cls, prompt: int, max_tokens: int | None, context: int) -> None:
+        """Raises it for a prompt of so many tokens. One that only is scored needs no room for a token after it."""
+        longest = context if max_tokens == 0 else context - 1
+        if prompt > longest:
+            raise cls(prompt, longest, context)
 
 
 class NotFound(UserError):
@@ -146,6 +169,14 @@ class Corrupt(KnapperError):
     """Stored bytes are not what their index says. Never used, never repaired in silence."""
 
     code = "corrupt"
+
+
+class Told(KnapperError):
+    """An error of another process, as it told it: with the code, the status and the field that it had there."""
+
+    def __init__(self, message: str, code: str, status: int, category: Category, field: str | None = None) -> None:
+        super().__init__(message)
+        self.code, self.status, self.category, self.field = code, status, category, field
 
 
 # Codes of what waits for an operator: nothing that a client or a retry does ends it.

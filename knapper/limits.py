@@ -6,6 +6,7 @@ body_bytes_max = (
     64 * MIB
 )  # one request, after decompression. The SDK's chunks are about 5 MB; one huge datum goes alone.
 body_drain_bytes_max = 512 * MIB  # how much of an oversized body is read and thrown away so that the client hears why
+age_recipients_max = 10  # for whom one export is encrypted; as Tinker's own server has it
 name_chars_max = 128  # checkpoint names
 user_metadata_bytes_max = 16 * 1024
 datums_per_request_max = 4096

@@ -19,7 +19,7 @@ from gateway.openai.shapes import Json, Shape
 from gateway.openai.texts import Piece, Scored, Text
 from gateway.parts import parts
 from gateway.tenants import tenant_of
-from knapper.errors import KnapperError
+from knapper.errors import ContextLengthExceeded, KnapperError
 from knapper.language import Language
 from knapper.wire.progress import Drawn, Ending
 from knapper.wire.types import SampleOutput, Sequence, TopK
@@ -44,6 +44,16 @@ class Task:
 
 async def answer(request: Request, task: Task) -> Response:
     """The samples in the task's shape. A client that hangs up ends them. Raises KnapperError before the first token."""
+    try:
+        for prompt in task.prompts:  # said at once: what the samplers would say, once they have started
+            ContextLengthExceeded.check(len(prompt), task.question.params.max_tokens, task.chosen.model.context)
+        return await _answer(request, task)
+    except KnapperError as error:
+        error.field = _asked_as(task, error.field)
+        raise
+
+
+async def _answer(request: Request, task: Task) -> Response:
     gateway, tenant = parts(request), tenant_of(request)
     head = {
         "id": f"{task.shape.id_prefix}-{gateway.new_id()}",
@@ -68,6 +78,11 @@ async def answer(request: Request, task: Task) -> Response:
         asked.end()
         raise
     return _EventStream(first, events, asked.end)
+
+
+def _asked_as(task: Task, field: str | None) -> str | None:
+    """What the client calls a field of a sample request."""
+    return task.form.prompt_field if field == "prompt" else field and field.removeprefix("sampling_params.")
 
 
 def _whole(head: Json, task: Task, outputs: list[SampleOutput]) -> Json:
@@ -144,6 +159,7 @@ async def _events(head: Json, task: Task, asked: Asked) -> AsyncIterator[bytes]:
     except KnapperError as error:
         if not begun:
             raise
+        error.field = _asked_as(task, error.field)
         yield _data(errors.body(error))
         return
     for index in sorted(open_choices):  # of which no token was asked

@@ -8,12 +8,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final
 
-import msgspec
-
 from gateway.openai.models import Chosen
 from gateway.parts import Parts
 from gateway.samples import Entry
-from knapper.errors import Gone, KnapperError, Unavailable, UserError
+from knapper.errors import Gone, KnapperError, Unavailable
 from knapper.ids import SamplerId, Tenant
 from knapper.wire import proto, sample_requests
 from knapper.wire.progress import Drawn
@@ -40,11 +38,6 @@ class Quiet:
 
 
 Heard = tuple[int, Drawn] | Entry | KnapperError
-
-
-class _Failure(msgspec.Struct):
-    error: str
-    category: str
 
 
 class Asked:
@@ -150,7 +143,6 @@ def _answer(entry: Entry) -> bytes:
     """Of an entry that is done. Raises its error."""
     if entry.body is None:
         raise Unavailable("the gateway stops")
-    if entry.failed:
-        failure = msgspec.json.decode(entry.body, type=_Failure)
-        raise (UserError if failure.category == "user" else KnapperError)(failure.error)
+    if entry.error is not None:
+        raise entry.error
     return entry.body

@@ -1,9 +1,10 @@
-"""What OpenAI's clients ask, strict and bounded: a parameter is honoured or refused by name, none ignored but `user`.
+"""What OpenAI's clients ask, strict and bounded: a parameter is honoured or refused by name, none ignored but labels.
 
-Defaults are OpenAI's. `top_k`, `ignore_eos` and `chat_template_kwargs` are additions that other servers have too.
+Defaults are OpenAI's. `top_k`, `ignore_eos` and `chat_template_kwargs` are additions that other servers have too. A
+parameter of theirs that is not served is taken where its value asks for nothing, since clients send it all the same.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import Meta
@@ -33,16 +34,29 @@ _UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "frequency_penalty": ((None, 0), "0: tokens are drawn from the model's own distribution, without penalties"),
     "logit_bias": ((None, {}), "none: tokens are drawn from the model's own distribution"),
     "response_format": ((None, {"type": "text"}), '{"type": "text"}: output is not constrained'),
+    "repetition_penalty": ((None, 1), "1: tokens are drawn from the model's own distribution, without penalties"),
+    "length_penalty": ((None, 1), "1: there is no beam search"),
+    "use_beam_search": ((None, False), "false: there is no beam search"),
+    "min_p": ((None, 0), "0: top_k and top_p are what cuts a distribution"),
+    "min_tokens": ((None, 0), "0: a text ends where the model ends it; ignore_eos goes on"),
+    "skip_special_tokens": ((None, True), "true: special tokens have no text"),
+    "include_stop_str_in_output": ((None, False), "false: a stop string is not part of the text"),
+    "add_generation_prompt": ((None, True), "true: the assistant is asked to answer"),
+    "continue_final_message": ((None, False), "false: the assistant is asked to answer"),
     "suffix": ((None, ""), "none: models are asked to continue, not to fill in"),
     "tools": ((None, []), "none: tools are not served; describe them in a message"),
-    "tool_choice": ((None, "none"), "none: tools are not served"),
+    "tool_choice": ((None, "none", "auto"), "none: tools are not served"),
     "functions": ((None, []), "none: functions are not served; describe them in a message"),
-    "function_call": ((None, "none"), "none: functions are not served"),
+    "function_call": ((None, "none", "auto"), "none: functions are not served"),
     "parallel_tool_calls": ((None, True, False), ""),
     "modalities": ((None, ["text"]), '["text"]'),
     "audio": ((None,), "none: text only"),
     "prediction": ((None,), "none"),
-    "reasoning_effort": ((None,), "none; some models take chat_template_kwargs instead"),
+    "reasoning_effort": ((None, "none"), "none; some models take chat_template_kwargs instead"),
+    "verbosity": (
+        (None, "low", "medium", "high"),
+        "low, medium or high, which are all the same here: ask for it in words",
+    ),
     "store": ((None, False), "false: nothing is stored"),
     "metadata": ((None, {}), "none: nothing is stored"),
     "service_tier": ((None, "auto", "default"), "auto"),
@@ -64,7 +78,9 @@ class StreamOptions(Strict, frozen=True, kw_only=True):
 
 
 class Form(Strict, frozen=True, kw_only=True):
-    """What completions and chat completions share."""
+    """What completions and chat completions share. `prompt_field`: what their prompt is called."""
+
+    prompt_field: ClassVar[str] = "prompt"
 
     model: Name
     n: Count | None = None
@@ -76,7 +92,17 @@ class Form(Strict, frozen=True, kw_only=True):
     ignore_eos: bool = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None  # a label for the caller's own use
+    user: str | None = None  # labels for the caller's own use
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    repetition_penalty: Any = None
+    length_penalty: Any = None
+    use_beam_search: Any = None
+    min_p: Any = None
+    min_tokens: Any = None
+    skip_special_tokens: Any = None
+    include_stop_str_in_output: Any = None
     presence_penalty: Any = None
     frequency_penalty: Any = None
     logit_bias: Any = None
@@ -188,6 +214,8 @@ class ChatMessage(Strict, frozen=True, kw_only=True):
 class Chat(Form, frozen=True, kw_only=True):
     """v1/chat/completions"""
 
+    prompt_field = "messages"
+
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=limits.chat_messages_max)]
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
@@ -204,6 +232,9 @@ class Chat(Form, frozen=True, kw_only=True):
     audio: Any = None
     prediction: Any = None
     reasoning_effort: Any = None
+    verbosity: Any = None
+    add_generation_prompt: Any = None
+    continue_final_message: Any = None
 
     def conversation(self) -> list[Message]:
         """Raises InvalidField."""

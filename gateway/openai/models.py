@@ -41,7 +41,9 @@ async def choose(gateway: Parts, tenant: Tenant, name: str) -> Chosen:
 async def _checkpoint(gateway: Parts, tenant: Tenant, name: str) -> Checkpoint | None:
     """None: the name is no checkpoint's, so it can only be a base model's."""
     if name.startswith("tinker://"):
-        return await gateway.checkpoints.resolve(TinkerPath.parse(name, "model"), tenant)
+        named = await gateway.checkpoints.resolve(TinkerPath.parse(name, "model"), tenant)
+        named.expect_plain()
+        return named
     try:
         ids.run_id(name)
     except NotFound:

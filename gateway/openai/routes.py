@@ -1,4 +1,4 @@
-"""/v1: what OpenAI's clients ask for."""
+"""/v1, and /oai/api/v1: what OpenAI's clients ask for."""
 
 import asyncio
 
@@ -64,9 +64,13 @@ def _text(language: Language, prompt: str | list[int]) -> str:
 
 
 ROUTES = [
-    Route("/v1/models", spoken(list_models), methods=["GET"]),
-    Route("/v1/models/{name:path}", spoken(get_model), methods=["GET"]),
-    Route("/v1/completions", spoken(completions), methods=["POST"]),
-    Route("/v1/chat/completions", spoken(chat_completions), methods=["POST"]),
-    Route("/v1/{path:path}", spoken(unknown_path), methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
+    route
+    for base in ("/v1", "/oai/api/v1")  # the second is where Tinker's own server has it
+    for route in (
+        Route(f"{base}/models", spoken(list_models), methods=["GET"]),
+        Route(f"{base}/models/{{name:path}}", spoken(get_model), methods=["GET"]),
+        Route(f"{base}/completions", spoken(completions), methods=["POST"]),
+        Route(f"{base}/chat/completions", spoken(chat_completions), methods=["POST"]),
+        Route(f"{base}/{{path:path}}", spoken(unknown_path), methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
+    )
 ]

@@ -1,5 +1,6 @@
 """Weights: what they are, copies of them, and links to their files."""
 
+import asyncio
 import hashlib
 
 import msgspec
@@ -11,7 +12,7 @@ from gateway.parts import Parts, parts
 from gateway.rest import links, shapes
 from gateway.rest.checkpoints import path_of
 from gateway.tenants import tenant_of
-from knapper import ids, limits
+from knapper import encryption, ids, limits
 from knapper.checkpoints import Checkpoint
 from knapper.errors import InvalidField, UserError
 from knapper.ids import SessionId, Tenant, TinkerPath
@@ -95,7 +96,10 @@ async def _session(gateway: Parts, tenant: Tenant, key: str, body: bytes, projec
 
 
 async def external_weights_urls(request: Request) -> Response:
-    """A link for each file of an external checkpoint, good for an hour, which anyone who has it may fetch."""
+    """A link for each file of an external checkpoint, good for an hour, which anyone who has it may fetch.
+
+    Of an encrypted one the files end in .age.
+    """
     gateway, tenant = parts(request), tenant_of(request)
     path = path_of(request)
     if path.kind != "external_weights":
@@ -110,26 +114,37 @@ async def external_weights_urls(request: Request) -> Response:
             kind="weights", tenant=tenant, subject=str(path), expires_at=expires_at, part=part.name,
             bundle=checkpoint.bundle,
         )  # fmt: skip
-        urls[part.name] = await links.url(request, link)
+        urls[_name(checkpoint, part.name)] = await links.url(request, link)
     return JSONResponse({"urls": urls, "expires": shapes.time(expires_at)})
 
 
 async def file_of(gateway: Parts, link: Link) -> Response:
-    """The file that a link leads to, if it still could be had."""
+    """The file that a link leads to, if it still could be had.
+
+    It is encrypted here, and not when it is saved: what is encrypted twice is never the same, and a save that is done
+    again must be.
+    """
     checkpoint = await gateway.checkpoints.resolve(TinkerPath.parse(link.subject), link.tenant)
     index = await _index(gateway, checkpoint)
     if checkpoint.bundle != link.bundle:
         raise UserError(f"checkpoint {link.subject} was saved anew since this link was made; ask for a new one")
     content = await bundles.read_part(gateway.store, checkpoint.bundle, index, link.part)
+    if checkpoint.recipients:
+        content = await asyncio.to_thread(encryption.encrypt, content, checkpoint.recipients)
     return Response(
         content,
         media_type="application/octet-stream",
         headers={
-            "Content-Disposition": f'attachment; filename="{link.part}"',
+            "Content-Disposition": f'attachment; filename="{_name(checkpoint, link.part)}"',
             "X-Content-Type-Options": "nosniff",
             "Cache-Control": "private, no-store",
         },
     )
+
+
+def _name(checkpoint: Checkpoint, part: str) -> str:
+    """Of a file, as whoever downloads it sees it."""
+    return part + encryption.SUFFIX if checkpoint.recipients else part
 
 
 async def _index(gateway: Parts, checkpoint: Checkpoint) -> Index:

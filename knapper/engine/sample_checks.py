@@ -8,14 +8,14 @@ from knapper import limits
 from knapper.engine.adapt import site_shapes
 from knapper.engine.config import Facts
 from knapper.engine.lora import Lora
-from knapper.errors import InvalidField, TooLarge, UserError
-from knapper.wire.types import Sample
+from knapper.errors import ContextLengthExceeded, InvalidField, TooLarge, UserError
+from knapper.wire.types import GREEDY_TEMPERATURE_MAX, Sample
 
-temperature_min, temperature_max = 1e-6, 1e6
+temperature_max = 1e6
 
 
 def check(request: Sample, config: Facts) -> None:
-    """Raises InvalidField, or UserError for a prompt that does not fit the model's context."""
+    """Raises InvalidField, or ContextLengthExceeded."""
     _check_prompt(request, config)
     _between("num_samples", request.num_samples, 1, limits.num_samples_max)
     _between("topk_prompt_logprobs", request.topk_prompt_logprobs, 0, limits.top_logprobs_max)
@@ -27,8 +27,8 @@ def check(request: Sample, config: Facts) -> None:
         raise InvalidField(
             "sampling_params.max_tokens", params.max_tokens, "0 or more, or none for up to the context's end"
         )
-    if params.temperature != 0 and not temperature_min <= params.temperature <= temperature_max:
-        allowed = f"0 (greedy), or {temperature_min:g} to {temperature_max:g}"
+    if not 0 <= params.temperature <= temperature_max:  # a NaN is in no range
+        allowed = f"0 to {temperature_max:g}; up to {GREEDY_TEMPERATURE_MAX:g} the likeliest token is taken"
         raise InvalidField("sampling_params.temperature", params.temperature, allowed)
     if not (math.isfinite(params.top_p) and 0 < params.top_p <= 1):
         raise InvalidField("sampling_params.top_p", params.top_p, "above 0, up to 1")
@@ -60,13 +60,7 @@ def _check_prompt(request: Sample, config: Facts) -> None:
         at = int(wrong[0])
         allowed = f"token ids 0 to {config.vocab_size - 1} (the vocabulary has {config.vocab_size})"
         raise InvalidField(f"prompt[{at}]", int(prompt[at]), allowed)
-    # A prompt that only is scored needs no room for a token after it.
-    longest = config.context if request.params.max_tokens == 0 else config.context - 1
-    if prompt.size > longest:
-        raise UserError(
-            f"prompt has {prompt.size} tokens; allowed: up to {longest}, as the model's context is {config.context}. "
-            "Shorten the prompt"
-        )
+    ContextLengthExceeded.check(int(prompt.size), request.params.max_tokens, config.context)
 
 
 def _check_scores(request: Sample, config: Facts) -> None:

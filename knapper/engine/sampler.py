@@ -46,7 +46,7 @@ from knapper.engine.segments import Segments
 from knapper.engine.shortage import Shortage, sized, told
 from knapper.engine.stops import Stops
 from knapper.engine.turns import Places, next_parked, next_turns
-from knapper.errors import InvalidField, TooLarge, Unavailable
+from knapper.errors import ContextLengthExceeded, InvalidField, TooLarge, Unavailable
 from knapper.wire.progress import Drawn
 from knapper.wire.types import Sample, SampleOutput
 
@@ -148,6 +148,9 @@ class Sampler:
         fits = self._cache.longest - prompt + 1  # the last token is never fed
         tokens_max = min(room, asked if asked is not None else fits if fits > 0 else room)
         cost = 0 if tokens_max <= 1 else self._cache.positions(prompt + tokens_max - 1)
+        if cost > self._kv_tokens_max and fits < 1:
+            because = f", as the server has key/value memory for {self._cache.longest}"
+            raise ContextLengthExceeded(prompt, self._cache.longest, self._decoder.config.context, because)
         if cost > self._kv_tokens_max:
             raise TooLarge(
                 f"a prompt of {prompt} tokens with up to {tokens_max} sampled ones needs {cost} positions of key/value "

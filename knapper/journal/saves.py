@@ -9,6 +9,7 @@ import msgspec
 
 from knapper import ids, limits
 from knapper.checkpoints import Checkpoint, Checkpoints
+from knapper.encryption import expect_recipients
 from knapper.errors import InvalidField, UserError
 from knapper.ids import RunId, TinkerPath
 from knapper.journal import bundles
@@ -37,6 +38,7 @@ class Saves:
         """
         request = requests.decode(_body(operation), requests.LoadWeights)
         checkpoint = await self._checkpoints.resolve(TinkerPath.parse(request.path), spec.tenant)
+        checkpoint.expect_plain()
         index = await bundles.read_index(self._store, checkpoint.bundle)
         if index is None:
             raise UserError(f"checkpoint {request.path} has no files any more; load another one")
@@ -62,7 +64,7 @@ class Saves:
         if operation.kind == "save_weights_external":
             external = requests.decode(_body(operation), requests.SaveWeightsExternal)
             ids.checkpoint_name(external.path)
-            external.expect_unencrypted()
+            expect_recipients(external.age_encryption_recipients or [])
             return
         request = requests.decode(_body(operation), requests.SaveWeightsForSampler)
         if request.path is not None:
@@ -89,6 +91,8 @@ class Saves:
             external = requests.decode(_body(operation), requests.SaveWeightsExternal)
             path = TinkerPath(run, "external_weights", ids.checkpoint_name(external.path))
             checkpoint = self._checkpoint(path, operation, spec, bundle, size, external.ttl_seconds, None)
+            recipients = external.age_encryption_recipients or []
+            checkpoint = msgspec.structs.replace(checkpoint, recipients=recipients)
             await self._checkpoints.save(checkpoint, overwrite=False)
             return msgspec.json.encode({"type": "save_weights_external", "path": str(path), "size_bytes": size})
         request = requests.decode(_body(operation), requests.SaveWeightsForSampler)

@@ -38,9 +38,10 @@ def error(error: KnapperError) -> Response:
     status = error.status if isinstance(error, UserError) or error.code == KnapperError.code else 503
     after_s = error.retry_after_s if isinstance(error, Unavailable) else 1.0
     headers = {} if status != 503 else {"Retry-After": str(max(1, round(after_s)))}
-    return JSONResponse(
-        {"detail": str(error), "code": error.code, "category": error.category}, status_code=status, headers=headers
-    )
+    told = {"detail": str(error), "code": error.code, "category": error.category}
+    if error.field is not None:
+        told["field"] = error.field
+    return JSONResponse(told, status_code=status, headers=headers)
 
 
 def durable() -> Response:

@@ -37,7 +37,7 @@ async def frames(sampler: Sampler, sample: Sample) -> AsyncIterator[Frame]:
     except KnapperError as error:
         if not told:
             raise
-        yield Failed(error.status, str(error), error.code, error.category)
+        yield Failed(error.status, str(error), error.code, error.category, error.field)
     finally:
         if work.cancel():
             log.info("the caller left a sample", prompt_tokens=int(sample.prompt.size), told=told)

@@ -18,7 +18,7 @@ from knapper.engine import sample_checks
 from knapper.engine.config import Facts
 from knapper.engine.sampler import NonFiniteLogits
 from knapper.engine.stops import Stops
-from knapper.errors import InvalidField, Unavailable
+from knapper.errors import ContextLengthExceeded, InvalidField, Unavailable
 from knapper.vllm import prompts
 from knapper.vllm.adapters import Shelf
 from knapper.vllm.core import TEMPERATURES, Adapter, Ask, Core, Piece, Top
@@ -26,7 +26,7 @@ from knapper.vllm.engine import Engine
 from knapper.vllm.shares import Shares
 from knapper.vllm.turns import Turns
 from knapper.wire.progress import Drawn, Ending
-from knapper.wire.types import Sample, SampleOutput, Sequence
+from knapper.wire.types import GREEDY_TEMPERATURE_MAX, Sample, SampleOutput, Sequence
 
 
 @dataclass
@@ -101,7 +101,7 @@ class VllmSampler:
         sample_checks.check(request, self._facts)
         low, high = TEMPERATURES
         if request.params.temperature != 0 and not low <= request.params.temperature <= high:
-            allowed = f"0 (greedy), or {low:g} to {high:g} with the vLLM sampler"
+            allowed = f"0 to {GREEDY_TEMPERATURE_MAX:g} (greedy), or {low:g} to {high:g} with the vLLM sampler"
             raise InvalidField("sampling_params.temperature", request.params.temperature, allowed)
         if request.prompt_alt_tokens_k:
             allowed = "0 with the vLLM sampler, which draws no alternatives to a prompt's tokens"
@@ -109,9 +109,9 @@ class VllmSampler:
         if request.target_prompt_logprobs is not None:
             allowed = "none with the vLLM sampler, which scores only a prompt's own and its likeliest tokens"
             raise InvalidField("target_prompt_logprobs", "given", allowed)
-        if request.prompt.size >= self._facts.context:
-            allowed = f"up to {self._facts.context - 1} tokens with the vLLM sampler"
-            raise InvalidField("prompt", f"{request.prompt.size} tokens", allowed)
+        prompt, context = int(request.prompt.size), self._facts.context
+        if prompt >= context:
+            raise ContextLengthExceeded(prompt, context - 1, context, " with the vLLM sampler")
 
     async def _sample(self, request: Sample, listen: Callable[[Drawn], None] | None) -> SampleOutput:
         params = request.params

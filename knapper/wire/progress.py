@@ -46,6 +46,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     detail: str
     code: str
     category: str
+    field: str | None = None  # the one that is wrong, where it is one
 
 
 Frame = Drawn | Whole | Failed

@@ -184,7 +184,7 @@ class SaveWeightsForSampler(Request, frozen=True, kw_only=True):
 
 
 class SaveWeightsExternal(Request, frozen=True, kw_only=True):
-    """A PEFT directory to be downloaded."""
+    """A PEFT directory to be downloaded, encrypted for age's recipients if there are any."""
 
     model_id: Id
     seq_id: Seq
@@ -192,14 +192,6 @@ class SaveWeightsExternal(Request, frozen=True, kw_only=True):
     ttl_seconds: Ttl | None = None
     age_encryption_recipients: list[Text] | None = None
     type: Literal["save_weights_external"] = "save_weights_external"
-
-    def expect_unencrypted(self) -> None:
-        """Raises InvalidField for recipients: this server encrypts nothing."""
-        if self.age_encryption_recipients:
-            raise InvalidField(
-                "age_encryption_recipients", self.age_encryption_recipients, "none: this server does not encrypt",
-                "Download the files over HTTPS, and encrypt them with age yourself",
-            )  # fmt: skip
 
 
 class LoadWeights(Request, frozen=True, kw_only=True):

@@ -53,6 +53,9 @@ class AdamW:
     grad_clip_norm: float = 0.0  # 0: off
 
 
+GREEDY_TEMPERATURE_MAX = 1e-6  # below it float32 cannot tell a distribution from its likeliest token
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     max_tokens: int | None = None  # None: up to the model's context
@@ -60,9 +63,13 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] = ()
     ignore_eos: bool = False  # `stop=[]` on the wire
-    temperature: float = 1.0  # 0: greedy
+    temperature: float = 1.0  # 0: greedy, which so small a one means too, and becomes
     top_k: int = -1  # -1: all
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if 0 <= self.temperature <= GREEDY_TEMPERATURE_MAX:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 @dataclass(frozen=True)

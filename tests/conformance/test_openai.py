@@ -188,13 +188,68 @@ def test_errors_are_the_clients_own(client: openai.OpenAI, server: Server, model
     assert refused.value.type == "invalid_request_error"
     with pytest.raises(openai.BadRequestError, match="tools are not served"):
         ask(model=str(model), messages=QUESTION, tools=[{"type": "function", "function": {"name": "f"}}])
-    with pytest.raises(openai.BadRequestError, match="context is 512"):
-        ask(model=str(model), messages=[{"role": "user", "content": "x" * 600}], stream=True)
     with pytest.raises(openai.NotFoundError, match="is not served here"):
         ask(model="gpt-4", messages=QUESTION)
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         ask(model=f"tinker://ses-{'0' * 32}:train:0/sampler_weights/x", messages=QUESTION)
     assert httpx.get(f"{server.url}/v1/models").json()["error"]["code"] == "unauthorized"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_is_too_long_is_told_as_clients_look_for_it(
+    client: openai.OpenAI, server: Server, model: Path, stream: bool
+) -> None:
+    """By code (inspect_ai, LangChain) or words (LiteLLM: the first five; inspect_ai's provider for vLLM: the last)."""
+    for base in (f"{server.url}/v1", f"{server.url}/oai/api/v1"):
+        with openai.OpenAI(base_url=base, api_key="tml-local", max_retries=0) as asker:
+            with pytest.raises(openai.BadRequestError) as chat:
+                asker.chat.completions.create(
+                    model=str(model), messages=[{"role": "user", "content": "x" * 600}], stream=stream
+                )
+            with pytest.raises(openai.BadRequestError) as completion:
+                asker.completions.create(model=str(model), prompt=[[7], [7] * 512], max_tokens=1, stream=stream)
+        for refused, param in ((chat, "messages"), (completion, "prompt")):
+            assert (refused.value.status_code, refused.value.code) == (400, "context_length_exceeded")
+            assert (refused.value.param, refused.value.type) == (param, "invalid_request_error")
+            assert "This model's maximum context length is 512 tokens" in refused.value.message
+        assert "the prompt has 512, and allowed: up to 511" in completion.value.message
+    scored = client.completions.create(model=str(model), prompt=[7] * 512, max_tokens=0, echo=True, logprobs=0)
+    assert scored.choices[0].logprobs is not None
+    assert len(scored.choices[0].logprobs.token_logprobs or []) == 512
+
+
+def test_the_protocol_is_also_where_tinkers_own_server_has_it(server: Server, model: Path) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/oai/api/v1", api_key="tml-local", max_retries=0) as client:
+        assert client.models.list().data[0].id == str(model)
+        assert client.models.retrieve(str(model)).id == str(model)
+        reply = client.chat.completions.create(model=str(model), messages=QUESTION, max_tokens=3)
+        assert reply.usage is not None
+        assert reply.usage.completion_tokens == 3
+        assert client.completions.create(model=str(model), prompt="the", max_tokens=3).choices[0].text
+        with pytest.raises(openai.NotFoundError, match="/oai/api/v1/embeddings is not served"):
+            client.embeddings.create(model=str(model), input="x")
+
+
+@pytest.mark.parametrize("temperature", [1e-12, 1e-8, 1e-6])
+def test_a_tiny_temperature_is_greedy(client: openai.OpenAI, model: Path, temperature: float) -> None:
+    def asked(temperature: float) -> Any:
+        return client.chat.completions.create(
+            model=str(model), messages=QUESTION, max_tokens=20, temperature=temperature, logprobs=True, top_logprobs=2
+        ).choices[0]
+
+    tiny, greedy = asked(temperature), asked(0)
+    assert tiny.message.content == greedy.message.content
+    assert tiny.logprobs == greedy.logprobs
+    for score in tiny.logprobs.content:
+        assert score.logprob == score.top_logprobs[0].logprob < 0, "the model's own, untempered"
+
+
+def test_values_that_ask_for_nothing_change_nothing(client: openai.OpenAI, model: Path) -> None:
+    asked: dict[str, Any] = {"model": str(model), "messages": QUESTION, "max_tokens": 12, "seed": 3}
+    nothing: dict[str, Any] = {"reasoning_effort": "none", "verbosity": "medium"}
+    extra = {"repetition_penalty": 1.0, "min_p": 0.0, "prompt_cache_key": "k", "safety_identifier": "me"}
+    plain = client.chat.completions.create(**asked)
+    assert client.chat.completions.create(**asked, **nothing, extra_body=extra).choices == plain.choices
 
 
 def test_a_client_that_leaves_a_stream_frees_the_engine(server: Server, model: Path) -> None:

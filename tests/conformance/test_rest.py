@@ -12,8 +12,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
+import pyrage
 import pytest
 import tinker
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from tinker import types
 
 from knapper.checkpoints import Checkpoints
@@ -224,9 +227,61 @@ def test_external_weights_are_fetched_by_links(rest: tinker.RestClient, client: 
     caught.value.close()
 
 
-def test_encrypted_external_weights_are_refused_in_words(client: tinker.TrainingClient) -> None:
-    with pytest.raises(tinker.RequestFailedError, match="age_encryption_recipients"):
-        client.save_weights_external("peft", age_encryption_recipients=["age1x"]).result()
+def test_encrypted_external_weights_are_read_by_their_recipients_alone(
+    rest: tinker.RestClient, service: tinker.ServiceClient, client: tinker.TrainingClient
+) -> None:
+    """The files end in .age, and hold what the export without recipients holds; each download is another cipher."""
+    native, other = pyrage.x25519.Identity.generate(), pyrage.x25519.Identity.generate()
+    key = Ed25519PrivateKey.generate()
+    ssh = pyrage.ssh.Identity.from_buffer(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    recipients = [str(native.to_public()), public]
+    path = client.save_weights_external("secret", age_encryption_recipients=recipients).result().path
+    plain = rest.get_external_weights_urls(client.save_weights_external("plain").result().path).result().urls
+    urls = rest.get_external_weights_urls(path).result().urls
+    assert set(urls) == {"adapter_config.json.age", "adapter_model.safetensors.age"}
+    for name, url in urls.items():
+        content, again = fetch(url), fetch(url)
+        assert content.startswith(b"age-encryption.org/v1\n")
+        assert again != content
+        wanted = fetch(plain[name.removesuffix(".age")])
+        for identity in (native, ssh):
+            assert pyrage.decrypt(content, [identity]) == wanted
+            assert pyrage.decrypt(again, [identity]) == wanted
+        with pytest.raises(pyrage.DecryptError):
+            pyrage.decrypt(content, [other])
+    for load in (
+        lambda: service.create_training_client_from_state(path),
+        lambda: client.load_state(path),
+        lambda: service.create_sampling_client(model_path=path),
+    ):
+        with pytest.raises(tinker.TinkerError, match=r"is encrypted for its recipients .* can only be downloaded"):
+            load().result()
+    copy = rest.copy_weights(path, "archive").result()
+    assert set(rest.get_external_weights_urls(copy).result().urls) == set(urls), "a copy is as its source"
+
+
+@pytest.mark.parametrize(
+    ("recipients", "said"),
+    [
+        (["age1x"], r"recipients\[0\] is 'age1x...'; allowed: native public keys \(age1...\) and SSH public keys"),
+        (
+            [str(pyrage.x25519.Identity.generate().to_public()), "ssh-ed25519 AAAA"],
+            r"recipients\[1\] is 'ssh-ed25519 ...'",
+        ),
+        ([str(pyrage.x25519.Identity.generate())], r"recipients\[0\] is 'AGE-SECRET-K...'"),
+        ([str(pyrage.x25519.Identity.generate().to_public())] * 11, "is '11 recipients'; allowed: up to 10"),
+    ],
+)
+def test_what_is_no_recipient_is_refused_and_no_secret_told(
+    client: tinker.TrainingClient, recipients: list[str], said: str
+) -> None:
+    """Whoever mistakes the secret key for the public one does not read it in a log."""
+    with pytest.raises(tinker.RequestFailedError, match=said) as refused:
+        client.save_weights_external("peft", age_encryption_recipients=recipients).result()
+    assert recipients[0][16:] not in str(refused.value) or len(recipients[0]) <= 16
+    ten = [str(pyrage.x25519.Identity.generate().to_public()) for _ in range(10)]
+    assert client.save_weights_external("peft", age_encryption_recipients=ten).result().path
 
 
 def fetch(url: str) -> bytes:

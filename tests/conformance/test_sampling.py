@@ -53,14 +53,20 @@ def test_a_sampler_knows_its_base_model_and_tokenizer(
         assert each.get_tokenizer().encode("and the")
 
 
-@pytest.mark.parametrize("kind", ["base", "adapted"])
+@pytest.mark.parametrize(("kind", "temperature"), [("base", 0.0), ("adapted", 0.0), ("base", 1e-8), ("base", 1e-6)])
 def test_greedy_texts_and_their_log_probabilities_are_the_models(
-    kind: str, base: tinker.SamplingClient, adapted: tinker.SamplingClient, model: Path, dtype: Dtype, trained: Trained
+    kind: str,
+    temperature: float,
+    base: tinker.SamplingClient,
+    adapted: tinker.SamplingClient,
+    model: Path,
+    dtype: Dtype,
+    trained: Trained,
 ) -> None:
     sampler, adapter = (base, None) if kind == "base" else (adapted, trained.directory)
     standard = Standard(model, adapter, dtype)
     prompt = data.tokens(rng(1), 11)
-    answer = sampler.sample(types.ModelInput.from_ints(prompt), 2, params(40, temperature=0.0)).result()
+    answer = sampler.sample(types.ModelInput.from_ints(prompt), 2, params(40, temperature=temperature)).result()
     first, second = answer.sequences
     assert first.tokens == second.tokens
     assert first.stop_reason == "length"

@@ -38,15 +38,16 @@ def test_logprobs_obey_the_law_of_temperature(temperature: float) -> None:
     assert float(tempered.exp().sum()) == pytest.approx(1, abs=1e-5)
 
 
-def test_greedy_takes_the_likeliest_token_and_reports_untempered_logprobs() -> None:
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-12, 1e-8, 1e-6])
+def test_greedy_takes_the_likeliest_token_and_reports_untempered_logprobs(temperature: float) -> None:
     logits = random_logits(300)
     logits[17] = logits[200] = 9.0
-    greedy = drawn(logits, SamplingParams(temperature=0), 5)
+    greedy = drawn(logits, SamplingParams(temperature=temperature), 5)
     assert greedy.tokens_N.tolist() == [17] * 5
     torch.testing.assert_close(greedy.logprobs_NV[0], logits.log_softmax(-1))
 
 
-@pytest.mark.parametrize("temperature", [1e-6, 1e6])
+@pytest.mark.parametrize("temperature", [1.1e-6, 1e6])
 def test_extreme_temperatures_stay_finite(temperature: float) -> None:
     logits = random_logits(300) * 50
     result = drawn(logits, SamplingParams(temperature=temperature), 20)

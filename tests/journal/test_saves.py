@@ -65,7 +65,7 @@ def test_an_external_save_has_a_name_of_its_own_and_no_optimizer() -> None:
         assert saved["path"] == f"tinker://{RUN}/external_weights/a"
         assert "exists already" in again["error"]
         assert "path is '../a'" in wrong["error"]
-        assert "age_encryption_recipients" in encrypted["error"]
+        assert "age_encryption_recipients[0] is 'age1...'; allowed: native public keys" in encrypted["error"]
         found = await Checkpoints(bench.store, clock).resolve(TinkerPath.parse(saved["path"]), "local")
         assert found.expires_at == clock() + 3600
         index, files = await bundles.read(bench.store, found.bundle)

@@ -117,6 +117,26 @@ _JSON_RUN = body(lambda theirs, _: {"model_id": theirs.run})
 _PROTO = {"Content-Type": "application/x-protobuf"}
 _CHAT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
 _TEXT = {"prompt": "x", "max_tokens": 1}
+
+
+def openai_doors(base: str) -> dict[tuple[str, str], Open | Own | Named]:
+    return {
+        ("GET", f"{base}/models"): Own(shows=lambda owned: owned.path("sampler_weights")),
+        ("GET", f"{base}/models/{{name:path}}"): Named(
+            [nothing], path=lambda owned: {"name": owned.path("sampler_weights")}
+        ),
+        ("POST", f"{base}/completions"): Named([
+            body(lambda theirs, _: {"model": theirs.path("sampler_weights"), **_TEXT}),
+            body(lambda theirs, _: {"model": theirs.run, **_TEXT}),
+        ]),
+        ("POST", f"{base}/chat/completions"): Named([
+            body(lambda theirs, _: {"model": theirs.path("sampler_weights"), **_CHAT}),
+            body(lambda theirs, _: {"model": theirs.run, **_CHAT}),
+        ]),
+        **{(method, f"{base}/{{path:path}}"): Own() for method in ("GET", "POST", "PUT", "PATCH", "DELETE")},
+    }  # fmt: skip
+
+
 _ONE = "/api/v1/training_runs/{run_id}/checkpoints/{kind}/{name}"
 _HOURS = {"starting_on": "2026-01-01T00:00:00Z", "ending_before": "2026-01-02T00:00:00Z"}
 
@@ -207,17 +227,8 @@ DOORS: dict[tuple[str, str], Open | Own | Named] = {
     ("GET", "/api/v1/billing/usage/checkpoints/current"): Own(shows=lambda _: '"size_bytes"'),
     ("GET", "/api/v1/links/{token}"): Open("a signed link is its own key; see test_links_are_signed"),
     # ---- OpenAI's protocol
-    ("GET", "/v1/models"): Own(shows=lambda owned: owned.path("sampler_weights")),
-    ("GET", "/v1/models/{name:path}"): Named([nothing], path=lambda owned: {"name": owned.path("sampler_weights")}),
-    ("POST", "/v1/completions"): Named([
-        body(lambda theirs, _: {"model": theirs.path("sampler_weights"), **_TEXT}),
-        body(lambda theirs, _: {"model": theirs.run, **_TEXT}),
-    ]),
-    ("POST", "/v1/chat/completions"): Named([
-        body(lambda theirs, _: {"model": theirs.path("sampler_weights"), **_CHAT}),
-        body(lambda theirs, _: {"model": theirs.run, **_CHAT}),
-    ]),
-    **{(method, "/v1/{path:path}"): Own() for method in ("GET", "POST", "PUT", "PATCH", "DELETE")},
+    **openai_doors("/v1"),
+    **openai_doors("/oai/api/v1"),
 }  # fmt: skip
 
 
@@ -382,7 +393,7 @@ def test_strangers_are_refused_everywhere(
         answer = world.ask(method, url, key, given)
         assert answer.status_code == 401, f"{key and key[:8]}: {answer.status_code} {answer.text[:300]}"
         found = answer.json()
-        code = found["error"]["code"] if path.startswith("/v1/") else found["code"]
+        code = found["error"]["code"] if path.startswith(("/v1/", "/oai/")) else found["code"]
         assert code in ("unauthorized", "invalid_token")
         assert not [each for each in owned.ids() if each in answer.text]
     assert world.stored() == before

@@ -127,9 +127,16 @@ def test_who_leaves_frees_the_slots(house: House) -> None:
     house.within(story())
 
 
+def test_a_tiny_temperature_is_greedy(house: House) -> None:
+    greedy, *others = house.run(*(request(temperature=t, max_tokens=12) for t in (0.0, 1e-12, 1e-6)))
+    for other in others:
+        assert other.sequences[0].tokens.tolist() == greedy.sequences[0].tokens.tolist()
+        np.testing.assert_allclose(other.sequences[0].logprobs, greedy.sequences[0].logprobs, atol=1e-5)
+
+
 def test_what_it_cannot_do_is_refused_by_name(house: House) -> None:
     for fields, complaint in (
-        ({"temperature": 3.0}, "temperature is 3.0; allowed: 0 .greedy., or 0.01 to 2"),
+        ({"temperature": 3.0}, "temperature is 3.0; allowed: 0 to 1e-06 .greedy., or 0.01 to 2"),
         ({"prompt_alt_tokens_k": 2}, "prompt_alt_tokens_k is 2; allowed: 0 with the vLLM sampler"),
     ):
         with pytest.raises(InvalidField, match=complaint):

@@ -632,11 +632,6 @@ REFUSALS = [
         ),
     ),
     Refusal(
-        "`save_weights_external(age_encryption_recipients=[...])`",
-        "Download the files over HTTPS, and encrypt them with age yourself",
-        lambda world: world.training.save_weights_external("secret", age_encryption_recipients=["age1x"]),
-    ),
-    Refusal(
         "images and audio in a prompt",
         "This model is text only: send ids",
         lambda world: world.base.sample(_image(), 1, types.SamplingParams(max_tokens=1)),

@@ -50,7 +50,45 @@ def test_what_is_left_out_or_null_is_openais_default() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("repetition_penalty", 1), ("repetition_penalty", 1.0), ("length_penalty", 1.0), ("min_p", 0), ("min_p", 0.0),
+        ("min_tokens", 0), ("use_beam_search", False), ("skip_special_tokens", True),
+        ("include_stop_str_in_output", False), ("prompt_cache_key", "k"), ("prompt_cache_retention", "24h"),
+        ("safety_identifier", "me"), ("user", "me"),
+    ],
+)  # fmt: skip
+def test_values_that_ask_for_nothing_are_taken(field: str, value: Any) -> None:
+    """Also null, which clients send for what was not set."""
+    for given in (value, None):
+        assert chat(**{field: given}).sampling() == SamplingParams()
+        assert completion(**{field: given}).sampling() == SamplingParams(max_tokens=16)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("reasoning_effort", "none"), ("verbosity", "low"), ("verbosity", "medium"), ("verbosity", "high"),
+        ("tool_choice", "auto"), ("function_call", "auto"), ("parallel_tool_calls", True),
+        ("add_generation_prompt", True), ("continue_final_message", False), ("modalities", ["text"]),
+    ],
+)  # fmt: skip
+def test_values_that_ask_a_chat_for_nothing_are_taken(field: str, value: Any) -> None:
+    for given in (value, None):
+        assert chat(**{field: given}).sampling() == SamplingParams()
+
+
+@pytest.mark.parametrize("temperature", [0, 5e-324, 1e-12, 1e-8, 1e-6])
+def test_tiny_temperatures_are_greedy(temperature: float) -> None:
+    assert chat(temperature=temperature).sampling().temperature == 0
+    assert completion(temperature=temperature).sampling().temperature == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
         ("presence_penalty", 0.1), ("frequency_penalty", -1), ("logit_bias", {"5": 1}), ("store", True),
+        ("repetition_penalty", 1.1), ("length_penalty", 2), ("min_p", 0.05), ("min_tokens", 3),
+        ("use_beam_search", True), ("skip_special_tokens", False), ("include_stop_str_in_output", True),
+        ("safety_identifier", 5),
         ("metadata", {"a": "b"}), ("service_tier", "flex"), ("temperature", -1), ("top_p", 0), ("top_k", 0), ("n", 0),
         ("n", limits.num_samples_max + 1), ("seed", 2**63), ("stop", ""), ("stop", ["a", ""]),
         ("stop", ["a"] * (limits.stop_sequences_max + 1)), ("stream_options", {"include_usage": True}), ("made_up", 1),
@@ -69,8 +107,10 @@ def test_what_is_not_served_is_refused_by_name(field: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("response_format", {"type": "json_object"}), ("tools", [{"type": "function"}]), ("tool_choice", "auto"),
-        ("functions", [{}]), ("function_call", "auto"), ("modalities", ["text", "audio"]), ("audio", {"voice": "x"}),
+        ("response_format", {"type": "json_object"}), ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"), ("verbosity", "chatty"), ("continue_final_message", True),
+        ("functions", [{}]), ("function_call", {"name": "f"}), ("modalities", ["text", "audio"]),
+        ("audio", {"voice": "x"}),
         ("prediction", {"type": "content"}), ("reasoning_effort", "low"), ("max_tokens", 0),
         ("max_completion_tokens", 0), ("top_logprobs", 2), ("top_logprobs", limits.top_logprobs_max + 1),
         ("messages", []), ("logprobs", 3),

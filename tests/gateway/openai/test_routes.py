@@ -235,18 +235,33 @@ def test_an_error_after_the_first_token_is_the_last_event(served: Served) -> Non
     served.upstream.failure = Failed(422, "broken weights", "non_finite", "user")
     *_, last = served.events()
     assert last["error"] == {
-        "message": "broken weights", "type": "invalid_request_error", "param": None, "code": "invalid_request",
+        "message": "broken weights", "type": "invalid_request_error", "param": None, "code": "non_finite",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_error_before_the_first_token_has_a_status(served: Served, stream: bool) -> None:
-    error = {"detail": "prompt has 9 tokens; allowed: 8", "code": "invalid_field", "category": "user"}
-    served.upstream.refusals = [JSONResponse(error, status_code=422)]
-    refused = served.post("completions", 400, prompt="the", stream=stream)
-    assert refused["error"]["message"] == "prompt has 9 tokens; allowed: 8"
+    """And the code and the field that it had where it arose, by the name that the client knows."""
+    told = {"detail": "too long", "code": "too_large", "category": "user", "field": "sampling_params.max_tokens"}
+    served.upstream.refusals = [JSONResponse(told, status_code=413)]
+    refused = served.post("completions", 413, prompt="the", stream=stream)["error"]
+    assert refused == {
+        "message": "too long", "type": "invalid_request_error", "param": "max_tokens", "code": "too_large",
+    }  # fmt: skip
+    for path, param in (("completions", "prompt"), ("chat/completions", "messages")):
+        told = {"detail": "no", "code": "context_length_exceeded", "category": "user", "field": "prompt"}
+        served.upstream.refusals = [JSONResponse(told, status_code=422)]
+        asked: Any = {"prompt": "the"} if param == "prompt" else {"messages": [{"role": "user", "content": "the"}]}
+        refused = served.post(path, 400, **asked, stream=stream)["error"]
+        assert (refused["param"], refused["code"]) == (param, "context_length_exceeded")
     served.upstream.refusals = [Response("boom", status_code=500) for _ in range(3)]
     assert served.post("completions", 500, prompt="the", stream=stream)["error"]["type"] == "server_error"
+
+
+def test_a_prompt_that_is_too_long_wakes_no_sampler(served: Served) -> None:
+    refused = served.post("completions", 400, prompt=[7] * MODEL.context)["error"]
+    assert (refused["param"], refused["code"]) == ("prompt", "context_length_exceeded")
+    assert not served.upstream.calls
 
 
 @pytest.mark.parametrize("stream", [False, True])
