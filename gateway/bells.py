@@ -23,6 +23,7 @@ from knapper.journal.results import Results
 _BACK_OFF_S, _BACK_OFF_MAX_S = 0.2, 5.0
 _LATER = (401, 408, 425, 429)  # 401: it has another key of the functions, which is no fault of the user
 _COLD_S = 1.0  # an unanswered bell is a cold start after this
+_TELL_AGAIN_S = 60.0  # of a cold start: as often as the SDK prints why samples are paused
 _SILENCE_S = limits.slice_s + 300.0
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=_SILENCE_S)
 _DIRECT = aiohttp.ClientTimeout(total=None, sock_connect=1.0, sock_read=_SILENCE_S)  # a dead pod may just be silent
@@ -41,6 +42,7 @@ class _Line:
     trouble: str = ""  # what train_step said when it refused the newest bell
     standing: bool = False  # it will say so until an operator does something
     untold: bool = False  # and nobody who waits knows that yet
+    told_at: float = float("-inf")  # when somebody who waits was last told of a cold start
     holder: Claimed | None = None  # as last heard
     wake: asyncio.Event | None = None
     far: tuple[int, int] = (-1, -1)  # newest accepted and answered operations, as `moved` last told
@@ -155,20 +157,38 @@ class Bells:
             if self._cold_start_s is None
             else f"usually {self._cold_start_s:.0f} s"
         )
+        if self._runs_now():
+            return "paused_capacity", f"train_step is busy with other runs; waited {waited:.0f} s"
         return "paused_capacity", f"train_step is starting from zero; waited {waited:.0f} s, {usually}"
+
+    def _runs_now(self) -> bool:
+        """Whether train_step answers somebody at this moment."""
+        return any(line.told for line in self._lines.values())
 
     def trouble(self, run: RunId) -> str:
         """Why train_step refuses the run's bells, empty if it does not."""
         line = self._lines.get(run)
         return line.trouble if line is not None else ""
 
-    def tell(self, run: RunId) -> bool:
-        """Whether whoever waits is to hear of it at once: the first one does, of what does not pass by itself."""
+    def tell(self, run: RunId) -> str:
+        """What whoever waits is to hear at once, or nothing.
+
+        The first one to ask does: of what does not pass by itself, and of a cold start, which is told again once a
+        minute. The SDK by itself would not print a word of either for a quarter of an hour.
+        """
         line = self._lines.get(run)
-        untold = line is not None and line.untold
-        if line is not None:
+        if line is None:
+            return ""
+        if line.untold:
             line.untold = False
-        return untold
+            return line.trouble
+        now, since = self._now(), line.unanswered_since
+        if since is None or now - since <= _COLD_S or line.trouble or self._runs_now():
+            return ""
+        if line.told_at >= since and now - line.told_at < _TELL_AGAIN_S:
+            return ""
+        line.told_at = now
+        return self.queue_state(run)[1] or ""
 
     async def forget(self, run: RunId) -> None:
         """Stop ringing for the run and free what is known of it."""

@@ -18,6 +18,7 @@ from knapper.journal.records import Result
 from knapper.wire import json_forward, proto, requests
 
 _PROTOBUF = "application/x-protobuf"
+_FIRST_HOLD_S = 1.1  # of a sample: whoever waits for a cold start hears so when it is known for one
 _PAUSED_HOLD_S = 5.0  # whoever waits for a cold start, or for an operation that does not come, hears so early
 _LOOK_S = 1.0  # a poll that nobody wakes looks into the store so often: another gateway's results, a lost bell
 
@@ -39,8 +40,9 @@ async def retrieve_future(request: Request) -> Response:
         await asyncio.sleep(_LOOK_S)
         return _try_again(asked.request_id, "active", None)
     result = await _wait(gateway, run, seq, tenant)
-    if result is None:
-        return _try_again(asked.request_id, *gateway.bells.queue_state(run), notice=gateway.bells.trouble(run))
+    if isinstance(result, str):
+        notice = result or gateway.bells.trouble(run)
+        return _try_again(asked.request_id, *gateway.bells.queue_state(run), notice=notice)
     return await _answer(request, result.body, result.content_type, _forward_json)
 
 
@@ -59,8 +61,11 @@ def _sample_json(body: bytes) -> bytes:
     return json_forward.encode_sample_response(proto.decode_sample_response(body))
 
 
-async def _wait(gateway: Parts, run: RunId, seq: int, tenant: Tenant) -> Result | None:
-    """The answer, or None when the poll has been held long enough. Raises NotFound once the run has ended."""
+async def _wait(gateway: Parts, run: RunId, seq: int, tenant: Tenant) -> Result | str:
+    """The answer; or what is to be told without one, empty when the poll has just been held long enough.
+
+    Raises NotFound once the run has ended.
+    """
     loop = asyncio.get_running_loop()
     began = loop.time()
     rang = False
@@ -77,8 +82,8 @@ async def _wait(gateway: Parts, run: RunId, seq: int, tenant: Tenant) -> Result 
         rang = True
         starting = gateway.bells.queue_state(run)[0] != "active" and not gateway.bells.trouble(run)
         left = began + (_PAUSED_HOLD_S if starting else limits.poll_hold_s) - loop.time()
-        if left <= 0 or gateway.bells.tell(run):
-            return None
+        if (notice := gateway.bells.tell(run)) or left <= 0:
+            return notice
         try:
             await asyncio.wait_for(woken.wait(), min(left, _LOOK_S))
         except TimeoutError:
@@ -91,16 +96,19 @@ async def _sample(gateway: Parts, request_id: str, tenant: Tenant, request: Requ
     entry = gateway.samples.find(request_id, tenant)
     if entry is None:
         raise Gone(f"sample {request_id} is not known any more; send it again (the SDK does so by itself)")
-    try:
-        await asyncio.wait_for(entry.done.wait(), _PAUSED_HOLD_S)
-    except TimeoutError:
-        state = gateway.samples.queue_state(entry)
-        if state[0] != "active":
-            return _try_again(request_id, *state)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    for hold_s in (_FIRST_HOLD_S, _PAUSED_HOLD_S, limits.poll_hold_s):
+        if hold_s == _FIRST_HOLD_S and entry.told:
+            continue
         try:
-            await asyncio.wait_for(entry.done.wait(), limits.poll_hold_s - _PAUSED_HOLD_S)
+            await asyncio.wait_for(entry.done.wait(), began + hold_s - loop.time())
+            break
         except TimeoutError:
-            return _try_again(request_id, *gateway.samples.queue_state(entry))
+            state = gateway.samples.queue_state(entry)
+            if state[0] != "active" or hold_s == limits.poll_hold_s:
+                entry.told = True
+                return _try_again(request_id, *state)  # the SDK prints the reason, once a minute
     if entry.body is None:
         raise Gone(f"sample {request_id} is not known any more; send it again (the SDK does so by itself)")
     return await _answer(request, entry.body, entry.content_type, _sample_json)

@@ -55,6 +55,7 @@ class Entry:
     error: KnapperError | None = None
     task: asyncio.Task[None] | None = None
     asked_at: float = float("inf")  # when it went to the sample function
+    told: bool = False  # whoever waits for it knows that it waits
     refused_since: float | None = None
     refusal: str = ""
     done_at: float = 0.0

@@ -56,6 +56,8 @@ async def create_model(request: Request) -> Response:
         train_attn=lora.train_attn,
         train_mlp=lora.train_mlp,
         train_unembed=lora.train_unembed,
+        # The SDK's default: it cannot be told from a wish. Asked for alone, it is one.
+        keep_tied=lora.train_attn or lora.train_mlp,
         user_metadata_json=asked.user_metadata_json(),
     )
     return await _create(gateway, tenant, Creation(spec=spec), body)

@@ -37,8 +37,8 @@ class Site:
 
 
 class Facts(Protocol):
-    """What requests and adapters are held to. `context` in tokens; `eos`: token ids that end a text; `sites`: from the
-    first layer to the last, the head's at the end."""
+    """What requests and adapters are held to. `context` in tokens; `eos`: token ids that end a text; `tied`: the head
+    is the embedding; `sites`: from the first layer to the last, the head's at the end."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -48,6 +48,9 @@ class Facts(Protocol):
 
     @property
     def eos(self) -> tuple[int, ...]: ...
+
+    @property
+    def tied(self) -> bool: ...
 
     @property
     def sites(self) -> tuple[Site, ...]: ...

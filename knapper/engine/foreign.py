@@ -39,6 +39,7 @@ class ForeignFacts:
     vocab_size: int
     context: int
     eos: tuple[int, ...]
+    tied: bool
     sites: tuple[Site, ...]
 
 

@@ -44,6 +44,7 @@ def load(directory: Path, dtype: torch.dtype, device: torch.device) -> ForeignMo
         vocab_size=output.weight.shape[0],
         context=_context(text, directory),
         eos=end_tokens(text.to_dict(), directory),
+        tied=loaded.get_input_embeddings().weight is output.weight,
         sites=sites,
     )
     model = ForeignModel(body, linears, head, facts, (f"transformers {transformers.__version__}",))

@@ -42,10 +42,13 @@ class Lora:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each site's A and B lie in an arena (P)."""
+    """Where each site's A and B lie in an arena (P). `merges`: the adapter can be added into the model's own weights,
+    since none of them is used elsewhere too.
+    """
 
     rank: int
     sites: tuple[Site, ...]
+    merges: bool = True
 
     @cached_property
     def numel(self) -> int:
@@ -84,7 +87,7 @@ def layout(config: Facts, spec: Spec) -> Layout:
     """The layout of a run on a model. Raises InvalidField for a spec that cannot be trained.
 
     A trained unembedding is LoRA on lm_head. Where the head shares its matrix with the embedding, the embedding stays
-    frozen (docs/decisions/0002-tied-lm-head.md).
+    frozen (docs/decisions/0002-tied-lm-head.md), and with `keep_tied` the head too (0023).
     """
     if not 1 <= spec.rank <= limits.rank_max:
         raise InvalidField("lora_config.rank", spec.rank, f"1 to {limits.rank_max}")
@@ -96,5 +99,7 @@ def layout(config: Facts, spec: Spec) -> Layout:
         raise InvalidField(
             "lora_config", "train_attn=False, train_mlp=False, train_unembed=False", "at least one of them True"
         )
-    wanted = {"attention": spec.train_attn, "mlp": spec.train_mlp, "unembed": spec.train_unembed}
-    return Layout(spec.rank, tuple(site for site in config.sites if wanted[site.part]))
+    head = spec.train_unembed and not (config.tied and spec.keep_tied)
+    wanted = {"attention": spec.train_attn, "mlp": spec.train_mlp, "unembed": head}
+    sites = tuple(site for site in config.sites if wanted[site.part])
+    return Layout(spec.rank, sites, merges=not (head and config.tied))

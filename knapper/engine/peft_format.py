@@ -26,6 +26,11 @@ from knapper.untrusted import parsing
 
 CONFIG, ADAPTER, OPTIMIZER = "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"
 
+UNTIE_FIRST = (
+    "no: the adapted lm_head is the embedding, into which a merge would go too. Load the model with "
+    "tie_word_embeddings=False and lm_head.weight a copy of the embedding first"
+)
+
 
 def peft_names(module: str) -> tuple[str, str]:
     """What PEFT calls the A and the B of a site's module."""
@@ -35,7 +40,8 @@ def peft_names(module: str) -> tuple[str, str]:
 def export(state: RunState, *, with_optimizer: bool) -> Files:
     """A PEFT directory that PEFT, transformers and vLLM load unchanged; with the optimizer, training can go on from it.
 
-    Every number is kept bit for bit. Pending gradients are not part of it.
+    Every number is kept bit for bit. Pending gradients are not part of it. The safetensors metadata `merges` says
+    whether `merge_and_unload` gives the same model.
     """
     names: list[tuple[str, tuple[int, ...]]] = []
     for site, a, b in state.layout.matrices(state.weights_P):
@@ -43,7 +49,7 @@ def export(state: RunState, *, with_optimizer: bool) -> Files:
         names += [(a_name, tuple(a.shape)), (b_name, tuple(b.shape))]
     files = {
         CONFIG: json.dumps(_config(state.spec, state.layout), indent=2).encode() + b"\n",
-        ADAPTER: _safetensors(names, [state.weights_P]),
+        ADAPTER: _safetensors(names, [state.weights_P], {"merges": "yes" if state.layout.merges else UNTIE_FIRST}),
     }
     if with_optimizer:
         size = (state.layout.numel,)

@@ -81,6 +81,7 @@ class Spec(Record, frozen=True):
     train_mlp: bool
     train_unembed: bool
     user_metadata_json: str = "{}"
+    keep_tied: bool = False  # a head that is the embedding is not adapted, whatever train_unembed says
     copied_from: str = ""  # of a run that only holds a copied checkpoint, and cannot be trained: the tinker:// path
 
 

@@ -23,12 +23,16 @@ FUNCTIONS = {"engine", "train_step", "sample"}
     "flags", [(), pytest.param(("--isolated",), marks=pytest.mark.long)], ids=["shared", "isolated"]
 )
 @pytest.mark.timeout(180)
-def test_functions_end_when_idle_and_come_back_on_the_next_bell(tmp_path: Path, flags: tuple[str, ...]) -> None:
+def test_functions_end_when_idle_and_come_back_on_the_next_bell(
+    tmp_path: Path, flags: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
     model = tiny_model(tmp_path / "a" / "model" / "tiny")
     with Server.start(model, tmp_path / "data", "--idle", "2", *flags) as server:
         assert not FUNCTIONS & set(server.processes()), "nothing computes before there is work"
         service = tinker.ServiceClient(base_url=server.url, api_key="tml-local")
         training = service.create_lora_training_client(str(model), rank=4, seed=1).result()
+        said = [each.getMessage() for each in caplog.records if "starting from zero" in each.getMessage()]
+        assert re.fullmatch(r"Deprecation notice: train_step is starting from zero; waited \d+ s, how .* yet", said[0])
         sampler = training.save_weights_and_get_sampling_client().result()
         prompt = types.ModelInput.from_ints(tokens(1))
         params = types.SamplingParams(max_tokens=8, seed=3, stop=[])

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from knapper.engine import peft_format
-from knapper.engine.peft_format import ADAPTER, CONFIG, OPTIMIZER, export, freeze, read, thaw
+from knapper.engine.peft_format import ADAPTER, CONFIG, OPTIMIZER, UNTIE_FIRST, export, freeze, read, thaw
 from knapper.engine.training import RunState, Trainer
 from knapper.errors import Corrupt, InvalidField, UserError
 from knapper.wire.types import AdamW
@@ -60,7 +60,7 @@ def test_the_adapter_is_a_plain_safetensors_file(state: RunState, tmp_path: Path
     path.write_bytes(export(state, with_optimizer=False)[ADAPTER])
     with safe_open(path, framework="pt") as opened:
         names = set(opened.keys())
-        assert opened.metadata() == {"format": "pt"}
+        assert opened.metadata() == {"format": "pt", "merges": UNTIE_FIRST}
         for site, a, b in state.layout.matrices(state.weights_P):
             for name, matrix in zip(peft_format.peft_names(site.module), (a, b), strict=True):
                 assert torch.equal(opened.get_tensor(name), matrix)

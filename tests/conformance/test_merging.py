@@ -1,0 +1,178 @@
+"""What a run with the SDK's defaults leaves merges: in PEFT, saved and read by transformers, and in the cookbook.
+
+The cookbook's own `weights.download` fetches it, unmodified, in a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tinker
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from tinker import types
+from transformers import AutoModelForCausalLM
+
+from tests.conformance import data
+from tests.conformance.conftest import exported
+from tests.conformance.cookbook.workplace import COOKBOOK, installed
+from tests.conformance.server import Server
+from tests.engine.strange import strange_model
+from tests.engine.tiny import tiny_model
+
+pytestmark = pytest.mark.timeout(300)
+
+KINDS: dict[str, Callable[[Path], Path]] = {
+    "tied": lambda at: tiny_model(at, kind="llama"),
+    "untied": lambda at: tiny_model(at, kind="llama_untied"),
+    "tied, computed by transformers": lambda at: strange_model(at, "gemma2"),
+}
+ADAM = types.AdamParams(learning_rate=1e-2)
+BATCH = data.batch(np.random.default_rng(21))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return KINDS[request.param](tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server.start(model, tmp_path_factory.mktemp("knapper") / "data") as running:
+        yield running
+    assert "Traceback" not in running.log(), running.log()[-4000:]
+
+
+def trained(service: tinker.ServiceClient, model: Path, **train: bool) -> tinker.TrainingClient:
+    client = service.create_lora_training_client(str(model), rank=8, seed=5, **train).result()  # type: ignore[arg-type]  # flags
+    for _ in range(5):
+        client.forward_backward(BATCH, "cross_entropy")
+        client.optim_step(ADAM).result()
+    return client
+
+
+def served(client: tinker.TrainingClient) -> torch.Tensor:
+    """The log-probabilities of BATCH, as the server computes them."""
+    return torch.from_numpy(data.all_logprobs(client.forward(BATCH, "cross_entropy").result()))
+
+
+def loaded(directory: Path, **changes: bool) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", **changes
+    )
+    return model.eval()
+
+
+def in_peft(base: Any, directory: Path) -> Any:
+    return PeftModel.from_pretrained(base, directory / "adapter")
+
+
+def logprobs(model: torch.nn.Module) -> torch.Tensor:
+    found = []
+    for datum in BATCH:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([datum.model_input.to_ints()])).logits[0].float()
+        targets = datum.loss_fn_inputs["target_tokens"].to_torch()
+        found.append(torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0])
+    return torch.cat(found)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def cookbook(server: Server, program: str, *arguments: str) -> None:
+    """Run the program with the cookbook, and nothing of ours, on its path."""
+    environment = {
+        **os.environ, "PYTHONPATH": str(COOKBOOK), "TINKER_API_KEY": "tml-local", "TINKER_BASE_URL": server.url,
+        "TINKER_TELEMETRY": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-P", "-c", program, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+DOWNLOAD = """
+import sys
+from tinker_cookbook import weights
+for at in range(1, len(sys.argv), 2):
+    weights.download(tinker_path=sys.argv[at], output_dir=sys.argv[at + 1])
+"""
+DOWNLOAD_AND_BUILD = """
+import sys
+from tinker_cookbook import weights
+weights.download(tinker_path=sys.argv[1], output_dir=sys.argv[2])
+weights.build_hf_model(base_model=sys.argv[3], adapter_path=sys.argv[2], output_path=sys.argv[4])
+"""
+
+
+def test_a_default_run_merges_into_the_model_that_is_served(server: Server, model: Path, tmp_path: Path) -> None:
+    assert installed(), f"the cookbook is not in {COOKBOOK}; `make setup` installs it"
+    with tinker.ServiceClient(base_url=server.url, api_key="tml-local") as service:
+        client = trained(service, model)
+        wanted = served(client)
+        path = client.save_state("final").result().path
+        where = [str(tmp_path / "adapter"), str(model), str(tmp_path / "built")]
+        cookbook(server, DOWNLOAD_AND_BUILD, path, *where)
+    assert float((wanted - logprobs(loaded(model))).abs().max()) > 0.5, "nothing was learned"
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", framework="pt") as opened:
+        assert opened.metadata()["merges"] == "yes"
+
+    adapted = in_peft(loaded(model), tmp_path)
+    close(logprobs(adapted), wanted)
+    merged = adapted.merge_and_unload()
+    close(logprobs(merged), wanted)
+    merged.save_pretrained(tmp_path / "merged")
+    close(logprobs(loaded(tmp_path / "merged")), wanted)
+    close(logprobs(loaded(tmp_path / "built")), wanted)
+
+
+def test_an_adapter_of_a_tied_head_says_that_it_does_not_merge_and_how_it_would(
+    server: Server, model: Path, tmp_path: Path
+) -> None:
+    """Asked for alone, the unembedding is adapted on a tied model too. What the export says to do is right."""
+    with tinker.ServiceClient(base_url=server.url, api_key="tml-local") as service:
+        client = trained(service, model, train_attn=False, train_mlp=False)
+        wanted = served(client)
+        exported(server, client.save_state("head").result().path, tmp_path / "adapter")
+    base = loaded(model)
+    tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", framework="pt") as opened:
+        said = opened.metadata()["merges"]
+        assert {name.split(".lora_")[0] for name in set(opened.keys())} == {"base_model.model.lm_head"}
+    if not tied:
+        assert said == "yes"
+        return
+    assert said.startswith("no: ")
+    assert "tie_word_embeddings=False" in said
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*tie_word_embeddings")
+        close(logprobs(in_peft(loaded(model), tmp_path)), wanted)
+        wrong = in_peft(base, tmp_path).merge_and_unload()
+        assert float((logprobs(wrong) - wanted).abs().max()) > 0.1, "it would have merged after all"
+    untied = loaded(model, tie_word_embeddings=False)
+    untied.lm_head.weight.data = untied.get_input_embeddings().weight.data.clone()
+    close(logprobs(in_peft(untied, tmp_path).merge_and_unload()), wanted)
+
+
+@pytest.mark.parametrize("model", ["tied"], indirect=True)
+def test_the_cookbook_downloads_every_checkpoint_that_it_takes(server: Server, model: Path, tmp_path: Path) -> None:
+    """A training checkpoint through an encrypted export of its own, which is gone afterwards; an export as it is."""
+    assert installed(), f"the cookbook is not in {COOKBOOK}; `make setup` installs it"
+    with tinker.ServiceClient(base_url=server.url, api_key="tml-local") as service:
+        client = service.create_lora_training_client(str(model), rank=2, seed=6).result()
+        state = client.save_state("state").result().path
+        external = client.save_weights_external("external").result().path
+        cookbook(server, DOWNLOAD, state, str(tmp_path / "state"), external, str(tmp_path / "external"))
+        left = tinker.RestClient(base_url=server.url, api_key="tml-local").list_user_checkpoints(limit=2).result()
+    assert [each.tinker_path for each in left.checkpoints] == [external, state], "what the download exported is deleted"
+    found = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("state", "external")]
+    assert found[0] == found[1]
+    assert set(found[0]) == {"adapter_config.json", "adapter_model.safetensors"}
