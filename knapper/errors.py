@@ -55,8 +55,8 @@ class ContextLengthExceeded(UserError):
     def __init__(self, prompt: int, longest: int, context: int, because: str = "") -> None:
         """In tokens: the prompt's, how many it may have, and the model's context; `because`: why so few."""
         super().__init__(
-            f"This model's maximum context length is {context} tokens; the prompt has {prompt}, and allowed: up to "
-            f"{longest}{because}. Shorten the prompt"
+            f"This model's maximum context length is {context} tokens, and the prompt is too long: it has {prompt}; "
+            f"allowed: up to {longest}{because}. Shorten the prompt"
         )
         self.field = "prompt"
 

@@ -221,7 +221,7 @@ def test_a_run_that_cannot_be_is_refused(wrong: str, service: tinker.ServiceClie
 SAMPLES: dict[str, tuple[list[int], dict[str, Any], dict[str, Any], str]] = {
     "an empty prompt": ([], {}, {}, r"prompt.*at least one token"),
     "a token past the vocabulary": ([1, 268], {}, {}, r"prompt\[1\] is 268; allowed: .*0 to 267"),
-    "a prompt past the context": ([1] * 513, {}, {}, r"context length is 512 tokens; the prompt has 513.* up to 511"),
+    "a prompt past the context": ([1] * 513, {}, {}, r"length is 512 tokens, .* it has 513; allowed: up to 511"),
     "a negative temperature": (TEXT, {"temperature": -1.0}, {}, r"temperature is -1"),
     "top_p of zero": (TEXT, {"top_p": 0.0}, {}, r"top_p is 0"),
     "top_k of zero": (TEXT, {"top_k": 0}, {}, r"top_k is 0; allowed: -1"),

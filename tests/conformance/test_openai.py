@@ -199,7 +199,9 @@ def test_errors_are_the_clients_own(client: openai.OpenAI, server: Server, model
 def test_a_prompt_that_is_too_long_is_told_as_clients_look_for_it(
     client: openai.OpenAI, server: Server, model: Path, stream: bool
 ) -> None:
-    """By code (inspect_ai, LangChain) or words (LiteLLM: the first five; inspect_ai's provider for vLLM: the last)."""
+    """By code (inspect_ai) or by words: LiteLLM by the first ones, inspect_ai for vLLM by two of them, LangChain by
+    others.
+    """
     for base in (f"{server.url}/v1", f"{server.url}/oai/api/v1"):
         with openai.OpenAI(base_url=base, api_key="tml-local", max_retries=0) as asker:
             with pytest.raises(openai.BadRequestError) as chat:
@@ -212,7 +214,8 @@ def test_a_prompt_that_is_too_long_is_told_as_clients_look_for_it(
             assert (refused.value.status_code, refused.value.code) == (400, "context_length_exceeded")
             assert (refused.value.param, refused.value.type) == (param, "invalid_request_error")
             assert "This model's maximum context length is 512 tokens" in refused.value.message
-        assert "the prompt has 512, and allowed: up to 511" in completion.value.message
+            assert "prompt is too long" in refused.value.message
+        assert "it has 512; allowed: up to 511" in completion.value.message
     scored = client.completions.create(model=str(model), prompt=[7] * 512, max_tokens=0, echo=True, logprobs=0)
     assert scored.choices[0].logprobs is not None
     assert len(scored.choices[0].logprobs.token_logprobs or []) == 512

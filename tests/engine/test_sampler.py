@@ -323,7 +323,7 @@ def test_where_the_context_does_not_fit_a_text_may_fill_what_there_is(tmp_path: 
     with pytest.raises(TooLarge, match=r"10 tokens with up to 184 sampled ones needs 256 positions .*allowed: 200"):
         house.run(request(prompt=prompt_of(10), max_tokens=184))
     house.run(request(prompt=prompt_of(192), max_tokens=None))
-    with pytest.raises(ContextLengthExceeded, match=r"prompt has 193, and allowed: up to 192, as the server has key/"):
+    with pytest.raises(ContextLengthExceeded, match=r"it has 193; allowed: up to 192, as the server has key/"):
         house.run(request(prompt=prompt_of(193), max_tokens=None))
 
 
@@ -383,7 +383,7 @@ def test_max_tokens_none_samples_up_to_the_context(house: House) -> None:
         ({"prompt": np.array([1, -1], dtype=np.int32)}, r"prompt\[1\] is -1"),
         (
             {"prompt": prompt_of(context)},
-            f"maximum context length is {context} tokens; the prompt has {context}, and .* {context - 1}",
+            f"context length is {context} tokens, .* it has {context}; allowed: up to {context - 1}",
         ),
         ({"num_samples": 0}, "num_samples is 0"),
         ({"num_samples": limits.num_samples_max + 1}, "num_samples"),
