@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import cast
 from urllib.parse import quote, unquote
 
+from knapper import damage
 from knapper.ids import CheckpointKind, RunId, TinkerPath
 from knapper.models.catalogue import slug
 from knapper.store import Names, Store, many
@@ -84,7 +85,7 @@ async def remove(store: Store, chosen: Iterable[Label]) -> int:
 
 
 async def _labels(store: Store, below: str, versions: Names, read: Read) -> list[Label]:
-    labels = {label.version: label for label in map(_parse, await store.list(_LABELS + below))}
+    labels = {label.version: label for label in damage.parsed(await store.list(_LABELS + below), _parse)}
 
     async def make(version: str) -> Label | None:
         label = await read(version)
@@ -93,6 +94,6 @@ async def _labels(store: Store, below: str, versions: Names, read: Read) -> list
         return label
 
     unlabelled = [version for version in versions if version not in labels]
-    made = {label.version: label for label in await many.each(unlabelled, make) if label is not None}
+    made = {label.version: label for label in await damage.readable(unlabelled, make) if label is not None}
     known = labels | made
     return [known[version] for version in versions if version in known]
