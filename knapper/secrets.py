@@ -22,4 +22,9 @@ async def opened(store: Store, name: Literal["links", "tokens"], new_id: Callabl
     await store.put_if_absent(place, encode(Secret(secret=(new_id() + new_id()).encode())))
     data = await store.get(place)
     assert data, "it is never deleted while a server runs"
+    return opened_bytes(data, place)
+
+
+def opened_bytes(data: bytes, place: str) -> bytes:
+    """The secret in what is stored. Raises Corrupt."""
     return data if _BARE.fullmatch(data) else decode(data, Secret, place).secret

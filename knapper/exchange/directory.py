@@ -134,12 +134,27 @@ class DirectoryExchange:
         temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{next(_NUMBERS)}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(data)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             temporary.replace(path)
+            self._sync_folders(path.parent)
         except OSError as error:
             raise StoreError(f"cannot write {path}: {error.strerror}") from error
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _sync_folders(self, folder: Path) -> None:
+        """Up to the root: who submits a job hears that its files are there, and whoever made a folder may have died."""
+        for each in (folder, *folder.parents):
+            descriptor = os.open(each, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            if each == self._root:
+                break
 
     def _remove(self, name: str) -> None:
         try:

@@ -59,29 +59,21 @@ async def newest(store: Store, tenant: Tenant, job: str) -> Listed:
 
 
 async def briefs(store: Store, chosen: list[Listed]) -> list[dict[str, Any]]:
-    """A line each, in their order; of a job with a damaged record it says that."""
-
-    async def one(each: Listed) -> dict[str, Any]:
-        try:
-            return await _brief(store, each)
-        except damage.ERRORS as error:
-            damage.tell(error)
-            return _blank(each) | {"state": "unknown", "reason": str(error)}
-
-    return await many.each(chosen, one)
+    """A line each, in their order."""
+    return await many.each(chosen, lambda each: _line(store, each))
 
 
 async def whole(place: Place, tenant: Tenant, job: str, after: int) -> dict[str, Any]:
     """Everything about one job; its metrics from the step behind `after` on, a thousand at most. Raises NotFound."""
     found = await newest(place.store, tenant, job)
-    start, told = found.start, await _brief(place.store, found)
+    start, told = found.start, await _line(place.store, found)
     trained = await damage.readable(
         range(after, min(told["step"], after + _METRICS_MAX)),
         lambda step: read(place.store, start.trained(step), Trained),
     )
     lines = [(after + n, each) for n, each in enumerate(trained, 1) if each is not None]
     told["metrics"] = [outputs.metrics_line(step, each) for step, each in lines]
-    started = await read(place.store, start.started, Started)
+    started = await damage.unless(read(place.store, start.started, Started), None)
     if started is None:
         return told
     evaluations = await outputs.evaluations(place.store, start)
@@ -99,6 +91,15 @@ async def whole(place: Place, tenant: Tenant, job: str, after: int) -> dict[str,
     return told
 
 
+async def _line(store: Store, found: Listed) -> dict[str, Any]:
+    """Of a job with a damaged record it says that."""
+    try:
+        return await _brief(store, found)
+    except damage.ERRORS as error:
+        damage.tell(error)
+        return _blank(found) | {"state": "unknown", "reason": str(error)}
+
+
 async def _brief(store: Store, found: Listed) -> dict[str, Any]:
     start, told = found.start, _blank(found)
     started = await read(store, start.started, Started)
@@ -106,7 +107,7 @@ async def _brief(store: Store, found: Listed) -> dict[str, Any]:
         return told | await _unstarted(store, start)
     job, now = decode(started.spec_json), await control.now(store, start)
     step = await newest_step(store, start)
-    last = await read(store, start.trained(step - 1), Trained) if step else None
+    last = await damage.unless(read(store, start.trained(step - 1), Trained), None) if step else None
     kind: Kind = job.kind
     steps = job.steps if isinstance(job, RlJob) or job.steps is not None else None if last is None else last.steps
     return told | {"kind": kind, "state": now.state, "reason": now.reason, "step": step, "steps": steps}
