@@ -44,6 +44,8 @@ async def retrieve_future(request: Request) -> Response:
         result = await _wait(gateway, run, seq, tenant)
     except damage.ERRORS as error:
         return await _damaged(asked.request_id, run, error)
+    if result is None and seq > gateway.results.applied(run) and await gateway.acceptor.missing(run, seq):
+        return JSONResponse(_forgotten(run, seq))
     if result is None:
         return _try_again(asked.request_id, *gateway.bells.queue_state(run), notice=gateway.bells.trouble(run))
     return await _answer(request, result.body, result.content_type, _forward_json)
@@ -55,6 +57,16 @@ async def _damaged(request_id: str, run: RunId, error: KnapperError) -> Response
     await asyncio.sleep(_LOOK_S)
     reason = f"{error}; {run} waits until then"
     return _try_again(request_id, "paused_capacity", reason, notice=reason)
+
+
+def _forgotten(run: RunId, seq: int) -> dict[str, str]:
+    """Of an operation that is not stored: it was promised by a store that was put back to an earlier state."""
+    error = (
+        f"operation {seq} of {run} is not in the server's store, and so was never applied to what is there now: its "
+        "operator seems to have restored an older backup. Make a new client from the newest checkpoint that is left "
+        "(create_training_client_from_state)"
+    )
+    return {"error": error, "category": "server"}
 
 
 async def _answer(request: Request, body: bytes, content_type: str, as_json: Callable[[bytes], bytes]) -> Response:

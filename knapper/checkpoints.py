@@ -121,7 +121,11 @@ class Checkpoints:
         """
         below = "" if tenant == EVERYONE else f"{tenant}/{within}"
         now = self.clock()
-        found = [label for label in await labels.newest(self.store, below, self._label) if label.lives(now)]
+        found = [
+            label
+            for label in await labels.newest(self.store, below, self._label, all_of_them=not tenant)
+            if label.lives(now)
+        ]
         return sorted(found, key=lambda label: (label.saved_at, str(label.path)), reverse=True)
 
     async def read(self, chosen: Iterable[Label]) -> list[Checkpoint]:

@@ -59,6 +59,10 @@ class Acceptor:
         operation = await self._stored(run, 0)
         return None if operation is None else decode_creation(operation)
 
+    async def missing(self, run: RunId, seq: int) -> bool:
+        """Whether nobody ever sent the operation, as far as this store knows; or its record is gone."""
+        return await self._store.get(names.operation(run, seq)) is None
+
     async def accept(self, run: RunId, seq: int, kind: Kind, packed: Packed) -> float | None:
         """Store the operation, durable on return: when it was accepted. None for a repetition of the same body.
 

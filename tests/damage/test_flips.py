@@ -27,7 +27,7 @@ from tests.golden import deployment, records
 
 MOST = int(os.environ.get("KNAPPER_TEST_FLIPS", "64"))  # bits of each object that is read whole; 0: all
 HOURS = {"starting_on": "2027-01-15T00:00:00Z", "ending_before": "2027-01-16T00:00:00Z"}
-LISTS = (
+LISTS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("GET", "training_runs", {}, "training_runs"),
     ("GET", "training_runs", {"params": {"project_id": "p"}}, "training_runs"),
     ("GET", "checkpoints", {}, "checkpoints"),
@@ -99,7 +99,7 @@ def test_a_sound_store_has_nothing_that_cannot_be_read(server: Server) -> None:
 
 
 async def wrong(store: Store) -> list[str]:
-    return [str(error) for error in [each async for each in inventory.unreadable(store)] for error in error[1]]
+    return [str(error) async for _, errors in inventory.unreadable(store) for error in errors]
 
 
 def test_no_bit_of_any_object_flips_into_something_else(server: Server) -> None:
@@ -130,16 +130,24 @@ async def flip_all(store: Store) -> int:
 def test_one_damaged_object_hides_nothing_else_and_is_no_500(server: Server) -> None:
     draw = random.Random(5)
     before = {tenant: answers(server, tenant) for tenant in TENANTS}
-    for name in names_of(server.store):
+    for name in chosen(server.store):
         data = asyncio.run(server.store.get(name)) or b""
-        if not data:
-            continue
         asyncio.run(flips.put(server.store, name, flips.flipped(data, draw.randrange(8 * len(data)))))
         try:
             for tenant in TENANTS:
                 compare(name, owner_of(server, name), tenant, before[tenant], answers(server, tenant))
         finally:
             asyncio.run(flips.put(server.store, name, data))
+
+
+def chosen(store: Store) -> list[str]:
+    """Objects with bytes: all, or one of each kind."""
+    names = [name for name in names_of(store) if not isinstance(inventory.holds(name), Empty)]
+    return list({kind_of(name): name for name in names}.values()) if MOST else names
+
+
+def kind_of(name: str) -> str:
+    return next(pattern for pattern, _ in inventory.TABLE if re.fullmatch(pattern, name))
 
 
 def owner_of(server: Server, name: str) -> str:
@@ -153,7 +161,7 @@ def owner_of(server: Server, name: str) -> str:
 def answers(server: Server, tenant: Tenant) -> dict[str, tuple[int, Any]]:
     """What a gateway that has just started tells the tenant: lists, and everything by its name."""
     made = server.made[tenant]
-    single = [
+    single: list[tuple[str, str, dict[str, Any]]] = [
         *(("GET", f"sessions/{session}", {}) for session in made["sessions"]),
         *(("GET", f"training_runs/{run}", {}) for run in made["runs"]),
         *(("GET", f"training_runs/{run}/checkpoints", {}) for run in made["runs"]),
@@ -162,7 +170,7 @@ def answers(server: Server, tenant: Tenant) -> dict[str, tuple[int, Any]]:
     ]
     told = {}
     with server.client() as client:
-        for method, path, more, *_ in (*LISTS, *single):
+        for method, path, more in (*((method, path, more) for method, path, more, _ in LISTS), *single):
             reply = server.asked(client, tenant, method, path, **more)
             told[f"{method} {path} {more}"] = (reply.status_code, reply.json())
     return told
@@ -203,7 +211,7 @@ def test_what_is_damaged_is_found_by_the_operator(server: Server, tmp_path: Path
     sound = CliRunner().invoke(app, ["verify", "--data", str(tmp_path)])
     assert sound.exit_code == 0, sound.output
     assert f"{len(names_of(server.store))} objects are read; none" in sound.output
-    damaged = next(name for name in names_of(store) if name.endswith("/created"))
+    damaged = next(name for name in names_of(store) if name.startswith("sessions/"))
     path = tmp_path / "store" / damaged
     path.write_bytes(flips.flipped(path.read_bytes(), 99))
     found = CliRunner().invoke(app, ["verify", "--data", str(tmp_path)])
