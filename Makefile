@@ -38,10 +38,10 @@ test: setup ## run the tests (PYTEST_ARGS='-n 0' in one process, '-m long' for t
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)
 
 powercuts: setup ## cut the power thousands of times at any store call, with half of what was not synced gone (10 minutes; CUTS=300)
-	OMP_NUM_THREADS=1 KNAPPER_TEST_POWERCUTS=$(or $(CUTS),3000) $(BIN)/python -m pytest -n 0 -s --timeout 3600 tests/sim/test_powercuts.py
+	OMP_NUM_THREADS=1 TEST_POWERCUTS=$(or $(CUTS),3000) $(BIN)/python -m pytest -n 0 -s --timeout 3600 tests/sim/test_powercuts.py
 
 flips: setup ## flip every bit of every kind of object: none may read as something else, or hide anything (some minutes)
-	OMP_NUM_THREADS=1 KNAPPER_TEST_FLIPS=0 $(BIN)/python -m pytest -n 0 -s --timeout 3600 tests/damage
+	OMP_NUM_THREADS=1 TEST_FLIPS=0 $(BIN)/python -m pytest -n 0 -s --timeout 3600 tests/damage
 
 check: setup ## lint, format, strict types, import directions
 	$(BIN)/ruff check .
@@ -97,10 +97,10 @@ bench-page: setup ## write the figures of the last runs into docs/performance.md
 	@$(BIN)/python -m benchmarks.page
 
 bench-powercuts: setup ## cut the power thousands of times at any store call, with half of what was not synced gone (10 minutes; CUTS=300)
-	OMP_NUM_THREADS=1 KNAPPER_TEST_POWERCUTS=$(or $(CUTS),3000) $(BIN)/python -m pytest -n 0 -s --timeout 3600 tests/sim/test_powercuts.py
+	OMP_NUM_THREADS=1 TEST_POWERCUTS=$(or $(CUTS),3000) $(BIN)/python -m pytest -n 0 -s --timeout 3600 tests/sim/test_powercuts.py
 
 flips: setup ## flip every bit of every kind of object: none may read as something else, or hide anything (some minutes)
-	OMP_NUM_THREADS=1 KNAPPER_TEST_FLIPS=0 $(BIN)/python -m pytest -n 0 -s --timeout 3600 tests/damage
+	OMP_NUM_THREADS=1 TEST_FLIPS=0 $(BIN)/python -m pytest -n 0 -s --timeout 3600 tests/damage
 
 check: setup ## has an optimisation been lost? counted work and one ratio against benchmarks/floors.json (under a minute)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.check

@@ -192,7 +192,8 @@ def decode(data: bytes, kind: type[R], name: str) -> R:
         found = _format(content)
         if found > (format_of(kind) if inside is not None else sealed.FORMAT):
             raise sealed.newer(name, kind.__name__, found, format_of(kind)) from error
-        raise damaged(name, f"it is not a {kind.__name__} record: {error}") from error
+        why = "its envelope is broken" if inside is None and found == sealed.FORMAT else str(error)
+        raise damaged(name, f"it is no {kind.__name__} record: {why}") from error
     if inside is None and (record.v < 1 or sealed.BARE_MAX < record.v <= sealed.FORMAT):
         raise damaged(name, f"field v is {record.v}, and a {kind.__name__} record of that format lies in an envelope")
     if record.v > format_of(kind):

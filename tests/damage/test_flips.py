@@ -25,7 +25,7 @@ from tests.damage import flips
 from tests.damage.tenants import TENANTS, Server, furnished
 from tests.golden import deployment, records
 
-MOST = int(os.environ.get("KNAPPER_TEST_FLIPS", "64"))  # bits of each object that is read whole; 0: all
+MOST = int(os.environ.get("TEST_FLIPS", "64"))  # bits of each object that is read whole; 0: all
 HOURS = {"starting_on": "2027-01-15T00:00:00Z", "ending_before": "2027-01-16T00:00:00Z"}
 LISTS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("GET", "training_runs", {}, "training_runs"),
@@ -130,7 +130,9 @@ async def flip_all(store: Store) -> int:
 def test_one_damaged_object_hides_nothing_else_and_is_no_500(server: Server) -> None:
     draw = random.Random(5)
     before = {tenant: answers(server, tenant) for tenant in TENANTS}
-    for name in chosen(server.store):
+    damaged = chosen(server.store)
+    print(f"\n{len(damaged)} objects damaged, one at a time; {len(before[TENANTS[0]])} questions of each tenant")
+    for name in damaged:
         data = asyncio.run(server.store.get(name)) or b""
         asyncio.run(flips.put(server.store, name, flips.flipped(data, draw.randrange(8 * len(data)))))
         try:

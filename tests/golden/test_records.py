@@ -92,7 +92,7 @@ def test_an_unknown_field_in_a_known_format_is_damage() -> None:
     data = msgspec.msgpack.encode({"v": 1, "epoch": 1, "results": [], "unheard_of": 1})
     with pytest.raises(Corrupt, match="unheard_of"):
         decode(data, Commit, "x")
-    with pytest.raises(Corrupt, match="it is not a Commit record"):
+    with pytest.raises(Corrupt, match="it is no Commit record"):
         decode(b"\xc1", Commit, "x")
 
 
