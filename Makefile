@@ -96,13 +96,7 @@ exactness: setup ## are the promised bits kept on this CPU, in every instruction
 bench-page: setup ## write the figures of the last runs into docs/performance.md and docs/vllm.md
 	@$(BIN)/python -m benchmarks.page
 
-bench-powercuts: setup ## cut the power thousands of times at any store call, with half of what was not synced gone (10 minutes; CUTS=300)
-	OMP_NUM_THREADS=1 TEST_POWERCUTS=$(or $(CUTS),3000) $(BIN)/python -m pytest -n 0 -s --timeout 3600 tests/sim/test_powercuts.py
-
-flips: setup ## flip every bit of every kind of object: none may read as something else, or hide anything (some minutes)
-	OMP_NUM_THREADS=1 TEST_FLIPS=0 $(BIN)/python -m pytest -n 0 -s --timeout 3600 tests/damage
-
-check: setup ## has an optimisation been lost? counted work and one ratio against benchmarks/floors.json (under a minute)
+bench-check: setup ## has an optimisation been lost? counted work and one ratio against benchmarks/floors.json (under a minute)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.check
 
 .venv/.installed: pyproject.toml Makefile
