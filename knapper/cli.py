@@ -96,11 +96,11 @@ def verify(data: Annotated[Path | None, typer.Option(help="The data directory of
         async for done, errors in inventory.unreadable(store):
             read, wrong = done, wrong + len(errors)
             for error in errors:
-                print(f"{error.code}: {error}")
+                say(f"{error.code}: {error}")
         return read, wrong
 
     read, wrong = asyncio.run(read_all())
-    print(f"{read} objects are read; {wrong or 'none'} cannot be used")
+    say(f"{read} objects are read; {wrong or 'none'} cannot be used")
     raise typer.Exit(1 if wrong else 0)
 
 
