@@ -83,11 +83,12 @@ TABLE: Final[tuple[tuple[str, Holds], ...]] = (
     (rf"using/{_ANY}/{_ANY}/{_ANY}", Empty()),
     (r"accounts/began", Empty()),
     (rf"collect/(?:begun|now/{_ANY}/{_ANY}|later/{_N}/{_ANY})", Empty()),
-    (rf"uploads/{_ANY}", Empty()),
+    (rf"uploads/{_ANY}", Empty()),  # of before a job's start said what it was made from
     (r"secrets/(?:links|tokens)", SecretOrBare()),
     (rf"jobs/{_ANY}/{_ANY}/{_ANY}/started", Started),
     (rf"jobs/{_ANY}/{_ANY}/{_ANY}/waiting", Waiting),
     (rf"jobs/{_ANY}/{_ANY}/{_ANY}/listed", Empty()),
+    (rf"jobs/{_ANY}/{_ANY}/{_ANY}/again/{_N}", Empty()),
     (rf"jobs/{_ANY}/{_ANY}/{_ANY}/control/{_N}", Control),
     (rf"jobs/{_ANY}/{_ANY}/{_ANY}/refused/{_N}", Refusal),
     (rf"jobs/{_ANY}/{_ANY}/{_ANY}/files/[0-9a-f]{{64}}", NamedByHash()),
