@@ -150,7 +150,7 @@ def read(folder: int, name: str) -> BufferedReader:
 
 
 def replace(folder: int, name: str, data: bytes, *, prefix: str = ".", mode: int = _OURS) -> None:
-    """The file has these bytes, durably, and nobody sees half of them. A link that lay there goes, not what it leads to."""
+    """The file has these bytes, durably, and nobody sees half of them. Of a link that lay there only the link goes."""
     temporary = random_name(prefix)
     descriptor = os.open(temporary, os.O_WRONLY | _NEW, _OURS, dir_fd=folder)
     try:
