@@ -48,6 +48,12 @@ class _Line:
     far: tuple[int, int] = (-1, -1)  # newest accepted and answered operations, as `moved` last told
     told: bool = False  # the holder tells of each commit at this moment: the answer to a bell is open
 
+    def meet(self, trouble: str, code: str) -> None:
+        """The run cannot go on now; `trouble` says why."""
+        self.standing = code in STANDING
+        self.untold = self.standing and (self.untold or trouble != self.trouble)
+        self.trouble = trouble
+
 
 class Bells:
     """At most one bell in flight a run. `url_of` says where a run's train_step listens; `now`: monotonic seconds.
@@ -221,6 +227,8 @@ class Bells:
                         return
                     if back_off == _BACK_OFF_S:
                         log.info("train_step does not answer", run=run, reason=str(error) or type(error).__name__)
+                    if isinstance(error, KnapperError) and error.code in STANDING and not line.standing:
+                        line.meet(str(error), error.code)  # we could not even ring for it
                     line.again = True
                     line.holder = None  # it may be another by now
                     await asyncio.sleep(max(back_off, _asked_s(error)))
@@ -279,9 +287,7 @@ class Bells:
                 raise NotFound(said) if code == NotFound.code else UserError(said)
             if code == Corrupt.code:  # a pause and no result: what waits goes on once the object is restored
                 said += f"; {run} waits until it is restored from a backup; or go on from a checkpoint in a new run"
-            line.standing = code in STANDING
-            line.untold = line.standing and (line.untold or said != line.trouble)
-            line.trouble = said
+            line.meet(said, code)
             raise Unavailable(said, _seconds(response.headers.get("Retry-After", "")))
         async for frame in events.decode_frames(response.content.iter_any()):
             match frame:

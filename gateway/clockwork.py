@@ -6,6 +6,7 @@ import structlog
 
 from gateway.chores import Chore
 from gateway.parts import Parts
+from knapper import damage
 from knapper.errors import Gone, KnapperError, Unavailable
 from knapper.ids import RunId, session_of
 from knapper.jobs.revive import due
@@ -111,7 +112,7 @@ async def tick(gateway: Parts) -> None:
                 await gateway.bells.forget(name)  # from memory; a poll, or another request, brings it back
     undone = {run: far for run, far in gateway.bells.undone().items() if not gateway.bells.answered(run)}
     for name in gateway.waits.due(undone):
-        await revive(gateway, name)
+        await damage.unless(revive(gateway, name), None)
         gateway.waits.looked(name)
 
 

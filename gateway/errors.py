@@ -7,8 +7,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from knapper.errors import InvalidToken, KnapperError, StoreError, Unavailable, UserError
+from knapper.errors import STANDING, Corrupt, InvalidToken, KnapperError, StoreError, Unavailable, UserError
 from knapper.printable import printable
+
+_OPERATOR_S = 30.0  # what waits for an operator need not be asked for more often
 
 log = structlog.get_logger()
 
@@ -34,9 +36,12 @@ async def known(request: Request, error: Exception) -> Response:
     if not isinstance(error, UserError):
         log.warning("request failed", path=request.url.path, code=error.code, reason=str(error))
     headers = {"Retry-After": f"{error.retry_after_s:.0f}"} if isinstance(error, Unavailable) else {}
+    if isinstance(error, Corrupt):
+        headers["Retry-After"] = f"{_OPERATOR_S:.0f}"
     if isinstance(error, InvalidToken):  # on this, and on no other 401, the SDK exchanges its key anew
         headers |= {"WWW-Authenticate": 'Bearer error="invalid_token"'}
-    if isinstance(error, StoreError):  # the SDK's inner layer would repeat it for a minute without a word to the user
+    # The SDK's inner layer would repeat these for a minute without a word to the user.
+    if isinstance(error, StoreError) or error.code in STANDING:
         headers |= {"x-should-retry": "false", **notice(str(error))}
     return JSONResponse(body(error), status_code=error.status, headers=headers)
 

@@ -11,8 +11,8 @@ from gateway import bodies, errors
 from gateway.parts import Parts, parts
 from gateway.samples import Entry
 from gateway.tenants import tenant_of
-from knapper import ids, limits
-from knapper.errors import Gone, NotFound, StoreError
+from knapper import damage, ids, limits
+from knapper.errors import Gone, KnapperError, NotFound, StoreError
 from knapper.ids import RunId, SamplerId, Tenant
 from knapper.journal.records import Result
 from knapper.wire import json_forward, proto, requests
@@ -39,11 +39,36 @@ async def retrieve_future(request: Request) -> Response:
         log.warning("the store fails under a poll", run=run, reason=str(error))
         await asyncio.sleep(_LOOK_S)
         return _try_again(asked.request_id, "active", None)
-    result = await _wait(gateway, run, seq, tenant)
+    except damage.ERRORS as error:
+        return await _damaged(asked.request_id, run, error)
+    try:
+        result = await _wait(gateway, run, seq, tenant)
+    except damage.ERRORS as error:
+        return await _damaged(asked.request_id, run, error)
     if isinstance(result, str):
+        if seq > gateway.results.applied(run) and await gateway.acceptor.missing(run, seq):
+            return JSONResponse(_forgotten(run, seq))
         notice = result or gateway.bells.trouble(run)
         return _try_again(asked.request_id, *gateway.bells.queue_state(run), notice=notice)
     return await _answer(request, result.body, result.content_type, _forward_json)
+
+
+async def _damaged(request_id: str, run: RunId, error: KnapperError) -> Response:
+    """A pause and no result: what waits goes on once the object is restored."""
+    damage.tell(error)
+    await asyncio.sleep(_LOOK_S)
+    reason = f"{error}; {run} waits until then"
+    return _try_again(request_id, "paused_capacity", reason, notice=reason)
+
+
+def _forgotten(run: RunId, seq: int) -> dict[str, str]:
+    """Of an operation that is not stored: it was promised by a store that was put back to an earlier state."""
+    error = (
+        f"operation {seq} of {run} is not in the server's store, and so was never applied to what is there now: its "
+        "operator seems to have restored an older backup. Make a new client from the newest checkpoint that is left "
+        "(create_training_client_from_state)"
+    )
+    return {"error": error, "category": "server"}
 
 
 async def _answer(request: Request, body: bytes, content_type: str, as_json: Callable[[bytes], bytes]) -> Response:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from gateway.inflight import Inflight
-from knapper import ids
+from knapper import damage, ids
 from knapper.errors import Gone, NotFound
 from knapper.ids import RunId, SamplerId, SessionId, Tenant
 from knapper.journal import ends, names
@@ -147,7 +147,10 @@ class Records:
         known = self._accepted.known(run)
         name = await newest_name(self._store, names.operations(run), after=known[0] if known else 0)
         if name:
-            known = names.last_number(name), await self._load_accepted(name)
+            at = await damage.unless(self._load_accepted(name), None)
+            if at is None:  # that of its creation is less than is wanted, and better than no run at all
+                return await self._load_accepted(names.operation(run, 0))
+            known = names.last_number(name), at
             self._accepted.keep(run, known)
         if known is None:
             raise _no_run(run)

@@ -13,7 +13,7 @@ import structlog
 from gateway import events as taking
 from gateway.chores import Chore
 from gateway.parts import Parts
-from knapper import dead
+from knapper import damage, dead
 from knapper.dead import DeadLetter
 from knapper.errors import KnapperError, Unavailable, UserError
 from knapper.events import Event
@@ -80,7 +80,7 @@ class Inbox:
         for tenant, job in dict.fromkeys(folder for entry in new if (folder := taking.folder_of(entry.name))):
             inbox = names.inbox(tenant, job)
             there = {each.name.removeprefix(inbox): each.generation for each in found if each.name.startswith(inbox)}
-            if not await upload.unchanged(self._place.store, tenant, job, there):
+            if not await damage.unless(upload.unchanged(self._place.store, tenant, job, there), False):
                 await self._start(tenant, job)
         self._known = {(entry.name, entry.generation) for entry in found}
         return None if new else _LOOK_REST_S
@@ -91,5 +91,7 @@ class Inbox:
             await taking.started(self._gateway, self._place, tenant, job)
         except Unavailable:
             raise
+        except damage.ERRORS as error:
+            damage.tell(error)
         except Exception:
             log.exception("a folder of the inbox: defect", tenant=tenant, job=job)

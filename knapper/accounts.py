@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from knapper import limits, lines, usage
+from knapper import damage, limits, lines, usage
 from knapper.errors import KnapperError
 from knapper.ids import RunId, SessionId, Tenant, number, run_prefix, session_of
 from knapper.journal import names
@@ -131,12 +131,14 @@ class Accounts:
 
         Raises InvalidField if there is too much for one answer.
         """
-        marked = {_Mark.parse(name).run for name in await self._store.list(f"using/{tenant}/")}
+        marked = {mark.run for mark in damage.parsed(await self._store.list(f"using/{tenant}/"), _Mark.parse)}
         since = {run: await self._known_through(run) for run in sorted(marked)}
         found = await lines.within(self._store, tenant, window)  # looked at last: what is settled meanwhile is in them
         read = 0
         for run, through in since.items():
-            tail = await self._tail(run, through)
+            tail = await damage.unless(self._tail(run, through), None)
+            if tail is None:  # a damaged record is its run's misfortune: its lines say how much it used before
+                continue
             read += sum(window.hour(each.at) is not None for each in tail.asked if each.seq > 0)
             if read > limits.operations_told_max:
                 raise usage.too_much(window, "operations that no line has yet")
@@ -154,8 +156,7 @@ class Accounts:
         if not self._told:
             await self._begin()
         marks: dict[tuple[Tenant, RunId], list[_Mark]] = {}
-        for name in await self._store.list("using/"):
-            mark = _Mark.parse(name)
+        for mark in damage.parsed(await self._store.list("using/"), _Mark.parse):
             marks.setdefault((mark.tenant, mark.run), []).append(mark)
         at, left = self._clock(), False
         for (tenant, run), each in marks.items():

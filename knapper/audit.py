@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from knapper import damage
 from knapper.ids import TinkerPath
 from knapper.journal.records import Record, decode, encode
-from knapper.store import Store, many
+from knapper.store import Store
 
 
 class Entry(Record, frozen=True):
@@ -40,7 +41,7 @@ class Audit:
     async def day(self, tenant: str, day: datetime, resource: str = "") -> list[Entry]:
         """The entries of one UTC day in order of time; all, or those about one kind of resource."""
         names = await self.store.list(_day(tenant, day))
-        entries = await many.each(names, self._read)
+        entries = await damage.readable(names, self._read)
         return [entry for entry in entries if not resource or entry.event.startswith(f"{resource}_")]
 
     async def _read(self, name: str) -> Entry:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from knapper import ids, labels
+from knapper import damage, ids, labels
 from knapper.collect import marks
 from knapper.errors import NotFound, UserError
 from knapper.ids import RunId, TinkerPath, run_of_bundle, session_of
@@ -18,7 +18,7 @@ from knapper.journal.accept import decode_creation
 from knapper.journal.records import Operation, Record, decode, encode
 from knapper.labels import Label
 from knapper.remembered import Remembered
-from knapper.store import Store, many
+from knapper.store import Store
 
 EVERYONE = ""
 
@@ -130,12 +130,16 @@ class Checkpoints:
         """
         below = "" if tenant == EVERYONE else f"{tenant}/{within}"
         now = self.clock()
-        found = [label for label in await labels.newest(self.store, below, self._label) if label.lives(now)]
+        found = [
+            label
+            for label in await labels.newest(self.store, below, self._label, all_of_them=not tenant)
+            if label.lives(now)
+        ]
         return sorted(found, key=lambda label: (label.saved_at, str(label.path)), reverse=True)
 
     async def read(self, chosen: Iterable[Label]) -> list[Checkpoint]:
-        """What they are about, in their order."""
-        found = await many.each(chosen, lambda label: self._version(label.version))
+        """What they are about, in their order; damaged ones are left out."""
+        found = await damage.readable(chosen, lambda label: self._version(label.version))
         return [checkpoint for checkpoint in found if checkpoint is not None]
 
     async def listed(self, tenant: str, within: str = "") -> list[Checkpoint]:

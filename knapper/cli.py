@@ -80,6 +80,30 @@ def sweep(data: Annotated[Path | None, typer.Option(help="The data directory of 
     asyncio.run(sweep_and_tell())
 
 
+@app.command()
+def verify(data: Annotated[Path | None, typer.Option(help="The data directory of `knapper up`.")] = None) -> None:
+    """Read every object of the store and name those that are damaged; ends with 1 then. A server may run meanwhile."""
+    import asyncio
+
+    from knapper import inventory
+    from knapper.settings import Settings, variable
+    from knapper.store.opening import open_store
+
+    store = open_store(Settings.load({**os.environ, **({variable("data"): str(data)} if data else {})}))
+
+    async def read_all() -> tuple[int, int]:
+        read = wrong = 0
+        async for done, errors in inventory.unreadable(store):
+            read, wrong = done, wrong + len(errors)
+            for error in errors:
+                say(f"{error.code}: {error}")
+        return read, wrong
+
+    read, wrong = asyncio.run(read_all())
+    say(f"{read} objects are read; {wrong or 'none'} cannot be used")
+    raise typer.Exit(1 if wrong else 0)
+
+
 def _collector(data: Path | None) -> "tuple[Collector, Store]":
     """Of this deployment, and its store."""
     import secrets

@@ -6,7 +6,7 @@ dead/<sha256 of what it is and whom it was for>    created once: the same letter
 import hashlib
 from typing import Final
 
-from knapper import limits
+from knapper import damage, limits
 from knapper.journal.records import Record, decode, encode
 from knapper.store import Names, Store
 
@@ -32,6 +32,10 @@ async def keep(store: Store, letter: DeadLetter) -> str:
 async def listed(store: Store) -> list[DeadLetter]:
     """The oldest first; at most `dead_letters_listed_max`, of any age."""
     names: Names = await store.list(_FOLDER, limit=limits.dead_letters_listed_max)
-    found = [(name, await store.get(name)) for name in names]
-    letters = [decode(data, DeadLetter, name) for name, data in found if data is not None]
+
+    async def read(name: str) -> DeadLetter | None:
+        data = await store.get(name)
+        return None if data is None else decode(data, DeadLetter, name)
+
+    letters = [letter for letter in await damage.readable(names, read) if letter is not None]
     return sorted(letters, key=lambda letter: letter.kept_at)

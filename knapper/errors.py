@@ -166,9 +166,24 @@ class NotHolder(Unavailable):
 
 
 class Corrupt(KnapperError):
-    """Stored bytes are not what their index says. Never used, never repaired in silence."""
+    """Stored bytes are not those that were written. Never used, never repaired in silence; an operator is needed.
+
+    `object_name`: the damaged object, where it is one.
+    """
 
     code = "corrupt"
+    status = 503  # not now: what waits goes on once the object is restored
+    object_name: str = ""
+
+
+def damaged(name: str, what: str) -> Corrupt:
+    """The error for a damaged object: which it is, what of it is wrong, and what to do."""
+    error = Corrupt(
+        f"object {name} is damaged: {what}. Nothing was made of it. Tell the server's operator, who restores it from a "
+        'backup (docs/operating.md, "A damaged object")'
+    )
+    error.object_name = name
+    return error
 
 
 class Told(KnapperError):

@@ -54,6 +54,8 @@ def forget_torn(path: Path) -> None:
         return
     try:
         if torn(descriptor):
+            if os.fstat(descriptor).st_nlink > 1:  # its other name may not be durable: that this one is there says so
+                os.sync()
             path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
@@ -88,7 +90,8 @@ def directory(path: Path) -> Iterator[int]:
 def below(root: Path, folders: Sequence[str], *, make: bool = False) -> Iterator[int]:
     """A descriptor of root/a/b, in which neither a nor b is a link, whatever others do meanwhile.
 
-    `make`: what is missing is made, for this account alone. Raises Link, FileNotFoundError or NotADirectoryError.
+    `make`: what is missing is made, durably, for this account alone. Raises Link, FileNotFoundError or
+    NotADirectoryError.
     """
     descriptor = os.open(root, _FOLDER)
     try:
@@ -97,6 +100,8 @@ def below(root: Path, folders: Sequence[str], *, make: bool = False) -> Iterator
                 with suppress(FileExistsError):
                     os.mkdir(folder, 0o700, dir_fd=descriptor)
             inner = _open(folder, _FOLDER, descriptor)
+            if make:  # also what somebody made who died before it was durable
+                os.fsync(descriptor)
             os.close(descriptor)
             descriptor = inner
         yield descriptor
@@ -145,14 +150,17 @@ def read(folder: int, name: str) -> BufferedReader:
 
 
 def replace(folder: int, name: str, data: bytes, *, prefix: str = ".", mode: int = _OURS) -> None:
-    """The file has these bytes, and nobody sees half of them. A link that lay there goes, and not what it leads to."""
+    """The file has these bytes, durably, and nobody sees half of them. A link there goes, and not what it leads to."""
     temporary = random_name(prefix)
     descriptor = os.open(temporary, os.O_WRONLY | _NEW, _OURS, dir_fd=folder)
     try:
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(descriptor, mode)
             file.write(data)
+            file.flush()
+            os.fsync(descriptor)
         os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        os.fsync(folder)
     except BaseException:
         with suppress(OSError):
             os.unlink(temporary, dir_fd=folder)

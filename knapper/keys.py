@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import msgspec
 
-from knapper import ids, limits
+from knapper import damage, ids, limits
 from knapper.errors import InvalidField, NotFound, Unauthorized, UserError
 from knapper.ids import Tenant
 from knapper.journal.records import Record, decode, encode
 from knapper.remembered import Remembered
-from knapper.store import Store, many
+from knapper.store import Store
 
 PREFIX = "tml-"  # the SDK accepts no other
 
@@ -64,7 +64,7 @@ class Keys:
         newest = {
             name.rpartition("/")[0]: name for name in await self.store.list("keys/")
         }  # sorted: the last one stays
-        found = await many.each(newest.values(), self._read)
+        found = await damage.readable(newest.values(), self._read)
         return sorted([key for key in found if key is not None], key=lambda key: (key.created_at, key.id))
 
     async def revoke(self, key_id: str) -> Key:
@@ -83,8 +83,12 @@ class Keys:
         return await self._read(_version(key_id, 1))
 
     async def revoked(self, key_id: str) -> Key | None:
-        """Its end, or None while it is good. One read of one name, since a key has no third version."""
+        """Its end, or None while it is good."""
         return await self._read(_version(key_id, 2))
+
+    async def is_revoked(self, key_id: str) -> bool:
+        """One look at one name, since a key has no third version: a damaged end is an end all the same."""
+        return await self.store.get(_version(key_id, 2)) is not None
 
     async def _read(self, name: str) -> Key | None:
         data = await self.store.get(name)
@@ -153,7 +157,7 @@ class Keyring:
     async def _look(self, seen: _Seen) -> None:
         began = self._now()
         try:
-            seen.revoked = await self._keys.revoked(seen.made.id) is not None
+            seen.revoked = await self._keys.is_revoked(seen.made.id)
             seen.good_at = began
         finally:
             seen.looking = None

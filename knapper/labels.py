@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import cast
 from urllib.parse import quote, unquote
 
+from knapper import damage
 from knapper.ids import CheckpointKind, RunId, TinkerPath
 from knapper.models.catalogue import slug
 from knapper.store import Names, Store, many
@@ -64,15 +65,18 @@ def _parse(place: str) -> Label:
 Read = Callable[[str], Awaitable[Label | None]]
 
 
-async def newest(store: Store, below: str, read: Read) -> list[Label]:
-    """Of the newest version of each name below `checkpoints/<below>`. `read` makes the label of one that has none."""
+async def newest(store: Store, below: str, read: Read, *, all_of_them: bool) -> list[Label]:
+    """Of the newest version of each name below `checkpoints/<below>`. `read` makes the label of one that has none.
+
+    `all_of_them`: raises if one that has none is damaged; else that is left out.
+    """
     versions = {name.rpartition("/")[0]: name for name in await store.list(_ROOT + below)}  # sorted: the last one stays
-    return await _labels(store, below, list(versions.values()), read)
+    return await _labels(store, below, list(versions.values()), read, all_of_them)
 
 
 async def every(store: Store, below: str, read: Read) -> list[Label]:
-    """Of every version, in order."""
-    return await _labels(store, below, await store.list(_ROOT + below), read)
+    """Of every version, in order. Raises if one that has none is damaged."""
+    return await _labels(store, below, await store.list(_ROOT + below), read, True)
 
 
 async def remove(store: Store, chosen: Iterable[Label]) -> int:
@@ -83,8 +87,8 @@ async def remove(store: Store, chosen: Iterable[Label]) -> int:
     return 2 * len(gone)
 
 
-async def _labels(store: Store, below: str, versions: Names, read: Read) -> list[Label]:
-    labels = {label.version: label for label in map(_parse, await store.list(_LABELS + below))}
+async def _labels(store: Store, below: str, versions: Names, read: Read, all_of_them: bool) -> list[Label]:
+    labels = {label.version: label for label in damage.parsed(await store.list(_LABELS + below), _parse)}
 
     async def make(version: str) -> Label | None:
         label = await read(version)
@@ -93,6 +97,7 @@ async def _labels(store: Store, below: str, versions: Names, read: Read) -> list
         return label
 
     unlabelled = [version for version in versions if version not in labels]
-    made = {label.version: label for label in await many.each(unlabelled, make) if label is not None}
+    each = many.each if all_of_them else damage.readable
+    made = {label.version: label for label in await each(unlabelled, make) if label is not None}
     known = labels | made
     return [known[version] for version in versions if version in known]

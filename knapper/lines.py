@@ -8,6 +8,7 @@ wins: a line is written anew with more in it, never added to another, so that no
 
 from dataclasses import dataclass
 
+from knapper import damage
 from knapper.ids import RunId, number
 from knapper.store import Store
 from knapper.usage import Window, names_within
@@ -54,7 +55,7 @@ def _parse(name: str) -> Line:
 
 async def within(store: Store, tenant: str, window: Window) -> dict[tuple[int, RunId], Line]:
     """The lines of the window, by hour and run. Nothing is read."""
-    found = map(_parse, await names_within(store, f"used/{tenant}/", window))
+    found = damage.parsed(await names_within(store, f"used/{tenant}/", window), _parse)
     return {(line.hour, line.run): line for line in found}  # in order: the highest of an hour and run stays
 
 

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from knapper import secrets
 from knapper.errors import Gone, NotFound
 from knapper.journal.records import Record, decode, encode
 from knapper.store import Store
 from knapper.untrusted import parsing
 
-_SECRET = "secrets/links"
 _MAC_BYTES = hashlib.sha256().digest_size
 
 
@@ -60,7 +60,5 @@ class Links:
 
     async def _mac(self, content: bytes) -> bytes:
         if not self._secret:
-            await self.store.put_if_absent(_SECRET, (self.new_id() + self.new_id()).encode())
-            self._secret = await self.store.get(_SECRET) or b""
-            assert self._secret, "it is never deleted"
+            self._secret = await secrets.opened(self.store, "links", self.new_id)
         return hmac.digest(self._secret, content, "sha256")

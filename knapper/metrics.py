@@ -60,6 +60,11 @@ queue_age_seconds = Gauge(
     "knapper_queue_age_seconds", "How long the run that waits longest has waited without a result, as scrapes saw it.",
     registry=REGISTRY,
 )  # fmt: skip
+unreadable_objects = Counter(
+    "knapper_unreadable_objects",
+    "Objects of the store that were met and cannot be read, damaged or of a newer format; `knapper verify` lists them.",
+    registry=REGISTRY,
+)
 samples_waiting = Gauge("knapper_samples_waiting", "Samples that are asked for and not done.", registry=REGISTRY)
 
 

@@ -6,7 +6,7 @@ made (its maker died in between) answers as missing.
 
 from dataclasses import dataclass
 
-from knapper import ids
+from knapper import damage, ids
 from knapper.ids import RunId, SessionId, Tenant
 from knapper.sessions import Session
 from knapper.store import Store
@@ -43,25 +43,36 @@ class Register:
     async def sessions(self, tenant: str) -> list[Listed]:
         """Newest first."""
         prefix = f"tenants/{tenant}/sessions/"
-        listed = [name.removeprefix(prefix).split("-", 1) for name in await self.store.list(prefix)]
-        return [Listed(int(created_us), SessionId(session)) for created_us, session in reversed(listed)]
+        return damage.parsed(reversed(await self.store.list(prefix)), lambda name: _listed(name.removeprefix(prefix)))
 
     async def runs(self, tenant: str, session: Session | None = None) -> list[RunId]:
         """Those of the newest session first, and of a session the newest; all, or those of one session."""
         prefix = f"tenants/{tenant}/runs/"
         names = await self.store.list(f"{prefix}{_place(session)}/" if session is not None else prefix)
-        return [_run(name.removeprefix(prefix)) for name in reversed(names)]
+        return damage.parsed(reversed(names), lambda name: _run(name.removeprefix(prefix)))
 
     async def everybodys_runs(self) -> list[tuple[Tenant, RunId]]:
         """Of all tenants, in no order that means anything."""
-        listed = [name.split("/", 3) for name in await self.store.list("tenants/")]
-        return [(Tenant(tenant), _run(rest)) for _, tenant, kind, rest in listed if kind == "runs"]
+        listed = [name for name in await self.store.list("tenants/") if "/runs/" in name]
+        return damage.parsed(listed, _tenants_run)
 
 
 def _place(session: Session) -> str:
     return f"{ids.number(int(session.created_at * 1e6))}-{session.session}"
 
 
+def _listed(place: str) -> Listed:
+    """Raises ValueError for a name that none of ours is."""
+    created_us, session = place.split("-", 1)
+    return Listed(int(created_us), SessionId(session))
+
+
 def _run(name: str) -> RunId:
+    """Raises ValueError for a name that none of ours is."""
     place, _, number = name.partition("/")
-    return ids.make_run_id(SessionId(place.split("-", 1)[1]), int(number))
+    return ids.make_run_id(_listed(place).session, int(number))
+
+
+def _tenants_run(name: str) -> tuple[Tenant, RunId]:
+    _, tenant, _, rest = name.split("/", 3)
+    return Tenant(tenant), _run(rest)

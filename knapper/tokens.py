@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 import jwt
 import msgspec
 
-from knapper import limits
-from knapper.errors import InvalidToken
+from knapper import damage, limits, secrets
+from knapper.damage import ERRORS
+from knapper.errors import InvalidToken, KnapperError
 from knapper.ids import Tenant
 from knapper.store import Store
 from knapper.untrusted import parsing
 
-_SECRET = "secrets/tokens"
 _ALGORITHM = "HS256"
 
 
@@ -34,17 +34,23 @@ class Tokens:
 
     clock: Callable[[], float]
     _secret: bytes = field(repr=False)
+    _missing: KnapperError | None = None  # why there is none
 
     @staticmethod
     async def open(store: Store, clock: Callable[[], float], new_id: Callable[[], str]) -> "Tokens":
-        """With the store's secret, made now if there is none. `new_id`: 128 random bits in hexadecimal."""
-        await store.put_if_absent(_SECRET, (new_id() + new_id()).encode())
-        secret = await store.get(_SECRET)
-        assert secret, "it is never deleted"
-        return Tokens(clock, secret)
+        """With the store's secret, made now if there is none. `new_id`: 128 random bits in hexadecimal.
+
+        A damaged one keeps nobody from starting: whoever comes with a token, or for one, hears of it.
+        """
+        try:
+            return Tokens(clock, await secrets.opened(store, "tokens", new_id))
+        except ERRORS as error:
+            damage.tell(error)
+            return Tokens(clock, b"", error)
 
     def issue(self, tenant: Tenant, key: str) -> str:
         """A token that is good for an hour, and no longer than the key of this id."""
+        self._expect_secret()
         now = int(self.clock())
         claims = Claims(
             sub=f"tml:user:{tenant}", org_id=tenant, email="", tenant=tenant, key=key, iat=now,
@@ -54,6 +60,7 @@ class Tokens:
 
     def claims(self, token: str) -> Claims:
         """What it says. Raises InvalidToken for one that has expired, or that was signed elsewhere."""
+        self._expect_secret()
         with parsing(_not_ours):
             found = jwt.decode(
                 token,
@@ -65,6 +72,10 @@ class Tokens:
         if self.clock() >= claims.exp:
             raise InvalidToken("the token has expired; exchange your key for another (the SDK does so by itself)")
         return claims
+
+    def _expect_secret(self) -> None:
+        if self._missing is not None:
+            raise self._missing
 
 
 def _not_ours(_: Exception) -> InvalidToken:

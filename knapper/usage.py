@@ -11,14 +11,14 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from knapper import limits
+from knapper import damage, limits
 from knapper.errors import InvalidField, UserError
 from knapper.ids import RunId, number
 from knapper.journal import history
 from knapper.journal.records import Operation, Record, decode
 from knapper.labels import Label
-from knapper.store import Names, Store, many
-from knapper.wire import proto, zstd
+from knapper.store import Names, Store
+from knapper.wire import proto
 
 HOUR_S = 3600
 _PAGE = 999  # names of one listing, as a bucket tells them in one request
@@ -94,7 +94,7 @@ async def tokens_sampled(store: Store, tenant: str, window: Window) -> list[tupl
     if len(within) > limits.operations_told_max:
         raise too_much(window, "minutes of samples")
     totals: dict[tuple[int, str, str], Sampled] = {}
-    for hour, rows in await many.each(within, read):
+    for hour, rows in await damage.readable(within, read):
         for row in rows:
             key = hour, row.session, row.base_model
             before = totals.get(key, Sampled(session=row.session, base_model=row.base_model))
@@ -116,7 +116,7 @@ async def tokens_trained(store: Store, runs: list[RunId], window: Window) -> dic
             if read > limits.operations_told_max:
                 raise too_much(window, "operations")
             for hour, operation in within:
-                counted[hour, run] += await asyncio.to_thread(tokens_of, operation)
+                counted[hour, run] += await damage.unless(asyncio.to_thread(tokens_of, operation), 0)
             if all(operation.accepted_at < window.first * HOUR_S for operation in group):
                 break
     return {key: tokens for key, tokens in counted.items() if tokens}
@@ -158,7 +158,7 @@ def tokens_of(operation: Operation) -> int:
     if operation.kind != "forward_backward":
         return 0
     try:
-        request = proto.decode_forward_backward(zstd.decompress(operation.body_zstd, limits.body_bytes_max))
+        request = proto.decode_forward_backward(operation.body())
     except UserError:  # it was answered with this error, and trained nothing
         return 0
     return sum(datum.tokens.size for datum in request.data)

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from gateway.parts import Parts, parts
 from gateway.rest import shapes
 from gateway.tenants import tenant_of
-from knapper import usage
+from knapper import damage, usage
 from knapper.accounts import Use
 from knapper.audit import Entry
 from knapper.errors import InvalidField, NotFound
@@ -66,12 +66,13 @@ async def usage_events(request: Request) -> Response:
         rows.append(_Row(hour, each.prompt, each.session, each.base_model, prefill))
         drawn = {"type": "sampling_sample", "device_seconds": round(each.device_s, 3)}
         rows.append(_Row(hour, each.sampled, each.session, each.base_model, drawn))
-    await many.each({row.session for row in rows if row.session}, lambda each: gateway.records.project(each, tenant))
+    await many.each({row.session for row in rows if row.session}, lambda each: _project(gateway, tenant, each))
     data = [await _event(gateway, tenant, row) for row in sorted(rows, key=lambda row: (row.hour, -row.tokens))]
     sessions = {}
     for session in {event["session_id"] for event in data} - {None}:
-        metadata = (await gateway.records.session(session, tenant)).user_metadata_json
-        sessions[session] = {"user_metadata": shapes.labels(metadata)}
+        record = await damage.unless(gateway.records.session(session, tenant), None)
+        if record is not None:
+            sessions[session] = {"user_metadata": shapes.labels(record.user_metadata_json)}
     return JSONResponse({"data": data, "sessions": sessions, "cost_data_through": None})
 
 
@@ -95,11 +96,17 @@ class _Row:
 
 
 async def _model(gateway: Parts, tenant: Tenant, run: RunId) -> str:
-    """Empty for a run that is gone; what it used is not."""
+    """Empty for a run that is gone, or damaged; what it used is not."""
     try:
-        return (await gateway.records.spec(run, tenant)).base_model
+        spec = await damage.unless(gateway.records.spec(run, tenant), None)
     except NotFound:
         return ""
+    return "" if spec is None else spec.base_model
+
+
+async def _project(gateway: Parts, tenant: Tenant, session: str) -> str:
+    """Empty for none, and for one that a damaged record hides."""
+    return await damage.unless(gateway.records.project(session, tenant), "")
 
 
 async def _event(gateway: Parts, tenant: Tenant, row: _Row) -> dict[str, Any]:
@@ -110,7 +117,7 @@ async def _event(gateway: Parts, tenant: Tenant, row: _Row) -> dict[str, Any]:
         "base_model": row.base_model,
         "user_id": tenant,
         "session_id": row.session or None,
-        "project_id": (await gateway.records.project(row.session, tenant) or None) if row.session else None,
+        "project_id": (await _project(gateway, tenant, row.session) or None) if row.session else None,
         "event_info": row.told | counted,
     }
 
@@ -121,9 +128,7 @@ async def storage(request: Request) -> Response:
     asked = json.convert(shapes.query(request), rest.StorageQuery)
     living = await gateway.checkpoints.labels(tenant)
     sessions = list(dict.fromkeys(session_of(label.path.run) for label in living))
-    found = dict(
-        zip(sessions, await many.each(sessions, lambda each: gateway.records.project(each, tenant)), strict=True)
-    )
+    found = dict(zip(sessions, await many.each(sessions, lambda each: _project(gateway, tenant, each)), strict=True))
     projects: dict[str, list[Label]] = {}
     for label in living:
         projects.setdefault(found[session_of(label.path.run)], []).append(label)

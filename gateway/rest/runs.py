@@ -8,12 +8,11 @@ from starlette.responses import JSONResponse, Response
 from gateway.parts import Parts, parts
 from gateway.rest import shapes
 from gateway.tenants import tenant_of
-from knapper import ids
+from knapper import damage, ids
 from knapper.errors import NotFound
-from knapper.ids import CheckpointKind, RunId, Tenant, TinkerPath, session_of
+from knapper.ids import CheckpointKind, RunId, SessionId, Tenant, TinkerPath, session_of
 from knapper.journal import ends
 from knapper.journal.records import Spec
-from knapper.store import many
 from knapper.wire import json, rest
 
 _SHOWN: tuple[CheckpointKind, ...] = ("weights", "sampler_weights")
@@ -35,7 +34,7 @@ async def list_runs(request: Request) -> Response:
             return None
         return await _shape(gateway, spec)
 
-    found = [run for run in await many.each(page, shown) if run is not None]
+    found = [run for run in await damage.readable(page, shown) if run is not None]
     answer = {"training_runs": found, "cursor": shapes.cursor(asked.offset, asked.limit, len(runs))}
     return JSONResponse(answer)
 
@@ -94,6 +93,9 @@ async def _shape(gateway: Parts, spec: Spec) -> dict[str, Any]:
 
 async def _in_project(gateway: Parts, tenant: Tenant, runs: list[RunId], project: str) -> list[RunId]:
     sessions = list(dict.fromkeys(session_of(run) for run in runs))
-    projects = await many.each(sessions, lambda session: gateway.records.project(session, tenant))
-    wanted = {session for session, found in zip(sessions, projects, strict=True) if found == project}
+
+    async def found(session: SessionId) -> tuple[SessionId, str]:
+        return session, await gateway.records.project(session, tenant)
+
+    wanted = {session for session, its in await damage.readable(sessions, found) if its == project}
     return [run for run in runs if session_of(run) in wanted]

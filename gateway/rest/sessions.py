@@ -10,7 +10,8 @@ from gateway import bodies
 from gateway.parts import Parts, parts
 from gateway.rest import links, shapes
 from gateway.tenants import tenant_of
-from knapper import limits, trace, usage
+from knapper import damage, limits, trace, usage
+from knapper.errors import NotFound
 from knapper.ids import SessionId, Tenant
 from knapper.links import Link
 from knapper.register import Listed
@@ -66,8 +67,7 @@ async def search(request: Request) -> Response:
         if asked.display_name is None and asked.session_id not in (None, listed.session):
             continue
         if after is None or (listed.created_us, listed.session) < after:
-            session = await gateway.records.session(listed.session, tenant)
-            summary = await _matching(gateway, session, asked)
+            summary = await damage.unless(_summary(gateway, listed.session, tenant, asked), None)
             if summary is not None:
                 found.append((listed, summary))
             if len(found) > asked.limit:
@@ -80,6 +80,16 @@ async def search(request: Request) -> Response:
         cursor = {"last_created_at": at.isoformat(), "last_session_id": last.session}
     sessions = [{**summary, **await _stored(gateway, listed.session, tenant)} for listed, summary in page]
     return JSONResponse({"sessions": sessions, "next_cursor": cursor})
+
+
+async def _summary(
+    gateway: Parts, session: SessionId, tenant: Tenant, asked: rest.SessionSearch
+) -> dict[str, Any] | None:
+    try:
+        found = await gateway.records.session(session, tenant)
+    except NotFound:  # registered, and then its maker died before making it
+        return None
+    return await _matching(gateway, found, asked)
 
 
 async def _matching(gateway: Parts, session: Session, asked: rest.SessionSearch) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from math import inf
 
 import structlog
 
+from knapper import damage
 from knapper.collect import marks
 from knapper.collect.session import Look, Memory, Need, Pass, Retention, Visit, asked_of
 from knapper.errors import KnapperError, NotFound, Unavailable
@@ -175,8 +176,9 @@ class Collector:
         session = session_of(run)
         await marks.put(self._store, session, f"{run}-deleted")
         self.touch(session)
-        asked_at = await asked_of(self._store, run)
-        await self._memory.account(tenant, run)
+        # What is damaged can be deleted, too: what it used is told up to there.
+        asked_at = await damage.unless(asked_of(self._store, run), 0.0)
+        await damage.unless(self._memory.account(tenant, run), None)
         await ends.end(self._store, run, End(reason="deleted", tenant=tenant, at=self._clock(), asked_at=asked_at))
         visit = Visit(self._memory, session, Pass(self._memory), {run})
         await visit.deleted_run(run, tenant)
@@ -185,12 +187,23 @@ class Collector:
 
     async def delete_of_anybody(self, run: RunId) -> tuple[str, int]:
         """As `delete`, for the operator; return whose it was, too. Raises NotFound if there is no such run."""
-        creation = await self._memory.acceptor.creation(run)
         end = await ends.ended(self._store, run)
-        if creation is None and end is None:
-            raise NotFound(f"training run {run!r} does not exist; `tinker run list` shows those that do")
-        tenant = end.tenant if end is not None else creation.spec.tenant if creation is not None else ""
+        tenant = end.tenant if end is not None else await self._owner(run)
         return tenant, await self.delete(run, tenant)
+
+    async def _owner(self, run: RunId) -> str:
+        """Raises NotFound."""
+        try:
+            creation = await self._memory.acceptor.creation(run)
+        except damage.ERRORS as error:  # whose it is stands in a list, too
+            damage.tell(error)
+            for tenant, listed in await self._memory.register.everybodys_runs():
+                if listed == run:
+                    return tenant
+            raise
+        if creation is None:
+            raise NotFound(f"training run {run!r} does not exist; `tinker run list` shows those that do")
+        return creation.spec.tenant
 
     async def sweep(self) -> dict[SessionId, int]:
         """Look at every session of which anything is there; return where how many objects were deleted.

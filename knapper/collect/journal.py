@@ -16,6 +16,7 @@ from math import inf
 
 import msgspec
 
+from knapper import damage
 from knapper.ids import RunId, run_prefix
 from knapper.journal import bundles, names
 from knapper.journal.records import Commit, Manifest, decode, encode
@@ -172,7 +173,7 @@ async def remains(store: Store, run: RunId, *, keep_creation: bool) -> int:
     fences = set[str]()
     for at in range(0, len(commits), _READ_AT_ONCE):
         some = commits[at : at + _READ_AT_ONCE]
-        found = await many.each(some, lambda name: _commit(store, name))
+        found = await many.each(some, lambda name: damage.unless(_commit(store, name), None))
         fences |= {name for name, commit in zip(some, found, strict=True) if commit is None or not commit.results}
     doomed = [name for name in listed if name not in fences and not name.startswith(names.ends(run))]
     # Commits last: what slept in a claim needs its operations, and finds them gone.

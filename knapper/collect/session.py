@@ -1,10 +1,10 @@
 """One look at a session: what is left of its runs, samplers and checkpoints, and what of it may go by now."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from math import inf
 
-from knapper import labels
+from knapper import damage, labels
 from knapper.checkpoints import EVERYONE, Checkpoints
 from knapper.collect import journal, marks
 from knapper.ids import RunId, SamplerId, SessionId, run_of_bundle, run_prefix, session_of
@@ -107,15 +107,23 @@ class Pass:
     memory: Memory
     at_once: bool = False
     _held: frozenset[str] | None = None
+    _unknown: bool = False
 
-    async def held(self) -> frozenset[str]:
-        """Every bundle that a checkpoint which lives, or a sampler, of whatever session leads to."""
-        if self._held is None:
+    async def held(self, bundles: Iterable[str]) -> frozenset[str]:
+        """Those of the bundles that a checkpoint which lives, or a sampler, of whatever session leads to.
+
+        All of them while one of those is damaged: it may lead to any.
+        """
+        if self._held is None and not self._unknown:
             listed = await self.memory.store.list("samplers/")
-            samplers = await many.each(listed, self.memory.sampler)
-            living = await self.memory.checkpoints.labels(EVERYONE)
-            self._held = frozenset(each.bundle for each in (*samplers, *living) if each is not None)
-        return self._held
+            try:
+                samplers = await many.each(listed, self.memory.sampler)
+                living = await self.memory.checkpoints.labels(EVERYONE)
+                self._held = frozenset(each.bundle for each in (*samplers, *living) if each is not None)
+            except damage.ERRORS as error:
+                damage.tell(error)
+                self._unknown = True
+        return frozenset(bundles) if self._held is None else self._held & frozenset(bundles)
 
 
 class Visit:
@@ -239,13 +247,14 @@ class Visit:
             await self._tell(bundle, f"{run}-deleted")
         self.found.deleted += await labels.remove(self._store, versions)
         doomed = await self._store.list(f"inflight/{run}/")
-        for name in await self._store.list(f"samplers/{self._session}:"):
-            if (sampler := await self._memory.sampler(name)) is not None and sampler.run == run:
+        listed = await self._store.list(f"samplers/{self._session}:")
+        for sampler in await damage.readable(listed, self._memory.sampler):
+            if sampler is not None and sampler.run == run:
                 await self._drop(sampler)
         self.found.deleted += await journal.delete(self._store, doomed)
         stored = {name.rpartition("/")[0] + "/" for name in await self._store.list(f"adapters/{run}/")}
         self._bundles -= stored
-        held = await Pass(self._memory).held() if stored else frozenset[str]()
+        held = await Pass(self._memory).held(stored) if stored else frozenset[str]()
         for prefix in stored - held:
             await self._delete_bundle(prefix)
         if stored & held:
@@ -326,7 +335,7 @@ class Visit:
             saving = prefix not in self._named and run not in self._ended
             if saving and seq > await self._applied(run):
                 continue
-            if prefix in await self._during.held():
+            if await self._during.held([prefix]):
                 self._memory.since.pop(prefix, None)
                 self.found.wait(_HELD_S)
             elif self._during.at_once or self._has_waited(prefix):

@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import msgspec
 
-from knapper import limits
 from knapper.engine import hardware, peft_format
 from knapper.engine.clock import Clock
 from knapper.engine.device import Device, Task, timed
@@ -16,7 +15,7 @@ from knapper.engine.training import RunState, Trainer
 from knapper.errors import Corrupt
 from knapper.journal.machine import Files, Outcome
 from knapper.journal.records import Operation, Spec
-from knapper.wire import proto, requests, zstd
+from knapper.wire import proto, requests
 
 T = TypeVar("T")
 
@@ -39,7 +38,7 @@ class TrainingMachine:
     async def apply(self, state: RunState, operation: Operation, source: Files | None) -> Outcome[RunState]:
         """Raises UserError for the user's mistakes, OutOfMemory where memory is lacking; the state is the same then."""
         if operation.kind == "forward_backward":
-            future = self.passes.submit(state, lambda: proto.decode_forward_backward(_body(operation)))
+            future = self.passes.submit(state, lambda: proto.decode_forward_backward(operation.body()))
             state, output, cost_s = future.result() if future.done() else await asyncio.wrap_future(future)
             return Outcome(state, "application/x-protobuf", proto.encode_forward_backward_output(output), cost_s=cost_s)
         outcome, cost_s = await self._run(lambda: timed(self._apply(state, operation, source), self._clock), state.spec)
@@ -74,11 +73,11 @@ class TrainingMachine:
     def _apply(self, state: RunState, operation: Operation, source: Files | None) -> Task[Outcome[RunState]]:
         match operation.kind:
             case "optim_step":
-                values = requests.decode(_body(operation), requests.OptimStep).adamw()
+                values = requests.decode(operation.body(), requests.OptimStep).adamw()
                 state, metrics = yield from self._trainer.optim_step(state, values)
                 return _answer(state, {"metrics": metrics})
             case "load_weights":
-                request = requests.decode(_body(operation), requests.LoadWeights)
+                request = requests.decode(operation.body(), requests.LoadWeights)
                 if source is None:
                     raise Corrupt(f"the files of {request.path} were not handed to the load")
                 yield
@@ -100,10 +99,6 @@ class TrainingMachine:
         weights_P, moments, grads_P = peft_format.thaw(files, self._trainer.layout(spec))
         state = self._trainer.begin(spec, weights_P, moments)
         return state if grads_P is None else replace(state, grads_P=grads_P.to(state.weights_P.device))
-
-
-def _body(operation: Operation) -> bytes:
-    return zstd.decompress(operation.body_zstd, limits.body_bytes_max)
 
 
 def _answer(state: RunState, body: object) -> Outcome[RunState]:

@@ -1,11 +1,12 @@
 """Jobs as this process has read them: the record of the start, and the files that were copied with it."""
 
 import asyncio
+import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from knapper.errors import Corrupt, NotFound
+from knapper.errors import NotFound, damaged
 from knapper.jobs import datasets, spec
 from knapper.jobs.datasets import Row
 from knapper.jobs.names import Start
@@ -60,7 +61,9 @@ async def _read(store: Store, start: Start) -> Folder:
     for name, sha256 in started.files.items():
         data = await store.get(start.content(sha256))
         if data is None:
-            raise Corrupt(f"object {start.content(sha256)} is missing: {name} of job {start}")
+            raise damaged(start.content(sha256), f"it is missing, and was {name} of job {start}")
+        if await asyncio.to_thread(_sha256, data) != sha256:
+            raise damaged(start.content(sha256), f"its {len(data)} bytes are others than {name} of job {start} had")
         files[name] = data
     rows = await asyncio.to_thread(datasets.rows, job, job.data, files.pop(job.data))
     held_out: Sequence[Row] = []
@@ -71,3 +74,7 @@ async def _read(store: Store, start: Start) -> Folder:
         else:
             held_out = await asyncio.to_thread(datasets.rows, job, job.evaluate.data, data)
     return Folder(start, started, job, rows, held_out, files)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from knapper import damage
 from knapper.ids import Tenant
 from knapper.jobs import control, names
 from knapper.jobs.folders import Folder
@@ -54,15 +55,15 @@ async def publish_rollouts(place: Place, folder: Folder, name: str, readable: by
 
 
 async def evaluations(store: Store, start: Start) -> dict[int, Evaluated]:
-    """By version, in order."""
+    """By version, in order; without damaged ones."""
     listed = await store.list(f"{start.prefix}evaluations/")
-    found = {}
-    for name in listed:
-        if name.endswith("/evaluated"):
-            evaluated = await read(store, name, Evaluated)
-            assert evaluated is not None, "it was listed, and nobody deletes it"
-            found[last_number(name.removesuffix("/evaluated"))] = evaluated
-    return found
+
+    async def one(name: str) -> tuple[int, Evaluated]:
+        evaluated = await read(store, name, Evaluated)
+        assert evaluated is not None, "it was listed, and nobody deletes it"
+        return last_number(name.removesuffix("/evaluated")), evaluated
+
+    return dict(await damage.readable([name for name in listed if name.endswith("/evaluated")], one))
 
 
 def evaluation(found: dict[int, Evaluated], steps: int) -> dict[str, Any]:

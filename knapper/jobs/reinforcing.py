@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from knapper.errors import Corrupt
+from knapper.errors import damaged
 from knapper.ids import RunId
 from knapper.jobs import advantages, schedule
 from knapper.jobs.bill import covered, union
@@ -113,7 +113,7 @@ async def read_groups(store: Store, folder: Folder, kind: Round, n: int, prompts
         found = [await store.get(name) for name in names]
         for name, data in zip(names, found, strict=True):
             if data is None:
-                raise Corrupt(f"object {name} is missing")
+                raise damaged(name, "it is missing")
         first, second = (data or b"" for data in found)
         size = len(first) + len(second)
         return Group(decode(first, Rollouts, names[0]), decode(second, Scores, names[1]), size)

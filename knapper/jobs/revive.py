@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from knapper import events, limits
-from knapper.errors import KnapperError
+from knapper import damage, events, limits
+from knapper.errors import KnapperError, UserError
 from knapper.events import Event
 from knapper.jobs import bells, control, progress
 from knapper.jobs.names import Start
@@ -47,10 +47,10 @@ class Seen:
 async def due(place: Place, seen: Seen, quiet_s: float = _QUIET_S) -> list[Event]:
     """The bells for jobs with work undone that have not moved for so long; and first bells of jobs that start now."""
     found: list[Event] = []
-    expected = [Start.parse(name.removeprefix("expected/")) for name in await place.store.list("expected/")]
+    expected = await _starts(place, "expected/")
     for start in expected:
         found += await _alone(start, _awaited(place, start))
-    working = [Start.parse(name.removeprefix("working/")) for name in await place.store.list("working/")]
+    working = await _starts(place, "working/")
     seen.known = {start: known for start, known in seen.known.items() if start in working}
     for start in working:
         found += await _alone(start, _of(place, seen, start, quiet_s))
@@ -64,11 +64,23 @@ async def _alone(start: Start, bells: Awaitable[list[Event]]) -> list[Event]:
     """The bells of one job. What is wrong with it stops no other."""
     try:
         return await bells
+    except damage.ERRORS as error:
+        damage.tell(error)
     except KnapperError as error:
         log.warning("a job cannot be looked at", job=str(start), code=error.code, reason=str(error))
     except Exception:
         log.exception("a job cannot be looked at: defect", job=str(start))
     return []
+
+
+async def _starts(place: Place, prefix: str) -> list[Start]:
+    def parse(name: str) -> Start:
+        try:
+            return Start.parse(name.removeprefix(prefix))
+        except UserError as error:
+            raise ValueError(name) from error
+
+    return damage.parsed(await place.store.list(prefix), parse)
 
 
 async def _awaited(place: Place, start: Start) -> list[Event]:

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from knapper import events
-from knapper.errors import Corrupt
+from knapper.errors import damaged
 from knapper.events import Event
 from knapper.jobs import progress
 from knapper.jobs.datasets import RlRow
@@ -64,7 +64,7 @@ class Scoring:
         name = folder.start.rollouts(kind, n, part)
         record = await read(self._place.store, name, Rollouts)
         if record is None:
-            raise Corrupt(f"object {name} was listed and is gone")
+            raise damaged(name, "it was listed, and is missing")
         row = (folder.rows if kind == "steps" else folder.held_out)[record.row]
         assert isinstance(row, RlRow)
         began_at, refused, scores = self._place.clock(), "", list[scoring.Score]()

@@ -6,7 +6,8 @@ from typing import Any
 
 import msgspec
 
-from knapper.errors import NotFound
+from knapper import damage
+from knapper.errors import NotFound, damaged
 from knapper.ids import Tenant, TinkerPath
 from knapper.jobs import control, names, outputs
 from knapper.jobs.ending import FINAL
@@ -15,6 +16,7 @@ from knapper.jobs.place import Place
 from knapper.jobs.progress import newest_step
 from knapper.jobs.records import Refusal, Started, Trained, Waiting, read
 from knapper.jobs.spec import Kind, RlJob, decode
+from knapper.journal import sealed
 from knapper.store import Store, many
 
 _METRICS_MAX = 1000  # lines that one answer has
@@ -32,11 +34,15 @@ class Listed:
 async def listed(store: Store, tenant: Tenant) -> list[Listed]:
     """The newest start of each job, newest first."""
     prefix = names.listed(tenant)
-    newest: dict[str, Listed] = {}
-    for name in await store.list(prefix):  # in order of time: the last one stays
-        at_us, job, start = name.removeprefix(prefix).split("/")
-        newest[job] = Listed(Start(tenant, job, start), int(at_us) / 1e6)
+    found = damage.parsed(await store.list(prefix), lambda name: _listed(tenant, name.removeprefix(prefix)))
+    newest = {each.start.job: each for each in found}  # in order of time: the last one stays
     return sorted(newest.values(), key=lambda each: each.at, reverse=True)
+
+
+def _listed(tenant: Tenant, name: str) -> Listed:
+    """Raises ValueError for a name that none of ours is."""
+    at_us, job, start = name.split("/")
+    return Listed(Start(tenant, job, start), int(at_us) / 1e6)
 
 
 async def newest(store: Store, tenant: Tenant, job: str) -> Listed:
@@ -54,20 +60,20 @@ async def newest(store: Store, tenant: Tenant, job: str) -> Listed:
 
 async def briefs(store: Store, chosen: list[Listed]) -> list[dict[str, Any]]:
     """A line each, in their order."""
-    return await many.each(chosen, lambda each: _brief(store, each))
+    return await many.each(chosen, lambda each: _line(store, each))
 
 
 async def whole(place: Place, tenant: Tenant, job: str, after: int) -> dict[str, Any]:
     """Everything about one job; its metrics from the step behind `after` on, a thousand at most. Raises NotFound."""
     found = await newest(place.store, tenant, job)
-    start, told = found.start, await _brief(place.store, found)
-    trained = await many.each(
+    start, told = found.start, await _line(place.store, found)
+    trained = await damage.readable(
         range(after, min(told["step"], after + _METRICS_MAX)),
         lambda step: read(place.store, start.trained(step), Trained),
     )
     lines = [(after + n, each) for n, each in enumerate(trained, 1) if each is not None]
     told["metrics"] = [outputs.metrics_line(step, each) for step, each in lines]
-    started = await read(place.store, start.started, Started)
+    started = await damage.unless(read(place.store, start.started, Started), None)
     if started is None:
         return told
     evaluations = await outputs.evaluations(place.store, start)
@@ -81,26 +87,49 @@ async def whole(place: Place, tenant: Tenant, job: str, after: int) -> dict[str,
     }
     if told["state"] == "completed":
         told["checkpoint"] = str(TinkerPath(start.run, "sampler_weights", FINAL))
-        bill = await place.exchange.read(outputs.where(start, "bill.json"), _BILL_BYTES_MAX)
-        told["bill"] = None if bill is None else msgspec.json.decode(bill.data)
+        told["bill"] = await damage.unless(_bill(place, start), None)
     return told
 
 
+async def _line(store: Store, found: Listed) -> dict[str, Any]:
+    """Of a job with a damaged record it says that."""
+    try:
+        return await _brief(store, found)
+    except damage.ERRORS as error:
+        damage.tell(error)
+        return _blank(found) | {"state": "unknown", "reason": str(error)}
+
+
 async def _brief(store: Store, found: Listed) -> dict[str, Any]:
-    start = found.start
-    told: dict[str, Any] = {
-        "job": start.job, "start": start.id, "kind": None, "state": "waiting", "reason": "", "step": 0, "steps": None,
-        "created_at": datetime.fromtimestamp(found.at, UTC).isoformat(),
-    }  # fmt: skip
+    start, told = found.start, _blank(found)
     started = await read(store, start.started, Started)
     if started is None:
         return told | await _unstarted(store, start)
     job, now = decode(started.spec_json), await control.now(store, start)
     step = await newest_step(store, start)
-    last = await read(store, start.trained(step - 1), Trained) if step else None
+    last = await damage.unless(read(store, start.trained(step - 1), Trained), None) if step else None
     kind: Kind = job.kind
     steps = job.steps if isinstance(job, RlJob) or job.steps is not None else None if last is None else last.steps
     return told | {"kind": kind, "state": now.state, "reason": now.reason, "step": step, "steps": steps}
+
+
+async def _bill(place: Place, start: Start) -> object:
+    """Raises Corrupt: anybody may have written over what people are shown."""
+    name = outputs.where(start, "bill.json")
+    bill = await place.exchange.read(name, _BILL_BYTES_MAX)
+    try:
+        return None if bill is None else msgspec.json.decode(bill.data)
+    except sealed.UNREADABLE as error:
+        raise damaged(name, f"it is not JSON: {error}") from error
+
+
+def _blank(found: Listed) -> dict[str, Any]:
+    """Of a job that nothing is known of but that it was looked at."""
+    start = found.start
+    return {
+        "job": start.job, "start": start.id, "kind": None, "state": "waiting", "reason": "", "step": 0, "steps": None,
+        "created_at": datetime.fromtimestamp(found.at, UTC).isoformat(),
+    }  # fmt: skip
 
 
 async def _unstarted(store: Store, start: Start) -> dict[str, Any]:

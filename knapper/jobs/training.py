@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from knapper import events
 from knapper.checkpoints import Checkpoints
-from knapper.errors import STANDING, Corrupt, KnapperError
+from knapper.errors import STANDING, KnapperError, damaged
 from knapper.events import Event
 from knapper.ids import TinkerPath
 from knapper.jobs import control, ending, needs, outputs, progress, schedule
@@ -129,11 +129,11 @@ class Training:
         if before_step and course.evaluates_in_run and schedule.evaluated(folder.job, version, course.steps):
             before = await read(store, start.evaluated(version), Evaluated)
             if before is None:
-                raise Corrupt(f"object {start.evaluated(version)} is missing")
+                raise damaged(start.evaluated(version), "it is missing")
         elif version:
             before = await read(store, start.trained(version - 1), Trained)
             if before is None:
-                raise Corrupt(f"object {start.trained(version - 1)} is missing")
+                raise damaged(start.trained(version - 1), "it is missing")
         if before is not None:
             seq, reference_seq = before.next_seq, before.reference_seq
         return Lines(

@@ -12,9 +12,10 @@ from knapper.ids import RunId
 from knapper.journal import ends, names
 from knapper.journal.newest import Manifests
 from knapper.journal.records import Creation, Kind, Manifest, Operation, decode, encode
-from knapper.store import Store
+from knapper.store import Store, many
 from knapper.wire import zstd
 
+_ON_LOOP_BYTES_MAX = 256 * 1024  # what is larger is hashed in a thread: the event loop is everybody's
 _MANIFEST_FRESH_S = 3600.0  # whoever sends an operation again after that is promised an answer that says it is gone
 
 
@@ -57,6 +58,10 @@ class Acceptor:
         """How the run was made, or None if there is no such run."""
         operation = await self._stored(run, 0)
         return None if operation is None else decode_creation(operation)
+
+    async def missing(self, run: RunId, seq: int) -> bool:
+        """Whether nobody ever sent the operation, as far as this store knows; or its record is gone."""
+        return await self._store.get(names.operation(run, seq)) is None
 
     async def accept(self, run: RunId, seq: int, kind: Kind, packed: Packed) -> float | None:
         """Store the operation, durable on return: when it was accepted. None for a repetition of the same body.
@@ -107,7 +112,9 @@ class Acceptor:
 
     async def _put(self, run: RunId, seq: int, kind: Kind, packed: Packed, error: str = "") -> float | None:
         operation = self._operation(run, seq, kind, packed, error)
-        if await self._store.put_if_absent(names.operation(run, seq), encode(operation)):
+        large = len(packed.body_zstd) > _ON_LOOP_BYTES_MAX
+        data = await many.off_loop(encode, operation) if large else encode(operation)
+        if await self._store.put_if_absent(names.operation(run, seq), data):
             return operation.accepted_at
         stored = await self._stored(run, seq)
         # A tombstone answers whoever comes late: through the future, where every other error of this operation would
@@ -153,16 +160,13 @@ def _same_sampler_save(stored: Operation, again: Operation) -> bool:
     """Whether they differ in the sampler's number alone: the SDK draws another for each retry. The first one counts."""
     if not stored.kind == again.kind == "save_weights_for_sampler":
         return False
-    first, second = (
-        msgspec.json.decode(zstd.decompress(each.body_zstd, limits.body_bytes_max)) for each in (stored, again)
-    )
+    first, second = (msgspec.json.decode(each.body()) for each in (stored, again))
     number = "sampling_session_seq_id"
     return bool(number in first and {**first, number: 0} == {**second, number: 0})
 
 
 def decode_creation(operation: Operation) -> Creation:
-    name = f"in/0 of {operation.run}"
-    return decode(zstd.decompress(operation.body_zstd, limits.body_bytes_max), Creation, name)
+    return decode(operation.body(), Creation, names.operation(RunId(operation.run), 0))
 
 
 async def newest_manifest(store: Store, run: RunId) -> tuple[int, Manifest] | None:

@@ -5,7 +5,7 @@ The index is written last, so a bundle exists whole or not at all.
 
 import hashlib
 
-from knapper.errors import Corrupt
+from knapper.errors import Corrupt, damaged
 from knapper.journal.machine import Files
 from knapper.journal.records import Index, Part, Spec, decode, encode
 from knapper.store import Store, many
@@ -60,7 +60,7 @@ async def _read(store: Store, prefix: str, part: Part) -> bytes:
     data = await store.get(prefix + part.name)
     if data is None or len(data) != part.size or await many.off_loop(_sha256, data) != part.sha256:
         found = "missing" if data is None else f"{len(data)} bytes that are others"
-        raise Corrupt(f"object {prefix}{part.name} is {found}; its index says {part.size} bytes of a known hash")
+        raise damaged(prefix + part.name, f"it is {found}; its index says {part.size} bytes of a known hash")
     return data
 
 

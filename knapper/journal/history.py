@@ -2,16 +2,17 @@
 
 from collections.abc import AsyncIterator
 
+from knapper import damage
 from knapper.ids import RunId
 from knapper.journal import names
 from knapper.journal.records import Commit, Operation, decode
-from knapper.store import Names, Store, many
+from knapper.store import Names, Store
 
 _AT_ONCE = 32
 
 
 async def operations(store: Store, run: RunId) -> AsyncIterator[list[Operation]]:
-    """What was accepted, without its creation, in groups. Swept records are left out."""
+    """What was accepted, without its creation, in groups. Swept records are left out, and damaged ones."""
 
     async def read(name: str) -> Operation | None:
         data = await store.get(name)
@@ -19,18 +20,18 @@ async def operations(store: Store, run: RunId) -> AsyncIterator[list[Operation]]
 
     listed = await store.list(names.operations(run), start_after=names.operation(run, 0))
     for group in _groups(listed):
-        yield [found for found in await many.each(group, read) if found is not None]
+        yield [found for found in await damage.readable(group, read) if found is not None]
 
 
 async def commits(store: Store, run: RunId) -> AsyncIterator[list[Commit]]:
-    """What was answered, and when, in groups. Fences and swept records are left out."""
+    """What was answered, and when, in groups. Fences, swept and damaged records are left out."""
 
     async def read(name: str) -> Commit | None:
         data = await store.get(name)
         return None if data is None else decode(data, Commit, name)
 
     for group in _groups(await store.list(names.commits(run))):
-        yield [found for found in await many.each(group, read) if found is not None and found.results]
+        yield [found for found in await damage.readable(group, read) if found is not None and found.results]
 
 
 def _groups(listed: Names) -> list[Names]:

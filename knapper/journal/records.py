@@ -1,11 +1,16 @@
-"""What lies in the store: one msgpack record an object, each with its format version."""
+"""What lies in the store: one record an object, each in an envelope with its checksum (`knapper.journal.sealed`)."""
 
+import hashlib
 from functools import cache
 from typing import Literal, TypeVar
 
 import msgspec
 
-from knapper.errors import Corrupt, NewerFormat
+from knapper import limits
+from knapper.errors import UserError, damaged
+from knapper.ids import RunId
+from knapper.journal import names, sealed
+from knapper.wire import zstd
 
 Kind = Literal[
     "create", "forward_backward", "optim_step", "load_weights", "save_weights", "save_weights_for_sampler",
@@ -18,6 +23,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Base of all. `v` is the format: a type whose old records mean something else has a higher default.
 
     Old formats are read for ever, newer ones are refused; tests/golden has a file of each that there ever was.
+    Formats 1 and 2 also lie bare in the store, from before there were envelopes.
     """
 
     v: int = 1
@@ -42,6 +48,21 @@ class Operation(Record, frozen=True):
     body_zstd: bytes
     accepted_at: float  # seconds since the epoch, for people and for the collector; never for order
     error: str = ""  # of a tombstone: what the client is told
+
+    def body(self) -> bytes:
+        """As the client sent it, verified; of a creation the `Creation`, encoded. Takes a while for a large one.
+
+        Raises Corrupt.
+        """
+        where = names.operation(RunId(self.run), self.seq)
+        try:
+            body = zstd.decompress(self.body_zstd, limits.body_bytes_max)
+        except UserError as error:
+            raise damaged(where, f"field body_zstd cannot be decompressed: {error}") from error
+        # That of a creation is over the client's request, and what nobody sent has none.
+        if self.kind != "create" and self.sha256 and hashlib.sha256(body).digest() != self.sha256:
+            raise damaged(where, "field sha256 is not that of its body")
+        return body
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -158,17 +179,26 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def encode(record: Record) -> bytes:
-    return _encoder.encode(record)
+    """What is stored: the record in its envelope. The same bytes for equal records, always."""
+    return sealed.seal(type(record).__name__, _encoder.encode(record))
 
 
 def decode(data: bytes, kind: type[R], name: str) -> R:
     """The record. Raises Corrupt or NewerFormat, which name the object."""
+    inside = sealed.opened(data, kind.__name__, name)
+    content = data if inside is None else inside
     try:
-        record = msgspec.msgpack.decode(data, type=kind)
-    except msgspec.DecodeError as error:
-        _refuse_newer(_format(data), kind, name)
-        raise Corrupt(f"object {name} is not a {kind.__name__} record: {error}") from error
-    _refuse_newer(record.v, kind, name)
+        record = msgspec.msgpack.decode(content, type=kind)
+    except sealed.UNREADABLE as error:
+        found = _format(content)
+        if found > (format_of(kind) if inside is not None else sealed.FORMAT):
+            raise sealed.newer(name, kind.__name__, found, format_of(kind)) from error
+        why = "its envelope is broken" if inside is None and found == sealed.FORMAT else str(error)
+        raise damaged(name, f"it is no {kind.__name__} record: {why}") from error
+    if inside is None and (record.v < 1 or sealed.BARE_MAX < record.v <= sealed.FORMAT):
+        raise damaged(name, f"field v is {record.v}, and a {kind.__name__} record of that format lies in an envelope")
+    if record.v > format_of(kind):
+        raise sealed.newer(name, kind.__name__, record.v, format_of(kind))
     return record
 
 
@@ -178,17 +208,8 @@ def format_of(kind: type[Record]) -> int:
     return next(int(field.default) for field in msgspec.structs.fields(kind) if field.name == "v")
 
 
-def _format(data: bytes) -> int:
+def _format(content: bytes | msgspec.Raw) -> int:
     try:
-        return msgspec.msgpack.decode(data, type=_Format).v
-    except msgspec.DecodeError:
+        return msgspec.msgpack.decode(content, type=_Format).v
+    except sealed.UNREADABLE:
         return 0  # it is no record at all
-
-
-def _refuse_newer(found: int, kind: type[Record], name: str) -> None:
-    if found > format_of(kind):
-        raise NewerFormat(
-            f"object {name} has format {found} of {kind.__name__}; this knapper reads up to format {format_of(kind)}: "
-            "run the newer one",
-            retry_after_s=30.0,
-        )

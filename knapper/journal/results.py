@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from knapper import damage
+from knapper.errors import KnapperError
 from knapper.ids import RunId
 from knapper.journal import names
 from knapper.journal.newest import Manifests, newest_name
@@ -20,7 +22,7 @@ GONE = msgspec.json.encode(
     }
 )
 _BEHIND_MAX = 1000  # more records than that, and reading begins anew at the end
-_SWEPT = 0  # the epoch of a record that is gone; claims count from 1
+_SWEPT, _UNREADABLE = 0, -1  # the epoch of a record that is gone, and of one that is damaged; claims count from 1
 
 
 @dataclass
@@ -36,6 +38,7 @@ class _Seen:
     told: int = 0
     applied: int = -1
     where: dict[int, int] = field(default_factory=dict)
+    damaged: dict[int, KnapperError] = field(default_factory=dict)  # records that cannot be read, and why
 
 
 class Results:
@@ -49,7 +52,10 @@ class Results:
         self._bytes = 0
 
     async def find(self, run: RunId, seq: int) -> Result | None:
-        """The answer to operation `seq`, or None while there is none. Looks in the store for whatever is new."""
+        """The answer to operation `seq`, or None while there is none. Looks in the store for whatever is new.
+
+        Raises Corrupt or NewerFormat if the answer may lie in a record that cannot be read.
+        """
         if (known := self.known(run, seq)) is not None:
             return known
         seen = self._seen.setdefault(run, _Seen())
@@ -58,8 +64,12 @@ class Results:
             await self._read_older(run, seen)
         if seq <= seen.applied and seq not in seen.where and seen.low > 0:
             await self._search(run, seen, seq)
+        if seq not in seen.where and self._may_lie_in_damaged(seen, seq):
+            await self._read_damaged(run, seen)
         if (n := seen.where.get(seq)) is not None:
             return self._answer(await self._commit(run, n), seq)
+        if self._may_lie_in_damaged(seen, seq):
+            raise next(iter(seen.damaged.values()))
         if seq <= seen.applied:  # applied, and collected since
             return Result(seq=seq, sha256=b"", content_type="application/json", body=GONE, failed=True)
         return None
@@ -167,11 +177,29 @@ class Results:
             return commit
         name = names.commit(run, n)
         data = await self._store.get(name)
-        commit = decode(data, Commit, name) if data is not None else Commit(epoch=_SWEPT, results=[])
-        self._learn(run, self._seen.setdefault(run, _Seen()), n, commit)
+        seen = self._seen.setdefault(run, _Seen())
+        try:
+            commit = decode(data, Commit, name) if data is not None else Commit(epoch=_SWEPT, results=[])
+        except damage.ERRORS as error:  # the records around it are not to blame
+            damage.tell(error)
+            seen.damaged[n] = error
+            return Commit(epoch=_UNREADABLE, results=[])
+        self._learn(run, seen, n, commit)
         return commit
 
+    @staticmethod
+    def _may_lie_in_damaged(seen: _Seen, seq: int) -> bool:
+        """Of an answer that is in no record that was read."""
+        newest = max(seen.where.values(), default=0)
+        return any(seq <= seen.applied or n > newest for n in seen.damaged)
+
+    async def _read_damaged(self, run: RunId, seen: _Seen) -> None:
+        """Once more: somebody may have restored them."""
+        for n in list(seen.damaged):
+            await self._commit(run, n)
+
     def _learn(self, run: RunId, seen: _Seen, n: int, commit: Commit) -> None:
+        seen.damaged.pop(n, None)
         for result in commit.results:
             seen.where[result.seq] = n
             seen.applied = max(seen.applied, result.seq)

@@ -12,7 +12,17 @@ from typing import Generic
 import msgspec
 
 from knapper import limits
-from knapper.errors import Corrupt, Fenced, KnapperError, NotFound, OtherDtype, OutOfMemory, Unavailable, UserError
+from knapper.errors import (
+    Corrupt,
+    Fenced,
+    KnapperError,
+    NotFound,
+    OtherDtype,
+    OutOfMemory,
+    Unavailable,
+    UserError,
+    damaged,
+)  # fmt: skip
 from knapper.ids import RunId
 from knapper.journal import bundles, ends, names
 from knapper.journal.accept import decode_creation
@@ -406,7 +416,12 @@ class Run(Generic[State]):
     async def _operation(self, seq: int) -> Operation | None:
         name = names.operation(self.run, seq)
         data = await self._store.get(name)
-        return None if data is None else decode(data, Operation, name)
+        if data is None:
+            return None
+        operation = decode(data, Operation, name)
+        if (operation.run, operation.seq) != (self.run, seq):
+            raise damaged(name, f"fields run and seq say that it is operation {operation.seq} of {operation.run}")
+        return operation
 
     # -- snapshot ------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from knapper import ids, limits
+from knapper import ids
 from knapper.checkpoints import Checkpoint, Checkpoints
 from knapper.encryption import expect_recipients
 from knapper.errors import InvalidField, UserError
@@ -17,7 +17,7 @@ from knapper.journal.machine import Files
 from knapper.journal.records import Operation, Spec
 from knapper.sessions import Sampler, Samplers
 from knapper.store import Store
-from knapper.wire import requests, zstd
+from knapper.wire import requests
 
 
 class Saves:
@@ -36,7 +36,7 @@ class Saves:
 
         Raises UserError if there is none, or the owner's tenant differs.
         """
-        request = requests.decode(_body(operation), requests.LoadWeights)
+        request = requests.decode(operation.body(), requests.LoadWeights)
         checkpoint = await self._checkpoints.resolve(TinkerPath.parse(request.path), spec.tenant)
         checkpoint.expect_plain()
         index = await bundles.read_index(self._store, checkpoint.bundle)
@@ -59,14 +59,14 @@ class Saves:
     async def check(self, operation: Operation) -> None:
         """Raises UserError for a save that cannot be named, before anything is computed for it."""
         if operation.kind == "save_weights":
-            ids.checkpoint_name(requests.decode(_body(operation), requests.SaveWeights).path)
+            ids.checkpoint_name(requests.decode(operation.body(), requests.SaveWeights).path)
             return
         if operation.kind == "save_weights_external":
-            external = requests.decode(_body(operation), requests.SaveWeightsExternal)
+            external = requests.decode(operation.body(), requests.SaveWeightsExternal)
             ids.checkpoint_name(external.path)
             expect_recipients(external.age_encryption_recipients or [])
             return
-        request = requests.decode(_body(operation), requests.SaveWeightsForSampler)
+        request = requests.decode(operation.body(), requests.SaveWeightsForSampler)
         if request.path is not None:
             ids.checkpoint_name(request.path)
         elif request.sampling_session_seq_id is None:
@@ -82,20 +82,20 @@ class Saves:
         index = await bundles.write(self._store, bundle, files, spec=spec, seq=operation.seq, epoch=epoch)
         size = sum(part.size for part in index.parts)
         if operation.kind == "save_weights":
-            save = requests.decode(_body(operation), requests.SaveWeights)
+            save = requests.decode(operation.body(), requests.SaveWeights)
             path = TinkerPath(run, "weights", ids.checkpoint_name(save.path))
             checkpoint = self._checkpoint(path, operation, spec, bundle, size, save.ttl_seconds, save.user_metadata)
             await self._checkpoints.save(checkpoint, overwrite=save.overwrite)
             return msgspec.json.encode({"type": "save_weights", "path": str(path)})
         if operation.kind == "save_weights_external":
-            external = requests.decode(_body(operation), requests.SaveWeightsExternal)
+            external = requests.decode(operation.body(), requests.SaveWeightsExternal)
             path = TinkerPath(run, "external_weights", ids.checkpoint_name(external.path))
             checkpoint = self._checkpoint(path, operation, spec, bundle, size, external.ttl_seconds, None)
             recipients = external.age_encryption_recipients or []
             checkpoint = msgspec.structs.replace(checkpoint, recipients=recipients)
             await self._checkpoints.save(checkpoint, overwrite=False)
             return msgspec.json.encode({"type": "save_weights_external", "path": str(path), "size_bytes": size})
-        request = requests.decode(_body(operation), requests.SaveWeightsForSampler)
+        request = requests.decode(operation.body(), requests.SaveWeightsForSampler)
         if request.path is not None:
             path = TinkerPath(run, "sampler_weights", ids.checkpoint_name(request.path))
             checkpoint = self._checkpoint(
@@ -128,7 +128,3 @@ class Saves:
             seq=operation.seq, size_bytes=size, saved_at=now, expires_at=now + ttl_s if ttl_s else 0.0,
             user_metadata=user_metadata or {},
         )  # fmt: skip
-
-
-def _body(operation: Operation) -> bytes:
-    return zstd.decompress(operation.body_zstd, limits.body_bytes_max)

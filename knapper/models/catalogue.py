@@ -7,6 +7,7 @@ from typing import Annotated
 
 import msgspec
 
+from knapper import damage
 from knapper.errors import InvalidField, NotFound, Unavailable
 from knapper.ids import number
 from knapper.journal.records import Record, decode, encode
@@ -51,6 +52,8 @@ class Catalogue:
         for record in served:
             if base_model and base_model in (record.name, record.directory):
                 return record
+        if newest := await self._newest_name(slug(base_model)):
+            await self._read(newest)  # raises if it is damaged, and was left out for that
         names = ", ".join(repr(record.name) for record in served) or "none"
         raise NotFound(f"base_model {base_model!r} is not served here; served: {names}. "
                        "Use one of them, or start knapper with --model")  # fmt: skip
@@ -59,7 +62,7 @@ class Catalogue:
         """Make this the newest version; True if that needed a new one."""
         for _ in range(_attempts_max):
             newest = await self._newest_name(slug(record.name))
-            if newest and await self._read(newest) == record:
+            if newest and await damage.unless(self._read(newest), None) == record:  # a damaged one is overtaken
                 return False
             n = int(newest.rpartition("/")[2]) + 1 if newest else 0
             if await self._store.put_if_absent(f"{_PREFIX}{slug(record.name)}/{number(n)}", encode(record)):
@@ -85,7 +88,7 @@ class Catalogue:
         newest: dict[str, str] = {}
         for name in await self._store.list(_PREFIX):  # in order, so the last of a slug wins
             newest[name.split("/")[1]] = name
-        return sorted([await self._read(name) for name in newest.values()], key=lambda record: record.name)
+        return sorted(await damage.readable(newest.values(), self._read), key=lambda record: record.name)
 
     async def _newest_name(self, slug: str) -> str:
         names = await self._store.list(f"{_PREFIX}{slug}/")

@@ -41,7 +41,7 @@ def _record(path: Path) -> ModelRecord:
         if len(data) > _FILE_BYTES_MAX:
             raise InvalidField("KNAPPER_MODELS", str(path), f"a file of at most {_FILE_BYTES_MAX} bytes")
         return msgspec.json.decode(data, type=ModelRecord)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         allowed = "a model as `knapper deploy add --dry-run` prints it"
         raise InvalidField("KNAPPER_MODELS", str(path), allowed, str(error)) from error
 

@@ -1,11 +1,14 @@
 """The store in a local directory.
 
-Durable through fsync, exclusive through link(2). Any number of processes may share it.
+Durable through fsync, exclusive through link(2). Any number of processes may share it, and each may die at any line. So
+what is there need not be durable yet, and whoever meets it makes it so before it acts on it: an object has two names
+until its directory was synced, and a directory's mark stays until the one around it was.
 """
 
 import asyncio
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +19,8 @@ from knapper.store import Names, check_name
 
 _TEMPORARY = ".tmp"
 _SMALL_BYTES = 64 * 1024
+_UNSYNCED = stat.S_ISVTX  # the mark of a directory whose name may not be durable; of no other meaning to us
+_SYNCED_MAX = 16384
 _AT_ONCE: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux: read what the page cache has, or nothing
 
 
@@ -28,9 +33,13 @@ class DirectoryStore:
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()
         self._temporary = self._root / _TEMPORARY
+        self._synced = set[tuple[int, int]]()  # objects with two names that were made durable here
         try:
             private.make(self._root)
             self._temporary.mkdir(exist_ok=True)
+            for directory in (self._root, *self._root.parents):
+                with suppress(PermissionError):  # who may not look into a directory has made nothing there
+                    _sync_directory(directory)
             for torn in self._temporary.iterdir():  # nothing refers to it
                 files.forget_torn(torn)
         except OSError as error:
@@ -59,23 +68,50 @@ class DirectoryStore:
         return self._root / name
 
     def _put(self, path: Path, data: bytes) -> bool:
-        if path.exists():  # the usual fate of a retry, without the cost of a write
+        if self._is_there(path):  # the usual fate of a retry, without the cost of a write
             return False
+        won = unsynced = False
         temporary = self._temporary / files.random_name()
         try:
             with files.beginning(temporary) as file:  # until it has its name: a torn write is one that nobody holds
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-                if not self._link(temporary, path):
-                    return False
-            _sync_directory(path.parent)
-            return True
+                won = unsynced = self._link(temporary, path)
+                if won:
+                    _sync_directory(path.parent)
+                    unsynced = False
+            if not won:
+                self._is_there(path)
+            return won
         except OSError as error:
             raise _explained(error, f"write {path}") from error
         finally:
-            with suppress(OSError):  # what is left here is forgotten at the next start
-                temporary.unlink(missing_ok=True)
+            if not unsynced:
+                with suppress(OSError):  # what is left here is forgotten at the next start
+                    temporary.unlink(missing_ok=True)
+
+    def _is_there(self, path: Path) -> bool:
+        """Whether the name is taken. If it is, the object is durable on return, however its writer ended."""
+        try:
+            status = path.stat()
+            self._make_durable(path, status)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise _explained(error, f"sync {path}") from error
+        return True
+
+    def _make_durable(self, path: Path, status: os.stat_result) -> None:
+        """Of an object that is there: its bytes were synced before it had this name."""
+        if status.st_nlink == 1 or stat.S_ISDIR(status.st_mode):
+            return
+        known = status.st_ino, status.st_mtime_ns  # who makes backups with links gives all objects more names
+        if known not in self._synced:
+            _sync_directory(path.parent)
+            if len(self._synced) >= _SYNCED_MAX:
+                self._synced.clear()
+            self._synced.add(known)
 
     def _link(self, temporary: Path, path: Path) -> bool:
         """Give the file its name. False if that is taken."""
@@ -92,7 +128,9 @@ class DirectoryStore:
 
     def _get(self, path: Path) -> bytes | None:
         try:
-            return path.read_bytes()
+            with path.open("rb") as file:
+                self._make_durable(path, os.fstat(file.fileno()))
+                return file.read()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except OSError as error:
@@ -146,12 +184,16 @@ class DirectoryStore:
         return directory
 
     def _make_directory(self, directory: Path) -> None:
-        """It may be gone again on return: whoever deletes takes empty ones along."""
-        while not directory.is_dir():
-            self._make_directory(directory.parent)
-            with suppress(FileNotFoundError):
-                directory.mkdir(exist_ok=True)
-                _sync_directory(directory.parent)
+        """Durable on return, whoever made it; or gone again: whoever deletes takes empty ones along."""
+        while True:
+            try:
+                if not directory.stat().st_mode & _UNSYNCED:
+                    return
+                _sync_new_directory(directory)
+            except FileNotFoundError:
+                self._make_directory(directory.parent)
+                with suppress(FileNotFoundError, FileExistsError):
+                    directory.mkdir(0o700 | _UNSYNCED)
 
 
 def _in_memory(path: Path) -> bytes | None:
@@ -165,7 +207,10 @@ def _in_memory(path: Path) -> bytes | None:
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            data = bytearray(min(os.fstat(descriptor).st_size, _SMALL_BYTES + 1))
+            status = os.fstat(descriptor)
+            if status.st_nlink != 1:  # it may have to be made durable first
+                return None
+            data = bytearray(min(status.st_size, _SMALL_BYTES + 1))
             whole = len(data) <= _SMALL_BYTES and os.preadv(descriptor, [data], 0, _AT_ONCE) == len(data)
             return bytes(data) if whole else None
         finally:
@@ -176,6 +221,16 @@ def _in_memory(path: Path) -> bytes | None:
         OSError
     ):  # it is not in memory, or this file system does not say; whatever else it is, the thread meets again
         return None
+
+
+def _sync_new_directory(directory: Path) -> None:
+    """Make its name durable, then take its mark away. Raises FileNotFoundError if it is gone."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _sync_directory(directory.parent)
+        os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) & ~_UNSYNCED)  # of this very one
+    finally:
+        os.close(descriptor)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -167,7 +167,7 @@ class GcsStore:
                 return data
             try:
                 pointer = msgspec.msgpack.decode(data[len(_POINTER) :], type=_Pointer)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise Corrupt(f"object {name} is a damaged pointer to parts: {error}") from error
             pieces = [*self._part_threads.map(self._download, _names(pointer.id, pointer.count))]
             if None in pieces:

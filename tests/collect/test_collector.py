@@ -660,6 +660,55 @@ def test_a_damaged_record_keeps_nothing_else_from_being_collected() -> None:
     asyncio.run(story())
 
 
+def test_while_a_sampler_is_damaged_files_that_nobody_needs_are_kept_and_all_else_goes() -> None:
+    """It may lead to any of them; and it is no other tenant's trouble when that one deletes a run."""
+
+    async def story() -> None:
+        benches = [Bench()]
+        benches.append(Bench(benches[0].store, benches[0].clock, number=1))
+        for bench in benches:
+            await bench.begin()
+            await bench.step()
+            await bench.apply("save_weights", path="mine")
+        store, other = benches[0].store, benches[1]
+        name = (await store.list(f"samplers/{benches[0].session}"))[0]
+        sound = await store.get(name) or b""
+        await store.delete(name)
+        await store.put_if_absent(name, sound[:-1])
+        assert await other.collector.delete(other.run, other.tenant) > 0
+        assert await ends.ended(store, other.run) is not None
+        assert await store.list(f"adapters/{other.run}/")
+        await store.delete(name)
+        await store.put_if_absent(name, sound)
+        await other.collector.delete(other.run, other.tenant)
+        assert not await store.list(f"adapters/{other.run}/")
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("which", ["in", "out", "creation", "sampler"])
+def test_a_damaged_run_can_be_deleted(which: str) -> None:
+    async def story() -> None:
+        bench = Bench()
+        await bench.begin()
+        await bench.step()
+        store = bench.store
+        names_of = {
+            "in": (await bench.names(names.operations(bench.run)))[-1],
+            "out": (await bench.names(names.commits(bench.run)))[-1],
+            "creation": names.operation(bench.run, 0),
+            "sampler": (await store.list("samplers/"))[0],
+        }
+        await store.delete(names_of[which])
+        await store.put_if_absent(names_of[which], b"damaged")
+        tenant, count = await bench.collector.delete_of_anybody(bench.run)
+        assert (tenant, count > 0) == (bench.tenant, True)
+        assert await store.list(names.operations(bench.run)) == []
+        assert await store.list(names.snapshots(bench.run)) == []
+
+    asyncio.run(story())
+
+
 def test_fences_and_manifests_of_a_run_that_lives_stay() -> None:
     async def story() -> None:
         bench = Bench()

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from knapper.errors import StoreError, TooLarge
 from knapper.exchange import Exchange
 from knapper.exchange.directory import DirectoryExchange
+from tests.sim.disk import Disk
 
 
 def test_what_is_published_can_be_read_replaced_and_removed(exchange: Exchange) -> None:
@@ -180,3 +182,17 @@ def test_what_somebody_hides_in_the_inbox_hides_nothing_else(tmp_path: Path) -> 
     names = [entry.name for entry in asyncio.run(exchange.list("inbox/"))]
     readable = ["inbox/local/other/unreadable"] if os.geteuid() == 0 else []
     assert names == ["inbox/local/job/job.yaml", *readable]
+
+
+def test_what_is_published_outlives_a_power_cut(tmp_path: Path) -> None:
+    """Whoever submits a job hears that its files are there."""
+    for seed in range(30):
+        (tmp_path / f"{seed}").mkdir()
+        with Disk(tmp_path / f"{seed}", random.Random(seed)) as disk:
+            exchange = DirectoryExchange(disk.root)
+            asyncio.run(exchange.publish("inbox/local/j/job.yaml", b"before"))
+            asyncio.run(exchange.publish("inbox/local/j/job.yaml", b"kind: sft"))
+            disk.cut()
+            found = asyncio.run(DirectoryExchange(disk.root).read("inbox/local/j/job.yaml", 100))
+            assert found is not None
+            assert found.data == b"kind: sft"

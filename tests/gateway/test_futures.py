@@ -68,6 +68,60 @@ def test_whoever_waits_on_a_damaged_run_hears_what_is_damaged_and_what_to_do(mon
     assert f"{run} waits until it is restored from a backup; or go on from a checkpoint" in told["queue_state_reason"]
 
 
+def test_whoever_waits_on_a_damaged_answer_hears_it_and_the_answers_beside_it_are_told(running: Running) -> None:
+    run = running.make_run()
+    for seq in range(1, 4):
+        running.forward_backward(fwdbwd(run, seq))
+    for n, seq in enumerate(range(4), 1):
+        commit(running, run, n, result(seq))
+    name = names.commit(run, 3)  # type: ignore[arg-type]  # that of operation 2
+    sound = running.run(running.store.get(name))
+    damaged = sound[:40] + bytes([sound[40] ^ 4]) + sound[41:]
+    running.run(put_instead(running, name, damaged))
+    told = running.post("retrieve_future", {"request_id": f"{run}:2"}, status=408)
+    assert told["queue_state"] == "paused_capacity"
+    assert f"object {name} is damaged" in told["queue_state_reason"]
+    assert "operator" in told["queue_state_reason"]
+    for seq in (0, 1, 3):
+        assert running.post("retrieve_future", {"request_id": f"{run}:{seq}"}) == {"metrics": {}}
+    running.run(put_instead(running, name, sound))
+    assert running.post("retrieve_future", {"request_id": f"{run}:2"}) == {"metrics": {}}, "it was restored"
+
+
+async def put_instead(running: Running, name: str, data: bytes) -> None:
+    await running.store.delete(name)
+    await running.store.put_if_absent(name, data)
+
+
+def test_a_run_whose_manifest_is_damaged_is_no_cold_start(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is rung for it: its holder is not known. Whoever waits hears why."""
+    monkeypatch.setattr(limits, "poll_hold_s", 3.0)
+    run = running.make_run()
+    name = names.manifest(run, 1)  # type: ignore[arg-type]
+    running.run(running.store.put_if_absent(name, b"damaged"))
+    told = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
+    for _ in range(20):
+        if "damaged" in (told.get("queue_state_reason") or ""):
+            break
+        told = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
+    assert told["queue_state"] == "paused_capacity"
+    assert f"object {name} is damaged" in told["queue_state_reason"]
+
+
+def test_a_promise_of_a_store_that_was_put_back_to_an_older_backup_is_not_waited_for(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "poll_hold_s", 0.3)
+    run = running.make_run()
+    running.forward_backward(fwdbwd(run, 1))
+    assert running.post("retrieve_future", {"request_id": f"{run}:1"}, status=408)["type"] == "try_again"
+    running.run(running.store.delete(names.operation(run, 1)))  # type: ignore[arg-type]
+    told = running.post("retrieve_future", {"request_id": f"{run}:1"})
+    assert told["error"].startswith(f"operation 1 of {run} is not in the server's store")
+    assert "create_training_client_from_state" in told["error"]
+    assert told["category"] == "server"
+
+
 def test_results_in_the_store_are_found_and_stay(running: Running) -> None:
     run = running.make_run()
     running.forward_backward(fwdbwd(run, 1))
@@ -141,6 +195,8 @@ def test_unknown_promises_are_told_apart(running: Running) -> None:
 
 def test_many_polls_share_one_look_at_the_store(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     run = running.make_run()
+    for seq in range(1, 40):
+        running.forward_backward(fwdbwd(run, seq))
     looks: list[str] = []
     listed = running.store.list
 

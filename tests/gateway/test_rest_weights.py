@@ -114,7 +114,7 @@ def test_damaged_bytes_are_not_served(running: Running) -> None:
     name = next(name for name in saved.bundle_names(running) if name.endswith("adapter_config.json"))
     running.run(running.store.delete(name))
     running.run(running.store.put_if_absent(name, b"[]"))
-    assert status_of(link) == 500
+    assert status_of(link) == 503
 
 
 # ---- copies

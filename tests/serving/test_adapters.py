@@ -27,7 +27,7 @@ def test_an_adapter_of_other_bytes_than_were_saved_is_never_sampled_from(tmp_pat
         await store.delete(PREFIX + part)
         await store.put_if_absent(PREFIX + part, files[part][:-1] + b"\x01")  # as long as before
         adapters = StoredAdapters(store, ModelConfig.read(tiny_model(tmp_path)), torch.device("cpu"))
-        with pytest.raises(Corrupt, match=rf"{part} is \d+ bytes that are others"):
+        with pytest.raises(Corrupt, match=rf"{part} is damaged: it is \d+ bytes that are others"):
             await adapters.load(PREFIX)
 
     asyncio.run(story())

@@ -149,6 +149,8 @@ class History:
     run_class: type[Run[Any]] = Run
     rates: Rates | None = None  # of the store's own faults, which never end
     steady: bool = True  # the clock goes on as it should
+    back_off: int = 0  # pauses of the client, at times, before it repeats what failed
+    memory: Store = field(default_factory=MemoryStore)  # where the run lies, seen from outside the world
     world: World = field(init=False)
     acked: set[int] = field(default_factory=set)
     seen: set[int] = field(default_factory=set)
@@ -159,7 +161,7 @@ class History:
 
     def __post_init__(self) -> None:
         self.world = World(self.seed, faults=self.faults)
-        self.sound = WorldStore(self.world, self._created, self._deleted)
+        self.sound = WorldStore(self.world, self._created, self._deleted, self.memory)
         session = Session(session=SESSION, tenant=SPEC.tenant, created_at=self.world.now)
         asyncio.run(self.sound.memory.put_if_absent(f"sessions/{SESSION}/created", encode(session)))
         draw = random.Random(f"keep {self.seed}")
@@ -206,6 +208,8 @@ class History:
             try:
                 await call(Acceptor(self.store, self.world.clock))  # any gateway, any time
             except Unavailable:
+                for _ in range(self.world.draw.choice((0, self.back_off)) if self.back_off else 0):
+                    await pause()
                 continue
             self.acked.add(seq)
             return

@@ -9,11 +9,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from knapper import limits
 from knapper.errors import UserError
 from knapper.journal.machine import Files, Outcome
 from knapper.journal.records import Operation, Spec
-from knapper.wire import zstd
 
 SIZE = 8
 Vector = NDArray[np.float32]
@@ -44,7 +42,7 @@ class LedgerMachine:
         return fresh if source is None else self._loaded(source, with_optimizer)
 
     async def apply(self, state: LedgerState, operation: Operation, source: Files | None) -> Outcome[LedgerState]:
-        body = zstd.decompress(operation.body_zstd, limits.body_bytes_max)
+        body = operation.body()
         if operation.kind == "forward_backward":
             if body == b"wrong":
                 raise UserError("datum 0 is wrong")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from knapper.errors import StoreError
-from knapper.store import Names
+from knapper.store import Names, Store
 from knapper.store.memory import MemoryStore
 
 
@@ -56,6 +56,7 @@ class World:
     kills: int = 0
     errors: int = 0
     processes: list[Process] = field(default_factory=list)
+    turn: Process | None = None  # whose it is
 
     def __post_init__(self) -> None:
         self.draw = random.Random(self.seed)
@@ -96,11 +97,27 @@ class World:
             ):  # a zombie: it goes on much later, unaware
                 process.asleep_until = self.steps + self.draw.randrange(400)
                 return
+        self.turn = process
         try:
             process.at = process.story.send(None)
         except StopIteration:
             process.story = None
             process.asleep_until = self.steps + self.draw.randrange(20)
+        except Killed:  # inside a store call
+            process.story, process.at = None, None
+            process.asleep_until = self.steps + self.draw.randrange(60)
+        finally:
+            self.turn = None
+
+    def power_cut(self) -> None:
+        """Whatever runs on the machine is gone. Who does not die of it was far away, and its call fails."""
+        for process in self.processes:
+            if process is self.turn or process.story is None:
+                continue
+            if process.mortal:
+                self._kill(process)
+            elif process.at is not None and process.at.at_store:
+                process.at.fault = StoreError("the machine went away")
 
     def _kill(self, process: Process) -> None:
         self.faults -= 1
@@ -121,7 +138,7 @@ class WorldStore:
     world: World
     created: Callable[[str, bytes], None]  # is told of every object at the moment it comes to be
     deleted: Callable[[str], None] = lambda _name: None  # and of every one at the moment before it is gone
-    memory: MemoryStore = field(default_factory=MemoryStore)
+    memory: Store = field(default_factory=MemoryStore)  # where it all lies, seen from outside
 
     async def put_if_absent(self, name: str, data: bytes) -> bool:
         await _Point()
