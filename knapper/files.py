@@ -54,7 +54,7 @@ def forget_torn(path: Path) -> None:
         return
     try:
         if torn(descriptor):
-            if os.fstat(descriptor).st_nlink > 1:  # its writer died before its other name was durable: now it is
+            if os.fstat(descriptor).st_nlink > 1:  # its other name may not be durable: that this one is there says so
                 os.sync()
             path.unlink(missing_ok=True)
     finally:
@@ -90,8 +90,8 @@ def directory(path: Path) -> Iterator[int]:
 def below(root: Path, folders: Sequence[str], *, make: bool = False) -> Iterator[int]:
     """A descriptor of root/a/b, in which neither a nor b is a link, whatever others do meanwhile.
 
-    `make`: what is missing is made, for this account alone, and all are durable, whoever made them. Raises Link,
-    FileNotFoundError or NotADirectoryError.
+    `make`: what is missing is made, durably, for this account alone. Raises Link, FileNotFoundError or
+    NotADirectoryError.
     """
     descriptor = os.open(root, _FOLDER)
     try:
@@ -100,7 +100,7 @@ def below(root: Path, folders: Sequence[str], *, make: bool = False) -> Iterator
                 with suppress(FileExistsError):
                     os.mkdir(folder, 0o700, dir_fd=descriptor)
             inner = _open(folder, _FOLDER, descriptor)
-            if make:
+            if make:  # also what somebody made who died before it was durable
                 os.fsync(descriptor)
             os.close(descriptor)
             descriptor = inner
@@ -150,7 +150,7 @@ def read(folder: int, name: str) -> BufferedReader:
 
 
 def replace(folder: int, name: str, data: bytes, *, prefix: str = ".", mode: int = _OURS) -> None:
-    """The file has these bytes, durably, and nobody sees half of them. Of a link that lay there only the link goes."""
+    """The file has these bytes, durably, and nobody sees half of them. A link there goes, and not what it leads to."""
     temporary = random_name(prefix)
     descriptor = os.open(temporary, os.O_WRONLY | _NEW, _OURS, dir_fd=folder)
     try:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import msgspec
 
-from knapper import events, limits
+from knapper import events, limits, secrets
 from knapper.errors import Unauthorized, Unavailable, UserError
 from knapper.events import Event
 from knapper.store import Store
@@ -66,9 +66,9 @@ class FunctionKey:
         return hmac.digest(await self._read(), msgspec.json.encode(said), "sha256").hex()
 
     async def _read(self) -> bytes:
-        if not self._key and self._new_id is not None and await self._store.get(SECRET) is None:
-            await self._store.put_if_absent(SECRET, (self._new_id() + self._new_id()).encode())
-        self._key = self._key or await self._store.get(SECRET) or b""
+        if not self._key and self._new_id is not None:
+            self._key = await secrets.opened(self._store, "functions", self._new_id)
+        self._key = self._key or await secrets.found(self._store, "functions") or b""
         if not self._key:
             raise Unavailable(f"the store has no {SECRET} yet; the gateway makes it when it starts")
         return self._key

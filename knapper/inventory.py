@@ -84,7 +84,7 @@ TABLE: Final[tuple[tuple[str, Holds], ...]] = (
     (r"accounts/began", Empty()),
     (rf"collect/(?:begun|now/{_ANY}/{_ANY}|later/{_N}/{_ANY})", Empty()),
     (rf"uploads/{_ANY}", Empty()),  # of before a job's start said what it was made from
-    (r"secrets/(?:links|tokens)", SecretOrBare()),
+    (r"secrets/(?:functions|links|tokens)", SecretOrBare()),
     (rf"jobs/{_ANY}/{_ANY}/{_ANY}/started", Started),
     (rf"jobs/{_ANY}/{_ANY}/{_ANY}/waiting", Waiting),
     (rf"jobs/{_ANY}/{_ANY}/{_ANY}/listed", Empty()),

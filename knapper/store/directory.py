@@ -193,7 +193,7 @@ class DirectoryStore:
             except FileNotFoundError:
                 self._make_directory(directory.parent)
                 with suppress(FileNotFoundError, FileExistsError):
-                    directory.mkdir(0o777 | _UNSYNCED)
+                    directory.mkdir(0o700 | _UNSYNCED)
 
 
 def _in_memory(path: Path) -> bytes | None:

@@ -208,7 +208,7 @@ class History:
             try:
                 await call(Acceptor(self.store, self.world.clock))  # any gateway, any time
             except Unavailable:
-                for _ in range(self.world.draw.choice((0, self.back_off))):
+                for _ in range(self.world.draw.choice((0, self.back_off)) if self.back_off else 0):
                     await pause()
                 continue
             self.acked.add(seq)

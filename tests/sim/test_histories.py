@@ -8,6 +8,7 @@ Replay one:  python -m tests.sim.test_histories SEED
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -93,7 +94,7 @@ async def takes_fences_for_answers(store: Store, name: str) -> Commit | None:
     return commit if commit is None or commit.results else msgspec.structs.replace(commit, results=_FENCE_AS_COMMIT)
 
 
-async def nothing_is_held(_self: Pass) -> frozenset[str]:
+async def nothing_is_held(_self: Pass, _bundles: Iterable[str]) -> frozenset[str]:
     return frozenset()
 
 
