@@ -16,7 +16,7 @@ VLLM_PIP := .venv/vllm/bin/python -m pip --disable-pip-version-check install --q
 COOKBOOK := tests/conformance/cookbook/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install setup demo demo-events up test test-vllm check manifests scan bench exactness bench-page bench-check bench-backends bench-agreement
+.PHONY: help install setup demo demo-events up test test-vllm calm check manifests scan bench exactness bench-page bench-check bench-backends bench-agreement
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,9 @@ up: install ## serve http://127.0.0.1:8000 until Ctrl-C (UP_ARGS='--port 9000')
 
 test: setup ## run the tests (PYTEST_ARGS='-n 0' in one process, '-m long' for the long ones)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)
+
+calm: setup ## does anybody wait while one client sends the worst that each route takes? (a quarter of an hour; CALM_ARGS='-m "not long"')
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -s -p no:randomly tests/calm $(CALM_ARGS)
 
 check: setup ## lint, format, strict types, import directions
 	$(BIN)/ruff check .
