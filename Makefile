@@ -16,7 +16,7 @@ VLLM_PIP := .venv/vllm/bin/python -m pip --disable-pip-version-check install --q
 COOKBOOK := tests/conformance/cookbook/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install setup demo demo-events up test test-vllm powercuts flips check manifests scan bench exactness bench-page bench-check bench-backends bench-agreement
+.PHONY: help install setup demo demo-events up test test-vllm powercuts flips calm check manifests scan bench exactness bench-page bench-check bench-backends bench-agreement
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +42,9 @@ powercuts: setup ## cut the power thousands of times at any store call, with hal
 
 flips: setup ## flip every bit of every kind of object: none may read as something else, or hide anything (some minutes)
 	OMP_NUM_THREADS=1 TEST_FLIPS=0 $(BIN)/python -m pytest -n 0 -s --timeout 3600 tests/damage
+
+calm: setup ## does anybody wait while one client sends the worst that each route takes? (a quarter of an hour; CALM_ARGS='-m "not long"')
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -s -p no:randomly tests/calm $(CALM_ARGS)
 
 check: setup ## lint, format, strict types, import directions
 	$(BIN)/ruff check .

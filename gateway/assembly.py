@@ -12,6 +12,7 @@ import httpx
 from gateway.bells import Bells
 from gateway.heartbeats import Heartbeats
 from gateway.looks import Looks
+from gateway.memory import budget
 from gateway.meter import Meter
 from gateway.openai.shared import Shared
 from gateway.parts import Parts
@@ -21,6 +22,7 @@ from gateway.samples import Samples
 from gateway.shortcuts import Shortcuts
 from gateway.stirs import Stirs
 from gateway.waits import Waits
+from gateway.workers import Workers
 from knapper.accounts import Accounts
 from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
@@ -69,6 +71,8 @@ async def assembled(
     audit = Audit(store, clock, new_id)
     url_of, holder_of = partial(_url_of, records, settings.train_step_url), partial(_holder_of, manifests)
     async with AsyncExitStack() as connections:
+        workers = Workers()
+        connections.callback(workers.close)
         opening = await FunctionKey(store, new_id).headers()
         client = await connections.enter_async_context(_client(opening))
         crowd = await connections.enter_async_context(_crowd(opening))
@@ -93,6 +97,8 @@ async def assembled(
             meter=meter,
             accounts=accounts,
             rewards=Rewards(client, settings.reward_url),
+            budget=budget(),
+            workers=workers,
             events_host=settings.events_host,
             place=place,
             subscription=None if place is None else _subscribed(settings.subscription, connections),

@@ -10,9 +10,9 @@ import msgspec
 import structlog
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from gateway import clockwork, sites
+from gateway.doors import Door, body_bytes_max
 from gateway.parts import Parts, parts
 from gateway.tenants import on_this_machine
 from knapper import dead, events, ids, limits, tracing
@@ -114,15 +114,15 @@ def _expect_insider(request: Request) -> None:
 
 
 async def _body(request: Request) -> bytes:
-    body = b""
+    body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > limits.event_bytes_max:
-            raise TooLarge(f"the event has over {limits.event_bytes_max} bytes")
-    return body
+        if len(body) > body_bytes_max(request):
+            raise TooLarge(f"the event has over {body_bytes_max(request)} bytes")
+    return bytes(body)
 
 
 ROUTES: Final = [
-    Route("/events", take, methods=["POST"]),
-    Route("/events/dead", bury, methods=["POST"]),
+    Door("/events", take, methods=["POST"], body_bytes_max=limits.event_bytes_max),
+    Door("/events/dead", bury, methods=["POST"], body_bytes_max=limits.event_bytes_max),
 ]

@@ -7,7 +7,7 @@ import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from gateway import bodies, errors
+from gateway import bodies, errors, understanding
 from gateway.parts import Parts, parts
 from gateway.samples import Entry
 from gateway.tenants import tenant_of
@@ -15,7 +15,7 @@ from knapper import damage, ids, limits
 from knapper.errors import Gone, KnapperError, NotFound, StoreError
 from knapper.ids import RunId, SamplerId, Tenant
 from knapper.journal.records import Result
-from knapper.wire import json_forward, proto, requests
+from knapper.wire import requests
 
 _PROTOBUF = "application/x-protobuf"
 _FIRST_HOLD_S = 1.1  # of a sample: whoever waits for a cold start hears so when it is known for one
@@ -50,7 +50,7 @@ async def retrieve_future(request: Request) -> Response:
             return JSONResponse(_forgotten(run, seq))
         notice = result or gateway.bells.trouble(run)
         return _try_again(asked.request_id, *gateway.bells.queue_state(run), notice=notice)
-    return await _answer(request, result.body, result.content_type, _forward_json)
+    return await _answer(request, result.body, result.content_type, understanding.forward_json)
 
 
 async def _damaged(request_id: str, run: RunId, error: KnapperError) -> Response:
@@ -74,16 +74,8 @@ def _forgotten(run: RunId, seq: int) -> dict[str, str]:
 async def _answer(request: Request, body: bytes, content_type: str, as_json: Callable[[bytes], bytes]) -> Response:
     """Protobuf for those who accept it, which SDK 0.25 and newer do; the same as JSON for all others."""
     if content_type == _PROTOBUF and _PROTOBUF not in request.headers.get("accept", ""):
-        body, content_type = await bodies.computed(len(body), as_json, body), "application/json"
+        body, content_type = await bodies.computed(request, as_json, body), "application/json"
     return Response(body, media_type=content_type)
-
-
-def _forward_json(body: bytes) -> bytes:
-    return json_forward.encode_forward_backward_output(proto.decode_forward_backward_output(body))
-
-
-def _sample_json(body: bytes) -> bytes:
-    return json_forward.encode_sample_response(proto.decode_sample_response(body))
 
 
 async def _wait(gateway: Parts, run: RunId, seq: int, tenant: Tenant) -> Result | str:
@@ -136,7 +128,7 @@ async def _sample(gateway: Parts, request_id: str, tenant: Tenant, request: Requ
                 return _try_again(request_id, *state)  # the SDK prints the reason, once a minute
     if entry.body is None:
         raise Gone(f"sample {request_id} is not known any more; send it again (the SDK does so by itself)")
-    return await _answer(request, entry.body, entry.content_type, _sample_json)
+    return await _answer(request, entry.body, entry.content_type, understanding.sample_json)
 
 
 async def retrieve_futures(request: Request) -> Response:
@@ -153,7 +145,10 @@ async def retrieve_futures(request: Request) -> Response:
     hold_s = limits.poll_hold_s if asked.timeout is None else min(asked.timeout, limits.poll_hold_s)
     until = loop.time() + hold_s
     with gateway.samples.watch(client) as more:
-        while not (done := gateway.samples.done_after(client, asked.prev_cursor)) and (left := until - loop.time()) > 0:
+        while (
+            not (done := gateway.samples.done_after(client, asked.prev_cursor, limits.futures_told_max))
+            and (left := until - loop.time()) > 0
+        ):
             more.clear()
             try:
                 await asyncio.wait_for(more.wait(), left)

@@ -1,14 +1,13 @@
 """Jobs for clients: submitted with their files, listed, shown, cancelled, resumed."""
 
-import asyncio
 from typing import Annotated
 
 from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from gateway import bodies
+from gateway.doors import Door
 from gateway.parts import Parts, parts
 from gateway.rest import shapes
 from gateway.tenants import tenant_of
@@ -41,25 +40,31 @@ class Show(fields.Request, frozen=True, kw_only=True):
     after: Annotated[int, Meta(ge=0, le=10**9)] = 0
 
 
+def submitted(body: bytes) -> tuple[str | None, bool, dict[str, bytes]]:
+    """(the job's name, whether it starts again, its files by their names, job.yaml among them). Raises UserError."""
+    asked = json.decode(body, Submit)
+    if names.JOB_YAML not in asked.files:
+        raise InvalidField("files", sorted(asked.files), f"{names.JOB_YAML} among them")
+    return asked.name, asked.again, {names.file(name): text.encode() for name, text in asked.files.items()}
+
+
 async def submit(request: Request) -> Response:
     """Put the files where uploads go, and look: the same road as any other.
 
     Answers what `show` does, and `equal`: whether these very files were started before, and are not now.
     """
     gateway, tenant = parts(request), tenant_of(request)
-    asked = await asyncio.to_thread(json.decode, await bodies.read(request), Submit)
+    body = await bodies.read(request)
+    named, once_more, files = await bodies.computed(request, submitted, body)
     place = _place(gateway)
-    job = names.job(asked.name or f"job-{gateway.new_id()[:12]}")
-    if names.JOB_YAML not in asked.files:
-        raise InvalidField("files", sorted(asked.files), f"{names.JOB_YAML} among them")
+    job = names.job(named or f"job-{gateway.new_id()[:12]}")
     inbox = names.inbox(tenant, job)
-    checked = {names.file(name): text.encode() for name, text in asked.files.items()}
-    equal = not asked.again and await was_started(place, tenant, job, checked)
+    equal = not once_more and await was_started(place, tenant, job, files)
     # Without a job.yaml nothing starts: nobody shall find new files beside old ones.
     await place.exchange.remove(f"{inbox}{names.JOB_YAML}")
-    for name in sorted(checked, key=lambda name: name == names.JOB_YAML):
-        await place.exchange.publish(f"{inbox}{name}", checked[name])
-    start = await (again if asked.again else look)(place, tenant, job)
+    for name in sorted(files, key=lambda name: name == names.JOB_YAML):
+        await place.exchange.publish(f"{inbox}{name}", files[name])
+    start = await (again if once_more else look)(place, tenant, job)
     gateway.stirs.jobs.set()
     if start is not None:
         await place.bells.post(await revive.first(place, start))
@@ -133,9 +138,9 @@ def _place(gateway: Parts) -> Place:
 
 
 ROUTES = [
-    Route("/api/v1/jobs", submit, methods=["POST"]),
-    Route("/api/v1/jobs", list_jobs, methods=["GET"]),
-    Route("/api/v1/jobs/{job}", show, methods=["GET"]),
-    Route("/api/v1/jobs/{job}/cancel", cancel, methods=["POST"]),
-    Route("/api/v1/jobs/{job}/resume", resume, methods=["POST"]),
+    Door("/api/v1/jobs", submit, methods=["POST"], body_bytes_max=limits.body_bytes_max),
+    Door("/api/v1/jobs", list_jobs, methods=["GET"], body_bytes_max=0),
+    Door("/api/v1/jobs/{job}", show, methods=["GET"], body_bytes_max=0),
+    Door("/api/v1/jobs/{job}/cancel", cancel, methods=["POST"], body_bytes_max=0),
+    Door("/api/v1/jobs/{job}/resume", resume, methods=["POST"], body_bytes_max=0),
 ]

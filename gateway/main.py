@@ -1,5 +1,6 @@
 """The gateway's entry: `uvicorn gateway.main:app --lifespan on`, or `create_app` for a store of one's own."""
 
+import gc
 import os
 import secrets
 import time
@@ -10,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute
 
 from gateway import (
     auth,
@@ -27,12 +28,13 @@ from gateway import (
     uploads,
 )
 from gateway.assembly import assembled
+from gateway.doors import Door
 from gateway.events import ROUTES as EVENT_ROUTES
 from gateway.jobs import ROUTES as JOB_ROUTES
 from gateway.openai.routes import ROUTES as OPENAI_ROUTES
 from gateway.rest.routes import ROUTES
 from gateway.tenants import Doorkeeper
-from knapper import metrics, telemetry
+from knapper import limits, metrics, telemetry
 from knapper.errors import KnapperError
 from knapper.exchange.opening import expect_subscribable
 from knapper.jobs.place import Place, open_place
@@ -40,31 +42,33 @@ from knapper.settings import Settings
 from knapper.store import Store
 from knapper.store.opening import open_store
 
+_SMALL, _LABELS, _LARGE = limits.small_body_bytes_max, limits.labels_body_bytes_max, limits.body_bytes_max
+# (handler, the most that its request's body may have)
 _POST = {
-    "auth/token": auth.token,
-    "client/config": service.client_config,
-    "client/dynamic_config": service.client_dynamic_config,
-    "create_session": service.create_session,
-    "session_heartbeat": service.session_heartbeat,
-    "sessions/{session_id}/finish": service.finish_session,
-    "telemetry": service.telemetry,
-    "create_model": training.create_model,
-    "get_info": training.get_info,
-    "forward": training.forward,
-    "forward_backward": training.forward_backward,
-    "optim_step": training.optim_step,
-    "save_weights": training.save_weights,
-    "save_weights_for_sampler": training.save_weights_for_sampler,
-    "save_weights_external": training.save_weights_external,
-    "load_weights": training.load_weights,
-    "create_custom_loss": training.create_custom_loss,
-    "retrieve_future": futures.retrieve_future,
-    "retrieve_futures": futures.retrieve_futures,
-    "cancel_future": futures.cancel_future,
-    "create_sampling_session": sampling.create_sampling_session,
-    "join_sampling_session": sampling.join_sampling_session,
-    "asample": sampling.asample,
-    "rewards": rewards.score,
+    "auth/token": (auth.token, _SMALL),
+    "client/config": (service.client_config, _SMALL),
+    "client/dynamic_config": (service.client_dynamic_config, _SMALL),
+    "create_session": (service.create_session, _LABELS),
+    "session_heartbeat": (service.session_heartbeat, _SMALL),
+    "sessions/{session_id}/finish": (service.finish_session, _LABELS),
+    "telemetry": (service.telemetry, _LABELS),
+    "create_model": (training.create_model, _SMALL),
+    "get_info": (training.get_info, _SMALL),
+    "forward": (training.forward, _LARGE),
+    "forward_backward": (training.forward_backward, _LARGE),
+    "optim_step": (training.optim_step, _SMALL),
+    "save_weights": (training.save_weights, _SMALL),
+    "save_weights_for_sampler": (training.save_weights_for_sampler, _SMALL),
+    "save_weights_external": (training.save_weights_external, _SMALL),
+    "load_weights": (training.load_weights, _SMALL),
+    "create_custom_loss": (training.create_custom_loss, _SMALL),
+    "retrieve_future": (futures.retrieve_future, _SMALL),
+    "retrieve_futures": (futures.retrieve_futures, _LABELS),
+    "cancel_future": (futures.cancel_future, _SMALL),
+    "create_sampling_session": (sampling.create_sampling_session, _SMALL),
+    "join_sampling_session": (sampling.join_sampling_session, _SMALL),
+    "asample": (sampling.asample, limits.sample_body_bytes_max),
+    "rewards": (rewards.score, _LARGE),
 }
 _GET = {
     "healthz": service.healthz,
@@ -111,9 +115,9 @@ def create_app(
 
 def _routes() -> list[BaseRoute]:
     return [
-        *(Route(f"/api/v1/{path}", handler, methods=["POST"]) for path, handler in _POST.items()),
-        *(Route(f"/api/v1/{path}", handler, methods=["GET"]) for path, handler in _GET.items()),
-        Route("/api/v1/auth/apikey/me", auth.delete_key, methods=["DELETE"]),
+        *(Door(f"/api/v1/{path}", does, methods=["POST"], body_bytes_max=most) for path, (does, most) in _POST.items()),
+        *(Door(f"/api/v1/{path}", does, methods=["GET"], body_bytes_max=0) for path, does in _GET.items()),
+        Door("/api/v1/auth/apikey/me", auth.delete_key, methods=["DELETE"], body_bytes_max=0),
         *ROUTES,
         *JOB_ROUTES,
         *EVENT_ROUTES,
@@ -128,7 +132,15 @@ def _from_environment() -> Starlette:
     settings.expect_keys_beyond_loopback()
     expect_subscribable(settings)
     store = metrics.CountedStore(open_store(settings))
+    _collect_seldom()
     return create_app(store, settings, place=open_place(settings, store, time.time))
+
+
+def _collect_seldom() -> None:
+    """What was imported is never looked through again, or each body of many values would make the collector do it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
 
 
 def __getattr__(name: str) -> Starlette:

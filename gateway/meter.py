@@ -14,7 +14,7 @@ from knapper.ids import Tenant
 from knapper.journal.records import encode
 from knapper.store import Store
 from knapper.usage import HOUR_S, Sampled, Samplings, record_name
-from knapper.wire import proto
+from knapper.wire import scan
 
 log = structlog.get_logger()
 
@@ -23,7 +23,7 @@ class _Call(msgspec.Struct):
     """What is read of a request to the sample function."""
 
     base_model: str
-    prompt: list[int]
+    prompt: msgspec.Raw  # a list of numbers, and not empty: nothing of it is built to count them
 
 
 class Meter:
@@ -40,13 +40,13 @@ class Meter:
         """A sample is done. `session`: empty for one that belongs to none, as OpenAI's clients ask for them."""
         try:
             asked = msgspec.json.decode(call, type=_Call)
-            sampled = proto.count_sampled(answer)
+            sampled = scan.count_sampled(answer)
         except (msgspec.MsgspecError, UserError) as error:
             log.error("a sample cannot be counted", reason=str(error))
             return
         hours = self._counted.setdefault((tenant, int(self._clock() // HOUR_S)), {})
         before = hours.get((session, asked.base_model), Sampled(session=session, base_model=asked.base_model))
-        hours[session, asked.base_model] = before.plus(len(asked.prompt), sampled, device_s)
+        hours[session, asked.base_model] = before.plus(bytes(asked.prompt).count(b",") + 1, sampled, device_s)
 
     async def flush(self) -> None:
         """Make all that was counted durable. What fails is kept, and goes under the same name the next time."""

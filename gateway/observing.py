@@ -8,8 +8,8 @@ from ipaddress import ip_address
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
+from gateway.doors import Door
 from gateway.parts import parts
 from knapper import metrics
 from knapper.errors import KnapperError, NotFound
@@ -64,4 +64,4 @@ def _expect_address(request: Request) -> None:
             raise NotFound("there is nothing at /metrics") from error
 
 
-ROUTES = [Route("/metrics", scrape, methods=["GET"])]
+ROUTES = [Door("/metrics", scrape, methods=["GET"], body_bytes_max=0)]

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from gateway.bells import Bells
 from gateway.heartbeats import Heartbeats
 from gateway.looks import Looks
+from gateway.memory import Budget
 from gateway.meter import Meter
 from gateway.openai.shared import Shared
 from gateway.records import Records
@@ -16,6 +17,7 @@ from gateway.rewarding import Rewards
 from gateway.samples import Samples
 from gateway.stirs import Stirs
 from gateway.waits import Waits
+from gateway.workers import Workers
 from knapper.accounts import Accounts
 from knapper.audit import Audit
 from knapper.checkpoints import Checkpoints
@@ -52,6 +54,8 @@ class Parts:
     meter: Meter
     accounts: Accounts
     rewards: Rewards
+    budget: Budget  # the memory for bodies in flight
+    workers: Workers
     events_host: str  # the name under which events come; empty: this machine's own
     place: Place | None  # of jobs; None: there is nowhere to put their files
     subscription: "Subscription | None"  # tells of uploads; None: the inbox is looked into

@@ -1,5 +1,7 @@
 """The reward function, as the gateway reaches it."""
 
+from collections.abc import AsyncIterator
+
 import httpx
 from starlette.responses import Response
 
@@ -8,6 +10,7 @@ from knapper.errors import Unauthorized, Unavailable, UserError
 
 _COLD_S = 60.0  # a function that was asleep starts first
 _TIMEOUT = httpx.Timeout(limits.rewards_request_s + _COLD_S, connect=5.0)
+_PIECE_BYTES = 256 * 1024  # sent at once: in between, others are served
 _JSON = "application/json"
 
 
@@ -26,7 +29,8 @@ class Rewards:
                 "up` does. Score in the client instead"
             )
         try:
-            answer = await self._client.post(self._url, content=body, headers={"Content-Type": _JSON}, timeout=_TIMEOUT)
+            headers = {"Content-Type": _JSON, "Content-Length": str(len(body))}
+            answer = await self._client.post(self._url, content=_pieces(body), headers=headers, timeout=_TIMEOUT)
         except httpx.HTTPError as error:
             raise Unavailable(f"the reward function does not answer: {error!r}") from error
         if answer.status_code == Unauthorized.status:
@@ -35,3 +39,8 @@ class Rewards:
             raise Unavailable(f"the reward function is not there yet: HTTP {answer.status_code}")
         headers = {name: value for name, value in answer.headers.items() if name == "retry-after"}
         return Response(answer.content, answer.status_code, headers, media_type=_JSON)
+
+
+async def _pieces(body: bytes) -> AsyncIterator[bytes]:
+    for at in range(0, len(body), _PIECE_BYTES):
+        yield bytes(memoryview(body)[at : at + _PIECE_BYTES])

@@ -8,6 +8,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 import aiohttp
@@ -155,12 +156,12 @@ class Samples:
         entry = self._entries.get(request_id)
         return entry if entry is not None and entry.tenant == tenant else None
 
-    def done_after(self, client: Client, number: int) -> list[Entry]:
-        """What was done for the client after `number`, in order; what was done before is not told again."""
+    def done_after(self, client: Client, number: int, most: int) -> list[Entry]:
+        """What was done for the client after `number`, in order, at most so many; what was before is not told again."""
         done = self._done.get(client, deque())
         while done and done[0].number <= number:
             done.popleft()
-        return list(done)
+        return list(islice(done, most))
 
     @contextmanager
     def watch(self, client: Client) -> Iterator[asyncio.Event]:

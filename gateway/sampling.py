@@ -3,7 +3,7 @@
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from gateway import bodies
+from gateway import bodies, understanding
 from gateway.parts import parts
 from gateway.tenants import tenant_of
 from knapper import ids
@@ -68,8 +68,7 @@ async def asample(request: Request) -> Response:
     """The promise of a sample. A repetition gets the same promise."""
     gateway, tenant = parts(request), tenant_of(request)
     body = await bodies.read(request)
-    asked = await bodies.computed(len(body), sample_requests.decode, body, sample_requests.Sample)
-    session, seq = asked.address()
+    session, seq = await bodies.computed(request, sample_requests.address, body)
     sampler = await gateway.records.sampler(session, tenant)
     address = (SamplerId(sampler.sampler), seq)
     entry = gateway.samples.known(address)
@@ -77,10 +76,7 @@ async def asample(request: Request) -> Response:
         url = gateway.sample_url or (await gateway.records.model(sampler.base_model)).sample_url
         seed = int(gateway.new_id()[:12], 16)
         serving = await gateway.records.inflight.serving(sampler)
-        call = await bodies.computed(len(body), _encode, asked, serving, seed)
-        entry = gateway.samples.submit(address, tenant, asked.num_samples, url, call)
+        given = (serving.base_model, serving.bundle, seed)
+        num_samples, call = await bodies.computed(request, understanding.sample_call, body, *given)
+        entry = gateway.samples.submit(address, tenant, num_samples, url, call)
     return JSONResponse({"request_id": entry.request_id, "sample_sequence_ids": entry.sequence_ids})
-
-
-def _encode(asked: sample_requests.Sample, sampler: Sampler, seed: int) -> bytes:
-    return sample_requests.encode(asked.call(sampler.base_model, sampler.bundle, seed))

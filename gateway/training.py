@@ -2,25 +2,24 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from gateway import bodies
+from gateway import bodies, understanding
 from gateway.parts import Parts, parts
 from gateway.tenants import on_this_machine, tenant_of
+from gateway.understanding import Operation, Refusal, Understood
 from knapper import ids, limits
 from knapper.errors import InvalidField, TooMany, UserError
 from knapper.ids import RunId, Tenant, TinkerPath
 from knapper.journal import bundles
-from knapper.journal.accept import Packed, pack
+from knapper.journal.accept import pack
 from knapper.journal.records import SAVES, Creation, Kind, Spec
 from knapper.models.catalogue import ModelRecord
-from knapper.wire import json, json_forward, proto, requests, scan
-from knapper.wire.types import ForwardBackward
+from knapper.wire import requests, scan
 
 _ALPHA = 32.0  # the protocol has no alpha: the scale of an adapter is alpha / rank
 _OPTIMIZER_PART = "optimizer.safetensors"
@@ -73,9 +72,10 @@ async def load_weights(request: Request) -> Response:
     try:
         run = asked.creates()
     except UserError as error:
-        return await _bury(gateway, tenant, _address(body), body, error)
+        return await _bury(gateway, tenant, Refusal(error, pack(body), understanding.address(body)))
     if run is None:
-        return await _accept(gateway, tenant, asked.model_id or "", asked.seq_id or 0, "load_weights", body)
+        operation = Operation(asked.model_id or "", asked.seq_id or 0, pack(body))
+        return await _accept(gateway, tenant, "load_weights", operation)
     await gateway.records.open_session(asked.session(), tenant)
     checkpoint = await gateway.checkpoints.resolve(TinkerPath.parse(asked.path), tenant)
     checkpoint.expect_plain()
@@ -140,7 +140,7 @@ def _computing(model: ModelRecord) -> dict[str, str]:
 async def create_custom_loss(request: Request) -> Response:
     """Refused: clients compute their losses themselves, as they do wherever custom_loss_server_side is false."""
     tenant_of(request)
-    await bodies.read(request)
+    await bodies.read_or_peek(request)
     raise UserError(
         "custom losses are not computed on this server; allowed: those that the client computes, which is the SDK's "
         "default: pass your function, or the handle of create_custom_loss, to forward_backward_custom"
@@ -156,38 +156,31 @@ async def forward_backward(request: Request) -> Response:
     A request that is wrong, or too large, is answered through its future if it says whose it is.
     """
     if "json" in request.headers.get("content-type", ""):
-        return await _json_forward(request, json_forward.decode_forward_backward)
+        return await _forward(request, understanding.json_forward_backward)
     gateway, tenant = parts(request), tenant_of(request)
     body = await bodies.read_or_peek(request)
     if not body.whole:
-        return await _bury(gateway, tenant, scan.peek(body.data), body.data, bodies.too_large())
-    try:
-        model_id, seq, tokens = await bodies.computed(len(body.data), proto.check_forward_backward, body.data)
-    except UserError as error:
-        return await _bury(gateway, tenant, scan.peek(body.data), body.data, error)
-    return await _accept(gateway, tenant, model_id, seq, "forward_backward", body.data, tokens)
+        packed = await bodies.computed(request, pack, body.data)
+        return await _bury(gateway, tenant, Refusal(bodies.too_large(request), packed, scan.peek(body.data)))
+    return await _understood(request, body.data, understanding.protobuf_forward)
 
 
 async def forward(request: Request) -> Response:
     """JSON only: SDK 0.25 and newer send it to forward_backward."""
-    return await _json_forward(request, json_forward.decode_forward)
+    return await _forward(request, understanding.json_forward_only)
 
 
-async def _json_forward(request: Request, decode: Callable[[bytes], ForwardBackward]) -> Response:
-    """The same operation as in protobuf, and stored as that; repetitions are told by the bytes that came."""
+async def _forward(request: Request, understand: Callable[[bytes], Understood]) -> Response:
+    tenant_of(request)
+    return await _understood(request, await bodies.read(request), understand)
+
+
+async def _understood(request: Request, body: bytes, understand: Callable[[bytes], Understood]) -> Response:
     gateway, tenant = parts(request), tenant_of(request)
-    body = await bodies.read(request)
-    try:
-        asked = await bodies.computed(len(body), decode, body)
-    except UserError as error:
-        return await _bury(gateway, tenant, _address(body), body, error)
-    packed = await bodies.computed(len(body), _pack_forward, body, asked)
-    tokens = sum(datum.tokens.size for datum in asked.data)
-    return await _accept_packed(gateway, tenant, asked.run, asked.seq, "forward_backward", packed, tokens)
-
-
-def _pack_forward(body: bytes, asked: ForwardBackward) -> Packed:
-    return replace(pack(proto.encode_forward_backward(asked)), sha256=hashlib.sha256(body).digest())
+    asked = await bodies.computed(request, understand, body)
+    if isinstance(asked, Refusal):
+        return await _bury(gateway, tenant, asked)
+    return await _accept(gateway, tenant, "forward_backward", asked)
 
 
 async def optim_step(request: Request) -> Response:
@@ -212,7 +205,7 @@ async def _json_operation(request: Request, kind: Kind, form: type[Sequenced]) -
     asked = await _decode_or_bury(gateway, tenant, body, form)
     if isinstance(asked, Response):
         return asked
-    return await _accept(gateway, tenant, asked.model_id, asked.seq_id, kind, body)
+    return await _accept(gateway, tenant, kind, Operation(asked.model_id, asked.seq_id, pack(body)))
 
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -223,55 +216,33 @@ async def _decode_or_bury(gateway: Parts, tenant: Tenant, body: bytes, form: typ
     try:
         return requests.decode(body, form)
     except UserError as error:
-        return await _bury(gateway, tenant, _address(body), body, error)
+        return await _bury(gateway, tenant, Refusal(error, pack(body), understanding.address(body)))
 
 
-def _address(body: bytes) -> tuple[str, int] | None:
-    """(model_id, seq_id) of a JSON request that may be wrong otherwise."""
-    sent: Any = json.loads(body)
-    if isinstance(sent, dict):
-        model_id, seq = sent.get("model_id"), sent.get("seq_id")
-        if isinstance(model_id, str) and type(seq) is int and 1 <= seq <= 10**17:
-            return model_id, seq
-    return None
-
-
-async def _accept(
-    gateway: Parts, tenant: Tenant, model_id: str, seq: int, kind: Kind, body: bytes, tokens: int = 0
-) -> Response:
-    packed = await bodies.computed(len(body), pack, body)
-    return await _accept_packed(gateway, tenant, model_id, seq, kind, packed, tokens)
-
-
-async def _accept_packed(
-    gateway: Parts, tenant: Tenant, model_id: str, seq: int, kind: Kind, packed: Packed, tokens: int
-) -> Response:
-    """`tokens`: of a forward pass."""
-    run = await _trainable(gateway, tenant, model_id)
+async def _accept(gateway: Parts, tenant: Tenant, kind: Kind, asked: Operation) -> Response:
+    run, seq = await _trainable(gateway, tenant, asked.model_id), asked.seq
     await _room(gateway, run, seq)
     await _mark(gateway, tenant, run)
-    accepted_at = await gateway.acceptor.accept(run, seq, kind, packed)
+    accepted_at = await gateway.acceptor.accept(run, seq, kind, asked.packed)
     if accepted_at is not None:
-        gateway.accounts.asked(run, seq, accepted_at, tokens)
+        gateway.accounts.asked(run, seq, accepted_at, asked.tokens)
     if kind in SAVES:
         gateway.stirs.collect.set()  # it may take the name of another, or have a time to live
     gateway.bells.ring(run, seq)
     return _promise(run, seq)
 
 
-async def _bury(
-    gateway: Parts, tenant: Tenant, address: tuple[str, int] | None, body: bytes, error: UserError
-) -> Response:
+async def _bury(gateway: Parts, tenant: Tenant, refused: Refusal) -> Response:
     """Use up the number of a request that cannot be served, and promise the error: a 4xx would leave a hole."""
-    if address is None:
-        raise error
-    run = await _trainable(gateway, tenant, address[0])
-    await _room(gateway, run, address[1])
-    packed = await bodies.computed(len(body), pack, body)
+    if refused.address is None:
+        raise refused.error
+    model_id, seq = refused.address
+    run = await _trainable(gateway, tenant, model_id)
+    await _room(gateway, run, seq)
     await _mark(gateway, tenant, run)
-    await gateway.acceptor.reject(run, address[1], packed, str(error))
-    gateway.bells.ring(run, address[1])
-    return _promise(run, address[1])
+    await gateway.acceptor.reject(run, seq, refused.packed, str(refused.error))
+    gateway.bells.ring(run, seq)
+    return _promise(run, seq)
 
 
 async def _trainable(gateway: Parts, tenant: Tenant, model_id: str) -> RunId:

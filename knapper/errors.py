@@ -4,6 +4,7 @@ A message says what was wrong, which value, what is allowed and what to do. `doc
 code.
 """
 
+from itertools import islice
 from typing import Final, Literal
 
 from knapper.printable import printable
@@ -23,6 +24,16 @@ class KnapperError(Exception):
         """One line, fit for a terminal: messages quote what users sent."""
         return printable(super().__str__())
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Errors go from process to process, whatever their classes are made with."""
+        return _made, (type(self), self.args, vars(self))
+
+
+def _made(kind: type[KnapperError], args: tuple[object, ...], more: dict[str, object]) -> KnapperError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(more)
+    return error
+
 
 class UserError(KnapperError):
     """The request cannot be served as it is; sending it again changes nothing."""
@@ -38,11 +49,26 @@ class InvalidField(UserError):
     code = "invalid_field"
 
     def __init__(self, field: str, value: object, allowed: str, todo: str = "") -> None:
-        shown = repr(value)
+        shown = repr(_brief(value))
         if len(shown) > 120:
             shown = shown[:117] + "..."
         super().__init__(f"{field} is {shown}; allowed: {allowed}" + (f". {todo}" if todo else ""))
         self.field, self.value, self.allowed, self.todo = field, value, allowed, todo
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Without a value that may be as large as the request."""
+        return _made, (type(self), self.args, {**vars(self), "value": _brief(self.value)})
+
+
+def _brief(value: object, depth: int = 4) -> object:
+    """As much of it as a message can show: the whole of a large one takes seconds to write."""
+    if isinstance(value, (str, bytes)):
+        return value[:120]
+    if isinstance(value, (list, tuple)):
+        return type(value)(_brief(each, depth - 1) for each in value[:60]) if depth else value[:0]
+    if isinstance(value, dict):
+        return {key: _brief(each, depth - 1) for key, each in islice(value.items(), 30 if depth else 0)}
+    return value
 
 
 class ContextLengthExceeded(UserError):
@@ -80,6 +106,20 @@ class TooLarge(UserError):
 
     code = "too_large"
     status = 413
+
+
+class HeadersTooLarge(UserError):
+    """The request's URL and headers are over a limit."""
+
+    code = "headers_too_large"
+    status = 431
+
+
+class TooSlow(UserError):
+    """The request did not come in time, by the network's fault or its client's. It can be sent again."""
+
+    code = "too_slow"
+    status = 408
 
 
 class OutOfMemory(UserError):

@@ -3,18 +3,21 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tokenizers import Tokenizer
 
-from knapper.errors import InvalidField, UserError
+from knapper.errors import ContextLengthExceeded, InvalidField, UserError
 from knapper.templates import Message, Template
+
+_PIECE_CHARS: Final = 64 * 1024  # tokenized at once; a token takes some 400 bytes meanwhile
 
 
 @dataclass(frozen=True)
 class Language:
-    """Text to tokens and back. Tokenizers are fast, but not free: encode off the event loop."""
+    """Text to tokens and back. A megabyte takes a second: encode in a thread, where it holds nobody up."""
 
     tokenizer: Tokenizer
     template: Template | None
@@ -39,16 +42,45 @@ class Language:
         end = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
         return Language(tokenizer, template, end)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, context: int | None = None) -> list[int]:
         """With the special tokens that the tokenizer puts around any text."""
-        ids: list[int] = self.tokenizer.encode(text).ids
+        return self._tokens(text, context, "prompt", special=True)
+
+    def chat(
+        self, messages: Sequence[Message], now: float, more: Mapping[str, object], *, context: int | None = None
+    ) -> list[int]:
+        """The prompt for the assistant's next words, from the model's template. Raises UserError."""
+        return self._tokens(self.render(messages, now, more), context, "messages", special=False)
+
+    def _tokens(self, text: str, context: int | None, field: str, *, special: bool) -> list[int]:
+        """Raises ContextLengthExceeded for a text of far more tokens than `context`; others the sampler judges."""
+        if context is not None and len(text) > _PIECE_CHARS:
+            self._expect_short(text, context, field)
+        return self._encode(text, special=special)
+
+    def _expect_short(self, text: str, context: int, field: str) -> None:
+        """Counts the tokens of pieces, and stops at twice the context: of a text of any length no more is looked at.
+
+        A cut makes more tokens than there are, but no more than a token has characters, on either side.
+        """
+        longest, counted = self._token_chars_max, 0
+        for pieces, at in enumerate(range(0, len(text), _PIECE_CHARS), 1):
+            counted += len(self._encode(text[at : at + _PIECE_CHARS], special=False))
+            if counted > 2 * (context + pieces * longest):
+                because = f" (counting stopped there; it has {len(text)} characters)"
+                error = ContextLengthExceeded(counted, context - 1, context, because)
+                error.field = field
+                raise error
+
+    def _encode(self, text: str, *, special: bool) -> list[int]:
+        """As a batch: only that lets go of the interpreter's lock."""
+        (encoded,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        ids: list[int] = encoded.ids
         return ids
 
-    def chat(self, messages: Sequence[Message], now: float, more: Mapping[str, object]) -> list[int]:
-        """The prompt for the assistant's next words, from the model's template. Raises UserError."""
-        prompt = self.render(messages, now, more)
-        ids: list[int] = self.tokenizer.encode(prompt, add_special_tokens=False).ids
-        return ids
+    @cached_property
+    def _token_chars_max(self) -> int:
+        return max(map(len, self.tokenizer.get_vocab(with_added_tokens=True)))
 
     def render(
         self, messages: Sequence[Message], now: float, more: Mapping[str, object], *, answering: bool = True

@@ -2,10 +2,26 @@
 
 MIB = 1024 * 1024
 
+# Bodies, after decompression; what each route takes stands beside it.
 body_bytes_max = (
     64 * MIB
-)  # one request, after decompression. The SDK's chunks are about 5 MB; one huge datum goes alone.
-body_drain_bytes_max = 512 * MIB  # how much of an oversized body is read and thrown away so that the client hears why
+)  # of training's, jobs' and rewards'. The SDK's chunks are about 5 MB; one huge datum goes alone.
+sample_body_bytes_max = 32 * MIB  # a prompt, and the cells of target_prompt_logprobs, all as JSON
+text_body_bytes_max = 4 * MIB  # of the OpenAI protocol: a million tokens as ids, or of most texts
+labels_body_bytes_max = MIB // 2  # what has lists or texts of a person's own: tags, reasons, events of telemetry
+small_body_bytes_max = 128 * 1024  # all others: a few names and numbers, and 16 KiB of metadata, every byte escaped
+body_free_bytes = 64 * 1024  # of a body that are not counted in the memory for bodies
+worker_memory_bytes = 1024 * MIB  # that decoding one body may take
+head_bytes_max = 32 * 1024  # of a request's URL and headers together: a token is about one thousand
+head_fields_max = 128
+head_s = 20.0  # for all headers of a request, from its first byte; of a new connection's first, from the beginning
+body_rate_min = 1024  # bytes a second of a body that is being read; over `body_silent_s`
+body_silent_s = 20.0
+body_thrown_bytes_max = 64 * MIB  # of a body that was answered already: clients listen only when they have sent it all
+body_thrown_s = 30.0
+answer_stalled_s = 120.0  # a client that takes nothing of its answer for so long is hung up on
+connections_max = 16384  # of one process; fewer where it may open fewer files
+pipelined_max = 8  # requests of one connection that wait for their turn; clients send one at a time
 age_recipients_max = 10  # for whom one export is encrypted; as Tinker's own server has it
 name_chars_max = 128  # checkpoint names
 user_metadata_bytes_max = 16 * 1024
@@ -25,6 +41,7 @@ prompt_targets_max = MIB  # cells of target_prompt_logprobs
 operations_waiting_max = 16384  # accepted and not yet applied, for one run
 operations_ahead_max = 1_000_000  # how far past the newest applied operation a seq_id may lie
 clones_max = 100_000  # clients of one sampling session, besides the one that made it
+futures_told_max = 4096  # samples that one retrieve_futures tells of; its cursor goes on from there
 samples_waiting_max = 8192  # asample requests that one gateway holds
 ttl_s_min, ttl_s_max = 3600, 315_360_000
 poll_hold_s = 30.0  # retrieve_future; the SDK gives up at 45 s
@@ -55,6 +72,7 @@ reward_file_bytes_max = MIB  # reward.py, a schema, a database's script
 reward_reason_chars_max = 400  # of why a rollout has no score
 reward_text_chars_max = MIB  # of one completion, and of prompt and answer as JSON
 rollouts_per_request_max = 1024
+reward_request_values_max = 4 * MIB  # commas and brackets of one request's JSON, those in its texts too
 rewards_request_s = 240.0  # for all rollouts of one request; a cluster ends requests at 300
 job_yaml_bytes_max = 64 * 1024
 job_file_bytes_max = 256 * MIB  # one data file of a job

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from gateway.leaving import unless_left
@@ -21,6 +21,7 @@ from gateway.parts import parts
 from gateway.tenants import tenant_of
 from knapper.errors import ContextLengthExceeded, KnapperError
 from knapper.language import Language
+from knapper.wire import proto
 from knapper.wire.progress import Drawn, Ending
 from knapper.wire.types import SampleOutput, Sequence, TopK
 
@@ -67,10 +68,10 @@ async def _answer(request: Request, task: Task) -> Response:
     await asked.ask(task.chosen, task.prompts, task.question)
     if not task.form.stream:
         try:
-            outputs = await unless_left(request, asked.outputs())
+            answers = await unless_left(request, asked.answers())
         finally:
             asked.end()
-        return JSONResponse(await asyncio.to_thread(_whole, head, task, outputs))
+        return Response(await asyncio.to_thread(_whole, head, task, answers), media_type="application/json")
     events = _events(head, task, asked)
     try:
         first = await unless_left(request, anext(events))
@@ -85,16 +86,20 @@ def _asked_as(task: Task, field: str | None) -> str | None:
     return task.form.prompt_field if field == "prompt" else field and field.removeprefix("sampling_params.")
 
 
-def _whole(head: Json, task: Task, outputs: list[SampleOutput]) -> Json:
-    choices = []
-    for prompt, output in enumerate(outputs):
+def _whole(head: Json, task: Task, answers: list[bytes]) -> bytes:
+    """The answer's JSON, choice by choice: each call of an encoder holds the interpreter's lock to its end."""
+    choices: list[msgspec.Raw] = []
+    sampled = 0
+    for prompt, answer in enumerate(answers):
+        output = proto.decode_sample_response(answer)
         scored = _scored_prompt(task, prompt, output)
         for number, sequence in enumerate(output.sequences):
             piece, ending = _told(task.text(prompt), sequence)
             piece = Piece(task.before[prompt] + piece.text, scored + piece.tokens)
-            choices.append(task.shape.whole(prompt * task.question.choices + number, piece, ending))
-    sampled = sum(sequence.tokens.size for output in outputs for sequence in output.sequences)
-    return head | {"choices": choices, "usage": _usage(task, sampled)}
+            sampled += sequence.tokens.size
+            choice = task.shape.whole(prompt * task.question.choices + number, piece, ending)
+            choices.append(msgspec.Raw(msgspec.json.encode(choice)))
+    return msgspec.json.encode(head | {"choices": choices, "usage": _usage(task, sampled)})
 
 
 def _told(text: Text, sequence: Sequence) -> tuple[Piece, Ending]:

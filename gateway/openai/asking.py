@@ -13,9 +13,9 @@ from gateway.parts import Parts
 from gateway.samples import Entry
 from knapper.errors import Gone, KnapperError, Unavailable
 from knapper.ids import SamplerId, Tenant
-from knapper.wire import proto, sample_requests
+from knapper.wire import sample_requests
 from knapper.wire.progress import Drawn
-from knapper.wire.types import SampleOutput, SamplingParams
+from knapper.wire.types import SamplingParams
 
 _QUIET_S: Final = 10.0  # proxies close a connection on which nothing comes; clients skip comments
 
@@ -77,11 +77,11 @@ class Asked:
             self.end()
             raise
 
-    async def outputs(self) -> list[SampleOutput]:
-        """The samples of each prompt, once all are there. Raises KnapperError."""
+    async def answers(self) -> list[bytes]:
+        """The samples of each prompt, as SampleResponse, once all are there. Raises KnapperError."""
         for entry in self._entries:
             await entry.done.wait()
-        return [proto.decode_sample_response(_answer(entry)) for entry in self._entries]
+        return [_answer(entry) for entry in self._entries]
 
     async def drawn(self) -> AsyncIterator[tuple[int, Drawn] | Quiet]:
         """Each token with the number of its prompt, as it comes; ends when all have ended. Raises KnapperError."""

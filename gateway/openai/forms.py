@@ -15,7 +15,7 @@ from knapper.templates import Message
 from knapper.wire import types
 from knapper.wire.json import decode
 
-__all__ = ["Chat", "Completion", "Form", "decode"]
+__all__ = ["Chat", "Completion", "Form", "chat", "completion", "decode"]
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; chats have none
 Name = Annotated[str, Meta(min_length=1, max_length=1024)]
@@ -248,3 +248,18 @@ class Chat(Form, frozen=True, kw_only=True):
         if len(both) > 1:
             raise InvalidField("max_tokens", self.max_tokens, "none beside max_completion_tokens, its newer name")
         return self.params(both.pop() if both else None)
+
+
+# ---- read whole, by a worker where a body is not small: what is returned holds nothing that was refused
+
+
+def completion(body: bytes) -> tuple[Completion, types.SamplingParams, list[str | list[int]]]:
+    """(without its prompt, parameters, prompts). Raises UserError."""
+    asked = decode(body, Completion)
+    return msgspec.structs.replace(asked, prompt=""), asked.sampling(), asked.prompts()
+
+
+def chat(body: bytes) -> tuple[Chat, types.SamplingParams, list[Message]]:
+    """(without its messages, parameters, messages). Raises UserError."""
+    asked = decode(body, Chat)
+    return msgspec.structs.replace(asked, messages=[]), asked.sampling(), asked.conversation()

@@ -1,12 +1,12 @@
 """/v1, and /oai/api/v1: what OpenAI's clients ask for."""
 
-import asyncio
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from gateway import bodies
+from gateway.doors import Door
 from gateway.openai import forms, models
 from gateway.openai.answering import Task, answer
 from gateway.openai.asking import Question
@@ -14,6 +14,8 @@ from gateway.openai.errors import spoken, unknown_path
 from gateway.openai.shapes import ChatShape, CompletionShape
 from gateway.parts import parts
 from gateway.tenants import tenant_of
+from knapper import limits
+from knapper.errors import ContextLengthExceeded
 from knapper.language import Language
 
 
@@ -30,12 +32,11 @@ async def get_model(request: Request) -> Response:
 async def completions(request: Request) -> Response:
     gateway, tenant = parts(request), tenant_of(request)
     body = await bodies.read(request)
-    asked = await asyncio.to_thread(forms.decode, body, forms.Completion)
-    params, given = asked.sampling(), asked.prompts()
+    asked, params, given = await bodies.computed(request, forms.completion, body)
     chosen = await models.choose(gateway, tenant, asked.model)
     language = await gateway.openai.languages.of(chosen.model)
-    prompts = await asyncio.to_thread(lambda: [_tokens(language, prompt) for prompt in given])
-    before = [_text(language, prompt) if asked.echo else "" for prompt in given]
+    read = partial(_read, language, chosen.model.context, given, echo=bool(asked.echo))
+    prompts, before = await bodies.aside(request, len(body), read)
     prompt_top = asked.logprobs if asked.echo else None
     question = Question(params, asked.choices, asked.logprobs or 0, prompt_top)
     shape = CompletionShape(language, asked.logprobs, before if asked.echo else [], asked.choices)
@@ -45,32 +46,47 @@ async def completions(request: Request) -> Response:
 async def chat_completions(request: Request) -> Response:
     gateway, tenant = parts(request), tenant_of(request)
     body = await bodies.read(request)
-    asked = await asyncio.to_thread(forms.decode, body, forms.Chat)
-    params, messages = asked.sampling(), asked.conversation()
+    asked, params, messages = await bodies.computed(request, forms.chat, body)
     chosen = await models.choose(gateway, tenant, asked.model)
     language = await gateway.openai.languages.of(chosen.model)
-    prompt = await asyncio.to_thread(language.chat, messages, gateway.clock(), asked.chat_template_kwargs)
+    more, context = asked.chat_template_kwargs, chosen.model.context
+    read = partial(language.chat, messages, gateway.clock(), more, context=context)
+    prompt = await bodies.aside(request, len(body), read)
     question = Question(params, asked.choices, asked.top_logprobs or 0)
     shape = ChatShape(language, (asked.top_logprobs or 0) if asked.logprobs else None)
     return await answer(request, Task(asked, chosen, language, [prompt], question, shape, [""]))
 
 
-def _tokens(language: Language, prompt: str | list[int]) -> list[int]:
-    return language.encode(prompt) if isinstance(prompt, str) else prompt
+def _read(
+    language: Language, context: int, given: list[str | list[int]], *, echo: bool
+) -> tuple[list[list[int]], list[str]]:
+    """(the prompts' tokens, what their choices begin with)"""
+    prompts = [_tokens(language, context, prompt) for prompt in given]
+    return prompts, [_text(language, prompt) if echo else "" for prompt in given]
+
+
+def _tokens(language: Language, context: int, prompt: str | list[int]) -> list[int]:
+    if isinstance(prompt, str):
+        return language.encode(prompt, context=context)
+    if len(prompt) > context:
+        raise ContextLengthExceeded(len(prompt), context, context)
+    return prompt
 
 
 def _text(language: Language, prompt: str | list[int]) -> str:
     return prompt if isinstance(prompt, str) else str(language.tokenizer.decode(prompt, skip_special_tokens=True))
 
 
+_TEXT = limits.text_body_bytes_max
+_ANY = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 ROUTES = [
     route
     for base in ("/v1", "/oai/api/v1")  # the second is where Tinker's own server has it
     for route in (
-        Route(f"{base}/models", spoken(list_models), methods=["GET"]),
-        Route(f"{base}/models/{{name:path}}", spoken(get_model), methods=["GET"]),
-        Route(f"{base}/completions", spoken(completions), methods=["POST"]),
-        Route(f"{base}/chat/completions", spoken(chat_completions), methods=["POST"]),
-        Route(f"{base}/{{path:path}}", spoken(unknown_path), methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
+        Door(f"{base}/models", spoken(list_models), methods=["GET"], body_bytes_max=0),
+        Door(f"{base}/models/{{name:path}}", spoken(get_model), methods=["GET"], body_bytes_max=0),
+        Door(f"{base}/completions", spoken(completions), methods=["POST"], body_bytes_max=_TEXT),
+        Door(f"{base}/chat/completions", spoken(chat_completions), methods=["POST"], body_bytes_max=_TEXT),
+        Door(f"{base}/{{path:path}}", spoken(unknown_path), methods=_ANY, body_bytes_max=0),
     )
 ]

@@ -4,6 +4,8 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import msgspec
+
 from gateway.openai.texts import Piece, Scored
 from knapper.language import Language
 from knapper.wire.progress import Ending
@@ -63,7 +65,7 @@ class CompletionShape(Shape):
         return {
             "tokens": [self._language.word(scored.token) for scored in tokens],
             "token_logprobs": [scored.logprob for scored in tokens],
-            "top_logprobs": [self._likeliest(scored) for scored in tokens] if k else None,
+            "top_logprobs": [_encoded(self._likeliest(scored)) for scored in tokens] if k else None,
             "text_offset": [scored.offset for scored in tokens],
         }
 
@@ -98,8 +100,10 @@ class ChatShape(Shape):
         if self._logprobs is None:
             return None
         content = [
-            self._score(scored.token, scored.logprob)
-            | {"top_logprobs": [self._score(token, logprob) for token, logprob in _possible(scored)]}
+            _encoded(
+                self._score(scored.token, scored.logprob)
+                | {"top_logprobs": [self._score(token, logprob) for token, logprob in _possible(scored)]}
+            )
             for scored in piece.tokens
         ]
         return {"content": content, "refusal": None}
@@ -108,6 +112,11 @@ class ChatShape(Shape):
         """`bytes` are told where the token is whole characters."""
         word = self._language.word(token)
         return {"token": word, "logprob": logprob, "bytes": None if "\ufffd" in word else list(word.encode())}
+
+
+def _encoded(scores: Json | None) -> msgspec.Raw:
+    """Of one token: those of a long answer with many alternatives would be encoded in one go, and take megabytes."""
+    return msgspec.Raw(msgspec.json.encode(scores))
 
 
 def _possible(scored: Scored) -> list[tuple[int, float]]:

@@ -1,35 +1,36 @@
-"""Which handler answers what."""
+"""Which handler answers what, and the most that its request's body may have."""
 
-from starlette.routing import Route
-
+from gateway.doors import Door
 from gateway.rest import admin, checkpoints, downloads, links, runs, sessions, weights
+from knapper import limits
 
 _ONE = "training_runs/{run_id}/checkpoints/{kind}/{name}"
+_NONE, _SMALL, _LABELS = 0, limits.small_body_bytes_max, limits.labels_body_bytes_max
 
 ROUTES = [
-    Route(f"/api/v1/{path}", handler, methods=[method])
-    for method, path, handler in (
-        ("GET", "training_runs", runs.list_runs),
-        ("GET", "training_runs/{run_id}", runs.get_run),
-        ("DELETE", "training_runs/{run_id}", runs.delete_run),
-        ("GET", "training_runs/{run_id}/checkpoints", runs.list_checkpoints),
-        ("GET", "checkpoints", checkpoints.list_all),
-        ("DELETE", _ONE, checkpoints.delete),
-        ("POST", f"{_ONE}/publish", checkpoints.publish),
-        ("DELETE", f"{_ONE}/publish", checkpoints.unpublish),
-        ("PUT", f"{_ONE}/ttl", checkpoints.set_ttl),
-        ("GET", f"{_ONE}/archive", checkpoints.archive),
-        ("GET", f"{_ONE}/external_weights_urls", weights.external_weights_urls),
-        ("POST", "weights_info", weights.weights_info),
-        ("POST", "copy_weights", weights.copy_weights),
-        ("GET", "sessions", sessions.list_sessions),
-        ("POST", "sessions/search", sessions.search),
-        ("GET", "sessions/{session_id}", sessions.get_session),
-        ("PUT", "sessions/{session_id}/project", sessions.assign_project),
-        ("GET", "sessions/{session_id}/trace_export", sessions.trace_export),
-        ("GET", "audit", admin.audit),
-        ("GET", "billing/usage/events", admin.usage_events),
-        ("GET", "billing/usage/checkpoints/current", admin.storage),
-        ("GET", links.ROUTE, downloads.follow),
+    Door(f"/api/v1/{path}", handler, methods=[method], body_bytes_max=body_bytes_max)
+    for method, path, handler, body_bytes_max in (
+        ("GET", "training_runs", runs.list_runs, _NONE),
+        ("GET", "training_runs/{run_id}", runs.get_run, _NONE),
+        ("DELETE", "training_runs/{run_id}", runs.delete_run, _NONE),
+        ("GET", "training_runs/{run_id}/checkpoints", runs.list_checkpoints, _NONE),
+        ("GET", "checkpoints", checkpoints.list_all, _NONE),
+        ("DELETE", _ONE, checkpoints.delete, _NONE),
+        ("POST", f"{_ONE}/publish", checkpoints.publish, _NONE),
+        ("DELETE", f"{_ONE}/publish", checkpoints.unpublish, _NONE),
+        ("PUT", f"{_ONE}/ttl", checkpoints.set_ttl, _SMALL),
+        ("GET", f"{_ONE}/archive", checkpoints.archive, _NONE),
+        ("GET", f"{_ONE}/external_weights_urls", weights.external_weights_urls, _NONE),
+        ("POST", "weights_info", weights.weights_info, _SMALL),
+        ("POST", "copy_weights", weights.copy_weights, _SMALL),
+        ("GET", "sessions", sessions.list_sessions, _NONE),
+        ("POST", "sessions/search", sessions.search, _LABELS),
+        ("GET", "sessions/{session_id}", sessions.get_session, _NONE),
+        ("PUT", "sessions/{session_id}/project", sessions.assign_project, _SMALL),
+        ("GET", "sessions/{session_id}/trace_export", sessions.trace_export, _NONE),
+        ("GET", "audit", admin.audit, _NONE),
+        ("GET", "billing/usage/events", admin.usage_events, _NONE),
+        ("GET", "billing/usage/checkpoints/current", admin.storage, _NONE),
+        ("GET", links.ROUTE, downloads.follow, _NONE),
     )
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import uvicorn
 
-from knapper.local.web import KEEP_ALIVE_S
+from knapper.local.web import KEEP_ALIVE_S, PROTOCOL
 
 
 class Server(uvicorn.Server):
@@ -18,7 +18,13 @@ class Server(uvicorn.Server):
         # What goes wrong is logged by the application; uvicorn would add a line for each answer that breaks off.
         super().__init__(
             uvicorn.Config(
-                application, lifespan="off", log_config=None, log_level="critical", timeout_keep_alive=KEEP_ALIVE_S
+                application,
+                http=PROTOCOL,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="critical",
+                timeout_keep_alive=KEEP_ALIVE_S,
             )
         )
         self._listener = listener

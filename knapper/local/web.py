@@ -12,6 +12,7 @@ from knapper.local.process import Process
 KEEP_ALIVE_S = (
     75  # longer than any client's, so that it is not the server who closes a connection that is about to be used
 )
+PROTOCOL = "knapper.connections:Protocol"
 
 _poll_s = 0.02
 
@@ -20,7 +21,7 @@ async def start(application: str, directory: Path, environment: Mapping[str, str
     """Serve `module:attribute` of `directory` on `listener`, which listens only after the application's start-up."""
     command = [
         sys.executable, "-P", "-m", "uvicorn", "--app-dir", str(directory), "--fd", str(listener.fileno()),
-        "--workers", "1", "--loop", "uvloop", "--http", "knapper.targets:Targeted", "--lifespan", "on",
+        "--workers", "1", "--loop", "uvloop", "--http", PROTOCOL, "--ws", "none", "--lifespan", "on",
         "--timeout-keep-alive", str(KEEP_ALIVE_S), "--log-level", "warning", "--no-access-log", application,
     ]  # fmt: skip
     return await Process.start(command, environment, inherit=[listener.fileno()])

@@ -53,6 +53,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 async def answer(body: bytes, sandbox: Sandbox) -> bytes:
     """The answer's JSON. Raises UserError for a wrong request, RewardFailed, SandboxMissing."""
+    _expect_few_values(body)
     sent = json.decode(body, Request)
     if len(sent.rollouts) > limits.rollouts_per_request_max:
         raise TooLarge(f"the request has {len(sent.rollouts)} rollouts; allowed: {limits.rollouts_per_request_max}")
@@ -78,6 +79,16 @@ async def answer(body: bytes, sandbox: Sandbox) -> bytes:
             ]
         )
     )
+
+
+def _expect_few_values(body: bytes) -> None:
+    """Raises TooLarge for what would take much more memory than its bytes, before anything of it is built."""
+    values = sum(body.count(each) for each in (b",", b"[", b"{"))
+    if values > limits.reward_request_values_max:
+        raise TooLarge(
+            f"the request has {values} commas and brackets; allowed: {limits.reward_request_values_max}; "
+            "send fewer rollouts in one request"
+        )
 
 
 def _prompt(prompt: str | list[Message]) -> str | list[dict[str, str]]:

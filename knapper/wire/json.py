@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, TypeVar, get_args
+from typing import Any, Final, TypeVar, get_args
 
 import msgspec
 
@@ -14,7 +14,10 @@ from knapper.untrusted import parsing
 
 S = TypeVar("S", bound=msgspec.Struct)
 _PLACE = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
+_NOT_FINITE = re.compile(rb"-?(?:NaN|Infinity)")
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]|\[(\.\.\.)\]")
+_WHERE = re.compile(r" \(byte (\d+)\)$")
+_SHOWN_BYTES_MAX = 64 * 1024  # of a body whose wrong value is looked for: it takes building all of it once more
 _NAMED = re.compile(r"^Object (contains unknown|missing required) field `(.*)`$", re.DOTALL)
 
 
@@ -23,12 +26,25 @@ def decode(body: bytes, kind: type[S]) -> S:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise _explain(str(error), loads(body), kind) from error
+        raise _explain(str(error), _sent(body), kind) from error
     except Exception as error:  # whatever it raises: the same as in knapper.untrusted
         with parsing(partial(_not_json, body)):
-            for field, value in _not_finite(loads(body)):
+            for field, value in _not_finite(loads(body)) if len(body) <= _SHOWN_BYTES_MAX else _bare(body, str(error)):
                 raise InvalidField(field, value, "a finite number") from error
             raise error
+
+
+def _bare(body: bytes, error: str) -> Iterator[tuple[str, str]]:
+    """What is no number at the place that the error names: (where, what)."""
+    if (where := _WHERE.search(error)) and (found := _NOT_FINITE.match(body, int(where[1]))):
+        yield f"the body at byte {where[1]}", found[0].decode()
+
+
+_UNSEEN: Final = object()  # a body that is not looked through for the value that is wrong
+
+
+def _sent(body: bytes) -> Any:
+    return loads(body) if len(body) <= _SHOWN_BYTES_MAX else _UNSEEN
 
 
 def convert(sent: dict[str, str], kind: type[S]) -> S:
@@ -54,7 +70,7 @@ def _explain(message: str, sent: Any, kind: type[msgspec.Struct]) -> UserError:
     assert found is not None, "every part of the pattern may be empty"
     what, steps = found["what"], _STEP.findall(found["path"] or "")
     field = ".".join(name or f"[{index or '...'}]" for name, index, _ in steps).replace(".[", "[") or "the body"
-    value, known = sent, True
+    value, known = sent, sent is not _UNSEEN
     for name, index, _ in steps:
         try:
             value = value[name or int(index)]
@@ -65,15 +81,16 @@ def _explain(message: str, sent: Any, kind: type[msgspec.Struct]) -> UserError:
         inside = "" if field == "the body" else f"{field}."
         if named[1] == "missing required":
             return InvalidField(f"{inside}{named[2]}", None, "a value: this field is required")
-        given = value.get(named[2]) if known and isinstance(value, dict) else None
+        given = value.get(named[2]) if known and isinstance(value, dict) else "(not shown)"
         fields = ", ".join(_fields_at(kind, [name for name, _, _ in steps if name]))
         return InvalidField(
             f"{inside}{named[2]}", given, f"no field of this name, only {fields or 'the documented ones'}"
         )
-    allowed = what.removeprefix("Expected ").partition(", got ")[0].replace("`", "")
+    allowed, _, got = what.removeprefix("Expected ").replace("`", "").partition(", got ")
     # Clients cannot say NaN or infinity in JSON; they say null.
     todo = "NaN and infinity come as null" if known and value is None and allowed == "float" else ""
-    return InvalidField(field, value if known else "(not shown)", allowed[:1].lower() + allowed[1:], todo)
+    unseen = f"(of type {got})" if got else "(not shown)"
+    return InvalidField(field, value if known else unseen, allowed[:1].lower() + allowed[1:], todo)
 
 
 def _fields_at(kind: Any, path: list[str]) -> list[str]:

@@ -205,11 +205,6 @@ def encode_sample_response(output: SampleOutput) -> bytes:
     return _serialize(message)
 
 
-def count_sampled(body: bytes) -> int:
-    """How many tokens a SampleResponse has, without unpacking them."""
-    return sum(len(sequence.tokens) // 4 for sequence in _parse(descriptor.SampleResponse, body).sequences)
-
-
 def decode_sample_response(body: bytes) -> SampleOutput:
     """The inverse, for our own clients."""
     message = _parse(descriptor.SampleResponse, body)

@@ -5,6 +5,7 @@ Field names and defaults are the SDK's.
 
 from typing import Annotated, Literal
 
+import msgspec
 import numpy as np
 from msgspec import UNSET, Meta, UnsetType
 
@@ -15,7 +16,16 @@ from knapper.wire.fields import Id, Number, Path, Request, Seed, Token, encode
 from knapper.wire.json import decode
 from knapper.wire.json_tensors import TensorData
 
-__all__ = ["CreateSamplingSession", "JoinSamplingSession", "Prompt", "Sample", "SampleCall", "decode", "encode"]
+__all__ = [
+    "CreateSamplingSession",
+    "JoinSamplingSession",
+    "Prompt",
+    "Sample",
+    "SampleCall",
+    "address",
+    "decode",
+    "encode",
+]
 
 
 class CreateSamplingSession(Request, frozen=True, kw_only=True):
@@ -87,6 +97,7 @@ class SamplingParams(Request, frozen=True, kw_only=True):
 
 
 TopK = Annotated[int, Meta(ge=0, le=limits.top_logprobs_max)]
+SampleSeq = Annotated[int, Meta(ge=0, le=2**63 - 1)]  # a client's clones count from k * 10^9, k to 10^9
 LastN = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 
@@ -96,7 +107,7 @@ class Sample(Request, frozen=True, kw_only=True):
     prompt: Prompt
     sampling_params: SamplingParams
     sampling_session_id: Id | None = None
-    seq_id: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None  # a client's clones count from k * 10^9, k to 10^9
+    seq_id: SampleSeq | None = None
     base_model: Path | None = None
     model_path: Path | None = None
     num_samples: Annotated[int, Meta(ge=1, le=limits.num_samples_max)] = 1
@@ -108,13 +119,6 @@ class Sample(Request, frozen=True, kw_only=True):
     prompt_logprobs_last_n: LastN | None = None
     record_stability_info: bool | None = None
     type: Literal["sample"] = "sample"
-
-    def address(self) -> tuple[str, int]:
-        """(sampling_session_id, seq_id). Raises InvalidField without them."""
-        if self.sampling_session_id is None or self.seq_id is None:
-            given = (self.sampling_session_id, self.seq_id)
-            raise InvalidField("(sampling_session_id, seq_id)", given, "both; create_sampling_client makes the session")
-        return self.sampling_session_id, self.seq_id
 
     def call(self, base_model: str, adapter: str, seed: int) -> "SampleCall":
         """What the sampler is asked; `seed` stands in where the client gave none. Raises InvalidField."""
@@ -144,6 +148,22 @@ class Sample(Request, frozen=True, kw_only=True):
             prompt_alt_tokens_k=self.prompt_alt_tokens_k,
             prompt_logprobs_last_n=self.prompt_logprobs_last_n,
         )
+
+
+class _Addressed(msgspec.Struct):
+    """What is read of a request before anything else of it."""
+
+    sampling_session_id: Id | None = None
+    seq_id: SampleSeq | None = None
+
+
+def address(body: bytes) -> tuple[str, int]:
+    """(sampling_session_id, seq_id) of a Sample; the rest is not built yet. Raises InvalidField without them."""
+    asked = decode(body, _Addressed)
+    if asked.sampling_session_id is None or asked.seq_id is None:
+        given = (asked.sampling_session_id, asked.seq_id)
+        raise InvalidField("(sampling_session_id, seq_id)", given, "both; create_sampling_client makes the session")
+    return asked.sampling_session_id, asked.seq_id
 
 
 class SampleCall(Request, frozen=True, kw_only=True):

@@ -1,13 +1,18 @@
-"""A forward_backward request's protobuf, read field by field without building objects: for bodies not yet trusted."""
+"""Protobuf read field by field, building no objects: requests not yet trusted, and answers that are only counted."""
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 from knapper import limits
 from knapper.errors import TooLarge, UserError
 
 _DATUM = 3  # the number of ForwardBackwardRequest.data
+_SEQUENCES, _TOKENS = 1, 2  # of SampleResponse, and of its sequences; a token has four bytes
+_PEEKED_BYTES = 4096  # what stands first may be a field without end, or a million empty ones
 _OTHER_FIELDS_MAX = 256
 _FIXED_BYTES = {1: 8, 5: 4}  # by wire type
+
+B = TypeVar("B", bytes, memoryview)
 
 
 def peek(prefix: bytes) -> tuple[str, int] | None:
@@ -17,7 +22,7 @@ def peek(prefix: bytes) -> tuple[str, int] | None:
     """
     model_id, seq_id = "", 0
     try:
-        for number, value in _fields(prefix):
+        for number, value in _fields(prefix[:_PEEKED_BYTES]):
             if number == 1 and isinstance(value, bytes):
                 model_id = value.decode()
             elif number == 2 and isinstance(value, int):
@@ -35,10 +40,10 @@ def bound(body: bytes) -> None:
     Parsing makes an object of some forty bytes of two on the wire, so that a limit on bytes alone bounds no memory.
     """
     parts = 0
-    for count, (number, value) in enumerate(_fields(body)):
+    for count, (number, value) in enumerate(_fields(memoryview(body))):
         if count >= limits.datums_per_request_max + _OTHER_FIELDS_MAX:
             raise TooLarge(f"data has too many datums; allowed: {limits.datums_per_request_max}; send fewer a call")
-        if number == _DATUM and isinstance(value, bytes):
+        if number == _DATUM and not isinstance(value, int):
             for _ in _fields(value):
                 parts += 1
                 if parts > limits.datum_parts_max:
@@ -48,13 +53,20 @@ def bound(body: bytes) -> None:
                     )
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+def count_sampled(answer: bytes) -> int:
+    """How many tokens a SampleResponse has, without unpacking or copying them. Raises UserError."""
+    sequences = (value for number, value in _fields(memoryview(answer)) if number == _SEQUENCES)
+    lists = (field for each in sequences if not isinstance(each, int) for field in _fields(each))
+    return sum(len(value) // 4 for number, value in lists if number == _TOKENS and not isinstance(value, int))
+
+
+def _fields(data: B) -> Iterator[tuple[int, int | B]]:
     """(number, value) of each field in turn. Raises UserError where the bytes make no sense or end early."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
         wire_type = tag & 7
-        value: int | bytes
+        value: int | B
         if wire_type == 0:
             value, at = _varint(data, at)
         elif wire_type == 2 or wire_type in _FIXED_BYTES:  # groups, the other types, never stood in this protocol
@@ -67,7 +79,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         yield tag >> 3, value
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
     """(value, next offset)"""
     value = 0
     for shift, byte in zip(range(0, 70, 7), data[at : at + 10], strict=False):
@@ -78,7 +90,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     raise _nonsense(data, at)
 
 
-def _nonsense(data: bytes, at: int) -> UserError:
+def _nonsense(data: bytes | memoryview, at: int) -> UserError:
     return UserError(
         f"the forward_backward request is not protobuf: {len(data)} bytes make no sense at byte {min(at, len(data))}; "
         "allowed: what tinker 0.25 and newer send"

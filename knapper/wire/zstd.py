@@ -1,12 +1,14 @@
 """zstd with a hard cap on the output, whatever a frame says about itself."""
 
+from collections.abc import Callable
+
 import zstandard
 
 from knapper import limits
 from knapper.errors import TooLarge, UserError
 
 _STEP_BYTES = 256  # 64 blocks of at most 128 KiB: the most that one step can overshoot the cap is 8 MiB
-_WINDOW_BYTES_MAX = 128 * limits.MIB
+_WINDOW_BYTES_MAX = 8 * limits.MIB  # of a decoder's memory; RFC 9659 allows no more to what goes over HTTP
 
 
 def compress(data: bytes, level: int = 3) -> bytes:
@@ -21,8 +23,13 @@ def decompress(data: bytes, limit: int = limits.body_bytes_max) -> bytes:
     return content
 
 
-def decompress_prefix(data: bytes, limit: int) -> tuple[bytes, bool]:
-    """(at most `limit` bytes of the content, whether there is more). Raises UserError for broken or cut frames."""
+def decompress_prefix(data: bytes, limit: int, take: Callable[[int], None] = lambda _: None) -> tuple[bytes, bool]:
+    """(at most `limit` bytes of the content, whether there is more). `take` hears of each part's size as it comes.
+
+    Raises UserError for broken or cut frames, and what `take` raises.
+    """
+    if (whole := _whole(data, limit, take)) is not None:
+        return whole, False
     parts: list[bytes] = []
     size, rest = 0, memoryview(data)
     frame = _frame()
@@ -33,6 +40,7 @@ def decompress_prefix(data: bytes, limit: int) -> tuple[bytes, bool]:
                 part = frame.decompress(step)
             except zstandard.ZstdError as error:
                 raise UserError(f"the body ({len(data)} bytes) is not zstd: {error}") from error
+            take(len(part))
             parts.append(part)
             size += len(part)
             if size > limit:
@@ -45,6 +53,19 @@ def decompress_prefix(data: bytes, limit: int) -> tuple[bytes, bool]:
     if not frame.eof:
         raise UserError(f"the zstd body ({len(data)} bytes) ends in the middle of a frame; send it whole")
     return b"".join(parts), False
+
+
+def _whole(data: bytes, limit: int, take: Callable[[int], None]) -> bytes | None:
+    """The content of a single frame that says how long it is, at once and into its place. None: it is another kind."""
+    try:
+        size = zstandard.frame_content_size(data)
+        if not 0 < size <= limit:
+            return None
+        take(size)
+        frame = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES_MAX)
+        return frame.decompress(data, max_output_size=size, allow_extra_data=False)
+    except zstandard.ZstdError:
+        return None  # what comes piece by piece is told of as it is
 
 
 def _frame() -> "zstandard.ZstdDecompressionObj":  # a name that only the stubs have

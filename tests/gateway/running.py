@@ -16,11 +16,13 @@ import uvicorn
 from numpy.typing import NDArray
 from starlette.applications import Starlette
 
+from gateway.doors import Door
 from gateway.main import create_app
 from gateway.parts import Parts
 from knapper.jobs.place import Place
 from knapper.journal import names
 from knapper.journal.records import Operation, decode
+from knapper.local.web import PROTOCOL
 from knapper.models.catalogue import Catalogue, ModelRecord
 from knapper.settings import Settings
 from knapper.store import Store
@@ -51,6 +53,11 @@ class Running:
     def parts(self) -> Parts:
         parts: Parts = self.app.state.parts
         return parts
+
+    def door(self, path: str) -> Door:
+        """The route of POSTs to /api/v1/`path`."""
+        found = [each for each in self.app.routes if isinstance(each, Door) and each.path == f"/api/v1/{path}"]
+        return found[0]
 
     def run(self, coroutine: Any) -> Any:
         """Run it where the gateway runs."""
@@ -100,7 +107,10 @@ def serve(app: Any) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
     """The app on a free port, in a thread of its own."""
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as `knapper up` has it: else 40 ms an answer
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="warning", timeout_graceful_shutdown=2))
+    config = uvicorn.Config(
+        app, http=PROTOCOL, ws="none", lifespan="on", log_level="warning", timeout_graceful_shutdown=2
+    )
+    server = uvicorn.Server(config)
     loops: list[asyncio.AbstractEventLoop] = []
     started = threading.Event()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from knapper.local.web import PROTOCOL
 from tests.images import requirements
 from tests.images.dockerfile import TARGETS, VLLM, ignored, image, lay_out, stages
 from tests.images.requirements import EXTRAS, ROOT, canonical
@@ -108,6 +109,7 @@ def test_a_container_runs_as_nobody_under_asgi_in_one_process(target: str) -> No
     assert made.entrypoint[:2] == ["uvicorn", app]
     options = dict(zip(made.entrypoint[2:-1:2], made.entrypoint[3::2], strict=True))
     assert (options["--workers"], options["--lifespan"], options["--port"]) == ("1", "on", "8080")
+    assert (options["--http"], options["--ws"]) == (PROTOCOL, "none")  # what bounds headers and connections
     if target != "gateway":
         assert made.environment["FUNCTION_TARGET"] == target.removesuffix("-vllm").replace("-", "_")
 

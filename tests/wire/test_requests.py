@@ -179,7 +179,7 @@ def targets(**changes: Any) -> dict[str, Any]:
 
 def test_a_sample_becomes_a_call_and_the_call_a_sample() -> None:
     asked = requests.decode(dump(SENT[-2][0]), sample_requests.Sample)
-    assert asked.address() == (SESSION + ":sample:0", 10**15)
+    assert sample_requests.address(dump(SENT[-2][0])) == (SESSION + ":sample:0", 10**15)
     call = requests.decode(requests.encode(asked.call("model", "", 99)), sample_requests.SampleCall).sample()
     assert call.prompt.tolist() == [1, 2, 3]
     assert call.seed == 7

@@ -1,0 +1,13 @@
+"""A server that does nothing: what its health takes meanwhile is the machine's doing. `uvicorn tests.calm.idle:app`."""
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+
+async def healthz(_request: Request) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+app = Starlette(routes=[Route("/api/v1/healthz", healthz)])
