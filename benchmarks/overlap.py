@@ -57,5 +57,5 @@ def _run(server: Server, staleness: int, job: str) -> float:
     while not status.exists() or json.loads(status.read_text())["state"] == "running":
         time.sleep(0.05)
     assert json.loads(status.read_text())["state"] == "completed", status.read_text()
-    wall: float = json.loads((results / "bill.json").read_text())["compute_seconds"]["wall"]
+    wall: float = json.loads((results / "bill.json").read_text())["wall_seconds"]["whole"]
     return wall / STEPS

@@ -74,7 +74,7 @@ def run() -> None:
     shutil.rmtree(KEPT, ignore_errors=True)
     shutil.copytree(RESULTS, KEPT)
     print(f"adapter: {KEPT / 'adapter'}, {bill['bytes']['adapter'] / 1e6:.1f} MB")
-    seconds, tokens = bill["compute_seconds"], bill["tokens"]
+    seconds, tokens = bill["wall_seconds"], bill["tokens"]
     print(f"bill: {tokens['sampled']} tokens sampled, {tokens['trained']} trained; busy {seconds['busy']:.0f} s, "
           f"idle {seconds['idle']:.0f} s")  # fmt: skip
     figures = {"steps": steps, "evaluation": evaluation, "bill": bill, "seconds": time.monotonic() - began}

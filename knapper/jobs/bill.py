@@ -1,4 +1,4 @@
-"""What a job used: tokens, seconds in which somebody worked for it and in which nobody did, bytes."""
+"""What a job used: tokens, seconds of the device, the wall clock's with and without work for it, bytes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,8 +24,14 @@ def covered(intervals: Sequence[Interval]) -> float:
     return sum(ended - began for began, ended in union(intervals))
 
 
-def bill(folder: Folder, done: Sequence[Trained | Evaluated], adapter_bytes: int, now: float) -> dict[str, Any]:
-    """`busy`: by function; they overlap with `max_staleness`. `idle`: the wall clock's seconds in which none worked."""
+def bill(
+    folder: Folder, done: Sequence[Trained | Evaluated], saving_s: float, adapter_bytes: int, now: float
+) -> dict[str, Any]:
+    """Of a whole job. `saving_s`: seconds of the device that its last saves took.
+
+    `device_seconds` are what `knapper usage` counts. `wall_seconds` of the functions overlap with `max_staleness`; in
+    `idle` none of them worked.
+    """
     spent = [each.spent for each in done]
     wall_s = now - folder.started.started_at
     working = [(each.began_at, each.ended_at) for each in done]
@@ -36,13 +42,17 @@ def bill(folder: Folder, done: Sequence[Trained | Evaluated], adapter_bytes: int
             "sampled": sum(each.sampled_tokens for each in spent),
             "trained": sum(each.tokens for each in done),
         },
-        "compute_seconds": {
+        "device_seconds": {
+            "sample": round(sum(each.sample_device_s for each in spent), 3),
+            "train_step": round(saving_s + sum(each.device_s for each in done), 3),
+        },
+        "wall_seconds": {
             "sample": round(sum(each.sample_s for each in spent), 3),
             "reward": round(sum(each.reward_s for each in spent), 3),
             "train_step": round(sum(ended - began for began, ended in working), 3),
             "busy": round(busy_s, 3),
             "idle": round(max(0.0, wall_s - busy_s), 3),
-            "wall": round(wall_s, 3),
+            "whole": round(wall_s, 3),
         },
         "bytes": {
             "uploaded": folder.started.files_bytes,

@@ -13,7 +13,7 @@ from knapper.errors import InvalidField, KnapperError, Unavailable, UserError
 from knapper.jobs import names, spec
 
 _TIMEOUT = httpx.Timeout(60.0, connect=5.0)
-_METRICS = ("reward/mean", "loss/mean", "accuracy/mean", "tokens/mean", "grad_norm", "seconds")
+_METRICS = ("reward/mean", "loss/mean", "accuracy/mean", "tokens/mean", "grad_norm", "wall_seconds")
 ENDED = ("completed", "failed", "cancelled", "refused")
 
 

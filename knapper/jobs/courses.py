@@ -12,10 +12,14 @@ from knapper.jobs.records import Spent
 
 @dataclass(frozen=True)
 class Lines:
-    """Where operations go: the run that is trained, and the one that is not (dpo)."""
+    """Where operations go: the run that is trained, and the one that is not (dpo).
+
+    `before_at`: when what came before in the run was done.
+    """
 
     run: Line
     reference: Line
+    before_at: float
 
     @property
     def tokens(self) -> int:
@@ -24,6 +28,15 @@ class Lines:
     @property
     def sent_bytes(self) -> int:
         return self.run.sent_bytes + self.reference.sent_bytes
+
+    @property
+    def device_s(self) -> float:
+        return self.run.device_s + self.reference.device_s
+
+    @property
+    def began_at(self) -> float | None:
+        """When the first operation was accepted; None before there was one."""
+        return min((each.began_at for each in (self.run, self.reference) if each.began_at is not None), default=None)
 
 
 @dataclass(frozen=True)

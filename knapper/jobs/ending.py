@@ -3,10 +3,10 @@
 from knapper.checkpoints import Checkpoints
 from knapper.errors import Corrupt
 from knapper.ids import TinkerPath
-from knapper.jobs import control, outputs
+from knapper.jobs import control, metering, outputs
 from knapper.jobs.bill import bill
+from knapper.jobs.courses import Lines
 from knapper.jobs.folders import Folder
-from knapper.jobs.operations import Line
 from knapper.jobs.place import Place
 from knapper.jobs.records import Trained, read
 from knapper.jobs.working import Stopped
@@ -18,11 +18,11 @@ FINAL = "final"
 _FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 
 
-async def write(place: Place, checkpoints: Checkpoints, folder: Folder, line: Line, steps: int) -> None:
+async def write(place: Place, checkpoints: Checkpoints, folder: Folder, lines: Lines, steps: int) -> None:
     """Safe to cut off and to repeat. Raises Stopped if the job was cancelled at the last moment."""
     start, store = folder.start, place.store
-    adapter = TinkerPath.parse(await line.save_for_sampler(FINAL))
-    await line.save(FINAL)
+    adapter = TinkerPath.parse(await lines.run.save_for_sampler(FINAL))
+    await lines.run.save(FINAL)
     index, files = await bundles.read(store, (await checkpoints.own(adapter, start.tenant)).bundle, _FILES)
     for name, data in files.items():
         await place.exchange.publish(outputs.where(start, f"adapter/{name}"), data)
@@ -30,7 +30,9 @@ async def write(place: Place, checkpoints: Checkpoints, folder: Folder, line: Li
     trained = await many.each(range(steps), lambda step: _trained(place, folder, step))
     evaluated = (await outputs.evaluations(store, start)).values()
     size = sum(part.size for part in index.parts if part.name in _FILES)
-    await outputs.publish_bill(place, folder, bill(folder, [*trained, *evaluated], size, place.clock()))
+    await metering.after_all(store, folder, trained[-1])
+    told = bill(folder, [*trained, *evaluated], lines.device_s, size, place.clock())
+    await outputs.publish_bill(place, folder, told)
     if not await control.change(store, start, "completed", "", place.clock()):
         raise Stopped
     for checkpoint in await checkpoints.listed(start.tenant, within=f"{start.run}/sampler_weights/step-"):

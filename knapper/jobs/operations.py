@@ -30,6 +30,15 @@ class Applies(Protocol):
     def answer(self, run_id: RunId) -> AsyncIterator[Frame]: ...
 
 
+@dataclass(frozen=True)
+class Applied:
+    """`accepted_at`: when it was accepted first, None where nobody knows any more. `device_s`: what it took."""
+
+    result: Result
+    accepted_at: float | None
+    device_s: float
+
+
 class Journal:
     """Of all runs that jobs of this process train."""
 
@@ -44,10 +53,18 @@ class Journal:
         await self._acceptor.create(Creation(spec=spec), msgspec.json.encode(spec))
         await self._result(RunId(spec.run), 0)
 
-    async def apply(self, run: RunId, seq: int, kind: Kind, body: bytes) -> Result:
-        """The answer to the operation. Raises UserError if it failed by what it asks."""
-        await self._acceptor.accept(run, seq, kind, pack(body))
-        return await self._result(run, seq)
+    async def apply(self, run: RunId, seq: int, kind: Kind, body: bytes) -> Applied:
+        """The operation, done. Raises UserError if it failed by what it asks."""
+        accepted_at = await self._acceptor.accept(run, seq, kind, pack(body))
+        result = await self._result(run, seq)
+        if accepted_at is None:  # by an earlier slice, or a process that is gone
+            accepted_at = await self._acceptor.accepted_at(run, seq)
+        return Applied(result, accepted_at, await self._results.device_s(run, seq))
+
+    async def creation_s(self, run: RunId) -> float:
+        """Seconds of the device that making the run took."""
+        await self._result(run, 0)
+        return await self._results.device_s(run, 0)
 
     def forget(self, run: RunId) -> None:
         """Free the memory; the store still knows."""
@@ -73,6 +90,8 @@ class Line:
     go_on: Callable[[], Awaitable[None]]
     tokens: int = 0  # sent so far
     sent_bytes: int = 0  # and what came back
+    device_s: float = 0.0  # that its operations took
+    began_at: float | None = None  # when the first of them was accepted, whoever sent it
 
     async def forward_backward(
         self, data: Sequence[Datum], loss: str, config: dict[str, float], *, forward_only: bool = False
@@ -111,10 +130,13 @@ class Line:
 
     async def _apply(self, kind: Kind, body: bytes) -> Result:
         await self.go_on()
-        result = await self.journal.apply(self.run, self.seq, kind, body)
+        applied = await self.journal.apply(self.run, self.seq, kind, body)
         self.seq += 1
-        self.sent_bytes += len(body) + len(result.body)
-        return result
+        self.sent_bytes += len(body) + len(applied.result.body)
+        self.device_s += applied.device_s
+        if self.began_at is None:
+            self.began_at = applied.accepted_at
+        return applied.result
 
 
 class _Stepped(msgspec.Struct):

@@ -1,6 +1,7 @@
 """What people see of a job while it runs, in the exchange: all of it derived from the store, and published again."""
 
 from collections import OrderedDict
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -25,8 +26,14 @@ def where(start: Start, name: str) -> str:
 
 
 def metrics_line(step: int, trained: Trained) -> dict[str, Any]:
-    """`step`: counted from 1."""
-    return {"step": step, **trained.metrics, "seconds": round(trained.ended_at - trained.began_at, 4)}
+    """`step`: counted from 1. `at`: when it was done. `wall_seconds`: since what came before it in the run was."""
+    return {
+        "step": step,
+        "at": datetime.fromtimestamp(trained.ended_at, UTC).isoformat(timespec="milliseconds"),
+        **trained.metrics,
+        "device_seconds": round(trained.device_s + trained.spent.sample_device_s, 4),
+        "wall_seconds": round(trained.ended_at - (trained.before_at or trained.began_at), 4),
+    }
 
 
 class Metrics:

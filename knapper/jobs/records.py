@@ -69,11 +69,13 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Rollouts(Record, frozen=True, kw_only=True):
     """All completions of one prompt of a round."""
 
+    v: int = 2  # 1 had no device_s
     row: int
     prompt_tokens: bytes  # int32, little-endian
     rollouts: list[Rollout]
     began_at: float
     ended_at: float
+    device_s: float = 0.0  # that they took
 
 
 class Score(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,15 +99,26 @@ class Spent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     prompt_tokens: int = 0
     sampled_tokens: int = 0
-    sample_s: float = 0.0
+    sample_s: float = 0.0  # of the wall clock, in which anybody sampled
+    sample_device_s: float = 0.0
     reward_s: float = 0.0
     bytes: int = 0
     busy: list[tuple[float, float]] = []
 
 
+class Uncounted(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Samples of some steps, which are counted together. `since`: when the first of them were done."""
+
+    since: float = 0.0
+    prompt_tokens: int = 0
+    sampled_tokens: int = 0
+    device_s: float = 0.0
+
+
 class Trained(Record, frozen=True, kw_only=True):
     """A step is done: the adapter has a new version."""
 
+    v: int = 2  # 1 had no device_s
     next_seq: int  # of the run's journal
     reference_seq: int = 1  # of the reference's
     steps: int  # of the whole job
@@ -113,13 +126,17 @@ class Trained(Record, frozen=True, kw_only=True):
     tokens: int  # of the run's operations
     bytes: int  # and what these left in the journal
     spent: Spent
-    began_at: float
+    before_at: float = 0.0  # when what came before in the run was done
+    began_at: float  # when its first operation was accepted, however many slices it took since
     ended_at: float
+    device_s: float = 0.0  # of its operations; of the first step, with the making of the run
+    uncounted: Uncounted = Uncounted()  # samples up to this step that `knapper usage` does not count yet
 
 
 class Evaluated(Record, frozen=True, kw_only=True):
     """A version of the adapter was looked at with the held-out data."""
 
+    v: int = 2  # 1 had no device_s
     next_seq: int
     reference_seq: int = 1
     metrics: dict[str, float]
@@ -128,6 +145,7 @@ class Evaluated(Record, frozen=True, kw_only=True):
     spent: Spent
     began_at: float
     ended_at: float
+    device_s: float = 0.0
 
 
 R = TypeVar("R", bound=Record)

@@ -172,6 +172,7 @@ def _spent(groups: Sequence[Group]) -> Spent:
     return Spent(
         prompt_tokens=sum(len(group.prompt) for group in groups),
         sampled_tokens=sum(size_of(rollout) for group in groups for rollout in group.rollouts.rollouts),
+        sample_device_s=sum(group.rollouts.device_s for group in groups),
         sample_s=covered([(group.rollouts.began_at, group.rollouts.ended_at) for group in groups]),
         reward_s=covered([(group.scores.began_at, group.scores.ended_at) for group in groups]),
         bytes=sum(group.size for group in groups),

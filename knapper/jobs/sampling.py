@@ -130,7 +130,7 @@ class Sampling:
         ]
         record = Rollouts(
             row=row, prompt_tokens=np.array(tokens, "<i4").tobytes(), rollouts=rollouts, began_at=began_at,
-            ended_at=self._place.clock(),
+            ended_at=self._place.clock(), device_s=output.device_s,
         )  # fmt: skip
         name = one.folder.start.rollouts(one.kind, one.n, part)
         await self._place.store.put_if_absent(name, encode(record))

@@ -10,7 +10,7 @@ from knapper.checkpoints import Checkpoints
 from knapper.errors import STANDING, KnapperError, damaged
 from knapper.events import Event
 from knapper.ids import TinkerPath
-from knapper.jobs import control, ending, needs, outputs, progress, schedule
+from knapper.jobs import control, ending, metering, needs, outputs, progress, schedule
 from knapper.jobs.courses import Course, Lines
 from knapper.jobs.folders import Folder
 from knapper.jobs.names import Round
@@ -86,13 +86,15 @@ class Training:
         return False
 
     async def _train(self, folder: Folder, course: Course, step: int, within: Slice) -> None:
-        began_at = self._place.clock()
         lines = await self._lines(folder, course, step, within, before_step=True)
         outcome = await course.train(lines, step)
+        made_s = 0.0 if step else sum([await self.journal.creation_s(run) for run in course.runs])
+        ended_at = self._place.clock()
         trained = Trained(
             next_seq=lines.run.seq, reference_seq=lines.reference.seq, steps=course.steps, metrics=outcome.metrics,
-            tokens=lines.tokens, bytes=lines.sent_bytes, spent=outcome.spent, began_at=began_at,
-            ended_at=self._place.clock(),
+            tokens=lines.tokens, bytes=lines.sent_bytes, spent=outcome.spent, before_at=lines.before_at,
+            began_at=lines.began_at or ended_at, ended_at=ended_at, device_s=lines.device_s + made_s,
+            uncounted=await metering.after_step(self._place.store, folder, step, outcome.spent, ended_at),
         )  # fmt: skip
         await outputs.publish_rollouts(self._place, folder, f"step-{step + 1}", outcome.readable)
         await self._place.store.put_if_absent(folder.start.trained(step), encode(trained))
@@ -102,14 +104,15 @@ class Training:
         await outputs.publish_status(self._place, folder.started)
 
     async def _evaluate(self, folder: Folder, course: Course, version: int, within: Slice) -> None:
-        began_at = self._place.clock()
         lines = await self._lines(folder, course, version, within)
         outcome = await course.evaluate(lines, version)
+        ended_at = self._place.clock()
         evaluated = Evaluated(
             next_seq=lines.run.seq, reference_seq=lines.reference.seq, metrics=outcome.metrics,
-            tokens=lines.tokens, bytes=lines.sent_bytes, spent=outcome.spent, began_at=began_at,
-            ended_at=self._place.clock(),
+            tokens=lines.tokens, bytes=lines.sent_bytes, spent=outcome.spent, began_at=lines.began_at or ended_at,
+            ended_at=ended_at, device_s=lines.device_s,
         )  # fmt: skip
+        await metering.after_evaluation(self._place.store, folder, version, outcome.spent)
         await outputs.publish_rollouts(self._place, folder, f"evaluation-{version}", outcome.readable)
         await self._place.store.put_if_absent(folder.start.evaluated(version), encode(evaluated))
         await outputs.publish_evaluations(self._place, folder, course.steps)
@@ -139,12 +142,13 @@ class Training:
         return Lines(
             Line(self.journal, start.run, seq, within.go_on),
             Line(self.journal, start.reference, reference_seq, within.go_on),
+            folder.started.started_at if before is None else before.ended_at,
         )
 
     async def _finish(self, folder: Folder, course: Course, within: Slice, event: Event) -> None:
         lines = await self._lines(folder, course, course.steps, within, before_step=True)
         await self._metrics.publish(folder)
-        await ending.write(self._place, self._checkpoints, folder, lines.run, course.steps)
+        await ending.write(self._place, self._checkpoints, folder, lines, course.steps)
         self._metrics.forget(folder)
         for run in (folder.start.run, folder.start.reference):
             self.journal.forget(run)

@@ -77,6 +77,11 @@ class Acceptor:
             )
         return await self._put(run, seq, kind, packed)
 
+    async def accepted_at(self, run: RunId, seq: int) -> float | None:
+        """When the operation was accepted first; None if it never was, or its record is gone."""
+        stored = await self._stored(run, seq)
+        return None if stored is None else stored.accepted_at
+
     async def reject(self, run: RunId, seq: int, packed: Packed, error: str) -> None:
         """Use up `seq` for a request that cannot be served: a tombstone, whose result will be `error`."""
         await self._put(run, seq, "tombstone", packed, error)

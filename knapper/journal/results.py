@@ -74,6 +74,17 @@ class Results:
             return Result(seq=seq, sha256=b"", content_type="application/json", body=GONE, failed=True)
         return None
 
+    async def device_s(self, run: RunId, seq: int) -> float:
+        """Seconds of the device that the operation took, once `find` has found its answer.
+
+        Of operations that were committed together, the first has what all took.
+        """
+        n = self._seen[run].where.get(seq)
+        if n is None:
+            return 0.0
+        commit = await self._commit(run, n)
+        return commit.device_s if commit.results and commit.results[0].seq == seq else 0.0
+
     def known(self, run: RunId, seq: int) -> Result | None:
         """The answer if it lies in memory; never looks in the store."""
         seen = self._seen.get(run)

@@ -56,12 +56,13 @@ def test_a_job_is_submitted_listed_shown_cancelled_and_resumed(running: tuple[Ru
     for step in range(2):
         record = Trained(
             next_seq=1, steps=3, metrics={"loss/mean": 1.0 / (step + 1)}, tokens=1, bytes=1, spent=Spent(),
-            began_at=0.0, ended_at=1.0,
+            before_at=1.0, began_at=2.0, ended_at=5.0, device_s=1.25,
         )  # fmt: skip
         http.run(http.store.put_if_absent(start.trained(step), encode(record)))
     shown = http.http.get("jobs/j", params={"after": 1}).json()
     assert shown["step"] == 2
-    assert shown["metrics"] == [{"step": 2, "loss/mean": 0.5, "seconds": 1.0}]
+    times = {"at": "1970-01-01T00:00:05.000+00:00", "device_seconds": 1.25, "wall_seconds": 4.0}
+    assert shown["metrics"] == [{"step": 2, "loss/mean": 0.5, **times}]
     (brief,) = http.http.get("jobs").json()["jobs"]
     assert (brief["job"], brief["step"], brief["steps"], brief["state"]) == ("j", 2, 3, "running")
     assert http.post("jobs/j/cancel")["state"] == "cancelled"
