@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from knapper import events, limits
+from knapper import events, limits, secrets
 from knapper.errors import TooLarge, Unauthorized, Unavailable
 from knapper.events import Event
-from knapper.function_key import SECRET, FunctionKey
+from knapper.function_key import FunctionKey
 from knapper.store.memory import MemoryStore
 
 BELL = Event(
@@ -43,7 +43,7 @@ def test_it_is_made_once_and_everybody_over_the_store_has_the_same() -> None:
         made = await first.headers()
         assert made == {"Authorization": f"Bearer {0:032x}{1:032x}"}
         assert await second.headers() == await FunctionKey(store).headers() == made
-        assert await store.get(SECRET) == f"{0:032x}{1:032x}".encode()
+        assert await secrets.found(store, "functions") == f"{0:032x}{1:032x}".encode()
 
     asyncio.run(story())
 

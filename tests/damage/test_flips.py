@@ -58,8 +58,8 @@ def test_every_kind_of_record_has_its_place_in_the_table() -> None:
 
 WRITERS = {
     "accept", "accounts", "audit", "bundles", "catalogue", "checkpoints", "control", "dead", "ends", "gcs",
-    "jobs", "journal", "keys", "labels", "lines", "marks", "meter", "register", "revive", "run", "sampling", "scoring",
-    "secrets", "sessions", "start", "training", "upload",
+    "jobs", "journal", "keys", "labels", "lines", "marks", "meter", "metering", "register", "revive", "run", "sampling",
+    "scoring", "secrets", "sessions", "start", "training", "upload",
 }  # fmt: skip
 PASS_ON = {"__init__", "directory", "memory", "metrics"}  # stores, which write what they are given
 
