@@ -17,6 +17,7 @@ from gateway.meter import Meter
 from gateway.openai.shared import Shared
 from gateway.parts import Parts
 from gateway.records import Records
+from gateway.refusals import Refusals
 from gateway.rewarding import Rewards
 from gateway.samples import Samples
 from gateway.shortcuts import Shortcuts
@@ -76,10 +77,19 @@ async def assembled(
         opening = await FunctionKey(store, new_id).headers()
         client = await connections.enter_async_context(_client(opening))
         crowd = await connections.enter_async_context(_crowd(opening))
-        shortcuts = Shortcuts(crowd, monotonic)
+        shortcuts, refusals = Shortcuts(crowd, monotonic), Refusals()
         connections.push_async_callback(shortcuts.close)
         bells = Bells(
-            crowd, shortcuts, results, url_of, holder_of, accounts.answered, records.forget_run, new_id, monotonic
+            crowd,
+            shortcuts,
+            refusals,
+            results,
+            url_of,
+            holder_of,
+            accounts.answered,
+            records.forget_run,
+            new_id,
+            monotonic,
         )
         yield Parts(
             store=store,
@@ -93,7 +103,8 @@ async def assembled(
             audit=audit,
             collector=collector,
             bells=bells,
-            samples=Samples(crowd, shortcuts, new_id, monotonic, meter.count, first=int(clock() * 1e6)),
+            refusals=refusals,
+            samples=Samples(crowd, shortcuts, refusals, new_id, monotonic, meter.count, first=int(clock() * 1e6)),
             meter=meter,
             accounts=accounts,
             rewards=Rewards(client, settings.reward_url),

@@ -12,9 +12,10 @@ import aiohttp
 import msgspec
 import structlog
 
+from gateway.refusals import Refusals
 from gateway.shortcuts import Shortcuts
 from knapper import events, limits, metrics, tracing
-from knapper.errors import STANDING, Corrupt, KnapperError, NotFound, NotHolder, Unavailable, UserError
+from knapper.errors import STANDING, Corrupt, KnapperError, NotFound, NotHolder, Unavailable, Unservable, UserError
 from knapper.events import Claimed, Committed, Done, Hint
 from knapper.ids import RunId
 from knapper.journal.records import Commit
@@ -41,9 +42,11 @@ class _Line:
     unanswered_since: float | None = None
     trouble: str = ""  # what train_step said when it refused the newest bell
     standing: bool = False  # it will say so until an operator does something
+    unservable: bool = False  # of that kind: the model cannot be served
     untold: bool = False  # and nobody who waits knows that yet
     told_at: float = float("-inf")  # when somebody who waits was last told of a cold start
     holder: Claimed | None = None  # as last heard
+    service: str = ""  # where train_step was last rung as a service
     wake: asyncio.Event | None = None
     far: tuple[int, int] = (-1, -1)  # newest accepted and answered operations, as `moved` last told
     told: bool = False  # the holder tells of each commit at this moment: the answer to a bell is open
@@ -66,6 +69,7 @@ class Bells:
         self,
         client: aiohttp.ClientSession,
         shortcuts: Shortcuts,
+        refusals: Refusals,
         results: Results,
         url_of: Callable[[RunId], Awaitable[str]],
         holder_of: Callable[[RunId], Awaitable[Claimed | None]],
@@ -76,6 +80,7 @@ class Bells:
     ) -> None:
         self._client = client
         self._shortcuts = shortcuts
+        self._refusals = refusals
         self._results = results
         self._url_of = url_of
         self._holder_of = holder_of
@@ -225,7 +230,7 @@ class Bells:
                             self._missing(run)
                             self.wake(run)
                         return
-                    if back_off == _BACK_OFF_S:
+                    if back_off == _BACK_OFF_S and not line.unservable:
                         log.info("train_step does not answer", run=run, reason=str(error) or type(error).__name__)
                     if isinstance(error, KnapperError) and error.code in STANDING and not line.standing:
                         line.meet(str(error), error.code)  # we could not even ring for it
@@ -254,7 +259,7 @@ class Bells:
 
     async def _post_to_service(self, run: RunId, line: _Line, hint: Hint) -> bool:
         """As `_post`, to whoever serves the run's model, by the shortest way that there is."""
-        service = await self._url_of(run)
+        service = line.service = await self._url_of(run)
         with suppress(aiohttp.ClientError, TimeoutError), self._shortcuts.use(service) as url:
             if url != service:
                 return await self._post(run, line, url, hint)
@@ -287,12 +292,17 @@ class Bells:
                 raise NotFound(said) if code == NotFound.code else UserError(said)
             if code == Corrupt.code:  # a pause and no result: what waits goes on once the object is restored
                 said += f"; {run} waits until it is restored from a backup; or go on from a checkpoint in a new run"
+            line.unservable = code == Unservable.code
+            if line.unservable:
+                said = said.partition(": ")[2]  # a sentence, and no status
+                self._refusals.refused(line.service, said)
             line.meet(said, code)
             raise Unavailable(said, _seconds(response.headers.get("Retry-After", "")))
         async for frame in events.decode_frames(response.content.iter_any()):
             match frame:
                 case Claimed():
                     line.holder = frame
+                    self._refusals.answered(line.service)
                     waited = self._now() - (line.unanswered_since or self._now())
                     if waited > _COLD_S:
                         self._cold_start_s = waited

@@ -122,10 +122,11 @@ async def _sample(gateway: Parts, request_id: str, tenant: Tenant, request: Requ
             await asyncio.wait_for(entry.done.wait(), began + hold_s - loop.time())
             break
         except TimeoutError:
-            state = gateway.samples.queue_state(entry)
-            if state[0] != "active" or hold_s == limits.poll_hold_s:
+            state, notice = gateway.samples.queue_state(entry), gateway.samples.tell(entry)
+            waits = state[0] != "active" and (notice or not entry.unservable)  # of that, one is told for all
+            if waits or hold_s == limits.poll_hold_s:
                 entry.told = True
-                return _try_again(request_id, *state)  # the SDK prints the reason, once a minute
+                return _try_again(request_id, *state, notice=notice)  # the SDK prints the reason, once a minute
     if entry.body is None:
         raise Gone(f"sample {request_id} is not known any more; send it again (the SDK does so by itself)")
     return await _answer(request, entry.body, entry.content_type, understanding.sample_json)

@@ -13,6 +13,7 @@ from gateway.memory import Budget
 from gateway.meter import Meter
 from gateway.openai.shared import Shared
 from gateway.records import Records
+from gateway.refusals import Refusals
 from gateway.rewarding import Rewards
 from gateway.samples import Samples
 from gateway.stirs import Stirs
@@ -50,6 +51,7 @@ class Parts:
     audit: Audit
     collector: Collector
     bells: Bells
+    refusals: Refusals
     samples: Samples
     meter: Meter
     accounts: Accounts

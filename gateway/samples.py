@@ -16,9 +16,10 @@ import msgspec
 import structlog
 
 from gateway import errors
+from gateway.refusals import Refusals
 from gateway.shortcuts import Shortcuts
 from knapper import ids, limits
-from knapper.errors import Gone, KnapperError, Told, TooLarge, TooMany
+from knapper.errors import Gone, KnapperError, Told, TooLarge, TooMany, Unservable
 from knapper.ids import SamplerId, SessionId, Tenant, session_of
 from knapper.wire import progress
 from knapper.wire.progress import Drawn, Failed, Whole
@@ -30,6 +31,7 @@ _KEPT_S = 600.0
 _BACK_OFF_S, _BACK_OFF_MAX_S = 0.2, 5.0
 _DEFECTS_MAX = 3  # a 500 may be a pod that died: its reply becomes the result only when it comes again
 _COLD_S = 1.0
+_TOLD_S = 60.0
 _ASLEEP_S = 30.0  # a function that answered less long ago is no cold start, whatever it takes
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=900.0)
 _LATER = (401, 408, 425, 429, 502, 503, 504)
@@ -50,6 +52,7 @@ class Entry:
     num_samples: int
     url: str
     call: bytes
+    patient: bool = True  # it waits for a model that cannot be served now; else it fails with that
     listen: Callable[[Drawn], None] | None = None  # hears tokens as they are drawn, again from the first after a break
     done: asyncio.Event = field(default_factory=asyncio.Event)
     body: bytes | None = None
@@ -59,6 +62,7 @@ class Entry:
     told: bool = False  # whoever waits for it knows that it waits
     refused_since: float | None = None
     refusal: str = ""
+    unservable: str = ""  # why its model cannot be served now
     done_at: float = 0.0
     device_s: float = 0.0  # what the answer says that it took
     number: int = 0  # once done: one above that of whatever was done before it
@@ -92,6 +96,7 @@ class Samples:
         self,
         client: aiohttp.ClientSession,
         shortcuts: Shortcuts,
+        refusals: Refusals,
         new_id: Callable[[], str],
         now: Callable[[], float],
         count: Callable[[Tenant, str, bytes, bytes, float], None],
@@ -99,6 +104,8 @@ class Samples:
     ) -> None:
         self._client = client
         self._shortcuts = shortcuts
+        self._refusals = refusals
+        self._told: dict[str, tuple[str, float]] = {}  # of sessions: what they were told last of such a model, and when
         self._new_id = new_id
         self._now = now
         self._count = count
@@ -133,10 +140,12 @@ class Samples:
         url: str,
         call: bytes,
         listen: Callable[[Drawn], None] | None = None,
+        *,
+        patient: bool = True,
     ) -> Entry:
         """Take the request on, or find it taken on before. Raises TooMany when the queue is full.
 
-        `listen` goes with a `call` that asks for a stream.
+        `listen` goes with a `call` that asks for a stream. `patient`: it waits for a model that cannot be served now.
         """
         if (entry := self.known(address)) is not None:
             return entry
@@ -144,7 +153,7 @@ class Samples:
             raise TooMany(
                 f"{self._unfinished} samples wait; allowed: {limits.samples_waiting_max}; send it again later"
             )
-        entry = Entry(f"s-{self._new_id()}", address, tenant, num_samples, url, call, listen)
+        entry = Entry(f"s-{self._new_id()}", address, tenant, num_samples, url, call, patient=patient, listen=listen)
         self._entries[entry.request_id] = self._by_address[entry.address] = entry
         self._waiting.setdefault(address[0], deque()).append(entry)
         self._unfinished += 1
@@ -200,6 +209,8 @@ class Samples:
 
     def queue_state(self, entry: Entry) -> tuple[str, str | None]:
         """(queue_state, reason) for whoever waits on the sample."""
+        if entry.unservable:
+            return "paused_capacity", entry.unservable
         if entry.refused_since is None:
             waited = self._now() - entry.asked_at
             answered_lately = entry.asked_at - self._answered_at < _ASLEEP_S
@@ -210,6 +221,16 @@ class Samples:
         if waited <= _COLD_S:
             return "active", None
         return "paused_capacity", f"sample does not answer yet ({entry.refusal}); waited {waited:.0f} s"
+
+    def tell(self, entry: Entry) -> str:
+        """What the user of the sample's session is to hear of its model now: once a minute, however many wait."""
+        session, now = session_of(entry.address[0]), self._now()
+        told, at = self._told.get(session, ("", 0.0))
+        if not entry.unservable or (told == entry.unservable and now - at < _TOLD_S):
+            return ""
+        self._told = {key: each for key, each in self._told.items() if now - each[1] < _TOLD_S}
+        self._told[session] = (entry.unservable, now)
+        return entry.unservable
 
     def expire(self) -> None:
         """Forget results that nobody fetched."""
@@ -261,18 +282,25 @@ class Samples:
                 status, content = await self._post(entry)
                 self._answered_at = self._now()
                 if status == 200:
+                    self._refusals.answered(entry.url)
                     return content if len(content) <= _KEPT_BYTES_MAX else _oversized(len(content))
                 reason = f"{status}: {content[:200].decode(errors='replace')}"
+                told = _told(status, content)
+                entry.unservable = str(told) if told.code == Unservable.code else ""
+                if entry.unservable:
+                    self._refusals.refused(entry.url, entry.unservable)
+                    if not entry.patient:
+                        return told
                 if status not in _LATER:
                     defects += status >= 500
                     if status < 500 or defects >= _DEFECTS_MAX:
-                        return _told(status, content)
+                        return told
             except (aiohttp.ClientError, TimeoutError) as error:
                 reason = f"starting from zero: {type(error).__name__}"
             if entry.refused_since is None:
                 entry.refused_since = self._now()
             entry.refusal = reason
-            if back_off == _BACK_OFF_S:
+            if back_off == _BACK_OFF_S and not entry.unservable:
                 log.info("sample does not answer", request=entry.request_id, reason=reason)
             await asyncio.sleep(back_off)
             back_off = min(2 * back_off, _BACK_OFF_MAX_S)

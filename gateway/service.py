@@ -14,8 +14,10 @@ from knapper.sessions import DAY_S, Finish, Session
 from knapper.wire import requests
 
 
-async def healthz(_request: Request) -> Response:
-    return JSONResponse({"status": "ok"})
+async def healthz(request: Request) -> Response:
+    """The gateway is well. `unservable`: why functions cannot serve their base model, one sentence each."""
+    sentences = parts(request).refusals.sentences
+    return JSONResponse({"status": "ok"} | ({"unservable": sentences} if sentences else {}))
 
 
 async def client_config(request: Request) -> Response:

@@ -199,6 +199,12 @@ class OtherDtype(Unavailable):
     code = "other_dtype"
 
 
+class Unservable(Unavailable):
+    """The base model cannot be loaded. Whoever asks is told why; it is tried again, and what waits then goes on."""
+
+    code = "unservable"
+
+
 class Fenced(KnapperError):
     """A newer claim owns the run. The state in memory is dropped; nothing more of it may be written."""
 
@@ -242,4 +248,4 @@ class Told(KnapperError):
 
 
 # Codes of what waits for an operator: nothing that a client or a retry does ends it.
-STANDING: Final = frozenset({Corrupt.code, NewerFormat.code, OtherDtype.code})
+STANDING: Final = frozenset({Corrupt.code, NewerFormat.code, OtherDtype.code, Unservable.code})

@@ -16,8 +16,7 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def say(*texts: object, file: TextIO | None = None) -> None:
-    """Print the texts, a line each: what a command does in place of `print`."""
+    """Print the texts, a line each and all at once: what a command does in place of `print`."""
     out = file or sys.stdout
-    for text in texts:
-        out.write(printable(str(text)) + "\n")
+    out.write("".join(printable(str(text)) + "\n" for text in texts))
     out.flush()

@@ -10,13 +10,13 @@ from starlette.responses import Response, StreamingResponse
 from knapper import events, tracing
 from knapper.errors import KnapperError
 from knapper.function_key import FunctionKey
-from knapper.serving import answers, jobs, observing, progress
+from knapper.serving import answers, gates, jobs, observing, progress
 from knapper.serving.sampling import served
 from knapper.wire import proto, sample_requests
 from knapper.wire.progress import DEVICE_S, FRAMES
 
-# Under ASGI this module is imported before the port binds: the weights are there when the first request comes.
-key = FunctionKey(served().place.store)
+gates.sampler()  # before the port binds: the weights are there when the first request comes, or why they are not
+key = FunctionKey(jobs.place().store)
 
 
 @functions_framework.aio.http
@@ -28,16 +28,17 @@ async def sample(request: Request) -> Response:
         if events.sent(request.headers):
             event = events.decode(request.headers, body)
             with tracing.span("sample", event.traceparent, subject=event.subject):
-                await jobs.sampling().answer(event)
+                await jobs.sample(event)
             return answers.durable()
         call = sample_requests.decode(body, sample_requests.SampleCall)
-        answers.expect_model(call.base_model, served().base_model)
+        own = served()
+        answers.expect_model(call.base_model, own.base_model, str(own.directory))
         asked = call.sample(request.headers.get("knapper-tenant", ""))
         if call.stream:
-            frames = progress.frames(served().sampler, asked)
+            frames = progress.frames(own.sampler, asked)
             first = await answers.while_connected(request, anext(frames))  # what cannot be asked is said by the status
             return StreamingResponse(progress.stream(first, frames), media_type=FRAMES)
-        output = await answers.while_connected(request, served().sampler.sample(asked))
+        output = await answers.while_connected(request, own.sampler.sample(asked))
     except KnapperError as error:
         return answers.error(error)
     headers = {DEVICE_S: repr(output.device_s)}

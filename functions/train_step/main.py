@@ -10,11 +10,10 @@ from starlette.responses import Response, StreamingResponse
 from knapper import events, tracing
 from knapper.errors import KnapperError
 from knapper.function_key import FunctionKey
-from knapper.serving import answers, jobs, observing
-from knapper.serving.engine import engine
+from knapper.serving import answers, gates, jobs, observing
 
-# Under ASGI this module is imported before the port binds: the weights are there when the first bell rings.
-key = FunctionKey(engine().place.store)
+engine = gates.engine()  # before the port binds: the weights are there when the first bell rings, or why they are not
+key = FunctionKey(jobs.place().store)
 
 
 @functions_framework.aio.http
@@ -25,9 +24,9 @@ async def train_step(request: Request) -> Response:
         event = events.decode(request.headers, await answers.admitted(request, key))
         with tracing.span("train_step", event.traceparent, subject=event.subject):
             if event.type != events.OPERATIONS:
-                await jobs.training().answer(event)
+                await jobs.train(event)
                 return answers.durable()
-            frames = engine().residents.answer(events.run_of(event), event.hint)
+            frames = engine.value().residents.answer(events.run_of(event), event.hint)
             first = await anext(frames)  # the claim: it succeeds before anything is answered
     except KnapperError as error:
         return answers.error(error)

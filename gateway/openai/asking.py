@@ -11,13 +11,15 @@ from typing import Final
 from gateway.openai.models import Chosen
 from gateway.parts import Parts
 from gateway.samples import Entry
-from knapper.errors import Gone, KnapperError, Unavailable
+from knapper.errors import Gone, KnapperError, Unavailable, Unservable
 from knapper.ids import SamplerId, Tenant
 from knapper.wire import sample_requests
 from knapper.wire.progress import Drawn
 from knapper.wire.types import SamplingParams
 
 _QUIET_S: Final = 10.0  # proxies close a connection on which nothing comes; clients skip comments
+
+_AGAIN_S: Final = 30.0  # a model that cannot be served is tried again so often
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ class Asked:
                 address = (SamplerId(f"openai:{self._tenant}"), next(self._gateway.openai.numbers))
                 body = await asyncio.to_thread(sample_requests.encode, call)
                 listen = _Ear(number, self._heard) if self._stream else None
-                entry = self._gateway.samples.submit(address, self._tenant, question.choices, url, body, listen)
+                entry = self._gateway.samples.submit(
+                    address, self._tenant, question.choices, url, body, listen, patient=False
+                )
                 self._entries.append(entry)
         except BaseException:
             self.end()
@@ -144,5 +148,7 @@ def _answer(entry: Entry) -> bytes:
     if entry.body is None:
         raise Unavailable("the gateway stops")
     if entry.error is not None:
+        if entry.error.code == Unservable.code:
+            raise Unservable(str(entry.error), _AGAIN_S)
         raise entry.error
     return entry.body

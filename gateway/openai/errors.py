@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway.tenants import tenant_of
-from knapper.errors import KnapperError, NotFound, Unavailable, UserError
+from knapper.errors import KnapperError, NotFound, Unavailable, Unservable, UserError
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -28,10 +28,12 @@ def spoken(handler: Handler) -> Handler:
         try:
             return await handler(request)
         except KnapperError as error:
-            if not _users(error):
+            if not _users(error) and not isinstance(error, Unservable):  # that was logged when it came
                 log.warning("request failed", path=request.url.path, code=error.code, reason=str(error))
             status = 400 if error.status == UserError.status else error.status
             headers = {"Retry-After": f"{error.retry_after_s:.0f}"} if isinstance(error, Unavailable) else None
+            if headers and isinstance(error, Unservable):  # clients would repeat it in silence
+                headers["x-should-retry"] = "false"
             return JSONResponse(body(error), status_code=status, headers=headers)
 
     return endpoint

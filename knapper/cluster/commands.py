@@ -1,7 +1,7 @@
 """`knapper deploy ...`: base models on a cluster. What a command needs is imported inside it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +11,7 @@ from knapper.printable import say
 
 if TYPE_CHECKING:
     from knapper.cluster.api import Api
+    from knapper.cluster.doctor import Finding
     from knapper.cluster.state import Deployed
 
 app = typer.Typer(name="deploy", help="Base models on a Knative cluster.", no_args_is_help=True, rich_markup_mode=None)
@@ -161,18 +162,24 @@ def doctor(
         float, typer.Option(min=1, help="Seconds that a start from zero may take, node and all.")
     ] = 900,
     every: Annotated[bool, typer.Option("--all", help="Show what is good, too.")] = False,
+    data: Annotated[Path | None, typer.Option(help="The data directory of a `knapper up` that runs here.")] = None,
     kubeconfig: Kubeconfig = None,
     context: Context = None,
 ) -> None:
-    """Look for what is wrong with a cluster, and say which command mends it. Exit status 1 if something is."""
+    """Look for what is wrong, and say what mends it: with the `knapper up` that runs here, else with a cluster.
+
+    Exit status 1 if something is.
+    """
     from knapper.cluster.doctor import Patient, examine
     from knapper.cluster.google import Google, default_token
     from knapper.local.root import deployables
 
-    google = Google(default_token, project, region, accelerator, subscription, spot)
-    patient = Patient(_api(kubeconfig, context), deployables(), cold_start, [google.examine])
+    findings = None if kubeconfig or context or project else _here(data)
+    if findings is None:
+        google = Google(default_token, project, region, accelerator, subscription, spot)
+        findings = examine(Patient(_api(kubeconfig, context), deployables(), cold_start, [google.examine]))
     counts = {"good": 0, "wrong": 0, "unknown": 0}
-    for finding in examine(patient):
+    for finding in findings:
         counts[finding.verdict] += 1
         if finding.verdict != "good" or every:
             say(f"{finding.verdict:<7} {finding.subject}: {finding.seen}")
@@ -180,3 +187,20 @@ def doctor(
                 say(f"        {finding.mend}")
     say(f"{counts['wrong']} wrong, {counts['unknown']} unknown, {counts['good']} good")
     raise typer.Exit(1 if counts["wrong"] else 0)
+
+
+def _here(data: Path | None) -> "Iterable[Finding] | None":
+    """Of the server over the data directory; None where none runs."""
+    import asyncio
+
+    from knapper.errors import UserError
+    from knapper.local import doctor as local
+    from knapper.settings import Settings, variable
+
+    settings = Settings.load({**os.environ, **({variable("data"): str(data)} if data else {})})
+    port = local.running(settings)
+    if port is not None:
+        return asyncio.run(local.examine(settings, port))
+    if data is not None:
+        raise UserError(f"no `knapper up` runs over {settings.data}; start one, or look at a cluster without --data")
+    return None

@@ -3,6 +3,7 @@
 Looks only. What it cannot see (no permission, no Google Cloud) it says so of; it never takes silence for health.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +13,12 @@ from typing import Literal
 from knapper.cluster.api import Api
 from knapper.cluster.kustomize import Object, render
 from knapper.cluster.model import LABEL, NAMESPACE
+from knapper.cluster.state import gateway_says
 from knapper.errors import KnapperError
 
 Verdict = Literal["good", "wrong", "unknown"]
 
+_RESTARTS_MAX = 2
 _CHANNELS = "MTChannelBasedBroker"
 KNATIVE_MIN = (1, 22)  # the manifests were checked against it
 KUBERNETES_MIN = (1, 32)  # what that Knative asks for
@@ -54,7 +57,7 @@ class Patient:
 def examine(patient: Patient) -> Iterator[Finding]:
     """Everything, in an order in which mending it makes sense."""
     looks: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
-        versions, kinds, flags, permissions, services, times, eventing, accelerators,
+        versions, kinds, flags, permissions, services, models, pods, times, eventing, accelerators,
     )  # fmt: skip
     for look in looks:
         try:
@@ -145,6 +148,30 @@ def services(patient: Patient) -> Iterator[Finding]:
             yield Finding(
                 f"{about} image", "wrong", image, "apply the overlay that terraform/stages/30-functions wrote"
             )
+
+
+def models(patient: Patient) -> Iterator[Finding]:
+    """No function says that it cannot serve its base model."""
+    health = gateway_says(patient.api, "api/v1/healthz")
+    if health is None:
+        return  # no gateway runs, of which `services` tells
+    for reason in json.loads(health).get("unservable", []):
+        yield Finding("base model", "wrong", reason, "mend its files, or deploy it otherwise: it goes on by itself")
+
+
+def pods(patient: Patient) -> Iterator[Finding]:
+    """No container of ours ends and is started again, in silence: one that is killed cannot say why."""
+    for pod in patient.api.list("v1", "Pod", NAMESPACE, "app.kubernetes.io/part-of=knapper"):
+        for container in pod.get("status", {}).get("containerStatuses", []):
+            ended = container.get("lastState", {}).get("terminated", {})
+            times = int(container.get("restartCount", 0))
+            if container.get("name") != "user-container" or times < _RESTARTS_MAX or not ended:
+                continue
+            name, reason = pod["metadata"]["name"], ended.get("reason", "Error")
+            mend = f"kubectl logs -n {NAMESPACE} {name} -c user-container --previous"
+            if reason == "OOMKilled":
+                mend = "raise resources.limits.memory in the overlay, or serve a smaller model"
+            yield Finding(f"Pod {name}", "wrong", f"{reason}, started {times} times again", mend)
 
 
 _WANTED: dict[str, Callable[[str], bool]] = {

@@ -132,15 +132,18 @@ def _moment(text: str | None) -> datetime | None:
 
 def _waiting(api: Api) -> dict[str, int] | None:
     """Runs that wait, by base model, as the gateway counts them."""
-    pods = api.list("v1", "Pod", NAMESPACE, "app.kubernetes.io/name=gateway")
-    ready = [each["metadata"]["name"] for each in pods if each.get("status", {}).get("phase") == "Running"]
-    if not ready:
-        return None
-    text = api.text(f"/api/v1/namespaces/{NAMESPACE}/pods/{ready[0]}:8080/proxy/metrics")
+    text = gateway_says(api, "metrics")
     if text is None:
         return None
     found = re.findall(r'^knapper_runs_waiting\{model="([^"]*)"\} ([\d.e+]+)$', text, flags=re.MULTILINE)
     return {model: int(float(count)) for model, count in found}
+
+
+def gateway_says(api: Api, path: str) -> str | None:
+    """What a gateway's pod answers to a GET of the path; None where none runs, or it does not answer."""
+    pods = api.list("v1", "Pod", NAMESPACE, "app.kubernetes.io/name=gateway")
+    ready = [each["metadata"]["name"] for each in pods if each.get("status", {}).get("phase") == "Running"]
+    return api.text(f"/api/v1/namespaces/{NAMESPACE}/pods/{ready[0]}:8080/proxy/{path}") if ready else None
 
 
 def is_of(service: Object, model: str) -> bool:

@@ -119,14 +119,14 @@ class ModelConfig:
             )
         model_type = raw.get("model_type")
         if model_type not in model_types:
-            architectures = ", ".join(raw.get("architectures") or ["?"])
+            architectures = ", ".join(map(str, _listed(raw.get("architectures")))) or "?"
             raise UnsupportedModel(
                 f"{directory}: model_type is {model_type!r} (architecture {architectures}); "
                 f"supported: {', '.join(model_types)}"
             )
         _refuse_options(raw, directory)
         hidden, heads = _size(raw, "hidden_size", directory), _size(raw, "num_attention_heads", directory)
-        kv_heads = raw.get("num_key_value_heads") or heads
+        kv_heads = _size(raw, "num_key_value_heads", directory, heads)
         if heads % kv_heads:
             raise UnsupportedModel(f"{directory}: {heads} heads do not divide over {kv_heads} key/value heads")
         theta, scaling = _rope(raw, directory)
@@ -138,9 +138,9 @@ class ModelConfig:
             layers=_size(raw, "num_hidden_layers", directory),
             heads=heads,
             kv_heads=kv_heads,
-            head_dim=raw.get("head_dim") or hidden // heads,
+            head_dim=_size(raw, "head_dim", directory, hidden // heads),
             intermediate=_size(raw, "intermediate_size", directory),
-            rms_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rms_eps=_number(raw, "rms_norm_eps", directory, 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
             tied=bool(raw.get("tie_word_embeddings", False)),
@@ -163,31 +163,69 @@ def computed_by(directory: Path) -> ComputedBy:
 
 def end_tokens(raw: Mapping[str, Any], directory: Path) -> tuple[int, ...]:
     """The ids that `raw`, the text model's configuration, and generation_config.json end a text with."""
-    generation = read_json(directory / "generation_config.json") or {}
-    return tuple(sorted(_ids(raw.get("eos_token_id")) | _ids(generation.get("eos_token_id"))))
+    more = directory / "generation_config.json"
+    generation = read_json(more) or {}
+    ids = _ids(raw.get("eos_token_id"), directory / "config.json") | _ids(generation.get("eos_token_id"), more)
+    return tuple(sorted(ids))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
+    """The object in a file, None without one. Raises UserError for what cannot be read, or is no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; give this user the right to read it") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}. Download it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {type(value).__name__}; expected a JSON object")
     return value
 
 
-def _size(raw: Mapping[str, Any], field: str, directory: Path) -> int:
+def expect_text_model(raw: Mapping[str, Any], directory: Path) -> None:
+    """Raises UnsupportedModel for what no library would make a decoder-only model of text with weights of floats."""
+    for wrong, why in (
+        (raw.get("is_encoder_decoder"), "it is an encoder-decoder; served: decoder-only language models"),
+        (raw.get("quantization_config") is not None, "its weights are quantized; use the unquantized model"),
+        ("vision_config" in raw or "audio_config" in raw, "it takes more than text; use its text-only model"),
+    ):
+        if wrong:
+            raise UnsupportedModel(f"{described(raw, directory)} is not served: {why}")
+
+
+def described(raw: Mapping[str, Any], directory: Path) -> str:
+    """The model, as a refusal names it."""
+    named = next(iter(_listed(raw.get("architectures"))), None)
+    return f"{directory}: model_type {raw.get('model_type')!r}, architecture {named!r}"
+
+
+def _size(raw: Mapping[str, Any], field: str, directory: Path, default: int | None = None) -> int:
     value = raw.get(field)
+    if value is None and default is not None:
+        value = default
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UnsupportedModel(f"{directory}/config.json: {field} is {value!r}; expected a whole number of 1 or more")
     return value
 
 
-def _ids(value: int | list[int] | None) -> set[int]:
-    return set() if value is None else set(value) if isinstance(value, list) else {value}
+def _number(raw: Mapping[str, Any], field: str, directory: Path, default: float | None = None) -> float:
+    value = raw.get(field, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise UnsupportedModel(f"{directory}/config.json: {field} is {value!r}; expected a number above 0")
+    return float(value)
+
+
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _ids(value: object, path: Path) -> set[int]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(each, int) and each >= 0 for each in ids):
+        raise UserError(f"{path}: eos_token_id is {value!r}; expected a token id, or a list of them")
+    return set(ids)
 
 
 def _refuse_options(raw: Mapping[str, Any], directory: Path) -> None:
@@ -208,20 +246,19 @@ def _refuse_options(raw: Mapping[str, Any], directory: Path) -> None:
 
 def _rope(raw: Mapping[str, Any], directory: Path) -> tuple[float, RopeScaling | None]:
     """Theta and scaling from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before)."""
-    old = raw.get("rope_scaling") or {}
-    rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta", 10000.0), **old}
-    theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    old, new = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        raise UnsupportedModel(f"{directory}/config.json: rope_scaling and rope_parameters are no objects")
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0), **(new or old)}
+    theta = _number(rope, "rope_theta", directory)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
         raise UnsupportedModel(f"{directory}: rope scaling {kind!r} is not supported; supported: default, llama3")
-    try:
-        return theta, RopeScaling(
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_context=int(rope["original_max_position_embeddings"]),
-        )
-    except KeyError as missing:
-        raise UnsupportedModel(f"{directory}: rope scaling llama3 lacks {missing}") from missing
+    return theta, RopeScaling(
+        factor=_number(rope, "factor", directory),
+        low_freq_factor=_number(rope, "low_freq_factor", directory),
+        high_freq_factor=_number(rope, "high_freq_factor", directory),
+        original_context=_size(rope, "original_max_position_embeddings", directory),
+    )

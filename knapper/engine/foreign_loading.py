@@ -13,10 +13,19 @@ from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from knapper.engine.config import HEAD, Part, Site, UnsupportedModel, end_tokens, read_json
+from knapper.engine.config import (
+    HEAD,
+    Part,
+    Site,
+    UnsupportedModel,
+    described,
+    end_tokens,
+    expect_text_model,
+    read_json,
+)
+from knapper.engine.files import BrokenModel
 from knapper.engine.foreign import ForeignFacts, ForeignModel, Head
 from knapper.engine.segments import base
-from knapper.engine.weights import BrokenModel
 from knapper.errors import NotFound
 
 _TRIED: Final = 12  # tokens of the trial
@@ -32,11 +41,7 @@ def load(directory: Path, dtype: torch.dtype, device: torch.device) -> ForeignMo
     loaded = _loaded(directory, raw, dtype).to(device)
     loaded.requires_grad_(False).eval()
     text = loaded.config.get_text_config(decoder=True)
-    output = loaded.get_output_embeddings()
-    body = getattr(loaded, loaded.base_model_prefix, None)
-    if type(output) is not nn.Linear or not isinstance(body, nn.Module) or body is loaded:
-        raise UnsupportedModel(f"{directory}: {type(loaded).__name__} has no body with a linear head")
-    sites = _sites(loaded, output, directory)
+    body, output, sites = _parts(loaded, directory)
     head = Head(output.weight, output.bias, _scale(text), getattr(text, "final_logit_softcapping", None))
     linears = {site.name: loaded.get_submodule(site.module) for site in sites if site.part != "unembed"}
     facts = ForeignFacts(
@@ -52,22 +57,45 @@ def load(directory: Path, dtype: torch.dtype, device: torch.device) -> ForeignMo
     return model
 
 
+def expect_structure(directory: Path) -> None:
+    """Raises UnsupportedModel for an architecture that is refused, as far as that shows without the weights."""
+    raw = read_json(directory / "config.json") or {}
+    _refuse(raw, directory)
+    configuration: Any = transformers.AutoConfig
+    auto: Any = transformers.AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            empty = auto.from_config(
+                configuration.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            )
+    except Exception as error:  # it raises what any of its hundreds of models happens to raise
+        raise UnsupportedModel(f"{directory}: transformers makes no model of its config.json: {error!r}") from error
+    _parts(empty, directory)
+
+
+def _parts(loaded: Any, directory: Path) -> tuple[nn.Module, nn.Linear, tuple[Site, ...]]:
+    """(body, head, sites)."""
+    output = loaded.get_output_embeddings()
+    body = getattr(loaded, loaded.base_model_prefix, None)
+    if type(output) is not nn.Linear or not isinstance(body, nn.Module) or body is loaded:
+        raise UnsupportedModel(f"{directory}: {type(loaded).__name__} has no body with a linear head")
+    return body, output, _sites(loaded, output, directory)
+
+
 def _refuse(raw: Mapping[str, Any], directory: Path) -> None:
     kind = str(raw.get("model_type"))
+    expect_text_model(raw, directory)
     named = (raw.get("architectures") or [None])[0]
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     causal = causal if isinstance(causal, str) else None
     own_code = " It needs code of its own (auto_map), and code of models is never run" if raw.get("auto_map") else ""
     for wrong, why in (
         (kind not in CONFIG_MAPPING, f"transformers {transformers.__version__} does not know it.{own_code}"),
-        (raw.get("is_encoder_decoder"), "it is an encoder-decoder; served: decoder-only language models"),
-        (raw.get("quantization_config") is not None, "its weights are quantized; use the unquantized model"),
-        ("vision_config" in raw or "audio_config" in raw, "it takes more than text; use its text-only model"),
         (causal is None, "it is no causal language model"),
         (causal is not None and named != causal, f"as a causal language model it would be {causal}"),
     ):
         if wrong:
-            raise UnsupportedModel(f"{directory}: model_type {kind!r}, architecture {named!r} is not served: {why}")
+            raise UnsupportedModel(f"{described(raw, directory)} is not served: {why}")
 
 
 def _loaded(directory: Path, raw: Mapping[str, Any], dtype: torch.dtype) -> Any:

@@ -70,3 +70,12 @@ def _read(path: Path) -> str:
         return path.read_text().strip()
     except OSError:  # the group has no such file, or is not shown to this process
         return ""
+
+
+def swap(root: Path = Path("/")) -> int:
+    """Bytes of swap that are free on the machine; 0 where nothing says so."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except FileNotFoundError:
+        return 0
+    return int(dict(line.split(":", 1) for line in lines).get("SwapFree", "0 kB").split()[0]) * 1024

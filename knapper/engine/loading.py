@@ -5,10 +5,18 @@ from pathlib import Path
 import torch
 
 from knapper.engine import rowwise, weights
-from knapper.engine.config import ModelConfig, UnsupportedModel
+from knapper.engine.config import ModelConfig, UnsupportedModel, computed_by
 from knapper.engine.decoder import Decoder
 from knapper.engine.exactness import Exactness
 from knapper.engine.model import Model
+
+
+def expect_architecture(directory: Path) -> None:
+    """Raises UnsupportedModel for one that neither way computes, as far as that shows without the weights."""
+    if computed_by(directory) == "transformers":
+        from knapper.engine import foreign_loading
+
+        foreign_loading.expect_structure(directory)
 
 
 def load(

@@ -43,10 +43,11 @@ from knapper.engine.model import Model
 from knapper.engine.prefilling import Counters, Prefilling
 from knapper.engine.prompt_scores import PromptScores
 from knapper.engine.segments import Segments
-from knapper.engine.shortage import Shortage, sized, told
+from knapper.engine.shortage import Shortage, told
 from knapper.engine.stops import Stops
 from knapper.engine.turns import Places, next_parked, next_turns
 from knapper.errors import ContextLengthExceeded, InvalidField, TooLarge, Unavailable
+from knapper.sizes import sized
 from knapper.wire.progress import Drawn
 from knapper.wire.types import Sample, SampleOutput
 

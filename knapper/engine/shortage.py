@@ -7,6 +7,7 @@ import torch
 
 from knapper.engine import hardware
 from knapper.errors import OutOfMemory
+from knapper.sizes import sized
 
 E = TypeVar("E", bound=BaseException)
 
@@ -50,13 +51,3 @@ class Shortage(Exception):
 def told(error: E) -> "E | Shortage":
     """The error, or in place of one that holds a pass's tensors the Shortage that it tells of."""
     return Shortage.of(error) or error
-
-
-def sized(count: int) -> str:
-    """Bytes for people."""
-    size, unit = float(count), "bytes"
-    for larger in ("KiB", "MiB", "GiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.0f} {unit}" if unit == "bytes" or size >= 100 else f"{size:.1f} {unit}"

@@ -64,6 +64,7 @@ class Worker:
     kinds: Sequence[Kind]  # of the jobs that it has a part in
     base_model: str = ""
     slice_s: float = limits.slice_s
+    directory: str = ""  # of that model: another name of it
     _busy: set[Start] = field(default_factory=set)
     _again: set[Start] = field(default_factory=set)
     _defects: dict[Start, int] = field(default_factory=dict)
@@ -95,7 +96,7 @@ class Worker:
             raise InvalidField("subject", str(start), "a job that was started") from error
         if folder.job.kind not in self.kinds:
             raise InvalidField("kind", folder.job.kind, " or ".join(self.kinds))
-        if self.base_model and folder.started.base_model != self.base_model:
+        if self.base_model and folder.started.base_model not in (self.base_model, self.directory):
             raise InvalidField("model", folder.started.base_model, repr(self.base_model))
         return folder
 

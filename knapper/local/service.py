@@ -9,7 +9,7 @@ from typing import Literal
 
 import structlog
 
-from knapper.errors import Unavailable
+from knapper.errors import Unavailable, Unservable
 from knapper.local import web
 from knapper.local.process import Process
 
@@ -21,6 +21,7 @@ Changed = Callable[[str, "Running | None"], None]  # name, what runs now
 start_s_max = 600.0  # a large model on a slow disk
 stop_grace_s = 10.0
 _backoff_s_max = 30.0
+_PATIENCE = 3  # failures in a row that may be a moment's
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Service:
         self._in_flight = 0
         self._starts = 0
         self._failures = 0  # starts that failed in a row
+        self._reason = ""  # of the newest of them
         self._not_before = 0.0  # loop time
 
     @property
@@ -99,7 +101,7 @@ class Service:
             await asyncio.shield(self._stopping)
         loop = asyncio.get_running_loop()
         if (wait_s := self._not_before - loop.time()) > 0:
-            raise Unavailable(f"{self.name} did not start; the next attempt is in {wait_s:.0f} s (see the log)", wait_s)
+            raise self._refusal(wait_s)
         log.info(f"{self.name}: starting ({'next' if self._starts else 'first'} bell)")
         self._starts += 1
         began = loop.time()
@@ -123,8 +125,8 @@ class Service:
         if not ready:
             ending, words = await process.ending(), await process.last_words()
             raise self._failed(f"{ending}; its last lines:\n{words}")
-        log.info(f"{self.name}: ready in {loop.time() - began:.1f} s", pid=process.pid, port=port)
-        self._failures = 0
+        log.info(f"{self.name}: answers after {loop.time() - began:.1f} s", pid=process.pid, port=port)
+        self._failures, self._reason = 0, ""
         self._running = running
         self._watching = asyncio.create_task(self._watch(running))
         self._stop_when_idle()  # if everybody left meanwhile
@@ -135,8 +137,17 @@ class Service:
         self._failures += 1
         backoff_s = min(2.0 ** (self._failures - 1), _backoff_s_max)
         self._not_before = asyncio.get_running_loop().time() + backoff_s
-        log.error(f"{self.name}: did not start: {reason}")
-        return Unavailable(f"{self.name} did not start: {reason.partition(';')[0]} (see the log)", backoff_s)
+        if reason != self._reason:  # once: the same again is no news
+            log.error(f"{self.name}: did not start: {reason}")
+        self._reason = reason
+        return self._refusal(backoff_s)
+
+    def _refusal(self, wait_s: float) -> Unavailable:
+        """Soon it says so to whoever waits, in the same words each time: a process that ends cannot say it itself."""
+        said = f"{self.name} did not start: {self._reason.partition(';')[0]} (see the log)"
+        if self._failures < _PATIENCE:
+            return Unavailable(f"{said}; the next attempt is in {wait_s:.0f} s", wait_s)
+        return Unservable(f"{said}, {_PATIENCE} times or more; it is tried again by itself", wait_s)
 
     async def _watch(self, running: Running) -> None:
         ending = await running.process.ending()

@@ -13,8 +13,8 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from secrets import token_hex
 
@@ -22,18 +22,18 @@ import msgspec
 import structlog
 
 import knapper
-from knapper.engine.config import computed_by
 from knapper.exchange.opening import expect_subscribable
 from knapper.function_key import FunctionKey
 from knapper.local import engines, web
+from knapper.local.banner import banner
+from knapper.local.choice import chosen, served
 from knapper.local.dispatcher import Dispatcher
 from knapper.local.process import Process
 from knapper.local.server import Server
 from knapper.local.service import Running
 from knapper.local.standing import Standing
 from knapper.local.state import Processes, locked
-from knapper.models.catalogue import Catalogue, ModelRecord, record_of
-from knapper.models.obtain import obtain
+from knapper.models.catalogue import Catalogue
 from knapper.printable import say
 from knapper.settings import Settings
 from knapper.store.opening import open_store
@@ -51,12 +51,12 @@ def up(settings: Settings, root: Path, environ: Mapping[str, str], *, isolated: 
         stack.enter_context(locked(settings.data, settings.run_directory))
         listener = stack.enter_context(web.bind(settings.host, settings.port))
         bells, posts = (stack.enter_context(web.bind("127.0.0.1", 0)) for _ in range(2))
-        directory = obtain(settings.model, settings.cache, say=log.info)
+        for died in settings.run_directory.glob("loading-*"):  # under an earlier server
+            died.unlink(missing_ok=True)
+        settings = chosen(settings, environ)
         address = f"http://127.0.0.1:{bells.getsockname()[1]}"
         settings = msgspec.structs.replace(
             settings,
-            model=str(directory) if Path(settings.model).expanduser().is_dir() else settings.model,
-            model_directory=str(directory),
             train_step_url=f"{address}/train_step",
             sample_url=f"{address}/sample",
             reward_url=f"{address}/reward",
@@ -125,21 +125,16 @@ class Supervisor:
         log.info("stopped")
 
     async def _serve_gateway(self) -> None:
-        await Catalogue(self._store).serve_only(self._record())
+        record = served(self._settings)
+        await Catalogue(self._store).serve_only(record)
         await self._key.headers()  # made before anybody needs it
         self._server.start()
-        await self._gateway.keep(lambda: say(f"ready: {self._gateway.url}"))
+        await self._gateway.keep(lambda: self._say(banner(self._settings, record, self._gateway.url)))
 
-    def _record(self) -> ModelRecord:
-        settings = self._settings
-        found = record_of(
-            Path(settings.model_directory),
-            settings.model,
-            dtype=settings.dtype,
-            train_step_url=settings.train_step_url,
-            sample_url=settings.sample_url,
-        )
-        return msgspec.structs.replace(found, computed_by=computed_by(Path(settings.model_directory)))
+    @staticmethod
+    def _say(lines: Sequence[str]) -> None:
+        with suppress(BrokenPipeError):  # whoever only waited for the first line may have closed it by then
+            say(*lines)
 
     def _heed_signals(self) -> None:
         loop = asyncio.get_running_loop()

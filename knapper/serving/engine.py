@@ -3,30 +3,30 @@
 import atexit
 import os
 import platform
-import signal
 import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from types import FrameType
 
 import structlog
 import torch
 from tokenizers import Tokenizer
 
-from knapper import metrics, telemetry
+from knapper import metrics
 from knapper.engine import hardware, peft_format
 from knapper.engine.config import Facts
 from knapper.engine.device import Device, Task
 from knapper.engine.exactness import Exactness
-from knapper.engine.hardware import device_for, dtype_for, finish, take_memory
+from knapper.engine.hardware import dtype_for, finish, release
 from knapper.engine.loading import load
 from knapper.engine.lora import Lora, layout
 from knapper.engine.machine import TrainingMachine
 from knapper.engine.model import Model
+from knapper.engine.rehearsal import expect_device, expect_loadable
 from knapper.engine.sampler import Sampler
+from knapper.engine.shortage import Shortage
 from knapper.engine.training import RunState, Trainer
 from knapper.errors import InvalidField, NotFound
 from knapper.jobs.place import Place, open_place
@@ -34,12 +34,15 @@ from knapper.journal import bundles
 from knapper.journal.records import Terms
 from knapper.journal.run import Holder
 from knapper.metrics import Reading
+from knapper.models.servable import expect_files
+from knapper.serving import leaving
 from knapper.serving.residents import Residents
 from knapper.settings import Settings
 from knapper.store import Store
 from knapper.store.opening import open_store
 
 _SLOTS_MAX = 64  # from some 64 rows on a CPU's matrix products are saturated: more only make each text wait longer
+_MORE_MEMORY = "Free some, raise KNAPPER_GPU_MEMORY_SHARE if it is less than 1, or serve a smaller model"
 _PLACES = 8  # of the runs that are served most: how many metrics tell the share of
 
 log = structlog.get_logger()
@@ -81,21 +84,29 @@ class StoredAdapters:
 
 @cache
 def engine() -> Engine:
-    """The engine, loaded on the first call: do that before the port binds. Everything comes from the environment."""
+    """The engine, loaded on the first call that succeeds, on any thread. Everything comes from the environment.
+
+    Raises UserError for a model, a device or a memory with which it cannot be.
+    """
     settings = Settings.load(os.environ)
-    telemetry.begin("engine", settings)
     began = time.monotonic()
     if (age_s := metrics.process_age_s()) is not None:
         metrics.cold_start_seconds.labels("import").observe(age_s)
     if not settings.model_directory:
         raise InvalidField("KNAPPER_MODEL_DIRECTORY", "", "the directory of the base model's files")
-    where = device_for(settings.device)
-    take_memory(where, settings.gpu_memory_share)
+    where = expect_device(settings)
+    expect_files(Path(settings.model_directory))
     device = Device(settle=partial(finish, where))
-    atexit.register(device.close)  # torch aborts if the interpreter goes away under its thread
     exactness = Exactness(promised=settings.exact)
-    decoder, threads = device.submit(_loaded(settings, where, exactness)).result()
-    torch.set_num_threads(1)  # of whoever is not the device's thread: see _loaded
+    try:
+        decoder, threads = device.submit(_loaded(settings, where, exactness)).result()
+    except BaseException:
+        device.close()
+        release(where)
+        raise
+    finally:
+        torch.set_num_threads(1)  # of whoever is not the device's thread: see _loaded
+    atexit.register(device.close)  # torch aborts if the interpreter goes away under its thread
     directory, context = Path(settings.model_directory), decoder.config.context
     metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
     store = metrics.CountedStore(open_store(settings))
@@ -117,8 +128,7 @@ def engine() -> Engine:
     sampler = _sampler(settings, decoder, device, StoredAdapters(store, decoder.config, where))
     metrics.Readings(readings(machine, sampler))
     residents = Residents(store, metrics.CountedMachine(machine), holder, time.time, rest_s=settings.rest_s)
-    if holder.address:
-        _leave_at_sigterm(residents)
+    leaving.before(residents.leave)
     return Engine(
         base_model=settings.model,
         directory=directory,
@@ -159,17 +169,20 @@ def _loaded(settings: Settings, where: torch.device, exactness: Exactness) -> Ta
     A task of the device, because OpenMP keeps a team of threads for each thread that ever computed on several. With two
     teams there are more than CPUs, and then they sleep between any two products, where they would have waited awake.
 
-    Raises InvalidField if the weights do not fit into a GPU's memory, or the settings ask for what is not there.
+    Raises UserError if the weights do not fit into the memory, or the settings ask for what is not there.
     """
     yield from ()
     threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
+    dtype = dtype_for(settings.dtype, where)
+    expect_loadable(settings, where, dtype.itemsize)
     try:
-        dtype = dtype_for(settings.dtype, where)
         return load(Path(settings.model_directory), dtype, where, exactness), threads
-    except torch.OutOfMemoryError as error:
-        allowed = f"what the weights of {settings.model} fit into; torch says: {error}"
-        raise InvalidField("KNAPPER_GPU_MEMORY_SHARE", settings.gpu_memory_share, allowed, "Or a larger GPU") from error
+    except Exception as error:
+        if (lacking := Shortage.of(error)) is None:
+            raise
+        failed = lacking.error(f"what the weights of {settings.model} need", where, _MORE_MEMORY)
+    raise failed  # without the traceback, whose frames hold what was loaded
 
 
 def _promise(exactness: Exactness, where: torch.device) -> str:
@@ -182,21 +195,6 @@ def _promise(exactness: Exactness, where: torch.device) -> str:
         return f"not of {', '.join(exactness.broken)}"
     ways = [f"{product}: {way}" for product, way in exactness.found.items()]
     return f"yes; {'; '.join(ways)}" if ways else "yes"
-
-
-def _leave_at_sigterm(residents: Residents[RunState]) -> None:
-    """Where others can ring us directly, they do so until they hear that we leave. Then as the server has it."""
-    before = signal.getsignal(signal.SIGTERM)
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        residents.leave()
-        if callable(before):
-            before(number, frame)
-        else:
-            signal.signal(number, before)
-            signal.raise_signal(number)
-
-    signal.signal(signal.SIGTERM, leave)
 
 
 def readings(machine: TrainingMachine, sampler: Sampler) -> list[Reading]:

@@ -4,15 +4,14 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Protocol
 
-import structlog
-
-from knapper import metrics, telemetry
+from knapper import metrics
 from knapper.errors import InvalidField
 from knapper.jobs.place import Place, open_place
+from knapper.models.servable import expect_files
+from knapper.serving import gates
 from knapper.settings import Settings
 from knapper.store.opening import open_store
 from knapper.wire.progress import Drawn
@@ -39,27 +38,25 @@ class Served:
     place: Place  # of jobs
 
 
-@cache
 def served() -> Served:
-    """Ready to sample, once it returns: call it before the port binds. Everything comes from the environment."""
-    settings = Settings.load(os.environ)
-    if settings.sampler == "vllm":
-        return _by_vllm(settings)
-    from knapper.serving.engine import engine
+    """What samples. Raises Unservable. Everything comes from the environment.
 
-    own = engine()
+    The gate was opened before: see knapper.serving.gates.
+    """
+    if Settings.load(os.environ).sampler == "vllm":
+        return gates.vllm().value()
+    own = gates.engine().value()
     return Served(own.base_model, own.directory, own.context, own.sampler, own.place)
 
 
-def _by_vllm(settings: Settings) -> Served:
-    """A process that only samples loads nothing of training."""
+def by_vllm(settings: Settings) -> Served:
+    """A process that only samples loads nothing of training. Raises UserError."""
     from knapper.vllm.opening import open_sampler
 
-    if not structlog.is_configured():  # a process that also trains has done it
-        telemetry.begin("sample", settings)
     if not settings.model_directory:
         raise InvalidField("KNAPPER_MODEL_DIRECTORY", "", "the directory of the base model's files")
     began = time.monotonic()
+    expect_files(Path(settings.model_directory))
     store = metrics.CountedStore(open_store(settings))
     sampler, context = open_sampler(settings, store, os.environ)
     metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)

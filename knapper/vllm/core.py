@@ -103,8 +103,11 @@ class Core:
         Raises Unavailable if vLLM does not start.
         """
         _prepare(options, environ)
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+        try:
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
+        except ImportError as error:
+            raise Unavailable(f"vLLM cannot be imported: {error}") from error
 
         arguments = AsyncEngineArgs(
             model=str(options.directory),

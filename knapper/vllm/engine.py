@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Final
@@ -9,6 +10,7 @@ from typing import Final
 import structlog
 
 from knapper.errors import KnapperError, Unavailable
+from knapper.serving.attempts import Attempts
 from knapper.vllm.core import Adapter, Core, CoreEnded, abandon_start
 
 _ABANDON_EVERY_S: Final = 0.2  # a start that has no process yet has one a moment later
@@ -22,8 +24,9 @@ class Engine:
     On one GPU, that is how train_step and sample take turns.
     """
 
-    def __init__(self, start: Callable[[], Core], rest_s: float) -> None:
+    def __init__(self, start: Callable[[], Core], rest_s: float, attempts: Attempts | None = None) -> None:
         self._start, self._rest_s = start, rest_s
+        self._attempts = attempts or Attempts("vLLM", time.monotonic)  # noqa: TID251  when to try again, no more
         self._core: Core | None = None
         self._loaded: dict[int, asyncio.Future[None]] = {}  # adapters of this core, by number
         self._mended: Core | None = None
@@ -36,9 +39,11 @@ class Engine:
         self.starts = 0
 
     def begin(self) -> None:
-        """Blocks. Before the port binds, so that the first sample finds a core. Needs a running event loop."""
-        self._core = self._another()
-        self._rest_soon()
+        """Blocks. Before the port binds, so that the first sample finds a core; if none starts, it hears why."""
+        with suppress(Unavailable):
+            self._core = self._another()
+        with suppress(RuntimeError):  # there is no event loop on a thread of its own: then the first sample does it
+            self._rest_soon()
 
     @property
     def core(self) -> Core | None:
@@ -118,13 +123,18 @@ class Engine:
 
     def _another(self) -> Core:
         """Blocks. Raises Unavailable."""
-        self._starting = True
+        self._starting, began = True, self._attempts.now()
         try:
             if self._leaving:
                 raise Unavailable("this vLLM sampler ends", retry_after_s=1.0)
             core = self._start()
+        except KnapperError as error:
+            if not self._leaving:
+                self._attempts.failed(str(error), self._attempts.now() - began)
+            raise
         finally:
             self._starting = False
+        self._attempts.succeeded()
         self.starts += 1
         return core
 
@@ -141,9 +151,14 @@ class Engine:
         core = self._core
         if core is not None and core is self._mended and not core.ended and not self._asleep:
             return core
+        if self._attempts.reason and self._waking is None and not self._attempts.due:
+            raise self._attempts.refusal()
         if self._waking is None:
             self._waking = asyncio.ensure_future(self._wake())
             self._waking.add_done_callback(lambda _: setattr(self, "_waking", None))
+            self._waking.add_done_callback(_heard)
+        if self._attempts.reason:  # another attempt goes on beside this answer
+            raise self._attempts.refusal()
         return await asyncio.shield(self._waking)
 
     async def _wake(self) -> Core:
@@ -167,4 +182,4 @@ class Engine:
 
 def _heard(started: "asyncio.Future[Core]") -> None:
     if not started.cancelled() and (error := started.exception()) is not None:
-        log.error("vllm: no other core could be started; the next sample tries again", reason=str(error))
+        log.debug("vllm: no core could be started; a sample tries again", reason=str(error))

@@ -1,13 +1,11 @@
 """A vLLM sampler as this process's settings want it, ready when it is returned."""
 
 import atexit
-import signal
 import time
 from collections.abc import MutableMapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Final, Literal
 
 import structlog
@@ -21,6 +19,8 @@ from knapper.engine.hardware import dtype_for
 from knapper.engine.kv import bytes_per_token
 from knapper.errors import InvalidField
 from knapper.metrics import Reading, Readings
+from knapper.serving import leaving
+from knapper.serving.attempts import Attempts
 from knapper.settings import Settings
 from knapper.store import Store
 from knapper.vllm import shapes
@@ -39,10 +39,9 @@ log = structlog.get_logger()
 
 
 def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, str]) -> tuple[VllmSampler, int]:
-    """(the sampler, the tokens of the model's context). Blocks until it can sample.
+    """(the sampler, the tokens of the model's context). Blocks until it can sample, or vLLM did not start.
 
-    Raises UnsupportedModel for an architecture of which knapper does not know where adapters go, Unavailable if vLLM
-    does not start.
+    Raises UnsupportedModel for an architecture of which knapper does not know where adapters go.
     """
     began = time.monotonic()
     directory = Path(settings.model_directory)
@@ -72,12 +71,13 @@ def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, 
         threads=settings.threads,
         sleeps=device == "cuda" and settings.vllm_rest_s > 0,
     )
-    engine = Engine(lambda: Core.start(options, environ), settings.vllm_rest_s)
+    attempts = Attempts(f"model {settings.model}", time.monotonic)
+    engine = Engine(lambda: Core.start(options, environ), settings.vllm_rest_s, attempts)
     refuse = partial(shapes.refusal, rank_max=settings.vllm_rank)
     shelf = Shelf(store, facts, settings.vllm_shelf, engine.forget, refuse)
     atexit.register(shelf.close)
     atexit.register(engine.close)
-    _leave_at_sigterm(engine)
+    leaving.before(engine.leave)
     engine.begin()
     turns = Turns(options.texts_max, options.adapters_at_once)
     tokenizer, shares = Tokenizer.from_file(str(directory / "tokenizer.json")), Shares(time.monotonic)
@@ -119,25 +119,6 @@ def device_for(setting: str, present: Literal["cuda", "cpu"]) -> Literal["cuda",
         allowed = f"auto or {present} with KNAPPER_SAMPLER=vllm: this environment's vLLM computes nowhere else"
         raise InvalidField("KNAPPER_DEVICE", setting, allowed)
     return present
-
-
-def _leave_at_sigterm(engine: Engine) -> None:
-    """The server ends itself by the signal once it has drained, and what is registered with atexit would not run.
-
-    Blocked from the first one on, the signal cannot; the process then ends as one that has nothing left to do.
-    """
-    before = signal.getsignal(signal.SIGTERM)
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        engine.leave()
-        if callable(before):
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-            before(number, frame)
-        else:
-            signal.signal(number, before)
-            signal.raise_signal(number)
-
-    signal.signal(signal.SIGTERM, leave)
 
 
 def _readings(sampler: VllmSampler, engine: Engine, shares: Shares, texts_max: int) -> list[Reading]:

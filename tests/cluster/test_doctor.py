@@ -130,6 +130,33 @@ def test_what_is_broken_is_found_alone_with_its_command(what: str, cluster: Clus
     assert command in wrong[0].mend
 
 
+def _pod(name: str, service: str, **status: Any) -> Any:
+    labels = {"app.kubernetes.io/part-of": "knapper", "app.kubernetes.io/name": service}
+    metadata = {"name": name, "namespace": "knapper", "labels": labels}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "status": {"phase": "Running", **status}}
+
+
+def test_a_model_that_cannot_be_served_is_told_of_in_the_engines_words(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.put(_pod("gateway-1", "gateway"))
+    path = "/api/v1/namespaces/knapper/pods/gateway-1:8080/proxy/api/v1/healthz"
+    said = "model org/name cannot be served: it does not fit"
+    cluster.texts[path] = json.dumps({"status": "ok", "unservable": [said]})
+    wrong = [each for each in look(cluster, tmp_path) if each.verdict == "wrong"]
+    assert [(each.subject, each.seen) for each in wrong] == [("base model", said)]
+    cluster.texts[path] = json.dumps({"status": "ok"})
+    assert [each for each in look(cluster, tmp_path) if each.verdict == "wrong"] == []
+
+
+def test_a_container_that_is_killed_and_started_again_is_told_of(cluster: Cluster, tmp_path: Path) -> None:
+    ended = {"terminated": {"reason": "OOMKilled", "exitCode": 137}}
+    container = {"name": "user-container", "restartCount": 2, "lastState": ended}
+    cluster.put(_pod("train-step-1", "train-step", containerStatuses=[container]))
+    cluster.put(_pod("sample-1", "sample", containerStatuses=[{**container, "restartCount": 1}]))
+    (wrong,) = [each for each in look(cluster, tmp_path) if each.verdict == "wrong"]
+    assert (wrong.subject, wrong.seen) == ("Pod train-step-1", "OOMKilled, started 2 times again")
+    assert "resources.limits.memory" in wrong.mend
+
+
 GOOGLE: dict[str, Any] = {
     "/storage/b/example-project-knapper-state": {
         "name": "example-project-knapper-state", "location": "EUROPE-WEST4",

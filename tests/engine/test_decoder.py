@@ -15,11 +15,11 @@ from knapper.engine.adapt import site_shapes
 from knapper.engine.attention import Packed
 from knapper.engine.config import ModelConfig, UnsupportedModel
 from knapper.engine.decoder import Decoder
+from knapper.engine.files import BrokenModel
 from knapper.engine.kv import Cache, capacity_for
 from knapper.engine.lora import Lora
 from knapper.engine.scattered import Scattered, Stack
 from knapper.engine.segments import Segment, Segments, base
-from knapper.engine.weights import BrokenModel
 from knapper.errors import NotFound
 from tests.engine.tiny import Kind, tiny_model
 

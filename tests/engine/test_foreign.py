@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM
 from knapper.engine import foreign_loading, peft_format
 from knapper.engine.config import UnsupportedModel, computed_by
 from knapper.engine.device import Device
+from knapper.engine.files import BrokenModel
 from knapper.engine.loading import load
 from knapper.engine.lora import Lora
 from knapper.engine.passes import compute
 from knapper.engine.sampler import Sampler
 from knapper.engine.training import RunState, Trainer
-from knapper.engine.weights import BrokenModel
 from knapper.wire.types import AdamW, Datum, Sample, SampleOutput
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
 from tests.engine.strange import CONFIGS, strange_model

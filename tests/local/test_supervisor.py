@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from knapper.function_key import FunctionKey
 from knapper.models.catalogue import Catalogue, record_of
 from knapper.store.directory import DirectoryStore
+from tests.engine.tiny import tiny_model
 from tests.local.work import gone, make_root, until
 
 _UP = """
@@ -69,13 +71,7 @@ class Up:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    directory = tmp_path / "models" / "tiny"
-    directory.mkdir(parents=True)
-    config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 64, "max_position_embeddings": 128}
-    (directory / "config.json").write_text(json.dumps(config))
-    (directory / "tokenizer.json").write_text("{}")
-    (directory / "model.safetensors").touch()
-    return directory
+    return tiny_model(tmp_path / "models" / "tiny", context=128)
 
 
 @contextmanager
@@ -166,8 +162,35 @@ def test_the_model_is_in_the_catalogue_and_an_earlier_one_is_not_served_any_more
         bells = up.processes()["supervisor"]["port"]
         (served,) = asyncio.run(catalogue.models())
         assert (served.name, served.tokenizer_id) == (str(model), str(model))
-        assert (served.context, served.vocab, served.arch) == (128, 64, "LlamaForCausalLM")
+        assert (served.context, served.vocab, served.arch) == (128, 268, "LlamaForCausalLM")
         assert served.train_step_url == f"http://127.0.0.1:{bells}/train_step"
+
+
+def test_whoever_closes_its_output_after_the_first_line_leaves_it_running(tmp_path: Path, model: Path) -> None:
+    root = make_root(tmp_path)
+    command = [
+        sys.executable,
+        "-u",
+        "-c",
+        _UP,
+        str(root),
+        "up",
+        "--model",
+        str(model),
+        "--data",
+        str(tmp_path / "data"),
+    ]
+    ours, theirs = os.pipe()
+    with subprocess.Popen([*command, "--port", "0"], stdout=theirs, stderr=subprocess.PIPE, text=True) as process:
+        os.close(theirs)
+        os.close(ours)  # nobody reads a line
+        asyncio.run(until((tmp_path / "data" / "run" / "processes.json").exists))
+        up = Up(process, tmp_path / "data", tmp_path / "log")
+        asyncio.run(until(lambda: "gateway" in up.processes()))
+        time.sleep(2)
+        assert process.poll() is None
+        process.terminate()
+        assert process.wait() == 0
 
 
 def _refusal(tmp_path: Path, model: Path, *options: str) -> str:

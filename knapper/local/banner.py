@@ -1,0 +1,36 @@
+"""What `knapper up` says once it serves: what, where, with which key, and how it ends."""
+
+from pathlib import Path
+
+from knapper.engine import files
+from knapper.models.catalogue import ModelRecord
+from knapper.settings import Settings
+from knapper.sizes import sized
+
+_DEVICES = {"auto": "auto: cuda where there is one, else cpu; the log says which when the engine starts"}
+_DTYPES = {"auto": "auto: the faster one, as the log says when the engine starts"}
+
+
+def banner(settings: Settings, record: ModelRecord, url: str) -> list[str]:
+    """Lines, of which the first is `ready: URL`."""
+    weights = sized(sum(path.stat().st_size for path in files.paths(Path(record.directory))))
+    if settings.keys:
+        key = "one that `knapper key create TENANT` prints"
+    else:
+        key = "any that begins with tml-, as TINKER_API_KEY=tml-local"
+    tenant = "TENANT" if settings.keys else "local"
+    exchange = settings.exchange or str(settings.data)
+    lines = {
+        "model": f"{record.name} ({record.arch}, {weights}, {record.context} tokens of context, {record.computed_by})",
+        "files": record.directory,
+        "device": _DEVICES.get(settings.device, settings.device),
+        "dtype": _DTYPES.get(settings.dtype, settings.dtype),
+        "data": settings.store or str(settings.data),
+        "inbox": f"{exchange.rstrip('/')}/inbox/{tenant}/JOB/",
+        "/v1": f"{url}/v1",
+        "key": key,
+        "stop": "Ctrl-C; what was acknowledged is kept",
+    }
+    if record.name == record.directory:
+        del lines["files"]
+    return [f"ready: {url}", *(f"  {name:<7}{value}" for name, value in lines.items())]

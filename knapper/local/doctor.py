@@ -1,0 +1,53 @@
+"""What is wrong with the `knapper up` of a data directory, as far as it and its files tell."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+
+from knapper.cluster.doctor import Finding
+from knapper.errors import KnapperError
+from knapper.models import servable
+from knapper.models.catalogue import Catalogue
+from knapper.settings import Settings
+from knapper.store.opening import open_store
+
+_ANSWER_S = 10.0
+
+
+def running(settings: Settings) -> int | None:
+    """The gateway's port, while a server runs over the data directory."""
+    try:
+        roles = json.loads((settings.run_directory / "processes.json").read_text(encoding="utf-8"))
+        pid, port = int(roles["supervisor"]["pid"]), int(roles["gateway"]["port"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return port if Path(f"/proc/{pid}").exists() or not Path("/proc/self").exists() else None
+
+
+async def examine(settings: Settings, port: int) -> list[Finding]:
+    """The server, its engine as whoever asked heard of it last, and the models' files as they are now."""
+    models = await Catalogue(open_store(settings)).models()
+    return [*_server(port), *(_files(model.name, Path(model.directory)) for model in models)]
+
+
+def _server(port: int) -> Iterator[Finding]:
+    url = f"http://127.0.0.1:{port}"
+    try:
+        answer = httpx.get(f"{url}/api/v1/healthz", timeout=_ANSWER_S, trust_env=False)
+        refusals = answer.raise_for_status().json().get("unservable", [])
+    except httpx.HTTPError as error:
+        yield Finding("knapper up", "wrong", f"{url} does not answer: {error!r}", "see its log; start it again")
+        return
+    yield Finding("knapper up", "good", f"answers at {url}")
+    for reason in refusals:
+        yield Finding("engine", "wrong", reason, "mend that, and it goes on by itself; or restart with another --model")
+
+
+def _files(name: str, directory: Path) -> Finding:
+    try:
+        servable.expect_files(directory)
+    except KnapperError as error:
+        return Finding(f"model {name}", "wrong", str(error), "mend the directory, or restart with another --model")
+    return Finding(f"model {name}", "good", f"its files in {directory} are whole")
