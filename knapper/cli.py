@@ -12,6 +12,7 @@ from knapper.chaos import commands as chaos
 from knapper.cluster import commands
 from knapper.jobs import commands as jobs
 from knapper.printable import say
+from knapper.tables import Json, listing, utc
 
 if TYPE_CHECKING:
     from knapper.collect.collector import Collector
@@ -22,7 +23,6 @@ app = typer.Typer(
     name="knapper",
     help="Fine-tuning that costs nothing while it sleeps.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -36,6 +36,21 @@ app.command()(jobs.usage)
 app.add_typer(commands.app, name="deploy")
 app.command()(commands.doctor)
 app.command()(chaos.chaos)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        say(knapper.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -159,13 +174,19 @@ def create_key(
 
 
 @key.command("list")
-def list_keys(data: Data = None) -> None:
+def list_keys(data: Data = None, as_json: Json = False) -> None:
     """Print the keys there are and were: id, tenant, when each was made, whether it is good, and its note."""
     import asyncio
 
-    for record in asyncio.run(_keys(data).listed()):
-        state = f"revoked {_utc(record.revoked_at)}" if record.revoked_at else "good"
-        say(f"{record.id}  {record.tenant}  {_utc(record.created_at)}  {state}  {record.note}".rstrip())
+    rows, lines = [], []
+    for each in asyncio.run(_keys(data).listed()):
+        made, revoked = utc(each.created_at), utc(each.revoked_at) if each.revoked_at else None
+        rows.append(
+            {"id": each.id, "tenant": each.tenant, "created_at": made, "revoked_at": revoked, "note": each.note}
+        )
+        state = f"revoked {revoked}" if revoked else "good"
+        lines.append(f"{each.id}  {each.tenant}  {made}  {state}  {each.note}".rstrip())
+    listing(rows, lines, "there are no keys; `knapper key create TENANT` makes one", as_json=as_json)
 
 
 @key.command("revoke")
@@ -188,37 +209,37 @@ def _keys(data: Path | None) -> "Keys":
     return Keys(open_store(settings), time.time)
 
 
-def _utc(at: float) -> str:
-    from datetime import UTC, datetime
-
-    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%dT%H:%M:%SZ}"
-
-
 @app.command()
-def dead_letters(data: Annotated[Path | None, typer.Option(help="The data directory of `knapper up`.")] = None) -> None:
+def dead_letters(data: Data = None, as_json: Json = False) -> None:
     """List events that nobody could deliver: when, what, for whom, and what that one said."""
     import asyncio
-    from datetime import UTC, datetime
 
     from knapper import dead
     from knapper.settings import Settings, variable
     from knapper.store.opening import open_store
 
     loaded = Settings.load({**os.environ, **({variable("data"): str(data)} if data else {})})
+    rows, lines = [], []
     for letter in asyncio.run(dead.listed(open_store(loaded))):
-        told = letter.attributes.get
-        when = datetime.fromtimestamp(letter.kept_at, UTC).isoformat(timespec="seconds")
-        say(f"{when}  {told('type', '?')}  {told('subject', '')}  id {told('id', '?')}")
-        say(f"    to {told('knativeerrordest', '?')}: {told('knativeerrorcode', '?')} {told('knativeerrordata', '')}")
+        told, when = letter.attributes.get, utc(letter.kept_at)
+        rows.append({"kept_at": when, **letter.attributes})
+        lines.append(f"{when}  {told('type', '?')}  {told('subject', '')}  id {told('id', '?')}")
+        lines.append(
+            f"    to {told('knativeerrordest', '?')}: {told('knativeerrorcode', '?')} {told('knativeerrordata', '')}"
+        )
+    listing(rows, lines, "there are no dead letters: every event was delivered", as_json=as_json)
 
 
 @app.command()
-def settings() -> None:
+def settings(as_json: Json = False) -> None:
     """Print every setting: its variable, its value, where that comes from, and why it exists."""
     from knapper.settings import describe
 
+    rows, lines = [], []
     for line in describe(os.environ):
-        say(f"{line.variable}={line.value}  ({line.source})", f"    {line.reason}")
+        rows.append({"variable": line.variable, "value": line.value, "source": line.source, "reason": line.reason})
+        lines += [f"{line.variable}={line.value}  ({line.source})", f"    {line.reason}"]
+    listing(rows, lines, "", as_json=as_json)
 
 
 @app.command()

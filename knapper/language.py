@@ -9,8 +9,9 @@ from typing import Any, Final
 
 from tokenizers import Tokenizer
 
+from knapper.conversations import Message
 from knapper.errors import ContextLengthExceeded, InvalidField, UserError
-from knapper.templates import Message, Template
+from knapper.templates import Template
 
 _PIECE_CHARS: Final = 64 * 1024  # tokenized at once; a token takes some 400 bytes meanwhile
 

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from knapper.errors import InvalidField
+from knapper.nearest import did_you_mean
 
 PREFIX = "KNAPPER_"
 _QUEUE_PROXY_PORT = 8012  # of every Knative pod: it keeps to containerConcurrency, and counts for the autoscaler
@@ -239,7 +240,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         for given, text in environ.items():
             if given.startswith(PREFIX):
                 if given not in known:
-                    raise InvalidField("environment variable", given, ", ".join(known), "Correct its name, or unset it")
+                    todo = f"{did_you_mean(given, known)} Correct its name, or unset it".strip()
+                    raise InvalidField("environment variable", given, ", ".join(known), todo)
                 values[known[given]] = _convert(given, text, types[known[given]])
         return Settings(**values)
 

@@ -15,10 +15,10 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from knapper.conversations import Message
 from knapper.errors import InvalidField, UserError
 from knapper.untrusted import parsing
 
-Message = dict[str, str]
 _OURS = ("add_generation_prompt", "documents", "messages", "raise_exception", "strftime_now", "tools")
 
 

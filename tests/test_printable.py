@@ -110,3 +110,6 @@ def test_dead_letters_are_printed_as_text(tmp_path: Path) -> None:
     assert said.count("owned") == 5
     assert FORBIDDEN.search(said) is None
     assert len(said.splitlines()) == 2
+    told = knapper("dead-letters", "--json", "--data", str(tmp_path))
+    assert FORBIDDEN.search(told) is None
+    assert json.loads(told) == [{"kept_at": "1970-01-01T00:00:00Z", **why}]

@@ -10,8 +10,8 @@ import msgspec
 from msgspec import Meta
 
 from knapper import limits
+from knapper.conversations import ChatMessage, Message
 from knapper.errors import InvalidField
-from knapper.templates import Message
 from knapper.wire import types
 from knapper.wire.json import decode
 
@@ -175,40 +175,6 @@ class Completion(Form, frozen=True, kw_only=True):
             allowed = "none together with echo and stream: those of the prompt come in one piece"
             raise InvalidField("logprobs", self.logprobs, allowed, "Leave out stream")
         return self.params(_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens)
-
-
-class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of a message. Those that are not text have other fields, and are refused by their type."""
-
-    type: str
-    text: str = ""
-
-
-class ChatMessage(Strict, frozen=True, kw_only=True):
-    """The fields below `name` are those of answers that clients send back; they must say nothing."""
-
-    role: Annotated[str, Meta(min_length=1, max_length=64)]
-    content: str | list[Part] | None = None
-    name: str | None = None
-    refusal: None = None
-    annotations: list[Any] | None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: list[Any] | None = None
-
-    def message(self, at: str) -> Message:
-        """As templates take it. Raises InvalidField."""
-        if self.tool_calls or self.annotations:
-            raise InvalidField(f"{at}.tool_calls", "given", "none: tools are not served")
-        if self.content is None:
-            raise InvalidField(f"{at}.content", None, "a text")
-        named = {} if self.name is None else {"name": self.name}
-        if isinstance(self.content, str):
-            return {"role": self.role, "content": self.content} | named
-        for i, part in enumerate(self.content):
-            if part.type != "text":
-                raise InvalidField(f"{at}.content[{i}].type", part.type, "text: the model reads nothing else")
-        return {"role": self.role, "content": "".join(part.text for part in self.content)} | named
 
 
 class Chat(Form, frozen=True, kw_only=True):

@@ -1,13 +1,14 @@
 """`knapper deploy ...`: base models on a cluster. What a command needs is imported inside it."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from knapper.printable import say
+from knapper.tables import Json, listing, table
 
 if TYPE_CHECKING:
     from knapper.cluster.api import Api
@@ -93,12 +94,14 @@ def remove(
 
 
 @app.command("list")
-def list_(kubeconfig: Kubeconfig = None, context: Context = None) -> None:
+def list_(kubeconfig: Kubeconfig = None, context: Context = None, as_json: Json = False) -> None:
     """One line for each base model."""
+    from dataclasses import asdict
+
     from knapper.cluster.state import deployed
 
-    rows = [("MODEL", "TRAIN-STEP", "SAMPLE", "GPU", "RUNS WAITING", "LAST ERROR")]
-    for one in deployed(_api(kubeconfig, context)):
+    every, rows = deployed(_api(kubeconfig, context)), []
+    for one in every:
         states = {part.service: f"{part.state} ({part.replicas})" for part in one.parts}
         gpu = next((part.gpu for part in one.parts), "-")
         error = next((part.error for part in one.parts if part.error), "" if one.declared else "not declared")
@@ -106,7 +109,9 @@ def list_(kubeconfig: Kubeconfig = None, context: Context = None) -> None:
         rows.append(
             (one.model, states.get("train-step", "missing"), states.get("sample", "missing"), gpu, waiting, error)
         )
-    _table(rows)
+    lines = list(table(("MODEL", "TRAIN-STEP", "SAMPLE", "GPU", "RUNS WAITING", "LAST ERROR"), rows)) if rows else []
+    empty = "no base model is deployed; `knapper deploy add MODEL` serves one"
+    listing([asdict(one) for one in every], lines, empty, as_json=as_json)
 
 
 @app.command()
@@ -114,8 +119,11 @@ def status(
     model: Annotated[str, typer.Argument(help="The base model's name.")],
     kubeconfig: Kubeconfig = None,
     context: Context = None,
+    as_json: Json = False,
 ) -> None:
     """What runs of one base model: revisions, replicas, cold or warm, GPU, what waits, how the last pod started."""
+    from dataclasses import asdict
+
     from knapper.cluster.state import deployed
     from knapper.errors import NotFound
 
@@ -123,17 +131,20 @@ def status(
     one = next((each for each in every if each.model == model), None)
     if one is None:
         raise NotFound(f"model {model!r} is not deployed; deployed: {', '.join(_names(every)) or 'none'}")
-    say(f"{one.model}: {'served' if one.declared else 'not declared to the gateway'}")
-    say(f"runs waiting: {'the gateway does not say' if one.waiting is None else one.waiting}")
-    rows = [("SERVICE", "REVISION", "REPLICAS", "STATE", "GPU", "LAST ERROR")]
-    rows += [
+    listing(asdict(one), list(_status(one)), "", as_json=as_json)
+
+
+def _status(one: "Deployed") -> Iterator[str]:
+    yield f"{one.model}: {'served' if one.declared else 'not declared to the gateway'}"
+    yield f"runs waiting: {'the gateway does not say' if one.waiting is None else one.waiting}"
+    rows = [
         (each.name, each.revision or "-", str(each.replicas), each.state, each.gpu, each.error) for each in one.parts
     ]
-    _table(rows)
+    yield from table(("SERVICE", "REVISION", "REPLICAS", "STATE", "GPU", "LAST ERROR"), rows)
     for start in (each.start for each in one.parts if each.start is not None):
         stages = (("node", start.node_s), ("image and volumes", start.image_s), ("process", start.ready_s))
         told = ", ".join(f"{stage} {'not yet' if taken is None else f'{taken:.0f} s'}" for stage, taken in stages)
-        say(f"start of {start.pod}: {told}{f' ({start.waits_for})' if start.waits_for else ''}")
+        yield f"start of {start.pod}: {told}{f' ({start.waits_for})' if start.waits_for else ''}"
 
 
 def _names(every: "Sequence[Deployed]") -> list[str]:
@@ -144,12 +155,6 @@ def _api(kubeconfig: Path | None, context: str | None) -> "Api":
     from knapper.cluster.api import Api
 
     return Api.open(kubeconfig, context)
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def doctor(

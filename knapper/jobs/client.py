@@ -1,6 +1,6 @@
 """A client of a gateway's jobs, and of what they and others used, as the command line is one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,18 @@ import httpx
 from knapper import limits
 from knapper.errors import InvalidField, KnapperError, Unavailable, UserError
 from knapper.jobs import names, spec
+from knapper.tables import table
 
 _TIMEOUT = httpx.Timeout(60.0, connect=5.0)
 _METRICS = ("reward/mean", "loss/mean", "accuracy/mean", "tokens/mean", "grad_norm", "wall_seconds")
+_USED = {
+    ("training", "token_count"): "tokens_trained",
+    ("training", "device_seconds"): "training_device_seconds",
+    ("sampling_prefill", "token_count"): "prompt_tokens",
+    ("sampling_sample", "token_count"): "tokens_sampled",
+    ("sampling_sample", "device_seconds"): "sampling_device_seconds",
+    ("checkpoint", "count"): "checkpoints",
+}
 ENDED = ("completed", "failed", "cancelled", "refused")
 
 
@@ -90,6 +99,9 @@ def summary(told: dict[str, Any]) -> Iterator[str]:
     yield f"{told['job']}: {told['state']}, step {told['step']}{_of(told)}"
     if told["reason"]:
         yield told["reason"]
+    if adapts := told.get("adapts"):
+        more = "" if "unembed" in adapts else "; not unembed, as the SDK's default does: `lora: {train_unembed: true}`"
+        yield f"adapts {', '.join(adapts)}{more}"
     evaluation = told.get("evaluation") or {}
     for when in ("before", "after"):
         if evaluation.get(when):
@@ -98,15 +110,34 @@ def summary(told: dict[str, Any]) -> Iterator[str]:
         yield f"adapter: {told['outputs']}adapter/, and {told['checkpoint']}"
 
 
-def table(jobs: Sequence[dict[str, Any]]) -> Iterator[str]:
-    rows = [("JOB", "KIND", "STATE", "STEP", "CREATED", "")]
-    for job in jobs:
-        step = f"{job['step']}{_of(job)}"
-        rows.append((job["job"], job["kind"] or "-", job["state"], step, job["created_at"][:19], job["reason"]))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row[:5], widths, strict=True)]
-        yield "  ".join([*cells, row[5]]).rstrip()
+def overview(jobs: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A line a job, if there is any."""
+    rows = [
+        (
+            job["job"],
+            job["kind"] or "-",
+            job["state"],
+            f"{job['step']}{_of(job)}",
+            job["created_at"][:19],
+            job["reason"],
+        )
+        for job in jobs
+    ]
+    if rows:
+        yield from table(("JOB", "KIND", "STATE", "STEP", "CREATED", ""), rows)
+
+
+def used(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The sums of each run, or session, and model, in the order of their names."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for each in events:
+        told = each["event_info"]
+        about, model = told.get("training_run_id") or each["session_id"] or "-", each["base_model"]
+        row = found.setdefault((about, model), {"about": about, "base_model": model})
+        for name in ("token_count", "device_seconds", "count"):
+            if (column := _USED.get((told["type"], name))) is not None:
+                row[column] = row.get(column, 0) + told.get(name, 0)
+    return [row for _, row in sorted(found.items())]
 
 
 def _of(told: dict[str, Any]) -> str:

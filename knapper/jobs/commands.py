@@ -9,6 +9,7 @@ import typer
 
 from knapper import limits
 from knapper.printable import say
+from knapper.tables import Json, listing
 
 if TYPE_CHECKING:
     from knapper.jobs.client import Client
@@ -18,6 +19,14 @@ app = typer.Typer(name="jobs", help="List, show, cancel and resume jobs.", no_ar
 _POLL_S = 1.0
 Url = Annotated[str | None, typer.Option(help="The gateway; else TINKER_BASE_URL, else http://127.0.0.1:8000.")]
 Name = Annotated[str, typer.Argument(help="The job's name.")]
+_UNITS = (
+    ("tokens_trained", "d", "tokens trained"),
+    ("training_device_seconds", ".3f", "device seconds"),
+    ("prompt_tokens", "d", "prompt tokens"),
+    ("tokens_sampled", "d", "tokens sampled"),
+    ("sampling_device_seconds", ".3f", "device seconds"),
+    ("checkpoints", "d", "checkpoints"),
+)
 
 
 def submit(
@@ -46,15 +55,15 @@ def submit(
 def list_jobs(
     limit: Annotated[int, typer.Option(min=1, max=limits.jobs_told_max, help="How many to print.")] = 100,
     url: Url = None,
+    as_json: Json = False,
 ) -> None:
     """Print the newest jobs."""
-    from knapper.jobs.client import table
+    from knapper.jobs.client import overview
 
     jobs, total = _client(url).jobs(limit)
-    for line in table(jobs):
-        say(line)
+    listing(jobs, list(overview(jobs)), "there are no jobs; `knapper submit JOB.YAML` starts one", as_json=as_json)
     if total > len(jobs):
-        say(f"{total - len(jobs)} more; --limit tells how many to print")
+        say(f"{total - len(jobs)} more; --limit tells how many to print", file=sys.stderr if as_json else None)
 
 
 @app.command()
@@ -62,21 +71,24 @@ def show(
     job: Name,
     follow: Annotated[bool, typer.Option("--follow", help="Show each step until the job ends.")] = False,
     url: Url = None,
+    as_json: Json = False,
 ) -> None:
     """Print a job's steps, and what became of it."""
-    from knapper.jobs.client import lines
+    from knapper.jobs.client import lines, summary
 
+    if follow and as_json:
+        raise typer.BadParameter("prints once, when asked; leave out --follow, or ask again", param_hint="--json")
     client = _client(url)
     if follow:
         _follow(client, job)
         return
-    told, after = client.show(job), 0
+    told, metrics = client.show(job), []
     while told["metrics"]:
-        for line in lines(told):
-            say(line)
-        after = told["metrics"][-1]["step"]
-        told = client.show(job, after)
-    _say(told)
+        metrics += told["metrics"]
+        told = client.show(job, metrics[-1]["step"])
+    told["metrics"] = metrics
+    listing(told, [*lines(told), *summary(told)], "", as_json=as_json)
+    _exit(told)
 
 
 @app.command()
@@ -116,6 +128,10 @@ def _say(told: dict[str, Any]) -> None:
 
     for line in summary(told):
         say(line)
+    _exit(told)
+
+
+def _exit(told: dict[str, Any]) -> None:
     if told["state"] in ("failed", "refused"):
         sys.exit(1)
 
@@ -134,30 +150,17 @@ def usage(
         int, typer.Option(min=1, max=24 * limits.usage_days_max, help="How far to look back, this hour included.")
     ] = 24,
     url: Url = None,
+    as_json: Json = False,
 ) -> None:
     """Say what your runs and sessions used: tokens, and seconds of the device, which are what a GPU is paid for."""
     from datetime import UTC, datetime, timedelta
 
+    from knapper.jobs.client import used
+
     end = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) + timedelta(hours=1)
-    rows: dict[tuple[str, str], dict[str, float]] = {}
-    for each in _client(url).usage(end - timedelta(hours=hours), end):
-        info = each["event_info"]
-        row = rows.setdefault((info.get("training_run_id") or each["session_id"] or "-", each["base_model"]), {})
-        for name in ("token_count", "device_seconds", "count"):
-            row[f"{info['type']} {name}"] = row.get(f"{info['type']} {name}", 0) + info.get(name, 0)
-    for (about, model), used in sorted(rows.items()):
-        parts = [
-            f"{used.get(name, 0):{form}} {unit}"
-            for name, form, unit in (
-                ("training token_count", "d", "tokens trained"),
-                ("training device_seconds", ".3f", "device seconds"),
-                ("sampling_prefill token_count", "d", "prompt tokens"),
-                ("sampling_sample token_count", "d", "tokens sampled"),
-                ("sampling_sample device_seconds", ".3f", "device seconds"),
-                ("checkpoint count", "d", "checkpoints"),
-            )
-            if name in used
-        ]
-        say(f"{about}  {model}: {', '.join(parts)}")
-    if not rows:
-        say(f"nothing in the last {hours} hours")
+    rows = used(_client(url).usage(end - timedelta(hours=hours), end))
+    lines = []
+    for row in rows:
+        parts = [f"{row[name]:{form}} {unit}" for name, form, unit in _UNITS if name in row]
+        lines.append(f"{row['about']}  {row['base_model']}: {', '.join(parts)}")
+    listing(rows, lines, f"nothing was used in the last {hours} hours; --hours looks further back", as_json=as_json)

@@ -1,74 +1,32 @@
 """Data files: JSON Lines, each row checked, whatever is wrong named with its line. No tokenizer is needed for that."""
 
+import codecs
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any
-
-import msgspec
-from msgspec import Meta
+from typing import Any
 
 from knapper import limits
 from knapper.errors import InvalidField, UserError
+from knapper.jobs import rows as forms
 from knapper.jobs.documents import JobError
-from knapper.jobs.spec import AnyJob, DpoJob, RlJob, SftJob
-from knapper.wire import json
-
-
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    role: Annotated[str, Meta(min_length=1, max_length=32)]
-    content: str
-
-    def plain(self) -> dict[str, str]:
-        return {"role": self.role, "content": self.content}
-
-
-Messages = Annotated[list[Message], Meta(min_length=1, max_length=limits.chat_messages_max)]
-Prompt = Annotated[str, Meta(min_length=1)] | Messages
-
-
-class RlRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the model is asked. `answer`: whatever the reward compares with."""
-
-    prompt: Prompt
-    answer: Any = None
-
-
-class ChatRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    messages: Messages
-
-
-class CompletionRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    prompt: Prompt
-    completion: Annotated[str, Meta(min_length=1)]
-
-
-class PairRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A prompt, and of two completions the better one."""
-
-    prompt: Prompt
-    chosen: Annotated[str, Meta(min_length=1)]
-    rejected: Annotated[str, Meta(min_length=1)]
-
-
-SftRow = ChatRow | CompletionRow
-Row = RlRow | ChatRow | CompletionRow | PairRow
+from knapper.jobs.rows import ChatRow, PairRow, RlRow, Row, SftRow
+from knapper.jobs.spec import AnyJob, DpoJob, Kind, RlJob, SftJob
 
 
 def rl(name: str, data: bytes) -> list[RlRow]:
     """Raises JobError."""
-    return [_decode(name, line, text, RlRow) for line, text in _lines(name, data)]
+    return [row for _, row in _read("rl", name, data)]
 
 
 def sft(name: str, data: bytes, loss_on: str | Sequence[str]) -> list[SftRow]:
     """`loss_on`: roles are for chats, so that a row without roles is an error then. Raises JobError."""
     rows: list[SftRow] = []
-    for line, text in _lines(name, data):
-        row = _decode(name, line, text, ChatRow if b'"messages"' in text else CompletionRow)
+    for line, row in _read("sft", name, data):
         rows.append(row)
         if not isinstance(loss_on, str):
             if not isinstance(row, ChatRow):
                 raise JobError(line, "prompt", "there", "rows of messages, as `loss_on` names roles", file=name)
             if not _has(row, *loss_on):
-                roles = [message.role for message in row.messages]
+                roles = [message["role"] for message in row.messages]
                 raise JobError(line, "messages: roles", roles, f"one of {', '.join(loss_on)} at least", file=name)
         elif isinstance(row, ChatRow) and loss_on == "completions" and not _has(row, "assistant"):
             raise JobError(line, "messages: roles", "no assistant", "an assistant's message to learn", file=name)
@@ -76,16 +34,12 @@ def sft(name: str, data: bytes, loss_on: str | Sequence[str]) -> list[SftRow]:
 
 
 def _has(row: ChatRow, *roles: str) -> bool:
-    return any(message.role in roles for message in row.messages)
+    return any(message["role"] in roles for message in row.messages)
 
 
 def dpo(name: str, data: bytes) -> list[PairRow]:
     """Raises JobError."""
-    rows = [(line, _decode(name, line, text, PairRow)) for line, text in _lines(name, data)]
-    for line, row in rows:
-        if row.chosen == row.rejected:
-            raise JobError(line, "rejected", row.rejected, "another text than `chosen`", file=name)
-    return [row for _, row in rows]
+    return [row for _, row in _read("dpo", name, data)]
 
 
 def rows(job: AnyJob, name: str, data: bytes) -> Sequence[Row]:
@@ -108,6 +62,7 @@ def _lines(name: str, data: bytes) -> Iterator[tuple[int, bytes]]:
     """(number from 1, bytes) of each line that is not empty."""
     found = 0
     for number, text in enumerate(data.split(b"\n"), 1):
+        text = text.removeprefix(codecs.BOM_UTF8)  # before any line: files with such a mark are joined, too
         if text.strip():
             found += 1
             if found > limits.job_rows_max:
@@ -117,10 +72,12 @@ def _lines(name: str, data: bytes) -> Iterator[tuple[int, bytes]]:
         raise JobError(1, "its content", "empty", "a row of JSON in each line", file=name)
 
 
-def _decode(name: str, line: int, text: bytes, kind: Any) -> Any:
-    try:
-        return json.decode(text, kind)
-    except InvalidField as error:
-        raise JobError(line, error.field or "", error.value, error.allowed, error.todo, file=name) from error
-    except UserError as error:
-        raise JobError(line, "the line", text[:80], "one JSON object", message=str(error), file=name) from error
+def _read(kind: Kind, name: str, data: bytes) -> Iterator[tuple[int, Any]]:
+    """(line, row) of each."""
+    for line, text in _lines(name, data):
+        try:
+            yield line, forms.read(kind, text)
+        except InvalidField as error:
+            raise JobError(line, error.field or "", error.value, error.allowed, error.todo, file=name) from error
+        except UserError as error:
+            raise JobError(line, "the line", text[:80], "one JSON object", message=str(error), file=name) from error

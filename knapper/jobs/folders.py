@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from knapper.errors import NotFound, damaged
 from knapper.jobs import datasets, spec
-from knapper.jobs.datasets import Row
 from knapper.jobs.names import Start
 from knapper.jobs.progress import Outline
 from knapper.jobs.records import Started, read
+from knapper.jobs.rows import Row
 from knapper.jobs.spec import AnyJob
 from knapper.store import Store
 

@@ -91,10 +91,11 @@ async def publish_status(place: Place, started: Started) -> None:
     now = await control.now(place.store, start)
     if now.state == "cancelled" and now.reason.startswith(control.REPLACED):
         return
+    job = decode(started.spec_json)
     status = {
-        "job": start.job, "start": start.id, "kind": decode(started.spec_json).kind, "state": now.state,
+        "job": start.job, "start": start.id, "kind": job.kind, "state": now.state,
         "reason": now.reason, "step": await newest_step(place.store, start), "base_model": started.base_model,
-        "run": start.run,
+        "run": start.run, "adapts": job.lora.adapts,
     }  # fmt: skip
     await _publish_json(place, start, "status.json", status)
 

@@ -12,10 +12,10 @@ from knapper.ids import RunId
 from knapper.jobs import advantages, schedule
 from knapper.jobs.bill import covered, union
 from knapper.jobs.courses import Lines, Outcome
-from knapper.jobs.datasets import RlRow, Row
 from knapper.jobs.folders import Folder
 from knapper.jobs.names import Round
 from knapper.jobs.records import Rollout, Rollouts, Scores, Spent, decode
+from knapper.jobs.rows import RlRow, Row
 from knapper.jobs.sampling import step_name
 from knapper.jobs.spec import RlJob
 from knapper.store import Store, many

@@ -17,11 +17,11 @@ from knapper.errors import InvalidField
 from knapper.events import Event
 from knapper.ids import TinkerPath
 from knapper.jobs import progress, schedule
-from knapper.jobs.datasets import RlRow
 from knapper.jobs.folders import Folder
 from knapper.jobs.names import Round
 from knapper.jobs.progress import Looks
 from knapper.jobs.records import Rollout, Rollouts, encode
+from knapper.jobs.rows import RlRow
 from knapper.jobs.spec import RlJob
 from knapper.jobs.texts import Texts
 from knapper.jobs.working import Slice, SliceOver, Worker

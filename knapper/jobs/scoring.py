@@ -8,11 +8,11 @@ from knapper import events
 from knapper.errors import damaged
 from knapper.events import Event
 from knapper.jobs import progress
-from knapper.jobs.datasets import RlRow
 from knapper.jobs.folders import Folder
 from knapper.jobs.names import Round
 from knapper.jobs.progress import Looks
 from knapper.jobs.records import Rollout, Rollouts, Score, Scores, encode, read
+from knapper.jobs.rows import RlRow
 from knapper.jobs.spec import RlJob
 from knapper.jobs.working import Slice, Worker
 from knapper.rewards import scoring, spec
@@ -80,5 +80,4 @@ class Scoring:
 
 
 def _asked(row: RlRow, rollout: Rollout) -> scoring.Rollout:
-    prompt = row.prompt if isinstance(row.prompt, str) else [message.plain() for message in row.prompt]
-    return scoring.Rollout(id=rollout.id, prompt=prompt, completion=rollout.text, answer=row.answer)
+    return scoring.Rollout(id=rollout.id, prompt=row.prompt, completion=rollout.text, answer=row.answer)

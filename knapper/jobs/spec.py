@@ -13,6 +13,7 @@ from knapper import limits
 from knapper.errors import InvalidField, UserError
 from knapper.jobs import documents
 from knapper.jobs.documents import Document, JobError
+from knapper.nearest import did_you_mean
 from knapper.rewards import spec as rewards
 from knapper.wire import json
 
@@ -38,6 +39,12 @@ class Lora(Part, frozen=True, kw_only=True):
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = False  # off: not every server loads adapters that have it
+
+    @property
+    def adapts(self) -> list[str]:
+        """What of attn, mlp and unembed the adapter changes."""
+        chosen = {"attn": self.train_attn, "mlp": self.train_mlp, "unembed": self.train_unembed}
+        return [part for part, wanted in chosen.items() if wanted]
 
 
 class Optimizer(Part, frozen=True, kw_only=True):
@@ -174,7 +181,11 @@ def parse(data: bytes) -> Parsed:
         raise JobError(1, "its content", content, "a job: kind, data, steps, ... one `field: value` a line")
     kind = content.get("kind")
     if kind not in KINDS:
-        raise JobError(document.line(("kind",)), "kind", kind, ", ".join(KINDS), "Say what the job does")
+        for name in content.keys() - {"kind"} if kind is None else ():
+            if todo := did_you_mean(name, ["kind"]):
+                raise JobError(document.line((name,)), name, content[name], "no field of this name", todo)
+        todo = f"{did_you_mean(str(kind), KINDS)} Say what the job does".strip()
+        raise JobError(document.line(("kind",)), "kind", kind, ", ".join(KINDS), todo)
     try:
         job: AnyJob = json.decode(msgspec.json.encode(content), TYPES[kind])
         _check(job)

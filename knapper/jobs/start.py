@@ -16,11 +16,11 @@ from knapper.errors import InvalidField, NotFound, TooLarge, UserError
 from knapper.exchange import Blob
 from knapper.ids import Tenant, number
 from knapper.jobs import control, datasets, names, spec, upload
-from knapper.jobs.datasets import RlRow, Row
 from knapper.jobs.documents import JobError
 from knapper.jobs.names import Start
 from knapper.jobs.place import Place
 from knapper.jobs.records import Refusal, Started, Waiting, encode, read
+from knapper.jobs.rows import RlRow, Row
 from knapper.jobs.spec import Parsed, RlJob
 from knapper.jobs.upload import Upload
 from knapper.journal.names import last_number
@@ -206,7 +206,8 @@ async def _begin(place: Place, start: Start, started: Started, whole: Upload) ->
     if not won:
         return False
     await place.exchange.remove(f"{names.inbox(start.tenant, start.job)}{names.JOB_ERROR}")
-    log.info("job started", job=str(start), kind=spec.decode(started.spec_json).kind, rows=started.rows)
+    job = spec.decode(started.spec_json)
+    log.info("job started", job=str(start), kind=job.kind, rows=started.rows, adapts=",".join(job.lora.adapts))
     return True
 
 

@@ -9,11 +9,11 @@ from knapper.errors import UserError
 from knapper.ids import RunId
 from knapper.jobs import schedule
 from knapper.jobs.courses import Lines, Outcome
-from knapper.jobs.datasets import ChatRow, CompletionRow, PairRow, Row
 from knapper.jobs.folders import Folder
 from knapper.jobs.names import Round
 from knapper.jobs.operations import Line
 from knapper.jobs.preferences import Preference, preference, summed
+from knapper.jobs.rows import ChatRow, CompletionRow, PairRow, Row
 from knapper.jobs.spec import DpoJob, SftJob
 from knapper.jobs.texts import Example, Texts, pack
 

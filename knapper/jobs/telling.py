@@ -80,6 +80,7 @@ async def whole(place: Place, tenant: Tenant, job: str, after: int) -> dict[str,
     last = told["steps"] if told["steps"] is not None else -1
     told |= {
         "base_model": started.base_model,
+        "adapts": decode(started.spec_json).lora.adapts,
         "run": start.run,
         "evaluation": outputs.evaluation(evaluations, last) if evaluations else None,
         "outputs": names.outputs(tenant, job),

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from knapper.conversations import Message
 from knapper.errors import InvalidField, UserError
-from knapper.jobs.datasets import ChatRow, CompletionRow, Message, PairRow, Prompt, SftRow
+from knapper.jobs.rows import Completion, CompletionRow, PairRow, Prompt, SftRow
 from knapper.language import Language
 from knapper.wire.types import Datum, Int32
 
@@ -49,13 +50,19 @@ class Texts:
         """Up to where the model goes on."""
         if isinstance(prompt, str):
             return self.language.encode(prompt)
-        return self.language.chat(_plain(prompt), self.now, {})
+        return self.language.chat(prompt, self.now, {})
 
     def completion(self, tokens: Sequence[int]) -> str:
         return str(self.language.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-    def answered(self, prompt: Prompt, completion: str) -> Example:
-        """The prompt, the completion, and the token that ends a text; the loss counts what follows the prompt."""
+    def answered(self, prompt: Prompt, completion: Completion) -> Example:
+        """The prompt, the completion, and the token that ends a text; the loss counts what follows the prompt.
+
+        Of messages that follow it, what the model itself would write.
+        """
+        if not isinstance(completion, str):
+            assert not isinstance(prompt, str), "messages follow messages"
+            return self._chat([*prompt, *completion], ("assistant",), len(prompt))
         before = self.prompt(prompt)
         after = self.language.tokenizer.encode(completion, add_special_tokens=False).ids
         end = [] if self.language.end is None else [self.language.end]
@@ -71,23 +78,23 @@ class Texts:
             example = self.answered(row.prompt, row.completion)
             return example if loss_on != "all" else _all(example)
         roles = ("assistant",) if loss_on == "completions" else loss_on
-        return self._chat(row, None if roles == "all" else roles)
+        return self._chat(row.messages, None if roles == "all" else roles)
 
-    def _chat(self, row: ChatRow, roles: Sequence[str] | None) -> Example:
-        """`roles`: whose messages the loss counts; of an assistant what the model itself would write."""
-        messages = _plain(row.messages)
+    def _chat(self, messages: Sequence[Message], roles: Sequence[str] | None, first: int = 0) -> Example:
+        """`roles`: whose messages count, from `first` on; of an assistant what the model itself would write."""
         whole = self.language.render(messages, self.now, {}, answering=False)
         encoded = self.language.tokenizer.encode(whole, add_special_tokens=False)
         if roles is None:
             return _all(self._example(encoded.ids, np.ones(len(encoded.ids), np.bool_)))
-        spans = [self._span(messages, n, whole) for n, message in enumerate(messages) if message["role"] in roles]
+        counted = [n for n, message in enumerate(messages) if n >= first and message["role"] in roles]
+        spans = [self._span(messages, n, whole) for n in counted]
         starts = np.array([begin for begin, _ in encoded.offsets])
         counts = np.zeros(len(starts), np.bool_)
         for begin, end in spans:
             counts |= (starts >= begin) & (starts < end)
         return self._example(encoded.ids, counts)
 
-    def _span(self, messages: list[dict[str, str]], n: int, whole: str) -> tuple[int, int]:
+    def _span(self, messages: Sequence[Message], n: int, whole: str) -> tuple[int, int]:
         """(first, end) in characters of what message n adds to the text of those before it."""
         assistant = messages[n]["role"] == "assistant"
         before = self.language.render(messages[:n], self.now, {}, answering=assistant) if n or assistant else ""
@@ -132,7 +139,3 @@ def pack(examples: Sequence[Example], tokens_max: int) -> list[Example]:
 
 def _all(example: Example) -> Example:
     return Example(example.tokens_T, np.arange(len(example.tokens_T)) > 0)
-
-
-def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [message.plain() for message in messages]

@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from knapper import limits
 from knapper.errors import InvalidField, UserError
+from knapper.nearest import did_you_mean
 from knapper.untrusted import parsing
 from knapper.wire import json
 
@@ -177,7 +178,9 @@ def _term(where: str, spec: object) -> tuple[str, Term]:
         return "code", _convert(where, spec, Code)
     name = spec["name"]
     if not isinstance(name, str) or name not in NAMED:
-        raise InvalidField(f"{where}.name", name, ", ".join(NAMED), "For a reward of your own write `code: reward.py`")
+        todo = did_you_mean(name, NAMED) if isinstance(name, str) else ""
+        todo = f"{todo} For a reward of your own write `code: reward.py`".strip()
+        raise InvalidField(f"{where}.name", name, ", ".join(NAMED), todo)
     return name, _convert(where, {key: value for key, value in spec.items() if key != "name"}, NAMED[name])
 
 
@@ -223,6 +226,6 @@ def _text(name: str, files: Mapping[str, bytes]) -> str:
     if len(content) > limits.reward_file_bytes_max:
         raise UserError(f"{name} has {len(content)} bytes; allowed: at most {limits.reward_file_bytes_max}")
     try:
-        return content.decode()
+        return content.decode().removeprefix("\ufeff")  # a byte-order mark is no part of the text
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not a text in UTF-8: byte {error.start} is {content[error.start]:#x}") from error

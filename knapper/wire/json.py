@@ -10,9 +10,11 @@ from typing import Any, Final, TypeVar, get_args
 import msgspec
 
 from knapper.errors import InvalidField, UserError
+from knapper.nearest import did_you_mean
 from knapper.untrusted import parsing
 
 S = TypeVar("S", bound=msgspec.Struct)
+T = TypeVar("T")
 _PLACE = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
 _NOT_FINITE = re.compile(rb"-?(?:NaN|Infinity)")
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]|\[(\.\.\.)\]")
@@ -55,21 +57,46 @@ def convert(sent: dict[str, str], kind: type[S]) -> S:
         raise _explain(str(error), sent, kind) from error
 
 
+def shape(sent: object, kind: type[T], at: str) -> T:
+    """A part of what was decoded, which stands at field `at`. Raises InvalidField."""
+    try:
+        return msgspec.convert(sent, kind)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error), sent, kind, at) from error
+
+
 def loads(body: bytes) -> Any:
-    """Whatever JSON this is, NaN and Infinity included. Raises UserError."""
+    """Whatever JSON this is, NaN and Infinity included, but no key twice in an object. Raises UserError."""
     with parsing(partial(_not_json, body)):
-        return json.loads(body)
+        return _DECODER.decode(body.decode())
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise InvalidField(name, "there a second time", "each field once")
+            seen.add(name)
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_each_once)
 
 
 def _not_json(body: bytes, error: Exception) -> UserError:
     return UserError(f"the body ({len(body)} bytes) is not JSON: {error}")
 
 
-def _explain(message: str, sent: Any, kind: type[msgspec.Struct]) -> UserError:
+def _explain(message: str, sent: Any, kind: Any, at: str = "") -> InvalidField:
+    """`at`: the field at which `sent` stands, where that is not the whole body."""
     found = _PLACE.match(message)
     assert found is not None, "every part of the pattern may be empty"
     what, steps = found["what"], _STEP.findall(found["path"] or "")
-    field = ".".join(name or f"[{index or '...'}]" for name, index, _ in steps).replace(".[", "[") or "the body"
+    path = [at] if at else []
+    path += [name or f"[{index or '...'}]" for name, index, _ in steps]
+    field = ".".join(path).replace(".[", "[") or "the body"
     value, known = sent, sent is not _UNSEEN
     for name, index, _ in steps:
         try:
@@ -82,10 +109,9 @@ def _explain(message: str, sent: Any, kind: type[msgspec.Struct]) -> UserError:
         if named[1] == "missing required":
             return InvalidField(f"{inside}{named[2]}", None, "a value: this field is required")
         given = value.get(named[2]) if known and isinstance(value, dict) else "(not shown)"
-        fields = ", ".join(_fields_at(kind, [name for name, _, _ in steps if name]))
-        return InvalidField(
-            f"{inside}{named[2]}", given, f"no field of this name, only {fields or 'the documented ones'}"
-        )
+        fields = _fields_at(kind, [name for name, _, _ in steps if name])
+        allowed = f"no field of this name, only {', '.join(fields) or 'the documented ones'}"
+        return InvalidField(f"{inside}{named[2]}", given, allowed, did_you_mean(named[2], fields))
     allowed, _, got = what.removeprefix("Expected ").replace("`", "").partition(", got ")
     # Clients cannot say NaN or infinity in JSON; they say null.
     todo = "NaN and infinity come as null" if known and value is None and allowed == "float" else ""
@@ -95,6 +121,7 @@ def _explain(message: str, sent: Any, kind: type[msgspec.Struct]) -> UserError:
 
 def _fields_at(kind: Any, path: list[str]) -> list[str]:
     """The field names of the Struct that the path leads to, through optional and list types."""
+    kind = next(_structs(kind), None)
     for name in path:
         types = {f.encode_name: f.type for f in msgspec.structs.fields(kind)} if _is_struct(kind) else {}
         kind = next(_structs(types.get(name)), None)

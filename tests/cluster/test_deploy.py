@@ -86,6 +86,8 @@ def test_a_model_is_added_twice_as_once_and_removed_without_a_trace(
         assert listed.returncode == 0, listed.stderr
         assert MODEL in listed.stdout
         assert DEFAULT in listed.stdout
+        told = json.loads(knapper("deploy", "list", "--json", *at).stdout)
+        assert {one["model"]: one["declared"] for one in told} == {MODEL: True, DEFAULT: True}
         gone = knapper("deploy", "remove", MODEL, *at)
         assert gone.returncode == 0, gone.stderr
     assert cluster.objects.keys() == before.keys()
@@ -195,6 +197,7 @@ def test_status_tells_warm_from_cold_and_what_went_wrong(cluster: Cluster, tmp_p
     )
     with serving(cluster, tmp_path) as kubeconfig:
         done = knapper("deploy", "status", DEFAULT, "--kubeconfig", str(kubeconfig))
+        told = json.loads(knapper("deploy", "status", DEFAULT, "--json", "--kubeconfig", str(kubeconfig)).stdout)
         unknown = knapper("deploy", "status", "org/none", "--kubeconfig", str(kubeconfig))
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: line for line in done.stdout.splitlines()[3:]}
@@ -203,6 +206,9 @@ def test_status_tells_warm_from_cold_and_what_went_wrong(cluster: Cluster, tmp_p
     assert "1 x nvidia-l4" in rows["train-step"]
     assert "failing" in rows["sample"]
     assert "RevisionFailed Unable to fetch image" in rows["sample"]
+    assert (told["model"], told["declared"], told["waiting"]) == (DEFAULT, True, 3)
+    states = {part["name"]: (part["state"], part["replicas"]) for part in told["parts"]}
+    assert (states["train-step"], states["sample"][0]) == (("warm", 1), "failing")
     assert unknown.returncode == 1
     assert f"deployed: {DEFAULT}" in unknown.stderr
 
@@ -237,6 +243,16 @@ def test_status_tells_how_a_start_from_zero_went_stage_by_stage(cluster: Cluster
     nothing = "node not yet, image and volumes not yet, process not yet"
     assert told["start of sample"].endswith(f": {nothing} (Unschedulable 0/1 nodes are available)")
     assert "node 132 s, image and volumes not yet, process not yet (ImagePullBackOff)" in later.stdout
+
+
+def test_an_empty_cluster_says_so(cluster: Cluster, tmp_path: Path) -> None:
+    for path in [path for path in cluster.objects if "/services/" in path or path.endswith("knapper-models")]:
+        del cluster.objects[path]
+    with serving(cluster, tmp_path) as kubeconfig:
+        said = knapper("deploy", "list", "--kubeconfig", str(kubeconfig)).stdout
+        told = knapper("deploy", "list", "--json", "--kubeconfig", str(kubeconfig)).stdout
+    assert said == "no base model is deployed; `knapper deploy add MODEL` serves one\n"
+    assert json.loads(told) == []
 
 
 def test_without_a_cluster_the_command_says_so(tmp_path: Path) -> None:

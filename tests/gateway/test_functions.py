@@ -1,5 +1,6 @@
 """The gateway and the real functions, as processes over one directory: trained, sampled, killed and gone on."""
 
+import json
 import os
 import re
 import signal
@@ -201,3 +202,7 @@ def test_the_seconds_that_samples_had_of_the_device_are_told_once(running: Runni
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     said = rf"^{session}  {MODEL.name}: 8 prompt tokens, \d+ tokens sampled, \d+\.\d{{3}} device seconds$"
     assert re.search(said, printed, re.MULTILINE), printed
+    rows = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    (row,) = [row for row in rows if row["about"] == session]
+    assert (row["base_model"], row["prompt_tokens"]) == (MODEL.name, 8)
+    assert row["tokens_sampled"] > 0 < row["sampling_device_seconds"]

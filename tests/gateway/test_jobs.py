@@ -1,5 +1,6 @@
 """Jobs by HTTP: the same road as an upload, and what a client sees of it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -123,6 +124,61 @@ def test_names_that_are_no_plain_names_are_refused(
     assert list((tmp_path / "inbox").rglob("*")) == []
 
 
+@pytest.mark.parametrize(
+    ("lora", "adapts", "says"),
+    [
+        (
+            "",
+            ["attn", "mlp"],
+            "adapts attn, mlp; not unembed, as the SDK's default does: `lora: {train_unembed: true}`",
+        ),
+        ("lora: {train_unembed: true, train_mlp: false}\n", ["attn", "unembed"], "adapts attn, unembed"),
+    ],
+)
+def test_what_the_adapter_changes_is_told_beside_the_default_of_the_sdk(
+    running: tuple[Running, Rung], tmp_path: Path, lora: str, adapts: list[str], says: str
+) -> None:
+    http, _ = running
+    assert submit(http, **{"job.yaml": YAML + lora})["adapts"] == adapts
+    http.post("jobs/j/cancel")
+    assert json.loads((tmp_path / "jobs/local/j/status.json").read_text())["adapts"] == adapts
+    assert says in command(http, "jobs", "show", "j").stdout.splitlines()
+
+
+def test_jobs_are_told_as_json_whole(running: tuple[Running, Rung]) -> None:
+    http, _ = running
+    start = Start(LOCAL_TENANT, "j", submit(http)["start"])
+    http.post("jobs", {"name": "i", "files": {"job.yaml": 'kind: "\\u202e"\n'}})
+    for step in range(2):
+        record = Trained(
+            next_seq=1, steps=3, metrics={"loss/mean": 0.5}, tokens=1, bytes=1, spent=Spent(),
+            began_at=0.0, ended_at=1.0,
+        )  # fmt: skip
+        http.run(http.store.put_if_absent(start.trained(step), encode(record)))
+    listed = command(http, "jobs", "list", "--json")
+    assert listed.stdout.isascii()
+    assert json.loads(listed.stdout) == http.http.get("jobs").json()["jobs"]
+    assert [job["state"] for job in json.loads(listed.stdout)] == ["refused", "running"]
+    one = command(http, "jobs", "list", "--json", "--limit", "1")
+    assert [job["job"] for job in json.loads(one.stdout)] == ["i"]
+    assert "1 more" in one.stderr
+    shown = json.loads(command(http, "jobs", "show", "j", "--json").stdout)
+    assert [line["step"] for line in shown["metrics"]] == [1, 2]
+    assert (shown["state"], shown["steps"]) == ("running", 3)
+    refused = command(http, "jobs", "show", "i", "--json")
+    assert (refused.returncode, json.loads(refused.stdout)["state"]) == (1, "refused")
+    both = command(http, "jobs", "show", "j", "--json", "--follow")
+    assert (both.returncode, both.stdout) == (2, "")
+
+
+def test_empty_listings_say_so_and_what_to_do(running: tuple[Running, Rung]) -> None:
+    http, _ = running
+    assert command(http, "jobs", "list").stdout == "there are no jobs; `knapper submit JOB.YAML` starts one\n"
+    assert command(http, "usage").stdout == "nothing was used in the last 24 hours; --hours looks further back\n"
+    for listing in (["jobs", "list"], ["usage"]):
+        assert json.loads(command(http, *listing, "--json").stdout) == []
+
+
 def test_what_is_not_there_is_not_found(running: tuple[Running, Rung]) -> None:
     http = running[0]
     assert http.http.get("jobs/none").status_code == 404
@@ -151,13 +207,13 @@ def test_the_command_line_submits_a_folder_and_follows_it(running: tuple[Running
     assert "job.yaml, line 3: steps is 'none'" in wrong.stderr
     (folder / "job.yaml").write_text(YAML)
     done = command(http, "submit", str(folder / "job.yaml"))
-    assert (done.returncode, done.stdout) == (0, "my-job: running, step 0/3\n")
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "my-job: running, step 0/3")
     assert "my-job  sft   running  0/3" in command(http, "jobs", "list").stdout
     assert command(http, "jobs", "cancel", "my-job").stdout.startswith("my-job: cancelled")
     followed = command(http, "jobs", "show", "my-job", "--follow")
-    assert followed.stdout == "my-job: cancelled, step 0/3\ncancelled by its owner\n"
+    assert followed.stdout.startswith("my-job: cancelled, step 0/3\ncancelled by its owner\nadapts attn, mlp; ")
     (folder / "d.jsonl").write_text("{}\n")
     (folder / "job.yaml").write_text(YAML + "seed: 1\n")
     refused = command(http, "submit", str(folder / "job.yaml"), "--follow")
     assert refused.returncode == 1
-    assert "d.jsonl, line 1: prompt" in refused.stdout
+    assert "d.jsonl, line 1: messages" in refused.stdout

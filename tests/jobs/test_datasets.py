@@ -1,9 +1,13 @@
-"""Data files: what is wrong is named with its line, and everything is bounded."""
+"""Data files: every form means the same row, what is wrong is named with its line, and everything is bounded."""
+
+import json
+from typing import Any
 
 import pytest
 
 from knapper import limits
-from knapper.jobs import datasets, spec
+from knapper.errors import InvalidField
+from knapper.jobs import datasets, rows, spec
 from knapper.jobs.documents import JobError
 from tests.jobs.places import lines
 
@@ -51,6 +55,135 @@ def test_a_wrong_row_is_named_with_its_line(kind: str, row: object, says: str) -
     with pytest.raises(JobError, match=f"d.jsonl, line 3: .*{says}") as caught:
         datasets.rows(job, "d.jsonl", data)
     assert caught.value.report()["file"] == "d.jsonl"
+
+
+def user(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "user", "content": text, **more}
+
+
+def assistant(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def human(text: str) -> dict[str, Any]:
+    return {"from": "human", "value": text}
+
+
+def gpt(text: str) -> dict[str, Any]:
+    return {"from": "gpt", "value": text}
+
+
+SYSTEM = {"role": "system", "content": "s"}
+CHATTED = rows.ChatRow([user("a"), assistant("b")])
+PAIRED = rows.PairRow([user("a")], [assistant("b")], [assistant("c")])
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent", "meant"),
+    [
+        ("rl", {"prompt": "a"}, rows.RlRow("a")),
+        ("rl", {"prompt": [user("a", name="ada")], "answer": 1}, rows.RlRow([user("a", name="ada")], 1)),
+        ("rl", {"prompt": [human("a")]}, rows.RlRow([user("a")])),
+        ("sft", {"messages": [user("a"), assistant("b")]}, CHATTED),
+        ("sft", {"messages": [user("a", name="ada"), assistant("b") | {"refusal": None, "annotations": []}]},
+         rows.ChatRow([user("a", name="ada"), assistant("b")])),
+        ("sft", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, assistant("b")]}, CHATTED),
+        ("sft", {"messages": [human("a"), gpt("b")]}, CHATTED),
+        ("sft", {"conversations": [human("a"), gpt("b")]}, CHATTED),
+        ("sft", {"id": "x_0", "conversations": [human("a"), gpt("b") | {"weight": None}], "tools": ""}, CHATTED),
+        ("sft", {"conversations": [user("a"), assistant("b")]}, CHATTED),
+        ("sft", {"conversations": [{"from": "user", "value": "a"}, {"from": "chatgpt", "value": "b"}]}, CHATTED),
+        ("sft", {"conversations": [{"from": "system", "value": "s"}, human("a"), gpt("b")]},
+         rows.ChatRow([SYSTEM, user("a"), assistant("b")])),
+        ("sft", {"system": "s", "conversations": [human("a"), gpt("b")]},
+         rows.ChatRow([SYSTEM, user("a"), assistant("b")])),
+        ("sft", {"prompt": "a", "completion": "b"}, rows.CompletionRow("a", "b")),
+        ("sft", {"prompt": [user("a")], "completion": [assistant("b")]},
+         rows.CompletionRow([user("a")], [assistant("b")])),
+        ("dpo", {"prompt": "a", "chosen": "b", "rejected": "c"}, rows.PairRow("a", "b", "c")),
+        ("dpo", {"prompt": [user("a")], "chosen": "b", "rejected": "c"}, rows.PairRow([user("a")], "b", "c")),
+        ("dpo", {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}, PAIRED),
+        ("dpo", {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}, PAIRED),
+        ("dpo", {"prompt": "a", "chosen": [user("a"), assistant("b")],
+                 "rejected": [user("a"), assistant("c")]}, PAIRED),
+        ("dpo", {"chosen": [user("a"), assistant("x"), user("y"), assistant("b")],
+                 "rejected": [user("a"), assistant("x"), user("y"), assistant("c"), user("z"), assistant("d")]},
+         rows.PairRow([user("a"), assistant("x"), user("y")], [assistant("b")],
+                      [assistant("c"), user("z"), assistant("d")])),
+        ("dpo", {"conversations": [human("a")], "chosen": gpt("b"), "rejected": gpt("c")}, PAIRED),
+        ("dpo", {"conversations": [human("a")], "chosen": [gpt("b")], "rejected": [gpt("c")]}, PAIRED),
+    ],
+)  # fmt: skip
+def test_every_form_of_a_row_is_read_as_what_it_means(kind: spec.Kind, sent: object, meant: rows.Row) -> None:
+    assert rows.read(kind, json.dumps(sent).encode()) == meant
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent", "says"),
+    [
+        ("sft", {"conversations": [human("a"), {"from": "observation", "value": "{}"}]}, "from is 'observation'"),
+        ("sft", {"conversations": [human("a"), gpt("b") | {"weight": 0}]}, r"\[1\].weight is 0; allowed: null"),
+        ("sft", {"conversations": [human("a"), assistant("b")]}, r"conversations\[1\]"),
+        ("sft", {"conversations": [human("a"), gpt("b")], "tools": "[{}]"}, "tools is"),
+        ("sft", {"system": "s", "conversations": [SYSTEM, user("a"), assistant("b")]}, "system is 's'"),
+        ("sft", {"conversations": []}, "conversations is 'a list of 0'"),
+        ("sft", {"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [{}]}]}, "tools are not"),
+        ("sft", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, r"\[0\].type is 'image_url'"),
+        ("sft", {"messages": [user("a", nmae="ada")]}, r"messages\[0\].nmae .*Did you mean name\?"),
+        ("sft", {"prompt": "a", "completion": [assistant("b")]}, "completion .*a text, as `prompt` is one"),
+        ("sft", {"prompt": [user("a")], "completion": [user("b")]}, "first message of completion is 'user'"),
+        ("sft", {"prompt": [user("a")], "completion": [user("a"), assistant("b")]}, "only the messages that follow"),
+        ("sft", {"prompt": [user("a"), assistant("b")], "completion": [assistant("c")]}, "prompt's last message"),
+        ("dpo", {"chosen": "a b", "rejected": "a c"}, "prompt is None; allowed: a value: .*whole conversations"),
+        ("dpo", {"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]}, "begins as `chosen`"),
+        ("dpo", {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("b")]}, "ends otherwise"),
+        ("dpo", {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), user("c")]}, "message of rejected is"),
+        ("dpo", {"prompt": "z", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
+         "prompt is 'z'"),
+        ("dpo", {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": "c"}, "of the same form as `chosen`"),
+    ],
+)  # fmt: skip
+def test_what_may_mean_two_things_is_refused_with_what_is_allowed(kind: spec.Kind, sent: object, says: str) -> None:
+    with pytest.raises(InvalidField, match=says):
+        rows.read(kind, json.dumps(sent).encode())
+
+
+@pytest.mark.parametrize("kind", rows.FORMS)
+@pytest.mark.parametrize("sent", [{"text": "a"}, {"instruction": "a", "output": "b"}, {}, {"answer": 1, "text": "a"}])
+def test_a_row_of_an_unknown_form_is_told_of_all_forms(kind: spec.Kind, sent: object) -> None:
+    with pytest.raises(InvalidField) as caught:
+        rows.read(kind, json.dumps(sent).encode())
+    for form in rows.FORMS[kind]:
+        assert form.shown in str(caught.value)
+
+
+def test_a_misspelt_field_is_told_which_was_meant() -> None:
+    with pytest.raises(JobError, match=r"^d, line 1: promt is 'a'.*Did you mean prompt\?"):
+        datasets.dpo("d", lines({"promt": "a", "chosen": "b", "rejected": "c"}).encode())
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"prompt": "a", "prompt": "b"}', "prompt"),
+        ('{"prompt": [{"role": "user", "content": "a", "role": "system"}]}', "role"),
+        ('{"prompt": "a", "answer": {"x": 1, "\\u0078": 2}}', "x"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(text: str, key: str) -> None:
+    with pytest.raises(JobError, match=f"d, line 2: {key} is 'there a second time'; allowed: each field once"):
+        datasets.rl("d", b'{"prompt": "a"}\n' + text.encode())
+
+
+def test_a_byte_order_mark_before_a_line_is_no_part_of_it() -> None:
+    one = b'\xef\xbb\xbf{"prompt": "a"}\n'
+    assert datasets.rl("d", one) == [rows.RlRow("a")]
+    assert datasets.rl("d", one + one + b"\xef\xbb\xbf") == [rows.RlRow("a")] * 2, "files put together"
+    assert datasets.line_of("d", b"\xef\xbb\xbf\n" + one, 0) == 2
+    with pytest.raises(JobError, match="its content is 'empty'"):
+        datasets.rl("d", b"\xef\xbb\xbf\n")
+    with pytest.raises(JobError, match="line 1"):
+        datasets.rl("d", '{"prompt": "a"}\n'.encode("utf-16"))
 
 
 def test_roles_that_no_row_has_are_an_error() -> None:

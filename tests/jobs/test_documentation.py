@@ -8,7 +8,9 @@ from typing import Any, get_args
 import msgspec
 import pytest
 
+from knapper.conversations import SPEAKERS
 from knapper.jobs import spec
+from knapper.jobs.rows import FORMS
 from knapper.jobs.spec import TYPES, Job, Kind
 
 PAGE = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text()
@@ -73,3 +75,18 @@ def test_what_is_common_to_all_is_told_once() -> None:
 def test_the_example_of_the_page_is_a_job() -> None:
     example = PAGE.partition("```yaml\n")[2].partition("```")[0]
     assert spec.parse(example.encode()).job.kind == "rl"
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_every_form_of_a_row_is_on_the_page(kind: Kind) -> None:
+    of_kind = PAGE.partition("\n| kind | row |\n")[2].partition(f"\n| `{kind}` | ")[2]
+    told = re.match(r"[^\n]*(?:\n\| \| [^\n]*)*", of_kind)
+    assert told is not None
+    assert re.findall(r"(?:^|\| )`(\{.*?)`[;:]? ?[^`]*\|$", told[0], re.MULTILINE) == [
+        form.shown for form in FORMS[kind]
+    ]
+
+
+def test_every_speaker_that_is_understood_is_on_the_page() -> None:
+    (told,) = re.findall(r"`from` and `value`: (.*?)\. Others", PAGE, re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", told)) == set(SPEAKERS)

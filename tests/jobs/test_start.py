@@ -10,8 +10,10 @@ from knapper import limits
 from knapper.errors import InvalidField
 from knapper.ids import LOCAL_TENANT
 from knapper.jobs import control, spec, start
+from knapper.jobs.folders import Folders
 from knapper.jobs.names import Start
 from knapper.jobs.records import Started, read
+from knapper.jobs.rows import RlRow
 from tests.jobs.places import lines, place, serve
 
 YAML = "kind: rl\ndata: p.jsonl\nsteps: 3\nreward: {code: reward.py}\nevaluate: {data: e.jsonl}\n"
@@ -46,6 +48,20 @@ def test_files_come_in_any_order_and_the_job_starts_once(
         assert await here.store.get(begun.content(record.files["p.jsonl"])) == FILES["p.jsonl"].encode()
         assert await here.store.list("expected/") == []
         assert "inbox/local/j/job.error.json" not in folder.files
+
+    asyncio.run(story())
+
+
+def test_a_byte_order_mark_is_skipped_in_every_file() -> None:
+    async def story() -> None:
+        here, folder, _ = place()
+        await serve(here.store)
+        folder.put("j", {name: b"\xef\xbb\xbf" + content.encode() for name, content in FILES.items()})
+        begun = await start.look(here, LOCAL_TENANT, "j")
+        assert begun is not None, folder.files.get("inbox/local/j/job.error.json")
+        opened = await Folders(here.store).read(begun)
+        assert opened.rows == [RlRow("1+1=", 2), RlRow([{"role": "user", "content": "hi"}])]
+        assert opened.held_out == [RlRow("2+2=", 4)]
 
     asyncio.run(story())
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from knapper.conversations import Message
 from knapper.errors import InvalidField, UserError
-from knapper.jobs.datasets import ChatRow, CompletionRow, Message, PairRow
+from knapper.jobs.rows import ChatRow, CompletionRow, PairRow
 from knapper.jobs.texts import Example, Texts, pack
 from knapper.language import Language
 from knapper.templates import Template
@@ -13,6 +14,10 @@ from tests.engine.tiny import bos, eos
 from tests.jobs.works import CHAT
 
 LANGUAGE = Language(tokenizer(), Template(CHAT, {}), tokenizer().token_to_id(eos))
+
+
+def message(role: str, content: str, **more: str) -> Message:
+    return {"role": role, "content": content, **more}
 
 
 def texts(tokens_max: int = 200, template: str = CHAT) -> Texts:
@@ -35,8 +40,8 @@ def counted(example: Example) -> str:
 
 
 CHATTED = ChatRow(
-    messages=[Message("system", "be"), Message("user", "hi"), Message("assistant", "yo"), Message("user", "é?"),
-     Message("assistant", "the end")]
+    messages=[message("system", "be"), message("user", "hi"), message("assistant", "yo"), message("user", "é?"),
+     message("assistant", "the end")]
 )  # fmt: skip
 
 
@@ -61,13 +66,29 @@ def test_all_counts_every_token_but_the_first() -> None:
 def test_a_completion_counts_with_the_token_that_ends_it() -> None:
     example = texts().sft(CompletionRow(prompt="in", completion="the"), "completions")
     assert counted(example) == f"the{eos}"
-    chat = texts().sft(CompletionRow(prompt=[Message("user", "a")], completion="b"), "completions")
+    chat = texts().sft(CompletionRow(prompt=[message("user", "a")], completion="b"), "completions")
     assert LANGUAGE.tokenizer.decode(chat.tokens_T.tolist(), skip_special_tokens=False) == (
         f"{bos}user\na{eos}\n{bos}assistant\nb{eos}"
     )
     assert counted(chat) == f"b{eos}"
     chosen, rejected = texts().pair(PairRow(prompt="in", chosen="b", rejected="a"))
     assert (counted(chosen), counted(rejected)) == (f"b{eos}", f"a{eos}")
+
+
+def test_messages_after_a_prompt_count_as_a_chat_of_both_does() -> None:
+    prompt, said = [message("user", "a")], [message("assistant", "b"), message("user", "c"), message("assistant", "d")]
+    told = texts().sft(CompletionRow([message("assistant", "x"), *prompt], said), "completions")
+    assert counted(told) == f"b{eos}|d{eos}", "what the prompt's assistant said is no completion"
+    chosen, rejected = texts().pair(PairRow(prompt, [message("assistant", "b")], [message("assistant", "d")]))
+    assert (counted(chosen), counted(rejected)) == (f"b{eos}", f"d{eos}")
+    whole = texts().sft(ChatRow([*prompt, message("assistant", "b")]), "completions")
+    assert chosen.tokens_T.tolist() == whole.tokens_T.tolist()
+
+
+def test_a_template_gets_the_names_of_those_who_speak() -> None:
+    named = "{% for m in messages %}{{ m.role }}{{ m.name | default('') }}:{{ m.content }}\n{% endfor %}"
+    tokens = texts(template=named).prompt([message("user", "a", name="the")])
+    assert LANGUAGE.tokenizer.decode(tokens) == "userthe:a\n"
 
 
 def test_a_template_that_rewrites_earlier_messages_is_refused_instead_of_guessed() -> None:

@@ -353,6 +353,44 @@ def test_packed_sequences_are_fewer_and_every_row_counts(house: House) -> None:
     assert sums[1][1] < sums[0][1]
 
 
+def _said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"from": {"user": "human", "assistant": "gpt"}[role], "value": content}
+
+
+WORDS = ("one", "two", "three", "four")
+SAME_ROWS = {
+    "sft": (
+        lines(*({"messages": [_said("user", a), _said("assistant", "the")]} for a in WORDS)),
+        lines(*({"conversations": [_turn("user", a), _turn("assistant", "the")]} for a in WORDS)),
+        lines(*({"prompt": [_said("user", a)], "completion": [_said("assistant", "the")]} for a in WORDS)),
+    ),
+    "dpo": (
+        lines(*({"prompt": [_said("user", a)], "chosen": [_said("assistant", "the")],
+                 "rejected": [_said("assistant", a)]} for a in WORDS)),
+        lines(*({"chosen": [_said("user", a), _said("assistant", "the")],
+                 "rejected": [_said("user", a), _said("assistant", a)]} for a in WORDS)),
+        lines(*({"conversations": [_turn("user", a)], "chosen": _turn("assistant", "the"),
+                 "rejected": _turn("assistant", a)} for a in WORDS)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SAME_ROWS)
+def test_the_same_rows_in_any_form_train_the_same_adapter_bit_for_bit(house: House, kind: str) -> None:
+    def adapter(data: str) -> bytes:
+        works, marked = Works(house), "\ufeff" + data
+        files = {"job.yaml": JOBS[kind]["job.yaml"], "p.jsonl": marked, "e.jsonl": marked}
+        assert run(lambda: ended(works, files)) == "completed: "
+        return works.adapter()
+
+    adapters = [adapter(data) for data in SAME_ROWS[kind]]
+    assert adapters[1:] == adapters[:1] * 2
+
+
 def test_bells_that_nobody_should_have_rung_are_poison_and_harm_no_job(
     house: House,
 ) -> None:

@@ -65,6 +65,20 @@ def test_a_file_has_a_limit_and_is_text() -> None:
         spec.parse({"code": "r.py"}, {"r.py": b"ab\xff"})
 
 
+@pytest.mark.parametrize(
+    ("described", "text"),
+    [
+        ({"code": "f"}, "def reward(prompt, completion, answer):\n    return 1.0\n"),
+        ({"name": "json_schema", "json_schema": "f"}, '{"type": "object"}'),
+        ({"name": "sql", "database": "f"}, "create table t (x);"),
+    ],
+)
+def test_a_byte_order_mark_is_no_part_of_a_file(described: dict[str, str], text: str) -> None:
+    assert spec.parse(described, {"f": b"\xef\xbb\xbf" + text.encode()}).files == {"f": text}
+    with pytest.raises(UserError, match="f is not a text in UTF-8: byte 5 is 0xff"):
+        spec.parse(described, {"f": b"\xef\xbb\xbfab\xff"})
+
+
 def test_the_longest_list_is_allowed() -> None:
     terms = [{"name": "length", "max": 1, "label": f"l{n}"} for n in range(limits.reward_terms_max)]
     assert len(spec.parse(terms, {}).terms) == limits.reward_terms_max

@@ -1,0 +1,251 @@
+"""The rows of data files: every form that people write them in, read as one of four kinds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+from msgspec import Meta
+
+from knapper.conversations import Message, conversation
+from knapper.errors import InvalidField
+from knapper.jobs.spec import Kind
+from knapper.nearest import did_you_mean
+from knapper.wire import json
+
+Text = Annotated[str, Meta(min_length=1)]
+Messages = list[Message]
+Prompt = str | Messages
+Completion = str | Messages  # messages: those that follow a prompt of messages
+
+
+@dataclass(frozen=True)
+class RlRow:
+    """What the model is asked. `answer`: whatever the reward compares with."""
+
+    prompt: Prompt
+    answer: Any = None
+
+
+@dataclass(frozen=True)
+class ChatRow:
+    messages: Messages
+
+
+@dataclass(frozen=True)
+class CompletionRow:
+    prompt: Prompt
+    completion: Completion
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """A prompt, and of two completions the better one."""
+
+    prompt: Prompt
+    chosen: Completion
+    rejected: Completion
+
+
+SftRow = ChatRow | CompletionRow
+Row = RlRow | ChatRow | CompletionRow | PairRow
+
+
+class Form(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One way to write a row. `shown`: an example, for people."""
+
+    shown: ClassVar[str]
+
+    def row(self) -> Row:
+        """Raises InvalidField."""
+        raise NotImplementedError
+
+
+class Asked(Form, frozen=True, kw_only=True):
+    shown = '{"prompt": ..., "answer": ...}'
+
+    prompt: Text | list[Any]
+    answer: Any = None
+
+    def row(self) -> RlRow:
+        return RlRow(_prompt(self.prompt), self.answer)
+
+
+class Chat(Form, frozen=True, kw_only=True):
+    shown = '{"messages": [...]}'
+
+    messages: list[Any]
+
+    def row(self) -> ChatRow:
+        return ChatRow(conversation(self.messages, "messages"))
+
+
+class ShareGpt(Form, frozen=True, kw_only=True):
+    shown = '{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}'
+
+    conversations: list[Any]
+    system: str | None = None
+    tools: Any = None
+    id: str | int | None = None  # a label, which trains nothing
+
+    def row(self) -> ChatRow | PairRow:
+        return ChatRow(self.messages())
+
+    def messages(self) -> Messages:
+        """Raises InvalidField."""
+        if self.tools not in (None, "", []):
+            raise InvalidField(
+                "tools", self.tools, "none: write them into a system message, as the model shall see them"
+            )
+        messages = conversation(self.conversations, "conversations")
+        if not self.system:
+            return messages
+        if messages[0]["role"] == "system":
+            raise InvalidField("system", self.system, "none beside a conversation that begins with a system message")
+        return [{"role": "system", "content": self.system}, *messages]
+
+
+class Completed(Form, frozen=True, kw_only=True):
+    shown = '{"prompt": ..., "completion": ...}'
+
+    prompt: Text | list[Any]
+    completion: Text | list[Any]
+
+    def row(self) -> CompletionRow:
+        prompt = _prompt(self.prompt)
+        return CompletionRow(prompt, _completion(prompt, self.completion, "completion"))
+
+
+class Pair(Form, frozen=True, kw_only=True):
+    shown = '{"prompt": ..., "chosen": ..., "rejected": ...}'
+
+    prompt: Text | list[Any]
+    chosen: Text | list[Any]
+    rejected: Text | list[Any]
+
+    def row(self) -> PairRow:
+        prompt = _prompt(self.prompt)
+        if isinstance(prompt, str) and isinstance(self.chosen, list) and isinstance(self.rejected, list):
+            return _repeating(prompt, _diverging(self.chosen, self.rejected))
+        return _pair(prompt, self.chosen, self.rejected)
+
+
+class Diverging(Form, frozen=True, kw_only=True):
+    shown = '{"chosen": [...], "rejected": [...]} with the same messages before the first that differs'
+
+    chosen: Text | list[Any]
+    rejected: Text | list[Any]
+
+    def row(self) -> PairRow:
+        if isinstance(self.chosen, str) or isinstance(self.rejected, str):
+            todo = "Or write `chosen` and `rejected` as whole conversations, which begin with it"
+            raise InvalidField("prompt", None, "a value: where it ends in two texts cannot be told", todo)
+        return _diverging(self.chosen, self.rejected)
+
+
+class ShareGptPair(ShareGpt, frozen=True, kw_only=True):
+    shown = '{"conversations": [...], "chosen": {"from": "gpt", "value": "..."}, "rejected": {...}}'
+
+    chosen: Text | dict[str, Any] | list[Any]
+    rejected: Text | dict[str, Any] | list[Any]
+
+    def row(self) -> PairRow:
+        chosen, rejected = ([each] if isinstance(each, dict) else each for each in (self.chosen, self.rejected))
+        return _pair(self.messages(), chosen, rejected)
+
+
+FORMS: Mapping[Kind, tuple[type[Form], ...]] = {
+    "rl": (Asked,),
+    "sft": (Chat, Completed, ShareGpt),
+    "dpo": (Pair, Diverging, ShareGptPair),
+}
+
+
+def read(kind: Kind, text: bytes) -> Row:
+    """Raises UserError; InvalidField where it is one field, and with all forms where it is the form."""
+    sent = json.loads(text)
+    forms = FORMS[kind]
+    if not isinstance(sent, dict):
+        return json.decode(text, forms[0]).row()
+    if fitting := next((form for form in forms if _required(form) <= sent.keys() <= _names(form)), None):
+        return json.decode(text, fitting).row()
+    shown = f"Rows of {kind} are: " + ", or ".join(form.shown for form in forms)
+    known = list(dict.fromkeys(name for form in forms for name in form.__struct_fields__))
+    for name in (each for each in sent if each not in known):
+        todo = f"{did_you_mean(name, known)} {shown}".strip()
+        raise InvalidField(name, sent[name], f"no field of this name, only {', '.join(known)}", todo)
+    nearest = max(forms, key=lambda form: (len(sent.keys() & _names(form)), -len(_required(form) - sent.keys())))
+    try:
+        return json.decode(text, nearest).row()
+    except InvalidField as error:
+        todo = f"{error.todo} {shown}".strip()
+        raise InvalidField(str(error.field), error.value, error.allowed, todo) from error
+
+
+@cache
+def _names(form: type[Form]) -> frozenset[str]:
+    return frozenset(field.encode_name for field in msgspec.structs.fields(form))
+
+
+@cache
+def _required(form: type[Form]) -> frozenset[str]:
+    return frozenset(field.encode_name for field in msgspec.structs.fields(form) if field.required)
+
+
+def _prompt(sent: str | list[Any]) -> Prompt:
+    return sent if isinstance(sent, str) else conversation(sent, "prompt")
+
+
+def _completion(prompt: Prompt, sent: str | list[Any], at: str) -> Completion:
+    """What follows the prompt. Raises InvalidField for what cannot be told to."""
+    if isinstance(sent, str):
+        return sent
+    messages = conversation(sent, at)
+    if isinstance(prompt, str):
+        raise InvalidField(at, sent, "a text, as `prompt` is one", "Or write both as messages")
+    if messages[: len(prompt)] == prompt:
+        raise InvalidField(at, sent, "only the messages that follow those of `prompt`")
+    if prompt[-1]["role"] == "assistant":
+        raise InvalidField(
+            "the role of the prompt's last message", "assistant", "another: the completion is the assistant's"
+        )
+    for n in (0, -1):
+        if messages[n]["role"] != "assistant":
+            raise InvalidField(
+                f"the role of the {'last' if n else 'first'} message of {at}", messages[n]["role"], "assistant"
+            )
+    return messages
+
+
+def _pair(prompt: Prompt, chosen: str | list[Any], rejected: str | list[Any]) -> PairRow:
+    better, worse = _completion(prompt, chosen, "chosen"), _completion(prompt, rejected, "rejected")
+    if isinstance(better, str) != isinstance(worse, str):
+        raise InvalidField("rejected", rejected, "of the same form as `chosen`: both texts, or both messages")
+    if better == worse:
+        raise InvalidField("rejected", rejected, "another text than `chosen`")
+    return PairRow(prompt, better, worse)
+
+
+def _diverging(chosen: list[Any], rejected: list[Any]) -> PairRow:
+    """Two whole conversations: what both begin with is the prompt. Raises InvalidField."""
+    better, worse = conversation(chosen, "chosen"), conversation(rejected, "rejected")
+    same = 0
+    while same < min(len(better), len(worse)) and better[same] == worse[same]:
+        same += 1
+    if not same:
+        raise InvalidField("rejected", rejected, "a conversation that begins as `chosen` does", "Or give a `prompt`")
+    if same in (len(better), len(worse)):
+        raise InvalidField(
+            "rejected", rejected, "a conversation that ends otherwise than `chosen`, and is no part of it"
+        )
+    return _pair(better[:same], better[same:], worse[same:])
+
+
+def _repeating(prompt: str, row: PairRow) -> PairRow:
+    """Whole conversations beside a prompt of text. Raises InvalidField if they do not say it: which is meant then?"""
+    said = [] if isinstance(row.prompt, str) else row.prompt
+    if {"role": "user", "content": prompt} not in said:
+        todo = "Write the prompt as messages, or leave it out, or write `chosen` and `rejected` as texts"
+        raise InvalidField("prompt", prompt, "what a user says in `chosen` and `rejected` before they differ", todo)
+    return row
