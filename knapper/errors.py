@@ -11,6 +11,8 @@ from knapper.printable import printable
 
 Category = Literal["user", "server"]
 
+_MESSAGE_CHARS_MAX = 2000  # messages quote names that clients made up, which may be as long as a request
+
 
 class KnapperError(Exception):
     """The root. Anything else that escapes is a defect of knapper."""
@@ -19,6 +21,11 @@ class KnapperError(Exception):
     status: int = 500
     category: Category = "server"
     field: str | None = None  # the one that is wrong, where it is one
+
+    def __init__(self, message: str = "") -> None:
+        """Of a long message, the middle is left out: what is wrong stands first, what to do last."""
+        half = _MESSAGE_CHARS_MAX // 2
+        super().__init__(message if len(message) <= _MESSAGE_CHARS_MAX else f"{message[:half]} ... {message[-half:]}")
 
     def __str__(self) -> str:
         """One line, fit for a terminal: messages quote what users sent."""

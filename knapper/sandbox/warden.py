@@ -41,7 +41,7 @@ def main(config: dict[str, object]) -> NoReturn:
         missing = proof()
     hello = {"missing": missing, "lacking": {name: reason for name, reason in lacking.items() if reason}}
     send(json.dumps(hello).encode())
-    while letter := os.read(CONTROL, 1):
+    while letter := received(1):
         serve(pair=letter == b"2", seal=not missing)
     os._exit(0)
 
@@ -143,18 +143,30 @@ def ended(pid: int, deadline: float) -> int | None:
 
 
 def exactly(size: int) -> bytes:
-    received = bytearray()
-    while len(received) < size:
-        if not (chunk := os.read(CONTROL, size - len(received))):
+    whole = bytearray()
+    while len(whole) < size:
+        if not (chunk := received(size - len(whole))):
             os._exit(0)
-        received += chunk
-    return bytes(received)
+        whole += chunk
+    return bytes(whole)
+
+
+def received(size: int) -> bytes:
+    """At most so many bytes from the caller; none once it is gone, which is no error, whenever it goes."""
+    try:
+        return os.read(CONTROL, size)
+    except ConnectionResetError:
+        return b""
 
 
 def send(content: bytes) -> None:
+    """To the caller. Ends the process if there is none any more."""
     frame = struct.pack("!I", len(content)) + content
-    while frame:
-        frame = frame[os.write(CONTROL, frame) :]
+    try:
+        while frame:
+            frame = frame[os.write(CONTROL, frame) :]
+    except (BrokenPipeError, ConnectionResetError):
+        os._exit(0)
 
 
 if __name__ == "__main__":
