@@ -10,13 +10,15 @@ TORCH_CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?= -n 2 --dist worksteal
 UP_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_ARGS ?=
+MUTANTS_ARGS ?=
 VLLM_ARGS ?= -n 2 --dist loadfile
 VLLM_PIP := .venv/vllm/bin/python -m pip --disable-pip-version-check install --quiet
 # What the tests need of tinker-cookbook.
 COOKBOOK := tests/conformance/cookbook/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install setup demo demo-events up test test-vllm powercuts flips calm check manifests scan bench exactness bench-page bench-check bench-backends bench-agreement
+.PHONY: help install setup demo demo-events up test test-vllm powercuts flips calm fuzz mutants check manifests scan bench exactness bench-page bench-check bench-backends bench-agreement
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +53,12 @@ check: setup ## lint, format, strict types, import directions
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+fuzz: setup ## send 50,000 bodies to every route of a server, wrong in every way (FUZZ_ARGS='--seed 2 --only 17' replays one)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
+
+mutants: setup ## break journal, losses, optimizer, ids and keys in small ways: does a test notice? (MUTANTS_ARGS='--only knapper/ids.py')
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(MUTANTS_ARGS)
 
 manifests: setup ## render what a cluster gets, check it and the Terraform files against every schema, and the Dockerfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/manifests tests/terraform tests/images $(PYTEST_ARGS)

@@ -167,7 +167,7 @@ def _same_sampler_save(stored: Operation, again: Operation) -> bool:
         return False
     first, second = (msgspec.json.decode(each.body()) for each in (stored, again))
     number = "sampling_session_seq_id"
-    return bool(number in first and {**first, number: 0} == {**second, number: 0})
+    return bool(number in first and number in second and {**first, number: 0} == {**second, number: 0})
 
 
 def decode_creation(operation: Operation) -> Creation:

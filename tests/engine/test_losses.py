@@ -2,9 +2,12 @@
 
 import inspect
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from knapper.engine import losses
@@ -237,3 +240,112 @@ def test_the_registry_names_every_argument_of_every_formula() -> None:
     for loss in LOSSES.values():
         arguments = set(inspect.signature(loss.formula).parameters) - {"learner_T"}
         assert arguments == (set(loss.required) | set(loss.optional) | set(loss.config)) - {"target_tokens", "weights"}
+
+
+# ---- known answers: each loss and all of its metrics, written out in numpy's float64
+
+LEARNER = np.array([-1.0, -2.0, -0.5, -3.0, -1.5, -0.25, -4.0, -2.0])
+SAMPLER = np.array([-1.1, -1.0, -0.5, -1.2, -3.5, -0.75, -4.0, -0.5])
+ADVANTAGES = np.array([1.0, -2.0, 0.5, 0.25, -1.0, 0.0, 1.0, 1.0])  # one of 1 too: it is trained as well
+MASK = np.array([1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
+OWN = {"clip_low_threshold": 0.7, "clip_high_threshold": 1.4}
+
+
+def clipped_answer(ratio: NDArray[Any], low: float, high: float) -> dict[str, float]:
+    plain, clipped = ratio * ADVANTAGES, np.clip(ratio, low, high) * ADVANTAGES
+    return {"loss:sum": -np.minimum(plain, clipped).sum(), "clipped:sum": (clipped < plain).sum()}
+
+
+def cispo_answer(ratio: NDArray[Any], low: float, high: float) -> dict[str, float]:
+    clipped = np.clip(ratio, low, high)
+    return {
+        "loss:sum": -(clipped * LEARNER * ADVANTAGES).sum(),
+        "clipped:sum": ((clipped != ratio) & (ADVANTAGES != 0)).sum(),
+    }
+
+
+RATIO = np.exp(LEARNER - SAMPLER)
+SEQUENCE = np.full(8, np.exp(((LEARNER - SAMPLER) * MASK).sum() / MASK.sum()))
+TRAINED = ADVANTAGES != 0
+DRO_05, DRO_07 = (-(LEARNER * ADVANTAGES - beta / 2 * (LEARNER - SAMPLER) ** 2).sum() for beta in (0.05, 0.7))
+ANSWERS: list[tuple[str, dict[str, float], dict[str, float], NDArray[Any], NDArray[Any]]] = [
+    ("importance_sampling", {}, {"loss:sum": -(RATIO * ADVANTAGES).sum()}, RATIO, TRAINED),
+    ("ppo", {}, clipped_answer(RATIO, 0.8, 1.2), RATIO, TRAINED),
+    ("ppo", OWN, clipped_answer(RATIO, 0.7, 1.4), RATIO, TRAINED),
+    ("cispo", {}, cispo_answer(RATIO, 0.0, 4.0), RATIO, TRAINED),
+    ("cispo", OWN, cispo_answer(RATIO, 0.7, 1.4), RATIO, TRAINED),
+    ("dro", {}, {"loss:sum": DRO_05}, RATIO, np.ones(8, bool)),
+    ("dro", {"beta": 0.7}, {"loss:sum": DRO_07}, RATIO, np.ones(8, bool)),
+    ("gspo", OWN, clipped_answer(SEQUENCE, 0.7, 1.4), SEQUENCE, TRAINED),
+    (
+        "gspo",
+        {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1},
+        clipped_answer(SEQUENCE, 0.9, 1.1),
+        SEQUENCE,
+        TRAINED,
+    ),
+]
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(("name", "config", "own", "ratio", "trained"), ANSWERS)
+def test_the_loss_and_each_of_its_metrics_are_those_of_numpy(
+    name: str, config: dict[str, float], own: dict[str, float], ratio: NDArray[Any], trained: NDArray[Any],
+    dtype: torch.dtype, near: float,
+) -> None:  # fmt: skip
+    given = {"logprobs": SAMPLER, "advantages": ADVANTAGES} | ({"sequence_ratio_mask": MASK} if name == "gspo" else {})
+    tensors = {key: torch.tensor(value, dtype=dtype) for key, value in given.items()}
+    learner = torch.tensor(LEARNER, dtype=dtype, requires_grad=True)
+    value, metrics = LOSSES[name](learner, tensors, config)
+    expected = own | {
+        "tokens:sum": trained.sum(), "ratio:sum": ratio[trained].sum(), "kl:sum": (SAMPLER - LEARNER)[trained].sum(),
+    }  # fmt: skip
+    found = {key: metric.item() for key, metric in metrics.items()}
+    assert found == pytest.approx(expected, rel=near)
+    assert value.item() == found["loss:sum"]
+    assert not any(metric.requires_grad for metric in metrics.values()), "a metric holds no graph"
+    assert metrics["tokens:sum"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("ppo", "clip_low_threshold", 0.8), ("ppo", "clip_high_threshold", 1.2), ("cispo", "clip_low_threshold", 0.0),
+        ("cispo", "clip_high_threshold", 4.0), ("dro", "beta", 0.05), ("gspo", "clip_low_threshold", None),
+        ("gspo", "clip_high_threshold", None),
+    ],
+)  # fmt: skip
+def test_the_defaults_are_those_that_are_published(name: str, key: str, value: float | None) -> None:
+    assert LOSSES[name].default(key) == value
+
+
+def test_what_each_loss_takes_is_what_the_protocol_says() -> None:
+    sampled, thresholds = ("target_tokens", "logprobs", "advantages"), ("clip_low_threshold", "clip_high_threshold")
+    told = {
+        name: (loss.required, loss.optional, loss.config, loss.silent, loss.columns) for name, loss in LOSSES.items()
+    }
+    assert told == {
+        "cross_entropy": (("target_tokens", "weights"), (), (), "weights", True),
+        "importance_sampling": (sampled, (), (), "advantages", False),
+        "ppo": (sampled, thresholds, thresholds, "advantages", False),
+        "cispo": (sampled, thresholds, thresholds, "advantages", False),
+        "dro": (sampled, (), ("beta",), "", False),
+        "gspo": ((*sampled, "sequence_ratio_mask"), thresholds, thresholds, "advantages", False),
+    }
+
+
+def test_a_gradient_is_needed_where_any_column_has_a_weight() -> None:
+    weights = np.array([[0.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [1.0, 1.0]], np.float32)
+    assert LOSSES["cross_entropy"].needs_gradient({"weights": weights}).tolist() == [False, True, True, True]
+    assert LOSSES["ppo"].needs_gradient({"advantages": np.array([0.0, 1.0, -1.0])}).tolist() == [False, True, True]
+    assert (
+        LOSSES["dro"].needs_gradient({"target_tokens": np.zeros(3), "advantages": np.zeros(3)}).tolist() == [True] * 3
+    )
+
+
+def test_a_config_is_read_as_numbers_and_zero_is_one() -> None:
+    read = LOSSES["ppo"].read_config({"clip_low_threshold": 0, "clip_high_threshold": 2})
+    assert read == {"clip_low_threshold": 0.0, "clip_high_threshold": 2.0}
+    assert all(isinstance(value, float) for value in read.values())
+    with pytest.raises(InvalidField, match=r"^loss_fn_config\['beta'\] is -0.5; allowed: a finite number, 0 or more"):
+        LOSSES["dro"].read_config({"beta": -0.5})

@@ -155,3 +155,53 @@ def test_one_wrong_number_is_seen_wherever_it_is(wrong: float, place: int) -> No
     values[place] = wrong
     assert not is_finite(values)
     assert not math.isfinite(norm_of(values))
+
+
+def test_large_and_small_numbers_are_added_apart_so_that_no_small_one_is_lost() -> None:
+    """Rows of 1024 are summed in float32, their norms in float64: this one is exact, and in another order it is not."""
+    values = torch.ones(4096, 1024)
+    values[::4] = 2000.0
+    assert norm_of(values.flatten()) == pytest.approx(math.sqrt(1024 * 1024 * (4e6 + 3)), rel=1e-9)
+
+
+def test_the_norm_of_numbers_whose_squares_vanish_is_float64_s() -> None:
+    values = draw(5, 1e-15)
+    assert norm_of(values) == pytest.approx(float(torch.linalg.vector_norm(values.double())), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("norm", "clip"), [(1e-6, 1e-7), (1e-6, 1.5e-6), (3e-7, 1e-6), (5.0, 0.5), (2.0, 3.0), (1e-9, 1e-12)]
+)
+def test_the_clip_is_that_of_clip_grad_norm_down_to_the_smallest_norms(norm: float, clip: float) -> None:
+    """min(1, clip / (norm + 1e-6)): where the norm is about as small, the summand and its sign decide."""
+    grads = torch.tensor([0.6, -0.8]) * norm
+    _, moments, _ = step(torch.zeros(2), grads, Moments(torch.zeros(2), torch.zeros(2), 0), AdamW(grad_clip_norm=clip))
+    scale = min(1.0, clip / (norm + 1e-6))
+    torch.testing.assert_close(moments.m_P, 0.1 * grads * scale, rtol=1e-5, atol=0)
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = grads.clone()
+    torch.nn.utils.clip_grad_norm_([parameter], clip)
+    torch.testing.assert_close(moments.m_P, 0.1 * parameter.grad, rtol=1e-5, atol=0)
+
+
+def test_the_bits_are_those_of_torch_s_fused_step() -> None:
+    weights, moments = draw(0), fresh()
+    parameter = torch.nn.Parameter(weights.clone())
+    reference = torch.optim.AdamW([parameter], lr=1e-3, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.1, fused=True)
+    for index in range(20):
+        parameter.grad = draw(index + 1)
+        reference.step()
+        values = AdamW(learning_rate=1e-3, beta1=0.9, beta2=0.95, eps=1e-12, weight_decay=0.1)
+        weights, moments, _ = step(weights, draw(index + 1), moments, values)
+    assert torch.equal(weights, parameter.detach())
+
+
+def test_a_step_checks_its_values_and_check_answers_them() -> None:
+    values = AdamW(learning_rate=0.5)
+    assert check(values) is values
+    with pytest.raises(InvalidField, match=r"adam_params\.beta1"):
+        step(draw(0), draw(1), fresh(), replace(values, beta1=1.5))
+
+
+def test_the_norm_of_nothing_is_zero_without_float64_too() -> None:
+    assert scaled_norm(torch.zeros(0)) == 0.0

@@ -87,17 +87,6 @@ def test_a_key_in_the_place_of_its_id_is_not_repeated(keys: Keys) -> None:
     assert key not in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["a", "0", "a-b", "a" * 63, "local"])
-def test_tenants_have_plain_names(name: str) -> None:
-    assert ids.tenant(name) == name
-
-
-@pytest.mark.parametrize("name", ["", "A", "-a", "a_b", "a/b", "..", "a" * 64, "é", "a\n", "a b"])
-def test_no_other_name_is_a_tenant_s(name: str) -> None:
-    with pytest.raises(InvalidField, match="tenant is"):
-        ids.tenant(name)
-
-
 def test_a_note_is_short_and_one_line(keys: Keys) -> None:
     most = "x" * limits.key_note_chars_max
     assert made(keys, note=most)[1].note == most

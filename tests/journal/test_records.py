@@ -1,0 +1,128 @@
+"""Records and where they lie: formats, what is refused of them, and history read newest first."""
+
+import asyncio
+
+import msgspec
+import pytest
+
+from knapper.errors import Corrupt, NewerFormat
+from knapper.ids import RunId, run_prefix
+from knapper.journal import history, names
+from knapper.journal.records import (
+    SAVES,
+    Commit,
+    Creation,
+    Manifest,
+    Operation,
+    Record,
+    Result,
+    decode,
+    encode,
+    format_of,
+)
+from knapper.store.memory import MemoryStore
+from tests.sim.history import CREATION, RUN, SPEC, TERMS
+
+AT = run_prefix(RUN)
+N5, N3 = "00000000000000000005", "00000000000000000003"
+
+
+def test_where_each_record_of_a_run_lies() -> None:
+    assert names.operation(RUN, 5) == f"{AT}in/{N5}"
+    assert names.commit(RUN, 5) == f"{AT}out/{N5}"
+    assert names.manifest(RUN, 5) == f"{AT}manifest/{N5}"
+    assert names.snapshot(RUN, 5, 3) == f"{AT}snap/{N5}-{N3}/"
+    assert names.ends(RUN) == f"{AT}end/"
+    assert names.parse_snapshot(names.snapshot(RUN, 5, 3)) == (5, 3)
+    assert names.last_number(names.commit(RUN, 5)) == 5
+    for one, many in (
+        (names.operation, names.operations),
+        (names.commit, names.commits),
+        (names.manifest, names.manifests),
+    ):
+        assert one(RUN, 5) == many(RUN) + N5
+    assert names.snapshot(RUN, 5, 3).startswith(names.snapshots(RUN))
+
+
+def test_what_is_encoded_is_decoded() -> None:
+    result = Result(seq=1, sha256=b"h", content_type="application/json", body=b"{}", failed=True, source="s")
+    commit = Commit(epoch=4, results=[result], committed_at=1.5, device_s=0.25)
+    manifest = Manifest(epoch=1, holder="h", address="a", claimed_at=2.0, terms=TERMS)
+    for record in (commit, manifest, CREATION, SPEC, TERMS):
+        assert decode(encode(record), type(record), "x") == record
+    assert (manifest.snapshot, manifest.snapshot_seq, manifest.snapshot_out) == ("", -1, 0)
+    assert (manifest.snapshot_before, manifest.snapshot_before_seq, manifest.snapshot_before_out) == ("", -1, 0)
+    assert (Creation(spec=SPEC).source, Creation(spec=SPEC).with_optimizer) == ("", False)
+    assert (Commit(epoch=1, results=[]).committed_at, Commit(epoch=1, results=[]).device_s) == (0.0, 0.0)
+    plain = Result(seq=1, sha256=b"", content_type="application/json", body=b"")
+    assert (plain.failed, plain.source) == (False, "")
+
+
+def test_saves_are_the_three_that_store_weights() -> None:
+    assert {"save_weights", "save_weights_for_sampler", "save_weights_external"} == SAVES
+
+
+@pytest.mark.parametrize(("kind", "format_"), [(Commit, 2), (Operation, 1), (Manifest, 1)])
+def test_a_newer_format_is_told_from_damage(kind: type[Record], format_: int) -> None:
+    assert format_of(kind) == format_
+    newer = msgspec.msgpack.encode({"v": format_ + 1, "unheard_of": 1})
+    with pytest.raises(
+        NewerFormat, match=rf"object x has format {format_ + 1} of {kind.__name__}.*up to format {format_}"
+    ) as refused:
+        decode(newer, kind, "x")
+    assert refused.value.retry_after_s == 30.0
+    for damaged in (msgspec.msgpack.encode({"v": format_, "unheard_of": 1}), b"", b"\xc1", msgspec.msgpack.encode([1])):
+        with pytest.raises(Corrupt, match=rf"object x is not a {kind.__name__} record"):
+            decode(damaged, kind, "x")
+
+
+def test_a_newer_format_with_the_same_fields_is_refused_too() -> None:
+    newer = msgspec.structs.replace(Commit(epoch=1, results=[]), v=3)
+    with pytest.raises(NewerFormat):
+        decode(encode(newer), Commit, "x")
+    older = msgspec.structs.replace(newer, v=1)
+    assert decode(encode(older), Commit, "x") == older
+
+
+def test_history_is_read_newest_first_in_groups_without_creation_fences_and_gaps() -> None:
+    async def told() -> None:
+        store = MemoryStore()
+        for seq in range(71):
+            operation = Operation(
+                run=RUN,
+                seq=seq,
+                kind="create" if seq == 0 else "optim_step",
+                sha256=b"",
+                body_zstd=b"",
+                accepted_at=0.0,
+            )
+            await store.put_if_absent(names.operation(RUN, seq), encode(operation))
+            result = Result(seq=seq, sha256=b"", content_type="application/json", body=b"")
+            commit = Commit(epoch=1, results=[] if seq % 10 == 5 else [result])
+            await store.put_if_absent(names.commit(RUN, seq + 1), encode(commit))
+        await store.put_if_absent(names.operation(RunId(f"{RUN}0"), 1), b"of another run")
+        accepted = [[each.seq for each in group] async for group in history.operations(store, RUN)]
+        assert accepted == [list(range(70, 38, -1)), list(range(38, 6, -1)), list(range(6, 0, -1))]
+        answered = [each.results[0].seq async for group in history.commits(store, RUN) for each in group]
+        assert answered == [seq for seq in range(70, -1, -1) if seq % 10 != 5]
+        assert [group async for group in history.commits(store, RunId("none"))] == []
+
+    asyncio.run(told())
+
+
+def test_what_is_swept_while_history_is_read_is_left_out() -> None:
+    class Swept(MemoryStore):
+        async def get(self, name: str) -> bytes | None:
+            return None if names.last_number(name) == 2 else await super().get(name)
+
+    async def told() -> None:
+        store = Swept()
+        for n in (1, 2, 3):
+            operation = Operation(run=RUN, seq=n, kind="optim_step", sha256=b"", body_zstd=b"", accepted_at=0.0)
+            await store.put_if_absent(names.operation(RUN, n), encode(operation))
+            result = Result(seq=n, sha256=b"", content_type="application/json", body=b"")
+            await store.put_if_absent(names.commit(RUN, n), encode(Commit(epoch=1, results=[result])))
+        assert [each.seq async for group in history.operations(store, RUN) for each in group] == [3, 1]
+        assert [each.results[0].seq async for group in history.commits(store, RUN) for each in group] == [3, 1]
+
+    asyncio.run(told())

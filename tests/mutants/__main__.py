@@ -1,0 +1,126 @@
+"""`make mutants`: does a test notice? Small changes by a seed, each tried against the tests of its module."""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections import deque
+from pathlib import Path
+from random import Random
+
+from tests.mutants import trial
+from tests.mutants.modules import EQUIVALENT, MODULES
+from tests.mutants.mutations import Mutation, mutations
+from tests.mutants.trial import ROOT, Trial, Verdict
+
+_GRACE_S = 5.0
+_THEN_S = 60.0  # what the tests for survivors compute, at most
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make mutants", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1, help="of the sample")
+    parser.add_argument("--count", type=int, default=240, help="how many; 0: all")
+    parser.add_argument("--only", help="one, as `knapper/ids.py:17`, or all of a module, as `knapper/ids.py`")
+    parser.add_argument("--of", default="", help="of the sample, those whose path begins so")
+    parser.add_argument("--quick", action="store_true", help="survivors are not tried against the longer tests")
+    parser.add_argument("--at-once", type=int, default=2)
+    parser.add_argument("--killed-min", type=float, default=0.95, help="the part of them that must be killed")
+    return parser.parse_args()
+
+
+def source_of(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def sample(seed: int, count: int, of: str, only: str | None) -> list[Mutation]:
+    """Those asked for; of all modules together, so that a longer one has more."""
+    every = [each for path in MODULES for each in mutations(path, source_of(path))]
+    if only is not None:
+        return [each for each in every if only in (each.name, each.path)]
+    every = [each for each in every if why_equivalent(each) is None]
+    chosen = Random(seed).sample(every, count) if count else every
+    return sorted((each for each in chosen if each.path.startswith(of)), key=lambda each: each.name)
+
+
+def why_equivalent(mutation: Mutation) -> str | None:
+    line = source_of(mutation.path).splitlines()[mutation.line - 1].strip()
+    return EQUIVALENT.get((mutation.path, line, mutation.said))
+
+
+class Cover:
+    """Which tests of a group come to which function, and how much all of them compute. They must pass as things are."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, ...], tuple[dict[str, list[str]], float]] = {}
+
+    def __call__(self, mutation: Mutation, tests: tuple[str, ...]) -> tuple[list[str], float]:
+        """(the tests to try, the quickest first, the seconds that all of the group compute)."""
+        if tests not in self._known:
+            self._known[tests] = self._watched(mutation.path, tests)
+        calls, cpu_s = self._known[tests]
+        return calls.get(f"{mutation.path}:{mutation.function}" if mutation.function else "", []), cpu_s
+
+    @staticmethod
+    def _watched(path: str, tests: tuple[str, ...]) -> tuple[dict[str, list[str]], float]:
+        with tempfile.NamedTemporaryFile(prefix="mutant-") as file:
+            begun = trial.begin(path, None, tests, 600.0, Path(file.name))
+            if begun.end(wait=True) != "survived":
+                sys.exit(f"the tests of {path} fail without any mutation:\n{begun.output.read_text()[-4000:]}")
+            begun.output.unlink()
+            return trial.read_calls(Path(file.name)), begun.cpu_s
+
+
+def tried(wanted: list[Mutation], at_once: int, quick: bool) -> dict[str, Verdict]:
+    """What became of each; it is told as it comes."""
+    cover = Cover()
+    waiting = deque((each, MODULES[each.path].first) for each in wanted)
+    going: list[tuple[Trial | None, Mutation, tuple[str, ...]]] = []
+    verdicts: dict[str, Verdict] = {}
+    while waiting or going:
+        while waiting and len(going) < at_once:
+            mutation, tests = waiting.popleft()
+            chosen, cpu_s = cover(mutation, tests) if tests == MODULES[mutation.path].first else (list(tests), _THEN_S)
+            tree = mutation.apply(source_of(mutation.path))
+            begun = trial.begin(mutation.path, tree, chosen, 3 * cpu_s + _GRACE_S) if chosen else None
+            going.append((begun, mutation, tests))
+        time.sleep(0.02)
+        for each in list(going):
+            begun, mutation, tests = each
+            if (verdict := "survived" if begun is None else begun.end()) is None:
+                continue
+            going.remove(each)
+            if begun is not None:
+                begun.output.unlink()
+            then = () if quick else MODULES[mutation.path].then
+            if verdict == "survived" and then and tests != then:
+                waiting.appendleft((mutation, then))
+                continue
+            verdicts[mutation.name] = verdict
+            tell(mutation, verdict)
+    return verdicts
+
+
+def tell(mutation: Mutation, verdict: Verdict) -> None:
+    print(f"{verdict:9} {mutation.path}:{mutation.line}  {mutation.said}", flush=True)
+    if verdict == "survived":
+        print(f"          replay: make mutants MUTANTS_ARGS='--only {mutation.name}'", flush=True)
+
+
+def main() -> int:
+    given = arguments()
+    os.chdir(ROOT)
+    trial.warm_up()
+    wanted = sample(given.seed, given.count, given.of, given.only)
+    verdicts = tried(wanted, given.at_once, given.quick)
+    survived = [name for name, verdict in verdicts.items() if verdict == "survived"]
+    part = 1 - len(survived) / max(len(verdicts), 1)
+    told = f"{len(verdicts) - len(survived)} killed ({part:.1%}), {len(survived)} survived"
+    print(f"{len(verdicts)} mutants of {len(MODULES)} modules: {told}")
+    print(f"{len(EQUIVALENT)} that nobody could tell from the original are left out; tests/mutants/modules.py says why")
+    return 0 if part >= given.killed_min and verdicts else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

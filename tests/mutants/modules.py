@@ -1,0 +1,80 @@
+"""What is mutated, the tests that must notice, and the mutations that change nothing that anyone could see."""
+
+from dataclasses import dataclass
+
+STORIES = ("tests/gateway/test_training.py", "tests/collect/test_collector.py", "tests/gateway/test_rest_runs.py")
+SIMULATION = ("tests/sim/test_histories.py",)
+
+
+@dataclass(frozen=True)
+class Tests:
+    """`first`: quick, and nearly always enough. `then`: what is asked of those that survive."""
+
+    first: tuple[str, ...]
+    then: tuple[str, ...] = ()
+
+
+def journal(*own: str) -> Tests:
+    return Tests((*own, "tests/journal"), (*STORIES, *SIMULATION))
+
+
+MODULES: dict[str, Tests] = {
+    "knapper/ids.py": Tests(("tests/test_ids.py",)),
+    "knapper/keys.py": Tests(("tests/security/test_keys.py",)),
+    "knapper/tokens.py": Tests(("tests/test_tokens.py",), ("tests/security/test_keys.py",)),
+    "knapper/engine/losses.py": Tests(("tests/engine/test_losses.py",), ("tests/engine/test_checks.py",)),
+    "knapper/engine/optimizer.py": Tests(("tests/engine/test_optimizer.py",)),
+    "gateway/auth.py": Tests(
+        ("tests/security/test_keys.py", "tests/gateway/test_auth.py", "tests/gateway/test_tenants.py")
+    ),
+    "gateway/tenants.py": Tests(
+        ("tests/gateway/test_tenants.py", "tests/security/test_keys.py"), ("tests/test_tokens.py",)
+    ),
+    "knapper/journal/accept.py": journal(),
+    "knapper/journal/bundles.py": journal(),
+    "knapper/journal/ends.py": journal(),
+    "knapper/journal/history.py": journal(),
+    "knapper/journal/machine.py": journal(),
+    "knapper/journal/names.py": journal(),
+    "knapper/journal/newest.py": journal(),
+    "knapper/journal/records.py": journal(),
+    "knapper/journal/results.py": journal(),
+    "knapper/journal/run.py": journal(),
+    "knapper/journal/saves.py": journal(),
+}
+
+# Left out of every trial: they start programs, which read the module from its file, or take long and show the same.
+NOT = (
+    "not gcs and not listens_beyond and not beyond_this_machine and not no_fault_of_the_store and not rests_on_no_clock"
+)
+
+# By path, line's text and mutation: why nobody could tell it from the original.
+_DEVICE = "only a device that this is not run on could tell"
+_TWIN = "the same constant names it where it is written and where it is read, within one process"
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    ("gateway/tenants.py", '_ASKER = "knapper.asker"', "'knapper.asker' -> 'knapper.askerx'"): _TWIN,
+    ("gateway/tenants.py", "tenant_of(request)", "without tenant_of(request)"): "whoever calls it has asked before",
+    (
+        "gateway/tenants.py",
+        'authorization = request.headers.get("authorization", "")',
+        "'' -> 'x'",
+    ): "neither is a Bearer",
+    (
+        "knapper/engine/optimizer.py",
+        "_SMALL = 1e-9  # squares of parts of a smaller norm may vanish in float32",
+        "1e-09 -> 2e-09",
+    ): "both ways of the norm are right between the two",
+    ("knapper/engine/optimizer.py", "if scale < 1:", "Lt -> LtE"): "a gradient times 1 is the gradient",
+    (
+        "knapper/engine/optimizer.py",
+        "[torch.tensor(float(moments.step), device=weights_P.device)],",
+        "torch.tensor(float(moments.step), device=weights_P.device) without device",
+    ): _DEVICE,
+    ("knapper/engine/optimizer.py", 'if values_P.device.type == "mps":', "'mps' -> 'mpsx'"): _DEVICE,
+    ("knapper/engine/optimizer.py", "return scaled_norm(values_P)", "return None"): _DEVICE,
+    (
+        "knapper/engine/optimizer.py",
+        "return norm if _SMALL < norm < math.inf else _norm_of_any(values_P)",
+        "Lt -> LtE",
+    ): "at the bounds themselves both ways give the same",
+}
