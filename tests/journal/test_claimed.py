@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,7 +15,7 @@ from knapper.ids import RunId
 from knapper.journal import ends, names
 from knapper.journal.accept import Acceptor, pack
 from knapper.journal.machine import Outcome
-from knapper.journal.records import Commit, End, Manifest, Operation, Result, decode, encode
+from knapper.journal.records import Commit, End, Kind, Manifest, Operation, Result, decode, encode
 from knapper.journal.run import Holder, Run
 from knapper.store.memory import MemoryStore
 from tests.sim.history import CREATION, RUN, TERMS
@@ -48,7 +49,7 @@ class Bench:
 
     async def send(self, *bodies: bytes) -> None:
         for seq, body in enumerate(bodies, 1):
-            kind = "optim_step" if body == b"{}" else "forward_backward"
+            kind: Kind = "optim_step" if body == b"{}" else "forward_backward"
             await self.acceptor.accept(RUN, seq, kind, pack(body))
 
     async def claim(self, name: str = "h", **terms: object) -> Run[LedgerState]:
@@ -160,10 +161,10 @@ def test_a_record_that_does_not_follow_is_damage(damage: str) -> None:
         assert bench.cut() == [[0, 1], [2]]
         name = names.commit(RUN, 3)
         commit = decode(await bench.store.get(name) or b"", Commit, name)
-        wrong = {"order": {"seq": 3}, "sha256": {"sha256": b"other"}, "missing": {}}[damage]
+        changes: dict[str, dict[str, Any]] = {"order": {"seq": 3}, "sha256": {"sha256": b"other"}, "missing": {}}
         await bench.store.delete(name if damage != "missing" else names.commit(RUN, 2))
         if damage != "missing":
-            result = msgspec.structs.replace(commit.results[0], **wrong)
+            result = msgspec.structs.replace(commit.results[0], **changes[damage])
             await bench.store.put_if_absent(name, encode(msgspec.structs.replace(commit, results=[result])))
         said = {
             "missing": f"{names.commit(RUN, 2)} is missing, although record 3",

@@ -80,11 +80,11 @@ def test_who_commits_beside_the_fence_is_passed_and_who_fenced_meanwhile_is_enou
     async def told() -> None:
         late = encode(Commit(epoch=7, results=[]))
         store = Beside()
-        store.others = [late, late]
+        store.others = [late, late, late]
         await ends.fence(store, RUN)
-        assert await listed(store, names.commits(RUN)) == [1, 2, 3]
+        assert await listed(store, names.commits(RUN)) == [1, 2, 3, 4]
         assert (await fenced(store)).epoch == 2**62
-        fence = await store.get(names.commit(RUN, 3))
+        fence = await store.get(names.commit(RUN, 4))
         assert fence is not None
         again = Beside()
         again.others = [late, fence]

@@ -16,6 +16,7 @@ from knapper.journal.records import (
     Operation,
     Record,
     Result,
+    Terms,
     decode,
     encode,
     format_of,
@@ -74,6 +75,13 @@ def test_a_newer_format_is_told_from_damage(kind: type[Record], format_: int) ->
     for damaged in (msgspec.msgpack.encode({"v": format_, "unheard_of": 1}), b"", b"\xc1", msgspec.msgpack.encode([1])):
         with pytest.raises(Corrupt, match=rf"object x is not a {kind.__name__} record"):
             decode(damaged, kind, "x")
+
+
+def test_a_record_with_a_field_that_nobody_knows_is_damaged() -> None:
+    fields = msgspec.msgpack.decode(encode(TERMS))
+    assert decode(msgspec.msgpack.encode(fields), Terms, "x") == TERMS
+    with pytest.raises(Corrupt, match="object x is not a Terms record: .*colour"):
+        decode(msgspec.msgpack.encode({**fields, "colour": 1}), Terms, "x")
 
 
 def test_a_newer_format_with_the_same_fields_is_refused_too() -> None:

@@ -134,3 +134,33 @@ def test_what_was_let_go_is_read_from_the_store(monkeypatch: pytest.MonkeyPatch)
                 assert found.body == b"%d" % seq
 
     asyncio.run(told())
+
+
+@pytest.mark.parametrize("fences", [1, 2, 5])
+def test_an_answer_in_the_first_record_of_all_is_found_behind_fences(fences: int) -> None:
+    async def told() -> None:
+        results = Results(await stored(commit(0), *[commit()] * fences))
+        found = await results.find(RUN, 0)
+        assert found is not None
+        assert found.body == b"0"
+
+    asyncio.run(told())
+
+
+def test_who_is_a_little_behind_reads_what_came_and_who_is_far_behind_begins_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("knapper.journal.results._BEHIND_MAX", 10)
+
+    async def told() -> None:
+        store = await stored(*[commit(seq) for seq in range(30)])
+        results = Results(store)
+        await results.find(RUN, 29)
+        for first, last, read in ((30, 40, True), (40, 51, False)):
+            for seq in range(first, last):
+                await store.put_if_absent(names.commit(RUN, seq + 1), encode(commit(seq)))
+            assert await results.find(RUN, last - 1) is not None
+            assert (results.known(RUN, first) is not None) is read
+            assert await results.find(RUN, first) is not None
+
+    asyncio.run(told())

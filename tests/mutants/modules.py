@@ -50,8 +50,28 @@ NOT = (
 
 # By path, line's text and mutation: why nobody could tell it from the original.
 _DEVICE = "only a device that this is not run on could tell"
+_PAIRED = "both have an entry a part"
+_SIZE = "a bound on memory, or on what is read at once, that nothing else depends on"
 _TWIN = "the same constant names it where it is written and where it is read, within one process"
+_RESULTS = "knapper/journal/results.py"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (_RESULTS, "_CACHE_BYTES_MAX = 256 * 1024 * 1024", "256 -> 257"): _SIZE,
+    (_RESULTS, "_CACHE_BYTES_MAX = 256 * 1024 * 1024", "256 -> 255"): _SIZE,
+    (_RESULTS, "_CACHE_BYTES_MAX = 256 * 1024 * 1024", "1024 -> 1025"): _SIZE,
+    (_RESULTS, "_CACHE_BYTES_MAX = 256 * 1024 * 1024", "1024 -> 1023"): _SIZE,
+    (_RESULTS, "_SWEPT = 0  # the epoch of a record that is gone; claims count from 1", "0 -> -1"): _TWIN,
+    (_RESULTS, "if not await self._store.list(names.commits(run), limit=1):", "1 -> 2"): "whether there is any",
+    (_RESULTS, "above, step = below, 2 * step", "2 -> 3"): "another stride finds the same",
+    (
+        _RESULTS,
+        "if seq <= seen.applied:  # applied, and collected since",
+        "LtE -> Lt",
+    ): "where the newest answer lies is always known",
+    (
+        "knapper/journal/bundles.py",
+        "return index, {part.name: content for part, content in zip(parts, contents, strict=True)}",
+        "True -> False",
+    ): _PAIRED,
     ("gateway/tenants.py", '_ASKER = "knapper.asker"', "'knapper.asker' -> 'knapper.askerx'"): _TWIN,
     ("gateway/tenants.py", "tenant_of(request)", "without tenant_of(request)"): "whoever calls it has asked before",
     (
