@@ -14,7 +14,7 @@ from knapper.errors import Corrupt, Fenced, NotFound, OtherDtype, OutOfMemory, U
 from knapper.ids import RunId
 from knapper.journal import ends, names
 from knapper.journal.accept import Acceptor, pack
-from knapper.journal.machine import Outcome
+from knapper.journal.machine import Files, Outcome
 from knapper.journal.records import Commit, End, Kind, Manifest, Operation, Result, decode, encode
 from knapper.journal.run import Holder, Run
 from knapper.store.memory import MemoryStore
@@ -69,7 +69,7 @@ class Bench:
     def answer(self, seq: int) -> dict[str, object]:
         [found] = [result for _, commit in self.published for result in commit.results if result.seq == seq]
         told: dict[str, object] = json.loads(found.body)
-        return {**told, "failed": found.failed, "type": found.content_type}
+        return {**told, "failed": found.failed, "content": found.content_type}
 
 
 def story(told: Callable[[Bench], Awaitable[None]]) -> None:
@@ -219,7 +219,12 @@ def test_a_commit_has_so_many_bytes_and_no_more_results_after_them(
         await bench.send(b"{}", b"{}")
         await bench.applied(await bench.claim())
         assert bench.cut() == cut
-        assert bench.answer(0) == {"type": "application/json", "model_id": RUN, "failed": False}
+        assert bench.answer(0) == {
+            "type": "create_model",
+            "model_id": RUN,
+            "failed": False,
+            "content": "application/json",
+        }
 
     story(told)
 
@@ -284,9 +289,9 @@ def test_a_defect_is_tried_three_times_and_then_answered_as_the_server_s() -> No
         assert bench.answer(1) == {
             "error": "operation 1 failed 3 times, by a defect of the server: RuntimeError('boom')",
             "category": "server",
-            "failed": True, "type": "application/json",
+            "failed": True, "content": "application/json",
         }  # fmt: skip
-        assert bench.answer(2) == {"step": 1, "failed": False, "type": "application/json"}
+        assert bench.answer(2) == {"step": 1, "failed": False, "content": "application/json"}
 
     story(told)
 
@@ -331,7 +336,7 @@ def test_a_user_s_mistake_is_answered_at_once_and_changes_nothing() -> None:
         await bench.acceptor.reject(RUN, 3, pack(b"x"), "colour is red")
         run = await bench.claim()
         assert not await bench.applied(run)
-        user = {"category": "user", "failed": True, "type": "application/json"}
+        user = {"category": "user", "failed": True, "content": "application/json"}
         assert bench.answer(1) == {"error": "datum 0 is wrong", **user}
         assert bench.answer(3) == {"error": "colour is red", **user}
         again = await bench.claim("again")
@@ -454,6 +459,53 @@ def test_a_snapshot_is_where_the_next_claim_begins_and_the_one_before_is_remembe
         assert again.state is not None
         assert run.state is not None
         assert again.state.bytes() == run.state.bytes()
+
+    story(told)
+
+
+@pytest.mark.parametrize(("cost_s", "wants"), [(26.0, False), (26.1, True)])
+def test_before_the_first_snapshot_it_is_thought_to_take_two_seconds(cost_s: float, wants: bool) -> None:
+    async def told(bench: Bench) -> None:
+        await bench.send(b"{}")
+        run = await bench.claim()
+        await bench.applied(run)
+        run.replay_cost_s = cost_s
+        assert run.wants_snapshot is wants
+
+    story(told)
+
+
+def test_what_a_snapshot_spares_is_spared_after_a_failure_too() -> None:
+    async def told(bench: Bench) -> None:
+        await bench.send(b"{}", b"{}", b"{}")
+        run = await bench.claim()
+        await bench.applied(run, iter([False, False, True, True]).__next__)
+        await run.snapshot()
+        bench.machine.failures = [RuntimeError("boom")]
+        with pytest.raises(Unavailable):
+            await bench.applied(run)
+        assert (run.applied, run.replay_cost_s, run._replay_bytes) == (1, 0.0, 0)
+
+    story(told)
+
+
+def test_a_snapshot_beside_which_operations_went_on_leaves_what_they_cost() -> None:
+    async def told(bench: Bench) -> None:
+        await bench.send(b"{}", b"{}", b"{}")
+        run = await bench.claim()
+        await bench.applied(run, iter([False, False, True, True]).__next__)
+
+        class Beside(Machine):
+            async def freeze(self, state: LedgerState) -> Files:
+                assert not await bench.applied(run)
+                bench.now += 3.0
+                return await super().freeze(state)
+
+        run._machine = Beside(bench)
+        await run.snapshot()
+        assert (run.applied, run.manifest.snapshot_seq, run.replay_cost_s) == (3, 1, 2.0)
+        assert run._replay_bytes == 3 * 4096, "two operations and their commit"
+        assert run._storing_s == 3.0
 
     story(told)
 

@@ -80,7 +80,7 @@ def test_a_newer_format_is_told_from_damage(kind: type[Record], format_: int) ->
 def test_a_record_with_a_field_that_nobody_knows_is_damaged() -> None:
     fields = msgspec.msgpack.decode(encode(TERMS))
     assert decode(msgspec.msgpack.encode(fields), Terms, "x") == TERMS
-    with pytest.raises(Corrupt, match="object x is not a Terms record: .*colour"):
+    with pytest.raises(Corrupt, match=r"object x is not a Terms record: .*colour"):
         decode(msgspec.msgpack.encode({**fields, "colour": 1}), Terms, "x")
 
 
