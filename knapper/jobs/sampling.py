@@ -91,9 +91,8 @@ class Sampling:
                 return over
 
         tasks = [asyncio.ensure_future(late(part)) for part in missing]
-        watch = asyncio.ensure_future(_watch(within))
+        every, watch = asyncio.gather(*tasks), asyncio.ensure_future(_watch(within))
         try:
-            every = asyncio.gather(*tasks)
             await asyncio.wait((every, watch), return_when=asyncio.FIRST_COMPLETED)
             if watch.done():
                 watch.result()
@@ -102,7 +101,7 @@ class Sampling:
         finally:
             for task in (*tasks, watch):
                 task.cancel()
-            await asyncio.gather(*tasks, watch, return_exceptions=True)
+            await asyncio.gather(*tasks, every, watch, return_exceptions=True)
 
     async def _sample_one(self, one: "_Round", part: int, prompts: "Prompts", adapter: str) -> None:
         began_at = self._place.clock()

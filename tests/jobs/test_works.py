@@ -1,5 +1,7 @@
 """Whole jobs, from the upload to the adapter, by bells alone."""
 
+import asyncio
+import gc
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -375,3 +377,36 @@ def test_bells_that_nobody_should_have_rung_are_poison_and_harm_no_job(
         assert (await control.now(works.store, begun)).state == "completed"
 
     run(story)
+
+
+def test_a_job_that_is_cancelled_while_it_samples_leaves_nothing_for_the_log(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its samples under way are dropped, and nobody is told of tasks whose end was not looked at."""
+    monkeypatch.setattr("knapper.jobs.sampling._WATCH_S", 0.01)
+    said: list[str] = []
+
+    async def story() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(str(context)))
+        works, sampling = Works(house), asyncio.Event()
+        begun = await works.submit(JOBS["rl"])
+        put = works.store.put_if_absent
+
+        async def put_no_rollouts(name: str, data: bytes) -> bool:
+            if "/rollouts/" in name:
+                sampling.set()
+                await asyncio.Event().wait()
+            return await put(name, data)
+
+        works.store.put_if_absent = put_no_rollouts  # type: ignore[method-assign]
+        delivered = asyncio.ensure_future(works.deliver())
+        await sampling.wait()
+        await control.ask(works.store, begun, "cancelled", "enough", works.clock())
+        await delivered
+        assert json.loads(works.output("status.json"))["state"] == "cancelled"
+        gc.collect()
+        await asyncio.sleep(0)
+
+    run(story)
+    gc.collect()
+    assert said == []
