@@ -206,7 +206,9 @@ def test_metrics_are_sums_over_trained_tokens() -> None:
 
 @pytest.mark.parametrize("name", ["", "crossentropy", "CROSS_ENTROPY", "forward"])
 def test_an_unknown_loss_is_answered_with_the_known_ones(name: str) -> None:
-    with pytest.raises(InvalidField, match="cross_entropy, importance_sampling, ppo, cispo, dro, gspo"):
+    with pytest.raises(
+        InvalidField, match=rf"^loss_fn is {name!r}; allowed: cross_entropy, importance_sampling, ppo, cispo, dro, gspo"
+    ):
         losses.find(name)
 
 
