@@ -206,7 +206,9 @@ def test_metrics_are_sums_over_trained_tokens() -> None:
 
 @pytest.mark.parametrize("name", ["", "crossentropy", "CROSS_ENTROPY", "forward"])
 def test_an_unknown_loss_is_answered_with_the_known_ones(name: str) -> None:
-    with pytest.raises(InvalidField, match="cross_entropy, importance_sampling, ppo, cispo, dro, gspo"):
+    with pytest.raises(
+        InvalidField, match=rf"^loss_fn is {name!r}; allowed: cross_entropy, importance_sampling, ppo, cispo, dro, gspo"
+    ):
         losses.find(name)
 
 
@@ -248,66 +250,80 @@ LEARNER = np.array([-1.0, -2.0, -0.5, -3.0, -1.5, -0.25, -4.0, -2.0])
 SAMPLER = np.array([-1.1, -1.0, -0.5, -1.2, -3.5, -0.75, -4.0, -0.5])
 ADVANTAGES = np.array([1.0, -2.0, 0.5, 0.25, -1.0, 0.0, 1.0, 1.0])  # one of 1 too: it is trained as well
 MASK = np.array([1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
-OWN = {"clip_low_threshold": 0.7, "clip_high_threshold": 1.4}
-
-
-def clipped_answer(ratio: NDArray[Any], low: float, high: float) -> dict[str, float]:
-    plain, clipped = ratio * ADVANTAGES, np.clip(ratio, low, high) * ADVANTAGES
-    return {"loss:sum": -np.minimum(plain, clipped).sum(), "clipped:sum": (clipped < plain).sum()}
-
-
-def cispo_answer(ratio: NDArray[Any], low: float, high: float) -> dict[str, float]:
-    clipped = np.clip(ratio, low, high)
-    return {
-        "loss:sum": -(clipped * LEARNER * ADVANTAGES).sum(),
-        "clipped:sum": ((clipped != ratio) & (ADVANTAGES != 0)).sum(),
-    }
-
-
+EVEN, UNEVEN = np.ones(8), np.array([1.0, 0.5, 2.0, -1.0, 0.0, 1.0, 1.0, 0.25])
 RATIO = np.exp(LEARNER - SAMPLER)
 SEQUENCE = np.full(8, np.exp(((LEARNER - SAMPLER) * MASK).sum() / MASK.sum()))
-TRAINED = ADVANTAGES != 0
-DRO_05, DRO_07 = (-(LEARNER * ADVANTAGES - beta / 2 * (LEARNER - SAMPLER) ** 2).sum() for beta in (0.05, 0.7))
-ANSWERS: list[tuple[str, dict[str, float], dict[str, float], NDArray[Any], NDArray[Any]]] = [
-    ("importance_sampling", {}, {"loss:sum": -(RATIO * ADVANTAGES).sum()}, RATIO, TRAINED),
-    ("ppo", {}, clipped_answer(RATIO, 0.8, 1.2), RATIO, TRAINED),
-    ("ppo", OWN, clipped_answer(RATIO, 0.7, 1.4), RATIO, TRAINED),
-    ("cispo", {}, cispo_answer(RATIO, 0.0, 4.0), RATIO, TRAINED),
-    ("cispo", OWN, cispo_answer(RATIO, 0.7, 1.4), RATIO, TRAINED),
-    ("dro", {}, {"loss:sum": DRO_05}, RATIO, np.ones(8, bool)),
-    ("dro", {"beta": 0.7}, {"loss:sum": DRO_07}, RATIO, np.ones(8, bool)),
-    ("gspo", OWN, clipped_answer(SEQUENCE, 0.7, 1.4), SEQUENCE, TRAINED),
-    (
-        "gspo",
-        {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1},
-        clipped_answer(SEQUENCE, 0.9, 1.1),
-        SEQUENCE,
-        TRAINED,
-    ),
+Answer = tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]  # terms, ratios, which are clipped
+
+
+def by_ratio() -> Answer:
+    return -RATIO * ADVANTAGES, RATIO, None
+
+
+def by_clipping(ratio: NDArray[Any], low: float, high: float) -> Answer:
+    plain, clipped = ratio * ADVANTAGES, np.clip(ratio, low, high) * ADVANTAGES
+    return -np.minimum(plain, clipped), ratio, clipped < plain
+
+
+def by_cispo(low: float, high: float) -> Answer:
+    clipped = np.clip(RATIO, low, high)
+    return -clipped * LEARNER * ADVANTAGES, RATIO, clipped != RATIO
+
+
+def by_distance(beta: float) -> Answer:
+    return -(LEARNER * ADVANTAGES - beta / 2 * (LEARNER - SAMPLER) ** 2), RATIO, None
+
+
+def bounds(low: float, high: float) -> dict[str, float]:
+    return {"clip_low_threshold": low, "clip_high_threshold": high}
+
+
+ANSWERS: list[tuple[str, dict[str, float], Answer]] = [
+    ("importance_sampling", {}, by_ratio()),
+    ("ppo", {}, by_clipping(RATIO, 0.8, 1.2)),
+    ("ppo", bounds(0.7, 1.4), by_clipping(RATIO, 0.7, 1.4)),
+    ("cispo", {}, by_cispo(0.0, 4.0)),
+    ("cispo", bounds(0.7, 1.4), by_cispo(0.7, 1.4)),
+    ("dro", {}, by_distance(0.05)),
+    ("dro", {"beta": 0.7}, by_distance(0.7)),
+    ("gspo", bounds(0.7, 1.4), by_clipping(SEQUENCE, 0.7, 1.4)),
+    ("gspo", bounds(0.9, 1.1), by_clipping(SEQUENCE, 0.9, 1.1)),
 ]
 
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-@pytest.mark.parametrize(("name", "config", "own", "ratio", "trained"), ANSWERS)
-def test_the_loss_and_each_of_its_metrics_are_those_of_numpy(
-    name: str, config: dict[str, float], own: dict[str, float], ratio: NDArray[Any], trained: NDArray[Any],
-    dtype: torch.dtype, near: float,
-) -> None:  # fmt: skip
+@pytest.mark.parametrize("weights", [None, EVEN, UNEVEN], ids=["no weights", "even", "uneven"])
+@pytest.mark.parametrize(("name", "config", "answer"), ANSWERS)
+def test_the_loss_its_terms_and_each_of_its_metrics_are_those_of_numpy(
+    name: str, config: dict[str, float], answer: Answer, weights: NDArray[Any] | None, dtype: torch.dtype, near: float
+) -> None:
     given = {"logprobs": SAMPLER, "advantages": ADVANTAGES} | ({"sequence_ratio_mask": MASK} if name == "gspo" else {})
+    given |= {} if weights is None else {"weights": weights}
     tensors = {key: torch.tensor(value, dtype=dtype) for key, value in given.items()}
     learner = torch.tensor(LEARNER, dtype=dtype, requires_grad=True)
-    value, metrics, terms = LOSSES[name](learner, tensors, config)
-    assert terms.sum().item() == value.item()
-    expected = own | {
-        "weights:sum": 8.0,
-        "tokens:sum": trained.sum(), "ratio:sum": ratio[trained].sum(), "kl:sum": (SAMPLER - LEARNER)[trained].sum(),
-    }  # fmt: skip
-    found = {key: metric.item() for key, metric in metrics.items()}
-    assert found == pytest.approx(expected, rel=max(near, 1e-6))  # metrics are told in float32
-    assert value.item() == pytest.approx(own["loss:sum"], rel=near)
-    assert value.item() == found["loss:sum"]
-    assert not any(metric.requires_grad for metric in metrics.values()), "a metric holds no graph"
-    assert metrics["tokens:sum"].dtype == torch.float32
+    computed = LOSSES[name](learner, tensors, config)
+    weights = EVEN if weights is None else weights
+    terms, ratio, clipped = answer
+    trained = (weights != 0) & ((ADVANTAGES != 0) | (name == "dro"))
+    expected = {
+        "loss:sum": (terms * weights).sum(), "tokens:sum": trained.sum(), "weights:sum": weights.sum(),
+        "ratio:sum": ratio[trained].sum(), "kl:sum": (SAMPLER - LEARNER)[trained].sum(),
+    } | ({} if clipped is None else {"clipped:sum": clipped[trained].sum()})  # fmt: skip
+    found = {key: metric.item() for key, metric in computed.metrics.items()}
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found["loss:sum"] == computed.total.item() == pytest.approx(expected["loss:sum"], rel=near)
+    np.testing.assert_allclose(computed.terms.numpy(), terms * weights, rtol=near, atol=1e-12)
+    assert computed.total.requires_grad
+    assert not any(each.requires_grad for each in (computed.terms, *computed.metrics.values())), "they hold no graph"
+    assert computed.metrics["tokens:sum"].dtype == torch.float32
+
+
+def test_cross_entropy_is_the_weighted_sum_of_what_was_not_expected() -> None:
+    learner, weights = torch.tensor(LEARNER), torch.tensor(UNEVEN)
+    computed = LOSSES["cross_entropy"](learner, {"weights": weights}, {})
+    told = {key: metric.item() for key, metric in computed.metrics.items()}
+    assert told == pytest.approx({"loss:sum": -(LEARNER * UNEVEN).sum(), "tokens:sum": 7, "weights:sum": UNEVEN.sum()})
+    assert LOSSES["cross_entropy"](learner, {}, {}).total.item() == pytest.approx(-LEARNER.sum())
 
 
 @pytest.mark.parametrize(
@@ -323,31 +339,30 @@ def test_the_defaults_are_those_that_are_published(name: str, key: str, value: f
 
 
 def test_what_each_loss_takes_is_what_the_protocol_says() -> None:
-    sampled, thresholds = ("target_tokens", "logprobs", "advantages"), ("clip_low_threshold", "clip_high_threshold")
+    sampled, both = ("target_tokens", "logprobs", "advantages"), ("clip_low_threshold", "clip_high_threshold")
     told = {
-        name: (loss.required, loss.optional, loss.config, loss.silent, loss.columns) for name, loss in LOSSES.items()
+        name: (loss.required, loss.optional, loss.config, loss.silent, loss.columns, loss.terms_told)
+        for name, loss in LOSSES.items()
     }
-    both, weights = ("weights", "advantages"), ("weights",)
+    silent = ("weights", "advantages")
     assert told == {
-        "cross_entropy": (("target_tokens",), weights, (), both, True),
-        "importance_sampling": (sampled, weights, (), both, False),
-        "ppo": (sampled, (*weights, *thresholds), thresholds, both, False),
-        "cispo": (sampled, (*weights, *thresholds), thresholds, both, False),
-        "dro": (sampled, weights, ("beta",), weights, False),
-        "gspo": ((*sampled, "sequence_ratio_mask"), (*weights, *thresholds), thresholds, both, False),
+        "cross_entropy": (("target_tokens",), ("weights",), (), silent, True, True),
+        "importance_sampling": (sampled, ("weights",), (), silent, False, False),
+        "ppo": (sampled, ("weights", *both), both, silent, False, False),
+        "cispo": (sampled, ("weights", *both), both, silent, False, False),
+        "dro": (sampled, ("weights",), ("beta",), ("weights",), False, False),
+        "gspo": ((*sampled, "sequence_ratio_mask"), ("weights", *both), both, silent, False, False),
     }
 
 
 def test_a_gradient_is_needed_where_any_column_has_a_weight() -> None:
     weights = np.array([[0.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [1.0, 1.0]], np.float32)
-    targets = {"target_tokens": np.zeros((4, 2), np.int64)}
-    needed = LOSSES["cross_entropy"].needs_gradient({**targets, "weights": weights})
-    assert needed.tolist() == [False, True, True, True]
-    sampled = {"target_tokens": np.zeros(3), "advantages": np.array([0.0, 1.0, -1.0])}
-    assert LOSSES["ppo"].needs_gradient(sampled).tolist() == [False, True, True]
-    assert (
-        LOSSES["dro"].needs_gradient({"target_tokens": np.zeros(3), "advantages": np.zeros(3)}).tolist() == [True] * 3
-    )
+    given: dict[str, NDArray[Any]] = {"target_tokens": np.zeros((4, 2), np.int64), "weights": weights}
+    assert LOSSES["cross_entropy"].needs_gradient(given).tolist() == [False, True, True, True]
+    given = {"target_tokens": np.zeros(3, np.int64), "advantages": np.array([0.0, 1.0, -1.0])}
+    assert LOSSES["ppo"].needs_gradient(given).tolist() == [False, True, True]
+    assert LOSSES["ppo"].needs_gradient(given | {"weights": np.array([1.0, 0.0, 2.0])}).tolist() == [False, False, True]
+    assert LOSSES["dro"].needs_gradient(given).tolist() == [True] * 3
 
 
 def test_a_config_is_read_as_numbers_and_zero_is_one() -> None:

@@ -262,7 +262,7 @@ def test_another_kind_of_save_is_another_request() -> None:
 
 def test_a_damaged_creation_is_refused_by_its_name() -> None:
     wrong = Operation(run=RUN, seq=0, kind="create", sha256=b"", body_zstd=zstd.compress(b"no record"), accepted_at=0.0)
-    with pytest.raises(Corrupt, match=f"in/0 of {RUN} is not a Creation"):
+    with pytest.raises(Corrupt, match="is damaged: it is no Creation record"):
         decode_creation(wrong)
 
 

@@ -75,7 +75,9 @@ def test_a_file_that_is_not_what_the_index_says_is_refused_by_name(found: bytes 
         await store.delete(f"{AT}a.bin")
         if found is not None:
             await store.put_if_absent(f"{AT}a.bin", found)
-        with pytest.raises(Corrupt, match=rf"object {AT}a.bin is {said}.*its index says 5 bytes of a known hash"):
+        with pytest.raises(
+            Corrupt, match=rf"object {AT}a.bin is damaged: it is {said}.*its index says 5 bytes of a known hash"
+        ):
             await bundles.read(store, AT)
 
     asyncio.run(told())

@@ -1,13 +1,14 @@
 """Records and where they lie: formats, what is refused of them, and history read newest first."""
 
 import asyncio
+import hashlib
 
 import msgspec
 import pytest
 
 from knapper.errors import Corrupt, NewerFormat
 from knapper.ids import RunId, run_prefix
-from knapper.journal import history, names
+from knapper.journal import history, names, sealed
 from knapper.journal.records import (
     SAVES,
     Commit,
@@ -63,25 +64,65 @@ def test_saves_are_the_three_that_store_weights() -> None:
     assert {"save_weights", "save_weights_for_sampler", "save_weights_external"} == SAVES
 
 
+def pack(fields: object) -> bytes:
+    return msgspec.msgpack.encode(fields)
+
+
 @pytest.mark.parametrize(("kind", "format_"), [(Commit, 2), (Operation, 1), (Manifest, 1)])
 def test_a_newer_format_is_told_from_damage(kind: type[Record], format_: int) -> None:
+    """Within its envelope a record says its own format; without one, only those were written that are as old."""
     assert format_of(kind) == format_
-    newer = msgspec.msgpack.encode({"v": format_ + 1, "unheard_of": 1})
-    with pytest.raises(
-        NewerFormat, match=rf"object x has format {format_ + 1} of {kind.__name__}.*up to format {format_}"
-    ) as refused:
-        decode(newer, kind, "x")
-    assert refused.value.retry_after_s == 30.0
-    for damaged in (msgspec.msgpack.encode({"v": format_, "unheard_of": 1}), b"", b"\xc1", msgspec.msgpack.encode([1])):
-        with pytest.raises(Corrupt, match=rf"object x is not a {kind.__name__} record"):
+    name = kind.__name__
+    told = f"object x has format {{}} of {name}; this knapper reads up to format {{}}: run the newer one"
+    for newer, found in (
+        (sealed.seal(name, pack({"v": format_ + 1, "unheard_of": 1})), format_ + 1),
+        (pack({"v": 4}), 4),
+    ):
+        with pytest.raises(NewerFormat) as refused:
+            decode(newer, kind, "x")
+        assert str(refused.value) == told.format(found, format_)
+        assert refused.value.retry_after_s == 30.0
+    old = {"v": format_, "unheard_of": 1}
+    for damaged in (sealed.seal(name, pack(old)), pack(old), pack([1]), b"", b"\xc1", sealed.seal(name, b"\xc1")):
+        with pytest.raises(Corrupt, match=rf"object x is damaged: it is no {name} record: (?!its envelope)"):
             decode(damaged, kind, "x")
+    with pytest.raises(Corrupt, match=rf"it is no {name} record: its envelope is broken"):
+        decode(pack({"v": 3}), kind, "x")
+
+
+def test_an_envelope_says_kind_and_checksum_and_is_the_same_each_time() -> None:
+    inside = pack({"v": 1, "a": "b"})
+    whole = sealed.seal("Terms", inside)
+    digest = hashlib.sha256(b"3 Terms " + inside).digest()
+    assert msgspec.msgpack.decode(whole) == {"v": 3, "kind": "Terms", "sha256": digest, "record": {"v": 1, "a": "b"}}
+    assert sealed.seal("Terms", inside) == whole
+    assert sealed.opened(whole, "Terms", "x") == msgspec.Raw(inside)
+    assert sealed.opened(inside, "Terms", "x") is None
+    with pytest.raises(Corrupt, match=r"object x is damaged: field kind is 'Terms'; allowed there: 'Spec'"):
+        sealed.opened(whole, "Spec", "x")
+    changed = pack({**msgspec.msgpack.decode(whole), "record": {"v": 1, "a": "c"}})
+    with pytest.raises(Corrupt, match="field sha256 is not that of its other bytes"):
+        sealed.opened(changed, "Terms", "x")
+    later = hashlib.sha256(b"4 Terms " + inside).digest()
+    with pytest.raises(NewerFormat, match="object x has format 4 of Terms; this knapper reads up to format 3"):
+        sealed.opened(pack({"v": 4, "kind": "Terms", "sha256": later, "record": msgspec.Raw(inside)}), "Terms", "x")
+
+
+@pytest.mark.parametrize(("v", "said"), [(0, "field v is 0"), (3, "field v is 3"), (-1, "field v is -1")])
+def test_a_record_without_an_envelope_is_of_a_format_that_had_none(v: int, said: str) -> None:
+    bare = pack({**msgspec.to_builtins(TERMS), "v": v})
+    with pytest.raises(Corrupt, match=f"{said}, and a Terms record of that format lies in an envelope"):
+        decode(bare, Terms, "x")
+    assert decode(pack({**msgspec.to_builtins(TERMS), "v": 1}), Terms, "x") == TERMS
+    with pytest.raises(NewerFormat, match="has format 2 of Terms; this knapper reads up to format 1"):
+        decode(pack({**msgspec.to_builtins(TERMS), "v": 2}), Terms, "x")
 
 
 def test_a_record_with_a_field_that_nobody_knows_is_damaged() -> None:
-    fields = msgspec.msgpack.decode(encode(TERMS))
-    assert decode(msgspec.msgpack.encode(fields), Terms, "x") == TERMS
-    with pytest.raises(Corrupt, match=r"object x is not a Terms record: .*colour"):
-        decode(msgspec.msgpack.encode({**fields, "colour": 1}), Terms, "x")
+    fields = msgspec.to_builtins(TERMS)
+    assert decode(sealed.seal("Terms", pack(fields)), Terms, "x") == TERMS
+    with pytest.raises(Corrupt, match=r"object x is damaged: it is no Terms record: .*colour"):
+        decode(sealed.seal("Terms", pack({**fields, "colour": 1})), Terms, "x")
 
 
 def test_a_newer_format_with_the_same_fields_is_refused_too() -> None:

@@ -78,7 +78,11 @@ WRONG: list[tuple[Kind, dict[str, Any], str]] = [
     ("save_weights_external", {"path": ".a"}, "path is '.a'; allowed: 1 to 128 letters"),
     ("save_weights_for_sampler", {"path": ".a"}, "path is '.a'; allowed: 1 to 128 letters"),
     ("save_weights_for_sampler", {}, "path is None; allowed: a name, or sampling_session_seq_id for an unnamed"),
-    ("save_weights_external", {"path": "a", "age_encryption_recipients": ["x"]}, "age_encryption_recipients is ['x']"),
+    (
+        "save_weights_external",
+        {"path": "a", "age_encryption_recipients": ["x"]},
+        "age_encryption_recipients[0] is 'x...'; allowed: native public keys",
+    ),
     ("load_weights", {"path": "a", "optimizer": False}, "path is 'a'; allowed: tinker://<run>/"),
     ("load_weights", {"path": f"tinker://{RUN}/weights/none", "optimizer": False}, "does not exist"),
 ]

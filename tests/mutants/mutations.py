@@ -89,6 +89,8 @@ def _is_prose(node: ast.AST, name: str) -> bool:
         return True
     if isinstance(node, ast.Assert):
         return name == "msg"
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("NewType", "TypeVar"):
+        return True
     if name == "decorator_list" or (isinstance(node, ast.keyword) and node.arg in ("frozen", "kw_only", "repr")):
         return True  # frozen, kw_only: what the type checker holds
     return name in ("annotation", "returns", "type_comment", "bases", "type_params") or (
