@@ -59,7 +59,7 @@ def test_the_default_parameters_and_as_many_tokens_as_the_context_has_are_served
         else:  # a machine of some 12 GiB or less has no memory for it, and says so
             with pytest.raises(tinker.RequestFailedError, match=f"key/value memory; allowed: {positions}"):
                 sampled(client, 3, max_tokens=max_tokens)
-    with pytest.raises(tinker.RequestFailedError, match=f"prompt has {CONTEXT} tokens; allowed: up to {CONTEXT - 1}"):
+    with pytest.raises(tinker.RequestFailedError, match=f"it has {CONTEXT}; allowed: up to {CONTEXT - 1}"):
         sampled(client, CONTEXT, max_tokens=1)
     assert most_memory(server.processes()["engine"]) < 2**31, "what a text may grow to is reserved, not taken"
 
@@ -75,10 +75,13 @@ def test_where_the_context_does_not_fit_a_text_may_fill_what_there_is(qwen: Path
         positions = positions_of(server)
         assert 3 < positions < CONTEXT // 2
         assert "not even one text of the whole context fits" in server.log()
-        assert sampled(client, 3, max_tokens=positions // 64 * 64 - 2).stop_reason == "stop"
-        for prompt, params in ((3, {"max_tokens": positions // 64 * 64 - 1}), (positions + 1, {})):
-            with pytest.raises(tinker.RequestFailedError, match=f"key/value memory; allowed: {positions}. Lower"):
-                sampled(client, prompt, **params)
+        longest = positions // 64 * 64
+        assert sampled(client, 3, max_tokens=longest - 2).stop_reason == "stop"
+        with pytest.raises(tinker.RequestFailedError, match=f"key/value memory; allowed: {positions}. Lower"):
+            sampled(client, 3, max_tokens=longest - 1)
+        too_long = f"it has {positions + 1}; allowed: up to {longest}, as the server has key/value memory for {longest}"
+        with pytest.raises(tinker.RequestFailedError, match=too_long):
+            sampled(client, positions + 1)
 
 
 def positions_of(server: Server) -> int:
