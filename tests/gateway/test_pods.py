@@ -143,7 +143,9 @@ def test_a_gateway_rings_the_holder_and_the_service_once_it_is_lost(pods: Two, m
 
     def pass_and_wait(gateway: Running, seq: int) -> None:
         gateway.forward_backward(fwdbwd(run, seq)).raise_for_status()
-        answer = gateway.http.post("retrieve_future", json={"request_id": f"{run}:{seq}"})
+        asked = {"request_id": f"{run}:{seq}"}
+        while (answer := gateway.http.post("retrieve_future", json=asked)).status_code == 408:
+            pass  # told after a second what it waits for
         assert answer.status_code == 200, answer.text
 
     with gateway(pods.store, train_step_url=pods.a.address) as by_a, gateway(
