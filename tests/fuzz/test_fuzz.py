@@ -48,6 +48,7 @@ def sender(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sender]:
 
 UNSERVED = {
     "/api/v1/create_custom_loss": 422, f"{asks.ONE}/archive": 422, "/api/v1/links/{token}": 404, "/v1/{path:path}": 404,
+    "/oai/api/v1/{path:path}": 404,
 }  # fmt: skip
 
 
