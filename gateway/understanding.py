@@ -67,7 +67,7 @@ def _json_forward(body: bytes, decode: Callable[[bytes], ForwardBackward]) -> Un
         asked = decode(body)
     except UserError as error:
         return Refusal(error, pack(body), address(body))
-    packed = replace(pack(proto.encode_forward_backward(asked)), sha256=hashlib.sha256(body).digest())
+    packed = replace(pack(proto.encode_forward_backward(asked)), asked_sha256=hashlib.sha256(body).digest())
     return Operation(asked.run, asked.seq, packed, sum(datum.tokens.size for datum in asked.data))
 
 

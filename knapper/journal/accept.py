@@ -25,6 +25,7 @@ class Packed:
 
     sha256: bytes
     body_zstd: bytes
+    asked_sha256: bytes = b""  # over what the client sent, where that is not the body
 
 
 def pack(body: bytes) -> Packed:
@@ -124,7 +125,7 @@ class Acceptor:
         stored = await self._stored(run, seq)
         # A tombstone answers whoever comes late: through the future, where every other error of this operation would
         # come too.
-        if stored is None or stored.kind == "tombstone" or stored.sha256 == packed.sha256:
+        if stored is None or stored.kind == "tombstone" or stored.asked == operation.asked:
             return None
         if not _same_sampler_save(stored, operation):
             raise UserError(
@@ -136,7 +137,7 @@ class Acceptor:
     def _operation(self, run: RunId, seq: int, kind: Kind, packed: Packed, error: str) -> Operation:
         return Operation(
             run=run, seq=seq, kind=kind, sha256=packed.sha256, body_zstd=packed.body_zstd,
-            accepted_at=self._clock(), error=error,
+            accepted_at=self._clock(), error=error, asked_sha256=packed.asked_sha256,
         )  # fmt: skip
 
     async def _stored(self, run: RunId, seq: int) -> Operation | None:

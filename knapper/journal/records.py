@@ -10,7 +10,7 @@ from knapper import limits
 from knapper.errors import UserError, damaged
 from knapper.ids import RunId
 from knapper.journal import names, sealed
-from knapper.wire import zstd
+from knapper.wire import proto, zstd
 
 Kind = Literal[
     "create", "forward_backward", "optim_step", "load_weights", "save_weights", "save_weights_for_sampler",
@@ -35,12 +35,13 @@ class _Format(msgspec.Struct):
     v: int
 
 
-class Operation(Record, frozen=True):
+class Operation(Record, frozen=True, kw_only=True):
     """in/<seq>: one accepted operation, as it came.
 
-    `sha256` is over `body` as the client sent it (decompressed); `body` is kept as zstd.
+    `sha256` is over the body (decompressed), which is kept as zstd.
     """
 
+    v: int = 2  # 1 had no asked_sha256: its sha256 was that, also of a pass that came as JSON
     run: str
     seq: int
     kind: Kind
@@ -48,9 +49,17 @@ class Operation(Record, frozen=True):
     body_zstd: bytes
     accepted_at: float  # seconds since the epoch, for people and for the collector; never for order
     error: str = ""  # of a tombstone: what the client is told
+    asked_sha256: bytes = b""  # over what the client sent, where that is not the body: JSON, stored as protobuf
+
+    @property
+    def asked(self) -> bytes:
+        """The hash of what the client sent, by which a repetition is told."""
+        return self.asked_sha256 or self.sha256
 
     def body(self) -> bytes:
-        """As the client sent it, verified; of a creation the `Creation`, encoded. Takes a while for a large one.
+        """As the client sent it, verified; of a creation the `Creation`, encoded, and of a pass always protobuf.
+
+        Takes a while for a large one.
 
         Raises Corrupt.
         """
@@ -60,9 +69,19 @@ class Operation(Record, frozen=True):
         except UserError as error:
             raise damaged(where, f"field body_zstd cannot be decompressed: {error}") from error
         # That of a creation is over the client's request, and what nobody sent has none.
-        if self.kind != "create" and self.sha256 and hashlib.sha256(body).digest() != self.sha256:
-            raise damaged(where, "field sha256 is not that of its body")
-        return body
+        if self.kind == "create" or not self.sha256 or hashlib.sha256(body).digest() == self.sha256:
+            return body
+        if self.v == 1 and self.kind == "forward_backward" and _is_written_by_us(body):
+            return body
+        raise damaged(where, "field sha256 is not that of its body")
+
+
+def _is_written_by_us(body: bytes) -> bool:
+    """Whether it may be a pass that came as JSON: as protobuf it is then exactly as we write it."""
+    try:
+        return proto.encode_forward_backward(proto.decode_forward_backward(body)) == body
+    except UserError:
+        return False
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -88,6 +88,19 @@ _SEARCH: dict[str, Any] = {
 _ADAM = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "grad_clip_norm": 1.0}
 ONE = "/api/v1/training_runs/{run_id}/checkpoints/{kind}/{name}"
 
+
+def _openai(base: str) -> dict[Way, Callable[[World, Random], Ask]]:
+    """What OpenAI's clients ask for, below one of the two places where it is served."""
+    rest = ("GET", "POST", "PUT", "PATCH", "DELETE")
+    return {
+        ("GET", f"{base}/models"): nothing,
+        ("GET", f"{base}/models/{{name:path}}"): nothing,
+        ("POST", f"{base}/completions"): body(bodies.completion),
+        ("POST", f"{base}/chat/completions"): body(bodies.chat),
+        **{(method, f"{base}/{{path:path}}"): body(lambda *_: {"a": 1}) for method in rest},
+    }
+
+
 ASKS: dict[Way, Callable[[World, Random], Ask]] = {
     ("GET", "/api/v1/healthz"): nothing,
     ("POST", "/api/v1/auth/token"): nothing,
@@ -165,11 +178,8 @@ ASKS: dict[Way, Callable[[World, Random], Ask]] = {
     ),
     ("GET", "/api/v1/billing/usage/checkpoints/current"): query(project_id="p"),
     ("GET", "/api/v1/links/{token}"): nothing,
-    ("GET", "/v1/models"): nothing,
-    ("GET", "/v1/models/{name:path}"): nothing,
-    ("POST", "/v1/completions"): body(bodies.completion),
-    ("POST", "/v1/chat/completions"): body(bodies.chat),
-    **{(method, "/v1/{path:path}"): body(lambda *_: {"a": 1}) for method in ("GET", "POST", "PUT", "PATCH", "DELETE")},
+    **_openai("/v1"),
+    **_openai("/oai/api/v1"),
 }  # fmt: skip
 
 
@@ -179,7 +189,7 @@ def parameters(world: World, way: Way, rng: Random) -> dict[str, str]:
     found = world.mine.in_path() | {"kind": kind, "token": "abc", "path": "a/b"}
     if way[1].endswith("external_weights_urls"):
         found["kind"] = "external_weights"
-    if way[1].startswith("/v1/models/"):
+    if way[1].endswith("/models/{name:path}"):
         found["name"] = rng.choice([world.model, world.mine.path("sampler_weights"), world.mine.run])
     return {name: found[name] for name in route_of(way).param_convertors}
 

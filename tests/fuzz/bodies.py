@@ -165,10 +165,10 @@ def submitted(world: World, rng: Random) -> Any:
 
 
 REWARDS: list[tuple[Any, Any]] = [  # each with an answer that it can compare with
-    ("exact_match", "2"), ({"name": "numeric", "relative": 1e-3, "weight": 0.5}, 2),
+    ({"name": "exact_match"}, "2"), ({"name": "numeric", "relative": 1e-3, "weight": 0.5}, 2),
     ({"name": "length", "max": 5}, None),
     ({"name": "regex", "pattern": "[a-z]+", "take": "last_line", "timeout_s": 1.0}, {"a": 1}),
-    ({"name": "maths", "timeout_s": 1.0}, "\\frac{1}{2}"), ({"name": "json_schema", "schema": "s.json"}, None),
+    ({"name": "maths", "timeout_s": 1.0}, "\\frac{1}{2}"), ({"name": "json_schema", "json_schema": "s.json"}, None),
     ({"name": "sql", "database": "t.sql", "timeout_s": 1.0}, [[1]]), ({"code": "reward.py", "timeout_s": 1.0}, [1]),
     ({"name": "python_tests", "timeout_s": 1.0}, ["assert f(1) == 1"]),
     ([{"name": "numeric", "weight": 2.0}, {"name": "exact_match", "label": "x", "weight": -1.0}], "2.5"),

@@ -53,7 +53,7 @@ def _refusal(way: Way, answer: Answer) -> str | None:
         return f"a {answer.status} without the error's form: {answer.body[:300]!r}"
     if answer.status == 408 and way[1] == "/api/v1/retrieve_future":
         return None if told.get("type") == "try_again" else f"a 408 of another form: {told}"
-    if way[1].startswith("/v1/") and "error" in told:
+    if way[1].startswith(("/v1/", "/oai/")) and "error" in told:
         told = told["error"]
         said, code, whose = told.get("message"), told.get("code"), told.get("type") == "invalid_request_error"
     else:

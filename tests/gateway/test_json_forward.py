@@ -2,10 +2,14 @@
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
-from knapper.journal.records import Result
+from knapper.errors import Corrupt
+from knapper.ids import RunId
+from knapper.journal import names
+from knapper.journal.records import Result, encode
 from knapper.wire import proto, zstd
 from knapper.wire.types import ForwardBackwardOutput
 from tests.gateway.running import Running, gateway
@@ -35,7 +39,7 @@ def test_what_comes_as_json_is_applied_as_protobuf(running: Running) -> None:
         stored = running.stored(run, seq)
         assert stored is not None
         assert stored.kind == "forward_backward"
-        request = proto.decode_forward_backward(zstd.decompress(stored.body_zstd, 10**6))
+        request = proto.decode_forward_backward(stored.body())
         assert (request.run, request.seq, request.forward_only) == (run, seq, only)
         assert request.data[0].inputs["weights"].tolist() == [1.0, 0.5]
 
@@ -74,3 +78,23 @@ def test_an_answer_is_json_unless_protobuf_is_accepted(running: Running) -> None
     for accept in ("application/x-protobuf", "application/x-protobuf, application/json"):
         reply = running.http.post("retrieve_future", json={"request_id": f"{run}:0"}, headers={"Accept": accept})
         assert reply.content == body
+
+
+def test_what_came_as_json_before_is_read_repeated_and_told_from_damage(running: Running) -> None:
+    """Format 1 had one hash, that of the JSON, over a body that was protobuf."""
+    run = running.make_run()
+    running.post("forward_backward", asked(run, 1))
+    stored = running.stored(run, 1)
+    assert stored is not None
+    old = msgspec.structs.replace(stored, v=1, sha256=stored.asked, asked_sha256=b"")
+    assert old.sha256 != stored.sha256
+    assert old.body() == stored.body()
+    with pytest.raises(Corrupt, match="field sha256 is not that of its body"):
+        msgspec.structs.replace(old, v=2).body()
+    with pytest.raises(Corrupt, match="field sha256 is not that of its body"):
+        msgspec.structs.replace(old, body_zstd=zstd.compress(stored.body() + b"\x00")).body()
+    name = names.operation(RunId(run), 1)
+    running.run(running.store.delete(name))
+    running.run(running.store.put_if_absent(name, encode(old)))
+    assert running.post("forward_backward", asked(run, 1))["request_id"] == f"{run}:1"
+    assert "was used before" in running.post("forward_backward", asked(run, 1, loss="ppo"), status=422)["detail"]
