@@ -17,7 +17,7 @@ from knapper.errors import InvalidField, KnapperError, Unavailable
 
 RANKS: Final = (8, 16, 32, 64, 128, 256)  # that vLLM makes room for; an adapter's may be any up to it
 TEMPERATURES: Final = (0.01, 2.0)  # outside of these vLLM raises it in silence, or refuses it
-SERVER: Final = "_KNAPPER_VLLM_SERVER"  # names this process to the core's, which end with it; no setting, by its first sign
+SERVER: Final = "_KNAPPER_VLLM_SERVER"  # names this process to the core's, which end with it; it is no setting
 _CLOSE_S: Final = 1.5  # for a core to end by itself, then it is killed: it holds nothing that must be saved
 Top = list[tuple[int, float]]  # (token, log-probability), the likeliest first
 
