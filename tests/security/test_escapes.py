@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -51,6 +52,15 @@ class World:
     port: int
     victim: "subprocess.Popen[bytes]"
     reached: list[str]
+
+    def visits(self) -> list[str]:
+        """Every visit of the page until now, and forgets them; the page serves one after another, so ours is the last."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/last", timeout=30) as answer:
+            answer.read()
+        *visits, connection, path = self.reached
+        assert (connection, path) == ("connection", "/last")
+        self.reached.clear()
+        return visits
 
     def told(self, name: str) -> dict[str, object]:
         """What the attempt is told; the files that it may spoil are its own."""
@@ -123,7 +133,7 @@ def test_the_way_out_is_closed(name: str, world: World, sandbox: Sandbox, runner
     works = outside.stdout.strip() == "True"
     assert works or name in CLOSED_ELSEWHERE_TOO, f"the attempt itself is broken:\n{outside.stderr[-2000:]}"
 
-    world.reached.clear()
+    world.visits()
     told = world.told(f"{name}-inside")
     os.environ["CANARY"] = "sings"
     reward = spec.parse({"code": "reward.py"}, {"reward.py": INSIDE.encode()})
@@ -135,7 +145,7 @@ def test_the_way_out_is_closed(name: str, world: World, sandbox: Sandbox, runner
     finally:
         del os.environ["CANARY"]
     assert outcome == "0.0" or "ended" in outcome or "killed" in outcome
-    assert world.reached == []
+    assert world.visits() == []
     assert world.victim.poll() is None
     assert sorted(path.name for path in Path(str(told["scratch"])).iterdir()) == ["victim"]
     assert Path(str(told["victim_file"])).read_text() == "as it was"
