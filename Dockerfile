@@ -72,7 +72,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 COPY knapper /app/knapper
 ARG MODEL=HuggingFaceTB/SmolLM2-135M-Instruct
 ARG HF_HUB_OFFLINE=1
-RUN HF_HUB_OFFLINE=${HF_HUB_OFFLINE} PYTHONPATH=/app python -c "import sys, pathlib; from knapper.models.obtain import obtain; obtain(sys.argv[1], pathlib.Path('/srv/models'))" "${MODEL}" \
+RUN HF_HUB_OFFLINE=${HF_HUB_OFFLINE} PYTHONPATH=/app python -c "import sys, pathlib; from knapper.catalogue.download import obtain; obtain(sys.argv[1], pathlib.Path('/srv/models'))" "${MODEL}" \
     && rm -f /srv/models/.lock && chmod -R a+rX /srv/models
 # The gateway counts tokens and renders templates; it never reads weights.
 RUN mkdir /tokenizers && cp -r /srv/models/. /tokenizers/ && find /tokenizers -name "*.safetensors*" -delete
@@ -102,7 +102,7 @@ COPY gateway /app/gateway
 ENV KNAPPER_HOST=0.0.0.0
 RUN python -m compileall -q -f --invalidation-mode unchecked-hash /app
 USER 65532:65532
-ENTRYPOINT ["uvicorn", "gateway.main:app", "--host", "0.0.0.0", "--port", "8080", "--workers", "1", "--http", "knapper.connections:Protocol", "--ws", "none", "--lifespan", "on", "--timeout-keep-alive", "75", "--log-level", "warning", "--no-access-log"]
+ENTRYPOINT ["uvicorn", "gateway.app:app", "--host", "0.0.0.0", "--port", "8080", "--workers", "1", "--http", "knapper.web.connections:Protocol", "--ws", "none", "--lifespan", "on", "--timeout-keep-alive", "75", "--log-level", "warning", "--no-access-log"]
 
 # GKE lays the GPU's driver there, and tells nobody's loader of it; where another runtime does, this directory is not there.
 FROM runtime AS gpu
@@ -115,7 +115,7 @@ COPY functions/train_step /app/functions/train_step
 RUN python -m compileall -q -f --invalidation-mode unchecked-hash /app
 ENV FUNCTION_TARGET=train_step FUNCTION_SOURCE=/app/functions/train_step/main.py
 USER 65532:65532
-ENTRYPOINT ["uvicorn", "functions_framework.aio:app", "--host", "0.0.0.0", "--port", "8080", "--workers", "1", "--http", "knapper.connections:Protocol", "--ws", "none", "--lifespan", "on", "--timeout-keep-alive", "75", "--log-level", "warning", "--no-access-log"]
+ENTRYPOINT ["uvicorn", "functions_framework.aio:app", "--host", "0.0.0.0", "--port", "8080", "--workers", "1", "--http", "knapper.web.connections:Protocol", "--ws", "none", "--lifespan", "on", "--timeout-keep-alive", "75", "--log-level", "warning", "--no-access-log"]
 
 FROM gpu AS sample
 COPY --from=engine-environment /opt/venv /opt/venv
@@ -124,7 +124,7 @@ COPY functions/sample /app/functions/sample
 RUN python -m compileall -q -f --invalidation-mode unchecked-hash /app
 ENV FUNCTION_TARGET=sample FUNCTION_SOURCE=/app/functions/sample/main.py
 USER 65532:65532
-ENTRYPOINT ["uvicorn", "functions_framework.aio:app", "--host", "0.0.0.0", "--port", "8080", "--workers", "1", "--http", "knapper.connections:Protocol", "--ws", "none", "--lifespan", "on", "--timeout-keep-alive", "75", "--log-level", "warning", "--no-access-log"]
+ENTRYPOINT ["uvicorn", "functions_framework.aio:app", "--host", "0.0.0.0", "--port", "8080", "--workers", "1", "--http", "knapper.web.connections:Protocol", "--ws", "none", "--lifespan", "on", "--timeout-keep-alive", "75", "--log-level", "warning", "--no-access-log"]
 
 # As sample, and vLLM. Triton, which computes its adapters, compiles a piece of C when it starts; nvcc is not here, and what wants it is off.
 FROM gpu AS sample-vllm
@@ -139,7 +139,7 @@ ENV HF_HOME=/tmp/cache/huggingface VLLM_CACHE_ROOT=/tmp/cache/vllm VLLM_CONFIG_R
     NUMBA_CACHE_DIR=/tmp/cache/numba VLLM_USE_FLASHINFER_SAMPLER=0
 ENV KNAPPER_SAMPLER=vllm FUNCTION_TARGET=sample FUNCTION_SOURCE=/app/functions/sample/main.py
 USER 65532:65532
-ENTRYPOINT ["uvicorn", "functions_framework.aio:app", "--host", "0.0.0.0", "--port", "8080", "--workers", "1", "--http", "knapper.connections:Protocol", "--ws", "none", "--lifespan", "on", "--timeout-keep-alive", "75", "--log-level", "warning", "--no-access-log"]
+ENTRYPOINT ["uvicorn", "functions_framework.aio:app", "--host", "0.0.0.0", "--port", "8080", "--workers", "1", "--http", "knapper.web.connections:Protocol", "--ws", "none", "--lifespan", "on", "--timeout-keep-alive", "75", "--log-level", "warning", "--no-access-log"]
 
 FROM runtime AS reward
 COPY --from=reward-environment /opt/venv /opt/venv
@@ -147,4 +147,4 @@ COPY functions/reward /app/functions/reward
 RUN python -m compileall -q -f --invalidation-mode unchecked-hash /app
 ENV FUNCTION_TARGET=reward FUNCTION_SOURCE=/app/functions/reward/main.py
 USER 65532:65532
-ENTRYPOINT ["uvicorn", "functions_framework.aio:app", "--host", "0.0.0.0", "--port", "8080", "--workers", "1", "--http", "knapper.connections:Protocol", "--ws", "none", "--lifespan", "on", "--timeout-keep-alive", "75", "--log-level", "warning", "--no-access-log"]
+ENTRYPOINT ["uvicorn", "functions_framework.aio:app", "--host", "0.0.0.0", "--port", "8080", "--workers", "1", "--http", "knapper.web.connections:Protocol", "--ws", "none", "--lifespan", "on", "--timeout-keep-alive", "75", "--log-level", "warning", "--no-access-log"]

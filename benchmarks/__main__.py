@@ -22,7 +22,7 @@ import torch
 from benchmarks import figures, operations, overlap, reinforcement, sampling, starting, stores, training
 from benchmarks.figures import Figure
 from benchmarks.served import Setting, serving
-from knapper.models.obtain import obtain
+from knapper.catalogue.download import obtain
 from knapper.settings import Settings
 
 _SERVED: dict[str, Callable[[Setting], Iterable[Figure]]] = {

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 from benchmarks import figures
 from benchmarks.backends import VLLM_PYTHON, serving
 from benchmarks.served import datum
-from knapper.models.obtain import SMOLLM2, obtain
+from knapper.catalogue.download import SMOLLM2, obtain
 from knapper.settings import Settings
 from tests.conformance.server import Dtype
 from tests.engine.tiny import tiny_model

@@ -30,7 +30,7 @@ from benchmarks.bare import Bare
 from benchmarks.figures import seconds
 from benchmarks.served import datum, step
 from benchmarks.training import texts
-from knapper.models.obtain import obtain
+from knapper.catalogue.download import obtain
 from knapper.settings import Settings
 from tests.conformance.server import Dtype, Server
 

@@ -26,13 +26,13 @@ from benchmarks.bare import Bare
 from benchmarks.figures import paired
 from benchmarks.operations import NoAdapters
 from benchmarks.training import UNEVEN, texts
-from knapper.engine.clock import Clock
-from knapper.engine.device import Device
-from knapper.engine.loading import load
-from knapper.engine.model import Model
-from knapper.engine.sampler import Sampler
-from knapper.engine.training import RunState, Trainer
-from knapper.journal.records import Spec
+from knapper.engine.executor import Device
+from knapper.engine.models.base import Model
+from knapper.engine.models.loader import load
+from knapper.engine.sampling.scheduler import Sampler
+from knapper.engine.training.scheduler import Clock
+from knapper.engine.training.trainer import RunState, Trainer
+from knapper.state.journal.records import Spec
 from knapper.wire.types import AdamW, Datum, ForwardBackward, Sample, SamplingParams
 from tests.conformance.server import Server
 from tests.engine.tiny import tiny_model
@@ -126,8 +126,8 @@ def imported() -> Found:
     """What a process has to read before it answers."""
     return {
         "modules that the engine imports": _modules("knapper.serving.engine"),
-        "modules that the gateway imports": _modules("gateway.main"),
-        "torch in the gateway": _modules("gateway.main", "torch"),
+        "modules that the gateway imports": _modules("gateway.app"),
+        "torch in the gateway": _modules("gateway.app", "torch"),
         "transformers in the engine": _modules("knapper.serving.engine", "transformers"),
     }
 

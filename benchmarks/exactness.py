@@ -34,17 +34,17 @@ import numpy as np
 import torch
 
 from benchmarks import figures
-from knapper.engine.device import Device, Task
-from knapper.engine.exactness import Exactness
-from knapper.engine.loading import load
-from knapper.engine.lora import Lora
-from knapper.engine.model import Model
-from knapper.engine.passes import compute
-from knapper.engine.sampler import Sampler
-from knapper.engine.training import RunState, Trainer
-from knapper.journal.records import Spec
-from knapper.models.obtain import SMOLLM2, obtain
+from knapper.catalogue.download import SMOLLM2, obtain
+from knapper.engine.executor import Device, Task
+from knapper.engine.layers.batch_invariance import Exactness
+from knapper.engine.layers.lora import Lora
+from knapper.engine.models.base import Model
+from knapper.engine.models.loader import load
+from knapper.engine.sampling.scheduler import Sampler
+from knapper.engine.training.batch import compute
+from knapper.engine.training.trainer import RunState, Trainer
 from knapper.settings import Settings
+from knapper.state.journal.records import Spec
 from knapper.wire.types import AdamW, Datum, ForwardBackward, Sample, SampleOutput, SamplingParams
 
 T = TypeVar("T")

@@ -15,14 +15,14 @@ import torch
 from tinker import types
 
 from benchmarks.figures import Figure, Timed, paired, seconds
-from knapper.engine import weights
-from knapper.engine.config import ModelConfig
-from knapper.engine.decoder import Decoder
-from knapper.engine.device import Device, Task
-from knapper.engine.lora import Lora
-from knapper.engine.sampler import Sampler
-from knapper.engine.training import Trainer
-from knapper.journal.records import Spec
+from knapper.engine.executor import Device, Task
+from knapper.engine.layers.lora import Lora
+from knapper.engine.models import weights
+from knapper.engine.models.config import ModelConfig
+from knapper.engine.models.decoder import Decoder
+from knapper.engine.sampling.scheduler import Sampler
+from knapper.engine.training.trainer import Trainer
+from knapper.state.journal.records import Spec
 from knapper.wire.types import AdamW, Datum, ForwardBackward, Sample, SamplingParams
 from tests.conformance.server import Server
 from tests.engine.tiny import tiny_model

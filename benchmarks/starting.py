@@ -10,8 +10,8 @@ from benchmarks.served import Setting, datum, serving, step
 from benchmarks.training import texts
 
 _LOAD = (
-    "import sys, time; from pathlib import Path; from knapper.engine import weights; "
-    "from knapper.engine.config import ModelConfig; d = Path(sys.argv[1]); began = time.perf_counter(); "
+    "import sys, time; from pathlib import Path; from knapper.engine.models import weights; "
+    "from knapper.engine.models.config import ModelConfig; d = Path(sys.argv[1]); began = time.perf_counter(); "
     "c = ModelConfig.read(d); weights.load(d, c); print(time.perf_counter() - began)"
 )
 

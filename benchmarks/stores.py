@@ -13,12 +13,12 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from benchmarks.figures import Figure
-from knapper.journal import bundles
-from knapper.journal.records import Spec
 from knapper.limits import MIB
 from knapper.settings import Settings
+from knapper.state.journal import bundles
+from knapper.state.journal.records import Spec
 from knapper.store import Store
-from knapper.store.opening import open_store
+from knapper.store.factory import open_store
 from tests.store import emulator
 
 _SMALL, _TIMES = 1024, 200

@@ -30,7 +30,7 @@ SUMS = [(3, 4), (2, 6), (5, 1), (4, 4)]
 @contextmanager
 def knapper() -> Iterator[str]:
     """A running `knapper up` of our own, on a free port: its address. Its data goes too, unless something failed."""
-    command = [sys.executable, "-m", "knapper.cli", "up", "--model", MODEL, "--port", "0", "--data", str(DATA)]
+    command = [sys.executable, "-m", "knapper", "up", "--model", MODEL, "--port", "0", "--data", str(DATA)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None

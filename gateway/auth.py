@@ -4,7 +4,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway import bodies
-from gateway.parts import parts
+from gateway.services import parts
 from gateway.tenants import is_token, key_of, record_of, tenant_of
 from knapper.errors import Unauthorized, UserError
 

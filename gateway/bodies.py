@@ -7,8 +7,8 @@ from typing import Concatenate, ParamSpec, TypeVar, cast
 
 from starlette.requests import Request
 
-from gateway.doors import body_bytes_max, hold_of
-from gateway.parts import parts
+from gateway.routing import body_bytes_max, hold_of
+from gateway.services import parts
 from gateway.tenants import tenant_of
 from knapper import limits
 from knapper.errors import InvalidField, TooLarge, UserError
@@ -87,7 +87,7 @@ async def computed(
 ) -> T:
     """What the work returns, whose time grows with the body: in a process of its own, unless it is small.
 
-    See `gateway.workers` for what may be given and returned.
+    See `gateway.worker_pool` for what may be given and returned.
     """
     if len(body) <= _SMALL_BYTES:
         return work(body, *given, **named)

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from knapper.errors import STANDING, Corrupt, InvalidToken, KnapperError, StoreError, Unavailable, UserError
-from knapper.printable import printable
+from knapper.text.printable import printable
 
 _OPERATOR_S = 30.0  # what waits for an operator need not be asked for more often
 

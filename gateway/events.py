@@ -11,20 +11,23 @@ import structlog
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gateway import clockwork, sites
-from gateway.doors import Door, body_bytes_max
-from gateway.parts import Parts, parts
+from gateway import origins, periodic_tasks
+from gateway.routing import Door, body_bytes_max
+from gateway.services import Parts, parts
 from gateway.tenants import on_this_machine
-from knapper import dead, events, ids, limits, tracing
-from knapper.dead import DeadLetter
+from knapper import ids, limits
 from knapper.errors import InvalidField, NotFound, TooLarge, Unavailable, UserError
-from knapper.events import Event
-from knapper.jobs import names, revive
-from knapper.jobs.place import Place
-from knapper.jobs.start import look
+from knapper.events import cloudevents
+from knapper.events.cloudevents import Event
+from knapper.jobs import layout, revive
+from knapper.jobs.inbox import look
+from knapper.jobs.services import Place
+from knapper.observability import traces
+from knapper.state import dead_letters
+from knapper.state.dead_letters import DeadLetter
 from knapper.wire import json
 
-_TICKS: Final = (events.TICK, "dev.knative.sources.ping")  # a PingSource cannot choose its event's type
+_TICKS: Final = (cloudevents.TICK, "dev.knative.sources.ping")  # a PingSource cannot choose its event's type
 
 log = structlog.get_logger()
 
@@ -39,14 +42,14 @@ class Finalized(msgspec.Struct, frozen=True):
 async def take(request: Request) -> Response:
     """204 once what the event asks for is durable; 422 for one that never will be."""
     _expect_insider(request)
-    event = events.decode(request.headers, await _body(request))
-    with tracing.span("gateway", event.traceparent, subject=event.subject):  # what it rings for belongs to this trace
+    event = cloudevents.decode(request.headers, await _body(request))
+    with traces.span("gateway", event.traceparent, subject=event.subject):  # what it rings for belongs to this trace
         if event.type in _TICKS:
-            await clockwork.jobs(parts(request))
-        elif event.type == events.OBJECT_FINALIZED:
+            await periodic_tasks.jobs(parts(request))
+        elif event.type == cloudevents.OBJECT_FINALIZED:
             await uploaded(parts(request), event)
         else:
-            allowed = ", ".join((*_TICKS, events.OBJECT_FINALIZED))
+            allowed = ", ".join((*_TICKS, cloudevents.OBJECT_FINALIZED))
             raise InvalidField("type", event.type, allowed)
     return Response(status_code=204)
 
@@ -61,7 +64,7 @@ async def bury(request: Request) -> Response:
         if name.startswith("ce-") or name == "content-type"
     }
     gateway = parts(request)
-    name = await dead.keep(gateway.store, DeadLetter(attributes, body, gateway.clock()))
+    name = await dead_letters.keep(gateway.store, DeadLetter(attributes, body, gateway.clock()))
     log.warning("dead letter", name=name, **{key: attributes.get(key, "")[:200] for key in ("type", "subject", "id")})
     return Response(status_code=204)
 
@@ -90,10 +93,10 @@ async def started(gateway: Parts, place: Place, tenant: ids.Tenant, job: str) ->
 def folder_of(name: str) -> tuple[ids.Tenant, str] | None:
     """(tenant, job) of an object in somebody's folder of the inbox; None for any other, and for what we put there."""
     root, *rest = name.split("/")
-    if root != "inbox" or len(rest) != 3 or rest[2] == names.JOB_ERROR:
+    if root != "inbox" or len(rest) != 3 or rest[2] == layout.JOB_ERROR:
         return None
     try:
-        return ids.tenant(rest[0]), names.job(rest[1])
+        return ids.tenant(rest[0]), layout.job(rest[1])
     except UserError:
         log.info("an upload into a folder that no job can have", name=name[:200])
         return None
@@ -107,9 +110,9 @@ def _expect_insider(request: Request) -> None:
     inside = (
         host.rpartition(":")[0] == expected or host == expected
         if expected
-        else on_this_machine(request) and sites.is_loopback(sites.name_of(host))
+        else on_this_machine(request) and origins.is_loopback(origins.name_of(host))
     )
-    if not inside or "origin" in request.headers or not events.sent(request.headers):
+    if not inside or "origin" in request.headers or not cloudevents.sent(request.headers):
         raise NotFound(f"there is nothing at {request.url.path}")
 
 

@@ -7,14 +7,15 @@ import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from gateway import bodies, errors, understanding
-from gateway.parts import Parts, parts
-from gateway.samples import Entry
+from gateway import bodies, body_decoders, errors
+from gateway.sample_queue import Entry
+from gateway.services import Parts, parts
 from gateway.tenants import tenant_of
-from knapper import damage, ids, limits
+from knapper import ids, limits
 from knapper.errors import Gone, KnapperError, NotFound, StoreError
 from knapper.ids import RunId, SamplerId, Tenant
-from knapper.journal.records import Result
+from knapper.state import damage
+from knapper.state.journal.records import Result
 from knapper.wire import requests
 
 _PROTOBUF = "application/x-protobuf"
@@ -50,7 +51,7 @@ async def retrieve_future(request: Request) -> Response:
             return JSONResponse(_forgotten(run, seq))
         notice = result or gateway.bells.trouble(run)
         return _try_again(asked.request_id, *gateway.bells.queue_state(run), notice=notice)
-    return await _answer(request, result.body, result.content_type, understanding.forward_json)
+    return await _answer(request, result.body, result.content_type, body_decoders.forward_json)
 
 
 async def _damaged(request_id: str, run: RunId, error: KnapperError) -> Response:
@@ -129,7 +130,7 @@ async def _sample(gateway: Parts, request_id: str, tenant: Tenant, request: Requ
                 return _try_again(request_id, *state, notice=notice)  # the SDK prints the reason, once a minute
     if entry.body is None:
         raise Gone(f"sample {request_id} is not known any more; send it again (the SDK does so by itself)")
-    return await _answer(request, entry.body, entry.content_type, understanding.sample_json)
+    return await _answer(request, entry.body, entry.content_type, body_decoders.sample_json)
 
 
 async def retrieve_futures(request: Request) -> Response:

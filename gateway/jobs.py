@@ -7,17 +7,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway import bodies
-from gateway.doors import Door
-from gateway.parts import Parts, parts
-from gateway.rest import shapes
+from gateway.rest import responses
+from gateway.routing import Door
+from gateway.services import Parts, parts
 from gateway.tenants import tenant_of
-from knapper import events, limits
+from knapper import limits
 from knapper.errors import InvalidField, Unavailable
+from knapper.events import cloudevents
 from knapper.ids import Tenant
-from knapper.jobs import bells, control, names, outputs, revive, telling
-from knapper.jobs.place import Place
+from knapper.jobs import control, layout, listings, notifications, outputs, revive
+from knapper.jobs.inbox import again, look, was_started
 from knapper.jobs.records import Started, read
-from knapper.jobs.start import again, look, was_started
+from knapper.jobs.services import Place
 from knapper.wire import fields, json
 
 _FILES_MAX = 64
@@ -43,9 +44,9 @@ class Show(fields.Request, frozen=True, kw_only=True):
 def submitted(body: bytes) -> tuple[str | None, bool, dict[str, bytes]]:
     """(the job's name, whether it starts again, its files by their names, job.yaml among them). Raises UserError."""
     asked = json.decode(body, Submit)
-    if names.JOB_YAML not in asked.files:
-        raise InvalidField("files", sorted(asked.files), f"{names.JOB_YAML} among them")
-    return asked.name, asked.again, {names.file(name): text.encode() for name, text in asked.files.items()}
+    if layout.JOB_YAML not in asked.files:
+        raise InvalidField("files", sorted(asked.files), f"{layout.JOB_YAML} among them")
+    return asked.name, asked.again, {layout.file(name): text.encode() for name, text in asked.files.items()}
 
 
 async def submit(request: Request) -> Response:
@@ -57,37 +58,37 @@ async def submit(request: Request) -> Response:
     body = await bodies.read(request)
     named, once_more, files = await bodies.computed(request, submitted, body)
     place = _place(gateway)
-    job = names.job(named or f"job-{gateway.new_id()[:12]}")
-    inbox = names.inbox(tenant, job)
+    job = layout.job(named or f"job-{gateway.new_id()[:12]}")
+    inbox = layout.inbox(tenant, job)
     equal = not once_more and await was_started(place, tenant, job, files)
     # Without a job.yaml nothing starts: nobody shall find new files beside old ones.
-    await place.exchange.remove(f"{inbox}{names.JOB_YAML}")
-    for name in sorted(files, key=lambda name: name == names.JOB_YAML):
+    await place.exchange.remove(f"{inbox}{layout.JOB_YAML}")
+    for name in sorted(files, key=lambda name: name == layout.JOB_YAML):
         await place.exchange.publish(f"{inbox}{name}", files[name])
     start = await (again if once_more else look)(place, tenant, job)
     gateway.stirs.jobs.set()
     if start is not None:
         await place.bells.post(await revive.first(place, start))
-    return JSONResponse(await telling.whole(place, tenant, job, 0) | {"equal": equal})
+    return JSONResponse(await listings.whole(place, tenant, job, 0) | {"equal": equal})
 
 
 async def list_jobs(request: Request) -> Response:
     """Newest first, a page at a time: only of those that are told of anything is read."""
     gateway, tenant = parts(request), tenant_of(request)
-    asked = json.convert(shapes.query(request), List)
-    found = await telling.listed(gateway.store, tenant)
+    asked = json.convert(responses.query(request), List)
+    found = await listings.listed(gateway.store, tenant)
     page = found[asked.offset : asked.offset + asked.limit]
     answer = {
-        "jobs": await telling.briefs(gateway.store, page),
-        "cursor": shapes.cursor(asked.offset, asked.limit, len(found)),
+        "jobs": await listings.briefs(gateway.store, page),
+        "cursor": responses.cursor(asked.offset, asked.limit, len(found)),
     }
     return JSONResponse(answer)
 
 
 async def show(request: Request) -> Response:
     gateway, tenant = parts(request), tenant_of(request)
-    asked = json.convert(shapes.query(request), Show)
-    told = await telling.whole(_place(gateway), tenant, request.path_params["job"], asked.after)
+    asked = json.convert(responses.query(request), Show)
+    told = await listings.whole(_place(gateway), tenant, request.path_params["job"], asked.after)
     return JSONResponse(told)
 
 
@@ -95,13 +96,13 @@ async def cancel(request: Request) -> Response:
     """Nothing more is begun for it; what is under way ends within one operation."""
     gateway, tenant = parts(request), tenant_of(request)
     place = _place(gateway)
-    found = await telling.newest(place.store, tenant, request.path_params["job"])
+    found = await listings.newest(place.store, tenant, request.path_params["job"])
     started = await _started(place, found)
     await control.ask(place.store, found.start, "cancelled", "cancelled by its owner", place.clock())
     await place.store.delete(found.start.working)
     await outputs.publish_status(place, started)
-    first = bells.started(started)
-    await place.bells.ring(first, events.JOB_CANCELLED, "knapper/gateway", 0)
+    first = notifications.started(started)
+    await place.bells.ring(first, cloudevents.JOB_CANCELLED, "knapper/gateway", 0)
     return await _told(place, tenant, found)
 
 
@@ -109,7 +110,7 @@ async def resume(request: Request) -> Response:
     """Go on where it stopped."""
     gateway, tenant = parts(request), tenant_of(request)
     place = _place(gateway)
-    found = await telling.newest(place.store, tenant, request.path_params["job"])
+    found = await listings.newest(place.store, tenant, request.path_params["job"])
     started = await _started(place, found)
     await control.ask(place.store, found.start, "running", "", place.clock())
     await place.store.put_if_absent(found.start.working, b"")
@@ -120,15 +121,15 @@ async def resume(request: Request) -> Response:
     return await _told(place, tenant, found)
 
 
-async def _started(place: Place, found: telling.Listed) -> Started:
+async def _started(place: Place, found: listings.Listed) -> Started:
     started = await read(place.store, found.start.started, Started)
     if started is None:
         raise InvalidField("job", found.start.job, "a job that has started", "See its error in `knapper jobs show`")
     return started
 
 
-async def _told(place: Place, tenant: Tenant, found: telling.Listed) -> Response:
-    return JSONResponse(await telling.whole(place, tenant, found.start.job, 10**9))
+async def _told(place: Place, tenant: Tenant, found: listings.Listed) -> Response:
+    return JSONResponse(await listings.whole(place, tenant, found.start.job, 10**9))
 
 
 def _place(gateway: Parts) -> Place:

@@ -4,7 +4,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway import bodies
-from gateway.parts import parts
+from gateway.services import parts
 from gateway.tenants import tenant_of
 
 

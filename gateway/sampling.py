@@ -3,13 +3,13 @@
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from gateway import bodies, understanding
-from gateway.parts import parts
+from gateway import bodies, body_decoders
+from gateway.services import parts
 from gateway.tenants import tenant_of
 from knapper import ids
 from knapper.errors import InvalidField
 from knapper.ids import SamplerId, TinkerPath
-from knapper.sessions import Sampler
+from knapper.state.sessions import Sampler
 from knapper.wire import sample_requests
 
 
@@ -77,6 +77,6 @@ async def asample(request: Request) -> Response:
         seed = int(gateway.new_id()[:12], 16)
         serving = await gateway.records.inflight.serving(sampler)
         given = (serving.base_model, serving.bundle, seed)
-        num_samples, call = await bodies.computed(request, understanding.sample_call, body, *given)
+        num_samples, call = await bodies.computed(request, body_decoders.sample_call, body, *given)
         entry = gateway.samples.submit(address, tenant, num_samples, url, call)
     return JSONResponse({"request_id": entry.request_id, "sample_sequence_ids": entry.sequence_ids})

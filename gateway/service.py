@@ -5,12 +5,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway import bodies, errors, notices
-from gateway.parts import parts
+from gateway.services import parts
 from gateway.tenants import tenant_of
 from knapper import ids
 from knapper.errors import Gone
 from knapper.ids import SessionId
-from knapper.sessions import DAY_S, Finish, Session
+from knapper.state.sessions import DAY_S, Finish, Session
 from knapper.wire import requests
 
 

@@ -5,11 +5,11 @@ from ipaddress import IPv6Address, ip_address
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.parts import Parts, parts
+from gateway.services import Parts, parts
 from knapper.errors import InvalidToken, KnapperError, Unauthorized
 from knapper.ids import LOCAL_TENANT, Tenant
-from knapper.keys import Key, Keyring
-from knapper.tokens import Tokens
+from knapper.state.api_keys import Key, Keyring
+from knapper.state.tokens import Tokens
 
 _ASKER = "knapper.asker"
 _BEARER = "bearer "

@@ -8,17 +8,17 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from gateway import bodies, understanding
-from gateway.parts import Parts, parts
+from gateway import bodies, body_decoders
+from gateway.body_decoders import Operation, Refusal, Understood
+from gateway.services import Parts, parts
 from gateway.tenants import on_this_machine, tenant_of
-from gateway.understanding import Operation, Refusal, Understood
 from knapper import ids, limits
+from knapper.catalogue.served_models import ModelRecord
 from knapper.errors import InvalidField, TooMany, UserError
 from knapper.ids import RunId, Tenant, TinkerPath
-from knapper.journal import bundles
-from knapper.journal.accept import pack
-from knapper.journal.records import SAVES, Creation, Kind, Spec
-from knapper.models.catalogue import ModelRecord
+from knapper.state.journal import bundles
+from knapper.state.journal.accept import pack
+from knapper.state.journal.records import SAVES, Creation, Kind, Spec
 from knapper.wire import requests, scan
 
 _ALPHA = 32.0  # the protocol has no alpha: the scale of an adapter is alpha / rank
@@ -72,7 +72,7 @@ async def load_weights(request: Request) -> Response:
     try:
         run = asked.creates()
     except UserError as error:
-        return await _bury(gateway, tenant, Refusal(error, pack(body), understanding.address(body)))
+        return await _bury(gateway, tenant, Refusal(error, pack(body), body_decoders.address(body)))
     if run is None:
         operation = Operation(asked.model_id or "", asked.seq_id or 0, pack(body))
         return await _accept(gateway, tenant, "load_weights", operation)
@@ -156,18 +156,18 @@ async def forward_backward(request: Request) -> Response:
     A request that is wrong, or too large, is answered through its future if it says whose it is.
     """
     if "json" in request.headers.get("content-type", ""):
-        return await _forward(request, understanding.json_forward_backward)
+        return await _forward(request, body_decoders.json_forward_backward)
     gateway, tenant = parts(request), tenant_of(request)
     body = await bodies.read_or_peek(request)
     if not body.whole:
         packed = await bodies.computed(request, pack, body.data)
         return await _bury(gateway, tenant, Refusal(bodies.too_large(request), packed, scan.peek(body.data)))
-    return await _understood(request, body.data, understanding.protobuf_forward)
+    return await _understood(request, body.data, body_decoders.protobuf_forward)
 
 
 async def forward(request: Request) -> Response:
     """JSON only: SDK 0.25 and newer send it to forward_backward."""
-    return await _forward(request, understanding.json_forward_only)
+    return await _forward(request, body_decoders.json_forward_only)
 
 
 async def _forward(request: Request, understand: Callable[[bytes], Understood]) -> Response:
@@ -216,7 +216,7 @@ async def _decode_or_bury(gateway: Parts, tenant: Tenant, body: bytes, form: typ
     try:
         return requests.decode(body, form)
     except UserError as error:
-        return await _bury(gateway, tenant, Refusal(error, pack(body), understanding.address(body)))
+        return await _bury(gateway, tenant, Refusal(error, pack(body), body_decoders.address(body)))
 
 
 async def _accept(gateway: Parts, tenant: Tenant, kind: Kind, asked: Operation) -> Response:

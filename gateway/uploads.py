@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 import structlog
 
 from gateway import events as taking
-from gateway.chores import Chore
-from gateway.parts import Parts
-from knapper import damage, dead
-from knapper.dead import DeadLetter
+from gateway.periodic import Chore
+from gateway.services import Parts
 from knapper.errors import KnapperError, Unavailable, UserError
-from knapper.events import Event
+from knapper.events.cloudevents import Event
 from knapper.ids import Tenant
-from knapper.jobs import names, upload
-from knapper.jobs.place import Place
+from knapper.jobs import layout, upload
+from knapper.jobs.services import Place
+from knapper.state import damage, dead_letters
+from knapper.state.dead_letters import DeadLetter
 
 if TYPE_CHECKING:
-    from knapper.pubsub import Message, Subscription
+    from knapper.events.pubsub import Message, Subscription
 
 _LOOK_S, _LOOK_REST_S = 10.0, 300.0
 
@@ -40,7 +40,7 @@ def chores(gateway: Parts) -> list[Chore]:
 
 async def pull(gateway: Parts, source: "Subscription") -> None:
     """Take what the subscription has; a message is acknowledged once what it asks for is durable."""
-    from knapper.pubsub import finalized
+    from knapper.events.pubsub import finalized
 
     messages = await source.pull()
     await source.acknowledge([each for each in messages if await _took(gateway, finalized, each)])
@@ -55,7 +55,7 @@ async def _took(gateway: Parts, read: "Callable[[Message], Event | None]", messa
     except UserError as error:
         why = {"knativeerrordest": "gateway", "knativeerrorcode": "422", "knativeerrordata": str(error)[:1000]}
         letter = DeadLetter({**message.attributes, "id": message.id, **why}, message.data, gateway.clock())
-        log.warning("dead letter", name=await dead.keep(gateway.store, letter), reason=str(error))
+        log.warning("dead letter", name=await dead_letters.keep(gateway.store, letter), reason=str(error))
     except KnapperError as error:
         log.warning("an upload waits", message=message.id, code=error.code, reason=str(error))
         return False
@@ -78,7 +78,7 @@ class Inbox:
         found = await self._place.exchange.list("inbox/")
         new = [entry for entry in found if (entry.name, entry.generation) not in self._known]
         for tenant, job in dict.fromkeys(folder for entry in new if (folder := taking.folder_of(entry.name))):
-            inbox = names.inbox(tenant, job)
+            inbox = layout.inbox(tenant, job)
             there = {each.name.removeprefix(inbox): each.generation for each in found if each.name.startswith(inbox)}
             if not await damage.unless(upload.unchanged(self._place.store, tenant, job, there), False):
                 await self._start(tenant, job)

@@ -7,7 +7,7 @@ code.
 from itertools import islice
 from typing import Final, Literal
 
-from knapper.printable import printable
+from knapper.text.printable import printable
 
 Category = Literal["user", "server"]
 

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from knapper.errors import InvalidField
-from knapper.nearest import did_you_mean
+from knapper.text.suggestions import did_you_mean
 
 PREFIX = "KNAPPER_"
 _QUEUE_PROXY_PORT = 8012  # of every Knative pod: it keeps to containerConcurrency, and counts for the autoscaler

@@ -63,7 +63,10 @@ def note_log(log: str) -> None:
 
 def watch() -> None:
     """From now on every model that is made is noted. Nothing, in a process that has no engine."""
-    for module, name in (("knapper.engine.decoder", "Decoder"), ("knapper.engine.foreign", "ForeignModel")):
+    for module, name in (
+        ("knapper.engine.models.decoder", "Decoder"),
+        ("knapper.engine.models.transformers", "ForeignModel"),
+    ):
         made = getattr(sys.modules.get(module), name, None)
         if made is not None and not hasattr(made.__init__, "__wrapped__"):
             made.__init__ = _noting(made.__init__)

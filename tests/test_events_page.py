@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from knapper import events
+from knapper.events import cloudevents
 from knapper.local.broker.triggers import TRIGGERS
 
 ROOT = Path(__file__).parent.parent
@@ -18,14 +18,16 @@ EXAMPLES = re.findall(r"```http\n(.*?)```", PAGE, re.DOTALL)
 def test_examples_are_events(example: str) -> None:
     head, _, body = example.partition("\n\n")
     headers = dict(line.split(": ", 1) for line in head.splitlines()[1:])
-    event = events.decode(headers, body.strip().encode())
+    event = cloudevents.decode(headers, body.strip().encode())
     assert event.id
-    assert events.decode(*event.encode()) == event
+    assert cloudevents.decode(*event.encode()) == event
 
 
 def test_every_type_is_on_the_page_and_no_other() -> None:
     ours = {
-        value for value in vars(events).values() if isinstance(value, str) and value.startswith(("dev.", "google."))
+        value
+        for value in vars(cloudevents).values()
+        if isinstance(value, str) and value.startswith(("dev.", "google."))
     }
     assert len(EXAMPLES) == 4
     assert set(re.findall(r"`((?:dev\.knapper|google\.cloud)\.[a-z0-9.]+)`", PAGE)) == ours

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import knapper
-from knapper.engine import losses
+from knapper.engine.training import losses
 from knapper.errors import KnapperError
 from knapper.settings import describe
 from tests.engine.tiny import tiny_model
@@ -30,7 +30,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Declared, and used other than by an import; each with the place that shows it.
 NOT_IMPORTED = {
     "hatchling": ("pyproject.toml", "hatchling.build"),
-    "httptools": ("knapper/targets.py", "httptools"),
+    "httptools": ("knapper/web/targets.py", "httptools"),
     "uvloop": ("knapper/local/web.py", "uvloop"),
     "import-linter": ("Makefile", "lint-imports"),
     "mypy": ("Makefile", "/mypy"),
@@ -159,9 +159,11 @@ def test_the_readme_lists_exactly_the_losses_that_exist() -> None:
     assert sorted(rows) == sorted(losses.LOSSES)
 
 
-def test_the_tree_in_the_readme_is_the_tree() -> None:
+def test_the_tree_in_the_documents_is_the_tree() -> None:
     block = re.search(
-        r"^## The tree\n\n```\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL
+        r"^## The tree\n\n```\n(.*?)^```",
+        (ROOT / "docs" / "architecture.md").read_text(),
+        flags=re.MULTILINE | re.DOTALL,
     )
     assert block
     shown, stack = set(), [ROOT]
@@ -169,7 +171,7 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
         indent, name = re.match(r"( *)(\S+)", line).groups()  # type: ignore[union-attr]
         del stack[len(indent) // 2 + 1 :]
         path = stack[-1] / name.rstrip("/")
-        assert path.exists(), f"README shows {path.relative_to(ROOT)}, which does not exist"
+        assert path.exists(), f"the tree shows {path.relative_to(ROOT)}, which does not exist"
         assert path.is_dir() == name.endswith("/"), f"{name}: directories end with '/', files do not"
         shown.add(str(path.relative_to(ROOT)))
         stack.append(path)
@@ -178,7 +180,7 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
     rooms |= {
         "knapper/" + path.split("/")[1] for path in tracked if path.startswith("knapper/") and path.count("/") > 1
     }
-    assert rooms <= shown, f"README's tree lacks {sorted(rooms - shown)}"
+    assert rooms <= shown, f"the tree lacks {sorted(rooms - shown)}"
 
 
 def test_whatever_is_imported_is_declared() -> None:
@@ -249,13 +251,13 @@ def test_the_wheel_carries_every_file_of_the_product(installed: Path) -> None:
 
 
 def test_the_command_line_of_the_wheel_answers(installed: Path) -> None:
-    answer = run_installed(installed, "from knapper.cli import main; main()", "--help")
+    answer = run_installed(installed, "from knapper.cli.main import main; main()", "--help")
     assert answer.returncode == 0, answer.stderr
     assert " up " in answer.stdout
 
 
 def test_the_wheel_finds_what_it_deploys(installed: Path) -> None:
-    answer = run_installed(installed, "from knapper.local import root; print(root.deployables())")
+    answer = run_installed(installed, "from knapper.local import package_root; print(package_root.deployables())")
     assert answer.returncode == 0, answer.stderr
     assert Path(answer.stdout.strip()) == installed / "knapper" / "_deployables"
 

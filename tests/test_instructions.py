@@ -53,7 +53,7 @@ def test_a_run_without_a_model_says_so() -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_last_lines_of_a_run_are_of_what_really_ran(workers: int) -> None:
     """Of two tests one is chosen; with xdist its worker tells whoever prints."""
-    one = "tests/engine/test_clock.py::test_a_cancelled_request_leaves_at_once[bfloat16]"
+    one = "tests/engine/training/test_scheduler.py::test_a_cancelled_request_leaves_at_once[bfloat16]"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n", str(workers), one],
         env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, cwd=ROOT, check=True, capture_output=True, text=True,

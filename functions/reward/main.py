@@ -8,21 +8,22 @@ import functions_framework.aio
 from starlette.requests import Request
 from starlette.responses import Response
 
-from knapper import events, metrics, telemetry, tracing
 from knapper.errors import KnapperError
-from knapper.function_key import FunctionKey
-from knapper.jobs.folders import Folders
-from knapper.jobs.place import Place, open_place
-from knapper.jobs.scoring import Scoring
-from knapper.jobs.working import Worker
+from knapper.events import cloudevents
+from knapper.jobs.job_files import Folders
+from knapper.jobs.scores import Scoring
+from knapper.jobs.services import Place, open_place
+from knapper.jobs.worker import Worker
+from knapper.observability import logs, metrics, traces
 from knapper.rewards import requests
-from knapper.rewards.scoring import score
+from knapper.rewards.scorer import score
 from knapper.sandbox.pool import Sandbox
-from knapper.serving import answers, observing
+from knapper.serving import http, metrics_page
 from knapper.settings import Settings
-from knapper.store.opening import open_store
+from knapper.state.function_key import FunctionKey
+from knapper.store.factory import open_store
 
-telemetry.begin("reward", Settings.load(os.environ))
+logs.begin("reward", Settings.load(os.environ))
 sandbox = Sandbox()  # its processes start with the first reward that needs them, and end with this one
 
 
@@ -46,16 +47,16 @@ def scoring() -> Scoring:
 
 @functions_framework.aio.http
 async def reward(request: Request) -> Response:
-    if observing.asked(request):
-        return observing.answer()
+    if metrics_page.asked(request):
+        return metrics_page.answer()
     try:
-        body = await answers.admitted(request, key())
-        if events.sent(request.headers):
-            event = events.decode(request.headers, body)
-            with tracing.span("reward", event.traceparent, subject=event.subject):
+        body = await http.admitted(request, key())
+        if cloudevents.sent(request.headers):
+            event = cloudevents.decode(request.headers, body)
+            with traces.span("reward", event.traceparent, subject=event.subject):
                 await scoring().answer(event)
-            return answers.durable()
-        scores = await answers.while_connected(request, requests.answer(body, sandbox))
+            return http.durable()
+        scores = await http.while_connected(request, requests.answer(body, sandbox))
     except KnapperError as error:
-        return answers.error(error)
+        return http.error(error)
     return Response(scores, media_type="application/json")

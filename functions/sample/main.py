@@ -7,11 +7,12 @@ import functions_framework.aio
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from knapper import events, tracing
 from knapper.errors import KnapperError
-from knapper.function_key import FunctionKey
-from knapper.serving import answers, gates, jobs, observing, progress
-from knapper.serving.sampling import served
+from knapper.events import cloudevents
+from knapper.observability import traces
+from knapper.serving import gates, http, jobs, metrics_page, progress
+from knapper.serving.sampler import served
+from knapper.state.function_key import FunctionKey
 from knapper.wire import proto, sample_requests
 from knapper.wire.progress import DEVICE_S, FRAMES
 
@@ -21,25 +22,25 @@ key = FunctionKey(jobs.place().store)
 
 @functions_framework.aio.http
 async def sample(request: Request) -> Response:
-    if observing.asked(request):
-        return observing.answer()
+    if metrics_page.asked(request):
+        return metrics_page.answer()
     try:
-        body = await answers.admitted(request, key)
-        if events.sent(request.headers):
-            event = events.decode(request.headers, body)
-            with tracing.span("sample", event.traceparent, subject=event.subject):
+        body = await http.admitted(request, key)
+        if cloudevents.sent(request.headers):
+            event = cloudevents.decode(request.headers, body)
+            with traces.span("sample", event.traceparent, subject=event.subject):
                 await jobs.sample(event)
-            return answers.durable()
+            return http.durable()
         call = sample_requests.decode(body, sample_requests.SampleCall)
         own = served()
-        answers.expect_model(call.base_model, own.base_model, str(own.directory))
+        http.expect_model(call.base_model, own.base_model, str(own.directory))
         asked = call.sample(request.headers.get("knapper-tenant", ""))
         if call.stream:
             frames = progress.frames(own.sampler, asked)
-            first = await answers.while_connected(request, anext(frames))  # what cannot be asked is said by the status
+            first = await http.while_connected(request, anext(frames))  # what cannot be asked is said by the status
             return StreamingResponse(progress.stream(first, frames), media_type=FRAMES)
-        output = await answers.while_connected(request, own.sampler.sample(asked))
+        output = await http.while_connected(request, own.sampler.sample(asked))
     except KnapperError as error:
-        return answers.error(error)
+        return http.error(error)
     headers = {DEVICE_S: repr(output.device_s)}
     return Response(proto.encode_sample_response(output), media_type="application/x-protobuf", headers=headers)

@@ -7,10 +7,11 @@ import functions_framework.aio
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from knapper import events, tracing
 from knapper.errors import KnapperError
-from knapper.function_key import FunctionKey
-from knapper.serving import answers, gates, jobs, observing
+from knapper.events import cloudevents
+from knapper.observability import traces
+from knapper.serving import gates, http, jobs, metrics_page
+from knapper.state.function_key import FunctionKey
 
 engine = gates.engine()  # before the port binds: the weights are there when the first bell rings, or why they are not
 key = FunctionKey(jobs.place().store)
@@ -18,16 +19,16 @@ key = FunctionKey(jobs.place().store)
 
 @functions_framework.aio.http
 async def train_step(request: Request) -> Response:
-    if observing.asked(request):
-        return observing.answer()
+    if metrics_page.asked(request):
+        return metrics_page.answer()
     try:
-        event = events.decode(request.headers, await answers.admitted(request, key))
-        with tracing.span("train_step", event.traceparent, subject=event.subject):
-            if event.type != events.OPERATIONS:
+        event = cloudevents.decode(request.headers, await http.admitted(request, key))
+        with traces.span("train_step", event.traceparent, subject=event.subject):
+            if event.type != cloudevents.OPERATIONS:
                 await jobs.train(event)
-                return answers.durable()
-            frames = engine.value().residents.answer(events.run_of(event), event.hint)
+                return http.durable()
+            frames = engine.value().residents.answer(cloudevents.run_of(event), event.hint)
             first = await anext(frames)  # the claim: it succeeds before anything is answered
     except KnapperError as error:
-        return answers.error(error)
-    return StreamingResponse(answers.stream(first, frames), media_type=events.FRAMES)
+        return http.error(error)
+    return StreamingResponse(http.stream(first, frames), media_type=cloudevents.FRAMES)

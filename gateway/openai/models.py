@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from gateway.parts import Parts
+from gateway.services import Parts
 from knapper import ids, limits
-from knapper.checkpoints import Checkpoint
+from knapper.catalogue.served_models import ModelRecord, slug
 from knapper.errors import InvalidField, NotFound
 from knapper.ids import Tenant, TinkerPath
-from knapper.models.catalogue import ModelRecord, slug
+from knapper.state.checkpoints import Checkpoint
 
 _CREATED = 0  # of base models, which say nothing about it; clients want a number
 

@@ -6,17 +6,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway import bodies
-from gateway.doors import Door
-from gateway.openai import forms, models
-from gateway.openai.answering import Task, answer
-from gateway.openai.asking import Question
+from gateway.openai import models, schemas
+from gateway.openai.completions import Task, answer
 from gateway.openai.errors import spoken, unknown_path
-from gateway.openai.shapes import ChatShape, CompletionShape
-from gateway.parts import parts
+from gateway.openai.responses import ChatShape, CompletionShape
+from gateway.openai.samples import Question
+from gateway.routing import Door
+from gateway.services import parts
 from gateway.tenants import tenant_of
 from knapper import limits
+from knapper.catalogue.tokenizer import Language
 from knapper.errors import ContextLengthExceeded
-from knapper.language import Language
 
 
 async def list_models(request: Request) -> Response:
@@ -32,7 +32,7 @@ async def get_model(request: Request) -> Response:
 async def completions(request: Request) -> Response:
     gateway, tenant = parts(request), tenant_of(request)
     body = await bodies.read(request)
-    asked, params, given = await bodies.computed(request, forms.completion, body)
+    asked, params, given = await bodies.computed(request, schemas.completion, body)
     chosen = await models.choose(gateway, tenant, asked.model)
     language = await gateway.openai.languages.of(chosen.model)
     read = partial(_read, language, chosen.model.context, given, echo=bool(asked.echo))
@@ -46,7 +46,7 @@ async def completions(request: Request) -> Response:
 async def chat_completions(request: Request) -> Response:
     gateway, tenant = parts(request), tenant_of(request)
     body = await bodies.read(request)
-    asked, params, messages = await bodies.computed(request, forms.chat, body)
+    asked, params, messages = await bodies.computed(request, schemas.chat, body)
     chosen = await models.choose(gateway, tenant, asked.model)
     language = await gateway.openai.languages.of(chosen.model)
     more, context = asked.chat_template_kwargs, chosen.model.context

@@ -4,10 +4,10 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from gateway.openai.language import Languages
-from knapper.audit import Audit
-from knapper.checkpoints import Checkpoint
-from knapper.remembered import Remembered
+from gateway.openai.tokenizers import Languages
+from knapper.state.audit import Audit
+from knapper.state.checkpoints import Checkpoint
+from knapper.store.cache import Remembered
 
 
 @dataclass(frozen=True)

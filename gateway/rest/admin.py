@@ -7,17 +7,17 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from gateway.parts import Parts, parts
-from gateway.rest import shapes
+from gateway.rest import responses
+from gateway.services import Parts, parts
 from gateway.tenants import tenant_of
-from knapper import damage, usage
-from knapper.accounts import Use
-from knapper.audit import Entry
 from knapper.errors import InvalidField, NotFound
 from knapper.ids import RunId, Tenant, session_of
-from knapper.labels import Label
+from knapper.state import damage, usage
+from knapper.state.audit import Entry
+from knapper.state.checkpoint_index import Label
+from knapper.state.ledger import Use
+from knapper.state.usage import Window
 from knapper.store import many
-from knapper.usage import Window
 from knapper.wire import json, rest
 
 _RESOURCES = {"all": "", "checkpoints": "checkpoint", "projects": "project", "teams": "team"}
@@ -27,7 +27,7 @@ _RESOURCES["organizations"] = "organization"
 async def audit(request: Request) -> Response:
     """One UTC day, today if none is named."""
     gateway, tenant = parts(request), tenant_of(request)
-    asked = json.convert(shapes.query(request), rest.AuditQuery)
+    asked = json.convert(responses.query(request), rest.AuditQuery)
     try:
         day = datetime.fromisoformat(asked.day) if asked.day else datetime.fromtimestamp(gateway.clock(), UTC)
     except ValueError as error:
@@ -39,7 +39,7 @@ async def audit(request: Request) -> Response:
 def _entry(tenant: Tenant, entry: Entry) -> dict[str, Any]:
     about = {name: entry.details.get(name) for name in ("model_id", "tinker_path", "purpose")}
     details = {"actor": tenant, **entry.details}
-    return {"timestamp": shapes.time(entry.at), "event": entry.event, "event_details": details, **about}
+    return {"timestamp": responses.time(entry.at), "event": entry.event, "event_details": details, **about}
 
 
 async def usage_events(request: Request) -> Response:
@@ -49,7 +49,7 @@ async def usage_events(request: Request) -> Response:
     GPU is paid for. Those of prompts are among those of their samples. No cost is estimated: there is no price list.
     """
     gateway, tenant = parts(request), tenant_of(request)
-    window = Window(*json.convert(shapes.query(request), rest.UsageQuery).hours(gateway.clock()))
+    window = Window(*json.convert(responses.query(request), rest.UsageQuery).hours(gateway.clock()))
     saved = usage.checkpoints_saved(await gateway.checkpoints.labels(tenant), window)
     rows = []
     used = await _trained(gateway, tenant, window)
@@ -72,7 +72,7 @@ async def usage_events(request: Request) -> Response:
     for session in {event["session_id"] for event in data} - {None}:
         record = await damage.unless(gateway.records.session(session, tenant), None)
         if record is not None:
-            sessions[session] = {"user_metadata": shapes.labels(record.user_metadata_json)}
+            sessions[session] = {"user_metadata": responses.labels(record.user_metadata_json)}
     return JSONResponse({"data": data, "sessions": sessions, "cost_data_through": None})
 
 
@@ -125,7 +125,7 @@ async def _event(gateway: Parts, tenant: Tenant, row: _Row) -> dict[str, Any]:
 async def storage(request: Request) -> Response:
     """Checkpoints that live, by project. Files that several share count once in each project."""
     gateway, tenant = parts(request), tenant_of(request)
-    asked = json.convert(shapes.query(request), rest.StorageQuery)
+    asked = json.convert(responses.query(request), rest.StorageQuery)
     living = await gateway.checkpoints.labels(tenant)
     sessions = list(dict.fromkeys(session_of(label.path.run) for label in living))
     found = dict(zip(sessions, await many.each(sessions, lambda each: _project(gateway, tenant, each)), strict=True))

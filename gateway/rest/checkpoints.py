@@ -4,8 +4,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway import bodies
-from gateway.parts import parts
-from gateway.rest import shapes
+from gateway.rest import responses
+from gateway.services import parts
 from gateway.tenants import tenant_of
 from knapper import ids
 from knapper.errors import UserError
@@ -18,12 +18,12 @@ _DONE = {"status": "ok"}
 async def list_all(request: Request) -> Response:
     """Of every run of the tenant, newest first."""
     gateway, tenant = parts(request), tenant_of(request)
-    asked = json.convert(shapes.query(request), rest.CheckpointsPage)
+    asked = json.convert(responses.query(request), rest.CheckpointsPage)
     found = await gateway.checkpoints.labels(tenant)
     page = await gateway.checkpoints.read(found[asked.offset : asked.offset + asked.limit])
     answer = {
-        "checkpoints": [shapes.checkpoint(checkpoint) for checkpoint in page],
-        "cursor": shapes.cursor(asked.offset, asked.limit, len(found)),
+        "checkpoints": [responses.checkpoint(checkpoint) for checkpoint in page],
+        "cursor": responses.cursor(asked.offset, asked.limit, len(found)),
     }
     return JSONResponse(answer)
 

@@ -3,8 +3,8 @@
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gateway.parts import parts
 from gateway.rest import sessions, weights
+from gateway.services import parts
 
 
 async def follow(request: Request) -> Response:

@@ -2,8 +2,8 @@
 
 from starlette.requests import Request
 
-from gateway.parts import parts
-from knapper.links import Link
+from gateway.services import parts
+from knapper.state.signed_links import Link
 
 ROUTE = "links/{token}"
 

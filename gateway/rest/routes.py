@@ -1,7 +1,7 @@
 """Which handler answers what, and the most that its request's body may have."""
 
-from gateway.doors import Door
 from gateway.rest import admin, checkpoints, downloads, links, runs, sessions, weights
+from gateway.routing import Door
 from knapper import limits
 
 _ONE = "training_runs/{run_id}/checkpoints/{kind}/{name}"

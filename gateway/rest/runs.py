@@ -5,14 +5,15 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from gateway.parts import Parts, parts
-from gateway.rest import shapes
+from gateway.rest import responses
+from gateway.services import Parts, parts
 from gateway.tenants import tenant_of
-from knapper import damage, ids
+from knapper import ids
 from knapper.errors import NotFound
 from knapper.ids import CheckpointKind, RunId, SessionId, Tenant, TinkerPath, session_of
-from knapper.journal import ends
-from knapper.journal.records import Spec
+from knapper.state import damage
+from knapper.state.journal import ends
+from knapper.state.journal.records import Spec
 from knapper.wire import json, rest
 
 _SHOWN: tuple[CheckpointKind, ...] = ("weights", "sampler_weights")
@@ -21,7 +22,7 @@ _SHOWN: tuple[CheckpointKind, ...] = ("weights", "sampler_weights")
 async def list_runs(request: Request) -> Response:
     """Those of the newest session first, and of a session the newest."""
     gateway, tenant = parts(request), tenant_of(request)
-    asked = json.convert(shapes.query(request), rest.RunsPage)
+    asked = json.convert(responses.query(request), rest.RunsPage)
     runs = await gateway.register.runs(tenant)
     if asked.project_id is not None:
         runs = await _in_project(gateway, tenant, runs, asked.project_id)
@@ -35,13 +36,13 @@ async def list_runs(request: Request) -> Response:
         return await _shape(gateway, spec)
 
     found = [run for run in await damage.readable(page, shown) if run is not None]
-    answer = {"training_runs": found, "cursor": shapes.cursor(asked.offset, asked.limit, len(runs))}
+    answer = {"training_runs": found, "cursor": responses.cursor(asked.offset, asked.limit, len(runs))}
     return JSONResponse(answer)
 
 
 async def get_run(request: Request) -> Response:
     gateway, tenant = parts(request), tenant_of(request)
-    json.convert(shapes.query(request), rest.Access)
+    json.convert(responses.query(request), rest.Access)
     spec = await gateway.records.spec(request.path_params["run_id"], tenant)
     return JSONResponse(await _shape(gateway, spec))
 
@@ -70,24 +71,24 @@ async def list_checkpoints(request: Request) -> Response:
     gateway, tenant = parts(request), tenant_of(request)
     spec = await gateway.records.spec(request.path_params["run_id"], tenant)
     found = await gateway.checkpoints.listed(tenant, within=f"{spec.run}/")
-    return JSONResponse({"checkpoints": [shapes.checkpoint(checkpoint) for checkpoint in found], "cursor": None})
+    return JSONResponse({"checkpoints": [responses.checkpoint(checkpoint) for checkpoint in found], "cursor": None})
 
 
 async def _shape(gateway: Parts, spec: Spec) -> dict[str, Any]:
     saved = await gateway.checkpoints.labels(Tenant(spec.tenant), within=f"{spec.run}/")
     newest = {label.path.kind: label for label in reversed(saved)}
     read = await gateway.checkpoints.read(label for kind in _SHOWN if (label := newest.get(kind)) is not None)
-    shown = {TinkerPath.parse(checkpoint.path).kind: shapes.checkpoint(checkpoint) for checkpoint in read}
+    shown = {TinkerPath.parse(checkpoint.path).kind: responses.checkpoint(checkpoint) for checkpoint in read}
     return {
         "training_run_id": spec.run,
         "base_model": spec.base_model,
         "model_owner": spec.tenant,
         "is_lora": True,
         "lora_rank": spec.rank,
-        "last_request_time": shapes.time(await gateway.records.asked_at(RunId(spec.run))),
+        "last_request_time": responses.time(await gateway.records.asked_at(RunId(spec.run))),
         "last_checkpoint": shown.get("weights"),
         "last_sampler_checkpoint": shown.get("sampler_weights"),
-        "user_metadata": shapes.labels(spec.user_metadata_json),
+        "user_metadata": responses.labels(spec.user_metadata_json),
     }
 
 

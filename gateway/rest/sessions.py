@@ -7,22 +7,23 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway import bodies
-from gateway.parts import Parts, parts
-from gateway.rest import links, shapes
+from gateway.rest import links, responses
+from gateway.services import Parts, parts
 from gateway.tenants import tenant_of
-from knapper import damage, limits, trace, usage
+from knapper import limits
 from knapper.errors import NotFound
 from knapper.ids import SessionId, Tenant
-from knapper.links import Link
-from knapper.register import Listed
-from knapper.sessions import Session
+from knapper.state import damage, timeline, usage
+from knapper.state.sessions import Session
+from knapper.state.signed_links import Link
+from knapper.state.tenant_index import Listed
 from knapper.wire import json, rest
 
 
 async def list_sessions(request: Request) -> Response:
     """Newest first."""
     gateway, tenant = parts(request), tenant_of(request)
-    asked = json.convert(shapes.query(request), rest.Page)
+    asked = json.convert(responses.query(request), rest.Page)
     listed = await gateway.register.sessions(tenant)
     page = listed[asked.offset : asked.offset + asked.limit]
     return JSONResponse({"sessions": [each.session for each in page]})
@@ -30,12 +31,12 @@ async def list_sessions(request: Request) -> Response:
 
 async def get_session(request: Request) -> Response:
     gateway, tenant = parts(request), tenant_of(request)
-    json.convert(shapes.query(request), rest.Access)
+    json.convert(responses.query(request), rest.Access)
     session = await gateway.records.session(request.path_params["session_id"], tenant)
     answer = {
         "training_run_ids": (await gateway.register.runs(tenant, session))[::-1],
         "sampler_ids": await gateway.records.list_samplers(SessionId(session.session)),
-        "user_metadata": shapes.labels(session.user_metadata_json),
+        "user_metadata": responses.labels(session.user_metadata_json),
         "display_name": session.display_name or None,
     }
     return JSONResponse(answer)
@@ -98,7 +99,7 @@ async def _matching(gateway: Parts, session: Session, asked: rest.SessionSearch)
         return None
     if not _named(session, asked):
         return None
-    metadata = shapes.labels(session.user_metadata_json) or {}
+    metadata = responses.labels(session.user_metadata_json) or {}
     if any(metadata.get(name) != value for name, value in asked.user_metadata.items()):
         return None
     project = await gateway.records.project(session.session, Tenant(session.tenant))
@@ -109,7 +110,7 @@ async def _matching(gateway: Parts, session: Session, asked: rest.SessionSearch)
         return None
     return {
         "session_id": session.session,
-        "created_at": shapes.time(session.created_at),
+        "created_at": responses.time(session.created_at),
         "owner": session.tenant,
         "project_id": project,
         "status": status,
@@ -165,5 +166,5 @@ async def trace_export(request: Request) -> Response:
 
 async def trace_of(gateway: Parts, link: Link) -> Response:
     session = await gateway.records.session(link.subject, Tenant(link.tenant))
-    document = await trace.of_session(gateway.store, (await gateway.register.runs(link.tenant, session))[::-1])
+    document = await timeline.of_session(gateway.store, (await gateway.register.runs(link.tenant, session))[::-1])
     return Response(document, media_type="application/json", headers={"Cache-Control": "private, no-store"})

@@ -8,19 +8,19 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway import bodies
-from gateway.parts import Parts, parts
-from gateway.rest import links, shapes
+from gateway.rest import links, responses
 from gateway.rest.checkpoints import path_of
+from gateway.services import Parts, parts
 from gateway.tenants import tenant_of
-from knapper import encryption, ids, limits
-from knapper.checkpoints import Checkpoint
+from knapper import ids, limits
 from knapper.errors import InvalidField, UserError
 from knapper.ids import SessionId, Tenant, TinkerPath
-from knapper.journal import bundles
-from knapper.journal.records import Creation, Index
-from knapper.links import Link
-from knapper.sessions import Finish, Session
-from knapper.wire import json, rest
+from knapper.state.checkpoints import Checkpoint
+from knapper.state.journal import bundles
+from knapper.state.journal.records import Creation, Index
+from knapper.state.sessions import Finish, Session
+from knapper.state.signed_links import Link
+from knapper.wire import encryption, json, rest
 from knapper.wire.fields import expect_no_access_token
 
 
@@ -115,7 +115,7 @@ async def external_weights_urls(request: Request) -> Response:
             bundle=checkpoint.bundle,
         )  # fmt: skip
         urls[_name(checkpoint, part.name)] = await links.url(request, link)
-    return JSONResponse({"urls": urls, "expires": shapes.time(expires_at)})
+    return JSONResponse({"urls": urls, "expires": responses.time(expires_at)})
 
 
 async def file_of(gateway: Parts, link: Link) -> Response:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import msgspec
 
+from knapper.catalogue.declared_models import encode
+from knapper.catalogue.served_models import ModelRecord, slug
 from knapper.cluster.kustomize import Object
 from knapper.errors import InvalidField
-from knapper.models.catalogue import ModelRecord, slug
-from knapper.models.declared import encode
 
 NAMESPACE = "knapper"
 LABEL = "knapper.dev/model"

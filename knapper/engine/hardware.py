@@ -13,8 +13,8 @@ import structlog
 import torch
 
 from knapper.engine import host_memory
-from knapper.engine.exactness import Exactness
-from knapper.engine.linear import FrozenLinear
+from knapper.engine.layers.batch_invariance import Exactness
+from knapper.engine.layers.linear import FrozenLinear
 from knapper.errors import InvalidField
 
 _KV_PART: Final = 0.25  # of what the weights leave: so much is for keys and values

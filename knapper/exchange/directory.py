@@ -8,10 +8,9 @@ from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 
-from knapper import files, private
 from knapper.errors import StoreError, TooLarge
 from knapper.exchange import Blob, Entries, Entry
-from knapper.store import NAME_CHARS_MAX, check_name
+from knapper.store import NAME_CHARS_MAX, check_name, files, private
 
 FOLDERS = ("inbox", "jobs")
 _TEMPORARY = ".publishing-"  # the beginning of a file that is still being written; no name of ours begins so

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from knapper.jobs.folders import Folder
+from knapper.jobs.job_files import Folder
 from knapper.jobs.records import Evaluated, Trained
 
 Interval = tuple[float, float]

@@ -5,9 +5,9 @@ running -> cancelled | failed | completed;  cancelled -> running;  failed -> run
 
 from knapper.errors import UserError
 from knapper.ids import number
-from knapper.jobs.names import Start
+from knapper.jobs.layout import Start
 from knapper.jobs.records import Control, State, decode, encode
-from knapper.journal.newest import newest_of_few
+from knapper.state.journal.newest import newest_of_few
 from knapper.store import Store
 
 REPLACED = "job.yaml was replaced"

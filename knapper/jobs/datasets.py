@@ -7,9 +7,9 @@ from typing import Any
 from knapper import limits
 from knapper.errors import InvalidField, UserError
 from knapper.jobs import rows as forms
-from knapper.jobs.documents import JobError
 from knapper.jobs.rows import ChatRow, PairRow, RlRow, Row, SftRow
 from knapper.jobs.spec import AnyJob, DpoJob, Kind, RlJob, SftJob
+from knapper.jobs.yaml_document import JobError
 
 
 def rl(name: str, data: bytes) -> list[RlRow]:

@@ -3,13 +3,13 @@
 A job that goes on after a break sends the operations of the step that it is in again, and finds their answers.
 """
 
-from knapper.collect.session import Need
 from knapper.ids import RunId, Tenant
 from knapper.jobs import control
-from knapper.jobs.names import Start, listed
+from knapper.jobs.layout import Start, listed
 from knapper.jobs.progress import newest_step
 from knapper.jobs.records import Trained, read
-from knapper.sessions import Session
+from knapper.state.gc.session import Need
+from knapper.state.sessions import Session
 from knapper.store import Store
 
 TAG = "job"  # of the sessions that jobs make

@@ -6,23 +6,23 @@ from typing import Any
 
 import msgspec
 
-from knapper import damage
 from knapper.ids import Tenant
-from knapper.jobs import control, names
-from knapper.jobs.folders import Folder
-from knapper.jobs.names import Start
-from knapper.jobs.place import Place
+from knapper.jobs import control, layout
+from knapper.jobs.job_files import Folder
+from knapper.jobs.layout import Start
 from knapper.jobs.progress import newest_step
 from knapper.jobs.records import Evaluated, Started, Trained, read
+from knapper.jobs.services import Place
 from knapper.jobs.spec import decode
-from knapper.journal.names import last_number
+from knapper.state import damage
+from knapper.state.layout import last_number
 from knapper.store import Store
 
 _KEPT_MAX = 64
 
 
 def where(start: Start, name: str) -> str:
-    return f"{names.outputs(start.tenant, start.job)}{name}"
+    return f"{layout.outputs(start.tenant, start.job)}{name}"
 
 
 def metrics_line(step: int, trained: Trained) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from knapper.jobs.texts import Example
+from knapper.jobs.tokenized_rows import Example
 from knapper.wire.types import Float32
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from knapper.ids import number
 from knapper.jobs import schedule
-from knapper.jobs.names import Round, Start
+from knapper.jobs.layout import Round, Start
 from knapper.jobs.spec import AnyJob, RlJob
 from knapper.store import Store
 

@@ -4,7 +4,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from knapper.journal.records import Record, decode, encode
+from knapper.state.journal.records import Record, decode, encode
 from knapper.store import Store
 
 __all__ = [

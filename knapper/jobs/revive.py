@@ -5,16 +5,18 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from knapper import damage, events, limits
+from knapper import limits
 from knapper.errors import KnapperError, UserError
-from knapper.events import Event
-from knapper.jobs import bells, control, progress
-from knapper.jobs.names import Start
-from knapper.jobs.place import Place
+from knapper.events import cloudevents
+from knapper.events.cloudevents import Event
+from knapper.jobs import control, notifications, progress
+from knapper.jobs.inbox import look
+from knapper.jobs.layout import Start
 from knapper.jobs.progress import Looks, Outline
 from knapper.jobs.records import Started, Waiting, read
+from knapper.jobs.services import Place
 from knapper.jobs.spec import RlJob, decode
-from knapper.jobs.start import look
+from knapper.state import damage
 
 _QUIET_S = 60.0
 
@@ -138,7 +140,7 @@ async def first(place: Place, start: Start) -> Event:
     """The bell that begins a started job."""
     started = await read(place.store, start.started, Started)
     assert started is not None, "the caller has seen it"
-    return bells.started(started)
+    return notifications.started(started)
 
 
 async def again(place: Place, started: Started, start: Start) -> list[Event]:
@@ -146,18 +148,18 @@ async def again(place: Place, started: Started, start: Start) -> list[Event]:
     when = int(place.clock() * 1e3)
     job = decode(started.spec_json)
     if not isinstance(job, RlJob):
-        return [bells.revived(started, start, events.JOB_STARTED, 0, when)]  # train_step is the only one
+        return [notifications.revived(started, start, cloudevents.JOB_STARTED, 0, when)]  # train_step is the only one
     outline = Outline(start, job, started.held_out)
     now = await Looks(place.store).look(outline, job.steps)
     found: dict[str, int] = {}
     for kind, n, prompts in progress.rounds(outline, job, now):
         parts = now.parts(kind, n)
         if len(parts.rollouts) < prompts:
-            found.setdefault(events.JOB_STARTED, now.trained)
+            found.setdefault(cloudevents.JOB_STARTED, now.trained)
         elif len(parts.scores) < prompts:
-            found.setdefault(events.ROLLOUTS_SAMPLED, n)
+            found.setdefault(cloudevents.ROLLOUTS_SAMPLED, n)
         elif kind == "evaluations" or n == now.trained:
-            found.setdefault(events.ROLLOUTS_SCORED, n)
+            found.setdefault(cloudevents.ROLLOUTS_SCORED, n)
     if progress.finished(outline, now, job.steps):
-        found[events.ROLLOUTS_SCORED] = now.trained
-    return [bells.revived(started, start, what, n, when) for what, n in found.items()]
+        found[cloudevents.ROLLOUTS_SCORED] = now.trained
+    return [notifications.revived(started, start, what, n, when) for what, n in found.items()]

@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from msgspec import Meta
 
-from knapper.conversations import Message, conversation
+from knapper.catalogue.conversations import Message, conversation
 from knapper.errors import InvalidField
 from knapper.jobs.spec import Kind
-from knapper.nearest import did_you_mean
+from knapper.text.suggestions import did_you_mean
 from knapper.wire import json
 
 Text = Annotated[str, Meta(min_length=1)]

@@ -11,10 +11,10 @@ from msgspec import Meta
 
 from knapper import limits
 from knapper.errors import InvalidField, UserError
-from knapper.jobs import documents
-from knapper.jobs.documents import Document, JobError
-from knapper.nearest import did_you_mean
+from knapper.jobs import yaml_document
+from knapper.jobs.yaml_document import Document, JobError
 from knapper.rewards import spec as rewards
+from knapper.text.suggestions import did_you_mean
 from knapper.wire import json
 
 Kind = Literal["rl", "sft", "dpo"]
@@ -175,7 +175,7 @@ class Parsed:
 
 def parse(data: bytes) -> Parsed:
     """Raises JobError: the first thing that is wrong, with its line."""
-    document = documents.read(data)
+    document = yaml_document.read(data)
     content = document.content
     if not isinstance(content, dict):
         raise JobError(1, "its content", content, "a job: kind, data, steps, ... one `field: value` a line")
@@ -235,7 +235,7 @@ def _located(document: Document, error: UserError) -> JobError:
     if isinstance(error, JobError):
         return error
     field = error.field or "job.yaml"
-    line = document.line(documents.path_of(field))
+    line = document.line(yaml_document.path_of(field))
     if not isinstance(error, InvalidField):
         return JobError(line, field, None, "", message=str(error))
     return JobError(line, field, error.value, error.allowed, error.todo)

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from knapper.engine import files
-from knapper.models.catalogue import ModelRecord
+from knapper.catalogue.served_models import ModelRecord
+from knapper.engine.models import weight_files
 from knapper.settings import Settings
-from knapper.sizes import sized
+from knapper.text.sizes import sized
 
 _DEVICES = {"auto": "auto: cuda where there is one, else cpu; the log says which when the engine starts"}
 _DTYPES = {"auto": "auto: the faster one, as the log says when the engine starts"}
@@ -13,7 +13,7 @@ _DTYPES = {"auto": "auto: the faster one, as the log says when the engine starts
 
 def banner(settings: Settings, record: ModelRecord, url: str) -> list[str]:
     """Lines, of which the first is `ready: URL`."""
-    weights = sized(sum(path.stat().st_size for path in files.paths(Path(record.directory))))
+    weights = sized(sum(path.stat().st_size for path in weight_files.paths(Path(record.directory))))
     if settings.keys:
         key = "one that `knapper key create TENANT` prints"
     else:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import httpx
 
+from knapper.catalogue import servable
+from knapper.catalogue.served_models import Catalogue
 from knapper.cluster.doctor import Finding
 from knapper.errors import KnapperError
-from knapper.models import servable
-from knapper.models.catalogue import Catalogue
 from knapper.settings import Settings
-from knapper.store.opening import open_store
+from knapper.store.factory import open_store
 
 _ANSWER_S = 10.0
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from knapper.local import web
-from knapper.local.dispatcher import Route
+from knapper.local.activator import Route
+from knapper.local.on_demand import Changed, Launch, Service
 from knapper.local.process import Process
-from knapper.local.service import Changed, Launch, Service
 
 ENGINES = ("train_step", "sample")  # what has the base model in memory
 REWARD = "reward"  # never beside them: it needs no model, and starts processes for code of others

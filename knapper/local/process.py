@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import BinaryIO
 
-from knapper.local import group
+from knapper.local import process_group
 
 _CHILD = Path(__file__).with_name("child.py")
 _last_bytes_max = 4096
@@ -76,7 +76,7 @@ class Process:
 
     async def _exit(self) -> int:
         code = await self._process.wait()
-        group.end(self.pid)
+        process_group.end(self.pid)
         return code
 
     async def _relay_output(self, output: BinaryIO) -> None:

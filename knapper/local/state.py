@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from knapper import files, private
 from knapper.errors import InvalidField
+from knapper.store import files, private
 
 
 class Processes:

@@ -22,21 +22,21 @@ import msgspec
 import structlog
 
 import knapper
-from knapper.exchange.opening import expect_subscribable
-from knapper.function_key import FunctionKey
+from knapper.catalogue.served_models import Catalogue
+from knapper.exchange.factory import expect_subscribable
 from knapper.local import engines, web
+from knapper.local.activator import Dispatcher
+from knapper.local.always_on import Standing
 from knapper.local.banner import banner
-from knapper.local.choice import chosen, served
-from knapper.local.dispatcher import Dispatcher
+from knapper.local.base_model import chosen, served
+from knapper.local.on_demand import Running
 from knapper.local.process import Process
-from knapper.local.server import Server
-from knapper.local.service import Running
-from knapper.local.standing import Standing
 from knapper.local.state import Processes, locked
-from knapper.models.catalogue import Catalogue
-from knapper.printable import say
+from knapper.local.uvicorn_server import Server
 from knapper.settings import Settings
-from knapper.store.opening import open_store
+from knapper.state.function_key import FunctionKey
+from knapper.store.factory import open_store
+from knapper.text.printable import say
 
 log = structlog.get_logger()
 
@@ -88,7 +88,7 @@ class Supervisor:
         self._processes = Processes(settings.run_directory)
         self._services = {route.service.name: route.service for route in routes.values()}
         self._gateway = Standing(
-            "gateway", "gateway.main:app", root, environment, listener, "/api/v1/healthz", self._standing_changed
+            "gateway", "gateway.app:app", root, environment, listener, "/api/v1/healthz", self._standing_changed
         )
         package = Path(knapper.__file__).parent.parent
         self._broker = Standing(

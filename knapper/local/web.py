@@ -12,7 +12,7 @@ from knapper.local.process import Process
 KEEP_ALIVE_S = (
     75  # longer than any client's, so that it is not the server who closes a connection that is about to be used
 )
-PROTOCOL = "knapper.connections:Protocol"
+PROTOCOL = "knapper.web.connections:Protocol"
 
 _poll_s = 0.02
 

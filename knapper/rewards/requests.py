@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from knapper import limits
 from knapper.errors import InvalidField, TooLarge, UserError
-from knapper.rewards import scoring, spec
+from knapper.rewards import scorer, spec
 from knapper.rewards.rollouts import Rollout
 from knapper.sandbox.pool import Sandbox
 from knapper.wire import json
@@ -37,7 +37,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Scored(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """`reasons`: as in knapper.rewards.scoring.Score."""
+    """`reasons`: as in knapper.rewards.scorer.Score."""
 
     id: str
     value: float
@@ -65,7 +65,7 @@ async def answer(body: bytes, sandbox: Sandbox) -> bytes:
     rollouts = [Rollout(each.id, _prompt(each.prompt), each.completion, each.answer) for each in sent.rollouts]
     try:
         async with asyncio.timeout(limits.rewards_request_s):
-            scores = await scoring.score(reward, rollouts, sandbox=sandbox)
+            scores = await scorer.score(reward, rollouts, sandbox=sandbox)
     except TimeoutError as error:
         raise UserError(
             f"scoring {len(rollouts)} rollouts took over {limits.rewards_request_s:g} s; send fewer in one request, "

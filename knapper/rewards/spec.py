@@ -10,9 +10,9 @@ from msgspec import Meta
 
 from knapper import limits
 from knapper.errors import InvalidField, UserError
-from knapper.nearest import did_you_mean
-from knapper.untrusted import parsing
+from knapper.text.suggestions import did_you_mean
 from knapper.wire import json
+from knapper.wire.untrusted import parsing
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]  # of a file beside job.yaml
 Label = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_]{0,62}$")]

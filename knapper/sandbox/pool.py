@@ -16,9 +16,9 @@ from typing import Any
 import structlog
 
 from knapper.errors import Unavailable, UserError
-from knapper.remembered import Remembered
 from knapper.sandbox.warden import FAILED
-from knapper.untrusted import parsing
+from knapper.store.cache import Remembered
+from knapper.wire.untrusted import parsing
 
 log = structlog.get_logger()
 

@@ -14,32 +14,32 @@ import structlog
 import torch
 from tokenizers import Tokenizer
 
-from knapper import metrics
-from knapper.engine import hardware, peft_format
-from knapper.engine.config import Facts
-from knapper.engine.device import Device, Task
-from knapper.engine.exactness import Exactness
+from knapper.catalogue.servable import expect_files
+from knapper.engine import checkpoint_format, hardware
+from knapper.engine.executor import Device, Task
 from knapper.engine.hardware import dtype_for, finish, release
-from knapper.engine.loading import load
-from knapper.engine.lora import Lora, layout
-from knapper.engine.machine import TrainingMachine
-from knapper.engine.model import Model
-from knapper.engine.rehearsal import expect_device, expect_loadable
-from knapper.engine.sampler import Sampler
-from knapper.engine.shortage import Shortage
-from knapper.engine.training import RunState, Trainer
+from knapper.engine.layers.batch_invariance import Exactness
+from knapper.engine.layers.lora import Lora, layout
+from knapper.engine.models.base import Model
+from knapper.engine.models.config import Facts
+from knapper.engine.models.loader import load
+from knapper.engine.models.preflight import expect_device, expect_loadable
+from knapper.engine.out_of_memory import Shortage
+from knapper.engine.run_machine import TrainingMachine
+from knapper.engine.sampling.scheduler import Sampler
+from knapper.engine.training.trainer import RunState, Trainer
 from knapper.errors import InvalidField, NotFound
-from knapper.jobs.place import Place, open_place
-from knapper.journal import bundles
-from knapper.journal.records import Terms
-from knapper.journal.run import Holder
-from knapper.metrics import Reading
-from knapper.models.servable import expect_files
-from knapper.serving import leaving
-from knapper.serving.residents import Residents
+from knapper.jobs.services import Place, open_place
+from knapper.observability import metrics
+from knapper.observability.metrics import Reading
+from knapper.serving import shutdown
+from knapper.serving.runs import Residents
 from knapper.settings import Settings
+from knapper.state.journal import bundles
+from knapper.state.journal.records import Terms
+from knapper.state.journal.run import Holder
 from knapper.store import Store
-from knapper.store.opening import open_store
+from knapper.store.factory import open_store
 
 _SLOTS_MAX = 64  # from some 64 rows on a CPU's matrix products are saturated: more only make each text wait longer
 _MORE_MEMORY = "Free some, raise KNAPPER_GPU_MEMORY_SHARE if it is less than 1, or serve a smaller model"
@@ -75,10 +75,10 @@ class StoredAdapters:
                 "the weights of this sampler are gone: its checkpoint was deleted or expired, and its session has "
                 "ended; create another sampling client"
             )
-        only = frozenset({peft_format.CONFIG, peft_format.ADAPTER})
+        only = frozenset({checkpoint_format.CONFIG, checkpoint_format.ADAPTER})
         index, files = await bundles.read(self.store, adapter, only)
         where = layout(self.config, index.spec)
-        weights_P, _ = peft_format.read(files, index.spec, where, with_optimizer=False)
+        weights_P, _ = checkpoint_format.read(files, index.spec, where, with_optimizer=False)
         return where.lora(weights_P.to(self.device), index.spec.alpha / index.spec.rank)
 
 
@@ -128,7 +128,7 @@ def engine() -> Engine:
     sampler = _sampler(settings, decoder, device, StoredAdapters(store, decoder.config, where))
     metrics.Readings(readings(machine, sampler))
     residents = Residents(store, metrics.CountedMachine(machine), holder, time.time, rest_s=settings.rest_s)
-    leaving.before(residents.leave)
+    shutdown.before(residents.leave)
     return Engine(
         base_model=settings.model,
         directory=directory,

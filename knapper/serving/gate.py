@@ -13,7 +13,7 @@ import structlog
 
 from knapper.engine import host_memory
 from knapper.errors import KnapperError
-from knapper.serving.attempts import Attempts, Deaths
+from knapper.serving.retry import Attempts, Deaths
 
 _DEATHS_MAX: Final = 2  # then the process stands, and says so, before it tries again
 _KILLED: Final = (

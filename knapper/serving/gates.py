@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
-from knapper import telemetry
-from knapper.serving import leaving
-from knapper.serving.attempts import Deaths
+from knapper.observability import logs
+from knapper.serving import shutdown
 from knapper.serving.gate import Gate
+from knapper.serving.retry import Deaths
 from knapper.settings import Settings
 
 if TYPE_CHECKING:
     from knapper.serving.engine import Engine
-    from knapper.serving.sampling import Served
+    from knapper.serving.sampler import Served
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ def engine() -> "Gate[Engine]":
     """Of what trains, and samples unless vLLM does. The first call, on the main thread, makes the first attempt."""
     settings = _begun("engine")
     if settings.address:
-        leaving.heed()
+        shutdown.heed()
     return _opened("engine", settings, _engine)
 
 
@@ -34,7 +34,7 @@ def engine() -> "Gate[Engine]":
 def vllm() -> "Gate[Served]":
     """Of vLLM, likewise."""
     settings = _begun("sample")
-    leaving.heed(by_itself=True)
+    shutdown.heed(by_itself=True)
     return _opened("vllm", settings, _by_vllm)
 
 
@@ -46,7 +46,7 @@ def sampler() -> "Gate[Served] | Gate[Engine]":
 def _begun(process: str) -> Settings:
     settings = Settings.load(os.environ)
     if not structlog.is_configured():  # the other gate may have done it
-        telemetry.begin(process, settings)
+        logs.begin(process, settings)
     return settings
 
 
@@ -64,6 +64,6 @@ def _engine() -> "Engine":
 
 
 def _by_vllm() -> "Served":
-    from knapper.serving.sampling import by_vllm
+    from knapper.serving.sampler import by_vllm
 
     return by_vllm(Settings.load(os.environ))

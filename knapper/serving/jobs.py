@@ -7,23 +7,23 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from knapper import metrics
+from knapper.catalogue.tokenizer import Language
 from knapper.errors import Unservable
-from knapper.events import Event
-from knapper.jobs import waiting
-from knapper.jobs.folders import Folders
-from knapper.jobs.names import Start
-from knapper.jobs.operations import Journal
-from knapper.jobs.place import Place, open_place
-from knapper.jobs.sampling import Sampling
+from knapper.events.cloudevents import Event
+from knapper.jobs import pause
+from knapper.jobs.job_files import Folders
+from knapper.jobs.layout import Start
+from knapper.jobs.rollouts import Sampling
+from knapper.jobs.run_client import Journal
+from knapper.jobs.runner import Training
+from knapper.jobs.services import Place, open_place
 from knapper.jobs.spec import KINDS, Kind
-from knapper.jobs.training import Training
-from knapper.jobs.working import Worker
-from knapper.language import Language
+from knapper.jobs.worker import Worker
+from knapper.observability import metrics
 from knapper.serving import gates
-from knapper.serving.sampling import Served, served
+from knapper.serving.sampler import Served, served
 from knapper.settings import Settings
-from knapper.store.opening import open_store
+from knapper.store.factory import open_store
 
 if TYPE_CHECKING:
     from knapper.serving.engine import Engine
@@ -43,7 +43,7 @@ async def _answer(part: Callable[[], Training | Sampling], event: Event) -> None
     try:
         worker = part()
     except Unservable as error:
-        await waiting.note(place(), Start.parse(event.subject), str(error))
+        await pause.note(place(), Start.parse(event.subject), str(error))
         raise
     await worker.answer(event)
 

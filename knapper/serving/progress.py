@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import structlog
 
 from knapper.errors import KnapperError
-from knapper.serving.sampling import Sampler
+from knapper.serving.sampler import Sampler
 from knapper.wire import progress, proto
 from knapper.wire.progress import Drawn, Failed, Frame, Whole
 from knapper.wire.types import Sample

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from knapper import files, private
 from knapper.errors import StoreError
-from knapper.store import Names, check_name
+from knapper.store import Names, check_name, files, private
 
 _TEMPORARY = ".tmp"
 _SMALL_BYTES = 64 * 1024

@@ -1,1 +1,1 @@
-"""Sampling by vLLM: the contract of knapper.engine.sampler, kept by another engine. docs/vllm.md tells of it."""
+"""Sampling by vLLM: the contract of `knapper.engine.sampling.scheduler`, kept by another engine. See docs/vllm.md."""

@@ -20,17 +20,17 @@ from pathlib import Path
 import structlog
 
 from knapper import limits
-from knapper.engine import peft_format
-from knapper.engine.config import Facts
-from knapper.engine.lora import layout
+from knapper.engine import checkpoint_format
+from knapper.engine.layers.lora import layout
+from knapper.engine.models.config import Facts
 from knapper.errors import NotFound, UserError
-from knapper.files import hold, torn
-from knapper.journal import bundles
-from knapper.journal.records import Index, Spec
+from knapper.state.journal import bundles
+from knapper.state.journal.records import Index, Spec
 from knapper.store import Store
+from knapper.store.files import hold, torn
 from knapper.vllm.core import Adapter
 
-_FILES = frozenset({peft_format.CONFIG, peft_format.ADAPTER})
+_FILES = frozenset({checkpoint_format.CONFIG, checkpoint_format.ADAPTER})
 _OURS = "knapper-adapters-"
 
 log = structlog.get_logger()
@@ -120,7 +120,7 @@ class Shelf:
         index, files = await bundles.read(self._store, bundle, _FILES)
         # Whatever is wrong with it is found here: what the core fails to load may end it, for all.
         where = layout(self._facts, index.spec)
-        await asyncio.to_thread(peft_format.read, files, index.spec, where, with_optimizer=False)
+        await asyncio.to_thread(checkpoint_format.read, files, index.spec, where, with_optimizer=False)
         number = next(self._numbers)
         if self._directory is None:
             self._directory, self._held = _own(self._memory)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from knapper.engine.draw import empty_logprob, empty_token
+from knapper.engine.sampling.token_sampling import empty_logprob, empty_token
 from knapper.vllm.core import Piece, Top
 from knapper.wire.types import Sample, TopK
 

@@ -1,4 +1,4 @@
-"""knapper.engine.sampler's contract, kept by vLLM: the same answers to the same requests, within docs/vllm.md's bounds.
+"""The contract of `knapper.engine.sampling.scheduler`, kept by vLLM: equal answers, within the bounds of docs/vllm.md.
 
 A request of n samples is n texts of vLLM's, each with a seed of its own; they share the prompt in vLLM's cache.
 """
@@ -14,17 +14,17 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from knapper import limits
-from knapper.engine import sample_checks
-from knapper.engine.config import Facts
-from knapper.engine.sampler import NonFiniteLogits
-from knapper.engine.stops import Stops
+from knapper.engine.models.config import Facts
+from knapper.engine.sampling import validation
+from knapper.engine.sampling.scheduler import NonFiniteLogits
+from knapper.engine.sampling.stop import Stops
 from knapper.errors import ContextLengthExceeded, InvalidField, Unavailable
 from knapper.vllm import prompts
 from knapper.vllm.adapters import Shelf
 from knapper.vllm.core import TEMPERATURES, Adapter, Ask, Core, Piece, Top
+from knapper.vllm.device_time import Shares
 from knapper.vllm.engine import Engine
-from knapper.vllm.shares import Shares
-from knapper.vllm.turns import Turns
+from knapper.vllm.fair_queue import Turns
 from knapper.wire.progress import Drawn, Ending
 from knapper.wire.types import GREEDY_TEMPERATURE_MAX, Sample, SampleOutput, Sequence
 
@@ -98,7 +98,7 @@ class VllmSampler:
             self._requests -= 1
 
     def _check(self, request: Sample) -> None:
-        sample_checks.check(request, self._facts)
+        validation.check(request, self._facts)
         low, high = TEMPERATURES
         if request.params.temperature != 0 and not low <= request.params.temperature <= high:
             allowed = f"0 to {GREEDY_TEMPERATURE_MAX:g} (greedy), or {low:g} to {high:g} with the vLLM sampler"

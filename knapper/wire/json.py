@@ -10,8 +10,8 @@ from typing import Any, Final, TypeVar, get_args
 import msgspec
 
 from knapper.errors import InvalidField, UserError
-from knapper.nearest import did_you_mean
-from knapper.untrusted import parsing
+from knapper.text.suggestions import did_you_mean
+from knapper.wire.untrusted import parsing
 
 S = TypeVar("S", bound=msgspec.Struct)
 T = TypeVar("T")
@@ -29,7 +29,7 @@ def decode(body: bytes, kind: type[S]) -> S:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise _explain(str(error), _sent(body), kind) from error
-    except Exception as error:  # whatever it raises: the same as in knapper.untrusted
+    except Exception as error:  # whatever it raises: the same as in knapper.wire.untrusted
         with parsing(partial(_not_json, body)):
             for field, value in _not_finite(loads(body)) if len(body) <= _SHOWN_BYTES_MAX else _bare(body, str(error)):
                 raise InvalidField(field, value, "a finite number") from error

@@ -10,7 +10,7 @@ from typing import Final, Literal
 import msgspec
 import structlog
 
-from knapper.frames import frame, split
+from knapper.wire.frames import frame, split
 
 FRAMES = "application/x-knapper-sample-frames"
 DEVICE_S: Final = "Knapper-Device-Seconds"  # a header of an answer that is no stream: of the device, for this sample

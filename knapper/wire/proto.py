@@ -11,7 +11,6 @@ import numpy as np
 
 from knapper import limits
 from knapper.errors import InvalidField, TooLarge, UserError
-from knapper.untrusted import parsing
 from knapper.wire import descriptor, scan, tensors
 from knapper.wire.types import (
     Cells,
@@ -24,6 +23,7 @@ from knapper.wire.types import (
     TopK,
 )
 from knapper.wire.types import Sequence as Sampled
+from knapper.wire.untrusted import parsing
 
 _LOSS_CONFIG_KEYS_MAX = 64
 _LOSS_INPUTS_MAX = 32

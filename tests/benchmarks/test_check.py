@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import check
-from knapper.engine.prefixes import Prefixes
+from knapper.engine.training.prefix_sharing import Prefixes
 from tests.engine.tiny import tiny_model
 
 FLOORS = json.loads(check.FLOORS.read_text())

@@ -14,8 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.doors import Door
-from gateway.main import create_app
+from gateway.app import create_app
+from gateway.routing import Door
 from knapper import limits
 from knapper.store.memory import MemoryStore
 from knapper.wire import zstd

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from knapper.chaos.verdict import compare, report
-from knapper.chaos.victims import Pods, Processes, Victim
+from knapper.chaos.report import compare, report
+from knapper.chaos.targets import Pods, Processes, Victim
 from knapper.chaos.workload import Outcome
 from knapper.cluster.api import Api
 from knapper.errors import InvalidField
@@ -24,7 +24,7 @@ YES = "--yes-kill-processes"
 
 def chaos(*arguments: object) -> "subprocess.CompletedProcess[str]":
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("KNAPPER_", "TINKER_"))}
-    command = [sys.executable, "-m", "knapper.cli", "chaos", *map(str, arguments)]
+    command = [sys.executable, "-m", "knapper", "chaos", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=inherited, timeout=110)
 
 

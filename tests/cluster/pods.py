@@ -253,7 +253,7 @@ def _use(pods: list[Pod], root: Path) -> None:
     assert curl(*status, *ping, f"{url}/events") == "404", "events are taken under the cluster's own name only"
     assert curl(*status, *ping, "http://gateway.knapper.svc.cluster.local/events") == "204"
     enter = ["nsenter", "-t", str(gateway.inside), "-n", "-m"]
-    key = run(*enter, *gateway.within("python", "-m", "knapper.cli", "key", "create", "alice")).strip()
+    key = run(*enter, *gateway.within("python", "-m", "knapper", "key", "create", "alice")).strip()
     environment = {
         "PATH": os.environ["PATH"], "HOME": str(root), "TINKER_TELEMETRY": "0",
         "TINKER_BASE_URL": url, "TINKER_API_KEY": key,

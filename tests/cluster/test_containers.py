@@ -17,10 +17,10 @@ import pytest
 import tinker
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from knapper.catalogue.served_models import record_of
 from knapper.cluster.kustomize import Object, identity
 from knapper.cluster.model import Wanted, objects
 from knapper.local.broker.triggers import TRIGGERS
-from knapper.models.catalogue import record_of
 from tests.cluster.containers import Container, download, running, upload
 from tests.cluster.page import file
 from tests.conformance.conftest import NewClient, NewService
@@ -59,9 +59,9 @@ from tests.engine.tiny import tiny_model
 from tests.jobs.test_works import JOBS
 from tests.jobs.works import CHAT
 from tests.manifests.rendering import rendered
+from tests.observability.test_metrics import asked
+from tests.observability.test_traces import collecting
 from tests.store.emulator import running as emulator_running
-from tests.test_metrics import asked
-from tests.test_tracing import collecting
 
 __all__ = [
     "base",
@@ -136,7 +136,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
         ):
             gateway = containers["gateway"]
             # As the operator makes one: kubectl exec into the gateway, and this.
-            command = ["python", "-m", "knapper.cli", "key", "create", "demo"]
+            command = ["python", "-m", "knapper", "key", "create", "demo"]
             made = subprocess.run(
                 command, env=gateway.environment, cwd=gateway.directory, capture_output=True, text=True
             )
@@ -244,7 +244,7 @@ def test_the_program_of_the_documented_trial_runs(trial: Trial, environment: dic
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 6
     wait_until(lambda: {"ring", "train_step"} in traces(trial.heard), "a bell and what it led to are one trace")
-    usage = [sys.executable, "-m", "knapper.cli", "usage"]
+    usage = [sys.executable, "-m", "knapper", "usage"]
     told = subprocess.run(usage, env=environment, capture_output=True, text=True, check=True).stdout
     assert re.search(rf"^ses-\w+:train:0  {MODEL}: 45 tokens trained, \d\.\d+ device seconds$", told, re.MULTILINE)
 
@@ -312,7 +312,7 @@ def test_every_container_tells_prometheus_what_dashboards_and_alerts_ask_for(tri
             assert answer.status_code == 200, container.name
             told |= set(re.findall(r"^# TYPE (knapper_\w+)", answer.text, flags=re.MULTILINE))
     wanted = {name for query in asked().values() for name in re.findall(r"\bknapper_\w+", query)}
-    # vLLM's are told by a container that this cluster has none of; tests/test_metrics.py finds them in its source.
+    # This cluster has no container of vLLM's; tests/observability/test_metrics.py finds its metrics in the source.
     ours = {name.removesuffix("_bucket") for name in wanted if not name.startswith("knapper_vllm_")}
     assert ours
     assert ours <= told

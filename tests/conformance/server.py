@@ -68,7 +68,7 @@ class Server:
     def up(self) -> None:
         """Bring it up, after a kill at the port that it had. Returns once it answers."""
         port = self.url.rpartition(":")[2] or "0"
-        command = [self._python, "-m", "knapper.cli", "up", "--model", str(self._model), "--data", str(self.data)]
+        command = [self._python, "-m", "knapper", "up", "--model", str(self._model), "--data", str(self.data)]
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("KNAPPER_")}
         environment = {**inherited, "KNAPPER_DTYPE": self.dtype, **self._settings, "OMP_NUM_THREADS": "1"}
         with self.log_path.open("a", encoding="utf-8") as log:

@@ -11,7 +11,7 @@ import tinker
 from tinker import types
 
 from knapper.settings import Settings
-from knapper.store.opening import open_store
+from knapper.store.factory import open_store
 from tests.conformance.kill_client import datum, digest_of, tokens
 from tests.conformance.server import Server, wait_until
 from tests.store import proxy

@@ -13,15 +13,16 @@ import httpx
 import pytest
 import tinker
 
-from knapper import events, lease
-from knapper.events import Event
-from knapper.function_key import FunctionKey
+from knapper.events import cloudevents
+from knapper.events.cloudevents import Event
 from knapper.local.broker.watcher import finalized
+from knapper.state.function_key import FunctionKey
 from knapper.store.directory import DirectoryStore
-from tests.accounts import as_other, opened
+from knapper.web import lease
 from tests.conformance.kill_client import datum
 from tests.conformance.server import Server
 from tests.engine.tiny import tiny_model
+from tests.state.accounts import as_other, opened
 
 _LISTEN = "0A"  # <net/tcp_states.h>
 REWARD: dict[str, Any] = {
@@ -30,9 +31,9 @@ REWARD: dict[str, Any] = {
     "files": {"reward.py": "def reward(prompt, completion, answer):\n    return 0.5\n"},
 }
 BELLS = [
-    Event(type=events.OPERATIONS, subject="ses-" + "0" * 32 + ":train:0", id="1"),
-    Event(type=events.JOB_STARTED, subject="local/adding/0123456789abcdef", id="2", kind="sft"),
-    Event(type=events.ROLLOUTS_SAMPLED, subject="local/adding/0123456789abcdef", id="3", step=0, kind="rl"),
+    Event(type=cloudevents.OPERATIONS, subject="ses-" + "0" * 32 + ":train:0", id="1"),
+    Event(type=cloudevents.JOB_STARTED, subject="local/adding/0123456789abcdef", id="2", kind="sft"),
+    Event(type=cloudevents.ROLLOUTS_SAMPLED, subject="local/adding/0123456789abcdef", id="3", step=0, kind="rl"),
 ]
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
-from knapper import dead, events
-from knapper.events import Event
-from knapper.function_key import FunctionKey
+from knapper.events import cloudevents
+from knapper.events.cloudevents import Event
+from knapper.state import dead_letters
+from knapper.state.function_key import FunctionKey
 from knapper.store.directory import DirectoryStore
 from tests.conformance.server import Server
 from tests.engine.tiny import tiny_model
@@ -94,7 +95,12 @@ def metrics(server: Server, kind: str) -> list[dict[str, Any]]:
 def poison() -> list[Event]:
     """Well-formed events that name no job: each goes to a function, which says so."""
     subjects = ("nonsense", "local/none/0123456789abcdef", "../../etc/passwd", "local/rl", "")
-    types = (events.ROLLOUTS_SAMPLED, events.ROLLOUTS_SCORED, events.JOB_STARTED, events.ADAPTER_STEPPED)
+    types = (
+        cloudevents.ROLLOUTS_SAMPLED,
+        cloudevents.ROLLOUTS_SCORED,
+        cloudevents.JOB_STARTED,
+        cloudevents.ADAPTER_STEPPED,
+    )
     return [
         Event(type=types[n % len(types)], subject=subject, id=f"poison-{n}", kind="rl" if n % 2 else "sft")
         for n, subject in enumerate(subjects * 2)
@@ -155,7 +161,7 @@ def _letters(server: Server, expected: set[str]) -> set[str]:
     store = DirectoryStore(server.data / "store")
     until = time.monotonic() + 20
     while True:
-        found = {letter.attributes["id"] for letter in asyncio.run(dead.listed(store))}
+        found = {letter.attributes["id"] for letter in asyncio.run(dead_letters.listed(store))}
         if found >= expected or time.monotonic() > until:
             return found
         time.sleep(0.2)
@@ -183,4 +189,4 @@ def test_a_job_of_five_hundred_steps_runs_through_a_broker_that_ends_chains_of_r
         assert json.loads(status.read_text())["state"] == "completed", status.read_text()
         assert len((results / "metrics.jsonl").read_text().splitlines()) == 500
         assert "rung for again" not in server.log(), "no bell was lost, and no tick had to help"
-        assert asyncio.run(dead.listed(DirectoryStore(server.data / "store"))) == []
+        assert asyncio.run(dead_letters.listed(DirectoryStore(server.data / "store"))) == []

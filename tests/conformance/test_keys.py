@@ -8,7 +8,7 @@ import pytest
 import tinker
 
 from knapper.ids import Tenant
-from knapper.keys import Keys
+from knapper.state.api_keys import Keys
 from tests.conformance.server import Server
 from tests.conformance.test_auth import run as tinker_command
 from tests.gateway.running import gateway

@@ -13,10 +13,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from tinker import types
 
-from gateway.bells import Bells
+from gateway.train_client import Bells
 from knapper.ids import RunId
-from knapper.journal import names
-from knapper.journal.records import Commit, Result, encode
+from knapper.state import layout
+from knapper.state.journal.records import Commit, Result, encode
 from tests.conformance.server import wait_until
 from tests.gateway.running import MODEL, gateway, serve
 
@@ -95,5 +95,5 @@ def test_a_cold_start_is_told_from_its_first_second_and_once_a_minute(
         [run] = running.parts.bells.runs()
         body = b'{"type": "create_model", "model_id": "%s"}' % run.encode()
         record = Commit(epoch=1, results=[Result(seq=0, sha256=b"", content_type="application/json", body=body)])
-        running.run(running.store.put_if_absent(names.commit(run, 1), encode(record)))
+        running.run(running.store.put_if_absent(layout.commit(run, 1), encode(record)))
         assert made.result().model_id == run

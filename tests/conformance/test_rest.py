@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from tinker import types
 
-from knapper.checkpoints import Checkpoints
 from knapper.ids import LOCAL_TENANT, TinkerPath
-from knapper.journal import bundles
+from knapper.state.checkpoints import Checkpoints
+from knapper.state.journal import bundles
 from knapper.store.directory import DirectoryStore
 from tests.conformance import data
 from tests.conformance.conftest import NewClient

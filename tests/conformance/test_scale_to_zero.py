@@ -9,9 +9,9 @@ import pytest
 import tinker
 from tinker import types
 
-from knapper.journal.records import decode
+from knapper.state.journal.records import decode
+from knapper.state.usage import Samplings
 from knapper.store.directory import DirectoryStore
-from knapper.usage import Samplings
 from tests.conformance.kill_client import datum, tokens
 from tests.conformance.server import Server, wait_until
 from tests.engine.tiny import tiny_model

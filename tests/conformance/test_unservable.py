@@ -28,7 +28,7 @@ TOLD_S = 60.0  # a start of Python and torch on a busy machine, and a few second
 
 
 def doctor(server: Server) -> str:
-    command = [sys.executable, "-m", "knapper.cli", "doctor", "--data", str(server.data)]
+    command = [sys.executable, "-m", "knapper", "doctor", "--data", str(server.data)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
     return done.stdout
@@ -176,7 +176,7 @@ def test_a_relative_directory_is_served_under_the_name_that_was_given(
 
 def test_the_start_says_what_is_served_and_how(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "models" / "tiny")
-    command = [sys.executable, "-m", "knapper.cli", "up", "--model", str(model), "--data", str(tmp_path / "data")]
+    command = [sys.executable, "-m", "knapper", "up", "--model", str(model), "--data", str(tmp_path / "data")]
     environment = {**os.environ, "KNAPPER_DTYPE": "float32"}
     with subprocess.Popen(
         [*command, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

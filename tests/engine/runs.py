@@ -7,10 +7,10 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 
-from knapper.engine.device import Task
-from knapper.engine.loading import load
-from knapper.engine.training import Trainer
-from knapper.journal.records import Spec
+from knapper.engine.executor import Task
+from knapper.engine.models.loader import load
+from knapper.engine.training.trainer import Trainer
+from knapper.state.journal.records import Spec
 from knapper.wire.types import Datum, ForwardBackward
 from tests.engine.strange import CONFIGS, strange_model
 from tests.engine.tiny import Kind, tiny_model

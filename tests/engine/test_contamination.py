@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from knapper.engine import head, rowwise
-from knapper.engine.linear import FrozenLinear
-from knapper.engine.lora import Lora
-from knapper.engine.scattered import Scattered, Stack
-from knapper.engine.segments import Segment, Segments
+from knapper.engine.layers import batch_invariant_attention, head
+from knapper.engine.layers.linear import FrozenLinear
+from knapper.engine.layers.lora import Lora
+from knapper.engine.layers.lora_gathered import Scattered, Stack
+from knapper.engine.layers.lora_grouped import Segment, Segments
 
 # Inner sizes that are no whole number of tiles, odd ones among them, and some that are.
 SIZES = [(5, 8), (15, 16), (17, 64), (31, 33), (32, 48), (33, 23), (48, 49), (576, 192), (577, 191)]
@@ -104,14 +104,16 @@ def test_of_the_head(vocabulary: int, dtype: torch.dtype, planted: float) -> Non
 def test_of_attention_over_several_texts(width: int, planted: float) -> None:
     texts, tokens, heads, groups = 3, 70, 4, 2
     k, v = (random(texts, tokens, groups, width, seed=seed) for seed in (2, 3))
-    bias = torch.zeros(texts, 1, 1, rowwise.KEYS)
-    keys, values = (x[:, : rowwise.KEYS].transpose(1, 2) for x in (k, v))
+    bias = torch.zeros(texts, 1, 1, batch_invariant_attention.KEYS)
+    keys, values = (x[:, : batch_invariant_attention.KEYS].transpose(1, 2) for x in (k, v))
 
     def trained(q: Tensor) -> Tensor:
-        return rowwise.causal(q, k, v)
+        return batch_invariant_attention.causal(q, k, v)
 
     def decoded(q: Tensor) -> Tensor:
-        return rowwise.decoded(q[:, 0].view(texts, groups, heads // groups, width), keys, values, bias)
+        return batch_invariant_attention.decoded(
+            q[:, 0].view(texts, groups, heads // groups, width), keys, values, bias
+        )
 
     for compute in (trained, decoded):
         assert_stays(compute, random(texts, tokens, heads, width, seed=1), planted)

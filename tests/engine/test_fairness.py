@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from knapper.engine import passes
-from knapper.engine.clock import Clock
-from knapper.engine.device import Device, Task
-from knapper.engine.machine import TrainingMachine
-from knapper.engine.passes import Pass
-from knapper.engine.sampler import Sampler
-from knapper.engine.training import RunState, Trainer
+from knapper.engine.executor import Device, Task
+from knapper.engine.run_machine import TrainingMachine
+from knapper.engine.sampling.scheduler import Sampler
+from knapper.engine.training import batch
+from knapper.engine.training.batch import Pass
+from knapper.engine.training.scheduler import Clock
+from knapper.engine.training.trainer import RunState, Trainer
 from knapper.wire.types import Datum, ForwardBackward, Sample, SamplingParams
 from tests.engine.runs import datum, request, spec, tiny_trainer
-from tests.engine.test_clock import gathered, held, submitted
-from tests.engine.test_machine import optim_step
-from tests.engine.test_sampler import Shelf
+from tests.engine.sampling.test_scheduler import Shelf
+from tests.engine.test_run_machine import optim_step
+from tests.engine.training.test_scheduler import gathered, held, submitted
 
 ROWS_MAX = 32
 
@@ -46,7 +46,7 @@ def turns(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[
     """(run, rows) of each pass that was computed, as it happens."""
     found: list[list[tuple[str, int]]] = []
     names: dict[int, str] = {}
-    opened, compute = trainer.open, passes.compute
+    opened, compute = trainer.open, batch.compute
 
     def named(state: RunState, asked: ForwardBackward) -> Pass:
         one = opened(state, asked)
@@ -58,7 +58,7 @@ def turns(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[
         return compute(model, chosen)  # type: ignore[arg-type]  # a Model
 
     monkeypatch.setattr(trainer, "open", named)
-    monkeypatch.setattr(passes, "compute", noted)
+    monkeypatch.setattr(batch, "compute", noted)
     return found
 
 
@@ -162,14 +162,14 @@ def test_sampling_takes_its_turns_within_a_pass(
     sampler = Sampler(trainer.decoder, device, Shelf({}), None, slots_max=8, kv_tokens_max=4096, now=time.monotonic)
     clock = Clock(trainer, device, lambda: 0.0)
     before: list[int] = []  # decoding steps before each piece of a pass
-    compute = passes.compute
+    compute = batch.compute
 
     def noted(model: object, chosen: list[Pass]) -> Task[None]:
         for _ in compute(model, chosen):  # type: ignore[arg-type]  # a Model
             before.append(sampler.counters.steps)
             yield
 
-    monkeypatch.setattr(passes, "compute", noted)
+    monkeypatch.setattr(batch, "compute", noted)
     prompt = np.arange(8, dtype=np.int32)
     samples = [Sample("tiny", "", prompt, SamplingParams(max_tokens=24), seed=n) for n in range(6)]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.exactness import DTYPES, InstructionSet, instruction_sets, measured
-from knapper.models.obtain import SMOLLM2, obtain
+from knapper.catalogue.download import SMOLLM2, obtain
 from knapper.settings import Settings
 from tests import instructions as instructions_tried
 

@@ -10,9 +10,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from knapper.engine import peft_format
-from knapper.engine.losses import LOSSES
-from knapper.engine.training import RunState
+from knapper.engine import checkpoint_format
+from knapper.engine.training.losses import LOSSES
+from knapper.engine.training.trainer import RunState
 from knapper.wire.types import AdamW, Datum
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
 from tests.nearness import expect_near
@@ -69,7 +69,7 @@ def load_in_peft(
 ) -> torch.nn.Module:
     """What a user does with the export."""
     adapter.mkdir()
-    for name, data in peft_format.export(state, with_optimizer=False).items():
+    for name, data in checkpoint_format.export(state, with_optimizer=False).items():
         (adapter / name).write_bytes(data)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="eager")
     loaded = PeftModel.from_pretrained(base, adapter, is_trainable=trainable)
@@ -84,7 +84,7 @@ def batch(loss: str, columns: int, rng: np.random.Generator) -> list[Datum]:
 def arena(state: RunState, model: torch.nn.Module, of: Callable[[Tensor], Tensor | None]) -> Tensor:
     """What `of` says of PEFT's weights, in our arena's order."""
     named = {name.replace(".default", ""): of(p) for name, p in model.named_parameters()}
-    ordered = [named[name] for site in state.layout.sites for name in peft_format.peft_names(site.module)]
+    ordered = [named[name] for site in state.layout.sites for name in checkpoint_format.peft_names(site.module)]
     return torch.cat([each.flatten() for each in ordered if each is not None])
 
 

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knapper.engine.clock import Clock
-from knapper.engine.device import Device
-from knapper.engine.machine import TrainingMachine
-from knapper.engine.training import RunState, Trainer
+from knapper.engine.executor import Device
+from knapper.engine.run_machine import TrainingMachine
+from knapper.engine.training.scheduler import Clock
+from knapper.engine.training.trainer import RunState, Trainer
 from knapper.errors import OutOfMemory
 from knapper.wire.types import ForwardBackward
 from tests.engine.faults import Operators, cpu_error, gpu_error, on
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
-from tests.engine.test_clock import assert_equal, gathered, runs
-from tests.engine.test_machine import OPERATIONS, apply_all, bits, optim_step
+from tests.engine.test_run_machine import OPERATIONS, apply_all, bits, optim_step
+from tests.engine.training.test_scheduler import assert_equal, gathered, runs
 
 POISON = 199  # a token: three of them in a row are what a test's pass cannot compute
 

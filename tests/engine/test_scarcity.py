@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knapper.engine.lora import Lora
-from knapper.engine.sampler import Sampler
+from knapper.engine.layers.lora import Lora
+from knapper.engine.sampling.scheduler import Sampler
 from knapper.errors import OutOfMemory
 from knapper.wire.progress import Drawn
 from knapper.wire.types import Sample, SampleOutput
 from tests.engine.faults import Operators, cpu_error, gpu_error, on
 from tests.engine.runs import tiny_trainer
-from tests.engine.test_sampler import House, Shelf, prompt_of, request, same, until
+from tests.engine.sampling.test_scheduler import House, Shelf, prompt_of, request, same, until
 
 POISON = 260  # a token; three of them in a row are what some test's pass cannot compute
 Embedding = Callable[[Callable[[Tensor], None]], None]
@@ -415,7 +415,7 @@ _CHILD = """
 import json, resource, sys
 from pathlib import Path
 import torch
-from tests.engine.test_sampler import House, prompt_of, request
+from tests.engine.sampling.test_scheduler import House, prompt_of, request
 from tests.engine.test_scarcity import alike, answers
 from tests.engine.wide_keys import wide_model
 

@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from knapper.engine import passes
-from knapper.engine.clock import Clock
-from knapper.engine.decoding import NativeTexts
-from knapper.engine.device import Device, Task
-from knapper.engine.passes import Pass
-from knapper.engine.sampler import Sampler
-from knapper.engine.training import Trainer
+from knapper.engine.executor import Device, Task
+from knapper.engine.models.decode import NativeTexts
+from knapper.engine.sampling.scheduler import Sampler
+from knapper.engine.training import batch
+from knapper.engine.training.batch import Pass
+from knapper.engine.training.scheduler import Clock
+from knapper.engine.training.trainer import Trainer
 from knapper.wire.progress import Drawn
 from knapper.wire.types import Sample, SamplingParams
 from tests.engine.runs import datum, request, spec, tiny_trainer
-from tests.engine.test_sampler import Shelf
+from tests.engine.sampling.test_scheduler import Shelf
 
 SAMPLES, TOKENS, ROWS = 8, 8, 104
 ALONE_S = 2.3  # a step of one loop without its reward: what the turns below add up to
@@ -155,7 +155,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 @pytest.fixture
 def world(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     world = World()
-    compute, step, prompts = passes.compute, NativeTexts.step, trainer.decoder.prompts
+    compute, step, prompts = batch.compute, NativeTexts.step, trainer.decoder.prompts
 
     def computed(model: Any, chosen: Sequence[Pass]) -> Task[None]:
         takes_s = pass_s(sum(one.waiting[0].rows for one in chosen))
@@ -174,7 +174,7 @@ def world(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         world.spend(prefill_s(len(given)))
         return prompts(given)
 
-    monkeypatch.setattr(passes, "compute", computed)
+    monkeypatch.setattr(batch, "compute", computed)
     monkeypatch.setattr(NativeTexts, "step", stepped)
     monkeypatch.setattr(trainer.decoder, "prompts", prefilled)
     yield world

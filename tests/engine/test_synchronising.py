@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from knapper.engine import head, passes
-from knapper.engine.training import RunState, Trainer
+from knapper.engine.layers import head
+from knapper.engine.training import batch
+from knapper.engine.training.trainer import RunState, Trainer
 from knapper.wire.types import AdamW
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
-from tests.engine.test_sampler import House, prompt_of
-from tests.engine.test_sampler import request as sample_request
+from tests.engine.sampling.test_scheduler import House, prompt_of
+from tests.engine.sampling.test_scheduler import request as sample_request
 
 _BY_VALUE = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim"}
 _IN_PYTHON = ("tolist", "numpy", "cpu")  # on a CPU these never reach the dispatcher
@@ -68,7 +69,7 @@ def _pass(
     data = [datum(rows, loss, rng, prompt=prompt) for _ in range(datums)]
     one = trainer.open(trainer.create(spec()), request(data, loss))
     with counted(monkeypatch) as seen:
-        done(passes.compute(trainer.decoder, [one]))
+        done(batch.compute(trainer.decoder, [one]))
     return seen
 
 
@@ -96,7 +97,7 @@ def test_several_runs_in_a_pass_wait_as_often_each_as_one(trainer: Trainer, monk
         asked = [request([datum(20 + run, "ppo", rng, prompt=4)], "ppo") for run in range(runs)]
         ones = [trainer.open(trainer.create(spec(rank=4 + run)), each) for run, each in enumerate(asked)]
         with counted(monkeypatch) as seen:
-            done(passes.compute(trainer.decoder, ones))
+            done(batch.compute(trainer.decoder, ones))
         return seen
 
     alone = together(1).total()

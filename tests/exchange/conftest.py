@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from knapper.exchange import Exchange
-from knapper.exchange.opening import open_exchange
+from knapper.exchange.factory import open_exchange
 from knapper.settings import Settings
 from tests.store.emulator import Emulator, gcs
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.routing import Route
 
-from gateway.main import create_app
+from gateway.app import create_app
 from knapper.store.memory import MemoryStore
 from tests.fuzz import bodies
 from tests.fuzz.bodies import JSON, PROTOBUF, Ask, World

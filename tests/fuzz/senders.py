@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from knapper.ids import Tenant
-from knapper.keys import Keys
+from knapper.state.api_keys import Keys
 from knapper.store.directory import DirectoryStore
 from tests.fuzz import asks, bodies, json_body, mutations
 from tests.fuzz.asks import Way

@@ -6,16 +6,16 @@ from collections.abc import Callable
 import numpy as np
 
 from knapper import ids
-from knapper.checkpoints import Checkpoint, Checkpoints
 from knapper.ids import LOCAL_TENANT, RunId, SamplerId, SessionId, Tenant, TinkerPath
-from knapper.jobs import control, names, spec
-from knapper.jobs.names import Start
+from knapper.jobs import control, layout, spec
+from knapper.jobs.layout import Start
 from knapper.jobs.records import Spent, Started, Trained, encode
-from knapper.journal.accept import Acceptor, pack
-from knapper.journal.records import Creation, Kind, Spec
-from knapper.journal.run import Holder, Run
-from knapper.register import Register
-from knapper.sessions import Finish, Sampler, Samplers, Session, Sessions
+from knapper.state.checkpoints import Checkpoint, Checkpoints
+from knapper.state.journal.accept import Acceptor, pack
+from knapper.state.journal.records import Creation, Kind, Spec
+from knapper.state.journal.run import Holder, Run
+from knapper.state.sessions import Finish, Sampler, Samplers, Session, Sessions
+from knapper.state.tenant_index import Register
 from knapper.store import Store
 from tests.gateway.running import MODEL
 from tests.sim.history import TERMS
@@ -94,7 +94,7 @@ async def lay_jobs(store: Store, clock: Callable[[], float], count: int) -> None
         )  # fmt: skip
         at = f"{ids.number(int(clock() * 1e6) + n)}"
         await store.put_if_absent(f"{start.prefix}listed", b"")
-        await store.put_if_absent(f"{names.listed(LOCAL_TENANT)}{at}/{start.job}/{start.id}", b"")
+        await store.put_if_absent(f"{layout.listed(LOCAL_TENANT)}{at}/{start.job}/{start.id}", b"")
         await store.put_if_absent(start.started, encode(started))
         for step in range(2):
             trained = Trained(

@@ -12,15 +12,15 @@ from typing import Any, TypeVar
 import httpx
 from aiohttp import web
 
-from gateway.main import create_app
-from gateway.parts import Parts
-from knapper import events
+from gateway.app import create_app
+from gateway.services import Parts
 from knapper.errors import KnapperError
-from knapper.jobs.place import Place
-from knapper.journal.machine import Machine
-from knapper.journal.run import Holder
-from knapper.serving import answers
-from knapper.serving.residents import Residents
+from knapper.events import cloudevents
+from knapper.jobs.services import Place
+from knapper.serving import http as serving_http
+from knapper.serving.runs import Residents
+from knapper.state.journal.machine import Machine
+from knapper.state.journal.run import Holder
 from knapper.store import Names, Store
 from tests.gateway.running import create_model, settings
 from tests.sim.history import TERMS
@@ -176,16 +176,16 @@ async def engine(store: Store, machine: Machine[Any]) -> AsyncIterator[str]:
     residents = Residents(store, machine, Holder("engine", "", TERMS), clock)
 
     async def bell(request: web.Request) -> web.StreamResponse:
-        event = events.decode(request.headers, await request.read())
-        frames = residents.answer(events.run_of(event), event.hint)
+        event = cloudevents.decode(request.headers, await request.read())
+        frames = residents.answer(cloudevents.run_of(event), event.hint)
         try:
             first = await anext(frames)
         except KnapperError as error:
-            told = answers.error(error)
+            told = serving_http.error(error)
             return web.Response(body=bytes(told.body), status=told.status_code, content_type="application/json")
-        response = web.StreamResponse(headers={"Content-Type": events.FRAMES})
+        response = web.StreamResponse(headers={"Content-Type": cloudevents.FRAMES})
         await response.prepare(request)
-        async for chunk in answers.stream(first, frames):
+        async for chunk in serving_http.stream(first, frames):
             await response.write(chunk)
         await response.write_eof()
         return response

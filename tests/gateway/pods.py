@@ -17,13 +17,13 @@ import httpx
 import msgspec
 
 import knapper
-from knapper import events
-from knapper.events import Claimed, Committed, Frame, Hint
-from knapper.function_key import FunctionKey
+from knapper.events import cloudevents
+from knapper.events.cloudevents import Claimed, Committed, Frame, Hint
 from knapper.ids import RunId
-from knapper.journal.accept import Acceptor, Packed, newest_manifest, pack
-from knapper.journal.records import Creation, Kind, Spec
-from knapper.journal.results import Results
+from knapper.state.function_key import FunctionKey
+from knapper.state.journal.accept import Acceptor, Packed, newest_manifest, pack
+from knapper.state.journal.records import Creation, Kind, Spec
+from knapper.state.journal.results import Results
 from knapper.store.directory import DirectoryStore
 from tests.conformance.kill_client import digest_of
 from tests.engine.tiny import tiny_model
@@ -86,7 +86,7 @@ class Pod:
 
     async def ring(self, run: RunId, hint: Hint | None = None) -> tuple[int, str, list[Frame]]:
         """(status, what an error said, the frames until the answer ended or broke off)."""
-        headers, body = events.bell(run, f"bell-{time.monotonic_ns()}", hint).encode()
+        headers, body = cloudevents.bell(run, f"bell-{time.monotonic_ns()}", hint).encode()
         headers |= await FunctionKey(DirectoryStore(self.data / "store"), lambda: secrets.token_hex(16)).headers()
         frames: list[Frame] = []
         async with (
@@ -95,7 +95,7 @@ class Pod:
         ):
             if answer.status_code != 200:
                 return answer.status_code, (await answer.aread()).decode(), frames
-            async for frame in events.decode_frames(answer.aiter_bytes()):
+            async for frame in cloudevents.decode_frames(answer.aiter_bytes()):
                 frames.append(frame)  # noqa: PERF401 - those before a break count
         return 200, "", frames
 
@@ -130,7 +130,7 @@ class Two:
         asked = {"model_id": run, "seq_id": seq, "path": "end"}
         await self.acceptor.accept(run, seq, "save_weights", pack(msgspec.json.encode(asked)))
 
-    async def hint(self, run: RunId, way: events.Way) -> Hint:
+    async def hint(self, run: RunId, way: cloudevents.Way) -> Hint:
         """What a gateway that has just looked would send."""
         newest = await newest_manifest(self.store, run)
         return Hint() if newest is None else Hint(newest[1].holder, newest[1].epoch, way)

@@ -16,15 +16,15 @@ import uvicorn
 from numpy.typing import NDArray
 from starlette.applications import Starlette
 
-from gateway.doors import Door
-from gateway.main import create_app
-from gateway.parts import Parts
-from knapper.jobs.place import Place
-from knapper.journal import names
-from knapper.journal.records import Operation, decode
+from gateway.app import create_app
+from gateway.routing import Door
+from gateway.services import Parts
+from knapper.catalogue.served_models import Catalogue, ModelRecord
+from knapper.jobs.services import Place
 from knapper.local.web import PROTOCOL
-from knapper.models.catalogue import Catalogue, ModelRecord
 from knapper.settings import Settings
+from knapper.state import layout
+from knapper.state.journal.records import Operation, decode
 from knapper.store import Store
 from knapper.store.memory import MemoryStore
 from knapper.wire import proto
@@ -83,7 +83,7 @@ class Running:
         )
 
     def stored(self, run: str, seq: int) -> Operation | None:
-        name = names.operation(run, seq)  # type: ignore[arg-type]
+        name = layout.operation(run, seq)  # type: ignore[arg-type]
         data = self.run(self.store.get(name))
         return None if data is None else decode(data, Operation, name)
 

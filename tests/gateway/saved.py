@@ -3,13 +3,13 @@
 import hashlib
 
 from knapper import ids
-from knapper.checkpoints import Checkpoint, Checkpoints
 from knapper.ids import CheckpointKind, RunId, SessionId, TinkerPath
-from knapper.journal import bundles
-from knapper.journal.accept import Acceptor
-from knapper.journal.records import Creation, Spec
-from knapper.register import Register
-from knapper.sessions import Session
+from knapper.state.checkpoints import Checkpoint, Checkpoints
+from knapper.state.journal import bundles
+from knapper.state.journal.accept import Acceptor
+from knapper.state.journal.records import Creation, Spec
+from knapper.state.sessions import Session
+from knapper.state.tenant_index import Register
 from tests.gateway.running import MODEL, Running
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights" * 100}

@@ -1,7 +1,7 @@
 """What a client hears of its key, and what is in the token that it gets for it."""
 
 from knapper.ids import Tenant
-from knapper.keys import Keys
+from knapper.state.api_keys import Keys
 from tests.gateway.running import Running, gateway
 
 

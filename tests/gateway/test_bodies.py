@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from gateway import understanding
-from gateway.doors import Door
-from gateway.memory import Budget, Hold
+from gateway import body_decoders
+from gateway.body_budget import Budget, Hold
+from gateway.routing import Door
 from knapper import limits
+from knapper.catalogue.tokenizer import Language
 from knapper.errors import ContextLengthExceeded, InvalidField, KnapperError, TooLarge, TooMany
-from knapper.language import Language
 from knapper.wire import json, requests, sample_requests, scan, zstd
 from tests.engine.tiny import _tokenizer
 from tests.gateway.running import Running, gateway
@@ -110,8 +110,8 @@ def test_a_wrong_value_of_a_large_body_is_named_by_its_field_and_type() -> None:
 
 def test_whose_a_wrong_body_is_is_found_without_building_it() -> None:
     body = b'{"data": [%s], "model_id": "m", "seq_id": 3, "x": NaN}' % b",".join([b"[]"] * 100_000)
-    assert understanding.address(body) == ("m", 3)
-    assert understanding.address(b'{"model_id": 1}') is None
+    assert body_decoders.address(body) == ("m", 3)
+    assert body_decoders.address(b'{"model_id": 1}') is None
     assert scan.peek(bytes(50_000_000)) is None  # field by field it would take a minute
 
 

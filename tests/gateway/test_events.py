@@ -7,12 +7,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from knapper import dead, events, limits
-from knapper.events import Event
+from knapper import limits
+from knapper.events import cloudevents
+from knapper.events.cloudevents import Event
 from knapper.exchange.directory import DirectoryExchange
-from knapper.jobs.bells import Bells
-from knapper.jobs.place import Place
+from knapper.jobs.notifications import Bells
+from knapper.jobs.services import Place
 from knapper.local.broker.watcher import finalized
+from knapper.state import dead_letters
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import Running, gateway
 from tests.gateway.test_jobs import FILES, Rung
@@ -47,7 +49,7 @@ def test_uploads_in_any_order_start_a_job_once(running: tuple[Running, Rung], tm
     for event in (second, second, first, second):
         answer = send(http, event)
         assert (answer.status_code, answer.content) == (204, b"")
-    assert [event.type for event in rung.events] == [events.JOB_STARTED]
+    assert [event.type for event in rung.events] == [cloudevents.JOB_STARTED]
     assert rung.events[0].subject.startswith("local/j/")
     assert rung.events[0].kind == "sft"
 
@@ -85,22 +87,22 @@ def test_who_dies_between_the_start_and_its_bell_is_made_good_by_the_tick(
         assert send(http, Event(type="dev.knative.sources.ping", subject="", id="t")).status_code == 204
         if rung.events:
             break
-    assert [event.type for event in rung.events] == [events.JOB_STARTED]
+    assert [event.type for event in rung.events] == [cloudevents.JOB_STARTED]
 
 
 def test_an_idle_tick_rings_for_nobody(running: tuple[Running, Rung]) -> None:
     http, rung = running
     for _ in range(3):
-        assert send(http, Event(type=events.TICK, subject="", id="t")).status_code == 204
+        assert send(http, Event(type=cloudevents.TICK, subject="", id="t")).status_code == 204
     assert rung.events == []
 
 
 @pytest.mark.parametrize(
     "event",
     [
-        Event(type=events.ROLLOUTS_SCORED, subject="local/j/0123456789abcdef", id="1"),
-        Event(type=events.OBJECT_FINALIZED, subject="objects/inbox/local/j/job.yaml", id="1", data=b"[]"),
-        Event(type=events.OBJECT_FINALIZED, subject="objects/inbox/local/j/job.yaml", id="1"),
+        Event(type=cloudevents.ROLLOUTS_SCORED, subject="local/j/0123456789abcdef", id="1"),
+        Event(type=cloudevents.OBJECT_FINALIZED, subject="objects/inbox/local/j/job.yaml", id="1", data=b"[]"),
+        Event(type=cloudevents.OBJECT_FINALIZED, subject="objects/inbox/local/j/job.yaml", id="1"),
         finalized("inbox/local/j/job.yaml", "1", 1, 0.0, bucket="somebody-elses"),
     ],
 )
@@ -125,13 +127,13 @@ def test_what_is_no_file_of_a_job_is_nobodys_business(running: tuple[Running, Ru
 
 def test_dead_letters_are_kept_once_whatever_they_are(running: tuple[Running, Rung]) -> None:
     http, _ = running
-    letter = Event(type=events.ROLLOUTS_SCORED, subject="local/j/x", id="7", source="knapper/reward")
+    letter = Event(type=cloudevents.ROLLOUTS_SCORED, subject="local/j/x", id="7", source="knapper/reward")
     why = {"ce-knativeerrorcode": "422", "ce-knativeerrordest": "http://train-step", "ce-knativeerrordata": "no job"}
     for _ in range(3):
         assert send(http, letter, "/events/dead", **why).status_code == 204
     bare = {"ce-specversion": "1.0"}
     assert httpx.post(f"{http.url}/events/dead", content=b"\xff\x00 anything", headers=bare).status_code == 204
-    first, second = http.run(dead.listed(http.store))
+    first, second = http.run(dead_letters.listed(http.store))
     assert (first.attributes["id"], first.attributes["knativeerrorcode"]) == ("7", "422")
     assert second.body == b"\xff\x00 anything"
     for size, status in ((limits.event_bytes_max + 1, 413), (limits.event_bytes_max, 204)):
@@ -140,7 +142,7 @@ def test_dead_letters_are_kept_once_whatever_they_are(running: tuple[Running, Ru
 
 
 def test_outside_there_is_nothing() -> None:
-    tick = Event(type=events.TICK, subject="", id="t")
+    tick = Event(type=cloudevents.TICK, subject="", id="t")
     with gateway(MemoryStore(), keys=True) as http:
         for path in ("/events", "/events/dead"):
             assert send(http, tick, path, Host="localhost.").status_code == 204, "this machine itself"
@@ -151,7 +153,7 @@ def test_outside_there_is_nothing() -> None:
 @pytest.mark.parametrize("keys", [True, False])
 def test_a_page_in_a_browser_of_this_machine_sends_no_event(keys: bool) -> None:
     """Neither one that says where it is from, nor a request so simple that its browser asks nobody before it."""
-    tick = Event(type=events.TICK, subject="", id="t")
+    tick = Event(type=cloudevents.TICK, subject="", id="t")
     with gateway(MemoryStore(), keys=keys) as http:
         before = http.run(http.store.list(""))
         for path in ("/events", "/events/dead"):
@@ -167,7 +169,7 @@ def test_a_page_in_a_browser_of_this_machine_sends_no_event(keys: bool) -> None:
 
 def test_on_a_cluster_events_come_under_the_name_that_only_the_cluster_serves() -> None:
     inside = "gateway.knapper.svc.cluster.local"
-    tick = Event(type=events.TICK, subject="", id="t")
+    tick = Event(type=cloudevents.TICK, subject="", id="t")
     with gateway(MemoryStore(), events_host=inside, keys=True) as http:
         for host in (inside, f"{inside}:80"):
             assert send(http, tick, Host=host).status_code == 204
@@ -182,7 +184,7 @@ def test_what_is_put_back_is_looked_at_again(running: tuple[Running, Rung], tmp_
     assert send(http, put(tmp_path, "job.yaml", FILES["job.yaml"])).status_code == 204
     assert (tmp_path / "inbox/local/j/job.error.json").exists()
     assert send(http, put(tmp_path, "d.jsonl", FILES["d.jsonl"])).status_code == 204
-    assert [event.type for event in rung.events] == [events.JOB_STARTED]
+    assert [event.type for event in rung.events] == [cloudevents.JOB_STARTED]
     assert not (tmp_path / "inbox/local/j/job.error.json").exists()
 
 
@@ -193,7 +195,7 @@ def test_metrics_are_told_at_the_address_and_under_no_name() -> None:
 
 
 STRUCTURED = {"Content-Type": "application/cloudevents+json"}
-OBJECT = {"specversion": "1.0", "type": events.OBJECT_FINALIZED, "source": "s", "id": "1", "subject": "objects/x"}
+OBJECT = {"specversion": "1.0", "type": cloudevents.OBJECT_FINALIZED, "source": "s", "id": "1", "subject": "objects/x"}
 BEGUN = b'{"specversion": "1.0", "type": "t", "source": "s", "id": "1", "data": '
 ODD = {
     "nested without end": b"[" * 100_000,
@@ -223,7 +225,7 @@ def test_what_no_parser_takes_is_poison_and_no_defect(running: tuple[Running, Ru
 @pytest.mark.parametrize("data", [b"[" * 100_000, b'{"bucket": "local", "name": "\\ud800"}', b"\xff", b'{"name": "x"}'])
 def test_data_that_no_parser_takes_is_poison(running: tuple[Running, Rung], data: bytes) -> None:
     http, _ = running
-    headers = {"ce-specversion": "1.0", "ce-type": events.OBJECT_FINALIZED, "ce-source": "s", "ce-id": "1"}
+    headers = {"ce-specversion": "1.0", "ce-type": cloudevents.OBJECT_FINALIZED, "ce-source": "s", "ce-id": "1"}
     for kind in ("application/json", "text/plain", ""):
         answer = httpx.post(f"{http.url}/events", headers={**headers, "Content-Type": kind}, content=data, timeout=30)
         assert answer.status_code == 422, answer.text

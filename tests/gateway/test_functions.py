@@ -198,7 +198,7 @@ def test_the_seconds_that_samples_had_of_the_device_are_told_once(running: Runni
     assert once > 0
     wait_for(running, running.post("asample", {**sample, "seq_id": 1})["request_id"])
     assert told(session) > once
-    command = [sys.executable, "-m", "knapper.cli", "usage", "--hours", "2", "--url", running.url]
+    command = [sys.executable, "-m", "knapper", "usage", "--hours", "2", "--url", running.url]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     said = rf"^{session}  {MODEL.name}: 8 prompt tokens, \d+ tokens sampled, \d+\.\d{{3}} device seconds$"
     assert re.search(said, printed, re.MULTILINE), printed

@@ -12,9 +12,9 @@ from starlette.routing import Route
 
 from knapper import limits
 from knapper.errors import Corrupt
-from knapper.journal import names
-from knapper.journal.records import Commit, Result, encode
-from knapper.serving import answers
+from knapper.serving import http
+from knapper.state import layout
+from knapper.state.journal.records import Commit, Result, encode
 from tests.gateway.running import Running, fwdbwd, gateway, json_of, serve
 
 
@@ -31,7 +31,7 @@ def result(seq: int, body: bytes = b'{"metrics":{}}', *, failed: bool = False) -
 def commit(running: Running, run: str, n: int, *results: Result) -> Commit:
     """As a train_step would have stored it."""
     record = Commit(epoch=1, results=list(results))
-    assert running.run(running.store.put_if_absent(names.commit(run, n), encode(record)))  # type: ignore[arg-type]
+    assert running.run(running.store.put_if_absent(layout.commit(run, n), encode(record)))  # type: ignore[arg-type]
     return record
 
 
@@ -54,10 +54,10 @@ def test_a_cold_start_is_told_with_the_time_it_has_taken(running: Running, monke
 
 def test_whoever_waits_on_a_damaged_run_hears_what_is_damaged_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """At once: it is no cold start that might be over in a moment."""
-    monkeypatch.setattr("gateway.bells._COLD_S", 60.0)
+    monkeypatch.setattr("gateway.train_client._COLD_S", 60.0)
 
     async def damaged(_: Request) -> Response:
-        return answers.error(Corrupt("object runs/x/out/7 is not a Commit record: truncated"))
+        return http.error(Corrupt("object runs/x/out/7 is not a Commit record: truncated"))
 
     function = Starlette(routes=[Route("/", damaged, methods=["POST"])])
     with serve(function) as (url, _), gateway(train_step_url=f"{url}/") as running:
@@ -74,7 +74,7 @@ def test_whoever_waits_on_a_damaged_answer_hears_it_and_the_answers_beside_it_ar
         running.forward_backward(fwdbwd(run, seq))
     for n, seq in enumerate(range(4), 1):
         commit(running, run, n, result(seq))
-    name = names.commit(run, 3)  # type: ignore[arg-type]  # that of operation 2
+    name = layout.commit(run, 3)  # type: ignore[arg-type]  # that of operation 2
     sound = running.run(running.store.get(name))
     damaged = sound[:40] + bytes([sound[40] ^ 4]) + sound[41:]
     running.run(put_instead(running, name, damaged))
@@ -97,7 +97,7 @@ def test_a_run_whose_manifest_is_damaged_is_no_cold_start(running: Running, monk
     """Nobody is rung for it: its holder is not known. Whoever waits hears why."""
     monkeypatch.setattr(limits, "poll_hold_s", 3.0)
     run = running.make_run()
-    name = names.manifest(run, 1)  # type: ignore[arg-type]
+    name = layout.manifest(run, 1)  # type: ignore[arg-type]
     running.run(running.store.put_if_absent(name, b"damaged"))
     told = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
     for _ in range(20):
@@ -115,7 +115,7 @@ def test_a_promise_of_a_store_that_was_put_back_to_an_older_backup_is_not_waited
     run = running.make_run()
     running.forward_backward(fwdbwd(run, 1))
     assert running.post("retrieve_future", {"request_id": f"{run}:1"}, status=408)["type"] == "try_again"
-    running.run(running.store.delete(names.operation(run, 1)))  # type: ignore[arg-type]
+    running.run(running.store.delete(layout.operation(run, 1)))  # type: ignore[arg-type]
     told = running.post("retrieve_future", {"request_id": f"{run}:1"})
     assert told["error"].startswith(f"operation 1 of {run} is not in the server's store")
     assert "create_training_client_from_state" in told["error"]
@@ -212,5 +212,5 @@ def test_many_polls_share_one_look_at_the_store(running: Running, monkeypatch: p
             pool.map(lambda seq: running.http.post("retrieve_future", json={"request_id": f"{run}:{seq}"}), range(40))
         )
     assert {reply.status_code for reply in replies} == {408}
-    assert sum(prefix == names.commits(run) for prefix in looks) <= 12  # type: ignore[arg-type]
+    assert sum(prefix == layout.commits(run) for prefix in looks) <= 12  # type: ignore[arg-type]
     assert json_of(replies[0].content)["type"] == "try_again"

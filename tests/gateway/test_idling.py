@@ -12,19 +12,20 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from gateway import clockwork, uploads
-from gateway.chores import Chore, done
-from knapper import events, limits
-from knapper.events import Event
+from gateway import periodic_tasks, uploads
+from gateway.periodic import Chore, done
+from knapper import limits
+from knapper.catalogue.served_models import Catalogue
+from knapper.events import cloudevents
+from knapper.events.cloudevents import Event
 from knapper.exchange import Blob, Entries
 from knapper.ids import LOCAL_TENANT, RunId
-from knapper.jobs import revive, start
-from knapper.jobs.bells import Bells
-from knapper.jobs.place import Place
-from knapper.journal import names
-from knapper.journal.machine import Files, Outcome
-from knapper.journal.records import Operation
-from knapper.models.catalogue import Catalogue
+from knapper.jobs import inbox, revive
+from knapper.jobs.notifications import Bells
+from knapper.jobs.services import Place
+from knapper.state import layout
+from knapper.state.journal.machine import Files, Outcome
+from knapper.state.journal.records import Operation
 from knapper.store.memory import MemoryStore
 from tests.gateway.finished import lay_jobs, lay_runs
 from tests.gateway.hours import HOUR_S, CountingStore, Gateway, clock, engine, gateway, lived
@@ -137,7 +138,7 @@ def test_a_job_that_waits_is_rung_for_again_and_again_and_ever_less_often() -> N
     async def story() -> None:
         async with house() as idle:
             await idle.gateway.post("jobs", {"name": "j", "files": FILES})
-            assert [event.type for event in idle.rung] == [events.JOB_STARTED]
+            assert [event.type for event in idle.rung] == [cloudevents.JOB_STARTED]
             began, at = asyncio.get_running_loop().time(), list[float]()
             while len(at) < 8:
                 await asyncio.sleep(1.0)
@@ -162,7 +163,7 @@ def test_a_run_that_waits_for_an_operation_is_looked_at_ever_less_often() -> Non
             await running.step(run, 2)
             store.calls.clear()
             await asyncio.sleep(limits.hole_s)
-            assert await store.get(names.operation(RunId(run), 1)) is None
+            assert await store.get(layout.operation(RunId(run), 1)) is None
             assert store.verbs["list"] <= 34, store.calls
             await asyncio.sleep(61)
             assert "never arrived" in (await running.result(run, 1))["error"]
@@ -239,9 +240,9 @@ def test_a_job_that_another_process_started_and_lost_the_bell_of_is_found() -> N
             await asyncio.sleep(DAY_S)
             idle.bucket.put("j", FILES)
             other = Place(idle.store, idle.bucket, idle.place.bells, clock)
-            assert await start.look(other, LOCAL_TENANT, "j") is not None  # it dies before it rings, and tells nobody
-            await asyncio.sleep(clockwork.REST_S + 2 * 60 + 4 * 15)
-            assert {event.type for event in idle.rung} == {events.JOB_STARTED}
+            assert await inbox.look(other, LOCAL_TENANT, "j") is not None  # it dies before it rings, and tells nobody
+            await asyncio.sleep(periodic_tasks.REST_S + 2 * 60 + 4 * 15)
+            assert {event.type for event in idle.rung} == {cloudevents.JOB_STARTED}
 
     lived(story)
 
@@ -252,7 +253,7 @@ def test_uploads_that_nobody_tells_of_are_found_within_five_minutes() -> None:
             await asyncio.sleep(DAY_S)
             idle.bucket.put("j", FILES)
             await asyncio.sleep(uploads._LOOK_REST_S + 1)
-            assert {event.type for event in idle.rung} == {events.JOB_STARTED}
+            assert {event.type for event in idle.rung} == {cloudevents.JOB_STARTED}
 
     lived(story)
 
@@ -282,10 +283,10 @@ def test_what_is_refused_is_not_looked_at_again_until_something_comes() -> None:
     async def story() -> None:
         async with house() as idle:
             idle.bucket.put("j", {"job.yaml": YAML})
-            await start.look(idle.place, LOCAL_TENANT, "j")
+            await inbox.look(idle.place, LOCAL_TENANT, "j")
             assert len(await idle.store.list("expected/")) == 1
             idle.bucket.put("j", {"d.jsonl": "{}\n"})
-            await start.look(idle.place, LOCAL_TENANT, "j")
+            await inbox.look(idle.place, LOCAL_TENANT, "j")
             assert b"d.jsonl" in idle.bucket.files["inbox/local/j/job.error.json"]
             assert await idle.store.list("expected/") == []
             assert await revive.due(idle.place, revive.Seen()) == []

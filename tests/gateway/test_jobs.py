@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from knapper import events
-from knapper.events import Event
+from knapper.events import cloudevents
+from knapper.events.cloudevents import Event
 from knapper.exchange.directory import DirectoryExchange
 from knapper.ids import LOCAL_TENANT
-from knapper.jobs.bells import Bells
-from knapper.jobs.names import Start
-from knapper.jobs.place import Place
+from knapper.jobs.layout import Start
+from knapper.jobs.notifications import Bells
 from knapper.jobs.records import Spent, Trained, encode
+from knapper.jobs.services import Place
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import Running, gateway
 
@@ -50,7 +50,7 @@ def test_a_job_is_submitted_listed_shown_cancelled_and_resumed(running: tuple[Ru
     made = submit(http)
     assert (made["job"], made["state"], made["kind"], made["step"], made["steps"]) == ("j", "running", "sft", 0, 3)
     assert (tmp_path / "inbox/local/j/job.yaml").read_text() == YAML
-    assert [event.type for event in rung.events] == [events.JOB_STARTED]
+    assert [event.type for event in rung.events] == [cloudevents.JOB_STARTED]
     assert submit(http)["start"] == made["start"]
     assert len(rung.events) == 1, "the same again starts nothing"
     start = Start(LOCAL_TENANT, "j", made["start"])
@@ -71,7 +71,11 @@ def test_a_job_is_submitted_listed_shown_cancelled_and_resumed(running: tuple[Ru
     assert http.run(http.store.list("working/")) == []
     assert http.post("jobs/j/resume")["state"] == "running"
     assert http.run(http.store.list("working/")) == [start.working]
-    assert [event.type for event in rung.events] == [events.JOB_STARTED, events.JOB_CANCELLED, events.JOB_STARTED]
+    assert [event.type for event in rung.events] == [
+        cloudevents.JOB_STARTED,
+        cloudevents.JOB_CANCELLED,
+        cloudevents.JOB_STARTED,
+    ]
 
 
 def test_a_submit_says_whether_it_is_equal_and_again_starts_anew(running: tuple[Running, Rung]) -> None:
@@ -90,7 +94,7 @@ def test_a_submit_says_whether_it_is_equal_and_again_starts_anew(running: tuple[
     corrected = submit(http, **{data: FILES[data] + "\n"})
     assert (corrected["equal"], corrected["state"]) == (False, "running")
     assert corrected["start"] not in (first["start"], anew["start"])
-    assert [event.type for event in rung.events].count(events.JOB_STARTED) == 3
+    assert [event.type for event in rung.events].count(cloudevents.JOB_STARTED) == 3
 
 
 def test_a_wrong_job_yaml_is_told_in_the_answer_and_in_the_list(running: tuple[Running, Rung]) -> None:
@@ -191,7 +195,7 @@ def test_what_is_not_there_is_not_found(running: tuple[Running, Rung]) -> None:
 def command(running: Running, *arguments: str) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "TINKER_BASE_URL": running.url, "TINKER_API_KEY": "tml-local"}
     return subprocess.run(
-        [sys.executable, "-m", "knapper.cli", *arguments], capture_output=True, text=True, env=environment
+        [sys.executable, "-m", "knapper", *arguments], capture_output=True, text=True, env=environment
     )
 
 

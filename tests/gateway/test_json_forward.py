@@ -8,8 +8,8 @@ import pytest
 
 from knapper.errors import Corrupt
 from knapper.ids import RunId
-from knapper.journal import names
-from knapper.journal.records import Result, encode
+from knapper.state import layout
+from knapper.state.journal.records import Result, encode
 from knapper.wire import proto, zstd
 from knapper.wire.types import ForwardBackwardOutput
 from tests.gateway.running import Running, gateway
@@ -93,7 +93,7 @@ def test_what_came_as_json_before_is_read_repeated_and_told_from_damage(running:
         msgspec.structs.replace(old, v=2).body()
     with pytest.raises(Corrupt, match="field sha256 is not that of its body"):
         msgspec.structs.replace(old, body_zstd=zstd.compress(stored.body() + b"\x00")).body()
-    name = names.operation(RunId(run), 1)
+    name = layout.operation(RunId(run), 1)
     running.run(running.store.delete(name))
     running.run(running.store.put_if_absent(name, encode(old)))
     assert running.post("forward_backward", asked(run, 1))["request_id"] == f"{run}:1"

@@ -7,8 +7,8 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from knapper.jobs.bells import Bells
-from knapper.jobs.place import Place
+from knapper.jobs.notifications import Bells
+from knapper.jobs.services import Place
 from knapper.store.memory import MemoryStore
 from tests.gateway.finished import lay_jobs, lay_runs, run_of
 from tests.gateway.hours import HOUR_S, CountingStore, clock, gateway, lived

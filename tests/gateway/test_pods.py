@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from knapper import limits
-from knapper.events import Done, Hint
+from knapper.events.cloudevents import Done, Hint
 from knapper.ids import RunId
-from knapper.journal import names
-from knapper.journal.records import Commit, decode
+from knapper.state import layout
+from knapper.state.journal.records import Commit, decode
 from tests.gateway.pods import Two, claimed, committed, two
 from tests.gateway.running import Running, fwdbwd, gateway
 
@@ -49,7 +49,7 @@ async def expect_calm(pods: Two, run: RunId, calm: tuple[str, list[bytes]]) -> N
 
 async def _answered(pods: Two, run: RunId) -> list[int]:
     found: list[int] = []
-    for name in await pods.store.list(names.commits(run)):
+    for name in await pods.store.list(layout.commits(run)):
         data = await pods.store.get(name)
         assert data is not None
         found += [result.seq for result in decode(data, Commit, name).results]
@@ -189,14 +189,14 @@ def test_a_holder_that_slept_through_a_takeover_writes_nothing_that_counts(
             await pods.accept_save(run, LAST)
             await pods.b.ring(run, await pods.hint(run, "lost"))
             await expect_calm(pods, run, calm)
-            before = await pods.store.list(names.commits(run)), await pods.store.list(names.manifests(run))
+            before = await pods.store.list(layout.commits(run)), await pods.store.list(layout.manifests(run))
         finally:
             pods.a.send(signal.SIGCONT)
         await asyncio.gather(sleeping, return_exceptions=True)
         status, said, _ = await pods.a.ring(run, await pods.hint(run, "service"))
         assert status == 503
         assert pods.b.address in said
-        assert (await pods.store.list(names.commits(run)), await pods.store.list(names.manifests(run))) == before
+        assert (await pods.store.list(layout.commits(run)), await pods.store.list(layout.manifests(run))) == before
         await expect_calm(pods, run, calm)
 
     for place in range(10):

@@ -9,8 +9,8 @@ import pytest
 
 from knapper import limits
 from knapper.ids import RunId
-from knapper.journal import names
-from knapper.journal.records import Commit, Result, encode
+from knapper.state import layout
+from knapper.state.journal.records import Commit, Result, encode
 from tests.gateway import saved
 from tests.gateway.running import MODEL, Running, fwdbwd, json_of
 from tests.gateway.saved import Clock
@@ -141,11 +141,11 @@ def test_what_a_deleted_run_used_is_told_for_good(running: Running) -> None:
         Result(seq=seq, sha256=b"", content_type="application/json", body=b"{}", failed=False) for seq in range(2)
     ]
     commit = Commit(epoch=1, results=results, committed_at=running.parts.clock(), device_s=0.5)
-    assert running.run(running.store.put_if_absent(names.commit(RunId(run), 1), encode(commit)))
+    assert running.run(running.store.put_if_absent(layout.commit(RunId(run), 1), encode(commit)))
     for deleted in (False, True):
         if deleted:
             assert running.http.delete(f"training_runs/{run}").status_code == 200
-            assert running.run(running.store.get(names.commit(RunId(run), 1))) is None, "its journal is gone"
+            assert running.run(running.store.get(layout.commit(RunId(run), 1))) is None, "its journal is gone"
         (row,) = usage(running)["data"]
         told = {"type": "training", "training_run_id": run, "token_count": 5, "device_seconds": 0.5}
         assert row["event_info"] == told

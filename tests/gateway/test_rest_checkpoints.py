@@ -3,7 +3,7 @@
 import httpx
 import pytest
 
-from gateway import clockwork
+from gateway import periodic_tasks
 from knapper import limits
 from tests.gateway import saved
 from tests.gateway.running import Running, settings
@@ -172,7 +172,7 @@ GRACE_S, UNASKED_S = settings().keep_orphans_s, settings().keep_samplers_s
 def sweep(running: Running) -> list[str]:
     """The collector's next look, as the gateway's chore does it; the bundles that are gone after it."""
     before = bundles_of(running)
-    running.run(clockwork.collect(running.parts))
+    running.run(periodic_tasks.collect(running.parts))
     return sorted(before - bundles_of(running))
 
 

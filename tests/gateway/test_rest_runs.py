@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from gateway import clockwork
-from knapper.collect.collector import Collector
-from knapper.collect.session import Retention
+from gateway import periodic_tasks
 from knapper.ids import LOCAL_TENANT, CheckpointKind, RunId, run_prefix
+from knapper.state.gc.collector import Collector
+from knapper.state.gc.session import Retention
 from tests.gateway import saved
 from tests.gateway.running import MODEL, Running, create_model, fwdbwd, settings
 from tests.gateway.saved import Clock
@@ -147,7 +147,7 @@ def test_a_copy_of_a_deleted_run_s_checkpoint_lives_on(running: Running) -> None
     assert len(saved.bundle_names(running)) == len(saved.FILES) + 1
     assert running.http.post("load_weights", json=_load(running.session(), copy)).status_code == 200
     running.http.delete(f"training_runs/{copy.removeprefix('tinker://').partition('/')[0]}").raise_for_status()
-    running.run(clockwork.collect(running.parts))
+    running.run(periodic_tasks.collect(running.parts))
     assert saved.bundle_names(running) == []
 
 

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from gateway import clockwork
+from gateway import periodic_tasks
 from knapper import limits
 from knapper.wire import proto, sample_requests
 from knapper.wire.types import SampleOutput, Sequence
@@ -219,11 +219,11 @@ def test_samples_of_a_client_that_fell_silent_are_cancelled(
     session = running.session()
     promise = running.post("asample", asample(sampler(running, session)))
     until(lambda: upstream.calls)
-    running.run(clockwork.tick(running.parts))
+    running.run(periodic_tasks.tick(running.parts))
     assert upstream.cancelled == 0
     monkeypatch.setattr(limits, "session_lapse_s", 0.0)
     time.sleep(0.01)
-    running.run(clockwork.tick(running.parts))
+    running.run(periodic_tasks.tick(running.parts))
     until(lambda: upstream.cancelled == 1)
     running.post("retrieve_future", {"request_id": promise["request_id"]}, status=410)
 
@@ -243,7 +243,7 @@ def test_the_queue_has_a_limit(running: Running, upstream: Upstream, monkeypatch
 
 
 def test_sessions_take_turns(running: Running, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.samples._IN_FLIGHT_MAX", 1)
+    monkeypatch.setattr("gateway.sample_queue._IN_FLIGHT_MAX", 1)
     upstream.open = False
     greedy, modest = sampler(running), sampler(running)
     order = {}
@@ -262,8 +262,8 @@ def test_results_that_nobody_fetches_are_forgotten(
     session = sampler(running)
     promise = running.post("asample", asample(session))
     assert running.http.post("retrieve_future", json={"request_id": promise["request_id"]}).status_code == 200
-    monkeypatch.setattr("gateway.samples._KEPT_BYTES_MAX", 4)
-    running.run(clockwork.tick(running.parts))
+    monkeypatch.setattr("gateway.sample_queue._KEPT_BYTES_MAX", 4)
+    running.run(periodic_tasks.tick(running.parts))
     running.post("retrieve_future", {"request_id": promise["request_id"]}, status=410)
     assert running.post("asample", asample(session))["request_id"] != promise["request_id"]
 
@@ -282,9 +282,9 @@ def test_an_answer_that_cannot_be_kept_is_refused_in_words(
         return running.http.post("retrieve_future", json={"request_id": promise["request_id"]})
 
     size = len(whole)
-    monkeypatch.setattr("gateway.samples._KEPT_BYTES_MAX", size)
+    monkeypatch.setattr("gateway.sample_queue._KEPT_BYTES_MAX", size)
     assert asked(1).content == whole, "the limit itself is allowed"
-    monkeypatch.setattr("gateway.samples._KEPT_BYTES_MAX", size - 1)
+    monkeypatch.setattr("gateway.sample_queue._KEPT_BYTES_MAX", size - 1)
     told = asked(2).json()
     assert told["category"] == "user"
     assert told["error"].startswith(f"the answer has {size} bytes; allowed: {size - 1}. Ask for fewer samples")

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from knapper import limits
-from knapper.sessions import Sampler, Samplers
+from knapper.state.sessions import Sampler, Samplers
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import MODEL, Running, gateway, serve
 from tests.gateway.test_sampling import ANSWER, Upstream, asample, fresh, sampler, until
@@ -170,7 +170,7 @@ def test_clones_have_a_limit(running: Running, upstream: Upstream, monkeypatch: 
 def test_inflight_samplers_of_a_run_move_on_together_and_snapshots_stay(
     running: Running, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.inflight._FRESH_S", 0.0)
+    monkeypatch.setattr("gateway.inflight_samplers._FRESH_S", 0.0)
     session = running.session()
 
     def save(n: int, seq: int, kind: str, run: int = 0) -> str:
@@ -200,7 +200,7 @@ def test_a_new_inflight_sampler_never_uses_weights_older_than_its_own(
     running: Running, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However long ago the newest was looked up."""
-    monkeypatch.setattr("gateway.inflight._FRESH_S", 3600.0)
+    monkeypatch.setattr("gateway.inflight_samplers._FRESH_S", 3600.0)
     session = running.session()
     adapters: list[str] = []
     for n, seq in enumerate((3, 11)):

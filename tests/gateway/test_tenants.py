@@ -9,7 +9,7 @@ from starlette.requests import Request
 
 from gateway.tenants import is_token, on_this_machine
 from knapper.ids import Tenant
-from knapper.keys import Keys
+from knapper.state.api_keys import Keys
 from tests.gateway.running import Running, gateway
 
 

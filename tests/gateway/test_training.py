@@ -10,7 +10,7 @@ from tinker.types import GetInfoResponse
 
 from knapper import limits
 from knapper.ids import LOCAL_TENANT
-from knapper.keys import Keys
+from knapper.state.api_keys import Keys
 from knapper.wire import zstd
 from tests.gateway.running import MODEL, Running, create_model, fwdbwd, gateway
 
@@ -250,15 +250,15 @@ def test_operations_ahead_have_limits(running: Running, monkeypatch: pytest.Monk
 
 
 def test_a_hole_is_closed_when_the_session_ends(running: Running) -> None:
-    from gateway import clockwork
+    from gateway import periodic_tasks
 
     session = running.session()
     run = running.make_run(session)
     running.forward_backward(fwdbwd(run, 2))
-    running.run(clockwork.tick(running.parts))
+    running.run(periodic_tasks.tick(running.parts))
     assert running.stored(run, 1) is None
     running.post(f"sessions/{session}/finish", {"reason": {"type": "interrupted"}})
-    running.run(clockwork.tick(running.parts))
+    running.run(periodic_tasks.tick(running.parts))
     assert "never arrived" in tombstone(running, run, 1)
     assert running.forward_backward(fwdbwd(run, 1)).json()["request_id"] == f"{run}:1"  # late: hears it in its future
 

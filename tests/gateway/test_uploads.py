@@ -24,11 +24,12 @@ from google.pubsub_v1.types import (
     ReceivedMessage,
 )  # fmt: skip
 
-from knapper import dead, events
+from knapper.events import cloudevents
 from knapper.exchange import Exchange
 from knapper.exchange.gcs import GcsExchange
-from knapper.jobs.bells import Bells
-from knapper.jobs.place import Place
+from knapper.jobs.notifications import Bells
+from knapper.jobs.services import Place
+from knapper.state import dead_letters
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import Running, gateway
 from tests.gateway.test_jobs import FILES, Rung
@@ -150,7 +151,7 @@ def test_notifications_start_a_job_once_and_are_acknowledged(topic: Topic, excha
         topic.publish("3", second)
         topic.publish("4", {**second, "eventType": "OBJECT_DELETE"})
         until(lambda: not topic.messages)
-        assert [event.type for event in rung.events] == [events.JOB_STARTED]
+        assert [event.type for event in rung.events] == [cloudevents.JOB_STARTED]
 
 
 def test_a_message_that_no_bucket_sends_becomes_a_dead_letter(topic: Topic, exchange: GcsExchange, rung: Rung) -> None:
@@ -159,7 +160,7 @@ def test_a_message_that_no_bucket_sends_becomes_a_dead_letter(topic: Topic, exch
         topic.publish("9", {"hello": "world"}, b"\xff")
         topic.publish("8", {**BUCKET_KEYS, "bucketId": "others", "objectId": "inbox/a/b/c", "objectGeneration": "1"})
         until(lambda: not topic.messages)
-        letters = {letter.attributes["id"]: letter for letter in running.run(dead.listed(store))}
+        letters = {letter.attributes["id"]: letter for letter in running.run(dead_letters.listed(store))}
         assert set(letters) == {"8", "9"}
         assert letters["9"].body == b"\xff"
         assert "bucketId" in letters["9"].attributes["knativeerrordata"]
@@ -177,9 +178,9 @@ def test_an_odd_name_keeps_none_of_those_that_came_with_it(topic: Topic, exchang
         upload(running, exchange, "d.jsonl", FILES["d.jsonl"])
         topic.publish("good", upload(running, exchange, "job.yaml", FILES["job.yaml"]))
         until(lambda: not topic.messages)
-        assert [event.type for event in rung.events] == [events.JOB_STARTED]
+        assert [event.type for event in rung.events] == [cloudevents.JOB_STARTED]
         assert set(topic.deliveries.values()) == {1}, "each was taken at once"
-        assert {letter.attributes["id"] for letter in running.run(dead.listed(store))} == {"deep"}
+        assert {letter.attributes["id"] for letter in running.run(dead_letters.listed(store))} == {"deep"}
 
 
 def test_what_cannot_be_done_now_is_delivered_again(topic: Topic, exchange: GcsExchange, rung: Rung) -> None:
@@ -200,7 +201,7 @@ def test_what_cannot_be_done_now_is_delivered_again(topic: Topic, exchange: GcsE
         topic.publish("1", upload(running, exchange, "job.yaml", FILES["job.yaml"]))
         until(lambda: not topic.messages)
         assert topic.deliveries["1"] >= 2
-        assert [event.type for event in rung.events] == [events.JOB_STARTED]
+        assert [event.type for event in rung.events] == [cloudevents.JOB_STARTED]
 
 
 def test_a_bucket_that_nobody_tells_of_is_looked_into(
@@ -213,22 +214,22 @@ def test_a_bucket_that_nobody_tells_of_is_looked_into(
         upload(running, exchange, "d.jsonl", FILES["d.jsonl"])
         until(lambda: bool(rung.events))
         time.sleep(0.3)
-        assert [event.type for event in rung.events] == [events.JOB_STARTED]
+        assert [event.type for event in rung.events] == [cloudevents.JOB_STARTED]
 
 
 def test_a_subscription_without_its_library_keeps_gateway_and_knapper_up_from_starting(tmp_path: Path) -> None:
     code = """
 import sys
 sys.modules["google.cloud.pubsub_v1"] = None  # as if it were not installed
-import gateway.main
-from knapper import cli
+import gateway.app
+from knapper.cli import main
 from knapper.errors import InvalidField
 try:
-    gateway.main.app
+    gateway.app.app
 except InvalidField as error:
     print(error)
 sys.argv = ["knapper", "up", "--port", "0"]
-cli.main()
+main.main()
 """
     environment = {**os.environ, "KNAPPER_SUBSCRIPTION": SUBSCRIPTION, "KNAPPER_DATA": str(tmp_path)}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)

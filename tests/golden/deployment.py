@@ -16,15 +16,15 @@ from tempfile import TemporaryDirectory
 import msgspec
 import numpy as np
 
-from knapper.engine import weights
-from knapper.engine.config import ModelConfig
-from knapper.engine.decoder import Decoder
-from knapper.engine.device import Device
-from knapper.engine.machine import TrainingMachine
-from knapper.engine.training import RunState, Trainer
-from knapper.journal.accept import Acceptor, pack
-from knapper.journal.records import Commit, Creation, Kind, Spec, Terms
-from knapper.journal.run import Holder, Run
+from knapper.engine.executor import Device
+from knapper.engine.models import weights
+from knapper.engine.models.config import ModelConfig
+from knapper.engine.models.decoder import Decoder
+from knapper.engine.run_machine import TrainingMachine
+from knapper.engine.training.trainer import RunState, Trainer
+from knapper.state.journal.accept import Acceptor, pack
+from knapper.state.journal.records import Commit, Creation, Kind, Spec, Terms
+from knapper.state.journal.run import Holder, Run
 from knapper.store.memory import MemoryStore
 from knapper.wire import proto
 from knapper.wire.types import Datum, ForwardBackward

@@ -13,7 +13,7 @@ import msgspec
 
 import gateway
 import knapper
-from knapper.journal.records import Record, encode
+from knapper.state.journal.records import Record, encode
 
 FILES = Path(__file__).parent / "records"
 

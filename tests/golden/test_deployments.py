@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from knapper.checkpoints import Checkpoints
-from knapper.collect.collector import Collector
-from knapper.collect.session import Retention
-from knapper.engine.machine import TrainingMachine
+from knapper.engine.run_machine import TrainingMachine
 from knapper.ids import TinkerPath
-from knapper.journal import bundles
-from knapper.journal.records import decode
-from knapper.sessions import Sampler
+from knapper.state.checkpoints import Checkpoints
+from knapper.state.gc.collector import Collector
+from knapper.state.gc.session import Retention
+from knapper.state.journal import bundles
+from knapper.state.journal.records import decode
+from knapper.state.sessions import Sampler
 from tests.golden import deployment
 from tests.sim.history import RUN
 

@@ -7,10 +7,11 @@ import msgspec
 import pytest
 
 from knapper.errors import Corrupt, NewerFormat
-from knapper.journal import names, sealed
-from knapper.journal.accept import Acceptor
-from knapper.journal.records import Commit, Record, decode, encode, format_of
-from knapper.journal.run import Holder, Run
+from knapper.state import layout
+from knapper.state.journal import envelope
+from knapper.state.journal.accept import Acceptor
+from knapper.state.journal.records import Commit, Record, decode, encode, format_of
+from knapper.state.journal.run import Holder, Run
 from knapper.store.memory import MemoryStore
 from tests.golden import records
 from tests.sim.history import CREATION, RUN, TERMS
@@ -39,7 +40,7 @@ def test_every_file_there_ever_was_can_be_read(types: dict[str, type[Record]]) -
         assert kind is not None, f"there is no {path.name} any more: what is stored cannot be read"
         data = path.read_bytes()
         raw = msgspec.msgpack.decode(data)
-        raw = raw["record"] if raw["v"] == sealed.FORMAT else raw  # what was written before there were envelopes
+        raw = raw["record"] if raw["v"] == envelope.FORMAT else raw  # what was written before there were envelopes
         assert raw["v"] <= format_of(kind)
         told = msgspec.to_builtins(decode(data, kind, path.name), builtin_types=(bytes,))
         for field, value in raw.items():
@@ -62,7 +63,7 @@ def test_a_newer_format_is_refused_in_words_whatever_it_looks_like(types: dict[s
         todays = msgspec.msgpack.decode(msgspec.msgpack.encode(records.full(kind)))
         for future in ({**todays, "v": newest + 1}, {**todays, "v": newest + 1, "unheard_of": 1}, {"v": newest + 1}):
             with pytest.raises(NewerFormat, match=f"object x has format {newest + 1} of {name}; .* run the newer one"):
-                decode(sealed.seal(name, msgspec.msgpack.encode(future)), kind, "x")
+                decode(envelope.seal(name, msgspec.msgpack.encode(future)), kind, "x")
         with pytest.raises(NewerFormat, match=f"object x has format 4 of {name}; .* run the newer one"):
             decode(msgspec.msgpack.encode({"v": 4, "unheard_of": 1}), kind, "x")
 
@@ -77,13 +78,13 @@ def test_a_knapper_of_before_envelopes_says_that_a_newer_one_wrote_them(types: d
         data = encode(records.full(kind))
         with pytest.raises(msgspec.DecodeError):
             msgspec.msgpack.decode(data, type=kind)
-        assert msgspec.msgpack.decode(data, type=Then).v > sealed.BARE_MAX
+        assert msgspec.msgpack.decode(data, type=Then).v > envelope.BARE_MAX
 
 
 def test_a_record_without_an_envelope_is_of_a_format_that_had_none(types: dict[str, type[Record]]) -> None:
     for kind in types.values():
         content = msgspec.msgpack.decode(msgspec.msgpack.encode(records.full(kind)))
-        for v in (-1, 0, sealed.FORMAT):
+        for v in (-1, 0, envelope.FORMAT):
             with pytest.raises(Corrupt, match="object x is damaged"):
                 decode(msgspec.msgpack.encode({**content, "v": v}), kind, "x")
 
@@ -102,7 +103,7 @@ def test_a_run_with_records_of_the_future_waits_for_the_newer_program() -> None:
         store = MemoryStore()
         await Acceptor(store, lambda: 0.0).create(CREATION, b"create")
         future = msgspec.msgpack.encode(Commit(epoch=1, results=[], v=3))
-        await store.put_if_absent(names.commit(RUN, 1), sealed.seal("Commit", future))
+        await store.put_if_absent(layout.commit(RUN, 1), envelope.seal("Commit", future))
         with pytest.raises(NewerFormat, match="has format 3 of Commit; this knapper reads up to format 2"):
             await Run.claim(store, RUN, LedgerMachine(), Holder("h", "", TERMS), lambda: 0.0)
 

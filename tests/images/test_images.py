@@ -105,7 +105,7 @@ def test_a_container_runs_as_nobody_under_asgi_in_one_process(target: str) -> No
     made = image(target)
     assert made.user == "65532:65532"
     assert made.environment["HOME"] == "/tmp"
-    app = "gateway.main:app" if target == "gateway" else "functions_framework.aio:app"
+    app = "gateway.app:app" if target == "gateway" else "functions_framework.aio:app"
     assert made.entrypoint[:2] == ["uvicorn", app]
     options = dict(zip(made.entrypoint[2:-1:2], made.entrypoint[3::2], strict=True))
     assert (options["--workers"], options["--lifespan"], options["--port"]) == ("1", "on", "8080")
@@ -142,12 +142,12 @@ def test_a_container_has_what_its_program_imports(target: str, tmp_path: Path) -
     brought |= WITH_TORCH if any(line.startswith("torch") for line in named) else set()
     program = STRANGERS.format(brought=brought, app=str(tmp_path / "app"), root=str(ROOT))
     if target == "gateway":
-        program += "import gateway.main\n"
-        # And the operator's command in its pod: `python -m knapper.cli key create TENANT`.
+        program += "import gateway.app\n"
+        # And the operator's command in its pod: `python -m knapper key create TENANT`.
         program += "import os, runpy, sys\n"
         program += f"os.environ.update(KNAPPER_DATA={str(tmp_path / 'data')!r})\n"
         program += "sys.argv = ['knapper', 'key', 'create', 'alice']\n"
-        program += "runpy.run_module('knapper.cli', run_name='__main__')\n"
+        program += "runpy.run_module('knapper', run_name='__main__')\n"
     else:  # the imports of the page; what it does beside needs a model
         page = tmp_path / made.environment["FUNCTION_SOURCE"].removeprefix("/")
         program += "".join(f"{line}\n" for line in page.read_text().splitlines() if re.match(r"(import|from) ", line))

@@ -5,13 +5,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from knapper.catalogue.served_models import Catalogue, ModelRecord
 from knapper.errors import TooLarge
-from knapper.events import Event
+from knapper.events.cloudevents import Event
 from knapper.exchange import Blob, Entries, Entry
 from knapper.ids import LOCAL_TENANT
-from knapper.jobs.bells import Bells
-from knapper.jobs.place import Place
-from knapper.models.catalogue import Catalogue, ModelRecord
+from knapper.jobs.notifications import Bells
+from knapper.jobs.services import Place
 from knapper.store import Store
 from knapper.store.memory import MemoryStore
 

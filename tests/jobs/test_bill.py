@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from knapper import usage
 from knapper.ids import LOCAL_TENANT
 from knapper.jobs import control
-from knapper.register import Register
-from knapper.usage import Window
+from knapper.state import usage
+from knapper.state.tenant_index import Register
+from knapper.state.usage import Window
 from tests.jobs.test_works import JOBS
 from tests.jobs.works import House, Malice, Works, run
 

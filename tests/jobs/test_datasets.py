@@ -8,7 +8,7 @@ import pytest
 from knapper import limits
 from knapper.errors import InvalidField
 from knapper.jobs import datasets, rows, spec
-from knapper.jobs.documents import JobError
+from knapper.jobs.yaml_document import JobError
 from tests.jobs.places import lines
 
 CHAT = {

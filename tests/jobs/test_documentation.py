@@ -8,7 +8,7 @@ from typing import Any, get_args
 import msgspec
 import pytest
 
-from knapper.conversations import SPEAKERS
+from knapper.catalogue.conversations import SPEAKERS
 from knapper.jobs import spec
 from knapper.jobs.rows import FORMS
 from knapper.jobs.spec import TYPES, Job, Kind

@@ -8,19 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from knapper import events, limits
+from knapper import limits
 from knapper.errors import Unavailable
+from knapper.events import cloudevents
 from knapper.exchange.directory import DirectoryExchange
 from knapper.ids import LOCAL_TENANT
-from knapper.jobs import revive, start
-from knapper.jobs.place import Place
+from knapper.jobs import inbox, revive
 from knapper.jobs.revive import Seen
+from knapper.jobs.services import Place
 from knapper.rewards.rollouts import Rollout
-from knapper.rewards.scoring import Score
+from knapper.rewards.scorer import Score
 from knapper.rewards.spec import Reward
 from knapper.store.memory import MemoryStore
 from tests.jobs.places import Folder, lines, place, serve
-from tests.jobs.test_start import FILES, YAML
+from tests.jobs.test_inbox import FILES, YAML
 from tests.jobs.test_works import PROMPTS, RL
 from tests.jobs.works import House, Works, run, variety
 
@@ -67,11 +68,11 @@ def test_what_is_awaited_costs_no_writes_and_ends(change: Callable[[Folder], obj
         here = Place(store, folder, place()[0].bells, clock)
         await serve(store)
         folder.put("j", {"job.yaml": YAML})
-        assert await start.look(here, LOCAL_TENANT, "j") is None
+        assert await inbox.look(here, LOCAL_TENANT, "j") is None
         assert len(await store.list("expected/")) == 1
         change(folder)
         (first,) = await store.list("expected/")
-        await start.look(here, LOCAL_TENANT, "j")  # as for every upload
+        await inbox.look(here, LOCAL_TENANT, "j")  # as for every upload
         assert first not in await store.list("expected/") or change is AFTERWARDS["left alone"]
         await revive.due(here, Seen())
         before, published = store.writes, folder.published
@@ -82,7 +83,7 @@ def test_what_is_awaited_costs_no_writes_and_ends(change: Callable[[Folder], obj
         await revive.due(here, Seen())
         assert await store.list("expected/") == []
         before = store.writes
-        await start.look(here, LOCAL_TENANT, "j")
+        await inbox.look(here, LOCAL_TENANT, "j")
         assert store.writes - before <= 1
         assert await store.list("expected/") == []
 
@@ -102,7 +103,7 @@ def test_a_job_that_cannot_be_looked_at_keeps_no_other_and_is_not_awaited_for_ev
         await serve(here.store)
         for job in ("broken", "good"):
             put(job, job_yaml=YAML)
-            assert await start.look(here, LOCAL_TENANT, job) is None
+            assert await inbox.look(here, LOCAL_TENANT, job) is None
         for name in ("damaged", "damaged-too"):
             await here.store.put_if_absent(f"working/{LOCAL_TENANT}/{name}/{'0' * 16}", b"")
             await here.store.put_if_absent(f"jobs/{LOCAL_TENANT}/{name}/{'0' * 16}/started", b"damaged")
@@ -111,7 +112,7 @@ def test_a_job_that_cannot_be_looked_at_keeps_no_other_and_is_not_awaited_for_ev
         broken.symlink_to(tmp_path / "elsewhere")
         put("good", p_jsonl=str(FILES["p.jsonl"]), e_jsonl=str(FILES["e.jsonl"]), reward_py=str(FILES["reward.py"]))
         found = await revive.due(here, Seen())
-        assert [(event.type, event.subject.split("/")[1]) for event in found] == [(events.JOB_STARTED, "good")]
+        assert [(event.type, event.subject.split("/")[1]) for event in found] == [(cloudevents.JOB_STARTED, "good")]
         assert len(await here.store.list("expected/")) == 1
         clock.at += limits.job_missing_s
         await revive.due(here, Seen())
@@ -171,11 +172,11 @@ def test_an_answer_that_nothing_can_be_compared_with_is_named_before_the_job_sta
         right = lines({"prompt": "a", "answer": answers[0]})
         for named, files in (("p.jsonl", (rows, right)), ("e.jsonl", (right, rows))):
             folder.put("j", {"job.yaml": yaml, "p.jsonl": files[0], "e.jsonl": files[1], "reward.py": "1"})
-            assert await start.look(here, LOCAL_TENANT, "j") is None
+            assert await inbox.look(here, LOCAL_TENANT, "j") is None
             report = json.loads(folder.files["inbox/local/j/job.error.json"])
             assert (report["file"], report["line"], report["field"]) == (named, 3, "answer")
             assert re.search(says, report["error"])
         folder.put("j", {"p.jsonl": right, "e.jsonl": right})
-        assert await start.look(here, LOCAL_TENANT, "j") is not None
+        assert await inbox.look(here, LOCAL_TENANT, "j") is not None
 
     asyncio.run(story())

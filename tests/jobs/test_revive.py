@@ -2,7 +2,7 @@
 
 import pytest
 
-from knapper import events
+from knapper.events import cloudevents
 from knapper.jobs import control, revive
 from knapper.jobs.revive import Seen
 from tests.jobs.test_works import JOBS, house
@@ -48,7 +48,7 @@ def test_a_job_is_rung_for_only_after_it_has_not_moved_for_a_while(
         works.clock.at += 59
         assert await revive.due(works.place, seen, quiet_s=60) == []
         works.clock.at += 2
-        assert [event.type for event in await revive.due(works.place, seen, quiet_s=60)] == [events.JOB_STARTED]
+        assert [event.type for event in await revive.due(works.place, seen, quiet_s=60)] == [cloudevents.JOB_STARTED]
         assert await revive.due(works.place, seen, quiet_s=60) == [], "and again only after as long"
 
     run(story)
@@ -63,6 +63,6 @@ def test_whoever_has_nothing_to_do_is_not_woken(house: House) -> None:
         await works.deliver()  # sample
         works.silence()
         types = [event.type for event in await revive.due(works.place, Seen(), quiet_s=0)]
-        assert types == [events.ROLLOUTS_SAMPLED]
+        assert types == [cloudevents.ROLLOUTS_SAMPLED]
 
     run(story)

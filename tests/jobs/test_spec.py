@@ -4,8 +4,8 @@ import pytest
 
 from knapper import limits
 from knapper.jobs import schedule, spec
-from knapper.jobs.documents import JobError
 from knapper.jobs.spec import DpoJob, Optimizer, RlJob, SftJob
+from knapper.jobs.yaml_document import JobError
 
 DESIGN = b"""\
 kind: rl                      # or sft, dpo

@@ -9,12 +9,12 @@ from knapper import limits
 from knapper.errors import InvalidField
 from knapper.exchange import Blob
 from knapper.ids import LOCAL_TENANT
-from knapper.jobs import control, names, start, telling, upload
-from knapper.jobs.names import Start
-from knapper.jobs.place import Place
+from knapper.jobs import control, inbox, layout, listings, upload
+from knapper.jobs.layout import Start
 from knapper.jobs.records import Started, encode, read
+from knapper.jobs.services import Place
 from tests.jobs.places import Folder, place, serve
-from tests.jobs.test_start import FILES
+from tests.jobs.test_inbox import FILES
 
 
 class Bucket(Folder):
@@ -29,7 +29,7 @@ class Bucket(Folder):
 
 
 async def look(here: Place) -> Start | None:
-    return await start.look(here, LOCAL_TENANT, "j")
+    return await inbox.look(here, LOCAL_TENANT, "j")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -47,9 +47,9 @@ def test_one_corrected_byte_of_any_file_is_another_start_that_uses_it(name: str)
         assert (await control.now(here.store, first)).state == "cancelled"
         record = await read(here.store, second.started, Started)
         assert record is not None
-        used = record.job_yaml if name == names.JOB_YAML else await here.store.get(second.content(record.files[name]))
+        used = record.job_yaml if name == layout.JOB_YAML else await here.store.get(second.content(record.files[name]))
         assert used == FILES[name].encode() + b"\n"
-        assert (await telling.newest(here.store, LOCAL_TENANT, "j")).start == second
+        assert (await listings.newest(here.store, LOCAL_TENANT, "j")).start == second
 
     asyncio.run(story())
 
@@ -65,7 +65,7 @@ def test_a_failed_job_is_begun_anew_by_a_corrected_file(name: str) -> None:
         await control.change(here.store, first, "failed", "reward.py raised", 0.0)
         folder.put("j", {name: FILES[name] + "\n"})
         assert await look(here) is not None
-        (told,) = await telling.briefs(here.store, await telling.listed(here.store, LOCAL_TENANT))
+        (told,) = await listings.briefs(here.store, await listings.listed(here.store, LOCAL_TENANT))
         assert (told["state"], told["reason"]) == ("running", "")
 
     asyncio.run(story())
@@ -81,7 +81,7 @@ def test_the_same_files_again_are_the_same_start_wherever_they_lie(kind: type[Fo
         other = Place(here.store, kind(dict(folder.files)), here.bells, here.clock)
         assert await look(other) is None
         assert await look(other) is None
-        assert (await telling.newest(here.store, LOCAL_TENANT, "j")).start == first
+        assert (await listings.newest(here.store, LOCAL_TENANT, "j")).start == first
 
     asyncio.run(story())
 
@@ -103,18 +103,18 @@ def test_once_more_is_another_start_each_time_and_never_beside_one_that_runs() -
         here, folder, _ = place()
         await serve(here.store)
         folder.put("j", FILES)
-        begun = [await start.again(here, LOCAL_TENANT, "j")]  # nothing to repeat: it is the first
+        begun = [await inbox.again(here, LOCAL_TENANT, "j")]  # nothing to repeat: it is the first
         for _ in range(3):
             newest = begun[-1]
             assert newest is not None
             with pytest.raises(InvalidField, match="cancel it first"):
-                await start.again(here, LOCAL_TENANT, "j")
+                await inbox.again(here, LOCAL_TENANT, "j")
             await control.change(here.store, newest, "completed", "", 0.0)
             assert await look(here) is None
-            begun.append(await start.again(here, LOCAL_TENANT, "j"))
+            begun.append(await inbox.again(here, LOCAL_TENANT, "j"))
         assert None not in begun
         assert len(set(begun)) == 4
-        assert (await telling.newest(here.store, LOCAL_TENANT, "j")).start == begun[-1]
+        assert (await listings.newest(here.store, LOCAL_TENANT, "j")).start == begun[-1]
 
     asyncio.run(story())
 
@@ -192,7 +192,7 @@ def test_right_content_after_something_wrong_takes_the_error_away() -> None:
         folder.put("j", FILES)
         assert await look(here) is None
         assert "inbox/local/j/job.error.json" not in folder.files
-        assert (await telling.newest(here.store, LOCAL_TENANT, "j")).start == first
+        assert (await listings.newest(here.store, LOCAL_TENANT, "j")).start == first
 
     asyncio.run(story())
 

@@ -10,13 +10,13 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from knapper import events
 from knapper.errors import InvalidField
-from knapper.jobs import control, operations, progress, revive
+from knapper.events import cloudevents
+from knapper.jobs import control, progress, revive, run_client
 from knapper.jobs.revive import Seen
-from knapper.rewards import scoring
+from knapper.rewards import scorer
 from knapper.rewards.rollouts import Rollout
-from knapper.rewards.scoring import Score
+from knapper.rewards.scorer import Score
 from knapper.rewards.spec import Reward
 from tests.jobs.places import lines
 from tests.jobs.works import TERMS, House, Malice, Works, run, variety
@@ -154,11 +154,13 @@ def test_which_version_a_step_is_sampled_from_depends_on_its_number_alone(
     assert [each["staleness"] for each in metrics] == [0, 1, 1, 1]
     first_two = [json.loads(line)["id"] for line in works.output("rollouts/step-2.jsonl").splitlines()]
     assert first_two[0] == "2/0/0"
-    sampled = [event.step for event in works.log if event.type == events.ROLLOUTS_SAMPLED]
-    stepped = [event.step for event in works.log if event.type == events.ADAPTER_STEPPED]
+    sampled = [event.step for event in works.log if event.type == cloudevents.ROLLOUTS_SAMPLED]
+    stepped = [event.step for event in works.log if event.type == cloudevents.ADAPTER_STEPPED]
     assert sampled.index(1) < len(sampled)
-    first_step = works.log.index(next(event for event in works.log if event.type == events.ADAPTER_STEPPED))
-    ahead = next(n for n, event in enumerate(works.log) if event.type == events.ROLLOUTS_SAMPLED and event.step == 1)
+    first_step = works.log.index(next(event for event in works.log if event.type == cloudevents.ADAPTER_STEPPED))
+    ahead = next(
+        n for n, event in enumerate(works.log) if event.type == cloudevents.ROLLOUTS_SAMPLED and event.step == 1
+    )
     assert ahead < first_step, "step 2's rollouts were sampled before step 1 was trained"
     assert stepped == [1, 2, 3, 4]
     assert works.adapter() != run(lambda: done(Works(house), "rl")).adapter()
@@ -223,7 +225,7 @@ def test_a_job_whose_run_has_another_dtype_waits_says_why_and_goes_on_to_the_sam
 
 def test_cancelled_between_the_operations_of_a_step(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operation under way is the last one that is accepted."""
-    monkeypatch.setattr(operations, "_TOKENS_MAX", 8)
+    monkeypatch.setattr(run_client, "_TOKENS_MAX", 8)
 
     async def story() -> None:
         works = Works(house)
@@ -260,7 +262,7 @@ async def broken(reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
     """Fails for the second rollout of the second prompt of step 2."""
     for rollout in rollouts:
         if rollout.id == "2/1/1":
-            raise scoring.RewardFailed(rollout.id, "it returned nan")
+            raise scorer.RewardFailed(rollout.id, "it returned nan")
     return await variety(reward, rollouts)
 
 
@@ -270,7 +272,7 @@ def test_a_reward_that_fails_ends_the_job_with_the_rollouts_id_or_leaves_the_gro
     works = Works(house)
     works.judge = broken
     assert run(lambda: ended(works, JOBS["rl"])) == "failed: rollout 2/1/1: it returned nan"
-    assert [event.type for event in works.log][-1] == events.JOB_FAILED
+    assert [event.type for event in works.log][-1] == cloudevents.JOB_FAILED
     works = Works(house)
     works.judge = broken
     lenient = {**JOBS["rl"], "job.yaml": RL + "on_reward_error: skip_group\n"}
@@ -325,7 +327,7 @@ def test_a_group_without_a_difference_trains_nothing_and_the_job_goes_on(
 ) -> None:
     alike = {**JOBS["rl"], "job.yaml": RL.replace("max: 4, slope: 10", "max: 1000")}
     works = Works(house)
-    works.judge = scoring.score
+    works.judge = scorer.score
     assert run(lambda: ended(works, alike)) == "completed: "
     metrics = [json.loads(line) for line in works.output("metrics.jsonl").splitlines()]
     assert [each["groups/silent"] for each in metrics] == [3, 3, 3, 3]
@@ -421,7 +423,7 @@ def test_a_job_that_is_cancelled_while_it_samples_leaves_nothing_for_the_log(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its samples under way are dropped, and nobody is told of tasks whose end was not looked at."""
-    monkeypatch.setattr("knapper.jobs.sampling._WATCH_S", 0.01)
+    monkeypatch.setattr("knapper.jobs.rollouts._WATCH_S", 0.01)
     said: list[str] = []
 
     async def story() -> None:

@@ -15,37 +15,37 @@ from typing import Any
 
 import torch
 
-from knapper import events
-from knapper.engine import weights
-from knapper.engine.config import ModelConfig
-from knapper.engine.decoder import Decoder
-from knapper.engine.device import Device
-from knapper.engine.machine import TrainingMachine
-from knapper.engine.sampler import Sampler
-from knapper.engine.training import Trainer
+from knapper.catalogue.tokenizer import Language
+from knapper.engine.executor import Device
+from knapper.engine.models import weights
+from knapper.engine.models.config import ModelConfig
+from knapper.engine.models.decoder import Decoder
+from knapper.engine.run_machine import TrainingMachine
+from knapper.engine.sampling.scheduler import Sampler
+from knapper.engine.training.trainer import Trainer
 from knapper.errors import Fenced, KnapperError, Unavailable
-from knapper.events import Event
+from knapper.events import cloudevents
+from knapper.events.cloudevents import Event
 from knapper.ids import LOCAL_TENANT
-from knapper.jobs import control, revive, start
-from knapper.jobs.bells import Bells
-from knapper.jobs.folders import Folders
-from knapper.jobs.names import Start
-from knapper.jobs.operations import Journal
-from knapper.jobs.place import Place
+from knapper.jobs import control, inbox, revive
+from knapper.jobs.job_files import Folders
+from knapper.jobs.layout import Start
+from knapper.jobs.notifications import Bells
 from knapper.jobs.revive import Seen
-from knapper.jobs.sampling import Sampling
-from knapper.jobs.scoring import Judge, Scoring
+from knapper.jobs.rollouts import Sampling
+from knapper.jobs.run_client import Journal
+from knapper.jobs.runner import Training
+from knapper.jobs.scores import Judge, Scoring
+from knapper.jobs.services import Place
 from knapper.jobs.spec import KINDS, Kind
-from knapper.jobs.training import Training
-from knapper.jobs.working import Worker
-from knapper.journal.records import Terms
-from knapper.journal.run import Holder
-from knapper.language import Language
+from knapper.jobs.worker import Worker
 from knapper.rewards.rollouts import Rollout
-from knapper.rewards.scoring import Score
+from knapper.rewards.scorer import Score
 from knapper.rewards.spec import Reward
 from knapper.serving.engine import StoredAdapters
-from knapper.serving.residents import Residents
+from knapper.serving.runs import Residents
+from knapper.state.journal.records import Terms
+from knapper.state.journal.run import Holder
 from knapper.store.memory import MemoryStore
 from tests.engine.tiny import tiny_model
 from tests.jobs.places import Clock, Folder, serve
@@ -154,7 +154,7 @@ class Works:
     async def submit(self, files: Mapping[str, str | bytes], job: str = "j") -> Start:
         await serve(self.store)
         self.folder.put(job, files)
-        begun = await start.look(self.place, LOCAL_TENANT, job)
+        begun = await inbox.look(self.place, LOCAL_TENANT, job)
         assert begun is not None, self.folder.files.get(f"inbox/local/{job}/job.error.json")
         await self.post(await revive.first(self.place, begun))
         return begun
@@ -231,11 +231,11 @@ async def variety(_reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
 
 def triggered(event: Event) -> list[str]:
     """Whom the Triggers send it to."""
-    if event.type in (events.JOB_STARTED, events.ADAPTER_STEPPED):
+    if event.type in (cloudevents.JOB_STARTED, cloudevents.ADAPTER_STEPPED):
         return ["sample"] if event.kind == "rl" else ["train_step"]
     return {
-        events.ROLLOUTS_SAMPLED: ["reward"],
-        events.ROLLOUTS_SCORED: ["train_step"],
+        cloudevents.ROLLOUTS_SAMPLED: ["reward"],
+        cloudevents.ROLLOUTS_SCORED: ["train_step"],
     }.get(event.type, [])
 
 

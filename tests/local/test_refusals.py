@@ -23,7 +23,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refusal(directory: Path | str, tmp_path: Path, *flags: str, cwd: Path | None = None, **settings: str) -> str:
     """The one line with which `knapper up` ended."""
-    command = [sys.executable, "-m", "knapper.cli", "up", "--model", str(directory), "--data", str(tmp_path / "data")]
+    command = [
+        sys.executable,
+        "-m",
+        "knapper",
+        "up",
+        "--model",
+        str(directory),
+        "--data",
+        str(tmp_path / "data"),
+    ]
     environment = {"KNAPPER_CACHE": str(tmp_path / "cache"), **settings}
     done = subprocess.run(
         [*command, "--port", "0", *flags], env={**os.environ, **environment}, cwd=cwd, capture_output=True, text=True
@@ -96,13 +105,13 @@ def test_a_model_that_vllm_does_not_sample_ends_it(model: Path, tmp_path: Path) 
 _AS_NOBODY = """
 import os, sys
 from knapper.errors import KnapperError
-from knapper.local import choice
+from knapper.local import base_model
 from knapper.settings import Settings
 settings = Settings.load(os.environ)
 os.setgid(65534)
 os.setuid(65534)
 try:
-    choice.chosen(settings, os.environ)
+    base_model.chosen(settings, os.environ)
 except KnapperError as error:
     print(error)
 """
@@ -143,7 +152,7 @@ def test_torch_that_is_missing_ends_it(model: Path, tmp_path: Path) -> None:
     code = (
         "import importlib.util as u, sys; found = u.find_spec\n"
         "u.find_spec = lambda name, *more: None if name == 'torch' else found(name, *more)\n"
-        "import knapper.cli; sys.argv[0] = 'knapper'; knapper.cli.main()"
+        "import knapper.cli.main; sys.argv[0] = 'knapper'; knapper.cli.main.main()"
     )
     command = [sys.executable, "-c", code, "up", "--model", str(model), "--data", str(tmp_path / "data"), "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True)

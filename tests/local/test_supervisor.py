@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from knapper.function_key import FunctionKey
-from knapper.models.catalogue import Catalogue, record_of
+from knapper.catalogue.served_models import Catalogue, record_of
+from knapper.state.function_key import FunctionKey
 from knapper.store.directory import DirectoryStore
 from tests.engine.tiny import tiny_model
 from tests.local.work import gone, make_root, until
@@ -24,10 +24,10 @@ from tests.local.work import gone, make_root, until
 _UP = """
 import sys
 from pathlib import Path
-import knapper.cli, knapper.local.root
+import knapper.cli.main, knapper.local.package_root
 root = Path(sys.argv.pop(1))
-knapper.local.root.deployables = lambda: root
-knapper.cli.main()
+knapper.local.package_root.deployables = lambda: root
+knapper.cli.main.main()
 """
 
 
@@ -233,7 +233,7 @@ def test_a_gateway_that_cannot_begin_says_why_and_ends_the_rest(tmp_path: Path, 
     (root / "gateway").unlink()
     (root / "gateway").mkdir()
     (root / "gateway" / "__init__.py").touch()
-    (root / "gateway" / "main.py").write_text("raise RuntimeError('no gateway today')")
+    (root / "gateway" / "app.py").write_text("raise RuntimeError('no gateway today')")
     with running(tmp_path, model) as up:
         assert up.process.wait() == 1
         assert "knapper: the gateway did not start (exit code 1)" in up.log()

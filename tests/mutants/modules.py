@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-STORIES = ("tests/gateway/test_training.py", "tests/collect/test_collector.py", "tests/gateway/test_rest_runs.py")
+STORIES = ("tests/gateway/test_training.py", "tests/state/gc/test_collector.py", "tests/gateway/test_rest_runs.py")
 SIMULATION = ("tests/sim/test_histories.py",)
 
 
@@ -20,28 +20,30 @@ def journal(*own: str) -> Tests:
 
 MODULES: dict[str, Tests] = {
     "knapper/ids.py": Tests(("tests/test_ids.py",)),
-    "knapper/keys.py": Tests(("tests/security/test_keys.py",)),
-    "knapper/tokens.py": Tests(("tests/test_tokens.py",), ("tests/security/test_keys.py",)),
-    "knapper/engine/losses.py": Tests(("tests/engine/test_losses.py",), ("tests/engine/test_checks.py",)),
-    "knapper/engine/optimizer.py": Tests(("tests/engine/test_optimizer.py",)),
+    "knapper/state/api_keys.py": Tests(("tests/security/test_keys.py",)),
+    "knapper/state/tokens.py": Tests(("tests/state/test_tokens.py",), ("tests/security/test_keys.py",)),
+    "knapper/engine/training/losses.py": Tests(
+        ("tests/engine/training/test_losses.py",), ("tests/engine/training/test_validation.py",)
+    ),
+    "knapper/engine/training/optimizer.py": Tests(("tests/engine/training/test_optimizer.py",)),
     "gateway/auth.py": Tests(
         ("tests/security/test_keys.py", "tests/gateway/test_auth.py", "tests/gateway/test_tenants.py")
     ),
     "gateway/tenants.py": Tests(
-        ("tests/gateway/test_tenants.py", "tests/security/test_keys.py"), ("tests/test_tokens.py",)
+        ("tests/gateway/test_tenants.py", "tests/security/test_keys.py"), ("tests/state/test_tokens.py",)
     ),
-    "knapper/journal/accept.py": journal(),
-    "knapper/journal/bundles.py": journal(),
-    "knapper/journal/ends.py": journal(),
-    "knapper/journal/history.py": journal(),
-    "knapper/journal/machine.py": journal(),
-    "knapper/journal/names.py": journal(),
-    "knapper/journal/newest.py": journal(),
-    "knapper/journal/records.py": journal(),
-    "knapper/journal/results.py": journal(),
-    "knapper/journal/run.py": journal(),
-    "knapper/journal/saves.py": journal(),
-    "knapper/journal/sealed.py": journal(),
+    "knapper/state/journal/accept.py": journal(),
+    "knapper/state/journal/bundles.py": journal(),
+    "knapper/state/journal/ends.py": journal(),
+    "knapper/state/journal/history.py": journal(),
+    "knapper/state/journal/machine.py": journal(),
+    "knapper/state/layout.py": journal(),
+    "knapper/state/journal/newest.py": journal(),
+    "knapper/state/journal/records.py": journal(),
+    "knapper/state/journal/results.py": journal(),
+    "knapper/state/journal/run.py": journal(),
+    "knapper/state/journal/exports.py": journal(),
+    "knapper/state/journal/envelope.py": journal(),
 }
 
 # Left out of every trial: they start programs, which read the module from its file, or take long and show the same.
@@ -54,15 +56,15 @@ _DEVICE = "only a device that this is not run on could tell"
 _PAIRED = "both have an entry a part"
 _SIZE = "a bound on memory, or on what is read at once, that nothing else depends on"
 _TWIN = "the same constant names it where it is written and where it is read, within one process"
-_RESULTS = "knapper/journal/results.py"
+_RESULTS = "knapper/state/journal/results.py"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
-    ("knapper/journal/run.py", "applied: int = -1", "1 -> 0"): "a claim sets it before anybody can see it",
-    ("knapper/journal/run.py", "applied: int = -1", "1 -> 2"): "a claim sets it before anybody can see it",
+    ("knapper/state/journal/run.py", "applied: int = -1", "1 -> 0"): "a claim sets it before anybody can see it",
+    ("knapper/state/journal/run.py", "applied: int = -1", "1 -> 2"): "a claim sets it before anybody can see it",
     (_RESULTS, "_CACHE_BYTES_MAX = 256 * 1024 * 1024", "256 -> 257"): _SIZE,
     (_RESULTS, "_CACHE_BYTES_MAX = 256 * 1024 * 1024", "256 -> 255"): _SIZE,
     (_RESULTS, "_CACHE_BYTES_MAX = 256 * 1024 * 1024", "1024 -> 1025"): _SIZE,
     (_RESULTS, "_CACHE_BYTES_MAX = 256 * 1024 * 1024", "1024 -> 1023"): _SIZE,
-    (_RESULTS, "if not await self._store.list(names.commits(run), limit=1):", "1 -> 2"): "whether there is any",
+    (_RESULTS, "if not await self._store.list(layout.commits(run), limit=1):", "1 -> 2"): "whether there is any",
     (_RESULTS, "above, step = below, 2 * step", "2 -> 3"): "another stride finds the same",
     (
         _RESULTS,
@@ -70,7 +72,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "LtE -> Lt",
     ): "where the newest answer lies is always known",
     (
-        "knapper/journal/bundles.py",
+        "knapper/state/journal/bundles.py",
         "return index, {part.name: content for part, content in zip(parts, contents, strict=True)}",
         "True -> False",
     ): _PAIRED,
@@ -82,20 +84,20 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "'' -> 'x'",
     ): "neither is a Bearer",
     (
-        "knapper/engine/optimizer.py",
+        "knapper/engine/training/optimizer.py",
         "_SMALL = 1e-9  # squares of parts of a smaller norm may vanish in float32",
         "1e-09 -> 2e-09",
     ): "both ways of the norm are right between the two",
-    ("knapper/engine/optimizer.py", "if scale < 1:", "Lt -> LtE"): "a gradient times 1 is the gradient",
+    ("knapper/engine/training/optimizer.py", "if scale < 1:", "Lt -> LtE"): "a gradient times 1 is the gradient",
     (
-        "knapper/engine/optimizer.py",
+        "knapper/engine/training/optimizer.py",
         "[torch.tensor(float(moments.step), device=weights_P.device)],",
         "torch.tensor(float(moments.step), device=weights_P.device) without device",
     ): _DEVICE,
-    ("knapper/engine/optimizer.py", 'if values_P.device.type == "mps":', "'mps' -> 'mpsx'"): _DEVICE,
-    ("knapper/engine/optimizer.py", "return scaled_norm(values_P)", "return None"): _DEVICE,
+    ("knapper/engine/training/optimizer.py", 'if values_P.device.type == "mps":', "'mps' -> 'mpsx'"): _DEVICE,
+    ("knapper/engine/training/optimizer.py", "return scaled_norm(values_P)", "return None"): _DEVICE,
     (
-        "knapper/engine/optimizer.py",
+        "knapper/engine/training/optimizer.py",
         "return norm if _SMALL < norm < math.inf else _norm_of_any(values_P)",
         "Lt -> LtE",
     ): "at the bounds themselves both ways give the same",

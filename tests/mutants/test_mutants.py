@@ -66,7 +66,7 @@ def test_what_nobody_could_tell_is_there_and_is_left_out_of_samples() -> None:
 
 @pytest.mark.parametrize(
     ("path", "said", "verdict"),
-    [("knapper/ids.py", "Lt -> LtE", "killed"), ("knapper/engine/optimizer.py", "1e-09 -> 2e-09", "survived")],
+    [("knapper/ids.py", "Lt -> LtE", "killed"), ("knapper/engine/training/optimizer.py", "1e-09 -> 2e-09", "survived")],
 )
 def test_it_tells_what_a_test_notices_from_what_none_does(path: str, said: str, verdict: str) -> None:
     [mutation] = [each for each in mutations(path, source_of(path)) if each.said == said and each.line < 130][:1]

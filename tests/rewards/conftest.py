@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from knapper.rewards import scoring, spec
+from knapper.rewards import scorer, spec
 from knapper.rewards.rollouts import Rollout
-from knapper.rewards.scoring import Score
+from knapper.rewards.scorer import Score
 from knapper.sandbox.pool import Sandbox
 
 Scorer = Callable[..., list[Score]]
@@ -34,6 +34,6 @@ def scores(runner: asyncio.Runner, sandbox: Sandbox) -> Scorer:
     def score(described: Any, *pairs: tuple[str, Any], **files: str) -> list[Score]:
         reward = spec.parse(described, {name.replace("_", "."): text.encode() for name, text in files.items()})
         rollouts = [Rollout(f"r{n}", "the prompt", *pair) for n, pair in enumerate(pairs)]
-        return runner.run(scoring.score(reward, rollouts, sandbox=sandbox))
+        return runner.run(scorer.score(reward, rollouts, sandbox=sandbox))
 
     return score

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from knapper.rewards import sandboxed
-from knapper.rewards.scoring import RewardFailed
+from knapper.rewards.scorer import RewardFailed
 from tests.rewards.conftest import Scorer
 
 MODULES = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from knapper.rewards.scoring import RewardFailed
+from knapper.rewards.scorer import RewardFailed
 from tests.rewards.conftest import Scorer
 
 ODD = [

@@ -14,7 +14,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from knapper import connections, limits
+from knapper import limits
+from knapper.web import connections
 from tests.gateway.running import serve
 
 HEAD = b"GET /empty HTTP/1.1\r\nHost: x\r\n"

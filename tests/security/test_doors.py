@@ -24,14 +24,14 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from gateway import futures, service
-from gateway.main import create_app
+from gateway.app import create_app
 from knapper import limits
-from knapper.events import Event
+from knapper.events.cloudevents import Event
 from knapper.exchange.directory import DirectoryExchange
 from knapper.ids import Tenant
-from knapper.jobs.bells import Bells
-from knapper.jobs.place import Place
-from knapper.keys import Keys
+from knapper.jobs.notifications import Bells
+from knapper.jobs.services import Place
+from knapper.state.api_keys import Keys
 from knapper.store.memory import MemoryStore
 from tests.gateway import saved
 from tests.gateway.running import MODEL, Running, create_model, fwdbwd, gateway, settings

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from knapper.rewards import scoring, spec
+from knapper.rewards import scorer, spec
 from knapper.rewards.rollouts import Rollout
-from knapper.rewards.scoring import RewardFailed
+from knapper.rewards.scorer import RewardFailed
 from knapper.sandbox.pool import Sandbox
 from tests.security import attempts
 
@@ -54,7 +54,7 @@ class World:
     reached: list[str]
 
     def visits(self) -> list[str]:
-        """Every visit of the page until now, and forgets them; the page serves one after another, so ours is the last."""
+        """Every visit of the page until now, which it forgets; it serves one after another, so ours is the last."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/last", timeout=30) as answer:
             answer.read()
         *visits, connection, path = self.reached
@@ -138,7 +138,7 @@ def test_the_way_out_is_closed(name: str, world: World, sandbox: Sandbox, runner
     os.environ["CANARY"] = "sings"
     reward = spec.parse({"code": "reward.py"}, {"reward.py": INSIDE.encode()})
     try:
-        (scored,) = runner.run(scoring.score(reward, [Rollout("r", "", name, told)], sandbox=sandbox))
+        (scored,) = runner.run(scorer.score(reward, [Rollout("r", "", name, told)], sandbox=sandbox))
         outcome = f"{scored.value}"
     except RewardFailed as error:
         outcome = error.reason

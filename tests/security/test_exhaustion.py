@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from knapper.rewards import scoring, spec
+from knapper.rewards import scorer, spec
 from knapper.rewards.rollouts import Rollout
-from knapper.rewards.scoring import RewardFailed
+from knapper.rewards.scorer import RewardFailed
 from knapper.sandbox.pool import Sandbox
 
 
@@ -48,7 +48,7 @@ class Judge:
 
     def _score(self, wanted: spec.Reward, completion: str, answer: object) -> float:
         rollouts = [Rollout("r", "", completion, answer)]
-        return self._runner.run(scoring.score(wanted, rollouts, sandbox=self._sandbox))[0].value
+        return self._runner.run(scorer.score(wanted, rollouts, sandbox=self._sandbox))[0].value
 
 
 @pytest.fixture
@@ -250,8 +250,8 @@ def test_a_cancelled_score_leaves_no_process(runner: asyncio.Runner) -> None:
     async def story() -> None:
         sandbox = Sandbox(at_once=1)
         rollouts = [Rollout("r", "", "", None)]
-        await scoring.score(_code(b"return 1"), rollouts, sandbox=sandbox)  # its process has started
-        scoring_ = asyncio.create_task(scoring.score(_code(b"\n    while True: pass"), rollouts, sandbox=sandbox))
+        await scorer.score(_code(b"return 1"), rollouts, sandbox=sandbox)  # its process has started
+        scoring_ = asyncio.create_task(scorer.score(_code(b"\n    while True: pass"), rollouts, sandbox=sandbox))
         await asyncio.sleep(0.3)
         (pid,) = sandbox.pids
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()  # noqa: ASYNC240  not a disk

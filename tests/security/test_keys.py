@@ -17,11 +17,11 @@ import structlog
 from knapper import ids, limits
 from knapper.errors import InvalidField, NotFound, StoreError, Unauthorized, UserError
 from knapper.ids import Tenant
-from knapper.journal.records import encode
-from knapper.keys import Key, Keyring, Keys
 from knapper.settings import Settings
+from knapper.state.api_keys import Key, Keyring, Keys
+from knapper.state.journal.records import encode
+from knapper.state.tokens import Tokens
 from knapper.store.memory import MemoryStore
-from knapper.tokens import Tokens
 from tests.gateway.running import Running, gateway
 from tests.gateway.saved import Clock
 
@@ -260,7 +260,7 @@ def test_without_keys_only_this_machine_is_answered(host: str, status: int) -> N
 def knapper(data: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("KNAPPER_", "K_SERVICE"))}
     return subprocess.run(
-        [sys.executable, "-m", "knapper.cli", *command],
+        [sys.executable, "-m", "knapper", *command],
         env={**inherited, "KNAPPER_DATA": str(data), **environment}, capture_output=True, text=True, timeout=60,
         check=False,
     )  # fmt: skip
@@ -277,7 +277,7 @@ def test_without_keys_nothing_listens_beyond_this_machine(tmp_path: Path, enviro
     assert "KNAPPER_KEYS=true" in up.stderr
     assert "knapper key create" in up.stderr
     own = subprocess.run(
-        [sys.executable, "-c", "from gateway.main import app"],
+        [sys.executable, "-c", "from gateway.app import app"],
         env={**os.environ, "KNAPPER_DATA": str(tmp_path / "data"), **environment}, capture_output=True, text=True,
         timeout=60, check=False,
     )  # fmt: skip

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from knapper.engine import peft_format
-from knapper.engine.config import ModelConfig
+from knapper.engine import checkpoint_format
+from knapper.engine.models.config import ModelConfig
 from knapper.errors import Corrupt
-from knapper.journal import bundles
 from knapper.serving.engine import StoredAdapters
+from knapper.state.journal import bundles
 from knapper.store.memory import MemoryStore
 from tests.engine.tiny import tiny_model
 from tests.sim.history import SPEC
@@ -18,11 +18,11 @@ from tests.sim.history import SPEC
 PREFIX = "adapters/one/1/"
 
 
-@pytest.mark.parametrize("part", [peft_format.CONFIG, peft_format.ADAPTER])
+@pytest.mark.parametrize("part", [checkpoint_format.CONFIG, checkpoint_format.ADAPTER])
 def test_an_adapter_of_other_bytes_than_were_saved_is_never_sampled_from(tmp_path: Path, part: str) -> None:
     async def story() -> None:
         store = MemoryStore()
-        files = {peft_format.CONFIG: b"{}", peft_format.ADAPTER: bytes(64)}
+        files = {checkpoint_format.CONFIG: b"{}", checkpoint_format.ADAPTER: bytes(64)}
         await bundles.write(store, PREFIX, files, spec=SPEC, seq=1, epoch=1)
         await store.delete(PREFIX + part)
         await store.put_if_absent(PREFIX + part, files[part][:-1] + b"\x01")  # as long as before

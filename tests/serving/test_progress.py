@@ -11,7 +11,7 @@ from knapper.serving import progress as serving
 from knapper.wire import progress, proto
 from knapper.wire.progress import Drawn, Failed, Frame, Whole
 from knapper.wire.types import Sample
-from tests.engine.test_sampler import House, request, until
+from tests.engine.sampling.test_scheduler import House, request, until
 
 
 @pytest.fixture

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 
 from knapper import limits
-from knapper.engine.device import Device, Task
-from knapper.engine.machine import TrainingMachine
-from knapper.engine.training import RunState, Trainer
+from knapper.engine.executor import Device, Task
+from knapper.engine.run_machine import TrainingMachine
+from knapper.engine.training.trainer import RunState, Trainer
 from knapper.errors import Unavailable
-from knapper.events import Committed
+from knapper.events.cloudevents import Committed
 from knapper.ids import RunId
-from knapper.journal import names
-from knapper.journal.accept import Acceptor, newest_manifest
-from knapper.journal.machine import Files
-from knapper.journal.records import Creation, Spec
-from knapper.journal.run import Holder
-from knapper.serving.residents import Residents
+from knapper.serving.runs import Residents
+from knapper.state import layout
+from knapper.state.journal.accept import Acceptor, newest_manifest
+from knapper.state.journal.machine import Files
+from knapper.state.journal.records import Creation, Spec
+from knapper.state.journal.run import Holder
 from knapper.store.memory import MemoryStore
 from knapper.wire import proto
 from tests.engine.runs import RUN as NAME
@@ -149,7 +149,7 @@ def test_a_run_whose_replay_is_short_rests_without_a_snapshot_and_gives_the_same
     without, _, _ = asyncio.run(_story(awake, 0.0))
     assert with_rests == without
     assert resting.thawed == 0
-    assert asyncio.run(store.list(names.snapshots(RUN))) == []
+    assert asyncio.run(store.list(layout.snapshots(RUN))) == []
 
 
 def test_a_run_that_rests_leaves_nothing_of_its_state_in_memory(trainer: Trainer, device: Device) -> None:

@@ -15,10 +15,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from knapper import events, ids
-from knapper.events import Hint
-from knapper.function_key import FunctionKey
-from knapper.serving.attempts import Attempts, Deaths
+from knapper import ids
+from knapper.events import cloudevents
+from knapper.events.cloudevents import Hint
+from knapper.serving.retry import Attempts, Deaths
+from knapper.state.function_key import FunctionKey
 from knapper.store.directory import DirectoryStore
 from tests.engine.tiny import tiny_model
 from tests.local.broken import REFUSED, copied, cut
@@ -66,7 +67,7 @@ class Pod:
                 time.sleep(0.1)
 
 
-HEADERS, BODY = events.bell(ids.run_id("ses-00000000000000000000000000000000:train:0"), "1", Hint()).encode()
+HEADERS, BODY = cloudevents.bell(ids.run_id("ses-00000000000000000000000000000000:train:0"), "1", Hint()).encode()
 
 
 def test_it_stays_up_with_the_reason_and_serves_once_the_files_are_mended(tmp_path: Path) -> None:

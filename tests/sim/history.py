@@ -13,21 +13,33 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from knapper.checkpoints import Checkpoint
-from knapper.collect import journal
-from knapper.collect.collector import Collector
-from knapper.collect.session import Retention
 from knapper.errors import Fenced, KnapperError, NotHolder, StoreError, Unavailable
-from knapper.events import Hint, Way
+from knapper.events.cloudevents import Hint, Way
 from knapper.ids import RunId, session_of
-from knapper.journal import bundles, names
-from knapper.journal.accept import Acceptor, newest_manifest, pack
-from knapper.journal.machine import Machine
-from knapper.journal.records import Commit, Creation, Kind, Manifest, Operation, Result, Spec, Terms, decode, encode
-from knapper.journal.results import GONE, Results
-from knapper.journal.run import Holder, Run
-from knapper.serving import holding
-from knapper.sessions import Sampler, Session
+from knapper.serving import claims
+from knapper.state import layout
+from knapper.state.checkpoints import Checkpoint
+from knapper.state.gc import journal
+from knapper.state.gc.collector import Collector
+from knapper.state.gc.session import Retention
+from knapper.state.journal import bundles
+from knapper.state.journal.accept import Acceptor, newest_manifest, pack
+from knapper.state.journal.machine import Machine
+from knapper.state.journal.records import (
+    Commit,
+    Creation,
+    Kind,
+    Manifest,
+    Operation,
+    Result,
+    Spec,
+    Terms,
+    decode,
+    encode,
+)
+from knapper.state.journal.results import GONE, Results
+from knapper.state.journal.run import Holder, Run
+from knapper.state.sessions import Sampler, Session
 from knapper.store import Store
 from knapper.store.memory import MemoryStore
 from tests.sim.ledger import SIZE, LedgerMachine
@@ -266,7 +278,7 @@ class History:
             await pause()
         way: Way = draw.choice(("service", "lost", "lost"))
         hint = Hint() if newest is None else Hint(newest[1].holder, newest[1].epoch, way)
-        await holding.expect_free(self.store, RUN, Holder(name, f"http://{name}", TERMS), hint, self.world.now)
+        await claims.expect_free(self.store, RUN, Holder(name, f"http://{name}", TERMS), hint, self.world.now)
 
     async def _work(self, run: Run[Any]) -> None:
         draw = self.world.draw
@@ -282,7 +294,7 @@ class History:
 
     def _created(self, name: str, data: bytes) -> None:
         """Invariant 4: once a claim is complete, no earlier one can write a commit."""
-        if name.startswith(names.commits(RUN)):
+        if name.startswith(layout.commits(RUN)):
             commit = decode(data, Commit, name)
             self._fights = 0 if commit.results else self._fights
             assert not commit.results or commit.epoch >= self._epoch, (
@@ -297,24 +309,24 @@ class History:
         self.deletions += 1
         memory, where = self.sound.memory, f"seed {self.seed}: {name} is deleted, and"
         newest = asyncio.run(_newest(memory))
-        if newest is not None and name.startswith(names.snapshots(RUN)):
+        if newest is not None and name.startswith(layout.snapshots(RUN)):
             assert not newest.snapshot or not name.startswith(newest.snapshot), f"{where} recoveries start from it"
             assert not newest.snapshot_before or not name.startswith(newest.snapshot_before), f"{where} is the spare"
-            seq, epoch = names.parse_snapshot(name.rpartition("/")[0])
+            seq, epoch = layout.parse_snapshot(name.rpartition("/")[0])
             storing = epoch == newest.epoch and seq > newest.snapshot_seq
             assert not storing, f"{where} its holder is storing it"
-        elif name.startswith(names.manifests(RUN)):
+        elif name.startswith(layout.manifests(RUN)):
             raise AssertionError(f"{where} a claim that sleeps would find its number free")
-        elif name.startswith(names.commits(RUN)):
+        elif name.startswith(layout.commits(RUN)):
             commit = decode(asyncio.run(memory.get(name)) or b"", Commit, name)
             assert commit.results, f"{where} is a fence"
             assert newest is not None, where
-            assert names.last_number(name) <= newest.snapshot_before_out, f"{where} recoveries may replay it"
+            assert layout.last_number(name) <= newest.snapshot_before_out, f"{where} recoveries may replay it"
             old = commit.committed_at + self.keep.results_s <= self.world.now
             assert old or not self.steady, f"{where} was committed just now"
-        elif name.startswith(names.operations(RUN)):
+        elif name.startswith(layout.operations(RUN)):
             assert newest is not None, where
-            assert 0 < names.last_number(name) <= newest.snapshot_before_seq, f"{where} recoveries may replay it"
+            assert 0 < layout.last_number(name) <= newest.snapshot_before_seq, f"{where} recoveries may replay it"
         elif name.startswith("adapters/"):
             led_to_by = asyncio.run(_leading(memory)).get(name.rpartition("/")[0] + "/")
             assert led_to_by is None, f"{where} {led_to_by} leads to it"
@@ -364,7 +376,7 @@ class History:
         kept = {prefix for prefix in (newest.snapshot, newest.snapshot_before) if prefix}
         for prefix in kept:
             await bundles.read(memory, prefix)
-        assert {name.rpartition("/")[0] + "/" for name in await memory.list(names.snapshots(RUN))} == kept, where
+        assert {name.rpartition("/")[0] + "/" for name in await memory.list(layout.snapshots(RUN))} == kept, where
         leads = await _leading(memory)
         for prefix in leads:
             await bundles.read(memory, prefix)
@@ -374,13 +386,13 @@ class History:
     async def _final(self, name: str) -> Run[Any]:
         memory: Store = self.sound.memory
         answered: list[int] = []
-        for name in await memory.list(names.commits(RUN)):
+        for name in await memory.list(layout.commits(RUN)):
             data = await memory.get(name)
             assert data is not None
             answered += [result.seq for result in decode(data, Commit, name).results]
         assert answered, f"seed {self.seed}: no answer is left, and recoveries may replay the newest"
         assert answered == list(range(answered[0], len(self.plan) + 1)), f"seed {self.seed}: answered {answered}"
-        for name in await memory.list(names.operations(RUN)):
+        for name in await memory.list(layout.operations(RUN)):
             data = await memory.get(name)
             assert data is not None
             decode(data, Operation, name)

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knapper.errors import UserError
-from knapper.journal.machine import Files, Outcome
-from knapper.journal.records import Operation, Spec
+from knapper.state.journal.machine import Files, Outcome
+from knapper.state.journal.records import Operation, Spec
 
 SIZE = 8
 Vector = NDArray[np.float32]

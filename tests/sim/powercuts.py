@@ -10,9 +10,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from knapper.errors import Corrupt, NotFound, StoreError
-from knapper.journal import names
-from knapper.journal.results import Results
-from knapper.journal.run import Holder, Run
+from knapper.state import layout
+from knapper.state.journal.results import Results
+from knapper.state.journal.run import Holder, Run
 from knapper.store import Names
 from knapper.store.directory import DirectoryStore
 from tests.sim.disk import Disk
@@ -132,7 +132,7 @@ class OnDisk:
         """What was acknowledged is there, and what was seen is answered, as it was."""
         where, results = f"seed {self.seed}, cut {self.disk.cuts}", Results(store)
         for seq in sorted(self.history.acked):
-            there = await store.get(names.operation(RUN, seq)) is not None
+            there = await store.get(layout.operation(RUN, seq)) is not None
             assert there or await results.find(RUN, seq) is not None, f"{where}: operation {seq} was acknowledged"
         for seq in sorted(self.history.seen):
             found = await results.find(RUN, seq)

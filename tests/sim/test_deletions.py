@@ -8,13 +8,14 @@ import sys
 
 import pytest
 
-from knapper.collect.collector import Collector
 from knapper.errors import KnapperError, NotFound
 from knapper.ids import run_prefix
-from knapper.journal import ends, names
-from knapper.journal.accept import Acceptor
-from knapper.journal.records import Commit, decode
-from knapper.journal.run import Holder, Run
+from knapper.state import layout
+from knapper.state.gc.collector import Collector
+from knapper.state.journal import ends
+from knapper.state.journal.accept import Acceptor
+from knapper.state.journal.records import Commit, decode
+from knapper.state.journal.run import Holder, Run
 from tests.sim.history import CREATION, RUN, SESSION, SPEC, TERMS, History, make_plan, send
 from tests.sim.ledger import LedgerMachine
 from tests.sim.world import pause
@@ -79,14 +80,14 @@ class Deletion(History):
         if end is None:
             super()._deleted(name)
             return
-        assert not name.startswith(names.ends(RUN)), f"seed {self.seed}: the end itself is deleted"
-        if name.startswith(names.commits(RUN)):
+        assert not name.startswith(layout.ends(RUN)), f"seed {self.seed}: the end itself is deleted"
+        if name.startswith(layout.commits(RUN)):
             commit = decode(asyncio.run(self.sound.memory.get(name)) or b"", Commit, name)
             assert commit.results, f"seed {self.seed}: {name} is deleted, and is a fence"
 
     def _created(self, name: str, data: bytes) -> None:
         super()._created(name, data)
-        if name.startswith(names.commits(RUN)) and self.done:
+        if name.startswith(layout.commits(RUN)) and self.done:
             results = decode(data, Commit, name).results
             assert not results, f"seed {self.seed}: {name} was committed to a run that is gone"
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from knapper.engine import weights
-from knapper.engine.config import ModelConfig
-from knapper.engine.decoder import Decoder
-from knapper.engine.device import Device, Task
-from knapper.engine.machine import TrainingMachine
-from knapper.engine.training import Trainer
+from knapper.engine.executor import Device, Task
+from knapper.engine.models import weights
+from knapper.engine.models.config import ModelConfig
+from knapper.engine.models.decoder import Decoder
+from knapper.engine.run_machine import TrainingMachine
+from knapper.engine.training.trainer import Trainer
 from knapper.wire import proto
 from knapper.wire.types import Datum, ForwardBackward
 from tests.engine.tiny import tiny_model

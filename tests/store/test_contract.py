@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from knapper import files
 from knapper.errors import StoreError
-from knapper.store import Store
+from knapper.store import Store, files
 from knapper.store.directory import DirectoryStore
 from knapper.store.memory import MemoryStore
 

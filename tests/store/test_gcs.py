@@ -15,8 +15,8 @@ from knapper.errors import Corrupt, InvalidField, StoreError
 from knapper.settings import Settings
 from knapper.store import forget_torn_writes
 from knapper.store import gcs as gcs_module
+from knapper.store.factory import open_store
 from knapper.store.gcs import GcsStore
-from knapper.store.opening import open_store
 from tests.store import proxy
 from tests.store.emulator import Emulator, NewBucket
 from tests.store.proxy import FAULTS, Fault, Proxy
@@ -322,8 +322,8 @@ import sys
 sys.modules["google.cloud.storage"] = None  # as if it were not installed
 from knapper.errors import InvalidField
 from knapper.settings import Settings
-from knapper.store.opening import open_store
-import gateway.main
+from knapper.store.factory import open_store
+import gateway.app
 assert not [name for name in sys.modules if name.startswith(("google.api_core", "requests"))]
 try:
     open_store(Settings.load({"KNAPPER_STORE": "gs://bucket"}))

@@ -10,21 +10,21 @@ from typing import Any, Literal, TypeVar
 import torch
 from tokenizers import Tokenizer
 
-from knapper.engine import peft_format
-from knapper.engine.config import ModelConfig
-from knapper.engine.lora import layout
-from knapper.engine.optimizer import Moments
-from knapper.engine.training import RunState
-from knapper.journal import bundles
-from knapper.journal.records import Spec
+from knapper.engine import checkpoint_format
+from knapper.engine.layers.lora import layout
+from knapper.engine.models.config import ModelConfig
+from knapper.engine.training.optimizer import Moments
+from knapper.engine.training.trainer import RunState
+from knapper.state.journal import bundles
+from knapper.state.journal.records import Spec
 from knapper.store.memory import MemoryStore
-from knapper.vllm import shapes
+from knapper.vllm import unsupported
 from knapper.vllm.adapters import Shelf
 from knapper.vllm.core import Core, Options
+from knapper.vllm.device_time import Shares
 from knapper.vllm.engine import Engine
+from knapper.vllm.fair_queue import Turns
 from knapper.vllm.sampler import VllmSampler
-from knapper.vllm.shares import Shares
-from knapper.vllm.turns import Turns
 from knapper.wire.types import Sample, SampleOutput
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ class House:
         )  # fmt: skip
         self.engine = Engine(lambda: Core.start(options, os.environ), rest_s)
         self.shelf = Shelf(
-            self.store, self.facts, memory, self.engine.forget, lambda spec: shapes.refusal(spec, rank_max)
+            self.store, self.facts, memory, self.engine.forget, lambda spec: unsupported.refusal(spec, rank_max)
         )
         self.turns = Turns(texts_max, options.adapters_at_once)
         self.shares = Shares(time.monotonic)
@@ -85,7 +85,7 @@ class House:
         }  # fmt: skip
         spread = fields.pop("spread", 0.1)
         state = adapter_state(self.facts, Spec(**{**known, **fields}), spread=spread)
-        files = peft_format.export(state, with_optimizer=False)
+        files = checkpoint_format.export(state, with_optimizer=False)
         asyncio.run(bundles.write(self.store, bundle(name), files, spec=state.spec, seq=1, epoch=1))
         return state
 

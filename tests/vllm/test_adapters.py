@@ -8,13 +8,13 @@ import msgspec
 import pytest
 
 from knapper import limits
-from knapper.engine import peft_format
-from knapper.engine.config import ModelConfig
+from knapper.engine import checkpoint_format
+from knapper.engine.models.config import ModelConfig
 from knapper.errors import Corrupt, NotFound, UserError
-from knapper.journal import bundles
-from knapper.journal.records import Spec
+from knapper.state.journal import bundles
+from knapper.state.journal.records import Spec
 from knapper.store.memory import MemoryStore
-from knapper.vllm import adapters, shapes
+from knapper.vllm import adapters, unsupported
 from knapper.vllm.adapters import Shelf
 from knapper.vllm.core import Adapter
 from tests.engine.tiny import tiny_model
@@ -36,13 +36,13 @@ class Room:
         self.shelf = self.open()
 
     def open(self) -> Shelf:
-        return Shelf(self.store, self.facts, self.memory, self.forget, lambda spec: shapes.refusal(spec, 16))
+        return Shelf(self.store, self.facts, self.memory, self.forget, lambda spec: unsupported.refusal(spec, 16))
 
     async def forget(self, adapter: Adapter) -> None:
         self.forgotten.append(adapter.number)
 
     async def save(self, name: str, spec: Spec = SPEC) -> dict[str, bytes]:
-        files = peft_format.export(adapter_state(self.facts, spec), with_optimizer=False)
+        files = checkpoint_format.export(adapter_state(self.facts, spec), with_optimizer=False)
         await bundles.write(self.store, bundle(name), files, spec=spec, seq=1, epoch=1)
         return {each: bytes(content) for each, content in files.items()}
 
@@ -72,8 +72,10 @@ def test_it_lies_there_as_saved_and_equal_ones_are_one(room: Room) -> None:
 def test_what_is_changed_gone_or_of_another_shape_is_refused(room: Room) -> None:
     async def story() -> None:
         files = await room.save("changed")
-        await room.store.delete(bundle("changed") + peft_format.ADAPTER)
-        await room.store.put_if_absent(bundle("changed") + peft_format.ADAPTER, bytes(len(files[peft_format.ADAPTER])))
+        await room.store.delete(bundle("changed") + checkpoint_format.ADAPTER)
+        await room.store.put_if_absent(
+            bundle("changed") + checkpoint_format.ADAPTER, bytes(len(files[checkpoint_format.ADAPTER]))
+        )
         with pytest.raises(Corrupt, match="bytes that are others"):
             await take(room.shelf, bundle("changed"))
         with pytest.raises(NotFound, match="deleted or expired"):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from knapper.engine.segments import Segment, Segments
-from tests.engine.test_decoder import decoder_of
-from tests.engine.test_sampler import prompt_of, request
+from knapper.engine.layers.lora_grouped import Segment, Segments
+from tests.engine.models.test_decoder import decoder_of
+from tests.engine.sampling.test_scheduler import prompt_of, request
 from tests.engine.tiny import tiny_model
 from tests.vllm.house import House, bundle
 

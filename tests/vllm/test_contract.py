@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from knapper.engine.decoder import Decoder
-from knapper.engine.lora import Lora
-from knapper.engine.segments import Segment, Segments
+from knapper.engine.layers.lora import Lora
+from knapper.engine.layers.lora_grouped import Segment, Segments
+from knapper.engine.models.decoder import Decoder
 from knapper.errors import InvalidField, Unavailable, UserError
 from knapper.wire.progress import Drawn
-from tests.engine.test_decoder import decoder_of
-from tests.engine.test_sampler import prompt_of, request
+from tests.engine.models.test_decoder import decoder_of
+from tests.engine.sampling.test_scheduler import prompt_of, request
 from tests.vllm.house import House, bundle
 
 pytestmark = pytest.mark.timeout(240)

@@ -11,7 +11,7 @@ import tinker
 from tinker import types
 
 from tests.conformance.server import Server, running, wait_until
-from tests.engine.test_sampler import prompt_of, request
+from tests.engine.sampling.test_scheduler import prompt_of, request
 from tests.engine.tiny import tiny_model
 from tests.vllm.house import House, bundle
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from knapper.conversations import ChatMessage
+from knapper.catalogue.conversations import ChatMessage
 from knapper.errors import InvalidField, UserError
 from knapper.wire import json
 

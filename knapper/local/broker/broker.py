@@ -9,7 +9,7 @@ import structlog
 from knapper import limits
 from knapper.errors import TooMany
 from knapper.local.broker.delivery import HOPS_MAX, Delivery, Letter
-from knapper.local.broker.mischief import Mischief
+from knapper.local.broker.fault_injection import Mischief
 from knapper.local.broker.triggers import TRIGGERS
 
 log = structlog.get_logger()

@@ -13,8 +13,9 @@ from typing import Final
 import aiohttp
 import structlog
 
-from knapper import events, limits
+from knapper import limits
 from knapper.errors import TooMany, UserError
+from knapper.events import cloudevents
 
 _AGAIN: Final = (404, 408, 409, 429)
 _RETRIES_MAX: Final = 12
@@ -92,7 +93,7 @@ class Delivery:
         if not said and "ce-type" not in headers:
             return 0, b"", 0.0
         try:
-            answered = Letter(*events.as_binary(headers, said))
+            answered = Letter(*cloudevents.as_binary(headers, said))
         except UserError as error:
             return 502, f"a reply that is no CloudEvent: {error}".encode(), 0.0
         if letter.hops_left <= 1:

@@ -12,17 +12,19 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from knapper import events, limits, telemetry
+from knapper import limits
 from knapper.errors import KnapperError, TooLarge, Unauthorized, Unavailable, UserError
-from knapper.events import Event
-from knapper.function_key import FunctionKey
+from knapper.events import cloudevents
+from knapper.events.cloudevents import Event
 from knapper.local.broker.broker import Broker
 from knapper.local.broker.delivery import Letter
-from knapper.local.broker.mischief import Mischief
+from knapper.local.broker.fault_injection import Mischief
 from knapper.local.broker.watcher import Watcher
-from knapper.serving import answers
+from knapper.observability import logs
+from knapper.serving import http
 from knapper.settings import Settings
-from knapper.store.opening import open_store
+from knapper.state.function_key import FunctionKey
+from knapper.store.factory import open_store
 
 log = structlog.get_logger()
 
@@ -35,9 +37,11 @@ async def post(request: Request) -> Response:
     broker: Broker = request.app.state.broker
     key: FunctionKey = request.app.state.key
     try:
-        body = await answers.body(request, limits.event_bytes_max)
-        letter = Letter(*events.as_binary(request.headers, body))
-        if letter.attributes.get("type") != events.OBJECT_FINALIZED and not await key.signed(request.headers, body):
+        body = await http.body(request, limits.event_bytes_max)
+        letter = Letter(*cloudevents.as_binary(request.headers, body))
+        if letter.attributes.get("type") != cloudevents.OBJECT_FINALIZED and not await key.signed(
+            request.headers, body
+        ):
             raise Unauthorized("the event has no signature of this deployment; those that make jobs go on have one")
         await broker.post(letter)
     except (TooLarge, Unauthorized) as error:
@@ -71,7 +75,7 @@ def create_app(settings: Settings) -> Starlette:
             broker = app.state.broker = Broker(client, urls, f"{settings.gateway_url}/events/dead", mischief)
 
             async def tell(event: Event) -> None:
-                await broker.post(Letter(*events.as_binary(*event.encode())))
+                await broker.post(Letter(*cloudevents.as_binary(*event.encode())))
 
             stop = asyncio.Event()
             watching = None
@@ -100,6 +104,6 @@ def __getattr__(name: str) -> Starlette:
     """`app`, built when uvicorn asks for it."""
     if name == "app":
         settings = Settings.load(os.environ)
-        telemetry.configure("broker", settings.log_level)
+        logs.configure("broker", settings.log_level)
         return create_app(settings)
     raise AttributeError(name)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from knapper import events
+from knapper.events import cloudevents
 
 Exact = Mapping[str, str]
 
@@ -24,17 +24,19 @@ class Trigger:
 
 
 TRIGGERS: Final = (
-    Trigger("sample", ({"type": events.JOB_STARTED, "kind": "rl"}, {"type": events.ADAPTER_STEPPED, "kind": "rl"})),
-    Trigger("reward", ({"type": events.ROLLOUTS_SAMPLED},)),
+    Trigger(
+        "sample", ({"type": cloudevents.JOB_STARTED, "kind": "rl"}, {"type": cloudevents.ADAPTER_STEPPED, "kind": "rl"})
+    ),
+    Trigger("reward", ({"type": cloudevents.ROLLOUTS_SAMPLED},)),
     Trigger(
         "train_step",
         (
-            {"type": events.ROLLOUTS_SCORED},
-            {"type": events.JOB_STARTED, "kind": "sft"},
-            {"type": events.ADAPTER_STEPPED, "kind": "sft"},
-            {"type": events.JOB_STARTED, "kind": "dpo"},
-            {"type": events.ADAPTER_STEPPED, "kind": "dpo"},
+            {"type": cloudevents.ROLLOUTS_SCORED},
+            {"type": cloudevents.JOB_STARTED, "kind": "sft"},
+            {"type": cloudevents.ADAPTER_STEPPED, "kind": "sft"},
+            {"type": cloudevents.JOB_STARTED, "kind": "dpo"},
+            {"type": cloudevents.ADAPTER_STEPPED, "kind": "dpo"},
         ),
     ),
-    Trigger("gateway", ({"type": events.OBJECT_FINALIZED},), prefix="objects/inbox/"),
+    Trigger("gateway", ({"type": cloudevents.OBJECT_FINALIZED},), prefix="objects/inbox/"),
 )

@@ -18,11 +18,12 @@ import msgspec
 import structlog
 from watchfiles import awatch
 
-from knapper import events, files
 from knapper.errors import KnapperError, StoreError, UserError
-from knapper.events import Event
+from knapper.events import cloudevents
+from knapper.events.cloudevents import Event
 from knapper.exchange.directory import DirectoryExchange
-from knapper.untrusted import parsing
+from knapper.store import files
+from knapper.wire.untrusted import parsing
 
 _FOLDERS: Final = 2  # inbox/<tenant>/<job>/<file>: nothing of a job lies deeper
 _STILL_S: Final = 0.3
@@ -129,7 +130,7 @@ def finalized(name: str, generation: str, size: int, modified_s: float, bucket: 
         "updated": when,
     }
     return Event(
-        type=events.OBJECT_FINALIZED,
+        type=cloudevents.OBJECT_FINALIZED,
         source=f"//storage.googleapis.com/projects/_/buckets/{bucket}",
         subject=f"objects/{name}",
         id=hashlib.sha256(f"{bucket}/{name}#{generation}".encode()).hexdigest()[:32],

@@ -10,7 +10,7 @@ output "port_forward_command" {
 
 output "key_command" {
   description = "Makes a key for a tenant, inside the gateway's pod; it is shown once."
-  value       = "kubectl exec -n knapper -c user-container $(kubectl get pod -n knapper -l serving.knative.dev/service=gateway -o name | head -1) -- python -m knapper.cli key create TENANT"
+  value       = "kubectl exec -n knapper -c user-container $(kubectl get pod -n knapper -l serving.knative.dev/service=gateway -o name | head -1) -- python -m knapper key create TENANT"
 }
 
 output "inbox" {

@@ -18,10 +18,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from gateway.openai import asking
+from gateway.openai import samples
 from knapper import limits
-from knapper.checkpoints import Checkpoint, Checkpoints
 from knapper.ids import LOCAL_TENANT
+from knapper.state.checkpoints import Checkpoint, Checkpoints
 from knapper.wire import progress, proto
 from knapper.wire.progress import Drawn, Ending, Failed, Whole
 from knapper.wire.types import SampleOutput, Sequence
@@ -274,7 +274,7 @@ def test_whoever_hangs_up_ends_the_sample(served: Served, stream: bool) -> None:
 
 
 def test_a_quiet_stream_says_what_it_waits_for(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "_QUIET_S", 0.3)
+    monkeypatch.setattr(samples, "_QUIET_S", 0.3)
     served.upstream.refusals = [Response("no", status_code=503) for _ in range(3)]
     asked = {"model": MODEL.name, "prompt": "the", "stream": True}
     reply = served.http.post("completions", json=asked)

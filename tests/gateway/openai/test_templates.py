@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from knapper.catalogue.chat_templates import Template
+from knapper.catalogue.tokenizer import Language
 from knapper.errors import InvalidField, UserError
-from knapper.language import Language
-from knapper.templates import Template
 from tests.gateway.openai.chatting import TEMPLATE, chat_model
 
 CHAT = [

@@ -9,15 +9,16 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from knapper import events, limits
+from knapper import limits
 from knapper.errors import TooMany
-from knapper.events import Event
+from knapper.events import cloudevents
+from knapper.events.cloudevents import Event
 from knapper.local.broker import delivery
 from knapper.local.broker.broker import Broker
 from knapper.local.broker.delivery import HOPS_MAX, Letter
-from knapper.local.broker.mischief import COPIES_MAX, Mischief
+from knapper.local.broker.fault_injection import COPIES_MAX, Mischief
 
-SAMPLED = Event(type=events.ROLLOUTS_SAMPLED, subject="local/a/0123456789abcdef", id="1", step=3, kind="rl")
+SAMPLED = Event(type=cloudevents.ROLLOUTS_SAMPLED, subject="local/a/0123456789abcdef", id="1", step=3, kind="rl")
 Answer = Callable[[web.Request, int], Awaitable[web.Response]]
 
 
@@ -64,7 +65,7 @@ async def settled(broker: Broker) -> None:
 
 
 def letter(event: Event = SAMPLED) -> Letter:
-    return Letter(*events.as_binary(*event.encode()))
+    return Letter(*cloudevents.as_binary(*event.encode()))
 
 
 @pytest.fixture(autouse=True)
@@ -84,10 +85,10 @@ def test_an_event_reaches_who_wants_it_once_and_as_it_was() -> None:
     async def story() -> None:
         async with broker_of(always(204)) as (broker, subscriber):
             await broker.post(letter())
-            await broker.post(letter(Event(type=events.TICK, subject="", id="2")))
+            await broker.post(letter(Event(type=cloudevents.TICK, subject="", id="2")))
             await settled(broker)
             assert len(subscriber.heard) == 1
-            assert events.decode(subscriber.heard[0], b"") == SAMPLED
+            assert cloudevents.decode(subscriber.heard[0], b"") == SAMPLED
             assert subscriber.dead == []
 
     asyncio.run(story())
@@ -170,7 +171,7 @@ def test_an_answer_that_is_no_event_is_an_error_as_knative_takes_it() -> None:
 def test_a_chain_of_replies_ends_after_255_hops_and_one_of_posts_does_not() -> None:
     async def story(post: bool) -> int:
         async def answer(request: web.Request, before: int) -> web.Response:
-            bell = SAMPLED.next(events.ROLLOUTS_SAMPLED, "test", before)
+            bell = SAMPLED.next(cloudevents.ROLLOUTS_SAMPLED, "test", before)
             if before >= 499:
                 return web.Response(status=204)
             if post:
@@ -218,7 +219,7 @@ def test_mischief_doubles_drops_and_mixes_and_a_seed_is_a_history() -> None:
     async def story() -> None:
         async with broker_of(always(204), Mischief(3)) as (broker, subscriber):
             for n in range(40):
-                await broker.post(letter(SAMPLED.next(events.ROLLOUTS_SAMPLED, "test", n)))
+                await broker.post(letter(SAMPLED.next(cloudevents.ROLLOUTS_SAMPLED, "test", n)))
             await settled(broker)
             steps = [int(each["ce-step"]) for each in subscriber.heard]
             assert steps != sorted(steps)
@@ -238,7 +239,7 @@ def test_a_reply_that_finds_the_broker_full_is_no_reply_lost(monkeypatch: pytest
         monkeypatch.setattr(limits, "events_under_way_max", 4096 if before else 0)
         if before >= 2:
             return web.Response(status=204)
-        headers, _body = SAMPLED.next(events.ROLLOUTS_SAMPLED, "test", 9).encode()
+        headers, _body = SAMPLED.next(cloudevents.ROLLOUTS_SAMPLED, "test", 9).encode()
         return web.Response(status=200, headers=headers)
 
     async def story() -> None:

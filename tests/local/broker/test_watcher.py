@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from knapper import events
 from knapper.errors import TooMany
-from knapper.events import Event
+from knapper.events import cloudevents
+from knapper.events.cloudevents import Event
 from knapper.exchange.directory import DirectoryExchange
 from knapper.local.broker import watcher
 from knapper.local.broker.watcher import Watcher
@@ -34,7 +34,7 @@ async def watching(root: Path) -> AsyncIterator[list[Event]]:
     heard: list[Event] = []
 
     async def post(event: Event) -> None:
-        events.as_binary(*event.encode())  # as the process does
+        cloudevents.as_binary(*event.encode())  # as the process does
         heard.append(event)
 
     stop = asyncio.Event()
@@ -77,7 +77,7 @@ def test_what_lies_there_and_what_comes_is_told_once_for_each_content(tmp_path: 
             (path.parent / "linked").symlink_to(path)
             await only(heard, 3)
         event = heard[1]
-        assert (event.type, event.subject) == (events.OBJECT_FINALIZED, "objects/inbox/local/job/job.yaml")
+        assert (event.type, event.subject) == (cloudevents.OBJECT_FINALIZED, "objects/inbox/local/job/job.yaml")
         assert event.source == "//storage.googleapis.com/projects/_/buckets/local"
         data = json.loads(event.data)
         assert data["generation"] == hashlib.sha256(b"kind: rl").hexdigest()

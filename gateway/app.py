@@ -1,0 +1,151 @@
+"""The gateway's entry: `uvicorn gateway.main:app --lifespan on`, or `create_app` for a store of one's own."""
+
+import gc
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute
+
+from gateway import (
+    auth,
+    errors,
+    futures,
+    metrics_page,
+    origins,
+    periodic,
+    periodic_tasks,
+    rewards,
+    sampling,
+    service,
+    training,
+    uploads,
+)
+from gateway.events import ROUTES as EVENT_ROUTES
+from gateway.jobs import ROUTES as JOB_ROUTES
+from gateway.lifespan import assembled
+from gateway.openai.routes import ROUTES as OPENAI_ROUTES
+from gateway.rest.routes import ROUTES
+from gateway.routing import Door
+from gateway.tenants import Doorkeeper
+from knapper import limits
+from knapper.errors import KnapperError
+from knapper.exchange.factory import expect_subscribable
+from knapper.jobs.services import Place, open_place
+from knapper.observability import logs, metrics
+from knapper.settings import Settings
+from knapper.store import Store
+from knapper.store.factory import open_store
+
+_SMALL, _LABELS, _LARGE = limits.small_body_bytes_max, limits.labels_body_bytes_max, limits.body_bytes_max
+# (handler, the most that its request's body may have)
+_POST = {
+    "auth/token": (auth.token, _SMALL),
+    "client/config": (service.client_config, _SMALL),
+    "client/dynamic_config": (service.client_dynamic_config, _SMALL),
+    "create_session": (service.create_session, _LABELS),
+    "session_heartbeat": (service.session_heartbeat, _SMALL),
+    "sessions/{session_id}/finish": (service.finish_session, _LABELS),
+    "telemetry": (service.telemetry, _LABELS),
+    "create_model": (training.create_model, _SMALL),
+    "get_info": (training.get_info, _SMALL),
+    "forward": (training.forward, _LARGE),
+    "forward_backward": (training.forward_backward, _LARGE),
+    "optim_step": (training.optim_step, _SMALL),
+    "save_weights": (training.save_weights, _SMALL),
+    "save_weights_for_sampler": (training.save_weights_for_sampler, _SMALL),
+    "save_weights_external": (training.save_weights_external, _SMALL),
+    "load_weights": (training.load_weights, _SMALL),
+    "create_custom_loss": (training.create_custom_loss, _SMALL),
+    "retrieve_future": (futures.retrieve_future, _SMALL),
+    "retrieve_futures": (futures.retrieve_futures, _LABELS),
+    "cancel_future": (futures.cancel_future, _SMALL),
+    "create_sampling_session": (sampling.create_sampling_session, _SMALL),
+    "join_sampling_session": (sampling.join_sampling_session, _SMALL),
+    "asample": (sampling.asample, limits.sample_body_bytes_max),
+    "rewards": (rewards.score, _LARGE),
+}
+_GET = {
+    "healthz": service.healthz,
+    "auth/apikey/me": auth.describe_key,
+    "get_server_capabilities": service.get_server_capabilities,
+    "samplers/{sampler_id}": sampling.get_sampler,
+}
+
+
+def create_app(
+    store: Store,
+    settings: Settings,
+    *,
+    place: Place | None = None,
+    clock: Callable[[], float] = time.time,
+    monotonic: Callable[[], float] = time.monotonic,
+    new_id: Callable[[], str] = lambda: secrets.token_hex(16),
+) -> Starlette:
+    """The gateway over `store`. `place`: of jobs; without it there are none."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with assembled(settings, store, place, clock=clock, monotonic=monotonic, new_id=new_id) as parts:
+            app.state.parts = parts
+            await periodic_tasks.begin(parts)
+            async with periodic.done([*periodic_tasks.chores(parts), *uploads.chores(parts)]):
+                yield
+            await parts.bells.close()
+            await parts.samples.close()
+            await periodic_tasks.end(parts)
+
+    return Starlette(
+        routes=_routes(),
+        middleware=[*origins.middleware(settings), Middleware(Doorkeeper)],
+        exception_handlers={
+            KnapperError: errors.known,
+            HTTPException: errors.http,
+            ClientDisconnect: errors.disconnected,
+            Exception: errors.unknown(new_id),
+        },
+        lifespan=lifespan,
+    )
+
+
+def _routes() -> list[BaseRoute]:
+    return [
+        *(Door(f"/api/v1/{path}", does, methods=["POST"], body_bytes_max=most) for path, (does, most) in _POST.items()),
+        *(Door(f"/api/v1/{path}", does, methods=["GET"], body_bytes_max=0) for path, does in _GET.items()),
+        Door("/api/v1/auth/apikey/me", auth.delete_key, methods=["DELETE"], body_bytes_max=0),
+        *ROUTES,
+        *JOB_ROUTES,
+        *EVENT_ROUTES,
+        *OPENAI_ROUTES,
+        *metrics_page.ROUTES,
+    ]
+
+
+def _from_environment() -> Starlette:
+    settings = Settings.load(os.environ)
+    logs.begin("gateway", settings)
+    settings.expect_keys_beyond_loopback()
+    expect_subscribable(settings)
+    store = metrics.CountedStore(open_store(settings))
+    _collect_seldom()
+    return create_app(store, settings, place=open_place(settings, store, time.time))
+
+
+def _collect_seldom() -> None:
+    """What was imported is never looked through again, or each body of many values would make the collector do it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
+
+
+def __getattr__(name: str) -> Starlette:
+    """`app`, built when uvicorn asks for it: importing this module reads no environment and opens no store."""
+    if name == "app":
+        return _from_environment()
+    raise AttributeError(name)

@@ -1,0 +1,231 @@
+"""What OpenAI's clients ask, strict and bounded: a parameter is honoured or refused by name, none ignored but labels.
+
+Defaults are OpenAI's. `top_k`, `ignore_eos` and `chat_template_kwargs` are additions that other servers have too. A
+parameter of theirs that is not served is taken where its value asks for nothing, since clients send it all the same.
+"""
+
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+from msgspec import Meta
+
+from knapper import limits
+from knapper.catalogue.conversations import ChatMessage, Message
+from knapper.errors import InvalidField
+from knapper.wire import types
+from knapper.wire.json import decode
+
+__all__ = ["Chat", "Completion", "Form", "chat", "completion", "decode"]
+
+_COMPLETION_TOKENS = 16  # OpenAI's default for completions; chats have none
+Name = Annotated[str, Meta(min_length=1, max_length=1024)]
+Count = Annotated[int, Meta(ge=1, le=limits.num_samples_max)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Temperature = Annotated[float, Meta(ge=0, le=1e6)]
+TopP = Annotated[float, Meta(gt=0, le=1)]
+TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
+Top = Annotated[int, Meta(ge=0, le=limits.top_logprobs_max)]
+Tokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+
+# Parameters that are known and not served: the values that ask for nothing, and what to say of all others.
+_UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "presence_penalty": ((None, 0), "0: tokens are drawn from the model's own distribution, without penalties"),
+    "frequency_penalty": ((None, 0), "0: tokens are drawn from the model's own distribution, without penalties"),
+    "logit_bias": ((None, {}), "none: tokens are drawn from the model's own distribution"),
+    "response_format": ((None, {"type": "text"}), '{"type": "text"}: output is not constrained'),
+    "repetition_penalty": ((None, 1), "1: tokens are drawn from the model's own distribution, without penalties"),
+    "length_penalty": ((None, 1), "1: there is no beam search"),
+    "use_beam_search": ((None, False), "false: there is no beam search"),
+    "min_p": ((None, 0), "0: top_k and top_p are what cuts a distribution"),
+    "min_tokens": ((None, 0), "0: a text ends where the model ends it; ignore_eos goes on"),
+    "skip_special_tokens": ((None, True), "true: special tokens have no text"),
+    "include_stop_str_in_output": ((None, False), "false: a stop string is not part of the text"),
+    "add_generation_prompt": ((None, True), "true: the assistant is asked to answer"),
+    "continue_final_message": ((None, False), "false: the assistant is asked to answer"),
+    "suffix": ((None, ""), "none: models are asked to continue, not to fill in"),
+    "tools": ((None, []), "none: tools are not served; describe them in a message"),
+    "tool_choice": ((None, "none", "auto"), "none: tools are not served"),
+    "functions": ((None, []), "none: functions are not served; describe them in a message"),
+    "function_call": ((None, "none", "auto"), "none: functions are not served"),
+    "parallel_tool_calls": ((None, True, False), ""),
+    "modalities": ((None, ["text"]), '["text"]'),
+    "audio": ((None,), "none: text only"),
+    "prediction": ((None,), "none"),
+    "reasoning_effort": ((None, "none"), "none; some models take chat_template_kwargs instead"),
+    "verbosity": (
+        (None, "low", "medium", "high"),
+        "low, medium or high, which are all the same here: ask for it in words",
+    ),
+    "store": ((None, False), "false: nothing is stored"),
+    "metadata": ((None, {}), "none: nothing is stored"),
+    "service_tier": ((None, "auto", "default"), "auto"),
+    "best_of": ((None, 1), "1: ask for n, and choose yourself"),
+}
+
+
+class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all."""
+
+
+class StreamOptions(Strict, frozen=True, kw_only=True):
+    include_usage: bool = False
+    include_obfuscation: bool = False  # of the lengths of chunks; asking for it is refused
+
+    def __post_init__(self) -> None:
+        if self.include_obfuscation:
+            raise InvalidField("stream_options.include_obfuscation", True, "false")
+
+
+class Form(Strict, frozen=True, kw_only=True):
+    """What completions and chat completions share. `prompt_field`: what their prompt is called."""
+
+    prompt_field: ClassVar[str] = "prompt"
+
+    model: Name
+    n: Count | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    seed: Seed | None = None
+    stop: str | list[str] | None = None
+    ignore_eos: bool = False
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None  # labels for the caller's own use
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    repetition_penalty: Any = None
+    length_penalty: Any = None
+    use_beam_search: Any = None
+    min_p: Any = None
+    min_tokens: Any = None
+    skip_special_tokens: Any = None
+    include_stop_str_in_output: Any = None
+    presence_penalty: Any = None
+    frequency_penalty: Any = None
+    logit_bias: Any = None
+    store: Any = None
+    metadata: Any = None
+    service_tier: Any = None
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def usage_wanted(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def params(self, max_tokens: int | None) -> types.SamplingParams:
+        """Raises InvalidField for what is not served, and for stops that are empty or too many."""
+        for name, (neutral, allowed) in _UNSERVED.items():
+            value = getattr(self, name, None)
+            if value not in neutral:
+                raise InvalidField(name, value, allowed)
+        if self.stream_options is not None and not self.stream:
+            raise InvalidField("stream_options", "given", "none without stream")
+        if self.top_k == 0:
+            raise InvalidField("top_k", 0, "-1 (all tokens), or at least 1")
+        if "" in self.stops or len(self.stops) > limits.stop_sequences_max:
+            raise InvalidField("stop", self.stop, f"up to {limits.stop_sequences_max} texts, none of them empty")
+        return types.SamplingParams(
+            max_tokens=max_tokens,
+            seed=self.seed,
+            stop_strings=self.stops,
+            ignore_eos=self.ignore_eos,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=-1 if self.top_k is None else self.top_k,
+            top_p=1.0 if self.top_p is None else self.top_p,
+        )
+
+
+class Completion(Form, frozen=True, kw_only=True):
+    """v1/completions"""
+
+    prompt: str | list[str | TokenId | list[TokenId]]
+    max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    logprobs: Top | None = None
+    echo: bool | None = None
+    best_of: Any = None
+    suffix: Any = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each a text or token ids. Raises InvalidField without any, or for more choices than one request may have."""
+        given = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        ids = [each for each in given if isinstance(each, int)]
+        found: list[str | list[int]] = [ids] if ids else [each for each in given if not isinstance(each, int)]
+        if not found or "" in found or [] in found or 0 < len(ids) < len(given):
+            raise InvalidField("prompt", self.prompt, "a text, token ids, or a list of such; none empty")
+        if len(found) * self.choices > limits.num_samples_max:
+            allowed = f"up to {limits.num_samples_max} choices in all"
+            raise InvalidField("prompt: count times n", len(found) * self.choices, allowed)
+        return found
+
+    def sampling(self) -> types.SamplingParams:
+        """Raises InvalidField."""
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidField("max_tokens", 0, "at least 1, or 0 with echo, which only scores the prompt")
+        if self.stream and self.echo and self.logprobs is not None:
+            allowed = "none together with echo and stream: those of the prompt come in one piece"
+            raise InvalidField("logprobs", self.logprobs, allowed, "Leave out stream")
+        return self.params(_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens)
+
+
+class Chat(Form, frozen=True, kw_only=True):
+    """v1/chat/completions"""
+
+    prompt_field = "messages"
+
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=limits.chat_messages_max)]
+    max_tokens: Tokens | None = None
+    max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Top | None = None
+    chat_template_kwargs: dict[str, str | bool | int | float | None] = {}
+    response_format: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+    parallel_tool_calls: Any = None
+    modalities: Any = None
+    audio: Any = None
+    prediction: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    add_generation_prompt: Any = None
+    continue_final_message: Any = None
+
+    def conversation(self) -> list[Message]:
+        """Raises InvalidField."""
+        return [message.message(f"messages[{i}]") for i, message in enumerate(self.messages)]
+
+    def sampling(self) -> types.SamplingParams:
+        """Raises InvalidField."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidField("top_logprobs", self.top_logprobs, "none without logprobs", "Set logprobs to true")
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            raise InvalidField("max_tokens", self.max_tokens, "none beside max_completion_tokens, its newer name")
+        return self.params(both.pop() if both else None)
+
+
+# ---- read whole, by a worker where a body is not small: what is returned holds nothing that was refused
+
+
+def completion(body: bytes) -> tuple[Completion, types.SamplingParams, list[str | list[int]]]:
+    """(without its prompt, parameters, prompts). Raises UserError."""
+    asked = decode(body, Completion)
+    return msgspec.structs.replace(asked, prompt=""), asked.sampling(), asked.prompts()
+
+
+def chat(body: bytes) -> tuple[Chat, types.SamplingParams, list[Message]]:
+    """(without its messages, parameters, messages). Raises UserError."""
+    asked = decode(body, Chat)
+    return msgspec.structs.replace(asked, messages=[]), asked.sampling(), asked.conversation()

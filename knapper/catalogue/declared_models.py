@@ -1,0 +1,64 @@
+"""Models that a directory declares: one JSON file a model, which the gateway publishes in the catalogue.
+
+On a cluster the directory is a mounted ConfigMap, which `knapper deploy add` writes: whoever may deploy needs no access
+to the store, and the files change under a running gateway. `knapper up` has no such directory: it publishes its model.
+"""
+
+from pathlib import Path
+
+import msgspec
+
+from knapper.catalogue.served_models import Catalogue, ModelRecord
+from knapper.errors import InvalidField
+
+MODELS_MAX = 64
+_FILE_BYTES_MAX = 64 * 1024
+
+
+def encode(record: ModelRecord) -> str:
+    """The text of a model's file: what `read` makes an equal record of."""
+    return msgspec.json.format(msgspec.json.encode(record), indent=2).decode() + "\n"
+
+
+def read(directory: Path) -> list[ModelRecord]:
+    """What the directory declares, by file name. Raises InvalidField for a file that is no model."""
+    try:
+        paths = sorted(path for path in directory.glob("*.json") if not path.name.startswith("."))
+    except OSError as error:
+        raise InvalidField("KNAPPER_MODELS", str(directory), "a directory that can be read", str(error)) from error
+    if len(paths) > MODELS_MAX:
+        raise InvalidField("KNAPPER_MODELS", str(directory), f"at most {MODELS_MAX} files, and there are {len(paths)}")
+    records = [_record(path) for path in paths]
+    names = [record.name for record in records]
+    if double := next((name for name in names if names.count(name) > 1), None):
+        raise InvalidField("KNAPPER_MODELS", str(directory), "one file a model", f"{double!r} is declared twice")
+    return records
+
+
+def _record(path: Path) -> ModelRecord:
+    try:
+        data = path.read_bytes()
+        if len(data) > _FILE_BYTES_MAX:
+            raise InvalidField("KNAPPER_MODELS", str(path), f"a file of at most {_FILE_BYTES_MAX} bytes")
+        return msgspec.json.decode(data, type=ModelRecord)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        allowed = "a model as `knapper deploy add --dry-run` prints it"
+        raise InvalidField("KNAPPER_MODELS", str(path), allowed, str(error)) from error
+
+
+class Declared:
+    """Keeps the catalogue at what the directory says. Asked often, it writes only what changed."""
+
+    def __init__(self, directory: Path, catalogue: Catalogue) -> None:
+        self._directory = directory
+        self._catalogue = catalogue
+        self._published: list[ModelRecord] | None = None
+
+    async def publish(self) -> list[str]:
+        """The names that are served now, if that changed; else nothing. Raises KnapperError, and then tries again."""
+        records = read(self._directory)
+        if records == self._published:
+            return []
+        await self._catalogue.serve_exactly(records)
+        self._published = records
+        return [record.name for record in records]

@@ -1,0 +1,141 @@
+"""Which base models are served, by whom and on what terms: records `models/<slug>/<n>`, of which the highest n wins."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from knapper.errors import InvalidField, NotFound, Unavailable
+from knapper.ids import number
+from knapper.state import damage
+from knapper.state.journal.records import Record, decode, encode
+from knapper.store import Store
+from knapper.store.cache import Remembered
+
+_PREFIX = "models/"
+_attempts_max = 16  # each lost attempt means that another publisher won: they are few
+
+
+class ModelRecord(Record, frozen=True, kw_only=True):
+    """One base model. The URLs are where bells go; without either of them the model is known, but not served."""
+
+    name: str  # what clients call it: a hub name, or the directory's path
+    directory: str  # where its files lie, if clients on this machine may read them; else empty
+    tokenizer_id: str  # what AutoTokenizer takes on any machine; on this one, the directory does without a hub
+    context: int  # tokens
+    vocab: int
+    arch: str
+    dtype: str
+    trainable: bool
+    sampleable: bool
+    train_step_url: str
+    sample_url: str
+    computed_by: str = ""  # native, or transformers; of records from before that: not known
+
+
+class Catalogue:
+    """The models of a store. Records are created, never changed; two publishers at once leave two versions."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._records: Remembered[str, ModelRecord] = Remembered()
+
+    async def models(self) -> list[ModelRecord]:
+        """Those served now, by name."""
+        return [record for record in await self._newest() if record.trainable or record.sampleable]
+
+    async def find(self, base_model: str) -> ModelRecord:
+        """The served model of this name or directory. Raises NotFound, which lists what is served."""
+        served = await self.models()
+        for record in served:
+            if base_model and base_model in (record.name, record.directory):
+                return record
+        if newest := await self._newest_name(slug(base_model)):
+            await self._read(newest)  # raises if it is damaged, and was left out for that
+        names = ", ".join(repr(record.name) for record in served) or "none"
+        raise NotFound(f"base_model {base_model!r} is not served here; served: {names}. "
+                       "Use one of them, or start knapper with --model")  # fmt: skip
+
+    async def publish(self, record: ModelRecord) -> bool:
+        """Make this the newest version; True if that needed a new one."""
+        for _ in range(_attempts_max):
+            newest = await self._newest_name(slug(record.name))
+            if newest and await damage.unless(self._read(newest), None) == record:  # a damaged one is overtaken
+                return False
+            n = int(newest.rpartition("/")[2]) + 1 if newest else 0
+            if await self._store.put_if_absent(f"{_PREFIX}{slug(record.name)}/{number(n)}", encode(record)):
+                return True
+        raise Unavailable(f"model {record.name!r}: other processes keep publishing it; stop all but one of them")
+
+    async def serve_only(self, record: ModelRecord) -> None:
+        """Publish this model, and say of all others that nobody serves them."""
+        await self.serve_exactly([record])
+
+    async def serve_exactly(self, records: Sequence[ModelRecord]) -> None:
+        """Publish these models, and say of all others that nobody serves them."""
+        names = {record.name for record in records}
+        for other in await self.models():
+            if other.name not in names:
+                await self.publish(
+                    msgspec.structs.replace(other, trainable=False, sampleable=False, train_step_url="", sample_url="")
+                )
+        for record in records:
+            await self.publish(record)
+
+    async def _newest(self) -> list[ModelRecord]:
+        newest: dict[str, str] = {}
+        for name in await self._store.list(_PREFIX):  # in order, so the last of a slug wins
+            newest[name.split("/")[1]] = name
+        return sorted(await damage.readable(newest.values(), self._read), key=lambda record: record.name)
+
+    async def _newest_name(self, slug: str) -> str:
+        names = await self._store.list(f"{_PREFIX}{slug}/")
+        return names[-1] if names else ""
+
+    async def _read(self, name: str) -> ModelRecord:
+        async def load() -> ModelRecord:
+            data = await self._store.get(name)
+            if data is None:
+                raise Unavailable(f"object {name} vanished while it was read; try again")
+            return decode(data, ModelRecord, name)
+
+        return await self._records.get(name, load)
+
+
+def slug(name: str) -> str:
+    """Where the versions of a model lie: any name becomes one plain segment."""
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+def record_of(directory: Path, name: str, *, dtype: str, train_step_url: str, sample_url: str) -> ModelRecord:
+    """The record of a model that this machine serves from a directory. Raises InvalidField for a bad config.json."""
+    path = directory / "config.json"
+    try:
+        config = msgspec.json.decode(path.read_bytes(), type=_Config)
+    except (OSError, msgspec.DecodeError) as error:
+        raise InvalidField(
+            "model", str(directory), "a directory with the config.json of a language model", str(error)
+        ) from error
+    return ModelRecord(
+        name=name,
+        directory=str(directory),
+        tokenizer_id=name,
+        context=config.max_position_embeddings,
+        vocab=config.vocab_size,
+        arch=config.architectures[0],
+        dtype=dtype,
+        trainable=True,
+        sampleable=True,
+        train_step_url=train_step_url,
+        sample_url=sample_url,
+    )
+
+
+class _Config(msgspec.Struct):
+    """What we read of config.json."""
+
+    architectures: Annotated[list[str], msgspec.Meta(min_length=1)]
+    vocab_size: Annotated[int, msgspec.Meta(ge=1)]
+    max_position_embeddings: Annotated[int, msgspec.Meta(ge=1)]

@@ -1,0 +1,46 @@
+"""Which extra brings a module: what is missing is told in one line, with the command that installs it."""
+
+from typing import Final
+
+from knapper.errors import UserError
+
+# By the first parts of a module's name, the longest first. tests/cli/test_extras.py holds it to pyproject.toml.
+EXTRA_OF: Final = {
+    "google.cloud.pubsub_v1": "gcp",
+    "google.cloud": "gcp",
+    "google.api_core": "gcp",
+    "google.auth": "gcp",
+    "requests": "gcp",
+    "urllib3": "gcp",
+    "gguf": "train",
+    "huggingface_hub": "train",
+    "safetensors": "train",
+    "torch": "train",
+    "transformers": "train",
+    "jsonschema": "reward",
+    "math_verify": "reward",
+    "referencing": "reward",
+    "jsonpatch": "deploy",
+    "kubernetes": "deploy",
+    "opentelemetry": "traces",
+    "vllm": "vllm",
+    "matplotlib": "demo",
+    "tinker": "demo",
+}
+
+
+def extra_of(module: str) -> str | None:
+    """The extra that brings `module`; None for one of the core, or of nobody."""
+    parts = module.split(".")
+    names = (".".join(parts[:size]) for size in range(len(parts), 0, -1))
+    return next((EXTRA_OF[name] for name in names if name in EXTRA_OF), None)
+
+
+def refusal(error: ModuleNotFoundError) -> UserError | None:
+    """What to tell of a module that an extra would have brought; None for any other, which is a defect."""
+    extra = extra_of(error.name or "")
+    if extra is None and (error.name or "").partition(".")[0] == "google":
+        extra = "gcp"  # not even the namespace is there
+    if extra is None:
+        return None
+    return UserError(f"{error.name} is not installed; it comes with: pip install 'knapper[{extra}]'")

@@ -1,0 +1,130 @@
+"""Causal attention over packed rows. Each sequence sees itself alone, so its bits do not depend on its neighbours.
+
+N rows, H heads, G key/value heads, D head elements, T tokens of one sequence.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from knapper.engine.layers import batch_invariant_attention
+from knapper.engine.training.prefix_sharing import Prefixes
+
+
+def attention_dtype(base: torch.dtype, device: torch.device) -> torch.dtype:
+    """float32 on a CPU, whose bfloat16 attention is slower and coarser; the base's dtype elsewhere."""
+    return torch.float32 if device.type == "cpu" else base
+
+
+class Attend(Protocol):
+    """Rotated queries (N, H, D), keys and values (N, G, D) of one layer to outputs (N, H * D)."""
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor: ...
+
+
+class Packed:
+    """Sequences one after another. Those of equal length share one call; none is ever padded."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = list(lengths)
+        self._buckets: dict[int, list[int]] = {}
+        for index, length in enumerate(lengths):
+            self._buckets.setdefault(length, []).append(index)
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:  # noqa: ARG002  the protocol gives each layer its number
+        rows = q_NHD.shape[0]
+        if len(self._buckets) == 1:
+            return _causal(*(x.view(len(self.lengths), -1, *x.shape[1:]) for x in (q_NHD, k_NGD, v_NGD))).reshape(
+                rows, -1
+            )
+        q, k, v = (x.split(self.lengths) for x in (q_NHD, k_NGD, v_NGD))
+        outputs: list[Tensor] = [q_NHD] * len(self.lengths)
+        for indices in self._buckets.values():
+            o_BTHD = _causal(*(torch.stack([x[index] for index in indices]) for x in (q, k, v)))
+            for index, o_THD in zip(indices, o_BTHD.unbind(), strict=True):
+                outputs[index] = o_THD
+        return torch.cat(outputs).reshape(rows, -1)
+
+
+class Shared:
+    """Rows that several sequences have in common (`Prefixes`): each sequence attends as if it were alone.
+
+    So its bits are those that it has alone. What a common row gets is the same from each, and taken from the first.
+    """
+
+    def __init__(self, lengths: Sequence[int], places_N: Tensor, first_U: Tensor) -> None:
+        self._packed, self._places_N, self._first_U = Packed(lengths), places_N, first_U
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+        q, k, v = (x.index_select(0, self._places_N) for x in (q_NHD, k_NGD, v_NGD))
+        return self._packed(layer, q, k, v).index_select(0, self._first_U)
+
+
+class Continued:
+    """The rest of one sequence, whose beginning was computed before: `past_kv` (layers, 2, P, G, D)."""
+
+    def __init__(self, past_kv: Tensor) -> None:
+        self._past_kv = past_kv
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+        keys, values = self._past_kv[layer]
+        k, v = torch.cat([keys, k_NGD]), torch.cat([values, v_NGD])
+        return _causal(q_NHD[None], k[None], v[None]).reshape(q_NHD.shape[0], -1)
+
+
+class Joined:
+    """Attentions of several groups of rows, one after another, that do not all attend alike."""
+
+    def __init__(self, attends: Sequence[Attend], rows: Sequence[int]) -> None:
+        self._attends, self._rows = attends, list(rows)
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+        if len(self._attends) == 1:
+            return self._attends[0](layer, q_NHD, k_NGD, v_NGD)
+        parts = zip(*(x.split(self._rows) for x in (q_NHD, k_NGD, v_NGD)), strict=True)
+        return torch.cat([attend(layer, *part) for attend, part in zip(self._attends, parts, strict=True)])
+
+
+class Recorded:
+    """Another attention, whose keys and values are kept for decoding: `kv` (layers, 2, N, G, D)."""
+
+    def __init__(self, attend: Attend, kv: Tensor) -> None:
+        self._attend, self._kv = attend, kv
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+        self._kv[layer, 0].copy_(k_NGD)
+        self._kv[layer, 1].copy_(v_NGD)
+        return self._attend(layer, q_NHD, k_NGD, v_NGD)
+
+
+def of_groups(groups: Sequence[Prefixes], device: torch.device) -> Attend:
+    """How the rows attend that are computed of the groups, one group after another."""
+    lengths = [length for group in groups for length in group.lengths]
+    if all(len(group) == group.total for group in groups):
+        return Packed(lengths)
+    places_N = _one_after_another([group.places_N for group in groups], [len(group) for group in groups])
+    first_U = _one_after_another([group.first_U for group in groups], [group.total for group in groups])
+    return Shared(lengths, places_N.to(device, non_blocking=True), first_U.to(device, non_blocking=True))
+
+
+def _one_after_another(places: Sequence[NDArray[np.int64]], sizes: Sequence[int]) -> Tensor:
+    """Places in each of several parts, as places in the whole."""
+    starts = itertools.accumulate(sizes[:-1], initial=0)
+    return torch.from_numpy(np.concatenate([part + start for part, start in zip(places, starts, strict=True)]))
+
+
+def _causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
+    if q_BTHD.device.type == "cpu":
+        return batch_invariant_attention.causal(q_BTHD, k_BTGD, v_BTGD)  # the bits of decoding
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
+    tokens, keys = q.shape[2], k.shape[2]
+    seen = None if tokens == keys else torch.ones(tokens, keys, dtype=torch.bool, device=q.device).tril_(keys - tokens)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=q.shape[1] != k.shape[1]
+    ).transpose(1, 2)

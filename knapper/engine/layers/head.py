@@ -1,0 +1,181 @@
+"""From hidden states to the log-probabilities of chosen tokens, without ever holding rows x vocabulary.
+
+N rows, H hidden, V vocabulary, K targets of a row, R rank, C rows of a chunk.
+
+The head's weight W is frozen, so that a row's gradient is known up to a factor while its logits are at hand:
+d logp(t) / d h = W[t] - softmax(W h) W. The forward pass keeps the second term, (N, H), and the backward pass is a
+scaling of rows: two products with W instead of three. A head with a LoRA of its own needs the softmax again for the
+LoRA's gradient and computes it again, chunk by chunk.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from knapper.engine.layers.adapters import rank_padded, ranks_padded, times
+from knapper.engine.layers.linear import FrozenLinear
+from knapper.engine.layers.row_padding import row_sums
+
+ELEMENTS_MAX = 1 << 24  # logits alive at a time: 64 MiB of float32
+ROWS_MIN = 16  # smaller products take other kernels, whose last bits differ
+
+
+@dataclass(frozen=True)
+class HeadLora:
+    """`a` (R, H), `b` (V, R): logits += scale * (h @ a.T) @ b.T"""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def target_logprobs(
+    hidden_NH: Tensor,
+    head: FrozenLinear,
+    targets: Tensor,
+    lora: HeadLora | None = None,
+    needed_N: NDArray[np.bool_] | None = None,
+) -> Tensor:
+    """Log-probabilities of `targets`, int64 (N) or (N, K), in their shape; float32 (float64 for float64 hidden states).
+
+    Differentiable in the hidden states and in the LoRA; the head is taken as frozen. `needed_N`: rows that are False
+    promise a zero gradient, and cost no backward work; it is an AssertionError to break the promise. It is not on the
+    device, so that nobody waits for the device to know which rows they are.
+    """
+    columns_NK = targets.unsqueeze(1) if targets.dim() == 1 else targets
+    if needed_N is None:
+        needed_N = np.ones(len(hidden_NH), dtype=bool)
+    if lora is None:
+        found = _FrozenHead.apply(hidden_NH, head, columns_NK, needed_N)  # type: ignore[no-untyped-call]  # the library has no types here
+    else:
+        found = _AdaptedHead.apply(  # type: ignore[no-untyped-call]  # the library has no types here
+            hidden_NH, head, columns_NK, needed_N, lora.a, lora.b, lora.scale
+        )
+    assert isinstance(found, Tensor)
+    return found.squeeze(1) if targets.dim() == 1 else found
+
+
+def logits(hidden_NH: Tensor, head: FrozenLinear, lora: HeadLora | None = None) -> Tensor:
+    """(N, V), float32 or wider. A row's bits do not depend on how many rows there are."""
+    found_NV = head(hidden_NH)
+    if lora is not None:
+        way = head.exactness.adapter(rank_padded(len(lora.a)), lora.a)
+        low_NR = times(way, hidden_NH.to(lora.a.dtype), ranks_padded(lora.a, 0)) * lora.scale
+        found_NV = (found_NV + times(way, low_NR, ranks_padded(lora.b, 1))).to(found_NV.dtype)
+    return found_NV.to(_wide(hidden_NH))
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+def _chunks(rows: int, vocabulary: int) -> list[slice]:
+    step = max(ROWS_MIN, ELEMENTS_MAX // vocabulary)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _log_softmax_(logits_CV: Tensor, targets_CK: Tensor) -> tuple[Tensor, Tensor]:
+    """(log-probabilities (C, K), normaliser (C, 1)); afterwards logits_CV / normaliser are the probabilities."""
+    top_C1 = logits_CV.amax(dim=1, keepdim=True)
+    chosen_CK = logits_CV.gather(1, targets_CK)
+    total_C1 = row_sums(logits_CV.sub_(top_C1).exp_())
+    return chosen_CK - top_C1 - total_C1.log(), total_C1
+
+
+class _FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: Tensor, head: FrozenLinear, targets_NK: Tensor, needed_N: NDArray[np.bool_]
+    ) -> Tensor:
+        found: list[Tensor] = []
+        differentiate = ctx.needs_input_grad[0]
+        mean_NH = torch.zeros_like(hidden_NH) if differentiate else hidden_NH.new_empty(0)
+        for chunk in _chunks(len(hidden_NH), head.outputs):
+            logits_CV = logits(hidden_NH[chunk], head)
+            logprobs_CK, total_C1 = _log_softmax_(logits_CV, targets_NK[chunk])
+            found.append(logprobs_CK)
+            if differentiate:
+                rows = _places(needed_N[chunk], hidden_NH.device)
+                if len(rows):
+                    whole = len(rows) == len(logits_CV)
+                    p_CV = logits_CV if whole else logits_CV[rows]
+                    p_CV = p_CV.div_(total_C1 if whole else total_C1[rows]).to(head.dtype)
+                    mean_NH[chunk.start + rows] = head.back([p_CV]).to(mean_NH.dtype)
+        ctx.head, ctx.needed_N = head, needed_N
+        ctx.save_for_backward(targets_NK, mean_NH)
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad_NK,) = grads
+        targets_NK, mean_NH = ctx.saved_tensors
+        head: FrozenLinear = ctx.head
+        _check_promise(grad_NK, ctx.needed_N)
+        wide = grad_NK.dtype
+        found_NH = mean_NH.to(wide) * -grad_NK.sum(dim=1, keepdim=True)
+        for k in range(targets_NK.shape[1]):
+            found_NH.addcmul_(head.rows(targets_NK[:, k]).to(wide), grad_NK[:, k : k + 1])
+        return found_NH.to(mean_NH.dtype), None, None, None
+
+
+class _AdaptedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        head: FrozenLinear,
+        targets_NK: Tensor,
+        needed_N: NDArray[np.bool_],
+        a_RH: Tensor,
+        b_VR: Tensor,
+        scale: float,
+    ) -> Tensor:
+        ctx.head, ctx.needed_N = head, needed_N
+        ctx.save_for_backward(hidden_NH, targets_NK, a_RH, b_VR)
+        ctx.scale = scale
+        lora = HeadLora(a_RH, b_VR, scale)
+        return torch.cat(
+            [
+                _log_softmax_(logits(hidden_NH[chunk], head, lora), targets_NK[chunk])[0]
+                for chunk in _chunks(len(hidden_NH), head.outputs)
+            ]
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_NK,) = grads
+        hidden_NH, targets_NK, a_RH, b_VR = ctx.saved_tensors
+        head: FrozenLinear = ctx.head
+        lora = HeadLora(a_RH, b_VR, ctx.scale)
+        _check_promise(grad_NK, ctx.needed_N)
+        rows_M = _places(ctx.needed_N, hidden_NH.device)
+        wide = grad_NK.dtype
+        grad_hidden_NH = torch.zeros_like(hidden_NH)
+        grad_a_RH, grad_b_VR = torch.zeros_like(a_RH), torch.zeros_like(b_VR)
+        for chunk in _chunks(len(rows_M), head.outputs):
+            rows_C = rows_M[chunk]
+            h_CH, targets_CK, grad_CK = hidden_NH[rows_C], targets_NK[rows_C], grad_NK[rows_C]
+            logits_CV = logits(h_CH, head, lora)
+            _, total_C1 = _log_softmax_(logits_CV, targets_CK)
+            grad_logits_CV = logits_CV.mul_(-grad_CK.sum(dim=1, keepdim=True) / total_C1)
+            grad_logits_CV.scatter_add_(1, targets_CK, grad_CK)
+            low_CR = h_CH.to(wide) @ a_RH.T.to(wide)
+            grad_low_CR = (grad_logits_CV @ b_VR.to(wide)).mul_(ctx.scale)
+            grad_b_VR.addmm_(grad_logits_CV.T, low_CR, alpha=ctx.scale)
+            grad_a_RH.addmm_(grad_low_CR.T, h_CH.to(wide))
+            grad_h_CH = head.back([grad_logits_CV.to(head.dtype)]).to(wide).addmm_(grad_low_CR, a_RH.to(wide))
+            grad_hidden_NH[rows_C] = grad_h_CH.to(grad_hidden_NH.dtype)
+        return grad_hidden_NH, None, None, None, grad_a_RH, grad_b_VR, None
+
+
+def _places(needed_N: NDArray[np.bool_], device: torch.device) -> Tensor:
+    return torch.from_numpy(needed_N.nonzero()[0]).to(device, non_blocking=True)
+
+
+def _check_promise(grad_NK: Tensor, needed_N: NDArray[np.bool_]) -> None:
+    idle_N1 = torch.from_numpy(~needed_N[:, None]).to(grad_NK.device, non_blocking=True)
+    assert not (grad_NK.ne(0) & idle_N1).any(), "a row that promised a zero gradient has another"

@@ -1,0 +1,131 @@
+"""Adapters over consecutive rows, differentiable in their matrices: what training and prefill use.
+
+A linear and all adapters on it are one node of the graph. Left to autograd they were nine to an adapter and site: for
+small runs that share a pass, those cost as much as their products.
+N rows, M rows of one adapter, I inputs, O outputs, R rank.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from knapper.engine.layers.adapters import rank_padded, ranks_padded, times
+from knapper.engine.layers.linear import FrozenLinear
+from knapper.engine.layers.lora import Lora
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows [start, stop) use `lora`; None is the base model. Rows of no segment use the base model too."""
+
+    start: int
+    stop: int
+    lora: Lora | None
+
+
+class Segments:
+    """knapper.engine.layers.adapters.Adapt of rows that lie by adapter."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        ordered = sorted(segments, key=lambda segment: segment.start)
+        for before, after in itertools.pairwise(ordered):
+            assert before.stop <= after.start, (
+                f"segments overlap: {before.start}..{before.stop}, {after.start}..{after.stop}"
+            )
+        self._adapted = [(s.start, s.stop, s.lora) for s in ordered if s.lora is not None and s.stop > s.start]
+
+    def __call__(self, names: Sequence[str], x_NI: Tensor, linear: FrozenLinear) -> tuple[Tensor, ...]:
+        spans: list[_Span] = []
+        matrices: list[Tensor] = []
+        for start, stop, lora in self._adapted:
+            parts = tuple(part for part, name in enumerate(names) if name in lora.a)
+            if parts:
+                spans.append(_Span(start, stop, parts, lora.scale))
+                matrices += [side[names[part]] for side in (lora.a, lora.b) for part in parts]
+        found = _Adapted.apply(linear, spans, x_NI, *matrices)  # type: ignore[no-untyped-call]  # the library has no types here
+        assert isinstance(found, tuple)
+        return found
+
+
+@dataclass(frozen=True)
+class _Span:
+    """An adapter on one linear: its rows, and which of the linear's parts it has matrices for."""
+
+    start: int
+    stop: int
+    parts: tuple[int, ...]
+    scale: float
+
+    def of(self, x_N: Tensor) -> Tensor:
+        return x_N[self.start : self.stop]
+
+
+class _Adapted(torch.autograd.Function):
+    """The matrices: of each span all A, then all B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, linear: FrozenLinear, spans: Sequence[_Span], x_NI: Tensor, *matrices: Tensor
+    ) -> tuple[Tensor, ...]:
+        parts: tuple[Tensor, ...] = linear(x_NI).split(linear.widths, dim=1)
+        lows: list[Tensor] = []
+        for span, a, b in _each(spans, matrices):
+            x_MI = span.of(x_NI).to(a[0].dtype)
+            way = linear.exactness.adapter(rank_padded(len(a[0])), a[0])
+            low_MR = times(way, x_MI, _stacked([ranks_padded(a_RI, 0) for a_RI in a])) * span.scale
+            for part, low, b_OR in zip(span.parts, _by_part(low_MR, a), b, strict=True):
+                span.of(parts[part]).add_(times(way, low, ranks_padded(b_OR, 1)))
+            lows.append(low_MR)
+        ctx.linear, ctx.spans = linear, spans
+        ctx.save_for_backward(x_NI, *lows, *matrices)
+        return parts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        linear: FrozenLinear = ctx.linear
+        spans: Sequence[_Span] = ctx.spans
+        x_NI, *saved = ctx.saved_tensors
+        lows, matrices = saved[: len(spans)], saved[len(spans) :]
+        grad_NI = linear.back(grads) if ctx.needs_input_grad[2] else None
+        found: list[Tensor] = []
+        for low_MR, (span, a, b) in zip(lows, _each(spans, matrices), strict=True):
+            x_MI = span.of(x_NI).to(a[0].dtype)
+            own = [span.of(grads[part]).to(x_MI.dtype) for part in span.parts]
+            grad_low_MR = _joined([grad_MO @ b_OR for grad_MO, b_OR in zip(own, b, strict=True)]).mul_(span.scale)
+            found += (grad_low_MR.T @ x_MI).split([len(a_RI) for a_RI in a])
+            for grad_MO, low, a_RI in zip(own, _by_part(low_MR, a), a, strict=True):
+                found.append(grad_MO.T @ low[:, : len(a_RI)])
+            if grad_NI is not None:
+                span.of(grad_NI).add_(grad_low_MR @ _stacked(a))
+        return None, None, grad_NI, *found
+
+
+def _each(
+    spans: Sequence[_Span], matrices: Sequence[Tensor]
+) -> Iterator[tuple[_Span, Sequence[Tensor], Sequence[Tensor]]]:
+    """Each span with its A and its B."""
+    at = 0
+    for span in spans:
+        count = len(span.parts)
+        yield span, matrices[at : at + count], matrices[at + count : at + 2 * count]
+        at += 2 * count
+
+
+def _by_part(low_MR: Tensor, a: Sequence[Tensor]) -> Sequence[Tensor]:
+    parts: Sequence[Tensor] = low_MR.split([rank_padded(len(a_RI)) for a_RI in a], dim=1)
+    return parts
+
+
+def _stacked(a: Sequence[Tensor]) -> Tensor:
+    return a[0] if len(a) == 1 else torch.cat(list(a))
+
+
+def _joined(lows: Sequence[Tensor]) -> Tensor:
+    return lows[0] if len(lows) == 1 else torch.cat(list(lows), dim=1)
+
+
+base: Final = Segments(())

@@ -1,0 +1,68 @@
+"""The texts that the native decoder decodes: their keys and values, and their adapters side by side."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from knapper.engine.layers.adapters import Adapt
+from knapper.engine.layers.lora import Lora
+from knapper.engine.layers.lora_gathered import Scattered, Stack
+from knapper.engine.layers.lora_grouped import base
+from knapper.engine.sampling.kv_cache import Cache, Slot
+
+if TYPE_CHECKING:
+    from knapper.engine.models.decoder import Decoder
+
+
+class NativeTexts:
+    """knapper.engine.models.base.Texts: all of them in one pass a step."""
+
+    def __init__(self, decoder: "Decoder", positions_max: int) -> None:
+        self._decoder = decoder
+        self._cache = Cache(decoder.config, decoder.attention_dtype, decoder.device, positions_max)
+        self._stack: Stack | None = None
+
+    @property
+    def rows(self) -> list[Slot]:
+        return self._cache.rows
+
+    @property
+    def tokens(self) -> int:
+        return self._cache.tokens
+
+    @property
+    def longest(self) -> int:
+        return self._cache.longest
+
+    def positions(self, length: int) -> int:
+        return self._cache.positions(length)
+
+    def add(self, kept: Tensor, length: int) -> Slot:
+        return self._cache.add(kept, length)
+
+    def remove(self, slot: Slot) -> None:
+        self._cache.remove(slot)
+
+    def settle(self) -> None:
+        self._cache.settle()
+
+    def restored(self, slot: Slot, length: int) -> bool:
+        return self._cache.restored(slot, length)
+
+    @torch.inference_mode()
+    def step(self, tokens_N: Tensor, loras: Sequence[Lora | None]) -> Tensor:
+        adapt = self._adapt(loras)
+        return self._decoder.logits(self._decoder.step(tokens_N, self._cache, adapt), adapt)
+
+    def _adapt(self, loras: Sequence[Lora | None]) -> Adapt:
+        wanted = {id(lora): lora for lora in loras if lora is not None}
+        if not wanted:
+            self._stack = None
+            return base
+        stacked = set() if self._stack is None else {id(lora) for lora in self._stack.loras}
+        # Copying adapters costs about a step, computing ones that nobody uses a little of each: rebuild at half.
+        if self._stack is None or not wanted.keys() <= stacked or 2 * len(wanted) < len(stacked):
+            self._stack = Stack(list(wanted.values()))
+        return Scattered(self._stack, loras, self._decoder.device)

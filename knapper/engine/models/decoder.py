@@ -1,0 +1,177 @@
+"""The model: one pass of the layers over packed rows, for training, prefill and decoding alike.
+
+What differs between them is handed in: how rows attend (`Attend`) and which adapters they use (`Adapt`).
+N rows, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from knapper.engine.layers import checkpointing, rope
+from knapper.engine.layers.adapters import Adapt, head_site, sites
+from knapper.engine.layers.attention import Attend, Packed, Recorded, attention_dtype, of_groups
+from knapper.engine.layers.head import HeadLora, target_logprobs
+from knapper.engine.layers.layerwise import Stretch
+from knapper.engine.layers.linear import FrozenLinear
+from knapper.engine.layers.lora import Lora
+from knapper.engine.layers.lora_grouped import Segment, Segments
+from knapper.engine.models.config import ComputedBy, ModelConfig
+from knapper.engine.models.decode import NativeTexts
+from knapper.engine.models.prefill import Prefilled, Prompt, prefill
+from knapper.engine.models.weights import LayerWeights, Weights
+from knapper.engine.sampling.kv_cache import Cache, bytes_per_token, context_positions
+from knapper.engine.training.prefix_sharing import Prefixes
+
+__all__ = ["Decoder", "Segment"]
+
+
+class Decoder:
+    """knapper.engine.models.base.Model in layer code of our own."""
+
+    computed_by: Final[ComputedBy] = "native"
+    continues: Final = True
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self.config = config
+        self.architecture = config.model_type
+        self.versions: tuple[str, ...] = ()
+        self.weights = weights
+        self.dtype = weights.embed.dtype
+        self.device = weights.embed.device
+        self.attention_dtype = attention_dtype(self.dtype, self.device)
+        self._frequencies = rope.frequencies(config, self.device)
+        self._saved_bytes_max = checkpointing.saved_bytes_max(weights.nbytes, self.device)
+        self._saved_bytes_of_row = checkpointing.saved_bytes_of_row(config)
+
+    @property
+    def bytes_per_token(self) -> int:
+        return bytes_per_token(self.config, self.attention_dtype)
+
+    @property
+    def context_positions(self) -> int:
+        return context_positions(self.config)
+
+    def hidden(self, tokens_N: Tensor, lengths: Sequence[int], segments: Sequence[Segment]) -> Tensor:
+        """Rows (N, H) after the final norm, for sequences packed one after another, each from position 0.
+
+        `tokens_N` int64, `lengths` sum to N. Differentiable in the segments' adapters. A row's bits depend on its own
+        sequence and adapter only.
+        """
+        return self.hidden_of(tokens_N, _positions(lengths, self.device), Packed(lengths), segments)
+
+    def stretches(self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]) -> tuple[Tensor, list[Stretch]]:
+        """To (U, H), a layer each: the groups' common rows are computed once."""
+
+        def on_device(arrays: Sequence[np.ndarray]) -> Tensor:
+            return torch.from_numpy(np.concatenate(arrays)).to(self.device, non_blocking=True)
+
+        rows = [len(group) for group in groups]
+        segments: list[Segment] = []
+        for count, lora in zip(rows, loras, strict=True):
+            start = segments[-1].stop if segments else 0
+            segments.append(Segment(start, start + count, lora))
+        return self._stretches(
+            on_device([group.tokens_U for group in groups]),
+            on_device([group.positions_U for group in groups]),
+            of_groups(groups, self.device),
+            Segments(segments),
+        )
+
+    def target_logprobs(
+        self, hidden_NH: Tensor, targets_NK: Tensor, lora: HeadLora | None, needed_N: NDArray[np.bool_]
+    ) -> Tensor:
+        return target_logprobs(hidden_NH, self.weights.head, targets_NK, lora, needed_N)
+
+    def hidden_of(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, segments: Sequence[Segment]) -> Tensor:
+        """`hidden`, for rows that attend in another way than packed sequences do."""
+        return self._pass(tokens_N, positions_N, attend, Segments(segments))
+
+    @torch.inference_mode()
+    def recorded(
+        self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, segments: Sequence[Segment]
+    ) -> tuple[Tensor, Tensor]:
+        """`hidden_of`, and the rows' keys and values: (layers, 2, N, key/value heads, head_dim)."""
+        config = self.config
+        shape = (config.layers, 2, tokens_N.shape[0], config.kv_heads, config.head_dim)
+        kv = torch.empty(shape, dtype=self.attention_dtype, device=self.device)
+        return self.hidden_of(tokens_N, positions_N, Recorded(attend, kv), segments), kv
+
+    def prompts(self, prompts: Sequence[Prompt]) -> list[Prefilled]:
+        return prefill(self, prompts)
+
+    def texts(self, positions_max: int) -> NativeTexts:
+        return NativeTexts(self, positions_max)
+
+    @torch.inference_mode()
+    def step(self, tokens_N: Tensor, cache: Cache, adapt: Adapt) -> Tensor:
+        """One token for every sequence of the cache, in the order of `cache.rows`: rows (N, H) after the final norm.
+
+        The sequences are one token longer afterwards.
+        """
+        attend = cache.extend()
+        return self._pass(tokens_N, attend.positions_N, attend, adapt)
+
+    def logits(self, hidden_NH: Tensor, adapt: Adapt) -> Tensor:
+        """float32 (N, V), with the adapters' part of the head where they have one."""
+        (logits_NV,) = adapt((head_site,), hidden_NH, self.weights.head)
+        return logits_NV.float()
+
+    def _pass(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, adapt: Adapt) -> Tensor:
+        x_NH, stretches = self._stretches(tokens_N, positions_N, attend, adapt)
+        for stretch in stretches:
+            x_NH = stretch(x_NH)
+        return x_NH
+
+    def _stretches(
+        self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, adapt: Adapt
+    ) -> tuple[Tensor, list[Stretch]]:
+        """The embedded rows, and what is done with them one after another: each layer, and the final norm."""
+        rows = tokens_N.shape[0]
+        assert rows == positions_N.shape[0], f"{rows} tokens for {positions_N.shape[0]} positions"
+        x_NH = F.embedding(tokens_N, self.weights.embed)
+        turns = rope.turns(positions_N, self._frequencies)
+        kept = self._saved_bytes_max // (rows * self._saved_bytes_of_row)
+        layers = [
+            partial(checkpointing.through, partial(self._layer, index, turns, attend, adapt), keep=index < kept)
+            for index in range(len(self.weights.layers))
+        ]
+        return x_NH, [*layers, lambda x_NH: self._norm(x_NH, self.weights.norm)]
+
+    def _layer(self, index: int, turns: tuple[Tensor, Tensor], attend: Attend, adapt: Adapt, x_NH: Tensor) -> Tensor:
+        layer = self.weights.layers[index]
+        x_NH = x_NH + self._attention(index, layer, self._norm(x_NH, layer.input_norm), turns, attend, adapt)
+        return x_NH + self._mlp(index, layer, self._norm(x_NH, layer.post_norm), adapt)
+
+    def _attention(
+        self, index: int, layer: LayerWeights, x_NH: Tensor, turns: tuple[Tensor, Tensor], attend: Attend, adapt: Adapt
+    ) -> Tensor:
+        q, k, v = self._linear(index, "qkv", x_NH, layer.qkv, adapt)
+        q, k, v = (x.unflatten(1, (-1, self.config.head_dim)) for x in (q, k, v))
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
+        q, k = (rope.rotated(x, turns).to(self.attention_dtype) for x in (q, k))
+        o = attend(index, q, k, v.to(self.attention_dtype)).to(x_NH.dtype)
+        return self._linear(index, "o", o, layer.o, adapt)[0]
+
+    def _mlp(self, index: int, layer: LayerWeights, x_NH: Tensor, adapt: Adapt) -> Tensor:
+        gate, up = self._linear(index, "gate_up", x_NH, layer.gate_up, adapt)
+        return self._linear(index, "down", F.silu(gate) * up, layer.down, adapt)[0]
+
+    def _linear(self, index: int, name: str, x: Tensor, linear: FrozenLinear, adapt: Adapt) -> tuple[Tensor, ...]:
+        return adapt([f"layers.{index}.{site}" for site in sites[name]], x, linear)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x / sqrt(mean(x^2) + eps), in float32, then scaled in the base's dtype."""
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.rms_eps)).to(x.dtype) * weight
+
+
+def _positions(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.cat([torch.arange(length) for length in lengths]).to(device, non_blocking=True)

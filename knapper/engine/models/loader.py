@@ -1,0 +1,47 @@
+"""A model directory becomes a model: by our own layer code if it knows the architecture, else through transformers."""
+
+from pathlib import Path
+
+import torch
+
+from knapper.engine.layers import batch_invariant_attention
+from knapper.engine.layers.batch_invariance import Exactness
+from knapper.engine.models import weights
+from knapper.engine.models.base import Model
+from knapper.engine.models.config import ModelConfig, UnsupportedModel, computed_by
+from knapper.engine.models.decoder import Decoder
+
+
+def expect_architecture(directory: Path) -> None:
+    """Raises UnsupportedModel for one that neither way computes, as far as that shows without the weights."""
+    if computed_by(directory) == "transformers":
+        from knapper.engine.models import transformers_loader as models_transformers_loader
+
+        models_transformers_loader.expect_structure(directory)
+
+
+def load(
+    directory: Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    exactness: Exactness | None = None,
+) -> Model:
+    """The model in `directory`, in `dtype` on `device`; `exactness` then has what was found of its products.
+
+    Raises NotFound for missing files, BrokenModel for wrong ones, UnsupportedModel for what neither way computes.
+    """
+    try:
+        config = ModelConfig.read(directory)
+    except UnsupportedModel as not_native:
+        # Only here: importing transformers takes longer than all else that the start of a native model does.
+        from knapper.engine.models import transformers_loader
+
+        try:
+            return transformers_loader.load(directory, dtype, torch.device(device))
+        except UnsupportedModel as refused:
+            raise UnsupportedModel(f"{refused} (not computed natively either: {not_native})") from refused
+    exactness = exactness or Exactness()
+    decoder = Decoder(config, weights.load(directory, config, dtype, device, exactness))
+    if exactness.promised and decoder.device.type == "cpu":
+        exactness.check("attention", batch_invariant_attention.steady(config.heads, config.kv_heads, config.head_dim))
+    return decoder

@@ -1,0 +1,113 @@
+"""Prompts that are computed together: rows that they share once, and none that an earlier prompt has left.
+
+N rows of all prompts, U rows that differ (`Prefixes`), P positions of an earlier prompt, T tokens of one prompt.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from knapper.engine.layers.attention import Attend, Continued, Joined, of_groups
+from knapper.engine.layers.lora import Lora
+from knapper.engine.layers.lora_grouped import Segment
+from knapper.engine.training.prefix_sharing import Prefixes
+
+if TYPE_CHECKING:
+    from knapper.engine.models.decoder import Decoder
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt whose first `reused` tokens, not all, are those that `past` begins with: another's `Prefilled.kept`.
+
+    `drawn`: how many of the last tokens came one by one, in steps of decoding. A model whose bits depend on that
+    computes them so again.
+    """
+
+    tokens_T: NDArray[np.int32]
+    lora: Lora | None
+    past: Any = None
+    reused: int = 0
+    drawn: int = 0
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """`rows` (T - reused, H): of the tokens that were not reused. `kept`: what texts begin with, and later prompts.
+
+    `computed`: how many rows it took beside the prompts before it.
+    """
+
+    rows: Tensor
+    kept: Any
+    computed: int
+
+
+@dataclass
+class _Part:
+    """Rows of one adapter that attend together, and the prompts that are made of them."""
+
+    lora: Lora | None
+    tokens: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    attend: Attend
+    past: Tensor | None  # (layers, 2, P, G, D), as far as it is reused
+    prompts: list[tuple[int, NDArray[np.int64], int]]  # its number, the rows among these, rows that no earlier one has
+
+
+@torch.inference_mode()
+def prefill(decoder: "Decoder", prompts: Sequence[Prompt]) -> list[Prefilled]:
+    """In their order. A prompt has the bits that it has alone, whatever it shares and reuses."""
+    first: dict[tuple[int, int, bytes], int] = {}
+    same = [first.setdefault((id(p.lora), p.reused, p.tokens_T.tobytes()), n) for n, p in enumerate(prompts)]
+    parts = _fresh(decoder, prompts, set(same)) + [
+        _continued(n, prompts[n]) for n in sorted(set(same)) if prompts[n].reused
+    ]
+    parts.sort(key=lambda part: id(part.lora))  # an adapter's rows together
+    rows = [len(part.tokens) for part in parts]
+    starts = np.cumsum([0, *rows]).tolist()
+    segments = [Segment(start, start + n, part.lora) for start, n, part in zip(starts, rows, parts, strict=False)]
+    tokens_N, positions_N = (
+        torch.from_numpy(np.concatenate(arrays)).to(decoder.device)
+        for arrays in ([part.tokens for part in parts], [part.positions for part in parts])
+    )
+    hidden_NH, kv = decoder.recorded(tokens_N, positions_N, Joined([part.attend for part in parts], rows), segments)
+    found: dict[int, Prefilled] = {}
+    for start, part in zip(starts, parts, strict=False):
+        for number, places, computed in part.prompts:
+            at = torch.from_numpy(start + places).to(decoder.device)
+            # Copies: a view would keep the pass of all prompts alive for as long as one text waits.
+            own = kv.index_select(2, at)
+            kept = own if part.past is None else torch.cat([part.past, own], dim=2)
+            found[number] = Prefilled(hidden_NH.index_select(0, at), kept, computed)
+    return [found[n] if n == number else Prefilled(found[n].rows, found[n].kept, 0) for number, n in enumerate(same)]
+
+
+def _fresh(decoder: "Decoder", prompts: Sequence[Prompt], chosen: set[int]) -> list[_Part]:
+    """The prompts that reuse nothing, by adapter: beginnings that they have in common are computed once."""
+    groups: dict[int, tuple[Prefixes, list[tuple[int, int]]]] = {}
+    for number in sorted(chosen):
+        prompt = prompts[number]
+        if not prompt.reused:
+            group, members = groups.setdefault(id(prompt.lora), (Prefixes(), []))
+            members.append((number, group.new_rows(prompt.tokens_T)))
+            group.add(prompt.tokens_T)
+    parts = []
+    for group, members in groups.values():
+        places = np.split(group.places_N, np.cumsum(group.lengths)[:-1])
+        made = [(number, at, computed) for (number, computed), at in zip(members, places, strict=True)]
+        attend = of_groups([group], decoder.device)
+        parts.append(_Part(prompts[members[0][0]].lora, group.tokens_U, group.positions_U, attend, None, made))
+    return parts
+
+
+def _continued(number: int, prompt: Prompt) -> _Part:
+    total, past = len(prompt.tokens_T), prompt.past[:, :, : prompt.reused]
+    tokens = prompt.tokens_T[prompt.reused :].astype(np.int64)
+    made = [(number, np.arange(len(tokens)), len(tokens))]
+    return _Part(prompt.lora, tokens, np.arange(prompt.reused, total), Continued(past), past, made)

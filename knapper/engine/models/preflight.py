@@ -1,0 +1,67 @@
+"""What torch and transformers can say of a model before its weights are read: the device, the memory, the architecture.
+
+An engine asks before it loads. `knapper up` asks in a process of its own, where config.json leaves it open, so that the
+server's own process never holds torch: `python -m knapper.engine.models.preflight`, which reads its settings from the
+environment. It prints the reason and exits with REFUSED; whatever else ends it, the engine will tell.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from knapper.engine import host_memory
+from knapper.engine.hardware import device_for, memory_left, take_memory
+from knapper.engine.models import weight_files
+from knapper.engine.models.loader import expect_architecture
+from knapper.errors import KnapperError, UserError
+from knapper.settings import Settings
+from knapper.text.sizes import sized
+
+REFUSED: Final = 3
+_LEAST_BYTES: Final = {"float32": 4, "bfloat16": 2, "auto": 2}  # of a number, by KNAPPER_DTYPE
+
+
+def expect_device(settings: Settings) -> torch.device:
+    """Where the settings want it computed, with their share of its memory. Raises InvalidField."""
+    where = device_for(settings.device)
+    take_memory(where, settings.gpu_memory_share)
+    return where
+
+
+def expect_loadable(settings: Settings, where: torch.device, least_bytes: int | None = None) -> None:
+    """Raises UnsupportedModel for an architecture that is refused, UserError for weights that do not fit.
+
+    `least_bytes`: of a number, once the dtype is known.
+    """
+    directory = Path(settings.model_directory)
+    expect_architecture(directory)
+    if any(directory.glob("*.safetensors")):  # else this is before its download
+        each = least_bytes or _LEAST_BYTES[settings.dtype]
+        _expect_memory(settings, where, each * sum(one.numbers for one in weight_files.entries(directory).values()))
+
+
+def _expect_memory(settings: Settings, where: torch.device, needed: int) -> None:
+    """A CPU's weights may go into swap, slow as that is: what is refused would end the process, and others with it."""
+    free = memory_left(where) + (host_memory.swap() if where.type == "cpu" else 0)
+    if needed > free:
+        raise UserError(
+            f"the weights of {settings.model} take {sized(needed)}, and {sized(free)} of memory are free on "
+            f"{where.type}: free some, give the engine a larger machine, set KNAPPER_DTYPE=bfloat16 if it is float32, "
+            "or serve a smaller model"
+        )
+
+
+def main() -> None:
+    settings = Settings.load(os.environ)
+    try:
+        expect_loadable(settings, expect_device(settings))
+    except KnapperError as error:
+        print(" ".join(str(error).split()))
+        sys.exit(REFUSED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""A model that transformers knows, read from its directory, looked over, and tried before it is served.
+
+The only module that imports transformers. T tokens, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from knapper.engine.layers.lora_grouped import base
+from knapper.engine.models.config import (
+    HEAD,
+    Part,
+    Site,
+    UnsupportedModel,
+    described,
+    end_tokens,
+    expect_text_model,
+    read_json,
+)
+from knapper.engine.models.transformers import ForeignFacts, ForeignModel, Head
+from knapper.engine.models.weight_files import BrokenModel
+from knapper.errors import NotFound
+
+_TRIED: Final = 12  # tokens of the trial
+_TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest value
+
+
+def load(directory: Path, dtype: torch.dtype, device: torch.device) -> ForeignModel:
+    """The model in `directory`. Raises UnsupportedModel for what would be computed wrongly, BrokenModel."""
+    raw = read_json(directory / "config.json")
+    if raw is None:
+        raise NotFound(f"{directory} has no config.json")
+    _refuse(raw, directory)
+    loaded = _loaded(directory, raw, dtype).to(device)
+    loaded.requires_grad_(False).eval()
+    text = loaded.config.get_text_config(decoder=True)
+    body, output, sites = _parts(loaded, directory)
+    head = Head(output.weight, output.bias, _scale(text), getattr(text, "final_logit_softcapping", None))
+    linears = {site.name: loaded.get_submodule(site.module) for site in sites if site.part != "unembed"}
+    facts = ForeignFacts(
+        architecture=type(loaded).__name__,
+        vocab_size=output.weight.shape[0],
+        context=_context(text, directory),
+        eos=end_tokens(text.to_dict(), directory),
+        tied=loaded.get_input_embeddings().weight is output.weight,
+        sites=sites,
+    )
+    model = ForeignModel(body, linears, head, facts, (f"transformers {transformers.__version__}",))
+    model.bytes_per_token = _tried(model, loaded, set(linears), directory)
+    return model
+
+
+def expect_structure(directory: Path) -> None:
+    """Raises UnsupportedModel for an architecture that is refused, as far as that shows without the weights."""
+    raw = read_json(directory / "config.json") or {}
+    _refuse(raw, directory)
+    configuration: Any = transformers.AutoConfig
+    auto: Any = transformers.AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            empty = auto.from_config(
+                configuration.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            )
+    except Exception as error:  # it raises what any of its hundreds of models happens to raise
+        raise UnsupportedModel(f"{directory}: transformers makes no model of its config.json: {error!r}") from error
+    _parts(empty, directory)
+
+
+def _parts(loaded: Any, directory: Path) -> tuple[nn.Module, nn.Linear, tuple[Site, ...]]:
+    """(body, head, sites)."""
+    output = loaded.get_output_embeddings()
+    body = getattr(loaded, loaded.base_model_prefix, None)
+    if type(output) is not nn.Linear or not isinstance(body, nn.Module) or body is loaded:
+        raise UnsupportedModel(f"{directory}: {type(loaded).__name__} has no body with a linear head")
+    return body, output, _sites(loaded, output, directory)
+
+
+def _refuse(raw: Mapping[str, Any], directory: Path) -> None:
+    kind = str(raw.get("model_type"))
+    expect_text_model(raw, directory)
+    named = (raw.get("architectures") or [None])[0]
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    causal = causal if isinstance(causal, str) else None
+    own_code = " It needs code of its own (auto_map), and code of models is never run" if raw.get("auto_map") else ""
+    for wrong, why in (
+        (kind not in CONFIG_MAPPING, f"transformers {transformers.__version__} does not know it.{own_code}"),
+        (causal is None, "it is no causal language model"),
+        (causal is not None and named != causal, f"as a causal language model it would be {causal}"),
+    ):
+        if wrong:
+            raise UnsupportedModel(f"{described(raw, directory)} is not served: {why}")
+
+
+def _loaded(directory: Path, raw: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    logs: Any = transformers.logging  # the library has no types here
+    logs.disable_progress_bar()
+    logs.set_verbosity_error()  # what it would report of the weights is an error here
+    # transformers' other attentions leave out the cap of Gemma 2's.
+    attention = {"attn_implementation": "eager"} if raw.get("attn_logit_softcapping") else {}
+    auto: Any = transformers.AutoModelForCausalLM
+    try:
+        loaded, found = auto.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
+            output_loading_info=True, **attention,
+        )  # fmt: skip
+    except Exception as error:  # it raises what any of its hundreds of models happens to raise
+        raise BrokenModel(f"{directory}: transformers cannot load it: {type(error).__name__}: {error}") from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[what]:
+            some = ", ".join(map(str, sorted(found[what])[:5]))
+            raise BrokenModel(f"{directory}: {len(found[what])} {what.replace('_keys', ' tensors')}: {some}")
+    return loaded
+
+
+def _scale(text: Any) -> float:
+    """Cohere multiplies logits, Granite divides them."""
+    return float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
+
+
+def _context(text: Any, directory: Path) -> int:
+    context = getattr(text, "max_position_embeddings", None)
+    if not isinstance(context, int) or context < 2:
+        raise UnsupportedModel(f"{directory}/config.json: max_position_embeddings is {context!r}; expected 2 or more")
+    # Stretched by a text's length, a row would depend on the tokens after it: so only as far as nothing is stretched.
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        context = min(context, int(rope.get("original_max_position_embeddings") or context))
+    return context
+
+
+def _sites(loaded: Any, output: nn.Module, directory: Path) -> tuple[Site, ...]:
+    """The linears inside of layers, and the head. Raises UnsupportedModel where layers have other matrices."""
+    names = [name for name, _ in loaded.named_modules()]
+    parts: dict[str, Part] = {}
+    for name, module in loaded.named_modules():
+        in_layer = any(step.isdigit() for step in name.split("."))
+        matrices = [own for own, p in module.named_parameters(recurse=False) if p.dim() > 1]
+        if module is output:
+            parts[name] = "unembed"
+        elif in_layer and isinstance(module, nn.Linear):
+            parts[name] = "attention" if "attn" in name or "attention" in name else "mlp"
+        elif in_layer and matrices:
+            raise UnsupportedModel(
+                f"{directory}: {name} ({type(module).__name__}) keeps {', '.join(matrices)}, which no adapter of "
+                "linears reaches; served: models whose layers are made of nn.Linear"
+            )
+    if missing := {"attention", "mlp"} - set(parts.values()):
+        raise UnsupportedModel(f"{directory}: its layers have no linears of: {', '.join(sorted(missing))}")
+    head = next(name for name, part in parts.items() if part == "unembed")
+    order = [*(name for name in parts if name != head), head]
+    return tuple(
+        Site(
+            name=HEAD if name == head else name,
+            inputs=loaded.get_submodule(name).in_features,
+            outputs=loaded.get_submodule(name).out_features,
+            part=parts[name],
+            module=name,
+            target=_target(name, parts, names),
+        )
+        for name in order
+    )
+
+
+def _target(name: str, parts: Mapping[str, Part], names: list[str]) -> str:
+    """The shortest end of the name that, in PEFT's target_modules, means linears of this part only; else all of it."""
+    steps = name.split(".")
+    for count in range(1, len(steps)):
+        end = ".".join(steps[-count:])
+        meant = [other for other in names if other == end or other.endswith(f".{end}")]
+        if not steps[-count].isdigit() and all(parts.get(other) == parts[name] for other in meant):
+            return end
+    return name
+
+
+def _tried(model: ForeignModel, loaded: Any, sites: set[str], directory: Path) -> int:
+    """Bytes of a token's keys and values. Raises UnsupportedModel unless a trial gives what the whole model gives."""
+
+    def refuse(why: str) -> None:
+        raise UnsupportedModel(f"{directory}: {model.architecture} is not served: {why}")
+
+    tokens_T = torch.arange(_TRIED, device=model.device) * 7919 % model.config.vocab_size
+    with torch.no_grad():
+        rows_TH, cache = model.rows(tokens_T, None, caches=True)
+        kept = [x for layer in getattr(cache, "layers", []) for x in (layer.keys, layer.values)]
+        if not kept or not all(isinstance(x, Tensor) for x in kept):
+            refuse("decoding keeps something else than keys and values")
+        size: int = sum(x.numel() * x.element_size() for x in kept) // _TRIED
+        if missed := sites - model.adapted:
+            refuse(f"it computes {min(missed)} without calling it, so no adapter would enter")
+        whole_TV = loaded(input_ids=tokens_T[None], use_cache=False).logits[0]
+        if not _alike(model.logits(rows_TH, base), whole_TV, model.dtype):
+            refuse("its head is more than a linear with a bias, a scale and a cap")
+        half = _TRIED // 2
+        first_TH, cache = model.rows(tokens_T[:half], None, caches=True)
+        rest = [model.rows(token_1, None, cache, caches=True)[0] for token_1 in tokens_T[half:].split(1)]
+        if not _alike(first_TH, rows_TH[:half], model.dtype):
+            refuse("its rows depend on later tokens: it is not causal")
+        if not _alike(torch.cat(rest), rows_TH[half:], model.dtype):
+            refuse("token by token it computes something else than at once")
+    return size
+
+
+def _alike(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+    found, wanted = found.float(), wanted.float()
+    return bool((found - wanted).abs().max() <= _TOLERANCE[dtype] * wanted.abs().max())

@@ -1,0 +1,177 @@
+"""The weight files of a model directory, looked over by their headers: whole, and with what config.json promises.
+
+Loads no torch: whoever starts a server knows in milliseconds whether an engine could read them.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from safetensors import SafetensorError, safe_open
+
+from knapper.engine.models.config import ModelConfig
+from knapper.errors import NotFound, UserError
+
+ALLOWED: Final = ("bfloat16", "float16", "float32", "float64")  # that base weights may be stored in
+_DTYPES: Final = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
+    "BOOL": "bool",
+}  # fmt: skip
+_HEADER_BYTES_MAX: Final = 100_000_000  # the format's own limit
+_LFS: Final = b"version https://git-lfs"
+Shape = tuple[int, ...]
+
+
+class BrokenModel(UserError):
+    """The weight files do not hold the tensors that config.json promises."""
+
+    code = "broken_model"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as its file's header has it. `dtype`: by torch's name."""
+
+    path: Path
+    shape: Shape
+    dtype: str
+
+    @property
+    def numbers(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def paths(directory: Path) -> list[Path]:
+    """The files that hold the weights: one, or the shards of an index. Raises NotFound, BrokenModel."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise NotFound(f"{directory} has neither model.safetensors nor model.safetensors.index.json")
+    # A name with a directory in it could leave the model's own.
+    shards = [directory / name for name in sorted({Path(name).name for name in _weight_map(index).values()})]
+    missing = [path.name for path in shards if not path.is_file()]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise BrokenModel(f"{directory}: shards named by the index are missing: {shown}. Download the model again")
+    return shards
+
+
+def entries(directory: Path) -> dict[str, Entry]:
+    """Every tensor by name, from the headers of whole files. Raises NotFound, BrokenModel."""
+    found: dict[str, Entry] = {}
+    for path in paths(directory):
+        with opened(path, "numpy") as file:
+            for name in names(file):
+                part = file.get_slice(name)
+                dtype = part.get_dtype()
+                found[name] = Entry(path, tuple(part.get_shape()), _DTYPES.get(dtype, dtype))
+    index = directory / "model.safetensors.index.json"
+    if not (directory / "model.safetensors").is_file():
+        for name, shard in _weight_map(index).items():
+            if name not in found:
+                raise BrokenModel(f"{directory}: tensor {name} is missing; the index promises it in {shard}")
+    return found
+
+
+def promised(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    """Every tensor that a native model is made of."""
+    q_rows, kv_rows = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    hidden, inner = config.hidden, config.intermediate
+    linears = (
+        ("self_attn.q_proj", q_rows, hidden, config.attention_bias),
+        ("self_attn.k_proj", kv_rows, hidden, config.attention_bias),
+        ("self_attn.v_proj", kv_rows, hidden, config.attention_bias),
+        ("self_attn.o_proj", hidden, q_rows, config.output_bias),
+        ("mlp.gate_proj", inner, hidden, False),
+        ("mlp.up_proj", inner, hidden, False),
+        ("mlp.down_proj", hidden, inner, False),
+    )
+    norms = [("input_layernorm", hidden), ("post_attention_layernorm", hidden)]
+    norms += [(f"self_attn.{name}_norm", config.head_dim) for name in "qk"] if config.qk_norm else []
+    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
+    yield "model.norm.weight", (hidden,)
+    for at in (f"model.layers.{index}" for index in range(config.layers)):
+        yield from ((f"{at}.{name}.weight", (width,)) for name, width in norms)
+        yield from ((f"{at}.{name}.weight", (rows, inputs)) for name, rows, inputs, _ in linears)
+        yield from ((f"{at}.{name}.bias", (rows,)) for name, rows, _, biased in linears if biased)
+    if not config.tied:
+        yield "lm_head.weight", (config.vocab_size, hidden)
+
+
+def expect_promised(directory: Path, config: ModelConfig) -> dict[str, Entry]:
+    """The promised tensors. Raises NotFound, BrokenModel for one that is missing, unexpected, or of another form."""
+    found = entries(directory)
+    wanted: list[str] = []
+    for name, shape in promised(config):
+        if name not in found:
+            raise BrokenModel(f"{directory}: tensor {name} is missing; config.json promises it as {list(shape)}")
+        one = found[name]
+        if one.shape != shape:
+            raise BrokenModel(f"{directory}: tensor {name} is {list(one.shape)}; config.json makes it {list(shape)}")
+        if one.dtype not in ALLOWED:
+            raise BrokenModel(f"{directory}: tensor {name} is {one.dtype}; allowed: {', '.join(ALLOWED)}")
+        wanted.append(name)
+    needless = {"lm_head.weight"} if config.tied else set()
+    extra = sorted(name for name in found.keys() - set(wanted) - needless if not name.endswith("rotary_emb.inv_freq"))
+    if extra:
+        shown = ", ".join(extra[:5]) + (", ..." if len(extra) > 5 else "")
+        raise BrokenModel(f"{directory}: {len(extra)} tensors that the architecture does not have: {shown}")
+    return {name: found[name] for name in wanted}
+
+
+def opened(path: Path, framework: str) -> safe_open:
+    """The file, its header checked against its size. Raises BrokenModel, which says what is wrong with it."""
+    try:
+        path.open("rb").close()  # the library says of every file that it cannot open that it is not there
+        return safe_open(path, framework=framework, device="cpu")
+    except PermissionError as error:
+        raise BrokenModel(f"{path} cannot be read: {error.strerror}; give this user the right to read it") from error
+    except (SafetensorError, OSError) as error:
+        raise BrokenModel(f"{path} cannot be read as safetensors: {_why(path) or error}") from error
+
+
+def names(file: safe_open) -> list[str]:
+    return list(file.keys())  # type: ignore[no-untyped-call]  # the library has no types here
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+    except msgspec.MsgspecError as error:
+        raise BrokenModel(f"{index} is not a safetensors index: {error}") from error
+
+
+def _why(path: Path) -> str:
+    """What keeps a file from being safetensors, where that can be told; else empty."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(len(_LFS))
+            if start == _LFS:
+                return "it is a pointer of Git LFS, and not the weights: run `git lfs pull` there"
+            length = int.from_bytes(start[:8], "little")
+            if size < 8 or length > _HEADER_BYTES_MAX:
+                return f"it has {size} bytes and no header. Download it again"
+            file.seek(8)
+            header = file.read(length)
+        if len(header) < length:
+            return f"it was cut: it has {size} bytes, and its header alone {8 + length}. Download it again"
+        ends = [int(one["data_offsets"][1]) for name, one in json.loads(header).items() if name != "__metadata__"]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return ""
+    wanted = 8 + length + max(ends, default=0)
+    if size < wanted:
+        return f"it was cut: it has {size} of the {wanted} bytes that its header promises. Download it again"
+    return f"it has {size} bytes, and its header promises {wanted}. Download it again" if size > wanted else ""

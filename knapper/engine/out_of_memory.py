@@ -1,0 +1,53 @@
+"""Memory that was asked for and not there, whoever says so, and what is told of it."""
+
+import re
+from typing import Final, Self, TypeVar
+
+import torch
+
+from knapper.engine import hardware
+from knapper.errors import OutOfMemory
+from knapper.text.sizes import sized
+
+E = TypeVar("E", bound=BaseException)
+
+_SAYS: Final = (  # of a RuntimeError; torch has an error of its own for GPUs alone
+    "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "MPS backend out of memory",
+    "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc",
+    "could not create a primitive", "could not create a memory object",  # oneDNN's, which do not say why
+)  # fmt: skip
+_NEEDED: Final = re.compile(r"(?:[Tt]ried to allocate|Unable to allocate) ([\d.]+) (bytes|[KMGT]i?B)\b")
+_UNITS: Final = {"bytes": 1} | {f"{p}{i}B": 1024**n for n, p in enumerate("KMGT", 1) for i in ("", "i")}
+
+
+class Shortage(Exception):
+    """An allocation failed. `needed`: how many bytes it was of, where the error says it.
+
+    Unlike the error itself it has no traceback, in whose frames all tensors of the pass live on.
+    """
+
+    def __init__(self, needed: int | None) -> None:
+        super().__init__("out of memory")
+        self.needed = needed
+
+    @classmethod
+    def of(cls, error: BaseException) -> Self | None:
+        """None for an error of another kind."""
+        text = str(error)
+        memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not memory and not (isinstance(error, RuntimeError) and any(says in text for says in _SAYS)):
+            return None
+        found = _NEEDED.search(text)
+        return cls(None if found is None else int(float(found[1]) * _UNITS[found[2]]))
+
+    def error(self, what: str, device: torch.device, todo: str) -> OutOfMemory:
+        """What is answered to whoever asked for `what`."""
+        free = sized(hardware.memory_left(device))
+        needed = f"more than the {free} that are free" if self.needed is None else f"{sized(self.needed)} at once"
+        told = "" if self.needed is None else f"; {free} are free"
+        return OutOfMemory(f"{what} does not fit into the server's memory: it needs {needed}{told}. {todo}")
+
+
+def told(error: E) -> "E | Shortage":
+    """The error, or in place of one that holds a pass's tensors the Shortage that it tells of."""
+    return Shortage.of(error) or error

@@ -1,0 +1,334 @@
+"""Keys and values of the sequences that decode, in pools of equal capacity, within a number of positions.
+
+A sequence lies in the pool of its own length's capacity and attends over all of it: the shape of its attention, and
+so its bits, depend on its own length and never on who else is there.
+
+What the pools take is never more than they may. Places that are spare, so that not every sequence makes its pool grow,
+are given back before anything is refused; a pool grows, and a sequence moves to the next one, a layer at a time, so
+that only one layer of a pool is there twice.
+
+N rows, H heads, G key/value heads, D head elements, C capacity, Q queries a key/value head.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from knapper.engine.layers import batch_invariant_attention
+from knapper.engine.models.config import ModelConfig
+
+capacity_min = batch_invariant_attention.KEYS
+_NOWHERE: Final = -1  # the length of a sequence that lost its place
+
+
+def capacity_for(length: int) -> int:
+    """Positions that a sequence of `length` tokens occupies: 64, 128, 192, 256, 384, 512, 768, 1024...
+
+    From 128 on at most half more each time: little is wasted, and a growing sequence is copied only a few times.
+    """
+    capacity = capacity_min
+    while capacity < length:
+        step = max(capacity_min, 1 << (capacity.bit_length() - 2))
+        capacity += step
+    return capacity
+
+
+def context_positions(config: ModelConfig) -> int:
+    """What a sequence that fills the context occupies. Capacities end there: half more would be of no use to it."""
+    return config.context + -config.context % capacity_min
+
+
+def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """`dtype`: the one in which keys and values are kept."""
+    return config.layers * 2 * config.kv_heads * config.head_dim * dtype.itemsize
+
+
+@dataclass(eq=False)
+class Slot:
+    """One sequence. `length` tokens of it have keys and values."""
+
+    length: int
+    pool: "Pool"
+    index: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Pool:
+    """Sequences of one capacity, without holes: the last one moves into a place that becomes free.
+
+    `places` there are in every layer, for those that are here and for some to come.
+    """
+
+    def __init__(self, capacity: int, shape: Shape) -> None:
+        self.capacity = capacity
+        self.slots: list[Slot] = []
+        self.places = 0
+        self._shape = shape
+        self._layers = [self._allocated(0) for _ in range(shape.layers)]  # each (2, places, G, C, D)
+
+    @property
+    def spare(self) -> int:
+        return self.places - len(self.slots)
+
+    def resize(self, places: int) -> None:
+        """Have so many places. Where that fails there are as many as before, or fewer if that was asked for."""
+        for _ in self.resizing(places, len(self.slots)):
+            pass
+
+    def resizing(self, places: int, kept: int) -> Iterator[None]:
+        """The same, a layer at a time, in their order; the first `kept` sequences stay."""
+        self.places = min(self.places, places)
+        for index in range(len(self._layers)):
+            resized = self._allocated(places)
+            resized[:, :kept] = self._layers[index][:, :kept]
+            self._layers[index] = resized
+            if index == len(self._layers) - 1:
+                self.places = places
+            yield
+
+    def add(self, kv: Sequence[Tensor] | Tensor, length: int) -> Slot:
+        """By layer, keys and values `kv` (2, at least `length` positions, G, D). There must be a spare place."""
+        for layer, own in enumerate(kv):
+            self.put(layer, len(self.slots), own, length)
+        return self.entered(Slot(length, self, 0))
+
+    def put(self, layer: int, index: int, own: Tensor, length: int) -> None:
+        place = self._layers[layer][:, index]
+        place[:, :, :length] = own[:, :length].transpose(1, 2)
+        # What an earlier sequence left is masked, but 0 * NaN would still be NaN.
+        place[:, :, length:] = 0
+
+    def entered(self, slot: Slot) -> Slot:
+        """The sequence that is in the first spare place."""
+        slot.pool, slot.index = self, len(self.slots)
+        self.slots.append(slot)
+        return slot
+
+    def remove(self, slot: Slot) -> None:
+        for layer in range(self._shape.layers):
+            self.close(layer, slot.index)
+        self.left(slot)
+
+    def close(self, layer: int, index: int) -> None:
+        """The last sequence moves into the place."""
+        last = len(self.slots) - 1
+        if index != last:
+            self._layers[layer][:, index] = self._layers[layer][:, last]
+
+    def left(self, slot: Slot) -> None:
+        last = self.slots.pop()
+        if last is not slot:
+            self.slots[slot.index] = last
+            last.index = slot.index
+
+    def read(self, layer: int, slot: Slot) -> Tensor:
+        """(2, length, G, D), a view."""
+        return self._layers[layer][:, slot.index, :, : slot.length].transpose(1, 2)
+
+    def layer(self, index: int) -> Tensor:
+        """Keys and values (2, N, G, C, D) of the sequences that are here."""
+        return self._layers[index][:, : len(self.slots)]
+
+    def end(self) -> None:
+        """Give the memory back, whoever still holds one of its sequences."""
+        self._layers.clear()
+
+    def _allocated(self, places: int) -> Tensor:
+        shape = self._shape
+        size = (2, places, shape.kv_heads, self.capacity, shape.head_dim)
+        return torch.empty(size, dtype=shape.dtype, device=shape.device)
+
+
+class Cache:
+    """The decoding sequences. `rows` is the order in which a step takes their tokens and gives their results."""
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, positions_max: int | None = None
+    ) -> None:
+        """`positions_max` that all of them take at most; None: as many as they need."""
+        self._shape = Shape(config.layers, config.kv_heads, config.head_dim, dtype, device)
+        self._pools: dict[int, Pool] = {}
+        self._positions_max = positions_max
+        context = context_positions(config)
+        # The last capacity: neither the context nor what there is need end where another begins.
+        self.longest = context if positions_max is None else min(context, positions_max - positions_max % capacity_min)
+
+    @property
+    def rows(self) -> list[Slot]:
+        return [slot for capacity in sorted(self._pools) for slot in self._pools[capacity].slots]
+
+    @property
+    def tokens(self) -> int:
+        """Positions that the sequences occupy."""
+        return sum(capacity * len(pool.slots) for capacity, pool in self._pools.items())
+
+    @property
+    def allocated(self) -> int:
+        """Positions that there is memory for, spare places included."""
+        return sum(capacity * pool.places for capacity, pool in self._pools.items())
+
+    def positions(self, length: int) -> int:
+        """What a sequence of `length` tokens occupies; more than there are for one that is longer than the longest."""
+        capacity = capacity_for(length)
+        return min(capacity, self.longest) if length <= self.longest else capacity
+
+    @torch.inference_mode()
+    def add(self, kv: Sequence[Tensor] | Tensor, length: int) -> Slot:
+        """A sequence whose first `length` tokens have the keys and values `kv`, by layer (2, length or more, G, D)."""
+        pool = self._pool(self.positions(length))
+        try:
+            if not pool.spare:
+                pool.resize(self._widened(pool))
+            return pool.add(kv, length)
+        finally:
+            self._let_go(pool)
+
+    @torch.inference_mode()
+    def remove(self, slot: Slot) -> None:
+        if slot.length == _NOWHERE:
+            return
+        slot.pool.remove(slot)
+        self._let_go(slot.pool)
+
+    @torch.inference_mode()
+    def settle(self) -> None:
+        """Room for one more token in every sequence. This may change the order of `rows`; a step uses the new one.
+
+        If there is no memory for a sequence's move it has lost its place, as `restored` tells; the others have theirs.
+        """
+        for slot in self.rows:
+            if slot.length == slot.pool.capacity:
+                self._move(slot)
+
+    @torch.inference_mode()
+    def extend(self) -> "Attention":
+        """Make every sequence one token longer; the attention through which a step fills that token in."""
+        assert not any(slot.length == slot.pool.capacity for slot in self.rows), "settle() goes before a step"
+        pools = [self._pools[capacity] for capacity in sorted(self._pools)]
+        parts = []
+        for pool in pools:
+            at_N = torch.tensor([slot.length for slot in pool.slots], device=self._shape.device)
+            masked = torch.arange(pool.capacity, device=self._shape.device) > at_N[:, None]
+            bias = torch.zeros(masked.shape, dtype=self._shape.dtype, device=self._shape.device).masked_fill_(
+                masked, -torch.inf
+            )
+            rows_N = torch.arange(len(pool.slots), device=self._shape.device)
+            parts.append(PoolPart(pool, rows_N, at_N, bias[:, None, None, :]))
+        attention = Attention(parts)
+        for slot in self.rows:
+            slot.length += 1
+        return attention
+
+    @staticmethod
+    def restored(slot: Slot, length: int) -> bool:
+        """Have the sequence `length` tokens long again, after a step that broke. False: it has lost its place."""
+        if slot.length == _NOWHERE:
+            return False
+        assert length <= slot.length <= length + 1, f"{slot.length} tokens are kept of a text of {length}"
+        slot.length = length  # what the step left behind them is masked, and the next one writes it anew
+        return True
+
+    def _pool(self, capacity: int) -> Pool:
+        return self._pools.setdefault(capacity, Pool(capacity, self._shape))
+
+    def _let_go(self, pool: Pool) -> None:
+        if not pool.slots:
+            self._pools.pop(pool.capacity, None)
+            pool.end()
+
+    def _free(self, wanted: int) -> int:
+        """Positions without memory as yet: `wanted`, if need be by giving spare places back, or all that there are."""
+        if self._positions_max is None:
+            return wanted
+        for pool in list(self._pools.values()):
+            if self._positions_max - self.allocated >= wanted:
+                break
+            if pool.spare:
+                pool.resize(len(pool.slots))
+        return self._positions_max - self.allocated
+
+    def _widened(self, pool: Pool) -> int:
+        """Places for one more: with half as many again for those to come, as far as there is room."""
+        here = len(pool.slots)
+        return here + max(1, min(max(2, here // 2), self._free(pool.capacity) // pool.capacity))
+
+    def _move(self, slot: Slot) -> None:
+        """Into the next capacity's pool, a layer at a time: where there is no room for both, the old place goes first.
+
+        The caller holds `slot`: it takes the new place.
+        """
+        old, new = slot.pool, self._pool(self.positions(slot.length + 1))
+        there, moved = len(new.slots), 0
+        widening = None if new.spare else new.resizing(self._widened(new), there)
+        tight = widening is not None and self._free(new.capacity) < new.capacity
+        narrowing = old.resizing(len(old.slots) - 1, len(old.slots) - 1) if tight else None
+        try:
+            for layer in range(self._shape.layers):
+                if widening is not None:
+                    next(widening)
+                new.put(layer, there, old.read(layer, slot), slot.length)
+                old.close(layer, slot.index)
+                moved += 1
+                if narrowing is not None:
+                    next(narrowing)
+        except BaseException:
+            if moved:  # it is in neither pool whole
+                for layer in range(moved, self._shape.layers):
+                    old.close(layer, slot.index)
+                old.left(slot)
+                slot.length = _NOWHERE
+            raise
+        else:
+            old.left(slot)
+            new.entered(slot)
+        finally:
+            self._let_go(old)
+            self._let_go(new)
+
+
+@dataclass(frozen=True)
+class PoolPart:
+    pool: Pool
+    rows_N: Tensor
+    at_N: Tensor  # the position that this step fills
+    bias_N11C: Tensor  # -inf past it
+
+
+class Attention:
+    """One new token a sequence: its key and value are stored, then it attends over its own past."""
+
+    def __init__(self, parts: list[PoolPart]) -> None:
+        self._parts = parts
+        self._sizes = [len(part.pool.slots) for part in parts]
+        self.positions_N = torch.cat([part.at_N for part in parts])
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+        rows, _, head_dim = q_NHD.shape
+        q_NGQD = q_NHD.reshape(rows, k_NGD.shape[1], -1, head_dim)
+        if len(self._parts) == 1:
+            return self._part(layer, self._parts[0], q_NGQD, k_NGD, v_NGD).reshape(rows, -1)
+        split = (x.split(self._sizes) for x in (q_NGQD, k_NGD, v_NGD))
+        outputs = [self._part(layer, part, *qkv) for part, *qkv in zip(self._parts, *split, strict=True)]
+        return torch.cat(outputs).reshape(rows, -1)
+
+    @staticmethod
+    def _part(layer: int, part: PoolPart, q_NGQD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+        keys, values = part.pool.layer(layer)
+        keys[part.rows_N, :, part.at_N] = k_NGD
+        values[part.rows_N, :, part.at_N] = v_NGD
+        if q_NGQD.device.type == "cpu":
+            return batch_invariant_attention.decoded(q_NGQD, keys, values, part.bias_N11C)  # the bits of training
+        scaled = q_NGQD * q_NGQD.shape[-1] ** -0.5
+        scores = torch.matmul(scaled, keys.transpose(-1, -2)).add_(part.bias_N11C)
+        return torch.matmul(scores.softmax(-1), values)

@@ -1,0 +1,79 @@
+"""Who begins, and who goes on, in the next pass over prompts."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from knapper.engine.sampling.sequence import Company, Job, Text
+
+_ROWS_MAX: Final = 512  # tokens of one pass over prompts (a longer one goes alone): bounds how long decoding waits
+_JOBS_MAX: Final = 64  # of one pass: bounds vocabulary-wide tensors
+
+
+@dataclass(frozen=True)
+class Places:
+    """What is free: `slots`, and `positions` to reserve. `decoding`: whose texts have the others."""
+
+    slots: int
+    positions: int
+    decoding: Sequence[Job]
+    overtaken_max: int  # texts that may begin before those of a job that came first
+
+
+def next_turns(waiting: Iterable[Job], places: Places, rows_of: Callable[[Job], int]) -> list[tuple[Job, int]]:
+    """Which jobs begin now and how many texts each, in order, until the first for which there is no room.
+
+    Who may only begin when no other job decodes is overtaken, a number of times. `rows_of`: of a job's prompt.
+    """
+    turns: list[tuple[Job, int]] = []
+    skipped: list[Job] = []
+    slots, free, rows = places.slots, places.positions, 0
+    prompts: set[tuple[str, bytes]] = set()  # of this turn: each is computed once
+    for job in waiting:
+        if not _joins(job, [*places.decoding, *(other for other, _ in turns)]):
+            skipped.append(job)
+            continue
+        if any(other.overtaken >= places.overtaken_max for other in skipped):
+            break
+        if job.needs_prefill and (prompt := (job.request.adapter, job.request.prompt.tobytes())) not in prompts:
+            prompts.add(prompt)
+            rows += rows_of(job)
+        if turns and (_apart(*(other for other, _ in turns), job) or rows > _ROWS_MAX or len(turns) == _JOBS_MAX):
+            break
+        wanted = job.left if job.cost == 0 else min(job.left, job.turn)
+        count = wanted if job.cost == 0 else min(wanted, slots, free // job.cost)
+        if count > 0:
+            turns.append((job, count))
+            for other in skipped:
+                other.overtaken += count
+        if count < wanted:
+            break
+        slots, free = slots - (count if job.cost else 0), free - count * job.cost
+    return turns
+
+
+def next_parked(parked: Iterable[Text], places: Places) -> list[Text]:
+    """Which parked texts go on now, in order, until the first for which there is no room."""
+    chosen: list[Text] = []
+    slots, free, rows = places.slots, places.positions, 0
+    for text in parked:
+        slots, free, rows = slots - 1, free - text.job.cost, rows + text.length
+        jobs = [each.job for each in chosen]
+        if slots < 0 or free < 0 or not _joins(text.job, [*places.decoding, *jobs]):
+            break
+        if chosen and (_apart(*jobs, text.job) or rows > _ROWS_MAX):
+            break
+        chosen.append(text)
+    return chosen
+
+
+def _apart(*jobs: Job) -> bool:
+    """Whether one of them shares no pass over prompts."""
+    return any(job.company > Company.ANY for job in jobs)
+
+
+def _joins(job: Job, decoding: Iterable[Job]) -> bool:
+    """Whether the job's texts may decode beside those of these jobs."""
+    others = set(decoding) - {job}
+    alone = job.suspect or job.company == Company.NOBODY or any(other.suspect for other in others)
+    return not (alone and others)

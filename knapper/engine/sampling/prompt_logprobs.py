@@ -1,0 +1,103 @@
+"""What a request wants to know of its prompt: filled range by range, as the prompt's rows of logits come.
+
+P prompt tokens, N rows, V vocabulary, k alternatives, K targets a position. Row j tells of token j + 1; nothing tells
+of token 0. Log-probabilities are untempered.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from knapper.engine.sampling.token_sampling import (
+    alternatives,
+    empty_logprob,
+    log_distribution,
+    prompt_uniforms,
+    redraw,
+    where_float64,
+)
+from knapper.wire.types import Cells, Float32, PromptDraws, Sample, TopK
+
+
+class PromptScores:
+    """The answers of one request; what it does not ask for is None."""
+
+    def __init__(self, request: Sample) -> None:
+        self._request = request
+        tokens, k = int(request.prompt.size), request.topk_prompt_logprobs
+        last_n = request.prompt_logprobs_last_n
+        self._first_logprob = 0 if last_n is None else tokens - 1 - last_n
+        self.logprobs: Float32 | None = None
+        self.topk: TopK | None = None
+        self.targets: Cells | None = None
+        self.draws: PromptDraws | None = None
+        if request.prompt_logprobs:
+            self.logprobs = np.full(tokens, np.nan, dtype=np.float32)
+        if k:
+            empty = np.full((tokens, k), empty_logprob, dtype=np.float32)
+            self.topk = TopK(np.zeros((tokens, k), dtype=np.int32), empty)
+        if (asked := request.target_prompt_logprobs) is not None:
+            self.targets = replace(asked, values=np.zeros(asked.values.shape, dtype=np.float32))
+            self._target_rows = asked.rows()
+        if k := request.prompt_alt_tokens_k:
+            self._uniforms = prompt_uniforms(request.seed, tokens - 1, k)
+            drawn = np.zeros((tokens - 1, k), dtype=np.int64), np.zeros((tokens - 1, k), dtype=np.float32)
+            self.draws = PromptDraws(*drawn)
+
+    @staticmethod
+    def wanted(request: Sample) -> bool:
+        return bool(
+            request.prompt_logprobs
+            or request.topk_prompt_logprobs
+            or request.target_prompt_logprobs is not None
+            or request.prompt_alt_tokens_k
+        )
+
+    @property
+    def first(self) -> int:
+        """The first row that matters: those before it need not be added."""
+        firsts = [int(self._request.prompt.size) - 1]
+        if self.logprobs is not None or self.topk is not None:
+            firsts.append(self._first_logprob)
+        if self._request.target_prompt_logprobs is not None:
+            firsts.append(int(self._target_rows[self._request.target_prompt_logprobs.values >= 0].min()))
+        if self.draws is not None:
+            firsts.append(0)
+        return min(firsts)
+
+    def add(self, start: int, logits_NV: Tensor) -> None:
+        """The rows from `start` on; their logits are finite."""
+        logits_NV = where_float64(logits_NV)
+        logprobs_NV = log_distribution(logits_NV)
+        stop = start + len(logits_NV)
+        if (skipped := max(start, self._first_logprob)) < stop:
+            self._add_logprobs(skipped, logprobs_NV[skipped - start :])
+        if self.targets is not None:
+            self._add_targets(start, stop, logprobs_NV)
+        if self.draws is not None:
+            device = logits_NV.device
+            uniforms_Nk = torch.from_numpy(self._uniforms[start:stop]).to(device)
+            tokens_Nk = redraw(logits_NV, self._request.params.temperature, uniforms_Nk)
+            self.draws.tokens[start:stop] = tokens_Nk.cpu().numpy()
+            self.draws.logprobs[start:stop] = logprobs_NV.gather(1, tokens_Nk).cpu().numpy()
+
+    def _add_logprobs(self, start: int, logprobs_NV: Tensor) -> None:
+        of = slice(start + 1, start + 1 + len(logprobs_NV))
+        if self.logprobs is not None:
+            following = torch.from_numpy(self._request.prompt[of].astype(np.int64)).to(logprobs_NV.device)
+            self.logprobs[of] = logprobs_NV.gather(1, following[:, None])[:, 0].cpu().numpy()
+        if self.topk is not None:
+            tokens, logprobs = alternatives(logprobs_NV, self._request.topk_prompt_logprobs)
+            self.topk.tokens[of], self.topk.logprobs[of] = tokens.cpu().numpy(), logprobs.cpu().numpy()
+
+    def _add_targets(self, start: int, stop: int, logprobs_NV: Tensor) -> None:
+        assert self.targets is not None
+        assert self._request.target_prompt_logprobs is not None
+        low, high = np.searchsorted(self._target_rows, [start, stop])
+        tokens = self._request.target_prompt_logprobs.values[low:high]
+        asked = np.flatnonzero(tokens >= 0)
+        rows = torch.from_numpy(self._target_rows[low:high][asked] - start)
+        found = logprobs_NV[rows.to(logprobs_NV.device), torch.from_numpy(tokens[asked]).to(logprobs_NV.device)]
+        self.targets.values[low + asked] = found.cpu().numpy()

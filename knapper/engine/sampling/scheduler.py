@@ -1,0 +1,483 @@
+"""Sampling: requests of several adapters decode together, each as if it were alone.
+
+One task on the device serves all of them: it admits what fits, computes prompts, then gives every active text one token
+a step, and yields between steps, so that training takes its turns. It ends when nothing is left.
+
+    waiting jobs --turn--> prefill --first token--> slots of the cache --step, step ...--> results
+                                                          |     ^
+                                                          +-> parked texts
+
+Memory: a text reserves, when it begins, the positions that it can grow to. Jobs begin in order of arrival, a quarter of
+the slots' worth of texts a turn, so that a request for a thousand does not hold up the rest; its prompt's keys and
+values are kept between turns while there is room, else computed again. In room that nobody else needs they are kept for
+later requests too (`Beginnings`).
+
+What breaks is its own job's affair. A pass over several prompts that breaks is repeated, each job by itself, and one
+that lacks memory once more when no other text decodes; who breaks it then fails, and says what there was too little of.
+A step that lacks memory is repeated once everything that was kept for later is gone, then with the younger half of the
+texts parked: they wait, and go on from where they were (on a CPU to the last bit). A step that breaks otherwise goes on
+with one job after another.
+"""
+
+import asyncio
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from typing import Final
+
+import structlog
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from knapper import limits
+from knapper.engine import hardware
+from knapper.engine.executor import Device, Task
+from knapper.engine.layers.lora_grouped import Segments
+from knapper.engine.models.base import Model
+from knapper.engine.out_of_memory import Shortage, told
+from knapper.engine.sampling import validation
+from knapper.engine.sampling.adapter_cache import AdaptersKept, AdapterSource
+from knapper.engine.sampling.decode_batch import Active
+from knapper.engine.sampling.next_tokens import NonFiniteLogits, take_tokens
+from knapper.engine.sampling.prefill_queue import Places, next_parked, next_turns
+from knapper.engine.sampling.prompt_logprobs import PromptScores
+from knapper.engine.sampling.prompts import Counters, Prefilling
+from knapper.engine.sampling.sequence import Company, Job, Text
+from knapper.engine.sampling.stop import Stops
+from knapper.errors import ContextLengthExceeded, InvalidField, TooLarge, Unavailable
+from knapper.text.sizes import sized
+from knapper.wire.progress import Drawn
+from knapper.wire.types import Sample, SampleOutput
+
+__all__ = ["NonFiniteLogits", "Sampler"]
+
+_logit_rows: Final = 64  # rows of vocabulary-wide tensors at a time: bounds memory
+_beginnings_part: Final = 4  # of the memory for keys and values: 1 / so much may hold prompts of earlier requests
+_adapter_bytes_max: Final = 1024 * limits.MIB
+
+log = structlog.get_logger()
+
+
+class Sampler:
+    """Continuous batching over one decoder: `slots_max` texts decode at once, within `kv_tokens_max` positions.
+
+    Adapters are kept between requests, up to `adapter_bytes_max`. `now`, in seconds, only tells what a request costs.
+    """
+
+    def __init__(
+        self,
+        decoder: Model,
+        device: Device,
+        adapters: AdapterSource,
+        tokenizer: Tokenizer | None,
+        *,
+        slots_max: int,
+        kv_tokens_max: int,
+        now: Callable[[], float],
+        adapter_bytes_max: int = _adapter_bytes_max,
+    ) -> None:
+        assert slots_max >= 1
+        self.counters = Counters()
+        self._decoder, self._device, self._tokenizer = decoder, device, tokenizer
+        self._slots_max, self._kv_tokens_max, self._now = slots_max, kv_tokens_max, now
+        self._turn = max(1, slots_max // 4)
+        self._adapters = AdaptersKept(adapters, decoder.device, adapter_bytes_max)
+        # Callers and the device's thread meet at these two, under the lock.
+        self._lock = threading.Lock()
+        self._arrivals: list[Job] = []
+        self._working = False
+        # The rest belongs to the device's thread.
+        self._jobs: list[Job] = []  # all that are not finished
+        self._waiting: deque[Job] = deque()  # those with texts that have not begun
+        self._ages = itertools.count()
+        self._cache = decoder.texts(kv_tokens_max)
+        self._active = Active(self._cache, kv_tokens_max, self.counters)
+        self._strained = False  # the last step lacked memory, and is tried once more before anyone joins
+        self._prefilling = Prefilling(decoder, self.counters, kv_tokens_max // _beginnings_part)
+
+    @property
+    def active(self) -> int:
+        """Texts that decode."""
+        return len(self._active.texts)
+
+    @property
+    def waiting(self) -> int:
+        """Requests with texts that have not begun."""
+        return len(self._arrivals) + len(self._waiting)
+
+    async def sample(self, request: Sample, listen: Callable[[Drawn], None] | None = None) -> SampleOutput:
+        """The samples of one request: in float32 the same tokens for the same request, whoever else is there.
+
+        The log-probabilities are those of the distribution that each token was drawn from (`draw.draw` says more);
+        those of the prompt are untempered; only alternatives to its tokens are drawn at the request's temperature, and
+        without its top_k and top_p. max_tokens 0 only scores the prompt; None goes to the end of the context, or of the
+        memory where that ends earlier. Cancelling the caller frees the slots. `listen` hears each token as it is drawn:
+        on the device's thread, which waits for it.
+        Raises InvalidField or UserError for what cannot be asked, TooLarge for what can never fit, OutOfMemory for what
+        turns out not to, NonFiniteLogits for broken weights, Unavailable when too many wait.
+        """
+        config, params = self._decoder.config, request.params
+        validation.check(request, config)
+        if params.stop_strings and self._tokenizer is None:
+            allowed = "token ids only, as this model has no tokenizer.json"
+            raise InvalidField("sampling_params.stop", params.stop_strings[0], allowed)
+        ends = () if params.ignore_eos else config.eos
+        tokens_max, cost = self._reserved_by(request)
+        async with AsyncExitStack() as held:
+            lora = None
+            if request.adapter:
+                lora = await held.enter_async_context(self._adapters.use(request.adapter))
+                validation.check_adapter(request.adapter, lora, config)
+            job = Job(
+                request=request,
+                lora=lora,
+                stops=Stops((*ends, *params.stop_tokens), params.stop_strings, self._tokenizer),
+                tokens_max=tokens_max,
+                cost=cost,
+                turn=self._turn,
+                listen=listen,
+            )
+            self._enter(job)
+            return await asyncio.wrap_future(job.future)
+
+    def _reserved_by(self, request: Sample) -> tuple[int, int]:
+        """(tokens that a text may have, positions that it then needs). Raises TooLarge."""
+        prompt, asked = int(request.prompt.size), request.params.max_tokens
+        room = self._decoder.config.context - prompt
+        fits = self._cache.longest - prompt + 1  # the last token is never fed
+        tokens_max = min(room, asked if asked is not None else fits if fits > 0 else room)
+        cost = 0 if tokens_max <= 1 else self._cache.positions(prompt + tokens_max - 1)
+        if cost > self._kv_tokens_max and fits < 1:
+            because = f", as the server has key/value memory for {self._cache.longest}"
+            raise ContextLengthExceeded(prompt, self._cache.longest, self._decoder.config.context, because)
+        if cost > self._kv_tokens_max:
+            raise TooLarge(
+                f"a prompt of {prompt} tokens with up to {tokens_max} sampled ones needs {cost} positions of key/value "
+                f"memory; allowed: {self._kv_tokens_max}. Lower sampling_params.max_tokens, or send a shorter prompt"
+            )
+        return tokens_max, cost
+
+    def _enter(self, job: Job) -> None:
+        with self._lock:
+            if self.waiting >= limits.samples_waiting_max:
+                raise Unavailable(f"{self.waiting} sample requests wait; allowed: {limits.samples_waiting_max}")
+            self._arrivals.append(job)
+            if not self._working:
+                self._working = True
+                self._device.submit(self._work(), "samples")
+
+    # From here on: the device's thread.
+
+    def _work(self) -> Task[None]:
+        try:
+            while self._look():
+                if not (self._strained and self._active.texts):
+                    yield from self._resume()
+                    yield from self._admit()
+                if self._active.texts:
+                    self._advance()
+                yield
+        except BaseException as error:
+            self._abandon(error)
+            raise
+
+    def _look(self) -> bool:
+        """Take in what arrived and drop what was cancelled. False when nothing is left: the task then ends."""
+        with self._lock:
+            arrived, self._arrivals = self._arrivals, []
+            self._jobs.extend(arrived)
+            self._waiting.extend(arrived)
+            for job in [job for job in self._jobs if job.future.cancelled()]:
+                self._drop(job)
+                self.counters.cancelled += 1
+            self._working = bool(self._jobs)
+            return self._working
+
+    def _abandon(self, error: BaseException) -> None:
+        """Something broke that no request is to blame for: every caller hears it, the next request begins afresh."""
+        with self._lock:
+            jobs = self._jobs + self._arrivals
+            self._jobs, self._arrivals, self._working = [], [], False
+            self._waiting.clear()
+            self._cache = self._decoder.texts(self._kv_tokens_max)
+            self._active, self._strained = Active(self._cache, self._kv_tokens_max, self.counters), False
+            self._prefilling.trim(0)
+        for job in jobs:
+            self.counters.failed += 1
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(error)
+
+    # -- beginning -----------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> Task[None]:
+        """Begin what there is room for."""
+        waiting = () if self._active.parked else self._waiting  # who has begun goes first
+        if not (turns := next_turns(waiting, self._places(), self._prefilling.rows)):
+            return
+        try:
+            yield from self._prefill([job for job, _ in turns if job.needs_prefill])
+            self._begin(turns)
+        except Exception as error:  # noqa: BLE001  what one job's prompt brings out must not fail the others
+            failed = told(error)
+        else:
+            yield
+            return
+        self._part([job for job, _ in turns], failed)
+        yield
+
+    def _places(self) -> Places:
+        active = self._active
+        return Places(self._slots_max - len(active.texts), active.free(), active.jobs, overtaken_max=self._slots_max)
+
+    def _prefill(self, jobs: Sequence[Job]) -> Task[None]:
+        """One pass over the prompts of `jobs`, then their log-probabilities if they are asked for."""
+        if not jobs:
+            return
+        began_s = self._now()
+        hidden = self._prefilling.compute(jobs)
+        hardware.finish(self._decoder.device)
+        self._charge(began_s, [(job, rows.shape[0]) for job, rows in zip(jobs, hidden, strict=True)])
+        yield
+        for job, rows in zip(jobs, hidden, strict=True):
+            if job.scores is None and PromptScores.wanted(job.request):
+                scores = PromptScores(job.request)
+                before, last = job.prompt_tokens - rows.shape[0], job.prompt_tokens - 1
+                for start in range(scores.first, last, _logit_rows):  # the last row tells of the first sampled token
+                    stop = min(start + _logit_rows, last)
+                    if not self._score(job, scores, start, rows[start - before : stop - before]):
+                        break
+                    yield
+                job.scores = scores
+
+    @torch.inference_mode()
+    def _score(self, job: Job, scores: PromptScores, start: int, hidden_NH: Tensor) -> bool:
+        """False when the job failed: its logits are not numbers."""
+        began_s = self._now()
+        logits = self._decoder.logits(hidden_NH, Segments([job.segment(0, hidden_NH.shape[0])]))
+        finite = bool(logits.isfinite().all())
+        if finite:
+            scores.add(start, logits)
+        self._charge(began_s, [(job, 1)])
+        if not finite:
+            self._fail(job, NonFiniteLogits.of(job))
+        return finite
+
+    @torch.inference_mode()
+    def _begin(self, turns: Sequence[tuple[Job, int]]) -> None:
+        """The first token of `count` texts of each job; those that go on get their slots."""
+        texts: list[Text] = []
+        for job, count in turns:
+            if job in self._jobs and not job.future.cancelled():
+                self._waiting.remove(job)
+                texts += job.begin(count)
+                job.turn -= count
+                if job.left:
+                    self._queue(job)
+        for text in texts:
+            text.age = next(self._ages)
+            if text.job.tokens_max == 0:
+                text.finish(stopped=False)
+        try:
+            self._first_tokens([text for text in texts if text.job.tokens_max > 0])
+        finally:
+            self._not_begun(texts)
+            self._release_prompts()
+            self._deliver()
+
+    def _first_tokens(self, texts: Sequence[Text]) -> None:
+        for start in range(0, len(texts), _logit_rows):
+            began_s, some = self._now(), texts[start : start + _logit_rows]
+            jobs = list(dict.fromkeys(text.job for text in some))
+            last_JH = torch.cat([job.last_1H for job in jobs if job.last_1H is not None])
+            logits_JV = self._decoder.logits(last_JH, Segments([job.segment(row, 1) for row, job in enumerate(jobs)]))
+            place = {job: row for row, job in enumerate(jobs)}
+            rows = torch.tensor([place[text.job] for text in some], device=logits_JV.device)
+            for text in self._draw(some, logits_JV[rows]):
+                self._active.seat(text, text.job.kept)
+            self._charge(began_s, [(text.job, 1) for text in some])
+
+    def _not_begun(self, texts: Sequence[Text]) -> None:
+        """Those that broke off before they had a place: with a token they are parked, without one they begin again."""
+        seated = set(self._active.texts.values())
+        for text in texts:
+            job = text.job
+            if job not in self._jobs or text.finished or text in seated:
+                continue
+            if text.tokens:
+                self._active.wait(text)
+                continue
+            job.take_back(text)
+            job.turn += 1
+            if job not in self._waiting:
+                self._waiting.appendleft(job)
+
+    def _queue(self, job: Job) -> None:
+        """First in line again while its turn lasts, else last."""
+        if job.turn > 0:
+            self._waiting.appendleft(job)
+        else:
+            job.turn = self._turn
+            self._waiting.append(job)
+
+    def _release_prompts(self) -> None:
+        """Prompts stay for texts that are still to begin, the first in line first, in room that no text reserved.
+
+        What is left is for the prompts of earlier requests.
+        """
+        free = self._active.free()
+        for job in self._jobs:
+            if not job.left:
+                job.kept = None
+        for job in self._waiting:
+            if job.kept is not None:
+                free -= job.prompt_tokens
+                if free < 0:
+                    job.kept = None
+        self._prefilling.trim(free)
+
+    # -- decoding ------------------------------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """A step, which fails nobody but who breaks it alone."""
+        try:
+            self._step()
+        except Exception as error:  # noqa: BLE001  what one text brings out must not fail the others
+            failed = told(error)
+        else:
+            self._strained = False
+            return
+        self._active.restore()
+        self._deliver()
+        self._relieve(failed)
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        """One token for every active text."""
+        began_s = self._now()
+        self._cache.settle()
+        texts = [self._active.texts[slot] for slot in self._cache.rows]
+        tokens = torch.tensor([text.tokens[-1] for text in texts], device=self._decoder.device)
+        self._draw(texts, self._cache.step(tokens, [text.job.lora for text in texts]))
+        self._active.leave()
+        self.counters.steps += 1
+        self._charge(began_s, [(text.job, 1) for text in texts])
+        self._deliver()
+
+    # -- when something breaks -----------------------------------------------------------------------------------------
+
+    def _relieve(self, failed: Exception) -> None:
+        """A step broke, and is as if it had not been: what can be done that the next one does not."""
+        self._let_go()
+        jobs = self._active.jobs
+        if isinstance(failed, Shortage) and not self._strained:
+            self._strained = True
+        elif isinstance(failed, Shortage) and self.active > 1:
+            self._active.park_younger_half()
+        elif len(jobs) > 1:
+            for job in jobs:
+                job.suspect = True
+            self._active.park_all()
+        else:
+            for job in jobs:
+                self._fail(job, self._answer(job, failed))
+        log.warning("a step broke", reason=repr(failed), decoding=self.active, parked=len(self._active.parked))
+
+    def _part(self, jobs: Sequence[Job], failed: Exception) -> None:
+        """A pass over the jobs' prompts, or over what their parked texts had, broke: they are computed again apart."""
+        self._let_go()
+        present = [job for job in jobs if job in self._jobs]
+        for job in present:
+            job.forget_prompt()
+            if len(present) > 1 or (isinstance(failed, Shortage) and job.company == Company.ANY):
+                job.company = max(job.company, Company.OWN_PASSES)
+            elif self._may_fit_alone(job, failed):
+                job.company = Company.NOBODY
+            else:
+                self._fail(job, self._answer(job, failed))
+
+    def _may_fit_alone(self, job: Job, failed: Exception) -> bool:
+        """Whether memory is lacking that the texts of others hold."""
+        if not isinstance(failed, Shortage) or job.company == Company.NOBODY or set(self._active.jobs) <= {job}:
+            return False
+        others = self._cache.tokens * self._decoder.bytes_per_token
+        return failed.needed is None or failed.needed <= hardware.memory_left(self._decoder.device) + others
+
+    def _resume(self) -> Task[None]:
+        """Parked texts go on, the oldest first, as far as there is room: one pass over what they had."""
+        if not (texts := next_parked(self._active.parked, self._places())):
+            return
+        began_s = self._now()
+        try:
+            kept = self._prefilling.again(texts)
+            hardware.finish(self._decoder.device)
+            for text, own in zip(texts, kept, strict=True):
+                self._active.seat(text, own)
+                self._active.parked.remove(text)
+        except Exception as error:  # noqa: BLE001  as above
+            failed = told(error)
+        else:
+            self._charge(began_s, [(text.job, text.length) for text in texts])
+            yield
+            return
+        self._part(list(dict.fromkeys(text.job for text in texts if text in self._active.parked)), failed)
+        yield
+
+    def _let_go(self) -> None:
+        """Of everything that is kept only because it may be of use later."""
+        for job in self._jobs:
+            job.kept = None
+        self._prefilling.trim(0)
+        hardware.release(self._decoder.device)
+
+    # -- of both -------------------------------------------------------------------------------------------------------
+
+    def _charge(self, began_s: float, parts: Sequence[tuple[Job, int]]) -> None:
+        """The seconds since then were the jobs', by their rows; where none was computed, in equal parts."""
+        spent_s = self._now() - began_s
+        total = sum(rows for _, rows in parts)
+        self.counters.device_s += spent_s
+        for job, rows in parts:
+            job.device_s += spent_s * (rows / total if total else 1 / len(parts))
+
+    def _draw(self, texts: Sequence[Text], logits_NV: Tensor) -> list[Text]:
+        """A token for each text. Returns those that go on; a job whose logits are not numbers fails."""
+        for start in range(0, len(texts), _logit_rows):
+            some = texts[start : start + _logit_rows]
+            failed = take_tokens(some, logits_NV[start : start + _logit_rows])
+            self.counters.decoded_tokens += sum(text.job not in failed for text in some)
+            for job, error in failed.items():
+                self._fail(job, error)
+        return [text for text in texts if text.job in self._jobs and not text.finished]
+
+    def _deliver(self) -> None:
+        for job in [job for job in self._jobs if job.finished]:
+            self._drop(job)
+            self.counters.finished += 1
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_result(job.output())
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        if job not in self._jobs:
+            return
+        self._drop(job)
+        self.counters.failed += 1
+        if job.future.set_running_or_notify_cancel():
+            job.future.set_exception(error)
+
+    def _answer(self, job: Job, failed: Exception) -> Exception:
+        """What is told to the caller of a job that fails alone."""
+        if not isinstance(failed, Shortage):
+            return failed
+        log.warning("no memory for a sample", prompt=job.prompt_tokens, needed=sized(failed.needed or 0))
+        todo = "Send a shorter prompt, or lower sampling_params.max_tokens"
+        return failed.error(job.what(), self._decoder.device, todo)
+
+    def _drop(self, job: Job) -> None:
+        """The job leaves, and its slots at once."""
+        self._jobs.remove(job)
+        if job in self._waiting:
+            self._waiting.remove(job)
+        self._active.drop(job)

@@ -1,0 +1,188 @@
+"""A sample request under way, and each of its texts. V vocabulary, H hidden size, k alternatives."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from knapper.engine.layers.lora import Lora
+from knapper.engine.layers.lora_grouped import Segment
+from knapper.engine.sampling.prompt_logprobs import PromptScores
+from knapper.engine.sampling.stop import Stops
+from knapper.engine.sampling.token_sampling import uniforms
+from knapper.wire.progress import Drawn, Ending
+from knapper.wire.types import Sample, SampleOutput, Sequence, TopK
+
+
+class Company(IntEnum):
+    """Beside whom the passes of a job are computed."""
+
+    ANY = 0
+    OWN_PASSES = 1  # those over its prompt, or over its parked texts, are its own
+    NOBODY = 2  # and only while no other job has texts that decode
+
+
+@dataclass(eq=False)
+class Job:
+    """One request. `tokens_max` of a text: what was asked, within the context. `turn`: texts before others go first.
+
+    `cost`: positions that one text reserves. Its last token is never fed, so a text of one token costs nothing.
+    """
+
+    request: Sample
+    lora: Lora | None
+    stops: Stops
+    tokens_max: int
+    cost: int
+    turn: int
+    listen: Callable[[Drawn], None] | None = None  # called on the device's thread, and must return at once
+    future: "Future[SampleOutput]" = field(default_factory=Future)
+    started: int = 0  # texts
+    sequences: dict[int, Sequence] = field(default_factory=dict)  # finished texts by number
+    kept: Any = (
+        None  # what texts begin with after the prompt: kept while texts wait and there is room, else computed again
+    )
+    last_1H: Tensor | None = None  # the prompt's last row
+    reused: int = 0  # prompt tokens that were not computed for this request
+    device_s: float = 0.0  # its part of the passes that it was in
+    scores: PromptScores | None = None  # what the request wants to know of its prompt, once it is all there
+    company: Company = Company.ANY  # less after a pass that broke
+    suspect: bool = False  # a decoding step that it was in broke: no other job's texts decode beside its own
+    overtaken: int = 0  # texts that began before its own, although it came first
+    _again: list["Text"] = field(default_factory=list)  # texts that had begun, without a token
+
+    @property
+    def prompt_tokens(self) -> int:
+        return int(self.request.prompt.size)
+
+    @property
+    def left(self) -> int:
+        """Texts that have not begun."""
+        return self.request.num_samples - self.started + len(self._again)
+
+    @property
+    def needs_prefill(self) -> bool:
+        return self.last_1H is None or (self.kept is None and self.cost > 0)
+
+    @property
+    def reusable(self) -> int:
+        """How many of the prompt's rows the request does not want to see."""
+        if self.scores is None and PromptScores.wanted(self.request):
+            return PromptScores(self.request).first
+        return self.prompt_tokens
+
+    @property
+    def finished(self) -> bool:
+        return len(self.sequences) == self.request.num_samples
+
+    def segment(self, start: int, rows: int) -> Segment:
+        return Segment(start, start + rows, self.lora)
+
+    def begin(self, count: int) -> list["Text"]:
+        """`count` texts, `left` at most."""
+        again, self._again = self._again[:count], self._again[count:]
+        fresh = [Text(self, self.started + index) for index in range(count - len(again))]
+        self.started += len(fresh)
+        return again + fresh
+
+    def take_back(self, text: "Text") -> None:
+        """It has no token as yet, and has not begun."""
+        self._again.append(text)
+
+    def forget_prompt(self) -> None:
+        """Its prompt is computed again: a pass over it broke."""
+        self.last_1H = self.kept = None
+
+    def what(self) -> str:
+        """The request, as a message names it."""
+        return f"a prompt of {self.prompt_tokens} tokens with up to {self.tokens_max} sampled ones"
+
+    def output(self) -> SampleOutput:
+        sequences = [self.sequences[index] for index in range(self.request.num_samples)]
+        if self.scores is None:
+            return SampleOutput(sequences, prompt_cache_hit_tokens=self.reused, device_s=self.device_s)
+        return SampleOutput(
+            sequences,
+            prompt_cache_hit_tokens=self.reused,
+            device_s=self.device_s,
+            prompt_logprobs=self.scores.logprobs,
+            topk_prompt_logprobs=self.scores.topk,
+            target_prompt_logprobs=self.scores.targets,
+            prompt_draws=self.scores.draws,
+        )
+
+
+class Text:
+    """One sample of a request. Its random numbers come from (seed, its number) alone, one a token."""
+
+    def __init__(self, job: Job, number: int) -> None:
+        self.job = job
+        self.age = -1  # by when it began: the higher, the younger
+        self.tokens: list[int] = []
+        self._number = number
+        self._uniforms = uniforms(job.request.seed, number)
+        self._uniform: float | None = None
+        self._logprobs: list[float] = []
+        self._topk: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def length(self) -> int:
+        """How many tokens have keys and values: the last one is fed by the next step."""
+        return self.job.prompt_tokens + len(self.tokens) - 1
+
+    @property
+    def fed_T(self) -> NDArray[np.int32]:
+        """Those tokens."""
+        return np.concatenate([self.job.request.prompt, np.array(self.tokens[:-1], dtype=np.int32)])
+
+    @property
+    def finished(self) -> bool:
+        return self._number in self.job.sequences
+
+    def uniform(self) -> float:
+        """For the next token: the same until that is taken."""
+        if self._uniform is None:
+            self._uniform = float(self._uniforms.random())
+        return self._uniform
+
+    def take(self, token: int, logprob: float, topk: tuple[Tensor, Tensor] | None) -> bool:
+        """Add a token. True when the text ends with it; the job then has its sequence."""
+        self.tokens.append(token)
+        self._uniform = None
+        self._logprobs.append(logprob)
+        if topk is not None:
+            self._topk.append(topk)
+        stopped = self.job.stops.ended(self.tokens)
+        full = len(self.tokens) >= self.job.tokens_max
+        if self.job.listen is not None:
+            ending: Ending = "stop" if stopped else "length" if full else ""
+            ids, logprobs = ([], []) if topk is None else (topk[0].tolist(), topk[1].tolist())
+            alternatives = list(zip(ids, logprobs, strict=True))
+            self.job.listen(Drawn(self._number, len(self.tokens) - 1, token, logprob, ending, alternatives))
+        if stopped or full:
+            self.finish(stopped)
+        return stopped or full
+
+    def finish(self, stopped: bool) -> None:
+        k = self.job.request.topk_sample_logprobs
+        self.job.sequences[self._number] = Sequence(
+            tokens=np.array(self.tokens, dtype=np.int32),
+            logprobs=np.array(self._logprobs, dtype=np.float32),
+            stopped=stopped,
+            topk=_topk(self._topk, k) if k else None,
+        )
+
+
+def _topk(rows: list[tuple[Tensor, Tensor]], k: int) -> TopK:
+    if not rows:
+        return TopK(np.zeros((0, k), dtype=np.int32), np.zeros((0, k), dtype=np.float32))
+    return TopK(
+        tokens=torch.stack([tokens for tokens, _ in rows]).cpu().numpy().astype(np.int32),
+        logprobs=torch.stack([logprobs for _, logprobs in rows]).cpu().numpy().astype(np.float32),
+    )

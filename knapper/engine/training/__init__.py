@@ -1,0 +1,1 @@
+"""Training: forward_backward requests of many runs in batches of one base model, losses, AdamW."""

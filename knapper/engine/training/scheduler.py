@@ -1,0 +1,263 @@
+"""Which runs compute next: forward_backward requests of all of them, gathered into passes of the one base model.
+
+One task on the device serves all, as the sampler's does, and yields after every layer of a pass, so that sampling and
+optimizer steps take their turns. Nobody is waited for: what arrives while a pass runs shares the next one. Fair by
+rows: the run that was served least goes first, and others fill the pass up. A run that comes, new or back, begins level
+with the run whose turn it last was: what it did not use gives it no claim, and what others used while it was away is
+not held against them. A request that no other could share a pass with is not held up by it.
+"""
+
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Final
+
+from knapper.engine import hardware
+from knapper.engine.executor import Device, Task, timed
+from knapper.engine.out_of_memory import Shortage, told
+from knapper.engine.training import batch
+from knapper.engine.training.batch import Pass
+from knapper.engine.training.trainer import RunState, Trainer
+from knapper.errors import UserError
+from knapper.wire.types import ForwardBackward, ForwardBackwardOutput
+
+Computed = tuple[RunState, ForwardBackwardOutput, float]
+
+_SHARES_REMEMBERED: Final = 1024  # micro-batches over which `shares` tells who was served
+
+
+@dataclass
+class Counters:
+    """Since the clock began."""
+
+    passes: int = 0
+    rows: int = 0  # computed, of all passes
+    room: int = 0  # rows that they could have had: rows / room is how full they were
+    shares: int = 0  # micro-batches: shares / passes runs are in a pass on average
+    repeated: int = 0  # requests that were computed again, alone, after a pass that broke or lacked memory
+
+
+@dataclass(eq=False)
+class _Request:
+    state: RunState
+    read: Callable[[], ForwardBackward]
+    arrived_s: float
+    future: "Future[Computed]" = field(default_factory=Future)
+    opened: Pass | None = None
+    alone: bool = False  # a pass that it was part of broke
+    spared: bool = False  # it lacked memory, and all that was kept for later has been given back
+    cost_s: float = 0.0
+
+    @property
+    def run(self) -> str:
+        return self.state.spec.run
+
+    @property
+    def rows(self) -> int:
+        assert self.opened is not None
+        return self.opened.waiting[0].rows
+
+
+def _share(first: _Request, other: _Request) -> bool:
+    assert first.opened is not None
+    assert other.opened is not None
+    return not (first.alone or other.alone) and first.opened.differentiates == other.opened.differentiates
+
+
+class Clock:
+    """Passes on one device. `now` in seconds only tells what a request costs, and how long it has waited."""
+
+    def __init__(self, trainer: Trainer, device: Device, now: Callable[[], float]) -> None:
+        self.counters = Counters()
+        self._trainer, self._device, self._now = trainer, device, now
+        # Callers and the device's thread meet at these, under the lock.
+        self._lock = threading.Lock()
+        self._arrivals: list[_Request] = []
+        self._working = False
+        self._recent: deque[tuple[str, int]] = deque(maxlen=_SHARES_REMEMBERED)  # (run, rows)
+        # The rest belongs to the device's thread.
+        self._requests: list[_Request] = []
+        self._served: dict[str, int] = {}  # rows by run, of those that are ahead of `_level` or wait
+        self._level = 0  # what the run had been served whose turn it last was
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are not finished."""
+        return len(self._arrivals) + len(self._requests)
+
+    def oldest_s(self) -> float:
+        """How long the request that waits longest has; 0 if none does."""
+        now_s = self._now()
+        with self._lock:
+            return max((now_s - one.arrived_s for one in [*self._arrivals, *self._requests]), default=0.0)
+
+    def shares(self, places: int) -> list[float]:
+        """Of the rows computed lately, the parts of the `places` runs that had most; the largest first."""
+        rows: dict[str, int] = {}
+        with self._lock:
+            for run, own in self._recent:
+                rows[run] = rows.get(run, 0) + own
+        total = sum(rows.values())
+        return [own / total for own in sorted(rows.values(), reverse=True)[:places]]
+
+    def submit(self, state: RunState, read: Callable[[], ForwardBackward]) -> "Future[Computed]":
+        """(state, output, seconds of the passes that were this request's), as `Trainer.forward_backward` has them.
+
+        The same bits, whoever shares the passes. `read` is called on the device's thread; what it raises is raised.
+        Cancelling the future ends the request with its micro-batch.
+        """
+        request = _Request(state, read, self._now())
+        with self._lock:
+            self._arrivals.append(request)
+            begins, self._working = not self._working, True
+        if begins:
+            self._device.submit(self._work(), "passes")
+        return request.future
+
+    # From here on: the device's thread.
+
+    def _work(self) -> Task[None]:
+        try:
+            while self._look():
+                if chosen := self._choose():
+                    yield from self._compute(chosen)
+        except BaseException as error:
+            self._abandon(error)
+            raise
+
+    def _look(self) -> bool:
+        """Take in what arrived and drop what was cancelled. False when nothing is left: the task then ends."""
+        with self._lock:
+            arrived, self._arrivals = self._arrivals, []
+            self._requests = [one for one in self._requests + arrived if not one.future.cancelled()]
+            self._working = bool(self._requests)
+        self._welcome(arrived)
+        self._forget()
+        for one in list(self._requests):
+            if one.opened is None:
+                self._open(one)
+        return self._working
+
+    def _welcome(self, arrived: Sequence[_Request]) -> None:
+        for one in arrived:
+            self._served[one.run] = max(self._served.get(one.run, 0), self._level)
+
+    def _forget(self) -> None:
+        """Runs that are away and not ahead: they come back at the level anyway. When all is done, nobody is ahead."""
+        if not self._requests:
+            self._level = max(self._served.values(), default=self._level)
+        waiting = {one.run for one in self._requests}
+        for run, rows in list(self._served.items()):
+            if rows <= self._level and run not in waiting:
+                del self._served[run]
+
+    def _open(self, one: _Request) -> None:
+        """With its gradients' memory, or it is opened again at the next look."""
+        try:
+            one.opened = self._trainer.open(one.state, one.read())
+        except BaseException as error:  # noqa: BLE001  the border of the thread: the waiting caller gets it
+            failed = told(error)
+        else:
+            return
+        self._part([one], failed)
+
+    def _choose(self) -> list[_Request]:
+        """Who computes a micro-batch now: the least served, and whoever else fits beside it.
+
+        Nobody fills up who is a whole pass ahead of a run that is left out: what fills up costs that run time.
+        """
+        rows_max, rows_shared = self._trainer.rows_max, self._trainer.rows_shared(len(self._requests))
+        waiting = [one for one in self._requests if one.opened is not None]
+        waiting.sort(key=lambda one: self._served[one.run])
+        chosen: list[_Request] = []
+        rows, bound = 0, math.inf
+        for one in waiting:
+            served = self._served[one.run]
+            if not chosen:
+                self._level = max(self._level, served)
+            if not chosen or (served <= bound and rows + one.rows <= rows_shared and _share(chosen[0], one)):
+                chosen.append(one)
+                rows += one.rows
+            else:
+                bound = min(bound, served + rows_max)
+        return chosen
+
+    def _compute(self, chosen: Sequence[_Request]) -> Task[None]:
+        rows, room = [one.rows for one in chosen], self._trainer.rows_shared(len(self._requests))
+        opened = [one.opened for one in chosen if one.opened is not None]
+        try:
+            _, spent_s = yield from timed(batch.compute(self._trainer.decoder, opened), self._now)
+        except Exception as error:  # noqa: BLE001  a defect that one request brings out must not fail the others
+            failed = told(error)
+        else:
+            self._computed(chosen, spent_s, rows, room)
+            return
+        del opened  # gradients that are half added, and perhaps the memory that was lacking
+        self._part(chosen, failed)
+
+    def _computed(self, chosen: Sequence[_Request], spent_s: float, rows: Sequence[int], room: int) -> None:
+        """A pass is done, of which `rows` are each one's."""
+        self.counters.passes += 1
+        self.counters.shares += len(chosen)
+        self.counters.rows += sum(rows)
+        self.counters.room += max(room, sum(rows))
+        with self._lock:
+            self._recent.extend((one.run, own) for one, own in zip(chosen, rows, strict=True))
+        for one, own in zip(chosen, rows, strict=True):
+            one.cost_s += spent_s * own / sum(rows)
+            self._served[one.run] += own
+            if one.opened is not None and one.opened.done:
+                self._finish(one, one.opened)
+
+    def _part(self, chosen: Sequence[_Request], failed: BaseException) -> None:
+        """A pass broke, perhaps with gradients half added: begin each of its requests anew, by itself.
+
+        One that lacked memory by itself is tried once more, when all that is kept for later has been given back.
+        """
+        device = self._trainer.decoder.device
+        for one in chosen:
+            one.alone, one.opened = True, None
+        if isinstance(failed, Shortage):
+            hardware.release(device)
+        for one in chosen:
+            if len(chosen) > 1 or (isinstance(failed, Shortage) and not one.spared):
+                self.counters.repeated += 1
+                one.spared = len(chosen) == 1
+            elif isinstance(failed, Shortage):
+                todo = "Send shorter datums or fewer of them in a request, or train an adapter of a lower rank"
+                self._answer(one, failed.error(f"a training pass of {one.run}", device, todo))
+            else:
+                self._answer(one, failed)
+
+    def _finish(self, one: _Request, opened: Pass) -> None:
+        try:
+            state, output = self._trainer.close(one.state, opened)
+        except UserError as error:
+            self._answer(one, error)
+            return
+        except Exception as error:  # noqa: BLE001  as above
+            failed = told(error)
+        else:
+            self._answer(one, (state, output, one.cost_s))
+            return
+        self._part([one], failed)
+
+    def _answer(self, one: _Request, result: Computed | BaseException) -> None:
+        self._requests.remove(one)
+        if one.future.set_running_or_notify_cancel():
+            if isinstance(result, BaseException):
+                one.future.set_exception(result)
+            else:
+                one.future.set_result(result)
+
+    def _abandon(self, error: BaseException) -> None:
+        """The device closes, or something broke that no request is to blame for: every caller hears it."""
+        with self._lock:
+            requests = self._requests + self._arrivals
+            self._requests, self._arrivals, self._working = [], [], False
+        for one in requests:
+            if one.future.set_running_or_notify_cancel():
+                one.future.set_exception(error)

@@ -1,0 +1,154 @@
+"""Training steps of one run: pure functions from (state, request) to (state, result), in pieces that other work may go
+between.
+
+P parameters.
+"""
+
+from collections import deque
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from knapper.engine.executor import Task
+from knapper.engine.layers.lora import Layout, Lora, layout
+from knapper.engine.models.base import Model
+from knapper.engine.training import optimizer
+from knapper.engine.training.batch import Pass, compute, micro_batches
+from knapper.engine.training.optimizer import Moments, is_finite
+from knapper.engine.training.validation import check
+from knapper.errors import UserError
+from knapper.state.journal.records import Spec
+from knapper.wire.types import AdamW, ForwardBackward, ForwardBackwardOutput
+
+# Rows of a micro-batch: they bound memory and how long neighbours wait; a longer datum goes alone. A CPU's products are
+# saturated from some 128 rows on, a GPU's are not.
+ROWS_MAX_CPU, ROWS_MAX_GPU = 1024, 8192
+# Rows up to which a CPU's pass takes in more requests. From 384 on it computes each no faster. From 128 on little
+# faster, and whoever shares a pass waits for all of it: a few runs go one after another then, or they would end every
+# step together, and wait for their rewards together; more than a few gain by it, as those behind them do.
+ROWS_SHARED_CPU, ROWS_SHARED_BY_FEW_CPU, FEW = 384, 128, 3
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything that a run is. Its tensors are never written to again; a step makes new ones.
+
+    `weights_P`, `grads_P` float32 arenas in `layout`. `grads_P`: the sum since the last optimizer step; None: nothing
+    since. It is always finite.
+    """
+
+    spec: Spec
+    layout: Layout
+    weights_P: Tensor
+    moments: Moments
+    grads_P: Tensor | None = None
+
+    @property
+    def scale(self) -> float:
+        return self.spec.alpha / self.spec.rank
+
+    def lora(self) -> Lora:
+        """The adapter as it is, for a forward pass; views of the arena."""
+        return self.layout.lora(self.weights_P, self.scale)
+
+
+class Trainer:
+    """Trains adapters of many runs on one frozen base model; keeps nothing of any of them."""
+
+    def __init__(self, decoder: Model, rows_max: int | None = None) -> None:
+        """`rows_max` of a micro-batch; None: what suits the device."""
+        self.decoder = decoder
+        self.rows_max = rows_max or (ROWS_MAX_CPU if decoder.device.type == "cpu" else ROWS_MAX_GPU)
+
+    def rows_shared(self, waiting: int) -> int:
+        """Rows up to which a pass takes in more requests while so many wait."""
+        if self.decoder.device.type != "cpu":
+            return self.rows_max
+        return min(self.rows_max, ROWS_SHARED_BY_FEW_CPU if waiting <= FEW else ROWS_SHARED_CPU)
+
+    def layout(self, spec: Spec) -> Layout:
+        """Raises InvalidField for a spec that cannot be trained on this model."""
+        return layout(self.decoder.config, spec)
+
+    def create(self, spec: Spec) -> RunState:
+        """A new run, before its first step. Raises InvalidField."""
+        where = self.layout(spec)
+        return self.begin(spec, where.begin(spec.seed))
+
+    def begin(self, spec: Spec, weights_P: Tensor, moments: Moments | None = None) -> RunState:
+        """A run with these weights; without moments they are zero and the step count too."""
+        where = self.layout(spec)
+        weights_P = weights_P.to(self.decoder.device)
+        if moments is None:
+            moments = Moments(torch.zeros_like(weights_P), torch.zeros_like(weights_P), 0)
+        else:
+            moments = Moments(moments.m_P.to(self.decoder.device), moments.v_P.to(self.decoder.device), moments.step)
+        return RunState(spec, where, weights_P, moments)
+
+    def open(self, state: RunState, request: ForwardBackward) -> Pass:
+        """The request, cut into micro-batches; how depends on it alone, so that its bits do. Raises UserError."""
+        loss, config = check(request, self.decoder.config)
+        sums_P = None if request.forward_only else torch.zeros_like(state.weights_P)
+        batches = deque(micro_batches(request.data, self.rows_max))
+        return Pass(_leaves(state, sums_P), loss, config, sums_P, batches)
+
+    def close(self, state: RunState, one: Pass) -> tuple[RunState, ForwardBackwardOutput]:
+        """The state that the finished pass leads to. Raises UserError for what it failed with."""
+        output = one.output()
+        return (state if one.sums_P is None else replace(state, grads_P=_added(state, one.sums_P))), output
+
+    def forward_backward(
+        self, state: RunState, request: ForwardBackward
+    ) -> Task[tuple[RunState, ForwardBackwardOutput]]:
+        """The loss of each datum, and its gradient added to those pending; forward_only leaves these as they are.
+
+        Yields after each layer. Losses and gradients are sums, never means. Raises UserError for a request that
+        is wrong, or whose loss or gradient is not finite; `state` holds as before then. The clock computes the same for
+        several runs at a time.
+        """
+        one = self.open(state, request)
+        while not one.done:
+            yield from compute(self.decoder, [one])
+        return self.close(state, one)
+
+    def optim_step(self, state: RunState, values: AdamW) -> Task[tuple[RunState, dict[str, float]]]:
+        """One AdamW step with the pending gradients, which are then used up. (state, metrics)
+
+        With nothing pending the gradient is zero: moments decay, the weights move by what momentum is left, and the
+        step counts.
+        """
+        yield from ()
+        grads_P = torch.zeros_like(state.weights_P) if state.grads_P is None else state.grads_P
+        weights_P, moments, metrics = optimizer.step(state.weights_P, grads_P, state.moments, values)
+        return replace(state, weights_P=weights_P, moments=moments, grads_P=None), metrics
+
+
+def _leaves(state: RunState, sums_P: Tensor | None) -> Lora:
+    """The adapter as leaves whose gradients are added straight into the arena `sums_P`; plain views without one."""
+    lora = state.lora()
+    if sums_P is None:
+        return lora
+    sums = state.layout.lora(sums_P, state.scale)
+    for tensors, grads in ((lora.a, sums.a), (lora.b, sums.b)):
+        for site in tensors:
+            tensors[site] = tensors[site].detach().requires_grad_()
+            tensors[site].grad = grads[site]
+    return lora
+
+
+def _added(state: RunState, sums_P: Tensor) -> Tensor:
+    """Pending gradients with this request's. Raises UserError, naming a site, when one is not finite."""
+    total_P = sums_P if state.grads_P is None else state.grads_P + sums_P
+    if not is_finite(total_P):
+        wrong = next(
+            f"{site.name} ({'AB'[part]})"
+            for site, *matrices in state.layout.matrices(total_P)
+            for part, matrix in enumerate(matrices)
+            if not is_finite(matrix)
+        )
+        raise UserError(
+            f"the gradient of {wrong} is not finite; this request added nothing to the pending gradients. "
+            "Look for huge weights or advantages"
+        )
+    return total_P

@@ -1,0 +1,1 @@
+"""CloudEvents: how they read, the Broker they are posted to, and a bucket's notifications."""

@@ -1,0 +1,106 @@
+"""Notifications of a bucket, pulled from a Pub/Sub subscription. The one module that imports its client.
+
+A pull holds a thread for as long as nothing comes. PUBSUB_EMULATOR_HOST is honoured, as the library has it.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+from google.api_core.exceptions import DeadlineExceeded, GoogleAPIError
+from google.auth.exceptions import GoogleAuthError
+from google.cloud import pubsub_v1  # noqa: TID251 - here, and nowhere else
+
+from knapper.errors import StoreError, UserError
+from knapper.events import cloudevents
+from knapper.events.cloudevents import Event
+
+_MESSAGES_MAX: Final = 50
+_PULL_S: Final = 20.0  # a pull without messages ends after this, and the next begins
+_REQUEST_S: Final = 20.0
+
+
+@dataclass(frozen=True)
+class Message:
+    """`ack`: how the subscription knows this delivery of it."""
+
+    id: str
+    attributes: Mapping[str, str]
+    data: bytes
+    ack: str
+
+
+class Subscription:
+    """`name`: projects/PROJECT/subscriptions/SUBSCRIPTION. Nothing is connected before the first pull."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._client: pubsub_v1.SubscriberClient | None = None
+        self._thread = ThreadPoolExecutor(1, "pubsub")
+
+    async def pull(self) -> list[Message]:
+        """What has come; empty after a while without anything. Raises StoreError."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._pull)
+
+    async def acknowledge(self, messages: Sequence[Message]) -> None:
+        """They are not delivered again, as a rule."""
+        if messages:
+            acks = [message.ack for message in messages]
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._acknowledge, acks)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._client is not None:
+            self._client.close()
+
+    def _connected(self) -> pubsub_v1.SubscriberClient:
+        if self._client is None:
+            self._client = pubsub_v1.SubscriberClient()
+        return self._client
+
+    def _pull(self) -> list[Message]:
+        request = {"subscription": self._name, "max_messages": _MESSAGES_MAX}
+        try:
+            found = self._connected().pull(request=request, timeout=_PULL_S, retry=None)
+        except DeadlineExceeded:
+            return []
+        except (GoogleAPIError, GoogleAuthError) as error:
+            raise StoreError(f"cannot pull from {self._name}: {error}", retry_after_s=5.0) from error
+        return [
+            Message(each.message.message_id, dict(each.message.attributes), each.message.data, each.ack_id)
+            for each in found.received_messages
+        ]
+
+    def _acknowledge(self, acks: Sequence[str]) -> None:
+        request = {"subscription": self._name, "ack_ids": list(acks)}
+        try:
+            self._connected().acknowledge(request=request, timeout=_REQUEST_S)
+        except (GoogleAPIError, GoogleAuthError) as error:
+            raise StoreError(f"cannot acknowledge to {self._name}: {error}", retry_after_s=5.0) from error
+
+
+def finalized(message: Message) -> Event | None:
+    """The event that Eventarc would make of a notification; None for one that says something else of an object.
+
+    Raises UserError for a message that no bucket sends.
+    """
+    told = message.attributes
+    if told.get("eventType", "") not in ("", "OBJECT_FINALIZE"):
+        return None
+    try:
+        bucket, name, generation = (told[key] for key in ("bucketId", "objectId", "objectGeneration"))
+    except KeyError as error:
+        raise UserError(f"the message has no attribute {error}; a bucket's notification has it") from error
+    data = message.data if told.get("payloadFormat") == "JSON_API_V1" and message.data else b""
+    if not data:
+        data = msgspec.json.encode({"bucket": bucket, "name": name, "generation": generation})
+    return Event(
+        type=cloudevents.OBJECT_FINALIZED,
+        source=f"//storage.googleapis.com/projects/_/buckets/{bucket}",
+        subject=f"objects/{name}",
+        id=message.id,
+        data=data,
+    )

@@ -1,0 +1,50 @@
+"""The end of a job: its adapter gets a name for good, and everything that people get is published whole."""
+
+from knapper.errors import Corrupt
+from knapper.ids import TinkerPath
+from knapper.jobs import control, outputs, sample_usage
+from knapper.jobs.bill import bill
+from knapper.jobs.job_files import Folder
+from knapper.jobs.recipes import Lines
+from knapper.jobs.records import Trained, read
+from knapper.jobs.services import Place
+from knapper.jobs.worker import Stopped
+from knapper.state.checkpoints import Checkpoints
+from knapper.state.journal import bundles
+from knapper.state.sessions import Finish, Sessions
+from knapper.store import many
+
+FINAL = "final"
+_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
+
+
+async def write(place: Place, checkpoints: Checkpoints, folder: Folder, lines: Lines, steps: int) -> None:
+    """Safe to cut off and to repeat. Raises Stopped if the job was cancelled at the last moment."""
+    start, store = folder.start, place.store
+    adapter = TinkerPath.parse(await lines.run.save_for_sampler(FINAL))
+    await lines.run.save(FINAL)
+    index, files = await bundles.read(store, (await checkpoints.own(adapter, start.tenant)).bundle, _FILES)
+    for name, data in files.items():
+        await place.exchange.publish(outputs.where(start, f"adapter/{name}"), data)
+    await outputs.publish_evaluations(place, folder, steps)
+    trained = await many.each(range(steps), lambda step: _trained(place, folder, step))
+    evaluated = (await outputs.evaluations(store, start)).values()
+    size = sum(part.size for part in index.parts if part.name in _FILES)
+    await sample_usage.after_all(store, folder, trained[-1])
+    told = bill(folder, [*trained, *evaluated], lines.device_s, size, place.clock())
+    await outputs.publish_bill(place, folder, told)
+    if not await control.change(store, start, "completed", "", place.clock()):
+        raise Stopped
+    for checkpoint in await checkpoints.listed(start.tenant, within=f"{start.run}/sampler_weights/step-"):
+        await checkpoints.delete(TinkerPath.parse(checkpoint.path), start.tenant)
+    finish = Finish(reason="success", detail="the job is completed", finished_at=place.clock())
+    await Sessions(store).finish(start.session, finish)
+    await store.delete(start.working)
+    await outputs.publish_status(place, folder.started)
+
+
+async def _trained(place: Place, folder: Folder, step: int) -> Trained:
+    found = await read(place.store, folder.start.trained(step), Trained)
+    if found is None:
+        raise Corrupt(f"object {folder.start.trained(step)} is missing")
+    return found

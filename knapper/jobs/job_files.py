@@ -1,0 +1,80 @@
+"""Jobs as this process has read them: the record of the start, and the files that were copied with it."""
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from knapper.errors import NotFound, damaged
+from knapper.jobs import datasets, spec
+from knapper.jobs.layout import Start
+from knapper.jobs.progress import Outline
+from knapper.jobs.records import Started, read
+from knapper.jobs.rows import Row
+from knapper.jobs.spec import AnyJob
+from knapper.store import Store
+
+_KEPT_MAX = 8
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One started job. It never changes, so it is read once."""
+
+    start: Start
+    started: Started
+    job: AnyJob
+    rows: Sequence[Row]
+    held_out: Sequence[Row]
+    files: Mapping[str, bytes]
+
+    @property
+    def outline(self) -> Outline:
+        return Outline(self.start, self.job, len(self.held_out))
+
+
+class Folders:
+    """The most recently used ones."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._kept: OrderedDict[Start, asyncio.Task[Folder]] = OrderedDict()
+
+    async def read(self, start: Start) -> Folder:
+        """Raises NotFound for a job that was never started, Corrupt if its files are not what its record says."""
+        task = self._kept.get(start)
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            task = self._kept[start] = asyncio.ensure_future(_read(self._store, start))
+        self._kept.move_to_end(start)
+        if len(self._kept) > _KEPT_MAX:
+            self._kept.popitem(last=False)
+        return await asyncio.shield(task)
+
+
+async def _read(store: Store, start: Start) -> Folder:
+    started = await read(store, start.started, Started)
+    if started is None:
+        raise NotFound(f"job {start} was never started; put job.yaml and its files into its inbox")
+    job = spec.decode(started.spec_json)
+    files = {}
+    for name, sha256 in started.files.items():
+        data = await store.get(start.content(sha256))
+        if data is None:
+            raise damaged(start.content(sha256), f"it is missing, and was {name} of job {start}")
+        if await asyncio.to_thread(_sha256, data) != sha256:
+            raise damaged(start.content(sha256), f"its {len(data)} bytes are others than {name} of job {start} had")
+        files[name] = data
+    rows = await asyncio.to_thread(datasets.rows, job, job.data, files.pop(job.data))
+    held_out: Sequence[Row] = []
+    if job.evaluate is not None:
+        data = files.pop(job.evaluate.data, None)
+        if data is None:  # the same file as the data
+            held_out = rows
+        else:
+            held_out = await asyncio.to_thread(datasets.rows, job, job.evaluate.data, data)
+    return Folder(start, started, job, rows, held_out, files)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

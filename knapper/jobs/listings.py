@@ -1,0 +1,143 @@
+"""What there is to tell about jobs: lists, and single ones, from the records in the store."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from knapper.errors import NotFound, damaged
+from knapper.ids import Tenant, TinkerPath
+from knapper.jobs import control, layout, outputs
+from knapper.jobs.completion import FINAL
+from knapper.jobs.layout import Start
+from knapper.jobs.progress import newest_step
+from knapper.jobs.records import Refusal, Started, Trained, Waiting, read
+from knapper.jobs.services import Place
+from knapper.jobs.spec import Kind, RlJob, decode
+from knapper.state import damage
+from knapper.state.journal import envelope
+from knapper.store import Store, many
+
+_METRICS_MAX = 1000  # lines that one answer has
+_BILL_BYTES_MAX = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A start that was ever looked at."""
+
+    start: Start
+    at: float
+
+
+async def listed(store: Store, tenant: Tenant) -> list[Listed]:
+    """The newest start of each job, newest first."""
+    prefix = layout.listed(tenant)
+    found = damage.parsed(await store.list(prefix), lambda name: _listed(tenant, name.removeprefix(prefix)))
+    newest = {each.start.job: each for each in found}  # in order of time: the last one stays
+    return sorted(newest.values(), key=lambda each: each.at, reverse=True)
+
+
+def _listed(tenant: Tenant, name: str) -> Listed:
+    """Raises ValueError for a name that none of ours is."""
+    at_us, job, start = name.split("/")
+    return Listed(Start(tenant, job, start), int(at_us) / 1e6)
+
+
+async def newest(store: Store, tenant: Tenant, job: str) -> Listed:
+    """Raises NotFound."""
+    prefix = layout.starts(tenant, layout.job(job))
+    if starts := await store.list(prefix):
+        at_us, start = starts[-1].removeprefix(prefix).split("/")
+        return Listed(Start(tenant, job, start), int(at_us) / 1e6)
+    # One from before there were such names, or none.
+    for each in await listed(store, tenant):
+        if each.start.job == job:
+            return each
+    raise NotFound(f"job {job!r} does not exist; `knapper jobs` lists those that do")
+
+
+async def briefs(store: Store, chosen: list[Listed]) -> list[dict[str, Any]]:
+    """A line each, in their order."""
+    return await many.each(chosen, lambda each: _line(store, each))
+
+
+async def whole(place: Place, tenant: Tenant, job: str, after: int) -> dict[str, Any]:
+    """Everything about one job; its metrics from the step behind `after` on, a thousand at most. Raises NotFound."""
+    found = await newest(place.store, tenant, job)
+    start, told = found.start, await _line(place.store, found)
+    trained = await damage.readable(
+        range(after, min(told["step"], after + _METRICS_MAX)),
+        lambda step: read(place.store, start.trained(step), Trained),
+    )
+    lines = [(after + n, each) for n, each in enumerate(trained, 1) if each is not None]
+    told["metrics"] = [outputs.metrics_line(step, each) for step, each in lines]
+    started = await damage.unless(read(place.store, start.started, Started), None)
+    if started is None:
+        return told
+    evaluations = await outputs.evaluations(place.store, start)
+    last = told["steps"] if told["steps"] is not None else -1
+    told |= {
+        "base_model": started.base_model,
+        "adapts": decode(started.spec_json).lora.adapts,
+        "run": start.run,
+        "evaluation": outputs.evaluation(evaluations, last) if evaluations else None,
+        "outputs": layout.outputs(tenant, job),
+        "job_yaml": started.job_yaml.decode(),
+    }
+    if told["state"] == "completed":
+        told["checkpoint"] = str(TinkerPath(start.run, "sampler_weights", FINAL))
+        told["bill"] = await damage.unless(_bill(place, start), None)
+    return told
+
+
+async def _line(store: Store, found: Listed) -> dict[str, Any]:
+    """Of a job with a damaged record it says that."""
+    try:
+        return await _brief(store, found)
+    except damage.ERRORS as error:
+        damage.tell(error)
+        return _blank(found) | {"state": "unknown", "reason": str(error)}
+
+
+async def _brief(store: Store, found: Listed) -> dict[str, Any]:
+    start, told = found.start, _blank(found)
+    started = await read(store, start.started, Started)
+    if started is None:
+        return told | await _unstarted(store, start)
+    job, now = decode(started.spec_json), await control.now(store, start)
+    step = await newest_step(store, start)
+    last = await damage.unless(read(store, start.trained(step - 1), Trained), None) if step else None
+    kind: Kind = job.kind
+    steps = job.steps if isinstance(job, RlJob) or job.steps is not None else None if last is None else last.steps
+    return told | {"kind": kind, "state": now.state, "reason": now.reason, "step": step, "steps": steps}
+
+
+async def _bill(place: Place, start: Start) -> object:
+    """Raises Corrupt: anybody may have written over what people are shown."""
+    name = outputs.where(start, "bill.json")
+    bill = await place.exchange.read(name, _BILL_BYTES_MAX)
+    try:
+        return None if bill is None else msgspec.json.decode(bill.data)
+    except envelope.UNREADABLE as error:
+        raise damaged(name, f"it is not JSON: {error}") from error
+
+
+def _blank(found: Listed) -> dict[str, Any]:
+    """Of a job that nothing is known of but that it was looked at."""
+    start = found.start
+    return {
+        "job": start.job, "start": start.id, "kind": None, "state": "waiting", "reason": "", "step": 0, "steps": None,
+        "created_at": datetime.fromtimestamp(found.at, UTC).isoformat(),
+    }  # fmt: skip
+
+
+async def _unstarted(store: Store, start: Start) -> dict[str, Any]:
+    refusals = await store.list(start.refusals)
+    refused = await read(store, refusals[-1], Refusal) if refusals else None
+    if refused is not None:
+        return {"state": "refused", "reason": str(refused.report.get("error", "")), "error": refused.report}
+    if await read(store, start.waiting, Waiting) is not None:
+        return {"reason": "files that job.yaml names are not there yet"}
+    return {}

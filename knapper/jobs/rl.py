@@ -1,0 +1,202 @@
+"""A step of reinforcement learning: rollouts and their scores become advantages, and these the loss's data."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from knapper.errors import damaged
+from knapper.ids import RunId
+from knapper.jobs import advantages, schedule
+from knapper.jobs.bill import covered, union
+from knapper.jobs.job_files import Folder
+from knapper.jobs.layout import Round
+from knapper.jobs.recipes import Lines, Outcome
+from knapper.jobs.records import Rollout, Rollouts, Scores, Spent, decode
+from knapper.jobs.rollouts import step_name
+from knapper.jobs.rows import RlRow, Row
+from knapper.jobs.spec import RlJob
+from knapper.store import Store, many
+from knapper.wire.types import Datum
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt's rollouts with their scores; `size`: bytes in the store."""
+
+    rollouts: Rollouts
+    scores: Scores
+    size: int
+
+    @property
+    def rewards_G(self) -> "np.ndarray[Any, np.dtype[np.float64]]":
+        return np.array([score.value for score in self.scores.scores], np.float64)
+
+    @property
+    def prompt(self) -> "np.ndarray[Any, np.dtype[np.int32]]":
+        return np.frombuffer(self.rollouts.prompt_tokens, "<i4").astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Reinforcing:
+    folder: Folder
+    job: RlJob
+    store: Store
+
+    evaluates_in_run = False
+
+    @property
+    def steps(self) -> int:
+        return self.job.steps
+
+    @property
+    def runs(self) -> Sequence[RunId]:
+        return [self.folder.start.run]
+
+    @property
+    def scores(self) -> Mapping[Round, int]:
+        return {"steps": self.job.batch.prompts, "evaluations": len(self.folder.held_out)}
+
+    async def train(self, lines: Lines, step: int) -> Outcome:
+        groups = await read_groups(self.store, self.folder, "steps", step, self.job.batch.prompts)
+        line = lines.run
+        advantages_of = [self._advantages(group) for group in groups]
+        sampled = sum(size_of(each) for group in groups if not group.scores.refused for each in group.rollouts.rollouts)
+        data = [
+            datum(group.prompt, rollout, advantage / sampled, masked=self.job.loss.name == "gspo")
+            for group, each in zip(groups, advantages_of, strict=True)
+            for rollout, advantage in zip(group.rollouts.rollouts, each, strict=True)
+            if each.any()
+        ]
+        metrics = _described(self.job, step, groups, advantages_of)
+        if data:
+            output = await line.forward_backward(data, self.job.loss.name, self._thresholds())
+            values = schedule.adamw(self.job.optimizer, step, self.steps)
+            stepped = await line.optim_step(values)
+            counted = max(output.metrics.get("tokens:sum", 0.0), 1.0)
+            metrics |= {
+                "loss/mean": output.metrics["loss:sum"],
+                "kl/mean": output.metrics.get("kl:sum", 0.0) / counted,
+                "ratio/mean": output.metrics.get("ratio:sum", 0.0) / counted,
+                "learning_rate": values.learning_rate,
+                "grad_norm": stepped["grad_norm"],
+            }
+        await line.save_for_sampler(step_name(step + 1))
+        return Outcome(metrics, _spent(groups), _readable(self.folder.rows, groups, advantages_of))
+
+    async def evaluate(self, _lines: Lines, version: int) -> Outcome:
+        groups = await read_groups(self.store, self.folder, "evaluations", version, len(self.folder.held_out))
+        rewards = [float(group.rewards_G.mean()) for group in groups if not group.scores.refused]
+        metrics = {"reward/mean": float(np.mean(rewards)) if rewards else 0.0, "prompts": float(len(rewards))}
+        metrics |= _parts(groups)
+        return Outcome(metrics, _spent(groups), _readable(self.folder.held_out, groups, None))
+
+    def _advantages(self, group: Group) -> "np.ndarray[Any, np.dtype[np.float64]]":
+        if group.scores.refused:
+            return np.zeros(len(group.rollouts.rollouts))
+        return advantages.FORMULAS[self.job.advantage](group.rewards_G)
+
+    def _thresholds(self) -> dict[str, float]:
+        loss = self.job.loss
+        given = {"clip_low_threshold": loss.clip_low_threshold, "clip_high_threshold": loss.clip_high_threshold}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+async def read_groups(store: Store, folder: Folder, kind: Round, n: int, prompts: int) -> list[Group]:
+    """All of a round. Raises Corrupt if one is missing."""
+    start = folder.start
+
+    async def one(part: int) -> Group:
+        names = (start.rollouts(kind, n, part), start.scores(kind, n, part))
+        found = [await store.get(name) for name in names]
+        for name, data in zip(names, found, strict=True):
+            if data is None:
+                raise damaged(name, "it is missing")
+        first, second = (data or b"" for data in found)
+        size = len(first) + len(second)
+        return Group(decode(first, Rollouts, names[0]), decode(second, Scores, names[1]), size)
+
+    return await many.each(range(prompts), one)
+
+
+def size_of(rollout: Rollout) -> int:
+    """Sampled tokens."""
+    return len(rollout.tokens) // 4
+
+
+def datum(prompt: "np.ndarray[Any, np.dtype[np.int32]]", rollout: Rollout, advantage: float, *, masked: bool) -> Datum:
+    """Each token predicts the next one; only sampled ones have an advantage."""
+    sampled = np.frombuffer(rollout.tokens, "<i4").astype(np.int32)
+    tokens = np.concatenate([prompt, sampled])
+    before = len(prompt) - 1
+    logprobs = np.concatenate([np.zeros(before, np.float32), np.frombuffer(rollout.logprobs, "<f4")])
+    advantages_T = np.zeros(len(tokens) - 1, np.float32)
+    advantages_T[before:] = advantage
+    inputs: dict[str, Any] = {"target_tokens": tokens[1:].astype(np.int64), "logprobs": logprobs.astype(np.float32),
+              "advantages": advantages_T}  # fmt: skip
+    if masked:
+        inputs["sequence_ratio_mask"] = (np.arange(len(tokens) - 1) >= before).astype(np.float32)
+    return Datum(tokens[:-1], inputs)
+
+
+def _described(job: RlJob, step: int, groups: Sequence[Group], found: Sequence[Any]) -> dict[str, float]:
+    """What metrics.jsonl says of the rollouts."""
+    used = [group for group in groups if not group.scores.refused]
+    rewards = np.concatenate([group.rewards_G for group in used]) if used else np.zeros(1)
+    rollouts = [rollout for group in groups for rollout in group.rollouts.rollouts]
+    refused = len(groups) - len(used)
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        **_parts(groups),
+        "tokens/mean": float(np.mean([size_of(rollout) for rollout in rollouts])),
+        "stopped/mean": float(np.mean([rollout.stopped for rollout in rollouts])),
+        "groups/refused": float(refused),
+        "groups/silent": float(sum(not each.any() for each in found) - refused),
+        "staleness": float(step - schedule.sampled_from(job, step)),
+    }
+
+
+def _parts(groups: Sequence[Group]) -> dict[str, float]:
+    """Means of the reward's terms, where it has several."""
+    scores = [score for group in groups for score in group.scores.scores]
+    labels = sorted({label for score in scores for label in score.parts})
+    if len(labels) < 2:
+        return {}
+    return {f"reward/{label}": float(np.mean([score.parts[label] for score in scores])) for label in labels}
+
+
+def _spent(groups: Sequence[Group]) -> Spent:
+    return Spent(
+        prompt_tokens=sum(len(group.prompt) for group in groups),
+        sampled_tokens=sum(size_of(rollout) for group in groups for rollout in group.rollouts.rollouts),
+        sample_device_s=sum(group.rollouts.device_s for group in groups),
+        sample_s=covered([(group.rollouts.began_at, group.rollouts.ended_at) for group in groups]),
+        reward_s=covered([(group.scores.began_at, group.scores.ended_at) for group in groups]),
+        bytes=sum(group.size for group in groups),
+        busy=union([(each.began_at, each.ended_at) for group in groups for each in (group.rollouts, group.scores)]),
+    )
+
+
+def _readable(rows: Sequence[Row], groups: Sequence[Group], found: Sequence[Any] | None) -> bytes:
+    """JSON Lines, a rollout each: what was asked, what came, what it was worth."""
+    lines = []
+    for n, group in enumerate(groups):
+        row = rows[group.rollouts.row]
+        assert isinstance(row, RlRow)
+        for m, rollout in enumerate(group.rollouts.rollouts):
+            told: dict[str, Any] = {"id": rollout.id, "prompt": row.prompt, "completion": rollout.text}
+            told |= {"answer": row.answer, "tokens": size_of(rollout), "stopped": rollout.stopped}
+            if group.scores.refused:
+                told["refused"] = group.scores.refused
+            else:
+                score = group.scores.scores[m]
+                told |= {"reward": score.value, "parts": score.parts}
+                if score.reasons:
+                    told["reasons"] = score.reasons
+            if found is not None:
+                told["advantage"] = float(found[n][m])
+            lines.append(msgspec.json.encode(told) + b"\n")
+    return b"".join(lines)

@@ -1,0 +1,241 @@
+"""sample's part of a job: the rollouts of the next rounds, each prompt's as one object.
+
+A rollout is a function of (adapter, prompt, parameters, seed), and its seed of (job, round, prompt): doing it twice
+gives the same.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from knapper.catalogue.tokenizer import Language
+from knapper.errors import InvalidField
+from knapper.events import cloudevents
+from knapper.events.cloudevents import Event
+from knapper.ids import TinkerPath
+from knapper.jobs import progress, schedule
+from knapper.jobs.job_files import Folder
+from knapper.jobs.layout import Round
+from knapper.jobs.progress import Looks
+from knapper.jobs.records import Rollout, Rollouts, encode
+from knapper.jobs.rows import RlRow
+from knapper.jobs.spec import RlJob
+from knapper.jobs.tokenized_rows import Texts
+from knapper.jobs.worker import Slice, SliceOver, Worker
+from knapper.state.checkpoints import Checkpoints
+from knapper.store.cache import Remembered
+from knapper.wire.types import Sample, SampleOutput, SamplingParams
+from knapper.wire.types import Sequence as Sampled
+
+_TEXTS_AT_ONCE = 128  # twice as many as decode at once, so that none waits for its turn to be asked for
+_WATCH_S = 1.0
+SOURCE = "knapper/sample"
+
+
+class Draws(Protocol):
+    """What is needed of knapper.engine.sampling.scheduler.Sampler."""
+
+    async def sample(self, request: Sample) -> SampleOutput: ...
+
+
+@dataclass
+class Sampling:
+    """`context`: tokens that the model takes."""
+
+    worker: Worker
+    sampler: Draws
+    language: Language
+    context: int
+    _prompts: "Remembered[str, Prompts]" = field(default_factory=Remembered)
+
+    def __post_init__(self) -> None:
+        self._place = self.worker.place
+        self._looks = Looks(self._place.store)
+        self._checkpoints = Checkpoints(self._place.store, self._place.clock)
+
+    async def answer(self, event: Event) -> None:
+        await self.worker.answer(event, self._work)
+
+    async def _work(self, folder: Folder, within: Slice, event: Event) -> None:
+        job = folder.job
+        assert isinstance(job, RlJob), "the worker takes no others"
+        while True:
+            await within.go_on()
+            now = await self._looks.look(folder.outline, job.steps)
+            for kind, n, prompts in progress.rounds(folder.outline, job, now):
+                parts = now.parts(kind, n)
+                missing = sorted(set(range(prompts)) - parts.rollouts)
+                if missing:
+                    await self._sample(_Round(folder, job, kind, n), missing, within)
+                if missing or len(parts.scores) < prompts:
+                    await self._place.bells.ring(event, cloudevents.ROLLOUTS_SAMPLED, SOURCE, n, kind)
+                if missing:
+                    break
+            else:
+                return
+
+    async def _sample(self, one: "_Round", missing: Sequence[int], within: Slice) -> None:
+        """Those prompts' rollouts, several prompts at a time. Raises SliceOver if not all were begun, and Stopped."""
+        prompts = await self._prompts.get(str(one.folder.start), lambda: asyncio.to_thread(self._encode, one))
+        adapter = await self._adapter(one)
+        gate = asyncio.Semaphore(max(1, _TEXTS_AT_ONCE // one.samples))
+
+        async def late(part: int) -> bool:
+            async with gate:
+                over = self._place.clock() >= within.end
+                if not over:
+                    await self._sample_one(one, part, prompts, adapter)
+                return over
+
+        tasks = [asyncio.ensure_future(late(part)) for part in missing]
+        every, watch = asyncio.gather(*tasks), asyncio.ensure_future(_watch(within))
+        try:
+            await asyncio.wait((every, watch), return_when=asyncio.FIRST_COMPLETED)
+            if watch.done():
+                watch.result()
+            if any(every.result()):
+                raise SliceOver
+        finally:
+            for task in (*tasks, watch):
+                task.cancel()
+            await asyncio.gather(*tasks, every, watch, return_exceptions=True)
+
+    async def _sample_one(self, one: "_Round", part: int, prompts: "Prompts", adapter: str) -> None:
+        began_at = self._place.clock()
+        row, tokens = one.row(part), prompts.of(one.kind, one.row(part))
+        output = await self.sampler.sample(
+            Sample(
+                base_model=one.folder.started.base_model,
+                adapter=adapter,
+                prompt=np.array(tokens, np.int32),
+                params=one.params,
+                seed=schedule.sample_seed(one.job.seed, one.seed_of, part),
+                num_samples=one.samples,
+                tenant=one.folder.start.tenant,
+            )
+        )
+        rollouts = [
+            Rollout(
+                id=f"{one.spoken}/{part}/{n}",
+                tokens=sequence.tokens.astype("<i4").tobytes(),
+                logprobs=sequence.logprobs.astype("<f4").tobytes(),
+                text=_text(self.language, sequence, one.params.stop_strings),
+                stopped=sequence.stopped,
+            )
+            for n, sequence in enumerate(output.sequences)
+        ]
+        record = Rollouts(
+            row=row, prompt_tokens=np.array(tokens, "<i4").tobytes(), rollouts=rollouts, began_at=began_at,
+            ended_at=self._place.clock(), device_s=output.device_s,
+        )  # fmt: skip
+        name = one.folder.start.rollouts(one.kind, one.n, part)
+        await self._place.store.put_if_absent(name, encode(record))
+
+    async def _adapter(self, one: "_Round") -> str:
+        """The bundle of the version that the round is sampled from; of version 0, which is untouched, none."""
+        if one.version == 0:
+            return ""
+        path = TinkerPath(one.folder.start.run, "sampler_weights", step_name(one.version))
+        return (await self._checkpoints.own(path, one.folder.start.tenant)).bundle
+
+    def _encode(self, one: "_Round") -> "Prompts":
+        """Every prompt of the job, each checked to fit. Raises UserError."""
+        folder, job = one.folder, one.job
+        texts = Texts(self.language, folder.started.started_at, self.context)
+        room = self.context - job.sampling.max_tokens
+        found = []
+        for file, rows in ((job.data, folder.rows), (job.evaluate.data if job.evaluate else "", folder.held_out)):
+            tokens = []
+            for n, row in enumerate(rows):
+                assert isinstance(row, RlRow)
+                tokens.append(texts.prompt(row.prompt))
+                if not 1 <= len(tokens[-1]) <= room:
+                    raise InvalidField(
+                        f"row {n + 1} of {file}: the prompt's length in tokens", len(tokens[-1]),
+                        f"1 to {room}: the model's context is {self.context}, and sampling.max_tokens "
+                        f"{job.sampling.max_tokens}", "Shorten the prompt, or lower sampling.max_tokens",
+                    )  # fmt: skip
+            found.append(tokens)
+        return Prompts(*found)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """As tokens, by row."""
+
+    rows: Sequence[list[int]]
+    held_out: Sequence[list[int]]
+
+    def of(self, kind: Round, row: int) -> list[int]:
+        return self.rows[row] if kind == "steps" else self.held_out[row]
+
+
+@dataclass(frozen=True)
+class _Round:
+    folder: Folder
+    job: RlJob
+    kind: Round
+    n: int
+
+    @property
+    def version(self) -> int:
+        return schedule.sampled_from(self.job, self.n) if self.kind == "steps" else self.n
+
+    @property
+    def samples(self) -> int:
+        if self.kind == "steps":
+            return self.job.batch.samples
+        assert self.job.evaluate is not None, "a job without it has no such rounds"
+        return self.job.evaluate.samples
+
+    @property
+    def params(self) -> SamplingParams:
+        asked = self.job.sampling
+        stops = tuple(asked.stop)
+        if self.kind == "steps":
+            return SamplingParams(
+                max_tokens=asked.max_tokens, stop_strings=stops, temperature=asked.temperature, top_k=asked.top_k,
+                top_p=asked.top_p,
+            )  # fmt: skip
+        assert self.job.evaluate is not None, "a job without it has no such rounds"
+        return SamplingParams(
+            max_tokens=asked.max_tokens, stop_strings=stops, temperature=self.job.evaluate.temperature
+        )
+
+    @property
+    def seed_of(self) -> str:
+        """Versions are evaluated with the same numbers, so that they can be compared."""
+        return f"steps/{self.n}" if self.kind == "steps" else "evaluations"
+
+    @property
+    def spoken(self) -> str:
+        return str(self.n + 1) if self.kind == "steps" else f"e{self.n}"
+
+    def row(self, part: int) -> int:
+        if self.kind == "evaluations":
+            return part
+        return schedule.rows(self.job.seed, self.n, self.job.batch.prompts, self.folder.started.rows)[part]
+
+
+def step_name(version: int) -> str:
+    """What the checkpoint of a version is called while the job needs it."""
+    return f"step-{version}"
+
+
+async def _watch(within: Slice) -> None:
+    """Raises Stopped soon after the job was cancelled."""
+    while True:
+        await asyncio.sleep(_WATCH_S)
+        await within.expect_running()
+
+
+def _text(language: Language, sequence: Sampled, stops: Sequence[str]) -> str:
+    """Without what ended it."""
+    text = str(language.tokenizer.decode(sequence.tokens.tolist(), skip_special_tokens=True))
+    if not sequence.stopped:
+        return text
+    found = [at for at in map(text.find, stops) if at >= 0]
+    return text[: min(found)] if found else text

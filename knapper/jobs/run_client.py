@@ -1,0 +1,169 @@
+"""The training part of a job: operations with derived sequence numbers, in the journal of a run like any other.
+
+So exactly-once and recovery are the journal's. A repetition makes the same bytes, and finds the answer to the first.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+
+from knapper.errors import UserError
+from knapper.events.cloudevents import Committed, Frame
+from knapper.ids import RunId
+from knapper.state.journal.accept import Acceptor, pack
+from knapper.state.journal.newest import Manifests
+from knapper.state.journal.records import Creation, Kind, Result, Spec
+from knapper.state.journal.results import Results
+from knapper.store import Store
+from knapper.wire import proto, requests
+from knapper.wire.types import AdamW, Datum, ForwardBackward, ForwardBackwardOutput
+
+_TOKENS_MAX = 8192  # of one forward_backward: bounds how long a cancelled job goes on; a longer datum goes alone
+_DATUMS_MAX = 512
+
+
+class Applies(Protocol):
+    """What is needed of knapper.serving.runs.Residents."""
+
+    def answer(self, run_id: RunId) -> AsyncIterator[Frame]: ...
+
+
+@dataclass(frozen=True)
+class Applied:
+    """`accepted_at`: when it was accepted first, None where nobody knows any more. `device_s`: what it took."""
+
+    result: Result
+    accepted_at: float | None
+    device_s: float
+
+
+class Journal:
+    """Of all runs that jobs of this process train."""
+
+    def __init__(self, store: Store, residents: Applies, clock: Callable[[], float]) -> None:
+        manifests = Manifests(store)
+        self._acceptor = Acceptor(store, clock, manifests)
+        self._results = Results(store, manifests)
+        self._residents = residents
+
+    async def create(self, spec: Spec) -> None:
+        """The run, with its first operation. Doing it again changes nothing."""
+        await self._acceptor.create(Creation(spec=spec), msgspec.json.encode(spec))
+        await self._result(RunId(spec.run), 0)
+
+    async def apply(self, run: RunId, seq: int, kind: Kind, body: bytes) -> Applied:
+        """The operation, done. Raises UserError if it failed by what it asks."""
+        accepted_at = await self._acceptor.accept(run, seq, kind, pack(body))
+        result = await self._result(run, seq)
+        if accepted_at is None:  # by an earlier slice, or a process that is gone
+            accepted_at = await self._acceptor.accepted_at(run, seq)
+        return Applied(result, accepted_at, await self._results.device_s(run, seq))
+
+    async def creation_s(self, run: RunId) -> float:
+        """Seconds of the device that making the run took."""
+        await self._result(run, 0)
+        return await self._results.device_s(run, 0)
+
+    def forget(self, run: RunId) -> None:
+        """Free the memory; the store still knows."""
+        self._results.forget(run)
+
+    async def _result(self, run: RunId, seq: int) -> Result:
+        while (result := await self._results.find(run, seq)) is None:
+            async for frame in self._residents.answer(run):
+                if isinstance(frame, Committed):
+                    self._results.offer(run, frame.n, frame.commit)
+        if result.failed:
+            raise UserError(f"operation {seq} of run {run} failed: {_reason(result.body)}")
+        return result
+
+
+@dataclass
+class Line:
+    """Operations of one run, one after another. `go_on` stands before each, and may raise."""
+
+    journal: Journal
+    run: RunId
+    seq: int  # of the next one
+    go_on: Callable[[], Awaitable[None]]
+    tokens: int = 0  # sent so far
+    sent_bytes: int = 0  # and what came back
+    device_s: float = 0.0  # that its operations took
+    began_at: float | None = None  # when the first of them was accepted, whoever sent it
+
+    async def forward_backward(
+        self, data: Sequence[Datum], loss: str, config: dict[str, float], *, forward_only: bool = False
+    ) -> ForwardBackwardOutput:
+        """Of all data, in as many operations as it takes; metrics are sums, so they are added."""
+        outputs: list[dict[str, Any]] = []
+        metrics: dict[str, float] = {}
+        for chunk in chunks(data):
+            request = ForwardBackward(self.run, self.seq, chunk, loss, dict(config), forward_only)
+            result = await self._apply("forward_backward", proto.encode_forward_backward(request))
+            found = proto.decode_forward_backward_output(result.body)
+            outputs += found.outputs
+            for name, value in found.metrics.items():
+                metrics[name] = metrics.get(name, 0.0) + value
+            self.tokens += sum(datum.tokens.size for datum in chunk)
+        return ForwardBackwardOutput(outputs, metrics)
+
+    async def optim_step(self, values: AdamW) -> dict[str, float]:
+        params = requests.AdamParams(
+            learning_rate=values.learning_rate, beta1=values.beta1, beta2=values.beta2, eps=values.eps,
+            weight_decay=values.weight_decay, grad_clip_norm=values.grad_clip_norm,
+        )  # fmt: skip
+        request = requests.OptimStep(model_id=self.run, seq_id=self.seq, adam_params=params)
+        result = await self._apply("optim_step", requests.encode(request))
+        return msgspec.json.decode(result.body, type=_Stepped).metrics
+
+    async def save_for_sampler(self, name: str) -> str:
+        """The checkpoint's path."""
+        request = requests.SaveWeightsForSampler(model_id=self.run, seq_id=self.seq, path=name)
+        return _path(await self._apply("save_weights_for_sampler", requests.encode(request)))
+
+    async def save(self, name: str) -> str:
+        """The checkpoint's path; it has the optimizer's state."""
+        request = requests.SaveWeights(model_id=self.run, seq_id=self.seq, path=name)
+        return _path(await self._apply("save_weights", requests.encode(request)))
+
+    async def _apply(self, kind: Kind, body: bytes) -> Result:
+        await self.go_on()
+        applied = await self.journal.apply(self.run, self.seq, kind, body)
+        self.seq += 1
+        self.sent_bytes += len(body) + len(applied.result.body)
+        self.device_s += applied.device_s
+        if self.began_at is None:
+            self.began_at = applied.accepted_at
+        return applied.result
+
+
+class _Stepped(msgspec.Struct):
+    metrics: dict[str, float]
+
+
+class _Saved(msgspec.Struct):
+    path: str
+
+
+def chunks(data: Sequence[Datum]) -> Iterator[list[Datum]]:
+    """In order, cut between datums; how depends on the data alone, so that a repetition makes the same operations."""
+    chunk, tokens = list[Datum](), 0
+    for datum in data:
+        if chunk and (tokens + datum.tokens.size > _TOKENS_MAX or len(chunk) == _DATUMS_MAX):
+            yield chunk
+            chunk, tokens = [], 0
+        chunk.append(datum)
+        tokens += datum.tokens.size
+    if chunk:
+        yield chunk
+
+
+def _path(result: Result) -> str:
+    return msgspec.json.decode(result.body, type=_Saved).path
+
+
+def _reason(body: bytes) -> str:
+    answer = msgspec.json.decode(body)
+    return str(answer.get("error", answer)) if isinstance(answer, dict) else str(answer)

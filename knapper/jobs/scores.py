@@ -1,0 +1,83 @@
+"""reward's part of a job: the scores of what was sampled, each prompt's as one object."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from knapper.errors import damaged
+from knapper.events import cloudevents
+from knapper.events.cloudevents import Event
+from knapper.jobs import progress
+from knapper.jobs.job_files import Folder
+from knapper.jobs.layout import Round
+from knapper.jobs.progress import Looks
+from knapper.jobs.records import Rollout, Rollouts, Score, Scores, encode, read
+from knapper.jobs.rows import RlRow
+from knapper.jobs.spec import RlJob
+from knapper.jobs.worker import Slice, Worker
+from knapper.rewards import scorer, spec
+from knapper.rewards.spec import Reward
+
+_GROUPS_AT_ONCE = 4
+SOURCE = "knapper/reward"
+
+Judge = Callable[[Reward, Sequence[scorer.Rollout]], Awaitable[list[scorer.Score]]]
+
+
+@dataclass
+class Scoring:
+    """`judge`: knapper.rewards.scorer.score, with the sandbox of this process."""
+
+    worker: Worker
+    judge: Judge
+
+    def __post_init__(self) -> None:
+        self._place = self.worker.place
+        self._looks = Looks(self._place.store)
+
+    async def answer(self, event: Event) -> None:
+        await self.worker.answer(event, self._work)
+
+    async def _work(self, folder: Folder, within: Slice, event: Event) -> None:
+        job = folder.job
+        assert isinstance(job, RlJob), "the worker takes no others"
+        reward = spec.parse(job.reward, folder.files)
+        while True:
+            await within.go_on()
+            now = await self._looks.look(folder.outline, job.steps)
+            for kind, n, prompts in progress.rounds(folder.outline, job, now):
+                parts = now.parts(kind, n)
+                todo = sorted(parts.rollouts - parts.scores)
+                for first in range(0, len(todo), _GROUPS_AT_ONCE):
+                    await within.go_on()
+                    group = todo[first : first + _GROUPS_AT_ONCE]
+                    await asyncio.gather(*(self._score(folder, job, reward, kind, n, part) for part in group))
+                if len(parts.scores | set(todo)) == prompts and not parts.done:
+                    await self._place.bells.ring(event, cloudevents.ROLLOUTS_SCORED, SOURCE, n, kind)
+                if todo:
+                    break
+            else:
+                return
+
+    async def _score(self, folder: Folder, job: RlJob, reward: Reward, kind: Round, n: int, part: int) -> None:
+        """Raises RewardFailed, unless the job goes on without such groups."""
+        name = folder.start.rollouts(kind, n, part)
+        record = await read(self._place.store, name, Rollouts)
+        if record is None:
+            raise damaged(name, "it was listed, and is missing")
+        row = (folder.rows if kind == "steps" else folder.held_out)[record.row]
+        assert isinstance(row, RlRow)
+        began_at, refused, scores = self._place.clock(), "", list[scorer.Score]()
+        try:
+            scores = await self.judge(reward, [_asked(row, each) for each in record.rollouts])
+        except scorer.RewardFailed as error:
+            if job.on_reward_error == "fail":
+                raise
+            refused = str(error)
+        found = [Score(value=score.value, parts=score.parts, reasons=score.reasons) for score in scores]
+        record_of = Scores(scores=found, refused=refused, began_at=began_at, ended_at=self._place.clock())
+        await self._place.store.put_if_absent(folder.start.scores(kind, n, part), encode(record_of))
+
+
+def _asked(row: RlRow, rollout: Rollout) -> scorer.Rollout:
+    return scorer.Rollout(id=rollout.id, prompt=row.prompt, completion=rollout.text, answer=row.answer)

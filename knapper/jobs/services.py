@@ -1,0 +1,28 @@
+"""What every part of a job works with: where state lies, where people look, who is rung, what time it is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from knapper.events.broker import Broker
+from knapper.exchange import Exchange
+from knapper.exchange.factory import open_exchange
+from knapper.jobs.notifications import Bells
+from knapper.settings import Settings
+from knapper.state.function_key import FunctionKey
+from knapper.store import Store
+
+
+@dataclass(frozen=True)
+class Place:
+    """`clock`: seconds since the epoch."""
+
+    store: Store
+    exchange: Exchange
+    bells: Bells
+    clock: Callable[[], float]
+
+
+def open_place(settings: Settings, store: Store, clock: Callable[[], float]) -> Place:
+    """That of this process. Raises InvalidField for an exchange's address that is none."""
+    broker = Broker(settings.broker_url, FunctionKey(store))
+    return Place(store, open_exchange(settings), Bells(broker.post, clock), clock)

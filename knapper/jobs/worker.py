@@ -1,0 +1,153 @@
+"""How a function answers a job's bell: one worker a job, in slices, until nothing is left to do here.
+
+Whatever goes wrong by the user's fault ends the job, and says why; whatever may pass is answered 503, and the bell
+comes again.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import structlog
+
+from knapper import limits
+from knapper.errors import InvalidField, KnapperError, NotFound, NotHolder, StoreError, Unavailable, UserError
+from knapper.events import cloudevents
+from knapper.events.cloudevents import Event
+from knapper.jobs import control, outputs
+from knapper.jobs.job_files import Folder, Folders
+from knapper.jobs.layout import Start
+from knapper.jobs.services import Place
+from knapper.jobs.spec import Kind
+
+_DEFECTS_MAX = 3  # in a row: then the job ends with that, instead of being tried for ever
+_WAITS_MAX = 3  # in a row: then the job says what it waits for
+
+log = structlog.get_logger()
+
+
+class SliceOver(Exception):
+    """The time of this slice is used up; the work goes on with another bell."""
+
+
+class Stopped(Exception):
+    """The job does not run any more: it was cancelled, or it ended."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """`go_on` stands before each piece of work."""
+
+    place: Place
+    start: Start
+    end: float
+
+    async def go_on(self) -> None:
+        """Raises Stopped or SliceOver."""
+        await self.expect_running()
+        if self.place.clock() >= self.end:
+            raise SliceOver
+
+    async def expect_running(self) -> None:
+        """Raises Stopped."""
+        if not await control.runs(self.place.store, self.start):
+            raise Stopped
+
+
+Work = Callable[[Folder, Slice, Event], Awaitable[None]]
+
+
+@dataclass
+class Worker:
+    """Of one function in one process. `base_model`: what it has in memory; empty: it needs none."""
+
+    place: Place
+    folders: Folders
+    kinds: Sequence[Kind]  # of the jobs that it has a part in
+    base_model: str = ""
+    slice_s: float = limits.slice_s
+    directory: str = ""  # of that model: another name of it
+    _busy: set[Start] = field(default_factory=set)
+    _again: set[Start] = field(default_factory=set)
+    _defects: dict[Start, int] = field(default_factory=dict)
+    _waiting: dict[Start, int] = field(default_factory=dict)
+
+    async def answer(self, event: Event, work: Work) -> None:
+        """Do what is there to do. Raises UserError for a bell that is poison, Unavailable and its kin for 'not now'."""
+        start = Start.parse(event.subject)
+        folder = await self._folder(start)
+        if start in self._busy:
+            self._again.add(start)  # whoever is at work looks once more before it goes
+            return
+        self._busy.add(start)
+        try:
+            self._again.add(start)
+            while start in self._again:
+                self._again.discard(start)
+                if await self._slice(event, folder, work):
+                    break
+        finally:
+            self._busy.discard(start)
+            self._again.discard(start)
+
+    async def _folder(self, start: Start) -> Folder:
+        """Raises InvalidField for a job that this function has no part in: its bell is poison, the job is not."""
+        try:
+            folder = await self.folders.read(start)
+        except NotFound as error:  # a Broker would try again for a 404
+            raise InvalidField("subject", str(start), "a job that was started") from error
+        if folder.job.kind not in self.kinds:
+            raise InvalidField("kind", folder.job.kind, " or ".join(self.kinds))
+        if self.base_model and folder.started.base_model not in (self.base_model, self.directory):
+            raise InvalidField("model", folder.started.base_model, repr(self.base_model))
+        return folder
+
+    async def _slice(self, event: Event, folder: Folder, work: Work) -> bool:
+        """True if its time was used up: then a bell was rung for the rest."""
+        place, start = self.place, folder.start
+        try:
+            await work(folder, Slice(place, start, place.clock() + self.slice_s), event)
+            self._defects.pop(start, None)
+            await self._goes_on(folder)
+        except SliceOver:
+            await place.bells.go_on(event)
+            return True
+        except Stopped:
+            await place.store.delete(start.working)
+            await outputs.publish_status(place, folder.started)
+        except UserError as error:
+            await self._fail(event, folder, str(error))
+        except KnapperError as error:
+            await self._waits(folder, error)
+            raise
+        except Exception as defect:
+            times = self._defects[start] = self._defects.get(start, 0) + 1
+            log.exception("defect", job=str(start), times=times)
+            if times < _DEFECTS_MAX:
+                raise KnapperError(f"job {start} met a defect of the server: {defect!r}") from defect
+            await self._fail(event, folder, f"failed {times} times by a defect of the server: {defect!r}")
+        return False
+
+    async def _waits(self, folder: Folder, error: KnapperError) -> None:
+        """Say what the job waits for, once that was the same so often that it does not pass by itself."""
+        if not isinstance(error, Unavailable) or isinstance(error, StoreError | NotHolder):
+            return
+        times = self._waiting[folder.start] = self._waiting.get(folder.start, 0) + 1
+        if times == _WAITS_MAX:
+            log.error("job waits", job=str(folder.start), reason=str(error))
+            await self._note(folder, f"waits: {error}")
+
+    async def _goes_on(self, folder: Folder) -> None:
+        if self._waiting.pop(folder.start, 0) >= _WAITS_MAX:
+            await self._note(folder, "")
+
+    async def _note(self, folder: Folder, reason: str) -> None:
+        if await control.note(self.place.store, folder.start, reason, self.place.clock()):
+            await outputs.publish_status(self.place, folder.started)
+
+    async def _fail(self, event: Event, folder: Folder, reason: str) -> None:
+        place, start = self.place, folder.start
+        if await control.change(place.store, start, "failed", reason, place.clock()):
+            log.error("job failed", job=str(start), reason=reason)
+            await place.bells.ring(event, cloudevents.JOB_FAILED, event.source, event.step or 0)
+        await place.store.delete(start.working)
+        await outputs.publish_status(place, folder.started)

@@ -1,0 +1,181 @@
+"""The gateway's half: an operation is durable in `in/<seq>` before its client hears that it was accepted."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from knapper import limits
+from knapper.errors import InvalidField, NotFound, UserError
+from knapper.ids import RunId
+from knapper.state import layout
+from knapper.state.journal import ends
+from knapper.state.journal.newest import Manifests
+from knapper.state.journal.records import Creation, Kind, Manifest, Operation, decode, encode
+from knapper.store import Store, many
+from knapper.wire import zstd
+
+_ON_LOOP_BYTES_MAX = 256 * 1024  # what is larger is hashed in a thread: the event loop is everybody's
+_MANIFEST_FRESH_S = 3600.0  # whoever sends an operation again after that is promised an answer that says it is gone
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A body as it will be stored. `pack` does the work; call it off the event loop."""
+
+    sha256: bytes
+    body_zstd: bytes
+    asked_sha256: bytes = b""  # over what the client sent, where that is not the body
+
+
+def pack(body: bytes) -> Packed:
+    return Packed(hashlib.sha256(body).digest(), zstd.compress(body))
+
+
+class Acceptor:
+    """Creates operations, in any order of arrival.
+
+    Stateless but for a small cache; any number of them may share a store.
+    """
+
+    def __init__(self, store: Store, clock: Callable[[], float], manifests: Manifests | None = None) -> None:
+        self._store = store
+        self._clock = clock
+        self._manifests = manifests or Manifests(store)
+        self._consumed: dict[RunId, tuple[float, int]] = {}
+
+    async def create(self, creation: Creation, request: bytes) -> None:
+        """Make the run: operation 0. `request` is the client's body: a repetition is recognised by it.
+
+        Raises UserError if the run exists already and was created by another request, NotFound if it has ended.
+        """
+        run = RunId(creation.spec.run)
+        if (end := await ends.ended(self._store, run)) is not None:
+            raise ends.refusal(run, end)
+        packed = Packed(hashlib.sha256(request).digest(), zstd.compress(encode(creation)))
+        await self._put(run, 0, "create", packed)
+
+    async def creation(self, run: RunId) -> Creation | None:
+        """How the run was made, or None if there is no such run."""
+        operation = await self._stored(run, 0)
+        return None if operation is None else decode_creation(operation)
+
+    async def missing(self, run: RunId, seq: int) -> bool:
+        """Whether nobody ever sent the operation, as far as this store knows; or its record is gone."""
+        return await self._store.get(layout.operation(run, seq)) is None
+
+    async def accept(self, run: RunId, seq: int, kind: Kind, packed: Packed) -> float | None:
+        """Store the operation, durable on return: when it was accepted. None for a repetition of the same body.
+
+        Raises UserError if `seq` is taken by another body, or so old that its record is gone.
+        """
+        if not 1 <= seq < 10**18:
+            raise InvalidField("seq_id", seq, "1, 2, 3, ... for each operation of the run")
+        if seq <= await self._consumed_seq(run) and await self._stored(run, seq) is None:
+            raise UserError(
+                f"seq_id {seq} of {run} was applied long ago and its record is gone; "
+                "continue with the next seq_id, or resume from a checkpoint"
+            )
+        return await self._put(run, seq, kind, packed)
+
+    async def accepted_at(self, run: RunId, seq: int) -> float | None:
+        """When the operation was accepted first; None if it never was, or its record is gone."""
+        stored = await self._stored(run, seq)
+        return None if stored is None else stored.accepted_at
+
+    async def reject(self, run: RunId, seq: int, packed: Packed, error: str) -> None:
+        """Use up `seq` for a request that cannot be served: a tombstone, whose result will be `error`."""
+        await self._put(run, seq, "tombstone", packed, error)
+
+    async def fill_holes(self, run: RunId, applied: int, finished: bool) -> list[int]:
+        """Turn numbers that never arrived into tombstones, so that what follows them can run; return them.
+
+        `applied`: the newest operation known to be applied. `finished`: the client's session has ended, so nothing
+        more arrives.
+        """
+        waiting = await self._store.list(layout.operations(run), start_after=layout.operation(run, max(applied, 0)))
+        filled: list[int] = []
+        expected = max(applied, 0) + 1
+        for name in waiting:
+            seq = layout.last_number(name)
+            if seq > expected:
+                behind = decode(await self._must_get(name), Operation, name)
+                if finished or self._clock() - behind.accepted_at >= limits.hole_s:
+                    for hole in range(expected, seq):
+                        await self._bury(run, hole)
+                        filled.append(hole)
+            expected = seq + 1
+        return filled
+
+    async def _bury(self, run: RunId, seq: int) -> None:
+        error = (
+            f"operation {seq} of {run} never arrived (its request was cancelled, or could not be read), "
+            "while a later one did; it was skipped"
+        )
+        packed = Packed(b"", zstd.compress(b""))
+        operation = self._operation(run, seq, "tombstone", packed, error)
+        await self._store.put_if_absent(layout.operation(run, seq), encode(operation))
+
+    async def _put(self, run: RunId, seq: int, kind: Kind, packed: Packed, error: str = "") -> float | None:
+        operation = self._operation(run, seq, kind, packed, error)
+        large = len(packed.body_zstd) > _ON_LOOP_BYTES_MAX
+        data = await many.off_loop(encode, operation) if large else encode(operation)
+        if await self._store.put_if_absent(layout.operation(run, seq), data):
+            return operation.accepted_at
+        stored = await self._stored(run, seq)
+        # A tombstone answers whoever comes late: through the future, where every other error of this operation would
+        # come too.
+        if stored is None or stored.kind == "tombstone" or stored.asked == operation.asked:
+            return None
+        if not _same_sampler_save(stored, operation):
+            raise UserError(
+                f"seq_id {seq} of {run} was used before, for another request ({stored.kind}); "
+                "each operation needs a seq_id of its own, and a retry must repeat the same bytes"
+            )
+        return None
+
+    def _operation(self, run: RunId, seq: int, kind: Kind, packed: Packed, error: str) -> Operation:
+        return Operation(
+            run=run, seq=seq, kind=kind, sha256=packed.sha256, body_zstd=packed.body_zstd,
+            accepted_at=self._clock(), error=error, asked_sha256=packed.asked_sha256,
+        )  # fmt: skip
+
+    async def _stored(self, run: RunId, seq: int) -> Operation | None:
+        name = layout.operation(run, seq)
+        data = await self._store.get(name)
+        return None if data is None else decode(data, Operation, name)
+
+    async def _must_get(self, name: str) -> bytes:
+        data = await self._store.get(name)
+        if data is None:
+            raise NotFound(f"{name} was collected while it was being read")
+        return data
+
+    async def _consumed_seq(self, run: RunId) -> int:
+        """Operations up to this one are in a snapshot, so their records may have been swept."""
+        known = self._consumed.get(run)
+        if known is not None and self._clock() - known[0] < _MANIFEST_FRESH_S:
+            return known[1]
+        newest = await self._manifests.newest(run)
+        seq = newest[1].snapshot_seq if newest else -1
+        self._consumed[run] = (self._clock(), seq)
+        return seq
+
+
+def _same_sampler_save(stored: Operation, again: Operation) -> bool:
+    """Whether they differ in the sampler's number alone: the SDK draws another for each retry. The first one counts."""
+    if not stored.kind == again.kind == "save_weights_for_sampler":
+        return False
+    first, second = (msgspec.json.decode(each.body()) for each in (stored, again))
+    number = "sampling_session_seq_id"
+    return bool(number in first and number in second and {**first, number: 0} == {**second, number: 0})
+
+
+def decode_creation(operation: Operation) -> Creation:
+    return decode(operation.body(), Creation, layout.operation(RunId(operation.run), 0))
+
+
+async def newest_manifest(store: Store, run: RunId) -> tuple[int, Manifest] | None:
+    """(n, manifest) of the highest n, or None if nobody ever claimed the run. `Manifests` is for who asks again."""
+    return await Manifests(store).newest(run)

@@ -1,0 +1,46 @@
+"""What the journal needs of whatever it journals: a pure step from (state, operation) to (state, outcome)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Generic, Literal, Protocol, TypeVar
+
+from knapper.state.journal.records import Operation, Spec
+
+State = TypeVar("State")
+Files = Mapping[str, bytes | memoryview]  # part name -> bytes
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[State]):
+    """The next state and the answer. `export`, for saves: the files to be stored before the answer may be seen."""
+
+    state: State
+    content_type: Literal["application/json", "application/x-protobuf"]
+    body: bytes
+    cost_s: float = 0.0  # compute seconds: what a replay of it would cost
+    export: Files = field(default_factory=dict)
+
+
+class Machine(Protocol[State]):
+    """Pure: no store, no clock, no randomness of its own.
+
+    Raises UserError for the user's mistakes, and then nothing has changed.
+
+    `apply` gets forward_backward, optim_step and load_weights (with the files of the checkpoint as `source`), and
+    the saves,
+    for which it returns the export and leaves the body empty (the journal names the checkpoint and answers).
+    """
+
+    async def create(self, spec: Spec, source: Files | None, with_optimizer: bool) -> State:
+        """The state of a new run: fresh from the seed, or from a checkpoint's files."""
+
+    async def apply(self, state: State, operation: Operation, source: Files | None) -> Outcome[State]: ...
+
+    async def freeze(self, state: State) -> Files:
+        """The whole state (weights, moments, step count, pending gradients) as files; may share memory with it."""
+
+    def frozen_bytes(self, state: State) -> int:
+        """How much `freeze` would store, nearly. Computes nothing."""
+
+    async def thaw(self, spec: Spec, files: Files) -> State:
+        """The state that `freeze` was given, bit for bit."""

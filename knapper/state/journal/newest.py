@@ -1,0 +1,93 @@
+"""The newest of records that have numbers, found without reading what came before it.
+
+Numbers go up one by one, the highest wins, and the oldest may have been deleted: nothing here rests on any of them but
+the newest, which is there for ever. A search that runs beside writers finds what was the newest as it began, or newer.
+"""
+
+from knapper.errors import Unavailable
+from knapper.ids import RunId, number
+from knapper.state import layout
+from knapper.state.journal.records import Manifest, decode
+from knapper.store import Store
+from knapper.store.cache import Remembered
+
+PAGE = 999  # names of one listing: a bucket lists a thousand a request, and may begin with the one to start after
+_ATTEMPTS_MAX = 4
+
+
+async def newest_name(store: Store, prefix: str, after: int = 0) -> str:
+    """The name with the highest number below the prefix, empty if there is none above `after`.
+
+    One listing if at most 999 came after `after`, a number that is known to have been there. More take two listings for
+    each doubling of them.
+    """
+    page = await store.list(prefix, start_after=f"{prefix}{number(after)}" if after else "", limit=PAGE)
+    if len(page) < PAGE:
+        return page[-1] if page else ""
+    step = PAGE
+    while ahead := await _page_after(store, prefix, layout.last_number(page[-1]) + step):
+        if len(ahead) < PAGE:
+            return ahead[-1]
+        page, step = ahead, 2 * step
+    return await _between(store, prefix, page[-1], layout.last_number(page[-1]) + step)
+
+
+async def newest_of_few(store: Store, prefix: str) -> tuple[int, bytes | None]:
+    """(n, its bytes) of records 1, 2, 3, ... below the prefix, (0, None) if there is none: read one after another.
+
+    Of what is rarely changed: a read costs a tenth of a listing, and a listing that lags hides nothing.
+    """
+    n, newest = 0, None
+    while (data := await store.get(f"{prefix}{number(n + 1)}")) is not None:
+        n, newest = n + 1, data
+    return n, newest
+
+
+async def _between(store: Store, prefix: str, low: str, high: int) -> str:
+    """`low` is there, and nothing above `high` was."""
+    while high - layout.last_number(low) > PAGE:
+        middle = (layout.last_number(low) + high) // 2
+        if page := await _page_after(store, prefix, middle):
+            low = page[-1]
+            if len(page) < PAGE:
+                return low
+        else:
+            high = middle
+    page = await _page_after(store, prefix, layout.last_number(low))
+    return page[-1] if page else low
+
+
+async def _page_after(store: Store, prefix: str, n: int) -> list[str]:
+    return await store.list(prefix, start_after=f"{prefix}{number(n)}", limit=PAGE)
+
+
+class Manifests:
+    """The newest manifest of each run. What this process has seen of them shortens the next look."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._seen: Remembered[RunId, tuple[int, Manifest]] = Remembered()
+
+    def seen(self, run: RunId) -> tuple[int, Manifest] | None:
+        """(n, manifest) as this process last saw it: perhaps no longer the newest. Asks nobody."""
+        return self._seen.known(run)
+
+    def saw(self, run: RunId, n: int, manifest: Manifest) -> None:
+        """Manifest `n` of the run is stored, by this process."""
+        self._seen.keep(run, (n, manifest))
+
+    async def newest(self, run: RunId) -> tuple[int, Manifest] | None:
+        """(n, manifest) of the highest n, or None if nobody ever claimed the run."""
+        for _ in range(_ATTEMPTS_MAX):
+            seen = self._seen.known(run)
+            name = await newest_name(self._store, layout.manifests(run), after=seen[0] - 1 if seen else 0)
+            if seen is not None and name == layout.manifest(run, seen[0]):
+                return seen
+            if not name and seen is None:
+                return None
+            data = await self._store.get(name) if name else None
+            if data is not None:
+                self._seen.keep(run, found := (layout.last_number(name), decode(data, Manifest, name)))
+                return found
+            self._seen.forget(run)  # it was superseded, and deleted, at this moment; or the store is an older one now
+        raise Unavailable(f"the newest manifest of {run} was superseded each time that it was read; try again")

@@ -1,0 +1,527 @@
+"""The holder's half: claim a run, apply its operations in order, commit. Safe to kill at any line, safe to run twice.
+
+Nothing here rests on a clock or a lock. `out/<n>` can be created once; a claim first puts a fence into the next slot,
+so an earlier holder that still lives loses the slot it needs and finds a higher epoch there.
+"""
+
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Generic
+
+import msgspec
+
+from knapper import limits
+from knapper.errors import (
+    Corrupt,
+    Fenced,
+    KnapperError,
+    NotFound,
+    OtherDtype,
+    OutOfMemory,
+    Unavailable,
+    UserError,
+    damaged,
+)  # fmt: skip
+from knapper.ids import RunId
+from knapper.state import layout
+from knapper.state.journal import bundles, ends
+from knapper.state.journal.accept import decode_creation
+from knapper.state.journal.exports import Saves
+from knapper.state.journal.machine import Files, Machine, Outcome, State
+from knapper.state.journal.newest import Manifests, newest_name
+from knapper.state.journal.records import SAVES, Commit, Creation, Manifest, Operation, Result, Terms, decode, encode
+from knapper.store import Store
+
+_ATTEMPTS_MAX = 3  # an operation that fails so often, by a defect and not by the user, is answered with that
+_STORING_S = 2.0  # what a snapshot takes, before one was taken
+_COMMIT_AFTER_S = 0.05  # results wait no longer than this for others to share their commit
+
+_OTHER_DTYPE_S = 30.0  # nothing but another start of the engine helps: nobody need ask sooner
+
+_STATELESS = SAVES | {"tombstone"}  # they leave the state alone
+
+Publish = Callable[[int, Commit], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who claims: a name that no other claim has or had (not even of the same process), and where it listens."""
+
+    name: str
+    address: str
+    terms: Terms
+
+
+@contextmanager
+def _when_there_is_memory(run: RunId) -> Iterator[None]:
+    """Memory that is lacking for what no operation asked for is nobody's mistake: Unavailable, and tried again."""
+    try:
+        yield
+    except OutOfMemory as error:
+        raise Unavailable(f"no memory for {run} now: {error}", retry_after_s=5.0) from error
+
+
+@dataclass(frozen=True)
+class _Durable(Generic[State]):
+    """What is committed: the newest operation, the newest out record, the state; and what a recovery of it repeats."""
+
+    applied: int = -1
+    out: int = 0
+    state: State | None = None
+    cost_s: float = 0.0
+    bytes: int = 0
+
+
+def _stored_bytes(size: int) -> int:
+    """What a record takes at least where it lies, and to be read: small ones are not free."""
+    return max(size, 4096)
+
+
+class Run(Generic[State]):
+    """A claimed run. Any method may raise Fenced or StoreError.
+
+    After Fenced, drop the object; after StoreError, call again or drop it.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        run: RunId,
+        machine: Machine[State],
+        holder: Holder,
+        clock: Callable[[], float],
+        manifests: Manifests,
+    ) -> None:  # use `claim`
+        self.run = run
+        self.holder = holder
+        self.epoch = 0
+        self.applied = -1  # the newest operation in `state`
+        self.replay_cost_s = 0.0  # compute since the newest snapshot
+        self._spent_s = 0.0  # compute of the commit that is being made
+        self.creation: Creation
+        self.terms_before: Terms | None = None  # of the claim before this one, if they were others
+        self._state: State | None = None
+        self._replay_bytes = 0  # records since the newest snapshot
+        self._durable: _Durable[State] = _Durable()
+        self._store = store
+        self._machine = machine
+        self._clock = clock
+        self._saves = Saves(store, clock)
+        self._manifests = manifests
+        self._manifest: Manifest
+        self._manifest_n = 0
+        self._out = 0  # the newest out record, ours or adopted
+        self._outbox: tuple[int, Commit] | None = None  # applied, and not yet known to be stored
+        self._failed = (-1, 0)  # (operation, how often it failed by a defect)
+        self._entered = False  # somebody is in `apply_pending`
+        self._storing_s = _STORING_S  # how long the newest snapshot took to store
+        self._loaded = -1  # the newest operation that took its state from a checkpoint
+
+    # -- claim ---------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    async def claim(
+        cls,
+        store: Store,
+        run: RunId,
+        machine: Machine[State],
+        holder: Holder,
+        clock: Callable[[], float],
+        manifests: Manifests | None = None,
+    ) -> "Run[State]":
+        """Take the run over, from whoever holds it. On return its state is current and every earlier holder is fenced.
+
+        `manifests`: of a process that claims more than once, and need not search anew for what it has seen.
+
+        Raises NotFound if there is no such run, or none any more, Fenced if somebody else claims it at this moment,
+        OtherDtype if it was made in another dtype than the holder's; then nothing was written, and the run is still
+        whose it was.
+        """
+        self = cls(store, run, machine, holder, clock, manifests or Manifests(store))
+        data = await store.get(layout.operation(run, 0))
+        if data is None:
+            if (over := await ends.ended(store, run)) is not None:
+                raise ends.refusal(run, over)
+            raise NotFound(f"training run {run!r} does not exist; create one with create_lora_training_client")
+        self.creation = decode_creation(decode(data, Operation, layout.operation(run, 0)))
+        await self._take_manifest()
+        if (over := await ends.ended(store, run)) is not None:
+            raise ends.refusal(run, over)
+        try:
+            with _when_there_is_memory(run):
+                await self._recover()
+            await self._fence()
+        except Corrupt as error:
+            await self._expect_newest(error)
+            raise
+        await self._expect_newest()
+        self._mark_durable()
+        return self
+
+    async def _expect_newest(self, error: Corrupt | None = None) -> None:
+        """Raises Fenced if a claim or snapshot came after our manifest.
+
+        Then what we read may be gone, and the slot that our fence took one of old, which was collected: neither counts.
+        Found by its number, which is never free again.
+        """
+        if await self._store.get(layout.manifest(self.run, self._manifest_n + 1)) is not None:
+            raise Fenced(f"{self.run} went on without this claim, of epoch {self.epoch}") from error
+
+    async def _take_manifest(self) -> None:
+        newest = await self._manifests.newest(self.run)
+        n, before = newest if newest else (0, None)
+        if before is not None:
+            _expect_dtype(self.run, before.terms, self.holder.terms)
+        manifest = Manifest(
+            epoch=before.epoch + 1 if before else 1, holder=self.holder.name, address=self.holder.address,
+            claimed_at=self._clock(), terms=self.holder.terms,
+        )  # fmt: skip
+        if before is not None:
+            manifest = msgspec.structs.replace(
+                manifest, snapshot=before.snapshot, snapshot_seq=before.snapshot_seq, snapshot_out=before.snapshot_out,
+                snapshot_before=before.snapshot_before, snapshot_before_seq=before.snapshot_before_seq,
+                snapshot_before_out=before.snapshot_before_out,
+            )  # fmt: skip
+        await self._put_manifest(n + 1, manifest)
+        self.epoch = manifest.epoch
+        if before is not None and before.terms != manifest.terms:
+            self.terms_before = before.terms
+
+    async def _put_manifest(self, n: int, manifest: Manifest) -> None:
+        data = encode(manifest)
+        name = layout.manifest(self.run, n)
+        if not await self._store.put_if_absent(name, data) and await self._store.get(name) != data:
+            raise Fenced(f"another process claimed {self.run} as its manifest {n}")
+        self._manifest, self._manifest_n = manifest, n
+        self._manifests.saw(self.run, n, manifest)
+
+    async def _recover(self) -> None:
+        """Snapshot, then every committed operation after it, in order, each as it was cut when it first ran."""
+        manifest = self._manifest
+        if manifest.snapshot:
+            try:
+                await self._thaw(manifest.snapshot, manifest.snapshot_seq, manifest.snapshot_out)
+            except Corrupt:
+                # The collector keeps everything since the second newest snapshot; before there were two, everything.
+                # The next snapshot comes after that one: the damaged one is nobody's second newest.
+                manifest = self._manifest = msgspec.structs.replace(
+                    manifest, snapshot=manifest.snapshot_before, snapshot_seq=manifest.snapshot_before_seq,
+                    snapshot_out=manifest.snapshot_before_out, snapshot_before="", snapshot_before_seq=-1,
+                    snapshot_before_out=0,
+                )  # fmt: skip
+                if manifest.snapshot:
+                    await self._thaw(manifest.snapshot, manifest.snapshot_seq, manifest.snapshot_out)
+        name = await newest_name(self._store, layout.commits(self.run), after=self._out)
+        last = layout.last_number(name) if name else 0
+        while self._out < last:  # by number: what a listing leaves out is read all the same
+            name = layout.commit(self.run, self._out + 1)
+            data = await self._store.get(name)
+            if data is None:
+                raise Corrupt(f"{name} is missing, although record {last} of {self.run} exists")
+            await self._adopt(decode(data, Commit, name))
+
+    async def _thaw(self, prefix: str, seq: int, out: int) -> None:
+        _, files = await bundles.read(self._store, prefix)
+        self._state = await self._machine.thaw(self.creation.spec, files)
+        self.applied, self._out = seq, out
+
+    async def _adopt(self, commit: Commit) -> None:
+        """Make a stored commit part of the state."""
+        if commit.epoch > self.epoch:
+            raise Fenced(f"{self.run} was taken over at epoch {commit.epoch}; this claim is of epoch {self.epoch}")
+        self._replay_bytes += _stored_bytes(sum(len(result.body) for result in commit.results))
+        for result in commit.results:
+            if result.seq != self.applied + 1:
+                raise Corrupt(
+                    f"record {self._out + 1} of {self.run} answers operation {result.seq}, after {self.applied}"
+                )
+            if not result.failed:
+                await self._replay(result)
+            self.applied = result.seq
+        self._out += 1
+
+    async def _replay(self, result: Result) -> None:
+        operation = await self._operation(result.seq)
+        if operation is None or operation.sha256 != result.sha256:
+            raise Corrupt(f"operation {result.seq} of {self.run} is not the one that was answered")
+        self._replay_bytes += _stored_bytes(len(operation.body_zstd))
+        if operation.kind not in _STATELESS:
+            outcome = await self._step(operation, result.source)
+            self._state = outcome.state
+            self.replay_cost_s += outcome.cost_s
+            self._note_load(result.seq, result.source)
+
+    async def _fence(self) -> None:
+        while not await self._put_commit(Commit(epoch=self.epoch, results=[])):
+            pass
+
+    async def _put_commit(self, commit: Commit) -> bool:
+        """True if it is stored in the next slot; False if another was found there, and adopted."""
+        name, data = layout.commit(self.run, self._out + 1), encode(commit)
+        if not await self._store.put_if_absent(name, data):
+            found = await self._store.get(name)
+            if found is None:
+                raise Fenced(f"{name} was taken and collected: this claim has slept for long")
+            if found != data:
+                await self._adopt(decode(found, Commit, name))
+                return False
+        self._out += 1
+        return True
+
+    # -- apply and commit ----------------------------------------------------------------------------------------------
+
+    async def apply_pending(self, stop: Callable[[], bool], publish: Publish) -> bool:
+        """Apply and commit what waits, in order, until nothing does, or `stop()`, or a snapshot is due.
+
+        True if something may still wait.
+
+        `publish(n, commit)` is called with each commit once it is durable. One call at a time: a second would apply
+        what the first is about to commit.
+        """
+        assert not self._entered, f"two slices are in {self.run} at once"
+        self._entered = True
+        try:
+            return await self._apply_pending(stop, publish)
+        finally:
+            self._entered = False
+
+    async def _apply_pending(self, stop: Callable[[], bool], publish: Publish) -> bool:
+        await self._flush(publish)
+        while not stop() and not self.must_snapshot:
+            try:
+                commit = await self._apply_some(stop)
+            except BaseException:
+                self._roll_back()
+                raise
+            if commit is None:
+                return False
+            self._outbox = (self._out + 1, commit)
+            await self._flush(publish)
+        return True
+
+    def _roll_back(self) -> None:
+        """What was applied and not committed never happened."""
+        was = self._durable
+        self.applied, self._state = was.applied, was.state
+        self.replay_cost_s, self._replay_bytes = was.cost_s, was.bytes
+
+    async def _flush(self, publish: Publish) -> None:
+        if self._outbox is None:
+            return
+        n, commit = self._outbox
+        data = encode(commit)
+        name = layout.commit(self.run, n)
+        if not await self._store.put_if_absent(name, data):
+            found = await self._store.get(name)
+            if found != data:  # after our own fence nobody but a later claim can have this slot
+                raise Fenced(f"slot {n} of {self.run} was taken by another claim")
+        self._out, self._outbox = n, None
+        self._replay_bytes += _stored_bytes(len(data))
+        self._mark_durable()
+        await publish(n, commit)
+
+    def _mark_durable(self) -> None:
+        self._durable = _Durable(self.applied, self._out, self._state, self.replay_cost_s, self._replay_bytes)
+
+    async def _apply_some(self, stop: Callable[[], bool]) -> Commit | None:
+        """The next commit: one operation, and those behind it that are quick enough to share it.
+
+        None: nothing waits.
+        """
+        began, self._spent_s = self._clock(), 0.0
+        results: list[Result] = []
+        size = 0
+        while (operation := await self._operation(self.applied + 1)) is not None:
+            result = await self._apply(operation)
+            results.append(result)
+            size += len(result.body)
+            late = not 0.0 <= self._clock() - began < _COMMIT_AFTER_S  # also if the clock stepped
+            if late or size >= limits.commit_inline_bytes_max or self.must_snapshot or stop():
+                break
+        if not results:
+            return None
+        return Commit(epoch=self.epoch, results=results, committed_at=self._clock(), device_s=self._spent_s)
+
+    async def _apply(self, operation: Operation) -> Result:
+        if operation.kind == "tombstone":
+            result = self._failure(operation, operation.error, "user")
+        else:
+            try:
+                result = await self._succeed(operation)
+            except OutOfMemory as error:  # others may need less of it a moment later
+                result = self._given_up(operation, error, f": {error}", "user")
+            except UserError as error:
+                result = self._failure(operation, str(error), "user")
+            except KnapperError:
+                raise
+            except Exception as error:  # noqa: BLE001  a defect, of whatever kind: tried again, then told
+                result = self._given_up(operation, error, f", by a defect of the server: {error!r}", "server")
+        self.applied = operation.seq
+        self._replay_bytes += _stored_bytes(len(operation.body_zstd))
+        return result
+
+    def _given_up(self, operation: Operation, error: Exception, why: str, category: str) -> Result:
+        """The answer to what has failed too often. Raises Unavailable before that: it is tried again."""
+        seq, times = self._failed
+        times = times + 1 if seq == operation.seq else 1
+        self._failed = (operation.seq, times)
+        if times < _ATTEMPTS_MAX:
+            raise Unavailable(f"operation {operation.seq} of {self.run} failed: {error!r}") from error
+        return self._failure(operation, f"operation {operation.seq} failed {times} times{why}", category)
+
+    async def _succeed(self, operation: Operation) -> Result:
+        source = await self._saves.source(operation, self.creation.spec) if operation.kind == "load_weights" else ""
+        if operation.kind in SAVES:
+            await self._saves.check(operation)
+        if operation.seq == 0 and self.creation.source:
+            await self._saves.check_source(self.creation.source)
+        outcome = await self._step(operation, source)
+        body = outcome.body
+        if outcome.export:
+            body = await self._saves.store_export(operation, self.creation.spec, self.epoch, outcome.export)
+        self._state = outcome.state
+        self.replay_cost_s += outcome.cost_s
+        self._spent_s += outcome.cost_s
+        self._note_load(operation.seq, source)
+        return Result(
+            seq=operation.seq, sha256=operation.sha256, content_type=outcome.content_type, body=body, source=source
+        )
+
+    def _note_load(self, seq: int, source: str) -> None:
+        """What was loaded may be deleted by its owner; the run must not depend on it for longer than it has to."""
+        if source or (seq == 0 and self.creation.source):
+            self._loaded = seq
+
+    async def _step(self, operation: Operation, source: str) -> Outcome[State]:
+        """One step of the machine, with the files it needs."""
+        if operation.seq == 0:
+            creation = self.creation
+            files = (await bundles.read(self._store, creation.source))[1] if creation.source else None
+            state = await self._machine.create(creation.spec, files, creation.with_optimizer)
+            kind = "load_weights" if creation.source else "create_model"  # the SDK checks it
+            body = msgspec.json.encode({"type": kind, "model_id": self.run})
+            return Outcome(state=state, content_type="application/json", body=body)
+        if self._state is None:
+            raise UserError(f"{self.run} was never made: its creation failed, as the answer to it said; create another")
+        loaded: Files | None = (await bundles.read(self._store, source))[1] if source else None
+        return await self._machine.apply(self._state, operation, loaded)
+
+    @staticmethod
+    def _failure(operation: Operation, error: str, category: str) -> Result:
+        body = msgspec.json.encode({"error": error, "category": category})
+        return Result(
+            seq=operation.seq, sha256=operation.sha256, content_type="application/json", body=body, failed=True
+        )
+
+    async def _operation(self, seq: int) -> Operation | None:
+        name = layout.operation(self.run, seq)
+        data = await self._store.get(name)
+        if data is None:
+            return None
+        operation = decode(data, Operation, name)
+        if (operation.run, operation.seq) != (self.run, seq):
+            raise damaged(name, f"fields run and seq say that it is operation {operation.seq} of {operation.run}")
+        return operation
+
+    # -- snapshot ------------------------------------------------------------------------------------------------------
+
+    @property
+    def out(self) -> int:
+        """The newest record that is known to be stored."""
+        return self._out
+
+    @property
+    def state(self) -> State | None:
+        """The state after operation `applied`."""
+        return self._state
+
+    @property
+    def must_snapshot(self) -> bool:
+        """Whether nothing more is applied before a snapshot: a recovery may not have to repeat more than the budget."""
+        loaded = self._manifest.snapshot_seq < self._loaded <= self.applied
+        return loaded or self.replay_cost_s > limits.replay_budget_s
+
+    @property
+    def wants_snapshot(self) -> bool:
+        """Whether the budget is used up by about the time that a snapshot in the background will have taken.
+
+        Begun then, no operation waits for it; begun sooner, it would only be more often. Or a recovery has more to read
+        in records than a snapshot is large: that bounds what a run of many small operations leaves.
+        """
+        if self.must_snapshot:
+            return True
+        ahead_s = min(2 * self._storing_s, limits.replay_budget_s / 2)
+        bytes_max = max(limits.replay_bytes_min, self._frozen_bytes)
+        return self.replay_cost_s > limits.replay_budget_s - ahead_s or self._replay_bytes > bytes_max
+
+    @property
+    def worth_snapshot(self) -> bool:
+        """Whether a run that leaves the memory should be stored: its replay costs more than its bytes do."""
+        if self._state is None or self.applied == self._manifest.snapshot_seq:
+            return False
+        worth_s = max(limits.snapshot_least_replay_s, self._frozen_bytes / limits.snapshot_bytes_per_replay_s)
+        return self.must_snapshot or self.replay_cost_s > min(worth_s, limits.replay_budget_s / 2)
+
+    @property
+    def _frozen_bytes(self) -> int:
+        return 0 if self._state is None else self._machine.frozen_bytes(self._state)
+
+    async def snapshot(self) -> None:
+        """Store the committed state, and make recoveries start from it. What that supersedes is the collector's.
+
+        May run while operations go on; one at a time.
+        """
+        stored = self._durable
+        seq, state = stored.applied, stored.state
+        if state is None or seq == self._manifest.snapshot_seq:
+            return
+        await self._expect_newest()
+        await self._expect_no_end()
+        began = self._clock()
+        with _when_there_is_memory(self.run):
+            files = await self._machine.freeze(state)
+        prefix = layout.snapshot(self.run, seq, self.epoch)
+        await bundles.write(self._store, prefix, files, spec=self.creation.spec, seq=seq, epoch=self.epoch)
+        before = self._manifest
+        manifest = msgspec.structs.replace(
+            before, snapshot=prefix, snapshot_seq=seq, snapshot_out=stored.out,
+            snapshot_before=before.snapshot, snapshot_before_seq=before.snapshot_seq,
+            snapshot_before_out=before.snapshot_out,
+        )  # fmt: skip
+        await self._put_manifest(self._manifest_n + 1, manifest)
+        await self._expect_no_end(prefix)
+        self._storing_s = max(0.0, self._clock() - began)
+        self.replay_cost_s -= stored.cost_s
+        self._replay_bytes -= stored.bytes
+        now = self._durable
+        self._durable = replace(now, cost_s=now.cost_s - stored.cost_s, bytes=now.bytes - stored.bytes)
+
+    async def _expect_no_end(self, written: str = "") -> None:
+        """Raises Fenced once the run was ended; a snapshot that was written meanwhile goes again."""
+        creation = layout.operation(self.run, 0)  # in the end it goes, and the record of the end after it
+        if await ends.ended(self._store, self.run) is not None or await self._store.get(creation) is None:
+            if written:
+                await bundles.delete(self._store, written)
+            raise Fenced(f"{self.run} was ended")
+
+    @property
+    def manifest(self) -> Manifest:
+        """The newest, as this claim knows it."""
+        return self._manifest
+
+    @property
+    def manifest_n(self) -> int:
+        """The number of that."""
+        return self._manifest_n
+
+
+def _expect_dtype(run: RunId, made: Terms, ours: Terms) -> None:
+    """Another dtype is no matter of last bits: log-probabilities would jump, and a replay would not be what it was."""
+    if made.dtype != ours.dtype:
+        raise OtherDtype(
+            f"{run} was made in {made.dtype}, and this engine computes in {ours.dtype}. Its operations are stored and "
+            f"wait for one that is started with KNAPPER_DTYPE={made.dtype} (knapper up --dtype {made.dtype}); or go on "
+            "from one of its checkpoints in a new run",
+            retry_after_s=_OTHER_DTYPE_S,
+        )

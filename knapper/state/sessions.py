@@ -1,0 +1,239 @@
+"""Sessions and samplers: small create-only records that say who asked, and which weights a sampler holds."""
+
+from dataclasses import dataclass
+
+from knapper import ids, limits
+from knapper.errors import NotFound, UserError
+from knapper.ids import SamplerId, SessionId, session_of
+from knapper.state import layout
+from knapper.state.gc import marks
+from knapper.state.journal.newest import newest_name, newest_of_few
+from knapper.state.journal.records import Record, decode, encode
+from knapper.store import Store, many
+
+DAY_S = 24 * 3600.0
+
+
+class Session(Record, frozen=True):
+    """sessions/<id>/created"""
+
+    session: str
+    tenant: str
+    created_at: float
+    sdk_version: str = ""
+    project_id: str = ""
+    display_name: str = ""
+    tags: list[str] = []
+    user_metadata_json: str = "{}"
+
+
+class Finish(Record, frozen=True):
+    """sessions/<id>/finished: the first reason stays."""
+
+    reason: str
+    detail: str
+    finished_at: float
+
+
+class Assignment(Record, frozen=True):
+    """sessions/<id>/project/<n>: the project that the session was moved to; the highest n wins."""
+
+    project_id: str
+
+
+class Sampler(Record, frozen=True):
+    """samplers/<id>: one sampling session. `bundle` is the store prefix of its adapter, empty for the base model."""
+
+    sampler: str
+    tenant: str
+    base_model: str
+    bundle: str
+    model_path: str = ""  # the tinker:// path it was made from; empty for a base model or an unnamed snapshot
+    kind: str = "snapshot"
+    run: str = ""  # of an unnamed snapshot: the run and the operation that saved it
+    seq: int = 0
+
+
+@dataclass(frozen=True)
+class Sessions:
+    store: Store
+
+    async def create(self, session: Session) -> None:
+        await marks.put(self.store, SessionId(session.session), "created")
+        if not await self.store.put_if_absent(f"sessions/{session.session}/created", encode(session)):
+            raise UserError(f"session {session.session} exists already")
+
+    async def find_or_create(self, session: Session) -> Session:
+        """The session as it stands: the one who made it first stays. Only for ids that nobody else can have."""
+        await marks.put(self.store, SessionId(session.session), "created")
+        if await self.store.put_if_absent(f"sessions/{session.session}/created", encode(session)):
+            return session
+        return await self.get(SessionId(session.session), session.tenant)
+
+    async def find(self, session: SessionId) -> Session | None:
+        """The session, whosever it is."""
+        name = f"sessions/{session}/created"
+        data = await self.store.get(name)
+        return None if data is None else decode(data, Session, name)
+
+    async def get(self, session: SessionId, tenant: str) -> Session:
+        """Raises NotFound, also for another tenant's."""
+        if (found := await self.find(session)) is not None and found.tenant == tenant:
+            return found
+        raise NotFound(
+            f"session {session!r} does not exist; create one with create_session (the SDK does so by itself)"
+        )
+
+    async def finish(self, session: SessionId, finish: Finish) -> None:
+        """End the session; the first reason stays."""
+        await marks.put(self.store, session, "finished")
+        await self.store.put_if_absent(f"sessions/{session}/finished", encode(finish))
+
+    async def finished(self, session: SessionId) -> Finish | None:
+        name = f"sessions/{session}/finished"
+        data = await self.store.get(name)
+        return None if data is None else decode(data, Finish, name)
+
+    async def assign(self, session: SessionId, project_id: str) -> None:
+        """Move the session into the project."""
+        prefix = f"sessions/{session}/project/"
+        data = encode(Assignment(project_id=project_id))
+        while True:
+            n, _ = await newest_of_few(self.store, prefix)
+            if await self.store.put_if_absent(f"{prefix}{ids.number(n + 1)}", data):
+                return
+
+    async def project(self, session: Session) -> str:
+        """The project that it is in, empty for none."""
+        prefix = f"sessions/{session.session}/project/"
+        n, data = await newest_of_few(self.store, prefix)
+        return session.project_id if data is None else decode(data, Assignment, f"{prefix}{ids.number(n)}").project_id
+
+    async def hear(self, session: SessionId, day: int) -> None:
+        """Its client lived on this day (counted from the epoch); what its samplers hold lives with it."""
+        await self.store.put_if_absent(f"sessions/{session}/heard/{ids.number(day)}", b"")
+
+    async def over_since(self, session: SessionId, now: float) -> float | None:
+        """Since when it is over, or None while it lives: it has finished, or nobody has heard of it for a week."""
+        if (finish := await self.finished(session)) is not None:
+            return finish.finished_at
+        heard = await newest_name(self.store, f"sessions/{session}/heard/")
+        if heard:
+            silent_at = (layout.last_number(heard) + 1) * DAY_S + limits.session_silent_s
+        else:
+            record = await self.find(session)
+            if record is None:  # nothing is known of it, so nothing of it is given up
+                return None
+            silent_at = record.created_at + limits.session_silent_s
+        return silent_at if now > silent_at else None
+
+    async def delete(self, session: SessionId) -> int:
+        """All that is known of it, that it was made last. Return how many objects."""
+        created = f"sessions/{session}/created"
+        others = [name for name in await self.store.list(f"sessions/{session}/") if name != created]
+        return len(await many.each([*others, created], self.store.delete))
+
+
+@dataclass(frozen=True)
+class Samplers:
+    store: Store
+
+    async def create(self, sampler: Sampler) -> Sampler:
+        """The sampler as it stands: a repetition of the same request answers the first one's.
+
+        Raises UserError if the id was used for other weights.
+        """
+        name = f"samplers/{sampler.sampler}"
+        created = await self.store.put_if_absent(name, encode(sampler))
+        if sampler.kind == "inflight":
+            await self.store.put_if_absent(f"{_inflight(sampler.run)}{ids.number(sampler.seq)}", encode(sampler))
+        if created:
+            return sampler
+        data = await self.store.get(name)
+        if data is None:  # it was collected at this moment
+            return await self.create(sampler)
+        stored = decode(data, Sampler, name)
+        if _identity(stored) != _identity(sampler):
+            raise UserError(
+                f"sampling_session_seq_id of {sampler.sampler} was used before, for "
+                f"{stored.model_path or stored.base_model}; each sampling client needs a number of its own"
+            )
+        return stored
+
+    async def get(self, sampler: SamplerId, tenant: str) -> Sampler:
+        """Raises NotFound, also for another tenant's."""
+        name = f"samplers/{sampler}"
+        data = await self.store.get(name)
+        if data is not None and (found := decode(data, Sampler, name)).tenant == tenant:
+            return found
+        raise await self._missing(sampler, tenant)
+
+    async def _missing(self, sampler: SamplerId, tenant: str) -> NotFound:
+        """What became of it: its session's later ones tell that it was there."""
+        session, number = session_of(sampler), int(sampler.rpartition(":")[2])
+        sessions = Sessions(self.store)
+        try:
+            await sessions.get(session, tenant)
+        except NotFound:
+            return _no_sampler(sampler)
+        if await sessions.finished(session) is not None:
+            return NotFound(
+                f"sampler {sampler} is gone: its session has finished; create another sampling client. Weights that "
+                "are saved under a name (save_weights_for_sampler) stay"
+            )
+        there = [int(each.rpartition(":")[2]) for each in await self.of_session(session)]
+        if not there:
+            return NotFound(
+                f"sampler {sampler} does not exist, or is gone: nobody has heard of its session for a week; "
+                "create another sampling client"
+            )
+        if number < max(there):
+            return NotFound(
+                f"sampler {sampler} is gone: newer weights of its run took its place, and nobody asked for it for a "
+                "while (KNAPPER_KEEP_SAMPLERS_S says how long it is kept); sample from a newer one "
+                "(save_weights_and_get_sampling_client), or keep weights under a name (save_weights_for_sampler)"
+            )
+        return _no_sampler(sampler)
+
+    async def delete(self, sampler: Sampler) -> int:
+        """The record, and what belongs to it alone; its weights are the caller's. Return how many objects."""
+        doomed = [f"samplers/{sampler.sampler}", *await self.store.list(f"clones/{sampler.sampler}/")]
+        if sampler.kind == "inflight":
+            doomed.append(f"{_inflight(sampler.run)}{ids.number(sampler.seq)}")
+        return len(await many.each(doomed, self.store.delete))
+
+    async def inflight_after(self, run: str, seq: int) -> Sampler | None:
+        """The newest inflight sampler of the run that was saved after operation `seq`, or None."""
+        name = await newest_name(self.store, _inflight(run), after=seq)
+        data = await self.store.get(name) if name else None
+        return None if data is None else decode(data, Sampler, name)
+
+    async def join(self, sampler: SamplerId) -> int:
+        """A number of its own for one more client of the sampler: 1, 2, 3, ... The client that made it has 0."""
+        prefix = f"clones/{sampler}/"
+        while True:
+            name = await newest_name(self.store, prefix)
+            n = layout.last_number(name) + 1 if name else 1
+            if n > limits.clones_max:
+                raise UserError(
+                    f"{sampler} has {limits.clones_max} clones; allowed: no more; create another sampling client"
+                )
+            if await self.store.put_if_absent(f"{prefix}{ids.number(n)}", b""):
+                return n
+
+    async def of_session(self, session: SessionId) -> list[SamplerId]:
+        prefix = f"samplers/{session}:sample:"
+        listed = [SamplerId(name.removeprefix("samplers/")) for name in await self.store.list(prefix)]
+        return sorted(listed, key=lambda sampler: int(sampler.rpartition(":")[2]))
+
+
+def _no_sampler(sampler: str) -> NotFound:
+    return NotFound(f"sampler {sampler!r} does not exist; create one with create_sampling_client")
+
+
+def _inflight(run: str) -> str:
+    return f"inflight/{run}/"
+
+
+def _identity(sampler: Sampler) -> tuple[str, str, str, str, int]:
+    return sampler.tenant, sampler.base_model, sampler.model_path, sampler.run, sampler.seq

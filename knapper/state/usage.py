@@ -1,0 +1,172 @@
+"""What a tenant has used: tokens trained, read from the journal; checkpoints saved, and tokens sampled, from records.
+
+The journal knows a week for certain, and every run since its second newest snapshot. Samples are in no journal: the
+gateway counts them, and writes down what it counted.
+"""
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import msgspec
+
+from knapper import limits
+from knapper.errors import InvalidField, UserError
+from knapper.ids import RunId, number
+from knapper.state import damage
+from knapper.state.checkpoint_index import Label
+from knapper.state.journal import history
+from knapper.state.journal.records import Operation, Record, decode
+from knapper.store import Names, Store
+from knapper.wire import proto
+
+HOUR_S = 3600
+_PAGE = 999  # names of one listing, as a bucket tells them in one request
+
+
+class Sampled(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Tokens of prompts (each once, however many samples it had) and of samples, of one session and model.
+
+    `device_s`: seconds of the device for them; of a sample that was computed twice, once.
+    """
+
+    session: str  # empty: none
+    base_model: str
+    prompt: int = 0
+    sampled: int = 0
+    device_s: float = 0.0
+
+    def plus(self, prompt: int, sampled: int, device_s: float) -> "Sampled":
+        return msgspec.structs.replace(
+            self, prompt=self.prompt + prompt, sampled=self.sampled + sampled, device_s=self.device_s + device_s
+        )
+
+
+class Samplings(Record, frozen=True, kw_only=True):
+    """usage/<tenant>/<hour>/<id>: what one gateway counted in a minute of that hour."""
+
+    v: int = 2  # the rows of 1 had no device_s
+    rows: list[Sampled]
+
+
+@dataclass(frozen=True)
+class Window:
+    """[first, end) in hours since the epoch."""
+
+    first: int
+    end: int
+
+    def hour(self, at: float) -> int | None:
+        """The hour of a time, or None outside the window."""
+        hour = int(at // HOUR_S)
+        return hour if self.first <= hour < self.end else None
+
+
+def begin_of(hour: int) -> datetime:
+    return datetime.fromtimestamp(hour * HOUR_S, UTC)
+
+
+def record_name(tenant: str, hour: int, record_id: str) -> str:
+    return f"usage/{tenant}/{number(hour)}/{record_id}"
+
+
+async def names_within(store: Store, prefix: str, window: Window) -> Names:
+    """Of all `<prefix><hour>/...` in the window, and of nothing after it."""
+    end, after = f"{prefix}{number(window.end)}", f"{prefix}{number(window.first)}"
+    found: Names = []
+    while page := await store.list(prefix, start_after=after, limit=_PAGE):
+        found += [name for name in page if name < end]
+        after = page[-1]
+        if len(page) < _PAGE or after >= end:
+            break
+    return found
+
+
+async def tokens_sampled(store: Store, tenant: str, window: Window) -> list[tuple[int, Sampled]]:
+    """(hour, tokens) of each hour, session and model. Raises InvalidField if there is too much for one answer."""
+
+    async def read(name: str) -> tuple[int, list[Sampled]]:
+        data = await store.get(name)
+        assert data is not None, "they are never deleted"
+        return int(name.split("/")[2]), decode(data, Samplings, name).rows
+
+    within = await names_within(store, f"usage/{tenant}/", window)
+    if len(within) > limits.operations_told_max:
+        raise too_much(window, "minutes of samples")
+    totals: dict[tuple[int, str, str], Sampled] = {}
+    for hour, rows in await damage.readable(within, read):
+        for row in rows:
+            key = hour, row.session, row.base_model
+            before = totals.get(key, Sampled(session=row.session, base_model=row.base_model))
+            totals[key] = before.plus(row.prompt, row.sampled, row.device_s)
+    return [(hour, found) for (hour, _, _), found in totals.items()]
+
+
+async def tokens_trained(store: Store, runs: list[RunId], window: Window) -> dict[tuple[int, RunId], int]:
+    """Tokens of the accepted forward_backward requests (forward alone too), by hour and run.
+
+    Raises InvalidField if too much happened in the window to be counted at once.
+    """
+    counted: Counter[tuple[int, RunId]] = Counter()
+    read = 0
+    for run in runs:
+        async for group in history.operations(store, run):
+            within = [(hour, each) for each in group if (hour := window.hour(each.accepted_at)) is not None]
+            read += len(within)
+            if read > limits.operations_told_max:
+                raise too_much(window, "operations")
+            for hour, operation in within:
+                counted[hour, run] += await damage.unless(asyncio.to_thread(tokens_of, operation), 0)
+            if all(operation.accepted_at < window.first * HOUR_S for operation in group):
+                break
+    return {key: tokens for key, tokens in counted.items() if tokens}
+
+
+async def device_seconds(store: Store, runs: list[RunId], window: Window) -> dict[tuple[int, RunId], float]:
+    """Seconds of the device that the published results took, by hour and run; each counts once, whatever was replayed.
+
+    Raises InvalidField if too much happened in the window to be counted at once.
+    """
+    seconds: dict[tuple[int, RunId], float] = {}
+    read = 0
+    for run in runs:
+        async for group in history.commits(store, run):
+            read += sum(window.hour(each.committed_at) is not None for each in group)
+            if read > limits.operations_told_max:
+                raise too_much(window, "operations")
+            for commit in group:
+                if (hour := window.hour(commit.committed_at)) is not None:
+                    seconds[hour, run] = seconds.get((hour, run), 0.0) + commit.device_s
+            if group and all(commit.committed_at < window.first * HOUR_S for commit in group):
+                break
+    return seconds
+
+
+def checkpoints_saved(living: list[Label], window: Window) -> dict[tuple[int, RunId], int]:
+    """Checkpoints that live, by the hour of their saving and run."""
+    hours = [(window.hour(label.saved_at), label.path.run) for label in living]
+    return Counter((hour, run) for hour, run in hours if hour is not None)
+
+
+def stored_bytes(living: list[Label]) -> int:
+    """Of all their files; those that several share count once."""
+    return sum({label.bundle: label.size_bytes for label in living}.values())
+
+
+def tokens_of(operation: Operation) -> int:
+    """Of a forward pass, of another operation 0. Takes a while."""
+    if operation.kind != "forward_backward":
+        return 0
+    try:
+        request = proto.decode_forward_backward(operation.body())
+    except UserError:  # it was answered with this error, and trained nothing
+        return 0
+    return sum(datum.tokens.size for datum in request.data)
+
+
+def too_much(window: Window, what: str) -> InvalidField:
+    return InvalidField(
+        "starting_on", begin_of(window.first).isoformat(), f"a window with at most {limits.operations_told_max} {what}",
+        "Ask for fewer hours at a time",
+    )  # fmt: skip

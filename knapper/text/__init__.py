@@ -1,0 +1,1 @@
+"""Text for people: sizes, suggestions for a mistyped word, and what is fit for a terminal."""

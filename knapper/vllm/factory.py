@@ -1,0 +1,136 @@
+"""A vLLM sampler as this process's settings want it, ready when it is returned."""
+
+import atexit
+import time
+from collections.abc import MutableMapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Final, Literal
+
+import structlog
+import torch
+from tokenizers import Tokenizer
+
+from knapper import limits
+from knapper.engine import hardware, host_memory
+from knapper.engine.hardware import dtype_for
+from knapper.engine.models.config import ModelConfig
+from knapper.engine.sampling.kv_cache import bytes_per_token
+from knapper.errors import InvalidField
+from knapper.observability.metrics import Reading, Readings
+from knapper.serving import shutdown
+from knapper.serving.retry import Attempts
+from knapper.settings import Settings
+from knapper.store import Store
+from knapper.vllm import unsupported
+from knapper.vllm.adapters import Shelf
+from knapper.vllm.core import Core, Options
+from knapper.vllm.device_time import Shares
+from knapper.vllm.engine import Engine
+from knapper.vllm.fair_queue import Turns
+from knapper.vllm.sampler import VllmSampler
+
+_TEXTS_MAX: Final = {"cpu": 64, "cuda": 256}  # that decode at once
+_GIB: Final = 1024 * limits.MIB  # what vLLM's keys and values on a CPU are counted in
+_BLOCK: Final = 128  # positions of keys and values that a text takes at a time there
+
+log = structlog.get_logger()
+
+
+def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, str]) -> tuple[VllmSampler, int]:
+    """(the sampler, the tokens of the model's context). Blocks until it can sample, or vLLM did not start.
+
+    Raises UnsupportedModel for an architecture of which knapper does not know where adapters go.
+    """
+    began = time.monotonic()
+    directory = Path(settings.model_directory)
+    facts = ModelConfig.read(directory)
+    device = device_for(settings.device, "cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype_for(settings.dtype, torch.device(device))
+    kv_bytes = 0  # on a GPU it is what KNAPPER_VLLM_MEMORY leaves
+    if device == "cpu":
+        kv_bytes, fits = on_cpu(facts, dtype, _left(directory, dtype), settings.kv_memory)
+        if fits < facts.context:
+            log.warning(
+                "vllm: not even one text of the whole context fits: longer ones are refused",
+                tokens=fits, context=facts.context, todo="raise KNAPPER_KV_MEMORY, or give the sampler more memory",
+            )  # fmt: skip
+        facts = replace(facts, context=fits)
+    options = Options(
+        directory=directory,
+        dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+        context=facts.context,
+        texts_max=_TEXTS_MAX[device],
+        rank_max=settings.vllm_rank,
+        adapters_at_once=settings.vllm_adapters,
+        adapters_kept=limits.adapters_kept_max,
+        device=device,
+        memory=settings.vllm_memory,
+        kv_bytes=kv_bytes,
+        threads=settings.threads,
+        sleeps=device == "cuda" and settings.vllm_rest_s > 0,
+    )
+    attempts = Attempts(f"model {settings.model}", time.monotonic)
+    engine = Engine(lambda: Core.start(options, environ), settings.vllm_rest_s, attempts)
+    refuse = partial(unsupported.refusal, rank_max=settings.vllm_rank)
+    shelf = Shelf(store, facts, settings.vllm_shelf, engine.forget, refuse)
+    atexit.register(shelf.close)
+    atexit.register(engine.close)
+    shutdown.before(engine.leave)
+    engine.begin()
+    turns = Turns(options.texts_max, options.adapters_at_once)
+    tokenizer, shares = Tokenizer.from_file(str(directory / "tokenizer.json")), Shares(time.monotonic)
+    sampler = VllmSampler(engine, shelf, facts, tokenizer, turns, shares)
+    log.info(
+        "vllm: ready", model=settings.model, context=facts.context, device=device, dtype=options.dtype,
+        took_s=round(time.monotonic() - began, 2),
+    )  # fmt: skip
+    Readings(_readings(sampler, engine, shares, options.texts_max))
+    return sampler, facts.context
+
+
+def on_cpu(facts: ModelConfig, dtype: torch.dtype, left: int, part: float) -> tuple[int, int]:
+    """(bytes of keys and values, tokens of the longest text) on a CPU whose memory has `left` beside the weights.
+
+    `part` as hardware.kv_bytes has it. vLLM takes whole GiB, one at least, and does not start unless they hold a text
+    of the context that it is told.
+    """
+    one = bytes_per_token(facts, dtype)
+    text = (facts.context + -facts.context % _BLOCK) * one
+    most = _TEXTS_MAX["cpu"] * text  # it takes all at once, whoever samples
+    kv = min(hardware.kv_bytes(left, part, _whole(text)), _whole(most)) // _GIB * _GIB
+    return max(_GIB, kv), min(facts.context, max(_GIB, kv) // (_BLOCK * one) * _BLOCK)
+
+
+def _whole(count: int) -> int:
+    return count + -count % _GIB
+
+
+def _left(directory: Path, dtype: torch.dtype) -> int:
+    """Of the machine's memory, once vLLM has the weights: in float32 they may take twice the bytes of their files."""
+    files = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    return max(0, host_memory.available() - files * (2 if dtype == torch.float32 else 1))
+
+
+def device_for(setting: str, present: Literal["cuda", "cpu"]) -> Literal["cuda", "cpu"]:
+    """vLLM is built for one kind of device, `present`. Raises InvalidField if the setting is another."""
+    if setting not in ("auto", present):
+        allowed = f"auto or {present} with KNAPPER_SAMPLER=vllm: this environment's vLLM computes nowhere else"
+        raise InvalidField("KNAPPER_DEVICE", setting, allowed)
+    return present
+
+
+def _readings(sampler: VllmSampler, engine: Engine, shares: Shares, texts_max: int) -> list[Reading]:
+    counts = sampler.counters
+    return [
+        Reading("knapper_vllm_prefilled_tokens", "Prompt tokens, those that were in the cache too.",
+                lambda: counts.prefilled_tokens, counts=True),
+        Reading("knapper_vllm_sampled_tokens", "Tokens sampled.", lambda: counts.decoded_tokens, counts=True),
+        Reading("knapper_vllm_device_seconds", "Seconds in which a text was under way.", lambda: shares.device_s,
+                counts=True),
+        Reading("knapper_vllm_slots", "Texts that decode now.", lambda: sampler.active),
+        Reading("knapper_vllm_slots_max", "Texts that can decode at once.", lambda: texts_max),
+        Reading("knapper_vllm_starts", "Engine cores that were started.", lambda: engine.starts, counts=True),
+        Reading("knapper_vllm_resting", "1 while the core has given its memory back.", lambda: engine.resting),
+    ]  # fmt: skip

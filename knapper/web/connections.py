@@ -1,0 +1,248 @@
+"""HTTP before any key is read: what a connection may cost whoever is at its other end.
+
+    uvicorn --http knapper.web.connections:Protocol --ws none ...
+
+uvicorn bounds neither headers nor how long a client may take. Here every connection has bounds on the bytes and the
+number of its headers, deadlines for them and for bodies, and a place among so many; all are in knapper.limits. What is
+over them is answered where an answer can still be read, and hung up on.
+"""
+
+import asyncio
+import json
+import resource
+from collections.abc import MutableMapping
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from knapper import limits
+from knapper.errors import HeadersTooLarge, KnapperError, TooSlow, Unavailable, UserError
+from knapper.web.targets import Targeted
+
+_LOOK_S = 1.0
+_FILES_SHARE = 0.75  # of the files that this process may open; the others are for what it asks of others
+
+Protocols = dict["Protocol", None]  # in order
+_headless: MutableMapping[ServerState, Protocols] = WeakKeyDictionary()  # those who have not said what they want
+
+
+class Protocol(Targeted):
+    """One connection. Its request is awaited (`head`), comes (`body`), or is all here (`whole`)."""
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._others = _headless.setdefault(server_state, {})
+        self._phase: Literal["head", "body", "whole"] = "head"
+        self._began = 0.0  # of the phase; in a body, of what `_heard` counts. Loop time
+        self._heard = 0  # bytes of the body
+        self._thrown = 0  # bytes of a body that was answered before it was all here
+        self._unheard = 0  # bytes since anything came out of the parser: it keeps what is not whole
+        self._head_bytes = self._head_fields = 0
+        self._pieces: list[bytes] = []  # of a body, from one reading: it may come in chunks of a byte
+        self._unsent = 0, 0.0  # bytes of answers, and since when so many
+        self._refusal: KnapperError | None = None
+        self._watch: asyncio.TimerHandle | None = None
+
+    # ---- the connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        super().connection_made(transport)
+        self._await_head()
+        self._watch = self.loop.call_later(_LOOK_S, self._look)
+        if len(self.connections) > _connections_max():
+            oldest = next(iter(self._others))
+            if oldest is self:
+                self._refuse(
+                    Unavailable(f"{len(self.connections)} connections are open, the most that this server has")
+                )
+            else:
+                oldest._close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+        self._others.pop(self, None)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refusal is not None:
+            return
+        if self._phase == "whole":
+            self._await_head()
+        self._unheard += len(data)
+        super().data_received(data)
+        self._tell_body()
+        if self._unheard > 2 * limits.head_bytes_max and self._refusal is None:  # with what stands between its fields
+            self._refuse(_too_large(f"the request's headers are over {limits.head_bytes_max} bytes"))
+
+    def send_400_response(self, msg: str) -> None:
+        """Of uvicorn's, for what its parser refuses, which is also what raised in a callback below."""
+        self._refuse(self._refusal or UserError(msg))
+
+    # ---- what the parser finds
+
+    def on_message_begin(self) -> None:
+        self._await_head()
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count_head(len(url), fields=0)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count_head(len(name) + len(value), fields=1)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if len(self.pipeline) >= limits.pipelined_max:
+            self._fail(UserError(f"over {limits.pipelined_max} requests came before their answers; send one at a time"))
+        self._unheard = 0
+        self._phase, self._began, self._heard, self._thrown = "body", self.loop.time(), 0, 0
+        self._others.pop(self, None)
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unheard = 0
+        self._heard += len(body)
+        if not self.cycle.response_complete:
+            self._pieces.append(body)
+            return
+        self._thrown += len(body)
+        if self._thrown > limits.body_thrown_bytes_max:
+            self._close()
+
+    def on_message_complete(self) -> None:
+        self._unheard = 0
+        self._tell_body()
+        self._phase = "whole"
+        super().on_message_complete()
+        if self.cycle.response_complete:
+            self._await_next()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._phase == "whole":
+            self._await_next()
+        else:
+            self._began = self.loop.time()  # of throwing away what comes yet
+
+    def _tell_body(self) -> None:
+        if self._pieces:
+            body, self._pieces = b"".join(self._pieces), []
+            super().on_body(body)
+
+    def _count_head(self, size: int, fields: int) -> None:
+        self._head_bytes += size
+        self._head_fields += fields
+        if self._head_bytes > limits.head_bytes_max:
+            self._fail(_too_large(f"the request's headers are over {limits.head_bytes_max} bytes"))
+        if self._head_fields > limits.head_fields_max:
+            self._fail(_too_large(f"the request has over {limits.head_fields_max} headers"))
+
+    def _fail(self, error: KnapperError) -> None:
+        """Out of the parser, which tells `send_400_response`."""
+        self._refusal = error
+        raise error
+
+    # ---- time
+
+    def _await_head(self) -> None:
+        self._phase, self._began = "head", self.loop.time()
+        self._head_bytes = self._head_fields = 0
+        self._await_next()
+
+    def _await_next(self) -> None:
+        """Last among those who may be hung up on when there are too many."""
+        self._others.pop(self, None)
+        self._others[self] = None
+
+    def _look(self) -> None:
+        if self.transport.is_closing():
+            return
+        self._watch = self.loop.call_later(_LOOK_S, self._look)
+        now = self.loop.time()
+        if self._stalled(now):
+            self.transport.abort()
+        elif self._phase == "body":
+            self._look_at_body(now)
+        elif self._answering:
+            self._began = now if self._phase == "head" else self._began  # some end a body with an empty line too much
+        elif self._phase == "head" and now - self._began > limits.head_s:
+            self._refuse(TooSlow(f"the request's headers did not come within {limits.head_s:g} s; send it again"))
+
+    @property
+    def _answering(self) -> bool:
+        """Whether a request is all here, and its answer is not all gone."""
+        return self._phase != "body" and self._unanswered is not None
+
+    @property
+    def _unanswered(self) -> RequestResponseCycle | None:
+        """The newest request, while its answer is not all gone."""
+        newest: RequestResponseCycle | None = self.cycle  # None before the first, whatever its type says
+        return None if newest is None or newest.response_complete else newest
+
+    def _look_at_body(self, now: float) -> None:
+        if self.cycle.response_complete:
+            if now - self._began > limits.body_thrown_s:
+                self._close()
+        elif self.flow.read_paused:  # it is we who are slow
+            self._began, self._heard = now, 0
+        elif now - self._began > limits.body_silent_s:
+            if self._heard < limits.body_rate_min * limits.body_silent_s:
+                self._refuse(
+                    TooSlow(
+                        f"the request's body came slower than {limits.body_rate_min} bytes a second for "
+                        f"{limits.body_silent_s:g} s; send it again, over a faster connection"
+                    )
+                )
+            self._began, self._heard = now, 0
+
+    def _stalled(self, now: float) -> bool:
+        """Whether an answer waits for a client that has long taken nothing of it."""
+        unsent = self.transport.get_write_buffer_size()
+        if not unsent or unsent != self._unsent[0]:
+            self._unsent = unsent, now
+        return now - self._unsent[1] > limits.answer_stalled_s
+
+    # ---- the end
+
+    def _refuse(self, error: KnapperError) -> None:
+        """Answer, if nothing of another answer has gone out, and hang up."""
+        self._refusal = error
+        if not self.transport.is_closing():
+            if not self._answering and (self._phase == "head" or not self.cycle.response_started):
+                self.transport.write(_answer(error))
+            self._close()
+
+    def _close(self) -> None:
+        if (cycle := self._unanswered) is not None:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self.transport.close()
+
+
+def _answer(error: KnapperError) -> bytes:
+    content = json.dumps({"detail": str(error), "code": error.code, "category": error.category}).encode()
+    retry = b"retry-after: %d\r\n" % max(1, round(error.retry_after_s)) if isinstance(error, Unavailable) else b""
+    length = b"content-length: %d\r\nconnection: close\r\n\r\n" % len(content)
+    status = 400 if type(error) is UserError else error.status  # what is not HTTP at all
+    return STATUS_LINE[status] + b"content-type: application/json\r\n" + retry + length + content
+
+
+def _too_large(what: str) -> HeadersTooLarge:
+    allowed = f"{limits.head_fields_max} headers and {limits.head_bytes_max} bytes, with the URL"
+    return HeadersTooLarge(f"{what}; allowed: {allowed}; send what is long in a body")
+
+
+def _connections_max() -> int:
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return limits.connections_max if files < 0 else min(limits.connections_max, int(files * _FILES_SHARE))

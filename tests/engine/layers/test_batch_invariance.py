@@ -1,0 +1,181 @@
+"""What the sampler says of a token is what the trainer says of it, to the last bit: on a CPU, whoever else is there.
+
+So that the ratio of an on-policy step is 1, and not 1 and some noise.
+"""
+
+import asyncio
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from knapper.engine.executor import Device
+from knapper.engine.layers.lora import Lora
+from knapper.engine.sampling.scheduler import Sampler
+from knapper.engine.training.trainer import RunState
+from knapper.wire.types import AdamW, Datum, Sample, SampleOutput, SamplingParams
+from tests.engine.runs import datum, done, request, spec, tiny_trainer
+from tests.engine.sampling.test_scheduler import Shelf
+from tests.engine.training.test_scheduler import held
+
+SEED = 4
+BASE = ""
+SPECS = {
+    BASE: spec(run="base"),  # a new adapter changes nothing
+    "narrow": spec(run="narrow", rank=4, train_unembed=True),
+    "wide": spec(run="wide", rank=40, alpha=64.0, train_mlp=False),
+    "head": spec(run="head", rank=16, alpha=8.0, train_attn=False, train_unembed=True),
+}
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+class Pair:
+    """A trainer and a sampler on one model, with the same adapters."""
+
+    def __init__(self, directory: Path, kind: str, dtype: torch.dtype) -> None:
+        self.trainer = tiny_trainer(directory, kind, dtype)
+        self.states = {name: self._trained(name) for name in SPECS}
+        loras: dict[str, Lora] = {name: state.lora() for name, state in self.states.items() if name != BASE}
+        self.device = Device()
+        weakref.finalize(self, self.device.close)
+        self.sampler = Sampler(
+            self.trainer.decoder,
+            self.device,
+            Shelf(loras),
+            None,
+            slots_max=24,
+            kv_tokens_max=1 << 14,
+            now=time.monotonic,
+        )
+
+    def _trained(self, name: str) -> RunState:
+        state = self.trainer.create(SPECS[name])
+        if name == BASE:
+            return state
+        data = [datum(40, "cross_entropy", np.random.default_rng(SEED))]
+        state, _ = done(self.trainer.forward_backward(state, request(data)))
+        return done(self.trainer.optim_step(state, AdamW(learning_rate=0.03)))[0]
+
+    def sampled(self, *asked: Sample) -> list[SampleOutput]:
+        """All having arrived before the first begins."""
+        gate = held(self.device)
+
+        async def together() -> list[SampleOutput]:
+            tasks = [asyncio.ensure_future(self.sampler.sample(one)) for one in asked]
+            while self.sampler.waiting < len(asked):  # noqa: ASYNC110  no event tells
+                await asyncio.sleep(0)
+            gate.set()
+            return list(await asyncio.gather(*tasks))
+
+        return asyncio.run(asyncio.wait_for(together(), 60))
+
+    def trained(self, name: str, texts: list[np.ndarray], *, forward_only: bool = False) -> list[np.ndarray]:
+        """The trainer's log-probabilities of each text's tokens after the first, all texts in one request."""
+        data = [
+            Datum(text[:-1].astype(np.int32), {"target_tokens": text[1:].astype(np.int64),
+                                               "weights": np.ones(len(text) - 1, np.float32)})
+            for text in texts
+        ]  # fmt: skip
+        asked = request(data, forward_only=forward_only)
+        _, output = done(self.trainer.forward_backward(self.states[name], asked))
+        return [one["logprobs"] for one in output.outputs]
+
+
+@pytest.fixture(
+    params=[("llama", torch.float32), ("llama", torch.bfloat16), ("qwen3", torch.float32)],
+    ids=["llama float32", "llama bfloat16", "qwen3 float32"],
+)
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Pair:
+    return Pair(tmp_path, *request.param)
+
+
+def crowd() -> list[Sample]:
+    """Of every adapter, texts of many lengths: through several pools, past 256 keys, one of a single token."""
+    rng = np.random.default_rng(SEED)
+    names = list(SPECS)
+    shapes = [(1, 9), (7, 1), (9, 70), (40, 30), (63, 3), (64, 12), (130, 20), (250, 80), (383, 12), (66, 66)]
+    return [
+        Sample(
+            "tiny", names[index % len(names)], rng.integers(0, 256, prompt).astype(np.int32),
+            SamplingParams(max_tokens=tokens, ignore_eos=True), seed=index, num_samples=1 + index % 3,
+            prompt_logprobs=prompt > 1,
+        )
+        for index, (prompt, tokens) in enumerate(shapes)
+    ]  # fmt: skip
+
+
+def assert_equal(pair: Pair, asked: list[Sample], outputs: list[SampleOutput]) -> None:
+    for one, output in zip(asked, outputs, strict=True):
+        prompt = len(one.prompt)
+        texts = [np.concatenate([one.prompt, sequence.tokens]) for sequence in output.sequences]
+        group = pair.trained(one.adapter, texts)
+        for text, sequence, logprobs in zip(texts, output.sequences, group, strict=True):
+            np.testing.assert_array_equal(sequence.logprobs, logprobs[prompt - 1 :])
+            (alone,) = pair.trained(one.adapter, [text], forward_only=True)
+            np.testing.assert_array_equal(alone, logprobs)
+            if one.prompt_logprobs:
+                assert output.prompt_logprobs is not None
+                np.testing.assert_array_equal(output.prompt_logprobs[1:], logprobs[: prompt - 1])
+
+
+@pytest.mark.usefixtures("threads")
+def test_sampled_and_prompt_logprobs_are_the_trainers_bit_for_bit(pair: Pair) -> None:
+    asked = crowd()
+    outputs = pair.sampled(*asked)
+    assert_equal(pair, asked, outputs)
+    said = np.concatenate([sequence.logprobs for output in outputs for sequence in output.sequences])
+    assert len(np.unique(said)) > 0.9 * len(said)
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_conversation_that_goes_on_where_it_was_has_the_trainers_bits(pair: Pair) -> None:
+    """Each turn begins with all that was said before, two of them with the same; other adapters say the same beside."""
+    rng = np.random.default_rng(SEED)
+    names = list(SPECS)
+    said = {name: [rng.integers(0, 256, 45).astype(np.int32)] * 2 for name in names}
+    said["wide"] = said["narrow"]  # tokens alone must not tell
+    for turn in range(4):
+        asked = [
+            Sample("tiny", name, prompt, SamplingParams(max_tokens=21, ignore_eos=True), seed=10 * turn + number)
+            for name in names
+            for number, prompt in enumerate(said[name])
+        ]
+        outputs = pair.sampled(*asked)
+        assert_equal(pair, asked, outputs)
+        if turn:
+            assert all(output.prompt_cache_hit_tokens >= 45 + 51 * (turn - 1) for output in outputs)
+        texts = iter(
+            np.concatenate([one.prompt, output.sequences[0].tokens, rng.integers(0, 256, 30)]).astype(np.int32)
+            for one, output in zip(asked, outputs, strict=True)
+        )
+        said = {name: [next(texts) for _ in said[name]] for name in names}
+
+
+@pytest.mark.usefixtures("threads")
+def test_prompts_that_begin_alike_have_the_trainers_bits(pair: Pair) -> None:
+    """In one pass, and with the log-probabilities of the part that differs."""
+    rng = np.random.default_rng(SEED)
+    common = rng.integers(0, 256, 60).astype(np.int32)
+    asked = [
+        Sample(
+            "tiny", name, np.concatenate([common, rng.integers(0, 256, length).astype(np.int32)]),
+            SamplingParams(max_tokens=5, ignore_eos=True), seed=length, prompt_logprobs=scored,
+        )
+        for name in ("narrow", BASE)
+        for length, scored in ((1, False), (7, True), (50, False))
+    ]  # fmt: skip
+    outputs = pair.sampled(*asked)
+    assert_equal(pair, asked, outputs)
+    assert pair.sampler.counters.prefilled_tokens == 2 * (60 + 58)
+    assert pair.sampler.counters.reused_tokens == 2 * 120

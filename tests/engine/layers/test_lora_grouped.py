@@ -1,0 +1,94 @@
+"""A linear with adapters on its rows: the values and gradients that autograd finds for the formula."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from knapper.engine.layers.linear import FrozenLinear
+from knapper.engine.layers.lora import Lora
+from knapper.engine.layers.lora_grouped import Segment, Segments
+
+NAMES, WIDTHS, INPUTS, ROWS = ("q", "k", "v"), (40, 24, 24), 32, 50
+# Whole and with a part missing; ranks that are padded, and one that is not; a row alone.
+ADAPTERS = {
+    "all": ({"q": 40, "k": 24, "v": 24}, 5, 0.5),
+    "two": ({"q": 40, "v": 24}, 16, 2.0),
+    "one": ({"k": 24}, 3, 1.0),
+}
+SPANS = {"all": (4, 20), "two": (20, 21), "one": (30, 45)}
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def adapters(dtype: torch.dtype = torch.float64) -> dict[str, Lora]:
+    return {
+        name: Lora(
+            {site: random(rank, INPUTS, seed=rank, dtype=dtype).requires_grad_() for site in sites},
+            {
+                site: random(WIDTHS[NAMES.index(site)], rank, seed=rank + 1, dtype=dtype).requires_grad_()
+                for site in sites
+            },
+            scale,
+        )
+        for name, (sites, rank, scale) in ADAPTERS.items()
+    }
+
+
+def leaves(loras: dict[str, Lora]) -> list[Tensor]:
+    return [matrix for lora in loras.values() for side in (lora.a, lora.b) for matrix in side.values()]
+
+
+def segments(loras: dict[str, Lora]) -> Segments:
+    return Segments([Segment(*SPANS[name], lora) for name, lora in loras.items()] + [Segment(45, ROWS, None)])
+
+
+def formula(x_NI: Tensor, linear_OI: Tensor, loras: dict[str, Lora]) -> list[Tensor]:
+    found = []
+    for name, y_NO in zip(NAMES, (x_NI @ linear_OI.T).split(WIDTHS, dim=1), strict=True):
+        for which, lora in loras.items():
+            if name in lora.a:
+                own = torch.zeros(ROWS, 1, dtype=y_NO.dtype)
+                own[slice(*SPANS[which])] = lora.scale
+                y_NO = y_NO + own * (x_NI @ lora.a[name].T) @ lora.b[name].T
+        found.append(y_NO)
+    return found
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_values_and_gradients_are_those_of_the_formula(goes_on: bool) -> None:
+    """`goes_on`: there is something to differentiate before the linear; of the first layer's there is not."""
+    weight_OI = random(sum(WIDTHS), INPUTS, seed=1)
+    x_NI, weigh = random(ROWS, INPUTS, seed=2).requires_grad_(goes_on), random(ROWS, sum(WIDTHS), seed=3)
+    loras = adapters()
+    wanted = torch.cat(formula(x_NI, weight_OI, loras), dim=1)
+    linear = FrozenLinear(weight_OI.split(WIDTHS), torch.float64)
+    found = torch.cat(segments(loras)(NAMES, x_NI, linear), dim=1)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    asked = [*leaves(loras), *([x_NI] if goes_on else [])]
+    for found_grad, wanted_grad in zip(
+        torch.autograd.grad(found, asked, weigh), torch.autograd.grad(wanted, asked, weigh), strict=True
+    ):
+        torch.testing.assert_close(found_grad, wanted_grad, rtol=0, atol=1e-11)
+
+
+def test_without_adapters_a_gradient_goes_through_all_the_same() -> None:
+    weight_OI, x_NI = random(sum(WIDTHS), INPUTS, seed=1), random(ROWS, INPUTS, seed=2).requires_grad_()
+    linear, weigh = FrozenLinear(weight_OI.split(WIDTHS), torch.float64), random(ROWS, sum(WIDTHS), seed=3)
+    torch.cat(Segments([])(NAMES, x_NI, linear), dim=1).backward(weigh)
+    torch.testing.assert_close(x_NI.grad, weigh @ weight_OI, rtol=0, atol=1e-12)
+
+
+def test_a_base_in_bfloat16_is_rounded_once_and_its_adapters_stay_in_float32() -> None:
+    weight_OI = random(sum(WIDTHS), INPUTS, seed=1).bfloat16()
+    x_NI, loras = random(ROWS, INPUTS, seed=2).bfloat16().requires_grad_(), adapters(torch.float32)
+    found = segments(loras)(NAMES, x_NI, FrozenLinear(weight_OI.split(WIDTHS), torch.bfloat16))
+    wanted = formula(x_NI.float(), torch.zeros(sum(WIDTHS), INPUTS), loras)
+    plain = (x_NI @ weight_OI.T).split(WIDTHS, dim=1)
+    for part, y_NO, delta_NO in zip(found, plain, wanted, strict=True):
+        torch.testing.assert_close(part, (y_NO + delta_NO).bfloat16(), rtol=2**-7, atol=1e-5)
+    torch.autograd.backward(found, [torch.ones_like(part) for part in found])
+    assert x_NI.grad is not None
+    assert x_NI.grad.dtype == torch.bfloat16
+    assert {leaf.grad.dtype for leaf in leaves(loras) if leaf.grad is not None} == {torch.float32}

@@ -1,0 +1,105 @@
+"""How rows go into a product is found out: the first way in which no row's bits depend on the others."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from knapper.engine.layers.batch_invariance import (
+    ADAPTER_WAYS,
+    AS_IT_IS,
+    BACKWARD_WAYS,
+    MODEL_WAYS,
+    Exactness,
+    Product,
+    Way,
+)
+
+INPUTS, OUTPUTS = 96, 40
+
+
+def summed(x_NI: Tensor, w_OI: Tensor, parts: int) -> Tensor:
+    """x w^T, whose inner dimension is added up in so many parts: other last bits for each number."""
+    products = [x @ w.T for x, w in zip(x_NI.float().chunk(parts, 1), w_OI.float().chunk(parts, 1), strict=True)]
+    return torch.stack(products).sum(0).to(x_NI.dtype)
+
+
+def kernels(choose: Callable[[int], int]) -> Callable[[Tensor], Product]:
+    """A library that chooses a kernel by the number of rows. Each of these kernels is exact by itself: row by row."""
+
+    def make(w_OI: Tensor) -> Product:
+        return lambda x_NI: torch.cat([summed(row, w_OI, choose(len(x_NI))) for row in x_NI.split(1)])
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("choose", "way"),
+    [
+        (lambda _: 3, AS_IT_IS),
+        (lambda rows: 1 if rows == 1 else 4, Way(2)),
+        (lambda rows: 2 if rows < 7 else 4, Way(8)),
+        (lambda rows: 2 if rows < 11 else 4, Way(16)),
+        (lambda rows: 1 + min(rows // 32, 3), Way(block=64)),
+        (lambda rows: 4 if rows < 100 and rows % 2 else 2, Way(block=64)),
+    ],
+)
+def test_the_first_way_that_keeps_the_bits_is_taken(dtype: torch.dtype, choose: Callable[[int], int], way: Way) -> None:
+    exactness = Exactness()
+    like = torch.empty(0, dtype=dtype)
+    assert exactness.product("forward", MODEL_WAYS, kernels(choose), INPUTS, OUTPUTS, like) == way
+    assert exactness.broken == []
+    assert len(exactness.found) == (way != AS_IT_IS)
+
+
+def test_where_no_way_keeps_the_bits_it_is_said_and_the_product_goes_as_it_would() -> None:
+    def make(w_OI: Tensor) -> Product:
+        def first_row_differs(x_NI: Tensor) -> Tensor:
+            return torch.cat([summed(x_NI[:1], w_OI, 2), summed(x_NI[1:], w_OI, 4)])
+
+        return first_row_differs
+
+    exactness = Exactness()
+    way = exactness.product("forward", MODEL_WAYS, make, INPUTS, OUTPUTS, torch.empty(0))
+    assert way == AS_IT_IS
+    assert exactness.broken == [f"forward {INPUTS}x{OUTPUTS} float32"]
+
+
+def test_without_the_promise_nothing_is_tried() -> None:
+    def never(_: Tensor) -> Product:
+        raise AssertionError
+
+    exactness = Exactness(promised=False)
+    assert exactness.product("forward", MODEL_WAYS, never, INPUTS, OUTPUTS, torch.empty(0)) == AS_IT_IS
+    assert exactness.adapter(16, torch.empty(0)) == AS_IT_IS
+    on_gpu = torch.empty(0, device="meta")
+    assert Exactness().product("forward", MODEL_WAYS, never, INPUTS, OUTPUTS, on_gpu) == AS_IT_IS
+
+
+@pytest.mark.parametrize("way", sorted({*MODEL_WAYS, *BACKWARD_WAYS, *ADAPTER_WAYS}, key=str), ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 63, 64, 65, 129, 300])
+def test_every_way_gives_the_product(way: Way, rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x_NI, w_OI = (torch.randn(n, 24, generator=generator, dtype=torch.float64) for n in (rows, 10))
+    seen: list[int] = []
+
+    def product(x: Tensor) -> Tensor:
+        seen.append(len(x))
+        return F.linear(x, w_OI)
+
+    torch.testing.assert_close(way(product, x_NI), x_NI @ w_OI.T, rtol=0, atol=1e-12)
+    assert sum(seen) == way.rows(rows) >= max(rows, way.least)
+    assert not way.block or set(seen) == {way.block}
+
+
+def test_an_adapter_goes_one_way_on_every_linear_whether_it_trains_or_decodes() -> None:
+    exactness = Exactness()
+    exactness.add(64, (48, 16, 16))
+    exactness.add(160, (64,))
+    way = exactness.adapter(32, torch.empty(0))
+    assert way in ADAPTER_WAYS
+    assert exactness.adapter(32, torch.empty(0)) is way
+    assert exactness.broken == []

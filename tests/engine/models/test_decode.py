@@ -1,0 +1,58 @@
+"""Texts that decode together come and go, and each keeps its own adapter."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from knapper.engine.layers.lora import Lora
+from knapper.engine.models.decoder import Decoder
+from knapper.engine.models.prefill import Prompt
+from tests.engine.models.test_decoder import decoder_of, lora_of
+from tests.engine.tiny import tiny_model
+
+
+def steps(decoder: Decoder, adapters: Sequence[Lora | None], story: Sequence[Sequence[int]]) -> list[dict[int, Tensor]]:
+    """Logits by text, for each step; `story`: which texts take part in it, text n with `adapters[n]`."""
+    texts = decoder.texts(1 << 14)
+    slots: dict[int, object] = {}
+    found = []
+    for members in story:
+        for gone in set(slots) - set(members):
+            texts.remove(slots.pop(gone))  # type: ignore[arg-type]  # whatever it is
+        for number in members:
+            if number not in slots:
+                prompt = Prompt(np.arange(20 + number, dtype=np.int32), adapters[number])
+                (prefilled,) = decoder.prompts([prompt])
+                slots[number] = texts.add(prefilled.kept, len(prompt.tokens_T))
+        texts.settle()
+        order = [next(number for number, slot in slots.items() if slot is each) for each in texts.rows]
+        logits = texts.step(torch.tensor([7 + number for number in order]), [adapters[number] for number in order])
+        found.append(dict(zip(order, logits, strict=True)))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (3, 5, 8), (8, 40, 16)])
+def test_an_adapter_stays_a_texts_own_whoever_came_with_it_and_left(
+    tmp_path: Path, ranks: tuple[int, int, int]
+) -> None:
+    """Adapters lie side by side for as long as half of them are used: also when one of them has all the rows."""
+    decoder = decoder_of(tiny_model(tmp_path))
+    adapters = [lora_of(decoder, seed=seed, rank=rank) for seed, rank in enumerate(ranks)]
+    alone = [steps(decoder, [*adapters, None], [[number]] * 3) for number in range(4)]
+    for story in (
+        [[0, 1], [1], [1]],
+        [[0, 1], [0], [0]],
+        [[0, 1, 3], [1, 3], [1]],
+        [[0, 1, 2], [1, 2], [2]],
+        [[2, 1, 0], [2, 0], [2]],
+        [[0, 3], [0], [0]],
+    ):
+        began: dict[int, int] = {}
+        for step, found in enumerate(steps(decoder, [*adapters, None], story)):
+            for number, logits in found.items():
+                own = step - began.setdefault(number, step)
+                assert torch.equal(logits, alone[number][own][number]), f"text {number} in step {step} of {story}"

@@ -1,0 +1,165 @@
+"""Keys and values stay what they are, wherever they move, and take no more memory than they may."""
+
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from knapper.engine.models.config import ModelConfig
+from knapper.engine.models.loader import load
+from knapper.engine.sampling.kv_cache import Cache, Slot, bytes_per_token, context_positions
+from tests.engine.faults import Operators, gpu_error
+from tests.engine.tiny import tiny_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> ModelConfig:
+    return replace(ModelConfig.read(tiny_model(tmp_path)), layers=6, context=1000)
+
+
+def cache_of(config: ModelConfig, positions_max: int | None = None) -> Cache:
+    return Cache(config, torch.float32, CPU, positions_max)
+
+
+def random_kv(config: ModelConfig, length: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(config.layers, 2, length, config.kv_heads, config.head_dim, generator=generator)
+
+
+class Held(TorchDispatchMode):
+    """Bytes of the pools' tensors (2, places, G, C, D) that are still there, and the most that they ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # the library has no types here
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.empty.memory_format and made.dim() == 5 and made.shape[0] == 2:
+            self.bytes += made.nbytes
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(made, self._left, made.nbytes)
+        return made
+
+    def _left(self, nbytes: int) -> None:
+        self.bytes -= nbytes
+
+
+def test_a_text_that_fills_the_context_occupies_it_and_no_more(config: ModelConfig) -> None:
+    """Qwen 3 has 40,960 positions, between the capacities 32,768 and 49,152; this one 1,000, between 768 and 1,024."""
+    assert context_positions(replace(config, context=40_960)) == 40_960
+    assert context_positions(config) == 1024
+    wide = cache_of(replace(config, context=40_960))
+    assert [wide.positions(length) for length in (1, 64, 65, 32_768, 32_769, 40_960)] == [
+        64, 64, 128, 32_768, 40_960, 40_960
+    ]  # fmt: skip
+    assert cache_of(config).positions(1000) == 1024
+
+
+def test_what_there_is_room_for_need_be_no_capacity_either(config: ModelConfig) -> None:
+    cache = cache_of(config, 700)
+    assert cache.longest == 640
+    assert [cache.positions(length) for length in (500, 513, 640)] == [512, 640, 640]
+    assert cache.positions(641) > 700
+    assert cache_of(config, 63).longest == 0
+
+
+def test_bytes_are_counted_in_the_dtype_in_which_keys_and_values_are_kept(tmp_path: Path) -> None:
+    """On a CPU that is float32, whatever the base weights' is."""
+    directory = tiny_model(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load(directory, dtype)
+        texts = model.texts(1 << 14)
+        with Held() as held:
+            texts.add(random_kv(ModelConfig.read(directory), 64, seed=1), 64)
+        assert held.bytes == 2 * 64 * model.bytes_per_token, "as many places as a pool begins with"
+        assert model.bytes_per_token == 2 * 2 * 2 * 16 * 4
+
+
+@torch.inference_mode()
+def test_sequences_move_and_leave_within_the_memory_and_keep_what_they_are(config: ModelConfig) -> None:
+    """Seeded stories of texts that begin, grow and leave, as full as reservations let them be."""
+    one_layer = bytes_per_token(config, torch.float32) // config.layers
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        positions_max = int(rng.choice([1024, 1500, 2048, 4096]))
+        with Held() as held:
+            cache = cache_of(config, positions_max)
+            texts: dict[Slot, tuple[Tensor, int, int]] = {}  # its keys and values, where it ends, what it reserved
+            for step in range(150):
+                length, end = sorted(rng.integers(1, min(1000, cache.longest) + 1, 2).tolist())
+                if sum(cost for *_, cost in texts.values()) + cache.positions(end) <= positions_max:
+                    kv = random_kv(config, length, seed=1000 * seed + step)
+                    texts[cache.add(kv, length)] = kv, end, cache.positions(end)
+                for slot in list(texts):
+                    kv, end, cost = texts[slot]
+                    if slot.length == end or rng.random() < 0.01:
+                        cache.remove(slot)
+                        del texts[slot]
+                cache.settle()
+                jump = int(rng.integers(1, 60))
+                for slot, (kv, end, cost) in list(texts.items()):
+                    grown = min(end, slot.length + jump, slot.pool.capacity)
+                    more = random_kv(config, grown - slot.length, seed=step)
+                    for layer in range(config.layers):
+                        slot.pool.layer(layer)[:, slot.index, :, slot.length : grown] = more[layer].transpose(1, 2)
+                    texts[slot] = torch.cat([kv, more], dim=2), end, cost
+                    slot.length = grown
+                for slot, (kv, _, _) in texts.items():
+                    found = torch.stack([slot.pool.read(layer, slot) for layer in range(config.layers)])
+                    assert torch.equal(found, kv), f"seed {seed}, step {step}"
+                assert cache.tokens <= cache.allocated <= positions_max
+        assert held.peak <= (positions_max * config.layers + positions_max) * one_layer, "and one layer, while it grows"
+
+
+def test_a_lone_text_grows_to_all_that_there_is(config: ModelConfig) -> None:
+    """Its old place and its new one are never there at once: that would be nearly twice as much."""
+    with Held() as held:
+        cache = cache_of(config, context_positions(config))
+        slot = cache.add(random_kv(config, 700, seed=1), 700)
+        for _ in range(300):
+            cache.settle()
+            slot.length += 1
+    assert slot.pool.capacity == 1024
+    assert held.peak <= 1.3 * 1024 * bytes_per_token(config, torch.float32)
+
+
+@pytest.mark.parametrize("positions_max", [None, 1216, 4096])
+def test_wherever_a_move_breaks_others_are_as_they_were(config: ModelConfig, positions_max: int | None) -> None:
+    """Every operator of it in turn. The one that moves is where it was, or has lost its place and is told to have."""
+    lengths, number, lost = [100, 192, 150], 0, 0
+    while True:
+        number += 1
+        cache = cache_of(config, positions_max)
+        kept = [random_kv(config, length, seed=length) for length in lengths]
+        slots = [cache.add(kv, length) for kv, length in zip(kept, lengths, strict=True)]
+        broken = Operators(lambda count, _name, number=number: count == number, gpu_error)  # type: ignore[misc]
+        try:
+            with broken:
+                cache.settle()
+        except torch.OutOfMemoryError:
+            pass
+        if not broken.broken:
+            break
+        for slot, kv, length in zip(slots, kept, lengths, strict=True):
+            if not Cache.restored(slot, length):
+                assert length == 192
+                cache.remove(slot)
+                lost += 1
+                continue
+            found = torch.stack([slot.pool.read(layer, slot) for layer in range(config.layers)])
+            assert torch.equal(found, kv), f"operator {number}"
+        cache.settle()
+        again = cache.add(kept[0], 100)
+        assert torch.equal(again.pool.read(0, again), kept[0][0])
+        assert cache.rows.count(again) == 1
+    assert number > 4 * config.layers
+    assert lost > 0

@@ -1,0 +1,257 @@
+"""Runs in one pass: each gets the bits that it gets alone, a neighbour's failure is its own, and turns are fair."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+import torch
+
+from knapper.engine.executor import Device, Task
+from knapper.engine.models.decoder import Decoder
+from knapper.engine.training import batch as training_batch
+from knapper.engine.training.batch import Pass
+from knapper.engine.training.scheduler import Clock, Computed
+from knapper.engine.training.trainer import RunState, Trainer
+from knapper.errors import UserError
+from knapper.wire.types import AdamW, Datum, ForwardBackward, ForwardBackwardOutput
+from tests.engine.runs import datum, done, request, spec, tiny_trainer
+
+SEED = 11
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def trainer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    return tiny_trainer(tmp_path_factory.mktemp("model"), dtype=getattr(torch, request.param))
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    device = Device()
+    yield device
+    device.close()
+
+
+def group(rng: np.random.Generator, loss: str, prompt: int, lengths: tuple[int, ...]) -> list[Datum]:
+    """Texts with one prompt, as a group of samples has it."""
+    shared = rng.integers(0, 200, prompt).astype(np.int32)
+    data = [datum(prompt + length, loss, rng, prompt=prompt - 1) for length in lengths]
+    for one in data:
+        one.tokens[:prompt] = shared
+        one.inputs["target_tokens"][: prompt - 1] = shared[1:]
+    return data
+
+
+def runs(trainer: Trainer) -> list[tuple[RunState, ForwardBackward]]:
+    """Of every kind: ranks, targets, alpha, losses, groups, lengths from one token on."""
+    rng = np.random.default_rng(SEED)
+    shapes = [
+        (spec(run="a", rank=4, train_unembed=True), group(rng, "ppo", 21, (5, 9, 5, 12)), "ppo"),
+        (spec(run="b", rank=16, alpha=32.0, train_mlp=False), [datum(3, "cross_entropy", rng)], "cross_entropy"),
+        (spec(run="c", rank=3, train_attn=False), [datum(1, "cross_entropy", rng)], "cross_entropy"),
+        (spec(run="d", rank=8, seed=3), [*group(rng, "dro", 8, (3, 3)), datum(30, "dro", rng)], "dro"),
+        (spec(run="e"), [datum(n, "cross_entropy", rng, columns=k) for n, k in ((9, 3), (4, 0))], "cross_entropy"),
+    ]
+    found = []
+    for one, data, loss in shapes:
+        state = trainer.create(one)
+        warm = request([datum(17, "cross_entropy", rng)])
+        state, _ = done(trainer.forward_backward(state, warm))
+        state, _ = done(trainer.optim_step(state, AdamW(learning_rate=1e-2)))
+        found.append((state, request(data, loss)))
+    return found
+
+
+def gathered(device: Device, clock: Clock, asked: list[tuple[RunState, ForwardBackward]]) -> list[object]:
+    """What each gets, all having arrived before the first pass began."""
+    gate = held(device)
+    futures = [submitted(clock, state, one) for state, one in asked]
+    gate.set()
+    return [error if (error := future.exception(60)) else future.result() for future in futures]
+
+
+def submitted(clock: Clock, state: RunState, asked: ForwardBackward) -> "Future[Computed]":
+    return clock.submit(state, lambda: asked)
+
+
+def held(device: Device) -> threading.Event:
+    """The device's thread waits until the event is set."""
+    gate, reached = threading.Event(), threading.Event()
+
+    def wait() -> Task[None]:
+        reached.set()
+        gate.wait(60)
+        yield
+
+    device.submit(wait())
+    reached.wait(60)
+    return gate
+
+
+def assert_equal(found: object, state: RunState, output: ForwardBackwardOutput) -> None:
+    assert isinstance(found, tuple), found
+    after, said, cost_s = found
+    assert cost_s >= 0
+    assert said.metrics == output.metrics
+    for mine, other in zip(said.outputs, output.outputs, strict=True):
+        np.testing.assert_array_equal(mine["logprobs"], other["logprobs"])
+    assert (after.grads_P is None) == (state.grads_P is None)
+    if state.grads_P is not None:
+        assert torch.equal(after.grads_P, state.grads_P)
+        assert state.grads_P.abs().max() > 0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_run_in_a_crowd_has_the_bits_that_it_has_alone(trainer: Trainer, device: Device, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        asked = runs(trainer)
+        alone = [done(trainer.forward_backward(state, one)) for state, one in asked]
+        for order in ([0, 1, 2, 3, 4], [4, 2, 0], [1, 3], [3, 4, 1, 0]):
+            clock = Clock(trainer, device, lambda: 0.0)
+            found = gathered(device, clock, [asked[index] for index in order])
+            assert clock.counters.passes == 1
+            assert clock.counters.shares == len(order)
+            for index, mine in zip(order, found, strict=True):
+                assert_equal(mine, *alone[index])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_shared_prompt_is_computed_once_and_changes_no_log_probability(trainer: Trainer, device: Device) -> None:
+    rng = np.random.default_rng(SEED)
+    state = runs(trainer)[0][0]
+    data = group(rng, "importance_sampling", 40, (7, 12, 7, 3))
+    together, output = done(trainer.forward_backward(state, request(data, "importance_sampling")))
+    clock = Clock(trainer, device, lambda: 0.0)
+    gathered(device, clock, [(state, request(data, "importance_sampling"))])
+    assert clock.counters.rows == 40 + 7 + 12 + 7 + 3
+    total = torch.zeros_like(state.weights_P)
+    for one, mine in zip(data, output.outputs, strict=True):
+        alone, said = done(trainer.forward_backward(state, request([one], "importance_sampling")))
+        np.testing.assert_array_equal(mine["logprobs"], said.outputs[0]["logprobs"])
+        assert alone.grads_P is not None
+        total += alone.grads_P
+    assert together.grads_P is not None
+    loose = trainer.decoder.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        together.grads_P, total, rtol=3e-2 if loose else 1e-4, atol=(3e-2 if loose else 1e-5) * float(total.abs().max())
+    )
+
+
+def test_rows_with_other_targets_are_told_apart(trainer: Trainer) -> None:
+    """The tokens of two datums are the same, what they are asked for is not."""
+    rng = np.random.default_rng(SEED)
+    first, second = datum(12, "cross_entropy", rng), datum(12, "cross_entropy", rng)
+    second.tokens[:] = first.tokens
+    state = runs(trainer)[1][0]
+    _, both = done(trainer.forward_backward(state, request([first, second])))
+    for one, mine in zip([first, second], both.outputs, strict=True):
+        _, alone = done(trainer.forward_backward(state, request([one])))
+        np.testing.assert_array_equal(mine["logprobs"], alone.outputs[0]["logprobs"])
+    assert not np.array_equal(both.outputs[0]["logprobs"], both.outputs[1]["logprobs"])
+
+
+def test_forward_only_requests_have_passes_of_their_own(trainer: Trainer, device: Device) -> None:
+    asked = runs(trainer)[:3]
+    (state, one), *_ = asked
+    asked[0] = state, request(one.data, one.loss, forward_only=True)
+    clock = Clock(trainer, device, lambda: 0.0)
+    found = gathered(device, clock, asked)
+    assert clock.counters.passes == 2
+    for (state, one), mine in zip(asked, found, strict=True):
+        assert_equal(mine, *done(trainer.forward_backward(state, one)))
+
+
+def test_who_fails_fails_alone(trainer: Trainer, device: Device) -> None:
+    asked = runs(trainer)
+    alone = [done(trainer.forward_backward(state, one)) for state, one in asked]
+    _, one = asked[0]
+    one.data[2].inputs["logprobs"][23] = -500.0
+    one.data[2].inputs["advantages"][23] = -1.0  # the ratio overflows, and nothing clips it
+    broken = asked[3][0].weights_P * 1e30
+    asked[3] = trainer.begin(asked[3][0].spec, broken), asked[3][1]
+    found = gathered(device, Clock(trainer, device, lambda: 0.0), asked)
+    assert isinstance(found[0], UserError)
+    assert "datum 2" in str(found[0])
+    assert isinstance(found[3], UserError)
+    for index in (1, 2, 4):
+        assert_equal(found[index], *alone[index])
+
+
+def test_a_defect_that_one_request_brings_out_fails_no_other(
+    trainer: Trainer, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = runs(trainer)[:3]
+    alone = [done(trainer.forward_backward(state, one)) for state, one in asked]
+    compute, culprit = training_batch.compute, asked[1][1].data[0]
+
+    def defective(decoder: Decoder, chosen: list[Pass]) -> Task[None]:
+        mine = any(batch.data[0] is culprit for one in chosen for batch in one.waiting)
+        yield from compute(decoder, chosen)  # its gradients are added, and then it breaks
+        if mine:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(training_batch, "compute", defective)
+    clock = Clock(trainer, device, lambda: 0.0)
+    found = gathered(device, clock, asked)
+    assert isinstance(found[1], RuntimeError)
+    assert clock.counters.repeated == 3
+    for index in (0, 2):
+        assert_equal(found[index], *alone[index])
+
+
+def test_the_device_is_shared_by_rows_and_nobody_starves(
+    trainer: Trainer, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(SEED)
+    monkeypatch.setattr(trainer, "rows_max", 16)
+    order: list[str] = []
+    compute = training_batch.compute
+
+    def noted(decoder: Decoder, chosen: list[Pass]) -> Task[None]:
+        order.extend(names[id(one.lora.a)] for one in chosen)
+        return compute(decoder, chosen)
+
+    names: dict[int, str] = {}
+    opened = trainer.open
+
+    def open_named(state: RunState, asked: ForwardBackward) -> Pass:
+        one = opened(state, asked)
+        names[id(one.lora.a)] = state.spec.run
+        return one
+
+    monkeypatch.setattr(trainer, "open", open_named)
+    monkeypatch.setattr(training_batch, "compute", noted)
+    clock = Clock(trainer, device, lambda: 0.0)
+    long = trainer.create(spec(run="long")), request([datum(16, "cross_entropy", rng) for _ in range(9)])
+    short = trainer.create(spec(run="short")), request([datum(12, "cross_entropy", rng) for _ in range(3)])
+    gathered(device, clock, [long, short])
+    assert order[:2] == ["long", "short"]
+    assert "".join(name[0] for name in order[:7]).count("s") == 3  # done in turns, not after the long one
+    assert order.count("long") == 9
+
+
+def test_a_cancelled_request_leaves_at_once(trainer: Trainer, device: Device) -> None:
+    (state, one), other = runs(trainer)[:2]
+    clock = Clock(trainer, device, lambda: 0.0)
+    gate = held(device)
+    leaving, staying = clock.submit(state, lambda: one), clock.submit(other[0], lambda: other[1])
+    assert leaving.cancel()
+    gate.set()
+    assert_equal(staying.result(60), *done(trainer.forward_backward(*other)))
+    assert clock.counters.shares == 1
+    assert clock.waiting == 0
+
+
+def test_a_request_that_cannot_be_read_is_answered_with_that(trainer: Trainer, device: Device) -> None:
+    def unreadable() -> ForwardBackward:
+        raise UserError("not a request")
+
+    clock = Clock(trainer, device, lambda: 0.0)
+    (state, one), *_ = runs(trainer)
+    with pytest.raises(UserError, match="not a request"):
+        clock.submit(state, unreadable).result(60)
+    assert_equal(clock.submit(state, lambda: one).result(60), *done(trainer.forward_backward(state, one)))

@@ -1,0 +1,128 @@
+"""Text comes out whole: no half characters, no stop strings, nothing twice and nothing lost."""
+
+import random
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from gateway.openai.detokenizer import Characters, Piece, Text
+from knapper.wire.progress import Drawn, Ending
+from tests.engine.tiny import eos, tiny_model
+
+WORLD = "the naïve 漢字 and 🦊🏽‍🚀 in ünïcödé — ok"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.from_file(str(tiny_model(tmp_path_factory.mktemp("tiny")) / "tokenizer.json"))
+
+
+def tell(
+    tokenizer: Tokenizer, tokens: list[int], ending: Ending = "length", stops: tuple[str, ...] = (), prompt: str = ""
+) -> list[Piece]:
+    text = Text(tokenizer, tokenizer.encode(prompt).ids, stops)
+    last = len(tokens) - 1
+    return [text.add(Drawn(0, i, token, -1.0 - i, ending if i == last else "")) for i, token in enumerate(tokens)]
+
+
+def joined(pieces: list[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+def test_pieces_add_up_and_no_character_is_cut(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode(WORLD).ids
+    pieces = tell(tokenizer, tokens)
+    assert joined(pieces) == WORLD
+    assert not any("\ufffd" in piece.text for piece in pieces)
+    assert len([piece for piece in pieces if piece.text]) > 20, "it is told as it comes"
+    assert [scored.token for piece in pieces for scored in piece.tokens] == tokens
+
+
+def test_bytes_that_are_no_text_are_shown_as_such_and_do_not_hold_up_the_rest(tokenizer: Tokenizer) -> None:
+    tokens = random.Random(1).choices(range(256), k=400)
+    pieces = tell(tokenizer, tokens)
+    assert joined(pieces) == tokenizer.decode(tokens)
+    broken = tokenizer.encode("漢").ids[:1] * 300
+    characters = Characters(tokenizer, [])
+    told = [characters.add(token) for token in broken]
+    assert max(i for i, text in enumerate(told) if text) > 200, "characters that never end are let go"
+    assert len("".join(told) + characters.rest()) == 300
+
+
+def test_an_unfinished_character_at_the_end_is_told(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode("a漢").ids[:-1]
+    assert joined(tell(tokenizer, tokens)) == "a\ufffd"
+    assert joined(tell(tokenizer, [*tokens, tokenizer.encode(eos).ids[0]], "stop")) == "a\ufffd"
+
+
+def test_the_token_that_ends_a_text_is_not_part_of_it(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode("the and").ids
+    end = tokenizer.encode(eos).ids[0]
+    pieces = tell(tokenizer, [*tokens, end], "stop")
+    assert joined(pieces) == "the and"
+    assert [scored.token for piece in pieces for scored in piece.tokens] == tokens
+    ordinary = tokenizer.encode("!").ids  # a stop token need not be special
+    assert joined(tell(tokenizer, tokens + ordinary, "stop")) == "the and"
+    assert joined(tell(tokenizer, [*tokens, end, *ordinary])) == "the and!", "a special token has no text"
+
+
+@pytest.mark.parametrize("stop", ["in ", "🦊🏽", "d 🦊", "k"])
+def test_a_stop_string_is_cut_off_and_no_part_of_it_was_told(tokenizer: Tokenizer, stop: str) -> None:
+    tokens = tokenizer.encode(WORLD).ids
+    end = next(i for i in range(1, len(tokens) + 1) if stop in tokenizer.decode(tokens[:i]))
+    pieces = tell(tokenizer, tokens[:end], "stop", ("never", stop))
+    assert joined(pieces) == WORLD[: WORLD.index(stop)]
+    scored = [scored for piece in pieces for scored in piece.tokens]
+    assert all(one.offset < WORLD.index(stop) for one in scored)
+    assert [one.token for one in scored] == tokens[: len(scored)]
+
+
+def test_what_only_begins_like_a_stop_string_is_told_in_the_end(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode("the andthe").ids
+    pieces = tell(tokenizer, tokens, stops=("theory", "the end"))
+    assert joined(pieces) == "the andthe"
+    assert pieces[0].text == ""
+    assert [scored.offset for piece in pieces for scored in piece.tokens] == [0, 3, 7]
+
+
+def test_random_texts_stop_where_their_stop_string_begins(tokenizer: Tokenizer) -> None:
+    rng = random.Random(2)
+    for _ in range(300):
+        tokens = tokenizer.encode("".join(rng.choices("aabthe é漢", k=30))).ids
+        stop = "".join(rng.choices("abthe é", k=rng.randint(1, 4)))
+        whole = tokenizer.decode(tokens)
+        if stop in whole:
+            end = next(i for i in range(1, len(tokens) + 1) if stop in tokenizer.decode(tokens[:i]))
+            assert joined(tell(tokenizer, tokens[:end], "stop", (stop,))) == whole[: whole.index(stop)]
+        else:
+            assert joined(tell(tokenizer, tokens, stops=(stop,))) == whole
+
+
+def test_a_space_between_prompt_and_text_is_kept() -> None:
+    """By tokenizers that drop a space at the beginning of what they decode."""
+    pieces = {"▁the": 0, "▁and": 1, "<0xE6>": 2, "<0xBC>": 3, "<0xA2>": 4, "!": 5}
+    tokenizer = Tokenizer(models.BPE(vocab=pieces, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    text = Text(tokenizer, [0], ())
+    told = [text.add(Drawn(0, i, token, 0.0)).text for i, token in enumerate([1, 0, 2, 3, 4, 5])]
+    assert told == [" and", " the", "", "", "漢", "!"]
+    assert tokenizer.decode([1]) == "and", "or the test proves nothing"
+
+
+def test_a_text_can_begin_behind_an_echo(tokenizer: Tokenizer) -> None:
+    text = Text(tokenizer, tokenizer.encode("prompt").ids, (), offset=6)
+    scored = [
+        one
+        for i, token in enumerate(tokenizer.encode("the and").ids)
+        for one in text.add(Drawn(0, i, token, 0.0)).tokens
+    ]
+    assert [one.offset for one in scored] == [6, 9]
+
+
+def test_the_tiny_model_has_what_these_tests_need(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert len(tokenizer.encode("漢").ids) == 3
+    assert len(tokenizer.encode("the and").ids) == 2

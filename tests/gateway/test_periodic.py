@@ -1,0 +1,110 @@
+"""What a gateway does by itself goes on, whatever goes wrong in it, and ends without a word when the gateway does."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import structlog
+
+from gateway import periodic, periodic_tasks
+from gateway.periodic import Chore
+from knapper.errors import StoreError
+from knapper.store.memory import MemoryStore
+from tests.gateway.running import fwdbwd, gateway
+
+Lines = list[MutableMapping[str, Any]]
+
+
+@contextmanager
+def logged() -> Iterator[Lines]:
+    with structlog.testing.capture_logs(processors=[structlog.processors.format_exc_info]) as lines:
+        yield lines
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+class Sore(MemoryStore):
+    """Does to the task of a chore what the test says, once for each thing it says; everybody else sees a store."""
+
+    def __init__(self, name: str, *ills: BaseException) -> None:
+        super().__init__()
+        self._name = name
+        self.ills = list(ills)
+
+    async def get(self, name: str) -> bytes | None:
+        task = asyncio.current_task()
+        if self.ills and task is not None and task.get_name() == self._name:
+            raise self.ills.pop(0)
+        return await super().get(name)
+
+
+def test_a_tick_with_a_defect_is_logged_with_its_traceback_and_the_next_one_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(periodic_tasks, "_TICK_S", 0.02)
+    monkeypatch.setattr(periodic, "_FAILED_S", 0.02)
+    store = Sore("tick", RuntimeError("a defect"), asyncio.CancelledError("a stranger's"), StoreError("away"))
+    with logged() as lines, gateway(store) as running:
+        session = running.session()
+        run = running.make_run(session)
+        running.forward_backward(fwdbwd(run, 2))
+        running.post(f"sessions/{session}/finish", {"reason": {"type": "interrupted"}})
+        until(lambda: running.stored(run, 1) is not None)  # a tick closed the hole
+    assert store.ills == []
+    told = [line for line in lines if line["event"].startswith("tick")]
+    assert [line["event"] for line in told] == ["tick: defect", "tick: defect", "tick failed"]
+    assert "RuntimeError: a defect" in told[0]["exception"]
+    assert "revive" in told[0]["exception"], "the traceback says where"
+    assert "a stranger's" in told[1]["exception"]
+    assert (told[2]["code"], told[2]["reason"]) == ("store_unavailable", "away")
+
+
+def test_a_gateway_that_stops_in_the_middle_of_its_chores_logs_no_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    def stuck(name: str) -> Callable[[object], Any]:
+        async def work(_: object) -> None:
+            begun.append(name)
+            await asyncio.sleep(3600)
+
+        return work
+
+    for name in ("tick", "jobs", "settle"):
+        monkeypatch.setattr(periodic_tasks, name, stuck(name))
+    for pace in ("_TICK_S", "_JOBS_S", "_METER_S", "_ACCOUNTS_S"):
+        monkeypatch.setattr(periodic_tasks, pace, 0.01)
+    with logged() as lines:
+        with gateway():
+            until(lambda: len(set(begun)) == 3)
+        assert [line for line in lines if line["log_level"] != "info"] == []
+
+
+def test_what_fails_is_not_tried_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(periodic, "_FAILED_S", 30.0)
+    tries: list[str] = []
+
+    async def fail() -> None:
+        tries.append("failed")
+        raise StoreError("away")
+
+    async def story() -> None:
+        often = asyncio.Event()
+
+        async def work() -> None:
+            tries.append("worked")
+            if tries.count("worked") == 20:
+                often.set()
+
+        async with periodic.done([Chore("a", fail, 0.0), Chore("b", work, 0.0)]):
+            await often.wait()
+
+    asyncio.run(story())
+    assert tries.count("failed") == 1

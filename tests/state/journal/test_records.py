@@ -1,0 +1,178 @@
+"""Records and where they lie: formats, what is refused of them, and history read newest first."""
+
+import asyncio
+import hashlib
+
+import msgspec
+import pytest
+
+from knapper.errors import Corrupt, NewerFormat
+from knapper.ids import RunId, run_prefix
+from knapper.state import layout
+from knapper.state.journal import envelope, history
+from knapper.state.journal.records import (
+    SAVES,
+    Commit,
+    Creation,
+    Manifest,
+    Operation,
+    Record,
+    Result,
+    Terms,
+    decode,
+    encode,
+    format_of,
+)
+from knapper.store.memory import MemoryStore
+from tests.sim.history import CREATION, RUN, SPEC, TERMS
+
+AT = run_prefix(RUN)
+N5, N3 = "00000000000000000005", "00000000000000000003"
+
+
+def test_where_each_record_of_a_run_lies() -> None:
+    assert layout.operation(RUN, 5) == f"{AT}in/{N5}"
+    assert layout.commit(RUN, 5) == f"{AT}out/{N5}"
+    assert layout.manifest(RUN, 5) == f"{AT}manifest/{N5}"
+    assert layout.snapshot(RUN, 5, 3) == f"{AT}snap/{N5}-{N3}/"
+    assert layout.ends(RUN) == f"{AT}end/"
+    assert layout.parse_snapshot(layout.snapshot(RUN, 5, 3)) == (5, 3)
+    assert layout.last_number(layout.commit(RUN, 5)) == 5
+    for one, many in (
+        (layout.operation, layout.operations),
+        (layout.commit, layout.commits),
+        (layout.manifest, layout.manifests),
+    ):
+        assert one(RUN, 5) == many(RUN) + N5
+    assert layout.snapshot(RUN, 5, 3).startswith(layout.snapshots(RUN))
+
+
+def test_what_is_encoded_is_decoded() -> None:
+    result = Result(seq=1, sha256=b"h", content_type="application/json", body=b"{}", failed=True, source="s")
+    commit = Commit(epoch=4, results=[result], committed_at=1.5, device_s=0.25)
+    manifest = Manifest(epoch=1, holder="h", address="a", claimed_at=2.0, terms=TERMS)
+    for record in (commit, manifest, CREATION, SPEC, TERMS):
+        assert decode(encode(record), type(record), "x") == record
+    assert (manifest.snapshot, manifest.snapshot_seq, manifest.snapshot_out) == ("", -1, 0)
+    assert (manifest.snapshot_before, manifest.snapshot_before_seq, manifest.snapshot_before_out) == ("", -1, 0)
+    assert (Creation(spec=SPEC).source, Creation(spec=SPEC).with_optimizer) == ("", False)
+    assert (Commit(epoch=1, results=[]).committed_at, Commit(epoch=1, results=[]).device_s) == (0.0, 0.0)
+    plain = Result(seq=1, sha256=b"", content_type="application/json", body=b"")
+    assert (plain.failed, plain.source) == (False, "")
+
+
+def test_saves_are_the_three_that_store_weights() -> None:
+    assert {"save_weights", "save_weights_for_sampler", "save_weights_external"} == SAVES
+
+
+def pack(fields: object) -> bytes:
+    return msgspec.msgpack.encode(fields)
+
+
+@pytest.mark.parametrize(("kind", "format_"), [(Commit, 2), (Operation, 2), (Manifest, 1)])
+def test_a_newer_format_is_told_from_damage(kind: type[Record], format_: int) -> None:
+    """Within its envelope a record says its own format; without one, only those were written that are as old."""
+    assert format_of(kind) == format_
+    name = kind.__name__
+    told = f"object x has format {{}} of {name}; this knapper reads up to format {{}}: run the newer one"
+    for newer, found in (
+        (envelope.seal(name, pack({"v": format_ + 1, "unheard_of": 1})), format_ + 1),
+        (pack({"v": 4}), 4),
+    ):
+        with pytest.raises(NewerFormat) as refused:
+            decode(newer, kind, "x")
+        assert str(refused.value) == told.format(found, format_)
+        assert refused.value.retry_after_s == 30.0
+    old = {"v": format_, "unheard_of": 1}
+    for damaged in (envelope.seal(name, pack(old)), pack(old), pack([1]), b"", b"\xc1", envelope.seal(name, b"\xc1")):
+        with pytest.raises(Corrupt, match=rf"object x is damaged: it is no {name} record: (?!its envelope)"):
+            decode(damaged, kind, "x")
+    with pytest.raises(Corrupt, match=rf"it is no {name} record: its envelope is broken"):
+        decode(pack({"v": 3}), kind, "x")
+
+
+def test_an_envelope_says_kind_and_checksum_and_is_the_same_each_time() -> None:
+    inside = pack({"v": 1, "a": "b"})
+    whole = envelope.seal("Terms", inside)
+    digest = hashlib.sha256(b"3 Terms " + inside).digest()
+    assert msgspec.msgpack.decode(whole) == {"v": 3, "kind": "Terms", "sha256": digest, "record": {"v": 1, "a": "b"}}
+    assert envelope.seal("Terms", inside) == whole
+    assert envelope.opened(whole, "Terms", "x") == msgspec.Raw(inside)
+    assert envelope.opened(inside, "Terms", "x") is None
+    with pytest.raises(Corrupt, match=r"object x is damaged: field kind is 'Terms'; allowed there: 'Spec'"):
+        envelope.opened(whole, "Spec", "x")
+    changed = pack({**msgspec.msgpack.decode(whole), "record": {"v": 1, "a": "c"}})
+    with pytest.raises(Corrupt, match="field sha256 is not that of its other bytes"):
+        envelope.opened(changed, "Terms", "x")
+    later = hashlib.sha256(b"4 Terms " + inside).digest()
+    with pytest.raises(NewerFormat, match="object x has format 4 of Terms; this knapper reads up to format 3"):
+        envelope.opened(pack({"v": 4, "kind": "Terms", "sha256": later, "record": msgspec.Raw(inside)}), "Terms", "x")
+
+
+@pytest.mark.parametrize(("v", "said"), [(0, "field v is 0"), (3, "field v is 3"), (-1, "field v is -1")])
+def test_a_record_without_an_envelope_is_of_a_format_that_had_none(v: int, said: str) -> None:
+    bare = pack({**msgspec.to_builtins(TERMS), "v": v})
+    with pytest.raises(Corrupt, match=f"{said}, and a Terms record of that format lies in an envelope"):
+        decode(bare, Terms, "x")
+    assert decode(pack({**msgspec.to_builtins(TERMS), "v": 1}), Terms, "x") == TERMS
+    with pytest.raises(NewerFormat, match="has format 2 of Terms; this knapper reads up to format 1"):
+        decode(pack({**msgspec.to_builtins(TERMS), "v": 2}), Terms, "x")
+
+
+def test_a_record_with_a_field_that_nobody_knows_is_damaged() -> None:
+    fields = msgspec.to_builtins(TERMS)
+    assert decode(envelope.seal("Terms", pack(fields)), Terms, "x") == TERMS
+    with pytest.raises(Corrupt, match=r"object x is damaged: it is no Terms record: .*colour"):
+        decode(envelope.seal("Terms", pack({**fields, "colour": 1})), Terms, "x")
+
+
+def test_a_newer_format_with_the_same_fields_is_refused_too() -> None:
+    newer = msgspec.structs.replace(Commit(epoch=1, results=[]), v=3)
+    with pytest.raises(NewerFormat):
+        decode(encode(newer), Commit, "x")
+    older = msgspec.structs.replace(newer, v=1)
+    assert decode(encode(older), Commit, "x") == older
+
+
+def test_history_is_read_newest_first_in_groups_without_creation_fences_and_gaps() -> None:
+    async def told() -> None:
+        store = MemoryStore()
+        for seq in range(71):
+            operation = Operation(
+                run=RUN,
+                seq=seq,
+                kind="create" if seq == 0 else "optim_step",
+                sha256=b"",
+                body_zstd=b"",
+                accepted_at=0.0,
+            )
+            await store.put_if_absent(layout.operation(RUN, seq), encode(operation))
+            result = Result(seq=seq, sha256=b"", content_type="application/json", body=b"")
+            commit = Commit(epoch=1, results=[] if seq % 10 == 5 else [result])
+            await store.put_if_absent(layout.commit(RUN, seq + 1), encode(commit))
+        await store.put_if_absent(layout.operation(RunId(f"{RUN}0"), 1), b"of another run")
+        accepted = [[each.seq for each in group] async for group in history.operations(store, RUN)]
+        assert accepted == [list(range(70, 38, -1)), list(range(38, 6, -1)), list(range(6, 0, -1))]
+        answered = [each.results[0].seq async for group in history.commits(store, RUN) for each in group]
+        assert answered == [seq for seq in range(70, -1, -1) if seq % 10 != 5]
+        assert [group async for group in history.commits(store, RunId("none"))] == []
+
+    asyncio.run(told())
+
+
+def test_what_is_swept_while_history_is_read_is_left_out() -> None:
+    class Swept(MemoryStore):
+        async def get(self, name: str) -> bytes | None:
+            return None if layout.last_number(name) == 2 else await super().get(name)
+
+    async def told() -> None:
+        store = Swept()
+        for n in (1, 2, 3):
+            operation = Operation(run=RUN, seq=n, kind="optim_step", sha256=b"", body_zstd=b"", accepted_at=0.0)
+            await store.put_if_absent(layout.operation(RUN, n), encode(operation))
+            result = Result(seq=n, sha256=b"", content_type="application/json", body=b"")
+            await store.put_if_absent(layout.commit(RUN, n), encode(Commit(epoch=1, results=[result])))
+        assert [each.seq async for group in history.operations(store, RUN) for each in group] == [3, 1]
+        assert [each.results[0].seq async for group in history.commits(store, RUN) for each in group] == [3, 1]
+
+    asyncio.run(told())

@@ -1,0 +1,21 @@
+"""Texts that are under way together divide the time; what they had adds up to it."""
+
+from knapper.vllm.device_time import Shares
+
+
+def test_time_is_divided_over_the_texts_that_are_under_way() -> None:
+    now = 100.0
+    shares = Shares(lambda: now)
+    first = shares.begin()
+    now += 4
+    second = shares.begin()
+    now += 6
+    assert first() == 4 + 3
+    now += 1
+    assert second() == 3 + 1
+    assert shares.device_s == 11
+    now += 50  # nobody is under way
+    third = shares.begin()
+    now += 2
+    assert shares.device_s == 13
+    assert third() == 2
