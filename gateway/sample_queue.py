@@ -1,10 +1,11 @@
 """Samples in flight. In memory only: a sample can be asked for again, so a gateway that forgot one answers 410.
 
-Fair between sampling sessions: each in turn gets the next free place, and is served in order of arrival.
+A free place goes to the tenant that was served least, there to the sampling session that was, by samples (`FairShare`);
+a session is served in order of arrival.
 """
 
 import asyncio
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from gateway import errors
 from gateway.leased_clients import Shortcuts
 from gateway.unservable import Refusals
 from knapper import ids, limits
+from knapper.concurrency.fair_share import FairShare
 from knapper.errors import Gone, KnapperError, Told, TooLarge, TooMany, Unservable
 from knapper.ids import SamplerId, SessionId, Tenant, session_of
 from knapper.wire import progress
@@ -72,6 +74,11 @@ class Entry:
         return self.address[0], self.address[1] // CLONE_SEQS
 
     @property
+    def share(self) -> tuple[Tenant, SamplerId]:
+        """Out of whose share it is served."""
+        return self.tenant, self.address[0]
+
+    @property
     def failed(self) -> bool:
         """Done without a sample: its error is in `body`, or it was cancelled."""
         return self.body is None or self.error is not None
@@ -111,7 +118,8 @@ class Samples:
         self._count = count
         self._entries: dict[str, Entry] = {}
         self._by_address: dict[tuple[SamplerId, int], Entry] = {}
-        self._waiting: OrderedDict[SamplerId, deque[Entry]] = OrderedDict()  # the first one's turn is next
+        self._waiting: dict[tuple[Tenant, SamplerId], deque[Entry]] = {}  # none is empty
+        self._shares = FairShare()  # in samples, by tenant and sampling session
         self._finished: deque[Entry] = deque()
         self._done: dict[Client, deque[Entry]] = {}  # finished and not yet told to a client that asks for all at once
         self._watching: dict[Client, set[asyncio.Event]] = {}
@@ -155,7 +163,8 @@ class Samples:
             )
         entry = Entry(f"s-{self._new_id()}", address, tenant, num_samples, url, call, patient=patient, listen=listen)
         self._entries[entry.request_id] = self._by_address[entry.address] = entry
-        self._waiting.setdefault(address[0], deque()).append(entry)
+        self._waiting.setdefault(entry.share, deque()).append(entry)
+        self._shares.join(*entry.share)
         self._unfinished += 1
         self._waiting_bytes += len(call)
         self._dispatch()
@@ -198,7 +207,8 @@ class Samples:
             if entry.task is not None:
                 entry.task.cancel()
             else:
-                self._waiting[entry.address[0]].remove(entry)
+                self._waiting[entry.share].remove(entry)
+                self._close_empty(entry.share)
             self._finish(entry, None)
             log.debug("sample cancelled", request=entry.request_id, reason=str(why))
 
@@ -258,13 +268,18 @@ class Samples:
 
     def _dispatch(self) -> None:
         while self._waiting and self._in_flight < _IN_FLIGHT_MAX:
-            sampler, queue = self._waiting.popitem(last=False)
-            if queue:
-                entry = queue.popleft()
-                self._in_flight += 1
-                entry.task = asyncio.create_task(self._serve(entry))
-            if queue:
-                self._waiting[sampler] = queue  # to the back
+            share = min(self._waiting, key=lambda key: self._shares.rank(*key))
+            entry = self._waiting[share].popleft()
+            self._shares.serve(*share)
+            self._shares.charge(entry.num_samples, *share)
+            self._in_flight += 1
+            entry.task = asyncio.create_task(self._serve(entry))
+            self._close_empty(share)
+
+    def _close_empty(self, share: tuple[Tenant, SamplerId]) -> None:
+        if not self._waiting[share]:
+            del self._waiting[share]
+            self._shares.leave(self._waiting)
 
     async def _serve(self, entry: Entry) -> None:
         try:

@@ -1,8 +1,7 @@
 """One thread computes. Work comes as generators.
 
-Each `yield` is a place where other work may go first, so nobody waits long. Who wants the device shares it evenly by
-time: training and sampling have half of it each while both have work, whatever their turns take. Who comes, new or
-back, begins level with whoever had least: what it left unused gives it no claim.
+Each `yield` is a place where other work may go first, so nobody waits long. Owners share the device evenly by time
+(`FairShare`): training and sampling have half of it each while both have work, however long their steps are.
 """
 
 import asyncio
@@ -13,6 +12,8 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+
+from knapper.concurrency.fair_share import FairShare
 
 T = TypeVar("T")
 Task = Generator[None, None, T]
@@ -43,8 +44,7 @@ class Device:
         self.busy_s = 0.0  # that turns took
         self._now, self._settle = now, settle
         self._arrivals: queue.SimpleQueue[_Turn[Any] | None] = queue.SimpleQueue()
-        self._spent_s: dict[str, float] = {}  # of those that wait, and of those that are ahead of them
-        self._level_s = 0.0  # what the one had spent whose turn it last was
+        self._shares = FairShare()  # in seconds, by owner
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -74,33 +74,27 @@ class Device:
                         turn.task.close()
                         turn.future.cancel()
                     return
-                self._spent_s[arrival.whose] = max(self._spent_s.get(arrival.whose, 0.0), self._level_s)
+                self._shares.join(arrival.whose)
                 ready.append(arrival)
-            turn = min(ready, key=lambda one: self._spent_s[one.whose])
+            turn = min(ready, key=lambda one: self._shares.rank(one.whose))
             ready.remove(turn)
             if self._charged(turn, alone=not ready):
                 ready.append(turn)
             else:
-                self._forget({one.whose for one in ready})
+                self._shares.leave((one.whose,) for one in ready)
             del turn, arrival  # while it waits, the thread must not keep the last result: a run's whole state
 
     def _charged(self, turn: _Turn[Any], *, alone: bool) -> bool:
         """A step, on its owner's account. True if the task has more to do."""
-        self._level_s = self._spent_s[turn.whose]
+        self._shares.serve(turn.whose)
         began = self._now()
         more = self._step(turn.task, turn.future)
         if not alone:
             self._settle()
         took_s = self._now() - began
         self.busy_s += took_s
-        self._spent_s[turn.whose] += took_s
+        self._shares.charge(took_s, turn.whose)
         return more
-
-    def _forget(self, waiting: set[str]) -> None:
-        """Who is away and not ahead comes back at the level anyway; when nobody is left, nobody is ahead."""
-        for whose, spent_s in list(self._spent_s.items()):
-            if whose not in waiting and (not waiting or spent_s <= self._level_s):
-                del self._spent_s[whose]
 
     @staticmethod
     def _step(task: Task[Any], future: Future[Any]) -> bool:

@@ -7,10 +7,13 @@ a step, and yields between steps, so that training takes its turns. It ends when
                                                           |     ^
                                                           +-> parked texts
 
-Memory: a text reserves, when it begins, the positions that it can grow to. Jobs begin in order of arrival, a quarter of
-the slots' worth of texts a turn, so that a request for a thousand does not hold up the rest; its prompt's keys and
-values are kept between turns while there is room, else computed again. In room that nobody else needs they are kept for
-later requests too (`Beginnings`).
+Next is the tenant for which the fewest tokens were computed, of prompts and of samples (`FairShare`; a virtual token
+counter: Sheng et al., OSDI 2024), there the job that arrived first, a quarter of the slots' worth of texts a turn, so
+that a request for a thousand does not hold up the rest.
+
+Memory: a text reserves, when it begins, the positions that it can grow to. A job's prompt's keys and values are kept
+between its turns while there is room, else computed again. In room that nobody else needs they are kept for later
+requests too (`Beginnings`).
 
 What breaks is its own job's affair. A pass over several prompts that breaks is repeated, each job by itself, and one
 that lacks memory once more when no other text decodes; who breaks it then fails, and says what there was too little of.
@@ -23,7 +26,7 @@ import asyncio
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from typing import Final
 
@@ -33,6 +36,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from knapper import limits
+from knapper.concurrency.fair_share import FairShare
 from knapper.engine import hardware
 from knapper.engine.executor import Device, Task
 from knapper.engine.layers.lora_grouped import Segments
@@ -92,6 +96,7 @@ class Sampler:
         # The rest belongs to the device's thread.
         self._jobs: list[Job] = []  # all that are not finished
         self._waiting: deque[Job] = deque()  # those with texts that have not begun
+        self._shares = FairShare()  # in tokens that were computed, by tenant
         self._ages = itertools.count()
         self._cache = decoder.texts(kv_tokens_max)
         self._active = Active(self._cache, kv_tokens_max, self.counters)
@@ -190,9 +195,12 @@ class Sampler:
             arrived, self._arrivals = self._arrivals, []
             self._jobs.extend(arrived)
             self._waiting.extend(arrived)
+            for job in arrived:
+                self._shares.join(job.request.tenant)
             for job in [job for job in self._jobs if job.future.cancelled()]:
                 self._drop(job)
                 self.counters.cancelled += 1
+            self._shares.leave((job.request.tenant,) for job in self._jobs)
             self._working = bool(self._jobs)
             return self._working
 
@@ -214,9 +222,10 @@ class Sampler:
 
     def _admit(self) -> Task[None]:
         """Begin what there is room for."""
-        waiting = () if self._active.parked else self._waiting  # who has begun goes first
+        waiting = () if self._active.parked else self._in_turn()  # who has begun goes first
         if not (turns := next_turns(waiting, self._places(), self._prefilling.rows)):
             return
+        self._shares.serve(turns[0][0].request.tenant)
         try:
             yield from self._prefill([job for job, _ in turns if job.needs_prefill])
             self._begin(turns)
@@ -227,6 +236,20 @@ class Sampler:
             return
         self._part([job for job, _ in turns], failed)
         yield
+
+    def _in_turn(self) -> Iterator[Job]:
+        """Those that wait, each tenant's in order of arrival; who is next counts what those before it will begin."""
+        queues: dict[str, deque[Job]] = {}
+        for job in self._waiting:
+            queues.setdefault(job.request.tenant, deque()).append(job)
+        served = {tenant: self._shares.rank(tenant)[0] for tenant in queues}
+        while queues:
+            tenant = min(queues, key=served.__getitem__)
+            job = queues[tenant].popleft()
+            served[tenant] += job.prompt_tokens + min(job.left, job.turn)
+            if not queues[tenant]:
+                del queues[tenant]
+            yield job
 
     def _places(self) -> Places:
         active = self._active
@@ -441,6 +464,7 @@ class Sampler:
         self.counters.device_s += spent_s
         for job, rows in parts:
             job.device_s += spent_s * (rows / total if total else 1 / len(parts))
+            self._shares.charge(rows, job.request.tenant)
 
     def _draw(self, texts: Sequence[Text], logits_NV: Tensor) -> list[Text]:
         """A token for each text. Returns those that go on; a job whose logits are not numbers fails."""

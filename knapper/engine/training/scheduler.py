@@ -2,9 +2,8 @@
 
 One task on the device serves all, as the sampler's does, and yields after every layer of a pass, so that sampling and
 optimizer steps take their turns. Nobody is waited for: what arrives while a pass runs shares the next one. Fair by
-rows: the run that was served least goes first, and others fill the pass up. A run that comes, new or back, begins level
-with the run whose turn it last was: what it did not use gives it no claim, and what others used while it was away is
-not held against them. A request that no other could share a pass with is not held up by it.
+rows (`FairShare`): the run that was served least goes first, and others fill the pass up. A request that no other could
+share a pass with is not held up by it.
 """
 
 import math
@@ -15,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Final
 
+from knapper.concurrency.fair_share import FairShare
 from knapper.engine import hardware
 from knapper.engine.executor import Device, Task, timed
 from knapper.engine.out_of_memory import Shortage, told
@@ -80,8 +80,7 @@ class Clock:
         self._recent: deque[tuple[str, int]] = deque(maxlen=_SHARES_REMEMBERED)  # (run, rows)
         # The rest belongs to the device's thread.
         self._requests: list[_Request] = []
-        self._served: dict[str, int] = {}  # rows by run, of those that are ahead of `_level` or wait
-        self._level = 0  # what the run had been served whose turn it last was
+        self._shares = FairShare()  # in rows, by run
 
     @property
     def waiting(self) -> int:
@@ -134,25 +133,13 @@ class Clock:
             arrived, self._arrivals = self._arrivals, []
             self._requests = [one for one in self._requests + arrived if not one.future.cancelled()]
             self._working = bool(self._requests)
-        self._welcome(arrived)
-        self._forget()
+        for one in arrived:
+            self._shares.join(one.run)
+        self._shares.leave((one.run,) for one in self._requests)
         for one in list(self._requests):
             if one.opened is None:
                 self._open(one)
         return self._working
-
-    def _welcome(self, arrived: Sequence[_Request]) -> None:
-        for one in arrived:
-            self._served[one.run] = max(self._served.get(one.run, 0), self._level)
-
-    def _forget(self) -> None:
-        """Runs that are away and not ahead: they come back at the level anyway. When all is done, nobody is ahead."""
-        if not self._requests:
-            self._level = max(self._served.values(), default=self._level)
-        waiting = {one.run for one in self._requests}
-        for run, rows in list(self._served.items()):
-            if rows <= self._level and run not in waiting:
-                del self._served[run]
 
     def _open(self, one: _Request) -> None:
         """With its gradients' memory, or it is opened again at the next look."""
@@ -171,13 +158,13 @@ class Clock:
         """
         rows_max, rows_shared = self._trainer.rows_max, self._trainer.rows_shared(len(self._requests))
         waiting = [one for one in self._requests if one.opened is not None]
-        waiting.sort(key=lambda one: self._served[one.run])
+        waiting.sort(key=lambda one: self._shares.rank(one.run))
         chosen: list[_Request] = []
         rows, bound = 0, math.inf
         for one in waiting:
-            served = self._served[one.run]
+            (served,) = self._shares.rank(one.run)
             if not chosen:
-                self._level = max(self._level, served)
+                self._shares.serve(one.run)
             if not chosen or (served <= bound and rows + one.rows <= rows_shared and _share(chosen[0], one)):
                 chosen.append(one)
                 rows += one.rows
@@ -208,7 +195,7 @@ class Clock:
             self._recent.extend((one.run, own) for one, own in zip(chosen, rows, strict=True))
         for one, own in zip(chosen, rows, strict=True):
             one.cost_s += spent_s * own / sum(rows)
-            self._served[one.run] += own
+            self._shares.charge(own, one.run)
             if one.opened is not None and one.opened.done:
                 self._finish(one, one.opened)
 

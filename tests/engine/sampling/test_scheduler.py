@@ -284,6 +284,26 @@ def test_more_samples_than_slots_and_memory_all_come_and_small_requests_go_in_be
     assert all(same(a, b) for a, b in zip(large.sequences, roomy.sequences, strict=True))
 
 
+def test_a_tenant_with_many_requests_leaves_another_its_half(tmp_path: Path) -> None:
+    """Counted in tokens: the modest tenant's are done once the greedy one has had about as many."""
+    house = House(tmp_path, slots_max=4)
+    done: dict[str, int] = {}
+
+    async def asked(tenant: str, seed: int) -> None:
+        await house.sampler.sample(request(seed=seed, num_samples=4, tenant=tenant))
+        done[tenant] = house.sampler.counters.decoded_tokens
+
+    async def story() -> None:
+        await asyncio.gather(
+            *(asked("greedy", seed) for seed in range(10)), *(asked("modest", seed) for seed in range(10, 13))
+        )
+
+    house.within(story())
+    of_one = 4 * 12
+    assert done["greedy"] == 13 * of_one
+    assert done["modest"] <= (2 * 3 + 1) * of_one
+
+
 def test_prompts_wait_in_spare_memory_only_and_are_computed_again_without_it(tmp_path: Path) -> None:
     large = request(prompt=prompt_of(60), num_samples=12, max_tokens=5)  # 64 positions a text
     outputs = []
