@@ -29,7 +29,7 @@ from benchmarks.training import UNEVEN, texts
 from knapper.engine.executor import Device
 from knapper.engine.models.base import Model
 from knapper.engine.models.loader import load
-from knapper.engine.sampling.scheduler import Sampler
+from knapper.engine.sampling.sampler import Sampler
 from knapper.engine.training.scheduler import Clock
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.state.journal.records import Spec

@@ -40,7 +40,7 @@ from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.layers.lora import Lora
 from knapper.engine.models.base import Model
 from knapper.engine.models.loader import load
-from knapper.engine.sampling.scheduler import Sampler
+from knapper.engine.sampling.sampler import Sampler
 from knapper.engine.training.batch import compute
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.settings import Settings

@@ -20,7 +20,7 @@ from knapper.engine.layers.lora import Lora
 from knapper.engine.models import weights
 from knapper.engine.models.config import ModelConfig
 from knapper.engine.models.decoder import Decoder
-from knapper.engine.sampling.scheduler import Sampler
+from knapper.engine.sampling.sampler import Sampler
 from knapper.engine.training.trainer import Trainer
 from knapper.state.journal.records import Spec
 from knapper.wire.types import AdamW, Datum, ForwardBackward, Sample, SamplingParams

@@ -36,7 +36,7 @@ SOURCE = "knapper/sample"
 
 
 class Draws(Protocol):
-    """What is needed of knapper.engine.sampling.scheduler.Sampler."""
+    """What is needed of knapper.engine.sampling.sampler.Sampler."""
 
     async def sample(self, request: Sample) -> SampleOutput: ...
 

@@ -26,7 +26,7 @@ from knapper.engine.models.loader import load
 from knapper.engine.models.preflight import expect_device, expect_loadable
 from knapper.engine.out_of_memory import Shortage
 from knapper.engine.run_machine import TrainingMachine
-from knapper.engine.sampling.scheduler import Sampler
+from knapper.engine.sampling.sampler import Sampler
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.errors import InvalidField, NotFound
 from knapper.jobs.services import Place, open_place

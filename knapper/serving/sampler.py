@@ -19,7 +19,7 @@ from knapper.wire.types import Sample, SampleOutput
 
 
 class Sampler(Protocol):
-    """What both are: knapper.engine.sampling.scheduler.Sampler says what is promised."""
+    """What both are: knapper.engine.sampling.sampler.Sampler says what is promised."""
 
     @property
     def active(self) -> int: ...

@@ -1,1 +1,1 @@
-"""Sampling by vLLM: the contract of `knapper.engine.sampling.scheduler`, kept by another engine. See docs/vllm.md."""
+"""Sampling by vLLM: the contract of `knapper.engine.sampling.sampler`, kept by another engine. See docs/vllm.md."""

@@ -1,4 +1,4 @@
-"""The contract of `knapper.engine.sampling.scheduler`, kept by vLLM: equal answers, within the bounds of docs/vllm.md.
+"""The contract of `knapper.engine.sampling.sampler`, kept by vLLM: equal answers, within the bounds of docs/vllm.md.
 
 A request of n samples is n texts of vLLM's, each with a seed of its own; they share the prompt in vLLM's cache.
 """
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from knapper import limits
 from knapper.engine.models.config import Facts
 from knapper.engine.sampling import validation
-from knapper.engine.sampling.scheduler import NonFiniteLogits
+from knapper.engine.sampling.next_tokens import NonFiniteLogits
 from knapper.engine.sampling.stop import Stops
 from knapper.errors import ContextLengthExceeded, InvalidField, Unavailable
 from knapper.vllm import prompts

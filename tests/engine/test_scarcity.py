@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knapper.engine.layers.lora import Lora
-from knapper.engine.sampling.scheduler import Sampler
+from knapper.engine.sampling.sampler import Sampler
 from knapper.errors import OutOfMemory
 from knapper.wire.progress import Drawn
 from knapper.wire.types import Sample, SampleOutput
@@ -94,7 +94,7 @@ async def answers(house: House, requests: list[Sample]) -> Answers:
 
 
 def nothing_left(house: House) -> bool:
-    return house.sampler.active == house.sampler.waiting == house.sampler._cache.tokens == 0
+    return house.sampler.active == house.sampler.waiting == house.sampler._scheduler._cache.tokens == 0
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_prompts_of_one_pass_are_computed_apart_when_it_breaks(
 ) -> None:
     small = [request(prompt=one.prompt, seed=one.seed, prompt_logprobs=scored, num_samples=2) for one in crowd(5)]
     undisturbed = house.run(*small)
-    house.sampler._prefilling.trim(0)
+    house.sampler._scheduler._prefilling.trim(0)
     passes: list[int] = []
 
     def before(tokens_N: Tensor) -> None:
@@ -168,7 +168,7 @@ def test_a_prompt_that_fits_alone_waits_until_nobody_decodes(house: House, embed
     large, long = bad(200, max_tokens=20), request(max_tokens=300, prompt=prompt_of(5, seed=1))
     passing = [request(seed=seed, max_tokens=6) for seed in range(40)]
     undisturbed = house.run(large, long, *passing)
-    house.sampler._prefilling.trim(0)
+    house.sampler._scheduler._prefilling.trim(0)
     at_first = house.sampler.counters.finished
     order: list[str] = []
     before_it: list[int] = []
@@ -241,7 +241,7 @@ def test_a_text_whose_step_does_not_fit_alone_fails_alone(house: House, embeddin
     undisturbed = house.run(*requests)
 
     def before(tokens_N: Tensor) -> None:
-        texts = house.sampler._active.texts.values()
+        texts = house.sampler._scheduler._active.texts.values()
         if len(tokens_N) == len(texts) and any(len(text.tokens) >= 60 for text in texts):
             raise cpu_error()
 
@@ -260,7 +260,7 @@ def test_a_defect_in_a_step_fails_nobody_but_whose_it_is(house: House, embedding
     large = request(prompt=prompt_of(50, seed=50), max_tokens=200, seed=50)
 
     def before(tokens_N: Tensor) -> None:
-        texts = house.sampler._active.texts.values()
+        texts = house.sampler._scheduler._active.texts.values()
         if len(tokens_N) == len(texts) and any(text.job.request is large and len(text.tokens) > 9 for text in texts):
             raise ValueError("of one text")
 
@@ -375,13 +375,13 @@ def test_wherever_memory_is_lacking_for_a_moment_nothing_changes(house: House, e
     scored = request(prompt=prompt_of(60, seed=8), prompt_logprobs=True, num_samples=2, max_tokens=8)
     requests = [*crowd(2, max_tokens=10), scored]
     undisturbed = house.run(*requests)
-    house.sampler._prefilling.trim(0)
+    house.sampler._scheduler._prefilling.trim(0)
     counted = Operators(lambda _number, _name: False, error)
     with on(house.device, counted):
         assert alike(house.run(*requests), undisturbed)  # type: ignore[arg-type]
     rng = np.random.default_rng(5)
     for at in sorted(rng.integers(1, counted.count, 12).tolist()):
-        house.sampler._prefilling.trim(0)
+        house.sampler._scheduler._prefilling.trim(0)
         broken = Operators(lambda number, _name, at=at: number == at, error)  # type: ignore[misc]
         with on(house.device, broken):
             found = house.within(answers(house, requests))
@@ -396,7 +396,7 @@ def test_while_memory_is_lacking_nobody_gets_other_bits(house: House) -> None:
     undisturbed = house.run(*requests)
     served = 0
     for seed in range(8):
-        house.sampler._prefilling.trim(0)
+        house.sampler._scheduler._prefilling.trim(0)
         rng = np.random.default_rng(seed)
         broken = Operators(lambda _number, _name, rng=rng: bool(rng.random() < 1e-3), gpu_error)  # type: ignore[misc]
         with on(house.device, broken):

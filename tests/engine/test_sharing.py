@@ -19,7 +19,7 @@ import pytest
 
 from knapper.engine.executor import Device, Task
 from knapper.engine.models.decode import NativeTexts
-from knapper.engine.sampling.scheduler import Sampler
+from knapper.engine.sampling.sampler import Sampler
 from knapper.engine.training import batch
 from knapper.engine.training.batch import Pass
 from knapper.engine.training.scheduler import Clock

@@ -123,14 +123,14 @@ def _steps(directory: Path, texts: int, adapters: int) -> list[Counter[str]]:
     """Of each decoding step of so many texts, with so many adapters and the base model."""
     house = House(directory)
     seen: list[Counter[str]] = []
-    step = house.sampler._step
+    step = house.sampler._scheduler._step
 
     def counting() -> None:
         with pytest.MonkeyPatch.context() as patch, counted(patch) as found:
             seen.append(found)  # before the step: that tells its answers, and nobody waits for more
             step()
 
-    house.sampler._step = counting  # type: ignore[method-assign]  # the device's thread calls it
+    house.sampler._scheduler._step = counting  # type: ignore[method-assign]  # the device's thread calls it
     names = [*(f"adapter-{number + 1}" for number in range(adapters)), ""]
     house.run(
         *(

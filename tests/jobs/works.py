@@ -21,7 +21,7 @@ from knapper.engine.models import weights
 from knapper.engine.models.config import ModelConfig
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.run_machine import TrainingMachine
-from knapper.engine.sampling.scheduler import Sampler
+from knapper.engine.sampling.sampler import Sampler
 from knapper.engine.training.trainer import Trainer
 from knapper.errors import Fenced, KnapperError, Unavailable
 from knapper.events import cloudevents

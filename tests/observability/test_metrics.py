@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gateway.metrics_page import Ages
 from knapper.engine.executor import Device
 from knapper.engine.run_machine import TrainingMachine
-from knapper.engine.sampling.scheduler import Sampler
+from knapper.engine.sampling.sampler import Sampler
 from knapper.errors import StoreError, UserError
 from knapper.ids import RunId
 from knapper.observability import metrics

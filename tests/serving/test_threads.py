@@ -23,7 +23,7 @@ def products():
 def tasks():
     return len(os.listdir("/proc/self/task"))
 
-device = engine().sampler._device
+device = engine().sampler._scheduler._device
 threads = device.submit(products()).result()[0]
 before = tasks()
 for _ in products():

@@ -1,13 +1,92 @@
-"""Who begins, and who goes on, in the next pass over prompts."""
+"""Who waits, and who of them begins or goes on in the next pass over prompts."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from knapper.concurrency.fair_share import FairShare
 from knapper.engine.sampling.sequence import Company, Job, Text
 
 _ROWS_MAX: Final = 512  # tokens of one pass over prompts (a longer one goes alone): bounds how long decoding waits
 _JOBS_MAX: Final = 64  # of one pass: bounds vocabulary-wide tensors
+
+
+class WaitingJobs:
+    """Jobs with texts that have not begun: tenants share by the tokens that are computed for them, jobs wait in line.
+
+    `turn`: texts of a job that begin before it goes to the end of the line.
+    """
+
+    def __init__(self, turn: int) -> None:
+        self._turn = turn
+        self._line: deque[Job] = deque()
+        self._shares = FairShare()
+
+    def __len__(self) -> int:
+        return len(self._line)
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(self._line)
+
+    def join(self, jobs: Iterable[Job]) -> None:
+        for job in jobs:
+            job.turn = self._turn
+            self._line.append(job)
+            self._shares.join(job.request.tenant)
+
+    def drop(self, job: Job) -> None:
+        if job in self._line:
+            self._line.remove(job)
+
+    def clear(self) -> None:
+        self._line.clear()
+
+    def in_turn(self) -> Iterator[Job]:
+        """The order in which they are served; it counts what those before will begin as if it were computed already."""
+        lines: dict[str, deque[Job]] = {}
+        for job in self._line:
+            lines.setdefault(job.request.tenant, deque()).append(job)
+        served = {tenant: self._shares.rank(tenant)[0] for tenant in lines}
+        while lines:
+            tenant = min(lines, key=served.__getitem__)
+            job = lines[tenant].popleft()
+            served[tenant] += job.prompt_tokens + min(job.left, job.turn)
+            if not lines[tenant]:
+                del lines[tenant]
+            yield job
+
+    def begin(self, job: Job, count: int) -> list[Text]:
+        """So many of its texts. It is first in line again while its turn lasts, else last."""
+        self._line.remove(job)
+        texts = job.begin(count)
+        job.turn -= count
+        if job.left and job.turn > 0:
+            self._line.appendleft(job)
+        elif job.left:
+            job.turn = self._turn
+            self._line.append(job)
+        return texts
+
+    def take_back(self, text: Text) -> None:
+        """It has no token as yet: it begins again, before others."""
+        job = text.job
+        job.take_back(text)
+        job.turn += 1
+        if job not in self._line:
+            self._line.appendleft(job)
+
+    def serve(self, job: Job) -> None:
+        """It is the first of a pass."""
+        self._shares.serve(job.request.tenant)
+
+    def charge(self, job: Job, tokens: int) -> None:
+        """So many were computed for it."""
+        self._shares.charge(tokens, job.request.tenant)
+
+    def keep_shares_of(self, jobs: Iterable[Job]) -> None:
+        """These are all that are not finished."""
+        self._shares.leave((job.request.tenant,) for job in jobs)
 
 
 @dataclass(frozen=True)

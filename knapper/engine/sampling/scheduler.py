@@ -1,4 +1,4 @@
-"""Sampling: requests of several adapters decode together, each as if it were alone.
+"""Requests of several adapters decode together, each as if it were alone.
 
 One task on the device serves all of them: it admits what fits, computes prompts, then gives every active text one token
 a step, and yields between steps, so that training takes its turns. It ends when nothing is left.
@@ -22,86 +22,67 @@ texts parked: they wait, and go on from where they were (on a CPU to the last bi
 with one job after another.
 """
 
-import asyncio
 import itertools
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import structlog
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from knapper import limits
-from knapper.concurrency.fair_share import FairShare
 from knapper.engine import hardware
 from knapper.engine.executor import Device, Task
 from knapper.engine.layers.lora_grouped import Segments
 from knapper.engine.models.base import Model
 from knapper.engine.out_of_memory import Shortage, told
-from knapper.engine.sampling import validation
-from knapper.engine.sampling.adapter_cache import AdaptersKept, AdapterSource
 from knapper.engine.sampling.decode_batch import Active
 from knapper.engine.sampling.next_tokens import NonFiniteLogits, take_tokens
-from knapper.engine.sampling.prefill_queue import Places, next_parked, next_turns
+from knapper.engine.sampling.prefill_queue import Places, WaitingJobs, next_parked, next_turns
 from knapper.engine.sampling.prompt_logprobs import PromptScores
 from knapper.engine.sampling.prompts import Counters, Prefilling
 from knapper.engine.sampling.sequence import Company, Job, Text
-from knapper.engine.sampling.stop import Stops
-from knapper.errors import ContextLengthExceeded, InvalidField, TooLarge, Unavailable
+from knapper.errors import Unavailable
 from knapper.text.sizes import sized
-from knapper.wire.progress import Drawn
-from knapper.wire.types import Sample, SampleOutput
 
-__all__ = ["NonFiniteLogits", "Sampler"]
-
-_logit_rows: Final = 64  # rows of vocabulary-wide tensors at a time: bounds memory
-_beginnings_part: Final = 4  # of the memory for keys and values: 1 / so much may hold prompts of earlier requests
-_adapter_bytes_max: Final = 1024 * limits.MIB
+_LOGIT_ROWS: Final = 64  # rows of vocabulary-wide tensors at a time: bounds memory
+_PREFIX_CACHE_PART: Final = 4  # of the memory for keys and values: 1 / so much may hold prompts of earlier requests
 
 log = structlog.get_logger()
 
 
-class Sampler:
-    """Continuous batching over one decoder: `slots_max` texts decode at once, within `kv_tokens_max` positions.
-
-    Adapters are kept between requests, up to `adapter_bytes_max`. `now`, in seconds, only tells what a request costs.
-    """
+class SamplingScheduler:
+    """At most `slots_max` texts decode at once, within `kv_tokens_max` positions. `now`: seconds, for costs only."""
 
     def __init__(
-        self,
-        decoder: Model,
-        device: Device,
-        adapters: AdapterSource,
-        tokenizer: Tokenizer | None,
-        *,
-        slots_max: int,
-        kv_tokens_max: int,
-        now: Callable[[], float],
-        adapter_bytes_max: int = _adapter_bytes_max,
+        self, decoder: Model, device: Device, slots_max: int, kv_tokens_max: int, now: Callable[[], float]
     ) -> None:
         assert slots_max >= 1
         self.counters = Counters()
-        self._decoder, self._device, self._tokenizer = decoder, device, tokenizer
+        self._decoder, self._device = decoder, device
         self._slots_max, self._kv_tokens_max, self._now = slots_max, kv_tokens_max, now
-        self._turn = max(1, slots_max // 4)
-        self._adapters = AdaptersKept(adapters, decoder.device, adapter_bytes_max)
         # Callers and the device's thread meet at these two, under the lock.
         self._lock = threading.Lock()
         self._arrivals: list[Job] = []
         self._working = False
         # The rest belongs to the device's thread.
         self._jobs: list[Job] = []  # all that are not finished
-        self._waiting: deque[Job] = deque()  # those with texts that have not begun
-        self._shares = FairShare()  # in tokens that were computed, by tenant
+        self._waiting = WaitingJobs(max(1, slots_max // 4))
         self._ages = itertools.count()
         self._cache = decoder.texts(kv_tokens_max)
         self._active = Active(self._cache, kv_tokens_max, self.counters)
         self._strained = False  # the last step lacked memory, and is tried once more before anyone joins
-        self._prefilling = Prefilling(decoder, self.counters, kv_tokens_max // _beginnings_part)
+        self._prefilling = Prefilling(decoder, self.counters, kv_tokens_max // _PREFIX_CACHE_PART)
+
+    @property
+    def longest(self) -> int:
+        """Positions that one text can have."""
+        return self._cache.longest
+
+    def positions(self, length: int) -> int:
+        """What a text of so many reserves."""
+        return self._cache.positions(length)
 
     @property
     def active(self) -> int:
@@ -113,59 +94,8 @@ class Sampler:
         """Requests with texts that have not begun."""
         return len(self._arrivals) + len(self._waiting)
 
-    async def sample(self, request: Sample, listen: Callable[[Drawn], None] | None = None) -> SampleOutput:
-        """The samples of one request: in float32 the same tokens for the same request, whoever else is there.
-
-        The log-probabilities are those of the distribution that each token was drawn from (`draw.draw` says more);
-        those of the prompt are untempered; only alternatives to its tokens are drawn at the request's temperature, and
-        without its top_k and top_p. max_tokens 0 only scores the prompt; None goes to the end of the context, or of the
-        memory where that ends earlier. Cancelling the caller frees the slots. `listen` hears each token as it is drawn:
-        on the device's thread, which waits for it.
-        Raises InvalidField or UserError for what cannot be asked, TooLarge for what can never fit, OutOfMemory for what
-        turns out not to, NonFiniteLogits for broken weights, Unavailable when too many wait.
-        """
-        config, params = self._decoder.config, request.params
-        validation.check(request, config)
-        if params.stop_strings and self._tokenizer is None:
-            allowed = "token ids only, as this model has no tokenizer.json"
-            raise InvalidField("sampling_params.stop", params.stop_strings[0], allowed)
-        ends = () if params.ignore_eos else config.eos
-        tokens_max, cost = self._reserved_by(request)
-        async with AsyncExitStack() as held:
-            lora = None
-            if request.adapter:
-                lora = await held.enter_async_context(self._adapters.use(request.adapter))
-                validation.check_adapter(request.adapter, lora, config)
-            job = Job(
-                request=request,
-                lora=lora,
-                stops=Stops((*ends, *params.stop_tokens), params.stop_strings, self._tokenizer),
-                tokens_max=tokens_max,
-                cost=cost,
-                turn=self._turn,
-                listen=listen,
-            )
-            self._enter(job)
-            return await asyncio.wrap_future(job.future)
-
-    def _reserved_by(self, request: Sample) -> tuple[int, int]:
-        """(tokens that a text may have, positions that it then needs). Raises TooLarge."""
-        prompt, asked = int(request.prompt.size), request.params.max_tokens
-        room = self._decoder.config.context - prompt
-        fits = self._cache.longest - prompt + 1  # the last token is never fed
-        tokens_max = min(room, asked if asked is not None else fits if fits > 0 else room)
-        cost = 0 if tokens_max <= 1 else self._cache.positions(prompt + tokens_max - 1)
-        if cost > self._kv_tokens_max and fits < 1:
-            because = f", as the server has key/value memory for {self._cache.longest}"
-            raise ContextLengthExceeded(prompt, self._cache.longest, self._decoder.config.context, because)
-        if cost > self._kv_tokens_max:
-            raise TooLarge(
-                f"a prompt of {prompt} tokens with up to {tokens_max} sampled ones needs {cost} positions of key/value "
-                f"memory; allowed: {self._kv_tokens_max}. Lower sampling_params.max_tokens, or send a shorter prompt"
-            )
-        return tokens_max, cost
-
-    def _enter(self, job: Job) -> None:
+    def submit(self, job: Job) -> None:
+        """Its future has the answer. Raises Unavailable when too many wait."""
         with self._lock:
             if self.waiting >= limits.samples_waiting_max:
                 raise Unavailable(f"{self.waiting} sample requests wait; allowed: {limits.samples_waiting_max}")
@@ -194,13 +124,11 @@ class Sampler:
         with self._lock:
             arrived, self._arrivals = self._arrivals, []
             self._jobs.extend(arrived)
-            self._waiting.extend(arrived)
-            for job in arrived:
-                self._shares.join(job.request.tenant)
+            self._waiting.join(arrived)
             for job in [job for job in self._jobs if job.future.cancelled()]:
                 self._drop(job)
                 self.counters.cancelled += 1
-            self._shares.leave((job.request.tenant,) for job in self._jobs)
+            self._waiting.keep_shares_of(self._jobs)
             self._working = bool(self._jobs)
             return self._working
 
@@ -215,17 +143,16 @@ class Sampler:
             self._prefilling.trim(0)
         for job in jobs:
             self.counters.failed += 1
-            if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(error)
+            job.answer(error)
 
     # -- beginning -----------------------------------------------------------------------------------------------------
 
     def _admit(self) -> Task[None]:
         """Begin what there is room for."""
-        waiting = () if self._active.parked else self._in_turn()  # who has begun goes first
+        waiting = () if self._active.parked else self._waiting.in_turn()  # who has begun goes first
         if not (turns := next_turns(waiting, self._places(), self._prefilling.rows)):
             return
-        self._shares.serve(turns[0][0].request.tenant)
+        self._waiting.serve(turns[0][0])
         try:
             yield from self._prefill([job for job, _ in turns if job.needs_prefill])
             self._begin(turns)
@@ -236,20 +163,6 @@ class Sampler:
             return
         self._part([job for job, _ in turns], failed)
         yield
-
-    def _in_turn(self) -> Iterator[Job]:
-        """Those that wait, each tenant's in order of arrival; who is next counts what those before it will begin."""
-        queues: dict[str, deque[Job]] = {}
-        for job in self._waiting:
-            queues.setdefault(job.request.tenant, deque()).append(job)
-        served = {tenant: self._shares.rank(tenant)[0] for tenant in queues}
-        while queues:
-            tenant = min(queues, key=served.__getitem__)
-            job = queues[tenant].popleft()
-            served[tenant] += job.prompt_tokens + min(job.left, job.turn)
-            if not queues[tenant]:
-                del queues[tenant]
-            yield job
 
     def _places(self) -> Places:
         active = self._active
@@ -268,8 +181,8 @@ class Sampler:
             if job.scores is None and PromptScores.wanted(job.request):
                 scores = PromptScores(job.request)
                 before, last = job.prompt_tokens - rows.shape[0], job.prompt_tokens - 1
-                for start in range(scores.first, last, _logit_rows):  # the last row tells of the first sampled token
-                    stop = min(start + _logit_rows, last)
+                for start in range(scores.first, last, _LOGIT_ROWS):  # the last row tells of the first sampled token
+                    stop = min(start + _LOGIT_ROWS, last)
                     if not self._score(job, scores, start, rows[start - before : stop - before]):
                         break
                     yield
@@ -294,11 +207,7 @@ class Sampler:
         texts: list[Text] = []
         for job, count in turns:
             if job in self._jobs and not job.future.cancelled():
-                self._waiting.remove(job)
-                texts += job.begin(count)
-                job.turn -= count
-                if job.left:
-                    self._queue(job)
+                texts += self._waiting.begin(job, count)
         for text in texts:
             text.age = next(self._ages)
             if text.job.tokens_max == 0:
@@ -311,8 +220,8 @@ class Sampler:
             self._deliver()
 
     def _first_tokens(self, texts: Sequence[Text]) -> None:
-        for start in range(0, len(texts), _logit_rows):
-            began_s, some = self._now(), texts[start : start + _logit_rows]
+        for start in range(0, len(texts), _LOGIT_ROWS):
+            began_s, some = self._now(), texts[start : start + _LOGIT_ROWS]
             jobs = list(dict.fromkeys(text.job for text in some))
             last_JH = torch.cat([job.last_1H for job in jobs if job.last_1H is not None])
             logits_JV = self._decoder.logits(last_JH, Segments([job.segment(row, 1) for row, job in enumerate(jobs)]))
@@ -332,18 +241,7 @@ class Sampler:
             if text.tokens:
                 self._active.wait(text)
                 continue
-            job.take_back(text)
-            job.turn += 1
-            if job not in self._waiting:
-                self._waiting.appendleft(job)
-
-    def _queue(self, job: Job) -> None:
-        """First in line again while its turn lasts, else last."""
-        if job.turn > 0:
-            self._waiting.appendleft(job)
-        else:
-            job.turn = self._turn
-            self._waiting.append(job)
+            self._waiting.take_back(text)
 
     def _release_prompts(self) -> None:
         """Prompts stay for texts that are still to begin, the first in line first, in room that no text reserved.
@@ -464,13 +362,13 @@ class Sampler:
         self.counters.device_s += spent_s
         for job, rows in parts:
             job.device_s += spent_s * (rows / total if total else 1 / len(parts))
-            self._shares.charge(rows, job.request.tenant)
+            self._waiting.charge(job, rows)
 
     def _draw(self, texts: Sequence[Text], logits_NV: Tensor) -> list[Text]:
         """A token for each text. Returns those that go on; a job whose logits are not numbers fails."""
-        for start in range(0, len(texts), _logit_rows):
-            some = texts[start : start + _logit_rows]
-            failed = take_tokens(some, logits_NV[start : start + _logit_rows])
+        for start in range(0, len(texts), _LOGIT_ROWS):
+            some = texts[start : start + _LOGIT_ROWS]
+            failed = take_tokens(some, logits_NV[start : start + _LOGIT_ROWS])
             self.counters.decoded_tokens += sum(text.job not in failed for text in some)
             for job, error in failed.items():
                 self._fail(job, error)
@@ -480,16 +378,14 @@ class Sampler:
         for job in [job for job in self._jobs if job.finished]:
             self._drop(job)
             self.counters.finished += 1
-            if job.future.set_running_or_notify_cancel():
-                job.future.set_result(job.output())
+            job.answer(job.output())
 
     def _fail(self, job: Job, error: Exception) -> None:
         if job not in self._jobs:
             return
         self._drop(job)
         self.counters.failed += 1
-        if job.future.set_running_or_notify_cancel():
-            job.future.set_exception(error)
+        job.answer(error)
 
     def _answer(self, job: Job, failed: Exception) -> Exception:
         """What is told to the caller of a job that fails alone."""
@@ -502,6 +398,5 @@ class Sampler:
     def _drop(self, job: Job) -> None:
         """The job leaves, and its slots at once."""
         self._jobs.remove(job)
-        if job in self._waiting:
-            self._waiting.remove(job)
+        self._waiting.drop(job)
         self._active.drop(job)

@@ -30,7 +30,8 @@ class Company(IntEnum):
 
 @dataclass(eq=False)
 class Job:
-    """One request. `tokens_max` of a text: what was asked, within the context. `turn`: texts before others go first.
+    """One request. `tokens_max` of a text: what was asked, within the context. `turn`: texts before others go first, as
+    `WaitingJobs` sets it.
 
     `cost`: positions that one text reserves. Its last token is never fed, so a text of one token costs nothing.
     """
@@ -40,9 +41,9 @@ class Job:
     stops: Stops
     tokens_max: int
     cost: int
-    turn: int
     listen: Callable[[Drawn], None] | None = None  # called on the device's thread, and must return at once
     future: "Future[SampleOutput]" = field(default_factory=Future)
+    turn: int = 0
     started: int = 0  # texts
     sequences: dict[int, Sequence] = field(default_factory=dict)  # finished texts by number
     kept: Any = (
@@ -94,6 +95,15 @@ class Job:
     def take_back(self, text: "Text") -> None:
         """It has no token as yet, and has not begun."""
         self._again.append(text)
+
+    def answer(self, result: SampleOutput | BaseException) -> None:
+        """What its caller gets, if it still waits."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        if isinstance(result, BaseException):
+            self.future.set_exception(result)
+        else:
+            self.future.set_result(result)
 
     def forget_prompt(self) -> None:
         """Its prompt is computed again: a pass over it broke."""

@@ -15,7 +15,7 @@ import torch
 
 from knapper.engine.executor import Device
 from knapper.engine.layers.lora import Lora
-from knapper.engine.sampling.scheduler import Sampler
+from knapper.engine.sampling.sampler import Sampler
 from knapper.engine.training.trainer import RunState
 from knapper.wire.types import AdamW, Datum, Sample, SampleOutput, SamplingParams
 from tests.engine.runs import datum, done, request, spec, tiny_trainer

@@ -26,7 +26,7 @@ from knapper.engine.models import transformers_loader
 from knapper.engine.models.config import UnsupportedModel, computed_by
 from knapper.engine.models.loader import load
 from knapper.engine.models.weight_files import BrokenModel
-from knapper.engine.sampling.scheduler import Sampler
+from knapper.engine.sampling.sampler import Sampler
 from knapper.engine.training.batch import compute
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.wire.types import AdamW, Datum, Sample, SampleOutput
@@ -65,7 +65,7 @@ def sampled(trainer: Trainer, adapters: dict[str, Lora], directory: Path, *reque
 
     try:
         outputs = asyncio.run(asyncio.wait_for(together(), 60))
-        assert sampler._cache.tokens == 0
+        assert sampler._scheduler._cache.tokens == 0
         return outputs
     finally:
         device.close()
@@ -281,7 +281,7 @@ def test_a_native_model_starts_without_transformers(tmp_path: Path) -> None:
     code = f"""
 import pathlib, sys
 from knapper.engine import run_machine
-from knapper.engine.sampling import scheduler
+from knapper.engine.sampling import sampler
 from knapper.engine.models.loader import load
 print(load(pathlib.Path({str(tmp_path)!r})).computed_by, "transformers" in sys.modules, "peft" in sys.modules)
 """

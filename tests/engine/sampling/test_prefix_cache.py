@@ -118,29 +118,29 @@ def test_reuse_changes_no_bit_and_asked_rows_are_computed(house: House, tmp_path
 def test_earlier_prompts_give_way_to_texts(tmp_path: Any) -> None:
     house = House(tmp_path, slots_max=4, kv_tokens_max=512)
     house.run(request(prompt=prompt_of(100), max_tokens=10))
-    assert house.sampler._prefilling.kept == 100
+    assert house.sampler._scheduler._prefilling.kept == 100
     held: list[int] = []
 
     async def story() -> SampleOutput:
         work = house.sampler.sample(request(prompt=prompt_of(9), max_tokens=50, num_samples=8))
         task = asyncio.ensure_future(work)
         await until(lambda: house.sampler.active == 4 or task.done())
-        held.append(house.sampler._prefilling.kept)
+        held.append(house.sampler._scheduler._prefilling.kept)
         return await task
 
     house.within(story())
     assert held[0] + 4 * 64 <= 512
     house.run(request(prompt=prompt_of(300, 3), max_tokens=100))  # reserves 512: all there is
-    assert house.sampler._prefilling.kept <= 128
+    assert house.sampler._scheduler._prefilling.kept <= 128
 
 
 def test_memory_is_flat_over_a_thousand_requests(house: House) -> None:
     house.run(*(request(prompt=prompt_of(3 + n % 20, n), seed=n, max_tokens=1) for n in range(500)))
-    kept_then = house.sampler._prefilling.kept
+    kept_then = house.sampler._scheduler._prefilling.kept
     house.run(*(request(prompt=prompt_of(3 + n % 20, n), seed=n, max_tokens=1) for n in range(500, 1000)))
     assert house.sampler.counters.finished == 1000
     assert 0 < kept_then <= 8192 // 4
-    assert 0 < house.sampler._prefilling.kept <= 8192 // 4
-    tensors = sum(one.kept.shape[2] for one in house.sampler._prefilling._beginnings._entries.values())
+    assert 0 < house.sampler._scheduler._prefilling.kept <= 8192 // 4
+    tensors = sum(one.kept.shape[2] for one in house.sampler._scheduler._prefilling._beginnings._entries.values())
     assert tensors <= 8192 // 4
-    assert house.sampler._cache.tokens == 0
+    assert house.sampler._scheduler._cache.tokens == 0

@@ -20,7 +20,8 @@ from knapper.engine.executor import Device
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_grouped import Segments
 from knapper.engine.models.decoder import Segment
-from knapper.engine.sampling.scheduler import NonFiniteLogits, Sampler
+from knapper.engine.sampling.next_tokens import NonFiniteLogits
+from knapper.engine.sampling.sampler import Sampler
 from knapper.errors import ContextLengthExceeded, NotFound, TooLarge, UserError
 from knapper.wire.types import Sample, SampleOutput, SamplingParams, Sequence
 from tests.engine.models.test_decoder import decoder_of, lora_of
@@ -257,7 +258,7 @@ def test_cancelling_frees_the_slots_at_once(tmp_path: Path) -> None:
     assert counters.cancelled == 1
     assert counters.steps < 400
     assert house.sampler.active == house.sampler.waiting == 0
-    assert house.sampler._cache.tokens == 0
+    assert house.sampler._scheduler._cache.tokens == 0
 
 
 def test_more_samples_than_slots_and_memory_all_come_and_small_requests_go_in_between(tmp_path: Path) -> None:
@@ -279,7 +280,7 @@ def test_more_samples_than_slots_and_memory_all_come_and_small_requests_go_in_be
     large, *_ = house.within(story())
     assert order[-1] == ("large", 33 * 12)
     assert all(tokens < 180 for _, tokens in order[:-1])
-    assert house.sampler._cache.tokens == 0
+    assert house.sampler._scheduler._cache.tokens == 0
     (roomy,) = House(tmp_path / "roomy").run(request(num_samples=30))
     assert all(same(a, b) for a, b in zip(large.sequences, roomy.sequences, strict=True))
 
@@ -467,7 +468,7 @@ def test_broken_weights_are_an_error_for_their_request_only(house: House) -> Non
         assert "adapter broken" in str(error)
     assert isinstance(other, SampleOutput)
     assert same(other.sequences[0], house.run(request(adapter="adapter-1"))[0].sequences[0])
-    assert house.sampler._cache.tokens == 0
+    assert house.sampler._scheduler._cache.tokens == 0
 
 
 def test_an_adapter_is_loaded_once_and_a_failed_load_is_tried_again(house: House) -> None:

@@ -1,0 +1,112 @@
+"""Samples of one request: checked, with its adapter loaded, and handed to the scheduler, which computes them."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Final
+
+from tokenizers import Tokenizer
+
+from knapper import limits
+from knapper.engine.executor import Device
+from knapper.engine.models.base import Model
+from knapper.engine.sampling import validation
+from knapper.engine.sampling.adapter_cache import AdaptersKept, AdapterSource
+from knapper.engine.sampling.prompts import Counters
+from knapper.engine.sampling.scheduler import SamplingScheduler
+from knapper.engine.sampling.sequence import Job
+from knapper.engine.sampling.stop import Stops
+from knapper.errors import ContextLengthExceeded, InvalidField, TooLarge
+from knapper.wire.progress import Drawn
+from knapper.wire.types import Sample, SampleOutput
+
+_ADAPTER_BYTES_MAX: Final = 1024 * limits.MIB
+
+
+class Sampler:
+    """Continuous batching over one decoder: `slots_max` texts decode at once, within `kv_tokens_max` positions.
+
+    Adapters are kept between requests, up to `adapter_bytes_max`. `now`, in seconds, only tells what a request costs.
+    """
+
+    def __init__(
+        self,
+        decoder: Model,
+        device: Device,
+        adapters: AdapterSource,
+        tokenizer: Tokenizer | None,
+        *,
+        slots_max: int,
+        kv_tokens_max: int,
+        now: Callable[[], float],
+        adapter_bytes_max: int = _ADAPTER_BYTES_MAX,
+    ) -> None:
+        self._decoder, self._tokenizer = decoder, tokenizer
+        self._kv_tokens_max = kv_tokens_max
+        self._adapters = AdaptersKept(adapters, decoder.device, adapter_bytes_max)
+        self._scheduler = SamplingScheduler(decoder, device, slots_max, kv_tokens_max, now)
+
+    @property
+    def counters(self) -> Counters:
+        return self._scheduler.counters
+
+    @property
+    def active(self) -> int:
+        """Texts that decode."""
+        return self._scheduler.active
+
+    @property
+    def waiting(self) -> int:
+        """Requests with texts that have not begun."""
+        return self._scheduler.waiting
+
+    async def sample(self, request: Sample, listen: Callable[[Drawn], None] | None = None) -> SampleOutput:
+        """The samples of one request: in float32 the same tokens for the same request, whoever else is there.
+
+        The log-probabilities are those of the distribution that each token was drawn from (`draw.draw` says more);
+        those of the prompt are untempered; only alternatives to its tokens are drawn at the request's temperature, and
+        without its top_k and top_p. max_tokens 0 only scores the prompt; None goes to the end of the context, or of the
+        memory where that ends earlier. Cancelling the caller frees the slots. `listen` hears each token as it is drawn:
+        on the device's thread, which waits for it.
+        Raises InvalidField or UserError for what cannot be asked, TooLarge for what can never fit, OutOfMemory for what
+        turns out not to, NonFiniteLogits for broken weights, Unavailable when too many wait.
+        """
+        config, params = self._decoder.config, request.params
+        validation.check(request, config)
+        if params.stop_strings and self._tokenizer is None:
+            allowed = "token ids only, as this model has no tokenizer.json"
+            raise InvalidField("sampling_params.stop", params.stop_strings[0], allowed)
+        ends = () if params.ignore_eos else config.eos
+        tokens_max, cost = self._reserved_by(request)
+        async with AsyncExitStack() as held:
+            lora = None
+            if request.adapter:
+                lora = await held.enter_async_context(self._adapters.use(request.adapter))
+                validation.check_adapter(request.adapter, lora, config)
+            job = Job(
+                request=request,
+                lora=lora,
+                stops=Stops((*ends, *params.stop_tokens), params.stop_strings, self._tokenizer),
+                tokens_max=tokens_max,
+                cost=cost,
+                listen=listen,
+            )
+            self._scheduler.submit(job)
+            return await asyncio.wrap_future(job.future)
+
+    def _reserved_by(self, request: Sample) -> tuple[int, int]:
+        """(tokens that a text may have, positions that it then needs). Raises TooLarge."""
+        prompt, asked = int(request.prompt.size), request.params.max_tokens
+        room = self._decoder.config.context - prompt
+        fits = self._scheduler.longest - prompt + 1  # the last token is never fed
+        tokens_max = min(room, asked if asked is not None else fits if fits > 0 else room)
+        cost = 0 if tokens_max <= 1 else self._scheduler.positions(prompt + tokens_max - 1)
+        if cost > self._kv_tokens_max and fits < 1:
+            because = f", as the server has key/value memory for {self._scheduler.longest}"
+            raise ContextLengthExceeded(prompt, self._scheduler.longest, self._decoder.config.context, because)
+        if cost > self._kv_tokens_max:
+            raise TooLarge(
+                f"a prompt of {prompt} tokens with up to {tokens_max} sampled ones needs {cost} positions of key/value "
+                f"memory; allowed: {self._kv_tokens_max}. Lower sampling_params.max_tokens, or send a shorter prompt"
+            )
+        return tokens_max, cost
