@@ -31,7 +31,8 @@ def read(name: str) -> Any:
 
 def metrics() -> list[dict[str, Any]]:
     path = RESULTS / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be under way
 
 
 def follow(began: float) -> list[dict[str, Any]]:

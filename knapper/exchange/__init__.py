@@ -48,5 +48,12 @@ class Exchange(Protocol):
     async def publish(self, name: str, data: bytes) -> None:
         """Put the object in the place of whatever has its name; nobody sees half of it."""
 
+    async def extend(self, name: str, data: bytes) -> None:
+        """`publish`, of whole lines, for an object that grows: where files can, only what is new is appended.
+
+        Whoever follows the file reads each line once, whatever was killed on the way. What lies there and does not
+        begin `data` is replaced.
+        """
+
     async def remove(self, name: str) -> None:
         """A missing object is no error."""

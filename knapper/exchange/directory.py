@@ -55,6 +55,9 @@ class DirectoryExchange:
     async def publish(self, name: str, data: bytes) -> None:
         await asyncio.to_thread(self._publish, name, data)
 
+    async def extend(self, name: str, data: bytes) -> None:
+        await asyncio.to_thread(self._extend, name, data)
+
     async def remove(self, name: str) -> None:
         await asyncio.to_thread(self._remove, name)
 
@@ -150,6 +153,15 @@ class DirectoryExchange:
                 files.replace(folder, last, data, prefix=_TEMPORARY, mode=0o600 | readers)
         except OSError as error:
             raise StoreError(f"cannot write {name}: {error.strerror}") from error
+
+    def _extend(self, name: str, data: bytes) -> None:
+        try:
+            with self._folder(name, make=True) as (folder, last):
+                extended = files.extend(folder, last, data)
+        except OSError as error:
+            raise StoreError(f"cannot write {name}: {error.strerror}") from error
+        if not extended:
+            self._publish(name, data)
 
     def _remove(self, name: str) -> None:
         try:

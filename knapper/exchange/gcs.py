@@ -43,6 +43,9 @@ class GcsExchange:
     async def publish(self, name: str, data: bytes) -> None:
         await self._try(f"write {name}", self._publish, check_name(name), data)
 
+    async def extend(self, name: str, data: bytes) -> None:
+        await self.publish(name, data)  # objects are immutable: whoever reads one gets it whole, old or new
+
     async def remove(self, name: str) -> None:
         await self._try(f"remove {name}", self._remove, check_name(name))
 

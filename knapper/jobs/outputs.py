@@ -50,7 +50,7 @@ class Metrics:
             self._lines.popitem(last=False)
         while (trained := await read(self._place.store, folder.start.trained(len(lines)), Trained)) is not None:
             lines.append(msgspec.json.encode(metrics_line(len(lines) + 1, trained)) + b"\n")
-        await self._place.exchange.publish(where(folder.start, "metrics.jsonl"), b"".join(lines))
+        await self._place.exchange.extend(where(folder.start, "metrics.jsonl"), b"".join(lines))
 
     def forget(self, folder: Folder) -> None:
         self._lines.pop(folder.start, None)

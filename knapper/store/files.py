@@ -167,6 +167,28 @@ def replace(folder: int, name: str, data: bytes, *, prefix: str = ".", mode: int
         raise
 
 
+def extend(folder: int, name: str, data: bytes) -> bool:
+    """Append, durably, what `data` has beyond the file, in one write. False, and nothing is done, where that is no way
+    from the one to the other: there is no file, it does not begin `data`, or it has another name beside this one.
+    """
+    try:
+        descriptor = _open(name, os.O_RDWR | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, folder)
+    except OSError:
+        return False
+    with os.fdopen(descriptor, "r+b", buffering=0) as file:
+        hold(descriptor)  # or two writers would append the same
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size > len(data):
+            return False
+        if file.read() != data[: status.st_size]:
+            return False
+        rest = memoryview(data)[status.st_size :]
+        while rest:  # once, unless the disk is full: then the next write says so
+            rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    return True
+
+
 def _open(name: str, flags: int, folder: int) -> int:
     try:
         return os.open(name, flags | os.O_NOFOLLOW, dir_fd=folder)

@@ -196,3 +196,76 @@ def test_what_is_published_outlives_a_power_cut(tmp_path: Path) -> None:
             found = asyncio.run(DirectoryExchange(disk.root).read("inbox/local/j/job.yaml", 100))
             assert found is not None
             assert found.data == b"kind: sft"
+
+
+def test_what_is_extended_has_just_the_bytes_that_it_should_have(exchange: Exchange) -> None:
+    """Whatever lay there: nothing, a beginning, half a line, more than there should be, or something else."""
+    name, whole = "jobs/a/x/metrics.jsonl", b'{"step":1}\n{"step":2}\n'
+    for before in (None, b"", whole[:11], whole[:17], whole, whole + b"{", b"other\n", b"\0" * 11):
+        asyncio.run(exchange.remove(name) if before is None else exchange.publish(name, before))
+        asyncio.run(exchange.extend(name, whole))
+        found = asyncio.run(exchange.read(name, 100))
+        assert found is not None
+        assert found.data == whole, before
+
+
+def test_who_follows_a_file_that_is_extended_reads_each_line_once(tmp_path: Path) -> None:
+    exchange, name = DirectoryExchange(tmp_path), "jobs/a/x/metrics.jsonl"
+    lines = [b"%d\n" % n * 40 for n in range(300)]
+    asyncio.run(exchange.extend(name, lines[0]))
+    with (tmp_path / name).open("rb") as follower:  # as `tail -f` does: it has the file open
+        heard = [follower.read()]
+        for n in range(2, 301):
+            asyncio.run(exchange.extend(name, b"".join(lines[:n])))
+            heard.append(follower.read())
+    assert heard == lines
+
+
+def test_what_several_extend_at_once_is_there_once(tmp_path: Path) -> None:
+    """A process that was taken for dead writes what its successor writes."""
+    lines = [b"%d\n" % n for n in range(64)]
+
+    async def story() -> None:
+        writers = [DirectoryExchange(tmp_path) for _ in range(8)]
+        for n in range(1, 65):
+            await asyncio.gather(*(each.extend("jobs/a/x/m.jsonl", b"".join(lines[:n])) for each in writers))
+
+    asyncio.run(story())
+    assert (tmp_path / "jobs/a/x/m.jsonl").read_bytes() == b"".join(lines)
+
+
+def test_what_is_extended_is_no_other_file(tmp_path: Path) -> None:
+    """Under the name lies another name of an empty file of ours, a link to one, or a pipe that nobody reads."""
+    exchange, name, victim = DirectoryExchange(tmp_path / "data"), "jobs/a/x/m.jsonl", tmp_path / "victim"
+    asyncio.run(exchange.extend(name, b"one\n"))
+    victim.touch()
+    path = tmp_path / "data" / name
+    for lies_there in ("another name", "a link", "a pipe"):
+        path.unlink()
+        if lies_there == "another name":
+            os.link(victim, path)
+        elif lies_there == "a link":
+            path.symlink_to(victim)
+        else:
+            os.mkfifo(path)
+        asyncio.run(exchange.extend(name, b"one\ntwo\n"))
+        assert path.is_file()
+        assert not path.is_symlink()
+        assert path.read_bytes() == b"one\ntwo\n"
+        assert victim.read_bytes() == b""
+
+
+def test_what_was_extended_outlives_a_power_cut_and_goes_on_from_whatever_that_left(tmp_path: Path) -> None:
+    name, lines = "jobs/a/x/m.jsonl", [b"%d\n" % n * 50 for n in range(12)]
+    for seed in range(30):
+        (tmp_path / f"{seed}").mkdir()
+        with Disk(tmp_path / f"{seed}", random.Random(seed)) as disk:
+            for n in range(1, 12):
+                asyncio.run(DirectoryExchange(disk.root).extend(name, b"".join(lines[:n])))
+            disk.cut()
+            assert (disk.root / name).read_bytes() == b"".join(lines[:11])
+            with (disk.root / name).open("ab") as torn:  # the next line was under way: nobody synced it
+                torn.write(lines[11])
+            disk.cut()
+            asyncio.run(DirectoryExchange(disk.root).extend(name, b"".join(lines)))
+            assert (disk.root / name).read_bytes() == b"".join(lines)

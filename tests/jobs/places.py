@@ -44,6 +44,9 @@ class Folder:
     async def publish(self, name: str, data: bytes) -> None:
         self.files[name] = data
 
+    async def extend(self, name: str, data: bytes) -> None:
+        await self.publish(name, data)
+
     async def remove(self, name: str) -> None:
         self.files.pop(name, None)
 
