@@ -69,7 +69,7 @@ async def submit(request: Request) -> Response:
     gateway.stirs.jobs.set()
     if start is not None:
         await place.bells.post(await revive.first(place, start))
-    return JSONResponse(await listings.whole(place, tenant, job, 0) | {"equal": equal})
+    return JSONResponse(await listings.whole(place, tenant, job, 0, gateway.present) | {"equal": equal})
 
 
 async def list_jobs(request: Request) -> Response:
@@ -88,7 +88,7 @@ async def list_jobs(request: Request) -> Response:
 async def show(request: Request) -> Response:
     gateway, tenant = parts(request), tenant_of(request)
     asked = json.convert(responses.query(request), Show)
-    told = await listings.whole(_place(gateway), tenant, request.path_params["job"], asked.after)
+    told = await listings.whole(_place(gateway), tenant, request.path_params["job"], asked.after, gateway.present)
     return JSONResponse(told)
 
 
@@ -103,7 +103,7 @@ async def cancel(request: Request) -> Response:
     await outputs.publish_status(place, started)
     first = notifications.started(started)
     await place.bells.ring(first, cloudevents.JOB_CANCELLED, "knapper/gateway", 0)
-    return await _told(place, tenant, found)
+    return await _told(gateway, tenant, found)
 
 
 async def resume(request: Request) -> Response:
@@ -118,7 +118,7 @@ async def resume(request: Request) -> Response:
     await outputs.publish_status(place, started)
     for event in await revive.again(place, started, found.start):
         await place.bells.post(event)
-    return await _told(place, tenant, found)
+    return await _told(gateway, tenant, found)
 
 
 async def _started(place: Place, found: listings.Listed) -> Started:
@@ -128,8 +128,9 @@ async def _started(place: Place, found: listings.Listed) -> Started:
     return started
 
 
-async def _told(place: Place, tenant: Tenant, found: listings.Listed) -> Response:
-    return JSONResponse(await listings.whole(place, tenant, found.start.job, 10**9))
+async def _told(gateway: Parts, tenant: Tenant, found: listings.Listed) -> Response:
+    place = _place(gateway)
+    return JSONResponse(await listings.whole(place, tenant, found.start.job, 10**9, gateway.present))
 
 
 def _place(gateway: Parts) -> Place:

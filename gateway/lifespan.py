@@ -30,6 +30,7 @@ from knapper.ids import RunId
 from knapper.jobs import needs
 from knapper.jobs.revive import Seen
 from knapper.jobs.services import Place
+from knapper.local.state import presence
 from knapper.settings import Settings
 from knapper.state.api_keys import Keyring, Keys
 from knapper.state.audit import Audit
@@ -113,6 +114,7 @@ async def assembled(
             events_host=settings.events_host,
             place=place,
             subscription=None if place is None else _subscribed(settings.subscription, connections),
+            present=partial(presence, settings.run_directory),
             seen_jobs=Seen(),
             job_quiet_s=settings.job_quiet_s,
             heartbeats=Heartbeats(monotonic),

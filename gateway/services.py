@@ -20,6 +20,7 @@ from gateway.unservable import Refusals
 from gateway.wakeups import Stirs
 from gateway.worker_pool import Workers
 from knapper.catalogue.declared_models import Declared
+from knapper.jobs.presence import Present
 from knapper.jobs.revive import Seen
 from knapper.jobs.services import Place
 from knapper.state.api_keys import Keyring
@@ -61,6 +62,7 @@ class Parts:
     events_host: str  # the name under which events come; empty: this machine's own
     place: Place | None  # of jobs; None: there is nowhere to put their files
     subscription: "Subscription | None"  # tells of uploads; None: the inbox is looked into
+    present: Present  # whether the functions' processes run, where that can be known
     seen_jobs: Seen  # how far jobs were at the last tick
     job_quiet_s: float
     heartbeats: Heartbeats

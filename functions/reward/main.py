@@ -42,7 +42,8 @@ def key() -> FunctionKey:
 @cache
 def scoring() -> Scoring:
     """What is done for jobs."""
-    return Scoring(Worker(place(), Folders(place().store), ["rl"]), lambda *given: score(*given, sandbox=sandbox))
+    worker = Worker("reward", place(), Folders(place().store), ["rl"])
+    return Scoring(worker, lambda *given: score(*given, sandbox=sandbox))
 
 
 @functions_framework.aio.http

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="jobs", help="List, show, cancel and resume jobs.", no_args_is_help=True, rich_markup_mode=None)
 
-_POLL_S = 1.0
 Url = Annotated[str | None, typer.Option(help="The gateway; else TINKER_BASE_URL, else http://127.0.0.1:8000.")]
 Name = Annotated[str, typer.Argument(help="The job's name.")]
 _UNITS = (
@@ -45,9 +44,8 @@ def submit(
         more = "" if told["state"] == "running" else "; --again starts them anew"
         more += ", `knapper jobs resume` goes on" if told["state"] in ("failed", "cancelled") else ""
         say(f"these files were submitted before: this is that job{more}")
-    if follow and told["state"] not in ("refused",):
-        _follow(client, told["job"])
-        return
+    if follow and told["state"] != "refused":
+        told = _follow(client, told["job"])
     _say(told)
 
 
@@ -80,7 +78,7 @@ def show(
         raise typer.BadParameter("prints once, when asked; leave out --follow, or ask again", param_hint="--json")
     client = _client(url)
     if follow:
-        _follow(client, job)
+        _say(_follow(client, job))
         return
     told, metrics = client.show(job), []
     while told["metrics"]:
@@ -103,24 +101,12 @@ def resume(job: Name, url: Url = None) -> None:
     _say(_client(url).resume(job))
 
 
-def _follow(client: "Client", job: str) -> None:
-    """Print each step as it comes; Ctrl-C ends the printing, and not the job."""
+def _follow(client: "Client", job: str) -> dict[str, Any]:
     import time
 
-    from knapper.jobs.client import ENDED, lines
+    from knapper.jobs.follower import Follower
 
-    after = 0
-    while True:
-        told = client.show(job, after)
-        for line in lines(told):
-            say(line)
-        if told["metrics"]:
-            after = told["metrics"][-1]["step"]
-        elif told["state"] in ENDED:
-            break
-        else:
-            time.sleep(_POLL_S)
-    _say(told)
+    return Follower(client, job, time.monotonic).follow()
 
 
 def _say(told: dict[str, Any]) -> None:

@@ -10,10 +10,12 @@ import httpx
 
 from knapper import limits
 from knapper.cli.tables import table
-from knapper.errors import InvalidField, KnapperError, Unavailable, UserError
+from knapper.errors import InvalidField, NotFound, Unavailable, UserError
 from knapper.jobs import layout, spec
+from knapper.text.durations import clock
 
 _TIMEOUT = httpx.Timeout(60.0, connect=5.0)
+_LATER = (408, 425, 429)
 _METRICS = ("reward/mean", "loss/mean", "accuracy/mean", "tokens/mean", "grad_norm", "wall_seconds")
 _USED = {
     ("training", "token_count"): "tokens_trained",
@@ -82,8 +84,12 @@ class Client:
         except ValueError as error:
             raise Unavailable(f"{self._url} answered {answer.status_code}, and no JSON; is it a knapper?") from error
         if answer.status_code >= 400:
-            kind = UserError if answer.status_code < 500 else KnapperError
-            raise kind(str(said.get("detail", said)))
+            detail = str(said.get("detail", said))
+            if answer.status_code == NotFound.status:
+                raise NotFound(detail)
+            if answer.status_code in _LATER or answer.status_code >= 500:
+                raise Unavailable(detail)
+            raise UserError(detail)
         return said
 
 
@@ -94,9 +100,38 @@ def lines(told: dict[str, Any]) -> Iterator[str]:
         yield f"step {step['step']:>4}{_of(told)}  {shown}"
 
 
+def doing(told: dict[str, Any], *, counts: bool = True) -> str:
+    """What a job does now, empty if nothing; `counts`: with how much of it is done, and for how long it does that."""
+    if told["state"] == "waiting":
+        return told["reason"] or "waiting"
+    if not (activity := told.get("activity")):
+        return ""
+    step, of = activity["step"], activity["of"]
+    if step is None:
+        text = activity["phase"]
+    elif activity["phase"] == "evaluating":
+        text = f"evaluating after step {step}{_of(told)}" if step else "evaluating before step 1"
+    else:
+        text = f"{activity['phase']} step {step}{_of(told)}"
+    if not counts:
+        return text
+    if of is not None:
+        text += f": {of} prompts" if activity["done"] is None else f": {activity['done']} of {of} prompts"
+    return f"{text}, for {clock(activity['seconds'])}" + (f"; {told['reason']}" if told["reason"] else "")
+
+
+def timing(told: dict[str, Any]) -> str:
+    """When the job may end, empty if nobody can tell yet."""
+    left_s = told.get("seconds_left")
+    return "" if left_s is None else f"ends in about {clock(left_s)}"
+
+
 def summary(told: dict[str, Any]) -> Iterator[str]:
-    """What became of a job."""
-    yield f"{told['job']}: {told['state']}, step {told['step']}{_of(told)}"
+    """What became of a job, or is becoming."""
+    took = f", {clock(told['elapsed_seconds'])}" if "elapsed_seconds" in told else ""
+    yield f"{told['job']}: {told['state']}, step {told['step']}{_of(told)}{took}"
+    if told.get("activity"):
+        yield f"{doing(told)}; {timing(told) or 'its first step will tell when it may end'}"
     if told["reason"]:
         yield told["reason"]
     if adapts := told.get("adapts"):

@@ -6,6 +6,7 @@ jobs/<tenant>/<job>/<start>/started            what was asked, written last: the
                            /steps/<k>/...      rollouts/<prompt>, scores/<prompt>, trained
                            /evaluations/<v>/.. of version v of the adapter: rollouts/<prompt>, scores/<prompt>, scored
                            /refused/<n>        why it was not started
+                           /taken/<function>/<microseconds>   a process of the function began to work on it
                            /again/<n>          the same content is to be started once more, under another <start>
 tenants/<tenant>/jobs/<microseconds>/<job>/<start>    a list of all that were ever looked at
 tenants/<tenant>/starts/<job>/<microseconds>/<start>  the same by job
@@ -101,6 +102,9 @@ class Start:
     @property
     def refusals(self) -> str:
         return f"{self.prefix}refused/"
+
+    def taken(self, function: str) -> str:
+        return f"{self.prefix}taken/{function}/"
 
     def content(self, sha256: str) -> str:
         return f"{self.prefix}files/{sha256}"

@@ -1,18 +1,21 @@
 """What there is to tell about jobs: lists, and single ones, from the records in the store."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
+from knapper import limits
 from knapper.errors import NotFound, damaged
 from knapper.ids import Tenant, TinkerPath
-from knapper.jobs import control, layout, outputs
+from knapper.jobs import activity, control, layout, outputs
 from knapper.jobs.completion import FINAL
 from knapper.jobs.layout import Start
-from knapper.jobs.progress import newest_step
-from knapper.jobs.records import Refusal, Started, Trained, Waiting, read
+from knapper.jobs.presence import Present
+from knapper.jobs.progress import Looks, Outline, newest_step
+from knapper.jobs.records import Evaluated, Refusal, Started, Trained, Waiting, read
 from knapper.jobs.services import Place
 from knapper.jobs.spec import Kind, RlJob, decode
 from knapper.state import damage
@@ -63,8 +66,11 @@ async def briefs(store: Store, chosen: list[Listed]) -> list[dict[str, Any]]:
     return await many.each(chosen, lambda each: _line(store, each))
 
 
-async def whole(place: Place, tenant: Tenant, job: str, after: int) -> dict[str, Any]:
-    """Everything about one job; its metrics from the step behind `after` on, a thousand at most. Raises NotFound."""
+async def whole(place: Place, tenant: Tenant, job: str, after: int, present: Present) -> dict[str, Any]:
+    """Everything about one job; its metrics from the step behind `after` on, a thousand at most. Raises NotFound.
+
+    `present`: whether the functions' processes run.
+    """
     found = await newest(place.store, tenant, job)
     start, told = found.start, await _line(place.store, found)
     trained = await damage.readable(
@@ -85,11 +91,53 @@ async def whole(place: Place, tenant: Tenant, job: str, after: int) -> dict[str,
         "evaluation": outputs.evaluation(evaluations, last) if evaluations else None,
         "outputs": layout.outputs(tenant, job),
         "job_yaml": started.job_yaml.decode(),
+        **await damage.unless(_course(place, start, started, evaluations, present), {}),
     }
     if told["state"] == "completed":
         told["checkpoint"] = str(TinkerPath(start.run, "sampler_weights", FINAL))
         told["bill"] = await damage.unless(_bill(place, start), None)
     return told
+
+
+async def _course(
+    place: Place, start: Start, started: Started, evaluated: Mapping[int, Evaluated], present: Present
+) -> dict[str, Any]:
+    """When it started and ended, or what it is doing, and when that may end. Seconds are of this machine's clock."""
+    store, clock = place.store, place.clock()
+    control_now = await control.now(store, start)
+    ended = control_now.state != "running"
+    told: dict[str, Any] = {
+        "started_at": _iso(started.started_at),
+        "ended_at": _iso(control_now.at) if ended else None,
+        "elapsed_seconds": round((control_now.at if ended else clock) - started.started_at, 3),
+        "activity": None, "seconds_left": None, "ends_at": None,
+    }  # fmt: skip
+    if ended:
+        return told
+    job = decode(started.spec_json)
+    outline = Outline(start, job, started.held_out)
+    now = await Looks(store).look(outline, job.steps if job.steps is not None else limits.job_steps_max)
+    numbers = range(max(0, now.trained - activity.RECENT), now.trained)
+    recent = [each for n in numbers if (each := await read(store, start.trained(n), Trained)) is not None]
+    steps = recent[-1].steps if recent else job.steps
+    done_at = [each.ended_at for each in recent] + [each.ended_at for each in evaluated.values()]
+    moved_at = max([started.started_at, control_now.at, *done_at])
+    doing = await activity.activity(store, outline, now, steps or limits.job_steps_max, moved_at, present)
+    spent_s = max(0.0, clock - doing.since)
+    told["activity"] = {
+        "phase": doing.phase, "step": doing.step, "done": doing.done, "of": doing.of, "since": _iso(doing.since),
+        "seconds": round(spent_s, 3),
+    }  # fmt: skip
+    worked_s = 0.0 if doing.phase in activity.IDLE else spent_s
+    if steps is not None:
+        left_s = activity.seconds_left(job, recent, evaluated, now.trained, steps, worked_s)
+        if left_s is not None:
+            told |= {"seconds_left": round(left_s, 3), "ends_at": _iso(clock + left_s)}
+    return told
+
+
+def _iso(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
 
 
 async def _line(store: Store, found: Listed) -> dict[str, Any]:

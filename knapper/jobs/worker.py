@@ -13,13 +13,15 @@ from knapper import limits
 from knapper.errors import InvalidField, KnapperError, NotFound, NotHolder, StoreError, Unavailable, UserError
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
-from knapper.jobs import control, outputs
+from knapper.jobs import activity, control, outputs
+from knapper.jobs.activity import Function
 from knapper.jobs.job_files import Folder, Folders
 from knapper.jobs.layout import Start
 from knapper.jobs.services import Place
 from knapper.jobs.spec import Kind
 
 _DEFECTS_MAX = 3  # in a row: then the job ends with that, instead of being tried for ever
+_TAKEN_MAX = 1024
 _WAITS_MAX = 3  # in a row: then the job says what it waits for
 
 log = structlog.get_logger()
@@ -58,8 +60,9 @@ Work = Callable[[Folder, Slice, Event], Awaitable[None]]
 
 @dataclass
 class Worker:
-    """Of one function in one process. `base_model`: what it has in memory; empty: it needs none."""
+    """Of `function` in one process. `base_model`: what it has in memory; empty: it needs none."""
 
+    function: Function
     place: Place
     folders: Folders
     kinds: Sequence[Kind]  # of the jobs that it has a part in
@@ -68,6 +71,7 @@ class Worker:
     directory: str = ""  # of that model: another name of it
     _busy: set[Start] = field(default_factory=set)
     _again: set[Start] = field(default_factory=set)
+    _taken: set[Start] = field(default_factory=set)
     _defects: dict[Start, int] = field(default_factory=dict)
     _waiting: dict[Start, int] = field(default_factory=dict)
 
@@ -105,6 +109,7 @@ class Worker:
         """True if its time was used up: then a bell was rung for the rest."""
         place, start = self.place, folder.start
         try:
+            await self._take_up(start)
             await work(folder, Slice(place, start, place.clock() + self.slice_s), event)
             self._defects.pop(start, None)
             await self._goes_on(folder)
@@ -112,6 +117,7 @@ class Worker:
             await place.bells.go_on(event)
             return True
         except Stopped:
+            self._taken.discard(start)
             await place.store.delete(start.working)
             await outputs.publish_status(place, folder.started)
         except UserError as error:
@@ -126,6 +132,14 @@ class Worker:
                 raise KnapperError(f"job {start} met a defect of the server: {defect!r}") from defect
             await self._fail(event, folder, f"failed {times} times by a defect of the server: {defect!r}")
         return False
+
+    async def _take_up(self, start: Start) -> None:
+        """Once a job, for people who look what it is doing."""
+        if start not in self._taken:
+            await activity.take_up(self.place.store, start, self.function, self.place.clock())
+            if len(self._taken) >= _TAKEN_MAX:
+                self._taken.clear()
+            self._taken.add(start)
 
     async def _waits(self, folder: Folder, error: KnapperError) -> None:
         """Say what the job waits for, once that was the same so often that it does not pass by itself."""
@@ -146,6 +160,7 @@ class Worker:
 
     async def _fail(self, event: Event, folder: Folder, reason: str) -> None:
         place, start = self.place, folder.start
+        self._taken.discard(start)
         if await control.change(place.store, start, "failed", reason, place.clock()):
             log.error("job failed", job=str(start), reason=reason)
             await place.bells.ring(event, cloudevents.JOB_FAILED, event.source, event.step or 0)

@@ -9,8 +9,8 @@ from knapper.local import web
 from knapper.local.activator import Route
 from knapper.local.on_demand import Changed, Launch, Service
 from knapper.local.process import Process
+from knapper.local.state import ENGINES
 
-ENGINES = ("train_step", "sample")  # what has the base model in memory
 REWARD = "reward"  # never beside them: it needs no model, and starts processes for code of others
 FUNCTIONS = (*ENGINES, REWARD)
 

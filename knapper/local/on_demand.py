@@ -4,7 +4,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import structlog
@@ -28,6 +28,7 @@ _PATIENCE = 3  # failures in a row that may be a moment's
 class Running:
     process: Process
     port: int
+    ready: bool = False  # it answers; before, it loads
 
     @property
     def url(self) -> str:
@@ -35,7 +36,10 @@ class Running:
 
 
 class Service:
-    """Scale to zero and back, for one process. `launch` starts it on a socket; `changed` hears of starts and ends."""
+    """Scale to zero and back, for one process.
+
+    `launch` starts it on a socket; `changed` hears of starts, of the first answer, and of ends.
+    """
 
     def __init__(self, name: str, launch: Launch, idle_s: float, changed: Changed) -> None:
         self.name = name
@@ -48,7 +52,6 @@ class Service:
         self._watching: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._in_flight = 0
-        self._starts = 0
         self._failures = 0  # starts that failed in a row
         self._reason = ""  # of the newest of them
         self._not_before = 0.0  # loop time
@@ -102,8 +105,7 @@ class Service:
         loop = asyncio.get_running_loop()
         if (wait_s := self._not_before - loop.time()) > 0:
             raise self._refusal(wait_s)
-        log.info(f"{self.name}: starting ({'next' if self._starts else 'first'} bell)")
-        self._starts += 1
+        log.info(f"{self.name}: starting")
         began = loop.time()
         try:
             with web.bind("127.0.0.1", 0) as listener:
@@ -125,9 +127,10 @@ class Service:
         if not ready:
             ending, words = await process.ending(), await process.last_words()
             raise self._failed(f"{ending}; its last lines:\n{words}")
-        log.info(f"{self.name}: answers after {loop.time() - began:.1f} s", pid=process.pid, port=port)
+        log.info(f"{self.name}: ready after {loop.time() - began:.1f} s", pid=process.pid, port=port)
         self._failures, self._reason = 0, ""
-        self._running = running
+        running = self._running = replace(running, ready=True)
+        self._changed(self.name, running)
         self._watching = asyncio.create_task(self._watch(running))
         self._stop_when_idle()  # if everybody left meanwhile
         return running
@@ -152,7 +155,7 @@ class Service:
     async def _watch(self, running: Running) -> None:
         ending = await running.process.ending()
         if self._running is running:
-            log.error(f"{self.name}: ended ({ending}); the next bell starts it again", pid=running.process.pid)
+            log.error(f"{self.name}: ended ({ending}); the next request starts it again", pid=running.process.pid)
             self._running = None
             self._changed(self.name, None)
 

@@ -7,19 +7,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
 from knapper.errors import InvalidField
+from knapper.jobs.presence import Presence
 from knapper.store import files, private
+
+ENGINES = ("train_step", "sample")  # what has the base model in memory, in one process or in two
 
 
 class Processes:
-    """`run/processes.json`: {role: {"pid": ..., "port": ...}}, replaced whole at each change."""
+    """`run/processes.json`: {role: {"pid": ..., "port": ...}}, replaced whole at each change.
+
+    A process that does not answer yet has "loading_since" besides, in seconds since the epoch.
+    """
 
     def __init__(self, run_directory: Path) -> None:
         self._path = run_directory / "processes.json"
         self._roles: dict[str, dict[str, int]] = {}
 
-    def set(self, role: str, pid: int, port: int) -> None:
+    def set(self, role: str, pid: int, port: int, loading_since: float | None = None) -> None:
         self._roles[role] = {"pid": pid, "port": port}
+        if loading_since is not None:
+            self._roles[role]["loading_since"] = int(loading_since)
         self._write()
 
     def remove(self, role: str) -> None:
@@ -32,6 +42,19 @@ class Processes:
     def _write(self) -> None:
         with files.directory(self._path.parent) as folder:
             files.replace(folder, self._path.name, (json.dumps(self._roles, indent=2) + "\n").encode())
+
+
+def presence(run_directory: Path, function: str) -> Presence | None:
+    """Whether a process of this machine serves the function; None where no `knapper up` runs, as on a cluster."""
+    try:
+        roles = msgspec.json.decode((run_directory / "processes.json").read_bytes(), type=dict[str, dict[str, int]])
+    except (OSError, msgspec.MsgspecError):
+        return None
+    process = roles.get("engine" if function in ENGINES and "engine" in roles else function)
+    if process is None:
+        return Presence("absent")
+    since = process.get("loading_since")
+    return Presence("ready") if since is None else Presence("loading", float(since))
 
 
 @contextmanager

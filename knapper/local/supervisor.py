@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -153,7 +154,8 @@ class Supervisor:
 
     def _engine_changed(self, name: str, running: Running | None) -> None:
         if running:
-            self._processes.set(name, running.process.pid, running.port)
+            loading_since = None if running.ready else time.time()
+            self._processes.set(name, running.process.pid, running.port, loading_since)
         else:
             self._processes.remove(name)
 

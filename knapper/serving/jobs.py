@@ -11,6 +11,7 @@ from knapper.catalogue.tokenizer import Language
 from knapper.errors import Unservable
 from knapper.events.cloudevents import Event
 from knapper.jobs import pause
+from knapper.jobs.activity import Function
 from knapper.jobs.job_files import Folders
 from knapper.jobs.layout import Start
 from knapper.jobs.rollouts import Sampling
@@ -58,18 +59,18 @@ def place() -> Place:
 @cache
 def sampling() -> Sampling:
     own = served()
-    return Sampling(_worker(own, ["rl"]), own.sampler, _language(own.directory), own.context)
+    return Sampling(_worker("sample", own, ["rl"]), own.sampler, _language(own.directory), own.context)
 
 
 @cache
 def training() -> Training:
     own = gates.engine().value()
     journal = Journal(own.place.store, own.residents, own.place.clock)
-    return Training(_worker(own, KINDS), journal, _language(own.directory), own.context)
+    return Training(_worker("train_step", own, KINDS), journal, _language(own.directory), own.context)
 
 
-def _worker(own: "Engine | Served", kinds: Sequence[Kind]) -> Worker:
-    return Worker(own.place, _folders(own.place), kinds, own.base_model, directory=str(own.directory))
+def _worker(function: Function, own: "Engine | Served", kinds: Sequence[Kind]) -> Worker:
+    return Worker(function, own.place, _folders(own.place), kinds, own.base_model, directory=str(own.directory))
 
 
 @cache

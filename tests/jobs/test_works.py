@@ -12,7 +12,9 @@ import pytest
 
 from knapper.errors import InvalidField
 from knapper.events import cloudevents
+from knapper.events.cloudevents import Event
 from knapper.jobs import control, progress, revive, run_client
+from knapper.jobs.activity import Function
 from knapper.jobs.revive import Seen
 from knapper.rewards import scorer
 from knapper.rewards.rollouts import Rollout
@@ -400,7 +402,7 @@ def test_bells_that_nobody_should_have_rung_are_poison_and_harm_no_job(
         works = Works(house)
         begun = await works.submit(JOBS["sft"])
         there = await revive.first(works.place, begun)
-        for target, wrong in (
+        wrongs: tuple[tuple[Function, Event], ...] = (
             ("sample", there),  # of a job that has nothing to sample
             ("reward", there),
             ("train_step", replace(there, subject="local/j")),
@@ -409,7 +411,8 @@ def test_bells_that_nobody_should_have_rung_are_poison_and_harm_no_job(
                 "train_step",
                 replace(there, subject="local/j/0123456789abcdef"),
             ),  # never started
-        ):
+        )
+        for target, wrong in wrongs:
             with pytest.raises(InvalidField) as caught:
                 await works.call(target, wrong)
             assert caught.value.status == 422, "a Broker buries it at once"

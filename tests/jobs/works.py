@@ -28,6 +28,7 @@ from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
 from knapper.ids import LOCAL_TENANT
 from knapper.jobs import control, inbox, revive
+from knapper.jobs.activity import Function
 from knapper.jobs.job_files import Folders
 from knapper.jobs.layout import Start
 from knapper.jobs.notifications import Bells
@@ -50,6 +51,7 @@ from knapper.store.memory import MemoryStore
 from tests.engine.tiny import tiny_model
 from tests.jobs.places import Clock, Folder, serve
 
+FUNCTIONS: tuple[Function, ...] = ("sample", "reward", "train_step")
 CONTEXT = 512
 CHAT = (
     "{% for message in messages %}<|begin|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -97,19 +99,20 @@ class Works:
         self.judge: Judge = variety
         self.log: list[Event] = []
         self._die = random.Random(seed)
-        self._queue: list[tuple[str, Event]] = []
+        self._queue: list[tuple[Function, Event]] = []
         self._seen = Seen()
         self._lives = itertools.count()
         self._processes: dict[str, Callable[[Event], Awaitable[None]]] = {}
         self.place = Place(self.store, self.folder, Bells(self.post, self.clock), self.clock)
-        for name in ("sample", "reward", "train_step"):
+        for name in FUNCTIONS:
             self._begin(name)
 
-    def _begin(self, name: str) -> None:
+    def _begin(self, name: Function) -> None:
         """A process with an empty memory."""
         place = Place(self.store, self.folder, Bells(self.post, self.clock), self.clock)
         kinds: Sequence[Kind] = KINDS if name == "train_step" else ["rl"]
         worker = Worker(
+            name,
             place,
             Folders(self.store),
             kinds,
@@ -193,7 +196,7 @@ class Works:
         chosen = [self._queue.pop(min(at, len(self._queue) - 1)) for _ in range(count)]
         await asyncio.gather(*(self._call(target, event) for target, event in chosen))
 
-    async def _call(self, target: str, event: Event) -> None:
+    async def _call(self, target: Function, event: Event) -> None:
         task = asyncio.ensure_future(self._processes[target](event))
         if self._die.random() < self.malice.kill:
             for _ in range(self._die.randint(0, 400)):
@@ -213,7 +216,7 @@ class Works:
                 raise
             self._queue.append((target, event))
 
-    async def call(self, target: str, event: Event) -> None:
+    async def call(self, target: Function, event: Event) -> None:
         """The function itself, with nobody in between."""
         await self._processes[target](event)
 
@@ -229,14 +232,15 @@ async def variety(_reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
     return [Score(len(set(rollout.completion)) / 6, {}) for rollout in rollouts]
 
 
-def triggered(event: Event) -> list[str]:
+def triggered(event: Event) -> list[Function]:
     """Whom the Triggers send it to."""
     if event.type in (cloudevents.JOB_STARTED, cloudevents.ADAPTER_STEPPED):
         return ["sample"] if event.kind == "rl" else ["train_step"]
-    return {
+    after: dict[str, list[Function]] = {
         cloudevents.ROLLOUTS_SAMPLED: ["reward"],
         cloudevents.ROLLOUTS_SCORED: ["train_step"],
-    }.get(event.type, [])
+    }
+    return after.get(event.type, [])
 
 
 def run(story: Callable[[], Any]) -> Any:
