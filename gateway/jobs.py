@@ -2,6 +2,7 @@
 
 from typing import Annotated
 
+import structlog
 from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -22,6 +23,8 @@ from knapper.jobs.services import Place
 from knapper.wire import fields, json
 
 _FILES_MAX = 64
+
+log = structlog.get_logger()
 
 
 class Submit(fields.Request, frozen=True, kw_only=True):
@@ -100,6 +103,7 @@ async def cancel(request: Request) -> Response:
     started = await _started(place, found)
     await control.ask(place.store, found.start, "cancelled", "cancelled by its owner", place.clock())
     await place.store.delete(found.start.working)
+    log.info("job cancelled", job=str(found.start))
     await outputs.publish_status(place, started)
     first = notifications.started(started)
     await place.bells.ring(first, cloudevents.JOB_CANCELLED, "knapper/gateway", 0)
@@ -115,6 +119,7 @@ async def resume(request: Request) -> Response:
     await control.ask(place.store, found.start, "running", "", place.clock())
     await place.store.put_if_absent(found.start.working, b"")
     gateway.stirs.jobs.set()
+    log.info("job resumed", job=str(found.start))
     await outputs.publish_status(place, started)
     for event in await revive.again(place, started, found.start):
         await place.bells.post(event)

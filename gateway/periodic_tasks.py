@@ -44,7 +44,7 @@ async def jobs(gateway: Parts) -> float | None:
         return REST_S
     seen = gateway.seen_jobs
     for bell in await due(gateway.place, seen, gateway.job_quiet_s):
-        log.info("a job is rung for again", job=bell.subject, type=bell.type, step=bell.step)
+        log.info("job has not moved: its event is sent again", job=bell.subject, type=bell.type, step=bell.step)
         await gateway.place.bells.post(bell)
     if seen.lively:
         return None
@@ -92,7 +92,7 @@ async def collect(gateway: Parts) -> float | None:
         gateway.collector.touch(session_of(run))
     if deleted := await gateway.collector.work():
         gateway.records.forget_samplers()
-        log.info("collected", sessions=len(deleted), objects=sum(deleted.values()))
+        log.info("garbage collected", sessions=len(deleted), objects=sum(deleted.values()))
     return gateway.collector.rest_s
 
 
@@ -105,7 +105,7 @@ async def parts_left(gateway: Parts) -> None:
 async def tick(gateway: Parts) -> None:
     gateway.samples.expire()
     for session in gateway.heartbeats.lapsed():
-        log.info("session fell silent", session=session)
+        log.info("session timed out: no heartbeat", session=session)
         gateway.samples.cancel_session(session, Gone(f"session {session} has not been heard of for too long"))
         for name in gateway.bells.runs():
             if session_of(name) == session:

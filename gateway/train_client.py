@@ -227,7 +227,7 @@ class Bells:
                     back_off = _BACK_OFF_S
                 except (aiohttp.ClientError, TimeoutError, KnapperError, msgspec.MsgspecError) as error:
                     if isinstance(error, UserError):
-                        log.error("train_step refuses the bell", run=run, reason=str(error))
+                        log.error("train_step refuses the event", run=run, reason=str(error))
                         if isinstance(error, NotFound):
                             self._missing(run)
                             self.wake(run)
@@ -256,7 +256,7 @@ class Bells:
         try:
             return await self._post(run, line, holder.address, hint)
         except (NotHolder, aiohttp.ClientConnectorError, TimeoutError) as lost:
-            log.info("the holder is lost", run=run, holder=holder.holder, at=holder.address, reason=repr(lost))
+            log.info("holder lost", run=run, holder=holder.holder, at=holder.address, reason=repr(lost))
         return await self._post_to_service(run, line, replace(hint, way="lost"))
 
     async def _post_to_service(self, run: RunId, line: _Line, hint: Hint) -> bool:

@@ -1,5 +1,7 @@
 """The end of a job: its adapter gets a name for good, and everything that people get is published whole."""
 
+import structlog
+
 from knapper.errors import Corrupt
 from knapper.ids import TinkerPath
 from knapper.jobs import control, outputs, sample_usage
@@ -15,6 +17,7 @@ from knapper.state.sessions import Finish, Sessions
 from knapper.store import many
 
 FINAL = "final"
+log = structlog.get_logger()
 _FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 
 
@@ -37,6 +40,8 @@ async def write(place: Place, checkpoints: Checkpoints, folder: Folder, lines: L
         raise Stopped
     for checkpoint in await checkpoints.listed(start.tenant, within=f"{start.run}/sampler_weights/step-"):
         await checkpoints.delete(TinkerPath.parse(checkpoint.path), start.tenant)
+    took_s = round(place.clock() - folder.started.started_at)
+    log.info("job completed", job=str(start), steps=steps, took_s=took_s, adapter=str(adapter))
     finish = Finish(reason="success", detail="the job is completed", finished_at=place.clock())
     await Sessions(store).finish(start.session, finish)
     await store.delete(start.working)

@@ -244,6 +244,7 @@ async def _wait(place: Place, start: Start, parsed: Parsed, missing: list[str]) 
         waiting = Waiting(since=now)
         await place.store.put_if_absent(start.expected, b"")
         await place.store.put_if_absent(start.waiting, encode(waiting))
+        log.info("job waits for files", job=str(start), missing=missing)
     if now - waiting.since < limits.job_missing_s:
         return True
     field = next(field for field, name in _fields(parsed) if name in missing)

@@ -130,7 +130,7 @@ class Dispatcher:
                     method, URL(running.url + url, encoded=True), headers=headers, data=body, allow_redirects=False
                 )
             except aiohttp.ClientConnectionError as error:
-                log.info(f"{service.name}: {type(error).__name__}", pid=running.process.pid)
+                log.debug(f"{service.name}: {type(error).__name__}", pid=running.process.pid)
                 await service.lost(running)
                 return False
             self.forwarded += 1

@@ -144,7 +144,7 @@ def _sampler(settings: Settings, model: Model, device: Device, adapters: StoredA
     left, one = hardware.memory_left(model.device), model.bytes_per_token
     kv = hardware.kv_bytes(left, settings.kv_memory, model.context_positions * one)
     kept = hardware.adapter_bytes(left)
-    log.info("memory", left_mib=left >> 20, kv_mib=kv >> 20, kv_tokens=kv // one, adapters_mib=kept >> 20)
+    log.info("memory", free_mib=left >> 20, kv_cache_mib=kv >> 20, kv_cache_tokens=kv // one, adapters_mib=kept >> 20)
     if kv // one < model.context_positions:
         log.warning(
             "not even one text of the whole context fits: longer ones are refused",

@@ -40,7 +40,7 @@ async def frames(sampler: Sampler, sample: Sample) -> AsyncIterator[Frame]:
         yield Failed(error.status, str(error), error.code, error.category, error.field)
     finally:
         if work.cancel():
-            log.info("the caller left a sample", prompt_tokens=int(sample.prompt.size), told=told)
+            log.info("client left: its sample is cancelled", prompt_tokens=int(sample.prompt.size), told=told)
 
 
 async def stream(first: Frame, rest: AsyncIterator[Frame]) -> AsyncIterator[bytes]:

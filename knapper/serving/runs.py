@@ -138,8 +138,9 @@ class Residents(Generic[State]):
             holder = replace(self._holder, name=f"{self._holder.name}/{next(self._claims)}")
             resident.run = await Run.claim(self._store, run, self._machine, holder, self._clock, self._manifests)
             metrics.replayed_seconds.inc(resident.run.replay_cost_s)
-            log.info(
-                "claimed", run=run, epoch=resident.run.epoch, applied=resident.run.applied,
+            tell = log.info if resident.run.epoch > 1 else log.debug  # a new run is no news
+            tell(
+                "run restored", run=run, epoch=resident.run.epoch, applied=resident.run.applied,
                 replayed_s=round(resident.run.replay_cost_s, 2), took_s=round(self._clock() - began, 2),
             )  # fmt: skip
             if resident.run.terms_before is not None:
@@ -194,11 +195,11 @@ class Residents(Generic[State]):
                 return
             began = self._clock()
             await run.snapshot()
-            log.info("snapshot", run=run.run, applied=run.applied, took_s=round(self._clock() - began, 2))
+            log.debug("snapshot", run=run.run, applied=run.applied, took_s=round(self._clock() - began, 2))
             try:
                 await journal.snapshots(self._store, run.run, run.manifest)
             except StoreError as error:
-                log.info("superseded snapshots are left to the gateway", run=run.run, reason=str(error))
+                log.debug("superseded snapshots are left to the gateway", run=run.run, reason=str(error))
 
     def _snapshot_in_background(self, run: Run[State], resident: _Resident[State]) -> None:
         if resident.snapshots.locked():
@@ -243,7 +244,7 @@ class Residents(Generic[State]):
             # Nothing is awaited from here on: a bell that came meanwhile keeps the run.
             if resident.run is run and resident.rest is timer and not _busy(resident):
                 resident.run = None
-                log.info("run rests", run=run.run, applied=run.applied)
+                log.debug("run unloaded: it was idle", run=run.run, applied=run.applied)
 
         resident.background = asyncio.ensure_future(rest())
 

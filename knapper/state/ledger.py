@@ -259,7 +259,7 @@ class Accounts:
             runs = [] if self._begun else await Register(self._store).everybodys_runs()
             await many.each(runs, lambda each: self._store.put_if_absent(_mark(*each, 0.0, "before"), b""))
             await self._store.put_if_absent(_BEGAN, b"")
-            log.info("runs are accounted for from now on", before=len(runs))
+            log.debug("runs are accounted for from now on", before=len(runs))
         self._begun = self._told = True
 
 

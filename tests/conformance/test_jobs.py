@@ -188,5 +188,5 @@ def test_a_job_of_five_hundred_steps_runs_through_a_broker_that_ends_chains_of_r
             time.sleep(1)
         assert json.loads(status.read_text())["state"] == "completed", status.read_text()
         assert len((results / "metrics.jsonl").read_text().splitlines()) == 500
-        assert "rung for again" not in server.log(), "no bell was lost, and no tick had to help"
+        assert "its event is sent again" not in server.log(), "no bell was lost, and no tick had to help"
         assert asyncio.run(dead_letters.listed(DirectoryStore(server.data / "store"))) == []

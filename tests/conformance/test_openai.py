@@ -266,9 +266,9 @@ def test_a_client_that_leaves_a_stream_frees_the_engine(server: Server, model: P
                 break
             await stream.close()
 
-    before = server.log().count("the caller left a sample")
+    before = server.log().count("client left: its sample is cancelled")
     asyncio.run(leave())
-    wait_until(lambda: server.log().count("the caller left a sample") > before, "the engine knows")
+    wait_until(lambda: server.log().count("client left: its sample is cancelled") > before, "the engine knows")
 
 
 @pytest.mark.timeout(180)

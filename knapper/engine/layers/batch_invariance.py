@@ -133,7 +133,7 @@ class Exactness:
             with torch.inference_mode():
                 if steady(way):
                     if way != first:
-                        log.info("exact bits", product=" ".join(map(str, name)), way=str(way))
+                        log.debug("exact bits", product=" ".join(map(str, name)), way=str(way))
                     return way
         self._break(" ".join(map(str, name)))
         return first

@@ -111,7 +111,7 @@ class Watcher:
         except (StoreError, UserError) as error:
             log.warning("a file in the inbox cannot be told of", file=name, reason=str(error))
             return
-        log.info("a file arrived", file=name, bytes=entry.size)
+        log.debug("a file arrived", file=name, bytes=entry.size)
 
 
 def finalized(name: str, generation: str, size: int, modified_s: float, bucket: str = "local") -> Event:
