@@ -29,9 +29,10 @@ SUMS = [(3, 4), (2, 6), (5, 1), (4, 4)]
 
 @contextmanager
 def knapper() -> Iterator[str]:
-    """A running `knapper up` of our own, on a free port: its address. Its data goes too, unless something failed."""
+    """A running `knapper up` of our own, on a free port: its address. Its data goes too, unless it failed."""
     command = [sys.executable, "-m", "knapper", "up", "--model", MODEL, "--port", "0", "--data", str(DATA)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    failed = False
     try:
         assert server.stdout is not None
         for line in server.stdout:
@@ -41,13 +42,15 @@ def knapper() -> Iterator[str]:
                 break
         else:
             sys.exit("knapper did not start; its last lines above say why")
-    except BaseException:
+    except (Exception, SystemExit):
+        failed = True
         print(f"what the server stored stays in {DATA}", file=sys.stderr)
         raise
     finally:
         server.send_signal(signal.SIGINT)
         server.wait()
-    shutil.rmtree(DATA)
+        if not failed:  # also after Ctrl-C
+            shutil.rmtree(DATA, ignore_errors=True)
 
 
 def show(what: str, steps: int, high: float, began: float) -> Callable[[int, float], None]:

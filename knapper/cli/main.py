@@ -87,10 +87,14 @@ def sweep(data: Annotated[Path | None, typer.Option(help="The data directory of 
     collector, store = _collector(data)
 
     async def sweep_and_tell() -> None:
-        for session, count in (await collector.sweep()).items():
+        swept = await collector.sweep()
+        for session, count in swept.items():
             say(f"{session}: {count} objects deleted")
-        if count := await forget_torn_writes(store, time.time()):
-            say(f"torn writes: {count} objects deleted")
+        torn = await forget_torn_writes(store, time.time())
+        if torn:
+            say(f"torn writes: {torn} objects deleted")
+        if not swept and not torn:
+            say("there is nothing to delete: everything is needed")
 
     asyncio.run(sweep_and_tell())
 

@@ -172,11 +172,14 @@ def doctor(
     data: Annotated[Path | None, typer.Option(help="The data directory of a `knapper up` that runs here.")] = None,
     kubeconfig: Kubeconfig = None,
     context: Context = None,
+    as_json: Json = False,
 ) -> None:
     """Look for what is wrong, and say what mends it: with the `knapper up` that runs here, else with a cluster.
 
     Exit status 1 if something is.
     """
+    from dataclasses import asdict
+
     from knapper.cluster.doctor import Patient, examine
     from knapper.cluster.google import Google, default_token
     from knapper.local.package_root import deployables
@@ -186,13 +189,16 @@ def doctor(
         google = Google(default_token, project, region, accelerator, subscription, spot)
         findings = examine(Patient(_api(kubeconfig, context), deployables(), cold_start, [google.examine]))
     counts = {"good": 0, "wrong": 0, "unknown": 0}
+    rows = []
     for finding in findings:
         counts[finding.verdict] += 1
         if finding.verdict != "good" or every:
-            say(f"{finding.verdict:<7} {finding.subject}: {finding.seen}")
-            if finding.mend:
-                say(f"        {finding.mend}")
-    say(f"{counts['wrong']} wrong, {counts['unknown']} unknown, {counts['good']} good")
+            rows.append(asdict(finding))
+            if not as_json:  # as they come: some take their time
+                say(f"{finding.verdict:<7} {finding.subject}: {finding.seen}")
+                if finding.mend:
+                    say(f"        {finding.mend}")
+    listing(rows, [f"{counts['wrong']} wrong, {counts['unknown']} unknown, {counts['good']} good"], "", as_json=as_json)
     raise typer.Exit(1 if counts["wrong"] else 0)
 
 

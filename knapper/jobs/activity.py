@@ -21,10 +21,10 @@ from knapper.state.layout import last_number
 from knapper.store import Store
 
 Phase = Literal[
-    "waiting for the engine", "loading the model", "evaluating", "sampling", "scoring", "training", "saving"
+    "waiting", "waiting for the engine", "loading the model", "evaluating", "sampling", "scoring", "training", "saving"
 ]
 Function = Literal["train_step", "sample", "reward"]
-IDLE: Final[tuple[Phase, ...]] = ("waiting for the engine", "loading the model")
+IDLE: Final[tuple[Phase, ...]] = ("waiting", "waiting for the engine", "loading the model")
 RECENT: Final = 10  # steps that tell how long the next ones take
 
 

@@ -132,7 +132,7 @@ def summary(told: dict[str, Any]) -> Iterator[str]:
     yield f"{told['job']}: {told['state']}, step {told['step']}{_of(told)}{took}"
     if told.get("activity"):
         yield f"{doing(told)}; {timing(told) or 'its first step will tell when it may end'}"
-    if told["reason"]:
+    elif told["reason"]:
         yield told["reason"]
     if adapts := told.get("adapts"):
         more = "" if "unembed" in adapts else "; not unembed, as the SDK's default does: `lora: {train_unembed: true}`"

@@ -11,6 +11,7 @@ from knapper import limits
 from knapper.errors import NotFound, damaged
 from knapper.ids import Tenant, TinkerPath
 from knapper.jobs import activity, control, layout, outputs
+from knapper.jobs.activity import Activity
 from knapper.jobs.completion import FINAL
 from knapper.jobs.layout import Start
 from knapper.jobs.presence import Present
@@ -122,7 +123,10 @@ async def _course(
     steps = recent[-1].steps if recent else job.steps
     done_at = [each.ended_at for each in recent] + [each.ended_at for each in evaluated.values()]
     moved_at = max([started.started_at, control_now.at, *done_at])
-    doing = await activity.activity(store, outline, now, steps or limits.job_steps_max, moved_at, present)
+    if control_now.reason:  # it cannot go on, and that says why
+        doing = Activity("waiting", control_now.at)
+    else:
+        doing = await activity.activity(store, outline, now, steps or limits.job_steps_max, moved_at, present)
     spent_s = max(0.0, clock - doing.since)
     told["activity"] = {
         "phase": doing.phase, "step": doing.step, "done": doing.done, "of": doing.of, "since": _iso(doing.since),

@@ -3,7 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import httpx
+import pytest
+
+from examples import demo
 from tests.conformance.server import Server
 
 
@@ -34,3 +39,28 @@ def test_the_supervised_example_learns(server: Server) -> None:
     losses = lines_of("sft_chat", server)
     assert len(losses) == 15
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("end", [None, KeyboardInterrupt, RuntimeError])
+def test_the_demo_s_server_leaves_nothing_behind_unless_something_failed(
+    end: type[BaseException] | None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "MODEL", str(model))
+    url = ""
+
+    def use() -> None:
+        nonlocal url
+        with demo.knapper() as url:
+            assert demo.DATA.is_dir()
+            if end is not None:
+                raise end
+
+    if end is None:
+        use()
+    else:
+        with pytest.raises(end):
+            use()
+    assert demo.DATA.exists() == (end is RuntimeError), "what failed can be looked at"
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/api/v1/healthz")

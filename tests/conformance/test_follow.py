@@ -71,22 +71,47 @@ def following(server: Server, tmp_path: Path, *arguments: str) -> Iterator[Follo
         process.wait()
 
 
+@contextmanager
+def tailing(path: Path, tmp_path: Path) -> Iterator[Path]:
+    """What `tail -F` prints of the file, which may not be there yet."""
+    printed = tmp_path / "tailed.log"
+    with printed.open("wb") as log:
+        process = subprocess.Popen(["tail", "-n", "+1", "-F", str(path)], stdout=log, stderr=subprocess.DEVNULL)
+    try:
+        yield printed
+    finally:
+        process.kill()
+        process.wait()
+
+
 def steps(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"step +(\d+)/6  reward", text)]
+
+
+def told(log: str) -> list[str]:
+    """Its lines, sorted, without times, figures and fields; that files were awaited depends on how they came."""
+    lines = [re.sub(r"( [\d.]+ s)?( \w+=.*)?$", "", line[17:]) for line in log.splitlines()]
+    return sorted(line for line in lines if "job waits for files" not in line)
 
 
 @pytest.mark.timeout(180)
 def test_a_follower_goes_on_through_a_server_that_is_killed_and_started_again(chatting: Path, tmp_path: Path) -> None:
     yaml = folder(tmp_path / "job") / "job.yaml"
     with Server.start(chatting, tmp_path / "data", settings={"KNAPPER_JOB_QUIET_S": "1"}) as server:
-        with following(server, tmp_path, "submit", str(yaml), "--follow") as follower:
+        published = server.data / "jobs/local/job/metrics.jsonl"
+        with (
+            tailing(published, tmp_path) as tailed,
+            following(server, tmp_path, "submit", str(yaml), "--follow") as follower,
+        ):
             wait_until(lambda: bool(steps(follower.said())), "a step is printed", 60)
             server.kill()
             wait_until(lambda: "waiting for it" in follower.said(), "the follower waits")
             server.up()
             assert follower.ended() == 0, follower.said()
+            metrics = published.read_text()
+            wait_until(lambda: len(tailed.read_text()) >= len(metrics), "tail has printed the rest")
+            assert tailed.read_text() == metrics, "each line once"
         said = follower.said()
-        metrics = (server.data / "jobs/local/job/metrics.jsonl").read_bytes()
     assert steps(said) == [1, 2, 3, 4, 5, 6], said
     assert "the server answers again" in said
     assert re.search(r"^job: completed, step 6/6, \d+:\d\d$", said, re.MULTILINE), said
@@ -100,7 +125,12 @@ def test_a_job_that_is_not_there_yet_is_waited_for_and_its_cold_start_is_told(ch
             wait_until(lambda: "there is no job 'soon' yet" in follower.said(), "it says that it waits")
             shutil.copytree(folder(tmp_path / "soon"), server.data / "inbox" / "local" / "soon")
             assert follower.ended() == 0, follower.said()
+        log = server.log()
     said = follower.said()
+    assert told(log) == [
+        "engine: job completed", "engine: loaded", "engine: memory", "gateway: job started",
+        "up: engine: ready after", "up: engine: starting", "up: reward: ready after", "up: reward: starting",
+    ], log  # fmt: skip
     assert re.search(r"^ +\d:\d\d  (waiting for the engine|loading the model), for \d:\d\d$", said, re.MULTILINE), said
     assert steps(said) == [1, 2, 3, 4, 5, 6], said
     first = said.index("reward/mean")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from knapper.ids import LOCAL_TENANT
-from knapper.jobs import control, inbox, listings, progress
+from knapper.jobs import client, control, inbox, listings, progress
 from knapper.jobs.activity import seconds_left
 from knapper.jobs.layout import Start
 from knapper.jobs.presence import Presence, Present
@@ -141,6 +141,36 @@ def test_of_processes_on_this_machine_it_is_known_whether_they_load(house: House
         assert presence(tmp_path, "sample") is None
 
     run(story)
+
+
+def test_a_job_that_cannot_go_on_waits_and_says_why(house: House) -> None:
+    async def story() -> None:
+        works = Works(house)
+        start = await works.submit(JOBS["rl"])
+        works.clock.at += 50
+        await control.note(works.store, start, "waits: the model cannot be served", works.clock())
+        shown = await told(works)
+        assert phase(shown) == ("waiting", None, None, None)
+        assert "; waits: the model cannot be served" in client.doing(shown)
+        assert seconds(shown["activity"]["since"]) - seconds(shown["started_at"]) == pytest.approx(50, abs=1)
+        await control.note(works.store, start, "", works.clock())
+        assert phase(await told(works)) == ("sampling", 1, 0, 3)
+
+    run(story)
+
+
+@pytest.mark.parametrize(
+    ("activity", "text"),
+    [
+        (("loading the model", None, None, None), "loading the model, for 0:09"),
+        (("evaluating", 0, 12, 40), "evaluating before step 1: 12 of 40 prompts, for 0:09"),
+        (("evaluating", 2, None, 5), "evaluating after step 2/8: 5 prompts, for 0:09"),
+        (("training", 3, None, None), "training step 3/8, for 0:09"),
+    ],
+)
+def test_what_a_job_does_reads_as_a_line(activity: tuple[Any, ...], text: str) -> None:
+    named = dict(zip(("phase", "step", "done", "of"), activity, strict=True))
+    assert client.doing({"state": "running", "steps": 8, "reason": "", "activity": {**named, "seconds": 9.2}}) == text
 
 
 def test_a_job_that_ended_does_nothing_and_took_as_long_as_it_took(house: House) -> None:
