@@ -31,26 +31,26 @@ SUMS = [(3, 4), (2, 6), (5, 1), (4, 4)]
 def knapper() -> Iterator[str]:
     """A running `knapper up` of our own, on a free port: its address. Its data goes too, unless it failed."""
     command = [sys.executable, "-m", "knapper", "up", "--model", MODEL, "--port", "0", "--data", str(DATA)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     failed = False
-    try:
-        assert server.stdout is not None
-        for line in server.stdout:
-            print(line, end="", flush=True)
-            if line.startswith("ready: "):
-                yield line.removeprefix("ready: ").strip()
-                break
-        else:
-            sys.exit("knapper did not start; its last lines above say why")
-    except (Exception, SystemExit):
-        failed = True
-        print(f"what the server stored stays in {DATA}", file=sys.stderr)
-        raise
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait()
-        if not failed:  # also after Ctrl-C
-            shutil.rmtree(DATA, ignore_errors=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            for line in server.stdout:
+                print(line, end="", flush=True)
+                if line.startswith("ready: "):
+                    yield line.removeprefix("ready: ").strip()
+                    break
+            else:
+                sys.exit("knapper did not start; its last lines above say why")
+        except (Exception, SystemExit):
+            failed = True
+            print(f"what the server stored stays in {DATA}", file=sys.stderr)
+            raise
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait()
+            if not failed:  # also after Ctrl-C
+                shutil.rmtree(DATA, ignore_errors=True)
 
 
 def show(what: str, steps: int, high: float, began: float) -> Callable[[int, float], None]:

@@ -103,12 +103,12 @@ def lines(told: dict[str, Any]) -> Iterator[str]:
 def doing(told: dict[str, Any], *, counts: bool = True) -> str:
     """What a job does now, empty if nothing; `counts`: with how much of it is done, and for how long it does that."""
     if told["state"] == "waiting":
-        return told["reason"] or "waiting"
+        return str(told["reason"] or "waiting")
     if not (activity := told.get("activity")):
         return ""
     step, of = activity["step"], activity["of"]
     if step is None:
-        text = activity["phase"]
+        text = str(activity["phase"])
     elif activity["phase"] == "evaluating":
         text = f"evaluating after step {step}{_of(told)}" if step else "evaluating before step 1"
     else:
@@ -116,7 +116,7 @@ def doing(told: dict[str, Any], *, counts: bool = True) -> str:
     if not counts:
         return text
     if of is not None:
-        text += f": {of} prompts" if activity["done"] is None else f": {activity['done']} of {of} prompts"
+        text += f": {of} rows" if activity["done"] is None else f": {activity['done']} of {of} prompts"
     return f"{text}, for {clock(activity['seconds'])}" + (f"; {told['reason']}" if told["reason"] else "")
 
 

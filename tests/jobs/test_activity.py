@@ -164,7 +164,7 @@ def test_a_job_that_cannot_go_on_waits_and_says_why(house: House) -> None:
     [
         (("loading the model", None, None, None), "loading the model, for 0:09"),
         (("evaluating", 0, 12, 40), "evaluating before step 1: 12 of 40 prompts, for 0:09"),
-        (("evaluating", 2, None, 5), "evaluating after step 2/8: 5 prompts, for 0:09"),
+        (("evaluating", 2, None, 5), "evaluating after step 2/8: 5 rows, for 0:09"),
         (("training", 3, None, None), "training step 3/8, for 0:09"),
     ],
 )
