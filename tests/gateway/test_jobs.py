@@ -1,8 +1,8 @@
 """Jobs by HTTP: the same road as an upload, and what a client sees of it."""
 
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -219,7 +219,8 @@ def test_the_command_line_submits_a_folder_and_follows_it(running: tuple[Running
     assert "my-job  sft   running  0/3" in command(http, "jobs", "list").stdout
     assert command(http, "jobs", "cancel", "my-job").stdout.startswith("my-job: cancelled")
     followed = command(http, "jobs", "show", "my-job", "--follow")
-    assert followed.stdout.startswith("my-job: cancelled, step 0/3\ncancelled by its owner\nadapts attn, mlp; ")
+    ended = r"my-job: cancelled, step 0/3, \d:\d\d\ncancelled by its owner\nadapts attn, mlp; "
+    assert re.match(ended, followed.stdout), followed.stdout
     (folder / "d.jsonl").write_text("{}\n")
     (folder / "job.yaml").write_text(YAML + "seed: 1\n")
     refused = command(http, "submit", str(folder / "job.yaml"), "--follow")
