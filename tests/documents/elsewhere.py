@@ -55,39 +55,39 @@ TESTS: Final = {
 
 NOT_RUN: Final = {
     ("README.md", "git clone REPOSITORY knapper && cd knapper"): "fetches this repository from where it is published",
-    ("README.md", "make demo   # installs, starts knapper, and trains a small real model (SmolLM2-135M) by RL and by"
-                  " supervision; no GPU, no account"): "installs packages, and trains for minutes",
+    ("README.md", ("make demo   # installs, starts knapper, and trains a small real model (SmolLM2-135M) by RL and by"
+                  " supervision; no GPU, no account")): "installs packages, and trains for minutes",
     ("README.md", "Reinforcement learning: 8 questions x 8 answers a step, reward 1 for the right sum"): (
         "what `make demo` printed on the machine that is named above it"
     ),
-    ("CONTRIBUTING.md", "make setup   # everything into .venv, the tests' and checks' needs too; instant when nothing"
-                        " changed"): "installs packages, and runs all tests",
+    ("CONTRIBUTING.md", ("make setup   # everything into .venv, the tests' and checks' needs too; instant when nothing"
+                        " changed")): "installs packages, and runs all tests",
     (_TRIAL, "kind create cluster --name knapper"): "needs a cluster",
     (_TRIAL, "kubectl apply --server-side --force-conflicts -k knative/cluster/configmaps"): "needs a cluster",
     (_TRIAL, "for target in gateway train-step sample reward; do"): "needs a container engine",
     (_TRIAL, "kubectl apply -k knative/overlays/local"): "needs a cluster",
-    (_TRIAL, "gateway() { kubectl get pod -n knapper -l serving.knative.dev/service=gateway"
-             " --field-selector=status.phase=Running -o name | head -1; }"): "needs a cluster",
+    (_TRIAL, ("gateway() { kubectl get pod -n knapper -l serving.knative.dev/service=gateway"
+             " --field-selector=status.phase=Running -o name | head -1; }")): "needs a cluster",
     (_TRIAL, "knapper usage                                               # tokens, and seconds of the device"): (
         "needs a cluster"
     ),
     (_TRIAL, "for file in examples/jobs/rl/*; do"): "needs a cluster",
-    (_TRIAL, "kubectl delete pod -n knapper -l app.kubernetes.io/name=train-step --grace-period=0 --force     # while"
-             " out/loop.py runs: it ends all the same"): "needs a cluster",
-    (_TRIAL, "kill $(jobs -p); kubectl delete -k knative/overlays/local --wait=false; kind delete cluster --name"
-             " knapper"): "needs a cluster",
-    (_OPERATING, "gcloud storage buckets create gs://PROJECT-terraform --location=REGION"
-                 " --uniform-bucket-level-access"): "needs a project of Google Cloud",
+    (_TRIAL, ("kubectl delete pod -n knapper -l app.kubernetes.io/name=train-step --grace-period=0 --force     # while"
+             " out/loop.py runs: it ends all the same")): "needs a cluster",
+    (_TRIAL, ("kill $(jobs -p); kubectl delete -k knative/overlays/local --wait=false; kind delete cluster --name"
+             " knapper")): "needs a cluster",
+    (_OPERATING, ("gcloud storage buckets create gs://PROJECT-terraform --location=REGION"
+                 " --uniform-bucket-level-access")): "needs a project of Google Cloud",
     (_OPERATING, "REGISTRY=$(terraform -chdir=terraform/stages/10-platform output -raw registry)"): (
         "needs a project of Google Cloud"
     ),
-    (_OPERATING, 'python -c "from pathlib import Path; from knapper.catalogue.download import obtain;'
-                 " obtain('HuggingFaceTB/SmolLM2-135M-Instruct', Path('models'))\""): "downloads a model",
+    (_OPERATING, ('python -c "from pathlib import Path; from knapper.catalogue.download import obtain;'
+                 " obtain('HuggingFaceTB/SmolLM2-135M-Instruct', Path('models'))\"")): "downloads a model",
     (_OPERATING, "cd terraform/stages/30-functions"): "needs a project of Google Cloud",
-    (_OPERATING, "kubectl apply --server-side --force-conflicts -k knative/cluster/configmaps            # what"
-                 " Knative must allow"): "needs a cluster",
-    (_OPERATING, "knapper deploy add Qwen/Qwen3-8B --accelerator nvidia-l4 --manifests"
-                 " terraform/stages/30-functions/.rendered/knapper"): "needs a cluster",
+    (_OPERATING, ("kubectl apply --server-side --force-conflicts -k knative/cluster/configmaps            # what"
+                 " Knative must allow")): "needs a cluster",
+    (_OPERATING, ("knapper deploy add Qwen/Qwen3-8B --accelerator nvidia-l4 --manifests"
+                 " terraform/stages/30-functions/.rendered/knapper")): "needs a cluster",
     ("docs/quickstart.md", "make install   # what serving and the demo need, into .venv"): (
         "installs packages, and trains for minutes"
     ),
