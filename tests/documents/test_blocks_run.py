@@ -28,6 +28,7 @@ DELETE = ("docs/checkpoints.md", "curl -X DELETE")
 KEYS = ("docs/security.md", "export KNAPPER_KEYS=true")
 REWARD = ("docs/rewards.md", "def reward(prompt, completion, answer) -> float:")
 SCORES = ("docs/rewards.md", "answer = httpx.post(")
+EXPORTED = "export TINKER_BASE_URL=http://127.0.0.1:8000 TINKER_API_KEY=tml-local\n"
 RUN = [UP, BANNER, LOOP, SHELL, INBOX, CHAT, DELETE, KEYS, REWARD, SCORES]
 
 
@@ -66,19 +67,22 @@ def test_the_server_says_what_the_page_shows(place: Place) -> None:
 
 def test_the_loop_learns_and_its_run_can_be_deleted(place: Place) -> None:
     """README's program as quickstart's `your_loop.py`; then the curl of checkpoints.md with the run that it made."""
+    before = _runs(place)
     (place.folder / "your_loop.py").write_text(block(*LOOP).text.replace("http://127.0.0.1:8000", place.url))
     said = place.run(block(*SHELL).text)
     losses = [float(loss) for loss in re.findall(r"^\d+ (\S+)$", said, flags=re.MULTILINE)]
     assert len(losses) == 10
     assert losses[-1] < 0.75 * losses[0]
-    exported = "export TINKER_BASE_URL=http://127.0.0.1:8000 TINKER_API_KEY=tml-local\n"
-    listing = exported + 'curl -fsS -H "X-API-Key: $TINKER_API_KEY" $TINKER_BASE_URL/api/v1/training_runs'
-    runs = [run["training_run_id"] for run in json.loads(place.run(listing))["training_runs"]]
+    (made,) = _runs(place) - before
     script = block(*DELETE).text
     assert script.count("RUN") == 1
-    place.run(exported + script.replace("curl", "curl -fsS", 1).replace("RUN", runs[0]))
-    left = [run["training_run_id"] for run in json.loads(place.run(listing))["training_runs"]]
-    assert left == runs[1:]
+    place.run(EXPORTED + script.replace("curl", "curl -fsS", 1).replace("RUN", made))
+    assert made not in _runs(place)
+
+
+def _runs(place: Place) -> set[str]:
+    listing = EXPORTED + 'curl -fsS -H "X-API-Key: $TINKER_API_KEY" $TINKER_BASE_URL/api/v1/training_runs'
+    return {run["training_run_id"] for run in json.loads(place.run(listing))["training_runs"]}
 
 
 def test_a_folder_in_the_inbox_is_trained(place: Place) -> None:
@@ -91,7 +95,6 @@ def test_a_folder_in_the_inbox_is_trained(place: Place) -> None:
             os.killpg(process.pid, signal.SIGKILL)
     assert first["step"] == 1
     assert 0 <= first["reward/mean"] <= 1
-    place.run(f"knapper jobs cancel adding --url {place.url}")
 
 
 def test_a_chat_is_streamed(place: Place) -> None:
