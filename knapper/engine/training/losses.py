@@ -4,6 +4,9 @@ T tokens, K targets of a position. `learner_T` are the log-probabilities of the 
 every other argument has the name and the meaning that it has in a request. Where a formula has no published default,
 ours stands beside it with its reason.
 
+Each formula names its source: the protocol's page, below https://tinker-docs.thinkingmachines.ai/tinker/losses, and the
+paper that it comes from.
+
 A formula gives a term for each token. The loss is the sum of the terms, each multiplied by its weight where a datum has
 `weights`: 1 changes nothing, and 0 takes a token out of the gradient and the metrics.
 
@@ -30,12 +33,19 @@ Threshold = float | Tensor  # one for all tokens (config), or one a token (input
 
 
 def cross_entropy(learner_T: Tensor) -> tuple[Tensor, ByToken]:
-    """-learner, (T) or (T, K). Its weights may be negative: forward_backward_custom sends -dC/dlogprobs."""
+    """-learner, (T) or (T, K). Its weights may be negative: forward_backward_custom sends -dC/dlogprobs.
+
+    Source: the protocol's page, "Cross-Entropy"; the negative log-likelihood of the targets.
+    """
     return -learner_T, {}
 
 
 def importance_sampling(learner_T: Tensor, *, logprobs: Tensor, advantages: Tensor) -> tuple[Tensor, ByToken]:
-    """-ratio * advantages, ratio = exp(learner - sampler)."""
+    """-ratio * advantages, ratio = exp(learner - sampler).
+
+    Source: the protocol's page, "Importance Sampling"; REINFORCE (Williams 1992) off policy, the unclipped objective
+    of arXiv 1707.06347, equation 6.
+    """
     ratio_T = torch.exp(learner_T - logprobs)
     return -(ratio_T * advantages), _off_policy(learner_T, logprobs, ratio_T)
 
@@ -48,7 +58,10 @@ def ppo(
     clip_low_threshold: Threshold = 0.8,
     clip_high_threshold: Threshold = 1.2,
 ) -> tuple[Tensor, ByToken]:
-    """-min(ratio * advantages, clip(ratio) * advantages); thresholds are ratios, not distances from 1."""
+    """-min(ratio * advantages, clip(ratio) * advantages); thresholds are ratios, not distances from 1.
+
+    Source: the protocol's page, "PPO"; arXiv 1707.06347, equation 7.
+    """
     ratio_T = torch.exp(learner_T - logprobs)
     return _clipped(learner_T, logprobs, advantages, ratio_T, clip_low_threshold, clip_high_threshold)
 
@@ -61,7 +74,10 @@ def cispo(
     clip_low_threshold: Threshold = 0.0,
     clip_high_threshold: Threshold = 4.0,
 ) -> tuple[Tensor, ByToken]:
-    """-stop_gradient(clip(ratio)) * learner * advantages."""
+    """-stop_gradient(clip(ratio)) * learner * advantages.
+
+    Source: the protocol's page, "CISPO"; arXiv 2506.13585 (MiniMax-M1).
+    """
     ratio_T = torch.exp(learner_T - logprobs).detach()
     clipped_T = _clip(ratio_T, clip_low_threshold, clip_high_threshold)
     told = _off_policy(learner_T, logprobs, ratio_T) | {"clipped": clipped_T != ratio_T}
@@ -72,6 +88,8 @@ def dro(learner_T: Tensor, *, logprobs: Tensor, advantages: Tensor, beta: float 
     """-(learner * advantages - beta/2 * (learner - sampler)^2), of all tokens, those of zero advantage too.
 
     `beta` has no published default; 0.05 is the value of the published example.
+
+    Source: the protocol's page, "DRO"; arXiv 2405.19107 and 2501.12599, with the client's (soft) advantages.
     """
     distance_T = learner_T - logprobs
     value_T = learner_T * advantages - 0.5 * beta * distance_T**2
@@ -92,6 +110,9 @@ def gspo(
 
     The mask is 0 or 1 a token, with at least one 1. The thresholds have no published default, and ours would be a
     guess, so they must be given.
+
+    Source: arXiv 2507.18071 (GSPO; for a token's gradient its variant GSPO-token). The names of the inputs are the
+    SDK's.
     """
     fixed_T = learner_T.detach()
     sequence = torch.exp(((fixed_T - logprobs) * sequence_ratio_mask).sum() / sequence_ratio_mask.sum())
@@ -117,6 +138,8 @@ def _clip(ratio_T: Tensor, low: Threshold, high: Threshold) -> Tensor:
 def _off_policy(learner_T: Tensor, sampler_T: Tensor, ratio_T: Tensor) -> ByToken:
     """How far the learner is from the sampler: `kl` estimates KL(sampler, learner) by the sampled tokens, k =
     sampler - learner.
+
+    Source: the estimator k1 of J. Schulman, http://joschu.net/blog/kl-approx.html.
     """
     return {"ratio": ratio_T, "kl": sampler_T - learner_T}
 

@@ -50,10 +50,12 @@ def step(
 ) -> tuple[Tensor, Moments, dict[str, float]]:
     """One step: (weights, moments, metrics), all new.
 
-    Decoupled weight decay, bias correction by the step count, eps outside the root (arXiv 1711.05101, as
-    torch.optim.AdamW computes it). With grad_clip_norm > 0 the gradient is first scaled by min(1, grad_clip_norm /
-    (norm + 1e-6)), the norm being over all of P, as clip_grad_norm_ does. The metric `grad_norm` is the norm before
-    clipping. None is called `step`: training loops merge these metrics into their own row, which has one.
+    Source: Adam, arXiv 1412.6980, algorithm 1, with the decoupled weight decay of arXiv 1711.05101, algorithm 2: bias
+    correction by the step count, eps outside the root, as torch.optim.AdamW computes it. The fields are those of the
+    protocol's AdamParams. With grad_clip_norm > 0 the gradient is first scaled by min(1, grad_clip_norm / (norm +
+    1e-6)), the norm being over all of P (arXiv 1211.5063, as torch.nn.utils.clip_grad_norm_ computes it). The metric
+    `grad_norm` is the norm before clipping. None is called `step`: training loops merge these metrics into their own
+    row, which has one.
 
     Raises InvalidField for values out of range, and UserError when the result has a number that is not finite; nothing
     has changed then.
