@@ -6,6 +6,7 @@ To other accounts, and to a page in a browser of this one: it cannot know the ke
 import asyncio
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,17 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         assert "Traceback" not in server.log(), server.log()[-4000:]
 
 
+def sockets(pid: int) -> Iterator[str]:
+    """What the process has open, while it opens and closes; nothing of one that has ended."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):  # closed since
+                yield descriptor.readlink().name
+
+
 def listening(server: Server) -> set[int]:
     """Ports on which any process of the server listens, as the kernel says."""
-    inodes = {
-        link.readlink().name
-        for role in server.processes()
-        for pid in server.members(role)
-        for link in Path(f"/proc/{pid}/fd").iterdir()
-        if link.is_symlink()
-    }
+    inodes = {name for role in server.processes() for pid in server.members(role) for name in sockets(pid)}
     found = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for row in Path(table).read_text().splitlines()[1:]:

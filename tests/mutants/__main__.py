@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from collections import deque
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -30,6 +31,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@cache
 def source_of(path: str) -> str:
     return (ROOT / path).read_text(encoding="utf-8")
 

@@ -15,7 +15,7 @@ class Tests:
 
 
 def journal(*own: str) -> Tests:
-    return Tests((*own, "tests/journal"), (*STORIES, *SIMULATION))
+    return Tests((*own, "tests/state/journal"), (*STORIES, *SIMULATION))
 
 
 MODULES: dict[str, Tests] = {
@@ -56,10 +56,35 @@ _DEVICE = "only a device that this is not run on could tell"
 _PAIRED = "both have an entry a part"
 _SIZE = "a bound on memory, or on what is read at once, that nothing else depends on"
 _TWIN = "the same constant names it where it is written and where it is read, within one process"
+_STRIDE = "another way through the same numbers finds the same, and no listing more than it is told to cost"
+_UNREAD = "set together with `low`, before anybody reads it"
 _RESULTS = "knapper/state/journal/results.py"
+_NEWEST = "knapper/state/journal/newest.py"
+_BETWEEN = "return await _between(store, prefix, page[-1], layout.last_number(page[-1]) + step)"
+_EPOCHS = (
+    "_SWEPT, _UNREADABLE = 0, -1  # the epoch of a record that is gone, and of one that is damaged; claims count from 1"
+)
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("knapper/state/journal/run.py", "applied: int = -1", "1 -> 0"): "a claim sets it before anybody can see it",
     ("knapper/state/journal/run.py", "applied: int = -1", "1 -> 2"): "a claim sets it before anybody can see it",
+    (_NEWEST, _BETWEEN, "-1 without its USub"): _STRIDE,
+    (_NEWEST, _BETWEEN, "1 -> 2"): _STRIDE,
+    (_NEWEST, _BETWEEN, "1 -> 0"): _STRIDE,
+    (
+        "knapper/state/layout.py",
+        'seq, _, epoch = prefix.rstrip("/").rpartition("/")[2].partition("-")',
+        "'/' -> '/x'",
+    ): "a prefix ends in a digit and a slash",
+    (
+        _RESULTS,
+        _EPOCHS,
+        "-1 without its USub",
+    ): "nobody asks for this epoch, but whether it is that of one that is gone",
+    (_RESULTS, _EPOCHS, "1 -> 2"): "nobody asks for this epoch, but whether it is that of one that is gone",
+    (_RESULTS, "low: int = -1  # -1: nothing was read yet", "1 -> 2"): "any below 0 says so",
+    (_RESULTS, "high: int = 0", "0 -> 1"): _UNREAD,
+    (_RESULTS, "high: int = 0", "0 -> -1"): _UNREAD,
+    (_RESULTS, "told: int = 0", "0 -> -1"): "records count from 1: neither was told of",
     (_RESULTS, "_CACHE_BYTES_MAX = 256 * 1024 * 1024", "256 -> 257"): _SIZE,
     (_RESULTS, "_CACHE_BYTES_MAX = 256 * 1024 * 1024", "256 -> 255"): _SIZE,
     (_RESULTS, "_CACHE_BYTES_MAX = 256 * 1024 * 1024", "1024 -> 1025"): _SIZE,

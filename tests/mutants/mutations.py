@@ -5,8 +5,9 @@ A mutation is named by its module and its number, which stays as long as the mod
 
 import ast
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 _COMPARED: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
     ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.LtE), ast.GtE: (ast.Gt, ast.Lt),
@@ -39,28 +40,28 @@ class Mutation:
     def apply(self, source: str) -> ast.Module:
         """The tree of the module with this change made."""
         tree = ast.parse(source)
-        places = list(_places(tree))
-        parent, name, at, node = places[self._node]
+        parent, name, at, node = next(islice(_places(tree), self._node, None))
         made = self._change(node)
         if made is not None:
-            _put(parent, name, at, made)
-        return ast.fix_missing_locations(tree)
+            _put(parent, name, at, ast.copy_location(made, node))
+        ast.fix_missing_locations(node if made is None else made)
+        return tree
 
 
 def mutations(path: str, source: str) -> list[Mutation]:
     """All of the module, in the order of its lines. Docstrings, annotations and messages of errors are left alone."""
     found: list[Mutation] = []
     tree = ast.parse(source)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     for place, (parent, _, _, node) in enumerate(_places(tree)):
         for said, change in _changes(parent, node):
             line = getattr(node, "lineno", getattr(parent, "lineno", 0))
-            found.append(Mutation(path, len(found), line, said, _function(tree, line), change, place))
+            found.append(Mutation(path, len(found), line, said, _function(functions, line), change, place))
     return found
 
 
-def _function(tree: ast.Module, line: int) -> int:
-    """The first line, as its code object has it, of the innermost function in whose body the line is."""
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+def _function(functions: Iterable[ast.FunctionDef | ast.AsyncFunctionDef], line: int) -> int:
+    """The first line, as its code object has it, of the innermost one in whose body the line is; 0 if it is in none."""
     around = [node for node in functions if node.body[0].lineno <= line <= (node.end_lineno or 0)]
     if not around:
         return 0
@@ -89,7 +90,7 @@ def _is_prose(node: ast.AST, name: str) -> bool:
         return True
     if isinstance(node, ast.Assert):
         return name == "msg"
-    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("NewType", "TypeVar"):
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("NewType", "TypeVar"):
         return True
     if name == "decorator_list" or (isinstance(node, ast.keyword) and node.arg in ("frozen", "kw_only", "repr")):
         return True  # frozen, kw_only: what the type checker holds

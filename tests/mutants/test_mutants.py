@@ -44,6 +44,11 @@ def test_each_mutation_is_one_small_change_and_prose_is_left_alone() -> None:
     assert {each.function for each in found} == {0, 5}, "the function begins with its decorator"
 
 
+def test_the_tests_that_must_notice_are_there() -> None:
+    named = {each for tests in MODULES.values() for each in (*tests.first, *tests.then)}
+    assert {each for each in named if not (ROOT / each).exists()} == set()
+
+
 @pytest.mark.parametrize("path", MODULES)
 def test_every_mutation_of_a_module_compiles(path: str) -> None:
     source = source_of(path)

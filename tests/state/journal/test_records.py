@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 
 import msgspec
+import numpy as np
 import pytest
 
 from knapper.errors import Corrupt, NewerFormat
@@ -14,6 +15,7 @@ from knapper.state.journal.records import (
     SAVES,
     Commit,
     Creation,
+    Kind,
     Manifest,
     Operation,
     Record,
@@ -24,6 +26,8 @@ from knapper.state.journal.records import (
     format_of,
 )
 from knapper.store.memory import MemoryStore
+from knapper.wire import proto, zstd
+from knapper.wire.types import Datum, ForwardBackward
 from tests.sim.history import CREATION, RUN, SPEC, TERMS
 
 AT = run_prefix(RUN)
@@ -176,3 +180,51 @@ def test_what_is_swept_while_history_is_read_is_left_out() -> None:
         assert [each.results[0].seq async for group in history.commits(store, RUN) for each in group] == [3, 1]
 
     asyncio.run(told())
+
+
+def operation(kind: Kind, body: bytes, sha256: bytes, v: int = 2) -> Operation:
+    return Operation(v=v, run=RUN, seq=5, kind=kind, sha256=sha256, body_zstd=zstd.compress(body), accepted_at=0.0)
+
+
+DATUM = Datum(np.array([1, 2], np.int32), {"target_tokens": np.array([2, 3], np.int64)})
+PASS = proto.encode_forward_backward(ForwardBackward(RUN, 5, [DATUM], "cross_entropy", {}, False))
+OTHERS = hashlib.sha256(b"of what the client sent").digest()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        operation("optim_step", b"{}", hashlib.sha256(b"{}").digest()),
+        operation("forward_backward", PASS, hashlib.sha256(PASS).digest()),
+        operation("create", b"a creation, encoded", OTHERS),
+        operation("tombstone", b"", b""),
+        operation("forward_backward", PASS, OTHERS, v=1),  # it came as JSON, whose hash it has
+    ],
+    ids=lambda given: f"{given.kind} {given.v}",
+)
+def test_the_body_is_what_was_accepted(given: Operation) -> None:
+    assert given.body() == zstd.decompress(given.body_zstd)
+    assert given.asked == given.sha256
+    assert msgspec.structs.replace(given, asked_sha256=b"json").asked == b"json"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        operation("optim_step", b"{ }", hashlib.sha256(b"{}").digest()),
+        operation("forward_backward", PASS, OTHERS),
+        operation("optim_step", PASS, OTHERS, v=1),
+        operation("forward_backward", b"{}", OTHERS, v=1),
+        operation("forward_backward", PASS + b"\x98\x06\x00", OTHERS, v=1),  # a field that nobody knows
+    ],
+    ids=["another", "a pass", "a step of format 1", "no pass", "a pass that others wrote"],
+)
+def test_a_body_that_is_not_what_was_accepted_is_damage(given: Operation) -> None:
+    with pytest.raises(Corrupt, match=f"object {layout.operation(RUN, 5)} is damaged: field sha256 is not that of its"):
+        given.body()
+
+
+def test_a_body_that_is_no_zstd_is_damage() -> None:
+    whole = operation("optim_step", b"{}", hashlib.sha256(b"{}").digest())
+    with pytest.raises(Corrupt, match=f"object {layout.operation(RUN, 5)} is damaged: field body_zstd cannot be"):
+        msgspec.structs.replace(whole, body_zstd=b"{}").body()
