@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from knapper.wire.progress import Drawn
 
 _WINDOW_MAX = 64  # tokens that may wait for their last character's end; beyond that the bytes are simply not text
-_TAIL = 4  # tokens of the prompt before a text: enough to know whether it begins with a space
+_CONTEXT_MAX = 16  # tokens of the prompt: some without text, and a character, to know whether a space begins the text
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,14 @@ class Piece:
 
 
 class Characters:
-    """Decodes tokens one by one, after `before`. Special tokens have no text. Pieces add up to the text of all."""
+    """Decodes tokens one by one, after `before`. Special tokens have no text. Pieces add up to the text of all.
+
+    The library's `DecodeStream` cannot tell an unfinished end, and raises at some bytes that are no text: decision 28.
+    """
 
     def __init__(self, tokenizer: Tokenizer, before: list[int]) -> None:
         self._tokenizer = tokenizer
-        tail = before[-_TAIL:]
-        self._tokens = [] if self._decode(tail).endswith("\ufffd") else tail
+        self._tokens = self._context(before)
         self._read = len(self._tokens)  # whose text has been given
 
     def add(self, token: int) -> str:
@@ -54,6 +56,14 @@ class Characters:
     def rest(self) -> str:
         """What has not been given yet, an unfinished character as U+FFFD."""
         return self._decode(self._tokens)[len(self._decode(self._tokens[: self._read])) :]
+
+    def _context(self, before: list[int]) -> list[int]:
+        """The fewest of the last tokens that are whole characters."""
+        for size in range(1, _CONTEXT_MAX + 1):
+            text = self._decode(before[-size:])
+            if text and not text.endswith("\ufffd"):
+                return before[-size:]
+        return []
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))

@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 Kind = Literal[
@@ -135,3 +135,24 @@ def _weights(kind: Kind, vocab_size: int, seed: int) -> dict[str, Tensor]:
 
 def _write(path: Path, value: dict[str, object]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def sentencepiece() -> Tokenizer:
+    """As Llama 2's: spaces are marks, what has no piece goes by bytes, and the first space of all is not told."""
+    pieces = {
+        "▁the": 0,
+        "▁and": 1,
+        "!": 2,
+        "▁": 3,
+        "t": 4,
+        "h": 5,
+        "e": 6,
+        **{f"<0x{n:02X}>": 7 + n for n in range(256)},
+    }
+    tokenizer = Tokenizer(models.BPE(vocab=pieces, merges=[], byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken("</s>")])
+    return tokenizer

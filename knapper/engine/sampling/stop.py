@@ -31,7 +31,16 @@ class Stops:
         assert self._tokenizer is not None
         window = self._longest + _edge_tokens
         while True:
-            text = self._tokenizer.decode(list(sampled[-window:]), skip_special_tokens=False)
+            text = self._decode(sampled, window)
             if window >= len(sampled) or len(text.encode()) >= self._longest + _edge_tokens:
                 return any(string in text for string in self._strings)
             window *= 2
+
+    def _decode(self, sampled: Sequence[int], window: int) -> str:
+        """The text of the last tokens, from a whole character on: `ByteFallback` decodes nothing after half of one."""
+        assert self._tokenizer is not None
+        for size in range(window, window - _edge_tokens, -1):
+            text = str(self._tokenizer.decode(list(sampled[-size:]), skip_special_tokens=False))
+            if size >= len(sampled) or not text.startswith("\ufffd"):
+                break
+        return text

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from knapper.engine.sampling.stop import Stops
-from tests.engine.tiny import eos, tiny_model
+from tests.engine.tiny import eos, sentencepiece, tiny_model
 
 
 @pytest.fixture
@@ -61,3 +61,14 @@ def test_a_leading_space_that_decoding_drops_is_still_found() -> None:
     tokenizer.decoder = decoders.Metaspace()
     assert tokenizer.decode([0, 1, 2]) == "abb"
     assert end_of(Stops((), (" ab",), tokenizer), [1, 1, 0, 1, 2, 1]) == 5
+
+
+@pytest.mark.parametrize("stop", ["漢漢", "é!", "🦊", "猫 the"])
+@pytest.mark.parametrize("length", range(12))
+def test_a_string_is_found_behind_any_number_of_characters_that_are_bytes(stop: str, length: int) -> None:
+    """A window that begins inside one of them must not make all bytes behind it no text."""
+    tokenizer = sentencepiece()
+    tokens = tokenizer.encode("犬" * length + stop + "犬").ids
+    count = end_of(Stops((), (stop,), tokenizer), tokens)
+    assert count is not None
+    assert tokenizer.decode(tokens[:count]).endswith(stop)

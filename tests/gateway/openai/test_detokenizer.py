@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.decoders import DecodeStream
 
 from gateway.openai.detokenizer import Characters, Piece, Text
 from knapper.wire.progress import Drawn, Ending
-from tests.engine.tiny import eos, tiny_model
+from tests.engine.tiny import eos, sentencepiece, tiny_model
 
 WORLD = "the naïve 漢字 and 🦊🏽‍🚀 in ünïcödé — ok"
 
@@ -99,16 +100,57 @@ def test_random_texts_stop_where_their_stop_string_begins(tokenizer: Tokenizer) 
             assert joined(tell(tokenizer, tokens, stops=(stop,))) == whole
 
 
-def test_a_space_between_prompt_and_text_is_kept() -> None:
+def wordpiece() -> Tokenizer:
+    """As BERT's: spaces stand between pieces, and before some of them none."""
+    pieces = ["[UNK]", "the", "##s", "and", "!", "don", "'", "t", "##é", "."]
+    tokenizer = Tokenizer(models.WordPiece(vocab={piece: n for n, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def stream(tokenizer: Tokenizer, before: list[int], tokens: list[int]) -> list[str]:
+    """The library's own decoder: right wherever tokens are whole characters (docs/decisions/0028)."""
+    theirs = DecodeStream(ids=before, skip_special_tokens=True)
+    return [theirs.step(tokenizer, token) or "" for token in tokens]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "wordpiece"])
+def test_whole_texts_come_in_the_pieces_of_the_librarys_stream(kind: str, tokenizer: Tokenizer) -> None:
+    decoder = {"byte-level": lambda: tokenizer, "sentencepiece": sentencepiece, "wordpiece": wordpiece}[kind]()
+    words = ["the", "thes", "and", "!", "don't", "é", "."] + ["漢", "🦊🏽‍🚀", "\n"] * (kind != "wordpiece")
+    special = [] if kind == "wordpiece" else [decoder.encode(eos if kind == "byte-level" else "</s>").ids[-1]]
+    rng, told = random.Random(3), 0
+    for _ in range(1000):
+        before, tokens = ([
+            token for word in rng.choices(words, k=rng.randint(0, 8))
+            for token in decoder.encode(word).ids + special * (rng.random() < 0.1)
+        ] for _ in range(2))  # fmt: skip
+        characters = Characters(decoder, before)
+        pieces = [characters.add(token) for token in tokens]
+        assert pieces == stream(decoder, before, tokens), (before, tokens)
+        assert characters.rest() == ""
+        told += len("".join(pieces))
+    assert told > 5000
+
+
+def test_bytes_that_are_no_text_end_no_request_of_a_sentencepiece_model() -> None:
+    """The library's stream raises there: what ByteFallback makes of a byte changes with the bytes behind it."""
+    decoder = sentencepiece()
+    tokens = [decoder.token_to_id(each) for each in ("<0x05>", "<0xB8>", "<0xBA>", "!")]
+    with pytest.raises(Exception, match="Invalid prefix"):
+        stream(decoder, [], tokens)
+    characters = Characters(decoder, [])
+    assert [characters.add(token) for token in tokens] == ["\x05", "", "", "\ufffd\ufffd!"]
+
+
+@pytest.mark.parametrize("prompt", ["the", "漢漢", "🦊🏽‍🚀</s>", "a\n\n</s></s></s></s></s>"])
+def test_a_space_between_prompt_and_text_is_kept(prompt: str) -> None:
     """By tokenizers that drop a space at the beginning of what they decode."""
-    pieces = {"▁the": 0, "▁and": 1, "<0xE6>": 2, "<0xBC>": 3, "<0xA2>": 4, "!": 5}
-    tokenizer = Tokenizer(models.BPE(vocab=pieces, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    text = Text(tokenizer, [0], ())
-    told = [text.add(Drawn(0, i, token, 0.0)).text for i, token in enumerate([1, 0, 2, 3, 4, 5])]
+    tokenizer = sentencepiece()
+    text = Text(tokenizer, tokenizer.encode(prompt).ids, ())
+    tokens = [1, 0, *(tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "漢".encode()), 2]
+    told = [text.add(Drawn(0, i, token, 0.0)).text for i, token in enumerate(tokens)]
     assert told == [" and", " the", "", "", "漢", "!"]
     assert tokenizer.decode([1]) == "and", "or the test proves nothing"
 
