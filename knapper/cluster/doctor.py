@@ -64,17 +64,16 @@ def examine(patient: Patient) -> Iterator[Finding]:
             yield from look(patient)
         except KnapperError as error:
             yield Finding(look.__name__, "unknown", str(error), "mend what is above, or ask for the permission")
-    settings = (patient.api.get(f"/api/v1/namespaces/{NAMESPACE}/configmaps/knapper") or {}).get("data", {})
+    settings = (patient.api.get("v1", "ConfigMap", "knapper", NAMESPACE) or {}).get("data", {})
     for more in patient.more:
         yield from more(settings)
 
 
 def versions(patient: Patient) -> Iterator[Finding]:
     """Kubernetes, Serving and Eventing are new enough."""
-    about = patient.api.get("/version") or {}
-    yield _version("Kubernetes", about.get("gitVersion", ""), KUBERNETES_MIN, "upgrade the cluster")
+    yield _version("Kubernetes", patient.api.version(), KUBERNETES_MIN, "upgrade the cluster")
     for part, deployment in (("serving", "activator"), ("eventing", "eventing-controller")):
-        found = patient.api.get(f"/apis/apps/v1/namespaces/knative-{part}/deployments/{deployment}")
+        found = patient.api.get("apps/v1", "Deployment", deployment, f"knative-{part}")
         labels = (found or {}).get("metadata", {}).get("labels", {})
         mend = f"install Knative {part.title()} 1.{KNATIVE_MIN[1]}: kubectl apply -k knative/cluster/operator"
         yield _version(f"Knative {part.title()}", labels.get("app.kubernetes.io/version", ""), KNATIVE_MIN, mend)
@@ -91,7 +90,7 @@ def _version(what: str, text: str, least: tuple[int, int], mend: str) -> Finding
 def kinds(patient: Patient) -> Iterator[Finding]:
     """The kinds that our manifests use exist."""
     for name, part in _KINDS.items():
-        there = patient.api.get(f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}") is not None
+        there = patient.api.get("apiextensions.k8s.io/v1", "CustomResourceDefinition", name) is not None
         mend = "" if there else f"install Knative {part.title()}: kubectl apply -k knative/cluster/operator"
         yield Finding(f"kind {name}", "good" if there else "wrong", "there" if there else "missing", mend)
 
@@ -104,7 +103,7 @@ def flags(patient: Patient) -> Iterator[Finding]:
     )
     for wanted in render(patient.root / "knative/cluster/configmaps"):
         name = wanted["metadata"]["name"]
-        found = patient.api.get(f"/api/v1/namespaces/knative-serving/configmaps/{name}") or {}
+        found = patient.api.get("v1", "ConfigMap", name, "knative-serving") or {}
         for key, value in wanted["data"].items():
             seen = found.get("data", {}).get(key)
             about = f"{name} {key}"
@@ -184,7 +183,7 @@ _WANTED: dict[str, Callable[[str], bool]] = {
 def times(patient: Patient) -> Iterator[Finding]:
     """Nothing gives up before a start from zero is over."""
     api, budget = patient.api, patient.cold_start_s
-    deployment = (api.get("/api/v1/namespaces/knative-serving/configmaps/config-deployment") or {}).get("data", {})
+    deployment = (api.get("v1", "ConfigMap", "config-deployment", "knative-serving") or {}).get("data", {})
     for service in _ours(patient):
         template = service["spec"]["template"]
         container = template["spec"]["containers"][0]
@@ -199,9 +198,9 @@ def times(patient: Patient) -> Iterator[Finding]:
         probe = container.get("startupProbe", {})
         patience = float(probe.get("periodSeconds", 10)) * float(probe.get("failureThreshold", 3))
         yield _enough(f"Service {name} start-up probe", patience, budget, "startupProbe.failureThreshold")
-    defaults = (api.get("/api/v1/namespaces/knative-serving/configmaps/config-defaults") or {}).get("data", {})
+    defaults = (api.get("v1", "ConfigMap", "config-defaults", "knative-serving") or {}).get("data", {})
     longest = float(defaults.get("max-revision-timeout-seconds", 600))
-    activator = api.get("/apis/apps/v1/namespaces/knative-serving/deployments/activator")
+    activator = api.get("apps/v1", "Deployment", "activator", "knative-serving")
     if activator is not None:
         grace = float(activator["spec"]["template"]["spec"].get("terminationGracePeriodSeconds", 30))
         yield _enough(

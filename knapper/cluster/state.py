@@ -53,7 +53,7 @@ def deployed(api: Api) -> list[Deployed]:
     """All models that have Services, or are declared to the gateway."""
     import msgspec
 
-    config = api.get(f"/api/v1/namespaces/{NAMESPACE}/configmaps/{MODELS}") or {}
+    config = api.get("v1", "ConfigMap", MODELS, NAMESPACE) or {}
     declared = {name.removesuffix(".json"): text for name, text in (config.get("data") or {}).items()}
     services = [
         each
@@ -83,7 +83,7 @@ def _order(service: Object) -> int:
 def _part(api: Api, service: Object) -> Part:
     status, spec = service.get("status", {}), service["spec"]["template"]["spec"]
     revision = status.get("latestReadyRevisionName", "")
-    about = api.get(f"/apis/serving.knative.dev/v1/namespaces/{NAMESPACE}/revisions/{revision}") if revision else None
+    about = api.get("serving.knative.dev/v1", "Revision", revision, NAMESPACE) if revision else None
     running = (about or {}).get("status", {})
     replicas, desired = int(running.get("actualReplicas") or 0), int(running.get("desiredReplicas") or 0)
     errors = [
@@ -143,7 +143,7 @@ def gateway_says(api: Api, path: str) -> str | None:
     """What a gateway's pod answers to a GET of the path; None where none runs, or it does not answer."""
     pods = api.list("v1", "Pod", NAMESPACE, "app.kubernetes.io/name=gateway")
     ready = [each["metadata"]["name"] for each in pods if each.get("status", {}).get("phase") == "Running"]
-    return api.text(f"/api/v1/namespaces/{NAMESPACE}/pods/{ready[0]}:8080/proxy/{path}") if ready else None
+    return api.pod_text(ready[0], 8080, path, NAMESPACE) if ready else None
 
 
 def is_of(service: Object, model: str) -> bool:

@@ -13,13 +13,32 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import parse_qs, urlparse
+from urllib.parse import parse_qs, unquote, urlparse
 
 import yaml
 
-from knapper.cluster.api import path_of
-from knapper.cluster.kustomize import Object
+from knapper.cluster.kustomize import Object, identity
 from tests.manifests import schema
+
+# What a server without CRDs has, as far as it is asked for here: (path of its group, kind) -> (plural, in a namespace).
+BUILT_IN: Final[dict[tuple[str, str], tuple[str, bool]]] = {
+    ("/api/v1", "ConfigMap"): ("configmaps", True),
+    ("/api/v1", "Namespace"): ("namespaces", False),
+    ("/api/v1", "Node"): ("nodes", False),
+    ("/api/v1", "Pod"): ("pods", True),
+    ("/api/v1", "Service"): ("services", True),
+    ("/api/v1", "ServiceAccount"): ("serviceaccounts", True),
+    ("/apis/apiextensions.k8s.io/v1", "CustomResourceDefinition"): ("customresourcedefinitions", False),
+    ("/apis/apps/v1", "Deployment"): ("deployments", True),
+    ("/apis/authorization.k8s.io/v1", "SelfSubjectAccessReview"): ("selfsubjectaccessreviews", False),
+    ("/apis/networking.k8s.io/v1", "NetworkPolicy"): ("networkpolicies", True),
+}
+# What Knative's CRDs say: plural and group, and kind.
+KNATIVE: Final[dict[str, str]] = {
+    "services.serving.knative.dev": "Service", "revisions.serving.knative.dev": "Revision",
+    "brokers.eventing.knative.dev": "Broker", "triggers.eventing.knative.dev": "Trigger",
+    "pingsources.sources.knative.dev": "PingSource", "inmemorychannels.messaging.knative.dev": "InMemoryChannel",
+}  # fmt: skip
 
 # What each kind of request may say beside its path.
 _QUERIES: Final[dict[tuple[str, str], set[str]]] = {
@@ -37,21 +56,74 @@ class Cluster:
         self.asked: list[tuple[str, str, dict[str, list[str]]]] = []
         self.forbidden: set[str] = set()  # resources that whoever asks may not touch
         self.texts: dict[str, str] = {}  # what proxied pods answer
+        self.broken: set[str] = set()  # paths that are answered by 503
 
     def put(self, *things: Object) -> None:
         for thing in things:
-            self.objects[path_of(thing)] = copy.deepcopy(thing)
+            self.objects[self.path_of(thing)] = copy.deepcopy(thing)
+
+    def path_of(self, thing: Object) -> str:
+        """Where the object is, by what is served; KeyError if its kind is not."""
+        _, kind, namespace, name = identity(thing)
+        root = _root(thing["apiVersion"])
+        plural, namespaced = self._kinds()[root, kind]
+        assert namespaced == bool(namespace), f"{kind} {name}: namespace {namespace!r}"
+        return f"{root}{f'/namespaces/{namespace}' if namespaced else ''}/{plural}/{name}"
+
+    def _kinds(self) -> dict[tuple[str, str], tuple[str, bool]]:
+        """What is served: it grows and shrinks with the CRDs."""
+        specs = [each["spec"] for path, each in self.objects.items() if "/customresourcedefinitions/" in path]
+        return BUILT_IN | {
+            (f"/apis/{spec['group']}/{version['name']}", spec["names"]["kind"]): (
+                spec["names"]["plural"], spec["scope"] == "Namespaced"
+            )
+            for spec in specs for version in spec["versions"] if version["served"]
+        }  # fmt: skip
+
+    def _discovery(self, path: str) -> Any:
+        """What a server says of its kinds, at the paths where it does: one at a time, unless asked for all."""
+        roots = {root for root, _ in self._kinds()}
+        if path == "/apis":
+            groups: dict[str, list[dict[str, str]]] = {}
+            for root in sorted(roots - {"/api/v1"}):
+                group, version = root.removeprefix("/apis/").split("/")
+                groups.setdefault(group, []).append({"groupVersion": f"{group}/{version}", "version": version})
+            listed = [{"name": name, "versions": all_, "preferredVersion": all_[0]} for name, all_ in groups.items()]
+            return {"kind": "APIGroupList", "apiVersion": "v1", "groups": listed}
+        if path not in roots:
+            return None
+        resources = []
+        for (root, kind), (plural, namespaced) in sorted(self._kinds().items()):
+            if root == path:
+                about = {"kind": kind, "namespaced": namespaced, "singularName": "", "verbs": ["get", "list", "patch"]}
+                resources += [{"name": plural, **about}, {"name": f"{plural}/status", **about}]
+        version = path.removeprefix("/apis/").removeprefix("/api/")
+        return {"kind": "APIResourceList", "groupVersion": version, "resources": resources}
+
+    def _serves(self, path: str) -> str:
+        """Whether the path is of all ("list") or of one ("object") of a kind that is served; empty if of neither."""
+        for (root, _), (plural, namespaced) in self._kinds().items():
+            where = f"{root}/namespaces/[^/]+/{plural}" if namespaced else f"{root}/{plural}"
+            if match := re.fullmatch(f"{where}(/[^/]+)?", path):
+                return "object" if match[1] else "list"
+        return ""
 
     def answer(self, method: str, path: str, query: dict[str, list[str]], body: Any, kind: str) -> tuple[int, Any]:
         self.asked.append((method, path, query))
         if unknown := set(query) - _QUERIES.get((method, kind), set()):
             return self._wrong(400, f"{method} {path}: {', '.join(sorted(unknown))}")
+        if path in self.broken:
+            return self._wrong(503, "the server is currently unable to handle the request")
         if path == "/version":
             return 200, {"major": "1", "minor": "34", "gitVersion": "v1.34.9"}
         if path.endswith("/selfsubjectaccessreviews"):
             return self._review(method, body, kind)
         if path in self.texts:
             return 200, self.texts[path]
+        if method == "GET" and (said := self._discovery(path)):
+            return 200, said
+        if not self._serves(path):
+            return 404, "404 page not found\n"
         match method, kind:
             case "GET", "":
                 return self._read(path, query)
@@ -81,9 +153,9 @@ class Cluster:
     def _read(self, path: str, query: dict[str, list[str]]) -> tuple[int, Any]:
         if path in self.objects:
             return 200, self.objects[path]
+        if self._serves(path) == "object":
+            return self._missing(path)
         below = [self.objects[each] for each in sorted(self.objects) if each.rpartition("/")[0] == path]
-        if not below and not any(each.startswith(f"{path}/") for each in self.objects) and "knative" in path:
-            return self._missing(path)  # no such kind
         for selector in query.get("labelSelector", []):
             for wanted in selector.split(","):
                 if not re.fullmatch(r"[A-Za-z0-9._/-]+(=[A-Za-z0-9._-]*)?", wanted):
@@ -93,15 +165,15 @@ class Cluster:
                     each for each in below
                     if key in (labels := each["metadata"].get("labels", {})) and (not equal or labels[key] == value)
                 ]  # fmt: skip
-        return 200, {"kind": "List", "items": below}
+        return 200, {"kind": "List", "apiVersion": "v1", "items": [_item(each) for each in below]}
 
     def _apply(self, path: str, body: Object, query: dict[str, list[str]]) -> tuple[int, Any]:
         if not query.get("fieldManager"):
             return self._wrong(400, "PatchOptions.meta.k8s.io is invalid: fieldManager: is required for apply patch")
         if query.get("dryRun", ["All"]) != ["All"] or query.get("force", ["true"]) not in (["true"], ["false"]):
             return self._wrong(400, f"dryRun and force: {query}")
-        if path_of(body) != path:
-            return self._wrong(400, f"the object is {path_of(body)}, and not {path}")
+        if self.path_of(body) != path:
+            return self._wrong(400, f"the object is {self.path_of(body)}, and not {path}")
         namespace = body["metadata"].get("namespace")
         if namespace and f"/api/v1/namespaces/{namespace}" not in self.objects:
             return self._wrong(404, f'namespaces "{namespace}" not found')
@@ -116,7 +188,7 @@ class Cluster:
         if path not in self.objects:
             return self._missing(path)
         after = _merged(self.objects[path], body)
-        if path_of(after) != path:
+        if self.path_of(after) != path:
             return self._wrong(400, "the name of the object does not match the name on the URL")
         if errors := self._errors(after):
             return self._wrong(422, errors[0])
@@ -136,6 +208,28 @@ class Cluster:
     @staticmethod
     def _missing(path: str) -> tuple[int, Any]:
         return 404, {"kind": "Status", "code": 404, "message": f"{path} not found"}
+
+
+def _root(api_version: str) -> str:
+    return f"/apis/{api_version}" if "/" in api_version else f"/api/{api_version}"
+
+
+def _item(thing: Object) -> Object:
+    """As lists have it: what Kubernetes itself defines does not say there what it is."""
+    if (_root(thing["apiVersion"]), thing["kind"]) not in BUILT_IN:
+        return thing
+    return {key: value for key, value in thing.items() if key not in ("apiVersion", "kind")}
+
+
+def crd(name: str, kind: str, scope: str = "Namespaced", version: str = "v1") -> Object:
+    plural, _, group = name.partition(".")
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition", "metadata": {"name": name},
+        "spec": {
+            "group": group, "scope": scope, "names": {"plural": plural, "kind": kind},
+            "versions": [{"name": version, "served": True, "storage": True}],
+        },
+    }  # fmt: skip
 
 
 def _merged(before: Any, patch: Any) -> Any:
@@ -165,9 +259,11 @@ def serving(cluster: Cluster, directory: Path) -> Iterator[Path]:
             if self.headers.get("Authorization") != "Bearer made-up":
                 status, said = Cluster._wrong(401, "Unauthorized")
             else:
-                status, said = cluster.answer(self.command, address.path, parse_qs(address.query), body, kind)
+                path = unquote(address.path)
+                status, said = cluster.answer(self.command, path, parse_qs(address.query), body, kind)
             sent = said.encode() if isinstance(said, str) else json.dumps(said).encode()
             self.send_response(status)
+            self.send_header("Content-Type", "text/plain" if isinstance(said, str) else "application/json")
             self.send_header("Content-Length", str(len(sent)))
             self.end_headers()
             self.wfile.write(sent)
@@ -216,6 +312,7 @@ def ready(thing: Object, replicas: int = 0, reason: str = "", message: str = "")
 def healthy(objects: list[Object], knative: list[Object]) -> Cluster:
     """A cluster on which an overlay runs, cold, with Knative as knative/cluster wants it."""
     cluster = Cluster()
+    cluster.put(*(crd(*each) for each in KNATIVE.items()))
     cluster.put(*knative)
     for part, name in (("serving", "activator"), ("eventing", "eventing-controller")):
         cluster.put({
@@ -225,12 +322,6 @@ def healthy(objects: list[Object], knative: list[Object]) -> Cluster:
             },
             "spec": {"template": {"spec": {"terminationGracePeriodSeconds": 3600}}},
         })  # fmt: skip
-    for name in (
-        "services.serving.knative.dev", "revisions.serving.knative.dev", "brokers.eventing.knative.dev",
-        "triggers.eventing.knative.dev", "pingsources.sources.knative.dev", "inmemorychannels.messaging.knative.dev",
-    ):  # fmt: skip
-        crd = {"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition", "metadata": {"name": name}}
-        cluster.put(crd)
     for thing in objects:
         knatives = re.search(r"(serving|eventing|sources)\.knative\.dev", thing["apiVersion"])
         cluster.put(*(ready(thing) if knatives else [thing]))

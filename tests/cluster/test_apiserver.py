@@ -1,10 +1,14 @@
 """The API that tests are given refuses what a real one refuses: else they would prove less than they seem to."""
 
+import inspect
 from typing import Any
 
+import kubernetes
 import pytest
+import yaml
 
-from tests.cluster.apiserver import Cluster
+from tests.cluster.apiserver import BUILT_IN, KNATIVE, Cluster, crd
+from tests.manifests import schema
 
 APPLY, MERGE = "application/apply-patch+yaml", "application/merge-patch+json"
 MAP = "/api/v1/namespaces/here/configmaps/one"
@@ -42,6 +46,12 @@ def cluster() -> Cluster:
         ("POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", {}, {"spec": {}}, "application/json", 400),
         ("DELETE", MAP, {"gracePeriodSeconds": ["0"]}, None, "", 200),
         ("DELETE", f"{MAP}s", {}, None, "", 404),
+        ("GET", f"{MAP}s", {}, None, "", 404),
+        ("GET", "/api/v1/configmaps/one", {}, None, "", 404),  # it lies in a namespace
+        ("GET", "/api/v1/namespaces/here/configmap", {}, None, "", 404),  # no such kind
+        ("GET", "/apis/serving.knative.dev/v1", {}, None, "", 404),
+        ("GET", "/apis/apps/v1", {}, None, "", 200),
+        ("POST", "/apis/apps/v1", {}, {}, "application/json", 404),
     ],
 )  # fmt: skip
 def test_a_request_is_taken_or_refused_as_kubernetes_does(
@@ -52,3 +62,27 @@ def test_a_request_is_taken_or_refused_as_kubernetes_does(
         assert cluster.objects[MAP]["data"] == {"c": "d"}
     elif method != "DELETE":
         assert cluster.objects[MAP] == ONE
+
+
+def test_it_has_the_paths_of_kubernetes() -> None:
+    """Those that the generated client, made from Kubernetes' own description, has too."""
+    for root, kind in BUILT_IN:
+        name = "CoreV1Api" if root == "/api/v1" else f"{root.split('/')[2].partition('.')[0].title()}V1Api"
+        theirs = inspect.getsource(getattr(kubernetes.client, name))
+        plural, namespaced = BUILT_IN[root, kind]
+        assert f"resource_path='{root}{'/namespaces/{namespace}' if namespaced else ''}/{plural}'" in theirs, kind
+
+
+@pytest.mark.skipif(schema.CRDS is None, reason="no directory knative-crds beside the checkout")
+def test_it_has_the_kinds_of_knative() -> None:
+    assert schema.CRDS
+    theirs = {
+        thing["metadata"]["name"]: thing["spec"]
+        for path in schema.CRDS.rglob("*.yaml") for thing in yaml.safe_load_all(path.read_text(encoding="utf-8"))
+        if thing and thing["kind"] == "CustomResourceDefinition"
+    }  # fmt: skip
+    for name, kind in KNATIVE.items():
+        ours, said = crd(name, kind)["spec"], theirs[name]
+        assert (ours["group"], ours["scope"]) == (said["group"], said["scope"])
+        assert ours["names"].items() <= said["names"].items()
+        assert "v1" in {each["name"] for each in said["versions"] if each["served"]}

@@ -124,9 +124,10 @@ def test_what_is_broken_is_found_alone_with_its_command(what: str, cluster: Clus
     break_, subject, command = BROKEN[what]
     break_(cluster)
     wrong = [each for each in look(cluster, tmp_path) if each.verdict == "wrong"]
-    assert [each.subject for each in wrong] == ([subject] if what != "no permission" else [
-        "permission to patch triggers.eventing.knative.dev", "permission to delete triggers.eventing.knative.dev",
-    ])  # fmt: skip
+    assert [each.subject for each in wrong] == {
+        "no permission": [f"permission to {verb} triggers.eventing.knative.dev" for verb in ("patch", "delete")],
+        "a kind that is missing": [subject, "PingSource"],  # without the kind there is none of it
+    }.get(what, [subject])
     assert command in wrong[0].mend
 
 

@@ -39,8 +39,8 @@ class Stops:
     def _decode(self, sampled: Sequence[int], window: int) -> str:
         """The text of the last tokens, from a whole character on: `ByteFallback` decodes nothing after half of one."""
         assert self._tokenizer is not None
-        for size in range(window, window - _edge_tokens, -1):
+        text, size = "\ufffd", window
+        while text.startswith("\ufffd") and size > window - _edge_tokens:
             text = str(self._tokenizer.decode(list(sampled[-size:]), skip_special_tokens=False))
-            if size >= len(sampled) or not text.startswith("\ufffd"):
-                break
+            size = 0 if size >= len(sampled) else size - 1
         return text
