@@ -58,6 +58,13 @@ def test_what_does_not_answer_now_is_not_taken_for_missing(path: str, cluster: C
         Api.open(kubeconfig).list("serving.knative.dev/v1", "Service", "knapper")
 
 
+@pytest.mark.parametrize("path", ["/apis", KNATIVE, f"{KNATIVE}/namespaces/knapper/services"])
+def test_an_answer_that_is_no_json_is_no_answer(path: str, cluster: Cluster, tmp_path: Path) -> None:
+    cluster.texts[path] = "<html>Sign in</html>"
+    with serving(cluster, tmp_path) as kubeconfig, pytest.raises(Unavailable, match="no JSON"):
+        Api.open(kubeconfig).list("serving.knative.dev/v1", "Service", "knapper")
+
+
 def test_a_cluster_that_is_silent_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "_TIMEOUT_S", 0.1)
     with serving(Cluster(), tmp_path) as kubeconfig, socket.create_server(("127.0.0.1", 0)) as silent:
