@@ -19,11 +19,11 @@ from knapper import ids, limits
 from knapper.errors import InvalidField, NotFound, TooLarge, Unavailable, UserError
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
-from knapper.jobs import layout, revive
+from knapper.jobs import names, revive
 from knapper.jobs.inbox import look
 from knapper.jobs.services import Place
 from knapper.observability import traces
-from knapper.state import dead_letters
+from knapper.state import dead_letters, layout
 from knapper.state.dead_letters import DeadLetter
 from knapper.wire import json
 
@@ -92,11 +92,11 @@ async def started(gateway: Parts, place: Place, tenant: ids.Tenant, job: str) ->
 
 def folder_of(name: str) -> tuple[ids.Tenant, str] | None:
     """(tenant, job) of an object in somebody's folder of the inbox; None for any other, and for what we put there."""
-    root, *rest = name.split("/")
-    if root != "inbox" or len(rest) != 3 or rest[2] == layout.JOB_ERROR:
+    rest = name.removeprefix(layout.INBOX).split("/")
+    if not name.startswith(layout.INBOX) or len(rest) != 3 or rest[2] == names.JOB_ERROR:
         return None
     try:
-        return ids.tenant(rest[0]), layout.job(rest[1])
+        return ids.tenant(rest[0]), names.job(rest[1])
     except UserError:
         log.info("an upload into a folder that no job can have", name=name[:200])
         return None

@@ -16,10 +16,11 @@ from knapper import limits
 from knapper.errors import InvalidField, Unavailable
 from knapper.events import cloudevents
 from knapper.ids import Tenant
-from knapper.jobs import control, layout, listings, notifications, outputs, revive
+from knapper.jobs import control, listings, names, notifications, outputs, revive
 from knapper.jobs.inbox import again, look, was_started
 from knapper.jobs.records import Started, read
 from knapper.jobs.services import Place
+from knapper.state import layout
 from knapper.wire import fields, json
 
 _FILES_MAX = 64
@@ -47,9 +48,9 @@ class Show(fields.Request, frozen=True, kw_only=True):
 def submitted(body: bytes) -> tuple[str | None, bool, dict[str, bytes]]:
     """(the job's name, whether it starts again, its files by their names, job.yaml among them). Raises UserError."""
     asked = json.decode(body, Submit)
-    if layout.JOB_YAML not in asked.files:
-        raise InvalidField("files", sorted(asked.files), f"{layout.JOB_YAML} among them")
-    return asked.name, asked.again, {layout.file(name): text.encode() for name, text in asked.files.items()}
+    if names.JOB_YAML not in asked.files:
+        raise InvalidField("files", sorted(asked.files), f"{names.JOB_YAML} among them")
+    return asked.name, asked.again, {names.file(name): text.encode() for name, text in asked.files.items()}
 
 
 async def submit(request: Request) -> Response:
@@ -61,12 +62,12 @@ async def submit(request: Request) -> Response:
     body = await bodies.read(request)
     named, once_more, files = await bodies.computed(request, submitted, body)
     place = _place(gateway)
-    job = layout.job(named or f"job-{gateway.new_id()[:12]}")
+    job = names.job(named or f"job-{gateway.new_id()[:12]}")
     inbox = layout.inbox(tenant, job)
     equal = not once_more and await was_started(place, tenant, job, files)
     # Without a job.yaml nothing starts: nobody shall find new files beside old ones.
-    await place.exchange.remove(f"{inbox}{layout.JOB_YAML}")
-    for name in sorted(files, key=lambda name: name == layout.JOB_YAML):
+    await place.exchange.remove(f"{inbox}{names.JOB_YAML}")
+    for name in sorted(files, key=lambda name: name == names.JOB_YAML):
         await place.exchange.publish(f"{inbox}{name}", files[name])
     start = await (again if once_more else look)(place, tenant, job)
     gateway.stirs.jobs.set()

@@ -16,9 +16,9 @@ from gateway.services import Parts
 from knapper.errors import KnapperError, Unavailable, UserError
 from knapper.events.cloudevents import Event
 from knapper.ids import Tenant
-from knapper.jobs import layout, upload
+from knapper.jobs import upload
 from knapper.jobs.services import Place
-from knapper.state import damage, dead_letters
+from knapper.state import damage, dead_letters, layout
 from knapper.state.dead_letters import DeadLetter
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Inbox:
 
     async def look(self) -> float | None:
         """Take what is new since the last look that succeeded: each folder once, and none whose job has started."""
-        found = await self._place.exchange.list("inbox/")
+        found = await self._place.exchange.list(layout.INBOX)
         new = [entry for entry in found if (entry.name, entry.generation) not in self._known]
         for tenant, job in dict.fromkeys(folder for entry in new if (folder := taking.folder_of(entry.name))):
             inbox = layout.inbox(tenant, job)

@@ -1,6 +1,5 @@
-"""Names: what a client sends, and where it lies in the store. Nothing from a request becomes a name unchecked."""
+"""Names: what a client sends. Nothing from a request becomes a name unchecked."""
 
-import hashlib
 import re
 from dataclasses import dataclass
 from typing import Literal, NewType, cast
@@ -117,23 +116,3 @@ def number(n: int) -> str:
     if not 0 <= n < 10**20:
         raise ValueError(n)
     return f"{n:020d}"
-
-
-def run_prefix(run: RunId) -> str:
-    """Where a run lies. The hash spreads runs over the key space of an object store."""
-    return f"runs/{hashlib.sha256(run.encode()).hexdigest()[:8]}-{run}/"
-
-
-def run_of(name: str) -> RunId:
-    """Whose object lies under a `run_prefix`."""
-    return RunId(name.split("/")[1].partition("-")[2])
-
-
-def run_of_bundle(prefix: str) -> RunId:
-    """Whose export lies under an `adapter_prefix`."""
-    return RunId(prefix.split("/")[1])
-
-
-def adapter_prefix(run: RunId, seq: int, epoch: int) -> str:
-    """Where the immutable export of one save operation lies; epochs never share a name."""
-    return f"adapters/{run}/{number(seq)}-{number(epoch)}/"

@@ -20,9 +20,13 @@ import pytest
 import knapper
 from knapper.engine.training import losses
 from knapper.errors import KnapperError
+from knapper.ids import RunId
 from knapper.settings import describe
+from knapper.state import layout
+from knapper.state.layout import ObjectKind
 from tests.engine.tiny import tiny_model
 
+FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -181,6 +185,30 @@ def test_the_tree_in_the_documents_is_the_tree() -> None:
         "knapper/" + path.split("/")[1] for path in tracked if path.startswith("knapper/") and path.count("/") > 1
     }
     assert rooms <= shown, f"the tree lacks {sorted(rooms - shown)}"
+
+
+def texts_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, how it begins) of each string, but for docstrings."""
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | FUNCTION)]
+    docstrings = {body[0].value for body in bodies if body and isinstance(body[0], ast.Expr)}
+    for node in ast.walk(tree):
+        first = node.values[0] if isinstance(node, ast.JoinedStr) and node.values else node
+        if isinstance(first, ast.Constant) and isinstance(first.value, str) and first not in docstrings:
+            yield first.lineno, first.value
+
+
+def test_prefixes_of_the_object_store_stand_in_its_map_alone() -> None:
+    roots = {kind.under().partition("/")[0] for kind in ObjectKind} | {layout.INBOX.rstrip("/")}
+    prefix = re.compile(rf"(?:{'|'.join(sorted(roots))})/")
+    assert prefix.match(layout.run_prefix(RunId("r")))
+    found = [
+        f"{path}:{line}: {text!r}"
+        for path in tracked("knapper/*.py", "gateway/*.py", "functions/*.py")
+        if path not in ("knapper/state/layout.py", "gateway/app.py", "gateway/rest/routes.py")  # these two list URLs
+        for line, text in texts_of(ast.parse((ROOT / path).read_bytes()))
+        if prefix.match(text)
+    ]
+    assert found == [], "take them from knapper.state.layout; a path of a URL begins with a slash"
 
 
 def test_whatever_is_imported_is_declared() -> None:

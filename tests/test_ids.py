@@ -1,6 +1,4 @@
-"""Names: the forms that are given out, what lies where, and that nothing else is taken for one."""
-
-import hashlib
+"""Names: the forms that are given out, and that nothing else is taken for one."""
 
 import pytest
 
@@ -127,23 +125,3 @@ def test_numbers_in_names_sort_as_numbers() -> None:
     for wrong in (-1, 10**20):
         with pytest.raises(ValueError, match=str(wrong)):
             ids.number(wrong)
-
-
-def test_where_things_of_a_run_lie_and_whose_they_are() -> None:
-    prefix = f"runs/{hashlib.sha256(RUN.encode()).hexdigest()[:8]}-{RUN}/"
-    assert ids.run_prefix(RUN) == prefix
-    assert ids.run_of(prefix) == ids.run_of(prefix + "in/0") == RUN
-    adapter = f"adapters/{RUN}/00000000000000000005-00000000000000000003/"
-    assert ids.adapter_prefix(RUN, 5, 3) == adapter
-    assert ids.run_of_bundle(adapter) == RUN
-
-
-@pytest.mark.parametrize("name", ["a", "0", "a-b", "a" * 63, ids.LOCAL_TENANT])
-def test_tenants_have_plain_names(name: str) -> None:
-    assert ids.tenant(name) == name
-
-
-@pytest.mark.parametrize("name", ["", "A", "-a", "a_b", "a/b", "..", "a" * 64, "é", "a\n", "a b"])
-def test_no_other_name_is_a_tenant_s(name: str) -> None:
-    with pytest.raises(InvalidField, match="tenant is"):
-        ids.tenant(name)

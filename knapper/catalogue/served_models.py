@@ -1,4 +1,4 @@
-"""Which base models are served, by whom and on what terms: records `models/<slug>/<n>`, of which the highest n wins."""
+"""Which base models are served, by whom and on what terms: numbered records, of which the highest number wins."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,13 +8,12 @@ from typing import Annotated
 import msgspec
 
 from knapper.errors import InvalidField, NotFound, Unavailable
-from knapper.ids import number
 from knapper.state import damage
 from knapper.state.journal.records import Record, decode, encode
+from knapper.state.layout import ObjectKind, last_number
 from knapper.store import Store
 from knapper.store.cache import Remembered
 
-_PREFIX = "models/"
 _attempts_max = 16  # each lost attempt means that another publisher won: they are few
 
 
@@ -64,8 +63,8 @@ class Catalogue:
             newest = await self._newest_name(slug(record.name))
             if newest and await damage.unless(self._read(newest), None) == record:  # a damaged one is overtaken
                 return False
-            n = int(newest.rpartition("/")[2]) + 1 if newest else 0
-            if await self._store.put_if_absent(f"{_PREFIX}{slug(record.name)}/{number(n)}", encode(record)):
+            n = last_number(newest) + 1 if newest else 0
+            if await self._store.put_if_absent(ObjectKind.MODEL.key(slug(record.name), n), encode(record)):
                 return True
         raise Unavailable(f"model {record.name!r}: other processes keep publishing it; stop all but one of them")
 
@@ -86,12 +85,12 @@ class Catalogue:
 
     async def _newest(self) -> list[ModelRecord]:
         newest: dict[str, str] = {}
-        for name in await self._store.list(_PREFIX):  # in order, so the last of a slug wins
-            newest[name.split("/")[1]] = name
+        for name in await self._store.list(ObjectKind.MODEL.under()):  # in order, so the last of a slug wins
+            newest[name.rpartition("/")[0]] = name
         return sorted(await damage.readable(newest.values(), self._read), key=lambda record: record.name)
 
     async def _newest_name(self, slug: str) -> str:
-        names = await self._store.list(f"{_PREFIX}{slug}/")
+        names = await self._store.list(ObjectKind.MODEL.under(slug))
         return names[-1] if names else ""
 
     async def _read(self, name: str) -> ModelRecord:

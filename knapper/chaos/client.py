@@ -48,7 +48,7 @@ class Client:
         return self._session
 
     def finish(self) -> None:
-        self.post(f"sessions/{self._session}/finish", {"reason": {"type": "success"}})
+        self.post(f"/sessions/{self._session}/finish", {"reason": {"type": "success"}})
 
     def get(self, path: str) -> dict[str, Any]:
         return Answer(self._send("GET", path).content, protobuf=False).json()

@@ -12,7 +12,7 @@ from typing import Final, Literal
 from knapper.ids import number
 from knapper.jobs import progress, schedule
 from knapper.jobs.bill import covered
-from knapper.jobs.layout import Start
+from knapper.jobs.names import Start
 from knapper.jobs.presence import Present
 from knapper.jobs.progress import Outline, Progress
 from knapper.jobs.records import Evaluated, Trained

@@ -11,7 +11,7 @@ import httpx
 from knapper import limits
 from knapper.cli.tables import table
 from knapper.errors import InvalidField, NotFound, Unavailable, UserError
-from knapper.jobs import layout, spec
+from knapper.jobs import names, spec
 from knapper.text.durations import clock
 
 _TIMEOUT = httpx.Timeout(60.0, connect=5.0)
@@ -42,7 +42,7 @@ class Client:
         """Send job.yaml and the files that it names, which lie beside it. Raises UserError before anything is sent."""
         folder = job_yaml.resolve().parent
         data = _read(job_yaml)
-        files = {layout.JOB_YAML: data, **{each: _read(folder / each) for each in spec.parse(data).job.files}}
+        files = {names.JOB_YAML: data, **{each: _read(folder / each) for each in spec.parse(data).job.files}}
         size = sum(map(len, files.values()))
         if size > limits.body_bytes_max // 2:  # as JSON it grows
             raise InvalidField(
@@ -50,26 +50,26 @@ class Client:
                 "Copy the folder into the server's inbox instead",
             )  # fmt: skip
         texts = {each: _text(each, content) for each, content in files.items()}
-        return self._ask("POST", "jobs", {"name": layout.job(name or folder.name), "files": texts, "again": again})
+        return self._ask("POST", "/jobs", {"name": names.job(name or folder.name), "files": texts, "again": again})
 
     def jobs(self, limit: int) -> tuple[list[dict[str, Any]], int]:
         """(the newest, how many there are)."""
-        answer = self._ask("GET", f"jobs?limit={limit}")
+        answer = self._ask("GET", f"/jobs?limit={limit}")
         return answer["jobs"], answer["cursor"]["total_count"]
 
     def show(self, job: str, after: int = 0) -> dict[str, Any]:
-        return self._ask("GET", f"jobs/{layout.job(job)}?after={after}")
+        return self._ask("GET", f"/jobs/{names.job(job)}?after={after}")
 
     def cancel(self, job: str) -> dict[str, Any]:
-        return self._ask("POST", f"jobs/{layout.job(job)}/cancel")
+        return self._ask("POST", f"/jobs/{names.job(job)}/cancel")
 
     def resume(self, job: str) -> dict[str, Any]:
-        return self._ask("POST", f"jobs/{layout.job(job)}/resume")
+        return self._ask("POST", f"/jobs/{names.job(job)}/resume")
 
     def usage(self, starting_on: datetime, ending_before: datetime) -> list[dict[str, Any]]:
         """What was used in each hour between two full hours."""
         window = {"starting_on": starting_on.isoformat(), "ending_before": ending_before.isoformat()}
-        found: list[dict[str, Any]] = self._ask("GET", f"billing/usage/events?{urlencode(window)}")["data"]
+        found: list[dict[str, Any]] = self._ask("GET", f"/billing/usage/events?{urlencode(window)}")["data"]
         return found
 
     def _ask(self, method: str, path: str, body: object = None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ running -> cancelled | failed | completed;  cancelled -> running;  failed -> run
 
 from knapper.errors import UserError
 from knapper.ids import number
-from knapper.jobs.layout import Start
+from knapper.jobs.names import Start
 from knapper.jobs.records import Control, State, decode, encode
 from knapper.state.journal.newest import newest_of_few
 from knapper.store import Store

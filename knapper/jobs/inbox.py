@@ -16,8 +16,8 @@ from knapper.catalogue.served_models import Catalogue, slug
 from knapper.errors import InvalidField, NotFound, TooLarge, UserError
 from knapper.exchange import Blob
 from knapper.ids import Tenant, number
-from knapper.jobs import control, datasets, layout, spec, upload
-from knapper.jobs.layout import Start
+from knapper.jobs import control, datasets, names, spec, upload
+from knapper.jobs.names import Start
 from knapper.jobs.records import Refusal, Started, Waiting, encode, read
 from knapper.jobs.rows import RlRow, Row
 from knapper.jobs.services import Place
@@ -27,7 +27,8 @@ from knapper.jobs.yaml_document import JobError
 from knapper.rewards import plain
 from knapper.rewards import spec as rewards
 from knapper.rewards.spec import Reward
-from knapper.state.layout import last_number
+from knapper.state import layout
+from knapper.state.layout import ObjectKind, last_number
 
 log = structlog.get_logger()
 
@@ -38,8 +39,9 @@ async def look(place: Place, tenant: Tenant, job: str) -> Start | None:
     The caller rings `dev.knapper.job.started` for it; `revive` does if that gets lost. Safe to call at any time, by
     any number of processes at once.
     """
-    layout.job(job)
-    awaited = await place.store.list(layout.awaited(tenant, job))  # first: what is current later was not awaited before
+    names.job(job)
+    # First: what is current later was not awaited before.
+    awaited = await place.store.list(ObjectKind.JOB_EXPECTED.under(tenant, job))
     seen = await _look(place, tenant, job)
     for name in awaited:  # by a job.yaml that another took the place of, or nobody; or everything has come
         if seen.awaits is None or name != seen.awaits.expected:
@@ -52,7 +54,7 @@ async def again(place: Place, tenant: Tenant, job: str) -> Start | None:
 
     None if it cannot be started, as `look` has it. Raises InvalidField while it runs.
     """
-    whole = await _whole(place, tenant, layout.job(job))
+    whole = await _whole(place, tenant, names.job(job))
     start = None if whole is None else await upload.current(place.store, whole)
     if whole is not None and start is not None and await place.store.get(start.started) is not None:
         if await control.runs(place.store, start):
@@ -64,7 +66,7 @@ async def again(place: Place, tenant: Tenant, job: str) -> Start | None:
 async def was_started(place: Place, tenant: Tenant, job: str, files: Mapping[str, bytes]) -> bool:
     """Whether a job of just these files was started, under this name."""
     blobs = {name: Blob(data, "") for name, data in files.items()}
-    found = blobs.pop(layout.JOB_YAML)
+    found = blobs.pop(names.JOB_YAML)
     try:
         parsed = spec.parse(found.data)
     except UserError:
@@ -134,10 +136,10 @@ async def _was_replaced(place: Place, start: Start, whole: Upload) -> bool:
 
 async def _make_current(place: Place, start: Start) -> None:
     """What lies in the folder is this start again, after something that was refused: people see it, and no error."""
-    listed = await place.store.list(layout.starts(start.tenant, start.job))
+    listed = await place.store.list(ObjectKind.TENANT_START.under(start.tenant, start.job))
     if listed and not listed[-1].endswith(f"/{start.id}"):
         await _list_now(place, start)
-        await place.exchange.remove(f"{layout.inbox(start.tenant, start.job)}{layout.JOB_ERROR}")
+        await place.exchange.remove(f"{layout.inbox(start.tenant, start.job)}{names.JOB_ERROR}")
 
 
 async def _checked(place: Place, start: Start, parsed: Parsed, whole: Upload) -> Started:
@@ -205,7 +207,7 @@ async def _begin(place: Place, start: Start, started: Started, whole: Upload) ->
     await store.put_if_absent(start.working, b"")  # again: `revive` clears away what never started
     if not won:
         return False
-    await place.exchange.remove(f"{layout.inbox(start.tenant, start.job)}{layout.JOB_ERROR}")
+    await place.exchange.remove(f"{layout.inbox(start.tenant, start.job)}{names.JOB_ERROR}")
     job = spec.decode(started.spec_json)
     log.info("job started", job=str(start), kind=job.kind, rows=started.rows, adapts=",".join(job.lora.adapts))
     return True
@@ -213,7 +215,7 @@ async def _begin(place: Place, start: Start, started: Started, whole: Upload) ->
 
 async def _end_earlier(place: Place, start: Start) -> None:
     """Earlier starts of the same job would write over each other's results."""
-    for name in await place.store.list(f"working/{start.tenant}/{start.job}/"):
+    for name in await place.store.list(ObjectKind.JOB_WORKING.under(start.tenant, start.job)):
         other = Start(start.tenant, start.job, name.rpartition("/")[2])
         if other != start and await place.store.get(other.started) is not None:
             reason = f"{control.REPLACED}: start {start.id} took its place"
@@ -223,16 +225,15 @@ async def _end_earlier(place: Place, start: Start) -> None:
 
 async def _list(place: Place, start: Start) -> None:
     """Into the tenant's lists: once, or once more if somebody dies here, which changes nothing."""
-    marker = f"{start.prefix}listed"
-    if await place.store.get(marker) is None:
+    if await place.store.get(start.listed) is None:
         await _list_now(place, start)
-        await place.store.put_if_absent(marker, b"")
+        await place.store.put_if_absent(start.listed, b"")
 
 
 async def _list_now(place: Place, start: Start) -> None:
-    at = number(int(place.clock() * 1e6))
-    await place.store.put_if_absent(f"{layout.starts(start.tenant, start.job)}{at}/{start.id}", b"")
-    await place.store.put_if_absent(f"{layout.listed(start.tenant)}{at}/{start.job}/{start.id}", b"")
+    at = int(place.clock() * 1e6)
+    await place.store.put_if_absent(ObjectKind.TENANT_START.key(start.tenant, start.job, at, start.id), b"")
+    await place.store.put_if_absent(ObjectKind.TENANT_JOB.key(start.tenant, at, start.job, start.id), b"")
 
 
 async def _wait(place: Place, start: Start, parsed: Parsed, missing: list[str]) -> bool:
@@ -275,7 +276,7 @@ async def _refuse(place: Place, start: Start, error: JobError) -> None:
         await place.store.put_if_absent(f"{start.refusals}{number(n + 1)}", encode(refusal))
         log.error("job refused", job=str(start), reason=str(error))
     data = msgspec.json.format(msgspec.json.encode(report)) + b"\n"
-    beside = f"{layout.inbox(start.tenant, start.job)}{layout.JOB_ERROR}"
+    beside = f"{layout.inbox(start.tenant, start.job)}{names.JOB_ERROR}"
     if not await _lies_there(place, beside, data):
         await place.exchange.publish(beside, data)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from knapper.errors import NotFound, damaged
 from knapper.jobs import datasets, spec
-from knapper.jobs.layout import Start
+from knapper.jobs.names import Start
 from knapper.jobs.progress import Outline
 from knapper.jobs.records import Started, read
 from knapper.jobs.rows import Row

@@ -10,17 +10,18 @@ import msgspec
 from knapper import limits
 from knapper.errors import NotFound, damaged
 from knapper.ids import Tenant, TinkerPath
-from knapper.jobs import activity, control, layout, outputs
+from knapper.jobs import activity, control, names, outputs
 from knapper.jobs.activity import Activity
 from knapper.jobs.completion import FINAL
-from knapper.jobs.layout import Start
+from knapper.jobs.names import Start
 from knapper.jobs.presence import Present
 from knapper.jobs.progress import Looks, Outline, newest_step
 from knapper.jobs.records import Evaluated, Refusal, Started, Trained, Waiting, read
 from knapper.jobs.services import Place
 from knapper.jobs.spec import Kind, RlJob, decode
-from knapper.state import damage
+from knapper.state import damage, layout
 from knapper.state.journal import envelope
+from knapper.state.layout import ObjectKind
 from knapper.store import Store, many
 
 _METRICS_MAX = 1000  # lines that one answer has
@@ -37,23 +38,21 @@ class Listed:
 
 async def listed(store: Store, tenant: Tenant) -> list[Listed]:
     """The newest start of each job, newest first."""
-    prefix = layout.listed(tenant)
-    found = damage.parsed(await store.list(prefix), lambda name: _listed(tenant, name.removeprefix(prefix)))
+    found = damage.parsed(await store.list(ObjectKind.TENANT_JOB.under(tenant)), _listed)
     newest = {each.start.job: each for each in found}  # in order of time: the last one stays
     return sorted(newest.values(), key=lambda each: each.at, reverse=True)
 
 
-def _listed(tenant: Tenant, name: str) -> Listed:
-    """Raises ValueError for a name that none of ours is."""
-    at_us, job, start = name.split("/")
-    return Listed(Start(tenant, job, start), int(at_us) / 1e6)
+def _listed(key: str) -> Listed:
+    """Raises ValueError for a key that is none of ours."""
+    tenant, at_us, job, start = ObjectKind.TENANT_JOB.parse(key)
+    return Listed(Start(Tenant(tenant), job, start), int(at_us) / 1e6)
 
 
 async def newest(store: Store, tenant: Tenant, job: str) -> Listed:
     """Raises NotFound."""
-    prefix = layout.starts(tenant, layout.job(job))
-    if starts := await store.list(prefix):
-        at_us, start = starts[-1].removeprefix(prefix).split("/")
+    if starts := await store.list(ObjectKind.TENANT_START.under(tenant, names.job(job))):
+        _, _, at_us, start = ObjectKind.TENANT_START.parse(starts[-1])
         return Listed(Start(tenant, job, start), int(at_us) / 1e6)
     # One from before there were such names, or none.
     for each in await listed(store, tenant):

@@ -5,10 +5,11 @@ A job that goes on after a break sends the operations of the step that it is in 
 
 from knapper.ids import RunId, Tenant
 from knapper.jobs import control
-from knapper.jobs.layout import Start, listed
+from knapper.jobs.names import Start
 from knapper.jobs.progress import newest_step
 from knapper.jobs.records import Trained, read
 from knapper.state.gc.session import Need
+from knapper.state.layout import ObjectKind
 from knapper.state.sessions import Session
 from knapper.store import Store
 
@@ -19,8 +20,8 @@ async def of(store: Store, session: Session, run: RunId) -> Need:
     """Of a run in this session."""
     if TAG not in session.tags:
         return Need()
-    for name in await store.list(listed(Tenant(session.tenant))):
-        start = Start.parse(f"{session.tenant}/{'/'.join(name.split('/')[-2:])}")
+    for name in await store.list(ObjectKind.TENANT_JOB.under(session.tenant)):
+        start = Start(Tenant(session.tenant), *ObjectKind.TENANT_JOB.parse(name)[2:])
         if start.session == session.session:
             return await _of(store, start, run)
     return Need()  # a client may give its sessions whatever tags it likes

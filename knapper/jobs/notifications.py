@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
-from knapper.jobs.layout import Round, Start
+from knapper.jobs.names import Round, Start
 from knapper.jobs.records import Started
 from knapper.jobs.spec import decode
 

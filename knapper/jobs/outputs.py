@@ -7,14 +7,14 @@ from typing import Any
 import msgspec
 
 from knapper.ids import Tenant
-from knapper.jobs import control, layout
+from knapper.jobs import control
 from knapper.jobs.job_files import Folder
-from knapper.jobs.layout import Start
+from knapper.jobs.names import Start
 from knapper.jobs.progress import newest_step
 from knapper.jobs.records import Evaluated, Started, Trained, read
 from knapper.jobs.services import Place
 from knapper.jobs.spec import decode
-from knapper.state import damage
+from knapper.state import damage, layout
 from knapper.state.layout import last_number
 from knapper.store import Store
 
@@ -63,7 +63,7 @@ async def publish_rollouts(place: Place, folder: Folder, name: str, readable: by
 
 async def evaluations(store: Store, start: Start) -> dict[int, Evaluated]:
     """By version, in order; without damaged ones."""
-    listed = await store.list(f"{start.prefix}evaluations/")
+    listed = await store.list(start.rounds("evaluations"))
 
     async def one(name: str) -> tuple[int, Evaluated]:
         evaluated = await read(store, name, Evaluated)

@@ -1,7 +1,7 @@
 """A job that cannot go on says in its status why, and that it waits."""
 
 from knapper.jobs import control, outputs
-from knapper.jobs.layout import Start
+from knapper.jobs.names import Start
 from knapper.jobs.records import Started, read
 from knapper.jobs.services import Place
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from knapper.ids import number
 from knapper.jobs import schedule
-from knapper.jobs.layout import Round, Start
+from knapper.jobs.names import Round, Start
 from knapper.jobs.spec import AnyJob, RlJob
 from knapper.store import Store
 
@@ -70,13 +70,14 @@ class Looks:
         known = self._known.get(start)
         trained, evaluated_to = known if known is not None else (await newest_step(self._store, start), 0)
         rounds: dict[tuple[Round, int], Parts] = {}
-        for kind, first in (("steps", trained), ("evaluations", evaluated_to)):
+        begins: tuple[tuple[Round, int], ...] = (("steps", trained), ("evaluations", evaluated_to))
+        for kind, first in begins:
             if kind == "evaluations" and outline.job.evaluate is None:
                 continue
-            prefix = f"{start.prefix}{kind}/"
+            prefix = start.rounds(kind)
             for name in await self._store.list(prefix, start_after=f"{prefix}{number(first)}/"):
                 n, what, part = _split(name.removeprefix(prefix))
-                parts = rounds.setdefault((kind, n), Parts())  # type: ignore[arg-type]  # the list has these two
+                parts = rounds.setdefault((kind, n), Parts())
                 if what == "rollouts":
                     parts.rollouts.add(part)
                 elif what == "scores":

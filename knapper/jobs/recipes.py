@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from knapper.ids import RunId
-from knapper.jobs.layout import Round
+from knapper.jobs.names import Round
 from knapper.jobs.records import Spent
 from knapper.jobs.run_client import Line
 

@@ -11,12 +11,13 @@ from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
 from knapper.jobs import control, notifications, progress
 from knapper.jobs.inbox import look
-from knapper.jobs.layout import Start
+from knapper.jobs.names import Start
 from knapper.jobs.progress import Looks, Outline
 from knapper.jobs.records import Started, Waiting, read
 from knapper.jobs.services import Place
 from knapper.jobs.spec import RlJob, decode
 from knapper.state import damage
+from knapper.state.layout import ObjectKind
 
 _QUIET_S = 60.0
 
@@ -49,10 +50,10 @@ class Seen:
 async def due(place: Place, seen: Seen, quiet_s: float = _QUIET_S) -> list[Event]:
     """The bells for jobs with work undone that have not moved for so long; and first bells of jobs that start now."""
     found: list[Event] = []
-    expected = await _starts(place, "expected/")
+    expected = await _starts(place, ObjectKind.JOB_EXPECTED)
     for start in expected:
         found += await _alone(start, _awaited(place, start))
-    working = await _starts(place, "working/")
+    working = await _starts(place, ObjectKind.JOB_WORKING)
     seen.known = {start: known for start, known in seen.known.items() if start in working}
     for start in working:
         found += await _alone(start, _of(place, seen, start, quiet_s))
@@ -75,14 +76,14 @@ async def _alone(start: Start, bells: Awaitable[list[Event]]) -> list[Event]:
     return []
 
 
-async def _starts(place: Place, prefix: str) -> list[Start]:
+async def _starts(place: Place, kind: ObjectKind) -> list[Start]:
     def parse(name: str) -> Start:
         try:
-            return Start.parse(name.removeprefix(prefix))
+            return Start.parse(name.removeprefix(kind.under()))
         except UserError as error:
             raise ValueError(name) from error
 
-    return damage.parsed(await place.store.list(prefix), parse)
+    return damage.parsed(await place.store.list(kind.under()), parse)
 
 
 async def _awaited(place: Place, start: Start) -> list[Event]:

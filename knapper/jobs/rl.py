@@ -12,7 +12,7 @@ from knapper.ids import RunId
 from knapper.jobs import advantages, schedule
 from knapper.jobs.bill import covered, union
 from knapper.jobs.job_files import Folder
-from knapper.jobs.layout import Round
+from knapper.jobs.names import Round
 from knapper.jobs.recipes import Lines, Outcome
 from knapper.jobs.records import Rollout, Rollouts, Scores, Spent, decode
 from knapper.jobs.rollouts import step_name

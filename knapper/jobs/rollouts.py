@@ -18,7 +18,7 @@ from knapper.events.cloudevents import Event
 from knapper.ids import TinkerPath
 from knapper.jobs import progress, schedule
 from knapper.jobs.job_files import Folder
-from knapper.jobs.layout import Round
+from knapper.jobs.names import Round
 from knapper.jobs.progress import Looks
 from knapper.jobs.records import Rollout, Rollouts, encode
 from knapper.jobs.rows import RlRow

@@ -12,7 +12,7 @@ from knapper.events.cloudevents import Event
 from knapper.ids import TinkerPath
 from knapper.jobs import completion, control, needs, outputs, progress, sample_usage, schedule
 from knapper.jobs.job_files import Folder
-from knapper.jobs.layout import Round
+from knapper.jobs.names import Round
 from knapper.jobs.outputs import Metrics
 from knapper.jobs.progress import Looks, Progress
 from knapper.jobs.recipes import Course, Lines

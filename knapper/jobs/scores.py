@@ -9,7 +9,7 @@ from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
 from knapper.jobs import progress
 from knapper.jobs.job_files import Folder
-from knapper.jobs.layout import Round
+from knapper.jobs.names import Round
 from knapper.jobs.progress import Looks
 from knapper.jobs.records import Rollout, Rollouts, Score, Scores, encode, read
 from knapper.jobs.rows import RlRow

@@ -9,7 +9,7 @@ from knapper.errors import UserError
 from knapper.ids import RunId
 from knapper.jobs import schedule
 from knapper.jobs.job_files import Folder
-from knapper.jobs.layout import Round
+from knapper.jobs.names import Round
 from knapper.jobs.preferences import Preference, preference, summed
 from knapper.jobs.recipes import Lines, Outcome
 from knapper.jobs.rows import ChatRow, CompletionRow, PairRow, Row

@@ -14,12 +14,13 @@ import msgspec
 from knapper import limits
 from knapper.exchange import Blob
 from knapper.ids import Tenant, number
-from knapper.jobs import layout
-from knapper.jobs.layout import Start
+from knapper.jobs import names
+from knapper.jobs.names import Start
 from knapper.jobs.records import Started, read
 from knapper.jobs.services import Place
 from knapper.jobs.spec import Parsed
-from knapper.state.layout import last_number
+from knapper.state import layout
+from knapper.state.layout import ObjectKind, last_number
 from knapper.store import Store
 
 
@@ -39,7 +40,7 @@ class Upload:
     @property
     def generations(self) -> dict[str, str]:
         """In the exchange: while all are these, nothing was uploaded since."""
-        return {name: blob.generation for name, blob in {layout.JOB_YAML: self.job_yaml, **self.files}.items()}
+        return {name: blob.generation for name, blob in {names.JOB_YAML: self.job_yaml, **self.files}.items()}
 
     @property
     def first(self) -> Start:
@@ -60,14 +61,14 @@ def of_job_yaml(tenant: Tenant, job: str, data: bytes) -> Start:
 
 async def job_yaml(place: Place, tenant: Tenant, job: str) -> Blob | None:
     """Raises TooLarge."""
-    return await place.exchange.read(f"{layout.inbox(tenant, job)}{layout.JOB_YAML}", limits.job_yaml_bytes_max)
+    return await place.exchange.read(f"{layout.inbox(tenant, job)}{names.JOB_YAML}", limits.job_yaml_bytes_max)
 
 
 async def read_files(place: Place, tenant: Tenant, job: str, found: Blob, parsed: Parsed) -> Upload:
     """With those files that are there. Raises TooLarge."""
     files = {}
     for name in parsed.job.files:
-        at = f"{layout.inbox(tenant, job)}{layout.file(name)}"
+        at = f"{layout.inbox(tenant, job)}{names.file(name)}"
         if (blob := await place.exchange.read(at, limits.job_file_bytes_max)) is not None:
             files[name] = blob
     return Upload(tenant, job, found, files)
@@ -90,7 +91,7 @@ async def repeat(store: Store, upload: Upload) -> Start:
 
 async def unchanged(store: Store, tenant: Tenant, job: str, generations: Mapping[str, str]) -> bool:
     """Whether the job's newest start was made from just these objects, so that none needs to be read."""
-    listed = await store.list(layout.starts(tenant, job))
+    listed = await store.list(ObjectKind.TENANT_START.under(tenant, job))
     if not listed:
         return False
     started = await read(store, Start(tenant, job, listed[-1].rpartition("/")[2]).started, Started)

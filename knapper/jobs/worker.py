@@ -16,7 +16,7 @@ from knapper.events.cloudevents import Event
 from knapper.jobs import activity, control, outputs
 from knapper.jobs.activity import Function
 from knapper.jobs.job_files import Folder, Folders
-from knapper.jobs.layout import Start
+from knapper.jobs.names import Start
 from knapper.jobs.services import Place
 from knapper.jobs.spec import Kind
 

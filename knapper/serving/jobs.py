@@ -13,7 +13,7 @@ from knapper.events.cloudevents import Event
 from knapper.jobs import pause
 from knapper.jobs.activity import Function
 from knapper.jobs.job_files import Folders
-from knapper.jobs.layout import Start
+from knapper.jobs.names import Start
 from knapper.jobs.rollouts import Sampling
 from knapper.jobs.run_client import Journal
 from knapper.jobs.runner import Training

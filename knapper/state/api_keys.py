@@ -1,6 +1,6 @@
 """API keys: who may speak for which tenant. The store has only a key's hash; the key itself is shown once.
 
-    keys/<id>/<n>     1: the key is made; 2: it is revoked. The highest n wins
+Of a key's versions, 1 says that it is made, and 2 that it is revoked.
 
 A key is 256 random bits, so that one round of SHA-256 protects it: there is nothing to guess. Its id is the beginning
 of its hash; who holds the key can find its record, and who sees the record learns nothing of the key.
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import msgspec
 
-from knapper import ids, limits
+from knapper import limits
 from knapper.errors import InvalidField, NotFound, Unauthorized, UserError
 from knapper.ids import Tenant
 from knapper.state import damage
 from knapper.state.journal.records import Record, decode, encode
+from knapper.state.layout import ObjectKind
 from knapper.store import Store
 from knapper.store.cache import Remembered
 
@@ -63,7 +64,7 @@ class Keys:
     async def listed(self) -> list[Key]:
         """All of them as they stand, the oldest first."""
         newest = {
-            name.rpartition("/")[0]: name for name in await self.store.list("keys/")
+            name.rpartition("/")[0]: name for name in await self.store.list(ObjectKind.API_KEY.under())
         }  # sorted: the last one stays
         found = await damage.readable(newest.values(), self._read)
         return sorted([key for key in found if key is not None], key=lambda key: (key.created_at, key.id))
@@ -173,7 +174,7 @@ def _id(digest: bytes) -> str:
 
 
 def _version(key_id: str, n: int) -> str:
-    return f"keys/{key_id}/{ids.number(n)}"
+    return ObjectKind.API_KEY.key(key_id, n)
 
 
 def _unknown() -> Unauthorized:

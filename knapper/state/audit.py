@@ -7,11 +7,12 @@ from datetime import UTC, datetime
 from knapper.ids import TinkerPath
 from knapper.state import damage
 from knapper.state.journal.records import Record, decode, encode
+from knapper.state.layout import ObjectKind
 from knapper.store import Store
 
 
 class Entry(Record, frozen=True):
-    """audit/<tenant>/<day>/<microseconds>-<id>. `event` is <resource>_<action>."""
+    """`event` is <resource>_<action>."""
 
     at: float  # seconds since the epoch
     event: str
@@ -30,7 +31,7 @@ class Audit:
         """Durable on return. Without a value, a detail is left out."""
         at = self.clock()
         entry = Entry(at=at, event=event, details={name: value for name, value in details.items() if value})
-        name = f"{_day(tenant, datetime.fromtimestamp(at, UTC))}{int(at * 1e6):020d}-{self.new_id()}"
+        name = ObjectKind.AUDIT.key(tenant, _date(datetime.fromtimestamp(at, UTC)), int(at * 1e6), self.new_id())
         await self.store.put_if_absent(name, encode(entry))
 
     async def read(self, tenant: str, tinker_path: str, purpose: str) -> None:
@@ -40,7 +41,7 @@ class Audit:
 
     async def day(self, tenant: str, day: datetime, resource: str = "") -> list[Entry]:
         """The entries of one UTC day in order of time; all, or those about one kind of resource."""
-        names = await self.store.list(_day(tenant, day))
+        names = await self.store.list(ObjectKind.AUDIT.under(tenant, _date(day)))
         entries = await damage.readable(names, self._read)
         return [entry for entry in entries if not resource or entry.event.startswith(f"{resource}_")]
 
@@ -50,5 +51,5 @@ class Audit:
         return decode(data, Entry, name)
 
 
-def _day(tenant: str, day: datetime) -> str:
-    return f"audit/{tenant}/{day:%Y-%m-%d}/"
+def _date(day: datetime) -> str:
+    return f"{day:%Y-%m-%d}"

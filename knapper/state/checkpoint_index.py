@@ -1,9 +1,8 @@
 """Labels: what lists tell of checkpoints, in names without content, so that two listings tell it of all.
 
-labels/<tenant>/<run>/<kind>/<name>/<n>/<saved>-<expires>-<size>-<model>-<bundle>    times in microseconds
-
-A label is stuck on after its version was made, and says what the version says. Where one is missing (its maker died in
-between, or was an older one) the version is read, and labelled: a label is never more than a copy.
+A label, <saved>-<expires>-<size>-<model>-<bundle> with times in microseconds, is stuck on after its version was made,
+and says what the version says. Where one is missing (its maker died in between, or was an older one) the version is
+read, and labelled: a label is never more than a copy.
 """
 
 from collections.abc import Awaitable, Callable, Iterable
@@ -14,9 +13,10 @@ from urllib.parse import quote, unquote
 from knapper.catalogue.served_models import slug
 from knapper.ids import CheckpointKind, RunId, TinkerPath
 from knapper.state import damage
+from knapper.state.layout import ObjectKind, label_of
 from knapper.store import Names, Store, many
 
-_ROOT, _LABELS = "checkpoints/", "labels/"
+_ROOT, _LABELS = ObjectKind.CHECKPOINT.under(), ObjectKind.LABEL.under()
 
 
 @dataclass(frozen=True)
@@ -36,29 +36,25 @@ class Label:
 
     @property
     def path(self) -> TinkerPath:
-        _, _, run, kind, name, _ = self.version.split("/")
+        _, run, kind, name, _ = ObjectKind.CHECKPOINT.parse(self.version)
         return TinkerPath(RunId(run), cast(CheckpointKind, kind), name)
 
     @property
     def place(self) -> str:
         """Where it lies."""
         told = (int(self.saved_at * 1e6), int(self.expires_at * 1e6), self.size_bytes, self.model)
-        return f"{_of(self.version)}/{'-'.join(map(str, told))}-{quote(self.bundle, safe='')}"
+        return label_of(self.version, f"{'-'.join(map(str, told))}-{quote(self.bundle, safe='')}")
 
     def lives(self, now: float) -> bool:
         """Whether the name leads to its files at this time."""
         return bool(self.bundle) and not 0.0 < self.expires_at <= now
 
 
-def _of(version: str) -> str:
-    return _LABELS + version.removeprefix(_ROOT)
-
-
 def _parse(place: str) -> Label:
-    version, _, told = place.rpartition("/")
+    *version, told = ObjectKind.LABEL.parse(place)
     saved, expires, size, model, bundle = told.split("-", 4)
     return Label(
-        _ROOT + version.removeprefix(_LABELS), int(saved) / 1e6, int(expires) / 1e6, int(size), model, unquote(bundle)
+        ObjectKind.CHECKPOINT.key(*version), int(saved) / 1e6, int(expires) / 1e6, int(size), model, unquote(bundle)
     )
 
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from knapper import ids
 from knapper.errors import NotFound, UserError
-from knapper.ids import RunId, TinkerPath, run_of_bundle, session_of
+from knapper.ids import RunId, TinkerPath, number, session_of
 from knapper.state import checkpoint_index, damage, layout
 from knapper.state.checkpoint_index import Label
 from knapper.state.gc import marks
@@ -24,7 +23,7 @@ EVERYONE = ""
 
 
 class Checkpoint(Record, frozen=True):
-    """checkpoints/<tenant>/<run>/<kind>/<name>/<n>.
+    """A version of a name.
 
     `bundle` is the store prefix of its files, empty if this version deletes the name. Times in seconds since the epoch.
     """
@@ -69,8 +68,8 @@ class Checkpoints:
         Raises UserError if another operation's checkpoint has the name and `overwrite` is false.
         """
         path = TinkerPath.parse(checkpoint.path)
-        prefix = _prefix(path, checkpoint.tenant)
-        if await self._put(f"{prefix}{ids.number(1)}", checkpoint):
+        prefix = layout.checkpoint(path, checkpoint.tenant)
+        if await self._put(f"{prefix}{number(1)}", checkpoint):
             return
         while True:
             listed = await self.store.list(prefix)
@@ -85,7 +84,7 @@ class Checkpoints:
                     "allowed: a new name, or overwrite=True where the method has it"
                 )
             n = layout.last_number(listed[-1]) if listed else 0
-            if await self._put(f"{prefix}{ids.number(n + 1)}", checkpoint):
+            if await self._put(f"{prefix}{number(n + 1)}", checkpoint):
                 return
 
     async def resolve(self, path: TinkerPath, tenant: str) -> Checkpoint:
@@ -161,9 +160,9 @@ class Checkpoints:
             changed = msgspec.structs.replace(newest, **changes)
             if changed == newest:
                 return
-            for run in {path.run, run_of_bundle(newest.bundle)}:  # a copy's files lie where its source's do
+            for run in {path.run, layout.run_of_export(newest.bundle)}:  # a copy's files lie where its source's do
                 await marks.put(self.store, session_of(run), f"{path.run}-{path.kind}-{path.name}-{n + 1}")
-            if await self._put(f"{_prefix(path, tenant)}{ids.number(n + 1)}", changed):
+            if await self._put(f"{layout.checkpoint(path, tenant)}{number(n + 1)}", changed):
                 return
 
     async def _living(self, path: TinkerPath, tenant: str) -> Checkpoint | None:
@@ -171,11 +170,11 @@ class Checkpoints:
         return newest if newest is not None and newest.lives(self.clock()) else None
 
     async def _newest(self, path: TinkerPath, tenant: str) -> tuple[int, Checkpoint | None]:
-        prefix = _prefix(path, tenant)
+        prefix = layout.checkpoint(path, tenant)
         listed = await self.store.list(prefix)
         n, newest = (layout.last_number(listed[-1]), await self._version(listed[-1])) if listed else (0, None)
         # A load must not take an old version because a listing lags: what no listing shows yet is found by its name.
-        while (data := await self.store.get(name := f"{prefix}{ids.number(n + 1)}")) is not None:
+        while (data := await self.store.get(name := f"{prefix}{number(n + 1)}")) is not None:
             n, newest = n + 1, decode(data, Checkpoint, name)
         return n, newest
 
@@ -208,10 +207,6 @@ def _label_of(version: str, checkpoint: Checkpoint) -> Label:
         version, checkpoint.saved_at, checkpoint.expires_at, checkpoint.size_bytes, checkpoint.base_model,
         checkpoint.bundle,
     )  # fmt: skip
-
-
-def _prefix(path: TinkerPath, tenant: str) -> str:
-    return f"checkpoints/{tenant}/{path.run}/{path.kind}/{path.name}/"
 
 
 def _missing(path: TinkerPath) -> NotFound:

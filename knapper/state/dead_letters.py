@@ -1,17 +1,15 @@
 """Dead letters: events that nobody could deliver, kept for an operator to look at.
 
-dead/<sha256 of what it is and whom it was for>    created once: the same letter comes again, and is the same
+Named by the hash of what it is and whom it was for: a letter that comes again is the same.
 """
 
 import hashlib
-from typing import Final
 
 from knapper import limits
 from knapper.state import damage
 from knapper.state.journal.records import Record, decode, encode
+from knapper.state.layout import ObjectKind
 from knapper.store import Names, Store
-
-_FOLDER: Final = "dead/"
 
 
 class DeadLetter(Record, frozen=True):
@@ -25,14 +23,14 @@ class DeadLetter(Record, frozen=True):
 async def keep(store: Store, letter: DeadLetter) -> str:
     """Its name in the store."""
     told = "|".join(letter.attributes.get(name, "") for name in ("source", "id", "type", "subject", "knativeerrordest"))
-    name = _FOLDER + hashlib.sha256(told.encode() + b"|" + letter.body).hexdigest()
+    name = ObjectKind.DEAD_LETTER.key(hashlib.sha256(told.encode() + b"|" + letter.body).hexdigest())
     await store.put_if_absent(name, encode(letter))
     return name
 
 
 async def listed(store: Store) -> list[DeadLetter]:
     """The oldest first; at most `dead_letters_listed_max`, of any age."""
-    names: Names = await store.list(_FOLDER, limit=limits.dead_letters_listed_max)
+    names: Names = await store.list(ObjectKind.DEAD_LETTER.under(), limit=limits.dead_letters_listed_max)
 
     async def read(name: str) -> DeadLetter | None:
         data = await store.get(name)

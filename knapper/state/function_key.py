@@ -15,9 +15,10 @@ from knapper.errors import Unauthorized, Unavailable, UserError
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
 from knapper.state import secrets
+from knapper.state.layout import ObjectKind
 from knapper.store import Store
 
-SECRET = "secrets/functions"
+SECRET = ObjectKind.SECRET.key("functions")
 _BEARER = "Bearer "
 
 

@@ -1,11 +1,10 @@
-"""Every kind of object that lies in the store, and how damage to it is found out. `knapper verify` reads all by it.
+"""How damage to each kind of object is found out. `knapper verify` reads all by it.
 
 A record has a checksum in its envelope, a part of a bundle one in its index, a file of a job one in its name; and what
 has no content says all in its name.
 """
 
 import hashlib
-import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final
@@ -13,6 +12,7 @@ from typing import Final
 from knapper.catalogue.served_models import ModelRecord
 from knapper.errors import KnapperError, damaged
 from knapper.jobs.records import Control, Evaluated, Refusal, Rollouts, Scores, Started, Trained, Waiting
+from knapper.state import layout
 from knapper.state.api_keys import Key
 from knapper.state.audit import Entry
 from knapper.state.checkpoints import Checkpoint
@@ -21,7 +21,8 @@ from knapper.state.dead_letters import DeadLetter
 from knapper.state.journal import bundles
 from knapper.state.journal.accept import decode_creation
 from knapper.state.journal.records import Commit, End, Index, Manifest, Operation, Record, decode
-from knapper.state.secrets import opened_bytes
+from knapper.state.layout import ObjectKind
+from knapper.state.secrets import Secret, opened_bytes
 from knapper.state.sessions import Assignment, Finish, Sampler, Session
 from knapper.state.usage import Samplings
 from knapper.store import Store, many
@@ -51,59 +52,21 @@ class SecretOrBare:
 
 Holds = type[Record] | Empty | Part | NamedByHash | SecretOrBare
 
-_N, _ANY = r"\d{20}", r"[^/]+"
-_STEP = rf"jobs/{_ANY}/{_ANY}/{_ANY}/(?:steps|evaluations)/{_N}"
-_BUNDLE = rf"(?:runs/{_ANY}/snap|adapters/{_ANY})/{_N}-{_N}"
-TABLE: Final[tuple[tuple[str, Holds], ...]] = (
-    (rf"runs/{_ANY}/in/{_N}", Operation),
-    (rf"runs/{_ANY}/out/{_N}", Commit),
-    (rf"runs/{_ANY}/manifest/{_N}", Manifest),
-    (rf"runs/{_ANY}/end/{_N}", End),
-    (rf"runs/{_ANY}/used/{_ANY}", Empty()),
-    (rf"{_BUNDLE}/index", Index),
-    (rf"{_BUNDLE}/(?!index$){_ANY}", Part()),
-    (rf"checkpoints/{_ANY}/{_ANY}/{_ANY}/{_ANY}/{_N}", Checkpoint),
-    (rf"labels/{_ANY}/{_ANY}/{_ANY}/{_ANY}/{_N}/{_ANY}", Empty()),
-    (rf"sessions/{_ANY}/created", Session),
-    (rf"sessions/{_ANY}/finished", Finish),
-    (rf"sessions/{_ANY}/project/{_N}", Assignment),
-    (rf"sessions/{_ANY}/heard/{_N}", Empty()),
-    (rf"samplers/{_ANY}", Sampler),
-    (rf"inflight/{_ANY}/{_N}", Sampler),
-    (rf"clones/{_ANY}/{_N}", Empty()),
-    (rf"tenants/{_ANY}/sessions/{_ANY}", Empty()),
-    (rf"tenants/{_ANY}/runs/{_ANY}/{_N}", Empty()),
-    (rf"tenants/{_ANY}/(?:jobs|starts)/{_ANY}/{_ANY}(?:/{_ANY})?", Empty()),
-    (rf"keys/{_ANY}/{_N}", Key),
-    (rf"models/{_ANY}/{_N}", ModelRecord),
-    (rf"audit/{_ANY}/{_ANY}/{_ANY}", Entry),
-    (rf"dead/{_ANY}", DeadLetter),
-    (rf"usage/{_ANY}/{_N}/{_ANY}", Samplings),
-    (rf"used/{_ANY}/{_N}/{_ANY}/{_ANY}", Empty()),
-    (rf"using/{_ANY}/{_ANY}/{_ANY}", Empty()),
-    (r"accounts/began", Empty()),
-    (rf"collect/(?:begun|now/{_ANY}/{_ANY}|later/{_N}/{_ANY})", Empty()),
-    (rf"uploads/{_ANY}", Empty()),  # of before a job's start said what it was made from
-    (r"secrets/(?:functions|links|tokens)", SecretOrBare()),
-    (rf"jobs/{_ANY}/{_ANY}/{_ANY}/started", Started),
-    (rf"jobs/{_ANY}/{_ANY}/{_ANY}/waiting", Waiting),
-    (rf"jobs/{_ANY}/{_ANY}/{_ANY}/listed", Empty()),
-    (rf"jobs/{_ANY}/{_ANY}/{_ANY}/again/{_N}", Empty()),
-    (rf"jobs/{_ANY}/{_ANY}/{_ANY}/control/{_N}", Control),
-    (rf"jobs/{_ANY}/{_ANY}/{_ANY}/refused/{_N}", Refusal),
-    (rf"jobs/{_ANY}/{_ANY}/{_ANY}/files/[0-9a-f]{{64}}", NamedByHash()),
-    (rf"{_STEP}/rollouts/{_N}", Rollouts),
-    (rf"{_STEP}/scores/{_N}", Scores),
-    (rf"{_STEP}/trained", Trained),
-    (rf"{_STEP}/evaluated", Evaluated),
-    (rf"(?:working|expected)/{_ANY}/{_ANY}/{_ANY}", Empty()),
-)
-_COMPILED = tuple((re.compile(pattern), holds) for pattern, holds in TABLE)
+_RECORDS: Final[tuple[type[Record], ...]] = (
+    Assignment, Checkpoint, Commit, Control, DeadLetter, End, Entry, Evaluated, Finish, Index, Key, Manifest,
+    ModelRecord, Operation, Refusal, Rollouts, Sampler, Samplings, Scores, Session, Started, Trained, Waiting,
+)  # fmt: skip
+_HELD: Final[dict[str, Holds]] = {
+    layout.EMPTY: Empty(), layout.PART: Part(), layout.NAMED_BY_HASH: NamedByHash(), Secret.__name__: SecretOrBare(),
+    **{record.__name__: record for record in _RECORDS},
+}  # fmt: skip
+TABLE: Final[dict[ObjectKind, Holds]] = {kind: _HELD[kind.holds] for kind in ObjectKind}
 
 
 def holds(name: str) -> Holds | None:
     """What lies under the name, or None for a name that is none of ours."""
-    return next((what for pattern, what in _COMPILED if pattern.fullmatch(name)), None)
+    kind = layout.kind_of(name)
+    return None if kind is None else TABLE[kind]
 
 
 async def check(store: Store, name: str) -> None:

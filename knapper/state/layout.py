@@ -1,49 +1,268 @@
-"""Where each record of a run lies."""
+"""The map of the object store: every key there is, in one table. All others that make or read keys do it by this.
 
-from knapper.ids import RunId, number, run_prefix
+A key is a pattern with its fields filled in. A number has 20 digits, so that keys sort as numbers do.
+"""
+
+import hashlib
+import re
+from enum import Enum
+from typing import Final
+
+from knapper.ids import RunId, SamplerId, SessionId, TinkerPath, number
+
+_FORMS: Final = {  # of fields; any other field is a segment, or a part of one
+    **dict.fromkeys(("n", "seq", "epoch", "day", "hour", "us"), r"\d{20}"),  # us: microseconds since the epoch
+    "sha256": "[0-9a-f]{64}",
+    "part": "(?!index$)[^/]+",
+    "round": "steps|evaluations",
+    "secret": "functions|links|tokens",
+}
+EMPTY, PART, NAMED_BY_HASH = "", "part", "named by hash"  # of what holds no record
+
+
+class ObjectKind(Enum):
+    """(pattern, the record it holds or one of the three above, the modules that write it)"""
+
+    # A run: <place> is made by `run_prefix`. Numbers go up one by one, and the first to put one has it.
+    OPERATION = ("runs/<place>/in/<n>", "Operation", "state.journal.accept")
+    COMMIT = ("runs/<place>/out/<n>", "Commit", "state.journal.run, state.journal.ends")
+    MANIFEST = ("runs/<place>/manifest/<n>", "Manifest", "state.journal.run, state.gc.journal")
+    END = ("runs/<place>/end/<n>", "End", "state.journal.ends")
+    ACCOUNTED = ("runs/<place>/used/<through>", EMPTY, "state.ledger")
+    # Bundles: the index is written last.
+    SNAPSHOT_INDEX = ("runs/<place>/snap/<seq>-<epoch>/index", "Index", "state.journal.bundles")
+    SNAPSHOT_PART = ("runs/<place>/snap/<seq>-<epoch>/<part>", PART, "state.journal.bundles")
+    EXPORT_INDEX = ("adapters/<run>/<seq>-<epoch>/index", "Index", "state.journal.bundles")
+    EXPORT_PART = ("adapters/<run>/<seq>-<epoch>/<part>", PART, "state.journal.bundles")
+    # Names that users gave to exports; the highest n wins. A label tells what its version says.
+    CHECKPOINT = ("checkpoints/<tenant>/<run>/<type>/<name>/<n>", "Checkpoint", "state.checkpoints")
+    LABEL = (
+        "labels/<tenant>/<run>/<type>/<name>/<n>/<label>", EMPTY, "state.checkpoints, state.checkpoint_index",
+    )  # fmt: skip
+    # Sessions and samplers
+    SESSION = ("sessions/<session>/created", "Session", "state.sessions")
+    FINISH = ("sessions/<session>/finished", "Finish", "state.sessions")
+    ASSIGNMENT = ("sessions/<session>/project/<n>", "Assignment", "state.sessions")
+    HEARTBEAT = ("sessions/<session>/heard/<day>", EMPTY, "state.sessions")
+    SAMPLER = ("samplers/<sampler>", "Sampler", "state.sessions")
+    INFLIGHT = ("inflight/<run>/<seq>", "Sampler", "state.sessions")
+    CLONE = ("clones/<sampler>/<n>", EMPTY, "state.sessions")
+    # What a tenant has made, to be listed
+    TENANT_SESSION = ("tenants/<tenant>/sessions/<us>-<session>", EMPTY, "state.tenant_index")
+    TENANT_RUN = ("tenants/<tenant>/runs/<us>-<session>/<n>", EMPTY, "state.tenant_index")
+    TENANT_JOB = ("tenants/<tenant>/jobs/<us>/<job>/<start>", EMPTY, "jobs.inbox")
+    TENANT_START = ("tenants/<tenant>/starts/<job>/<us>/<start>", EMPTY, "jobs.inbox")
+    # Use
+    USAGE = ("usage/<tenant>/<hour>/<id>", "Samplings", "gateway.sample_usage, jobs.sample_usage")
+    LEDGER_LINE = ("used/<tenant>/<hour>/<run>/<line>", EMPTY, "state.ledger_entries")
+    LEDGER_MARK = ("using/<tenant>/<run>/<us>-<id>", EMPTY, "state.ledger")
+    LEDGER_BEGAN = ("accounts/began", EMPTY, "state.ledger")
+    # The collector's marks
+    COLLECT_BEGUN = ("collect/begun", EMPTY, "state.gc.marks")
+    COLLECT_NOW = ("collect/now/<session>/<what>", EMPTY, "state.gc.marks")
+    COLLECT_LATER = ("collect/later/<us>/<session>", EMPTY, "state.gc.marks")
+    # The deployment's own
+    API_KEY = ("keys/<id>/<n>", "Key", "state.api_keys")
+    MODEL = ("models/<slug>/<n>", "ModelRecord", "catalogue.served_models")
+    AUDIT = ("audit/<tenant>/<date>/<us>-<id>", "Entry", "state.audit")
+    DEAD_LETTER = ("dead/<sha256>", "DeadLetter", "state.dead_letters")
+    SECRET = ("secrets/<secret>", "Secret", "state.secrets")
+    # Jobs: one exists once `started` does.
+    JOB_STARTED = ("jobs/<tenant>/<job>/<start>/started", "Started", "jobs.inbox")
+    JOB_WAITING = ("jobs/<tenant>/<job>/<start>/waiting", "Waiting", "jobs.inbox")
+    JOB_LISTED = ("jobs/<tenant>/<job>/<start>/listed", EMPTY, "jobs.inbox")
+    JOB_TAKEN = ("jobs/<tenant>/<job>/<start>/taken/<function>/<us>", EMPTY, "jobs.activity")
+    JOB_AGAIN = ("jobs/<tenant>/<job>/<start>/again/<n>", EMPTY, "jobs.upload")
+    JOB_CONTROL = ("jobs/<tenant>/<job>/<start>/control/<n>", "Control", "jobs.control")
+    JOB_REFUSAL = ("jobs/<tenant>/<job>/<start>/refused/<n>", "Refusal", "jobs.inbox")
+    JOB_FILE = ("jobs/<tenant>/<job>/<start>/files/<sha256>", NAMED_BY_HASH, "jobs.inbox")
+    JOB_ROLLOUTS = ("jobs/<tenant>/<job>/<start>/<round>/<n>/rollouts/<n>", "Rollouts", "jobs.rollouts")
+    JOB_SCORES = ("jobs/<tenant>/<job>/<start>/<round>/<n>/scores/<n>", "Scores", "jobs.scores")
+    JOB_TRAINED = ("jobs/<tenant>/<job>/<start>/<round>/<n>/trained", "Trained", "jobs.runner")
+    JOB_EVALUATED = ("jobs/<tenant>/<job>/<start>/<round>/<n>/evaluated", "Evaluated", "jobs.runner")
+    JOB_WORKING = ("working/<tenant>/<job>/<start>", EMPTY, "jobs.inbox, jobs.revive, gateway.jobs")
+    JOB_EXPECTED = ("expected/<tenant>/<job>/<start>", EMPTY, "jobs.inbox")
+    # Nobody writes it any more; stores from before a job's start said what it was made from have it.
+    UPLOAD = ("uploads/<id>", EMPTY, "")
+
+    def __init__(self, pattern: str, holds: str, writers: str) -> None:
+        self.pattern, self.holds, self.writers = pattern, holds, writers
+        self._literals = re.split(r"<\w+>", pattern)
+        self._regex = re.compile(re.sub(r"<(\w+)>", lambda field: f"({_FORMS.get(field[1], '[^/]+')})", pattern))
+
+    def key(self, *fields: str | int) -> str:
+        """With all of its fields, in order."""
+        if len(fields) != len(self._literals) - 1:
+            raise ValueError(f"{self.pattern} has {len(self._literals) - 1} fields, not {len(fields)}")
+        return self.under(*fields)
+
+    def under(self, *fields: str | int) -> str:
+        """What all keys with these first fields begin with: up to the field that comes next."""
+        told = [number(field) if isinstance(field, int) else field for field in fields]
+        return "".join(map("".join, zip(self._literals, [*told, ""], strict=False)))
+
+    def matches(self, key: str) -> bool:
+        return self._regex.fullmatch(key) is not None
+
+    def parse(self, key: str) -> tuple[str, ...]:
+        """Its fields. Raises ValueError for a key of another kind."""
+        if (found := self._regex.fullmatch(key)) is None:
+            raise ValueError(f"{key} is none of {self.pattern}")
+        return found.groups()
+
+
+def kind_of(key: str) -> ObjectKind | None:
+    """None for a key that is none of ours."""
+    return next((kind for kind in ObjectKind if kind.matches(key)), None)
+
+
+def last_number(key: str) -> int:
+    """Of a key, or a prefix, that ends in one."""
+    return int(key.rpartition("/")[2])
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+def _place(run: RunId) -> str:
+    """The hash spreads runs over the key space of an object store."""
+    return f"{hashlib.sha256(run.encode()).hexdigest()[:8]}-{run}"
+
+
+RUNS: Final = ObjectKind.OPERATION.under()
+
+
+def run_prefix(run: RunId) -> str:
+    """Where a run lies."""
+    return f"{RUNS}{_place(run)}/"
+
+
+def run_of(key: str) -> RunId:
+    """Whose object lies under a `run_prefix`."""
+    return RunId(key.split("/")[1].partition("-")[2])
 
 
 def operation(run: RunId, seq: int) -> str:
-    return f"{operations(run)}{number(seq)}"
+    return ObjectKind.OPERATION.key(_place(run), seq)
 
 
 def operations(run: RunId) -> str:
-    return f"{run_prefix(run)}in/"
+    return ObjectKind.OPERATION.under(_place(run))
 
 
 def commit(run: RunId, n: int) -> str:
-    return f"{commits(run)}{number(n)}"
+    return ObjectKind.COMMIT.key(_place(run), n)
 
 
 def commits(run: RunId) -> str:
-    return f"{run_prefix(run)}out/"
+    return ObjectKind.COMMIT.under(_place(run))
 
 
 def manifest(run: RunId, n: int) -> str:
-    return f"{manifests(run)}{number(n)}"
+    return ObjectKind.MANIFEST.key(_place(run), n)
 
 
 def manifests(run: RunId) -> str:
-    return f"{run_prefix(run)}manifest/"
+    return ObjectKind.MANIFEST.under(_place(run))
 
 
-def snapshots(run: RunId) -> str:
-    return f"{run_prefix(run)}snap/"
+def end(run: RunId, n: int) -> str:
+    return ObjectKind.END.key(_place(run), n)
+
+
+def ends(run: RunId) -> str:
+    return ObjectKind.END.under(_place(run))
+
+
+def accounted(run: RunId) -> str:
+    return ObjectKind.ACCOUNTED.under(_place(run))
+
+
+# -- bundles: a prefix each --------------------------------------------------------------------------------------------
+
+INDEX: Final = "index"
 
 
 def snapshot(run: RunId, seq: int, epoch: int) -> str:
-    return f"{snapshots(run)}{number(seq)}-{number(epoch)}/"
+    return ObjectKind.SNAPSHOT_PART.under(_place(run), seq, epoch)
 
 
-def parse_snapshot(prefix: str) -> tuple[int, int]:
-    """(seq, epoch) of a `snapshot`."""
+def snapshots(run: RunId) -> str:
+    return ObjectKind.SNAPSHOT_PART.under(_place(run))
+
+
+def export(run: RunId, seq: int, epoch: int) -> str:
+    """Where the immutable export of one save operation lies; epochs never share a name."""
+    return ObjectKind.EXPORT_PART.under(run, seq, epoch)
+
+
+def exports(run: RunId) -> str:
+    return ObjectKind.EXPORT_PART.under(run)
+
+
+def exports_of(session: SessionId) -> str:
+    return f"{ObjectKind.EXPORT_PART.under()}{session}:"
+
+
+def run_of_export(prefix: str) -> RunId:
+    return RunId(prefix.split("/")[1])
+
+
+def bundle_of(key: str) -> str:
+    """The bundle that a part of it, or its index, lies in."""
+    return key.rpartition("/")[0] + "/"
+
+
+def parse_bundle(prefix: str) -> tuple[int, int]:
+    """(seq, epoch) of a `snapshot` or an `export`."""
     seq, _, epoch = prefix.rstrip("/").rpartition("/")[2].partition("-")
     return int(seq), int(epoch)
 
 
-def ends(run: RunId) -> str:
-    return f"{run_prefix(run)}end/"
+# -- checkpoints, sessions, samplers -----------------------------------------------------------------------------------
 
 
-def last_number(name: str) -> int:
-    return int(name.rpartition("/")[2])
+def checkpoint(path: TinkerPath, tenant: str) -> str:
+    """Of all its versions."""
+    return ObjectKind.CHECKPOINT.under(tenant, path.run, path.kind, path.name)
+
+
+def label_of(version: str, label: str) -> str:
+    """Of the version of a checkpoint."""
+    return ObjectKind.LABEL.key(*ObjectKind.CHECKPOINT.parse(version), label)
+
+
+def session(session_id: SessionId) -> str:
+    """Of all its records."""
+    return f"{ObjectKind.SESSION.under()}{session_id}/"
+
+
+def samplers_of(session: SessionId) -> str:
+    return f"{ObjectKind.SAMPLER.under()}{session}:sample:"
+
+
+def owner_of(key: str) -> SessionId:
+    """The session that a session's record, a sampler or an export belongs to."""
+    return SessionId(key.split("/")[1].partition(":")[0])
+
+
+def marked(key: str) -> SessionId:
+    """Of a `COLLECT_NOW`, or whatever lies there."""
+    return SessionId(key.split("/")[2])
+
+
+def sampler_of(key: str) -> SamplerId:
+    return SamplerId(*ObjectKind.SAMPLER.parse(key))
+
+
+# -- the exchange, which is another bucket: what people put there, and what they get -----------------------------------
+
+INBOX: Final = "inbox/"
+
+
+def inbox(tenant: str, job: str) -> str:
+    return f"{INBOX}{tenant}/{job}/"
+
+
+def outputs(tenant: str, job: str) -> str:
+    return f"jobs/{tenant}/{job}/"

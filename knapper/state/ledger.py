@@ -1,14 +1,11 @@
 """What each run has used, accounted for once the run is quiet, so that nobody reads its journal for it again.
 
-using/<tenant>/<run>/<microseconds>-<id>    a mark: since then the run may have used something that no line has
-runs/<run>/used/<next>-<out>                how far its lines go (knapper.state.ledger_entries)
-accounts/began                              every run that was made before there were marks has one
-
-A mark is written before an operation is, and anew before the first operation half an hour later. It is taken away by
-whoever reads the journal an hour after it was written (or five minutes after the session has finished) and finds
-everything answered: what was marked by it is in the journal by then, unless a request took half an hour. Lines are
-written before it is told how far they go, and both before a mark is taken away; so whoever dies in between leaves work
-to be done again, and that makes the same lines.
+A mark says that since then the run may have used something that no line has. It is written before an operation is,
+and anew before the first operation half an hour later. It is taken away by whoever reads the journal an hour after it
+was written (or five minutes after the session has finished) and finds everything answered: what was marked by it is
+in the journal by then, unless a request took half an hour. Lines are written before it is told how far they go, and
+both before a mark is taken away; so whoever dies in between leaves work to be done again, and that makes the same
+lines.
 """
 
 from collections.abc import Callable
@@ -18,9 +15,10 @@ import structlog
 
 from knapper import limits
 from knapper.errors import KnapperError
-from knapper.ids import RunId, SessionId, Tenant, number, run_prefix, session_of
+from knapper.ids import RunId, SessionId, Tenant, session_of
 from knapper.state import damage, layout, ledger_entries, usage
 from knapper.state.journal.records import Commit, Operation, decode
+from knapper.state.layout import ObjectKind
 from knapper.state.ledger_entries import Line, Through
 from knapper.state.sessions import Sessions
 from knapper.state.tenant_index import Register
@@ -30,7 +28,7 @@ from knapper.store.cache import Remembered
 
 _MARK_S = 1800.0  # a run that works all the time is marked anew so often
 _QUIET_S, _FINISHED_QUIET_S = 3600.0, 300.0
-_BEGAN = "accounts/began"
+_BEGAN = ObjectKind.LEDGER_BEGAN.key()  # every run that was made before there were marks has one
 
 log = structlog.get_logger()
 Use = dict[tuple[int, RunId], tuple[int, float]]  # by hour and run: tokens, seconds of the device
@@ -45,8 +43,8 @@ class _Mark:
 
     @staticmethod
     def parse(name: str) -> "_Mark":
-        _, tenant, run, told = name.split("/")
-        return _Mark(name, Tenant(tenant), RunId(run), int(told.partition("-")[0]) / 1e6)
+        tenant, run, at_us, _ = ObjectKind.LEDGER_MARK.parse(name)
+        return _Mark(name, Tenant(tenant), RunId(run), int(at_us) / 1e6)
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ class Accounts:
     async def begun(self) -> bool:
         """Whether every run that has used something is marked or accounted for: before that, ask the journals."""
         if not self._begun:
-            nobody_was_here = not await self._store.list("tenants/", limit=1)
+            nobody_was_here = not await self._store.list(ObjectKind.TENANT_RUN.under(), limit=1)
             self._begun = nobody_was_here or await self._store.get(_BEGAN) is not None
         return self._begun
 
@@ -131,7 +129,8 @@ class Accounts:
 
         Raises InvalidField if there is too much for one answer.
         """
-        marked = {mark.run for mark in damage.parsed(await self._store.list(f"using/{tenant}/"), _Mark.parse)}
+        listed = await self._store.list(ObjectKind.LEDGER_MARK.under(tenant))
+        marked = {mark.run for mark in damage.parsed(listed, _Mark.parse)}
         since = {run: await self._known_through(run) for run in sorted(marked)}
         found = await ledger_entries.within(
             self._store, tenant, window
@@ -158,7 +157,7 @@ class Accounts:
         if not self._told:
             await self._begin()
         marks: dict[tuple[Tenant, RunId], list[_Mark]] = {}
-        for mark in damage.parsed(await self._store.list("using/"), _Mark.parse):
+        for mark in damage.parsed(await self._store.list(ObjectKind.LEDGER_MARK.under()), _Mark.parse):
             marks.setdefault((mark.tenant, mark.run), []).append(mark)
         at, left = self._clock(), False
         for (tenant, run), each in marks.items():
@@ -193,7 +192,7 @@ class Accounts:
             line = await ledger_entries.of_run(self._store, tenant, hour, run)
             if line.through < tail.through:
                 await ledger_entries.write(self._store, tenant, tail.added_to(line))
-        prefix = _throughs(run)
+        prefix = layout.accounted(run)
         earlier = await self._store.list(prefix)
         await self._store.put_if_absent(f"{prefix}{tail.through}", b"")
         for name in earlier:
@@ -209,7 +208,7 @@ class Accounts:
         """How far the run's lines go at least."""
 
         async def load() -> Through:
-            listed = await self._store.list(_throughs(run))
+            listed = await self._store.list(layout.accounted(run))
             return Through.parse(listed[-1].rpartition("/")[2]) if listed else Through()
 
         return await self._through.get(run, load)
@@ -302,8 +301,4 @@ class _Tail:
 
 
 def _mark(tenant: Tenant, run: RunId, at: float, mark_id: str) -> str:
-    return f"using/{tenant}/{run}/{number(int(at * 1e6))}-{mark_id}"
-
-
-def _throughs(run: RunId) -> str:
-    return f"{run_prefix(run)}used/"
+    return ObjectKind.LEDGER_MARK.key(tenant, run, int(at * 1e6), mark_id)

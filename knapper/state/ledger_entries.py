@@ -1,15 +1,15 @@
 """What runs have used, as lines of account: names without content, so that one listing tells all of a time.
 
-used/<tenant>/<hour>/<run>/<next>-<out>-<tokens>-<device seconds>
-
-A line is the run's whole use in that hour, of its operations below `next` and its records up to `out`. The highest
-wins: a line is written anew with more in it, never added to another, so that nothing is ever counted twice.
+A line, <next>-<out>-<tokens>-<device seconds>, is the run's whole use in that hour, of its operations below `next`
+and its records up to `out`. The highest wins: a line is written anew with more in it, never added to another, so that
+nothing is ever counted twice.
 """
 
 from dataclasses import dataclass
 
 from knapper.ids import RunId, number
 from knapper.state import damage
+from knapper.state.layout import ObjectKind
 from knapper.state.usage import Window, names_within
 from knapper.store import Store
 
@@ -44,18 +44,18 @@ class Line:
 
 
 def _of_run(tenant: str, hour: int, run: RunId) -> str:
-    return f"used/{tenant}/{number(hour)}/{run}/"
+    return ObjectKind.LEDGER_LINE.under(tenant, hour, run)
 
 
 def _parse(name: str) -> Line:
-    _, _, hour, run, told = name.split("/")
+    _, hour, run, told = ObjectKind.LEDGER_LINE.parse(name)
     next_, out, tokens, device_s = told.split("-", 3)
     return Line(int(hour), RunId(run), Through(int(next_), int(out)), int(tokens), float(device_s))
 
 
 async def within(store: Store, tenant: str, window: Window) -> dict[tuple[int, RunId], Line]:
     """The lines of the window, by hour and run. Nothing is read."""
-    found = damage.parsed(await names_within(store, f"used/{tenant}/", window), _parse)
+    found = damage.parsed(await names_within(store, ObjectKind.LEDGER_LINE.under(tenant), window), _parse)
     return {(line.hour, line.run): line for line in found}  # in order: the highest of an hour and run stays
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Final, Literal
 
 from knapper.state.journal.records import Record, decode, encode
+from knapper.state.layout import ObjectKind
 from knapper.store import Store
 
 Name = Literal["functions", "links", "tokens"]
@@ -13,14 +14,14 @@ _BARE: Final = re.compile(rb"[0-9a-f]{64}")  # as they were kept before they had
 
 
 class Secret(Record, frozen=True):
-    """secrets/<name>"""
+    """One secret."""
 
     secret: bytes
 
 
 async def found(store: Store, name: Name) -> bytes | None:
     """The secret, or None if there is none yet. Raises Corrupt."""
-    place = f"secrets/{name}"
+    place = ObjectKind.SECRET.key(name)
     data = await store.get(place)
     return None if data is None else opened_bytes(data, place)
 
@@ -29,7 +30,7 @@ async def opened(store: Store, name: Name, new_id: Callable[[], str]) -> bytes:
     """The secret, made now if there is none. `new_id`: 128 random bits in hexadecimal. Raises Corrupt."""
     if (there := await found(store, name)) is not None:
         return there
-    await store.put_if_absent(f"secrets/{name}", encode(Secret(secret=(new_id() + new_id()).encode())))
+    await store.put_if_absent(ObjectKind.SECRET.key(name), encode(Secret(secret=(new_id() + new_id()).encode())))
     made = await found(store, name)
     assert made is not None, "it is never deleted while a server runs"
     return made

@@ -2,20 +2,21 @@
 
 from dataclasses import dataclass
 
-from knapper import ids, limits
+from knapper import limits
 from knapper.errors import NotFound, UserError
-from knapper.ids import SamplerId, SessionId, session_of
+from knapper.ids import SamplerId, SessionId, number, session_of
 from knapper.state import layout
 from knapper.state.gc import marks
 from knapper.state.journal.newest import newest_name, newest_of_few
 from knapper.state.journal.records import Record, decode, encode
+from knapper.state.layout import ObjectKind
 from knapper.store import Store, many
 
 DAY_S = 24 * 3600.0
 
 
 class Session(Record, frozen=True):
-    """sessions/<id>/created"""
+    """What its client told when it was made."""
 
     session: str
     tenant: str
@@ -28,7 +29,7 @@ class Session(Record, frozen=True):
 
 
 class Finish(Record, frozen=True):
-    """sessions/<id>/finished: the first reason stays."""
+    """Why it ended: the first reason stays."""
 
     reason: str
     detail: str
@@ -36,13 +37,13 @@ class Finish(Record, frozen=True):
 
 
 class Assignment(Record, frozen=True):
-    """sessions/<id>/project/<n>: the project that the session was moved to; the highest n wins."""
+    """The project that the session was moved to; the highest n wins."""
 
     project_id: str
 
 
 class Sampler(Record, frozen=True):
-    """samplers/<id>: one sampling session. `bundle` is the store prefix of its adapter, empty for the base model."""
+    """One sampling session. `bundle` is the store prefix of its adapter, empty for the base model."""
 
     sampler: str
     tenant: str
@@ -60,19 +61,19 @@ class Sessions:
 
     async def create(self, session: Session) -> None:
         await marks.put(self.store, SessionId(session.session), "created")
-        if not await self.store.put_if_absent(f"sessions/{session.session}/created", encode(session)):
+        if not await self.store.put_if_absent(ObjectKind.SESSION.key(session.session), encode(session)):
             raise UserError(f"session {session.session} exists already")
 
     async def find_or_create(self, session: Session) -> Session:
         """The session as it stands: the one who made it first stays. Only for ids that nobody else can have."""
         await marks.put(self.store, SessionId(session.session), "created")
-        if await self.store.put_if_absent(f"sessions/{session.session}/created", encode(session)):
+        if await self.store.put_if_absent(ObjectKind.SESSION.key(session.session), encode(session)):
             return session
         return await self.get(SessionId(session.session), session.tenant)
 
     async def find(self, session: SessionId) -> Session | None:
         """The session, whosever it is."""
-        name = f"sessions/{session}/created"
+        name = ObjectKind.SESSION.key(session)
         data = await self.store.get(name)
         return None if data is None else decode(data, Session, name)
 
@@ -87,37 +88,37 @@ class Sessions:
     async def finish(self, session: SessionId, finish: Finish) -> None:
         """End the session; the first reason stays."""
         await marks.put(self.store, session, "finished")
-        await self.store.put_if_absent(f"sessions/{session}/finished", encode(finish))
+        await self.store.put_if_absent(ObjectKind.FINISH.key(session), encode(finish))
 
     async def finished(self, session: SessionId) -> Finish | None:
-        name = f"sessions/{session}/finished"
+        name = ObjectKind.FINISH.key(session)
         data = await self.store.get(name)
         return None if data is None else decode(data, Finish, name)
 
     async def assign(self, session: SessionId, project_id: str) -> None:
         """Move the session into the project."""
-        prefix = f"sessions/{session}/project/"
+        prefix = ObjectKind.ASSIGNMENT.under(session)
         data = encode(Assignment(project_id=project_id))
         while True:
             n, _ = await newest_of_few(self.store, prefix)
-            if await self.store.put_if_absent(f"{prefix}{ids.number(n + 1)}", data):
+            if await self.store.put_if_absent(f"{prefix}{number(n + 1)}", data):
                 return
 
     async def project(self, session: Session) -> str:
         """The project that it is in, empty for none."""
-        prefix = f"sessions/{session.session}/project/"
+        prefix = ObjectKind.ASSIGNMENT.under(session.session)
         n, data = await newest_of_few(self.store, prefix)
-        return session.project_id if data is None else decode(data, Assignment, f"{prefix}{ids.number(n)}").project_id
+        return session.project_id if data is None else decode(data, Assignment, f"{prefix}{number(n)}").project_id
 
     async def hear(self, session: SessionId, day: int) -> None:
         """Its client lived on this day (counted from the epoch); what its samplers hold lives with it."""
-        await self.store.put_if_absent(f"sessions/{session}/heard/{ids.number(day)}", b"")
+        await self.store.put_if_absent(ObjectKind.HEARTBEAT.key(session, day), b"")
 
     async def over_since(self, session: SessionId, now: float) -> float | None:
         """Since when it is over, or None while it lives: it has finished, or nobody has heard of it for a week."""
         if (finish := await self.finished(session)) is not None:
             return finish.finished_at
-        heard = await newest_name(self.store, f"sessions/{session}/heard/")
+        heard = await newest_name(self.store, ObjectKind.HEARTBEAT.under(session))
         if heard:
             silent_at = (layout.last_number(heard) + 1) * DAY_S + limits.session_silent_s
         else:
@@ -129,8 +130,8 @@ class Sessions:
 
     async def delete(self, session: SessionId) -> int:
         """All that is known of it, that it was made last. Return how many objects."""
-        created = f"sessions/{session}/created"
-        others = [name for name in await self.store.list(f"sessions/{session}/") if name != created]
+        created = ObjectKind.SESSION.key(session)
+        others = [name for name in await self.store.list(layout.session(session)) if name != created]
         return len(await many.each([*others, created], self.store.delete))
 
 
@@ -143,10 +144,10 @@ class Samplers:
 
         Raises UserError if the id was used for other weights.
         """
-        name = f"samplers/{sampler.sampler}"
+        name = ObjectKind.SAMPLER.key(sampler.sampler)
         created = await self.store.put_if_absent(name, encode(sampler))
         if sampler.kind == "inflight":
-            await self.store.put_if_absent(f"{_inflight(sampler.run)}{ids.number(sampler.seq)}", encode(sampler))
+            await self.store.put_if_absent(ObjectKind.INFLIGHT.key(sampler.run, sampler.seq), encode(sampler))
         if created:
             return sampler
         data = await self.store.get(name)
@@ -162,7 +163,7 @@ class Samplers:
 
     async def get(self, sampler: SamplerId, tenant: str) -> Sampler:
         """Raises NotFound, also for another tenant's."""
-        name = f"samplers/{sampler}"
+        name = ObjectKind.SAMPLER.key(sampler)
         data = await self.store.get(name)
         if data is not None and (found := decode(data, Sampler, name)).tenant == tenant:
             return found
@@ -170,7 +171,7 @@ class Samplers:
 
     async def _missing(self, sampler: SamplerId, tenant: str) -> NotFound:
         """What became of it: its session's later ones tell that it was there."""
-        session, number = session_of(sampler), int(sampler.rpartition(":")[2])
+        session, n = session_of(sampler), int(sampler.rpartition(":")[2])
         sessions = Sessions(self.store)
         try:
             await sessions.get(session, tenant)
@@ -187,7 +188,7 @@ class Samplers:
                 f"sampler {sampler} does not exist, or is gone: nobody has heard of its session for a week; "
                 "create another sampling client"
             )
-        if number < max(there):
+        if n < max(there):
             return NotFound(
                 f"sampler {sampler} is gone: newer weights of its run took its place, and nobody asked for it for a "
                 "while (KNAPPER_KEEP_SAMPLERS_S says how long it is kept); sample from a newer one "
@@ -197,20 +198,21 @@ class Samplers:
 
     async def delete(self, sampler: Sampler) -> int:
         """The record, and what belongs to it alone; its weights are the caller's. Return how many objects."""
-        doomed = [f"samplers/{sampler.sampler}", *await self.store.list(f"clones/{sampler.sampler}/")]
+        clones = await self.store.list(ObjectKind.CLONE.under(sampler.sampler))
+        doomed = [ObjectKind.SAMPLER.key(sampler.sampler), *clones]
         if sampler.kind == "inflight":
-            doomed.append(f"{_inflight(sampler.run)}{ids.number(sampler.seq)}")
+            doomed.append(ObjectKind.INFLIGHT.key(sampler.run, sampler.seq))
         return len(await many.each(doomed, self.store.delete))
 
     async def inflight_after(self, run: str, seq: int) -> Sampler | None:
         """The newest inflight sampler of the run that was saved after operation `seq`, or None."""
-        name = await newest_name(self.store, _inflight(run), after=seq)
+        name = await newest_name(self.store, ObjectKind.INFLIGHT.under(run), after=seq)
         data = await self.store.get(name) if name else None
         return None if data is None else decode(data, Sampler, name)
 
     async def join(self, sampler: SamplerId) -> int:
         """A number of its own for one more client of the sampler: 1, 2, 3, ... The client that made it has 0."""
-        prefix = f"clones/{sampler}/"
+        prefix = ObjectKind.CLONE.under(sampler)
         while True:
             name = await newest_name(self.store, prefix)
             n = layout.last_number(name) + 1 if name else 1
@@ -218,21 +220,16 @@ class Samplers:
                 raise UserError(
                     f"{sampler} has {limits.clones_max} clones; allowed: no more; create another sampling client"
                 )
-            if await self.store.put_if_absent(f"{prefix}{ids.number(n)}", b""):
+            if await self.store.put_if_absent(f"{prefix}{number(n)}", b""):
                 return n
 
     async def of_session(self, session: SessionId) -> list[SamplerId]:
-        prefix = f"samplers/{session}:sample:"
-        listed = [SamplerId(name.removeprefix("samplers/")) for name in await self.store.list(prefix)]
+        listed = map(layout.sampler_of, await self.store.list(layout.samplers_of(session)))
         return sorted(listed, key=lambda sampler: int(sampler.rpartition(":")[2]))
 
 
 def _no_sampler(sampler: str) -> NotFound:
     return NotFound(f"sampler {sampler!r} does not exist; create one with create_sampling_client")
-
-
-def _inflight(run: str) -> str:
-    return f"inflight/{run}/"
 
 
 def _identity(sampler: Sampler) -> tuple[str, str, str, str, int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from knapper import ids
 from knapper.ids import RunId, SessionId, Tenant
 from knapper.state import damage
+from knapper.state.layout import ObjectKind
 from knapper.state.sessions import Session
 from knapper.store import Store
 
@@ -23,57 +24,57 @@ class Listed:
 
 @dataclass(frozen=True)
 class Register:
-    """tenants/<tenant>/sessions/<microseconds>-<session> and tenants/<tenant>/runs/<microseconds>-<session>/<n>"""
+    """The sessions and the training runs of each tenant."""
 
     store: Store
 
     async def add_session(self, session: Session) -> None:
-        await self.store.put_if_absent(f"tenants/{session.tenant}/sessions/{_place(session)}", b"")
+        await self.store.put_if_absent(_session_key(session), b"")
 
     async def add_run(self, session: Session, run: RunId) -> None:
-        number = int(run.rpartition(":")[2])
-        await self.store.put_if_absent(f"tenants/{session.tenant}/runs/{_place(session)}/{ids.number(number)}", b"")
+        await self.store.put_if_absent(_run_key(session, run), b"")
 
     async def remove_session(self, session: Session) -> None:
-        await self.store.delete(f"tenants/{session.tenant}/sessions/{_place(session)}")
+        await self.store.delete(_session_key(session))
 
     async def remove_run(self, session: Session, run: RunId) -> None:
-        number = int(run.rpartition(":")[2])
-        await self.store.delete(f"tenants/{session.tenant}/runs/{_place(session)}/{ids.number(number)}")
+        await self.store.delete(_run_key(session, run))
 
     async def sessions(self, tenant: str) -> list[Listed]:
         """Newest first."""
-        prefix = f"tenants/{tenant}/sessions/"
-        return damage.parsed(reversed(await self.store.list(prefix)), lambda name: _listed(name.removeprefix(prefix)))
+        return damage.parsed(reversed(await self.store.list(ObjectKind.TENANT_SESSION.under(tenant))), _listed)
 
     async def runs(self, tenant: str, session: Session | None = None) -> list[RunId]:
         """Those of the newest session first, and of a session the newest; all, or those of one session."""
-        prefix = f"tenants/{tenant}/runs/"
-        names = await self.store.list(f"{prefix}{_place(session)}/" if session is not None else prefix)
-        return damage.parsed(reversed(names), lambda name: _run(name.removeprefix(prefix)))
+        fields = () if session is None else _fields(session)
+        found = damage.parsed(reversed(await self.store.list(ObjectKind.TENANT_RUN.under(tenant, *fields))), _run)
+        return [run for _, run in found]
 
     async def everybodys_runs(self) -> list[tuple[Tenant, RunId]]:
         """Of all tenants, in no order that means anything."""
-        listed = [name for name in await self.store.list("tenants/") if "/runs/" in name]
-        return damage.parsed(listed, _tenants_run)
+        listed = [name for name in await self.store.list(ObjectKind.TENANT_RUN.under()) if "/runs/" in name]
+        return damage.parsed(listed, _run)
 
 
-def _place(session: Session) -> str:
-    return f"{ids.number(int(session.created_at * 1e6))}-{session.session}"
+def _fields(session: Session) -> tuple[int, str]:
+    return int(session.created_at * 1e6), session.session
 
 
-def _listed(place: str) -> Listed:
-    """Raises ValueError for a name that none of ours is."""
-    created_us, session = place.split("-", 1)
+def _session_key(session: Session) -> str:
+    return ObjectKind.TENANT_SESSION.key(session.tenant, *_fields(session))
+
+
+def _run_key(session: Session, run: RunId) -> str:
+    return ObjectKind.TENANT_RUN.key(session.tenant, *_fields(session), int(run.rpartition(":")[2]))
+
+
+def _listed(key: str) -> Listed:
+    """Raises ValueError for a key that is none of ours."""
+    _, created_us, session = ObjectKind.TENANT_SESSION.parse(key)
     return Listed(int(created_us), SessionId(session))
 
 
-def _run(name: str) -> RunId:
-    """Raises ValueError for a name that none of ours is."""
-    place, _, number = name.partition("/")
-    return ids.make_run_id(_listed(place).session, int(number))
-
-
-def _tenants_run(name: str) -> tuple[Tenant, RunId]:
-    _, tenant, _, rest = name.split("/", 3)
-    return Tenant(tenant), _run(rest)
+def _run(key: str) -> tuple[Tenant, RunId]:
+    """Raises ValueError for a key that is none of ours."""
+    tenant, _, session, n = ObjectKind.TENANT_RUN.parse(key)
+    return Tenant(tenant), ids.make_run_id(SessionId(session), int(n))

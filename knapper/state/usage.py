@@ -18,6 +18,7 @@ from knapper.state import damage
 from knapper.state.checkpoint_index import Label
 from knapper.state.journal import history
 from knapper.state.journal.records import Operation, Record, decode
+from knapper.state.layout import ObjectKind
 from knapper.store import Names, Store
 from knapper.wire import proto
 
@@ -44,7 +45,7 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Samplings(Record, frozen=True, kw_only=True):
-    """usage/<tenant>/<hour>/<id>: what one gateway counted in a minute of that hour."""
+    """What one gateway counted in a minute of that hour."""
 
     v: int = 2  # the rows of 1 had no device_s
     rows: list[Sampled]
@@ -68,7 +69,7 @@ def begin_of(hour: int) -> datetime:
 
 
 def record_name(tenant: str, hour: int, record_id: str) -> str:
-    return f"usage/{tenant}/{number(hour)}/{record_id}"
+    return ObjectKind.USAGE.key(tenant, hour, record_id)
 
 
 async def names_within(store: Store, prefix: str, window: Window) -> Names:
@@ -89,9 +90,9 @@ async def tokens_sampled(store: Store, tenant: str, window: Window) -> list[tupl
     async def read(name: str) -> tuple[int, list[Sampled]]:
         data = await store.get(name)
         assert data is not None, "they are never deleted"
-        return int(name.split("/")[2]), decode(data, Samplings, name).rows
+        return int(ObjectKind.USAGE.parse(name)[1]), decode(data, Samplings, name).rows
 
-    within = await names_within(store, f"usage/{tenant}/", window)
+    within = await names_within(store, ObjectKind.USAGE.under(tenant), window)
     if len(within) > limits.operations_told_max:
         raise too_much(window, "minutes of samples")
     totals: dict[tuple[int, str, str], Sampled] = {}

@@ -7,9 +7,10 @@ import numpy as np
 
 from knapper import ids
 from knapper.ids import LOCAL_TENANT, RunId, SamplerId, SessionId, Tenant, TinkerPath
-from knapper.jobs import control, layout, spec
-from knapper.jobs.layout import Start
+from knapper.jobs import control, spec
+from knapper.jobs.names import Start
 from knapper.jobs.records import Spent, Started, Trained, encode
+from knapper.state import layout
 from knapper.state.checkpoints import Checkpoint, Checkpoints
 from knapper.state.journal.accept import Acceptor, pack
 from knapper.state.journal.records import Creation, Kind, Spec
@@ -42,7 +43,7 @@ async def lay_runs(store: Store, clock: Callable[[], float], count: int, tenant:
         await begin(store, clock, run, tenant)
         await apply(store, clock, run, [("forward_backward", ROW), ("optim_step", b"{}")])
         session = ids.session_of(run)
-        path, bundle = TinkerPath(run, "sampler_weights", "end"), ids.adapter_prefix(run, 2, 1)
+        path, bundle = TinkerPath(run, "sampler_weights", "end"), layout.export(run, 2, 1)
         saved = Checkpoint(
             path=str(path), tenant=tenant, base_model=MODEL.name, rank=4, bundle=bundle, seq=2, size_bytes=9,
             saved_at=clock(),
@@ -92,9 +93,9 @@ async def lay_jobs(store: Store, clock: Callable[[], float], count: int) -> None
             tenant=LOCAL_TENANT, job=start.job, start=start.id, generation="1", spec_json=spec_json, job_yaml=job_yaml,
             files={}, files_bytes=0, base_model=MODEL.name, model="", rows=1, held_out=0, started_at=clock(),
         )  # fmt: skip
-        at = f"{ids.number(int(clock() * 1e6) + n)}"
-        await store.put_if_absent(f"{start.prefix}listed", b"")
-        await store.put_if_absent(f"{layout.listed(LOCAL_TENANT)}{at}/{start.job}/{start.id}", b"")
+        at = int(clock() * 1e6) + n
+        await store.put_if_absent(start.listed, b"")
+        await store.put_if_absent(layout.ObjectKind.TENANT_JOB.key(LOCAL_TENANT, at, start.job, start.id), b"")
         await store.put_if_absent(start.started, encode(started))
         for step in range(2):
             trained = Trained(

@@ -4,6 +4,7 @@ import hashlib
 
 from knapper import ids
 from knapper.ids import CheckpointKind, RunId, SessionId, TinkerPath
+from knapper.state import layout
 from knapper.state.checkpoints import Checkpoint, Checkpoints
 from knapper.state.journal import bundles
 from knapper.state.journal.accept import Acceptor
@@ -33,7 +34,7 @@ def save(
 ) -> str:  # fmt: skip
     """The tinker:// path of a new checkpoint."""
     path = TinkerPath(RunId(run), kind, name)
-    bundle = ids.adapter_prefix(path.run, seq, 1)
+    bundle = layout.export(path.run, seq, 1)
     now = running.parts.clock()
     checkpoint = Checkpoint(
         path=str(path), tenant=tenant, base_model=MODEL.name, rank=4, bundle=bundle, seq=seq, size_bytes=SIZE,

@@ -15,7 +15,7 @@ from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
 from knapper.exchange.directory import DirectoryExchange
 from knapper.ids import LOCAL_TENANT
-from knapper.jobs.layout import Start
+from knapper.jobs.names import Start
 from knapper.jobs.notifications import Bells
 from knapper.jobs.records import Spent, Trained, encode
 from knapper.jobs.services import Place

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 
 from gateway import periodic_tasks
-from knapper.ids import LOCAL_TENANT, CheckpointKind, RunId, run_prefix
+from knapper.ids import LOCAL_TENANT, CheckpointKind, RunId
 from knapper.state.gc.collector import Collector
 from knapper.state.gc.session import Retention
+from knapper.state.layout import run_prefix
 from tests.gateway import saved
 from tests.gateway.running import MODEL, Running, create_model, fwdbwd, settings
 from tests.gateway.saved import Clock

@@ -9,11 +9,12 @@ import pytest
 from knapper.ids import LOCAL_TENANT
 from knapper.jobs import client, control, inbox, listings, progress
 from knapper.jobs.activity import seconds_left
-from knapper.jobs.layout import Start
+from knapper.jobs.names import Start
 from knapper.jobs.presence import Presence, Present
 from knapper.jobs.records import Evaluated, Rollouts, Scores, Spent, Trained, encode
 from knapper.jobs.spec import decode, parse
 from knapper.local.state import Processes, presence
+from knapper.state.layout import ObjectKind
 from tests.jobs.test_works import JOBS, RL
 from tests.jobs.works import House, Works, run
 
@@ -231,7 +232,7 @@ def test_marks_of_functions_are_no_progress(house: House) -> None:
         outline = progress.Outline(start, decode((await inbox.started(works.place, start)).spec_json), 2)
         now = await progress.Looks(works.store).look(outline, 4)
         assert (now.trained, progress.finished(outline, now, 4)) == (4, True)
-        marks = [name for name in await works.store.list(start.prefix) if "/taken/" in name]
+        marks = await works.store.list(ObjectKind.JOB_TAKEN.under(start.tenant, start.job, start.id))
         assert [name.split("/")[5] for name in marks] == ["reward", "sample", "train_step"], (
             "one a function and process"
         )

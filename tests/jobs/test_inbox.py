@@ -11,7 +11,7 @@ from knapper.errors import InvalidField
 from knapper.ids import LOCAL_TENANT
 from knapper.jobs import control, inbox, spec
 from knapper.jobs.job_files import Folders
-from knapper.jobs.layout import Start
+from knapper.jobs.names import Start
 from knapper.jobs.records import Started, read
 from knapper.jobs.rows import RlRow
 from tests.jobs.places import lines, place, serve

@@ -9,8 +9,8 @@ from knapper import limits
 from knapper.errors import InvalidField
 from knapper.exchange import Blob
 from knapper.ids import LOCAL_TENANT
-from knapper.jobs import control, inbox, layout, listings, upload
-from knapper.jobs.layout import Start
+from knapper.jobs import control, inbox, listings, names, upload
+from knapper.jobs.names import Start
 from knapper.jobs.records import Started, encode, read
 from knapper.jobs.services import Place
 from tests.jobs.places import Folder, place, serve
@@ -47,7 +47,7 @@ def test_one_corrected_byte_of_any_file_is_another_start_that_uses_it(name: str)
         assert (await control.now(here.store, first)).state == "cancelled"
         record = await read(here.store, second.started, Started)
         assert record is not None
-        used = record.job_yaml if name == layout.JOB_YAML else await here.store.get(second.content(record.files[name]))
+        used = record.job_yaml if name == names.JOB_YAML else await here.store.get(second.content(record.files[name]))
         assert used == FILES[name].encode() + b"\n"
         assert (await listings.newest(here.store, LOCAL_TENANT, "j")).start == second
 

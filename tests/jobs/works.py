@@ -30,7 +30,7 @@ from knapper.ids import LOCAL_TENANT
 from knapper.jobs import control, inbox, revive
 from knapper.jobs.activity import Function
 from knapper.jobs.job_files import Folders
-from knapper.jobs.layout import Start
+from knapper.jobs.names import Start
 from knapper.jobs.notifications import Bells
 from knapper.jobs.revive import Seen
 from knapper.jobs.rollouts import Sampling

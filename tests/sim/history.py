@@ -312,7 +312,7 @@ class History:
         if newest is not None and name.startswith(layout.snapshots(RUN)):
             assert not newest.snapshot or not name.startswith(newest.snapshot), f"{where} recoveries start from it"
             assert not newest.snapshot_before or not name.startswith(newest.snapshot_before), f"{where} is the spare"
-            seq, epoch = layout.parse_snapshot(name.rpartition("/")[0])
+            seq, epoch = layout.parse_bundle(name.rpartition("/")[0])
             storing = epoch == newest.epoch and seq > newest.snapshot_seq
             assert not storing, f"{where} its holder is storing it"
         elif name.startswith(layout.manifests(RUN)):

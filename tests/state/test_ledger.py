@@ -9,10 +9,11 @@ import pytest
 
 from knapper import limits
 from knapper.errors import InvalidField, StoreError
-from knapper.ids import LOCAL_TENANT, RunId, Tenant, run_prefix, session_of
+from knapper.ids import LOCAL_TENANT, RunId, Tenant, session_of
 from knapper.state import layout, ledger_entries
 from knapper.state.journal.accept import Acceptor, pack
 from knapper.state.journal.records import Commit, Creation, Result, encode
+from knapper.state.layout import run_prefix
 from knapper.state.ledger import Accounts
 from knapper.state.ledger_entries import Line, Through
 from knapper.state.sessions import Finish, Sessions

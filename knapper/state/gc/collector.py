@@ -19,12 +19,13 @@ from math import inf
 import structlog
 
 from knapper.errors import KnapperError, NotFound, Unavailable
-from knapper.ids import RunId, SamplerId, SessionId, run_of, session_of
-from knapper.state import damage
+from knapper.ids import RunId, SamplerId, SessionId, session_of
+from knapper.state import damage, layout
 from knapper.state.gc import marks
 from knapper.state.gc.session import Look, Memory, Need, Pass, Retention, Visit, asked_of
 from knapper.state.journal import ends
 from knapper.state.journal.records import End
+from knapper.state.layout import ObjectKind
 from knapper.state.sessions import Session
 from knapper.store import Names, Store
 
@@ -212,11 +213,12 @@ class Collector:
         gateway, which knows what is asked for.
         """
         runs: dict[SessionId, set[RunId]] = {}
-        for name in await self._store.list("runs/"):
-            runs.setdefault(session_of(run_of(name)), set()).add(run_of(name))
-        for prefix in ("sessions/", "samplers/", "adapters/"):
-            for name in await self._store.list(prefix):
-                runs.setdefault(SessionId(name.split("/")[1].partition(":")[0]), set())
+        for name in await self._store.list(layout.RUNS):
+            run = layout.run_of(name)
+            runs.setdefault(session_of(run), set()).add(run)
+        for kind in (ObjectKind.SESSION, ObjectKind.SAMPLER, ObjectKind.EXPORT_PART):
+            for name in await self._store.list(kind.under()):
+                runs.setdefault(layout.owner_of(name), set())
         deleted: dict[SessionId, int] = {}
         during = Pass(self._memory, at_once=True)
         for session, known in sorted(runs.items()):

@@ -16,7 +16,7 @@ from math import inf
 
 import msgspec
 
-from knapper.ids import RunId, run_prefix
+from knapper.ids import RunId
 from knapper.state import damage, layout
 from knapper.state.journal import bundles
 from knapper.state.journal.records import Commit, Manifest, decode, encode
@@ -48,7 +48,7 @@ async def snapshots(store: Store, run: RunId, manifest: Manifest) -> Stored:
     A manifest that is not the newest any more only finds fewer.
     """
     listed = await store.list(layout.snapshots(run))
-    stored = {name.rpartition("/")[0] + "/" for name in listed} - {manifest.snapshot, manifest.snapshot_before}
+    stored = set(map(layout.bundle_of, listed)) - {manifest.snapshot, manifest.snapshot_before}
     doomed = {prefix for prefix in stored if _is_dead(prefix, manifest)}
     for prefix in sorted(doomed):
         await bundles.delete(store, prefix)
@@ -66,7 +66,7 @@ async def release(store: Store, run: RunId, n: int, manifest: Manifest) -> None:
 
 def _is_dead(prefix: str, manifest: Manifest) -> bool:
     """Of one that the manifest does not name: whether no later one will."""
-    seq, epoch = layout.parse_snapshot(prefix)
+    seq, epoch = layout.parse_bundle(prefix)
     return epoch < manifest.epoch or (epoch == manifest.epoch and seq < manifest.snapshot_seq)
 
 
@@ -168,7 +168,7 @@ async def remains(store: Store, run: RunId, *, keep_creation: bool) -> int:
     `knapper.state.journal.ends.end` came first: nothing of it comes back.
     """
     kept = {layout.operation(run, 0)} if keep_creation else set[str]()
-    listed = [name for name in await store.list(run_prefix(run)) if name not in kept]
+    listed = [name for name in await store.list(layout.run_prefix(run)) if name not in kept]
     commits = [name for name in listed if name.startswith(layout.commits(run))]
     fences = set[str]()
     for at in range(0, len(commits), _READ_AT_ONCE):

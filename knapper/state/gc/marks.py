@@ -1,7 +1,7 @@
 """Marks: the sessions in which something is left to collect, now or later.
 
-collect/now/<session>/<what>                empty; `what` is another for each thing that happens
-collect/later/<microseconds>/<session>      nothing can go before this time, unless something happens
+A mark for now says what happened, another for each thing; one for later, that nothing can go before its time, unless
+something happens.
 
 A mark is put before what it tells of. The collector takes away those that it has seen, once it has put one for later,
 or nothing is left for it to do. So it never has to look through all that is finished, nor list it; and whatever is not
@@ -12,11 +12,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
 
-from knapper.ids import SessionId, number
+from knapper.ids import SessionId
+from knapper.state import layout
+from knapper.state.layout import ObjectKind
 from knapper.store import Names, Store, many
 
-_NOW, _LATER = "collect/now/", "collect/later/"
-_BEGUN = "collect/begun"  # is there once every session that was made before there were marks has one
+_BEGUN = ObjectKind.COLLECT_BEGUN.key()  # is there once every session that was made before there were marks has one
 _PAGE = 999  # names of one listing, as a bucket serves them in one request
 
 
@@ -30,19 +31,19 @@ class Due:
 
 async def put(store: Store, session: SessionId, what: str) -> None:
     """Durable on return. A repetition changes nothing."""
-    await store.put_if_absent(f"{_NOW}{session}/{what}", b"")
+    await store.put_if_absent(ObjectKind.COLLECT_NOW.key(session, what), b"")
 
 
 async def put_off(store: Store, session: SessionId, until: float) -> None:
     """`until`: in seconds since the epoch. Those of now are taken away after it."""
-    await store.put_if_absent(f"{_LATER}{number(int(until * 1e6))}/{session}", b"")
+    await store.put_if_absent(ObjectKind.COLLECT_LATER.key(int(until * 1e6), session), b"")
 
 
 async def listed(store: Store) -> dict[SessionId, Names]:
     """The sessions that are marked now, each with its marks."""
     found: dict[SessionId, Names] = {}
-    for name in await store.list(_NOW):
-        found.setdefault(SessionId(name.split("/")[2]), []).append(name)
+    for name in await store.list(ObjectKind.COLLECT_NOW.under()):
+        found.setdefault(layout.marked(name), []).append(name)
     return found
 
 
@@ -50,9 +51,9 @@ async def due(store: Store, now: float) -> Due:
     """Lists no more than what is due, and a page."""
     found: dict[SessionId, Names] = {}
     after = ""
-    while page := await store.list(_LATER, start_after=after, limit=_PAGE):
+    while page := await store.list(ObjectKind.COLLECT_LATER.under(), start_after=after, limit=_PAGE):
         for name in page:
-            _, _, at, session = name.split("/")
+            at, session = ObjectKind.COLLECT_LATER.parse(name)
             if int(at) > now * 1e6:
                 return Due(found, int(at) / 1e6)
             found.setdefault(SessionId(session), []).append(name)
@@ -68,6 +69,6 @@ async def mark_all(store: Store) -> None:
     """Mark every session that there is, once in the life of a store: those of an older knapper have none."""
     if await store.get(_BEGUN) is not None:
         return
-    for session in sorted({name.split("/")[1] for name in await store.list("sessions/")}):
-        await put(store, SessionId(session), "found")
+    for session in sorted(set(map(layout.owner_of, await store.list(ObjectKind.SESSION.under())))):
+        await put(store, session, "found")
     await store.put_if_absent(_BEGUN, b"")

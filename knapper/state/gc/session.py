@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from math import inf
 
-from knapper.ids import RunId, SamplerId, SessionId, run_of_bundle, run_prefix, session_of
+from knapper.ids import RunId, SamplerId, SessionId, session_of
 from knapper.settings import Settings
 from knapper.state import checkpoint_index, damage, layout
 from knapper.state.checkpoint_index import Label
@@ -14,6 +14,7 @@ from knapper.state.journal import bundles, ends
 from knapper.state.journal.accept import Acceptor
 from knapper.state.journal.newest import Manifests, newest_name
 from knapper.state.journal.records import Commit, End, Manifest, Operation, decode
+from knapper.state.layout import ObjectKind
 from knapper.state.sessions import Sampler, Samplers, Session, Sessions
 from knapper.state.tenant_index import Register
 from knapper.store import Store, many
@@ -115,7 +116,7 @@ class Pass:
         All of them while one of those is damaged: it may lead to any.
         """
         if self._held is None and not self._unknown:
-            listed = await self.memory.store.list("samplers/")
+            listed = await self.memory.store.list(ObjectKind.SAMPLER.under())
             try:
                 samplers = await many.each(listed, self.memory.sampler)
                 living = await self.memory.checkpoints.labels(EVERYONE)
@@ -160,9 +161,9 @@ class Visit:
 
     async def _begin(self) -> None:
         """Who and what there is. Files are listed before whatever may name them, so that a name is not missed."""
-        listed = await self._store.list(f"adapters/{self._session}:")
-        self._bundles = {name.rpartition("/")[0] + "/" for name in listed}
-        self._runs |= {run_of_bundle(prefix) for prefix in self._bundles}
+        listed = await self._store.list(layout.exports_of(self._session))
+        self._bundles = set(map(layout.bundle_of, listed))
+        self._runs |= {layout.run_of_export(prefix) for prefix in self._bundles}
         self._over = await self._memory.sessions.over_since(self._session, self._memory.clock())
         self.found.over = self._over is not None
         self._record = await self._memory.sessions.find(self._session)
@@ -246,13 +247,13 @@ class Visit:
         for bundle in {version.bundle for version in versions} - {""}:  # a copy's files lie where its source's do
             await self._tell(bundle, f"{run}-deleted")
         self.found.deleted += await checkpoint_index.remove(self._store, versions)
-        doomed = await self._store.list(f"inflight/{run}/")
-        listed = await self._store.list(f"samplers/{self._session}:")
+        doomed = await self._store.list(ObjectKind.INFLIGHT.under(run))
+        listed = await self._store.list(layout.samplers_of(self._session))
         for sampler in await damage.readable(listed, self._memory.sampler):
             if sampler is not None and sampler.run == run:
                 await self._drop(sampler)
         self.found.deleted += await journal.delete(self._store, doomed)
-        stored = {name.rpartition("/")[0] + "/" for name in await self._store.list(f"adapters/{run}/")}
+        stored = set(map(layout.bundle_of, await self._store.list(layout.exports(run))))
         self._bundles -= stored
         held = await Pass(self._memory).held(stored) if stored else frozenset[str]()
         for prefix in stored - held:
@@ -267,7 +268,7 @@ class Visit:
 
     async def _samplers(self) -> None:
         """Of each run the newest unnamed one of each kind stays while the session lives; so do those of checkpoints."""
-        listed = await self._store.list(f"samplers/{self._session}:")
+        listed = await self._store.list(layout.samplers_of(self._session))
         samplers = [each for each in await many.each(listed, self._memory.sampler) if each is not None]
         newest: dict[tuple[str, str], int] = {}
         for each in samplers:
@@ -293,7 +294,7 @@ class Visit:
         """The record, and weights that only it can lead to: a save that has no name."""
         self.found.deleted += await self._memory.samplers.delete(sampler)
         self._memory.asked.pop(SamplerId(sampler.sampler), None)
-        self._memory.records.forget(f"samplers/{sampler.sampler}")
+        self._memory.records.forget(ObjectKind.SAMPLER.key(sampler.sampler))
         if sampler.run and sampler.bundle:
             await self._delete_bundle(sampler.bundle)
         elif sampler.bundle:  # a checkpoint's, whose name may be gone
@@ -301,7 +302,7 @@ class Visit:
 
     async def _tell(self, bundle: str, what: str) -> None:
         """Whoever's files these are: they may be needed no more."""
-        session = session_of(run_of_bundle(bundle))
+        session = session_of(layout.run_of_export(bundle))
         if session != self._session:
             await marks.put(self._store, session, what)
             self.found.others.add(session)
@@ -330,8 +331,8 @@ class Visit:
         What is being saved has no name yet.
         """
         for prefix in sorted(self._bundles - self._holding):
-            run = run_of_bundle(prefix)
-            seq, _ = layout.parse_snapshot(prefix)
+            run = layout.run_of_export(prefix)
+            seq, _ = layout.parse_bundle(prefix)
             saving = prefix not in self._named and run not in self._ended
             if saving and seq > await self._applied(run):
                 continue
@@ -388,10 +389,10 @@ class Visit:
         if left_s > 0:
             self.found.wait(left_s)
         elif not self.found.left and not self._holding and not self._bundles:
-            doomed = [name for run in self._runs for name in await self._store.list(run_prefix(run))]
+            doomed = [name for run in self._runs for name in await self._store.list(layout.run_prefix(run))]
             if self._tenant:
-                for kind in ("checkpoints", "labels"):
-                    doomed += await self._store.list(f"{kind}/{self._tenant}/{self._session}:")
+                for kind in (ObjectKind.CHECKPOINT, ObjectKind.LABEL):
+                    doomed += await self._store.list(f"{kind.under(self._tenant)}{self._session}:")
             self.found.deleted += await journal.delete(self._store, doomed)
             if self._record is not None:
                 for run in self._runs:

@@ -8,9 +8,8 @@ import hashlib
 from knapper.errors import Corrupt, damaged
 from knapper.state.journal.machine import Files
 from knapper.state.journal.records import Index, Part, Spec, decode, encode
+from knapper.state.layout import INDEX
 from knapper.store import Store, many
-
-_INDEX = "index"
 
 
 async def write(store: Store, prefix: str, files: Files, *, spec: Spec, seq: int, epoch: int) -> Index:
@@ -24,14 +23,14 @@ async def write(store: Store, prefix: str, files: Files, *, spec: Spec, seq: int
 
     parts = await many.each(sorted(files), write_part)
     index = Index(spec=spec, seq=seq, epoch=epoch, parts=parts)
-    await store.put_if_absent(prefix + _INDEX, encode(index))
+    await store.put_if_absent(prefix + INDEX, encode(index))
     return index
 
 
 async def read_index(store: Store, prefix: str) -> Index | None:
     """The index, or None if the bundle was never finished, or is gone."""
-    data = await store.get(prefix + _INDEX)
-    return None if data is None else decode(data, Index, prefix + _INDEX)
+    data = await store.get(prefix + INDEX)
+    return None if data is None else decode(data, Index, prefix + INDEX)
 
 
 async def read(store: Store, prefix: str, only: frozenset[str] | None = None) -> tuple[Index, dict[str, bytes]]:
@@ -70,6 +69,6 @@ def _sha256(data: bytes) -> bytes:
 
 async def delete(store: Store, prefix: str) -> None:
     """Remove the bundle, its index first: a reader finds it whole or not at all."""
-    await store.delete(prefix + _INDEX)
+    await store.delete(prefix + INDEX)
     for name in await store.list(prefix):
         await store.delete(name)

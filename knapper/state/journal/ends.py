@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from knapper.errors import NotFound
-from knapper.ids import RunId, number
+from knapper.ids import RunId
 from knapper.state import layout
 from knapper.state.journal.newest import newest_name, newest_of_few
 from knapper.state.journal.records import Commit, End, decode, encode
@@ -21,7 +21,7 @@ _FENCE: Final = encode(Commit(epoch=_EPOCH, results=[]))
 async def ended(store: Store, run: RunId) -> End | None:
     """How the run ended, or None: one read, of a run that goes on."""
     n, data = await newest_of_few(store, layout.ends(run))
-    return None if data is None else decode(data, End, f"{layout.ends(run)}{number(n)}")
+    return None if data is None else decode(data, End, layout.end(run, n))
 
 
 async def end(store: Store, run: RunId, asked: End) -> End:
@@ -31,10 +31,10 @@ async def end(store: Store, run: RunId, asked: End) -> End:
     """
     while True:
         n, data = await newest_of_few(store, layout.ends(run))
-        stands = None if data is None else decode(data, End, f"{layout.ends(run)}{number(n)}")
+        stands = None if data is None else decode(data, End, layout.end(run, n))
         if stands is not None and (stands.reason == "deleted" or asked.reason == "finished"):
             break
-        if await store.put_if_absent(f"{layout.ends(run)}{number(n + 1)}", encode(asked)):
+        if await store.put_if_absent(layout.end(run, n + 1), encode(asked)):
             stands = asked
             break
     await fence(store, run)

@@ -10,6 +10,7 @@ import msgspec
 from knapper import ids
 from knapper.errors import InvalidField, UserError
 from knapper.ids import RunId, TinkerPath
+from knapper.state import layout
 from knapper.state.checkpoints import Checkpoint, Checkpoints
 from knapper.state.journal import bundles
 from knapper.state.journal.machine import Files
@@ -78,7 +79,7 @@ class Saves:
         Return the answer. Raises UserError if the name is taken.
         """
         run = RunId(operation.run)
-        bundle = ids.adapter_prefix(run, operation.seq, epoch)
+        bundle = layout.export(run, operation.seq, epoch)
         index = await bundles.write(self._store, bundle, files, spec=spec, seq=operation.seq, epoch=epoch)
         size = sum(part.size for part in index.parts)
         if operation.kind == "save_weights":

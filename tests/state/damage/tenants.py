@@ -9,11 +9,10 @@ import msgspec
 from starlette.testclient import TestClient
 
 from gateway.app import create_app
-from knapper import ids
 from knapper.catalogue.served_models import Catalogue
 from knapper.exchange.directory import DirectoryExchange
 from knapper.ids import RunId, SamplerId, SessionId, Tenant, TinkerPath
-from knapper.jobs.layout import Start
+from knapper.jobs.names import Start
 from knapper.jobs.notifications import Bells
 from knapper.jobs.records import Evaluated, Rollouts, Scores, Spent, Trained, Waiting, encode
 from knapper.jobs.services import Place
@@ -150,7 +149,7 @@ async def _worked(store: Store, tenant: Tenant, runs: list[RunId], session: Sess
 
 
 async def _saved(store: Store, tenant: Tenant, run: RunId) -> str:
-    path, bundle = TinkerPath(run, "weights", "a"), ids.adapter_prefix(run, 1, 1)
+    path, bundle = TinkerPath(run, "weights", "a"), layout.export(run, 1, 1)
     await bundles.write(store, bundle, FILES, spec=spec(run, tenant), seq=1, epoch=1)
     saved = Checkpoint(
         path=str(path), tenant=tenant, base_model=MODEL.name, rank=4, bundle=bundle, seq=1, size_bytes=1, saved_at=AT

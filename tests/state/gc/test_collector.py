@@ -11,7 +11,7 @@ import pytest
 from knapper.errors import Fenced, NotFound, StoreError
 from knapper.ids import LOCAL_TENANT, TinkerPath, make_run_id
 from knapper.jobs import control, needs
-from knapper.jobs.layout import Start, listed
+from knapper.jobs.names import Start
 from knapper.jobs.records import Spent, Trained, encode
 from knapper.observability import metrics
 from knapper.state import layout
@@ -21,6 +21,7 @@ from knapper.state.journal.accept import newest_manifest, pack
 from knapper.state.journal.records import Commit, Creation, decode
 from knapper.state.journal.results import GONE, Results
 from knapper.state.journal.run import Holder, Run
+from knapper.state.layout import ObjectKind
 from knapper.state.ledger import Accounts
 from knapper.state.sessions import Sampler, Samplers
 from knapper.state.usage import Window
@@ -387,7 +388,7 @@ def test_a_job_finds_the_answers_of_its_step_however_long_it_stood_still() -> No
         start = Start(LOCAL_TENANT, "j", "0" * 16)
         bench.session, bench.run = start.session, start.run
         await bench.begin(tags=[needs.TAG, "rl"])
-        await bench.store.put_if_absent(f"{listed(LOCAL_TENANT)}{1:020d}/{start.job}/{start.id}", b"")
+        await bench.store.put_if_absent(ObjectKind.TENANT_JOB.key(LOCAL_TENANT, 1, start.job, start.id), b"")
 
         async def need(session: Any, run: Any) -> Any:
             return await needs.of(bench.store, session, run)

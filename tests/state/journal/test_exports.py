@@ -8,6 +8,7 @@ import msgspec
 
 from knapper import ids
 from knapper.ids import RunId, SessionId, TinkerPath
+from knapper.state import layout
 from knapper.state.checkpoints import Checkpoint, Checkpoints
 from knapper.state.journal import bundles
 from knapper.state.journal.accept import Acceptor, pack
@@ -116,7 +117,7 @@ def test_a_load_reaches_another_tenant_s_checkpoint_only_while_it_is_public() ->
         await bench.acceptor.create(Creation(spec=SPEC), b"made")
         checkpoints = Checkpoints(bench.store, clock)
         path = TinkerPath(theirs, "weights", "a")
-        bundle = ids.adapter_prefix(theirs, 1, 1)
+        bundle = layout.export(theirs, 1, 1)
         files = {"weights": bytes(4 * SIZE)}
         await bundles.write(bench.store, bundle, files, spec=spec, seq=1, epoch=1)
         saved = Checkpoint(

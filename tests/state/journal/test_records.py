@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from knapper.errors import Corrupt, NewerFormat
-from knapper.ids import RunId, run_prefix
+from knapper.ids import RunId
 from knapper.state import layout
 from knapper.state.journal import envelope, history
 from knapper.state.journal.records import (
@@ -25,6 +25,7 @@ from knapper.state.journal.records import (
     encode,
     format_of,
 )
+from knapper.state.layout import run_prefix
 from knapper.store.memory import MemoryStore
 from knapper.wire import proto, zstd
 from knapper.wire.types import Datum, ForwardBackward
@@ -40,7 +41,7 @@ def test_where_each_record_of_a_run_lies() -> None:
     assert layout.manifest(RUN, 5) == f"{AT}manifest/{N5}"
     assert layout.snapshot(RUN, 5, 3) == f"{AT}snap/{N5}-{N3}/"
     assert layout.ends(RUN) == f"{AT}end/"
-    assert layout.parse_snapshot(layout.snapshot(RUN, 5, 3)) == (5, 3)
+    assert layout.parse_bundle(layout.snapshot(RUN, 5, 3)) == (5, 3)
     assert layout.last_number(layout.commit(RUN, 5)) == 5
     for one, many in (
         (layout.operation, layout.operations),

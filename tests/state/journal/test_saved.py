@@ -8,6 +8,7 @@ import pytest
 
 from knapper import ids
 from knapper.ids import TinkerPath
+from knapper.state import layout
 from knapper.state.checkpoints import Checkpoint, Checkpoints
 from knapper.state.journal import bundles
 from knapper.state.journal.accept import pack
@@ -47,7 +48,7 @@ def test_a_named_save_answers_its_path_and_is_a_checkpoint(
         assert answer == {"type": kind, "path": path} | ({"size_bytes": size} if room == "external_weights" else {})
         found = await Checkpoints(bench.store, clock).resolve(TinkerPath.parse(path), "local")
         assert found == Checkpoint(
-            path=path, tenant="local", base_model="m", rank=4, bundle=ids.adapter_prefix(RUN, 2, 1), seq=2,
+            path=path, tenant="local", base_model="m", rank=4, bundle=layout.export(RUN, 2, 1), seq=2,
             size_bytes=size, saved_at=1000.0, expires_at=0.0 if ttl_s is None else 4600.0,
             user_metadata=more.get("user_metadata", {}),
         )  # fmt: skip
@@ -66,7 +67,7 @@ def test_a_save_without_a_name_is_a_sampler(kind: str) -> None:
         sampler = ids.make_sampler_id(ids.session_of(RUN), 7)
         assert answer == {"type": "save_weights_for_sampler", "sampling_session_id": sampler}
         assert await Samplers(bench.store).get(sampler, "local") == Sampler(
-            sampler=sampler, tenant="local", base_model="m", bundle=ids.adapter_prefix(RUN, 1, 1), kind=kind, run=RUN,
+            sampler=sampler, tenant="local", base_model="m", bundle=layout.export(RUN, 1, 1), kind=kind, run=RUN,
             seq=1,
         )  # fmt: skip
 
@@ -132,7 +133,7 @@ def test_an_optimizer_is_loaded_from_states_alone() -> None:
         assert answers[2:5] == [{"loaded": True}] * 3
         path = f"tinker://{RUN}/sampler_weights/a"
         assert answers[5]["error"].startswith(f"path is '{path}'; allowed: a checkpoint with optimizer state")
-        await bundles.delete(bench.store, ids.adapter_prefix(RUN, 1, 1))
+        await bundles.delete(bench.store, layout.export(RUN, 1, 1))
         await bench.accept(7, "load_weights", path=f"tinker://{RUN}/weights/a", optimizer=False)
         [gone] = await bench.apply("second")
         assert gone["error"] == f"checkpoint tinker://{RUN}/weights/a has no files any more; load another one"

@@ -1,17 +1,6 @@
-"""Where a job lies: its records in the store, and what people see in the exchange.
+"""Names of jobs, and of their starts; where each lies, `knapper.state.layout` says.
 
-jobs/<tenant>/<job>/<start>/started            what was asked, written last: the job exists once this does
-                           /files/<sha256>     the files as they were then
-                           /control/<n>        cancelled, resumed, failed, completed: the highest n wins
-                           /steps/<k>/...      rollouts/<prompt>, scores/<prompt>, trained
-                           /evaluations/<v>/.. of version v of the adapter: rollouts/<prompt>, scores/<prompt>, scored
-                           /refused/<n>        why it was not started
-                           /taken/<function>/<microseconds>   a process of the function began to work on it
-                           /again/<n>          the same content is to be started once more, under another <start>
-tenants/<tenant>/jobs/<microseconds>/<job>/<start>    a list of all that were ever looked at
-tenants/<tenant>/starts/<job>/<microseconds>/<start>  the same by job
-working/<tenant>/<job>/<start>                 an index of those with work undone; deleted at the end
-expected/<tenant>/<job>/<start>                and of those whose files are awaited
+A round is a step (its rollouts, their scores, trained) or the evaluation of a version of the adapter.
 """
 
 import hashlib
@@ -21,7 +10,9 @@ from typing import Literal
 
 from knapper import ids
 from knapper.errors import InvalidField
-from knapper.ids import RunId, SessionId, Tenant, number
+from knapper.ids import RunId, SessionId, Tenant
+from knapper.state import layout
+from knapper.state.layout import ObjectKind
 
 _JOB = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _START = re.compile(r"[0-9a-f]{16}")
@@ -57,7 +48,7 @@ class Start:
     @staticmethod
     def of(tenant: Tenant, job: str, content: str) -> "Start":
         """`content`: a digest of everything that the start depends on."""
-        told = f"{inbox(tenant, job)}{JOB_YAML}#{content}"
+        told = f"{layout.inbox(tenant, job)}{JOB_YAML}#{content}"
         return Start(tenant, job, hashlib.sha256(told.encode()).hexdigest()[:16])
 
     @staticmethod
@@ -72,57 +63,68 @@ class Start:
         return f"{self.tenant}/{self.job}/{self.id}"
 
     @property
-    def prefix(self) -> str:
-        return f"jobs/{self}/"
+    def _fields(self) -> tuple[str, str, str]:
+        return self.tenant, self.job, self.id
 
     @property
     def started(self) -> str:
-        return f"{self.prefix}started"
+        return ObjectKind.JOB_STARTED.key(*self._fields)
+
+    @property
+    def listed(self) -> str:
+        """There once the start stands in the tenant's lists."""
+        return ObjectKind.JOB_LISTED.key(*self._fields)
 
     @property
     def working(self) -> str:
-        return f"working/{self}"
+        """There while work is undone."""
+        return ObjectKind.JOB_WORKING.key(*self._fields)
 
     @property
     def expected(self) -> str:
-        return f"expected/{self}"
+        """There while files are awaited."""
+        return ObjectKind.JOB_EXPECTED.key(*self._fields)
 
     @property
     def waiting(self) -> str:
-        return f"{self.prefix}waiting"
+        return ObjectKind.JOB_WAITING.key(*self._fields)
 
     @property
     def repetitions(self) -> str:
-        return f"{self.prefix}again/"
+        """The same content is to be started once more, under another id."""
+        return ObjectKind.JOB_AGAIN.under(*self._fields)
 
     @property
     def controls(self) -> str:
-        return f"{self.prefix}control/"
+        """Cancelled, resumed, failed, completed: the highest number wins."""
+        return ObjectKind.JOB_CONTROL.under(*self._fields)
 
     @property
     def refusals(self) -> str:
-        return f"{self.prefix}refused/"
+        return ObjectKind.JOB_REFUSAL.under(*self._fields)
 
     def taken(self, function: str) -> str:
-        return f"{self.prefix}taken/{function}/"
+        """When a process of the function began to work on it."""
+        return ObjectKind.JOB_TAKEN.under(*self._fields, function)
 
     def content(self, sha256: str) -> str:
-        return f"{self.prefix}files/{sha256}"
+        """Of a file as it was when the job started."""
+        return ObjectKind.JOB_FILE.key(*self._fields, sha256)
 
-    def round(self, kind: Round, n: int) -> str:
-        return f"{self.prefix}{kind}/{number(n)}/"
+    def rounds(self, kind: Round) -> str:
+        return ObjectKind.JOB_TRAINED.under(*self._fields, kind)
 
     def rollouts(self, kind: Round, n: int, part: int) -> str:
-        return f"{self.round(kind, n)}rollouts/{number(part)}"
+        return ObjectKind.JOB_ROLLOUTS.key(*self._fields, kind, n, part)
 
     def scores(self, kind: Round, n: int, part: int) -> str:
-        return f"{self.round(kind, n)}scores/{number(part)}"
+        return ObjectKind.JOB_SCORES.key(*self._fields, kind, n, part)
 
     def trained(self, step: int) -> str:
-        return f"{self.round('steps', step)}trained"
+        return ObjectKind.JOB_TRAINED.key(*self._fields, "steps", step)
 
     def evaluated(self, version: int) -> str:
-        return f"{self.round('evaluations', version)}evaluated"
+        return ObjectKind.JOB_EVALUATED.key(*self._fields, "evaluations", version)
 
     @property
     def session(self) -> SessionId:
@@ -137,26 +139,3 @@ class Start:
     def reference(self) -> RunId:
         """Of dpo: a run that is never trained."""
         return ids.make_run_id(self.session, 1)
-
-
-def inbox(tenant: Tenant, job: str) -> str:
-    """In the exchange: what users put there."""
-    return f"inbox/{tenant}/{job}/"
-
-
-def outputs(tenant: Tenant, job: str) -> str:
-    """In the exchange: what users get."""
-    return f"jobs/{tenant}/{job}/"
-
-
-def awaited(tenant: Tenant, job: str) -> str:
-    """Starts of the job whose files are awaited; of the current job.yaml, if of any."""
-    return f"expected/{tenant}/{job}/"
-
-
-def listed(tenant: Tenant) -> str:
-    return f"tenants/{tenant}/jobs/"
-
-
-def starts(tenant: Tenant, job: str) -> str:
-    return f"tenants/{tenant}/starts/{job}/"
