@@ -14,7 +14,7 @@ from knapper.state.journal.newest import newest_name
 from knapper.state.journal.records import Operation, Spec, decode
 from knapper.state.sessions import Finish, Sampler, Samplers, Session, Sessions
 from knapper.store import Store
-from knapper.store.cache import Remembered
+from knapper.store.cache import LruCache
 
 _OPEN_FRESH_S = 600.0  # another gateway's word that a session has finished may reach its heartbeats so late
 _PROJECT_FRESH_S = 600.0
@@ -35,14 +35,14 @@ class Records:
         self._acceptor = acceptor
         self._now = now
         self._asked = asked
-        self._specs: Remembered[RunId, Spec] = Remembered()
-        self._living: Remembered[RunId, bool] = Remembered()
-        self._sampler: Remembered[tuple[SamplerId, Tenant], Sampler] = Remembered()
-        self._session: Remembered[tuple[SessionId, Tenant], Session] = Remembered()
-        self._open: Remembered[SessionId, float] = Remembered()
-        self._projects: Remembered[SessionId, tuple[float, str]] = Remembered()
-        self._heard: Remembered[tuple[SessionId, int], None] = Remembered()
-        self._accepted: Remembered[RunId, tuple[int, float]] = Remembered()
+        self._specs: LruCache[RunId, Spec] = LruCache()
+        self._living: LruCache[RunId, bool] = LruCache()
+        self._sampler: LruCache[tuple[SamplerId, Tenant], Sampler] = LruCache()
+        self._session: LruCache[tuple[SessionId, Tenant], Session] = LruCache()
+        self._open: LruCache[SessionId, float] = LruCache()
+        self._projects: LruCache[SessionId, tuple[float, str]] = LruCache()
+        self._heard: LruCache[tuple[SessionId, int], None] = LruCache()
+        self._accepted: LruCache[RunId, tuple[int, float]] = LruCache()
         self._models: dict[str, tuple[float, ModelRecord]] = {}
 
     async def spec(self, run: str, tenant: Tenant) -> Spec:
@@ -94,7 +94,7 @@ class Records:
 
     def forget_samplers(self) -> None:
         """Some may have been collected."""
-        self._sampler = Remembered()
+        self._sampler = LruCache()
 
     async def session(self, session: str, tenant: Tenant) -> Session:
         """Raises NotFound."""

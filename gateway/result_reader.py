@@ -1,13 +1,13 @@
 """Look into the store for results: once a run and moment, however many polls wait for it."""
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from knapper.ids import RunId
 from knapper.state.journal.records import Result
 from knapper.state.journal.results import Results
+from knapper.store.cache import LruCache
 
 _FRESH_S = 0.9  # polls look again every second
 _TOLD_S = 20.0  # while the holder tells of each commit, a look is only for what it should have told, and did not
@@ -27,16 +27,14 @@ class Looks:
         self._results = results
         self._told = told
         self._now = now
-        self._looks: OrderedDict[RunId, _Look] = OrderedDict()
+        self._looks: LruCache[RunId, _Look] = LruCache(_RUNS_MAX)
 
     async def find(self, run: RunId, seq: int) -> Result | None:
         """The answer to operation `seq`, or None if there was none a moment ago."""
         if (known := self._results.known(run, seq)) is not None:
             return known
-        look = self._looks.setdefault(run, _Look())
-        self._looks.move_to_end(run)
-        if len(self._looks) > _RUNS_MAX:
-            self._looks.popitem(last=False)
+        if (look := self._looks.known(run)) is None:
+            self._looks.keep(run, look := _Look())
         async with look.lock:
             if (known := self._results.known(run, seq)) is not None:
                 return known

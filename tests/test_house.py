@@ -42,6 +42,7 @@ NOT_IMPORTED = {
     "pytest-timeout": ("pyproject.toml", "timeout = "),
     "pytest-xdist": ("Makefile", "-n 2"),
     "ruff": ("Makefile", "/ruff"),
+    "types-cachetools": ("Makefile", "/mypy"),
     "types-jsonschema": ("Makefile", "/mypy"),
     "types-grpcio": ("Makefile", "/mypy"),
     "types-protobuf": ("Makefile", "/mypy"),

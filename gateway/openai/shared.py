@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from gateway.openai.tokenizers import Languages
 from knapper.state.audit import Audit
 from knapper.state.checkpoints import Checkpoint
-from knapper.store.cache import Remembered
+from knapper.store.cache import LruCache
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Shared:
     audit: Audit
     languages: Languages = field(default_factory=Languages)
     numbers: Iterator[int] = field(default_factory=itertools.count)
-    _noted: Remembered[tuple[str, str, str], None] = field(default_factory=Remembered)
+    _noted: LruCache[tuple[str, str, str], None] = field(default_factory=LruCache)
 
     async def note_reading(self, tenant: str, checkpoint: Checkpoint) -> None:
         """Write into the audit log that a tenant samples from a checkpoint: once, in the life of a process."""

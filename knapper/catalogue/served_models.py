@@ -12,7 +12,7 @@ from knapper.state import damage
 from knapper.state.journal.records import Record, decode, encode
 from knapper.state.layout import ObjectKind, last_number
 from knapper.store import Store
-from knapper.store.cache import Remembered
+from knapper.store.cache import LruCache
 
 _attempts_max = 16  # each lost attempt means that another publisher won: they are few
 
@@ -39,7 +39,7 @@ class Catalogue:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._records: Remembered[str, ModelRecord] = Remembered()
+        self._records: LruCache[str, ModelRecord] = LruCache()
 
     async def models(self) -> list[ModelRecord]:
         """Those served now, by name."""

@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from knapper.jobs.records import Started, read
 from knapper.jobs.rows import Row
 from knapper.jobs.spec import AnyJob
 from knapper.store import Store
+from knapper.store.cache import LruCache
 
 _KEPT_MAX = 8
 
@@ -39,17 +39,11 @@ class Folders:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._kept: OrderedDict[Start, asyncio.Task[Folder]] = OrderedDict()
+        self._kept: LruCache[Start, Folder] = LruCache(_KEPT_MAX)
 
     async def read(self, start: Start) -> Folder:
         """Raises NotFound for a job that was never started, Corrupt if its files are not what its record says."""
-        task = self._kept.get(start)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            task = self._kept[start] = asyncio.ensure_future(_read(self._store, start))
-        self._kept.move_to_end(start)
-        if len(self._kept) > _KEPT_MAX:
-            self._kept.popitem(last=False)
-        return await asyncio.shield(task)
+        return await self._kept.get(start, lambda: _read(self._store, start))
 
 
 async def _read(store: Store, start: Start) -> Folder:

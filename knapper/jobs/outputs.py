@@ -1,6 +1,5 @@
 """What people see of a job while it runs, in the exchange: all of it derived from the store, and published again."""
 
-from collections import OrderedDict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +16,7 @@ from knapper.jobs.spec import decode
 from knapper.state import damage, layout
 from knapper.state.layout import last_number
 from knapper.store import Store
+from knapper.store.cache import LruCache
 
 _KEPT_MAX = 64
 
@@ -41,19 +41,17 @@ class Metrics:
 
     def __init__(self, place: Place) -> None:
         self._place = place
-        self._lines: OrderedDict[Start, list[bytes]] = OrderedDict()
+        self._lines: LruCache[Start, list[bytes]] = LruCache(_KEPT_MAX)
 
     async def publish(self, folder: Folder) -> None:
-        lines = self._lines.setdefault(folder.start, [])
-        self._lines.move_to_end(folder.start)
-        if len(self._lines) > _KEPT_MAX:
-            self._lines.popitem(last=False)
+        if (lines := self._lines.known(folder.start)) is None:
+            self._lines.keep(folder.start, lines := [])
         while (trained := await read(self._place.store, folder.start.trained(len(lines)), Trained)) is not None:
             lines.append(msgspec.json.encode(metrics_line(len(lines) + 1, trained)) + b"\n")
         await self._place.exchange.extend(where(folder.start, "metrics.jsonl"), b"".join(lines))
 
     def forget(self, folder: Folder) -> None:
-        self._lines.pop(folder.start, None)
+        self._lines.forget(folder.start)
 
 
 async def publish_rollouts(place: Place, folder: Folder, name: str, readable: bytes) -> None:

@@ -26,7 +26,7 @@ from knapper.jobs.spec import RlJob
 from knapper.jobs.tokenized_rows import Texts
 from knapper.jobs.worker import Slice, SliceOver, Worker
 from knapper.state.checkpoints import Checkpoints
-from knapper.store.cache import Remembered
+from knapper.store.cache import LruCache
 from knapper.wire.types import Sample, SampleOutput, SamplingParams
 from knapper.wire.types import Sequence as Sampled
 
@@ -49,7 +49,7 @@ class Sampling:
     sampler: Draws
     language: Language
     context: int
-    _prompts: "Remembered[str, Prompts]" = field(default_factory=Remembered)
+    _prompts: "LruCache[str, Prompts]" = field(default_factory=LruCache)
 
     def __post_init__(self) -> None:
         self._place = self.worker.place

@@ -12,7 +12,7 @@ from knapper.events.cloudevents import Event
 from knapper.ids import TinkerPath
 from knapper.jobs import completion, control, needs, outputs, progress, sample_usage, schedule
 from knapper.jobs.job_files import Folder
-from knapper.jobs.names import Round
+from knapper.jobs.names import Round, Start
 from knapper.jobs.outputs import Metrics
 from knapper.jobs.progress import Looks, Progress
 from knapper.jobs.recipes import Course, Lines
@@ -28,8 +28,10 @@ from knapper.state.checkpoints import Checkpoints
 from knapper.state.journal.records import Spec
 from knapper.state.sessions import DAY_S, Session, Sessions
 from knapper.state.tenant_index import Register
+from knapper.store.cache import LruCache
 
 SOURCE = "knapper/train_step"
+_COURSES_MAX = 8
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Training:
     journal: Journal
     language: Language
     context: int
-    _courses: dict[str, Course] = field(default_factory=dict)
+    _courses: LruCache[Start, Course] = field(default_factory=lambda: LruCache(_COURSES_MAX))
 
     def __post_init__(self) -> None:
         self._place = self.worker.place
@@ -152,16 +154,11 @@ class Training:
         self._metrics.forget(folder)
         for run in (folder.start.run, folder.start.reference):
             self.journal.forget(run)
-        self._courses.pop(str(folder.start), None)
+        self._courses.forget(folder.start)
         await self._place.bells.ring(event, cloudevents.JOB_COMPLETED, SOURCE, course.steps)
 
     async def _course(self, folder: Folder) -> Course:
-        key = str(folder.start)
-        if key not in self._courses:
-            if len(self._courses) >= 8:
-                self._courses.pop(next(iter(self._courses)))
-            self._courses[key] = await self._make(folder)
-        return self._courses[key]
+        return await self._courses.get(folder.start, lambda: self._make(folder))
 
     async def _make(self, folder: Folder) -> Course:
         job, store = folder.job, self._place.store

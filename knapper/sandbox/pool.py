@@ -17,7 +17,7 @@ import structlog
 
 from knapper.errors import Unavailable, UserError
 from knapper.sandbox.warden import FAILED
-from knapper.store.cache import Remembered
+from knapper.store.cache import LruCache
 from knapper.wire.untrusted import parsing
 
 log = structlog.get_logger()
@@ -94,7 +94,7 @@ class Sandbox:
         self._turns = asyncio.Semaphore(self.at_once)
         self._idle: list[tuple[frozenset[str], _Warden]] = []  # the one used longest ago first
         self._all: set[_Warden] = set()
-        self.loaded: Remembered[str, tuple[str, ...]] = Remembered()  # by code: what of its imports a cell could load
+        self.loaded: LruCache[str, tuple[str, ...]] = LruCache()  # by code: what of its imports a cell could load
 
     async def run(self, *orders: Order, imports: Sequence[str] = (), sealed: bool = True) -> Any:
         """What the last order's task returns. Two orders: two cells, linked; the first cannot see the second's order.

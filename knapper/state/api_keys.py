@@ -22,7 +22,7 @@ from knapper.state import damage
 from knapper.state.journal.records import Record, decode, encode
 from knapper.state.layout import ObjectKind
 from knapper.store import Store
-from knapper.store.cache import Remembered
+from knapper.store.cache import LruCache
 
 PREFIX = "tml-"  # the SDK accepts no other
 
@@ -116,7 +116,7 @@ class Keyring:
     def __init__(self, keys: Keys, now: Callable[[], float]) -> None:
         self._keys = keys
         self._now = now
-        self._seen: Remembered[str, _Seen] = Remembered()
+        self._seen: LruCache[str, _Seen] = LruCache()
 
     async def of_key(self, key: str) -> Key:
         """The record of a key that is good. Raises Unauthorized, which never repeats what was sent."""

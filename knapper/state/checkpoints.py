@@ -17,7 +17,7 @@ from knapper.state.gc import marks
 from knapper.state.journal.accept import decode_creation
 from knapper.state.journal.records import Operation, Record, decode, encode
 from knapper.store import Store
-from knapper.store.cache import Remembered
+from knapper.store.cache import LruCache
 
 EVERYONE = ""
 
@@ -60,7 +60,7 @@ class Checkpoints:
 
     store: Store
     clock: Callable[[], float]
-    _read: Remembered[str, Checkpoint | None] = field(default_factory=Remembered, repr=False, compare=False)
+    _read: LruCache[str, Checkpoint | None] = field(default_factory=LruCache, repr=False, compare=False)
 
     async def save(self, checkpoint: Checkpoint, *, overwrite: bool) -> None:
         """Give the name to the bundle. Doing it again for the same operation of the run changes nothing.

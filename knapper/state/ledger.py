@@ -24,7 +24,7 @@ from knapper.state.sessions import Sessions
 from knapper.state.tenant_index import Register
 from knapper.state.usage import HOUR_S, Window
 from knapper.store import Store, many
-from knapper.store.cache import Remembered
+from knapper.store.cache import LruCache
 
 _MARK_S = 1800.0  # a run that works all the time is marked anew so often
 _QUIET_S, _FINISHED_QUIET_S = 3600.0, 300.0
@@ -84,11 +84,11 @@ class Accounts:
         self._new_id = new_id
         self._begun = False
         self._told = False  # that it has, to all others
-        self._marked: Remembered[RunId, float] = Remembered()
-        self._through: Remembered[RunId, Through] = Remembered()
+        self._marked: LruCache[RunId, float] = LruCache()
+        self._through: LruCache[RunId, Through] = LruCache()
         # What passed through this process need not be read again.
-        self._asked: Remembered[tuple[RunId, int], _Asked] = Remembered()
-        self._answered: Remembered[tuple[RunId, int], _Answered] = Remembered()
+        self._asked: LruCache[tuple[RunId, int], _Asked] = LruCache()
+        self._answered: LruCache[tuple[RunId, int], _Answered] = LruCache()
 
     # -- what gateways tell --------------------------------------------------------------------------------------------
 

@@ -1,32 +1,54 @@
-"""Values that never change, read once and kept while there is room."""
+"""Values in memory: the most recently used ones, each loaded once however many ask for it at the same time."""
 
-from collections import OrderedDict
+import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Generic, TypeVar
 
-_REMEMBERED_MAX = 16384
+from cachetools import LRUCache
+
+_VALUES_MAX = 16384
 K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Remembered(Generic[K, V]):
-    """The most recently used values."""
+class LruCache(Generic[K, V]):
+    """At most `size_max`, summed over the values; without a `size`, each counts for one.
 
-    def __init__(self) -> None:
-        self._values: OrderedDict[K, V] = OrderedDict()
+    A value that is larger by itself is not kept.
+    """
+
+    def __init__(self, size_max: int = _VALUES_MAX, size: Callable[[V], int] = lambda _: 1) -> None:
+        self._values: LRUCache[K, V] = LRUCache(size_max, size)
+        self._size = size
+        self._loading: dict[K, asyncio.Future[V]] = {}
 
     async def get(self, key: K, load: Callable[[], Awaitable[V]]) -> V:
+        """The value; `load` is under way once at a time, and goes on when the first of its callers leaves.
+
+        Raises what `load` does, and keeps nothing then.
+        """
         if key in self._values:
-            self._values.move_to_end(key)
             return self._values[key]
-        value = await load()
-        self.keep(key, value)
-        return value
+        if (loading := self._loading.get(key)) is None:
+            loading = self._loading[key] = asyncio.ensure_future(load())
+            loading.add_done_callback(partial(self._loaded, key))
+        return await asyncio.shield(loading)
+
+    def _loaded(self, key: K, loading: asyncio.Future[V]) -> None:
+        failed = loading.cancelled() or loading.exception() is not None
+        if self._loading.get(key) is loading:  # else it was forgotten, or replaced, while it was under way
+            del self._loading[key]
+            if not failed:
+                self.keep(key, loading.result())
+
+    @property
+    def size(self) -> float:
+        """Of all values together."""
+        return self._values.currsize
 
     def known(self, key: K) -> V | None:
         """The value if it is in memory."""
-        if key in self._values:
-            self._values.move_to_end(key)
         return self._values.get(key)
 
     def known_keys(self) -> list[K]:
@@ -34,11 +56,11 @@ class Remembered(Generic[K, V]):
 
     def keep(self, key: K, value: V) -> None:
         """Remember the value, in the place of any other."""
-        self._values[key] = value
-        self._values.move_to_end(key)
-        if len(self._values) > _REMEMBERED_MAX:
-            self._values.popitem(last=False)
+        self.forget(key)
+        if self._size(value) <= self._values.maxsize:
+            self._values[key] = value
 
     def forget(self, key: K) -> None:
-        """Read it anew the next time."""
+        """Load it anew the next time."""
         self._values.pop(key, None)
+        self._loading.pop(key, None)

@@ -18,7 +18,7 @@ from knapper.state.layout import ObjectKind
 from knapper.state.sessions import Sampler, Samplers, Session, Sessions
 from knapper.state.tenant_index import Register
 from knapper.store import Store, many
-from knapper.store.cache import Remembered
+from knapper.store.cache import LruCache
 
 _HELD_S = 24 * 3600.0  # files that only others need: when they may have let go
 _FENCES_MAX = 16  # read on the way back to the newest answer: one a claim
@@ -92,7 +92,7 @@ class Memory:
         self.sessions, self.samplers, self.register = Sessions(self.store), Samplers(self.store), Register(self.store)
         self.manifests = Manifests(self.store)
         self.acceptor = Acceptor(self.store, self.clock, self.manifests)
-        self.records: Remembered[str, Sampler] = Remembered()
+        self.records: LruCache[str, Sampler] = LruCache()
 
     async def sampler(self, name: str) -> Sampler | None:
         """The record, which never changes."""

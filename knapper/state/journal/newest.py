@@ -9,7 +9,7 @@ from knapper.ids import RunId, number
 from knapper.state import layout
 from knapper.state.journal.records import Manifest, decode
 from knapper.store import Store
-from knapper.store.cache import Remembered
+from knapper.store.cache import LruCache
 
 PAGE = 999  # names of one listing: a bucket lists a thousand a request, and may begin with the one to start after
 _ATTEMPTS_MAX = 4
@@ -66,7 +66,7 @@ class Manifests:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._seen: Remembered[RunId, tuple[int, Manifest]] = Remembered()
+        self._seen: LruCache[RunId, tuple[int, Manifest]] = LruCache()
 
     def seen(self, run: RunId) -> tuple[int, Manifest] | None:
         """(n, manifest) as this process last saw it: perhaps no longer the newest. Asks nobody."""

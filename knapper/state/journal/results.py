@@ -1,6 +1,5 @@
 """Published answers, read from the `out` records. Whatever is seen here is durable and never changes."""
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import msgspec
@@ -11,6 +10,7 @@ from knapper.state import damage, layout
 from knapper.state.journal.newest import Manifests, newest_name
 from knapper.state.journal.records import Commit, Result, decode
 from knapper.store import Store
+from knapper.store.cache import LruCache
 
 _CACHE_BYTES_MAX = 256 * 1024 * 1024
 GONE = msgspec.json.encode(
@@ -47,8 +47,7 @@ class Results:
         self._store = store
         self._manifests = manifests or Manifests(store)
         self._seen: dict[RunId, _Seen] = {}
-        self._commits: OrderedDict[tuple[RunId, int], Commit] = OrderedDict()
-        self._bytes = 0
+        self._commits: LruCache[tuple[RunId, int], Commit] = LruCache(_CACHE_BYTES_MAX, _size)
 
     async def find(self, run: RunId, seq: int) -> Result | None:
         """The answer to operation `seq`, or None while there is none. Looks in the store for whatever is new.
@@ -87,9 +86,8 @@ class Results:
     def known(self, run: RunId, seq: int) -> Result | None:
         """The answer if it lies in memory; never looks in the store."""
         seen = self._seen.get(run)
-        if seen is None or (n := seen.where.get(seq)) is None or (commit := self._commits.get((run, n))) is None:
+        if seen is None or (n := seen.where.get(seq)) is None or (commit := self._commits.known((run, n))) is None:
             return None
-        self._commits.move_to_end((run, n))
         return self._answer(commit, seq)
 
     def applied(self, run: RunId) -> int:
@@ -119,8 +117,7 @@ class Results:
         """Free the memory; the store still knows."""
         if (seen := self._seen.pop(run, None)) is not None:
             for n in set(seen.where.values()):
-                if (commit := self._commits.pop((run, n), None)) is not None:
-                    self._bytes -= _size(commit)
+                self._commits.forget((run, n))
 
     async def _read_new(self, run: RunId, seen: _Seen) -> None:
         last = await (self._first_look(run) if seen.low < 0 else self._newest(run, seen.high))
@@ -183,7 +180,7 @@ class Results:
         return True
 
     async def _commit(self, run: RunId, n: int) -> Commit:
-        if (commit := self._commits.get((run, n))) is not None:
+        if (commit := self._commits.known((run, n))) is not None:
             return commit
         name = layout.commit(run, n)
         data = await self._store.get(name)
@@ -213,12 +210,7 @@ class Results:
         for result in commit.results:
             seen.where[result.seq] = n
             seen.applied = max(seen.applied, result.seq)
-        if (run, n) not in self._commits:
-            self._commits[run, n] = commit
-            self._bytes += _size(commit)
-        while self._bytes > _CACHE_BYTES_MAX and len(self._commits) > 1:
-            _, evicted = self._commits.popitem(last=False)
-            self._bytes -= _size(evicted)
+        self._commits.keep((run, n), commit)
 
     @staticmethod
     def _answer(commit: Commit, seq: int) -> Result | None:

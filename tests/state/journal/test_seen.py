@@ -91,12 +91,14 @@ def test_what_is_forgotten_is_read_again_and_what_was_kept_is_given_back() -> No
     async def told() -> None:
         results = Results(await stored(commit(0), commit(1, 2)))
         results.offer(OTHER, 1, commit(0))
-        alone = results._bytes
+        alone = results._commits.size
         await results.find(RUN, 0)
         await results.find(RUN, 2)
-        assert results._bytes == alone + (200 + 201) + (200 + 201 + 201), "200 a commit, 200 a result, and the bodies"
+        assert results._commits.size == alone + (200 + 201) + (200 + 201 + 201), (
+            "200 a commit, 200 a result, and the bodies"
+        )
         results.forget(RUN)
-        assert (results._bytes, results.known(RUN, 2), results.applied(RUN)) == (alone, None, -1)
+        assert (results._commits.size, results.known(RUN, 2), results.applied(RUN)) == (alone, None, -1)
         results.forget(RUN)
         assert results.known(OTHER, 0) is not None
         found = await results.find(RUN, 2)
@@ -111,15 +113,15 @@ def test_the_oldest_answers_go_first_when_there_are_too_many_bytes(monkeypatch: 
     results = Results(MemoryStore())
     for n in range(1, 4):
         results.offer(RUN, n, commit(n, body=b"x" * 100))
-    assert results._bytes == 1500
+    assert results._commits.size == 1500
     assert results.known(RUN, 1) is not None, "asked for: now it is the newest"
     results.offer(RUN, 4, commit(4, body=b"x" * 100))
-    assert results._bytes == 1500
+    assert results._commits.size == 1500
     assert [seq for seq in range(1, 5) if results.known(RUN, seq) is not None] == [1, 3, 4]
     results.offer(RUN, 5, commit(5, body=b"x" * 5000))
-    assert [seq for seq in range(1, 6) if results.known(RUN, seq) is not None] == [5], "one stays, however large"
-    results.offer(RUN, 5, commit(5, body=b"x" * 5000))
-    assert results._bytes == 5400, "the same again is not counted twice"
+    assert [seq for seq in range(1, 6) if results.known(RUN, seq) is not None] == [1, 3, 4], "5 alone is too large"
+    results.offer(RUN, 4, commit(4, body=b"x" * 100))
+    assert results._commits.size == 1500, "the same again is not counted twice"
 
 
 def test_what_was_let_go_is_read_from_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
