@@ -23,6 +23,7 @@ from knapper import ids, limits
 from knapper.concurrency.fair_share import FairShare
 from knapper.errors import Gone, KnapperError, Told, TooLarge, TooMany, Unservable
 from knapper.ids import SamplerId, SessionId, Tenant, session_of
+from knapper.web.backoff import Backoff
 from knapper.wire import progress
 from knapper.wire.progress import Drawn, Failed, Whole
 
@@ -290,7 +291,7 @@ class Samples:
 
     async def _ask(self, entry: Entry) -> bytes | KnapperError:
         """The sample as protobuf, or why there is none. Goes on until there is one or the other."""
-        back_off, defects = _BACK_OFF_S, 0
+        backoff, defects = Backoff(_BACK_OFF_S, _BACK_OFF_MAX_S), 0
         while True:
             try:
                 entry.asked_at = min(entry.asked_at, self._now())
@@ -315,10 +316,9 @@ class Samples:
             if entry.refused_since is None:
                 entry.refused_since = self._now()
             entry.refusal = reason
-            if back_off == _BACK_OFF_S and not entry.unservable:
+            if not backoff.failures and not entry.unservable:
                 log.info("sample does not answer", request=entry.request_id, reason=reason)
-            await asyncio.sleep(back_off)
-            back_off = min(2 * back_off, _BACK_OFF_MAX_S)
+            await asyncio.sleep(backoff.next())
 
     async def _post(self, entry: Entry) -> tuple[int, bytes]:
         """(status, content) of one attempt."""

@@ -22,6 +22,7 @@ from knapper.ids import RunId
 from knapper.observability import metrics, traces
 from knapper.state.journal.records import Commit
 from knapper.state.journal.results import Results
+from knapper.web.backoff import Backoff
 
 _BACK_OFF_S, _BACK_OFF_MAX_S = 0.2, 5.0
 _LATER = (401, 408, 425, 429)  # 401: it has another key of the functions, which is no fault of the user
@@ -216,7 +217,7 @@ class Bells:
             await self.forget(run)
 
     async def _ring_until_quiet(self, run: RunId, line: _Line) -> None:
-        back_off = _BACK_OFF_S
+        backoff = Backoff(_BACK_OFF_S, _BACK_OFF_MAX_S)
         try:
             while line.again:
                 line.again = False
@@ -224,7 +225,7 @@ class Bells:
                     with traces.span("ring", run=run):
                         more = await self._ring(run, line)
                     line.again = line.again or more
-                    back_off = _BACK_OFF_S
+                    backoff.reset()
                 except (aiohttp.ClientError, TimeoutError, KnapperError, msgspec.MsgspecError) as error:
                     if isinstance(error, UserError):
                         log.error("train_step refuses the event", run=run, reason=str(error))
@@ -232,14 +233,13 @@ class Bells:
                             self._missing(run)
                             self.wake(run)
                         return
-                    if back_off == _BACK_OFF_S and not line.unservable:
+                    if not backoff.failures and not line.unservable:
                         log.info("train_step does not answer", run=run, reason=str(error) or type(error).__name__)
                     if isinstance(error, KnapperError) and error.code in STANDING and not line.standing:
                         line.meet(str(error), error.code)  # we could not even ring for it
                     line.again = True
                     line.holder = None  # it may be another by now
-                    await asyncio.sleep(max(back_off, _asked_s(error)))
-                    back_off = min(2 * back_off, _BACK_OFF_MAX_S)
+                    await asyncio.sleep(max(backoff.next(), _asked_s(error)))
         finally:
             line.task = line.unanswered_since = None
 

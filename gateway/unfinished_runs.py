@@ -1,9 +1,10 @@
 """Runs with work undone, each looked at again: soon at first, and ever later while nothing changes."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from knapper.ids import RunId, SessionId, session_of
+from knapper.web.backoff import Backoff
 
 _SOON_S, _LATE_S = 5.0, 60.0
 
@@ -12,7 +13,7 @@ _SOON_S, _LATE_S = 5.0, 60.0
 class _Wait:
     far: object  # how far the run was at the last look
     at: float
-    pause_s: float = _SOON_S
+    pauses: Backoff = field(default_factory=lambda: Backoff(_SOON_S, _LATE_S))
 
 
 class Waits:
@@ -34,8 +35,7 @@ class Waits:
     def looked(self, run: RunId) -> None:
         """It was looked at, and nothing went wrong."""
         if (wait := self._waits.get(run)) is not None:
-            wait.at = self._now() + wait.pause_s
-            wait.pause_s = min(2 * wait.pause_s, _LATE_S)
+            wait.at = self._now() + wait.pauses.next()
 
     def stir(self, session: SessionId) -> None:
         """Look at the session's runs again soon."""

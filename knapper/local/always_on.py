@@ -12,13 +12,14 @@ import structlog
 from knapper.errors import Unavailable
 from knapper.local import web
 from knapper.local.process import Process
+from knapper.web.backoff import Backoff
 
 log = structlog.get_logger()
 
 _healthy_s_max = 120.0
 _grace_s = 2.0  # the gateway may hold polls of half a minute; clients repeat them
 _steady_s = 5.0  # who lived so long is started again without delay
-_backoff_s_max = 5.0
+_backoff_s, _backoff_s_max = 0.1, 5.0
 
 
 class Standing:
@@ -57,7 +58,7 @@ class Standing:
         """Run it until cancelled; `ready` is called once. Raises Unavailable if it cannot even begin to serve."""
         loop = asyncio.get_running_loop()
         self._listener.listen(2048)
-        served, quick_ends = False, 0
+        served, backoff = False, Backoff(_backoff_s, _backoff_s_max)
         while True:
             began = loop.time()
             self._process = await web.start(self._application, self._directory, self._environment, self._listener)
@@ -67,10 +68,12 @@ class Standing:
                 served = True
                 ready()
             ending = await self._process.ending()
-            quick_ends = quick_ends + 1 if loop.time() - began < _steady_s else 0
-            backoff_s = min(0.05 * 2**quick_ends, _backoff_s_max) if quick_ends else 0.0
+            steady = loop.time() - began >= _steady_s
             log.error(f"{self.name}: ended ({ending}); starting it again", pid=self._process.pid)
-            await asyncio.sleep(backoff_s)
+            if steady:
+                backoff.reset()
+            else:
+                await asyncio.sleep(backoff.next())
 
     async def stop(self) -> None:
         if self._process:

@@ -12,6 +12,7 @@ import structlog
 from knapper.errors import Unavailable, Unservable
 from knapper.local import web
 from knapper.local.process import Process
+from knapper.web.backoff import Backoff
 
 log = structlog.get_logger()
 
@@ -52,7 +53,7 @@ class Service:
         self._watching: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._in_flight = 0
-        self._failures = 0  # starts that failed in a row
+        self._backoff = Backoff(1.0, _backoff_s_max)  # between starts that fail
         self._reason = ""  # of the newest of them
         self._not_before = 0.0  # loop time
 
@@ -128,7 +129,8 @@ class Service:
             ending, words = await process.ending(), await process.last_words()
             raise self._failed(f"{ending}; its last lines:\n{words}")
         log.info(f"{self.name}: ready after {loop.time() - began:.1f} s", pid=process.pid, port=port)
-        self._failures, self._reason = 0, ""
+        self._backoff.reset()
+        self._reason = ""
         running = self._running = replace(running, ready=True)
         self._changed(self.name, running)
         self._watching = asyncio.create_task(self._watch(running))
@@ -137,8 +139,7 @@ class Service:
 
     def _failed(self, reason: str) -> Unavailable:
         self._changed(self.name, None)
-        self._failures += 1
-        backoff_s = min(2.0 ** (self._failures - 1), _backoff_s_max)
+        backoff_s = self._backoff.next()
         self._not_before = asyncio.get_running_loop().time() + backoff_s
         if reason != self._reason:  # once: the same again is no news
             log.error(f"{self.name}: did not start: {reason}")
@@ -148,7 +149,7 @@ class Service:
     def _refusal(self, wait_s: float) -> Unavailable:
         """Soon it says so to whoever waits, in the same words each time: a process that ends cannot say it itself."""
         said = f"{self.name} did not start: {self._reason.partition(';')[0]} (see the log)"
-        if self._failures < _PATIENCE:
+        if self._backoff.failures < _PATIENCE:
             return Unavailable(f"{said}; the next attempt is in {wait_s:.0f} s", wait_s)
         return Unservable(f"{said}, {_PATIENCE} times or more; it is tried again by itself", wait_s)
 

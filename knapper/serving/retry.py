@@ -8,8 +8,9 @@ from typing import Final
 import structlog
 
 from knapper.errors import Unservable
+from knapper.web.backoff import Backoff
 
-_PAUSE_MAX_S: Final = 30.0
+_PAUSE_S, _PAUSE_MAX_S = 1.0, 30.0
 _NUMBER: Final = re.compile(r"[\d.]+")
 _SOON_S: Final = 2.0  # an attempt is under way: whoever asks so much later may hear another answer
 
@@ -26,7 +27,7 @@ class Attempts:
         self.reason = ""  # of the newest failure; empty: there is none
         self._what = what
         self.now = now
-        self._failures = 0
+        self._backoff = Backoff(_PAUSE_S, _PAUSE_MAX_S)
         self._next = 0.0
 
     @property
@@ -35,9 +36,8 @@ class Attempts:
 
     def failed(self, reason: str, took_s: float = 0.0, times: int = 1) -> None:
         """The reason is logged when it is news. `times`: how often it failed since anybody noted it."""
-        self._failures += times - 1
-        pause_s = max(min(2.0**self._failures, _PAUSE_MAX_S), took_s)
-        self._failures += 1
+        self._backoff.failures += times - 1
+        pause_s = max(self._backoff.next(), took_s)
         self._next = self.now() + pause_s
         if _NUMBER.sub("", reason) != _NUMBER.sub("", self.reason):  # how much memory is free is no news
             log.error(f"{self._what} cannot be served: {reason}", next_attempt_s=round(pause_s))
@@ -45,8 +45,9 @@ class Attempts:
 
     def succeeded(self) -> None:
         if self.reason:
-            log.info(f"{self._what} is served again", attempts=self._failures + 1)
-        self.reason, self._failures = "", 0
+            log.info(f"{self._what} is served again", attempts=self._backoff.failures + 1)
+        self.reason = ""
+        self._backoff.reset()
 
     def refusal(self) -> Unservable:
         """What whoever asks is told: the same sentence each time, so that nobody is told it twice."""

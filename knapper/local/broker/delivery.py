@@ -16,6 +16,7 @@ import structlog
 from knapper import limits
 from knapper.errors import TooMany, UserError
 from knapper.events import cloudevents
+from knapper.web.backoff import Backoff
 
 _AGAIN: Final = (404, 408, 409, 429)
 _RETRIES_MAX: Final = 12
@@ -68,13 +69,12 @@ class Delivery:
 
     async def _try(self, letter: Letter, url: str, again: Callable[[int], bool]) -> tuple[int, bytes]:
         """The last attempt's status, 0 for success, and what was said."""
-        back_off = _BACK_OFF_S
+        backoff = Backoff(_BACK_OFF_S, _BACK_OFF_MAX_S)
         status, said, after_s = await self._attempt(letter, url)
         for _ in range(_RETRIES_MAX):
             if status == 0 or not again(status):
                 break
-            await self._sleep(max(back_off, after_s))
-            back_off = min(2 * back_off, _BACK_OFF_MAX_S)
+            await self._sleep(max(backoff.next(), after_s))
             status, said, after_s = await self._attempt(letter, url)
         return status, said
 
