@@ -25,4 +25,4 @@ class Languages:
                 "Use the Tinker protocol, which takes and gives tokens",
             )  # fmt: skip
         path = Path(model.directory)
-        return await self._kept.get(model.directory, lambda: asyncio.to_thread(Language.read, path))
+        return await self._kept.get_once(model.directory, lambda: asyncio.to_thread(Language.read, path))

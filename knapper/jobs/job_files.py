@@ -43,7 +43,7 @@ class Folders:
 
     async def read(self, start: Start) -> Folder:
         """Raises NotFound for a job that was never started, Corrupt if its files are not what its record says."""
-        return await self._kept.get(start, lambda: _read(self._store, start))
+        return await self._kept.get_once(start, lambda: _read(self._store, start))
 
 
 async def _read(store: Store, start: Start) -> Folder:

@@ -158,7 +158,7 @@ class Training:
         await self._place.bells.ring(event, cloudevents.JOB_COMPLETED, SOURCE, course.steps)
 
     async def _course(self, folder: Folder) -> Course:
-        return await self._courses.get(folder.start, lambda: self._make(folder))
+        return await self._courses.get_once(folder.start, lambda: self._make(folder))
 
     async def _make(self, folder: Folder) -> Course:
         job, store = folder.job, self._place.store

@@ -1,4 +1,4 @@
-"""Values in memory: the most recently used ones, each loaded once however many ask for it at the same time."""
+"""Values in memory: the most recently used ones; what takes long is loaded once, however many ask for it."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -24,7 +24,15 @@ class LruCache(Generic[K, V]):
         self._loading: dict[K, asyncio.Future[V]] = {}
 
     async def get(self, key: K, load: Callable[[], Awaitable[V]]) -> V:
-        """The value; `load` is under way once at a time, and goes on when the first of its callers leaves.
+        """The value, loaded by each who asks while it is not there. Needs no event loop: the simulation has none."""
+        if key in self._values:
+            return self._values[key]
+        value = await load()
+        self.keep(key, value)
+        return value
+
+    async def get_once(self, key: K, load: Callable[[], Awaitable[V]]) -> V:
+        """The value, with a single `load` under way, which goes on when the first of its callers leaves.
 
         Raises what `load` does, and keeps nothing then.
         """

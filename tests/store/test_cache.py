@@ -49,14 +49,24 @@ def test_values_count_by_their_size() -> None:
     assert cache.known_keys() == []
 
 
+def test_without_an_event_loop_each_loads_for_itself() -> None:
+    """As the journal does, whose simulation steps through its coroutines by hand."""
+    loads, cache = Loads(), LruCache[str, str]()
+    loads.may_end.set()
+    for _ in range(2):
+        with pytest.raises(StopIteration, match="a-1"):
+            cache.get("a", lambda: loads.load("a")).send(None)
+    assert loads.begun == ["a"]
+
+
 def test_a_value_is_loaded_once_however_many_ask() -> None:
     async def scenario() -> None:
         loads, cache = Loads(), LruCache[str, str]()
-        asking = [asyncio.create_task(cache.get("a", lambda: loads.load("a"))) for _ in range(3)]
+        asking = [asyncio.create_task(cache.get_once("a", lambda: loads.load("a"))) for _ in range(3)]
         await asyncio.sleep(0)
         loads.may_end.set()
         assert await asyncio.gather(*asking) == ["a-1"] * 3
-        assert await cache.get("a", lambda: loads.load("a")) == "a-1"
+        assert await cache.get_once("a", lambda: loads.load("a")) == "a-1"
         assert loads.begun == ["a"]
 
     asyncio.run(scenario())
@@ -65,7 +75,7 @@ def test_a_value_is_loaded_once_however_many_ask() -> None:
 def test_a_load_goes_on_when_its_first_caller_leaves() -> None:
     async def scenario() -> None:
         loads, cache = Loads(), LruCache[str, str]()
-        first, second = (asyncio.create_task(cache.get("a", lambda: loads.load("a"))) for _ in range(2))
+        first, second = (asyncio.create_task(cache.get_once("a", lambda: loads.load("a"))) for _ in range(2))
         await asyncio.sleep(0)
         first.cancel()
         await asyncio.sleep(0)
@@ -80,14 +90,14 @@ def test_a_failure_is_told_to_all_who_wait_and_is_not_kept() -> None:
     async def scenario() -> None:
         loads, cache = Loads(), LruCache[str, str]()
         loads.fails = True
-        asking = [asyncio.create_task(cache.get("a", lambda: loads.load("a"))) for _ in range(2)]
+        asking = [asyncio.create_task(cache.get_once("a", lambda: loads.load("a"))) for _ in range(2)]
         await asyncio.sleep(0)
         loads.may_end.set()
         for each in asking:
             with pytest.raises(OSError, match="a"):
                 await each
         loads.fails = False
-        assert await cache.get("a", lambda: loads.load("a")) == "a-2"
+        assert await cache.get_once("a", lambda: loads.load("a")) == "a-2"
 
     asyncio.run(scenario())
 
@@ -96,7 +106,7 @@ def test_a_failure_is_told_to_all_who_wait_and_is_not_kept() -> None:
 def test_what_was_forgotten_or_replaced_while_it_was_loaded_stays_so(forgotten: bool) -> None:
     async def scenario() -> None:
         loads, cache = Loads(), LruCache[str, str]()
-        asking = asyncio.create_task(cache.get("a", lambda: loads.load("a")))
+        asking = asyncio.create_task(cache.get_once("a", lambda: loads.load("a")))
         await asyncio.sleep(0)
         if forgotten:
             cache.forget("a")
