@@ -15,11 +15,6 @@ _OPERATOR_S = 30.0  # what waits for an operator need not be asked for more ofte
 log = structlog.get_logger()
 
 
-def body(error: KnapperError) -> dict[str, str]:
-    """`detail` is what the SDK and its command line print."""
-    return {"detail": str(error), "code": error.code, "category": error.category}
-
-
 def failure(error: KnapperError) -> dict[str, str]:
     """The error as the result of a future."""
     return {"error": str(error), "category": error.category}
@@ -43,7 +38,7 @@ async def known(request: Request, error: Exception) -> Response:
     # The SDK's inner layer would repeat these for a minute without a word to the user.
     if isinstance(error, StoreError) or error.code in STANDING:
         headers |= {"x-should-retry": "false", **notice(str(error))}
-    return JSONResponse(body(error), status_code=error.status, headers=headers)
+    return JSONResponse(error.as_json(), status_code=error.status, headers=headers)
 
 
 async def http(request: Request, error: Exception) -> Response:

@@ -16,7 +16,7 @@ from gateway.routing import Door, body_bytes_max
 from gateway.services import Parts, parts
 from gateway.tenants import on_this_machine
 from knapper import ids, limits
-from knapper.errors import InvalidField, NotFound, TooLarge, Unavailable, UserError
+from knapper.errors import InvalidField, NotFound, Unavailable, UserError
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
 from knapper.jobs import names, revive
@@ -25,6 +25,7 @@ from knapper.jobs.services import Place
 from knapper.observability import traces
 from knapper.state import dead_letters, layout
 from knapper.state.dead_letters import DeadLetter
+from knapper.web import requests
 from knapper.wire import json
 
 _TICKS: Final = (cloudevents.TICK, "dev.knative.sources.ping")  # a PingSource cannot choose its event's type
@@ -42,7 +43,7 @@ class Finalized(msgspec.Struct, frozen=True):
 async def take(request: Request) -> Response:
     """204 once what the event asks for is durable; 422 for one that never will be."""
     _expect_insider(request)
-    event = cloudevents.decode(request.headers, await _body(request))
+    event = cloudevents.decode(request.headers, await requests.body(request, body_bytes_max(request)))
     with traces.span("gateway", event.traceparent, subject=event.subject):  # what it rings for belongs to this trace
         if event.type in _TICKS:
             await periodic_tasks.jobs(parts(request))
@@ -57,7 +58,7 @@ async def take(request: Request) -> Response:
 async def bury(request: Request) -> Response:
     """Keep a letter that could not be delivered, whatever it is: there is nobody behind us who would."""
     _expect_insider(request)
-    body = await _body(request)
+    body = await requests.body(request, body_bytes_max(request))
     attributes = {
         name.removeprefix("ce-"): value[: limits.event_attribute_chars_max]
         for name, value in sorted(request.headers.items())
@@ -114,15 +115,6 @@ def _expect_insider(request: Request) -> None:
     )
     if not inside or "origin" in request.headers or not cloudevents.sent(request.headers):
         raise NotFound(f"there is nothing at {request.url.path}")
-
-
-async def _body(request: Request) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > body_bytes_max(request):
-            raise TooLarge(f"the event has over {body_bytes_max(request)} bytes")
-    return bytes(body)
 
 
 ROUTES: Final = [

@@ -31,6 +31,10 @@ class KnapperError(Exception):
         """One line, fit for a terminal: messages quote what users sent."""
         return printable(super().__str__())
 
+    def as_json(self) -> dict[str, str]:
+        """As all our servers tell it. `detail` is what the SDK and its command line print."""
+        return {"detail": str(self), "code": self.code, "category": self.category}
+
     def __reduce__(self) -> tuple[object, ...]:
         """Errors go from process to process, whatever their classes are made with."""
         return _made, (type(self), self.args, vars(self))

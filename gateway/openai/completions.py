@@ -10,7 +10,6 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from gateway.disconnects import unless_left
 from gateway.openai import errors
 from gateway.openai.detokenizer import Piece, Scored, Text
 from gateway.openai.models import Chosen
@@ -21,6 +20,7 @@ from gateway.services import parts
 from gateway.tenants import tenant_of
 from knapper.catalogue.tokenizer import Language
 from knapper.errors import ContextLengthExceeded, KnapperError
+from knapper.web.requests import while_connected
 from knapper.wire import proto
 from knapper.wire.progress import Drawn, Ending
 from knapper.wire.types import SampleOutput, Sequence, TopK
@@ -68,13 +68,13 @@ async def _answer(request: Request, task: Task) -> Response:
     await asked.ask(task.chosen, task.prompts, task.question)
     if not task.form.stream:
         try:
-            answers = await unless_left(request, asked.answers())
+            answers = await while_connected(request, asked.answers())
         finally:
             asked.end()
         return Response(await asyncio.to_thread(_whole, head, task, answers), media_type="application/json")
     events = _events(head, task, asked)
     try:
-        first = await unless_left(request, anext(events))
+        first = await while_connected(request, anext(events))
     except BaseException:
         asked.end()
         raise

@@ -198,7 +198,7 @@ async def _refuse(send: Send, error: KnapperError) -> None:
     headers = []
     if isinstance(error, Unavailable):
         headers.append((b"retry-after", str(max(1, round(error.retry_after_s))).encode()))
-    await _reply(send, error.status, {"detail": str(error), "code": error.code, "category": error.category}, headers)
+    await _reply(send, error.status, error.as_json(), headers)
 
 
 async def _reply(send: Send, status: int, body: object, headers: Headers | None = None) -> None:

@@ -1,36 +1,26 @@
 """What the functions' pages share: bounded bodies, errors that Knative understands, frames, callers who hang up."""
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
 import structlog
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from knapper.errors import InvalidField, KnapperError, TooLarge, Unavailable, UserError
+from knapper.errors import InvalidField, KnapperError, Unavailable, UserError
 from knapper.events.cloudevents import Frame, encode_frame
 from knapper.state.function_key import FunctionKey
+from knapper.web import requests
 
 T = TypeVar("T")
 log = structlog.get_logger()
 
 
-async def body(request: Request, bytes_max: int) -> bytes:
-    """The whole body. Raises TooLarge past the limit, without reading on."""
-    received = bytearray()
-    async for chunk in request.stream():
-        received += chunk
-        if len(received) > bytes_max:
-            raise TooLarge(f"the body has more than {bytes_max} bytes; allowed: {bytes_max}")
-    return bytes(received)
-
-
 async def admitted(request: Request, key: FunctionKey) -> bytes:
-    """The body of a caller that may call. Raises Unauthorized for any other, and what `body` raises."""
-    return await key.admit(request.headers, partial(body, request))
+    """The body of a caller that may call. Raises Unauthorized for any other, and TooLarge."""
+    return await key.admit(request.headers, partial(requests.body, request))
 
 
 def error(error: KnapperError) -> Response:
@@ -38,7 +28,7 @@ def error(error: KnapperError) -> Response:
     status = error.status if isinstance(error, UserError) or error.code == KnapperError.code else 503
     after_s = error.retry_after_s if isinstance(error, Unavailable) else 1.0
     headers = {} if status != 503 else {"Retry-After": str(max(1, round(after_s)))}
-    told = {"detail": str(error), "code": error.code, "category": error.category}
+    told = error.as_json()
     if error.field is not None:
         told["field"] = error.field
     return JSONResponse(told, status_code=status, headers=headers)
@@ -65,24 +55,12 @@ def expect_model(asked: str, served: str, directory: str) -> None:
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
     """What the work returns. When the caller hangs up, it is cancelled. Its defects are logged, and become 503."""
-    task = asyncio.ensure_future(work)
-    hung_up = asyncio.ensure_future(_hang_up(request))
     try:
-        await asyncio.wait((task, hung_up), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Unavailable("the caller hung up")
-        return task.result()
+        return await requests.while_connected(request, work)
+    except ClientDisconnect:
+        raise Unavailable("the caller hung up") from None
     except KnapperError:
         raise
     except Exception as defect:
         log.exception("defect")
         raise KnapperError(f"a defect of the server: {defect!r}") from defect
-    finally:
-        for waiting in (task, hung_up):
-            waiting.cancel()
-
-
-async def _hang_up(request: Request) -> None:
-    """Return once the caller is gone. The body was read before, so nothing else can come."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

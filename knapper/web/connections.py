@@ -231,7 +231,7 @@ class Protocol(Targeted):
 
 
 def _answer(error: KnapperError) -> bytes:
-    content = json.dumps({"detail": str(error), "code": error.code, "category": error.category}).encode()
+    content = json.dumps(error.as_json()).encode()
     retry = b"retry-after: %d\r\n" % max(1, round(error.retry_after_s)) if isinstance(error, Unavailable) else b""
     length = b"content-length: %d\r\nconnection: close\r\n\r\n" % len(content)
     status = 400 if type(error) is UserError else error.status  # what is not HTTP at all

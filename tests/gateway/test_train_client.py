@@ -15,6 +15,7 @@ from knapper import limits
 from knapper.errors import OtherDtype, Unavailable
 from knapper.events import cloudevents
 from knapper.serving import http
+from knapper.web import requests
 from tests.gateway.running import MODEL, Running, fwdbwd, gateway, serve
 
 REASONS = {
@@ -30,7 +31,9 @@ class Refusing:
         self.bells: Counter[str] = Counter()
 
     async def answer(self, request: Request) -> Response:
-        run = cloudevents.run_of(cloudevents.decode(request.headers, await http.body(request, limits.body_bytes_max)))
+        run = cloudevents.run_of(
+            cloudevents.decode(request.headers, await requests.body(request, limits.body_bytes_max))
+        )
         why = "stands" if run.endswith(":0") else "passes"
         self.bells[why] += 1
         return http.error(REASONS[why])

@@ -21,10 +21,10 @@ from knapper.local.broker.delivery import Letter
 from knapper.local.broker.fault_injection import Mischief
 from knapper.local.broker.watcher import Watcher
 from knapper.observability import logs
-from knapper.serving import http
 from knapper.settings import Settings
 from knapper.state.function_key import FunctionKey
 from knapper.store.factory import open_store
+from knapper.web import requests
 
 log = structlog.get_logger()
 
@@ -37,7 +37,7 @@ async def post(request: Request) -> Response:
     broker: Broker = request.app.state.broker
     key: FunctionKey = request.app.state.key
     try:
-        body = await http.body(request, limits.event_bytes_max)
+        body = await requests.body(request, limits.event_bytes_max)
         letter = Letter(*cloudevents.as_binary(request.headers, body))
         if letter.attributes.get("type") != cloudevents.OBJECT_FINALIZED and not await key.signed(
             request.headers, body
@@ -97,7 +97,7 @@ def _heard(watching: asyncio.Task[None]) -> None:
 
 
 def _refused(status: int, error: KnapperError) -> Response:
-    return JSONResponse({"detail": str(error), "code": error.code}, status_code=status)
+    return JSONResponse(error.as_json(), status_code=status)
 
 
 def __getattr__(name: str) -> Starlette:
