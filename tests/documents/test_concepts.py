@@ -2,8 +2,9 @@
 
 import re
 
-from knapper.ids import RunId, run_prefix
+from knapper.ids import RunId
 from knapper.state import layout
+from knapper.state.layout import run_prefix
 from tests.documents.pages import block, read
 
 PAGE = "docs/concepts.md"
