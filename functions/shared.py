@@ -1,4 +1,6 @@
-"""Several functions in one process, at /NAME each, under functions-framework: one copy of the base weights serves all.
+"""One function or several in one process, at /NAME/ each, under functions-framework: `knapper up` runs them so.
+
+Several share one copy of the base weights. The process ends when nobody has called it for long.
 
 FUNCTION_SOURCES: paths of main.py files, joined by os.pathsep; each defines the function that its directory is named
 for. What they share lives in the library, since every main.py becomes sys.modules["main"].
@@ -14,6 +16,9 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.types import ASGIApp
 
+from knapper.serving.idle import IdleTimeout
+from knapper.settings import Settings
+
 
 @asynccontextmanager
 async def load(app: Starlette) -> AsyncIterator[None]:
@@ -25,4 +30,4 @@ async def load(app: Starlette) -> AsyncIterator[None]:
     yield
 
 
-app = Starlette(lifespan=load)
+app = IdleTimeout(Starlette(lifespan=load), Settings.load(os.environ).idle_s)  # noqa: TID251  an entry point

@@ -11,7 +11,6 @@ import httpx
 
 from gateway.body_budget import budget
 from gateway.heartbeats import Heartbeats
-from gateway.leased_clients import Shortcuts
 from gateway.lookups import Records
 from gateway.openai.shared import Shared
 from gateway.result_reader import Looks
@@ -78,11 +77,9 @@ async def assembled(
         opening = await FunctionKey(store, new_id).headers()
         client = await connections.enter_async_context(_client(opening))
         crowd = await connections.enter_async_context(_crowd(opening))
-        shortcuts, refusals = Shortcuts(crowd, monotonic), Refusals()
-        connections.push_async_callback(shortcuts.close)
+        refusals = Refusals()
         bells = Bells(
             crowd,
-            shortcuts,
             refusals,
             results,
             url_of,
@@ -105,7 +102,7 @@ async def assembled(
             collector=collector,
             bells=bells,
             refusals=refusals,
-            samples=Samples(crowd, shortcuts, refusals, new_id, monotonic, meter.count, first=int(clock() * 1e6)),
+            samples=Samples(crowd, refusals, new_id, monotonic, meter.count, first=int(clock() * 1e6)),
             meter=meter,
             accounts=accounts,
             rewards=Rewards(client, settings.reward_url),

@@ -29,8 +29,10 @@ class Rewards:
                 "up` does. Score in the client instead"
             )
         try:
-            headers = {"Content-Type": _JSON, "Content-Length": str(len(body))}
-            answer = await self._client.post(self._url, content=_pieces(body), headers=headers, timeout=_TIMEOUT)
+            try:
+                answer = await self._post(body)
+            except (httpx.NetworkError, httpx.RemoteProtocolError):  # its process ended meanwhile; there is another
+                answer = await self._post(body)
         except httpx.HTTPError as error:
             raise Unavailable(f"the reward function does not answer: {error!r}") from error
         if answer.status_code == Unauthorized.status:
@@ -39,6 +41,10 @@ class Rewards:
             raise Unavailable(f"the reward function is not there yet: HTTP {answer.status_code}")
         headers = {name: value for name, value in answer.headers.items() if name == "retry-after"}
         return Response(answer.content, answer.status_code, headers, media_type=_JSON)
+
+    async def _post(self, body: bytes) -> httpx.Response:
+        headers = {"Content-Type": _JSON, "Content-Length": str(len(body))}
+        return await self._client.post(self._url, content=_pieces(body), headers=headers, timeout=_TIMEOUT)
 
 
 async def _pieces(body: bytes) -> AsyncIterator[bytes]:

@@ -17,7 +17,6 @@ import msgspec
 import structlog
 
 from gateway import errors
-from gateway.leased_clients import Shortcuts
 from gateway.unservable import Refusals
 from knapper import ids, limits
 from knapper.concurrency.fair_share import FairShare
@@ -103,7 +102,6 @@ class Samples:
     def __init__(
         self,
         client: aiohttp.ClientSession,
-        shortcuts: Shortcuts,
         refusals: Refusals,
         new_id: Callable[[], str],
         now: Callable[[], float],
@@ -111,7 +109,6 @@ class Samples:
         first: int = 0,
     ) -> None:
         self._client = client
-        self._shortcuts = shortcuts
         self._refusals = refusals
         self._told: dict[str, tuple[str, float]] = {}  # of sessions: what they were told last of such a model, and when
         self._new_id = new_id
@@ -323,12 +320,7 @@ class Samples:
     async def _post(self, entry: Entry) -> tuple[int, bytes]:
         """(status, content) of one attempt."""
         headers = {"Content-Type": "application/json", "Knapper-Tenant": entry.tenant}  # whose turn it takes
-        with self._shortcuts.use(entry.url) as url:
-            return await self._post_to(url, entry, headers)
-
-    async def _post_to(self, url: str, entry: Entry, headers: dict[str, str]) -> tuple[int, bytes]:
-        async with self._client.post(url, data=entry.call, headers=headers, timeout=_TIMEOUT) as response:
-            self._shortcuts.heard(url, response.headers)
+        async with self._client.post(entry.url, data=entry.call, headers=headers, timeout=_TIMEOUT) as response:
             entry.device_s = progress.device_s(response.headers.get(progress.DEVICE_S))
             if entry.listen is None or response.status != 200:
                 return response.status, await response.read()

@@ -5,14 +5,12 @@ A bell that gets lost costs time and nothing else: the work lies in the store, a
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import aiohttp
 import msgspec
 import structlog
 
-from gateway.leased_clients import Shortcuts
 from gateway.unservable import Refusals
 from knapper import limits
 from knapper.errors import STANDING, Corrupt, KnapperError, NotFound, NotHolder, Unavailable, Unservable, UserError
@@ -71,7 +69,6 @@ class Bells:
     def __init__(
         self,
         client: aiohttp.ClientSession,
-        shortcuts: Shortcuts,
         refusals: Refusals,
         results: Results,
         url_of: Callable[[RunId], Awaitable[str]],
@@ -82,7 +79,6 @@ class Bells:
         now: Callable[[], float],
     ) -> None:
         self._client = client
-        self._shortcuts = shortcuts
         self._refusals = refusals
         self._results = results
         self._url_of = url_of
@@ -260,12 +256,9 @@ class Bells:
         return await self._post_to_service(run, line, replace(hint, way="lost"))
 
     async def _post_to_service(self, run: RunId, line: _Line, hint: Hint) -> bool:
-        """As `_post`, to whoever serves the run's model, by the shortest way that there is."""
-        service = line.service = await self._url_of(run)
-        with suppress(aiohttp.ClientError, TimeoutError), self._shortcuts.use(service) as url:
-            if url != service:
-                return await self._post(run, line, url, hint)
-        return await self._post(run, line, service, hint)
+        """As `_post`, to whoever serves the run's model."""
+        line.service = await self._url_of(run)
+        return await self._post(run, line, line.service, hint)
 
     async def _post(self, run: RunId, line: _Line, url: str, hint: Hint) -> bool:
         """Raises NotHolder, TimeoutError or aiohttp.ClientError: this address is of no use now. Else as `_ring`."""
@@ -274,7 +267,6 @@ class Bells:
         direct = hint.way == "direct"
         async with asyncio.timeout(limits.holder_answers_s if direct else None):  # until it begins to answer
             response = await self._client.post(url, headers=headers, data=body, timeout=_DIRECT if direct else _TIMEOUT)
-        self._shortcuts.heard(url, response.headers)
         try:
             return await self._hear(run, line, response, direct)
         except aiohttp.SocketTimeoutError as error:

@@ -44,15 +44,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     models: Annotated[
         str, Meta(description="A directory of model records that the gateway publishes; on a cluster a ConfigMap.")
     ] = ""
-    train_step_url: Annotated[
-        str, Meta(description="Where the gateway rings for training; `knapper up` sets its dispatcher's address.")
-    ] = ""
-    sample_url: Annotated[
-        str, Meta(description="Where the gateway rings for samples; `knapper up` sets its dispatcher's address.")
-    ] = ""
-    reward_url: Annotated[
-        str, Meta(description="Where the gateway sends rollouts to score; `knapper up` sets its dispatcher's address.")
-    ] = ""
+    train_step_url: Annotated[str, Meta(description="Where the gateway rings for training; `knapper up` sets it.")] = ""
+    sample_url: Annotated[str, Meta(description="Where the gateway rings for samples; `knapper up` sets it.")] = ""
+    reward_url: Annotated[str, Meta(description="Where the gateway sends rollouts to score; `knapper up` sets it.")] = (
+        ""
+    )
     broker_url: Annotated[
         str, Meta(description="Where events are posted; `knapper up` sets its own broker's address. Empty: no jobs.")
     ] = ""
@@ -147,7 +143,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = Path("/dev/shm")
     idle_s: Annotated[
         float,
-        Meta(gt=0, le=7 * 86400, description="An engine without requests for so long ends; the next bell starts it."),
+        Meta(
+            gt=0,
+            le=7 * 86400,
+            description="A function that nobody calls for so long ends; the next call starts it.",
+        ),
     ] = 300.0
     rest_s: Annotated[
         float,

@@ -35,7 +35,7 @@ class Victims(Protocol):
 
 class _Process(msgspec.Struct):
     pid: int
-    port: int
+    port: int = 0  # the supervisor serves none
 
 
 class Processes:

@@ -11,6 +11,7 @@ import structlog
 
 from knapper.errors import Unavailable
 from knapper.local import web
+from knapper.local.on_demand import Changed
 from knapper.local.process import Process
 from knapper.web.backoff import Backoff
 
@@ -36,7 +37,7 @@ class Standing:
         environment: Mapping[str, str],
         listener: socket.socket,
         health: str,
-        changed: Callable[[str, Process], None],
+        changed: Changed,
     ) -> None:
         self.name = name
         self._application = application
@@ -50,19 +51,17 @@ class Standing:
     @property
     def url(self) -> str:
         """Where a client on this machine reaches it."""
-        host, port = self._listener.getsockname()[:2]
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return web.url(self._listener)
 
     async def keep(self, ready: Callable[[], None] = lambda: None) -> NoReturn:
         """Run it until cancelled; `ready` is called once. Raises Unavailable if it cannot even begin to serve."""
         loop = asyncio.get_running_loop()
-        self._listener.listen(2048)
+        self._listener.listen(web.BACKLOG)
         served, backoff = False, Backoff(_backoff_s, _backoff_s_max)
         while True:
             began = loop.time()
             self._process = await web.start(self._application, self._directory, self._environment, self._listener)
-            self._changed(self.name, self._process)
+            self._changed(self.name, self._process, True)
             if not served:
                 await self._until_healthy(self._process)
                 served = True

@@ -1,181 +1,136 @@
-"""A process that exists only while it is needed: started by the first request, ended by idleness or a crash."""
+"""A process that exists only while it is needed: started by the first caller, ended by idleness or a crash.
+
+We hold its listening socket from beginning to end, and never accept from it: while there is no process, callers wait in
+the kernel's queue, and are not refused. That one waits is what starts the process, which ends itself (see
+knapper/serving/idle.py); who comes in between waits for the next one.
+"""
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NoReturn
 
 import structlog
 
 from knapper.errors import Unavailable, Unservable
 from knapper.local import web
 from knapper.local.process import Process
+from knapper.local.refusal import refuse
 from knapper.web.backoff import Backoff
+from knapper.web.sockets import readable
 
 log = structlog.get_logger()
 
-Launch = Callable[[socket.socket], Awaitable[Process]]
-Changed = Callable[[str, "Running | None"], None]  # name, what runs now
+Changed = Callable[[str, Process | None, bool], None]  # name, what runs now, whether it has accepted anybody
 
-start_s_max = 600.0  # a large model on a slow disk
+wait_s_max = 600.0  # of a caller that nobody accepts: a large model comes from a slow disk; after that, it hangs
 stop_grace_s = 10.0
 _backoff_s_max = 30.0
 _PATIENCE = 3  # failures in a row that may be a moment's
-
-
-@dataclass(frozen=True)
-class Running:
-    process: Process
-    port: int
-    ready: bool = False  # it answers; before, it loads
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+_START_POLL_S, _POLL_S = 0.02, 1.0
+_BY_ITSELF = ("exit code 0", "killed by SIGTERM")  # uvicorn ends by the signal that it heeded
 
 
 class Service:
-    """Scale to zero and back, for one process.
+    """Scale to zero and back, for one process. `application` is served from `directory`; see `web.start`."""
 
-    `launch` starts it on a socket; `changed` hears of starts, of the first answer, and of ends.
-    """
-
-    def __init__(self, name: str, launch: Launch, idle_s: float, changed: Changed) -> None:
+    def __init__(
+        self,
+        name: str,
+        application: str,
+        directory: Path,
+        environment: Mapping[str, str],
+        listener: socket.socket,
+        changed: Changed,
+    ) -> None:
         self.name = name
-        self._launch = launch
-        self._idle_s = idle_s
+        self._application = application
+        self._directory = directory
+        self._environment = environment
+        self._listener = listener
         self._changed = changed
-        self._running: Running | None = None
-        self._starting: asyncio.Task[Running] | None = None
-        self._stopping: asyncio.Task[None] | None = None
-        self._watching: asyncio.Task[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._in_flight = 0
+        self._process: Process | None = None
+        self._up = False
         self._backoff = Backoff(1.0, _backoff_s_max)  # between starts that fail
         self._reason = ""  # of the newest of them
-        self._not_before = 0.0  # loop time
 
-    @property
-    def state(self) -> Literal["stopped", "starting", "running"]:
-        if self._running:
-            return "running"
-        return "starting" if self._starting and not self._starting.done() else "stopped"
+    async def keep(self) -> NoReturn:
+        """Run it whenever somebody waits for it, until cancelled."""
+        self._listener.listen(web.BACKLOG)
+        while True:
+            await self._until_called()
+            try:
+                await self._run()
+            except Unavailable as error:
+                await refuse(self._listener, error)
 
-    @asynccontextmanager
-    async def use(self) -> AsyncIterator[Running]:
-        """The running process, started if it must be; it is not stopped for idleness inside. Raises Unavailable."""
-        self._in_flight += 1
-        self._cancel_timer()
-        try:
-            yield self._running or await self._start_once()
-        finally:
-            self._in_flight -= 1
-            self._stop_when_idle()
-
-    async def lost(self, running: Running) -> None:
-        """A request could not be delivered: if the process is ending, wait a moment until that is known."""
-        if self._running is running and self._watching:
-            await asyncio.wait([self._watching], timeout=1)
-
-    async def close(self) -> None:
-        """Stop the process for good."""
-        self._cancel_timer()
-        if self._starting and not self._starting.done():
-            self._starting.cancel()
-            await asyncio.wait([self._starting])
-        if self._running:
-            await self._stop(self._running)
-        elif self._stopping:
-            await asyncio.shield(self._stopping)
+    async def stop(self) -> None:
+        """End what `keep` left when it was cancelled; at once, if it has done nothing yet that it could finish."""
+        if self._process:
+            await self._process.stop(stop_grace_s if self._up else 0)
 
     def kill(self) -> None:
-        if self._running:
-            self._running.process.kill()
+        if self._process:
+            self._process.kill()
 
-    async def _start_once(self) -> Running:
-        if self._starting is None or self._starting.done():
-            self._starting = asyncio.create_task(self._start())
-            self._starting.add_done_callback(lambda task: task.cancelled() or task.exception())  # heard, if all left
-        return await asyncio.shield(self._starting)  # it goes on when its first client leaves
+    async def _until_called(self) -> None:
+        loop, called = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self._listener, called.set)
+        try:
+            await called.wait()
+        finally:
+            loop.remove_reader(self._listener)
 
-    async def _start(self) -> Running:
-        if self._stopping:
-            await asyncio.shield(self._stopping)
-        loop = asyncio.get_running_loop()
-        if (wait_s := self._not_before - loop.time()) > 0:
-            raise self._refusal(wait_s)
+    async def _run(self) -> None:
+        """One process, from start to end. Raises Unavailable if it ended before it accepted anybody, or hung."""
         log.info(f"{self.name}: starting")
-        began = loop.time()
+        self._up = False
         try:
-            with web.bind("127.0.0.1", 0) as listener:
-                port = listener.getsockname()[1]
-                process = await self._launch(listener)
+            process = await web.start(self._application, self._directory, self._environment, self._listener)
         except OSError as error:
-            raise self._failed(str(error)) from error
-        running = Running(process, port)  # from here on only the process holds the socket
-        self._changed(self.name, running)
-        try:
-            ready = await web.answers(process, port, start_s_max)
-        except TimeoutError:
-            await process.stop(grace_s=1)
-            raise self._failed(f"no answer within {start_s_max:.0f} s") from None
-        except asyncio.CancelledError:
-            await process.stop(grace_s=0)  # it has done nothing yet that it could finish
-            self._changed(self.name, None)
-            raise
-        if not ready:
-            ending, words = await process.ending(), await process.last_words()
-            raise self._failed(f"{ending}; its last lines:\n{words}")
-        log.info(f"{self.name}: ready after {loop.time() - began:.1f} s", pid=process.pid, port=port)
+            raise self._failed(f"did not start: {error}") from error
+        self._process = process
+        self._changed(self.name, process, False)
+        hung = await self._watch(process)
+        ending = await process.ending()
+        self._changed(self.name, None, False)
+        if hung:
+            raise self._failed(f"hung: it took nobody's call for {wait_s_max:.0f} s")
+        if not self._up:
+            raise self._failed(f"did not start: {ending}; its last lines:\n{await process.last_words()}")
+        if ending not in _BY_ITSELF:
+            log.error(f"{self.name}: ended ({ending}); the next caller starts it again", pid=process.pid)
+
+    async def _watch(self, process: Process) -> bool:
+        """Until it has ended. True if it had to be: somebody waited too long for it to accept."""
+        loop = asyncio.get_running_loop()
+        began = heard = loop.time()
+        while True:
+            if not readable(self._listener.fileno()):
+                heard = loop.time()
+                if not self._up:
+                    self._came_up(process, heard - began)
+            if process.exited.done():
+                return False
+            if loop.time() - heard > wait_s_max:
+                await process.stop(grace_s=1)
+                return True
+            await asyncio.wait([process.exited], timeout=_POLL_S if self._up else _START_POLL_S)
+
+    def _came_up(self, process: Process, took_s: float) -> None:
+        log.info(f"{self.name}: ready after {took_s:.1f} s", pid=process.pid)
+        self._up, self._reason = True, ""
         self._backoff.reset()
-        self._reason = ""
-        running = self._running = replace(running, ready=True)
-        self._changed(self.name, running)
-        self._watching = asyncio.create_task(self._watch(running))
-        self._stop_when_idle()  # if everybody left meanwhile
-        return running
+        self._changed(self.name, process, True)
 
     def _failed(self, reason: str) -> Unavailable:
-        self._changed(self.name, None)
-        backoff_s = self._backoff.next()
-        self._not_before = asyncio.get_running_loop().time() + backoff_s
-        if reason != self._reason:  # once: the same again is no news
-            log.error(f"{self.name}: did not start: {reason}")
+        """Callers are told the same words each time; the log, when they are news."""
+        if reason != self._reason:
+            log.error(f"{self.name}: {reason}")
         self._reason = reason
-        return self._refusal(backoff_s)
-
-    def _refusal(self, wait_s: float) -> Unavailable:
-        """Soon it says so to whoever waits, in the same words each time: a process that ends cannot say it itself."""
-        said = f"{self.name} did not start: {self._reason.partition(';')[0]} (see the log)"
+        backoff_s = self._backoff.next()
+        said = f"{self.name} {reason.partition(';')[0]} (see the log)"
         if self._backoff.failures < _PATIENCE:
-            return Unavailable(f"{said}; the next attempt is in {wait_s:.0f} s", wait_s)
-        return Unservable(f"{said}, {_PATIENCE} times or more; it is tried again by itself", wait_s)
-
-    async def _watch(self, running: Running) -> None:
-        ending = await running.process.ending()
-        if self._running is running:
-            log.error(f"{self.name}: ended ({ending}); the next request starts it again", pid=running.process.pid)
-            self._running = None
-            self._changed(self.name, None)
-
-    def _stop_when_idle(self) -> None:
-        self._cancel_timer()
-        if self._running and not self._in_flight:
-            self._timer = asyncio.get_running_loop().call_later(self._idle_s, self._scale_to_zero, self._running)
-
-    def _scale_to_zero(self, running: Running) -> None:
-        if self._running is running:
-            log.info(f"{self.name}: idle for {self._idle_s:g} s, scaled to zero", pid=running.process.pid)
-            self._stopping = asyncio.create_task(self._stop(running))
-
-    async def _stop(self, running: Running) -> None:
-        self._running = None
-        await running.process.stop(stop_grace_s)
-        self._changed(self.name, None)
-
-    def _cancel_timer(self) -> None:
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
+            return Unavailable(f"{said}; the next attempt is in {backoff_s:.0f} s", backoff_s)
+        return Unservable(f"{said}, {_PATIENCE} times or more; it is tried again by itself", backoff_s)

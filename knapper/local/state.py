@@ -17,7 +17,7 @@ ENGINES = ("train_step", "sample")  # what has the base model in memory, in one 
 
 
 class Processes:
-    """`run/processes.json`: {role: {"pid": ..., "port": ...}}, replaced whole at each change.
+    """`run/processes.json`: {role: {"pid": ..., "port": ...}}, replaced whole at each change; some serve no port.
 
     A process that does not answer yet has "loading_since" besides, in seconds since the epoch.
     """
@@ -26,8 +26,8 @@ class Processes:
         self._path = run_directory / "processes.json"
         self._roles: dict[str, dict[str, int]] = {}
 
-    def set(self, role: str, pid: int, port: int, loading_since: float | None = None) -> None:
-        self._roles[role] = {"pid": pid, "port": port}
+    def set(self, role: str, pid: int, port: int | None = None, loading_since: float | None = None) -> None:
+        self._roles[role] = {"pid": pid} if port is None else {"pid": pid, "port": port}
         if loading_since is not None:
             self._roles[role]["loading_since"] = int(loading_since)
         self._write()

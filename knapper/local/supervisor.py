@@ -1,9 +1,8 @@
-"""`knapper up`: gateway and broker always, functions while there is work, one dispatcher before them; all end together.
+"""`knapper up`: gateway and broker always, functions while there is work; all end together.
 
-supervisor, with the dispatcher in it
- ├─ gateway                on a socket that the supervisor holds
- ├─ broker                 the same; delivers events, and watches the inbox
- ├─ reward                 scores, and starts processes for code of others
+supervisor                  holds every listening socket, and accepts from none
+ ├─ gateway                what clients call
+ ├─ broker                 delivers events, and watches the inbox
  ├─ engine                 train_step and sample in one process, or a process for each (--isolated)
  └─ reward                 without the base model; it starts a process for each run of somebody's code
 """
@@ -26,14 +25,11 @@ import knapper
 from knapper.catalogue.served_models import Catalogue
 from knapper.exchange.factory import expect_subscribable
 from knapper.local import engines, web
-from knapper.local.activator import Dispatcher
 from knapper.local.always_on import Standing
 from knapper.local.banner import banner
 from knapper.local.base_model import chosen, served
-from knapper.local.on_demand import Running
 from knapper.local.process import Process
 from knapper.local.state import Processes, locked
-from knapper.local.uvicorn_server import Server
 from knapper.settings import Settings
 from knapper.state.function_key import FunctionKey
 from knapper.store.factory import open_store
@@ -50,21 +46,23 @@ def up(settings: Settings, root: Path, environ: Mapping[str, str], *, isolated: 
     _allow_many_connections()
     with ExitStack() as stack:
         stack.enter_context(locked(settings.data, settings.run_directory))
-        listener = stack.enter_context(web.bind(settings.host, settings.port))
-        bells, posts = (stack.enter_context(web.bind("127.0.0.1", 0)) for _ in range(2))
+        layout = engines.ISOLATED if isolated else engines.SHARED
+        listeners = {"gateway": stack.enter_context(web.bind(settings.host, settings.port))}
+        for name in ("broker", *layout):
+            listeners[name] = stack.enter_context(web.bind("127.0.0.1", 0))
         for died in settings.run_directory.glob("loading-*"):  # under an earlier server
             died.unlink(missing_ok=True)
         settings = chosen(settings, environ)
-        address = f"http://127.0.0.1:{bells.getsockname()[1]}"
+        urls = engines.urls(layout, listeners)
         settings = msgspec.structs.replace(
             settings,
-            train_step_url=f"{address}/train_step",
-            sample_url=f"{address}/sample",
-            reward_url=f"{address}/reward",
-            broker_url=f"http://127.0.0.1:{posts.getsockname()[1]}/",
-            gateway_url=f"http://127.0.0.1:{listener.getsockname()[1]}",
+            train_step_url=urls["train_step"],
+            sample_url=urls["sample"],
+            reward_url=urls["reward"],
+            broker_url=f"{web.url(listeners['broker'])}/",
+            gateway_url=f"http://127.0.0.1:{listeners['gateway'].getsockname()[1]}",
         )
-        asyncio.run(Supervisor(settings, root, environ, listener, bells, posts, isolated=isolated).serve())
+        asyncio.run(Supervisor(settings, root, environ, layout, listeners).serve())
 
 
 class Supervisor:
@@ -75,39 +73,31 @@ class Supervisor:
         settings: Settings,
         root: Path,
         environ: Mapping[str, str],
-        listener: socket.socket,
-        bells: socket.socket,
-        posts: socket.socket,
-        *,
-        isolated: bool,
+        layout: engines.Layout,
+        listeners: Mapping[str, socket.socket],
     ) -> None:
         outer = {name: value for name, value in environ.items() if not name.startswith("KNAPPER_")}
         environment = {**outer, **settings.environment(), "PYTHONUNBUFFERED": "1"}
-        make = engines.isolated if isolated else engines.shared
-        routes = make(root, environment, settings.idle_s, self._engine_changed)
+        package = Path(knapper.__file__).parent.parent
         self._settings = settings
         self._processes = Processes(settings.run_directory)
-        self._services = {route.service.name: route.service for route in routes.values()}
+        self._ports = {name: listener.getsockname()[1] for name, listener in listeners.items()}
         self._gateway = Standing(
-            "gateway", "gateway.app:app", root, environment, listener, "/api/v1/healthz", self._standing_changed
+            "gateway", "gateway.app:app", root, environment, listeners["gateway"], "/api/v1/healthz", self._changed
         )
-        package = Path(knapper.__file__).parent.parent
         self._broker = Standing(
-            "broker", "knapper.local.broker.main:app", package, environment, posts, "/", self._standing_changed
+            "broker", "knapper.local.broker.main:app", package, environment, listeners["broker"], "/", self._changed
         )
-        self._ports = {"gateway": listener.getsockname()[1], "broker": posts.getsockname()[1]}
-        self._bells = bells
+        self._services = engines.services(layout, root, environment, listeners, self._changed)
         self._store = open_store(settings)
-        self._key = FunctionKey(self._store, lambda: token_hex(16))
-        self._dispatcher = Dispatcher(routes, self._key)
-        self._server = Server(self._dispatcher, bells)
         self._stop = asyncio.Event()
 
     async def serve(self) -> None:
-        """Bring everything up, keep it up until a signal, take it down: the gateway first, so that nothing rings."""
+        """Bring everything up, keep it up until a signal, take it down: the gateway first, so that nobody calls."""
         self._heed_signals()
-        self._processes.set("supervisor", os.getpid(), self._bells.getsockname()[1])
-        keeping = [asyncio.create_task(self._serve_gateway()), asyncio.create_task(self._broker.keep())]
+        self._processes.set("supervisor", os.getpid())
+        works = [self._serve_gateway(), self._broker.keep(), *(service.keep() for service in self._services)]
+        keeping = [asyncio.create_task(work) for work in works]
         stopping = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait([*keeping, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -116,9 +106,7 @@ class Supervisor:
                 task.cancel()
             await asyncio.wait(keeping)
             await asyncio.gather(self._gateway.stop(), self._broker.stop())
-            await asyncio.gather(*(service.close() for service in self._services.values()))
-            await self._server.stop()
-            await self._dispatcher.close()
+            await asyncio.gather(*(service.stop() for service in self._services))
             self._processes.clear()
         for task in keeping:
             if not task.cancelled():
@@ -128,8 +116,7 @@ class Supervisor:
     async def _serve_gateway(self) -> None:
         record = served(self._settings)
         await Catalogue(self._store).serve_only(record)
-        await self._key.headers()  # made before anybody needs it
-        self._server.start()
+        await FunctionKey(self._store, lambda: token_hex(16)).headers()  # made before anybody needs it
         await self._gateway.keep(lambda: self._say(banner(self._settings, record, self._gateway.url)))
 
     @staticmethod
@@ -146,21 +133,17 @@ class Supervisor:
         if self._stop.is_set():  # again: no more patience
             self._gateway.kill()
             self._broker.kill()
-            for service in self._services.values():
+            for service in self._services:
                 service.kill()
             return
         log.info(f"{number.name}: stopping (once more: at once)")
         self._stop.set()
 
-    def _engine_changed(self, name: str, running: Running | None) -> None:
-        if running:
-            loading_since = None if running.ready else time.time()
-            self._processes.set(name, running.process.pid, running.port, loading_since)
+    def _changed(self, name: str, process: Process | None, ready: bool) -> None:
+        if process:
+            self._processes.set(name, process.pid, self._ports[name], None if ready else time.time())
         else:
             self._processes.remove(name)
-
-    def _standing_changed(self, name: str, process: Process) -> None:
-        self._processes.set(name, process.pid, self._ports[name])
 
 
 def _allow_many_connections() -> None:

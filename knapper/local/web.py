@@ -1,6 +1,5 @@
 """A uvicorn process on a socket that the supervisor bound: no port is guessed, and none can be taken in between."""
 
-import asyncio
 import socket
 import sys
 from collections.abc import Mapping
@@ -13,12 +12,11 @@ KEEP_ALIVE_S = (
     75  # longer than any client's, so that it is not the server who closes a connection that is about to be used
 )
 PROTOCOL = "knapper.web.connections:Protocol"
-
-_poll_s = 0.02
+BACKLOG = 2048  # callers that wait in the kernel
 
 
 async def start(application: str, directory: Path, environment: Mapping[str, str], listener: socket.socket) -> Process:
-    """Serve `module:attribute` of `directory` on `listener`, which listens only after the application's start-up."""
+    """Serve `module:attribute` of `directory` on `listener`: it accepts after the application's start-up."""
     command = [
         sys.executable, "-P", "-m", "uvicorn", "--app-dir", str(directory), "--fd", str(listener.fileno()),
         "--workers", "1", "--loop", "uvloop", "--http", PROTOCOL, "--ws", "none", "--lifespan", "on",
@@ -27,18 +25,11 @@ async def start(application: str, directory: Path, environment: Mapping[str, str
     return await Process.start(command, environment, inherit=[listener.fileno()])
 
 
-async def answers(process: Process, port: int, within_s: float) -> bool:
-    """Wait until the process listens on its loopback port; False if it ends first. Raises TimeoutError."""
-    async with asyncio.timeout(within_s):
-        while process.alive:
-            try:
-                _, writer = await asyncio.open_connection("127.0.0.1", port)
-            except ConnectionError:
-                await asyncio.sleep(_poll_s)
-            else:
-                writer.close()
-                return True
-        return False
+def url(listener: socket.socket) -> str:
+    """Where a client on this machine reaches it."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def bind(host: str, port: int) -> socket.socket:

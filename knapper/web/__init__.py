@@ -1,1 +1,1 @@
-"""HTTP that gateway, functions and the local activator share: bounds on connections, and what a target may name."""
+"""HTTP that gateway, functions and the local broker share: bounds on connections, and what a target may name."""

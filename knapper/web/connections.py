@@ -20,9 +20,11 @@ from uvicorn.server import ServerState
 
 from knapper import limits
 from knapper.errors import HeadersTooLarge, KnapperError, TooSlow, Unavailable, UserError
+from knapper.web.sockets import readable
 from knapper.web.targets import Targeted
 
 _LOOK_S = 1.0
+_LAST_S = 1.0  # for a request to come that was on its way when we began to end
 _FILES_SHARE = 0.75  # of the files that this process may open; the others are for what it asks of others
 
 Protocols = dict["Protocol", None]  # in order
@@ -50,6 +52,7 @@ class Protocol(Targeted):
         self._pieces: list[bytes] = []  # of a body, from one reading: it may come in chunks of a byte
         self._unsent = 0, 0.0  # bytes of answers, and since when so many
         self._refusal: KnapperError | None = None
+        self._last = False  # the next answer is the last one
         self._watch: asyncio.TimerHandle | None = None
 
     # ---- the connection
@@ -109,6 +112,7 @@ class Protocol(Targeted):
         self._phase, self._began, self._heard, self._thrown = "body", self.loop.time(), 0, 0
         self._others.pop(self, None)
         super().on_headers_complete()
+        self.cycle.keep_alive = self.cycle.keep_alive and not self._last
 
     def on_body(self, body: bytes) -> None:
         self._unheard = 0
@@ -215,12 +219,31 @@ class Protocol(Targeted):
 
     # ---- the end
 
+    def shutdown(self) -> None:
+        """Of uvicorn's, when its process begins to end: what was sent before that is answered, and then we hang up."""
+        self._last = True
+        if self.transport.is_closing():
+            return
+        if self._phase != "body" and self._unanswered is None and self._expects():
+            self.loop.call_later(_LAST_S, self._leave)
+        else:
+            super().shutdown()
+
+    def _expects(self) -> bool:
+        """Whether a request is on its way: the first of its connection, or one of which something is here."""
+        first: RequestResponseCycle | None = self.cycle  # None before the first, whatever its type says
+        return first is None or self._unheard > 0 or readable(self.transport.get_extra_info("socket").fileno())
+
+    def _leave(self) -> None:
+        if self._phase != "body" and self._unanswered is None:
+            self.transport.close()
+
     def _refuse(self, error: KnapperError) -> None:
         """Answer, if nothing of another answer has gone out, and hang up."""
         self._refusal = error
         if not self.transport.is_closing():
             if not self._answering and (self._phase == "head" or not self.cycle.response_started):
-                self.transport.write(_answer(error))
+                self.transport.write(answer(error))
             self._close()
 
     def _close(self) -> None:
@@ -230,7 +253,8 @@ class Protocol(Targeted):
         self.transport.close()
 
 
-def _answer(error: KnapperError) -> bytes:
+def answer(error: KnapperError) -> bytes:
+    """The error as a whole answer, after which the connection is closed."""
     content = json.dumps(error.as_json()).encode()
     retry = b"retry-after: %d\r\n" % max(1, round(error.retry_after_s)) if isinstance(error, Unavailable) else b""
     length = b"content-length: %d\r\nconnection: close\r\n\r\n" % len(content)

@@ -19,7 +19,6 @@ from knapper.events.cloudevents import Event
 from knapper.local.broker.watcher import finalized
 from knapper.state.function_key import FunctionKey
 from knapper.store.directory import DirectoryStore
-from knapper.web import lease
 from tests.conformance.kill_client import datum
 from tests.conformance.server import Server
 from tests.engine.tiny import tiny_model
@@ -76,6 +75,11 @@ def listening(server: Server) -> set[int]:
     return found
 
 
+def door(ports: dict[str, int], function: str) -> str:
+    """Where the function listens, in a process of its own or in the engines'."""
+    return f"http://127.0.0.1:{ports.get(function) or ports['engine']}/{function}/"
+
+
 def strangers(base: str) -> Iterator[httpx.Request]:
     """Whatever somebody without the key may send."""
     for path in (
@@ -85,8 +89,8 @@ def strangers(base: str) -> Iterator[httpx.Request]:
         "/sample",
         "/train_step/",
         "/sample/",
+        "/reward/",
         "/shared",
-        lease.PATH + "/reward",
     ):
         url = base + path
         yield httpx.Request("POST", url, content=json.dumps(REWARD), headers={"Content-Type": "text/plain"})
@@ -101,14 +105,13 @@ def strangers(base: str) -> Iterator[httpx.Request]:
             structured = {"Content-Type": "application/cloudevents+json"}
             yield httpx.Request("POST", url, json=attributes, headers=structured)
     for name in ("train_step", "sample", "reward"):
-        yield httpx.Request("GET", f"{base}{lease.PATH}/{name}")
         yield httpx.Request("GET", f"{base}/{name}")
 
 
 def test_every_port_but_the_gateways_refuses_whoever_has_no_key(server: Server) -> None:
     ports = server.ports()
     inner = {role: port for role, port in ports.items() if role != "gateway"}
-    assert {"supervisor", "broker", "reward"} < set(inner)
+    assert {"broker", "reward"} < set(inner)
     assert listening(server) == set(ports.values()), "there is no port that this test does not know"
     for role, port in inner.items():
         with httpx.Client(trust_env=False, timeout=30) as client:
@@ -118,13 +121,8 @@ def test_every_port_but_the_gateways_refuses_whoever_has_no_key(server: Server) 
                 assert answer.status_code == 401 or not answer.content.startswith(b'{"scores"')
     # Where each one's own door is, it is the key that is missing.
     with httpx.Client(trust_env=False, timeout=30) as client:
-        for role, path in (
-            ("supervisor", "/reward"),
-            ("supervisor", "/train_step"),
-            ("supervisor", "/"),
-            ("reward", "/"),
-        ):
-            refused = client.post(f"http://127.0.0.1:{inner[role]}{path}", json=REWARD)
+        for name in ("train_step", "sample", "reward"):
+            refused = client.post(door(ports, name), json=REWARD)
             assert (refused.status_code, refused.json()["code"]) == (401, "unauthorized")
         headers, body = BELLS[1].encode()
         refused = client.post(f"http://127.0.0.1:{inner['broker']}/", headers=headers, content=body)
@@ -137,9 +135,10 @@ def test_with_the_key_of_the_store_the_same_calls_are_answered(server: Server) -
     opening, signed = asyncio.run(key.headers()), asyncio.run(key.sign(BELLS[1])).encode()
     ports = server.ports()
     with httpx.Client(trust_env=False, timeout=30) as client:
-        for url in (f"http://127.0.0.1:{ports['supervisor']}/reward", f"http://127.0.0.1:{ports['reward']}/"):
-            scored = client.post(url, json=REWARD, headers=opening)
-            assert scored.json()["scores"][0]["value"] == 0.5
+        scored = client.post(door(ports, "reward"), json=REWARD, headers=opening)
+        assert scored.json()["scores"][0]["value"] == 0.5
+        for name in ("train_step", "sample"):
+            assert client.post(door(ports, name), json={}, headers=opening).status_code in (400, 422)
         taken = client.post(f"http://127.0.0.1:{ports['broker']}/", headers=signed[0], content=signed[1])
         assert taken.status_code == 202
         headers, body = finalized("inbox/local/none/job.yaml", "1", 1, 0.0).encode()
@@ -154,7 +153,7 @@ def test_another_account_of_the_machine_has_no_way_to_the_functions(server: Serv
         done = as_other("sys.stdout.write(open(sys.argv[1]).read())", str(server.data / "store" / name))
         assert (done.stdout, "PermissionError" in done.stderr) == ("", True)
     call = "r = urllib.request.Request(sys.argv[1], sys.argv[2].encode()); print(urllib.request.urlopen(r).read())"
-    url = f"http://127.0.0.1:{server.ports()['supervisor']}/reward"
+    url = door(server.ports(), "reward")
     done = as_other(call, url, json.dumps(REWARD), first="import encodings.idna, urllib.request")
     assert "HTTP Error 401" in done.stderr, done
     for pid in server.processes().values():  # nor where the key may stand in memory

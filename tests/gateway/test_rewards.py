@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,3 +100,30 @@ def test_a_function_that_is_not_there_is_a_reason_to_try_again() -> None:
         reply = running.http.post("rewards", json={"reward": {"name": "numeric"}, "rollouts": ROLLOUTS})
     assert (reply.status_code, reply.headers["Retry-After"]) == (503, "1")
     assert reply.json()["detail"].startswith("the reward function does not answer")
+
+
+def test_a_process_that_ended_on_the_way_is_no_reason_for_an_error() -> None:
+    """As one that was idle does while a call comes: its successor answers the same call."""
+    asked: list[bytes] = []
+
+    def hear(listener: socket.socket) -> None:
+        for answer in (
+            b"",
+            b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 13\r\n\r\n{"scores":[]}',
+        ):
+            connection, _ = listener.accept()
+            with connection, connection.makefile("rb") as request:
+                head = [line.lower() for line in iter(request.readline, b"\r\n")]
+                length = next(line for line in head if line.startswith(b"content-length:"))
+                asked.append(request.read(int(length.partition(b":")[2])))
+                connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        function = threading.Thread(target=hear, args=(listener,), daemon=True)
+        function.start()
+        with gateway(model=None, reward_url=f"http://127.0.0.1:{listener.getsockname()[1]}") as running:
+            told = running.post("rewards", {"reward": {"name": "numeric"}, "rollouts": ROLLOUTS})
+        function.join()
+    assert told == {"scores": []}
+    assert len(asked) == 2
+    assert asked[0] == asked[1]

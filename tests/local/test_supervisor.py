@@ -55,8 +55,9 @@ class Up:
         return self.processes()[role]["pid"]
 
     def ring(self, function: str = "train_step") -> int:
-        """Call a function by its dispatcher; the pid that answered."""
-        url = f"http://127.0.0.1:{self.processes()['supervisor']['port']}/{function}"
+        """Call a function, which sleeps perhaps; the pid that answered."""
+        (served,) = asyncio.run(Catalogue(DirectoryStore(self.data / "store")).models())
+        url = {"train_step": served.train_step_url, "sample": served.sample_url}[function]
         opening = asyncio.run(FunctionKey(DirectoryStore(self.data / "store")).headers())
         answer = httpx.post(url, headers=opening, trust_env=False)
         assert answer.status_code == 200, answer.text
@@ -159,11 +160,12 @@ def test_the_model_is_in_the_catalogue_and_an_earlier_one_is_not_served_any_more
     asyncio.run(catalogue.publish(earlier))
     with running(tmp_path, model) as up:
         up.wait_until_ready()
-        bells = up.processes()["supervisor"]["port"]
+        up.ring()
+        port = up.processes()["engine"]["port"]
         (served,) = asyncio.run(catalogue.models())
         assert (served.name, served.tokenizer_id) == (str(model), str(model))
         assert (served.context, served.vocab, served.arch) == (128, 268, "LlamaForCausalLM")
-        assert served.train_step_url == f"http://127.0.0.1:{bells}/train_step"
+        assert served.train_step_url == f"http://127.0.0.1:{port}/train_step/"
 
 
 def test_whoever_closes_its_output_after_the_first_line_leaves_it_running(tmp_path: Path, model: Path) -> None:

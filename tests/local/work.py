@@ -2,26 +2,23 @@
 
 import asyncio
 import os
-import secrets
 import shutil
+import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 from knapper.local import engines, web
-from knapper.local.activator import Dispatcher
-from knapper.local.on_demand import Running, Service
-from knapper.local.uvicorn_server import Server
-from knapper.state.function_key import FunctionKey
-from knapper.store.memory import MemoryStore
+from knapper.local.process import Process
 
 REPOSITORY = Path(__file__).parents[2]
 
-# What its request's path says: frames one by one, an early death, or an echo. `notes` is a directory of the test's.
+# What its request's path says: frames one by one, a death, or an echo. `notes` is a directory of the test's.
 _FUNCTION = """
-import asyncio, os, signal
+import asyncio, os, signal, time
 from pathlib import Path
 import functions_framework.aio
 from starlette.responses import JSONResponse, StreamingResponse
@@ -29,6 +26,8 @@ from starlette.responses import JSONResponse, StreamingResponse
 NOTES = Path({notes!r})
 if (NOTES / "broken").exists():
     raise RuntimeError("the weights are broken")
+while (NOTES / "hangs").exists():
+    time.sleep(0.01)
 
 @functions_framework.aio.http
 async def {name}(request):
@@ -69,53 +68,67 @@ def make_root(tmp_path: Path) -> Path:
 
 
 class World:
-    """A dispatcher that serves tiny functions, and a client of it."""
+    """Tiny functions that run on demand, and a client of them."""
 
-    def __init__(self, root: Path, client: httpx.AsyncClient, services: dict[str, Service]) -> None:
+    def __init__(self, root: Path, client: httpx.AsyncClient, urls: dict[str, str]) -> None:
         self.notes = root / "notes"
         self.client = client
-        self.services = services
-        self.dispatcher: Dispatcher
-        self.roles: dict[str, int] = {}  # what runs now
+        self.urls = urls
+        self.processes: dict[str, Process] = {}  # what runs now
 
-    def changed(self, name: str, running: Running | None) -> None:
-        if running:
-            self.roles[name] = running.process.pid
+    @property
+    def roles(self) -> dict[str, int]:
+        return {name: process.pid for name, process in self.processes.items()}
+
+    def changed(self, name: str, process: Process | None, ready: bool) -> None:
+        if process:
+            self.processes[name] = process
         else:
-            self.roles.pop(name, None)
+            del self.processes[name]
 
-    async def pid(self, path: str = "/train_step") -> int:
-        answer = await self.client.post(path)
+    async def post(self, function: str = "train_step", path: str = "", **given: Any) -> httpx.Response:
+        return await self.client.post(self.urls[function] + path, **given)
+
+    async def pid(self, function: str = "train_step") -> int:
+        answer = await self.post(function)
         assert answer.status_code == 200, answer.text
         return int(answer.json()["pid"])
+
+    @asynccontextmanager
+    async def frames(self) -> AsyncIterator[AsyncIterator[str]]:
+        """The lines of an answer that goes on once `go` is noted."""
+        async with self.client.stream("POST", self.urls["train_step"] + "frames") as answer:
+            yield answer.aiter_lines()
+
+    def connect(self, function: str = "train_step") -> socket.socket:
+        """A caller that has connected, and says nothing yet."""
+        url = httpx.URL(self.urls[function])
+        return socket.create_connection((url.host, url.port or 0), timeout=30)
 
     def deliveries(self) -> list[str]:
         return (self.notes / "deliveries").read_text().splitlines()
 
 
 @asynccontextmanager
-async def dispatching(root: Path, *, isolated: bool = False, idle_s: float = 60.0) -> AsyncIterator[World]:
-    """The dispatcher on a loopback port, as the supervisor runs it, and a client that has the functions' key."""
-    listener = web.bind("127.0.0.1", 0)
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    key = FunctionKey(MemoryStore(), lambda: secrets.token_hex(16))
-    opening = await key.headers()
-    async with httpx.AsyncClient(base_url=url, headers=opening, trust_env=False, timeout=60) as client:
-        world = World(root, client, {})
-        make = engines.isolated if isolated else engines.shared
-        routes = make(root, dict(os.environ), idle_s, world.changed)
-        world.services = {route.service.name: route.service for route in routes.values()}
-        dispatcher = world.dispatcher = Dispatcher(routes, key)
-        server = Server(dispatcher, listener)
-        server.start()
-        try:
-            yield world
-        finally:
-            for service in world.services.values():
-                await service.close()
-            await server.stop()
-            await dispatcher.close()
-            listener.close()
+async def on_demand(root: Path, *, isolated: bool = False, idle_s: float = 60.0) -> AsyncIterator[World]:
+    """The functions as the supervisor runs them."""
+    layout = engines.ISOLATED if isolated else engines.SHARED
+    with ExitStack() as sockets:
+        listeners = {name: sockets.enter_context(web.bind("127.0.0.1", 0)) for name in layout}
+        async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
+            world = World(root, client, engines.urls(layout, listeners))
+            environment = {**os.environ, "KNAPPER_IDLE_S": str(idle_s)}
+            services = engines.services(layout, root, environment, listeners, world.changed)
+            keeping = [asyncio.create_task(service.keep()) for service in services]
+            await asyncio.sleep(0)  # they listen
+            try:
+                yield world
+            finally:
+                for task in keeping:
+                    task.cancel()
+                await asyncio.wait(keeping)
+                await asyncio.gather(*(service.stop() for service in services))
+                assert all(task.cancelled() for task in keeping)
 
 
 async def until(condition: Callable[[], bool]) -> None:
