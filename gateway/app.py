@@ -28,6 +28,8 @@ from gateway import (
     uploads,
 )
 from gateway.events import ROUTES as EVENT_ROUTES
+from gateway.job_artifacts import ROUTES as ARTIFACT_ROUTES
+from gateway.job_uploads import ROUTES as UPLOAD_ROUTES
 from gateway.jobs import ROUTES as JOB_ROUTES
 from gateway.lifespan import assembled
 from gateway.openai.routes import ROUTES as OPENAI_ROUTES
@@ -121,6 +123,8 @@ def _routes() -> list[BaseRoute]:
         Door("/api/v1/auth/apikey/me", auth.delete_key, methods=["DELETE"], body_bytes_max=0),
         *ROUTES,
         *JOB_ROUTES,
+        *ARTIFACT_ROUTES,
+        *UPLOAD_ROUTES,
         *EVENT_ROUTES,
         *OPENAI_ROUTES,
         *metrics_page.ROUTES,

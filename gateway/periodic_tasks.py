@@ -8,6 +8,7 @@ from gateway.periodic import Chore
 from gateway.services import Parts
 from knapper.errors import Gone, KnapperError, Unavailable
 from knapper.ids import RunId, session_of
+from knapper.jobs import staging
 from knapper.jobs.revive import due
 from knapper.state import damage
 from knapper.store import forget_torn_writes
@@ -97,9 +98,11 @@ async def collect(gateway: Parts) -> float | None:
 
 
 async def parts_left(gateway: Parts) -> None:
-    """Delete parts of large objects whose writers died."""
+    """Delete parts of large objects whose writers died, and of uploads that no job has taken in time."""
     if count := await forget_torn_writes(gateway.store, gateway.clock()):
         log.info("parts of torn writes are deleted", objects=count)
+    if gateway.place is not None and (count := await staging.expire(gateway.place.exchange, gateway.clock())):
+        log.info("parts of unfinished uploads are deleted", parts=count)
 
 
 async def tick(gateway: Parts) -> None:

@@ -1,4 +1,4 @@
-"""Names of models: a base model, a checkpoint, or a run, which stands for the newest of its sampler checkpoints."""
+"""Names of models: a base model, a checkpoint, or a run or a job, which stand for their newest sampler checkpoint."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,8 @@ from gateway.services import Parts
 from knapper import ids, limits
 from knapper.catalogue.served_models import ModelRecord, slug
 from knapper.errors import InvalidField, NotFound
-from knapper.ids import Tenant, TinkerPath
+from knapper.ids import RunId, Tenant, TinkerPath
+from knapper.jobs import job_names
 from knapper.state.checkpoints import Checkpoint
 
 _CREATED = 0  # of base models, which say nothing about it; clients want a number
@@ -45,29 +46,47 @@ async def _checkpoint(gateway: Parts, tenant: Tenant, name: str) -> Checkpoint |
         named.expect_plain()
         return named
     try:
-        ids.run_id(name)
+        run = ids.run_id(name)
     except NotFound:
-        return None
-    saved = await gateway.checkpoints.read((await gateway.checkpoints.labels(tenant, f"{name}/sampler_weights/"))[:1])
-    if not saved:
+        return await _of_job(gateway, tenant, name)
+    if (saved := await _newest(gateway, tenant, run)) is None:
         raise NotFound(
             f"run {name!r} does not exist, or has no sampler checkpoint; save one with save_weights_for_sampler"
         )
-    return saved[0]
+    return saved
+
+
+async def _of_job(gateway: Parts, tenant: Tenant, name: str) -> Checkpoint | None:
+    """None where a base model has the name, or no job. Raises NotFound for a job that has saved nothing yet."""
+    if name in [model.name for model in await gateway.records.catalogue.models()]:
+        return None
+    run = next((run for run, job in (await job_names.newest(gateway.store, tenant)).items() if job == name), None)
+    if run is None:
+        return None
+    if (saved := await _newest(gateway, tenant, run)) is None:
+        raise NotFound(f"job {name!r} has no adapter yet; `knapper jobs show {name}` says how far it is")
+    return saved
+
+
+async def _newest(gateway: Parts, tenant: Tenant, run: RunId) -> Checkpoint | None:
+    saved = await gateway.checkpoints.read((await gateway.checkpoints.labels(tenant, f"{run}/sampler_weights/"))[:1])
+    return saved[0] if saved else None
 
 
 async def listed(gateway: Parts, tenant: Tenant) -> list[dict[str, object]]:
-    """Base models, then the tenant's sampler checkpoints, the newest first, then the runs that have any."""
+    """Base models, then the tenant's sampler checkpoints, the newest first, then runs and jobs that have any."""
     models = [model.name for model in await gateway.records.catalogue.models() if model.sampleable]
     slugs = {slug(model) for model in models}
     labels = [label for label in await gateway.checkpoints.labels(tenant) if label.model in slugs]
     saved = [(label.path, int(label.saved_at)) for label in labels]
     saved = [(path, at) for path, at in saved if path.kind == "sampler_weights"][: limits.models_listed_max]
     newest = {path.run: at for path, at in reversed(saved)}
+    jobs = await job_names.newest(gateway.store, tenant)
     return (
         [described(name) for name in models]
         + [described(str(path), at) for path, at in saved]
         + [described(run, at) for run, at in newest.items()]
+        + [described(jobs[run], at) for run, at in newest.items() if run in jobs and jobs[run] not in models]
     )
 
 

@@ -12,6 +12,7 @@ from gateway.services import Parts, parts
 from gateway.tenants import tenant_of
 from knapper.errors import InvalidField, NotFound
 from knapper.ids import RunId, Tenant, session_of
+from knapper.jobs import job_names
 from knapper.state import damage, usage
 from knapper.state.audit import Entry
 from knapper.state.checkpoint_index import Label
@@ -69,10 +70,14 @@ async def usage_events(request: Request) -> Response:
     await many.each({row.session for row in rows if row.session}, lambda each: _project(gateway, tenant, each))
     data = [await _event(gateway, tenant, row) for row in sorted(rows, key=lambda row: (row.hour, -row.tokens))]
     sessions = {}
+    jobs = {}
     for session in {event["session_id"] for event in data} - {None}:
         record = await damage.unless(gateway.records.session(session, tenant), None)
         if record is not None:
             sessions[session] = {"user_metadata": responses.labels(record.user_metadata_json)}
+            jobs[session] = job_names.of(record)
+    for event in data:
+        event["job"] = jobs.get(event["session_id"]) or None
     return JSONResponse({"data": data, "sessions": sessions, "cost_data_through": None})
 
 

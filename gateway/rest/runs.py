@@ -11,6 +11,7 @@ from gateway.tenants import tenant_of
 from knapper import ids
 from knapper.errors import NotFound
 from knapper.ids import CheckpointKind, RunId, SessionId, Tenant, TinkerPath, session_of
+from knapper.jobs import job_names
 from knapper.state import damage
 from knapper.state.journal import ends
 from knapper.state.journal.records import Spec
@@ -53,7 +54,12 @@ async def delete_run(request: Request) -> Response:
     A repetition is silent: the first reply may have been lost.
     """
     gateway, tenant = parts(request), tenant_of(request)
-    run = ids.run_id(request.path_params["run_id"])
+    await erase(gateway, tenant, ids.run_id(request.path_params["run_id"]))
+    return JSONResponse({"status": "ok"})
+
+
+async def erase(gateway: Parts, tenant: Tenant, run: RunId) -> None:
+    """Raises NotFound."""
     end = await ends.ended(gateway.store, run)
     if end is None or end.tenant != tenant or end.reason != "deleted":
         await gateway.records.spec(run, tenant)
@@ -63,7 +69,6 @@ async def delete_run(request: Request) -> Response:
     gateway.records.forget_samplers()
     await gateway.bells.forget(run)
     gateway.stirs.collect.set()
-    return JSONResponse({"status": "ok"})
 
 
 async def list_checkpoints(request: Request) -> Response:
@@ -79,8 +84,11 @@ async def _shape(gateway: Parts, spec: Spec) -> dict[str, Any]:
     newest = {label.path.kind: label for label in reversed(saved)}
     read = await gateway.checkpoints.read(label for kind in _SHOWN if (label := newest.get(kind)) is not None)
     shown = {TinkerPath.parse(checkpoint.path).kind: responses.checkpoint(checkpoint) for checkpoint in read}
+    name = await _name(gateway, spec)
+    labels = responses.labels(spec.user_metadata_json)
     return {
         "training_run_id": spec.run,
+        **({"name": name} if name else {}),
         "base_model": spec.base_model,
         "model_owner": spec.tenant,
         "is_lora": True,
@@ -88,8 +96,15 @@ async def _shape(gateway: Parts, spec: Spec) -> dict[str, Any]:
         "last_request_time": responses.time(await gateway.records.asked_at(RunId(spec.run))),
         "last_checkpoint": shown.get("weights"),
         "last_sampler_checkpoint": shown.get("sampler_weights"),
-        "user_metadata": responses.labels(spec.user_metadata_json),
+        "user_metadata": {"job": name} if name else labels,  # SDKs have no field for a name
     }
+
+
+async def _name(gateway: Parts, spec: Spec) -> str:
+    """Of the job that the run is of; empty for a client's."""
+    return job_names.of(
+        await damage.unless(gateway.records.session(session_of(RunId(spec.run)), Tenant(spec.tenant)), None)
+    )
 
 
 async def _in_project(gateway: Parts, tenant: Tenant, runs: list[RunId], project: str) -> list[RunId]:

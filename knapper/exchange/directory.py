@@ -3,26 +3,52 @@
 import asyncio
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
+from typing import BinaryIO, Literal
 
-from knapper.errors import StoreError, TooLarge
-from knapper.exchange import Blob, Entries, Entry
+from knapper.errors import InvalidField, NotFound, StoreError, TooLarge
+from knapper.exchange import SEND_AGAIN, Blob, Entries, Entry, Signed
 from knapper.store import NAME_CHARS_MAX, check_name, files, private
 
-FOLDERS = ("inbox", "jobs")
+FOLDERS = ("inbox", "jobs", "uploads")
 _TEMPORARY = ".publishing-"  # the beginning of a file that is still being written; no name of ours begins so
 _HASHED_MAX = 10_000
+_PIECE_BYTES = 1024 * 1024  # of a file that is read or written in pieces
 _FOLDERS_MAX = 8  # deeper than anything of ours lies
 
 
-class DirectoryExchange:
-    """`inbox/` and `jobs/` below `root`. Symbolic links are not followed: who may write here may not read elsewhere.
+class OpenedFile:
+    """It stays what it is when another takes its name."""
 
-    Every folder is opened from the one around it, so that none can be exchanged for a link on the way. `jobs/` is for
-    this account alone; whom `inbox/` is for, its owner says.
+    def __init__(self, entry: Entry, file: BufferedReader) -> None:
+        self.entry = entry
+        self.file = file
+
+    async def read(self, begin: int, end: int) -> AsyncIterator[bytes]:
+        try:
+            self.file.seek(begin)
+            while begin < end:
+                data = await asyncio.to_thread(self.file.read, min(_PIECE_BYTES, end - begin))
+                if not data:
+                    raise StoreError(f"{self.entry.name} was cut while it was read")
+                begin += len(data)
+                yield data
+        finally:
+            self.file.close()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class DirectoryExchange:
+    """`inbox/`, `jobs/` and `uploads/` below `root`. Symbolic links are not followed: who may write here may not read
+    elsewhere.
+
+    Every folder is opened from the one around it, so that none can be exchanged for a link on the way. All but the
+    inbox is for this account alone; whom `inbox/` is for, its owner says.
     """
 
     def __init__(self, root: Path) -> None:
@@ -30,6 +56,7 @@ class DirectoryExchange:
         self._hashed: dict[str, tuple[tuple[int, int, int], str]] = {}  # by size, time and inode
         try:
             private.make(self._root / "jobs")
+            private.make(self._root / "uploads")
             (self._root / "inbox").mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise StoreError(f"cannot make {self._root}/inbox: {error.strerror}") from error
@@ -45,6 +72,9 @@ class DirectoryExchange:
     async def read(self, name: str, bytes_max: int) -> Blob | None:
         return await asyncio.to_thread(self._read, name, bytes_max)
 
+    async def open(self, name: str) -> OpenedFile | None:
+        return await asyncio.to_thread(self._opened, name)
+
     async def list(self, prefix: str) -> Entries:
         return await asyncio.to_thread(self._list, prefix)
 
@@ -57,6 +87,13 @@ class DirectoryExchange:
 
     async def extend(self, name: str, data: bytes) -> None:
         await asyncio.to_thread(self._extend, name, data)
+
+    async def compose(self, name: str, parts: Sequence[str], sha256: str) -> None:
+        await asyncio.to_thread(self._compose, name, parts, sha256)
+
+    async def signed(self, method: Literal["GET", "PUT"], name: str, bytes_max: int) -> Signed | None:
+        del method, name, bytes_max  # no URL leads into a directory
+        return None
 
     async def remove(self, name: str) -> None:
         await asyncio.to_thread(self._remove, name)
@@ -101,6 +138,16 @@ class DirectoryExchange:
             raise TooLarge(f"{name} has over {bytes_max} bytes, the most that is read; split it, or leave some out")
         return Blob(data, hashlib.sha256(data).hexdigest())
 
+    def _opened(self, name: str) -> OpenedFile | None:
+        try:
+            with self._folder(name) as (folder, last):
+                file = self._open(folder, last)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise StoreError(f"cannot read {name}: {error.strerror}") from error
+        return None if file is None else OpenedFile(self._described(file, name), file)
+
     def _list(self, prefix: str) -> Entries:
         above = prefix.rpartition("/")[0] or FOLDERS[0]
         try:
@@ -134,23 +181,33 @@ class DirectoryExchange:
         if file is None:
             return None
         with file:
-            status = os.fstat(file.fileno())
-            seen = (status.st_size, status.st_mtime_ns, status.st_ino)
-            known = self._hashed.get(name)
-            if known is None or known[0] != seen:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                if len(self._hashed) >= _HASHED_MAX:
-                    self._hashed.clear()
-                known = self._hashed[name] = (seen, digest)
-        return Entry(name, known[1], status.st_size)
+            return self._described(file, name)
+
+    def _described(self, file: BufferedReader, name: str) -> Entry:
+        status = os.fstat(file.fileno())
+        seen = (status.st_size, status.st_mtime_ns, status.st_ino)
+        known = self._hashed.get(name)
+        if known is None or known[0] != seen:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if len(self._hashed) >= _HASHED_MAX:
+                self._hashed.clear()
+            known = self._hashed[name] = (seen, digest)
+        return Entry(name, known[1], status.st_size, sha256=known[1], modified_at=status.st_mtime)
 
     def _publish(self, name: str, data: bytes) -> None:
+        with self._replacement(name) as file:
+            file.write(data)
+
+    @contextmanager
+    def _replacement(self, name: str) -> Iterator[BinaryIO]:
+        """What is written to it appears whole under the name. Raises StoreError."""
         try:
             with self._folder(name, make=True) as (folder, last):
                 readers = (
                     os.fstat(folder).st_mode & 0o044
                 )  # whoever may look into the folder may read what we say there
-                files.replace(folder, last, data, prefix=_TEMPORARY, mode=0o600 | readers)
+                with files.replacement(folder, last, prefix=_TEMPORARY, mode=0o600 | readers) as file:
+                    yield file
         except OSError as error:
             raise StoreError(f"cannot write {name}: {error.strerror}") from error
 
@@ -162,6 +219,20 @@ class DirectoryExchange:
             raise StoreError(f"cannot write {name}: {error.strerror}") from error
         if not extended:
             self._publish(name, data)
+
+    def _compose(self, name: str, parts: Sequence[str], sha256: str) -> None:
+        digest = hashlib.sha256()
+        with self._replacement(name) as whole:
+            for part in parts:
+                opened = self._opened(part)
+                if opened is None:
+                    raise NotFound(f"{part} is not there")
+                with opened.file as file:
+                    while data := file.read(_PIECE_BYTES):
+                        digest.update(data)
+                        whole.write(data)
+            if digest.hexdigest() != sha256:
+                raise InvalidField("sha256", sha256, f"that of the bytes that came, {digest.hexdigest()}", SEND_AGAIN)
 
     def _remove(self, name: str) -> None:
         try:

@@ -1,21 +1,43 @@
 """The exchange in a bucket: beside the store's or in another. A generation is the bucket's own."""
 
 import asyncio
+import hashlib
 import threading
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, Literal, NoReturn, TypeVar
 
 from google.api_core.exceptions import Forbidden, GoogleAPIError, NotFound, PreconditionFailed, Unauthorized
+from google.auth.credentials import Signing
 from google.auth.exceptions import GoogleAuthError
 
-from knapper.errors import StoreError, TooLarge
-from knapper.exchange import Blob, Entries, Entry
+from knapper import limits
+from knapper.errors import InvalidField, StoreError, TooLarge
+from knapper.errors import NotFound as NotThere
+from knapper.exchange import SEND_AGAIN, Blob, Entries, Entry, Signed
 from knapper.store import check_name
 from knapper.store.gcs import connect
 
 _TIMEOUT_S = (5.0, 60.0)  # to connect, and between bytes
 _FAILURES = (GoogleAPIError, GoogleAuthError, OSError)
+_PIECE_BYTES = 4 * limits.MIB  # of an object that is read in pieces, each with a request of its own
+_SHA256 = "knapper-sha256"  # metadata of what was published by us
 T = TypeVar("T")
+
+
+class OpenedObject:
+    """A generation of an object; once another takes its place, it is gone."""
+
+    def __init__(self, exchange: "GcsExchange", entry: Entry) -> None:
+        self.entry = entry
+        self._exchange = exchange
+
+    async def read(self, begin: int, end: int) -> AsyncIterator[bytes]:
+        for at in range(begin, end, _PIECE_BYTES):
+            yield await self._exchange.piece(self.entry, at, min(at + _PIECE_BYTES, end))
+
+    def close(self) -> None:
+        """Nothing is open between pieces."""
 
 
 class GcsExchange:
@@ -37,6 +59,14 @@ class GcsExchange:
     async def read(self, name: str, bytes_max: int) -> Blob | None:
         return await self._try(f"read {name}", self._read, check_name(name), bytes_max)
 
+    async def open(self, name: str) -> OpenedObject | None:
+        entry = await self._try(f"read {name}", self._entry_of, check_name(name))
+        return None if entry is None else OpenedObject(self, entry)
+
+    async def piece(self, entry: Entry, begin: int, end: int) -> bytes:
+        """Bytes of just this generation. Raises StoreError once it is gone."""
+        return await self._try(f"read {entry.name}", self._piece, entry, begin, end)
+
     async def list(self, prefix: str) -> Entries:
         return await self._try(f"list {prefix!r}", self._list, prefix)
 
@@ -45,6 +75,12 @@ class GcsExchange:
 
     async def extend(self, name: str, data: bytes) -> None:
         await self.publish(name, data)  # objects are immutable: whoever reads one gets it whole, old or new
+
+    async def compose(self, name: str, parts: Sequence[str], sha256: str) -> None:
+        await self._try(f"write {name}", self._compose, check_name(name), [check_name(part) for part in parts], sha256)
+
+    async def signed(self, method: Literal["GET", "PUT"], name: str, bytes_max: int) -> Signed | None:
+        return await self._try(f"sign a URL of {name}", self._signed, method, check_name(name), bytes_max)
 
     async def remove(self, name: str) -> None:
         await self._try(f"remove {name}", self._remove, check_name(name))
@@ -73,14 +109,65 @@ class GcsExchange:
             return Blob(data, str(found.generation))
 
     def _list(self, prefix: str) -> Entries:
-        found = self._bucket().list_blobs(
-            prefix=self._prefix + prefix, fields="items(name,generation,size),nextPageToken", timeout=_TIMEOUT_S
-        )
-        own = len(self._prefix)
-        return [Entry(blob.name[own:], str(blob.generation), int(blob.size)) for blob in found]
+        fields = "items(name,generation,size,metadata,updated),nextPageToken"
+        found = self._bucket().list_blobs(prefix=self._prefix + prefix, fields=fields, timeout=_TIMEOUT_S)
+        return [self._entry(blob) for blob in found]
+
+    def _entry_of(self, name: str) -> Entry | None:
+        found = self._bucket().get_blob(self._prefix + name, timeout=_TIMEOUT_S)
+        return None if found is None else self._entry(found)
+
+    def _entry(self, blob: Any) -> Entry:
+        return Entry(
+            blob.name[len(self._prefix) :], str(blob.generation), int(blob.size),
+            sha256=(blob.metadata or {}).get(_SHA256, ""), modified_at=blob.updated.timestamp(),
+        )  # fmt: skip
+
+    def _piece(self, entry: Entry, begin: int, end: int) -> bytes:
+        blob = self._bucket().blob(self._prefix + entry.name, generation=int(entry.generation))
+        try:
+            data: bytes = blob.download_as_bytes(start=begin, end=end - 1, timeout=_TIMEOUT_S)
+        except NotFound as error:
+            raise StoreError(f"{entry.name} was replaced or removed while it was read; ask for it again") from error
+        return data
 
     def _publish(self, name: str, data: bytes) -> None:
-        self._bucket().blob(self._prefix + name).upload_from_string(data, _content_type(name), timeout=_TIMEOUT_S)
+        blob = self._bucket().blob(self._prefix + name)
+        blob.metadata = {_SHA256: hashlib.sha256(data).hexdigest()}
+        blob.upload_from_string(data, _content_type(name), timeout=_TIMEOUT_S)
+
+    def _compose(self, name: str, parts: Sequence[str], sha256: str) -> None:
+        digest, generations = hashlib.sha256(), []
+        for part in parts:
+            entry = self._entry_of(part)
+            if entry is None:
+                raise NotThere(f"{part} is not there")
+            for data in self._pieces(entry):
+                digest.update(data)
+            generations.append(int(entry.generation))
+        if digest.hexdigest() != sha256:
+            raise InvalidField("sha256", sha256, f"that of the bytes that came, {digest.hexdigest()}", SEND_AGAIN)
+        whole = self._bucket().blob(self._prefix + name)
+        whole.content_type, whole.metadata = _content_type(name), {_SHA256: sha256}
+        sources = [self._bucket().blob(self._prefix + part) for part in parts]
+        try:
+            whole.compose(sources, if_source_generation_match=generations, timeout=_TIMEOUT_S)
+        except (NotFound, PreconditionFailed) as error:
+            raise NotThere(f"parts of {name} were sent again meanwhile; ask for it again") from error
+
+    def _pieces(self, entry: Entry) -> Iterator[bytes]:
+        for at in range(0, entry.size, _PIECE_BYTES):
+            yield self._piece(entry, at, min(at + _PIECE_BYTES, entry.size))
+
+    def _signed(self, method: str, name: str, bytes_max: int) -> Signed | None:
+        bucket = self._bucket()
+        if not isinstance(bucket.client._credentials, Signing):
+            return None
+        headers = {"x-goog-content-length-range": f"0,{bytes_max}"} if method == "PUT" else {}
+        url: str = bucket.blob(self._prefix + name).generate_signed_url(
+            version="v4", expiration=timedelta(seconds=limits.link_s), method=method, headers=dict(headers)
+        )
+        return Signed(url, headers)
 
     def _remove(self, name: str) -> None:
         try:

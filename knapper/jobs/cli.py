@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from knapper import limits
-from knapper.cli.tables import Json, listing
+from knapper.cli.tables import Json, listing, table
 from knapper.text.printable import say
 
 if TYPE_CHECKING:
     from knapper.jobs.client import Client
 
-app = typer.Typer(name="jobs", help="List, show, cancel and resume jobs.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    name="jobs", help="List, show, fetch, cancel, resume and delete jobs.", no_args_is_help=True, rich_markup_mode=None
+)
 
 Url = Annotated[str | None, typer.Option(help="The gateway; else TINKER_BASE_URL, else http://127.0.0.1:8000.")]
 Name = Annotated[str, typer.Argument(help="The job's name.")]
@@ -99,6 +101,59 @@ def cancel(job: Name, url: Url = None) -> None:
 def resume(job: Name, url: Url = None) -> None:
     """Let a cancelled or failed job go on where it stopped."""
     _say(_client(url).resume(job))
+
+
+@app.command()
+def delete(job: Name, url: Url = None) -> None:
+    """Delete a job that does not run, for good: its files, its run with its checkpoints, its records."""
+    _client(url).delete(job)
+    say(f"{job}: deleted")
+
+
+@app.command()
+def files(job: Name, url: Url = None, as_json: Json = False) -> None:
+    """List what a job has published."""
+    from knapper.text.sizes import sized
+
+    found = _client(url).files(job)
+    rows = [(file["name"], sized(file["size"]), file["modified_at"][:19]) for file in found]
+    lines = list(table(("FILE", "SIZE", "PUBLISHED"), rows)) if rows else []
+    listing(
+        found, lines, f"{job} has published nothing yet; `knapper jobs show {job}` says how far it is", as_json=as_json
+    )
+
+
+@app.command()
+def download(
+    job: Name,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[FILE]...", help="Files or folders; else all.")] = None,
+    to: Annotated[Path | None, typer.Option(help="The directory to put them into; else one of the job's name.")] = None,
+    url: Url = None,
+) -> None:
+    """Fetch a job's files: `adapter`, say, which PEFT loads. One that was cut off goes on from there."""
+    from knapper.jobs import transfer
+
+    for name, fetched in transfer.download(_client(url), job, names or [], to or Path(job)):
+        say(f"{(to or Path(job)) / name}{'' if fetched else ' was there already'}")
+
+
+@app.command()
+def rollouts(
+    job: Name,
+    step: Annotated[int | None, typer.Option(min=1, help="What this step was trained on; else the newest.")] = None,
+    evaluation: Annotated[int | None, typer.Option(min=0, help="The held-out prompts' after so many steps.")] = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Print the completions of one step, or of one evaluation, and what each was worth."""
+    from knapper.jobs import rollout_files
+
+    if step is not None and evaluation is not None:
+        raise typer.BadParameter(
+            "is of other completions than --step; leave one of them out", param_hint="--evaluation"
+        )
+    rows = rollout_files.read(_client(url), job, step, evaluation)
+    listing(rows, list(rollout_files.lines(rows)), "the file has no completions", as_json=as_json)
 
 
 def _follow(client: "Client", job: str) -> dict[str, Any]:

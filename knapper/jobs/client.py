@@ -1,6 +1,7 @@
 """A client of a gateway's jobs, and of what they and others used, as the command line is one."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import httpx
 from knapper import limits
 from knapper.cli.tables import table
 from knapper.errors import InvalidField, NotFound, Unavailable, UserError
-from knapper.jobs import names, spec
+from knapper.jobs import names, spec, transfer
 from knapper.text.durations import clock
 
 _TIMEOUT = httpx.Timeout(60.0, connect=5.0)
+_SUBMIT_TIMEOUT = httpx.Timeout(300.0, connect=5.0)  # all rows are looked at before the answer
 _LATER = (408, 425, 429)
 _METRICS = ("reward/mean", "loss/mean", "accuracy/mean", "tokens/mean", "grad_norm", "wall_seconds")
 _USED = {
@@ -41,44 +43,105 @@ class Client:
     def submit(self, job_yaml: Path, name: str | None, *, again: bool = False) -> dict[str, Any]:
         """Send job.yaml and the files that it names, which lie beside it. Raises UserError before anything is sent."""
         folder = job_yaml.resolve().parent
-        data = _read(job_yaml)
-        files = {names.JOB_YAML: data, **{each: _read(folder / each) for each in spec.parse(data).job.files}}
-        size = sum(map(len, files.values()))
-        if size > limits.body_bytes_max // 2:  # as JSON it grows
+        yaml = transfer.checked(job_yaml)
+        files = {each: transfer.checked(folder / each) for each in spec.parse(yaml.path.read_bytes()).job.files}
+        size = yaml.size + sum(file.size for file in files.values())
+        if size > limits.job_upload_bytes_max:
             raise InvalidField(
-                "the files' size in bytes", size, f"at most {limits.body_bytes_max // 2} in one request",
-                "Copy the folder into the server's inbox instead",
+                "the files' size in bytes", size, f"at most {limits.job_upload_bytes_max} in all",
+                "Leave rows out, or copy the folder into the server's inbox",
             )  # fmt: skip
-        texts = {each: _text(each, content) for each, content in files.items()}
-        return self._ask("POST", "/jobs", {"name": names.job(name or folder.name), "files": texts, "again": again})
+        large = {name: file for name, file in files.items() if file.size and size > limits.upload_part_bytes}
+        small = {names.JOB_YAML: yaml, **{name: file for name, file in files.items() if name not in large}}
+        asked = {
+            "name": names.job(name or folder.name),
+            "files": {each: file.path.read_text(encoding="utf-8") for each, file in small.items()},
+            "again": again,
+        }
+        if large:
+            asked["uploads"] = {each: {"sha256": file.sha256, "size": file.size} for each, file in large.items()}
+            for each, file in large.items():
+                transfer.send(self, each, file)
+        return self.ask("POST", "/jobs", asked, _SUBMIT_TIMEOUT)
 
     def jobs(self, limit: int) -> tuple[list[dict[str, Any]], int]:
         """(the newest, how many there are)."""
-        answer = self._ask("GET", f"/jobs?limit={limit}")
+        answer = self.ask("GET", f"/jobs?limit={limit}")
         return answer["jobs"], answer["cursor"]["total_count"]
 
     def show(self, job: str, after: int = 0) -> dict[str, Any]:
-        return self._ask("GET", f"/jobs/{names.job(job)}?after={after}")
+        return self.ask("GET", f"/jobs/{names.job(job)}?after={after}")
 
     def cancel(self, job: str) -> dict[str, Any]:
-        return self._ask("POST", f"/jobs/{names.job(job)}/cancel")
+        return self.ask("POST", f"/jobs/{names.job(job)}/cancel")
 
     def resume(self, job: str) -> dict[str, Any]:
-        return self._ask("POST", f"/jobs/{names.job(job)}/resume")
+        return self.ask("POST", f"/jobs/{names.job(job)}/resume")
+
+    def delete(self, job: str) -> dict[str, Any]:
+        return self.ask("DELETE", f"/jobs/{names.job(job)}")
+
+    def files(self, job: str) -> list[dict[str, Any]]:
+        """What the job has published."""
+        found: list[dict[str, Any]] = self.ask("GET", f"/jobs/{names.job(job)}/files")["files"]
+        return found
 
     def usage(self, starting_on: datetime, ending_before: datetime) -> list[dict[str, Any]]:
         """What was used in each hour between two full hours."""
         window = {"starting_on": starting_on.isoformat(), "ending_before": ending_before.isoformat()}
-        found: list[dict[str, Any]] = self._ask("GET", f"/billing/usage/events?{urlencode(window)}")["data"]
+        found: list[dict[str, Any]] = self.ask("GET", f"/billing/usage/events?{urlencode(window)}")["data"]
         return found
 
-    def _ask(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+    def ask(self, method: str, path: str, body: object = None, timeout: httpx.Timeout = _TIMEOUT) -> dict[str, Any]:
+        """Raises UserError, as the server has it, or Unavailable where it does not answer, or not now."""
+        with self._told():
+            answer = self._http.request(method, path, json=body, timeout=timeout)
+        return self._said(answer)
+
+    def put(self, path: str, content: bytes, headers: Mapping[str, str]) -> None:
+        """Raises what `ask` does."""
+        with self._told():
+            answer = self._http.put(path, content=content, headers=dict(headers))
+        self._said(answer)
+
+    def put_signed(self, url: str, content: bytes, headers: Mapping[str, str]) -> None:
+        """To whoever the URL is of, without the key. Raises Unavailable."""
+        with self._told():
+            answer = httpx.put(url, content=content, headers=dict(headers), timeout=_TIMEOUT)
+        if answer.status_code >= 300:
+            raise Unavailable(f"a part was not taken: {answer.status_code} {answer.text[:300]}")
+
+    @contextmanager
+    def stream(self, path: str, headers: Mapping[str, str]) -> Iterator[httpx.Response]:
+        """A file's answer, its bytes not read yet. A redirect is followed without the key: it is signed.
+
+        Raises what `ask` does, also from within.
+        """
+        with self._told():
+            with self._http.stream("GET", path, headers=dict(headers)) as answer:
+                if answer.status_code != 307:
+                    if answer.status_code >= 300:
+                        answer.read()
+                        self._said(answer)
+                    yield answer
+                    return
+                url = answer.headers["location"]
+            asked = {name: value for name, value in headers.items() if name != "If-Range"}  # of our names for versions
+            with httpx.stream("GET", url, headers=asked, timeout=_TIMEOUT) as answer:
+                if answer.status_code >= 300:
+                    raise Unavailable(f"{path} is not answered by the bucket: {answer.status_code}")
+                yield answer
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
         try:
-            answer = self._http.request(method, path, json=body)
+            yield
         except httpx.TransportError as error:
             raise Unavailable(
                 f"{self._url} does not answer ({error}); start `knapper up`, or set TINKER_BASE_URL to your server"
             ) from error
+
+    def _said(self, answer: httpx.Response) -> dict[str, Any]:
         try:
             said: dict[str, Any] = answer.json()
         except ValueError as error:
@@ -163,11 +226,12 @@ def overview(jobs: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def used(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The sums of each run, or session, and model, in the order of their names."""
+    """The sums of each job, run, or session, and model, in the order of their names."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for each in events:
         told = each["event_info"]
-        about, model = told.get("training_run_id") or each["session_id"] or "-", each["base_model"]
+        about = each.get("job") or told.get("training_run_id") or each["session_id"] or "-"
+        model = each["base_model"]
         row = found.setdefault((about, model), {"about": about, "base_model": model})
         for name in ("token_count", "device_seconds", "count"):
             if (column := _USED.get((told["type"], name))) is not None:
@@ -177,19 +241,3 @@ def used(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _of(told: dict[str, Any]) -> str:
     return f"/{told['steps']}" if told["steps"] is not None else ""
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidField("file", str(path), "a file that can be read", str(error.strerror)) from error
-
-
-def _text(name: str, content: bytes) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise InvalidField(
-            "file", name, "a text in UTF-8", f"Byte {error.start} is {content[error.start]:#x}"
-        ) from error

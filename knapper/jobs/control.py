@@ -1,6 +1,8 @@
 """What becomes of a job: versions of one small record, of which the highest wins. Without any, the job runs.
 
-running -> cancelled | failed | completed;  cancelled -> running;  failed -> running
+running -> cancelled | failed | completed;  cancelled -> running;  failed -> running;  all but running -> deleted
+
+Of a deleted job this record stays: whoever still works on it, or finds its files once more, sees that.
 """
 
 from knapper.errors import UserError
@@ -13,9 +15,10 @@ from knapper.store import Store
 REPLACED = "job.yaml was replaced"
 _MAY = {
     "running": ("cancelled", "failed", "completed"),
-    "cancelled": ("running",),
-    "failed": ("running",),
-    "completed": (),
+    "cancelled": ("running", "deleted"),
+    "failed": ("running", "deleted"),
+    "completed": ("deleted",),
+    "deleted": (),
 }
 _RUNNING = Control(state="running", reason="", at=0.0)
 

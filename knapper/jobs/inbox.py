@@ -14,7 +14,6 @@ import structlog
 from knapper import limits
 from knapper.catalogue.served_models import Catalogue, slug
 from knapper.errors import InvalidField, NotFound, TooLarge, UserError
-from knapper.exchange import Blob
 from knapper.ids import Tenant, number
 from knapper.jobs import control, datasets, names, spec, upload
 from knapper.jobs.names import Start
@@ -22,7 +21,7 @@ from knapper.jobs.records import Refusal, Started, Waiting, encode, read
 from knapper.jobs.rows import RlRow, Row
 from knapper.jobs.services import Place
 from knapper.jobs.spec import Parsed, RlJob
-from knapper.jobs.upload import Upload
+from knapper.jobs.upload import Content, Upload
 from knapper.jobs.yaml_document import JobError
 from knapper.rewards import plain
 from knapper.rewards import spec as rewards
@@ -55,23 +54,21 @@ async def again(place: Place, tenant: Tenant, job: str) -> Start | None:
     None if it cannot be started, as `look` has it. Raises InvalidField while it runs.
     """
     whole = await _whole(place, tenant, names.job(job))
-    start = None if whole is None else await upload.current(place.store, whole)
+    start = None if whole is None else await upload.current(place.store, whole.content)
     if whole is not None and start is not None and await place.store.get(start.started) is not None:
         if await control.runs(place.store, start):
             raise InvalidField("again", True, "for a job that has ended", "It runs; cancel it first")
-        await upload.repeat(place.store, whole)
+        await upload.repeat(place.store, whole.content)
     return await look(place, tenant, job)
 
 
-async def was_started(place: Place, tenant: Tenant, job: str, files: Mapping[str, bytes]) -> bool:
-    """Whether a job of just these files was started, under this name."""
-    blobs = {name: Blob(data, "") for name, data in files.items()}
-    found = blobs.pop(names.JOB_YAML)
+async def was_started(place: Place, tenant: Tenant, job: str, yaml: bytes, sha256s: Mapping[str, str]) -> bool:
+    """Whether a job of just this job.yaml and these files was started, under this name."""
     try:
-        parsed = spec.parse(found.data)
+        parsed = spec.parse(yaml)
     except UserError:
         return False
-    sent = Upload(tenant, job, found, {name: blobs[name] for name in parsed.job.files if name in blobs})
+    sent = Content(tenant, job, yaml, {name: sha256s[name] for name in parsed.job.files if name in sha256s})
     return await place.store.get((await upload.current(place.store, sent)).started) is not None
 
 
@@ -107,12 +104,14 @@ async def _look(place: Place, tenant: Tenant, job: str) -> _Seen:
         missing = [name for name in parsed.job.files if name not in whole.files]
         if missing:
             return _Seen(awaits=start if await _wait(place, start, parsed, missing) else None)
-        start = await upload.current(place.store, whole)
-        if await place.store.get(start.started) is not None:
+        start = await upload.current(place.store, whole.content)
+        if (await control.now(place.store, start)).state == "deleted":
+            start = await upload.repeat(place.store, whole.content)
+        elif await place.store.get(start.started) is not None:
             if not await _was_replaced(place, start, whole):
                 await _make_current(place, start)
                 return _Seen()
-            start = await upload.repeat(place.store, whole)
+            start = await upload.repeat(place.store, whole.content)
         started = await _checked(place, start, parsed, whole)
     except UserError as error:
         await _refuse(place, start, parsed.wrong(error) if parsed is not None else _as_job_error(error))
@@ -131,7 +130,7 @@ async def _was_replaced(place: Place, start: Start, whole: Upload) -> bool:
     there = await _whole(place, start.tenant, start.job)
     if there is None or there.job_yaml.data != whole.job_yaml.data:
         return False
-    return there.sha256s == whole.sha256s
+    return there.content.sha256s == whole.content.sha256s
 
 
 async def _make_current(place: Place, start: Start) -> None:
@@ -158,7 +157,8 @@ async def _checked(place: Place, start: Start, parsed: Parsed, whole: Upload) ->
     model = await _model(place, job.base_model)
     return Started(
         tenant=start.tenant, job=start.job, start=start.id, generation=whole.job_yaml.generation,
-        generations=whole.generations, spec_json=spec.encode(job), job_yaml=whole.job_yaml.data, files=whole.sha256s,
+        generations=whole.generations, spec_json=spec.encode(job), job_yaml=whole.job_yaml.data,
+        files=dict(whole.content.sha256s),
         files_bytes=sum(map(len, files.values())), base_model=model, model=slug(model), rows=len(rows),
         held_out=len(held_out), started_at=place.clock(),
     )  # fmt: skip

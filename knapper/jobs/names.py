@@ -16,6 +16,8 @@ from knapper.state.layout import ObjectKind
 
 _JOB = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _START = re.compile(r"[0-9a-f]{16}")
+_ARTIFACT = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]{0,127}/){0,2}[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 JOB_YAML, JOB_ERROR = "job.yaml", "job.error.json"
@@ -34,6 +36,18 @@ def file(value: str) -> str:
     if not _FILE.fullmatch(value):
         allowed = "1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit"
         raise InvalidField("file", value, allowed, "Put it beside job.yaml, without '/'")
+    return value
+
+
+def is_artifact(name: str) -> bool:
+    """Whether a file that a job publishes can have this name: that of no other place."""
+    return _ARTIFACT.fullmatch(name) is not None
+
+
+def sha256(value: str) -> str:
+    """64 hexadecimal digits, checked. Raises InvalidField."""
+    if not _SHA256.fullmatch(value):
+        raise InvalidField("sha256", value, "64 small hexadecimal digits")
     return value
 
 
@@ -65,6 +79,11 @@ class Start:
     @property
     def _fields(self) -> tuple[str, str, str]:
         return self.tenant, self.job, self.id
+
+    @property
+    def prefix(self) -> str:
+        """Of all its records, but those that index it."""
+        return f"{ObjectKind.JOB_STARTED.under(self.tenant, self.job)}{self.id}/"
 
     @property
     def started(self) -> str:

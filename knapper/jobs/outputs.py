@@ -84,10 +84,10 @@ async def publish_evaluations(place: Place, folder: Folder, steps: int) -> None:
 
 
 async def publish_status(place: Place, started: Started) -> None:
-    """status.json; of a start that another took the place of, nothing."""
+    """status.json; of a start that another took the place of, or that is deleted, nothing."""
     start = Start(Tenant(started.tenant), started.job, started.start)
     now = await control.now(place.store, start)
-    if now.state == "cancelled" and now.reason.startswith(control.REPLACED):
+    if now.state == "deleted" or (now.state == "cancelled" and now.reason.startswith(control.REPLACED)):
         return
     job = decode(started.spec_json)
     status = {

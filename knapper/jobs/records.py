@@ -12,7 +12,7 @@ __all__ = [
     "Trained", "Waiting", "decode", "encode", "read",
 ]  # fmt: skip
 
-State = Literal["running", "cancelled", "failed", "completed"]
+State = Literal["running", "cancelled", "failed", "completed", "deleted"]
 
 
 class Started(Record, frozen=True, kw_only=True):

@@ -177,7 +177,7 @@ class Training:
         if await self._place.store.get(start.trained(0)) is not None:
             return
         session = Session(
-            session=start.session, tenant=start.tenant, created_at=started.started_at, display_name=f"job {start.job}",
+            session=start.session, tenant=start.tenant, created_at=started.started_at, display_name=start.job,
             tags=[needs.TAG, folder.job.kind],
         )  # fmt: skip
         register = Register(self._place.store)

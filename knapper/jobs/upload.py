@@ -25,6 +25,28 @@ from knapper.store import Store
 
 
 @dataclass(frozen=True)
+class Content:
+    """What a start depends on. `sha256s`: of the files that job.yaml names. `generation`: of job.yaml, where known."""
+
+    tenant: Tenant
+    job: str
+    yaml: bytes
+    sha256s: Mapping[str, str]
+    generation: str = ""
+
+    @property
+    def first(self) -> Start:
+        """The start of this content, unless it is started once more."""
+        own = hashlib.sha256(self.yaml).hexdigest()
+        told = msgspec.json.encode([own, sorted(self.sha256s.items())])
+        return Start.of(self.tenant, self.job, hashlib.sha256(told).hexdigest())
+
+    def repeated(self, n: int) -> Start:
+        """The `n`th after the first."""
+        return Start.of(self.tenant, self.job, f"{self.first.id} again {n}")
+
+
+@dataclass(frozen=True)
 class Upload:
     """One look at the folder. `files`: those that job.yaml names and that are there."""
 
@@ -34,24 +56,14 @@ class Upload:
     files: Mapping[str, Blob]
 
     @cached_property
-    def sha256s(self) -> dict[str, str]:
-        return {name: hashlib.sha256(blob.data).hexdigest() for name, blob in self.files.items()}
+    def content(self) -> Content:
+        sha256s = {name: hashlib.sha256(blob.data).hexdigest() for name, blob in self.files.items()}
+        return Content(self.tenant, self.job, self.job_yaml.data, sha256s, self.job_yaml.generation)
 
     @property
     def generations(self) -> dict[str, str]:
         """In the exchange: while all are these, nothing was uploaded since."""
         return {name: blob.generation for name, blob in {names.JOB_YAML: self.job_yaml, **self.files}.items()}
-
-    @property
-    def first(self) -> Start:
-        """The start of this content, unless it is started once more."""
-        own = hashlib.sha256(self.job_yaml.data).hexdigest()
-        told = msgspec.json.encode([own, sorted(self.sha256s.items())])
-        return Start.of(self.tenant, self.job, hashlib.sha256(told).hexdigest())
-
-    def repeated(self, n: int) -> Start:
-        """The `n`th after the first."""
-        return Start.of(self.tenant, self.job, f"{self.first.id} again {n}")
 
 
 def of_job_yaml(tenant: Tenant, job: str, data: bytes) -> Start:
@@ -74,19 +86,19 @@ async def read_files(place: Place, tenant: Tenant, job: str, found: Blob, parsed
     return Upload(tenant, job, found, files)
 
 
-async def current(store: Store, upload: Upload) -> Start:
+async def current(store: Store, content: Content) -> Start:
     """The newest start of this content: the first, unless somebody asked for it once more."""
-    if (old := await _by_generation(store, upload)) is not None:
+    if (old := await _by_generation(store, content)) is not None:
         return old
-    n = await _repetitions(store, upload)
-    return upload.repeated(n) if n else upload.first
+    n = await _repetitions(store, content)
+    return content.repeated(n) if n else content.first
 
 
-async def repeat(store: Store, upload: Upload) -> Start:
+async def repeat(store: Store, content: Content) -> Start:
     """From now on another start stands for this content."""
-    n = await _repetitions(store, upload)
-    await store.put_if_absent(f"{upload.first.repetitions}{number(n + 1)}", b"")
-    return upload.repeated(n + 1)
+    n = await _repetitions(store, content)
+    await store.put_if_absent(f"{content.first.repetitions}{number(n + 1)}", b"")
+    return content.repeated(n + 1)
 
 
 async def unchanged(store: Store, tenant: Tenant, job: str, generations: Mapping[str, str]) -> bool:
@@ -100,16 +112,16 @@ async def unchanged(store: Store, tenant: Tenant, job: str, generations: Mapping
     return all(generations.get(name) == generation for name, generation in started.generations.items())
 
 
-async def _repetitions(store: Store, upload: Upload) -> int:
-    listed = await store.list(upload.first.repetitions)
+async def _repetitions(store: Store, content: Content) -> int:
+    listed = await store.list(content.first.repetitions)
     return last_number(listed[-1]) if listed else 0
 
 
-async def _by_generation(store: Store, upload: Upload) -> Start | None:
+async def _by_generation(store: Store, content: Content) -> Start | None:
     """The start that an earlier version made of this content: it looked at the generation of job.yaml alone."""
-    old = Start.of(upload.tenant, upload.job, upload.job_yaml.generation)
+    old = Start.of(content.tenant, content.job, content.generation)
     started = await read(store, old.started, Started)
-    if started is None or await _repetitions(store, upload):
+    if started is None or await _repetitions(store, content):
         return None
-    same = started.job_yaml == upload.job_yaml.data and started.files == upload.sha256s
+    same = started.job_yaml == content.yaml and started.files == content.sha256s
     return old if same else None

@@ -266,3 +266,15 @@ def inbox(tenant: str, job: str) -> str:
 
 def outputs(tenant: str, job: str) -> str:
     return f"jobs/{tenant}/{job}/"
+
+
+UPLOADS: Final = "uploads/"
+
+
+def staged(tenant: str, sha256: str, size: int) -> str:
+    """Of a file that comes in parts, and is known by what it will be."""
+    return f"{uploads_of(tenant)}{sha256}-{size}/"
+
+
+def uploads_of(tenant: str) -> str:
+    return f"{UPLOADS}{tenant}/"

@@ -151,12 +151,19 @@ def read(folder: int, name: str) -> BufferedReader:
 
 def replace(folder: int, name: str, data: bytes, *, prefix: str = ".", mode: int = _OURS) -> None:
     """The file has these bytes, durably, and nobody sees half of them. A link there goes, and not what it leads to."""
+    with replacement(folder, name, prefix=prefix, mode=mode) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacement(folder: int, name: str, *, prefix: str = ".", mode: int = _OURS) -> Iterator[BinaryIO]:
+    """The same with what is written to the file by the end; if that raises, nothing is changed."""
     temporary = random_name(prefix)
     descriptor = os.open(temporary, os.O_WRONLY | _NEW, _OURS, dir_fd=folder)
     try:
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(descriptor, mode)
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(descriptor)
         os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from knapper import limits
 from knapper.wire import descriptor
 
 JSON, PROTOBUF = "application/json", "application/x-protobuf"
@@ -26,7 +27,8 @@ class Objects:
     def in_path(self) -> dict[str, str]:
         return {
             "session_id": self.session, "run_id": self.run, "sampler_id": self.sampler, "kind": "weights",
-            "name": "worst", "job": "worst", "token": "x", "path": "x",
+            "name": "worst", "job": "worst", "token": "x", "path": "x", "file": "x",
+            "sha256": "0" * 64, "size": str(limits.upload_part_bytes), "offset": "0",
         }  # fmt: skip
 
 
@@ -185,6 +187,7 @@ def legal(objects: Objects) -> dict[str, list[Worst]]:
             Worst("one file", filled(job + ', "d.jsonl": "', "\\u0041", '"}}', between="")),
             Worst("the most files", filled('{"files": {', '"a": ""', "}}")),
         ],
+        "/api/v1/uploads/{sha256}/{size}/{offset}": [Worst("zeros", bytes, "application/octet-stream")],
         "/events": [_of({}, "a", "[]")],
         "/events/dead": [_of({}, "a", "[]")],
         "/api/v1/weights_info": [_text({}, "tinker_path", "x")],

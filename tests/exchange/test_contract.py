@@ -1,15 +1,23 @@
 """What every exchange does: files that people put in and take out."""
 
 import asyncio
+import hashlib
+import json
 import os
 import random
+import time
 from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
-from knapper.errors import StoreError, TooLarge
+from knapper import limits
+from knapper.errors import InvalidField, NotFound, StoreError, TooLarge
 from knapper.exchange import Exchange
 from knapper.exchange.directory import DirectoryExchange
+from knapper.exchange.gcs import GcsExchange
 from tests.sim.disk import Disk
 
 
@@ -72,7 +80,7 @@ def test_no_name_leads_out_of_it(exchange: Exchange, name: str) -> None:
 def test_the_directory_holds_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "secret").write_text("x")
-    with pytest.raises(ValueError, match="begins with inbox/ or jobs/"):
+    with pytest.raises(ValueError, match="begins with inbox/ or jobs/ or uploads/"):
         asyncio.run(DirectoryExchange(tmp_path).read("store/secret", 10))
 
 
@@ -269,3 +277,88 @@ def test_what_was_extended_outlives_a_power_cut_and_goes_on_from_whatever_that_l
             disk.cut()
             asyncio.run(DirectoryExchange(disk.root).extend(name, b"".join(lines)))
             assert (disk.root / name).read_bytes() == b"".join(lines)
+
+
+def test_an_opened_object_is_read_in_pieces_from_anywhere(exchange: Exchange) -> None:
+    data = random.Random(1).randbytes(9_000_001)
+
+    async def read(begin: int, end: int) -> list[bytes]:
+        opened = await exchange.open("jobs/a/x/large")
+        assert opened is not None
+        assert (opened.entry.size, opened.entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+        return [piece async for piece in opened.read(begin, end)]
+
+    async def story() -> None:
+        assert await exchange.open("jobs/a/x/large") is None
+        before = time.time()
+        await exchange.publish("jobs/a/x/large", data)
+        for begin, end in ((0, len(data)), (4_194_303, 4_194_305), (len(data) - 1, len(data)), (3, 8_388_609)):
+            pieces = await read(begin, end)
+            assert b"".join(pieces) == data[begin:end]
+            assert max(map(len, pieces)) <= 4 * limits.MIB, "never all of it at once"
+        (entry,) = await exchange.list("jobs/a/x/")
+        assert entry.sha256 == hashlib.sha256(data).hexdigest()
+        assert before - 5 <= entry.modified_at <= time.time() + 5
+
+    asyncio.run(story())
+
+
+def test_parts_become_one_object_or_nothing(exchange: Exchange) -> None:
+    pieces = [random.Random(n).randbytes(300_000) for n in range(32)]
+    names = [f"uploads/a/x/{n:03d}" for n in range(32)]
+    whole = b"".join(pieces)
+
+    async def story() -> None:
+        for name, piece in zip(names, pieces, strict=True):
+            await exchange.publish(name, piece)
+        with pytest.raises(InvalidField, match="sha256"):
+            await exchange.compose("inbox/a/x/d.jsonl", names, "0" * 64)
+        with pytest.raises(NotFound, match="is not there"):
+            await exchange.compose("inbox/a/x/d.jsonl", [*names[:31], "uploads/a/x/none"], "0" * 64)
+        assert await exchange.list("inbox/") == []
+        await exchange.compose("inbox/a/x/d.jsonl", names, hashlib.sha256(whole).hexdigest())
+        blob = await exchange.read("inbox/a/x/d.jsonl", len(whole))
+        assert blob is not None
+        assert blob.data == whole
+        (entry,) = await exchange.list("inbox/")
+        assert entry.sha256 == hashlib.sha256(whole).hexdigest()
+
+    asyncio.run(story())
+
+
+def test_nobody_signs_for_a_directory_or_without_a_key(exchange: Exchange) -> None:
+    assert asyncio.run(exchange.signed("GET", "jobs/a/x/large", 0)) is None
+
+
+def test_a_service_accounts_key_signs_for_one_object_one_hour_and_one_size(tmp_path: Path) -> None:
+    """The library's own signature, checked with the key's public half; the bucket itself is not asked."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    ).decode()
+    account = {"type": "service_account", "client_email": "k@p.iam", "private_key": pem, "token_uri": "https://t"}
+    path = tmp_path / "key.json"
+    path.write_text(json.dumps(account))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+        patch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(path))
+        signed = asyncio.run(GcsExchange("bucket", "team/").signed("PUT", "uploads/a/x/000", 77))
+    assert signed is not None
+    assert signed.headers == {"x-goog-content-length-range": "0,77"}
+    url, query = urlsplit(signed.url), dict(parse_qsl(urlsplit(signed.url).query))
+    assert url.path.endswith("/bucket/team/uploads/a/x/000") or (url.netloc, url.path) == (
+        "bucket.storage.googleapis.com", "/team/uploads/a/x/000",
+    )  # fmt: skip
+    assert query["X-Goog-Expires"] == "3600"
+    assert query["X-Goog-SignedHeaders"] == "host;x-goog-content-length-range"
+    canonical = "\n".join([
+        "PUT", url.path, url.query.rpartition("&X-Goog-Signature=")[0], f"host:{url.netloc}",
+        "x-goog-content-length-range:0,77", "", "host;x-goog-content-length-range", "UNSIGNED-PAYLOAD",
+    ])  # fmt: skip
+    scope = query["X-Goog-Credential"].partition("/")[2]
+    text = "\n".join([
+        "GOOG4-RSA-SHA256", query["X-Goog-Date"], scope, hashlib.sha256(canonical.encode()).hexdigest(),
+    ])  # fmt: skip
+    key.public_key().verify(
+        bytes.fromhex(query["X-Goog-Signature"]), text.encode(), padding.PKCS1v15(), hashes.SHA256()
+    )

@@ -80,6 +80,10 @@ def _own_key(world: World, rng: Random) -> Ask:
     return Ask(headers={"X-API-Key": world.spare_key()})
 
 
+def _ranged(_world: World, rng: Random) -> Ask:
+    return Ask(headers={"Range": rng.choice(["bytes=0-3", "bytes=-5", "bytes=2-"]), "If-Range": '"a"'})
+
+
 _SESSION = {"tags": ["a"], "user_metadata": {"k": {"n": [1, 2.5, None]}}, "sdk_version": "0.38.0", "project_id": "p"}
 _SEARCH: dict[str, Any] = {
     "limit": 3, "display_name": "d", "user_metadata": {"k": "v"}, "project_ids": ["p"],
@@ -146,8 +150,13 @@ ASKS: dict[Way, Callable[[World, Random], Ask]] = {
     ("POST", "/api/v1/jobs"): body(bodies.submitted),
     ("GET", "/api/v1/jobs"): query(limit=5, offset=0),
     ("GET", "/api/v1/jobs/{job}"): query(after=0),
+    ("DELETE", "/api/v1/jobs/{job}"): nothing,
     ("POST", "/api/v1/jobs/{job}/cancel"): nothing,
     ("POST", "/api/v1/jobs/{job}/resume"): nothing,
+    ("GET", "/api/v1/jobs/{job}/files"): nothing,
+    ("GET", "/api/v1/jobs/{job}/files/{file:path}"): _ranged,
+    ("GET", "/api/v1/uploads/{sha256}/{size}"): nothing,
+    ("PUT", "/api/v1/uploads/{sha256}/{size}/{offset}"): body(lambda *_: {"prompt": "a", "completion": "b"}),
     ("GET", "/metrics"): nothing,
     ("POST", "/events"): bodies.upload,
     ("POST", "/events/dead"): bodies.upload,
@@ -186,7 +195,8 @@ ASKS: dict[Way, Callable[[World, Random], Ask]] = {
 def parameters(world: World, way: Way, rng: Random) -> dict[str, str]:
     """What the route's path is filled with."""
     kind = rng.choice(["weights", "sampler_weights", "external_weights"])
-    found = world.mine.in_path() | {"kind": kind, "token": "abc", "path": "a/b"}
+    found = world.mine.in_path() | {"kind": kind, "token": "abc", "path": "a/b", "file": "status.json"}
+    found |= {"sha256": "0" * 64, "size": "31", "offset": "0"}
     if way[1].endswith("external_weights_urls"):
         found["kind"] = "external_weights"
     if way[1].endswith("/models/{name:path}"):

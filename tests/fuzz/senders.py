@@ -104,6 +104,7 @@ class Sender:
         world.mine = replace(mine, sample=self._made("asample", sample)["request_id"])
         files = {"job.yaml": Text([bodies.SHORT_JOB]), "d.jsonl": '{"prompt": "a", "completion": "b"}'}
         self._post("jobs", {"name": mine.job, "files": files})
+        self._post(f"jobs/{mine.job}/cancel", None)
         self._world = world
 
     def close(self) -> None:

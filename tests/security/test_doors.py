@@ -59,7 +59,7 @@ class Objects:
         """What a route's path parameters are filled with."""
         return {
             "session_id": self.session, "run_id": self.run, "sampler_id": self.sampler, "kind": "external_weights",
-            "name": self.checkpoint, "job": self.job,
+            "name": self.checkpoint, "job": self.job, "file": "status.json",
         }  # fmt: skip
 
     def ids(self) -> list[str]:
@@ -137,6 +137,12 @@ def openai_doors(base: str) -> dict[tuple[str, str], Open | Own | Named]:
     }  # fmt: skip
 
 
+NAMELESS = {
+    "path": "nothing",
+    "sha256": "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881",
+    "size": "1",
+    "offset": "0",
+}
 _ONE = "/api/v1/training_runs/{run_id}/checkpoints/{kind}/{name}"
 _HOURS = {"starting_on": "2026-01-01T00:00:00Z", "ending_before": "2026-01-02T00:00:00Z"}
 
@@ -195,8 +201,13 @@ DOORS: dict[tuple[str, str], Open | Own | Named] = {
     ("POST", "/api/v1/jobs"): Own({"json": {"files": JOB}}),
     ("GET", "/api/v1/jobs"): Own(shows=lambda owned: owned.job),
     ("GET", "/api/v1/jobs/{job}"): Named([nothing]),
+    ("DELETE", "/api/v1/jobs/{job}"): Named([nothing]),
     ("POST", "/api/v1/jobs/{job}/cancel"): Named([nothing]),
     ("POST", "/api/v1/jobs/{job}/resume"): Named([nothing]),
+    ("GET", "/api/v1/jobs/{job}/files"): Named([nothing]),
+    ("GET", "/api/v1/jobs/{job}/files/{file:path}"): Named([nothing]),
+    ("GET", "/api/v1/uploads/{sha256}/{size}"): Own(),
+    ("PUT", "/api/v1/uploads/{sha256}/{size}/{offset}"): Own({"content": b"x"}),
     ("GET", "/metrics"): Open("counts of this process, told to who comes to its own address, past any ingress"),
     ("POST", "/events"): Open("brokers have no key; it is not there but for this cluster, and believes nothing"),
     ("POST", "/events/dead"): Open("the same; it keeps what it is given, and shows it to operators"),
@@ -375,7 +386,7 @@ def served(method: str, path: str, owner: Objects) -> tuple[str, Ask]:
         case Named(asks=asks, path=named):
             return filled(path, named(owner)), asks[0](owner, owner)
         case Own(ask=ask):
-            return filled(path, {"path": "nothing"}), ask
+            return filled(path, NAMELESS), ask
     raise AssertionError("open")
 
 
@@ -434,7 +445,7 @@ def test_what_is_not_named_shows_only_one_s_own(world: World, method: str, path:
     door = DOORS[method, path]
     assert isinstance(door, Own)
     owned = world.objects("bob")
-    url = filled(path, {"path": "nothing"})
+    url = filled(path, NAMELESS)
     others = world.ask(method, url, world.key("alice"), door.ask)
     assert others.status_code != 401
     assert not [name for name in owned.ids() if name in others.text]
