@@ -42,6 +42,8 @@ MODULES: dict[str, Tests] = {
     "knapper/state/journal/records.py": journal(),
     "knapper/state/journal/results.py": journal(),
     "knapper/state/journal/run.py": journal(),
+    "knapper/state/journal/apply.py": journal(),
+    "knapper/state/journal/replay.py": journal(),
     "knapper/state/journal/exports.py": journal(),
     "knapper/state/journal/envelope.py": journal(),
 }

@@ -6,7 +6,7 @@ so an earlier holder that still lives loses the slot it needs and finds a higher
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Generic
 
 import msgspec
@@ -15,26 +15,24 @@ from knapper import limits
 from knapper.errors import (
     Corrupt,
     Fenced,
-    KnapperError,
     NotFound,
     OtherDtype,
     OutOfMemory,
     Unavailable,
-    UserError,
     damaged,
 )  # fmt: skip
 from knapper.ids import RunId
 from knapper.state import layout
 from knapper.state.journal import bundles, ends
 from knapper.state.journal.accept import decode_creation
+from knapper.state.journal.apply import Applier
 from knapper.state.journal.exports import Saves
-from knapper.state.journal.machine import Files, Machine, Outcome, State
+from knapper.state.journal.machine import Machine, Outcome, State
 from knapper.state.journal.newest import Manifests, newest_name
 from knapper.state.journal.records import SAVES, Commit, Creation, Manifest, Operation, Result, Terms, decode, encode
+from knapper.state.journal.replay import Replay, SnapshotBudget
 from knapper.store import Store
 
-_ATTEMPTS_MAX = 3  # an operation that fails so often, by a defect and not by the user, is answered with that
-_STORING_S = 2.0  # what a snapshot takes, before one was taken
 _COMMIT_AFTER_S = 0.05  # results wait no longer than this for others to share their commit
 
 _OTHER_DTYPE_S = 30.0  # nothing but another start of the engine helps: nobody need ask sooner
@@ -69,13 +67,7 @@ class _Durable(Generic[State]):
     applied: int = -1
     out: int = 0
     state: State | None = None
-    cost_s: float = 0.0
-    bytes: int = 0
-
-
-def _stored_bytes(size: int) -> int:
-    """What a record takes at least where it lies, and to be read: small ones are not free."""
-    return max(size, 4096)
+    replay: Replay = field(default_factory=Replay)
 
 
 class Run(Generic[State]):
@@ -97,26 +89,23 @@ class Run(Generic[State]):
         self.holder = holder
         self.epoch = 0
         self.applied = -1  # the newest operation in `state`
-        self.replay_cost_s = 0.0  # compute since the newest snapshot
         self._spent_s = 0.0  # compute of the commit that is being made
         self.creation: Creation
         self.terms_before: Terms | None = None  # of the claim before this one, if they were others
         self._state: State | None = None
-        self._replay_bytes = 0  # records since the newest snapshot
+        self._replay = Replay()  # since the newest snapshot
+        self._budget = SnapshotBudget()
         self._durable: _Durable[State] = _Durable()
         self._store = store
         self._machine = machine
         self._clock = clock
-        self._saves = Saves(store, clock)
+        self._applier: Applier[State]
         self._manifests = manifests
         self._manifest: Manifest
         self._manifest_n = 0
         self._out = 0  # the newest out record, ours or adopted
         self._outbox: tuple[int, Commit] | None = None  # applied, and not yet known to be stored
-        self._failed = (-1, 0)  # (operation, how often it failed by a defect)
         self._entered = False  # somebody is in `apply_pending`
-        self._storing_s = _STORING_S  # how long the newest snapshot took to store
-        self._loaded = -1  # the newest operation that took its state from a checkpoint
 
     # -- claim ---------------------------------------------------------------------------------------------------------
 
@@ -145,6 +134,7 @@ class Run(Generic[State]):
                 raise ends.refusal(run, over)
             raise NotFound(f"training run {run!r} does not exist; create one with create_lora_training_client")
         self.creation = decode_creation(decode(data, Operation, layout.operation(run, 0)))
+        self._applier = Applier(store, run, self.creation, machine, Saves(store, clock))
         await self._take_manifest()
         if (over := await ends.ended(store, run)) is not None:
             raise ends.refusal(run, over)
@@ -230,27 +220,30 @@ class Run(Generic[State]):
         """Make a stored commit part of the state."""
         if commit.epoch > self.epoch:
             raise Fenced(f"{self.run} was taken over at epoch {commit.epoch}; this claim is of epoch {self.epoch}")
-        self._replay_bytes += _stored_bytes(sum(len(result.body) for result in commit.results))
+        self._replay = self._replay.grown(record_bytes=sum(len(result.body) for result in commit.results))
         for result in commit.results:
             if result.seq != self.applied + 1:
                 raise Corrupt(
                     f"record {self._out + 1} of {self.run} answers operation {result.seq}, after {self.applied}"
                 )
             if not result.failed:
-                await self._replay(result)
+                await self._repeat(result)
             self.applied = result.seq
         self._out += 1
 
-    async def _replay(self, result: Result) -> None:
+    async def _repeat(self, result: Result) -> None:
         operation = await self._operation(result.seq)
         if operation is None or operation.sha256 != result.sha256:
             raise Corrupt(f"operation {result.seq} of {self.run} is not the one that was answered")
-        self._replay_bytes += _stored_bytes(len(operation.body_zstd))
+        self._replay = self._replay.grown(record_bytes=len(operation.body_zstd))
         if operation.kind not in _STATELESS:
-            outcome = await self._step(operation, result.source)
-            self._state = outcome.state
-            self.replay_cost_s += outcome.cost_s
-            self._note_load(result.seq, result.source)
+            self._take(await self._applier.step(operation, self._state, result.source), result)
+
+    def _take(self, outcome: Outcome[State], result: Result) -> None:
+        """What came of an operation becomes part of the state."""
+        loads = bool(result.source) or (result.seq == 0 and bool(self.creation.source))
+        self._state = outcome.state
+        self._replay = self._replay.grown(outcome.cost_s, loaded=result.seq if loads else -1)
 
     async def _fence(self) -> None:
         while not await self._put_commit(Commit(epoch=self.epoch, results=[])):
@@ -304,7 +297,7 @@ class Run(Generic[State]):
         """What was applied and not committed never happened."""
         was = self._durable
         self.applied, self._state = was.applied, was.state
-        self.replay_cost_s, self._replay_bytes = was.cost_s, was.bytes
+        self._replay = was.replay
 
     async def _flush(self, publish: Publish) -> None:
         if self._outbox is None:
@@ -317,12 +310,12 @@ class Run(Generic[State]):
             if found != data:  # after our own fence nobody but a later claim can have this slot
                 raise Fenced(f"slot {n} of {self.run} was taken by another claim")
         self._out, self._outbox = n, None
-        self._replay_bytes += _stored_bytes(len(data))
+        self._replay = self._replay.grown(record_bytes=len(data))
         self._mark_durable()
         await publish(n, commit)
 
     def _mark_durable(self) -> None:
-        self._durable = _Durable(self.applied, self._out, self._state, self.replay_cost_s, self._replay_bytes)
+        self._durable = _Durable(self.applied, self._out, self._state, self._replay)
 
     async def _apply_some(self, stop: Callable[[], bool]) -> Commit | None:
         """The next commit: one operation, and those behind it that are quick enough to share it.
@@ -344,75 +337,13 @@ class Run(Generic[State]):
         return Commit(epoch=self.epoch, results=results, committed_at=self._clock(), device_s=self._spent_s)
 
     async def _apply(self, operation: Operation) -> Result:
-        if operation.kind == "tombstone":
-            result = self._failure(operation, operation.error, "user")
-        else:
-            try:
-                result = await self._succeed(operation)
-            except OutOfMemory as error:  # others may need less of it a moment later
-                result = self._given_up(operation, error, f": {error}", "user")
-            except UserError as error:
-                result = self._failure(operation, str(error), "user")
-            except KnapperError:
-                raise
-            except Exception as error:  # noqa: BLE001  a defect, of whatever kind: tried again, then told
-                result = self._given_up(operation, error, f", by a defect of the server: {error!r}", "server")
+        applied = await self._applier.apply(operation, self._state, self.epoch)
+        if applied.outcome is not None:
+            self._take(applied.outcome, applied.result)
+            self._spent_s += applied.outcome.cost_s
         self.applied = operation.seq
-        self._replay_bytes += _stored_bytes(len(operation.body_zstd))
-        return result
-
-    def _given_up(self, operation: Operation, error: Exception, why: str, category: str) -> Result:
-        """The answer to what has failed too often. Raises Unavailable before that: it is tried again."""
-        seq, times = self._failed
-        times = times + 1 if seq == operation.seq else 1
-        self._failed = (operation.seq, times)
-        if times < _ATTEMPTS_MAX:
-            raise Unavailable(f"operation {operation.seq} of {self.run} failed: {error!r}") from error
-        return self._failure(operation, f"operation {operation.seq} failed {times} times{why}", category)
-
-    async def _succeed(self, operation: Operation) -> Result:
-        source = await self._saves.source(operation, self.creation.spec) if operation.kind == "load_weights" else ""
-        if operation.kind in SAVES:
-            await self._saves.check(operation)
-        if operation.seq == 0 and self.creation.source:
-            await self._saves.check_source(self.creation.source)
-        outcome = await self._step(operation, source)
-        body = outcome.body
-        if outcome.export:
-            body = await self._saves.store_export(operation, self.creation.spec, self.epoch, outcome.export)
-        self._state = outcome.state
-        self.replay_cost_s += outcome.cost_s
-        self._spent_s += outcome.cost_s
-        self._note_load(operation.seq, source)
-        return Result(
-            seq=operation.seq, sha256=operation.sha256, content_type=outcome.content_type, body=body, source=source
-        )
-
-    def _note_load(self, seq: int, source: str) -> None:
-        """What was loaded may be deleted by its owner; the run must not depend on it for longer than it has to."""
-        if source or (seq == 0 and self.creation.source):
-            self._loaded = seq
-
-    async def _step(self, operation: Operation, source: str) -> Outcome[State]:
-        """One step of the machine, with the files it needs."""
-        if operation.seq == 0:
-            creation = self.creation
-            files = (await bundles.read(self._store, creation.source))[1] if creation.source else None
-            state = await self._machine.create(creation.spec, files, creation.with_optimizer)
-            kind = "load_weights" if creation.source else "create_model"  # the SDK checks it
-            body = msgspec.json.encode({"type": kind, "model_id": self.run})
-            return Outcome(state=state, content_type="application/json", body=body)
-        if self._state is None:
-            raise UserError(f"{self.run} was never made: its creation failed, as the answer to it said; create another")
-        loaded: Files | None = (await bundles.read(self._store, source))[1] if source else None
-        return await self._machine.apply(self._state, operation, loaded)
-
-    @staticmethod
-    def _failure(operation: Operation, error: str, category: str) -> Result:
-        body = msgspec.json.encode({"error": error, "category": category})
-        return Result(
-            seq=operation.seq, sha256=operation.sha256, content_type="application/json", body=body, failed=True
-        )
+        self._replay = self._replay.grown(record_bytes=len(operation.body_zstd))
+        return applied.result
 
     async def _operation(self, seq: int) -> Operation | None:
         name = layout.operation(self.run, seq)
@@ -437,31 +368,26 @@ class Run(Generic[State]):
         return self._state
 
     @property
+    def replay_cost_s(self) -> float:
+        """Compute since the newest snapshot, which a recovery repeats."""
+        return self._replay.cost_s
+
+    @property
     def must_snapshot(self) -> bool:
-        """Whether nothing more is applied before a snapshot: a recovery may not have to repeat more than the budget."""
-        loaded = self._manifest.snapshot_seq < self._loaded <= self.applied
-        return loaded or self.replay_cost_s > limits.replay_budget_s
+        """Whether nothing more is applied before a snapshot."""
+        return self._budget.is_used_up(self._replay, self._manifest.snapshot_seq)
 
     @property
     def wants_snapshot(self) -> bool:
-        """Whether the budget is used up by about the time that a snapshot in the background will have taken.
-
-        Begun then, no operation waits for it; begun sooner, it would only be more often. Or a recovery has more to read
-        in records than a snapshot is large: that bounds what a run of many small operations leaves.
-        """
-        if self.must_snapshot:
-            return True
-        ahead_s = min(2 * self._storing_s, limits.replay_budget_s / 2)
-        bytes_max = max(limits.replay_bytes_min, self._frozen_bytes)
-        return self.replay_cost_s > limits.replay_budget_s - ahead_s or self._replay_bytes > bytes_max
+        """Whether one should be taken in the background now."""
+        return self._budget.is_nearly_used_up(self._replay, self._manifest.snapshot_seq, self._frozen_bytes)
 
     @property
     def worth_snapshot(self) -> bool:
-        """Whether a run that leaves the memory should be stored: its replay costs more than its bytes do."""
+        """Whether a run that leaves the memory should be stored."""
         if self._state is None or self.applied == self._manifest.snapshot_seq:
             return False
-        worth_s = max(limits.snapshot_least_replay_s, self._frozen_bytes / limits.snapshot_bytes_per_replay_s)
-        return self.must_snapshot or self.replay_cost_s > min(worth_s, limits.replay_budget_s / 2)
+        return self._budget.is_worth_one(self._replay, self._manifest.snapshot_seq, self._frozen_bytes)
 
     @property
     def _frozen_bytes(self) -> int:
@@ -491,11 +417,9 @@ class Run(Generic[State]):
         )  # fmt: skip
         await self._put_manifest(self._manifest_n + 1, manifest)
         await self._expect_no_end(prefix)
-        self._storing_s = max(0.0, self._clock() - began)
-        self.replay_cost_s -= stored.cost_s
-        self._replay_bytes -= stored.bytes
-        now = self._durable
-        self._durable = replace(now, cost_s=now.cost_s - stored.cost_s, bytes=now.bytes - stored.bytes)
+        self._budget.storing_s = max(0.0, self._clock() - began)
+        self._replay = self._replay.without(stored.replay)
+        self._durable = replace(self._durable, replay=self._durable.replay.without(stored.replay))
 
     async def _expect_no_end(self, written: str = "") -> None:
         """Raises Fenced once the run was ended; a snapshot that was written meanwhile goes again."""

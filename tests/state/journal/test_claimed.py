@@ -17,6 +17,7 @@ from knapper.state.journal import ends
 from knapper.state.journal.accept import Acceptor, pack
 from knapper.state.journal.machine import Files, Outcome
 from knapper.state.journal.records import Commit, End, Kind, Manifest, Operation, Result, decode, encode
+from knapper.state.journal.replay import Replay
 from knapper.state.journal.run import Holder, Run
 from knapper.store.memory import MemoryStore
 from tests.sim.history import CREATION, RUN, TERMS
@@ -396,7 +397,7 @@ def test_when_a_snapshot_is_due_wanted_and_worth_it(
         await bench.send(b"{}")
         run = await bench.claim()
         await bench.applied(run)
-        run.replay_cost_s, run._storing_s, bench.machine.frozen = cost_s, storing_s, frozen
+        run._replay, run._budget.storing_s, bench.machine.frozen = Replay(cost_s), storing_s, frozen
         assert (run.must_snapshot, run.wants_snapshot, run.worth_snapshot) == (must, wants, worth)
 
     story(told)
@@ -413,7 +414,7 @@ def test_a_snapshot_is_wanted_when_there_is_more_to_read_than_it_is_large(
         await bench.send(b"{}")
         run = await bench.claim()
         await bench.applied(run)
-        run._replay_bytes, bench.machine.frozen = bytes_, frozen
+        run._replay, bench.machine.frozen = Replay(bytes=bytes_), frozen
         assert run.wants_snapshot is wants
 
     story(told)
@@ -425,9 +426,9 @@ def test_what_a_recovery_has_to_read_is_counted_by_pages_of_four_kilobytes() -> 
         run = await bench.claim()
         bench.machine.failures = []
         await bench.applied(run, iter([False, False, True, True]).__next__)
-        assert run._replay_bytes == 3 * 4096, "two operations and their commit"
+        assert run._replay.bytes == 3 * 4096, "two operations and their commit"
         again = await bench.claim("again")
-        assert again._replay_bytes == 3 * 4096 + 4096, "the same, and the fence between"
+        assert again._replay.bytes == 3 * 4096 + 4096, "the same, and the fence between"
 
     story(told)
 
@@ -443,7 +444,7 @@ def test_a_snapshot_is_where_the_next_claim_begins_and_the_one_before_is_remembe
         await run.snapshot()
         first = layout.snapshot(RUN, 1, run.epoch)
         assert (run.manifest.snapshot, run.manifest.snapshot_seq, run.manifest.snapshot_out) == (first, 1, run.out)
-        assert (run.replay_cost_s, run._replay_bytes, run.manifest_n) == (0.0, 0, 4)
+        assert (run.replay_cost_s, run._replay.bytes, run.manifest_n) == (0.0, 0, 4)
         assert not run.worth_snapshot
         n = run.manifest_n
         await run.snapshot()
@@ -470,7 +471,7 @@ def test_before_the_first_snapshot_it_is_thought_to_take_two_seconds(cost_s: flo
         await bench.send(b"{}")
         run = await bench.claim()
         await bench.applied(run)
-        run.replay_cost_s = cost_s
+        run._replay = Replay(cost_s)
         assert run.wants_snapshot is wants
 
     story(told)
@@ -485,7 +486,7 @@ def test_what_a_snapshot_spares_is_spared_after_a_failure_too() -> None:
         bench.machine.failures = [RuntimeError("boom")]
         with pytest.raises(Unavailable):
             await bench.applied(run)
-        assert (run.applied, run.replay_cost_s, run._replay_bytes) == (1, 0.0, 0)
+        assert (run.applied, run.replay_cost_s, run._replay.bytes) == (1, 0.0, 0)
 
     story(told)
 
@@ -505,8 +506,8 @@ def test_a_snapshot_beside_which_operations_went_on_leaves_what_they_cost() -> N
         run._machine = Beside(bench)
         await run.snapshot()
         assert (run.applied, run.manifest.snapshot_seq, run.replay_cost_s) == (3, 1, 2.0)
-        assert run._replay_bytes == 3 * 4096, "two operations and their commit"
-        assert run._storing_s == 3.0
+        assert run._replay.bytes == 3 * 4096, "two operations and their commit"
+        assert run._budget.storing_s == 3.0
 
     story(told)
 

@@ -182,7 +182,7 @@ def test_of_the_answers_the_ones_that_were_used_last_are_kept_in_memory(monkeypa
     offer(4)  # once more: it takes no more room
     assert known() == [2, 4]
     offer(5, 20_000)
-    assert known() == [5], "the newest stays, however large"
+    assert known() == [2, 4], "what is larger than all the room is read again instead"
     results.forget(RUN)
     assert (results.known(RUN, 5), results.applied(RUN), results.complete(RUN)) == (None, -1, False)
     for n in (6, 7):
