@@ -85,7 +85,7 @@ def test_where_the_context_does_not_fit_a_text_may_fill_what_there_is(qwen: Path
 
 
 def positions_of(server: Server) -> int:
-    (found,) = re.findall(r"kv_tokens=(\d+)", server.log())
+    (found,) = re.findall(r"kv_cache_tokens=(\d+)", server.log())
     return int(found)
 
 
