@@ -26,14 +26,14 @@ from benchmarks.bare import Bare
 from benchmarks.figures import paired
 from benchmarks.operations import NoAdapters
 from benchmarks.training import UNEVEN, texts
-from knapper.engine.executor import Device
+from knapper.engine.executor import Executor
 from knapper.engine.models.base import Model
 from knapper.engine.models.loader import load
-from knapper.engine.sampling.sampler import Sampler
-from knapper.engine.training.scheduler import Clock
+from knapper.engine.sampling.sampler import EngineSampler
+from knapper.engine.training.scheduler import TrainingScheduler
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.state.journal.records import Spec
-from knapper.wire.types import AdamW, Datum, ForwardBackward, Sample, SamplingParams
+from knapper.wire.types import AdamW, Datum, ForwardBackward, SampleRequest, SamplingParams
 from tests.conformance.server import Server
 from tests.engine.tiny import tiny_model
 
@@ -58,19 +58,19 @@ def lost(found: Mapping[str, float], floors: Mapping[str, Mapping[str, Any]]) ->
 def computed(model: Path) -> Found:
     """Rows, passes and steps, by the engine's own counters."""
     counted = _CountedHead(load(model, DTYPE))
-    trainer, device = Trainer(cast(Model, counted)), Device("check")
+    trainer, device = Trainer(cast(Model, counted)), Executor("check")
     try:
         prompt, each = [7] * 96, texts([32] * 8, vocabulary=VOCABULARY)
         group = [_datum(prompt + tail) for tail in each]
-        alone = Clock(trainer, device, lambda: 0.0)
+        alone = TrainingScheduler(trainer, device, lambda: 0.0)
         alone.submit(_run(trainer, "group"), lambda: _request(group)).result()
-        together, counted.heads = Clock(trainer, device, lambda: 0.0), 0
+        together, counted.heads = TrainingScheduler(trainer, device, lambda: 0.0), 0
         _together(together, device, [(_run(trainer, str(n)), _request([_datum(tail)])) for n, tail in enumerate(each)])
         in_head = counted.heads
-        sampler = Sampler(
+        sampler = EngineSampler(
             trainer.decoder, device, NoAdapters(), None, slots_max=8, kv_tokens_max=8192, now=time.monotonic
         )
-        asked = Sample("", "", np.array(prompt, np.int32), SamplingParams(max_tokens=16), num_samples=8, seed=0)
+        asked = SampleRequest("", "", np.array(prompt, np.int32), SamplingParams(max_tokens=16), num_samples=8, seed=0)
         asyncio.run(sampler.sample(asked))
     finally:
         device.close()
@@ -177,7 +177,7 @@ def _request(data: list[Datum]) -> ForwardBackward:
     return ForwardBackward("check", 1, data, "cross_entropy", {}, False)
 
 
-def _together(clock: Clock, device: Device, asked: list[tuple[RunState, ForwardBackward]]) -> None:
+def _together(clock: TrainingScheduler, device: Executor, asked: list[tuple[RunState, ForwardBackward]]) -> None:
     """All are there before the first pass begins."""
     submitted: list[Future[Any]] = []
 

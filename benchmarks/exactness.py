@@ -35,17 +35,17 @@ import torch
 
 from benchmarks import figures
 from knapper.catalogue.download import SMOLLM2, obtain
-from knapper.engine.executor import Device, Task
+from knapper.engine.executor import Executor, Work
 from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.layers.lora import Lora
 from knapper.engine.models.base import Model
 from knapper.engine.models.loader import load
-from knapper.engine.sampling.sampler import Sampler
+from knapper.engine.sampling.sampler import EngineSampler
 from knapper.engine.training.batch import compute
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.settings import Settings
 from knapper.state.journal.records import Spec
-from knapper.wire.types import AdamW, Datum, ForwardBackward, Sample, SampleOutput, SamplingParams
+from knapper.wire.types import AdamW, Datum, ForwardBackward, SampleOutput, SampleRequest, SamplingParams
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ class Row:
         return not any((*self.sampler_trainer, *self.trainer_alone, *self.sampler_alone, self.run_alone))
 
 
-def _loaded(directory: Path, dtype: torch.dtype, threads: int, exactness: Exactness) -> Task[Model]:
+def _loaded(directory: Path, dtype: torch.dtype, threads: int, exactness: Exactness) -> Work[Model]:
     yield from ()
     torch.set_num_threads(threads)
     return load(directory, dtype, torch.device("cpu"), exactness)
@@ -116,7 +116,7 @@ class Subject:
     def __init__(
         self, directory: Path, dtype: torch.dtype, threads: int, lengths: Sequence[int], adapters: int, *, exact: bool
     ) -> None:
-        self.device = Device()
+        self.device = Executor()
         self.exactness = Exactness(promised=exact)
         model = self.done(_loaded(directory, dtype, threads, self.exactness))
         self.trainer = Trainer(model)
@@ -127,11 +127,11 @@ class Subject:
             for number, (name, values) in enumerate([(BASE, {"rank": 8}), *list(ADAPTERS.items())[:adapters]])
         }
         loras = {name: state.lora() for name, state in self.states.items() if name != BASE}
-        self.sampler = Sampler(
+        self.sampler = EngineSampler(
             model, self.device, _Shelf(loras), None, slots_max=64, kv_tokens_max=1 << 15, now=time.monotonic
         )
 
-    def done(self, task: Task[T]) -> T:
+    def done(self, task: Work[T]) -> T:
         """On the device's thread, where everything computes."""
         return self.device.submit(task).result()
 
@@ -152,7 +152,7 @@ class Subject:
         rng = np.random.default_rng(seed)
         return [rng.integers(1, self.vocabulary, length).astype(np.int32) for length in self.lengths]
 
-    def sampled(self, asked: Sequence[Sample]) -> list[SampleOutput]:
+    def sampled(self, asked: Sequence[SampleRequest]) -> list[SampleOutput]:
         async def together() -> list[SampleOutput]:
             return list(await asyncio.gather(*(self.sampler.sample(one) for one in asked)))
 
@@ -189,9 +189,9 @@ def furthest(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float
     )
 
 
-def sample(adapter: str, prompt: np.ndarray, seed: int, tokens: int) -> Sample:
+def sample(adapter: str, prompt: np.ndarray, seed: int, tokens: int) -> SampleRequest:
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-    return Sample("m", adapter, prompt, params, seed=seed, num_samples=1, prompt_logprobs=len(prompt) > 1)
+    return SampleRequest("m", adapter, prompt, params, seed=seed, num_samples=1, prompt_logprobs=len(prompt) > 1)
 
 
 def sampling(subject: Subject, tokens: int) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -15,15 +15,15 @@ import torch
 from tinker import types
 
 from benchmarks.figures import Figure, Timed, paired, seconds
-from knapper.engine.executor import Device, Task
+from knapper.engine.executor import Executor, Work
 from knapper.engine.layers.lora import Lora
 from knapper.engine.models import weights
 from knapper.engine.models.config import ModelConfig
 from knapper.engine.models.decoder import Decoder
-from knapper.engine.sampling.sampler import Sampler
+from knapper.engine.sampling.sampler import EngineSampler
 from knapper.engine.training.trainer import Trainer
 from knapper.state.journal.records import Spec
-from knapper.wire.types import AdamW, Datum, ForwardBackward, Sample, SamplingParams
+from knapper.wire.types import AdamW, Datum, ForwardBackward, SampleRequest, SamplingParams
 from tests.conformance.server import Server
 from tests.engine.tiny import tiny_model
 
@@ -52,7 +52,7 @@ def served(service: tinker.ServiceClient, model: Path) -> dict[str, Timed]:
     }
 
 
-def bare(model: Path, device: Device, loop: asyncio.AbstractEventLoop) -> dict[str, Timed]:
+def bare(model: Path, device: Executor, loop: asyncio.AbstractEventLoop) -> dict[str, Timed]:
     config = ModelConfig.read(model)
     decoder = Decoder(config, weights.load(model, config))
     trainer = Trainer(decoder)
@@ -67,10 +67,10 @@ def bare(model: Path, device: Device, loop: asyncio.AbstractEventLoop) -> dict[s
     }
     datum = Datum(np.array(TOKENS[:-1], np.int32), inputs)
     request = ForwardBackward("bare", 1, [datum], "cross_entropy", {}, False)
-    sampler = Sampler(decoder, device, NoAdapters(), None, slots_max=8, kv_tokens_max=4096, now=time.monotonic)
-    sample = Sample(str(model), "", np.array(TOKENS, np.int32), SamplingParams(max_tokens=1), seed=0)
+    sampler = EngineSampler(decoder, device, NoAdapters(), None, slots_max=8, kv_tokens_max=4096, now=time.monotonic)
+    sample = SampleRequest(str(model), "", np.array(TOKENS, np.int32), SamplingParams(max_tokens=1), seed=0)
 
-    def run(task: Task[object]) -> object:
+    def run(task: Work[object]) -> object:
         return device.submit(task).result()
 
     return {
@@ -84,7 +84,7 @@ def measure(repeats: int = REPEATS) -> list[Figure]:
     """One thread each: what is measured is the road, and not the matrices."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    device, loop = Device("bench"), asyncio.new_event_loop()
+    device, loop = Executor("bench"), asyncio.new_event_loop()
     figures: list[Figure] = []
     try:
         with tempfile.TemporaryDirectory(prefix="knapper-bench-") as scratch:

@@ -39,7 +39,7 @@ from gateway.tenants import Doorkeeper
 from knapper import limits
 from knapper.errors import KnapperError
 from knapper.exchange.factory import expect_subscribable
-from knapper.jobs.services import Place, open_place
+from knapper.jobs.services import JobServices, open_place
 from knapper.observability import logs, metrics
 from knapper.settings import Settings
 from knapper.store import Store
@@ -85,7 +85,7 @@ def create_app(
     store: Store,
     settings: Settings,
     *,
-    place: Place | None = None,
+    place: JobServices | None = None,
     clock: Callable[[], float] = time.time,
     monotonic: Callable[[], float] = time.monotonic,
     new_id: Callable[[], str] = lambda: secrets.token_hex(16),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from knapper.errors import UserError
-from knapper.state.journal.accept import Packed, pack
+from knapper.state.journal.accept import PackedBody, pack
 from knapper.wire import json_forward, proto, sample_requests, scan
 from knapper.wire.types import ForwardBackward
 
@@ -20,25 +20,25 @@ _NO_NUMBERS = re.compile(rb"(?<=[\[,:\s])-?(?:NaN|Infinity)(?=[\],}\s])")  # tha
 
 
 @dataclass(frozen=True)
-class Operation:
+class DecodedOperation:
     """A training operation as it is stored. `tokens`: of a forward pass."""
 
     model_id: str
     seq: int
-    packed: Packed
+    packed: PackedBody
     tokens: int = 0
 
 
 @dataclass(frozen=True)
-class Refusal:
+class RefusedRequest:
     """A request that cannot be served; with an address, the number that it used up."""
 
     error: UserError
-    packed: Packed
+    packed: PackedBody
     address: Address | None
 
 
-Understood = Operation | Refusal
+Understood = DecodedOperation | RefusedRequest
 
 
 # ---- forward and forward_backward
@@ -49,8 +49,8 @@ def protobuf_forward(body: bytes) -> Understood:
     try:
         model_id, seq, tokens = proto.check_forward_backward(body)
     except UserError as error:
-        return Refusal(error, pack(body), scan.peek(body))
-    return Operation(model_id, seq, pack(body), tokens)
+        return RefusedRequest(error, pack(body), scan.peek(body))
+    return DecodedOperation(model_id, seq, pack(body), tokens)
 
 
 def json_forward_backward(body: bytes) -> Understood:
@@ -66,9 +66,9 @@ def _json_forward(body: bytes, decode: Callable[[bytes], ForwardBackward]) -> Un
     try:
         asked = decode(body)
     except UserError as error:
-        return Refusal(error, pack(body), address(body))
+        return RefusedRequest(error, pack(body), address(body))
     packed = replace(pack(proto.encode_forward_backward(asked)), asked_sha256=hashlib.sha256(body).digest())
-    return Operation(asked.run, asked.seq, packed, sum(datum.tokens.size for datum in asked.data))
+    return DecodedOperation(asked.run, asked.seq, packed, sum(datum.tokens.size for datum in asked.data))
 
 
 class _Addressed(msgspec.Struct):
@@ -92,7 +92,7 @@ def address(body: bytes) -> Address | None:
 
 def sample_call(body: bytes, base_model: str, bundle: str, seed: int) -> tuple[int, bytes]:
     """(num_samples, what to ask of the sample function). Raises UserError."""
-    asked = sample_requests.decode(body, sample_requests.Sample)
+    asked = sample_requests.decode(body, sample_requests.AsampleBody)
     return asked.num_samples, sample_requests.encode(asked.call(base_model, bundle, seed))
 
 

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from gateway import origins, periodic_tasks
 from gateway.routing import Door, body_bytes_max
-from gateway.services import Parts, parts
+from gateway.services import Services, parts
 from gateway.tenants import on_this_machine
 from knapper import ids, limits
 from knapper.errors import InvalidField, NotFound, Unavailable, UserError
@@ -21,7 +21,7 @@ from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
 from knapper.jobs import names, revive
 from knapper.jobs.inbox import look
-from knapper.jobs.services import Place
+from knapper.jobs.services import JobServices
 from knapper.observability import traces
 from knapper.state import dead_letters, layout
 from knapper.state.dead_letters import DeadLetter
@@ -70,7 +70,7 @@ async def bury(request: Request) -> Response:
     return Response(status_code=204)
 
 
-async def uploaded(gateway: Parts, event: Event) -> None:
+async def uploaded(gateway: Services, event: Event) -> None:
     """Look at the folder that the object came into, and ring for the job that starts with it."""
     if gateway.place is None:
         raise Unavailable("this gateway has no exchange")
@@ -82,7 +82,7 @@ async def uploaded(gateway: Parts, event: Event) -> None:
         await started(gateway, gateway.place, *folder)
 
 
-async def started(gateway: Parts, place: Place, tenant: ids.Tenant, job: str) -> None:
+async def started(gateway: Services, place: JobServices, tenant: ids.Tenant, job: str) -> None:
     """Start the job of this folder if it can be, and ring for it."""
     start = await look(place, tenant, job)
     gateway.stirs.jobs.set()

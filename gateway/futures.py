@@ -8,8 +8,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway import bodies, body_decoders, errors
-from gateway.sample_queue import Entry
-from gateway.services import Parts, parts
+from gateway.sample_queue import QueuedSample
+from gateway.services import Services, parts
 from gateway.tenants import tenant_of
 from knapper import ids, limits
 from knapper.errors import Gone, KnapperError, NotFound, StoreError
@@ -79,7 +79,7 @@ async def _answer(request: Request, body: bytes, content_type: str, as_json: Cal
     return Response(body, media_type=content_type)
 
 
-async def _wait(gateway: Parts, run: RunId, seq: int, tenant: Tenant) -> Result | str:
+async def _wait(gateway: Services, run: RunId, seq: int, tenant: Tenant) -> Result | str:
     """The answer; or what is to be told without one, empty when the poll has just been held long enough.
 
     Raises NotFound once the run has ended.
@@ -108,7 +108,7 @@ async def _wait(gateway: Parts, run: RunId, seq: int, tenant: Tenant) -> Result 
             pass
 
 
-async def _sample(gateway: Parts, request_id: str, tenant: Tenant, request: Request) -> Response:
+async def _sample(gateway: Services, request_id: str, tenant: Tenant, request: Request) -> Response:
     if not request_id.startswith("s-"):
         raise NotFound(f"request {request_id!r} does not exist; allowed: a request_id that this server gave out")
     entry = gateway.samples.find(request_id, tenant)
@@ -160,7 +160,7 @@ async def retrieve_futures(request: Request) -> Response:
     return JSONResponse({"completions": [_completion(entry) for entry in done], "cursor": cursor})
 
 
-def _completion(entry: Entry) -> dict[str, str | int]:
+def _completion(entry: QueuedSample) -> dict[str, str | int]:
     """A failure's reason, and a sample's payload, are fetched with retrieve_future."""
     if entry.failed:
         return {"state": "failed", "request_id": entry.request_id}

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from gateway import bodies
 from gateway.rest import responses, runs
 from gateway.routing import Door
-from gateway.services import Parts, parts
+from gateway.services import Services, parts
 from gateway.tenants import tenant_of
 from knapper import limits
 from knapper.errors import InvalidField, NotFound, TooLarge, Unavailable
@@ -21,7 +21,7 @@ from knapper.ids import RunId, Tenant
 from knapper.jobs import control, deletion, listings, names, notifications, outputs, revive, staging
 from knapper.jobs.inbox import again, look, was_started
 from knapper.jobs.records import Started, read
-from knapper.jobs.services import Place
+from knapper.jobs.services import JobServices
 from knapper.state import layout
 from knapper.wire import fields, json
 
@@ -37,7 +37,7 @@ class Uploaded(Struct, frozen=True, forbid_unknown_fields=True):
     size: Annotated[int, Meta(ge=1, le=limits.job_upload_bytes_max)]
 
 
-class Submit(fields.Request, frozen=True, kw_only=True):
+class Submit(fields.RequestBody, frozen=True, kw_only=True):
     """`files`: their texts; job.yaml is one of them. `uploads`: of others, what they are. `name`: none makes one up."""
 
     name: Annotated[str, Meta(max_length=63)] | None = None
@@ -46,12 +46,12 @@ class Submit(fields.Request, frozen=True, kw_only=True):
     again: bool = False  # start them once more, though the same files were started before
 
 
-class List(fields.Request, frozen=True, kw_only=True):
+class List(fields.RequestBody, frozen=True, kw_only=True):
     limit: Annotated[int, Meta(ge=1, le=limits.jobs_told_max)] = 100
     offset: Annotated[int, Meta(ge=0, le=10**9)] = 0
 
 
-class Show(fields.Request, frozen=True, kw_only=True):
+class Show(fields.RequestBody, frozen=True, kw_only=True):
     after: Annotated[int, Meta(ge=0, le=10**9)] = 0
 
 
@@ -184,19 +184,19 @@ async def delete(request: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-async def _started(place: Place, found: listings.Listed) -> Started:
+async def _started(place: JobServices, found: listings.JobListing) -> Started:
     started = await read(place.store, found.start.started, Started)
     if started is None:
         raise InvalidField("job", found.start.job, "a job that has started", "See its error in `knapper jobs show`")
     return started
 
 
-async def _told(gateway: Parts, tenant: Tenant, found: listings.Listed) -> Response:
+async def _told(gateway: Services, tenant: Tenant, found: listings.JobListing) -> Response:
     place = place_of(gateway)
     return JSONResponse(await listings.whole(place, tenant, found.start.job, 10**9, gateway.present))
 
 
-def place_of(gateway: Parts) -> Place:
+def place_of(gateway: Services) -> JobServices:
     if gateway.place is None:
         raise Unavailable("this gateway has no exchange; its operator sets KNAPPER_EXCHANGE and KNAPPER_BROKER_URL")
     return gateway.place

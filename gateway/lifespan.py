@@ -12,15 +12,15 @@ import httpx
 from gateway.body_budget import budget
 from gateway.heartbeats import Heartbeats
 from gateway.lookups import Records
-from gateway.openai.shared import Shared
-from gateway.result_reader import Looks
+from gateway.openai.shared import OpenAIState
+from gateway.result_reader import ResultReader
 from gateway.reward_client import Rewards
-from gateway.sample_queue import Samples
+from gateway.sample_queue import SampleQueue
 from gateway.sample_usage import Meter
-from gateway.services import Parts
-from gateway.train_client import Bells
+from gateway.services import Services
+from gateway.train_client import TrainStepClient
 from gateway.unfinished_runs import Waits
-from gateway.unservable import Refusals
+from gateway.unservable import UnservableModels
 from gateway.wakeups import Stirs
 from gateway.worker_pool import Workers
 from knapper.catalogue.declared_models import Declared
@@ -28,7 +28,7 @@ from knapper.events.cloudevents import Claimed
 from knapper.ids import RunId
 from knapper.jobs import needs
 from knapper.jobs.revive import Seen
-from knapper.jobs.services import Place
+from knapper.jobs.services import JobServices
 from knapper.local.state import presence
 from knapper.settings import Settings
 from knapper.state.api_keys import Keyring, Keys
@@ -43,7 +43,7 @@ from knapper.state.journal.results import Results
 from knapper.state.ledger import Accounts
 from knapper.state.signed_links import Links
 from knapper.state.tenant_index import Register
-from knapper.state.tokens import Tokens
+from knapper.state.tokens import AccessTokens
 from knapper.store import Store
 
 if TYPE_CHECKING:
@@ -54,12 +54,12 @@ if TYPE_CHECKING:
 async def assembled(
     settings: Settings,
     store: Store,
-    place: Place | None,
+    place: JobServices | None,
     *,
     clock: Callable[[], float],
     monotonic: Callable[[], float],
     new_id: Callable[[], str],
-) -> AsyncIterator[Parts]:
+) -> AsyncIterator[Services]:
     """The parts, with connections that live as long as this is open. `place`: of jobs; without it there are none."""
     manifests = Manifests(store)
     acceptor, results = Acceptor(store, clock, manifests), Results(store, manifests)
@@ -77,8 +77,8 @@ async def assembled(
         opening = await FunctionKey(store, new_id).headers()
         client = await connections.enter_async_context(_client(opening))
         crowd = await connections.enter_async_context(_crowd(opening))
-        refusals = Refusals()
-        bells = Bells(
+        refusals = UnservableModels()
+        bells = TrainStepClient(
             crowd,
             refusals,
             results,
@@ -89,11 +89,11 @@ async def assembled(
             new_id,
             monotonic,
         )
-        yield Parts(
+        yield Services(
             store=store,
             acceptor=acceptor,
             results=results,
-            looks=Looks(results, bells.told, monotonic),
+            looks=ResultReader(results, bells.told, monotonic),
             records=records,
             checkpoints=checkpoints,
             register=Register(store),
@@ -102,7 +102,7 @@ async def assembled(
             collector=collector,
             bells=bells,
             refusals=refusals,
-            samples=Samples(crowd, refusals, new_id, monotonic, meter.count, first=int(clock() * 1e6)),
+            samples=SampleQueue(crowd, refusals, new_id, monotonic, meter.count, first=int(clock() * 1e6)),
             meter=meter,
             accounts=accounts,
             rewards=Rewards(client, settings.reward_url),
@@ -117,10 +117,10 @@ async def assembled(
             heartbeats=Heartbeats(monotonic),
             waits=Waits(monotonic),
             stirs=Stirs(),
-            openai=Shared(audit),
+            openai=OpenAIState(audit),
             keys=Keyring(Keys(store, clock), monotonic) if settings.keys else None,
             declared=Declared(Path(settings.models), records.catalogue) if settings.models else None,
-            tokens=await Tokens.open(store, clock, new_id) if settings.jwt else None,
+            tokens=await AccessTokens.open(store, clock, new_id) if settings.jwt else None,
             sample_url=settings.sample_url,
             notice=settings.notice,
             clock=clock,

@@ -5,7 +5,7 @@ from functools import partial
 import structlog
 
 from gateway.periodic import Chore
-from gateway.services import Parts
+from gateway.services import Services
 from knapper.errors import Gone, KnapperError, Unavailable
 from knapper.ids import RunId, session_of
 from knapper.jobs import staging
@@ -25,7 +25,7 @@ REST_S = 1800.0  # where there is nothing to do, what nobody told of is found af
 log = structlog.get_logger()
 
 
-def chores(gateway: Parts) -> list[Chore]:
+def chores(gateway: Services) -> list[Chore]:
     """All of it, but for uploads. What is told by the store costs a few listings an hour where nothing happens."""
     jobs_s = min(_JOBS_S, max(1.0, gateway.job_quiet_s / 4))
     return [
@@ -39,7 +39,7 @@ def chores(gateway: Parts) -> list[Chore]:
     ]
 
 
-async def jobs(gateway: Parts) -> float | None:
+async def jobs(gateway: Services) -> float | None:
     """Ring again for jobs that do not move, and start those whose files are all there now."""
     if gateway.place is None:
         return REST_S
@@ -52,7 +52,7 @@ async def jobs(gateway: Parts) -> float | None:
     return _AWAITING_S if seen.awaiting else _WAITING_S if seen.known else REST_S
 
 
-async def begin(gateway: Parts) -> None:
+async def begin(gateway: Services) -> None:
     """What comes before the first request. Raises InvalidField; a store that does not answer yet is asked again."""
     try:
         await publish(gateway)
@@ -61,7 +61,7 @@ async def begin(gateway: Parts) -> None:
         log.warning("the store does not answer yet", reason=str(error))
 
 
-async def end(gateway: Parts) -> None:
+async def end(gateway: Services) -> None:
     """What comes after the last request."""
     try:
         await meter(gateway)
@@ -69,23 +69,23 @@ async def end(gateway: Parts) -> None:
         log.warning("tokens that were sampled lately are not counted", reason=str(error))
 
 
-async def meter(gateway: Parts) -> None:
+async def meter(gateway: Services) -> None:
     """Write down how many tokens were sampled."""
     await gateway.meter.flush()
 
 
-async def settle(gateway: Parts) -> float | None:
+async def settle(gateway: Services) -> float | None:
     """Account for what runs have used, so that nobody reads their journals for it."""
     return _ACCOUNTS_OPEN_S if await gateway.accounts.settle() else _ACCOUNTS_REST_S
 
 
-async def publish(gateway: Parts) -> None:
+async def publish(gateway: Services) -> None:
     """Keep the catalogue at the models that are declared, where they are."""
     if gateway.declared is not None and (names := await gateway.declared.publish()):
         log.info("models are published", names=names)
 
 
-async def collect(gateway: Parts) -> float | None:
+async def collect(gateway: Services) -> float | None:
     """Delete what nothing needs any more; of sessions in which nothing has happened, ever more rarely looked for."""
     for sampler in gateway.samples.sampled_now():
         gateway.collector.ask(sampler)
@@ -97,7 +97,7 @@ async def collect(gateway: Parts) -> float | None:
     return gateway.collector.rest_s
 
 
-async def parts_left(gateway: Parts) -> None:
+async def parts_left(gateway: Services) -> None:
     """Delete parts of large objects whose writers died, and of uploads that no job has taken in time."""
     if count := await forget_torn_writes(gateway.store, gateway.clock()):
         log.info("parts of torn writes are deleted", objects=count)
@@ -105,7 +105,7 @@ async def parts_left(gateway: Parts) -> None:
         log.info("parts of unfinished uploads are deleted", parts=count)
 
 
-async def tick(gateway: Parts) -> None:
+async def tick(gateway: Services) -> None:
     gateway.samples.expire()
     for session in gateway.heartbeats.lapsed():
         log.info("session timed out: no heartbeat", session=session)
@@ -119,7 +119,7 @@ async def tick(gateway: Parts) -> None:
         gateway.waits.looked(name)
 
 
-async def revive(gateway: Parts, run: RunId) -> None:
+async def revive(gateway: Services, run: RunId) -> None:
     """Close the holes of a run whose client is gone or has waited long enough, and ring for whatever waits."""
     finished = await gateway.records.sessions.finished(session_of(run)) is not None
     filled = await gateway.acceptor.fill_holes(run, gateway.results.applied(run), finished)

@@ -8,7 +8,7 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from knapper.exchange import Entry, Opened
+from knapper.exchange import ListedObject, Opened
 
 _RANGE: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
@@ -60,7 +60,7 @@ def answer(request: Request, opened: Opened, filename: str) -> Response:
     return StreamingResponse(opened.read(begin, end), status_code=status, headers=headers)
 
 
-def _headers(entry: Entry, filename: str) -> dict[str, str]:
+def _headers(entry: ListedObject, filename: str) -> dict[str, str]:
     digest = {}
     if entry.sha256:
         whole = base64.b64encode(bytes.fromhex(entry.sha256)).decode()

@@ -20,7 +20,7 @@ class _Look:
     at: float = float("-inf")
 
 
-class Looks:
+class ResultReader:
     """`told`: whether a run's holder tells of what it commits at this moment. `now`: monotonic seconds."""
 
     def __init__(self, results: Results, told: Callable[[RunId], bool], now: Callable[[], float]) -> None:

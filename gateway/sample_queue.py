@@ -17,14 +17,14 @@ import msgspec
 import structlog
 
 from gateway import errors
-from gateway.unservable import Refusals
+from gateway.unservable import UnservableModels
 from knapper import ids, limits
 from knapper.concurrency.fair_share import FairShare
 from knapper.errors import Gone, KnapperError, Told, TooLarge, TooMany, Unservable
 from knapper.ids import SamplerId, SessionId, Tenant, session_of
 from knapper.web.backoff import Backoff
 from knapper.wire import progress
-from knapper.wire.progress import Drawn, Failed, Whole
+from knapper.wire.progress import FailedEvent, FinishedEvent, TokenEvent
 
 _IN_FLIGHT_MAX = 256
 _WAITING_BYTES_MAX = 256 * limits.MIB
@@ -39,13 +39,13 @@ _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=900.0)
 _LATER = (401, 408, 425, 429, 502, 503, 504)
 
 CLONE_SEQS = 10**9  # each client of a sampling session counts its requests in a block of its own
-Client = tuple[SamplerId, int]  # (sampling session, which client of it)
+SamplingClient = tuple[SamplerId, int]  # (sampling session, which client of it)
 
 log = structlog.get_logger()
 
 
 @dataclass(eq=False)
-class Entry:
+class QueuedSample:
     """One asample request, and its result once `done` is set; a body of None means that it was cancelled."""
 
     request_id: str
@@ -55,7 +55,9 @@ class Entry:
     url: str
     call: bytes
     patient: bool = True  # it waits for a model that cannot be served now; else it fails with that
-    listen: Callable[[Drawn], None] | None = None  # hears tokens as they are drawn, again from the first after a break
+    listen: Callable[[TokenEvent], None] | None = (
+        None  # hears tokens as they are drawn, again from the first after a break
+    )
     done: asyncio.Event = field(default_factory=asyncio.Event)
     body: bytes | None = None
     error: KnapperError | None = None
@@ -70,7 +72,7 @@ class Entry:
     number: int = 0  # once done: one above that of whatever was done before it
 
     @property
-    def client(self) -> Client:
+    def client(self) -> SamplingClient:
         return self.address[0], self.address[1] // CLONE_SEQS
 
     @property
@@ -92,7 +94,7 @@ class Entry:
         return [f"{self.request_id}:{i}" for i in range(self.num_samples)]
 
 
-class Samples:
+class SampleQueue:
     """`now`: monotonic seconds. `first`: what is done gets numbers above it, so that a later process's are higher.
 
     `count` hears of each sample that succeeds: tenant, session if it has one, the request, the answer, and the seconds
@@ -102,7 +104,7 @@ class Samples:
     def __init__(
         self,
         client: aiohttp.ClientSession,
-        refusals: Refusals,
+        refusals: UnservableModels,
         new_id: Callable[[], str],
         now: Callable[[], float],
         count: Callable[[Tenant, str, bytes, bytes, float], None],
@@ -114,13 +116,15 @@ class Samples:
         self._new_id = new_id
         self._now = now
         self._count = count
-        self._entries: dict[str, Entry] = {}
-        self._by_address: dict[tuple[SamplerId, int], Entry] = {}
-        self._waiting: dict[tuple[Tenant, SamplerId], deque[Entry]] = {}  # none is empty
+        self._entries: dict[str, QueuedSample] = {}
+        self._by_address: dict[tuple[SamplerId, int], QueuedSample] = {}
+        self._waiting: dict[tuple[Tenant, SamplerId], deque[QueuedSample]] = {}  # none is empty
         self._shares = FairShare()  # in samples, by tenant and sampling session
-        self._finished: deque[Entry] = deque()
-        self._done: dict[Client, deque[Entry]] = {}  # finished and not yet told to a client that asks for all at once
-        self._watching: dict[Client, set[asyncio.Event]] = {}
+        self._finished: deque[QueuedSample] = deque()
+        self._done: dict[
+            SamplingClient, deque[QueuedSample]
+        ] = {}  # finished and not yet told to a client that asks for all at once
+        self._watching: dict[SamplingClient, set[asyncio.Event]] = {}
         self._number = first
         self._answered_at = float("-inf")  # when the sample function last said anything
         self._waiting_bytes = self._kept_bytes = self._unfinished = self._in_flight = 0
@@ -134,7 +138,7 @@ class Samples:
         """Samplers of samples that are not done."""
         return {entry.address[0] for entry in self._entries.values() if not entry.done.is_set()}
 
-    def known(self, address: tuple[SamplerId, int]) -> Entry | None:
+    def known(self, address: tuple[SamplerId, int]) -> QueuedSample | None:
         """The entry of a request that came before."""
         return self._by_address.get(address)
 
@@ -145,10 +149,10 @@ class Samples:
         num_samples: int,
         url: str,
         call: bytes,
-        listen: Callable[[Drawn], None] | None = None,
+        listen: Callable[[TokenEvent], None] | None = None,
         *,
         patient: bool = True,
-    ) -> Entry:
+    ) -> QueuedSample:
         """Take the request on, or find it taken on before. Raises TooMany when the queue is full.
 
         `listen` goes with a `call` that asks for a stream. `patient`: it waits for a model that cannot be served now.
@@ -159,7 +163,9 @@ class Samples:
             raise TooMany(
                 f"{self._unfinished} samples wait; allowed: {limits.samples_waiting_max}; send it again later"
             )
-        entry = Entry(f"s-{self._new_id()}", address, tenant, num_samples, url, call, patient=patient, listen=listen)
+        entry = QueuedSample(
+            f"s-{self._new_id()}", address, tenant, num_samples, url, call, patient=patient, listen=listen
+        )
         self._entries[entry.request_id] = self._by_address[entry.address] = entry
         self._waiting.setdefault(entry.share, deque()).append(entry)
         self._shares.join(*entry.share)
@@ -168,11 +174,11 @@ class Samples:
         self._dispatch()
         return entry
 
-    def find(self, request_id: str, tenant: Tenant) -> Entry | None:
+    def find(self, request_id: str, tenant: Tenant) -> QueuedSample | None:
         entry = self._entries.get(request_id)
         return entry if entry is not None and entry.tenant == tenant else None
 
-    def done_after(self, client: Client, number: int, most: int) -> list[Entry]:
+    def done_after(self, client: SamplingClient, number: int, most: int) -> list[QueuedSample]:
         """What was done for the client after `number`, in order, at most so many; what was before is not told again."""
         done = self._done.get(client, deque())
         while done and done[0].number <= number:
@@ -180,7 +186,7 @@ class Samples:
         return list(islice(done, most))
 
     @contextmanager
-    def watch(self, client: Client) -> Iterator[asyncio.Event]:
+    def watch(self, client: SamplingClient) -> Iterator[asyncio.Event]:
         """An event that is set, inside, each time that something more is done for the client."""
         event = asyncio.Event()
         self._watching.setdefault(client, set()).add(event)
@@ -199,7 +205,7 @@ class Samples:
                 self._kept_bytes -= len(entry.body or b"")
                 entry.body = None
 
-    def cancel(self, entry: Entry, why: KnapperError) -> None:
+    def cancel(self, entry: QueuedSample, why: KnapperError) -> None:
         """End it, upstream too."""
         if not entry.done.is_set():
             if entry.task is not None:
@@ -215,7 +221,7 @@ class Samples:
             if session_of(entry.address[0]) == session:
                 self.cancel(entry, why)
 
-    def queue_state(self, entry: Entry) -> tuple[str, str | None]:
+    def queue_state(self, entry: QueuedSample) -> tuple[str, str | None]:
         """(queue_state, reason) for whoever waits on the sample."""
         if entry.unservable:
             return "paused_capacity", entry.unservable
@@ -230,7 +236,7 @@ class Samples:
             return "active", None
         return "paused_capacity", f"sample does not answer yet ({entry.refusal}); waited {waited:.0f} s"
 
-    def tell(self, entry: Entry) -> str:
+    def tell(self, entry: QueuedSample) -> str:
         """What the user of the sample's session is to hear of its model now: once a minute, however many wait."""
         session, now = session_of(entry.address[0]), self._now()
         told, at = self._told.get(session, ("", 0.0))
@@ -250,7 +256,7 @@ class Samples:
             del self._entries[entry.request_id], self._by_address[entry.address]
             self._forget(entry)
 
-    def _forget(self, entry: Entry) -> None:
+    def _forget(self, entry: QueuedSample) -> None:
         done = self._done.get(entry.client)
         if done is not None:
             if done and done[0] is entry:
@@ -279,14 +285,14 @@ class Samples:
             del self._waiting[share]
             self._shares.leave(self._waiting)
 
-    async def _serve(self, entry: Entry) -> None:
+    async def _serve(self, entry: QueuedSample) -> None:
         try:
             self._finish(entry, await self._ask(entry))
         finally:
             self._in_flight -= 1
             self._dispatch()
 
-    async def _ask(self, entry: Entry) -> bytes | KnapperError:
+    async def _ask(self, entry: QueuedSample) -> bytes | KnapperError:
         """The sample as protobuf, or why there is none. Goes on until there is one or the other."""
         backoff, defects = Backoff(_BACK_OFF_S, _BACK_OFF_MAX_S), 0
         while True:
@@ -317,7 +323,7 @@ class Samples:
                 log.info("sample does not answer", request=entry.request_id, reason=reason)
             await asyncio.sleep(backoff.next())
 
-    async def _post(self, entry: Entry) -> tuple[int, bytes]:
+    async def _post(self, entry: QueuedSample) -> tuple[int, bytes]:
         """(status, content) of one attempt."""
         headers = {"Content-Type": "application/json", "Knapper-Tenant": entry.tenant}  # whose turn it takes
         async with self._client.post(entry.url, data=entry.call, headers=headers, timeout=_TIMEOUT) as response:
@@ -327,18 +333,18 @@ class Samples:
             try:
                 async for frame in progress.decode(response.content.iter_any()):
                     match frame:
-                        case Drawn():
+                        case TokenEvent():
                             entry.listen(frame)
-                        case Whole(answer=answer, device_s=device_s):
+                        case FinishedEvent(answer=answer, device_s=device_s):
                             entry.device_s = device_s
                             return 200, answer
-                        case Failed(status=status):
+                        case FailedEvent(status=status):
                             return status, msgspec.json.encode(frame)
             except (aiohttp.ClientError, TimeoutError) as error:
                 log.info("a streamed sample broke off", request=entry.request_id, reason=type(error).__name__)
         return 500, b"the sample function's answer broke off"
 
-    def _finish(self, entry: Entry, result: bytes | KnapperError | None) -> None:
+    def _finish(self, entry: QueuedSample, result: bytes | KnapperError | None) -> None:
         if entry.done.is_set():
             return
         body = msgspec.json.encode(errors.failure(result)) if isinstance(result, KnapperError) else result

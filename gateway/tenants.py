@@ -5,11 +5,11 @@ from ipaddress import IPv6Address, ip_address
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.services import Parts, parts
+from gateway.services import Services, parts
 from knapper.errors import InvalidToken, KnapperError, Unauthorized
 from knapper.ids import LOCAL_TENANT, Tenant
 from knapper.state.api_keys import Key, Keyring
-from knapper.state.tokens import Tokens
+from knapper.state.tokens import AccessTokens
 
 _ASKER = "knapper.asker"
 _BEARER = "bearer "
@@ -42,7 +42,7 @@ class Doorkeeper:
         await self._app(scope, receive, send)
 
 
-async def _find(request: Request, gateway: Parts) -> Tenant:
+async def _find(request: Request, gateway: Services) -> Tenant:
     if gateway.keys is None:
         if not on_this_machine(request):
             raise Unauthorized(
@@ -56,7 +56,7 @@ async def _find(request: Request, gateway: Parts) -> Tenant:
     return Tenant((await _record(key_of(request), gateway.keys, gateway.tokens)).tenant)
 
 
-async def _record(key: str, keys: Keyring, tokens: Tokens | None) -> Key:
+async def _record(key: str, keys: Keyring, tokens: AccessTokens | None) -> Key:
     """Of the key, or of the one that the token was exchanged for: a token dies with it."""
     if not is_token(key):
         return await keys.of_key(key)
@@ -66,7 +66,7 @@ async def _record(key: str, keys: Keyring, tokens: Tokens | None) -> Key:
     return await keys.of_id(claims.key)
 
 
-def _tokens(tokens: Tokens | None) -> Tokens:
+def _tokens(tokens: AccessTokens | None) -> AccessTokens:
     if tokens is None:
         raise Unauthorized("X-API-Key holds a token, and this server issues none; allowed: a key that begins with tml-")
     return tokens

@@ -11,7 +11,7 @@ import aiohttp
 import msgspec
 import structlog
 
-from gateway.unservable import Refusals
+from gateway.unservable import UnservableModels
 from knapper import limits
 from knapper.errors import STANDING, Corrupt, KnapperError, NotFound, NotHolder, Unavailable, Unservable, UserError
 from knapper.events import cloudevents
@@ -59,7 +59,7 @@ class _Line:
         self.trouble = trouble
 
 
-class Bells:
+class TrainStepClient:
     """At most one bell in flight a run. `url_of` says where a run's train_step listens; `now`: monotonic seconds.
 
     `told` hears of each commit that a holder tells of; `missing` of a run that train_step does not find any more. Where
@@ -69,7 +69,7 @@ class Bells:
     def __init__(
         self,
         client: aiohttp.ClientSession,
-        refusals: Refusals,
+        refusals: UnservableModels,
         results: Results,
         url_of: Callable[[RunId], Awaitable[str]],
         holder_of: Callable[[RunId], Awaitable[Claimed | None]],

@@ -9,8 +9,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway import bodies, body_decoders
-from gateway.body_decoders import Operation, Refusal, Understood
-from gateway.services import Parts, parts
+from gateway.body_decoders import DecodedOperation, RefusedRequest, Understood
+from gateway.services import Services, parts
 from gateway.tenants import on_this_machine, tenant_of
 from knapper import ids, limits
 from knapper.catalogue.served_models import ModelRecord
@@ -72,9 +72,9 @@ async def load_weights(request: Request) -> Response:
     try:
         run = asked.creates()
     except UserError as error:
-        return await _bury(gateway, tenant, Refusal(error, pack(body), body_decoders.address(body)))
+        return await _bury(gateway, tenant, RefusedRequest(error, pack(body), body_decoders.address(body)))
     if run is None:
-        operation = Operation(asked.model_id or "", asked.seq_id or 0, pack(body))
+        operation = DecodedOperation(asked.model_id or "", asked.seq_id or 0, pack(body))
         return await _accept(gateway, tenant, "load_weights", operation)
     await gateway.records.open_session(asked.session(), tenant)
     checkpoint = await gateway.checkpoints.resolve(TinkerPath.parse(asked.path), tenant)
@@ -99,7 +99,7 @@ async def load_weights(request: Request) -> Response:
     return await _create(gateway, tenant, creation, body)
 
 
-async def _create(gateway: Parts, tenant: Tenant, creation: Creation, body: bytes) -> Response:
+async def _create(gateway: Services, tenant: Tenant, creation: Creation, body: bytes) -> Response:
     run = RunId(creation.spec.run)
     await gateway.register.add_run(await gateway.records.session(ids.session_of(run), tenant), run)
     await _mark(gateway, tenant, run)
@@ -161,7 +161,7 @@ async def forward_backward(request: Request) -> Response:
     body = await bodies.read_or_peek(request)
     if not body.whole:
         packed = await bodies.computed(request, pack, body.data)
-        return await _bury(gateway, tenant, Refusal(bodies.too_large(request), packed, scan.peek(body.data)))
+        return await _bury(gateway, tenant, RefusedRequest(bodies.too_large(request), packed, scan.peek(body.data)))
     return await _understood(request, body.data, body_decoders.protobuf_forward)
 
 
@@ -178,7 +178,7 @@ async def _forward(request: Request, understand: Callable[[bytes], Understood]) 
 async def _understood(request: Request, body: bytes, understand: Callable[[bytes], Understood]) -> Response:
     gateway, tenant = parts(request), tenant_of(request)
     asked = await bodies.computed(request, understand, body)
-    if isinstance(asked, Refusal):
+    if isinstance(asked, RefusedRequest):
         return await _bury(gateway, tenant, asked)
     return await _accept(gateway, tenant, "forward_backward", asked)
 
@@ -205,21 +205,21 @@ async def _json_operation(request: Request, kind: Kind, form: type[Sequenced]) -
     asked = await _decode_or_bury(gateway, tenant, body, form)
     if isinstance(asked, Response):
         return asked
-    return await _accept(gateway, tenant, kind, Operation(asked.model_id, asked.seq_id, pack(body)))
+    return await _accept(gateway, tenant, kind, DecodedOperation(asked.model_id, asked.seq_id, pack(body)))
 
 
 S = TypeVar("S", bound=msgspec.Struct)
 
 
-async def _decode_or_bury(gateway: Parts, tenant: Tenant, body: bytes, form: type[S]) -> S | Response:
+async def _decode_or_bury(gateway: Services, tenant: Tenant, body: bytes, form: type[S]) -> S | Response:
     """The request; or, for a wrong one that says whose it is, the promise of its error."""
     try:
         return requests.decode(body, form)
     except UserError as error:
-        return await _bury(gateway, tenant, Refusal(error, pack(body), body_decoders.address(body)))
+        return await _bury(gateway, tenant, RefusedRequest(error, pack(body), body_decoders.address(body)))
 
 
-async def _accept(gateway: Parts, tenant: Tenant, kind: Kind, asked: Operation) -> Response:
+async def _accept(gateway: Services, tenant: Tenant, kind: Kind, asked: DecodedOperation) -> Response:
     run, seq = await _trainable(gateway, tenant, asked.model_id), asked.seq
     await _room(gateway, run, seq)
     await _mark(gateway, tenant, run)
@@ -232,7 +232,7 @@ async def _accept(gateway: Parts, tenant: Tenant, kind: Kind, asked: Operation) 
     return _promise(run, seq)
 
 
-async def _bury(gateway: Parts, tenant: Tenant, refused: Refusal) -> Response:
+async def _bury(gateway: Services, tenant: Tenant, refused: RefusedRequest) -> Response:
     """Use up the number of a request that cannot be served, and promise the error: a 4xx would leave a hole."""
     if refused.address is None:
         raise refused.error
@@ -245,7 +245,7 @@ async def _bury(gateway: Parts, tenant: Tenant, refused: Refusal) -> Response:
     return _promise(run, seq)
 
 
-async def _trainable(gateway: Parts, tenant: Tenant, model_id: str) -> RunId:
+async def _trainable(gateway: Services, tenant: Tenant, model_id: str) -> RunId:
     """The run. Raises NotFound, also for one that has ended, or UserError for one that only holds a copy."""
     spec = await gateway.records.living(model_id, tenant)
     if spec.copied_from:
@@ -256,7 +256,7 @@ async def _trainable(gateway: Parts, tenant: Tenant, model_id: str) -> RunId:
     return RunId(spec.run)
 
 
-async def _room(gateway: Parts, run: RunId, seq: int) -> None:
+async def _room(gateway: Services, run: RunId, seq: int) -> None:
     """Raises TooMany while too much waits before `seq`, InvalidField for a number that no client gets to."""
     if seq > max(gateway.results.applied(run), 0) + limits.operations_waiting_max:
         await gateway.results.find(run, seq)  # perhaps more was applied than this process has heard
@@ -270,7 +270,7 @@ async def _room(gateway: Parts, run: RunId, seq: int) -> None:
             )
 
 
-async def _mark(gateway: Parts, tenant: Tenant, run: RunId) -> None:
+async def _mark(gateway: Services, tenant: Tenant, run: RunId) -> None:
     """What the run uses from here on is accounted for, whoever dies."""
     if await gateway.accounts.mark(tenant, run):
         gateway.stirs.accounts.set()

@@ -5,7 +5,7 @@ import structlog
 log = structlog.get_logger()
 
 
-class Refusals:
+class UnservableModels:
     """By the URL of the function."""
 
     def __init__(self) -> None:

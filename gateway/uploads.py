@@ -12,24 +12,24 @@ import structlog
 
 from gateway import events as taking
 from gateway.periodic import Chore
-from gateway.services import Parts
+from gateway.services import Services
 from knapper.errors import KnapperError, Unavailable, UserError
 from knapper.events.cloudevents import Event
 from knapper.ids import Tenant
 from knapper.jobs import upload
-from knapper.jobs.services import Place
+from knapper.jobs.services import JobServices
 from knapper.state import damage, dead_letters, layout
 from knapper.state.dead_letters import DeadLetter
 
 if TYPE_CHECKING:
-    from knapper.events.pubsub import Message, Subscription
+    from knapper.events.pubsub import PubsubMessage, Subscription
 
 _LOOK_S, _LOOK_REST_S = 10.0, 300.0
 
 log = structlog.get_logger()
 
 
-def chores(gateway: Parts) -> list[Chore]:
+def chores(gateway: Services) -> list[Chore]:
     """What waits for uploads. A directory is watched by the broker's process; what it lost is found here."""
     if gateway.place is None:
         return []
@@ -38,7 +38,7 @@ def chores(gateway: Parts) -> list[Chore]:
     return [Chore("inbox", Inbox(gateway, gateway.place).look, _LOOK_S, at_once=True, stirred=gateway.stirs.inbox)]
 
 
-async def pull(gateway: Parts, source: "Subscription") -> None:
+async def pull(gateway: Services, source: "Subscription") -> None:
     """Take what the subscription has; a message is acknowledged once what it asks for is durable."""
     from knapper.events.pubsub import finalized
 
@@ -46,7 +46,7 @@ async def pull(gateway: Parts, source: "Subscription") -> None:
     await source.acknowledge([each for each in messages if await _took(gateway, finalized, each)])
 
 
-async def _took(gateway: Parts, read: "Callable[[Message], Event | None]", message: "Message") -> bool:
+async def _took(gateway: Services, read: "Callable[[PubsubMessage], Event | None]", message: "PubsubMessage") -> bool:
     """Whether the message is done with; poison becomes a dead letter."""
     try:
         event = read(message)
@@ -68,7 +68,7 @@ async def _took(gateway: Parts, read: "Callable[[Message], Event | None]", messa
 class Inbox:
     """The inbox of a gateway that nobody tells of uploads, or not of all."""
 
-    def __init__(self, gateway: Parts, place: Place) -> None:
+    def __init__(self, gateway: Services, place: JobServices) -> None:
         self._gateway = gateway
         self._place = place
         self._known: set[tuple[str, str]] = set()

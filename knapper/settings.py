@@ -283,7 +283,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return {variable(name): str(getattr(self, name)) for name in self.__struct_fields__}
 
 
-class Line(msgspec.Struct, frozen=True):
+class SettingDescription(msgspec.Struct, frozen=True):
     """One setting, for people."""
 
     variable: str
@@ -292,11 +292,11 @@ class Line(msgspec.Struct, frozen=True):
     reason: str
 
 
-def describe(environ: Mapping[str, str]) -> list[Line]:
+def describe(environ: Mapping[str, str]) -> list[SettingDescription]:
     """All settings with their sources and reasons."""
     settings = Settings.load(environ)
     return [
-        Line(
+        SettingDescription(
             variable(field.name),
             str(getattr(settings, field.name)),
             "environment" if variable(field.name) in environ else "default",

@@ -12,7 +12,7 @@ from knapper.errors import KnapperError
 from knapper.events import cloudevents
 from knapper.jobs.job_files import Folders
 from knapper.jobs.scores import Scoring
-from knapper.jobs.services import Place, open_place
+from knapper.jobs.services import JobServices, open_place
 from knapper.jobs.worker import Worker
 from knapper.observability import logs, metrics, traces
 from knapper.rewards import requests
@@ -28,7 +28,7 @@ sandbox = Sandbox()  # its processes start with the first reward that needs them
 
 
 @cache
-def place() -> Place:
+def place() -> JobServices:
     """Where the state lies comes from the environment."""
     settings = Settings.load(os.environ)
     return open_place(settings, metrics.CountedStore(open_store(settings)), time.time)

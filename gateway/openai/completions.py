@@ -11,39 +11,39 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from gateway.openai import errors
-from gateway.openai.detokenizer import Piece, Scored, Text
+from gateway.openai.detokenizer import Detokenizer, ScoredToken, TextDelta
 from gateway.openai.models import Chosen
-from gateway.openai.responses import Json, Shape
-from gateway.openai.samples import Asked, Question, Quiet
-from gateway.openai.schemas import Form
+from gateway.openai.responses import ChoiceFormat, Json
+from gateway.openai.samples import PendingSamples, Question, Quiet
+from gateway.openai.schemas import SharedParameters
 from gateway.services import parts
 from gateway.tenants import tenant_of
 from knapper.catalogue.tokenizer import Language
 from knapper.errors import ContextLengthExceeded, KnapperError
 from knapper.web.requests import while_connected
 from knapper.wire import proto
-from knapper.wire.progress import Drawn, Ending
-from knapper.wire.types import SampleOutput, Sequence, TopK
+from knapper.wire.progress import Ending, TokenEvent
+from knapper.wire.types import SampledSequence, SampleOutput, TopK
 
 
 @dataclass(frozen=True)
-class Task:
+class Generation:
     """One request, understood. `before`: for each prompt what its choices begin with, the prompt itself if echoed."""
 
-    form: Form
+    form: SharedParameters
     chosen: Chosen
     language: Language
     prompts: list[list[int]]
     question: Question
-    shape: Shape
+    shape: ChoiceFormat
     before: list[str]
 
-    def text(self, prompt: int) -> Text:
+    def text(self, prompt: int) -> Detokenizer:
         stops = self.question.params.stop_strings
-        return Text(self.language.tokenizer, self.prompts[prompt], stops, len(self.before[prompt]))
+        return Detokenizer(self.language.tokenizer, self.prompts[prompt], stops, len(self.before[prompt]))
 
 
-async def answer(request: Request, task: Task) -> Response:
+async def answer(request: Request, task: Generation) -> Response:
     """The samples in the task's shape. A client that hangs up ends them. Raises KnapperError before the first token."""
     try:
         for prompt in task.prompts:  # said at once: what the samplers would say, once they have started
@@ -54,7 +54,7 @@ async def answer(request: Request, task: Task) -> Response:
         raise
 
 
-async def _answer(request: Request, task: Task) -> Response:
+async def _answer(request: Request, task: Generation) -> Response:
     gateway, tenant = parts(request), tenant_of(request)
     head = {
         "id": f"{task.shape.id_prefix}-{gateway.new_id()}",
@@ -64,7 +64,7 @@ async def _answer(request: Request, task: Task) -> Response:
     }
     if task.chosen.checkpoint is not None:
         await gateway.openai.note_reading(tenant, task.chosen.checkpoint)
-    asked = Asked(gateway, tenant, stream=bool(task.form.stream))
+    asked = PendingSamples(gateway, tenant, stream=bool(task.form.stream))
     await asked.ask(task.chosen, task.prompts, task.question)
     if not task.form.stream:
         try:
@@ -81,12 +81,12 @@ async def _answer(request: Request, task: Task) -> Response:
     return _EventStream(first, events, asked.end)
 
 
-def _asked_as(task: Task, field: str | None) -> str | None:
+def _asked_as(task: Generation, field: str | None) -> str | None:
     """What the client calls a field of a sample request."""
     return task.form.prompt_field if field == "prompt" else field and field.removeprefix("sampling_params.")
 
 
-def _whole(head: Json, task: Task, answers: list[bytes]) -> bytes:
+def _whole(head: Json, task: Generation, answers: list[bytes]) -> bytes:
     """The answer's JSON, choice by choice: each call of an encoder holds the interpreter's lock to its end."""
     choices: list[msgspec.Raw] = []
     sampled = 0
@@ -95,35 +95,35 @@ def _whole(head: Json, task: Task, answers: list[bytes]) -> bytes:
         scored = _scored_prompt(task, prompt, output)
         for number, sequence in enumerate(output.sequences):
             piece, ending = _told(task.text(prompt), sequence)
-            piece = Piece(task.before[prompt] + piece.text, scored + piece.tokens)
+            piece = TextDelta(task.before[prompt] + piece.text, scored + piece.tokens)
             sampled += sequence.tokens.size
             choice = task.shape.whole(prompt * task.question.choices + number, piece, ending)
             choices.append(msgspec.Raw(msgspec.json.encode(choice)))
     return msgspec.json.encode(head | {"choices": choices, "usage": _usage(task, sampled)})
 
 
-def _told(text: Text, sequence: Sequence) -> tuple[Piece, Ending]:
+def _told(text: Detokenizer, sequence: SampledSequence) -> tuple[TextDelta, Ending]:
     """The whole text of a sequence, token by token as a stream would tell it."""
     ending: Ending = "stop" if sequence.stopped else "length"
     pieces = []
     for position, (token, logprob) in enumerate(zip(sequence.tokens.tolist(), sequence.logprobs.tolist(), strict=True)):
         last = position == sequence.tokens.size - 1
         alternatives = _alternatives(sequence.topk, position)
-        pieces.append(text.add(Drawn(0, position, token, logprob, ending if last else "", alternatives)))
-    return Piece(
+        pieces.append(text.add(TokenEvent(0, position, token, logprob, ending if last else "", alternatives)))
+    return TextDelta(
         "".join(piece.text for piece in pieces), [scored for piece in pieces for scored in piece.tokens]
     ), ending
 
 
-def _scored_prompt(task: Task, prompt: int, output: SampleOutput) -> list[Scored]:
+def _scored_prompt(task: Generation, prompt: int, output: SampleOutput) -> list[ScoredToken]:
     """The prompt's tokens, if their log-probabilities were asked for."""
     if output.prompt_logprobs is None:
         return []
-    text, offset, scored = Text(task.language.tokenizer, [], ()), 0, []
+    text, offset, scored = Detokenizer(task.language.tokenizer, [], ()), 0, []
     for at, (token, logprob) in enumerate(zip(task.prompts[prompt], output.prompt_logprobs.tolist(), strict=True)):
         alternatives = _alternatives(output.topk_prompt_logprobs, at)
-        scored.append(Scored(token, logprob if at else None, alternatives, offset))
-        offset += len(text.add(Drawn(0, at, token, 0.0)).text)
+        scored.append(ScoredToken(token, logprob if at else None, alternatives, offset))
+        offset += len(text.add(TokenEvent(0, at, token, 0.0)).text)
     return scored
 
 
@@ -133,7 +133,7 @@ def _alternatives(topk: TopK | None, position: int) -> list[tuple[int, float]]:
     return list(zip(topk.tokens[position].tolist(), topk.logprobs[position].tolist(), strict=True))
 
 
-async def _events(head: Json, task: Task, asked: Asked) -> AsyncIterator[bytes]:
+async def _events(head: Json, task: Generation, asked: PendingSamples) -> AsyncIterator[bytes]:
     """Server-sent events. An error before the first is raised; a later one is the last event."""
     texts = [task.text(prompt) for prompt in range(len(task.prompts)) for _ in range(task.question.choices)]
     open_choices = set(range(len(texts)))
@@ -170,13 +170,13 @@ async def _events(head: Json, task: Task, asked: Asked) -> AsyncIterator[bytes]:
     for index in sorted(open_choices):  # of which no token was asked
         if (opening := task.shape.opening(index)) is not None and not begun:
             yield event(opening)
-        yield event(task.shape.chunk(index, Piece("", []), "length"))
+        yield event(task.shape.chunk(index, TextDelta("", []), "length"))
     if task.form.usage_wanted:
         yield _data(head | {"choices": [], "usage": _usage(task, sampled)})
     yield b"data: [DONE]\n\n"
 
 
-def _usage(task: Task, sampled: int) -> dict[str, int]:
+def _usage(task: Generation, sampled: int) -> dict[str, int]:
     """All sampled tokens count, those that stood for the end too."""
     given = sum(len(prompt) for prompt in task.prompts)
     return {"prompt_tokens": given, "completion_tokens": sampled, "total_tokens": given + sampled}

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from knapper.wire.progress import Drawn
+from knapper.wire.progress import TokenEvent
 
 _WINDOW_MAX = 64  # tokens that may wait for their last character's end; beyond that the bytes are simply not text
 _CONTEXT_MAX = 16  # tokens of the prompt: some without text, and a character, to know whether a space begins the text
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredToken:
     """A token of the text. `offset`: where it begins, in characters."""
 
     token: int
@@ -24,11 +24,11 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextDelta:
     """The next characters of a text, and the tokens that begin in them."""
 
     text: str
-    tokens: list[Scored]
+    tokens: list[ScoredToken]
 
 
 class Characters:
@@ -69,7 +69,7 @@ class Characters:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-class Text:
+class Detokenizer:
     """One sampled text after `prompt`. It begins at character `offset` of what the client sees."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: tuple[str, ...], offset: int = 0) -> None:
@@ -77,36 +77,36 @@ class Text:
         self._stops = stops
         self._given = offset
         self._held = ""
-        self._waiting: list[Scored] = []
+        self._waiting: list[ScoredToken] = []
 
-    def add(self, drawn: Drawn) -> Piece:
+    def add(self, drawn: TokenEvent) -> TextDelta:
         """What can be told with this token; with the last one, all that is left."""
-        scored = Scored(drawn.token, drawn.logprob, drawn.alternatives, self._given + len(self._held))
+        scored = ScoredToken(drawn.token, drawn.logprob, drawn.alternatives, self._given + len(self._held))
         if drawn.ending == "stop":
             return self._stop(scored)
         self._held += self._characters.add(drawn.token)
         self._waiting.append(scored)
         if drawn.ending == "length":
-            return Piece(self._held + self._characters.rest(), self._waiting)
+            return TextDelta(self._held + self._characters.rest(), self._waiting)
         return self._give(len(self._held) - self._perhaps_stop())
 
-    def _give(self, size: int) -> Piece:
+    def _give(self, size: int) -> TextDelta:
         text, self._held = self._held[:size], self._held[size:]
         self._given += size
         told = [scored for scored in self._waiting if scored.offset < self._given]
         self._waiting = self._waiting[len(told) :]
-        return Piece(text, told)
+        return TextDelta(text, told)
 
-    def _stop(self, last: Scored) -> Piece:
+    def _stop(self, last: ScoredToken) -> TextDelta:
         """The text ends before the stop string; without one, the last token is what ended it."""
         before = self._held + self._characters.rest()
         whole = self._held + self._characters.add(last.token)
         whole += self._characters.rest()
         found = [at for at in map(whole.find, self._stops) if at >= 0]
         if not found:
-            return Piece(before, self._waiting)
+            return TextDelta(before, self._waiting)
         end = self._given + min(found)
-        return Piece(whole[: min(found)], [scored for scored in [*self._waiting, last] if scored.offset < end])
+        return TextDelta(whole[: min(found)], [scored for scored in [*self._waiting, last] if scored.offset < end])
 
     def _perhaps_stop(self) -> int:
         """How many of the last characters held may be the beginning of a stop string."""

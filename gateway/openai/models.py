@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gateway.services import Parts
+from gateway.services import Services
 from knapper import ids, limits
 from knapper.catalogue.served_models import ModelRecord, slug
 from knapper.errors import InvalidField, NotFound
@@ -26,7 +26,7 @@ class Chosen:
         return self.checkpoint.bundle if self.checkpoint is not None else ""
 
 
-async def choose(gateway: Parts, tenant: Tenant, name: str) -> Chosen:
+async def choose(gateway: Services, tenant: Tenant, name: str) -> Chosen:
     """What the name stands for now. Raises NotFound, also for another tenant's, and InvalidField."""
     try:
         checkpoint = await _checkpoint(gateway, tenant, name)
@@ -39,7 +39,7 @@ async def choose(gateway: Parts, tenant: Tenant, name: str) -> Chosen:
     return Chosen(model, checkpoint)
 
 
-async def _checkpoint(gateway: Parts, tenant: Tenant, name: str) -> Checkpoint | None:
+async def _checkpoint(gateway: Services, tenant: Tenant, name: str) -> Checkpoint | None:
     """None: the name is no checkpoint's, so it can only be a base model's."""
     if name.startswith("tinker://"):
         named = await gateway.checkpoints.resolve(TinkerPath.parse(name, "model"), tenant)
@@ -56,7 +56,7 @@ async def _checkpoint(gateway: Parts, tenant: Tenant, name: str) -> Checkpoint |
     return saved
 
 
-async def _of_job(gateway: Parts, tenant: Tenant, name: str) -> Checkpoint | None:
+async def _of_job(gateway: Services, tenant: Tenant, name: str) -> Checkpoint | None:
     """None where a base model has the name, or no job. Raises NotFound for a job that has saved nothing yet."""
     if name in [model.name for model in await gateway.records.catalogue.models()]:
         return None
@@ -68,12 +68,12 @@ async def _of_job(gateway: Parts, tenant: Tenant, name: str) -> Checkpoint | Non
     return saved
 
 
-async def _newest(gateway: Parts, tenant: Tenant, run: RunId) -> Checkpoint | None:
+async def _newest(gateway: Services, tenant: Tenant, run: RunId) -> Checkpoint | None:
     saved = await gateway.checkpoints.read((await gateway.checkpoints.labels(tenant, f"{run}/sampler_weights/"))[:1])
     return saved[0] if saved else None
 
 
-async def listed(gateway: Parts, tenant: Tenant) -> list[dict[str, object]]:
+async def listed(gateway: Services, tenant: Tenant) -> list[dict[str, object]]:
     """Base models, then the tenant's sampler checkpoints, the newest first, then runs and jobs that have any."""
     models = [model.name for model in await gateway.records.catalogue.models() if model.sampleable]
     slugs = {slug(model) for model in models}

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from gateway.openai.detokenizer import Piece, Scored
+from gateway.openai.detokenizer import ScoredToken, TextDelta
 from knapper.catalogue.tokenizer import Language
 from knapper.wire.progress import Ending
 
@@ -14,7 +14,7 @@ Json = dict[str, Any]
 _LIKELIEST_MIN = -9999.0  # a cell that holds no alternative is far below; so is what top_k and top_p cut off
 
 
-class Shape(ABC):
+class ChoiceFormat(ABC):
     """The form of one request's choices. `logprobs`: alternatives that the client wants to see, or None."""
 
     id_prefix: ClassVar[str]
@@ -26,7 +26,7 @@ class Shape(ABC):
         self._logprobs = logprobs
 
     @abstractmethod
-    def whole(self, index: int, piece: Piece, ending: Ending) -> Json:
+    def whole(self, index: int, piece: TextDelta, ending: Ending) -> Json:
         """A choice."""
 
     @abstractmethod
@@ -34,11 +34,11 @@ class Shape(ABC):
         """What a streamed choice begins with."""
 
     @abstractmethod
-    def chunk(self, index: int, piece: Piece, ending: Ending) -> Json:
+    def chunk(self, index: int, piece: TextDelta, ending: Ending) -> Json:
         """What a streamed choice goes on with."""
 
 
-class CompletionShape(Shape):
+class CompletionShape(ChoiceFormat):
     """`echoed`: for each prompt its text, to stand before the choices' own."""
 
     id_prefix = "cmpl"
@@ -49,19 +49,19 @@ class CompletionShape(Shape):
         self._echoed = echoed
         self._choices = choices
 
-    def whole(self, index: int, piece: Piece, ending: Ending) -> Json:
+    def whole(self, index: int, piece: TextDelta, ending: Ending) -> Json:
         return self.chunk(index, piece, ending)
 
     def opening(self, index: int) -> Json | None:
         if not self._echoed:
             return None
-        return self.chunk(index, Piece(self._echoed[index // self._choices], []), "")
+        return self.chunk(index, TextDelta(self._echoed[index // self._choices], []), "")
 
-    def chunk(self, index: int, piece: Piece, ending: Ending) -> Json:
+    def chunk(self, index: int, piece: TextDelta, ending: Ending) -> Json:
         logprobs = None if self._logprobs is None else self._scores(piece.tokens, self._logprobs)
         return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": ending or None}
 
-    def _scores(self, tokens: list[Scored], k: int) -> Json:
+    def _scores(self, tokens: list[ScoredToken], k: int) -> Json:
         return {
             "tokens": [self._language.word(scored.token) for scored in tokens],
             "token_logprobs": [scored.logprob for scored in tokens],
@@ -69,7 +69,7 @@ class CompletionShape(Shape):
             "text_offset": [scored.offset for scored in tokens],
         }
 
-    def _likeliest(self, scored: Scored) -> dict[str, float] | None:
+    def _likeliest(self, scored: ScoredToken) -> dict[str, float] | None:
         """With the token itself. Several tokens may read alike; the likeliest of them stands for all."""
         if scored.logprob is None:
             return None
@@ -79,12 +79,12 @@ class CompletionShape(Shape):
         return found
 
 
-class ChatShape(Shape):
+class ChatShape(ChoiceFormat):
     id_prefix = "chatcmpl"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def whole(self, index: int, piece: Piece, ending: Ending) -> Json:
+    def whole(self, index: int, piece: TextDelta, ending: Ending) -> Json:
         message = {"role": "assistant", "content": piece.text, "refusal": None}
         return {"index": index, "message": message, "logprobs": self._scores(piece), "finish_reason": ending}
 
@@ -92,11 +92,11 @@ class ChatShape(Shape):
         delta = {"role": "assistant", "content": "", "refusal": None}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def chunk(self, index: int, piece: Piece, ending: Ending) -> Json:
+    def chunk(self, index: int, piece: TextDelta, ending: Ending) -> Json:
         delta = {"content": piece.text} if piece.text else {}
         return {"index": index, "delta": delta, "logprobs": self._scores(piece), "finish_reason": ending or None}
 
-    def _scores(self, piece: Piece) -> Json | None:
+    def _scores(self, piece: TextDelta) -> Json | None:
         if self._logprobs is None:
             return None
         content = [
@@ -119,7 +119,7 @@ def _encoded(scores: Json | None) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode(scores))
 
 
-def _possible(scored: Scored) -> list[tuple[int, float]]:
+def _possible(scored: ScoredToken) -> list[tuple[int, float]]:
     return [
         (token, logprob)
         for token, logprob in scored.alternatives

@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse, Response
 
 from gateway import bodies
 from gateway.openai import models, schemas
-from gateway.openai.completions import Task, answer
+from gateway.openai.completions import Generation, answer
 from gateway.openai.errors import spoken, unknown_path
 from gateway.openai.responses import ChatShape, CompletionShape
 from gateway.openai.samples import Question
@@ -40,7 +40,7 @@ async def completions(request: Request) -> Response:
     prompt_top = asked.logprobs if asked.echo else None
     question = Question(params, asked.choices, asked.logprobs or 0, prompt_top)
     shape = CompletionShape(language, asked.logprobs, before if asked.echo else [], asked.choices)
-    return await answer(request, Task(asked, chosen, language, prompts, question, shape, before))
+    return await answer(request, Generation(asked, chosen, language, prompts, question, shape, before))
 
 
 async def chat_completions(request: Request) -> Response:
@@ -54,7 +54,7 @@ async def chat_completions(request: Request) -> Response:
     prompt = await bodies.aside(request, len(body), read)
     question = Question(params, asked.choices, asked.top_logprobs or 0)
     shape = ChatShape(language, (asked.top_logprobs or 0) if asked.logprobs else None)
-    return await answer(request, Task(asked, chosen, language, [prompt], question, shape, [""]))
+    return await answer(request, Generation(asked, chosen, language, [prompt], question, shape, [""]))
 
 
 def _read(

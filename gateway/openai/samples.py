@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from gateway.openai.models import Chosen
-from gateway.sample_queue import Entry
-from gateway.services import Parts
+from gateway.sample_queue import QueuedSample
+from gateway.services import Services
 from knapper.errors import Gone, KnapperError, Unavailable, Unservable
 from knapper.ids import SamplerId, Tenant
 from knapper.wire import sample_requests
-from knapper.wire.progress import Drawn
+from knapper.wire.progress import TokenEvent
 from knapper.wire.types import SamplingParams
 
 _QUIET_S: Final = 10.0  # proxies close a connection on which nothing comes; clients skip comments
@@ -39,17 +39,17 @@ class Quiet:
     reason: str
 
 
-Heard = tuple[int, Drawn] | Entry | KnapperError
+Heard = tuple[int, TokenEvent] | QueuedSample | KnapperError
 
 
-class Asked:
+class PendingSamples:
     """The samples of `prompts` under way, and the tokens heard so far if `stream`."""
 
-    def __init__(self, gateway: Parts, tenant: Tenant, stream: bool) -> None:
+    def __init__(self, gateway: Services, tenant: Tenant, stream: bool) -> None:
         self._gateway = gateway
         self._tenant = tenant
         self._stream = stream
-        self._entries: list[Entry] = []
+        self._entries: list[QueuedSample] = []
         self._heard: asyncio.Queue[Heard] = asyncio.Queue()
 
     async def ask(self, chosen: Chosen, prompts: list[list[int]], question: Question) -> None:
@@ -87,7 +87,7 @@ class Asked:
             await entry.done.wait()
         return [_answer(entry) for entry in self._entries]
 
-    async def drawn(self) -> AsyncIterator[tuple[int, Drawn] | Quiet]:
+    async def drawn(self) -> AsyncIterator[tuple[int, TokenEvent] | Quiet]:
         """Each token with the number of its prompt, as it comes; ends when all have ended. Raises KnapperError."""
         ends = [asyncio.create_task(self._tell_end(entry)) for entry in self._entries]
         left = len(ends)
@@ -99,7 +99,7 @@ class Asked:
                     yield Quiet(self._waits_for())
                     continue
                 match heard:
-                    case Entry():
+                    case QueuedSample():
                         _answer(heard)
                         left -= 1
                     case KnapperError():
@@ -110,7 +110,7 @@ class Asked:
             for task in ends:
                 task.cancel()
 
-    async def _tell_end(self, entry: Entry) -> None:
+    async def _tell_end(self, entry: QueuedSample) -> None:
         """Into the same queue as the tokens, so behind all of them."""
         await entry.done.wait()
         self._heard.put_nowait(entry)
@@ -134,7 +134,7 @@ class _Ear:
         self._heard = heard
         self._tokens: dict[int, list[int]] = {}
 
-    def __call__(self, drawn: Drawn) -> None:
+    def __call__(self, drawn: TokenEvent) -> None:
         tokens = self._tokens.setdefault(drawn.sequence, [])
         if drawn.position == len(tokens):
             tokens.append(drawn.token)
@@ -143,7 +143,7 @@ class _Ear:
             self._heard.put_nowait(Unavailable("the sample broke off, and came out otherwise the second time"))
 
 
-def _answer(entry: Entry) -> bytes:
+def _answer(entry: QueuedSample) -> bytes:
     """Of an entry that is done. Raises its error."""
     if entry.body is None:
         raise Unavailable("the gateway stops")

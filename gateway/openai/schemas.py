@@ -15,7 +15,7 @@ from knapper.errors import InvalidField
 from knapper.wire import types
 from knapper.wire.json import decode
 
-__all__ = ["Chat", "Completion", "Form", "chat", "completion", "decode"]
+__all__ = ["ChatRequest", "CompletionRequest", "SharedParameters", "chat", "completion", "decode"]
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; chats have none
 Name = Annotated[str, Meta(min_length=1, max_length=1024)]
@@ -77,7 +77,7 @@ class StreamOptions(Strict, frozen=True, kw_only=True):
             raise InvalidField("stream_options.include_obfuscation", True, "false")
 
 
-class Form(Strict, frozen=True, kw_only=True):
+class SharedParameters(Strict, frozen=True, kw_only=True):
     """What completions and chat completions share. `prompt_field`: what their prompt is called."""
 
     prompt_field: ClassVar[str] = "prompt"
@@ -145,7 +145,7 @@ class Form(Strict, frozen=True, kw_only=True):
         )
 
 
-class Completion(Form, frozen=True, kw_only=True):
+class CompletionRequest(SharedParameters, frozen=True, kw_only=True):
     """v1/completions"""
 
     prompt: str | list[str | TokenId | list[TokenId]]
@@ -177,7 +177,7 @@ class Completion(Form, frozen=True, kw_only=True):
         return self.params(_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens)
 
 
-class Chat(Form, frozen=True, kw_only=True):
+class ChatRequest(SharedParameters, frozen=True, kw_only=True):
     """v1/chat/completions"""
 
     prompt_field = "messages"
@@ -219,13 +219,13 @@ class Chat(Form, frozen=True, kw_only=True):
 # ---- read whole, by a worker where a body is not small: what is returned holds nothing that was refused
 
 
-def completion(body: bytes) -> tuple[Completion, types.SamplingParams, list[str | list[int]]]:
+def completion(body: bytes) -> tuple[CompletionRequest, types.SamplingParams, list[str | list[int]]]:
     """(without its prompt, parameters, prompts). Raises UserError."""
-    asked = decode(body, Completion)
+    asked = decode(body, CompletionRequest)
     return msgspec.structs.replace(asked, prompt=""), asked.sampling(), asked.prompts()
 
 
-def chat(body: bytes) -> tuple[Chat, types.SamplingParams, list[Message]]:
+def chat(body: bytes) -> tuple[ChatRequest, types.SamplingParams, list[Message]]:
     """(without its messages, parameters, messages). Raises UserError."""
-    asked = decode(body, Chat)
+    asked = decode(body, ChatRequest)
     return msgspec.structs.replace(asked, messages=[]), asked.sampling(), asked.conversation()

@@ -11,7 +11,7 @@ from knapper.store.cache import LruCache
 
 
 @dataclass(frozen=True)
-class Shared:
+class OpenAIState:
     """`numbers`: of requests to samplers, so that no two are taken for one."""
 
     audit: Audit

@@ -8,14 +8,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway.rest import responses
-from gateway.services import Parts, parts
+from gateway.services import Services, parts
 from gateway.tenants import tenant_of
 from knapper.errors import InvalidField, NotFound
 from knapper.ids import RunId, Tenant, session_of
 from knapper.jobs import job_names
 from knapper.state import damage, usage
 from knapper.state.audit import Entry
-from knapper.state.checkpoint_index import Label
+from knapper.state.checkpoint_index import CheckpointEntry
 from knapper.state.ledger import Use
 from knapper.state.usage import Window
 from knapper.store import many
@@ -81,7 +81,7 @@ async def usage_events(request: Request) -> Response:
     return JSONResponse({"data": data, "sessions": sessions, "cost_data_through": None})
 
 
-async def _trained(gateway: Parts, tenant: Tenant, window: Window) -> Use:
+async def _trained(gateway: Services, tenant: Tenant, window: Window) -> Use:
     """From accounts; until there are any, from the journals of all runs."""
     if await gateway.accounts.begun():
         return await gateway.accounts.used(tenant, window)
@@ -100,7 +100,7 @@ class _Row:
     told: dict[str, Any]
 
 
-async def _model(gateway: Parts, tenant: Tenant, run: RunId) -> str:
+async def _model(gateway: Services, tenant: Tenant, run: RunId) -> str:
     """Empty for a run that is gone, or damaged; what it used is not."""
     try:
         spec = await damage.unless(gateway.records.spec(run, tenant), None)
@@ -109,12 +109,12 @@ async def _model(gateway: Parts, tenant: Tenant, run: RunId) -> str:
     return "" if spec is None else spec.base_model
 
 
-async def _project(gateway: Parts, tenant: Tenant, session: str) -> str:
+async def _project(gateway: Services, tenant: Tenant, session: str) -> str:
     """Empty for none, and for one that a damaged record hides."""
     return await damage.unless(gateway.records.project(session, tenant), "")
 
 
-async def _event(gateway: Parts, tenant: Tenant, row: _Row) -> dict[str, Any]:
+async def _event(gateway: Services, tenant: Tenant, row: _Row) -> dict[str, Any]:
     counted = {} if row.told["type"] == "checkpoint" else {"token_count": row.tokens}
     return {
         "bucket_start": usage.begin_of(row.hour).isoformat(),
@@ -134,7 +134,7 @@ async def storage(request: Request) -> Response:
     living = await gateway.checkpoints.labels(tenant)
     sessions = list(dict.fromkeys(session_of(label.path.run) for label in living))
     found = dict(zip(sessions, await many.each(sessions, lambda each: _project(gateway, tenant, each)), strict=True))
-    projects: dict[str, list[Label]] = {}
+    projects: dict[str, list[CheckpointEntry]] = {}
     for label in living:
         projects.setdefault(found[session_of(label.path.run)], []).append(label)
     data = []

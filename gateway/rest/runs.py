@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway.rest import responses
-from gateway.services import Parts, parts
+from gateway.services import Services, parts
 from gateway.tenants import tenant_of
 from knapper import ids
 from knapper.errors import NotFound
@@ -58,7 +58,7 @@ async def delete_run(request: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-async def erase(gateway: Parts, tenant: Tenant, run: RunId) -> None:
+async def erase(gateway: Services, tenant: Tenant, run: RunId) -> None:
     """Raises NotFound."""
     end = await ends.ended(gateway.store, run)
     if end is None or end.tenant != tenant or end.reason != "deleted":
@@ -79,7 +79,7 @@ async def list_checkpoints(request: Request) -> Response:
     return JSONResponse({"checkpoints": [responses.checkpoint(checkpoint) for checkpoint in found], "cursor": None})
 
 
-async def _shape(gateway: Parts, spec: Spec) -> dict[str, Any]:
+async def _shape(gateway: Services, spec: Spec) -> dict[str, Any]:
     saved = await gateway.checkpoints.labels(Tenant(spec.tenant), within=f"{spec.run}/")
     newest = {label.path.kind: label for label in reversed(saved)}
     read = await gateway.checkpoints.read(label for kind in _SHOWN if (label := newest.get(kind)) is not None)
@@ -100,14 +100,14 @@ async def _shape(gateway: Parts, spec: Spec) -> dict[str, Any]:
     }
 
 
-async def _name(gateway: Parts, spec: Spec) -> str:
+async def _name(gateway: Services, spec: Spec) -> str:
     """Of the job that the run is of; empty for a client's."""
     return job_names.of(
         await damage.unless(gateway.records.session(session_of(RunId(spec.run)), Tenant(spec.tenant)), None)
     )
 
 
-async def _in_project(gateway: Parts, tenant: Tenant, runs: list[RunId], project: str) -> list[RunId]:
+async def _in_project(gateway: Services, tenant: Tenant, runs: list[RunId], project: str) -> list[RunId]:
     sessions = list(dict.fromkeys(session_of(run) for run in runs))
 
     async def found(session: SessionId) -> tuple[SessionId, str]:

@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from gateway import bodies
 from gateway.rest import links, responses
-from gateway.services import Parts, parts
+from gateway.services import Services, parts
 from gateway.tenants import tenant_of
 from knapper import limits
 from knapper.errors import NotFound
@@ -16,7 +16,7 @@ from knapper.ids import SessionId, Tenant
 from knapper.state import damage, timeline, usage
 from knapper.state.sessions import Session
 from knapper.state.signed_links import Link
-from knapper.state.tenant_index import Listed
+from knapper.state.tenant_index import SessionListing
 from knapper.wire import json, rest
 
 
@@ -63,7 +63,7 @@ async def search(request: Request) -> Response:
     gateway, tenant = parts(request), tenant_of(request)
     asked = json.decode(await bodies.read(request), rest.SessionSearch)
     after = (_microseconds(asked.cursor.last_created_at), asked.cursor.last_session_id) if asked.cursor else None
-    found: list[tuple[Listed, dict[str, Any]]] = []
+    found: list[tuple[SessionListing, dict[str, Any]]] = []
     for listed in await gateway.register.sessions(tenant):
         if asked.display_name is None and asked.session_id not in (None, listed.session):
             continue
@@ -84,7 +84,7 @@ async def search(request: Request) -> Response:
 
 
 async def _summary(
-    gateway: Parts, session: SessionId, tenant: Tenant, asked: rest.SessionSearch
+    gateway: Services, session: SessionId, tenant: Tenant, asked: rest.SessionSearch
 ) -> dict[str, Any] | None:
     try:
         found = await gateway.records.session(session, tenant)
@@ -93,7 +93,7 @@ async def _summary(
     return await _matching(gateway, found, asked)
 
 
-async def _matching(gateway: Parts, session: Session, asked: rest.SessionSearch) -> dict[str, Any] | None:
+async def _matching(gateway: Services, session: Session, asked: rest.SessionSearch) -> dict[str, Any] | None:
     """What is told of the session, or None if it is not among those asked for."""
     if isinstance(asked.owner, rest.Users) and session.tenant not in asked.owner.owner_urns:
         return None
@@ -129,7 +129,7 @@ def _named(session: Session, asked: rest.SessionSearch) -> bool:
     return by_name or session.session == asked.session_id
 
 
-async def _status(gateway: Parts, session: SessionId) -> dict[str, Any] | None:
+async def _status(gateway: Services, session: SessionId) -> dict[str, Any] | None:
     finish = await gateway.records.sessions.finished(session)
     if finish is not None:
         return {"type": "client_finished", "reason": {"type": finish.reason}, "detail": finish.detail or None}
@@ -142,7 +142,7 @@ def _is(status: dict[str, Any] | None, wanted: rest.Status) -> bool:
     return isinstance(wanted, rest.Active) and status is not None and status["type"] == "active"
 
 
-async def _stored(gateway: Parts, session: SessionId, tenant: Tenant) -> dict[str, int]:
+async def _stored(gateway: Services, session: SessionId, tenant: Tenant) -> dict[str, int]:
     saved = await gateway.checkpoints.labels(tenant, within=f"{session}:")
     return {"checkpoints_count": len(saved), "checkpoint_storage_bytes": usage.stored_bytes(saved)}
 
@@ -164,7 +164,7 @@ async def trace_export(request: Request) -> Response:
     return JSONResponse({"status": "ready", "url": await links.url(request, link)})
 
 
-async def trace_of(gateway: Parts, link: Link) -> Response:
+async def trace_of(gateway: Services, link: Link) -> Response:
     session = await gateway.records.session(link.subject, Tenant(link.tenant))
     document = await timeline.of_session(gateway.store, (await gateway.register.runs(link.tenant, session))[::-1])
     return Response(document, media_type="application/json", headers={"Cache-Control": "private, no-store"})

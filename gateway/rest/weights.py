@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from gateway import bodies
 from gateway.rest import links, responses
 from gateway.rest.checkpoints import path_of
-from gateway.services import Parts, parts
+from gateway.services import Services, parts
 from gateway.tenants import tenant_of
 from knapper import ids, limits
 from knapper.errors import InvalidField, UserError
@@ -81,7 +81,7 @@ async def copy_weights(request: Request) -> Response:
     return JSONResponse({"tinker_path": str(copy)})
 
 
-async def _session(gateway: Parts, tenant: Tenant, key: str, body: bytes, project: str) -> Session:
+async def _session(gateway: Services, tenant: Tenant, key: str, body: bytes, project: str) -> Session:
     """The session of a copy; whoever asks again with the same key finds the same."""
     digest = hashlib.sha256(b"\0".join((tenant.encode(), key.encode(), body))).hexdigest()
     session = SessionId(f"ses-{digest[:32]}")
@@ -118,7 +118,7 @@ async def external_weights_urls(request: Request) -> Response:
     return JSONResponse({"urls": urls, "expires": responses.time(expires_at)})
 
 
-async def file_of(gateway: Parts, link: Link) -> Response:
+async def file_of(gateway: Services, link: Link) -> Response:
     """The file that a link leads to, if it still could be had.
 
     It is encrypted here, and not when it is saved: what is encrypted twice is never the same, and a save that is done
@@ -147,7 +147,7 @@ def _name(checkpoint: Checkpoint, part: str) -> str:
     return part + encryption.SUFFIX if checkpoint.recipients else part
 
 
-async def _index(gateway: Parts, checkpoint: Checkpoint) -> Index:
+async def _index(gateway: Services, checkpoint: Checkpoint) -> Index:
     index = await bundles.read_index(gateway.store, checkpoint.bundle)
     if index is None:
         raise UserError(f"checkpoint {checkpoint.path} has no files any more; use another one")

@@ -24,7 +24,7 @@ SPEAKERS: Final = {
 }  # fmt: skip
 
 
-class Part(msgspec.Struct, frozen=True, kw_only=True):
+class MessagePart(msgspec.Struct, frozen=True, kw_only=True):
     """A part of a message. Those that are not text have other fields, and are refused by their type."""
 
     type: str
@@ -35,7 +35,7 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The fields below `name` are those of answers that clients send back; they must say nothing."""
 
     role: Annotated[str, Meta(min_length=1, max_length=64)]
-    content: str | list[Part] | None = None
+    content: str | list[MessagePart] | None = None
     name: str | None = None
     refusal: None = None
     annotations: list[Any] | None = None

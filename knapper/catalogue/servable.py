@@ -23,7 +23,7 @@ _REFUSED: Final = 3  # knapper.engine.models.preflight's exit status
 _REHEARSAL_S: Final = 300.0  # more than imports take on the slowest disk
 
 
-def expect_files(directory: Path) -> dict[str, weight_files.Entry]:
+def expect_files(directory: Path) -> dict[str, weight_files.TensorHeader]:
     """The tensors of a directory that can be served, by name. Raises UserError for the first thing that is wrong."""
     try:
         by = expect_config(directory)

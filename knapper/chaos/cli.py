@@ -9,7 +9,7 @@ import typer
 from knapper.text.printable import say
 
 if TYPE_CHECKING:
-    from knapper.chaos.client import Client
+    from knapper.chaos.client import ChaosClient
     from knapper.chaos.targets import Victims
 
 _STEPS_MIN = 12
@@ -35,7 +35,7 @@ def chaos(
     """Train twice, the second time under SIGKILL, and compare every bit. Exit status 1 if one differs."""
     import time
 
-    from knapper.chaos.client import Client
+    from knapper.chaos.client import ChaosClient
     from knapper.chaos.kills import Killer
     from knapper.chaos.report import compare, report
     from knapper.chaos.workload import Plan, train
@@ -47,7 +47,7 @@ def chaos(
             "Nothing acknowledged is lost, but everybody waits for restarts",
         )  # fmt: skip
     url = url or os.environ.get("TINKER_BASE_URL") or "http://127.0.0.1:8000"
-    client = Client(url, os.environ.get("TINKER_API_KEY") or "tml-local", time.monotonic, time.sleep)
+    client = ChaosClient(url, os.environ.get("TINKER_API_KEY") or "tml-local", time.monotonic, time.sleep)
     victims = _victims(url, data, namespace, labels, kubeconfig, context)
     plan = Plan(model or _only_model(client), seed, max(_STEPS_MIN, kills + 2))
     say(f"{plan.model}, seed {seed}: {plan.steps} steps undisturbed")
@@ -65,19 +65,19 @@ def chaos(
 def _victims(
     url: str, data: Path | None, namespace: str, labels: str, kubeconfig: Path | None, context: str | None
 ) -> "Victims":  # fmt: skip
-    from knapper.chaos.targets import Pods, Processes
+    from knapper.chaos.targets import Pods, ProcessTargets
     from knapper.errors import InvalidField
 
     if (data is None) == (not namespace):
         raise InvalidField("(--data, --namespace)", (data and str(data), namespace), "one of them: whose to kill")
     if data is not None:
-        return Processes(data, url)
+        return ProcessTargets(data, url)
     from knapper.cluster.api import Api
 
     return Pods(Api.open(kubeconfig, context), namespace, labels)
 
 
-def _only_model(client: "Client") -> str:
+def _only_model(client: "ChaosClient") -> str:
     from knapper.errors import InvalidField
 
     served = client.get("get_server_capabilities")["supported_models"]

@@ -16,7 +16,7 @@ PATIENCE_S = 1800.0  # without an answer: longer than any start from zero
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """`body`: protobuf where there is a form for it."""
 
     body: bytes
@@ -27,7 +27,7 @@ class Answer:
         return found
 
 
-class Client:
+class ChaosClient:
     """`clock`: seconds, from any start. `longest`: what was waited for longest, and for how many seconds."""
 
     def __init__(self, url: str, key: str, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:
@@ -51,7 +51,7 @@ class Client:
         self.post(f"/sessions/{self._session}/finish", {"reason": {"type": "success"}})
 
     def get(self, path: str) -> dict[str, Any]:
-        return Answer(self._send("GET", path).content, protobuf=False).json()
+        return Response(self._send("GET", path).content, protobuf=False).json()
 
     def download(self, url: str) -> bytes:
         """What a signed link leads to. Raises InvalidField for one that leads elsewhere than to this gateway."""
@@ -63,13 +63,13 @@ class Client:
         """What is answered at once. Dictionaries go as JSON, bytes as protobuf."""
         kind = "application/x-protobuf" if isinstance(body, bytes) else "application/json"
         content = body if isinstance(body, bytes) else msgspec.json.encode(body)
-        return Answer(self._send("POST", path, content, kind).content, protobuf=False).json()
+        return Response(self._send("POST", path, content, kind).content, protobuf=False).json()
 
-    def wait(self, request_id: str) -> Answer:
+    def wait(self, request_id: str) -> Response:
         """What was promised. Raises UserError for a failure, Gone for a sample that ended with its gateway."""
         asked = msgspec.json.encode({"request_id": request_id, "allow_metadata_only": False})
         reply = self._send("POST", "retrieve_future", asked, "application/json")
-        answer = Answer(reply.content, "protobuf" in reply.headers.get("content-type", ""))
+        answer = Response(reply.content, "protobuf" in reply.headers.get("content-type", ""))
         if not answer.protobuf and (failed := answer.json().get("error")):
             raise UserError(f"{request_id} failed: {failed}")
         return answer

@@ -5,21 +5,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from knapper.chaos.workload import Outcome
+from knapper.chaos.workload import TrainingTrace
 from knapper.wire.tensors import Array
 
 _SHOWN_MAX = 10
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Comparison:
     """`differences`: what counts. `remarks`: what is told, and not judged."""
 
     differences: list[str]
     remarks: list[str]
 
 
-def compare(calm: Outcome, wild: Outcome, tolerance: float) -> Verdict:
+def compare(calm: TrainingTrace, wild: TrainingTrace, tolerance: float) -> Comparison:
     """Bit for bit at tolerance 0. Else answers may differ by it, and samples and bytes of files are not judged:
     one bit decides a token, and a hash.
     """
@@ -28,10 +28,12 @@ def compare(calm: Outcome, wild: Outcome, tolerance: float) -> Verdict:
     strict += _differ(calm.drawn, wild.drawn, 0.0)
     if calm.weights != wild.weights:
         strict.append(f"final weights: SHA-256 {wild.weights[:16]}, undisturbed {calm.weights[:16]}")
-    return Verdict(differences, remarks)
+    return Comparison(differences, remarks)
 
 
-def report(calm: Outcome, wild: Outcome, killed: Mapping[str, int], recoveries: str, verdict: Verdict) -> Iterator[str]:
+def report(
+    calm: TrainingTrace, wild: TrainingTrace, killed: Mapping[str, int], recoveries: str, verdict: Comparison
+) -> Iterator[str]:
     """Lines. `recoveries`: how often another process took the wild run over, as far as that is known."""
     roles = ", ".join(f"{role} {count}" for role, count in sorted(killed.items()))
     yield f"kills: {sum(killed.values())} ({roles or 'none'})"

@@ -38,7 +38,7 @@ class _Process(msgspec.Struct):
     port: int = 0  # the supervisor serves none
 
 
-class Processes:
+class ProcessTargets:
     """Those of the `knapper up` whose data directory this is."""
 
     def __init__(self, data: Path, url: str) -> None:

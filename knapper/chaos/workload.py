@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from knapper import limits
-from knapper.chaos.client import Answer, Client
+from knapper.chaos.client import ChaosClient, Response
 from knapper.errors import Gone
 from knapper.wire import proto
 from knapper.wire.tensors import Array
@@ -27,7 +27,7 @@ class Plan:
 
 
 @dataclass
-class Outcome:
+class TrainingTrace:
     """`answers` by what was asked; `drawn`: the answers that are samples. `step_s`: how long each step took."""
 
     run: str = ""
@@ -38,9 +38,11 @@ class Outcome:
     pause: tuple[float, str] = (0.0, "")
 
 
-def train(client: Client, plan: Plan, before_step: Callable[[int], None], after_step: Callable[[], None]) -> Outcome:
+def train(
+    client: ChaosClient, plan: Plan, before_step: Callable[[int], None], after_step: Callable[[], None]
+) -> TrainingTrace:
     """A session from its beginning to its end. Checkpoints that it leaves live for an hour."""
-    session, outcome = client.start(), Outcome()
+    session, outcome = client.start(), TrainingTrace()
     asked = {"rank": 4, "seed": plan.seed % 2**31}
     made = {"session_id": session, "model_seq_id": 0, "base_model": plan.model, "lora_config": asked}
     outcome.run = str(client.post("create_model", {**made, "type": "create_model"})["model_id"])
@@ -62,9 +64,9 @@ def train(client: Client, plan: Plan, before_step: Callable[[int], None], after_
 class _Line:
     """Operations of one run, numbered from 1, and samples."""
 
-    client: Client
+    client: ChaosClient
     plan: Plan
-    outcome: Outcome
+    outcome: TrainingTrace
     session: str
     seq: int = 0
     samplers: int = 0
@@ -132,14 +134,14 @@ class _Line:
             self.outcome.drawn[f"step {step}: sample {n}: tokens"] = sequence.tokens
             self.outcome.drawn[f"step {step}: sample {n}: logprobs"] = sequence.logprobs
 
-    def _sampled(self, asked: dict[str, Any]) -> Answer:
+    def _sampled(self, asked: dict[str, Any]) -> Response:
         while True:
             try:
                 return self.client.wait(self.client.post("asample", asked)["request_id"])
             except Gone:
                 continue  # the next gateway is asked
 
-    def _keep(self, what: str, answer: Answer) -> None:
+    def _keep(self, what: str, answer: Response) -> None:
         kept = self.outcome.answers
         if answer.protobuf:
             output = proto.decode_forward_backward_output(answer.body)

@@ -15,7 +15,7 @@ _ACCELERATORS = ("cloud.google.com/gke-accelerator", "nvidia.com/gpu.product")
 
 
 @dataclass(frozen=True)
-class Start:
+class PodStart:
     """How the newest pod of a Service started, in seconds by stage; None for a stage that is not over."""
 
     pod: str
@@ -26,7 +26,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelService:
     """One Service of a model."""
 
     service: str
@@ -36,7 +36,7 @@ class Part:
     state: str  # warm, cold, starting or failing
     gpu: str
     error: str  # what is wrong, as Knative says it; empty for nothing
-    start: Start | None = None  # of the newest pod, while there is one
+    start: PodStart | None = None  # of the newest pod, while there is one
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Deployed:
 
     model: str
     declared: bool
-    parts: Sequence[Part]
+    parts: Sequence[ModelService]
     waiting: int | None
 
 
@@ -80,7 +80,7 @@ def _order(service: Object) -> int:
     return SERVICES.index(service["metadata"]["labels"]["app.kubernetes.io/name"])
 
 
-def _part(api: Api, service: Object) -> Part:
+def _part(api: Api, service: Object) -> ModelService:
     status, spec = service.get("status", {}), service["spec"]["template"]["spec"]
     revision = status.get("latestReadyRevisionName", "")
     about = api.get("serving.knative.dev/v1", "Revision", revision, NAMESPACE) if revision else None
@@ -100,10 +100,10 @@ def _part(api: Api, service: Object) -> Part:
     pods = api.list("v1", "Pod", NAMESPACE, f"serving.knative.dev/service={name}")
     start = _start(max(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))) if pods else None
     error = errors[0] if errors else ""
-    return Part(labels["app.kubernetes.io/name"], name, revision, replicas, state, gpu, error, start)
+    return ModelService(labels["app.kubernetes.io/name"], name, revision, replicas, state, gpu, error, start)
 
 
-def _start(pod: Object) -> Start:
+def _start(pod: Object) -> PodStart:
     status = pod.get("status", {})
     conditions = {each["type"]: each for each in status.get("conditions", [])}
     container: Object = next(
@@ -123,7 +123,7 @@ def _start(pod: Object) -> Start:
     ]
     said: Object = scheduled if scheduled.get("status") == "False" else now.get("waiting", {})
     waits_for = " ".join(filter(None, (said.get("reason", ""), said.get("message", ""))))
-    return Start(pod["metadata"]["name"], spans[0], spans[1], spans[2], waits_for)
+    return PodStart(pod["metadata"]["name"], spans[0], spans[1], spans[2], waits_for)
 
 
 def _moment(text: str | None) -> datetime | None:

@@ -16,18 +16,18 @@ from typing import Any, Generic, TypeVar
 from knapper.concurrency.fair_share import FairShare
 
 T = TypeVar("T")
-Task = Generator[None, None, T]
+Work = Generator[None, None, T]
 Now = Callable[[], float]
 
 
 @dataclass(frozen=True, eq=False)
 class _Turn(Generic[T]):
-    task: Task[T]
+    task: Work[T]
     future: Future[T]
     whose: str
 
 
-class Device:
+class Executor:
     """Runs tasks in turns, one step each, on one thread of its own.
 
     No task needs a lock, and no two compute at once.
@@ -48,11 +48,11 @@ class Device:
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    async def run(self, task: Task[T], whose: str = "") -> T:
+    async def run(self, task: Work[T], whose: str = "") -> T:
         """What the task returns or raises. If the caller is cancelled, the task is closed at its next yield."""
         return await asyncio.wrap_future(self.submit(task, whose))
 
-    def submit(self, task: Task[T], whose: str = "") -> Future[T]:
+    def submit(self, task: Work[T], whose: str = "") -> Future[T]:
         """`whose` time it takes: tasks of one owner take turns within its share."""
         future: Future[T] = Future()
         self._arrivals.put(_Turn(task, future, whose))
@@ -97,7 +97,7 @@ class Device:
         return more
 
     @staticmethod
-    def _step(task: Task[Any], future: Future[Any]) -> bool:
+    def _step(task: Work[Any], future: Future[Any]) -> bool:
         """True if the task has more to do."""
         if future.cancelled():
             task.close()
@@ -117,7 +117,7 @@ class Device:
         return False
 
 
-def timed(task: Task[T], now: Now) -> Task[tuple[T, float]]:
+def timed(task: Work[T], now: Now) -> Work[tuple[T, float]]:
     """(what the task returns, the seconds that its own pieces took: not those of its neighbours)."""
     spent_s = 0.0
     try:

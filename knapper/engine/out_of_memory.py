@@ -20,7 +20,7 @@ _NEEDED: Final = re.compile(r"(?:[Tt]ried to allocate|Unable to allocate) ([\d.]
 _UNITS: Final = {"bytes": 1} | {f"{p}{i}B": 1024**n for n, p in enumerate("KMGT", 1) for i in ("", "i")}
 
 
-class Shortage(Exception):
+class MemoryShortage(Exception):
     """An allocation failed. `needed`: how many bytes it was of, where the error says it.
 
     Unlike the error itself it has no traceback, in whose frames all tensors of the pass live on.
@@ -48,6 +48,6 @@ class Shortage(Exception):
         return OutOfMemory(f"{what} does not fit into the server's memory: it needs {needed}{told}. {todo}")
 
 
-def told(error: E) -> "E | Shortage":
+def told(error: E) -> "E | MemoryShortage":
     """The error, or in place of one that holds a pass's tensors the Shortage that it tells of."""
-    return Shortage.of(error) or error
+    return MemoryShortage.of(error) or error

@@ -8,9 +8,9 @@ from typing import TypeVar
 import msgspec
 
 from knapper.engine import checkpoint_format, hardware
-from knapper.engine.executor import Device, Task, timed
-from knapper.engine.out_of_memory import Shortage
-from knapper.engine.training.scheduler import Clock
+from knapper.engine.executor import Executor, Work, timed
+from knapper.engine.out_of_memory import MemoryShortage
+from knapper.engine.training.scheduler import TrainingScheduler
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.errors import Corrupt
 from knapper.state.journal.machine import Files, Outcome
@@ -23,11 +23,11 @@ T = TypeVar("T")
 class TrainingMachine:
     """knapper.state.journal.machine.Machine over a trainer. `clock`, in seconds, only tells what an operation costs."""
 
-    def __init__(self, trainer: Trainer, device: Device, clock: Callable[[], float]) -> None:
+    def __init__(self, trainer: Trainer, device: Executor, clock: Callable[[], float]) -> None:
         self._trainer = trainer
         self.device = device
         self._clock = clock
-        self.passes = Clock(trainer, device, clock)
+        self.passes = TrainingScheduler(trainer, device, clock)
 
     async def create(self, spec: Spec, source: Files | None, with_optimizer: bool) -> RunState:
         """Raises InvalidField for a spec that cannot be trained, or a checkpoint of another form than the spec's."""
@@ -53,24 +53,24 @@ class TrainingMachine:
     async def thaw(self, spec: Spec, files: Files) -> RunState:
         return await self._run(lambda: _once(lambda: self._thaw(spec, files)), spec)
 
-    async def _run(self, begin: Callable[[], Task[T]], spec: Spec) -> T:
+    async def _run(self, begin: Callable[[], Work[T]], spec: Spec) -> T:
         """A task; one that lacks memory once more, when all that is kept for later has been given back.
 
         Raises OutOfMemory when it is lacking then too.
         """
-        failed = Shortage(None)
+        failed = MemoryShortage(None)
         for _ in range(2):
             try:
                 return await self.device.run(begin(), spec.run)
             except Exception as error:
-                if (lacking := Shortage.of(error)) is None:
+                if (lacking := MemoryShortage.of(error)) is None:
                     raise
                 failed = lacking
             hardware.release(self._trainer.decoder.device)
         what = f"what an operation of {spec.run} needs, an adapter of rank {spec.rank},"
         raise failed.error(what, self._trainer.decoder.device, "Train one of a lower rank, or when fewer others train")
 
-    def _apply(self, state: RunState, operation: Operation, source: Files | None) -> Task[Outcome[RunState]]:
+    def _apply(self, state: RunState, operation: Operation, source: Files | None) -> Work[Outcome[RunState]]:
         match operation.kind:
             case "optim_step":
                 values = requests.decode(operation.body(), requests.OptimStep).adamw()
@@ -105,7 +105,7 @@ def _answer(state: RunState, body: object) -> Outcome[RunState]:
     return Outcome(state, "application/json", msgspec.json.encode(body))
 
 
-def _once(function: Callable[[], T]) -> Task[T]:
+def _once(function: Callable[[], T]) -> Work[T]:
     """A task of one piece."""
     yield from ()
     return function()

@@ -24,7 +24,7 @@ _REQUEST_S: Final = 20.0
 
 
 @dataclass(frozen=True)
-class Message:
+class PubsubMessage:
     """`ack`: how the subscription knows this delivery of it."""
 
     id: str
@@ -41,11 +41,11 @@ class Subscription:
         self._client: pubsub_v1.SubscriberClient | None = None
         self._thread = ThreadPoolExecutor(1, "pubsub")
 
-    async def pull(self) -> list[Message]:
+    async def pull(self) -> list[PubsubMessage]:
         """What has come; empty after a while without anything. Raises StoreError."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._pull)
 
-    async def acknowledge(self, messages: Sequence[Message]) -> None:
+    async def acknowledge(self, messages: Sequence[PubsubMessage]) -> None:
         """They are not delivered again, as a rule."""
         if messages:
             acks = [message.ack for message in messages]
@@ -61,7 +61,7 @@ class Subscription:
             self._client = pubsub_v1.SubscriberClient()
         return self._client
 
-    def _pull(self) -> list[Message]:
+    def _pull(self) -> list[PubsubMessage]:
         request = {"subscription": self._name, "max_messages": _MESSAGES_MAX}
         try:
             found = self._connected().pull(request=request, timeout=_PULL_S, retry=None)
@@ -70,7 +70,7 @@ class Subscription:
         except (GoogleAPIError, GoogleAuthError) as error:
             raise StoreError(f"cannot pull from {self._name}: {error}", retry_after_s=5.0) from error
         return [
-            Message(each.message.message_id, dict(each.message.attributes), each.message.data, each.ack_id)
+            PubsubMessage(each.message.message_id, dict(each.message.attributes), each.message.data, each.ack_id)
             for each in found.received_messages
         ]
 
@@ -82,7 +82,7 @@ class Subscription:
             raise StoreError(f"cannot acknowledge to {self._name}: {error}", retry_after_s=5.0) from error
 
 
-def finalized(message: Message) -> Event | None:
+def finalized(message: PubsubMessage) -> Event | None:
     """The event that Eventarc would make of a notification; None for one that says something else of an object.
 
     Raises UserError for a message that no bucket sends.

@@ -20,7 +20,7 @@ class Blob:
 
 
 @dataclass(frozen=True)
-class Entry:
+class ListedObject:
     """An object of a list. `sha256`: empty where nobody knows it without reading. `modified_at`: s since the epoch."""
 
     name: str
@@ -31,14 +31,14 @@ class Entry:
 
 
 SEND_AGAIN = "Send the file's parts again"
-Entries = list[Entry]  # inside a class with a verb `list`, the word means the verb
+Entries = list[ListedObject]  # inside a class with a verb `list`, the word means the verb
 
 
 class Opened(Protocol):
     """One object, whatever takes its name from now on. Whoever has it reads it once, or closes it."""
 
     @property
-    def entry(self) -> Entry: ...
+    def entry(self) -> ListedObject: ...
 
     def read(self, begin: int, end: int) -> AsyncIterator[bytes]:
         """Its bytes from `begin` to before `end`, a piece at a time; then it is closed. Raises StoreError if they are

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from knapper.errors import InvalidField, NotFound, StoreError, TooLarge
-from knapper.exchange import SEND_AGAIN, Blob, Entries, Entry, Signed
+from knapper.exchange import SEND_AGAIN, Blob, Entries, ListedObject, Signed
 from knapper.store import NAME_CHARS_MAX, check_name, files, private
 
 FOLDERS = ("inbox", "jobs", "uploads")
@@ -23,7 +23,7 @@ _FOLDERS_MAX = 8  # deeper than anything of ours lies
 class OpenedFile:
     """It stays what it is when another takes its name."""
 
-    def __init__(self, entry: Entry, file: BufferedReader) -> None:
+    def __init__(self, entry: ListedObject, file: BufferedReader) -> None:
         self.entry = entry
         self.file = file
 
@@ -78,7 +78,7 @@ class DirectoryExchange:
     async def list(self, prefix: str) -> Entries:
         return await asyncio.to_thread(self._list, prefix)
 
-    async def entry(self, name: str) -> Entry | None:
+    async def entry(self, name: str) -> ListedObject | None:
         """The entry that a list has for the object, or None."""
         return await asyncio.to_thread(self._entry_of, name)
 
@@ -110,7 +110,7 @@ class DirectoryExchange:
         try:
             with files.below(self._root, folders, make=make) as folder:
                 yield folder
-        except files.Link as error:
+        except files.UnexpectedSymlink as error:
             raise StoreError(
                 f"{error.filename} in {self._root.joinpath(*folders)} is a symbolic link, and symbolic links are not "
                 "followed; put the file or folder itself there"
@@ -159,15 +159,17 @@ class DirectoryExchange:
             raise StoreError(f"cannot list {above}: {error.strerror}") from error
         return sorted(found, key=lambda entry: entry.name)
 
-    def _walk(self, top: int, above: str, prefix: str) -> Iterator[Entry]:
+    def _walk(self, top: int, above: str, prefix: str) -> Iterator[ListedObject]:
         for name, folder, last in files.regular(top, above, _FOLDERS_MAX):
             whole = not last.startswith(_TEMPORARY) and len(name) <= NAME_CHARS_MAX
             if whole and name.startswith(prefix):
-                with suppress(files.Link, PermissionError):  # no file any more, or nobody's business: it hides no other
+                with suppress(
+                    files.UnexpectedSymlink, PermissionError
+                ):  # no file any more, or nobody's business: it hides no other
                     if (made := self._entry(folder, last, name)) is not None:
                         yield made
 
-    def _entry_of(self, name: str) -> Entry | None:
+    def _entry_of(self, name: str) -> ListedObject | None:
         try:
             with self._folder(name) as (folder, last):
                 return self._entry(folder, last, name)
@@ -176,14 +178,14 @@ class DirectoryExchange:
         except OSError as error:
             raise StoreError(f"cannot read {name}: {error.strerror}") from error
 
-    def _entry(self, folder: int, last: str, name: str) -> Entry | None:
+    def _entry(self, folder: int, last: str, name: str) -> ListedObject | None:
         file = self._open(folder, last)
         if file is None:
             return None
         with file:
             return self._described(file, name)
 
-    def _described(self, file: BufferedReader, name: str) -> Entry:
+    def _described(self, file: BufferedReader, name: str) -> ListedObject:
         status = os.fstat(file.fileno())
         seen = (status.st_size, status.st_mtime_ns, status.st_ino)
         known = self._hashed.get(name)
@@ -192,7 +194,7 @@ class DirectoryExchange:
             if len(self._hashed) >= _HASHED_MAX:
                 self._hashed.clear()
             known = self._hashed[name] = (seen, digest)
-        return Entry(name, known[1], status.st_size, sha256=known[1], modified_at=status.st_mtime)
+        return ListedObject(name, known[1], status.st_size, sha256=known[1], modified_at=status.st_mtime)
 
     def _publish(self, name: str, data: bytes) -> None:
         with self._replacement(name) as file:

@@ -14,7 +14,7 @@ from google.auth.exceptions import GoogleAuthError
 from knapper import limits
 from knapper.errors import InvalidField, StoreError, TooLarge
 from knapper.errors import NotFound as NotThere
-from knapper.exchange import SEND_AGAIN, Blob, Entries, Entry, Signed
+from knapper.exchange import SEND_AGAIN, Blob, Entries, ListedObject, Signed
 from knapper.store import check_name
 from knapper.store.gcs import connect
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 class OpenedObject:
     """A generation of an object; once another takes its place, it is gone."""
 
-    def __init__(self, exchange: "GcsExchange", entry: Entry) -> None:
+    def __init__(self, exchange: "GcsExchange", entry: ListedObject) -> None:
         self.entry = entry
         self._exchange = exchange
 
@@ -63,7 +63,7 @@ class GcsExchange:
         entry = await self._try(f"read {name}", self._entry_of, check_name(name))
         return None if entry is None else OpenedObject(self, entry)
 
-    async def piece(self, entry: Entry, begin: int, end: int) -> bytes:
+    async def piece(self, entry: ListedObject, begin: int, end: int) -> bytes:
         """Bytes of just this generation. Raises StoreError once it is gone."""
         return await self._try(f"read {entry.name}", self._piece, entry, begin, end)
 
@@ -113,17 +113,17 @@ class GcsExchange:
         found = self._bucket().list_blobs(prefix=self._prefix + prefix, fields=fields, timeout=_TIMEOUT_S)
         return [self._entry(blob) for blob in found]
 
-    def _entry_of(self, name: str) -> Entry | None:
+    def _entry_of(self, name: str) -> ListedObject | None:
         found = self._bucket().get_blob(self._prefix + name, timeout=_TIMEOUT_S)
         return None if found is None else self._entry(found)
 
-    def _entry(self, blob: Any) -> Entry:
-        return Entry(
+    def _entry(self, blob: Any) -> ListedObject:
+        return ListedObject(
             blob.name[len(self._prefix) :], str(blob.generation), int(blob.size),
             sha256=(blob.metadata or {}).get(_SHA256, ""), modified_at=blob.updated.timestamp(),
         )  # fmt: skip
 
-    def _piece(self, entry: Entry, begin: int, end: int) -> bytes:
+    def _piece(self, entry: ListedObject, begin: int, end: int) -> bytes:
         blob = self._bucket().blob(self._prefix + entry.name, generation=int(entry.generation))
         try:
             data: bytes = blob.download_as_bytes(start=begin, end=end - 1, timeout=_TIMEOUT_S)
@@ -155,7 +155,7 @@ class GcsExchange:
         except (NotFound, PreconditionFailed) as error:
             raise NotThere(f"parts of {name} were sent again meanwhile; ask for it again") from error
 
-    def _pieces(self, entry: Entry) -> Iterator[bytes]:
+    def _pieces(self, entry: ListedObject) -> Iterator[bytes]:
         for at in range(0, entry.size, _PIECE_BYTES):
             yield self._piece(entry, at, min(at + _PIECE_BYTES, entry.size))
 

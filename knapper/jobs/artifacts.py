@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from knapper.errors import NotFound
-from knapper.exchange import Entry, Opened
+from knapper.exchange import ListedObject, Opened
 from knapper.ids import Tenant
 from knapper.jobs import listings, names
 from knapper.jobs.records import Started, read
-from knapper.jobs.services import Place
+from knapper.jobs.services import JobServices
 from knapper.state import layout
 
 
@@ -15,13 +15,13 @@ from knapper.state import layout
 class Artifacts:
     """`since`: what was published before, an earlier start of the job left; seconds since the epoch."""
 
-    place: Place
+    place: JobServices
     tenant: Tenant
     job: str
     since: float
 
     @staticmethod
-    async def of(place: Place, tenant: Tenant, job: str) -> "Artifacts":
+    async def of(place: JobServices, tenant: Tenant, job: str) -> "Artifacts":
         """Raises NotFound."""
         found = await listings.newest(place.store, tenant, job)
         started = await read(place.store, found.start.started, Started)
@@ -31,11 +31,11 @@ class Artifacts:
     def _prefix(self) -> str:
         return layout.outputs(self.tenant, self.job)
 
-    async def listed(self) -> list[Entry]:
+    async def listed(self) -> list[ListedObject]:
         """In the order of their names, which have the job's folder before them."""
         return [entry for entry in await self.place.exchange.list(self._prefix) if entry.modified_at >= self.since]
 
-    def name(self, entry: Entry) -> str:
+    def name(self, entry: ListedObject) -> str:
         """As the owner knows it."""
         return entry.name.removeprefix(self._prefix)
 

@@ -12,7 +12,7 @@ from knapper.cli.tables import Json, listing, table
 from knapper.text.printable import say
 
 if TYPE_CHECKING:
-    from knapper.jobs.client import Client
+    from knapper.jobs.client import JobsClient
 
 app = typer.Typer(
     name="jobs", help="List, show, fetch, cancel, resume and delete jobs.", no_args_is_help=True, rich_markup_mode=None
@@ -156,7 +156,7 @@ def rollouts(
     listing(rows, list(rollout_files.lines(rows)), "the file has no completions", as_json=as_json)
 
 
-def _follow(client: "Client", job: str) -> dict[str, Any]:
+def _follow(client: "JobsClient", job: str) -> dict[str, Any]:
     import time
 
     from knapper.jobs.follower import Follower
@@ -177,10 +177,10 @@ def _exit(told: dict[str, Any]) -> None:
         sys.exit(1)
 
 
-def _client(url: str | None) -> "Client":
-    from knapper.jobs.client import Client
+def _client(url: str | None) -> "JobsClient":
+    from knapper.jobs.client import JobsClient
 
-    return Client(
+    return JobsClient(
         url or os.environ.get("TINKER_BASE_URL") or "http://127.0.0.1:8000",
         os.environ.get("TINKER_API_KEY") or "tml-local",
     )

@@ -30,7 +30,7 @@ _USED = {
 ENDED = ("completed", "failed", "cancelled", "refused")
 
 
-class Client:
+class JobsClient:
     """`url`: the gateway's; `key`: the user's."""
 
     def __init__(self, url: str, key: str) -> None:

@@ -9,7 +9,7 @@ from knapper.jobs.bill import bill
 from knapper.jobs.job_files import Folder
 from knapper.jobs.recipes import Lines
 from knapper.jobs.records import Trained, read
-from knapper.jobs.services import Place
+from knapper.jobs.services import JobServices
 from knapper.jobs.worker import Stopped
 from knapper.state.checkpoints import Checkpoints
 from knapper.state.journal import bundles
@@ -21,7 +21,7 @@ log = structlog.get_logger()
 _FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 
 
-async def write(place: Place, checkpoints: Checkpoints, folder: Folder, lines: Lines, steps: int) -> None:
+async def write(place: JobServices, checkpoints: Checkpoints, folder: Folder, lines: Lines, steps: int) -> None:
     """Safe to cut off and to repeat. Raises Stopped if the job was cancelled at the last moment."""
     start, store = folder.start, place.store
     adapter = TinkerPath.parse(await lines.run.save_for_sampler(FINAL))
@@ -48,7 +48,7 @@ async def write(place: Place, checkpoints: Checkpoints, folder: Folder, lines: L
     await outputs.publish_status(place, folder.started)
 
 
-async def _trained(place: Place, folder: Folder, step: int) -> Trained:
+async def _trained(place: JobServices, folder: Folder, step: int) -> Trained:
     found = await read(place.store, folder.start.trained(step), Trained)
     if found is None:
         raise Corrupt(f"object {folder.start.trained(step)} is missing")

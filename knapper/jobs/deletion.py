@@ -9,20 +9,20 @@ from collections.abc import Awaitable, Callable
 from knapper.ids import RunId, Tenant
 from knapper.jobs import control, names
 from knapper.jobs.names import Start
-from knapper.jobs.services import Place
+from knapper.jobs.services import JobServices
 from knapper.state import layout
 from knapper.state.layout import ObjectKind
 from knapper.store import Store
 
 
-async def mark(place: Place, tenant: Tenant, job: str) -> None:
+async def mark(place: JobServices, tenant: Tenant, job: str) -> None:
     """From now on it can neither run nor be resumed. Raises UserError while it runs; then nothing is changed."""
     for start in reversed(await _starts(place.store, tenant, job)):  # if any runs, the newest does
         if await place.store.get(start.started) is not None:
             await control.ask(place.store, start, "deleted", "deleted by its owner", place.clock())
 
 
-async def delete(place: Place, tenant: Tenant, job: str, erase: Callable[[RunId], Awaitable[None]]) -> None:
+async def delete(place: JobServices, tenant: Tenant, job: str, erase: Callable[[RunId], Awaitable[None]]) -> None:
     """What is marked. `erase`: a run, with all that is of it, if it was ever made."""
     inbox = layout.inbox(tenant, job)
     await place.exchange.remove(f"{inbox}{names.JOB_YAML}")  # first: without it nothing starts

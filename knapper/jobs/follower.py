@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from knapper.errors import KnapperError, NotFound, UserError
-from knapper.jobs.client import ENDED, Client, doing, lines, timing
+from knapper.jobs.client import ENDED, JobsClient, doing, lines, timing
 from knapper.text.durations import clock
 from knapper.text.printable import say
 
@@ -22,7 +22,7 @@ _LOST_S: Final = 900.0  # a server that is silent for so long does not come back
 class Follower:
     """`now`: monotonic seconds."""
 
-    client: Client
+    client: JobsClient
     job: str
     now: Callable[[], float]
     _after: int = 0  # steps that were said

@@ -19,7 +19,7 @@ from knapper.jobs import control, datasets, names, spec, upload
 from knapper.jobs.names import Start
 from knapper.jobs.records import Refusal, Started, Waiting, encode, read
 from knapper.jobs.rows import RlRow, Row
-from knapper.jobs.services import Place
+from knapper.jobs.services import JobServices
 from knapper.jobs.spec import Parsed, RlJob
 from knapper.jobs.upload import Content, Upload
 from knapper.jobs.yaml_document import JobError
@@ -32,7 +32,7 @@ from knapper.state.layout import ObjectKind, last_number
 log = structlog.get_logger()
 
 
-async def look(place: Place, tenant: Tenant, job: str) -> Start | None:
+async def look(place: JobServices, tenant: Tenant, job: str) -> Start | None:
     """Start the job of this folder if everything is there, and this content was not started before; return the start.
 
     The caller rings `dev.knapper.job.started` for it; `revive` does if that gets lost. Safe to call at any time, by
@@ -48,7 +48,7 @@ async def look(place: Place, tenant: Tenant, job: str) -> Start | None:
     return seen.begun
 
 
-async def again(place: Place, tenant: Tenant, job: str) -> Start | None:
+async def again(place: JobServices, tenant: Tenant, job: str) -> Start | None:
     """Start the folder's content once more, although it was started before and nothing changed.
 
     None if it cannot be started, as `look` has it. Raises InvalidField while it runs.
@@ -62,7 +62,7 @@ async def again(place: Place, tenant: Tenant, job: str) -> Start | None:
     return await look(place, tenant, job)
 
 
-async def was_started(place: Place, tenant: Tenant, job: str, yaml: bytes, sha256s: Mapping[str, str]) -> bool:
+async def was_started(place: JobServices, tenant: Tenant, job: str, yaml: bytes, sha256s: Mapping[str, str]) -> bool:
     """Whether a job of just this job.yaml and these files was started, under this name."""
     try:
         parsed = spec.parse(yaml)
@@ -72,7 +72,7 @@ async def was_started(place: Place, tenant: Tenant, job: str, yaml: bytes, sha25
     return await place.store.get((await upload.current(place.store, sent)).started) is not None
 
 
-async def _whole(place: Place, tenant: Tenant, job: str) -> Upload | None:
+async def _whole(place: JobServices, tenant: Tenant, job: str) -> Upload | None:
     """What lies in the folder; None if nobody can tell what belongs to it."""
     try:
         found = await upload.job_yaml(place, tenant, job)
@@ -89,7 +89,7 @@ class _Seen:
     awaits: Start | None = None
 
 
-async def _look(place: Place, tenant: Tenant, job: str) -> _Seen:
+async def _look(place: JobServices, tenant: Tenant, job: str) -> _Seen:
     try:
         found = await upload.job_yaml(place, tenant, job)
     except TooLarge as error:  # all that are too large share one start that never is
@@ -119,7 +119,7 @@ async def _look(place: Place, tenant: Tenant, job: str) -> _Seen:
     return _Seen(begun=start if await _begin(place, start, started, whole) else None)
 
 
-async def _was_replaced(place: Place, start: Start, whole: Upload) -> bool:
+async def _was_replaced(place: JobServices, start: Start, whole: Upload) -> bool:
     """Whether other content ended this start, and this one has come back since.
 
     What lies there is read once more: the look that found it may have begun before the other content came.
@@ -133,7 +133,7 @@ async def _was_replaced(place: Place, start: Start, whole: Upload) -> bool:
     return there.content.sha256s == whole.content.sha256s
 
 
-async def _make_current(place: Place, start: Start) -> None:
+async def _make_current(place: JobServices, start: Start) -> None:
     """What lies in the folder is this start again, after something that was refused: people see it, and no error."""
     listed = await place.store.list(ObjectKind.TENANT_START.under(start.tenant, start.job))
     if listed and not listed[-1].endswith(f"/{start.id}"):
@@ -141,7 +141,7 @@ async def _make_current(place: Place, start: Start) -> None:
         await place.exchange.remove(f"{layout.inbox(start.tenant, start.job)}{names.JOB_ERROR}")
 
 
-async def _checked(place: Place, start: Start, parsed: Parsed, whole: Upload) -> Started:
+async def _checked(place: JobServices, start: Start, parsed: Parsed, whole: Upload) -> Started:
     """The record of the start. Raises UserError for whatever can be found wrong before it."""
     files = {name: blob.data for name, blob in whole.files.items()}
     job = parsed.job
@@ -184,7 +184,7 @@ def _check_answers(reward: Reward, name: str, data: bytes, rows: Sequence[Row]) 
                 raise JobError(line, "answer", row.answer, "", file=name, message=str(error)) from error
 
 
-async def _model(place: Place, asked: str | None) -> str:
+async def _model(place: JobServices, asked: str | None) -> str:
     """The served name. Raises InvalidField."""
     served = [model for model in await Catalogue(place.store).models() if model.trainable and model.sampleable]
     if asked is None and len(served) == 1:
@@ -196,7 +196,7 @@ async def _model(place: Place, asked: str | None) -> str:
     raise InvalidField("base_model", asked, shown)
 
 
-async def _begin(place: Place, start: Start, started: Started, whole: Upload) -> bool:
+async def _begin(place: JobServices, start: Start, started: Started, whole: Upload) -> bool:
     store = place.store
     for name, blob in whole.files.items():
         await store.put_if_absent(start.content(started.files[name]), blob.data)
@@ -213,7 +213,7 @@ async def _begin(place: Place, start: Start, started: Started, whole: Upload) ->
     return True
 
 
-async def _end_earlier(place: Place, start: Start) -> None:
+async def _end_earlier(place: JobServices, start: Start) -> None:
     """Earlier starts of the same job would write over each other's results."""
     for name in await place.store.list(ObjectKind.JOB_WORKING.under(start.tenant, start.job)):
         other = Start(start.tenant, start.job, name.rpartition("/")[2])
@@ -223,20 +223,20 @@ async def _end_earlier(place: Place, start: Start) -> None:
                 await place.store.delete(other.working)
 
 
-async def _list(place: Place, start: Start) -> None:
+async def _list(place: JobServices, start: Start) -> None:
     """Into the tenant's lists: once, or once more if somebody dies here, which changes nothing."""
     if await place.store.get(start.listed) is None:
         await _list_now(place, start)
         await place.store.put_if_absent(start.listed, b"")
 
 
-async def _list_now(place: Place, start: Start) -> None:
+async def _list_now(place: JobServices, start: Start) -> None:
     at = int(place.clock() * 1e6)
     await place.store.put_if_absent(ObjectKind.TENANT_START.key(start.tenant, start.job, at, start.id), b"")
     await place.store.put_if_absent(ObjectKind.TENANT_JOB.key(start.tenant, at, start.job, start.id), b"")
 
 
-async def _wait(place: Place, start: Start, parsed: Parsed, missing: list[str]) -> bool:
+async def _wait(place: JobServices, start: Start, parsed: Parsed, missing: list[str]) -> bool:
     """Files may come in any order. False once they took too long, which is said: then only uploads lead to a look."""
     now = place.clock()
     await _list(place, start)
@@ -264,7 +264,7 @@ def _fields(parsed: Parsed) -> list[tuple[str, str]]:
     return fields + [("reward", name) for name in job.files if name not in {file for _, file in fields}]
 
 
-async def _refuse(place: Place, start: Start, error: JobError) -> None:
+async def _refuse(place: JobServices, start: Start, error: JobError) -> None:
     """Say what is wrong: beside job.yaml, in the list of jobs, in the log."""
     await _list(place, start)
     report = error.report()
@@ -281,7 +281,7 @@ async def _refuse(place: Place, start: Start, error: JobError) -> None:
         await place.exchange.publish(beside, data)
 
 
-async def _lies_there(place: Place, name: str, data: bytes) -> bool:
+async def _lies_there(place: JobServices, name: str, data: bytes) -> bool:
     try:
         found = await place.exchange.read(name, len(data))
     except TooLarge:
@@ -293,7 +293,7 @@ def _as_job_error(error: UserError) -> JobError:
     return error if isinstance(error, JobError) else JobError(1, "job.yaml", None, "", message=str(error))
 
 
-async def started(place: Place, start: Start) -> Started:
+async def started(place: JobServices, start: Start) -> Started:
     """Raises NotFound."""
     found = await read(place.store, start.started, Started)
     if found is None:

@@ -15,9 +15,9 @@ from knapper.jobs.activity import Activity
 from knapper.jobs.completion import FINAL
 from knapper.jobs.names import Start
 from knapper.jobs.presence import Present
-from knapper.jobs.progress import Looks, Outline, newest_step
+from knapper.jobs.progress import Outline, ProgressReader, newest_step
 from knapper.jobs.records import Evaluated, Refusal, Started, Trained, Waiting, read
-from knapper.jobs.services import Place
+from knapper.jobs.services import JobServices
 from knapper.jobs.spec import Kind, RlJob, decode
 from knapper.state import damage, layout
 from knapper.state.journal import envelope
@@ -29,31 +29,31 @@ _BILL_BYTES_MAX = 64 * 1024
 
 
 @dataclass(frozen=True)
-class Listed:
+class JobListing:
     """A start that was ever looked at."""
 
     start: Start
     at: float
 
 
-async def listed(store: Store, tenant: Tenant) -> list[Listed]:
+async def listed(store: Store, tenant: Tenant) -> list[JobListing]:
     """The newest start of each job, newest first."""
     found = damage.parsed(await store.list(ObjectKind.TENANT_JOB.under(tenant)), _listed)
     newest = {each.start.job: each for each in found}  # in order of time: the last one stays
     return sorted(newest.values(), key=lambda each: each.at, reverse=True)
 
 
-def _listed(key: str) -> Listed:
+def _listed(key: str) -> JobListing:
     """Raises ValueError for a key that is none of ours."""
     tenant, at_us, job, start = ObjectKind.TENANT_JOB.parse(key)
-    return Listed(Start(Tenant(tenant), job, start), int(at_us) / 1e6)
+    return JobListing(Start(Tenant(tenant), job, start), int(at_us) / 1e6)
 
 
-async def newest(store: Store, tenant: Tenant, job: str) -> Listed:
+async def newest(store: Store, tenant: Tenant, job: str) -> JobListing:
     """Raises NotFound."""
     if starts := await store.list(ObjectKind.TENANT_START.under(tenant, names.job(job))):
         _, _, at_us, start = ObjectKind.TENANT_START.parse(starts[-1])
-        return Listed(Start(tenant, job, start), int(at_us) / 1e6)
+        return JobListing(Start(tenant, job, start), int(at_us) / 1e6)
     # One from before there were such names, or none.
     for each in await listed(store, tenant):
         if each.start.job == job:
@@ -61,12 +61,12 @@ async def newest(store: Store, tenant: Tenant, job: str) -> Listed:
     raise NotFound(f"job {job!r} does not exist; `knapper jobs` lists those that do")
 
 
-async def briefs(store: Store, chosen: list[Listed]) -> list[dict[str, Any]]:
+async def briefs(store: Store, chosen: list[JobListing]) -> list[dict[str, Any]]:
     """A line each, in their order."""
     return await many.each(chosen, lambda each: _line(store, each))
 
 
-async def whole(place: Place, tenant: Tenant, job: str, after: int, present: Present) -> dict[str, Any]:
+async def whole(place: JobServices, tenant: Tenant, job: str, after: int, present: Present) -> dict[str, Any]:
     """Everything about one job; its metrics from the step behind `after` on, a thousand at most. Raises NotFound.
 
     `present`: whether the functions' processes run.
@@ -100,7 +100,7 @@ async def whole(place: Place, tenant: Tenant, job: str, after: int, present: Pre
 
 
 async def _course(
-    place: Place, start: Start, started: Started, evaluated: Mapping[int, Evaluated], present: Present
+    place: JobServices, start: Start, started: Started, evaluated: Mapping[int, Evaluated], present: Present
 ) -> dict[str, Any]:
     """When it started and ended, or what it is doing, and when that may end. Seconds are of this machine's clock."""
     store, clock = place.store, place.clock()
@@ -116,7 +116,7 @@ async def _course(
         return told
     job = decode(started.spec_json)
     outline = Outline(start, job, started.held_out)
-    now = await Looks(store).look(outline, job.steps if job.steps is not None else limits.job_steps_max)
+    now = await ProgressReader(store).look(outline, job.steps if job.steps is not None else limits.job_steps_max)
     numbers = range(max(0, now.trained - activity.RECENT), now.trained)
     recent = [each for n in numbers if (each := await read(store, start.trained(n), Trained)) is not None]
     steps = recent[-1].steps if recent else job.steps
@@ -143,7 +143,7 @@ def _iso(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
 
 
-async def _line(store: Store, found: Listed) -> dict[str, Any]:
+async def _line(store: Store, found: JobListing) -> dict[str, Any]:
     """Of a job with a damaged record it says that."""
     try:
         return await _brief(store, found)
@@ -152,7 +152,7 @@ async def _line(store: Store, found: Listed) -> dict[str, Any]:
         return _blank(found) | {"state": "unknown", "reason": str(error)}
 
 
-async def _brief(store: Store, found: Listed) -> dict[str, Any]:
+async def _brief(store: Store, found: JobListing) -> dict[str, Any]:
     start, told = found.start, _blank(found)
     started = await read(store, start.started, Started)
     if started is None:
@@ -165,7 +165,7 @@ async def _brief(store: Store, found: Listed) -> dict[str, Any]:
     return told | {"kind": kind, "state": now.state, "reason": now.reason, "step": step, "steps": steps}
 
 
-async def _bill(place: Place, start: Start) -> object:
+async def _bill(place: JobServices, start: Start) -> object:
     """Raises Corrupt: anybody may have written over what people are shown."""
     name = outputs.where(start, "bill.json")
     bill = await place.exchange.read(name, _BILL_BYTES_MAX)
@@ -175,7 +175,7 @@ async def _bill(place: Place, start: Start) -> object:
         raise damaged(name, f"it is not JSON: {error}") from error
 
 
-def _blank(found: Listed) -> dict[str, Any]:
+def _blank(found: JobListing) -> dict[str, Any]:
     """Of a job that nothing is known of but that it was looked at."""
     start = found.start
     return {

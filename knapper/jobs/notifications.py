@@ -14,7 +14,7 @@ _QUIET_S = 10.0
 _REMEMBERED_MAX = 4096
 
 
-class Bells:
+class Notifier:
     """Posts events to the Broker. What it posts is lost or doubled now and then, and nothing depends on it.
 
     The same bell is not posted again within ten seconds, or a Broker that doubles events would be answered by ever more

@@ -11,7 +11,7 @@ from knapper.jobs.job_files import Folder
 from knapper.jobs.names import Start
 from knapper.jobs.progress import newest_step
 from knapper.jobs.records import Evaluated, Started, Trained, read
-from knapper.jobs.services import Place
+from knapper.jobs.services import JobServices
 from knapper.jobs.spec import decode
 from knapper.state import damage, layout
 from knapper.state.layout import last_number
@@ -39,7 +39,7 @@ def metrics_line(step: int, trained: Trained) -> dict[str, Any]:
 class Metrics:
     """metrics.jsonl of jobs under way; what was read of them is kept, as it never changes."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: JobServices) -> None:
         self._place = place
         self._lines: LruCache[Start, list[bytes]] = LruCache(_KEPT_MAX)
 
@@ -54,7 +54,7 @@ class Metrics:
         self._lines.forget(folder.start)
 
 
-async def publish_rollouts(place: Place, folder: Folder, name: str, readable: bytes) -> None:
+async def publish_rollouts(place: JobServices, folder: Folder, name: str, readable: bytes) -> None:
     if readable:
         await place.exchange.publish(where(folder.start, f"rollouts/{name}.jsonl"), readable)
 
@@ -78,12 +78,12 @@ def evaluation(found: dict[int, Evaluated], steps: int) -> dict[str, Any]:
     return {"before": told.get(0), "after": told.get(steps), "during": between}
 
 
-async def publish_evaluations(place: Place, folder: Folder, steps: int) -> None:
+async def publish_evaluations(place: JobServices, folder: Folder, steps: int) -> None:
     found = evaluation(await evaluations(place.store, folder.start), steps)
     await _publish_json(place, folder.start, "evaluation.json", found)
 
 
-async def publish_status(place: Place, started: Started) -> None:
+async def publish_status(place: JobServices, started: Started) -> None:
     """status.json; of a start that another took the place of, or that is deleted, nothing."""
     start = Start(Tenant(started.tenant), started.job, started.start)
     now = await control.now(place.store, start)
@@ -98,10 +98,10 @@ async def publish_status(place: Place, started: Started) -> None:
     await _publish_json(place, start, "status.json", status)
 
 
-async def publish_bill(place: Place, folder: Folder, bill: dict[str, Any]) -> None:
+async def publish_bill(place: JobServices, folder: Folder, bill: dict[str, Any]) -> None:
     await _publish_json(place, folder.start, "bill.json", bill)
 
 
-async def _publish_json(place: Place, start: Start, name: str, value: dict[str, Any]) -> None:
+async def _publish_json(place: JobServices, start: Start, name: str, value: dict[str, Any]) -> None:
     data = msgspec.json.format(msgspec.json.encode(value)) + b"\n"
     await place.exchange.publish(where(start, name), data)

@@ -3,10 +3,10 @@
 from knapper.jobs import control, outputs
 from knapper.jobs.names import Start
 from knapper.jobs.records import Started, read
-from knapper.jobs.services import Place
+from knapper.jobs.services import JobServices
 
 
-async def note(place: Place, start: Start, reason: str) -> None:
+async def note(place: JobServices, start: Start, reason: str) -> None:
     """In `status.json` and `knapper jobs`, if that is news; nothing, of a job that does not run."""
     started = await read(place.store, start.started, Started)
     if started is not None and await control.note(place.store, start, f"waits: {reason}", place.clock()):

@@ -23,7 +23,7 @@ class Outline:
 
 
 @dataclass
-class Parts:
+class RoundParts:
     """Of one round: the prompts whose rollouts, and whose scores, are there."""
 
     rollouts: set[int] = field(default_factory=set)
@@ -36,11 +36,11 @@ class Progress:
     """`trained`: steps that are done, which is the newest version of the adapter. Rounds from there on."""
 
     trained: int
-    rounds: Mapping[tuple[Round, int], Parts]
+    rounds: Mapping[tuple[Round, int], RoundParts]
     evaluated_to: int  # every version below it that was to be evaluated is
 
-    def parts(self, kind: Round, n: int) -> Parts:
-        return self.rounds.get((kind, n), Parts())
+    def parts(self, kind: Round, n: int) -> RoundParts:
+        return self.rounds.get((kind, n), RoundParts())
 
 
 async def newest_step(store: Store, start: Start) -> int:
@@ -57,7 +57,7 @@ async def newest_step(store: Store, start: Start) -> int:
     return there
 
 
-class Looks:
+class ProgressReader:
     """Looks at the store; remembers what is done for good, so that each look is short."""
 
     def __init__(self, store: Store) -> None:
@@ -69,7 +69,7 @@ class Looks:
         start = outline.start
         known = self._known.get(start)
         trained, evaluated_to = known if known is not None else (await newest_step(self._store, start), 0)
-        rounds: dict[tuple[Round, int], Parts] = {}
+        rounds: dict[tuple[Round, int], RoundParts] = {}
         begins: tuple[tuple[Round, int], ...] = (("steps", trained), ("evaluations", evaluated_to))
         for kind, first in begins:
             if kind == "evaluations" and outline.job.evaluate is None:
@@ -77,14 +77,14 @@ class Looks:
             prefix = start.rounds(kind)
             for name in await self._store.list(prefix, start_after=f"{prefix}{number(first)}/"):
                 n, what, part = _split(name.removeprefix(prefix))
-                parts = rounds.setdefault((kind, n), Parts())
+                parts = rounds.setdefault((kind, n), RoundParts())
                 if what == "rollouts":
                     parts.rollouts.add(part)
                 elif what == "scores":
                     parts.scores.add(part)
                 else:
                     parts.done = True
-        while rounds.get(("steps", trained), Parts()).done:
+        while rounds.get(("steps", trained), RoundParts()).done:
             trained += 1
         evaluated_to = next(
             (v for v in range(evaluated_to, trained + 1) if _open(outline, rounds, v, steps)), trained + 1
@@ -93,7 +93,7 @@ class Looks:
         return Progress(trained, rounds, evaluated_to)
 
 
-def _open(outline: Outline, rounds: Mapping[tuple[Round, int], Parts], version: int, steps: int) -> bool:
+def _open(outline: Outline, rounds: Mapping[tuple[Round, int], RoundParts], version: int, steps: int) -> bool:
     if not schedule.evaluated(outline.job, version, steps):
         return False
     parts = rounds.get(("evaluations", version))

@@ -7,7 +7,7 @@ from typing import Protocol
 from knapper.ids import RunId
 from knapper.jobs.names import Round
 from knapper.jobs.records import Spent
-from knapper.jobs.run_client import Line
+from knapper.jobs.run_client import RunClient
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Lines:
     `before_at`: when what came before in the run was done.
     """
 
-    run: Line
-    reference: Line
+    run: RunClient
+    reference: RunClient
     before_at: float
 
     @property
@@ -40,7 +40,7 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepOutcome:
     """Of a step or an evaluation. `spent`: what its rollouts cost; `readable`: them, for people."""
 
     metrics: dict[str, float]
@@ -48,7 +48,7 @@ class Outcome:
     readable: bytes = b""
 
 
-class Course(Protocol):
+class Recipe(Protocol):
     """One job's way. Everything is a function of its folder and of what lies in the store."""
 
     @property
@@ -65,6 +65,6 @@ class Course(Protocol):
     def scores(self) -> Mapping[Round, int]:
         """How many prompts of a round must be scored before it can be trained, or evaluated."""
 
-    async def train(self, lines: Lines, step: int, /) -> Outcome: ...
+    async def train(self, lines: Lines, step: int, /) -> StepOutcome: ...
 
-    async def evaluate(self, lines: Lines, version: int, /) -> Outcome: ...
+    async def evaluate(self, lines: Lines, version: int, /) -> StepOutcome: ...

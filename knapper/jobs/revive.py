@@ -12,9 +12,9 @@ from knapper.events.cloudevents import Event
 from knapper.jobs import control, notifications, progress
 from knapper.jobs.inbox import look
 from knapper.jobs.names import Start
-from knapper.jobs.progress import Looks, Outline
+from knapper.jobs.progress import Outline, ProgressReader
 from knapper.jobs.records import Started, Waiting, read
-from knapper.jobs.services import Place
+from knapper.jobs.services import JobServices
 from knapper.jobs.spec import RlJob, decode
 from knapper.state import damage
 from knapper.state.layout import ObjectKind
@@ -42,12 +42,12 @@ class Seen:
     """
 
     known: dict[Start, _Known] = field(default_factory=dict)
-    looks: Looks | None = None
+    looks: ProgressReader | None = None
     lively: bool = False
     awaiting: bool = False
 
 
-async def due(place: Place, seen: Seen, quiet_s: float = _QUIET_S) -> list[Event]:
+async def due(place: JobServices, seen: Seen, quiet_s: float = _QUIET_S) -> list[Event]:
     """The bells for jobs with work undone that have not moved for so long; and first bells of jobs that start now."""
     found: list[Event] = []
     expected = await _starts(place, ObjectKind.JOB_EXPECTED)
@@ -76,7 +76,7 @@ async def _alone(start: Start, bells: Awaitable[list[Event]]) -> list[Event]:
     return []
 
 
-async def _starts(place: Place, kind: ObjectKind) -> list[Start]:
+async def _starts(place: JobServices, kind: ObjectKind) -> list[Start]:
     def parse(name: str) -> Start:
         try:
             return Start.parse(name.removeprefix(kind.under()))
@@ -86,7 +86,7 @@ async def _starts(place: Place, kind: ObjectKind) -> list[Start]:
     return damage.parsed(await place.store.list(kind.under()), parse)
 
 
-async def _awaited(place: Place, start: Start) -> list[Event]:
+async def _awaited(place: JobServices, start: Start) -> list[Event]:
     """Look again; where nobody can, nothing is awaited any more after the time that files may take."""
     try:
         begun = await look(place, start.tenant, start.job)
@@ -98,7 +98,7 @@ async def _awaited(place: Place, start: Start) -> list[Event]:
     return [] if begun is None else [await first(place, begun)]
 
 
-async def _of(place: Place, seen: Seen, start: Start, quiet_s: float) -> list[Event]:
+async def _of(place: JobServices, seen: Seen, start: Start, quiet_s: float) -> list[Event]:
     store = place.store
     before = seen.known.get(start)
     started = before.started if before is not None else await read(store, start.started, Started)
@@ -117,10 +117,10 @@ async def _of(place: Place, seen: Seen, start: Start, quiet_s: float) -> list[Ev
     return await again(place, started, start)
 
 
-async def _moved(place: Place, seen: Seen, start: Start, started: Started) -> object:
+async def _moved(place: JobServices, seen: Seen, start: Start, started: Started) -> object:
     """Something that is another whenever the job has moved."""
     if seen.looks is None:
-        seen.looks = Looks(place.store)
+        seen.looks = ProgressReader(place.store)
     job = decode(started.spec_json)
     steps = job.steps if job.steps is not None else limits.job_steps_max
     now = await seen.looks.look(Outline(start, job, started.held_out), steps)
@@ -128,7 +128,7 @@ async def _moved(place: Place, seen: Seen, start: Start, started: Started) -> ob
     return now.trained, now.evaluated_to, parts
 
 
-async def _unstarted(place: Place, start: Start) -> list[Event]:
+async def _unstarted(place: JobServices, start: Start) -> list[Event]:
     """Whoever was starting it died, or is about to be done."""
     begun = await look(place, start.tenant, start.job)
     await place.store.delete(start.working)
@@ -137,21 +137,21 @@ async def _unstarted(place: Place, start: Start) -> list[Event]:
     return [] if begun is None else [await first(place, begun)]
 
 
-async def first(place: Place, start: Start) -> Event:
+async def first(place: JobServices, start: Start) -> Event:
     """The bell that begins a started job."""
     started = await read(place.store, start.started, Started)
     assert started is not None, "the caller has seen it"
     return notifications.started(started)
 
 
-async def again(place: Place, started: Started, start: Start) -> list[Event]:
+async def again(place: JobServices, started: Started, start: Start) -> list[Event]:
     """The bells of whoever has something to do for the job."""
     when = int(place.clock() * 1e3)
     job = decode(started.spec_json)
     if not isinstance(job, RlJob):
         return [notifications.revived(started, start, cloudevents.JOB_STARTED, 0, when)]  # train_step is the only one
     outline = Outline(start, job, started.held_out)
-    now = await Looks(place.store).look(outline, job.steps)
+    now = await ProgressReader(place.store).look(outline, job.steps)
     found: dict[str, int] = {}
     for kind, n, prompts in progress.rounds(outline, job, now):
         parts = now.parts(kind, n)

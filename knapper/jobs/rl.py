@@ -13,7 +13,7 @@ from knapper.jobs import advantages, schedule
 from knapper.jobs.bill import covered, union
 from knapper.jobs.job_files import Folder
 from knapper.jobs.names import Round
-from knapper.jobs.recipes import Lines, Outcome
+from knapper.jobs.recipes import Lines, StepOutcome
 from knapper.jobs.records import Rollout, Rollouts, Scores, Spent, decode
 from knapper.jobs.rollouts import step_name
 from knapper.jobs.rows import RlRow, Row
@@ -23,7 +23,7 @@ from knapper.wire.types import Datum
 
 
 @dataclass(frozen=True)
-class Group:
+class RolloutGroup:
     """One prompt's rollouts with their scores; `size`: bytes in the store."""
 
     rollouts: Rollouts
@@ -59,7 +59,7 @@ class Reinforcing:
     def scores(self) -> Mapping[Round, int]:
         return {"steps": self.job.batch.prompts, "evaluations": len(self.folder.held_out)}
 
-    async def train(self, lines: Lines, step: int) -> Outcome:
+    async def train(self, lines: Lines, step: int) -> StepOutcome:
         groups = await read_groups(self.store, self.folder, "steps", step, self.job.batch.prompts)
         line = lines.run
         advantages_of = [self._advantages(group) for group in groups]
@@ -84,16 +84,16 @@ class Reinforcing:
                 "grad_norm": stepped["grad_norm"],
             }
         await line.save_for_sampler(step_name(step + 1))
-        return Outcome(metrics, _spent(groups), _readable(self.folder.rows, groups, advantages_of))
+        return StepOutcome(metrics, _spent(groups), _readable(self.folder.rows, groups, advantages_of))
 
-    async def evaluate(self, _lines: Lines, version: int) -> Outcome:
+    async def evaluate(self, _lines: Lines, version: int) -> StepOutcome:
         groups = await read_groups(self.store, self.folder, "evaluations", version, len(self.folder.held_out))
         rewards = [float(group.rewards_G.mean()) for group in groups if not group.scores.refused]
         metrics = {"reward/mean": float(np.mean(rewards)) if rewards else 0.0, "prompts": float(len(rewards))}
         metrics |= _parts(groups)
-        return Outcome(metrics, _spent(groups), _readable(self.folder.held_out, groups, None))
+        return StepOutcome(metrics, _spent(groups), _readable(self.folder.held_out, groups, None))
 
-    def _advantages(self, group: Group) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    def _advantages(self, group: RolloutGroup) -> "np.ndarray[Any, np.dtype[np.float64]]":
         if group.scores.refused:
             return np.zeros(len(group.rollouts.rollouts))
         return advantages.FORMULAS[self.job.advantage](group.rewards_G)
@@ -104,11 +104,11 @@ class Reinforcing:
         return {name: value for name, value in given.items() if value is not None}
 
 
-async def read_groups(store: Store, folder: Folder, kind: Round, n: int, prompts: int) -> list[Group]:
+async def read_groups(store: Store, folder: Folder, kind: Round, n: int, prompts: int) -> list[RolloutGroup]:
     """All of a round. Raises Corrupt if one is missing."""
     start = folder.start
 
-    async def one(part: int) -> Group:
+    async def one(part: int) -> RolloutGroup:
         names = (start.rollouts(kind, n, part), start.scores(kind, n, part))
         found = [await store.get(name) for name in names]
         for name, data in zip(names, found, strict=True):
@@ -116,7 +116,7 @@ async def read_groups(store: Store, folder: Folder, kind: Round, n: int, prompts
                 raise damaged(name, "it is missing")
         first, second = (data or b"" for data in found)
         size = len(first) + len(second)
-        return Group(decode(first, Rollouts, names[0]), decode(second, Scores, names[1]), size)
+        return RolloutGroup(decode(first, Rollouts, names[0]), decode(second, Scores, names[1]), size)
 
     return await many.each(range(prompts), one)
 
@@ -141,7 +141,7 @@ def datum(prompt: "np.ndarray[Any, np.dtype[np.int32]]", rollout: Rollout, advan
     return Datum(tokens[:-1], inputs)
 
 
-def _described(job: RlJob, step: int, groups: Sequence[Group], found: Sequence[Any]) -> dict[str, float]:
+def _described(job: RlJob, step: int, groups: Sequence[RolloutGroup], found: Sequence[Any]) -> dict[str, float]:
     """What metrics.jsonl says of the rollouts."""
     used = [group for group in groups if not group.scores.refused]
     rewards = np.concatenate([group.rewards_G for group in used]) if used else np.zeros(1)
@@ -159,7 +159,7 @@ def _described(job: RlJob, step: int, groups: Sequence[Group], found: Sequence[A
     }
 
 
-def _parts(groups: Sequence[Group]) -> dict[str, float]:
+def _parts(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """Means of the reward's terms, where it has several."""
     scores = [score for group in groups for score in group.scores.scores]
     labels = sorted({label for score in scores for label in score.parts})
@@ -168,7 +168,7 @@ def _parts(groups: Sequence[Group]) -> dict[str, float]:
     return {f"reward/{label}": float(np.mean([score.parts[label] for score in scores])) for label in labels}
 
 
-def _spent(groups: Sequence[Group]) -> Spent:
+def _spent(groups: Sequence[RolloutGroup]) -> Spent:
     return Spent(
         prompt_tokens=sum(len(group.prompt) for group in groups),
         sampled_tokens=sum(size_of(rollout) for group in groups for rollout in group.rollouts.rollouts),
@@ -180,7 +180,7 @@ def _spent(groups: Sequence[Group]) -> Spent:
     )
 
 
-def _readable(rows: Sequence[Row], groups: Sequence[Group], found: Sequence[Any] | None) -> bytes:
+def _readable(rows: Sequence[Row], groups: Sequence[RolloutGroup], found: Sequence[Any] | None) -> bytes:
     """JSON Lines, a rollout each: what was asked, what came, what it was worth."""
     lines = []
     for n, group in enumerate(groups):

@@ -11,13 +11,13 @@ from knapper.errors import NotFound
 from knapper.jobs import names
 
 if TYPE_CHECKING:
-    from knapper.jobs.client import Client
+    from knapper.jobs.client import JobsClient
 
 _NAME: Final = re.compile(r"rollouts/(step|evaluation)-(\d+)\.jsonl")
 _SHOWN_CHARS: Final = 60
 
 
-def read(client: "Client", job: str, step: int | None, evaluation: int | None) -> list[dict[str, Any]]:
+def read(client: "JobsClient", job: str, step: int | None, evaluation: int | None) -> list[dict[str, Any]]:
     """Of the step, of the evaluation, or of the newest step. Raises NotFound, saying which there are."""
     found = [match for file in client.files(job) if (match := _NAME.fullmatch(file["name"]))]
     kind, wanted = ("step", step) if evaluation is None else ("evaluation", evaluation)

@@ -19,16 +19,16 @@ from knapper.ids import TinkerPath
 from knapper.jobs import progress, schedule
 from knapper.jobs.job_files import Folder
 from knapper.jobs.names import Round
-from knapper.jobs.progress import Looks
+from knapper.jobs.progress import ProgressReader
 from knapper.jobs.records import Rollout, Rollouts, encode
 from knapper.jobs.rows import RlRow
 from knapper.jobs.spec import RlJob
-from knapper.jobs.tokenized_rows import Texts
+from knapper.jobs.tokenized_rows import RowTokenizer
 from knapper.jobs.worker import Slice, SliceOver, Worker
 from knapper.state.checkpoints import Checkpoints
 from knapper.store.cache import LruCache
-from knapper.wire.types import Sample, SampleOutput, SamplingParams
-from knapper.wire.types import Sequence as Sampled
+from knapper.wire.types import SampledSequence as Sampled
+from knapper.wire.types import SampleOutput, SampleRequest, SamplingParams
 
 _TEXTS_AT_ONCE = 128  # twice as many as decode at once, so that none waits for its turn to be asked for
 _WATCH_S = 1.0
@@ -36,13 +36,13 @@ SOURCE = "knapper/sample"
 
 
 class Draws(Protocol):
-    """What is needed of knapper.engine.sampling.sampler.Sampler."""
+    """What is needed of knapper.engine.sampling.sampler.EngineSampler."""
 
-    async def sample(self, request: Sample) -> SampleOutput: ...
+    async def sample(self, request: SampleRequest) -> SampleOutput: ...
 
 
 @dataclass
-class Sampling:
+class RolloutSampler:
     """`context`: tokens that the model takes."""
 
     worker: Worker
@@ -53,7 +53,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         self._place = self.worker.place
-        self._looks = Looks(self._place.store)
+        self._looks = ProgressReader(self._place.store)
         self._checkpoints = Checkpoints(self._place.store, self._place.clock)
 
     async def answer(self, event: Event) -> None:
@@ -107,7 +107,7 @@ class Sampling:
         began_at = self._place.clock()
         row, tokens = one.row(part), prompts.of(one.kind, one.row(part))
         output = await self.sampler.sample(
-            Sample(
+            SampleRequest(
                 base_model=one.folder.started.base_model,
                 adapter=adapter,
                 prompt=np.array(tokens, np.int32),
@@ -144,7 +144,7 @@ class Sampling:
     def _encode(self, one: "_Round") -> "Prompts":
         """Every prompt of the job, each checked to fit. Raises UserError."""
         folder, job = one.folder, one.job
-        texts = Texts(self.language, folder.started.started_at, self.context)
+        texts = RowTokenizer(self.language, folder.started.started_at, self.context)
         room = self.context - job.sampling.max_tokens
         found = []
         for file, rows in ((job.data, folder.rows), (job.evaluate.data if job.evaluate else "", folder.held_out)):

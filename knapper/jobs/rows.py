@@ -52,7 +52,7 @@ SftRow = ChatRow | CompletionRow
 Row = RlRow | ChatRow | CompletionRow | PairRow
 
 
-class Form(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RowForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One way to write a row. `shown`: an example, for people."""
 
     shown: ClassVar[str]
@@ -62,7 +62,7 @@ class Form(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         raise NotImplementedError
 
 
-class Asked(Form, frozen=True, kw_only=True):
+class PromptForm(RowForm, frozen=True, kw_only=True):
     shown = '{"prompt": ..., "answer": ...}'
 
     prompt: Text | list[Any]
@@ -72,7 +72,7 @@ class Asked(Form, frozen=True, kw_only=True):
         return RlRow(_prompt(self.prompt), self.answer)
 
 
-class Chat(Form, frozen=True, kw_only=True):
+class ChatForm(RowForm, frozen=True, kw_only=True):
     shown = '{"messages": [...]}'
 
     messages: list[Any]
@@ -81,7 +81,7 @@ class Chat(Form, frozen=True, kw_only=True):
         return ChatRow(conversation(self.messages, "messages"))
 
 
-class ShareGpt(Form, frozen=True, kw_only=True):
+class ShareGptForm(RowForm, frozen=True, kw_only=True):
     shown = '{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}'
 
     conversations: list[Any]
@@ -106,7 +106,7 @@ class ShareGpt(Form, frozen=True, kw_only=True):
         return [{"role": "system", "content": self.system}, *messages]
 
 
-class Completed(Form, frozen=True, kw_only=True):
+class CompletionForm(RowForm, frozen=True, kw_only=True):
     shown = '{"prompt": ..., "completion": ...}'
 
     prompt: Text | list[Any]
@@ -117,7 +117,7 @@ class Completed(Form, frozen=True, kw_only=True):
         return CompletionRow(prompt, _completion(prompt, self.completion, "completion"))
 
 
-class Pair(Form, frozen=True, kw_only=True):
+class PreferenceForm(RowForm, frozen=True, kw_only=True):
     shown = '{"prompt": ..., "chosen": ..., "rejected": ...}'
 
     prompt: Text | list[Any]
@@ -131,7 +131,7 @@ class Pair(Form, frozen=True, kw_only=True):
         return _pair(prompt, self.chosen, self.rejected)
 
 
-class Diverging(Form, frozen=True, kw_only=True):
+class DivergingForm(RowForm, frozen=True, kw_only=True):
     shown = '{"chosen": [...], "rejected": [...]} with the same messages before the first that differs'
 
     chosen: Text | list[Any]
@@ -144,7 +144,7 @@ class Diverging(Form, frozen=True, kw_only=True):
         return _diverging(self.chosen, self.rejected)
 
 
-class ShareGptPair(ShareGpt, frozen=True, kw_only=True):
+class ShareGptPair(ShareGptForm, frozen=True, kw_only=True):
     shown = '{"conversations": [...], "chosen": {"from": "gpt", "value": "..."}, "rejected": {...}}'
 
     chosen: Text | dict[str, Any] | list[Any]
@@ -155,10 +155,10 @@ class ShareGptPair(ShareGpt, frozen=True, kw_only=True):
         return _pair(self.messages(), chosen, rejected)
 
 
-FORMS: Mapping[Kind, tuple[type[Form], ...]] = {
-    "rl": (Asked,),
-    "sft": (Chat, Completed, ShareGpt),
-    "dpo": (Pair, Diverging, ShareGptPair),
+FORMS: Mapping[Kind, tuple[type[RowForm], ...]] = {
+    "rl": (PromptForm,),
+    "sft": (ChatForm, CompletionForm, ShareGptForm),
+    "dpo": (PreferenceForm, DivergingForm, ShareGptPair),
 }
 
 
@@ -184,12 +184,12 @@ def read(kind: Kind, text: bytes) -> Row:
 
 
 @cache
-def _names(form: type[Form]) -> frozenset[str]:
+def _names(form: type[RowForm]) -> frozenset[str]:
     return frozenset(field.encode_name for field in msgspec.structs.fields(form))
 
 
 @cache
-def _required(form: type[Form]) -> frozenset[str]:
+def _required(form: type[RowForm]) -> frozenset[str]:
     return frozenset(field.encode_name for field in msgspec.structs.fields(form) if field.required)
 
 

@@ -25,13 +25,13 @@ _DATUMS_MAX = 512
 
 
 class Applies(Protocol):
-    """What is needed of knapper.serving.runs.Residents."""
+    """What is needed of knapper.serving.runs.ClaimedRuns."""
 
     def answer(self, run_id: RunId) -> AsyncIterator[Frame]: ...
 
 
 @dataclass(frozen=True)
-class Applied:
+class AppliedOperation:
     """`accepted_at`: when it was accepted first, None where nobody knows any more. `device_s`: what it took."""
 
     result: Result
@@ -53,13 +53,13 @@ class Journal:
         await self._acceptor.create(Creation(spec=spec), msgspec.json.encode(spec))
         await self._result(RunId(spec.run), 0)
 
-    async def apply(self, run: RunId, seq: int, kind: Kind, body: bytes) -> Applied:
+    async def apply(self, run: RunId, seq: int, kind: Kind, body: bytes) -> AppliedOperation:
         """The operation, done. Raises UserError if it failed by what it asks."""
         accepted_at = await self._acceptor.accept(run, seq, kind, pack(body))
         result = await self._result(run, seq)
         if accepted_at is None:  # by an earlier slice, or a process that is gone
             accepted_at = await self._acceptor.accepted_at(run, seq)
-        return Applied(result, accepted_at, await self._results.device_s(run, seq))
+        return AppliedOperation(result, accepted_at, await self._results.device_s(run, seq))
 
     async def creation_s(self, run: RunId) -> float:
         """Seconds of the device that making the run took."""
@@ -81,7 +81,7 @@ class Journal:
 
 
 @dataclass
-class Line:
+class RunClient:
     """Operations of one run, one after another. `go_on` stands before each, and may raise."""
 
     journal: Journal

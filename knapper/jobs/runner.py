@@ -14,15 +14,15 @@ from knapper.jobs import completion, control, needs, outputs, progress, sample_u
 from knapper.jobs.job_files import Folder
 from knapper.jobs.names import Round, Start
 from knapper.jobs.outputs import Metrics
-from knapper.jobs.progress import Looks, Progress
-from knapper.jobs.recipes import Course, Lines
+from knapper.jobs.progress import Progress, ProgressReader
+from knapper.jobs.recipes import Lines, Recipe
 from knapper.jobs.records import Evaluated, Trained, encode, read
 from knapper.jobs.rl import Reinforcing
 from knapper.jobs.rollouts import step_name
-from knapper.jobs.run_client import Journal, Line
+from knapper.jobs.run_client import Journal, RunClient
 from knapper.jobs.spec import DpoJob, RlJob, SftJob
 from knapper.jobs.supervised import Dpo, Sft
-from knapper.jobs.tokenized_rows import Texts
+from knapper.jobs.tokenized_rows import RowTokenizer
 from knapper.jobs.worker import Slice, Worker
 from knapper.state.checkpoints import Checkpoints
 from knapper.state.journal.records import Spec
@@ -42,11 +42,11 @@ class Training:
     journal: Journal
     language: Language
     context: int
-    _courses: LruCache[Start, Course] = field(default_factory=lambda: LruCache(_COURSES_MAX))
+    _courses: LruCache[Start, Recipe] = field(default_factory=lambda: LruCache(_COURSES_MAX))
 
     def __post_init__(self) -> None:
         self._place = self.worker.place
-        self._looks = Looks(self._place.store)
+        self._looks = ProgressReader(self._place.store)
         self._checkpoints = Checkpoints(self._place.store, self._place.clock)
         self._metrics = Metrics(self._place)
 
@@ -75,7 +75,7 @@ class Training:
             if not await self._advance(folder, course, now, within, event):
                 return
 
-    async def _advance(self, folder: Folder, course: Course, now: Progress, within: Slice, event: Event) -> bool:
+    async def _advance(self, folder: Folder, course: Recipe, now: Progress, within: Slice, event: Event) -> bool:
         """Do the next thing that can be done here. False if there is none."""
         for version in progress.evaluations(folder.outline, now, course.steps):
             if _scored(course, now, "evaluations", version):
@@ -87,7 +87,7 @@ class Training:
             return True
         return False
 
-    async def _train(self, folder: Folder, course: Course, step: int, within: Slice) -> None:
+    async def _train(self, folder: Folder, course: Recipe, step: int, within: Slice) -> None:
         lines = await self._lines(folder, course, step, within, before_step=True)
         outcome = await course.train(lines, step)
         made_s = 0.0 if step else sum([await self.journal.creation_s(run) for run in course.runs])
@@ -105,7 +105,7 @@ class Training:
         await control.note(self._place.store, folder.start, "", self._place.clock())
         await outputs.publish_status(self._place, folder.started)
 
-    async def _evaluate(self, folder: Folder, course: Course, version: int, within: Slice) -> None:
+    async def _evaluate(self, folder: Folder, course: Recipe, version: int, within: Slice) -> None:
         lines = await self._lines(folder, course, version, within)
         outcome = await course.evaluate(lines, version)
         ended_at = self._place.clock()
@@ -125,7 +125,7 @@ class Training:
             await outputs.publish_status(self._place, folder.started)
 
     async def _lines(
-        self, folder: Folder, course: Course, version: int, within: Slice, *, before_step: bool = False
+        self, folder: Folder, course: Recipe, version: int, within: Slice, *, before_step: bool = False
     ) -> Lines:
         """Where the journal goes on after this version was made, or also after it was evaluated."""
         start, store = folder.start, self._place.store
@@ -142,12 +142,12 @@ class Training:
         if before is not None:
             seq, reference_seq = before.next_seq, before.reference_seq
         return Lines(
-            Line(self.journal, start.run, seq, within.go_on),
-            Line(self.journal, start.reference, reference_seq, within.go_on),
+            RunClient(self.journal, start.run, seq, within.go_on),
+            RunClient(self.journal, start.reference, reference_seq, within.go_on),
             folder.started.started_at if before is None else before.ended_at,
         )
 
-    async def _finish(self, folder: Folder, course: Course, within: Slice, event: Event) -> None:
+    async def _finish(self, folder: Folder, course: Recipe, within: Slice, event: Event) -> None:
         lines = await self._lines(folder, course, course.steps, within, before_step=True)
         await self._metrics.publish(folder)
         await completion.write(self._place, self._checkpoints, folder, lines, course.steps)
@@ -157,21 +157,21 @@ class Training:
         self._courses.forget(folder.start)
         await self._place.bells.ring(event, cloudevents.JOB_COMPLETED, SOURCE, course.steps)
 
-    async def _course(self, folder: Folder) -> Course:
+    async def _course(self, folder: Folder) -> Recipe:
         return await self._courses.get_once(folder.start, lambda: self._make(folder))
 
-    async def _make(self, folder: Folder) -> Course:
+    async def _make(self, folder: Folder) -> Recipe:
         job, store = folder.job, self._place.store
         if isinstance(job, RlJob):
             return Reinforcing(folder, job, store)
         asked = job.max_tokens or self.context
-        texts = Texts(self.language, folder.started.started_at, min(asked, self.context))
+        texts = RowTokenizer(self.language, folder.started.started_at, min(asked, self.context))
         if isinstance(job, SftJob):
             return await Sft.read(folder, job, texts)
         assert isinstance(job, DpoJob)
         return await Dpo.read(folder, job, texts)
 
-    async def _create(self, folder: Folder, course: Course) -> None:
+    async def _create(self, folder: Folder, course: Recipe) -> None:
         """The runs, registered like a client's, so that `tinker` finds them and their checkpoints."""
         start, started = folder.start, folder.started
         if await self._place.store.get(start.trained(0)) is not None:
@@ -198,7 +198,7 @@ class Training:
             await self._checkpoints.delete(path, folder.start.tenant)
 
 
-def _scored(course: Course, now: Progress, kind: Round, n: int) -> bool:
+def _scored(course: Recipe, now: Progress, kind: Round, n: int) -> bool:
     return len(now.parts(kind, n).scores) >= course.scores[kind]
 
 

@@ -10,7 +10,7 @@ from knapper.events.cloudevents import Event
 from knapper.jobs import progress
 from knapper.jobs.job_files import Folder
 from knapper.jobs.names import Round
-from knapper.jobs.progress import Looks
+from knapper.jobs.progress import ProgressReader
 from knapper.jobs.records import Rollout, Rollouts, Score, Scores, encode, read
 from knapper.jobs.rows import RlRow
 from knapper.jobs.spec import RlJob
@@ -21,7 +21,7 @@ from knapper.rewards.spec import Reward
 _GROUPS_AT_ONCE = 4
 SOURCE = "knapper/reward"
 
-Judge = Callable[[Reward, Sequence[scorer.Rollout]], Awaitable[list[scorer.Score]]]
+Judge = Callable[[Reward, Sequence[scorer.ScorableRollout]], Awaitable[list[scorer.RewardScore]]]
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Scoring:
 
     def __post_init__(self) -> None:
         self._place = self.worker.place
-        self._looks = Looks(self._place.store)
+        self._looks = ProgressReader(self._place.store)
 
     async def answer(self, event: Event) -> None:
         await self.worker.answer(event, self._work)
@@ -67,7 +67,7 @@ class Scoring:
             raise damaged(name, "it was listed, and is missing")
         row = (folder.rows if kind == "steps" else folder.held_out)[record.row]
         assert isinstance(row, RlRow)
-        began_at, refused, scores = self._place.clock(), "", list[scorer.Score]()
+        began_at, refused, scores = self._place.clock(), "", list[scorer.RewardScore]()
         try:
             scores = await self.judge(reward, [_asked(row, each) for each in record.rollouts])
         except scorer.RewardFailed as error:
@@ -79,5 +79,5 @@ class Scoring:
         await self._place.store.put_if_absent(folder.start.scores(kind, n, part), encode(record_of))
 
 
-def _asked(row: RlRow, rollout: Rollout) -> scorer.Rollout:
-    return scorer.Rollout(id=rollout.id, prompt=row.prompt, completion=rollout.text, answer=row.answer)
+def _asked(row: RlRow, rollout: Rollout) -> scorer.ScorableRollout:
+    return scorer.ScorableRollout(id=rollout.id, prompt=row.prompt, completion=rollout.text, answer=row.answer)

@@ -6,23 +6,23 @@ from dataclasses import dataclass
 from knapper.events.broker import Broker
 from knapper.exchange import Exchange
 from knapper.exchange.factory import open_exchange
-from knapper.jobs.notifications import Bells
+from knapper.jobs.notifications import Notifier
 from knapper.settings import Settings
 from knapper.state.function_key import FunctionKey
 from knapper.store import Store
 
 
 @dataclass(frozen=True)
-class Place:
+class JobServices:
     """`clock`: seconds since the epoch."""
 
     store: Store
     exchange: Exchange
-    bells: Bells
+    bells: Notifier
     clock: Callable[[], float]
 
 
-def open_place(settings: Settings, store: Store, clock: Callable[[], float]) -> Place:
+def open_place(settings: Settings, store: Store, clock: Callable[[], float]) -> JobServices:
     """That of this process. Raises InvalidField for an exchange's address that is none."""
     broker = Broker(settings.broker_url, FunctionKey(store))
-    return Place(store, open_exchange(settings), Bells(broker.post, clock), clock)
+    return JobServices(store, open_exchange(settings), Notifier(broker.post, clock), clock)

@@ -28,11 +28,11 @@ Factor = Annotated[float, Meta(ge=0, le=1e6)]
 Unit = Annotated[float, Meta(ge=0, lt=1)]
 
 
-class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SpecPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all."""
 
 
-class Lora(Part, frozen=True, kw_only=True):
+class LoraSpec(SpecPart, frozen=True, kw_only=True):
     rank: Annotated[int, Meta(ge=1, le=limits.rank_max)] = 16
     alpha: Annotated[float, Meta(gt=0, le=1e4)] = 32.0
     seed: Seed = 0
@@ -47,7 +47,7 @@ class Lora(Part, frozen=True, kw_only=True):
         return [part for part, wanted in chosen.items() if wanted]
 
 
-class Optimizer(Part, frozen=True, kw_only=True):
+class Optimizer(SpecPart, frozen=True, kw_only=True):
     """AdamW. The gradient is a mean: of tokens (sft, rl) or pairs (dpo)."""
 
     learning_rate: Annotated[float, Meta(gt=0, le=1)] = 1e-4
@@ -61,7 +61,7 @@ class Optimizer(Part, frozen=True, kw_only=True):
     weight_decay: Factor = 0.0
 
 
-class Sampling(Part, frozen=True, kw_only=True):
+class SamplingSpec(SpecPart, frozen=True, kw_only=True):
     max_tokens: Tokens = 256
     temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -69,20 +69,20 @@ class Sampling(Part, frozen=True, kw_only=True):
     stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=200)]], Meta(max_length=16)] = []
 
 
-class RlBatch(Part, frozen=True, kw_only=True):
+class RlBatch(SpecPart, frozen=True, kw_only=True):
     prompts: Annotated[int, Meta(ge=1, le=limits.job_batch_max)] = 8
     samples: Annotated[int, Meta(ge=2, le=limits.num_samples_max)] = 8
 
 
-class SftBatch(Part, frozen=True, kw_only=True):
+class SftBatch(SpecPart, frozen=True, kw_only=True):
     sequences: Annotated[int, Meta(ge=1, le=limits.job_batch_max)] = 8
 
 
-class DpoBatch(Part, frozen=True, kw_only=True):
+class DpoBatch(SpecPart, frozen=True, kw_only=True):
     pairs: Annotated[int, Meta(ge=1, le=limits.job_batch_max)] = 8
 
 
-class Loss(Part, frozen=True, kw_only=True):
+class LossName(SpecPart, frozen=True, kw_only=True):
     """Not dro: it counts the prompt's tokens too, which nobody sampled."""
 
     name: Literal["importance_sampling", "ppo", "cispo", "gspo"] = "importance_sampling"
@@ -90,7 +90,7 @@ class Loss(Part, frozen=True, kw_only=True):
     clip_high_threshold: Factor | None = None
 
 
-class Evaluate(Part, frozen=True, kw_only=True):
+class Evaluate(SpecPart, frozen=True, kw_only=True):
     data: File
     every: Annotated[int, Meta(ge=0, le=limits.job_steps_max)] = 0  # 0: before and after only
 
@@ -100,12 +100,12 @@ class RlEvaluate(Evaluate, frozen=True, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
 
 
-class Job(Part, frozen=True, kw_only=True):
+class JobSpec(SpecPart, frozen=True, kw_only=True):
     """What every kind of job says."""
 
     data: File
     base_model: Annotated[str, Meta(max_length=1024)] | None = None  # none: the only one that is served
-    lora: Lora = Lora()
+    lora: LoraSpec = LoraSpec()
     optimizer: Optimizer = Optimizer()
     seed: Seed = 0  # of the data's order, and of the samples
 
@@ -119,13 +119,13 @@ class Job(Part, frozen=True, kw_only=True):
         return [] if evaluate is None else [evaluate.data]
 
 
-class RlJob(Job, frozen=True, kw_only=True):
+class RlJob(JobSpec, frozen=True, kw_only=True):
     kind: Literal["rl"]
     steps: Count
     reward: Any  # knapper.rewards.spec
     batch: RlBatch = RlBatch()
-    sampling: Sampling = Sampling()
-    loss: Loss = Loss()
+    sampling: SamplingSpec = SamplingSpec()
+    loss: LossName = LossName()
     advantage: Literal["group_normalised", "group_centred"] = "group_normalised"
     max_staleness: Annotated[int, Meta(ge=0, le=limits.job_staleness_max)] = 0  # steps that samples may be behind
     on_reward_error: Literal["fail", "skip_group"] = "fail"
@@ -135,7 +135,7 @@ class RlJob(Job, frozen=True, kw_only=True):
         return [*super()._more_files(), *rewards.names(self.reward)]
 
 
-class Supervised(Job, frozen=True, kw_only=True):
+class Supervised(JobSpec, frozen=True, kw_only=True):
     """sft and dpo: passes over rows of text."""
 
     steps: Count | None = None
@@ -221,7 +221,7 @@ def _check(job: AnyJob) -> None:
         raise InvalidField("steps", given, "one of `steps:` and `epochs:`")
 
 
-def _check_loss(loss: Loss) -> None:
+def _check_loss(loss: LossName) -> None:
     low, high = loss.clip_low_threshold, loss.clip_high_threshold
     if loss.name == "importance_sampling" and (low is not None or high is not None):
         raise InvalidField("loss.name", loss.name, "ppo, cispo or gspo with clip thresholds", "Or leave these out")

@@ -11,11 +11,11 @@ from knapper.jobs import schedule
 from knapper.jobs.job_files import Folder
 from knapper.jobs.names import Round
 from knapper.jobs.preferences import Preference, preference, summed
-from knapper.jobs.recipes import Lines, Outcome
+from knapper.jobs.recipes import Lines, StepOutcome
 from knapper.jobs.rows import ChatRow, CompletionRow, PairRow, Row
-from knapper.jobs.run_client import Line
+from knapper.jobs.run_client import RunClient
 from knapper.jobs.spec import DpoJob, SftJob
-from knapper.jobs.tokenized_rows import Example, Texts, pack
+from knapper.jobs.tokenized_rows import Example, RowTokenizer, pack
 
 Pair = tuple[Example, Example]  # chosen, rejected
 
@@ -34,7 +34,7 @@ class Sft:
     evaluates_in_run = True
 
     @staticmethod
-    async def read(folder: Folder, job: SftJob, texts: Texts) -> "Sft":
+    async def read(folder: Folder, job: SftJob, texts: RowTokenizer) -> "Sft":
         """Raises UserError, naming the row, for one that does not fit."""
 
         def examples(file: str, rows: Sequence[Row]) -> list[Example]:
@@ -60,7 +60,7 @@ class Sft:
     def scores(self) -> Mapping[Round, int]:
         return {"steps": 0, "evaluations": 0}
 
-    async def train(self, lines: Lines, step: int) -> Outcome:
+    async def train(self, lines: Lines, step: int) -> StepOutcome:
         """The mean over the batch's counted tokens of -log p."""
         batch = self._batch(step)
         counted = sum(example.counted for example in batch)
@@ -75,14 +75,14 @@ class Sft:
             "learning_rate": values.learning_rate,
             "grad_norm": stepped["grad_norm"],
         }
-        return Outcome(metrics)
+        return StepOutcome(metrics)
 
-    async def evaluate(self, lines: Lines, _version: int) -> Outcome:
+    async def evaluate(self, lines: Lines, _version: int) -> StepOutcome:
         counted = sum(example.counted for example in self.held_out)
         data = [example.datum(1.0) for example in self.held_out]
         output = await lines.run.forward_backward(data, "cross_entropy", {}, forward_only=True)
         loss = output.metrics["loss:sum"] / counted
-        return Outcome({"loss/mean": loss, "tokens/counted": float(counted)})
+        return StepOutcome({"loss/mean": loss, "tokens/counted": float(counted)})
 
     def _batch(self, step: int) -> list[Example]:
         """Sequences of the step: epochs one after another, cut into batches without a gap."""
@@ -114,7 +114,7 @@ class Dpo:
     evaluates_in_run = True
 
     @staticmethod
-    async def read(folder: Folder, job: DpoJob, texts: Texts) -> "Dpo":
+    async def read(folder: Folder, job: DpoJob, texts: RowTokenizer) -> "Dpo":
         """Raises UserError, naming the row, for one that does not fit."""
 
         def pairs(file: str, rows: Sequence[Row]) -> list[Pair]:
@@ -139,7 +139,7 @@ class Dpo:
     def scores(self) -> Mapping[Round, int]:
         return {"steps": 0, "evaluations": 0}
 
-    async def train(self, lines: Lines, step: int) -> Outcome:
+    async def train(self, lines: Lines, step: int) -> StepOutcome:
         """The mean over the batch's pairs."""
         total = None if self.job.epochs is None else len(self.pairs) * self.job.epochs
         rows = schedule.rows(self.job.seed, step, self.job.batch.pairs, len(self.pairs), total)
@@ -154,10 +154,10 @@ class Dpo:
         values = schedule.adamw(self.job.optimizer, step, self.steps)
         stepped = await lines.run.optim_step(values)
         more = {"learning_rate": values.learning_rate, "grad_norm": stepped["grad_norm"]}
-        return Outcome({**_described(found), **more})
+        return StepOutcome({**_described(found), **more})
 
-    async def evaluate(self, lines: Lines, _version: int) -> Outcome:
-        return Outcome(_described(await self._preferences(lines, self.held_out)))
+    async def evaluate(self, lines: Lines, _version: int) -> StepOutcome:
+        return StepOutcome(_described(await self._preferences(lines, self.held_out)))
 
     async def _preferences(self, lines: Lines, pairs: Sequence[Pair]) -> list[Preference]:
         examples = [example for pair in pairs for example in pair]
@@ -167,7 +167,7 @@ class Dpo:
         return [preference(self.job.beta, both[at], both[at + 1]) for at in range(0, len(both), 2)]
 
 
-def _example(texts: Texts, job: SftJob, row: Row, where: str) -> Example:
+def _example(texts: RowTokenizer, job: SftJob, row: Row, where: str) -> Example:
     assert isinstance(row, ChatRow | CompletionRow)
     try:
         return texts.sft(row, job.loss_on)
@@ -175,7 +175,7 @@ def _example(texts: Texts, job: SftJob, row: Row, where: str) -> Example:
         raise UserError(f"{where}: {error}") from error
 
 
-def _pair(texts: Texts, row: Row, where: str) -> Pair:
+def _pair(texts: RowTokenizer, row: Row, where: str) -> Pair:
     assert isinstance(row, PairRow)
     try:
         return texts.pair(row)
@@ -183,7 +183,7 @@ def _pair(texts: Texts, row: Row, where: str) -> Pair:
         raise UserError(f"{where}: {error}") from error
 
 
-async def _summed(line: Line, examples: Sequence[Example]) -> list[float]:
+async def _summed(line: RunClient, examples: Sequence[Example]) -> list[float]:
     data = [example.datum(1.0) for example in examples]
     output = await line.forward_backward(data, "cross_entropy", {}, forward_only=True)
     return [summed(example, each["logprobs"]) for example, each in zip(examples, output.outputs, strict=True)]

@@ -36,7 +36,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Texts:
+class RowTokenizer:
     """`now`: what templates may call the date, in seconds since the epoch: of a job always the same.
 
     `tokens_max`: of one example; a longer one is an error, never cut.

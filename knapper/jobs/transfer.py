@@ -15,7 +15,7 @@ from knapper.jobs import names
 from knapper.text.suggestions import did_you_mean
 
 if TYPE_CHECKING:
-    from knapper.jobs.client import Client
+    from knapper.jobs.client import JobsClient
 
 _PIECE_BYTES: Final = 1024 * 1024
 _TRIES, _PAUSE_S = 6, 0.5  # in a row without a byte more; each pause is twice the one before
@@ -49,7 +49,7 @@ def checked(path: Path) -> Text:
     return Text(path, size, digest.hexdigest())
 
 
-def send(client: "Client", name: str, text: Text) -> None:
+def send(client: "JobsClient", name: str, text: Text) -> None:
     """All parts that are not there yet. Raises Unavailable once nothing more gets through."""
     url, tries, before = f"/uploads/{text.sha256}/{text.size}", 0, -1
     while True:
@@ -65,7 +65,7 @@ def send(client: "Client", name: str, text: Text) -> None:
             tries = _pause(tries, error)
 
 
-def _send_parts(client: "Client", url: str, name: str, text: Text, parts: Sequence[dict[str, Any]]) -> None:
+def _send_parts(client: "JobsClient", url: str, name: str, text: Text, parts: Sequence[dict[str, Any]]) -> None:
     with text.path.open("rb") as file:
         for part in parts:
             file.seek(part["offset"])
@@ -79,7 +79,7 @@ def _send_parts(client: "Client", url: str, name: str, text: Text, parts: Sequen
                 client.put(f"{url}/{part['offset']}", data, {"Content-Digest": f"sha-256=:{digest}:"})
 
 
-def download(client: "Client", job: str, wanted: Sequence[str], folder: Path) -> Iterator[tuple[str, bool]]:
+def download(client: "JobsClient", job: str, wanted: Sequence[str], folder: Path) -> Iterator[tuple[str, bool]]:
     """(name, whether it was fetched) of each file that is wanted, or in a folder that is; without any, of all.
 
     Raises UserError for one that is not there, before anything is fetched.
@@ -103,7 +103,7 @@ def _chosen(there: Sequence[str], wanted: Sequence[str]) -> list[str]:
     return chosen
 
 
-def _current(client: "Client", job: str, name: str, folder: Path) -> bool:
+def _current(client: "JobsClient", job: str, name: str, folder: Path) -> bool:
     """The file as it is now: another may take its place while it is fetched."""
     for _ in range(_CHANGES_MAX):
         file = next((file for file in client.files(job) if file["name"] == name), None)
@@ -117,7 +117,7 @@ def _current(client: "Client", job: str, name: str, folder: Path) -> bool:
     raise UserError(f"{name} of job {job} changed each time that it was fetched, or is gone; fetch it again later")
 
 
-def _fetch(client: "Client", job: str, file: dict[str, Any], target: Path) -> bool:
+def _fetch(client: "JobsClient", job: str, file: dict[str, Any], target: Path) -> bool:
     """False if what came is not the file that was listed. What came before a cut lies beside it, under its version."""
     target.parent.mkdir(parents=True, exist_ok=True)
     version = hashlib.sha256(f"{file['sha256']} {file['etag']}".encode()).hexdigest()[:16]
@@ -137,7 +137,7 @@ def _fetch(client: "Client", job: str, file: dict[str, Any], target: Path) -> bo
     return True
 
 
-def _append(client: "Client", path: str, file: dict[str, Any], part: Path) -> None:
+def _append(client: "JobsClient", path: str, file: dict[str, Any], part: Path) -> None:
     with part.open("ab") as out:
         have = out.tell()
         headers = {"Accept-Encoding": "identity"}

@@ -17,7 +17,7 @@ from knapper.ids import Tenant, number
 from knapper.jobs import names
 from knapper.jobs.names import Start
 from knapper.jobs.records import Started, read
-from knapper.jobs.services import Place
+from knapper.jobs.services import JobServices
 from knapper.jobs.spec import Parsed
 from knapper.state import layout
 from knapper.state.layout import ObjectKind, last_number
@@ -71,12 +71,12 @@ def of_job_yaml(tenant: Tenant, job: str, data: bytes) -> Start:
     return Start.of(tenant, job, hashlib.sha256(data).hexdigest())
 
 
-async def job_yaml(place: Place, tenant: Tenant, job: str) -> Blob | None:
+async def job_yaml(place: JobServices, tenant: Tenant, job: str) -> Blob | None:
     """Raises TooLarge."""
     return await place.exchange.read(f"{layout.inbox(tenant, job)}{names.JOB_YAML}", limits.job_yaml_bytes_max)
 
 
-async def read_files(place: Place, tenant: Tenant, job: str, found: Blob, parsed: Parsed) -> Upload:
+async def read_files(place: JobServices, tenant: Tenant, job: str, found: Blob, parsed: Parsed) -> Upload:
     """With those files that are there. Raises TooLarge."""
     files = {}
     for name in parsed.job.files:

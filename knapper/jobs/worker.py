@@ -17,7 +17,7 @@ from knapper.jobs import activity, control, outputs
 from knapper.jobs.activity import Function
 from knapper.jobs.job_files import Folder, Folders
 from knapper.jobs.names import Start
-from knapper.jobs.services import Place
+from knapper.jobs.services import JobServices
 from knapper.jobs.spec import Kind
 
 _DEFECTS_MAX = 3  # in a row: then the job ends with that, instead of being tried for ever
@@ -39,7 +39,7 @@ class Stopped(Exception):
 class Slice:
     """`go_on` stands before each piece of work."""
 
-    place: Place
+    place: JobServices
     start: Start
     end: float
 
@@ -63,7 +63,7 @@ class Worker:
     """Of `function` in one process. `base_model`: what it has in memory; empty: it needs none."""
 
     function: Function
-    place: Place
+    place: JobServices
     folders: Folders
     kinds: Sequence[Kind]  # of the jobs that it has a part in
     base_model: str = ""

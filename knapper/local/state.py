@@ -16,7 +16,7 @@ from knapper.store import files, private
 ENGINES = ("train_step", "sample")  # what has the base model in memory, in one process or in two
 
 
-class Processes:
+class ProcessTable:
     """`run/processes.json`: {role: {"pid": ..., "port": ...}}, replaced whole at each change; some serve no port.
 
     A process that does not answer yet has "loading_since" besides, in seconds since the epoch.

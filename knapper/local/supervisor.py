@@ -29,7 +29,7 @@ from knapper.local.always_on import Standing
 from knapper.local.banner import banner
 from knapper.local.base_model import chosen, served
 from knapper.local.process import Process
-from knapper.local.state import Processes, locked
+from knapper.local.state import ProcessTable, locked
 from knapper.settings import Settings
 from knapper.state.function_key import FunctionKey
 from knapper.store.factory import open_store
@@ -80,7 +80,7 @@ class Supervisor:
         environment = {**outer, **settings.environment(), "PYTHONUNBUFFERED": "1"}
         package = Path(knapper.__file__).parent.parent
         self._settings = settings
-        self._processes = Processes(settings.run_directory)
+        self._processes = ProcessTable(settings.run_directory)
         self._ports = {name: listener.getsockname()[1] for name, listener in listeners.items()}
         self._gateway = Standing(
             "gateway", "gateway.app:app", root, environment, listeners["gateway"], "/api/v1/healthz", self._changed

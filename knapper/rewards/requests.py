@@ -9,12 +9,12 @@ from msgspec import Meta
 from knapper import limits
 from knapper.errors import InvalidField, TooLarge, UserError
 from knapper.rewards import scorer, spec
-from knapper.rewards.rollouts import Rollout
+from knapper.rewards.rollouts import ScorableRollout
 from knapper.sandbox.pool import Sandbox
 from knapper.wire import json
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True):
+class PromptMessage(msgspec.Struct, frozen=True, kw_only=True):
     role: str
     content: str
 
@@ -23,12 +23,12 @@ class Sent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """One rollout. `id`: whatever tells it from the others; errors name it."""
 
     id: Annotated[str, Meta(min_length=1, max_length=limits.name_chars_max)]
-    prompt: str | list[Message] = ""
+    prompt: str | list[PromptMessage] = ""
     completion: str
     answer: Any = None
 
 
-class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ScoreRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`reward`: as in job.yaml; `files`: the texts of those that it names."""
 
     reward: Any
@@ -36,8 +36,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     rollouts: list[Sent]
 
 
-class Scored(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """`reasons`: as in knapper.rewards.scorer.Score."""
+class ScoredCompletion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`reasons`: as in knapper.rewards.scorer.RewardScore."""
 
     id: str
     value: float
@@ -45,16 +45,16 @@ class Scored(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reasons: dict[str, str] = {}
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class ScoreResponse(msgspec.Struct, frozen=True, kw_only=True):
     """In the order of the rollouts."""
 
-    scores: list[Scored]
+    scores: list[ScoredCompletion]
 
 
 async def answer(body: bytes, sandbox: Sandbox) -> bytes:
     """The answer's JSON. Raises UserError for a wrong request, RewardFailed, SandboxMissing."""
     _expect_few_values(body)
-    sent = json.decode(body, Request)
+    sent = json.decode(body, ScoreRequest)
     if len(sent.rollouts) > limits.rollouts_per_request_max:
         raise TooLarge(f"the request has {len(sent.rollouts)} rollouts; allowed: {limits.rollouts_per_request_max}")
     ids = [each.id for each in sent.rollouts]
@@ -62,7 +62,7 @@ async def answer(body: bytes, sandbox: Sandbox) -> bytes:
         double = next(each for n, each in enumerate(ids) if each in ids[:n])
         raise InvalidField("rollouts[].id", double, "an id that no other rollout of the request has")
     reward = spec.parse(sent.reward, {name: text.encode() for name, text in sent.files.items()})
-    rollouts = [Rollout(each.id, _prompt(each.prompt), each.completion, each.answer) for each in sent.rollouts]
+    rollouts = [ScorableRollout(each.id, _prompt(each.prompt), each.completion, each.answer) for each in sent.rollouts]
     try:
         async with asyncio.timeout(limits.rewards_request_s):
             scores = await scorer.score(reward, rollouts, sandbox=sandbox)
@@ -72,9 +72,9 @@ async def answer(body: bytes, sandbox: Sandbox) -> bytes:
             "or a faster reward"
         ) from error
     return msgspec.json.encode(
-        Answer(
+        ScoreResponse(
             scores=[
-                Scored(id=of, value=each.value, parts=each.parts, reasons=each.reasons)
+                ScoredCompletion(id=of, value=each.value, parts=each.parts, reasons=each.reasons)
                 for of, each in zip(ids, scores, strict=True)
             ]
         )
@@ -91,7 +91,7 @@ def _expect_few_values(body: bytes) -> None:
         )
 
 
-def _prompt(prompt: str | list[Message]) -> str | list[dict[str, str]]:
+def _prompt(prompt: str | list[PromptMessage]) -> str | list[dict[str, str]]:
     if isinstance(prompt, str):
         return prompt
     return [{"role": each.role, "content": each.content} for each in prompt]

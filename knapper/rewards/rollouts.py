@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Rollout:
+class ScorableRollout:
     """`answer`: whatever the data says beside the prompt, plain JSON."""
 
     id: str

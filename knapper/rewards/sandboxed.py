@@ -8,7 +8,7 @@ from typing import Any
 
 from knapper.errors import UserError
 from knapper.rewards.plain import check, part
-from knapper.rewards.rollouts import Rollout
+from knapper.rewards.rollouts import ScorableRollout
 from knapper.rewards.spec import Code, JsonSchema, Maths, PythonTests, Regex, Sql, Term, Textual
 from knapper.sandbox.pool import Ended, Order, Sandbox
 
@@ -21,7 +21,7 @@ _loading_s = 30.0  # for what a reward.py imports
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SandboxResult:
     """`reason`: why it is 0 although nothing was compared, where the completion is at fault for that."""
 
     value: float
@@ -56,12 +56,12 @@ async def _loaded(name: str, code: str, sandbox: Sandbox) -> tuple[str, ...]:
 
 
 async def value(
-    term: Term, rollout: Rollout, files: Mapping[str, str], preload: tuple[str, ...], sandbox: Sandbox
-) -> Outcome:
+    term: Term, rollout: ScorableRollout, files: Mapping[str, str], preload: tuple[str, ...], sandbox: Sandbox
+) -> SandboxResult:
     """The term's value for the rollout. Raises UserError with the reason where the reward or the answer is at fault."""
     check(term, rollout.answer)
     if isinstance(term, Textual) and part(term, rollout.completion) is None:
-        return Outcome(0.0)
+        return SandboxResult(0.0)
     match term:
         case Code():
             arguments = {
@@ -69,7 +69,7 @@ async def value(
                 "prompt": rollout.prompt, "completion": rollout.completion, "answer": rollout.answer,
             }  # fmt: skip
             order = Order(f"{_TASKS}:user_code", arguments, term.timeout_s, rollout.id)
-            return Outcome(_number(await _value(order, preload=preload, sandbox=sandbox)))
+            return SandboxResult(_number(await _value(order, preload=preload, sandbox=sandbox)))
         case PythonTests():
             return await _python_tests(term, rollout, preload, sandbox)
         case Regex():
@@ -89,11 +89,11 @@ async def value(
     raise NotImplementedError(type(term).__name__)
 
 
-def _maths(term: Maths, rollout: Rollout) -> tuple[Order, Order]:
+def _maths(term: Maths, rollout: ScorableRollout) -> tuple[Order, Order]:
     return _order_and_own(f"{_EQUATIONS}:maths", {"answer": str(rollout.answer)}, term, rollout)
 
 
-def _sql(term: Sql, rollout: Rollout, files: Mapping[str, str]) -> tuple[Order, Order]:
+def _sql(term: Sql, rollout: ScorableRollout, files: Mapping[str, str]) -> tuple[Order, Order]:
     arguments = {
         "script": files[term.database], "answer": rollout.answer, "ordered": term.ordered,
         "timeout_s": term.timeout_s,
@@ -101,7 +101,9 @@ def _sql(term: Sql, rollout: Rollout, files: Mapping[str, str]) -> tuple[Order, 
     return _order_and_own(f"{_QUERIES}:sql", arguments, term, rollout)
 
 
-def _order_and_own(task: str, arguments: dict[str, Any], term: Maths | Sql, rollout: Rollout) -> tuple[Order, Order]:
+def _order_and_own(
+    task: str, arguments: dict[str, Any], term: Maths | Sql, rollout: ScorableRollout
+) -> tuple[Order, Order]:
     """The comparison of the completion with the answer, and of the answer with itself."""
     text, answer = part(term, rollout.completion), arguments["answer"]
     own = answer if isinstance(answer, str) else ""
@@ -112,7 +114,9 @@ def _order_and_own(task: str, arguments: dict[str, Any], term: Maths | Sql, roll
     )
 
 
-async def _python_tests(term: PythonTests, rollout: Rollout, preload: tuple[str, ...], sandbox: Sandbox) -> Outcome:
+async def _python_tests(
+    term: PythonTests, rollout: ScorableRollout, preload: tuple[str, ...], sandbox: Sandbox
+) -> SandboxResult:
     tests = rollout.answer
     assert isinstance(tests, str | list), "it was checked"
     within_s = term.timeout_s + _judging_s
@@ -131,15 +135,15 @@ async def _python_tests(term: PythonTests, rollout: Rollout, preload: tuple[str,
 
 async def _judged(
     *orders: Order, preload: tuple[str, ...], sandbox: Sandbox, own: tuple[Order, ...] = (), sealed: bool = True
-) -> Outcome:
+) -> SandboxResult:
     """The value. 0 for a completion on which the work takes too long, or dies, if `own`, without it, does not."""
     try:
         result = await sandbox.run(*orders, imports=preload, sealed=sealed)
     except Ended as error:
         if own:
             await _value(*own, preload=preload, sandbox=sandbox)
-        return Outcome(0.0, str(error))
-    return Outcome(_number(_checked(result)), str(result.get("reason", "")))
+        return SandboxResult(0.0, str(error))
+    return SandboxResult(_number(_checked(result)), str(result.get("reason", "")))
 
 
 async def _value(*orders: Order, sandbox: Sandbox, preload: tuple[str, ...] = (), sealed: bool = True) -> Any:

@@ -11,18 +11,18 @@ import msgspec
 from knapper import limits
 from knapper.errors import UserError
 from knapper.rewards import plain, sandboxed
-from knapper.rewards.rollouts import Rollout
-from knapper.rewards.sandboxed import Outcome
+from knapper.rewards.rollouts import ScorableRollout
+from knapper.rewards.sandboxed import SandboxResult
 from knapper.rewards.spec import ExactMatch, Format, Length, Numeric, Reward, Term
 from knapper.sandbox.pool import Sandbox, SandboxMissing
 from knapper.text.printable import printable
 from knapper.wire.untrusted import parsing
 
-__all__ = ["RewardFailed", "Rollout", "Score", "score"]
+__all__ = ["RewardFailed", "RewardScore", "ScorableRollout", "score"]
 
 
 @dataclass(frozen=True)
-class Score:
+class RewardScore:
     """`value`: the weighted sum of `parts`, which are unweighted, by the terms' labels.
 
     `reasons`: why a part is 0 although nothing was compared: the completion could not be looked at.
@@ -50,7 +50,9 @@ def _shown(reason: str) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-async def score(reward: Reward, rollouts: Sequence[Rollout], *, sandbox: Sandbox | None = None) -> list[Score]:
+async def score(
+    reward: Reward, rollouts: Sequence[ScorableRollout], *, sandbox: Sandbox | None = None
+) -> list[RewardScore]:
     """The scores, in order. Raises RewardFailed for a rollout that has none, SandboxMissing where code cannot run.
 
     `sandbox`: one that outlives the call, whose processes are warm; otherwise the call makes one and ends it.
@@ -70,11 +72,11 @@ async def score(reward: Reward, rollouts: Sequence[Rollout], *, sandbox: Sandbox
         value = sum(reward.terms[label].weight * part for label, part in parts.items())
         if not math.isfinite(value):
             raise RewardFailed(rollout.id, f"the weighted sum is {value}; allowed: a finite number")
-        scores.append(Score(value, parts, reasons))
+        scores.append(RewardScore(value, parts, reasons))
     return scores
 
 
-def _check(rollout: Rollout) -> None:
+def _check(rollout: ScorableRollout) -> None:
     """Raises RewardFailed for a text over its limit."""
     with parsing(lambda error: RewardFailed(rollout.id, f"prompt and answer are not plain JSON: {error}")):
         beside = len(msgspec.json.encode((rollout.prompt, rollout.answer)))
@@ -85,13 +87,15 @@ def _check(rollout: Rollout) -> None:
             )
 
 
-async def _values(term: Term, reward: Reward, rollouts: Sequence[Rollout], sandbox: Sandbox) -> list[Outcome]:
+async def _values(
+    term: Term, reward: Reward, rollouts: Sequence[ScorableRollout], sandbox: Sandbox
+) -> list[SandboxResult]:
     if not rollouts:
         return []
     with _named(rollouts[0]):
         preload = await sandboxed.imports(term, reward.files, sandbox)
 
-    async def one(rollout: Rollout) -> Outcome:
+    async def one(rollout: ScorableRollout) -> SandboxResult:
         with _named(rollout):
             return await _value(term, rollout, reward, preload, sandbox)
 
@@ -104,21 +108,23 @@ async def _values(term: Term, reward: Reward, rollouts: Sequence[Rollout], sandb
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _value(term: Term, rollout: Rollout, reward: Reward, preload: tuple[str, ...], sandbox: Sandbox) -> Outcome:
+async def _value(
+    term: Term, rollout: ScorableRollout, reward: Reward, preload: tuple[str, ...], sandbox: Sandbox
+) -> SandboxResult:
     match term:
         case ExactMatch():
-            return Outcome(plain.exact_match(term, rollout.completion, rollout.answer))
+            return SandboxResult(plain.exact_match(term, rollout.completion, rollout.answer))
         case Numeric():
-            return Outcome(plain.numeric(term, rollout.completion, rollout.answer))
+            return SandboxResult(plain.numeric(term, rollout.completion, rollout.answer))
         case Length():
-            return Outcome(plain.length(term, rollout.completion))
+            return SandboxResult(plain.length(term, rollout.completion))
         case Format():
-            return Outcome(plain.format(term, rollout.completion))
+            return SandboxResult(plain.format(term, rollout.completion))
     return await sandboxed.value(term, rollout, reward.files, preload, sandbox)
 
 
 @contextmanager
-def _named(rollout: Rollout) -> Iterator[None]:
+def _named(rollout: ScorableRollout) -> Iterator[None]:
     """What goes wrong inside, under the rollout's name."""
     try:
         yield

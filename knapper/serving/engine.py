@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from knapper.catalogue.servable import expect_files
 from knapper.engine import checkpoint_format, hardware
-from knapper.engine.executor import Device, Task
+from knapper.engine.executor import Executor, Work
 from knapper.engine.hardware import dtype_for, finish, release
 from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.layers.lora import Lora, layout
@@ -24,16 +24,16 @@ from knapper.engine.models.base import Model
 from knapper.engine.models.config import Facts
 from knapper.engine.models.loader import load
 from knapper.engine.models.preflight import expect_device, expect_loadable
-from knapper.engine.out_of_memory import Shortage
+from knapper.engine.out_of_memory import MemoryShortage
 from knapper.engine.run_machine import TrainingMachine
-from knapper.engine.sampling.sampler import Sampler
+from knapper.engine.sampling.sampler import EngineSampler
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.errors import InvalidField, NotFound
-from knapper.jobs.services import Place, open_place
+from knapper.jobs.services import JobServices, open_place
 from knapper.observability import metrics
 from knapper.observability.metrics import Reading
 from knapper.serving import shutdown
-from knapper.serving.runs import Residents
+from knapper.serving.runs import ClaimedRuns
 from knapper.settings import Settings
 from knapper.state.journal import bundles
 from knapper.state.journal.records import Terms
@@ -49,15 +49,15 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
-class Engine:
+class ServingEngine:
     """What a function needs to answer: runs to train, and a sampler."""
 
     base_model: str
     directory: Path
     context: int
-    residents: Residents[RunState]
-    sampler: Sampler
-    place: Place  # of jobs
+    residents: ClaimedRuns[RunState]
+    sampler: EngineSampler
+    place: JobServices  # of jobs
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class StoredAdapters:
 
 
 @cache
-def engine() -> Engine:
+def engine() -> ServingEngine:
     """The engine, loaded on the first call that succeeds, on any thread. Everything comes from the environment.
 
     Raises UserError for a model, a device or a memory with which it cannot be.
@@ -96,7 +96,7 @@ def engine() -> Engine:
         raise InvalidField("KNAPPER_MODEL_DIRECTORY", "", "the directory of the base model's files")
     where = expect_device(settings)
     expect_files(Path(settings.model_directory))
-    device = Device(settle=partial(finish, where))
+    device = Executor(settle=partial(finish, where))
     exactness = Exactness(promised=settings.exact)
     try:
         decoder, threads = device.submit(_loaded(settings, where, exactness)).result()
@@ -127,9 +127,9 @@ def engine() -> Engine:
     )
     sampler = _sampler(settings, decoder, device, StoredAdapters(store, decoder.config, where))
     metrics.Readings(readings(machine, sampler))
-    residents = Residents(store, metrics.CountedMachine(machine), holder, time.time, rest_s=settings.rest_s)
+    residents = ClaimedRuns(store, metrics.CountedMachine(machine), holder, time.time, rest_s=settings.rest_s)
     shutdown.before(residents.leave)
-    return Engine(
+    return ServingEngine(
         base_model=settings.model,
         directory=directory,
         context=context,
@@ -139,7 +139,7 @@ def engine() -> Engine:
     )
 
 
-def _sampler(settings: Settings, model: Model, device: Device, adapters: StoredAdapters) -> Sampler:
+def _sampler(settings: Settings, model: Model, device: Executor, adapters: StoredAdapters) -> EngineSampler:
     """With its part of the memory that the weights left."""
     left, one = hardware.memory_left(model.device), model.bytes_per_token
     kv = hardware.kv_bytes(left, settings.kv_memory, model.context_positions * one)
@@ -151,7 +151,7 @@ def _sampler(settings: Settings, model: Model, device: Device, adapters: StoredA
             tokens=kv // one, context=model.config.context, bytes_per_token=one,
             todo="raise KNAPPER_KV_MEMORY, or give the engine more memory",
         )  # fmt: skip
-    return Sampler(
+    return EngineSampler(
         model,
         device,
         adapters,
@@ -163,7 +163,7 @@ def _sampler(settings: Settings, model: Model, device: Device, adapters: StoredA
     )
 
 
-def _loaded(settings: Settings, where: torch.device, exactness: Exactness) -> Task[tuple[Model, int]]:
+def _loaded(settings: Settings, where: torch.device, exactness: Exactness) -> Work[tuple[Model, int]]:
     """The model, and on how many threads the device's computes.
 
     A task of the device, because OpenMP keeps a team of threads for each thread that ever computed on several. With two
@@ -179,7 +179,7 @@ def _loaded(settings: Settings, where: torch.device, exactness: Exactness) -> Ta
     try:
         return load(Path(settings.model_directory), dtype, where, exactness), threads
     except Exception as error:
-        if (lacking := Shortage.of(error)) is None:
+        if (lacking := MemoryShortage.of(error)) is None:
             raise
         failed = lacking.error(f"what the weights of {settings.model} need", where, _MORE_MEMORY)
     raise failed  # without the traceback, whose frames hold what was loaded
@@ -197,7 +197,7 @@ def _promise(exactness: Exactness, where: torch.device) -> str:
     return f"yes; {'; '.join(ways)}" if ways else "yes"
 
 
-def readings(machine: TrainingMachine, sampler: Sampler) -> list[Reading]:
+def readings(machine: TrainingMachine, sampler: EngineSampler) -> list[Reading]:
     """What a scrape is told of both."""
     passes, counts = machine.passes.counters, sampler.counters
     return [

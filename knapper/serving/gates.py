@@ -15,14 +15,14 @@ from knapper.serving.retry import Deaths
 from knapper.settings import Settings
 
 if TYPE_CHECKING:
-    from knapper.serving.engine import Engine
+    from knapper.serving.engine import ServingEngine
     from knapper.serving.sampler import Served
 
 T = TypeVar("T")
 
 
 @cache
-def engine() -> "Gate[Engine]":
+def engine() -> "Gate[ServingEngine]":
     """Of what trains, and samples unless vLLM does. The first call, on the main thread, makes the first attempt."""
     settings = _begun("engine")
     if settings.address:
@@ -38,7 +38,7 @@ def vllm() -> "Gate[Served]":
     return _opened("vllm", settings, _by_vllm)
 
 
-def sampler() -> "Gate[Served] | Gate[Engine]":
+def sampler() -> "Gate[Served] | Gate[ServingEngine]":
     """Of whoever samples."""
     return vllm() if Settings.load(os.environ).sampler == "vllm" else engine()
 
@@ -57,7 +57,7 @@ def _opened(name: str, settings: Settings, load: Callable[[], T]) -> Gate[T]:
     return gate
 
 
-def _engine() -> "Engine":
+def _engine() -> "ServingEngine":
     from knapper.serving.engine import engine  # torch, which may be missing or broken
 
     return engine()

@@ -14,10 +14,10 @@ from knapper.jobs import pause
 from knapper.jobs.activity import Function
 from knapper.jobs.job_files import Folders
 from knapper.jobs.names import Start
-from knapper.jobs.rollouts import Sampling
+from knapper.jobs.rollouts import RolloutSampler
 from knapper.jobs.run_client import Journal
 from knapper.jobs.runner import Training
-from knapper.jobs.services import Place, open_place
+from knapper.jobs.services import JobServices, open_place
 from knapper.jobs.spec import KINDS, Kind
 from knapper.jobs.worker import Worker
 from knapper.observability import metrics
@@ -27,7 +27,7 @@ from knapper.settings import Settings
 from knapper.store.factory import open_store
 
 if TYPE_CHECKING:
-    from knapper.serving.engine import Engine
+    from knapper.serving.engine import ServingEngine
 
 
 async def train(event: Event) -> None:
@@ -40,7 +40,7 @@ async def sample(event: Event) -> None:
     await _answer(sampling, event)
 
 
-async def _answer(part: Callable[[], Training | Sampling], event: Event) -> None:
+async def _answer(part: Callable[[], Training | RolloutSampler], event: Event) -> None:
     try:
         worker = part()
     except Unservable as error:
@@ -50,16 +50,16 @@ async def _answer(part: Callable[[], Training | Sampling], event: Event) -> None
 
 
 @cache
-def place() -> Place:
+def place() -> JobServices:
     """Where the state lies, with or without an engine."""
     settings = Settings.load(os.environ)
     return open_place(settings, metrics.CountedStore(open_store(settings)), time.time)
 
 
 @cache
-def sampling() -> Sampling:
+def sampling() -> RolloutSampler:
     own = served()
-    return Sampling(_worker("sample", own, ["rl"]), own.sampler, _language(own.directory), own.context)
+    return RolloutSampler(_worker("sample", own, ["rl"]), own.sampler, _language(own.directory), own.context)
 
 
 @cache
@@ -69,12 +69,12 @@ def training() -> Training:
     return Training(_worker("train_step", own, KINDS), journal, _language(own.directory), own.context)
 
 
-def _worker(function: Function, own: "Engine | Served", kinds: Sequence[Kind]) -> Worker:
+def _worker(function: Function, own: "ServingEngine | Served", kinds: Sequence[Kind]) -> Worker:
     return Worker(function, own.place, _folders(own.place), kinds, own.base_model, directory=str(own.directory))
 
 
 @cache
-def _folders(place: Place) -> Folders:
+def _folders(place: JobServices) -> Folders:
     """Both functions of a process read a job once."""
     return Folders(place.store)
 

@@ -47,7 +47,7 @@ class _Resident(Generic[State]):
     work: asyncio.Task[bool] | None = None  # of the slice under way, or the last one
 
 
-class Residents(Generic[State]):
+class ClaimedRuns(Generic[State]):
     """Answers bells. A run that none came for in `rest_s` leaves the memory; 0: never."""
 
     def __init__(

@@ -9,22 +9,24 @@ from typing import Protocol
 
 from knapper.catalogue.servable import expect_files
 from knapper.errors import InvalidField
-from knapper.jobs.services import Place, open_place
+from knapper.jobs.services import JobServices, open_place
 from knapper.observability import metrics
 from knapper.serving import gates
 from knapper.settings import Settings
 from knapper.store.factory import open_store
-from knapper.wire.progress import Drawn
-from knapper.wire.types import Sample, SampleOutput
+from knapper.wire.progress import TokenEvent
+from knapper.wire.types import SampleOutput, SampleRequest
 
 
-class Sampler(Protocol):
-    """What both are: knapper.engine.sampling.sampler.Sampler says what is promised."""
+class SamplerProtocol(Protocol):
+    """What both are: knapper.engine.sampling.sampler.EngineSampler says what is promised."""
 
     @property
     def active(self) -> int: ...
 
-    async def sample(self, request: Sample, listen: Callable[[Drawn], None] | None = None) -> SampleOutput: ...
+    async def sample(
+        self, request: SampleRequest, listen: Callable[[TokenEvent], None] | None = None
+    ) -> SampleOutput: ...
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Served:
     base_model: str
     directory: Path
     context: int
-    sampler: Sampler
-    place: Place  # of jobs
+    sampler: SamplerProtocol
+    place: JobServices  # of jobs
 
 
 def served() -> Served:

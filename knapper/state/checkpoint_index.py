@@ -20,7 +20,7 @@ _ROOT, _LABELS = ObjectKind.CHECKPOINT.under(), ObjectKind.LABEL.under()
 
 
 @dataclass(frozen=True)
-class Label:
+class CheckpointEntry:
     """`version`: the object that it is about. `bundle`: empty where that deletes the name. Times as in `Checkpoint`."""
 
     version: str
@@ -31,8 +31,10 @@ class Label:
     bundle: str
 
     @staticmethod
-    def of(version: str, saved_at: float, expires_at: float, size_bytes: int, base_model: str, bundle: str) -> "Label":
-        return Label(version, saved_at, expires_at, size_bytes, slug(base_model), bundle)
+    def of(
+        version: str, saved_at: float, expires_at: float, size_bytes: int, base_model: str, bundle: str
+    ) -> "CheckpointEntry":
+        return CheckpointEntry(version, saved_at, expires_at, size_bytes, slug(base_model), bundle)
 
     @property
     def path(self) -> TinkerPath:
@@ -50,18 +52,18 @@ class Label:
         return bool(self.bundle) and not 0.0 < self.expires_at <= now
 
 
-def _parse(place: str) -> Label:
+def _parse(place: str) -> CheckpointEntry:
     *version, told = ObjectKind.LABEL.parse(place)
     saved, expires, size, model, bundle = told.split("-", 4)
-    return Label(
+    return CheckpointEntry(
         ObjectKind.CHECKPOINT.key(*version), int(saved) / 1e6, int(expires) / 1e6, int(size), model, unquote(bundle)
     )
 
 
-Read = Callable[[str], Awaitable[Label | None]]
+Read = Callable[[str], Awaitable[CheckpointEntry | None]]
 
 
-async def newest(store: Store, below: str, read: Read, *, all_of_them: bool) -> list[Label]:
+async def newest(store: Store, below: str, read: Read, *, all_of_them: bool) -> list[CheckpointEntry]:
     """Of the newest version of each name below `checkpoints/<below>`. `read` makes the label of one that has none.
 
     `all_of_them`: raises if one that has none is damaged; else that is left out.
@@ -70,12 +72,12 @@ async def newest(store: Store, below: str, read: Read, *, all_of_them: bool) -> 
     return await _labels(store, below, list(versions.values()), read, all_of_them)
 
 
-async def every(store: Store, below: str, read: Read) -> list[Label]:
+async def every(store: Store, below: str, read: Read) -> list[CheckpointEntry]:
     """Of every version, in order. Raises if one that has none is damaged."""
     return await _labels(store, below, await store.list(_ROOT + below), read, True)
 
 
-async def remove(store: Store, chosen: Iterable[Label]) -> int:
+async def remove(store: Store, chosen: Iterable[CheckpointEntry]) -> int:
     """Delete the versions, and what tells of them; return how many objects."""
     gone = list(chosen)
     await many.each([label.place for label in gone], store.delete)
@@ -83,10 +85,10 @@ async def remove(store: Store, chosen: Iterable[Label]) -> int:
     return 2 * len(gone)
 
 
-async def _labels(store: Store, below: str, versions: Names, read: Read, all_of_them: bool) -> list[Label]:
+async def _labels(store: Store, below: str, versions: Names, read: Read, all_of_them: bool) -> list[CheckpointEntry]:
     labels = {label.version: label for label in damage.parsed(await store.list(_LABELS + below), _parse)}
 
-    async def make(version: str) -> Label | None:
+    async def make(version: str) -> CheckpointEntry | None:
         label = await read(version)
         if label is not None:
             await store.put_if_absent(label.place, b"")

@@ -12,7 +12,7 @@ import msgspec
 from knapper.errors import NotFound, UserError
 from knapper.ids import RunId, TinkerPath, number, session_of
 from knapper.state import checkpoint_index, damage, layout
-from knapper.state.checkpoint_index import Label
+from knapper.state.checkpoint_index import CheckpointEntry
 from knapper.state.gc import marks
 from knapper.state.journal.accept import decode_creation
 from knapper.state.journal.records import Operation, Record, decode, encode
@@ -122,7 +122,7 @@ class Checkpoints:
             raise _missing(path)
         return found
 
-    async def labels(self, tenant: str, within: str = "") -> list[Label]:
+    async def labels(self, tenant: str, within: str = "") -> list[CheckpointEntry]:
         """The tenant's, newest first: all, or those of the runs whose ids begin with `within`. EVERYONE: all there are.
 
         Two listings, however many there are; nothing is read.
@@ -136,7 +136,7 @@ class Checkpoints:
         ]
         return sorted(found, key=lambda label: (label.saved_at, str(label.path)), reverse=True)
 
-    async def read(self, chosen: Iterable[Label]) -> list[Checkpoint]:
+    async def read(self, chosen: Iterable[CheckpointEntry]) -> list[Checkpoint]:
         """What they are about, in their order; damaged ones are left out."""
         found = await damage.readable(chosen, lambda label: self._version(label.version))
         return [checkpoint for checkpoint in found if checkpoint is not None]
@@ -145,9 +145,9 @@ class Checkpoints:
         """As `labels`, and all of it read."""
         return await self.read(await self.labels(tenant, within))
 
-    async def versions(self, tenant: str, within: str) -> list[list[Label]]:
+    async def versions(self, tenant: str, within: str) -> list[list[CheckpointEntry]]:
         """Of each name below all versions that there are, the newest last, whether it lives or not."""
-        found: dict[str, list[Label]] = {}
+        found: dict[str, list[CheckpointEntry]] = {}
         for label in await checkpoint_index.every(self.store, f"{tenant}/{within}", self._label):
             found.setdefault(str(label.path), []).append(label)
         return list(found.values())
@@ -185,7 +185,7 @@ class Checkpoints:
         await self.store.put_if_absent(_label_of(version, checkpoint).place, b"")
         return True
 
-    async def _label(self, version: str) -> Label | None:
+    async def _label(self, version: str) -> CheckpointEntry | None:
         checkpoint = await self._version(version)
         return None if checkpoint is None else _label_of(version, checkpoint)
 
@@ -202,8 +202,8 @@ class Checkpoints:
         return None if data is None else decode_creation(decode(data, Operation, name)).spec.tenant
 
 
-def _label_of(version: str, checkpoint: Checkpoint) -> Label:
-    return Label.of(
+def _label_of(version: str, checkpoint: Checkpoint) -> CheckpointEntry:
+    return CheckpointEntry.of(
         version, checkpoint.saved_at, checkpoint.expires_at, checkpoint.size_bytes, checkpoint.base_model,
         checkpoint.bundle,
     )  # fmt: skip

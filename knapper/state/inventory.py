@@ -36,7 +36,7 @@ class Empty:
 
 
 @dataclass(frozen=True)
-class Part:
+class BundlePart:
     """Of a bundle, whose index has its size and hash."""
 
 
@@ -50,14 +50,15 @@ class SecretOrBare:
     """A record; one from before there were envelopes is bare text."""
 
 
-Holds = type[Record] | Empty | Part | NamedByHash | SecretOrBare
+Holds = type[Record] | Empty | BundlePart | NamedByHash | SecretOrBare
 
 _RECORDS: Final[tuple[type[Record], ...]] = (
     Assignment, Checkpoint, Commit, Control, DeadLetter, End, Entry, Evaluated, Finish, Index, Key, Manifest,
     ModelRecord, Operation, Refusal, Rollouts, Sampler, Samplings, Scores, Session, Started, Trained, Waiting,
 )  # fmt: skip
 _HELD: Final[dict[str, Holds]] = {
-    layout.EMPTY: Empty(), layout.PART: Part(), layout.NAMED_BY_HASH: NamedByHash(), Secret.__name__: SecretOrBare(),
+    layout.EMPTY: Empty(), layout.PART: BundlePart(), layout.NAMED_BY_HASH: NamedByHash(),
+    Secret.__name__: SecretOrBare(),
     **{record.__name__: record for record in _RECORDS},
 }  # fmt: skip
 TABLE: Final[dict[ObjectKind, Holds]] = {kind: _HELD[kind.holds] for kind in ObjectKind}
@@ -80,7 +81,7 @@ async def check(store: Store, name: str) -> None:
         case Empty():
             if data:
                 raise damaged(name, f"it has {len(data)} bytes, and says all in its name")
-        case Part():
+        case BundlePart():
             await _check_part(store, name)
         case NamedByHash():
             if hashlib.sha256(data).hexdigest() != name.rpartition("/")[2]:

@@ -19,7 +19,7 @@ from knapper.ids import RunId, SessionId, Tenant, session_of
 from knapper.state import damage, layout, ledger_entries, usage
 from knapper.state.journal.records import Commit, Operation, decode
 from knapper.state.layout import ObjectKind
-from knapper.state.ledger_entries import Line, Through
+from knapper.state.ledger_entries import LedgerEntry, Through
 from knapper.state.sessions import Sessions
 from knapper.state.tenant_index import Register
 from knapper.state.usage import HOUR_S, Window
@@ -145,7 +145,7 @@ class Accounts:
                 raise usage.too_much(window, "operations that no line has yet")
             for hour in tail.hours:
                 if window.first <= hour < window.end:
-                    line = found.get((hour, run), Line(hour, run, Through()))
+                    line = found.get((hour, run), LedgerEntry(hour, run, Through()))
                     found[hour, run] = tail.added_to(line)
         return {key: (line.tokens, line.device_s) for key, line in found.items()}
 
@@ -288,7 +288,7 @@ class _Tail:
         """Without what is not answered."""
         return replace(self, asked=[each for each in self.asked if each.seq < self.through.next])
 
-    def added_to(self, line: Line) -> Line:
+    def added_to(self, line: LedgerEntry) -> LedgerEntry:
         """The line of an hour, with what is not in it yet."""
         tokens, device_s = line.tokens, line.device_s
         for asked in self.asked:

@@ -30,7 +30,7 @@ class Through:
 
 
 @dataclass(frozen=True)
-class Line:
+class LedgerEntry:
     """`tokens` of forward passes that were accepted in the hour, `device_s` of what was answered in it."""
 
     hour: int
@@ -47,25 +47,25 @@ def _of_run(tenant: str, hour: int, run: RunId) -> str:
     return ObjectKind.LEDGER_LINE.under(tenant, hour, run)
 
 
-def _parse(name: str) -> Line:
+def _parse(name: str) -> LedgerEntry:
     _, hour, run, told = ObjectKind.LEDGER_LINE.parse(name)
     next_, out, tokens, device_s = told.split("-", 3)
-    return Line(int(hour), RunId(run), Through(int(next_), int(out)), int(tokens), float(device_s))
+    return LedgerEntry(int(hour), RunId(run), Through(int(next_), int(out)), int(tokens), float(device_s))
 
 
-async def within(store: Store, tenant: str, window: Window) -> dict[tuple[int, RunId], Line]:
+async def within(store: Store, tenant: str, window: Window) -> dict[tuple[int, RunId], LedgerEntry]:
     """The lines of the window, by hour and run. Nothing is read."""
     found = damage.parsed(await names_within(store, ObjectKind.LEDGER_LINE.under(tenant), window), _parse)
     return {(line.hour, line.run): line for line in found}  # in order: the highest of an hour and run stays
 
 
-async def of_run(store: Store, tenant: str, hour: int, run: RunId) -> Line:
+async def of_run(store: Store, tenant: str, hour: int, run: RunId) -> LedgerEntry:
     """The line as it stands."""
     listed = await store.list(_of_run(tenant, hour, run))
-    return _parse(listed[-1]) if listed else Line(hour, run, Through())
+    return _parse(listed[-1]) if listed else LedgerEntry(hour, run, Through())
 
 
-async def write(store: Store, tenant: str, line: Line) -> None:
+async def write(store: Store, tenant: str, line: LedgerEntry) -> None:
     """In the place of those that say less."""
     name = line.name(tenant)
     await store.put_if_absent(name, b"")

@@ -15,7 +15,7 @@ from knapper.store import Store
 
 
 @dataclass(frozen=True)
-class Listed:
+class SessionListing:
     """A session, and when it was created in microseconds since the epoch."""
 
     created_us: int
@@ -40,7 +40,7 @@ class Register:
     async def remove_run(self, session: Session, run: RunId) -> None:
         await self.store.delete(_run_key(session, run))
 
-    async def sessions(self, tenant: str) -> list[Listed]:
+    async def sessions(self, tenant: str) -> list[SessionListing]:
         """Newest first."""
         return damage.parsed(reversed(await self.store.list(ObjectKind.TENANT_SESSION.under(tenant))), _listed)
 
@@ -68,10 +68,10 @@ def _run_key(session: Session, run: RunId) -> str:
     return ObjectKind.TENANT_RUN.key(session.tenant, *_fields(session), int(run.rpartition(":")[2]))
 
 
-def _listed(key: str) -> Listed:
+def _listed(key: str) -> SessionListing:
     """Raises ValueError for a key that is none of ours."""
     _, created_us, session = ObjectKind.TENANT_SESSION.parse(key)
-    return Listed(int(created_us), SessionId(session))
+    return SessionListing(int(created_us), SessionId(session))
 
 
 def _run(key: str) -> tuple[Tenant, RunId]:

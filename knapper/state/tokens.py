@@ -30,7 +30,7 @@ class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @dataclass(frozen=True)
-class Tokens:
+class AccessTokens:
     """Every gateway over the store signs with the same secret. `clock`: seconds since the epoch."""
 
     clock: Callable[[], float]
@@ -38,16 +38,16 @@ class Tokens:
     _missing: KnapperError | None = None  # why there is none
 
     @staticmethod
-    async def open(store: Store, clock: Callable[[], float], new_id: Callable[[], str]) -> "Tokens":
+    async def open(store: Store, clock: Callable[[], float], new_id: Callable[[], str]) -> "AccessTokens":
         """With the store's secret, made now if there is none. `new_id`: 128 random bits in hexadecimal.
 
         A damaged one keeps nobody from starting: whoever comes with a token, or for one, hears of it.
         """
         try:
-            return Tokens(clock, await secrets.opened(store, "tokens", new_id))
+            return AccessTokens(clock, await secrets.opened(store, "tokens", new_id))
         except ERRORS as error:
             damage.tell(error)
-            return Tokens(clock, b"", error)
+            return AccessTokens(clock, b"", error)
 
     def issue(self, tenant: Tenant, key: str) -> str:
         """A token that is good for an hour, and no longer than the key of this id."""

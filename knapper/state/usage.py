@@ -15,7 +15,7 @@ from knapper import limits
 from knapper.errors import InvalidField, UserError
 from knapper.ids import RunId, number
 from knapper.state import damage
-from knapper.state.checkpoint_index import Label
+from knapper.state.checkpoint_index import CheckpointEntry
 from knapper.state.journal import history
 from knapper.state.journal.records import Operation, Record, decode
 from knapper.state.layout import ObjectKind
@@ -144,13 +144,13 @@ async def device_seconds(store: Store, runs: list[RunId], window: Window) -> dic
     return seconds
 
 
-def checkpoints_saved(living: list[Label], window: Window) -> dict[tuple[int, RunId], int]:
+def checkpoints_saved(living: list[CheckpointEntry], window: Window) -> dict[tuple[int, RunId], int]:
     """Checkpoints that live, by the hour of their saving and run."""
     hours = [(window.hour(label.saved_at), label.path.run) for label in living]
     return Counter((hour, run) for hour, run in hours if hour is not None)
 
 
-def stored_bytes(living: list[Label]) -> int:
+def stored_bytes(living: list[CheckpointEntry]) -> int:
     """Of all their files; those that several share count once."""
     return sum({label.bundle: label.size_bytes for label in living}.values())
 

@@ -20,7 +20,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _OURS = 0o600
 
 
-class Link(OSError):
+class UnexpectedSymlink(OSError):
     """A symbolic link lies where a directory or a file was meant."""
 
 
@@ -136,7 +136,7 @@ def regular(folder: int, path: str, folders_max: int) -> Iterator[tuple[str, int
                         yield from regular(inner, where, folders_max - 1)
             elif entry.is_file(follow_symlinks=False):
                 yield where, folder, entry.name
-        except (Link, FileNotFoundError, NotADirectoryError, PermissionError):
+        except (UnexpectedSymlink, FileNotFoundError, NotADirectoryError, PermissionError):
             continue  # it was something else a moment ago, or is somebody's own
 
 
@@ -201,7 +201,7 @@ def _open(name: str, flags: int, folder: int) -> int:
         return os.open(name, flags | os.O_NOFOLLOW, dir_fd=folder)
     except OSError as error:  # which error a link is depends on the system and the flags
         if _is_link(name, folder):
-            raise Link(errno.ELOOP, "symbolic links are not followed", name) from error
+            raise UnexpectedSymlink(errno.ELOOP, "symbolic links are not followed", name) from error
         raise
 
 

@@ -57,7 +57,7 @@ class _Place:
         return self.fetched.cancelled() or (self.fetched.done() and self.fetched.exception() is not None)
 
 
-class Shelf:
+class AdapterFiles:
     """`forget` hears of an adapter that goes. `refuse(spec)` says why the core cannot have one, or nothing."""
 
     def __init__(

@@ -74,7 +74,7 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenDelta:
     """What came of a text: tokens since the last piece, each with its log-probability and its alternatives.
 
     `prompt`: with the first piece, for each token of the prompt (own log-probability, alternatives), None at 0.
@@ -149,7 +149,7 @@ class Core:
         """Of the processes that this one started for it; those have workers of their own."""
         return [process.pid for process in self._processes]
 
-    async def generate(self, ask: Ask, adapter: Adapter | None) -> AsyncGenerator[Piece]:
+    async def generate(self, ask: Ask, adapter: Adapter | None) -> AsyncGenerator[TokenDelta]:
         """Closing it ends the text in the core too. Raises CoreEnded."""
         from vllm.inputs import tokens_input
 
@@ -275,14 +275,14 @@ def _lora(adapter: Adapter | None) -> Any:
     return None if adapter is None else LoRARequest(adapter.content, adapter.number, str(adapter.directory))
 
 
-def _piece(answer: Any, ask: Ask) -> Piece:
+def _piece(answer: Any, ask: Ask) -> TokenDelta:
     [text] = answer.outputs
     if text.finish_reason in ("abort", "error"):
         raise CoreEnded(f"vLLM broke a text off ({text.finish_reason})")
     tokens = list(text.token_ids)
     rows = text.logprobs or []
     prompt = answer.prompt_logprobs or None
-    return Piece(
+    return TokenDelta(
         tokens=tokens,
         logprobs=[row[token].logprob for token, row in zip(tokens, rows, strict=True)],
         tops=[_top(row, ask.top) for row in rows],

@@ -18,7 +18,7 @@ _ABANDON_EVERY_S: Final = 0.2  # a start that has no process yet has one a momen
 log = structlog.get_logger()
 
 
-class Engine:
+class CoreLifecycle:
     """`start` blocks until a core can sample. `rest_s`: after so long without a sample memory is given back; 0: never.
 
     On one GPU, that is how train_step and sample take turns.

@@ -24,11 +24,11 @@ from knapper.serving.retry import Attempts
 from knapper.settings import Settings
 from knapper.store import Store
 from knapper.vllm import unsupported
-from knapper.vllm.adapters import Shelf
+from knapper.vllm.adapters import AdapterFiles
 from knapper.vllm.core import Core, Options
 from knapper.vllm.device_time import Shares
-from knapper.vllm.engine import Engine
-from knapper.vllm.fair_queue import Turns
+from knapper.vllm.engine import CoreLifecycle
+from knapper.vllm.fair_queue import SlotQueue
 from knapper.vllm.sampler import VllmSampler
 
 _TEXTS_MAX: Final = {"cpu": 64, "cuda": 256}  # that decode at once
@@ -72,14 +72,14 @@ def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, 
         sleeps=device == "cuda" and settings.vllm_rest_s > 0,
     )
     attempts = Attempts(f"model {settings.model}", time.monotonic)
-    engine = Engine(lambda: Core.start(options, environ), settings.vllm_rest_s, attempts)
+    engine = CoreLifecycle(lambda: Core.start(options, environ), settings.vllm_rest_s, attempts)
     refuse = partial(unsupported.refusal, rank_max=settings.vllm_rank)
-    shelf = Shelf(store, facts, settings.vllm_shelf, engine.forget, refuse)
+    shelf = AdapterFiles(store, facts, settings.vllm_shelf, engine.forget, refuse)
     atexit.register(shelf.close)
     atexit.register(engine.close)
     shutdown.before(engine.leave)
     engine.begin()
-    turns = Turns(options.texts_max, options.adapters_at_once)
+    turns = SlotQueue(options.texts_max, options.adapters_at_once)
     tokenizer, shares = Tokenizer.from_file(str(directory / "tokenizer.json")), Shares(time.monotonic)
     sampler = VllmSampler(engine, shelf, facts, tokenizer, turns, shares)
     log.info(
@@ -121,7 +121,7 @@ def device_for(setting: str, present: Literal["cuda", "cpu"]) -> Literal["cuda",
     return present
 
 
-def _readings(sampler: VllmSampler, engine: Engine, shares: Shares, texts_max: int) -> list[Reading]:
+def _readings(sampler: VllmSampler, engine: CoreLifecycle, shares: Shares, texts_max: int) -> list[Reading]:
     counts = sampler.counters
     return [
         Reading("knapper_vllm_prefilled_tokens", "Prompt tokens, those that were in the cache too.",

@@ -24,7 +24,7 @@ class _Text:
     passed: int = 0  # how many others went before it, though it was its turn
 
 
-class Turns:
+class SlotQueue:
     """`adapters_max`: different adapters under way at once."""
 
     def __init__(self, slots_max: int, adapters_max: int) -> None:

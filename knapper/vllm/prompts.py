@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 
 from knapper.engine.sampling.token_sampling import empty_logprob, empty_token
-from knapper.vllm.core import Piece, Top
-from knapper.wire.types import Sample, TopK
+from knapper.vllm.core import TokenDelta, Top
+from knapper.wire.types import SampleRequest, TopK
 
 
-def wanted(request: Sample) -> int | None:
+def wanted(request: SampleRequest) -> int | None:
     """How many alternatives to each token of the prompt; None if nothing is asked of them."""
     asked = request.prompt_logprobs or request.topk_prompt_logprobs
     return request.topk_prompt_logprobs if asked else None
 
 
-def told(request: Sample, piece: Piece) -> dict[str, Any]:
+def told(request: SampleRequest, piece: TokenDelta) -> dict[str, Any]:
     """Fields of SampleOutput."""
     found: dict[str, Any] = {}
     if piece.prompt is not None:

@@ -17,20 +17,20 @@ from knapper import limits
 from knapper.engine.models.config import Facts
 from knapper.engine.sampling import validation
 from knapper.engine.sampling.next_tokens import NonFiniteLogits
-from knapper.engine.sampling.stop import Stops
+from knapper.engine.sampling.stop import StopCriteria
 from knapper.errors import ContextLengthExceeded, InvalidField, Unavailable
 from knapper.vllm import prompts
-from knapper.vllm.adapters import Shelf
-from knapper.vllm.core import TEMPERATURES, Adapter, Ask, Core, Piece, Top
+from knapper.vllm.adapters import AdapterFiles
+from knapper.vllm.core import TEMPERATURES, Adapter, Ask, Core, TokenDelta, Top
 from knapper.vllm.device_time import Shares
-from knapper.vllm.engine import Engine
-from knapper.vllm.fair_queue import Turns
-from knapper.wire.progress import Drawn, Ending
-from knapper.wire.types import GREEDY_TEMPERATURE_MAX, Sample, SampleOutput, Sequence
+from knapper.vllm.engine import CoreLifecycle
+from knapper.vllm.fair_queue import SlotQueue
+from knapper.wire.progress import Ending, TokenEvent
+from knapper.wire.types import GREEDY_TEMPERATURE_MAX, SampledSequence, SampleOutput, SampleRequest
 
 
 @dataclass
-class Counters:
+class VllmCounters:
     """Since the sampler began."""
 
     prefilled_tokens: int = 0  # prompt tokens, those that the cache had included
@@ -44,14 +44,14 @@ class Counters:
 class _Job:
     """One request, and what came of it so far."""
 
-    request: Sample
+    request: SampleRequest
     adapter: Adapter | None
-    stops: Stops
+    stops: StopCriteria
     ends: tuple[int, ...]
     tokens_max: int
-    listen: Callable[[Drawn], None] | None
-    sequences: dict[int, Sequence] = field(default_factory=dict)
-    prompt: Piece | None = None
+    listen: Callable[[TokenEvent], None] | None
+    sequences: dict[int, SampledSequence] = field(default_factory=dict)
+    prompt: TokenDelta | None = None
     cached: int = 0
     device_s: float = 0.0  # its texts' shares of the wall clock
 
@@ -60,9 +60,15 @@ class VllmSampler:
     """As many texts at once as the engine's core has slots for; the rest wait in turn."""
 
     def __init__(
-        self, engine: Engine, shelf: Shelf, facts: Facts, tokenizer: Tokenizer, turns: Turns, shares: Shares
+        self,
+        engine: CoreLifecycle,
+        shelf: AdapterFiles,
+        facts: Facts,
+        tokenizer: Tokenizer,
+        turns: SlotQueue,
+        shares: Shares,
     ) -> None:
-        self.counters = Counters()
+        self.counters = VllmCounters()
         self._shares = shares
         self._engine, self._shelf, self._facts, self._tokenizer, self._turns = engine, shelf, facts, tokenizer, turns
         self._requests = 0
@@ -72,7 +78,7 @@ class VllmSampler:
         """Texts that decode."""
         return self._turns.active
 
-    async def sample(self, request: Sample, listen: Callable[[Drawn], None] | None = None) -> SampleOutput:
+    async def sample(self, request: SampleRequest, listen: Callable[[TokenEvent], None] | None = None) -> SampleOutput:
         """The samples of one request: the same tokens for the same request, as far as rounding allows.
 
         The log-probabilities are those of the distribution that each token was drawn from; those of the prompt are
@@ -97,7 +103,7 @@ class VllmSampler:
         finally:
             self._requests -= 1
 
-    def _check(self, request: Sample) -> None:
+    def _check(self, request: SampleRequest) -> None:
         validation.check(request, self._facts)
         low, high = TEMPERATURES
         if request.params.temperature != 0 and not low <= request.params.temperature <= high:
@@ -113,7 +119,7 @@ class VllmSampler:
         if prompt >= context:
             raise ContextLengthExceeded(prompt, context - 1, context, " with the vLLM sampler")
 
-    async def _sample(self, request: Sample, listen: Callable[[Drawn], None] | None) -> SampleOutput:
+    async def _sample(self, request: SampleRequest, listen: Callable[[TokenEvent], None] | None) -> SampleOutput:
         params = request.params
         async with AsyncExitStack() as held:
             core = await held.enter_async_context(self._engine.use())
@@ -126,7 +132,7 @@ class VllmSampler:
             job = _Job(
                 request=request,
                 adapter=adapter,
-                stops=Stops(ends, params.stop_strings, self._tokenizer),
+                stops=StopCriteria(ends, params.stop_strings, self._tokenizer),
                 ends=ends,
                 tokens_max=room if params.max_tokens is None else min(params.max_tokens, room),
                 listen=listen,
@@ -214,14 +220,14 @@ class _Text:
         full = len(self._tokens) >= self._job.tokens_max
         if self._job.listen is not None:
             ending: Ending = "stop" if stopped else "length" if full else ""
-            self._job.listen(Drawn(self._number, len(self._tokens) - 1, token, logprob, ending, top))
+            self._job.listen(TokenEvent(self._number, len(self._tokens) - 1, token, logprob, ending, top))
         if stopped or full:
             self.finish(stopped)
         return stopped or full
 
     def finish(self, stopped: bool) -> None:
         k = self._job.request.topk_sample_logprobs
-        self._job.sequences[self._number] = Sequence(
+        self._job.sequences[self._number] = SampledSequence(
             tokens=np.array(self._tokens, dtype=np.int32),
             logprobs=np.array(self._logprobs, dtype=np.float32),
             stopped=stopped,

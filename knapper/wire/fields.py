@@ -19,7 +19,7 @@ Path = Annotated[str, Meta(max_length=1024)]
 Labels = dict[str, str]
 
 
-class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RequestBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all."""
 
 
@@ -35,5 +35,5 @@ def expect_no_access_token(token: str | None) -> None:
         )  # fmt: skip
 
 
-def encode(request: Request) -> bytes:
+def encode(request: RequestBody) -> bytes:
     return msgspec.json.encode(request)

@@ -10,10 +10,10 @@ from msgspec import Meta
 
 from knapper import limits
 from knapper.errors import TooLarge
-from knapper.wire.fields import Id, Request, Seq, Text
+from knapper.wire.fields import Id, RequestBody, Seq, Text
 from knapper.wire.json import decode
 from knapper.wire.json_tensors import TensorData
-from knapper.wire.sample_requests import Prompt
+from knapper.wire.sample_requests import PromptBody
 from knapper.wire.tensors import Array
 from knapper.wire.types import Cells, Datum, Float32, ForwardBackward, ForwardBackwardOutput, SampleOutput, TopK
 
@@ -21,12 +21,12 @@ _CONFIG_KEYS_MAX = 64
 _INPUTS_MAX = 32
 
 
-class JsonDatum(Request, frozen=True, kw_only=True):
+class JsonDatum(RequestBody, frozen=True, kw_only=True):
     loss_fn_inputs: Annotated[dict[Text, TensorData], Meta(max_length=_INPUTS_MAX)]
-    model_input: Prompt
+    model_input: PromptBody
 
 
-class ForwardBackwardInput(Request, frozen=True, kw_only=True):
+class ForwardBackwardInput(RequestBody, frozen=True, kw_only=True):
     data: list[JsonDatum]
     loss_fn: Text
     loss_fn_config: Annotated[dict[Text, float | str], Meta(max_length=_CONFIG_KEYS_MAX)] | None = None
@@ -46,7 +46,7 @@ class ForwardBackwardInput(Request, frozen=True, kw_only=True):
         )
 
 
-class JsonForwardBackward(Request, frozen=True, kw_only=True):
+class JsonForwardBackward(RequestBody, frozen=True, kw_only=True):
     """forward_backward"""
 
     model_id: Id
@@ -60,7 +60,7 @@ class JsonForwardBackward(Request, frozen=True, kw_only=True):
         )
 
 
-class JsonForward(Request, frozen=True, kw_only=True):
+class JsonForward(RequestBody, frozen=True, kw_only=True):
     """forward: the same, and no gradient"""
 
     model_id: Id

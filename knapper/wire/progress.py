@@ -18,7 +18,7 @@ log = structlog.get_logger()
 Ending = Literal["", "stop", "length"]
 
 
-class Drawn(msgspec.Struct, frozen=True, tag="drawn"):
+class TokenEvent(msgspec.Struct, frozen=True, tag="drawn"):
     """Token number `position` of sequence number `sequence`. `ending`: why it is the last one, or empty.
 
     `logprob` and `alternatives`, likeliest first, as in the whole answer.
@@ -32,14 +32,14 @@ class Drawn(msgspec.Struct, frozen=True, tag="drawn"):
     alternatives: list[tuple[int, float]] = []
 
 
-class Whole(msgspec.Struct, frozen=True, tag="whole"):
+class FinishedEvent(msgspec.Struct, frozen=True, tag="whole"):
     """The protobuf answer, and the seconds of the device that it took."""
 
     answer: bytes
     device_s: float = 0.0
 
 
-class Failed(msgspec.Struct, frozen=True, tag="failed"):
+class FailedEvent(msgspec.Struct, frozen=True, tag="failed"):
     """An error, in the words and with the status that the function would have answered at once."""
 
     status: int
@@ -49,7 +49,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     field: str | None = None  # the one that is wrong, where it is one
 
 
-Frame = Drawn | Whole | Failed
+StreamEvent = TokenEvent | FinishedEvent | FailedEvent
 
 
 def device_s(header: str | None) -> float:
@@ -65,14 +65,14 @@ def device_s(header: str | None) -> float:
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Frame)
+_decoder = msgspec.msgpack.Decoder(StreamEvent)
 
 
-def encode(message: Frame) -> bytes:
+def encode(message: StreamEvent) -> bytes:
     return frame(_encoder.encode(message))
 
 
-async def decode(chunks: AsyncIterator[bytes]) -> AsyncIterator[Frame]:
+async def decode(chunks: AsyncIterator[bytes]) -> AsyncIterator[StreamEvent]:
     """The frames, each as soon as it is whole; a stream that breaks off just ends. Raises Corrupt."""
     async for message in split(chunks):
         yield _decoder.decode(message)

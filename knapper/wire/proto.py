@@ -22,7 +22,7 @@ from knapper.wire.types import (
     SampleOutput,
     TopK,
 )
-from knapper.wire.types import Sequence as Sampled
+from knapper.wire.types import SampledSequence as Sampled
 from knapper.wire.untrusted import parsing
 
 _LOSS_CONFIG_KEYS_MAX = 64

@@ -18,7 +18,7 @@ from knapper.wire.fields import (
     Labels,
     Number,
     Path,
-    Request,
+    RequestBody,
     Seed,
     Seq,
     Text,
@@ -37,13 +37,13 @@ __all__ = [
 # ---- service
 
 
-class ClientConfig(Request, frozen=True, kw_only=True):
+class ClientConfig(RequestBody, frozen=True, kw_only=True):
     """client/config and client/dynamic_config"""
 
     sdk_version: Text = ""
 
 
-class CreateSession(Request, frozen=True, kw_only=True):
+class CreateSession(RequestBody, frozen=True, kw_only=True):
     tags: Annotated[list[Text], Meta(max_length=256)] = []
     user_metadata: dict[str, Any] | None = None
     sdk_version: Text = ""
@@ -55,21 +55,21 @@ class CreateSession(Request, frozen=True, kw_only=True):
         return _bounded_json(self.user_metadata)
 
 
-class Heartbeat(Request, frozen=True, kw_only=True):
+class Heartbeat(RequestBody, frozen=True, kw_only=True):
     session_id: Id
     type: Literal["session_heartbeat"] = "session_heartbeat"
 
 
-class FinishReason(Request, frozen=True, kw_only=True):
+class FinishReason(RequestBody, frozen=True, kw_only=True):
     type: Literal["success", "errored", "interrupted"]
 
 
-class FinishSession(Request, frozen=True, kw_only=True):
+class FinishSession(RequestBody, frozen=True, kw_only=True):
     reason: FinishReason
     detail: Annotated[str, Meta(max_length=100_000)] | None = None
 
 
-class Telemetry(Request, frozen=True, kw_only=True):
+class Telemetry(RequestBody, frozen=True, kw_only=True):
     """Events are looked at by nobody here, and kept nowhere."""
 
     events: list[msgspec.Raw]
@@ -82,7 +82,7 @@ class Telemetry(Request, frozen=True, kw_only=True):
 # ---- training
 
 
-class LoraConfig(Request, frozen=True, kw_only=True):
+class LoraConfig(RequestBody, frozen=True, kw_only=True):
     rank: int
     seed: Seed | None = None
     train_unembed: bool = True
@@ -90,7 +90,7 @@ class LoraConfig(Request, frozen=True, kw_only=True):
     train_attn: bool = True
 
 
-class CreateModel(Request, frozen=True, kw_only=True):
+class CreateModel(RequestBody, frozen=True, kw_only=True):
     session_id: Id
     model_seq_id: Number
     base_model: Path
@@ -120,7 +120,7 @@ class CreateModel(Request, frozen=True, kw_only=True):
         return _bounded_json(self.user_metadata)
 
 
-class GetInfo(Request, frozen=True, kw_only=True):
+class GetInfo(RequestBody, frozen=True, kw_only=True):
     model_id: Id
     type: Literal["get_info"] = "get_info"
 
@@ -129,7 +129,7 @@ Unit = Annotated[float, Meta(ge=0, lt=1)]
 Positive = Annotated[float, Meta(ge=0, le=1e30)]
 
 
-class AdamParams(Request, frozen=True, kw_only=True):
+class AdamParams(RequestBody, frozen=True, kw_only=True):
     """The SDK's defaults."""
 
     learning_rate: Positive = 1e-4
@@ -140,7 +140,7 @@ class AdamParams(Request, frozen=True, kw_only=True):
     grad_clip_norm: Positive = 0.0
 
 
-class OptimStep(Request, frozen=True, kw_only=True):
+class OptimStep(RequestBody, frozen=True, kw_only=True):
     model_id: Id
     seq_id: Seq
     adam_params: AdamParams | None = None
@@ -156,7 +156,7 @@ class OptimStep(Request, frozen=True, kw_only=True):
         return types.AdamW(**msgspec.structs.asdict(self.adam_params))
 
 
-class SaveWeights(Request, frozen=True, kw_only=True):
+class SaveWeights(RequestBody, frozen=True, kw_only=True):
     model_id: Id
     seq_id: Seq
     path: Path
@@ -169,7 +169,7 @@ class SaveWeights(Request, frozen=True, kw_only=True):
         _bounded_json(self.user_metadata)
 
 
-class SaveWeightsForSampler(Request, frozen=True, kw_only=True):
+class SaveWeightsForSampler(RequestBody, frozen=True, kw_only=True):
     model_id: Id
     seq_id: Seq
     path: Path | None = None
@@ -183,7 +183,7 @@ class SaveWeightsForSampler(Request, frozen=True, kw_only=True):
         _bounded_json(self.user_metadata)
 
 
-class SaveWeightsExternal(Request, frozen=True, kw_only=True):
+class SaveWeightsExternal(RequestBody, frozen=True, kw_only=True):
     """A PEFT directory to be downloaded, encrypted for age's recipients if there are any."""
 
     model_id: Id
@@ -194,7 +194,7 @@ class SaveWeightsExternal(Request, frozen=True, kw_only=True):
     type: Literal["save_weights_external"] = "save_weights_external"
 
 
-class LoadWeights(Request, frozen=True, kw_only=True):
+class LoadWeights(RequestBody, frozen=True, kw_only=True):
     """Into an existing run (model_id, seq_id), or as the first operation of a new one (session_id, model_seq_id)."""
 
     path: Path
@@ -242,14 +242,14 @@ class LoadWeights(Request, frozen=True, kw_only=True):
 # ---- futures
 
 
-class RetrieveFuture(Request, frozen=True, kw_only=True):
+class RetrieveFuture(RequestBody, frozen=True, kw_only=True):
     """`allow_metadata_only` allows, and does not oblige: payloads come at once."""
 
     request_id: Id
     allow_metadata_only: bool = False
 
 
-class FuturesTarget(Request, frozen=True, kw_only=True):
+class FuturesTarget(RequestBody, frozen=True, kw_only=True):
     """One client of a sampling session: its requests are those whose seq_id // 10^9 is `cloned_sampler_id`."""
 
     sampling_session_id: Id
@@ -257,7 +257,7 @@ class FuturesTarget(Request, frozen=True, kw_only=True):
     type: Literal["sampling_session"] = "sampling_session"
 
 
-class RetrieveFutures(Request, frozen=True, kw_only=True):
+class RetrieveFutures(RequestBody, frozen=True, kw_only=True):
     """`timeout`: seconds that the poll may be held; None: as long as the server likes."""
 
     target: FuturesTarget
@@ -266,7 +266,7 @@ class RetrieveFutures(Request, frozen=True, kw_only=True):
     retrieved_request_ids: list[Id] = []
 
 
-class CancelFuture(Request, frozen=True, kw_only=True):
+class CancelFuture(RequestBody, frozen=True, kw_only=True):
     request_id: Id
 
 

@@ -12,7 +12,7 @@ from msgspec import Meta
 from knapper import ids, limits
 from knapper.errors import InvalidField
 from knapper.ids import RunId
-from knapper.wire.fields import AccessToken, Id, Labels, Number, Path, Request, Text, Ttl
+from knapper.wire.fields import AccessToken, Id, Labels, Number, Path, RequestBody, Text, Ttl
 
 Scope = Literal["owned", "accessible"]  # a tenant may read what it owns, so both mean the same here
 Offset = Annotated[int, Meta(ge=0, le=10**9)]
@@ -20,13 +20,13 @@ PageSize = Annotated[int, Meta(ge=1, le=limits.page_max)]
 Project = Annotated[str, Meta(min_length=1, max_length=limits.project_chars_max)]
 
 
-class Access(Request, frozen=True, kw_only=True):
+class Access(RequestBody, frozen=True, kw_only=True):
     """The query of one run or session."""
 
     access_scope: Scope = "owned"
 
 
-class Page(Request, frozen=True, kw_only=True):
+class Page(RequestBody, frozen=True, kw_only=True):
     """The query of a list of sessions."""
 
     limit: PageSize = 20
@@ -38,22 +38,22 @@ class RunsPage(Page, frozen=True, kw_only=True):
     project_id: Project | None = None
 
 
-class CheckpointsPage(Request, frozen=True, kw_only=True):
+class CheckpointsPage(RequestBody, frozen=True, kw_only=True):
     limit: PageSize = 100
     offset: Offset = 0
 
 
-class TtlChange(Request, frozen=True, kw_only=True):
+class TtlChange(RequestBody, frozen=True, kw_only=True):
     """null removes it. The field is required, so that a misspelt one cannot mean for ever."""
 
     ttl_seconds: Ttl | None
 
 
-class WeightsInfo(Request, frozen=True, kw_only=True):
+class WeightsInfo(RequestBody, frozen=True, kw_only=True):
     tinker_path: Path
 
 
-class CopyWeights(Request, frozen=True, kw_only=True):
+class CopyWeights(RequestBody, frozen=True, kw_only=True):
     source_path: Path
     session_id: Id | None = None
     model_seq_id: Number | None = None
@@ -73,47 +73,47 @@ class CopyWeights(Request, frozen=True, kw_only=True):
         raise InvalidField("copy_weights", given, "destination_project_id, or session_id with model_seq_id")
 
 
-class SessionProject(Request, frozen=True, kw_only=True):
+class SessionProject(RequestBody, frozen=True, kw_only=True):
     project_id: Project
 
 
-class Own(Request, frozen=True, kw_only=True, tag="own"):
+class Own(RequestBody, frozen=True, kw_only=True, tag="own"):
     pass
 
 
-class Accessible(Request, frozen=True, kw_only=True, tag="accessible"):
+class Accessible(RequestBody, frozen=True, kw_only=True, tag="accessible"):
     pass
 
 
-class Users(Request, frozen=True, kw_only=True, tag="user"):
+class Users(RequestBody, frozen=True, kw_only=True, tag="user"):
     owner_urns: Annotated[list[Text], Meta(min_length=1, max_length=10)]
 
 
-class Active(Request, frozen=True, kw_only=True, tag="active"):
+class Active(RequestBody, frozen=True, kw_only=True, tag="active"):
     pass
 
 
-class Cancelled(Request, frozen=True, kw_only=True, tag="cancelled"):
+class Cancelled(RequestBody, frozen=True, kw_only=True, tag="cancelled"):
     pass
 
 
-class Failed(Request, frozen=True, kw_only=True, tag="failed"):
+class Failed(RequestBody, frozen=True, kw_only=True, tag="failed"):
     pass
 
 
-class ClientFinished(Request, frozen=True, kw_only=True, tag="client_finished"):
+class ClientFinished(RequestBody, frozen=True, kw_only=True, tag="client_finished"):
     reasons: Annotated[list[Literal["success", "errored", "interrupted"]], Meta(min_length=1)] | None = None
 
 
 Status = Active | Cancelled | Failed | ClientFinished
 
 
-class Cursor(Request, frozen=True, kw_only=True):
+class Cursor(RequestBody, frozen=True, kw_only=True):
     last_created_at: Annotated[datetime, Meta(tz=True)]
     last_session_id: Id
 
 
-class SessionSearch(Request, frozen=True, kw_only=True):
+class SessionSearch(RequestBody, frozen=True, kw_only=True):
     session_id: Id | None = None
     project_ids: Annotated[list[Project], Meta(max_length=1000)] | None = None
     user_metadata: Labels = {}
@@ -124,12 +124,12 @@ class SessionSearch(Request, frozen=True, kw_only=True):
     cursor: Cursor | None = None
 
 
-class AuditQuery(Request, frozen=True, kw_only=True):
+class AuditQuery(RequestBody, frozen=True, kw_only=True):
     event_type: Literal["all", "checkpoints", "projects", "teams", "organizations"] = "all"
     day: Annotated[str, Meta(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
 
 
-class UsageQuery(Request, frozen=True, kw_only=True):
+class UsageQuery(RequestBody, frozen=True, kw_only=True):
     starting_on: Annotated[datetime, Meta(tz=True)]
     ending_before: Annotated[datetime, Meta(tz=True)]
 
@@ -153,5 +153,5 @@ class UsageQuery(Request, frozen=True, kw_only=True):
         return first, end
 
 
-class StorageQuery(Request, frozen=True, kw_only=True):
+class StorageQuery(RequestBody, frozen=True, kw_only=True):
     project_id: Project | None = None

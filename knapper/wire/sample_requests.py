@@ -12,15 +12,15 @@ from msgspec import UNSET, Meta, UnsetType
 from knapper import limits
 from knapper.errors import InvalidField
 from knapper.wire import types
-from knapper.wire.fields import Id, Number, Path, Request, Seed, Token, encode
+from knapper.wire.fields import Id, Number, Path, RequestBody, Seed, Token, encode
 from knapper.wire.json import decode
 from knapper.wire.json_tensors import TensorData
 
 __all__ = [
+    "AsampleBody",
     "CreateSamplingSession",
     "JoinSamplingSession",
-    "Prompt",
-    "Sample",
+    "PromptBody",
     "SampleCall",
     "address",
     "decode",
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-class CreateSamplingSession(Request, frozen=True, kw_only=True):
+class CreateSamplingSession(RequestBody, frozen=True, kw_only=True):
     session_id: Id
     sampling_session_seq_id: Number
     base_model: Path | None = None
@@ -36,12 +36,12 @@ class CreateSamplingSession(Request, frozen=True, kw_only=True):
     type: Literal["create_sampling_session"] = "create_sampling_session"
 
 
-class JoinSamplingSession(Request, frozen=True, kw_only=True):
+class JoinSamplingSession(RequestBody, frozen=True, kw_only=True):
     sampling_session_id: Id
     type: Literal["join_sampling_session"] = "join_sampling_session"
 
 
-class Chunk(Request, frozen=True, kw_only=True):
+class Chunk(RequestBody, frozen=True, kw_only=True):
     """A piece of a prompt. Other types than encoded_text are known, and refused by name."""
 
     type: Literal["encoded_text", "image", "image_asset_pointer", "dmel"] = "encoded_text"
@@ -53,7 +53,7 @@ class Chunk(Request, frozen=True, kw_only=True):
     dmel: str | UnsetType = UNSET
 
 
-class Prompt(Request, frozen=True, kw_only=True):
+class PromptBody(RequestBody, frozen=True, kw_only=True):
     chunks: Annotated[list[Chunk], Meta(max_length=limits.datum_parts_max)]
 
     def tokens(self, field: str = "prompt") -> types.Int32:
@@ -69,7 +69,7 @@ class Prompt(Request, frozen=True, kw_only=True):
         return np.concatenate(whole)
 
 
-class SamplingParams(Request, frozen=True, kw_only=True):
+class SamplingParamsBody(RequestBody, frozen=True, kw_only=True):
     max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     seed: Seed | None = None
     stop: str | list[str | int] | None = None
@@ -101,11 +101,11 @@ SampleSeq = Annotated[int, Meta(ge=0, le=2**63 - 1)]  # a client's clones count 
 LastN = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 
-class Sample(Request, frozen=True, kw_only=True):
+class AsampleBody(RequestBody, frozen=True, kw_only=True):
     """asample"""
 
-    prompt: Prompt
-    sampling_params: SamplingParams
+    prompt: PromptBody
+    sampling_params: SamplingParamsBody
     sampling_session_id: Id | None = None
     seq_id: SampleSeq | None = None
     base_model: Path | None = None
@@ -166,7 +166,7 @@ def address(body: bytes) -> tuple[str, int]:
     return asked.sampling_session_id, asked.seq_id
 
 
-class SampleCall(Request, frozen=True, kw_only=True):
+class SampleCall(RequestBody, frozen=True, kw_only=True):
     """What the gateway asks of the sample function: JSON there, protobuf back."""
 
     base_model: Path
@@ -183,9 +183,9 @@ class SampleCall(Request, frozen=True, kw_only=True):
     prompt_logprobs_last_n: LastN | None = None
     stream: bool = False  # answer in the frames of knapper.wire.progress
 
-    def sample(self, tenant: str = "") -> types.Sample:
+    def sample(self, tenant: str = "") -> types.SampleRequest:
         targets = self.target_prompt_logprobs
-        return types.Sample(
+        return types.SampleRequest(
             base_model=self.base_model,
             adapter=self.adapter,
             prompt=np.array(self.prompt, dtype=np.int32),

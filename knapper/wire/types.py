@@ -92,7 +92,7 @@ class Cells:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleRequest:
     """One asample request. `adapter`: the store prefix of an immutable export, or empty for the base model."""
 
     base_model: str
@@ -127,7 +127,7 @@ class PromptDraws:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class SampledSequence:
     """`tokens` (N), the stop token or string among them; `logprobs` (N) of the distribution that was sampled from."""
 
     tokens: Int32
@@ -138,7 +138,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class SampleOutput:
-    sequences: list[Sequence]
+    sequences: list[SampledSequence]
     prompt_logprobs: Float32 | None = None  # (P), NaN where there is none: always at 0
     topk_prompt_logprobs: TopK | None = None  # (P, k), empty where there is none: always row 0
     target_prompt_logprobs: Cells | None = None  # float32, in the request's layout; 0.0 where it has -1

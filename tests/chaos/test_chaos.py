@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from knapper.chaos.report import compare, report
-from knapper.chaos.targets import Pods, Processes, Victim
-from knapper.chaos.workload import Outcome
+from knapper.chaos.targets import Pods, ProcessTargets, Victim
+from knapper.chaos.workload import TrainingTrace
 from knapper.cluster.api import Api
 from knapper.errors import InvalidField
 from tests.cluster.apiserver import Cluster, serving
@@ -73,7 +73,7 @@ def test_only_children_of_the_supervisor_are_killed_and_never_itself(tmp_path: P
         directory = _directory(
             tmp_path, supervisor=os.getpid(), gateway=engine, sample=stranger, reward=reward, engine=2**22 + 1
         )
-        victims = Processes(directory, "http://127.0.0.1:8000")
+        victims = ProcessTargets(directory, "http://127.0.0.1:8000")
         assert victims.living() == [Victim("gateway", str(engine))]
         assert not victims.kill(Victim("sample", str(stranger)))
         assert not victims.kill(Victim("supervisor", str(os.getpid())))
@@ -89,12 +89,12 @@ def test_only_children_of_the_supervisor_are_killed_and_never_itself(tmp_path: P
 
 def test_another_deployments_gateway_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidField, match="a `knapper up` that runs on this machine"):
-        Processes(tmp_path, "http://127.0.0.1:8000")
+        ProcessTargets(tmp_path, "http://127.0.0.1:8000")
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         directory = _directory(tmp_path, supervisor=os.getpid(), gateway=child.pid)
         with pytest.raises(InvalidField, match="which listens on port 8000"):
-            Processes(directory, "http://127.0.0.1:8001")
+            ProcessTargets(directory, "http://127.0.0.1:8001")
     finally:
         child.kill()
         child.wait()
@@ -122,9 +122,11 @@ def test_pods_are_deleted_without_grace(tmp_path: Path) -> None:
     assert deleted in cluster.asked
 
 
-def _outcome(logprob: float = -1.5, token: int = 7, weights: str = "aa") -> Outcome:
+def _outcome(logprob: float = -1.5, token: int = 7, weights: str = "aa") -> TrainingTrace:
     answers = {"step 0: logprobs": np.array([logprob, -2.0], np.float32)}
-    return Outcome("run", answers, {"step 0: tokens": np.array([token], np.int32)}, weights, [0.1], (0.1, "step 0"))
+    return TrainingTrace(
+        "run", answers, {"step 0: tokens": np.array([token], np.int32)}, weights, [0.1], (0.1, "step 0")
+    )
 
 
 def test_one_bit_of_an_answer_a_sample_or_the_weights_is_a_difference() -> None:
@@ -134,7 +136,7 @@ def test_one_bit_of_an_answer_a_sample_or_the_weights_is_a_difference() -> None:
         verdict = compare(_outcome(), wild, 0.0)
         assert len(verdict.differences) == 1
         assert list(report(_outcome(), wild, {"gateway": 1}, "1", verdict))[-1] == "verdict: DIFFERENT"
-    missing = Outcome("run", {}, dict(_outcome().drawn), "aa")
+    missing = TrainingTrace("run", {}, dict(_outcome().drawn), "aa")
     assert compare(_outcome(), missing, 0.0).differences == ["step 0: logprobs: of another form"]
 
 

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from tinker import types
 
-from gateway.train_client import Bells
+from gateway.train_client import TrainStepClient
 from knapper.ids import RunId
 from knapper.state import layout
 from knapper.state.journal.records import Commit, Result, encode
@@ -44,14 +44,14 @@ def test_a_cold_start_is_told_from_its_first_second_and_once_a_minute(
 ) -> None:
     """Of training in the way of notices, as the SDK is silent for a quarter of an hour; of samples it prints itself."""
     started, asked, later_s = threading.Event(), [0], [0.0]
-    tell = Bells.tell
+    tell = TrainStepClient.tell
 
     async def starting(request: Request) -> Response:
         await request.body()
         await asyncio.to_thread(started.wait)
         return JSONResponse({"detail": "it has started", "category": "user"}, status_code=422)
 
-    def counted(bells: Bells, run: RunId) -> str:
+    def counted(bells: TrainStepClient, run: RunId) -> str:
         asked[0] += 1
         return tell(bells, run)
 
@@ -59,7 +59,7 @@ def test_a_cold_start_is_told_from_its_first_second_and_once_a_minute(
         messages = (record.getMessage() for record in caplog.records if record.name.startswith("tinker"))
         return [message for message in messages if what in message]
 
-    monkeypatch.setattr(Bells, "tell", counted)
+    monkeypatch.setattr(TrainStepClient, "tell", counted)
     monkeypatch.setattr("gateway.futures._PAUSED_HOLD_S", 0.2)  # many polls
     function = Starlette(routes=[Route("/", starting, methods=["POST"])])
     with (

@@ -34,6 +34,8 @@ FIGURES: Final[dict[str, list[tuple[str, str]]]] = {
     ],
     "docs/events.md": [("30 s", "limits:slice_s"), ("0.3 s", "knapper.local.broker.watcher:_STILL_S")],
     "docs/jobs.md": [
+        ("256 MiB", "limits:job_upload_bytes_max"), ("8 MiB", "limits:upload_part_bytes"),
+        ("8 MiB", "limits:upload_part_bytes"), ("24 hours", "limits:upload_s"), ("1 GiB", "limits:uploads_bytes_max"),
         ("10 minutes", "limits:job_missing_s"), ("256 MiB", "limits:job_file_bytes_max"),
         ("0.308 s", "docs/performance.md"), ("0.494 s", "docs/performance.md"),
     ],

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from knapper.engine.executor import Device, Task
+from knapper.engine.executor import Executor, Work
 
 CPU_SAYS = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
@@ -41,14 +41,14 @@ class Operators(TorchDispatchMode):
 
 
 @contextmanager
-def on(device: Device, mode: TorchDispatchMode) -> Iterator[None]:
+def on(device: Executor, mode: TorchDispatchMode) -> Iterator[None]:
     """The mode is that of the device's thread."""
 
-    def enter() -> Task[None]:
+    def enter() -> Work[None]:
         yield from ()
         mode.__enter__()
 
-    def leave() -> Task[None]:
+    def leave() -> Work[None]:
         yield from ()
         mode.__exit__(None, None, None)
 

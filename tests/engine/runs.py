@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 
-from knapper.engine.executor import Task
+from knapper.engine.executor import Work
 from knapper.engine.models.loader import load
 from knapper.engine.training.trainer import Trainer
 from knapper.state.journal.records import Spec
@@ -19,7 +19,7 @@ T = TypeVar("T")
 RUN = "ses-00000000000000000000000000000000:train:0"
 
 
-def done(task: Task[T]) -> T:
+def done(task: Work[T]) -> T:
     """Run a task to its end."""
     while True:
         try:

@@ -7,17 +7,17 @@ from concurrent.futures import CancelledError, Future
 
 import pytest
 
-from knapper.engine.executor import Device, Task
+from knapper.engine.executor import Executor, Work
 
 
 @pytest.fixture
-def device() -> Iterator[Device]:
-    device = Device("test")
+def device() -> Iterator[Executor]:
+    device = Executor("test")
     yield device
     device.close()
 
 
-def steps(seen: list[str], name: str, count: int, begin: threading.Event | None = None) -> Task[str]:
+def steps(seen: list[str], name: str, count: int, begin: threading.Event | None = None) -> Work[str]:
     if begin is not None:
         begin.wait(10)
     for n in range(count):
@@ -26,7 +26,7 @@ def steps(seen: list[str], name: str, count: int, begin: threading.Event | None 
     return name
 
 
-def test_tasks_take_turns_step_by_step(device: Device) -> None:
+def test_tasks_take_turns_step_by_step(device: Executor) -> None:
     seen: list[str] = []
     begin = threading.Event()
     first = device.submit(steps(seen, "a", 3, begin))  # holds the thread until the others have arrived
@@ -36,8 +36,8 @@ def test_tasks_take_turns_step_by_step(device: Device) -> None:
     assert seen == ["a0", "b0", "c0", "a1", "b1", "c1", "a2", "b2", "c2"]
 
 
-def test_a_failure_reaches_its_caller_and_nobody_else(device: Device) -> None:
-    def broken() -> Task[None]:
+def test_a_failure_reaches_its_caller_and_nobody_else(device: Executor) -> None:
+    def broken() -> Work[None]:
         yield
         raise ZeroDivisionError("mine")
 
@@ -48,10 +48,10 @@ def test_a_failure_reaches_its_caller_and_nobody_else(device: Device) -> None:
     assert fine.result(10) == "x"
 
 
-def test_a_cancelled_caller_ends_its_task_at_the_next_step(device: Device) -> None:
+def test_a_cancelled_caller_ends_its_task_at_the_next_step(device: Executor) -> None:
     closed = threading.Event()
 
-    def endless() -> Task[None]:
+    def endless() -> Work[None]:
         try:
             while True:
                 yield
@@ -70,10 +70,10 @@ def test_a_cancelled_caller_ends_its_task_at_the_next_step(device: Device) -> No
 
 
 def test_closing_cancels_what_is_not_finished() -> None:
-    device = Device("closing")
+    device = Executor("closing")
     begun = threading.Event()
 
-    def endless() -> Task[None]:
+    def endless() -> Work[None]:
         while True:
             begun.set()
             yield
@@ -95,7 +95,7 @@ class Spent:
     def __call__(self) -> float:
         return self.now_s
 
-    def task(self, whose: str, takes_s: float, turns: int, begin: threading.Event | None = None) -> Task[None]:
+    def task(self, whose: str, takes_s: float, turns: int, begin: threading.Event | None = None) -> Work[None]:
         if begin is not None:
             begin.wait(10)
         for _ in range(turns):
@@ -115,7 +115,7 @@ class Spent:
 
 def test_owners_share_by_time_and_not_by_turns() -> None:
     spent = Spent()
-    device, begin = Device("shares", spent), threading.Event()
+    device, begin = Executor("shares", spent), threading.Event()
     try:
         first = device.submit(spent.task("long", 1.0, 10, begin), "long")
         tasks = [first, *(device.submit(spent.task("short", 0.25, 20), "short") for _ in range(2))]
@@ -132,7 +132,7 @@ def test_owners_share_by_time_and_not_by_turns() -> None:
 def test_who_was_away_begins_level_and_waits_for_one_turn() -> None:
     """Neither does it catch up with what the other had meanwhile, nor does the other wait for what it had before."""
     spent = Spent()
-    device, begin = Device("level", spent), threading.Event()
+    device, begin = Executor("level", spent), threading.Event()
     try:
         early = device.submit(spent.task("came back", 1.0, 3, begin), "came back")
         begin.set()
@@ -141,7 +141,7 @@ def test_who_was_away_begins_level_and_waits_for_one_turn() -> None:
         there = device.submit(spent.task("there", 1.0, 20, begin), "there")
         again: Future[Future[None]] = Future()
 
-        def middle() -> Task[None]:
+        def middle() -> Work[None]:
             for _ in range(5):
                 yield
             again.set_result(device.submit(spent.task("came back", 1.0, 8), "came back"))
@@ -164,7 +164,7 @@ def test_who_was_away_begins_level_and_waits_for_one_turn() -> None:
 def test_what_a_turn_began_is_waited_for_only_if_others_wait() -> None:
     settled: list[int] = []
     seen: list[str] = []
-    device, begin = Device("settles", settle=lambda: settled.append(len(seen))), threading.Event()
+    device, begin = Executor("settles", settle=lambda: settled.append(len(seen))), threading.Event()
     try:
         device.submit(steps(seen, "a", 5)).result(10)
         assert settled == []

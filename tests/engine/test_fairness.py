@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from knapper.engine.executor import Device, Task
+from knapper.engine.executor import Executor, Work
 from knapper.engine.run_machine import TrainingMachine
-from knapper.engine.sampling.sampler import Sampler
+from knapper.engine.sampling.sampler import EngineSampler
 from knapper.engine.training import batch
-from knapper.engine.training.batch import Pass
-from knapper.engine.training.scheduler import Clock
+from knapper.engine.training.batch import PendingRequest
+from knapper.engine.training.scheduler import TrainingScheduler
 from knapper.engine.training.trainer import RunState, Trainer
-from knapper.wire.types import Datum, ForwardBackward, Sample, SamplingParams
+from knapper.wire.types import Datum, ForwardBackward, SampleRequest, SamplingParams
 from tests.engine.runs import datum, request, spec, tiny_trainer
 from tests.engine.sampling.test_scheduler import Shelf
 from tests.engine.test_run_machine import optim_step
@@ -35,8 +35,8 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 
 
 @pytest.fixture
-def device() -> Iterator[Device]:
-    device = Device()
+def device() -> Iterator[Executor]:
+    device = Executor()
     yield device
     device.close()
 
@@ -48,12 +48,12 @@ def turns(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[
     names: dict[int, str] = {}
     opened, compute = trainer.open, batch.compute
 
-    def named(state: RunState, asked: ForwardBackward) -> Pass:
+    def named(state: RunState, asked: ForwardBackward) -> PendingRequest:
         one = opened(state, asked)
         names[id(one)] = state.spec.run
         return one
 
-    def noted(model: object, chosen: list[Pass]) -> Task[None]:
+    def noted(model: object, chosen: list[PendingRequest]) -> Work[None]:
         found.append([(names[id(one)], one.waiting[0].rows) for one in chosen])
         return compute(model, chosen)  # type: ignore[arg-type]  # a Model
 
@@ -73,10 +73,10 @@ def asked(trainer: Trainer, name: str, count: int, length: int) -> tuple[RunStat
 
 @pytest.mark.parametrize(("lengths", "bound"), [([10] * 8, 10), ([3, 5, 8, 10, 16, 24, 30, 32], 3 * ROWS_MAX)])
 def test_runs_that_always_want_more_get_equal_shares_by_rows(
-    trainer: Trainer, device: Device, turns: list[list[tuple[str, int]]], lengths: list[int], bound: int
+    trainer: Trainer, device: Executor, turns: list[list[tuple[str, int]]], lengths: list[int], bound: int
 ) -> None:
     """Eight closed loops, each of which asks again as soon as it is answered."""
-    clock, rounds = Clock(trainer, device, lambda: 0.0), 80
+    clock, rounds = TrainingScheduler(trainer, device, lambda: 0.0), 80
     over = threading.Event()
 
     def ask(name: str, state: RunState, wanted: ForwardBackward) -> None:
@@ -104,9 +104,9 @@ def test_runs_that_always_want_more_get_equal_shares_by_rows(
 
 
 def test_a_veteran_does_not_wait_for_a_newcomer_to_catch_up(
-    trainer: Trainer, device: Device, turns: list[list[tuple[str, int]]]
+    trainer: Trainer, device: Executor, turns: list[list[tuple[str, int]]]
 ) -> None:
-    clock = Clock(trainer, device, lambda: 0.0)
+    clock = TrainingScheduler(trainer, device, lambda: 0.0)
     gathered(device, clock, [asked(trainer, "veteran", 20, 32)])
     turns.clear()
     gathered(device, clock, [asked(trainer, "new", 6, 32), asked(trainer, "veteran", 6, 32)])
@@ -114,9 +114,9 @@ def test_a_veteran_does_not_wait_for_a_newcomer_to_catch_up(
 
 
 def test_a_newcomer_does_not_catch_up_with_what_others_had_before_it_came(
-    trainer: Trainer, device: Device, turns: list[list[tuple[str, int]]]
+    trainer: Trainer, device: Executor, turns: list[list[tuple[str, int]]]
 ) -> None:
-    clock = Clock(trainer, device, lambda: 0.0)
+    clock = TrainingScheduler(trainer, device, lambda: 0.0)
     gate = held(device)
     busy, first = (submitted(clock, *asked(trainer, name, n, 32)) for name, n in (("busy", 12), ("first", 4)))
     late = asked(trainer, "new", 4, 32)
@@ -132,7 +132,7 @@ def test_a_newcomer_does_not_catch_up_with_what_others_had_before_it_came(
 
 
 def test_another_runs_optim_step_waits_for_one_pass_at_most(
-    trainer: Trainer, device: Device, turns: list[list[tuple[str, int]]]
+    trainer: Trainer, device: Executor, turns: list[list[tuple[str, int]]]
 ) -> None:
     """The barrier is each run's own: a step of `short` is applied while `long` has most of its passes before it."""
     machine = TrainingMachine(trainer, device, lambda: 0.0)
@@ -156,22 +156,24 @@ def test_another_runs_optim_step_waits_for_one_pass_at_most(
 
 @pytest.mark.parametrize("loops", [1, 4])
 def test_sampling_takes_its_turns_within_a_pass(
-    trainer: Trainer, device: Device, turns: list[list[tuple[str, int]]], monkeypatch: pytest.MonkeyPatch, loops: int
+    trainer: Trainer, device: Executor, turns: list[list[tuple[str, int]]], monkeypatch: pytest.MonkeyPatch, loops: int
 ) -> None:
     """Neither waits for the other's end: between two layers of a pass there are decoding steps, and the reverse."""
-    sampler = Sampler(trainer.decoder, device, Shelf({}), None, slots_max=8, kv_tokens_max=4096, now=time.monotonic)
-    clock = Clock(trainer, device, lambda: 0.0)
+    sampler = EngineSampler(
+        trainer.decoder, device, Shelf({}), None, slots_max=8, kv_tokens_max=4096, now=time.monotonic
+    )
+    clock = TrainingScheduler(trainer, device, lambda: 0.0)
     before: list[int] = []  # decoding steps before each piece of a pass
     compute = batch.compute
 
-    def noted(model: object, chosen: list[Pass]) -> Task[None]:
+    def noted(model: object, chosen: list[PendingRequest]) -> Work[None]:
         for _ in compute(model, chosen):  # type: ignore[arg-type]  # a Model
             before.append(sampler.counters.steps)
             yield
 
     monkeypatch.setattr(batch, "compute", noted)
     prompt = np.arange(8, dtype=np.int32)
-    samples = [Sample("tiny", "", prompt, SamplingParams(max_tokens=24), seed=n) for n in range(6)]
+    samples = [SampleRequest("tiny", "", prompt, SamplingParams(max_tokens=24), seed=n) for n in range(6)]
 
     async def story() -> None:
         gate = held(device)
@@ -189,9 +191,9 @@ def test_sampling_takes_its_turns_within_a_pass(
     assert len([n for n in before if 0 < n < max(before)]) > 1  # and passes while texts are
 
 
-def test_what_waits_and_how_full_passes_are_is_counted(trainer: Trainer, device: Device) -> None:
+def test_what_waits_and_how_full_passes_are_is_counted(trainer: Trainer, device: Executor) -> None:
     now = [100.0]
-    clock = Clock(trainer, device, lambda: now[0])
+    clock = TrainingScheduler(trainer, device, lambda: now[0])
     assert (clock.waiting, clock.oldest_s(), clock.shares(8)) == (0, 0.0, [])
     gate = held(device)
     futures: list[Future[Any]] = []

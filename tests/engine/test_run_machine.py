@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
-from knapper.engine.executor import Device
+from knapper.engine.executor import Executor
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.run_machine import TrainingMachine
 from knapper.engine.training.trainer import RunState, Trainer
@@ -31,14 +31,14 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 
 
 @pytest.fixture
-def device() -> Iterator[Device]:
-    device = Device()
+def device() -> Iterator[Executor]:
+    device = Executor()
     yield device
     device.close()
 
 
 @pytest.fixture
-def machine(trainer: Trainer, device: Device) -> TrainingMachine:
+def machine(trainer: Trainer, device: Executor) -> TrainingMachine:
     return TrainingMachine(trainer, device, Ticks())
 
 
@@ -228,7 +228,7 @@ def test_a_checkpoint_of_another_rank_is_refused_and_changes_nothing(machine: Tr
 
 
 def test_the_cost_is_that_of_the_operations_own_pieces(
-    trainer: Trainer, device: Device, monkeypatch: pytest.MonkeyPatch
+    trainer: Trainer, device: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "rows_max", 10)  # three datums, three passes
 

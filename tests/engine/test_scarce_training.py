@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knapper.engine.executor import Device
+from knapper.engine.executor import Executor
 from knapper.engine.run_machine import TrainingMachine
-from knapper.engine.training.scheduler import Clock
+from knapper.engine.training.scheduler import TrainingScheduler
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.errors import OutOfMemory
 from knapper.wire.types import ForwardBackward
@@ -29,8 +29,8 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 
 
 @pytest.fixture
-def device() -> Iterator[Device]:
-    device = Device()
+def device() -> Iterator[Executor]:
+    device = Executor()
     yield device
     device.close()
 
@@ -67,14 +67,14 @@ def bad(trainer: Trainer) -> tuple[RunState, ForwardBackward]:
 @pytest.mark.parametrize("error", [gpu_error, cpu_error])
 def test_a_request_that_does_not_fit_alone_is_told_so_and_the_others_go_on(
     trainer: Trainer,
-    device: Device,
+    device: Executor,
     passes: Callable[[Callable[[], Exception]], list[int]],
     error: Callable[[], Exception],
 ) -> None:
     asked = [runs(trainer)[index] for index in (0, 3)]
     alone = [done(trainer.forward_backward(state, one)) for state, one in asked]
     seen = passes(error)
-    clock = Clock(trainer, device, lambda: 0.0)
+    clock = TrainingScheduler(trainer, device, lambda: 0.0)
     *found, failed = gathered(device, clock, [*asked, bad(trainer)])
     for mine, wanted in zip(found, alone, strict=True):
         assert_equal(mine, *wanted)
@@ -86,17 +86,17 @@ def test_a_request_that_does_not_fit_alone_is_told_so_and_the_others_go_on(
     assert clock.waiting == 0
 
 
-def test_wherever_memory_is_lacking_for_a_moment_training_is_the_same(trainer: Trainer, device: Device) -> None:
+def test_wherever_memory_is_lacking_for_a_moment_training_is_the_same(trainer: Trainer, device: Executor) -> None:
     """One operator after another fails once: where gradients are allocated, in passes, in losses, in sums."""
     asked = runs(trainer)
     alone = [done(trainer.forward_backward(state, one)) for state, one in asked]
     counted = Operators(lambda _number, _name: False, gpu_error)
     with on(device, counted):
-        gathered(device, Clock(trainer, device, lambda: 0.0), asked)
+        gathered(device, TrainingScheduler(trainer, device, lambda: 0.0), asked)
     rng = np.random.default_rng(2)
     firsts = range(1, 25)  # where gradients' arenas are made
     for at in [*firsts, *sorted(rng.integers(25, counted.count + 1, 25).tolist())]:
-        clock = Clock(trainer, device, lambda: 0.0)
+        clock = TrainingScheduler(trainer, device, lambda: 0.0)
         broken = Operators(lambda number, _name, at=at: number == at, gpu_error)  # type: ignore[misc]
         with on(device, broken):
             found = gathered(device, clock, asked)
@@ -106,7 +106,7 @@ def test_wherever_memory_is_lacking_for_a_moment_training_is_the_same(trainer: T
         assert clock.waiting == 0
 
 
-def test_every_operation_is_tried_once_more_and_leaves_the_state_as_it_is(trainer: Trainer, device: Device) -> None:
+def test_every_operation_is_tried_once_more_and_leaves_the_state_as_it_is(trainer: Trainer, device: Executor) -> None:
     machine = TrainingMachine(trainer, device, lambda: 0.0)
 
     async def story(breaks: Callable[[int, str], bool]) -> tuple[dict[str, bytes], int]:
@@ -122,7 +122,7 @@ def test_every_operation_is_tried_once_more_and_leaves_the_state_as_it_is(traine
         assert asyncio.run(story(lambda number, _name, at=at: number == at))[0] == wanted  # type: ignore[misc]
 
 
-def test_an_optimizer_step_that_lacks_memory_says_so_and_changes_nothing(trainer: Trainer, device: Device) -> None:
+def test_an_optimizer_step_that_lacks_memory_says_so_and_changes_nothing(trainer: Trainer, device: Executor) -> None:
     machine = TrainingMachine(trainer, device, lambda: 0.0)
 
     async def story() -> None:

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knapper.engine.layers.lora import Lora
-from knapper.engine.sampling.sampler import Sampler
+from knapper.engine.sampling.sampler import EngineSampler
 from knapper.errors import OutOfMemory
-from knapper.wire.progress import Drawn
-from knapper.wire.types import Sample, SampleOutput
+from knapper.wire.progress import TokenEvent
+from knapper.wire.types import SampleOutput, SampleRequest
 from tests.engine.faults import Operators, cpu_error, gpu_error, on
 from tests.engine.runs import tiny_trainer
 from tests.engine.sampling.test_scheduler import House, Shelf, prompt_of, request, same, until
@@ -55,7 +55,7 @@ def poisonous(tokens_N: Tensor) -> bool:
     return bool((tokens_N.unfold(0, 3, 1) == POISON).all(-1).any()) if len(tokens_N) >= 3 else False
 
 
-def crowd(count: int, max_tokens: int = 40) -> list[Sample]:
+def crowd(count: int, max_tokens: int = 40) -> list[SampleRequest]:
     return [
         request(
             adapter=["", "adapter-1", "adapter-2"][index % 3],
@@ -70,7 +70,7 @@ def crowd(count: int, max_tokens: int = 40) -> list[Sample]:
     ]
 
 
-def bad(length: int = 30, **fields: object) -> Sample:
+def bad(length: int = 30, **fields: object) -> SampleRequest:
     return request(prompt=np.full(length, POISON, dtype=np.int32), **{"max_tokens": 5, **fields})
 
 
@@ -89,7 +89,7 @@ def alike(found: Answers, wanted: list[SampleOutput]) -> bool:
     )
 
 
-async def answers(house: House, requests: list[Sample]) -> Answers:
+async def answers(house: House, requests: list[SampleRequest]) -> Answers:
     return list(await asyncio.gather(*map(house.sampler.sample, requests), return_exceptions=True))
 
 
@@ -179,7 +179,7 @@ def test_a_prompt_that_fits_alone_waits_until_nobody_decodes(house: House, embed
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 MiB.")
             before_it.append(house.sampler.counters.finished - at_first)
 
-    async def named(name: str, one: Sample) -> SampleOutput:
+    async def named(name: str, one: SampleRequest) -> SampleOutput:
         output = await house.sampler.sample(one)
         order.append(name)
         return output
@@ -275,7 +275,7 @@ def test_who_listens_badly_fails_alone(house: House) -> None:
     requests = crowd(4)
     undisturbed = house.run(*requests)
 
-    def deaf(drawn: Drawn) -> None:
+    def deaf(drawn: TokenEvent) -> None:
         if drawn.position == 7:
             raise RuntimeError("Event loop is closed")
 
@@ -290,7 +290,7 @@ def test_who_listens_badly_fails_alone(house: House) -> None:
 
 
 def test_a_listener_hears_each_token_once_though_its_text_was_parked(house: House, embedding: Embedding) -> None:
-    heard: list[Drawn] = []
+    heard: list[TokenEvent] = []
     requests = crowd(5)
 
     def before(tokens_N: Tensor) -> None:
@@ -345,7 +345,7 @@ def test_texts_of_a_model_of_transformers_come_out_the_same_too(
     a = {site.name: torch.randn(4, site.inputs, generator=draw) * 0.1 for site in sites}
     b = {site.name: torch.randn(site.outputs, 4, generator=draw) * 0.1 for site in sites}
     shelf = Shelf({"adapter": Lora(a, b, 1.0)})
-    house.sampler = Sampler(
+    house.sampler = EngineSampler(
         house.decoder, house.device, shelf, None, slots_max=16, kv_tokens_max=4096, now=time.monotonic
     )
     requests = [

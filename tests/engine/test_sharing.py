@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from knapper.engine.executor import Device, Task
+from knapper.engine.executor import Executor, Work
 from knapper.engine.models.decode import NativeTexts
-from knapper.engine.sampling.sampler import Sampler
+from knapper.engine.sampling.sampler import EngineSampler
 from knapper.engine.training import batch
-from knapper.engine.training.batch import Pass
-from knapper.engine.training.scheduler import Clock
+from knapper.engine.training.batch import PendingRequest
+from knapper.engine.training.scheduler import TrainingScheduler
 from knapper.engine.training.trainer import Trainer
-from knapper.wire.progress import Drawn
-from knapper.wire.types import Sample, SamplingParams
+from knapper.wire.progress import TokenEvent
+from knapper.wire.types import SampleRequest, SamplingParams
 from tests.engine.runs import datum, request, spec, tiny_trainer
 from tests.engine.sampling.test_scheduler import Shelf
 
@@ -71,7 +71,7 @@ class World:
         while self._later and self._later[0][0] <= self.now_s:
             heapq.heappop(self._later)[2]()
 
-    def rest(self) -> Task[None]:
+    def rest(self) -> Work[None]:
         """A turn in which nobody has work: until somebody does."""
         while not self.under_way and self._later and not self.over.is_set():
             self.idle.append((self.now_s, self._later[0][0]))
@@ -83,10 +83,10 @@ class World:
 class Loops:
     """`count` of them: sample a group, wait for its rewards, train on it."""
 
-    def __init__(self, world: World, trainer: Trainer, device: Device, count: int, steps: int) -> None:
+    def __init__(self, world: World, trainer: Trainer, device: Executor, count: int, steps: int) -> None:
         self.world, self.device = world, device
-        self.clock = Clock(trainer, device, lambda: world.now_s)
-        self.sampler = Sampler(
+        self.clock = TrainingScheduler(trainer, device, lambda: world.now_s)
+        self.sampler = EngineSampler(
             trainer.decoder, device, Shelf({}), None, slots_max=64, kv_tokens_max=65536, now=lambda: world.now_s
         )
         self.ends: list[list[float]] = [[] for _ in range(count)]
@@ -106,7 +106,7 @@ class Loops:
         self.thread.join()
         self.loop.close()
 
-    def begin(self) -> Task[None]:
+    def begin(self) -> Work[None]:
         for index in range(len(self.ends)):
             self.world.at(APART_S * index, partial(self.sample, index))
         self.world.happen()
@@ -115,12 +115,12 @@ class Loops:
     def sample(self, index: int) -> None:
         ended = itertools.count(1)
 
-        def listen(drawn: Drawn) -> None:
+        def listen(drawn: TokenEvent) -> None:
             if drawn.ending and next(ended) == SAMPLES:
                 self.done(self.world.now_s + WAIT_S, partial(self.train, index))
 
         self.world.under_way += 1
-        wanted = Sample(
+        wanted = SampleRequest(
             "", "", np.arange(12, dtype=np.int32) + index, SamplingParams(max_tokens=TOKENS, ignore_eos=True),
             num_samples=SAMPLES, seed=index,
         )  # fmt: skip
@@ -157,7 +157,7 @@ def world(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     world = World()
     compute, step, prompts = batch.compute, NativeTexts.step, trainer.decoder.prompts
 
-    def computed(model: Any, chosen: Sequence[Pass]) -> Task[None]:
+    def computed(model: Any, chosen: Sequence[PendingRequest]) -> Work[None]:
         takes_s = pass_s(sum(one.waiting[0].rows for one in chosen))
         for _ in compute(model, chosen):
             pass
@@ -183,7 +183,7 @@ def world(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
 def measured(world: World, trainer: Trainer, count: int) -> tuple[float, float]:
     """(steps a second of all loops, the part of the time in which the device computed), once they are settled."""
-    device, skipped = Device("sharing", lambda: world.now_s), 3
+    device, skipped = Executor("sharing", lambda: world.now_s), 3
     loops = Loops(world, trainer, device, count, steps=8)
     try:
         device.submit(loops.begin())

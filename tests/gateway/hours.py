@@ -13,12 +13,12 @@ import httpx
 from aiohttp import web
 
 from gateway.app import create_app
-from gateway.services import Parts
+from gateway.services import Services
 from knapper.errors import KnapperError
 from knapper.events import cloudevents
-from knapper.jobs.services import Place
+from knapper.jobs.services import JobServices
 from knapper.serving import http as serving_http
-from knapper.serving.runs import Residents
+from knapper.serving.runs import ClaimedRuns
 from knapper.state.journal.machine import Machine
 from knapper.state.journal.run import Holder
 from knapper.store import Names, Store
@@ -124,7 +124,7 @@ def _what(name: str) -> str:
 @dataclass(frozen=True)
 class Gateway:
     http: httpx.AsyncClient
-    parts: Parts
+    parts: Services
 
     async def post(self, path: str, json: Any = None) -> Any:
         return (await self.http.post(path, json=json)).raise_for_status().json()
@@ -157,7 +157,7 @@ class Gateway:
 
 
 @asynccontextmanager
-async def gateway(store: Store, place: Place | None = None, **changes: Any) -> AsyncIterator[Gateway]:
+async def gateway(store: Store, place: JobServices | None = None, **changes: Any) -> AsyncIterator[Gateway]:
     """The whole gateway, chores and all, whose clocks are the loop's. `changes`: of its settings."""
     now = asyncio.get_running_loop().time
     app = create_app(store, settings(**changes), place=place, clock=clock, monotonic=now)
@@ -173,7 +173,7 @@ async def gateway(store: Store, place: Place | None = None, **changes: Any) -> A
 @asynccontextmanager
 async def engine(store: Store, machine: Machine[Any]) -> AsyncIterator[str]:
     """A train_step on a port of its own, in this very loop: where it is."""
-    residents = Residents(store, machine, Holder("engine", "", TERMS), clock)
+    residents = ClaimedRuns(store, machine, Holder("engine", "", TERMS), clock)
 
     async def bell(request: web.Request) -> web.StreamResponse:
         event = cloudevents.decode(request.headers, await request.read())

@@ -21,7 +21,7 @@ from knapper.events import cloudevents
 from knapper.events.cloudevents import Claimed, Committed, Frame, Hint
 from knapper.ids import RunId
 from knapper.state.function_key import FunctionKey
-from knapper.state.journal.accept import Acceptor, Packed, newest_manifest, pack
+from knapper.state.journal.accept import Acceptor, PackedBody, newest_manifest, pack
 from knapper.state.journal.records import Creation, Kind, Spec
 from knapper.state.journal.results import Results
 from knapper.store.directory import DirectoryStore
@@ -153,7 +153,7 @@ class Two:
         return await digest_of(str(self.data), f"tinker://{run}/weights/end")
 
 
-def _operation(run: RunId, seq: int, tokens: int) -> tuple[Kind, Packed]:
+def _operation(run: RunId, seq: int, tokens: int) -> tuple[Kind, PackedBody]:
     if seq % 3 == 0:
         asked = {"model_id": run, "seq_id": seq, "adam_params": {"learning_rate": 1e-2}}
         return "optim_step", pack(msgspec.json.encode(asked))

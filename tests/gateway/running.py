@@ -18,9 +18,9 @@ from starlette.applications import Starlette
 
 from gateway.app import create_app
 from gateway.routing import Door
-from gateway.services import Parts
+from gateway.services import Services
 from knapper.catalogue.served_models import Catalogue, ModelRecord
-from knapper.jobs.services import Place
+from knapper.jobs.services import JobServices
 from knapper.local.web import PROTOCOL
 from knapper.settings import Settings
 from knapper.state import layout
@@ -50,8 +50,8 @@ class Running:
         self.http = httpx.Client(base_url=f"{self.url}/api/v1/", headers=headers, timeout=60)
 
     @property
-    def parts(self) -> Parts:
-        parts: Parts = self.app.state.parts
+    def parts(self) -> Services:
+        parts: Services = self.app.state.parts
         return parts
 
     def door(self, path: str) -> Door:
@@ -137,7 +137,7 @@ def gateway(
     store: Store | None = None,
     *,
     model: ModelRecord | None = MODEL,
-    place: Place | None = None,
+    place: JobServices | None = None,
     clock: Callable[[], float] = time.time,
     monotonic: Callable[[], float] = time.monotonic,
     **changes: Any,

@@ -31,6 +31,8 @@ def test_every_route_takes_no_more_than_its_limit(running: Running) -> None:
         assert isinstance(door, Door)
         if not 0 < door.body_bytes_max <= limits.sample_body_bytes_max or door.path.startswith("/events"):
             continue
+        if "/uploads/" in door.path:  # needs an exchange: see test_job_uploads
+            continue
         session = running.session()
         path = door.path.format(session_id=session, run_id=running.make_run(session), kind="weights", name="a")
         for method in door.methods or ():
@@ -105,7 +107,7 @@ def test_a_wrong_value_of_a_large_body_is_named_by_its_field_and_type() -> None:
         json.decode(body, requests.RetrieveFutures)
     body = b'{"prompt": {"chunks": [%s]}, "sampling_params": {"top_p": NaN}}' % (b"{}," * 50_000 + b"{}")
     with pytest.raises(InvalidField, match=r"the body at byte \d+ is 'NaN'; allowed: a finite number"):
-        json.decode(body, sample_requests.Sample)
+        json.decode(body, sample_requests.AsampleBody)
 
 
 def test_whose_a_wrong_body_is_is_found_without_building_it() -> None:

@@ -11,8 +11,8 @@ from knapper import limits
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
 from knapper.exchange.directory import DirectoryExchange
-from knapper.jobs.notifications import Bells
-from knapper.jobs.services import Place
+from knapper.jobs.notifications import Notifier
+from knapper.jobs.services import JobServices
 from knapper.local.broker.watcher import finalized
 from knapper.state import dead_letters
 from knapper.store.memory import MemoryStore
@@ -23,7 +23,9 @@ from tests.gateway.test_jobs import FILES, Rung
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[tuple[Running, Rung]]:
     store, rung = MemoryStore(), Rung()
-    place = Place(store, DirectoryExchange(tmp_path), Bells(rung.post, lambda: 0.0), iter(range(10**6)).__next__)
+    place = JobServices(
+        store, DirectoryExchange(tmp_path), Notifier(rung.post, lambda: 0.0), iter(range(10**6)).__next__
+    )
     with gateway(store, place=place) as running:
         yield running, rung
 

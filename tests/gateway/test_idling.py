@@ -21,8 +21,8 @@ from knapper.events.cloudevents import Event
 from knapper.exchange import Blob, Entries
 from knapper.ids import LOCAL_TENANT, RunId
 from knapper.jobs import inbox, revive
-from knapper.jobs.notifications import Bells
-from knapper.jobs.services import Place
+from knapper.jobs.notifications import Notifier
+from knapper.jobs.services import JobServices
 from knapper.state import layout
 from knapper.state.journal.machine import Files, Outcome
 from knapper.state.journal.records import Operation
@@ -59,7 +59,7 @@ class House:
 
     store: CountingStore
     bucket: Bucket
-    place: Place
+    place: JobServices
     rung: list[Event]
     gateway: Gateway
 
@@ -84,7 +84,7 @@ async def house(lay: Callable[[CountingStore], Awaitable[object]] | None = None)
     async def hear(event: Event) -> None:
         rung.append(event)
 
-    place = Place(store, bucket, Bells(hear, clock), clock)
+    place = JobServices(store, bucket, Notifier(hear, clock), clock)
     async with gateway(store, place) as running:
         yield House(store, bucket, place, rung, running)
 
@@ -239,7 +239,7 @@ def test_a_job_that_another_process_started_and_lost_the_bell_of_is_found() -> N
         async with house() as idle:
             await asyncio.sleep(DAY_S)
             idle.bucket.put("j", FILES)
-            other = Place(idle.store, idle.bucket, idle.place.bells, clock)
+            other = JobServices(idle.store, idle.bucket, idle.place.bells, clock)
             assert await inbox.look(other, LOCAL_TENANT, "j") is not None  # it dies before it rings, and tells nobody
             await asyncio.sleep(periodic_tasks.REST_S + 2 * 60 + 4 * 15)
             assert {event.type for event in idle.rung} == {cloudevents.JOB_STARTED}

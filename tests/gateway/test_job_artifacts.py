@@ -15,8 +15,8 @@ from gateway.ranges import Unsatisfiable, range_of
 from knapper.errors import StoreError
 from knapper.exchange.directory import DirectoryExchange
 from knapper.ids import LOCAL_TENANT
-from knapper.jobs.notifications import Bells
-from knapper.jobs.services import Place
+from knapper.jobs.notifications import Notifier
+from knapper.jobs.services import JobServices
 from knapper.state import layout
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import Running, gateway
@@ -30,8 +30,11 @@ FILE = "adapter/adapter_model.safetensors"
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Running]:
     store = MemoryStore()
-    place = Place(
-        store, DirectoryExchange(tmp_path / "data"), Bells(Rung().post, lambda: 0.0), itertools.count(1000.0).__next__
+    place = JobServices(
+        store,
+        DirectoryExchange(tmp_path / "data"),
+        Notifier(Rung().post, lambda: 0.0),
+        itertools.count(1000.0).__next__,
     )
     with gateway(store, place=place) as running:
         submit(running)

@@ -13,8 +13,8 @@ from starlette.types import Receive, Scope, Send
 from knapper import limits
 from knapper.exchange.directory import DirectoryExchange
 from knapper.jobs import staging
-from knapper.jobs.notifications import Bells
-from knapper.jobs.services import Place
+from knapper.jobs.notifications import Notifier
+from knapper.jobs.services import JobServices
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import Running, gateway
 from tests.gateway.test_jobs import YAML, Rung, command
@@ -29,7 +29,7 @@ PART = limits.upload_part_bytes
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Running]:
     store = MemoryStore()
-    place = Place(store, DirectoryExchange(tmp_path / "data"), Bells(Rung().post, lambda: 0.0), lambda: 1000.0)
+    place = JobServices(store, DirectoryExchange(tmp_path / "data"), Notifier(Rung().post, lambda: 0.0), lambda: 1000.0)
     with gateway(store, place=place) as running:
         yield running
 

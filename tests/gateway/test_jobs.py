@@ -16,9 +16,9 @@ from knapper.events.cloudevents import Event
 from knapper.exchange.directory import DirectoryExchange
 from knapper.ids import LOCAL_TENANT
 from knapper.jobs.names import Start
-from knapper.jobs.notifications import Bells
+from knapper.jobs.notifications import Notifier
 from knapper.jobs.records import Spent, Trained, encode
-from knapper.jobs.services import Place
+from knapper.jobs.services import JobServices
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import Running, gateway
 
@@ -37,7 +37,9 @@ class Rung:
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[tuple[Running, Rung]]:
     store, rung = MemoryStore(), Rung()
-    place = Place(store, DirectoryExchange(tmp_path), Bells(rung.post, lambda: 0.0), iter(range(10**6)).__next__)
+    place = JobServices(
+        store, DirectoryExchange(tmp_path), Notifier(rung.post, lambda: 0.0), iter(range(10**6)).__next__
+    )
     with gateway(store, place=place) as running:
         yield running, rung
 

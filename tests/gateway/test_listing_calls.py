@@ -7,8 +7,8 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from knapper.jobs.notifications import Bells
-from knapper.jobs.services import Place
+from knapper.jobs.notifications import Notifier
+from knapper.jobs.services import JobServices
 from knapper.store.memory import MemoryStore
 from tests.gateway.finished import lay_jobs, lay_runs, run_of
 from tests.gateway.hours import HOUR_S, CountingStore, clock, gateway, lived
@@ -28,7 +28,7 @@ async def asked(count: int) -> tuple[dict[str, Told], dict[str, dict[str, int]]]
     async def unheard(_: object) -> None:
         pass
 
-    place = Place(store, Folder(), Bells(unheard, clock), clock)
+    place = JobServices(store, Folder(), Notifier(unheard, clock), clock)
     async with gateway(store, place):
         await asyncio.sleep(6 * HOUR_S)  # what the runs used is accounted for
     end = datetime.fromtimestamp(clock() // HOUR_S * HOUR_S, UTC)

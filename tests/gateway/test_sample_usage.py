@@ -15,7 +15,7 @@ from knapper import limits
 from knapper.errors import StoreError
 from knapper.store.memory import MemoryStore
 from knapper.wire import progress, proto
-from knapper.wire.types import SampleOutput, Sequence
+from knapper.wire.types import SampledSequence, SampleOutput
 from tests.gateway.running import MODEL, Running, fwdbwd, gateway, serve
 from tests.gateway.saved import Clock
 from tests.gateway.test_sampling import asample, sampler
@@ -25,7 +25,7 @@ _HOURS = {"starting_on": "2027-01-15T08:00:00Z", "ending_before": "2027-01-15T10
 
 def drawn(*lengths: int) -> bytes:
     return proto.encode_sample_response(
-        SampleOutput([Sequence(np.arange(n, dtype=np.int32), np.zeros(n, np.float32), False) for n in lengths])
+        SampleOutput([SampledSequence(np.arange(n, dtype=np.int32), np.zeros(n, np.float32), False) for n in lengths])
     )
 
 

@@ -19,11 +19,13 @@ from starlette.routing import Route
 from gateway import periodic_tasks
 from knapper import limits
 from knapper.wire import proto, sample_requests
-from knapper.wire.types import SampleOutput, Sequence
+from knapper.wire.types import SampledSequence, SampleOutput
 from tests.gateway.running import MODEL, Running, gateway, serve
 
 ANSWER = proto.encode_sample_response(
-    SampleOutput([Sequence(np.array([7, 8], dtype=np.int32), np.array([-0.5, -1.5], dtype=np.float32), stopped=False)])
+    SampleOutput(
+        [SampledSequence(np.array([7, 8], dtype=np.int32), np.array([-0.5, -1.5], dtype=np.float32), stopped=False)]
+    )
 )
 
 
@@ -274,7 +276,9 @@ def test_an_answer_that_cannot_be_kept_is_refused_in_words(
     """Else it would be forgotten before it is fetched, and the SDK would ask for it again, for ever."""
     session = sampler(running)
     tokens = np.arange(1000, dtype=np.int32)
-    whole = proto.encode_sample_response(SampleOutput([Sequence(tokens, tokens.astype(np.float32), stopped=False)]))
+    whole = proto.encode_sample_response(
+        SampleOutput([SampledSequence(tokens, tokens.astype(np.float32), stopped=False)])
+    )
 
     def asked(seq: int) -> httpx.Response:
         upstream.replies = [Response(whole, media_type="application/x-protobuf")]

@@ -27,8 +27,8 @@ from google.pubsub_v1.types import (
 from knapper.events import cloudevents
 from knapper.exchange import Exchange
 from knapper.exchange.gcs import GcsExchange
-from knapper.jobs.notifications import Bells
-from knapper.jobs.services import Place
+from knapper.jobs.notifications import Notifier
+from knapper.jobs.services import JobServices
 from knapper.state import dead_letters
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import Running, gateway
@@ -119,8 +119,8 @@ def rung() -> Rung:
     return Rung()
 
 
-def place(exchange: Exchange, store: MemoryStore, rung: Rung) -> Place:
-    return Place(store, exchange, Bells(rung.post, time.time), time.time)
+def place(exchange: Exchange, store: MemoryStore, rung: Rung) -> JobServices:
+    return JobServices(store, exchange, Notifier(rung.post, time.time), time.time)
 
 
 def upload(running: Running, exchange: Exchange, name: str, text: str) -> dict[str, str]:

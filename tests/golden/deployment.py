@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import msgspec
 import numpy as np
 
-from knapper.engine.executor import Device
+from knapper.engine.executor import Executor
 from knapper.engine.models import weights
 from knapper.engine.models.config import ModelConfig
 from knapper.engine.models.decoder import Decoder
@@ -42,7 +42,7 @@ _SPEC = Spec(
 def machine(directory: Path) -> Iterator[TrainingMachine]:
     """A trainer of the tiny model that all these stores are of."""
     config = ModelConfig.read(tiny_model(directory))
-    device = Device("golden")
+    device = Executor("golden")
     yield TrainingMachine(Trainer(Decoder(config, weights.load(directory, config))), device, time.monotonic)
     device.close()
 

@@ -9,17 +9,17 @@ from typing import Literal
 from knapper.catalogue.served_models import Catalogue, ModelRecord
 from knapper.errors import InvalidField, NotFound, TooLarge
 from knapper.events.cloudevents import Event
-from knapper.exchange import Blob, Entries, Entry, Signed
+from knapper.exchange import Blob, Entries, ListedObject, Signed
 from knapper.ids import LOCAL_TENANT
-from knapper.jobs.notifications import Bells
-from knapper.jobs.services import Place
+from knapper.jobs.notifications import Notifier
+from knapper.jobs.services import JobServices
 from knapper.store import Store
 from knapper.store.memory import MemoryStore
 
 
 @dataclass(frozen=True)
 class OpenedBytes:
-    entry: Entry
+    entry: ListedObject
     data: bytes
 
     async def read(self, begin: int, end: int) -> AsyncIterator[bytes]:
@@ -46,7 +46,7 @@ class Folder:
     async def list(self, prefix: str) -> Entries:
         named = sorted(name for name in self.files if name.startswith(prefix))
         return [
-            Entry(
+            ListedObject(
                 name,
                 hashlib.sha256(self.files[name]).hexdigest(),
                 len(self.files[name]),
@@ -104,10 +104,10 @@ async def serve(store: Store, model: str = "tiny", directory: str = "") -> None:
     await Catalogue(store).publish(record)
 
 
-def place() -> tuple[Place, Folder, Clock]:
+def place() -> tuple[JobServices, Folder, Clock]:
     """A place whose bells nobody hears."""
     folder, clock = Folder(), Clock()
-    return Place(MemoryStore(), folder, Bells(_lost, clock), clock), folder, clock
+    return JobServices(MemoryStore(), folder, Notifier(_lost, clock), clock), folder, clock
 
 
 async def _lost(event: Event) -> None:

@@ -13,7 +13,7 @@ from knapper.jobs.names import Start
 from knapper.jobs.presence import Presence, Present
 from knapper.jobs.records import Evaluated, Rollouts, Scores, Spent, Trained, encode
 from knapper.jobs.spec import decode, parse
-from knapper.local.state import Processes, presence
+from knapper.local.state import ProcessTable, presence
 from knapper.state.layout import ObjectKind
 from tests.jobs.test_works import JOBS, RL
 from tests.jobs.works import House, Works, run
@@ -120,7 +120,7 @@ def test_until_a_function_takes_it_up_a_job_waits_for_the_engine(house: House) -
 
 def test_of_processes_on_this_machine_it_is_known_whether_they_load(house: House, tmp_path: Path) -> None:
     async def story() -> None:
-        works, processes = Works(house), Processes(tmp_path)
+        works, processes = Works(house), ProcessTable(tmp_path)
         await works.submit(JOBS["rl"])
 
         async def now() -> tuple[str, str]:
@@ -230,7 +230,7 @@ def test_marks_of_functions_are_no_progress(house: House) -> None:
         start = await works.submit(JOBS["rl"])
         await works.run(start)
         outline = progress.Outline(start, decode((await inbox.started(works.place, start)).spec_json), 2)
-        now = await progress.Looks(works.store).look(outline, 4)
+        now = await progress.ProgressReader(works.store).look(outline, 4)
         assert (now.trained, progress.finished(outline, now, 4)) == (4, True)
         marks = await works.store.list(ObjectKind.JOB_TAKEN.under(start.tenant, start.job, start.id))
         assert [name.split("/")[5] for name in marks] == ["reward", "sample", "train_step"], (

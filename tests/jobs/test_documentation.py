@@ -11,7 +11,7 @@ import pytest
 from knapper.catalogue.conversations import SPEAKERS
 from knapper.jobs import spec
 from knapper.jobs.rows import FORMS
-from knapper.jobs.spec import TYPES, Job, Kind
+from knapper.jobs.spec import TYPES, JobSpec, Kind
 
 PAGE = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text()
 
@@ -46,7 +46,7 @@ def fields(struct: Any, inside: str = "") -> dict[str, str]:
 
 
 def _is_part(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, spec.Part)
+    return isinstance(kind, type) and issubclass(kind, spec.SpecPart)
 
 
 def _default(field: Any) -> str:
@@ -69,7 +69,7 @@ def test_every_field_is_on_the_page_with_its_default(kind: Kind) -> None:
 
 
 def test_what_is_common_to_all_is_told_once() -> None:
-    assert set(documented("Every kind")) - {"kind"} == set(fields(Job))
+    assert set(documented("Every kind")) - {"kind"} == set(fields(JobSpec))
 
 
 def test_the_example_of_the_page_is_a_job() -> None:

@@ -15,9 +15,9 @@ from knapper.exchange.directory import DirectoryExchange
 from knapper.ids import LOCAL_TENANT
 from knapper.jobs import inbox, revive
 from knapper.jobs.revive import Seen
-from knapper.jobs.services import Place
-from knapper.rewards.rollouts import Rollout
-from knapper.rewards.scorer import Score
+from knapper.jobs.services import JobServices
+from knapper.rewards.rollouts import ScorableRollout
+from knapper.rewards.scorer import RewardScore
 from knapper.rewards.spec import Reward
 from knapper.store.memory import MemoryStore
 from tests.jobs.places import Folder, lines, place, serve
@@ -65,7 +65,7 @@ def test_what_is_awaited_costs_no_writes_and_ends(change: Callable[[Folder], obj
     async def story() -> None:
         _, _, clock = place()
         store, folder = Counting(), Published()
-        here = Place(store, folder, place()[0].bells, clock)
+        here = JobServices(store, folder, place()[0].bells, clock)
         await serve(store)
         folder.put("j", {"job.yaml": YAML})
         assert await inbox.look(here, LOCAL_TENANT, "j") is None
@@ -99,7 +99,7 @@ def test_a_job_that_cannot_be_looked_at_keeps_no_other_and_is_not_awaited_for_ev
 
     async def story() -> None:
         made, _, clock = place()
-        here = Place(made.store, DirectoryExchange(tmp_path), made.bells, clock)
+        here = JobServices(made.store, DirectoryExchange(tmp_path), made.bells, clock)
         await serve(here.store)
         for job in ("broken", "good"):
             put(job, job_yaml=YAML)
@@ -130,7 +130,7 @@ def test_a_job_whose_function_cannot_go_on_says_what_it_waits_for_and_goes_on(ho
     async def story() -> None:
         works = Works(house)
 
-        async def away(_reward: Reward, _rollouts: list[Rollout]) -> list[Score]:
+        async def away(_reward: Reward, _rollouts: list[ScorableRollout]) -> list[RewardScore]:
             raise Unavailable("the sandbox did not start: \x1b[31m")
 
         works.judge = away  # type: ignore[assignment]

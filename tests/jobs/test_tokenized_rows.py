@@ -8,7 +8,7 @@ from knapper.catalogue.conversations import Message
 from knapper.catalogue.tokenizer import Language
 from knapper.errors import InvalidField, UserError
 from knapper.jobs.rows import ChatRow, CompletionRow, PairRow
-from knapper.jobs.tokenized_rows import Example, Texts, pack
+from knapper.jobs.tokenized_rows import Example, RowTokenizer, pack
 from tests.engine.tiny import _tokenizer as tokenizer
 from tests.engine.tiny import bos, eos
 from tests.jobs.works import CHAT
@@ -20,8 +20,8 @@ def message(role: str, content: str, **more: str) -> Message:
     return {"role": role, "content": content, **more}
 
 
-def texts(tokens_max: int = 200, template: str = CHAT) -> Texts:
-    return Texts(
+def texts(tokens_max: int = 200, template: str = CHAT) -> RowTokenizer:
+    return RowTokenizer(
         Language(LANGUAGE.tokenizer, Template(template, {}), LANGUAGE.end),
         0.0,
         tokens_max,

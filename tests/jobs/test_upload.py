@@ -12,7 +12,7 @@ from knapper.ids import LOCAL_TENANT
 from knapper.jobs import control, inbox, listings, names, upload
 from knapper.jobs.names import Start
 from knapper.jobs.records import Started, encode, read
-from knapper.jobs.services import Place
+from knapper.jobs.services import JobServices
 from tests.jobs.places import Folder, place, serve
 from tests.jobs.test_inbox import FILES
 
@@ -28,7 +28,7 @@ class Bucket(Folder):
         return None if found is None else Blob(found.data, str(self.uploads))
 
 
-async def look(here: Place) -> Start | None:
+async def look(here: JobServices) -> Start | None:
     return await inbox.look(here, LOCAL_TENANT, "j")
 
 
@@ -78,7 +78,7 @@ def test_the_same_files_again_are_the_same_start_wherever_they_lie(kind: type[Fo
         await serve(here.store)
         folder.put("j", FILES)
         first = await look(here)
-        other = Place(here.store, kind(dict(folder.files)), here.bells, here.clock)
+        other = JobServices(here.store, kind(dict(folder.files)), here.bells, here.clock)
         assert await look(other) is None
         assert await look(other) is None
         assert (await listings.newest(here.store, LOCAL_TENANT, "j")).start == first
@@ -170,7 +170,7 @@ def test_a_look_that_slept_while_its_content_was_replaced_begins_nothing() -> No
         folder.put("j", FILES)
         first = await look(here)
         assert first is not None
-        slept = Place(here.store, LateReader(dict(folder.files), folder), here.bells, here.clock)
+        slept = JobServices(here.store, LateReader(dict(folder.files), folder), here.bells, here.clock)
         folder.put("j", {"job.yaml": FILES["job.yaml"] + "seed: 1\n"})
         second = await look(here)
         assert await look(slept) is None
@@ -212,7 +212,7 @@ def test_a_job_that_an_earlier_version_started_is_not_started_again() -> None:
         }
         await serve(older.store)
         await older.store.put_if_absent(old.started, encode(Started(start=old.id, **content)))
-        there = Place(older.store, folder, older.bells, older.clock)
+        there = JobServices(older.store, folder, older.bells, older.clock)
         assert await look(there) is None
         folder.put("j", {"reward.py": FILES["reward.py"] + "\n"})
         assert await look(there) is not None

@@ -17,8 +17,8 @@ from knapper.jobs import control, progress, revive, run_client
 from knapper.jobs.activity import Function
 from knapper.jobs.revive import Seen
 from knapper.rewards import scorer
-from knapper.rewards.rollouts import Rollout
-from knapper.rewards.scorer import Score
+from knapper.rewards.rollouts import ScorableRollout
+from knapper.rewards.scorer import RewardScore
 from knapper.rewards.spec import Reward
 from tests.jobs.places import lines
 from tests.jobs.works import TERMS, House, Malice, Works, run, variety
@@ -260,7 +260,7 @@ async def ended(works: Works, files: dict[str, str]) -> str:
     return f"{now.state}: {now.reason}"
 
 
-async def broken(reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
+async def broken(reward: Reward, rollouts: Sequence[ScorableRollout]) -> list[RewardScore]:
     """Fails for the second rollout of the second prompt of step 2."""
     for rollout in rollouts:
         if rollout.id == "2/1/1":

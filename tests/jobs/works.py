@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from knapper.catalogue.tokenizer import Language
-from knapper.engine.executor import Device
+from knapper.engine.executor import Executor
 from knapper.engine.models import weights
 from knapper.engine.models.config import ModelConfig
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.run_machine import TrainingMachine
-from knapper.engine.sampling.sampler import Sampler
+from knapper.engine.sampling.sampler import EngineSampler
 from knapper.engine.training.trainer import Trainer
 from knapper.errors import Fenced, KnapperError, Unavailable
 from knapper.events import cloudevents
@@ -31,20 +31,20 @@ from knapper.jobs import control, inbox, revive
 from knapper.jobs.activity import Function
 from knapper.jobs.job_files import Folders
 from knapper.jobs.names import Start
-from knapper.jobs.notifications import Bells
+from knapper.jobs.notifications import Notifier
 from knapper.jobs.revive import Seen
-from knapper.jobs.rollouts import Sampling
+from knapper.jobs.rollouts import RolloutSampler
 from knapper.jobs.run_client import Journal
 from knapper.jobs.runner import Training
 from knapper.jobs.scores import Judge, Scoring
-from knapper.jobs.services import Place
+from knapper.jobs.services import JobServices
 from knapper.jobs.spec import KINDS, Kind
 from knapper.jobs.worker import Worker
-from knapper.rewards.rollouts import Rollout
-from knapper.rewards.scorer import Score
+from knapper.rewards.rollouts import ScorableRollout
+from knapper.rewards.scorer import RewardScore
 from knapper.rewards.spec import Reward
 from knapper.serving.engine import StoredAdapters
-from knapper.serving.runs import Residents
+from knapper.serving.runs import ClaimedRuns
 from knapper.state.journal.records import Terms
 from knapper.state.journal.run import Holder
 from knapper.store.memory import MemoryStore
@@ -69,7 +69,7 @@ class House:
         self.config = ModelConfig.read(directory)
         self.decoder = Decoder(self.config, weights.load(directory, self.config, torch.float32))
         self.language = Language.read(directory)
-        self.device = Device()
+        self.device = Executor()
         weakref.finalize(self, self.device.close)
 
 
@@ -103,13 +103,13 @@ class Works:
         self._seen = Seen()
         self._lives = itertools.count()
         self._processes: dict[str, Callable[[Event], Awaitable[None]]] = {}
-        self.place = Place(self.store, self.folder, Bells(self.post, self.clock), self.clock)
+        self.place = JobServices(self.store, self.folder, Notifier(self.post, self.clock), self.clock)
         for name in FUNCTIONS:
             self._begin(name)
 
     def _begin(self, name: Function) -> None:
         """A process with an empty memory."""
-        place = Place(self.store, self.folder, Bells(self.post, self.clock), self.clock)
+        place = JobServices(self.store, self.folder, Notifier(self.post, self.clock), self.clock)
         kinds: Sequence[Kind] = KINDS if name == "train_step" else ["rl"]
         worker = Worker(
             name,
@@ -124,7 +124,7 @@ class Works:
             self._processes[name] = Scoring(worker, lambda *given: self.judge(*given)).answer
         elif name == "sample":
             adapters = StoredAdapters(self.store, house.config, torch.device("cpu"))
-            sampler = Sampler(
+            sampler = EngineSampler(
                 house.decoder,
                 house.device,
                 adapters,
@@ -133,11 +133,11 @@ class Works:
                 kv_tokens_max=8192,
                 now=self.clock,
             )
-            self._processes[name] = Sampling(worker, sampler, house.language, CONTEXT).answer
+            self._processes[name] = RolloutSampler(worker, sampler, house.language, CONTEXT).answer
         else:
             machine = TrainingMachine(Trainer(house.decoder), house.device, self.clock)
             holder = Holder(f"life-{next(self._lives)}", "", self.terms)
-            residents = Residents(self.store, machine, holder, self.clock)
+            residents = ClaimedRuns(self.store, machine, holder, self.clock)
             journal = Journal(self.store, residents, self.clock)
             self._processes[name] = Training(worker, journal, house.language, CONTEXT).answer
 
@@ -227,9 +227,9 @@ class Works:
         return self.output("adapter/adapter_model.safetensors", job)
 
 
-async def variety(_reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
+async def variety(_reward: Reward, rollouts: Sequence[ScorableRollout]) -> list[RewardScore]:
     """How many different characters a completion has: even a tiny random model's differ in that."""
-    return [Score(len(set(rollout.completion)) / 6, {}) for rollout in rollouts]
+    return [RewardScore(len(set(rollout.completion)) / 6, {}) for rollout in rollouts]
 
 
 def triggered(event: Event) -> list[Function]:

@@ -15,9 +15,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.metrics_page import Ages
-from knapper.engine.executor import Device
+from knapper.engine.executor import Executor
 from knapper.engine.run_machine import TrainingMachine
-from knapper.engine.sampling.sampler import Sampler
+from knapper.engine.sampling.sampler import EngineSampler
 from knapper.errors import StoreError, UserError
 from knapper.ids import RunId
 from knapper.observability import metrics
@@ -166,14 +166,16 @@ class Ledger:
 
 
 def test_shares_are_told_by_place_and_never_by_name(tmp_path: Path) -> None:
-    device = Device()
+    device = Executor()
     try:
         trainer = tiny_trainer(tmp_path)
         machine = TrainingMachine(trainer, device, lambda: 0.0)
         for name, lengths in (("one", [20, 10]), ("two", [10])):
             data = [datum(length, "cross_entropy", np.random.default_rng(0)) for length in lengths]
             machine.passes.submit(trainer.create(spec(run=name)), partial(request, data)).result(60)
-        sampler = Sampler(trainer.decoder, device, Shelf({}), None, slots_max=1, kv_tokens_max=64, now=time.monotonic)
+        sampler = EngineSampler(
+            trainer.decoder, device, Shelf({}), None, slots_max=1, kv_tokens_max=64, now=time.monotonic
+        )
         registry = CollectorRegistry()
         metrics.Readings(readings(machine, sampler), registry)
     finally:

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from knapper.rewards import scorer, spec
-from knapper.rewards.rollouts import Rollout
-from knapper.rewards.scorer import Score
+from knapper.rewards.rollouts import ScorableRollout
+from knapper.rewards.scorer import RewardScore
 from knapper.sandbox.pool import Sandbox
 
-Scorer = Callable[..., list[Score]]
+Scorer = Callable[..., list[RewardScore]]
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +31,9 @@ def sandbox(runner: asyncio.Runner) -> Iterator[Sandbox]:
 def scores(runner: asyncio.Runner, sandbox: Sandbox) -> Scorer:
     """Scores of (completion, answer) pairs; `files` as text."""
 
-    def score(described: Any, *pairs: tuple[str, Any], **files: str) -> list[Score]:
+    def score(described: Any, *pairs: tuple[str, Any], **files: str) -> list[RewardScore]:
         reward = spec.parse(described, {name.replace("_", "."): text.encode() for name, text in files.items()})
-        rollouts = [Rollout(f"r{n}", "the prompt", *pair) for n, pair in enumerate(pairs)]
+        rollouts = [ScorableRollout(f"r{n}", "the prompt", *pair) for n, pair in enumerate(pairs)]
         return runner.run(scorer.score(reward, rollouts, sandbox=sandbox))
 
     return score

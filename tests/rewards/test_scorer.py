@@ -12,12 +12,12 @@ import pytest
 from knapper import limits
 from knapper.errors import UserError
 from knapper.rewards import requests
-from knapper.rewards.scorer import RewardFailed, Score
+from knapper.rewards.scorer import RewardFailed, RewardScore
 from knapper.sandbox.pool import Sandbox
 from tests.rewards.conftest import Scorer
 
 
-def values(scored: list[Score]) -> list[float]:
+def values(scored: list[RewardScore]) -> list[float]:
     return [score.value for score in scored]
 
 
@@ -188,7 +188,7 @@ def test_a_weighted_sum_keeps_its_parts(scores: Scorer) -> None:
         {"code": "r.py"},
     ]
     (scored,) = scores(described, ("yes", "yes"), r_py="def reward(p, c, a): return len(p) / 10")
-    assert scored == Score(2.0 - 0.5 + 1.0, {"exact_match": 1.0, "short": 1.0, "code": 1.0})
+    assert scored == RewardScore(2.0 - 0.5 + 1.0, {"exact_match": 1.0, "short": 1.0, "code": 1.0})
 
 
 def test_a_sum_that_overflows_is_an_error(scores: Scorer) -> None:

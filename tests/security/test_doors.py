@@ -29,8 +29,8 @@ from knapper import limits
 from knapper.events.cloudevents import Event
 from knapper.exchange.directory import DirectoryExchange
 from knapper.ids import Tenant
-from knapper.jobs.notifications import Bells
-from knapper.jobs.services import Place
+from knapper.jobs.notifications import Notifier
+from knapper.jobs.services import JobServices
 from knapper.state.api_keys import Keys
 from knapper.store.memory import MemoryStore
 from tests.gateway import saved
@@ -345,7 +345,9 @@ async def _unheard(_: Event) -> None:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     store = MemoryStore()
-    place = Place(store, DirectoryExchange(tmp_path_factory.mktemp("exchange")), Bells(_unheard, time.time), time.time)
+    place = JobServices(
+        store, DirectoryExchange(tmp_path_factory.mktemp("exchange")), Notifier(_unheard, time.time), time.time
+    )
     with pytest.MonkeyPatch.context() as patch, gateway(store, keys=True, jwt=True, place=place) as running:
         patch.setattr(futures, "_PAUSED_HOLD_S", 0.05)  # its owner's poll is held; this is about who may poll
         patch.setattr(limits, "poll_hold_s", 0.1)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from knapper.rewards import scorer, spec
-from knapper.rewards.rollouts import Rollout
+from knapper.rewards.rollouts import ScorableRollout
 from knapper.rewards.scorer import RewardFailed
 from knapper.sandbox.pool import Sandbox
 from tests.security import attempts
@@ -138,7 +138,7 @@ def test_the_way_out_is_closed(name: str, world: World, sandbox: Sandbox, runner
     os.environ["CANARY"] = "sings"
     reward = spec.parse({"code": "reward.py"}, {"reward.py": INSIDE.encode()})
     try:
-        (scored,) = runner.run(scorer.score(reward, [Rollout("r", "", name, told)], sandbox=sandbox))
+        (scored,) = runner.run(scorer.score(reward, [ScorableRollout("r", "", name, told)], sandbox=sandbox))
         outcome = f"{scored.value}"
     except RewardFailed as error:
         outcome = error.reason

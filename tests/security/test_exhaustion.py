@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from knapper.rewards import scorer, spec
-from knapper.rewards.rollouts import Rollout
+from knapper.rewards.rollouts import ScorableRollout
 from knapper.rewards.scorer import RewardFailed
 from knapper.sandbox.pool import Sandbox
 
@@ -47,7 +47,7 @@ class Judge:
         return self._score(wanted, query, answer)
 
     def _score(self, wanted: spec.Reward, completion: str, answer: object) -> float:
-        rollouts = [Rollout("r", "", completion, answer)]
+        rollouts = [ScorableRollout("r", "", completion, answer)]
         return self._runner.run(scorer.score(wanted, rollouts, sandbox=self._sandbox))[0].value
 
 
@@ -249,7 +249,7 @@ def alive(pid: object) -> bool:
 def test_a_cancelled_score_leaves_no_process(runner: asyncio.Runner) -> None:
     async def story() -> None:
         sandbox = Sandbox(at_once=1)
-        rollouts = [Rollout("r", "", "", None)]
+        rollouts = [ScorableRollout("r", "", "", None)]
         await scorer.score(_code(b"return 1"), rollouts, sandbox=sandbox)  # its process has started
         scoring_ = asyncio.create_task(scorer.score(_code(b"\n    while True: pass"), rollouts, sandbox=sandbox))
         await asyncio.sleep(0.3)

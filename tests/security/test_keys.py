@@ -20,7 +20,7 @@ from knapper.ids import Tenant
 from knapper.settings import Settings
 from knapper.state.api_keys import Key, Keyring, Keys
 from knapper.state.journal.records import encode
-from knapper.state.tokens import Tokens
+from knapper.state.tokens import AccessTokens
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import Running, gateway
 from tests.gateway.saved import Clock
@@ -205,7 +205,7 @@ def test_a_token_dies_with_its_key(running: Running, clock: Clock) -> None:
 
 
 def test_a_token_from_before_keys_were_on_is_exchanged_anew(running: Running, clock: Clock) -> None:
-    tokens = running.run(Tokens.open(running.store, clock, lambda: "ab" * 16))
+    tokens = running.run(AccessTokens.open(running.store, clock, lambda: "ab" * 16))
     refused = ask(running, tokens.issue(Tenant("alice"), ""))
     assert (refused.status_code, refused.json()["code"]) == (401, "invalid_token")
 

@@ -9,8 +9,8 @@ import pytest
 from knapper.errors import UserError
 from knapper.serving import progress as serving
 from knapper.wire import progress, proto
-from knapper.wire.progress import Drawn, Failed, Frame, Whole
-from knapper.wire.types import Sample
+from knapper.wire.progress import FailedEvent, FinishedEvent, StreamEvent, TokenEvent
+from knapper.wire.types import SampleRequest
 from tests.engine.sampling.test_scheduler import House, request, until
 
 
@@ -19,19 +19,19 @@ def house(tmp_path: Path) -> House:
     return House(tmp_path)
 
 
-async def frames_of(house: House, sample: Sample) -> list[Frame]:
+async def frames_of(house: House, sample: SampleRequest) -> list[StreamEvent]:
     return [frame async for frame in serving.frames(house.sampler, sample)]
 
 
 def test_the_frames_of_a_stream_are_the_answer(house: House) -> None:
     asked = request(num_samples=3, max_tokens=9, topk_sample_logprobs=2, ignore_eos=True)
     *drawn, whole = house.within(frames_of(house, asked))
-    assert isinstance(whole, Whole)
+    assert isinstance(whole, FinishedEvent)
     assert whole.device_s > 0
     output = proto.decode_sample_response(whole.answer)
     assert output.sequences[0].tokens.tolist() == house.run(asked)[0].sequences[0].tokens.tolist()
     for number, sequence in enumerate(output.sequences):
-        heard = [frame for frame in drawn if isinstance(frame, Drawn) and frame.sequence == number]
+        heard = [frame for frame in drawn if isinstance(frame, TokenEvent) and frame.sequence == number]
         assert [frame.position for frame in heard] == list(range(9))
         assert [frame.token for frame in heard] == sequence.tokens.tolist()
         assert [frame.logprob for frame in heard] == sequence.logprobs.tolist()
@@ -45,7 +45,7 @@ def test_a_stop_is_told_with_the_token_that_stops(house: House) -> None:
     stop = int(free.sequences[0].tokens[4])
     first = free.sequences[0].tokens.tolist().index(stop)
     *drawn, _ = house.within(frames_of(house, request(max_tokens=9, stop_tokens=(stop,))))
-    assert [frame.ending for frame in drawn if isinstance(frame, Drawn)] == [""] * first + ["stop"]
+    assert [frame.ending for frame in drawn if isinstance(frame, TokenEvent)] == [""] * first + ["stop"]
 
 
 def test_tokens_come_before_the_end_and_leaving_frees_the_slot(house: House) -> None:
@@ -53,7 +53,7 @@ def test_tokens_come_before_the_end_and_leaving_frees_the_slot(house: House) -> 
         frames = serving.frames(house.sampler, request(max_tokens=400))
         heard = 0
         async for frame in frames:
-            assert isinstance(frame, Drawn)
+            assert isinstance(frame, TokenEvent)
             heard += 1
             if heard == 5:
                 break
@@ -70,29 +70,29 @@ def test_an_error_is_raised_before_the_first_token_and_a_frame_after_it(house: H
     with pytest.raises(UserError, match="prompt"):
         house.within(frames_of(house, request(prompt=request().prompt[:0])))
 
-    async def break_weights() -> Frame:
+    async def break_weights() -> StreamEvent:
         frames = serving.frames(house.sampler, request(max_tokens=400))
         await anext(frames)
         house.decoder.weights.norm.fill_(float("nan"))
-        last: Frame | None = None
+        last: StreamEvent | None = None
         async for frame in frames:
             last = frame
         assert last is not None
         return last
 
     failed = house.within(break_weights())
-    assert isinstance(failed, Failed)
+    assert isinstance(failed, FailedEvent)
     assert (failed.status, failed.code) == (422, "non_finite")
 
 
 def test_frames_survive_the_way() -> None:
-    frames: list[Frame] = [
-        Drawn(1, 2, 3, -0.5, "stop", [(3, -0.5), (4, float("-inf"))]),
-        Whole(b"\x00\xff", 0.25),
-        Failed(422, "a", "b", "user"),
+    frames: list[StreamEvent] = [
+        TokenEvent(1, 2, 3, -0.5, "stop", [(3, -0.5), (4, float("-inf"))]),
+        FinishedEvent(b"\x00\xff", 0.25),
+        FailedEvent(422, "a", "b", "user"),
     ]
 
-    async def bytewise() -> list[Frame]:
+    async def bytewise() -> list[StreamEvent]:
         async def chunks() -> AsyncIterator[bytes]:
             for byte in b"".join(progress.encode(frame) for frame in frames):
                 yield bytes([byte])

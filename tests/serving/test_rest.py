@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from knapper import limits
-from knapper.engine.executor import Device, Task
+from knapper.engine.executor import Executor, Work
 from knapper.engine.run_machine import TrainingMachine
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.errors import Unavailable
 from knapper.events.cloudevents import Committed
 from knapper.ids import RunId
-from knapper.serving.runs import Residents
+from knapper.serving.runs import ClaimedRuns
 from knapper.state import layout
 from knapper.state.journal.accept import Acceptor, newest_manifest
 from knapper.state.journal.machine import Files
@@ -38,8 +38,8 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 
 
 @pytest.fixture
-def device() -> Iterator[Device]:
-    device = Device()
+def device() -> Iterator[Executor]:
+    device = Executor()
     yield device
     device.close()
 
@@ -47,7 +47,7 @@ def device() -> Iterator[Device]:
 class Watched(TrainingMachine):
     """Remembers, without holding it, every state that it made; `failing` freezes fail first."""
 
-    def __init__(self, trainer: Trainer, device: Device, failing: int = 0) -> None:
+    def __init__(self, trainer: Trainer, device: Executor, failing: int = 0) -> None:
         super().__init__(trainer, device, time.monotonic)
         self.states: list[weakref.ref[RunState]] = []
         self.thawed = 0
@@ -90,7 +90,7 @@ def _steps() -> list[Step]:
     return steps
 
 
-async def _ring(residents: Residents[RunState]) -> AsyncIterator[bytes]:
+async def _ring(residents: ClaimedRuns[RunState]) -> AsyncIterator[bytes]:
     async for frame in residents.answer(RUN):
         if isinstance(frame, Committed):
             for result in frame.commit.results:
@@ -105,12 +105,12 @@ def worth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "snapshot_bytes_per_replay_s", 10**18)
 
 
-async def _story(machine: Watched, rest_s: float) -> tuple[list[bytes], Residents[RunState], MemoryStore]:
+async def _story(machine: Watched, rest_s: float) -> tuple[list[bytes], ClaimedRuns[RunState], MemoryStore]:
     """The answers to one step a bell; with `rest_s` the run rests after each."""
     store = MemoryStore()
     acceptor = Acceptor(store, lambda: 0.0)
     await acceptor.create(Creation(spec=spec()), b"create")
-    residents = Residents(store, machine, Holder("h", "", TERMS), lambda: 0.0, rest_s=rest_s)
+    residents = ClaimedRuns(store, machine, Holder("h", "", TERMS), lambda: 0.0, rest_s=rest_s)
     answers: list[bytes] = []
     for step in _steps():
         await send(acceptor, step)
@@ -122,7 +122,7 @@ async def _story(machine: Watched, rest_s: float) -> tuple[list[bytes], Resident
 
 @pytest.mark.usefixtures("worth")
 def test_a_run_that_rests_after_every_operation_gives_the_bits_of_one_that_never_does(
-    trainer: Trainer, device: Device
+    trainer: Trainer, device: Executor
 ) -> None:
     resting, awake = Watched(trainer, device), Watched(trainer, device)
     with_rests, _, store = asyncio.run(_story(resting, 0.001))
@@ -141,7 +141,7 @@ def test_a_run_that_rests_after_every_operation_gives_the_bits_of_one_that_never
 
 
 def test_a_run_whose_replay_is_short_rests_without_a_snapshot_and_gives_the_same_bits(
-    trainer: Trainer, device: Device, monkeypatch: pytest.MonkeyPatch
+    trainer: Trainer, device: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "snapshot_bytes_per_replay_s", 1)
     resting, awake = Watched(trainer, device), Watched(trainer, device)
@@ -152,7 +152,7 @@ def test_a_run_whose_replay_is_short_rests_without_a_snapshot_and_gives_the_same
     assert asyncio.run(store.list(layout.snapshots(RUN))) == []
 
 
-def test_a_run_that_rests_leaves_nothing_of_its_state_in_memory(trainer: Trainer, device: Device) -> None:
+def test_a_run_that_rests_leaves_nothing_of_its_state_in_memory(trainer: Trainer, device: Executor) -> None:
     machine = Watched(trainer, device)
     _, residents, _ = asyncio.run(_story(machine, 0.001))
     assert residents.present == 0
@@ -161,7 +161,7 @@ def test_a_run_that_rests_leaves_nothing_of_its_state_in_memory(trainer: Trainer
 
 
 @pytest.mark.usefixtures("worth")
-def test_a_run_stays_in_memory_until_its_snapshot_is_safe(trainer: Trainer, device: Device) -> None:
+def test_a_run_stays_in_memory_until_its_snapshot_is_safe(trainer: Trainer, device: Executor) -> None:
     machine = Watched(trainer, device, failing=3)
     answers, _, _ = asyncio.run(_story(machine, 0.001))
     assert machine.failing == 0
@@ -169,5 +169,5 @@ def test_a_run_stays_in_memory_until_its_snapshot_is_safe(trainer: Trainer, devi
     assert len(answers) == len(_steps()) + 1
 
 
-def _nothing() -> Task[None]:
+def _nothing() -> Work[None]:
     yield from ()

@@ -10,7 +10,7 @@ import pytest
 from knapper import limits
 from knapper.errors import OtherDtype, OutOfMemory, Unavailable
 from knapper.events.cloudevents import Committed, Done, Frame
-from knapper.serving.runs import Residents
+from knapper.serving.runs import ClaimedRuns
 from knapper.state import layout
 from knapper.state.journal.accept import Acceptor
 from knapper.state.journal.machine import Files, Outcome
@@ -35,7 +35,7 @@ def test_a_defect_is_answered_after_three_tries_and_the_run_goes_on() -> None:
         await acceptor.create(CREATION, b"create")
         for seq in (1, 2):
             await send(acceptor, Step(seq, "optim_step", b"{}"))
-        residents = Residents(store, Defective(), Holder("h", "", TERMS), lambda: 0.0)
+        residents = ClaimedRuns(store, Defective(), Holder("h", "", TERMS), lambda: 0.0)
 
         async def ring() -> list[Frame]:
             return [frame async for frame in residents.answer(RUN)]
@@ -70,7 +70,7 @@ def test_what_does_not_fit_is_told_after_three_tries_by_its_name_and_the_run_goe
         await acceptor.create(CREATION, b"create")
         for seq in (1, 2):
             await send(acceptor, Step(seq, "optim_step", b"{}"))
-        residents = Residents(store, machine, Holder("h", "", TERMS), lambda: 0.0)
+        residents = ClaimedRuns(store, machine, Holder("h", "", TERMS), lambda: 0.0)
 
         async def ring() -> list[Frame]:
             return [frame async for frame in residents.answer(RUN)]
@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_told_after_three_tries_by_its_name_and_the_run_goe
         assert not results[2].failed
 
         machine.full = True
-        residents = Residents(store, machine, Holder("h2", "", TERMS), lambda: 0.0)
+        residents = ClaimedRuns(store, machine, Holder("h2", "", TERMS), lambda: 0.0)
         with pytest.raises(Unavailable, match=rf"no memory for {RUN} now: it does not fit"):  # operation 2 is replayed
             await ring()
         machine.full = False
@@ -109,7 +109,7 @@ def test_a_run_of_another_dtype_is_refused_before_anything_is_done_and_goes_on_i
 
         async def ring(**terms: object) -> list[int]:
             holder = Holder("h", "", msgspec.structs.replace(TERMS, **terms))
-            frames = [frame async for frame in Residents(store, LedgerMachine(), holder, lambda: 0.0).answer(RUN)]
+            frames = [frame async for frame in ClaimedRuns(store, LedgerMachine(), holder, lambda: 0.0).answer(RUN)]
             commits = [frame.commit for frame in frames if isinstance(frame, Committed)]
             return [result.seq for commit in commits for result in commit.results]
 
@@ -139,7 +139,7 @@ def test_a_slice_ends_though_the_clock_of_the_day_goes_back(monkeypatch: pytest.
         await acceptor.create(CREATION, b"create")
         for seq in range(1, 5):
             await send(acceptor, Step(seq, "optim_step", b"{}"))
-        residents = Residents(store, LedgerMachine(), Holder("h", "", TERMS), lambda: next(back))
+        residents = ClaimedRuns(store, LedgerMachine(), Holder("h", "", TERMS), lambda: next(back))
         frames = [frame async for frame in residents.answer(RUN)]
         assert [frame.more for frame in frames if isinstance(frame, Done)] == [True]
         assert not [frame for frame in frames if isinstance(frame, Committed)], "the slice was over before it began"
@@ -169,7 +169,7 @@ def test_a_reader_that_is_cancelled_at_every_await_lets_nobody_in_before_the_wor
         await acceptor.create(CREATION, b"create")
         for seq in range(1, 9):
             await send(acceptor, Step(seq, "optim_step", b"{}"))
-        residents = Residents(store, machine, Holder("h", "", TERMS), lambda: 0.0)
+        residents = ClaimedRuns(store, machine, Holder("h", "", TERMS), lambda: 0.0)
 
         async def read() -> None:
             async for _ in residents.answer(RUN):
@@ -215,7 +215,7 @@ async def taken(machine: Costly, bells: int, rest_s: float = 0.0) -> tuple[list[
     store = MemoryStore()
     acceptor = Acceptor(store, lambda: 0.0)
     await acceptor.create(CREATION, b"create")
-    residents = Residents(store, machine, Holder("h", "", TERMS), lambda: 0.0, rest_s=rest_s)
+    residents = ClaimedRuns(store, machine, Holder("h", "", TERMS), lambda: 0.0, rest_s=rest_s)
     for seq in range(1, bells + 1):
         await send(acceptor, Step(seq, "optim_step", b"{}"))
         async for _ in residents.answer(RUN):
@@ -275,7 +275,7 @@ def test_a_snapshot_in_the_background_that_comes_in_time_makes_the_forced_one_ne
         await acceptor.create(CREATION, b"create")
         for seq in range(1, 41):
             await send(acceptor, Step(seq, "optim_step", b"{}"))
-        residents = Residents(store, Costly(1.0), Holder("h", "", TERMS), lambda: 0.0)
+        residents = ClaimedRuns(store, Costly(1.0), Holder("h", "", TERMS), lambda: 0.0)
         async for _ in residents.answer(RUN):
             pass
         found = await store.list(layout.manifests(RUN))

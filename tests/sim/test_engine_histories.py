@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from knapper.engine.executor import Device, Task
+from knapper.engine.executor import Executor, Work
 from knapper.engine.models import weights
 from knapper.engine.models.config import ModelConfig
 from knapper.engine.models.decoder import Decoder
@@ -29,10 +29,10 @@ T = TypeVar("T")
 class Inline:
     """A device without a thread: the simulation decides what runs when."""
 
-    async def run(self, task: Task[T], whose: str = "") -> T:
+    async def run(self, task: Work[T], whose: str = "") -> T:
         return self.submit(task, whose).result()
 
-    def submit(self, task: Task[T], whose: str = "") -> "Future[T]":
+    def submit(self, task: Work[T], whose: str = "") -> "Future[T]":
         """All of it, at once."""
         future: Future[T] = Future()
         while True:
@@ -51,7 +51,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingMachin
     torch.set_num_threads(1)
     trainer = Trainer(Decoder(config, weights.load(directory, config)))
     ticks = iter(range(10**9))
-    yield TrainingMachine(trainer, cast(Device, Inline()), lambda: 5.0 * next(ticks))  # each piece "takes" 5 s
+    yield TrainingMachine(trainer, cast(Executor, Inline()), lambda: 5.0 * next(ticks))  # each piece "takes" 5 s
     torch.set_num_threads(before)
 
 

@@ -18,7 +18,7 @@ import pytest
 from knapper.errors import Corrupt
 from knapper.ids import RunId
 from knapper.state.gc import journal
-from knapper.state.gc.session import Pass, Visit
+from knapper.state.gc.session import SharedLookups, Visit
 from knapper.state.journal.records import Commit, Manifest, Result
 from knapper.state.journal.run import Run
 from knapper.store import Store
@@ -84,7 +84,7 @@ async def keeps_one_snapshot(store: Store, run: RunId, manifest: Manifest) -> jo
     return await _snapshots(store, run, msgspec.structs.replace(manifest, snapshot_before=""))
 
 
-async def goes_up_to_the_newest(store: Store, run: RunId, manifest: Manifest, **more: Any) -> journal.Gone:
+async def goes_up_to_the_newest(store: Store, run: RunId, manifest: Manifest, **more: Any) -> journal.CollectedRecords:
     further = msgspec.structs.replace(manifest, snapshot_before_out=manifest.snapshot_out)
     return await _records(store, run, further, **more)
 
@@ -94,7 +94,7 @@ async def takes_fences_for_answers(store: Store, name: str) -> Commit | None:
     return commit if commit is None or commit.results else msgspec.structs.replace(commit, results=_FENCE_AS_COMMIT)
 
 
-async def nothing_is_held(_self: Pass, _bundles: Iterable[str]) -> frozenset[str]:
+async def nothing_is_held(_self: SharedLookups, _bundles: Iterable[str]) -> frozenset[str]:
     return frozenset()
 
 

@@ -15,7 +15,7 @@ from knapper.state.journal.accept import Acceptor, pack
 from knapper.state.journal.records import Commit, Creation, Result, encode
 from knapper.state.layout import run_prefix
 from knapper.state.ledger import Accounts
-from knapper.state.ledger_entries import Line, Through
+from knapper.state.ledger_entries import LedgerEntry, Through
 from knapper.state.sessions import Finish, Sessions
 from knapper.state.usage import HOUR_S, Window
 from knapper.store.memory import MemoryStore
@@ -345,7 +345,7 @@ def test_too_much_that_is_not_accounted_for_is_an_error_that_says_what_to_do(mon
 def test_a_line_is_read_as_it_was_written(device_s: float) -> None:
     async def story() -> None:
         store = MemoryStore()
-        line = Line(5, run_of(1), Through(3, 4), 10**12, device_s)
+        line = LedgerEntry(5, run_of(1), Through(3, 4), 10**12, device_s)
         await ledger_entries.write(store, LOCAL_TENANT, line)
         assert await ledger_entries.within(store, LOCAL_TENANT, Window(5, 6)) == {(5, run_of(1)): line}
         assert await ledger_entries.of_run(store, LOCAL_TENANT, 5, run_of(1)) == line

@@ -11,15 +11,15 @@ import pytest
 from knapper import limits
 from knapper.errors import InvalidToken
 from knapper.ids import Tenant
-from knapper.state.tokens import Tokens
+from knapper.state.tokens import AccessTokens
 from knapper.store.memory import MemoryStore
 
 ACME = Tenant("acme")
 KEY = "0123456789ab"
 
 
-def opened(store: MemoryStore, clock: Callable[[], float] = lambda: 1000.0, new_id: str = "ab" * 16) -> Tokens:
-    return asyncio.run(Tokens.open(store, clock, lambda: new_id))
+def opened(store: MemoryStore, clock: Callable[[], float] = lambda: 1000.0, new_id: str = "ab" * 16) -> AccessTokens:
+    return asyncio.run(AccessTokens.open(store, clock, lambda: new_id))
 
 
 def claims(token: str) -> dict[str, object]:

@@ -67,7 +67,7 @@ def test_folders_are_made_for_this_account_alone_and_links_among_them_refused(tm
     assert (tmp_path / "a" / "b" / "c").read_bytes() == b"x"
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700
     (tmp_path / "a" / "out").symlink_to(tmp_path)
-    with pytest.raises(files.Link), files.below(tmp_path, ["a", "out", "a"], make=True):
+    with pytest.raises(files.UnexpectedSymlink), files.below(tmp_path, ["a", "out", "a"], make=True):
         pass
     with pytest.raises(FileNotFoundError), files.below(tmp_path, ["none", "b"]):
         pass
@@ -111,6 +111,10 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     with files.directory(tmp_path) as folder:
         with files.read(folder, "whole") as file:
             assert file.read() == b"x"
-        for name, refused in (("pipe", IsADirectoryError), ("folder", IsADirectoryError), ("link", files.Link)):
+        for name, refused in (
+            ("pipe", IsADirectoryError),
+            ("folder", IsADirectoryError),
+            ("link", files.UnexpectedSymlink),
+        ):
             with pytest.raises(refused):
                 files.read(folder, name)

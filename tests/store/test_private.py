@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 from knapper.catalogue.download import _alone
 from knapper.errors import InvalidField
 from knapper.exchange.directory import DirectoryExchange
-from knapper.local.state import Processes, locked
+from knapper.local.state import ProcessTable, locked
 from knapper.store import private
 from knapper.store.directory import DirectoryStore
 from tests.state.accounts import as_other, mode, opened
@@ -134,7 +134,7 @@ def test_links_in_the_run_directory_and_the_cache_lead_nowhere(tmp_path: Path) -
     for link in (run / "processes.tmp", run / "processes.json", cache / ".lock"):
         link.symlink_to(victim)
     with locked(tmp_path / "data", run):
-        Processes(run).set("gateway", 1, 2)
+        ProcessTable(run).set("gateway", 1, 2)
     assert json.loads((run / "processes.json").read_bytes()) == {"gateway": {"pid": 1, "port": 2}}
     with pytest.raises(OSError, match=r"symbolic links"), _alone(cache, print):
         pass

@@ -12,8 +12,8 @@ import pytest
 
 from knapper.errors import KnapperError, NotFound
 from knapper.exchange.directory import DirectoryExchange
-from knapper.jobs.notifications import Bells
-from knapper.jobs.services import Place
+from knapper.jobs.notifications import Notifier
+from knapper.jobs.services import JobServices
 from knapper.rewards.scorer import RewardFailed
 from knapper.state import dead_letters
 from knapper.state.dead_letters import DeadLetter
@@ -89,8 +89,10 @@ def knapper(*arguments: str, **environment: str) -> str:
 def test_commands_print_text(tmp_path: Path) -> None:
     yaml = 'kind: rl\n"\\e]0;owned\\x07\\u202E\\r\\n": 1\n'
     store = MemoryStore()
-    bells = Bells(Rung().post, lambda: 0.0)
-    with gateway(store, place=Place(store, DirectoryExchange(tmp_path), bells, iter(range(10**6)).__next__)) as running:
+    bells = Notifier(Rung().post, lambda: 0.0)
+    with gateway(
+        store, place=JobServices(store, DirectoryExchange(tmp_path), bells, iter(range(10**6)).__next__)
+    ) as running:
         running.post("jobs", {"name": "odd", "files": {"job.yaml": yaml}})
         for command in (["list"], ["show", "odd"], ["cancel", "odd"]):
             said = knapper("jobs", *command, TINKER_BASE_URL=running.url, TINKER_API_KEY="tml-local")

@@ -19,13 +19,13 @@ from knapper.state.journal import bundles
 from knapper.state.journal.records import Spec
 from knapper.store.memory import MemoryStore
 from knapper.vllm import unsupported
-from knapper.vllm.adapters import Shelf
+from knapper.vllm.adapters import AdapterFiles
 from knapper.vllm.core import Core, Options
 from knapper.vllm.device_time import Shares
-from knapper.vllm.engine import Engine
-from knapper.vllm.fair_queue import Turns
+from knapper.vllm.engine import CoreLifecycle
+from knapper.vllm.fair_queue import SlotQueue
 from knapper.vllm.sampler import VllmSampler
-from knapper.wire.types import Sample, SampleOutput
+from knapper.wire.types import SampleOutput, SampleRequest
 
 T = TypeVar("T")
 
@@ -60,15 +60,15 @@ class House:
             directory=model, dtype=dtype, context=self.facts.context, texts_max=texts_max, rank_max=rank_max,
             adapters_at_once=2, adapters_kept=4, device="cpu", memory=0.9, kv_bytes=2**30, threads=1, sleeps=False,
         )  # fmt: skip
-        self.engine = Engine(lambda: Core.start(options, os.environ), rest_s)
-        self.shelf = Shelf(
+        self.engine = CoreLifecycle(lambda: Core.start(options, os.environ), rest_s)
+        self.shelf = AdapterFiles(
             self.store, self.facts, memory, self.engine.forget, lambda spec: unsupported.refusal(spec, rank_max)
         )
-        self.turns = Turns(texts_max, options.adapters_at_once)
+        self.turns = SlotQueue(texts_max, options.adapters_at_once)
         self.shares = Shares(time.monotonic)
         self.sampler = VllmSampler(self.engine, self.shelf, self.facts, self.tokenizer, self.turns, self.shares)
 
-    def run(self, *requests: Sample) -> list[SampleOutput]:
+    def run(self, *requests: SampleRequest) -> list[SampleOutput]:
         async def together() -> list[SampleOutput]:
             return list(await asyncio.gather(*(self.sampler.sample(request) for request in requests)))
 

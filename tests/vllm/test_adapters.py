@@ -15,7 +15,7 @@ from knapper.state.journal import bundles
 from knapper.state.journal.records import Spec
 from knapper.store.memory import MemoryStore
 from knapper.vllm import adapters, unsupported
-from knapper.vllm.adapters import Shelf
+from knapper.vllm.adapters import AdapterFiles
 from knapper.vllm.core import Adapter
 from tests.engine.tiny import tiny_model
 from tests.vllm.house import adapter_state, bundle
@@ -35,8 +35,10 @@ class Room:
         self.memory.mkdir()
         self.shelf = self.open()
 
-    def open(self) -> Shelf:
-        return Shelf(self.store, self.facts, self.memory, self.forget, lambda spec: unsupported.refusal(spec, 16))
+    def open(self) -> AdapterFiles:
+        return AdapterFiles(
+            self.store, self.facts, self.memory, self.forget, lambda spec: unsupported.refusal(spec, 16)
+        )
 
     async def forget(self, adapter: Adapter) -> None:
         self.forgotten.append(adapter.number)
@@ -127,6 +129,6 @@ def test_two_processes_with_one_pid_leave_each_other_their_adapters(room: Room) 
     assert not directory.exists()
 
 
-async def take(shelf: Shelf, name: str) -> Adapter:
+async def take(shelf: AdapterFiles, name: str) -> Adapter:
     async with shelf.take(name) as shelved:
         return shelved.adapter

@@ -13,7 +13,7 @@ from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_grouped import Segment, Segments
 from knapper.engine.models.decoder import Decoder
 from knapper.errors import InvalidField, Unavailable, UserError
-from knapper.wire.progress import Drawn
+from knapper.wire.progress import TokenEvent
 from tests.engine.models.test_decoder import decoder_of
 from tests.engine.sampling.test_scheduler import prompt_of, request
 from tests.vllm.house import House, bundle
@@ -106,7 +106,7 @@ def test_stops_stay_in_the_output(house: House) -> None:
 
 
 def test_tokens_are_heard_as_they_come(house: House) -> None:
-    heard: list[Drawn] = []
+    heard: list[TokenEvent] = []
     output = house.within(house.sampler.sample(request(num_samples=2, max_tokens=9), heard.append))
     for number, sequence in enumerate(output.sequences):
         assert [each.token for each in heard if each.sequence == number] == sequence.tokens.tolist()

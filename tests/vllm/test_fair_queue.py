@@ -3,14 +3,16 @@
 import asyncio
 from collections.abc import Callable, Coroutine
 
-from knapper.vllm.fair_queue import Turns
+from knapper.vllm.fair_queue import SlotQueue
 
 
 def play(story: Coroutine[None, None, None]) -> None:
     asyncio.run(asyncio.wait_for(story, 10))
 
 
-async def crowd(turns: Turns, order: list[str], *who: tuple[str, str]) -> list[asyncio.Task[Callable[[object], None]]]:
+async def crowd(
+    turns: SlotQueue, order: list[str], *who: tuple[str, str]
+) -> list[asyncio.Task[Callable[[object], None]]]:
     """Everyone asks, in this order; `order` hears who got a slot."""
 
     async def one(tenant: str, adapter: str) -> Callable[[object], None]:
@@ -25,7 +27,7 @@ async def crowd(turns: Turns, order: list[str], *who: tuple[str, str]) -> list[a
 
 def test_a_slot_goes_to_the_tenant_with_the_fewest_texts() -> None:
     async def story() -> None:
-        turns, order = Turns(2, 8), list[str]()
+        turns, order = SlotQueue(2, 8), list[str]()
         tasks = await crowd(turns, order, *[("greedy", "a")] * 6, ("modest", "b"))
         assert order == ["greedy/a", "greedy/a"]
         tasks[0].result()(None)
@@ -38,7 +40,7 @@ def test_a_slot_goes_to_the_tenant_with_the_fewest_texts() -> None:
 
 def test_and_there_to_the_adapter_with_the_fewest() -> None:
     async def story() -> None:
-        turns, order = Turns(2, 8), list[str]()
+        turns, order = SlotQueue(2, 8), list[str]()
         tasks = await crowd(turns, order, *[("one", "a")] * 4, ("one", "b"))
         tasks[0].result()(None)
         await asyncio.sleep(0.01)
@@ -49,7 +51,7 @@ def test_and_there_to_the_adapter_with_the_fewest() -> None:
 
 def test_an_adapter_beyond_those_at_once_waits_and_comes_in_the_end() -> None:
     async def story() -> None:
-        turns, order = Turns(4, 1), list[str]()
+        turns, order = SlotQueue(4, 1), list[str]()
         tasks = await crowd(turns, order, *[("one", "a")] * 2, ("two", "b"), ("one", ""))
         assert order == ["one/a", "one/a", "one/"]
         for task in tasks[:2]:
@@ -62,7 +64,7 @@ def test_an_adapter_beyond_those_at_once_waits_and_comes_in_the_end() -> None:
 
 def test_others_cannot_keep_it_out_for_ever() -> None:
     async def story() -> None:
-        turns, order = Turns(2, 1), list[str]()
+        turns, order = SlotQueue(2, 1), list[str]()
         holding = await turns.take("one", "a")
         (late,) = await crowd(turns, order, ("two", "b"))
         for _ in range(200):  # a slot is free, and adapter a asks for it again and again
@@ -81,7 +83,7 @@ def test_others_cannot_keep_it_out_for_ever() -> None:
 
 def test_who_stops_waiting_takes_no_slot() -> None:
     async def story() -> None:
-        turns, order = Turns(1, 8), list[str]()
+        turns, order = SlotQueue(1, 8), list[str]()
         first, second, third = await crowd(turns, order, ("one", ""), ("two", ""), ("three", ""))
         second.cancel()
         first.result()(None)

@@ -20,8 +20,8 @@ from knapper.wire.types import (
     ForwardBackward,
     ForwardBackwardOutput,
     PromptDraws,
+    SampledSequence,
     SampleOutput,
-    Sequence,
     TopK,
 )
 
@@ -153,7 +153,7 @@ def test_outputs_in_json_are_read_as_those_in_protobuf() -> None:
 def test_samples_in_json_say_everything_and_null_where_there_is_nothing() -> None:
     topk = TopK(np.array([[0, 0], [5, 0]], np.int32), np.array([[-99999, -99999], [-0.5, -99999]], np.float32))
     output = SampleOutput(
-        sequences=[Sequence(np.array([4, 5], np.int32), np.array([-0.25, -2.0], np.float32), True, topk)],
+        sequences=[SampledSequence(np.array([4, 5], np.int32), np.array([-0.25, -2.0], np.float32), True, topk)],
         prompt_logprobs=np.array([np.nan, -1.0], np.float32),
         topk_prompt_logprobs=topk,
         target_prompt_logprobs=Cells(np.array([-3.0], np.float32), (1, 4), np.array([0, 1]), np.array([2])),

@@ -27,8 +27,8 @@ from knapper.wire.types import (
     ForwardBackward,
     ForwardBackwardOutput,
     PromptDraws,
+    SampledSequence,
     SampleOutput,
-    Sequence,
     TopK,
 )
 
@@ -338,8 +338,8 @@ def test_samples_reach_the_sdk() -> None:
     )
     output = SampleOutput(
         sequences=[
-            Sequence(array(np.int32, [4, 5, 6]), array(np.float32, [-0.1, -0.2, -0.3]), True, topk),
-            Sequence(array(np.int32, [9]), array(np.float32, [-4.0]), False),
+            SampledSequence(array(np.int32, [4, 5, 6]), array(np.float32, [-0.1, -0.2, -0.3]), True, topk),
+            SampledSequence(array(np.int32, [9]), array(np.float32, [-4.0]), False),
         ],
         prompt_logprobs=array(np.float32, [np.nan, -1.0, -2.0]),
         topk_prompt_logprobs=topk,

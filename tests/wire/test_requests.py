@@ -21,7 +21,7 @@ RUN = SESSION + ":train:0"
 TEXT = sdk.ModelInput(chunks=[sdk.EncodedTextChunk(tokens=[1, 2]), sdk.EncodedTextChunk(tokens=[3])])
 
 ADAM = {"learning_rate": 3e-4, "beta1": 0.8, "beta2": 0.9, "eps": 1e-8, "weight_decay": 0.1, "grad_clip_norm": 1.0}
-SENT: list[tuple[Any, type[fields.Request]]] = [
+SENT: list[tuple[Any, type[fields.RequestBody]]] = [
     (sdk.CreateSessionRequest(tags=["a"], user_metadata={"k": 1}, sdk_version="0.38.0"), requests.CreateSession),
     (sdk.SessionHeartbeatRequest(session_id=SESSION), requests.Heartbeat),
     (
@@ -56,7 +56,7 @@ SENT: list[tuple[Any, type[fields.Request]]] = [
             prompt_logprobs=True,
             topk_prompt_logprobs=3,
         ),
-        sample_requests.Sample,
+        sample_requests.AsampleBody,
     ),
     (sdk.FutureRetrieveRequest(request_id="s-1", allow_metadata_only=True), requests.RetrieveFuture),
 ]
@@ -67,7 +67,7 @@ def dump(request: Any) -> bytes:
 
 
 @pytest.mark.parametrize(("sent", "kind"), SENT, ids=lambda value: type(value).__name__)
-def test_what_the_sdk_sends_is_understood(sent: Any, kind: type[fields.Request]) -> None:
+def test_what_the_sdk_sends_is_understood(sent: Any, kind: type[fields.RequestBody]) -> None:
     read = requests.decode(dump(sent), kind)
     for name, value in msgspec.json.decode(dump(sent)).items():
         ours = msgspec.to_builtins(getattr(read, name))
@@ -170,7 +170,7 @@ def test_metadata_has_its_limit() -> None:
 
 def sample(**changes: Any) -> sample_requests.SampleCall:
     sent = {"prompt": {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}, "sampling_params": {}} | changes
-    return requests.decode(msgspec.json.encode(sent), sample_requests.Sample).call("model", "adapters/x/", 99)
+    return requests.decode(msgspec.json.encode(sent), sample_requests.AsampleBody).call("model", "adapters/x/", 99)
 
 
 def targets(**changes: Any) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def targets(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_sample_becomes_a_call_and_the_call_a_sample() -> None:
-    asked = requests.decode(dump(SENT[-2][0]), sample_requests.Sample)
+    asked = requests.decode(dump(SENT[-2][0]), sample_requests.AsampleBody)
     assert sample_requests.address(dump(SENT[-2][0])) == (SESSION + ":sample:0", 10**15)
     call = requests.decode(requests.encode(asked.call("model", "", 99)), sample_requests.SampleCall).sample()
     assert call.prompt.tolist() == [1, 2, 3]
@@ -274,7 +274,7 @@ VALUES = st.recursive(
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.sampled_from(KINDS), st.data())
-def test_arbitrary_json_raises_only_user_errors(kind: type[fields.Request], data: st.DataObject) -> None:
+def test_arbitrary_json_raises_only_user_errors(kind: type[fields.RequestBody], data: st.DataObject) -> None:
     names = [field.encode_name for field in msgspec.structs.fields(kind)]
     fields = data.draw(st.dictionaries(st.sampled_from([*names, "other"]), VALUES, max_size=6))
     for body in (requests_json(fields), data.draw(st.binary(max_size=40))):

@@ -16,7 +16,7 @@ from knapper.jobs import datasets
 from knapper.jobs import spec as jobs
 from knapper.jobs.yaml_document import JobError
 from knapper.rewards import spec as rewards
-from knapper.state.tokens import Tokens
+from knapper.state.tokens import AccessTokens
 from knapper.wire import json as wire
 from knapper.wire import proto
 from knapper.wire.requests import CreateSession
@@ -52,8 +52,8 @@ BORDERS: dict[str, Callable[[bytes], object]] = {
     "a pattern": lambda odd: rewards.parse({"name": "regex", "pattern": odd.decode("latin-1")[:1000]}, {}),
     "a schema": lambda odd: rewards.parse({"name": "json_schema", "json_schema": "s"}, {"s": odd}),
     "rows": lambda odd: datasets.rl("d", odd),
-    "a token's header": lambda odd: Tokens(lambda: 0.0, b"s" * 32).claims(token(odd)),
-    "a token": lambda odd: Tokens(lambda: 0.0, b"s" * 32).claims("eyJ" + odd.decode("latin-1")),
+    "a token's header": lambda odd: AccessTokens(lambda: 0.0, b"s" * 32).claims(token(odd)),
+    "a token": lambda odd: AccessTokens(lambda: 0.0, b"s" * 32).claims("eyJ" + odd.decode("latin-1")),
     "a chat template": lambda odd: Template(odd.decode("latin-1") + "{{ " + "(" * 5000, {}),
     "messages": lambda odd: Template("{{ messages[0].content | int + messages }}", {}).render(
         [{"content": odd.decode("latin-1")}], 0.0, {}

@@ -10,7 +10,7 @@ from typing import Final, Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from knapper.engine.layers.batch_invariance import Way
+from knapper.engine.layers.batch_invariance import RowLayout
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.models.config import HEAD, Facts
 
@@ -41,7 +41,7 @@ def ranks_padded(matrix: Tensor, dim: int) -> Tensor:
     return matrix if short == 0 else F.pad(matrix, (0, 0) * (matrix.dim() - 1 - dim) + (0, short))
 
 
-def times(way: Way, x_MI: Tensor, w_OI: Tensor) -> Tensor:
+def times(way: RowLayout, x_MI: Tensor, w_OI: Tensor) -> Tensor:
     """x w^T (M, O), of an adapter's matrix."""
     return way(lambda x: F.linear(x, w_OI), x_MI)
 

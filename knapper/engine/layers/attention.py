@@ -28,7 +28,7 @@ class Attend(Protocol):
     def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor: ...
 
 
-class Packed:
+class PackedAttention:
     """Sequences one after another. Those of equal length share one call; none is ever padded."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
@@ -52,14 +52,14 @@ class Packed:
         return torch.cat(outputs).reshape(rows, -1)
 
 
-class Shared:
+class SharedPrefixAttention:
     """Rows that several sequences have in common (`Prefixes`): each sequence attends as if it were alone.
 
     So its bits are those that it has alone. What a common row gets is the same from each, and taken from the first.
     """
 
     def __init__(self, lengths: Sequence[int], places_N: Tensor, first_U: Tensor) -> None:
-        self._packed, self._places_N, self._first_U = Packed(lengths), places_N, first_U
+        self._packed, self._places_N, self._first_U = PackedAttention(lengths), places_N, first_U
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
         q, k, v = (x.index_select(0, self._places_N) for x in (q_NHD, k_NGD, v_NGD))
@@ -107,10 +107,10 @@ def of_groups(groups: Sequence[Prefixes], device: torch.device) -> Attend:
     """How the rows attend that are computed of the groups, one group after another."""
     lengths = [length for group in groups for length in group.lengths]
     if all(len(group) == group.total for group in groups):
-        return Packed(lengths)
+        return PackedAttention(lengths)
     places_N = _one_after_another([group.places_N for group in groups], [len(group) for group in groups])
     first_U = _one_after_another([group.first_U for group in groups], [group.total for group in groups])
-    return Shared(lengths, places_N.to(device, non_blocking=True), first_U.to(device, non_blocking=True))
+    return SharedPrefixAttention(lengths, places_N.to(device, non_blocking=True), first_U.to(device, non_blocking=True))
 
 
 def _one_after_another(places: Sequence[NDArray[np.int64]], sizes: Sequence[int]) -> Tensor:

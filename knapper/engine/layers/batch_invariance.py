@@ -26,7 +26,7 @@ Make = Callable[[Tensor], Product]
 
 
 @dataclass(frozen=True)
-class Way:
+class RowLayout:
     """How rows go into a product: zero rows are added up to `least`, or up to whole blocks of `block`.
 
     Each block is then a product of its own. What is computed of added rows is never read. Rows begin where a vector
@@ -58,12 +58,27 @@ class Way:
         return f"blocks of {self.block} rows" if self.block else f"{self.least} rows at least"
 
 
-AS_IT_IS: Final = Way()
+AS_IT_IS: Final = RowLayout()
 # In the order in which they are tried: what costs least first. A model's matrices are read from memory anyway, so that
 # some rows more cost a decoding step little; smaller blocks would cost a training step more.
-MODEL_WAYS: Final = (AS_IT_IS, Way(2), Way(8), Way(16), Way(block=64), Way(block=128), Way(block=256))
-BACKWARD_WAYS: Final = (Way(8), *MODEL_WAYS[3:])
-ADAPTER_WAYS: Final = (Way(8), Way(16), Way(block=16), Way(block=32), Way(block=64), Way(block=128))
+MODEL_WAYS: Final = (
+    AS_IT_IS,
+    RowLayout(2),
+    RowLayout(8),
+    RowLayout(16),
+    RowLayout(block=64),
+    RowLayout(block=128),
+    RowLayout(block=256),
+)
+BACKWARD_WAYS: Final = (RowLayout(8), *MODEL_WAYS[3:])
+ADAPTER_WAYS: Final = (
+    RowLayout(8),
+    RowLayout(16),
+    RowLayout(block=16),
+    RowLayout(block=32),
+    RowLayout(block=64),
+    RowLayout(block=128),
+)
 
 _ALIGNMENT: Final = 64  # bytes, of a register of AVX-512; torch's own tensors begin so
 _COUNTS: Final = (1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 64, 65, 130, 257)  # below and above where kernels change
@@ -83,7 +98,7 @@ class Exactness:
     def __init__(self, *, promised: bool = True) -> None:
         self.promised = promised
         self.broken: list[str] = []  # products for which there is no way
-        self._ways: dict[tuple[object, ...], Way] = {}
+        self._ways: dict[tuple[object, ...], RowLayout] = {}
         self._linears: set[tuple[int, tuple[int, ...]]] = set()  # (inputs, widths) of those that adapters enter
 
     @property
@@ -95,7 +110,9 @@ class Exactness:
         """A linear that adapters enter."""
         self._linears.add((inputs, widths))
 
-    def product(self, name: str, ways: Sequence[Way], make: Make, inputs: int, outputs: int, like: Tensor) -> Way:
+    def product(
+        self, name: str, ways: Sequence[RowLayout], make: Make, inputs: int, outputs: int, like: Tensor
+    ) -> RowLayout:
         """For products x w^T that `make` makes of a matrix w (O, I) with the dtype and device of `like`."""
         if not self._tried(like):
             return AS_IT_IS
@@ -106,7 +123,7 @@ class Exactness:
             self._ways[key] = self._first(key, ways, lambda way: _steady(way, product, x_NI, outputs))
         return self._ways[key]
 
-    def adapter(self, rank: int, like: Tensor) -> Way:
+    def adapter(self, rank: int, like: Tensor) -> RowLayout:
         """Of every product of an adapter whose rank was padded to `rank`, on any of the linears."""
         if not self._tried(like):
             return AS_IT_IS
@@ -127,7 +144,9 @@ class Exactness:
     def _tried(self, like: Tensor) -> bool:
         return self.promised and like.device.type == "cpu"
 
-    def _first(self, name: tuple[object, ...], ways: Iterable[Way], steady: Callable[[Way], bool]) -> Way:
+    def _first(
+        self, name: tuple[object, ...], ways: Iterable[RowLayout], steady: Callable[[RowLayout], bool]
+    ) -> RowLayout:
         first, *others = ways
         for way in (first, *others):
             with torch.inference_mode():
@@ -168,7 +187,7 @@ def _cancelling(inputs: int, outputs: int, like: Tensor, elements_max: int = _EL
     return x_NI, w_OI
 
 
-def _steady(way: Way, product: Product, x_NI: Tensor, outputs: int) -> bool:
+def _steady(way: RowLayout, product: Product, x_NI: Tensor, outputs: int) -> bool:
     """Whether some rows have, at any place, the bits that they have among all."""
     whole = way(product, x_NI)
     for count in _COUNTS_LARGE if x_NI.shape[1] * outputs > _LARGE else _COUNTS:
@@ -180,7 +199,7 @@ def _steady(way: Way, product: Product, x_NI: Tensor, outputs: int) -> bool:
     return True
 
 
-def _adapter_steady(way: Way, shapes: Sequence[tuple[int, int]], like: Tensor) -> bool:
+def _adapter_steady(way: RowLayout, shapes: Sequence[tuple[int, int]], like: Tensor) -> bool:
     """As training computes it (`F.linear`), and as decoding does: several adapters in one batch."""
     for inputs, outputs in shapes:
         x_NI, w_OI = _cancelling(inputs, outputs, like, _LARGE)

@@ -10,19 +10,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from knapper.engine.executor import Task
+from knapper.engine.executor import Work
 
 Stretch = Callable[[Tensor], Tensor]
 
 
-class Course:
+class LayerwisePass:
     """One pass. What is needed to differentiate a stretch is kept until that is done."""
 
     def __init__(self, *, differentiates: bool) -> None:
         self._differentiates = differentiates
         self._joints: list[tuple[Tensor, Tensor]] = []  # what a stretch gave, and the same as the next began with it
 
-    def forward(self, x: Tensor, stretches: Sequence[Stretch]) -> Task[Tensor]:
+    def forward(self, x: Tensor, stretches: Sequence[Stretch]) -> Work[Tensor]:
         """What the last stretch gives. It requires a gradient where it depends on what does."""
         for stretch in stretches:
             with torch.set_grad_enabled(self._differentiates):
@@ -30,7 +30,7 @@ class Course:
             yield
         return x
 
-    def backward(self, grad: Tensor) -> Task[None]:
+    def backward(self, grad: Tensor) -> Work[None]:
         """Gradients to all that the stretches used; `grad` is that of what `forward` returned."""
         if self._joints:
             self._joints[-1][1].grad = grad

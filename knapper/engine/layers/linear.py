@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knapper.engine.layers.batch_invariance import BACKWARD_WAYS, MODEL_WAYS, Exactness, Product, Way
+from knapper.engine.layers.batch_invariance import BACKWARD_WAYS, MODEL_WAYS, Exactness, Product, RowLayout
 
 _REGISTER_BYTES: Final = 64  # of AVX-512, and of a row of AMX's tiles
 
@@ -92,7 +92,7 @@ class FrozenLinear:
     # What only training needs comes when it first asks: who only samples has neither its memory nor its trials.
 
     @cached_property
-    def _way_back(self) -> Way:
+    def _way_back(self) -> RowLayout:
         def make(w_IO: Tensor) -> Product:
             return self._make_back(w_IO.T.contiguous().split(self._widths_back))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from knapper.engine.layers.adapters import rank_padded, ranks_padded
-from knapper.engine.layers.batch_invariance import Way
+from knapper.engine.layers.batch_invariance import RowLayout
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
 
@@ -28,10 +28,10 @@ class Stack:
         by_shape: dict[_Shape, list[Lora]] = {}
         for lora in loras:
             by_shape.setdefault(tuple((site, rank_padded(len(a_RI))) for site, a_RI in lora.a.items()), []).append(lora)
-        self.groups = [Group(each) for each in by_shape.values()]
+        self.groups = [AdapterGroup(each) for each in by_shape.values()]
 
 
-class Group:
+class AdapterGroup:
     """Adapters of the same sites and ranks."""
 
     def __init__(self, loras: Sequence[Lora]) -> None:
@@ -74,7 +74,7 @@ class Scattered:
         # One adapter for all rows, as often: they lie as its product wants them.
         lone = len(self._groups) == 1 and len(self._groups[0][1]) == 1
         self._straight = lone and len(self._groups[0][1][0]) == len(row_loras)
-        self._blocks: dict[tuple[int, Way], _Blocks] = {}
+        self._blocks: dict[tuple[int, RowLayout], _Blocks] = {}
 
     def __call__(self, names: Sequence[str], x_NI: Tensor, linear: FrozenLinear) -> tuple[Tensor, ...]:
         parts: tuple[Tensor, ...] = linear(x_NI).split(linear.widths, dim=1)
@@ -92,7 +92,7 @@ class Scattered:
         self,
         parts: tuple[Tensor, ...],
         x_NI: Tensor,
-        group: Group,
+        group: AdapterGroup,
         a_ARI: Tensor,
         b_parts: Sequence[Tensor | None],
         blocks: "_Blocks",
@@ -142,7 +142,7 @@ class _Blocks:
         return stacked[self.adapters]
 
 
-def _blocks(members: Sequence[Sequence[int]], way: Way, device: torch.device) -> _Blocks:
+def _blocks(members: Sequence[Sequence[int]], way: RowLayout, device: torch.device) -> _Blocks:
     width = way.block or way.rows(max(len(rows) for rows in members))
     cut = [
         (adapter, rows[start : start + width])

@@ -17,13 +17,13 @@ from knapper.engine.layers.head import HeadLora
 from knapper.engine.layers.layerwise import Stretch
 from knapper.engine.layers.lora import Lora
 from knapper.engine.models.config import ComputedBy, Facts
-from knapper.engine.models.prefill import Prefilled, Prompt
+from knapper.engine.models.prefill import Prefilled, PrefillPrompt
 from knapper.engine.training.prefix_sharing import Prefixes
 
 SlotT = TypeVar("SlotT", bound=Hashable)
 
 
-class Texts(Protocol[SlotT]):
+class DecodeState(Protocol[SlotT]):
     """The texts that decode, and what the model keeps of each. `rows`: the order in which a step takes them."""
 
     @property
@@ -124,10 +124,10 @@ class Model(Protocol):
         """Whether a prompt can go on from a part of what another one left. Else none of `prompts` reuses anything."""
         ...
 
-    def prompts(self, prompts: Sequence[Prompt]) -> list[Prefilled]:
+    def prompts(self, prompts: Sequence[PrefillPrompt]) -> list[Prefilled]:
         """Each with the rows that it did not reuse, and what texts of it begin with."""
         ...
 
-    def texts(self, positions_max: int) -> Texts[Any]:
+    def texts(self, positions_max: int) -> DecodeState[Any]:
         """None as yet. They occupy `positions_max` at most, as whoever adds them sees to."""
         ...

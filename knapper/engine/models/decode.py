@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class NativeTexts:
-    """knapper.engine.models.base.Texts: all of them in one pass a step."""
+    """knapper.engine.models.base.DecodeState: all of them in one pass a step."""
 
     def __init__(self, decoder: "Decoder", positions_max: int) -> None:
         self._decoder = decoder

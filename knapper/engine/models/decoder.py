@@ -16,7 +16,7 @@ from torch import Tensor
 
 from knapper.engine.layers import checkpointing, rope
 from knapper.engine.layers.adapters import Adapt, head_site, sites
-from knapper.engine.layers.attention import Attend, Packed, Recorded, attention_dtype, of_groups
+from knapper.engine.layers.attention import Attend, PackedAttention, Recorded, attention_dtype, of_groups
 from knapper.engine.layers.head import HeadLora, target_logprobs
 from knapper.engine.layers.layerwise import Stretch
 from knapper.engine.layers.linear import FrozenLinear
@@ -24,7 +24,7 @@ from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_grouped import Segment, Segments
 from knapper.engine.models.config import ComputedBy, ModelConfig
 from knapper.engine.models.decode import NativeTexts
-from knapper.engine.models.prefill import Prefilled, Prompt, prefill
+from knapper.engine.models.prefill import Prefilled, PrefillPrompt, prefill
 from knapper.engine.models.weights import LayerWeights, Weights
 from knapper.engine.sampling.kv_cache import Cache, bytes_per_token, context_positions
 from knapper.engine.training.prefix_sharing import Prefixes
@@ -64,7 +64,7 @@ class Decoder:
         `tokens_N` int64, `lengths` sum to N. Differentiable in the segments' adapters. A row's bits depend on its own
         sequence and adapter only.
         """
-        return self.hidden_of(tokens_N, _positions(lengths, self.device), Packed(lengths), segments)
+        return self.hidden_of(tokens_N, _positions(lengths, self.device), PackedAttention(lengths), segments)
 
     def stretches(self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]) -> tuple[Tensor, list[Stretch]]:
         """To (U, H), a layer each: the groups' common rows are computed once."""
@@ -103,7 +103,7 @@ class Decoder:
         kv = torch.empty(shape, dtype=self.attention_dtype, device=self.device)
         return self.hidden_of(tokens_N, positions_N, Recorded(attend, kv), segments), kv
 
-    def prompts(self, prompts: Sequence[Prompt]) -> list[Prefilled]:
+    def prompts(self, prompts: Sequence[PrefillPrompt]) -> list[Prefilled]:
         return prefill(self, prompts)
 
     def texts(self, positions_max: int) -> NativeTexts:

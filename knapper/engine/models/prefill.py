@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Prompt:
+class PrefillPrompt:
     """A prompt whose first `reused` tokens, not all, are those that `past` begins with: another's `Prefilled.kept`.
 
     `drawn`: how many of the last tokens came one by one, in steps of decoding. A model whose bits depend on that
@@ -61,7 +61,7 @@ class _Part:
 
 
 @torch.inference_mode()
-def prefill(decoder: "Decoder", prompts: Sequence[Prompt]) -> list[Prefilled]:
+def prefill(decoder: "Decoder", prompts: Sequence[PrefillPrompt]) -> list[Prefilled]:
     """In their order. A prompt has the bits that it has alone, whatever it shares and reuses."""
     first: dict[tuple[int, int, bytes], int] = {}
     same = [first.setdefault((id(p.lora), p.reused, p.tokens_T.tobytes()), n) for n, p in enumerate(prompts)]
@@ -88,7 +88,7 @@ def prefill(decoder: "Decoder", prompts: Sequence[Prompt]) -> list[Prefilled]:
     return [found[n] if n == number else Prefilled(found[n].rows, found[n].kept, 0) for number, n in enumerate(same)]
 
 
-def _fresh(decoder: "Decoder", prompts: Sequence[Prompt], chosen: set[int]) -> list[_Part]:
+def _fresh(decoder: "Decoder", prompts: Sequence[PrefillPrompt], chosen: set[int]) -> list[_Part]:
     """The prompts that reuse nothing, by adapter: beginnings that they have in common are computed once."""
     groups: dict[int, tuple[Prefixes, list[tuple[int, int]]]] = {}
     for number in sorted(chosen):
@@ -106,7 +106,7 @@ def _fresh(decoder: "Decoder", prompts: Sequence[Prompt], chosen: set[int]) -> l
     return parts
 
 
-def _continued(number: int, prompt: Prompt) -> _Part:
+def _continued(number: int, prompt: PrefillPrompt) -> _Part:
     total, past = len(prompt.tokens_T), prompt.past[:, :, : prompt.reused]
     tokens = prompt.tokens_T[prompt.reused :].astype(np.int64)
     made = [(number, np.arange(len(tokens)), len(tokens))]

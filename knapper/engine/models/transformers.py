@@ -27,7 +27,7 @@ from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_grouped import Segment, Segments
 from knapper.engine.models.config import ComputedBy, Site
-from knapper.engine.models.prefill import Prefilled, Prompt
+from knapper.engine.models.prefill import Prefilled, PrefillPrompt
 from knapper.engine.training.prefix_sharing import Prefixes
 
 
@@ -136,7 +136,7 @@ class ForeignModel:
     def logits(self, hidden_NH: Tensor, adapt: Adapt) -> Tensor:
         return self.head.logits(hidden_NH, adapt)
 
-    def prompts(self, prompts: Sequence[Prompt]) -> list[Prefilled]:
+    def prompts(self, prompts: Sequence[PrefillPrompt]) -> list[Prefilled]:
         assert not any(prompt.reused for prompt in prompts)
         found: dict[tuple[int, bytes, int], Prefilled] = {}
         given: list[Prefilled] = []
@@ -152,7 +152,7 @@ class ForeignModel:
             given.append(found[key])
         return given
 
-    def _recorded(self, tokens_T: Tensor, prompt: Prompt) -> tuple[Tensor, Any]:
+    def _recorded(self, tokens_T: Tensor, prompt: PrefillPrompt) -> tuple[Tensor, Any]:
         """Rows, and the cache of all tokens. At once and one by one a row has other last bits here."""
         at_once, *drawn = tokens_T.split([len(tokens_T) - prompt.drawn, *[1] * prompt.drawn])
         rows_TH, kept = self.rows(at_once, prompt.lora, caches=True)
@@ -198,7 +198,7 @@ class ForeignSlot:
 
 
 class ForeignTexts:
-    """knapper.engine.models.base.Texts: a pass for each text and token."""
+    """knapper.engine.models.base.DecodeState: a pass for each text and token."""
 
     def __init__(self, model: ForeignModel, positions_max: int) -> None:
         self._model = model

@@ -33,7 +33,7 @@ class BrokenModel(UserError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorHeader:
     """One tensor as its file's header has it. `dtype`: by torch's name."""
 
     path: Path
@@ -68,15 +68,15 @@ def paths(directory: Path) -> list[Path]:
     return shards
 
 
-def entries(directory: Path) -> dict[str, Entry]:
+def entries(directory: Path) -> dict[str, TensorHeader]:
     """Every tensor by name, from the headers of whole files. Raises NotFound, BrokenModel."""
-    found: dict[str, Entry] = {}
+    found: dict[str, TensorHeader] = {}
     for path in paths(directory):
         with opened(path, "numpy") as file:
             for name in names(file):
                 part = file.get_slice(name)
                 dtype = part.get_dtype()
-                found[name] = Entry(path, tuple(part.get_shape()), _DTYPES.get(dtype, dtype))
+                found[name] = TensorHeader(path, tuple(part.get_shape()), _DTYPES.get(dtype, dtype))
     index = directory / "model.safetensors.index.json"
     if not (directory / "model.safetensors").is_file():
         for name, shard in _weight_map(index).items():
@@ -110,7 +110,7 @@ def promised(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
         yield "lm_head.weight", (config.vocab_size, hidden)
 
 
-def expect_promised(directory: Path, config: ModelConfig) -> dict[str, Entry]:
+def expect_promised(directory: Path, config: ModelConfig) -> dict[str, TensorHeader]:
     """The promised tensors. Raises NotFound, BrokenModel for one that is missing, unexpected, or of another form."""
     found = entries(directory)
     wanted: list[str] = []

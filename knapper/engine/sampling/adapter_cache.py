@@ -11,7 +11,7 @@ import torch
 
 from knapper.engine import hardware
 from knapper.engine.layers.lora import Lora
-from knapper.engine.out_of_memory import Shortage, told
+from knapper.engine.out_of_memory import MemoryShortage, told
 from knapper.errors import Unavailable
 
 
@@ -39,7 +39,7 @@ class _Place:
         return self.loaded.cancelled() or (self.loaded.done() and self.loaded.exception() is not None)
 
 
-class AdaptersKept:
+class AdapterCache:
     """At most `bytes_max` of them, the longest unused gone first; those in use stay in any case."""
 
     def __init__(self, source: AdapterSource, device: torch.device, bytes_max: int) -> None:
@@ -75,7 +75,7 @@ class AdaptersKept:
             return await self._source.load(adapter)
         except Exception as error:
             failed = told(error)
-            if not isinstance(failed, Shortage):
+            if not isinstance(failed, MemoryShortage):
                 raise
         self._trim(0)
         hardware.release(self._device)
@@ -83,7 +83,7 @@ class AdaptersKept:
             return await self._source.load(adapter)
         except Exception as error:
             failed = told(error)
-            if not isinstance(failed, Shortage):
+            if not isinstance(failed, MemoryShortage):
                 raise
         if self.bytes:
             raise Unavailable(f"adapter {adapter} does not fit beside those that other samples use now", 5.0)

@@ -3,27 +3,27 @@
 from collections.abc import Hashable
 from typing import Any, Final
 
-from knapper.engine.models.base import Texts
-from knapper.engine.sampling.prompts import Counters
-from knapper.engine.sampling.sequence import Company, Job, Text
+from knapper.engine.models.base import DecodeState
+from knapper.engine.sampling.prompts import SamplingCounters
+from knapper.engine.sampling.sequence import Isolation, RunningSequence, SequenceGroup
 
 _REGAINED: Final = 8  # a text that ends gives back 1 / so much of its positions of the room that parking took
 
 
-class Active:
+class DecodeBatch:
     """`cache` has what those keep that decode. They reserve positions, `positions_max` at most.
 
     After memory ran out there is room for no more than then decoded, until texts end or none is left.
     """
 
-    def __init__(self, cache: Texts[Any], positions_max: int, counters: Counters) -> None:
-        self.texts: dict[Hashable, Text] = {}  # by their slots of the cache
-        self.parked: list[Text] = []  # they have begun, and keep nothing but their tokens; the oldest first
+    def __init__(self, cache: DecodeState[Any], positions_max: int, counters: SamplingCounters) -> None:
+        self.texts: dict[Hashable, RunningSequence] = {}  # by their slots of the cache
+        self.parked: list[RunningSequence] = []  # they have begun, and keep nothing but their tokens; the oldest first
         self._cache, self._positions_max, self._counters = cache, positions_max, counters
         self._room = positions_max
 
     @property
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[SequenceGroup]:
         """Of the texts that decode, each once."""
         return list(dict.fromkeys(text.job for text in self.texts.values()))
 
@@ -33,10 +33,10 @@ class Active:
             self._room = self._positions_max
         return self._room - self._reserved()
 
-    def seat(self, text: Text, kept: Any) -> None:
+    def seat(self, text: RunningSequence, kept: Any) -> None:
         """The text decodes, from `kept`: what its tokens but the last one left."""
         self.texts[self._cache.add(kept, text.length)] = text
-        text.job.company = min(text.job.company, Company.OWN_PASSES)
+        text.job.company = min(text.job.company, Isolation.OWN_PASSES)
 
     def leave(self) -> None:
         """Texts that ended, or whose job did, give back what they have."""
@@ -64,12 +64,12 @@ class Active:
             self._park(slot)
         self._room = self._reserved()
 
-    def wait(self, text: Text) -> None:
+    def wait(self, text: RunningSequence) -> None:
         """A text that has tokens, and no slot, is parked."""
         self._counters.parked += 1
         self.parked = sorted([*self.parked, text], key=lambda one: one.age)
 
-    def drop(self, job: Job) -> None:
+    def drop(self, job: SequenceGroup) -> None:
         """Its texts leave at once."""
         for slot in [slot for slot, text in self.texts.items() if text.job is job]:
             del self.texts[slot]

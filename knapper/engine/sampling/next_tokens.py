@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from knapper.engine.sampling.sequence import Job, Text
+from knapper.engine.sampling.sequence import RunningSequence, SequenceGroup
 from knapper.engine.sampling.token_sampling import alternatives, draw
 from knapper.errors import UserError
 
@@ -16,12 +16,12 @@ class NonFiniteLogits(UserError):
     code = "non_finite"
 
     @classmethod
-    def of(cls, job: Job) -> "NonFiniteLogits":
+    def of(cls, job: SequenceGroup) -> "NonFiniteLogits":
         weights = f"adapter {job.request.adapter}" if job.request.adapter else f"model {job.request.base_model}"
         return cls(f"{weights} gives logits that are not finite: broken weights. Use an earlier checkpoint")
 
 
-def take_tokens(texts: Sequence[Text], logits_NV: Tensor) -> dict[Job, Exception]:
+def take_tokens(texts: Sequence[RunningSequence], logits_NV: Tensor) -> dict[SequenceGroup, Exception]:
     """Each text takes a token, but those of jobs that fail by it: returned, with what is wrong."""
     finite = logits_NV.isfinite().all(-1, keepdim=True)
     drawn = draw(
@@ -29,7 +29,7 @@ def take_tokens(texts: Sequence[Text], logits_NV: Tensor) -> dict[Job, Exception
     )
     widest = max(text.job.request.topk_sample_logprobs for text in texts)
     likeliest = alternatives(drawn.logprobs_NV, widest) if widest else None
-    failed: dict[Job, Exception] = {}
+    failed: dict[SequenceGroup, Exception] = {}
     for row, (text, token, logprob, fine) in enumerate(
         zip(texts, drawn.tokens_N.tolist(), drawn.logprobs_N.tolist(), finite[:, 0].tolist(), strict=True)
     ):

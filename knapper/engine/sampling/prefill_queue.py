@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from knapper.concurrency.fair_share import FairShare
-from knapper.engine.sampling.sequence import Company, Job, Text
+from knapper.engine.sampling.sequence import Isolation, RunningSequence, SequenceGroup
 
 _ROWS_MAX: Final = 512  # tokens of one pass over prompts (a longer one goes alone): bounds how long decoding waits
 _JOBS_MAX: Final = 64  # of one pass: bounds vocabulary-wide tensors
@@ -20,31 +20,31 @@ class WaitingJobs:
 
     def __init__(self, turn: int) -> None:
         self._turn = turn
-        self._line: deque[Job] = deque()
+        self._line: deque[SequenceGroup] = deque()
         self._shares = FairShare()
 
     def __len__(self) -> int:
         return len(self._line)
 
-    def __iter__(self) -> Iterator[Job]:
+    def __iter__(self) -> Iterator[SequenceGroup]:
         return iter(self._line)
 
-    def join(self, jobs: Iterable[Job]) -> None:
+    def join(self, jobs: Iterable[SequenceGroup]) -> None:
         for job in jobs:
             job.turn = self._turn
             self._line.append(job)
             self._shares.join(job.request.tenant)
 
-    def drop(self, job: Job) -> None:
+    def drop(self, job: SequenceGroup) -> None:
         if job in self._line:
             self._line.remove(job)
 
     def clear(self) -> None:
         self._line.clear()
 
-    def in_turn(self) -> Iterator[Job]:
+    def in_turn(self) -> Iterator[SequenceGroup]:
         """The order in which they are served; it counts what those before will begin as if it were computed already."""
-        lines: dict[str, deque[Job]] = {}
+        lines: dict[str, deque[SequenceGroup]] = {}
         for job in self._line:
             lines.setdefault(job.request.tenant, deque()).append(job)
         served = {tenant: self._shares.rank(tenant)[0] for tenant in lines}
@@ -56,7 +56,7 @@ class WaitingJobs:
                 del lines[tenant]
             yield job
 
-    def begin(self, job: Job, count: int) -> list[Text]:
+    def begin(self, job: SequenceGroup, count: int) -> list[RunningSequence]:
         """So many of its texts. It is first in line again while its turn lasts, else last."""
         self._line.remove(job)
         texts = job.begin(count)
@@ -68,7 +68,7 @@ class WaitingJobs:
             self._line.append(job)
         return texts
 
-    def take_back(self, text: Text) -> None:
+    def take_back(self, text: RunningSequence) -> None:
         """It has no token as yet: it begins again, before others."""
         job = text.job
         job.take_back(text)
@@ -76,36 +76,38 @@ class WaitingJobs:
         if job not in self._line:
             self._line.appendleft(job)
 
-    def serve(self, job: Job) -> None:
+    def serve(self, job: SequenceGroup) -> None:
         """It is the first of a pass."""
         self._shares.serve(job.request.tenant)
 
-    def charge(self, job: Job, tokens: int) -> None:
+    def charge(self, job: SequenceGroup, tokens: int) -> None:
         """So many were computed for it."""
         self._shares.charge(tokens, job.request.tenant)
 
-    def keep_shares_of(self, jobs: Iterable[Job]) -> None:
+    def keep_shares_of(self, jobs: Iterable[SequenceGroup]) -> None:
         """These are all that are not finished."""
         self._shares.leave((job.request.tenant,) for job in jobs)
 
 
 @dataclass(frozen=True)
-class Places:
+class FreeCapacity:
     """What is free: `slots`, and `positions` to reserve. `decoding`: whose texts have the others."""
 
     slots: int
     positions: int
-    decoding: Sequence[Job]
+    decoding: Sequence[SequenceGroup]
     overtaken_max: int  # texts that may begin before those of a job that came first
 
 
-def next_turns(waiting: Iterable[Job], places: Places, rows_of: Callable[[Job], int]) -> list[tuple[Job, int]]:
+def next_turns(
+    waiting: Iterable[SequenceGroup], places: FreeCapacity, rows_of: Callable[[SequenceGroup], int]
+) -> list[tuple[SequenceGroup, int]]:
     """Which jobs begin now and how many texts each, in order, until the first for which there is no room.
 
     Who may only begin when no other job decodes is overtaken, a number of times. `rows_of`: of a job's prompt.
     """
-    turns: list[tuple[Job, int]] = []
-    skipped: list[Job] = []
+    turns: list[tuple[SequenceGroup, int]] = []
+    skipped: list[SequenceGroup] = []
     slots, free, rows = places.slots, places.positions, 0
     prompts: set[tuple[str, bytes]] = set()  # of this turn: each is computed once
     for job in waiting:
@@ -131,9 +133,9 @@ def next_turns(waiting: Iterable[Job], places: Places, rows_of: Callable[[Job], 
     return turns
 
 
-def next_parked(parked: Iterable[Text], places: Places) -> list[Text]:
+def next_parked(parked: Iterable[RunningSequence], places: FreeCapacity) -> list[RunningSequence]:
     """Which parked texts go on now, in order, until the first for which there is no room."""
-    chosen: list[Text] = []
+    chosen: list[RunningSequence] = []
     slots, free, rows = places.slots, places.positions, 0
     for text in parked:
         slots, free, rows = slots - 1, free - text.job.cost, rows + text.length
@@ -146,13 +148,13 @@ def next_parked(parked: Iterable[Text], places: Places) -> list[Text]:
     return chosen
 
 
-def _apart(*jobs: Job) -> bool:
+def _apart(*jobs: SequenceGroup) -> bool:
     """Whether one of them shares no pass over prompts."""
-    return any(job.company > Company.ANY for job in jobs)
+    return any(job.company > Isolation.ANY for job in jobs)
 
 
-def _joins(job: Job, decoding: Iterable[Job]) -> bool:
+def _joins(job: SequenceGroup, decoding: Iterable[SequenceGroup]) -> bool:
     """Whether the job's texts may decode beside those of these jobs."""
     others = set(decoding) - {job}
-    alone = job.suspect or job.company == Company.NOBODY or any(other.suspect for other in others)
+    alone = job.suspect or job.company == Isolation.NOBODY or any(other.suspect for other in others)
     return not (alone and others)

@@ -32,7 +32,7 @@ class Beginning:
         return max(_tokens_least, len(self.tokens_T))
 
 
-class Beginnings:
+class PrefixCache:
     """At most `tokens_max` tokens of prompts, those that were of use last. What an adapter's name holds never changes.
 
     `partly`: a prompt may go on from a part of an earlier one; False: it must be the same one.

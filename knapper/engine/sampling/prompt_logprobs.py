@@ -18,13 +18,13 @@ from knapper.engine.sampling.token_sampling import (
     redraw,
     where_float64,
 )
-from knapper.wire.types import Cells, Float32, PromptDraws, Sample, TopK
+from knapper.wire.types import Cells, Float32, PromptDraws, SampleRequest, TopK
 
 
-class PromptScores:
+class PromptLogprobs:
     """The answers of one request; what it does not ask for is None."""
 
-    def __init__(self, request: Sample) -> None:
+    def __init__(self, request: SampleRequest) -> None:
         self._request = request
         tokens, k = int(request.prompt.size), request.topk_prompt_logprobs
         last_n = request.prompt_logprobs_last_n
@@ -47,7 +47,7 @@ class PromptScores:
             self.draws = PromptDraws(*drawn)
 
     @staticmethod
-    def wanted(request: Sample) -> bool:
+    def wanted(request: SampleRequest) -> bool:
         return bool(
             request.prompt_logprobs
             or request.topk_prompt_logprobs

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from knapper.engine.models.base import Model
-from knapper.engine.models.prefill import Prompt
-from knapper.engine.sampling.prefix_cache import Beginning, Beginnings
-from knapper.engine.sampling.sequence import Job, Text
+from knapper.engine.models.prefill import PrefillPrompt
+from knapper.engine.sampling.prefix_cache import Beginning, PrefixCache
+from knapper.engine.sampling.sequence import RunningSequence, SequenceGroup
 
 
 @dataclass
-class Counters:
+class SamplingCounters:
     """Since the sampler began."""
 
     prefilled_tokens: int = 0
@@ -29,12 +29,12 @@ class Counters:
     device_s: float = 0.0  # of the device, for all of these
 
 
-class Prefilling:
+class Prefiller:
     """Computes prompts on one model; `tokens_max` of earlier ones are kept at most. For the device's thread only."""
 
-    def __init__(self, model: Model, counters: Counters, tokens_max: int) -> None:
+    def __init__(self, model: Model, counters: SamplingCounters, tokens_max: int) -> None:
         self._model, self._counters = model, counters
-        self._beginnings = Beginnings(tokens_max, partly=model.continues)
+        self._beginnings = PrefixCache(tokens_max, partly=model.continues)
 
     @property
     def kept(self) -> int:
@@ -45,19 +45,19 @@ class Prefilling:
         """Keep no more than so many tokens of earlier prompts."""
         self._beginnings.trim(tokens_max)
 
-    def rows(self, job: Job) -> int:
+    def rows(self, job: SequenceGroup) -> int:
         """How many rows the job's prompt takes."""
         return job.prompt_tokens - self._found(job)[1]
 
     @torch.inference_mode()
-    def compute(self, jobs: Sequence[Job]) -> list[Tensor]:
+    def compute(self, jobs: Sequence[SequenceGroup]) -> list[Tensor]:
         """One pass over what is not there yet of the jobs' prompts: the rows of each, without those that it reused.
 
         The jobs have then what their texts begin with.
         """
         found = [self._found(job) for job in jobs]
         fresh = [
-            Prompt(job.request.prompt, job.lora, None if beginning is None else beginning.kept, reused)
+            PrefillPrompt(job.request.prompt, job.lora, None if beginning is None else beginning.kept, reused)
             for job, (beginning, reused) in zip(jobs, found, strict=True)
             if reused < job.prompt_tokens
         ]
@@ -82,14 +82,14 @@ class Prefilling:
         return rows
 
     @torch.inference_mode()
-    def again(self, texts: Sequence[Text]) -> list[Any]:
+    def again(self, texts: Sequence[RunningSequence]) -> list[Any]:
         """What each text had before it was parked, all but its last token: one pass over the texts so far."""
-        prompts = [Prompt(text.fed_T, text.job.lora, drawn=len(text.tokens) - 1) for text in texts]
+        prompts = [PrefillPrompt(text.fed_T, text.job.lora, drawn=len(text.tokens) - 1) for text in texts]
         made = self._model.prompts(prompts)
         self._counters.prefills += 1
         self._counters.prefilled_tokens += sum(each.computed for each in made)
         return [each.kept for each in made]
 
-    def _found(self, job: Job) -> tuple[Beginning | None, int]:
+    def _found(self, job: SequenceGroup) -> tuple[Beginning | None, int]:
         """An earlier prompt that this job's begins like, and how many tokens of it are of use."""
         return self._beginnings.find(job.request.adapter, job.request.prompt, job.reusable) or (None, 0)

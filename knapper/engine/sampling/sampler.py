@@ -8,22 +8,22 @@ from typing import Final
 from tokenizers import Tokenizer
 
 from knapper import limits
-from knapper.engine.executor import Device
+from knapper.engine.executor import Executor
 from knapper.engine.models.base import Model
 from knapper.engine.sampling import validation
-from knapper.engine.sampling.adapter_cache import AdaptersKept, AdapterSource
-from knapper.engine.sampling.prompts import Counters
+from knapper.engine.sampling.adapter_cache import AdapterCache, AdapterSource
+from knapper.engine.sampling.prompts import SamplingCounters
 from knapper.engine.sampling.scheduler import SamplingScheduler
-from knapper.engine.sampling.sequence import Job
-from knapper.engine.sampling.stop import Stops
+from knapper.engine.sampling.sequence import SequenceGroup
+from knapper.engine.sampling.stop import StopCriteria
 from knapper.errors import ContextLengthExceeded, InvalidField, TooLarge
-from knapper.wire.progress import Drawn
-from knapper.wire.types import Sample, SampleOutput
+from knapper.wire.progress import TokenEvent
+from knapper.wire.types import SampleOutput, SampleRequest
 
 _ADAPTER_BYTES_MAX: Final = 1024 * limits.MIB
 
 
-class Sampler:
+class EngineSampler:
     """Continuous batching over one decoder: `slots_max` texts decode at once, within `kv_tokens_max` positions.
 
     Adapters are kept between requests, up to `adapter_bytes_max`. `now`, in seconds, only tells what a request costs.
@@ -32,7 +32,7 @@ class Sampler:
     def __init__(
         self,
         decoder: Model,
-        device: Device,
+        device: Executor,
         adapters: AdapterSource,
         tokenizer: Tokenizer | None,
         *,
@@ -43,11 +43,11 @@ class Sampler:
     ) -> None:
         self._decoder, self._tokenizer = decoder, tokenizer
         self._kv_tokens_max = kv_tokens_max
-        self._adapters = AdaptersKept(adapters, decoder.device, adapter_bytes_max)
+        self._adapters = AdapterCache(adapters, decoder.device, adapter_bytes_max)
         self._scheduler = SamplingScheduler(decoder, device, slots_max, kv_tokens_max, now)
 
     @property
-    def counters(self) -> Counters:
+    def counters(self) -> SamplingCounters:
         return self._scheduler.counters
 
     @property
@@ -60,7 +60,7 @@ class Sampler:
         """Requests with texts that have not begun."""
         return self._scheduler.waiting
 
-    async def sample(self, request: Sample, listen: Callable[[Drawn], None] | None = None) -> SampleOutput:
+    async def sample(self, request: SampleRequest, listen: Callable[[TokenEvent], None] | None = None) -> SampleOutput:
         """The samples of one request: in float32 the same tokens for the same request, whoever else is there.
 
         The log-probabilities are those of the distribution that each token was drawn from (`draw.draw` says more);
@@ -83,10 +83,10 @@ class Sampler:
             if request.adapter:
                 lora = await held.enter_async_context(self._adapters.use(request.adapter))
                 validation.check_adapter(request.adapter, lora, config)
-            job = Job(
+            job = SequenceGroup(
                 request=request,
                 lora=lora,
-                stops=Stops((*ends, *params.stop_tokens), params.stop_strings, self._tokenizer),
+                stops=StopCriteria((*ends, *params.stop_tokens), params.stop_strings, self._tokenizer),
                 tokens_max=tokens_max,
                 cost=cost,
                 listen=listen,
@@ -94,7 +94,7 @@ class Sampler:
             self._scheduler.submit(job)
             return await asyncio.wrap_future(job.future)
 
-    def _reserved_by(self, request: Sample) -> tuple[int, int]:
+    def _reserved_by(self, request: SampleRequest) -> tuple[int, int]:
         """(tokens that a text may have, positions that it then needs). Raises TooLarge."""
         prompt, asked = int(request.prompt.size), request.params.max_tokens
         room = self._decoder.config.context - prompt

@@ -33,16 +33,16 @@ from torch import Tensor
 
 from knapper import limits
 from knapper.engine import hardware
-from knapper.engine.executor import Device, Task
+from knapper.engine.executor import Executor, Work
 from knapper.engine.layers.lora_grouped import Segments
 from knapper.engine.models.base import Model
-from knapper.engine.out_of_memory import Shortage, told
-from knapper.engine.sampling.decode_batch import Active
+from knapper.engine.out_of_memory import MemoryShortage, told
+from knapper.engine.sampling.decode_batch import DecodeBatch
 from knapper.engine.sampling.next_tokens import NonFiniteLogits, take_tokens
-from knapper.engine.sampling.prefill_queue import Places, WaitingJobs, next_parked, next_turns
-from knapper.engine.sampling.prompt_logprobs import PromptScores
-from knapper.engine.sampling.prompts import Counters, Prefilling
-from knapper.engine.sampling.sequence import Company, Job, Text
+from knapper.engine.sampling.prefill_queue import FreeCapacity, WaitingJobs, next_parked, next_turns
+from knapper.engine.sampling.prompt_logprobs import PromptLogprobs
+from knapper.engine.sampling.prompts import Prefiller, SamplingCounters
+from knapper.engine.sampling.sequence import Isolation, RunningSequence, SequenceGroup
 from knapper.errors import Unavailable
 from knapper.text.sizes import sized
 
@@ -56,24 +56,24 @@ class SamplingScheduler:
     """At most `slots_max` texts decode at once, within `kv_tokens_max` positions. `now`: seconds, for costs only."""
 
     def __init__(
-        self, decoder: Model, device: Device, slots_max: int, kv_tokens_max: int, now: Callable[[], float]
+        self, decoder: Model, device: Executor, slots_max: int, kv_tokens_max: int, now: Callable[[], float]
     ) -> None:
         assert slots_max >= 1
-        self.counters = Counters()
+        self.counters = SamplingCounters()
         self._decoder, self._device = decoder, device
         self._slots_max, self._kv_tokens_max, self._now = slots_max, kv_tokens_max, now
         # Callers and the device's thread meet at these two, under the lock.
         self._lock = threading.Lock()
-        self._arrivals: list[Job] = []
+        self._arrivals: list[SequenceGroup] = []
         self._working = False
         # The rest belongs to the device's thread.
-        self._jobs: list[Job] = []  # all that are not finished
+        self._jobs: list[SequenceGroup] = []  # all that are not finished
         self._waiting = WaitingJobs(max(1, slots_max // 4))
         self._ages = itertools.count()
         self._cache = decoder.texts(kv_tokens_max)
-        self._active = Active(self._cache, kv_tokens_max, self.counters)
+        self._active = DecodeBatch(self._cache, kv_tokens_max, self.counters)
         self._strained = False  # the last step lacked memory, and is tried once more before anyone joins
-        self._prefilling = Prefilling(decoder, self.counters, kv_tokens_max // _PREFIX_CACHE_PART)
+        self._prefilling = Prefiller(decoder, self.counters, kv_tokens_max // _PREFIX_CACHE_PART)
 
     @property
     def longest(self) -> int:
@@ -94,7 +94,7 @@ class SamplingScheduler:
         """Requests with texts that have not begun."""
         return len(self._arrivals) + len(self._waiting)
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: SequenceGroup) -> None:
         """Its future has the answer. Raises Unavailable when too many wait."""
         with self._lock:
             if self.waiting >= limits.samples_waiting_max:
@@ -106,7 +106,7 @@ class SamplingScheduler:
 
     # From here on: the device's thread.
 
-    def _work(self) -> Task[None]:
+    def _work(self) -> Work[None]:
         try:
             while self._look():
                 if not (self._strained and self._active.texts):
@@ -139,7 +139,7 @@ class SamplingScheduler:
             self._jobs, self._arrivals, self._working = [], [], False
             self._waiting.clear()
             self._cache = self._decoder.texts(self._kv_tokens_max)
-            self._active, self._strained = Active(self._cache, self._kv_tokens_max, self.counters), False
+            self._active, self._strained = DecodeBatch(self._cache, self._kv_tokens_max, self.counters), False
             self._prefilling.trim(0)
         for job in jobs:
             self.counters.failed += 1
@@ -147,7 +147,7 @@ class SamplingScheduler:
 
     # -- beginning -----------------------------------------------------------------------------------------------------
 
-    def _admit(self) -> Task[None]:
+    def _admit(self) -> Work[None]:
         """Begin what there is room for."""
         waiting = () if self._active.parked else self._waiting.in_turn()  # who has begun goes first
         if not (turns := next_turns(waiting, self._places(), self._prefilling.rows)):
@@ -164,11 +164,13 @@ class SamplingScheduler:
         self._part([job for job, _ in turns], failed)
         yield
 
-    def _places(self) -> Places:
+    def _places(self) -> FreeCapacity:
         active = self._active
-        return Places(self._slots_max - len(active.texts), active.free(), active.jobs, overtaken_max=self._slots_max)
+        return FreeCapacity(
+            self._slots_max - len(active.texts), active.free(), active.jobs, overtaken_max=self._slots_max
+        )
 
-    def _prefill(self, jobs: Sequence[Job]) -> Task[None]:
+    def _prefill(self, jobs: Sequence[SequenceGroup]) -> Work[None]:
         """One pass over the prompts of `jobs`, then their log-probabilities if they are asked for."""
         if not jobs:
             return
@@ -178,8 +180,8 @@ class SamplingScheduler:
         self._charge(began_s, [(job, rows.shape[0]) for job, rows in zip(jobs, hidden, strict=True)])
         yield
         for job, rows in zip(jobs, hidden, strict=True):
-            if job.scores is None and PromptScores.wanted(job.request):
-                scores = PromptScores(job.request)
+            if job.scores is None and PromptLogprobs.wanted(job.request):
+                scores = PromptLogprobs(job.request)
                 before, last = job.prompt_tokens - rows.shape[0], job.prompt_tokens - 1
                 for start in range(scores.first, last, _LOGIT_ROWS):  # the last row tells of the first sampled token
                     stop = min(start + _LOGIT_ROWS, last)
@@ -189,7 +191,7 @@ class SamplingScheduler:
                 job.scores = scores
 
     @torch.inference_mode()
-    def _score(self, job: Job, scores: PromptScores, start: int, hidden_NH: Tensor) -> bool:
+    def _score(self, job: SequenceGroup, scores: PromptLogprobs, start: int, hidden_NH: Tensor) -> bool:
         """False when the job failed: its logits are not numbers."""
         began_s = self._now()
         logits = self._decoder.logits(hidden_NH, Segments([job.segment(0, hidden_NH.shape[0])]))
@@ -202,9 +204,9 @@ class SamplingScheduler:
         return finite
 
     @torch.inference_mode()
-    def _begin(self, turns: Sequence[tuple[Job, int]]) -> None:
+    def _begin(self, turns: Sequence[tuple[SequenceGroup, int]]) -> None:
         """The first token of `count` texts of each job; those that go on get their slots."""
-        texts: list[Text] = []
+        texts: list[RunningSequence] = []
         for job, count in turns:
             if job in self._jobs and not job.future.cancelled():
                 texts += self._waiting.begin(job, count)
@@ -219,7 +221,7 @@ class SamplingScheduler:
             self._release_prompts()
             self._deliver()
 
-    def _first_tokens(self, texts: Sequence[Text]) -> None:
+    def _first_tokens(self, texts: Sequence[RunningSequence]) -> None:
         for start in range(0, len(texts), _LOGIT_ROWS):
             began_s, some = self._now(), texts[start : start + _LOGIT_ROWS]
             jobs = list(dict.fromkeys(text.job for text in some))
@@ -231,7 +233,7 @@ class SamplingScheduler:
                 self._active.seat(text, text.job.kept)
             self._charge(began_s, [(text.job, 1) for text in some])
 
-    def _not_begun(self, texts: Sequence[Text]) -> None:
+    def _not_begun(self, texts: Sequence[RunningSequence]) -> None:
         """Those that broke off before they had a place: with a token they are parked, without one they begin again."""
         seated = set(self._active.texts.values())
         for text in texts:
@@ -293,9 +295,9 @@ class SamplingScheduler:
         """A step broke, and is as if it had not been: what can be done that the next one does not."""
         self._let_go()
         jobs = self._active.jobs
-        if isinstance(failed, Shortage) and not self._strained:
+        if isinstance(failed, MemoryShortage) and not self._strained:
             self._strained = True
-        elif isinstance(failed, Shortage) and self.active > 1:
+        elif isinstance(failed, MemoryShortage) and self.active > 1:
             self._active.park_younger_half()
         elif len(jobs) > 1:
             for job in jobs:
@@ -306,27 +308,27 @@ class SamplingScheduler:
                 self._fail(job, self._answer(job, failed))
         log.warning("a step broke", reason=repr(failed), decoding=self.active, parked=len(self._active.parked))
 
-    def _part(self, jobs: Sequence[Job], failed: Exception) -> None:
+    def _part(self, jobs: Sequence[SequenceGroup], failed: Exception) -> None:
         """A pass over the jobs' prompts, or over what their parked texts had, broke: they are computed again apart."""
         self._let_go()
         present = [job for job in jobs if job in self._jobs]
         for job in present:
             job.forget_prompt()
-            if len(present) > 1 or (isinstance(failed, Shortage) and job.company == Company.ANY):
-                job.company = max(job.company, Company.OWN_PASSES)
+            if len(present) > 1 or (isinstance(failed, MemoryShortage) and job.company == Isolation.ANY):
+                job.company = max(job.company, Isolation.OWN_PASSES)
             elif self._may_fit_alone(job, failed):
-                job.company = Company.NOBODY
+                job.company = Isolation.NOBODY
             else:
                 self._fail(job, self._answer(job, failed))
 
-    def _may_fit_alone(self, job: Job, failed: Exception) -> bool:
+    def _may_fit_alone(self, job: SequenceGroup, failed: Exception) -> bool:
         """Whether memory is lacking that the texts of others hold."""
-        if not isinstance(failed, Shortage) or job.company == Company.NOBODY or set(self._active.jobs) <= {job}:
+        if not isinstance(failed, MemoryShortage) or job.company == Isolation.NOBODY or set(self._active.jobs) <= {job}:
             return False
         others = self._cache.tokens * self._decoder.bytes_per_token
         return failed.needed is None or failed.needed <= hardware.memory_left(self._decoder.device) + others
 
-    def _resume(self) -> Task[None]:
+    def _resume(self) -> Work[None]:
         """Parked texts go on, the oldest first, as far as there is room: one pass over what they had."""
         if not (texts := next_parked(self._active.parked, self._places())):
             return
@@ -355,7 +357,7 @@ class SamplingScheduler:
 
     # -- of both -------------------------------------------------------------------------------------------------------
 
-    def _charge(self, began_s: float, parts: Sequence[tuple[Job, int]]) -> None:
+    def _charge(self, began_s: float, parts: Sequence[tuple[SequenceGroup, int]]) -> None:
         """The seconds since then were the jobs', by their rows; where none was computed, in equal parts."""
         spent_s = self._now() - began_s
         total = sum(rows for _, rows in parts)
@@ -364,7 +366,7 @@ class SamplingScheduler:
             job.device_s += spent_s * (rows / total if total else 1 / len(parts))
             self._waiting.charge(job, rows)
 
-    def _draw(self, texts: Sequence[Text], logits_NV: Tensor) -> list[Text]:
+    def _draw(self, texts: Sequence[RunningSequence], logits_NV: Tensor) -> list[RunningSequence]:
         """A token for each text. Returns those that go on; a job whose logits are not numbers fails."""
         for start in range(0, len(texts), _LOGIT_ROWS):
             some = texts[start : start + _LOGIT_ROWS]
@@ -380,22 +382,22 @@ class SamplingScheduler:
             self.counters.finished += 1
             job.answer(job.output())
 
-    def _fail(self, job: Job, error: Exception) -> None:
+    def _fail(self, job: SequenceGroup, error: Exception) -> None:
         if job not in self._jobs:
             return
         self._drop(job)
         self.counters.failed += 1
         job.answer(error)
 
-    def _answer(self, job: Job, failed: Exception) -> Exception:
+    def _answer(self, job: SequenceGroup, failed: Exception) -> Exception:
         """What is told to the caller of a job that fails alone."""
-        if not isinstance(failed, Shortage):
+        if not isinstance(failed, MemoryShortage):
             return failed
         log.warning("no memory for a sample", prompt=job.prompt_tokens, needed=sized(failed.needed or 0))
         todo = "Send a shorter prompt, or lower sampling_params.max_tokens"
         return failed.error(job.what(), self._decoder.device, todo)
 
-    def _drop(self, job: Job) -> None:
+    def _drop(self, job: SequenceGroup) -> None:
         """The job leaves, and its slots at once."""
         self._jobs.remove(job)
         self._waiting.drop(job)

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_grouped import Segment
-from knapper.engine.sampling.prompt_logprobs import PromptScores
-from knapper.engine.sampling.stop import Stops
+from knapper.engine.sampling.prompt_logprobs import PromptLogprobs
+from knapper.engine.sampling.stop import StopCriteria
 from knapper.engine.sampling.token_sampling import uniforms
-from knapper.wire.progress import Drawn, Ending
-from knapper.wire.types import Sample, SampleOutput, Sequence, TopK
+from knapper.wire.progress import Ending, TokenEvent
+from knapper.wire.types import SampledSequence, SampleOutput, SampleRequest, TopK
 
 
-class Company(IntEnum):
+class Isolation(IntEnum):
     """Beside whom the passes of a job are computed."""
 
     ANY = 0
@@ -29,34 +29,34 @@ class Company(IntEnum):
 
 
 @dataclass(eq=False)
-class Job:
+class SequenceGroup:
     """One request. `tokens_max` of a text: what was asked, within the context. `turn`: texts before others go first, as
     `WaitingJobs` sets it.
 
     `cost`: positions that one text reserves. Its last token is never fed, so a text of one token costs nothing.
     """
 
-    request: Sample
+    request: SampleRequest
     lora: Lora | None
-    stops: Stops
+    stops: StopCriteria
     tokens_max: int
     cost: int
-    listen: Callable[[Drawn], None] | None = None  # called on the device's thread, and must return at once
+    listen: Callable[[TokenEvent], None] | None = None  # called on the device's thread, and must return at once
     future: "Future[SampleOutput]" = field(default_factory=Future)
     turn: int = 0
     started: int = 0  # texts
-    sequences: dict[int, Sequence] = field(default_factory=dict)  # finished texts by number
+    sequences: dict[int, SampledSequence] = field(default_factory=dict)  # finished texts by number
     kept: Any = (
         None  # what texts begin with after the prompt: kept while texts wait and there is room, else computed again
     )
     last_1H: Tensor | None = None  # the prompt's last row
     reused: int = 0  # prompt tokens that were not computed for this request
     device_s: float = 0.0  # its part of the passes that it was in
-    scores: PromptScores | None = None  # what the request wants to know of its prompt, once it is all there
-    company: Company = Company.ANY  # less after a pass that broke
+    scores: PromptLogprobs | None = None  # what the request wants to know of its prompt, once it is all there
+    company: Isolation = Isolation.ANY  # less after a pass that broke
     suspect: bool = False  # a decoding step that it was in broke: no other job's texts decode beside its own
     overtaken: int = 0  # texts that began before its own, although it came first
-    _again: list["Text"] = field(default_factory=list)  # texts that had begun, without a token
+    _again: list["RunningSequence"] = field(default_factory=list)  # texts that had begun, without a token
 
     @property
     def prompt_tokens(self) -> int:
@@ -74,8 +74,8 @@ class Job:
     @property
     def reusable(self) -> int:
         """How many of the prompt's rows the request does not want to see."""
-        if self.scores is None and PromptScores.wanted(self.request):
-            return PromptScores(self.request).first
+        if self.scores is None and PromptLogprobs.wanted(self.request):
+            return PromptLogprobs(self.request).first
         return self.prompt_tokens
 
     @property
@@ -85,14 +85,14 @@ class Job:
     def segment(self, start: int, rows: int) -> Segment:
         return Segment(start, start + rows, self.lora)
 
-    def begin(self, count: int) -> list["Text"]:
+    def begin(self, count: int) -> list["RunningSequence"]:
         """`count` texts, `left` at most."""
         again, self._again = self._again[:count], self._again[count:]
-        fresh = [Text(self, self.started + index) for index in range(count - len(again))]
+        fresh = [RunningSequence(self, self.started + index) for index in range(count - len(again))]
         self.started += len(fresh)
         return again + fresh
 
-    def take_back(self, text: "Text") -> None:
+    def take_back(self, text: "RunningSequence") -> None:
         """It has no token as yet, and has not begun."""
         self._again.append(text)
 
@@ -128,10 +128,10 @@ class Job:
         )
 
 
-class Text:
+class RunningSequence:
     """One sample of a request. Its random numbers come from (seed, its number) alone, one a token."""
 
-    def __init__(self, job: Job, number: int) -> None:
+    def __init__(self, job: SequenceGroup, number: int) -> None:
         self.job = job
         self.age = -1  # by when it began: the higher, the younger
         self.tokens: list[int] = []
@@ -174,14 +174,14 @@ class Text:
             ending: Ending = "stop" if stopped else "length" if full else ""
             ids, logprobs = ([], []) if topk is None else (topk[0].tolist(), topk[1].tolist())
             alternatives = list(zip(ids, logprobs, strict=True))
-            self.job.listen(Drawn(self._number, len(self.tokens) - 1, token, logprob, ending, alternatives))
+            self.job.listen(TokenEvent(self._number, len(self.tokens) - 1, token, logprob, ending, alternatives))
         if stopped or full:
             self.finish(stopped)
         return stopped or full
 
     def finish(self, stopped: bool) -> None:
         k = self.job.request.topk_sample_logprobs
-        self.job.sequences[self._number] = Sequence(
+        self.job.sequences[self._number] = SampledSequence(
             tokens=np.array(self.tokens, dtype=np.int32),
             logprobs=np.array(self._logprobs, dtype=np.float32),
             stopped=stopped,

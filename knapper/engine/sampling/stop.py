@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 _edge_tokens: Final = 4
 
 
-class Stops:
+class StopCriteria:
     """The ends of one request."""
 
     def __init__(self, tokens: Sequence[int], strings: Sequence[str], tokenizer: Tokenizer | None) -> None:

@@ -36,7 +36,7 @@ def _generator(of: str) -> np.random.Generator:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledTokens:
     """`logprobs_NV`: of the distribution that was sampled from; -inf where a token was cut off."""
 
     tokens_N: Tensor
@@ -47,7 +47,7 @@ class Drawn:
         return self.logprobs_NV.gather(1, self.tokens_N[:, None])[:, 0]
 
 
-def draw(logits_NV: Tensor, params: list[SamplingParams], uniforms_N: list[float]) -> Drawn:
+def draw(logits_NV: Tensor, params: list[SamplingParams], uniforms_N: list[float]) -> SampledTokens:
     """One token a row, by inverse transform: the first id whose cumulative probability exceeds the row's number.
 
     The log-probabilities are those of the distribution that was sampled from: tempered, and after top_k and top_p
@@ -69,7 +69,7 @@ def draw(logits_NV: Tensor, params: list[SamplingParams], uniforms_N: list[float
         logprobs_NV[rows] = _truncated(logprobs_NV[rows], torch.tensor(top_k, device=device), top_p)
     tokens_N = _inverse(logprobs_NV, torch.tensor(uniforms_N, dtype=torch.float64, device=device)[:, None])[:, 0]
     greedy = torch.tensor([p.temperature == 0 for p in params], device=device)
-    return Drawn(torch.where(greedy, logits_NV.argmax(-1), tokens_N), logprobs_NV)
+    return SampledTokens(torch.where(greedy, logits_NV.argmax(-1), tokens_N), logprobs_NV)
 
 
 def where_float64(logits_NV: Tensor) -> Tensor:

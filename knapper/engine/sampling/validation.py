@@ -9,12 +9,12 @@ from knapper.engine.layers.adapters import site_shapes
 from knapper.engine.layers.lora import Lora
 from knapper.engine.models.config import Facts
 from knapper.errors import ContextLengthExceeded, InvalidField, TooLarge, UserError
-from knapper.wire.types import GREEDY_TEMPERATURE_MAX, Sample
+from knapper.wire.types import GREEDY_TEMPERATURE_MAX, SampleRequest
 
 temperature_max = 1e6
 
 
-def check(request: Sample, config: Facts) -> None:
+def check(request: SampleRequest, config: Facts) -> None:
     """Raises InvalidField, or ContextLengthExceeded."""
     _check_prompt(request, config)
     _between("num_samples", request.num_samples, 1, limits.num_samples_max)
@@ -51,7 +51,7 @@ def check_adapter(adapter: str, lora: Lora, config: Facts) -> None:
             )
 
 
-def _check_prompt(request: Sample, config: Facts) -> None:
+def _check_prompt(request: SampleRequest, config: Facts) -> None:
     prompt = request.prompt
     if prompt.ndim != 1 or prompt.size == 0:
         raise InvalidField("prompt", list(prompt.shape), "a list of at least one token")
@@ -63,7 +63,7 @@ def _check_prompt(request: Sample, config: Facts) -> None:
     ContextLengthExceeded.check(int(prompt.size), request.params.max_tokens, config.context)
 
 
-def _check_scores(request: Sample, config: Facts) -> None:
+def _check_scores(request: SampleRequest, config: Facts) -> None:
     rows = int(request.prompt.size) - 1
     last_n, targets = request.prompt_logprobs_last_n, request.target_prompt_logprobs
     if last_n is not None and not 1 <= last_n <= rows:
@@ -87,7 +87,7 @@ def _check_scores(request: Sample, config: Facts) -> None:
         raise InvalidField("target_prompt_logprobs", "-1 everywhere", "at least one token id")
 
 
-def _check_stops(request: Sample, config: Facts) -> None:
+def _check_stops(request: SampleRequest, config: Facts) -> None:
     strings, tokens = request.params.stop_strings, request.params.stop_tokens
     if len(strings) + len(tokens) > limits.stop_sequences_max:
         raise InvalidField(

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knapper.engine.executor import Task
+from knapper.engine.executor import Work
 from knapper.engine.layers.head import HeadLora
-from knapper.engine.layers.layerwise import Course
+from knapper.engine.layers.layerwise import LayerwisePass
 from knapper.engine.layers.lora import Lora
 from knapper.engine.models.base import Model
 from knapper.engine.models.config import HEAD
-from knapper.engine.training.losses import Computed, Loss
+from knapper.engine.training.losses import Loss, LossValue
 from knapper.engine.training.prefix_sharing import Prefixes
 from knapper.errors import UserError
 from knapper.wire.types import Datum, ForwardBackwardOutput
@@ -50,7 +50,7 @@ class MicroBatch:
 
 
 @dataclass
-class Pass:
+class PendingRequest:
     """One request, as far as it got. With `sums_P`, gradients are added there; None: forward only.
 
     `failed` ends it: what it would have changed is left alone.
@@ -92,14 +92,14 @@ def micro_batches(data: Sequence[Datum], rows_max: int) -> Iterator[MicroBatch]:
     yield MicroBatch(first, data[first:], prefixes)
 
 
-def compute(model: Model, passes: Sequence[Pass]) -> Task[None]:
+def compute(model: Model, passes: Sequence[PendingRequest]) -> Work[None]:
     """The next micro-batch of each, in one forward and backward. All of them differentiate, or none does.
 
     Yields after every layer, forward and backward, and after the head of some requests. A pass whose loss is not finite
     has `failed` afterwards; the others do not notice.
     """
     batches = [one.waiting.popleft() for one in passes]
-    course = Course(differentiates=passes[0].differentiates)
+    course = LayerwisePass(differentiates=passes[0].differentiates)
     begin, stretches = model.stretches([batch.prefixes for batch in batches], [one.lora for one in passes])
     rows_UH = yield from course.forward(begin, stretches)
     asked = [_Asked.of(one.loss, batch) for one, batch in zip(passes, batches, strict=True)]
@@ -114,7 +114,7 @@ def compute(model: Model, passes: Sequence[Pass]) -> Task[None]:
 
 def _head(
     model: Model,
-    passes: Sequence[Pass],
+    passes: Sequence[PendingRequest],
     batches: Sequence[MicroBatch],
     asked: Sequence["_Asked"],
     hidden: Sequence[Tensor],
@@ -133,7 +133,7 @@ def _head(
     ]
 
 
-def _losses(model: Model, one: Pass, batch: MicroBatch, found: Sequence[Tensor]) -> Tensor | None:
+def _losses(model: Model, one: PendingRequest, batch: MicroBatch, found: Sequence[Tensor]) -> Tensor | None:
     """The sum of the datums' losses, whose outputs and metrics are then in the pass; None when it has failed.
 
     `found`: the targets' log-probabilities, by datum.
@@ -163,7 +163,7 @@ def _arrays(by_datum: Sequence[Tensor]) -> list[np.ndarray]:
     return [part.reshape(each.shape) for part, each in zip(parts, by_datum, strict=True)]
 
 
-def _metrics(losses: Sequence[Computed], names: Sequence[str]) -> list[list[float]]:
+def _metrics(losses: Sequence[LossValue], names: Sequence[str]) -> list[list[float]]:
     """A list of values, by name, for each datum; in one transfer."""
     return torch.stack([torch.stack([loss.metrics[name].float() for name in names]) for loss in losses]).tolist()
 
@@ -201,7 +201,7 @@ class _Asked:
         return cls(rows_M, places_N, targets_MK, needed_M)
 
 
-def _headed(passes: Sequence[Pass], asked: Sequence[_Asked]) -> list[list[int]]:
+def _headed(passes: Sequence[PendingRequest], asked: Sequence[_Asked]) -> list[list[int]]:
     """Who goes through the head together: a row's bits are its own there too.
 
     A head with an adapter goes by itself, and so do other numbers of targets, which are added up in another order.
@@ -224,7 +224,7 @@ def _headed(passes: Sequence[Pass], asked: Sequence[_Asked]) -> list[list[int]]:
 
 def _logprobs(
     model: Model,
-    passes: Sequence[Pass],
+    passes: Sequence[PendingRequest],
     batches: Sequence[MicroBatch],
     asked: Sequence[_Asked],
     hidden: Sequence[Tensor],

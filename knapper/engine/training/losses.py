@@ -144,7 +144,7 @@ def _off_policy(learner_T: Tensor, sampler_T: Tensor, ratio_T: Tensor) -> ByToke
     return {"ratio": ratio_T, "kl": sampler_T - learner_T}
 
 
-class Computed(NamedTuple):
+class LossValue(NamedTuple):
     """Of one datum. `terms` is in the shape of its targets; their sum is `total`, which alone carries a gradient."""
 
     total: Tensor
@@ -194,7 +194,7 @@ class Loss:
         found = inspect.signature(self.formula).parameters[key].default
         return None if found is inspect.Parameter.empty else float(found)
 
-    def __call__(self, learner_T: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float]) -> Computed:
+    def __call__(self, learner_T: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float]) -> LossValue:
         """`inputs` without the targets."""
         trained_T = torch.ones_like(learner_T, dtype=torch.bool)
         for name in self.silent:
@@ -213,7 +213,7 @@ class Loss:
             # By `where`: a mask as an index would make the device tell how many there are.
             **{f"{name}:sum": torch.where(trained_T, each.detach().float(), 0.0).sum() for name, each in told.items()},
         }
-        return Computed(total, {name: value.detach() for name, value in metrics.items()}, terms_T.detach())
+        return LossValue(total, {name: value.detach() for name, value in metrics.items()}, terms_T.detach())
 
 
 _THRESHOLDS = ("clip_low_threshold", "clip_high_threshold")

@@ -16,21 +16,21 @@ from typing import Final
 
 from knapper.concurrency.fair_share import FairShare
 from knapper.engine import hardware
-from knapper.engine.executor import Device, Task, timed
-from knapper.engine.out_of_memory import Shortage, told
+from knapper.engine.executor import Executor, Work, timed
+from knapper.engine.out_of_memory import MemoryShortage, told
 from knapper.engine.training import batch
-from knapper.engine.training.batch import Pass
+from knapper.engine.training.batch import PendingRequest
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.errors import UserError
 from knapper.wire.types import ForwardBackward, ForwardBackwardOutput
 
-Computed = tuple[RunState, ForwardBackwardOutput, float]
+TrainingResult = tuple[RunState, ForwardBackwardOutput, float]
 
 _SHARES_REMEMBERED: Final = 1024  # micro-batches over which `shares` tells who was served
 
 
 @dataclass
-class Counters:
+class TrainingCounters:
     """Since the clock began."""
 
     passes: int = 0
@@ -45,8 +45,8 @@ class _Request:
     state: RunState
     read: Callable[[], ForwardBackward]
     arrived_s: float
-    future: "Future[Computed]" = field(default_factory=Future)
-    opened: Pass | None = None
+    future: "Future[TrainingResult]" = field(default_factory=Future)
+    opened: PendingRequest | None = None
     alone: bool = False  # a pass that it was part of broke
     spared: bool = False  # it lacked memory, and all that was kept for later has been given back
     cost_s: float = 0.0
@@ -67,11 +67,11 @@ def _share(first: _Request, other: _Request) -> bool:
     return not (first.alone or other.alone) and first.opened.differentiates == other.opened.differentiates
 
 
-class Clock:
+class TrainingScheduler:
     """Passes on one device. `now` in seconds only tells what a request costs, and how long it has waited."""
 
-    def __init__(self, trainer: Trainer, device: Device, now: Callable[[], float]) -> None:
-        self.counters = Counters()
+    def __init__(self, trainer: Trainer, device: Executor, now: Callable[[], float]) -> None:
+        self.counters = TrainingCounters()
         self._trainer, self._device, self._now = trainer, device, now
         # Callers and the device's thread meet at these, under the lock.
         self._lock = threading.Lock()
@@ -102,7 +102,7 @@ class Clock:
         total = sum(rows.values())
         return [own / total for own in sorted(rows.values(), reverse=True)[:places]]
 
-    def submit(self, state: RunState, read: Callable[[], ForwardBackward]) -> "Future[Computed]":
+    def submit(self, state: RunState, read: Callable[[], ForwardBackward]) -> "Future[TrainingResult]":
         """(state, output, seconds of the passes that were this request's), as `Trainer.forward_backward` has them.
 
         The same bits, whoever shares the passes. `read` is called on the device's thread; what it raises is raised.
@@ -118,7 +118,7 @@ class Clock:
 
     # From here on: the device's thread.
 
-    def _work(self) -> Task[None]:
+    def _work(self) -> Work[None]:
         try:
             while self._look():
                 if chosen := self._choose():
@@ -172,7 +172,7 @@ class Clock:
                 bound = min(bound, served + rows_max)
         return chosen
 
-    def _compute(self, chosen: Sequence[_Request]) -> Task[None]:
+    def _compute(self, chosen: Sequence[_Request]) -> Work[None]:
         rows, room = [one.rows for one in chosen], self._trainer.rows_shared(len(self._requests))
         opened = [one.opened for one in chosen if one.opened is not None]
         try:
@@ -207,19 +207,19 @@ class Clock:
         device = self._trainer.decoder.device
         for one in chosen:
             one.alone, one.opened = True, None
-        if isinstance(failed, Shortage):
+        if isinstance(failed, MemoryShortage):
             hardware.release(device)
         for one in chosen:
-            if len(chosen) > 1 or (isinstance(failed, Shortage) and not one.spared):
+            if len(chosen) > 1 or (isinstance(failed, MemoryShortage) and not one.spared):
                 self.counters.repeated += 1
                 one.spared = len(chosen) == 1
-            elif isinstance(failed, Shortage):
+            elif isinstance(failed, MemoryShortage):
                 todo = "Send shorter datums or fewer of them in a request, or train an adapter of a lower rank"
                 self._answer(one, failed.error(f"a training pass of {one.run}", device, todo))
             else:
                 self._answer(one, failed)
 
-    def _finish(self, one: _Request, opened: Pass) -> None:
+    def _finish(self, one: _Request, opened: PendingRequest) -> None:
         try:
             state, output = self._trainer.close(one.state, opened)
         except UserError as error:
@@ -232,7 +232,7 @@ class Clock:
             return
         self._part([one], failed)
 
-    def _answer(self, one: _Request, result: Computed | BaseException) -> None:
+    def _answer(self, one: _Request, result: TrainingResult | BaseException) -> None:
         self._requests.remove(one)
         if one.future.set_running_or_notify_cancel():
             if isinstance(result, BaseException):

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from knapper.engine.executor import Task
+from knapper.engine.executor import Work
 from knapper.engine.layers.lora import Layout, Lora, layout
 from knapper.engine.models.base import Model
 from knapper.engine.training import optimizer
-from knapper.engine.training.batch import Pass, compute, micro_batches
+from knapper.engine.training.batch import PendingRequest, compute, micro_batches
 from knapper.engine.training.optimizer import Moments, is_finite
 from knapper.engine.training.validation import check
 from knapper.errors import UserError
@@ -86,21 +86,21 @@ class Trainer:
             moments = Moments(moments.m_P.to(self.decoder.device), moments.v_P.to(self.decoder.device), moments.step)
         return RunState(spec, where, weights_P, moments)
 
-    def open(self, state: RunState, request: ForwardBackward) -> Pass:
+    def open(self, state: RunState, request: ForwardBackward) -> PendingRequest:
         """The request, cut into micro-batches; how depends on it alone, so that its bits do. Raises UserError."""
         loss, config = check(request, self.decoder.config)
         sums_P = None if request.forward_only else torch.zeros_like(state.weights_P)
         batches = deque(micro_batches(request.data, self.rows_max))
-        return Pass(_leaves(state, sums_P), loss, config, sums_P, batches)
+        return PendingRequest(_leaves(state, sums_P), loss, config, sums_P, batches)
 
-    def close(self, state: RunState, one: Pass) -> tuple[RunState, ForwardBackwardOutput]:
+    def close(self, state: RunState, one: PendingRequest) -> tuple[RunState, ForwardBackwardOutput]:
         """The state that the finished pass leads to. Raises UserError for what it failed with."""
         output = one.output()
         return (state if one.sums_P is None else replace(state, grads_P=_added(state, one.sums_P))), output
 
     def forward_backward(
         self, state: RunState, request: ForwardBackward
-    ) -> Task[tuple[RunState, ForwardBackwardOutput]]:
+    ) -> Work[tuple[RunState, ForwardBackwardOutput]]:
         """The loss of each datum, and its gradient added to those pending; forward_only leaves these as they are.
 
         Yields after each layer. Losses and gradients are sums, never means. Raises UserError for a request that
@@ -112,7 +112,7 @@ class Trainer:
             yield from compute(self.decoder, [one])
         return self.close(state, one)
 
-    def optim_step(self, state: RunState, values: AdamW) -> Task[tuple[RunState, dict[str, float]]]:
+    def optim_step(self, state: RunState, values: AdamW) -> Work[tuple[RunState, dict[str, float]]]:
         """One AdamW step with the pending gradients, which are then used up. (state, metrics)
 
         With nothing pending the gradient is zero: moments decay, the weights move by what momentum is left, and the

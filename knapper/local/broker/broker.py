@@ -15,7 +15,7 @@ from knapper.local.broker.triggers import TRIGGERS
 log = structlog.get_logger()
 
 
-class Broker:
+class LocalBroker:
     """`urls`: where each subscriber listens. `mischief`: what is done to deliveries, None for nothing."""
 
     def __init__(

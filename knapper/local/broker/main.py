@@ -16,7 +16,7 @@ from knapper import limits
 from knapper.errors import KnapperError, TooLarge, Unauthorized, Unavailable, UserError
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
-from knapper.local.broker.broker import Broker
+from knapper.local.broker.broker import LocalBroker
 from knapper.local.broker.delivery import Letter
 from knapper.local.broker.fault_injection import Mischief
 from knapper.local.broker.watcher import Watcher
@@ -34,7 +34,7 @@ async def post(request: Request) -> Response:
 
     But for events of storage, which the gateway alone hears, and believes nothing of, they are this deployment's own.
     """
-    broker: Broker = request.app.state.broker
+    broker: LocalBroker = request.app.state.broker
     key: FunctionKey = request.app.state.key
     try:
         body = await requests.body(request, limits.event_bytes_max)
@@ -72,7 +72,7 @@ def create_app(settings: Settings) -> Starlette:
         async with aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar()) as client:
             app.state.key = FunctionKey(open_store(settings))
             mischief = Mischief(int(settings.mischief)) if settings.mischief else None
-            broker = app.state.broker = Broker(client, urls, f"{settings.gateway_url}/events/dead", mischief)
+            broker = app.state.broker = LocalBroker(client, urls, f"{settings.gateway_url}/events/dead", mischief)
 
             async def tell(event: Event) -> None:
                 await broker.post(Letter(*cloudevents.as_binary(*event.encode())))

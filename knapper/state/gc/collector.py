@@ -22,7 +22,7 @@ from knapper.errors import KnapperError, NotFound, Unavailable
 from knapper.ids import RunId, SamplerId, SessionId, session_of
 from knapper.state import damage, layout
 from knapper.state.gc import marks
-from knapper.state.gc.session import Look, Memory, Need, Pass, Retention, Visit, asked_of
+from knapper.state.gc.session import Look, Memory, Need, Retention, SharedLookups, Visit, asked_of
 from knapper.state.journal import ends
 from knapper.state.journal.records import End
 from knapper.state.layout import ObjectKind
@@ -115,7 +115,7 @@ class Collector:
             due = await marks.due(self._store, self._clock())
             off, self._later_at = due.sessions, min(due.next_at, self._clock() + _REST_S)
         deleted: dict[SessionId, int] = {}
-        during = Pass(self._memory)
+        during = SharedLookups(self._memory)
         for session in sorted(found.keys() | off.keys() | self._touched):
             seen, put_off = found.get(session, []), off.get(session, [])
             is_due = put_off or self._is_due(session, seen)
@@ -127,7 +127,7 @@ class Collector:
         plan = self._plans.get(session)
         return plan is None or session in self._touched or plan.marks != seen or plan.at <= self._now()
 
-    async def _look(self, session: SessionId, seen: Names, put_off: Names, during: Pass) -> int:
+    async def _look(self, session: SessionId, seen: Names, put_off: Names, during: SharedLookups) -> int:
         before = self._plans.pop(session, None)
         quiet = session not in self._touched and (put_off if before is None else before.marks == seen)
         self._touched.discard(session)  # what touches it from here on is for the next time
@@ -164,9 +164,9 @@ class Collector:
             self._plans[session] = _Plan(kept, self._now() + again_s, pause_s)
         await marks.remove(self._store, [*seen[len(kept) :], *put_off])
 
-    async def look(self, session: SessionId, *runs: RunId, during: Pass | None = None) -> Look:
+    async def look(self, session: SessionId, *runs: RunId, during: SharedLookups | None = None) -> Look:
         """Delete what may go of the session by now. `runs`: that are known to be in it, should it have no record."""
-        return await Visit(self._memory, session, during or Pass(self._memory), set(runs)).go()
+        return await Visit(self._memory, session, during or SharedLookups(self._memory), set(runs)).go()
 
     async def delete(self, run: RunId, tenant: str) -> int:
         """End the run, and delete what is of it: journal, snapshots, checkpoints, samplers. Return how many objects.
@@ -181,7 +181,7 @@ class Collector:
         asked_at = await damage.unless(asked_of(self._store, run), 0.0)
         await damage.unless(self._memory.account(tenant, run), None)
         await ends.end(self._store, run, End(reason="deleted", tenant=tenant, at=self._clock(), asked_at=asked_at))
-        visit = Visit(self._memory, session, Pass(self._memory), {run})
+        visit = Visit(self._memory, session, SharedLookups(self._memory), {run})
         await visit.deleted_run(run, tenant)
         self._touched |= visit.found.others
         return visit.found.deleted
@@ -220,7 +220,7 @@ class Collector:
             for name in await self._store.list(kind.under()):
                 runs.setdefault(layout.owner_of(name), set())
         deleted: dict[SessionId, int] = {}
-        during = Pass(self._memory, at_once=True)
+        during = SharedLookups(self._memory, at_once=True)
         for session, known in sorted(runs.items()):
             await marks.put(self._store, session, "swept")
             look = await self.look(session, *known, during=during)

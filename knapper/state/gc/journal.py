@@ -74,7 +74,7 @@ def _is_dead(prefix: str, manifest: Manifest) -> bool:
 
 
 @dataclass(frozen=True)
-class Gone:
+class CollectedRecords:
     """What `records` did: how many objects, up to which out record, and when the next commit is old enough."""
 
     count: int = 0
@@ -92,13 +92,13 @@ async def records(
     needed: float = inf,
     after: int = 0,
     first: Callable[[], Awaitable[None]] | None = None,
-) -> Gone:
+) -> CollectedRecords:
     """Delete operations and their answers up to the second newest snapshot, so long after their commit.
 
     `needed`: the lowest operation whose answer somebody will ask for, whenever that may be. `after`: out records up to
     here are known to be gone, or fences. `first` is done before any goes.
     """
-    gone = Gone(out=after)
+    gone = CollectedRecords(out=after)
     while gone.out < manifest.snapshot_before_out:
         listed = await store.list(layout.commits(run), start_after=layout.commit(run, gone.out), limit=_PAGE)
         page = [name for name in listed if layout.last_number(name) <= manifest.snapshot_before_out]
@@ -109,7 +109,7 @@ async def records(
                 first = None
             # Operations first: what sleeps in a claim, and finds the slot of such a commit free, finds nothing to do.
             count = await _operations(store, run, some.through) + await delete(store, some.doomed)
-            gone = Gone(gone.count + count, max(gone.out, some.out), some.next_at + keep_s)
+            gone = CollectedRecords(gone.count + count, max(gone.out, some.out), some.next_at + keep_s)
             if some.stopped:
                 return gone
         if not page:

@@ -7,7 +7,7 @@ from math import inf
 from knapper.ids import RunId, SamplerId, SessionId, session_of
 from knapper.settings import Settings
 from knapper.state import checkpoint_index, damage, layout
-from knapper.state.checkpoint_index import Label
+from knapper.state.checkpoint_index import CheckpointEntry
 from knapper.state.checkpoints import EVERYONE, Checkpoints
 from knapper.state.gc import journal, marks
 from knapper.state.journal import bundles, ends
@@ -102,7 +102,7 @@ class Memory:
 
 
 @dataclass
-class Pass:
+class SharedLookups:
     """What several looks, one after another, ask once. `at_once`: nothing is given grace but what others may use."""
 
     memory: Memory
@@ -130,7 +130,7 @@ class Pass:
 class Visit:
     """A look at one session. `runs`: that are known to be in it, besides those that are found."""
 
-    def __init__(self, memory: Memory, session: SessionId, during: Pass, runs: set[RunId]) -> None:
+    def __init__(self, memory: Memory, session: SessionId, during: SharedLookups, runs: set[RunId]) -> None:
         self.found = Look()
         self._memory, self._store, self._keep = memory, memory.store, memory.retention
         self._session, self._during, self._runs = session, during, runs
@@ -139,7 +139,7 @@ class Visit:
         self._over: float | None = None  # since when
         self._ended: set[RunId] = set()
         self._bundles: set[str] = set()
-        self._overtaken: list[Label] = []  # versions of checkpoints' names
+        self._overtaken: list[CheckpointEntry] = []  # versions of checkpoints' names
         self._named: set[str] = set()  # bundles that checkpoints lead to, or did
         self._holding: set[str] = set()  # bundles that samplers and living checkpoints of the session lead to
 
@@ -255,7 +255,7 @@ class Visit:
         self.found.deleted += await journal.delete(self._store, doomed)
         stored = set(map(layout.bundle_of, await self._store.list(layout.exports(run))))
         self._bundles -= stored
-        held = await Pass(self._memory).held(stored) if stored else frozenset[str]()
+        held = await SharedLookups(self._memory).held(stored) if stored else frozenset[str]()
         for prefix in stored - held:
             await self._delete_bundle(prefix)
         if stored & held:

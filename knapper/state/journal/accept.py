@@ -21,7 +21,7 @@ _MANIFEST_FRESH_S = 3600.0  # whoever sends an operation again after that is pro
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedBody:
     """A body as it will be stored. `pack` does the work; call it off the event loop."""
 
     sha256: bytes
@@ -29,8 +29,8 @@ class Packed:
     asked_sha256: bytes = b""  # over what the client sent, where that is not the body
 
 
-def pack(body: bytes) -> Packed:
-    return Packed(hashlib.sha256(body).digest(), zstd.compress(body))
+def pack(body: bytes) -> PackedBody:
+    return PackedBody(hashlib.sha256(body).digest(), zstd.compress(body))
 
 
 class Acceptor:
@@ -53,7 +53,7 @@ class Acceptor:
         run = RunId(creation.spec.run)
         if (end := await ends.ended(self._store, run)) is not None:
             raise ends.refusal(run, end)
-        packed = Packed(hashlib.sha256(request).digest(), zstd.compress(encode(creation)))
+        packed = PackedBody(hashlib.sha256(request).digest(), zstd.compress(encode(creation)))
         await self._put(run, 0, "create", packed)
 
     async def creation(self, run: RunId) -> Creation | None:
@@ -65,7 +65,7 @@ class Acceptor:
         """Whether nobody ever sent the operation, as far as this store knows; or its record is gone."""
         return await self._store.get(layout.operation(run, seq)) is None
 
-    async def accept(self, run: RunId, seq: int, kind: Kind, packed: Packed) -> float | None:
+    async def accept(self, run: RunId, seq: int, kind: Kind, packed: PackedBody) -> float | None:
         """Store the operation, durable on return: when it was accepted. None for a repetition of the same body.
 
         Raises UserError if `seq` is taken by another body, or so old that its record is gone.
@@ -84,7 +84,7 @@ class Acceptor:
         stored = await self._stored(run, seq)
         return None if stored is None else stored.accepted_at
 
-    async def reject(self, run: RunId, seq: int, packed: Packed, error: str) -> None:
+    async def reject(self, run: RunId, seq: int, packed: PackedBody, error: str) -> None:
         """Use up `seq` for a request that cannot be served: a tombstone, whose result will be `error`."""
         await self._put(run, seq, "tombstone", packed, error)
 
@@ -113,11 +113,11 @@ class Acceptor:
             f"operation {seq} of {run} never arrived (its request was cancelled, or could not be read), "
             "while a later one did; it was skipped"
         )
-        packed = Packed(b"", zstd.compress(b""))
+        packed = PackedBody(b"", zstd.compress(b""))
         operation = self._operation(run, seq, "tombstone", packed, error)
         await self._store.put_if_absent(layout.operation(run, seq), encode(operation))
 
-    async def _put(self, run: RunId, seq: int, kind: Kind, packed: Packed, error: str = "") -> float | None:
+    async def _put(self, run: RunId, seq: int, kind: Kind, packed: PackedBody, error: str = "") -> float | None:
         operation = self._operation(run, seq, kind, packed, error)
         large = len(packed.body_zstd) > _ON_LOOP_BYTES_MAX
         data = await many.off_loop(encode, operation) if large else encode(operation)
@@ -135,7 +135,7 @@ class Acceptor:
             )
         return None
 
-    def _operation(self, run: RunId, seq: int, kind: Kind, packed: Packed, error: str) -> Operation:
+    def _operation(self, run: RunId, seq: int, kind: Kind, packed: PackedBody, error: str) -> Operation:
         return Operation(
             run=run, seq=seq, kind=kind, sha256=packed.sha256, body_zstd=packed.body_zstd,
             accepted_at=self._clock(), error=error, asked_sha256=packed.asked_sha256,

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from knapper.engine.executor import Device
+from knapper.engine.executor import Executor
 from knapper.engine.layers.lora import Lora
-from knapper.engine.sampling.sampler import Sampler
+from knapper.engine.sampling.sampler import EngineSampler
 from knapper.engine.training.trainer import RunState
-from knapper.wire.types import AdamW, Datum, Sample, SampleOutput, SamplingParams
+from knapper.wire.types import AdamW, Datum, SampleOutput, SampleRequest, SamplingParams
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
 from tests.engine.sampling.test_scheduler import Shelf
 from tests.engine.training.test_scheduler import held
@@ -47,9 +47,9 @@ class Pair:
         self.trainer = tiny_trainer(directory, kind, dtype)
         self.states = {name: self._trained(name) for name in SPECS}
         loras: dict[str, Lora] = {name: state.lora() for name, state in self.states.items() if name != BASE}
-        self.device = Device()
+        self.device = Executor()
         weakref.finalize(self, self.device.close)
-        self.sampler = Sampler(
+        self.sampler = EngineSampler(
             self.trainer.decoder,
             self.device,
             Shelf(loras),
@@ -67,7 +67,7 @@ class Pair:
         state, _ = done(self.trainer.forward_backward(state, request(data)))
         return done(self.trainer.optim_step(state, AdamW(learning_rate=0.03)))[0]
 
-    def sampled(self, *asked: Sample) -> list[SampleOutput]:
+    def sampled(self, *asked: SampleRequest) -> list[SampleOutput]:
         """All having arrived before the first begins."""
         gate = held(self.device)
 
@@ -100,13 +100,13 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Pair:
     return Pair(tmp_path, *request.param)
 
 
-def crowd() -> list[Sample]:
+def crowd() -> list[SampleRequest]:
     """Of every adapter, texts of many lengths: through several pools, past 256 keys, one of a single token."""
     rng = np.random.default_rng(SEED)
     names = list(SPECS)
     shapes = [(1, 9), (7, 1), (9, 70), (40, 30), (63, 3), (64, 12), (130, 20), (250, 80), (383, 12), (66, 66)]
     return [
-        Sample(
+        SampleRequest(
             "tiny", names[index % len(names)], rng.integers(0, 256, prompt).astype(np.int32),
             SamplingParams(max_tokens=tokens, ignore_eos=True), seed=index, num_samples=1 + index % 3,
             prompt_logprobs=prompt > 1,
@@ -115,7 +115,7 @@ def crowd() -> list[Sample]:
     ]  # fmt: skip
 
 
-def assert_equal(pair: Pair, asked: list[Sample], outputs: list[SampleOutput]) -> None:
+def assert_equal(pair: Pair, asked: list[SampleRequest], outputs: list[SampleOutput]) -> None:
     for one, output in zip(asked, outputs, strict=True):
         prompt = len(one.prompt)
         texts = [np.concatenate([one.prompt, sequence.tokens]) for sequence in output.sequences]
@@ -147,7 +147,7 @@ def test_a_conversation_that_goes_on_where_it_was_has_the_trainers_bits(pair: Pa
     said["wide"] = said["narrow"]  # tokens alone must not tell
     for turn in range(4):
         asked = [
-            Sample("tiny", name, prompt, SamplingParams(max_tokens=21, ignore_eos=True), seed=10 * turn + number)
+            SampleRequest("tiny", name, prompt, SamplingParams(max_tokens=21, ignore_eos=True), seed=10 * turn + number)
             for name in names
             for number, prompt in enumerate(said[name])
         ]
@@ -168,7 +168,7 @@ def test_prompts_that_begin_alike_have_the_trainers_bits(pair: Pair) -> None:
     rng = np.random.default_rng(SEED)
     common = rng.integers(0, 256, 60).astype(np.int32)
     asked = [
-        Sample(
+        SampleRequest(
             "tiny", name, np.concatenate([common, rng.integers(0, 256, length).astype(np.int32)]),
             SamplingParams(max_tokens=5, ignore_eos=True), seed=length, prompt_logprobs=scored,
         )

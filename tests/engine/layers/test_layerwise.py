@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from knapper.engine.layers.layerwise import Course, Stretch
+from knapper.engine.layers.layerwise import LayerwisePass, Stretch
 from tests.engine.runs import done
 
 
@@ -32,7 +32,7 @@ def test_gradients_are_bit_for_bit_those_of_one_backward() -> None:
     for layer in one:
         x = layer(x)
     (x.square().sum()).backward()
-    course = Course(differentiates=True)
+    course = LayerwisePass(differentiates=True)
     rows = done(course.forward(begin(), stretches))
     assert torch.equal(rows, x)
     done(course.backward(2 * rows.detach()))
@@ -47,7 +47,7 @@ def test_what_is_frozen_before_the_first_trained_stretch_is_not_differentiated(t
     weights, stretches = layers(6)
     for weight in weights[:trained]:
         weight.requires_grad = False
-    course = Course(differentiates=True)
+    course = LayerwisePass(differentiates=True)
     rows = done(course.forward(begin(), stretches))
     assert len(list(course.backward(torch.ones_like(rows)))) == 6 - trained
     assert [weight.grad is not None for weight in weights] == [False] * trained + [True] * (6 - trained)
@@ -55,7 +55,7 @@ def test_what_is_frozen_before_the_first_trained_stretch_is_not_differentiated(t
 
 def test_forward_only_keeps_no_graph() -> None:
     _, stretches = layers(3)
-    course = Course(differentiates=False)
+    course = LayerwisePass(differentiates=False)
     rows = done(course.forward(begin(), stretches))
     assert not rows.requires_grad
     assert list(course.backward(torch.ones_like(rows))) == []
@@ -65,7 +65,7 @@ def test_others_compute_without_gradients_between_two_stretches() -> None:
     """How gradients are kept is the thread's, and other tasks are on it."""
     _, stretches = layers(3)
     for differentiates in (True, False):
-        for _ in Course(differentiates=differentiates).forward(begin(), stretches):
+        for _ in LayerwisePass(differentiates=differentiates).forward(begin(), stretches):
             assert torch.is_grad_enabled()
 
 
@@ -78,7 +78,7 @@ def test_what_a_stretch_kept_is_free_once_it_is_differentiated() -> None:
         kept.append(weakref.ref(y))
         return y
 
-    course = Course(differentiates=True)
+    course = LayerwisePass(differentiates=True)
     rows = done(course.forward(begin(), [stretch] * 3))
     gc.disable()
     try:

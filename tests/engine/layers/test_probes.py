@@ -14,7 +14,7 @@ from knapper.engine.layers.batch_invariance import (
     MODEL_WAYS,
     Exactness,
     Product,
-    Way,
+    RowLayout,
 )
 
 INPUTS, OUTPUTS = 96, 40
@@ -40,14 +40,16 @@ def kernels(choose: Callable[[int], int]) -> Callable[[Tensor], Product]:
     ("choose", "way"),
     [
         (lambda _: 3, AS_IT_IS),
-        (lambda rows: 1 if rows == 1 else 4, Way(2)),
-        (lambda rows: 2 if rows < 7 else 4, Way(8)),
-        (lambda rows: 2 if rows < 11 else 4, Way(16)),
-        (lambda rows: 1 + min(rows // 32, 3), Way(block=64)),
-        (lambda rows: 4 if rows < 100 and rows % 2 else 2, Way(block=64)),
+        (lambda rows: 1 if rows == 1 else 4, RowLayout(2)),
+        (lambda rows: 2 if rows < 7 else 4, RowLayout(8)),
+        (lambda rows: 2 if rows < 11 else 4, RowLayout(16)),
+        (lambda rows: 1 + min(rows // 32, 3), RowLayout(block=64)),
+        (lambda rows: 4 if rows < 100 and rows % 2 else 2, RowLayout(block=64)),
     ],
 )
-def test_the_first_way_that_keeps_the_bits_is_taken(dtype: torch.dtype, choose: Callable[[int], int], way: Way) -> None:
+def test_the_first_way_that_keeps_the_bits_is_taken(
+    dtype: torch.dtype, choose: Callable[[int], int], way: RowLayout
+) -> None:
     exactness = Exactness()
     like = torch.empty(0, dtype=dtype)
     assert exactness.product("forward", MODEL_WAYS, kernels(choose), INPUTS, OUTPUTS, like) == way
@@ -81,7 +83,7 @@ def test_without_the_promise_nothing_is_tried() -> None:
 
 @pytest.mark.parametrize("way", sorted({*MODEL_WAYS, *BACKWARD_WAYS, *ADAPTER_WAYS}, key=str), ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 7, 16, 63, 64, 65, 129, 300])
-def test_every_way_gives_the_product(way: Way, rows: int) -> None:
+def test_every_way_gives_the_product(way: RowLayout, rows: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     x_NI, w_OI = (torch.randn(n, 24, generator=generator, dtype=torch.float64) for n in (rows, 10))
     seen: list[int] = []

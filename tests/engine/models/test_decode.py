@@ -10,7 +10,7 @@ from torch import Tensor
 
 from knapper.engine.layers.lora import Lora
 from knapper.engine.models.decoder import Decoder
-from knapper.engine.models.prefill import Prompt
+from knapper.engine.models.prefill import PrefillPrompt
 from tests.engine.models.test_decoder import decoder_of, lora_of
 from tests.engine.tiny import tiny_model
 
@@ -25,7 +25,7 @@ def steps(decoder: Decoder, adapters: Sequence[Lora | None], story: Sequence[Seq
             texts.remove(slots.pop(gone))  # type: ignore[arg-type]  # whatever it is
         for number in members:
             if number not in slots:
-                prompt = Prompt(np.arange(20 + number, dtype=np.int32), adapters[number])
+                prompt = PrefillPrompt(np.arange(20 + number, dtype=np.int32), adapters[number])
                 (prefilled,) = decoder.prompts([prompt])
                 slots[number] = texts.add(prefilled.kept, len(prompt.tokens_T))
         texts.settle()

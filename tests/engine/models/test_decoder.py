@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from knapper.engine.layers.adapters import site_shapes
-from knapper.engine.layers.attention import Packed
+from knapper.engine.layers.attention import PackedAttention
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_gathered import Scattered, Stack
 from knapper.engine.layers.lora_grouped import Segment, Segments, base
@@ -52,7 +52,7 @@ def prefill(
     decoder: Decoder, tokens_N: Tensor, lengths: Sequence[int], segments: Sequence[Segment]
 ) -> tuple[Tensor, Tensor]:
     positions_N = torch.cat([torch.arange(length) for length in lengths])
-    return decoder.recorded(tokens_N, positions_N, Packed(lengths), segments)
+    return decoder.recorded(tokens_N, positions_N, PackedAttention(lengths), segments)
 
 
 def tensor_name(site: str) -> str:

@@ -20,16 +20,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from knapper.engine import checkpoint_format
-from knapper.engine.executor import Device
+from knapper.engine.executor import Executor
 from knapper.engine.layers.lora import Lora
 from knapper.engine.models import transformers_loader
 from knapper.engine.models.config import UnsupportedModel, computed_by
 from knapper.engine.models.loader import load
 from knapper.engine.models.weight_files import BrokenModel
-from knapper.engine.sampling.sampler import Sampler
+from knapper.engine.sampling.sampler import EngineSampler
 from knapper.engine.training.batch import compute
 from knapper.engine.training.trainer import RunState, Trainer
-from knapper.wire.types import AdamW, Datum, Sample, SampleOutput
+from knapper.wire.types import AdamW, Datum, SampleOutput, SampleRequest
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
 from tests.engine.sampling.test_scheduler import Shelf, prompt_of, same
 from tests.engine.sampling.test_scheduler import request as asked
@@ -53,10 +53,12 @@ def trained(trainer: Trainer, **changes: Any) -> RunState:
     return state
 
 
-def sampled(trainer: Trainer, adapters: dict[str, Lora], directory: Path, *requests: Sample) -> list[SampleOutput]:
-    device = Device()
+def sampled(
+    trainer: Trainer, adapters: dict[str, Lora], directory: Path, *requests: SampleRequest
+) -> list[SampleOutput]:
+    device = Executor()
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    sampler = Sampler(
+    sampler = EngineSampler(
         trainer.decoder, device, Shelf(adapters), tokenizer, slots_max=6, kv_tokens_max=4096, now=time.monotonic
     )
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from knapper.engine.layers.lora import Lora
-from knapper.engine.sampling.adapter_cache import AdaptersKept
+from knapper.engine.sampling.adapter_cache import AdapterCache
 from knapper.errors import NotFound, OutOfMemory, Unavailable
 from tests.engine.faults import gpu_error
 
@@ -40,7 +40,7 @@ def within(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(asyncio.wait_for(work, 10))
 
 
-async def used(kept: AdaptersKept, *adapters: str) -> None:
+async def used(kept: AdapterCache, *adapters: str) -> None:
     for adapter in adapters:
         async with kept.use(adapter) as lora:
             assert lora.nbytes == ONE
@@ -50,7 +50,7 @@ def test_as_many_bytes_are_kept_as_there_is_room_for_and_one_more_takes_the_long
     shelf = Shelf()
 
     async def story() -> None:
-        kept = AdaptersKept(shelf, CPU, 3 * ONE)
+        kept = AdapterCache(shelf, CPU, 3 * ONE)
         await used(kept, "a", "b", "c", "a", "b", "c")
         assert shelf.loads == ["a", "b", "c"]
         assert kept.bytes == 3 * ONE
@@ -68,7 +68,7 @@ def test_one_byte_less_keeps_one_less() -> None:
     shelf = Shelf()
 
     async def story() -> None:
-        kept = AdaptersKept(shelf, CPU, 3 * ONE - 1)
+        kept = AdapterCache(shelf, CPU, 3 * ONE - 1)
         await used(kept, "a", "b", "c")
         assert kept.bytes == 2 * ONE
 
@@ -79,7 +79,7 @@ def test_those_in_use_stay_whatever_they_take() -> None:
     shelf = Shelf()
 
     async def story() -> None:
-        kept = AdaptersKept(shelf, CPU, ONE)
+        kept = AdapterCache(shelf, CPU, ONE)
         async with AsyncExitStack() as held:
             for adapter in "abcd":
                 await held.enter_async_context(kept.use(adapter))
@@ -96,7 +96,7 @@ def test_several_that_want_it_load_it_once_and_one_that_leaves_takes_it_from_nob
     shelf = Shelf()
 
     async def story() -> None:
-        kept = AdaptersKept(shelf, CPU, 0)
+        kept = AdapterCache(shelf, CPU, 0)
         first, second = asyncio.ensure_future(used(kept, "a")), asyncio.ensure_future(used(kept, "a"))
         await asyncio.sleep(0)
         first.cancel()
@@ -111,7 +111,7 @@ def test_a_failed_load_is_heard_by_who_waits_and_tried_again() -> None:
     shelf = Shelf()
 
     async def story() -> None:
-        kept = AdaptersKept(shelf, CPU, ONE)
+        kept = AdapterCache(shelf, CPU, ONE)
         for _ in range(2):
             with pytest.raises(NotFound):
                 await used(kept, "none")
@@ -124,7 +124,7 @@ def test_a_load_that_lacks_memory_takes_that_of_unused_ones() -> None:
     shelf = Shelf()
 
     async def story() -> None:
-        kept = AdaptersKept(shelf, CPU, 3 * ONE)
+        kept = AdapterCache(shelf, CPU, 3 * ONE)
         await used(kept, "a", "b")
         shelf.short = 1
         await used(kept, "c")

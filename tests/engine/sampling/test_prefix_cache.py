@@ -7,21 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from knapper.engine.sampling.prefix_cache import COMMON_MIN, Beginnings
+from knapper.engine.sampling.prefix_cache import COMMON_MIN, PrefixCache
 from knapper.wire.types import SampleOutput
 from tests.engine.sampling.test_scheduler import House, prompt_of, request, same, until
 
 LAST = torch.zeros(1, 4)
 
 
-def kept(*prompts: tuple[str, np.ndarray[Any, Any]], tokens_max: int = 1000, partly: bool = True) -> Beginnings:
-    found = Beginnings(tokens_max, partly=partly)
+def kept(*prompts: tuple[str, np.ndarray[Any, Any]], tokens_max: int = 1000, partly: bool = True) -> PrefixCache:
+    found = PrefixCache(tokens_max, partly=partly)
     for number, (adapter, tokens) in enumerate(prompts):
         found.add(adapter, tokens, number, LAST)
     return found
 
 
-def common(beginnings: Beginnings, adapter: str, tokens: np.ndarray[Any, Any], most: int = 10**6) -> int:
+def common(beginnings: PrefixCache, adapter: str, tokens: np.ndarray[Any, Any], most: int = 10**6) -> int:
     found = beginnings.find(adapter, tokens, most)
     return 0 if found is None else found[1]
 

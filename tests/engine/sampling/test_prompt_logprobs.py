@@ -11,7 +11,7 @@ import torch
 
 from knapper import limits
 from knapper.engine.layers.lora_grouped import Segment, Segments
-from knapper.engine.sampling.prompt_logprobs import PromptScores
+from knapper.engine.sampling.prompt_logprobs import PromptLogprobs
 from knapper.errors import KnapperError
 from knapper.wire.types import Cells
 from tests.engine.sampling.test_scheduler import House, prompt_of, request
@@ -116,9 +116,9 @@ def test_only_rows_that_matter_are_computed() -> None:
     one = np.full((99, 2), -1, dtype=np.int64)
     one[60, 1] = 7
     cells = Cells(one.reshape(-1), (99, 2))
-    assert PromptScores(request(prompt=prompt, target_prompt_logprobs=cells)).first == 60
-    assert PromptScores(request(prompt=prompt, prompt_logprobs=True, prompt_logprobs_last_n=4)).first == 95
-    assert PromptScores(request(prompt=prompt, prompt_alt_tokens_k=1, target_prompt_logprobs=cells)).first == 0
+    assert PromptLogprobs(request(prompt=prompt, target_prompt_logprobs=cells)).first == 60
+    assert PromptLogprobs(request(prompt=prompt, prompt_logprobs=True, prompt_logprobs_last_n=4)).first == 95
+    assert PromptLogprobs(request(prompt=prompt, prompt_alt_tokens_k=1, target_prompt_logprobs=cells)).first == 0
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

@@ -16,14 +16,14 @@ import torch
 from tokenizers import Tokenizer
 
 from knapper import limits
-from knapper.engine.executor import Device
+from knapper.engine.executor import Executor
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_grouped import Segments
 from knapper.engine.models.decoder import Segment
 from knapper.engine.sampling.next_tokens import NonFiniteLogits
-from knapper.engine.sampling.sampler import Sampler
+from knapper.engine.sampling.sampler import EngineSampler
 from knapper.errors import ContextLengthExceeded, NotFound, TooLarge, UserError
-from knapper.wire.types import Sample, SampleOutput, SamplingParams, Sequence
+from knapper.wire.types import SampledSequence, SampleOutput, SampleRequest, SamplingParams
 from tests.engine.models.test_decoder import decoder_of, lora_of
 from tests.engine.tiny import context, tiny_model
 from tests.engine.training.test_scheduler import held
@@ -66,9 +66,9 @@ class House:
         self.decoder = decoder_of(make(directory))
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.shelf = Shelf({f"adapter-{seed}": lora_of(self.decoder, seed=seed, rank=3 + seed) for seed in (1, 2, 3)})
-        self.device = Device()
+        self.device = Executor()
         weakref.finalize(self, self.device.close)
-        self.sampler = Sampler(
+        self.sampler = EngineSampler(
             self.decoder,
             self.device,
             self.shelf,
@@ -78,7 +78,7 @@ class House:
             now=now,
         )
 
-    def run(self, *requests: Sample) -> list[SampleOutput]:
+    def run(self, *requests: SampleRequest) -> list[SampleOutput]:
         async def together() -> list[SampleOutput]:
             return list(await asyncio.gather(*(self.sampler.sample(request) for request in requests)))
 
@@ -105,7 +105,7 @@ def prompt_of(length: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.int32]]
     return np.random.default_rng(seed).integers(0, 256, length).astype(np.int32)
 
 
-def request(**fields: Any) -> Sample:
+def request(**fields: Any) -> SampleRequest:
     """`max_tokens=...` and the like go to the sampling parameters; EOS is ignored unless a test says otherwise."""
     params = {
         name: fields.pop(name)
@@ -114,10 +114,10 @@ def request(**fields: Any) -> Sample:
     }
     params = {"max_tokens": 12, "ignore_eos": True, **params}
     defaults: dict[str, Any] = {"base_model": "tiny", "adapter": "", "prompt": prompt_of(9), "seed": 5}
-    return Sample(**{**defaults, **fields}, params=SamplingParams(**params))
+    return SampleRequest(**{**defaults, **fields}, params=SamplingParams(**params))
 
 
-def same(first: Sequence, second: Sequence) -> bool:
+def same(first: SampledSequence, second: SampledSequence) -> bool:
     return np.array_equal(first.tokens, second.tokens) and np.array_equal(first.logprobs, second.logprobs)
 
 
@@ -265,7 +265,7 @@ def test_more_samples_than_slots_and_memory_all_come_and_small_requests_go_in_be
     house = House(tmp_path, slots_max=4, kv_tokens_max=64 * 3)
     order: list[tuple[str, int]] = []
 
-    async def named(name: str, one: Sample) -> SampleOutput:
+    async def named(name: str, one: SampleRequest) -> SampleOutput:
         output = await house.sampler.sample(one)
         order.append((name, house.sampler.counters.decoded_tokens))
         return output
@@ -383,7 +383,9 @@ def test_a_stop_string_across_tokens_ends_a_text_and_stays_in_it(house: House) -
 
 
 def test_stop_strings_need_a_tokenizer(house: House) -> None:
-    bare = Sampler(house.decoder, house.device, house.shelf, None, slots_max=4, kv_tokens_max=1024, now=time.monotonic)
+    bare = EngineSampler(
+        house.decoder, house.device, house.shelf, None, slots_max=4, kv_tokens_max=1024, now=time.monotonic
+    )
     with pytest.raises(UserError, match="no tokenizer"):
         house.within(bare.sample(request(stop_strings=("x",))))
 
@@ -528,7 +530,7 @@ def test_training_takes_turns_with_decoding(house: House) -> None:
 def test_bfloat16_samples_are_the_same_alone_and_in_a_crowd(tmp_path: Path) -> None:
     house = House(tmp_path)
     house.decoder = decoder_of(tmp_path, torch.bfloat16)
-    house.sampler = Sampler(
+    house.sampler = EngineSampler(
         house.decoder, house.device, house.shelf, house.tokenizer, slots_max=16, kv_tokens_max=8192, now=time.monotonic
     )
     crowd = [request(adapter=["", "adapter-1"][n % 2], prompt=prompt_of(5 + n, seed=n), seed=n) for n in range(9)]

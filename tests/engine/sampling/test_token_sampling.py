@@ -7,11 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from knapper.engine.sampling.token_sampling import Drawn, alternatives, draw, log_distribution, uniforms, where_float64
+from knapper.engine.sampling.token_sampling import (
+    SampledTokens,
+    alternatives,
+    draw,
+    log_distribution,
+    uniforms,
+    where_float64,
+)
 from knapper.wire.types import SamplingParams
 
 
-def drawn(logits: Tensor, params: SamplingParams, count: int, seed: int = 0) -> Drawn:
+def drawn(logits: Tensor, params: SamplingParams, count: int, seed: int = 0) -> SampledTokens:
     generator = np.random.default_rng(seed)
     return draw(logits.expand(count, -1), [params] * count, [float(u) for u in generator.random(count)])
 

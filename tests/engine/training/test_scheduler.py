@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from knapper.engine.executor import Device, Task
+from knapper.engine.executor import Executor, Work
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.training import batch as training_batch
-from knapper.engine.training.batch import Pass
-from knapper.engine.training.scheduler import Clock, Computed
+from knapper.engine.training.batch import PendingRequest
+from knapper.engine.training.scheduler import TrainingResult, TrainingScheduler
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.errors import UserError
 from knapper.wire.types import AdamW, Datum, ForwardBackward, ForwardBackwardOutput
@@ -27,8 +27,8 @@ def trainer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture
-def device() -> Iterator[Device]:
-    device = Device()
+def device() -> Iterator[Executor]:
+    device = Executor()
     yield device
     device.close()
 
@@ -63,7 +63,7 @@ def runs(trainer: Trainer) -> list[tuple[RunState, ForwardBackward]]:
     return found
 
 
-def gathered(device: Device, clock: Clock, asked: list[tuple[RunState, ForwardBackward]]) -> list[object]:
+def gathered(device: Executor, clock: TrainingScheduler, asked: list[tuple[RunState, ForwardBackward]]) -> list[object]:
     """What each gets, all having arrived before the first pass began."""
     gate = held(device)
     futures = [submitted(clock, state, one) for state, one in asked]
@@ -71,15 +71,15 @@ def gathered(device: Device, clock: Clock, asked: list[tuple[RunState, ForwardBa
     return [error if (error := future.exception(60)) else future.result() for future in futures]
 
 
-def submitted(clock: Clock, state: RunState, asked: ForwardBackward) -> "Future[Computed]":
+def submitted(clock: TrainingScheduler, state: RunState, asked: ForwardBackward) -> "Future[TrainingResult]":
     return clock.submit(state, lambda: asked)
 
 
-def held(device: Device) -> threading.Event:
+def held(device: Executor) -> threading.Event:
     """The device's thread waits until the event is set."""
     gate, reached = threading.Event(), threading.Event()
 
-    def wait() -> Task[None]:
+    def wait() -> Work[None]:
         reached.set()
         gate.wait(60)
         yield
@@ -103,14 +103,14 @@ def assert_equal(found: object, state: RunState, output: ForwardBackwardOutput) 
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_run_in_a_crowd_has_the_bits_that_it_has_alone(trainer: Trainer, device: Device, threads: int) -> None:
+def test_a_run_in_a_crowd_has_the_bits_that_it_has_alone(trainer: Trainer, device: Executor, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         asked = runs(trainer)
         alone = [done(trainer.forward_backward(state, one)) for state, one in asked]
         for order in ([0, 1, 2, 3, 4], [4, 2, 0], [1, 3], [3, 4, 1, 0]):
-            clock = Clock(trainer, device, lambda: 0.0)
+            clock = TrainingScheduler(trainer, device, lambda: 0.0)
             found = gathered(device, clock, [asked[index] for index in order])
             assert clock.counters.passes == 1
             assert clock.counters.shares == len(order)
@@ -120,12 +120,12 @@ def test_a_run_in_a_crowd_has_the_bits_that_it_has_alone(trainer: Trainer, devic
         torch.set_num_threads(before)
 
 
-def test_a_shared_prompt_is_computed_once_and_changes_no_log_probability(trainer: Trainer, device: Device) -> None:
+def test_a_shared_prompt_is_computed_once_and_changes_no_log_probability(trainer: Trainer, device: Executor) -> None:
     rng = np.random.default_rng(SEED)
     state = runs(trainer)[0][0]
     data = group(rng, "importance_sampling", 40, (7, 12, 7, 3))
     together, output = done(trainer.forward_backward(state, request(data, "importance_sampling")))
-    clock = Clock(trainer, device, lambda: 0.0)
+    clock = TrainingScheduler(trainer, device, lambda: 0.0)
     gathered(device, clock, [(state, request(data, "importance_sampling"))])
     assert clock.counters.rows == 40 + 7 + 12 + 7 + 3
     total = torch.zeros_like(state.weights_P)
@@ -154,18 +154,18 @@ def test_rows_with_other_targets_are_told_apart(trainer: Trainer) -> None:
     assert not np.array_equal(both.outputs[0]["logprobs"], both.outputs[1]["logprobs"])
 
 
-def test_forward_only_requests_have_passes_of_their_own(trainer: Trainer, device: Device) -> None:
+def test_forward_only_requests_have_passes_of_their_own(trainer: Trainer, device: Executor) -> None:
     asked = runs(trainer)[:3]
     (state, one), *_ = asked
     asked[0] = state, request(one.data, one.loss, forward_only=True)
-    clock = Clock(trainer, device, lambda: 0.0)
+    clock = TrainingScheduler(trainer, device, lambda: 0.0)
     found = gathered(device, clock, asked)
     assert clock.counters.passes == 2
     for (state, one), mine in zip(asked, found, strict=True):
         assert_equal(mine, *done(trainer.forward_backward(state, one)))
 
 
-def test_who_fails_fails_alone(trainer: Trainer, device: Device) -> None:
+def test_who_fails_fails_alone(trainer: Trainer, device: Executor) -> None:
     asked = runs(trainer)
     alone = [done(trainer.forward_backward(state, one)) for state, one in asked]
     _, one = asked[0]
@@ -173,7 +173,7 @@ def test_who_fails_fails_alone(trainer: Trainer, device: Device) -> None:
     one.data[2].inputs["advantages"][23] = -1.0  # the ratio overflows, and nothing clips it
     broken = asked[3][0].weights_P * 1e30
     asked[3] = trainer.begin(asked[3][0].spec, broken), asked[3][1]
-    found = gathered(device, Clock(trainer, device, lambda: 0.0), asked)
+    found = gathered(device, TrainingScheduler(trainer, device, lambda: 0.0), asked)
     assert isinstance(found[0], UserError)
     assert "datum 2" in str(found[0])
     assert isinstance(found[3], UserError)
@@ -182,20 +182,20 @@ def test_who_fails_fails_alone(trainer: Trainer, device: Device) -> None:
 
 
 def test_a_defect_that_one_request_brings_out_fails_no_other(
-    trainer: Trainer, device: Device, monkeypatch: pytest.MonkeyPatch
+    trainer: Trainer, device: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = runs(trainer)[:3]
     alone = [done(trainer.forward_backward(state, one)) for state, one in asked]
     compute, culprit = training_batch.compute, asked[1][1].data[0]
 
-    def defective(decoder: Decoder, chosen: list[Pass]) -> Task[None]:
+    def defective(decoder: Decoder, chosen: list[PendingRequest]) -> Work[None]:
         mine = any(batch.data[0] is culprit for one in chosen for batch in one.waiting)
         yield from compute(decoder, chosen)  # its gradients are added, and then it breaks
         if mine:
             raise RuntimeError("out of memory")
 
     monkeypatch.setattr(training_batch, "compute", defective)
-    clock = Clock(trainer, device, lambda: 0.0)
+    clock = TrainingScheduler(trainer, device, lambda: 0.0)
     found = gathered(device, clock, asked)
     assert isinstance(found[1], RuntimeError)
     assert clock.counters.repeated == 3
@@ -204,28 +204,28 @@ def test_a_defect_that_one_request_brings_out_fails_no_other(
 
 
 def test_the_device_is_shared_by_rows_and_nobody_starves(
-    trainer: Trainer, device: Device, monkeypatch: pytest.MonkeyPatch
+    trainer: Trainer, device: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(SEED)
     monkeypatch.setattr(trainer, "rows_max", 16)
     order: list[str] = []
     compute = training_batch.compute
 
-    def noted(decoder: Decoder, chosen: list[Pass]) -> Task[None]:
+    def noted(decoder: Decoder, chosen: list[PendingRequest]) -> Work[None]:
         order.extend(names[id(one.lora.a)] for one in chosen)
         return compute(decoder, chosen)
 
     names: dict[int, str] = {}
     opened = trainer.open
 
-    def open_named(state: RunState, asked: ForwardBackward) -> Pass:
+    def open_named(state: RunState, asked: ForwardBackward) -> PendingRequest:
         one = opened(state, asked)
         names[id(one.lora.a)] = state.spec.run
         return one
 
     monkeypatch.setattr(trainer, "open", open_named)
     monkeypatch.setattr(training_batch, "compute", noted)
-    clock = Clock(trainer, device, lambda: 0.0)
+    clock = TrainingScheduler(trainer, device, lambda: 0.0)
     long = trainer.create(spec(run="long")), request([datum(16, "cross_entropy", rng) for _ in range(9)])
     short = trainer.create(spec(run="short")), request([datum(12, "cross_entropy", rng) for _ in range(3)])
     gathered(device, clock, [long, short])
@@ -234,9 +234,9 @@ def test_the_device_is_shared_by_rows_and_nobody_starves(
     assert order.count("long") == 9
 
 
-def test_a_cancelled_request_leaves_at_once(trainer: Trainer, device: Device) -> None:
+def test_a_cancelled_request_leaves_at_once(trainer: Trainer, device: Executor) -> None:
     (state, one), other = runs(trainer)[:2]
-    clock = Clock(trainer, device, lambda: 0.0)
+    clock = TrainingScheduler(trainer, device, lambda: 0.0)
     gate = held(device)
     leaving, staying = clock.submit(state, lambda: one), clock.submit(other[0], lambda: other[1])
     assert leaving.cancel()
@@ -246,11 +246,11 @@ def test_a_cancelled_request_leaves_at_once(trainer: Trainer, device: Device) ->
     assert clock.waiting == 0
 
 
-def test_a_request_that_cannot_be_read_is_answered_with_that(trainer: Trainer, device: Device) -> None:
+def test_a_request_that_cannot_be_read_is_answered_with_that(trainer: Trainer, device: Executor) -> None:
     def unreadable() -> ForwardBackward:
         raise UserError("not a request")
 
-    clock = Clock(trainer, device, lambda: 0.0)
+    clock = TrainingScheduler(trainer, device, lambda: 0.0)
     (state, one), *_ = runs(trainer)
     with pytest.raises(UserError, match="not a request"):
         clock.submit(state, unreadable).result(60)

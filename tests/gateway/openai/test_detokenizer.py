@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 
-from gateway.openai.detokenizer import Characters, Piece, Text
-from knapper.wire.progress import Drawn, Ending
+from gateway.openai.detokenizer import Characters, Detokenizer, TextDelta
+from knapper.wire.progress import Ending, TokenEvent
 from tests.engine.tiny import eos, sentencepiece, tiny_model
 
 WORLD = "the naïve 漢字 and 🦊🏽‍🚀 in ünïcödé — ok"
@@ -21,13 +21,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def tell(
     tokenizer: Tokenizer, tokens: list[int], ending: Ending = "length", stops: tuple[str, ...] = (), prompt: str = ""
-) -> list[Piece]:
-    text = Text(tokenizer, tokenizer.encode(prompt).ids, stops)
+) -> list[TextDelta]:
+    text = Detokenizer(tokenizer, tokenizer.encode(prompt).ids, stops)
     last = len(tokens) - 1
-    return [text.add(Drawn(0, i, token, -1.0 - i, ending if i == last else "")) for i, token in enumerate(tokens)]
+    return [text.add(TokenEvent(0, i, token, -1.0 - i, ending if i == last else "")) for i, token in enumerate(tokens)]
 
 
-def joined(pieces: list[Piece]) -> str:
+def joined(pieces: list[TextDelta]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
@@ -148,19 +148,19 @@ def test_bytes_that_are_no_text_end_no_request_of_a_sentencepiece_model() -> Non
 def test_a_space_between_prompt_and_text_is_kept(prompt: str) -> None:
     """By tokenizers that drop a space at the beginning of what they decode."""
     tokenizer = sentencepiece()
-    text = Text(tokenizer, tokenizer.encode(prompt).ids, ())
+    text = Detokenizer(tokenizer, tokenizer.encode(prompt).ids, ())
     tokens = [1, 0, *(tokenizer.get_vocab()[f"<0x{byte:02X}>"] for byte in "漢".encode()), 2]
-    told = [text.add(Drawn(0, i, token, 0.0)).text for i, token in enumerate(tokens)]
+    told = [text.add(TokenEvent(0, i, token, 0.0)).text for i, token in enumerate(tokens)]
     assert told == [" and", " the", "", "", "漢", "!"]
     assert tokenizer.decode([1]) == "and", "or the test proves nothing"
 
 
 def test_a_text_can_begin_behind_an_echo(tokenizer: Tokenizer) -> None:
-    text = Text(tokenizer, tokenizer.encode("prompt").ids, (), offset=6)
+    text = Detokenizer(tokenizer, tokenizer.encode("prompt").ids, (), offset=6)
     scored = [
         one
         for i, token in enumerate(tokenizer.encode("the and").ids)
-        for one in text.add(Drawn(0, i, token, 0.0)).tokens
+        for one in text.add(TokenEvent(0, i, token, 0.0)).tokens
     ]
     assert [one.offset for one in scored] == [6, 9]
 

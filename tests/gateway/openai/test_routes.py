@@ -23,8 +23,8 @@ from knapper import limits
 from knapper.ids import LOCAL_TENANT
 from knapper.state.checkpoints import Checkpoint, Checkpoints
 from knapper.wire import progress, proto
-from knapper.wire.progress import Drawn, Ending, Failed, Whole
-from knapper.wire.types import SampleOutput, Sequence
+from knapper.wire.progress import Ending, FailedEvent, FinishedEvent, TokenEvent
+from knapper.wire.types import SampledSequence, SampleOutput
 from tests.engine.tiny import eos
 from tests.gateway.openai.chatting import chat_model
 from tests.gateway.running import MODEL, Running, gateway, serve
@@ -39,7 +39,7 @@ class Upstream:
     tokens: list[int] = field(default_factory=list)
     refusals: list[Response] = field(default_factory=list)
     breaks: list[int] = field(default_factory=list)
-    failure: Failed | None = None
+    failure: FailedEvent | None = None
     pause: asyncio.Event = field(default_factory=asyncio.Event)
     calls: list[dict[str, Any]] = field(default_factory=list)
     left: int = 0
@@ -60,7 +60,7 @@ class Upstream:
 
     def output(self, call: dict[str, Any]) -> SampleOutput:
         tokens, logprobs = np.array(self.tokens, np.int32), np.full(len(self.tokens), -0.5, np.float32)
-        return SampleOutput([Sequence(tokens, logprobs, True)] * call["num_samples"])
+        return SampleOutput([SampledSequence(tokens, logprobs, True)] * call["num_samples"])
 
     async def frames(self, call: dict[str, Any]) -> AsyncIterator[bytes]:
         ends_at = self.breaks.pop(0) if self.breaks else None
@@ -70,7 +70,7 @@ class Upstream:
                     raise ConnectionResetError
                 for number in range(call["num_samples"]):
                     ending: Ending = "stop" if position == len(self.tokens) - 1 else ""
-                    yield progress.encode(Drawn(number, position, token, -0.5, ending))
+                    yield progress.encode(TokenEvent(number, position, token, -0.5, ending))
                 if position == 0:
                     await self.pause.wait()
                     if self.failure is not None:
@@ -79,7 +79,7 @@ class Upstream:
         except asyncio.CancelledError:
             self.left += 1
             raise
-        yield progress.encode(Whole(proto.encode_sample_response(self.output(call)), 0.25))
+        yield progress.encode(FinishedEvent(proto.encode_sample_response(self.output(call)), 0.25))
 
 
 @dataclass
@@ -232,7 +232,7 @@ def test_a_stream_that_breaks_again_and_again_ends_with_an_error(served: Served)
 
 
 def test_an_error_after_the_first_token_is_the_last_event(served: Served) -> None:
-    served.upstream.failure = Failed(422, "broken weights", "non_finite", "user")
+    served.upstream.failure = FailedEvent(422, "broken weights", "non_finite", "user")
     *_, last = served.events()
     assert last["error"] == {
         "message": "broken weights", "type": "invalid_request_error", "param": None, "code": "non_finite",

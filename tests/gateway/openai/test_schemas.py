@@ -14,12 +14,12 @@ CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "hi"}
 
 
-def chat(**more: Any) -> schemas.Chat:
-    return schemas.decode(msgspec.json.encode(CHAT | more), schemas.Chat)
+def chat(**more: Any) -> schemas.ChatRequest:
+    return schemas.decode(msgspec.json.encode(CHAT | more), schemas.ChatRequest)
 
 
-def completion(**more: Any) -> schemas.Completion:
-    return schemas.decode(msgspec.json.encode(COMPLETION | more), schemas.Completion)
+def completion(**more: Any) -> schemas.CompletionRequest:
+    return schemas.decode(msgspec.json.encode(COMPLETION | more), schemas.CompletionRequest)
 
 
 def test_parameters_become_those_of_a_sample() -> None:

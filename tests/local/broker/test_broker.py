@@ -14,7 +14,7 @@ from knapper.errors import TooMany
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
 from knapper.local.broker import delivery
-from knapper.local.broker.broker import Broker
+from knapper.local.broker.broker import LocalBroker
 from knapper.local.broker.delivery import HOPS_MAX, Letter
 from knapper.local.broker.fault_injection import COPIES_MAX, Mischief
 
@@ -41,7 +41,7 @@ class Subscriber:
 
 
 @asynccontextmanager
-async def broker_of(answer: Answer, mischief: Mischief | None = None) -> AsyncIterator[tuple[Broker, Subscriber]]:
+async def broker_of(answer: Answer, mischief: Mischief | None = None) -> AsyncIterator[tuple[LocalBroker, Subscriber]]:
     subscriber = Subscriber(answer)
     app = web.Application()
     app.router.add_post("/reward", subscriber.reward)
@@ -52,13 +52,13 @@ async def broker_of(answer: Answer, mischief: Mischief | None = None) -> AsyncIt
     await site.start()
     subscriber.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     async with aiohttp.ClientSession() as client:
-        broker = Broker(client, {"reward": f"{subscriber.url}/reward"}, f"{subscriber.url}/dead", mischief)
+        broker = LocalBroker(client, {"reward": f"{subscriber.url}/reward"}, f"{subscriber.url}/dead", mischief)
         yield broker, subscriber
         await broker.close()
     await runner.cleanup()
 
 
-async def settled(broker: Broker) -> None:
+async def settled(broker: LocalBroker) -> None:
     while broker._under_way:
         await asyncio.wait(set(broker._under_way))
         await asyncio.sleep(0)

@@ -13,9 +13,9 @@ from knapper.catalogue.served_models import Catalogue
 from knapper.exchange.directory import DirectoryExchange
 from knapper.ids import RunId, SamplerId, SessionId, Tenant, TinkerPath
 from knapper.jobs.names import Start
-from knapper.jobs.notifications import Bells
+from knapper.jobs.notifications import Notifier
 from knapper.jobs.records import Evaluated, Rollouts, Scores, Spent, Trained, Waiting, encode
-from knapper.jobs.services import Place
+from knapper.jobs.services import JobServices
 from knapper.state import dead_letters, layout, ledger_entries, usage
 from knapper.state.api_keys import Keys
 from knapper.state.checkpoints import Checkpoint, Checkpoints
@@ -49,7 +49,7 @@ class Server:
 
     def client(self) -> TestClient:
         """Of a gateway that has seen nothing yet, whose defects answer 500."""
-        place = Place(self.store, DirectoryExchange(self.exchange), Bells(_nobody, lambda: AT), lambda: AT)
+        place = JobServices(self.store, DirectoryExchange(self.exchange), Notifier(_nobody, lambda: AT), lambda: AT)
         app = create_app(self.store, settings(keys=True, jwt=True), place=place, clock=lambda: AT)
         return TestClient(app, base_url="http://testserver/api/v1/", raise_server_exceptions=False)
 
@@ -135,7 +135,9 @@ async def _worked(store: Store, tenant: Tenant, runs: list[RunId], session: Sess
     for n in range(2):
         rows = [Sampled(session=session, base_model=MODEL.name, prompt=1 + n, sampled=2, device_s=0.5)]
         await store.put_if_absent(usage.record_name(tenant, hour, f"minute-{n}"), encode(Samplings(rows=rows)))
-    await ledger_entries.write(store, tenant, ledger_entries.Line(hour, runs[0], ledger_entries.Through(1, 2), 3, 1.5))
+    await ledger_entries.write(
+        store, tenant, ledger_entries.LedgerEntry(hour, runs[0], ledger_entries.Through(1, 2), 3, 1.5)
+    )
     for step in range(2):
         times: dict[str, Any] = {"began_at": AT, "ended_at": AT}
         trained = Trained(next_seq=1, steps=3, metrics={"loss": 1.0}, tokens=1, bytes=1, spent=Spent(), **times)
