@@ -36,7 +36,7 @@ from knapper.state.audit import Audit
 from knapper.state.checkpoints import Checkpoints
 from knapper.state.function_key import FunctionKey
 from knapper.state.gc.collector import Collector
-from knapper.state.gc.session import Retention
+from knapper.state.gc.lookups import Retention
 from knapper.state.journal.accept import Acceptor
 from knapper.state.journal.newest import Manifests
 from knapper.state.journal.results import Results

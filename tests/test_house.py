@@ -212,6 +212,33 @@ def test_prefixes_of_the_object_store_stand_in_its_map_alone() -> None:
     assert found == [], "take them from knapper.state.layout; a path of a URL begins with a slash"
 
 
+NOUNS_IN_ING = {"checkpointing", "padding", "routing", "sampling", "serving", "sharing", "staging", "training"}
+
+
+def sources() -> list[str]:
+    return [path for path in tracked("knapper", "gateway", "functions") if path.endswith(".py")]
+
+
+def test_no_source_file_has_more_than_400_lines() -> None:
+    lengths = {path: len((ROOT / path).read_text().splitlines()) for path in sources()}
+    assert {path: lines for path, lines in lengths.items() if lines > 400} == {}
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    places = dict[str, list[str]]()
+    for path in sources():
+        for node in ast.parse((ROOT / path).read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(path)
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+def test_no_module_is_named_by_a_gerund() -> None:
+    """The field's own nouns in -ing are none."""
+    words = {path: Path(path).stem.rpartition("_")[2] for path in sources()}
+    assert {path for path, word in words.items() if word.endswith("ing") and word not in NOUNS_IN_ING} == set()
+
+
 def test_whatever_is_imported_is_declared() -> None:
     product = imported_distributions("knapper", "gateway", "functions")
     assert product - NOT_DECLARED <= declared("core", "train", "gcp", "reward", "deploy", "traces", "vllm")

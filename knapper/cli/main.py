@@ -132,7 +132,7 @@ def _collector(data: Path | None) -> "tuple[Collector, Store]":
     from knapper.jobs import needs
     from knapper.settings import Settings, variable
     from knapper.state.gc.collector import Collector
-    from knapper.state.gc.session import Retention
+    from knapper.state.gc.lookups import Retention
     from knapper.state.ledger import Accounts
     from knapper.store.factory import open_store
 

@@ -5,9 +5,9 @@ from knapper.errors import NotHolder
 from knapper.events.cloudevents import Hint
 from knapper.ids import RunId
 from knapper.state import layout
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.newest import Manifests, newest_name
 from knapper.state.journal.records import Commit, Manifest, decode
-from knapper.state.journal.run import Holder
 from knapper.store import Store
 
 

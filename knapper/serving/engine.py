@@ -36,8 +36,8 @@ from knapper.serving import shutdown
 from knapper.serving.runs import ClaimedRuns
 from knapper.settings import Settings
 from knapper.state.journal import bundles
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.records import Terms
-from knapper.state.journal.run import Holder
 from knapper.store import Store
 from knapper.store.factory import open_store
 

@@ -21,10 +21,11 @@ from knapper.ids import RunId
 from knapper.observability import metrics
 from knapper.serving import claims
 from knapper.state.gc import journal
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.machine import Machine, State
 from knapper.state.journal.newest import Manifests
 from knapper.state.journal.records import Commit
-from knapper.state.journal.run import Holder, Run
+from knapper.state.journal.run import Run
 from knapper.store import Store
 
 _RESIDENTS_MAX = 64  # states in memory; more than that, and the longest unused is dropped (its journal has everything)

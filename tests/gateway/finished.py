@@ -13,8 +13,9 @@ from knapper.jobs.records import Spent, Started, Trained, encode
 from knapper.state import layout
 from knapper.state.checkpoints import Checkpoint, Checkpoints
 from knapper.state.journal.accept import Acceptor, pack
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.records import Creation, Kind, Spec
-from knapper.state.journal.run import Holder, Run
+from knapper.state.journal.run import Run
 from knapper.state.sessions import Finish, Sampler, Samplers, Session, Sessions
 from knapper.state.tenant_index import Register
 from knapper.store import Store

@@ -19,8 +19,8 @@ from knapper.events import cloudevents
 from knapper.jobs.services import JobServices
 from knapper.serving import http as serving_http
 from knapper.serving.runs import ClaimedRuns
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.machine import Machine
-from knapper.state.journal.run import Holder
 from knapper.store import Names, Store
 from tests.gateway.running import create_model, settings
 from tests.sim.history import TERMS

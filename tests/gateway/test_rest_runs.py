@@ -7,7 +7,7 @@ import pytest
 from gateway import periodic_tasks
 from knapper.ids import LOCAL_TENANT, CheckpointKind, RunId
 from knapper.state.gc.collector import Collector
-from knapper.state.gc.session import Retention
+from knapper.state.gc.lookups import Retention
 from knapper.state.layout import run_prefix
 from tests.gateway import saved
 from tests.gateway.running import MODEL, Running, create_model, fwdbwd, settings

@@ -23,8 +23,9 @@ from knapper.engine.models.decoder import Decoder
 from knapper.engine.run_machine import TrainingMachine
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.state.journal.accept import Acceptor, pack
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.records import Commit, Creation, Kind, Spec, Terms
-from knapper.state.journal.run import Holder, Run
+from knapper.state.journal.run import Run
 from knapper.store.memory import MemoryStore
 from knapper.wire import proto
 from knapper.wire.types import Datum, ForwardBackward

@@ -9,7 +9,7 @@ from knapper.engine.run_machine import TrainingMachine
 from knapper.ids import TinkerPath
 from knapper.state.checkpoints import Checkpoints
 from knapper.state.gc.collector import Collector
-from knapper.state.gc.session import Retention
+from knapper.state.gc.lookups import Retention
 from knapper.state.journal import bundles
 from knapper.state.journal.records import decode
 from knapper.state.sessions import Sampler

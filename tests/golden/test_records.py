@@ -10,8 +10,9 @@ from knapper.errors import Corrupt, NewerFormat
 from knapper.state import layout
 from knapper.state.journal import envelope
 from knapper.state.journal.accept import Acceptor
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.records import Commit, Record, decode, encode, format_of
-from knapper.state.journal.run import Holder, Run
+from knapper.state.journal.run import Run
 from knapper.store.memory import MemoryStore
 from tests.golden import records
 from tests.sim.history import CREATION, RUN, TERMS

@@ -45,8 +45,8 @@ from knapper.rewards.scorer import RewardScore
 from knapper.rewards.spec import Reward
 from knapper.serving.engine import StoredAdapters
 from knapper.serving.runs import ClaimedRuns
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.records import Terms
-from knapper.state.journal.run import Holder
 from knapper.store.memory import MemoryStore
 from tests.engine.tiny import tiny_model
 from tests.jobs.places import Clock, Folder, serve

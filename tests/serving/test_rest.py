@@ -20,9 +20,9 @@ from knapper.ids import RunId
 from knapper.serving.runs import ClaimedRuns
 from knapper.state import layout
 from knapper.state.journal.accept import Acceptor, newest_manifest
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.machine import Files
 from knapper.state.journal.records import Creation, Spec
-from knapper.state.journal.run import Holder
 from knapper.store.memory import MemoryStore
 from knapper.wire import proto
 from tests.engine.runs import RUN as NAME

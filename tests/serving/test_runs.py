@@ -13,9 +13,9 @@ from knapper.events.cloudevents import Committed, Done, Frame
 from knapper.serving.runs import ClaimedRuns
 from knapper.state import layout
 from knapper.state.journal.accept import Acceptor
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.machine import Files, Outcome
 from knapper.state.journal.records import Commit, Manifest, Operation, decode
-from knapper.state.journal.run import Holder
 from knapper.store.memory import MemoryStore
 from tests.sim.history import CREATION, RUN, TERMS, Step, send
 from tests.sim.ledger import LedgerMachine, LedgerState

@@ -21,9 +21,10 @@ from knapper.state import layout
 from knapper.state.checkpoints import Checkpoint
 from knapper.state.gc import journal
 from knapper.state.gc.collector import Collector
-from knapper.state.gc.session import Retention
+from knapper.state.gc.lookups import Retention
 from knapper.state.journal import bundles
 from knapper.state.journal.accept import Acceptor, newest_manifest, pack
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.machine import Machine
 from knapper.state.journal.records import (
     Commit,
@@ -38,7 +39,7 @@ from knapper.state.journal.records import (
     encode,
 )
 from knapper.state.journal.results import GONE, Results
-from knapper.state.journal.run import Holder, Run
+from knapper.state.journal.run import Run
 from knapper.state.sessions import Sampler, Session
 from knapper.store import Store
 from knapper.store.memory import MemoryStore

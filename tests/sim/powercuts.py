@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from knapper.errors import Corrupt, NotFound, StoreError
 from knapper.state import layout
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.results import Results
-from knapper.state.journal.run import Holder, Run
+from knapper.state.journal.run import Run
 from knapper.store import Names
 from knapper.store.directory import DirectoryStore
 from tests.sim.disk import Disk

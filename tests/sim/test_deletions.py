@@ -13,8 +13,9 @@ from knapper.state import layout
 from knapper.state.gc.collector import Collector
 from knapper.state.journal import ends
 from knapper.state.journal.accept import Acceptor
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.records import Commit, decode
-from knapper.state.journal.run import Holder, Run
+from knapper.state.journal.run import Run
 from knapper.state.layout import run_prefix
 from tests.sim.history import CREATION, RUN, SESSION, SPEC, TERMS, History, make_plan, send
 from tests.sim.ledger import LedgerMachine

@@ -18,7 +18,8 @@ import pytest
 from knapper.errors import Corrupt
 from knapper.ids import RunId
 from knapper.state.gc import journal
-from knapper.state.gc.session import SharedLookups, Visit
+from knapper.state.gc.lookups import SharedLookups
+from knapper.state.gc.session import Visit
 from knapper.state.journal.records import Commit, Manifest, Result
 from knapper.state.journal.run import Run
 from knapper.store import Store
@@ -113,7 +114,10 @@ async def no_name_is_read(_self: Visit) -> None:
         ({"journal._is_dead": lambda _prefix, _manifest: True}, "its holder is storing it|recoveries start from it"),
         ({"journal.records": goes_up_to_the_newest}, "recoveries may replay"),
         ({"journal._commit": takes_fences_for_answers}, "is a fence"),
-        ({"session.Visit._names": no_name_is_read, "session.Pass.held": nothing_is_held}, "leads to it|has no index"),
+        (
+            {"session.Visit._names": no_name_is_read, "lookups.SharedLookups.held": nothing_is_held},
+            "leads to it|has no index",
+        ),
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, dict) else None,
 )

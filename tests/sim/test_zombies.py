@@ -15,11 +15,12 @@ import pytest
 from knapper.errors import Corrupt, KnapperError
 from knapper.state import layout
 from knapper.state.gc.collector import Collector
-from knapper.state.gc.session import Retention
+from knapper.state.gc.lookups import Retention
 from knapper.state.journal.accept import Acceptor, newest_manifest
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.records import Commit, decode
 from knapper.state.journal.results import GONE, Results
-from knapper.state.journal.run import Holder, Run
+from knapper.state.journal.run import Run
 from tests.sim.history import CREATION, RUN, SESSION, TERMS, Step, Truth, digest_of, make_plan, send, undisturbed
 from tests.sim.ledger import LedgerMachine
 from tests.sim.world import World, WorldStore

@@ -76,6 +76,15 @@ class WaitingJobs:
         if job not in self._line:
             self._line.appendleft(job)
 
+    def keep_prompts(self, free: int) -> int:
+        """Of those that are kept, the first in line stay, in so many positions. Returns what is left of these."""
+        for job in self._line:
+            if job.kept is not None:
+                free -= job.prompt_tokens
+                if free < 0:
+                    job.kept = None
+        return free
+
     def serve(self, job: SequenceGroup) -> None:
         """It is the first of a pass."""
         self._shares.serve(job.request.tenant)

@@ -254,12 +254,7 @@ class SamplingScheduler:
         for job in self._jobs:
             if not job.left:
                 job.kept = None
-        for job in self._waiting:
-            if job.kept is not None:
-                free -= job.prompt_tokens
-                if free < 0:
-                    job.kept = None
-        self._prefilling.trim(free)
+        self._prefilling.trim(self._waiting.keep_prompts(free))
 
     # -- decoding ------------------------------------------------------------------------------------------------------
 

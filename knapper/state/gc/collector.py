@@ -22,7 +22,8 @@ from knapper.errors import KnapperError, NotFound, Unavailable
 from knapper.ids import RunId, SamplerId, SessionId, session_of
 from knapper.state import damage, layout
 from knapper.state.gc import marks
-from knapper.state.gc.session import Look, Memory, Need, Retention, SharedLookups, Visit, asked_of
+from knapper.state.gc.lookups import Look, Memory, Need, Retention, SharedLookups
+from knapper.state.gc.session import Visit, asked_of
 from knapper.state.journal import ends
 from knapper.state.journal.records import End
 from knapper.state.layout import ObjectKind
@@ -57,7 +58,7 @@ class _Plan:
 class Collector:
     """`clock`: seconds since the epoch, by which things expire; `now`: monotonic seconds, by which grace is counted.
 
-    `need` and `account`: as knapper.state.gc.session.Memory has them.
+    `need` and `account`: as knapper.state.gc.lookups.Memory has them.
     """
 
     def __init__(

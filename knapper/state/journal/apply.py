@@ -5,12 +5,13 @@ from typing import Final, Generic
 
 import msgspec
 
-from knapper.errors import KnapperError, OutOfMemory, Unavailable, UserError
+from knapper.errors import KnapperError, OutOfMemory, Unavailable, UserError, damaged
 from knapper.ids import RunId
+from knapper.state import layout
 from knapper.state.journal import bundles
 from knapper.state.journal.exports import Saves
 from knapper.state.journal.machine import Files, Machine, Outcome, State
-from knapper.state.journal.records import SAVES, Creation, Operation, Result
+from knapper.state.journal.records import SAVES, Creation, Operation, Result, decode
 from knapper.store import Store
 
 _ATTEMPTS_MAX: Final = 3  # an operation that fails so often, by a defect and not by the user, is answered with that
@@ -22,6 +23,18 @@ class Applied(Generic[State]):
 
     result: Result
     outcome: Outcome[State] | None = None
+
+
+async def read_operation(store: Store, run: RunId, seq: int) -> Operation | None:
+    """None if there is none of this number. Raises Corrupt."""
+    name = layout.operation(run, seq)
+    data = await store.get(name)
+    if data is None:
+        return None
+    operation = decode(data, Operation, name)
+    if (operation.run, operation.seq) != (run, seq):
+        raise damaged(name, f"fields run and seq say that it is operation {operation.seq} of {operation.run}")
+    return operation
 
 
 class Applier(Generic[State]):

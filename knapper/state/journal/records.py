@@ -161,6 +161,26 @@ class Manifest(Record, frozen=True):
     snapshot_before_seq: int = -1
     snapshot_before_out: int = 0
 
+    def claimed(self, holder: str, address: str, terms: Terms, now: float) -> "Manifest":
+        """The next epoch's, over the same snapshots."""
+        return msgspec.structs.replace(
+            self, epoch=self.epoch + 1, holder=holder, address=address, terms=terms, claimed_at=now
+        )
+
+    def with_snapshot(self, prefix: str, seq: int, out: int) -> "Manifest":
+        """Recoveries start from it."""
+        return msgspec.structs.replace(
+            self, snapshot=prefix, snapshot_seq=seq, snapshot_out=out, snapshot_before=self.snapshot,
+            snapshot_before_seq=self.snapshot_seq, snapshot_before_out=self.snapshot_out,
+        )  # fmt: skip
+
+    def without_newest_snapshot(self) -> "Manifest":
+        """Recoveries start from the one before it."""
+        return msgspec.structs.replace(
+            self, snapshot=self.snapshot_before, snapshot_seq=self.snapshot_before_seq,
+            snapshot_out=self.snapshot_before_out, snapshot_before="", snapshot_before_seq=-1, snapshot_before_out=0,
+        )  # fmt: skip
+
 
 class End(Record, frozen=True):
     """end/<n>: the run is over, and nothing of it may be written any more; the highest n wins.

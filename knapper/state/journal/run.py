@@ -9,24 +9,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Generic
 
-import msgspec
-
 from knapper import limits
 from knapper.errors import (
     Corrupt,
     Fenced,
     NotFound,
-    OtherDtype,
     OutOfMemory,
     Unavailable,
-    damaged,
 )  # fmt: skip
 from knapper.ids import RunId
 from knapper.state import layout
 from knapper.state.journal import bundles, ends
 from knapper.state.journal.accept import decode_creation
-from knapper.state.journal.apply import Applier
+from knapper.state.journal.apply import Applier, read_operation
 from knapper.state.journal.exports import Saves
+from knapper.state.journal.holder import Holder, expect_dtype
 from knapper.state.journal.machine import Machine, Outcome, State
 from knapper.state.journal.newest import Manifests, newest_name
 from knapper.state.journal.records import SAVES, Commit, Creation, Manifest, Operation, Result, Terms, decode, encode
@@ -35,20 +32,9 @@ from knapper.store import Store
 
 _COMMIT_AFTER_S = 0.05  # results wait no longer than this for others to share their commit
 
-_OTHER_DTYPE_S = 30.0  # nothing but another start of the engine helps: nobody need ask sooner
-
 _STATELESS = SAVES | {"tombstone"}  # they leave the state alone
 
 Publish = Callable[[int, Commit], Awaitable[None]]
-
-
-@dataclass(frozen=True)
-class Holder:
-    """Who claims: a name that no other claim has or had (not even of the same process), and where it listens."""
-
-    name: str
-    address: str
-    terms: Terms
 
 
 @contextmanager
@@ -162,17 +148,10 @@ class Run(Generic[State]):
         newest = await self._manifests.newest(self.run)
         n, before = newest if newest else (0, None)
         if before is not None:
-            _expect_dtype(self.run, before.terms, self.holder.terms)
-        manifest = Manifest(
-            epoch=before.epoch + 1 if before else 1, holder=self.holder.name, address=self.holder.address,
-            claimed_at=self._clock(), terms=self.holder.terms,
-        )  # fmt: skip
-        if before is not None:
-            manifest = msgspec.structs.replace(
-                manifest, snapshot=before.snapshot, snapshot_seq=before.snapshot_seq, snapshot_out=before.snapshot_out,
-                snapshot_before=before.snapshot_before, snapshot_before_seq=before.snapshot_before_seq,
-                snapshot_before_out=before.snapshot_before_out,
-            )  # fmt: skip
+            expect_dtype(self.run, before.terms, self.holder.terms)
+        first = Manifest(epoch=0, holder="", address="", terms=self.holder.terms, claimed_at=0.0)
+        holder = self.holder
+        manifest = (before or first).claimed(holder.name, holder.address, holder.terms, self._clock())
         await self._put_manifest(n + 1, manifest)
         self.epoch = manifest.epoch
         if before is not None and before.terms != manifest.terms:
@@ -195,11 +174,7 @@ class Run(Generic[State]):
             except Corrupt:
                 # The collector keeps everything since the second newest snapshot; before there were two, everything.
                 # The next snapshot comes after that one: the damaged one is nobody's second newest.
-                manifest = self._manifest = msgspec.structs.replace(
-                    manifest, snapshot=manifest.snapshot_before, snapshot_seq=manifest.snapshot_before_seq,
-                    snapshot_out=manifest.snapshot_before_out, snapshot_before="", snapshot_before_seq=-1,
-                    snapshot_before_out=0,
-                )  # fmt: skip
+                manifest = self._manifest = manifest.without_newest_snapshot()
                 if manifest.snapshot:
                     await self._thaw(manifest.snapshot, manifest.snapshot_seq, manifest.snapshot_out)
         name = await newest_name(self._store, layout.commits(self.run), after=self._out)
@@ -232,7 +207,7 @@ class Run(Generic[State]):
         self._out += 1
 
     async def _repeat(self, result: Result) -> None:
-        operation = await self._operation(result.seq)
+        operation = await read_operation(self._store, self.run, result.seq)
         if operation is None or operation.sha256 != result.sha256:
             raise Corrupt(f"operation {result.seq} of {self.run} is not the one that was answered")
         self._replay = self._replay.grown(record_bytes=len(operation.body_zstd))
@@ -325,7 +300,7 @@ class Run(Generic[State]):
         began, self._spent_s = self._clock(), 0.0
         results: list[Result] = []
         size = 0
-        while (operation := await self._operation(self.applied + 1)) is not None:
+        while (operation := await read_operation(self._store, self.run, self.applied + 1)) is not None:
             result = await self._apply(operation)
             results.append(result)
             size += len(result.body)
@@ -344,16 +319,6 @@ class Run(Generic[State]):
         self.applied = operation.seq
         self._replay = self._replay.grown(record_bytes=len(operation.body_zstd))
         return applied.result
-
-    async def _operation(self, seq: int) -> Operation | None:
-        name = layout.operation(self.run, seq)
-        data = await self._store.get(name)
-        if data is None:
-            return None
-        operation = decode(data, Operation, name)
-        if (operation.run, operation.seq) != (self.run, seq):
-            raise damaged(name, f"fields run and seq say that it is operation {operation.seq} of {operation.run}")
-        return operation
 
     # -- snapshot ------------------------------------------------------------------------------------------------------
 
@@ -409,12 +374,7 @@ class Run(Generic[State]):
             files = await self._machine.freeze(state)
         prefix = layout.snapshot(self.run, seq, self.epoch)
         await bundles.write(self._store, prefix, files, spec=self.creation.spec, seq=seq, epoch=self.epoch)
-        before = self._manifest
-        manifest = msgspec.structs.replace(
-            before, snapshot=prefix, snapshot_seq=seq, snapshot_out=stored.out,
-            snapshot_before=before.snapshot, snapshot_before_seq=before.snapshot_seq,
-            snapshot_before_out=before.snapshot_out,
-        )  # fmt: skip
+        manifest = self._manifest.with_snapshot(prefix, seq, stored.out)
         await self._put_manifest(self._manifest_n + 1, manifest)
         await self._expect_no_end(prefix)
         self._budget.storing_s = max(0.0, self._clock() - began)
@@ -438,14 +398,3 @@ class Run(Generic[State]):
     def manifest_n(self) -> int:
         """The number of that."""
         return self._manifest_n
-
-
-def _expect_dtype(run: RunId, made: Terms, ours: Terms) -> None:
-    """Another dtype is no matter of last bits: log-probabilities would jump, and a replay would not be what it was."""
-    if made.dtype != ours.dtype:
-        raise OtherDtype(
-            f"{run} was made in {made.dtype}, and this engine computes in {ours.dtype}. Its operations are stored and "
-            f"wait for one that is started with KNAPPER_DTYPE={made.dtype} (knapper up --dtype {made.dtype}); or go on "
-            "from one of its checkpoints in a new run",
-            retry_after_s=_OTHER_DTYPE_S,
-        )

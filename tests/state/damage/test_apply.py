@@ -8,9 +8,10 @@ import pytest
 from knapper.errors import Corrupt
 from knapper.state import layout
 from knapper.state.journal.accept import Acceptor, pack
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.records import Operation, decode, encode
 from knapper.state.journal.results import Results
-from knapper.state.journal.run import Holder, Run
+from knapper.state.journal.run import Run
 from knapper.store import Store
 from knapper.store.memory import MemoryStore
 from knapper.wire import zstd

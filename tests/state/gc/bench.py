@@ -11,10 +11,11 @@ from knapper.ids import RunId, SamplerId, SessionId
 from knapper.state.checkpoints import Checkpoints
 from knapper.state.gc import journal
 from knapper.state.gc.collector import Collector
-from knapper.state.gc.session import Retention
+from knapper.state.gc.lookups import Retention
 from knapper.state.journal.accept import Acceptor, pack
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.records import Commit, Creation, Kind, Spec
-from knapper.state.journal.run import Holder, Run
+from knapper.state.journal.run import Run
 from knapper.state.sessions import Finish, Samplers, Session, Sessions
 from knapper.state.tenant_index import Register
 from knapper.store import Store

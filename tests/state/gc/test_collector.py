@@ -18,9 +18,10 @@ from knapper.state import layout
 from knapper.state.gc.collector import Collector
 from knapper.state.journal import bundles, ends
 from knapper.state.journal.accept import newest_manifest, pack
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.records import Commit, Creation, decode
 from knapper.state.journal.results import GONE, Results
-from knapper.state.journal.run import Holder, Run
+from knapper.state.journal.run import Run
 from knapper.state.layout import ObjectKind
 from knapper.state.ledger import Accounts
 from knapper.state.sessions import Sampler, Samplers

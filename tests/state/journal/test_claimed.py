@@ -15,10 +15,11 @@ from knapper.ids import RunId
 from knapper.state import layout
 from knapper.state.journal import ends
 from knapper.state.journal.accept import Acceptor, pack
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.machine import Files, Outcome
 from knapper.state.journal.records import Commit, End, Kind, Manifest, Operation, Result, decode, encode
 from knapper.state.journal.replay import Replay
-from knapper.state.journal.run import Holder, Run
+from knapper.state.journal.run import Run
 from knapper.store.memory import MemoryStore
 from tests.sim.history import CREATION, RUN, TERMS
 from tests.sim.ledger import SIZE, LedgerMachine, LedgerState

@@ -12,8 +12,9 @@ from knapper.state import layout
 from knapper.state.checkpoints import Checkpoint, Checkpoints
 from knapper.state.journal import bundles
 from knapper.state.journal.accept import Acceptor, pack
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.records import Commit, Creation, Kind, Spec, Terms
-from knapper.state.journal.run import Holder, Run
+from knapper.state.journal.run import Run
 from knapper.store.memory import MemoryStore
 from tests.sim.ledger import SIZE, LedgerMachine, LedgerState
 

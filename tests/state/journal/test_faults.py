@@ -19,9 +19,10 @@ from knapper.state import layout
 from knapper.state.checkpoints import Checkpoint, Checkpoints
 from knapper.state.journal import bundles
 from knapper.state.journal.accept import Acceptor, newest_manifest
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.records import Commit, Manifest, Result, encode
 from knapper.state.journal.results import Results
-from knapper.state.journal.run import Holder, Run
+from knapper.state.journal.run import Run
 from knapper.store import Names, Store
 from knapper.store.directory import DirectoryStore
 from knapper.store.memory import MemoryStore

@@ -11,10 +11,11 @@ from knapper.ids import RunId, number
 from knapper.state import layout
 from knapper.state.journal import newest
 from knapper.state.journal.accept import Acceptor, newest_manifest, pack
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.newest import Manifests, newest_name, newest_of_few
 from knapper.state.journal.records import Commit, Manifest, Result, encode
 from knapper.state.journal.results import Results
-from knapper.state.journal.run import Holder, Run
+from knapper.state.journal.run import Run
 from knapper.store import Names, Store
 from knapper.store.directory import DirectoryStore
 from knapper.store.memory import MemoryStore

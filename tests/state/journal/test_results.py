@@ -9,9 +9,10 @@ from knapper.errors import Corrupt, UserError
 from knapper.ids import RunId
 from knapper.state import layout
 from knapper.state.journal.accept import Acceptor
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.records import Commit, Result, encode
 from knapper.state.journal.results import Results
-from knapper.state.journal.run import Holder, Run
+from knapper.state.journal.run import Run
 from knapper.store.memory import MemoryStore
 from tests.gateway.hours import CountingStore
 from tests.sim.history import CREATION, RUN, TERMS, Step, send

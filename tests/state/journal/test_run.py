@@ -8,8 +8,9 @@ import numpy as np
 
 from knapper.state import layout, usage
 from knapper.state.journal.accept import Acceptor, newest_manifest
+from knapper.state.journal.holder import Holder
 from knapper.state.journal.records import Commit
-from knapper.state.journal.run import Holder, Run
+from knapper.state.journal.run import Run
 from knapper.store.memory import MemoryStore
 from tests.sim.history import CREATION, RUN, TERMS, Step, send
 from tests.sim.ledger import SIZE, LedgerMachine
