@@ -221,7 +221,7 @@ def test_texts_have_a_limit(scores: Scorer) -> None:
 WITHOUT_SECCOMP = """
 import asyncio, ctypes, errno, struct, sys
 from knapper.rewards import scorer, spec
-from knapper.rewards.rollouts import Rollout
+from knapper.rewards.rollouts import ScorableRollout
 from knapper.sandbox import seccomp
 from knapper.sandbox.pool import SandboxMissing
 from knapper.sandbox.syscalls import NUMBERS
@@ -236,7 +236,7 @@ assert libc.prctl(22, 2, ctypes.byref(seccomp._Program(len(steps), code)), 0, 0)
 
 def score(described, **files):
     reward = spec.parse(described, files)
-    return asyncio.run(scorer.score(reward, [Rollout("r", "", "a", "assert True")]))[0].value
+    return asyncio.run(scorer.score(reward, [ScorableRollout("r", "", "a", "assert True")]))[0].value
 
 assert score({"name": "regex", "pattern": "a"}) == 1.0
 for described in ({"code": "code"}, {"name": "python_tests"}, {"name": "maths"}, {"name": "sql", "database": "code"}):
