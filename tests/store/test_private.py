@@ -42,7 +42,7 @@ def test_a_new_data_directory_is_for_this_account_alone(tmp_path: Path) -> None:
         os.umask(was)
     data = tmp_path / "data"
     assert {path.name: mode(path) for path in (data, *data.iterdir())} == dict.fromkeys(
-        ("data", "store", "run", "jobs", "inbox"), 0o700
+        ("data", "store", "run", "jobs", "inbox", "uploads"), 0o700
     )
     assert mode(data / "run" / "lock") == 0o600
 
