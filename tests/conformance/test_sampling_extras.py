@@ -101,7 +101,9 @@ def test_vllm_refuses_what_it_cannot_score(adapted: tinker.SamplingClient, sampl
     ):
         with pytest.raises(tinker.RequestFailedError, match=complaint):
             adapted.sample(prompt, 1, params(), **asked).result()
-    with pytest.raises(tinker.RequestFailedError, match=r"temperature is 3.0; allowed: 0 to 1e-06 .greedy., or 0.01 to 2"):
+    with pytest.raises(
+        tinker.RequestFailedError, match=r"temperature is 3.0; allowed: 0 to 1e-06 .greedy., or 0.01 to 2"
+    ):
         adapted.sample(prompt, 1, params(temperature=3.0)).result()
     assert adapted.sample(prompt, 1, params()).result().sequences
 

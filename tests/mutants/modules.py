@@ -37,7 +37,7 @@ MODULES: dict[str, Tests] = {
     "knapper/state/journal/ends.py": journal(),
     "knapper/state/journal/history.py": journal(),
     "knapper/state/journal/machine.py": journal(),
-    "knapper/state/layout.py": journal(),
+    "knapper/state/layout.py": journal("tests/state/test_layout.py"),
     "knapper/state/journal/newest.py": journal(),
     "knapper/state/journal/records.py": journal(),
     "knapper/state/journal/results.py": journal(),

@@ -1,6 +1,7 @@
 """The map of the object store: what lies where, whose it is, and that no key has two meanings."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 
@@ -80,3 +81,9 @@ def test_another_key_is_of_no_kind(key: str) -> None:
     for kind in ObjectKind:
         with pytest.raises(ValueError, match="is none of"):
             kind.parse(key)
+
+
+def test_keys_that_stores_have_by_now_stay_what_they_are() -> None:
+    """A new kind is a new line there; a line that is there changes no more."""
+    lines = (Path(__file__).parents[1] / "golden" / "keys.txt").read_text(encoding="utf-8").splitlines()
+    assert [f"{kind.name} {kind.pattern}" for kind in ObjectKind] == lines
