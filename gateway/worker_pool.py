@@ -124,8 +124,8 @@ def _begin(parent: int) -> None:
         os._exit(1)
     os.nice(_NICE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for our parent, who ends us
-    from gateway import body_decoders  # noqa: F401
-    from gateway.openai import schemas  # noqa: F401
+    from gateway import body_decoders  # noqa: F401  loaded before memory is limited
+    from gateway.openai import schemas  # noqa: F401  as above
 
     gc.freeze()
     gc.set_threshold(

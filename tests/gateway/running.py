@@ -20,6 +20,7 @@ from gateway.app import create_app
 from gateway.routing import Door
 from gateway.services import Services
 from knapper.catalogue.served_models import Catalogue, ModelRecord
+from knapper.ids import RunId
 from knapper.jobs.services import JobServices
 from knapper.local.web import PROTOCOL
 from knapper.settings import Settings
@@ -83,7 +84,7 @@ class Running:
         )
 
     def stored(self, run: str, seq: int) -> Operation | None:
-        name = layout.operation(run, seq)  # type: ignore[arg-type]
+        name = layout.operation(RunId(run), seq)
         data = self.run(self.store.get(name))
         return None if data is None else decode(data, Operation, name)
 

@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from knapper import limits
 from knapper.errors import Corrupt
+from knapper.ids import RunId
 from knapper.serving import http
 from knapper.state import layout
 from knapper.state.journal.records import Commit, Result, encode
@@ -31,7 +32,7 @@ def result(seq: int, body: bytes = b'{"metrics":{}}', *, failed: bool = False) -
 def commit(running: Running, run: str, n: int, *results: Result) -> Commit:
     """As a train_step would have stored it."""
     record = Commit(epoch=1, results=list(results))
-    assert running.run(running.store.put_if_absent(layout.commit(run, n), encode(record)))  # type: ignore[arg-type]
+    assert running.run(running.store.put_if_absent(layout.commit(RunId(run), n), encode(record)))
     return record
 
 
@@ -74,7 +75,7 @@ def test_whoever_waits_on_a_damaged_answer_hears_it_and_the_answers_beside_it_ar
         running.forward_backward(fwdbwd(run, seq))
     for n, seq in enumerate(range(4), 1):
         commit(running, run, n, result(seq))
-    name = layout.commit(run, 3)  # type: ignore[arg-type]  # that of operation 2
+    name = layout.commit(RunId(run), 3)  # that of operation 2
     sound = running.run(running.store.get(name))
     damaged = sound[:40] + bytes([sound[40] ^ 4]) + sound[41:]
     running.run(put_instead(running, name, damaged))
@@ -97,7 +98,7 @@ def test_a_run_whose_manifest_is_damaged_is_no_cold_start(running: Running, monk
     """Nobody is rung for it: its holder is not known. Whoever waits hears why."""
     monkeypatch.setattr(limits, "poll_hold_s", 3.0)
     run = running.make_run()
-    name = layout.manifest(run, 1)  # type: ignore[arg-type]
+    name = layout.manifest(RunId(run), 1)
     running.run(running.store.put_if_absent(name, b"damaged"))
     told = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
     for _ in range(20):
@@ -115,7 +116,7 @@ def test_a_promise_of_a_store_that_was_put_back_to_an_older_backup_is_not_waited
     run = running.make_run()
     running.forward_backward(fwdbwd(run, 1))
     assert running.post("retrieve_future", {"request_id": f"{run}:1"}, status=408)["type"] == "try_again"
-    running.run(running.store.delete(layout.operation(run, 1)))  # type: ignore[arg-type]
+    running.run(running.store.delete(layout.operation(RunId(run), 1)))
     told = running.post("retrieve_future", {"request_id": f"{run}:1"})
     assert told["error"].startswith(f"operation 1 of {run} is not in the server's store")
     assert "create_training_client_from_state" in told["error"]
