@@ -40,9 +40,10 @@ from knapper import limits
 from knapper.errors import KnapperError
 from knapper.exchange.factory import expect_subscribable
 from knapper.jobs.services import JobServices, open_place
-from knapper.observability import logs, metrics
+from knapper.observability import logs
 from knapper.settings import Settings
 from knapper.store import Store
+from knapper.store.counted import CountedStore
 from knapper.store.factory import open_store
 
 _SMALL, _LABELS, _LARGE = limits.small_body_bytes_max, limits.labels_body_bytes_max, limits.body_bytes_max
@@ -136,7 +137,7 @@ def _from_environment() -> Starlette:
     logs.begin("gateway", settings)
     settings.expect_keys_beyond_loopback()
     expect_subscribable(settings)
-    store = metrics.CountedStore(open_store(settings))
+    store = CountedStore(open_store(settings))
     _collect_seldom()
     return create_app(store, settings, place=open_place(settings, store, time.time))
 

@@ -20,9 +20,9 @@ from knapper.events import cloudevents
 from knapper.ids import RunId, Tenant
 from knapper.jobs import control, deletion, listings, names, notifications, outputs, revive, staging
 from knapper.jobs.inbox import again, look, was_started
-from knapper.jobs.records import Started, read
 from knapper.jobs.services import JobServices
 from knapper.state import layout
+from knapper.state.job_records import Started, read
 from knapper.wire import fields, json
 
 _FILES_MAX = 64

@@ -25,6 +25,7 @@ from gateway.wakeups import Stirs
 from gateway.worker_pool import Workers
 from knapper.catalogue.declared_models import Declared
 from knapper.events.cloudevents import Claimed
+from knapper.events.function_key import FunctionKey
 from knapper.ids import RunId
 from knapper.jobs import needs
 from knapper.jobs.revive import Seen
@@ -34,7 +35,6 @@ from knapper.settings import Settings
 from knapper.state.api_keys import Keyring, Keys
 from knapper.state.audit import Audit
 from knapper.state.checkpoints import Checkpoints
-from knapper.state.function_key import FunctionKey
 from knapper.state.gc.collector import Collector
 from knapper.state.gc.lookups import Retention
 from knapper.state.journal.accept import Acceptor

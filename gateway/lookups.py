@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from gateway.inflight_samplers import Inflight
 from knapper import ids
-from knapper.catalogue.served_models import Catalogue, ModelRecord
+from knapper.catalogue.served_models import Catalogue
 from knapper.errors import Gone, NotFound
 from knapper.ids import RunId, SamplerId, SessionId, Tenant
 from knapper.state import damage, layout
@@ -12,6 +12,7 @@ from knapper.state.journal import ends
 from knapper.state.journal.accept import Acceptor
 from knapper.state.journal.newest import newest_name
 from knapper.state.journal.records import Operation, Spec, decode
+from knapper.state.model_record import ModelRecord
 from knapper.state.sessions import Finish, Sampler, Samplers, Session, Sessions
 from knapper.store import Store
 from knapper.store.cache import LruCache

@@ -13,12 +13,12 @@ from gateway.body_decoders import DecodedOperation, RefusedRequest, Understood
 from gateway.services import Services, parts
 from gateway.tenants import on_this_machine, tenant_of
 from knapper import ids, limits
-from knapper.catalogue.served_models import ModelRecord
 from knapper.errors import InvalidField, TooMany, UserError
 from knapper.ids import RunId, Tenant, TinkerPath
 from knapper.state.journal import bundles
 from knapper.state.journal.accept import pack
 from knapper.state.journal.records import SAVES, Creation, Kind, Spec
+from knapper.state.model_record import ModelRecord
 from knapper.wire import requests, scan
 
 _ALPHA = 32.0  # the protocol has no alpha: the scale of an adapter is alpha / rank

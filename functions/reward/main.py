@@ -10,17 +10,18 @@ from starlette.responses import Response
 
 from knapper.errors import KnapperError
 from knapper.events import cloudevents
+from knapper.events.function_key import FunctionKey
 from knapper.jobs.job_files import Folders
 from knapper.jobs.scores import Scoring
 from knapper.jobs.services import JobServices, open_place
 from knapper.jobs.worker import Worker
-from knapper.observability import logs, metrics, traces
+from knapper.observability import logs, traces
 from knapper.rewards import requests
 from knapper.rewards.scorer import score
 from knapper.sandbox.pool import Sandbox
 from knapper.serving import http, metrics_page
 from knapper.settings import Settings
-from knapper.state.function_key import FunctionKey
+from knapper.store.counted import CountedStore
 from knapper.store.factory import open_store
 
 logs.begin("reward", Settings.load(os.environ))
@@ -31,7 +32,7 @@ sandbox = Sandbox()  # its processes start with the first reward that needs them
 def place() -> JobServices:
     """Where the state lies comes from the environment."""
     settings = Settings.load(os.environ)
-    return open_place(settings, metrics.CountedStore(open_store(settings)), time.time)
+    return open_place(settings, CountedStore(open_store(settings)), time.time)
 
 
 @cache

@@ -9,10 +9,10 @@ from starlette.responses import Response, StreamingResponse
 
 from knapper.errors import KnapperError
 from knapper.events import cloudevents
+from knapper.events.function_key import FunctionKey
 from knapper.observability import traces
 from knapper.serving import gates, http, jobs, metrics_page, progress
 from knapper.serving.sampler import served
-from knapper.state.function_key import FunctionKey
 from knapper.wire import proto, sample_requests
 from knapper.wire.progress import DEVICE_S, FRAMES
 

@@ -9,9 +9,9 @@ from starlette.responses import Response, StreamingResponse
 
 from knapper.errors import KnapperError
 from knapper.events import cloudevents
+from knapper.events.function_key import FunctionKey
 from knapper.observability import traces
 from knapper.serving import gates, http, jobs, metrics_page
-from knapper.state.function_key import FunctionKey
 
 engine = gates.engine()  # before the port binds: the weights are there when the first bell rings, or why they are not
 key = FunctionKey(jobs.place().store)

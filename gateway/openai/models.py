@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from gateway.services import Services
 from knapper import ids, limits
-from knapper.catalogue.served_models import ModelRecord, slug
 from knapper.errors import InvalidField, NotFound
 from knapper.ids import RunId, Tenant, TinkerPath
 from knapper.jobs import job_names
 from knapper.state.checkpoints import Checkpoint
+from knapper.state.model_record import ModelRecord, slug
 
 _CREATED = 0  # of base models, which say nothing about it; clients want a number
 

@@ -3,9 +3,9 @@
 import asyncio
 from pathlib import Path
 
-from knapper.catalogue.served_models import ModelRecord
 from knapper.catalogue.tokenizer import Language
 from knapper.errors import InvalidField
+from knapper.state.model_record import ModelRecord
 from knapper.store.cache import LruCache
 
 _KEPT_MAX = 8  # tokenizers of large vocabularies take tens of megabytes

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import msgspec
 
-from knapper.catalogue.served_models import Catalogue, ModelRecord
+from knapper.catalogue.served_models import Catalogue
 from knapper.errors import InvalidField
+from knapper.state.model_record import ModelRecord
 
 MODELS_MAX = 64
 _FILE_BYTES_MAX = 64 * 1024

@@ -1,6 +1,5 @@
 """Which base models are served, by whom and on what terms: numbered records, of which the highest number wins."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -9,29 +8,13 @@ import msgspec
 
 from knapper.errors import InvalidField, NotFound, Unavailable
 from knapper.state import damage
-from knapper.state.journal.records import Record, decode, encode
+from knapper.state.journal.records import decode, encode
 from knapper.state.layout import ObjectKind, last_number
+from knapper.state.model_record import ModelRecord, slug
 from knapper.store import Store
 from knapper.store.cache import LruCache
 
 _attempts_max = 16  # each lost attempt means that another publisher won: they are few
-
-
-class ModelRecord(Record, frozen=True, kw_only=True):
-    """One base model. The URLs are where bells go; without either of them the model is known, but not served."""
-
-    name: str  # what clients call it: a hub name, or the directory's path
-    directory: str  # where its files lie, if clients on this machine may read them; else empty
-    tokenizer_id: str  # what AutoTokenizer takes on any machine; on this one, the directory does without a hub
-    context: int  # tokens
-    vocab: int
-    arch: str
-    dtype: str
-    trainable: bool
-    sampleable: bool
-    train_step_url: str
-    sample_url: str
-    computed_by: str = ""  # native, or transformers; of records from before that: not known
 
 
 class Catalogue:
@@ -101,11 +84,6 @@ class Catalogue:
             return decode(data, ModelRecord, name)
 
         return await self._records.get(name, load)
-
-
-def slug(name: str) -> str:
-    """Where the versions of a model lie: any name becomes one plain segment."""
-    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def record_of(directory: Path, name: str, *, dtype: str, train_step_url: str, sample_url: str) -> ModelRecord:

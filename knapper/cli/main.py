@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 import knapper
-from knapper.chaos import cli as chaos
+from knapper.cli import chaos as chaos
+from knapper.cli import deploy
+from knapper.cli import jobs as jobs
 from knapper.cli.tables import Json, listing, utc
-from knapper.cluster import cli
-from knapper.jobs import cli as jobs
 from knapper.text.printable import say
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ app.add_typer(runs, name="runs")
 app.add_typer(jobs.app, name="jobs")
 app.command()(jobs.submit)
 app.command()(jobs.usage)
-app.add_typer(cli.app, name="deploy")
-app.command()(cli.doctor)
+app.add_typer(deploy.app, name="deploy")
+app.command()(deploy.doctor)
 app.command()(chaos.chaos)
 
 

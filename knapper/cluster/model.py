@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import msgspec
 
 from knapper.catalogue.declared_models import encode
-from knapper.catalogue.served_models import ModelRecord, slug
 from knapper.cluster.kustomize import Object
 from knapper.errors import InvalidField
+from knapper.state.model_record import ModelRecord, slug
 
 NAMESPACE = "knapper"
 LABEL = "knapper.dev/model"

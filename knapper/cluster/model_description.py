@@ -8,11 +8,12 @@ from tempfile import TemporaryDirectory
 import httpx
 import msgspec
 
-from knapper.catalogue.served_models import ModelRecord, record_of
+from knapper.catalogue.served_models import record_of
 from knapper.cluster.kustomize import Object
 from knapper.cluster.model import only, samples_by_vllm
 from knapper.engine.models.config import computed_by
 from knapper.errors import InvalidField, Unavailable
+from knapper.state.model_record import ModelRecord
 
 HUB = "https://huggingface.co"
 _CONFIG_BYTES_MAX = 1024 * 1024

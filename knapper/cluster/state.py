@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from knapper.catalogue.served_models import slug
 from knapper.cluster.api import Api
 from knapper.cluster.kustomize import Object
 from knapper.cluster.model import LABEL, MODELS, NAMESPACE, SERVICES
+from knapper.state.model_record import slug
 
 _ACCELERATORS = ("cloud.google.com/gke-accelerator", "nvidia.com/gpu.product")
 

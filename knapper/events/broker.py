@@ -7,8 +7,8 @@ import structlog
 
 from knapper.errors import Unavailable
 from knapper.events.cloudevents import Event
+from knapper.events.function_key import FunctionKey
 from knapper.observability import traces
-from knapper.state.function_key import FunctionKey
 
 if TYPE_CHECKING:
     import aiohttp

@@ -70,7 +70,7 @@ class Event:
     model: str = ""
     data: bytes = b""
     traceparent: str = ""
-    signature: str = ""  # of whoever made it, where functions take it through a Broker (knapper/state/function_key.py)
+    signature: str = ""  # of whoever made it, where functions take it through a Broker (knapper/events/function_key.py)
     hint: Hint = field(default_factory=Hint)
 
     def next(self, type_: str, source: str, step: int | None = None) -> "Event":

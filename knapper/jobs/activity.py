@@ -15,8 +15,8 @@ from knapper.jobs.bill import covered
 from knapper.jobs.names import Start
 from knapper.jobs.presence import Present
 from knapper.jobs.progress import Outline, Progress
-from knapper.jobs.records import Evaluated, Trained
 from knapper.jobs.spec import AnyJob, RlJob
+from knapper.state.job_records import Evaluated, Trained
 from knapper.state.layout import last_number
 from knapper.store import Store
 

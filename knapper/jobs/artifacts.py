@@ -6,9 +6,9 @@ from knapper.errors import NotFound
 from knapper.exchange import ListedObject, Opened
 from knapper.ids import Tenant
 from knapper.jobs import listings, names
-from knapper.jobs.records import Started, read
 from knapper.jobs.services import JobServices
 from knapper.state import layout
+from knapper.state.job_records import Started, read
 
 
 @dataclass(frozen=True)

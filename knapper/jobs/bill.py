@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from knapper.jobs.job_files import Folder
-from knapper.jobs.records import Evaluated, Trained
+from knapper.state.job_records import Evaluated, Trained
 
 Interval = tuple[float, float]
 

@@ -8,10 +8,10 @@ from knapper.jobs import control, outputs, sample_usage
 from knapper.jobs.bill import bill
 from knapper.jobs.job_files import Folder
 from knapper.jobs.recipes import Lines
-from knapper.jobs.records import Trained, read
 from knapper.jobs.services import JobServices
 from knapper.jobs.worker import Stopped
 from knapper.state.checkpoints import Checkpoints
+from knapper.state.job_records import Trained, read
 from knapper.state.journal import bundles
 from knapper.state.sessions import Finish, Sessions
 from knapper.store import many

@@ -8,7 +8,7 @@ Of a deleted job this record stays: whoever still works on it, or finds its file
 from knapper.errors import UserError
 from knapper.ids import number
 from knapper.jobs.names import Start
-from knapper.jobs.records import Control, State, decode, encode
+from knapper.state.job_records import Control, State, decode, encode
 from knapper.state.journal.newest import newest_of_few
 from knapper.store import Store
 

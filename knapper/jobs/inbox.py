@@ -12,12 +12,11 @@ import msgspec
 import structlog
 
 from knapper import limits
-from knapper.catalogue.served_models import Catalogue, slug
+from knapper.catalogue.served_models import Catalogue
 from knapper.errors import InvalidField, NotFound, TooLarge, UserError
 from knapper.ids import Tenant, number
 from knapper.jobs import control, datasets, names, spec, upload
 from knapper.jobs.names import Start
-from knapper.jobs.records import Refusal, Started, Waiting, encode, read
 from knapper.jobs.rows import RlRow, Row
 from knapper.jobs.services import JobServices
 from knapper.jobs.spec import Parsed, RlJob
@@ -27,7 +26,9 @@ from knapper.rewards import plain
 from knapper.rewards import spec as rewards
 from knapper.rewards.spec import Reward
 from knapper.state import layout
+from knapper.state.job_records import Refusal, Started, Waiting, encode, read
 from knapper.state.layout import ObjectKind, last_number
+from knapper.state.model_record import slug
 
 log = structlog.get_logger()
 

@@ -9,9 +9,9 @@ from knapper.errors import NotFound, damaged
 from knapper.jobs import datasets, spec
 from knapper.jobs.names import Start
 from knapper.jobs.progress import Outline
-from knapper.jobs.records import Started, read
 from knapper.jobs.rows import Row
 from knapper.jobs.spec import AnyJob
+from knapper.state.job_records import Started, read
 from knapper.store import Store
 from knapper.store.cache import LruCache
 

@@ -16,10 +16,10 @@ from knapper.jobs.completion import FINAL
 from knapper.jobs.names import Start
 from knapper.jobs.presence import Present
 from knapper.jobs.progress import Outline, ProgressReader, newest_step
-from knapper.jobs.records import Evaluated, Refusal, Started, Trained, Waiting, read
 from knapper.jobs.services import JobServices
 from knapper.jobs.spec import Kind, RlJob, decode
 from knapper.state import damage, layout
+from knapper.state.job_records import Evaluated, Refusal, Started, Trained, Waiting, read
 from knapper.state.journal import envelope
 from knapper.state.layout import ObjectKind
 from knapper.store import Store, many

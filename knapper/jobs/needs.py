@@ -7,8 +7,8 @@ from knapper.ids import RunId, Tenant
 from knapper.jobs import control
 from knapper.jobs.names import Start
 from knapper.jobs.progress import newest_step
-from knapper.jobs.records import Trained, read
 from knapper.state.gc.lookups import Need
+from knapper.state.job_records import Trained, read
 from knapper.state.layout import ObjectKind
 from knapper.state.sessions import Session
 from knapper.store import Store

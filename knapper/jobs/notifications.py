@@ -7,8 +7,8 @@ from dataclasses import replace
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
 from knapper.jobs.names import Round, Start
-from knapper.jobs.records import Started
 from knapper.jobs.spec import decode
+from knapper.state.job_records import Started
 
 _QUIET_S = 10.0
 _REMEMBERED_MAX = 4096

@@ -10,10 +10,10 @@ from knapper.jobs import control
 from knapper.jobs.job_files import Folder
 from knapper.jobs.names import Start
 from knapper.jobs.progress import newest_step
-from knapper.jobs.records import Evaluated, Started, Trained, read
 from knapper.jobs.services import JobServices
 from knapper.jobs.spec import decode
 from knapper.state import damage, layout
+from knapper.state.job_records import Evaluated, Started, Trained, read
 from knapper.state.layout import last_number
 from knapper.store import Store
 from knapper.store.cache import LruCache

@@ -2,8 +2,8 @@
 
 from knapper.jobs import control, outputs
 from knapper.jobs.names import Start
-from knapper.jobs.records import Started, read
 from knapper.jobs.services import JobServices
+from knapper.state.job_records import Started, read
 
 
 async def note(place: JobServices, start: Start, reason: str) -> None:

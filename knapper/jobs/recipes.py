@@ -6,8 +6,8 @@ from typing import Protocol
 
 from knapper.ids import RunId
 from knapper.jobs.names import Round
-from knapper.jobs.records import Spent
 from knapper.jobs.run_client import RunClient
+from knapper.state.job_records import Spent
 
 
 @dataclass(frozen=True)

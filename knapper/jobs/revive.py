@@ -13,10 +13,10 @@ from knapper.jobs import control, notifications, progress
 from knapper.jobs.inbox import look
 from knapper.jobs.names import Start
 from knapper.jobs.progress import Outline, ProgressReader
-from knapper.jobs.records import Started, Waiting, read
 from knapper.jobs.services import JobServices
 from knapper.jobs.spec import RlJob, decode
 from knapper.state import damage
+from knapper.state.job_records import Started, Waiting, read
 from knapper.state.layout import ObjectKind
 
 _QUIET_S = 60.0

@@ -14,10 +14,10 @@ from knapper.jobs.bill import covered, union
 from knapper.jobs.job_files import Folder
 from knapper.jobs.names import Round
 from knapper.jobs.recipes import Lines, StepOutcome
-from knapper.jobs.records import Rollout, Rollouts, Scores, Spent, decode
 from knapper.jobs.rollouts import step_name
 from knapper.jobs.rows import RlRow, Row
 from knapper.jobs.spec import RlJob
+from knapper.state.job_records import Rollout, Rollouts, Scores, Spent, decode
 from knapper.store import Store, many
 from knapper.wire.types import Datum
 

@@ -20,12 +20,12 @@ from knapper.jobs import progress, schedule
 from knapper.jobs.job_files import Folder
 from knapper.jobs.names import Round
 from knapper.jobs.progress import ProgressReader
-from knapper.jobs.records import Rollout, Rollouts, encode
 from knapper.jobs.rows import RlRow
 from knapper.jobs.spec import RlJob
 from knapper.jobs.tokenized_rows import RowTokenizer
 from knapper.jobs.worker import Slice, SliceOver, Worker
 from knapper.state.checkpoints import Checkpoints
+from knapper.state.job_records import Rollout, Rollouts, encode
 from knapper.store.cache import LruCache
 from knapper.wire.types import SampledSequence as Sampled
 from knapper.wire.types import SampleOutput, SampleRequest, SamplingParams

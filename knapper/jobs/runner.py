@@ -16,7 +16,6 @@ from knapper.jobs.names import Round, Start
 from knapper.jobs.outputs import Metrics
 from knapper.jobs.progress import Progress, ProgressReader
 from knapper.jobs.recipes import Lines, Recipe
-from knapper.jobs.records import Evaluated, Trained, encode, read
 from knapper.jobs.rl import Reinforcing
 from knapper.jobs.rollouts import step_name
 from knapper.jobs.run_client import Journal, RunClient
@@ -25,6 +24,7 @@ from knapper.jobs.supervised import Dpo, Sft
 from knapper.jobs.tokenized_rows import RowTokenizer
 from knapper.jobs.worker import Slice, Worker
 from knapper.state.checkpoints import Checkpoints
+from knapper.state.job_records import Evaluated, Trained, encode, read
 from knapper.state.journal.records import Spec
 from knapper.state.sessions import DAY_S, Session, Sessions
 from knapper.state.tenant_index import Register

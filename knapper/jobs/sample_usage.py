@@ -8,7 +8,7 @@ import hashlib
 from typing import Final
 
 from knapper.jobs.job_files import Folder
-from knapper.jobs.records import Spent, Trained, Uncounted, read
+from knapper.state.job_records import Spent, Trained, Uncounted, read
 from knapper.state.journal.records import encode
 from knapper.state.usage import HOUR_S, Sampled, Samplings, record_name
 from knapper.store import Store

@@ -11,12 +11,12 @@ from knapper.jobs import progress
 from knapper.jobs.job_files import Folder
 from knapper.jobs.names import Round
 from knapper.jobs.progress import ProgressReader
-from knapper.jobs.records import Rollout, Rollouts, Score, Scores, encode, read
 from knapper.jobs.rows import RlRow
 from knapper.jobs.spec import RlJob
 from knapper.jobs.worker import Slice, Worker
 from knapper.rewards import scorer, spec
 from knapper.rewards.spec import Reward
+from knapper.state.job_records import Rollout, Rollouts, Score, Scores, encode, read
 
 _GROUPS_AT_ONCE = 4
 SOURCE = "knapper/reward"

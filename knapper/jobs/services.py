@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from knapper.events.broker import Broker
+from knapper.events.function_key import FunctionKey
 from knapper.exchange import Exchange
 from knapper.exchange.factory import open_exchange
 from knapper.jobs.notifications import Notifier
 from knapper.settings import Settings
-from knapper.state.function_key import FunctionKey
 from knapper.store import Store
 
 

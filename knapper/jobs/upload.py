@@ -16,10 +16,10 @@ from knapper.exchange import Blob
 from knapper.ids import Tenant, number
 from knapper.jobs import names
 from knapper.jobs.names import Start
-from knapper.jobs.records import Started, read
 from knapper.jobs.services import JobServices
 from knapper.jobs.spec import Parsed
 from knapper.state import layout
+from knapper.state.job_records import Started, read
 from knapper.state.layout import ObjectKind, last_number
 from knapper.store import Store
 

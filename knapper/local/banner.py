@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from knapper.catalogue.served_models import ModelRecord
 from knapper.engine.models import weight_files
 from knapper.settings import Settings
+from knapper.state.model_record import ModelRecord
 from knapper.text.sizes import sized
 
 _DEVICES = {"auto": "auto: cuda where there is one, else cpu; the log says which when the engine starts"}

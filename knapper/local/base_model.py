@@ -8,10 +8,11 @@ import structlog
 
 from knapper.catalogue import servable
 from knapper.catalogue.download import is_name, obtain
-from knapper.catalogue.served_models import ModelRecord, record_of
+from knapper.catalogue.served_models import record_of
 from knapper.engine.models.config import computed_by
 from knapper.errors import UserError
 from knapper.settings import Settings
+from knapper.state.model_record import ModelRecord
 
 log = structlog.get_logger()
 

@@ -23,6 +23,7 @@ import structlog
 
 import knapper
 from knapper.catalogue.served_models import Catalogue
+from knapper.events.function_key import FunctionKey
 from knapper.exchange.factory import expect_subscribable
 from knapper.local import engines, web
 from knapper.local.always_on import Standing
@@ -31,7 +32,6 @@ from knapper.local.base_model import chosen, served
 from knapper.local.process import Process
 from knapper.local.state import ProcessTable, locked
 from knapper.settings import Settings
-from knapper.state.function_key import FunctionKey
 from knapper.store.factory import open_store
 from knapper.text.printable import say
 

@@ -4,26 +4,15 @@ Counted where things happen, or read from counters that exist; nothing here deci
 bounded: never a run, a tenant or a name that a client chose. What a job costs is in its bill.
 """
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
 
-import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from knapper.errors import UserError
-from knapper.state.journal.machine import Files, Machine, Outcome
-from knapper.state.journal.records import Operation, Spec
-from knapper.store import Names, Store, forget_torn_writes
-
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 REGISTRY = CollectorRegistry()
-log = structlog.get_logger()
-State = TypeVar("State")
 
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _STARTS = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0)
@@ -102,94 +91,6 @@ class Readings:
                 yield metric
             else:
                 yield family(each.name, each.meaning, value=found)
-
-
-@dataclass(frozen=True)
-class CountedStore:
-    """The store, counted."""
-
-    store: Store
-    now: Callable[[], float] = time.monotonic  # noqa: TID251  what it takes is measured, and decides nothing
-
-    async def put_if_absent(self, name: str, data: bytes) -> bool:
-        with self._counted("put_if_absent") as say:
-            won = await self.store.put_if_absent(name, data)
-            say("ok" if won else "lost")
-            return won
-
-    async def get(self, name: str) -> bytes | None:
-        with self._counted("get") as say:
-            data = await self.store.get(name)
-            say("missing" if data is None else "ok")
-            return data
-
-    async def list(self, prefix: str, start_after: str = "", limit: int = 0) -> Names:
-        with self._counted("list") as say:
-            names = await self.store.list(prefix, start_after, limit)
-            say("ok")
-            return names
-
-    async def delete(self, name: str) -> None:
-        with self._counted("delete") as say:
-            await self.store.delete(name)
-            say("ok")
-
-    async def forget_torn_writes(self, now: float) -> int:
-        return await forget_torn_writes(self.store, now)
-
-    @contextmanager
-    def _counted(self, verb: str) -> Iterator[Callable[[str], None]]:
-        began, outcome = self.now(), ["failed"]
-        try:
-            yield lambda said: outcome.__setitem__(0, said)
-        finally:
-            store_calls.labels(verb, outcome[0]).inc()
-            store_seconds.labels(verb).observe(self.now() - began)
-
-
-class CountedMachine(Generic[State]):
-    """The machine, counted: what is applied, what it costs the device, and how long the first of each takes."""
-
-    def __init__(self, machine: Machine[State], now: Callable[[], float] = time.monotonic) -> None:  # noqa: TID251  as above
-        self._machine, self._now = machine, now
-        self._first = {"adapter": True, "first_step": True}
-
-    async def create(self, spec: Spec, source: Files | None, with_optimizer: bool) -> State:
-        with self._started("adapter"):
-            return await self._machine.create(spec, source, with_optimizer)
-
-    async def thaw(self, spec: Spec, files: Files) -> State:
-        with self._started("adapter"):
-            return await self._machine.thaw(spec, files)
-
-    async def freeze(self, state: State) -> Files:
-        return await self._machine.freeze(state)
-
-    def frozen_bytes(self, state: State) -> int:
-        return self._machine.frozen_bytes(state)
-
-    async def apply(self, state: State, operation: Operation, source: Files | None) -> Outcome[State]:
-        outcome = "failed"
-        try:
-            with self._started("first_step"):
-                result = await self._machine.apply(state, operation, source)
-            outcome = "ok"
-            device_seconds.labels(operation.kind).inc(result.cost_s)
-            log.debug("applied", run=operation.run, seq=operation.seq, kind=operation.kind, device_s=result.cost_s)
-            return result
-        except UserError:
-            outcome = "refused"
-            raise
-        finally:
-            operations.labels(operation.kind, outcome).inc()
-
-    @contextmanager
-    def _started(self, stage: str) -> Iterator[None]:
-        began, first = self._now(), self._first[stage]
-        self._first[stage] = False
-        yield
-        if first:
-            cold_start_seconds.labels(stage).observe(self._now() - began)
 
 
 def process_age_s() -> float | None:

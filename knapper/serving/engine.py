@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer
 
 from knapper.catalogue.servable import expect_files
+from knapper.concurrency import shutdown
 from knapper.engine import checkpoint_format, hardware
 from knapper.engine.executor import Executor, Work
 from knapper.engine.hardware import dtype_for, finish, release
@@ -32,13 +33,14 @@ from knapper.errors import InvalidField, NotFound
 from knapper.jobs.services import JobServices, open_place
 from knapper.observability import metrics
 from knapper.observability.metrics import Reading
-from knapper.serving import shutdown
 from knapper.serving.runs import ClaimedRuns
 from knapper.settings import Settings
 from knapper.state.journal import bundles
+from knapper.state.journal.counted import CountedMachine
 from knapper.state.journal.holder import Holder
 from knapper.state.journal.records import Terms
 from knapper.store import Store
+from knapper.store.counted import CountedStore
 from knapper.store.factory import open_store
 
 _SLOTS_MAX = 64  # from some 64 rows on a CPU's matrix products are saturated: more only make each text wait longer
@@ -109,7 +111,7 @@ def engine() -> ServingEngine:
     atexit.register(device.close)  # torch aborts if the interpreter goes away under its thread
     directory, context = Path(settings.model_directory), decoder.config.context
     metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
-    store = metrics.CountedStore(open_store(settings))
+    store = CountedStore(open_store(settings))
     machine = TrainingMachine(Trainer(decoder), device, time.monotonic)
     terms = _terms(where, decoder, threads)
     holder = Holder(f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}", settings.address, terms)
@@ -127,7 +129,7 @@ def engine() -> ServingEngine:
     )
     sampler = _sampler(settings, decoder, device, StoredAdapters(store, decoder.config, where))
     metrics.Readings(readings(machine, sampler))
-    residents = ClaimedRuns(store, metrics.CountedMachine(machine), holder, time.time, rest_s=settings.rest_s)
+    residents = ClaimedRuns(store, CountedMachine(machine), holder, time.time, rest_s=settings.rest_s)
     shutdown.before(residents.leave)
     return ServingEngine(
         base_model=settings.model,

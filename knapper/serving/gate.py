@@ -11,9 +11,9 @@ from typing import Final, Generic, TypeVar
 
 import structlog
 
+from knapper.concurrency.retry import Attempts, Deaths
 from knapper.engine import host_memory
 from knapper.errors import KnapperError
-from knapper.serving.retry import Attempts, Deaths
 
 _DEATHS_MAX: Final = 2  # then the process stands, and says so, before it tries again
 _KILLED: Final = (

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
+from knapper.concurrency import shutdown
+from knapper.concurrency.retry import Deaths
 from knapper.observability import logs
-from knapper.serving import shutdown
 from knapper.serving.gate import Gate
-from knapper.serving.retry import Deaths
 from knapper.settings import Settings
 
 if TYPE_CHECKING:

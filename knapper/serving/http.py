@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from knapper.errors import InvalidField, KnapperError, Unavailable, UserError
 from knapper.events.cloudevents import Frame, encode_frame
-from knapper.state.function_key import FunctionKey
+from knapper.events.function_key import FunctionKey
 from knapper.web import requests
 
 T = TypeVar("T")

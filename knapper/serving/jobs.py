@@ -20,10 +20,10 @@ from knapper.jobs.runner import Training
 from knapper.jobs.services import JobServices, open_place
 from knapper.jobs.spec import KINDS, Kind
 from knapper.jobs.worker import Worker
-from knapper.observability import metrics
 from knapper.serving import gates
 from knapper.serving.sampler import Served, served
 from knapper.settings import Settings
+from knapper.store.counted import CountedStore
 from knapper.store.factory import open_store
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ async def _answer(part: Callable[[], Training | RolloutSampler], event: Event) -
 def place() -> JobServices:
     """Where the state lies, with or without an engine."""
     settings = Settings.load(os.environ)
-    return open_place(settings, metrics.CountedStore(open_store(settings)), time.time)
+    return open_place(settings, CountedStore(open_store(settings)), time.time)
 
 
 @cache

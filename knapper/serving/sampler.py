@@ -13,6 +13,7 @@ from knapper.jobs.services import JobServices, open_place
 from knapper.observability import metrics
 from knapper.serving import gates
 from knapper.settings import Settings
+from knapper.store.counted import CountedStore
 from knapper.store.factory import open_store
 from knapper.wire.progress import TokenEvent
 from knapper.wire.types import SampleOutput, SampleRequest
@@ -59,7 +60,7 @@ def by_vllm(settings: Settings) -> Served:
         raise InvalidField("KNAPPER_MODEL_DIRECTORY", "", "the directory of the base model's files")
     began = time.monotonic()
     expect_files(Path(settings.model_directory))
-    store = metrics.CountedStore(open_store(settings))
+    store = CountedStore(open_store(settings))
     sampler, context = open_sampler(settings, store, os.environ)
     metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
     place = open_place(settings, store, time.time)

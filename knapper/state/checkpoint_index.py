@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import cast
 from urllib.parse import quote, unquote
 
-from knapper.catalogue.served_models import slug
 from knapper.ids import CheckpointKind, RunId, TinkerPath
 from knapper.state import damage
 from knapper.state.layout import ObjectKind, label_of
+from knapper.state.model_record import slug
 from knapper.store import Names, Store, many
 
 _ROOT, _LABELS = ObjectKind.CHECKPOINT.under(), ObjectKind.LABEL.under()

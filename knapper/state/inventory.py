@@ -9,19 +9,19 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final
 
-from knapper.catalogue.served_models import ModelRecord
 from knapper.errors import KnapperError, damaged
-from knapper.jobs.records import Control, Evaluated, Refusal, Rollouts, Scores, Started, Trained, Waiting
 from knapper.state import layout
 from knapper.state.api_keys import Key
 from knapper.state.audit import Entry
 from knapper.state.checkpoints import Checkpoint
 from knapper.state.damage import ERRORS
 from knapper.state.dead_letters import DeadLetter
+from knapper.state.job_records import Control, Evaluated, Refusal, Rollouts, Scores, Started, Trained, Waiting
 from knapper.state.journal import bundles
 from knapper.state.journal.accept import decode_creation
 from knapper.state.journal.records import Commit, End, Index, Manifest, Operation, Record, decode
 from knapper.state.layout import ObjectKind
+from knapper.state.model_record import ModelRecord
 from knapper.state.secrets import Secret, opened_bytes
 from knapper.state.sessions import Assignment, Finish, Sampler, Session
 from knapper.state.usage import Samplings

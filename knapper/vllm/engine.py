@@ -9,8 +9,8 @@ from typing import Final
 
 import structlog
 
+from knapper.concurrency.retry import Attempts
 from knapper.errors import KnapperError, Unavailable
-from knapper.serving.retry import Attempts
 from knapper.vllm.core import Adapter, Core, CoreEnded, abandon_start
 
 _ABANDON_EVERY_S: Final = 0.2  # a start that has no process yet has one a moment later

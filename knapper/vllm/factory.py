@@ -13,14 +13,14 @@ import torch
 from tokenizers import Tokenizer
 
 from knapper import limits
+from knapper.concurrency import shutdown
+from knapper.concurrency.retry import Attempts
 from knapper.engine import hardware, host_memory
 from knapper.engine.hardware import dtype_for
 from knapper.engine.models.config import ModelConfig
 from knapper.engine.sampling.kv_cache import bytes_per_token
 from knapper.errors import InvalidField
 from knapper.observability.metrics import Reading, Readings
-from knapper.serving import shutdown
-from knapper.serving.retry import Attempts
 from knapper.settings import Settings
 from knapper.store import Store
 from knapper.vllm import unsupported

@@ -9,8 +9,9 @@ from starlette.testclient import TestClient
 
 from gateway.app import create_app
 from knapper.catalogue.declared_models import MODELS_MAX, Declared, encode, read
-from knapper.catalogue.served_models import Catalogue, ModelRecord, slug
+from knapper.catalogue.served_models import Catalogue
 from knapper.errors import InvalidField, NotFound
+from knapper.state.model_record import ModelRecord, slug
 from knapper.store.memory import MemoryStore
 from tests.catalogue.test_served_models import RECORD
 from tests.gateway.running import settings

@@ -7,8 +7,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from knapper.catalogue.served_models import Catalogue, ModelRecord, record_of, slug
+from knapper.catalogue.served_models import Catalogue, record_of
 from knapper.errors import NotFound
+from knapper.state.model_record import ModelRecord, slug
 from knapper.store.memory import MemoryStore
 
 RECORD = ModelRecord(

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from knapper.catalogue.served_models import slug
 from knapper.cluster.model import _with_vllm
 from knapper.errors import InvalidField
+from knapper.state.model_record import slug
 from tests.cluster.apiserver import Cluster, ready, serving
 from tests.manifests import rules, schema
 from tests.manifests.rendering import ROOT, rendered

@@ -16,8 +16,8 @@ import tinker
 
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
+from knapper.events.function_key import FunctionKey
 from knapper.local.broker.watcher import finalized
-from knapper.state.function_key import FunctionKey
 from knapper.store.directory import DirectoryStore
 from tests.conformance.kill_client import datum
 from tests.conformance.server import Server

@@ -14,8 +14,8 @@ import pytest
 
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
+from knapper.events.function_key import FunctionKey
 from knapper.state import dead_letters
-from knapper.state.function_key import FunctionKey
 from knapper.store.directory import DirectoryStore
 from tests.conformance.server import Server
 from tests.engine.tiny import tiny_model

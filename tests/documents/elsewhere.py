@@ -20,6 +20,10 @@ TESTS: Final = {
     ): "tests/documents/test_architecture.py::test_both_pictures_show_the_same_processes",
     (
         "docs/architecture.md",
+        "gateway | functions",
+    ): "tests/documents/test_architecture.py::test_the_page_shows_the_layers_of_the_contract",
+    (
+        "docs/architecture.md",
         "gateway/            speaks the Tinker protocol",
     ): "tests/test_house.py::test_the_tree_in_the_documents_is_the_tree",
     (

@@ -30,7 +30,7 @@ FIGURES: Final[dict[str, list[tuple[str, str]]]] = {
         ("4 MiB", "limits:text_body_bytes_max"), ("512 KiB", "limits:labels_body_bytes_max"),
         ("128 KiB", "limits:small_body_bytes_max"), ("64 MiB", "limits:body_thrown_bytes_max"),
         ("32,768 bytes", "limits:head_bytes_max"), ("20 s", "limits:head_s"), ("1,024 bytes", "limits:body_rate_min"),
-        ("20 s", "limits:body_silent_s"), ("30 seconds", "knapper.serving.retry:_PAUSE_MAX_S"),
+        ("20 s", "limits:body_silent_s"), ("30 seconds", "knapper.concurrency.retry:_PAUSE_MAX_S"),
     ],
     "docs/events.md": [("30 s", "limits:slice_s"), ("0.3 s", "knapper.local.broker.watcher:_STILL_S")],
     "docs/jobs.md": [
@@ -52,7 +52,7 @@ FIGURES: Final[dict[str, list[tuple[str, str]]]] = {
         ("2 min", "knative/base/sample.yaml: scale-to-zero-pod-retention-period: 120s"),
         ("0.5 min", "(Knative's scale-to-zero-grace-period)"), ("10 min", _AUTOSCALER), ("17 minutes", _AUTOSCALER),
         ("20 s", "knapper.store.gcs:_PATIENCE_S"), ("7 days", "limits:torn_after_s"), ("15 minutes", "limits:hole_s"),
-        ("30 s", "knapper.serving.retry:_PAUSE_MAX_S"), ("8 MiB", "knapper.store.gcs:part_bytes_max"),
+        ("30 s", "knapper.concurrency.retry:_PAUSE_MAX_S"), ("8 MiB", "knapper.store.gcs:part_bytes_max"),
     ],
     "docs/quickstart.md": [
         ("2 GB", "(the sum of the two)"), ("1.5 GB", "Makefile: (95 packages, 1.5 GB)"),

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 
 import pytest
 
@@ -67,3 +68,21 @@ def test_both_pictures_show_the_same_processes() -> None:
             assert re.search(rf"\b{node}\b", picture), node
     table = read(PAGE).partition("## Processes\n")[2].partition("\n## ")[0]
     assert there <= set(re.findall(r"^\| (\w+) \|", table, flags=re.MULTILINE))
+
+
+def _layers() -> list[str]:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (found,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    return list(found)
+
+
+def test_every_package_has_its_layer() -> None:
+    """One that has none could import anything, and be imported by all."""
+    named = {name.strip().removeprefix("knapper.") for layer in _layers() for name in layer.split("|")}
+    modules = [path.stem for path in (ROOT / "knapper").iterdir() if path.suffix == ".py" or any(path.glob("*.py"))]
+    assert named == {"gateway", "functions"} | set(modules) - {"__init__"}
+
+
+def test_the_page_shows_the_layers_of_the_contract() -> None:
+    shown = read(PAGE).partition("## Layers\n")[2].partition("```\n")[2].partition("```")[0].splitlines()
+    assert shown == [layer.replace("knapper.", "").removesuffix(" | __main__") for layer in _layers()]

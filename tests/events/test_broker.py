@@ -15,7 +15,7 @@ from starlette.routing import Route
 from knapper.events import cloudevents
 from knapper.events.broker import Broker
 from knapper.events.cloudevents import Event
-from knapper.state.function_key import FunctionKey
+from knapper.events.function_key import FunctionKey
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import NOWHERE, serve
 
@@ -62,7 +62,7 @@ POSTING = """
 import asyncio, sys
 from knapper.events import cloudevents
 from knapper.events.broker import Broker
-from knapper.state.function_key import FunctionKey
+from knapper.events.function_key import FunctionKey
 from knapper.store.memory import MemoryStore
 key = FunctionKey(MemoryStore(), lambda: "0" * 32)
 asyncio.run(Broker(sys.argv[1], key).post(cloudevents.Event(type=cloudevents.JOB_STARTED, subject="local/a/b", id="1")))

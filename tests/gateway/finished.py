@@ -9,9 +9,9 @@ from knapper import ids
 from knapper.ids import LOCAL_TENANT, RunId, SamplerId, SessionId, Tenant, TinkerPath
 from knapper.jobs import control, spec
 from knapper.jobs.names import Start
-from knapper.jobs.records import Spent, Started, Trained, encode
 from knapper.state import layout
 from knapper.state.checkpoints import Checkpoint, Checkpoints
+from knapper.state.job_records import Spent, Started, Trained, encode
 from knapper.state.journal.accept import Acceptor, pack
 from knapper.state.journal.holder import Holder
 from knapper.state.journal.records import Creation, Kind, Spec

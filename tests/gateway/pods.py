@@ -19,8 +19,8 @@ import msgspec
 import knapper
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Claimed, Committed, Frame, Hint
+from knapper.events.function_key import FunctionKey
 from knapper.ids import RunId
-from knapper.state.function_key import FunctionKey
 from knapper.state.journal.accept import Acceptor, PackedBody, newest_manifest, pack
 from knapper.state.journal.records import Creation, Kind, Spec
 from knapper.state.journal.results import Results

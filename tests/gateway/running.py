@@ -19,13 +19,14 @@ from starlette.applications import Starlette
 from gateway.app import create_app
 from gateway.routing import Door
 from gateway.services import Services
-from knapper.catalogue.served_models import Catalogue, ModelRecord
+from knapper.catalogue.served_models import Catalogue
 from knapper.ids import RunId
 from knapper.jobs.services import JobServices
 from knapper.local.web import PROTOCOL
 from knapper.settings import Settings
 from knapper.state import layout
 from knapper.state.journal.records import Operation, decode
+from knapper.state.model_record import ModelRecord
 from knapper.store import Store
 from knapper.store.memory import MemoryStore
 from knapper.wire import proto

@@ -17,8 +17,8 @@ from knapper.exchange.directory import DirectoryExchange
 from knapper.ids import LOCAL_TENANT
 from knapper.jobs.names import Start
 from knapper.jobs.notifications import Notifier
-from knapper.jobs.records import Spent, Trained, encode
 from knapper.jobs.services import JobServices
+from knapper.state.job_records import Spent, Trained, encode
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import Running, gateway
 

@@ -6,13 +6,14 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from knapper.catalogue.served_models import Catalogue, ModelRecord
+from knapper.catalogue.served_models import Catalogue
 from knapper.errors import InvalidField, NotFound, TooLarge
 from knapper.events.cloudevents import Event
 from knapper.exchange import Blob, Entries, ListedObject, Signed
 from knapper.ids import LOCAL_TENANT
 from knapper.jobs.notifications import Notifier
 from knapper.jobs.services import JobServices
+from knapper.state.model_record import ModelRecord
 from knapper.store import Store
 from knapper.store.memory import MemoryStore
 

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 
+from knapper.cli import jobs_client
 from knapper.ids import LOCAL_TENANT
-from knapper.jobs import client, control, inbox, listings, progress
+from knapper.jobs import control, inbox, listings, progress
 from knapper.jobs.activity import seconds_left
 from knapper.jobs.names import Start
 from knapper.jobs.presence import Presence, Present
-from knapper.jobs.records import Evaluated, Rollouts, Scores, Spent, Trained, encode
 from knapper.jobs.spec import decode, parse
 from knapper.local.state import ProcessTable, presence
+from knapper.state.job_records import Evaluated, Rollouts, Scores, Spent, Trained, encode
 from knapper.state.layout import ObjectKind
 from tests.jobs.test_works import JOBS, RL
 from tests.jobs.works import House, Works, run
@@ -152,7 +153,7 @@ def test_a_job_that_cannot_go_on_waits_and_says_why(house: House) -> None:
         await control.note(works.store, start, "waits: the model cannot be served", works.clock())
         shown = await told(works)
         assert phase(shown) == ("waiting", None, None, None)
-        assert "; waits: the model cannot be served" in client.doing(shown)
+        assert "; waits: the model cannot be served" in jobs_client.doing(shown)
         assert seconds(shown["activity"]["since"]) - seconds(shown["started_at"]) == pytest.approx(50, abs=1)
         await control.note(works.store, start, "", works.clock())
         assert phase(await told(works)) == ("sampling", 1, 0, 3)
@@ -171,7 +172,9 @@ def test_a_job_that_cannot_go_on_waits_and_says_why(house: House) -> None:
 )
 def test_what_a_job_does_reads_as_a_line(activity: tuple[Any, ...], text: str) -> None:
     named = dict(zip(("phase", "step", "done", "of"), activity, strict=True))
-    assert client.doing({"state": "running", "steps": 8, "reason": "", "activity": {**named, "seconds": 9.2}}) == text
+    assert (
+        jobs_client.doing({"state": "running", "steps": 8, "reason": "", "activity": {**named, "seconds": 9.2}}) == text
+    )
 
 
 def test_a_job_that_ended_does_nothing_and_took_as_long_as_it_took(house: House) -> None:

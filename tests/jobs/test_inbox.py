@@ -12,8 +12,8 @@ from knapper.ids import LOCAL_TENANT
 from knapper.jobs import control, inbox, spec
 from knapper.jobs.job_files import Folders
 from knapper.jobs.names import Start
-from knapper.jobs.records import Started, read
 from knapper.jobs.rows import RlRow
+from knapper.state.job_records import Started, read
 from tests.jobs.places import lines, place, serve
 
 YAML = "kind: rl\ndata: p.jsonl\nsteps: 3\nreward: {code: reward.py}\nevaluate: {data: e.jsonl}\n"

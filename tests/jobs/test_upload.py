@@ -11,8 +11,8 @@ from knapper.exchange import Blob
 from knapper.ids import LOCAL_TENANT
 from knapper.jobs import control, inbox, listings, names, upload
 from knapper.jobs.names import Start
-from knapper.jobs.records import Started, encode, read
 from knapper.jobs.services import JobServices
+from knapper.state.job_records import Started, encode, read
 from tests.jobs.places import Folder, place, serve
 from tests.jobs.test_inbox import FILES
 

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from knapper.catalogue.served_models import Catalogue, record_of
-from knapper.state.function_key import FunctionKey
+from knapper.events.function_key import FunctionKey
 from knapper.store.directory import DirectoryStore
 from tests.engine.tiny import tiny_model
 from tests.local.work import gone, make_root, until

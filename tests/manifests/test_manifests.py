@@ -16,9 +16,9 @@ from gguf import GGUFReader
 
 from knapper.catalogue import download
 from knapper.catalogue.declared_models import read
-from knapper.catalogue.served_models import slug
 from knapper.cluster.kustomize import Object, identity, render
 from knapper.serving import engine, runs
+from knapper.state.model_record import slug
 from knapper.vllm import factory
 from tests.manifests import rules, schema
 from tests.manifests.rendering import APPLIED, KUBECTL, OVERLAYS, ROOT, VLLM, by_kubectl, find, rendered, services

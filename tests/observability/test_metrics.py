@@ -22,8 +22,10 @@ from knapper.errors import StoreError, UserError
 from knapper.ids import RunId
 from knapper.observability import metrics
 from knapper.serving.engine import readings
+from knapper.state.journal.counted import CountedMachine
 from knapper.state.journal.machine import Files, Outcome
 from knapper.state.journal.records import Operation, Spec
+from knapper.store.counted import CountedStore
 from knapper.store.memory import MemoryStore
 from tests.engine.runs import datum, request, spec, tiny_trainer
 from tests.engine.sampling.test_scheduler import Shelf
@@ -84,7 +86,7 @@ def test_the_store_is_counted_by_verb_and_outcome() -> None:
             raise StoreError("no")
 
     async def story() -> None:
-        store = metrics.CountedStore(Broken())
+        store = CountedStore(Broken())
         assert await store.put_if_absent("a", b"1")
         assert not await store.put_if_absent("a", b"2")
         assert await store.get("a") == b"1"
@@ -122,7 +124,7 @@ def test_a_scrape_needs_no_key_and_names_nobody() -> None:
 
 def test_what_a_machine_applies_is_counted_with_its_cost_and_its_outcome() -> None:
     ledger = Ledger()
-    machine = metrics.CountedMachine(ledger)
+    machine = CountedMachine(ledger)
     kinds: list[tuple[str, str]] = [("forward_backward", "ok"), ("forward_backward", "refused")]
     before = [value("knapper_operations_total", kind=kind, outcome=outcome) for kind, outcome in kinds]
     spent = value("knapper_device_seconds_total", kind="forward_backward")

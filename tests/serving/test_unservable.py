@@ -16,10 +16,10 @@ import httpx
 import pytest
 
 from knapper import ids
+from knapper.concurrency.retry import Attempts, Deaths
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Hint
-from knapper.serving.retry import Attempts, Deaths
-from knapper.state.function_key import FunctionKey
+from knapper.events.function_key import FunctionKey
 from knapper.store.directory import DirectoryStore
 from tests.engine.tiny import tiny_model
 from tests.local.broken import REFUSED, copied, cut

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from knapper.cluster.kustomize import render
-from knapper.state.function_key import SECRET
+from knapper.events.function_key import SECRET
 from tests.manifests import schema as manifests
 from tests.terraform import schema
 from tests.terraform.checks import findings

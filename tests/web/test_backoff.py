@@ -1,6 +1,6 @@
 """Pauses between attempts."""
 
-from knapper.serving.retry import Attempts
+from knapper.concurrency.retry import Attempts
 from knapper.web.backoff import Backoff
 
 

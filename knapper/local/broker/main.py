@@ -16,13 +16,13 @@ from knapper import limits
 from knapper.errors import KnapperError, TooLarge, Unauthorized, Unavailable, UserError
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
+from knapper.events.function_key import FunctionKey
 from knapper.local.broker.broker import LocalBroker
 from knapper.local.broker.delivery import Letter
 from knapper.local.broker.fault_injection import Mischief
 from knapper.local.broker.watcher import Watcher
 from knapper.observability import logs
 from knapper.settings import Settings
-from knapper.state.function_key import FunctionKey
 from knapper.store.factory import open_store
 from knapper.web import requests
 

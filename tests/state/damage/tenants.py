@@ -14,12 +14,12 @@ from knapper.exchange.directory import DirectoryExchange
 from knapper.ids import RunId, SamplerId, SessionId, Tenant, TinkerPath
 from knapper.jobs.names import Start
 from knapper.jobs.notifications import Notifier
-from knapper.jobs.records import Evaluated, Rollouts, Scores, Spent, Trained, Waiting, encode
 from knapper.jobs.services import JobServices
 from knapper.state import dead_letters, layout, ledger_entries, usage
 from knapper.state.api_keys import Keys
 from knapper.state.checkpoints import Checkpoint, Checkpoints
 from knapper.state.dead_letters import DeadLetter
+from knapper.state.job_records import Evaluated, Rollouts, Scores, Spent, Trained, Waiting, encode
 from knapper.state.journal import bundles, ends
 from knapper.state.journal.records import Commit, End, Manifest, Result, Terms
 from knapper.state.sessions import Sampler, Samplers

@@ -12,10 +12,10 @@ from knapper.errors import Fenced, NotFound, StoreError
 from knapper.ids import LOCAL_TENANT, TinkerPath, make_run_id
 from knapper.jobs import control, needs
 from knapper.jobs.names import Start
-from knapper.jobs.records import Spent, Trained, encode
 from knapper.observability import metrics
 from knapper.state import layout
 from knapper.state.gc.collector import Collector
+from knapper.state.job_records import Spent, Trained, encode
 from knapper.state.journal import bundles, ends
 from knapper.state.journal.accept import newest_manifest, pack
 from knapper.state.journal.holder import Holder
@@ -26,6 +26,7 @@ from knapper.state.layout import ObjectKind
 from knapper.state.ledger import Accounts
 from knapper.state.sessions import Sampler, Samplers
 from knapper.state.usage import Window
+from knapper.store.counted import CountedStore
 from knapper.store.memory import MemoryStore
 from tests.sim.history import TERMS, digest_of
 from tests.sim.ledger import LedgerMachine
@@ -578,7 +579,7 @@ def test_a_silent_session_is_over_after_a_week_and_its_run_ends_a_while_later() 
 
 def counted(bench: Bench) -> Callable[[], float]:
     """Calls of the store so far."""
-    bench.store = metrics.CountedStore(bench.store)
+    bench.store = CountedStore(bench.store)
     bench.__post_init__()
 
     def calls() -> float:

@@ -11,7 +11,7 @@ from knapper.errors import NotFound
 from knapper.jobs import names
 
 if TYPE_CHECKING:
-    from knapper.jobs.client import JobsClient
+    from knapper.cli.jobs_client import JobsClient
 
 _NAME: Final = re.compile(r"rollouts/(step|evaluation)-(\d+)\.jsonl")
 _SHOWN_CHARS: Final = 60

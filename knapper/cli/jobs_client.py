@@ -10,9 +10,10 @@ from urllib.parse import urlencode
 import httpx
 
 from knapper import limits
+from knapper.cli import jobs_transfer
 from knapper.cli.tables import table
 from knapper.errors import InvalidField, NotFound, Unavailable, UserError
-from knapper.jobs import names, spec, transfer
+from knapper.jobs import names, spec
 from knapper.text.durations import clock
 
 _TIMEOUT = httpx.Timeout(60.0, connect=5.0)
@@ -43,8 +44,8 @@ class JobsClient:
     def submit(self, job_yaml: Path, name: str | None, *, again: bool = False) -> dict[str, Any]:
         """Send job.yaml and the files that it names, which lie beside it. Raises UserError before anything is sent."""
         folder = job_yaml.resolve().parent
-        yaml = transfer.checked(job_yaml)
-        files = {each: transfer.checked(folder / each) for each in spec.parse(yaml.path.read_bytes()).job.files}
+        yaml = jobs_transfer.checked(job_yaml)
+        files = {each: jobs_transfer.checked(folder / each) for each in spec.parse(yaml.path.read_bytes()).job.files}
         size = yaml.size + sum(file.size for file in files.values())
         if size > limits.job_upload_bytes_max:
             raise InvalidField(
@@ -61,7 +62,7 @@ class JobsClient:
         if large:
             asked["uploads"] = {each: {"sha256": file.sha256, "size": file.size} for each, file in large.items()}
             for each, file in large.items():
-                transfer.send(self, each, file)
+                jobs_transfer.send(self, each, file)
         return self.ask("POST", "/jobs", asked, _SUBMIT_TIMEOUT)
 
     def jobs(self, limit: int) -> tuple[list[dict[str, Any]], int]:

@@ -77,8 +77,8 @@ def remove(
     context: Context = None,
 ) -> None:
     """Stop serving a base model. Its runs stay in the store, and go on when it is added again."""
-    from knapper.catalogue.served_models import slug
     from knapper.cluster.model import LABEL, NAMESPACE, no_entry
+    from knapper.state.model_record import slug
 
     api = _api(kubeconfig, context)
     label = f"{LABEL}={slug(model)}"

@@ -12,7 +12,7 @@ from knapper.cli.tables import Json, listing, table
 from knapper.text.printable import say
 
 if TYPE_CHECKING:
-    from knapper.jobs.client import JobsClient
+    from knapper.cli.jobs_client import JobsClient
 
 app = typer.Typer(
     name="jobs", help="List, show, fetch, cancel, resume and delete jobs.", no_args_is_help=True, rich_markup_mode=None
@@ -58,7 +58,7 @@ def list_jobs(
     as_json: Json = False,
 ) -> None:
     """Print the newest jobs."""
-    from knapper.jobs.client import overview
+    from knapper.cli.jobs_client import overview
 
     jobs, total = _client(url).jobs(limit)
     listing(jobs, list(overview(jobs)), "there are no jobs; `knapper submit JOB.YAML` starts one", as_json=as_json)
@@ -74,7 +74,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Print a job's steps, and what became of it."""
-    from knapper.jobs.client import lines, summary
+    from knapper.cli.jobs_client import lines, summary
 
     if follow and as_json:
         raise typer.BadParameter("prints once, when asked; leave out --follow, or ask again", param_hint="--json")
@@ -131,9 +131,9 @@ def download(
     url: Url = None,
 ) -> None:
     """Fetch a job's files: `adapter`, say, which PEFT loads. One that was cut off goes on from there."""
-    from knapper.jobs import transfer
+    from knapper.cli import jobs_transfer
 
-    for name, fetched in transfer.download(_client(url), job, names or [], to or Path(job)):
+    for name, fetched in jobs_transfer.download(_client(url), job, names or [], to or Path(job)):
         say(f"{(to or Path(job)) / name}{'' if fetched else ' was there already'}")
 
 
@@ -146,26 +146,26 @@ def rollouts(
     as_json: Json = False,
 ) -> None:
     """Print the completions of one step, or of one evaluation, and what each was worth."""
-    from knapper.jobs import rollout_files
+    from knapper.cli import jobs_rollouts
 
     if step is not None and evaluation is not None:
         raise typer.BadParameter(
             "is of other completions than --step; leave one of them out", param_hint="--evaluation"
         )
-    rows = rollout_files.read(_client(url), job, step, evaluation)
-    listing(rows, list(rollout_files.lines(rows)), "the file has no completions", as_json=as_json)
+    rows = jobs_rollouts.read(_client(url), job, step, evaluation)
+    listing(rows, list(jobs_rollouts.lines(rows)), "the file has no completions", as_json=as_json)
 
 
 def _follow(client: "JobsClient", job: str) -> dict[str, Any]:
     import time
 
-    from knapper.jobs.follower import Follower
+    from knapper.cli.jobs_follower import Follower
 
     return Follower(client, job, time.monotonic).follow()
 
 
 def _say(told: dict[str, Any]) -> None:
-    from knapper.jobs.client import summary
+    from knapper.cli.jobs_client import summary
 
     for line in summary(told):
         say(line)
@@ -178,7 +178,7 @@ def _exit(told: dict[str, Any]) -> None:
 
 
 def _client(url: str | None) -> "JobsClient":
-    from knapper.jobs.client import JobsClient
+    from knapper.cli.jobs_client import JobsClient
 
     return JobsClient(
         url or os.environ.get("TINKER_BASE_URL") or "http://127.0.0.1:8000",
@@ -196,7 +196,7 @@ def usage(
     """Say what your runs and sessions used: tokens, and seconds of the device, which are what a GPU is paid for."""
     from datetime import UTC, datetime, timedelta
 
-    from knapper.jobs.client import used
+    from knapper.cli.jobs_client import used
 
     end = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) + timedelta(hours=1)
     rows = used(_client(url).usage(end - timedelta(hours=hours), end))

@@ -15,7 +15,7 @@ from knapper.jobs import names
 from knapper.text.suggestions import did_you_mean
 
 if TYPE_CHECKING:
-    from knapper.jobs.client import JobsClient
+    from knapper.cli.jobs_client import JobsClient
 
 _PIECE_BYTES: Final = 1024 * 1024
 _TRIES, _PAUSE_S = 6, 0.5  # in a row without a byte more; each pause is twice the one before

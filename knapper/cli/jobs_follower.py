@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
+from knapper.cli.jobs_client import ENDED, JobsClient, doing, lines, timing
 from knapper.errors import KnapperError, NotFound, UserError
-from knapper.jobs.client import ENDED, JobsClient, doing, lines, timing
 from knapper.text.durations import clock
 from knapper.text.printable import say
 

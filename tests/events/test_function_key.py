@@ -11,8 +11,8 @@ from knapper import limits
 from knapper.errors import TooLarge, Unauthorized, Unavailable
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
+from knapper.events.function_key import FunctionKey
 from knapper.state import secrets
-from knapper.state.function_key import FunctionKey
 from knapper.store.memory import MemoryStore
 
 BELL = Event(
