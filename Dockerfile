@@ -19,6 +19,8 @@
 ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 ARG TORCH=cpu
 ARG WEIGHTS=baked
+# torch ships a test module in the syntax of Python 3.12, which 3.11 cannot compile and nothing imports.
+ARG UNPARSABLE=torch/testing/_internal/py312_intrinsics
 
 FROM ${PYTHON_IMAGE} AS python
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
@@ -54,15 +56,17 @@ ARG TORCH_VERSION=2.13.0
 RUN --mount=type=cache,target=/root/.cache/pip pip install "torch==${TORCH_VERSION}"
 
 FROM torch-${TORCH} AS engine-environment
+ARG UNPARSABLE
 COPY functions/train_step/requirements.txt /build/
 RUN --mount=type=cache,target=/root/.cache/pip pip install -r /build/requirements.txt -c /build/constraints.txt
-RUN python -m compileall -q -f -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
+RUN python -m compileall -q -f -j 0 --invalidation-mode unchecked-hash -x ${UNPARSABLE} /opt/venv/lib
 
 # vLLM pins torch and much else. Its torch is TORCH_VERSION, so the layer below is train-step's; what else it pins is in a list of its own.
 FROM torch-cuda AS vllm-environment
+ARG UNPARSABLE
 COPY functions/sample/requirements-vllm.txt constraints-vllm.txt /build/
 RUN --mount=type=cache,target=/root/.cache/pip pip install -r /build/requirements-vllm.txt -c /build/constraints-vllm.txt
-RUN python -m compileall -q -f -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
+RUN python -m compileall -q -f -j 0 --invalidation-mode unchecked-hash -x ${UNPARSABLE} /opt/venv/lib
 
 # ---- The base model, as a directory of config, tokenizer and safetensors. No torch is needed to make it. ----
 FROM environment AS weights-baked

@@ -1,6 +1,8 @@
 """The Dockerfile says what it should, and what it installs is what pyproject.toml declares."""
 
+import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +68,22 @@ def test_vllm_finds_a_compiler_and_writes_only_below_one_directory() -> None:
     assert len(caches) >= 8
     assert all(value == "/tmp/cache" or value.startswith("/tmp/cache/") for value in caches.values()), caches
     assert any(word == "RUN" and "gcc" in rest for word, rest in stages()[VLLM].instructions)
+
+
+@pytest.mark.parametrize("stage", ["engine-environment", "vllm-environment"])
+def test_torch_compiles_as_the_image_compiles_it(stage: str, tmp_path: Path) -> None:
+    """The line of the Dockerfile itself, on the part of torch that has a module for a newer Python."""
+    (argument,) = [each for each in re.findall(r"^ARG (\w+=\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+                   if each.startswith("UNPARSABLE=")]  # fmt: skip
+    assert ("ARG", "UNPARSABLE") in stages()[stage].instructions, "an argument from before FROM is declared again"
+    (line,) = [rest for word, rest in stages()[stage].instructions if word == "RUN" and "compileall" in rest]
+    (place,) = importlib.util.find_spec("torch").submodule_search_locations  # type: ignore[union-attr]  # it is there
+    shutil.copytree(Path(place) / "testing", tmp_path / "torch/testing")
+    command = line.replace("python ", f"{sys.executable} ", 1).replace("/opt/venv/lib", str(tmp_path))
+    name, _, value = argument.partition("=")
+    done = subprocess.run(["sh", "-ec", command], env={name: value}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert list(tmp_path.rglob("common_utils.*.pyc"))
 
 
 @pytest.mark.parametrize("target", ["train-step", "sample", VLLM])
