@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import yaml
+
 from knapper.cluster.api import Api
-from knapper.cluster.kustomize import Object, render
+from knapper.cluster.kustomize import Object
 from knapper.cluster.model import LABEL, NAMESPACE
 from knapper.cluster.state import gateway_says
 from knapper.errors import KnapperError
@@ -20,8 +22,9 @@ Verdict = Literal["good", "wrong", "unknown"]
 
 _RESTARTS_MAX = 2
 _CHANNELS = "MTChannelBasedBroker"
+CONFIGURATION = "knative/cluster/configmaps"
 KNATIVE_MIN = (1, 22)  # the manifests were checked against it
-KUBERNETES_MIN = (1, 32)  # what that Knative asks for
+KUBERNETES_MIN = (1, 34)  # what that Knative asks for
 _KINDS = {
     "services.serving.knative.dev": "serving", "revisions.serving.knative.dev": "serving",
     "brokers.eventing.knative.dev": "eventing", "triggers.eventing.knative.dev": "eventing",
@@ -97,12 +100,13 @@ def kinds(patient: Patient) -> Iterator[Finding]:
 
 def flags(patient: Patient) -> Iterator[Finding]:
     """Knative allows, and does, what knative/cluster says."""
-    mend = (
-        "kubectl apply --server-side --force-conflicts -k knative/cluster/configmaps "
-        "(with Knative's operator: -k knative/cluster/operator)"
-    )
-    for wanted in render(patient.root / "knative/cluster/configmaps"):
+    for wanted in configuration(patient.root):
         name = wanted["metadata"]["name"]
+        mend = (
+            f"kubectl patch configmap {name} -n knative-serving --type merge --patch-file "
+            f"{CONFIGURATION}/{name.removeprefix('config-')}.yaml (with Knative's operator: "
+            "kubectl apply --server-side -k knative/cluster/operator)"
+        )
         found = patient.api.get("v1", "ConfigMap", name, "knative-serving") or {}
         for key, value in wanted["data"].items():
             seen = found.get("data", {}).get(key)
@@ -111,6 +115,11 @@ def flags(patient: Patient) -> Iterator[Finding]:
                 yield Finding(about, "good", str(seen))
             else:
                 yield Finding(about, "wrong", f"{'not set' if seen is None else seen}, should be {value}", mend)
+
+
+def configuration(root: Path) -> list[Object]:
+    """The patches of Knative's own ConfigMaps; `root` holds knative/."""
+    return [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted((root / CONFIGURATION).glob("*.yaml"))]
 
 
 def permissions(patient: Patient) -> Iterator[Finding]:

@@ -320,7 +320,7 @@ def healthy(objects: list[Object], knative: list[Object]) -> Cluster:
             "metadata": {
                 "name": name, "namespace": f"knative-{part}", "labels": {"app.kubernetes.io/version": "1.22.1"}
             },
-            "spec": {"template": {"spec": {"terminationGracePeriodSeconds": 3600}}},
+            "spec": {"template": {"spec": {"terminationGracePeriodSeconds": 600}}},
         })  # fmt: skip
     for thing in objects:
         knatives = re.search(r"(serving|eventing|sources)\.knative\.dev", thing["apiVersion"])

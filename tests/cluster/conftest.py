@@ -4,7 +4,7 @@ import os
 import pytest
 
 from tests.cluster.apiserver import Cluster, healthy
-from tests.manifests.rendering import rendered
+from tests.manifests.rendering import patched, rendered
 
 os.environ.setdefault("TINKER_TELEMETRY", "0")
 
@@ -27,4 +27,4 @@ def cluster() -> Cluster:
                 container["image"] = container["image"].replace(before, after)
         if thing["kind"] == "ConfigMap" and thing["metadata"]["name"] == "knapper":
             thing["data"]["KNAPPER_STORE"] = "gs://example-project-knapper-state"
-    return healthy(objects, copy.deepcopy(rendered("cluster/configmaps")))
+    return healthy(objects, patched())

@@ -69,7 +69,8 @@ NOT_RUN: Final = {
     ): "what `make demo` printed on the machine that is named above it",
     ("CONTRIBUTING.md", "make setup"): "installs packages, and runs all tests",
     (_TRIAL, "kind create cluster --name knapper"): "needs a cluster",
-    (_TRIAL, "kubectl apply --server-side"): "needs a cluster",
+    (_TRIAL, "for map in"): "needs a cluster",
+    (_OPERATING, "for map in"): "needs a cluster",
     (_TRIAL, "for target in"): "needs a container engine",
     (_TRIAL, "kubectl apply -k knative/overlays/local"): "needs a cluster",
     (_TRIAL, "gateway() {"): "needs a cluster",
@@ -84,7 +85,6 @@ NOT_RUN: Final = {
         'python -c "from pathlib import Path; from knapper.catalogue.download import obtain;',
     ): "downloads a model",
     (_OPERATING, "cd terraform/stages/30-functions"): "needs a project of Google Cloud",
-    (_OPERATING, "kubectl apply --server-side"): "needs a cluster",
     (_OPERATING, "knapper deploy add"): "needs a cluster",
     ("docs/quickstart.md", "make install"): "installs packages, and trains for minutes",
 }

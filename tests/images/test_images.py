@@ -77,8 +77,10 @@ def test_torch_compiles_as_the_image_compiles_it(stage: str, tmp_path: Path) -> 
                    if each.startswith("UNPARSABLE=")]  # fmt: skip
     assert ("ARG", "UNPARSABLE") in stages()[stage].instructions, "an argument from before FROM is declared again"
     (line,) = [rest for word, rest in stages()[stage].instructions if word == "RUN" and "compileall" in rest]
-    (place,) = importlib.util.find_spec("torch").submodule_search_locations  # type: ignore[union-attr]  # it is there
-    shutil.copytree(Path(place) / "testing", tmp_path / "torch/testing")
+    torch = importlib.util.find_spec("torch")
+    assert torch is not None
+    assert torch.origin is not None
+    shutil.copytree(Path(torch.origin).parent / "testing", tmp_path / "torch/testing")
     command = line.replace("python ", f"{sys.executable} ", 1).replace("/opt/venv/lib", str(tmp_path))
     name, _, value = argument.partition("=")
     done = subprocess.run(["sh", "-ec", command], env={name: value}, capture_output=True, text=True)

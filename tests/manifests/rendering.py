@@ -7,18 +7,24 @@ from pathlib import Path
 
 import yaml
 
+from knapper.cluster.doctor import configuration
 from knapper.cluster.kustomize import Object, render
 
 ROOT = Path(__file__).parents[2]
 VLLM = ["overlays/gke-l4-vllm", "overlays/gke-h100-vllm"]
 OVERLAYS = ["overlays/local", "overlays/gke-l4", "overlays/gke-l4-shared", "overlays/gke-h100", *VLLM]
-APPLIED = [*OVERLAYS, "cluster/configmaps", "cluster/operator"]
+APPLIED = [*OVERLAYS, "cluster/operator"]
 KUBECTL = shutil.which("kubectl")
 
 
 @cache
 def rendered(name: str) -> list[Object]:
     return render(ROOT / "knative" / name)
+
+
+def patched() -> list[Object]:
+    """The patches of Knative's own ConfigMaps."""
+    return configuration(ROOT)
 
 
 def by_kubectl(name: str) -> list[Object]:

@@ -80,8 +80,8 @@ def _webhook(service: Object) -> Iterator[str]:
         yield "window outside 6 s to 1 h"
     if not 0 <= spec.get("containerConcurrency", 0) <= 1000:
         yield "containerConcurrency over 1000"
-    if spec.get("timeoutSeconds", 300) > 3600:
-        yield "timeoutSeconds over the 3600 that knative/cluster allows"
+    if spec.get("timeoutSeconds", 300) > 600:
+        yield "timeoutSeconds over the 600 that Knative allows"
     if spec.get("responseStartTimeoutSeconds", 300) > spec.get("timeoutSeconds", 300):
         yield "responseStartTimeoutSeconds over timeoutSeconds"
     for name in ("target-utilization-percentage", "panic-window-percentage"):

@@ -16,11 +16,11 @@ from tests.manifests.rendering import ROOT
 # The CRD files of Knative, in a directory `knative-crds` of a sibling of the checkout: serving/ and eventing/ as in
 # those projects' config/core/300-resources and config/core/resources.
 CRDS = next(iter(sorted(ROOT.parent.glob("*/knative-crds"))), None)
-KUBERNETES = "1.34"
+KUBERNETES = ("1.34", "1.35", "1.36")
 _OPERATOR = {
     "KnativeServing",
     "KnativeEventing",
-}  # of Knative's operator, whose schemas say little; rules.py compares their content
+}  # of Knative's operator: knative.py
 
 # Where a CRD says only "anything": what the API's types have there.
 _DESTINATION = {
@@ -89,10 +89,11 @@ def _more(thing: Object) -> Iterator[tuple[Object, Any]]:
 
 
 def _core(thing: Object) -> Iterator[str]:
-    try:
-        kubernetes_validate.validate(thing, KUBERNETES, strict=True)
-    except kubernetes_validate.ValidationError as error:
-        yield f"{'.'.join(map(str, error.path))}: {error.message[:300]}"
+    for version in KUBERNETES:
+        try:
+            kubernetes_validate.validate(thing, version, strict=True)
+        except kubernetes_validate.ValidationError as error:
+            yield f"Kubernetes {version}: {'.'.join(map(str, error.path))}: {error.message[:300]}"
 
 
 def pod_of(service: Object) -> Object:

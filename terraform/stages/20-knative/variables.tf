@@ -16,7 +16,7 @@ variable "platform" {
 variable "operator_version" {
   description = "Of Knative's operator, which installs Serving and Eventing of the versions in knative/cluster/operator."
   type        = string
-  default     = "1.22.1"
+  default     = "1.23.0"
 
   validation {
     condition     = can(regex("^1\\.2[2-9]\\.[0-9]+$", var.operator_version))
