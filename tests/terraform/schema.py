@@ -18,6 +18,7 @@ from tests.terraform.reading import TERRAFORM, blocks, documents
 
 WHEEL = "cdktf-cdktf-provider-google==16.12.1"
 FILE = Path(__file__).with_name("schema.json")
+OLDEST, NEWEST = "7.22", "9"  # of the provider: sandbox_config.type came with 7.22
 Arguments = dict[
     str, Any
 ]  # name -> {"required": bool, "kind": string | number | bool | list | map | block, "block": Arguments}
@@ -33,6 +34,26 @@ NEWER: dict[str, Arguments] = {
         }
     }
 }
+
+# Of google-beta alone (website/docs/r/project_service_identity.html.markdown).
+BETA: dict[str, Arguments] = {
+    "google_project_service_identity": {
+        "project": {"required": False, "kind": "string"},
+        "service": {"required": True, "kind": "string"},
+    }
+}
+
+# Of the types that we use: in the provider's code of 7.45.0, and in the notes of the release 8.9.0 (the last one).
+DEPRECATED: dict[str, tuple[str, ...]] = {
+    "google_certificate_manager_certificate": (
+        "self_managed.certificate_pem", "self_managed.private_key_pem",
+    ),
+    "google_compute_network": ("numeric_id",),
+    "google_container_cluster": (
+        "binary_authorization.enabled", "enterprise_config", "addons_config.parallelstore_csi_driver_config",
+        "remove_default_node_pool",
+    ),
+}  # fmt: skip
 
 
 def used() -> set[str]:
@@ -55,7 +76,7 @@ def extract(wheel: Path) -> dict[str, Arguments]:
         types = json.load(file)["types"]
     configs = {fqn: about for fqn, about in types.items() if about["kind"] == "interface" and fqn.endswith("Config")}
     found = {}
-    for kind in sorted(used()):
+    for kind in sorted(used() - set(BETA)):
         camel = "".join(part.title() for part in kind.removeprefix("data.").split("_")[1:])
         wanted = f"Data{'Google' + camel}" if kind.startswith("data.") else camel
         (fqn,) = [
@@ -98,7 +119,7 @@ def _kind(types: Arguments, type_: Any) -> tuple[str, Arguments | None]:
 
 def known() -> dict[str, Arguments]:
     """schema.json, with what is newer."""
-    found: dict[str, Arguments] = json.loads(FILE.read_text(encoding="utf-8"))
+    found: dict[str, Arguments] = json.loads(FILE.read_text(encoding="utf-8")) | BETA
     for kind, paths in NEWER.items():
         for path, about in paths.items():
             place, name = _place(found[kind], path)

@@ -1,7 +1,9 @@
 """Terraform's files are formatted, whole, and say what Google's provider takes; planted mistakes are found."""
 
+import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,51 @@ def test_nothing_is_wrong() -> None:
 
 def test_the_schema_knows_exactly_the_types_that_are_used() -> None:
     assert set(schema.known()) == schema.used(), "python -m tests.terraform.schema WHEEL"
+
+
+def _paths(body: dict[str, Any], above: str = "") -> Iterator[str]:
+    """Every argument and block of a block, as block.argument."""
+    for key, value in body.items():
+        if not key.startswith("__"):
+            yield f"{above}{key}"
+            for each in value if isinstance(value, list) else [value]:
+                if isinstance(each, dict):
+                    yield from _paths(each, f"{above}{key}.")
+
+
+def test_no_argument_is_deprecated() -> None:
+    found = [
+        f"{kind}.{name}: {path}"
+        for document in documents().values()
+        for kind, name, body in blocks(document, "resource")
+        for path in set(_paths(body)) & set(schema.DEPRECATED.get(kind, ()))
+    ]
+    assert found == []
+
+
+def test_every_range_of_the_provider_is_the_one_that_was_checked() -> None:
+    ranges = {
+        (name, version)
+        for path in TERRAFORM.rglob("*.tf")
+        for name, version in re.findall(r'"hashicorp/(google[\w-]*)"\n\s+version = "([^"]+)"', path.read_text())
+    }
+    assert {version for _, version in ranges} == {f">= {schema.OLDEST}, < {schema.NEWEST}"}
+    assert {name for name, _ in ranges} == {"google", "google-beta"}
+
+
+def test_an_empty_project_can_be_planned() -> None:
+    """A data source is read while planning, unless it waits: what it asks is an API that may not be enabled yet."""
+    platform = documents()[TERRAFORM / "stages/10-platform"]
+    for _, name, body in blocks(platform, "module"):
+        module = documents()[(TERRAFORM / "stages/10-platform" / plain(body["source"])).resolve()]
+        google = [kind for word in ("data", "resource") for kind, _, _ in blocks(module, word)]
+        if any(kind.startswith("google_") for kind in google) and "gpu-pool" not in body["source"]:
+            assert "google_project_service.this" in text_of(body.get("depends_on", "")), f"module {name} does not wait"
+    assert [kind for kind, _, _ in blocks(platform, "data")] == []
+    for stage in ("20-knative", "30-functions"):  # of a platform that is there
+        assert {kind for kind, _, _ in blocks(documents()[TERRAFORM / "stages" / stage], "data")} <= {
+            "google_client_config", "google_container_cluster",
+        }  # fmt: skip
 
 
 @pytest.mark.skipif(BINARY is None, reason="no terraform")

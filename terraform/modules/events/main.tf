@@ -4,8 +4,12 @@ data "google_storage_project_service_account" "this" {
   project = var.project
 }
 
-data "google_project" "this" {
-  project_id = var.project
+# Pub/Sub's own account exists once somebody has asked for it: in a new project, we.
+resource "google_project_service_identity" "pubsub" {
+  provider = google-beta
+
+  project = var.project
+  service = "pubsub.googleapis.com"
 }
 
 resource "google_pubsub_topic" "uploads" {
@@ -85,12 +89,12 @@ resource "google_pubsub_topic_iam_member" "dead" {
   project = var.project
   topic   = google_pubsub_topic.dead.id
   role    = "roles/pubsub.publisher"
-  member  = "serviceAccount:service-${data.google_project.this.number}@gcp-sa-pubsub.iam.gserviceaccount.com"
+  member  = google_project_service_identity.pubsub.member
 }
 
 resource "google_pubsub_subscription_iam_member" "dead" {
   project      = var.project
   subscription = google_pubsub_subscription.uploads.id
   role         = "roles/pubsub.subscriber"
-  member       = "serviceAccount:service-${data.google_project.this.number}@gcp-sa-pubsub.iam.gserviceaccount.com"
+  member       = google_project_service_identity.pubsub.member
 }

@@ -1,5 +1,9 @@
 # A private cluster, reached by its DNS endpoint (which asks for Google credentials, and needs no bastion), with one CPU pool
 # for Knative and the gateway, and one of gVisor nodes for reward, from zero.
+#
+# The CPU pool is made with the cluster, in place of the default pool: the argument that removed that one is deprecated. A
+# pool inside of a cluster would fight with those beside it, so Terraform leaves it alone afterwards:
+#   gcloud container node-pools update cpu --cluster NAME --location LOCATION --enable-autoscaling --total-max-nodes N
 
 data "google_project" "this" {
   project_id = var.project
@@ -33,9 +37,41 @@ resource "google_container_cluster" "this" {
     services_secondary_range_name = "services"
   }
 
-  # The default pool cannot be described as ours are; it is made with the cluster and removed at once.
-  remove_default_node_pool = true
-  initial_node_count       = 1
+  node_pool {
+    name               = "cpu"
+    initial_node_count = var.cpu_nodes_min
+
+    autoscaling {
+      total_min_node_count = var.cpu_nodes_min
+      total_max_node_count = var.cpu_nodes_max
+      location_policy      = "ANY"
+    }
+
+    management {
+      auto_repair  = true
+      auto_upgrade = true
+    }
+
+    node_config {
+      machine_type    = var.cpu_machine_type
+      image_type      = "COS_CONTAINERD"
+      service_account = google_service_account.nodes.email
+      oauth_scopes    = ["https://www.googleapis.com/auth/cloud-platform"]
+
+      gcfs_config {
+        enabled = true # images are streamed
+      }
+
+      workload_metadata_config {
+        mode = "GKE_METADATA"
+      }
+
+      shielded_instance_config {
+        enable_secure_boot          = true
+        enable_integrity_monitoring = true
+      }
+    }
+  }
 
   release_channel {
     channel = var.release_channel
@@ -112,45 +148,11 @@ resource "google_container_cluster" "this" {
 
   resource_labels = var.labels
 
+  lifecycle {
+    ignore_changes = [node_pool]
+  }
+
   depends_on = [google_project_iam_member.nodes]
-}
-
-resource "google_container_node_pool" "cpu" {
-  project  = var.project
-  cluster  = google_container_cluster.this.id
-  name     = "cpu"
-  location = var.location
-
-  autoscaling {
-    total_min_node_count = var.cpu_nodes_min
-    total_max_node_count = var.cpu_nodes_max
-    location_policy      = "ANY"
-  }
-
-  management {
-    auto_repair  = true
-    auto_upgrade = true
-  }
-
-  node_config {
-    machine_type    = var.cpu_machine_type
-    image_type      = "COS_CONTAINERD"
-    service_account = google_service_account.nodes.email
-    oauth_scopes    = ["https://www.googleapis.com/auth/cloud-platform"]
-
-    gcfs_config {
-      enabled = true # images are streamed
-    }
-
-    workload_metadata_config {
-      mode = "GKE_METADATA"
-    }
-
-    shielded_instance_config {
-      enable_secure_boot          = true
-      enable_integrity_monitoring = true
-    }
-  }
 }
 
 resource "google_container_node_pool" "sandbox" {

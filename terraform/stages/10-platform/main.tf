@@ -8,9 +8,18 @@ terraform {
   required_providers {
     google = {
       source  = "hashicorp/google"
-      version = "~> 7.17"
+      version = ">= 7.22, < 9"
+    }
+    google-beta = { # only there can a service's own account be made
+      source  = "hashicorp/google-beta"
+      version = ">= 7.22, < 9"
     }
   }
+}
+
+provider "google-beta" {
+  project = var.project
+  region  = var.region
 }
 
 provider "google" {
@@ -57,6 +66,8 @@ module "gke" {
   cpu_nodes_min       = var.cpu_nodes_min
   deletion_protection = var.deletion_protection
   labels              = local.labels
+
+  depends_on = [google_project_service.this]
 }
 
 module "gpu_pool" {
@@ -125,6 +136,8 @@ module "events" {
   name    = var.name
   bucket  = module.storage.exchange
   labels  = local.labels
+
+  depends_on = [google_project_service.this]
 }
 
 module "iam" {
@@ -138,6 +151,8 @@ module "iam" {
   exchange_bucket = module.storage.exchange
   models_bucket   = module.storage.models
   subscription    = module.events.subscription
+
+  depends_on = [google_project_service.this]
 }
 
 module "observability" {

@@ -6,6 +6,8 @@ mock_provider "google" {
   }
 }
 
+mock_provider "google-beta" {}
+
 variables {
   project = "example-project"
   region  = "us-central1"
