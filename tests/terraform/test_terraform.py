@@ -17,7 +17,7 @@ from knapper.events.function_key import SECRET
 from tests.manifests import schema as manifests
 from tests.terraform import schema
 from tests.terraform.checks import findings
-from tests.terraform.reading import TERRAFORM, blocks, documents, plain, read, text_of
+from tests.terraform.reading import TERRAFORM, Document, blocks, documents, plain, read, text_of
 
 BINARY = shutil.which("terraform")
 
@@ -327,3 +327,51 @@ def test_validate_and_test_with_mocked_providers(stage: str, tmp_path: Path) -> 
     for command in (["validate"], ["test"]):
         done = subprocess.run([*at, *command], capture_output=True, text=True, timeout=110)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _commands(document: Document) -> dict[str, str]:
+    """What each terraform_data runs, by its name."""
+    return {
+        name: text_of(body["provisioner"])
+        for kind, name, body in blocks(document, "resource")
+        if kind == "terraform_data"
+    }
+
+
+@pytest.mark.parametrize("stage", ["20-knative", "30-functions"])
+def test_a_stage_asks_for_its_tools_before_it_makes_anything(stage: str, tmp_path: Path) -> None:
+    document = documents()[TERRAFORM / "stages" / stage]
+    commands = _commands(document)
+    tools = re.search(r"tools\.sh ([\w -]+)", commands.pop("tools"))
+    assert tools
+    used = set(re.findall(r"\b(gcloud|kubectl|helm|jq)\b ", " ".join(commands.values()) + text_of(document["locals"])))
+    assert used <= set(tools[1].split())
+    for name in ("gcloud", "gke-gcloud-auth-plugin"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    script = ["/bin/sh", str(TERRAFORM / "tools.sh"), *tools[1].split()]
+    done = subprocess.run(script, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "not on PATH: kubectl." in done.stderr
+    (tmp_path / "kubectl").symlink_to(tmp_path / "gcloud")
+    assert subprocess.run(script, env={"PATH": str(tmp_path)}).returncode == 0
+
+
+def test_knatives_objects_go_while_knative_is_there() -> None:
+    """And only when the stage is destroyed: a resource that an update replaces would delete them."""
+    document = documents()[TERRAFORM / "stages/30-functions"]
+    removal = next(body for _, name, body in blocks(document, "resource") if name == "removal")
+    assert "triggers_replace" not in removal
+    assert re.search(r"^(\$\{)?destroy\}?$", text_of(removal["provisioner"]), re.MULTILINE), "when"
+    (overlay,) = [body for _, name, body in blocks(document, "resource") if name == "overlay"]
+    assert "terraform_data.removal" in text_of(overlay["depends_on"])
+    command = _commands(document)["removal"]
+    assert command.index("services.serving") < command.index("brokers") < command.index("delete namespace")
+
+
+def test_stage_20_ends_when_knative_serves() -> None:
+    document = documents()[TERRAFORM / "stages/20-knative"]
+    ready = next(body for _, name, body in blocks(document, "resource") if name == "ready")
+    assert "module.knative" in text_of(ready["depends_on"])
+    for kind in ("knativeserving/knative-serving", "knativeeventing/knative-eventing"):
+        assert f"--for=condition=Ready {kind}" in text_of(ready["provisioner"])

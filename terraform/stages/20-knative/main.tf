@@ -51,6 +51,17 @@ locals {
     ? yamlencode(object)
     : yamlencode(merge(object, { spec = merge(object.spec, local.kourier) }))
   )]
+
+  context = "gcloud container clusters get-credentials ${var.platform.name} --location ${var.platform.location} --project ${var.platform.project} --dns-endpoint"
+}
+
+# Checked at every apply, before anything is made.
+resource "terraform_data" "tools" {
+  triggers_replace = timestamp()
+
+  provisioner "local-exec" {
+    command = "${abspath(path.module)}/../../tools.sh gcloud kubectl gke-gcloud-auth-plugin"
+  }
 }
 
 resource "helm_release" "operator" {
@@ -61,6 +72,8 @@ resource "helm_release" "operator" {
   chart            = "knative-operator"
   version          = var.operator_version
   wait             = true
+
+  depends_on = [terraform_data.tools]
 }
 
 module "knative" {
@@ -71,4 +84,24 @@ module "knative" {
   objects   = local.installed
 
   depends_on = [helm_release.operator]
+}
+
+# Until Knative serves: the next stage makes objects that its webhooks check.
+resource "terraform_data" "ready" {
+  triggers_replace = sha256(jsonencode([local.installed, var.operator_version]))
+
+  provisioner "local-exec" {
+    command = join(" && ", [
+      local.context,
+      "kubectl wait --for=condition=Ready knativeserving/knative-serving -n knative-serving --timeout=15m",
+      "kubectl wait --for=condition=Ready knativeeventing/knative-eventing -n knative-eventing --timeout=15m",
+      "kubectl wait --for=condition=Available deployment --all -n knative-serving --timeout=10m",
+    ])
+
+    environment = {
+      KUBECONFIG = "${abspath(path.module)}/.rendered/${var.platform.name}.kubeconfig"
+    }
+  }
+
+  depends_on = [module.knative]
 }

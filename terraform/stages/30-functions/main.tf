@@ -108,13 +108,46 @@ locals {
   exposed = var.hostname == "" ? 0 : 1
 }
 
+# Checked at every apply, before anything is made.
+resource "terraform_data" "tools" {
+  triggers_replace = timestamp()
+
+  provisioner "local-exec" {
+    command = "${abspath(path.module)}/../../tools.sh gcloud kubectl gke-gcloud-auth-plugin"
+  }
+}
+
 resource "local_file" "kustomization" {
   filename = "${local.rendered}/kustomization.yaml"
   content  = yamlencode(local.kustomization)
+
+  depends_on = [terraform_data.tools]
+}
+
+# What `terraform destroy` runs, and an update does not: Knative's objects go while Knative is there to finalize them, or the
+# namespace would hang for ever.
+resource "terraform_data" "removal" {
+  input = { context = local.context, kubeconfig = "${abspath(local.rendered)}/kubeconfig" }
+
+  provisioner "local-exec" {
+    when = destroy
+    command = join(" && ", [
+      self.output.context,
+      "kubectl delete services.serving.knative.dev,triggers.eventing.knative.dev,pingsources.sources.knative.dev --all -n knapper --timeout=10m",
+      "kubectl delete brokers.eventing.knative.dev --all -n knapper --timeout=10m",
+      "kubectl delete namespace knapper --ignore-not-found --timeout=10m",
+    ])
+
+    environment = {
+      KUBECONFIG = self.output.kubeconfig
+    }
+  }
+
+  depends_on = [terraform_data.tools]
 }
 
 # kubectl, as `knapper deploy` does it: server-side, so that fields which others own (models that `knapper deploy add` put
-# into knapper-models) stay theirs. Destroying the cluster ends the services; nothing is deleted here.
+# into knapper-models) stay theirs.
 resource "terraform_data" "overlay" {
   triggers_replace = sha256("${local_file.kustomization.content}${local.sources}")
 
@@ -125,6 +158,8 @@ resource "terraform_data" "overlay" {
       KUBECONFIG = abspath("${local.rendered}/kubeconfig")
     }
   }
+
+  depends_on = [terraform_data.removal]
 }
 
 # ---- The way in: a certificate, a load balancer, and the paths that clients use. The gateway's /events is for the cluster alone. ----
