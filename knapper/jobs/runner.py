@@ -118,7 +118,8 @@ class Training:
         await outputs.publish_rollouts(self._place, folder, f"evaluation-{version}", outcome.readable)
         await self._place.store.put_if_absent(folder.start.evaluated(version), encode(evaluated))
         await outputs.publish_evaluations(self._place, folder, course.steps)
-        await self._note(folder, "")
+        await control.note(self._place.store, folder.start, "", self._place.clock())
+        await outputs.publish_status(self._place, folder.started)
 
     async def _note(self, folder: Folder, reason: str) -> None:
         if await control.note(self._place.store, folder.start, reason, self._place.clock()):

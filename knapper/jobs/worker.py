@@ -109,7 +109,7 @@ class Worker:
         """True if its time was used up: then a bell was rung for the rest."""
         place, start = self.place, folder.start
         try:
-            await self._take_up(start)
+            await self._take_up(folder)
             await work(folder, Slice(place, start, place.clock() + self.slice_s), event)
             self._defects.pop(start, None)
             await self._goes_on(folder)
@@ -133,10 +133,11 @@ class Worker:
             await self._fail(event, folder, f"failed {times} times by a defect of the server: {defect!r}")
         return False
 
-    async def _take_up(self, start: Start) -> None:
+    async def _take_up(self, folder: Folder) -> None:
         """Once a job, for people who look what it is doing."""
-        if start not in self._taken:
+        if (start := folder.start) not in self._taken:
             await activity.take_up(self.place.store, start, self.function, self.place.clock())
+            await outputs.publish_status(self.place, folder.started)
             if len(self._taken) >= _TAKEN_MAX:
                 self._taken.clear()
             self._taken.add(start)
