@@ -19,20 +19,20 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import figures, operations, overlap, reinforcement, sampling, starting, stores, training
+from benchmarks import figures, operations, overlap, reinforcement, samples, startup, stores, train_steps
 from benchmarks.figures import Figure
 from benchmarks.served import Setting, serving
 from knapper.catalogue.download import obtain
 from knapper.settings import Settings
 
 _SERVED: dict[str, Callable[[Setting], Iterable[Figure]]] = {
-    "training": training.measure,
-    "sampling": sampling.measure,
+    "training": train_steps.measure,
+    "sampling": samples.measure,
     "reinforcement": reinforcement.measure,
 }
 _OURS: dict[str, Callable[[Setting], Iterable[Figure]]] = {
     "operations": lambda setting: operations.measure(20 if setting.quick else operations.REPEATS),
-    "starting": starting.measure,
+    "starting": startup.measure,
     "stores": lambda _: stores.figures(),
     "jobs": lambda setting: overlap.figures(1 if setting.quick else overlap.REPEATS),
 }

@@ -29,7 +29,7 @@ from benchmarks import figures
 from benchmarks.bare import Bare
 from benchmarks.figures import seconds
 from benchmarks.served import datum, step
-from benchmarks.training import texts
+from benchmarks.train_steps import texts
 from knapper.catalogue.download import obtain
 from knapper.settings import Settings
 from tests.conformance.server import Dtype, Server

@@ -25,7 +25,7 @@ from tinker import types
 from benchmarks.bare import Bare
 from benchmarks.figures import paired
 from benchmarks.operations import NoAdapters
-from benchmarks.training import UNEVEN, texts
+from benchmarks.train_steps import UNEVEN, texts
 from knapper.engine.executor import Executor
 from knapper.engine.models.base import Model
 from knapper.engine.models.loader import load

@@ -20,7 +20,7 @@ from tinker import types
 from benchmarks.bare import Bare
 from benchmarks.figures import Figure, faster, paired, seconds
 from benchmarks.served import Setting, step
-from benchmarks.training import texts
+from benchmarks.train_steps import texts
 
 SAMPLES = 8
 

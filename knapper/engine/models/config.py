@@ -7,13 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
+from knapper.engine.models.registry import ARCHITECTURES
 from knapper.errors import NotFound, UserError
 
 ComputedBy = Literal["native", "transformers"]
 Part = Literal["attention", "mlp", "unembed"]
 HEAD: Final = "lm_head"
-
-model_types = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class UnsupportedModel(UserError):
@@ -117,22 +116,22 @@ class ModelConfig:
             raise NotFound(
                 f"{directory} has no config.json; a model directory holds config.json and safetensors weights"
             )
-        model_type = raw.get("model_type")
-        if model_type not in model_types:
-            architectures = ", ".join(map(str, _listed(raw.get("architectures")))) or "?"
+        architecture = ARCHITECTURES.get(str(raw.get("model_type")))
+        if architecture is None:
+            names = ", ".join(map(str, _listed(raw.get("architectures")))) or "?"
             raise UnsupportedModel(
-                f"{directory}: model_type is {model_type!r} (architecture {architectures}); "
-                f"supported: {', '.join(model_types)}"
+                f"{directory}: model_type is {raw.get('model_type')!r} (architecture {names}); "
+                f"supported: {', '.join(ARCHITECTURES)}"
             )
-        _refuse_options(raw, directory)
+        if reason := architecture.refusal(raw):
+            raise UnsupportedModel(f"{directory}: {architecture.model_type} with {reason} is not supported")
         hidden, heads = _size(raw, "hidden_size", directory), _size(raw, "num_attention_heads", directory)
         kv_heads = _size(raw, "num_key_value_heads", directory, heads)
         if heads % kv_heads:
             raise UnsupportedModel(f"{directory}: {heads} heads do not divide over {kv_heads} key/value heads")
         theta, scaling = _rope(raw, directory)
-        bias = bool(raw.get("attention_bias", False))
         return cls(
-            model_type=model_type,
+            model_type=architecture.model_type,
             vocab_size=_size(raw, "vocab_size", directory),
             hidden=hidden,
             layers=_size(raw, "num_hidden_layers", directory),
@@ -144,9 +143,9 @@ class ModelConfig:
             rope_theta=theta,
             rope_scaling=scaling,
             tied=bool(raw.get("tie_word_embeddings", False)),
-            qk_norm=model_type == "qwen3",
-            attention_bias=bias or model_type == "qwen2",
-            output_bias=bias and model_type in ("llama", "qwen3"),
+            qk_norm=architecture.qk_norm,
+            attention_bias=architecture.qkv_bias(raw),
+            output_bias=architecture.output_bias(raw),
             context=_size(raw, "max_position_embeddings", directory),
             eos=end_tokens(raw, directory),
         )
@@ -226,22 +225,6 @@ def _ids(value: object, path: Path) -> set[int]:
     if not all(isinstance(each, int) and each >= 0 for each in ids):
         raise UserError(f"{path}: eos_token_id is {value!r}; expected a token id, or a list of them")
     return set(ids)
-
-
-def _refuse_options(raw: Mapping[str, Any], directory: Path) -> None:
-    activation = raw.get("hidden_act", "silu")
-    sliding = raw.get("sliding_window") is not None and (
-        raw["model_type"] == "mistral" or raw.get("use_sliding_window", False)
-    )
-    for wrong, what in (
-        (activation not in ("silu", "swish"), f"hidden_act {activation!r} (only silu)"),
-        (sliding, f"sliding_window {raw.get('sliding_window')} (only full attention)"),
-        (raw.get("mlp_bias", False), "mlp_bias"),
-        (raw.get("quantization_config") is not None, "quantized weights (quantization_config)"),
-        (raw.get("partial_rotary_factor", 1.0) != 1.0, "partial_rotary_factor"),
-    ):
-        if wrong:
-            raise UnsupportedModel(f"{directory}: {raw['model_type']} with {what} is not supported")
 
 
 def _rope(raw: Mapping[str, Any], directory: Path) -> tuple[float, RopeScaling | None]:

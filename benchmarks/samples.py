@@ -9,7 +9,7 @@ from tinker import types
 from benchmarks.bare import Bare
 from benchmarks.figures import Figure, faster, paired, seconds
 from benchmarks.served import Setting
-from benchmarks.training import texts
+from benchmarks.train_steps import texts
 
 PROMPT = 64
 

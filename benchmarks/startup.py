@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.figures import Figure, seconds
 from benchmarks.served import Setting, datum, serving, step
-from benchmarks.training import texts
+from benchmarks.train_steps import texts
 
 _LOAD = (
     "import sys, time; from pathlib import Path; from knapper.engine.models import weights; "
@@ -75,7 +75,7 @@ def _peak_mib(status: str) -> float:
 def _bare_peak(directory: Path, rows: int) -> str:
     code = (
         "import sys; from pathlib import Path; "
-        "from benchmarks.bare import Bare; from benchmarks.training import texts; "
+        "from benchmarks.bare import Bare; from benchmarks.train_steps import texts; "
         f"data = texts([128] * {rows}); Bare(Path(sys.argv[1])).step(data, [[1.0] * 128] * {rows}); "
         "print(int(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0]) / 1024)"
     )
