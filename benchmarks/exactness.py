@@ -103,7 +103,7 @@ def _loaded(directory: Path, dtype: torch.dtype, threads: int, exactness: Exactn
     return load(directory, dtype, torch.device("cpu"), exactness)
 
 
-class _Shelf:
+class _Adapters:
     def __init__(self, loras: Mapping[str, Lora]) -> None:
         self._loras = loras
 
@@ -129,7 +129,7 @@ class Subject:
         }
         loras = {name: state.lora() for name, state in self.states.items() if name != BASE}
         self.sampler = EngineSampler(
-            model, self.device, _Shelf(loras), None, slots_max=64, kv_tokens_max=1 << 15, now=time.monotonic
+            model, self.device, _Adapters(loras), None, slots_max=64, kv_tokens_max=1 << 15, now=time.monotonic
         )
 
     def done(self, task: Work[T]) -> T:

@@ -24,7 +24,7 @@ Now = Callable[[], float]
 class _Turn(Generic[T]):
     task: Work[T]
     future: Future[T]
-    whose: str
+    owner: str
 
 
 class Executor:
@@ -37,25 +37,25 @@ class Executor:
         self,
         name: str = "device",
         now: Now = time.monotonic,  # noqa: TID251  what turns take is measured, and decides only whose turn is next
-        settle: Callable[[], None] = lambda: None,
+        synchronize: Callable[[], None] = lambda: None,
     ) -> None:
-        """`settle` waits until what a turn began is done, on hardware that computes while its thread goes on: called
+        """`synchronize` waits until what a turn began is done, on hardware that computes while its thread goes on: called
         when others wait, so that each is charged its own."""
         self.busy_s = 0.0  # that turns took
-        self._now, self._settle = now, settle
+        self._now, self._synchronize = now, synchronize
         self._arrivals: queue.SimpleQueue[_Turn[Any] | None] = queue.SimpleQueue()
         self._shares = FairShare()  # in seconds, by owner
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    async def run(self, task: Work[T], whose: str = "") -> T:
+    async def run(self, task: Work[T], owner: str = "") -> T:
         """What the task returns or raises. If the caller is cancelled, the task is closed at its next yield."""
-        return await asyncio.wrap_future(self.submit(task, whose))
+        return await asyncio.wrap_future(self.submit(task, owner))
 
-    def submit(self, task: Work[T], whose: str = "") -> Future[T]:
-        """`whose` time it takes: tasks of one owner take turns within its share."""
+    def submit(self, task: Work[T], owner: str = "") -> Future[T]:
+        """`owner` time it takes: tasks of one owner take turns within its share."""
         future: Future[T] = Future()
-        self._arrivals.put(_Turn(task, future, whose))
+        self._arrivals.put(_Turn(task, future, owner))
         return future
 
     def close(self) -> None:
@@ -66,34 +66,34 @@ class Executor:
     def _work(self) -> None:
         ready: list[_Turn[Any]] = []  # who had a turn goes to the end
         while True:
-            arrival = None
+            arrived = None
             while not ready or not self._arrivals.empty():
-                arrival = self._arrivals.get()
-                if arrival is None:
+                arrived = self._arrivals.get()
+                if arrived is None:
                     for turn in ready:
                         turn.task.close()
                         turn.future.cancel()
                     return
-                self._shares.join(arrival.whose)
-                ready.append(arrival)
-            turn = min(ready, key=lambda one: self._shares.rank(one.whose))
+                self._shares.join(arrived.owner)
+                ready.append(arrived)
+            turn = min(ready, key=lambda turn: self._shares.rank(turn.owner))
             ready.remove(turn)
             if self._charged(turn, alone=not ready):
                 ready.append(turn)
             else:
-                self._shares.leave((one.whose,) for one in ready)
-            del turn, arrival  # while it waits, the thread must not keep the last result: a run's whole state
+                self._shares.leave((turn.owner,) for turn in ready)
+            del turn, arrived  # while it waits, the thread must not keep the last result: a run's whole state
 
     def _charged(self, turn: _Turn[Any], *, alone: bool) -> bool:
         """A step, on its owner's account. True if the task has more to do."""
-        self._shares.serve(turn.whose)
+        self._shares.serve(turn.owner)
         began = self._now()
         more = self._step(turn.task, turn.future)
         if not alone:
-            self._settle()
+            self._synchronize()
         took_s = self._now() - began
         self.busy_s += took_s
-        self._shares.charge(took_s, turn.whose)
+        self._shares.charge(took_s, turn.owner)
         return more
 
     @staticmethod

@@ -20,9 +20,9 @@ from knapper.errors import InvalidField
 _KV_PART: Final = 0.25  # of what the weights leave: so much is for keys and values
 _KV_PART_MOST: Final = 0.75  # where one text of the whole context needs more
 _ADAPTERS_PART: Final = 1 / 16  # of what the weights leave, for adapters that samples use
-_ROWS, _WIDTH, _TURNS = 128, 1024, 5  # of the products that dtypes are compared by: a millisecond or two each
+_ROWS, _WIDTH, _REPEATS = 128, 1024, 5  # of the products that dtypes are compared by: a millisecond or two each
 _GFLOP: Final = 2e-9 * _ROWS * _WIDTH * _WIDTH
-_FASTER: Final = 1.3  # docs/decisions/0017
+_SPEEDUP_MIN: Final = 1.3  # docs/decisions/0017
 
 log = structlog.get_logger()
 
@@ -34,11 +34,11 @@ def device_for(setting: str) -> torch.device:
     Raises InvalidField for a device that this machine lacks.
     """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    able = [name for name, there in present.items() if there]
+    available = [name for name, is_present in present.items() if is_present]
     automatic = "cuda" if present["cuda"] else "cpu"
     chosen = automatic if setting == "auto" else setting
-    if chosen not in able:
-        raise InvalidField("KNAPPER_DEVICE", setting, f"auto, {', '.join(able)} on this machine")
+    if chosen not in available:
+        raise InvalidField("KNAPPER_DEVICE", setting, f"auto, {', '.join(available)} on this machine")
     return torch.device(chosen, 0) if chosen == "cuda" else torch.device(chosen)
 
 
@@ -64,9 +64,9 @@ def memory_left(device: torch.device) -> int:
     if device.type != "cuda":
         return host_memory.available()
     free_on_card, total = torch.cuda.mem_get_info(device)
-    held, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     own = int(torch.cuda.get_per_process_memory_fraction(device) * total)
-    return max(0, min(own, free_on_card + reserved) - held)
+    return max(0, min(own, free_on_card + reserved) - allocated)
 
 
 def kv_bytes(left: int, part: float, context_bytes: int) -> int:
@@ -124,32 +124,32 @@ def _faster_on_this_cpu(cpu_s: Callable[[], float]) -> torch.dtype:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        took_s = _took_s(cpu_s)
+        took_s = _product_seconds(cpu_s)
     finally:
         torch.set_num_threads(threads)
     ratio = took_s[torch.float32] / took_s[torch.bfloat16]
-    chosen = torch.bfloat16 if ratio >= _FASTER else torch.float32
+    chosen = torch.bfloat16 if ratio >= _SPEEDUP_MIN else torch.float32
     log.info(
         "KNAPPER_DTYPE is auto: measured on this CPU",
         dtype=str(chosen).removeprefix("torch."),
-        reason=f"bfloat16 products are {ratio:.2f} times as fast as float32's; it is taken from {_FASTER} on",
-        gflops={str(dtype).removeprefix("torch."): round(_GFLOP / each_s) for dtype, each_s in took_s.items()},
+        reason=f"bfloat16 products are {ratio:.2f} times as fast as float32's; it is taken from {_SPEEDUP_MIN} on",
+        gflops={str(dtype).removeprefix("torch."): round(_GFLOP / product_s) for dtype, product_s in took_s.items()},
     )
     return chosen
 
 
-def _took_s(cpu_s: Callable[[], float]) -> dict[torch.dtype, float]:
+def _product_seconds(cpu_s: Callable[[], float]) -> dict[torch.dtype, float]:
     """The least that a linear took, by dtype; in turns, as the engine computes one."""
     w = torch.linspace(-1, 1, _WIDTH * _WIDTH).view(_WIDTH, _WIDTH)
     raw = Exactness(promised=False)
     linears = [FrozenLinear([w.to(dtype)], dtype, exactness=raw) for dtype in (torch.float32, torch.bfloat16)]
     least_s = {linear.dtype: float("inf") for linear in linears}
-    for turn in range(1 + _TURNS):
+    for repeat in range(1 + _REPEATS):
         for linear in linears:
             x = w[:_ROWS].to(linear.dtype)
             began = cpu_s()
             linear(x)
             took_s = cpu_s() - began
-            if turn > 0:  # in the first one, oneDNN makes its kernels
+            if repeat > 0:  # in the first one, oneDNN makes its kernels
                 least_s[linear.dtype] = min(least_s[linear.dtype], took_s)
     return least_s

@@ -43,7 +43,7 @@ def _groups(root: Path) -> Iterator[int]:
     except FileNotFoundError:
         return
     for line in lines:
-        _, controllers, own = line.split(":", 2)
+        _, controllers, group_path = line.split(":", 2)
         limits, used = ["memory.limit_in_bytes"], "memory.usage_in_bytes"
         base = root / "sys/fs/cgroup/memory"
         if not controllers:
@@ -51,12 +51,12 @@ def _groups(root: Path) -> Iterator[int]:
         elif "memory" not in controllers.split(","):
             continue
         # A container may see its own group as the root, under a path that only the machine has.
-        steps = Path(own.lstrip("/")).parts
+        steps = Path(group_path.lstrip("/")).parts
         for count in range(len(steps) + 1):
             group = base.joinpath(*steps[:count])
-            found = [int(text) for name in limits if (text := _read(group / name)) not in ("", "max")]
-            if found:
-                yield min(found) - int(_read(group / used)) + _reclaimed(_read(group / "memory.stat"))
+            limits_set = [int(text) for name in limits if (text := _read(group / name)) not in ("", "max")]
+            if limits_set:
+                yield min(limits_set) - int(_read(group / used)) + _reclaimed(_read(group / "memory.stat"))
 
 
 def _reclaimed(stat: str) -> int:

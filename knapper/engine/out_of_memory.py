@@ -11,7 +11,7 @@ from knapper.text.sizes import sized
 
 E = TypeVar("E", bound=BaseException)
 
-_SAYS: Final = (  # of a RuntimeError; torch has an error of its own for GPUs alone
+_PHRASES: Final = (  # of a RuntimeError; torch has an error of its own for GPUs alone
     "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "MPS backend out of memory",
     "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc",
     "could not create a primitive", "could not create a memory object",  # oneDNN's, which do not say why
@@ -34,20 +34,20 @@ class MemoryShortage(Exception):
     def of(cls, error: BaseException) -> Self | None:
         """None for an error of another kind."""
         text = str(error)
-        memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not memory and not (isinstance(error, RuntimeError) and any(says in text for says in _SAYS)):
+        is_memory_error = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_memory_error and not (isinstance(error, RuntimeError) and any(phrase in text for phrase in _PHRASES)):
             return None
-        found = _NEEDED.search(text)
-        return cls(None if found is None else int(float(found[1]) * _UNITS[found[2]]))
+        match = _NEEDED.search(text)
+        return cls(None if match is None else int(float(match[1]) * _UNITS[match[2]]))
 
-    def error(self, what: str, device: torch.device, todo: str) -> OutOfMemory:
-        """What is answered to whoever asked for `what`."""
+    def error(self, subject: str, device: torch.device, todo: str) -> OutOfMemory:
+        """What is answered to whoever asked for `subject`."""
         free = sized(hardware.memory_left(device))
         needed = f"more than the {free} that are free" if self.needed is None else f"{sized(self.needed)} at once"
-        told = "" if self.needed is None else f"; {free} are free"
-        return OutOfMemory(f"{what} does not fit into the server's memory: it needs {needed}{told}. {todo}")
+        as_shortage = "" if self.needed is None else f"; {free} are free"
+        return OutOfMemory(f"{subject} does not fit into the server's memory: it needs {needed}{as_shortage}. {todo}")
 
 
-def told(error: E) -> "E | MemoryShortage":
+def as_shortage(error: E) -> "E | MemoryShortage":
     """The error, or in place of one that holds a pass's tensors the Shortage that it tells of."""
     return MemoryShortage.of(error) or error

@@ -27,7 +27,7 @@ class TrainingMachine:
         self._trainer = trainer
         self.device = device
         self._clock = clock
-        self.passes = TrainingScheduler(trainer, device, clock)
+        self.scheduler = TrainingScheduler(trainer, device, clock)
 
     async def create(self, spec: Spec, source: Files | None, with_optimizer: bool) -> RunState:
         """Raises InvalidField for a spec that cannot be trained, or a checkpoint of another form than the spec's."""
@@ -38,7 +38,7 @@ class TrainingMachine:
     async def apply(self, state: RunState, operation: Operation, source: Files | None) -> Outcome[RunState]:
         """Raises UserError for the user's mistakes, OutOfMemory where memory is lacking; the state is the same then."""
         if operation.kind == "forward_backward":
-            future = self.passes.submit(state, lambda: proto.decode_forward_backward(operation.body()))
+            future = self.scheduler.submit(state, lambda: proto.decode_forward_backward(operation.body()))
             state, output, cost_s = future.result() if future.done() else await asyncio.wrap_future(future)
             return Outcome(state, "application/x-protobuf", proto.encode_forward_backward_output(output), cost_s=cost_s)
         outcome, cost_s = await self._run(lambda: timed(self._apply(state, operation, source), self._clock), state.spec)
@@ -58,17 +58,19 @@ class TrainingMachine:
 
         Raises OutOfMemory when it is lacking then too.
         """
-        failed = MemoryShortage(None)
+        shortage = MemoryShortage(None)
         for _ in range(2):
             try:
                 return await self.device.run(begin(), spec.run)
             except Exception as error:
-                if (lacking := MemoryShortage.of(error)) is None:
+                if (shortage_now := MemoryShortage.of(error)) is None:
                     raise
-                failed = lacking
+                shortage = shortage_now
             hardware.release(self._trainer.decoder.device)
         what = f"what an operation of {spec.run} needs, an adapter of rank {spec.rank},"
-        raise failed.error(what, self._trainer.decoder.device, "Train one of a lower rank, or when fewer others train")
+        raise shortage.error(
+            what, self._trainer.decoder.device, "Train one of a lower rank, or when fewer others train"
+        )
 
     def _apply(self, state: RunState, operation: Operation, source: Files | None) -> Work[Outcome[RunState]]:
         match operation.kind:

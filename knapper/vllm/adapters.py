@@ -37,7 +37,7 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
-class Shelved:
+class FetchedAdapter:
     """An adapter that is here."""
 
     adapter: Adapter
@@ -46,10 +46,10 @@ class Shelved:
 
 
 @dataclass(eq=False)
-class _Place:
+class _Entry:
     """`users`: samples that need the adapter now, or wait for it: it stays."""
 
-    fetched: asyncio.Future[Shelved]
+    fetched: asyncio.Future[FetchedAdapter]
     users: int = 0
 
     @property
@@ -72,80 +72,80 @@ class AdapterFiles:
         _sweep(memory)
         self._memory = memory
         self._directory: Path | None = None  # made for the first adapter: a process without any leaves nothing
-        self._held = -1  # a descriptor of it, as long as this process lives
+        self._descriptor = -1  # a descriptor of it, as long as this process lives
         self._numbers = itertools.count(1)
         self._contents: dict[str, str] = {}  # of bundles: what a name holds never changes
-        self._here: OrderedDict[str, _Place] = OrderedDict()  # by content, the longest unused first
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # by content, the longest unused first
 
     @asynccontextmanager
-    async def take(self, bundle: str) -> AsyncIterator[Shelved]:
+    async def take(self, bundle: str) -> AsyncIterator[FetchedAdapter]:
         """The adapter of a bundle, which stays until this is left.
 
         Raises NotFound once it was deleted, Corrupt if it is not what its index says, UserError for one that the core
         cannot have.
         """
-        place = await self._place(bundle)
-        place.users += 1
+        entry = await self._entry(bundle)
+        entry.users += 1
         try:
-            shelved = await asyncio.shield(place.fetched)  # one caller's end must not take it from another
-            await self._make_room()
-            yield shelved
+            fetched = await asyncio.shield(entry.fetched)  # one caller's end must not take it from another
+            await self._trim()
+            yield fetched
         finally:
-            place.users -= 1
+            entry.users -= 1
 
     def close(self) -> None:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
-            os.close(self._held)
+            os.close(self._descriptor)
 
-    async def _place(self, bundle: str) -> _Place:
+    async def _entry(self, bundle: str) -> _Entry:
         content = self._contents.get(bundle)
-        if content is None or content not in self._here:
+        if content is None or content not in self._entries:
             index = await bundles.read_index(self._store, bundle)
             if index is None:
                 raise NotFound(
                     "the weights of this sampler are gone: its checkpoint was deleted or expired, and its session has "
                     "ended; create another sampling client"
                 )
-            if why := self._refuse(index.spec):
-                raise UserError(why)
+            if reason := self._refuse(index.spec):
+                raise UserError(reason)
             content = self._contents[bundle] = _content(index)
-        place = self._here.get(content)
-        if place is None or place.failed:
-            place = self._here[content] = _Place(asyncio.ensure_future(self._fetch(bundle, content)))
-        self._here.move_to_end(content)
-        return place
+        entry = self._entries.get(content)
+        if entry is None or entry.failed:
+            entry = self._entries[content] = _Entry(asyncio.ensure_future(self._fetch(bundle, content)))
+        self._entries.move_to_end(content)
+        return entry
 
-    async def _fetch(self, bundle: str, content: str) -> Shelved:
+    async def _fetch(self, bundle: str, content: str) -> FetchedAdapter:
         index, files = await bundles.read(self._store, bundle, _FILES)
         # Whatever is wrong with it is found here: what the core fails to load may end it, for all.
-        where = layout(self._facts, index.spec)
-        await asyncio.to_thread(checkpoint_format.read, files, index.spec, where, with_optimizer=False)
+        adapter_layout = layout(self._facts, index.spec)
+        await asyncio.to_thread(checkpoint_format.read, files, index.spec, adapter_layout, with_optimizer=False)
         number = next(self._numbers)
         if self._directory is None:
-            self._directory, self._held = _own(self._memory)
+            self._directory, self._descriptor = _own(self._memory)
         directory = self._directory / str(number)
         await asyncio.to_thread(_write, directory, files)
         size = sum(map(len, files.values()))
         log.info("adapter fetched", adapter=bundle, content=content[:12], bytes=size)
-        return Shelved(Adapter(number, content, directory), index.spec, size)
+        return FetchedAdapter(Adapter(number, content, directory), index.spec, size)
 
-    async def _make_room(self) -> None:
+    async def _trim(self) -> None:
         """The longest unused go, until the rest fits; those that are needed now stay in any case."""
-        here = {
-            content: (place, place.fetched.result())
-            for content, place in self._here.items()
-            if place.fetched.done() and not place.failed
+        present = {
+            content: (entry, entry.fetched.result())
+            for content, entry in self._entries.items()
+            if entry.fetched.done() and not entry.failed
         }
-        count, size = len(here), sum(shelved.size for _, shelved in here.values())
-        for content, (place, shelved) in here.items():
+        count, size = len(present), sum(fetched.size for _, fetched in present.values())
+        for content, (entry, fetched) in present.items():
             if count <= limits.adapters_kept_max and size <= limits.adapters_kept_bytes_max:
                 return
-            if place.users == 0 and self._here.get(content) is place:
-                del self._here[content]
-                count, size = count - 1, size - shelved.size
-                await self._forget(shelved.adapter)
-                await asyncio.to_thread(shutil.rmtree, shelved.adapter.directory, ignore_errors=True)
+            if entry.users == 0 and self._entries.get(content) is entry:
+                del self._entries[content]
+                count, size = count - 1, size - fetched.size
+                await self._forget(fetched.adapter)
+                await asyncio.to_thread(shutil.rmtree, fetched.adapter.directory, ignore_errors=True)
 
 
 def _content(index: Index) -> str:

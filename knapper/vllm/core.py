@@ -34,7 +34,7 @@ class Options:
     directory: Path
     dtype: Literal["float32", "bfloat16"]
     context: int
-    texts_max: int
+    sequences_max: int
     rank_max: int
     adapters_at_once: int
     adapters_kept: int
@@ -46,7 +46,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Ask:
+class SequenceRequest:
     """One text. `top`: alternatives told with each token; `prompt_top`: with each of the prompt's, None: nothing.
 
     `whole`: it is told once it has ended, and not token by token.
@@ -115,7 +115,7 @@ class Core:
             generation_config="vllm",  # a model's own defaults for temperature and the like are no part of the contract
             dtype=options.dtype,
             max_model_len=options.context,
-            max_num_seqs=options.texts_max,
+            max_num_seqs=options.sequences_max,
             max_logprobs=limits.top_logprobs_max,
             logprobs_mode="processed_logprobs",  # of the distribution that is drawn from: tempered and cut
             enable_lora=True,
@@ -127,17 +127,17 @@ class Core:
             gpu_memory_utilization=options.memory,
             enable_sleep_mode=options.sleeps,
             disable_log_stats=True,
-            worker_extension_cls="knapper.vllm.worker.Mends",
+            worker_extension_cls="knapper.vllm.worker.WorkerPatches",
         )
         try:
             return cls(AsyncLLM.from_engine_args(arguments), options.sleeps)
         except Exception as error:  # whatever keeps it from starting; its own lines are in the log
             raise Unavailable(f"vLLM did not start: {error}", retry_after_s=10.0) from error
 
-    async def mend(self) -> None:
+    async def patch(self) -> None:
         """Before the first sample. Raises CoreEnded."""
-        with _told():
-            await self._llm.collective_rpc("knapper_mend")
+        with _core_errors():
+            await self._llm.collective_rpc("knapper_patch")
 
     @property
     def ended(self) -> bool:
@@ -149,21 +149,21 @@ class Core:
         """Of the processes that this one started for it; those have workers of their own."""
         return [process.pid for process in self._processes]
 
-    async def generate(self, ask: Ask, adapter: Adapter | None) -> AsyncGenerator[TokenDelta]:
+    async def generate(self, request: SequenceRequest, adapter: Adapter | None) -> AsyncGenerator[TokenDelta]:
         """Closing it ends the text in the core too. Raises CoreEnded."""
         from vllm.inputs import tokens_input
 
         name = str(next(self._names))
-        answers = self._llm.generate(tokens_input(ask.prompt), _params(ask), name, lora_request=_lora(adapter))
-        with _told():
-            async with aclosing(answers):
-                async for answer in answers:
-                    yield _piece(answer, ask)
+        outputs = self._llm.generate(tokens_input(request.prompt), _params(request), name, lora_request=_lora(adapter))
+        with _core_errors():
+            async with aclosing(outputs):
+                async for output in outputs:
+                    yield _delta(output, request)
 
     async def load(self, adapter: Adapter) -> None:
         """Into the core's memory, between two of its steps. Raises CoreEnded, or KnapperError if vLLM refuses it."""
         try:
-            with _told():
+            with _core_errors():
                 await self._llm.add_lora(_lora(adapter))
         except KnapperError:
             raise
@@ -179,13 +179,13 @@ class Core:
         """Give the GPU's memory back, weights kept in the host's. False where vLLM cannot: close it then."""
         if not self._sleeps:
             return False
-        with _told():
+        with _core_errors():
             await self._llm.sleep(level=1)
         return True
 
     async def wake(self) -> None:
         """After `sleep`. Raises CoreEnded."""
-        with _told():
+        with _core_errors():
             await self._llm.wake_up()
 
     def close(self) -> None:
@@ -206,7 +206,7 @@ def abandon_start() -> None:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _core_errors() -> Iterator[None]:
     """What vLLM raises when its core is gone, in this library's words."""
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -226,7 +226,7 @@ def _prepare(options: Options, environ: MutableMapping[str, str]) -> None:
             "VLLM_BATCH_INVARIANT", environ["VLLM_BATCH_INVARIANT"], "0 on a CPU",
             "vLLM's batch-invariant kernels are for GPUs: unset it",
         )  # fmt: skip
-    wanted = {
+    variables = {
         "VLLM_USE_V2_MODEL_RUNNER": "0",  # the mends of knapper.vllm.worker are for the first
         "VLLM_NO_USAGE_STATS": "1",  # it would report to its makers
         "VLLM_LOGGING_LEVEL": "WARNING",
@@ -235,7 +235,7 @@ def _prepare(options: Options, environ: MutableMapping[str, str]) -> None:
         "HF_HUB_OFFLINE": "1",
     }
     if options.device == "cpu":
-        wanted |= {
+        variables |= {
             "VLLM_CPU_KVCACHE_SPACE": str(options.kv_bytes // (1024 * limits.MIB)),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes of a pod or laptop compute too
             "OMP_WAIT_POLICY": "PASSIVE",
@@ -244,27 +244,27 @@ def _prepare(options: Options, environ: MutableMapping[str, str]) -> None:
         }
         if options.threads:
             environ["OMP_NUM_THREADS"] = str(options.threads)
-    for name, value in wanted.items():
+    for name, value in variables.items():
         environ.setdefault(name, value)
     environ[SERVER] = str(os.getpid())
 
 
-def _params(ask: Ask) -> Any:
+def _params(request: SequenceRequest) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        max_tokens=ask.tokens_max,
-        seed=ask.seed,
-        temperature=ask.temperature,
-        top_k=ask.top_k,
-        top_p=ask.top_p,
+        max_tokens=request.tokens_max,
+        seed=request.seed,
+        temperature=request.temperature,
+        top_k=request.top_k,
+        top_p=request.top_p,
         ignore_eos=True,  # those that count are among the stops
-        stop_token_ids=list(ask.ends),
-        logprobs=ask.top,
-        prompt_logprobs=ask.prompt_top,
+        stop_token_ids=list(request.ends),
+        logprobs=request.top,
+        prompt_logprobs=request.prompt_top,
         detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY if ask.whole else RequestOutputKind.DELTA,
+        output_kind=RequestOutputKind.FINAL_ONLY if request.whole else RequestOutputKind.DELTA,
     )
 
 
@@ -275,30 +275,30 @@ def _lora(adapter: Adapter | None) -> Any:
     return None if adapter is None else LoRARequest(adapter.content, adapter.number, str(adapter.directory))
 
 
-def _piece(answer: Any, ask: Ask) -> TokenDelta:
-    [text] = answer.outputs
-    if text.finish_reason in ("abort", "error"):
-        raise CoreEnded(f"vLLM broke a text off ({text.finish_reason})")
-    tokens = list(text.token_ids)
-    rows = text.logprobs or []
-    prompt = answer.prompt_logprobs or None
+def _delta(output: Any, request: SequenceRequest) -> TokenDelta:
+    [completion] = output.outputs
+    if completion.finish_reason in ("abort", "error"):
+        raise CoreEnded(f"vLLM broke a text off ({completion.finish_reason})")
+    tokens = list(completion.token_ids)
+    rows = completion.logprobs or []
+    prompt = output.prompt_logprobs or None
     return TokenDelta(
         tokens=tokens,
         logprobs=[row[token].logprob for token, row in zip(tokens, rows, strict=True)],
-        tops=[_top(row, ask.top) for row in rows],
-        prompt=None if prompt is None else [_of_prompt(row, ask) for row in prompt],
-        cached=answer.num_cached_tokens or 0,
+        tops=[_top(row, request.top) for row in rows],
+        prompt=None if prompt is None else [_prompt_row(row, request) for row in prompt],
+        cached=output.num_cached_tokens or 0,
     )
 
 
-def _of_prompt(row: Any, ask: Ask) -> tuple[float, Top] | None:
+def _prompt_row(row: Any, request: SequenceRequest) -> tuple[float, Top] | None:
     if row is None:
         return None
     own = next(iter(row.values()))  # the prompt's own token comes first
-    return own.logprob, _top(row, ask.prompt_top or 0)
+    return own.logprob, _top(row, request.prompt_top or 0)
 
 
 def _top(row: Any, k: int) -> Top:
     """The k likeliest: the token itself is in the row too, at whatever rank."""
-    ranked = sorted((each.rank, token, each.logprob) for token, each in row.items() if each.rank <= k)
+    ranked = sorted((entry.rank, token, entry.logprob) for token, entry in row.items() if entry.rank <= k)
     return [(token, logprob) for _, token, logprob in ranked][:k]

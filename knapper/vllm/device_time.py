@@ -7,38 +7,38 @@ shares of all texts add up to the time in which there was any. On a GPU that oth
 from collections.abc import Callable
 
 
-class Shares:
+class DeviceTime:
     """`now` in seconds."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._at = 0.0  # when both of these were last brought up to date
-        self._each = 0.0  # seconds of a text that had been under way since the beginning
-        self._any = 0.0
-        self._texts = 0
+        self._per_sequence_s = 0.0  # seconds of a text that had been under way since the beginning
+        self._busy_s = 0.0
+        self._active = 0
 
     @property
     def device_s(self) -> float:
         """The seconds in which a text was under way."""
         self._advance()
-        return self._any
+        return self._busy_s
 
     def begin(self) -> Callable[[], float]:
         """A text begins. Call what is returned once, when it ends: it says what the text had."""
         self._advance()
-        self._texts += 1
-        before = self._each
+        self._active += 1
+        before = self._per_sequence_s
 
         def end() -> float:
             self._advance()
-            self._texts -= 1
-            return self._each - before
+            self._active -= 1
+            return self._per_sequence_s - before
 
         return end
 
     def _advance(self) -> None:
         now = self._now()
-        if self._texts:
-            self._each += (now - self._at) / self._texts
-            self._any += now - self._at
+        if self._active:
+            self._per_sequence_s += (now - self._at) / self._active
+            self._busy_s += now - self._at
         self._at = now

@@ -13,25 +13,25 @@ from knapper.vllm.core import TokenDelta, Top
 from knapper.wire.types import SampleRequest, TopK
 
 
-def wanted(request: SampleRequest) -> int | None:
+def alternatives_of(request: SampleRequest) -> int | None:
     """How many alternatives to each token of the prompt; None if nothing is asked of them."""
-    asked = request.prompt_logprobs or request.topk_prompt_logprobs
-    return request.topk_prompt_logprobs if asked else None
+    requested = request.prompt_logprobs or request.topk_prompt_logprobs
+    return request.topk_prompt_logprobs if requested else None
 
 
-def told(request: SampleRequest, piece: TokenDelta) -> dict[str, Any]:
+def prompt_fields(request: SampleRequest, delta: TokenDelta) -> dict[str, Any]:
     """Fields of SampleOutput."""
-    found: dict[str, Any] = {}
-    if piece.prompt is not None:
+    fields: dict[str, Any] = {}
+    if delta.prompt is not None:
         first = 1
         if request.prompt_logprobs_last_n is not None:
             first = int(request.prompt.size) - request.prompt_logprobs_last_n
-        rows = [row if at >= first else None for at, row in enumerate(piece.prompt)]
+        rows = [row if position >= first else None for position, row in enumerate(delta.prompt)]
         if request.prompt_logprobs:
-            found["prompt_logprobs"] = np.array([np.nan if row is None else row[0] for row in rows], dtype=np.float32)
+            fields["prompt_logprobs"] = np.array([np.nan if row is None else row[0] for row in rows], dtype=np.float32)
         if k := request.topk_prompt_logprobs:
-            found["topk_prompt_logprobs"] = table([[] if row is None else row[1] for row in rows], k)
-    return found
+            fields["topk_prompt_logprobs"] = table([[] if row is None else row[1] for row in rows], k)
+    return fields
 
 
 def table(tops: Sequence[Top], k: int) -> TopK:

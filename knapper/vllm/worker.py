@@ -1,6 +1,6 @@
 """What runs inside vLLM's worker process, beside its own: two mends, without which answers would be wrong, and its end.
 
-vLLM imports this and calls `knapper_mend`, both by name. Nothing here imports vLLM: all is reached from the worker.
+vLLM imports this and calls `knapper_patch`, both by name. Nothing here imports vLLM: all is reached from the worker.
 
 - It computes a prompt's log-probabilities with the adapters of the rows that are sampled, whatever rows these are: an
   adapter on the head then gives those of another, or ends the process. Here each prompt is computed with its own.
@@ -23,17 +23,17 @@ from torch import Tensor
 from knapper.vllm.core import SERVER
 
 
-class Mends:
+class WorkerPatches:
     """Becomes a base class of vLLM's worker (its option worker_extension_cls)."""
 
     model_runner: Any
 
-    def knapper_mend(self) -> None:
+    def knapper_patch(self) -> None:
         """Once, before the first sample."""
         runner = self.model_runner
         _score_prompts_with_their_own_adapters(runner)
         wrappers = runner.lora_manager._adapter_manager.punica_wrapper_mapping.values()
-        for wrapper in {id(each): each for each in wrappers}.values():
+        for wrapper in {id(wrapper): wrapper for wrapper in wrappers}.values():
             if type(wrapper).__name__ == "PunicaWrapperCPU":
                 _leave_base_rows_alone(wrapper)
 
@@ -56,26 +56,26 @@ def _score_prompts_with_their_own_adapters(runner: Any) -> None:
         return torch.cat(parts)
 
     def one_by_one(hidden: Any, scheduled: dict[str, int]) -> dict[str, Any]:
-        asked = runner.num_prompt_logprobs
-        found: dict[str, Any] = {}
-        for name in list(asked):
-            runner.num_prompt_logprobs = {name: asked[name]}
+        requested = runner.num_prompt_logprobs
+        scores_by_name: dict[str, Any] = {}
+        for name in list(requested):
+            runner.num_prompt_logprobs = {name: requested[name]}
             scored.append(runner.requests[name])
             try:
-                found |= scores(hidden, scheduled)
+                scores_by_name |= scores(hidden, scheduled)
             finally:
                 scored.clear()
                 if name not in runner.num_prompt_logprobs:
-                    del asked[name]
-                runner.num_prompt_logprobs = asked
-        return found
+                    del requested[name]
+                runner.num_prompt_logprobs = requested
+        return scores_by_name
 
     model.compute_logits = logits_of
     runner._get_prompt_logprobs_dict = one_by_one
 
 
 def _leave_base_rows_alone(wrapper: Any) -> None:
-    def mended(add: Callable[..., Any], adapter_of_row: Callable[[], Tensor]) -> Callable[..., Any]:
+    def patched(add: Callable[..., Any], adapter_of_row: Callable[[], Tensor]) -> Callable[..., Any]:
         def only_to_adapted(y: Tensor, *rest: Any, **named: Any) -> Any:
             base_rows = adapter_of_row()[: y.shape[0]] < 0
             before = y[base_rows].clone()
@@ -85,8 +85,8 @@ def _leave_base_rows_alone(wrapper: Any) -> None:
 
         return only_to_adapted
 
-    wrapper.add_lora_linear = mended(wrapper.add_lora_linear, lambda: wrapper.token_lora_indices)
-    wrapper.add_lora_logits = mended(wrapper.add_lora_logits, lambda: wrapper.sampler_indices)
+    wrapper.add_lora_linear = patched(wrapper.add_lora_linear, lambda: wrapper.token_lora_indices)
+    wrapper.add_lora_logits = patched(wrapper.add_lora_logits, lambda: wrapper.sampler_indices)
 
 
 def _end_with(server: int, starter: int) -> None:

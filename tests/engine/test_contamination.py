@@ -12,7 +12,7 @@ from torch import Tensor
 from knapper.engine.layers import batch_invariant_attention, head
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
-from knapper.engine.layers.lora_gathered import Scattered, Stack
+from knapper.engine.layers.lora_gathered import GatheredLora, Stack
 from knapper.engine.layers.lora_grouped import Segment, Segments
 
 # Inner sizes that are no whole number of tiles, odd ones among them, and some that are.
@@ -68,7 +68,7 @@ def test_of_adapters_in_training_and_in_decoding(rank: int, dtype: torch.dtype, 
     row_loras = [loras[row % 3] if row % 4 else None for row in range(18)]
 
     def decoded(x_NI: Tensor) -> Tensor:
-        return Scattered(Stack(loras), row_loras, torch.device("cpu"))(["q"], x_NI, linear)[0]
+        return GatheredLora(Stack(loras), row_loras, torch.device("cpu"))(["q"], x_NI, linear)[0]
 
     def trained(x_NI: Tensor) -> Tensor:
         segments = Segments([Segment(0, 5, loras[0]), Segment(5, 7, None), Segment(7, 18, loras[1])])

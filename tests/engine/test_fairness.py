@@ -21,7 +21,7 @@ from knapper.engine.training.scheduler import TrainingScheduler
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.wire.types import Datum, ForwardBackward, SampleRequest, SamplingParams
 from tests.engine.runs import datum, request, spec, tiny_trainer
-from tests.engine.sampling.test_scheduler import Shelf
+from tests.engine.sampling.test_scheduler import AdapterDict
 from tests.engine.test_run_machine import optim_step
 from tests.engine.training.test_scheduler import gathered, held, submitted
 
@@ -137,7 +137,7 @@ def test_another_runs_optim_step_waits_for_one_pass_at_most(
     """The barrier is each run's own: a step of `short` is applied while `long` has most of its passes before it."""
     machine = TrainingMachine(trainer, device, lambda: 0.0)
     gate = held(device)
-    long = submitted(machine.passes, *asked(trainer, "long", 30, 32))
+    long = submitted(machine.scheduler, *asked(trainer, "long", 30, 32))
 
     async def short() -> int:
         await machine.apply(trainer.create(spec(run="short")), optim_step(learning_rate=1e-3), None)
@@ -160,7 +160,7 @@ def test_sampling_takes_its_turns_within_a_pass(
 ) -> None:
     """Neither waits for the other's end: between two layers of a pass there are decoding steps, and the reverse."""
     sampler = EngineSampler(
-        trainer.decoder, device, Shelf({}), None, slots_max=8, kv_tokens_max=4096, now=time.monotonic
+        trainer.decoder, device, AdapterDict({}), None, slots_max=8, kv_tokens_max=4096, now=time.monotonic
     )
     clock = TrainingScheduler(trainer, device, lambda: 0.0)
     before: list[int] = []  # decoding steps before each piece of a pass
@@ -206,6 +206,6 @@ def test_what_waits_and_how_full_passes_are_is_counted(trainer: Trainer, device:
         future.result(60)
     assert (clock.waiting, clock.oldest_s()) == (0, 0.0)
     counters = clock.counters
-    assert (counters.passes, counters.rows, counters.room, counters.shares) == (2, 64, 64, 3)
+    assert (counters.passes, counters.rows, counters.capacity, counters.shares) == (2, 64, 64, 3)
     assert clock.shares(8) == [0.5, 0.25, 0.25]
     assert clock.shares(1) == [0.5]

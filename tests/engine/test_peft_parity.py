@@ -84,7 +84,7 @@ def batch(loss: str, columns: int, rng: np.random.Generator) -> list[Datum]:
 def arena(state: RunState, model: torch.nn.Module, of: Callable[[Tensor], Tensor | None]) -> Tensor:
     """What `of` says of PEFT's weights, in our arena's order."""
     named = {name.replace(".default", ""): of(p) for name, p in model.named_parameters()}
-    ordered = [named[name] for site in state.layout.sites for name in checkpoint_format.peft_names(site.module)]
+    ordered = [named[name] for site in state.layout.lora_targets for name in checkpoint_format.peft_names(site.module)]
     return torch.cat([each.flatten() for each in ordered if each is not None])
 
 

@@ -237,8 +237,8 @@ def test_the_cost_is_that_of_the_operations_own_pieces(
         state = await machine.create(spec(), None, False)
         outcomes = await asyncio.gather(*(machine.apply(state, OPERATIONS[0], None) for _ in range(3)))
         assert isinstance(trainer.decoder, Decoder)
-        stretches = trainer.decoder.config.layers + 1
-        pieces = 3 * (2 * stretches + 2)  # each pass: the stretches, the head, the stretches backward, the end
+        layer_segments = trainer.decoder.config.layers + 1
+        pieces = 3 * (2 * layer_segments + 2)  # each pass: the stretches, the head, the stretches backward, the end
         assert [outcome.cost_s for outcome in outcomes] == [pieces] * 3  # a second for each, none for waiting
 
     run(story())

@@ -24,7 +24,7 @@ from knapper.wire.progress import TokenEvent
 from knapper.wire.types import SampleOutput, SampleRequest
 from tests.engine.faults import Operators, cpu_error, gpu_error, on
 from tests.engine.runs import tiny_trainer
-from tests.engine.sampling.test_scheduler import House, Shelf, prompt_of, request, same, until
+from tests.engine.sampling.test_scheduler import AdapterDict, House, prompt_of, request, same, until
 
 POISON = 260  # a token; three of them in a row are what some test's pass cannot compute
 Embedding = Callable[[Callable[[Tensor], None]], None]
@@ -147,7 +147,7 @@ def test_prompts_of_one_pass_are_computed_apart_when_it_breaks(
 ) -> None:
     small = [request(prompt=one.prompt, seed=one.seed, prompt_logprobs=scored, num_samples=2) for one in crowd(5)]
     undisturbed = house.run(*small)
-    house.sampler._scheduler._prefilling.trim(0)
+    house.sampler._scheduler._prefiller.trim(0)
     passes: list[int] = []
 
     def before(tokens_N: Tensor) -> None:
@@ -168,7 +168,7 @@ def test_a_prompt_that_fits_alone_waits_until_nobody_decodes(house: House, embed
     large, long = bad(200, max_tokens=20), request(max_tokens=300, prompt=prompt_of(5, seed=1))
     passing = [request(seed=seed, max_tokens=6) for seed in range(40)]
     undisturbed = house.run(large, long, *passing)
-    house.sampler._scheduler._prefilling.trim(0)
+    house.sampler._scheduler._prefiller.trim(0)
     at_first = house.sampler.counters.finished
     order: list[str] = []
     before_it: list[int] = []
@@ -241,8 +241,8 @@ def test_a_text_whose_step_does_not_fit_alone_fails_alone(house: House, embeddin
     undisturbed = house.run(*requests)
 
     def before(tokens_N: Tensor) -> None:
-        texts = house.sampler._scheduler._active.texts.values()
-        if len(tokens_N) == len(texts) and any(len(text.tokens) >= 60 for text in texts):
+        sequences = house.sampler._scheduler._batch.sequences.values()
+        if len(tokens_N) == len(sequences) and any(len(text.tokens) >= 60 for text in sequences):
             raise cpu_error()
 
     embedding(before)
@@ -260,8 +260,10 @@ def test_a_defect_in_a_step_fails_nobody_but_whose_it_is(house: House, embedding
     large = request(prompt=prompt_of(50, seed=50), max_tokens=200, seed=50)
 
     def before(tokens_N: Tensor) -> None:
-        texts = house.sampler._scheduler._active.texts.values()
-        if len(tokens_N) == len(texts) and any(text.job.request is large and len(text.tokens) > 9 for text in texts):
+        sequences = house.sampler._scheduler._batch.sequences.values()
+        if len(tokens_N) == len(sequences) and any(
+            text.group.request is large and len(text.tokens) > 9 for text in sequences
+        ):
             raise ValueError("of one text")
 
     embedding(before)
@@ -340,11 +342,11 @@ def test_texts_of_a_model_of_transformers_come_out_the_same_too(
     """Some of its caches slide, and all are left half grown by a step that breaks: such texts begin again."""
     house = House(tmp_path / "native")
     house.decoder = tiny_trainer(tmp_path / "model", kind).decoder  # type: ignore[assignment]
-    sites = house.decoder.config.sites
+    lora_targets = house.decoder.config.lora_targets
     draw = torch.Generator().manual_seed(1)
-    a = {site.name: torch.randn(4, site.inputs, generator=draw) * 0.1 for site in sites}
-    b = {site.name: torch.randn(site.outputs, 4, generator=draw) * 0.1 for site in sites}
-    shelf = Shelf({"adapter": Lora(a, b, 1.0)})
+    a = {site.name: torch.randn(4, site.inputs, generator=draw) * 0.1 for site in lora_targets}
+    b = {site.name: torch.randn(site.outputs, 4, generator=draw) * 0.1 for site in lora_targets}
+    shelf = AdapterDict({"adapter": Lora(a, b, 1.0)})
     house.sampler = EngineSampler(
         house.decoder, house.device, shelf, None, slots_max=16, kv_tokens_max=4096, now=time.monotonic
     )
@@ -375,13 +377,13 @@ def test_wherever_memory_is_lacking_for_a_moment_nothing_changes(house: House, e
     scored = request(prompt=prompt_of(60, seed=8), prompt_logprobs=True, num_samples=2, max_tokens=8)
     requests = [*crowd(2, max_tokens=10), scored]
     undisturbed = house.run(*requests)
-    house.sampler._scheduler._prefilling.trim(0)
+    house.sampler._scheduler._prefiller.trim(0)
     counted = Operators(lambda _number, _name: False, error)
     with on(house.device, counted):
         assert alike(house.run(*requests), undisturbed)  # type: ignore[arg-type]
     rng = np.random.default_rng(5)
     for at in sorted(rng.integers(1, counted.count, 12).tolist()):
-        house.sampler._scheduler._prefilling.trim(0)
+        house.sampler._scheduler._prefiller.trim(0)
         broken = Operators(lambda number, _name, at=at: number == at, error)  # type: ignore[misc]
         with on(house.device, broken):
             found = house.within(answers(house, requests))
@@ -396,7 +398,7 @@ def test_while_memory_is_lacking_nobody_gets_other_bits(house: House) -> None:
     undisturbed = house.run(*requests)
     served = 0
     for seed in range(8):
-        house.sampler._scheduler._prefilling.trim(0)
+        house.sampler._scheduler._prefiller.trim(0)
         rng = np.random.default_rng(seed)
         broken = Operators(lambda _number, _name, rng=rng: bool(rng.random() < 1e-3), gpu_error)  # type: ignore[misc]
         with on(house.device, broken):

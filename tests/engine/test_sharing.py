@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from knapper.engine.executor import Executor, Work
-from knapper.engine.models.decode import NativeTexts
+from knapper.engine.models.decode import NativeDecodeState
 from knapper.engine.sampling.sampler import EngineSampler
 from knapper.engine.training import batch
 from knapper.engine.training.batch import PendingRequest
@@ -27,7 +27,7 @@ from knapper.engine.training.trainer import Trainer
 from knapper.wire.progress import TokenEvent
 from knapper.wire.types import SampleRequest, SamplingParams
 from tests.engine.runs import datum, request, spec, tiny_trainer
-from tests.engine.sampling.test_scheduler import Shelf
+from tests.engine.sampling.test_scheduler import AdapterDict
 
 SAMPLES, TOKENS, ROWS = 8, 8, 104
 ALONE_S = 2.3  # a step of one loop without its reward: what the turns below add up to
@@ -87,7 +87,7 @@ class Loops:
         self.world, self.device = world, device
         self.clock = TrainingScheduler(trainer, device, lambda: world.now_s)
         self.sampler = EngineSampler(
-            trainer.decoder, device, Shelf({}), None, slots_max=64, kv_tokens_max=65536, now=lambda: world.now_s
+            trainer.decoder, device, AdapterDict({}), None, slots_max=64, kv_tokens_max=65536, now=lambda: world.now_s
         )
         self.ends: list[list[float]] = [[] for _ in range(count)]
         self.steps = steps
@@ -155,7 +155,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 @pytest.fixture
 def world(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     world = World()
-    compute, step, prompts = batch.compute, NativeTexts.step, trainer.decoder.prompts
+    compute, step, prompts = batch.compute, NativeDecodeState.step, trainer.decoder.prompts
 
     def computed(model: Any, chosen: Sequence[PendingRequest]) -> Work[None]:
         takes_s = pass_s(sum(one.waiting[0].rows for one in chosen))
@@ -165,7 +165,7 @@ def world(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
             world.spend(takes_s / (2 * LAYERS))
             yield
 
-    def stepped(self: NativeTexts, *given: Any) -> Any:
+    def stepped(self: NativeDecodeState, *given: Any) -> Any:
         found = step(self, *given)
         world.spend(decoding_s(len(self.rows)))
         return found
@@ -175,7 +175,7 @@ def world(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         return prompts(given)
 
     monkeypatch.setattr(batch, "compute", computed)
-    monkeypatch.setattr(NativeTexts, "step", stepped)
+    monkeypatch.setattr(NativeDecodeState, "step", stepped)
     monkeypatch.setattr(trainer.decoder, "prompts", prefilled)
     yield world
     world.over.set()

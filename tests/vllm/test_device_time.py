@@ -1,11 +1,11 @@
 """Texts that are under way together divide the time; what they had adds up to it."""
 
-from knapper.vllm.device_time import Shares
+from knapper.vllm.device_time import DeviceTime
 
 
 def test_time_is_divided_over_the_texts_that_are_under_way() -> None:
     now = 100.0
-    shares = Shares(lambda: now)
+    shares = DeviceTime(lambda: now)
     first = shares.begin()
     now += 4
     second = shares.begin()

@@ -96,7 +96,7 @@ def test_a_core_that_rests_has_no_process_and_the_next_sample_wakes_another(mode
         assert pids
         assert all(map(running, pids))
         house.within(asyncio.to_thread(wait_until, lambda: not any(map(running, pids)), "the core has ended"))
-        assert house.engine.resting
+        assert house.engine.released
         [after] = house.run(asked)
         assert house.engine.starts == 2
         assert after.sequences[0].tokens.tolist() == before.sequences[0].tokens.tolist()

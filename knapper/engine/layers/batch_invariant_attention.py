@@ -28,9 +28,9 @@ def causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
 
     Without gradients there may be more keys than queries: these are the last ones.
     """
-    found = _Causal.apply(q_BTHD, k_BTGD, v_BTGD)  # type: ignore[no-untyped-call]  # the library has no types here
-    assert isinstance(found, Tensor)
-    return found
+    outputs = _Causal.apply(q_BTHD, k_BTGD, v_BTGD)  # type: ignore[no-untyped-call]  # the library has no types here
+    assert isinstance(outputs, Tensor)
+    return outputs
 
 
 def decoded(q_NGQD: Tensor, keys_NGCD: Tensor, values_NGCD: Tensor, bias_N11C: Tensor) -> Tensor:
@@ -38,28 +38,28 @@ def decoded(q_NGQD: Tensor, keys_NGCD: Tensor, values_NGCD: Tensor, bias_N11C: T
 
     C is a multiple of KEYS; keys and values past a text's end are finite.
     """
-    texts, groups, queries, width = q_NGQD.shape
+    sequences, groups, queries, width = q_NGQD.shape
     rows = max(ROWS_MIN, queries)  # those that are added go into the GEMMs and nowhere else
-    q_NGMD = q_NGQD.new_zeros(texts, groups, rows, width)
+    q_NGMD = q_NGQD.new_zeros(sequences, groups, rows, width)
     torch.mul(q_NGQD, width**-0.5, out=q_NGMD[:, :, :queries])
     scores = torch.bmm(q_NGMD.flatten(0, 1), keys_NGCD.flatten(0, 1).transpose(1, 2))
-    scores.view(texts, groups, rows, -1)[:, :, :queries].add_(bias_N11C)
-    return _weighted_(scores, values_NGCD.flatten(0, 1), queries)[0].view(texts, groups, queries, width)
+    scores.view(sequences, groups, rows, -1)[:, :, :queries].add_(bias_N11C)
+    return _weighted_(scores, values_NGCD.flatten(0, 1), queries)[0].view(sequences, groups, queries, width)
 
 
 @torch.inference_mode()
-def steady(heads: int, groups: int, width: int) -> bool:
+def is_invariant(heads: int, groups: int, width: int) -> bool:
     """Whether on this CPU a row has the same bits in a text, in a shorter one, as the rest of one, and decoded."""
     tokens = 3 * KEYS + 5
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, tokens, count, width, generator=generator) for count in (heads, groups, groups))
     whole = causal(q, k, v)
     for count in (1, 7, KEYS, KEYS + 1, 2 * KEYS + 9):
-        short = causal(*(x[:, :count] for x in (q, k, v)))
-        rest = causal(q[:, count:], k, v)
-        if not (torch.equal(short, whole[:, :count]) and torch.equal(rest, whole[:, count:])):
+        prefix = causal(*(x[:, :count] for x in (q, k, v)))
+        suffix = causal(q[:, count:], k, v)
+        if not (torch.equal(prefix, whole[:, :count]) and torch.equal(suffix, whole[:, count:])):
             return False
-        capacity = _whole(count)
+        capacity = _whole_blocks(count)
         keys, values = (F.pad(x[:, :count].transpose(1, 2), (0, 0, 0, capacity - count)) for x in (k, v))
         bias = torch.zeros(1, 1, 1, capacity)
         bias[..., count:] = -torch.inf
@@ -81,10 +81,10 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         q, k, v, outputs_BHTD, normalisers_BHT = ctx.saved_tensors
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grads_in = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(x.transpose(1, 2) for x in (grads[0], q, k, v)), outputs_BHTD, normalisers_BHT, 0.0, True
         )
-        return tuple(x.transpose(1, 2) for x in found)
+        return tuple(x.transpose(1, 2) for x in grads_in)
 
 
 def _forward(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,9 @@ def _forward(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Te
     sequences, tokens, heads, width = q_BTHD.shape
     total, groups = k_BTGD.shape[1:3]
     past, queries = total - tokens, heads // groups
-    keys_BGCD, values_BGCD = (F.pad(x.transpose(1, 2), (0, 0, 0, _whole(total) - total)) for x in (k_BTGD, v_BTGD))
+    keys_BGCD, values_BGCD = (
+        F.pad(x.transpose(1, 2), (0, 0, 0, _whole_blocks(total) - total)) for x in (k_BTGD, v_BTGD)
+    )
     q_BGQTD = F.pad(
         (q_BTHD * width**-0.5).view(sequences, tokens, groups, queries, width).permute(0, 2, 3, 1, 4),
         (0, 0, 0, -tokens % ROWS_MIN),
@@ -103,22 +105,22 @@ def _forward(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Te
     mask = q_BTHD.new_full((_queries, _queries + KEYS), -torch.inf).triu_(1)
     for start in range(0, rows, _queries):
         stop = min(start + _queries, rows)
-        keys = min(_whole(past + stop), keys_BGCD.shape[2])
+        keys = min(_whole_blocks(past + stop), keys_BGCD.shape[2])
         own = past + start  # the first key that not all of these rows see
         step = max(1, _scores_max // (heads * (stop - start) * keys))
         for first in range(0, sequences, step):
-            some = slice(first, first + step)
-            q_XMD = q_BGQTD[some, :, :, start:stop].reshape(-1, queries * (stop - start), width)
-            scores_XMC = torch.bmm(q_XMD, keys_BGCD[some, :, :keys].flatten(0, 1).transpose(1, 2))
+            chunk = slice(first, first + step)
+            q_XMD = q_BGQTD[chunk, :, :, start:stop].reshape(-1, queries * (stop - start), width)
+            scores_XMC = torch.bmm(q_XMD, keys_BGCD[chunk, :, :keys].flatten(0, 1).transpose(1, 2))
             scores_XMC.view(-1, stop - start, keys)[..., own:].add_(mask[: stop - start, : keys - own])
-            values_XCD = values_BGCD[some, :, :keys].flatten(0, 1)
-            found, top, sums = _weighted_(scores_XMC, values_XCD, scores_XMC.shape[1])
-            outputs[some, :, :, start:stop] = found.view(-1, groups, queries, stop - start, width)
-            normalisers[some, :, :, start:stop] = (top + sums.log()).view(-1, groups, queries, stop - start)
+            values_XCD = values_BGCD[chunk, :, :keys].flatten(0, 1)
+            chunk_outputs, top, sums = _weighted_(scores_XMC, values_XCD, scores_XMC.shape[1])
+            outputs[chunk, :, :, start:stop] = chunk_outputs.view(-1, groups, queries, stop - start, width)
+            normalisers[chunk, :, :, start:stop] = (top + sums.log()).view(-1, groups, queries, stop - start)
     return outputs[:, :, :, :tokens].flatten(1, 2), normalisers[..., :tokens].flatten(1, 2)
 
 
-def _whole(keys: int) -> int:
+def _whole_blocks(keys: int) -> int:
     return keys + -keys % KEYS
 
 
@@ -132,7 +134,7 @@ def _weighted_(scores_XMC: Tensor, values_XCD: Tensor, rows: int) -> tuple[Tenso
     sums = p_XRC.sub_(top).exp_().unflatten(-1, (-1, KEYS)).sum(-1)
     sums = sums if sums.shape[-1] == 1 else sums.cumsum(-1)[..., -1:]
     parts = zip(scores_XMC.split(KEYS, dim=-1), values_XCD.split(KEYS, dim=1), strict=True)
-    found = torch.bmm(*next(parts))
+    outputs = torch.bmm(*next(parts))
     for part in parts:
-        found.baddbmm_(*part)
-    return found[:, :rows] / sums, top, sums
+        outputs.baddbmm_(*part)
+    return outputs[:, :rows] / sums, top, sums

@@ -36,19 +36,19 @@ def saved_bytes_of_row(config: ModelConfig) -> int:
     return 4 * (5 * config.hidden + 2 * q + 2 * kv + 4 * config.intermediate)
 
 
-def through(layer: Layer, x_NH: Tensor, *, keep: bool) -> Tensor:
+def checkpointed(layer: Layer, x_NH: Tensor, *, keep: bool) -> Tensor:
     """`layer(x_NH)`. Without `keep`, and where x_NH has a gradient to come, only x_NH is kept.
 
     So the first layer, whose input has none, always keeps what it needs.
     """
     if keep or not x_NH.requires_grad:
         return layer(x_NH)
-    found = _Again.apply(layer, x_NH)  # type: ignore[no-untyped-call]  # the library has no types here
-    assert isinstance(found, Tensor)
-    return found
+    y_NH = _Checkpoint.apply(layer, x_NH)  # type: ignore[no-untyped-call]  # the library has no types here
+    assert isinstance(y_NH, Tensor)
+    return y_NH
 
 
-class _Again(torch.autograd.Function):
+class _Checkpoint(torch.autograd.Function):
     """torch.utils.checkpoint does this too, and imports torch._dynamo when it is first called: seconds and memory.
 
     The layer's own leaves get their gradients inside.
@@ -65,6 +65,6 @@ class _Again(torch.autograd.Function):
         (x_NH,) = ctx.saved_tensors
         x_NH = x_NH.detach().requires_grad_()
         with torch.enable_grad():
-            found = ctx.layer(x_NH)
-        torch.autograd.backward(found, grads[0])
+            y_NH = ctx.layer(x_NH)
+        torch.autograd.backward(y_NH, grads[0])
         return None, x_NH.grad

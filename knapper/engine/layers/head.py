@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from knapper.engine.layers.adapters import rank_padded, ranks_padded, times
+from knapper.engine.layers.adapters import pad_rank, padded_rank, product
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.row_padding import row_sums
 
@@ -50,23 +50,23 @@ def target_logprobs(
     if needed_N is None:
         needed_N = np.ones(len(hidden_NH), dtype=bool)
     if lora is None:
-        found = _FrozenHead.apply(hidden_NH, head, columns_NK, needed_N)  # type: ignore[no-untyped-call]  # the library has no types here
+        logprobs = _FrozenHead.apply(hidden_NH, head, columns_NK, needed_N)  # type: ignore[no-untyped-call]  # the library has no types here
     else:
-        found = _AdaptedHead.apply(  # type: ignore[no-untyped-call]  # the library has no types here
+        logprobs = _AdaptedHead.apply(  # type: ignore[no-untyped-call]  # the library has no types here
             hidden_NH, head, columns_NK, needed_N, lora.a, lora.b, lora.scale
         )
-    assert isinstance(found, Tensor)
-    return found.squeeze(1) if targets.dim() == 1 else found
+    assert isinstance(logprobs, Tensor)
+    return logprobs.squeeze(1) if targets.dim() == 1 else logprobs
 
 
 def logits(hidden_NH: Tensor, head: FrozenLinear, lora: HeadLora | None = None) -> Tensor:
     """(N, V), float32 or wider. A row's bits do not depend on how many rows there are."""
-    found_NV = head(hidden_NH)
+    logits_NV = head(hidden_NH)
     if lora is not None:
-        way = head.exactness.adapter(rank_padded(len(lora.a)), lora.a)
-        low_NR = times(way, hidden_NH.to(lora.a.dtype), ranks_padded(lora.a, 0)) * lora.scale
-        found_NV = (found_NV + times(way, low_NR, ranks_padded(lora.b, 1))).to(found_NV.dtype)
-    return found_NV.to(_wide(hidden_NH))
+        layout = head.exactness.adapter(padded_rank(len(lora.a)), lora.a)
+        low_NR = product(layout, hidden_NH.to(lora.a.dtype), pad_rank(lora.a, 0)) * lora.scale
+        logits_NV = (logits_NV + product(layout, low_NR, pad_rank(lora.b, 1))).to(logits_NV.dtype)
+    return logits_NV.to(_wide(hidden_NH))
 
 
 def _wide(values: Tensor) -> torch.dtype:
@@ -91,15 +91,15 @@ class _FrozenHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_NH: Tensor, head: FrozenLinear, targets_NK: Tensor, needed_N: NDArray[np.bool_]
     ) -> Tensor:
-        found: list[Tensor] = []
+        logprobs: list[Tensor] = []
         differentiate = ctx.needs_input_grad[0]
         mean_NH = torch.zeros_like(hidden_NH) if differentiate else hidden_NH.new_empty(0)
         for chunk in _chunks(len(hidden_NH), head.outputs):
             logits_CV = logits(hidden_NH[chunk], head)
             logprobs_CK, total_C1 = _log_softmax_(logits_CV, targets_NK[chunk])
-            found.append(logprobs_CK)
+            logprobs.append(logprobs_CK)
             if differentiate:
-                rows = _places(needed_N[chunk], hidden_NH.device)
+                rows = _needed_rows(needed_N[chunk], hidden_NH.device)
                 if len(rows):
                     whole = len(rows) == len(logits_CV)
                     p_CV = logits_CV if whole else logits_CV[rows]
@@ -107,7 +107,7 @@ class _FrozenHead(torch.autograd.Function):
                     mean_NH[chunk.start + rows] = head.back([p_CV]).to(mean_NH.dtype)
         ctx.head, ctx.needed_N = head, needed_N
         ctx.save_for_backward(targets_NK, mean_NH)
-        return torch.cat(found)
+        return torch.cat(logprobs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -116,10 +116,10 @@ class _FrozenHead(torch.autograd.Function):
         head: FrozenLinear = ctx.head
         _check_promise(grad_NK, ctx.needed_N)
         wide = grad_NK.dtype
-        found_NH = mean_NH.to(wide) * -grad_NK.sum(dim=1, keepdim=True)
+        grad_NH = mean_NH.to(wide) * -grad_NK.sum(dim=1, keepdim=True)
         for k in range(targets_NK.shape[1]):
-            found_NH.addcmul_(head.rows(targets_NK[:, k]).to(wide), grad_NK[:, k : k + 1])
-        return found_NH.to(mean_NH.dtype), None, None, None
+            grad_NH.addcmul_(head.rows(targets_NK[:, k]).to(wide), grad_NK[:, k : k + 1])
+        return grad_NH.to(mean_NH.dtype), None, None, None
 
 
 class _AdaptedHead(torch.autograd.Function):
@@ -152,7 +152,7 @@ class _AdaptedHead(torch.autograd.Function):
         head: FrozenLinear = ctx.head
         lora = HeadLora(a_RH, b_VR, ctx.scale)
         _check_promise(grad_NK, ctx.needed_N)
-        rows_M = _places(ctx.needed_N, hidden_NH.device)
+        rows_M = _needed_rows(ctx.needed_N, hidden_NH.device)
         wide = grad_NK.dtype
         grad_hidden_NH = torch.zeros_like(hidden_NH)
         grad_a_RH, grad_b_VR = torch.zeros_like(a_RH), torch.zeros_like(b_VR)
@@ -172,7 +172,7 @@ class _AdaptedHead(torch.autograd.Function):
         return grad_hidden_NH, None, None, None, grad_a_RH, grad_b_VR, None
 
 
-def _places(needed_N: NDArray[np.bool_], device: torch.device) -> Tensor:
+def _needed_rows(needed_N: NDArray[np.bool_], device: torch.device) -> Tensor:
     return torch.from_numpy(needed_N.nonzero()[0]).to(device, non_blocking=True)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from knapper.engine.executor import Work
 
-Stretch = Callable[[Tensor], Tensor]
+LayerSegment = Callable[[Tensor], Tensor]
 
 
 class LayerwisePass:
@@ -20,29 +20,31 @@ class LayerwisePass:
 
     def __init__(self, *, differentiates: bool) -> None:
         self._differentiates = differentiates
-        self._joints: list[tuple[Tensor, Tensor]] = []  # what a stretch gave, and the same as the next began with it
+        self._boundaries: list[
+            tuple[Tensor, Tensor]
+        ] = []  # what a stretch gave, and the same as the next began with it
 
-    def forward(self, x: Tensor, stretches: Sequence[Stretch]) -> Work[Tensor]:
+    def forward(self, x: Tensor, layer_segments: Sequence[LayerSegment]) -> Work[Tensor]:
         """What the last stretch gives. It requires a gradient where it depends on what does."""
-        for stretch in stretches:
+        for segment in layer_segments:
             with torch.set_grad_enabled(self._differentiates):
-                x = self._joined(stretch(x))
+                x = self._detached(segment(x))
             yield
         return x
 
     def backward(self, grad: Tensor) -> Work[None]:
         """Gradients to all that the stretches used; `grad` is that of what `forward` returned."""
-        if self._joints:
-            self._joints[-1][1].grad = grad
-        while self._joints:
-            given, taken = self._joints.pop()
-            torch.autograd.backward(given, taken.grad)
-            del given, taken  # its part of the graph is free before the next is differentiated
+        if self._boundaries:
+            self._boundaries[-1][1].grad = grad
+        while self._boundaries:
+            output, leaf = self._boundaries.pop()
+            torch.autograd.backward(output, leaf.grad)
+            del output, leaf  # its part of the graph is free before the next is differentiated
             yield
 
-    def _joined(self, given: Tensor) -> Tensor:
-        if not given.requires_grad:
-            return given
-        taken = given.detach().requires_grad_()
-        self._joints.append((given, taken))
-        return taken
+    def _detached(self, output: Tensor) -> Tensor:
+        if not output.requires_grad:
+            return output
+        leaf = output.detach().requires_grad_()
+        self._boundaries.append((output, leaf))
+        return leaf

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from knapper import limits
-from knapper.engine.models.config import Facts, Site
+from knapper.engine.models.config import Facts, LoraTarget
 from knapper.errors import InvalidField
 from knapper.state.journal.records import Spec
 
@@ -27,7 +27,7 @@ SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1  # what torch takes
 class Lora:
     """What a forward pass reads, by site: y += scale * (x @ a.T) @ b.T.
 
-    `a`: (R, in), `b`: (out, R), float32. Sites are named as the model names them (`Facts.sites`); one that is missing
+    `a`: (R, in), `b`: (out, R), float32. Sites are named as the model names them (`Facts.lora_targets`); one that is missing
     is not adapted.
     """
 
@@ -47,28 +47,28 @@ class Layout:
     """
 
     rank: int
-    sites: tuple[Site, ...]
+    lora_targets: tuple[LoraTarget, ...]
     merges: bool = True
 
     @cached_property
     def numel(self) -> int:
-        return sum(self.rank * (site.inputs + site.outputs) for site in self.sites)
+        return sum(self.rank * (target.inputs + target.outputs) for target in self.lora_targets)
 
-    def matrices(self, arena_P: Tensor) -> Iterator[tuple[Site, Tensor, Tensor]]:
+    def matrices(self, arena_P: Tensor) -> Iterator[tuple[LoraTarget, Tensor, Tensor]]:
         """(site, A, B) in order; A and B are views of the arena."""
         start = 0
-        for site in self.sites:
-            middle = start + self.rank * site.inputs
-            end = middle + site.outputs * self.rank
-            yield site, arena_P[start:middle].view(self.rank, -1), arena_P[middle:end].view(-1, self.rank)
+        for target in self.lora_targets:
+            middle = start + self.rank * target.inputs
+            end = middle + target.outputs * self.rank
+            yield target, arena_P[start:middle].view(self.rank, -1), arena_P[middle:end].view(-1, self.rank)
             start = end
 
     def lora(self, arena_P: Tensor, scale: float) -> Lora:
         """The adapter that lies in the arena; its tensors are views."""
-        found = list(self.matrices(arena_P))
-        return Lora({site.name: a for site, a, _ in found}, {site.name: b for site, _, b in found}, scale)
+        matrices = list(self.matrices(arena_P))
+        return Lora({target.name: a for target, a, _ in matrices}, {target.name: b for target, _, b in matrices}, scale)
 
-    def begin(self, seed: int) -> Tensor:
+    def initial(self, seed: int) -> Tensor:
         """The weights of a new adapter, as PEFT begins: A uniform in +-1/sqrt(inputs) (kaiming uniform, a = sqrt(5)), B
         zero.
 
@@ -77,8 +77,8 @@ class Layout:
         """
         generator = torch.Generator().manual_seed(seed)
         arena_P = torch.zeros(self.numel)
-        for site, a, _ in self.matrices(arena_P):
-            bound = 1 / math.sqrt(site.inputs)
+        for target, a, _ in self.matrices(arena_P):
+            bound = 1 / math.sqrt(target.inputs)
             a.uniform_(-bound, bound, generator=generator)
         return arena_P
 
@@ -100,6 +100,6 @@ def layout(config: Facts, spec: Spec) -> Layout:
             "lora_config", "train_attn=False, train_mlp=False, train_unembed=False", "at least one of them True"
         )
     head = spec.train_unembed and not (config.tied and spec.keep_tied)
-    wanted = {"attention": spec.train_attn, "mlp": spec.train_mlp, "unembed": head}
-    sites = tuple(site for site in config.sites if wanted[site.part])
-    return Layout(spec.rank, sites, merges=not (head and config.tied))
+    trained = {"attention": spec.train_attn, "mlp": spec.train_mlp, "unembed": head}
+    lora_targets = tuple(target for target in config.lora_targets if trained[target.part])
+    return Layout(spec.rank, lora_targets, merges=not (head and config.tied))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def rows_padded(rows: int) -> int:
+def padded_rows(rows: int) -> int:
     """How many rows a GEMM of the library runs on.
 
     Small float32 GEMMs take other kernels, or split unevenly over threads; from 8 rows (then 16) on they do not.
@@ -13,9 +13,9 @@ def rows_padded(rows: int) -> int:
 
 
 def padded(x_N: Tensor) -> Tensor:
-    """`x_N` with zero rows at the end, up to `rows_padded`: computed, never read. The same tensor if it has enough."""
-    short = rows_padded(x_N.shape[0]) - x_N.shape[0]
-    return x_N if short == 0 else torch.cat([x_N, x_N.new_zeros(short, *x_N.shape[1:])])
+    """`x_N` with zero rows at the end, up to `padded_rows`: computed, never read. The same tensor if it has enough."""
+    missing = padded_rows(x_N.shape[0]) - x_N.shape[0]
+    return x_N if missing == 0 else torch.cat([x_N, x_N.new_zeros(missing, *x_N.shape[1:])])
 
 
 def row_sums(values_NV: Tensor) -> Tensor:

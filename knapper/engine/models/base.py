@@ -1,6 +1,6 @@
 """What a base model is to training and sampling, whoever computes its layers.
 
-`Decoder` computes those that `ModelConfig` knows; `ForeignModel` leaves any other to transformers.
+`Decoder` computes those that `ModelConfig` knows; `TransformersModel` leaves any other to transformers.
 N rows, U rows that differ (`Prefixes`), H hidden size, V vocabulary, K targets of a row.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from knapper.engine.layers.adapters import Adapt
 from knapper.engine.layers.head import HeadLora
-from knapper.engine.layers.layerwise import Stretch
+from knapper.engine.layers.layerwise import LayerSegment
 from knapper.engine.layers.lora import Lora
 from knapper.engine.models.config import ComputedBy, Facts
 from knapper.engine.models.prefill import Prefilled, PrefillPrompt
@@ -43,13 +43,13 @@ class DecodeState(Protocol[SlotT]):
         """What a text of `length` tokens occupies, in the unit of `positions_max`; more than that: it cannot be."""
         ...
 
-    def add(self, kept: Any, length: int) -> SlotT:
-        """A text whose first `length` tokens left `kept`, which other texts may begin with too."""
+    def add(self, past: Any, length: int) -> SlotT:
+        """A text whose first `length` tokens left `past`, which other texts may begin with too."""
         ...
 
     def remove(self, slot: SlotT) -> None: ...
 
-    def settle(self) -> None:
+    def reserve(self) -> None:
         """Room for one more token in every text. This may change `rows`."""
         ...
 
@@ -58,7 +58,7 @@ class DecodeState(Protocol[SlotT]):
         ...
 
     def restored(self, slot: SlotT, length: int) -> bool:
-        """After `settle` or `step` broke: have the text `length` tokens long, as it was before, or is one longer.
+        """After `reserve` or `step` broke: have the text `length` tokens long, as it was before, or is one longer.
 
         False: what it had is lost. Remove it.
         """
@@ -101,7 +101,9 @@ class Model(Protocol):
         """What a text that fills the context occupies."""
         ...
 
-    def stretches(self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]) -> tuple[Tensor, Sequence[Stretch]]:
+    def layer_segments(
+        self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]
+    ) -> tuple[Tensor, Sequence[LayerSegment]]:
         """A forward pass: its beginning, and what is done with that one after another, others computing between.
 
         The last gives the rows (U, H) that the head takes, group after group, each with its adapter; differentiable in
@@ -128,6 +130,6 @@ class Model(Protocol):
         """Each with the rows that it did not reuse, and what texts of it begin with."""
         ...
 
-    def texts(self, positions_max: int) -> DecodeState[Any]:
+    def decode_state(self, positions_max: int) -> DecodeState[Any]:
         """None as yet. They occupy `positions_max` at most, as whoever adds them sees to."""
         ...

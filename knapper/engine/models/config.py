@@ -22,9 +22,9 @@ class UnsupportedModel(UserError):
 
 
 @dataclass(frozen=True)
-class Site:
+class LoraTarget:
     """A linear, (inputs) -> (outputs), that an adapter may have. `name` is ours; `module` is its name in transformers,
-    `target` what PEFT's target_modules names it by.
+    `peft_target` what PEFT's target_modules names it by.
     """
 
     name: str
@@ -32,12 +32,12 @@ class Site:
     outputs: int
     part: Part
     module: str
-    target: str
+    peft_target: str
 
 
 class Facts(Protocol):
     """What requests and adapters are held to. `context` in tokens; `eos`: token ids that end a text; `tied`: the head
-    is the embedding; `sites`: from the first layer to the last, the head's at the end."""
+    is the embedding; `lora_targets`: from the first layer to the last, the head's at the end."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -52,7 +52,7 @@ class Facts(Protocol):
     def tied(self) -> bool: ...
 
     @property
-    def sites(self) -> tuple[Site, ...]: ...
+    def lora_targets(self) -> tuple[LoraTarget, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -88,22 +88,28 @@ class ModelConfig:
     eos: tuple[int, ...]
 
     @cached_property
-    def sites(self) -> tuple[Site, ...]:
+    def lora_targets(self) -> tuple[LoraTarget, ...]:
         """In each layer q, k, v, o, gate, up, down."""
-        hidden, wide = self.hidden, self.intermediate
+        hidden, inner = self.hidden, self.intermediate
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = (("q_proj", hidden, q), ("k_proj", hidden, kv), ("v_proj", hidden, kv), ("o_proj", q, hidden))
-        mlp = (("gate_proj", hidden, wide), ("up_proj", hidden, wide), ("down_proj", wide, hidden))
+        mlp = (("gate_proj", hidden, inner), ("up_proj", hidden, inner), ("down_proj", inner, hidden))
 
-        def layer(i: int) -> list[Site]:
-            at = f"model.layers.{i}"
+        def layer(index: int) -> list[LoraTarget]:
+            prefix = f"model.layers.{index}"
             return [
-                *(Site(f"layers.{i}.{n}", x, y, "attention", f"{at}.self_attn.{n}", n) for n, x, y in attention),
-                *(Site(f"layers.{i}.{n}", x, y, "mlp", f"{at}.mlp.{n}", n) for n, x, y in mlp),
+                *(
+                    LoraTarget(f"layers.{index}.{name}", x, y, "attention", f"{prefix}.self_attn.{name}", name)
+                    for name, x, y in attention
+                ),
+                *(
+                    LoraTarget(f"layers.{index}.{name}", x, y, "mlp", f"{prefix}.mlp.{name}", name)
+                    for name, x, y in mlp
+                ),
             ]
 
-        head = Site(HEAD, hidden, self.vocab_size, "unembed", HEAD, HEAD)
-        return (*(site for i in range(self.layers) for site in layer(i)), head)
+        head = LoraTarget(HEAD, hidden, self.vocab_size, "unembed", HEAD, HEAD)
+        return (*(target for index in range(self.layers) for target in layer(index)), head)
 
     @classmethod
     def read(cls, directory: Path) -> "ModelConfig":
@@ -185,19 +191,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def expect_text_model(raw: Mapping[str, Any], directory: Path) -> None:
     """Raises UnsupportedModel for what no library would make a decoder-only model of text with weights of floats."""
-    for wrong, why in (
+    for refused, reason in (
         (raw.get("is_encoder_decoder"), "it is an encoder-decoder; served: decoder-only language models"),
         (raw.get("quantization_config") is not None, "its weights are quantized; use the unquantized model"),
         ("vision_config" in raw or "audio_config" in raw, "it takes more than text; use its text-only model"),
     ):
-        if wrong:
-            raise UnsupportedModel(f"{described(raw, directory)} is not served: {why}")
+        if refused:
+            raise UnsupportedModel(f"{described(raw, directory)} is not served: {reason}")
 
 
 def described(raw: Mapping[str, Any], directory: Path) -> str:
     """The model, as a refusal names it."""
-    named = next(iter(_listed(raw.get("architectures"))), None)
-    return f"{directory}: model_type {raw.get('model_type')!r}, architecture {named!r}"
+    class_name = next(iter(_listed(raw.get("architectures"))), None)
+    return f"{directory}: model_type {raw.get('model_type')!r}, architecture {class_name!r}"
 
 
 def _size(raw: Mapping[str, Any], field: str, directory: Path, default: int | None = None) -> int:
@@ -222,7 +228,7 @@ def _listed(value: object) -> list[Any]:
 
 def _ids(value: object, path: Path) -> set[int]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(each, int) and each >= 0 for each in ids):
+    if not all(isinstance(token, int) and token >= 0 for token in ids):
         raise UserError(f"{path}: eos_token_id is {value!r}; expected a token id, or a list of them")
     return set(ids)
 

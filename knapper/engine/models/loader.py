@@ -43,5 +43,7 @@ def load(
     exactness = exactness or Exactness()
     decoder = Decoder(config, weights.load(directory, config, dtype, device, exactness))
     if exactness.promised and decoder.device.type == "cpu":
-        exactness.check("attention", batch_invariant_attention.steady(config.heads, config.kv_heads, config.head_dim))
+        exactness.check(
+            "attention", batch_invariant_attention.is_invariant(config.heads, config.kv_heads, config.head_dim)
+        )
     return decoder

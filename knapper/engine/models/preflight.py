@@ -39,8 +39,10 @@ def expect_loadable(settings: Settings, where: torch.device, least_bytes: int | 
     directory = Path(settings.model_directory)
     expect_architecture(directory)
     if any(directory.glob("*.safetensors")):  # else this is before its download
-        each = least_bytes or _LEAST_BYTES[settings.dtype]
-        _expect_memory(settings, where, each * sum(one.numbers for one in weight_files.entries(directory).values()))
+        bytes_each = least_bytes or _LEAST_BYTES[settings.dtype]
+        _expect_memory(
+            settings, where, bytes_each * sum(header.numbers for header in weight_files.entries(directory).values())
+        )
 
 
 def _expect_memory(settings: Settings, where: torch.device, needed: int) -> None:

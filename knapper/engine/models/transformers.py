@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from knapper.engine.layers import head
-from knapper.engine.layers.adapters import Adapt, head_site
+from knapper.engine.layers.adapters import Adapt
 from knapper.engine.layers.head import HeadLora
-from knapper.engine.layers.layerwise import Stretch
+from knapper.engine.layers.layerwise import LayerSegment
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_grouped import Segment, Segments
-from knapper.engine.models.config import ComputedBy, Site
+from knapper.engine.models.config import HEAD, ComputedBy, LoraTarget
 from knapper.engine.models.prefill import Prefilled, PrefillPrompt
 from knapper.engine.training.prefix_sharing import Prefixes
 
 
 @dataclass(frozen=True)
-class ForeignFacts:
+class TransformersFacts:
     """knapper.engine.models.config.Facts, as the model's configuration and its modules have them."""
 
     architecture: str
@@ -40,7 +40,7 @@ class ForeignFacts:
     context: int
     eos: tuple[int, ...]
     tied: bool
-    sites: tuple[Site, ...]
+    lora_targets: tuple[LoraTarget, ...]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Head:
 
     def logits(self, hidden_NH: Tensor, adapt: Adapt) -> Tensor:
         """float32 (N, V); a row's bits do not depend on how many rows there are."""
-        (logits_NV,) = adapt((head_site,), hidden_NH, self._linear)
+        (logits_NV,) = adapt((HEAD,), hidden_NH, self._linear)
         logits_NV = logits_NV.float()
         return logits_NV if self.cap is None else torch.tanh(logits_NV / self.cap) * self.cap
 
@@ -72,22 +72,22 @@ class Head:
         time."""
         if self.bias_V is None and self.cap is None:
             return head.target_logprobs(hidden_NH, self._linear, targets_NK, lora, needed_N)
-        adapter = None if lora is None else Lora({head_site: lora.a}, {head_site: lora.b}, lora.scale)
+        adapter = None if lora is None else Lora({HEAD: lora.a}, {HEAD: lora.b}, lora.scale)
 
-        def chosen(hidden_CH: Tensor, targets_CK: Tensor) -> Tensor:
+        def of_rows(hidden_CH: Tensor, targets_CK: Tensor) -> Tensor:
             adapt = Segments([Segment(0, len(hidden_CH), adapter)])
             return self.logits(hidden_CH, adapt).log_softmax(-1).gather(1, targets_CK)
 
         size = max(head.ROWS_MIN, head.ELEMENTS_MAX // len(self.weight_VH))
         columns_NK = targets_NK.unsqueeze(1) if targets_NK.dim() == 1 else targets_NK
-        found = [
-            checkpoint(chosen, *chunk, use_reentrant=False, preserve_rng_state=False)
+        logprobs = [
+            checkpoint(of_rows, *chunk, use_reentrant=False, preserve_rng_state=False)
             for chunk in zip(hidden_NH.split(size), columns_NK.split(size), strict=True)
         ]
-        return torch.cat(found).view(targets_NK.shape)
+        return torch.cat(logprobs).view(targets_NK.shape)
 
 
-class ForeignModel:
+class TransformersModel:
     """knapper.engine.models.base.Model over a causal language model of transformers."""
 
     computed_by: Final[ComputedBy] = "transformers"
@@ -98,7 +98,7 @@ class ForeignModel:
         body: nn.Module,
         linears: Mapping[str, nn.Module],
         head: Head,
-        config: ForeignFacts,
+        config: TransformersFacts,
         versions: tuple[str, ...],
     ) -> None:
         """`body`: the model without its head; `linears` of it by site."""
@@ -114,19 +114,21 @@ class ForeignModel:
         for site, linear in linears.items():
             linear.register_forward_hook(self._hook(site))
 
-    def stretches(self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]) -> tuple[Tensor, list[Stretch]]:
+    def layer_segments(
+        self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]
+    ) -> tuple[Tensor, list[LayerSegment]]:
         """One, as theirs is not taken apart."""
         return torch.empty(0, device=self.device), [lambda _: self._groups(groups, loras)]
 
     def _groups(self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]) -> Tensor:
         """(U, H). Every sequence is computed whole; of rows that are one, the first sequence's is taken."""
-        found: list[Tensor] = []
+        group_rows: list[Tensor] = []
         for group, lora in zip(groups, loras, strict=True):
-            tokens_N = torch.from_numpy(group.tokens_U[group.places_N]).to(self.device)
+            tokens_N = torch.from_numpy(group.tokens_U[group.rows_N]).to(self.device)
             rows_NH = torch.cat([self.rows(tokens_T, lora)[0] for tokens_T in tokens_N.split(group.lengths)])
             shared = len(group) < group.total
-            found.append(rows_NH[torch.from_numpy(group.first_U).to(self.device)] if shared else rows_NH)
-        return torch.cat(found)
+            group_rows.append(rows_NH[torch.from_numpy(group.first_U).to(self.device)] if shared else rows_NH)
+        return torch.cat(group_rows)
 
     def target_logprobs(
         self, hidden_NH: Tensor, targets_NK: Tensor, lora: HeadLora | None, needed_N: NDArray[np.bool_]
@@ -138,29 +140,29 @@ class ForeignModel:
 
     def prompts(self, prompts: Sequence[PrefillPrompt]) -> list[Prefilled]:
         assert not any(prompt.reused for prompt in prompts)
-        found: dict[tuple[int, bytes, int], Prefilled] = {}
-        given: list[Prefilled] = []
+        by_key: dict[tuple[int, bytes, int], Prefilled] = {}
+        prefilled: list[Prefilled] = []
         for prompt in prompts:
             key = id(prompt.lora), prompt.tokens_T.tobytes(), prompt.drawn
-            if key in found:
-                given.append(replace(found[key], computed=0))
+            if key in by_key:
+                prefilled.append(replace(by_key[key], computed=0))
                 continue
             tokens_T = torch.from_numpy(prompt.tokens_T.astype("int64")).to(self.device)
             with _plain():
-                rows_TH, kept = self._recorded(tokens_T, prompt)
-            found[key] = Prefilled(rows_TH, kept, len(tokens_T))
-            given.append(found[key])
-        return given
+                rows_TH, past = self._recorded(tokens_T, prompt)
+            by_key[key] = Prefilled(rows_TH, past, len(tokens_T))
+            prefilled.append(by_key[key])
+        return prefilled
 
     def _recorded(self, tokens_T: Tensor, prompt: PrefillPrompt) -> tuple[Tensor, Any]:
         """Rows, and the cache of all tokens. At once and one by one a row has other last bits here."""
         at_once, *drawn = tokens_T.split([len(tokens_T) - prompt.drawn, *[1] * prompt.drawn])
-        rows_TH, kept = self.rows(at_once, prompt.lora, caches=True)
-        rest = [self.rows(token_1, prompt.lora, kept, caches=True)[0] for token_1 in drawn]
-        return torch.cat([rows_TH, *rest]) if rest else rows_TH, kept
+        rows_TH, past = self.rows(at_once, prompt.lora, caches=True)
+        drawn_rows = [self.rows(token_1, prompt.lora, past, caches=True)[0] for token_1 in drawn]
+        return torch.cat([rows_TH, *drawn_rows]) if drawn_rows else rows_TH, past
 
-    def texts(self, positions_max: int) -> "ForeignTexts":
-        return ForeignTexts(self, positions_max)
+    def decode_state(self, positions_max: int) -> "TransformersDecodeState":
+        return TransformersDecodeState(self, positions_max)
 
     def rows(
         self, tokens_T: Tensor, lora: Lora | None, cache: Any = None, *, caches: bool = False
@@ -192,21 +194,21 @@ _UNKNOWN: Final = -1  # the length of a cache while it grows, layer by layer
 
 
 @dataclass(eq=False)
-class ForeignSlot:
+class TransformersSlot:
     cache: Any  # transformers' own, of this text alone
     length: int
 
 
-class ForeignTexts:
+class TransformersDecodeState:
     """knapper.engine.models.base.DecodeState: a pass for each text and token."""
 
-    def __init__(self, model: ForeignModel, positions_max: int) -> None:
+    def __init__(self, model: TransformersModel, positions_max: int) -> None:
         self._model = model
         self.longest = min(model.config.context, positions_max)
-        self._slots: list[ForeignSlot] = []
+        self._slots: list[TransformersSlot] = []
 
     @property
-    def rows(self) -> list[ForeignSlot]:
+    def rows(self) -> list[TransformersSlot]:
         return list(self._slots)
 
     @property
@@ -216,31 +218,31 @@ class ForeignTexts:
     def positions(self, length: int) -> int:
         return length
 
-    def add(self, kept: Any, length: int) -> ForeignSlot:
-        slot = ForeignSlot(copy.deepcopy(kept), length)
+    def add(self, past: Any, length: int) -> TransformersSlot:
+        slot = TransformersSlot(copy.deepcopy(past), length)
         self._slots.append(slot)
         return slot
 
-    def remove(self, slot: ForeignSlot) -> None:
+    def remove(self, slot: TransformersSlot) -> None:
         self._slots.remove(slot)
 
-    def settle(self) -> None:
+    def reserve(self) -> None:
         """Caches grow by themselves."""
 
-    def restored(self, slot: ForeignSlot, length: int) -> bool:
+    def restored(self, slot: TransformersSlot, length: int) -> bool:
         """Theirs are not made shorter: some slide."""
         return slot.length == length
 
     def step(self, tokens_N: Tensor, loras: Sequence[Lora | None]) -> Tensor:
         with _plain():
-            found: list[Tensor] = []
+            rows: list[Tensor] = []
             for slot, token_1, lora in zip(self._slots, tokens_N.split(1), loras, strict=True):
                 length, slot.length = slot.length, _UNKNOWN
                 row_1H, slot.cache = self._model.rows(token_1, lora, slot.cache, caches=True)
                 slot.length = length + 1
-                found.append(row_1H)
+                rows.append(row_1H)
             adapt = Segments([Segment(row, row + 1, lora) for row, lora in enumerate(loras)])
-            return self._model.logits(torch.cat(found), adapt)
+            return self._model.logits(torch.cat(rows), adapt)
 
 
 @contextmanager

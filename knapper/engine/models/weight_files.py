@@ -70,19 +70,19 @@ def paths(directory: Path) -> list[Path]:
 
 def entries(directory: Path) -> dict[str, TensorHeader]:
     """Every tensor by name, from the headers of whole files. Raises NotFound, BrokenModel."""
-    found: dict[str, TensorHeader] = {}
+    headers: dict[str, TensorHeader] = {}
     for path in paths(directory):
         with opened(path, "numpy") as file:
             for name in names(file):
-                part = file.get_slice(name)
-                dtype = part.get_dtype()
-                found[name] = TensorHeader(path, tuple(part.get_shape()), _DTYPES.get(dtype, dtype))
+                tensor = file.get_slice(name)
+                dtype = tensor.get_dtype()
+                headers[name] = TensorHeader(path, tuple(tensor.get_shape()), _DTYPES.get(dtype, dtype))
     index = directory / "model.safetensors.index.json"
     if not (directory / "model.safetensors").is_file():
         for name, shard in _weight_map(index).items():
-            if name not in found:
+            if name not in headers:
                 raise BrokenModel(f"{directory}: tensor {name} is missing; the index promises it in {shard}")
-    return found
+    return headers
 
 
 def promised(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
@@ -112,23 +112,25 @@ def promised(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 
 def expect_promised(directory: Path, config: ModelConfig) -> dict[str, TensorHeader]:
     """The promised tensors. Raises NotFound, BrokenModel for one that is missing, unexpected, or of another form."""
-    found = entries(directory)
-    wanted: list[str] = []
+    headers = entries(directory)
+    names: list[str] = []
     for name, shape in promised(config):
-        if name not in found:
+        if name not in headers:
             raise BrokenModel(f"{directory}: tensor {name} is missing; config.json promises it as {list(shape)}")
-        one = found[name]
-        if one.shape != shape:
-            raise BrokenModel(f"{directory}: tensor {name} is {list(one.shape)}; config.json makes it {list(shape)}")
-        if one.dtype not in ALLOWED:
-            raise BrokenModel(f"{directory}: tensor {name} is {one.dtype}; allowed: {', '.join(ALLOWED)}")
-        wanted.append(name)
-    needless = {"lm_head.weight"} if config.tied else set()
-    extra = sorted(name for name in found.keys() - set(wanted) - needless if not name.endswith("rotary_emb.inv_freq"))
-    if extra:
-        shown = ", ".join(extra[:5]) + (", ..." if len(extra) > 5 else "")
-        raise BrokenModel(f"{directory}: {len(extra)} tensors that the architecture does not have: {shown}")
-    return {name: found[name] for name in wanted}
+        header = headers[name]
+        if header.shape != shape:
+            raise BrokenModel(f"{directory}: tensor {name} is {list(header.shape)}; config.json makes it {list(shape)}")
+        if header.dtype not in ALLOWED:
+            raise BrokenModel(f"{directory}: tensor {name} is {header.dtype}; allowed: {', '.join(ALLOWED)}")
+        names.append(name)
+    optional = {"lm_head.weight"} if config.tied else set()
+    unexpected = sorted(
+        name for name in headers.keys() - set(names) - optional if not name.endswith("rotary_emb.inv_freq")
+    )
+    if unexpected:
+        shown = ", ".join(unexpected[:5]) + (", ..." if len(unexpected) > 5 else "")
+        raise BrokenModel(f"{directory}: {len(unexpected)} tensors that the architecture does not have: {shown}")
+    return {name: headers[name] for name in names}
 
 
 def opened(path: Path, framework: str) -> safe_open:
@@ -139,7 +141,7 @@ def opened(path: Path, framework: str) -> safe_open:
     except PermissionError as error:
         raise BrokenModel(f"{path} cannot be read: {error.strerror}; give this user the right to read it") from error
     except (SafetensorError, OSError) as error:
-        raise BrokenModel(f"{path} cannot be read as safetensors: {_why(path) or error}") from error
+        raise BrokenModel(f"{path} cannot be read as safetensors: {_defect(path) or error}") from error
 
 
 def names(file: safe_open) -> list[str]:
@@ -153,7 +155,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise BrokenModel(f"{index} is not a safetensors index: {error}") from error
 
 
-def _why(path: Path) -> str:
+def _defect(path: Path) -> str:
     """What keeps a file from being safetensors, where that can be told; else empty."""
     try:
         size = path.stat().st_size
@@ -168,10 +170,14 @@ def _why(path: Path) -> str:
             header = file.read(length)
         if len(header) < length:
             return f"it was cut: it has {size} bytes, and its header alone {8 + length}. Download it again"
-        ends = [int(one["data_offsets"][1]) for name, one in json.loads(header).items() if name != "__metadata__"]
+        ends = [int(tensor["data_offsets"][1]) for name, tensor in json.loads(header).items() if name != "__metadata__"]
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return ""
-    wanted = 8 + length + max(ends, default=0)
-    if size < wanted:
-        return f"it was cut: it has {size} of the {wanted} bytes that its header promises. Download it again"
-    return f"it has {size} bytes, and its header promises {wanted}. Download it again" if size > wanted else ""
+    promised_bytes = 8 + length + max(ends, default=0)
+    if size < promised_bytes:
+        return f"it was cut: it has {size} of the {promised_bytes} bytes that its header promises. Download it again"
+    return (
+        f"it has {size} bytes, and its header promises {promised_bytes}. Download it again"
+        if size > promised_bytes
+        else ""
+    )

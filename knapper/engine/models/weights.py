@@ -39,7 +39,9 @@ class Weights:
     @property
     def nbytes(self) -> int:
         """Of the large ones: all matrices, a tied head once."""
-        linears = sum(one.nbytes for layer in self.layers for one in (layer.qkv, layer.o, layer.gate_up, layer.down))
+        linears = sum(
+            linear.nbytes for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        )
         return linears + self.embed.nbytes + (0 if self.tied else self.head.nbytes)
 
 
@@ -92,9 +94,9 @@ class _Tensors:
 
     def __init__(self, directory: Path, config: ModelConfig, device: torch.device) -> None:
         self._device = device
-        found = weight_files.expect_promised(directory, config)
-        opened = {path: weight_files.opened(path, "pt") for path in {entry.path for entry in found.values()}}
-        self._files = {name: opened[entry.path] for name, entry in found.items()}
+        headers = weight_files.expect_promised(directory, config)
+        opened = {path: weight_files.opened(path, "pt") for path in {header.path for header in headers.values()}}
+        self._files = {name: opened[header.path] for name, header in headers.items()}
 
     def take(self, name: str) -> Tensor:
         tensor: Tensor = self._files[name].get_tensor(name)  # type: ignore[no-untyped-call]  # the library has no types here

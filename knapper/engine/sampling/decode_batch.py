@@ -17,68 +17,68 @@ class DecodeBatch:
     """
 
     def __init__(self, cache: DecodeState[Any], positions_max: int, counters: SamplingCounters) -> None:
-        self.texts: dict[Hashable, RunningSequence] = {}  # by their slots of the cache
+        self.sequences: dict[Hashable, RunningSequence] = {}  # by their slots of the cache
         self.parked: list[RunningSequence] = []  # they have begun, and keep nothing but their tokens; the oldest first
         self._cache, self._positions_max, self._counters = cache, positions_max, counters
-        self._room = positions_max
+        self._budget = positions_max
 
     @property
-    def jobs(self) -> list[SequenceGroup]:
+    def groups(self) -> list[SequenceGroup]:
         """Of the texts that decode, each once."""
-        return list(dict.fromkeys(text.job for text in self.texts.values()))
+        return list(dict.fromkeys(sequence.group for sequence in self.sequences.values()))
 
     def free(self) -> int:
         """Positions that may be reserved."""
-        if not self.texts:
-            self._room = self._positions_max
-        return self._room - self._reserved()
+        if not self.sequences:
+            self._budget = self._positions_max
+        return self._budget - self._reserved()
 
-    def seat(self, text: RunningSequence, kept: Any) -> None:
-        """The text decodes, from `kept`: what its tokens but the last one left."""
-        self.texts[self._cache.add(kept, text.length)] = text
-        text.job.company = min(text.job.company, Isolation.OWN_PASSES)
+    def add(self, sequence: RunningSequence, past: Any) -> None:
+        """The text decodes, from `past`: what its tokens but the last one left."""
+        self.sequences[self._cache.add(past, sequence.length)] = sequence
+        sequence.group.isolation = min(sequence.group.isolation, Isolation.OWN_PASSES)
 
-    def leave(self) -> None:
+    def remove_finished(self) -> None:
         """Texts that ended, or whose job did, give back what they have."""
-        for slot, text in list(self.texts.items()):
-            if text.finished:
-                del self.texts[slot]
+        for slot, sequence in list(self.sequences.items()):
+            if sequence.finished:
+                del self.sequences[slot]
                 self._cache.remove(slot)
-                self._room = min(self._positions_max, self._room + text.job.cost // _REGAINED)
+                self._budget = min(self._positions_max, self._budget + sequence.group.cost // _REGAINED)
 
     def restore(self) -> None:
         """After a step that broke: all texts are as their tokens say. Who lost what it kept is parked."""
-        for slot, text in list(self.texts.items()):
-            if not text.finished and not self._cache.restored(slot, text.length):
-                self._park(slot)
-        self.leave()
+        for slot, sequence in list(self.sequences.items()):
+            if not sequence.finished and not self._cache.restored(slot, sequence.length):
+                self._park_slot(slot)
+        self.remove_finished()
 
     def park_all(self) -> None:
-        for slot in list(self.texts):
-            self._park(slot)
+        for slot in list(self.sequences):
+            self._park_slot(slot)
 
     def park_younger_half(self) -> None:
         """Nothing takes their room before another text has ended."""
-        slots = sorted(self.texts, key=lambda slot: self.texts[slot].age)
+        slots = sorted(self.sequences, key=lambda slot: self.sequences[slot].age)
         for slot in slots[len(slots) // 2 :]:
-            self._park(slot)
-        self._room = self._reserved()
+            self._park_slot(slot)
+        self._budget = self._reserved()
 
-    def wait(self, text: RunningSequence) -> None:
+    def park(self, sequence: RunningSequence) -> None:
         """A text that has tokens, and no slot, is parked."""
         self._counters.parked += 1
-        self.parked = sorted([*self.parked, text], key=lambda one: one.age)
+        self.parked = sorted([*self.parked, sequence], key=lambda waiting: waiting.age)
 
-    def drop(self, job: SequenceGroup) -> None:
+    def drop(self, group: SequenceGroup) -> None:
         """Its texts leave at once."""
-        for slot in [slot for slot, text in self.texts.items() if text.job is job]:
-            del self.texts[slot]
+        for slot in [slot for slot, sequence in self.sequences.items() if sequence.group is group]:
+            del self.sequences[slot]
             self._cache.remove(slot)
-        self.parked = [text for text in self.parked if text.job is not job]
+        self.parked = [sequence for sequence in self.parked if sequence.group is not group]
 
-    def _park(self, slot: Hashable) -> None:
-        self.wait(self.texts.pop(slot))
+    def _park_slot(self, slot: Hashable) -> None:
+        self.park(self.sequences.pop(slot))
         self._cache.remove(slot)
 
     def _reserved(self) -> int:
-        return sum(text.job.cost for text in self.texts.values())
+        return sum(sequence.group.cost for sequence in self.sequences.values())

@@ -67,49 +67,49 @@ class Shape:
 class Pool:
     """Sequences of one capacity, without holes: the last one moves into a place that becomes free.
 
-    `places` there are in every layer, for those that are here and for some to come.
+    `size` there are in every layer, for those that are here and for some to come.
     """
 
     def __init__(self, capacity: int, shape: Shape) -> None:
         self.capacity = capacity
         self.slots: list[Slot] = []
-        self.places = 0
+        self.size = 0
         self._shape = shape
-        self._layers = [self._allocated(0) for _ in range(shape.layers)]  # each (2, places, G, C, D)
+        self._layers = [self._buffer(0) for _ in range(shape.layers)]  # each (2, places, G, C, D)
 
     @property
     def spare(self) -> int:
-        return self.places - len(self.slots)
+        return self.size - len(self.slots)
 
-    def resize(self, places: int) -> None:
+    def resize(self, size: int) -> None:
         """Have so many places. Where that fails there are as many as before, or fewer if that was asked for."""
-        for _ in self.resizing(places, len(self.slots)):
+        for _ in self.resizing(size, len(self.slots)):
             pass
 
-    def resizing(self, places: int, kept: int) -> Iterator[None]:
-        """The same, a layer at a time, in their order; the first `kept` sequences stay."""
-        self.places = min(self.places, places)
+    def resizing(self, size: int, used: int) -> Iterator[None]:
+        """The same, a layer at a time, in their order; the first `used` sequences stay."""
+        self.size = min(self.size, size)
         for index in range(len(self._layers)):
-            resized = self._allocated(places)
-            resized[:, :kept] = self._layers[index][:, :kept]
+            resized = self._buffer(size)
+            resized[:, :used] = self._layers[index][:, :used]
             self._layers[index] = resized
             if index == len(self._layers) - 1:
-                self.places = places
+                self.size = size
             yield
 
     def add(self, kv: Sequence[Tensor] | Tensor, length: int) -> Slot:
         """By layer, keys and values `kv` (2, at least `length` positions, G, D). There must be a spare place."""
-        for layer, own in enumerate(kv):
-            self.put(layer, len(self.slots), own, length)
-        return self.entered(Slot(length, self, 0))
+        for layer, layer_kv in enumerate(kv):
+            self.put(layer, len(self.slots), layer_kv, length)
+        return self.append(Slot(length, self, 0))
 
-    def put(self, layer: int, index: int, own: Tensor, length: int) -> None:
-        place = self._layers[layer][:, index]
-        place[:, :, :length] = own[:, :length].transpose(1, 2)
+    def put(self, layer: int, index: int, layer_kv: Tensor, length: int) -> None:
+        slot_kv = self._layers[layer][:, index]
+        slot_kv[:, :, :length] = layer_kv[:, :length].transpose(1, 2)
         # What an earlier sequence left is masked, but 0 * NaN would still be NaN.
-        place[:, :, length:] = 0
+        slot_kv[:, :, length:] = 0
 
-    def entered(self, slot: Slot) -> Slot:
+    def append(self, slot: Slot) -> Slot:
         """The sequence that is in the first spare place."""
         slot.pool, slot.index = self, len(self.slots)
         self.slots.append(slot)
@@ -117,16 +117,16 @@ class Pool:
 
     def remove(self, slot: Slot) -> None:
         for layer in range(self._shape.layers):
-            self.close(layer, slot.index)
-        self.left(slot)
+            self.fill_gap(layer, slot.index)
+        self.detach(slot)
 
-    def close(self, layer: int, index: int) -> None:
+    def fill_gap(self, layer: int, index: int) -> None:
         """The last sequence moves into the place."""
         last = len(self.slots) - 1
         if index != last:
             self._layers[layer][:, index] = self._layers[layer][:, last]
 
-    def left(self, slot: Slot) -> None:
+    def detach(self, slot: Slot) -> None:
         last = self.slots.pop()
         if last is not slot:
             self.slots[slot.index] = last
@@ -140,14 +140,14 @@ class Pool:
         """Keys and values (2, N, G, C, D) of the sequences that are here."""
         return self._layers[index][:, : len(self.slots)]
 
-    def end(self) -> None:
+    def free(self) -> None:
         """Give the memory back, whoever still holds one of its sequences."""
         self._layers.clear()
 
-    def _allocated(self, places: int) -> Tensor:
+    def _buffer(self, size: int) -> Tensor:
         shape = self._shape
-        size = (2, places, shape.kv_heads, self.capacity, shape.head_dim)
-        return torch.empty(size, dtype=shape.dtype, device=shape.device)
+        sizes = (2, size, shape.kv_heads, self.capacity, shape.head_dim)
+        return torch.empty(sizes, dtype=shape.dtype, device=shape.device)
 
 
 class Cache:
@@ -176,7 +176,7 @@ class Cache:
     @property
     def allocated(self) -> int:
         """Positions that there is memory for, spare places included."""
-        return sum(capacity * pool.places for capacity, pool in self._pools.items())
+        return sum(capacity * pool.size for capacity, pool in self._pools.items())
 
     def positions(self, length: int) -> int:
         """What a sequence of `length` tokens occupies; more than there are for one that is longer than the longest."""
@@ -189,20 +189,20 @@ class Cache:
         pool = self._pool(self.positions(length))
         try:
             if not pool.spare:
-                pool.resize(self._widened(pool))
+                pool.resize(self._grown_size(pool))
             return pool.add(kv, length)
         finally:
-            self._let_go(pool)
+            self._drop_if_empty(pool)
 
     @torch.inference_mode()
     def remove(self, slot: Slot) -> None:
         if slot.length == _NOWHERE:
             return
         slot.pool.remove(slot)
-        self._let_go(slot.pool)
+        self._drop_if_empty(slot.pool)
 
     @torch.inference_mode()
-    def settle(self) -> None:
+    def reserve(self) -> None:
         """Room for one more token in every sequence. This may change the order of `rows`; a step uses the new one.
 
         If there is no memory for a sequence's move it has lost its place, as `restored` tells; the others have theirs.
@@ -242,12 +242,12 @@ class Cache:
     def _pool(self, capacity: int) -> Pool:
         return self._pools.setdefault(capacity, Pool(capacity, self._shape))
 
-    def _let_go(self, pool: Pool) -> None:
+    def _drop_if_empty(self, pool: Pool) -> None:
         if not pool.slots:
             self._pools.pop(pool.capacity, None)
-            pool.end()
+            pool.free()
 
-    def _free(self, wanted: int) -> int:
+    def _available(self, wanted: int) -> int:
         """Positions without memory as yet: `wanted`, if need be by giving spare places back, or all that there are."""
         if self._positions_max is None:
             return wanted
@@ -258,10 +258,10 @@ class Cache:
                 pool.resize(len(pool.slots))
         return self._positions_max - self.allocated
 
-    def _widened(self, pool: Pool) -> int:
+    def _grown_size(self, pool: Pool) -> int:
         """Places for one more: with half as many again for those to come, as far as there is room."""
         here = len(pool.slots)
-        return here + max(1, min(max(2, here // 2), self._free(pool.capacity) // pool.capacity))
+        return here + max(1, min(max(2, here // 2), self._available(pool.capacity) // pool.capacity))
 
     def _move(self, slot: Slot) -> None:
         """Into the next capacity's pool, a layer at a time: where there is no room for both, the old place goes first.
@@ -269,32 +269,32 @@ class Cache:
         The caller holds `slot`: it takes the new place.
         """
         old, new = slot.pool, self._pool(self.positions(slot.length + 1))
-        there, moved = len(new.slots), 0
-        widening = None if new.spare else new.resizing(self._widened(new), there)
-        tight = widening is not None and self._free(new.capacity) < new.capacity
+        index, moved = len(new.slots), 0
+        widening = None if new.spare else new.resizing(self._grown_size(new), index)
+        tight = widening is not None and self._available(new.capacity) < new.capacity
         narrowing = old.resizing(len(old.slots) - 1, len(old.slots) - 1) if tight else None
         try:
             for layer in range(self._shape.layers):
                 if widening is not None:
                     next(widening)
-                new.put(layer, there, old.read(layer, slot), slot.length)
-                old.close(layer, slot.index)
+                new.put(layer, index, old.read(layer, slot), slot.length)
+                old.fill_gap(layer, slot.index)
                 moved += 1
                 if narrowing is not None:
                     next(narrowing)
         except BaseException:
             if moved:  # it is in neither pool whole
                 for layer in range(moved, self._shape.layers):
-                    old.close(layer, slot.index)
-                old.left(slot)
+                    old.fill_gap(layer, slot.index)
+                old.detach(slot)
                 slot.length = _NOWHERE
             raise
         else:
-            old.left(slot)
-            new.entered(slot)
+            old.detach(slot)
+            new.append(slot)
         finally:
-            self._let_go(old)
-            self._let_go(new)
+            self._drop_if_empty(old)
+            self._drop_if_empty(new)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from knapper.engine.models.base import Model
 from knapper.engine.models.prefill import PrefillPrompt
-from knapper.engine.sampling.prefix_cache import Beginning, PrefixCache
+from knapper.engine.sampling.prefix_cache import CachedPrompt, PrefixCache
 from knapper.engine.sampling.sequence import RunningSequence, SequenceGroup
 
 
@@ -34,62 +34,66 @@ class Prefiller:
 
     def __init__(self, model: Model, counters: SamplingCounters, tokens_max: int) -> None:
         self._model, self._counters = model, counters
-        self._beginnings = PrefixCache(tokens_max, partly=model.continues)
+        self._prefix_cache = PrefixCache(tokens_max, partial=model.continues)
 
     @property
-    def kept(self) -> int:
+    def cached_tokens(self) -> int:
         """Tokens of earlier prompts."""
-        return self._beginnings.tokens
+        return self._prefix_cache.tokens
 
     def trim(self, tokens_max: int) -> None:
         """Keep no more than so many tokens of earlier prompts."""
-        self._beginnings.trim(tokens_max)
+        self._prefix_cache.trim(tokens_max)
 
-    def rows(self, job: SequenceGroup) -> int:
+    def rows(self, group: SequenceGroup) -> int:
         """How many rows the job's prompt takes."""
-        return job.prompt_tokens - self._found(job)[1]
+        return group.prompt_tokens - self._cached(group)[1]
 
     @torch.inference_mode()
-    def compute(self, jobs: Sequence[SequenceGroup]) -> list[Tensor]:
+    def compute(self, groups: Sequence[SequenceGroup]) -> list[Tensor]:
         """One pass over what is not there yet of the jobs' prompts: the rows of each, without those that it reused.
 
         The jobs have then what their texts begin with.
         """
-        found = [self._found(job) for job in jobs]
-        fresh = [
-            PrefillPrompt(job.request.prompt, job.lora, None if beginning is None else beginning.kept, reused)
-            for job, (beginning, reused) in zip(jobs, found, strict=True)
-            if reused < job.prompt_tokens
+        cached = [self._cached(group) for group in groups]
+        prompts = [
+            PrefillPrompt(
+                group.request.prompt, group.lora, None if prompt_cached is None else prompt_cached.past, reused
+            )
+            for group, (prompt_cached, reused) in zip(groups, cached, strict=True)
+            if reused < group.prompt_tokens
         ]
-        computed = iter(self._model.prompts(fresh) if fresh else ())
-        self._counters.prefills += bool(fresh)
+        computed = iter(self._model.prompts(prompts) if prompts else ())
+        self._counters.prefills += bool(prompts)
         rows: list[Tensor] = []
-        for job, (beginning, reused) in zip(jobs, found, strict=True):
-            first = job.last_1H is None
-            if beginning is not None and reused == job.prompt_tokens:
-                job.last_1H, kept, new = beginning.last_1H, beginning.kept, 0
-                rows.append(beginning.last_1H[:0])
+        for group, (prompt_cached, reused) in zip(groups, cached, strict=True):
+            first = group.last_1H is None
+            if prompt_cached is not None and reused == group.prompt_tokens:
+                group.last_1H, past, rows_computed = prompt_cached.last_1H, prompt_cached.past, 0
+                rows.append(prompt_cached.last_1H[:0])
             else:
-                made = next(computed)
-                job.last_1H, kept, new = made.rows[-1:].clone(), made.kept, made.computed
-                rows.append(made.rows)
-                self._beginnings.add(job.request.adapter, job.request.prompt, kept, job.last_1H)
-            job.kept = kept if job.cost else None
-            self._counters.prefilled_tokens += new
-            self._counters.reused_tokens += job.prompt_tokens - new
+                prefilled = next(computed)
+                group.last_1H, past, rows_computed = prefilled.rows[-1:].clone(), prefilled.past, prefilled.computed
+                rows.append(prefilled.rows)
+                self._prefix_cache.add(group.request.adapter, group.request.prompt, past, group.last_1H)
+            group.past = past if group.cost else None
+            self._counters.prefilled_tokens += rows_computed
+            self._counters.reused_tokens += group.prompt_tokens - rows_computed
             if first:
-                job.reused = job.prompt_tokens - new
+                group.reused = group.prompt_tokens - rows_computed
         return rows
 
     @torch.inference_mode()
-    def again(self, texts: Sequence[RunningSequence]) -> list[Any]:
+    def recompute(self, sequences: Sequence[RunningSequence]) -> list[Any]:
         """What each text had before it was parked, all but its last token: one pass over the texts so far."""
-        prompts = [PrefillPrompt(text.fed_T, text.job.lora, drawn=len(text.tokens) - 1) for text in texts]
+        prompts = [
+            PrefillPrompt(sequence.fed_T, sequence.group.lora, drawn=len(sequence.tokens) - 1) for sequence in sequences
+        ]
         made = self._model.prompts(prompts)
         self._counters.prefills += 1
         self._counters.prefilled_tokens += sum(each.computed for each in made)
-        return [each.kept for each in made]
+        return [each.past for each in made]
 
-    def _found(self, job: SequenceGroup) -> tuple[Beginning | None, int]:
+    def _cached(self, group: SequenceGroup) -> tuple[CachedPrompt | None, int]:
         """An earlier prompt that this job's begins like, and how many tokens of it are of use."""
-        return self._beginnings.find(job.request.adapter, job.request.prompt, job.reusable) or (None, 0)
+        return self._prefix_cache.find(group.request.adapter, group.request.prompt, group.reusable) or (None, 0)

@@ -78,12 +78,12 @@ class EngineSampler:
             raise InvalidField("sampling_params.stop", params.stop_strings[0], allowed)
         ends = () if params.ignore_eos else config.eos
         tokens_max, cost = self._reserved_by(request)
-        async with AsyncExitStack() as held:
+        async with AsyncExitStack() as stack:
             lora = None
             if request.adapter:
-                lora = await held.enter_async_context(self._adapters.use(request.adapter))
+                lora = await stack.enter_async_context(self._adapters.use(request.adapter))
                 validation.check_adapter(request.adapter, lora, config)
-            job = SequenceGroup(
+            group = SequenceGroup(
                 request=request,
                 lora=lora,
                 stops=StopCriteria((*ends, *params.stop_tokens), params.stop_strings, self._tokenizer),
@@ -91,15 +91,15 @@ class EngineSampler:
                 cost=cost,
                 listen=listen,
             )
-            self._scheduler.submit(job)
-            return await asyncio.wrap_future(job.future)
+            self._scheduler.submit(group)
+            return await asyncio.wrap_future(group.future)
 
     def _reserved_by(self, request: SampleRequest) -> tuple[int, int]:
         """(tokens that a text may have, positions that it then needs). Raises TooLarge."""
-        prompt, asked = int(request.prompt.size), request.params.max_tokens
-        room = self._decoder.config.context - prompt
+        prompt, requested = int(request.prompt.size), request.params.max_tokens
+        context_left = self._decoder.config.context - prompt
         fits = self._scheduler.longest - prompt + 1  # the last token is never fed
-        tokens_max = min(room, asked if asked is not None else fits if fits > 0 else room)
+        tokens_max = min(context_left, requested if requested is not None else fits if fits > 0 else context_left)
         cost = 0 if tokens_max <= 1 else self._scheduler.positions(prompt + tokens_max - 1)
         if cost > self._kv_tokens_max and fits < 1:
             because = f", as the server has key/value memory for {self._scheduler.longest}"

@@ -31,7 +31,7 @@ class Isolation(IntEnum):
 @dataclass(eq=False)
 class SequenceGroup:
     """One request. `tokens_max` of a text: what was asked, within the context. `turn`: texts before others go first, as
-    `WaitingJobs` sets it.
+    `PrefillQueue` sets it.
 
     `cost`: positions that one text reserves. Its last token is never fed, so a text of one token costs nothing.
     """
@@ -46,17 +46,17 @@ class SequenceGroup:
     turn: int = 0
     started: int = 0  # texts
     sequences: dict[int, SampledSequence] = field(default_factory=dict)  # finished texts by number
-    kept: Any = (
+    past: Any = (
         None  # what texts begin with after the prompt: kept while texts wait and there is room, else computed again
     )
     last_1H: Tensor | None = None  # the prompt's last row
     reused: int = 0  # prompt tokens that were not computed for this request
     device_s: float = 0.0  # its part of the passes that it was in
     scores: PromptLogprobs | None = None  # what the request wants to know of its prompt, once it is all there
-    company: Isolation = Isolation.ANY  # less after a pass that broke
+    isolation: Isolation = Isolation.ANY  # less after a pass that broke
     suspect: bool = False  # a decoding step that it was in broke: no other job's texts decode beside its own
     overtaken: int = 0  # texts that began before its own, although it came first
-    _again: list["RunningSequence"] = field(default_factory=list)  # texts that had begun, without a token
+    _restarts: list["RunningSequence"] = field(default_factory=list)  # texts that had begun, without a token
 
     @property
     def prompt_tokens(self) -> int:
@@ -65,16 +65,16 @@ class SequenceGroup:
     @property
     def left(self) -> int:
         """Texts that have not begun."""
-        return self.request.num_samples - self.started + len(self._again)
+        return self.request.num_samples - self.started + len(self._restarts)
 
     @property
     def needs_prefill(self) -> bool:
-        return self.last_1H is None or (self.kept is None and self.cost > 0)
+        return self.last_1H is None or (self.past is None and self.cost > 0)
 
     @property
     def reusable(self) -> int:
         """How many of the prompt's rows the request does not want to see."""
-        if self.scores is None and PromptLogprobs.wanted(self.request):
+        if self.scores is None and PromptLogprobs.is_requested(self.request):
             return PromptLogprobs(self.request).first
         return self.prompt_tokens
 
@@ -87,14 +87,14 @@ class SequenceGroup:
 
     def begin(self, count: int) -> list["RunningSequence"]:
         """`count` texts, `left` at most."""
-        again, self._again = self._again[:count], self._again[count:]
+        again, self._restarts = self._restarts[:count], self._restarts[count:]
         fresh = [RunningSequence(self, self.started + index) for index in range(count - len(again))]
         self.started += len(fresh)
         return again + fresh
 
-    def take_back(self, text: "RunningSequence") -> None:
+    def take_back(self, sequence: "RunningSequence") -> None:
         """It has no token as yet, and has not begun."""
-        self._again.append(text)
+        self._restarts.append(sequence)
 
     def answer(self, result: SampleOutput | BaseException) -> None:
         """What its caller gets, if it still waits."""
@@ -107,9 +107,9 @@ class SequenceGroup:
 
     def forget_prompt(self) -> None:
         """Its prompt is computed again: a pass over it broke."""
-        self.last_1H = self.kept = None
+        self.last_1H = self.past = None
 
-    def what(self) -> str:
+    def description(self) -> str:
         """The request, as a message names it."""
         return f"a prompt of {self.prompt_tokens} tokens with up to {self.tokens_max} sampled ones"
 
@@ -131,12 +131,12 @@ class SequenceGroup:
 class RunningSequence:
     """One sample of a request. Its random numbers come from (seed, its number) alone, one a token."""
 
-    def __init__(self, job: SequenceGroup, number: int) -> None:
-        self.job = job
+    def __init__(self, group: SequenceGroup, number: int) -> None:
+        self.group = group
         self.age = -1  # by when it began: the higher, the younger
         self.tokens: list[int] = []
         self._number = number
-        self._uniforms = uniforms(job.request.seed, number)
+        self._uniforms = uniforms(group.request.seed, number)
         self._uniform: float | None = None
         self._logprobs: list[float] = []
         self._topk: list[tuple[Tensor, Tensor]] = []
@@ -144,16 +144,16 @@ class RunningSequence:
     @property
     def length(self) -> int:
         """How many tokens have keys and values: the last one is fed by the next step."""
-        return self.job.prompt_tokens + len(self.tokens) - 1
+        return self.group.prompt_tokens + len(self.tokens) - 1
 
     @property
     def fed_T(self) -> NDArray[np.int32]:
         """Those tokens."""
-        return np.concatenate([self.job.request.prompt, np.array(self.tokens[:-1], dtype=np.int32)])
+        return np.concatenate([self.group.request.prompt, np.array(self.tokens[:-1], dtype=np.int32)])
 
     @property
     def finished(self) -> bool:
-        return self._number in self.job.sequences
+        return self._number in self.group.sequences
 
     def uniform(self) -> float:
         """For the next token: the same until that is taken."""
@@ -168,20 +168,20 @@ class RunningSequence:
         self._logprobs.append(logprob)
         if topk is not None:
             self._topk.append(topk)
-        stopped = self.job.stops.ended(self.tokens)
-        full = len(self.tokens) >= self.job.tokens_max
-        if self.job.listen is not None:
+        stopped = self.group.stops.ended(self.tokens)
+        full = len(self.tokens) >= self.group.tokens_max
+        if self.group.listen is not None:
             ending: Ending = "stop" if stopped else "length" if full else ""
             ids, logprobs = ([], []) if topk is None else (topk[0].tolist(), topk[1].tolist())
             alternatives = list(zip(ids, logprobs, strict=True))
-            self.job.listen(TokenEvent(self._number, len(self.tokens) - 1, token, logprob, ending, alternatives))
+            self.group.listen(TokenEvent(self._number, len(self.tokens) - 1, token, logprob, ending, alternatives))
         if stopped or full:
             self.finish(stopped)
         return stopped or full
 
     def finish(self, stopped: bool) -> None:
-        k = self.job.request.topk_sample_logprobs
-        self.job.sequences[self._number] = SampledSequence(
+        k = self.group.request.topk_sample_logprobs
+        self.group.sequences[self._number] = SampledSequence(
             tokens=np.array(self.tokens, dtype=np.int32),
             logprobs=np.array(self._logprobs, dtype=np.float32),
             stopped=stopped,

@@ -16,8 +16,8 @@ from knapper.engine.layers.row_padding import padded, row_sums
 from knapper.wire.types import SamplingParams
 
 empty_token, empty_logprob = 0, -99999.0  # a cell of top-k log-probabilities that holds nothing
-_block: Final = 256  # tokens of one partial sum of the cumulative distribution
-_sorted_first: Final = 1024  # values that top-p looks at before it sorts the whole vocabulary
+_BLOCK: Final = 256  # tokens of one partial sum of the cumulative distribution
+_TOP_P_FIRST: Final = 1024  # values that top-p looks at before it sorts the whole vocabulary
 
 
 def uniforms(seed: int, sample: int) -> np.random.Generator:
@@ -112,37 +112,37 @@ def _truncated(logprobs_NV: Tensor, top_k_N: Tensor, top_p: list[float]) -> Tens
     p_NV = padded(logprobs_NV.exp())
     top_k_N = F.pad(top_k_N, (0, p_NV.shape[0] - rows), value=1)
     top_p_N = torch.tensor(top_p + [0.0] * (p_NV.shape[0] - rows), dtype=torch.float64, device=p_NV.device)
-    first = min(_sorted_first, vocabulary)
+    first = min(_TOP_P_FIRST, vocabulary)
     likeliest = p_NV.topk(first, dim=-1).values
-    until = likeliest.cumsum(-1, dtype=torch.float64)
-    enough = (top_k_N <= first) | ((until[:, -1] >= top_p_N) & (top_p_N < 1))
+    cumulative = likeliest.cumsum(-1, dtype=torch.float64)
+    enough = (top_k_N <= first) | ((cumulative[:, -1] >= top_p_N) & (top_p_N < 1))
     if not bool(enough.all()):
         likeliest = p_NV.sort(dim=-1, descending=True).values
-        until = likeliest.cumsum(-1, dtype=torch.float64)
-    last = top_k_N.clamp(max=until.shape[1])[:, None] - 1
-    mass = torch.where(top_k_N == vocabulary, 1.0, until.gather(1, last)[:, 0])
-    before = F.pad(until, (1, -1))
+        cumulative = likeliest.cumsum(-1, dtype=torch.float64)
+    last = top_k_N.clamp(max=cumulative.shape[1])[:, None] - 1
+    mass = torch.where(top_k_N == vocabulary, 1.0, cumulative.gather(1, last)[:, 0])
+    before = F.pad(cumulative, (1, -1))
     nucleus = torch.where(top_p_N < 1, (before < (top_p_N * mass)[:, None]).sum(-1).clamp(min=1), vocabulary)
-    kept_N = torch.minimum(top_k_N, nucleus)
-    edge = likeliest.gather(1, kept_N[:, None] - 1)
+    size_N = torch.minimum(top_k_N, nucleus)
+    edge = likeliest.gather(1, size_N[:, None] - 1)
     above, tied = p_NV > edge, p_NV == edge
-    room = kept_N - above.sum(-1)
-    keep = above | (tied & (tied.cumsum(-1) <= room[:, None]))
-    return F.log_softmax(padded(logprobs_NV).masked_fill(~keep, -torch.inf), dim=-1)[:rows]
+    ties_N = size_N - above.sum(-1)
+    mask_NV = above | (tied & (tied.cumsum(-1) <= ties_N[:, None]))
+    return F.log_softmax(padded(logprobs_NV).masked_fill(~mask_NV, -torch.inf), dim=-1)[:rows]
 
 
 def _inverse(logprobs_NV: Tensor, uniforms_Nk: Tensor) -> Tensor:
     """(N, k): for each number the first id whose cumulative probability exceeds it."""
     rows, vocabulary = logprobs_NV.shape
-    p_NV = F.pad(logprobs_NV.exp(), (0, -vocabulary % _block))
-    blocks = p_NV.view(rows, -1, _block)
-    until = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-    total = until[:, -1:]
+    p_NV = F.pad(logprobs_NV.exp(), (0, -vocabulary % _BLOCK))
+    blocks = p_NV.view(rows, -1, _BLOCK)
+    cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    total = cumulative[:, -1:]
     target = torch.minimum(uniforms_Nk * total, torch.nextafter(total, torch.zeros_like(total)))
-    block = torch.searchsorted(until, target, right=True)
-    start = F.pad(until, (1, 0)).gather(1, block)
-    own = blocks.gather(1, block[:, :, None].expand(-1, -1, _block)).double()
-    within = torch.searchsorted(start[:, :, None] + own.cumsum(-1), target[:, :, None], right=True)[:, :, 0]
+    block = torch.searchsorted(cumulative, target, right=True)
+    start = F.pad(cumulative, (1, 0)).gather(1, block)
+    block_p = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).double()
+    within = torch.searchsorted(start[:, :, None] + block_p.cumsum(-1), target[:, :, None], right=True)[:, :, 0]
     # Rounding may leave the block's end just short of the target: its last token with any probability is meant then.
-    last = (_block - 1) - (own.flip(-1) > 0).int().argmax(-1)
-    return block * _block + torch.minimum(within, last)
+    last = (_BLOCK - 1) - (block_p.flip(-1) > 0).int().argmax(-1)
+    return block * _BLOCK + torch.minimum(within, last)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from knapper import limits
-from knapper.engine.layers.adapters import site_shapes
+from knapper.engine.layers.adapters import target_shapes
 from knapper.engine.layers.lora import Lora
 from knapper.engine.models.config import Facts
 from knapper.errors import ContextLengthExceeded, InvalidField, TooLarge, UserError
@@ -39,15 +39,15 @@ def check(request: SampleRequest, config: Facts) -> None:
 
 def check_adapter(adapter: str, lora: Lora, config: Facts) -> None:
     """Raises UserError for an adapter that was made for another model."""
-    shapes = site_shapes(config)
-    for site, a in lora.a.items():
-        if site not in shapes:
-            raise UserError(f"adapter {adapter} has the site {site}, which the model does not have")
-        found = (a.shape[1], lora.b[site].shape[0])
-        if found != shapes[site] or a.shape[0] != lora.b[site].shape[1]:
+    shapes = target_shapes(config)
+    for target, a in lora.a.items():
+        if target not in shapes:
+            raise UserError(f"adapter {adapter} has the target module {target}, which the model does not have")
+        sizes = (a.shape[1], lora.b[target].shape[0])
+        if sizes != shapes[target] or a.shape[0] != lora.b[target].shape[1]:
             raise UserError(
-                f"adapter {adapter}: site {site} maps {found[0]} to {found[1]}; "
-                f"the model's maps {shapes[site][0]} to {shapes[site][1]}. It was trained on another model"
+                f"adapter {adapter}: target module {target} maps {sizes[0]} to {sizes[1]}; "
+                f"the model's maps {shapes[target][0]} to {shapes[target][1]}. It was trained on another model"
             )
 
 

@@ -108,8 +108,8 @@ def norm_of(values_P: Tensor) -> float:
 
 def _norm_in_rows(values_P: Tensor) -> float:
     """The norm where float32 squares neither overflow nor vanish: without the float64 copy, which costs 30 times it."""
-    rows, left = values_P.split([len(values_P) // _ROW * _ROW, len(values_P) % _ROW])
-    norms = [torch.linalg.vector_norm(rows.view(-1, _ROW), dim=1), torch.linalg.vector_norm(left)[None]]
+    rows, remainder = values_P.split([len(values_P) // _ROW * _ROW, len(values_P) % _ROW])
+    norms = [torch.linalg.vector_norm(rows.view(-1, _ROW), dim=1), torch.linalg.vector_norm(remainder)[None]]
     return math.hypot(*torch.cat(norms).tolist())  # one transfer
 
 
@@ -126,5 +126,5 @@ def scaled_norm(values_P: Tensor) -> float:
         return 0.0
     largest = values_P.abs().amax()
     squares = (values_P / largest.clamp(min=torch.finfo(torch.float32).tiny)).square()
-    found, scale = torch.stack([squares.sum().sqrt(), largest]).tolist()  # one transfer
-    return float(found) * float(scale)
+    norm, scale = torch.stack([squares.sum().sqrt(), largest]).tolist()  # one transfer
+    return float(norm) * float(scale)

@@ -20,7 +20,7 @@ class Prefixes:
         self._tokens: list[int] = []
         self._positions: list[int] = []
         self._first: list[int] = []  # where among the N rows each of the U first stands
-        self._places: list[_Ints] = []
+        self._rows: list[_Ints] = []
         self.lengths: list[int] = []
 
     def __len__(self) -> int:
@@ -48,7 +48,7 @@ class Prefixes:
             self._positions.append(position)
             self._first.append(start + position)
             path.append(row)
-        self._places.append(np.array(path, dtype=np.int64))
+        self._rows.append(np.array(path, dtype=np.int64))
         self.lengths.append(len(tokens))
 
     def _walk(self, tokens: list[int]) -> list[int]:
@@ -56,11 +56,11 @@ class Prefixes:
         path: list[int] = []
         row = -1
         for token in tokens:
-            found = self._children.get((row, token))
-            if found is None:
+            next_row = self._children.get((row, token))
+            if next_row is None:
                 break
-            path.append(found)
-            row = found
+            path.append(next_row)
+            row = next_row
         return path
 
     @property
@@ -77,6 +77,6 @@ class Prefixes:
         return np.array(self._first, dtype=np.int64)
 
     @property
-    def places_N(self) -> _Ints:
+    def rows_N(self) -> _Ints:
         """For each row of each sequence, the computed row that it is."""
-        return np.concatenate(self._places)
+        return np.concatenate(self._rows)

@@ -17,7 +17,7 @@ from typing import Final
 from knapper.concurrency.fair_share import FairShare
 from knapper.engine import hardware
 from knapper.engine.executor import Executor, Work, timed
-from knapper.engine.out_of_memory import MemoryShortage, told
+from knapper.engine.out_of_memory import MemoryShortage, as_shortage
 from knapper.engine.training import batch
 from knapper.engine.training.batch import PendingRequest
 from knapper.engine.training.trainer import RunState, Trainer
@@ -35,7 +35,7 @@ class TrainingCounters:
 
     passes: int = 0
     rows: int = 0  # computed, of all passes
-    room: int = 0  # rows that they could have had: rows / room is how full they were
+    capacity: int = 0  # rows that they could have had: rows / room is how full they were
     shares: int = 0  # micro-batches: shares / passes runs are in a pass on average
     repeated: int = 0  # requests that were computed again, alone, after a pass that broke or lacked memory
 
@@ -91,16 +91,16 @@ class TrainingScheduler:
         """How long the request that waits longest has; 0 if none does."""
         now_s = self._now()
         with self._lock:
-            return max((now_s - one.arrived_s for one in [*self._arrivals, *self._requests]), default=0.0)
+            return max((now_s - request.arrived_s for request in [*self._arrivals, *self._requests]), default=0.0)
 
-    def shares(self, places: int) -> list[float]:
-        """Of the rows computed lately, the parts of the `places` runs that had most; the largest first."""
+    def shares(self, count: int) -> list[float]:
+        """Of the rows computed lately, the parts of the `count` runs that had most; the largest first."""
         rows: dict[str, int] = {}
         with self._lock:
-            for run, own in self._recent:
-                rows[run] = rows.get(run, 0) + own
+            for run, run_rows in self._recent:
+                rows[run] = rows.get(run, 0) + run_rows
         total = sum(rows.values())
-        return [own / total for own in sorted(rows.values(), reverse=True)[:places]]
+        return [run_rows / total for run_rows in sorted(rows.values(), reverse=True)[:count]]
 
     def submit(self, state: RunState, read: Callable[[], ForwardBackward]) -> "Future[TrainingResult]":
         """(state, output, seconds of the passes that were this request's), as `Trainer.forward_backward` has them.
@@ -120,36 +120,36 @@ class TrainingScheduler:
 
     def _work(self) -> Work[None]:
         try:
-            while self._look():
+            while self._take_arrivals():
                 if chosen := self._choose():
                     yield from self._compute(chosen)
         except BaseException as error:
             self._abandon(error)
             raise
 
-    def _look(self) -> bool:
+    def _take_arrivals(self) -> bool:
         """Take in what arrived and drop what was cancelled. False when nothing is left: the task then ends."""
         with self._lock:
             arrived, self._arrivals = self._arrivals, []
-            self._requests = [one for one in self._requests + arrived if not one.future.cancelled()]
+            self._requests = [request for request in self._requests + arrived if not request.future.cancelled()]
             self._working = bool(self._requests)
-        for one in arrived:
-            self._shares.join(one.run)
-        self._shares.leave((one.run,) for one in self._requests)
-        for one in list(self._requests):
-            if one.opened is None:
-                self._open(one)
+        for request in arrived:
+            self._shares.join(request.run)
+        self._shares.leave((request.run,) for request in self._requests)
+        for request in list(self._requests):
+            if request.opened is None:
+                self._open(request)
         return self._working
 
-    def _open(self, one: _Request) -> None:
+    def _open(self, request: _Request) -> None:
         """With its gradients' memory, or it is opened again at the next look."""
         try:
-            one.opened = self._trainer.open(one.state, one.read())
+            request.opened = self._trainer.open(request.state, request.read())
         except BaseException as error:  # noqa: BLE001  the border of the thread: the waiting caller gets it
-            failed = told(error)
+            failure = as_shortage(error)
         else:
             return
-        self._part([one], failed)
+        self._isolate([request], failure)
 
     def _choose(self) -> list[_Request]:
         """Who computes a micro-batch now: the least served, and whoever else fits beside it.
@@ -157,94 +157,94 @@ class TrainingScheduler:
         Nobody fills up who is a whole pass ahead of a run that is left out: what fills up costs that run time.
         """
         rows_max, rows_shared = self._trainer.rows_max, self._trainer.rows_shared(len(self._requests))
-        waiting = [one for one in self._requests if one.opened is not None]
-        waiting.sort(key=lambda one: self._shares.rank(one.run))
+        waiting = [request for request in self._requests if request.opened is not None]
+        waiting.sort(key=lambda request: self._shares.rank(request.run))
         chosen: list[_Request] = []
         rows, bound = 0, math.inf
-        for one in waiting:
-            (served,) = self._shares.rank(one.run)
+        for request in waiting:
+            (served,) = self._shares.rank(request.run)
             if not chosen:
-                self._shares.serve(one.run)
-            if not chosen or (served <= bound and rows + one.rows <= rows_shared and _share(chosen[0], one)):
-                chosen.append(one)
-                rows += one.rows
+                self._shares.serve(request.run)
+            if not chosen or (served <= bound and rows + request.rows <= rows_shared and _share(chosen[0], request)):
+                chosen.append(request)
+                rows += request.rows
             else:
                 bound = min(bound, served + rows_max)
         return chosen
 
     def _compute(self, chosen: Sequence[_Request]) -> Work[None]:
-        rows, room = [one.rows for one in chosen], self._trainer.rows_shared(len(self._requests))
-        opened = [one.opened for one in chosen if one.opened is not None]
+        rows, capacity = [request.rows for request in chosen], self._trainer.rows_shared(len(self._requests))
+        opened = [request.opened for request in chosen if request.opened is not None]
         try:
             _, spent_s = yield from timed(batch.compute(self._trainer.decoder, opened), self._now)
         except Exception as error:  # noqa: BLE001  a defect that one request brings out must not fail the others
-            failed = told(error)
+            failure = as_shortage(error)
         else:
-            self._computed(chosen, spent_s, rows, room)
+            self._computed(chosen, spent_s, rows, capacity)
             return
         del opened  # gradients that are half added, and perhaps the memory that was lacking
-        self._part(chosen, failed)
+        self._isolate(chosen, failure)
 
-    def _computed(self, chosen: Sequence[_Request], spent_s: float, rows: Sequence[int], room: int) -> None:
+    def _computed(self, chosen: Sequence[_Request], spent_s: float, rows: Sequence[int], capacity: int) -> None:
         """A pass is done, of which `rows` are each one's."""
         self.counters.passes += 1
         self.counters.shares += len(chosen)
         self.counters.rows += sum(rows)
-        self.counters.room += max(room, sum(rows))
+        self.counters.capacity += max(capacity, sum(rows))
         with self._lock:
-            self._recent.extend((one.run, own) for one, own in zip(chosen, rows, strict=True))
-        for one, own in zip(chosen, rows, strict=True):
-            one.cost_s += spent_s * own / sum(rows)
-            self._shares.charge(own, one.run)
-            if one.opened is not None and one.opened.done:
-                self._finish(one, one.opened)
+            self._recent.extend((request.run, request_rows) for request, request_rows in zip(chosen, rows, strict=True))
+        for request, request_rows in zip(chosen, rows, strict=True):
+            request.cost_s += spent_s * request_rows / sum(rows)
+            self._shares.charge(request_rows, request.run)
+            if request.opened is not None and request.opened.done:
+                self._finish(request, request.opened)
 
-    def _part(self, chosen: Sequence[_Request], failed: BaseException) -> None:
+    def _isolate(self, chosen: Sequence[_Request], failure: BaseException) -> None:
         """A pass broke, perhaps with gradients half added: begin each of its requests anew, by itself.
 
         One that lacked memory by itself is tried once more, when all that is kept for later has been given back.
         """
         device = self._trainer.decoder.device
-        for one in chosen:
-            one.alone, one.opened = True, None
-        if isinstance(failed, MemoryShortage):
+        for request in chosen:
+            request.alone, request.opened = True, None
+        if isinstance(failure, MemoryShortage):
             hardware.release(device)
-        for one in chosen:
-            if len(chosen) > 1 or (isinstance(failed, MemoryShortage) and not one.spared):
+        for request in chosen:
+            if len(chosen) > 1 or (isinstance(failure, MemoryShortage) and not request.spared):
                 self.counters.repeated += 1
-                one.spared = len(chosen) == 1
-            elif isinstance(failed, MemoryShortage):
+                request.spared = len(chosen) == 1
+            elif isinstance(failure, MemoryShortage):
                 todo = "Send shorter datums or fewer of them in a request, or train an adapter of a lower rank"
-                self._answer(one, failed.error(f"a training pass of {one.run}", device, todo))
+                self._answer(request, failure.error(f"a training pass of {request.run}", device, todo))
             else:
-                self._answer(one, failed)
+                self._answer(request, failure)
 
-    def _finish(self, one: _Request, opened: PendingRequest) -> None:
+    def _finish(self, request: _Request, opened: PendingRequest) -> None:
         try:
-            state, output = self._trainer.close(one.state, opened)
+            state, output = self._trainer.close(request.state, opened)
         except UserError as error:
-            self._answer(one, error)
+            self._answer(request, error)
             return
         except Exception as error:  # noqa: BLE001  as above
-            failed = told(error)
+            failure = as_shortage(error)
         else:
-            self._answer(one, (state, output, one.cost_s))
+            self._answer(request, (state, output, request.cost_s))
             return
-        self._part([one], failed)
+        self._isolate([request], failure)
 
-    def _answer(self, one: _Request, result: TrainingResult | BaseException) -> None:
-        self._requests.remove(one)
-        if one.future.set_running_or_notify_cancel():
+    def _answer(self, request: _Request, result: TrainingResult | BaseException) -> None:
+        self._requests.remove(request)
+        if request.future.set_running_or_notify_cancel():
             if isinstance(result, BaseException):
-                one.future.set_exception(result)
+                request.future.set_exception(result)
             else:
-                one.future.set_result(result)
+                request.future.set_result(result)
 
     def _abandon(self, error: BaseException) -> None:
         """The device closes, or something broke that no request is to blame for: every caller hears it."""
         with self._lock:
             requests = self._requests + self._arrivals
             self._requests, self._arrivals, self._working = [], [], False
-        for one in requests:
-            if one.future.set_running_or_notify_cancel():
-                one.future.set_exception(error)
+        for request in requests:
+            if request.future.set_running_or_notify_cancel():
+                request.future.set_exception(error)

@@ -73,18 +73,18 @@ class Trainer:
 
     def create(self, spec: Spec) -> RunState:
         """A new run, before its first step. Raises InvalidField."""
-        where = self.layout(spec)
-        return self.begin(spec, where.begin(spec.seed))
+        run_layout = self.layout(spec)
+        return self.begin(spec, run_layout.initial(spec.seed))
 
     def begin(self, spec: Spec, weights_P: Tensor, moments: Moments | None = None) -> RunState:
         """A run with these weights; without moments they are zero and the step count too."""
-        where = self.layout(spec)
+        run_layout = self.layout(spec)
         weights_P = weights_P.to(self.decoder.device)
         if moments is None:
             moments = Moments(torch.zeros_like(weights_P), torch.zeros_like(weights_P), 0)
         else:
             moments = Moments(moments.m_P.to(self.decoder.device), moments.v_P.to(self.decoder.device), moments.step)
-        return RunState(spec, where, weights_P, moments)
+        return RunState(spec, run_layout, weights_P, moments)
 
     def open(self, state: RunState, request: ForwardBackward) -> PendingRequest:
         """The request, cut into micro-batches; how depends on it alone, so that its bits do. Raises UserError."""
@@ -93,10 +93,10 @@ class Trainer:
         batches = deque(micro_batches(request.data, self.rows_max))
         return PendingRequest(_leaves(state, sums_P), loss, config, sums_P, batches)
 
-    def close(self, state: RunState, one: PendingRequest) -> tuple[RunState, ForwardBackwardOutput]:
+    def close(self, state: RunState, pending: PendingRequest) -> tuple[RunState, ForwardBackwardOutput]:
         """The state that the finished pass leads to. Raises UserError for what it failed with."""
-        output = one.output()
-        return (state if one.sums_P is None else replace(state, grads_P=_added(state, one.sums_P))), output
+        output = pending.output()
+        return (state if pending.sums_P is None else replace(state, grads_P=_added(state, pending.sums_P))), output
 
     def forward_backward(
         self, state: RunState, request: ForwardBackward
@@ -107,10 +107,10 @@ class Trainer:
         is wrong, or whose loss or gradient is not finite; `state` holds as before then. The clock computes the same for
         several runs at a time.
         """
-        one = self.open(state, request)
-        while not one.done:
-            yield from compute(self.decoder, [one])
-        return self.close(state, one)
+        pending = self.open(state, request)
+        while not pending.done:
+            yield from compute(self.decoder, [pending])
+        return self.close(state, pending)
 
     def optim_step(self, state: RunState, values: AdamW) -> Work[tuple[RunState, dict[str, float]]]:
         """One AdamW step with the pending gradients, which are then used up. (state, metrics)
@@ -131,9 +131,9 @@ def _leaves(state: RunState, sums_P: Tensor | None) -> Lora:
         return lora
     sums = state.layout.lora(sums_P, state.scale)
     for tensors, grads in ((lora.a, sums.a), (lora.b, sums.b)):
-        for site in tensors:
-            tensors[site] = tensors[site].detach().requires_grad_()
-            tensors[site].grad = grads[site]
+        for target in tensors:
+            tensors[target] = tensors[target].detach().requires_grad_()
+            tensors[target].grad = grads[target]
     return lora
 
 
@@ -141,14 +141,14 @@ def _added(state: RunState, sums_P: Tensor) -> Tensor:
     """Pending gradients with this request's. Raises UserError, naming a site, when one is not finite."""
     total_P = sums_P if state.grads_P is None else state.grads_P + sums_P
     if not is_finite(total_P):
-        wrong = next(
-            f"{site.name} ({'AB'[part]})"
-            for site, *matrices in state.layout.matrices(total_P)
+        matrix_name = next(
+            f"{target.name} ({'AB'[part]})"
+            for target, *matrices in state.layout.matrices(total_P)
             for part, matrix in enumerate(matrices)
             if not is_finite(matrix)
         )
         raise UserError(
-            f"the gradient of {wrong} is not finite; this request added nothing to the pending gradients. "
+            f"the gradient of {matrix_name} is not finite; this request added nothing to the pending gradients. "
             "Look for huge weights or advantages"
         )
     return total_P

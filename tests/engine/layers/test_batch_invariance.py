@@ -19,7 +19,7 @@ from knapper.engine.sampling.sampler import EngineSampler
 from knapper.engine.training.trainer import RunState
 from knapper.wire.types import AdamW, Datum, SampleOutput, SampleRequest, SamplingParams
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
-from tests.engine.sampling.test_scheduler import Shelf
+from tests.engine.sampling.test_scheduler import AdapterDict
 from tests.engine.training.test_scheduler import held
 
 SEED = 4
@@ -52,7 +52,7 @@ class Pair:
         self.sampler = EngineSampler(
             self.trainer.decoder,
             self.device,
-            Shelf(loras),
+            AdapterDict(loras),
             None,
             slots_max=24,
             kv_tokens_max=1 << 14,

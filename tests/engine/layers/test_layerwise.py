@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from knapper.engine.layers.layerwise import LayerwisePass, Stretch
+from knapper.engine.layers.layerwise import LayerSegment, LayerwisePass
 from tests.engine.runs import done
 
 
-def layers(count: int) -> tuple[list[Tensor], list[Stretch]]:
+def layers(count: int) -> tuple[list[Tensor], list[LayerSegment]]:
     generator = torch.Generator().manual_seed(5)
     weights = [torch.randn(16, 16, generator=generator, requires_grad=True) for _ in range(count)]
 
@@ -27,13 +27,13 @@ def begin() -> Tensor:
 
 
 def test_gradients_are_bit_for_bit_those_of_one_backward() -> None:
-    (whole, one), (parts, stretches) = layers(6), layers(6)
+    (whole, one), (parts, layer_segments) = layers(6), layers(6)
     x = begin()
     for layer in one:
         x = layer(x)
     (x.square().sum()).backward()
     course = LayerwisePass(differentiates=True)
-    rows = done(course.forward(begin(), stretches))
+    rows = done(course.forward(begin(), layer_segments))
     assert torch.equal(rows, x)
     done(course.backward(2 * rows.detach()))
     for mine, theirs in zip(parts, whole, strict=True):
@@ -44,28 +44,28 @@ def test_gradients_are_bit_for_bit_those_of_one_backward() -> None:
 
 @pytest.mark.parametrize("trained", [0, 3, 5])
 def test_what_is_frozen_before_the_first_trained_stretch_is_not_differentiated(trained: int) -> None:
-    weights, stretches = layers(6)
+    weights, layer_segments = layers(6)
     for weight in weights[:trained]:
         weight.requires_grad = False
     course = LayerwisePass(differentiates=True)
-    rows = done(course.forward(begin(), stretches))
+    rows = done(course.forward(begin(), layer_segments))
     assert len(list(course.backward(torch.ones_like(rows)))) == 6 - trained
     assert [weight.grad is not None for weight in weights] == [False] * trained + [True] * (6 - trained)
 
 
 def test_forward_only_keeps_no_graph() -> None:
-    _, stretches = layers(3)
+    _, layer_segments = layers(3)
     course = LayerwisePass(differentiates=False)
-    rows = done(course.forward(begin(), stretches))
+    rows = done(course.forward(begin(), layer_segments))
     assert not rows.requires_grad
     assert list(course.backward(torch.ones_like(rows))) == []
 
 
 def test_others_compute_without_gradients_between_two_stretches() -> None:
     """How gradients are kept is the thread's, and other tasks are on it."""
-    _, stretches = layers(3)
+    _, layer_segments = layers(3)
     for differentiates in (True, False):
-        for _ in LayerwisePass(differentiates=differentiates).forward(begin(), stretches):
+        for _ in LayerwisePass(differentiates=differentiates).forward(begin(), layer_segments):
             assert torch.is_grad_enabled()
 
 

@@ -25,14 +25,14 @@ def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor
 def adapters(dtype: torch.dtype = torch.float64) -> dict[str, Lora]:
     return {
         name: Lora(
-            {site: random(rank, INPUTS, seed=rank, dtype=dtype).requires_grad_() for site in sites},
+            {site: random(rank, INPUTS, seed=rank, dtype=dtype).requires_grad_() for site in lora_targets},
             {
                 site: random(WIDTHS[NAMES.index(site)], rank, seed=rank + 1, dtype=dtype).requires_grad_()
-                for site in sites
+                for site in lora_targets
             },
             scale,
         )
-        for name, (sites, rank, scale) in ADAPTERS.items()
+        for name, (lora_targets, rank, scale) in ADAPTERS.items()
     }
 
 

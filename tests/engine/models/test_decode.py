@@ -17,20 +17,22 @@ from tests.engine.tiny import tiny_model
 
 def steps(decoder: Decoder, adapters: Sequence[Lora | None], story: Sequence[Sequence[int]]) -> list[dict[int, Tensor]]:
     """Logits by text, for each step; `story`: which texts take part in it, text n with `adapters[n]`."""
-    texts = decoder.texts(1 << 14)
+    decode_state = decoder.decode_state(1 << 14)
     slots: dict[int, object] = {}
     found = []
     for members in story:
         for gone in set(slots) - set(members):
-            texts.remove(slots.pop(gone))  # type: ignore[arg-type]  # whatever it is
+            decode_state.remove(slots.pop(gone))  # type: ignore[arg-type]  # whatever it is
         for number in members:
             if number not in slots:
                 prompt = PrefillPrompt(np.arange(20 + number, dtype=np.int32), adapters[number])
                 (prefilled,) = decoder.prompts([prompt])
-                slots[number] = texts.add(prefilled.kept, len(prompt.tokens_T))
-        texts.settle()
-        order = [next(number for number, slot in slots.items() if slot is each) for each in texts.rows]
-        logits = texts.step(torch.tensor([7 + number for number in order]), [adapters[number] for number in order])
+                slots[number] = decode_state.add(prefilled.past, len(prompt.tokens_T))
+        decode_state.reserve()
+        order = [next(number for number, slot in slots.items() if slot is each) for each in decode_state.rows]
+        logits = decode_state.step(
+            torch.tensor([7 + number for number in order]), [adapters[number] for number in order]
+        )
         found.append(dict(zip(order, logits, strict=True)))
     return found
 

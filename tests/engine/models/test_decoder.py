@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from knapper.engine.layers.adapters import site_shapes
+from knapper.engine.layers.adapters import target_shapes
 from knapper.engine.layers.attention import PackedAttention
 from knapper.engine.layers.lora import Lora
-from knapper.engine.layers.lora_gathered import Scattered, Stack
+from knapper.engine.layers.lora_gathered import GatheredLora, Stack
 from knapper.engine.layers.lora_grouped import Segment, Segments, base
 from knapper.engine.models import weights
 from knapper.engine.models.config import ModelConfig, UnsupportedModel
@@ -39,7 +39,7 @@ def tokens_of(decoder: Decoder, lengths: Sequence[int], seed: int = 0) -> Tensor
 def lora_of(decoder: Decoder, *, seed: int, rank: int = 4, scale: float = 2.0, only: Sequence[str] = ()) -> Lora:
     """Random in every site (or in those whose name ends in one of `only`), with a B that is far from zero."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = site_shapes(decoder.config)
+    shapes = target_shapes(decoder.config)
     wanted = {site: size for site, size in shapes.items() if not only or site.endswith(tuple(only))}
     return Lora(
         a={site: torch.randn(rank, size[0], generator=generator) * 0.1 for site, size in wanted.items()},
@@ -185,10 +185,10 @@ def test_decoding_step_by_step_equals_one_pass(tmp_path: Path, kind: Kind) -> No
                 cache.remove(slot)
         if not cache.rows:
             break
-        cache.settle()
+        cache.reserve()
         order = [slots.index(slot) for slot in cache.rows]
         tokens = torch.stack([texts[index][slots[index].length] for index in order])
-        out = decoder.step(tokens, cache, Scattered(stack, [loras[index] for index in order], decoder.device))
+        out = decoder.step(tokens, cache, GatheredLora(stack, [loras[index] for index in order], decoder.device))
         for row, index in enumerate(order):
             found[index].append(out[row])
     for index, length in enumerate(lengths):
@@ -212,11 +212,11 @@ def test_a_decoding_sequence_has_the_same_bits_alone_and_in_a_crowd(tmp_path: Pa
         stack = Stack([loras[which] for which in sorted({index % 3 for index in members})])
         out: dict[int, list[Tensor]] = {index: [] for index in members}
         for step in range(80):
-            cache.settle()
+            cache.reserve()
             order = [next(index for index in members if slots[index] is slot) for slot in cache.rows]
             tokens = torch.tensor([(7 * step + 13 * index) % 256 for index in order])
             hidden = decoder.step(
-                tokens, cache, Scattered(stack, [loras[index % 3] for index in order], decoder.device)
+                tokens, cache, GatheredLora(stack, [loras[index % 3] for index in order], decoder.device)
             )
             for row, index in enumerate(order):
                 out[index].append(hidden[row])

@@ -31,7 +31,7 @@ from knapper.engine.training.batch import compute
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.wire.types import AdamW, Datum, SampleOutput, SampleRequest
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
-from tests.engine.sampling.test_scheduler import Shelf, prompt_of, same
+from tests.engine.sampling.test_scheduler import AdapterDict, prompt_of, same
 from tests.engine.sampling.test_scheduler import request as asked
 from tests.engine.strange import CONFIGS, strange_model
 from tests.engine.test_peft_parity import load_in_peft
@@ -59,7 +59,7 @@ def sampled(
     device = Executor()
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     sampler = EngineSampler(
-        trainer.decoder, device, Shelf(adapters), tokenizer, slots_max=6, kv_tokens_max=4096, now=time.monotonic
+        trainer.decoder, device, AdapterDict(adapters), tokenizer, slots_max=6, kv_tokens_max=4096, now=time.monotonic
     )
 
     async def together() -> list[SampleOutput]:

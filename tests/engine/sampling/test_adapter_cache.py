@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 ONE = 2 * 4 * 8 * 16  # bytes of one adapter
 
 
-class Shelf:
+class AdapterDict:
     """`short`: how many loads from now on lack memory."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ async def used(kept: AdapterCache, *adapters: str) -> None:
 
 
 def test_as_many_bytes_are_kept_as_there_is_room_for_and_one_more_takes_the_longest_unused() -> None:
-    shelf = Shelf()
+    shelf = AdapterDict()
 
     async def story() -> None:
         kept = AdapterCache(shelf, CPU, 3 * ONE)
@@ -65,7 +65,7 @@ def test_as_many_bytes_are_kept_as_there_is_room_for_and_one_more_takes_the_long
 
 
 def test_one_byte_less_keeps_one_less() -> None:
-    shelf = Shelf()
+    shelf = AdapterDict()
 
     async def story() -> None:
         kept = AdapterCache(shelf, CPU, 3 * ONE - 1)
@@ -76,7 +76,7 @@ def test_one_byte_less_keeps_one_less() -> None:
 
 
 def test_those_in_use_stay_whatever_they_take() -> None:
-    shelf = Shelf()
+    shelf = AdapterDict()
 
     async def story() -> None:
         kept = AdapterCache(shelf, CPU, ONE)
@@ -93,7 +93,7 @@ def test_those_in_use_stay_whatever_they_take() -> None:
 
 
 def test_several_that_want_it_load_it_once_and_one_that_leaves_takes_it_from_nobody() -> None:
-    shelf = Shelf()
+    shelf = AdapterDict()
 
     async def story() -> None:
         kept = AdapterCache(shelf, CPU, 0)
@@ -108,7 +108,7 @@ def test_several_that_want_it_load_it_once_and_one_that_leaves_takes_it_from_nob
 
 
 def test_a_failed_load_is_heard_by_who_waits_and_tried_again() -> None:
-    shelf = Shelf()
+    shelf = AdapterDict()
 
     async def story() -> None:
         kept = AdapterCache(shelf, CPU, ONE)
@@ -121,7 +121,7 @@ def test_a_failed_load_is_heard_by_who_waits_and_tried_again() -> None:
 
 
 def test_a_load_that_lacks_memory_takes_that_of_unused_ones() -> None:
-    shelf = Shelf()
+    shelf = AdapterDict()
 
     async def story() -> None:
         kept = AdapterCache(shelf, CPU, 3 * ONE)

@@ -31,7 +31,7 @@ from tests.engine.training.test_scheduler import held
 T = TypeVar("T")
 
 
-class Shelf:
+class AdapterDict:
     """Adapters by name, and how often each was loaded."""
 
     def __init__(self, adapters: dict[str, Lora]) -> None:
@@ -65,7 +65,9 @@ class House:
     ) -> None:
         self.decoder = decoder_of(make(directory))
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        self.shelf = Shelf({f"adapter-{seed}": lora_of(self.decoder, seed=seed, rank=3 + seed) for seed in (1, 2, 3)})
+        self.shelf = AdapterDict(
+            {f"adapter-{seed}": lora_of(self.decoder, seed=seed, rank=3 + seed) for seed in (1, 2, 3)}
+        )
         self.device = Executor()
         weakref.finalize(self, self.device.close)
         self.sampler = EngineSampler(

@@ -341,7 +341,7 @@ def test_the_defaults_are_those_that_are_published(name: str, key: str, value: f
 def test_what_each_loss_takes_is_what_the_protocol_says() -> None:
     sampled, both = ("target_tokens", "logprobs", "advantages"), ("clip_low_threshold", "clip_high_threshold")
     told = {
-        name: (loss.required, loss.optional, loss.config, loss.silent, loss.columns, loss.terms_told)
+        name: (loss.required, loss.optional, loss.config, loss.silent, loss.columns, loss.returns_terms)
         for name, loss in LOSSES.items()
     }
     silent = ("weights", "advantages")

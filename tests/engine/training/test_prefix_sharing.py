@@ -19,8 +19,8 @@ def test_there_is_one_row_for_each_different_beginning() -> None:
         beginnings = {tuple(text[: end + 1].tolist()) for text in texts for end in range(len(text))}
         assert len(prefixes) == len(beginnings), f"seed {SEED}"
         assert prefixes.total == sum(map(len, texts))
-        places = np.split(prefixes.places_N, np.cumsum(prefixes.lengths)[:-1])
+        places = np.split(prefixes.rows_N, np.cumsum(prefixes.lengths)[:-1])
         for text, rows in zip(texts, places, strict=True):
             np.testing.assert_array_equal(prefixes.tokens_U[rows], text)
             np.testing.assert_array_equal(prefixes.positions_U[rows], np.arange(len(text)))
-        np.testing.assert_array_equal(prefixes.places_N[prefixes.first_U], np.arange(len(prefixes)))
+        np.testing.assert_array_equal(prefixes.rows_N[prefixes.first_U], np.arange(len(prefixes)))
