@@ -1,8 +1,7 @@
-"""An adapter as files: the PEFT directory that a user downloads, the optimizer beside it, and the raw snapshot of a
-run.
+"""A run as files: the PEFT directory that a user downloads, the optimizer state, and the raw snapshot.
 
-P parameters of an adapter. A safetensors file is a JSON header and one block of bytes; the arena is that block as it
-lies, so that a save writes a header and copies nothing tensor by tensor.
+P parameters of an adapter. A safetensors file is a JSON header and one block of bytes. The arena is that block as it
+is, so that a save writes a header and copies no single tensor.
 """
 
 import json
@@ -33,15 +32,16 @@ UNTIE_FIRST = (
 
 
 def peft_names(module: str) -> tuple[str, str]:
-    """What PEFT calls the A and the B of a site's module."""
+    """PEFT's names of A and B of a module."""
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 
 def export(state: RunState, *, with_optimizer: bool) -> Files:
-    """A PEFT directory that PEFT, transformers and vLLM load unchanged; with the optimizer, training can go on from it.
+    """A PEFT directory that PEFT, transformers and vLLM load unchanged; with the optimizer, training can resume from
+    it.
 
-    Every number is kept bit for bit. Pending gradients are not part of it. The safetensors metadata `merges` says
-    whether `merge_and_unload` gives the same model.
+    Every number is kept bit for bit, pending gradients are left out. The safetensors metadata `merges` says whether
+    `merge_and_unload` gives the same model.
     """
     names: list[tuple[str, tuple[int, ...]]] = []
     for target, a, b in state.layout.matrices(state.weights_P):
@@ -61,10 +61,9 @@ def export(state: RunState, *, with_optimizer: bool) -> Files:
 
 
 def read(files: Files, spec: Spec, layout: Layout, *, with_optimizer: bool) -> tuple[Tensor, Moments | None]:
-    """What `export` wrote, bit for bit, for a run of the same base model, rank, alpha and targets.
+    """The content of an `export`, bit for bit, for a run of the same base model, rank, alpha and targets.
 
-    Raises InvalidField for a checkpoint of another form, UserError for numbers that are not finite, Corrupt for broken
-    files.
+    Raises InvalidField for a checkpoint of another form, UserError for non-finite numbers, Corrupt for broken files.
     """
     _check_config(_json(_file(files, CONFIG), CONFIG), _config(spec, layout))
     tensors, _ = _tensors(_file(files, ADAPTER), ADAPTER)
@@ -98,7 +97,7 @@ def read(files: Files, spec: Spec, layout: Layout, *, with_optimizer: bool) -> t
 
 
 class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of a snapshot. `numel` guards against a layout that changed between versions."""
+    """The header of a snapshot. `numel` guards against a layout that changed between versions."""
 
     v: int
     step: int
@@ -121,12 +120,12 @@ def freeze(state: RunState) -> Files:
 
 
 def frozen_bytes(state: RunState) -> int:
-    """How large the files of `freeze` are, without the header."""
+    """Bytes of the files of `freeze`, without the header."""
     return 4 * state.layout.numel * (3 + (state.grads_P is not None))
 
 
 def thaw(files: Files, layout: Layout) -> tuple[Tensor, Moments, Tensor | None]:
-    """(weights, moments, pending gradients) as `freeze` got them, bit for bit. Raises Corrupt."""
+    """(weights, moments, pending gradients) of a `freeze`, bit for bit. Raises Corrupt."""
     with parsing(lambda error: Corrupt(f"the snapshot's header.json cannot be read: {error}")):
         header = msgspec.json.decode(bytes(_file(files, "header.json")), type=_Header)
     if header.v != 1 or header.numel != layout.numel:
@@ -159,7 +158,7 @@ def _config(spec: Spec, layout: Layout) -> dict[str, Any]:
 
 
 def _check_config(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """The fields that decide what the numbers mean."""
+    """Compares the fields that give the numbers their meaning."""
     for field in ("base_model_name_or_path", "r", "lora_alpha", "target_modules"):
         if field not in stored:
             raise Corrupt(f"{CONFIG} has no {field}")

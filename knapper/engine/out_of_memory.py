@@ -1,4 +1,4 @@
-"""Memory that was asked for and not there, whoever says so, and what is told of it."""
+"""Out-of-memory errors of every library in one form, and the error that the user gets."""
 
 import re
 from typing import Final, Self, TypeVar
@@ -11,19 +11,19 @@ from knapper.text.sizes import sized
 
 E = TypeVar("E", bound=BaseException)
 
-_PHRASES: Final = (  # of a RuntimeError; torch has an error of its own for GPUs alone
+_PHRASES: Final = (  # of a RuntimeError; torch has an error type for GPUs only
     "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "MPS backend out of memory",
     "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc",
-    "could not create a primitive", "could not create a memory object",  # oneDNN's, which do not say why
+    "could not create a primitive", "could not create a memory object",  # oneDNN's, which give no reason
 )  # fmt: skip
 _NEEDED: Final = re.compile(r"(?:[Tt]ried to allocate|Unable to allocate) ([\d.]+) (bytes|[KMGT]i?B)\b")
 _UNITS: Final = {"bytes": 1} | {f"{p}{i}B": 1024**n for n, p in enumerate("KMGT", 1) for i in ("", "i")}
 
 
 class MemoryShortage(Exception):
-    """An allocation failed. `needed`: how many bytes it was of, where the error says it.
+    """An allocation failed. `needed`: its bytes, if the error says so.
 
-    Unlike the error itself it has no traceback, in whose frames all tensors of the pass live on.
+    It has no traceback, unlike the original error, whose frames keep all tensors of the pass alive.
     """
 
     def __init__(self, needed: int | None) -> None:
@@ -41,7 +41,7 @@ class MemoryShortage(Exception):
         return cls(None if match is None else int(float(match[1]) * _UNITS[match[2]]))
 
     def error(self, subject: str, device: torch.device, todo: str) -> OutOfMemory:
-        """What is answered to whoever asked for `subject`."""
+        """The error for the caller whose `subject` did not fit."""
         free = sized(hardware.memory_left(device))
         needed = f"more than the {free} that are free" if self.needed is None else f"{sized(self.needed)} at once"
         as_shortage = "" if self.needed is None else f"; {free} are free"
@@ -49,5 +49,5 @@ class MemoryShortage(Exception):
 
 
 def as_shortage(error: E) -> "E | MemoryShortage":
-    """The error, or in place of one that holds a pass's tensors the Shortage that it tells of."""
+    """The error itself, or the MemoryShortage in place of an out-of-memory error, which would keep tensors alive."""
     return MemoryShortage.of(error) or error

@@ -47,7 +47,7 @@ class Options:
 
 @dataclass(frozen=True)
 class SequenceRequest:
-    """One text. `top`: alternatives told with each token; `prompt_top`: with each of the prompt's, None: nothing.
+    """One sequence. `top`: alternatives told with each token; `prompt_top`: with each of the prompt's, None: nothing.
 
     `whole`: it is told once it has ended, and not token by token.
     """
@@ -75,7 +75,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class TokenDelta:
-    """What came of a text: tokens since the last piece, each with its log-probability and its alternatives.
+    """What came of a sequence: tokens since the last piece, each with its log-probability and its alternatives.
 
     `prompt`: with the first piece, for each token of the prompt (own log-probability, alternatives), None at 0.
     """
@@ -84,7 +84,7 @@ class TokenDelta:
     logprobs: Sequence[float]
     tops: Sequence[Top]
     prompt: Sequence[tuple[float, Top] | None] | None = None
-    cached: int = 0  # tokens of the prompt that other texts had left
+    cached: int = 0  # tokens of the prompt that other sequences had left
 
 
 class Core:
@@ -150,7 +150,7 @@ class Core:
         return [process.pid for process in self._processes]
 
     async def generate(self, request: SequenceRequest, adapter: Adapter | None) -> AsyncGenerator[TokenDelta]:
-        """Closing it ends the text in the core too. Raises CoreEnded."""
+        """Closing it ends the sequence in the core too. Raises CoreEnded."""
         from vllm.inputs import tokens_input
 
         name = str(next(self._names))

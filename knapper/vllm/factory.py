@@ -33,7 +33,7 @@ from knapper.vllm.sampler import VllmSampler
 
 _SEQUENCES_MAX: Final = {"cpu": 64, "cuda": 256}  # that decode at once
 _GIB: Final = 1024 * limits.MIB  # what vLLM's keys and values on a CPU are counted in
-_BLOCK: Final = 128  # positions of keys and values that a text takes at a time there
+_BLOCK: Final = 128  # positions of keys and values that a sequence takes at a time there
 
 log = structlog.get_logger()
 
@@ -91,9 +91,9 @@ def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, 
 
 
 def on_cpu(facts: ModelConfig, dtype: torch.dtype, left: int, part: float) -> tuple[int, int]:
-    """(bytes of keys and values, tokens of the longest text) on a CPU whose memory has `left` beside the weights.
+    """(bytes of keys and values, tokens of the longest sequence) on a CPU whose memory has `left` beside the weights.
 
-    `part` as hardware.kv_bytes has it. vLLM takes whole GiB, one at least, and does not start unless they hold a text
+    `part` as hardware.kv_bytes has it. vLLM takes whole GiB, one at least, and does not start unless they hold a sequence
     of the context that it is told.
     """
     token_bytes = bytes_per_token(facts, dtype)

@@ -1,8 +1,8 @@
-"""Whose text begins next: fair between tenants, and between the adapters of a tenant.
+"""Whose sequence begins next: fair between tenants, and between the adapters of a tenant.
 
-The core decodes `slots_max` texts at once and queues none, so that all waiting is done here, where it is fair: a free
-slot goes to the tenant that has the fewest texts under way, there to the adapter that has the fewest, and among equals
-to whoever waits longest. A request waits with one text at a time, so few wait.
+The core decodes `slots_max` sequences at once and queues none, so that all waiting is done here, where it is fair: a free
+slot goes to the tenant that has the fewest sequences under way, there to the adapter that has the fewest, and among equals
+to whoever waits longest. A request waits with one sequence at a time, so few wait.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-_PATIENCE: Final = 64  # texts that may go before one that only lacks room for its adapter; then all wait for it
+_PATIENCE: Final = 64  # sequences that may go before one that only lacks room for its adapter; then all wait for it
 
 
 @dataclass(eq=False)
@@ -31,16 +31,16 @@ class SlotQueue:
         self._slots_max, self._adapters_max = slots_max, adapters_max
         self._waiting: list[_Waiter] = []
         self._numbers = itertools.count()
-        self._of_tenant: Counter[str] = Counter()  # texts under way; nobody has an entry of zero
+        self._of_tenant: Counter[str] = Counter()  # sequences under way; nobody has an entry of zero
         self._of_adapter: Counter[tuple[str, str]] = Counter()
 
     @property
     def active(self) -> int:
-        """Texts under way."""
+        """Sequences under way."""
         return self._of_tenant.total()
 
     async def take(self, tenant: str, adapter: str) -> Callable[[object], None]:
-        """Returns when it is this text's turn; call what it returns once the text has ended."""
+        """Returns when it is this sequence's turn; call what it returns once the sequence has ended."""
         waiter = _Waiter(tenant, adapter, next(self._numbers), asyncio.get_running_loop().create_future())
         self._waiting.append(waiter)
         self._grant()

@@ -1,6 +1,6 @@
 """The contract of `knapper.engine.sampling.sampler`, kept by vLLM: equal answers, within the bounds of docs/vllm.md.
 
-A request of n samples is n texts of vLLM's, each with a seed of its own; they share the prompt in vLLM's cache.
+A request of n samples is n sequences of vLLM's, each with a seed of its own; they share the prompt in vLLM's cache.
 """
 
 import asyncio
@@ -53,11 +53,11 @@ class _RequestState:
     sequences: dict[int, SampledSequence] = field(default_factory=dict)
     prompt: TokenDelta | None = None
     cached: int = 0
-    device_s: float = 0.0  # its texts' shares of the wall clock
+    device_s: float = 0.0  # its sequences' shares of the wall clock
 
 
 class VllmSampler:
-    """As many texts at once as the engine's core has slots for; the rest wait in turn."""
+    """As many sequences at once as the engine's core has slots for; the rest wait in turn."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class VllmSampler:
 
     @property
     def active(self) -> int:
-        """Texts that decode."""
+        """Sequences that decode."""
         return self._slots.active
 
     async def sample(self, request: SampleRequest, listen: Callable[[TokenEvent], None] | None = None) -> SampleOutput:
@@ -148,7 +148,7 @@ class VllmSampler:
             return _output(state)
 
     async def _sample_all(self, core: Core, state: _RequestState) -> None:
-        """All texts of the job, each when it is its turn. The first that fails ends the others."""
+        """All sequences of the request, each when it is its turn. The first that fails ends the others."""
         alternatives_of = state.request.num_samples if state.tokens_max else 1
         tasks: list[asyncio.Task[None]] = []
         try:
@@ -165,7 +165,7 @@ class VllmSampler:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _charged(self, core: Core, state: _RequestState, number: int) -> None:
-        """A text; its share of the time is the job's."""
+        """A sequence; its share of the time is the request's."""
         end = self._device_time.begin()
         try:
             await self._sample_one(core, state, number)
@@ -211,7 +211,7 @@ class _Sequence:
         self._tops: list[Top] = []
 
     def take(self, token: int, logprob: float, top: Top) -> bool:
-        """Add a token. True when the text ends with it; the job then has its sequence. Raises NonFiniteLogits."""
+        """Add a token. True when the sequence ends with it; the request then has its sequence. Raises NonFiniteLogits."""
         request = self._state.request
         if not math.isfinite(logprob):
             weights = f"adapter {request.adapter}" if request.adapter else f"model {request.base_model}"
@@ -249,6 +249,6 @@ def _output(state: _RequestState) -> SampleOutput:
 
 
 def _seed(seed: int, number: int) -> int:
-    """Of a request's text: requests whose seeds follow each other have no text in common."""
+    """Of a request's sequence: requests whose seeds follow each other have no sequence in common."""
     digest = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -155,7 +155,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 @pytest.fixture
 def world(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     world = World()
-    compute, step, prompts = batch.compute, NativeDecodeState.step, trainer.decoder.prompts
+    compute, step, prompts = batch.compute, NativeDecodeState.step, trainer.decoder.prefill
 
     def computed(model: Any, chosen: Sequence[PendingRequest]) -> Work[None]:
         takes_s = pass_s(sum(one.waiting[0].rows for one in chosen))
@@ -176,7 +176,7 @@ def world(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
     monkeypatch.setattr(batch, "compute", computed)
     monkeypatch.setattr(NativeDecodeState, "step", stepped)
-    monkeypatch.setattr(trainer.decoder, "prompts", prefilled)
+    monkeypatch.setattr(trainer.decoder, "prefill", prefilled)
     yield world
     world.over.set()
 

@@ -1,7 +1,8 @@
-"""How adapters enter the linears: several of them, each on its own rows, over one frozen base.
+"""LoRA on the frozen linears: several adapters, each on its own rows, over one base.
 
-N rows, I inputs, O outputs, R rank. delta = (scale * (x A^T)) B^T, in the adapter's dtype (float32 for a trained one);
-the sum is rounded to the base's dtype once. `Segments` differentiates, `GatheredLora` decodes.
+N rows, I inputs, O outputs, R rank. delta = (scale * (x A^T)) B^T (arXiv 2106.09685, section 4.1), in the adapter's
+dtype (float32 for a trained one); the sum is rounded to the base's dtype once. `Segments` differentiates,
+`GatheredLora` decodes.
 """
 
 from collections.abc import Sequence
@@ -25,12 +26,12 @@ _RANK_MULTIPLE: Final = 16
 
 
 def target_shapes(config: Facts) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of every site that an adapter may have."""
+    """(inputs, outputs) of every target module."""
     return {target.name: (target.inputs, target.outputs) for target in config.lora_targets}
 
 
 def padded_rank(rank: int) -> int:
-    """What a GEMM runs on: on fewer columns it is slower. Adapters of one padded rank share a batch."""
+    """The rank that a GEMM computes: fewer columns are slower. Adapters of one padded rank share a batch."""
     return rank + -rank % _RANK_MULTIPLE
 
 
@@ -46,9 +47,9 @@ def product(layout: RowLayout, x_MI: Tensor, w_OI: Tensor) -> Tensor:
 
 
 class Adapt(Protocol):
-    """One linear with the adapters' part, rows by rows.
+    """A linear with the adapters' part, by rows.
 
-    `names`: the sites that `linear` stacks. Returns one tensor (N, width) for each.
+    `names`: the target modules that `linear` stacks. Returns one tensor (N, width) for each.
     """
 
     def __call__(self, names: Sequence[str], x_NI: Tensor, linear: FrozenLinear) -> tuple[Tensor, ...]: ...

@@ -1,6 +1,7 @@
-"""Causal attention over packed rows. Each sequence sees itself alone, so its bits do not depend on its neighbours.
+"""Causal attention over packed rows. A sequence sees itself alone, so its bits do not depend on its neighbours.
 
-N rows, H heads, G key/value heads, D head elements, T tokens of one sequence.
+N rows, H heads, G key/value heads, D head elements, T tokens of one sequence. Source: arXiv 1706.03762, equation 1,
+with the grouped queries of arXiv 2305.13245.
 """
 
 import itertools
@@ -53,9 +54,9 @@ class PackedAttention:
 
 
 class SharedPrefixAttention:
-    """Rows that several sequences have in common (`Prefixes`): each sequence attends as if it were alone.
+    """Rows that several sequences share (`Prefixes`): each sequence attends as if it were alone.
 
-    So its bits are those that it has alone. What a common row gets is the same from each, and taken from the first.
+    So it has the bits that it has alone. Every sequence gives a shared row the same output; the first one's is taken.
     """
 
     def __init__(self, lengths: Sequence[int], rows_N: Tensor, first_U: Tensor) -> None:
@@ -67,7 +68,7 @@ class SharedPrefixAttention:
 
 
 class ContinuedAttention:
-    """The rest of one sequence, whose beginning was computed before: `past_kv` (layers, 2, P, G, D)."""
+    """The rest of one sequence after its prefix: `past_kv` (layers, 2, P, G, D)."""
 
     def __init__(self, past_kv: Tensor) -> None:
         self._past_kv = past_kv
@@ -79,7 +80,7 @@ class ContinuedAttention:
 
 
 class ConcatenatedAttention:
-    """Attentions of several groups of rows, one after another, that do not all attend alike."""
+    """Several groups of rows, one after another, each with its own attention."""
 
     def __init__(self, attends: Sequence[Attend], rows: Sequence[int]) -> None:
         self._attends, self._rows = attends, list(rows)
@@ -92,7 +93,7 @@ class ConcatenatedAttention:
 
 
 class RecordedAttention:
-    """Another attention, whose keys and values are kept for decoding: `kv` (layers, 2, N, G, D)."""
+    """Another attention, whose keys and values are also stored for decoding: `kv` (layers, 2, N, G, D)."""
 
     def __init__(self, attend: Attend, kv: Tensor) -> None:
         self._attend, self._kv = attend, kv
@@ -104,7 +105,7 @@ class RecordedAttention:
 
 
 def prefix_attention(groups: Sequence[Prefixes], device: torch.device) -> Attend:
-    """How the rows attend that are computed of the groups, one group after another."""
+    """The attention of the groups' computed rows, one group after another."""
     lengths = [length for group in groups for length in group.lengths]
     if all(len(group) == group.total for group in groups):
         return PackedAttention(lengths)
@@ -114,14 +115,14 @@ def prefix_attention(groups: Sequence[Prefixes], device: torch.device) -> Attend
 
 
 def _offset_by_part(rows: Sequence[NDArray[np.int64]], sizes: Sequence[int]) -> Tensor:
-    """Places in each of several parts, as places in the whole."""
+    """Indices within each of several parts, as indices within the whole."""
     starts = itertools.accumulate(sizes[:-1], initial=0)
     return torch.from_numpy(np.concatenate([part + start for part, start in zip(rows, starts, strict=True)]))
 
 
 def _causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
     if q_BTHD.device.type == "cpu":
-        return batch_invariant_attention.causal(q_BTHD, k_BTGD, v_BTGD)  # the bits of decoding
+        return batch_invariant_attention.causal(q_BTHD, k_BTGD, v_BTGD)  # bit-equal to decoding
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
     tokens, keys = q.shape[2], k.shape[2]
     mask = None if tokens == keys else torch.ones(tokens, keys, dtype=torch.bool, device=q.device).tril_(keys - tokens)

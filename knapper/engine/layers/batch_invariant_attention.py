@@ -1,12 +1,12 @@
-"""Causal attention on a CPU in which a row's bits depend on its own past only, so that training and decoding agree.
+"""Batch-invariant causal attention on a CPU: a row's bits depend on its own past only, so training and decoding agree.
 
-A row is the same whether it is computed among all rows of a text or alone, a token at a time, whatever the texts beside
-it. For that, everything here is a float32 GEMM or goes element by element:
+A row is the same computed among all rows of a sequence or alone, a token at a time, whatever the sequences beside it.
+For that, every operation is a float32 GEMM or elementwise:
 
 - GEMMs have at least 8 rows, below which libraries take other kernels, and values are added up 64 keys at a time, one
-  block after another: in which order a GEMM adds depends on how many it has to add, from some 190 on;
-- softmax is exp(S - max), with exact zeros where masked, and its sum runs over the same blocks. So keys that are masked
-  add nothing, and a block of them changes nothing.
+  block after another: from some 190 summands on, a GEMM's order depends on their number;
+- softmax is exp(S - max), with exact zeros where masked, and its sum runs over the same blocks. So masked keys add
+  nothing, and a block of them changes nothing.
 
 B sequences, T tokens, C keys, M rows, H heads, G key/value heads, Q heads a key/value head, D head elements.
 """
@@ -19,14 +19,14 @@ from torch import Tensor
 
 KEYS: Final = 64
 ROWS_MIN: Final = 8
-_queries: Final = 64  # of a block in training: keys after the last of them are not looked at
-_scores_max: Final = 1 << 18  # of a block: 1 MiB of float32, so that they stay in the cache
+_queries: Final = 64  # of a block in training: later keys are skipped
+_scores_max: Final = 1 << 18  # of a block: 1 MiB of float32, to stay in the cache
 
 
 def causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
     """(B, T, H, D), differentiable in all three, which are float32 on a CPU.
 
-    Without gradients there may be more keys than queries: these are the last ones.
+    Without gradients there may be more keys than queries: the queries are the last rows.
     """
     outputs = _Causal.apply(q_BTHD, k_BTGD, v_BTGD)  # type: ignore[no-untyped-call]  # the library has no types here
     assert isinstance(outputs, Tensor)
@@ -34,12 +34,12 @@ def causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
 
 
 def decoded(q_NGQD: Tensor, keys_NGCD: Tensor, values_NGCD: Tensor, bias_N11C: Tensor) -> Tensor:
-    """(N, G, Q, D): one token of each of N texts over its own keys. `bias_N11C`: -inf where a text has none.
+    """(N, G, Q, D): one token of each of N sequences over its own keys. `bias_N11C`: -inf where a sequence has none.
 
-    C is a multiple of KEYS; keys and values past a text's end are finite.
+    C is a multiple of KEYS; keys and values past a sequence's end are finite.
     """
     sequences, groups, queries, width = q_NGQD.shape
-    rows = max(ROWS_MIN, queries)  # those that are added go into the GEMMs and nowhere else
+    rows = max(ROWS_MIN, queries)  # the padding enters the GEMMs only
     q_NGMD = q_NGQD.new_zeros(sequences, groups, rows, width)
     torch.mul(q_NGQD, width**-0.5, out=q_NGMD[:, :, :queries])
     scores = torch.bmm(q_NGMD.flatten(0, 1), keys_NGCD.flatten(0, 1).transpose(1, 2))
@@ -49,7 +49,7 @@ def decoded(q_NGQD: Tensor, keys_NGCD: Tensor, values_NGCD: Tensor, bias_N11C: T
 
 @torch.inference_mode()
 def is_invariant(heads: int, groups: int, width: int) -> bool:
-    """Whether on this CPU a row has the same bits in a text, in a shorter one, as the rest of one, and decoded."""
+    """Whether on this CPU a row has the same bits in a sequence, in a prefix of it, as its rest, and decoded."""
     tokens = 3 * KEYS + 5
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, tokens, count, width, generator=generator) for count in (heads, groups, groups))
@@ -70,7 +70,7 @@ def is_invariant(heads: int, groups: int, width: int) -> bool:
 
 
 class _Causal(torch.autograd.Function):
-    """The gradient is that of the library's own attention, which wants no more than our outputs and normalisers."""
+    """The gradient is the library's own attention's, which needs only our outputs and normalisers."""
 
     @staticmethod
     def forward(ctx: Any, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def _forward(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Te
     for start in range(0, rows, _queries):
         stop = min(start + _queries, rows)
         keys = min(_whole_blocks(past + stop), keys_BGCD.shape[2])
-        own = past + start  # the first key that not all of these rows see
+        own = past + start  # the first key that some of these rows must not see
         step = max(1, _scores_max // (heads * (stop - start) * keys))
         for first in range(0, sequences, step):
             chunk = slice(first, first + step)

@@ -1,11 +1,11 @@
-"""From hidden states to the log-probabilities of chosen tokens, without ever holding rows x vocabulary.
+"""From hidden states to the log-probabilities of target tokens, without ever holding rows x vocabulary.
 
 N rows, H hidden, V vocabulary, K targets of a row, R rank, C rows of a chunk.
 
-The head's weight W is frozen, so that a row's gradient is known up to a factor while its logits are at hand:
-d logp(t) / d h = W[t] - softmax(W h) W. The forward pass keeps the second term, (N, H), and the backward pass is a
-scaling of rows: two products with W instead of three. A head with a LoRA of its own needs the softmax again for the
-LoRA's gradient and computes it again, chunk by chunk.
+The head's weight W is frozen, so that a row's gradient is known up to a factor while its logits are in memory: d
+logp(t) / d h = W[t] - softmax(W h) W. The forward pass keeps the second term, (N, H), and the backward pass scales
+rows: two products with W instead of three. A head with a LoRA needs the softmax again for the LoRA's gradient, and
+computes it again, chunk by chunk.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from knapper.engine.layers.adapters import pad_rank, padded_rank, product
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.row_padding import row_sums
 
-ELEMENTS_MAX = 1 << 24  # logits alive at a time: 64 MiB of float32
+ELEMENTS_MAX = 1 << 24  # logits in memory at a time: 64 MiB of float32
 ROWS_MIN = 16  # smaller products take other kernels, whose last bits differ
 
 
@@ -42,9 +42,9 @@ def target_logprobs(
 ) -> Tensor:
     """Log-probabilities of `targets`, int64 (N) or (N, K), in their shape; float32 (float64 for float64 hidden states).
 
-    Differentiable in the hidden states and in the LoRA; the head is taken as frozen. `needed_N`: rows that are False
-    promise a zero gradient, and cost no backward work; it is an AssertionError to break the promise. It is not on the
-    device, so that nobody waits for the device to know which rows they are.
+    Differentiable in the hidden states and in the LoRA; the head is frozen. `needed_N`: False promises a zero gradient,
+    and skips the row's backward work; a broken promise is an AssertionError. It is an array of the host, so that the
+    host never waits for the device.
     """
     columns_NK = targets.unsqueeze(1) if targets.dim() == 1 else targets
     if needed_N is None:

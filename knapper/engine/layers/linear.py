@@ -1,13 +1,12 @@
-"""A frozen linear: x W^T + b, and its gradient in x. A row has the same bits whatever the rows beside it (`Exactness`).
+"""A frozen linear: x W^T + b, and its gradient in x. A row's bits do not depend on other rows (`Exactness`).
 
-On a CPU W is packed once, as oneDNN's kernels read it: products of a few rows take 0.4 to 0.8 of the time. A packed
-product adds in another order than F.linear, so training, prefill and decoding must all use it. W itself is what the
-gradient is computed with: parts of the model's file, mapped, which a process that only samples does not touch again.
+On a CPU W is packed once in the layout of oneDNN's kernels: products of a few rows take 0.4 to 0.8 of the time. A
+packed product adds in another order than F.linear, so training, prefill and decoding must all use it. The gradient uses
+W itself: parts of the model's file, mapped, which a process that only samples does not touch again.
 
-On a CPU the inner size is a whole number of registers, filled with zeros that are really there. Where it is not, AMX
-multiplies in bfloat16 what lies behind a row, and a neighbour's NaN is not removed by a zero; and in float32 a row's
-bits depend on where in memory it begins.
-N rows, I inputs, O outputs.
+On a CPU the inner size is padded with zeros to whole registers. Unpadded, AMX multiplies in bfloat16 the memory behind
+a row, where a zero does not remove a neighbour's NaN; and in float32 a row's bits depend on its address. N rows, I
+inputs, O outputs.
 """
 
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ _REGISTER_BYTES: Final = 64  # of AVX-512, and of a row of AMX's tiles
 
 
 class FrozenLinear:
-    """W (O, I) is `parts` stacked, in the dtype of the model's file; `dtype` computes."""
+    """W (O, I) is `parts` stacked, in the dtype of the model's file; it computes in `dtype`."""
 
     def __init__(
         self,
@@ -35,7 +34,7 @@ class FrozenLinear:
         pack: bool = True,
         exactness: Exactness | None = None,
     ) -> None:
-        """`pack`: a second copy in memory is worth it. `exactness`: of the model; without one, its own."""
+        """`pack`: keep a packed copy in memory. `exactness`: the model's; None: one of its own."""
         self.exactness = exactness or Exactness()
         self.widths = tuple(len(part) for part in parts)
         self.outputs, self.inputs = sum(self.widths), parts[0].shape[1]
@@ -48,14 +47,14 @@ class FrozenLinear:
         self._product = self._make(whole_OI, bias_O)
         self.exactness.add(self.inputs, self.widths)
 
-        def probe(whole_OI: Tensor) -> Product:  # with a bias of zeros, that does not round away what is looked for
+        def probe(whole_OI: Tensor) -> Product:  # a bias of zeros rounds no difference away
             return self._make(whole_OI, None if bias_O is None else bias_O.new_zeros(len(whole_OI)))
 
         self._layout = self.exactness.product("forward", MODEL_LAYOUTS, probe, self.inputs, self.outputs, self._like)
 
     @property
     def nbytes(self) -> int:
-        """Of W, once, as it computes."""
+        """Bytes of W, once, in `dtype`."""
         return self.outputs * self.inputs * self.dtype.itemsize
 
     def __call__(self, x_NI: Tensor) -> Tensor:
@@ -89,7 +88,7 @@ class FrozenLinear:
 
         return product
 
-    # What only training needs comes when it first asks: who only samples has neither its memory nor its trials.
+    # Made when training first needs it: a process that only samples has neither its memory nor its probes.
 
     @cached_property
     def _layout_back(self) -> RowLayout:
@@ -105,7 +104,7 @@ class FrozenLinear:
 
     @property
     def _widths_back(self) -> tuple[int, ...]:
-        """Added up part by part, bfloat16 would be rounded as often: there the parts are one."""
+        """bfloat16 would round the sum after each part: there the parts are one."""
         return self.widths if len(self._parts) > 1 and self.dtype != torch.bfloat16 else (self.outputs,)
 
     def _make_back(self, parts: Sequence[Tensor]) -> Product:
@@ -123,7 +122,7 @@ class FrozenLinear:
         return product
 
     def _padded(self, matrix: Tensor, dim: int) -> Tensor:
-        """With zeros along the inner dimension, up to whole registers; the same tensor where none is missing."""
+        """Padded with zeros along the inner dimension, up to whole registers; the same tensor if none is missing."""
         missing = -matrix.shape[dim] % self._multiple
         return matrix if missing == 0 else F.pad(matrix, (0, 0) * (1 - dim) + (0, missing))
 

@@ -1,10 +1,11 @@
-"""A LoRA adapter: which linears it touches, where its numbers lie, and how it begins.
+"""A LoRA adapter (arXiv 2106.09685): its target modules, its layout in memory, its initial weights.
 
 R rank, P parameters of an adapter.
 
 All numbers of one run lie in one flat float32 arena, so that an optimizer step, a save and a snapshot are each one
 operation, not hundreds. Moments and gradients are arenas of the same layout. The order: layers from the first to the
-last; in each q, k, v, o, gate, up, down; lm_head at the end; of every site A (R, in), then B (out, R), row-major.
+last; in each q, k, v, o, gate, up, down; lm_head at the end; of every target module A (R, in), then B (out, R),
+row-major.
 """
 
 import math
@@ -20,15 +21,14 @@ from knapper.engine.models.config import Facts, LoraTarget
 from knapper.errors import InvalidField
 from knapper.state.journal.records import Spec
 
-SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1  # what torch takes
+SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1  # torch's range
 
 
 @dataclass(frozen=True)
 class Lora:
-    """What a forward pass reads, by site: y += scale * (x @ a.T) @ b.T.
+    """An adapter for a forward pass, by target module: y += scale * (x @ a.T) @ b.T.
 
-    `a`: (R, in), `b`: (out, R), float32. Sites are named as the model names them (`Facts.lora_targets`); one that is missing
-    is not adapted.
+    `a`: (R, in), `b`: (out, R), float32. The names are those of `Facts.lora_targets`; a missing one is not adapted.
     """
 
     a: dict[str, Tensor]
@@ -42,8 +42,8 @@ class Lora:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each site's A and B lie in an arena (P). `merges`: the adapter can be added into the model's own weights,
-    since none of them is used elsewhere too.
+    """The location of each target module's A and B in an arena (P). `merges`: the adapter can be added into the model's
+    weights, because none of them has a second use.
     """
 
     rank: int
@@ -55,7 +55,7 @@ class Layout:
         return sum(self.rank * (target.inputs + target.outputs) for target in self.lora_targets)
 
     def matrices(self, arena_P: Tensor) -> Iterator[tuple[LoraTarget, Tensor, Tensor]]:
-        """(site, A, B) in order; A and B are views of the arena."""
+        """(target module, A, B) in order; A and B are views of the arena."""
         start = 0
         for target in self.lora_targets:
             middle = start + self.rank * target.inputs
@@ -64,13 +64,12 @@ class Layout:
             start = end
 
     def lora(self, arena_P: Tensor, scale: float) -> Lora:
-        """The adapter that lies in the arena; its tensors are views."""
+        """The adapter in the arena; its tensors are views."""
         matrices = list(self.matrices(arena_P))
         return Lora({target.name: a for target, a, _ in matrices}, {target.name: b for target, _, b in matrices}, scale)
 
     def initial(self, seed: int) -> Tensor:
-        """The weights of a new adapter, as PEFT begins: A uniform in +-1/sqrt(inputs) (kaiming uniform, a = sqrt(5)), B
-        zero.
+        """The initial weights, as PEFT's: A uniform in +-1/sqrt(inputs) (kaiming uniform, a = sqrt(5)), B zero.
 
         Drawn on the CPU by a generator of its own, A by A in the arena's order: a function of the layout and the seed
         alone.

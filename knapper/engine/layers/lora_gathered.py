@@ -1,8 +1,8 @@
-"""Adapters over rows in any order, as decoding has them: gathered by adapter, computed in one batch, put back.
+"""LoRA over rows in any order, for decoding: gathered by adapter, computed in one batch, scattered back.
 
-Those that have the same sites and ranks share batched products, in which each has the shape that it has alone: who else
-decodes changes no bit.
-A adapters, X blocks of rows, M rows of a block, N rows, I inputs, O outputs, R rank.
+The BGMV of multi-LoRA serving (Punica, arXiv 2310.18547). Adapters of the same target modules and ranks share batched
+products, in which each has the shape that it has alone: other decoding sequences change no bit. A adapters, X blocks of
+rows, M rows of a block, N rows, I inputs, O outputs, R rank.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from knapper.engine.layers.batch_invariance import RowLayout
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
 
-_Shape = tuple[tuple[str, int], ...]  # padded ranks by site
+_Shape = tuple[tuple[str, int], ...]  # padded ranks by target module
 
 
 class Stack:
-    """The tensors of several adapters, ranks padded with zeros, those of one shape side by side."""
+    """The tensors of several adapters, ranks padded with zeros; adapters of one shape are stacked."""
 
     def __init__(self, loras: Sequence[Lora]) -> None:
         assert loras
@@ -34,7 +34,7 @@ class Stack:
 
 
 class AdapterGroup:
-    """Adapters of the same sites and ranks."""
+    """Adapters of the same target modules and ranks."""
 
     def __init__(self, loras: Sequence[Lora]) -> None:
         self.loras = loras
@@ -44,7 +44,9 @@ class AdapterGroup:
         self._stacked: dict[tuple[str, ...], tuple[Tensor, list[Tensor | None]] | None] = {}
 
     def of(self, names: Sequence[str]) -> tuple[Tensor, list[Tensor | None]] | None:
-        """A of the sites side by side (A, sum of R, I) and B by site (A, O, R); None when the adapters have none."""
+        """A of the target modules side by side (A, sum of R, I), and B by target module (A, O, R); None if they have
+        none.
+        """
         key = tuple(names)
         if key not in self._stacked:
             adapted = [name for name in names if name in self.loras[0].a]
@@ -62,7 +64,7 @@ class GatheredLora:
     """knapper.engine.layers.adapters.Adapt of one decoding step."""
 
     def __init__(self, stack: Stack, row_loras: Sequence[Lora | None], device: torch.device) -> None:
-        """`row_loras`: for each row its adapter, one of the stack's, or None for the base model."""
+        """`row_loras`: each row's adapter, one of the stack's, or None for the base model."""
         rows: dict[int, list[int]] = {}
         for row, lora in enumerate(row_loras):
             if lora is not None:
@@ -73,7 +75,7 @@ class GatheredLora:
             for group in stack.groups
             if any(members := [rows.get(id(lora), []) for lora in group.loras])
         ]
-        # One adapter for all rows, as often: they lie as its product wants them.
+        # One adapter for all rows, as often: the rows need no gathering.
         lone = len(self._groups) == 1 and len(self._groups[0][1]) == 1
         self._in_order = lone and len(self._groups[0][1][0]) == len(row_loras)
         self._blocks: dict[tuple[int, RowLayout], _Blocks] = {}
@@ -122,21 +124,21 @@ class GatheredLora:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Where a group's rows lie: each adapter's in blocks of `width`, filled up with row 0, which is never put back."""
+    """Row indices of a group: each adapter's in blocks of `width`, padded with row 0, whose output is dropped."""
 
     width: int
     adapters: list[int]  # of each block
     gather: Tensor
     rows_of: Tensor
     where: Tensor
-    every: bool  # there is one block for each adapter, in order
+    every: bool  # one block for each adapter, in order
 
     @property
     def rows(self) -> int:
         return self.width * len(self.adapters)
 
     def of(self, stacked: Tensor) -> Tensor:
-        """What the adapters have, by block."""
+        """The adapters' tensors, by block."""
         if self.every:
             return stacked
         if len(stacked) == 1:

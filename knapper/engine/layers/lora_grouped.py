@@ -1,8 +1,8 @@
-"""Adapters over consecutive rows, differentiable in their matrices: what training and prefill use.
+"""LoRA over consecutive rows, differentiable in the adapters' matrices, for training and prefill.
 
-A linear and all adapters on it are one node of the graph. Left to autograd they were nine to an adapter and site: for
-small runs that share a pass, those cost as much as their products.
-N rows, M rows of one adapter, I inputs, O outputs, R rank.
+The SGMV of multi-LoRA serving (Punica, arXiv 2310.18547). A linear and all adapters on it are one node of the graph.
+Autograd would make nine for an adapter and target module: for small runs that share a pass, those cost as much as their
+products. N rows, M rows of one adapter, I inputs, O outputs, R rank.
 """
 
 import itertools
@@ -28,7 +28,7 @@ class Segment:
 
 
 class Segments:
-    """knapper.engine.layers.adapters.Adapt of rows that lie by adapter."""
+    """knapper.engine.layers.adapters.Adapt of rows sorted by adapter."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         ordered = sorted(segments, key=lambda segment: segment.start)
@@ -53,7 +53,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class _Span:
-    """An adapter on one linear: its rows, and which of the linear's parts it has matrices for."""
+    """An adapter on one linear: its rows, and the parts of the linear that it adapts."""
 
     start: int
     stop: int

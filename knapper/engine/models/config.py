@@ -1,4 +1,4 @@
-"""What a model directory says about its architecture, checked here so that nothing later guesses."""
+"""The configuration of a model directory, checked here so that no later code guesses."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ HEAD: Final = "lm_head"
 
 
 class UnsupportedModel(UserError):
-    """The architecture, or an option of it, is not one that the decoder computes."""
+    """The decoder does not compute the architecture, or an option of it."""
 
     code = "unsupported_model"
 
@@ -24,7 +24,7 @@ class UnsupportedModel(UserError):
 @dataclass(frozen=True)
 class LoraTarget:
     """A linear, (inputs) -> (outputs), that an adapter may have. `name` is ours; `module` is its name in transformers,
-    `peft_target` what PEFT's target_modules names it by.
+    `peft_target` its name in PEFT's target_modules.
     """
 
     name: str
@@ -36,8 +36,9 @@ class LoraTarget:
 
 
 class Facts(Protocol):
-    """What requests and adapters are held to. `context` in tokens; `eos`: token ids that end a text; `tied`: the head
-    is the embedding; `lora_targets`: from the first layer to the last, the head's at the end."""
+    """Limits of a model for requests and adapters. `context` in tokens; `eos`: token ids that end a text; `tied`: the
+    head is the embedding; `lora_targets`: from the first layer to the last, then the head.
+    """
 
     @property
     def vocab_size(self) -> int: ...
@@ -57,7 +58,7 @@ class Facts(Protocol):
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretched rotary frequencies (Llama 3.1 model card; `rope_type: llama3`)."""
+    """Llama 3.1's scaling of rotary frequencies (`rope_type: llama3`); its formula and source are in `layers.rope`."""
 
     factor: float
     low_freq_factor: float
@@ -113,7 +114,7 @@ class ModelConfig:
 
     @classmethod
     def read(cls, directory: Path) -> "ModelConfig":
-        """The configuration in `config.json` (and `generation_config.json` for more end tokens).
+        """The configuration in `config.json`, with the end tokens of `generation_config.json`.
 
         Raises NotFound without a config.json, UnsupportedModel for an architecture or option that is not supported.
         """
@@ -167,7 +168,7 @@ def computed_by(directory: Path) -> ComputedBy:
 
 
 def end_tokens(raw: Mapping[str, Any], directory: Path) -> tuple[int, ...]:
-    """The ids that `raw`, the text model's configuration, and generation_config.json end a text with."""
+    """The end tokens of `raw`, the text model's configuration, and of generation_config.json."""
     more = directory / "generation_config.json"
     generation = read_json(more) or {}
     ids = _ids(raw.get("eos_token_id"), directory / "config.json") | _ids(generation.get("eos_token_id"), more)
@@ -175,7 +176,7 @@ def end_tokens(raw: Mapping[str, Any], directory: Path) -> tuple[int, ...]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file, None without one. Raises UserError for what cannot be read, or is no object."""
+    """The JSON object in a file; None without the file. Raises UserError for an unreadable file or another JSON value."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -190,7 +191,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def expect_text_model(raw: Mapping[str, Any], directory: Path) -> None:
-    """Raises UnsupportedModel for what no library would make a decoder-only model of text with weights of floats."""
+    """Raises UnsupportedModel unless it is a decoder-only text model with weights in floating point."""
     for refused, reason in (
         (raw.get("is_encoder_decoder"), "it is an encoder-decoder; served: decoder-only language models"),
         (raw.get("quantization_config") is not None, "its weights are quantized; use the unquantized model"),
@@ -201,7 +202,7 @@ def expect_text_model(raw: Mapping[str, Any], directory: Path) -> None:
 
 
 def described(raw: Mapping[str, Any], directory: Path) -> str:
-    """The model, as a refusal names it."""
+    """The model, as an error message names it."""
     class_name = next(iter(_listed(raw.get("architectures"))), None)
     return f"{directory}: model_type {raw.get('model_type')!r}, architecture {class_name!r}"
 

@@ -1,4 +1,4 @@
-"""The texts that the native decoder decodes: their keys and values, and their adapters side by side."""
+"""The native decoder's decode batch: keys and values of its sequences, and their adapters stacked."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class NativeDecodeState:
-    """knapper.engine.models.base.DecodeState: all of them in one pass a step."""
+    """knapper.engine.models.base.DecodeState: all sequences in one pass a step."""
 
     def __init__(self, decoder: "Decoder", positions_max: int) -> None:
         self._decoder = decoder
@@ -48,8 +48,8 @@ class NativeDecodeState:
     def reserve(self) -> None:
         self._cache.reserve()
 
-    def restored(self, slot: Slot, length: int) -> bool:
-        return self._cache.restored(slot, length)
+    def roll_back(self, slot: Slot, length: int) -> bool:
+        return self._cache.roll_back(slot, length)
 
     @torch.inference_mode()
     def step(self, tokens_N: Tensor, loras: Sequence[Lora | None]) -> Tensor:
@@ -62,7 +62,7 @@ class NativeDecodeState:
             self._stack = None
             return base
         stacked = set() if self._stack is None else {id(lora) for lora in self._stack.loras}
-        # Copying adapters costs about a step, computing ones that nobody uses a little of each: rebuild at half.
+        # Stacking costs about a step, an unused adapter in the stack a little of each: restack at half.
         if self._stack is None or not used.keys() <= stacked or 2 * len(used) < len(stacked):
             self._stack = Stack(list(used.values()))
         return GatheredLora(self._stack, loras, self._decoder.device)

@@ -1,7 +1,8 @@
-"""The model: one pass of the layers over packed rows, for training, prefill and decoding alike.
+"""The native decoder: one pass of the layers over packed rows, for training, prefill and decoding alike.
 
-What differs between them is handed in: how rows attend (`Attend`) and which adapters they use (`Adapt`).
-N rows, H hidden size, V vocabulary.
+They differ in two arguments: how rows attend (`Attend`) and which adapters they use (`Adapt`). N rows, H hidden size, V
+vocabulary. Sources: the block of Llama, arXiv 2302.13971 (pre-norm, RMS norm, SwiGLU of arXiv 2002.05202, rotary
+positions), with grouped queries of arXiv 2305.13245 and the q/k norm of Qwen3, arXiv 2505.09388.
 """
 
 from collections.abc import Sequence
@@ -70,12 +71,12 @@ class Decoder:
         `tokens_N` int64, `lengths` sum to N. Differentiable in the segments' adapters. A row's bits depend on its own
         sequence and adapter only.
         """
-        return self.hidden_of(tokens_N, _positions(lengths, self.device), PackedAttention(lengths), segments)
+        return self.hidden_with(tokens_N, _positions(lengths, self.device), PackedAttention(lengths), segments)
 
     def layer_segments(
         self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]
     ) -> tuple[Tensor, list[LayerSegment]]:
-        """To (U, H), a layer each: the groups' common rows are computed once."""
+        """To (U, H), a segment for each layer: rows that the groups share are computed once."""
 
         def on_device(arrays: Sequence[np.ndarray]) -> Tensor:
             return torch.from_numpy(np.concatenate(arrays)).to(self.device, non_blocking=True)
@@ -97,21 +98,21 @@ class Decoder:
     ) -> Tensor:
         return target_logprobs(hidden_NH, self.weights.head, targets_NK, lora, needed_N)
 
-    def hidden_of(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, segments: Sequence[Segment]) -> Tensor:
-        """`hidden`, for rows that attend in another way than packed sequences do."""
+    def hidden_with(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, segments: Sequence[Segment]) -> Tensor:
+        """`hidden`, for rows with another attention than packed sequences."""
         return self._pass(tokens_N, positions_N, attend, Segments(segments))
 
     @torch.inference_mode()
-    def recorded(
+    def hidden_and_kv(
         self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, segments: Sequence[Segment]
     ) -> tuple[Tensor, Tensor]:
-        """`hidden_of`, and the rows' keys and values: (layers, 2, N, key/value heads, head_dim)."""
+        """`hidden_with`, and the rows' keys and values: (layers, 2, N, key/value heads, head_dim)."""
         config = self.config
         shape = (config.layers, 2, tokens_N.shape[0], config.kv_heads, config.head_dim)
         kv = torch.empty(shape, dtype=self.attention_dtype, device=self.device)
-        return self.hidden_of(tokens_N, positions_N, RecordedAttention(attend, kv), segments), kv
+        return self.hidden_with(tokens_N, positions_N, RecordedAttention(attend, kv), segments), kv
 
-    def prompts(self, prompts: Sequence[PrefillPrompt]) -> list[Prefilled]:
+    def prefill(self, prompts: Sequence[PrefillPrompt]) -> list[Prefilled]:
         return prefill(self, prompts)
 
     def decode_state(self, positions_max: int) -> NativeDecodeState:
@@ -140,7 +141,7 @@ class Decoder:
     def _layer_segments(
         self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, adapt: Adapt
     ) -> tuple[Tensor, list[LayerSegment]]:
-        """The embedded rows, and what is done with them one after another: each layer, and the final norm."""
+        """The embedded rows, and the segments: each layer, then the final norm."""
         rows = tokens_N.shape[0]
         assert rows == positions_N.shape[0], f"{rows} tokens for {positions_N.shape[0]} positions"
         x_NH = F.embedding(tokens_N, self.weights.embed)
@@ -186,7 +187,10 @@ class Decoder:
         return adapt([f"layers.{index}.{linear_name}" for linear_name in FUSED[name]], x, linear)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x / sqrt(mean(x^2) + eps), in float32, then scaled in the base's dtype."""
+        """x / sqrt(mean(x^2) + eps), in float32, then scaled in the base's dtype.
+
+        Source: RMS norm, arXiv 1910.07467, equation 4; dtypes as transformers' LlamaRMSNorm.
+        """
         wide = x.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.rms_eps)).to(x.dtype) * weight
 

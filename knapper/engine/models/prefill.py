@@ -1,6 +1,6 @@
-"""Prompts that are computed together: rows that they share once, and none that an earlier prompt has left.
+"""Prefill of several prompts in one pass: shared rows are computed once, rows of an earlier prompt are reused.
 
-N rows of all prompts, U rows that differ (`Prefixes`), P positions of an earlier prompt, T tokens of one prompt.
+N rows of all prompts, U distinct rows (`Prefixes`), P positions of an earlier prompt, T tokens of one prompt.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class PrefillPrompt:
-    """A prompt whose first `reused` tokens, not all, are those that `past` begins with: another's `Prefilled.past`.
+    """A prompt whose first `reused` tokens (not all) are the first tokens of `past`: an earlier prompt's
+    `Prefilled.past`.
 
-    `drawn`: how many of the last tokens came one by one, in steps of decoding. A model whose bits depend on that
+    `drawn`: how many of the last tokens were drawn one by one while decoding. A model whose bits depend on that
     computes them so again.
     """
 
@@ -38,9 +39,10 @@ class PrefillPrompt:
 
 @dataclass(frozen=True)
 class Prefilled:
-    """`rows` (T - reused, H): of the tokens that were not reused. `past`: what texts begin with, and later prompts.
+    """`rows` (T - reused, H): of the tokens that were not reused. `past`: keys and values, for sequences and later
+    prompts.
 
-    `computed`: how many rows it took beside the prompts before it.
+    `computed`: rows computed for this prompt, beyond those of the prompts before it.
     """
 
     rows: Tensor
@@ -50,19 +52,19 @@ class Prefilled:
 
 @dataclass
 class _Part:
-    """Rows of one adapter that attend together, and the prompts that are made of them."""
+    """Rows of one adapter that attend together, and the prompts that they belong to."""
 
     lora: Lora | None
     tokens: NDArray[np.int64]
     positions: NDArray[np.int64]
     attend: Attend
-    past: Tensor | None  # (layers, 2, P, G, D), as far as it is reused
-    prompts: list[tuple[int, NDArray[np.int64], int]]  # its number, the rows among these, rows that no earlier one has
+    past: Tensor | None  # (layers, 2, P, G, D), the reused positions
+    prompts: list[tuple[int, NDArray[np.int64], int]]  # (number, its rows among these, rows computed for it)
 
 
 @torch.inference_mode()
 def prefill(decoder: "Decoder", prompts: Sequence[PrefillPrompt]) -> list[Prefilled]:
-    """In their order. A prompt has the bits that it has alone, whatever it shares and reuses."""
+    """In the prompts' order. A prompt has the bits that it has alone, whatever it shares and reuses."""
     first: dict[tuple[int, int, bytes], int] = {}
     same = [first.setdefault((id(p.lora), p.reused, p.tokens_T.tobytes()), n) for n, p in enumerate(prompts)]
     parts = _fresh(decoder, prompts, set(same)) + [
@@ -76,14 +78,14 @@ def prefill(decoder: "Decoder", prompts: Sequence[PrefillPrompt]) -> list[Prefil
         torch.from_numpy(np.concatenate(arrays)).to(decoder.device)
         for arrays in ([part.tokens for part in parts], [part.positions for part in parts])
     )
-    hidden_NH, kv = decoder.recorded(
+    hidden_NH, kv = decoder.hidden_and_kv(
         tokens_N, positions_N, ConcatenatedAttention([part.attend for part in parts], rows), segments
     )
     by_number: dict[int, Prefilled] = {}
     for start, part in zip(starts, parts, strict=False):
         for number, rows_of, computed in part.prompts:
             index = torch.from_numpy(start + rows_of).to(decoder.device)
-            # Copies: a view would keep the pass of all prompts alive for as long as one text waits.
+            # Copies: a view would keep the pass of all prompts alive for as long as one sequence waits.
             kv_of = kv.index_select(2, index)
             past = kv_of if part.past is None else torch.cat([part.past, kv_of], dim=2)
             by_number[number] = Prefilled(hidden_NH.index_select(0, index), past, computed)
@@ -94,7 +96,7 @@ def prefill(decoder: "Decoder", prompts: Sequence[PrefillPrompt]) -> list[Prefil
 
 
 def _fresh(decoder: "Decoder", prompts: Sequence[PrefillPrompt], chosen: set[int]) -> list[_Part]:
-    """The prompts that reuse nothing, by adapter: beginnings that they have in common are computed once."""
+    """The prompts that reuse nothing, by adapter: common prefixes are computed once."""
     groups: dict[int, tuple[Prefixes, list[tuple[int, int]]]] = {}
     for number in sorted(chosen):
         prompt = prompts[number]

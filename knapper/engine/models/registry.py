@@ -1,8 +1,8 @@
-"""The architectures that the native decoder computes, a row each: where a row departs from plain Llama.
+"""The architectures that the native decoder computes, a row each: how it differs from plain Llama.
 
-A row states facts about the architecture's config.json and layers; transformers' `modeling_<model_type>.py` is their
-source. An architecture that needs a formula of its own (another norm, activation or mask) needs that code in `decoder`
-first, and a field here that turns it on.
+A row states facts about the architecture's config.json and layers; their source is transformers'
+`modeling_<model_type>.py`. An architecture with a formula of its own (another norm, activation or mask) first needs
+that code in `decoder`, and a field here that turns it on.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 Raw = Mapping[str, Any]  # config.json
-Option = Callable[[Raw], str]  # what the decoder does not compute, as a refusal names it; empty: nothing
+Option = Callable[[Raw], str]  # the part that the decoder does not compute, for the error message; empty if none
 Bias = Callable[[Raw], bool]
 
 
@@ -44,13 +44,13 @@ def partial_rotary(raw: Raw) -> str:
 
 
 def window(raw: Raw) -> str:
-    """A window wherever the config has a size of one."""
+    """Any window size in the config turns the window on."""
     size = raw.get("sliding_window")
     return "" if size is None else f"sliding_window {size} (only full attention)"
 
 
 def switched_window(raw: Raw) -> str:
-    """A window only where `use_sliding_window` turns it on: Qwen's configs have a size in any case."""
+    """Only `use_sliding_window` turns the window on: Qwen's configs always have a size."""
     return window(raw) if raw.get("use_sliding_window", False) else ""
 
 
@@ -59,8 +59,8 @@ OPTIONS: Final[tuple[Option, ...]] = (activation, mlp_bias, quantization, partia
 
 @dataclass(frozen=True)
 class Architecture:
-    """One `model_type`. `qk_norm`: RMS norm of each query and key head before rotation; `qkv_bias`, `output_bias`: the
-    rules for biases on q, k, v and on o; `window`: when attention would slide; `refused`: options that are checked too.
+    """One `model_type`. `qk_norm`: RMS norm of each query and key head before rotation. `qkv_bias`, `output_bias`: when
+    q, k, v and o have biases. `window`: when attention would slide. `refused`: further options to check.
     """
 
     model_type: str

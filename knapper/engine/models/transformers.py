@@ -1,8 +1,8 @@
 """Models of other architectures, computed by transformers.
 
 Adapters enter through hooks on the model's own linears. Sequences are computed one by one, each with its adapter, so
-that neighbours change nothing: slower than the native decoder, and held to the same tests.
-N rows of all sequences, U rows that differ, T of one sequence, H hidden size, V vocabulary, K targets, R rank.
+that neighbours change nothing: slower than the native decoder, and held to the same tests. N rows of all sequences, U
+distinct rows, T of one sequence, H hidden size, V vocabulary, K targets, R rank.
 """
 
 import copy
@@ -33,7 +33,7 @@ from knapper.engine.training.prefix_sharing import Prefixes
 
 @dataclass(frozen=True)
 class TransformersFacts:
-    """knapper.engine.models.config.Facts, as the model's configuration and its modules have them."""
+    """knapper.engine.models.config.Facts from the model's configuration and modules."""
 
     architecture: str
     vocab_size: int
@@ -47,7 +47,7 @@ class TransformersFacts:
 class Head:
     """logits = cap * tanh((W h * scale + bias) / cap); without a cap, W h * scale + bias.
 
-    The scale is applied to the rows that the model gives, before W.
+    The scale is applied to the model's rows, before W.
     """
 
     weight_VH: Tensor
@@ -68,8 +68,7 @@ class Head:
     def logprobs(
         self, hidden_NH: Tensor, targets_NK: Tensor, lora: HeadLora | None, needed_N: NDArray[np.bool_]
     ) -> Tensor:
-        """`head.target_logprobs`. With a bias or a cap, logits are computed again for the gradient, some rows at a
-        time."""
+        """`head.target_logprobs`. With a bias or a cap the gradient recomputes logits, some rows at a time."""
         if self.bias_V is None and self.cap is None:
             return head.target_logprobs(hidden_NH, self._linear, targets_NK, lora, needed_N)
         adapter = None if lora is None else Lora({HEAD: lora.a}, {HEAD: lora.b}, lora.scale)
@@ -91,7 +90,7 @@ class TransformersModel:
     """knapper.engine.models.base.Model over a causal language model of transformers."""
 
     computed_by: Final[ComputedBy] = "transformers"
-    continues: Final = False  # a cache of theirs may slide, and then it has no beginning any more
+    continues: Final = False  # its caches may slide, and then have lost their first tokens
 
     def __init__(
         self,
@@ -101,27 +100,27 @@ class TransformersModel:
         config: TransformersFacts,
         versions: tuple[str, ...],
     ) -> None:
-        """`body`: the model without its head; `linears` of it by site."""
+        """`body`: the model without its head; `linears`: its linears by target module."""
         self.config, self.versions = config, versions
         self.architecture = config.architecture
-        self.bytes_per_token = 0  # until a trial says it
+        self.bytes_per_token = 0  # set by the trial
         self.context_positions = config.context
         self.device, self.dtype = head.weight_VH.device, head.weight_VH.dtype
         self.head = head
         self._body = body
         self._lora: Lora | None = None
-        self.adapted: set[str] = set()  # sites that a pass went through
+        self.adapted: set[str] = set()  # target modules that a pass has called
         for site, linear in linears.items():
             linear.register_forward_hook(self._hook(site))
 
     def layer_segments(
         self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]
     ) -> tuple[Tensor, list[LayerSegment]]:
-        """One, as theirs is not taken apart."""
+        """One segment: the model's layers are not taken apart."""
         return torch.empty(0, device=self.device), [lambda _: self._groups(groups, loras)]
 
     def _groups(self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]) -> Tensor:
-        """(U, H). Every sequence is computed whole; of rows that are one, the first sequence's is taken."""
+        """(U, H). Every sequence is computed whole; of shared rows, the first sequence's are taken."""
         group_rows: list[Tensor] = []
         for group, lora in zip(groups, loras, strict=True):
             tokens_N = torch.from_numpy(group.tokens_U[group.rows_N]).to(self.device)
@@ -138,7 +137,7 @@ class TransformersModel:
     def logits(self, hidden_NH: Tensor, adapt: Adapt) -> Tensor:
         return self.head.logits(hidden_NH, adapt)
 
-    def prompts(self, prompts: Sequence[PrefillPrompt]) -> list[Prefilled]:
+    def prefill(self, prompts: Sequence[PrefillPrompt]) -> list[Prefilled]:
         assert not any(prompt.reused for prompt in prompts)
         by_key: dict[tuple[int, bytes, int], Prefilled] = {}
         prefilled: list[Prefilled] = []
@@ -148,14 +147,14 @@ class TransformersModel:
                 prefilled.append(replace(by_key[key], computed=0))
                 continue
             tokens_T = torch.from_numpy(prompt.tokens_T.astype("int64")).to(self.device)
-            with _plain():
-                rows_TH, past = self._recorded(tokens_T, prompt)
+            with _no_grad():
+                rows_TH, past = self._rows_and_cache(tokens_T, prompt)
             by_key[key] = Prefilled(rows_TH, past, len(tokens_T))
             prefilled.append(by_key[key])
         return prefilled
 
-    def _recorded(self, tokens_T: Tensor, prompt: PrefillPrompt) -> tuple[Tensor, Any]:
-        """Rows, and the cache of all tokens. At once and one by one a row has other last bits here."""
+    def _rows_and_cache(self, tokens_T: Tensor, prompt: PrefillPrompt) -> tuple[Tensor, Any]:
+        """Rows, and the cache of all tokens. Drawn tokens go one by one: all at once, their last bits would differ."""
         at_once, *drawn = tokens_T.split([len(tokens_T) - prompt.drawn, *[1] * prompt.drawn])
         rows_TH, past = self.rows(at_once, prompt.lora, caches=True)
         drawn_rows = [self.rows(token_1, prompt.lora, past, caches=True)[0] for token_1 in drawn]
@@ -167,7 +166,7 @@ class TransformersModel:
     def rows(
         self, tokens_T: Tensor, lora: Lora | None, cache: Any = None, *, caches: bool = False
     ) -> tuple[Tensor, Any]:
-        """(T, H) for the head; with `caches` also the keys and values of all tokens so far: `cache`, changed."""
+        """(T, H) for the head; with `caches` also the keys and values of all tokens so far, in `cache`, which changes."""
         self._lora = lora
         try:
             out = self._body(input_ids=tokens_T[None], past_key_values=cache, use_cache=caches, return_dict=True)
@@ -190,17 +189,17 @@ class TransformersModel:
         return add
 
 
-_UNKNOWN: Final = -1  # the length of a cache while it grows, layer by layer
+_UNKNOWN: Final = -1  # a cache's length while a pass is growing it
 
 
 @dataclass(eq=False)
 class TransformersSlot:
-    cache: Any  # transformers' own, of this text alone
+    cache: Any  # transformers' own, of this sequence alone
     length: int
 
 
 class TransformersDecodeState:
-    """knapper.engine.models.base.DecodeState: a pass for each text and token."""
+    """knapper.engine.models.base.DecodeState: one pass for each sequence and token."""
 
     def __init__(self, model: TransformersModel, positions_max: int) -> None:
         self._model = model
@@ -227,14 +226,14 @@ class TransformersDecodeState:
         self._slots.remove(slot)
 
     def reserve(self) -> None:
-        """Caches grow by themselves."""
+        """Nothing to do: caches grow by themselves."""
 
-    def restored(self, slot: TransformersSlot, length: int) -> bool:
-        """Theirs are not made shorter: some slide."""
+    def roll_back(self, slot: TransformersSlot, length: int) -> bool:
+        """Caches cannot be shortened: some slide."""
         return slot.length == length
 
     def step(self, tokens_N: Tensor, loras: Sequence[Lora | None]) -> Tensor:
-        with _plain():
+        with _no_grad():
             rows: list[Tensor] = []
             for slot, token_1, lora in zip(self._slots, tokens_N.split(1), loras, strict=True):
                 length, slot.length = slot.length, _UNKNOWN
@@ -246,7 +245,7 @@ class TransformersDecodeState:
 
 
 @contextmanager
-def _plain() -> Iterator[None]:
-    """No gradients, yet ordinary tensors: a model may keep some, and training could not use those of inference mode."""
+def _no_grad() -> Iterator[None]:
+    """No gradients, but ordinary tensors: a model may keep some, and training cannot use those of inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         yield

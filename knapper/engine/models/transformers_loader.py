@@ -1,4 +1,4 @@
-"""A model that transformers knows, read from its directory, looked over, and tried before it is served.
+"""Loads a model of an architecture that only transformers computes, and tries it before it is served.
 
 The only module that imports transformers. T tokens, H hidden size, V vocabulary.
 """
@@ -28,12 +28,12 @@ from knapper.engine.models.transformers import Head, TransformersFacts, Transfor
 from knapper.engine.models.weight_files import BrokenModel
 from knapper.errors import NotFound
 
-_TRIAL_TOKENS: Final = 12  # tokens of the trial
+_TRIAL_TOKENS: Final = 12
 _TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest value
 
 
 def load(directory: Path, dtype: torch.dtype, device: torch.device) -> TransformersModel:
-    """The model in `directory`. Raises UnsupportedModel for what would be computed wrongly, BrokenModel."""
+    """The model in `directory`. Raises UnsupportedModel if it would be computed wrongly, BrokenModel."""
     raw = read_json(directory / "config.json")
     if raw is None:
         raise NotFound(f"{directory} has no config.json")
@@ -58,7 +58,7 @@ def load(directory: Path, dtype: torch.dtype, device: torch.device) -> Transform
 
 
 def expect_structure(directory: Path) -> None:
-    """Raises UnsupportedModel for an architecture that is refused, as far as that shows without the weights."""
+    """Raises UnsupportedModel for a refused architecture, as far as config.json shows."""
     raw = read_json(directory / "config.json") or {}
     _refuse(raw, directory)
     configuration: Any = transformers.AutoConfig
@@ -68,13 +68,13 @@ def expect_structure(directory: Path) -> None:
             empty = auto.from_config(
                 configuration.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
             )
-    except Exception as error:  # it raises what any of its hundreds of models happens to raise
+    except Exception as error:  # it raises what any of its hundreds of models raises
         raise UnsupportedModel(f"{directory}: transformers makes no model of its config.json: {error!r}") from error
     _parts(empty, directory)
 
 
 def _parts(model: Any, directory: Path) -> tuple[nn.Module, nn.Linear, tuple[LoraTarget, ...]]:
-    """(body, head, sites)."""
+    """(body, head, target modules)."""
     head = model.get_output_embeddings()
     body = getattr(model, model.base_model_prefix, None)
     if type(head) is not nn.Linear or not isinstance(body, nn.Module) or body is model:
@@ -101,8 +101,8 @@ def _refuse(raw: Mapping[str, Any], directory: Path) -> None:
 def _loaded(directory: Path, raw: Mapping[str, Any], dtype: torch.dtype) -> Any:
     logs: Any = transformers.logging  # the library has no types here
     logs.disable_progress_bar()
-    logs.set_verbosity_error()  # what it would report of the weights is an error here
-    # transformers' other attentions leave out the cap of Gemma 2's.
+    logs.set_verbosity_error()  # what it would log about the weights is an error here
+    # transformers' other attentions ignore Gemma 2's cap.
     attention = {"attn_implementation": "eager"} if raw.get("attn_logit_softcapping") else {}
     auto: Any = transformers.AutoModelForCausalLM
     try:
@@ -110,7 +110,7 @@ def _loaded(directory: Path, raw: Mapping[str, Any], dtype: torch.dtype) -> Any:
             directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
             output_loading_info=True, **attention,
         )  # fmt: skip
-    except Exception as error:  # it raises what any of its hundreds of models happens to raise
+    except Exception as error:  # it raises what any of its hundreds of models raises
         raise BrokenModel(f"{directory}: transformers cannot load it: {type(error).__name__}: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
@@ -128,7 +128,7 @@ def _context(text: Any, directory: Path) -> int:
     context = getattr(text, "max_position_embeddings", None)
     if not isinstance(context, int) or context < 2:
         raise UnsupportedModel(f"{directory}/config.json: max_position_embeddings is {context!r}; expected 2 or more")
-    # Stretched by a text's length, a row would depend on the tokens after it: so only as far as nothing is stretched.
+    # Beyond it positions are scaled by the text's length, and a row would depend on later tokens.
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("longrope", "dynamic"):
         context = min(context, int(rope.get("original_max_position_embeddings") or context))
@@ -136,7 +136,7 @@ def _context(text: Any, directory: Path) -> int:
 
 
 def _lora_targets(loaded: Any, output: nn.Module, directory: Path) -> tuple[LoraTarget, ...]:
-    """The linears inside of layers, and the head. Raises UnsupportedModel where layers have other matrices."""
+    """The linears inside of layers, and the head. Raises UnsupportedModel if a layer has another kind of matrix."""
     names = [name for name, _ in loaded.named_modules()]
     parts: dict[str, Part] = {}
     for name, module in loaded.named_modules():
@@ -169,7 +169,7 @@ def _lora_targets(loaded: Any, output: nn.Module, directory: Path) -> tuple[Lora
 
 
 def _peft_target(name: str, parts: Mapping[str, Part], names: list[str]) -> str:
-    """The shortest end of the name that, in PEFT's target_modules, means linears of this part only; else all of it."""
+    """The shortest suffix of the name that, in PEFT's target_modules, means linears of this part only; else the name."""
     steps = name.split(".")
     for count in range(1, len(steps)):
         end = ".".join(steps[-count:])
@@ -180,7 +180,7 @@ def _peft_target(name: str, parts: Mapping[str, Part], names: list[str]) -> str:
 
 
 def _expect_trial(model: TransformersModel, loaded: Any, lora_targets: set[str], directory: Path) -> int:
-    """Bytes of a token's keys and values. Raises UnsupportedModel unless a trial gives what the whole model gives."""
+    """Bytes of a token's keys and values. Raises UnsupportedModel unless a trial equals the whole model."""
 
     def refuse(why: str) -> None:
         raise UnsupportedModel(f"{directory}: {model.architecture} is not served: {why}")

@@ -1,6 +1,6 @@
-"""The weight files of a model directory, looked over by their headers: whole, and with what config.json promises.
+"""The weight files of a model directory, checked by their headers against config.json.
 
-Loads no torch: whoever starts a server knows in milliseconds whether an engine could read them.
+Loads no torch: the start of a server fails within milliseconds if an engine could not read them.
 """
 
 import json
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from knapper.engine.models.config import ModelConfig
 from knapper.errors import NotFound, UserError
 
-ALLOWED: Final = ("bfloat16", "float16", "float32", "float64")  # that base weights may be stored in
+ALLOWED: Final = ("bfloat16", "float16", "float32", "float64")  # dtypes of stored base weights
 _DTYPES: Final = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
@@ -27,14 +27,14 @@ Shape = tuple[int, ...]
 
 
 class BrokenModel(UserError):
-    """The weight files do not hold the tensors that config.json promises."""
+    """The weight files lack the tensors that config.json promises."""
 
     code = "broken_model"
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One tensor as its file's header has it. `dtype`: by torch's name."""
+    """A tensor's entry in its file's header. `dtype`: torch's name."""
 
     path: Path
     shape: Shape
@@ -53,13 +53,13 @@ class _Index(msgspec.Struct):
 
 
 def paths(directory: Path) -> list[Path]:
-    """The files that hold the weights: one, or the shards of an index. Raises NotFound, BrokenModel."""
+    """The weight files: one, or the shards of an index. Raises NotFound, BrokenModel."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
         raise NotFound(f"{directory} has neither model.safetensors nor model.safetensors.index.json")
-    # A name with a directory in it could leave the model's own.
+    # Without directories: a path could leave the model's.
     shards = [directory / name for name in sorted({Path(name).name for name in _weight_map(index).values()})]
     missing = [path.name for path in shards if not path.is_file()]
     if missing:
@@ -69,7 +69,7 @@ def paths(directory: Path) -> list[Path]:
 
 
 def entries(directory: Path) -> dict[str, TensorHeader]:
-    """Every tensor by name, from the headers of whole files. Raises NotFound, BrokenModel."""
+    """Every tensor by name, from the headers of complete files. Raises NotFound, BrokenModel."""
     headers: dict[str, TensorHeader] = {}
     for path in paths(directory):
         with opened(path, "numpy") as file:
@@ -86,7 +86,7 @@ def entries(directory: Path) -> dict[str, TensorHeader]:
 
 
 def promised(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    """Every tensor that a native model is made of."""
+    """Name and shape of every tensor of a native model."""
     q_rows, kv_rows = config.heads * config.head_dim, config.kv_heads * config.head_dim
     hidden, inner = config.hidden, config.intermediate
     linears = (
@@ -111,7 +111,7 @@ def promised(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 
 
 def expect_promised(directory: Path, config: ModelConfig) -> dict[str, TensorHeader]:
-    """The promised tensors. Raises NotFound, BrokenModel for one that is missing, unexpected, or of another form."""
+    """The promised tensors. Raises NotFound, BrokenModel for one that is missing, unexpected, or of another shape."""
     headers = entries(directory)
     names: list[str] = []
     for name, shape in promised(config):
@@ -134,9 +134,9 @@ def expect_promised(directory: Path, config: ModelConfig) -> dict[str, TensorHea
 
 
 def opened(path: Path, framework: str) -> safe_open:
-    """The file, its header checked against its size. Raises BrokenModel, which says what is wrong with it."""
+    """The file, its header checked against its size. Raises BrokenModel, which names the defect."""
     try:
-        path.open("rb").close()  # the library says of every file that it cannot open that it is not there
+        path.open("rb").close()  # safetensors reports any file that it cannot open as missing
         return safe_open(path, framework=framework, device="cpu")
     except PermissionError as error:
         raise BrokenModel(f"{path} cannot be read: {error.strerror}; give this user the right to read it") from error
@@ -156,7 +156,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _defect(path: Path) -> str:
-    """What keeps a file from being safetensors, where that can be told; else empty."""
+    """Why a file is not valid safetensors; empty if unknown."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

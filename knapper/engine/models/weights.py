@@ -1,4 +1,4 @@
-"""Base weights from safetensors files: named, complete, of the right shape, in the dtype that computes."""
+"""Base weights from safetensors files, checked, in the dtype that computes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from knapper.engine.models.config import ModelConfig
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer. Linears that read the same input are one, rows stacked: `qkv`, `gate_up`."""
+    """One layer. Linears with the same input are fused, rows stacked: `qkv`, `gate_up`."""
 
     input_norm: Tensor
     qkv: FrozenLinear
@@ -28,7 +28,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class Weights:
-    """Frozen: no gradient ever. `head` (V, H) has the numbers of `embed` when the model ties them."""
+    """Frozen, without gradients. `head` (V, H) equals `embed` when the model ties them."""
 
     embed: Tensor
     layers: tuple[LayerWeights, ...]
@@ -38,7 +38,7 @@ class Weights:
 
     @property
     def nbytes(self) -> int:
-        """Of the large ones: all matrices, a tied head once."""
+        """Bytes of all matrices, a tied head once."""
         linears = sum(
             linear.nbytes for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
         )
@@ -90,7 +90,7 @@ def load(
 
 
 class _Tensors:
-    """Memory-mapped tensors by name, all of which were found to be as promised."""
+    """Memory-mapped tensors by name, checked against the configuration."""
 
     def __init__(self, directory: Path, config: ModelConfig, device: torch.device) -> None:
         self._device = device

@@ -1,4 +1,4 @@
-"""Adapters of samples: each read once, kept while a sample uses it, and longer as far as there is room."""
+"""LoRA adapters in memory: each loaded once, pinned while a sample uses it, evicted least recently used first."""
 
 import asyncio
 from collections import OrderedDict
@@ -17,20 +17,20 @@ from knapper.errors import Unavailable
 
 class AdapterSource(Protocol):
     async def load(self, adapter: str) -> Lora:
-        """The adapter that `Sample.adapter` names, on the decoder's device. What a name holds never changes."""
+        """The adapter that `SampleRequest.adapter` names, on the decoder's device. An adapter's content never changes."""
         ...
 
 
 @dataclass(eq=False)
 class _Entry:
-    """`users`: samples that use the adapter now, or wait for it."""
+    """`users`: samples that use the adapter or wait for it."""
 
     loaded: asyncio.Future[Lora]
     users: int = 0
 
     @property
     def bytes(self) -> int:
-        """0 until it is here."""
+        """0 until it is loaded."""
         present = self.loaded.done() and not self.failed
         return self.loaded.result().nbytes if present else 0
 
@@ -40,11 +40,11 @@ class _Entry:
 
 
 class AdapterCache:
-    """At most `bytes_max` of them, the longest unused gone first; those in use stay in any case."""
+    """At most `bytes_max` of adapters, least recently used evicted first; adapters in use stay in any case."""
 
     def __init__(self, source: AdapterSource, device: torch.device, bytes_max: int) -> None:
         self._source, self._device, self._bytes_max = source, device, bytes_max
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the longest unused first
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
 
     @property
     def bytes(self) -> int:
@@ -52,16 +52,17 @@ class AdapterCache:
 
     @asynccontextmanager
     async def use(self, adapter: str) -> AsyncIterator[Lora]:
-        """The adapter, which stays until this is left.
+        """The adapter, pinned until the context exits.
 
-        Raises what its source raises, OutOfMemory for one that no room can be made for, Unavailable if others need it.
+        Raises what its source raises, OutOfMemory if it does not fit, Unavailable if it does not fit beside those in
+        use.
         """
         entry = self._entries.get(adapter)
         if entry is None or entry.failed:
             entry = self._entries[adapter] = _Entry(asyncio.ensure_future(self._load(adapter)))
         entry.users += 1
         try:
-            lora = await asyncio.shield(entry.loaded)  # one caller's end must not take it from another
+            lora = await asyncio.shield(entry.loaded)  # shielded: other callers may wait for the same load
             self._trim(self._bytes_max)
             yield lora
         finally:

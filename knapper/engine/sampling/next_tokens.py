@@ -1,4 +1,4 @@
-"""From the logits of several texts to a token of each. N texts, V vocabulary."""
+"""From the logits of several sequences to one token each. N sequences, V vocabulary."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from knapper.errors import UserError
 
 
 class NonFiniteLogits(UserError):
-    """The weights give logits that are not numbers: nothing can be drawn from them."""
+    """The weights give non-finite logits: no token can be drawn."""
 
     code = "non_finite"
 
@@ -22,7 +22,7 @@ class NonFiniteLogits(UserError):
 
 
 def take_tokens(sequences: Sequence[RunningSequence], logits_NV: Tensor) -> dict[SequenceGroup, Exception]:
-    """Each text takes a token, but those of jobs that fail by it: returned, with what is wrong."""
+    """Draw a token for each sequence. Returns the requests that fail, with their errors; their sequences take none."""
     finite = logits_NV.isfinite().all(-1, keepdim=True)
     drawn = draw(
         torch.where(finite, logits_NV, 0.0),
@@ -43,6 +43,6 @@ def take_tokens(sequences: Sequence[RunningSequence], logits_NV: Tensor) -> dict
         topk = (likeliest[0][row, :k], likeliest[1][row, :k]) if likeliest is not None and k else None
         try:
             sequence.take(token, logprob, topk)
-        except Exception as error:  # noqa: BLE001  of who listens to it, or of its stops: nobody else's affair
+        except Exception as error:  # noqa: BLE001  raised by its listener or its stop criteria: fails this request only
             failures[sequence.group] = error
     return failures

@@ -1,4 +1,4 @@
-"""Who waits, and who of them begins or goes on in the next pass over prompts."""
+"""The queue of waiting requests, and which of them start or resume in the next pass over prompts."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,14 +8,15 @@ from typing import Final
 from knapper.concurrency.fair_share import FairShare
 from knapper.engine.sampling.sequence import Isolation, RunningSequence, SequenceGroup
 
-_ROWS_MAX: Final = 512  # tokens of one pass over prompts (a longer one goes alone): bounds how long decoding waits
-_GROUPS_MAX: Final = 64  # of one pass: bounds vocabulary-wide tensors
+_ROWS_MAX: Final = 512  # tokens of one pass over prompts (a longer prompt goes alone); bounds how long decoding waits
+_GROUPS_MAX: Final = 64  # of one pass; bounds vocabulary-wide tensors
 
 
 class PrefillQueue:
-    """Jobs with texts that have not begun: tenants share by the tokens that are computed for them, jobs wait in line.
+    """Requests with sequences that have not started. Tenants share by computed tokens; a tenant's requests are in
+    order.
 
-    `turn`: texts of a job that begin before it goes to the end of the line.
+    `turn`: sequences that a request may start before it goes to the end of the queue.
     """
 
     def __init__(self, turn: int) -> None:
@@ -43,7 +44,7 @@ class PrefillQueue:
         self._queue.clear()
 
     def in_turn(self) -> Iterator[SequenceGroup]:
-        """The order in which they are served; it counts what those before will begin as if it were computed already."""
+        """Requests in the order of service, as if the sequences of the earlier ones were computed already."""
         queues: dict[str, deque[SequenceGroup]] = {}
         for group in self._queue:
             queues.setdefault(group.request.tenant, deque()).append(group)
@@ -57,7 +58,7 @@ class PrefillQueue:
             yield group
 
     def begin(self, group: SequenceGroup, count: int) -> list[RunningSequence]:
-        """So many of its texts. It is first in line again while its turn lasts, else last."""
+        """Start `count` of its sequences. It stays first while its turn lasts, then goes to the end."""
         self._queue.remove(group)
         sequences = group.begin(count)
         group.turn -= count
@@ -69,7 +70,7 @@ class PrefillQueue:
         return sequences
 
     def take_back(self, sequence: RunningSequence) -> None:
-        """It has no token as yet: it begins again, before others."""
+        """Put back a sequence that got no token: it starts again, before others."""
         group = sequence.group
         group.take_back(sequence)
         group.turn += 1
@@ -77,7 +78,7 @@ class PrefillQueue:
             self._queue.appendleft(group)
 
     def keep_prompts(self, free: int) -> int:
-        """Of those that are kept, the first in line stay, in so many positions. Returns what is left of these."""
+        """Keep prompts in queue order within `free` positions. Returns the positions that are left."""
         for group in self._queue:
             if group.past is not None:
                 free -= group.prompt_tokens
@@ -86,39 +87,39 @@ class PrefillQueue:
         return free
 
     def serve(self, group: SequenceGroup) -> None:
-        """It is the first of a pass."""
+        """Mark the request as the first of a pass."""
         self._shares.serve(group.request.tenant)
 
     def charge(self, group: SequenceGroup, tokens: int) -> None:
-        """So many were computed for it."""
+        """Charge the request's tenant for computed tokens."""
         self._shares.charge(tokens, group.request.tenant)
 
     def keep_shares_of(self, groups: Iterable[SequenceGroup]) -> None:
-        """These are all that are not finished."""
+        """Forget the shares of tenants without an unfinished request."""
         self._shares.leave((group.request.tenant,) for group in groups)
 
 
 @dataclass(frozen=True)
 class FreeCapacity:
-    """What is free: `slots`, and `positions` to reserve. `decoding`: whose texts have the others."""
+    """Free `slots` and `positions`. `decoding`: the requests that hold the others."""
 
     slots: int
     positions: int
     decoding: Sequence[SequenceGroup]
-    overtaken_max: int  # texts that may begin before those of a job that came first
+    overtaken_max: int  # sequences that may start before those of an earlier request
 
 
 def next_turns(
     waiting: Iterable[SequenceGroup], capacity: FreeCapacity, rows_of: Callable[[SequenceGroup], int]
 ) -> list[tuple[SequenceGroup, int]]:
-    """Which jobs begin now and how many texts each, in order, until the first for which there is no room.
+    """Requests that start now, with a number of sequences each, in order, until the first that does not fit.
 
-    Who may only begin when no other job decodes is overtaken, a number of times. `rows_of`: of a job's prompt.
+    A request that must decode alone is overtaken, `overtaken_max` times at most. `rows_of`: rows of a request's prompt.
     """
     turns: list[tuple[SequenceGroup, int]] = []
     skipped: list[SequenceGroup] = []
     slots, free, rows = capacity.slots, capacity.positions, 0
-    prompts: set[tuple[str, bytes]] = set()  # of this turn: each is computed once
+    prompts: set[tuple[str, bytes]] = set()  # of this pass: each is computed once
     for group in waiting:
         if not _may_decode_beside(group, [*capacity.decoding, *(other for other, _ in turns)]):
             skipped.append(group)
@@ -145,7 +146,7 @@ def next_turns(
 
 
 def next_parked(parked: Iterable[RunningSequence], capacity: FreeCapacity) -> list[RunningSequence]:
-    """Which parked texts go on now, in order, until the first for which there is no room."""
+    """Parked sequences that resume now, in order, until the first that does not fit."""
     chosen: list[RunningSequence] = []
     slots, free, rows = capacity.slots, capacity.positions, 0
     for sequence in parked:
@@ -165,7 +166,7 @@ def _need_own_pass(*groups: SequenceGroup) -> bool:
 
 
 def _may_decode_beside(group: SequenceGroup, decoding: Iterable[SequenceGroup]) -> bool:
-    """Whether the job's texts may decode beside those of these jobs."""
+    """Whether the request's sequences may decode beside those of `decoding`."""
     others = set(decoding) - {group}
-    alone = group.suspect or group.isolation == Isolation.NOBODY or any(other.suspect for other in others)
+    alone = group.suspect or group.isolation == Isolation.ALONE or any(other.suspect for other in others)
     return not (alone and others)

@@ -1,7 +1,7 @@
-"""Prompts that were computed a moment ago: the next one that begins like one of them goes on from there.
+"""Prefix cache: a prompt that begins like a recent one reuses its keys and values.
 
-So the samples of a group may come as requests of one each, and a conversation computes each turn once. What is kept is
-exactly what computing it again would give (on a CPU to the last bit), so that it decides nothing but the time.
+So the samples of a group may come as requests of one each, and a conversation computes each turn once. Cached values
+equal recomputed ones (on a CPU to the last bit), so that the cache changes nothing but time.
 """
 
 from collections import OrderedDict
@@ -14,13 +14,13 @@ from torch import Tensor
 
 _Tokens = NDArray[np.int32]
 
-COMMON_MIN: Final = 32  # tokens: shorter beginnings are computed again, which costs less than to look after them
-_COST_MIN: Final = 64  # that an entry counts for: short prompts are not free either
+COMMON_MIN: Final = 32  # tokens: recomputing a shorter prefix costs less than keeping it
+_COST_MIN: Final = 64  # tokens that an entry counts for at least: short prompts have a cost too
 
 
 @dataclass(frozen=True, eq=False)
 class CachedPrompt:
-    """What a prompt of an adapter left. `last_1H`: its last row."""
+    """A computed prompt of an adapter. `last_1H`: its last row."""
 
     adapter: str
     tokens_T: _Tokens
@@ -33,24 +33,24 @@ class CachedPrompt:
 
 
 class PrefixCache:
-    """At most `tokens_max` tokens of prompts, those that were of use last. What an adapter's name holds never changes.
+    """At most `tokens_max` tokens of prompts, least recently used evicted first. An adapter's content never changes.
 
-    `partial`: a prompt may go on from a part of an earlier one; False: it must be the same one.
+    `partial`: a prompt may reuse a part of an earlier one; False: it must be the same prompt.
     """
 
     def __init__(self, tokens_max: int, *, partial: bool) -> None:
-        self.tokens = 0  # that all of them count for
+        self.tokens = 0  # the sum of the entries' costs
         self._tokens_max, self._partial = tokens_max, partial
-        self._entries: OrderedDict[tuple[str, bytes], CachedPrompt] = OrderedDict()  # the last used last
+        self._entries: OrderedDict[tuple[str, bytes], CachedPrompt] = OrderedDict()  # least recently used first
         self._by_start: dict[tuple[str, bytes], list[CachedPrompt]] = {}  # by their first COMMON_MIN tokens
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def find(self, adapter: str, tokens_T: _Tokens, tokens_limit: int) -> tuple[CachedPrompt, int] | None:
-        """The one that has most in common with the prompt, and how many tokens of it, `tokens_limit` at most.
+        """The entry with the longest common prefix, and its length in tokens, `tokens_limit` at most.
 
-        All tokens only if it is the same prompt: then its last row is too.
+        All tokens only for the same prompt: then its last row is valid too.
         """
         exact = self._entries.get(_key(adapter, tokens_T))
         if exact is not None and tokens_limit >= len(tokens_T):
@@ -64,7 +64,7 @@ class PrefixCache:
         return None if best is None else (self._used(best), shared)
 
     def add(self, adapter: str, tokens_T: _Tokens, past: Any, last_1H: Tensor) -> None:
-        """Remember a prompt, in place of those that it begins with."""
+        """Add a prompt; it replaces entries that are a prefix of it."""
         entry = CachedPrompt(adapter, tokens_T, past, last_1H)
         if entry.cost > self._tokens_max:
             return
@@ -79,7 +79,7 @@ class PrefixCache:
         self.tokens += entry.cost
 
     def trim(self, tokens_max: int) -> None:
-        """Forget what was not used for longest, down to so many tokens."""
+        """Evict the least recently used down to `tokens_max` tokens."""
         while self.tokens > max(0, tokens_max):
             self._remove(next(iter(self._entries.values())))
 
@@ -105,7 +105,7 @@ def _start(adapter: str, tokens_T: _Tokens) -> tuple[str, bytes]:
 
 
 def _common(first_T: _Tokens, second_T: _Tokens) -> int:
-    """How many tokens two prompts begin alike with."""
+    """Length of the common prefix in tokens."""
     shorter = min(len(first_T), len(second_T))
     differing = np.flatnonzero(first_T[:shorter] != second_T[:shorter])
     return int(differing[0]) if len(differing) else shorter

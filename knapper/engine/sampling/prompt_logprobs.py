@@ -1,7 +1,7 @@
-"""What a request wants to know of its prompt: filled range by range, as the prompt's rows of logits come.
+"""The prompt log-probabilities that a request asks for, filled range by range as rows of logits are computed.
 
-P prompt tokens, N rows, V vocabulary, k alternatives, K targets a position. Row j tells of token j + 1; nothing tells
-of token 0. Log-probabilities are untempered.
+P prompt tokens, N rows, V vocabulary, k alternatives, K targets a position. Row j scores token j + 1; token 0 has no
+score. Log-probabilities are untempered.
 """
 
 from dataclasses import replace
@@ -22,7 +22,7 @@ from knapper.wire.types import Cells, Float32, PromptDraws, SampleRequest, TopK
 
 
 class PromptLogprobs:
-    """The answers of one request; what it does not ask for is None."""
+    """The prompt scores of one request; None where it does not ask."""
 
     def __init__(self, request: SampleRequest) -> None:
         self._request = request
@@ -57,7 +57,7 @@ class PromptLogprobs:
 
     @property
     def first(self) -> int:
-        """The first row that matters: those before it need not be added."""
+        """The first row that is needed: earlier rows need not be added."""
         firsts = [int(self._request.prompt.size) - 1]
         if self.logprobs is not None or self.topk is not None:
             firsts.append(self._first_logprob)
@@ -68,7 +68,7 @@ class PromptLogprobs:
         return min(firsts)
 
     def add(self, start: int, logits_NV: Tensor) -> None:
-        """The rows from `start` on; their logits are finite."""
+        """Add the rows from `start` on; their logits are finite."""
         logits_NV = where_float64(logits_NV)
         logprobs_NV = log_distribution(logits_NV)
         stop = start + len(logits_NV)

@@ -1,4 +1,4 @@
-"""The prompts of requests: which rows have to be computed, and what is kept of them for later ones."""
+"""Prefill of requests' prompts: computes the rows that no earlier prompt left, and caches them for later ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ from knapper.engine.sampling.sequence import RunningSequence, SequenceGroup
 
 @dataclass
 class SamplingCounters:
-    """Since the sampler began."""
+    """Since the sampler started."""
 
     prefilled_tokens: int = 0
-    reused_tokens: int = 0  # of prompts, that another request had computed
-    decoded_tokens: int = 0  # sampled ones, the first of each text included
-    prefills: int = 0  # passes, of one or several prompts
-    steps: int = 0  # passes of one token a text
+    reused_tokens: int = 0  # of prompts, computed for another request
+    decoded_tokens: int = 0  # sampled tokens, the first of each sequence included
+    prefills: int = 0  # passes over one or several prompts
+    steps: int = 0  # passes of one token a sequence
     finished: int = 0  # requests
     failed: int = 0
     cancelled: int = 0
-    parked: int = 0  # texts that had to wait, after they had begun, because memory ran out
-    device_s: float = 0.0  # of the device, for all of these
+    parked: int = 0  # sequences that were parked because memory ran out
+    device_s: float = 0.0  # for all of these
 
 
 class Prefiller:
-    """Computes prompts on one model; `tokens_max` of earlier ones are kept at most. For the device's thread only."""
+    """Computes prompts on one model and caches `tokens_max` tokens of earlier ones. For the device's thread only."""
 
     def __init__(self, model: Model, counters: SamplingCounters, tokens_max: int) -> None:
         self._model, self._counters = model, counters
@@ -38,22 +38,23 @@ class Prefiller:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of earlier prompts."""
+        """Tokens of cached prompts."""
         return self._prefix_cache.tokens
 
     def trim(self, tokens_max: int) -> None:
-        """Keep no more than so many tokens of earlier prompts."""
+        """Evict cached prompts down to `tokens_max` tokens."""
         self._prefix_cache.trim(tokens_max)
 
     def rows(self, group: SequenceGroup) -> int:
-        """How many rows the job's prompt takes."""
+        """Rows of the request's prompt that must be computed."""
         return group.prompt_tokens - self._cached(group)[1]
 
     @torch.inference_mode()
     def compute(self, groups: Sequence[SequenceGroup]) -> list[Tensor]:
-        """One pass over what is not there yet of the jobs' prompts: the rows of each, without those that it reused.
+        """One pass over the missing rows of the requests' prompts. Returns each request's rows, without the reused
+        ones.
 
-        The jobs have then what their texts begin with.
+        Sets `past` and `last_1H` of each request.
         """
         cached = [self._cached(group) for group in groups]
         prompts = [
@@ -63,7 +64,7 @@ class Prefiller:
             for group, (prompt_cached, reused) in zip(groups, cached, strict=True)
             if reused < group.prompt_tokens
         ]
-        computed = iter(self._model.prompts(prompts) if prompts else ())
+        computed = iter(self._model.prefill(prompts) if prompts else ())
         self._counters.prefills += bool(prompts)
         rows: list[Tensor] = []
         for group, (prompt_cached, reused) in zip(groups, cached, strict=True):
@@ -85,15 +86,15 @@ class Prefiller:
 
     @torch.inference_mode()
     def recompute(self, sequences: Sequence[RunningSequence]) -> list[Any]:
-        """What each text had before it was parked, all but its last token: one pass over the texts so far."""
+        """Recompute keys and values of parked sequences, all tokens but the last, in one pass."""
         prompts = [
             PrefillPrompt(sequence.fed_T, sequence.group.lora, drawn=len(sequence.tokens) - 1) for sequence in sequences
         ]
-        made = self._model.prompts(prompts)
+        made = self._model.prefill(prompts)
         self._counters.prefills += 1
         self._counters.prefilled_tokens += sum(each.computed for each in made)
         return [each.past for each in made]
 
     def _cached(self, group: SequenceGroup) -> tuple[CachedPrompt | None, int]:
-        """An earlier prompt that this job's begins like, and how many tokens of it are of use."""
+        """The cached prompt with the longest common prefix, and how many of its tokens the request can reuse."""
         return self._prefix_cache.find(group.request.adapter, group.request.prompt, group.reusable) or (None, 0)

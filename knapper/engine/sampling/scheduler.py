@@ -1,25 +1,25 @@
-"""Requests of several adapters decode together, each as if it were alone.
+"""Continuous batching: requests of several adapters decode together, each with the bits that it has alone.
 
-One task on the device serves all of them: it admits what fits, computes prompts, then gives every active text one token
-a step, and yields between steps, so that training takes its turns. It ends when nothing is left.
+One task on the device serves all requests. It admits what fits, computes prompts, gives every active sequence one token
+a step, and yields between steps so that training gets its share. It ends when no request is left.
 
-    waiting jobs --turn--> prefill --first token--> slots of the cache --step, step ...--> results
+    waiting requests --turn--> prefill --first token--> slots of the cache --step, step ...--> results
                                                           |     ^
-                                                          +-> parked texts
+                                                          +-> parked sequences
 
-Next is the tenant for which the fewest tokens were computed, of prompts and of samples (`FairShare`; a virtual token
-counter: Sheng et al., OSDI 2024), there the job that arrived first, a quarter of the slots' worth of texts a turn, so
-that a request for a thousand does not hold up the rest.
+Order: the tenant with the fewest computed tokens, prompts and samples alike (`FairShare`; the virtual token counter of
+Sheng et al., OSDI 2024), then its oldest request. A turn starts at most a quarter of the slots' worth of sequences, so
+that a request for a thousand does not block the rest.
 
-Memory: a text reserves, when it begins, the positions that it can grow to. A job's prompt's keys and values are kept
-between its turns while there is room, else computed again. In room that nobody else needs they are kept for later
-requests too (`Beginnings`).
+Memory: a sequence reserves at its start the positions that it can grow to. A request's prompt keys and values are kept
+between its turns while there is capacity, else computed again. Capacity that no request needs keeps them for later
+requests (`PrefixCache`).
 
-What breaks is its own job's affair. A pass over several prompts that breaks is repeated, each job by itself, and one
-that lacks memory once more when no other text decodes; who breaks it then fails, and says what there was too little of.
-A step that lacks memory is repeated once everything that was kept for later is gone, then with the younger half of the
-texts parked: they wait, and go on from where they were (on a CPU to the last bit). A step that breaks otherwise goes on
-with one job after another.
+Failures stay with the request that causes them. If a pass over several prompts fails, each request repeats it alone; a
+request that then lacks memory repeats it once more when no other sequence decodes, and fails with an error that names
+the shortage. If a step lacks memory, it is repeated without any cache, then with the younger half of the sequences
+parked; these resume later where they were (on a CPU to the last bit). After any other failure of a step, requests
+decode one after another.
 """
 
 import itertools
@@ -46,14 +46,14 @@ from knapper.engine.sampling.sequence import Isolation, RunningSequence, Sequenc
 from knapper.errors import Unavailable
 from knapper.text.sizes import sized
 
-_LOGIT_ROWS: Final = 64  # rows of vocabulary-wide tensors at a time: bounds memory
-_PREFIX_CACHE_PART: Final = 4  # of the memory for keys and values: 1 / so much may hold prompts of earlier requests
+_LOGIT_ROWS: Final = 64  # rows of vocabulary-wide tensors at a time; bounds memory
+_PREFIX_CACHE_PART: Final = 4  # prompts of earlier requests may take 1 / this of the key/value memory
 
 log = structlog.get_logger()
 
 
 class SamplingScheduler:
-    """At most `slots_max` texts decode at once, within `kv_tokens_max` positions. `now`: seconds, for costs only."""
+    """At most `slots_max` sequences decode at once, within `kv_tokens_max` positions. `now` in seconds, for costs only."""
 
     def __init__(
         self, decoder: Model, device: Executor, slots_max: int, kv_tokens_max: int, now: Callable[[], float]
@@ -62,40 +62,40 @@ class SamplingScheduler:
         self.counters = SamplingCounters()
         self._decoder, self._device = decoder, device
         self._slots_max, self._kv_tokens_max, self._now = slots_max, kv_tokens_max, now
-        # Callers and the device's thread meet at these two, under the lock.
+        # Shared by callers and the device's thread, under the lock.
         self._lock = threading.Lock()
         self._arrivals: list[SequenceGroup] = []
         self._working = False
-        # The rest belongs to the device's thread.
-        self._groups: list[SequenceGroup] = []  # all that are not finished
+        # Used by the device's thread only.
+        self._groups: list[SequenceGroup] = []  # all unfinished requests
         self._waiting = PrefillQueue(max(1, slots_max // 4))
         self._ages = itertools.count()
         self._cache = decoder.decode_state(kv_tokens_max)
         self._batch = DecodeBatch(self._cache, kv_tokens_max, self.counters)
-        self._short_of_memory = False  # the last step lacked memory, and is tried once more before anyone joins
+        self._short_of_memory = False  # the last step lacked memory and is retried before anything else starts
         self._prefiller = Prefiller(decoder, self.counters, kv_tokens_max // _PREFIX_CACHE_PART)
 
     @property
     def longest(self) -> int:
-        """Positions that one text can have."""
+        """Positions that one sequence can have at most."""
         return self._cache.longest
 
     def positions(self, length: int) -> int:
-        """What a text of so many reserves."""
+        """Positions that a sequence of this length reserves."""
         return self._cache.positions(length)
 
     @property
     def active(self) -> int:
-        """Texts that decode."""
+        """Sequences that decode."""
         return len(self._batch.sequences)
 
     @property
     def waiting(self) -> int:
-        """Requests with texts that have not begun."""
+        """Requests with sequences that have not started."""
         return len(self._arrivals) + len(self._waiting)
 
     def submit(self, group: SequenceGroup) -> None:
-        """Its future has the answer. Raises Unavailable when too many wait."""
+        """The group's future gets the output. Raises Unavailable when too many requests wait."""
         with self._lock:
             if self.waiting >= limits.samples_waiting_max:
                 raise Unavailable(f"{self.waiting} sample requests wait; allowed: {limits.samples_waiting_max}")
@@ -104,7 +104,7 @@ class SamplingScheduler:
                 self._working = True
                 self._device.submit(self._work(), "samples")
 
-    # From here on: the device's thread.
+    # The rest runs on the device's thread.
 
     def _work(self) -> Work[None]:
         try:
@@ -120,7 +120,7 @@ class SamplingScheduler:
             raise
 
     def _take_arrivals(self) -> bool:
-        """Take in what arrived and drop what was cancelled. False when nothing is left: the task then ends."""
+        """Accept arrivals and drop cancelled requests. False when none is left: the task then ends."""
         with self._lock:
             arrived, self._arrivals = self._arrivals, []
             self._groups.extend(arrived)
@@ -133,7 +133,7 @@ class SamplingScheduler:
             return self._working
 
     def _abandon(self, error: BaseException) -> None:
-        """Something broke that no request is to blame for: every caller hears it, the next request begins afresh."""
+        """Fail every request after an error that no single request caused; the next request starts afresh."""
         with self._lock:
             groups = self._groups + self._arrivals
             self._groups, self._arrivals, self._working = [], [], False
@@ -145,18 +145,18 @@ class SamplingScheduler:
             self.counters.failed += 1
             group.answer(error)
 
-    # -- beginning -----------------------------------------------------------------------------------------------------
+    # -- start ---------------------------------------------------------------------------------------------------------
 
     def _admit(self) -> Work[None]:
-        """Begin what there is room for."""
-        waiting = () if self._batch.parked else self._waiting.in_turn()  # who has begun goes first
+        """Start what fits."""
+        waiting = () if self._batch.parked else self._waiting.in_turn()  # parked sequences go first
         if not (turns := next_turns(waiting, self._free_capacity(), self._prefiller.rows)):
             return
         self._waiting.serve(turns[0][0])
         try:
             yield from self._prefill([group for group, _ in turns if group.needs_prefill])
             self._begin(turns)
-        except Exception as error:  # noqa: BLE001  what one job's prompt brings out must not fail the others
+        except Exception as error:  # noqa: BLE001  what one request's prompt brings out must not fail the others
             failure = as_shortage(error)
         else:
             yield
@@ -171,7 +171,7 @@ class SamplingScheduler:
         )
 
     def _prefill(self, groups: Sequence[SequenceGroup]) -> Work[None]:
-        """One pass over the prompts of `groups`, then their log-probabilities if they are asked for."""
+        """One pass over the prompts of `groups`, then the prompt log-probabilities that they request."""
         if not groups:
             return
         began_s = self._now()
@@ -183,7 +183,7 @@ class SamplingScheduler:
             if group.scores is None and PromptLogprobs.is_requested(group.request):
                 scores = PromptLogprobs(group.request)
                 before, last = group.prompt_tokens - rows.shape[0], group.prompt_tokens - 1
-                for start in range(scores.first, last, _LOGIT_ROWS):  # the last row tells of the first sampled token
+                for start in range(scores.first, last, _LOGIT_ROWS):  # the last row scores the first sampled token
                     stop = min(start + _LOGIT_ROWS, last)
                     if not self._score(group, scores, start, rows[start - before : stop - before]):
                         break
@@ -192,7 +192,7 @@ class SamplingScheduler:
 
     @torch.inference_mode()
     def _score(self, group: SequenceGroup, scores: PromptLogprobs, start: int, hidden_NH: Tensor) -> bool:
-        """False when the job failed: its logits are not numbers."""
+        """False if the request failed because its logits are not finite."""
         began_s = self._now()
         logits = self._decoder.logits(hidden_NH, Segments([group.segment(0, hidden_NH.shape[0])]))
         finite = bool(logits.isfinite().all())
@@ -205,7 +205,7 @@ class SamplingScheduler:
 
     @torch.inference_mode()
     def _begin(self, turns: Sequence[tuple[SequenceGroup, int]]) -> None:
-        """The first token of `count` texts of each job; those that go on get their slots."""
+        """Draw the first token of `count` sequences of each request; those that continue get slots."""
         sequences: list[RunningSequence] = []
         for group, count in turns:
             if group in self._groups and not group.future.cancelled():
@@ -236,7 +236,9 @@ class SamplingScheduler:
             self._charge(began_s, [(sequence.group, 1) for sequence in chunk])
 
     def _not_begun(self, sequences: Sequence[RunningSequence]) -> None:
-        """Those that broke off before they had a place: with a token they are parked, without one they begin again."""
+        """Handle sequences that failed before they got a slot: with a token they are parked, without one they start
+        again.
+        """
         decoding = set(self._batch.sequences.values())
         for sequence in sequences:
             group = sequence.group
@@ -248,9 +250,9 @@ class SamplingScheduler:
             self._waiting.take_back(sequence)
 
     def _release_prompts(self) -> None:
-        """Prompts stay for texts that are still to begin, the first in line first, in room that no text reserved.
+        """Keep prompts for sequences still to start, in queue order, within the unreserved capacity.
 
-        What is left is for the prompts of earlier requests.
+        The rest of that capacity goes to the prompts of earlier requests.
         """
         free = self._batch.free()
         for group in self._groups:
@@ -261,10 +263,10 @@ class SamplingScheduler:
     # -- decoding ------------------------------------------------------------------------------------------------------
 
     def _advance(self) -> None:
-        """A step, which fails nobody but who breaks it alone."""
+        """Run a step; an error fails only the request that causes it."""
         try:
             self._step()
-        except Exception as error:  # noqa: BLE001  what one text brings out must not fail the others
+        except Exception as error:  # noqa: BLE001  what one sequence brings out must not fail the others
             failure = as_shortage(error)
         else:
             self._short_of_memory = False
@@ -275,7 +277,7 @@ class SamplingScheduler:
 
     @torch.inference_mode()
     def _step(self) -> None:
-        """One token for every active text."""
+        """One token for every active sequence."""
         began_s = self._now()
         self._cache.reserve()
         sequences = [self._batch.sequences[slot] for slot in self._cache.rows]
@@ -286,10 +288,11 @@ class SamplingScheduler:
         self._charge(began_s, [(sequence.group, 1) for sequence in sequences])
         self._deliver()
 
-    # -- when something breaks -----------------------------------------------------------------------------------------
+    # -- failures
+    # --------------------------------------------------------------------------------------------------------
 
     def _relieve(self, failure: Exception) -> None:
-        """A step broke, and is as if it had not been: what can be done that the next one does not."""
+        """Undo a failed step's cause as far as possible: free memory, park, isolate; fail a request that is alone."""
         self._release_caches()
         groups = self._batch.groups
         if isinstance(failure, MemoryShortage) and not self._short_of_memory:
@@ -306,7 +309,7 @@ class SamplingScheduler:
         log.warning("a step broke", reason=repr(failure), decoding=self.active, parked=len(self._batch.parked))
 
     def _isolate(self, groups: Sequence[SequenceGroup], failure: Exception) -> None:
-        """A pass over the jobs' prompts, or over what their parked texts had, broke: they are computed again apart."""
+        """After a failed pass over prompts, or over parked sequences: compute each request again in a pass of its own."""
         self._release_caches()
         present = [group for group in groups if group in self._groups]
         for group in present:
@@ -314,15 +317,15 @@ class SamplingScheduler:
             if len(present) > 1 or (isinstance(failure, MemoryShortage) and group.isolation == Isolation.ANY):
                 group.isolation = max(group.isolation, Isolation.OWN_PASSES)
             elif self._may_fit_alone(group, failure):
-                group.isolation = Isolation.NOBODY
+                group.isolation = Isolation.ALONE
             else:
                 self._fail(group, self._error_for(group, failure))
 
     def _may_fit_alone(self, group: SequenceGroup, failure: Exception) -> bool:
-        """Whether memory is lacking that the texts of others hold."""
+        """Whether the sequences of other requests hold the memory that is lacking."""
         if (
             not isinstance(failure, MemoryShortage)
-            or group.isolation == Isolation.NOBODY
+            or group.isolation == Isolation.ALONE
             or set(self._batch.groups) <= {group}
         ):
             return False
@@ -330,7 +333,7 @@ class SamplingScheduler:
         return failure.needed is None or failure.needed <= hardware.memory_left(self._decoder.device) + others
 
     def _resume(self) -> Work[None]:
-        """Parked texts go on, the oldest first, as far as there is room: one pass over what they had."""
+        """Resume parked sequences that fit, the oldest first: one pass recomputes their keys and values."""
         if not (sequences := next_parked(self._batch.parked, self._free_capacity())):
             return
         began_s = self._now()
@@ -352,16 +355,17 @@ class SamplingScheduler:
         yield
 
     def _release_caches(self) -> None:
-        """Of everything that is kept only because it may be of use later."""
+        """Drop everything that is kept only for reuse."""
         for group in self._groups:
             group.past = None
         self._prefiller.trim(0)
         hardware.release(self._decoder.device)
 
-    # -- of both -------------------------------------------------------------------------------------------------------
+    # -- shared
+    # ----------------------------------------------------------------------------------------------------------
 
     def _charge(self, began_s: float, parts: Sequence[tuple[SequenceGroup, int]]) -> None:
-        """The seconds since then were the jobs', by their rows; where none was computed, in equal parts."""
+        """Charge the seconds since `began_s` to the requests by their rows; in equal parts if no row was computed."""
         spent_s = self._now() - began_s
         total = sum(rows for _, rows in parts)
         self.counters.device_s += spent_s
@@ -370,7 +374,7 @@ class SamplingScheduler:
             self._waiting.charge(group, rows)
 
     def _draw(self, sequences: Sequence[RunningSequence], logits_NV: Tensor) -> list[RunningSequence]:
-        """A token for each text. Returns those that go on; a job whose logits are not numbers fails."""
+        """Draw a token for each sequence. Returns those that continue; a request with non-finite logits fails."""
         for start in range(0, len(sequences), _LOGIT_ROWS):
             chunk = sequences[start : start + _LOGIT_ROWS]
             failures = take_tokens(chunk, logits_NV[start : start + _LOGIT_ROWS])
@@ -393,7 +397,7 @@ class SamplingScheduler:
         group.answer(error)
 
     def _error_for(self, group: SequenceGroup, failure: Exception) -> Exception:
-        """What is told to the caller of a job that fails alone."""
+        """The error for the caller of a request that fails alone."""
         if not isinstance(failure, MemoryShortage):
             return failure
         log.warning("no memory for a sample", prompt=group.prompt_tokens, needed=sized(failure.needed or 0))
@@ -401,7 +405,7 @@ class SamplingScheduler:
         return failure.error(group.description(), self._decoder.device, todo)
 
     def _drop(self, group: SequenceGroup) -> None:
-        """The job leaves, and its slots at once."""
+        """Remove the request and free its slots."""
         self._groups.remove(group)
         self._waiting.drop(group)
         self._batch.drop(group)

@@ -1,4 +1,4 @@
-"""What a sample request may ask for. Every refusal names the field, the value and what is allowed."""
+"""Validation of sample requests. Every refusal names the field, the value and what is allowed."""
 
 import math
 
@@ -38,7 +38,7 @@ def check(request: SampleRequest, config: Facts) -> None:
 
 
 def check_adapter(adapter: str, lora: Lora, config: Facts) -> None:
-    """Raises UserError for an adapter that was made for another model."""
+    """Raises UserError for an adapter of another model."""
     shapes = target_shapes(config)
     for target, a in lora.a.items():
         if target not in shapes:

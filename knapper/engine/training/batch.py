@@ -1,10 +1,10 @@
-"""forward_backward requests under way, and one pass of the model over pieces of several of them.
+"""Pending forward_backward requests, and one pass of the model over micro-batches of several of them.
 
-A request is cut into micro-batches, by itself alone; a pass computes micro-batches of any runs together, and gives each
-the bits that it has alone: rows are computed row by row whatever their number, an adapter's gradient comes from its own
-rows only, and the loss is each request's own.
+A request is cut into micro-batches independently of others. A pass computes micro-batches of any runs together, and
+each has the bits that it has alone: a row's bits do not depend on the number of rows, an adapter's gradient comes from
+its own rows only, and each request has its own loss.
 
-N rows of all sequences, U rows that are computed (`Prefixes`), M different (row, targets) of the head, K targets.
+N rows of all sequences, U computed rows (`Prefixes`), M distinct (row, targets) of the head, K targets.
 """
 
 import math
@@ -30,9 +30,9 @@ from knapper.wire.types import Datum, ForwardBackwardOutput
 
 T = TypeVar("T")
 
-_ATTENDED_TIMES = 4  # sequences of a micro-batch have at most so many times the rows that are computed of it
+_ATTENDED_TIMES = 4  # sequences of a micro-batch have at most this many times its computed rows
 
-_HEAD_ROWS = 128  # of several requests in one product: it is saturated, and others wait for one such product at most
+_HEAD_ROWS = 128  # of several requests in one product: saturates it, and others wait for one such product at most
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class MicroBatch:
 
 @dataclass
 class PendingRequest:
-    """One request, as far as it got. With `sums_P`, gradients are added there; None: forward only.
+    """One request in progress. Gradients are added to `sums_P`; None: forward only.
 
-    `error` ends it: what it would have changed is left alone.
+    `error` ends it and leaves the run unchanged.
     """
 
     lora: Lora
@@ -74,7 +74,7 @@ class PendingRequest:
         return not self.waiting or self.error is not None
 
     def output(self) -> ForwardBackwardOutput:
-        """Raises what it failed with."""
+        """Raises `error`."""
         if self.error is not None:
             raise self.error
         return ForwardBackwardOutput(self.outputs, self.metrics)
@@ -93,10 +93,10 @@ def micro_batches(data: Sequence[Datum], rows_max: int) -> Iterator[MicroBatch]:
 
 
 def compute(model: Model, requests: Sequence[PendingRequest]) -> Work[None]:
-    """The next micro-batch of each, in one forward and backward. All of them differentiate, or none does.
+    """The next micro-batch of each request, in one forward and backward. All of them differentiate, or none does.
 
-    Yields after every layer, forward and backward, and after the head of some requests. A pass whose loss is not finite
-    has `error` afterwards; the others do not notice.
+    Yields after every layer, forward and backward, and after each batch of the head. A request whose loss is not finite
+    has `error` afterwards; the others are unaffected.
     """
     batches = [request.waiting.popleft() for request in requests]
     layer_pass = LayerwisePass(differentiates=requests[0].differentiates)
@@ -123,7 +123,7 @@ def _head(
     inputs: Sequence["_HeadInputs"],
     hidden: Sequence[Tensor],
 ) -> list[Tensor]:
-    """The losses' gradient in each one's rows, zero if nothing is differentiated; that in a head's adapter is added."""
+    """The losses' gradient in each request's rows, zeros if none differentiates. Adds that of a head's adapter."""
     leaves = [rows_UH.detach().requires_grad_(rows_UH.requires_grad) for rows_UH in hidden]
     with torch.set_grad_enabled(requests[0].differentiates):
         logprobs = _logprobs(model, requests, batches, inputs, leaves)
@@ -131,14 +131,14 @@ def _head(
     sums = [loss for loss in losses if loss is not None]
     if sums and requests[0].differentiates:
         torch.stack(sums).sum().backward()
-    return [  # of one that failed it may be 0 * NaN
+    return [  # of a failed request it may be 0 * NaN
         torch.zeros_like(rows_UH) if request.error is not None or rows_UH.grad is None else rows_UH.grad
         for request, rows_UH in zip(requests, leaves, strict=True)
     ]
 
 
 def _losses_of(model: Model, request: PendingRequest, batch: MicroBatch, logprobs: Sequence[Tensor]) -> Tensor | None:
-    """The sum of the datums' losses, whose outputs and metrics are then in the pass; None when it has failed.
+    """The sum of the datums' losses; outputs and metrics are added to the request. None if it failed.
 
     `logprobs`: the targets' log-probabilities, by datum.
     """
@@ -172,12 +172,12 @@ def _arrays(by_datum: Sequence[Tensor]) -> list[np.ndarray]:
 
 
 def _metrics(losses: Sequence[LossValue], names: Sequence[str]) -> list[list[float]]:
-    """A list of values, by name, for each datum; in one transfer."""
+    """For each datum its values in the order of `names`; in one transfer."""
     return torch.stack([torch.stack([loss.metrics[name].float() for name in names]) for loss in losses]).tolist()
 
 
 def _inputs(data: Sequence[Datum], device: torch.device) -> list[dict[str, Tensor]]:
-    """What the loss is given of each datum, its targets aside; one transfer a name."""
+    """The loss inputs of each datum without its targets; one transfer a name."""
     by_datum: list[dict[str, Tensor]] = [{} for _ in data]
     for name in dict.fromkeys(name for datum in data for name in datum.inputs if name != "target_tokens"):
         with_input = [index for index, datum in enumerate(data) if name in datum.inputs]
@@ -190,7 +190,7 @@ def _inputs(data: Sequence[Datum], device: torch.device) -> list[dict[str, Tenso
 
 @dataclass(frozen=True)
 class _HeadInputs:
-    """What a micro-batch wants of the head. Without `rows_M` and `rows_N`: all rows, in order."""
+    """A micro-batch's input to the head. Without `rows_M` and `rows_N`: all rows, in order."""
 
     rows_M: np.ndarray | None
     rows_N: np.ndarray | None
@@ -210,11 +210,12 @@ class _HeadInputs:
 
 
 def _head_batches(requests: Sequence[PendingRequest], inputs: Sequence[_HeadInputs]) -> list[list[int]]:
-    """Who goes through the head together: a row's bits are its own there too.
+    """Groups requests into products of the head; a row keeps its bits there too.
 
-    A head with an adapter goes by itself, and so do other numbers of targets, which are added up in another order.
+    A head with an adapter goes alone. So do requests with another number of targets, whose gradients add in another
+    order.
     """
-    open_batches: dict[int, list[int]] = {}  # by number of targets, those that may become more
+    open_batches: dict[int, list[int]] = {}  # by number of targets: batches that have rows left
     row_counts: dict[int, int] = {}
     batches: list[list[int]] = []
     for index, (request, request_inputs) in enumerate(zip(requests, inputs, strict=True)):
@@ -237,7 +238,7 @@ def _logprobs(
     inputs: Sequence[_HeadInputs],
     hidden: Sequence[Tensor],
 ) -> list[list[Tensor]]:
-    """Of the targets, by request and datum in the shape of its targets. A head's adapter is of one request alone."""
+    """Log-probabilities by request and datum, in the shape of its targets. Only a request alone has a head's adapter."""
     lora = requests[0].lora
     logprobs_MK = model.target_logprobs(
         torch.cat(
@@ -276,7 +277,7 @@ def _in_shape_of(target: np.ndarray, logprobs_TK: Tensor) -> Tensor:
 def _distinct(
     rows_N: np.ndarray, targets_NK: np.ndarray, needed_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Rows that are one and want the same targets cost the head once: (rows M, place of each N, targets, needed)."""
+    """Equal rows with equal targets go through the head once: (rows M, index of each N, targets, needed)."""
     pairs, index_N = np.unique(np.column_stack([rows_N, targets_NK]), axis=0, return_inverse=True)
     index_N = index_N.reshape(-1)
     needed_M = np.zeros(len(pairs), dtype=bool)

@@ -28,7 +28,7 @@ from torch import Tensor
 from knapper.errors import InvalidField, UserError
 
 ByToken = dict[str, Tensor]  # name -> a value of each token, whose sum over the trained tokens is the metric `name:sum`
-Formula = Callable[..., tuple[Tensor, ByToken]]  # (terms, what is told of them), each in the shape of `learner_T`
+Formula = Callable[..., tuple[Tensor, ByToken]]  # (terms, metrics), each in the shape of `learner_T`
 Threshold = float | Tensor  # one for all tokens (config), or one a token (input)
 
 
@@ -145,7 +145,7 @@ def _off_policy(learner_T: Tensor, sampler_T: Tensor, ratio_T: Tensor) -> ByToke
 
 
 class LossValue(NamedTuple):
-    """Of one datum. `terms` is in the shape of its targets; their sum is `total`, which alone carries a gradient."""
+    """The loss of one datum. `terms` is in the shape of its targets; their sum `total` alone carries a gradient."""
 
     total: Tensor
     metrics: dict[str, Tensor]  # `name:sum` -> a scalar; `loss:sum` is the total
@@ -154,9 +154,9 @@ class LossValue(NamedTuple):
 
 @dataclass(frozen=True)
 class Loss:
-    """A formula and what a request must and may give it.
+    """A formula, and the inputs and config that a request must or may give.
 
-    `silent`: the inputs whose zeros make a token's gradient zero, whatever the model's weights.
+    `silent`: inputs whose zeros make a token's gradient zero, whatever the model's weights.
     """
 
     name: str
@@ -190,7 +190,7 @@ class Loss:
         return values
 
     def default(self, key: str) -> float | None:
-        """The value of a config key that the request leaves out; None: it must be given, by config or as an input."""
+        """The default of a config key; None: the request must give it, as config or as an input."""
         value = inspect.signature(self.formula).parameters[key].default
         return None if value is inspect.Parameter.empty else float(value)
 
@@ -200,7 +200,7 @@ class Loss:
         for name in self.silent:
             if name in inputs:
                 trained_T = trained_T & (inputs[name] != 0)
-        # Where no gradient can arise none does, not even 0 times the infinite one of a far ratio.
+        # Else 0 times the infinite gradient of a far ratio would be NaN.
         learner_T = torch.where(trained_T, learner_T, learner_T.detach())
         formula_inputs = {name: value for name, value in inputs.items() if name != "weights"}
         terms_T, token_metrics = self.formula(learner_T, **formula_inputs, **config)
@@ -210,7 +210,7 @@ class Loss:
             "loss:sum": (total := terms_T.sum()).detach(),
             "tokens:sum": trained_T.sum(dtype=torch.float32),
             "weights:sum": weights_T.sum(),
-            # By `where`: a mask as an index would make the device tell how many there are.
+            # By `where`: a mask as an index would make the host wait for the device.
             **{
                 f"{name}:sum": torch.where(trained_T, values.detach().float(), 0.0).sum()
                 for name, values in token_metrics.items()
@@ -237,7 +237,7 @@ LOSSES: dict[str, Loss] = {
 
 
 def find(name: str) -> Loss:
-    """The loss. Raises InvalidField, or UserError for one that Tinker has and knapper cannot have."""
+    """The loss. Raises InvalidField, or UserError for a loss of Tinker's that knapper cannot have."""
     if name == "stable_reinforce":
         raise UserError(
             "loss_fn is 'stable_reinforce', whose formula is not published, so knapper cannot compute it; "

@@ -26,7 +26,7 @@ def steps(decoder: Decoder, adapters: Sequence[Lora | None], story: Sequence[Seq
         for number in members:
             if number not in slots:
                 prompt = PrefillPrompt(np.arange(20 + number, dtype=np.int32), adapters[number])
-                (prefilled,) = decoder.prompts([prompt])
+                (prefilled,) = decoder.prefill([prompt])
                 slots[number] = decode_state.add(prefilled.past, len(prompt.tokens_T))
         decode_state.reserve()
         order = [next(number for number, slot in slots.items() if slot is each) for each in decode_state.rows]

@@ -52,7 +52,7 @@ def prefill(
     decoder: Decoder, tokens_N: Tensor, lengths: Sequence[int], segments: Sequence[Segment]
 ) -> tuple[Tensor, Tensor]:
     positions_N = torch.cat([torch.arange(length) for length in lengths])
-    return decoder.recorded(tokens_N, positions_N, PackedAttention(lengths), segments)
+    return decoder.hidden_and_kv(tokens_N, positions_N, PackedAttention(lengths), segments)
 
 
 def tensor_name(site: str) -> str:

@@ -152,7 +152,7 @@ def test_wherever_a_move_breaks_others_are_as_they_were(config: ModelConfig, pos
         if not broken.broken:
             break
         for slot, kv, length in zip(slots, kept, lengths, strict=True):
-            if not Cache.restored(slot, length):
+            if not Cache.roll_back(slot, length):
                 assert length == 192
                 cache.remove(slot)
                 lost += 1
