@@ -212,7 +212,8 @@ def readings(machine: TrainingMachine, sampler: EngineSampler) -> list[Reading]:
         Reading("knapper_train_room", "Tokens that they had room for: rows over room is how full one is.",
                 lambda: passes.capacity, counts=True),
         Reading("knapper_train_waiting", "Requests that wait for a pass.", lambda: machine.scheduler.waiting),
-        Reading("knapper_train_oldest_seconds", "How long the longest of those has waited.", machine.scheduler.oldest_s),
+        Reading("knapper_train_oldest_seconds", "How long the longest of those has waited.",
+                machine.scheduler.oldest_s),
         Reading("knapper_train_share", "Of the tokens of the last 1,024 shares, the part of the run that had most "
                 "(place 1), second most, ...; which runs they are, `knapper usage` tells.",
                 lambda: _by_place(machine.scheduler.shares(_PLACES)), label="place"),

@@ -1,8 +1,8 @@
-"""Adapters as files that the core reads: fetched once, verified, in memory, the least used gone first.
+"""Adapters as files that the core reads: fetched once, verified, kept in memory, least recently used evicted first.
 
     adapters/<run>/<seq>/  --bundles.read, verified-->  <memory>/knapper-adapters-.../<number>/adapter_model.safetensors
 
-What they hold is what they are: two checkpoints with the same bytes are one adapter, and no two others ever are.
+Their content identifies them: checkpoints with the same bytes are one adapter, all others are different adapters.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class FetchedAdapter:
-    """An adapter that is here."""
+    """An adapter whose files are here."""
 
     adapter: Adapter
     spec: Spec
@@ -47,7 +47,7 @@ class FetchedAdapter:
 
 @dataclass(eq=False)
 class _Entry:
-    """`users`: samples that need the adapter now, or wait for it: it stays."""
+    """`users`: samples that use the adapter or wait for it; it stays meanwhile."""
 
     fetched: asyncio.Future[FetchedAdapter]
     users: int = 0
@@ -58,7 +58,9 @@ class _Entry:
 
 
 class AdapterFiles:
-    """`forget` hears of an adapter that goes. `refuse(spec)` says why the core cannot have one, or nothing."""
+    """The local adapter files. `forget` is called for an evicted adapter. `refuse(spec)`: why the core cannot have one;
+    empty if it can.
+    """
 
     def __init__(
         self,
@@ -71,23 +73,22 @@ class AdapterFiles:
         self._store, self._facts, self._forget, self._refuse = store, facts, forget, refuse
         _sweep(memory)
         self._memory = memory
-        self._directory: Path | None = None  # made for the first adapter: a process without any leaves nothing
-        self._descriptor = -1  # a descriptor of it, as long as this process lives
+        self._directory: Path | None = None  # made for the first adapter: without any, a process leaves nothing
+        self._descriptor = -1  # the open directory, for as long as this process lives
         self._numbers = itertools.count(1)
-        self._contents: dict[str, str] = {}  # of bundles: what a name holds never changes
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # by content, the longest unused first
+        self._contents: dict[str, str] = {}  # by bundle, whose content never changes
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # by content, least recently used first
 
     @asynccontextmanager
     async def take(self, bundle: str) -> AsyncIterator[FetchedAdapter]:
-        """The adapter of a bundle, which stays until this is left.
+        """The adapter of a bundle, which stays until the context exits.
 
-        Raises NotFound once it was deleted, Corrupt if it is not what its index says, UserError for one that the core
-        cannot have.
+        Raises NotFound if it was deleted, Corrupt if it differs from its index, UserError if the core cannot have it.
         """
         entry = await self._entry(bundle)
         entry.users += 1
         try:
-            fetched = await asyncio.shield(entry.fetched)  # one caller's end must not take it from another
+            fetched = await asyncio.shield(entry.fetched)  # shielded: other callers may wait for the same fetch
             await self._trim()
             yield fetched
         finally:
@@ -118,7 +119,7 @@ class AdapterFiles:
 
     async def _fetch(self, bundle: str, content: str) -> FetchedAdapter:
         index, files = await bundles.read(self._store, bundle, _FILES)
-        # Whatever is wrong with it is found here: what the core fails to load may end it, for all.
+        # Checked here: an adapter that the core fails to load may end the core, for all requests.
         adapter_layout = layout(self._facts, index.spec)
         await asyncio.to_thread(checkpoint_format.read, files, index.spec, adapter_layout, with_optimizer=False)
         number = next(self._numbers)
@@ -131,7 +132,7 @@ class AdapterFiles:
         return FetchedAdapter(Adapter(number, content, directory), index.spec, size)
 
     async def _trim(self) -> None:
-        """The longest unused go, until the rest fits; those that are needed now stay in any case."""
+        """Evict the least recently used until the rest fits; adapters in use stay in any case."""
         present = {
             content: (entry, entry.fetched.result())
             for content, entry in self._entries.items()
@@ -148,8 +149,18 @@ class AdapterFiles:
                 await asyncio.to_thread(shutil.rmtree, fetched.adapter.directory, ignore_errors=True)
 
 
+def refusal(spec: Spec, rank_max: int) -> str:
+    """Why vLLM cannot have an adapter that the engine's sampler can; empty if it can."""
+    if spec.rank > rank_max:
+        return (
+            f"the adapter has rank {spec.rank}; this vLLM sampler has room for ranks up to {rank_max}. Sample it with "
+            "the torch sampler (KNAPPER_SAMPLER=torch), or raise KNAPPER_VLLM_RANK"
+        )
+    return ""
+
+
 def _content(index: Index) -> str:
-    """The hash of what the core reads of the bundle."""
+    """The hash of the bundle's files that the core reads."""
     parts = sorted((part.name, part.sha256) for part in index.parts if part.name in _FILES)
     return hashlib.sha256(b"".join(sha256 for _, sha256 in parts)).hexdigest()
 
@@ -161,12 +172,12 @@ def _write(directory: Path, files: dict[str, bytes]) -> None:
 
 
 def _own(memory: Path) -> tuple[Path, int]:
-    """A new directory for this account alone, and a descriptor that holds it."""
+    """A new directory for this account alone, and its descriptor, which locks it."""
     while True:
         directory = Path(tempfile.mkdtemp(prefix=_OURS, dir=memory))
         try:
             descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:  # another process swept it before it was held
+        except FileNotFoundError:  # another process swept it before it was locked
             continue
         hold(descriptor)
         if os.fstat(descriptor).st_nlink:
@@ -175,7 +186,7 @@ def _own(memory: Path) -> tuple[Path, int]:
 
 
 def _sweep(memory: Path) -> None:
-    """What processes left that were killed: it is memory. Those that live hold their directory."""
+    """Remove directories of killed processes, as they take memory. A living process locks its own."""
     for path in memory.glob(f"{_OURS}*"):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

@@ -1,6 +1,6 @@
-"""The one module that imports vLLM: an engine core in processes of its own, and what is asked of it.
+"""The one module that imports vLLM: an engine core in processes of its own, and requests to it.
 
-The core's processes are vLLM's. This side holds an `AsyncLLM`, which is bound to the event loop that uses it first.
+The core's processes are vLLM's. This side holds an `AsyncLLM`, which binds to the event loop that uses it first.
 """
 
 import itertools
@@ -15,21 +15,20 @@ from typing import Any, Final, Literal
 from knapper import limits
 from knapper.errors import InvalidField, KnapperError, Unavailable
 
-RANKS: Final = (8, 16, 32, 64, 128, 256)  # that vLLM makes room for; an adapter's may be any up to it
-TEMPERATURES: Final = (0.01, 2.0)  # outside of these vLLM raises it in silence, or refuses it
-SERVER: Final = "_KNAPPER_VLLM_SERVER"  # names this process to the core's, which end with it; it is no setting
-_CLOSE_S: Final = 1.5  # for a core to end by itself, then it is killed: it holds nothing that must be saved
+RANKS: Final = (8, 16, 32, 64, 128, 256)  # vLLM's sizes of adapter slots; an adapter's rank may be any up to its slot's
+TEMPERATURES: Final = (0.01, 2.0)  # outside of these vLLM raises it silently, or refuses it
+SERVER: Final = "_KNAPPER_VLLM_SERVER"  # tells the core's processes which process to end with; not a setting
+_CLOSE_S: Final = 1.5  # seconds for a core to end by itself before it is killed: it holds nothing to save
 Top = list[tuple[int, float]]  # (token, log-probability), the likeliest first
 
 
 class CoreEnded(Unavailable):
-    """vLLM's engine core ended under a request. Another is on its way: ask again."""
+    """vLLM's engine core ended during a request. Another one starts: retry."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a core is made. `memory`: the part of a GPU that it takes; on a CPU keys and values have `kv_bytes`, which
-    are whole GiB."""
+    """The options of a core. `memory`: its part of a GPU; on a CPU the KV cache has `kv_bytes`, whole GiB."""
 
     directory: Path
     dtype: Literal["float32", "bfloat16"]
@@ -47,9 +46,9 @@ class Options:
 
 @dataclass(frozen=True)
 class SequenceRequest:
-    """One sequence. `top`: alternatives told with each token; `prompt_top`: with each of the prompt's, None: nothing.
+    """One sequence. `top`: alternatives of each token; `prompt_top`: of each prompt token, None: no prompt scores.
 
-    `whole`: it is told once it has ended, and not token by token.
+    `whole`: one delta at the end instead of one for each step.
     """
 
     prompt: list[int]
@@ -66,7 +65,9 @@ class SequenceRequest:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Files that the core can read. `number` names it to the core, `content` its bytes: both are never used twice."""
+    """Adapter files for the core. `number` names the adapter to the core, `content` its bytes; neither is
+    ever reused.
+    """
 
     number: int
     content: str
@@ -75,20 +76,20 @@ class Adapter:
 
 @dataclass(frozen=True)
 class TokenDelta:
-    """What came of a sequence: tokens since the last piece, each with its log-probability and its alternatives.
+    """New output of a sequence: tokens since the last delta, each with its log-probability and its alternatives.
 
-    `prompt`: with the first piece, for each token of the prompt (own log-probability, alternatives), None at 0.
+    `prompt`, with the first delta: (own log-probability, alternatives) of each prompt token, None at 0.
     """
 
     tokens: Sequence[int]
     logprobs: Sequence[float]
     tops: Sequence[Top]
     prompt: Sequence[tuple[float, Top] | None] | None = None
-    cached: int = 0  # tokens of the prompt that other sequences had left
+    cached: int = 0  # prompt tokens that the prefix cache had
 
 
 class Core:
-    """A running engine. Make it with `start`; it is of no more use once `ended`."""
+    """A running engine core, made by `start`; of no use once `ended`."""
 
     def __init__(self, llm: Any, sleeps: bool) -> None:
         self._llm = llm
@@ -98,7 +99,8 @@ class Core:
 
     @classmethod
     def start(cls, options: Options, environ: MutableMapping[str, str]) -> "Core":
-        """Blocks for tens of seconds, until it can sample. `environ`: this process's, which vLLM reads settings from.
+        """Blocks for tens of seconds, until the core can sample. `environ`: this process's; vLLM reads settings from
+        it.
 
         Raises Unavailable if vLLM does not start.
         """
@@ -112,12 +114,12 @@ class Core:
         arguments = AsyncEngineArgs(
             model=str(options.directory),
             skip_tokenizer_init=True,  # token ids in, token ids out; stops are found here
-            generation_config="vllm",  # a model's own defaults for temperature and the like are no part of the contract
+            generation_config="vllm",  # ignores the model's own defaults for temperature and the like
             dtype=options.dtype,
             max_model_len=options.context,
             max_num_seqs=options.sequences_max,
             max_logprobs=limits.top_logprobs_max,
-            logprobs_mode="processed_logprobs",  # of the distribution that is drawn from: tempered and cut
+            logprobs_mode="processed_logprobs",  # of the sampling distribution: tempered and truncated
             enable_lora=True,
             max_loras=options.adapters_at_once,
             max_cpu_loras=max(options.adapters_kept, options.adapters_at_once),
@@ -131,22 +133,22 @@ class Core:
         )
         try:
             return cls(AsyncLLM.from_engine_args(arguments), options.sleeps)
-        except Exception as error:  # whatever keeps it from starting; its own lines are in the log
+        except Exception as error:  # any reason; its own lines are in the log
             raise Unavailable(f"vLLM did not start: {error}", retry_after_s=10.0) from error
 
     async def patch(self) -> None:
-        """Before the first sample. Raises CoreEnded."""
+        """Patch the worker before the first sample. Raises CoreEnded."""
         with _core_errors():
             await self._llm.collective_rpc("knapper_patch")
 
     @property
     def ended(self) -> bool:
-        """Whether its processes are gone, or about to be."""
+        """Whether its processes have ended, or are about to."""
         return bool(self._llm.errored)
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes that this one started for it; those have workers of their own."""
+        """The processes that this one started for it; those have workers of their own."""
         return [process.pid for process in self._processes]
 
     async def generate(self, request: SequenceRequest, adapter: Adapter | None) -> AsyncGenerator[TokenDelta]:
@@ -161,22 +163,22 @@ class Core:
                     yield _delta(output, request)
 
     async def load(self, adapter: Adapter) -> None:
-        """Into the core's memory, between two of its steps. Raises CoreEnded, or KnapperError if vLLM refuses it."""
+        """Load an adapter between two steps. Raises CoreEnded, or KnapperError if vLLM refuses it."""
         try:
             with _core_errors():
                 await self._llm.add_lora(_lora(adapter))
         except KnapperError:
             raise
-        except Exception as error:  # what its worker raises comes as whatever it was
+        except Exception as error:  # its worker's errors come as any type
             raise KnapperError(f"vLLM does not load adapter {adapter.content}: {error}") from error
 
     async def forget(self, adapter: Adapter) -> None:
-        """Nothing happens if it is not loaded, or the core has ended."""
+        """Unload an adapter. No effect if it is not loaded, or the core has ended."""
         if not self.ended:
             await self._llm.remove_lora(adapter.number)
 
     async def sleep(self) -> bool:
-        """Give the GPU's memory back, weights kept in the host's. False where vLLM cannot: close it then."""
+        """Release the GPU's memory, weights kept in the host's. False where vLLM cannot: close it then."""
         if not self._sleeps:
             return False
         with _core_errors():
@@ -184,12 +186,12 @@ class Core:
         return True
 
     async def wake(self) -> None:
-        """After `sleep`. Raises CoreEnded."""
+        """Undo `sleep`. Raises CoreEnded."""
         with _core_errors():
             await self._llm.wake_up()
 
     def close(self) -> None:
-        """End its processes. Blocks until they are gone, a few seconds at most."""
+        """End its processes. Blocks until they have ended, a few seconds at most."""
         try:
             self._llm.shutdown(timeout=_CLOSE_S)
         finally:
@@ -199,7 +201,7 @@ class Core:
 
 
 def abandon_start() -> None:
-    """Make a `Core.start` that blocks in another thread raise soon, if it has a process yet. Running cores end too."""
+    """End a `Core.start` that blocks in another thread, once it has a process. Running cores end too."""
     for process in multiprocessing.active_children():
         if process.name.startswith("EngineCore"):
             process.kill()
@@ -207,7 +209,7 @@ def abandon_start() -> None:
 
 @contextmanager
 def _core_errors() -> Iterator[None]:
-    """What vLLM raises when its core is gone, in this library's words."""
+    """Raises CoreEnded for vLLM's errors of an ended core."""
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
     try:
@@ -217,9 +219,10 @@ def _core_errors() -> Iterator[None]:
 
 
 def _prepare(options: Options, environ: MutableMapping[str, str]) -> None:
-    """What vLLM takes from the environment only. What an operator set stays, but for what KNAPPER_ variables say.
+    """Sets the options that vLLM reads from the environment only. An operator's values stay, except for KNAPPER_
+    settings.
 
-    Raises InvalidField for what would end the core at the first sample.
+    Raises InvalidField for a value that would end the core at the first sample.
     """
     if options.device == "cpu" and environ.get("VLLM_BATCH_INVARIANT", "0") != "0":
         raise InvalidField(
@@ -227,7 +230,7 @@ def _prepare(options: Options, environ: MutableMapping[str, str]) -> None:
             "vLLM's batch-invariant kernels are for GPUs: unset it",
         )  # fmt: skip
     variables = {
-        "VLLM_USE_V2_MODEL_RUNNER": "0",  # the mends of knapper.vllm.worker are for the first
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # the patches of knapper.vllm.worker are for version 1
         "VLLM_NO_USAGE_STATS": "1",  # it would report to its makers
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
@@ -240,7 +243,7 @@ def _prepare(options: Options, environ: MutableMapping[str, str]) -> None:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes of a pod or laptop compute too
             "OMP_WAIT_POLICY": "PASSIVE",
             "KMP_BLOCKTIME": "0",
-            "TORCH_COMPILE_DISABLE": "1",  # one small function of the sampler is, for 13 s of the first request
+            "TORCH_COMPILE_DISABLE": "1",  # it compiles one small function, for 13 s of the first request
         }
         if options.threads:
             environ["OMP_NUM_THREADS"] = str(options.threads)
@@ -259,7 +262,7 @@ def _params(request: SequenceRequest) -> Any:
         temperature=request.temperature,
         top_k=request.top_k,
         top_p=request.top_p,
-        ignore_eos=True,  # those that count are among the stops
+        ignore_eos=True,  # end tokens are among stop_token_ids
         stop_token_ids=list(request.ends),
         logprobs=request.top,
         prompt_logprobs=request.prompt_top,
@@ -271,14 +274,14 @@ def _params(request: SequenceRequest) -> Any:
 def _lora(adapter: Adapter | None) -> Any:
     from vllm.lora.request import LoRARequest
 
-    # The name keys cached prompts: it is the content, so that no two adapters ever share one.
+    # The name is the key of cached prompts: by content, no two adapters ever share one.
     return None if adapter is None else LoRARequest(adapter.content, adapter.number, str(adapter.directory))
 
 
 def _delta(output: Any, request: SequenceRequest) -> TokenDelta:
     [completion] = output.outputs
     if completion.finish_reason in ("abort", "error"):
-        raise CoreEnded(f"vLLM broke a text off ({completion.finish_reason})")
+        raise CoreEnded(f"vLLM aborted a sequence ({completion.finish_reason})")
     tokens = list(completion.token_ids)
     rows = completion.logprobs or []
     prompt = output.prompt_logprobs or None
@@ -299,6 +302,6 @@ def _prompt_row(row: Any, request: SequenceRequest) -> tuple[float, Top] | None:
 
 
 def _top(row: Any, k: int) -> Top:
-    """The k likeliest: the token itself is in the row too, at whatever rank."""
+    """The k likeliest; the row also has the token itself, at any rank."""
     ranked = sorted((entry.rank, token, entry.logprob) for token, entry in row.items() if entry.rank <= k)
     return [(token, logprob) for _, token, logprob in ranked][:k]

@@ -1,7 +1,7 @@
-"""What a sequence had of the GPU, where nobody outside of vLLM's core sees its batches: a share of the wall clock.
+"""A sequence's part of the GPU's time, as an equal share of the wall clock: vLLM's core hides its batches.
 
-Each second in which n sequences are under way is divided into n equal parts, whatever the core computes for them. The
-shares of all sequences add up to the time in which there was any. On a GPU that others use too, it is an upper bound.
+Each second with n active sequences is divided into n equal parts, whatever the core computes for them. The parts of all
+sequences add up to the time with any active. On a GPU with other users it is an upper bound.
 """
 
 from collections.abc import Callable
@@ -12,19 +12,19 @@ class DeviceTime:
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
-        self._at = 0.0  # when both of these were last brought up to date
-        self._per_sequence_s = 0.0  # seconds of a sequence that had been under way since the beginning
+        self._at = 0.0  # when both of these were last updated
+        self._per_sequence_s = 0.0  # seconds of a sequence that was active from the start
         self._busy_s = 0.0
         self._active = 0
 
     @property
     def device_s(self) -> float:
-        """The seconds in which a sequence was under way."""
+        """Seconds with any active sequence."""
         self._advance()
         return self._busy_s
 
     def begin(self) -> Callable[[], float]:
-        """A sequence begins. Call what is returned once, when it ends: it says what the sequence had."""
+        """Start a sequence. Call the result once, when it ends: it returns the sequence's seconds."""
         self._advance()
         self._active += 1
         before = self._per_sequence_s

@@ -1,4 +1,4 @@
-"""The core that is there now: made on first use, made again when it ended, put to rest when nobody needs it."""
+"""The life of the core: started on first use, restarted after it ended, released when idle."""
 
 import asyncio
 import threading
@@ -13,20 +13,20 @@ from knapper.concurrency.retry import Attempts
 from knapper.errors import KnapperError, Unavailable
 from knapper.vllm.core import Adapter, Core, CoreEnded, abandon_start
 
-_ABANDON_EVERY_S: Final = 0.2  # a start that has no process yet has one a moment later
+_ABANDON_EVERY_S: Final = 0.2  # a start without a process may have one a moment later
 
 log = structlog.get_logger()
 
 
 class CoreLifecycle:
-    """`start` blocks until a core can sample. `idle_s`: after so long without a sample memory is given back; 0: never.
+    """`start` blocks until a core can sample. `idle_s`: idle time after which memory is released; 0: never.
 
     On one GPU, that is how train_step and sample take turns.
     """
 
     def __init__(self, start: Callable[[], Core], idle_s: float, attempts: Attempts | None = None) -> None:
         self._start, self._idle_s = start, idle_s
-        self._attempts = attempts or Attempts("vLLM", time.monotonic)  # noqa: TID251  when to try again, no more
+        self._attempts = attempts or Attempts("vLLM", time.monotonic)  # noqa: TID251  only times retries
         self._core: Core | None = None
         self._loaded: dict[int, asyncio.Future[None]] = {}  # adapters of this core, by number
         self._patched: Core | None = None
@@ -39,10 +39,12 @@ class CoreLifecycle:
         self.starts = 0
 
     def begin(self) -> None:
-        """Blocks. Before the port binds, so that the first sample finds a core; if none starts, it hears why."""
+        """Blocks. Called before the port binds, so that the first sample finds a core, or the reason why
+        none started.
+        """
         with suppress(Unavailable):
             self._core = self._start_core()
-        with suppress(RuntimeError):  # there is no event loop on a thread of its own: then the first sample does it
+        with suppress(RuntimeError):  # without an event loop on this thread the first sample schedules it
             self._schedule_release()
 
     @property
@@ -55,7 +57,7 @@ class CoreLifecycle:
 
     @asynccontextmanager
     async def use(self) -> AsyncIterator[Core]:
-        """A core that is awake, and stays so. Raises Unavailable while none can be had."""
+        """A core that is awake, and stays awake. Raises Unavailable if there is none."""
         self._users += 1
         if self._release_timer is not None:
             self._release_timer.cancel()
@@ -72,7 +74,7 @@ class CoreLifecycle:
             self._schedule_release()
 
     async def load(self, core: Core, adapter: Adapter) -> None:
-        """Once a core, however many ask."""
+        """Load an adapter, once for each core."""
         loading = self._loaded.get(adapter.number)
         if loading is None:
             loading = self._loaded[adapter.number] = asyncio.ensure_future(core.load(adapter))
@@ -89,7 +91,7 @@ class CoreLifecycle:
                 await self._core.forget(adapter)
 
     async def release(self) -> None:
-        """Give the memory back, unless somebody samples: asleep where vLLM can, else ended."""
+        """Release the memory unless a sample is active: by sleep where vLLM can, else by ending the core."""
         if self._users or self._core is None or self._asleep:
             return
         core = self._core
@@ -99,14 +101,14 @@ class CoreLifecycle:
                 log.info("vllm: asleep")
                 return
         except CoreEnded:
-            pass  # then it has nothing to give back
+            pass  # an ended core has released it
         self._core = self._patched = None
         self._loaded = {}
         await asyncio.to_thread(core.close)
         log.info("vllm: ended, to give its memory back")
 
     def shut_down(self) -> None:
-        """This process ends: no other core starts, and one that only starts is given up. For signal handlers too."""
+        """This process ends: start no other core, and abandon a start. Safe in signal handlers."""
         self._shutting_down = True
         threading.Thread(target=self._abandon, name="vllm: give up a start", daemon=True).start()
 
@@ -157,7 +159,7 @@ class CoreLifecycle:
             self._waking = asyncio.ensure_future(self._wake())
             self._waking.add_done_callback(lambda _: setattr(self, "_waking", None))
             self._waking.add_done_callback(_log_failure)
-        if self._attempts.reason:  # another attempt goes on beside this answer
+        if self._attempts.reason:  # the next attempt goes on in the background
             raise self._attempts.refusal()
         return await asyncio.shield(self._waking)
 

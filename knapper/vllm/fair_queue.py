@@ -1,8 +1,8 @@
-"""Whose sequence begins next: fair between tenants, and between the adapters of a tenant.
+"""The order in which sequences start: fair between tenants, and between the adapters of a tenant.
 
-The core decodes `slots_max` sequences at once and queues none, so that all waiting is done here, where it is fair: a free
-slot goes to the tenant that has the fewest sequences under way, there to the adapter that has the fewest, and among equals
-to whoever waits longest. A request waits with one sequence at a time, so few wait.
+The core decodes `slots_max` sequences at once and queues none, so that all waiting happens here. A free slot goes to
+the tenant with the fewest active sequences, there to the adapter with the fewest, then to the sequence that waits
+longest. A request waits with one sequence at a time, so few wait.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-_PATIENCE: Final = 64  # sequences that may go before one that only lacks room for its adapter; then all wait for it
+_PATIENCE: Final = 64  # sequences that may pass one that only lacks a slot for its adapter; then all wait for it
 
 
 @dataclass(eq=False)
@@ -21,26 +21,26 @@ class _Waiter:
     adapter: str  # empty: the base model
     number: int
     ready: asyncio.Future[None]
-    passed: int = 0  # how many others went before it, though it was its turn
+    passed: int = 0  # sequences that started before it although it was first
 
 
 class SlotQueue:
-    """`adapters_max`: different adapters under way at once."""
+    """At most `adapters_max` different adapters are active at once."""
 
     def __init__(self, slots_max: int, adapters_max: int) -> None:
         self._slots_max, self._adapters_max = slots_max, adapters_max
         self._waiting: list[_Waiter] = []
         self._numbers = itertools.count()
-        self._of_tenant: Counter[str] = Counter()  # sequences under way; nobody has an entry of zero
+        self._of_tenant: Counter[str] = Counter()  # active sequences; no entry is zero
         self._of_adapter: Counter[tuple[str, str]] = Counter()
 
     @property
     def active(self) -> int:
-        """Sequences under way."""
+        """Active sequences."""
         return self._of_tenant.total()
 
     async def take(self, tenant: str, adapter: str) -> Callable[[object], None]:
-        """Returns when it is this sequence's turn; call what it returns once the sequence has ended."""
+        """Waits for the sequence's turn. Call the result once the sequence has ended."""
         waiter = _Waiter(tenant, adapter, next(self._numbers), asyncio.get_running_loop().create_future())
         self._waiting.append(waiter)
         self._grant()
@@ -74,7 +74,7 @@ class SlotQueue:
                 waiter.ready.set_result(None)
 
     def _next(self) -> _Waiter | None:
-        """None: nobody who waits may begin now."""
+        """None: no waiting sequence may start now."""
         first = min(self._waiting, key=self._rank)
         loaded = {adapter for _, adapter in self._of_adapter if adapter}
 

@@ -1,6 +1,6 @@
-"""What a request wants to know of its prompt: as vLLM is asked for it, and as the contract tells it.
+"""The prompt log-probabilities of a request: what to ask vLLM for, and its answer as fields of SampleOutput.
 
-P prompt tokens, k alternatives. Nothing tells of token 0. Log-probabilities are untempered.
+P prompt tokens, k alternatives. Token 0 has no score. Log-probabilities are untempered.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from knapper.wire.types import SampleRequest, TopK
 
 
 def alternatives_of(request: SampleRequest) -> int | None:
-    """How many alternatives to each token of the prompt; None if nothing is asked of them."""
+    """Alternatives that vLLM must return for each prompt token; None without prompt scores."""
     requested = request.prompt_logprobs or request.topk_prompt_logprobs
     return request.topk_prompt_logprobs if requested else None
 
@@ -35,7 +35,7 @@ def prompt_fields(request: SampleRequest, delta: TokenDelta) -> dict[str, Any]:
 
 
 def table(tops: Sequence[Top], k: int) -> TopK:
-    """(N, k), with empty cells where there are fewer."""
+    """(N, k), with empty cells where a row has fewer."""
     tokens = np.full((len(tops), k), empty_token, dtype=np.int32)
     logprobs = np.full((len(tops), k), empty_logprob, dtype=np.float32)
     for row, top in enumerate(tops):

@@ -1,6 +1,6 @@
-"""The contract of `knapper.engine.sampling.sampler`, kept by vLLM: equal answers, within the bounds of docs/vllm.md.
+"""The contract of `knapper.engine.sampling.sampler` by vLLM: equal answers, within the bounds of docs/vllm.md.
 
-A request of n samples is n sequences of vLLM's, each with a seed of its own; they share the prompt in vLLM's cache.
+A request of n samples is n sequences of vLLM's, each with its own seed; they share the prompt in vLLM's prefix cache.
 """
 
 import asyncio
@@ -31,9 +31,9 @@ from knapper.wire.types import GREEDY_TEMPERATURE_MAX, SampledSequence, SampleOu
 
 @dataclass
 class VllmCounters:
-    """Since the sampler began."""
+    """Since the sampler started."""
 
-    prefilled_tokens: int = 0  # prompt tokens, those that the cache had included
+    prefilled_tokens: int = 0  # prompt tokens, cached ones included
     decoded_tokens: int = 0
     finished: int = 0  # requests
     failed: int = 0
@@ -42,7 +42,7 @@ class VllmCounters:
 
 @dataclass(eq=False)
 class _RequestState:
-    """One request, and what came of it so far."""
+    """One request in progress."""
 
     request: SampleRequest
     adapter: Adapter | None
@@ -53,11 +53,11 @@ class _RequestState:
     sequences: dict[int, SampledSequence] = field(default_factory=dict)
     prompt: TokenDelta | None = None
     cached: int = 0
-    device_s: float = 0.0  # its sequences' shares of the wall clock
+    device_s: float = 0.0  # its sequences' parts of the wall clock
 
 
 class VllmSampler:
-    """As many sequences at once as the engine's core has slots for; the rest wait in turn."""
+    """As many sequences at once as the core has slots; the rest wait in turn."""
 
     def __init__(
         self,
@@ -85,12 +85,12 @@ class VllmSampler:
         return self._slots.active
 
     async def sample(self, request: SampleRequest, listen: Callable[[TokenEvent], None] | None = None) -> SampleOutput:
-        """The samples of one request: the same tokens for the same request, as far as rounding allows.
+        """The samples of one request: the same tokens for the same request, within rounding.
 
-        The log-probabilities are those of the distribution that each token was drawn from; those of the prompt are
-        untempered. Cancelling the caller frees the slots. `listen` hears each token as it comes.
-        Raises InvalidField or UserError for what cannot be asked, NonFiniteLogits for broken weights, Unavailable when
-        too many wait, CoreEnded when vLLM ended under the request.
+        A token's log-probability is that of the distribution that it was drawn from; those of the prompt are
+        untempered. Cancelling the caller frees the slots. `listen` gets each token as it comes. Raises InvalidField or
+        UserError for an invalid request, NonFiniteLogits for broken weights, Unavailable when too many requests wait,
+        CoreEnded if vLLM ended during the request.
         """
         self._check(request)
         if self._requests >= limits.samples_waiting_max:
@@ -148,7 +148,7 @@ class VllmSampler:
             return _output(state)
 
     async def _sample_all(self, core: Core, state: _RequestState) -> None:
-        """All sequences of the request, each when it is its turn. The first that fails ends the others."""
+        """All sequences of the request, each in its turn. The first error ends the others."""
         alternatives_of = state.request.num_samples if state.tokens_max else 1
         tasks: list[asyncio.Task[None]] = []
         try:
@@ -165,7 +165,7 @@ class VllmSampler:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _charged(self, core: Core, state: _RequestState, number: int) -> None:
-        """A sequence; its share of the time is the request's."""
+        """Sample a sequence and add its part of the device's time to the request."""
         end = self._device_time.begin()
         try:
             await self._sample_one(core, state, number)
@@ -211,7 +211,7 @@ class _Sequence:
         self._tops: list[Top] = []
 
     def take(self, token: int, logprob: float, top: Top) -> bool:
-        """Add a token. True when the sequence ends with it; the request then has its sequence. Raises NonFiniteLogits."""
+        """Add a token. True when the sequence ends with it; the request then has its result. Raises NonFiniteLogits."""
         request = self._state.request
         if not math.isfinite(logprob):
             weights = f"adapter {request.adapter}" if request.adapter else f"model {request.base_model}"
@@ -220,7 +220,9 @@ class _Sequence:
             )
         self._tokens.append(token)
         self._logprobs.append(logprob)
-        top = [alternative for alternative in top if alternative[1] > -math.inf]  # those that top_k or top_p cut off
+        top = [
+            alternative for alternative in top if alternative[1] > -math.inf
+        ]  # without those that top_k or top_p removed
         self._tops.append(top)
         stopped = self._state.stops.ended(self._tokens)
         full = len(self._tokens) >= self._state.tokens_max
@@ -249,6 +251,6 @@ def _output(state: _RequestState) -> SampleOutput:
 
 
 def _seed(seed: int, number: int) -> int:
-    """Of a request's sequence: requests whose seeds follow each other have no sequence in common."""
+    """The seed of one sequence: requests with consecutive seeds share none."""
     digest = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -1,11 +1,12 @@
-"""What runs inside vLLM's worker process, beside its own: two mends, without which answers would be wrong, and its end.
+"""Two patches to vLLM 0.32 that correct wrong results, and a watchdog that ends its processes with the server.
 
-vLLM imports this and calls `knapper_patch`, both by name. Nothing here imports vLLM: all is reached from the worker.
+Runs inside vLLM's worker process. vLLM imports this and calls `knapper_patch`, both by name. Nothing here imports vLLM:
+everything is reached from the worker.
 
-- It computes a prompt's log-probabilities with the adapters of the rows that are sampled, whatever rows these are: an
-  adapter on the head then gives those of another, or ends the process. Here each prompt is computed with its own.
+- vLLM scores a prompt with the adapters of the rows that are sampled, whichever these are: an adapter on the head then
+  gives another's scores, or ends the process. Here each prompt is scored with its own adapter.
 - On a CPU a row without an adapter gets the one in the last slot. Here it gets none.
-- vLLM's processes outlive a server that is killed, and keep the GPU's memory. Here they end with it.
+- vLLM's processes outlive a killed server, and keep the GPU's memory. Here they end with it.
 """
 
 import multiprocessing
@@ -24,7 +25,7 @@ from knapper.vllm.core import SERVER
 
 
 class WorkerPatches:
-    """Becomes a base class of vLLM's worker (its option worker_extension_cls)."""
+    """A base class of vLLM's worker (its option worker_extension_cls)."""
 
     model_runner: Any
 
@@ -40,8 +41,8 @@ class WorkerPatches:
 
 def _score_prompts_with_their_own_adapters(runner: Any) -> None:
     model, compute_logits, scores = runner.model, runner.model.compute_logits, runner._get_prompt_logprobs_dict
-    rows_max = runner.max_num_reqs  # vLLM's tables of sampled rows are no longer
-    scored: list[Any] = []  # the request whose prompt is computed now
+    rows_max = runner.max_num_reqs  # the length of vLLM's tables of sampled rows
+    scored: list[Any] = []  # the request whose prompt is being scored
 
     def logits_of(hidden: Any, *rest: Any, **named: Any) -> Any:
         if not scored:
@@ -90,7 +91,9 @@ def _leave_base_rows_alone(wrapper: Any) -> None:
 
 
 def _end_with(server: int, starter: int) -> None:
-    """`starter` started this process: the server, whose core this is then, or a core, which the server started."""
+    """`starter` started this process: either the server, then this is the core; or the core, which the
+    server started.
+    """
     core = os.getpid() if starter == server else starter
     try:
         opened = os.pidfd_open(server)

@@ -18,8 +18,7 @@ from knapper.engine.training.trainer import RunState
 from knapper.state.journal import bundles
 from knapper.state.journal.records import Spec
 from knapper.store.memory import MemoryStore
-from knapper.vllm import unsupported
-from knapper.vllm.adapters import AdapterFiles
+from knapper.vllm.adapters import AdapterFiles, refusal
 from knapper.vllm.core import Core, Options
 from knapper.vllm.device_time import DeviceTime
 from knapper.vllm.engine import CoreLifecycle
@@ -62,7 +61,7 @@ class House:
         )  # fmt: skip
         self.engine = CoreLifecycle(lambda: Core.start(options, os.environ), rest_s)
         self.shelf = AdapterFiles(
-            self.store, self.facts, memory, self.engine.forget, lambda spec: unsupported.refusal(spec, rank_max)
+            self.store, self.facts, memory, self.engine.forget, lambda spec: refusal(spec, rank_max)
         )
         self.turns = SlotQueue(sequences_max, options.adapters_at_once)
         self.shares = DeviceTime(time.monotonic)

@@ -14,7 +14,7 @@ from knapper.errors import Corrupt, NotFound, UserError
 from knapper.state.journal import bundles
 from knapper.state.journal.records import Spec
 from knapper.store.memory import MemoryStore
-from knapper.vllm import adapters, unsupported
+from knapper.vllm import adapters
 from knapper.vllm.adapters import AdapterFiles
 from knapper.vllm.core import Adapter
 from tests.engine.tiny import tiny_model
@@ -36,9 +36,7 @@ class Room:
         self.shelf = self.open()
 
     def open(self) -> AdapterFiles:
-        return AdapterFiles(
-            self.store, self.facts, self.memory, self.forget, lambda spec: unsupported.refusal(spec, 16)
-        )
+        return AdapterFiles(self.store, self.facts, self.memory, self.forget, lambda spec: adapters.refusal(spec, 16))
 
     async def forget(self, adapter: Adapter) -> None:
         self.forgotten.append(adapter.number)

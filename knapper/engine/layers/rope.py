@@ -25,10 +25,8 @@ def _llama3_scaled(plain: Tensor, scaling: RopeScaling) -> Tensor:
     Source: NTK-by-parts, arXiv 2309.00071, section 3.2, as Llama 3.1's reference code computes it (`apply_scaling` of
     llama-models; transformers' `_compute_llama3_parameters`).
     """
-    wavelengths_per_context = scaling.original_context * plain / (2 * math.pi)
-    smooth = (
-        (wavelengths_per_context - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    ).clamp(0, 1)
+    rotations = scaling.original_context * plain / (2 * math.pi)
+    smooth = ((rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
     return (1 - smooth) * plain / scaling.factor + smooth * plain
 
 

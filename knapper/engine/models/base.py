@@ -46,7 +46,9 @@ class DecodeState(Protocol[SlotT]):
         ...
 
     def add(self, past: Any, length: int) -> SlotT:
-        """Add a sequence whose first `length` tokens have the keys and values `past`, which other sequences may share."""
+        """Add a sequence whose first `length` tokens have the keys and values `past`, which other sequences
+        may share.
+        """
         ...
 
     def remove(self, slot: SlotT) -> None: ...

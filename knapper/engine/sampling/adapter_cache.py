@@ -17,7 +17,9 @@ from knapper.errors import Unavailable
 
 class AdapterSource(Protocol):
     async def load(self, adapter: str) -> Lora:
-        """The adapter that `SampleRequest.adapter` names, on the decoder's device. An adapter's content never changes."""
+        """The adapter that `SampleRequest.adapter` names, on the decoder's device. An adapter's content
+        never changes.
+        """
         ...
 
 

@@ -205,7 +205,8 @@ class Cache:
     def reserve(self) -> None:
         """Reserve one more token in every sequence. This may change the order of `rows`; a step uses the new order.
 
-        If a move lacks memory, that sequence has lost its slot (`roll_back` then returns False); the others keep theirs.
+        If a move lacks memory, that sequence has lost its slot (`roll_back` then returns False); the others keep
+        theirs.
         """
         for slot in self.rows:
             if slot.length == slot.pool.capacity:
@@ -248,7 +249,9 @@ class Cache:
             pool.free()
 
     def _available(self, wanted: int) -> int:
-        """Positions without memory: `wanted` if possible, by freeing spare slots if need be; else all that there are."""
+        """Positions without memory: `wanted` if possible, by freeing spare slots if need be; else all that
+        there are.
+        """
         if self._positions_max is None:
             return wanted
         for pool in list(self._pools.values()):

@@ -53,7 +53,9 @@ log = structlog.get_logger()
 
 
 class SamplingScheduler:
-    """At most `slots_max` sequences decode at once, within `kv_tokens_max` positions. `now` in seconds, for costs only."""
+    """At most `slots_max` sequences decode at once, within `kv_tokens_max` positions. `now` in seconds, for
+    costs only.
+    """
 
     def __init__(
         self, decoder: Model, device: Executor, slots_max: int, kv_tokens_max: int, now: Callable[[], float]
@@ -309,7 +311,9 @@ class SamplingScheduler:
         log.warning("a step broke", reason=repr(failure), decoding=self.active, parked=len(self._batch.parked))
 
     def _isolate(self, groups: Sequence[SequenceGroup], failure: Exception) -> None:
-        """After a failed pass over prompts, or over parked sequences: compute each request again in a pass of its own."""
+        """After a failed pass over prompts, or over parked sequences: compute each request again in a pass
+        of its own.
+        """
         self._release_caches()
         present = [group for group in groups if group in self._groups]
         for group in present:

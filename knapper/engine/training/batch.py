@@ -238,7 +238,9 @@ def _logprobs(
     inputs: Sequence[_HeadInputs],
     hidden: Sequence[Tensor],
 ) -> list[list[Tensor]]:
-    """Log-probabilities by request and datum, in the shape of its targets. Only a request alone has a head's adapter."""
+    """Log-probabilities by request and datum, in the shape of its targets. Only a request alone has a
+    head's adapter.
+    """
     lora = requests[0].lora
     logprobs_MK = model.target_logprobs(
         torch.cat(
