@@ -195,7 +195,7 @@ def _promise(exactness: Exactness, where: torch.device) -> str:
         return "no: KNAPPER_EXACT=false"
     if exactness.broken:
         return f"not of {', '.join(exactness.broken)}"
-    ways = [f"{product}: {way}" for product, way in exactness.found.items()]
+    ways = [f"{product}: {way}" for product, way in exactness.layouts.items()]
     return f"yes; {'; '.join(ways)}" if ways else "yes"
 
 

@@ -102,7 +102,7 @@ class Exactness:
         self._linears: set[tuple[int, tuple[int, ...]]] = set()  # (inputs, widths) of the linears with adapters
 
     @property
-    def found(self) -> dict[str, str]:
+    def layouts(self) -> dict[str, str]:
         """The layout of each product that is not unchanged."""
         return {" ".join(map(str, key)): str(layout) for key, layout in self._layouts.items() if layout != UNCHANGED}
 

@@ -54,7 +54,7 @@ def test_the_first_way_that_keeps_the_bits_is_taken(
     like = torch.empty(0, dtype=dtype)
     assert exactness.product("forward", MODEL_LAYOUTS, kernels(choose), INPUTS, OUTPUTS, like) == way
     assert exactness.broken == []
-    assert len(exactness.found) == (way != UNCHANGED)
+    assert len(exactness.layouts) == (way != UNCHANGED)
 
 
 def test_where_no_way_keeps_the_bits_it_is_said_and_the_product_goes_as_it_would() -> None:
