@@ -146,7 +146,7 @@ def _config(spec: Spec, layout: Layout) -> dict[str, Any]:
         "r": spec.rank,
         "lora_alpha": int(spec.alpha) if spec.alpha.is_integer() else spec.alpha,  # vLLM wants a whole number
         "lora_dropout": 0.0,
-        "target_modules": list(dict.fromkeys(site.peft_target for site in layout.lora_targets)),
+        "target_modules": list(dict.fromkeys(target.peft_target for target in layout.lora_targets)),
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
@@ -179,9 +179,9 @@ def _safetensors(
         end = start + 4 * int(np.prod(shape))
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
         start = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join([struct.pack("<Q", len(text)), text, *map(_raw, arenas)])
+    header_bytes = json.dumps(header, separators=(",", ":")).encode()
+    header_bytes += b" " * (-len(header_bytes) % 8)
+    return b"".join([struct.pack("<Q", len(header_bytes)), header_bytes, *map(_raw, arenas)])
 
 
 def _tensors(data: bytes | memoryview, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:

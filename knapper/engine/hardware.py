@@ -67,8 +67,8 @@ def memory_left(device: torch.device) -> int:
         return host_memory.available()
     free_on_card, total = torch.cuda.mem_get_info(device)
     allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-    own = int(torch.cuda.get_per_process_memory_fraction(device) * total)
-    return max(0, min(own, free_on_card + reserved) - allocated)
+    cap = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return max(0, min(cap, free_on_card + reserved) - allocated)
 
 
 def kv_bytes(left: int, part: float, context_bytes: int) -> int:

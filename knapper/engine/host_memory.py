@@ -17,10 +17,10 @@ _RECLAIMED: Final = (
 
 def available(root: Path = Path("/")) -> int:
     """Bytes, 0 at least. `root`: where proc and sys are."""
-    return max(0, min([_machine(root), *_groups(root), *_own(root)]))
+    return max(0, min([_kernel(root), *_groups(root), *_process_limit(root)]))
 
 
-def _machine(root: Path) -> int:
+def _kernel(root: Path) -> int:
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except FileNotFoundError:  # not Linux: free memory is unknown; half of all is mostly free
@@ -29,7 +29,7 @@ def _machine(root: Path) -> int:
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
-def _own(root: Path) -> Iterator[int]:
+def _process_limit(root: Path) -> Iterator[int]:
     """The remainder of the process's own limit (`ulimit -v`)."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY and (pages := _read(root / "proc/self/statm")):
@@ -54,7 +54,7 @@ def _groups(root: Path) -> Iterator[int]:
         steps = Path(group_path.lstrip("/")).parts
         for count in range(len(steps) + 1):
             group = base.joinpath(*steps[:count])
-            limits_set = [int(text) for name in limits if (text := _read(group / name)) not in ("", "max")]
+            limits_set = [int(value) for name in limits if (value := _read(group / name)) not in ("", "max")]
             if limits_set:
                 yield min(limits_set) - int(_read(group / used)) + _reclaimed(_read(group / "memory.stat"))
 

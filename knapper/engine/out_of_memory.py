@@ -33,11 +33,13 @@ class MemoryShortage(Exception):
     @classmethod
     def of(cls, error: BaseException) -> Self | None:
         """None for an error of another kind."""
-        text = str(error)
+        message = str(error)
         is_memory_error = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not is_memory_error and not (isinstance(error, RuntimeError) and any(phrase in text for phrase in _PHRASES)):
+        if not is_memory_error and not (
+            isinstance(error, RuntimeError) and any(phrase in message for phrase in _PHRASES)
+        ):
             return None
-        match = _NEEDED.search(text)
+        match = _NEEDED.search(message)
         return cls(None if match is None else int(float(match[1]) * _UNITS[match[2]]))
 
     def error(self, subject: str, device: torch.device, todo: str) -> OutOfMemory:

@@ -67,9 +67,9 @@ class TrainingMachine:
                     raise
                 shortage = shortage_now
             hardware.release(self._trainer.decoder.device)
-        what = f"what an operation of {spec.run} needs, an adapter of rank {spec.rank},"
+        subject = f"what an operation of {spec.run} needs, an adapter of rank {spec.rank},"
         raise shortage.error(
-            what, self._trainer.decoder.device, "Train one of a lower rank, or when fewer others train"
+            subject, self._trainer.decoder.device, "Train one of a lower rank, or when fewer others train"
         )
 
     def _apply(self, state: RunState, operation: Operation, source: Files | None) -> Work[Outcome[RunState]]:

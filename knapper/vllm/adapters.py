@@ -124,7 +124,7 @@ class AdapterFiles:
         await asyncio.to_thread(checkpoint_format.read, files, index.spec, adapter_layout, with_optimizer=False)
         number = next(self._numbers)
         if self._directory is None:
-            self._directory, self._descriptor = _own(self._memory)
+            self._directory, self._descriptor = _locked_directory(self._memory)
         directory = self._directory / str(number)
         await asyncio.to_thread(_write, directory, files)
         size = sum(map(len, files.values()))
@@ -171,7 +171,7 @@ def _write(directory: Path, files: dict[str, bytes]) -> None:
         (directory / name).write_bytes(files[name])
 
 
-def _own(memory: Path) -> tuple[Path, int]:
+def _locked_directory(memory: Path) -> tuple[Path, int]:
     """A new directory for this account alone, and its descriptor, which locks it."""
     while True:
         directory = Path(tempfile.mkdtemp(prefix=_OURS, dir=memory))

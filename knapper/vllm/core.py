@@ -297,8 +297,8 @@ def _delta(output: Any, request: SequenceRequest) -> TokenDelta:
 def _prompt_row(row: Any, request: SequenceRequest) -> tuple[float, Top] | None:
     if row is None:
         return None
-    own = next(iter(row.values()))  # the prompt's own token comes first
-    return own.logprob, _top(row, request.prompt_top or 0)
+    first = next(iter(row.values()))  # the prompt's own token comes first
+    return first.logprob, _top(row, request.prompt_top or 0)
 
 
 def _top(row: Any, k: int) -> Top:

@@ -12,7 +12,7 @@ class DeviceTime:
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
-        self._at = 0.0  # when both of these were last updated
+        self._updated_s = 0.0  # when both of these were last updated
         self._per_sequence_s = 0.0  # seconds of a sequence that was active from the start
         self._busy_s = 0.0
         self._active = 0
@@ -39,6 +39,6 @@ class DeviceTime:
     def _advance(self) -> None:
         now = self._now()
         if self._active:
-            self._per_sequence_s += (now - self._at) / self._active
-            self._busy_s += now - self._at
-        self._at = now
+            self._per_sequence_s += (now - self._updated_s) / self._active
+            self._busy_s += now - self._updated_s
+        self._updated_s = now

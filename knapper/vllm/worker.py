@@ -44,16 +44,16 @@ def _score_prompts_with_their_own_adapters(runner: Any) -> None:
     rows_max = runner.max_num_reqs  # the length of vLLM's tables of sampled rows
     scored: list[Any] = []  # the request whose prompt is being scored
 
-    def logits_of(hidden: Any, *rest: Any, **named: Any) -> Any:
+    def logits_of(hidden: Any, *args: Any, **kwargs: Any) -> Any:
         if not scored:
-            return compute_logits(hidden, *rest, **named)
+            return compute_logits(hidden, *args, **kwargs)
         lora = scored[0].lora_request
         number = lora.lora_int_id if lora else 0
         parts = []
         for part in hidden.split(rows_max):
             rows = (number,) * part.shape[0]
             runner._set_active_loras(rows, rows, {lora} if lora else set())
-            parts.append(compute_logits(part, *rest, **named))
+            parts.append(compute_logits(part, *args, **kwargs))
         return torch.cat(parts)
 
     def one_by_one(hidden: Any, scheduled: dict[str, int]) -> dict[str, Any]:
@@ -77,10 +77,10 @@ def _score_prompts_with_their_own_adapters(runner: Any) -> None:
 
 def _leave_base_rows_alone(wrapper: Any) -> None:
     def patched(add: Callable[..., Any], adapter_of_row: Callable[[], Tensor]) -> Callable[..., Any]:
-        def only_to_adapted(y: Tensor, *rest: Any, **named: Any) -> Any:
+        def only_to_adapted(y: Tensor, *args: Any, **kwargs: Any) -> Any:
             base_rows = adapter_of_row()[: y.shape[0]] < 0
             before = y[base_rows].clone()
-            added = add(y, *rest, **named)
+            added = add(y, *args, **kwargs)
             y[base_rows] = before
             return added
 

@@ -33,10 +33,10 @@ def assert_stays(compute: Callable[[Tensor], Tensor], x_N: Tensor, planted: floa
     for sick in {0, len(x_N) // 2, len(x_N) - 1}:
         x = x_N.clone()
         x[sick] = planted
-        found = compute(x)
-        assert not found[sick].isfinite().all(), "the planted row shows what was planted, or nothing was tested"
+        outputs = compute(x)
+        assert not outputs[sick].isfinite().all(), "the planted row shows what was planted, or nothing was tested"
         others = [row for row in range(len(x_N)) if row != sick]
-        assert torch.equal(found[others], healthy[others]), (sick, planted)
+        assert torch.equal(outputs[others], healthy[others]), (sick, planted)
 
 
 @pytest.mark.parametrize("planted", PLANTED)
@@ -102,9 +102,9 @@ def test_of_the_head(vocabulary: int, dtype: torch.dtype, planted: float) -> Non
 @pytest.mark.parametrize("planted", PLANTED)
 @pytest.mark.parametrize("width", [8, 24, 64])
 def test_of_attention_over_several_texts(width: int, planted: float) -> None:
-    texts, tokens, heads, groups = 3, 70, 4, 2
-    k, v = (random(texts, tokens, groups, width, seed=seed) for seed in (2, 3))
-    bias = torch.zeros(texts, 1, 1, batch_invariant_attention.KEYS)
+    sequences, tokens, heads, groups = 3, 70, 4, 2
+    k, v = (random(sequences, tokens, groups, width, seed=seed) for seed in (2, 3))
+    bias = torch.zeros(sequences, 1, 1, batch_invariant_attention.KEYS)
     keys, values = (x[:, : batch_invariant_attention.KEYS].transpose(1, 2) for x in (k, v))
 
     def trained(q: Tensor) -> Tensor:
@@ -112,8 +112,8 @@ def test_of_attention_over_several_texts(width: int, planted: float) -> None:
 
     def decoded(q: Tensor) -> Tensor:
         return batch_invariant_attention.decoded(
-            q[:, 0].view(texts, groups, heads // groups, width), keys, values, bias
+            q[:, 0].view(sequences, groups, heads // groups, width), keys, values, bias
         )
 
     for compute in (trained, decoded):
-        assert_stays(compute, random(texts, tokens, heads, width, seed=1), planted)
+        assert_stays(compute, random(sequences, tokens, heads, width, seed=1), planted)

@@ -48,8 +48,8 @@ def turns(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[
     names: dict[int, str] = {}
     opened, compute = trainer.open, batch.compute
 
-    def named(state: RunState, asked: ForwardBackward) -> PendingRequest:
-        one = opened(state, asked)
+    def named(state: RunState, opened_run: ForwardBackward) -> PendingRequest:
+        one = opened(state, opened_run)
         names[id(one)] = state.spec.run
         return one
 
@@ -62,13 +62,13 @@ def turns(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[
     return found
 
 
-def texts(count: int, length: int) -> list[Datum]:
+def datums(count: int, length: int) -> list[Datum]:
     rng = np.random.default_rng(count * 100 + length)
     return [datum(length, "cross_entropy", rng) for _ in range(count)]
 
 
-def asked(trainer: Trainer, name: str, count: int, length: int) -> tuple[RunState, ForwardBackward]:
-    return trainer.create(spec(run=name)), request(texts(count, length))
+def opened_run(trainer: Trainer, name: str, count: int, length: int) -> tuple[RunState, ForwardBackward]:
+    return trainer.create(spec(run=name)), request(datums(count, length))
 
 
 @pytest.mark.parametrize(("lengths", "bound"), [([10] * 8, 10), ([3, 5, 8, 10, 16, 24, 30, 32], 3 * ROWS_MAX)])
@@ -90,7 +90,7 @@ def test_runs_that_always_want_more_get_equal_shares_by_rows(
 
     gate = held(device)
     for index, length in enumerate(lengths):
-        ask(f"run-{index}", *asked(trainer, f"run-{index}", 1, length))
+        ask(f"run-{index}", *opened_run(trainer, f"run-{index}", 1, length))
     gate.set()
     assert over.wait(60)
     served = Counter[str]()
@@ -107,9 +107,9 @@ def test_a_veteran_does_not_wait_for_a_newcomer_to_catch_up(
     trainer: Trainer, device: Executor, turns: list[list[tuple[str, int]]]
 ) -> None:
     clock = TrainingScheduler(trainer, device, lambda: 0.0)
-    gathered(device, clock, [asked(trainer, "veteran", 20, 32)])
+    gathered(device, clock, [opened_run(trainer, "veteran", 20, 32)])
     turns.clear()
-    gathered(device, clock, [asked(trainer, "new", 6, 32), asked(trainer, "veteran", 6, 32)])
+    gathered(device, clock, [opened_run(trainer, "new", 6, 32), opened_run(trainer, "veteran", 6, 32)])
     assert [name for ((name, _),) in turns] == ["new", "veteran"] * 6
 
 
@@ -118,8 +118,8 @@ def test_a_newcomer_does_not_catch_up_with_what_others_had_before_it_came(
 ) -> None:
     clock = TrainingScheduler(trainer, device, lambda: 0.0)
     gate = held(device)
-    busy, first = (submitted(clock, *asked(trainer, name, n, 32)) for name, n in (("busy", 12), ("first", 4)))
-    late = asked(trainer, "new", 4, 32)
+    busy, first = (submitted(clock, *opened_run(trainer, name, n, 32)) for name, n in (("busy", 12), ("first", 4)))
+    late = opened_run(trainer, "new", 4, 32)
     later: Future[Any] = Future()
     first.add_done_callback(lambda _: submitted(clock, *late).add_done_callback(later.set_result))
     gate.set()
@@ -137,7 +137,7 @@ def test_another_runs_optim_step_waits_for_one_pass_at_most(
     """The barrier is each run's own: a step of `short` is applied while `long` has most of its passes before it."""
     machine = TrainingMachine(trainer, device, lambda: 0.0)
     gate = held(device)
-    long = submitted(machine.scheduler, *asked(trainer, "long", 30, 32))
+    long = submitted(machine.scheduler, *opened_run(trainer, "long", 30, 32))
 
     async def short() -> int:
         await machine.apply(trainer.create(spec(run="short")), optim_step(learning_rate=1e-3), None)
@@ -177,7 +177,7 @@ def test_sampling_takes_its_turns_within_a_pass(
 
     async def story() -> None:
         gate = held(device)
-        futures = [submitted(clock, *asked(trainer, f"run-{n}", 40 // loops, 32)) for n in range(loops)]
+        futures = [submitted(clock, *opened_run(trainer, f"run-{n}", 40 // loops, 32)) for n in range(loops)]
         work = [asyncio.ensure_future(sampler.sample(one)) for one in samples]
         await asyncio.sleep(0.01)
         gate.set()
@@ -185,8 +185,8 @@ def test_sampling_takes_its_turns_within_a_pass(
 
     asyncio.run(story())
     assert len(turns) == 40
-    pieces = len(before) // 40
-    within = [before[n * pieces + pieces - 1] - before[n * pieces] for n in range(40)]
+    chunk = len(before) // 40
+    within = [before[n * chunk + chunk - 1] - before[n * chunk] for n in range(40)]
     assert sum(within) > 0  # decoding goes on while a pass is under way
     assert len([n for n in before if 0 < n < max(before)]) > 1  # and passes while texts are
 
@@ -198,7 +198,7 @@ def test_what_waits_and_how_full_passes_are_is_counted(trainer: Trainer, device:
     gate = held(device)
     futures: list[Future[Any]] = []
     for name, count in (("a", 1), ("b", 1), ("c", 2)):
-        futures.append(submitted(clock, *asked(trainer, name, count, 16)))
+        futures.append(submitted(clock, *opened_run(trainer, name, count, 16)))
         now[0] += 5.0
     assert (clock.waiting, clock.oldest_s()) == (3, 15.0)
     gate.set()

@@ -71,13 +71,13 @@ def test_a_request_that_does_not_fit_alone_is_told_so_and_the_others_go_on(
     passes: Callable[[Callable[[], Exception]], list[int]],
     error: Callable[[], Exception],
 ) -> None:
-    asked = [runs(trainer)[index] for index in (0, 3)]
-    alone = [done(trainer.forward_backward(state, one)) for state, one in asked]
+    requests = [runs(trainer)[index] for index in (0, 3)]
+    alone = [done(trainer.forward_backward(state, one)) for state, one in requests]
     seen = passes(error)
     clock = TrainingScheduler(trainer, device, lambda: 0.0)
-    *found, failed = gathered(device, clock, [*asked, bad(trainer)])
-    for mine, wanted in zip(found, alone, strict=True):
-        assert_equal(mine, *wanted)
+    *results, failed = gathered(device, clock, [*requests, bad(trainer)])
+    for result, wanted in zip(results, alone, strict=True):
+        assert_equal(result, *wanted)
     assert isinstance(failed, OutOfMemory)
     assert "a training pass of bad does not fit into the server's memory: it needs" in str(failed)
     assert "Send shorter datums or fewer of them in a request" in str(failed)
@@ -88,21 +88,21 @@ def test_a_request_that_does_not_fit_alone_is_told_so_and_the_others_go_on(
 
 def test_wherever_memory_is_lacking_for_a_moment_training_is_the_same(trainer: Trainer, device: Executor) -> None:
     """One operator after another fails once: where gradients are allocated, in passes, in losses, in sums."""
-    asked = runs(trainer)
-    alone = [done(trainer.forward_backward(state, one)) for state, one in asked]
+    requests = runs(trainer)
+    alone = [done(trainer.forward_backward(state, one)) for state, one in requests]
     counted = Operators(lambda _number, _name: False, gpu_error)
     with on(device, counted):
-        gathered(device, TrainingScheduler(trainer, device, lambda: 0.0), asked)
+        gathered(device, TrainingScheduler(trainer, device, lambda: 0.0), requests)
     rng = np.random.default_rng(2)
     firsts = range(1, 25)  # where gradients' arenas are made
     for at in [*firsts, *sorted(rng.integers(25, counted.count + 1, 25).tolist())]:
         clock = TrainingScheduler(trainer, device, lambda: 0.0)
         broken = Operators(lambda number, _name, at=at: number == at, gpu_error)  # type: ignore[misc]
         with on(device, broken):
-            found = gathered(device, clock, asked)
+            results = gathered(device, clock, requests)
         assert broken.broken == 1
-        for mine, wanted in zip(found, alone, strict=True):
-            assert_equal(mine, *wanted)
+        for result, wanted in zip(results, alone, strict=True):
+            assert_equal(result, *wanted)
         assert clock.waiting == 0
 
 

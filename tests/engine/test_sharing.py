@@ -41,8 +41,8 @@ def pass_s(rows: int) -> float:
     return 0.25 + 0.0074 * rows
 
 
-def decoding_s(texts: int) -> float:
-    return 0.10 + 0.006 * texts
+def decoding_s(sequences: int) -> float:
+    return 0.10 + 0.006 * sequences
 
 
 def prefill_s(prompts: int) -> float:
@@ -92,7 +92,7 @@ class Loops:
         self.ends: list[list[float]] = [[] for _ in range(count)]
         self.steps = steps
         rng = np.random.default_rng(0)
-        self.asked = request([datum(ROWS // SAMPLES, "cross_entropy", rng) for _ in range(SAMPLES)])
+        self.request_body = request([datum(ROWS // SAMPLES, "cross_entropy", rng) for _ in range(SAMPLES)])
         self.states = [trainer.create(spec(run=f"run-{index}")) for index in range(count)]
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
@@ -131,7 +131,7 @@ class Loops:
 
     def train(self, index: int) -> None:
         self.world.under_way += 1
-        answer = self.clock.submit(self.states[index], lambda: self.asked)
+        answer = self.clock.submit(self.states[index], lambda: self.request_body)
         answer.add_done_callback(lambda _: self.step_done(index))
 
     def step_done(self, index: int) -> None:
@@ -165,14 +165,14 @@ def world(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
             world.spend(takes_s / (2 * LAYERS))
             yield
 
-    def stepped(self: NativeDecodeState, *given: Any) -> Any:
-        found = step(self, *given)
+    def stepped(self: NativeDecodeState, *args: Any) -> Any:
+        result = step(self, *args)
         world.spend(decoding_s(len(self.rows)))
-        return found
+        return result
 
-    def prefilled(given: Sequence[Any]) -> Any:
-        world.spend(prefill_s(len(given)))
-        return prompts(given)
+    def prefilled(args: Sequence[Any]) -> Any:
+        world.spend(prefill_s(len(args)))
+        return prompts(args)
 
     monkeypatch.setattr(batch, "compute", computed)
     monkeypatch.setattr(NativeDecodeState, "step", stepped)

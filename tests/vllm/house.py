@@ -60,12 +60,12 @@ class House:
             adapters_at_once=2, adapters_kept=4, device="cpu", memory=0.9, kv_bytes=2**30, threads=1, sleeps=False,
         )  # fmt: skip
         self.engine = CoreLifecycle(lambda: Core.start(options, os.environ), rest_s)
-        self.shelf = AdapterFiles(
+        self.adapters = AdapterFiles(
             self.store, self.facts, memory, self.engine.forget, lambda spec: refusal(spec, rank_max)
         )
-        self.turns = SlotQueue(sequences_max, options.adapters_at_once)
-        self.shares = DeviceTime(time.monotonic)
-        self.sampler = VllmSampler(self.engine, self.shelf, self.facts, self.tokenizer, self.turns, self.shares)
+        self.slots = SlotQueue(sequences_max, options.adapters_at_once)
+        self.device_time = DeviceTime(time.monotonic)
+        self.sampler = VllmSampler(self.engine, self.adapters, self.facts, self.tokenizer, self.slots, self.device_time)
 
     def run(self, *requests: SampleRequest) -> list[SampleOutput]:
         async def together() -> list[SampleOutput]:
@@ -90,7 +90,7 @@ class House:
 
     def close(self) -> None:
         self.engine.close()
-        self.shelf.close()
+        self.adapters.close()
         self.loop.close()
 
 

@@ -106,13 +106,15 @@ def _forward(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Te
     for start in range(0, rows, _queries):
         stop = min(start + _queries, rows)
         keys = min(_whole_blocks(past + stop), keys_BGCD.shape[2])
-        own = past + start  # the first key that some of these rows must not see
+        first_hidden_key = past + start  # the first key that some of these rows must not see
         step = max(1, _scores_max // (heads * (stop - start) * keys))
         for first in range(0, sequences, step):
             chunk = slice(first, first + step)
             q_XMD = q_BGQTD[chunk, :, :, start:stop].reshape(-1, queries * (stop - start), width)
             scores_XMC = torch.bmm(q_XMD, keys_BGCD[chunk, :, :keys].flatten(0, 1).transpose(1, 2))
-            scores_XMC.view(-1, stop - start, keys)[..., own:].add_(mask[: stop - start, : keys - own])
+            scores_XMC.view(-1, stop - start, keys)[..., first_hidden_key:].add_(
+                mask[: stop - start, : keys - first_hidden_key]
+            )
             values_XCD = values_BGCD[chunk, :, :keys].flatten(0, 1)
             chunk_outputs, top, sums = _weighted_(scores_XMC, values_XCD, scores_XMC.shape[1])
             outputs[chunk, :, :, start:stop] = chunk_outputs.view(-1, groups, queries, stop - start, width)

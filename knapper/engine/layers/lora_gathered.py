@@ -118,7 +118,7 @@ class GatheredLora:
     def _sum(self, y_NO: Tensor, delta: Tensor, blocks: "_Blocks") -> Tensor:
         if self._in_order:
             return (y_NO + delta[: len(y_NO)]).to(y_NO.dtype)
-        full = delta.new_zeros(y_NO.shape).index_copy_(0, blocks.rows_of, delta.index_select(0, blocks.where))
+        full = delta.new_zeros(y_NO.shape).index_copy_(0, blocks.group_rows, delta.index_select(0, blocks.block_rows))
         return (y_NO + full).to(y_NO.dtype)
 
 
@@ -129,9 +129,9 @@ class _Blocks:
     width: int
     adapters: list[int]  # of each block
     gather: Tensor
-    rows_of: Tensor
-    where: Tensor
-    every: bool  # one block for each adapter, in order
+    group_rows: Tensor
+    block_rows: Tensor
+    one_each: bool  # one block for each adapter, in order
 
     @property
     def rows(self) -> int:
@@ -139,7 +139,7 @@ class _Blocks:
 
     def of(self, stacked: Tensor) -> Tensor:
         """The adapters' tensors, by block."""
-        if self.every:
+        if self.one_each:
             return stacked
         if len(stacked) == 1:
             return stacked.expand(len(self.adapters), *stacked.shape[1:])

@@ -73,7 +73,7 @@ class _Adapted(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         parts: tuple[Tensor, ...] = linear(x_NI).split(linear.widths, dim=1)
         lows: list[Tensor] = []
-        for span, a, b in _each(spans, matrices):
+        for span, a, b in _matrices_of(spans, matrices):
             x_MI = span.of(x_NI).to(a[0].dtype)
             layout = linear.exactness.adapter(padded_rank(len(a[0])), a[0])
             low_MR = product(layout, x_MI, _stacked([pad_rank(a_RI, 0) for a_RI in a])) * span.scale
@@ -92,7 +92,7 @@ class _Adapted(torch.autograd.Function):
         lows, matrices = saved[: len(spans)], saved[len(spans) :]
         grad_NI = linear.back(grads) if ctx.needs_input_grad[2] else None
         matrix_grads: list[Tensor] = []
-        for low_MR, (span, a, b) in zip(lows, _each(spans, matrices), strict=True):
+        for low_MR, (span, a, b) in zip(lows, _matrices_of(spans, matrices), strict=True):
             x_MI = span.of(x_NI).to(a[0].dtype)
             part_grads = [span.of(grads[part]).to(x_MI.dtype) for part in span.parts]
             grad_low_MR = _joined([grad_MO @ b_OR for grad_MO, b_OR in zip(part_grads, b, strict=True)]).mul_(
@@ -106,7 +106,7 @@ class _Adapted(torch.autograd.Function):
         return None, None, grad_NI, *matrix_grads
 
 
-def _each(
+def _matrices_of(
     spans: Sequence[_Span], matrices: Sequence[Tensor]
 ) -> Iterator[tuple[_Span, Sequence[Tensor], Sequence[Tensor]]]:
     """Each span with its A and its B."""

@@ -26,12 +26,12 @@ _LEAST_BYTES: Final = {"float32": 4, "bfloat16": 2, "auto": 2}  # bytes of a num
 
 def expect_device(settings: Settings) -> torch.device:
     """The device of the settings, with its memory capped at their share. Raises InvalidField."""
-    where = device_for(settings.device)
-    take_memory(where, settings.gpu_memory_share)
-    return where
+    device = device_for(settings.device)
+    take_memory(device, settings.gpu_memory_share)
+    return device
 
 
-def expect_loadable(settings: Settings, where: torch.device, least_bytes: int | None = None) -> None:
+def expect_loadable(settings: Settings, device: torch.device, least_bytes: int | None = None) -> None:
     """Raises UnsupportedModel for a refused architecture, UserError for weights that do not fit.
 
     `least_bytes`: bytes of a number, once the dtype is known.
@@ -41,17 +41,17 @@ def expect_loadable(settings: Settings, where: torch.device, least_bytes: int | 
     if any(directory.glob("*.safetensors")):  # none before the download
         bytes_each = least_bytes or _LEAST_BYTES[settings.dtype]
         _expect_memory(
-            settings, where, bytes_each * sum(header.numbers for header in weight_files.entries(directory).values())
+            settings, device, bytes_each * sum(header.numbers for header in weight_files.entries(directory).values())
         )
 
 
-def _expect_memory(settings: Settings, where: torch.device, needed: int) -> None:
+def _expect_memory(settings: Settings, device: torch.device, needed: int) -> None:
     """A CPU's weights may go into swap, though slowly. Beyond that the kernel would kill this process, or another."""
-    free = memory_left(where) + (host_memory.swap() if where.type == "cpu" else 0)
+    free = memory_left(device) + (host_memory.swap() if device.type == "cpu" else 0)
     if needed > free:
         raise UserError(
             f"the weights of {settings.model} take {sized(needed)}, and {sized(free)} of memory are free on "
-            f"{where.type}: free some, give the engine a larger machine, set KNAPPER_DTYPE=bfloat16 if it is float32, "
+            f"{device.type}: free some, give the engine a larger machine, set KNAPPER_DTYPE=bfloat16 if it is float32, "
             "or serve a smaller model"
         )
 

@@ -110,8 +110,8 @@ class TransformersModel:
         self._body = body
         self._lora: Lora | None = None
         self.adapted: set[str] = set()  # target modules that a pass has called
-        for site, linear in linears.items():
-            linear.register_forward_hook(self._hook(site))
+        for target, linear in linears.items():
+            linear.register_forward_hook(self._hook(target))
 
     def layer_segments(
         self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]
@@ -178,13 +178,13 @@ class TransformersModel:
         rows_TH = rows_TH if self.head.scale == 1.0 else rows_TH * self.head.scale
         return rows_TH, out.past_key_values if caches else None
 
-    def _hook(self, site: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+    def _hook(self, target: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            self.adapted.add(site)
+            self.adapted.add(target)
             lora = self._lora
-            if lora is None or site not in lora.a:
+            if lora is None or target not in lora.a:
                 return None
-            a_RI, b_OR = lora.a[site], lora.b[site]
+            a_RI, b_OR = lora.a[target], lora.b[target]
             delta = F.linear(F.linear(inputs[0].to(a_RI.dtype), a_RI) * lora.scale, b_OR)
             return (output + delta).to(output.dtype)
 

@@ -40,15 +40,15 @@ def load(directory: Path, dtype: torch.dtype, device: torch.device) -> Transform
     _refuse(raw, directory)
     loaded = _loaded(directory, raw, dtype).to(device)
     loaded.requires_grad_(False).eval()
-    text = loaded.config.get_text_config(decoder=True)
+    config = loaded.config.get_text_config(decoder=True)
     body, output, lora_targets = _parts(loaded, directory)
-    head = Head(output.weight, output.bias, _scale(text), getattr(text, "final_logit_softcapping", None))
-    linears = {site.name: loaded.get_submodule(site.module) for site in lora_targets if site.part != "unembed"}
+    head = Head(output.weight, output.bias, _scale(config), getattr(config, "final_logit_softcapping", None))
+    linears = {target.name: loaded.get_submodule(target.module) for target in lora_targets if target.part != "unembed"}
     facts = TransformersFacts(
         architecture=type(loaded).__name__,
         vocab_size=output.weight.shape[0],
-        context=_context(text, directory),
-        eos=end_tokens(text.to_dict(), directory),
+        context=_context(config, directory),
+        eos=end_tokens(config.to_dict(), directory),
         tied=loaded.get_input_embeddings().weight is output.weight,
         lora_targets=lora_targets,
     )
@@ -119,17 +119,17 @@ def _loaded(directory: Path, raw: Mapping[str, Any], dtype: torch.dtype) -> Any:
     return loaded
 
 
-def _scale(text: Any) -> float:
+def _scale(config: Any) -> float:
     """Cohere multiplies logits, Granite divides them."""
-    return float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
 
 
-def _context(text: Any, directory: Path) -> int:
-    context = getattr(text, "max_position_embeddings", None)
+def _context(config: Any, directory: Path) -> int:
+    context = getattr(config, "max_position_embeddings", None)
     if not isinstance(context, int) or context < 2:
         raise UnsupportedModel(f"{directory}/config.json: max_position_embeddings is {context!r}; expected 2 or more")
     # Beyond it positions are scaled by the text's length, and a row would depend on later tokens.
-    rope = getattr(text, "rope_parameters", None) or {}
+    rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("longrope", "dynamic"):
         context = min(context, int(rope.get("original_max_position_embeddings") or context))
     return context
@@ -141,7 +141,7 @@ def _lora_targets(loaded: Any, output: nn.Module, directory: Path) -> tuple[Lora
     parts: dict[str, Part] = {}
     for name, module in loaded.named_modules():
         in_layer = any(step.isdigit() for step in name.split("."))
-        matrices = [own for own, p in module.named_parameters(recurse=False) if p.dim() > 1]
+        matrices = [parameter for parameter, tensor in module.named_parameters(recurse=False) if tensor.dim() > 1]
         if module is output:
             parts[name] = "unembed"
         elif in_layer and isinstance(module, nn.Linear):
@@ -184,8 +184,8 @@ def _peft_target(name: str, parts: Mapping[str, Part], names: list[str]) -> str:
 def _expect_trial(model: TransformersModel, loaded: Any, lora_targets: set[str], directory: Path) -> int:
     """Bytes of a token's keys and values. Raises UnsupportedModel unless a trial equals the whole model."""
 
-    def refuse(why: str) -> None:
-        raise UnsupportedModel(f"{directory}: {model.architecture} is not served: {why}")
+    def refuse(reason: str) -> None:
+        raise UnsupportedModel(f"{directory}: {model.architecture} is not served: {reason}")
 
     tokens_T = torch.arange(_TRIAL_TOKENS, device=model.device) * 7919 % model.config.vocab_size
     with torch.no_grad():

@@ -102,10 +102,10 @@ def promised(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     norms += [(f"self_attn.{name}_norm", config.head_dim) for name in "qk"] if config.qk_norm else []
     yield "model.embed_tokens.weight", (config.vocab_size, hidden)
     yield "model.norm.weight", (hidden,)
-    for at in (f"model.layers.{index}" for index in range(config.layers)):
-        yield from ((f"{at}.{name}.weight", (width,)) for name, width in norms)
-        yield from ((f"{at}.{name}.weight", (rows, inputs)) for name, rows, inputs, _ in linears)
-        yield from ((f"{at}.{name}.bias", (rows,)) for name, rows, _, biased in linears if biased)
+    for prefix in (f"model.layers.{index}" for index in range(config.layers)):
+        yield from ((f"{prefix}.{name}.weight", (width,)) for name, width in norms)
+        yield from ((f"{prefix}.{name}.weight", (rows, inputs)) for name, rows, inputs, _ in linears)
+        yield from ((f"{prefix}.{name}.bias", (rows,)) for name, rows, _, biased in linears if biased)
     if not config.tied:
         yield "lm_head.weight", (config.vocab_size, hidden)
 

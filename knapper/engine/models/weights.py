@@ -68,16 +68,16 @@ def load(
         return tensors.take(f"{name}.weight").to(dtype)
 
     def layer(index: int) -> LayerWeights:
-        at = f"model.layers.{index}"
-        q, k, v, o = (f"{at}.self_attn.{name}_proj" for name in "qkvo")
-        gate, up, down = (f"{at}.mlp.{name}_proj" for name in ("gate", "up", "down"))
+        prefix = f"model.layers.{index}"
+        q, k, v, o = (f"{prefix}.self_attn.{name}_proj" for name in "qkvo")
+        gate, up, down = (f"{prefix}.mlp.{name}_proj" for name in ("gate", "up", "down"))
         return LayerWeights(
-            input_norm=norm(f"{at}.input_layernorm"),
+            input_norm=norm(f"{prefix}.input_layernorm"),
             qkv=linear(q, k, v, biased=config.attention_bias),
-            q_norm=norm(f"{at}.self_attn.q_norm") if config.qk_norm else None,
-            k_norm=norm(f"{at}.self_attn.k_norm") if config.qk_norm else None,
+            q_norm=norm(f"{prefix}.self_attn.q_norm") if config.qk_norm else None,
+            k_norm=norm(f"{prefix}.self_attn.k_norm") if config.qk_norm else None,
             o=linear(o, biased=config.output_bias),
-            post_norm=norm(f"{at}.post_attention_layernorm"),
+            post_norm=norm(f"{prefix}.post_attention_layernorm"),
             gate_up=linear(gate, up),
             down=linear(down),
         )

@@ -90,10 +90,10 @@ class Prefiller:
         prompts = [
             PrefillPrompt(sequence.fed_T, sequence.group.lora, drawn=len(sequence.tokens) - 1) for sequence in sequences
         ]
-        made = self._model.prefill(prompts)
+        prefilled = self._model.prefill(prompts)
         self._counters.prefills += 1
-        self._counters.prefilled_tokens += sum(each.computed for each in made)
-        return [each.past for each in made]
+        self._counters.prefilled_tokens += sum(prompt.computed for prompt in prefilled)
+        return [prompt.past for prompt in prefilled]
 
     def _cached(self, group: SequenceGroup) -> tuple[CachedPrompt | None, int]:
         """The cached prompt with the longest common prefix, and how many of its tokens the request can reuse."""

@@ -57,9 +57,9 @@ def _check_prompt(request: SampleRequest, config: Facts) -> None:
         raise InvalidField("prompt", list(prompt.shape), "a list of at least one token")
     wrong = np.flatnonzero((prompt < 0) | (prompt >= config.vocab_size))
     if wrong.size:
-        at = int(wrong[0])
+        position = int(wrong[0])
         allowed = f"token ids 0 to {config.vocab_size - 1} (the vocabulary has {config.vocab_size})"
-        raise InvalidField(f"prompt[{at}]", int(prompt[at]), allowed)
+        raise InvalidField(f"prompt[{position}]", int(prompt[position]), allowed)
     ContextLengthExceeded.check(int(prompt.size), request.params.max_tokens, config.context)
 
 
@@ -81,8 +81,8 @@ def _check_scores(request: SampleRequest, config: Facts) -> None:
         )
     wrong = np.flatnonzero((targets.values < -1) | (targets.values >= config.vocab_size))
     if wrong.size:
-        at, allowed = int(wrong[0]), f"-1 (nothing is asked), or a token id, 0 to {config.vocab_size - 1}"
-        raise InvalidField(f"target_prompt_logprobs.data[{at}]", int(targets.values[at]), allowed)
+        index, allowed = int(wrong[0]), f"-1 (nothing is asked), or a token id, 0 to {config.vocab_size - 1}"
+        raise InvalidField(f"target_prompt_logprobs.data[{index}]", int(targets.values[index]), allowed)
     if not (targets.values >= 0).any():
         raise InvalidField("target_prompt_logprobs", "-1 everywhere", "at least one token id")
 

@@ -36,10 +36,10 @@ def test_gradients_are_bit_for_bit_those_of_one_backward() -> None:
     rows = done(course.forward(begin(), layer_segments))
     assert torch.equal(rows, x)
     done(course.backward(2 * rows.detach()))
-    for mine, theirs in zip(parts, whole, strict=True):
+    for leaf, theirs in zip(parts, whole, strict=True):
         assert theirs.grad is not None
-        assert mine.grad is not None
-        assert torch.equal(mine.grad, theirs.grad)
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad, theirs.grad)
 
 
 @pytest.mark.parametrize("trained", [0, 3, 5])
@@ -70,12 +70,12 @@ def test_others_compute_without_gradients_between_two_stretches() -> None:
 
 
 def test_what_a_stretch_kept_is_free_once_it_is_differentiated() -> None:
-    kept: list[weakref.ref[Tensor]] = []
+    graphs: list[weakref.ref[Tensor]] = []
     weight = torch.ones(16, requires_grad=True)
 
     def stretch(x: Tensor) -> Tensor:
         y = x * weight
-        kept.append(weakref.ref(y))
+        graphs.append(weakref.ref(y))
         return y
 
     course = LayerwisePass(differentiates=True)
@@ -83,6 +83,6 @@ def test_what_a_stretch_kept_is_free_once_it_is_differentiated() -> None:
     gc.disable()
     try:
         for index, _ in enumerate(course.backward(torch.ones_like(rows))):
-            assert [ref() is not None for ref in kept] == [True] * (2 - index) + [False] * (index + 1)
+            assert [ref() is not None for ref in graphs] == [True] * (2 - index) + [False] * (index + 1)
     finally:
         gc.enable()

@@ -19,7 +19,7 @@ def steps(decoder: Decoder, adapters: Sequence[Lora | None], story: Sequence[Seq
     """Logits by text, for each step; `story`: which texts take part in it, text n with `adapters[n]`."""
     decode_state = decoder.decode_state(1 << 14)
     slots: dict[int, object] = {}
-    found = []
+    by_step = []
     for members in story:
         for gone in set(slots) - set(members):
             decode_state.remove(slots.pop(gone))  # type: ignore[arg-type]  # whatever it is
@@ -33,8 +33,8 @@ def steps(decoder: Decoder, adapters: Sequence[Lora | None], story: Sequence[Seq
         logits = decode_state.step(
             torch.tensor([7 + number for number in order]), [adapters[number] for number in order]
         )
-        found.append(dict(zip(order, logits, strict=True)))
-    return found
+        by_step.append(dict(zip(order, logits, strict=True)))
+    return by_step
 
 
 @pytest.mark.parametrize("ranks", [(4, 4, 4), (3, 5, 8), (8, 40, 16)])
@@ -54,7 +54,7 @@ def test_an_adapter_stays_a_texts_own_whoever_came_with_it_and_left(
         [[0, 3], [0], [0]],
     ):
         began: dict[int, int] = {}
-        for step, found in enumerate(steps(decoder, [*adapters, None], story)):
-            for number, logits in found.items():
+        for step, logits_by_number in enumerate(steps(decoder, [*adapters, None], story)):
+            for number, logits in logits_by_number.items():
                 own = step - began.setdefault(number, step)
                 assert torch.equal(logits, alone[number][own][number]), f"text {number} in step {step} of {story}"

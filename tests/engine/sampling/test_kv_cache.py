@@ -116,8 +116,8 @@ def test_sequences_move_and_leave_within_the_memory_and_keep_what_they_are(confi
                     decode_state[slot] = torch.cat([kv, more], dim=2), end, cost
                     slot.length = grown
                 for slot, (kv, _, _) in decode_state.items():
-                    found = torch.stack([slot.pool.read(layer, slot) for layer in range(config.layers)])
-                    assert torch.equal(found, kv), f"seed {seed}, step {step}"
+                    read_back = torch.stack([slot.pool.read(layer, slot) for layer in range(config.layers)])
+                    assert torch.equal(read_back, kv), f"seed {seed}, step {step}"
                 assert cache.tokens <= cache.allocated <= positions_max
         assert held.peak <= (positions_max * config.layers + positions_max) * one_layer, "and one layer, while it grows"
 
@@ -141,8 +141,8 @@ def test_wherever_a_move_breaks_others_are_as_they_were(config: ModelConfig, pos
     while True:
         number += 1
         cache = cache_of(config, positions_max)
-        kept = [random_kv(config, length, seed=length) for length in lengths]
-        slots = [cache.add(kv, length) for kv, length in zip(kept, lengths, strict=True)]
+        contents = [random_kv(config, length, seed=length) for length in lengths]
+        slots = [cache.add(kv, length) for kv, length in zip(contents, lengths, strict=True)]
         broken = Operators(lambda count, _name, number=number: count == number, gpu_error)  # type: ignore[misc]
         try:
             with broken:
@@ -151,17 +151,17 @@ def test_wherever_a_move_breaks_others_are_as_they_were(config: ModelConfig, pos
             pass
         if not broken.broken:
             break
-        for slot, kv, length in zip(slots, kept, lengths, strict=True):
+        for slot, kv, length in zip(slots, contents, lengths, strict=True):
             if not Cache.roll_back(slot, length):
                 assert length == 192
                 cache.remove(slot)
                 lost += 1
                 continue
-            found = torch.stack([slot.pool.read(layer, slot) for layer in range(config.layers)])
-            assert torch.equal(found, kv), f"operator {number}"
+            read_back = torch.stack([slot.pool.read(layer, slot) for layer in range(config.layers)])
+            assert torch.equal(read_back, kv), f"operator {number}"
         cache.reserve()
-        again = cache.add(kept[0], 100)
-        assert torch.equal(again.pool.read(0, again), kept[0][0])
+        again = cache.add(contents[0], 100)
+        assert torch.equal(again.pool.read(0, again), contents[0][0])
         assert cache.rows.count(again) == 1
     assert number > 4 * config.layers
     assert lost > 0

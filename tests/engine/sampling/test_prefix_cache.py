@@ -14,7 +14,7 @@ from tests.engine.sampling.test_scheduler import House, prompt_of, request, same
 LAST = torch.zeros(1, 4)
 
 
-def cached_tokens(
+def prefix_cache(
     *prompts: tuple[str, np.ndarray[Any, Any]], tokens_max: int = 1000, partial: bool = True
 ) -> PrefixCache:
     found = PrefixCache(tokens_max, partial=partial)
@@ -23,59 +23,59 @@ def cached_tokens(
     return found
 
 
-def common(beginnings: PrefixCache, adapter: str, tokens: np.ndarray[Any, Any], most: int = 10**6) -> int:
-    found = beginnings.find(adapter, tokens, most)
+def common(cache: PrefixCache, adapter: str, tokens: np.ndarray[Any, Any], most: int = 10**6) -> int:
+    found = cache.find(adapter, tokens, most)
     return 0 if found is None else found[1]
 
 
 def test_the_longest_common_beginning_of_the_same_adapter_is_found() -> None:
-    text = prompt_of(200)
-    other = text.copy()
+    prompt = prompt_of(200)
+    other = prompt.copy()
     other[120:] += 1
-    beginnings = cached_tokens(("a", text[:100]), ("b", text), ("a", other))
-    assert common(beginnings, "a", text) == 120
-    assert common(beginnings, "b", text[:150]) == 149  # the last row was not kept
-    assert common(beginnings, "b", text) == 200
-    assert common(beginnings, "b", text, most=80) == 80
-    assert common(beginnings, "c", text) == 0
+    cache = prefix_cache(("a", prompt[:100]), ("b", prompt), ("a", other))
+    assert common(cache, "a", prompt) == 120
+    assert common(cache, "b", prompt[:150]) == 149  # the last row was not kept
+    assert common(cache, "b", prompt) == 200
+    assert common(cache, "b", prompt, most=80) == 80
+    assert common(cache, "c", prompt) == 0
 
 
 def test_short_beginnings_are_computed_again_unless_all_is_the_same() -> None:
-    text = prompt_of(60)
-    beginnings = cached_tokens(("", text[:COMMON_MIN]), ("", text[:5]))
-    assert common(beginnings, "", text) == COMMON_MIN
-    assert common(beginnings, "", text[: COMMON_MIN - 1]) == 0
-    assert common(beginnings, "", text[:5]) == 5
+    prompt = prompt_of(60)
+    cache = prefix_cache(("", prompt[:COMMON_MIN]), ("", prompt[:5]))
+    assert common(cache, "", prompt) == COMMON_MIN
+    assert common(cache, "", prompt[: COMMON_MIN - 1]) == 0
+    assert common(cache, "", prompt[:5]) == 5
 
 
 def test_a_model_that_cannot_go_on_from_a_part_takes_the_same_prompt_only() -> None:
-    text = prompt_of(90)
-    beginnings = cached_tokens(("", text[:80]), ("", text), partial=False)
-    assert (common(beginnings, "", text[:80]), common(beginnings, "", text), len(beginnings)) == (80, 90, 2)
-    assert common(beginnings, "", text[:85]) == 0
+    prompt = prompt_of(90)
+    cache = prefix_cache(("", prompt[:80]), ("", prompt), partial=False)
+    assert (common(cache, "", prompt[:80]), common(cache, "", prompt), len(cache)) == (80, 90, 2)
+    assert common(cache, "", prompt[:85]) == 0
 
 
 def test_a_longer_prompt_takes_the_place_of_those_that_it_begins_with() -> None:
-    text = prompt_of(300)
-    beginnings = cached_tokens(*(("a", text[:length]) for length in range(50, 300, 50)), ("b", text[:50]))
-    assert len(beginnings) == 2
-    assert beginnings.tokens == 250 + 64
+    prompt = prompt_of(300)
+    cache = prefix_cache(*(("a", prompt[:length]) for length in range(50, 300, 50)), ("b", prompt[:50]))
+    assert len(cache) == 2
+    assert cache.tokens == 250 + 64
 
 
 def test_what_was_not_used_for_longest_goes_first_and_the_limit_holds() -> None:
-    texts = [prompt_of(100, seed) for seed in range(3)]
-    beginnings = cached_tokens(*(("", text) for text in texts), tokens_max=300)
-    assert beginnings.tokens == 300
-    common(beginnings, "", texts[0])
-    beginnings.add("", prompt_of(101, 9), 9, LAST)  # one more than there is room for beside two
-    assert [common(beginnings, "", text) for text in texts] == [100, 0, 0]
-    beginnings.add("", prompt_of(301, 10), 10, LAST)
-    assert common(beginnings, "", prompt_of(301, 10)) == 0
-    beginnings.add("", prompt_of(300, 11), 11, LAST)
-    assert (common(beginnings, "", prompt_of(300, 11)), len(beginnings)) == (300, 1)
-    beginnings.trim(299)
-    assert (len(beginnings), beginnings.tokens) == (0, 0)
-    assert not beginnings._by_start
+    prompts = [prompt_of(100, seed) for seed in range(3)]
+    cache = prefix_cache(*(("", prompt) for prompt in prompts), tokens_max=300)
+    assert cache.tokens == 300
+    common(cache, "", prompts[0])
+    cache.add("", prompt_of(101, 9), 9, LAST)  # one more than there is room for beside two
+    assert [common(cache, "", prompt) for prompt in prompts] == [100, 0, 0]
+    cache.add("", prompt_of(301, 10), 10, LAST)
+    assert common(cache, "", prompt_of(301, 10)) == 0
+    cache.add("", prompt_of(300, 11), 11, LAST)
+    assert (common(cache, "", prompt_of(300, 11)), len(cache)) == (300, 1)
+    cache.trim(299)
+    assert (len(cache), cache.tokens) == (0, 0)
+    assert not cache._by_start
 
 
 @pytest.fixture
@@ -99,15 +99,15 @@ def test_a_group_sent_as_requests_of_one_computes_its_prompt_once(house: House) 
 
 
 def test_reuse_changes_no_bit_and_asked_rows_are_computed(house: House, tmp_path: Any) -> None:
-    text = prompt_of(140)
-    first = request(adapter="adapter-3", prompt=text[:100])
-    asked = [
-        request(adapter="adapter-3", prompt=text, topk_sample_logprobs=3),
-        request(adapter="adapter-3", prompt=text, prompt_logprobs=True, prompt_logprobs_last_n=20),
-        request(adapter="adapter-3", prompt=text, prompt_logprobs=True),
+    prompt = prompt_of(140)
+    first = request(adapter="adapter-3", prompt=prompt[:100])
+    requests = [
+        request(adapter="adapter-3", prompt=prompt, topk_sample_logprobs=3),
+        request(adapter="adapter-3", prompt=prompt, prompt_logprobs=True, prompt_logprobs_last_n=20),
+        request(adapter="adapter-3", prompt=prompt, prompt_logprobs=True),
     ]
     house.run(first)
-    for entry, reused in zip(asked, (100, 119, 0), strict=True):
+    for entry, reused in zip(requests, (100, 119, 0), strict=True):
         (warm,), (cold,) = house.run(entry), House(tmp_path).run(entry)
         assert (warm.prompt_cache_hit_tokens, cold.prompt_cache_hit_tokens) == (reused, 0)
         assert same(warm.sequences[0], cold.sequences[0])

@@ -195,8 +195,8 @@ def test_what_is_wrong_is_named(
     ],
 )
 def test_what_is_right_passes(model: ModelConfig, loss: str, one: Datum, config: dict[str, float]) -> None:
-    found, read = check(request([one], loss, config), model)
-    assert (found.name, read) == (loss, config)
+    loss_of, read = check(request([one], loss, config), model)
+    assert (loss_of.name, read) == (loss, config)
 
 
 def test_one_past_each_limit_is_refused(model: ModelConfig) -> None:
