@@ -87,9 +87,7 @@ class Part:
     tables: Callable[[Mapping[str, Any]], str]
 
     def written(self, page: str, stored: Mapping[str, Any]) -> str:
-        """The page with the tables between its markers. Raises ValueError without exactly one pair of them,
-        in order.
-        """
+        """The page with the tables between its markers. Raises ValueError without exactly one pair, in order."""
         before, found, rest = page.partition(self.begin)
         _, closed, after = rest.partition(self.end)
         if not found or not closed or self.begin in rest or self.end in after:

@@ -60,9 +60,7 @@ def take_memory(device: torch.device, share: float) -> int | None:
 
 
 def memory_left(device: torch.device) -> int:
-    """Bytes that this process can still allocate: on a GPU within its share and the card's free memory, else on the
-    machine.
-    """
+    """Bytes that this process can still allocate on the device, or on the machine if it has no memory of its own."""
     if device.type != "cuda":
         return host_memory.available()
     free_on_card, total = torch.cuda.mem_get_info(device)

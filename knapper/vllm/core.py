@@ -65,9 +65,7 @@ class SequenceRequest:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Adapter files for the core. `number` names the adapter to the core, `content` its bytes; neither is
-    ever reused.
-    """
+    """Adapter files for the core. `number` names them to the core, `content` their bytes; neither is reused."""
 
     number: int
     content: str

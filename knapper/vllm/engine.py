@@ -39,9 +39,7 @@ class CoreLifecycle:
         self.starts = 0
 
     def begin(self) -> None:
-        """Blocks. Called before the port binds, so that the first sample finds a core, or the reason why
-        none started.
-        """
+        """Blocks. Called before the port binds: the first sample finds a core, or why none started."""
         with suppress(Unavailable):
             self._core = self._start_core()
         with suppress(RuntimeError):  # without an event loop on this thread the first sample schedules it

@@ -91,9 +91,7 @@ def _leave_base_rows_alone(wrapper: Any) -> None:
 
 
 def _end_with(server: int, starter: int) -> None:
-    """`starter` started this process: either the server, then this is the core; or the core, which the
-    server started.
-    """
+    """`starter` started this process: the server, if this is the core; else the core."""
     core = os.getpid() if starter == server else starter
     try:
         opened = os.pidfd_open(server)

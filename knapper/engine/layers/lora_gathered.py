@@ -44,9 +44,7 @@ class AdapterGroup:
         self._stacked: dict[tuple[str, ...], tuple[Tensor, list[Tensor | None]] | None] = {}
 
     def of(self, names: Sequence[str]) -> tuple[Tensor, list[Tensor | None]] | None:
-        """A of the target modules side by side (A, sum of R, I), and B by target module (A, O, R); None if they have
-        none.
-        """
+        """A of the target modules side by side (A, sum of R, I), B by target module (A, O, R); None without any."""
         key = tuple(names)
         if key not in self._stacked:
             adapted = [name for name in names if name in self.loras[0].a]

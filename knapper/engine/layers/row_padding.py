@@ -13,9 +13,7 @@ def padded_rows(rows: int) -> int:
 
 
 def padded(x_N: Tensor) -> Tensor:
-    """`x_N` with zero rows at the end, up to `padded_rows`: computed, never read. The same tensor if none
-    is missing.
-    """
+    """`x_N` with zero rows at the end, up to `padded_rows`: computed, never read. `x_N` if none is missing."""
     missing = padded_rows(x_N.shape[0]) - x_N.shape[0]
     return x_N if missing == 0 else torch.cat([x_N, x_N.new_zeros(missing, *x_N.shape[1:])])
 

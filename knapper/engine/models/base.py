@@ -40,15 +40,11 @@ class DecodeState(Protocol[SlotT]):
         ...
 
     def positions(self, length: int) -> int:
-        """Positions of a sequence of `length` tokens, in the unit of `positions_max`; a sequence that needs more cannot
-        be.
-        """
+        """Positions of a sequence of `length` tokens; above `positions_max` for one that cannot be."""
         ...
 
     def add(self, past: Any, length: int) -> SlotT:
-        """Add a sequence whose first `length` tokens have the keys and values `past`, which other sequences
-        may share.
-        """
+        """Add a sequence whose first `length` tokens have the keys and values `past`, which others may share."""
         ...
 
     def remove(self, slot: SlotT) -> None: ...
@@ -58,9 +54,7 @@ class DecodeState(Protocol[SlotT]):
         ...
 
     def step(self, tokens_N: Tensor, loras: Sequence[Lora | None]) -> Tensor:
-        """One token for every sequence: float32 logits (N, V) of the next. The sequences are one token longer
-        afterwards.
-        """
+        """One token for every sequence: float32 logits (N, V) of the next. Each is one token longer then."""
         ...
 
     def roll_back(self, slot: SlotT, length: int) -> bool:

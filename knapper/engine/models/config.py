@@ -176,9 +176,7 @@ def end_tokens(raw: Mapping[str, Any], directory: Path) -> tuple[int, ...]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None without the file. Raises UserError for an unreadable file or another
-    JSON value.
-    """
+    """The JSON object in a file; None without it. Raises UserError for an unreadable file or another value."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

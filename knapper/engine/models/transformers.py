@@ -166,9 +166,7 @@ class TransformersModel:
     def rows(
         self, tokens_T: Tensor, lora: Lora | None, cache: Any = None, *, caches: bool = False
     ) -> tuple[Tensor, Any]:
-        """(T, H) for the head; with `caches` also the keys and values of all tokens so far, in `cache`,
-        which changes.
-        """
+        """(T, H) for the head; with `caches` also `cache`, extended by the tokens' keys and values."""
         self._lora = lora
         try:
             out = self._body(input_ids=tokens_T[None], past_key_values=cache, use_cache=caches, return_dict=True)

@@ -169,9 +169,7 @@ def _lora_targets(loaded: Any, output: nn.Module, directory: Path) -> tuple[Lora
 
 
 def _peft_target(name: str, parts: Mapping[str, Part], names: list[str]) -> str:
-    """The shortest suffix of the name that, in PEFT's target_modules, means linears of this part only; else
-    the name.
-    """
+    """The shortest suffix of the name that in PEFT's target_modules means linears of this part only, or the name."""
     steps = name.split(".")
     for count in range(1, len(steps)):
         end = ".".join(steps[-count:])

@@ -17,9 +17,7 @@ from knapper.errors import Unavailable
 
 class AdapterSource(Protocol):
     async def load(self, adapter: str) -> Lora:
-        """The adapter that `SampleRequest.adapter` names, on the decoder's device. An adapter's content
-        never changes.
-        """
+        """The adapter of `SampleRequest.adapter`, on the decoder's device. Its content never changes."""
         ...
 
 

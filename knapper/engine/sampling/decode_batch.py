@@ -48,9 +48,7 @@ class DecodeBatch:
                 self._budget = min(self._positions_max, self._budget + sequence.group.cost // _REGAINED)
 
     def restore(self) -> None:
-        """After a failed step: roll every sequence back to its tokens. A sequence that lost its keys and values is
-        parked.
-        """
+        """After a failed step: roll every sequence back to its tokens; park those that lost keys and values."""
         for slot, sequence in list(self.sequences.items()):
             if not sequence.finished and not self._cache.roll_back(slot, sequence.length):
                 self._park_slot(slot)

@@ -249,9 +249,7 @@ class Cache:
             pool.free()
 
     def _available(self, wanted: int) -> int:
-        """Positions without memory: `wanted` if possible, by freeing spare slots if need be; else all that
-        there are.
-        """
+        """Positions without memory: `wanted`, by freeing spare slots if need be; else all that there are."""
         if self._positions_max is None:
             return wanted
         for pool in list(self._pools.values()):

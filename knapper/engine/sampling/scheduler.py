@@ -15,11 +15,10 @@ Memory: a sequence reserves at its start the positions that it can grow to. A re
 between its turns while there is capacity, else computed again. Capacity that no request needs keeps them for later
 requests (`PrefixCache`).
 
-Failures stay with the request that causes them. If a pass over several prompts fails, each request repeats it alone; a
-request that then lacks memory repeats it once more when no other sequence decodes, and fails with an error that names
-the shortage. If a step lacks memory, it is repeated without any cache, then with the younger half of the sequences
-parked; these resume later where they were (on a CPU to the last bit). After any other failure of a step, requests
-decode one after another.
+Failures stay with the request that causes them. If a pass over several prompts fails, each request repeats it alone; one
+that then lacks memory repeats it when no other sequence decodes, and else fails with an error that names the shortage.
+If a step lacks memory, it is repeated without any cache, then with the younger half of the sequences parked; these
+resume where they were (on a CPU to the last bit). After any other failure of a step, requests decode one by one.
 """
 
 import itertools
@@ -53,9 +52,7 @@ log = structlog.get_logger()
 
 
 class SamplingScheduler:
-    """At most `slots_max` sequences decode at once, within `kv_tokens_max` positions. `now` in seconds, for
-    costs only.
-    """
+    """At most `slots_max` sequences decode at once, within `kv_tokens_max` positions. `now`, in seconds: for costs."""
 
     def __init__(
         self, decoder: Model, device: Executor, slots_max: int, kv_tokens_max: int, now: Callable[[], float]
@@ -228,9 +225,8 @@ class SamplingScheduler:
             began_s, chunk = self._now(), sequences[start : start + _LOGIT_ROWS]
             groups = list(dict.fromkeys(sequence.group for sequence in chunk))
             last_JH = torch.cat([group.last_1H for group in groups if group.last_1H is not None])
-            logits_JV = self._decoder.logits(
-                last_JH, Segments([group.segment(row, 1) for row, group in enumerate(groups)])
-            )
+            segments = Segments([group.segment(row, 1) for row, group in enumerate(groups)])
+            logits_JV = self._decoder.logits(last_JH, segments)
             row_of = {group: row for row, group in enumerate(groups)}
             rows = torch.tensor([row_of[sequence.group] for sequence in chunk], device=logits_JV.device)
             for sequence in self._draw(chunk, logits_JV[rows]):
@@ -238,9 +234,7 @@ class SamplingScheduler:
             self._charge(began_s, [(sequence.group, 1) for sequence in chunk])
 
     def _not_begun(self, sequences: Sequence[RunningSequence]) -> None:
-        """Handle sequences that failed before they got a slot: with a token they are parked, without one they start
-        again.
-        """
+        """Sequences that failed before they got a slot: with a token they are parked, else they start again."""
         decoding = set(self._batch.sequences.values())
         for sequence in sequences:
             group = sequence.group
@@ -248,14 +242,11 @@ class SamplingScheduler:
                 continue
             if sequence.tokens:
                 self._batch.park(sequence)
-                continue
-            self._waiting.take_back(sequence)
+            else:
+                self._waiting.take_back(sequence)
 
     def _release_prompts(self) -> None:
-        """Keep prompts for sequences still to start, in queue order, within the unreserved capacity.
-
-        The rest of that capacity goes to the prompts of earlier requests.
-        """
+        """Keep prompts for sequences still to start within the unreserved capacity; cached ones get the rest of it."""
         free = self._batch.free()
         for group in self._groups:
             if not group.left:
@@ -290,8 +281,7 @@ class SamplingScheduler:
         self._charge(began_s, [(sequence.group, 1) for sequence in sequences])
         self._deliver()
 
-    # -- failures
-    # --------------------------------------------------------------------------------------------------------
+    # -- failures ------------------------------------------------------------------------------------------------------
 
     def _relieve(self, failure: Exception) -> None:
         """Undo a failed step's cause as far as possible: free memory, park, isolate; fail a request that is alone."""
@@ -311,9 +301,7 @@ class SamplingScheduler:
         log.warning("a step broke", reason=repr(failure), decoding=self.active, parked=len(self._batch.parked))
 
     def _isolate(self, groups: Sequence[SequenceGroup], failure: Exception) -> None:
-        """After a failed pass over prompts, or over parked sequences: compute each request again in a pass
-        of its own.
-        """
+        """After a failed pass over prompts or parked sequences: compute each request again in a pass of its own."""
         self._release_caches()
         present = [group for group in groups if group in self._groups]
         for group in present:
@@ -327,11 +315,8 @@ class SamplingScheduler:
 
     def _may_fit_alone(self, group: SequenceGroup, failure: Exception) -> bool:
         """Whether the sequences of other requests hold the memory that is lacking."""
-        if (
-            not isinstance(failure, MemoryShortage)
-            or group.isolation == Isolation.ALONE
-            or set(self._batch.groups) <= {group}
-        ):
+        alone = group.isolation == Isolation.ALONE or set(self._batch.groups) <= {group}
+        if alone or not isinstance(failure, MemoryShortage):
             return False
         others = self._cache.tokens * self._decoder.bytes_per_token
         return failure.needed is None or failure.needed <= hardware.memory_left(self._decoder.device) + others
@@ -365,8 +350,7 @@ class SamplingScheduler:
         self._prefiller.trim(0)
         hardware.release(self._decoder.device)
 
-    # -- shared
-    # ----------------------------------------------------------------------------------------------------------
+    # -- shared --------------------------------------------------------------------------------------------------------
 
     def _charge(self, began_s: float, parts: Sequence[tuple[SequenceGroup, int]]) -> None:
         """Charge the seconds since `began_s` to the requests by their rows; in equal parts if no row was computed."""

@@ -87,9 +87,7 @@ def redraw(logits_NV: Tensor, temperature: float, uniforms_Nk: Tensor) -> Tensor
 
 
 def alternatives(logprobs_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k likeliest tokens of each row and their log-probabilities (N, k), in order; removed tokens are
-    empty cells.
-    """
+    """The k likeliest tokens of each row and their log-probabilities (N, k), in order; removed ones are empty."""
     values, tokens = logprobs_NV.topk(min(k, logprobs_NV.shape[1]), dim=-1)
     gone = values == -torch.inf
     values, tokens = values.masked_fill(gone, empty_logprob), tokens.masked_fill(gone, empty_token)

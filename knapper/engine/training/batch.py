@@ -238,9 +238,7 @@ def _logprobs(
     inputs: Sequence[_HeadInputs],
     hidden: Sequence[Tensor],
 ) -> list[list[Tensor]]:
-    """Log-probabilities by request and datum, in the shape of its targets. Only a request alone has a
-    head's adapter.
-    """
+    """Log-probabilities by request and datum, in the shape of its targets. A head's adapter is of one request."""
     lora = requests[0].lora
     logprobs_MK = model.target_logprobs(
         torch.cat(

@@ -107,9 +107,7 @@ def norm_of(values_P: Tensor) -> float:
 
 
 def _norm_in_rows(values_P: Tensor) -> float:
-    """The norm if float32 squares neither overflow nor vanish: without the float64 copy, which takes 30
-    times as long.
-    """
+    """The norm if float32 squares neither overflow nor vanish: 30 times as fast as with a float64 copy."""
     rows, remainder = values_P.split([len(values_P) // _ROW * _ROW, len(values_P) % _ROW])
     norms = [torch.linalg.vector_norm(rows.view(-1, _ROW), dim=1), torch.linalg.vector_norm(remainder)[None]]
     return math.hypot(*torch.cat(norms).tolist())  # one transfer
