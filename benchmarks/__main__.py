@@ -4,7 +4,7 @@
 
 With --base-url, any server that speaks the Tinker protocol is measured instead of our own; the bare loops need the
 model's files here all the same. Written to out/bench.json with the machine, and out/sharing.png. A section
-that fails is told, and the others go on; the exit status is 1 then. `python -m benchmarks.page` makes
+that fails is reported, and the others go on; the exit status is 1 then. `python -m benchmarks.page` makes
 docs/performance.md's tables of out/bench.json; `python -m benchmarks.check` compares counted work with floors.json;
 `python -m benchmarks.backends` measures vLLM beside the torch sampler, in an environment of its own.
 """
@@ -78,7 +78,7 @@ def main() -> None:
                     print(figure.line(), flush=True)
                     store_results()
                 del failed[name]
-            except Exception as error:  # noqa: BLE001  the other sections are worth having, and this one is told
+            except Exception as error:  # noqa: BLE001  reported below; the other sections go on
                 traceback.print_exc()
                 failed[name] = f"{type(error).__name__}: {error}"
             store_results()

@@ -147,7 +147,7 @@ def test_who_was_away_begins_level_and_waits_for_one_turn() -> None:
             again.set_result(device.submit(spent.task("came back", 1.0, 8), "came back"))
 
         device.submit(middle(), "there")
-        begin.set()  # not sooner: it could be through with all its turns before the other one is there
+        begin.set()  # else it could finish before the other one arrives
         again.result(10).result(10)
         there.result(10)
     finally:

@@ -1,4 +1,4 @@
-"""Who computes when: shares by rows, the order of passes, and who waits for whom. Counted, never timed."""
+"""The order of passes, the shares of rows, and the waiting times between runs. Counted, never timed."""
 
 import asyncio
 import itertools
@@ -188,7 +188,7 @@ def test_sampling_takes_its_turns_within_a_pass(
     chunk = len(before) // 40
     within = [before[n * chunk + chunk - 1] - before[n * chunk] for n in range(40)]
     assert sum(within) > 0  # decoding goes on while a pass is under way
-    assert len([n for n in before if 0 < n < max(before)]) > 1  # and passes while texts are
+    assert len([n for n in before if 0 < n < max(before)]) > 1  # and passes while sequences are
 
 
 def test_what_waits_and_how_full_passes_are_is_counted(trainer: Trainer, device: Executor) -> None:

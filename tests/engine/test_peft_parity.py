@@ -17,7 +17,7 @@ from knapper.wire.types import AdamW, Datum
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
 from tests.nearness import expect_near
 
-# PEFT's advice about tied heads (docs/decisions/0002 says what we do and why) and a base model that is not on the hub.
+# PEFT warns about tied heads (docs/decisions/0002) and about a base model that is not on the hub.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tie_word_embeddings"),
     pytest.mark.filterwarnings("ignore:Could not find a config file"),

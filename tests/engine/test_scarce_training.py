@@ -1,4 +1,4 @@
-"""Training when memory is scarce: whoever does not fit alone is told so, and nobody else's bits change."""
+"""Training when memory is scarce: a request that does not fit alone fails, and no other run's bits change."""
 
 import asyncio
 from collections.abc import Callable, Iterator

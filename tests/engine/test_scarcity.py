@@ -1,4 +1,4 @@
-"""When memory is scarce, whoever cannot be served alone is told so; everybody else has the same bits, only later."""
+"""Sampling when memory is scarce: a request that does not fit alone fails; all others have the same bits, later."""
 
 import asyncio
 import itertools
@@ -111,7 +111,7 @@ def nothing_left(house: House) -> bool:
 def test_a_prompt_that_does_not_fit_fails_alone(
     house: House, embedding: Embedding, error: Callable[[], Exception], needs: str
 ) -> None:
-    """It comes while others decode, of other tenants; who comes after it is served too."""
+    """It arrives while sequences of other tenants decode; later requests are served too."""
     small = requests_of(12)
     undisturbed = house.run(*small)
 
@@ -164,7 +164,7 @@ def test_prompts_of_one_pass_are_computed_apart_when_it_breaks(
 
 
 def test_a_prompt_that_fits_alone_waits_until_nobody_decodes(house: House, embedding: Embedding) -> None:
-    """Others go past it meanwhile, but not for ever: as many texts as there are slots."""
+    """Others go past it meanwhile, but not for ever: as many sequences as there are slots."""
     large, long = bad(200, max_tokens=20), request(max_tokens=300, prompt=prompt_of(5, seed=1))
     passing = [request(seed=seed, max_tokens=6) for seed in range(40)]
     undisturbed = house.run(large, long, *passing)
@@ -235,7 +235,7 @@ def test_when_a_step_lacks_memory_the_youngest_wait_and_all_come_out_the_same(
 
 
 def test_a_text_whose_step_does_not_fit_alone_fails_alone(house: House, embedding: Embedding) -> None:
-    """Its 60th token never fits, whoever is there; all others come out as ever."""
+    """Its 60th token never fits, even alone; all other requests have their usual outputs."""
     requests = requests_of(6, max_tokens=30)
     large = request(prompt=prompt_of(50, seed=50), max_tokens=200, seed=50)
     undisturbed = house.run(*requests)
@@ -339,7 +339,7 @@ def test_a_parked_text_can_be_cancelled(house: House, embedding: Embedding) -> N
 def test_texts_of_a_model_of_transformers_come_out_the_same_too(
     tmp_path: Path, embedding: Embedding, kind: str
 ) -> None:
-    """Some of its caches slide, and all are left half grown by a step that breaks: such texts begin again."""
+    """Some of its caches slide, and all are left half grown by a step that breaks: such sequences begin again."""
     house = House(tmp_path / "native")
     house.decoder = tiny_trainer(tmp_path / "model", kind).decoder  # type: ignore[assignment]
     lora_targets = house.decoder.config.lora_targets
@@ -393,7 +393,7 @@ def test_wherever_memory_is_lacking_for_a_moment_nothing_changes(house: House, e
 
 
 def test_while_memory_is_lacking_nobody_gets_other_bits(house: House) -> None:
-    """Each operator fails with a chance: whoever is answered has what it has undisturbed, and no other error comes."""
+    """Each operator may fail: a served request has its undisturbed output, and only memory errors occur."""
     requests = requests_of(5, max_tokens=10)
     undisturbed = house.run(*requests)
     served = 0

@@ -50,7 +50,7 @@ def prefill_s(prompts: int) -> float:
 
 
 class World:
-    """Time, and what happens at what time. All of it on the device's thread, so that it is the same every time."""
+    """Simulated time and its events, on the device's thread, so that every run of the test is the same."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -72,7 +72,7 @@ class World:
             heapq.heappop(self._later)[2]()
 
     def rest(self) -> Work[None]:
-        """A turn in which nobody has work: until somebody does."""
+        """A turn without work, until some arrives."""
         while not self.under_way and self._later and not self.over.is_set():
             self.idle.append((self.now_s, self._later[0][0]))
             self.now_s = self._later[0][0]
@@ -202,7 +202,7 @@ def measured(world: World, trainer: Trainer, count: int) -> tuple[float, float]:
 def test_loops_that_wait_for_rewards_do_not_fall_into_step(
     trainer: Trainer, world: World, count: int, times: float, busy: float
 ) -> None:
-    """Three do at least 2.7 times what one does, of 3 that are possible; eight leave the device no time to rest."""
+    """Three loops do at least 2.7 times the work of one, of 3 that are possible; eight keep the device busy."""
     rate, share = measured(world, trainer, count)
     assert rate * (WAIT_S + ALONE_S) >= times
     assert share >= busy

@@ -113,21 +113,21 @@ def test_a_head_in_chunks_waits_as_often_as_a_whole_one(trainer: Trainer, monkey
 
 @pytest.mark.parametrize("adapters", [0, 1, 3])
 def test_a_decoding_step_waits_for_its_tokens_only(tmp_path: Path, adapters: int) -> None:
-    """However many texts it serves, and however long they are."""
+    """However many sequences it serves, and however long they are."""
     for sequences in (2, 11):
         steps = _steps(tmp_path / str(sequences), sequences, adapters)
         assert max(each.total() for each in steps) <= 3, steps  # tokens, log-probabilities, whether they are finite
 
 
 def _steps(directory: Path, sequences: int, adapters: int) -> list[Counter[str]]:
-    """Of each decoding step of so many texts, with so many adapters and the base model."""
+    """Of each decoding step of so many sequences, with so many adapters and the base model."""
     house = House(directory)
     seen: list[Counter[str]] = []
     step = house.sampler._scheduler._step
 
     def counting() -> None:
         with pytest.MonkeyPatch.context() as patch, counted(patch) as counts:
-            seen.append(counts)  # before the step: that tells its answers, and nobody waits for more
+            seen.append(counts)  # before the step: it returns results, and nothing waits for more
             step()
 
     house.sampler._scheduler._step = counting  # type: ignore[method-assign]  # the device's thread calls it

@@ -138,7 +138,7 @@ def _write(path: Path, value: dict[str, object]) -> None:
 
 
 def sentencepiece() -> Tokenizer:
-    """As Llama 2's: spaces are marks, what has no piece goes by bytes, and the first space of all is not told."""
+    """As Llama 2's: spaces are marks, unknown characters become bytes, and the first space is dropped."""
     vocabulary = {
         "▁the": 0,
         "▁and": 1,

@@ -117,7 +117,7 @@ def test_what_a_killed_process_left_in_memory_is_swept(bench: Bench) -> None:
 
 
 def test_two_processes_with_one_pid_leave_each_other_their_adapters(bench: Bench) -> None:
-    """Containers that share a memory file system: who starts later sees only what is held, or is not."""
+    """Containers that share a memory file system: a later process sees only whether a directory is locked."""
     directory, descriptor = adapters._locked_directory(bench.memory)
     (directory / "1").mkdir()
     bench.open().close()

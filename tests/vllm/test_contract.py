@@ -1,4 +1,4 @@
-"""vLLM keeps what the torch sampler promises; `make test-vllm` runs this, in an environment that has it."""
+"""vLLM keeps the torch sampler's contract; `make test-vllm` runs this, in an environment that has vLLM."""
 
 import asyncio
 import os

@@ -35,5 +35,5 @@ def test_a_context_fits_into_the_whole_gib_of_vllm_or_is_cut_to_them(tmp_path: P
     assert kv == 3 * GIB, "three quarters, in whole GiB"
     assert context == 3 * GIB // one // 128 * 128 < 40_960
     assert on_cpu(facts, dtype, 0, 0)[0] == GIB, "vLLM takes no less"
-    most = 64 * 1024 * one  # of all texts that decode at once
+    most = 64 * 1024 * one  # of all sequences that decode at once
     assert on_cpu(replace(facts, context=1000), dtype, 640 * GIB, 0.25) == (-(-most // GIB) * GIB, 1000)

@@ -13,7 +13,7 @@ def play(story: Coroutine[None, None, None]) -> None:
 async def begin_all(
     slots: SlotQueue, order: list[str], *who: tuple[str, str]
 ) -> list[asyncio.Task[Callable[[object], None]]]:
-    """Everyone asks, in this order; `order` hears who got a slot."""
+    """Submit all, in this order; `order` records who got a slot."""
 
     async def one(tenant: str, adapter: str) -> Callable[[object], None]:
         leave = await slots.take(tenant, adapter)

@@ -15,8 +15,8 @@ Memory: a sequence reserves at its start the positions that it can grow to. A re
 between its turns while there is capacity, else computed again. Capacity that no request needs keeps them for later
 requests (`PrefixCache`).
 
-Failures stay with the request that causes them. If a pass over several prompts fails, each request repeats it alone; one
-that then lacks memory repeats it when no other sequence decodes, and else fails with an error that names the shortage.
+Failures stay with the request that causes them. If a pass over several prompts fails, each request repeats it alone;
+one that then lacks memory repeats it when no other sequence decodes, and else fails with an error that names the lack.
 If a step lacks memory, it is repeated without any cache, then with the younger half of the sequences parked; these
 resume where they were (on a CPU to the last bit). After any other failure of a step, requests decode one by one.
 """

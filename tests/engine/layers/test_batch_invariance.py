@@ -81,7 +81,7 @@ class Pair:
         return asyncio.run(asyncio.wait_for(together(), 60))
 
     def trained(self, name: str, sequences: list[np.ndarray], *, forward_only: bool = False) -> list[np.ndarray]:
-        """The trainer's log-probabilities of each text's tokens after the first, all texts in one request."""
+        """The trainer's log-probabilities of each sequence's tokens after the first, all sequences in one request."""
         data = [
             Datum(token_ids[:-1].astype(np.int32), {"target_tokens": token_ids[1:].astype(np.int64),
                                                "weights": np.ones(len(token_ids) - 1, np.float32)})
@@ -101,7 +101,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Pair:
 
 
 def many_requests() -> list[SampleRequest]:
-    """Of every adapter, texts of many lengths: through several pools, past 256 keys, one of a single token."""
+    """Sequences of many lengths with every adapter: in several pools, past 256 keys, one of a single token."""
     rng = np.random.default_rng(SEED)
     names = list(SPECS)
     shapes = [(1, 9), (7, 1), (9, 70), (40, 30), (63, 3), (64, 12), (130, 20), (250, 80), (383, 12), (66, 66)]

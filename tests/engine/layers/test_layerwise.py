@@ -1,4 +1,4 @@
-"""Stretches of a pass: the bits of one forward and one backward, and nothing kept of what is done."""
+"""Segments of a pass: the bits of one forward and one backward, and nothing kept of what is done."""
 
 import gc
 import weakref

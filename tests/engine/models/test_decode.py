@@ -1,4 +1,4 @@
-"""Texts that decode together come and go, and each keeps its own adapter."""
+"""Sequences that decode together come and go, and each keeps its own adapter."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.engine.tiny import tiny_model
 
 
 def steps(decoder: Decoder, adapters: Sequence[Lora | None], story: Sequence[Sequence[int]]) -> list[dict[int, Tensor]]:
-    """Logits by text, for each step; `story`: which texts take part in it, text n with `adapters[n]`."""
+    """Logits by sequence, for each step; `story`: which sequences take part in it, sequence n with `adapters[n]`."""
     decode_state = decoder.decode_state(1 << 14)
     slots: dict[int, object] = {}
     by_step = []

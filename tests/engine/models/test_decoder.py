@@ -37,7 +37,7 @@ def tokens_of(decoder: Decoder, lengths: Sequence[int], seed: int = 0) -> Tensor
 
 
 def lora_of(decoder: Decoder, *, seed: int, rank: int = 4, scale: float = 2.0, only: Sequence[str] = ()) -> Lora:
-    """Random in every site (or in those whose name ends in one of `only`), with a B that is far from zero."""
+    """Random in every target module (or in those whose name ends in one of `only`), with a B that is far from zero."""
     generator = torch.Generator().manual_seed(seed)
     shapes = target_shapes(decoder.config)
     wanted = {target: size for target, size in shapes.items() if not only or target.endswith(tuple(only))}

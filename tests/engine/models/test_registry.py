@@ -1,4 +1,4 @@
-"""A row of the registry says of an architecture what transformers' code of it does, and a row is all that one takes."""
+"""Rows of the registry agree with transformers' code, and an architecture of the same kind takes one row."""
 
 import itertools
 import json

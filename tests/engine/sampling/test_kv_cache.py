@@ -86,7 +86,7 @@ def test_bytes_are_counted_in_the_dtype_in_which_keys_and_values_are_kept(tmp_pa
 
 @torch.inference_mode()
 def test_sequences_move_and_leave_within_the_memory_and_keep_what_they_are(config: ModelConfig) -> None:
-    """Seeded stories of texts that begin, grow and leave, as full as reservations let them be."""
+    """Seeded stories of sequences that begin, grow and leave, as full as reservations let them be."""
     one_layer = bytes_per_token(config, torch.float32) // config.layers
     for seed in range(6):
         rng = np.random.default_rng(seed)
@@ -136,7 +136,7 @@ def test_a_lone_text_grows_to_all_that_there_is(config: ModelConfig) -> None:
 
 @pytest.mark.parametrize("positions_max", [None, 1216, 4096])
 def test_wherever_a_move_breaks_others_are_as_they_were(config: ModelConfig, positions_max: int | None) -> None:
-    """Every operator of it in turn. The one that moves is where it was, or has lost its place and is told to have."""
+    """A move fails at each of its operators in turn. The sequence keeps its slot, or has lost it and says so."""
     lengths, number, lost = [100, 192, 150], 0, 0
     while True:
         number += 1

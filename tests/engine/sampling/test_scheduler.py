@@ -90,7 +90,7 @@ class House:
         return asyncio.run(asyncio.wait_for(work, 60))
 
     def logprobs(self, tokens: list[int], lora: Lora | None = None) -> torch.Tensor:
-        """(T - 1): of each token after the first, by one pass over the whole text."""
+        """(T - 1): of each token after the first, by one pass over the whole sequence."""
         adapt = [Segment(0, len(tokens), lora)]
         with torch.no_grad():
             hidden = self.decoder.hidden(torch.tensor(tokens), [len(tokens)], adapt)
@@ -223,7 +223,7 @@ def test_requests_decode_together_and_the_prompt_is_computed_once(house: House) 
     counters = house.sampler.counters
     assert counters.prefilled_tokens == 3 * 9
     assert counters.decoded_tokens == 12 * 20
-    assert counters.steps <= 2 * 19  # one request after another would take 3 * 19, one text after another 12 * 19
+    assert counters.steps <= 2 * 19  # one request after another would take 3 * 19, one sequence after another 12 * 19
     assert counters.finished == 3
 
 
@@ -308,7 +308,7 @@ def test_a_tenant_with_many_requests_leaves_another_its_half(tmp_path: Path) -> 
 
 
 def test_prompts_wait_in_spare_memory_only_and_are_computed_again_without_it(tmp_path: Path) -> None:
-    large = request(prompt=prompt_of(60), num_samples=12, max_tokens=5)  # 64 positions a text
+    large = request(prompt=prompt_of(60), num_samples=12, max_tokens=5)  # 64 positions a sequence
     outputs = []
     for kv_tokens_max, prefilled in ((192, 4 * 60), (192 + 60, 60)):
         house = House(tmp_path, slots_max=12, kv_tokens_max=kv_tokens_max)
@@ -326,7 +326,7 @@ def test_a_request_that_can_never_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_context_that_is_no_capacity_can_be_filled(tmp_path: Path) -> None:
-    """300 tokens lie between the capacities 256 and 384: what a text reserves ends with the context, at 320."""
+    """300 tokens lie between the capacities 256 and 384: what a sequence reserves ends with the context, at 320."""
     house = House(tmp_path, kv_tokens_max=320, make=partial(tiny_model, context=300))
     (output,) = house.run(request(prompt=prompt_of(10), max_tokens=None))
     assert output.sequences[0].tokens.size == 290
@@ -337,7 +337,7 @@ def test_a_context_that_is_no_capacity_can_be_filled(tmp_path: Path) -> None:
 
 
 def test_where_the_context_does_not_fit_a_text_may_fill_what_there_is(tmp_path: Path) -> None:
-    """Of 200 positions 192 are of use; a text's last token needs none. One more is refused, with the limit."""
+    """Of 200 positions 192 are of use; a sequence's last token needs none. One more is refused, with the limit."""
     house = House(tmp_path, kv_tokens_max=200, make=partial(tiny_model, context=300))
     (output,) = house.run(request(prompt=prompt_of(10), max_tokens=None))
     assert output.sequences[0].tokens.size == 183
@@ -547,7 +547,7 @@ def test_bfloat16_samples_are_the_same_alone_and_in_a_crowd(tmp_path: Path) -> N
 
 
 def test_the_seconds_of_each_pass_are_divided_over_its_rows(tmp_path: Path) -> None:
-    """A clock that says how often it was asked: every pass takes one second of it."""
+    """A clock that counts its calls: every pass takes one second of it."""
     ticks = itertools.count()
     house = House(tmp_path, now=lambda: float(next(ticks)))
 

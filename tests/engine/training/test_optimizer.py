@@ -158,7 +158,7 @@ def test_one_wrong_number_is_seen_wherever_it_is(wrong: float, place: int) -> No
 
 
 def test_large_and_small_numbers_are_added_apart_so_that_no_small_one_is_lost() -> None:
-    """Rows of 1024 are summed in float32, their norms in float64: this one is exact, and in another order it is not."""
+    """Rows of 1024 are summed in float32, their norms in float64: exact here, and inexact in another order."""
     values = torch.ones(4096, 1024)
     values[::4] = 2000.0
     assert norm_of(values.flatten()) == pytest.approx(math.sqrt(1024 * 1024 * (4e6 + 3)), rel=1e-9)

@@ -144,7 +144,7 @@ def test_a_shared_prompt_is_computed_once_and_changes_no_log_probability(trainer
 
 
 def test_rows_with_other_targets_are_told_apart(trainer: Trainer) -> None:
-    """The tokens of two datums are the same, what they are asked for is not."""
+    """Two datums with the same tokens and different targets."""
     rng = np.random.default_rng(SEED)
     first, second = datum(12, "cross_entropy", rng), datum(12, "cross_entropy", rng)
     second.tokens[:] = first.tokens
