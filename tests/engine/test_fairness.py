@@ -76,7 +76,7 @@ def test_runs_that_always_want_more_get_equal_shares_by_rows(
     trainer: Trainer, device: Executor, turns: list[list[tuple[str, int]]], lengths: list[int], bound: int
 ) -> None:
     """Eight closed loops, each of which asks again as soon as it is answered."""
-    clock, rounds = TrainingScheduler(trainer, device, lambda: 0.0), 80
+    scheduler, rounds = TrainingScheduler(trainer, device, lambda: 0.0), 80
     over = threading.Event()
 
     def ask(name: str, state: RunState, wanted: ForwardBackward) -> None:
@@ -86,7 +86,7 @@ def test_runs_that_always_want_more_get_equal_shares_by_rows(
             else:
                 ask(name, state, wanted)
 
-        submitted(clock, state, wanted).add_done_callback(again)
+        submitted(scheduler, state, wanted).add_done_callback(again)
 
     gate = held(device)
     for index, length in enumerate(lengths):
@@ -100,28 +100,28 @@ def test_runs_that_always_want_more_get_equal_shares_by_rows(
     assert max(served.values()) - min(served.values()) <= bound
     if bound == 10:
         assert max(served.values()) / min(served.values()) <= 1.05
-        assert clock.shares(3) == pytest.approx([1 / 8] * 3, rel=0.05)
+        assert scheduler.shares(3) == pytest.approx([1 / 8] * 3, rel=0.05)
 
 
 def test_a_veteran_does_not_wait_for_a_newcomer_to_catch_up(
     trainer: Trainer, device: Executor, turns: list[list[tuple[str, int]]]
 ) -> None:
-    clock = TrainingScheduler(trainer, device, lambda: 0.0)
-    gathered(device, clock, [opened_run(trainer, "veteran", 20, 32)])
+    scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
+    gathered(device, scheduler, [opened_run(trainer, "veteran", 20, 32)])
     turns.clear()
-    gathered(device, clock, [opened_run(trainer, "new", 6, 32), opened_run(trainer, "veteran", 6, 32)])
+    gathered(device, scheduler, [opened_run(trainer, "new", 6, 32), opened_run(trainer, "veteran", 6, 32)])
     assert [name for ((name, _),) in turns] == ["new", "veteran"] * 6
 
 
 def test_a_newcomer_does_not_catch_up_with_what_others_had_before_it_came(
     trainer: Trainer, device: Executor, turns: list[list[tuple[str, int]]]
 ) -> None:
-    clock = TrainingScheduler(trainer, device, lambda: 0.0)
+    scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
     gate = held(device)
-    busy, first = (submitted(clock, *opened_run(trainer, name, n, 32)) for name, n in (("busy", 12), ("first", 4)))
+    busy, first = (submitted(scheduler, *opened_run(trainer, name, n, 32)) for name, n in (("busy", 12), ("first", 4)))
     late = opened_run(trainer, "new", 4, 32)
     later: Future[Any] = Future()
-    first.add_done_callback(lambda _: submitted(clock, *late).add_done_callback(later.set_result))
+    first.add_done_callback(lambda _: submitted(scheduler, *late).add_done_callback(later.set_result))
     gate.set()
     later.result(60).result(60)
     busy.result(60)
@@ -162,7 +162,7 @@ def test_sampling_takes_its_turns_within_a_pass(
     sampler = EngineSampler(
         trainer.decoder, device, AdapterDict({}), None, slots_max=8, kv_tokens_max=4096, now=time.monotonic
     )
-    clock = TrainingScheduler(trainer, device, lambda: 0.0)
+    scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
     before: list[int] = []  # decoding steps before each piece of a pass
     compute = batch.compute
 
@@ -177,7 +177,7 @@ def test_sampling_takes_its_turns_within_a_pass(
 
     async def story() -> None:
         gate = held(device)
-        futures = [submitted(clock, *opened_run(trainer, f"run-{n}", 40 // loops, 32)) for n in range(loops)]
+        futures = [submitted(scheduler, *opened_run(trainer, f"run-{n}", 40 // loops, 32)) for n in range(loops)]
         work = [asyncio.ensure_future(sampler.sample(one)) for one in samples]
         await asyncio.sleep(0.01)
         gate.set()
@@ -193,19 +193,19 @@ def test_sampling_takes_its_turns_within_a_pass(
 
 def test_what_waits_and_how_full_passes_are_is_counted(trainer: Trainer, device: Executor) -> None:
     now = [100.0]
-    clock = TrainingScheduler(trainer, device, lambda: now[0])
-    assert (clock.waiting, clock.oldest_s(), clock.shares(8)) == (0, 0.0, [])
+    scheduler = TrainingScheduler(trainer, device, lambda: now[0])
+    assert (scheduler.waiting, scheduler.oldest_s(), scheduler.shares(8)) == (0, 0.0, [])
     gate = held(device)
     futures: list[Future[Any]] = []
     for name, count in (("a", 1), ("b", 1), ("c", 2)):
-        futures.append(submitted(clock, *opened_run(trainer, name, count, 16)))
+        futures.append(submitted(scheduler, *opened_run(trainer, name, count, 16)))
         now[0] += 5.0
-    assert (clock.waiting, clock.oldest_s()) == (3, 15.0)
+    assert (scheduler.waiting, scheduler.oldest_s()) == (3, 15.0)
     gate.set()
     for future in futures:
         future.result(60)
-    assert (clock.waiting, clock.oldest_s()) == (0, 0.0)
-    counters = clock.counters
+    assert (scheduler.waiting, scheduler.oldest_s()) == (0, 0.0)
+    counters = scheduler.counters
     assert (counters.passes, counters.rows, counters.capacity, counters.shares) == (2, 64, 64, 3)
-    assert clock.shares(8) == [0.5, 0.25, 0.25]
-    assert clock.shares(1) == [0.5]
+    assert scheduler.shares(8) == [0.5, 0.25, 0.25]
+    assert scheduler.shares(1) == [0.5]

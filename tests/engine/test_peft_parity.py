@@ -56,9 +56,9 @@ def plain_loss(name: str, p: Tensor, loss_inputs: dict[str, Tensor], config: dic
     return -torch.min(r * a, r.clip(low, high) * a).sum()
 
 
-def plain_logprobs(model: torch.nn.Module, one: Datum) -> Tensor:
-    logits = model(input_ids=torch.from_numpy(one.tokens).long()[None]).logits[0].float()
-    targets = torch.from_numpy(one.inputs["target_tokens"])
+def plain_logprobs(model: torch.nn.Module, example: Datum) -> Tensor:
+    logits = model(input_ids=torch.from_numpy(example.tokens).long()[None]).logits[0].float()
+    targets = torch.from_numpy(example.inputs["target_tokens"])
     columns = targets if targets.dim() == 2 else targets[:, None]
     logprobs = torch.log_softmax(logits, dim=-1).gather(1, columns)
     return logprobs if targets.dim() == 2 else logprobs[:, 0]
@@ -108,9 +108,9 @@ def test_a_run_equals_a_plain_peft_loop(tmp_path: Path, kind: str, unembed: bool
             data = batch(loss, columns, rng)
             state, output = done(trainer.forward_backward(state, request(data, loss, config)))
             total = 0.0
-            for one, output_of_datum in zip(data, output.outputs, strict=True):
-                p = plain_logprobs(model, one)
-                loss_inputs = {name: torch.from_numpy(values) for name, values in one.inputs.items()}
+            for example, output_of_datum in zip(data, output.outputs, strict=True):
+                p = plain_logprobs(model, example)
+                loss_inputs = {name: torch.from_numpy(values) for name, values in example.inputs.items()}
                 value = plain_loss(loss, p, loss_inputs, config)
                 value.backward()
                 total += value.item()
@@ -140,9 +140,9 @@ def test_a_run_in_bfloat16_is_as_near_the_truth_as_peft_in_bfloat16(tmp_path: Pa
     wanted = []
     for name, dtype in (("truth", torch.float32), ("peer", torch.bfloat16)):
         model = load_in_peft(state, tmp_path / "model", tmp_path / name, trainable=True, dtype=dtype)
-        logprobs = [plain_logprobs(model, one) for one in data]
-        for p, one in zip(logprobs, data, strict=True):
-            plain_loss("cross_entropy", p, {"weights": torch.from_numpy(one.inputs["weights"])}, {}).backward()
+        logprobs = [plain_logprobs(model, example) for example in data]
+        for p, example in zip(logprobs, data, strict=True):
+            plain_loss("cross_entropy", p, {"weights": torch.from_numpy(example.inputs["weights"])}, {}).backward()
         wanted.append((torch.cat(logprobs), arena(state, model, lambda p: p.grad)))
     (truth, truth_P), (peer, peer_P) = wanted
     ours = torch.cat([torch.from_numpy(each["logprobs"]) for each in output.outputs])
@@ -173,9 +173,9 @@ def test_an_exported_adapter_gives_the_same_log_probabilities_in_peft(
         state, _ = done(trainer.optim_step(state, AdamW(learning_rate=1e-2)))
     after = done(trainer.forward_backward(state, request(data, forward_only=True)))[1]
     model = load_in_peft(state, tmp_path / "model", tmp_path / "adapter")
-    for one, was, output_of_datum in zip(data, before.outputs, after.outputs, strict=True):
+    for example, was, output_of_datum in zip(data, before.outputs, after.outputs, strict=True):
         assert np.abs(output_of_datum["logprobs"] - was["logprobs"]).max() > 1e-2
         with torch.no_grad():
             np.testing.assert_allclose(
-                output_of_datum["logprobs"], plain_logprobs(model, one).numpy(), atol=1e-5, rtol=1e-5
+                output_of_datum["logprobs"], plain_logprobs(model, example).numpy(), atol=1e-5, rtol=1e-5
             )

@@ -74,8 +74,8 @@ def test_a_request_that_does_not_fit_alone_is_told_so_and_the_others_go_on(
     requests = [runs(trainer)[index] for index in (0, 3)]
     alone = [done(trainer.forward_backward(state, one)) for state, one in requests]
     seen = passes(error)
-    clock = TrainingScheduler(trainer, device, lambda: 0.0)
-    *results, failed = gathered(device, clock, [*requests, bad(trainer)])
+    scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
+    *results, failed = gathered(device, scheduler, [*requests, bad(trainer)])
     for result, wanted in zip(results, alone, strict=True):
         assert_equal(result, *wanted)
     assert isinstance(failed, OutOfMemory)
@@ -83,7 +83,7 @@ def test_a_request_that_does_not_fit_alone_is_told_so_and_the_others_go_on(
     assert "Send shorter datums or fewer of them in a request" in str(failed)
     assert seen[0] > 20, "they shared a pass at first"
     assert seen.count(20) == 2, "once by itself, and once more with all given back"
-    assert clock.waiting == 0
+    assert scheduler.waiting == 0
 
 
 def test_wherever_memory_is_lacking_for_a_moment_training_is_the_same(trainer: Trainer, device: Executor) -> None:
@@ -96,14 +96,14 @@ def test_wherever_memory_is_lacking_for_a_moment_training_is_the_same(trainer: T
     rng = np.random.default_rng(2)
     firsts = range(1, 25)  # where gradients' arenas are made
     for at in [*firsts, *sorted(rng.integers(25, counted.count + 1, 25).tolist())]:
-        clock = TrainingScheduler(trainer, device, lambda: 0.0)
+        scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
         broken = Operators(lambda number, _name, at=at: number == at, gpu_error)  # type: ignore[misc]
         with on(device, broken):
-            results = gathered(device, clock, requests)
+            results = gathered(device, scheduler, requests)
         assert broken.broken == 1
         for result, wanted in zip(results, alone, strict=True):
             assert_equal(result, *wanted)
-        assert clock.waiting == 0
+        assert scheduler.waiting == 0
 
 
 def test_every_operation_is_tried_once_more_and_leaves_the_state_as_it_is(trainer: Trainer, device: Executor) -> None:

@@ -85,7 +85,7 @@ class Loops:
 
     def __init__(self, world: World, trainer: Trainer, device: Executor, count: int, steps: int) -> None:
         self.world, self.device = world, device
-        self.clock = TrainingScheduler(trainer, device, lambda: world.now_s)
+        self.scheduler = TrainingScheduler(trainer, device, lambda: world.now_s)
         self.sampler = EngineSampler(
             trainer.decoder, device, AdapterDict({}), None, slots_max=64, kv_tokens_max=65536, now=lambda: world.now_s
         )
@@ -131,7 +131,7 @@ class Loops:
 
     def train(self, index: int) -> None:
         self.world.under_way += 1
-        answer = self.clock.submit(self.states[index], lambda: self.request_body)
+        answer = self.scheduler.submit(self.states[index], lambda: self.request_body)
         answer.add_done_callback(lambda _: self.step_done(index))
 
     def step_done(self, index: int) -> None:

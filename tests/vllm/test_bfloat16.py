@@ -38,11 +38,11 @@ def test_log_probabilities_are_the_trainers_as_far_as_bfloat16_goes(coarse: Hous
         for n, (name, temperature) in enumerate((name, t) for name in loras for t in (0.0, 1.0))
     ]  # fmt: skip
     distances: list[np.ndarray] = []
-    for one, output in zip(requests, coarse.run(*requests), strict=True):
-        lora = loras[one.adapter.split("/")[1] if one.adapter else ""]
+    for sample_request, output in zip(requests, coarse.run(*requests), strict=True):
+        lora = loras[sample_request.adapter.split("/")[1] if sample_request.adapter else ""]
         assert output.prompt_logprobs is not None
         for sequence in output.sequences:
-            whole = torch.tensor([*one.prompt.tolist(), *sequence.tokens.tolist()])
+            whole = torch.tensor([*sample_request.prompt.tolist(), *sequence.tokens.tolist()])
             adapt = [Segment(0, len(whole), lora)]
             with torch.no_grad():
                 logits_TV = trainer.logits(trainer.hidden(whole, [len(whole)], adapt), Segments(adapt))

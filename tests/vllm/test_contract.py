@@ -57,16 +57,18 @@ def test_log_probabilities_are_the_trainers_in_one_batch_of_all_shapes(
         )
         for n, (name, temperature) in enumerate((name, t) for t in (0.0, 0.6, 1.0, 1.7) for name in ("", *adapters))
     ]  # fmt: skip
-    for one, output in zip(requests, house.run(*requests), strict=True):
-        lora = adapters.get(one.adapter.split("/")[1]) if one.adapter else None
+    for sample_request, output in zip(requests, house.run(*requests), strict=True):
+        lora = adapters.get(sample_request.adapter.split("/")[1]) if sample_request.adapter else None
         for sequence in output.sequences:
-            whole = [*one.prompt.tolist(), *sequence.tokens.tolist()]
+            whole = [*sample_request.prompt.tolist(), *sequence.tokens.tolist()]
             logits_TV = logits(trainer, whole, lora)
             plain = logits_TV.log_softmax(-1)
-            own = plain[:-1].gather(1, torch.tensor(whole[1:])[:, None])[: one.prompt.size - 1, 0]
+            own = plain[:-1].gather(1, torch.tensor(whole[1:])[:, None])[: sample_request.prompt.size - 1, 0]
             assert output.prompt_logprobs is not None
             np.testing.assert_allclose(output.prompt_logprobs[1:], own.numpy(), atol=TOLERANCE)
-            drawn = (logits_TV / (one.params.temperature or 1.0)).log_softmax(-1)[one.prompt.size - 1 : -1]
+            drawn = (logits_TV / (sample_request.params.temperature or 1.0)).log_softmax(-1)[
+                sample_request.prompt.size - 1 : -1
+            ]
             wanted = drawn.gather(1, torch.from_numpy(sequence.tokens).long()[:, None])[:, 0]
             np.testing.assert_allclose(sequence.logprobs, wanted.numpy(), atol=TOLERANCE)
             assert sequence.topk is not None
@@ -153,7 +155,7 @@ def test_adapters_beyond_the_shelf_come_back_as_they_were(house: House) -> None:
     requests = [request(adapter=bundle(name), temperature=0.0, max_tokens=6) for name in names]
     before = [output.sequences[0].tokens.tolist() for output in house.run(*requests)]
     assert len({tuple(each) for each in before}) == 6
-    assert [house.run(one)[0].sequences[0].tokens.tolist() for one in requests] == before
+    assert [house.run(sample_request)[0].sequences[0].tokens.tolist() for sample_request in requests] == before
 
 
 @pytest.mark.long

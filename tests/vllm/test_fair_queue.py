@@ -15,12 +15,12 @@ async def begin_all(
 ) -> list[asyncio.Task[Callable[[object], None]]]:
     """Submit all, in this order; `order` records who got a slot."""
 
-    async def one(tenant: str, adapter: str) -> Callable[[object], None]:
+    async def begin(tenant: str, adapter: str) -> Callable[[object], None]:
         leave = await slots.take(tenant, adapter)
         order.append(f"{tenant}/{adapter}")
         return leave
 
-    tasks = [asyncio.create_task(one(*each)) for each in who]
+    tasks = [asyncio.create_task(begin(*each)) for each in who]
     await asyncio.sleep(0.01)
     return tasks
 

@@ -72,7 +72,7 @@ class Pair:
         gate = held(self.device)
 
         async def together() -> list[SampleOutput]:
-            tasks = [asyncio.ensure_future(self.sampler.sample(request_of)) for request_of in requests]
+            tasks = [asyncio.ensure_future(self.sampler.sample(sample_request)) for sample_request in requests]
             while self.sampler.waiting < len(requests):  # noqa: ASYNC110  no event tells
                 await asyncio.sleep(0)
             gate.set()
@@ -89,7 +89,7 @@ class Pair:
         ]  # fmt: skip
         requests = request(data, forward_only=forward_only)
         _, output = done(self.trainer.forward_backward(self.states[name], requests))
-        return [request_of["logprobs"] for request_of in output.outputs]
+        return [datum_output["logprobs"] for datum_output in output.outputs]
 
 
 @pytest.fixture(
@@ -116,15 +116,15 @@ def many_requests() -> list[SampleRequest]:
 
 
 def assert_equal(pair: Pair, requests: list[SampleRequest], outputs: list[SampleOutput]) -> None:
-    for request_of, output in zip(requests, outputs, strict=True):
-        prompt = len(request_of.prompt)
-        sequences = [np.concatenate([request_of.prompt, sequence.tokens]) for sequence in output.sequences]
-        group = pair.trained(request_of.adapter, sequences)
+    for sample_request, output in zip(requests, outputs, strict=True):
+        prompt = len(sample_request.prompt)
+        sequences = [np.concatenate([sample_request.prompt, sequence.tokens]) for sequence in output.sequences]
+        group = pair.trained(sample_request.adapter, sequences)
         for token_ids, sequence, logprobs in zip(sequences, output.sequences, group, strict=True):
             np.testing.assert_array_equal(sequence.logprobs, logprobs[prompt - 1 :])
-            (alone,) = pair.trained(request_of.adapter, [token_ids], forward_only=True)
+            (alone,) = pair.trained(sample_request.adapter, [token_ids], forward_only=True)
             np.testing.assert_array_equal(alone, logprobs)
-            if request_of.prompt_logprobs:
+            if sample_request.prompt_logprobs:
                 assert output.prompt_logprobs is not None
                 np.testing.assert_array_equal(output.prompt_logprobs[1:], logprobs[: prompt - 1])
 
@@ -156,8 +156,10 @@ def test_a_conversation_that_goes_on_where_it_was_has_the_trainers_bits(pair: Pa
         if turn:
             assert all(output.prompt_cache_hit_tokens >= 45 + 51 * (turn - 1) for output in outputs)
         sequences = iter(
-            np.concatenate([request_of.prompt, output.sequences[0].tokens, rng.integers(0, 256, 30)]).astype(np.int32)
-            for request_of, output in zip(requests, outputs, strict=True)
+            np.concatenate([sample_request.prompt, output.sequences[0].tokens, rng.integers(0, 256, 30)]).astype(
+                np.int32
+            )
+            for sample_request, output in zip(requests, outputs, strict=True)
         )
         prompts = {name: [next(sequences) for _ in prompts[name]] for name in names}
 

@@ -137,9 +137,9 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(house: House) -> None
         for index in range(12)
     ]
     together = house.run(*requests)
-    for one, output in zip(requests, together, strict=True):
-        (alone,) = house.run(one)
-        assert all(same(a, b) for a, b in zip(alone.sequences, output.sequences, strict=True)), one
+    for sample_request, output in zip(requests, together, strict=True):
+        (alone,) = house.run(sample_request)
+        assert all(same(a, b) for a, b in zip(alone.sequences, output.sequences, strict=True)), sample_request
     assert house.sampler.active == house.sampler.waiting == 0
 
 
@@ -267,8 +267,8 @@ def test_more_samples_than_slots_and_memory_all_come_and_small_requests_go_in_be
     house = House(tmp_path, slots_max=4, kv_tokens_max=64 * 3)
     order: list[tuple[str, int]] = []
 
-    async def named(name: str, one: SampleRequest) -> SampleOutput:
-        output = await house.sampler.sample(one)
+    async def named(name: str, sample_request: SampleRequest) -> SampleOutput:
+        output = await house.sampler.sample(sample_request)
         order.append((name, house.sampler.counters.decoded_tokens))
         return output
 
@@ -542,8 +542,8 @@ def test_bfloat16_samples_are_the_same_alone_and_in_a_crowd(tmp_path: Path) -> N
         now=time.monotonic,
     )
     requests = [request(adapter=["", "adapter-1"][n % 2], prompt=prompt_of(5 + n, seed=n), seed=n) for n in range(9)]
-    for one, output in zip(requests, house.run(*requests), strict=True):
-        assert same(house.run(one)[0].sequences[0], output.sequences[0])
+    for sample_request, output in zip(requests, house.run(*requests), strict=True):
+        assert same(house.run(sample_request)[0].sequences[0], output.sequences[0])
 
 
 def test_the_seconds_of_each_pass_are_divided_over_its_rows(tmp_path: Path) -> None:
@@ -564,7 +564,7 @@ def test_the_seconds_of_each_pass_are_divided_over_its_rows(tmp_path: Path) -> N
     gate = held(house.device)
 
     async def together() -> list[SampleOutput]:
-        tasks = [asyncio.ensure_future(house.sampler.sample(one)) for one in (short, long)]
+        tasks = [asyncio.ensure_future(house.sampler.sample(sample_request)) for sample_request in (short, long)]
         await until(lambda: house.sampler.waiting == 2)
         gate.set()
         return list(await asyncio.gather(*tasks))

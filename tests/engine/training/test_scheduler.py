@@ -64,17 +64,17 @@ def runs(trainer: Trainer) -> list[tuple[RunState, ForwardBackward]]:
 
 
 def gathered(
-    device: Executor, clock: TrainingScheduler, requests: list[tuple[RunState, ForwardBackward]]
+    device: Executor, scheduler: TrainingScheduler, requests: list[tuple[RunState, ForwardBackward]]
 ) -> list[object]:
     """What each gets, all having arrived before the first pass began."""
     gate = held(device)
-    futures = [submitted(clock, state, one) for state, one in requests]
+    futures = [submitted(scheduler, state, one) for state, one in requests]
     gate.set()
     return [error if (error := future.exception(60)) else future.result() for future in futures]
 
 
-def submitted(clock: TrainingScheduler, state: RunState, body: ForwardBackward) -> "Future[TrainingResult]":
-    return clock.submit(state, lambda: body)
+def submitted(scheduler: TrainingScheduler, state: RunState, body: ForwardBackward) -> "Future[TrainingResult]":
+    return scheduler.submit(state, lambda: body)
 
 
 def held(device: Executor) -> threading.Event:
@@ -112,10 +112,10 @@ def test_a_run_in_a_crowd_has_the_bits_that_it_has_alone(trainer: Trainer, devic
         requests = runs(trainer)
         alone = [done(trainer.forward_backward(state, one)) for state, one in requests]
         for order in ([0, 1, 2, 3, 4], [4, 2, 0], [1, 3], [3, 4, 1, 0]):
-            clock = TrainingScheduler(trainer, device, lambda: 0.0)
-            results = gathered(device, clock, [requests[index] for index in order])
-            assert clock.counters.passes == 1
-            assert clock.counters.shares == len(order)
+            scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
+            results = gathered(device, scheduler, [requests[index] for index in order])
+            assert scheduler.counters.passes == 1
+            assert scheduler.counters.shares == len(order)
             for index, result in zip(order, results, strict=True):
                 assert_equal(result, *alone[index])
     finally:
@@ -127,13 +127,13 @@ def test_a_shared_prompt_is_computed_once_and_changes_no_log_probability(trainer
     state = runs(trainer)[0][0]
     data = group(rng, "importance_sampling", 40, (7, 12, 7, 3))
     together, output = done(trainer.forward_backward(state, request(data, "importance_sampling")))
-    clock = TrainingScheduler(trainer, device, lambda: 0.0)
-    gathered(device, clock, [(state, request(data, "importance_sampling"))])
-    assert clock.counters.rows == 40 + 7 + 12 + 7 + 3
+    scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
+    gathered(device, scheduler, [(state, request(data, "importance_sampling"))])
+    assert scheduler.counters.rows == 40 + 7 + 12 + 7 + 3
     total = torch.zeros_like(state.weights_P)
     for one, result in zip(data, output.outputs, strict=True):
-        alone, said = done(trainer.forward_backward(state, request([one], "importance_sampling")))
-        np.testing.assert_array_equal(result["logprobs"], said.outputs[0]["logprobs"])
+        alone, alone_output = done(trainer.forward_backward(state, request([one], "importance_sampling")))
+        np.testing.assert_array_equal(result["logprobs"], alone_output.outputs[0]["logprobs"])
         assert alone.grads_P is not None
         total += alone.grads_P
     assert together.grads_P is not None
@@ -160,9 +160,9 @@ def test_forward_only_requests_have_passes_of_their_own(trainer: Trainer, device
     requests = runs(trainer)[:3]
     (state, one), *_ = requests
     requests[0] = state, request(one.data, one.loss, forward_only=True)
-    clock = TrainingScheduler(trainer, device, lambda: 0.0)
-    results = gathered(device, clock, requests)
-    assert clock.counters.passes == 2
+    scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
+    results = gathered(device, scheduler, requests)
+    assert scheduler.counters.passes == 2
     for (state, one), result in zip(requests, results, strict=True):
         assert_equal(result, *done(trainer.forward_backward(state, one)))
 
@@ -197,10 +197,10 @@ def test_a_defect_that_one_request_brings_out_fails_no_other(
             raise RuntimeError("out of memory")
 
     monkeypatch.setattr(training_batch, "compute", defective)
-    clock = TrainingScheduler(trainer, device, lambda: 0.0)
-    results = gathered(device, clock, requests)
+    scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
+    results = gathered(device, scheduler, requests)
     assert isinstance(results[1], RuntimeError)
-    assert clock.counters.repeated == 3
+    assert scheduler.counters.repeated == 3
     for index in (0, 2):
         assert_equal(results[index], *alone[index])
 
@@ -227,10 +227,10 @@ def test_the_device_is_shared_by_rows_and_nobody_starves(
 
     monkeypatch.setattr(trainer, "open", open_named)
     monkeypatch.setattr(training_batch, "compute", noted)
-    clock = TrainingScheduler(trainer, device, lambda: 0.0)
+    scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
     long = trainer.create(spec(run="long")), request([datum(16, "cross_entropy", rng) for _ in range(9)])
     short = trainer.create(spec(run="short")), request([datum(12, "cross_entropy", rng) for _ in range(3)])
-    gathered(device, clock, [long, short])
+    gathered(device, scheduler, [long, short])
     assert order[:2] == ["long", "short"]
     assert "".join(name[0] for name in order[:7]).count("s") == 3  # done in turns, not after the long one
     assert order.count("long") == 9
@@ -238,22 +238,22 @@ def test_the_device_is_shared_by_rows_and_nobody_starves(
 
 def test_a_cancelled_request_leaves_at_once(trainer: Trainer, device: Executor) -> None:
     (state, one), other = runs(trainer)[:2]
-    clock = TrainingScheduler(trainer, device, lambda: 0.0)
+    scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
     gate = held(device)
-    leaving, staying = clock.submit(state, lambda: one), clock.submit(other[0], lambda: other[1])
+    leaving, staying = scheduler.submit(state, lambda: one), scheduler.submit(other[0], lambda: other[1])
     assert leaving.cancel()
     gate.set()
     assert_equal(staying.result(60), *done(trainer.forward_backward(*other)))
-    assert clock.counters.shares == 1
-    assert clock.waiting == 0
+    assert scheduler.counters.shares == 1
+    assert scheduler.waiting == 0
 
 
 def test_a_request_that_cannot_be_read_is_answered_with_that(trainer: Trainer, device: Executor) -> None:
     def unreadable() -> ForwardBackward:
         raise UserError("not a request")
 
-    clock = TrainingScheduler(trainer, device, lambda: 0.0)
+    scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
     (state, one), *_ = runs(trainer)
     with pytest.raises(UserError, match="not a request"):
-        clock.submit(state, unreadable).result(60)
-    assert_equal(clock.submit(state, lambda: one).result(60), *done(trainer.forward_backward(state, one)))
+        scheduler.submit(state, unreadable).result(60)
+    assert_equal(scheduler.submit(state, lambda: one).result(60), *done(trainer.forward_backward(state, one)))

@@ -139,21 +139,21 @@ def test_a_loss_that_is_not_finite_is_refused_half_way_and_changes_nothing(
 
 def test_a_gradient_that_is_not_finite_is_refused_and_the_site_named(trainer: Trainer) -> None:
     state = trained(trainer)
-    one = datum(9, "cross_entropy", np.random.default_rng(0))
-    one.inputs["weights"][:] = 0
-    one.inputs["weights"][4] = 3e37  # the loss is finite; its gradient is not
+    example = datum(9, "cross_entropy", np.random.default_rng(0))
+    example.inputs["weights"][:] = 0
+    example.inputs["weights"][4] = 3e37  # the loss is finite; its gradient is not
     with pytest.raises(UserError, match=r"gradient of .* \([AB]\) is not finite.*added nothing"):
-        done(trainer.forward_backward(state, request([one])))
+        done(trainer.forward_backward(state, request([example])))
 
 
 def test_sums_that_overflow_together_are_refused_where_they_do(trainer: Trainer) -> None:
     state = trained(trainer)
     huge = state.weights_P.new_full((state.layout.numel,), torch.finfo(torch.float32).max)
     state = RunState(state.spec, state.layout, state.weights_P, state.moments, huge)
-    one = datum(9, "cross_entropy", np.random.default_rng(0))
-    one.inputs["weights"][:] *= 1e36
+    example = datum(9, "cross_entropy", np.random.default_rng(0))
+    example.inputs["weights"][:] *= 1e36
     with pytest.raises(UserError, match="added nothing to the pending gradients"):
-        done(trainer.forward_backward(state, request([one])))
+        done(trainer.forward_backward(state, request([example])))
 
 
 def test_weights_that_give_nan_are_blamed_on_the_weights(trainer: Trainer) -> None:
@@ -207,8 +207,8 @@ def test_clipping_looks_at_this_runs_parameters_alone(trainer: Trainer) -> None:
     alone, _ = done(trainer.optim_step(state, AdamW(grad_clip_norm=0.1)))
     other = trainer.create(spec(seed=1))
     big = batch(seed=3)
-    for one in big:
-        one.inputs["weights"] *= 1e6
+    for example in big:
+        example.inputs["weights"] *= 1e6
     other, _ = done(trainer.forward_backward(other, request(big)))
     done(trainer.optim_step(other, AdamW(grad_clip_norm=0.1)))
     crowded, _ = done(trainer.optim_step(state, AdamW(grad_clip_norm=0.1)))
