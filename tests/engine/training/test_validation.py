@@ -180,7 +180,7 @@ def test_what_is_wrong_is_named(
 
 
 @pytest.mark.parametrize(
-    ("loss", "one", "config"),
+    ("loss", "example", "config"),
     [
         ("cross_entropy", CE, {}),
         ("cross_entropy", CE2, {}),
