@@ -105,9 +105,9 @@ def generating(model: Path) -> Draw:
             batch = prompts[first : first + at_once]
             for n in range(min(adapters, len(batch))):
                 bare.model.set_adapter(bare.names[(first + n) % adapters])
-                found = bare.generate(batch[n::adapters], TOKENS)
-                assert found.shape[1] == PROMPT + TOKENS, (
-                    f"{found.shape[1] - PROMPT} tokens, where {TOKENS} were asked for"
+                sequences = bare.generate(batch[n::adapters], TOKENS)
+                assert sequences.shape[1] == PROMPT + TOKENS, (
+                    f"{sequences.shape[1] - PROMPT} tokens, where {TOKENS} were asked for"
                 )
 
     return draw

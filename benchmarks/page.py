@@ -88,9 +88,9 @@ class Part:
 
     def written(self, page: str, stored: Mapping[str, Any]) -> str:
         """The page with the tables between its markers. Raises ValueError without exactly one pair, in order."""
-        before, found, rest = page.partition(self.begin)
-        _, closed, after = rest.partition(self.end)
-        if not found or not closed or self.begin in rest or self.end in after:
+        before, opening, remainder = page.partition(self.begin)
+        _, closing, after = remainder.partition(self.end)
+        if not opening or not closing or self.begin in remainder or self.end in after:
             raise ValueError(f"the page needs one {self.begin!r} and after it one {self.end!r}")
         return f"{before}{self.begin}\n{self.tables(stored)}{self.end}{after}"
 

@@ -44,7 +44,7 @@ def device() -> Iterator[Executor]:
 @pytest.fixture
 def turns(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, int]]]:
     """(run, rows) of each pass that was computed, as it happens."""
-    found: list[list[tuple[str, int]]] = []
+    passes: list[list[tuple[str, int]]] = []
     names: dict[int, str] = {}
     opened, compute = trainer.open, batch.compute
 
@@ -54,12 +54,12 @@ def turns(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[
         return one
 
     def noted(model: object, chosen: list[PendingRequest]) -> Work[None]:
-        found.append([(names[id(one)], one.waiting[0].rows) for one in chosen])
+        passes.append([(names[id(one)], one.waiting[0].rows) for one in chosen])
         return compute(model, chosen)  # type: ignore[arg-type]  # a Model
 
     monkeypatch.setattr(trainer, "open", named)
     monkeypatch.setattr(batch, "compute", noted)
-    return found
+    return passes
 
 
 def datums(count: int, length: int) -> list[Datum]:

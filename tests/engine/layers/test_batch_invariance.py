@@ -1,4 +1,4 @@
-"""What the sampler says of a token is what the trainer says of it, to the last bit: on a CPU, whoever else is there.
+"""Sampler and trainer give a token the same log-probability, to the last bit, on a CPU and in any batch.
 
 So that the ratio of an on-policy step is 1, and not 1 and some noise.
 """

@@ -32,10 +32,10 @@ def test_gradients_are_bit_for_bit_those_of_one_backward() -> None:
     for layer in one:
         x = layer(x)
     (x.square().sum()).backward()
-    course = LayerwisePass(differentiates=True)
-    rows = done(course.forward(begin(), layer_segments))
+    layer_pass = LayerwisePass(differentiates=True)
+    rows = done(layer_pass.forward(begin(), layer_segments))
     assert torch.equal(rows, x)
-    done(course.backward(2 * rows.detach()))
+    done(layer_pass.backward(2 * rows.detach()))
     for leaf, theirs in zip(parts, whole, strict=True):
         assert theirs.grad is not None
         assert leaf.grad is not None
@@ -47,18 +47,18 @@ def test_what_is_frozen_before_the_first_trained_stretch_is_not_differentiated(t
     weights, layer_segments = layers(6)
     for weight in weights[:trained]:
         weight.requires_grad = False
-    course = LayerwisePass(differentiates=True)
-    rows = done(course.forward(begin(), layer_segments))
-    assert len(list(course.backward(torch.ones_like(rows)))) == 6 - trained
+    layer_pass = LayerwisePass(differentiates=True)
+    rows = done(layer_pass.forward(begin(), layer_segments))
+    assert len(list(layer_pass.backward(torch.ones_like(rows)))) == 6 - trained
     assert [weight.grad is not None for weight in weights] == [False] * trained + [True] * (6 - trained)
 
 
 def test_forward_only_keeps_no_graph() -> None:
     _, layer_segments = layers(3)
-    course = LayerwisePass(differentiates=False)
-    rows = done(course.forward(begin(), layer_segments))
+    layer_pass = LayerwisePass(differentiates=False)
+    rows = done(layer_pass.forward(begin(), layer_segments))
     assert not rows.requires_grad
-    assert list(course.backward(torch.ones_like(rows))) == []
+    assert list(layer_pass.backward(torch.ones_like(rows))) == []
 
 
 def test_others_compute_without_gradients_between_two_stretches() -> None:
@@ -73,16 +73,16 @@ def test_what_a_stretch_kept_is_free_once_it_is_differentiated() -> None:
     graphs: list[weakref.ref[Tensor]] = []
     weight = torch.ones(16, requires_grad=True)
 
-    def stretch(x: Tensor) -> Tensor:
+    def segment(x: Tensor) -> Tensor:
         y = x * weight
         graphs.append(weakref.ref(y))
         return y
 
-    course = LayerwisePass(differentiates=True)
-    rows = done(course.forward(begin(), [stretch] * 3))
+    layer_pass = LayerwisePass(differentiates=True)
+    rows = done(layer_pass.forward(begin(), [segment] * 3))
     gc.disable()
     try:
-        for index, _ in enumerate(course.backward(torch.ones_like(rows))):
+        for index, _ in enumerate(layer_pass.backward(torch.ones_like(rows))):
             assert [ref() is not None for ref in graphs] == [True] * (2 - index) + [False] * (index + 1)
     finally:
         gc.enable()

@@ -223,10 +223,10 @@ def test_a_decoding_sequence_has_the_same_bits_alone_and_in_a_crowd(tmp_path: Pa
                 out[index].append(hidden[row])
         return out
 
-    crowd = decoded(range(11))
+    together = decoded(range(11))
     for index in (0, 4, 10):
         alone = decoded([index])[index]
-        assert all(torch.equal(a, b) for a, b in zip(alone, crowd[index], strict=True)), index
+        assert all(torch.equal(a, b) for a, b in zip(alone, together[index], strict=True)), index
 
 
 def test_a_sequence_that_left_does_not_poison_its_place(tmp_path: Path) -> None:

@@ -51,8 +51,8 @@ def test_a_row_has_the_biases_and_norms_of_the_architecture(
     tmp_path: Path, model_type: str, attention_bias: bool
 ) -> None:
     directory = random_model(tmp_path, model_type, attention_bias=attention_bias)
-    found = {name: entry.shape for name, entry in weight_files.entries(directory).items()}
-    assert dict(weight_files.promised(ModelConfig.read(directory))) == found
+    stored = {name: entry.shape for name, entry in weight_files.entries(directory).items()}
+    assert dict(weight_files.promised(ModelConfig.read(directory))) == stored
     expect_same_logits(directory)
 
 

@@ -86,7 +86,7 @@ def test_those_in_use_stay_whatever_they_take() -> None:
             assert cache.bytes == 4 * ONE
             await used(cache, "a", "b", "e", "c", "d")
             assert adapter_dict.loads == ["a", "b", "c", "d", "e"]
-            assert cache.bytes == 4 * ONE, "the one that nobody uses went"
+            assert cache.bytes == 4 * ONE, "the unused one was evicted"
         assert cache.bytes == ONE
 
     within(story())

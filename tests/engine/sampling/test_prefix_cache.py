@@ -17,15 +17,15 @@ LAST = torch.zeros(1, 4)
 def prefix_cache(
     *prompts: tuple[str, np.ndarray[Any, Any]], tokens_max: int = 1000, partial: bool = True
 ) -> PrefixCache:
-    found = PrefixCache(tokens_max, partial=partial)
+    filled = PrefixCache(tokens_max, partial=partial)
     for number, (adapter, tokens) in enumerate(prompts):
-        found.add(adapter, tokens, number, LAST)
-    return found
+        filled.add(adapter, tokens, number, LAST)
+    return filled
 
 
 def common(cache: PrefixCache, adapter: str, tokens: np.ndarray[Any, Any], most: int = 10**6) -> int:
-    found = cache.find(adapter, tokens, most)
-    return 0 if found is None else found[1]
+    match = cache.find(adapter, tokens, most)
+    return 0 if match is None else match[1]
 
 
 def test_the_longest_common_beginning_of_the_same_adapter_is_found() -> None:
