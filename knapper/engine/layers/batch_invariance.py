@@ -154,7 +154,7 @@ class Exactness:
             with torch.inference_mode():
                 if is_invariant(layout):
                     if layout != first:
-                        log.debug("exact bits", product=" ".join(map(str, name)), layout=str(layout))
+                        log.debug("exact bits", product=" ".join(map(str, name)), way=str(layout))
                     return layout
         self._break(" ".join(map(str, name)))
         return first
