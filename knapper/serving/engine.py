@@ -98,7 +98,7 @@ def engine() -> ServingEngine:
         raise InvalidField("KNAPPER_MODEL_DIRECTORY", "", "the directory of the base model's files")
     where = expect_device(settings)
     expect_files(Path(settings.model_directory))
-    device = Executor(settle=partial(finish, where))
+    device = Executor(synchronize=partial(finish, where))
     exactness = Exactness(promised=settings.exact)
     try:
         decoder, threads = device.submit(_loaded(settings, where, exactness)).result()
@@ -195,13 +195,13 @@ def _promise(exactness: Exactness, where: torch.device) -> str:
         return "no: KNAPPER_EXACT=false"
     if exactness.broken:
         return f"not of {', '.join(exactness.broken)}"
-    ways = [f"{product}: {way}" for product, way in exactness.found.items()]
+    ways = [f"{product}: {way}" for product, way in exactness.layouts.items()]
     return f"yes; {'; '.join(ways)}" if ways else "yes"
 
 
 def readings(machine: TrainingMachine, sampler: EngineSampler) -> list[Reading]:
     """What a scrape is told of both."""
-    passes, counts = machine.passes.counters, sampler.counters
+    passes, counts = machine.scheduler.counters, sampler.counters
     return [
         Reading("knapper_device_busy_seconds", "Seconds in which the device's thread computed, for whomever.",
                 lambda: machine.device.busy_s, counts=True),
@@ -210,12 +210,13 @@ def readings(machine: TrainingMachine, sampler: EngineSampler) -> list[Reading]:
         Reading("knapper_train_shares", "Requests in those: over passes, how many share one.", lambda: passes.shares,
                 counts=True),
         Reading("knapper_train_room", "Tokens that they had room for: rows over room is how full one is.",
-                lambda: passes.room, counts=True),
-        Reading("knapper_train_waiting", "Requests that wait for a pass.", lambda: machine.passes.waiting),
-        Reading("knapper_train_oldest_seconds", "How long the longest of those has waited.", machine.passes.oldest_s),
+                lambda: passes.capacity, counts=True),
+        Reading("knapper_train_waiting", "Requests that wait for a pass.", lambda: machine.scheduler.waiting),
+        Reading("knapper_train_oldest_seconds", "How long the longest of those has waited.",
+                machine.scheduler.oldest_s),
         Reading("knapper_train_share", "Of the tokens of the last 1,024 shares, the part of the run that had most "
                 "(place 1), second most, ...; which runs they are, `knapper usage` tells.",
-                lambda: _by_place(machine.passes.shares(_PLACES)), label="place"),
+                lambda: _by_place(machine.scheduler.shares(_PLACES)), label="place"),
         Reading("knapper_prefilled_tokens", "Prompt tokens computed.", lambda: counts.prefilled_tokens, counts=True),
         Reading("knapper_reused_tokens", "Prompt tokens that were there already.", lambda: counts.reused_tokens,
                 counts=True),
