@@ -44,7 +44,7 @@ def test_a_cold_start_is_told_from_its_first_second_and_once_a_minute(
 ) -> None:
     """Of training in the way of notices, as the SDK is silent for a quarter of an hour; of samples it prints itself."""
     started, asked, later_s = threading.Event(), [0], [0.0]
-    tell = TrainStepClient.tell
+    tell = TrainStepClient.take_notice
 
     async def starting(request: Request) -> Response:
         await request.body()
@@ -59,7 +59,7 @@ def test_a_cold_start_is_told_from_its_first_second_and_once_a_minute(
         messages = (record.getMessage() for record in caplog.records if record.name.startswith("tinker"))
         return [message for message in messages if what in message]
 
-    monkeypatch.setattr(TrainStepClient, "tell", counted)
+    monkeypatch.setattr(TrainStepClient, "take_notice", counted)
     monkeypatch.setattr("gateway.futures._PAUSED_HOLD_S", 0.2)  # many polls
     function = Starlette(routes=[Route("/", starting, methods=["POST"])])
     with (
@@ -92,7 +92,7 @@ def test_a_cold_start_is_told_from_its_first_second_and_once_a_minute(
         started.set()
         with pytest.raises(tinker.RequestFailedError, match="it has started"):
             drawn.result()
-        [run] = running.parts.bells.runs()
+        [run] = running.parts.train_client.runs()
         body = b'{"type": "create_model", "model_id": "%s"}' % run.encode()
         record = Commit(epoch=1, results=[Result(seq=0, sha256=b"", content_type="application/json", body=body)])
         running.run(running.store.put_if_absent(layout.commit(run, 1), encode(record)))

@@ -157,17 +157,17 @@ class Gateway:
 
 
 @asynccontextmanager
-async def gateway(store: Store, place: JobServices | None = None, **changes: Any) -> AsyncIterator[Gateway]:
+async def gateway(store: Store, job_services: JobServices | None = None, **changes: Any) -> AsyncIterator[Gateway]:
     """The whole gateway, chores and all, whose clocks are the loop's. `changes`: of its settings."""
     now = asyncio.get_running_loop().time
-    app = create_app(store, settings(**changes), place=place, clock=clock, monotonic=now)
+    app = create_app(store, settings(**changes), job_services=job_services, clock=clock, monotonic=now)
     transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
     headers = {"X-API-Key": "tml-local", "Accept": "application/x-protobuf, application/json"}
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1/api/v1/", headers=headers) as http,
     ):
-        yield Gateway(http, app.state.parts)
+        yield Gateway(http, app.state.services)
 
 
 @asynccontextmanager

@@ -53,7 +53,7 @@ class Running:
 
     @property
     def parts(self) -> Services:
-        parts: Services = self.app.state.parts
+        parts: Services = self.app.state.services
         return parts
 
     def door(self, path: str) -> Door:
@@ -139,7 +139,7 @@ def gateway(
     store: Store | None = None,
     *,
     model: ModelRecord | None = MODEL,
-    place: JobServices | None = None,
+    job_services: JobServices | None = None,
     clock: Callable[[], float] = time.time,
     monotonic: Callable[[], float] = time.monotonic,
     **changes: Any,
@@ -148,7 +148,7 @@ def gateway(
     store = store if store is not None else MemoryStore()
     if model is not None:
         asyncio.run(Catalogue(store).publish(model))
-    app = create_app(store, settings(**changes), place=place, clock=clock, monotonic=monotonic)
+    app = create_app(store, settings(**changes), job_services=job_services, clock=clock, monotonic=monotonic)
     with serve(app) as (url, loop):
         running = Running(url, store, app, loop)
         with running.http:

@@ -64,7 +64,7 @@ def others_run(running: Running, n: int = 0) -> str:
 
     async def make() -> None:
         await Register(running.store).add_session(record)
-        await running.parts.records.sessions.find_or_create(record)
+        await running.parts.lookups.sessions.find_or_create(record)
         await Register(running.store).add_run(record, run)
         await Acceptor(running.store, running.parts.clock).create(Creation(spec=spec(run, OTHER)), run.encode())
 

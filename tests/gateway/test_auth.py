@@ -8,7 +8,7 @@ from tests.gateway.running import Running, gateway
 def claims(running: Running, key: str) -> tuple[str, str]:
     """(tenant, key's id) of the token that the key is exchanged for."""
     token = running.post("auth/token", headers={"X-API-Key": key})["jwt"]
-    tokens = running.parts.tokens
+    tokens = running.parts.access_tokens
     assert tokens is not None
     found = tokens.claims(token)
     return found.tenant, found.key

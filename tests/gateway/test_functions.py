@@ -94,7 +94,7 @@ def test_a_run_is_trained_and_sampled_from_zero_and_across_a_kill(running: Runni
     session = running.session()
     run = running.make_run(session)  # nothing is running: the first bell goes unanswered
     time.sleep(1.2)
-    state, reason = running.parts.bells.queue_state(run)  # type: ignore[arg-type]
+    state, reason = running.parts.train_client.queue_state(run)  # type: ignore[arg-type]
     assert state == "paused_capacity"
     assert reason is not None
     upstream.start()
@@ -177,7 +177,7 @@ def test_the_seconds_that_samples_had_of_the_device_are_told_once(running: Runni
         upstream.start()
 
     def told(session: str) -> float:
-        running.run(running.parts.meter.flush())
+        running.run(running.parts.sample_usage.flush())
         now = running.parts.clock()
         hours = [datetime.fromtimestamp(now // 3600 * 3600 + more, UTC).isoformat() for more in (-3600, 3600)]
         window = dict(zip(("starting_on", "ending_before"), hours, strict=True))

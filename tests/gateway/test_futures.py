@@ -152,7 +152,7 @@ def test_protobuf_results_keep_their_type(running: Running) -> None:
 
 
 def test_a_pushed_result_wakes_those_who_wait(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.futures._LOOK_S", 30.0)  # nobody looks: only the push can wake
+    monkeypatch.setattr("gateway.futures._READ_EVERY_S", 30.0)  # nobody looks: only the push can wake
     run = running.make_run()
     with ThreadPoolExecutor() as pool:
         polls = [pool.submit(running.post, "retrieve_future", {"request_id": f"{run}:0"}) for _ in range(3)]
@@ -161,7 +161,7 @@ def test_a_pushed_result_wakes_those_who_wait(running: Running, monkeypatch: pyt
 
         async def push() -> None:
             running.parts.results.offer(run, 1, Commit(epoch=1, results=[result(0)]))  # type: ignore[arg-type]
-            running.parts.bells.wake(run)  # type: ignore[arg-type]
+            running.parts.train_client.wake(run)  # type: ignore[arg-type]
 
         running.run(push())
         assert [poll.result(10) for poll in polls] == [{"metrics": {}}] * 3

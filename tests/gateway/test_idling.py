@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from gateway import periodic_tasks, uploads
-from gateway.periodic import Chore, done
+from gateway import periodic, periodic_tasks, uploads
+from gateway.periodic import PeriodicTask
 from knapper import limits
 from knapper.catalogue.served_models import Catalogue
 from knapper.events import cloudevents
@@ -241,7 +241,7 @@ def test_a_job_that_another_process_started_and_lost_the_bell_of_is_found() -> N
             idle.bucket.put("j", FILES)
             other = JobServices(idle.store, idle.bucket, idle.place.bells, clock)
             assert await inbox.look(other, LOCAL_TENANT, "j") is not None  # it dies before it rings, and tells nobody
-            await asyncio.sleep(periodic_tasks.REST_S + 2 * 60 + 4 * 15)
+            await asyncio.sleep(periodic_tasks.IDLE_S + 2 * 60 + 4 * 15)
             assert {event.type for event in idle.rung} == {cloudevents.JOB_STARTED}
 
     lived(story)
@@ -252,7 +252,7 @@ def test_uploads_that_nobody_tells_of_are_found_within_five_minutes() -> None:
         async with house() as idle:
             await asyncio.sleep(DAY_S)
             idle.bucket.put("j", FILES)
-            await asyncio.sleep(uploads._LOOK_REST_S + 1)
+            await asyncio.sleep(uploads._LOOK_IDLE_S + 1)
             assert {event.type for event in idle.rung} == {cloudevents.JOB_STARTED}
 
     lived(story)
@@ -294,10 +294,10 @@ def test_what_is_refused_is_not_looked_at_again_until_something_comes() -> None:
     lived(story)
 
 
-# ---- how chores rest
+# ---- how periodic tasks idle
 
 
-def test_a_chore_that_finds_nothing_rests_ever_longer_and_is_back_once_it_is_stirred() -> None:
+def test_a_task_that_finds_nothing_pauses_ever_longer_and_is_back_once_its_doorbell_rings() -> None:
     async def story() -> list[float]:
         loop, at = asyncio.get_running_loop(), list[float]()
 
@@ -305,28 +305,28 @@ def test_a_chore_that_finds_nothing_rests_ever_longer_and_is_back_once_it_is_sti
             at.append(loop.time())
             return 100.0
 
-        chore = Chore("c", work, 10.0)
-        async with done([chore]):
+        task = PeriodicTask("c", work, 10.0)
+        async with periodic.running([task]):
             await asyncio.sleep(400)
-            chore.stirred.set()  # at 400, in the middle of a pause that began at 350
+            task.doorbell.set()  # at 400, in the middle of a pause that began at 350
             await asyncio.sleep(31)
         return at
 
     assert lived(story) == [10, 30, 70, 150, 250, 350, 410, 430]
 
 
-def test_what_stirs_a_chore_at_work_is_for_its_next_time() -> None:
+def test_a_doorbell_during_the_work_counts_for_the_next_run() -> None:
     async def story() -> list[float]:
         loop, at = asyncio.get_running_loop(), list[float]()
 
         async def work() -> float:
             at.append(loop.time())
             if len(at) == 3:
-                chore.stirred.set()  # it has looked already
+                task.doorbell.set()  # it has looked already
             return 1000.0
 
-        chore = Chore("c", work, 10.0)
-        async with done([chore]):
+        task = PeriodicTask("c", work, 10.0)
+        async with periodic.running([task]):
             await asyncio.sleep(101)
         return at
 

@@ -36,14 +36,14 @@ def running(tmp_path: Path) -> Iterator[Running]:
         Notifier(Rung().post, lambda: 0.0),
         itertools.count(1000.0).__next__,
     )
-    with gateway(store, place=place) as running:
+    with gateway(store, job_services=place) as running:
         submit(running)
         publish(running, FILE, ADAPTER)
         yield running
 
 
 def publish(running: Running, name: str, data: bytes, job: str = "j") -> None:
-    place = running.parts.place
+    place = running.parts.job_services
     assert place is not None
     running.run(place.exchange.publish(f"{layout.outputs(LOCAL_TENANT, job)}{name}", data))
 

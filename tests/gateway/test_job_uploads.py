@@ -30,7 +30,7 @@ PART = limits.upload_part_bytes
 def running(tmp_path: Path) -> Iterator[Running]:
     store = MemoryStore()
     place = JobServices(store, DirectoryExchange(tmp_path / "data"), Notifier(Rung().post, lambda: 0.0), lambda: 1000.0)
-    with gateway(store, place=place) as running:
+    with gateway(store, job_services=place) as running:
         yield running
 
 
@@ -128,7 +128,7 @@ def test_what_nobody_takes_expires(running: Running, tmp_path: Path) -> None:
         put(running, offset)
     old = next(path for path in (tmp_path / "data/uploads").rglob("000000000000"))
     os.utime(old, (1000.0, 1000.0))
-    place = running.parts.place
+    place = running.parts.job_services
     assert place is not None
     assert running.run(staging.expire(place.exchange, 1000.0 + limits.upload_s - 1)) == 0
     assert running.run(staging.expire(place.exchange, 1000.0 + limits.upload_s)) == 1

@@ -40,7 +40,7 @@ def running(tmp_path: Path) -> Iterator[tuple[Running, Rung]]:
     place = JobServices(
         store, DirectoryExchange(tmp_path), Notifier(rung.post, lambda: 0.0), iter(range(10**6)).__next__
     )
-    with gateway(store, place=place) as running:
+    with gateway(store, job_services=place) as running:
         yield running, rung
 
 

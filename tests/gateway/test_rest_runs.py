@@ -52,8 +52,8 @@ def test_a_run_made_twice_is_listed_once(running: Running) -> None:
 
 def test_a_run_that_was_registered_and_never_made_is_not_shown(running: Running, clock: Clock) -> None:
     session = make_session(running, clock)
-    record = running.run(running.parts.records.session(session, LOCAL_TENANT))
-    running.run(running.parts.register.add_run(record, RunId(f"{session}:train:0")))
+    record = running.run(running.parts.lookups.session(session, LOCAL_TENANT))
+    running.run(running.parts.tenant_index.add_run(record, RunId(f"{session}:train:0")))
     assert run_ids(running) == []
     assert running.http.get(f"training_runs/{session}:train:0").status_code == 404
 
@@ -158,7 +158,7 @@ def test_a_poll_hears_that_its_run_was_deleted_behind_the_gateway_s_back(running
     running.forward_backward(fwdbwd(run, 1)).raise_for_status()
     collector = Collector(running.store, Retention.of(settings()), running.parts.clock, running.parts.clock)
     running.run(collector.delete(RunId(run), "local"))
-    running.parts.records.forget_run(RunId(run))  # as a bell does that was answered so
+    running.parts.lookups.forget_run(RunId(run))  # as a bell does that was answered so
     reply = running.http.post("retrieve_future", json={"request_id": f"{run}:1", "allow_metadata_only": True})
     assert (reply.status_code, "was deleted on" in reply.text) == (404, True)
 

@@ -76,7 +76,7 @@ def draw(running: Running, session: str, seq: int) -> None:
 
 def reported(running: Running) -> list[tuple[str, str | None, str, int]]:
     """(hour, session, what, tokens)"""
-    running.run(running.parts.meter.flush())
+    running.run(running.parts.sample_usage.flush())
     found = running.http.get("billing/usage/events", params=_HOURS).raise_for_status().json()
     assert set(found["sessions"]) == {row["session_id"] for row in found["data"] if row["session_id"]}
     assert all(row["base_model"] == MODEL.name and row["user_id"] == "local" for row in found["data"])
@@ -112,7 +112,7 @@ def test_seconds_of_the_device_are_reported_with_the_tokens_that_took_them(
     upstream[1].extend([drawn(5), drawn(2)])
     for seq in (1, 1, 2, 3):  # a repetition, and one that fails
         draw(running, where, seq)
-    running.run(running.parts.meter.flush())
+    running.run(running.parts.sample_usage.flush())
     found = running.http.get("billing/usage/events", params=_HOURS).raise_for_status().json()["data"]
     assert [row["event_info"] for row in found] == [
         {"type": "sampling_sample", "token_count": 7, "device_seconds": 0.5},
@@ -146,7 +146,7 @@ def test_what_a_store_would_not_take_is_written_later_and_once(
     draw(running, where, 1)
     store.broken = True
     with pytest.raises(StoreError):
-        running.run(running.parts.meter.flush())
+        running.run(running.parts.sample_usage.flush())
     store.broken = False
     draw(running, where, 2)
     for _ in range(2):
@@ -170,7 +170,7 @@ def test_too_many_records_for_one_report_say_so(
     for seq in (1, 2):
         upstream[1].append(drawn(1))
         draw(running, where, seq)
-        running.run(running.parts.meter.flush())
+        running.run(running.parts.sample_usage.flush())
         replies.append(running.http.get("billing/usage/events", params=_HOURS))
     assert [reply.status_code for reply in replies] == [200, 422]
     assert "fewer hours" in replies[1].json()["detail"]

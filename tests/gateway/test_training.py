@@ -116,7 +116,7 @@ def test_a_client_elsewhere_hears_the_tokenizer_s_name_and_no_directory_of_the_s
 
 def test_a_seed_that_was_not_chosen_differs_between_runs_and_not_between_retries(running: Running) -> None:
     runs = [running.make_run() for _ in range(3)]
-    seeds = {running.run(running.parts.records.spec(run, "local")).seed for run in runs}  # type: ignore[arg-type]
+    seeds = {running.run(running.parts.lookups.spec(run, "local")).seed for run in runs}  # type: ignore[arg-type]
     assert len(seeds) == 3
 
 

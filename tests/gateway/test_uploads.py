@@ -140,7 +140,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 def test_notifications_start_a_job_once_and_are_acknowledged(topic: Topic, exchange: GcsExchange, rung: Rung) -> None:
     store = MemoryStore()
-    with gateway(store, place=place(exchange, store, rung), subscription=SUBSCRIPTION) as running:
+    with gateway(store, job_services=place(exchange, store, rung), subscription=SUBSCRIPTION) as running:
         first = upload(running, exchange, "job.yaml", FILES["job.yaml"])
         topic.publish("1", first, json.dumps({"bucket": exchange.bucket, "name": first["objectId"], "size": "9",
                                               "generation": first["objectGeneration"]}).encode())  # fmt: skip
@@ -156,7 +156,7 @@ def test_notifications_start_a_job_once_and_are_acknowledged(topic: Topic, excha
 
 def test_a_message_that_no_bucket_sends_becomes_a_dead_letter(topic: Topic, exchange: GcsExchange, rung: Rung) -> None:
     store = MemoryStore()
-    with gateway(store, place=place(exchange, store, rung), subscription=SUBSCRIPTION) as running:
+    with gateway(store, job_services=place(exchange, store, rung), subscription=SUBSCRIPTION) as running:
         topic.publish("9", {"hello": "world"}, b"\xff")
         topic.publish("8", {**BUCKET_KEYS, "bucketId": "others", "objectId": "inbox/a/b/c", "objectGeneration": "1"})
         until(lambda: not topic.messages)
@@ -168,7 +168,7 @@ def test_a_message_that_no_bucket_sends_becomes_a_dead_letter(topic: Topic, exch
 
 def test_an_odd_name_keeps_none_of_those_that_came_with_it(topic: Topic, exchange: GcsExchange, rung: Rung) -> None:
     store = MemoryStore()
-    with gateway(store, place=place(exchange, store, rung), subscription=SUBSCRIPTION) as running:
+    with gateway(store, job_services=place(exchange, store, rung), subscription=SUBSCRIPTION) as running:
         told = {**BUCKET_KEYS, "bucketId": exchange.bucket, "objectGeneration": "1"}
         for n, name in enumerate(
             ["x", "", "team/", "team/inbox", "team/x", "\u202e", "a\nb", "team/inbox/" + "a/" * 400]
@@ -196,7 +196,7 @@ def test_what_cannot_be_done_now_is_delivered_again(topic: Topic, exchange: GcsE
             return await super().put_if_absent(name, data)
 
     store = Failing()
-    with gateway(store, place=place(exchange, store, rung), subscription=SUBSCRIPTION) as running:
+    with gateway(store, job_services=place(exchange, store, rung), subscription=SUBSCRIPTION) as running:
         upload(running, exchange, "d.jsonl", FILES["d.jsonl"])
         topic.publish("1", upload(running, exchange, "job.yaml", FILES["job.yaml"]))
         until(lambda: not topic.messages)
@@ -209,7 +209,7 @@ def test_a_bucket_that_nobody_tells_of_is_looked_into(
 ) -> None:
     monkeypatch.setattr("gateway.uploads._LOOK_S", 0.05)
     store = MemoryStore()
-    with gateway(store, place=place(exchange, store, rung)) as running:
+    with gateway(store, job_services=place(exchange, store, rung)) as running:
         upload(running, exchange, "job.yaml", FILES["job.yaml"])
         upload(running, exchange, "d.jsonl", FILES["d.jsonl"])
         until(lambda: bool(rung.events))

@@ -348,7 +348,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     place = JobServices(
         store, DirectoryExchange(tmp_path_factory.mktemp("exchange")), Notifier(_unheard, time.time), time.time
     )
-    with pytest.MonkeyPatch.context() as patch, gateway(store, keys=True, jwt=True, place=place) as running:
+    with pytest.MonkeyPatch.context() as patch, gateway(store, keys=True, jwt=True, job_services=place) as running:
         patch.setattr(futures, "_PAUSED_HOLD_S", 0.05)  # its owner's poll is held; this is about who may poll
         patch.setattr(limits, "poll_hold_s", 0.1)
         with httpx.Client(base_url=running.url, timeout=30) as http:
@@ -426,7 +426,7 @@ def test_another_tenant_s_object_is_answered_as_a_missing_one(world: World, meth
     after = {name: data for name, data in world.stored().items() if "alice" not in name}
     assert {name: after[name] for name in before} == before, "something of theirs changed"
     assert not [name for name in set(after) - set(before) if theirs.session in name]
-    entry = world.running.parts.samples.find(theirs.sample, Tenant("bob"))
+    entry = world.running.parts.sample_queue.find(theirs.sample, Tenant("bob"))
     assert entry is not None
     assert not entry.done.is_set(), "their sample was ended"
     owner = world.ask(method, filled(path, door.path(theirs)), world.keys["bob"], door.asks[n](theirs, theirs))

@@ -48,7 +48,7 @@ def test_bytes_that_are_no_text_are_shown_as_such_and_do_not_hold_up_the_rest(to
     characters = Characters(tokenizer, [])
     told = [characters.add(token) for token in broken]
     assert max(i for i, text in enumerate(told) if text) > 200, "characters that never end are let go"
-    assert len("".join(told) + characters.rest()) == 300
+    assert len("".join(told) + characters.pending()) == 300
 
 
 def test_an_unfinished_character_at_the_end_is_told(tokenizer: Tokenizer) -> None:
@@ -129,7 +129,7 @@ def test_whole_texts_come_in_the_pieces_of_the_librarys_stream(kind: str, tokeni
         characters = Characters(decoder, before)
         pieces = [characters.add(token) for token in tokens]
         assert pieces == stream(decoder, before, tokens), (before, tokens)
-        assert characters.rest() == ""
+        assert characters.pending() == ""
         told += len("".join(pieces))
     assert told > 5000
 

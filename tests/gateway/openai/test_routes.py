@@ -174,7 +174,7 @@ def test_a_stream_says_what_the_whole_answer_says(served: Served) -> None:
 
 def test_what_a_stream_took_of_the_device_is_metered_once_though_it_broke_off(served: Served) -> None:
     def told() -> float:
-        served.running.run(served.running.parts.meter.flush())
+        served.running.run(served.running.parts.sample_usage.flush())
         now = served.running.parts.clock() // 3600
         window = {"starting_on": _hour(now), "ending_before": _hour(now + 1)}
         answer = served.http.get(f"{served.running.url}/api/v1/billing/usage/events", params=window)
@@ -274,7 +274,7 @@ def test_whoever_hangs_up_ends_the_sample(served: Served, stream: bool) -> None:
 
 
 def test_a_quiet_stream_says_what_it_waits_for(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "_QUIET_S", 0.3)
+    monkeypatch.setattr(samples, "_KEEP_ALIVE_S", 0.3)
     served.upstream.refusals = [Response("no", status_code=503) for _ in range(3)]
     asked = {"model": MODEL.name, "prompt": "the", "stream": True}
     reply = served.http.post("completions", json=asked)
