@@ -110,12 +110,12 @@ async def _story(machine: Watched, rest_s: float) -> tuple[list[bytes], ClaimedR
     store = MemoryStore()
     acceptor = Acceptor(store, lambda: 0.0)
     await acceptor.create(Creation(spec=spec()), b"create")
-    residents = ClaimedRuns(store, machine, Holder("h", "", TERMS), lambda: 0.0, rest_s=rest_s)
+    residents = ClaimedRuns(store, machine, Holder("h", "", TERMS), lambda: 0.0, idle_s=rest_s)
     answers: list[bytes] = []
     for step in _steps():
         await send(acceptor, step)
         answers += [body async for body in _ring(residents)]
-        while rest_s and residents.present:  # noqa: ASYNC110  nothing in it tells of a rest
+        while rest_s and residents.loaded:  # noqa: ASYNC110  nothing in it tells of a rest
             await asyncio.sleep(0.001)
     return answers, residents, store
 
@@ -130,7 +130,7 @@ def test_a_run_that_rests_after_every_operation_gives_the_bits_of_one_that_never
     assert with_rests == without
     assert len(with_rests) == len(_steps()) + 1  # the creation too
     assert (resting.thawed, awake.thawed) == (len(_steps()) - 1, 0)
-    assert residents.present == 1
+    assert residents.loaded == 1
 
     async def newest() -> int:
         found = await newest_manifest(store, RUN)
@@ -155,7 +155,7 @@ def test_a_run_whose_replay_is_short_rests_without_a_snapshot_and_gives_the_same
 def test_a_run_that_rests_leaves_nothing_of_its_state_in_memory(trainer: Trainer, device: Executor) -> None:
     machine = Watched(trainer, device)
     _, residents, _ = asyncio.run(_story(machine, 0.001))
-    assert residents.present == 0
+    assert residents.loaded == 0
     device.submit(_nothing()).result(10)  # the device's thread has let go of what it computed last
     assert machine.alive == 0
 

@@ -215,14 +215,14 @@ async def taken(machine: Costly, bells: int, rest_s: float = 0.0) -> tuple[list[
     store = MemoryStore()
     acceptor = Acceptor(store, lambda: 0.0)
     await acceptor.create(CREATION, b"create")
-    residents = ClaimedRuns(store, machine, Holder("h", "", TERMS), lambda: 0.0, rest_s=rest_s)
+    residents = ClaimedRuns(store, machine, Holder("h", "", TERMS), lambda: 0.0, idle_s=rest_s)
     for seq in range(1, bells + 1):
         await send(acceptor, Step(seq, "optim_step", b"{}"))
         async for _ in residents.answer(RUN):
             pass
         for _ in range(20):  # what goes on in the background
             await asyncio.sleep(0)
-        while rest_s and residents.present:  # noqa: ASYNC110  nothing in it tells of a rest
+        while rest_s and residents.loaded:  # noqa: ASYNC110  nothing in it tells of a rest
             await asyncio.sleep(0.001)
     listed = await store.list(layout.manifests(RUN))
     seqs = {decode(await store.get(name) or b"", Manifest, name).snapshot_seq for name in listed}
