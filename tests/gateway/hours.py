@@ -92,10 +92,10 @@ class CountingStore:
 
     @property
     def verbs(self) -> dict[str, int]:
-        found: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for (verb, _), count in self.calls.items():
-            found[verb] += count
-        return dict(found)
+            counts[verb] += count
+        return dict(counts)
 
     async def put_if_absent(self, name: str, data: bytes) -> bool:
         self.calls["put", _what(name)] += 1
@@ -130,16 +130,16 @@ class Gateway:
         return (await self.http.post(path, json=json)).raise_for_status().json()
 
     async def session(self) -> str:
-        asked: dict[str, Any] = {"tags": [], "user_metadata": None, "sdk_version": "0.38.0", "type": "create_session"}
-        return str((await self.post("create_session", asked))["session_id"])
+        body: dict[str, Any] = {"tags": [], "user_metadata": None, "sdk_version": "0.38.0", "type": "create_session"}
+        return str((await self.post("create_session", body))["session_id"])
 
     async def run(self, session: str, n: int = 0) -> str:
         return str((await self.post("create_model", create_model(session, n)))["model_id"])
 
     async def step(self, run: str, seq: int, status: int = 200) -> None:
         """An optimizer step, accepted."""
-        asked = {"model_id": run, "seq_id": seq, "adam_params": {"learning_rate": 1e-4}, "type": "optim_step"}
-        assert (await self.http.post("optim_step", json=asked)).status_code == status
+        body = {"model_id": run, "seq_id": seq, "adam_params": {"learning_rate": 1e-4}, "type": "optim_step"}
+        assert (await self.http.post("optim_step", json=body)).status_code == status
 
     async def result(self, run: str, seq: int) -> Any:
         """As the SDK waits for it."""

@@ -58,8 +58,8 @@ class Running:
 
     def door(self, path: str) -> Door:
         """The route of POSTs to /api/v1/`path`."""
-        found = [each for each in self.app.routes if isinstance(each, Door) and each.path == f"/api/v1/{path}"]
-        return found[0]
+        doors = [each for each in self.app.routes if isinstance(each, Door) and each.path == f"/api/v1/{path}"]
+        return doors[0]
 
     def run(self, coroutine: Any) -> Any:
         """Run it where the gateway runs."""
@@ -71,13 +71,13 @@ class Running:
         return reply.json()
 
     def session(self) -> str:
-        asked: dict[str, Any] = {"tags": [], "user_metadata": None, "sdk_version": "0.38.0", "type": "create_session"}
-        created: str = self.post("create_session", asked)["session_id"]
+        body: dict[str, Any] = {"tags": [], "user_metadata": None, "sdk_version": "0.38.0", "type": "create_session"}
+        created: str = self.post("create_session", body)["session_id"]
         return created
 
     def make_run(self, session: str | None = None, model_seq_id: int = 0) -> str:
-        asked = create_model(session or self.session(), model_seq_id)
-        return str(self.post("create_model", asked)["model_id"])
+        body = create_model(session or self.session(), model_seq_id)
+        return str(self.post("create_model", body)["model_id"])
 
     def forward_backward(self, body: bytes, **headers: str) -> httpx.Response:
         return self.http.post(

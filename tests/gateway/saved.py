@@ -74,5 +74,5 @@ def others_run(running: Running, n: int = 0) -> str:
 
 def bundle_names(running: Running) -> list[str]:
     """Objects of adapters that lie in the store."""
-    found: list[str] = running.run(running.store.list("adapters/"))
-    return found
+    names: list[str] = running.run(running.store.list("adapters/"))
+    return names

@@ -10,8 +10,8 @@ def claims(running: Running, key: str) -> tuple[str, str]:
     token = running.post("auth/token", headers={"X-API-Key": key})["jwt"]
     tokens = running.parts.access_tokens
     assert tokens is not None
-    found = tokens.claims(token)
-    return found.tenant, found.key
+    claims_of_token = tokens.claims(token)
+    return claims_of_token.tenant, claims_of_token.key
 
 
 def test_where_keys_are_off_a_token_names_none_and_a_key_is_described_so() -> None:

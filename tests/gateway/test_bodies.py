@@ -89,9 +89,9 @@ def test_when_the_memory_for_bodies_is_taken_large_ones_come_later_and_small_one
 
 def test_a_worker_that_dies_takes_nobody_with_it(running: Running) -> None:
     tokens = [1] * 100_000
-    asked = {"model_id": running.make_run(), "seq_id": 1}
+    payload = {"model_id": running.make_run(), "seq_id": 1}
     data = [{"model_input": {"chunks": [{"tokens": tokens}]}, "loss_fn_inputs": {}}]
-    body = {**asked, "forward_backward_input": {"loss_fn": "cross_entropy", "data": data}}
+    body = {**payload, "forward_backward_input": {"loss_fn": "cross_entropy", "data": data}}
     assert running.http.post("forward_backward", json=body).status_code == 200
     pool = running.parts.worker_pool._pool
     assert pool is not None

@@ -63,10 +63,10 @@ def test_whoever_waits_on_a_damaged_run_hears_what_is_damaged_and_what_to_do(mon
     function = Starlette(routes=[Route("/", damaged, methods=["POST"])])
     with serve(function) as (url, _), gateway(train_step_url=f"{url}/") as running:
         run = running.make_run()
-        told = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
-    assert told["queue_state"] == "paused_capacity"
-    assert "object runs/x/out/7 is not a Commit record" in told["queue_state_reason"]
-    assert f"{run} waits until it is restored from a backup; or go on from a checkpoint" in told["queue_state_reason"]
+        reply = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
+    assert reply["queue_state"] == "paused_capacity"
+    assert "object runs/x/out/7 is not a Commit record" in reply["queue_state_reason"]
+    assert f"{run} waits until it is restored from a backup; or go on from a checkpoint" in reply["queue_state_reason"]
 
 
 def test_whoever_waits_on_a_damaged_answer_hears_it_and_the_answers_beside_it_are_told(running: Running) -> None:
@@ -79,10 +79,10 @@ def test_whoever_waits_on_a_damaged_answer_hears_it_and_the_answers_beside_it_ar
     sound = running.run(running.store.get(name))
     damaged = sound[:40] + bytes([sound[40] ^ 4]) + sound[41:]
     running.run(put_instead(running, name, damaged))
-    told = running.post("retrieve_future", {"request_id": f"{run}:2"}, status=408)
-    assert told["queue_state"] == "paused_capacity"
-    assert f"object {name} is damaged" in told["queue_state_reason"]
-    assert "operator" in told["queue_state_reason"]
+    reply = running.post("retrieve_future", {"request_id": f"{run}:2"}, status=408)
+    assert reply["queue_state"] == "paused_capacity"
+    assert f"object {name} is damaged" in reply["queue_state_reason"]
+    assert "operator" in reply["queue_state_reason"]
     for seq in (0, 1, 3):
         assert running.post("retrieve_future", {"request_id": f"{run}:{seq}"}) == {"metrics": {}}
     running.run(put_instead(running, name, sound))
@@ -100,13 +100,13 @@ def test_a_run_whose_manifest_is_damaged_is_no_cold_start(running: Running, monk
     run = running.make_run()
     name = layout.manifest(RunId(run), 1)
     running.run(running.store.put_if_absent(name, b"damaged"))
-    told = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
+    reply = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
     for _ in range(20):
-        if "damaged" in (told.get("queue_state_reason") or ""):
+        if "damaged" in (reply.get("queue_state_reason") or ""):
             break
-        told = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
-    assert told["queue_state"] == "paused_capacity"
-    assert f"object {name} is damaged" in told["queue_state_reason"]
+        reply = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
+    assert reply["queue_state"] == "paused_capacity"
+    assert f"object {name} is damaged" in reply["queue_state_reason"]
 
 
 def test_a_promise_of_a_store_that_was_put_back_to_an_older_backup_is_not_waited_for(
@@ -117,10 +117,10 @@ def test_a_promise_of_a_store_that_was_put_back_to_an_older_backup_is_not_waited
     running.forward_backward(fwdbwd(run, 1))
     assert running.post("retrieve_future", {"request_id": f"{run}:1"}, status=408)["type"] == "try_again"
     running.run(running.store.delete(layout.operation(RunId(run), 1)))
-    told = running.post("retrieve_future", {"request_id": f"{run}:1"})
-    assert told["error"].startswith(f"operation 1 of {run} is not in the server's store")
-    assert "create_training_client_from_state" in told["error"]
-    assert told["category"] == "server"
+    reply = running.post("retrieve_future", {"request_id": f"{run}:1"})
+    assert reply["error"].startswith(f"operation 1 of {run} is not in the server's store")
+    assert "create_training_client_from_state" in reply["error"]
+    assert reply["category"] == "server"
 
 
 def test_results_in_the_store_are_found_and_stay(running: Running) -> None:

@@ -84,9 +84,9 @@ async def house(lay: Callable[[CountingStore], Awaitable[object]] | None = None)
     async def hear(event: Event) -> None:
         rung.append(event)
 
-    place = JobServices(store, bucket, Notifier(hear, clock), clock)
-    async with gateway(store, place) as running:
-        yield House(store, bucket, place, rung, running)
+    job_services = JobServices(store, bucket, Notifier(hear, clock), clock)
+    async with gateway(store, job_services) as running:
+        yield House(store, bucket, job_services, rung, running)
 
 
 @pytest.mark.parametrize("count", [0, 10, 2000])

@@ -37,10 +37,10 @@ class Rung:
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[tuple[Running, Rung]]:
     store, rung = MemoryStore(), Rung()
-    place = JobServices(
+    job_services = JobServices(
         store, DirectoryExchange(tmp_path), Notifier(rung.post, lambda: 0.0), iter(range(10**6)).__next__
     )
-    with gateway(store, job_services=place) as running:
+    with gateway(store, job_services=job_services) as running:
         yield running, rung
 
 

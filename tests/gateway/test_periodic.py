@@ -59,12 +59,12 @@ def test_a_tick_with_a_defect_is_logged_with_its_traceback_and_the_next_one_work
         running.post(f"sessions/{session}/finish", {"reason": {"type": "interrupted"}})
         until(lambda: running.stored(run, 1) is not None)  # a tick closed the hole
     assert store.ills == []
-    told = [line for line in lines if line["event"].startswith("tick")]
-    assert [line["event"] for line in told] == ["tick: defect", "tick: defect", "tick failed"]
-    assert "RuntimeError: a defect" in told[0]["exception"]
-    assert "revive" in told[0]["exception"], "the traceback says where"
-    assert "a stranger's" in told[1]["exception"]
-    assert (told[2]["code"], told[2]["reason"]) == ("store_unavailable", "away")
+    ticks = [line for line in lines if line["event"].startswith("tick")]
+    assert [line["event"] for line in ticks] == ["tick: defect", "tick: defect", "tick failed"]
+    assert "RuntimeError: a defect" in ticks[0]["exception"]
+    assert "revive" in ticks[0]["exception"], "the traceback says where"
+    assert "a stranger's" in ticks[1]["exception"]
+    assert (ticks[2]["code"], ticks[2]["reason"]) == ("store_unavailable", "away")
 
 
 def test_a_gateway_that_stops_in_the_middle_of_its_tasks_logs_no_defect(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,12 +77,12 @@ def draw(running: Running, session: str, seq: int) -> None:
 def reported(running: Running) -> list[tuple[str, str | None, str, int]]:
     """(hour, session, what, tokens)"""
     running.run(running.parts.sample_usage.flush())
-    found = running.http.get("billing/usage/events", params=_HOURS).raise_for_status().json()
-    assert set(found["sessions"]) == {row["session_id"] for row in found["data"] if row["session_id"]}
-    assert all(row["base_model"] == MODEL.name and row["user_id"] == "local" for row in found["data"])
+    usage = running.http.get("billing/usage/events", params=_HOURS).raise_for_status().json()
+    assert set(usage["sessions"]) == {row["session_id"] for row in usage["data"] if row["session_id"]}
+    assert all(row["base_model"] == MODEL.name and row["user_id"] == "local" for row in usage["data"])
     return [
         (row["bucket_start"][11:13], row["session_id"], row["event_info"]["type"], row["event_info"]["token_count"])
-        for row in found["data"]
+        for row in usage["data"]
     ]
 
 
@@ -113,8 +113,8 @@ def test_seconds_of_the_device_are_reported_with_the_tokens_that_took_them(
     for seq in (1, 1, 2, 3):  # a repetition, and one that fails
         draw(running, where, seq)
     running.run(running.parts.sample_usage.flush())
-    found = running.http.get("billing/usage/events", params=_HOURS).raise_for_status().json()["data"]
-    assert [row["event_info"] for row in found] == [
+    rows = running.http.get("billing/usage/events", params=_HOURS).raise_for_status().json()["data"]
+    assert [row["event_info"] for row in rows] == [
         {"type": "sampling_sample", "token_count": 7, "device_seconds": 0.5},
         {"type": "sampling_prefill", "token_count": 6, "cached": False},
     ]

@@ -216,6 +216,6 @@ def test_a_new_inflight_sampler_never_uses_weights_older_than_its_own(
 
 
 def test_custom_losses_are_refused_with_what_to_do_instead(running: Running) -> None:
-    asked = {"session_id": running.session(), "custom_loss_seq_id": 0, "name": "mine", "inputs": [], "graph": {}}
-    refused = running.post("create_custom_loss", asked, status=422)
+    body = {"session_id": running.session(), "custom_loss_seq_id": 0, "name": "mine", "inputs": [], "graph": {}}
+    refused = running.post("create_custom_loss", body, status=422)
     assert "forward_backward_custom" in refused["detail"]

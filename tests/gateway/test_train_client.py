@@ -60,9 +60,9 @@ def test_what_no_retry_ends_is_not_asked_for_again_and_again_and_is_told_at_once
     stands, passes = running.make_run(session, 0), running.make_run(session, 1)
     for run in (stands, passes):
         running.forward_backward(fwdbwd(run, 1))
-    told = running.http.post("retrieve_future", json={"request_id": f"{stands}:1"}, timeout=20)
-    assert told.status_code == 408, "no result: the operation waits"
-    assert "it was made in float32" in told.headers["x-deprecation-note"]
+    reply = running.http.post("retrieve_future", json={"request_id": f"{stands}:1"}, timeout=20)
+    assert reply.status_code == 408, "no result: the operation waits"
+    assert "it was made in float32" in reply.headers["x-deprecation-note"]
     end = time.monotonic() + 20
     while refusing.bells["passes"] < 4 and time.monotonic() < end:
         time.sleep(0.05)

@@ -265,8 +265,8 @@ def test_a_hole_is_closed_when_the_session_ends(running: Running) -> None:
 
 def test_a_checkpoint_that_does_not_exist_makes_no_run(running: Running) -> None:
     session = running.session()
-    asked = {"session_id": session, "model_seq_id": 0, "optimizer": True, "type": "load_weights"}
+    body = {"session_id": session, "model_seq_id": 0, "optimizer": True, "type": "load_weights"}
     missing = f"tinker://{session}:train:7/weights/a"
-    assert "does not exist" in running.post("load_weights", asked | {"path": missing}, status=404)["detail"]
-    wrong = running.post("load_weights", asked | {"path": "/etc/passwd"}, status=422)
+    assert "does not exist" in running.post("load_weights", body | {"path": missing}, status=404)["detail"]
+    wrong = running.post("load_weights", body | {"path": "/etc/passwd"}, status=422)
     assert "allowed: tinker://<run>/" in wrong["detail"]

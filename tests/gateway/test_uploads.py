@@ -61,13 +61,13 @@ class Topic:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "max_messages must be greater than 0")
         time.sleep(0.02)
         with self._lock:
-            found = []
+            messages = []
             for id_, message in list(self.messages.items())[: request.max_messages]:
                 self.deliveries[id_] = self.deliveries.get(id_, 0) + 1
                 ack = f"ack {id_} {self.deliveries[id_]}"
                 self._acks[ack] = id_
-                found.append(ReceivedMessage(ack_id=ack, message=message))
-        return PullResponse(received_messages=found)
+                messages.append(ReceivedMessage(ack_id=ack, message=message))
+        return PullResponse(received_messages=messages)
 
     def acknowledge(self, request: AcknowledgeRequest, context: grpc.ServicerContext) -> Empty:
         self._expect(request.subscription, context)
@@ -85,9 +85,9 @@ class Topic:
         """Also where the request is routed to, which the client says beside it."""
         if subscription != SUBSCRIPTION:
             context.abort(grpc.StatusCode.NOT_FOUND, f"resource not found (resource={subscription})")
-        told = dict(context.invocation_metadata()).get("x-goog-request-params")
-        if told != f"subscription={SUBSCRIPTION}":
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"routed by {told!r}")
+        routing = dict(context.invocation_metadata()).get("x-goog-request-params")
+        if routing != f"subscription={SUBSCRIPTION}":
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"routed by {routing!r}")
 
 
 @pytest.fixture
@@ -127,8 +127,12 @@ def upload(running: Running, exchange: Exchange, name: str, text: str) -> dict[s
     """Put it there; what its notification says."""
     running.run(exchange.publish(f"inbox/local/j/{name}", text.encode()))
     blob = running.run(exchange.read(f"inbox/local/j/{name}", 1000))
-    told = {"bucketId": exchange.bucket, "objectId": f"team/inbox/local/j/{name}", "objectGeneration": blob.generation}
-    return {**BUCKET_KEYS, **told}
+    attributes = {
+        "bucketId": exchange.bucket,
+        "objectId": f"team/inbox/local/j/{name}",
+        "objectGeneration": blob.generation,
+    }
+    return {**BUCKET_KEYS, **attributes}
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -169,12 +173,12 @@ def test_a_message_that_no_bucket_sends_becomes_a_dead_letter(topic: Topic, exch
 def test_an_odd_name_keeps_none_of_those_that_came_with_it(topic: Topic, exchange: GcsExchange, rung: Rung) -> None:
     store = MemoryStore()
     with gateway(store, job_services=place(exchange, store, rung), subscription=SUBSCRIPTION) as running:
-        told = {**BUCKET_KEYS, "bucketId": exchange.bucket, "objectGeneration": "1"}
+        attributes = {**BUCKET_KEYS, "bucketId": exchange.bucket, "objectGeneration": "1"}
         for n, name in enumerate(
             ["x", "", "team/", "team/inbox", "team/x", "\u202e", "a\nb", "team/inbox/" + "a/" * 400]
         ):
-            topic.publish(f"odd {n}", {**told, "objectId": name})
-        topic.publish("deep", {**told, "objectId": "x", "payloadFormat": "JSON_API_V1"}, b"[" * 100_000)
+            topic.publish(f"odd {n}", {**attributes, "objectId": name})
+        topic.publish("deep", {**attributes, "objectId": "x", "payloadFormat": "JSON_API_V1"}, b"[" * 100_000)
         upload(running, exchange, "d.jsonl", FILES["d.jsonl"])
         topic.publish("good", upload(running, exchange, "job.yaml", FILES["job.yaml"]))
         until(lambda: not topic.messages)
@@ -233,8 +237,8 @@ main.main()
 """
     environment = {**os.environ, "KNAPPER_SUBSCRIPTION": SUBSCRIPTION, "KNAPPER_DATA": str(tmp_path)}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
-    said = f"KNAPPER_SUBSCRIPTION is {SUBSCRIPTION!r}; allowed: a subscription only with the extra gcp. pip install"
-    assert said in ran.stdout
-    assert said in ran.stderr
+    message = f"KNAPPER_SUBSCRIPTION is {SUBSCRIPTION!r}; allowed: a subscription only with the extra gcp. pip install"
+    assert message in ran.stdout
+    assert message in ran.stderr
     assert "Traceback" not in ran.stderr
     assert ran.returncode == 1

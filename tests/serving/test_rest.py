@@ -133,9 +133,9 @@ def test_a_run_that_rests_after_every_operation_gives_the_bits_of_one_that_never
     assert residents.loaded == 1
 
     async def newest() -> int:
-        found = await newest_manifest(store, RUN)
-        assert found is not None
-        return found[1].snapshot_seq
+        manifest = await newest_manifest(store, RUN)
+        assert manifest is not None
+        return manifest[1].snapshot_seq
 
     assert asyncio.run(newest()) == len(_steps()), "it left the memory, and its last operation is in no snapshot"
 

@@ -210,13 +210,13 @@ class Costly(LedgerMachine):
         return self.size
 
 
-async def taken(machine: Costly, bells: int, rest_s: float = 0.0) -> tuple[list[int], int]:
+async def taken(machine: Costly, doorbells: int, rest_s: float = 0.0) -> tuple[list[int], int]:
     """After which operations snapshots were taken, of one operation a bell; and how many are left."""
     store = MemoryStore()
     acceptor = Acceptor(store, lambda: 0.0)
     await acceptor.create(CREATION, b"create")
     residents = ClaimedRuns(store, machine, Holder("h", "", TERMS), lambda: 0.0, idle_s=rest_s)
-    for seq in range(1, bells + 1):
+    for seq in range(1, doorbells + 1):
         await send(acceptor, Step(seq, "optim_step", b"{}"))
         async for _ in residents.answer(RUN):
             pass
@@ -278,7 +278,7 @@ def test_a_snapshot_in_the_background_that_comes_in_time_makes_the_forced_one_ne
         residents = ClaimedRuns(store, Costly(1.0), Holder("h", "", TERMS), lambda: 0.0)
         async for _ in residents.answer(RUN):
             pass
-        found = await store.list(layout.manifests(RUN))
-        assert len(found) == 2, "the claim, and one snapshot"
+        manifests = await store.list(layout.manifests(RUN))
+        assert len(manifests) == 2, "the claim, and one snapshot"
 
     asyncio.run(story())
