@@ -158,7 +158,7 @@ class Gateway:
 
 @asynccontextmanager
 async def gateway(store: Store, job_services: JobServices | None = None, **changes: Any) -> AsyncIterator[Gateway]:
-    """The whole gateway, chores and all, whose clocks are the loop's. `changes`: of its settings."""
+    """The whole gateway with its periodic tasks, on the clock of the loop. `changes`: of its settings."""
     now = asyncio.get_running_loop().time
     app = create_app(store, settings(**changes), job_services=job_services, clock=clock, monotonic=now)
     transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
@@ -173,11 +173,11 @@ async def gateway(store: Store, job_services: JobServices | None = None, **chang
 @asynccontextmanager
 async def engine(store: Store, machine: Machine[Any]) -> AsyncIterator[str]:
     """A train_step on a port of its own, in this very loop: where it is."""
-    residents = ClaimedRuns(store, machine, Holder("engine", "", TERMS), clock)
+    runs = ClaimedRuns(store, machine, Holder("engine", "", TERMS), clock)
 
-    async def bell(request: web.Request) -> web.StreamResponse:
+    async def doorbell(request: web.Request) -> web.StreamResponse:
         event = cloudevents.decode(request.headers, await request.read())
-        frames = residents.answer(cloudevents.run_of(event), event.hint)
+        frames = runs.answer(cloudevents.run_of(event), event.hint)
         try:
             first = await anext(frames)
         except KnapperError as error:
@@ -194,7 +194,7 @@ async def engine(store: Store, machine: Machine[Any]) -> AsyncIterator[str]:
     assert isinstance(loop, LeapingLoop)
     loop.sockets = True
     app = web.Application()
-    app.router.add_post("/", bell)
+    app.router.add_post("/", doorbell)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     with socket.create_server(("127.0.0.1", 0)) as listener:

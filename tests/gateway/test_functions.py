@@ -92,7 +92,7 @@ def step(running: Running, run: str, seq: int) -> str:
 def test_a_run_is_trained_and_sampled_from_zero_and_across_a_kill(running: Running, upstream: Functions) -> None:
     upstream.kill()
     session = running.session()
-    run = running.make_run(session)  # nothing is running: the first bell goes unanswered
+    run = running.make_run(session)  # nothing is running: the first doorbell goes unanswered
     time.sleep(1.2)
     state, reason = running.parts.train_client.queue_state(run)  # type: ignore[arg-type]
     assert state == "paused_capacity"

@@ -47,7 +47,7 @@ def test_a_pending_poll_is_held_and_then_asked_to_come_again(running: Running, m
 
 def test_a_cold_start_is_told_with_the_time_it_has_taken(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     run = running.make_run()
-    monkeypatch.setattr("gateway.futures._PAUSED_HOLD_S", 1.2)  # a bell without an answer is a cold start after 1 s
+    monkeypatch.setattr("gateway.futures._PAUSED_HOLD_S", 1.2)  # an unanswered doorbell is a cold start after 1 s
     body = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
     assert body["queue_state"] == "paused_capacity"
     assert body["queue_state_reason"].startswith("train_step is starting from zero; waited ")
@@ -152,7 +152,7 @@ def test_protobuf_results_keep_their_type(running: Running) -> None:
 
 
 def test_a_pushed_result_wakes_those_who_wait(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.futures._READ_EVERY_S", 30.0)  # nobody looks: only the push can wake
+    monkeypatch.setattr("gateway.futures._READ_EVERY_S", 30.0)  # no reads: only the stream can wake the poll
     run = running.make_run()
     with ThreadPoolExecutor() as pool:
         polls = [pool.submit(running.post, "retrieve_future", {"request_id": f"{run}:0"}) for _ in range(3)]
@@ -198,11 +198,11 @@ def test_many_polls_share_one_look_at_the_store(running: Running, monkeypatch: p
     run = running.make_run()
     for seq in range(1, 40):
         running.forward_backward(fwdbwd(run, seq))
-    looks: list[str] = []
+    reads: list[str] = []
     listed = running.store.list
 
     async def counting(prefix: str, start_after: str = "", limit: int = 0) -> list[str]:
-        looks.append(prefix)
+        reads.append(prefix)
         return await listed(prefix, start_after, limit)
 
     monkeypatch.setattr(running.store, "list", counting)
@@ -213,5 +213,5 @@ def test_many_polls_share_one_look_at_the_store(running: Running, monkeypatch: p
             pool.map(lambda seq: running.http.post("retrieve_future", json={"request_id": f"{run}:{seq}"}), range(40))
         )
     assert {reply.status_code for reply in replies} == {408}
-    assert sum(prefix == layout.commits(run) for prefix in looks) <= 12  # type: ignore[arg-type]
+    assert sum(prefix == layout.commits(run) for prefix in reads) <= 12  # type: ignore[arg-type]
     assert json_of(replies[0].content)["type"] == "try_again"

@@ -20,7 +20,7 @@ from knapper.jobs.services import JobServices
 from knapper.state import layout
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import Running, gateway
-from tests.gateway.test_jobs import YAML, Rung, command, submit
+from tests.gateway.test_jobs import YAML, DoorbellLog, command, submit
 
 ADAPTER = bytes(range(256)) * 20_000  # 5 MB: several pieces
 SHA256 = hashlib.sha256(ADAPTER).hexdigest()
@@ -33,7 +33,7 @@ def running(tmp_path: Path) -> Iterator[Running]:
     job_services = JobServices(
         store,
         DirectoryExchange(tmp_path / "data"),
-        Notifier(Rung().post, lambda: 0.0),
+        Notifier(DoorbellLog().post, lambda: 0.0),
         itertools.count(1000.0).__next__,
     )
     with gateway(store, job_services=job_services) as running:

@@ -17,7 +17,7 @@ from knapper.jobs.notifications import Notifier
 from knapper.jobs.services import JobServices
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import Running, gateway
-from tests.gateway.test_jobs import YAML, Rung, command
+from tests.gateway.test_jobs import YAML, DoorbellLog, command
 
 ROW = b'{"prompt": "a", "completion": "b"}\n'
 DATA = ROW * 500_000  # 17 MB: three parts
@@ -30,7 +30,7 @@ PART = limits.upload_part_bytes
 def running(tmp_path: Path) -> Iterator[Running]:
     store = MemoryStore()
     job_services = JobServices(
-        store, DirectoryExchange(tmp_path / "data"), Notifier(Rung().post, lambda: 0.0), lambda: 1000.0
+        store, DirectoryExchange(tmp_path / "data"), Notifier(DoorbellLog().post, lambda: 0.0), lambda: 1000.0
     )
     with gateway(store, job_services=job_services) as running:
         yield running

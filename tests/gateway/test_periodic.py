@@ -1,4 +1,4 @@
-"""What a gateway does by itself goes on, whatever goes wrong in it, and ends without a word when the gateway does."""
+"""Periodic tasks continue after any failure, and end silently with the gateway."""
 
 import asyncio
 import time
@@ -57,7 +57,7 @@ def test_a_tick_with_a_defect_is_logged_with_its_traceback_and_the_next_one_work
         run = running.make_run(session)
         running.forward_backward(fwdbwd(run, 2))
         running.post(f"sessions/{session}/finish", {"reason": {"type": "interrupted"}})
-        until(lambda: running.stored(run, 1) is not None)  # a tick closed the hole
+        until(lambda: running.stored(run, 1) is not None)  # a tick filled the gap
     assert store.ills == []
     ticks = [line for line in lines if line["event"].startswith("tick")]
     assert [line["event"] for line in ticks] == ["tick: defect", "tick: defect", "tick failed"]

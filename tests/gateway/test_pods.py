@@ -27,7 +27,7 @@ def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
 
 @pytest.fixture(scope="module")
 def calm(pods: Two) -> tuple[str, list[bytes]]:
-    """Weights and answers of the run that nobody disturbs: one pod, a bell after each operation."""
+    """Weights and results of an undisturbed run: one pod, and a doorbell after each operation."""
 
     async def story() -> tuple[str, list[bytes]]:
         run = await pods.make("calm")
@@ -104,7 +104,7 @@ def test_a_pod_that_is_not_the_holder_says_who_is_and_takes_over_only_from_the_l
         assert await pods.holder(run) == pods.b.address
         await pods.accept(run, [4])
         status, detail, _ = await pods.a.ring(run, await pods.hint(run, "service"))
-        assert status == 503, "it sees from the bell that it was taken over"
+        assert status == 503, "it sees from the doorbell that it was taken over"
         assert pods.b.address in detail
 
     asyncio.run(story())

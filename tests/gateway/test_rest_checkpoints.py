@@ -172,14 +172,14 @@ GRACE_S, UNASKED_S = settings().keep_orphans_s, settings().keep_samplers_s
 
 
 def sweep(running: Running) -> list[str]:
-    """The collector's next look, as the gateway's chore does it; the bundles that are gone after it."""
+    """One run of the gateway's collector task; returns the bundles that it deleted."""
     before = bundles_of(running)
     running.run(periodic_tasks.collect(running.parts))
     return sorted(before - bundles_of(running))
 
 
 def gone_within(running: Running, clock: Clock, seconds: float) -> int:
-    """How many bundles go in that time and two looks, while the chore does what it does."""
+    """How many bundles the periodic task deletes in that time and two more runs."""
     pace_s = running.parts.collector.pace_s
     gone = 0
     for _ in range(int(seconds / pace_s) + 2):

@@ -158,7 +158,7 @@ def test_a_poll_hears_that_its_run_was_deleted_behind_the_gateway_s_back(running
     running.forward_backward(fwdbwd(run, 1)).raise_for_status()
     collector = Collector(running.store, Retention.of(settings()), running.parts.clock, running.parts.clock)
     running.run(collector.delete(RunId(run), "local"))
-    running.parts.lookups.forget_run(RunId(run))  # as a bell does that was answered so
+    running.parts.lookups.forget_run(RunId(run))  # as the reply to a doorbell does
     reply = running.http.post("retrieve_future", json={"request_id": f"{run}:1", "allow_metadata_only": True})
     assert (reply.status_code, "was deleted on" in reply.text) == (404, True)
 

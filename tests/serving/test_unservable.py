@@ -56,7 +56,7 @@ class Pod:
         self.process, self.url, self.log, self.opening = process, url, log, opening
 
     def ask(self) -> httpx.Response:
-        """A bell for a run that does not exist: 404 once there is an engine."""
+        """A doorbell for a run that does not exist: 404 once there is an engine."""
         end = time.monotonic() + 100
         while True:
             assert self.process.poll() is None, self.log.read_text()

@@ -101,7 +101,7 @@ def test_random_texts_stop_where_their_stop_string_begins(tokenizer: Tokenizer) 
 
 
 def wordpiece() -> Tokenizer:
-    """As BERT's: spaces stand between pieces, and before some of them none."""
+    """As BERT's: spaces stand between words, and before some word pieces none."""
     vocabulary = ["[UNK]", "the", "##s", "and", "!", "don", "'", "t", "##é", "."]
     tokenizer = Tokenizer(models.WordPiece(vocab={word: n for n, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
