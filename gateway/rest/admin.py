@@ -25,6 +25,15 @@ _RESOURCES = {"all": "", "checkpoints": "checkpoint", "projects": "project", "te
 _RESOURCES["organizations"] = "organization"
 
 
+@dataclass(frozen=True)
+class _Row:
+    hour: int
+    tokens: int
+    session: str  # empty for none
+    base_model: str
+    info: dict[str, Any]
+
+
 async def audit(request: Request) -> Response:
     """The entries of one UTC day, by default today."""
     gateway, tenant = services_of(request), tenant_of(request)
@@ -51,26 +60,10 @@ async def usage_events(request: Request) -> Response:
     """
     gateway, tenant = services_of(request), tenant_of(request)
     window = Window(*json.convert(responses.query(request), rest.UsageQuery).hours(gateway.clock()))
-    saved = usage.checkpoints_saved(await gateway.checkpoints.labels(tenant), window)
-    rows = []
-    trained = await _trained(gateway, tenant, window)
-    await many.each({run for _, run in trained} | {run for _, run in saved}, lambda run: _model(gateway, tenant, run))
-    for (hour, run), (tokens, device_s) in trained.items():
-        info = {"type": "training", "training_run_id": run, "device_seconds": round(device_s, 3)}
-        if tokens or device_s:
-            rows.append(_Row(hour, tokens, session_of(run), await _model(gateway, tenant, run), info))
-    for (hour, run), count in saved.items():
-        model, info = await _model(gateway, tenant, run), {"type": "checkpoint", "count": count}
-        rows.append(_Row(hour, 0, session_of(run), model, info))
-    for hour, sampled in await usage.tokens_sampled(gateway.store, tenant, window):
-        prefill = {"type": "sampling_prefill", "cached": False}  # several samples of one prompt count it once
-        rows.append(_Row(hour, sampled.prompt, sampled.session, sampled.base_model, prefill))
-        sample = {"type": "sampling_sample", "device_seconds": round(sampled.device_s, 3)}
-        rows.append(_Row(hour, sampled.sampled, sampled.session, sampled.base_model, sample))
+    rows = [*await _training_rows(gateway, tenant, window), *await _sampling_rows(gateway, tenant, window)]
     await many.each({row.session for row in rows if row.session}, lambda session: _project(gateway, tenant, session))
     data = [await _event(gateway, tenant, row) for row in sorted(rows, key=lambda row: (row.hour, -row.tokens))]
-    sessions = {}
-    jobs = {}
+    sessions, jobs = {}, {}
     for session in {event["session_id"] for event in data} - {None}:
         record = await damage.unless(gateway.lookups.session(session, tenant), None)
         if record is not None:
@@ -81,6 +74,32 @@ async def usage_events(request: Request) -> Response:
     return JSONResponse({"data": data, "sessions": sessions, "cost_data_through": None})
 
 
+async def _training_rows(gateway: Services, tenant: Tenant, window: Window) -> list[_Row]:
+    """Tokens trained, then checkpoints saved."""
+    saved = usage.checkpoints_saved(await gateway.checkpoints.labels(tenant), window)
+    trained = await _trained(gateway, tenant, window)
+    await many.each({run for _, run in trained} | {run for _, run in saved}, lambda run: _model(gateway, tenant, run))
+    rows = []
+    for (hour, run), (tokens, device_s) in trained.items():
+        info = {"type": "training", "training_run_id": run, "device_seconds": round(device_s, 3)}
+        if tokens or device_s:
+            rows.append(_Row(hour, tokens, session_of(run), await _model(gateway, tenant, run), info))
+    for (hour, run), count in saved.items():
+        model, info = await _model(gateway, tenant, run), {"type": "checkpoint", "count": count}
+        rows.append(_Row(hour, 0, session_of(run), model, info))
+    return rows
+
+
+async def _sampling_rows(gateway: Services, tenant: Tenant, window: Window) -> list[_Row]:
+    rows = []
+    for hour, sampled in await usage.tokens_sampled(gateway.store, tenant, window):
+        prefill = {"type": "sampling_prefill", "cached": False}  # several samples of one prompt count it once
+        rows.append(_Row(hour, sampled.prompt, sampled.session, sampled.base_model, prefill))
+        sample = {"type": "sampling_sample", "device_seconds": round(sampled.device_s, 3)}
+        rows.append(_Row(hour, sampled.sampled, sampled.session, sampled.base_model, sample))
+    return rows
+
+
 async def _trained(gateway: Services, tenant: Tenant, window: Window) -> Use:
     """From the ledger; until it exists, from the journals of all runs."""
     if await gateway.accounts.begun():
@@ -89,15 +108,6 @@ async def _trained(gateway: Services, tenant: Tenant, window: Window) -> Use:
     tokens = await usage.tokens_trained(gateway.store, runs, window)
     device_s = await usage.device_seconds(gateway.store, runs, window)
     return {key: (tokens.get(key, 0), device_s.get(key, 0.0)) for key in tokens.keys() | device_s.keys()}
-
-
-@dataclass(frozen=True)
-class _Row:
-    hour: int
-    tokens: int
-    session: str  # empty for none
-    base_model: str
-    info: dict[str, Any]
 
 
 async def _model(gateway: Services, tenant: Tenant, run: RunId) -> str:

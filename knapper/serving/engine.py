@@ -98,8 +98,31 @@ def engine() -> ServingEngine:
         raise InvalidField("KNAPPER_MODEL_DIRECTORY", "", "the directory of the base model's files")
     device = expect_device(settings)
     expect_files(Path(settings.model_directory))
-    executor = Executor(settle=partial(finish, device))
     exactness = Exactness(promised=settings.exact)
+    executor, model, threads = _open_device(settings, device, exactness)
+    metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
+    store = CountedStore(open_store(settings))
+    machine = TrainingMachine(Trainer(model), executor, time.monotonic)
+    terms = _terms(device, model, threads)
+    _log_loaded(settings.model, model, terms, _promise(exactness, device), time.monotonic() - began)
+    sampler = _sampler(settings, model, executor, StoredAdapters(store, model.config, device))
+    metrics.Readings(readings(machine, sampler))
+    holder = Holder(f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}", settings.address, terms)
+    runs = ClaimedRuns(store, CountedMachine(machine), holder, time.time, idle_s=settings.rest_s)
+    shutdown.before(runs.leave)
+    return ServingEngine(
+        base_model=settings.model,
+        directory=Path(settings.model_directory),
+        context=model.config.context,
+        runs=runs,
+        sampler=sampler,
+        job_services=open_place(settings, store, time.time),
+    )
+
+
+def _open_device(settings: Settings, device: torch.device, exactness: Exactness) -> tuple[Executor, Model, int]:
+    """The device's thread, with the model loaded on it, and its number of threads. Raises UserError as `_load` does."""
+    executor = Executor(settle=partial(finish, device))
     try:
         model, threads = executor.submit(_load(settings, device, exactness)).result()
     except BaseException:
@@ -109,35 +132,21 @@ def engine() -> ServingEngine:
     finally:
         torch.set_num_threads(1)  # for all threads but the device's: see _load
     atexit.register(executor.close)  # torch aborts if the interpreter goes away under its thread
-    directory, context = Path(settings.model_directory), model.config.context
-    metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
-    store = CountedStore(open_store(settings))
-    machine = TrainingMachine(Trainer(model), executor, time.monotonic)
-    terms = _terms(device, model, threads)
-    holder = Holder(f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}", settings.address, terms)
+    return executor, model, threads
+
+
+def _log_loaded(name: str, model: Model, terms: Terms, exact: str, took_s: float) -> None:
     log.info(
         "loaded",
-        model=settings.model,
+        model=name,
         architecture=model.architecture,
         computed_by=model.computed_by,
-        context=context,
+        context=model.config.context,
         device=terms.device,
         dtype=terms.dtype,
         threads=terms.threads,
-        exact=_promise(exactness, device),
-        took_s=round(time.monotonic() - began, 2),
-    )
-    sampler = _sampler(settings, model, executor, StoredAdapters(store, model.config, device))
-    metrics.Readings(readings(machine, sampler))
-    runs = ClaimedRuns(store, CountedMachine(machine), holder, time.time, idle_s=settings.rest_s)
-    shutdown.before(runs.leave)
-    return ServingEngine(
-        base_model=settings.model,
-        directory=directory,
-        context=context,
-        runs=runs,
-        sampler=sampler,
-        job_services=open_place(settings, store, time.time),
+        exact=exact,
+        took_s=round(took_s, 2),
     )
 
 
