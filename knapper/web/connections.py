@@ -179,9 +179,8 @@ class Protocol(Targeted):
         elif self._phase == "body":
             self._look_at_body(now)
         elif self._answering:
-            self._began = (
-                now if self._phase == "head" else self._began
-            )  # some clients send an extra empty line after a body
+            if self._phase == "head":  # some clients send an extra empty line after a body
+                self._began = now
         elif self._phase == "head" and now - self._began > limits.head_s:
             self._refuse(TooSlow(f"the request's headers did not come within {limits.head_s:g} s; send it again"))
 

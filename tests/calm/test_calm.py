@@ -1,4 +1,4 @@
-"""While one client sends the worst that a route takes, nobody else waits: a health check is answered within 250 ms.
+"""While one client sends the worst body of a route, others do not wait: a health check is answered within 250 ms.
 
 `make calm` sends every body, plain and as zstd; CI those that handlers read to their end, as zstd. What
 is asserted: the longest that /healthz took, asked every 50 ms, less what a server that does nothing took at the same

@@ -56,7 +56,7 @@ class Watched:
         """The longest that others waited for the server that works, beyond what the machine made them wait; seconds."""
         idle = self._idle.between(begin - 1, end + 1)
         requests = self._working.between(begin, end)
-        assert requests, "nobody asked meanwhile"
+        assert requests, "there was a request meanwhile"
         return max(
             each.took - max((other.took for other in idle if each.near(other)), default=0.0) for each in requests
         )

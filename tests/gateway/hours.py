@@ -1,4 +1,4 @@
-"""Hours of a real gateway in seconds: a loop whose time leaps to the next timer, and a store that counts its calls."""
+"""Hours of a real gateway in seconds: a loop whose time jumps to the next timer, and a store that counts its calls."""
 
 import asyncio
 import selectors

@@ -1,4 +1,4 @@
-"""A gateway on a real port, over a store that the test can look into, and requests to it as the SDK's."""
+"""A gateway on a real port, over a store that the test can read, and requests to it as the SDK sends them."""
 
 import asyncio
 import contextlib

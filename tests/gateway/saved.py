@@ -1,4 +1,4 @@
-"""Runs and checkpoints of any tenant, laid into the store as a train_step would, and a clock that a test turns."""
+"""Runs and checkpoints of any tenant, stored as train_step stores them, and a clock that the test advances."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""What a client hears of its key, and what is in the token that it gets for it."""
+"""The description of a key, and the token that a client gets for it."""
 
 from knapper.ids import Tenant
 from knapper.state.api_keys import Keys

@@ -1,4 +1,4 @@
-"""Bodies have a limit at each route and a memory in common; large ones are read by workers, whose death is no harm."""
+"""Bodies have a limit at each route and share a memory budget; workers read large ones, and may die."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""Events at the gateway: uploads start jobs once, ticks ring again, dead letters are kept; outsiders find nothing."""
+"""Events at the gateway: uploads start jobs once, ticks ring again, dead letters are stored; outsiders get 404."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The gateway and the real functions, as processes over one directory: trained, sampled, killed and gone on."""
+"""The gateway and the real functions, as processes over one directory: train, sample, kill and continue."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Polls: held, woken, and asked to come again."""
+"""Polls: held, woken, and asked to try again."""
 
 import time
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What a job has published, by HTTP and by the command line: listed, whole, in ranges, and after a cut."""
+"""The published files of a job, over HTTP and the command line: listed, whole, in ranges, and resumed."""
 
 import base64
 import hashlib

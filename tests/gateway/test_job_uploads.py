@@ -1,4 +1,4 @@
-"""Large files of a job come in parts: what is there is not sent again, and what is not whole starts nothing."""
+"""Large files of a job, uploaded in parts: received parts are not sent again, and an incomplete file starts no job."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""Jobs by HTTP: the same road as an upload, and what a client sees of it."""
+"""Jobs over HTTP: they start like any upload, and clients see their state."""
 
 import json
 import os

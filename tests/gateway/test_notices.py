@@ -1,4 +1,4 @@
-"""Each client is told once, in the way that its SDK prints, and nobody who has nothing to hear."""
+"""Each client gets its notice once, in the form that its SDK prints, and other clients get none."""
 
 from typing import Any
 

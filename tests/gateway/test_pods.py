@@ -1,4 +1,4 @@
-"""Two pods over one store: whoever is rung, in whatever way, there is one trajectory, the undisturbed one's."""
+"""Two pods over one store: whichever is rung, and how, the trajectory is that of an undisturbed run."""
 
 import asyncio
 import random

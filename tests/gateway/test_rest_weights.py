@@ -1,4 +1,4 @@
-"""Weights over raw HTTP: what they are, copies, and signed links to files."""
+"""Weights over raw HTTP: descriptions, copies, and signed links to files."""
 
 import base64
 import urllib.error

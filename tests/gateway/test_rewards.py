@@ -1,4 +1,4 @@
-"""A client's rollouts go through the gateway to the real reward function, and what it says comes back as it is."""
+"""A client's rollouts go through the gateway to the real reward function, whose response comes back unchanged."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Tokens of samples, from the answer of the sample function to the report of usage."""
+"""Tokens of samples, from the response of the sample function to the usage report."""
 
 import time
 from collections.abc import Iterator

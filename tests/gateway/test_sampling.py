@@ -1,4 +1,4 @@
-"""Sampling sessions and promises of samples, against an upstream that does what each test needs of it."""
+"""Sampling sessions and sample futures, against an upstream that each test controls."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""One poll for all samples of a client, clones of a client, and samplers whose weights move on."""
+"""One poll for all samples of a client, clones of a client, and samplers whose weights advance."""
 
 import threading
 import time

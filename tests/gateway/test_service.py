@@ -1,4 +1,4 @@
-"""Sessions, configuration, and the one shape of errors."""
+"""Sessions, configuration, and the one JSON schema of errors."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""How often a pod is rung that answers 503, and how soon its client hears why."""
+"""How often the gateway rings a pod that answers 503, and how soon its client gets the reason."""
 
 import time
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What is accepted is stored before it is promised, in any order, once; what is wrong fails in its future."""
+"""Operations are stored before their future exists, in any order, once; an invalid one fails in its future."""
 
 import time
 from collections.abc import Iterator

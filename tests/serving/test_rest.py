@@ -1,4 +1,4 @@
-"""A run that nobody asks anything of leaves the memory of a living engine, and comes back as it was."""
+"""An idle run is unloaded from a living engine, and restored bit by bit."""
 
 import asyncio
 import json

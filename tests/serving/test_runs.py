@@ -1,4 +1,4 @@
-"""Runs in memory: what the server cannot apply is tried again, and a run of another dtype is left as it is."""
+"""Claimed runs: operations that the server cannot apply are retried, and a run of another dtype stays unchanged."""
 
 import asyncio
 import itertools
@@ -53,7 +53,7 @@ def test_a_defect_is_answered_after_three_tries_and_the_run_goes_on() -> None:
 
 
 class Cramped(LedgerMachine):
-    """Has no memory for operation 1, whoever asks, and none to make a run again for as long as it is `full`."""
+    """Has no memory for operation 1, and none to restore a run as long as it is `full`."""
 
     full = False
 
@@ -251,7 +251,7 @@ def test_a_snapshot_is_taken_when_the_budget_asks_for_it_and_two_are_left(cost_s
         (2.0, 0, [1, 2, 3, 4, 5, 6]),  # free to store
         (2.0, 5 * limits.snapshot_bytes_per_replay_s, [3, 6]),  # six seconds of replay are worth five of bytes
         (2.0, 10**12, []),  # never worth it below half a budget
-        (7.0, 10**12, [3, 6]),  # and always above that: whoever comes back waits no longer
+        (7.0, 10**12, [3, 6]),  # and always above that, which bounds the wait for a restored run
     ],
 )
 def test_a_run_that_rests_is_stored_if_its_replay_is_worth_more_than_its_bytes(

@@ -1,4 +1,4 @@
-"""One thread of an engine computes, on as many as it is given: nobody else gets a team of OpenMP's."""
+"""One thread of an engine computes, on its share of threads: no other thread starts a team of OpenMP's."""
 
 import json
 import os
