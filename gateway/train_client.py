@@ -169,12 +169,8 @@ class TrainStepClient:
             return "active", None
         if self._is_serving():
             return "paused_capacity", f"train_step is busy with other runs; waited {waited:.0f} s"
-        estimate = (
-            "how long it takes is not known yet"
-            if self._cold_start_s is None
-            else f"usually {self._cold_start_s:.0f} s"
-        )
-        return "paused_capacity", f"train_step is starting from zero; waited {waited:.0f} s, {estimate}"
+        estimate = "no estimate yet" if self._cold_start_s is None else f"usually {self._cold_start_s:.0f} s"
+        return "paused_capacity", f"train_step is starting from zero: {waited:.0f} s so far ({estimate})"
 
     def _is_serving(self) -> bool:
         """Whether train_step works on any run now."""

@@ -50,7 +50,7 @@ def test_a_cold_start_is_told_with_the_time_it_has_taken(running: Running, monke
     monkeypatch.setattr("gateway.futures._PAUSED_HOLD_S", 1.2)  # an unanswered doorbell is a cold start after 1 s
     body = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
     assert body["queue_state"] == "paused_capacity"
-    assert body["queue_state_reason"].startswith("train_step is starting from zero; waited ")
+    assert body["queue_state_reason"].startswith("train_step is starting from zero: ")
 
 
 def test_whoever_waits_on_a_damaged_run_hears_what_is_damaged_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
