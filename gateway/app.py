@@ -31,7 +31,7 @@ from gateway.events import ROUTES as EVENT_ROUTES
 from gateway.job_artifacts import ROUTES as ARTIFACT_ROUTES
 from gateway.job_uploads import ROUTES as UPLOAD_ROUTES
 from gateway.jobs import ROUTES as JOB_ROUTES
-from gateway.lifespan import Sources, assembled
+from gateway.lifespan import Sources, open_services
 from gateway.openai.routes import ROUTES as OPENAI_ROUTES
 from gateway.rest.routes import ROUTES
 from gateway.routing import Door
@@ -96,7 +96,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with assembled(settings, store, job_services, sources) as services:
+        async with open_services(settings, store, job_services, sources) as services:
             app.state.services = services
             await periodic_tasks.begin(services)
             async with periodic.running([*periodic_tasks.tasks(services), *uploads.tasks(services)]):

@@ -82,7 +82,7 @@ async def _received(request: Request, size_max: int) -> tuple[bytes, bool]:
     return bytes(received) if len(received) <= _COPIED_BYTES else cast(bytes, received), whole
 
 
-async def computed(
+async def in_worker(
     request: Request, work: Callable[Concatenate[bytes, P], T], body: bytes, *args: P.args, **kwargs: P.kwargs
 ) -> T:
     """`work(body, *args)`, whose time grows with the body: in a worker process, unless the body is small.

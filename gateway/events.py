@@ -48,7 +48,7 @@ async def receive(request: Request) -> Response:
         if event.type in _TICKS:
             await periodic_tasks.jobs(services_of(request))
         elif event.type == cloudevents.OBJECT_FINALIZED:
-            await uploaded(services_of(request), event)
+            await start_uploaded_job(services_of(request), event)
         else:
             allowed = ", ".join((*_TICKS, cloudevents.OBJECT_FINALIZED))
             raise InvalidField("type", event.type, allowed)
@@ -70,7 +70,7 @@ async def store_dead_letter(request: Request) -> Response:
     return Response(status_code=204)
 
 
-async def uploaded(gateway: Services, event: Event) -> None:
+async def start_uploaded_job(gateway: Services, event: Event) -> None:
     """Start the job whose inbox folder received the object, if it can start."""
     job_services = gateway.job_services
     if job_services is None:

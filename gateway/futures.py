@@ -75,7 +75,7 @@ def _forgotten(run: RunId, seq: int) -> dict[str, str]:
 async def _respond(request: Request, body: bytes, content_type: str, as_json: Callable[[bytes], bytes]) -> Response:
     """Protobuf for clients that accept it, which SDK 0.25 and newer do; the same as JSON for all others."""
     if content_type == _PROTOBUF and _PROTOBUF not in request.headers.get("accept", ""):
-        body, content_type = await bodies.computed(request, as_json, body), "application/json"
+        body, content_type = await bodies.in_worker(request, as_json, body), "application/json"
     return Response(body, media_type=content_type)
 
 

@@ -30,7 +30,7 @@ _FILES_MAX = 64
 log = structlog.get_logger()
 
 
-class Uploaded(Struct, frozen=True, forbid_unknown_fields=True):
+class UploadedFile(Struct, frozen=True, forbid_unknown_fields=True):
     """A file that was uploaded in parts before."""
 
     sha256: str
@@ -42,7 +42,7 @@ class Submit(fields.RequestBody, frozen=True, kw_only=True):
 
     name: Annotated[str, Meta(max_length=63)] | None = None
     files: Annotated[dict[str, str], Meta(min_length=1, max_length=_FILES_MAX)]
-    uploads: Annotated[dict[str, Uploaded], Meta(max_length=_FILES_MAX)] = {}
+    uploads: Annotated[dict[str, UploadedFile], Meta(max_length=_FILES_MAX)] = {}
     again: bool = False  # start the job even if the same files were started before
 
 
@@ -56,16 +56,16 @@ class Show(fields.RequestBody, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Submitted:
+class Submission:
     """`files`: name -> content, job.yaml included. `uploads`: name -> uploaded file."""
 
     name: str | None
     again: bool
     files: dict[str, bytes]
-    uploads: dict[str, Uploaded]
+    uploads: dict[str, UploadedFile]
 
 
-def submitted(body: bytes) -> Submitted:
+def parse_submission(body: bytes) -> Submission:
     """Raises UserError."""
     job = json.decode(body, Submit)
     if names.JOB_YAML not in job.files:
@@ -80,7 +80,7 @@ def submitted(body: bytes) -> Submitted:
             f"the job's files have {size} bytes; allowed: {limits.job_upload_bytes_max} in all; leave rows out, or "
             "copy the folder into the server's inbox"
         )
-    return Submitted(job.name, job.again, files, uploads)
+    return Submission(job.name, job.again, files, uploads)
 
 
 async def submit(request: Request) -> Response:
@@ -90,7 +90,7 @@ async def submit(request: Request) -> Response:
     """
     gateway, tenant = services_of(request), tenant_of(request)
     body = await bodies.read(request)
-    submission = await bodies.computed(request, submitted, body)
+    submission = await bodies.in_worker(request, parse_submission, body)
     job_services = job_services_of(gateway)
     exchange = job_services.exchange
     job = names.job(submission.name or f"job-{gateway.new_id()[:12]}")

@@ -83,7 +83,7 @@ class _Clients:
 
 
 @asynccontextmanager
-async def assembled(
+async def open_services(
     settings: Settings, store: Store, job_services: JobServices | None, sources: Sources
 ) -> AsyncIterator[Services]:
     """The services, whose connections stay open as long as this context. `job_services`: None serves no jobs."""

@@ -68,7 +68,7 @@ async def asample(request: Request) -> Response:
     """A future for a sample. A repeated request gets the same future."""
     gateway, tenant = services_of(request), tenant_of(request)
     body = await bodies.read(request)
-    session, seq = await bodies.computed(request, sample_requests.address, body)
+    session, seq = await bodies.in_worker(request, sample_requests.address, body)
     sampler = await gateway.lookups.sampler(session, tenant)
     address = (SamplerId(sampler.sampler), seq)
     entry = gateway.sample_queue.known(address)
@@ -77,6 +77,6 @@ async def asample(request: Request) -> Response:
         seed = int(gateway.new_id()[:12], 16)
         serving = await gateway.lookups.inflight.serving(sampler)
         weights = (serving.base_model, serving.bundle)
-        num_samples, call = await bodies.computed(request, body_decoders.sample_call, body, *weights, seed)
+        num_samples, call = await bodies.in_worker(request, body_decoders.sample_call, body, *weights, seed)
         entry = gateway.sample_queue.submit(address, tenant, num_samples, url, call)
     return JSONResponse({"request_id": entry.request_id, "sample_sequence_ids": entry.sequence_ids})

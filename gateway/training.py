@@ -160,7 +160,7 @@ async def forward_backward(request: Request) -> Response:
     gateway, tenant = services_of(request), tenant_of(request)
     body = await bodies.read_or_peek(request)
     if not body.whole:
-        packed = await bodies.computed(request, pack, body.data)
+        packed = await bodies.in_worker(request, pack, body.data)
         return await _reject(gateway, tenant, RefusedRequest(bodies.too_large(request), packed, scan.peek(body.data)))
     return await _accept_decoded(request, body.data, body_decoders.protobuf_forward)
 
@@ -177,7 +177,7 @@ async def _forward(request: Request, decode: Callable[[bytes], DecodedRequest]) 
 
 async def _accept_decoded(request: Request, body: bytes, decode: Callable[[bytes], DecodedRequest]) -> Response:
     gateway, tenant = services_of(request), tenant_of(request)
-    decoded = await bodies.computed(request, decode, body)
+    decoded = await bodies.in_worker(request, decode, body)
     if isinstance(decoded, RefusedRequest):
         return await _reject(gateway, tenant, decoded)
     return await _accept(gateway, tenant, "forward_backward", decoded)

@@ -52,7 +52,7 @@ async def _handle(gateway: Services, read: "Callable[[PubsubMessage], Event | No
     try:
         event = read(message)
         if event is not None:
-            await events.uploaded(gateway, event)
+            await events.start_uploaded_job(gateway, event)
     except UserError as error:
         failure = {"knativeerrordest": "gateway", "knativeerrorcode": "422", "knativeerrordata": str(error)[:1000]}
         letter = DeadLetter({**message.attributes, "id": message.id, **failure}, message.data, gateway.clock())

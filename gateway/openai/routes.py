@@ -32,7 +32,7 @@ async def get_model(request: Request) -> Response:
 async def completions(request: Request) -> Response:
     gateway, tenant = services_of(request), tenant_of(request)
     body = await bodies.read(request)
-    call, params, inputs = await bodies.computed(request, schemas.completion, body)
+    call, params, inputs = await bodies.in_worker(request, schemas.completion, body)
     model = await models.resolve(gateway, tenant, call.model)
     language = await gateway.openai.languages.of(model.record)
     encode = partial(_encode, language, model.record.context, inputs, echo=bool(call.echo))
@@ -46,7 +46,7 @@ async def completions(request: Request) -> Response:
 async def chat_completions(request: Request) -> Response:
     gateway, tenant = services_of(request), tenant_of(request)
     body = await bodies.read(request)
-    call, params, messages = await bodies.computed(request, schemas.chat, body)
+    call, params, messages = await bodies.in_worker(request, schemas.chat, body)
     model = await models.resolve(gateway, tenant, call.model)
     language = await gateway.openai.languages.of(model.record)
     context = model.record.context
