@@ -89,9 +89,9 @@ def knapper(*arguments: str, **environment: str) -> str:
 def test_commands_print_text(tmp_path: Path) -> None:
     yaml = 'kind: rl\n"\\e]0;owned\\x07\\u202E\\r\\n": 1\n'
     store = MemoryStore()
-    bells = Notifier(DoorbellLog().post, lambda: 0.0)
+    notifier = Notifier(DoorbellLog().post, lambda: 0.0)
     with gateway(
-        store, place=JobServices(store, DirectoryExchange(tmp_path), bells, iter(range(10**6)).__next__)
+        store, job_services=JobServices(store, DirectoryExchange(tmp_path), notifier, iter(range(10**6)).__next__)
     ) as running:
         running.post("jobs", {"name": "odd", "files": {"job.yaml": yaml}})
         for command in (["list"], ["show", "odd"], ["cancel", "odd"]):
