@@ -243,8 +243,8 @@ def damaged(name: str, what: str) -> Corrupt:
     return error
 
 
-class Told(KnapperError):
-    """An error of another process, as it told it: with the code, the status and the field that it had there."""
+class RemoteError(KnapperError):
+    """An error that another process reported, with the code, status and field it had there."""
 
     def __init__(self, message: str, code: str, status: int, category: Category, field: str | None = None) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""reward: what completions, and a job's rollouts, are worth. Keeps nothing; code of others runs in the sandbox."""
+"""reward: scores completions and a job's rollouts. Stateless; user-supplied code runs in the sandbox."""
 
 import os
 import time
@@ -25,34 +25,33 @@ from knapper.store.counted import CountedStore
 from knapper.store.factory import open_store
 
 logs.begin("reward", Settings.load(os.environ))
-sandbox = Sandbox()  # its processes start with the first reward that needs them, and end with this one
+sandbox = Sandbox()  # its processes start with the first reward that needs them, and end with this process
 
 
 @cache
-def place() -> JobServices:
-    """Where the state lies comes from the environment."""
+def job_services() -> JobServices:
     settings = Settings.load(os.environ)
     return open_place(settings, CountedStore(open_store(settings)), time.time)
 
 
 @cache
 def key() -> FunctionKey:
-    return FunctionKey(place().store)
+    return FunctionKey(job_services().store)
 
 
 @cache
 def scoring() -> Scoring:
-    """What is done for jobs."""
-    worker = Worker("reward", place(), Folders(place().store), ["rl"])
-    return Scoring(worker, lambda *given: score(*given, sandbox=sandbox))
+    """The worker for jobs."""
+    worker = Worker("reward", job_services(), Folders(job_services().store), ["rl"])
+    return Scoring(worker, lambda *args: score(*args, sandbox=sandbox))
 
 
 @functions_framework.aio.http
 async def reward(request: Request) -> Response:
-    if metrics_page.asked(request):
-        return metrics_page.answer()
+    if metrics_page.is_scrape(request):
+        return metrics_page.respond()
     try:
-        body = await http.admitted(request, key())
+        body = await http.authenticated_body(request, key())
         if cloudevents.sent(request.headers):
             event = cloudevents.decode(request.headers, body)
             with traces.span("reward", event.traceparent, subject=event.subject):
