@@ -45,12 +45,12 @@ def device() -> Iterator[Executor]:
 
 
 class Watched(TrainingMachine):
-    """Remembers, without holding it, every state that it made; `failing` freezes fail first."""
+    """Remembers, without holding it, every state that it made; `failing` serializations fail first."""
 
     def __init__(self, trainer: Trainer, device: Executor, failing: int = 0) -> None:
         super().__init__(trainer, device, time.monotonic)
         self.states: list[weakref.ref[RunState]] = []
-        self.thawed = 0
+        self.restored = 0
         self.failing = failing
 
     @property
@@ -62,15 +62,15 @@ class Watched(TrainingMachine):
         self.states.append(weakref.ref(outcome.state))
         return outcome
 
-    async def freeze(self, state: RunState) -> Files:
+    async def serialize(self, state: RunState) -> Files:
         if self.failing:
             self.failing -= 1
             raise Unavailable("the store is away")
-        return await super().freeze(state)
+        return await super().serialize(state)
 
-    async def thaw(self, spec: Spec, files: Files) -> RunState:
-        self.thawed += 1
-        state = await super().thaw(spec, files)
+    async def restore(self, spec: Spec, files: Files) -> RunState:
+        self.restored += 1
+        state = await super().restore(spec, files)
         self.states.append(weakref.ref(state))
         return state
 
@@ -129,7 +129,7 @@ def test_a_run_that_rests_after_every_operation_gives_the_bits_of_one_that_never
     without, residents, _ = asyncio.run(_story(awake, 0.0))
     assert with_rests == without
     assert len(with_rests) == len(_steps()) + 1  # the creation too
-    assert (resting.thawed, awake.thawed) == (len(_steps()) - 1, 0)
+    assert (resting.restored, awake.restored) == (len(_steps()) - 1, 0)
     assert residents.present == 1
 
     async def newest() -> int:
@@ -148,7 +148,7 @@ def test_a_run_whose_replay_is_short_rests_without_a_snapshot_and_gives_the_same
     with_rests, _, store = asyncio.run(_story(resting, 0.001))
     without, _, _ = asyncio.run(_story(awake, 0.0))
     assert with_rests == without
-    assert resting.thawed == 0
+    assert resting.restored == 0
     assert asyncio.run(store.list(layout.snapshots(RUN))) == []
 
 
@@ -165,7 +165,7 @@ def test_a_run_stays_in_memory_until_its_snapshot_is_safe(trainer: Trainer, devi
     machine = Watched(trainer, device, failing=3)
     answers, _, _ = asyncio.run(_story(machine, 0.001))
     assert machine.failing == 0
-    assert machine.thawed == len(_steps()) - 1, "it was let go while only its journal had it"
+    assert machine.restored == len(_steps()) - 1, "it was let go while only its journal had it"
     assert len(answers) == len(_steps()) + 1
 
 

@@ -119,7 +119,7 @@ async def _nothing(_n: int, _commit: Commit) -> None:
 async def digest_of(machine: Machine[Any], run: Run[Any]) -> str:
     """SHA-256 of weights, moments, step count and pending gradients."""
     assert run.state is not None
-    files = await machine.freeze(run.state)
+    files = await machine.serialize(run.state)
     whole = hashlib.sha256()
     for name, data in sorted(files.items()):
         whole.update(name.encode() + bytes(data))

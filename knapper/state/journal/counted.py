@@ -27,15 +27,15 @@ class CountedMachine(Generic[State]):
         with self._started("adapter"):
             return await self._machine.create(spec, source, with_optimizer)
 
-    async def thaw(self, spec: Spec, files: Files) -> State:
+    async def restore(self, spec: Spec, files: Files) -> State:
         with self._started("adapter"):
-            return await self._machine.thaw(spec, files)
+            return await self._machine.restore(spec, files)
 
-    async def freeze(self, state: State) -> Files:
-        return await self._machine.freeze(state)
+    async def serialize(self, state: State) -> Files:
+        return await self._machine.serialize(state)
 
-    def frozen_bytes(self, state: State) -> int:
-        return self._machine.frozen_bytes(state)
+    def serialized_bytes(self, state: State) -> int:
+        return self._machine.serialized_bytes(state)
 
     async def apply(self, state: State, operation: Operation, source: Files | None) -> Outcome[State]:
         outcome = "failed"

@@ -36,11 +36,11 @@ class Machine(Protocol[State]):
 
     async def apply(self, state: State, operation: Operation, source: Files | None) -> Outcome[State]: ...
 
-    async def freeze(self, state: State) -> Files:
+    async def serialize(self, state: State) -> Files:
         """The whole state (weights, moments, step count, pending gradients) as files; may share memory with it."""
 
-    def frozen_bytes(self, state: State) -> int:
-        """How much `freeze` would store, nearly. Computes nothing."""
+    def serialized_bytes(self, state: State) -> int:
+        """How much `serialize` would store, nearly. Computes nothing."""
 
-    async def thaw(self, spec: Spec, files: Files) -> State:
-        """The state that `freeze` was given, bit for bit."""
+    async def restore(self, spec: Spec, files: Files) -> State:
+        """The state that `serialize` was given, bit for bit."""

@@ -29,7 +29,7 @@ class Replay:
 
 @dataclass
 class SnapshotBudget:
-    """When a run is stored as a whole. `frozen_bytes`: the size of its state."""
+    """When a run is stored as a whole. `serialized_bytes`: the size of its state."""
 
     storing_s: float = _STORING_S  # how long the newest snapshot took to store
 
@@ -40,19 +40,19 @@ class SnapshotBudget:
         """
         return replay.loaded > snapshot_seq or replay.cost_s > limits.replay_budget_s
 
-    def is_nearly_used_up(self, replay: Replay, snapshot_seq: int, frozen_bytes: int) -> bool:
+    def is_nearly_used_up(self, replay: Replay, snapshot_seq: int, serialized_bytes: int) -> bool:
         """Whether the budget is used up by about the time that a snapshot in the background will have taken.
 
         Begun then, no operation waits for it; begun sooner, it would only be more often. Or a recovery has more to read
         in records than a snapshot is large: that bounds what a run of many small operations leaves.
         """
         ahead_s = min(2 * self.storing_s, limits.replay_budget_s / 2)
-        bytes_max = max(limits.replay_bytes_min, frozen_bytes)
+        bytes_max = max(limits.replay_bytes_min, serialized_bytes)
         late = replay.cost_s > limits.replay_budget_s - ahead_s or replay.bytes > bytes_max
         return late or self.is_used_up(replay, snapshot_seq)
 
-    def is_worth_one(self, replay: Replay, snapshot_seq: int, frozen_bytes: int) -> bool:
+    def is_worth_one(self, replay: Replay, snapshot_seq: int, serialized_bytes: int) -> bool:
         """Whether a run that leaves the memory should be stored: its replay costs more than its bytes do."""
-        worth_s = max(limits.snapshot_least_replay_s, frozen_bytes / limits.snapshot_bytes_per_replay_s)
+        worth_s = max(limits.snapshot_least_replay_s, serialized_bytes / limits.snapshot_bytes_per_replay_s)
         worth = replay.cost_s > min(worth_s, limits.replay_budget_s / 2)
         return worth or self.is_used_up(replay, snapshot_seq)

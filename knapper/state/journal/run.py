@@ -170,13 +170,13 @@ class Run(Generic[State]):
         manifest = self._manifest
         if manifest.snapshot:
             try:
-                await self._thaw(manifest.snapshot, manifest.snapshot_seq, manifest.snapshot_out)
+                await self._restore(manifest.snapshot, manifest.snapshot_seq, manifest.snapshot_out)
             except Corrupt:
                 # The collector keeps everything since the second newest snapshot; before there were two, everything.
                 # The next snapshot comes after that one: the damaged one is nobody's second newest.
                 manifest = self._manifest = manifest.without_newest_snapshot()
                 if manifest.snapshot:
-                    await self._thaw(manifest.snapshot, manifest.snapshot_seq, manifest.snapshot_out)
+                    await self._restore(manifest.snapshot, manifest.snapshot_seq, manifest.snapshot_out)
         name = await newest_name(self._store, layout.commits(self.run), after=self._out)
         last = layout.last_number(name) if name else 0
         while self._out < last:  # by number: what a listing leaves out is read all the same
@@ -186,9 +186,9 @@ class Run(Generic[State]):
                 raise Corrupt(f"{name} is missing, although record {last} of {self.run} exists")
             await self._adopt(decode(data, Commit, name))
 
-    async def _thaw(self, prefix: str, seq: int, out: int) -> None:
+    async def _restore(self, prefix: str, seq: int, out: int) -> None:
         _, files = await bundles.read(self._store, prefix)
-        self._state = await self._machine.thaw(self.creation.spec, files)
+        self._state = await self._machine.restore(self.creation.spec, files)
         self.applied, self._out = seq, out
 
     async def _adopt(self, commit: Commit) -> None:
@@ -345,18 +345,18 @@ class Run(Generic[State]):
     @property
     def wants_snapshot(self) -> bool:
         """Whether one should be taken in the background now."""
-        return self._budget.is_nearly_used_up(self._replay, self._manifest.snapshot_seq, self._frozen_bytes)
+        return self._budget.is_nearly_used_up(self._replay, self._manifest.snapshot_seq, self._serialized_bytes)
 
     @property
     def worth_snapshot(self) -> bool:
         """Whether a run that leaves the memory should be stored."""
         if self._state is None or self.applied == self._manifest.snapshot_seq:
             return False
-        return self._budget.is_worth_one(self._replay, self._manifest.snapshot_seq, self._frozen_bytes)
+        return self._budget.is_worth_one(self._replay, self._manifest.snapshot_seq, self._serialized_bytes)
 
     @property
-    def _frozen_bytes(self) -> int:
-        return 0 if self._state is None else self._machine.frozen_bytes(self._state)
+    def _serialized_bytes(self) -> int:
+        return 0 if self._state is None else self._machine.serialized_bytes(self._state)
 
     async def snapshot(self) -> None:
         """Store the committed state, and make recoveries start from it. What that supersedes is the collector's.
@@ -371,7 +371,7 @@ class Run(Generic[State]):
         await self._expect_no_end()
         began = self._clock()
         with _when_there_is_memory(self.run):
-            files = await self._machine.freeze(state)
+            files = await self._machine.serialize(state)
         prefix = layout.snapshot(self.run, seq, self.epoch)
         await bundles.write(self._store, prefix, files, spec=self.creation.spec, seq=seq, epoch=self.epoch)
         manifest = self._manifest.with_snapshot(prefix, seq, stored.out)

@@ -25,7 +25,7 @@ from tests.sim.history import CREATION, RUN, TERMS
 from tests.sim.ledger import SIZE, LedgerMachine, LedgerState
 
 ROW = np.ones(SIZE, np.float32).tobytes()
-FROZEN_BYTES = 4 * 4 * SIZE + 8  # of a state of the ledger
+SERIALIZED_BYTES = 4 * 4 * SIZE + 8  # of a state of the ledger
 
 
 class Machine(LedgerMachine):
@@ -33,7 +33,7 @@ class Machine(LedgerMachine):
 
     def __init__(self, bench: "Bench") -> None:
         self.failures: list[Exception] = []
-        self.bench, self.took_s, self.frozen = bench, 0.0, FROZEN_BYTES
+        self.bench, self.took_s, self.serialized = bench, 0.0, SERIALIZED_BYTES
 
     async def apply(self, state: LedgerState, operation: Operation, source: object) -> Outcome[LedgerState]:
         self.bench.now += self.took_s
@@ -41,8 +41,8 @@ class Machine(LedgerMachine):
             raise self.failures.pop(0)
         return await super().apply(state, operation, source)  # type: ignore[arg-type]
 
-    def frozen_bytes(self, state: LedgerState) -> int:
-        return self.frozen
+    def serialized_bytes(self, state: LedgerState) -> int:
+        return self.serialized
 
 
 class Bench:
@@ -380,7 +380,7 @@ def test_memory_that_lacks_for_a_claim_or_a_snapshot_is_nobody_s_mistake() -> No
 
 
 @pytest.mark.parametrize(
-    ("cost_s", "frozen", "storing_s", "must", "wants", "worth"),
+    ("cost_s", "serialized", "storing_s", "must", "wants", "worth"),
     [
         (30.1, 0, 2.0, True, True, True), (30.0, 0, 2.0, False, True, True), (26.1, 0, 2.0, False, True, True),
         (26.0, 0, 2.0, False, False, True), (15.1, 0, 60.0, False, True, True), (15.0, 0, 60.0, False, False, True),
@@ -390,7 +390,7 @@ def test_memory_that_lacks_for_a_claim_or_a_snapshot_is_nobody_s_mistake() -> No
     ],
 )  # fmt: skip
 def test_when_a_snapshot_is_due_wanted_and_worth_it(
-    cost_s: float, frozen: int, storing_s: float, must: bool, wants: bool, worth: bool
+    cost_s: float, serialized: int, storing_s: float, must: bool, wants: bool, worth: bool
 ) -> None:
     """The budget is 30 s of replay, 25 MiB are stored to spare one, and a snapshot is begun twice its time ahead."""
 
@@ -398,24 +398,24 @@ def test_when_a_snapshot_is_due_wanted_and_worth_it(
         await bench.send(b"{}")
         run = await bench.claim()
         await bench.applied(run)
-        run._replay, run._budget.storing_s, bench.machine.frozen = Replay(cost_s), storing_s, frozen
+        run._replay, run._budget.storing_s, bench.machine.serialized = Replay(cost_s), storing_s, serialized
         assert (run.must_snapshot, run.wants_snapshot, run.worth_snapshot) == (must, wants, worth)
 
     story(told)
 
 
-@pytest.mark.parametrize(("bytes_", "frozen", "wants"), [
+@pytest.mark.parametrize(("bytes_", "serialized", "wants"), [
     (limits.MIB // 4, 0, False), (limits.MIB // 4 + 1, 0, True), (limits.MIB, limits.MIB, False),
     (limits.MIB + 1, limits.MIB, True),
 ])  # fmt: skip
 def test_a_snapshot_is_wanted_when_there_is_more_to_read_than_it_is_large(
-    bytes_: int, frozen: int, wants: bool
+    bytes_: int, serialized: int, wants: bool
 ) -> None:
     async def told(bench: Bench) -> None:
         await bench.send(b"{}")
         run = await bench.claim()
         await bench.applied(run)
-        run._replay, bench.machine.frozen = Replay(bytes=bytes_), frozen
+        run._replay, bench.machine.serialized = Replay(bytes=bytes_), serialized
         assert run.wants_snapshot is wants
 
     story(told)
@@ -499,10 +499,10 @@ def test_a_snapshot_beside_which_operations_went_on_leaves_what_they_cost() -> N
         await bench.applied(run, iter([False, False, True, True]).__next__)
 
         class Beside(Machine):
-            async def freeze(self, state: LedgerState) -> Files:
+            async def serialize(self, state: LedgerState) -> Files:
                 assert not await bench.applied(run)
                 bench.now += 3.0
-                return await super().freeze(state)
+                return await super().serialize(state)
 
         run._machine = Beside(bench)
         await run.snapshot()
