@@ -35,7 +35,7 @@ async def get_file(request: Request) -> Response:
     place = place_of(parts(request))
     opened = await (await Artifacts.of(place, tenant, request.path_params["job"])).open(name)
     if request.method == "GET":
-        signed = await place.exchange.signed("GET", opened.entry.name, 0)
+        signed = await place.exchange.presign("GET", opened.entry.name, 0)
         if signed is not None:
             opened.close()
             return RedirectResponse(signed.url, 307, headers={"Cache-Control": "private, no-store"})

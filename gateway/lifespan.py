@@ -66,7 +66,7 @@ async def assembled(
     accounts = Accounts(store, clock, monotonic, new_id)
     keep = Retention.of(settings)
     collector = Collector(store, keep, clock, monotonic, partial(needs.of, store), accounts.account)
-    records = Records(store, acceptor, monotonic, collector.ask)
+    records = Records(store, acceptor, monotonic, collector.touch_sampler)
     checkpoints = Checkpoints(store, clock)
     meter = Meter(store, clock, new_id)
     audit = Audit(store, clock, new_id)
@@ -84,7 +84,7 @@ async def assembled(
             results,
             url_of,
             holder_of,
-            accounts.answered,
+            accounts.note_committed,
             records.forget_run,
             new_id,
             monotonic,

@@ -125,7 +125,7 @@ class Records:
 
     async def hear(self, session: SessionId, day: int) -> None:
         """Remember for good that the session's client lived on this day; written once a day."""
-        await self._heard.get((session, day), lambda: self.sessions.hear(session, day))
+        await self._heard.get((session, day), lambda: self.sessions.record_heartbeat(session, day))
 
     async def project(self, session: str, tenant: Tenant) -> str:
         """The project that the session is in, empty for none: another gateway's move may be missed for ten minutes.

@@ -76,7 +76,7 @@ async def meter(gateway: Services) -> None:
 
 async def settle(gateway: Services) -> float | None:
     """Account for what runs have used, so that nobody reads their journals for it."""
-    return _ACCOUNTS_OPEN_S if await gateway.accounts.settle() else _ACCOUNTS_REST_S
+    return _ACCOUNTS_OPEN_S if await gateway.accounts.update() else _ACCOUNTS_REST_S
 
 
 async def publish(gateway: Services) -> None:
@@ -88,13 +88,13 @@ async def publish(gateway: Services) -> None:
 async def collect(gateway: Services) -> float | None:
     """Delete what nothing needs any more; of sessions in which nothing has happened, ever more rarely looked for."""
     for sampler in gateway.samples.sampled_now():
-        gateway.collector.ask(sampler)
+        gateway.collector.touch_sampler(sampler)
     for run in gateway.bells.moved():
         gateway.collector.touch(session_of(run))
     if deleted := await gateway.collector.work():
         gateway.records.forget_samplers()
         log.info("garbage collected", sessions=len(deleted), objects=sum(deleted.values()))
-    return gateway.collector.rest_s
+    return gateway.collector.idle_s
 
 
 async def parts_left(gateway: Services) -> None:
@@ -122,7 +122,7 @@ async def tick(gateway: Services) -> None:
 async def revive(gateway: Services, run: RunId) -> None:
     """Close the holes of a run whose client is gone or has waited long enough, and ring for whatever waits."""
     finished = await gateway.records.sessions.finished(session_of(run)) is not None
-    filled = await gateway.acceptor.fill_holes(run, gateway.results.applied(run), finished)
+    filled = await gateway.acceptor.fill_gaps(run, gateway.results.applied(run), finished)
     if filled:
         log.info("operations that never arrived are skipped", run=run, seqs=filled[:10], count=len(filled))
     if not gateway.bells.ringing(run):

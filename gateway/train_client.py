@@ -151,7 +151,7 @@ class TrainStepClient:
         if line is not None and line.task is None and line.accepted > applied:
             return "paused_capacity", (
                 f"operation {applied + 1} has not arrived, and later ones wait for it; if it never does (a cancelled "
-                f"request, say), it is skipped {limits.hole_s:.0f} s after they came, or when the session is closed"
+                f"request, say), it is skipped {limits.gap_s:.0f} s after they came, or when the session is closed"
             )
         since = line.unanswered_since if line is not None else None
         waited = 0.0 if since is None else self._now() - since
@@ -262,7 +262,7 @@ class TrainStepClient:
 
     async def _post(self, run: RunId, line: _Line, url: str, hint: Hint) -> bool:
         """Raises NotHolder, TimeoutError or aiohttp.ClientError: this address is of no use now. Else as `_ring`."""
-        bell = replace(cloudevents.bell(run, self._new_id(), hint), traceparent=traces.current())
+        bell = replace(cloudevents.doorbell(run, self._new_id(), hint), traceparent=traces.current())
         headers, body = bell.encode()
         direct = hint.way == "direct"
         async with asyncio.timeout(limits.holder_answers_s if direct else None):  # until it begins to answer
@@ -306,7 +306,7 @@ class TrainStepClient:
                     line.unanswered_since = None
                     line.trouble, line.standing, line.untold = "", False, False
                     line.told = frame.out >= 0
-                    self._results.hear(run, frame.out)
+                    self._results.announce(run, frame.out)
                 case Committed(n=n, commit=commit):
                     self._results.offer(run, n, commit)
                     self._told(run, n, commit)

@@ -225,7 +225,7 @@ async def _accept(gateway: Services, tenant: Tenant, kind: Kind, asked: DecodedO
     await _mark(gateway, tenant, run)
     accepted_at = await gateway.acceptor.accept(run, seq, kind, asked.packed)
     if accepted_at is not None:
-        gateway.accounts.asked(run, seq, accepted_at, asked.tokens)
+        gateway.accounts.note_accepted(run, seq, accepted_at, asked.tokens)
     if kind in SAVES:
         gateway.stirs.collect.set()  # it may take the name of another, or have a time to live
     gateway.bells.ring(run, seq)

@@ -45,7 +45,7 @@ def test_it_is_made_once_and_everybody_over_the_store_has_the_same() -> None:
         made = await first.headers()
         assert made == {"Authorization": f"Bearer {0:032x}{1:032x}"}
         assert await second.headers() == await FunctionKey(store).headers() == made
-        assert await secrets.found(store, "functions") == f"{0:032x}{1:032x}".encode()
+        assert await secrets.find(store, "functions") == f"{0:032x}{1:032x}".encode()
 
     asyncio.run(story())
 

@@ -327,7 +327,7 @@ def test_parts_become_one_object_or_nothing(exchange: Exchange) -> None:
 
 
 def test_nobody_signs_for_a_directory_or_without_a_key(exchange: Exchange) -> None:
-    assert asyncio.run(exchange.signed("GET", "jobs/a/x/large", 0)) is None
+    assert asyncio.run(exchange.presign("GET", "jobs/a/x/large", 0)) is None
 
 
 def test_a_service_accounts_key_signs_for_one_object_one_hour_and_one_size(tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_a_service_accounts_key_signs_for_one_object_one_hour_and_one_size(tmp_p
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("STORAGE_EMULATOR_HOST", raising=False)
         patch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(path))
-        signed = asyncio.run(GcsExchange("bucket", "team/").signed("PUT", "uploads/a/x/000", 77))
+        signed = asyncio.run(GcsExchange("bucket", "team/").presign("PUT", "uploads/a/x/000", 77))
     assert signed is not None
     assert signed.headers == {"x-goog-content-length-range": "0,77"}
     url, query = urlsplit(signed.url), dict(parse_qsl(urlsplit(signed.url).query))

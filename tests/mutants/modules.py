@@ -63,12 +63,8 @@ _UNREAD = "set together with `low`, before anybody reads it"
 _RESULTS = "knapper/state/journal/results.py"
 _NEWEST = "knapper/state/journal/newest.py"
 _BETWEEN = "return await _between(store, prefix, page[-1], layout.last_number(page[-1]) + step)"
-_EPOCHS = (
-    "_SWEPT, _UNREADABLE = 0, -1  # the epoch of a record that is gone, and of one that is damaged; claims count from 1"
-)
+_EPOCHS = "_COLLECTED, _UNREADABLE = 0, -1  # epochs in place of a record that is gone or damaged; claims count from 1"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
-    ("knapper/state/journal/run.py", "applied: int = -1", "1 -> 0"): "a claim sets it before anybody can see it",
-    ("knapper/state/journal/run.py", "applied: int = -1", "1 -> 2"): "a claim sets it before anybody can see it",
     (_NEWEST, _BETWEEN, "-1 without its USub"): _STRIDE,
     (_NEWEST, _BETWEEN, "1 -> 2"): _STRIDE,
     (_NEWEST, _BETWEEN, "1 -> 0"): _STRIDE,
@@ -86,13 +82,28 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     (_RESULTS, "low: int = -1  # -1: nothing was read yet", "1 -> 2"): "any below 0 says so",
     (_RESULTS, "high: int = 0", "0 -> 1"): _UNREAD,
     (_RESULTS, "high: int = 0", "0 -> -1"): _UNREAD,
-    (_RESULTS, "told: int = 0", "0 -> -1"): "records count from 1: neither was told of",
+    (_RESULTS, "announced: int = 0", "0 -> -1"): "records count from 1: both mean none",
     (_RESULTS, "_CACHE_BYTES_MAX = 256 * 1024 * 1024", "256 -> 257"): _SIZE,
     (_RESULTS, "_CACHE_BYTES_MAX = 256 * 1024 * 1024", "256 -> 255"): _SIZE,
     (_RESULTS, "_CACHE_BYTES_MAX = 256 * 1024 * 1024", "1024 -> 1025"): _SIZE,
     (_RESULTS, "_CACHE_BYTES_MAX = 256 * 1024 * 1024", "1024 -> 1023"): _SIZE,
     (_RESULTS, "if not await self._store.list(layout.commits(run), limit=1):", "1 -> 2"): "whether there is any",
     (_RESULTS, "above, step = below, 2 * step", "2 -> 3"): "another stride finds the same",
+    (
+        _RESULTS,
+        "_BEHIND_MAX = 1000  # records; a reader further behind starts again at the newest",
+        "1000 -> 1001",
+    ): _SIZE,
+    (
+        _RESULTS,
+        "_BEHIND_MAX = 1000  # records; a reader further behind starts again at the newest",
+        "1000 -> 999",
+    ): _SIZE,
+    (
+        _RESULTS,
+        "return commit.results[-1].seq < seq",
+        "Lt -> LtE",
+    ): "they differ for the record with the result itself, and reading that ends the search",
     (
         _RESULTS,
         "if seq <= seen.applied:  # applied, and collected since",

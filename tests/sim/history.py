@@ -339,7 +339,7 @@ class History:
             for _ in range(self.world.draw.randrange(100)):
                 await pause()
             try:
-                self.collected += (await collector.look(SESSION, RUN)).deleted > 0
+                self.collected += (await collector.visit(SESSION, RUN)).deleted > 0
             except KnapperError:
                 continue
 
@@ -365,7 +365,7 @@ class History:
             self.world.now += 100.0
             collector = Collector(self.sound.memory, self.keep, lambda: self.world.now, lambda: self.world.now)
             for _ in range(4):
-                await collector.look(SESSION, RUN)
+                await collector.visit(SESSION, RUN)
                 self.world.now += 100.0
         return found
 

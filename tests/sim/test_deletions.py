@@ -101,7 +101,7 @@ class Deletion(History):
             collector = Collector(memory, self.keep, lambda: now[0], lambda: now[0])
             for _ in range(3):  # as the chore does it, whatever came late
                 now[0] += 100.0
-                await collector.look(SESSION, RUN)
+                await collector.visit(SESSION, RUN)
             with pytest.raises(NotFound):
                 await Run.claim(memory, RUN, self.machine, Holder("late", "", TERMS), lambda: 0.0)
             with pytest.raises(NotFound):

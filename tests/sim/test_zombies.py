@@ -132,7 +132,7 @@ class Trial:
         now = iter(range(0, 10**6, 10))
         collector = Collector(self.store, _KEEP, lambda: 1e6, lambda: float(next(now)))
         for _ in range(3):
-            self.collected += (await collector.look(SESSION, RUN)).deleted
+            self.collected += (await collector.visit(SESSION, RUN)).deleted
 
     def _created(self, name: str, data: bytes) -> None:
         if name.startswith(layout.commits(RUN)):

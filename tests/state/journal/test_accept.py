@@ -179,38 +179,38 @@ async def waiting(bench: Bench, *seqs: int) -> None:
 @pytest.mark.parametrize(
     ("after_s", "finished", "filled"),
     [
-        (limits.hole_s - 1, False, []), (limits.hole_s, False, [1, 2, 4]), (limits.hole_s + 1, False, [1, 2, 4]),
+        (limits.gap_s - 1, False, []), (limits.gap_s, False, [1, 2, 4]), (limits.gap_s + 1, False, [1, 2, 4]),
         (0.0, True, [1, 2, 4]),
     ],
 )  # fmt: skip
-def test_holes_are_filled_once_what_follows_them_is_old_or_nobody_sends_any_more(
+def test_gaps_are_filled_once_what_follows_them_is_old_or_nobody_sends_any_more(
     after_s: float, finished: bool, filled: list[int]
 ) -> None:
     async def told(bench: Bench) -> None:
         await waiting(bench, 3, 5)
         bench.now += after_s
-        assert await bench.acceptor.fill_holes(RUN, 0, finished) == filled
+        assert await bench.acceptor.fill_gaps(RUN, 0, finished) == filled
         for seq in filled:
             stored = await bench.stored(seq)
             assert stored is not None
             assert (stored.kind, stored.sha256, stored.accepted_at) == ("tombstone", b"", bench.now)
             assert zstd.decompress(stored.body_zstd, 10) == b""
             assert stored.error.startswith(f"operation {seq} of {RUN} never arrived")
-        assert await bench.acceptor.fill_holes(RUN, 0, finished) == []
+        assert await bench.acceptor.fill_gaps(RUN, 0, finished) == []
 
     story(told)
 
 
 @pytest.mark.parametrize(("applied", "filled"), [(-1, [1, 2, 4]), (0, [1, 2, 4]), (3, [4]), (4, []), (5, [])])
-def test_holes_are_looked_for_behind_what_was_applied(applied: int, filled: list[int]) -> None:
+def test_gaps_are_looked_for_behind_what_was_applied(applied: int, filled: list[int]) -> None:
     async def told(bench: Bench) -> None:
         await waiting(bench, 3, 5)
-        assert await bench.acceptor.fill_holes(RUN, applied, finished=True) == filled
+        assert await bench.acceptor.fill_gaps(RUN, applied, finished=True) == filled
 
     story(told)
 
 
-def test_what_is_collected_while_holes_are_looked_for_is_said() -> None:
+def test_what_is_collected_while_gaps_are_looked_for_is_said() -> None:
     class Collected(MemoryStore):
         async def get(self, name: str) -> bytes | None:
             return None if name == layout.operation(RUN, 3) else await super().get(name)
@@ -220,7 +220,7 @@ def test_what_is_collected_while_holes_are_looked_for_is_said() -> None:
         acceptor = Acceptor(store, lambda: 0.0)
         await acceptor.accept(RUN, 3, "optim_step", pack(b"a"))
         with pytest.raises(NotFound, match="was collected while it was being read"):
-            await acceptor.fill_holes(RUN, 0, finished=True)
+            await acceptor.fill_gaps(RUN, 0, finished=True)
 
     asyncio.run(told())
 

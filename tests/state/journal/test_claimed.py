@@ -180,6 +180,21 @@ def test_a_record_that_does_not_follow_is_damage(damage: str) -> None:
     story(told)
 
 
+@pytest.mark.parametrize("changes", [{"seq": 2}, {"run": f"{RUN}1"}])
+def test_an_operation_under_the_name_of_another_is_damage(changes: dict[str, Any]) -> None:
+    async def told(bench: Bench) -> None:
+        await bench.send(b"{}")
+        run = await bench.claim()
+        name = layout.operation(RUN, 1)
+        operation = decode(await bench.store.get(name) or b"", Operation, name)
+        await bench.store.delete(name)
+        await bench.store.put_if_absent(name, encode(msgspec.structs.replace(operation, **changes)))
+        with pytest.raises(Corrupt, match=f"object {name} is damaged: fields run and seq say that it is operation"):
+            await bench.applied(run)
+
+    story(told)
+
+
 # ---- commits
 
 

@@ -70,7 +70,7 @@ def test_the_newest_is_found_beside_those_who_write_and_those_who_delete(
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_holes_hide_nothing(seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_gaps_hide_nothing(seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A process that slept may write a number again that was deleted long ago."""
     draw = random.Random(seed)
     monkeypatch.setattr(newest, "PAGE", draw.choice([2, 3, 7]))

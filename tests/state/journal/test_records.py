@@ -15,6 +15,7 @@ from knapper.state.journal.records import (
     SAVES,
     Commit,
     Creation,
+    End,
     Kind,
     Manifest,
     Operation,
@@ -64,6 +65,7 @@ def test_what_is_encoded_is_decoded() -> None:
     assert (Commit(epoch=1, results=[]).committed_at, Commit(epoch=1, results=[]).device_s) == (0.0, 0.0)
     plain = Result(seq=1, sha256=b"", content_type="application/json", body=b"")
     assert (plain.failed, plain.source) == (False, "")
+    assert End(reason="finished", tenant="alice", at=1.0).asked_at == 0.0, "as in ends of releases that did not note it"
 
 
 def test_saves_are_the_three_that_store_weights() -> None:
@@ -102,16 +104,16 @@ def test_an_envelope_says_kind_and_checksum_and_is_the_same_each_time() -> None:
     digest = hashlib.sha256(b"3 Terms " + inside).digest()
     assert msgspec.msgpack.decode(whole) == {"v": 3, "kind": "Terms", "sha256": digest, "record": {"v": 1, "a": "b"}}
     assert envelope.seal("Terms", inside) == whole
-    assert envelope.opened(whole, "Terms", "x") == msgspec.Raw(inside)
-    assert envelope.opened(inside, "Terms", "x") is None
+    assert envelope.unseal(whole, "Terms", "x") == msgspec.Raw(inside)
+    assert envelope.unseal(inside, "Terms", "x") is None
     with pytest.raises(Corrupt, match=r"object x is damaged: field kind is 'Terms'; allowed there: 'Spec'"):
-        envelope.opened(whole, "Spec", "x")
+        envelope.unseal(whole, "Spec", "x")
     changed = pack({**msgspec.msgpack.decode(whole), "record": {"v": 1, "a": "c"}})
     with pytest.raises(Corrupt, match="field sha256 is not that of its other bytes"):
-        envelope.opened(changed, "Terms", "x")
+        envelope.unseal(changed, "Terms", "x")
     later = hashlib.sha256(b"4 Terms " + inside).digest()
     with pytest.raises(NewerFormat, match="object x has format 4 of Terms; this knapper reads up to format 3"):
-        envelope.opened(pack({"v": 4, "kind": "Terms", "sha256": later, "record": msgspec.Raw(inside)}), "Terms", "x")
+        envelope.unseal(pack({"v": 4, "kind": "Terms", "sha256": later, "record": msgspec.Raw(inside)}), "Terms", "x")
 
 
 @pytest.mark.parametrize(("v", "said"), [(0, "field v is 0"), (3, "field v is 3"), (-1, "field v is -1")])
@@ -205,8 +207,8 @@ OTHERS = hashlib.sha256(b"of what the client sent").digest()
 )
 def test_the_body_is_what_was_accepted(given: Operation) -> None:
     assert given.body() == zstd.decompress(given.body_zstd)
-    assert given.asked == given.sha256
-    assert msgspec.structs.replace(given, asked_sha256=b"json").asked == b"json"
+    assert given.request_sha256 == given.sha256
+    assert msgspec.structs.replace(given, asked_sha256=b"json").request_sha256 == b"json"
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_what_is_known_costs_no_call_and_is_complete_until_more_is_told() -> Non
         assert await body(results, 1) is None
         assert (results.applied(RUN), results.complete(RUN)) == (-1, True)
         await lay(memory, 1, 2, 3)
-        results.hear(RUN, 3)
+        results.announce(RUN, 3)
         assert not results.complete(RUN)
         assert await body(results, 3) == b"3"
         assert (results.applied(RUN), results.complete(RUN)) == (3, True)
@@ -118,8 +118,8 @@ def test_what_is_known_costs_no_call_and_is_complete_until_more_is_told() -> Non
         assert [await body(results, seq) for seq in (1, 2, 3)] == [b"1", b"2", b"3"]
         assert store.calls == {}
 
-        results.hear(RUN, 5)
-        results.hear(RUN, 2)  # late: it takes nothing back
+        results.announce(RUN, 5)
+        results.announce(RUN, 2)  # late: it takes nothing back
         assert not results.complete(RUN)
         results.offer(RUN, 4, commit(4))
         assert (results.applied(RUN), results.complete(RUN)) == (4, False)

@@ -44,11 +44,11 @@ def test_it_is_complete_once_all_was_read_that_anybody_told_of() -> None:
         assert not results.complete(RUN)
         assert await results.find(RUN, 1) is not None
         assert results.complete(RUN)
-        results.hear(RUN, 3)
+        results.announce(RUN, 3)
         assert results.complete(RUN)
-        results.hear(RUN, 4)
+        results.announce(RUN, 4)
         assert not results.complete(RUN)
-        results.hear(RUN, 2)
+        results.announce(RUN, 2)
         assert not results.complete(RUN), "what was heard before stays heard"
         results.offer(RUN, 4, commit(2))
         assert results.complete(RUN)
@@ -70,7 +70,20 @@ def test_a_run_that_nobody_claimed_is_read_from_its_beginning() -> None:
             found = await results.find(RUN, seq)
             assert found is not None
             assert found.body == b"%d" % seq
+        results.announce(RUN, 3)
         assert await results.find(RUN, 3) is None
+        assert results.complete(RUN), "a search without a result forgets nothing"
+
+    asyncio.run(told())
+
+
+def test_fences_after_collected_records_are_all_there_is_to_read() -> None:
+    async def told() -> None:
+        store = await stored(commit(0), commit(), commit())
+        await store.delete(layout.commit(RUN, 1))
+        results = Results(store)
+        assert await results.find(RUN, 0) is None
+        assert results.complete(RUN)
 
     asyncio.run(told())
 
