@@ -62,7 +62,9 @@ token_s = 3600.0  # a token is good for this long; the SDK exchanges its key for
 key_note_chars_max = 128
 key_fresh_s = 0.5  # a key that was good so long ago is good; a revoked one is refused within a second
 link_s = 3600.0  # a signed URL is good for this long
-session_silent_s = 7 * 24 * 3600.0  # a session that nobody has heard of for so long holds its samplers' weights no more
+session_silent_s = (
+    7 * 24 * 3600.0
+)  # after this long without a heartbeat a session no longer keeps its samplers' weights
 operations_listed_max = 20_000  # operations that one trace, or one report of usage, is made from
 usage_days_max = 14
 reward_terms_max = 16  # of one weighted sum

@@ -62,5 +62,5 @@ def parsed(names: Iterable[str], parse: Callable[[str], V]) -> list[V]:
         try:
             values.append(parse(name))
         except ValueError:
-            report(damaged(name, "its name is none that is given there"))
+            report(damaged(name, "no kind of object has such a name"))
     return values

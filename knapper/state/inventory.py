@@ -77,7 +77,7 @@ async def check(store: Store, name: str) -> None:
         return
     match holds(name):
         case None:
-            raise damaged(name, "its name is none that is given here, and nothing reads it")
+            raise damaged(name, "no kind of object has such a name, and nothing reads it")
         case Empty():
             if data:
                 raise damaged(name, f"it has {len(data)} bytes, and says all in its name")

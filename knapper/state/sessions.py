@@ -185,7 +185,7 @@ class Samplers:
         numbers = [int(existing.rpartition(":")[2]) for existing in await self.of_session(session)]
         if not numbers:
             return NotFound(
-                f"sampler {sampler} does not exist, or is gone: nobody has heard of its session for a week; "
+                f"sampler {sampler} does not exist, or is gone: its session sent no heartbeat for a week; "
                 "create another sampling client"
             )
         if n < max(numbers):

@@ -79,7 +79,7 @@ def test_an_event_of_this_deployment_is_admitted_from_any_broker() -> None:
         for sent in (headers, on_its_way):
             assert await admitted(key, sent, body) == body
         again = cloudevents.decode(headers, body).next(cloudevents.ADAPTER_STEPPED, "knapper/train_step", 8)
-        assert again.signature == "", "what follows is signed by whoever makes it"
+        assert again.signature == "", "the sender of the next event signs it"
         with pytest.raises(TooLarge):
             await admitted(key, headers, b"x" * (limits.event_bytes_max + 1))
 

@@ -1,4 +1,4 @@
-"""What is mutated, the tests that must notice, and the mutations that change nothing that anyone could see."""
+"""The mutated modules, the tests that must notice, and the mutations that change nothing visible."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ SIMULATION = ("tests/sim/test_histories.py",)
 
 @dataclass(frozen=True)
 class Tests:
-    """`first`: quick, and nearly always enough. `then`: what is asked of those that survive."""
+    """`first`: quick, and nearly always enough. `then`: for the survivors of those."""
 
     first: tuple[str, ...]
     then: tuple[str, ...] = ()
@@ -53,21 +53,24 @@ NOT = (
     "not gcs and not listens_beyond and not beyond_this_machine and not no_fault_of_the_store and not rests_on_no_clock"
 )
 
-# By path, line's text and mutation: why nobody could tell it from the original.
+# By path, line's text and mutation: why no test can tell it from the original.
 _DEVICE = "only a device that this is not run on could tell"
 _PAIRED = "both have an entry a part"
-_SIZE = "a bound on memory, or on what is read at once, that nothing else depends on"
+_SIZE = "a bound on memory, or on a batch of reads, that no result depends on"
 _TWIN = "the same constant names it where it is written and where it is read, within one process"
 _STRIDE = "another way through the same numbers finds the same, with at most one halving, so one listing, more"
-_UNREAD = "set together with `low`, before anybody reads it"
+_UNREAD = "set together with `low`, before it is read"
 _RESULTS = "knapper/state/journal/results.py"
 _NEWEST = "knapper/state/journal/newest.py"
 _BETWEEN = "return await _between(store, prefix, page[-1], layout.last_number(page[-1]) + step)"
+_AHEAD = "while ahead := await _page_after(store, prefix, layout.last_number(page[-1]) + step):"
 _EPOCHS = "_COLLECTED, _UNREADABLE = 0, -1  # epochs in place of a record that is gone or damaged; claims count from 1"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (_NEWEST, _BETWEEN, "-1 without its USub"): _STRIDE,
     (_NEWEST, _BETWEEN, "1 -> 2"): _STRIDE,
     (_NEWEST, _BETWEEN, "1 -> 0"): _STRIDE,
+    (_NEWEST, _AHEAD, "1 -> 2"): _STRIDE,
+    (_NEWEST, "while high - layout.last_number(low) > PAGE:", "Gt -> GtE"): _STRIDE,
     (
         "knapper/state/layout.py",
         'seq, _, epoch = prefix.rstrip("/").rpartition("/")[2].partition("-")',
@@ -77,8 +80,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         _RESULTS,
         _EPOCHS,
         "-1 without its USub",
-    ): "nobody asks for this epoch, but whether it is that of one that is gone",
-    (_RESULTS, _EPOCHS, "1 -> 2"): "nobody asks for this epoch, but whether it is that of one that is gone",
+    ): "only compared with the epoch of a collected record",
+    (_RESULTS, _EPOCHS, "1 -> 2"): "only compared with the epoch of a collected record",
     (_RESULTS, "low: int = -1  # -1: nothing was read yet", "1 -> 2"): "any below 0 says so",
     (_RESULTS, "high: int = 0", "0 -> 1"): _UNREAD,
     (_RESULTS, "high: int = 0", "0 -> -1"): _UNREAD,
@@ -115,7 +118,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "True -> False",
     ): _PAIRED,
     ("gateway/tenants.py", '_ASKER = "knapper.asker"', "'knapper.asker' -> 'knapper.askerx'"): _TWIN,
-    ("gateway/tenants.py", "tenant_of(request)", "without tenant_of(request)"): "whoever calls it has asked before",
+    ("gateway/tenants.py", "tenant_of(request)", "without tenant_of(request)"): "its callers have checked before",
     (
         "gateway/tenants.py",
         'authorization = request.headers.get("authorization", "")',

@@ -50,14 +50,14 @@ class Mutation:
 
 def mutations(path: str, source: str) -> list[Mutation]:
     """All of the module, in the order of its lines. Docstrings, annotations and messages of errors are left alone."""
-    found: list[Mutation] = []
+    made: list[Mutation] = []
     tree = ast.parse(source)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     for place, (parent, _, _, node) in enumerate(_places(tree)):
         for said, change in _changes(parent, node):
             line = getattr(node, "lineno", getattr(parent, "lineno", 0))
-            found.append(Mutation(path, len(found), line, said, _function(functions, line), change, place))
-    return found
+            made.append(Mutation(path, len(made), line, said, _function(functions, line), change, place))
+    return made
 
 
 def _function(functions: Iterable[ast.FunctionDef | ast.AsyncFunctionDef], line: int) -> int:

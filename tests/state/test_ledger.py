@@ -1,4 +1,4 @@
-"""What runs have used is accounted for exactly: the sum of what their journals say, whoever dies, however often."""
+"""The ledger is exact: the sum of the usage in all journals, however often processes die."""
 
 import asyncio
 import random
@@ -85,7 +85,7 @@ class World:
         try:
             await todo()
         except StoreError:
-            pass  # whoever asked gets an error, and may ask again or not
+            pass  # the caller gets an error, and may retry or not
 
     async def _ask(self) -> None:
         truth = self.draw.choice(self.runs)
@@ -169,7 +169,7 @@ class World:
         assert not await Accounts(self.memory, self.clock, self.clock, lambda: "last").update()
         assert await self.memory.list("using/") == []
 
-    async def told(self, tenant: Tenant, window: Window) -> Use:
+    async def reported(self, tenant: Tenant, window: Window) -> Use:
         """By a process that has seen nothing, over a store that does not fail."""
         fresh = Accounts(self.memory, self.clock, self.clock, lambda: "x")
         found = await fresh.used(tenant, window)
@@ -185,11 +185,11 @@ class World:
         }
 
 
-def alike(told: Use, true: Use) -> None:
-    assert told.keys() == true.keys()
+def alike(reported: Use, true: Use) -> None:
+    assert reported.keys() == true.keys()
     for key, (tokens, device_s) in true.items():
-        assert told[key][0] == tokens
-        assert told[key][1] == pytest.approx(device_s, abs=1e-9)
+        assert reported[key][0] == tokens
+        assert reported[key][1] == pytest.approx(device_s, abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -210,10 +210,10 @@ def test_accounts_are_the_sum_of_what_journals_say_at_every_moment(seed: int) ->
                 first_hour = int(world.clock.at // HOUR_S) - world.draw.choice([0, 1, 5, 100])
                 for window in (ALL, Window(first_hour, first_hour + world.draw.choice([1, 3, 24]))):
                     tenant = world.draw.choice([LOCAL_TENANT, OTHER])
-                    alike(await world.told(tenant, window), world.true(tenant, window))
+                    alike(await world.reported(tenant, window), world.true(tenant, window))
         await world.rest()
         for tenant in (LOCAL_TENANT, OTHER):
-            alike(await world.told(tenant, ALL), world.true(tenant, ALL))
+            alike(await world.reported(tenant, ALL), world.true(tenant, ALL))
 
     asyncio.run(story())
 

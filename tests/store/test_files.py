@@ -1,4 +1,4 @@
-"""Files appear whole, under names that nobody can lie in wait at, and no link leads out of a directory."""
+"""Files appear whole, under names that cannot be guessed, and no link leads out of a directory."""
 
 import os
 import subprocess

@@ -95,7 +95,7 @@ class Applier(Generic[State]):
             return Outcome(state=new, content_type="application/json", body=body)
         if state is None:
             raise UserError(
-                f"{self._run} was never made: its creation failed, as the answer to it said; create another"
+                f"{self._run} was never made: its creation failed, with the error in its result; create another"
             )
         loaded: Files | None = (await bundles.read(self._store, source))[1] if source else None
         return await self._machine.apply(state, operation, loaded)

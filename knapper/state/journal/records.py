@@ -222,7 +222,7 @@ def decode(data: bytes, kind: type[R], name: str) -> R:
         reason = "its envelope is broken" if sealed is None and v == envelope.FORMAT else str(error)
         raise damaged(name, f"it is no {kind.__name__} record: {reason}") from error
     if sealed is None and (record.v < 1 or envelope.BARE_MAX < record.v <= envelope.FORMAT):
-        raise damaged(name, f"field v is {record.v}, and a {kind.__name__} record of that format lies in an envelope")
+        raise damaged(name, f"field v is {record.v}, and a {kind.__name__} record of that format has an envelope")
     if record.v > format_of(kind):
         raise envelope.newer(name, kind.__name__, record.v, format_of(kind))
     return record

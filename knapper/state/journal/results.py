@@ -15,7 +15,7 @@ from knapper.store.cache import LruCache
 _CACHE_BYTES_MAX = 256 * 1024 * 1024
 GONE = msgspec.json.encode(
     {
-        "error": "the result of this operation is gone: nobody asked for it in time (KNAPPER_KEEP_RESULTS_S says how "
+        "error": "the result of this operation is gone: no client read it in time (KNAPPER_KEEP_RESULTS_S says how "
         "long one is kept after its commit); what it did to the run stays",
         "category": "user",
     }

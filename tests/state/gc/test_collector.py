@@ -1,4 +1,4 @@
-"""What goes, and when, with nobody sweeping: samplers, files, snapshots, answers, runs, sessions."""
+"""What is collected and when, without a sweep: samplers, files, snapshots, results, runs, sessions."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -462,7 +462,7 @@ async def _nothing(_n: int, _commit: Commit) -> None:
 
 @pytest.mark.parametrize("asleep", ["state", "index", "manifest", "nowhere"])
 def test_a_holder_that_slept_through_the_deletion_of_its_run_brings_nothing_back(asleep: str) -> None:
-    """Before its snapshot, or over any part of it; in another process than whoever deletes."""
+    """Before its snapshot, or over any part of it; in another process than the deletion's."""
 
     async def story() -> None:
         store = Interrupted()

@@ -81,14 +81,14 @@ def test_a_newer_format_is_told_from_damage(kind: type[Record], format_: int) ->
     """Within its envelope a record says its own format; without one, only those were written that are as old."""
     assert format_of(kind) == format_
     name = kind.__name__
-    told = f"object x has format {{}} of {name}; this knapper reads up to format {{}}: run the newer one"
+    message = f"object x has format {{}} of {name}; this knapper reads up to format {{}}: run the newer one"
     for newer, found in (
         (envelope.seal(name, pack({"v": format_ + 1, "unheard_of": 1})), format_ + 1),
         (pack({"v": 4}), 4),
     ):
         with pytest.raises(NewerFormat) as refused:
             decode(newer, kind, "x")
-        assert str(refused.value) == told.format(found, format_)
+        assert str(refused.value) == message.format(found, format_)
         assert refused.value.retry_after_s == 30.0
     old = {"v": format_, "unheard_of": 1}
     for damaged in (envelope.seal(name, pack(old)), pack(old), pack([1]), b"", b"\xc1", envelope.seal(name, b"\xc1")):
@@ -142,7 +142,7 @@ def test_a_newer_format_with_the_same_fields_is_refused_too() -> None:
 
 
 def test_history_is_read_newest_first_in_groups_without_creation_fences_and_gaps() -> None:
-    async def told() -> None:
+    async def scenario() -> None:
         store = MemoryStore()
         for seq in range(71):
             operation = Operation(
@@ -164,7 +164,7 @@ def test_history_is_read_newest_first_in_groups_without_creation_fences_and_gaps
         assert answered == [seq for seq in range(70, -1, -1) if seq % 10 != 5]
         assert [group async for group in history.commits(store, RunId("none"))] == []
 
-    asyncio.run(told())
+    asyncio.run(scenario())
 
 
 def test_what_is_swept_while_history_is_read_is_left_out() -> None:
@@ -172,7 +172,7 @@ def test_what_is_swept_while_history_is_read_is_left_out() -> None:
         async def get(self, name: str) -> bytes | None:
             return None if layout.last_number(name) == 2 else await super().get(name)
 
-    async def told() -> None:
+    async def scenario() -> None:
         store = Swept()
         for n in (1, 2, 3):
             operation = Operation(run=RUN, seq=n, kind="optim_step", sha256=b"", body_zstd=b"", accepted_at=0.0)
@@ -182,7 +182,7 @@ def test_what_is_swept_while_history_is_read_is_left_out() -> None:
         assert [each.seq async for group in history.operations(store, RUN) for each in group] == [3, 1]
         assert [each.results[0].seq async for group in history.commits(store, RUN) for each in group] == [3, 1]
 
-    asyncio.run(told())
+    asyncio.run(scenario())
 
 
 def operation(kind: Kind, body: bytes, sha256: bytes, v: int = 2) -> Operation:

@@ -1,4 +1,4 @@
-"""Answers are found by whoever looks for the first time, whatever the newest is; what is remembered is bounded."""
+"""A first search finds every result, whatever the newest record is; the cache is bounded."""
 
 import asyncio
 import json
@@ -71,8 +71,8 @@ async def lay(store: MemoryStore, *numbers: int) -> None:
 
 
 async def body(results: Results, seq: int) -> bytes | None:
-    found = await results.find(RUN, seq)
-    return None if found is None else found.body
+    result = await results.find(RUN, seq)
+    return None if result is None else result.body
 
 
 @pytest.mark.parametrize("last", [1, 2, 9, 24])
@@ -156,9 +156,9 @@ def test_an_answer_that_is_gone_says_so_as_a_users_error() -> None:
         gone = await Results(store).find(RUN, 4)
         assert gone is not None
         assert (gone.seq, gone.failed, gone.content_type, gone.sha256) == (4, True, "application/json", b"")
-        told = json.loads(gone.body)
-        assert (set(told), told["category"]) == ({"error", "category"}, "user")
-        assert told["error"].startswith("the result of this operation is gone")
+        body = json.loads(gone.body)
+        assert (set(body), body["category"]) == ({"error", "category"}, "user")
+        assert body["error"].startswith("the result of this operation is gone")
 
     asyncio.run(story())
 
@@ -198,7 +198,7 @@ def test_runs_do_not_share_what_is_known_or_forgotten() -> None:
     results.offer(other, 1, commit(1, body=b"another"))
     results.forget(RUN)
     results.forget(RUN)
-    found = results.known(other, 1)
+    result = results.known(other, 1)
     assert results.known(RUN, 1) is None
-    assert found is not None
-    assert found.body == b"another"
+    assert result is not None
+    assert result.body == b"another"
