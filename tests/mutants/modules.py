@@ -63,6 +63,7 @@ _UNREAD = "set together with `low`, before it is read"
 _RESULTS = "knapper/state/journal/results.py"
 _NEWEST = "knapper/state/journal/newest.py"
 _BETWEEN = "return await _between(store, prefix, page[-1], layout.last_number(page[-1]) + step)"
+_SEARCHED = "if seq <= seen.applied and seq not in seen.record_of and seen.low > 0:"
 _AHEAD = "while ahead := await _page_after(store, prefix, layout.last_number(page[-1]) + step):"
 _EPOCHS = "_COLLECTED, _UNREADABLE = 0, -1  # epochs in place of a record that is gone or damaged; claims count from 1"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
