@@ -103,6 +103,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "_BEHIND_MAX = 1000  # records; a reader further behind starts again at the newest",
         "1000 -> 999",
     ): _SIZE,
+    (_RESULTS, _SEARCHED, "LtE -> Lt"): "where the newest result is, is always known",
+    (_RESULTS, _SEARCHED, "Gt -> GtE"): "a search of no records reads none",
+    (_RESULTS, _SEARCHED, "0 -> -1"): "a search of no records reads none",
     (
         _RESULTS,
         "return commit.results[-1].seq < seq",
