@@ -46,7 +46,7 @@ def test_the_record_and_the_writers_of_a_kind_exist(kind: ObjectKind) -> None:
         inventory.SecretOrBare: Secret.__name__,
     }  # fmt: skip
     assert kind.holds == (content.__name__ if isinstance(content, type) else names[type(content)])
-    writers = [writer.replace(".", "/") for writer in kind.value[2].split(", ") if writer]
+    writers = [writer.replace(".", "/") for writer in kind.writers.split(", ") if writer]
     assert [writer for writer in writers if not any((ROOT / top / f"{writer}.py").is_file() for top in TOPS)] == []
 
 
