@@ -114,7 +114,7 @@ def _expect_internal(request: Request) -> None:
         if expected
         else on_this_machine(request) and origins.is_loopback(origins.name_of(host))
     )
-    if not internal or "origin" in request.headers or not cloudevents.sent(request.headers):
+    if not internal or "origin" in request.headers or not cloudevents.is_event(request.headers):
         raise NotFound(f"there is nothing at {request.url.path}")
 
 

@@ -56,7 +56,7 @@ async def retrieve_future(request: Request) -> Response:
 
 async def _damaged(request_id: str, run: RunId, error: KnapperError) -> Response:
     """A pause and no result: the run continues once the object is restored."""
-    damage.tell(error)
+    damage.report(error)
     await asyncio.sleep(_READ_EVERY_S)
     reason = f"{error}; {run} waits until then"
     return _try_again(request_id, "paused_capacity", reason, notice=reason)

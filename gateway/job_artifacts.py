@@ -35,7 +35,7 @@ async def get_file(request: Request) -> Response:
     job_services = job_services_of(services_of(request))
     opened = await (await Artifacts.of(job_services, tenant, request.path_params["job"])).open(name)
     if request.method == "GET":
-        signed = await job_services.exchange.signed("GET", opened.entry.name, 0)
+        signed = await job_services.exchange.presign("GET", opened.entry.name, 0)
         if signed is not None:
             opened.close()
             return RedirectResponse(signed.url, 307, headers={"Cache-Control": "private, no-store"})

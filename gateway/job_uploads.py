@@ -58,7 +58,7 @@ def _file(request: Request) -> File:
 
 
 async def _signed(exchange: Exchange, file: File, offset: int) -> dict[str, Any] | None:
-    signed = await exchange.signed("PUT", file.part(offset), file.parts[offset])
+    signed = await exchange.presign("PUT", file.part(offset), file.parts[offset])
     return None if signed is None else {"url": signed.url, "headers": dict(signed.headers)}
 
 

@@ -140,7 +140,7 @@ def _state(settings: Settings, store: Store, sources: Sources) -> _State:
     accounts = Accounts(store, clock, monotonic, sources.new_id)
     retention = Retention.of(settings)
     collector = Collector(store, retention, clock, monotonic, partial(needs.of, store), accounts.account)
-    lookups = Lookups(store, acceptor, monotonic, collector.ask)
+    lookups = Lookups(store, acceptor, monotonic, collector.touch_sampler)
     return _State(store, manifests, acceptor, Results(store, manifests), accounts, collector, lookups)
 
 
@@ -157,7 +157,7 @@ async def _clients(
         state.results,
         url_of=partial(_train_step_url, state.lookups, settings.train_step_url),
         holder_of=partial(_holder_of, state.manifests),
-        on_commit=state.accounts.answered,
+        on_commit=state.accounts.note_committed,
         on_missing_run=state.lookups.forget_run,
         new_id=sources.new_id,
         now=sources.monotonic,

@@ -152,7 +152,7 @@ class Lookups:
 
     async def record_activity(self, session: SessionId, day: int) -> None:
         """Store that the session's client was alive on this day; written once a day."""
-        await self._active_days.get((session, day), lambda: self.sessions.hear(session, day))
+        await self._active_days.get((session, day), lambda: self.sessions.record_heartbeat(session, day))
 
     async def project(self, session: str, tenant: Tenant) -> str:
         """The session's project, empty for none. Another gateway's move may go unnoticed for ten minutes.

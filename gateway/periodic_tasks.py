@@ -76,7 +76,7 @@ async def write_sample_usage(gateway: Services) -> None:
 
 async def settle_accounts(gateway: Services) -> float | None:
     """Enter the usage of runs in the ledger, so that reports need not read journals."""
-    return _ACCOUNTS_OPEN_S if await gateway.accounts.settle() else _ACCOUNTS_IDLE_S
+    return _ACCOUNTS_OPEN_S if await gateway.accounts.update() else _ACCOUNTS_IDLE_S
 
 
 async def publish(gateway: Services) -> None:
@@ -88,13 +88,13 @@ async def publish(gateway: Services) -> None:
 async def collect(gateway: Services) -> float | None:
     """Delete garbage. Sessions in which nothing happens are visited ever less often."""
     for sampler in gateway.sample_queue.active_samplers():
-        gateway.collector.ask(sampler)
+        gateway.collector.touch_sampler(sampler)
     for run in gateway.train_client.changed_runs():
         gateway.collector.touch(session_of(run))
     if deleted := await gateway.collector.work():
         gateway.lookups.forget_samplers()
         log.info("garbage collected", sessions=len(deleted), objects=sum(deleted.values()))
-    return gateway.collector.rest_s
+    return gateway.collector.idle_s
 
 
 async def delete_stale_parts(gateway: Services) -> None:
@@ -125,7 +125,7 @@ async def tick(gateway: Services) -> None:
 async def revive(gateway: Services, run: RunId) -> None:
     """Fill the sequence gaps of a run whose client is gone or has waited long enough, and ring for its operations."""
     finished = await gateway.lookups.sessions.finished(session_of(run)) is not None
-    filled = await gateway.acceptor.fill_holes(run, gateway.results.applied(run), finished)
+    filled = await gateway.acceptor.fill_gaps(run, gateway.results.applied(run), finished)
     if filled:
         log.info("operations that never arrived are skipped", run=run, seqs=filled[:10], count=len(filled))
     if not gateway.train_client.is_ringing(run):

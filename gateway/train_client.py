@@ -156,7 +156,7 @@ class TrainStepClient:
         if state is not None and state.task is None and state.accepted > applied:
             return "paused_capacity", (
                 f"operation {applied + 1} has not arrived, and later ones wait for it; if it never does (a cancelled "
-                f"request, say), it is skipped {limits.hole_s:.0f} s after they came, or when the session is closed"
+                f"request, say), it is skipped {limits.gap_s:.0f} s after they came, or when the session is closed"
             )
         since = state.unanswered_since if state is not None else None
         waited = 0.0 if since is None else self._now() - since
@@ -263,7 +263,7 @@ class TrainStepClient:
 
     async def _post(self, run: RunId, state: _RunState, url: str, hint: Hint) -> bool:
         """As `_ring`. Raises NotHolder, TimeoutError or aiohttp.ClientError if this address is of no use now."""
-        doorbell = replace(cloudevents.bell(run, self._new_id(), hint), traceparent=traces.current())
+        doorbell = replace(cloudevents.doorbell(run, self._new_id(), hint), traceparent=traces.current())
         headers, body = doorbell.encode()
         direct = hint.way == "direct"
         async with asyncio.timeout(limits.holder_answers_s if direct else None):  # until the response begins
@@ -329,7 +329,7 @@ class TrainStepClient:
         state.unanswered_since = None
         state.clear_refusal()
         state.streaming = claim.out >= 0
-        self._results.hear(run, claim.out)
+        self._results.announce(run, claim.out)
 
     def wake(self, run: RunId) -> None:
         """Wake the polls that wait for a result of the run."""

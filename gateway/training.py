@@ -225,7 +225,7 @@ async def _accept(gateway: Services, tenant: Tenant, kind: Kind, operation: Deco
     await _mark_used(gateway, tenant, run)
     accepted_at = await gateway.acceptor.accept(run, seq, kind, operation.packed)
     if accepted_at is not None:
-        gateway.accounts.asked(run, seq, accepted_at, operation.tokens)
+        gateway.accounts.note_accepted(run, seq, accepted_at, operation.tokens)
     if kind in SAVES:
         gateway.wakeups.collect.set()  # it may replace another of the same name, or have a time to live
     gateway.train_client.ring(run, seq)

@@ -95,6 +95,6 @@ class Inbox:
         except Unavailable:
             raise
         except damage.ERRORS as error:
-            damage.tell(error)
+            damage.report(error)
         except Exception:
             log.exception("a folder of the inbox: defect", tenant=tenant, job=job)

@@ -48,7 +48,7 @@ poll_hold_s = 30.0  # retrieve_future; the SDK gives up at 45 s
 holder_answers_s = 60.0  # a holder that is silent for so long after a bell is taken for dead: a slice, and one more
 holder_stale_s = 600.0  # nothing heard of a holder for so long: whoever is rung takes the run over
 slice_s = 30.0  # how long one bell works on a run before it rings the next
-hole_s = 900.0  # a sequence number that never arrives becomes a tombstone after this
+gap_s = 900.0  # a sequence number that never arrives becomes a tombstone after this
 session_lapse_s = 300.0  # no heartbeat for so long: samples cancelled, runs released from memory
 replay_budget_s = 30.0  # compute that a recovery may have to repeat
 replay_bytes_min = MIB // 4  # of records that a recovery may have to read in any case
@@ -62,8 +62,10 @@ token_s = 3600.0  # a token is good for this long; the SDK exchanges its key for
 key_note_chars_max = 128
 key_fresh_s = 0.5  # a key that was good so long ago is good; a revoked one is refused within a second
 link_s = 3600.0  # a signed URL is good for this long
-session_silent_s = 7 * 24 * 3600.0  # a session that nobody has heard of for so long holds its samplers' weights no more
-operations_told_max = 20_000  # operations that one trace, or one report of usage, is made from
+session_silent_s = (
+    7 * 24 * 3600.0
+)  # after this long without a heartbeat a session no longer keeps its samplers' weights
+operations_listed_max = 20_000  # operations that one trace, or one report of usage, is made from
 usage_days_max = 14
 reward_terms_max = 16  # of one weighted sum
 reward_s_max = 60.0  # the longest that a job may give its reward for one rollout

@@ -52,7 +52,7 @@ async def reward(request: Request) -> Response:
         return metrics_page.respond()
     try:
         body = await http.authenticated_body(request, key())
-        if cloudevents.sent(request.headers):
+        if cloudevents.is_event(request.headers):
             event = cloudevents.decode(request.headers, body)
             with traces.span("reward", event.traceparent, subject=event.subject):
                 await scoring().answer(event)

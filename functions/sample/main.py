@@ -26,7 +26,7 @@ async def sample(request: Request) -> Response:
         return metrics_page.respond()
     try:
         body = await http.authenticated_body(request, key)
-        if cloudevents.sent(request.headers):
+        if cloudevents.is_event(request.headers):
             event = cloudevents.decode(request.headers, body)
             with traces.span("sample", event.traceparent, subject=event.subject):
                 await jobs.sample(event)

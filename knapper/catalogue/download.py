@@ -211,7 +211,7 @@ def _appearing(place: Path) -> Iterator[Path]:
 @contextmanager
 def _alone(cache: Path, say: Say) -> Iterator[None]:
     """One process at a time obtains models; whoever holds the lock may remove what a crashed one left."""
-    with files.opened(cache / ".lock") as lock:
+    with files.open_or_create(cache / ".lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -156,7 +156,7 @@ def delete_run(
     from knapper import ids
 
     collector, _ = _collector(data)
-    tenant, count = asyncio.run(collector.delete_of_anybody(ids.run_id(run)))
+    tenant, count = asyncio.run(collector.delete_of_any_tenant(ids.run_id(run)))
     say(f"training run {run} of tenant {tenant} is deleted: {count} objects")
 
 

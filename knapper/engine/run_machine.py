@@ -44,14 +44,14 @@ class TrainingMachine:
         outcome, cost_s = await self._run(lambda: timed(self._apply(state, operation, source), self._clock), state.spec)
         return replace(outcome, cost_s=cost_s)
 
-    async def freeze(self, state: RunState) -> Files:
+    async def serialize(self, state: RunState) -> Files:
         return await self._run(lambda: _once(lambda: checkpoint_format.freeze(state)), state.spec)
 
-    def frozen_bytes(self, state: RunState) -> int:
+    def serialized_bytes(self, state: RunState) -> int:
         return checkpoint_format.frozen_bytes(state)
 
-    async def thaw(self, spec: Spec, files: Files) -> RunState:
-        return await self._run(lambda: _once(lambda: self._thaw(spec, files)), spec)
+    async def restore(self, spec: Spec, files: Files) -> RunState:
+        return await self._run(lambda: _once(lambda: self._restore(spec, files)), spec)
 
     async def _run(self, begin: Callable[[], Work[T]], spec: Spec) -> T:
         """Run a task; if it lacks memory, release all caches and run it once more.
@@ -97,7 +97,7 @@ class TrainingMachine:
         layout = self._trainer.layout(spec)
         return self._trainer.begin(spec, *checkpoint_format.read(files, spec, layout, with_optimizer=with_optimizer))
 
-    def _thaw(self, spec: Spec, files: Files) -> RunState:
+    def _restore(self, spec: Spec, files: Files) -> RunState:
         weights_P, moments, grads_P = checkpoint_format.thaw(files, self._trainer.layout(spec))
         state = self._trainer.begin(spec, weights_P, moments)
         return state if grads_P is None else replace(state, grads_P=grads_P.to(state.weights_P.device))

@@ -1,1 +1,1 @@
-"""CloudEvents: how they read, the Broker they are posted to, and a bucket's notifications."""
+"""CloudEvents, the Broker they are posted to, and a bucket's notifications."""

@@ -1,4 +1,4 @@
-"""Doorbells: CloudEvents that say "look at the store". Lost, repeated or reordered, they change nothing."""
+"""Doorbells: CloudEvents that say where to look in the store. Lost, repeated or reordered, they change nothing."""
 
 import hashlib
 import re
@@ -42,23 +42,23 @@ _WAYS = get_args(Way)
 
 @dataclass(frozen=True)
 class Hint:
-    """Who holds the run, as the newest manifest that the gateway saw has it. For routing; nothing else rests on it.
+    """The holder of the run in the newest manifest that the gateway has seen. For routing only.
 
-    `way`: the bell goes to the holder itself (`direct`), to the service, or to the service because the holder is
-    `lost`: it does not answer, or leaves.
+    `way`: the doorbell goes to the holder itself (`direct`), to the service, or to the service because the holder is
+    `lost`: it does not answer, or is shutting down.
     """
 
-    holder: str = ""  # empty: not known
+    holder: str = ""  # empty: unknown
     epoch: int = 0
     way: Way = "service"
 
 
 @dataclass(frozen=True)
 class Event:
-    """A CloudEvent. `id` is derived by whoever rings, so that repetitions can be told.
+    """A CloudEvent. The sender derives `id`, so that repetitions are recognised.
 
-    `hint` is of OPERATIONS; `step`, `kind` (rl, sft or dpo) and `model` (the slug of the base model) are of a job. Only
-    events of storage carry `data`; a doorbell says where to look, and nothing else.
+    `hint` is for OPERATIONS; `step`, `kind` (rl, sft or dpo) and `model` (the slug of the base model) are of a job.
+    Only storage events carry `data`.
     """
 
     type: str
@@ -70,11 +70,11 @@ class Event:
     model: str = ""
     data: bytes = b""
     traceparent: str = ""
-    signature: str = ""  # of whoever made it, where functions take it through a Broker (knapper/events/function_key.py)
+    signature: str = ""  # of the sender, for events that go through a Broker (knapper/events/function_key.py)
     hint: Hint = field(default_factory=Hint)
 
     def next(self, type_: str, source: str, step: int | None = None) -> "Event":
-        """The bell that follows; the same bell has the same follower, by its id."""
+        """The next event; its id is derived, so that a repeated event has the same successor."""
         derived = hashlib.sha256(f"{self.id}|{type_}|{step}".encode()).hexdigest()[:32]
         return replace(self, type=type_, source=source, step=step, id=derived, data=b"", signature="")
 
@@ -97,13 +97,13 @@ class Event:
         return {str(name): str(value) for name, value in headers.items()}, body or b""
 
 
-def sent(headers: Mapping[str, str]) -> bool:
-    """Whether a CloudEvent comes, in binary or in structured mode, and not a call."""
+def is_event(headers: Mapping[str, str]) -> bool:
+    """Whether the request is a CloudEvent, in binary or structured mode, and not a call."""
     return "ce-specversion" in headers or headers.get("content-type", "").startswith("application/cloudevents")
 
 
 def decode(headers: Mapping[str, str], body: bytes) -> Event:
-    """The event, sent in binary or in structured mode. Raises UserError for anything else: it is poison."""
+    """The event, in binary or structured mode. Raises UserError for anything else: a poison message."""
     with parsing(_no_event):
         event = from_http(dict(headers), body)
         attributes = event.get_attributes()
@@ -138,19 +138,16 @@ def _number(attributes: Mapping[str, object], name: str) -> int | None:
 
 
 def as_binary(headers: Mapping[str, str], body: bytes) -> tuple[dict[str, str], bytes]:
-    """Any CloudEvent, with whatever attributes it has, in binary mode; its `ce-` headers in lower case.
-
-    Raises UserError for anything else.
-    """
+    """Any CloudEvent with all attributes in binary mode, `ce-` headers in lower case. Raises UserError otherwise."""
     with parsing(_no_event):
         event = from_http(dict(headers), body, data_unmarshaller=_untouched)
-        found, data = to_binary(event)  # a text, or nothing, where the event had it
+        binary_headers, data = to_binary(event)  # data: str or None if the event has it so
         content = str(data).encode() if isinstance(data, str) else data or b""  # type: ignore[redundant-expr]
     for name, value in event.get_attributes().items():
         if not _NAME.fullmatch(str(name)):
             raise InvalidField("the name of an attribute", name, "1 to 64 small letters and digits")
         _check(name, value)
-    return {str(name).lower(): str(value) for name, value in found.items()}, content
+    return {str(name).lower(): str(value) for name, value in binary_headers.items()}, content
 
 
 def _no_event(error: Exception) -> UserError:
@@ -158,23 +155,23 @@ def _no_event(error: Exception) -> UserError:
 
 
 def _check(name: str, value: object) -> None:
-    """Raises InvalidField for what no header can carry."""
-    most = limits.event_attribute_chars_max
-    if not isinstance(value, str | int) or len(str(value)) > most or _NO_TEXT.search(str(value)):
-        raise InvalidField(name, value, f"a string of at most {most} characters, none of them a control character")
+    """Raises InvalidField for a value that no header can carry."""
+    chars_max = limits.event_attribute_chars_max
+    if not isinstance(value, str | int) or len(str(value)) > chars_max or _NO_TEXT.search(str(value)):
+        raise InvalidField(name, value, f"a string of at most {chars_max} characters, none of them a control character")
 
 
 def _untouched(data: object) -> object:
     return data
 
 
-def bell(run: RunId, id_: str, hint: Hint | None = None) -> Event:
-    """Operations wait for `run`."""
+def doorbell(run: RunId, id_: str, hint: Hint | None = None) -> Event:
+    """The notification that `run` has pending operations."""
     return Event(type=OPERATIONS, subject=run, id=id_, hint=hint or Hint())
 
 
 def run_of(event: Event) -> RunId:
-    """Whose operations wait. Raises UserError for an event that says something else."""
+    """The run of a doorbell. Raises UserError for another kind of event."""
     if event.type != OPERATIONS:
         raise UserError(f"event type is {event.type!r}; allowed: {OPERATIONS}")
     if not event.subject:
@@ -183,17 +180,16 @@ def run_of(event: Event) -> RunId:
 
 
 class Claimed(msgspec.Struct, frozen=True, tag="claimed"):
-    """The holder has the run; its state is current. `address`: where it listens, empty if nobody can ring it there.
+    """The holder has the run, and its state is current. `address`: where it listens, or empty.
 
-    `age_s`: how long its process has run, 0 where that is not known. `out`: the newest record of the run; those after
-    it are told in this very answer.
+    `age_s`: the age of its process, 0 if unknown. `out`: the newest record; later ones follow in this stream.
     """
 
     epoch: int
     holder: str = ""
     address: str = ""
     age_s: float = 0.0
-    out: int = -1  # not told
+    out: int = -1  # unknown
 
 
 class Committed(msgspec.Struct, frozen=True, tag="committed"):
@@ -204,7 +200,7 @@ class Committed(msgspec.Struct, frozen=True, tag="committed"):
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """The slice ended. `more`: something may still wait, ring again."""
+    """The slice ended. `more`: operations may still be pending, so notify the holder again."""
 
     applied: int
     more: bool
@@ -216,14 +212,13 @@ _decoder = msgspec.msgpack.Decoder(Frame)
 
 
 def encode_frame(message: Frame) -> bytes:
-    """A train_step answers a bell with a stream of these, as things become durable."""
+    """Encode a frame of train_step's response to a doorbell: a stream, as commits become durable."""
     return frame(_encoder.encode(message))
 
 
 async def decode_frames(chunks: AsyncIterator[bytes]) -> AsyncIterator[Frame]:
-    """The frames of a stream, each as soon as it is whole.
-
-    A stream that breaks off just ends: what it said is durable all the same.
+    """The frames of a stream, each as soon as it is complete. A stream that breaks off just ends: its commits are
+    durable all the same.
     """
     async for message in split(chunks):
         yield _decoder.decode(message)

@@ -1,6 +1,6 @@
 """Notifications of a bucket, pulled from a Pub/Sub subscription. The one module that imports its client.
 
-A pull holds a thread for as long as nothing comes. PUBSUB_EMULATOR_HOST is honoured, as the library has it.
+A pull holds a thread until a message comes. The library honours PUBSUB_EMULATOR_HOST.
 """
 
 import asyncio
@@ -19,13 +19,13 @@ from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
 
 _MESSAGES_MAX: Final = 50
-_PULL_S: Final = 20.0  # a pull without messages ends after this, and the next begins
+_PULL_S: Final = 20.0  # timeout of a pull without messages
 _REQUEST_S: Final = 20.0
 
 
 @dataclass(frozen=True)
 class PubsubMessage:
-    """`ack`: how the subscription knows this delivery of it."""
+    """`ack`: the subscription's id of this delivery."""
 
     id: str
     attributes: Mapping[str, str]
@@ -42,11 +42,11 @@ class Subscription:
         self._thread = ThreadPoolExecutor(1, "pubsub")
 
     async def pull(self) -> list[PubsubMessage]:
-        """What has come; empty after a while without anything. Raises StoreError."""
+        """The next messages, or none after a timeout. Raises StoreError."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._pull)
 
     async def acknowledge(self, messages: Sequence[PubsubMessage]) -> None:
-        """They are not delivered again, as a rule."""
+        """Acknowledge the messages, which are then rarely delivered again."""
         if messages:
             acks = [message.ack for message in messages]
             await asyncio.get_running_loop().run_in_executor(self._thread, self._acknowledge, acks)
@@ -64,14 +64,14 @@ class Subscription:
     def _pull(self) -> list[PubsubMessage]:
         request = {"subscription": self._name, "max_messages": _MESSAGES_MAX}
         try:
-            found = self._connected().pull(request=request, timeout=_PULL_S, retry=None)
+            response = self._connected().pull(request=request, timeout=_PULL_S, retry=None)
         except DeadlineExceeded:
             return []
         except (GoogleAPIError, GoogleAuthError) as error:
             raise StoreError(f"cannot pull from {self._name}: {error}", retry_after_s=5.0) from error
         return [
-            PubsubMessage(each.message.message_id, dict(each.message.attributes), each.message.data, each.ack_id)
-            for each in found.received_messages
+            PubsubMessage(item.message.message_id, dict(item.message.attributes), item.message.data, item.ack_id)
+            for item in response.received_messages
         ]
 
     def _acknowledge(self, acks: Sequence[str]) -> None:
@@ -83,18 +83,18 @@ class Subscription:
 
 
 def finalized(message: PubsubMessage) -> Event | None:
-    """The event that Eventarc would make of a notification; None for one that says something else of an object.
+    """The event that Eventarc makes of a notification, or None for one that is not of a new object.
 
     Raises UserError for a message that no bucket sends.
     """
-    told = message.attributes
-    if told.get("eventType", "") not in ("", "OBJECT_FINALIZE"):
+    attributes = message.attributes
+    if attributes.get("eventType", "") not in ("", "OBJECT_FINALIZE"):
         return None
     try:
-        bucket, name, generation = (told[key] for key in ("bucketId", "objectId", "objectGeneration"))
+        bucket, name, generation = (attributes[key] for key in ("bucketId", "objectId", "objectGeneration"))
     except KeyError as error:
         raise UserError(f"the message has no attribute {error}; a bucket's notification has it") from error
-    data = message.data if told.get("payloadFormat") == "JSON_API_V1" and message.data else b""
+    data = message.data if attributes.get("payloadFormat") == "JSON_API_V1" and message.data else b""
     if not data:
         data = msgspec.json.encode({"bucket": bucket, "name": name, "generation": generation})
     return Event(

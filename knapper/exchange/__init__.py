@@ -1,8 +1,8 @@
-"""The exchange: people put `inbox/<tenant>/<job>/...` in, and take `jobs/<tenant>/<job>/...` out.
+"""The exchange: users write `inbox/<tenant>/<job>/...`, and read `jobs/<tenant>/<job>/...`.
 
-`uploads/<tenant>/...` is for files that come in parts, until all of them are there; nothing in it starts anything.
+`uploads/<tenant>/...` collects the parts of a file until it is complete; nothing in it starts a job.
 
-It holds no state: what a job needs is copied from the inbox when it starts, and what it publishes is derived from the
+The exchange holds no state: a job copies its input from the inbox when it starts, and its output is derived from the
 store and can be published again.
 """
 
@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 @dataclass(frozen=True)
 class Blob:
-    """An object's bytes, and which of the objects that had its name it is."""
+    """An object's bytes and generation, which tells it from others of the same name."""
 
     data: bytes
     generation: str
@@ -21,7 +21,7 @@ class Blob:
 
 @dataclass(frozen=True)
 class ListedObject:
-    """An object of a list. `sha256`: empty where nobody knows it without reading. `modified_at`: s since the epoch."""
+    """An object of a list. `sha256`: empty if only reading would tell it. `modified_at`: seconds since the epoch."""
 
     name: str
     generation: str
@@ -35,21 +35,20 @@ Entries = list[ListedObject]  # inside a class with a verb `list`, the word mean
 
 
 class Opened(Protocol):
-    """One object, whatever takes its name from now on. Whoever has it reads it once, or closes it."""
+    """One open object, even if another takes its name. Read it once, or close it."""
 
     @property
     def entry(self) -> ListedObject: ...
 
     def read(self, begin: int, end: int) -> AsyncIterator[bytes]:
-        """Its bytes from `begin` to before `end`, a piece at a time; then it is closed. Raises StoreError if they are
-        gone meanwhile."""
+        """The bytes from `begin` to before `end`, in chunks; then it is closed. Raises StoreError if they are gone."""
 
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class Signed:
-    """A request that needs no key. `headers`: what it has to have."""
+    """A presigned request, which needs no key. `headers`: those that it must have."""
 
     url: str
     headers: Mapping[str, str]
@@ -60,39 +59,39 @@ class Exchange(Protocol):
 
     @property
     def bucket(self) -> str:
-        """What events of storage call it."""
+        """The bucket's name in storage events."""
 
     @property
     def prefix(self) -> str:
-        """What stands before our names there, with its slash."""
+        """The prefix of all names in the bucket, with its slash."""
 
     async def read(self, name: str, bytes_max: int) -> Blob | None:
-        """The object, or None. Raises TooLarge for one of more than `bytes_max`, before its bytes are fetched."""
+        """The object, or None. Raises TooLarge above `bytes_max`, before the bytes are fetched."""
 
     async def open(self, name: str) -> Opened | None:
-        """The object, to be read in pieces, or None."""
+        """The object, to be read in chunks, or None."""
 
     async def list(self, prefix: str) -> Entries:
         """Objects whose names begin with `prefix`, in order."""
 
     async def publish(self, name: str, data: bytes) -> None:
-        """Put the object in the place of whatever has its name; nobody sees half of it."""
+        """Write the object atomically, replacing any of the same name."""
 
     async def extend(self, name: str, data: bytes) -> None:
-        """`publish`, of whole lines, for an object that grows: where files can, only what is new is appended.
+        """`publish` of a growing object of whole lines; a directory appends only the new ones.
 
-        Whoever follows the file reads each line once, whatever was killed on the way. What lies there and does not
-        begin `data` is replaced.
+        A reader that follows the file gets each line once, even after a crash. An object that is not the beginning of
+        `data` is replaced.
         """
 
     async def compose(self, name: str, parts: Sequence[str], sha256: str) -> None:
-        """Put what the objects `parts` are one after another (1 to 32) in the place of whatever has the name.
+        """Write the concatenation of the objects `parts` (1 to 32) under the name, replacing any object there.
 
-        Raises InvalidField unless their SHA-256 is this; NotFound if one is missing. Then nothing is changed.
+        Raises InvalidField if its SHA-256 is another, NotFound if a part is missing; then nothing is changed.
         """
 
-    async def signed(self, method: Literal["GET", "PUT"], name: str, bytes_max: int) -> Signed | None:
-        """A request by which anyone may do this for an hour, a PUT with at most `bytes_max`; None: nobody can sign."""
+    async def presign(self, method: Literal["GET", "PUT"], name: str, bytes_max: int) -> Signed | None:
+        """A request that works without a key for an hour, a PUT up to `bytes_max`; None if it cannot be signed."""
 
     async def remove(self, name: str) -> None:
         """A missing object is no error."""

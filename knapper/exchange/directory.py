@@ -1,4 +1,4 @@
-"""The exchange in a local directory: plain files, for people to look at. A generation is the sha256 of the bytes."""
+"""The exchange in a local directory of plain files. A generation is the SHA-256 of the bytes."""
 
 import asyncio
 import hashlib
@@ -14,14 +14,14 @@ from knapper.exchange import SEND_AGAIN, Blob, Entries, ListedObject, Signed
 from knapper.store import NAME_CHARS_MAX, check_name, files, private
 
 FOLDERS = ("inbox", "jobs", "uploads")
-_TEMPORARY = ".publishing-"  # the beginning of a file that is still being written; no name of ours begins so
+_TEMPORARY = ".publishing-"  # the prefix of unfinished files; no object has it
 _HASHED_MAX = 10_000
-_PIECE_BYTES = 1024 * 1024  # of a file that is read or written in pieces
-_FOLDERS_MAX = 8  # deeper than anything of ours lies
+_CHUNK_BYTES = 1024 * 1024  # of reads and writes
+_FOLDERS_MAX = 8  # more than any object needs
 
 
 class OpenedFile:
-    """It stays what it is when another takes its name."""
+    """An open file, which stays readable when another takes its name."""
 
     def __init__(self, entry: ListedObject, file: BufferedReader) -> None:
         self.entry = entry
@@ -31,7 +31,7 @@ class OpenedFile:
         try:
             self.file.seek(begin)
             while begin < end:
-                data = await asyncio.to_thread(self.file.read, min(_PIECE_BYTES, end - begin))
+                data = await asyncio.to_thread(self.file.read, min(_CHUNK_BYTES, end - begin))
                 if not data:
                     raise StoreError(f"{self.entry.name} was cut while it was read")
                 begin += len(data)
@@ -44,11 +44,11 @@ class OpenedFile:
 
 
 class DirectoryExchange:
-    """`inbox/`, `jobs/` and `uploads/` below `root`. Symbolic links are not followed: who may write here may not read
-    elsewhere.
+    """`inbox/`, `jobs/` and `uploads/` below `root`. Symbolic links are not followed: a writer of the inbox could
+    otherwise have other files read.
 
-    Every folder is opened from the one around it, so that none can be exchanged for a link on the way. All but the
-    inbox is for this account alone; whom `inbox/` is for, its owner says.
+    Every folder is opened by its parent's descriptor, so that none can be swapped for a link meanwhile. All but the
+    inbox is for this account alone; the operator sets the mode of `inbox/`.
     """
 
     def __init__(self, root: Path) -> None:
@@ -73,13 +73,13 @@ class DirectoryExchange:
         return await asyncio.to_thread(self._read, name, bytes_max)
 
     async def open(self, name: str) -> OpenedFile | None:
-        return await asyncio.to_thread(self._opened, name)
+        return await asyncio.to_thread(self._open_file, name)
 
     async def list(self, prefix: str) -> Entries:
         return await asyncio.to_thread(self._list, prefix)
 
     async def entry(self, name: str) -> ListedObject | None:
-        """The entry that a list has for the object, or None."""
+        """The object's entry in a list, or None."""
         return await asyncio.to_thread(self._entry_of, name)
 
     async def publish(self, name: str, data: bytes) -> None:
@@ -91,7 +91,7 @@ class DirectoryExchange:
     async def compose(self, name: str, parts: Sequence[str], sha256: str) -> None:
         await asyncio.to_thread(self._compose, name, parts, sha256)
 
-    async def signed(self, method: Literal["GET", "PUT"], name: str, bytes_max: int) -> Signed | None:
+    async def presign(self, method: Literal["GET", "PUT"], name: str, bytes_max: int) -> Signed | None:
         del method, name, bytes_max  # no URL leads into a directory
         return None
 
@@ -100,7 +100,7 @@ class DirectoryExchange:
 
     @contextmanager
     def _folder(self, name: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
-        """(the folder of the object, opened; its name there). Raises StoreError for a link on the way, or there."""
+        """(descriptor of the object's folder, its name there). Raises StoreError for a link anywhere in the path."""
         *folders, last = _parts(name)
         with self._below(folders, make=make) as folder:
             yield folder, last
@@ -138,7 +138,7 @@ class DirectoryExchange:
             raise TooLarge(f"{name} has over {bytes_max} bytes, the most that is read; split it, or leave some out")
         return Blob(data, hashlib.sha256(data).hexdigest())
 
-    def _opened(self, name: str) -> OpenedFile | None:
+    def _open_file(self, name: str) -> OpenedFile | None:
         try:
             with self._folder(name) as (folder, last):
                 file = self._open(folder, last)
@@ -152,22 +152,20 @@ class DirectoryExchange:
         above = prefix.rpartition("/")[0] or FOLDERS[0]
         try:
             with self._below(_parts(above)) as folder:
-                found = [*self._walk(folder, above, prefix)]
+                entries = [*self._walk(folder, above, prefix)]
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             raise StoreError(f"cannot list {above}: {error.strerror}") from error
-        return sorted(found, key=lambda entry: entry.name)
+        return sorted(entries, key=lambda entry: entry.name)
 
     def _walk(self, top: int, above: str, prefix: str) -> Iterator[ListedObject]:
         for name, folder, last in files.regular(top, above, _FOLDERS_MAX):
             whole = not last.startswith(_TEMPORARY) and len(name) <= NAME_CHARS_MAX
             if whole and name.startswith(prefix):
-                with suppress(
-                    files.UnexpectedSymlink, PermissionError
-                ):  # no file any more, or nobody's business: it hides no other
-                    if (made := self._entry(folder, last, name)) is not None:
-                        yield made
+                with suppress(files.UnexpectedSymlink, PermissionError):  # no file any more, or unreadable
+                    if (entry := self._entry(folder, last, name)) is not None:
+                        yield entry
 
     def _entry_of(self, name: str) -> ListedObject | None:
         try:
@@ -187,14 +185,14 @@ class DirectoryExchange:
 
     def _described(self, file: BufferedReader, name: str) -> ListedObject:
         status = os.fstat(file.fileno())
-        seen = (status.st_size, status.st_mtime_ns, status.st_ino)
-        known = self._hashed.get(name)
-        if known is None or known[0] != seen:
+        identity = (status.st_size, status.st_mtime_ns, status.st_ino)
+        cached = self._hashed.get(name)
+        if cached is None or cached[0] != identity:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             if len(self._hashed) >= _HASHED_MAX:
                 self._hashed.clear()
-            known = self._hashed[name] = (seen, digest)
-        return ListedObject(name, known[1], status.st_size, sha256=known[1], modified_at=status.st_mtime)
+            cached = self._hashed[name] = (identity, digest)
+        return ListedObject(name, cached[1], status.st_size, sha256=cached[1], modified_at=status.st_mtime)
 
     def _publish(self, name: str, data: bytes) -> None:
         with self._replacement(name) as file:
@@ -202,12 +200,10 @@ class DirectoryExchange:
 
     @contextmanager
     def _replacement(self, name: str) -> Iterator[BinaryIO]:
-        """What is written to it appears whole under the name. Raises StoreError."""
+        """A file that appears under the name atomically. Raises StoreError."""
         try:
             with self._folder(name, make=True) as (folder, last):
-                readers = (
-                    os.fstat(folder).st_mode & 0o044
-                )  # whoever may look into the folder may read what we say there
+                readers = os.fstat(folder).st_mode & 0o044  # accounts that may list the folder may read its files
                 with files.replacement(folder, last, prefix=_TEMPORARY, mode=0o600 | readers) as file:
                     yield file
         except OSError as error:
@@ -226,11 +222,11 @@ class DirectoryExchange:
         digest = hashlib.sha256()
         with self._replacement(name) as whole:
             for part in parts:
-                opened = self._opened(part)
-                if opened is None:
+                source = self._open_file(part)
+                if source is None:
                     raise NotFound(f"{part} is not there")
-                with opened.file as file:
-                    while data := file.read(_PIECE_BYTES):
+                with source.file as file:
+                    while data := file.read(_CHUNK_BYTES):
                         digest.update(data)
                         whole.write(data)
             if digest.hexdigest() != sha256:
@@ -247,7 +243,7 @@ class DirectoryExchange:
 
 
 def _parts(name: str) -> list[str]:
-    """Those of a name. Raises ValueError for one outside of the exchange."""
+    """The segments of a name. Raises ValueError for one outside of the exchange."""
     parts = check_name(name).split("/")
     if parts[0] not in FOLDERS:
         raise ValueError(f"bad name {name!r}: it begins with {' or '.join(f'{folder}/' for folder in FOLDERS)}")

@@ -1,4 +1,4 @@
-"""Which exchange the settings name, opened."""
+"""Opens the exchange that the settings name."""
 
 from importlib.util import find_spec
 
@@ -10,7 +10,7 @@ from knapper.store.factory import bucket_of
 
 
 def open_exchange(settings: Settings) -> Exchange:
-    """The exchange of this deployment. Raises InvalidField for an address that is none."""
+    """The exchange of this deployment. Raises InvalidField for a bad address."""
     if not settings.exchange:
         return DirectoryExchange(settings.data)
     bucket, prefix = bucket_of("exchange", settings.exchange)
@@ -20,7 +20,7 @@ def open_exchange(settings: Settings) -> Exchange:
 
 
 def expect_subscribable(settings: Settings) -> None:
-    """Raises InvalidField for a subscription without the library that pulls from it."""
+    """Raises InvalidField for a subscription if the Pub/Sub library is not installed."""
     if settings.subscription and not _installed("google.cloud.pubsub_v1"):
         raise InvalidField(
             variable("subscription"), settings.subscription, "a subscription only with the extra gcp",
@@ -31,5 +31,5 @@ def expect_subscribable(settings: Settings) -> None:
 def _installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that it would be in
+    except ModuleNotFoundError:  # its package is missing too
         return False

@@ -1,4 +1,4 @@
-"""The exchange in a bucket: beside the store's or in another. A generation is the bucket's own."""
+"""The exchange in a bucket, the store's or another. Generations are the bucket's."""
 
 import asyncio
 import hashlib
@@ -20,24 +20,24 @@ from knapper.store.gcs import connect
 
 _TIMEOUT_S = (5.0, 60.0)  # to connect, and between bytes
 _FAILURES = (GoogleAPIError, GoogleAuthError, OSError)
-_PIECE_BYTES = 4 * limits.MIB  # of an object that is read in pieces, each with a request of its own
-_SHA256 = "knapper-sha256"  # metadata of what was published by us
+_CHUNK_BYTES = 4 * limits.MIB  # of a read; each chunk is a request
+_SHA256 = "knapper-sha256"  # metadata of objects that the server published
 T = TypeVar("T")
 
 
 class OpenedObject:
-    """A generation of an object; once another takes its place, it is gone."""
+    """One generation of an object, which can be read until another replaces it."""
 
     def __init__(self, exchange: "GcsExchange", entry: ListedObject) -> None:
         self.entry = entry
         self._exchange = exchange
 
     async def read(self, begin: int, end: int) -> AsyncIterator[bytes]:
-        for at in range(begin, end, _PIECE_BYTES):
-            yield await self._exchange.piece(self.entry, at, min(at + _PIECE_BYTES, end))
+        for at in range(begin, end, _CHUNK_BYTES):
+            yield await self._exchange.read_chunk(self.entry, at, min(at + _CHUNK_BYTES, end))
 
     def close(self) -> None:
-        """Nothing is open between pieces."""
+        """Nothing to close: each chunk is a request."""
 
 
 class GcsExchange:
@@ -46,7 +46,7 @@ class GcsExchange:
     def __init__(self, bucket: str, prefix: str) -> None:
         self._bucket_name, self._prefix = bucket, prefix
         self._connecting = threading.Lock()
-        self._connected: Any = None  # google.cloud.storage.Bucket, which only the store's module may import
+        self._connected: Any = None  # google.cloud.storage.Bucket; only the store's module may import it
 
     @property
     def bucket(self) -> str:
@@ -63,9 +63,9 @@ class GcsExchange:
         entry = await self._try(f"read {name}", self._entry_of, check_name(name))
         return None if entry is None else OpenedObject(self, entry)
 
-    async def piece(self, entry: ListedObject, begin: int, end: int) -> bytes:
-        """Bytes of just this generation. Raises StoreError once it is gone."""
-        return await self._try(f"read {entry.name}", self._piece, entry, begin, end)
+    async def read_chunk(self, entry: ListedObject, begin: int, end: int) -> bytes:
+        """Bytes of this generation. Raises StoreError once it is gone."""
+        return await self._try(f"read {entry.name}", self._read_chunk, entry, begin, end)
 
     async def list(self, prefix: str) -> Entries:
         return await self._try(f"list {prefix!r}", self._list, prefix)
@@ -74,13 +74,13 @@ class GcsExchange:
         await self._try(f"write {name}", self._publish, check_name(name), data)
 
     async def extend(self, name: str, data: bytes) -> None:
-        await self.publish(name, data)  # objects are immutable: whoever reads one gets it whole, old or new
+        await self.publish(name, data)  # objects are immutable: a reader gets all of the old or the new one
 
     async def compose(self, name: str, parts: Sequence[str], sha256: str) -> None:
         await self._try(f"write {name}", self._compose, check_name(name), [check_name(part) for part in parts], sha256)
 
-    async def signed(self, method: Literal["GET", "PUT"], name: str, bytes_max: int) -> Signed | None:
-        return await self._try(f"sign a URL of {name}", self._signed, method, check_name(name), bytes_max)
+    async def presign(self, method: Literal["GET", "PUT"], name: str, bytes_max: int) -> Signed | None:
+        return await self._try(f"sign a URL of {name}", self._presign, method, check_name(name), bytes_max)
 
     async def remove(self, name: str) -> None:
         await self._try(f"remove {name}", self._remove, check_name(name))
@@ -95,27 +95,25 @@ class GcsExchange:
 
     def _read(self, name: str, bytes_max: int) -> Blob | None:
         while True:
-            found = self._bucket().get_blob(self._prefix + name, timeout=_TIMEOUT_S)
-            if found is None:
+            blob = self._bucket().get_blob(self._prefix + name, timeout=_TIMEOUT_S)
+            if blob is None:
                 return None
-            if found.size > bytes_max:
-                raise TooLarge(
-                    f"{name} has {found.size} bytes; allowed: {bytes_max}; split it, or leave some out of it"
-                )
+            if blob.size > bytes_max:
+                raise TooLarge(f"{name} has {blob.size} bytes; allowed: {bytes_max}; split it, or leave some out of it")
             try:
-                data: bytes = found.download_as_bytes(if_generation_match=found.generation, timeout=_TIMEOUT_S)
+                data: bytes = blob.download_as_bytes(if_generation_match=blob.generation, timeout=_TIMEOUT_S)
             except (NotFound, PreconditionFailed):
-                continue  # another came in its place meanwhile
-            return Blob(data, str(found.generation))
+                continue  # replaced meanwhile
+            return Blob(data, str(blob.generation))
 
     def _list(self, prefix: str) -> Entries:
         fields = "items(name,generation,size,metadata,updated),nextPageToken"
-        found = self._bucket().list_blobs(prefix=self._prefix + prefix, fields=fields, timeout=_TIMEOUT_S)
-        return [self._entry(blob) for blob in found]
+        blobs = self._bucket().list_blobs(prefix=self._prefix + prefix, fields=fields, timeout=_TIMEOUT_S)
+        return [self._entry(blob) for blob in blobs]
 
     def _entry_of(self, name: str) -> ListedObject | None:
-        found = self._bucket().get_blob(self._prefix + name, timeout=_TIMEOUT_S)
-        return None if found is None else self._entry(found)
+        blob = self._bucket().get_blob(self._prefix + name, timeout=_TIMEOUT_S)
+        return None if blob is None else self._entry(blob)
 
     def _entry(self, blob: Any) -> ListedObject:
         return ListedObject(
@@ -123,7 +121,7 @@ class GcsExchange:
             sha256=(blob.metadata or {}).get(_SHA256, ""), modified_at=blob.updated.timestamp(),
         )  # fmt: skip
 
-    def _piece(self, entry: ListedObject, begin: int, end: int) -> bytes:
+    def _read_chunk(self, entry: ListedObject, begin: int, end: int) -> bytes:
         blob = self._bucket().blob(self._prefix + entry.name, generation=int(entry.generation))
         try:
             data: bytes = blob.download_as_bytes(start=begin, end=end - 1, timeout=_TIMEOUT_S)
@@ -142,7 +140,7 @@ class GcsExchange:
             entry = self._entry_of(part)
             if entry is None:
                 raise NotThere(f"{part} is not there")
-            for data in self._pieces(entry):
+            for data in self._chunks(entry):
                 digest.update(data)
             generations.append(int(entry.generation))
         if digest.hexdigest() != sha256:
@@ -155,11 +153,11 @@ class GcsExchange:
         except (NotFound, PreconditionFailed) as error:
             raise NotThere(f"parts of {name} were sent again meanwhile; ask for it again") from error
 
-    def _pieces(self, entry: ListedObject) -> Iterator[bytes]:
-        for at in range(0, entry.size, _PIECE_BYTES):
-            yield self._piece(entry, at, min(at + _PIECE_BYTES, entry.size))
+    def _chunks(self, entry: ListedObject) -> Iterator[bytes]:
+        for at in range(0, entry.size, _CHUNK_BYTES):
+            yield self._read_chunk(entry, at, min(at + _CHUNK_BYTES, entry.size))
 
-    def _signed(self, method: str, name: str, bytes_max: int) -> Signed | None:
+    def _presign(self, method: str, name: str, bytes_max: int) -> Signed | None:
         bucket = self._bucket()
         if not isinstance(bucket.client._credentials, Signing):
             return None
@@ -193,6 +191,6 @@ class GcsExchange:
 
 
 def _content_type(name: str) -> str:
-    """For browsers that look into the bucket."""
+    """The content type by suffix, for users who open the bucket in a browser."""
     kinds = {"json": "application/json", "jsonl": "application/x-ndjson", "yaml": "text/yaml", "md": "text/markdown"}
     return kinds.get(name.rpartition(".")[2], "application/octet-stream")

@@ -141,7 +141,7 @@ async def _line(store: Store, found: JobListing) -> dict[str, Any]:
     try:
         return await _brief(store, found)
     except damage.ERRORS as error:
-        damage.tell(error)
+        damage.report(error)
         return _blank(found) | {"state": "unknown", "reason": str(error)}
 
 

@@ -68,7 +68,7 @@ async def _alone(start: Start, bells: Awaitable[list[Event]]) -> list[Event]:
     try:
         return await bells
     except damage.ERRORS as error:
-        damage.tell(error)
+        damage.report(error)
     except KnapperError as error:
         log.warning("a job cannot be looked at", job=str(start), code=error.code, reason=str(error))
     except Exception:

@@ -63,7 +63,7 @@ class Training:
 
     async def _go_on(self, folder: Folder, within: Slice, event: Event) -> None:
         await within.go_on()
-        await Sessions(self._place.store).hear(folder.start.session, int(self._place.clock() // DAY_S))
+        await Sessions(self._place.store).record_heartbeat(folder.start.session, int(self._place.clock() // DAY_S))
         course = await self._course(folder)
         await self._create(folder, course)
         while True:

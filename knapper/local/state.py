@@ -63,7 +63,7 @@ def locked(data: Path, run_directory: Path) -> Iterator[None]:
     try:
         private.make(data, passable=private.shared(data / "inbox"))
         private.make(run_directory)
-        file = files.opened(run_directory / "lock")
+        file = files.open_or_create(run_directory / "lock")
     except OSError as error:
         raise InvalidField("data", str(data), "a directory that can be written", str(error)) from error
     with file:

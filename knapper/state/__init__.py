@@ -1,1 +1,1 @@
-"""Everything that lies in the object store: journals of runs, checkpoints, sessions, keys, usage, and one collector."""
+"""The objects in the store: journals of runs, checkpoints, sessions, keys, usage; and their garbage collector."""

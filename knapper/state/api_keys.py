@@ -1,9 +1,9 @@
-"""API keys: who may speak for which tenant. The store has only a key's hash; the key itself is shown once.
+"""API keys: which client may act for which tenant. The store has only a key's hash; the key itself is shown once.
 
-Of a key's versions, 1 says that it is made, and 2 that it is revoked.
+Version 1 of a key's record creates it, version 2 revokes it.
 
-A key is 256 random bits, so that one round of SHA-256 protects it: there is nothing to guess. Its id is the beginning
-of its hash; who holds the key can find its record, and who sees the record learns nothing of the key.
+A key is 256 random bits, so one round of SHA-256 protects it: there is nothing to guess. Its id is the beginning of
+its hash: the key leads to its record, but the record reveals nothing of the key.
 """
 
 import asyncio
@@ -32,14 +32,14 @@ _ID_DIGITS = 12  # few enough that a number made of them is exact in every JSON 
 
 
 class Key(Record, frozen=True):
-    """What is known of a key. Times in seconds since the epoch."""
+    """The record of a key. Times in seconds since the epoch."""
 
     id: str
     tenant: str
     sha256: bytes
     created_at: float
     note: str = ""
-    revoked_at: float = 0.0  # 0: it is good
+    revoked_at: float = 0.0  # 0: valid
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,20 @@ class Keys:
             key = PREFIX + new_secret()
             digest = _hash(key)
             record = Key(id=_id(digest), tenant=tenant, sha256=digest, created_at=self.clock(), note=note)
-            if await self.store.put_if_absent(_version(record.id, 1), encode(record)):  # else another has this id
+            if await self.store.put_if_absent(_version(record.id, 1), encode(record)):  # else another key has this id
                 return key, record
 
     async def listed(self) -> list[Key]:
-        """All of them as they stand, the oldest first."""
+        """The newest version of each, the oldest key first."""
         newest = {
             name.rpartition("/")[0]: name for name in await self.store.list(ObjectKind.API_KEY.under())
         }  # sorted: the last one stays
-        found = await damage.readable(newest.values(), self._read)
-        return sorted([key for key in found if key is not None], key=lambda key: (key.created_at, key.id))
+        keys = await damage.readable(newest.values(), self._read)
+        return sorted([key for key in keys if key is not None], key=lambda key: (key.created_at, key.id))
 
     async def revoke(self, key_id: str) -> Key:
-        """End it for good; a repetition changes nothing. Raises NotFound."""
-        if key_id.startswith(PREFIX):  # it must not come back in a message
+        """Revoke the key for good; a repetition changes nothing. Raises NotFound."""
+        if key_id.startswith(PREFIX):  # a message must not repeat it
             raise UserError("this is a key; allowed: its id, which `knapper key list` prints")
         first = await self._read(_version(key_id, 1)) if _ID.fullmatch(key_id) else None
         if first is None:
@@ -80,16 +80,16 @@ class Keys:
         await self.store.put_if_absent(_version(key_id, 2), encode(revoked))
         return await self.revoked(key_id) or revoked
 
-    async def made(self, key_id: str) -> Key | None:
-        """The key as it was made, whatever became of it."""
+    async def created(self, key_id: str) -> Key | None:
+        """The key as it was created, revoked or not."""
         return await self._read(_version(key_id, 1))
 
     async def revoked(self, key_id: str) -> Key | None:
-        """Its end, or None while it is good."""
+        """The version that revokes it, or None while it is valid."""
         return await self._read(_version(key_id, 2))
 
     async def is_revoked(self, key_id: str) -> bool:
-        """One look at one name, since a key has no third version: a damaged end is an end all the same."""
+        """Reads one name, since a key has no third version. A damaged revocation counts too."""
         return await self.store.get(_version(key_id, 2)) is not None
 
     async def _read(self, name: str) -> Key | None:
@@ -99,16 +99,16 @@ class Keys:
 
 @dataclass
 class _Seen:
-    """A key in a gateway's memory. `good_at`: when the look began that last saw it good."""
+    """A key in a gateway's memory. `valid_at`: the start of the last check that found it valid."""
 
-    made: Key
-    good_at: float = float("-inf")
+    key: Key
+    valid_at: float = float("-inf")
     revoked: bool = False
-    looking: asyncio.Task[None] | None = None
+    check: asyncio.Task[None] | None = None
 
 
 class Keyring:
-    """Keys as a gateway checks them: remembered, and looked at so often that a revoked one is out within a second.
+    """A gateway's cache of keys, checked so often that a revoked key is refused within a second.
 
     `now`: monotonic seconds.
     """
@@ -119,50 +119,51 @@ class Keyring:
         self._seen: LruCache[str, _Seen] = LruCache()
 
     async def of_key(self, key: str) -> Key:
-        """The record of a key that is good. Raises Unauthorized, which never repeats what was sent."""
+        """The record of a valid key. Raises Unauthorized, which never repeats the key."""
         if not _KEY.fullmatch(key):
             raise _unknown()
         digest = _hash(key)
         seen = await self._find(_id(digest))
-        if not hmac.compare_digest(seen.made.sha256, digest):
+        if not hmac.compare_digest(seen.key.sha256, digest):
             raise _unknown()
-        return await self._good(seen)
+        return await self._valid(seen)
 
     async def of_id(self, key_id: str) -> Key:
-        """The record of a key that is good, for whoever holds a token that was issued for it. Raises Unauthorized."""
-        return await self._good(await self._find(key_id))
+        """The record of a valid key, for a token that was issued for it. Raises Unauthorized."""
+        return await self._valid(await self._find(key_id))
 
     async def revoke(self, key: Key) -> None:
-        """End it; for this gateway, at once."""
+        """Revoke the key; this gateway refuses it at once."""
         await self._keys.revoke(key.id)
         (await self._find(key.id)).revoked = True
 
     async def _find(self, key_id: str) -> _Seen:
         async def load() -> _Seen:
-            if (found := await self._keys.made(key_id)) is None:
+            if (key := await self._keys.created(key_id)) is None:
                 raise _unknown()
-            return _Seen(found)
+            return _Seen(key)
 
         return await self._seen.get(key_id, load)
 
-    async def _good(self, seen: _Seen) -> Key:
-        """Its record. However many requests come with it, one of them looks, and all hear what it saw."""
-        if not seen.revoked and seen.looking is None and self._now() - seen.good_at >= limits.key_fresh_s:
-            seen.looking = asyncio.create_task(self._look(seen))
-            seen.looking.add_done_callback(lambda task: task.cancelled() or task.exception())  # heard, if all left
-        if seen.looking is not None:
-            await asyncio.shield(seen.looking)
+    async def _valid(self, seen: _Seen) -> Key:
+        """The key's record. All requests with one key share one check of the store."""
+        if not seen.revoked and seen.check is None and self._now() - seen.valid_at >= limits.key_fresh_s:
+            seen.check = asyncio.create_task(self._check(seen))
+            # If every request is cancelled meanwhile, nothing else retrieves the exception.
+            seen.check.add_done_callback(lambda task: task.cancelled() or task.exception())
+        if seen.check is not None:
+            await asyncio.shield(seen.check)
         if seen.revoked:
-            raise Unauthorized(f"key {seen.made.id} was revoked; ask the operator for another (`knapper key create`)")
-        return seen.made
+            raise Unauthorized(f"key {seen.key.id} was revoked; ask the operator for another (`knapper key create`)")
+        return seen.key
 
-    async def _look(self, seen: _Seen) -> None:
+    async def _check(self, seen: _Seen) -> None:
         began = self._now()
         try:
-            seen.revoked = await self._keys.is_revoked(seen.made.id)
-            seen.good_at = began
+            seen.revoked = await self._keys.is_revoked(seen.key.id)
+            seen.valid_at = began
         finally:
-            seen.looking = None
+            seen.check = None
 
 
 def _hash(key: str) -> bytes:

@@ -1,4 +1,4 @@
-"""The audit log: who read or changed what. An entry is written before the thing is done, so nothing is done without."""
+"""The audit log of reads and changes. An entry is written before its action, so that no action lacks one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,19 +28,19 @@ class Audit:
     new_id: Callable[[], str]
 
     async def write(self, tenant: str, event: str, **details: str) -> None:
-        """Durable on return. Without a value, a detail is left out."""
+        """Durable on return. Empty details are left out."""
         at = self.clock()
         entry = Entry(at=at, event=event, details={name: value for name, value in details.items() if value})
         name = ObjectKind.AUDIT.key(tenant, _date(datetime.fromtimestamp(at, UTC)), int(at * 1e6), self.new_id())
         await self.store.put_if_absent(name, encode(entry))
 
     async def read(self, tenant: str, tinker_path: str, purpose: str) -> None:
-        """A checkpoint is about to be read by this tenant, its own or a public one."""
+        """Note that the tenant is about to read a checkpoint, its own or a public one."""
         run = TinkerPath.parse(tinker_path).run
         await self.write(tenant, "checkpoint_read", tinker_path=tinker_path, model_id=run, purpose=purpose)
 
     async def day(self, tenant: str, day: datetime, resource: str = "") -> list[Entry]:
-        """The entries of one UTC day in order of time; all, or those about one kind of resource."""
+        """The entries of one UTC day in order of time: all, or those of one kind of resource."""
         names = await self.store.list(ObjectKind.AUDIT.under(tenant, _date(day)))
         entries = await damage.readable(names, self._read)
         return [entry for entry in entries if not resource or entry.event.startswith(f"{resource}_")]

@@ -1,8 +1,7 @@
-"""Labels: what lists tell of checkpoints, in names without content, so that two listings tell it of all.
+"""Labels: the listed fields of checkpoints as object names without content, so that two listings return them all.
 
-A label, <saved>-<expires>-<size>-<model>-<bundle> with times in microseconds, is stuck on after its version was made,
-and says what the version says. Where one is missing (its maker died in between, or was an older one) the version is
-read, and labelled: a label is never more than a copy.
+A label, <saved>-<expires>-<size>-<model>-<bundle> with times in microseconds, is written after its version and repeats
+its fields. If one is missing (its writer died in between, or was an older release), the version is read and labelled.
 """
 
 from collections.abc import Awaitable, Callable, Iterable
@@ -21,7 +20,7 @@ _ROOT, _LABELS = ObjectKind.CHECKPOINT.under(), ObjectKind.LABEL.under()
 
 @dataclass(frozen=True)
 class CheckpointEntry:
-    """`version`: the object that it is about. `bundle`: empty where that deletes the name. Times as in `Checkpoint`."""
+    """`version`: the object that it describes. `bundle`: empty if that deletes the name. Times as in `Checkpoint`."""
 
     version: str
     saved_at: float
@@ -42,19 +41,19 @@ class CheckpointEntry:
         return TinkerPath(RunId(run), cast(CheckpointKind, kind), name)
 
     @property
-    def place(self) -> str:
-        """Where it lies."""
-        told = (int(self.saved_at * 1e6), int(self.expires_at * 1e6), self.size_bytes, self.model)
-        return label_of(self.version, f"{'-'.join(map(str, told))}-{quote(self.bundle, safe='')}")
+    def key(self) -> str:
+        """The name of the label in the store."""
+        fields = (int(self.saved_at * 1e6), int(self.expires_at * 1e6), self.size_bytes, self.model)
+        return label_of(self.version, f"{'-'.join(map(str, fields))}-{quote(self.bundle, safe='')}")
 
     def lives(self, now: float) -> bool:
-        """Whether the name leads to its files at this time."""
+        """Whether the name leads to files at this time."""
         return bool(self.bundle) and not 0.0 < self.expires_at <= now
 
 
-def _parse(place: str) -> CheckpointEntry:
-    *version, told = ObjectKind.LABEL.parse(place)
-    saved, expires, size, model, bundle = told.split("-", 4)
+def _parse(key: str) -> CheckpointEntry:
+    *version, label = ObjectKind.LABEL.parse(key)
+    saved, expires, size, model, bundle = label.split("-", 4)
     return CheckpointEntry(
         ObjectKind.CHECKPOINT.key(*version), int(saved) / 1e6, int(expires) / 1e6, int(size), model, unquote(bundle)
     )
@@ -64,25 +63,25 @@ Read = Callable[[str], Awaitable[CheckpointEntry | None]]
 
 
 async def newest(store: Store, below: str, read: Read, *, all_of_them: bool) -> list[CheckpointEntry]:
-    """Of the newest version of each name below `checkpoints/<below>`. `read` makes the label of one that has none.
+    """The entry of the newest version of each name below `checkpoints/<below>`. `read` makes a missing label.
 
-    `all_of_them`: raises if one that has none is damaged; else that is left out.
+    A damaged version without a label is left out, or raises with `all_of_them`.
     """
     versions = {name.rpartition("/")[0]: name for name in await store.list(_ROOT + below)}  # sorted: the last one stays
     return await _labels(store, below, list(versions.values()), read, all_of_them)
 
 
 async def every(store: Store, below: str, read: Read) -> list[CheckpointEntry]:
-    """Of every version, in order. Raises if one that has none is damaged."""
+    """The entry of every version, in order. Raises for a damaged version without a label."""
     return await _labels(store, below, await store.list(_ROOT + below), read, True)
 
 
-async def remove(store: Store, chosen: Iterable[CheckpointEntry]) -> int:
-    """Delete the versions, and what tells of them; return how many objects."""
-    gone = list(chosen)
-    await many.each([label.place for label in gone], store.delete)
-    await many.each([label.version for label in gone], store.delete)
-    return 2 * len(gone)
+async def remove(store: Store, entries: Iterable[CheckpointEntry]) -> int:
+    """Delete the versions and their labels; return how many objects."""
+    doomed = list(entries)
+    await many.each([entry.key for entry in doomed], store.delete)
+    await many.each([entry.version for entry in doomed], store.delete)
+    return 2 * len(doomed)
 
 
 async def _labels(store: Store, below: str, versions: Names, read: Read, all_of_them: bool) -> list[CheckpointEntry]:
@@ -91,11 +90,10 @@ async def _labels(store: Store, below: str, versions: Names, read: Read, all_of_
     async def make(version: str) -> CheckpointEntry | None:
         label = await read(version)
         if label is not None:
-            await store.put_if_absent(label.place, b"")
+            await store.put_if_absent(label.key, b"")
         return label
 
     unlabelled = [version for version in versions if version not in labels]
-    each = many.each if all_of_them else damage.readable
-    made = {label.version: label for label in await each(unlabelled, make) if label is not None}
-    known = labels | made
-    return [known[version] for version in versions if version in known]
+    read_each = many.each if all_of_them else damage.readable
+    labels |= {label.version: label for label in await read_each(unlabelled, make) if label is not None}
+    return [labels[version] for version in versions if version in labels]

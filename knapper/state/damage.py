@@ -1,6 +1,6 @@
-"""Damaged objects where many are read: each is told to the operator and left out, and hides nothing else.
+"""Damaged objects: where many are read, each is reported to the operator and left out, and hides no other.
 
-What is asked for by its name is not left out: whoever asks hears the error, and nobody else does.
+A read of one object by its name raises the error instead.
 """
 
 from collections.abc import Awaitable, Callable, Iterable
@@ -12,55 +12,55 @@ from knapper.errors import Corrupt, KnapperError, NewerFormat, damaged
 from knapper.observability import metrics
 from knapper.store import many
 
-ERRORS: Final = (Corrupt, NewerFormat)  # what only an operator ends, one object at a time
-_TOLD_MAX = 10_000
-_told: set[str] = set()  # of the process: an object is told of once, however often it is met
+ERRORS: Final = (Corrupt, NewerFormat)  # only an operator can resolve them, one object at a time
+_REPORTED_MAX = 10_000
+_reported: set[str] = set()  # of the process: each object is reported once
 
 log = structlog.get_logger()
 K = TypeVar("K")
 V = TypeVar("V")
 
 
-def tell(error: KnapperError) -> None:
-    """Log the object and count it, once. `knapper verify` finds all there are."""
+def report(error: KnapperError) -> None:
+    """Log the object and count it, once. `knapper verify` finds all of them."""
     reason = str(error)
-    if reason in _told:
+    if reason in _reported:
         return
-    if len(_told) >= _TOLD_MAX:
-        _told.clear()
-    _told.add(reason)
+    if len(_reported) >= _REPORTED_MAX:
+        _reported.clear()
+    _reported.add(reason)
     metrics.unreadable_objects.inc()
     log.error("an object cannot be read, and is left out", code=error.code, reason=reason)
 
 
 async def readable(keys: Iterable[K], read: Callable[[K], Awaitable[V]]) -> list[V]:
-    """What `read` returns for each key, in the order of the keys, without those that are damaged."""
+    """The result of `read` for each key, in the order of the keys, without damaged objects."""
 
-    async def one(key: K) -> tuple[V, ...]:
+    async def read_one(key: K) -> tuple[V, ...]:
         try:
             return (await read(key),)
         except ERRORS as error:
-            tell(error)
+            report(error)
             return ()
 
-    return [value for found in await many.each(keys, one) for value in found]
+    return [value for values in await many.each(keys, read_one) for value in values]
 
 
 async def unless(reading: Awaitable[V], otherwise: V) -> V:
-    """What it reads, or `otherwise` if that is damaged."""
+    """The result of the read, or `otherwise` if the object is damaged."""
     try:
         return await reading
     except ERRORS as error:
-        tell(error)
+        report(error)
         return otherwise
 
 
 def parsed(names: Iterable[str], parse: Callable[[str], V]) -> list[V]:
-    """What each name says, without names that are none of ours. `parse` raises ValueError for those."""
-    found = []
+    """The result of `parse` for each name; names of no known form, for which it raises ValueError, are left out."""
+    values = []
     for name in names:
         try:
-            found.append(parse(name))
+            values.append(parse(name))
         except ValueError:
-            tell(damaged(name, "its name is none that is given there"))
-    return found
+            report(damaged(name, "no kind of object has such a name"))
+    return values

@@ -1,6 +1,6 @@
-"""Dead letters: events that nobody could deliver, kept for an operator to look at.
+"""Dead letters: undeliverable events, kept for the operator.
 
-Named by the hash of what it is and whom it was for: a letter that comes again is the same.
+Named by the hash of the event and its destination, so that a repeated delivery adds nothing.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from knapper.store import Names, Store
 
 
 class DeadLetter(Record, frozen=True):
-    """`attributes`: those of the event, and why it died: knativeerrordest, knativeerrorcode, knativeerrordata."""
+    """`attributes`: of the event, and Knative's reason: knativeerrordest, knativeerrorcode, knativeerrordata."""
 
     attributes: dict[str, str]
     body: bytes
@@ -21,9 +21,11 @@ class DeadLetter(Record, frozen=True):
 
 
 async def keep(store: Store, letter: DeadLetter) -> str:
-    """Its name in the store."""
-    told = "|".join(letter.attributes.get(name, "") for name in ("source", "id", "type", "subject", "knativeerrordest"))
-    name = ObjectKind.DEAD_LETTER.key(hashlib.sha256(told.encode() + b"|" + letter.body).hexdigest())
+    """Store the letter; return its name in the store."""
+    identity = "|".join(
+        letter.attributes.get(name, "") for name in ("source", "id", "type", "subject", "knativeerrordest")
+    )
+    name = ObjectKind.DEAD_LETTER.key(hashlib.sha256(identity.encode() + b"|" + letter.body).hexdigest())
     await store.put_if_absent(name, encode(letter))
     return name
 

@@ -1,7 +1,7 @@
-"""How damage to each kind of object is found out. `knapper verify` reads all by it.
+"""The integrity check of each kind of object, as `knapper verify` runs it.
 
-A record has a checksum in its envelope, a part of a bundle one in its index, a file of a job one in its name; and what
-has no content says all in its name.
+A record has a checksum in its envelope, a part of a bundle one in its index, a file of a job one in its name; markers
+have no content at all.
 """
 
 import hashlib
@@ -22,22 +22,22 @@ from knapper.state.journal.accept import decode_creation
 from knapper.state.journal.records import Commit, End, Index, Manifest, Operation, Record, decode
 from knapper.state.layout import ObjectKind
 from knapper.state.model_record import ModelRecord
-from knapper.state.secrets import Secret, opened_bytes
+from knapper.state.secrets import Secret, decode_secret
 from knapper.state.sessions import Assignment, Finish, Sampler, Session
 from knapper.state.usage import Samplings
 from knapper.store import Store, many
 
-_AT_ONCE = 256  # objects whose reading is under way
+_AT_ONCE = 256  # objects that are read at the same time
 
 
 @dataclass(frozen=True)
 class Empty:
-    """Its name says all."""
+    """A marker: all of its information is in its name."""
 
 
 @dataclass(frozen=True)
 class BundlePart:
-    """Of a bundle, whose index has its size and hash."""
+    """A file of a bundle; the index has its size and hash."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class NamedByHash:
 
 @dataclass(frozen=True)
 class SecretOrBare:
-    """A record; one from before there were envelopes is bare text."""
+    """A record, or bare text from releases without envelopes."""
 
 
 Holds = type[Record] | Empty | BundlePart | NamedByHash | SecretOrBare
@@ -65,19 +65,19 @@ TABLE: Final[dict[ObjectKind, Holds]] = {kind: _HELD[kind.holds] for kind in Obj
 
 
 def holds(name: str) -> Holds | None:
-    """What lies under the name, or None for a name that is none of ours."""
+    """The content of the object with this name, or None for a name that the layout does not have."""
     kind = layout.kind_of(name)
     return None if kind is None else TABLE[kind]
 
 
 async def check(store: Store, name: str) -> None:
-    """Read the object as the product does. Raises Corrupt or NewerFormat; of one that is gone, nothing."""
+    """Read the object as the server does. Raises Corrupt or NewerFormat; a missing object is no error."""
     data = await store.get(name)
     if data is None:
         return
     match holds(name):
         case None:
-            raise damaged(name, "its name is none that is given here, and nothing reads it")
+            raise damaged(name, "no kind of object has such a name, and nothing reads it")
         case Empty():
             if data:
                 raise damaged(name, f"it has {len(data)} bytes, and says all in its name")
@@ -87,11 +87,11 @@ async def check(store: Store, name: str) -> None:
             if hashlib.sha256(data).hexdigest() != name.rpartition("/")[2]:
                 raise damaged(name, f"its {len(data)} bytes are not those that its name is the SHA-256 of")
         case SecretOrBare():
-            opened_bytes(data, name)
+            decode_secret(data, name)
         case kind:
             record = decode(data, kind, name)
             if isinstance(record, Operation):
-                await many.off_loop(lambda each: each.body(), record)
+                await many.off_loop(Operation.body, record)
                 if record.kind == "create":
                     decode_creation(record)
 
@@ -99,21 +99,21 @@ async def check(store: Store, name: str) -> None:
 async def _check_part(store: Store, name: str) -> None:
     prefix, _, part = name.rpartition("/")
     index = await bundles.read_index(store, f"{prefix}/")
-    if index is not None:  # else it is being written, or its writer died: the collector's
+    if index is not None:  # else it is unfinished, which is the collector's business
         await bundles.read_part(store, f"{prefix}/", index, part)
 
 
 async def unreadable(store: Store) -> AsyncIterator[tuple[int, list[KnapperError]]]:
-    """Check all objects, some at a time: (how many so far, what is wrong with the newest of them)."""
+    """Check all objects in groups; yield (objects checked so far, errors of the newest group)."""
 
-    async def one(name: str) -> KnapperError | None:
+    async def error_of(name: str) -> KnapperError | None:
         try:
             await check(store, name)
         except ERRORS as error:
             return error
         return None
 
-    listed = await store.list("")
-    for at in range(0, len(listed), _AT_ONCE):
-        some = listed[at : at + _AT_ONCE]
-        yield at + len(some), [error for error in await many.each(some, one) if error is not None]
+    names = await store.list("")
+    for at in range(0, len(names), _AT_ONCE):
+        group = names[at : at + _AT_ONCE]
+        yield at + len(group), [error for error in await many.each(group, error_of) if error is not None]

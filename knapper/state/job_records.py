@@ -1,4 +1,4 @@
-"""What a job writes into the store: create-only msgpack records, like the journal's."""
+"""The records of jobs: create-only msgpack objects, like the journal's."""
 
 from typing import Any, Literal, TypeVar
 
@@ -16,7 +16,7 @@ State = Literal["running", "cancelled", "failed", "completed", "deleted"]
 
 
 class Started(Record, frozen=True, kw_only=True):
-    """What was asked, complete: everything after is a function of this and of the files."""
+    """The complete job specification: everything later is a function of this and of the files."""
 
     v: int = 2  # 1 had no generations
     tenant: str
@@ -36,7 +36,7 @@ class Started(Record, frozen=True, kw_only=True):
 
 
 class Waiting(Record, frozen=True, kw_only=True):
-    """job.yaml came, and files that it names did not."""
+    """job.yaml has arrived; files that it names have not."""
 
     since: float
 
@@ -49,7 +49,7 @@ class Refusal(Record, frozen=True, kw_only=True):
 
 
 class Control(Record, frozen=True, kw_only=True):
-    """control/<n>: what became of the job; without any, it runs."""
+    """control/<n>: a change of the job's state; without any, it runs."""
 
     state: State
     reason: str
@@ -62,7 +62,7 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     id: str
     tokens: bytes
     logprobs: bytes
-    text: str  # without what ended it
+    text: str  # without the stop sequence
     stopped: bool
 
 
@@ -75,17 +75,17 @@ class Rollouts(Record, frozen=True, kw_only=True):
     rollouts: list[Rollout]
     began_at: float
     ended_at: float
-    device_s: float = 0.0  # that they took
+    device_s: float = 0.0  # of the device, for all of them
 
 
 class Score(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     value: float
     parts: dict[str, float] = {}
-    reasons: dict[str, str] = {}  # by part: why it is 0 although nothing was compared
+    reasons: dict[str, str] = {}  # by part: why it is 0 without a comparison
 
 
 class Scores(Record, frozen=True, kw_only=True):
-    """Of one prompt's rollouts, in their order. `refused`: why the group has none."""
+    """Scores of one prompt's rollouts, in their order. `refused`: why the group has none."""
 
     v: int = 2  # scores have reasons
     scores: list[Score]
@@ -95,11 +95,11 @@ class Scores(Record, frozen=True, kw_only=True):
 
 
 class Spent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a round's rollouts cost. `busy`: when anybody worked for them, in seconds since the epoch."""
+    """The cost of a round's rollouts. `busy`: (begin, end) of the work for them, in seconds since the epoch."""
 
     prompt_tokens: int = 0
     sampled_tokens: int = 0
-    sample_s: float = 0.0  # of the wall clock, in which anybody sampled
+    sample_s: float = 0.0  # wall-clock time with a sample under way
     sample_device_s: float = 0.0
     reward_s: float = 0.0
     bytes: int = 0
@@ -107,7 +107,7 @@ class Spent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Uncounted(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Samples of some steps, which are counted together. `since`: when the first of them were done."""
+    """Samples of some steps, which are counted together. `since`: when the first of them ended."""
 
     since: float = 0.0
     prompt_tokens: int = 0
@@ -124,17 +124,17 @@ class Trained(Record, frozen=True, kw_only=True):
     steps: int  # of the whole job
     metrics: dict[str, float]
     tokens: int  # of the run's operations
-    bytes: int  # and what these left in the journal
+    bytes: int  # of the records of these in the journal
     spent: Spent
-    before_at: float = 0.0  # when what came before in the run was done
-    began_at: float  # when its first operation was accepted, however many slices it took since
+    before_at: float = 0.0  # when the step before it ended
+    began_at: float  # when its first operation was accepted
     ended_at: float
-    device_s: float = 0.0  # of its operations; of the first step, with the making of the run
+    device_s: float = 0.0  # of its operations; the first step includes the creation of the run
     uncounted: Uncounted = Uncounted()  # samples up to this step that `knapper usage` does not count yet
 
 
 class Evaluated(Record, frozen=True, kw_only=True):
-    """A version of the adapter was looked at with the held-out data."""
+    """A version of the adapter was evaluated on the held-out data."""
 
     v: int = 2  # 1 had no device_s
     next_seq: int

@@ -1,4 +1,4 @@
-"""The map of the object store: every key there is, in one table. All others that make or read keys do it by this.
+"""The layout of the object store: one table of all keys. Every other module makes and parses keys with it.
 
 A key is a pattern with its fields filled in. A number has 20 digits, so that keys sort as numbers do.
 """
@@ -10,20 +10,20 @@ from typing import Final
 
 from knapper.ids import RunId, SamplerId, SessionId, TinkerPath, number
 
-_FORMS: Final = {  # of fields; any other field is a segment, or a part of one
+_FORMS: Final = {  # regular expressions of fields; any other field is a segment, or part of one
     **dict.fromkeys(("n", "seq", "epoch", "day", "hour", "us"), r"\d{20}"),  # us: microseconds since the epoch
     "sha256": "[0-9a-f]{64}",
     "part": "(?!index$)[^/]+",
     "round": "steps|evaluations",
     "secret": "functions|links|tokens",
 }
-EMPTY, PART, NAMED_BY_HASH = "", "part", "named by hash"  # of what holds no record
+EMPTY, PART, NAMED_BY_HASH = "", "part", "named by hash"  # objects that are no record
 
 
 class ObjectKind(Enum):
-    """(pattern, the record it holds or one of the three above, the modules that write it)"""
+    """(pattern, its record or one of the three constants above, the modules that write it)"""
 
-    # A run: <place> is made by `run_prefix`. Numbers go up one by one, and the first to put one has it.
+    # A run: <place> is made by `run_prefix`. Numbers are consecutive; the first writer of one has it.
     OPERATION = ("runs/<place>/in/<n>", "Operation", "state.journal.accept")
     COMMIT = ("runs/<place>/out/<n>", "Commit", "state.journal.run, state.journal.ends")
     MANIFEST = ("runs/<place>/manifest/<n>", "Manifest", "state.journal.run, state.gc.journal")
@@ -34,7 +34,7 @@ class ObjectKind(Enum):
     SNAPSHOT_PART = ("runs/<place>/snap/<seq>-<epoch>/<part>", PART, "state.journal.bundles")
     EXPORT_INDEX = ("adapters/<run>/<seq>-<epoch>/index", "Index", "state.journal.bundles")
     EXPORT_PART = ("adapters/<run>/<seq>-<epoch>/<part>", PART, "state.journal.bundles")
-    # Names that users gave to exports; the highest n wins. A label tells what its version says.
+    # Users' names of exports; the highest n wins. A label repeats fields of its version.
     CHECKPOINT = ("checkpoints/<tenant>/<run>/<type>/<name>/<n>", "Checkpoint", "state.checkpoints")
     LABEL = (
         "labels/<tenant>/<run>/<type>/<name>/<n>/<label>", EMPTY, "state.checkpoints, state.checkpoint_index",
@@ -47,12 +47,12 @@ class ObjectKind(Enum):
     SAMPLER = ("samplers/<sampler>", "Sampler", "state.sessions")
     INFLIGHT = ("inflight/<run>/<seq>", "Sampler", "state.sessions")
     CLONE = ("clones/<sampler>/<n>", EMPTY, "state.sessions")
-    # What a tenant has made, to be listed
+    # The lists of a tenant
     TENANT_SESSION = ("tenants/<tenant>/sessions/<us>-<session>", EMPTY, "state.tenant_index")
     TENANT_RUN = ("tenants/<tenant>/runs/<us>-<session>/<n>", EMPTY, "state.tenant_index")
     TENANT_JOB = ("tenants/<tenant>/jobs/<us>/<job>/<start>", EMPTY, "jobs.inbox")
     TENANT_START = ("tenants/<tenant>/starts/<job>/<us>/<start>", EMPTY, "jobs.inbox")
-    # Use
+    # Usage
     USAGE = ("usage/<tenant>/<hour>/<id>", "Samplings", "gateway.sample_usage, jobs.sample_usage")
     LEDGER_LINE = ("used/<tenant>/<hour>/<run>/<line>", EMPTY, "state.ledger_entries")
     LEDGER_MARK = ("using/<tenant>/<run>/<us>-<id>", EMPTY, "state.ledger")
@@ -61,7 +61,7 @@ class ObjectKind(Enum):
     COLLECT_BEGUN = ("collect/begun", EMPTY, "state.gc.marks")
     COLLECT_NOW = ("collect/now/<session>/<what>", EMPTY, "state.gc.marks")
     COLLECT_LATER = ("collect/later/<us>/<session>", EMPTY, "state.gc.marks")
-    # The deployment's own
+    # The deployment
     API_KEY = ("keys/<id>/<n>", "Key", "state.api_keys")
     MODEL = ("models/<slug>/<n>", "ModelRecord", "catalogue.served_models")
     AUDIT = ("audit/<tenant>/<date>/<us>-<id>", "Entry", "state.audit")
@@ -82,7 +82,7 @@ class ObjectKind(Enum):
     JOB_EVALUATED = ("jobs/<tenant>/<job>/<start>/<round>/<n>/evaluated", "Evaluated", "jobs.runner")
     JOB_WORKING = ("working/<tenant>/<job>/<start>", EMPTY, "jobs.inbox, jobs.revive, gateway.jobs")
     JOB_EXPECTED = ("expected/<tenant>/<job>/<start>", EMPTY, "jobs.inbox")
-    # Nobody writes it any more; stores from before a job's start said what it was made from have it.
+    # No longer written; stores of early releases have it.
     UPLOAD = ("uploads/<id>", EMPTY, "")
 
     def __init__(self, pattern: str, holds: str, writers: str) -> None:
@@ -91,41 +91,41 @@ class ObjectKind(Enum):
         self._regex = re.compile(re.sub(r"<(\w+)>", lambda field: f"({_FORMS.get(field[1], '[^/]+')})", pattern))
 
     def key(self, *fields: str | int) -> str:
-        """With all of its fields, in order."""
+        """The key with these fields, all of them in order."""
         if len(fields) != len(self._literals) - 1:
             raise ValueError(f"{self.pattern} has {len(self._literals) - 1} fields, not {len(fields)}")
         return self.under(*fields)
 
     def under(self, *fields: str | int) -> str:
-        """What all keys with these first fields begin with: up to the field that comes next."""
-        told = [number(field) if isinstance(field, int) else field for field in fields]
-        return "".join(map("".join, zip(self._literals, [*told, ""], strict=False)))
+        """The common prefix of all keys with these first fields."""
+        segments = [number(field) if isinstance(field, int) else field for field in fields]
+        return "".join(map("".join, zip(self._literals, [*segments, ""], strict=False)))
 
     def matches(self, key: str) -> bool:
         return self._regex.fullmatch(key) is not None
 
     def parse(self, key: str) -> tuple[str, ...]:
-        """Its fields. Raises ValueError for a key of another kind."""
-        if (found := self._regex.fullmatch(key)) is None:
+        """The fields of the key. Raises ValueError for a key of another kind."""
+        if (match := self._regex.fullmatch(key)) is None:
             raise ValueError(f"{key} is none of {self.pattern}")
-        return found.groups()
+        return match.groups()
 
 
 def kind_of(key: str) -> ObjectKind | None:
-    """None for a key that is none of ours."""
+    """The kind of the key, or None for a key of no kind."""
     return next((kind for kind in ObjectKind if kind.matches(key)), None)
 
 
 def last_number(key: str) -> int:
-    """Of a key, or a prefix, that ends in one."""
+    """The number at the end of a key or prefix."""
     return int(key.rpartition("/")[2])
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
-def _place(run: RunId) -> str:
-    """The hash spreads runs over the key space of an object store."""
+def _hashed(run: RunId) -> str:
+    """The run with a hash before it, which spreads runs over the key space of an object store."""
     return f"{hashlib.sha256(run.encode()).hexdigest()[:8]}-{run}"
 
 
@@ -133,49 +133,49 @@ RUNS: Final = ObjectKind.OPERATION.under()
 
 
 def run_prefix(run: RunId) -> str:
-    """Where a run lies."""
-    return f"{RUNS}{_place(run)}/"
+    """The prefix of all objects of a run."""
+    return f"{RUNS}{_hashed(run)}/"
 
 
 def run_of(key: str) -> RunId:
-    """Whose object lies under a `run_prefix`."""
+    """The run of an object below a `run_prefix`."""
     return RunId(key.split("/")[1].partition("-")[2])
 
 
 def operation(run: RunId, seq: int) -> str:
-    return ObjectKind.OPERATION.key(_place(run), seq)
+    return ObjectKind.OPERATION.key(_hashed(run), seq)
 
 
 def operations(run: RunId) -> str:
-    return ObjectKind.OPERATION.under(_place(run))
+    return ObjectKind.OPERATION.under(_hashed(run))
 
 
 def commit(run: RunId, n: int) -> str:
-    return ObjectKind.COMMIT.key(_place(run), n)
+    return ObjectKind.COMMIT.key(_hashed(run), n)
 
 
 def commits(run: RunId) -> str:
-    return ObjectKind.COMMIT.under(_place(run))
+    return ObjectKind.COMMIT.under(_hashed(run))
 
 
 def manifest(run: RunId, n: int) -> str:
-    return ObjectKind.MANIFEST.key(_place(run), n)
+    return ObjectKind.MANIFEST.key(_hashed(run), n)
 
 
 def manifests(run: RunId) -> str:
-    return ObjectKind.MANIFEST.under(_place(run))
+    return ObjectKind.MANIFEST.under(_hashed(run))
 
 
 def end(run: RunId, n: int) -> str:
-    return ObjectKind.END.key(_place(run), n)
+    return ObjectKind.END.key(_hashed(run), n)
 
 
 def ends(run: RunId) -> str:
-    return ObjectKind.END.under(_place(run))
+    return ObjectKind.END.under(_hashed(run))
 
 
 def accounted(run: RunId) -> str:
-    return ObjectKind.ACCOUNTED.under(_place(run))
+    return ObjectKind.ACCOUNTED.under(_hashed(run))
 
 
 # -- bundles: a prefix each --------------------------------------------------------------------------------------------
@@ -184,15 +184,15 @@ INDEX: Final = "index"
 
 
 def snapshot(run: RunId, seq: int, epoch: int) -> str:
-    return ObjectKind.SNAPSHOT_PART.under(_place(run), seq, epoch)
+    return ObjectKind.SNAPSHOT_PART.under(_hashed(run), seq, epoch)
 
 
 def snapshots(run: RunId) -> str:
-    return ObjectKind.SNAPSHOT_PART.under(_place(run))
+    return ObjectKind.SNAPSHOT_PART.under(_hashed(run))
 
 
 def export(run: RunId, seq: int, epoch: int) -> str:
-    """Where the immutable export of one save operation lies; epochs never share a name."""
+    """The prefix of the immutable export of one save operation; epochs never share a prefix."""
     return ObjectKind.EXPORT_PART.under(run, seq, epoch)
 
 
@@ -209,12 +209,12 @@ def run_of_export(prefix: str) -> RunId:
 
 
 def bundle_of(key: str) -> str:
-    """The bundle that a part of it, or its index, lies in."""
+    """The bundle of a part or index."""
     return key.rpartition("/")[0] + "/"
 
 
 def parse_bundle(prefix: str) -> tuple[int, int]:
-    """(seq, epoch) of a `snapshot` or an `export`."""
+    """(seq, epoch) of the prefix of a snapshot or an export."""
     seq, _, epoch = prefix.rstrip("/").rpartition("/")[2].partition("-")
     return int(seq), int(epoch)
 
@@ -223,17 +223,17 @@ def parse_bundle(prefix: str) -> tuple[int, int]:
 
 
 def checkpoint(path: TinkerPath, tenant: str) -> str:
-    """Of all its versions."""
+    """The prefix of all versions of the checkpoint."""
     return ObjectKind.CHECKPOINT.under(tenant, path.run, path.kind, path.name)
 
 
 def label_of(version: str, label: str) -> str:
-    """Of the version of a checkpoint."""
+    """The key of a label for the version of a checkpoint."""
     return ObjectKind.LABEL.key(*ObjectKind.CHECKPOINT.parse(version), label)
 
 
 def session(session_id: SessionId) -> str:
-    """Of all its records."""
+    """The prefix of all records of the session."""
     return f"{ObjectKind.SESSION.under()}{session_id}/"
 
 
@@ -242,12 +242,12 @@ def samplers_of(session: SessionId) -> str:
 
 
 def owner_of(key: str) -> SessionId:
-    """The session that a session's record, a sampler or an export belongs to."""
+    """The session of a session's record, a sampler or an export."""
     return SessionId(key.split("/")[1].partition(":")[0])
 
 
-def marked(key: str) -> SessionId:
-    """Of a `COLLECT_NOW`, or whatever lies there."""
+def session_of_mark(key: str) -> SessionId:
+    """The session of a `COLLECT_NOW`."""
     return SessionId(key.split("/")[2])
 
 
@@ -255,7 +255,7 @@ def sampler_of(key: str) -> SamplerId:
     return SamplerId(*ObjectKind.SAMPLER.parse(key))
 
 
-# -- the exchange, which is another bucket: what people put there, and what they get -----------------------------------
+# -- the exchange, another bucket: users' input and output -------------------------------------------------------------
 
 INBOX: Final = "inbox/"
 
@@ -272,7 +272,7 @@ UPLOADS: Final = "uploads/"
 
 
 def staged(tenant: str, sha256: str, size: int) -> str:
-    """Of a file that comes in parts, and is known by what it will be."""
+    """The prefix of a file's parts, named by the hash and size of the whole file."""
     return f"{uploads_of(tenant)}{sha256}-{size}/"
 
 

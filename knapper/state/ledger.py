@@ -1,11 +1,10 @@
-"""What each run has used, accounted for once the run is quiet, so that nobody reads its journal for it again.
+"""The ledger of training usage: a run's journal is read once it is idle, and its entries answer all later questions.
 
-A mark says that since then the run may have used something that no line has. It is written before an operation is,
-and anew before the first operation half an hour later. It is taken away by whoever reads the journal an hour after it
-was written (or five minutes after the session has finished) and finds everything answered: what was marked by it is
-in the journal by then, unless a request took half an hour. Lines are written before it is told how far they go, and
-both before a mark is taken away; so whoever dies in between leaves work to be done again, and that makes the same
-lines.
+A mark says that the run may have usage that no entry has yet. It is written before an operation, and again before the
+first operation half an hour later. A mark is deleted by the process that reads the journal an hour after the mark was
+written (or five minutes after the session has finished) and finds every operation answered: the journal then has all
+marked operations, unless a request took half an hour. Entries are written before the record of how far they go, and
+both before a mark is deleted. A crash in between leaves work that the next process repeats, with the same entries.
 """
 
 from collections.abc import Callable
@@ -26,12 +25,12 @@ from knapper.state.usage import HOUR_S, Window
 from knapper.store import Store, many
 from knapper.store.cache import LruCache
 
-_MARK_S = 1800.0  # a run that works all the time is marked anew so often
-_QUIET_S, _FINISHED_QUIET_S = 3600.0, 300.0
-_BEGAN = ObjectKind.LEDGER_BEGAN.key()  # every run that was made before there were marks has one
+_MARK_S = 1800.0  # the interval of marks for a busy run
+_IDLE_S, _FINISHED_IDLE_S = 3600.0, 300.0  # age of a mark, or of the session's end, before it may go
+_BEGAN = ObjectKind.LEDGER_BEGAN.key()  # exists once all runs of earlier releases are marked
 
 log = structlog.get_logger()
-Use = dict[tuple[int, RunId], tuple[int, float]]  # by hour and run: tokens, seconds of the device
+Use = dict[tuple[int, RunId], tuple[int, float]]  # (hour, run) -> (tokens, device seconds)
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class _Mark:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Accepted:
     """An operation without its body."""
 
     seq: int
@@ -57,8 +56,8 @@ class _Asked:
 
 
 @dataclass(frozen=True)
-class _Answered:
-    """A record without its bodies. `results`: (seq, whether it failed); those of a fence are none."""
+class _Committed:
+    """A commit without its bodies. `results`: (seq, whether it failed); a fence has none."""
 
     n: int
     at: float
@@ -66,13 +65,13 @@ class _Answered:
     results: tuple[tuple[int, bool], ...]
 
     @staticmethod
-    def of(n: int, commit: Commit) -> "_Answered":
-        results = tuple((each.seq, each.failed) for each in commit.results)
-        return _Answered(n, commit.committed_at, commit.device_s, results)
+    def of(n: int, commit: Commit) -> "_Committed":
+        results = tuple((result.seq, result.failed) for result in commit.results)
+        return _Committed(n, commit.committed_at, commit.device_s, results)
 
 
 class Accounts:
-    """Of all clients' runs. `clock`: seconds since the epoch; `now`: monotonic seconds; `new_id`: random."""
+    """The ledger of all runs. `clock`: seconds since the epoch; `now`: monotonic seconds; `new_id`: random."""
 
     def __init__(
         self, store: Store, clock: Callable[[], float], now: Callable[[], float], new_id: Callable[[], str]
@@ -83,17 +82,17 @@ class Accounts:
         self._now = now
         self._new_id = new_id
         self._begun = False
-        self._told = False  # that it has, to all others
+        self._announced = False  # whether the store says so
         self._marked: LruCache[RunId, float] = LruCache()
         self._through: LruCache[RunId, Through] = LruCache()
-        # What passed through this process need not be read again.
-        self._asked: LruCache[tuple[RunId, int], _Asked] = LruCache()
-        self._answered: LruCache[tuple[RunId, int], _Answered] = LruCache()
+        # Operations and commits that passed through this process, which saves reading them.
+        self._accepted: LruCache[tuple[RunId, int], _Accepted] = LruCache()
+        self._committed: LruCache[tuple[RunId, int], _Committed] = LruCache()
 
-    # -- what gateways tell --------------------------------------------------------------------------------------------
+    # -- written by gateways -------------------------------------------------------------------------------------------
 
     async def mark(self, tenant: Tenant, run: RunId) -> bool:
-        """Before an operation of the run is stored. True if that took a new mark."""
+        """Call before an operation of the run is stored. True if that wrote a new mark."""
         now, marked_at = self._now(), self._marked.known(run)
         if marked_at is not None and now - marked_at < _MARK_S:
             return False
@@ -102,96 +101,94 @@ class Accounts:
         return True
 
     def forget(self, session: SessionId) -> None:
-        """It has finished: whatever comes all the same is marked anew."""
+        """The session has finished; later operations of its runs get a new mark."""
         for run in self._marked.known_keys():
             if session_of(run) == session:
                 self._marked.forget(run)
 
-    def asked(self, run: RunId, seq: int, accepted_at: float, tokens: int) -> None:
-        """The operation was accepted just now; `tokens`: of a forward pass."""
-        self._asked.keep((run, seq), _Asked(seq, accepted_at, tokens))
+    def note_accepted(self, run: RunId, seq: int, accepted_at: float, tokens: int) -> None:
+        """The operation was accepted. `tokens`: of a forward pass."""
+        self._accepted.keep((run, seq), _Accepted(seq, accepted_at, tokens))
 
-    def answered(self, run: RunId, n: int, commit: Commit) -> None:
+    def note_committed(self, run: RunId, n: int, commit: Commit) -> None:
         """Record `n` is durable."""
-        self._answered.keep((run, n), _Answered.of(n, commit))
+        self._committed.keep((run, n), _Committed.of(n, commit))
 
-    # -- what they are asked -------------------------------------------------------------------------------------------
+    # -- read by them --------------------------------------------------------------------------------------------------
 
     async def begun(self) -> bool:
-        """Whether every run that has used something is marked or accounted for: before that, ask the journals."""
+        """Whether every run with usage has a mark or entries; until then the journals must be read."""
         if not self._begun:
-            nobody_was_here = not await self._store.list(ObjectKind.TENANT_RUN.under(), limit=1)
-            self._begun = nobody_was_here or await self._store.get(_BEGAN) is not None
+            is_new_store = not await self._store.list(ObjectKind.TENANT_RUN.under(), limit=1)
+            self._begun = is_new_store or await self._store.get(_BEGAN) is not None
         return self._begun
 
     async def used(self, tenant: Tenant, window: Window) -> Use:
-        """By hour and run: lines, and what the journals of marked runs have since.
+        """By hour and run: the entries, and the later usage in the journals of marked runs.
 
-        Raises InvalidField if there is too much for one answer.
+        Raises InvalidField if there is too much for one response.
         """
-        listed = await self._store.list(ObjectKind.LEDGER_MARK.under(tenant))
-        marked = {mark.run for mark in damage.parsed(listed, _Mark.parse)}
+        names = await self._store.list(ObjectKind.LEDGER_MARK.under(tenant))
+        marked = {mark.run for mark in damage.parsed(names, _Mark.parse)}
         since = {run: await self._known_through(run) for run in sorted(marked)}
-        found = await ledger_entries.within(
-            self._store, tenant, window
-        )  # looked at last: what is settled meanwhile is in them
+        entries = await ledger_entries.within(self._store, tenant, window)  # last, so that none is missed
         read = 0
         for run, through in since.items():
             tail = await damage.unless(self._tail(run, through), None)
-            if tail is None:  # a damaged record is its run's misfortune: its lines say how much it used before
+            if tail is None:  # damaged: the entries still have the earlier usage of this run
                 continue
-            read += sum(window.hour(each.at) is not None for each in tail.asked if each.seq > 0)
-            if read > limits.operations_told_max:
-                raise usage.too_much(window, "operations that no line has yet")
+            read += sum(window.hour(operation.at) is not None for operation in tail.accepted if operation.seq > 0)
+            if read > limits.operations_listed_max:
+                raise usage.too_much(window, "operations that no ledger entry has yet")
             for hour in tail.hours:
                 if window.first <= hour < window.end:
-                    line = found.get((hour, run), LedgerEntry(hour, run, Through()))
-                    found[hour, run] = tail.added_to(line)
-        return {key: (line.tokens, line.device_s) for key, line in found.items()}
+                    entry = entries.get((hour, run), LedgerEntry(hour, run, Through()))
+                    entries[hour, run] = tail.added_to(entry)
+        return {key: (entry.tokens, entry.device_s) for key, entry in entries.items()}
 
-    async def settle(self) -> bool:
-        """Bring the lines of all marked runs up to date; take away the marks of those that are quiet.
+    async def update(self) -> bool:
+        """Bring the entries of all marked runs up to date, and delete the marks of idle ones.
 
-        True if some are not. Safe to cut off, and to do twice at once.
+        True if some runs are not idle. Safe to interrupt, and to run twice at once.
         """
-        if not self._told:
+        if not self._announced:
             await self._begin()
         marks: dict[tuple[Tenant, RunId], list[_Mark]] = {}
         for mark in damage.parsed(await self._store.list(ObjectKind.LEDGER_MARK.under()), _Mark.parse):
             marks.setdefault((mark.tenant, mark.run), []).append(mark)
-        at, left = self._clock(), False
-        for (tenant, run), each in marks.items():
+        at, more = self._clock(), False
+        for (tenant, run), of_run in marks.items():
             try:
-                left = not await self._settle(tenant, run, each, at) or left
-            except KnapperError as error:  # a damaged record is its run's misfortune
-                left = True
+                more = not await self._update(tenant, run, of_run, at) or more
+            except KnapperError as error:  # damaged, say: the other runs go on
+                more = True
                 log.warning("a run is not accounted for", run=run, code=error.code, reason=str(error))
-        return left
+        return more
 
     async def account(self, tenant: str, run: RunId) -> None:
-        """Bring the run's lines up to date: what they are made from is about to be deleted."""
+        """Bring the run's entries up to date, before its journal is deleted."""
         tail = await self._tail(run, await self._known_through(run))
         if tail.since < tail.through:
-            await self._account(Tenant(tenant), run, tail.settled)
+            await self._account(Tenant(tenant), run, tail.answered)
 
-    async def _settle(self, tenant: Tenant, run: RunId, marks: list[_Mark], at: float) -> bool:
-        """True if nothing is left to do for the run. `at`: when the marks were looked at."""
+    async def _update(self, tenant: Tenant, run: RunId, marks: list[_Mark], at: float) -> bool:
+        """True if the run is idle. `at`: when the marks were listed."""
         tail = await self._tail(run, await self._known_through(run))
         if tail.since < tail.through:
-            await self._account(tenant, run, tail.settled)
-        old = [mark for mark in marks if at - mark.at >= _QUIET_S]
-        if len(old) < len(marks) and await self._finished_before(session_of(run), at - _FINISHED_QUIET_S):
+            await self._account(tenant, run, tail.answered)
+        old = [mark for mark in marks if at - mark.at >= _IDLE_S]
+        if len(old) < len(marks) and await self._finished_before(session_of(run), at - _FINISHED_IDLE_S):
             old = marks
-        quiet = len(old) == len(marks) and not tail.waits
-        for mark in old if quiet else old[: len(marks) - 1]:  # the newest one stays
+        is_idle = len(old) == len(marks) and not tail.pending
+        for mark in old if is_idle else old[: len(marks) - 1]:  # the newest mark stays
             await self._store.delete(mark.name)
-        return quiet
+        return is_idle
 
     async def _account(self, tenant: Tenant, run: RunId, tail: "_Tail") -> None:
         for hour in tail.hours:
-            line = await ledger_entries.of_run(self._store, tenant, hour, run)
-            if line.through < tail.through:
-                await ledger_entries.write(self._store, tenant, tail.added_to(line))
+            entry = await ledger_entries.of_run(self._store, tenant, hour, run)
+            if entry.through < tail.through:
+                await ledger_entries.write(self._store, tenant, tail.added_to(entry))
         prefix = layout.accounted(run)
         earlier = await self._store.list(prefix)
         await self._store.put_if_absent(f"{prefix}{tail.through}", b"")
@@ -205,99 +202,103 @@ class Accounts:
         return finish is not None and finish.finished_at <= at
 
     async def _known_through(self, run: RunId) -> Through:
-        """How far the run's lines go at least."""
+        """How far the run's entries go, at least."""
 
         async def load() -> Through:
-            listed = await self._store.list(layout.accounted(run))
-            return Through.parse(listed[-1].rpartition("/")[2]) if listed else Through()
+            names = await self._store.list(layout.accounted(run))
+            return Through.parse(names[-1].rpartition("/")[2]) if names else Through()
 
         return await self._through.get(run, load)
 
     async def _tail(self, run: RunId, since: Through) -> "_Tail":
-        """What happened after `since`; by number, so that what a listing leaves out is read all the same."""
+        """Operations and commits after `since`, read by number, so that a listing that lags hides none."""
         listed = await self._store.list(layout.commits(run), start_after=layout.commit(run, since.out))
         first = since.out + 1 if since.out else layout.last_number(listed[0]) if listed else 1
         last = layout.last_number(listed[-1]) if listed else since.out
-        read = await many.each(range(first, last + 1), lambda n: self._read_answered(run, n))
-        answered = [each for each in read if each is not None]
-        through = Through(max([since.next, *(seq + 1 for each in answered for seq, _ in each.results)]), last)
-        worked = [seq for each in answered for seq, failed in each.results if not failed and seq >= since.next]
-        waiting = await self._store.list(
+        records = await many.each(range(first, last + 1), lambda n: self._read_committed(run, n))
+        committed = [commit for commit in records if commit is not None]
+        results = [result for commit in committed for result in commit.results]
+        through = Through(max([since.next, *(seq + 1 for seq, _ in results)]), last)
+        succeeded = [seq for seq, failed in results if not failed and seq >= since.next]
+        pending = await self._store.list(
             layout.operations(run), start_after=layout.operation(run, through.next - 1) if through.next else ""
         )
-        wanted = [*worked, *map(layout.last_number, waiting)]
-        asked = await many.each(wanted, lambda seq: self._read_asked(run, seq))
-        return _Tail(since, through, [each for each in asked if each is not None], answered, bool(waiting))
+        seqs = [*succeeded, *map(layout.last_number, pending)]
+        operations = await many.each(seqs, lambda seq: self._read_accepted(run, seq))
+        accepted = [operation for operation in operations if operation is not None]
+        return _Tail(since, through, accepted, committed, bool(pending))
 
-    async def _read_asked(self, run: RunId, seq: int) -> "_Asked | None":
-        if (known := self._asked.known((run, seq))) is not None:
-            return known
+    async def _read_accepted(self, run: RunId, seq: int) -> "_Accepted | None":
+        if (cached := self._accepted.known((run, seq))) is not None:
+            return cached
         name = layout.operation(run, seq)
         data = await self._store.get(name)
         if data is None:
-            return None  # swept: it was answered long ago
+            return None  # collected: it was answered long ago
         operation = decode(data, Operation, name)
-        found = _Asked(seq, operation.accepted_at, await many.off_loop(usage.tokens_of, operation))
-        self._asked.keep((run, seq), found)
-        return found
+        accepted = _Accepted(seq, operation.accepted_at, await many.off_loop(usage.tokens_of, operation))
+        self._accepted.keep((run, seq), accepted)
+        return accepted
 
-    async def _read_answered(self, run: RunId, n: int) -> "_Answered | None":
-        if (known := self._answered.known((run, n))) is not None:
-            return known
+    async def _read_committed(self, run: RunId, n: int) -> "_Committed | None":
+        if (cached := self._committed.known((run, n))) is not None:
+            return cached
         name = layout.commit(run, n)
         data = await self._store.get(name)
         if data is None:
             return None
-        found = _Answered.of(n, decode(data, Commit, name))
-        self._answered.keep((run, n), found)
-        return found
+        committed = _Committed.of(n, decode(data, Commit, name))
+        self._committed.keep((run, n), committed)
+        return committed
 
     async def _begin(self) -> None:
-        """Mark the runs that were made before there were marks, once for all."""
+        """Mark the runs of earlier releases, once in the life of a store."""
         if await self._store.get(_BEGAN) is None:
-            runs = [] if self._begun else await Register(self._store).everybodys_runs()
-            await many.each(runs, lambda each: self._store.put_if_absent(_mark(*each, 0.0, "before"), b""))
+            runs = [] if self._begun else await Register(self._store).runs_of_all_tenants()
+            await many.each(runs, lambda run: self._store.put_if_absent(_mark(*run, 0.0, "before"), b""))
             await self._store.put_if_absent(_BEGAN, b"")
             log.debug("runs are accounted for from now on", before=len(runs))
-        self._begun = self._told = True
+        self._begun = self._announced = True
 
 
 @dataclass(frozen=True)
 class _Tail:
-    """What a run was asked after `since`, but for what failed, which used no tokens; and what it was answered.
+    """A run's operations after `since`, without failed ones, which used no tokens, and its commits.
 
-    `through`: how far the answers go. `waits`: something is not answered yet.
+    `through`: how far the commits go. `pending`: whether an operation is not answered yet.
     """
 
     since: Through
     through: Through
-    asked: list[_Asked]
-    answered: list[_Answered]
-    waits: bool
+    accepted: list[_Accepted]
+    committed: list[_Committed]
+    pending: bool
 
     @property
     def times(self) -> list[float]:
-        return [each.at for each in self.asked] + [each.at for each in self.answered if each.results]
+        return [operation.at for operation in self.accepted] + [
+            commit.at for commit in self.committed if commit.results
+        ]
 
     @property
     def hours(self) -> list[int]:
         return sorted({int(at // HOUR_S) for at in self.times})
 
     @property
-    def settled(self) -> "_Tail":
-        """Without what is not answered."""
-        return replace(self, asked=[each for each in self.asked if each.seq < self.through.next])
+    def answered(self) -> "_Tail":
+        """The tail without pending operations."""
+        return replace(self, accepted=[operation for operation in self.accepted if operation.seq < self.through.next])
 
-    def added_to(self, line: LedgerEntry) -> LedgerEntry:
-        """The line of an hour, with what is not in it yet."""
-        tokens, device_s = line.tokens, line.device_s
-        for asked in self.asked:
-            if asked.seq >= line.through.next and int(asked.at // HOUR_S) == line.hour:
-                tokens += asked.tokens
-        for answered in self.answered:
-            if answered.n > line.through.out and int(answered.at // HOUR_S) == line.hour:
-                device_s += answered.device_s
-        return replace(line, through=self.through, tokens=tokens, device_s=device_s)
+    def added_to(self, entry: LedgerEntry) -> LedgerEntry:
+        """The entry of an hour, with the usage that it does not have yet."""
+        tokens, device_s = entry.tokens, entry.device_s
+        for operation in self.accepted:
+            if operation.seq >= entry.through.next and int(operation.at // HOUR_S) == entry.hour:
+                tokens += operation.tokens
+        for commit in self.committed:
+            if commit.n > entry.through.out and int(commit.at // HOUR_S) == entry.hour:
+                device_s += commit.device_s
+        return replace(entry, through=self.through, tokens=tokens, device_s=device_s)
 
 
 def _mark(tenant: Tenant, run: RunId, at: float, mark_id: str) -> str:

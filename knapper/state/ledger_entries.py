@@ -1,8 +1,7 @@
-"""What runs have used, as lines of account: names without content, so that one listing tells all of a time.
+"""Ledger entries: the usage of a run in an hour, as a name without content, so that one listing returns a whole period.
 
-A line, <next>-<out>-<tokens>-<device seconds>, is the run's whole use in that hour, of its operations below `next`
-and its records up to `out`. The highest wins: a line is written anew with more in it, never added to another, so that
-nothing is ever counted twice.
+An entry, <next>-<out>-<tokens>-<device seconds>, has the run's total usage in that hour by operations below `next` and
+records up to `out`. The highest wins: an entry is replaced by a larger one, never added to, so nothing counts twice.
 """
 
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from knapper.store import Store
 
 @dataclass(frozen=True, order=True)
 class Through:
-    """How far a run's use is accounted for: operations below `next`, all of them answered in records up to `out`."""
+    """How far a run is accounted for: operations below `next`, whose results are in records up to `out`."""
 
     next: int = 0
     out: int = 0
@@ -31,7 +30,7 @@ class Through:
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """`tokens` of forward passes that were accepted in the hour, `device_s` of what was answered in it."""
+    """`tokens`: of forward passes accepted in the hour. `device_s`: of results committed in it."""
 
     hour: int
     run: RunId
@@ -48,27 +47,27 @@ def _of_run(tenant: str, hour: int, run: RunId) -> str:
 
 
 def _parse(name: str) -> LedgerEntry:
-    _, hour, run, told = ObjectKind.LEDGER_LINE.parse(name)
-    next_, out, tokens, device_s = told.split("-", 3)
+    _, hour, run, entry = ObjectKind.LEDGER_LINE.parse(name)
+    next_, out, tokens, device_s = entry.split("-", 3)
     return LedgerEntry(int(hour), RunId(run), Through(int(next_), int(out)), int(tokens), float(device_s))
 
 
 async def within(store: Store, tenant: str, window: Window) -> dict[tuple[int, RunId], LedgerEntry]:
-    """The lines of the window, by hour and run. Nothing is read."""
-    found = damage.parsed(await names_within(store, ObjectKind.LEDGER_LINE.under(tenant), window), _parse)
-    return {(line.hour, line.run): line for line in found}  # in order: the highest of an hour and run stays
+    """The entries of the window, by hour and run. Costs no reads."""
+    entries = damage.parsed(await names_within(store, ObjectKind.LEDGER_LINE.under(tenant), window), _parse)
+    return {(entry.hour, entry.run): entry for entry in entries}  # in order: the highest of an hour and run stays
 
 
 async def of_run(store: Store, tenant: str, hour: int, run: RunId) -> LedgerEntry:
-    """The line as it stands."""
-    listed = await store.list(_of_run(tenant, hour, run))
-    return _parse(listed[-1]) if listed else LedgerEntry(hour, run, Through())
+    """The newest entry."""
+    names = await store.list(_of_run(tenant, hour, run))
+    return _parse(names[-1]) if names else LedgerEntry(hour, run, Through())
 
 
-async def write(store: Store, tenant: str, line: LedgerEntry) -> None:
-    """In the place of those that say less."""
-    name = line.name(tenant)
+async def write(store: Store, tenant: str, entry: LedgerEntry) -> None:
+    """Replace the smaller entries of that hour and run."""
+    name = entry.name(tenant)
     await store.put_if_absent(name, b"")
-    for listed in await store.list(_of_run(tenant, line.hour, line.run)):
-        if listed < name and _parse(listed).through != line.through:
-            await store.delete(listed)
+    for other in await store.list(_of_run(tenant, entry.hour, entry.run)):
+        if other < name and _parse(other).through != entry.through:
+            await store.delete(other)

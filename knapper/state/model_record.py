@@ -1,4 +1,4 @@
-"""What the store says of one base model that is served."""
+"""The record of a served base model."""
 
 import hashlib
 
@@ -6,11 +6,11 @@ from knapper.state.journal.records import Record
 
 
 class ModelRecord(Record, frozen=True, kw_only=True):
-    """One base model. The URLs are where bells go; without either of them the model is known, but not served."""
+    """One base model. Doorbells go to the URLs; without either of them the model is known, but not served."""
 
     name: str  # what clients call it: a hub name, or the directory's path
-    directory: str  # where its files lie, if clients on this machine may read them; else empty
-    tokenizer_id: str  # what AutoTokenizer takes on any machine; on this one, the directory does without a hub
+    directory: str  # of its files, if clients on this machine may read them; else empty
+    tokenizer_id: str  # for AutoTokenizer on any machine; on this one, the directory works without a hub
     context: int  # tokens
     vocab: int
     arch: str
@@ -19,9 +19,9 @@ class ModelRecord(Record, frozen=True, kw_only=True):
     sampleable: bool
     train_step_url: str
     sample_url: str
-    computed_by: str = ""  # native, or transformers; of records from before that: not known
+    computed_by: str = ""  # native or transformers; empty in older records
 
 
 def slug(name: str) -> str:
-    """Where the versions of a model lie: any name becomes one plain segment."""
+    """The segment of a model's keys: any name becomes a plain one."""
     return hashlib.sha256(name.encode()).hexdigest()[:16]

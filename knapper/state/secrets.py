@@ -1,4 +1,4 @@
-"""Secrets of the server's own, made once for a store and kept in it: whoever reads the store can sign as the server."""
+"""The server's secrets, created once and kept in the store: a reader of the store can sign as the server."""
 
 import re
 from collections.abc import Callable
@@ -10,32 +10,32 @@ from knapper.store import Store
 
 Name = Literal["functions", "links", "tokens"]
 
-_BARE: Final = re.compile(rb"[0-9a-f]{64}")  # as they were kept before they had a checksum
+_BARE: Final = re.compile(rb"[0-9a-f]{64}")  # their format before records had checksums
 
 
 class Secret(Record, frozen=True):
-    """One secret."""
+    """The bytes of one secret."""
 
     secret: bytes
 
 
-async def found(store: Store, name: Name) -> bytes | None:
+async def find(store: Store, name: Name) -> bytes | None:
     """The secret, or None if there is none yet. Raises Corrupt."""
-    place = ObjectKind.SECRET.key(name)
-    data = await store.get(place)
-    return None if data is None else opened_bytes(data, place)
+    key = ObjectKind.SECRET.key(name)
+    data = await store.get(key)
+    return None if data is None else decode_secret(data, key)
 
 
-async def opened(store: Store, name: Name, new_id: Callable[[], str]) -> bytes:
-    """The secret, made now if there is none. `new_id`: 128 random bits in hexadecimal. Raises Corrupt."""
-    if (there := await found(store, name)) is not None:
-        return there
+async def get_or_create(store: Store, name: Name, new_id: Callable[[], str]) -> bytes:
+    """The secret, created if there is none. `new_id`: 128 random bits in hexadecimal. Raises Corrupt."""
+    if (secret := await find(store, name)) is not None:
+        return secret
     await store.put_if_absent(ObjectKind.SECRET.key(name), encode(Secret(secret=(new_id() + new_id()).encode())))
-    made = await found(store, name)
-    assert made is not None, "it is never deleted while a server runs"
-    return made
+    winner = await find(store, name)
+    assert winner is not None, "it is never deleted while a server runs"
+    return winner
 
 
-def opened_bytes(data: bytes, place: str) -> bytes:
-    """The secret in what is stored. Raises Corrupt."""
-    return data if _BARE.fullmatch(data) else decode(data, Secret, place).secret
+def decode_secret(data: bytes, key: str) -> bytes:
+    """The secret in a stored object. Raises Corrupt."""
+    return data if _BARE.fullmatch(data) else decode(data, Secret, key).secret

@@ -1,4 +1,4 @@
-"""Sessions and samplers: small create-only records that say who asked, and which weights a sampler holds."""
+"""Sessions and samplers: small create-only records of clients, and of the weights that their samplers use."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ DAY_S = 24 * 3600.0
 
 
 class Session(Record, frozen=True):
-    """What its client told when it was made."""
+    """A session as its client created it."""
 
     session: str
     tenant: str
@@ -29,7 +29,7 @@ class Session(Record, frozen=True):
 
 
 class Finish(Record, frozen=True):
-    """Why it ended: the first reason stays."""
+    """Why the session ended; the first reason stays."""
 
     reason: str
     detail: str
@@ -37,7 +37,7 @@ class Finish(Record, frozen=True):
 
 
 class Assignment(Record, frozen=True):
-    """The project that the session was moved to; the highest n wins."""
+    """The session's project; the highest n wins."""
 
     project_id: str
 
@@ -49,7 +49,7 @@ class Sampler(Record, frozen=True):
     tenant: str
     base_model: str
     bundle: str
-    model_path: str = ""  # the tinker:// path it was made from; empty for a base model or an unnamed snapshot
+    model_path: str = ""  # the tinker:// path of its checkpoint; empty for a base model or an unnamed snapshot
     kind: str = "snapshot"
     run: str = ""  # of an unnamed snapshot: the run and the operation that saved it
     seq: int = 0
@@ -65,22 +65,22 @@ class Sessions:
             raise UserError(f"session {session.session} exists already")
 
     async def find_or_create(self, session: Session) -> Session:
-        """The session as it stands: the one who made it first stays. Only for ids that nobody else can have."""
+        """The session, created if it does not exist. Only for ids that no other client can have."""
         await marks.put(self.store, SessionId(session.session), "created")
         if await self.store.put_if_absent(ObjectKind.SESSION.key(session.session), encode(session)):
             return session
         return await self.get(SessionId(session.session), session.tenant)
 
     async def find(self, session: SessionId) -> Session | None:
-        """The session, whosever it is."""
+        """The session, of any tenant."""
         name = ObjectKind.SESSION.key(session)
         data = await self.store.get(name)
         return None if data is None else decode(data, Session, name)
 
     async def get(self, session: SessionId, tenant: str) -> Session:
-        """Raises NotFound, also for another tenant's."""
-        if (found := await self.find(session)) is not None and found.tenant == tenant:
-            return found
+        """The session. Raises NotFound, also for another tenant's."""
+        if (record := await self.find(session)) is not None and record.tenant == tenant:
+            return record
         raise NotFound(
             f"session {session!r} does not exist; create one with create_session (the SDK does so by itself)"
         )
@@ -105,31 +105,31 @@ class Sessions:
                 return
 
     async def project(self, session: Session) -> str:
-        """The project that it is in, empty for none."""
+        """The session's project, or empty."""
         prefix = ObjectKind.ASSIGNMENT.under(session.session)
         n, data = await newest_of_few(self.store, prefix)
         return session.project_id if data is None else decode(data, Assignment, f"{prefix}{number(n)}").project_id
 
-    async def hear(self, session: SessionId, day: int) -> None:
-        """Its client lived on this day (counted from the epoch); what its samplers hold lives with it."""
+    async def record_heartbeat(self, session: SessionId, day: int) -> None:
+        """Note a sign of life on this day (counted from the epoch); it keeps the session's samplers alive too."""
         await self.store.put_if_absent(ObjectKind.HEARTBEAT.key(session, day), b"")
 
     async def over_since(self, session: SessionId, now: float) -> float | None:
-        """Since when it is over, or None while it lives: it has finished, or nobody has heard of it for a week."""
+        """When the session ended, by finishing or by a week without a heartbeat; None while it lives."""
         if (finish := await self.finished(session)) is not None:
             return finish.finished_at
-        heard = await newest_name(self.store, ObjectKind.HEARTBEAT.under(session))
-        if heard:
-            silent_at = (layout.last_number(heard) + 1) * DAY_S + limits.session_silent_s
+        heartbeat = await newest_name(self.store, ObjectKind.HEARTBEAT.under(session))
+        if heartbeat:
+            silent_at = (layout.last_number(heartbeat) + 1) * DAY_S + limits.session_silent_s
         else:
             record = await self.find(session)
-            if record is None:  # nothing is known of it, so nothing of it is given up
+            if record is None:  # unknown, so nothing of it may be deleted
                 return None
             silent_at = record.created_at + limits.session_silent_s
         return silent_at if now > silent_at else None
 
     async def delete(self, session: SessionId) -> int:
-        """All that is known of it, that it was made last. Return how many objects."""
+        """Delete all records of the session, its creation last. Return how many objects."""
         created = ObjectKind.SESSION.key(session)
         others = [name for name in await self.store.list(layout.session(session)) if name != created]
         return len(await many.each([*others, created], self.store.delete))
@@ -140,7 +140,7 @@ class Samplers:
     store: Store
 
     async def create(self, sampler: Sampler) -> Sampler:
-        """The sampler as it stands: a repetition of the same request answers the first one's.
+        """Create the sampler, or return the existing one for a repetition of the same request.
 
         Raises UserError if the id was used for other weights.
         """
@@ -151,7 +151,7 @@ class Samplers:
         if created:
             return sampler
         data = await self.store.get(name)
-        if data is None:  # it was collected at this moment
+        if data is None:  # collected just now
             return await self.create(sampler)
         stored = decode(data, Sampler, name)
         if _identity(stored) != _identity(sampler):
@@ -162,15 +162,15 @@ class Samplers:
         return stored
 
     async def get(self, sampler: SamplerId, tenant: str) -> Sampler:
-        """Raises NotFound, also for another tenant's."""
+        """The sampler. Raises NotFound, also for another tenant's."""
         name = ObjectKind.SAMPLER.key(sampler)
         data = await self.store.get(name)
-        if data is not None and (found := decode(data, Sampler, name)).tenant == tenant:
-            return found
+        if data is not None and (record := decode(data, Sampler, name)).tenant == tenant:
+            return record
         raise await self._missing(sampler, tenant)
 
     async def _missing(self, sampler: SamplerId, tenant: str) -> NotFound:
-        """What became of it: its session's later ones tell that it was there."""
+        """Why it is missing: a later sampler of the session shows that it existed."""
         session, n = session_of(sampler), int(sampler.rpartition(":")[2])
         sessions = Sessions(self.store)
         try:
@@ -182,13 +182,13 @@ class Samplers:
                 f"sampler {sampler} is gone: its session has finished; create another sampling client. Weights that "
                 "are saved under a name (save_weights_for_sampler) stay"
             )
-        there = [int(each.rpartition(":")[2]) for each in await self.of_session(session)]
-        if not there:
+        numbers = [int(existing.rpartition(":")[2]) for existing in await self.of_session(session)]
+        if not numbers:
             return NotFound(
-                f"sampler {sampler} does not exist, or is gone: nobody has heard of its session for a week; "
+                f"sampler {sampler} does not exist, or is gone: its session sent no heartbeat for a week; "
                 "create another sampling client"
             )
-        if n < max(there):
+        if n < max(numbers):
             return NotFound(
                 f"sampler {sampler} is gone: newer weights of its run took its place, and nobody asked for it for a "
                 "while (KNAPPER_KEEP_SAMPLERS_S says how long it is kept); sample from a newer one "
@@ -197,7 +197,7 @@ class Samplers:
         return _no_sampler(sampler)
 
     async def delete(self, sampler: Sampler) -> int:
-        """The record, and what belongs to it alone; its weights are the caller's. Return how many objects."""
+        """Delete the record and its clones, but not its weights. Return how many objects."""
         clones = await self.store.list(ObjectKind.CLONE.under(sampler.sampler))
         doomed = [ObjectKind.SAMPLER.key(sampler.sampler), *clones]
         if sampler.kind == "inflight":
@@ -211,7 +211,7 @@ class Samplers:
         return None if data is None else decode(data, Sampler, name)
 
     async def join(self, sampler: SamplerId) -> int:
-        """A number of its own for one more client of the sampler: 1, 2, 3, ... The client that made it has 0."""
+        """A unique number for another client of the sampler: 1, 2, 3, ... The client that created it has 0."""
         prefix = ObjectKind.CLONE.under(sampler)
         while True:
             name = await newest_name(self.store, prefix)
@@ -224,8 +224,8 @@ class Samplers:
                 return n
 
     async def of_session(self, session: SessionId) -> list[SamplerId]:
-        listed = map(layout.sampler_of, await self.store.list(layout.samplers_of(session)))
-        return sorted(listed, key=lambda sampler: int(sampler.rpartition(":")[2]))
+        samplers = map(layout.sampler_of, await self.store.list(layout.samplers_of(session)))
+        return sorted(samplers, key=lambda sampler: int(sampler.rpartition(":")[2]))
 
 
 def _no_sampler(sampler: str) -> NotFound:

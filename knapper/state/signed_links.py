@@ -1,7 +1,7 @@
-"""Links: URLs that anyone who has them may fetch for an hour, without a key. Signed, so that none can be guessed.
+"""Signed links: URLs that work without a key for an hour. The signature makes them impossible to guess.
 
-What a link leads to stands in the link, under the signature; nothing else of the request is looked at. Whoever follows
-one gets what its owner could get at that moment: a deleted checkpoint's links lead nowhere.
+The target is in the link, under the signature; nothing else in the request counts. A link gives no more than its owner
+could read at that moment: links to a deleted checkpoint lead nowhere.
 """
 
 import base64
@@ -21,7 +21,7 @@ _MAC_BYTES = hashlib.sha256().digest_size
 
 
 class Link(Record, frozen=True):
-    """What a link leads to, and for whom it was made."""
+    """The target of a link, and the tenant it was made for."""
 
     kind: Literal["weights", "trace"]
     tenant: str
@@ -41,7 +41,7 @@ class Links:
     _secret: bytes = field(default=b"", repr=False)
 
     async def sign(self, link: Link) -> str:
-        """The token that stands for the link; safe in a URL's path."""
+        """The token of the link; safe in a URL's path."""
         content = encode(link)
         return base64.urlsafe_b64encode(await self._mac(content) + content).decode().rstrip("=")
 
@@ -60,5 +60,5 @@ class Links:
 
     async def _mac(self, content: bytes) -> bytes:
         if not self._secret:
-            self._secret = await secrets.opened(self.store, "links", self.new_id)
+            self._secret = await secrets.get_or_create(self.store, "links", self.new_id)
         return hmac.digest(self._secret, content, "sha256")

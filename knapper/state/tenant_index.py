@@ -1,7 +1,7 @@
-"""What each tenant has made: names only, so that a list of all costs one listing and no reading.
+"""The sessions and runs of each tenant, as names without content: a list of them costs one listing and no reads.
 
-A name is written before the thing that it names. So nothing exists that is not listed; what is listed and was never
-made (its maker died in between) answers as missing.
+A name is written before its object, so that every object is listed. A listed object that was never created (its writer
+died in between) reads as missing.
 """
 
 from dataclasses import dataclass
@@ -45,15 +45,15 @@ class Register:
         return damage.parsed(reversed(await self.store.list(ObjectKind.TENANT_SESSION.under(tenant))), _listed)
 
     async def runs(self, tenant: str, session: Session | None = None) -> list[RunId]:
-        """Those of the newest session first, and of a session the newest; all, or those of one session."""
+        """The tenant's runs, or those of one session: newest session first, newest run of a session first."""
         fields = () if session is None else _fields(session)
-        found = damage.parsed(reversed(await self.store.list(ObjectKind.TENANT_RUN.under(tenant, *fields))), _run)
-        return [run for _, run in found]
+        names = await self.store.list(ObjectKind.TENANT_RUN.under(tenant, *fields))
+        return [run for _, run in damage.parsed(reversed(names), _run)]
 
-    async def everybodys_runs(self) -> list[tuple[Tenant, RunId]]:
-        """Of all tenants, in no order that means anything."""
-        listed = [name for name in await self.store.list(ObjectKind.TENANT_RUN.under()) if "/runs/" in name]
-        return damage.parsed(listed, _run)
+    async def runs_of_all_tenants(self) -> list[tuple[Tenant, RunId]]:
+        """(tenant, run) of all tenants, in no particular order."""
+        names = [name for name in await self.store.list(ObjectKind.TENANT_RUN.under()) if "/runs/" in name]
+        return damage.parsed(names, _run)
 
 
 def _fields(session: Session) -> tuple[int, str]:
@@ -69,12 +69,12 @@ def _run_key(session: Session, run: RunId) -> str:
 
 
 def _listed(key: str) -> SessionListing:
-    """Raises ValueError for a key that is none of ours."""
+    """Raises ValueError for a key of another form."""
     _, created_us, session = ObjectKind.TENANT_SESSION.parse(key)
     return SessionListing(int(created_us), SessionId(session))
 
 
 def _run(key: str) -> tuple[Tenant, RunId]:
-    """Raises ValueError for a key that is none of ours."""
+    """Raises ValueError for a key of another form."""
     tenant, _, session, n = ObjectKind.TENANT_RUN.parse(key)
     return Tenant(tenant), ids.make_run_id(SessionId(session), int(n))

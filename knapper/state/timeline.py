@@ -1,7 +1,7 @@
-"""A session as a timeline: every operation of its runs from the moment it was accepted until its answer was durable.
+"""A session as a timeline: every operation of its runs, from its acceptance until its result was durable.
 
 The format is the Trace Event Format in JSON, which ui.perfetto.dev and chrome://tracing open: a run is a process there,
-an operation a pair of asynchronous events. Samples are in no journal, and so in no trace.
+an operation a pair of asynchronous events. Samples are not in the journal, and so not in the trace.
 """
 
 from typing import Any
@@ -18,23 +18,23 @@ _Answers = dict[int, tuple[float, bool]]  # seq -> (when in seconds, whether it 
 
 
 async def of_session(store: Store, runs: list[RunId]) -> bytes:
-    """The document. It tells of the newest operations, up to a limit, and says in `otherData` if there are more."""
+    """The trace as JSON, with the newest operations up to a limit; `otherData` says if there are more."""
     events: list[dict[str, Any]] = []
-    told, more = 0, False
+    count, more = 0, False
     for number, run in enumerate(runs):
-        kept: list[Operation] = []
+        operations: list[Operation] = []
         async for group in history.operations(store, run):
-            room = limits.operations_told_max - told
-            more = more or len(group) > room
-            kept += group[:room]
-            told += len(group[:room])
-            if not room:
+            left = limits.operations_listed_max - count
+            more = more or len(group) > left
+            operations += group[:left]
+            count += len(group[:left])
+            if not left:
                 break
-        answers = await _answers(store, run, min((operation.seq for operation in kept), default=0))
+        answers = await _answers(store, run, min((operation.seq for operation in operations), default=0))
         events.append({"ph": "M", "name": "process_name", "pid": number, "args": {"name": run}})
-        for operation in reversed(kept):
+        for operation in reversed(operations):
             events += _events(number, operation, answers.get(operation.seq))
-    other = {"operations": told, "complete": not more, "operations_max": limits.operations_told_max}
+    other = {"operations": count, "complete": not more, "operations_max": limits.operations_listed_max}
     return msgspec.json.encode({"traceEvents": events, "displayTimeUnit": "ms", "otherData": other})
 
 
@@ -50,13 +50,13 @@ def _events(run: int, operation: Operation, answer: tuple[float, bool] | None) -
 
 
 async def _answers(store: Store, run: RunId, oldest: int) -> _Answers:
-    found: _Answers = {}
+    answers: _Answers = {}
     async for group in history.commits(store, run):
         for commit in group:
-            found |= {result.seq: (commit.committed_at, result.failed) for result in commit.results}
-        if found and min(found) <= oldest:
+            answers |= {result.seq: (commit.committed_at, result.failed) for result in commit.results}
+        if answers and min(answers) <= oldest:
             break
-    return found
+    return answers
 
 
 def _microseconds(at: float) -> int:

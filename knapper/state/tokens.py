@@ -1,4 +1,4 @@
-"""Tokens: short-lived signed statements of who a client is, exchanged for its key and sent in its place."""
+"""Access tokens: short-lived signed statements of a client's identity, which it gets for its key and sends instead."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,13 +18,13 @@ _ALGORITHM = "HS256"
 
 
 class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a token says. The SDK reads `sub`, `org_id` and `email` for whoami, `iat` and `exp` for its refreshes."""
+    """Of a token. The SDK reads `sub`, `org_id` and `email` for whoami, `iat` and `exp` for its refreshes."""
 
     sub: str  # a user's URN
     org_id: str
-    email: str  # empty: there is no person behind the key
+    email: str  # empty: keys have no person
     tenant: str
-    key: str  # the id of the key that it was exchanged for, empty where keys are off; it dies with it
+    key: str  # the id of its key, empty while keys are off; the token is refused once the key is revoked
     iat: int  # seconds since the epoch
     exp: int
 
@@ -39,18 +39,18 @@ class AccessTokens:
 
     @staticmethod
     async def open(store: Store, clock: Callable[[], float], new_id: Callable[[], str]) -> "AccessTokens":
-        """With the store's secret, made now if there is none. `new_id`: 128 random bits in hexadecimal.
+        """With the store's secret, created if there is none. `new_id`: 128 random bits in hexadecimal.
 
-        A damaged one keeps nobody from starting: whoever comes with a token, or for one, hears of it.
+        A damaged secret does not keep a gateway from starting; only requests that need it get the error.
         """
         try:
-            return AccessTokens(clock, await secrets.opened(store, "tokens", new_id))
+            return AccessTokens(clock, await secrets.get_or_create(store, "tokens", new_id))
         except ERRORS as error:
-            damage.tell(error)
+            damage.report(error)
             return AccessTokens(clock, b"", error)
 
     def issue(self, tenant: Tenant, key: str) -> str:
-        """A token that is good for an hour, and no longer than the key of this id."""
+        """A token that is valid for an hour, and no longer than its key."""
         self._expect_secret()
         now = int(self.clock())
         claims = Claims(
@@ -60,16 +60,16 @@ class AccessTokens:
         return jwt.encode(msgspec.structs.asdict(claims), self._secret, algorithm=_ALGORITHM)
 
     def claims(self, token: str) -> Claims:
-        """What it says. Raises InvalidToken for one that has expired, or that was signed elsewhere."""
+        """The claims of a token. Raises InvalidToken if it has expired or this server did not sign it."""
         self._expect_secret()
         with parsing(_not_ours):
-            found = jwt.decode(
+            payload = jwt.decode(
                 token,
                 self._secret,
                 algorithms=[_ALGORITHM],
-                options={"verify_exp": False, "verify_iat": False},  # it would look at a clock of its own
+                options={"verify_exp": False, "verify_iat": False},  # it would read a clock of its own
             )
-            claims = msgspec.convert(found, Claims)
+            claims = msgspec.convert(payload, Claims)
         if self.clock() >= claims.exp:
             raise InvalidToken("the token has expired; exchange your key for another (the SDK does so by itself)")
         return claims

@@ -1,7 +1,7 @@
-"""What a tenant has used: tokens trained, read from the journal; checkpoints saved, and tokens sampled, from records.
+"""A tenant's usage: trained tokens from the journal; saved checkpoints and sampled tokens from records.
 
-The journal knows a week for certain, and every run since its second newest snapshot. Samples are in no journal: the
-gateway counts them, and writes down what it counted.
+The journal has at least a week, and every run since its second newest snapshot. Samples are not in the journal: the
+gateway counts them and stores the counts.
 """
 
 import asyncio
@@ -23,13 +23,13 @@ from knapper.store import Names, Store
 from knapper.wire import proto
 
 HOUR_S = 3600
-_PAGE = 999  # names of one listing, as a bucket tells them in one request
+_PAGE = 999  # names a listing, as a bucket returns them in one request
 
 
 class Sampled(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Tokens of prompts (each once, however many samples it had) and of samples, of one session and model.
 
-    `device_s`: seconds of the device for them; of a sample that was computed twice, once.
+    `device_s`: device seconds for them; a sample that was computed twice counts once.
     """
 
     session: str  # empty: none
@@ -45,7 +45,7 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Samplings(Record, frozen=True, kw_only=True):
-    """What one gateway counted in a minute of that hour."""
+    """The counts of one gateway in a minute of that hour."""
 
     v: int = 2  # the rows of 1 had no device_s
     rows: list[Sampled]
@@ -73,49 +73,51 @@ def record_name(tenant: str, hour: int, record_id: str) -> str:
 
 
 async def names_within(store: Store, prefix: str, window: Window) -> Names:
-    """Of all `<prefix><hour>/...` in the window, and of nothing after it."""
+    """All names `<prefix><hour>/...` in the window; nothing after it is listed."""
     end, after = f"{prefix}{number(window.end)}", f"{prefix}{number(window.first)}"
-    found: Names = []
+    names: Names = []
     while page := await store.list(prefix, start_after=after, limit=_PAGE):
-        found += [name for name in page if name < end]
+        names += [name for name in page if name < end]
         after = page[-1]
         if len(page) < _PAGE or after >= end:
             break
-    return found
+    return names
 
 
 async def tokens_sampled(store: Store, tenant: str, window: Window) -> list[tuple[int, Sampled]]:
-    """(hour, tokens) of each hour, session and model. Raises InvalidField if there is too much for one answer."""
+    """(hour, tokens) of each hour, session and model. Raises InvalidField if there is too much for one response."""
 
     async def read(name: str) -> tuple[int, list[Sampled]]:
         data = await store.get(name)
-        assert data is not None, "they are never deleted"
+        assert data is not None, "usage records are never deleted"
         return int(ObjectKind.USAGE.parse(name)[1]), decode(data, Samplings, name).rows
 
-    within = await names_within(store, ObjectKind.USAGE.under(tenant), window)
-    if len(within) > limits.operations_told_max:
+    names = await names_within(store, ObjectKind.USAGE.under(tenant), window)
+    if len(names) > limits.operations_listed_max:
         raise too_much(window, "minutes of samples")
     totals: dict[tuple[int, str, str], Sampled] = {}
-    for hour, rows in await damage.readable(within, read):
+    for hour, rows in await damage.readable(names, read):
         for row in rows:
             key = hour, row.session, row.base_model
             before = totals.get(key, Sampled(session=row.session, base_model=row.base_model))
             totals[key] = before.plus(row.prompt, row.sampled, row.device_s)
-    return [(hour, found) for (hour, _, _), found in totals.items()]
+    return [(hour, total) for (hour, _, _), total in totals.items()]
 
 
 async def tokens_trained(store: Store, runs: list[RunId], window: Window) -> dict[tuple[int, RunId], int]:
     """Tokens of the accepted forward_backward requests (forward alone too), by hour and run.
 
-    Raises InvalidField if too much happened in the window to be counted at once.
+    Raises InvalidField if the window has too many operations for one response.
     """
     counted: Counter[tuple[int, RunId]] = Counter()
     read = 0
     for run in runs:
         async for group in history.operations(store, run):
-            within = [(hour, each) for each in group if (hour := window.hour(each.accepted_at)) is not None]
+            within = [
+                (hour, operation) for operation in group if (hour := window.hour(operation.accepted_at)) is not None
+            ]
             read += len(within)
-            if read > limits.operations_told_max:
+            if read > limits.operations_listed_max:
                 raise too_much(window, "operations")
             for hour, operation in within:
                 counted[hour, run] += await damage.unless(asyncio.to_thread(tokens_of, operation), 0)
@@ -125,16 +127,16 @@ async def tokens_trained(store: Store, runs: list[RunId], window: Window) -> dic
 
 
 async def device_seconds(store: Store, runs: list[RunId], window: Window) -> dict[tuple[int, RunId], float]:
-    """Seconds of the device that the published results took, by hour and run; each counts once, whatever was replayed.
+    """Device seconds of the published results, by hour and run; replays count nothing.
 
-    Raises InvalidField if too much happened in the window to be counted at once.
+    Raises InvalidField if the window has too many operations for one response.
     """
     seconds: dict[tuple[int, RunId], float] = {}
     read = 0
     for run in runs:
         async for group in history.commits(store, run):
-            read += sum(window.hour(each.committed_at) is not None for each in group)
-            if read > limits.operations_told_max:
+            read += sum(window.hour(commit.committed_at) is not None for commit in group)
+            if read > limits.operations_listed_max:
                 raise too_much(window, "operations")
             for commit in group:
                 if (hour := window.hour(commit.committed_at)) is not None:
@@ -145,29 +147,28 @@ async def device_seconds(store: Store, runs: list[RunId], window: Window) -> dic
 
 
 def checkpoints_saved(living: list[CheckpointEntry], window: Window) -> dict[tuple[int, RunId], int]:
-    """Checkpoints that live, by the hour of their saving and run."""
+    """Living checkpoints, by the hour of their save and by run."""
     hours = [(window.hour(label.saved_at), label.path.run) for label in living]
     return Counter((hour, run) for hour, run in hours if hour is not None)
 
 
 def stored_bytes(living: list[CheckpointEntry]) -> int:
-    """Of all their files; those that several share count once."""
+    """The size of all their files; shared ones count once."""
     return sum({label.bundle: label.size_bytes for label in living}.values())
 
 
 def tokens_of(operation: Operation) -> int:
-    """Of a forward pass, of another operation 0. Takes a while."""
+    """Tokens of a forward pass; 0 for other operations. Slow: it decodes the body."""
     if operation.kind != "forward_backward":
         return 0
     try:
         request = proto.decode_forward_backward(operation.body())
-    except UserError:  # it was answered with this error, and trained nothing
+    except UserError:  # its result is this error, and it trained nothing
         return 0
     return sum(datum.tokens.size for datum in request.data)
 
 
 def too_much(window: Window, what: str) -> InvalidField:
-    return InvalidField(
-        "starting_on", begin_of(window.first).isoformat(), f"a window with at most {limits.operations_told_max} {what}",
-        "Ask for fewer hours at a time",
-    )  # fmt: skip
+    allowed = f"a window with at most {limits.operations_listed_max} {what}"
+    begin = begin_of(window.first).isoformat()
+    return InvalidField("starting_on", begin, allowed, "Ask for fewer hours at a time")

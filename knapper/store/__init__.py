@@ -8,27 +8,21 @@ Names = list[str]  # inside a class with a verb `list`, the word means the verb
 
 @runtime_checkable
 class Store(Protocol):
-    """What every backend does, exactly; `tests/store` holds all of them to it.
+    """The contract of every backend; `tests/store` holds all of them to it.
 
     Names are '/'-separated, non-empty segments without '.' or '..' as a whole segment. Every verb may raise
-    StoreError; after a failed
-    `put_if_absent` or `delete` it is unknown whether it happened. Reads see every earlier acknowledged write.
+    StoreError; after a failed `put_if_absent` or `delete` it is unknown whether it happened. Reads see every earlier
+    acknowledged write.
     """
 
     async def put_if_absent(self, name: str, data: bytes) -> bool:
-        """Create the object and return True once it is durable.
-
-        Return False if the name is taken (whatever its bytes).
-        """
+        """Create the object and return True once it is durable; False if the name is taken, even by the same bytes."""
 
     async def get(self, name: str) -> bytes | None:
         """The whole object, or None."""
 
     async def list(self, prefix: str, start_after: str = "", limit: int = 0) -> Names:
-        """Names that begin with `prefix` and sort after `start_after`, in order of code points.
-
-        At most `limit` (0: all).
-        """
+        """At most `limit` (0: all) names with `prefix` that sort after `start_after`, in order of code points."""
 
     async def delete(self, name: str) -> None:
         """Remove the object; a missing one is no error."""
@@ -36,18 +30,18 @@ class Store(Protocol):
 
 @runtime_checkable
 class Leaving(Protocol):
-    """A store in which a writer that dies leaves something behind."""
+    """A store in which a writer that dies may leave garbage."""
 
     async def forget_torn_writes(self, now: float) -> int: ...
 
 
 async def forget_torn_writes(store: Store, now: float) -> int:
-    """Delete what writers that died a week ago left in the store, which nothing refers to. Return how many objects."""
+    """Delete the unreferenced garbage of writers that died a week ago. Return how many objects."""
     return await store.forget_torn_writes(now) if isinstance(store, Leaving) else 0
 
 
 def check_name(name: str) -> str:
-    """The name, or ValueError: a defect of the caller, since requests never name objects."""
+    """The name. Raises ValueError for a bad one, which is a defect of the caller: requests never name objects."""
     if (
         not name
         or len(name) > NAME_CHARS_MAX

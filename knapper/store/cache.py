@@ -1,4 +1,4 @@
-"""Values in memory: the most recently used ones; what takes long is loaded once, however many ask for it."""
+"""An LRU cache with single-flight loading."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -13,9 +13,9 @@ V = TypeVar("V")
 
 
 class LruCache(Generic[K, V]):
-    """At most `size_max`, summed over the values; without a `size`, each counts for one.
+    """The most recently used values, of at most `size_max` together; without `size`, each value counts 1.
 
-    A value that is larger by itself is not kept.
+    A value larger than `size_max` is not kept.
     """
 
     def __init__(self, size_max: int = _VALUES_MAX, size: Callable[[V], int] = lambda _: 1) -> None:
@@ -24,7 +24,7 @@ class LruCache(Generic[K, V]):
         self._loading: dict[K, asyncio.Future[V]] = {}
 
     async def get(self, key: K, load: Callable[[], Awaitable[V]]) -> V:
-        """The value, loaded by each who asks while it is not there. Needs no event loop: the simulation has none."""
+        """The value; concurrent callers may each load it. Needs no event loop: the simulation has none."""
         if key in self._values:
             return self._values[key]
         value = await load()
@@ -32,9 +32,9 @@ class LruCache(Generic[K, V]):
         return value
 
     async def get_once(self, key: K, load: Callable[[], Awaitable[V]]) -> V:
-        """The value, with a single `load` under way, which goes on when the first of its callers leaves.
+        """The value, loaded once for all concurrent callers; cancelling one of them does not stop the load.
 
-        Raises what `load` does, and keeps nothing then.
+        Raises the error of `load`, which is not cached.
         """
         if key in self._values:
             return self._values[key]
@@ -45,30 +45,30 @@ class LruCache(Generic[K, V]):
 
     def _loaded(self, key: K, loading: asyncio.Future[V]) -> None:
         failed = loading.cancelled() or loading.exception() is not None
-        if self._loading.get(key) is loading:  # else it was forgotten, or replaced, while it was under way
+        if self._loading.get(key) is loading:  # else the key was forgotten or replaced meanwhile
             del self._loading[key]
             if not failed:
                 self.keep(key, loading.result())
 
     @property
     def size(self) -> float:
-        """Of all values together."""
+        """The size of all values together."""
         return self._values.currsize
 
     def known(self, key: K) -> V | None:
-        """The value if it is in memory."""
+        """The value if it is cached."""
         return self._values.get(key)
 
     def known_keys(self) -> list[K]:
         return list(self._values)
 
     def keep(self, key: K, value: V) -> None:
-        """Remember the value, in the place of any other."""
+        """Cache the value, replacing any other."""
         self.forget(key)
         if self._size(value) <= self._values.maxsize:
             self._values[key] = value
 
     def forget(self, key: K) -> None:
-        """Load it anew the next time."""
+        """Drop the value; the next `get` loads it."""
         self._values.pop(key, None)
         self._loading.pop(key, None)

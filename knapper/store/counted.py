@@ -1,4 +1,4 @@
-"""A store whose calls are counted and timed: `knapper_store_calls` and `knapper_store_seconds`."""
+"""Counts and times the calls of a store: `knapper_store_calls` and `knapper_store_seconds`."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -14,30 +14,30 @@ class CountedStore:
     """The store, counted."""
 
     store: Store
-    now: Callable[[], float] = time.monotonic  # noqa: TID251  what it takes is measured, and decides nothing
+    now: Callable[[], float] = time.monotonic  # noqa: TID251  measured for metrics, decides nothing
 
     async def put_if_absent(self, name: str, data: bytes) -> bool:
-        with self._counted("put_if_absent") as say:
-            won = await self.store.put_if_absent(name, data)
-            say("ok" if won else "lost")
-            return won
+        with self._counted("put_if_absent") as set_outcome:
+            created = await self.store.put_if_absent(name, data)
+            set_outcome("ok" if created else "lost")
+            return created
 
     async def get(self, name: str) -> bytes | None:
-        with self._counted("get") as say:
+        with self._counted("get") as set_outcome:
             data = await self.store.get(name)
-            say("missing" if data is None else "ok")
+            set_outcome("missing" if data is None else "ok")
             return data
 
     async def list(self, prefix: str, start_after: str = "", limit: int = 0) -> Names:
-        with self._counted("list") as say:
+        with self._counted("list") as set_outcome:
             names = await self.store.list(prefix, start_after, limit)
-            say("ok")
+            set_outcome("ok")
             return names
 
     async def delete(self, name: str) -> None:
-        with self._counted("delete") as say:
+        with self._counted("delete") as set_outcome:
             await self.store.delete(name)
-            say("ok")
+            set_outcome("ok")
 
     async def forget_torn_writes(self, now: float) -> int:
         return await forget_torn_writes(self.store, now)
@@ -46,7 +46,7 @@ class CountedStore:
     def _counted(self, verb: str) -> Iterator[Callable[[str], None]]:
         began, outcome = self.now(), ["failed"]
         try:
-            yield lambda said: outcome.__setitem__(0, said)
+            yield lambda value: outcome.__setitem__(0, value)
         finally:
             metrics.store_calls.labels(verb, outcome[0]).inc()
             metrics.store_seconds.labels(verb).observe(self.now() - began)

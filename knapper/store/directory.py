@@ -1,8 +1,8 @@
 """The store in a local directory.
 
-Durable through fsync, exclusive through link(2). Any number of processes may share it, and each may die at any line. So
-what is there need not be durable yet, and whoever meets it makes it so before it acts on it: an object has two names
-until its directory was synced, and a directory's mark stays until the one around it was.
+Durable through fsync, exclusive through link(2). Any number of processes may share it, and each may die at any line. An
+existing object may thus not be durable yet, and a process makes it so before it relies on it: an object has two names
+until its directory was synced, and a directory has a mark until its parent was.
 """
 
 import asyncio
@@ -18,16 +18,13 @@ from knapper.store import Names, check_name, files, private
 
 _TEMPORARY = ".tmp"
 _SMALL_BYTES = 64 * 1024
-_UNSYNCED = stat.S_ISVTX  # the mark of a directory whose name may not be durable; of no other meaning to us
+_UNSYNCED = stat.S_ISVTX  # the mark of a directory whose name may not be durable; it has no other use here
 _SYNCED_MAX = 16384
 _AT_ONCE: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux: read what the page cache has, or nothing
 
 
 class DirectoryStore:
-    """Object `a/b/c` is the file `a/b/c`.
-
-    No object's name may be the beginning of another's path (`a` beside `a/b`).
-    """
+    """Object `a/b/c` is the file `a/b/c`. No object's name may be a directory of another's (`a` beside `a/b`)."""
 
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()
@@ -37,7 +34,7 @@ class DirectoryStore:
             private.make(self._root)
             self._temporary.mkdir(exist_ok=True)
             for directory in (self._root, *self._root.parents):
-                with suppress(PermissionError):  # who may not look into a directory has made nothing there
+                with suppress(PermissionError):  # an unreadable directory is not of this account's making
                     _sync_directory(directory)
             for torn in self._temporary.iterdir():  # nothing refers to it
                 files.forget_torn(torn)
@@ -67,31 +64,31 @@ class DirectoryStore:
         return self._root / name
 
     def _put(self, path: Path, data: bytes) -> bool:
-        if self._is_there(path):  # the usual fate of a retry, without the cost of a write
+        if self._exists(path):  # the usual case of a retry, without the cost of a write
             return False
-        won = unsynced = False
+        created = unsynced = False
         temporary = self._temporary / files.random_name()
         try:
-            with files.beginning(temporary) as file:  # until it has its name: a torn write is one that nobody holds
+            with files.create_locked(temporary) as file:  # until it has its name: an unlocked file is a torn write
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-                won = unsynced = self._link(temporary, path)
-                if won:
+                created = unsynced = self._link(temporary, path)
+                if created:
                     _sync_directory(path.parent)
                     unsynced = False
-            if not won:
-                self._is_there(path)
-            return won
+            if not created:
+                self._exists(path)
+            return created
         except OSError as error:
             raise _explained(error, f"write {path}") from error
         finally:
             if not unsynced:
-                with suppress(OSError):  # what is left here is forgotten at the next start
+                with suppress(OSError):  # a file that is left here is removed at the next start
                     temporary.unlink(missing_ok=True)
 
-    def _is_there(self, path: Path) -> bool:
-        """Whether the name is taken. If it is, the object is durable on return, however its writer ended."""
+    def _exists(self, path: Path) -> bool:
+        """Whether the name is taken. If so, the object is durable on return, even if its writer died."""
         try:
             status = path.stat()
             self._make_durable(path, status)
@@ -102,15 +99,15 @@ class DirectoryStore:
         return True
 
     def _make_durable(self, path: Path, status: os.stat_result) -> None:
-        """Of an object that is there: its bytes were synced before it had this name."""
+        """Sync the directory of an existing object; its bytes were synced before it got this name."""
         if status.st_nlink == 1 or stat.S_ISDIR(status.st_mode):
             return
-        known = status.st_ino, status.st_mtime_ns  # who makes backups with links gives all objects more names
-        if known not in self._synced:
+        identity = status.st_ino, status.st_mtime_ns  # a backup by hard links gives all objects more names
+        if identity not in self._synced:
             _sync_directory(path.parent)
             if len(self._synced) >= _SYNCED_MAX:
                 self._synced.clear()
-            self._synced.add(known)
+            self._synced.add(identity)
 
     def _link(self, temporary: Path, path: Path) -> bool:
         """Give the file its name. False if that is taken."""
@@ -121,7 +118,7 @@ class DirectoryStore:
                 return True
             except FileExistsError:
                 return False
-            except FileNotFoundError:  # whoever deleted the last object of the directory took that along
+            except FileNotFoundError:  # a deletion of its last object removed the directory
                 if not temporary.exists():
                     raise
 
@@ -162,18 +159,18 @@ class DirectoryStore:
     def _delete(self, path: Path) -> None:
         try:
             path.unlink(missing_ok=True)
-            _sync_directory(self._without_empty(path.parent))
+            _sync_directory(self._remove_empty(path.parent))
         except NotADirectoryError:
             return
         except OSError as error:
             raise _explained(error, f"delete {path}") from error
 
-    def _without_empty(self, directory: Path) -> Path:
-        """Remove the directory and those around it, as far as they are empty; return the first that is left."""
+    def _remove_empty(self, directory: Path) -> Path:
+        """Remove the directory and its parents while they are empty; return the first that is left."""
         while directory != self._root:
             try:
                 directory.rmdir()
-            except FileNotFoundError:  # another was faster, or it never was
+            except FileNotFoundError:  # removed by another process, or never created
                 pass
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -183,7 +180,7 @@ class DirectoryStore:
         return directory
 
     def _make_directory(self, directory: Path) -> None:
-        """Durable on return, whoever made it; or gone again: whoever deletes takes empty ones along."""
+        """Create the directory, durably. It may be gone on return: deletions remove empty directories."""
         while True:
             try:
                 if not directory.stat().st_mode & _UNSYNCED:
@@ -196,10 +193,10 @@ class DirectoryStore:
 
 
 def _in_memory(path: Path) -> bytes | None:
-    """The bytes of a small file that needs no disk to be read; None if it does, or if that cannot be told.
+    """The bytes of a small file in the page cache, or None if reading it may need the disk.
 
-    Half of all reads look for an operation that has not come, or was written a moment ago: a thread for each of them
-    would cost ten times the read. Raises OSError for a path at which there is no file.
+    Half of all reads are for an operation that has not arrived, or was written a moment ago; a thread for each would
+    cost ten times the read. Raises OSError if there is no file.
     """
     if _AT_ONCE is None:
         return None
@@ -216,24 +213,24 @@ def _in_memory(path: Path) -> bytes | None:
             os.close(descriptor)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise
-    except (
-        OSError
-    ):  # it is not in memory, or this file system does not say; whatever else it is, the thread meets again
+    except OSError:  # not in the page cache, or unknown to this file system; other errors come again in the thread
         return None
 
 
 def _sync_new_directory(directory: Path) -> None:
-    """Make its name durable, then take its mark away. Raises FileNotFoundError if it is gone."""
+    """Make its name durable, then remove its mark. Raises FileNotFoundError if it is gone."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         _sync_directory(directory.parent)
-        os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) & ~_UNSYNCED)  # of this very one
+        os.fchmod(
+            descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) & ~_UNSYNCED
+        )  # by descriptor: its path may be another's by now
     finally:
         os.close(descriptor)
 
 
 def _sync_directory(directory: Path) -> None:
-    """If it is gone by now, with the last of its objects, then the first around it that is there."""
+    """Sync the directory, or the nearest parent if it was removed with its last object."""
     while True:
         try:
             descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)

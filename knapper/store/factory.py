@@ -1,7 +1,7 @@
-"""Which store the settings name, opened."""
+"""Opens the store that the settings name."""
 
 import re
-from secrets import token_hex  # noqa: TID251 - marks of writers: never replayed, and unlike those of all other processes
+from secrets import token_hex  # noqa: TID251 - marks of writers: unique, and never replayed
 
 from knapper.errors import InvalidField
 from knapper.settings import Settings, variable
@@ -13,9 +13,9 @@ _ALLOWED = "empty (a directory below KNAPPER_DATA), or gs://BUCKET or gs://BUCKE
 
 
 def open_store(settings: Settings) -> Store:
-    """The store of this deployment. Raises InvalidField for an address that is none.
+    """The store of this deployment. Raises InvalidField for a bad address.
 
-    Of a bucket, nothing is looked at before the first verb; its client is only imported for one.
+    A bucket is not accessed before the first verb; its client is imported only if one is named.
     """
     if not settings.store:
         return DirectoryStore(settings.store_directory)
@@ -31,7 +31,7 @@ def bucket_of(setting: str, address: str) -> tuple[str, str]:
     if match is None:
         raise InvalidField(variable(setting), address, _ALLOWED)
     try:
-        import knapper.store.gcs  # noqa: F401  only to see whether it is there
+        import knapper.store.gcs  # noqa: F401  only to see whether its client is installed
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("google"):
             raise

@@ -1,7 +1,7 @@
-"""Files that appear whole, in directories that no link leads out of: who may write beside them gains nothing by it.
+"""Atomic file writes, in directories without symbolic links: other writers of a directory cannot redirect them.
 
-What is under way has a random name that must be new, is for this account alone, and is held for as long as its writer
-lives: neither a link that lies in wait nor a process of the same number in another container is ever met.
+A temporary file has a random name that must be new, is readable by this account alone, and is locked while its writer
+lives. So neither a link under its name nor a process with the same pid in another container does harm.
 """
 
 import errno
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
-from secrets import token_hex  # noqa: TID251 - names that nobody can guess: never replayed, and read by nobody
+from secrets import token_hex  # noqa: TID251 - names that cannot be guessed, and are never replayed
 from typing import BinaryIO
 
 _NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -21,7 +21,7 @@ _OURS = 0o600
 
 
 class UnexpectedSymlink(OSError):
-    """A symbolic link lies where a directory or a file was meant."""
+    """A symbolic link in place of a directory or file."""
 
 
 def random_name(prefix: str = "") -> str:
@@ -29,46 +29,46 @@ def random_name(prefix: str = "") -> str:
 
 
 @contextmanager
-def beginning(path: Path) -> Iterator[BinaryIO]:
-    """A new file to write, held until this is left. Raises FileExistsError for a name that is taken, by any link."""
+def create_locked(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write, locked until the context ends. Raises FileExistsError if a file or link has the name."""
     while True:
         descriptor = os.open(path, os.O_RDWR | _NEW, _OURS)
         with os.fdopen(descriptor, "w+b") as file:
-            hold(descriptor)
-            if not os.fstat(descriptor).st_nlink:  # it was taken for torn before it was held
+            lock(descriptor)
+            if not os.fstat(descriptor).st_nlink:  # another process removed it as torn before the lock
                 continue
             yield file
             return
 
 
-def opened(path: Path) -> BinaryIO:
-    """A file to read and write, made if there is none, as it is. Raises OSError for a link."""
+def open_or_create(path: Path) -> BinaryIO:
+    """The file, to read and write. Raises OSError for a link."""
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, _OURS), "r+b")
 
 
 def forget_torn(path: Path) -> None:
-    """Remove a file that was begun and whose writer lives no more."""
+    """Remove a temporary file whose writer has died."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return
     try:
-        if torn(descriptor):
-            if os.fstat(descriptor).st_nlink > 1:  # its other name may not be durable: that this one is there says so
+        if is_torn(descriptor):
+            if os.fstat(descriptor).st_nlink > 1:  # its other name may not be durable, as this one shows
                 os.sync()
             path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 
 
-def hold(descriptor: int) -> None:
-    """Lock it until it is closed here. Where a file system has no locks, nobody can take it for torn either."""
+def lock(descriptor: int) -> None:
+    """Lock the file until it is closed. On a file system without locks, `is_torn` is never true either."""
     with suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # whoever looks whether it is torn has it for a moment
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # `is_torn` of another process has it for a moment
 
 
-def torn(descriptor: int) -> bool:
-    """Whether nobody holds what was begun; then nobody else takes it for torn until it is closed here."""
+def is_torn(descriptor: int) -> bool:
+    """Whether no writer has the file locked. If so, it is locked here, and torn for no other process."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -78,7 +78,7 @@ def torn(descriptor: int) -> bool:
 
 @contextmanager
 def directory(path: Path) -> Iterator[int]:
-    """A descriptor of it. Links on the way are followed: whoever names this path put them there."""
+    """A descriptor of the directory. Follows links: the path comes from the operator."""
     descriptor = os.open(path, _FOLDER)
     try:
         yield descriptor
@@ -88,10 +88,10 @@ def directory(path: Path) -> Iterator[int]:
 
 @contextmanager
 def below(root: Path, folders: Sequence[str], *, make: bool = False) -> Iterator[int]:
-    """A descriptor of root/a/b, in which neither a nor b is a link, whatever others do meanwhile.
+    """A descriptor of root/a/b, where neither a nor b is a link, even if other processes change them meanwhile.
 
-    `make`: what is missing is made, durably, for this account alone. Raises Link, FileNotFoundError or
-    NotADirectoryError.
+    `make`: create missing directories, durably and for this account alone. Raises UnexpectedSymlink,
+    FileNotFoundError or NotADirectoryError.
     """
     descriptor = os.open(root, _FOLDER)
     try:
@@ -100,7 +100,7 @@ def below(root: Path, folders: Sequence[str], *, make: bool = False) -> Iterator
                 with suppress(FileExistsError):
                     os.mkdir(folder, 0o700, dir_fd=descriptor)
             inner = _open(folder, _FOLDER, descriptor)
-            if make:  # also what somebody made who died before it was durable
+            if make:  # also for a directory whose creator died before this
                 os.fsync(descriptor)
             os.close(descriptor)
             descriptor = inner
@@ -111,7 +111,7 @@ def below(root: Path, folders: Sequence[str], *, make: bool = False) -> Iterator
 
 @contextmanager
 def within(folder: int, name: str) -> Iterator[int]:
-    """A descriptor of a directory in it. Raises as `below` does."""
+    """A descriptor of the directory `name` in `folder`. Raises as `below` does."""
     descriptor = _open(name, _FOLDER, folder)
     try:
         yield descriptor
@@ -120,29 +120,29 @@ def within(folder: int, name: str) -> Iterator[int]:
 
 
 def regular(folder: int, path: str, folders_max: int) -> Iterator[tuple[str, int, str]]:
-    """(path, folder, name) of each regular file below `folder`, which is `path`: links lead nowhere.
+    """(path, folder, name) of each regular file below `folder`, whose path is `path`. Links are not followed.
 
-    Each one's folder is open until the next is asked for. Left out is what this account may not look into, what lies
-    deeper than `folders_max` folders, however deep somebody dug, and what has a name that is no text.
+    `folder` is an open descriptor until the next item. Unreadable folders, those deeper than `folders_max`, and names
+    that are not UTF-8 are left out.
     """
     for entry in [*os.scandir(folder)]:
-        where = f"{path}/{entry.name}"
-        if not _is_text(where):
+        full_path = f"{path}/{entry.name}"
+        if not _is_text(full_path):
             continue
         try:
             if entry.is_dir(follow_symlinks=False):
                 if folders_max > 0:
                     with within(folder, entry.name) as inner:
-                        yield from regular(inner, where, folders_max - 1)
+                        yield from regular(inner, full_path, folders_max - 1)
             elif entry.is_file(follow_symlinks=False):
-                yield where, folder, entry.name
+                yield full_path, folder, entry.name
         except (UnexpectedSymlink, FileNotFoundError, NotADirectoryError, PermissionError):
-            continue  # it was something else a moment ago, or is somebody's own
+            continue  # it has just changed, or is unreadable
 
 
 def read(folder: int, name: str) -> BufferedReader:
-    """A regular file to read. Raises Link, FileNotFoundError, or IsADirectoryError for whatever else it is."""
-    descriptor = _open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, folder)  # a pipe must not be waited for
+    """A regular file to read. Raises UnexpectedSymlink, FileNotFoundError, or IsADirectoryError for anything else."""
+    descriptor = _open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, folder)  # do not block on a pipe
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
@@ -150,14 +150,14 @@ def read(folder: int, name: str) -> BufferedReader:
 
 
 def replace(folder: int, name: str, data: bytes, *, prefix: str = ".", mode: int = _OURS) -> None:
-    """The file has these bytes, durably, and nobody sees half of them. A link there goes, and not what it leads to."""
+    """Write the file, durably and atomically. A link with this name is replaced, its target left alone."""
     with replacement(folder, name, prefix=prefix, mode=mode) as file:
         file.write(data)
 
 
 @contextmanager
 def replacement(folder: int, name: str, *, prefix: str = ".", mode: int = _OURS) -> Iterator[BinaryIO]:
-    """The same with what is written to the file by the end; if that raises, nothing is changed."""
+    """As `replace`, with the bytes that are written to the file; an exception leaves the old file."""
     temporary = random_name(prefix)
     descriptor = os.open(temporary, os.O_WRONLY | _NEW, _OURS, dir_fd=folder)
     try:
@@ -175,15 +175,16 @@ def replacement(folder: int, name: str, *, prefix: str = ".", mode: int = _OURS)
 
 
 def extend(folder: int, name: str, data: bytes) -> bool:
-    """Append, durably, what `data` has beyond the file, in one write. False, and nothing is done, where that is no way
-    from the one to the other: there is no file, it does not begin `data`, or it has another name beside this one.
+    """Append the rest of `data` to a file that has its beginning, durably, in one write.
+
+    False, without a change, if there is no file, it is no beginning of `data`, or it has another name beside this one.
     """
     try:
         descriptor = _open(name, os.O_RDWR | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, folder)
     except OSError:
         return False
     with os.fdopen(descriptor, "r+b", buffering=0) as file:
-        hold(descriptor)  # or two writers would append the same
+        lock(descriptor)  # or two writers would append the same
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size > len(data):
             return False
@@ -199,7 +200,7 @@ def extend(folder: int, name: str, data: bytes) -> bool:
 def _open(name: str, flags: int, folder: int) -> int:
     try:
         return os.open(name, flags | os.O_NOFOLLOW, dir_fd=folder)
-    except OSError as error:  # which error a link is depends on the system and the flags
+    except OSError as error:  # a link's error depends on the system and the flags
         if _is_link(name, folder):
             raise UnexpectedSymlink(errno.ELOOP, "symbolic links are not followed", name) from error
         raise
@@ -215,6 +216,6 @@ def _is_link(name: str, folder: int) -> bool:
 def _is_text(name: str) -> bool:
     try:
         name.encode()
-    except UnicodeEncodeError:  # bytes of a name that are no UTF-8
+    except UnicodeEncodeError:  # the name is not UTF-8
         return False
     return True

@@ -1,10 +1,10 @@
 """The store in a bucket of Google Cloud Storage. The one module that imports its client.
 
-Every object is created on the condition that its name is free, and never changed. A request that was repeated, or whose
-answer was lost, may have won without knowing: so each writer marks what it writes, and on doubt reads who won.
+Every object is created on the condition that its name is free, and never changed. A repeated upload, or one whose
+response was lost, may have succeeded unnoticed: so each writer marks its objects, and reads the mark when in doubt.
 
-What is larger than one conditional upload may be goes up as parts under names of their own, in parallel; the object
-itself is then a small pointer to them. So who wins a name is always decided by one small conditional upload.
+Large objects are uploaded as parts under names of their own, in parallel; the object itself is then a small pointer to
+them. So one small conditional upload always decides which writer gets a name.
 """
 
 import asyncio
@@ -29,12 +29,12 @@ from knapper.errors import Corrupt, StoreError
 from knapper.store import Names, check_name
 
 part_bytes_max = 8 * limits.MIB  # of one upload; the client would send more as a resumable one
-_PARTS = ".parts/"  # objects below it are the store's own
-_POINTER = b"knapper parts 1\n"  # how a pointer begins; whatever else begins so goes up as parts too
+_PARTS = ".parts/"  # the prefix of parts; no other object has it
+_POINTER = b"knapper parts 1\n"  # the beginning of a pointer; other content that begins so is uploaded as parts too
 _WRITER, _ID, _COUNT, _OF = "knapper-writer", "knapper-parts", "knapper-count", "knapper-of"  # metadata of objects
-_AT_ONCE, _PARTS_AT_ONCE = 32, 8  # requests; parts have threads of their own: no commit waits behind a snapshot
+_AT_ONCE, _PARTS_AT_ONCE = 32, 8  # requests; parts have their own threads, so that no commit waits for a snapshot
 _TIMEOUT_S = (5.0, 30.0)  # to connect, and between bytes
-_PATIENCE_S = 20.0  # of the retries of one request; clients have more, and who calls the store tries again anyway
+_PATIENCE_S = 20.0  # for the retries of one request; clients wait longer, and callers of the store retry anyway
 _FAILURES = (
     GoogleAPIError, GoogleAuthError, InvalidResponse, DataCorruption, requests.RequestException, HTTPError, OSError,
 )  # fmt: skip
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 class _Pointer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What stands in the place of a large object: where its parts are, and what they make."""
+    """The content of a large object's name: the id, number, total size and hash of its parts."""
 
     id: str
     count: int
@@ -51,12 +51,12 @@ class _Pointer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def connect() -> storage.Client:
-    """A client with the credentials of this machine; of the emulator at STORAGE_EMULATOR_HOST, and then anonymous."""
-    client = storage.Client(project=None)  # buckets are found without one, and credentials may not name any
-    # For spans, it would ask about the bucket in the background, and again after each missing object; those are many,
-    # and asking takes a permission that nothing else here needs.
+    """A client with this machine's credentials, or anonymous for the emulator at STORAGE_EMULATOR_HOST."""
+    client = storage.Client(project=None)  # not needed for buckets, and credentials may not name one
+    # For its traces the client would read the bucket's metadata in the background, again after each missing object:
+    # there are many, and it takes a permission that nothing else here needs.
     client._bucket_metadata_cache = None
-    # The library's session keeps ten connections, and would open and close all others for each request.
+    # By default the session keeps ten connections, and opens and closes all others for each request.
     adapter = HTTPAdapter(pool_connections=2, pool_maxsize=_AT_ONCE + _PARTS_AT_ONCE)
     client._http.mount("https://", adapter)
     client._http.mount("http://", adapter)
@@ -72,7 +72,7 @@ class GcsStore:
     def __init__(self, bucket: str, prefix: str, new_id: Callable[[], str], patience_s: float = _PATIENCE_S) -> None:
         self._bucket_name, self._prefix = bucket, prefix
         self._new_id = new_id
-        # The library's policies. Uploads have a condition; reads and deletes can be repeated without one.
+        # Uploads have a condition; reads and deletes can be repeated without one.
         self._again = retry.DEFAULT_RETRY.with_delay(0.2, 4.0, 2.0).with_timeout(patience_s)
         self._again_if_conditional = retry.ConditionalRetryPolicy(
             self._again, retry.is_generation_specified, ["query_params"]
@@ -96,7 +96,7 @@ class GcsStore:
         await self._run(self._delete, self._checked(name))
 
     async def forget_torn_writes(self, now: float) -> int:
-        """Delete parts that no object needs, older than seven days: their writers died. Return how many."""
+        """Delete unreferenced parts older than seven days, whose writers died. Return how many."""
         return await self._run(self._forget_torn_writes, now)
 
     async def _run(self, verb: Callable[..., T], *arguments: object) -> T:
@@ -109,7 +109,7 @@ class GcsStore:
         return name
 
     def close(self) -> None:
-        """Free its threads and connections. Without it, they end with the process."""
+        """Close threads and connections, which otherwise end with the process."""
         self._threads.shutdown()
         self._part_threads.shutdown()
         if self._connected is not None:
@@ -122,17 +122,17 @@ class GcsStore:
             return self._create(name, data, {})
         pointer = _Pointer(self._new_id(), -(-len(data) // part_bytes_max), len(data), hashlib.sha256(data).digest())
         view = memoryview(data)
-        pieces = [bytes(view[at : at + part_bytes_max]) for at in range(0, len(data), part_bytes_max)]
-        parts = zip(_names(pointer.id, pointer.count), pieces, strict=True)
+        chunks = [bytes(view[at : at + part_bytes_max]) for at in range(0, len(data), part_bytes_max)]
+        parts = zip(_names(pointer.id, pointer.count), chunks, strict=True)
         list(self._part_threads.map(lambda part: self._create(part[0], part[1], {_OF: name}), parts))
         metadata = {_ID: pointer.id, _COUNT: str(pointer.count)}
-        won = self._create(name, _POINTER + msgspec.msgpack.encode(pointer), metadata)
-        if not won:
+        created = self._create(name, _POINTER + msgspec.msgpack.encode(pointer), metadata)
+        if not created:
             self._delete_parts(pointer.id, pointer.count)
-        return won
+        return created
 
     def _create(self, name: str, data: bytes, metadata: dict[str, str]) -> bool:
-        """One conditional upload. True if the object is ours, whatever became of the answers."""
+        """One conditional upload. True if the object is this call's, even if its response was lost."""
         mark = self._new_id()
         try:
             blob = self._blob(name)
@@ -143,7 +143,7 @@ class GcsStore:
             )  # fmt: skip
             self._seen = True
             return True
-        except PreconditionFailed:  # by another's object, or by our own, if its answer was lost and we tried again
+        except PreconditionFailed:  # another writer's object, or this one's, whose response was lost before a retry
             return self._writer(name) == mark
         except (NotFound, Forbidden, Unauthorized) as error:
             self._explain(error, f"write {name}")
@@ -153,12 +153,12 @@ class GcsStore:
             self._explain(error, f"write {name}")
 
     def _writer(self, name: str) -> str | None:
-        """Who wrote the object: the mark, empty for one without; None if there is no object."""
+        """The mark of the object's writer, empty if it has none; None if there is no object."""
         try:
-            found = self._bucket().get_blob(self._prefix + name, timeout=_TIMEOUT_S, retry=self._again)
+            blob = self._bucket().get_blob(self._prefix + name, timeout=_TIMEOUT_S, retry=self._again)
         except _FAILURES as error:
             self._explain(error, f"find out who wrote {name}")
-        return None if found is None else (found.metadata or {}).get(_WRITER, "")
+        return None if blob is None else (blob.metadata or {}).get(_WRITER, "")
 
     def _get(self, name: str) -> bytes | None:
         while True:
@@ -169,12 +169,12 @@ class GcsStore:
                 pointer = msgspec.msgpack.decode(data[len(_POINTER) :], type=_Pointer)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise Corrupt(f"object {name} is a damaged pointer to parts: {error}") from error
-            pieces = [*self._part_threads.map(self._download, _names(pointer.id, pointer.count))]
-            if None in pieces:
+            parts = [*self._part_threads.map(self._download, _names(pointer.id, pointer.count))]
+            if None in parts:
                 if self._download(name) != data:
                     continue  # deleted while it was read
-                raise Corrupt(f"object {name} lacks {pieces.count(None)} of its {pointer.count} parts")
-            whole = b"".join(piece for piece in pieces if piece is not None)
+                raise Corrupt(f"object {name} lacks {parts.count(None)} of its {pointer.count} parts")
+            whole = b"".join(part for part in parts if part is not None)
             if len(whole) != pointer.size or hashlib.sha256(whole).digest() != pointer.sha256:
                 raise Corrupt(f"object {name} is {len(whole)} bytes that are not those which were written")
             return whole
@@ -192,7 +192,7 @@ class GcsStore:
 
     def _list(self, prefix: str, start_after: str, limit: int) -> Names:
         names: Names = []
-        own = len(self._prefix)
+        prefix_length = len(self._prefix)
         try:
             for blob in self._bucket().list_blobs(
                 prefix=self._prefix + prefix,
@@ -202,7 +202,7 @@ class GcsStore:
                 timeout=_TIMEOUT_S,
                 retry=self._again,
             ):
-                name = blob.name[own:]
+                name = blob.name[prefix_length:]
                 if name > start_after and not name.startswith(_PARTS):
                     names.append(name)
                     if len(names) == limit:
@@ -214,14 +214,14 @@ class GcsStore:
 
     def _delete(self, name: str) -> None:
         try:
-            found = self._bucket().get_blob(self._prefix + name, timeout=_TIMEOUT_S, retry=self._again)
-            if found is None:
+            blob = self._bucket().get_blob(self._prefix + name, timeout=_TIMEOUT_S, retry=self._again)
+            if blob is None:
                 self._expect_bucket()
                 return
             self._delete_blob(name)
         except _FAILURES as error:
             self._explain(error, f"delete {name}")
-        if _ID in (metadata := found.metadata or {}):
+        if _ID in (metadata := blob.metadata or {}):
             self._delete_parts(metadata[_ID], int(metadata[_COUNT]))
 
     def _delete_parts(self, pointer_id: str, count: int) -> None:
@@ -231,14 +231,14 @@ class GcsStore:
             self._explain(error, f"delete the parts {pointer_id}")
 
     def _delete_blob(self, name: str) -> None:
-        """Again and again is safe without a condition: a name that was deleted is never used for anything else."""
+        """Delete an object. Safe to repeat without a condition: a deleted name is never used again."""
         try:
             self._blob(name).delete(timeout=_TIMEOUT_S, retry=self._again)
         except NotFound:
             pass
 
     def _forget_torn_writes(self, now: float) -> int:
-        torn: dict[tuple[str, str], Names] = {}  # by their object's name, and their pointer's id
+        torn: dict[tuple[str, str], Names] = {}  # (object, pointer id) -> parts
         try:
             for blob in self._bucket().list_blobs(
                 prefix=self._prefix + _PARTS, fields="items(name,metadata,timeCreated),nextPageToken",
@@ -248,8 +248,8 @@ class GcsStore:
                 if now - blob.time_created.timestamp() > limits.torn_after_s:
                     torn.setdefault(((blob.metadata or {}).get(_OF, ""), name.split("/")[1]), []).append(name)
             for owner, pointer_id in torn:
-                found = self._bucket().get_blob(self._prefix + owner, timeout=_TIMEOUT_S, retry=self._again)
-                if found is not None and (found.metadata or {}).get(_ID) == pointer_id:
+                blob = self._bucket().get_blob(self._prefix + owner, timeout=_TIMEOUT_S, retry=self._again)
+                if blob is not None and (blob.metadata or {}).get(_ID) == pointer_id:
                     torn[owner, pointer_id] = []
                 list(self._part_threads.map(self._delete_blob, torn[owner, pointer_id]))
         except _FAILURES as error:
@@ -266,7 +266,7 @@ class GcsStore:
             return self._connected
 
     def _expect_bucket(self) -> None:
-        """A missing bucket answers like a missing object: raises StoreError once, instead of looking empty."""
+        """Raises StoreError for a missing bucket, which is otherwise like a missing object."""
         if not self._seen:
             self._list("", "", 1)
 

@@ -1,7 +1,6 @@
-"""Many objects at once, a few at a time.
+"""Concurrent operations on many objects, with a bound.
 
-A simulation that plays coroutines by hand has no event loop: there, everything happens in turn, and in the same order
-for ever.
+The simulation runs coroutines without an event loop: there they run one after another, in a fixed order.
 """
 
 import asyncio
@@ -14,20 +13,20 @@ V = TypeVar("V")
 
 
 async def each(keys: Iterable[K], read: Callable[[K], Awaitable[V]]) -> list[V]:
-    """What `read` returns for each key, in the order of the keys."""
+    """The result of `read` for each key, in the order of the keys."""
     if not _has_loop():
         return [await read(key) for key in keys]
-    gate = asyncio.Semaphore(_AT_ONCE_MAX)
+    slots = asyncio.Semaphore(_AT_ONCE_MAX)
 
-    async def one(key: K) -> V:
-        async with gate:
+    async def read_one(key: K) -> V:
+        async with slots:
             return await read(key)
 
-    return list(await asyncio.gather(*(one(key) for key in keys)))
+    return list(await asyncio.gather(*(read_one(key) for key in keys)))
 
 
 async def off_loop(compute: Callable[[K], V], value: K) -> V:
-    """`compute(value)` in a thread: what takes long must not hold up everything else."""
+    """`compute(value)` in a thread, so that slow work does not block the event loop."""
     return await asyncio.to_thread(compute, value) if _has_loop() else compute(value)
 
 

@@ -1,4 +1,4 @@
-"""The store in memory: for tests and the simulation. It forgets everything with the process."""
+"""The store in memory, for tests and the simulation."""
 
 from bisect import bisect_right, insort
 
@@ -21,7 +21,7 @@ class MemoryStore:
         return self._objects.get(check_name(name))
 
     async def list(self, prefix: str, start_after: str = "", limit: int = 0) -> Names:
-        found: Names = []
+        names: Names = []
         for at in range(bisect_right(self._names, max(start_after, prefix[:-1])), len(self._names)):
             name = self._names[at]
             if not name.startswith(prefix):
@@ -29,10 +29,10 @@ class MemoryStore:
                     break
                 continue
             if name > start_after:
-                found.append(name)
-            if limit and len(found) == limit:
+                names.append(name)
+            if limit and len(names) == limit:
                 break
-        return found
+        return names
 
     async def delete(self, name: str) -> None:
         if self._objects.pop(check_name(name), None) is not None:

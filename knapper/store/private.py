@@ -1,4 +1,4 @@
-"""Directories that no other account of the machine may look into."""
+"""Directories that only this account of the machine can read."""
 
 import os
 import stat
@@ -11,39 +11,44 @@ from knapper.settings import variable
 from knapper.store import files
 
 _OTHERS = 0o077
-_PASSING = 0o011  # to go through a directory, and not to see what is in it
+_PASSING = 0o011  # to pass through a directory without listing it
 
 log = structlog.get_logger()
 
 
 def make(directory: Path, *, passable: bool = False) -> None:
-    """Make the directory for this account alone; one that is there and open to others is closed, and a line says so.
+    """Make the directory for this account alone. An existing one that is open to others is closed, with a log line.
 
-    `passable`: others may go through it, if they may now. Raises InvalidField if it cannot be closed, OSError if it
+    `passable`: others keep the right to pass through it. Raises InvalidField if it cannot be closed, OSError if it
     cannot be made.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with files.directory(directory) as opened:
-        status = os.fstat(opened)
-        was = stat.S_IMODE(status.st_mode)
-        mode = was & ~(_OTHERS & ~_PASSING if passable else _OTHERS)
+    with files.directory(directory) as descriptor:
+        status = os.fstat(descriptor)
+        mode_before = stat.S_IMODE(status.st_mode)
+        mode = mode_before & ~(_OTHERS & ~_PASSING if passable else _OTHERS)
         if os.geteuid() not in (0, status.st_uid):  # its owner can open it again at any time
             raise _open_to_others(directory, f"It belongs to the account {status.st_uid}")
-        if mode == was:
+        if mode == mode_before:
             return
         try:
-            os.fchmod(opened, mode)
+            os.fchmod(descriptor, mode)
         except OSError as error:
-            raise _open_to_others(directory, f"Its mode is {was:o}, and cannot be changed: {error.strerror}") from error
-        if stat.S_IMODE(os.fstat(opened).st_mode) != mode:
-            raise _open_to_others(directory, f"Its mode is {was:o}, and its file system keeps no other")
+            raise _open_to_others(
+                directory, f"Its mode is {mode_before:o}, and cannot be changed: {error.strerror}"
+            ) from error
+        if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
+            raise _open_to_others(directory, f"Its mode is {mode_before:o}, and its file system keeps no other")
     log.warning(
-        "was open to other accounts, and is closed now", directory=str(directory), was=f"{was:o}", mode=f"{mode:o}"
+        "was open to other accounts, and is closed now",
+        directory=str(directory),
+        was=f"{mode_before:o}",
+        mode=f"{mode:o}",
     )
 
 
 def shared(inbox: Path) -> bool:
-    """Whether other accounts are meant to write to it, or to a folder in it."""
+    """Whether other accounts may write to the inbox or to a folder in it."""
     try:
         folders = [inbox.stat(), *(entry.stat(follow_symlinks=False) for entry in os.scandir(inbox))]
     except OSError:

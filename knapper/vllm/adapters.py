@@ -27,7 +27,7 @@ from knapper.errors import NotFound, UserError
 from knapper.state.journal import bundles
 from knapper.state.journal.records import Index, Spec
 from knapper.store import Store
-from knapper.store.files import hold, torn
+from knapper.store.files import is_torn, lock
 from knapper.vllm.core import Adapter
 
 _FILES = frozenset({checkpoint_format.CONFIG, checkpoint_format.ADAPTER})
@@ -179,7 +179,7 @@ def _locked_directory(memory: Path) -> tuple[Path, int]:
             descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:  # another process swept it before it was locked
             continue
-        hold(descriptor)
+        lock(descriptor)
         if os.fstat(descriptor).st_nlink:
             return directory, descriptor
         os.close(descriptor)
@@ -193,7 +193,7 @@ def _sweep(memory: Path) -> None:
         except OSError:  # another account's, or gone
             continue
         try:
-            if torn(descriptor):
+            if is_torn(descriptor):
                 shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(descriptor)

@@ -1,6 +1,6 @@
-"""The protobuf message classes, from our own compiled descriptor in a private pool.
+"""The protobuf message classes, from a compiled descriptor in a private pool.
 
-The SDK registers the same names in protobuf's default pool; a private one lets both live in one process.
+The SDK registers the same names in protobuf's default pool; with a private one, both can be in one process.
 """
 
 from importlib.resources import files

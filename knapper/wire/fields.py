@@ -1,4 +1,4 @@
-"""What the fields of JSON requests have in common: their bounds, and that unknown ones are refused."""
+"""Bounded types for the fields of JSON requests, and their base, which refuses unknown fields."""
 
 from typing import Annotated
 
@@ -20,14 +20,14 @@ Labels = dict[str, str]
 
 
 class RequestBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of all."""
+    """Base of all JSON requests."""
 
 
 AccessToken = Annotated[str, Meta(max_length=4096)]
 
 
 def expect_no_access_token(token: str | None) -> None:
-    """Raises InvalidField for one, without showing it."""
+    """Raises InvalidField for a token, without repeating it."""
     if token is not None:
         raise InvalidField(
             "weights_access_token", "(not shown)", "none: this server has no access tokens for weights",

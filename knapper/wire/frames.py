@@ -1,4 +1,4 @@
-"""Messages in a stream of bytes: 4 bytes of length, big-endian, then so many bytes."""
+"""Frames in a stream of bytes: 4 bytes of length, big-endian, then the message."""
 
 from collections.abc import AsyncIterator
 
@@ -12,16 +12,16 @@ def frame(message: bytes) -> bytes:
 
 
 async def split(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The messages, each as soon as it is whole. A stream that breaks off just ends. Raises Corrupt."""
-    waiting = bytearray()
+    """The messages, each as soon as it is complete. A stream that breaks off just ends. Raises Corrupt."""
+    buffer = bytearray()
     async for chunk in chunks:
-        waiting += chunk
-        while len(waiting) >= 4:
-            size = int.from_bytes(waiting[:4], "big")
+        buffer += chunk
+        while len(buffer) >= 4:
+            size = int.from_bytes(buffer[:4], "big")
             if size > _FRAME_BYTES_MAX:
                 raise Corrupt(f"a frame of {size} bytes; at most {_FRAME_BYTES_MAX} are allowed")
-            if len(waiting) < 4 + size:
+            if len(buffer) < 4 + size:
                 break
-            message = bytes(waiting[4 : 4 + size])
-            del waiting[: 4 + size]
+            message = bytes(buffer[4 : 4 + size])
+            del buffer[: 4 + size]
             yield message

@@ -15,11 +15,11 @@ from knapper.wire.untrusted import parsing
 
 S = TypeVar("S", bound=msgspec.Struct)
 T = TypeVar("T")
-_PLACE = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
+_MESSAGE = re.compile(r"^(?P<problem>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
 _NOT_FINITE = re.compile(rb"-?(?:NaN|Infinity)")
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]|\[(\.\.\.)\]")
 _WHERE = re.compile(r" \(byte (\d+)\)$")
-_SHOWN_BYTES_MAX = 64 * 1024  # of a body whose wrong value is looked for: it takes building all of it once more
+_SHOWN_BYTES_MAX = 64 * 1024  # of a body whose wrong value is shown: that takes decoding it once more
 _NAMED = re.compile(r"^Object (contains unknown|missing required) field `(.*)`$", re.DOTALL)
 
 
@@ -28,8 +28,8 @@ def decode(body: bytes, kind: type[S]) -> S:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise _explain(str(error), _sent(body), kind) from error
-    except Exception as error:  # whatever it raises: the same as in knapper.wire.untrusted
+        raise _explain(str(error), _content(body), kind) from error
+    except Exception as error:  # any error, as in knapper.wire.untrusted
         with parsing(partial(_not_json, body)):
             for field, value in _not_finite(loads(body)) if len(body) <= _SHOWN_BYTES_MAX else _bare(body, str(error)):
                 raise InvalidField(field, value, "a finite number") from error
@@ -37,49 +37,49 @@ def decode(body: bytes, kind: type[S]) -> S:
 
 
 def _bare(body: bytes, error: str) -> Iterator[tuple[str, str]]:
-    """What is no number at the place that the error names: (where, what)."""
-    if (where := _WHERE.search(error)) and (found := _NOT_FINITE.match(body, int(where[1]))):
-        yield f"the body at byte {where[1]}", found[0].decode()
+    """(position, value) of NaN or infinity at the byte that the error names."""
+    if (at := _WHERE.search(error)) and (value := _NOT_FINITE.match(body, int(at[1]))):
+        yield f"the body at byte {at[1]}", value[0].decode()
 
 
-_UNSEEN: Final = object()  # a body that is not looked through for the value that is wrong
+_UNDECODED: Final = object()  # in place of a body that is too large to find its wrong value
 
 
-def _sent(body: bytes) -> Any:
-    return loads(body) if len(body) <= _SHOWN_BYTES_MAX else _UNSEEN
+def _content(body: bytes) -> Any:
+    return loads(body) if len(body) <= _SHOWN_BYTES_MAX else _UNDECODED
 
 
-def convert(sent: dict[str, str], kind: type[S]) -> S:
-    """The parameters of a query, every one checked as `decode` checks fields. Raises UserError."""
+def convert(parameters: dict[str, str], kind: type[S]) -> S:
+    """The parameters of a query, checked as `decode` checks fields. Raises UserError."""
     try:
-        return msgspec.convert(sent, kind, strict=False)
+        return msgspec.convert(parameters, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise _explain(str(error), sent, kind) from error
+        raise _explain(str(error), parameters, kind) from error
 
 
-def shape(sent: object, kind: type[T], at: str) -> T:
-    """A part of what was decoded, which stands at field `at`. Raises InvalidField."""
+def shape(value: object, kind: type[T], at: str) -> T:
+    """The decoded value of field `at`, checked. Raises InvalidField."""
     try:
-        return msgspec.convert(sent, kind)
+        return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise _explain(str(error), sent, kind, at) from error
+        raise _explain(str(error), value, kind, at) from error
 
 
 def loads(body: bytes) -> Any:
-    """Whatever JSON this is, NaN and Infinity included, but no key twice in an object. Raises UserError."""
+    """Any JSON, NaN and Infinity included. Raises UserError, also for a repeated key in an object."""
     with parsing(partial(_not_json, body)):
         return _DECODER.decode(body.decode())
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
                 raise InvalidField(name, "there a second time", "each field once")
             seen.add(name)
-    return found
+    return members
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_each_once)
@@ -89,34 +89,34 @@ def _not_json(body: bytes, error: Exception) -> UserError:
     return UserError(f"the body ({len(body)} bytes) is not JSON: {error}")
 
 
-def _explain(message: str, sent: Any, kind: Any, at: str = "") -> InvalidField:
-    """`at`: the field at which `sent` stands, where that is not the whole body."""
-    found = _PLACE.match(message)
-    assert found is not None, "every part of the pattern may be empty"
-    what, steps = found["what"], _STEP.findall(found["path"] or "")
+def _explain(message: str, content: Any, kind: Any, at: str = "") -> InvalidField:
+    """The error for msgspec's `message` about `content`, which is the whole body, or its field `at`."""
+    match = _MESSAGE.match(message)
+    assert match is not None, "every part of the pattern may be empty"
+    problem, steps = match["problem"], _STEP.findall(match["path"] or "")
     path = [at] if at else []
     path += [name or f"[{index or '...'}]" for name, index, _ in steps]
     field = ".".join(path).replace(".[", "[") or "the body"
-    value, known = sent, sent is not _UNSEEN
+    value, known = content, content is not _UNDECODED
     for name, index, _ in steps:
         try:
             value = value[name or int(index)]
-        except (ValueError, KeyError, IndexError, TypeError):  # below a dict, whose key msgspec does not tell
+        except (ValueError, KeyError, IndexError, TypeError):  # below a dict, whose key is not in msgspec's message
             known = False
             break
-    if named := _NAMED.match(what):
+    if named := _NAMED.match(problem):
         inside = "" if field == "the body" else f"{field}."
         if named[1] == "missing required":
             return InvalidField(f"{inside}{named[2]}", None, "a value: this field is required")
-        given = value.get(named[2]) if known and isinstance(value, dict) else "(not shown)"
+        shown = value.get(named[2]) if known and isinstance(value, dict) else "(not shown)"
         fields = _fields_at(kind, [name for name, _, _ in steps if name])
         allowed = f"no field of this name, only {', '.join(fields) or 'the documented ones'}"
-        return InvalidField(f"{inside}{named[2]}", given, allowed, did_you_mean(named[2], fields))
-    allowed, _, got = what.removeprefix("Expected ").replace("`", "").partition(", got ")
+        return InvalidField(f"{inside}{named[2]}", shown, allowed, did_you_mean(named[2], fields))
+    allowed, _, got = problem.removeprefix("Expected ").replace("`", "").partition(", got ")
     # Clients cannot say NaN or infinity in JSON; they say null.
     todo = "NaN and infinity come as null" if known and value is None and allowed == "float" else ""
-    unseen = f"(of type {got})" if got else "(not shown)"
-    return InvalidField(field, value if known else unseen, allowed[:1].lower() + allowed[1:], todo)
+    placeholder = f"(of type {got})" if got else "(not shown)"
+    return InvalidField(field, value if known else placeholder, allowed[:1].lower() + allowed[1:], todo)
 
 
 def _fields_at(kind: Any, path: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""forward and forward_backward as SDK 0.18 to 0.24 send them, JSON in and JSON out; and samples, for who asks without
+"""forward and forward_backward in the JSON of SDK 0.18 to 0.24, and JSON responses to samples for clients without
 protobuf. Shapes: see knapper.wire.types.
 """
 
@@ -54,21 +54,21 @@ class JsonForwardBackward(RequestBody, frozen=True, kw_only=True):
     forward_backward_input: ForwardBackwardInput
 
     def request(self) -> ForwardBackward:
-        """The same in our own types. Raises UserError for an array that is not what it says it is."""
+        """The request in knapper.wire.types. Raises UserError for an inconsistent array."""
         return self.forward_backward_input.request(
             self.model_id, self.seq_id, "forward_backward_input", forward_only=False
         )
 
 
 class JsonForward(RequestBody, frozen=True, kw_only=True):
-    """forward: the same, and no gradient"""
+    """forward: as forward_backward, without a gradient"""
 
     model_id: Id
     seq_id: Seq
     forward_input: ForwardBackwardInput
 
     def request(self) -> ForwardBackward:
-        """The same in our own types. Raises UserError for an array that is not what it says it is."""
+        """The request in knapper.wire.types. Raises UserError for an inconsistent array."""
         return self.forward_input.request(self.model_id, self.seq_id, "forward_input", forward_only=True)
 
 
@@ -80,26 +80,27 @@ def decode_forward(body: bytes) -> ForwardBackward:
     return decode(body, JsonForward).request()
 
 
-def _datum(sent: JsonDatum, where: str) -> Datum:
+def _datum(datum: JsonDatum, field: str) -> Datum:
     return Datum(
-        tokens=sent.model_input.tokens(f"{where}.model_input"),
-        inputs={name: tensor.array(f"{where}.loss_fn_inputs.{name}") for name, tensor in sent.loss_fn_inputs.items()},
+        tokens=datum.model_input.tokens(f"{field}.model_input"),
+        inputs={name: tensor.array(f"{field}.loss_fn_inputs.{name}") for name, tensor in datum.loss_fn_inputs.items()},
     )
 
 
-# ---- answers
+# ---- responses
 
 
 def encode_forward_backward_output(output: ForwardBackwardOutput) -> bytes:
-    """What `ForwardBackwardOutput` of those SDKs reads."""
+    """The JSON of `ForwardBackwardOutput` in those SDKs."""
     outputs = [{name: _tensor(array) for name, array in datum.items()} for datum in output.outputs]
-    answer = {"loss_fn_output_type": "ArrayRecord", "loss_fn_outputs": outputs, "metrics": output.metrics}
-    return msgspec.json.encode(answer)
+    return msgspec.json.encode(
+        {"loss_fn_output_type": "ArrayRecord", "loss_fn_outputs": outputs, "metrics": output.metrics}
+    )
 
 
 def encode_sample_response(output: SampleOutput) -> bytes:
-    """null where there is no log-probability."""
-    answer: dict[str, Any] = {
+    """The JSON of a sample; null for a missing log-probability."""
+    response: dict[str, Any] = {
         "type": "sample",
         "sequences": [
             {
@@ -117,8 +118,8 @@ def encode_sample_response(output: SampleOutput) -> bytes:
         "prompt_cache_hit_tokens": output.prompt_cache_hit_tokens,
     }
     if (draws := output.prompt_draws) is not None:
-        answer["prompt_alt_tokens"] = {"tokens": _tensor(draws.tokens), "logprobs": _tensor(draws.logprobs)}
-    return msgspec.json.encode(answer)
+        response["prompt_alt_tokens"] = {"tokens": _tensor(draws.tokens), "logprobs": _tensor(draws.logprobs)}
+    return msgspec.json.encode(response)
 
 
 def _tensor(array: Array) -> dict[str, Any]:
@@ -129,10 +130,10 @@ def _tensor(array: Array) -> dict[str, Any]:
 def _cells(cells: Cells | None) -> dict[str, Any] | None:
     if cells is None:
         return None
-    answer = _tensor(cells.values) | {"shape": list(cells.shape)}
+    tensor = _tensor(cells.values) | {"shape": list(cells.shape)}
     if cells.starts is not None and cells.columns is not None:
-        answer |= {"sparse_crow_indices": cells.starts.tolist(), "sparse_col_indices": cells.columns.tolist()}
-    return answer
+        tensor |= {"sparse_crow_indices": cells.starts.tolist(), "sparse_col_indices": cells.columns.tolist()}
+    return tensor
 
 
 def _nullable(logprobs: Float32) -> list[float | None]:
@@ -140,7 +141,7 @@ def _nullable(logprobs: Float32) -> list[float | None]:
 
 
 def _topk(topk: TopK | None) -> list[list[tuple[int, float]] | None] | None:
-    """A list of (token, log-probability) a position, null for a position without any."""
+    """A list of (token, log-probability) for each position, null for a position without any."""
     if topk is None:
         return None
     rows = [

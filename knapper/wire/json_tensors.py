@@ -1,4 +1,4 @@
-"""Arrays in JSON requests: flat lists of numbers with a shape, dense or sparse rows, to numpy."""
+"""Arrays in JSON requests, dense or in CSR: flat lists of numbers with a shape, to numpy."""
 
 import math
 from typing import Annotated, Literal
@@ -26,7 +26,7 @@ class TensorData(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     sparse_col_indices: list[Index] | None = None
 
     def array(self, field: str) -> tensors.Array:
-        """The whole array, int64 or float32; cells that are not listed are 0. Raises InvalidField, TooLarge."""
+        """The dense array, int64 or float32; cells that are not listed are 0. Raises InvalidField, TooLarge."""
         flat = self._values(field)
         if self.shape is not None and len(self.shape) == 2 and self.shape[1] > limits.target_columns_max:
             allowed = f"allowed: at most {limits.target_columns_max} columns"
@@ -39,7 +39,7 @@ class TensorData(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return flat.reshape(self.shape)
 
     def cells(self, field: str) -> Cells:
-        """A matrix of token ids, in the layout that it came in. Raises InvalidField."""
+        """A matrix of token ids, in the layout of the request. Raises InvalidField."""
         if self.dtype != "int64":
             raise InvalidField(f"{field}.dtype", self.dtype, "int64: they are token ids")
         flat, shape = self._values(field), self._matrix(field)

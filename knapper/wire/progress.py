@@ -1,6 +1,6 @@
-"""A sample that is told while it is drawn: the frames of a streamed answer of the sample function.
+"""Streamed samples: the frames of a streaming response of the sample function.
 
-A frame for each token as it is drawn, then the whole answer, as if nobody had listened; or why there is none.
+One frame for each token as it is drawn, then one with the complete response, as without streaming, or with an error.
 """
 
 from collections.abc import AsyncIterator
@@ -13,15 +13,15 @@ import structlog
 from knapper.wire.frames import frame, split
 
 FRAMES = "application/x-knapper-sample-frames"
-DEVICE_S: Final = "Knapper-Device-Seconds"  # a header of an answer that is no stream: of the device, for this sample
+DEVICE_S: Final = "Knapper-Device-Seconds"  # a header of responses without a stream: for this sample
 log = structlog.get_logger()
 Ending = Literal["", "stop", "length"]
 
 
 class TokenEvent(msgspec.Struct, frozen=True, tag="drawn"):
-    """Token number `position` of sequence number `sequence`. `ending`: why it is the last one, or empty.
+    """Token number `position` of sequence number `sequence`. `ending`: the stop reason of a last token, or empty.
 
-    `logprob` and `alternatives`, likeliest first, as in the whole answer.
+    `logprob` and `alternatives`, likeliest first, as in the complete response.
     """
 
     sequence: int
@@ -33,27 +33,27 @@ class TokenEvent(msgspec.Struct, frozen=True, tag="drawn"):
 
 
 class FinishedEvent(msgspec.Struct, frozen=True, tag="whole"):
-    """The protobuf answer, and the seconds of the device that it took."""
+    """The protobuf response, and its device seconds."""
 
     answer: bytes
     device_s: float = 0.0
 
 
 class FailedEvent(msgspec.Struct, frozen=True, tag="failed"):
-    """An error, in the words and with the status that the function would have answered at once."""
+    """An error, with the message and status that the function would respond with."""
 
     status: int
     detail: str
     code: str
     category: str
-    field: str | None = None  # the one that is wrong, where it is one
+    field: str | None = None  # the wrong field, if it is one
 
 
 StreamEvent = TokenEvent | FinishedEvent | FailedEvent
 
 
 def device_s(header: str | None) -> float:
-    """What DEVICE_S says. Without it, as from a function of an older release, 0; what is no such number is logged."""
+    """The value of the header DEVICE_S, 0 without it, as from an older function; a bad value is logged."""
     try:
         seconds = float(header or 0.0)
     except ValueError:
@@ -73,6 +73,6 @@ def encode(message: StreamEvent) -> bytes:
 
 
 async def decode(chunks: AsyncIterator[bytes]) -> AsyncIterator[StreamEvent]:
-    """The frames, each as soon as it is whole; a stream that breaks off just ends. Raises Corrupt."""
+    """The events, each as soon as its frame is complete; a stream that breaks off just ends. Raises Corrupt."""
     async for message in split(chunks):
         yield _decoder.decode(message)

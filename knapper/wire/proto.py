@@ -33,7 +33,7 @@ _LOSS_INPUTS_MAX = 32
 
 
 def decode_forward_backward(body: bytes) -> ForwardBackward:
-    """The request, each array checked against its shape. Values (vocabulary, lengths, NaN) the trainer judges."""
+    """The request, each array checked against its shape. The trainer checks values (vocabulary, lengths, NaN)."""
     request = _parse_request(body)
     keys = max(len(request.loss_fn_config_v2), len(request.loss_fn_config))
     if keys > _LOSS_CONFIG_KEYS_MAX:
@@ -59,9 +59,9 @@ def decode_forward_backward(body: bytes) -> ForwardBackward:
 
 
 def check_forward_backward(body: bytes) -> tuple[str, int, int]:
-    """(model_id, seq_id, tokens) of a request that parses and has no unknown fields; arrays are not looked at.
+    """(model_id, seq_id, tokens) of a request that parses and has no unknown fields; arrays are not checked.
 
-    `tokens`: as many as it has if it can be decoded at all.
+    `tokens`: exact if the request can be decoded.
     """
     request = _parse_request(body)
     tokens = sum(len(chunk.encoded_text.tokens) // 4 for datum in request.data for chunk in datum.model_input)
@@ -82,31 +82,31 @@ def _parse_request(body: bytes) -> Any:
     return request
 
 
-def _decode_datum(datum: Any, where: str) -> Datum:
+def _decode_datum(datum: Any, field: str) -> Datum:
     chunks: list[Int32] = []
     for j, chunk in enumerate(datum.model_input):
         kind = chunk.WhichOneof("chunk")
         if kind != "encoded_text":
             raise InvalidField(
-                f"{where}.model_input.chunks[{j}]", kind, "encoded_text", "This model is text only: send token ids"
+                f"{field}.model_input.chunks[{j}]", kind, "encoded_text", "This model is text only: send token ids"
             )  # fmt: skip
         data = chunk.encoded_text.tokens
         if len(data) % 4:
-            raise InvalidField(f"{where}.model_input.chunks[{j}].tokens: length in bytes", len(data), "a multiple of 4")
+            raise InvalidField(f"{field}.model_input.chunks[{j}].tokens: length in bytes", len(data), "a multiple of 4")
         chunks.append(np.frombuffer(data, dtype="<i4").astype(np.int32))
     if len(datum.loss_fn_inputs) > _LOSS_INPUTS_MAX:
-        raise TooLarge(f"{where}.loss_fn_inputs has {len(datum.loss_fn_inputs)} arrays; allowed: {_LOSS_INPUTS_MAX}")
+        raise TooLarge(f"{field}.loss_fn_inputs has {len(datum.loss_fn_inputs)} arrays; allowed: {_LOSS_INPUTS_MAX}")
     return Datum(
         tokens=np.concatenate(chunks) if chunks else np.zeros(0, np.int32),
         inputs={
-            name: tensors.decode(tensor, f"{where}.loss_fn_inputs.{name}")
+            name: tensors.decode(tensor, f"{field}.loss_fn_inputs.{name}")
             for name, tensor in datum.loss_fn_inputs.items()
         },
     )
 
 
 def encode_forward_backward(request: ForwardBackward) -> bytes:
-    """The same request as bytes; arrays dense, int64 or float32."""
+    """The request as protobuf; arrays dense, int64 or float32."""
     message = descriptor.ForwardBackwardRequest(
         model_id=request.run, seq_id=request.seq, loss_fn=request.loss, forward_only=request.forward_only
     )
@@ -116,30 +116,30 @@ def encode_forward_backward(request: ForwardBackward) -> bytes:
         else:
             message.loss_fn_config_v2[key].number = value
     for datum in request.data:
-        sent = message.data.add()
-        sent.model_input.add().encoded_text.tokens = tensors.little_endian(datum.tokens.astype(np.int32))
+        encoded = message.data.add()
+        encoded.model_input.add().encoded_text.tokens = tensors.little_endian(datum.tokens.astype(np.int32))
         for name, array in datum.inputs.items():
-            tensors.encode(sent.loss_fn_inputs[name], array)
+            tensors.encode(encoded.loss_fn_inputs[name], array)
     return _serialize(message)
 
 
-# ---- forward_backward: answer
+# ---- forward_backward: response
 
 
 def encode_forward_backward_output(output: ForwardBackwardOutput) -> bytes:
     """Consecutive datums whose arrays agree in dtype and trailing shape share a record; lengths may differ.
 
-    All datums carry the same names. Metric keys have the form `name:reduction`. The same output gives the same bytes.
+    All datums have the same names. Metric keys have the form `name:reduction`. Equal outputs give equal bytes.
     """
     message = descriptor.ForwardBackwardOutput(loss_fn_output_type="ArrayRecord")
     for key, value in output.metrics.items():
         if key.count(":") != 1:
             raise ValueError(f"metric {key!r} must have the form name:reduction")  # else the SDK crashes
         message.metrics[key] = value
-    for run in _alike(output.outputs):
-        record = message.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=len(run))
-        for name, first in run[0].items():
-            arrays = [datum[name] for datum in run]
+    for group in _groups(output.outputs):
+        record = message.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=len(group))
+        for name, first in group[0].items():
+            arrays = [datum[name] for datum in group]
             batch = record.fields[name]
             batch.data = b"".join(map(tensors.little_endian, arrays))
             ends = np.cumsum([0, *(array.nbytes for array in arrays)], dtype=np.int64)
@@ -149,7 +149,7 @@ def encode_forward_backward_output(output: ForwardBackwardOutput) -> bytes:
 
 
 def decode_forward_backward_output(body: bytes) -> ForwardBackwardOutput:
-    """The inverse, for our own clients."""
+    """The inverse, for clients in this package."""
     message = _parse(descriptor.ForwardBackwardOutput, body)
     outputs: list[dict[str, tensors.Array]] = []
     for record in message.loss_fn_outputs:
@@ -164,36 +164,36 @@ def decode_forward_backward_output(body: bytes) -> ForwardBackwardOutput:
     return ForwardBackwardOutput(outputs=outputs, metrics=dict(message.metrics))
 
 
-def _alike(outputs: Sequence[dict[str, tensors.Array]]) -> Iterator[list[dict[str, tensors.Array]]]:
-    """Runs of consecutive datums that fit one record."""
-    run: list[dict[str, tensors.Array]] = []
-    form: object = None
+def _groups(outputs: Sequence[dict[str, tensors.Array]]) -> Iterator[list[dict[str, tensors.Array]]]:
+    """Groups of consecutive datums that fit one record."""
+    group: list[dict[str, tensors.Array]] = []
+    group_shape: object = None
     for datum in outputs:
         if datum.keys() != outputs[0].keys():
-            raise ValueError(f"datums must carry the same arrays: {sorted(datum)} and {sorted(outputs[0])}")
-        this = {name: (array.dtype, array.shape[1:]) for name, array in datum.items()}
-        if run and this != form:
-            yield run
-            run = []
-        run.append(datum)
-        form = this
-    if run:
-        yield run
+            raise ValueError(f"datums must have the same arrays: {sorted(datum)} and {sorted(outputs[0])}")
+        shape = {name: (array.dtype, array.shape[1:]) for name, array in datum.items()}
+        if group and shape != group_shape:
+            yield group
+            group = []
+        group.append(datum)
+        group_shape = shape
+    if group:
+        yield group
 
 
-# ---- sample: answer
+# ---- sample: response
 
 
 def encode_sample_response(output: SampleOutput) -> bytes:
     """Sequences in order; arrays as int32 and float32."""
     message = descriptor.SampleResponse(prompt_cache_hit_tokens=output.prompt_cache_hit_tokens)
     for sequence in output.sequences:
-        sent = message.sequences.add(
+        encoded = message.sequences.add(
             stop_reason=descriptor.STOP if sequence.stopped else descriptor.LENGTH,
             tokens=tensors.little_endian(sequence.tokens.astype(np.int32)),
             logprobs=tensors.little_endian(sequence.logprobs.astype(np.float32)),
         )
-        _encode_topk(sent, "topk_sampled_logprobs", sequence.topk)
+        _encode_topk(encoded, "topk_sampled_logprobs", sequence.topk)
     if output.prompt_logprobs is not None:
         message.prompt_logprobs = tensors.little_endian(output.prompt_logprobs.astype(np.float32))
     _encode_topk(message, "topk_prompt_logprobs", output.topk_prompt_logprobs)
@@ -206,7 +206,7 @@ def encode_sample_response(output: SampleOutput) -> bytes:
 
 
 def decode_sample_response(body: bytes) -> SampleOutput:
-    """The inverse, for our own clients."""
+    """The inverse, for clients in this package."""
     message = _parse(descriptor.SampleResponse, body)
     return SampleOutput(
         sequences=[
@@ -241,20 +241,20 @@ def decode_sample_response(body: bytes) -> SampleOutput:
 
 def _encode_topk(message: Any, field: str, topk: TopK | None) -> None:
     if topk is not None:
-        sent = getattr(message, field)
-        sent.token_ids = tensors.little_endian(topk.tokens.astype(np.int32))
-        sent.logprobs = tensors.little_endian(topk.logprobs.astype(np.float32))
-        sent.length, sent.k = topk.tokens.shape
+        encoded = getattr(message, field)
+        encoded.token_ids = tensors.little_endian(topk.tokens.astype(np.int32))
+        encoded.logprobs = tensors.little_endian(topk.logprobs.astype(np.float32))
+        encoded.length, encoded.k = topk.tokens.shape
 
 
 def _decode_topk(message: Any, field: str) -> TopK | None:
     if not message.HasField(field):
         return None
-    sent = getattr(message, field)
-    shape = (sent.length, sent.k)
+    encoded = getattr(message, field)
+    shape = (encoded.length, encoded.k)
     return TopK(
-        tokens=np.frombuffer(sent.token_ids, dtype="<i4").astype(np.int32).reshape(shape),
-        logprobs=np.frombuffer(sent.logprobs, dtype="<f4").astype(np.float32).reshape(shape),
+        tokens=np.frombuffer(encoded.token_ids, dtype="<i4").astype(np.int32).reshape(shape),
+        logprobs=np.frombuffer(encoded.logprobs, dtype="<f4").astype(np.float32).reshape(shape),
     )
 
 

@@ -1,4 +1,4 @@
-"""JSON requests about sessions, runs and futures, strict and bounded, and what each means in our own types.
+"""JSON requests about sessions, runs and futures, strict and bounded, with conversions to knapper.wire.types.
 
 Field names and defaults are the SDK's. `decode(body, CreateModel)` checks; methods such as `adamw()` convert.
 """
@@ -70,7 +70,7 @@ class FinishSession(RequestBody, frozen=True, kw_only=True):
 
 
 class Telemetry(RequestBody, frozen=True, kw_only=True):
-    """Events are looked at by nobody here, and kept nowhere."""
+    """Telemetry events are neither read nor stored."""
 
     events: list[msgspec.Raw]
     platform: Text = ""
@@ -103,7 +103,7 @@ class CreateModel(RequestBody, frozen=True, kw_only=True):
         return ids.make_run_id(ids.session_id(self.session_id), self.model_seq_id)
 
     def lora(self) -> LoraConfig:
-        """Checked: raises InvalidField without one, if it trains nothing, or for another optimizer than AdamW."""
+        """The checked configuration. Raises InvalidField if it is missing, trains nothing, or is not for AdamW."""
         _only_adamw("optimizer_config", self.optimizer_config)
         lora = self.lora_config
         if lora is None:
@@ -184,7 +184,7 @@ class SaveWeightsForSampler(RequestBody, frozen=True, kw_only=True):
 
 
 class SaveWeightsExternal(RequestBody, frozen=True, kw_only=True):
-    """A PEFT directory to be downloaded, encrypted for age's recipients if there are any."""
+    """A PEFT directory for download, encrypted for the age recipients if there are any."""
 
     model_id: Id
     seq_id: Seq
@@ -195,7 +195,7 @@ class SaveWeightsExternal(RequestBody, frozen=True, kw_only=True):
 
 
 class LoadWeights(RequestBody, frozen=True, kw_only=True):
-    """Into an existing run (model_id, seq_id), or as the first operation of a new one (session_id, model_seq_id)."""
+    """A load into an existing run (model_id, seq_id), or as the creation of a new one (session_id, model_seq_id)."""
 
     path: Path
     optimizer: bool
@@ -227,10 +227,9 @@ class LoadWeights(RequestBody, frozen=True, kw_only=True):
             and self.model_seq_id is None
         ):
             return None
-        given = [
-            name for name in ("model_id", "seq_id", "session_id", "model_seq_id") if getattr(self, name) is not None
-        ]
-        raise InvalidField("load_weights", given, "model_id with seq_id, or session_id with model_seq_id")
+        names = ("model_id", "seq_id", "session_id", "model_seq_id")
+        present = [name for name in names if getattr(self, name) is not None]
+        raise InvalidField("load_weights", present, "model_id with seq_id, or session_id with model_seq_id")
 
     def session(self) -> SessionId:
         return ids.session_id(self.session_id or "")
@@ -243,14 +242,14 @@ class LoadWeights(RequestBody, frozen=True, kw_only=True):
 
 
 class RetrieveFuture(RequestBody, frozen=True, kw_only=True):
-    """`allow_metadata_only` allows, and does not oblige: payloads come at once."""
+    """`allow_metadata_only` is a permission that this server does not use: payloads come at once."""
 
     request_id: Id
     allow_metadata_only: bool = False
 
 
 class FuturesTarget(RequestBody, frozen=True, kw_only=True):
-    """One client of a sampling session: its requests are those whose seq_id // 10^9 is `cloned_sampler_id`."""
+    """One client of a sampling session: its requests have seq_id // 10^9 == `cloned_sampler_id`."""
 
     sampling_session_id: Id
     cloned_sampler_id: Annotated[int, Meta(ge=0, le=10**9)] = 0
@@ -258,7 +257,7 @@ class FuturesTarget(RequestBody, frozen=True, kw_only=True):
 
 
 class RetrieveFutures(RequestBody, frozen=True, kw_only=True):
-    """`timeout`: seconds that the poll may be held; None: as long as the server likes."""
+    """`timeout`: seconds that the poll may take; None: the server decides."""
 
     target: FuturesTarget
     prev_cursor: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
@@ -270,7 +269,7 @@ class CancelFuture(RequestBody, frozen=True, kw_only=True):
     request_id: Id
 
 
-# ---- checks that several share
+# ---- shared checks
 
 
 def _only_adamw(name: str, config: dict[str, Any] | None) -> None:

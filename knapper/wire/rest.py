@@ -14,7 +14,7 @@ from knapper.errors import InvalidField
 from knapper.ids import RunId
 from knapper.wire.fields import AccessToken, Id, Labels, Number, Path, RequestBody, Text, Ttl
 
-Scope = Literal["owned", "accessible"]  # a tenant may read what it owns, so both mean the same here
+Scope = Literal["owned", "accessible"]  # the same here: a tenant may read only its own
 Offset = Annotated[int, Meta(ge=0, le=10**9)]
 PageSize = Annotated[int, Meta(ge=1, le=limits.page_max)]
 Project = Annotated[str, Meta(min_length=1, max_length=limits.project_chars_max)]
@@ -44,7 +44,7 @@ class CheckpointsPage(RequestBody, frozen=True, kw_only=True):
 
 
 class TtlChange(RequestBody, frozen=True, kw_only=True):
-    """null removes it. The field is required, so that a misspelt one cannot mean for ever."""
+    """null removes it. The field is required, so that a misspelt one cannot remove it."""
 
     ttl_seconds: Ttl | None
 
@@ -62,15 +62,15 @@ class CopyWeights(RequestBody, frozen=True, kw_only=True):
     weights_access_token: AccessToken | None = None
 
     def run(self) -> RunId | None:
-        """The run that it names, or None if it names a project, in which a session is made. Raises InvalidField."""
-        named = self.session_id is not None and self.model_seq_id is not None
-        if named and self.destination_project_id is None:
+        """The run that it names, or None for a project, in which a session is created. Raises InvalidField."""
+        names_run = self.session_id is not None and self.model_seq_id is not None
+        if names_run and self.destination_project_id is None:
             return ids.make_run_id(ids.session_id(self.session_id or ""), self.model_seq_id or 0)
         if self.session_id is None and self.model_seq_id is None and self.destination_project_id is not None:
             return None
         names = ("session_id", "model_seq_id", "destination_project_id")
-        given = [name for name in names if getattr(self, name) is not None]
-        raise InvalidField("copy_weights", given, "destination_project_id, or session_id with model_seq_id")
+        present = [name for name in names if getattr(self, name) is not None]
+        raise InvalidField("copy_weights", present, "destination_project_id, or session_id with model_seq_id")
 
 
 class SessionProject(RequestBody, frozen=True, kw_only=True):
@@ -134,7 +134,7 @@ class UsageQuery(RequestBody, frozen=True, kw_only=True):
     ending_before: Annotated[datetime, Meta(tz=True)]
 
     def hours(self, now: float) -> tuple[int, int]:
-        """[first, end) in hours since the epoch. Raises InvalidField for a window that is not of whole hours, or wrong.
+        """[first, end) in hours since the epoch. Raises InvalidField for an invalid window, or one of partial hours.
 
         `now`: seconds since the epoch.
         """

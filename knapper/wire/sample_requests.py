@@ -1,4 +1,4 @@
-"""Requests for samplers and samples, as clients send them, and as the gateway asks the sample function.
+"""Requests for samplers and samples: those of clients, and the gateway's calls of the sample function.
 
 Field names and defaults are the SDK's.
 """
@@ -42,7 +42,7 @@ class JoinSamplingSession(RequestBody, frozen=True, kw_only=True):
 
 
 class Chunk(RequestBody, frozen=True, kw_only=True):
-    """A piece of a prompt. Other types than encoded_text are known, and refused by name."""
+    """A chunk of a prompt. Types other than encoded_text are parsed, to be refused by name."""
 
     type: Literal["encoded_text", "image", "image_asset_pointer", "dmel"] = "encoded_text"
     tokens: list[Token] | UnsetType = UNSET
@@ -57,7 +57,7 @@ class PromptBody(RequestBody, frozen=True, kw_only=True):
     chunks: Annotated[list[Chunk], Meta(max_length=limits.datum_parts_max)]
 
     def tokens(self, field: str = "prompt") -> types.Int32:
-        """The chunks in a row, int32 (P). Raises InvalidField for a chunk that is not text, or without any token."""
+        """The concatenated chunks, int32 (P). Raises InvalidField for a chunk that is not text, or an empty prompt."""
         for i, chunk in enumerate(self.chunks):
             if chunk.type != "encoded_text" or chunk.tokens is UNSET:
                 raise InvalidField(
@@ -97,7 +97,7 @@ class SamplingParamsBody(RequestBody, frozen=True, kw_only=True):
 
 
 TopK = Annotated[int, Meta(ge=0, le=limits.top_logprobs_max)]
-SampleSeq = Annotated[int, Meta(ge=0, le=2**63 - 1)]  # a client's clones count from k * 10^9, k to 10^9
+SampleSeq = Annotated[int, Meta(ge=0, le=2**63 - 1)]  # clone k of a client counts from k * 10^9, k to 10^9
 LastN = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 
@@ -121,7 +121,7 @@ class AsampleBody(RequestBody, frozen=True, kw_only=True):
     type: Literal["sample"] = "sample"
 
     def call(self, base_model: str, adapter: str, seed: int) -> "SampleCall":
-        """What the sampler is asked; `seed` stands in where the client gave none. Raises InvalidField."""
+        """The call of the sample function; `seed` is used if the client sent none. Raises InvalidField."""
         if self.record_stability_info:
             raise InvalidField(
                 "record_stability_info", True, "false, since only the loss stable_reinforce reads what it records, "
@@ -132,7 +132,7 @@ class AsampleBody(RequestBody, frozen=True, kw_only=True):
             allowed = "none without prompt_logprobs, whose range it is"
             raise InvalidField("prompt_logprobs_last_n", self.prompt_logprobs_last_n, allowed)
         if self.target_prompt_logprobs is not None:
-            self.target_prompt_logprobs.cells("target_prompt_logprobs")  # said at once, not by the sampler
+            self.target_prompt_logprobs.cells("target_prompt_logprobs")  # check it before it is queued
         params = self.sampling_params.params()
         return SampleCall(
             base_model=base_model,
@@ -150,24 +150,24 @@ class AsampleBody(RequestBody, frozen=True, kw_only=True):
         )
 
 
-class _Addressed(msgspec.Struct):
-    """What is read of a request before anything else of it."""
+class _Address(msgspec.Struct):
+    """The fields of a request that are decoded first."""
 
     sampling_session_id: Id | None = None
     seq_id: SampleSeq | None = None
 
 
 def address(body: bytes) -> tuple[str, int]:
-    """(sampling_session_id, seq_id) of a Sample; the rest is not built yet. Raises InvalidField without them."""
-    asked = decode(body, _Addressed)
-    if asked.sampling_session_id is None or asked.seq_id is None:
-        given = (asked.sampling_session_id, asked.seq_id)
-        raise InvalidField("(sampling_session_id, seq_id)", given, "both; create_sampling_client makes the session")
-    return asked.sampling_session_id, asked.seq_id
+    """(sampling_session_id, seq_id) of a sample request; the rest is not decoded. Raises InvalidField without them."""
+    fields = decode(body, _Address)
+    if fields.sampling_session_id is None or fields.seq_id is None:
+        pair = (fields.sampling_session_id, fields.seq_id)
+        raise InvalidField("(sampling_session_id, seq_id)", pair, "both; create_sampling_client makes the session")
+    return fields.sampling_session_id, fields.seq_id
 
 
 class SampleCall(RequestBody, frozen=True, kw_only=True):
-    """What the gateway asks of the sample function: JSON there, protobuf back."""
+    """The gateway's call of the sample function: a JSON request with a protobuf response."""
 
     base_model: Path
     adapter: Path
@@ -181,7 +181,7 @@ class SampleCall(RequestBody, frozen=True, kw_only=True):
     target_prompt_logprobs: TensorData | None = None
     prompt_alt_tokens_k: TopK = 0
     prompt_logprobs_last_n: LastN | None = None
-    stream: bool = False  # answer in the frames of knapper.wire.progress
+    stream: bool = False  # respond with the frames of knapper.wire.progress
 
     def sample(self, tenant: str = "") -> types.SampleRequest:
         targets = self.target_prompt_logprobs

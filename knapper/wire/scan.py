@@ -1,4 +1,4 @@
-"""Protobuf read field by field, building no objects: requests not yet trusted, and answers that are only counted."""
+"""Protobuf read field by field, without building objects: for untrusted requests, and for counting tokens."""
 
 from collections.abc import Iterator
 from typing import TypeVar
@@ -8,7 +8,7 @@ from knapper.errors import TooLarge, UserError
 
 _DATUM = 3  # the number of ForwardBackwardRequest.data
 _SEQUENCES, _TOKENS = 1, 2  # of SampleResponse, and of its sequences; a token has four bytes
-_PEEKED_BYTES = 4096  # what stands first may be a field without end, or a million empty ones
+_PEEKED_BYTES = 4096  # the first field may be endless, or one of a million empty ones
 _OTHER_FIELDS_MAX = 256
 _FIXED_BYTES = {1: 8, 5: 4}  # by wire type
 
@@ -16,9 +16,9 @@ B = TypeVar("B", bytes, memoryview)
 
 
 def peek(prefix: bytes) -> tuple[str, int] | None:
-    """(model_id, seq_id) from the first bytes of a request, or None when they do not stand there.
+    """(model_id, seq_id) from the first bytes of a request, or None if they are not there.
 
-    Writers of protobuf put fields 1 and 2 first.
+    Protobuf writers put fields 1 and 2 first.
     """
     model_id, seq_id = "", 0
     try:
@@ -35,9 +35,9 @@ def peek(prefix: bytes) -> tuple[str, int] | None:
 
 
 def bound(body: bytes) -> None:
-    """Raise TooLarge for too many objects, UserError for bytes that are no protobuf.
+    """Raises TooLarge for too many objects, UserError for bytes that are no protobuf.
 
-    Parsing makes an object of some forty bytes of two on the wire, so that a limit on bytes alone bounds no memory.
+    Parsing makes an object of some forty bytes of two on the wire, so a limit on bytes alone does not bound memory.
     """
     parts = 0
     for count, (number, value) in enumerate(_fields(memoryview(body))):
@@ -53,15 +53,15 @@ def bound(body: bytes) -> None:
                     )
 
 
-def count_sampled(answer: bytes) -> int:
-    """How many tokens a SampleResponse has, without unpacking or copying them. Raises UserError."""
-    sequences = (value for number, value in _fields(memoryview(answer)) if number == _SEQUENCES)
-    lists = (field for each in sequences if not isinstance(each, int) for field in _fields(each))
-    return sum(len(value) // 4 for number, value in lists if number == _TOKENS and not isinstance(value, int))
+def count_sampled(response: bytes) -> int:
+    """The number of tokens in a SampleResponse, without unpacking or copying them. Raises UserError."""
+    sequences = (value for number, value in _fields(memoryview(response)) if number == _SEQUENCES)
+    fields = (field for sequence in sequences if not isinstance(sequence, int) for field in _fields(sequence))
+    return sum(len(value) // 4 for number, value in fields if number == _TOKENS and not isinstance(value, int))
 
 
 def _fields(data: B) -> Iterator[tuple[int, int | B]]:
-    """(number, value) of each field in turn. Raises UserError where the bytes make no sense or end early."""
+    """(number, value) of each field. Raises UserError for bytes that are malformed or end early."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
@@ -69,13 +69,13 @@ def _fields(data: B) -> Iterator[tuple[int, int | B]]:
         value: int | B
         if wire_type == 0:
             value, at = _varint(data, at)
-        elif wire_type == 2 or wire_type in _FIXED_BYTES:  # groups, the other types, never stood in this protocol
+        elif wire_type == 2 or wire_type in _FIXED_BYTES:  # groups, the other types, are not in this protocol
             size, at = _varint(data, at) if wire_type == 2 else (_FIXED_BYTES[wire_type], at)
             value, at = data[at : at + size], at + size
         else:
-            raise _nonsense(data, at)
+            raise _malformed(data, at)
         if at > len(data):
-            raise _nonsense(data, at)
+            raise _malformed(data, at)
         yield tag >> 3, value
 
 
@@ -87,10 +87,10 @@ def _varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, at
-    raise _nonsense(data, at)
+    raise _malformed(data, at)
 
 
-def _nonsense(data: bytes | memoryview, at: int) -> UserError:
+def _malformed(data: bytes | memoryview, at: int) -> UserError:
     return UserError(
         f"the forward_backward request is not protobuf: {len(data)} bytes make no sense at byte {min(at, len(data))}; "
         "allowed: what tinker 0.25 and newer send"

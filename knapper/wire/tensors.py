@@ -1,6 +1,6 @@
-"""Arrays on the wire: dense bytes or sparse rows, little-endian, to numpy and back.
+"""Arrays on the wire, dense or in CSR, little-endian, to numpy and back.
 
-Int32 is widened to int64 and bfloat16 to float32, as the SDK does. A sparse array becomes dense, within a bound.
+Int32 is widened to int64 and bfloat16 to float32, as the SDK does. A sparse array becomes dense, up to a limit.
 """
 
 import math
@@ -25,7 +25,7 @@ _NUMBERS = {"f4": descriptor.FLOAT32, "i8": descriptor.INT64, "i4": descriptor.I
 
 
 def number(dtype: np.dtype[Any]) -> int:
-    """The DType of an array that we send: float32, int64 or int32. Raises ValueError for another (our defect)."""
+    """The DType for an encoded array: float32, int64 or int32. Raises ValueError for another, which is a defect."""
     if dtype.str[1:] not in _NUMBERS:
         raise ValueError(f"cannot send arrays of {dtype}")
     return _NUMBERS[dtype.str[1:]]
@@ -40,17 +40,17 @@ def elements(data: bytes, dtype: int, field: str) -> Array:
     """A flat array of int64 or float32. Raises InvalidField for an unknown dtype or a length that does not fit it."""
     if dtype not in _DTYPES:
         raise InvalidField(f"{field}.dtype", dtype, "1 (float32), 2 (int64), 3 (int32) or 4 (bfloat16)")
-    read = _DTYPES[dtype]
-    if len(data) % read.itemsize:
-        raise InvalidField(f"{field}: length in bytes", len(data), f"a multiple of {read.itemsize}")
-    flat = np.frombuffer(data, dtype=read)
+    wire_dtype = _DTYPES[dtype]
+    if len(data) % wire_dtype.itemsize:
+        raise InvalidField(f"{field}: length in bytes", len(data), f"a multiple of {wire_dtype.itemsize}")
+    flat = np.frombuffer(data, dtype=wire_dtype)
     if dtype == descriptor.BFLOAT16:
         return (flat.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return flat.astype(np.float32 if dtype == descriptor.FLOAT32 else np.int64)
 
 
 def encode(message: Any, array: Array) -> None:
-    """Fill the Tensor message, dense, with an array that `number` knows."""
+    """Fill the Tensor message with the dense array, of a dtype that `number` knows."""
     message.dense, message.dtype = little_endian(array), number(array.dtype)
     message.shape.extend(array.shape)
 
@@ -78,7 +78,7 @@ def decode(tensor: Any, field: str) -> Array:
 
 
 def _dense(csr: Any, dtype: int, shape: list[int], field: str) -> Array:
-    """Rows and columns as CSR lists them; every other cell is 0."""
+    """The dense array of a CSR message; cells that it does not list are 0."""
     if len(shape) != 2:
         raise InvalidField(f"{field}.shape", shape, "(N, K), which a sparse array must state")
     return dense(
@@ -90,28 +90,28 @@ def _dense(csr: Any, dtype: int, shape: list[int], field: str) -> Array:
     )
 
 
-def dense(values: Array, starts: Array, places: Array, shape: tuple[int, int], field: str) -> Array:
-    """The sparse array as a whole one; cells that CSR does not list are 0. Raises InvalidField, TooLarge."""
-    check_csr(values, starts, places, shape, field)
+def dense(values: Array, starts: Array, columns_M: Array, shape: tuple[int, int], field: str) -> Array:
+    """The dense array; cells that CSR does not list are 0. Raises InvalidField, TooLarge."""
+    check_csr(values, starts, columns_M, shape, field)
     rows, columns = shape
     if rows * columns > limits.sparse_cells_max:
         raise TooLarge(f"{field}.shape is {shape}: {rows * columns} cells; allowed: {limits.sparse_cells_max} cells")
-    whole = np.zeros(rows * columns, dtype=values.dtype)
-    whole[np.repeat(np.arange(rows), np.diff(starts)) * columns + places] = values
-    return whole.reshape(rows, columns)
+    cells = np.zeros(rows * columns, dtype=values.dtype)
+    cells[np.repeat(np.arange(rows), np.diff(starts)) * columns + columns_M] = values
+    return cells.reshape(rows, columns)
 
 
-def check_csr(values: Array, starts: Array, places: Array, shape: tuple[int, int], field: str) -> None:
-    """Raises InvalidField where the parts of a CSR array contradict each other, or name a cell twice."""
+def check_csr(values: Array, starts: Array, columns_M: Array, shape: tuple[int, int], field: str) -> None:
+    """Raises InvalidField if the parts of a CSR array contradict each other, or list a cell twice."""
     rows, columns = shape
     if starts.size != rows + 1:
         raise InvalidField(f"{field}.crow_indices: count", starts.size, f"{rows + 1}, one more than the {rows} rows")
     if starts[0] != 0 or starts[-1] != values.size or (np.diff(starts) < 0).any():
         raise InvalidField(f"{field}.crow_indices", starts.tolist(), f"ascending from 0 to the {values.size} values")
-    if places.size != values.size:
-        raise InvalidField(f"{field}.col_indices: count", places.size, f"{values.size}, one a value")
-    if places.size and not 0 <= places.min() <= places.max() < columns:
-        raise InvalidField(f"{field}.col_indices", places.tolist(), f"0 to {columns - 1}")
-    cells = np.repeat(np.arange(rows), np.diff(starts)) * columns + places
+    if columns_M.size != values.size:
+        raise InvalidField(f"{field}.col_indices: count", columns_M.size, f"{values.size}, one a value")
+    if columns_M.size and not 0 <= columns_M.min() <= columns_M.max() < columns:
+        raise InvalidField(f"{field}.col_indices", columns_M.tolist(), f"0 to {columns - 1}")
+    cells = np.repeat(np.arange(rows), np.diff(starts)) * columns + columns_M
     if np.unique(cells).size != cells.size:
-        raise InvalidField(f"{field}.col_indices", places.tolist(), "each column at most once in a row")
+        raise InvalidField(f"{field}.col_indices", columns_M.tolist(), "each column at most once in a row")

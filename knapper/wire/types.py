@@ -1,4 +1,4 @@
-"""What a request means, once decoded: plain frozen values over numpy arrays, shared by the wire and the engine.
+"""Decoded requests and results: plain frozen values over numpy arrays, shared by the wire and the engine.
 
 Shapes: T tokens of a datum, K targets a position, P prompt tokens, N sampled tokens.
 """
@@ -16,7 +16,7 @@ Float32 = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Datum:
-    """`tokens` int32 (T). `inputs`: arrays by name, int64 or float32, shaped as they came, sparse ones dense."""
+    """`tokens` int32 (T). `inputs`: dense arrays by name, int64 or float32, in the shape of the request."""
 
     tokens: Int32
     inputs: dict[str, NDArray[Any]]
@@ -53,7 +53,7 @@ class AdamW:
     grad_clip_norm: float = 0.0  # 0: off
 
 
-GREEDY_TEMPERATURE_MAX = 1e-6  # below it float32 cannot tell a distribution from its likeliest token
+GREEDY_TEMPERATURE_MAX = 1e-6  # below it, a float32 distribution is its likeliest token
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] = ()
     ignore_eos: bool = False  # `stop=[]` on the wire
-    temperature: float = 1.0  # 0: greedy, which so small a one means too, and becomes
+    temperature: float = 1.0  # 0: greedy; up to GREEDY_TEMPERATURE_MAX it becomes 0
     top_k: int = -1  # -1: all
     top_p: float = 1.0
 
@@ -74,9 +74,9 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Cells:
-    """Cells of a matrix, row by row: all of them, or those that a CSR layout lists.
+    """Cells of a matrix, row by row: all of them, or those in CSR.
 
-    `values` (M); `starts` (rows + 1) and `columns` (M) are those of CSR, or None when all cells are there.
+    `values` (M); `starts` (rows + 1) and `columns` (M) are CSR's, or None if all cells are there.
     """
 
     values: NDArray[Any]
@@ -85,7 +85,7 @@ class Cells:
     columns: Int64 | None = None
 
     def rows(self) -> Int64:
-        """Of each value (M)."""
+        """The row of each value (M)."""
         if self.starts is None:
             return np.repeat(np.arange(self.shape[0], dtype=np.int64), self.shape[1])
         return np.repeat(np.arange(self.shape[0], dtype=np.int64), np.diff(self.starts))
@@ -99,15 +99,15 @@ class SampleRequest:
     adapter: str
     prompt: Int32  # (P)
     params: SamplingParams
-    seed: int  # always set: the client's, else the gateway's choice; sample i of the request uses (seed, i)
+    seed: int  # the client's, or one that the gateway chose; sample i of the request uses (seed, i)
     num_samples: int = 1
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
-    target_prompt_logprobs: Cells | None = None  # int64 (P - 1, K): row i scores position i + 1; -1 asks for nothing
+    target_prompt_logprobs: Cells | None = None  # int64 (P - 1, K): row i scores position i + 1; -1: none
     prompt_alt_tokens_k: int = 0  # draws at each position after the first
     prompt_logprobs_last_n: int | None = None  # of prompt_logprobs and topk_prompt_logprobs; None: all
-    tenant: str = ""  # whose turn it takes where turns are taken; no part of the answer
+    tenant: str = ""  # for fair sharing; has no effect on the result
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class PromptDraws:
-    """Row i: draws with replacement from the distribution over the prompt's token i + 1."""
+    """Row i: draws with replacement from the distribution of the prompt's token i + 1."""
 
     tokens: Int64  # (P - 1, k)
     logprobs: Float32  # (P - 1, k), untempered
@@ -128,21 +128,21 @@ class PromptDraws:
 
 @dataclass(frozen=True)
 class SampledSequence:
-    """`tokens` (N), the stop token or string among them; `logprobs` (N) of the distribution that was sampled from."""
+    """`tokens` (N), with the stop token or string; `logprobs` (N) under the distribution that was sampled from."""
 
     tokens: Int32
     logprobs: Float32
-    stopped: bool  # False: max_tokens or the context's end
+    stopped: bool  # False: max_tokens or the end of the context
     topk: TopK | None = None
 
 
 @dataclass(frozen=True)
 class SampleOutput:
     sequences: list[SampledSequence]
-    prompt_logprobs: Float32 | None = None  # (P), NaN where there is none: always at 0
-    topk_prompt_logprobs: TopK | None = None  # (P, k), empty where there is none: always row 0
+    prompt_logprobs: Float32 | None = None  # (P), NaN if there is none, as at 0
+    topk_prompt_logprobs: TopK | None = None  # (P, k), empty if there is none, as in row 0
     target_prompt_logprobs: Cells | None = None  # float32, in the request's layout; 0.0 where it has -1
     prompt_draws: PromptDraws | None = None
     prompt_cache_hit_tokens: int = 0
-    device_s: float = 0.0  # seconds of the device that were this request's; not on the client's wire
+    device_s: float = 0.0  # device seconds of this request; not sent to clients
     extra: dict[str, float] = field(default_factory=dict)

@@ -1,7 +1,7 @@
-"""The border at which bytes of somebody else are parsed: whatever a parser raises there is the sender's fault.
+"""Parsing of untrusted bytes: any exception of a parser is the sender's fault.
 
-A list of exceptions is never whole: parsers raise RecursionError, UnicodeError, OverflowError, KeyError as it happens,
-and each that a list forgets is a 500, or ends a loop that serves everybody.
+A list of exceptions is never complete: parsers raise RecursionError, UnicodeError, OverflowError, KeyError, and each
+that a list lacks becomes a 500, or ends a loop that serves all clients.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,9 +12,8 @@ from knapper.errors import KnapperError
 
 @contextmanager
 def parsing(wrong: Callable[[Exception], KnapperError]) -> Iterator[None]:
-    """Around the call of a parser, and nothing else. Raises `wrong(error)` for all that it raises but our own errors.
-
-    MemoryError is the machine's.
+    """A context for the call of a parser alone. Raises `wrong(error)` for its exceptions, except knapper's own errors
+    and MemoryError, which is not the sender's fault.
     """
     try:
         yield

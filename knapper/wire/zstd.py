@@ -1,4 +1,4 @@
-"""zstd with a hard cap on the output, whatever a frame says about itself."""
+"""zstd with a hard cap on the output, independent of the sizes that frames declare."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from knapper import limits
 from knapper.errors import TooLarge, UserError
 
 _STEP_BYTES = 256  # 64 blocks of at most 128 KiB: the most that one step can overshoot the cap is 8 MiB
-_WINDOW_BYTES_MAX = 8 * limits.MIB  # of a decoder's memory; RFC 9659 allows no more to what goes over HTTP
+_WINDOW_BYTES_MAX = 8 * limits.MIB  # of a decoder's memory; the maximum for HTTP by RFC 9659
 
 
 def compress(data: bytes, level: int = 3) -> bytes:
@@ -24,9 +24,9 @@ def decompress(data: bytes, limit: int = limits.body_bytes_max) -> bytes:
 
 
 def decompress_prefix(data: bytes, limit: int, take: Callable[[int], None] = lambda _: None) -> tuple[bytes, bool]:
-    """(at most `limit` bytes of the content, whether there is more). `take` hears of each part's size as it comes.
+    """(at most `limit` bytes of the content, whether there is more). `take` is called with the size of each part.
 
-    Raises UserError for broken or cut frames, and what `take` raises.
+    Raises UserError for broken or cut frames, and the errors of `take`.
     """
     if (whole := _whole(data, limit, take)) is not None:
         return whole, False
@@ -56,7 +56,7 @@ def decompress_prefix(data: bytes, limit: int, take: Callable[[int], None] = lam
 
 
 def _whole(data: bytes, limit: int, take: Callable[[int], None]) -> bytes | None:
-    """The content of a single frame that says how long it is, at once and into its place. None: it is another kind."""
+    """The content of a single frame with a declared size, without a copy; None for other frames."""
     try:
         size = zstandard.frame_content_size(data)
         if not 0 < size <= limit:
@@ -65,8 +65,8 @@ def _whole(data: bytes, limit: int, take: Callable[[int], None]) -> bytes | None
         frame = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES_MAX)
         return frame.decompress(data, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError:
-        return None  # what comes piece by piece is told of as it is
+        return None  # the decoder of parts reports the error
 
 
-def _frame() -> "zstandard.ZstdDecompressionObj":  # a name that only the stubs have
+def _frame() -> "zstandard.ZstdDecompressionObj":  # a name that only the type stubs have
     return zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES_MAX).decompressobj()

@@ -51,7 +51,7 @@ FIGURES: Final[dict[str, list[tuple[str, str]]]] = {
         ("5 min", "knative/base/train-step.yaml: scale-to-zero-pod-retention-period: 300s"),
         ("2 min", "knative/base/sample.yaml: scale-to-zero-pod-retention-period: 120s"),
         ("0.5 min", "(Knative's scale-to-zero-grace-period)"), ("10 min", _AUTOSCALER), ("17 minutes", _AUTOSCALER),
-        ("20 s", "knapper.store.gcs:_PATIENCE_S"), ("7 days", "limits:torn_after_s"), ("15 minutes", "limits:hole_s"),
+        ("20 s", "knapper.store.gcs:_PATIENCE_S"), ("7 days", "limits:torn_after_s"), ("15 minutes", "limits:gap_s"),
         ("30 s", "knapper.concurrency.retry:_PAUSE_MAX_S"), ("8 MiB", "knapper.store.gcs:part_bytes_max"),
     ],
     "docs/quickstart.md": [
@@ -89,7 +89,7 @@ IN_WORDS: Final[dict[str, list[tuple[str, float, str]]]] = {
         ("a link for each file, good for an hour", 3600, "limits:link_s"),
         ("up to ten native", 10, "limits:age_recipients_max"),
         ("at most 1000 entries", 1000, "limits:page_max"),
-        ("at most 20,000 of them", 20_000, "limits:operations_told_max"),
+        ("at most 20,000 of them", 20_000, "limits:operations_listed_max"),
     ],
     "docs/errors.md": [
         ("more than 128 headers", 128, "limits:head_fields_max"),

@@ -93,7 +93,7 @@ async def apply_all(machine: Machine[RunState], state: RunState, operations: lis
 
 
 async def bits(machine: Machine[RunState], state: RunState) -> dict[str, bytes]:
-    return {name: bytes(data) for name, data in (await machine.freeze(state)).items()}
+    return {name: bytes(data) for name, data in (await machine.serialize(state)).items()}
 
 
 def test_it_is_a_machine(machine: TrainingMachine) -> None:
@@ -125,8 +125,8 @@ def test_replay_from_a_snapshot_at_any_point_gives_the_same_bits(machine: Traini
         assert "grads.f32" in whole
         for cut in range(len(OPERATIONS) + 1):
             state = await apply_all(machine, await machine.create(spec(), None, False), OPERATIONS[:cut])
-            thawed = await machine.thaw(spec(), await bits(machine, state))
-            assert await bits(machine, await apply_all(machine, thawed, OPERATIONS[cut:])) == whole
+            restored = await machine.restore(spec(), await bits(machine, state))
+            assert await bits(machine, await apply_all(machine, restored, OPERATIONS[cut:])) == whole
 
     run(story())
 

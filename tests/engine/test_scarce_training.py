@@ -115,7 +115,7 @@ def test_every_operation_is_tried_once_more_and_leaves_the_state_as_it_is(traine
             state = await machine.create(spec(), None, with_optimizer=False)
             state = await apply_all(machine, state, OPERATIONS)
             files = await bits(machine, state)
-            return await bits(machine, await machine.thaw(spec(), files)), operators.count
+            return await bits(machine, await machine.restore(spec(), files)), operators.count
 
     wanted, count = asyncio.run(story(lambda _number, _name: False))
     for at in sorted(np.random.default_rng(3).integers(1, count + 1, 15).tolist()):

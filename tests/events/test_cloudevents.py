@@ -74,7 +74,7 @@ def test_a_bell_has_one_follower_of_each_kind() -> None:
 
 def test_a_bell_of_operations_names_a_run() -> None:
     run = "ses-00000000000000000000000000000000:train:0"
-    assert cloudevents.run_of(cloudevents.decode(*cloudevents.bell(RunId(run), "b").encode())) == run
+    assert cloudevents.run_of(cloudevents.decode(*cloudevents.doorbell(RunId(run), "b").encode())) == run
     for wrong in (
         FULL,
         Event(type=cloudevents.OPERATIONS, subject="", id="1"),

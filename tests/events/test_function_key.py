@@ -45,7 +45,7 @@ def test_it_is_made_once_and_everybody_over_the_store_has_the_same() -> None:
         made = await first.headers()
         assert made == {"Authorization": f"Bearer {0:032x}{1:032x}"}
         assert await second.headers() == await FunctionKey(store).headers() == made
-        assert await secrets.found(store, "functions") == f"{0:032x}{1:032x}".encode()
+        assert await secrets.find(store, "functions") == f"{0:032x}{1:032x}".encode()
 
     asyncio.run(story())
 
@@ -79,7 +79,7 @@ def test_an_event_of_this_deployment_is_admitted_from_any_broker() -> None:
         for sent in (headers, on_its_way):
             assert await admitted(key, sent, body) == body
         again = cloudevents.decode(headers, body).next(cloudevents.ADAPTER_STEPPED, "knapper/train_step", 8)
-        assert again.signature == "", "what follows is signed by whoever makes it"
+        assert again.signature == "", "the sender of the next event signs it"
         with pytest.raises(TooLarge):
             await admitted(key, headers, b"x" * (limits.event_bytes_max + 1))
 

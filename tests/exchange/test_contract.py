@@ -44,13 +44,13 @@ def test_a_list_names_what_begins_so_with_its_size_and_generation(exchange: Exch
     async def story() -> None:
         for name in ("inbox/a/x/job.yaml", "inbox/a/x/data.jsonl", "inbox/a/xy/job.yaml", "jobs/a/x/bill.json"):
             await exchange.publish(name, name.encode())
-        found = await exchange.list("inbox/a/x/")
-        assert [(entry.name, entry.size) for entry in found] == [
+        entries = await exchange.list("inbox/a/x/")
+        assert [(entry.name, entry.size) for entry in entries] == [
             ("inbox/a/x/data.jsonl", 20), ("inbox/a/x/job.yaml", 18),
         ]  # fmt: skip
         blob = await exchange.read("inbox/a/x/job.yaml", 100)
         assert blob is not None
-        assert blob.generation == found[1].generation
+        assert blob.generation == entries[1].generation
         assert [entry.name for entry in await exchange.list("inbox/")][-1] == "inbox/a/xy/job.yaml"
         assert await exchange.list("inbox/b/") == []
 
@@ -201,9 +201,9 @@ def test_what_is_published_outlives_a_power_cut(tmp_path: Path) -> None:
             asyncio.run(exchange.publish("inbox/local/j/job.yaml", b"before"))
             asyncio.run(exchange.publish("inbox/local/j/job.yaml", b"kind: sft"))
             disk.cut()
-            found = asyncio.run(DirectoryExchange(disk.root).read("inbox/local/j/job.yaml", 100))
-            assert found is not None
-            assert found.data == b"kind: sft"
+            blob = asyncio.run(DirectoryExchange(disk.root).read("inbox/local/j/job.yaml", 100))
+            assert blob is not None
+            assert blob.data == b"kind: sft"
 
 
 def test_what_is_extended_has_just_the_bytes_that_it_should_have(exchange: Exchange) -> None:
@@ -212,9 +212,9 @@ def test_what_is_extended_has_just_the_bytes_that_it_should_have(exchange: Excha
     for before in (None, b"", whole[:11], whole[:17], whole, whole + b"{", b"other\n", b"\0" * 11):
         asyncio.run(exchange.remove(name) if before is None else exchange.publish(name, before))
         asyncio.run(exchange.extend(name, whole))
-        found = asyncio.run(exchange.read(name, 100))
-        assert found is not None
-        assert found.data == whole, before
+        blob = asyncio.run(exchange.read(name, 100))
+        assert blob is not None
+        assert blob.data == whole, before
 
 
 def test_who_follows_a_file_that_is_extended_reads_each_line_once(tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_parts_become_one_object_or_nothing(exchange: Exchange) -> None:
 
 
 def test_nobody_signs_for_a_directory_or_without_a_key(exchange: Exchange) -> None:
-    assert asyncio.run(exchange.signed("GET", "jobs/a/x/large", 0)) is None
+    assert asyncio.run(exchange.presign("GET", "jobs/a/x/large", 0)) is None
 
 
 def test_a_service_accounts_key_signs_for_one_object_one_hour_and_one_size(tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_a_service_accounts_key_signs_for_one_object_one_hour_and_one_size(tmp_p
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("STORAGE_EMULATOR_HOST", raising=False)
         patch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(path))
-        signed = asyncio.run(GcsExchange("bucket", "team/").signed("PUT", "uploads/a/x/000", 77))
+        signed = asyncio.run(GcsExchange("bucket", "team/").presign("PUT", "uploads/a/x/000", 77))
     assert signed is not None
     assert signed.headers == {"x-goog-content-length-range": "0,77"}
     url, query = urlsplit(signed.url), dict(parse_qsl(urlsplit(signed.url).query))

@@ -195,13 +195,13 @@ ASKS: dict[Way, Callable[[World, Random], Ask]] = {
 def parameters(world: World, way: Way, rng: Random) -> dict[str, str]:
     """What the route's path is filled with."""
     kind = rng.choice(["weights", "sampler_weights", "external_weights"])
-    found = world.mine.in_path() | {"kind": kind, "token": "abc", "path": "a/b", "file": "status.json"}
-    found |= {"sha256": "0" * 64, "size": "31", "offset": "0"}
+    values = world.mine.in_path() | {"kind": kind, "token": "abc", "path": "a/b", "file": "status.json"}
+    values |= {"sha256": "0" * 64, "size": "31", "offset": "0"}
     if way[1].endswith("external_weights_urls"):
-        found["kind"] = "external_weights"
+        values["kind"] = "external_weights"
     if way[1].endswith("/models/{name:path}"):
-        found["name"] = rng.choice([world.model, world.mine.path("sampler_weights"), world.mine.run])
-    return {name: found[name] for name in route_of(way).param_convertors}
+        values["name"] = rng.choice([world.model, world.mine.path("sampler_weights"), world.mine.run])
+    return {name: values[name] for name in route_of(way).param_convertors}
 
 
 def legal(way: Way, world: World, rng: Random) -> Ask:

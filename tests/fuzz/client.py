@@ -33,13 +33,13 @@ def turn(service: tinker.ServiceClient, rest: tinker.RestClient, model: str) -> 
     sampler = service.create_sampling_client(model_path=path).result()
     params = types.SamplingParams(max_tokens=6, seed=5, temperature=1.0)
     drawn = sampler.sample(types.ModelInput.from_ints([1, 2, 3, 4]), 2, params, include_prompt_logprobs=True).result()
-    told = [(each.tokens, np.array(each.logprobs, np.float32).tobytes()) for each in drawn.sequences]
+    samples = [(each.tokens, np.array(each.logprobs, np.float32).tobytes()) for each in drawn.sequences]
     external = run.save_weights_external("adapter").result().path
     urls = rest.get_external_weights_urls(external).result().urls
     files = [name.encode() + httpx.get(urls[name], timeout=60).raise_for_status().content for name in sorted(urls)]
     return {
         "run": run.model_id, "path": path, "session": str(service.holder._session_id), "trained": trained.hexdigest(),
-        "sampled": _hash(repr((told, drawn.prompt_logprobs)).encode()), "adapter": _hash(b"\0".join(files)),
+        "sampled": _hash(repr((samples, drawn.prompt_logprobs)).encode()), "adapter": _hash(b"\0".join(files)),
     }  # fmt: skip
 
 
@@ -51,8 +51,8 @@ def main(url: str, key: str, model: str) -> None:
     rest = tinker.RestClient(base_url=url, api_key=key)
     with tinker.ServiceClient(base_url=url, api_key=key) as service:
         while True:
-            told: dict[str, Any] = turn(service, rest, model)
-            print(json.dumps(told), flush=True)
+            response: dict[str, Any] = turn(service, rest, model)
+            print(json.dumps(response), flush=True)
             if select.select([sys.stdin], [], [], 0)[0]:
                 return
 

@@ -87,14 +87,14 @@ class Neighbour:
         self._process.stdin.close()
         code = self._process.wait(300)
         self._thread.join(10)
-        found = [] if code == 0 else [f"the healthy client ended with {code}"]
+        differences = [] if code == 0 else [f"the healthy client ended with {code}"]
         for n, turn in enumerate(self.turns):
-            found += [
+            differences += [
                 f"the healthy client's {name} of turn {n} are other bits than undisturbed"
                 for name in ("trained", "sampled", "adapter")
                 if turn[name] != self.turns[0][name]
             ]
-        return found
+        return differences
 
 
 def model(place: Path) -> Path:
@@ -141,7 +141,7 @@ def run(model: Path, data: Path, *, seed: int, first: int, count: int, senders: 
         _measure(report, server, time.monotonic() - began)
         report.faults += _afterwards(server, model, data)
         logged = server.log()
-    report.faults += [f"the log has {found}" for found in tracebacks(logged)]
+    report.faults += [f"the log has {traceback}" for traceback in tracebacks(logged)]
     report.faults += _greed(report)
     return report
 
@@ -168,10 +168,10 @@ def _measure(report: Report, server: Server, seconds: float) -> None:
     now = {"seconds": int(seconds)}
     for role, pid in server.processes().items():
         try:
-            told = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+            fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         except (FileNotFoundError, ProcessLookupError):
             continue  # an engine that nobody needed has ended
-        sizes = {name: int(told[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM") if name in told}
+        sizes = {name: int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM") if name in fields}
         now[role] = sizes.get("VmRSS", 0)
         report.peak[role] = max(report.peak.get(role, 0), sizes.get("VmHWM", 0))
     report.resident.append(now)
@@ -203,4 +203,4 @@ def _afterwards(server: Server, model: Path, data: Path) -> list[str]:
 
 def tracebacks(log: str) -> list[str]:
     """Each with its end."""
-    return [log[max(0, found.start() - 300) : found.start() + 3000] for found in _TRACEBACK.finditer(log)]
+    return [log[max(0, match.start() - 300) : match.start() + 3000] for match in _TRACEBACK.finditer(log)]

@@ -73,15 +73,15 @@ Mutation = Callable[[Ask, World, Random], None]
 
 def _fitting(ask: Ask) -> list[Mutation]:
     """Those for what the request has, the more likely the more often."""
-    found: list[Mutation] = [header]
-    found += [token] if "ce-type" not in ask.headers else []
-    found += [query] * (3 if ask.query else 1)
-    found += [parameter] * (4 if ask.path else 0)
+    choices: list[Mutation] = [header]
+    choices += [token] if "ce-type" not in ask.headers else []
+    choices += [query] * (3 if ask.query else 1)
+    choices += [parameter] * (4 if ask.path else 0)
     if isinstance(ask.body, Message):
-        found += [protobuf_body.field] * 20 + [protobuf_body.wire] * 8
+        choices += [protobuf_body.field] * 20 + [protobuf_body.wire] * 8
     elif ask.body is not None and not isinstance(ask.body, bytes):
-        found += [json_body.value] * 30 + [json_body.text] * 2
-    return found
+        choices += [json_body.value] * 30 + [json_body.text] * 2
+    return choices
 
 
 def mutate(ask: Ask, world: World, rng: Random) -> Ask:

@@ -115,13 +115,13 @@ class Sender:
 
     def _settle(self, world: World, way: Way, answer: Answer) -> str | None:
         """Wait for what was promised, where it is not held up by something that never comes."""
-        told = answer.json()
+        content = answer.json()
         if way == ("POST", "/api/v1/jobs") and answer.status == 200:
-            self._post(f"jobs/{told['job']}/cancel", None)
+            self._post(f"jobs/{content['job']}/cancel", None)
             return None
-        if answer.status == 422 and f"seq_id {world.seq} of {world.mine.run} was used before" in str(told):
+        if answer.status == 422 and f"seq_id {world.seq} of {world.mine.run} was used before" in str(content):
             world.seq += 1
-        request_id = told.get("request_id") if isinstance(told, dict) and answer.status == 200 else None
+        request_id = content.get("request_id") if isinstance(content, dict) and answer.status == 200 else None
         if not isinstance(request_id, str) or way[1] in _POLLS:
             return None
         expected = request_id == f"{world.mine.run}:{world.seq}"

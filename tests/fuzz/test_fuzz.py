@@ -96,8 +96,8 @@ GOOD = b'{"detail": "rank is 0; allowed: 1 to 256", "code": "invalid_field", "ca
     ],
 )
 def test_a_wrong_answer_is_seen(status: int, headers: dict[str, str], body: bytes, wrong: str | None) -> None:
-    found = fault(WAY, Answer(status, headers, body))
-    assert found is None if wrong is None else wrong in (found or "")
+    problem = fault(WAY, Answer(status, headers, body))
+    assert problem is None if wrong is None else wrong in (problem or "")
 
 
 def test_a_result_that_blames_the_server_is_seen() -> None:
@@ -107,6 +107,6 @@ def test_a_result_that_blames_the_server_is_seen() -> None:
 
 def test_a_traceback_in_the_log_is_seen_with_its_end() -> None:
     log = "12:00 info gateway: x\nTraceback (most recent call last):\n  File a\nValueError: b\n12:00 info engine: y\n"
-    [found] = fuzz.tracebacks(log)
-    assert "ValueError: b" in found
+    [traceback] = fuzz.tracebacks(log)
+    assert "ValueError: b" in traceback
     assert fuzz.tracebacks("12:00 info gateway: nothing") == []

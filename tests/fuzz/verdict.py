@@ -33,9 +33,9 @@ def fault(way: Way, answer: Answer) -> str | None:
     if answer.status >= 400:
         return _refusal(way, answer)
     if answer.status == 200 and way[1] == "/api/v1/retrieve_future":
-        told = answer.json()
-        if isinstance(told, dict) and told.get("category") == "server":
-            return f"a result that blames the server: {told.get('error')}"
+        content = answer.json()
+        if isinstance(content, dict) and content.get("category") == "server":
+            return f"a result that blames the server: {content.get('error')}"
     if "event-stream" in answer.header("content-type") and b"server_error" in answer.body:
         return f"a stream that blames the server: {answer.body[-300:]!r}"
     return None
@@ -48,20 +48,20 @@ def _later(answer: Answer) -> str | None:
 
 
 def _refusal(way: Way, answer: Answer) -> str | None:
-    told = answer.json()
-    if not isinstance(told, dict):
+    content = answer.json()
+    if not isinstance(content, dict):
         return f"a {answer.status} without the error's form: {answer.body[:300]!r}"
     if answer.status == 408 and way[1] == "/api/v1/retrieve_future":
-        return None if told.get("type") == "try_again" else f"a 408 of another form: {told}"
-    if way[1].startswith(("/v1/", "/oai/")) and "error" in told:
-        told = told["error"]
-        said, code, whose = told.get("message"), told.get("code"), told.get("type") == "invalid_request_error"
+        return None if content.get("type") == "try_again" else f"a 408 of another form: {content}"
+    if way[1].startswith(("/v1/", "/oai/")) and "error" in content:
+        content = content["error"]
+        said, code, whose = content.get("message"), content.get("code"), content.get("type") == "invalid_request_error"
     else:
-        said, code, whose = told.get("detail"), told.get("code"), told.get("category") == "user"
+        said, code, whose = content.get("detail"), content.get("code"), content.get("category") == "user"
     if not isinstance(said, str) or not isinstance(code, str) or not said or not code:
-        return f"a {answer.status} without what is wrong or its code: {told}"
+        return f"a {answer.status} without what is wrong or its code: {content}"
     if not whose:
-        return f"a {answer.status} that is not the user's: {told}"
+        return f"a {answer.status} that is not the user's: {content}"
     if len(said) > _TELLS_MAX:
         return f"an error of {len(said)} characters: {said[:200]}"
     if code == "invalid_field" and ("; allowed: " not in said or " is " not in said):

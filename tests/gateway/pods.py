@@ -86,7 +86,7 @@ class Pod:
 
     async def ring(self, run: RunId, hint: Hint | None = None) -> tuple[int, str, list[Frame]]:
         """(status, what an error said, the frames until the answer ended or broke off)."""
-        headers, body = cloudevents.bell(run, f"bell-{time.monotonic_ns()}", hint).encode()
+        headers, body = cloudevents.doorbell(run, f"bell-{time.monotonic_ns()}", hint).encode()
         headers |= await FunctionKey(DirectoryStore(self.data / "store"), lambda: secrets.token_hex(16)).headers()
         frames: list[Frame] = []
         async with (

@@ -86,7 +86,7 @@ def test_what_came_as_json_before_is_read_repeated_and_told_from_damage(running:
     running.post("forward_backward", asked(run, 1))
     stored = running.stored(run, 1)
     assert stored is not None
-    old = msgspec.structs.replace(stored, v=1, sha256=stored.asked, asked_sha256=b"")
+    old = msgspec.structs.replace(stored, v=1, sha256=stored.request_sha256, asked_sha256=b"")
     assert old.sha256 != stored.sha256
     assert old.body() == stored.body()
     with pytest.raises(Corrupt, match="field sha256 is not that of its body"):

@@ -57,7 +57,7 @@ async def digest_of(machine: TrainingMachine, run: Run[RunState]) -> str:
     """SHA-256 of all that the run's state is."""
     assert run.state is not None
     whole = hashlib.sha256()
-    for name, data in sorted((await machine.freeze(run.state)).items()):
+    for name, data in sorted((await machine.serialize(run.state)).items()):
         whole.update(name.encode() + bytes(data))
     return whole.hexdigest()
 

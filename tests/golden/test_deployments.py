@@ -33,7 +33,7 @@ def test_an_older_store_goes_on(path: Path, tmp_path: Path) -> None:
         _, files = await bundles.read(store, checkpoint.bundle)
         state = await machine.create(run.creation.spec, files, True)
         assert run.state is not None
-        assert await machine.freeze(state) == await machine.freeze(run.state)
+        assert await machine.serialize(state) == await machine.serialize(run.state)
         [name] = await store.list("samplers/")
         sampler = decode(await store.get(name) or b"", Sampler, name)
         assert set((await bundles.read(store, sampler.bundle))[1]) == {

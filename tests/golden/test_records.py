@@ -43,10 +43,12 @@ def test_every_file_there_ever_was_can_be_read(types: dict[str, type[Record]]) -
         raw = msgspec.msgpack.decode(data)
         raw = raw["record"] if raw["v"] == envelope.FORMAT else raw  # what was written before there were envelopes
         assert raw["v"] <= format_of(kind)
-        told = msgspec.to_builtins(decode(data, kind, path.name), builtin_types=(bytes,))
+        fields = msgspec.to_builtins(decode(data, kind, path.name), builtin_types=(bytes,))
         for field, value in raw.items():
             if field != "v":
-                assert covers(told[field], value), f"{path.name}: {field} was {value!r}, and is read as {told[field]!r}"
+                assert covers(fields[field], value), (
+                    f"{path.name}: {field} was {value!r}, and is read as {fields[field]!r}"
+                )
 
 
 def covers(now: Any, then: Any) -> bool:

@@ -76,7 +76,7 @@ class Folder:
             raise InvalidField("sha256", sha256, hashlib.sha256(whole).hexdigest())
         self.files[name] = whole
 
-    async def signed(self, method: Literal["GET", "PUT"], name: str, bytes_max: int) -> Signed | None:
+    async def presign(self, method: Literal["GET", "PUT"], name: str, bytes_max: int) -> Signed | None:
         return None
 
     async def remove(self, name: str) -> None:

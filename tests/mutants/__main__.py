@@ -37,13 +37,13 @@ def source_of(path: str) -> str:
 
 
 def sample(seed: int, count: int, of: str, only: str | None) -> list[Mutation]:
-    """Those asked for; of all modules together, so that a longer one has more."""
-    every = [each for path in MODULES for each in mutations(path, source_of(path))]
+    """The wanted mutations; drawn from all modules together, so that a longer one has more."""
+    candidates = [mutation for path in MODULES for mutation in mutations(path, source_of(path))]
     if only is not None:
-        return [each for each in every if only in (each.name, each.path)]
-    every = [each for each in every if why_equivalent(each) is None]
-    chosen = Random(seed).sample(every, count) if count else every
-    return sorted((each for each in chosen if each.path.startswith(of)), key=lambda each: each.name)
+        return [mutation for mutation in candidates if only in (mutation.name, mutation.path)]
+    candidates = [mutation for mutation in candidates if why_equivalent(mutation) is None]
+    drawn = Random(seed).sample(candidates, count) if count else candidates
+    return sorted((mutation for mutation in drawn if mutation.path.startswith(of)), key=lambda mutation: mutation.name)
 
 
 def why_equivalent(mutation: Mutation) -> str | None:
@@ -75,7 +75,7 @@ class Cover:
 
 
 def tried(wanted: list[Mutation], at_once: int, quick: bool) -> dict[str, Verdict]:
-    """What became of each; it is told as it comes."""
+    """The verdict on each, printed as it comes."""
     cover = Cover()
     waiting = deque((each, MODULES[each.path].first) for each in wanted)
     going: list[tuple[Trial | None, Mutation, tuple[str, ...]]] = []
@@ -111,17 +111,17 @@ def tell(mutation: Mutation, verdict: Verdict) -> None:
 
 
 def main() -> int:
-    given = arguments()
+    options = arguments()
     os.chdir(ROOT)
     trial.warm_up()
-    wanted = sample(given.seed, given.count, given.of, given.only)
-    verdicts = tried(wanted, given.at_once, given.quick)
+    wanted = sample(options.seed, options.count, options.of, options.only)
+    verdicts = tried(wanted, options.at_once, options.quick)
     survived = [name for name, verdict in verdicts.items() if verdict == "survived"]
     part = 1 - len(survived) / max(len(verdicts), 1)
-    told = f"{len(verdicts) - len(survived)} killed ({part:.1%}), {len(survived)} survived"
-    print(f"{len(verdicts)} mutants of {len(MODULES)} modules: {told}")
-    print(f"{len(EQUIVALENT)} that nobody could tell from the original are left out; tests/mutants/modules.py says why")
-    return 0 if part >= given.killed_min and verdicts else 1
+    summary = f"{len(verdicts) - len(survived)} killed ({part:.1%}), {len(survived)} survived"
+    print(f"{len(verdicts)} mutants of {len(MODULES)} modules: {summary}")
+    print(f"{len(EQUIVALENT)} that no test can tell from the original are left out; tests/mutants/modules.py says why")
+    return 0 if part >= options.killed_min and verdicts else 1
 
 
 if __name__ == "__main__":

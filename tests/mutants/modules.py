@@ -1,4 +1,4 @@
-"""What is mutated, the tests that must notice, and the mutations that change nothing that anyone could see."""
+"""The mutated modules, the tests that must notice, and the mutations that change nothing visible."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ SIMULATION = ("tests/sim/test_histories.py",)
 
 @dataclass(frozen=True)
 class Tests:
-    """`first`: quick, and nearly always enough. `then`: what is asked of those that survive."""
+    """`first`: quick, and nearly always enough. `then`: for the survivors of those."""
 
     first: tuple[str, ...]
     then: tuple[str, ...] = ()
@@ -53,25 +53,25 @@ NOT = (
     "not gcs and not listens_beyond and not beyond_this_machine and not no_fault_of_the_store and not rests_on_no_clock"
 )
 
-# By path, line's text and mutation: why nobody could tell it from the original.
+# By path, line's text and mutation: why no test can tell it from the original.
 _DEVICE = "only a device that this is not run on could tell"
 _PAIRED = "both have an entry a part"
-_SIZE = "a bound on memory, or on what is read at once, that nothing else depends on"
+_SIZE = "a bound on memory, or on a batch of reads, that no result depends on"
 _TWIN = "the same constant names it where it is written and where it is read, within one process"
 _STRIDE = "another way through the same numbers finds the same, with at most one halving, so one listing, more"
-_UNREAD = "set together with `low`, before anybody reads it"
+_UNREAD = "set together with `low`, before it is read"
 _RESULTS = "knapper/state/journal/results.py"
 _NEWEST = "knapper/state/journal/newest.py"
 _BETWEEN = "return await _between(store, prefix, page[-1], layout.last_number(page[-1]) + step)"
-_EPOCHS = (
-    "_SWEPT, _UNREADABLE = 0, -1  # the epoch of a record that is gone, and of one that is damaged; claims count from 1"
-)
+_SEARCHED = "if seq <= seen.applied and seq not in seen.record_of and seen.low > 0:"
+_AHEAD = "while ahead := await _page_after(store, prefix, layout.last_number(page[-1]) + step):"
+_EPOCHS = "_COLLECTED, _UNREADABLE = 0, -1  # epochs in place of a record that is gone or damaged; claims count from 1"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
-    ("knapper/state/journal/run.py", "applied: int = -1", "1 -> 0"): "a claim sets it before anybody can see it",
-    ("knapper/state/journal/run.py", "applied: int = -1", "1 -> 2"): "a claim sets it before anybody can see it",
     (_NEWEST, _BETWEEN, "-1 without its USub"): _STRIDE,
     (_NEWEST, _BETWEEN, "1 -> 2"): _STRIDE,
     (_NEWEST, _BETWEEN, "1 -> 0"): _STRIDE,
+    (_NEWEST, _AHEAD, "1 -> 2"): _STRIDE,
+    (_NEWEST, "while high - layout.last_number(low) > PAGE:", "Gt -> GtE"): _STRIDE,
     (
         "knapper/state/layout.py",
         'seq, _, epoch = prefix.rstrip("/").rpartition("/")[2].partition("-")',
@@ -81,18 +81,36 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         _RESULTS,
         _EPOCHS,
         "-1 without its USub",
-    ): "nobody asks for this epoch, but whether it is that of one that is gone",
-    (_RESULTS, _EPOCHS, "1 -> 2"): "nobody asks for this epoch, but whether it is that of one that is gone",
+    ): "only compared with the epoch of a collected record",
+    (_RESULTS, _EPOCHS, "1 -> 2"): "only compared with the epoch of a collected record",
     (_RESULTS, "low: int = -1  # -1: nothing was read yet", "1 -> 2"): "any below 0 says so",
     (_RESULTS, "high: int = 0", "0 -> 1"): _UNREAD,
     (_RESULTS, "high: int = 0", "0 -> -1"): _UNREAD,
-    (_RESULTS, "told: int = 0", "0 -> -1"): "records count from 1: neither was told of",
+    (_RESULTS, "announced: int = 0", "0 -> -1"): "records count from 1: both mean none",
     (_RESULTS, "_CACHE_BYTES_MAX = 256 * 1024 * 1024", "256 -> 257"): _SIZE,
     (_RESULTS, "_CACHE_BYTES_MAX = 256 * 1024 * 1024", "256 -> 255"): _SIZE,
     (_RESULTS, "_CACHE_BYTES_MAX = 256 * 1024 * 1024", "1024 -> 1025"): _SIZE,
     (_RESULTS, "_CACHE_BYTES_MAX = 256 * 1024 * 1024", "1024 -> 1023"): _SIZE,
     (_RESULTS, "if not await self._store.list(layout.commits(run), limit=1):", "1 -> 2"): "whether there is any",
     (_RESULTS, "above, step = below, 2 * step", "2 -> 3"): "another stride finds the same",
+    (
+        _RESULTS,
+        "_BEHIND_MAX = 1000  # records; a reader further behind starts again at the newest",
+        "1000 -> 1001",
+    ): _SIZE,
+    (
+        _RESULTS,
+        "_BEHIND_MAX = 1000  # records; a reader further behind starts again at the newest",
+        "1000 -> 999",
+    ): _SIZE,
+    (_RESULTS, _SEARCHED, "LtE -> Lt"): "where the newest result is, is always known",
+    (_RESULTS, _SEARCHED, "Gt -> GtE"): "a search of no records reads none",
+    (_RESULTS, _SEARCHED, "0 -> -1"): "a search of no records reads none",
+    (
+        _RESULTS,
+        "return commit.results[-1].seq < seq",
+        "Lt -> LtE",
+    ): "they differ for the record with the result itself, and reading that ends the search",
     (
         _RESULTS,
         "if seq <= seen.applied:  # applied, and collected since",
@@ -104,7 +122,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "True -> False",
     ): _PAIRED,
     ("gateway/tenants.py", '_ASKER = "knapper.asker"', "'knapper.asker' -> 'knapper.askerx'"): _TWIN,
-    ("gateway/tenants.py", "tenant_of(request)", "without tenant_of(request)"): "whoever calls it has asked before",
+    ("gateway/tenants.py", "tenant_of(request)", "without tenant_of(request)"): "its callers have checked before",
     (
         "gateway/tenants.py",
         'authorization = request.headers.get("authorization", "")',

@@ -50,14 +50,14 @@ class Mutation:
 
 def mutations(path: str, source: str) -> list[Mutation]:
     """All of the module, in the order of its lines. Docstrings, annotations and messages of errors are left alone."""
-    found: list[Mutation] = []
+    made: list[Mutation] = []
     tree = ast.parse(source)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     for place, (parent, _, _, node) in enumerate(_places(tree)):
         for said, change in _changes(parent, node):
             line = getattr(node, "lineno", getattr(parent, "lineno", 0))
-            found.append(Mutation(path, len(found), line, said, _function(functions, line), change, place))
-    return found
+            made.append(Mutation(path, len(made), line, said, _function(functions, line), change, place))
+    return made
 
 
 def _function(functions: Iterable[ast.FunctionDef | ast.AsyncFunctionDef], line: int) -> int:
@@ -138,7 +138,7 @@ def _changes(parent: ast.AST, node: ast.AST) -> Iterator[tuple[str, Change]]:
             yield f"not ({ast.unparse(node.test)})", _negate
         case ast.Constant():
             yield from _constants(parent, node)
-        case ast.Return(value=ast.expr()) if not _is_none(node.value):
+        case ast.Return(value=ast.expr()) if not _is_false(node.value):
             yield "return None", lambda _: ast.Return(ast.Constant(None))
         case ast.Expr(value=ast.Call() | ast.Await()) | ast.Raise() | ast.Continue() | ast.Break():
             yield f"without {_short(node)}", lambda _: ast.Pass()
@@ -202,8 +202,9 @@ def _swap(node: ast.AST, one: int, other: int) -> None:
     node.args[one], node.args[other] = node.args[other], node.args[one]
 
 
-def _is_none(node: ast.AST | None) -> bool:
-    return isinstance(node, ast.Constant) and node.value is None
+def _is_false(node: ast.AST | None) -> bool:
+    """Whether None in its place is the same to any condition."""
+    return isinstance(node, ast.Constant) and (node.value is None or node.value is False)
 
 
 def _named(old: ast.AST, new: type) -> str:

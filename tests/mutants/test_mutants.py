@@ -34,14 +34,14 @@ SAID = [
 
 
 def test_each_mutation_is_one_small_change_and_prose_is_left_alone() -> None:
-    found = mutations("a.py", SOURCE)
-    assert sorted(each.said for each in found) == sorted(SAID)
-    assert [each.number for each in found] == list(range(len(found)))
+    made = mutations("a.py", SOURCE)
+    assert sorted(each.said for each in made) == sorted(SAID)
+    assert [each.number for each in made] == list(range(len(made)))
     plain = ast.unparse(ast.parse(SOURCE))
-    changed = {ast.unparse(each.apply(SOURCE)) for each in found}
-    assert len(changed) == len(found), "no two are the same"
+    changed = {ast.unparse(each.apply(SOURCE)) for each in made}
+    assert len(changed) == len(made), "no two are the same"
     assert plain not in changed
-    assert {each.function for each in found} == {0, 5}, "the function begins with its decorator"
+    assert {each.function for each in made} == {0, 5}, "the function begins with its decorator"
 
 
 def test_the_tests_that_must_notice_are_there() -> None:

@@ -157,13 +157,13 @@ class Ledger:
             raise UserError("no")
         return Outcome(state + 1, "application/json", b"", cost_s=2.5)
 
-    async def freeze(self, state: int) -> Files:
+    async def serialize(self, state: int) -> Files:
         return {}
 
-    def frozen_bytes(self, state: int) -> int:
+    def serialized_bytes(self, state: int) -> int:
         return 0
 
-    async def thaw(self, spec: Spec, files: Files) -> int:
+    async def restore(self, spec: Spec, files: Files) -> int:
         return 0
 
 

@@ -1,6 +1,7 @@
 """Keys: shown once, stored as a hash, refused within a second of their end, and never in a log."""
 
 import asyncio
+import gc
 import itertools
 import logging
 import os
@@ -149,6 +150,43 @@ def test_a_key_whose_hash_begins_alike_is_not_good(keys: Keys) -> None:
         asyncio.run(Keyring(Keys(store, lambda: 0.0), lambda: 0.0).of_key(key))
 
 
+def test_a_check_that_fails_after_its_request_was_cancelled_logs_no_lost_exception() -> None:
+    class Failing(MemoryStore):
+        """Reads of revocations fail, once they may."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.reached, self.may_fail = asyncio.Event(), asyncio.Event()
+
+        async def get(self, name: str) -> bytes | None:
+            if name.endswith(ids.number(2)):
+                self.reached.set()
+                await self.may_fail.wait()
+                raise StoreError(f"cannot read {name}: out of order")
+            return await super().get(name)
+
+    async def story() -> None:
+        lost: list[dict[str, object]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: lost.append(context))
+        store = Failing()
+        keys = Keys(store, lambda: 0.0)
+        key, _ = await keys.create(ALICE, "", lambda: f"{1:064x}")
+        keyring = Keyring(keys, lambda: 0.0)
+        request = asyncio.create_task(keyring.of_key(key))
+        await store.reached.wait()
+        request.cancel()
+        assert isinstance((await asyncio.gather(request, return_exceptions=True))[0], asyncio.CancelledError)
+        store.may_fail.set()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        gc.collect()
+        assert lost == []
+        with pytest.raises(StoreError, match="out of order"):
+            await keyring.of_key(key)  # by a check of its own
+
+    asyncio.run(story())
+
+
 # ---- through the gateway
 
 
@@ -190,6 +228,7 @@ def test_a_key_can_end_itself(running: Running) -> None:
     assert ask(running, other).status_code == 200
     [entry] = ask(running, other, path="audit").json()["entries"]
     assert (entry["event"], entry["event_details"]) == ("key_revoke", {"actor": "alice", "key_id": record.id})
+    assert running.run(Keys(running.store, lambda: 0.0).is_revoked(record.id)), "other gateways must refuse it too"
 
 
 def test_a_token_dies_with_its_key(running: Running, clock: Clock) -> None:

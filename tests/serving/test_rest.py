@@ -62,15 +62,15 @@ class Watched(TrainingMachine):
         self.states.append(weakref.ref(outcome.state))
         return outcome
 
-    async def freeze(self, state: RunState) -> Files:
+    async def serialize(self, state: RunState) -> Files:
         if self.failing:
             self.failing -= 1
             raise Unavailable("the store is away")
-        return await super().freeze(state)
+        return await super().serialize(state)
 
-    async def thaw(self, spec: Spec, files: Files) -> RunState:
+    async def restore(self, spec: Spec, files: Files) -> RunState:
         self.thawed += 1
-        state = await super().thaw(spec, files)
+        state = await super().restore(spec, files)
         self.states.append(weakref.ref(state))
         return state
 

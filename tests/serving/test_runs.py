@@ -206,7 +206,7 @@ class Costly(LedgerMachine):
         outcome = await super().apply(state, operation, source)
         return replace(outcome, cost_s=self.cost_s)
 
-    def frozen_bytes(self, state: LedgerState) -> int:
+    def serialized_bytes(self, state: LedgerState) -> int:
         return self.size
 
 

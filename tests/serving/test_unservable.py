@@ -67,7 +67,7 @@ class Pod:
                 time.sleep(0.1)
 
 
-HEADERS, BODY = cloudevents.bell(ids.run_id("ses-00000000000000000000000000000000:train:0"), "1", Hint()).encode()
+HEADERS, BODY = cloudevents.doorbell(ids.run_id("ses-00000000000000000000000000000000:train:0"), "1", Hint()).encode()
 
 
 def test_it_stays_up_with_the_reason_and_serves_once_the_files_are_mended(tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ class Disk:
         shutil.rmtree(self.root)
         self.root = after
         self._record(after)
-        for found, _, _ in os.walk(after):
-            for entry in os.scandir(found):
+        for folder, _, _ in os.walk(after):
+            for entry in os.scandir(folder):
                 self._record(Path(entry.path))
 
     def _on_fsync(self, descriptor: int) -> None:
@@ -77,9 +77,9 @@ class Disk:
     def _on_sync(self) -> None:
         self.before_sync()
         self.syncs += 1
-        for found, folders, names in os.walk(self.root):
+        for folder, folders, names in os.walk(self.root):
             for name in (*folders, *names):
-                self._record(Path(found, name))
+                self._record(Path(folder, name))
         self._record(self.root)
 
     def _record(self, path: Path) -> None:
@@ -104,7 +104,7 @@ class Disk:
 
     def _survive(self, now: Path, after: Path) -> None:
         """Fill `after` with what is left of the directory that is `now`."""
-        if now.name == _BEGUN:  # what was only begun is nobody's; its names are random, and would change the draws
+        if now.name == _BEGUN:  # unfinished files do not count; their names are random, and would change the draws
             return
         there = {entry.name: entry for entry in os.scandir(now)}
         was = self._synced[now.stat().st_ino].names if now.stat().st_ino in self._synced else {}

@@ -119,7 +119,7 @@ async def _nothing(_n: int, _commit: Commit) -> None:
 async def digest_of(machine: Machine[Any], run: Run[Any]) -> str:
     """SHA-256 of weights, moments, step count and pending gradients."""
     assert run.state is not None
-    files = await machine.freeze(run.state)
+    files = await machine.serialize(run.state)
     whole = hashlib.sha256()
     for name, data in sorted(files.items()):
         whole.update(name.encode() + bytes(data))
@@ -247,7 +247,7 @@ class History:
         known = self.answers.setdefault(seq, result.body)
         assert known == result.body, f"seed {self.seed}: operation {seq} has two answers: {known!r}, {result.body!r}"
 
-    # -- whoever trains --------------------------------------------------------------------------------------------
+    # -- holders ---------------------------------------------------------------------------------------------------
 
     async def _holder(self) -> None:
         draw = self.world.draw
@@ -339,7 +339,7 @@ class History:
             for _ in range(self.world.draw.randrange(100)):
                 await pause()
             try:
-                self.collected += (await collector.look(SESSION, RUN)).deleted > 0
+                self.collected += (await collector.visit(SESSION, RUN)).deleted > 0
             except KnapperError:
                 continue
 
@@ -357,17 +357,17 @@ class History:
 
     async def _digests(self) -> list[str]:
         """Of the state as it is recovered; and once more, after all that may go has gone."""
-        found = []
+        digests = []
         for name in ("judge", "after"):
             run = await self._final(name)
             assert run.applied == len(self.plan), f"seed {self.seed}"
-            found.append(await digest_of(self.machine, run))
+            digests.append(await digest_of(self.machine, run))
             self.world.now += 100.0
             collector = Collector(self.sound.memory, self.keep, lambda: self.world.now, lambda: self.world.now)
             for _ in range(4):
-                await collector.look(SESSION, RUN)
+                await collector.visit(SESSION, RUN)
                 self.world.now += 100.0
-        return found
+        return digests
 
     async def _whole(self) -> None:
         """What is left is whole, and no more than it has to be."""
@@ -401,8 +401,8 @@ class History:
 
 
 async def _newest(memory: Store) -> Manifest | None:
-    found = await newest_manifest(memory, RUN)
-    return None if found is None else found[1]
+    newest = await newest_manifest(memory, RUN)
+    return None if newest is None else newest[1]
 
 
 async def _leading(memory: Store) -> dict[str, str]:

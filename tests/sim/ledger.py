@@ -63,13 +63,13 @@ class LedgerMachine:
         optimizer = {"optimizer.safetensors": state.bytes()} if operation.kind == "save_weights" else {}
         return Outcome(state, "application/json", b"", 0.0, {"weights": state.weights.tobytes(), **optimizer})
 
-    async def freeze(self, state: LedgerState) -> Files:
+    async def serialize(self, state: LedgerState) -> Files:
         return {"state": state.bytes()}
 
-    def frozen_bytes(self, state: LedgerState) -> int:
+    def serialized_bytes(self, state: LedgerState) -> int:
         return len(state.bytes())
 
-    async def thaw(self, spec: Spec, files: Files) -> LedgerState:
+    async def restore(self, spec: Spec, files: Files) -> LedgerState:
         return _parse(bytes(files["state"]))
 
     @staticmethod

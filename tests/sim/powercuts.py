@@ -23,7 +23,7 @@ from tests.sim.world import Killed
 
 T = TypeVar("T")
 _CUT_RATE, _KILL_RATE = 0.03, 0.15  # of each sync; and of each store call, a tenth of the first
-_CUT_SOON_RATE, _SOON = 0.08, 30  # of store calls after somebody died in one: what is half done is in danger
+_CUT_SOON_RATE, _SOON = 0.08, 30  # of store calls after a process died in one, when half-done work is in danger
 
 
 class Local:
@@ -136,8 +136,8 @@ class OnDisk:
             there = await store.get(layout.operation(RUN, seq)) is not None
             assert there or await results.find(RUN, seq) is not None, f"{where}: operation {seq} was acknowledged"
         for seq in sorted(self.history.seen):
-            found = await results.find(RUN, seq)
-            assert found is not None, f"{where}: the answer of operation {seq} was seen"
+            result = await results.find(RUN, seq)
+            assert result is not None, f"{where}: the answer of operation {seq} was seen"
         try:
             await Run.claim(store, RUN, LedgerMachine(), Holder(f"cut {self.disk.cuts}", "", TERMS), lambda: 0.0)
         except NotFound:

@@ -1,4 +1,4 @@
-"""Runs that are deleted in the middle of their histories: whoever slept brings nothing back, and a crash is made good.
+"""Runs that are deleted in the middle of their histories: processes that slept bring nothing back, nor does a crash.
 
 Replay one:  python -m tests.sim.test_deletions SEED
 """
@@ -26,7 +26,7 @@ _SEEDS = 250
 
 
 class Deletion(History):
-    """The client goes on until it is told that the run is gone; its owner deletes it somewhere on the way."""
+    """The client goes on until it learns that the run is gone; its owner deletes it on the way."""
 
     def __init__(self, seed: int) -> None:
         plan, machine = make_plan(seed, length=12 + seed % 25), LedgerMachine()
@@ -44,7 +44,7 @@ class Deletion(History):
             world.add(f"collector{n}", self._collector)
         world.run(lambda: self.done)
         before = world.steps
-        world.run(lambda: world.steps > before + 4000)  # whoever sleeps wakes up, and goes on as if it were nothing
+        world.run(lambda: world.steps > before + 4000)  # sleeping processes wake up and go on
 
     async def _client(self) -> None:
         await self._until_acked(lambda a: a.create(CREATION, b"create"), 0)
@@ -101,7 +101,7 @@ class Deletion(History):
             collector = Collector(memory, self.keep, lambda: now[0], lambda: now[0])
             for _ in range(3):  # as the chore does it, whatever came late
                 now[0] += 100.0
-                await collector.look(SESSION, RUN)
+                await collector.visit(SESSION, RUN)
             with pytest.raises(NotFound):
                 await Run.claim(memory, RUN, self.machine, Holder("late", "", TERMS), lambda: 0.0)
             with pytest.raises(NotFound):

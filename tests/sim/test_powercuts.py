@@ -84,7 +84,7 @@ def without_that_of_directories_of_others(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_histories_turn_red_without_any_of_the_syncs(
     broken: Callable[[pytest.MonkeyPatch], None], first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of whoever loses, or reads, what another left half done: tests/store/test_directory.py."""
+    """Losers of a name and readers of half-done writes: tests/store/test_directory.py."""
     broken(monkeypatch)
     assert red(first), "no history noticed"
 

@@ -62,7 +62,7 @@ class Trial:
         self.collected = 0
         self._run_class = run_class
         self._epoch = 0
-        self.voids: list[str] = []  # slots of what was collected, that somebody took again
+        self.voids: list[str] = []  # slots of collected records that were taken again
 
     def play(self) -> None:
         """Raises AssertionError, which names the trial."""
@@ -132,7 +132,7 @@ class Trial:
         now = iter(range(0, 10**6, 10))
         collector = Collector(self.store, _KEEP, lambda: 1e6, lambda: float(next(now)))
         for _ in range(3):
-            self.collected += (await collector.look(SESSION, RUN)).deleted
+            self.collected += (await collector.visit(SESSION, RUN)).deleted
 
     def _created(self, name: str, data: bytes) -> None:
         if name.startswith(layout.commits(RUN)):
@@ -149,9 +149,9 @@ class Trial:
         assert await digest_of(LedgerMachine(), run) == self.truth.digest, where
         results = Results(memory)
         for seq, body in self.truth.answers.items():
-            found = await results.find(RUN, seq)
-            assert found is not None, f"{where}: operation {seq} has no answer"
-            assert found.body == body or found.body == GONE, f"{where}: operation {seq}: {found.body!r}"
+            result = await results.find(RUN, seq)
+            assert result is not None, f"{where}: operation {seq} has no answer"
+            assert result.body == body or result.body == GONE, f"{where}: operation {seq}: {result.body!r}"
 
 
 async def _nothing(_n: int, _commit: Commit) -> None:
@@ -176,7 +176,7 @@ class WithoutFence(Run[Any]):
 
 
 class Unaware(Run[Any]):
-    """Goes on from what it has read, whether or not somebody has claimed, and collected, meanwhile."""
+    """Goes on from what it has read, even if another process has claimed or collected meanwhile."""
 
     async def _expect_newest(self, error: Corrupt | None = None) -> None:
         return None

@@ -1,7 +1,7 @@
 """A deterministic world.
 
-One seed, one history. Processes are coroutines; every store call is two places where one can be paused,
-fail, or die: before its effect and after it.
+One seed, one history. Processes are coroutines. Each can be paused, fail, or die at two points of every store call:
+before its effect and after it.
 """
 
 import random
@@ -20,7 +20,7 @@ class Killed(BaseException):
 
 @dataclass
 class _Point:
-    """Where a process stands: `fault` is what the world does to it when it goes on."""
+    """The point at which a process is paused. `fault`: what the world raises there when it goes on."""
 
     fault: BaseException | None = None
     at_store: bool = True  # a mere pause cannot fail; one may die in it all the same
@@ -136,7 +136,7 @@ class WorldStore:
     """The memory store, seen from inside the world."""
 
     world: World
-    created: Callable[[str, bytes], None]  # is told of every object at the moment it comes to be
+    created: Callable[[str, bytes], None]  # called with every object as it is created
     deleted: Callable[[str], None] = lambda _name: None  # and of every one at the moment before it is gone
     memory: Store = field(default_factory=MemoryStore)  # where it all lies, seen from outside
 

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from knapper.ids import RunId, SessionId, TinkerPath
-from knapper.state import layout
+from knapper.state import inventory, layout
 from knapper.state.layout import ObjectKind
+from knapper.state.secrets import Secret
 
+ROOT, TOPS = Path(__file__).parents[2], ("", "knapper")
 SESSION = SessionId("ses-" + "0123456789abcdef" * 2)
 RUN = RunId(f"{SESSION}:train:7")
 PLACE = f"runs/{hashlib.sha256(RUN.encode()).hexdigest()[:8]}-{RUN}"
@@ -34,6 +36,18 @@ def test_a_key_tells_its_kind_and_its_fields(kind: ObjectKind) -> None:
         assert key.startswith(kind.under(*fields[:n]))
     with pytest.raises(ValueError, match="fields, not"):
         kind.key(*fields, "one more")
+
+
+@pytest.mark.parametrize("kind", ObjectKind, ids=lambda kind: kind.name.lower())
+def test_the_record_and_the_writers_of_a_kind_exist(kind: ObjectKind) -> None:
+    content = inventory.TABLE[kind]
+    names = {
+        inventory.Empty: layout.EMPTY, inventory.BundlePart: layout.PART, inventory.NamedByHash: layout.NAMED_BY_HASH,
+        inventory.SecretOrBare: Secret.__name__,
+    }  # fmt: skip
+    assert kind.holds == (content.__name__ if isinstance(content, type) else names[type(content)])
+    writers = [writer.replace(".", "/") for writer in kind.writers.split(", ") if writer]
+    assert [writer for writer in writers if not any((ROOT / top / f"{writer}.py").is_file() for top in TOPS)] == []
 
 
 def test_where_things_of_a_run_lie_and_whose_they_are() -> None:
@@ -64,7 +78,7 @@ def test_where_things_of_a_session_lie_and_whose_they_are() -> None:
     assert keys[0].startswith(layout.session(SESSION))
     assert keys[1].startswith(layout.samplers_of(SESSION))
     assert layout.sampler_of(keys[1]) == sampler
-    assert layout.marked(ObjectKind.COLLECT_NOW.key(SESSION, "created")) == SESSION
+    assert layout.session_of_mark(ObjectKind.COLLECT_NOW.key(SESSION, "created")) == SESSION
 
 
 def test_where_checkpoints_and_their_labels_lie() -> None:
@@ -85,5 +99,5 @@ def test_another_key_is_of_no_kind(key: str) -> None:
 
 def test_keys_that_stores_have_by_now_stay_what_they_are() -> None:
     """A new kind is a new line there; a line that is there changes no more."""
-    lines = (Path(__file__).parents[1] / "golden" / "keys.txt").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "tests/golden/keys.txt").read_text(encoding="utf-8").splitlines()
     assert [f"{kind.name} {kind.pattern}" for kind in ObjectKind] == lines

@@ -1,4 +1,4 @@
-"""What runs have used is accounted for exactly: the sum of what their journals say, whoever dies, however often."""
+"""The ledger is exact: the sum of the usage in all journals, however often processes die."""
 
 import asyncio
 import random
@@ -81,11 +81,11 @@ class World:
     async def turn(self) -> None:
         self.clock.at += self.draw.choice([0.0, 1.0, 60.0, 600.0, 1700.0, 4000.0, 20_000.0])
         await self._land()
-        todo = self.draw.choice([self._ask] * 6 + [self._answer] * 4 + [self._settle] * 3 + [self._die, self._finish])
+        todo = self.draw.choice([self._ask] * 6 + [self._answer] * 4 + [self._update] * 3 + [self._die, self._finish])
         try:
             await todo()
         except StoreError:
-            pass  # whoever asked gets an error, and may ask again or not
+            pass  # the caller gets an error, and may retry or not
 
     async def _ask(self) -> None:
         truth = self.draw.choice(self.runs)
@@ -115,7 +115,7 @@ class World:
                 assert accepted_at == stored_at
                 truth.asked[seq] = (stored_at, tokens)
                 if self.draw.random() < 0.8:  # else it dies before it notes it
-                    gateway.asked(truth.run, seq, accepted_at, tokens)
+                    gateway.note_accepted(truth.run, seq, accepted_at, tokens)
 
     async def _answer(self) -> None:
         truth = self.draw.choice(self.runs)
@@ -136,11 +136,11 @@ class World:
         if results:
             truth.device.append((self.clock.at, device_s))
         if self.draw.random() < 0.6:
-            self.draw.choice(self.gateways).answered(truth.run, truth.out, commit)
+            self.draw.choice(self.gateways).note_committed(truth.run, truth.out, commit)
 
-    async def _settle(self) -> None:
+    async def _update(self) -> None:
         both = self.gateways if self.draw.random() < 0.3 else self.draw.sample(self.gateways, 1)
-        await asyncio.gather(*(gateway.settle() for gateway in both))
+        await asyncio.gather(*(gateway.update() for gateway in both))
 
     async def _finish(self) -> None:
         """One of the gateways hears of it."""
@@ -166,10 +166,10 @@ class World:
                 truth.answered = len(truth.asked)
                 truth.device.append((self.clock.at, 1.0))
         self.clock.at += 2 * HOUR_S
-        assert not await Accounts(self.memory, self.clock, self.clock, lambda: "last").settle()
+        assert not await Accounts(self.memory, self.clock, self.clock, lambda: "last").update()
         assert await self.memory.list("using/") == []
 
-    async def told(self, tenant: Tenant, window: Window) -> Use:
+    async def reported(self, tenant: Tenant, window: Window) -> Use:
         """By a process that has seen nothing, over a store that does not fail."""
         fresh = Accounts(self.memory, self.clock, self.clock, lambda: "x")
         found = await fresh.used(tenant, window)
@@ -185,11 +185,11 @@ class World:
         }
 
 
-def alike(told: Use, true: Use) -> None:
-    assert told.keys() == true.keys()
+def alike(reported: Use, true: Use) -> None:
+    assert reported.keys() == true.keys()
     for key, (tokens, device_s) in true.items():
-        assert told[key][0] == tokens
-        assert told[key][1] == pytest.approx(device_s, abs=1e-9)
+        assert reported[key][0] == tokens
+        assert reported[key][1] == pytest.approx(device_s, abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -200,7 +200,7 @@ def test_accounts_are_the_sum_of_what_journals_say_at_every_moment(seed: int) ->
         world = World(seed, rates)
         first = Accounts(world.memory, world.clock, world.clock, lambda: "first")
         assert await first.begun(), "nobody has made anything yet"
-        await first.settle()
+        await first.update()
         await world.begin()
         for truth in world.runs:
             await first.mark(truth.tenant, truth.run)
@@ -210,10 +210,10 @@ def test_accounts_are_the_sum_of_what_journals_say_at_every_moment(seed: int) ->
                 first_hour = int(world.clock.at // HOUR_S) - world.draw.choice([0, 1, 5, 100])
                 for window in (ALL, Window(first_hour, first_hour + world.draw.choice([1, 3, 24]))):
                     tenant = world.draw.choice([LOCAL_TENANT, OTHER])
-                    alike(await world.told(tenant, window), world.true(tenant, window))
+                    alike(await world.reported(tenant, window), world.true(tenant, window))
         await world.rest()
         for tenant in (LOCAL_TENANT, OTHER):
-            alike(await world.told(tenant, ALL), world.true(tenant, ALL))
+            alike(await world.reported(tenant, ALL), world.true(tenant, ALL))
 
     asyncio.run(story())
 
@@ -225,7 +225,7 @@ def test_usage_of_finished_runs_costs_two_listings_however_many_there_are(count:
     async def story() -> None:
         clock, store = Clock(BEGAN_AT), CountingStore(MemoryStore())
         gateway = Accounts(store, clock, clock, lambda: "g")
-        await gateway.settle()
+        await gateway.update()
         truths = [Truth(run_of(n), LOCAL_TENANT) for n in range(count)]
         for truth in truths:
             await gateway.mark(LOCAL_TENANT, truth.run)
@@ -236,7 +236,7 @@ def test_usage_of_finished_runs_costs_two_listings_however_many_there_are(count:
             commit = Commit(epoch=1, results=results, committed_at=clock.at, device_s=0.25)
             await store.put_if_absent(layout.commit(truth.run, 1), encode(commit))
         clock.at += 1.1 * HOUR_S
-        assert not await gateway.settle()
+        assert not await gateway.update()
         fresh = Accounts(store, clock, clock, lambda: "f")
         store.calls.clear()
         hour = int(BEGAN_AT // HOUR_S)
@@ -248,7 +248,7 @@ def test_usage_of_finished_runs_costs_two_listings_however_many_there_are(count:
         assert await fresh.used(LOCAL_TENANT, Window(hour - 24, hour)) == {}
         assert store.calls == {("list", "using"): 2, ("list", "used"): 2}, "of other times nothing is looked at"
         store.calls.clear()
-        assert not await fresh.settle()
+        assert not await fresh.update()
         assert store.calls == {("list", "using"): 1, ("get", "accounts"): 1}
 
     asyncio.run(story())
@@ -266,7 +266,7 @@ def test_runs_from_before_there_were_accounts_are_told_of_too_and_then_accounted
             await store.put_if_absent(layout.commit(run, 1), encode(commit))
         gateway = Accounts(store, clock, clock, lambda: "g")
         assert not await gateway.begun(), "the journals are asked until then"
-        assert not await gateway.settle()
+        assert not await gateway.update()
         assert await gateway.begun()
         hour = int(BEGAN_AT // HOUR_S)
         assert await gateway.used(LOCAL_TENANT, ALL) == {(hour, run): (7, 0.25) for run in runs}
@@ -283,14 +283,14 @@ def test_one_damaged_run_does_not_keep_the_others_from_their_accounts() -> None:
     async def story() -> None:
         clock, store = Clock(BEGAN_AT), MemoryStore()
         gateway = Accounts(store, clock, clock, lambda: "g")
-        await gateway.settle()
+        await gateway.update()
         for n in range(3):
             await gateway.mark(LOCAL_TENANT, run_of(n))
             await begin(store, clock, run_of(n))
             commit = Commit(epoch=1, results=[_done(0)], committed_at=clock.at, device_s=0.5)
             await store.put_if_absent(layout.commit(run_of(n), 1), encode(commit) if n else b"damaged")
         clock.at += 2 * HOUR_S
-        assert await gateway.settle(), "one is left"
+        assert await gateway.update(), "one is left"
         assert {name.split("/")[2] for name in await store.list("using/")} == {run_of(0)}
         assert {name.split("/")[3] for name in await store.list("used/")} == {run_of(1), run_of(2)}
 
@@ -306,14 +306,14 @@ def test_a_long_life_leaves_a_line_an_hour_and_one_mark() -> None:
         clock, store, run = Clock(BEGAN_AT), MemoryStore(), run_of(0)
         ids = iter(range(10**6))
         gateway = Accounts(store, clock, clock, lambda: f"{next(ids)}")
-        await gateway.settle()
+        await gateway.update()
         await begin(store, clock, run)
         for n in range(1, 101):
             await gateway.mark(LOCAL_TENANT, run)
             commit = Commit(epoch=1, results=[_done(n - 1)], committed_at=clock.at, device_s=1.0)
             await store.put_if_absent(layout.commit(run, n), encode(commit))
             clock.at += 900.0
-            assert await gateway.settle() or n == 100
+            assert await gateway.update() or n == 100
         assert len(await store.list("using/")) <= 3
         assert len(await store.list("used/")) == 25
         assert len(await store.list(f"{run_prefix(run)}used/")) == 1
@@ -323,7 +323,7 @@ def test_a_long_life_leaves_a_line_an_hour_and_one_mark() -> None:
 
 
 def test_too_much_that_is_not_accounted_for_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "operations_told_max", 3)
+    monkeypatch.setattr(limits, "operations_listed_max", 3)
 
     async def story() -> None:
         clock, store, run = Clock(BEGAN_AT), MemoryStore(), run_of(0)

@@ -169,8 +169,8 @@ def test_a_write_beside_the_deletion_of_its_neighbours_is_not_lost(tmp_path: Pat
 class Overtaken(DirectoryStore):
     """Whoever deletes the directory's last object does so when ours is gone, and the directory not yet on the disk."""
 
-    def _without_empty(self, directory: Path) -> Path:
-        left = super()._without_empty(directory)
+    def _remove_empty(self, directory: Path) -> Path:
+        left = super()._remove_empty(directory)
         if left.name == "er":
             shutil.rmtree(left)
         return left
@@ -277,7 +277,7 @@ def test_what_a_killed_writer_left_is_forgotten_and_what_is_being_written_is_not
     (tmp_path / ".tmp" / "4194304-7").write_bytes(b"torn, by an earlier version")
     (tmp_path / ".tmp" / files.random_name()).write_bytes(b"torn")
     under_way = tmp_path / ".tmp" / files.random_name()
-    with files.beginning(under_way):
+    with files.create_locked(under_way):
         DirectoryStore(tmp_path)
         assert list((tmp_path / ".tmp").iterdir()) == [under_way]
     DirectoryStore(tmp_path)

@@ -44,7 +44,7 @@ def die_at(disk: Disk, number: int) -> None:
 @pytest.mark.parametrize("died_at", range(1, 6))
 @pytest.mark.parametrize("then", ["put", "get"])
 def test_what_another_left_half_done_is_durable_once_it_was_met(tmp_path: Path, died_at: int, then: str) -> None:
-    """A writer dies at any of its syncs; whoever hears that the object is there finds it after a power cut."""
+    """A writer dies at any of its syncs; an object that a process has seen is there after a power cut."""
     met = 0
     with cut_again_and_again(tmp_path) as disks:
         for each in disks:
@@ -61,8 +61,8 @@ def test_what_another_left_half_done_is_durable_once_it_was_met(tmp_path: Path, 
                 else:
                     there = asyncio.run(other.get("runs/b/in/1")) is not None
                 disk.cut()
-                found = asyncio.run(DirectoryStore(disk.root).get("runs/b/in/1"))
-                assert found == (b"operation" if there else found)
+                data = asyncio.run(DirectoryStore(disk.root).get("runs/b/in/1"))
+                assert data == (b"operation" if there else data)
                 met += there
     assert met == (CUTS if then == "put" or died_at > 4 else 0), "which sync it died at is not what was thought"
 

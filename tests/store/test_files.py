@@ -1,4 +1,4 @@
-"""Files appear whole, under names that nobody can lie in wait at, and no link leads out of a directory."""
+"""Files appear whole, under names that cannot be guessed, and no link leads out of a directory."""
 
 import os
 import subprocess
@@ -43,11 +43,11 @@ def test_a_link_that_lies_in_wait_under_a_temporary_name_is_not_followed(
     (tmp_path / ".guessed").symlink_to(victim)
     with files.directory(tmp_path) as folder, pytest.raises(FileExistsError):
         files.replace(folder, "a", b"ours")
-    with pytest.raises(FileExistsError), files.beginning(tmp_path / ".guessed"):
+    with pytest.raises(FileExistsError), files.create_locked(tmp_path / ".guessed"):
         pass
     assert (victim.read_text() if whole else victim.exists()) == ("precious" if whole else False)
     with pytest.raises(OSError, match="symbolic links"):
-        files.opened(tmp_path / ".guessed")
+        files.open_or_create(tmp_path / ".guessed")
 
 
 def test_names_of_files_under_way_never_come_again() -> None:

@@ -1,4 +1,4 @@
-"""The data directory is for the account that serves alone: also one of an earlier version, and whoever else tries."""
+"""Only the server's account can read the data directory, also one that an earlier release made."""
 
 import asyncio
 import json
@@ -52,8 +52,8 @@ def test_one_of_an_earlier_version_is_closed_and_a_line_says_so(tmp_path: Path) 
     earlier(data)
     with capture_logs() as lines:
         serve_once(data)
-        told = [(Path(line["directory"]).name, line["was"], line["mode"]) for line in lines]
-        assert told == [(name, "755", "700") for name in ("data", "run", "store", "jobs")]
+        closed = [(Path(line["directory"]).name, line["was"], line["mode"]) for line in lines]
+        assert closed == [(name, "755", "700") for name in ("data", "run", "store", "jobs")]
         serve_once(data)
     assert len(lines) == 4, "once it is closed there is nothing to say"
     assert [mode(data / name) for name in (".", "run", "store", "jobs")] == [0o700] * 4

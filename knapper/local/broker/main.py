@@ -39,7 +39,7 @@ async def post(request: Request) -> Response:
     try:
         body = await requests.body(request, limits.event_bytes_max)
         letter = Letter(*cloudevents.as_binary(request.headers, body))
-        if letter.attributes.get("type") != cloudevents.OBJECT_FINALIZED and not await key.signed(
+        if letter.attributes.get("type") != cloudevents.OBJECT_FINALIZED and not await key.is_signed(
             request.headers, body
         ):
             raise Unauthorized("the event has no signature of this deployment; those that make jobs go on have one")

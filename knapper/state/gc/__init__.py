@@ -1,1 +1,1 @@
-"""Collect: whatever lies in the store and is needed no more is deleted here, and nowhere else."""
+"""Garbage collection: the only place that deletes objects that are no longer needed."""

@@ -1,15 +1,14 @@
-"""The collector of a deployment: when each session is looked at. What is deleted: see `session` and `journal`.
+"""The garbage collector of a deployment: it decides when to visit each session. `session` and `journal` delete.
 
-    runs            superseded snapshots, old answers. A run whose session ended long ago ends too: its state goes.
-    samplers        those that newer weights of their run superseded, and those of sessions that are over, once nobody
-                    has asked for them for a while.
-    checkpoints     a name goes by its time to live, or by its owner's word. Its files go once no name and no sampler,
-                    of whatever session, leads to them any more, and loads under way have had their time.
-    bundles         files that were never named, of an operation that is answered: nobody will name them.
-    sessions        records of one that was over long ago and has no checkpoint.
+    runs            superseded snapshots and old results. A run whose session ended long ago ends too.
+    samplers        superseded by newer weights of their run, or of a session that is over, once unused for a while.
+    checkpoints     a name expires, or its owner deletes it. Its files go once no name and no sampler of any session
+                    refers to them, and a grace period for loads under way has passed.
+    bundles         unnamed files of an answered operation: nothing will name them any more.
+    sessions        the records of one that was over long ago and has no checkpoint.
 
-Driven by marks and by what the gateway has seen: a session of which nothing is left costs nothing, one in which nothing
-happens ever less. It may be cut off anywhere, repeated, and done by several at once.
+Marks and the gateway's events say which sessions to visit: a session without objects costs nothing, an idle one ever
+less. Safe to interrupt anywhere, to repeat, and to run in several processes at once.
 """
 
 from collections.abc import Awaitable, Callable
@@ -22,17 +21,17 @@ from knapper.errors import KnapperError, NotFound, Unavailable
 from knapper.ids import RunId, SamplerId, SessionId, session_of
 from knapper.state import damage, layout
 from knapper.state.gc import marks
-from knapper.state.gc.lookups import Look, Memory, Need, Retention, SharedLookups
-from knapper.state.gc.session import Visit, asked_of
+from knapper.state.gc.lookups import Memory, Need, Retention, SharedLookups, VisitResult
+from knapper.state.gc.session import Visit, last_accepted_at
 from knapper.state.journal import ends
 from knapper.state.journal.records import End
 from knapper.state.layout import ObjectKind
 from knapper.state.sessions import Session
 from knapper.store import Names, Store
 
-_PACE_S = 300.0  # a session that changes is looked at so often,
-_REST_S = 24 * 3600.0  # and one that does not ever later, up to this
-_LOOK_S = 3600.0  # what other processes have marked is seen so soon
+_PACE_S = 300.0  # interval between visits to an active session
+_PAUSE_MAX_S = 24 * 3600.0  # to an idle one, after ever longer pauses
+_LISTING_S = 3600.0  # between listings, which show the marks of other processes
 _FAR_S = 90 * 24 * 3600.0
 
 log = structlog.get_logger()
@@ -48,7 +47,7 @@ async def no_accounts(_tenant: str, _run: RunId) -> None:
 
 @dataclass(frozen=True)
 class _Plan:
-    """When a session is looked at again that is marked now. `marks`: those that were seen."""
+    """The next visit to a marked session. `marks`: those seen at the last one."""
 
     marks: Names
     at: float
@@ -56,7 +55,7 @@ class _Plan:
 
 
 class Collector:
-    """`clock`: seconds since the epoch, by which things expire; `now`: monotonic seconds, by which grace is counted.
+    """`clock`: seconds since the epoch, for expiry; `now`: monotonic seconds, for grace periods.
 
     `need` and `account`: as knapper.state.gc.lookups.Memory has them.
     """
@@ -76,51 +75,50 @@ class Collector:
         self._touched: set[SessionId] = set()
         self._listed_at = self._later_at = -inf
         self._begun = False
-        # Often enough that nothing stays much longer than it is to be kept.
+        # Often enough that nothing outlives its retention by much.
         grace_s = min(retention.results_s, retention.samplers_s, retention.orphans_s)
         self.pace_s = max(1.0, min(_PACE_S, grace_s / 3))
 
-    def ask(self, sampler: str) -> None:
-        """Somebody uses the sampler, or lists it."""
-        self._memory.asked[SamplerId(sampler)] = self._now()
+    def touch_sampler(self, sampler: str) -> None:
+        """A client uses the sampler, or lists it."""
+        self._memory.used_at[SamplerId(sampler)] = self._now()
 
     def touch(self, session: SessionId) -> None:
         """Something happened in the session."""
         self._touched.add(session)
 
     @property
-    def rest_s(self) -> float:
-        """How long nothing has to be done, if nothing happens."""
+    def idle_s(self) -> float:
+        """Seconds until the next work, if nothing happens before."""
         if self._touched:
             return 0.0
         now = self._now()
         soonest = min((plan.at for plan in self._plans.values()), default=inf)
-        return max(0.0, min(soonest - now, self._listed_at + _LOOK_S - now, self._later_at - self._clock()))
+        return max(0.0, min(soonest - now, self._listed_at + _LISTING_S - now, self._later_at - self._clock()))
 
     async def work(self) -> dict[SessionId, int]:
-        """Look at each session whose time has come; return where how many objects were deleted.
+        """Visit each session that is due; return the number of deleted objects by session.
 
-        Asks nothing of the store while nothing has happened and no time has come. Raises StoreError; the next call goes
-        on.
+        Does not touch the store while nothing is due. Raises StoreError; the next call continues.
         """
-        if self.rest_s > 0:
+        if self.idle_s > 0:
             return {}
         if not self._begun:
             await marks.mark_all(self._store)
             self._begun = True
-        found = await marks.listed(self._store)
+        marked = await marks.listed(self._store)
         self._listed_at = self._now()
-        self._plans = {session: plan for session, plan in self._plans.items() if session in found}
-        off: dict[SessionId, Names] = {}
+        self._plans = {session: plan for session, plan in self._plans.items() if session in marked}
+        postponed: dict[SessionId, Names] = {}
         if self._later_at <= self._clock():
             due = await marks.due(self._store, self._clock())
-            off, self._later_at = due.sessions, min(due.next_at, self._clock() + _REST_S)
+            postponed, self._later_at = due.sessions, min(due.next_at, self._clock() + _PAUSE_MAX_S)
         deleted: dict[SessionId, int] = {}
-        during = SharedLookups(self._memory)
-        for session in sorted(found.keys() | off.keys() | self._touched):
-            seen, put_off = found.get(session, []), off.get(session, [])
-            is_due = put_off or self._is_due(session, seen)
-            if is_due and (count := await self._look(session, seen, put_off, during)):
+        shared = SharedLookups(self._memory)
+        for session in sorted(marked.keys() | postponed.keys() | self._touched):
+            seen, later = marked.get(session, []), postponed.get(session, [])
+            is_due = later or self._is_due(session, seen)
+            if is_due and (count := await self._visit(session, seen, later, shared)):
                 deleted[session] = count
         return deleted
 
@@ -128,78 +126,78 @@ class Collector:
         plan = self._plans.get(session)
         return plan is None or session in self._touched or plan.marks != seen or plan.at <= self._now()
 
-    async def _look(self, session: SessionId, seen: Names, put_off: Names, during: SharedLookups) -> int:
+    async def _visit(self, session: SessionId, seen: Names, later: Names, shared: SharedLookups) -> int:
         before = self._plans.pop(session, None)
-        quiet = session not in self._touched and (put_off if before is None else before.marks == seen)
-        self._touched.discard(session)  # what touches it from here on is for the next time
+        is_idle = session not in self._touched and (later if before is None else before.marks == seen)
+        self._touched.discard(session)  # a touch from here on calls for another visit
         try:
-            look = await Visit(self._memory, session, during, set()).go()
+            result = await Visit(self._memory, session, shared, set()).go()
         except Unavailable:
             self._touched.add(session)
             raise
-        except KnapperError as error:  # a damaged record, say: everything else is collected all the same
+        except KnapperError as error:  # a damaged record, say: the other sessions are collected all the same
             log.error("a session cannot be collected", session=session, code=error.code, reason=str(error))
-            look = Look(left=True, next_s=_LOOK_S)
-        self._touched |= look.others
-        if not look.left:
-            await marks.remove(self._store, [*seen, *put_off])
-            return look.deleted
+            result = VisitResult(left=True, next_s=_LISTING_S)
+        self._touched |= result.others
+        if not result.left:
+            await marks.remove(self._store, [*seen, *later])
+            return result.deleted
         pause_s = self.pace_s
-        if quiet and not look.deleted:
-            pause_s = _REST_S if before is None else min(2 * before.pause_s, _REST_S)
-        again_s = max(self.pace_s, min(look.next_s, inf if look.over else pause_s, _FAR_S))
-        await self._again(session, seen, put_off, again_s, pause_s)
-        return look.deleted
+        if is_idle and not result.deleted:
+            pause_s = _PAUSE_MAX_S if before is None else min(2 * before.pause_s, _PAUSE_MAX_S)
+        delay_s = max(self.pace_s, min(result.next_s, inf if result.over else pause_s, _FAR_S))
+        await self._schedule(session, seen, later, delay_s, pause_s)
+        return result.deleted
 
-    async def _again(self, session: SessionId, seen: Names, put_off: Names, again_s: float, pause_s: float) -> None:
-        """What is put off for long is not listed any more before its time, nor does this process remember it."""
-        if again_s > _LOOK_S:
-            until = self._clock() + again_s
+    async def _schedule(self, session: SessionId, seen: Names, later: Names, delay_s: float, pause_s: float) -> None:
+        """Plan the next visit. One far ahead is left to a mark for later: neither listed nor remembered before."""
+        if delay_s > _LISTING_S:
+            until = self._clock() + delay_s
             await marks.put_off(self._store, session, until)
             self._later_at = min(self._later_at, until)
-            kept: Names = []
+            remaining: Names = []
         else:
             if not seen:
                 await marks.put(self._store, session, "again")
-            kept = seen[:1]
-            self._plans[session] = _Plan(kept, self._now() + again_s, pause_s)
-        await marks.remove(self._store, [*seen[len(kept) :], *put_off])
+            remaining = seen[:1]
+            self._plans[session] = _Plan(remaining, self._now() + delay_s, pause_s)
+        await marks.remove(self._store, [*seen[len(remaining) :], *later])
 
-    async def look(self, session: SessionId, *runs: RunId, during: SharedLookups | None = None) -> Look:
-        """Delete what may go of the session by now. `runs`: that are known to be in it, should it have no record."""
-        return await Visit(self._memory, session, during or SharedLookups(self._memory), set(runs)).go()
+    async def visit(self, session: SessionId, *runs: RunId, shared: SharedLookups | None = None) -> VisitResult:
+        """Delete the session's garbage. `runs`: known runs of it, in case it has no record."""
+        return await Visit(self._memory, session, shared or SharedLookups(self._memory), set(runs)).go()
 
     async def delete(self, run: RunId, tenant: str) -> int:
-        """End the run, and delete what is of it: journal, snapshots, checkpoints, samplers. Return how many objects.
+        """End the run and delete its journal, snapshots, checkpoints and samplers. Return how many objects.
 
-        Files that another run's copy, or a sampler of another session, leads to stay for those. What is cut off here
-        the next look at the session finishes.
+        Files that another run's copy or another session's sampler uses stay. The next visit to the session finishes an
+        interrupted deletion.
         """
         session = session_of(run)
         await marks.put(self._store, session, f"{run}-deleted")
         self.touch(session)
-        # What is damaged can be deleted, too: what it used is told up to there.
-        asked_at = await damage.unless(asked_of(self._store, run), 0.0)
+        # A damaged run can be deleted too; its usage is then accounted for up to the damage.
+        asked_at = await damage.unless(last_accepted_at(self._store, run), 0.0)
         await damage.unless(self._memory.account(tenant, run), None)
         await ends.end(self._store, run, End(reason="deleted", tenant=tenant, at=self._clock(), asked_at=asked_at))
         visit = Visit(self._memory, session, SharedLookups(self._memory), {run})
         await visit.deleted_run(run, tenant)
-        self._touched |= visit.found.others
-        return visit.found.deleted
+        self._touched |= visit.result.others
+        return visit.result.deleted
 
-    async def delete_of_anybody(self, run: RunId) -> tuple[str, int]:
-        """As `delete`, for the operator; return whose it was, too. Raises NotFound if there is no such run."""
+    async def delete_of_any_tenant(self, run: RunId) -> tuple[str, int]:
+        """As `delete`, for the operator; return (tenant, objects). Raises NotFound if there is no such run."""
         end = await ends.ended(self._store, run)
         tenant = end.tenant if end is not None else await self._owner(run)
         return tenant, await self.delete(run, tenant)
 
     async def _owner(self, run: RunId) -> str:
-        """Raises NotFound."""
+        """The run's tenant. Raises NotFound."""
         try:
             creation = await self._memory.acceptor.creation(run)
-        except damage.ERRORS as error:  # whose it is stands in a list, too
-            damage.tell(error)
-            for tenant, listed in await self._memory.register.everybodys_runs():
+        except damage.ERRORS as error:  # the tenants' lists have the owner too
+            damage.report(error)
+            for tenant, listed in await self._memory.register.runs_of_all_tenants():
                 if listed == run:
                     return tenant
             raise
@@ -208,10 +206,10 @@ class Collector:
         return creation.spec.tenant
 
     async def sweep(self) -> dict[SessionId, int]:
-        """Look at every session of which anything is there; return where how many objects were deleted.
+        """Visit every session that has any object; return the number of deleted objects by session.
 
-        Files that nothing leads to get no time of grace. Superseded samplers of sessions that live are left to the
-        gateway, which knows what is asked for.
+        Unreferenced files get no grace period. Superseded samplers of living sessions are left to the gateway, which
+        knows whether they are in use.
         """
         runs: dict[SessionId, set[RunId]] = {}
         for name in await self._store.list(layout.RUNS):
@@ -221,10 +219,10 @@ class Collector:
             for name in await self._store.list(kind.under()):
                 runs.setdefault(layout.owner_of(name), set())
         deleted: dict[SessionId, int] = {}
-        during = SharedLookups(self._memory, at_once=True)
+        shared = SharedLookups(self._memory, at_once=True)
         for session, known in sorted(runs.items()):
             await marks.put(self._store, session, "swept")
-            look = await self.look(session, *known, during=during)
-            if look.deleted:
-                deleted[session] = look.deleted
+            result = await self.visit(session, *known, shared=shared)
+            if result.deleted:
+                deleted[session] = result.deleted
         return deleted

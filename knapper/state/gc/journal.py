@@ -1,13 +1,13 @@
-"""Collect one run's records: what no recovery can need any more goes, by whoever comes to it.
+"""Collects the records of one run that no recovery can need any more.
 
-What may go is so for ever: it follows from numbers that only grow, never from a clock. So a collector may be cut off,
-sleep, be wrong about what is newest, or work beside another, and deletes nothing that anybody will name again.
+Garbage stays garbage: it follows from numbers that only grow, never from a clock. So a collector may be interrupted,
+sleep, have a stale view, or work beside another one, and it deletes nothing that is ever referred to again.
 
-    snapshots   the two newest stay. A prefix holds an epoch: those of earlier epochs that no manifest names cannot be
-                named any more, for whoever would do it has lost its slot; nor can older ones of the newest epoch.
-    in/, out/   up to the second newest snapshot. Clients poll late, so answers stay for a while after their commit.
-    stays       manifests and fences: a process that slept must find the slot taken that it needs next. They are one a
-                claim and one a snapshot, of some 300 bytes.
+    snapshots   the two newest stay. A prefix has its epoch: a snapshot of an earlier epoch that no manifest names can
+                never be named, since its writer has lost its slot; nor can an older one of the newest epoch.
+    in/, out/   up to the second newest snapshot. Clients poll late, so results stay for a while after their commit.
+    kept        manifests and fences: a process that slept must find the slot taken that it needs next. There is one
+                for each claim and for each snapshot, of some 300 bytes.
 """
 
 from collections.abc import Awaitable, Callable, Iterable
@@ -22,12 +22,12 @@ from knapper.state.journal import bundles
 from knapper.state.journal.records import Commit, Manifest, decode, encode
 from knapper.store import Names, Store, many
 
-_PAGE = 999  # names of one listing, as a bucket serves them in one request
+_PAGE = 999  # names a listing, as a bucket returns them in one request
 _READ_AT_ONCE = 32  # commits, of up to 4 MiB each
 
 
 async def delete(store: Store, doomed: Iterable[str]) -> int:
-    """Delete the objects, many at once; return how many they were."""
+    """Delete the objects, many at once; return how many."""
     return len(await many.each(doomed, store.delete))
 
 
@@ -36,19 +36,16 @@ async def delete(store: Store, doomed: Iterable[str]) -> int:
 
 @dataclass(frozen=True)
 class Stored:
-    """`deleted`: how many snapshots. `unfinished`: those that the holder is storing, or died over."""
+    """`deleted`: how many snapshots. `unfinished`: those that the holder is storing, or died while storing."""
 
     deleted: int
     unfinished: list[str]
 
 
 async def snapshots(store: Store, run: RunId, manifest: Manifest) -> Stored:
-    """Delete the snapshots that are of no use after this manifest, whole or not.
-
-    A manifest that is not the newest any more only finds fewer.
-    """
-    listed = await store.list(layout.snapshots(run))
-    stored = set(map(layout.bundle_of, listed)) - {manifest.snapshot, manifest.snapshot_before}
+    """Delete the snapshots that this manifest supersedes, finished or not. With an old manifest it finds fewer."""
+    names = await store.list(layout.snapshots(run))
+    stored = set(map(layout.bundle_of, names)) - {manifest.snapshot, manifest.snapshot_before}
     doomed = {prefix for prefix in stored if _is_dead(prefix, manifest)}
     for prefix in sorted(doomed):
         await bundles.delete(store, prefix)
@@ -56,16 +53,16 @@ async def snapshots(store: Store, run: RunId, manifest: Manifest) -> Stored:
 
 
 async def release(store: Store, run: RunId, n: int, manifest: Manifest) -> None:
-    """Take the claim away from a holder that seems to have died: what it left unfinished is then of an earlier epoch.
+    """End the claim of a holder that seems dead, so that its unfinished snapshot is of an earlier epoch.
 
-    One that lives loses nothing but its claim: it goes on until its next snapshot, and claims anew.
+    A holder that is alive loses only its claim: it works until its next snapshot, and then claims again.
     """
-    nobody = msgspec.structs.replace(manifest, epoch=manifest.epoch + 1, holder="", address="")
-    await store.put_if_absent(layout.manifest(run, n + 1), encode(nobody))
+    unclaimed = msgspec.structs.replace(manifest, epoch=manifest.epoch + 1, holder="", address="")
+    await store.put_if_absent(layout.manifest(run, n + 1), encode(unclaimed))
 
 
 def _is_dead(prefix: str, manifest: Manifest) -> bool:
-    """Of one that the manifest does not name: whether no later one will."""
+    """Whether no later manifest will name the snapshot, which this one does not name."""
     seq, epoch = layout.parse_bundle(prefix)
     return epoch < manifest.epoch or (epoch == manifest.epoch and seq < manifest.snapshot_seq)
 
@@ -75,7 +72,7 @@ def _is_dead(prefix: str, manifest: Manifest) -> bool:
 
 @dataclass(frozen=True)
 class CollectedRecords:
-    """What `records` did: how many objects, up to which out record, and when the next commit is old enough."""
+    """Deleted objects, the out record up to which they went, and when the next commit is old enough."""
 
     count: int = 0
     out: int = 0
@@ -93,39 +90,39 @@ async def records(
     after: int = 0,
     first: Callable[[], Awaitable[None]] | None = None,
 ) -> CollectedRecords:
-    """Delete operations and their answers up to the second newest snapshot, so long after their commit.
+    """Delete operations and results up to the second newest snapshot, `keep_s` after their commit.
 
-    `needed`: the lowest operation whose answer somebody will ask for, whenever that may be. `after`: out records up to
-    here are known to be gone, or fences. `first` is done before any goes.
+    `needed`: the lowest operation whose result a job will still read. `after`: out records up to here are gone, or
+    fences. `first` is called before the first deletion.
     """
-    gone = CollectedRecords(out=after)
-    while gone.out < manifest.snapshot_before_out:
-        listed = await store.list(layout.commits(run), start_after=layout.commit(run, gone.out), limit=_PAGE)
-        page = [name for name in listed if layout.last_number(name) <= manifest.snapshot_before_out]
+    collected = CollectedRecords(out=after)
+    while collected.out < manifest.snapshot_before_out:
+        names = await store.list(layout.commits(run), start_after=layout.commit(run, collected.out), limit=_PAGE)
+        page = [name for name in names if layout.last_number(name) <= manifest.snapshot_before_out]
         for at in range(0, len(page), _READ_AT_ONCE):
-            some = await _old(store, page[at : at + _READ_AT_ONCE], now - keep_s, needed)
-            if some.doomed and first is not None:
+            old = await _old(store, page[at : at + _READ_AT_ONCE], now - keep_s, needed)
+            if old.doomed and first is not None:
                 await first()
                 first = None
-            # Operations first: what sleeps in a claim, and finds the slot of such a commit free, finds nothing to do.
-            count = await _operations(store, run, some.through) + await delete(store, some.doomed)
-            gone = CollectedRecords(gone.count + count, max(gone.out, some.out), some.next_at + keep_s)
-            if some.stopped:
-                return gone
+            # Operations first: a claim that slept and finds the slot of such a commit free then has nothing to apply.
+            count = await _operations(store, run, old.through) + await delete(store, old.doomed)
+            collected = CollectedRecords(collected.count + count, max(collected.out, old.out), old.next_at + keep_s)
+            if old.stopped:
+                return collected
         if not page:
             break
-    return gone
+    return collected
 
 
 @dataclass(frozen=True)
 class _Old:
-    """Commits that may go, which answer operations up to `through`; how far was looked, and what stopped that."""
+    """Commits to delete, with results up to operation `through`; the last record read; whether a young one follows."""
 
     doomed: Names
     through: int
     out: int
     stopped: bool
-    next_at: float  # when the one was committed that is not old enough
+    next_at: float  # when the first young one was committed
 
 
 async def _old(store: Store, page: Names, before: float, needed: float) -> _Old:
@@ -143,11 +140,11 @@ async def _old(store: Store, page: Names, before: float, needed: float) -> _Old:
 
 
 async def _operations(store: Store, run: RunId, through: int) -> int:
-    """Delete all up to this one, but for the creation."""
+    """Delete the operations up to this one, except the creation."""
     count = 0
     while through > 0:
-        listed = await store.list(layout.operations(run), start_after=layout.operation(run, 0), limit=_PAGE)
-        page = [name for name in listed if layout.last_number(name) <= through]
+        names = await store.list(layout.operations(run), start_after=layout.operation(run, 0), limit=_PAGE)
+        page = [name for name in names if layout.last_number(name) <= through]
         count += await delete(store, page)
         if len(page) < _PAGE:
             break
@@ -159,23 +156,23 @@ async def _commit(store: Store, name: str) -> Commit | None:
     return None if data is None else decode(data, Commit, name)
 
 
-# -- all of it ---------------------------------------------------------------------------------------------------------
+# -- a run that has ended ----------------------------------------------------------------------------------------------
 
 
 async def remains(store: Store, run: RunId, *, keep_creation: bool) -> int:
-    """Delete what is left of a run that has ended, but for its end and its fences. Return how many objects.
+    """Delete the objects of a run that has ended, except its End record and its fences. Return how many.
 
-    `knapper.state.journal.ends.end` came first: nothing of it comes back.
+    Call `knapper.state.journal.ends.end` first, so that no process brings any of them back.
     """
     kept = {layout.operation(run, 0)} if keep_creation else set[str]()
-    listed = [name for name in await store.list(layout.run_prefix(run)) if name not in kept]
-    commits = [name for name in listed if name.startswith(layout.commits(run))]
+    names = [name for name in await store.list(layout.run_prefix(run)) if name not in kept]
+    commits = [name for name in names if name.startswith(layout.commits(run))]
     fences = set[str]()
     for at in range(0, len(commits), _READ_AT_ONCE):
-        some = commits[at : at + _READ_AT_ONCE]
-        found = await many.each(some, lambda name: damage.unless(_commit(store, name), None))
-        fences |= {name for name, commit in zip(some, found, strict=True) if commit is None or not commit.results}
-    doomed = [name for name in listed if name not in fences and not name.startswith(layout.ends(run))]
-    # Commits last: what slept in a claim needs its operations, and finds them gone.
+        group = commits[at : at + _READ_AT_ONCE]
+        records = await many.each(group, lambda name: damage.unless(_commit(store, name), None))
+        fences |= {name for name, commit in zip(group, records, strict=True) if commit is None or not commit.results}
+    doomed = [name for name in names if name not in fences and not name.startswith(layout.ends(run))]
+    # Commits last: a claim that slept then finds its operations gone.
     doomed.sort(key=lambda name: name.startswith(layout.commits(run)))
     return await delete(store, doomed)

@@ -1,4 +1,4 @@
-"""What looks at sessions share: how long things stay, what a look found, and what is asked of the store once."""
+"""What visits to sessions share: retention, results, and lookups that are made once for all of them."""
 
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from knapper.store.cache import LruCache
 
 @dataclass(frozen=True)
 class Retention:
-    """How long what is not needed any more stays, in seconds. The settings `keep_...` say why."""
+    """How long garbage is kept, in seconds. The settings `keep_...` say why."""
 
     results_s: float
     samplers_s: float
@@ -38,17 +38,17 @@ class Retention:
 
 @dataclass(frozen=True)
 class Need:
-    """What a job may still ask of a run: answers from operation `seq` on. `running`: and it will."""
+    """What a job needs of a run: results from operation `seq` on. `running`: whether it is still running."""
 
     seq: float = inf
     running: bool = False
 
 
 @dataclass
-class Look:
-    """What a look found. `next_s`: when time alone lets something go. `left`: whether anything may, whenever.
+class VisitResult:
+    """`next_s`: seconds until something expires. `left`: whether the session has anything left to collect, ever.
 
-    `over`: the session is, so that nothing happens in it any more. `others`: whose files have lost what led to them.
+    `over`: whether the session has ended. `others`: sessions whose files have lost a reference.
     """
 
     deleted: int = 0
@@ -58,16 +58,16 @@ class Look:
     others: set[SessionId] = field(default_factory=set)
 
     def wait(self, seconds: float) -> None:
-        """Something is left, to be looked at again then."""
+        """Something is left; visit again after these seconds."""
         self.left, self.next_s = True, min(self.next_s, max(0.0, seconds))
 
 
 @dataclass
 class Memory:
-    """What all looks of a process share. `clock`: seconds since the epoch; `now`: monotonic, for what is given grace.
+    """What all visits of a process share. `clock`: seconds since the epoch; `now`: monotonic, for grace periods.
 
-    `need`: of a job, in the session, for one of its runs. `account`: writes down what a tenant's run
-    used, before the records go that tell it.
+    `need`: what a job needs of a run in its session. `account`: stores the usage of a tenant's run before its records
+    are deleted.
     """
 
     store: Store
@@ -76,9 +76,9 @@ class Memory:
     now: Callable[[], float]
     need: Callable[[Session, RunId], Awaitable[Need]]
     account: Callable[[str, RunId], Awaitable[None]]
-    # Of this process, so that a new one gives everything its time anew:
-    asked: dict[SamplerId, float] = field(default_factory=dict)  # when somebody last did
-    since: dict[str, float] = field(default_factory=dict)  # when a prefix was first seen that nobody needs
+    # In memory only: after a restart, every grace period begins again.
+    used_at: dict[SamplerId, float] = field(default_factory=dict)  # the last use of each sampler
+    since: dict[str, float] = field(default_factory=dict)  # when an unreferenced prefix was first seen
     out: dict[RunId, int] = field(default_factory=dict)  # out records up to here are gone, or fences
 
     def __post_init__(self) -> None:
@@ -89,15 +89,15 @@ class Memory:
         self.records: LruCache[str, Sampler] = LruCache()
 
     async def sampler(self, name: str) -> Sampler | None:
-        """The record, which never changes."""
-        if (known := self.records.known(name)) is None and (data := await self.store.get(name)) is not None:
-            self.records.keep(name, known := decode(data, Sampler, name))
-        return known
+        """The record, cached: it never changes."""
+        if (record := self.records.known(name)) is None and (data := await self.store.get(name)) is not None:
+            self.records.keep(name, record := decode(data, Sampler, name))
+        return record
 
 
 @dataclass
 class SharedLookups:
-    """What several looks, one after another, ask once. `at_once`: nothing is given grace but what others may use."""
+    """Lookups made once for several visits. `at_once`: no grace period, except for samplers that may be in use."""
 
     memory: Memory
     at_once: bool = False
@@ -105,17 +105,17 @@ class SharedLookups:
     _unknown: bool = False
 
     async def held(self, bundles: Iterable[str]) -> frozenset[str]:
-        """Those of the bundles that a checkpoint which lives, or a sampler, of whatever session leads to.
+        """Those of the bundles that a living checkpoint or a sampler of any session refers to.
 
-        All of them while one of those is damaged: it may lead to any.
+        All of them while one of those records is damaged, since it may refer to any.
         """
         if self._held is None and not self._unknown:
-            listed = await self.memory.store.list(ObjectKind.SAMPLER.under())
+            names = await self.memory.store.list(ObjectKind.SAMPLER.under())
             try:
-                samplers = await many.each(listed, self.memory.sampler)
+                samplers = await many.each(names, self.memory.sampler)
                 living = await self.memory.checkpoints.labels(EVERYONE)
-                self._held = frozenset(each.bundle for each in (*samplers, *living) if each is not None)
+                self._held = frozenset(record.bundle for record in (*samplers, *living) if record is not None)
             except damage.ERRORS as error:
-                damage.tell(error)
+                damage.report(error)
                 self._unknown = True
         return frozenset(bundles) if self._held is None else self._held & frozenset(bundles)

@@ -1,11 +1,10 @@
-"""Marks: the sessions in which something is left to collect, now or later.
+"""Marks: the sessions with something to collect, now or later.
 
-A mark for now says what happened, another for each thing; one for later, that nothing can go before its time, unless
-something happens.
+A mark for now names an event, one mark an event; a mark for later says that nothing can be collected before its time,
+unless something happens.
 
-A mark is put before what it tells of. The collector takes away those that it has seen, once it has put one for later,
-or nothing is left for it to do. So it never has to look through all that is finished, nor list it; and whatever is not
-finished is never overlooked.
+A mark is written before its event. The collector deletes the marks that it has seen, once it has written one for later
+or nothing is left to do. So it never lists finished sessions, and never overlooks an unfinished one.
 """
 
 from collections.abc import Iterable
@@ -17,13 +16,13 @@ from knapper.state import layout
 from knapper.state.layout import ObjectKind
 from knapper.store import Names, Store, many
 
-_BEGUN = ObjectKind.COLLECT_BEGUN.key()  # is there once every session that was made before there were marks has one
-_PAGE = 999  # names of one listing, as a bucket serves them in one request
+_BEGUN = ObjectKind.COLLECT_BEGUN.key()  # exists once all sessions of earlier releases are marked
+_PAGE = 999  # names a listing, as a bucket returns them in one request
 
 
 @dataclass(frozen=True)
 class Due:
-    """Of what was put off: each session whose time has come, with its marks; and when the next one's comes."""
+    """The postponed sessions that are due, with their marks, and when the next one is due."""
 
     sessions: dict[SessionId, Names]
     next_at: float
@@ -35,30 +34,30 @@ async def put(store: Store, session: SessionId, what: str) -> None:
 
 
 async def put_off(store: Store, session: SessionId, until: float) -> None:
-    """`until`: in seconds since the epoch. Those of now are taken away after it."""
+    """Write a mark for later; delete those for now afterwards. `until`: seconds since the epoch."""
     await store.put_if_absent(ObjectKind.COLLECT_LATER.key(int(until * 1e6), session), b"")
 
 
 async def listed(store: Store) -> dict[SessionId, Names]:
-    """The sessions that are marked now, each with its marks."""
-    found: dict[SessionId, Names] = {}
+    """The sessions with marks for now, each with its marks."""
+    sessions: dict[SessionId, Names] = {}
     for name in await store.list(ObjectKind.COLLECT_NOW.under()):
-        found.setdefault(layout.marked(name), []).append(name)
-    return found
+        sessions.setdefault(layout.session_of_mark(name), []).append(name)
+    return sessions
 
 
 async def due(store: Store, now: float) -> Due:
-    """Lists no more than what is due, and a page."""
-    found: dict[SessionId, Names] = {}
+    """Lists the marks that are due, and at most one page more."""
+    sessions: dict[SessionId, Names] = {}
     after = ""
     while page := await store.list(ObjectKind.COLLECT_LATER.under(), start_after=after, limit=_PAGE):
         for name in page:
             at, session = ObjectKind.COLLECT_LATER.parse(name)
             if int(at) > now * 1e6:
-                return Due(found, int(at) / 1e6)
-            found.setdefault(SessionId(session), []).append(name)
+                return Due(sessions, int(at) / 1e6)
+            sessions.setdefault(SessionId(session), []).append(name)
         after = page[-1]
-    return Due(found, inf)
+    return Due(sessions, inf)
 
 
 async def remove(store: Store, seen: Iterable[str]) -> None:
@@ -66,7 +65,7 @@ async def remove(store: Store, seen: Iterable[str]) -> None:
 
 
 async def mark_all(store: Store) -> None:
-    """Mark every session that there is, once in the life of a store: those of an older knapper have none."""
+    """Mark every session, once in the life of a store: those of earlier releases have no marks."""
     if await store.get(_BEGUN) is not None:
         return
     for session in sorted(set(map(layout.owner_of, await store.list(ObjectKind.SESSION.under())))):

@@ -1,4 +1,4 @@
-"""The gateway's half: an operation is durable in `in/<seq>` before its client hears that it was accepted."""
+"""The gateway's half of the journal: an operation is durable in `in/<seq>` before its client gets a response."""
 
 import hashlib
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from knapper.state.journal.records import Creation, Kind, Manifest, Operation, d
 from knapper.store import Store, many
 from knapper.wire import zstd
 
-_ON_LOOP_BYTES_MAX = 256 * 1024  # what is larger is hashed in a thread: the event loop is everybody's
-_MANIFEST_FRESH_S = 3600.0  # whoever sends an operation again after that is promised an answer that says it is gone
+_ON_LOOP_BYTES_MAX = 256 * 1024  # larger records are encoded in a thread: all requests share the event loop
+_MANIFEST_FRESH_S = 3600.0  # an operation that is sent again after that gets an error that says its record is gone
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PackedBody:
 
     sha256: bytes
     body_zstd: bytes
-    asked_sha256: bytes = b""  # over what the client sent, where that is not the body
+    asked_sha256: bytes = b""  # of the client's request, if the body is another encoding of it
 
 
 def pack(body: bytes) -> PackedBody:
@@ -34,10 +34,7 @@ def pack(body: bytes) -> PackedBody:
 
 
 class Acceptor:
-    """Creates operations, in any order of arrival.
-
-    Stateless but for a small cache; any number of them may share a store.
-    """
+    """Stores operations, in any order of arrival. Any number of acceptors may share a store: each has only a cache."""
 
     def __init__(self, store: Store, clock: Callable[[], float], manifests: Manifests | None = None) -> None:
         self._store = store
@@ -46,9 +43,9 @@ class Acceptor:
         self._consumed: dict[RunId, tuple[float, int]] = {}
 
     async def create(self, creation: Creation, request: bytes) -> None:
-        """Make the run: operation 0. `request` is the client's body: a repetition is recognised by it.
+        """Create the run: store operation 0. `request` is the client's body, by whose hash a repetition is recognised.
 
-        Raises UserError if the run exists already and was created by another request, NotFound if it has ended.
+        Raises UserError if another request created the run, NotFound if it has ended.
         """
         run = RunId(creation.spec.run)
         if (end := await ends.ended(self._store, run)) is not None:
@@ -57,18 +54,18 @@ class Acceptor:
         await self._put(run, 0, "create", packed)
 
     async def creation(self, run: RunId) -> Creation | None:
-        """How the run was made, or None if there is no such run."""
+        """The creation of the run, or None if there is no such run."""
         operation = await self._stored(run, 0)
         return None if operation is None else decode_creation(operation)
 
     async def missing(self, run: RunId, seq: int) -> bool:
-        """Whether nobody ever sent the operation, as far as this store knows; or its record is gone."""
+        """Whether the store has no record of the operation: it never arrived, or was collected."""
         return await self._store.get(layout.operation(run, seq)) is None
 
     async def accept(self, run: RunId, seq: int, kind: Kind, packed: PackedBody) -> float | None:
-        """Store the operation, durable on return: when it was accepted. None for a repetition of the same body.
+        """Store the operation, durably; return the time of acceptance, or None for a repetition of the same body.
 
-        Raises UserError if `seq` is taken by another body, or so old that its record is gone.
+        Raises UserError if another body has `seq`, or if it is so old that its record is gone.
         """
         if not 1 <= seq < 10**18:
             raise InvalidField("seq_id", seq, "1, 2, 3, ... for each operation of the run")
@@ -80,19 +77,18 @@ class Acceptor:
         return await self._put(run, seq, kind, packed)
 
     async def accepted_at(self, run: RunId, seq: int) -> float | None:
-        """When the operation was accepted first; None if it never was, or its record is gone."""
+        """When the operation was first accepted, or None if the store has no record of it."""
         stored = await self._stored(run, seq)
         return None if stored is None else stored.accepted_at
 
     async def reject(self, run: RunId, seq: int, packed: PackedBody, error: str) -> None:
-        """Use up `seq` for a request that cannot be served: a tombstone, whose result will be `error`."""
+        """Store a tombstone in place of a request that cannot be served; its result will be `error`."""
         await self._put(run, seq, "tombstone", packed, error)
 
-    async def fill_holes(self, run: RunId, applied: int, finished: bool) -> list[int]:
-        """Turn numbers that never arrived into tombstones, so that what follows them can run; return them.
+    async def fill_gaps(self, run: RunId, applied: int, finished: bool) -> list[int]:
+        """Fill sequence numbers that never arrived with tombstones, so that later operations can run; return them.
 
-        `applied`: the newest operation known to be applied. `finished`: the client's session has ended, so nothing
-        more arrives.
+        `applied`: the newest operation known to be applied. `finished`: the session has ended, so nothing more arrives.
         """
         waiting = await self._store.list(layout.operations(run), start_after=layout.operation(run, max(applied, 0)))
         filled: list[int] = []
@@ -100,15 +96,15 @@ class Acceptor:
         for name in waiting:
             seq = layout.last_number(name)
             if seq > expected:
-                behind = decode(await self._must_get(name), Operation, name)
-                if finished or self._clock() - behind.accepted_at >= limits.hole_s:
-                    for hole in range(expected, seq):
-                        await self._bury(run, hole)
-                        filled.append(hole)
+                later = decode(await self._must_get(name), Operation, name)
+                if finished or self._clock() - later.accepted_at >= limits.gap_s:
+                    for gap in range(expected, seq):
+                        await self._fill_with_tombstone(run, gap)
+                        filled.append(gap)
             expected = seq + 1
         return filled
 
-    async def _bury(self, run: RunId, seq: int) -> None:
+    async def _fill_with_tombstone(self, run: RunId, seq: int) -> None:
         error = (
             f"operation {seq} of {run} never arrived (its request was cancelled, or could not be read), "
             "while a later one did; it was skipped"
@@ -124,9 +120,8 @@ class Acceptor:
         if await self._store.put_if_absent(layout.operation(run, seq), data):
             return operation.accepted_at
         stored = await self._stored(run, seq)
-        # A tombstone answers whoever comes late: through the future, where every other error of this operation would
-        # come too.
-        if stored is None or stored.kind == "tombstone" or stored.asked == operation.asked:
+        # A request that arrives after its tombstone gets that error from its future, like any error of an operation.
+        if stored is None or stored.kind == "tombstone" or stored.request_sha256 == operation.request_sha256:
             return None
         if not _same_sampler_save(stored, operation):
             raise UserError(
@@ -153,21 +148,21 @@ class Acceptor:
         return data
 
     async def _consumed_seq(self, run: RunId) -> int:
-        """Operations up to this one are in a snapshot, so their records may have been swept."""
-        known = self._consumed.get(run)
-        if known is not None and self._clock() - known[0] < _MANIFEST_FRESH_S:
-            return known[1]
+        """The newest operation in a snapshot: records up to it may have been collected."""
+        cached = self._consumed.get(run)
+        if cached is not None and self._clock() - cached[0] < _MANIFEST_FRESH_S:
+            return cached[1]
         newest = await self._manifests.newest(run)
         seq = newest[1].snapshot_seq if newest else -1
         self._consumed[run] = (self._clock(), seq)
         return seq
 
 
-def _same_sampler_save(stored: Operation, again: Operation) -> bool:
-    """Whether they differ in the sampler's number alone: the SDK draws another for each retry. The first one counts."""
-    if not stored.kind == again.kind == "save_weights_for_sampler":
+def _same_sampler_save(stored: Operation, retry: Operation) -> bool:
+    """Whether only the sampler's number differs: the SDK draws a new one for each retry, and the first one counts."""
+    if not stored.kind == retry.kind == "save_weights_for_sampler":
         return False
-    first, second = (msgspec.json.decode(each.body()) for each in (stored, again))
+    first, second = (msgspec.json.decode(operation.body()) for operation in (stored, retry))
     number = "sampling_session_seq_id"
     return bool(number in first and number in second and {**first, number: 0} == {**second, number: 0})
 
@@ -177,5 +172,5 @@ def decode_creation(operation: Operation) -> Creation:
 
 
 async def newest_manifest(store: Store, run: RunId) -> tuple[int, Manifest] | None:
-    """(n, manifest) of the highest n, or None if nobody ever claimed the run. `Manifests` is for who asks again."""
+    """(n, manifest) of the highest n, or None if the run was never claimed. `Manifests` caches for repeated reads."""
     return await Manifests(store).newest(run)

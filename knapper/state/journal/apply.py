@@ -1,4 +1,4 @@
-"""From an operation to its answer: one step of the machine, with the files that it needs and those that it exports."""
+"""Applies one operation: a step of the machine, with the files that it loads and exports."""
 
 from dataclasses import dataclass
 from typing import Final, Generic
@@ -14,19 +14,19 @@ from knapper.state.journal.machine import Files, Machine, Outcome, State
 from knapper.state.journal.records import SAVES, Creation, Operation, Result, decode
 from knapper.store import Store
 
-_ATTEMPTS_MAX: Final = 3  # an operation that fails so often, by a defect and not by the user, is answered with that
+_ATTEMPTS_MAX: Final = 3  # of an operation that fails by a defect of the server; then its result is that error
 
 
 @dataclass(frozen=True)
 class Applied(Generic[State]):
-    """`outcome`: None where the operation failed, which leaves the state alone."""
+    """`outcome`: None if the operation failed, which leaves the state unchanged."""
 
     result: Result
     outcome: Outcome[State] | None = None
 
 
 async def read_operation(store: Store, run: RunId, seq: int) -> Operation | None:
-    """None if there is none of this number. Raises Corrupt."""
+    """The operation, or None if the store has none of this number. Raises Corrupt."""
     name = layout.operation(run, seq)
     data = await store.get(name)
     if data is None:
@@ -38,7 +38,7 @@ async def read_operation(store: Store, run: RunId, seq: int) -> Operation | None
 
 
 class Applier(Generic[State]):
-    """Of one claim of a run. It holds no state of the run, only how often an operation has failed."""
+    """Applies the operations of one claim. It holds no state of the run, only how often an operation has failed."""
 
     def __init__(self, store: Store, run: RunId, creation: Creation, machine: Machine[State], saves: Saves) -> None:
         self._store, self._run, self._creation = store, run, creation
@@ -46,22 +46,22 @@ class Applier(Generic[State]):
         self._failed = (-1, 0)  # (operation, how often it failed by a defect)
 
     async def apply(self, operation: Operation, state: State | None, epoch: int) -> Applied[State]:
-        """Raises Unavailable, and what else is nobody's mistake: then nothing happened, and it is tried again."""
+        """Raises Unavailable, or another error that is not the user's: nothing has changed, and a retry is safe."""
         if operation.kind == "tombstone":
             return Applied(_failure(operation, operation.error, "user"))
         try:
             return await self._succeed(operation, state, epoch)
-        except OutOfMemory as error:  # others may need less of it a moment later
+        except OutOfMemory as error:  # other runs may free some in a moment
             return Applied(self._given_up(operation, error, f": {error}", "user"))
         except UserError as error:
             return Applied(_failure(operation, str(error), "user"))
         except KnapperError:
             raise
-        except Exception as error:  # noqa: BLE001  a defect, of whatever kind: tried again, then told
+        except Exception as error:  # noqa: BLE001  any defect: tried again, then reported
             return Applied(self._given_up(operation, error, f", by a defect of the server: {error!r}", "server"))
 
     def _given_up(self, operation: Operation, error: Exception, why: str, category: str) -> Result:
-        """The answer to what has failed too often. Raises Unavailable before that: it is tried again."""
+        """The result of an operation that has failed too often. Raises Unavailable before that, for a retry."""
         seq, times = self._failed
         times = times + 1 if seq == operation.seq else 1
         self._failed = (operation.seq, times)
@@ -85,17 +85,17 @@ class Applier(Generic[State]):
         return Applied(result, outcome)
 
     async def step(self, operation: Operation, state: State | None, source: str) -> Outcome[State]:
-        """One step of the machine. `source`: the bundle that is loaded, or empty."""
+        """One step of the machine. `source`: the bundle to load, or empty."""
         if operation.seq == 0:
             creation = self._creation
             files = (await bundles.read(self._store, creation.source))[1] if creation.source else None
-            made = await self._machine.create(creation.spec, files, creation.with_optimizer)
+            new = await self._machine.create(creation.spec, files, creation.with_optimizer)
             kind = "load_weights" if creation.source else "create_model"  # the SDK checks it
             body = msgspec.json.encode({"type": kind, "model_id": self._run})
-            return Outcome(state=made, content_type="application/json", body=body)
+            return Outcome(state=new, content_type="application/json", body=body)
         if state is None:
             raise UserError(
-                f"{self._run} was never made: its creation failed, as the answer to it said; create another"
+                f"{self._run} was never made: its creation failed, with the error in its result; create another"
             )
         loaded: Files | None = (await bundles.read(self._store, source))[1] if source else None
         return await self._machine.apply(state, operation, loaded)

@@ -1,6 +1,6 @@
-"""Bundles: immutable groups of files (snapshots, adapters), which travel in parallel.
+"""Bundles: immutable groups of files (snapshots, adapters), read and written in parallel.
 
-The index is written last, so a bundle exists whole or not at all.
+The index is written last, so a bundle exists as a whole or not at all.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from knapper.store import Store, many
 
 
 async def write(store: Store, prefix: str, files: Files, *, spec: Spec, seq: int, epoch: int) -> Index:
-    """Store the bundle. Writing the same one again is harmless: whoever owns a prefix always writes the same bytes."""
+    """Store the bundle. A repetition is harmless: the owner of a prefix always writes the same bytes."""
 
     async def write_part(name: str) -> Part:
         content = bytes(files[name])
@@ -28,7 +28,7 @@ async def write(store: Store, prefix: str, files: Files, *, spec: Spec, seq: int
 
 
 async def read_index(store: Store, prefix: str) -> Index | None:
-    """The index, or None if the bundle was never finished, or is gone."""
+    """The index, or None if the bundle is unfinished or deleted."""
     data = await store.get(prefix + INDEX)
     return None if data is None else decode(data, Index, prefix + INDEX)
 
@@ -36,7 +36,7 @@ async def read_index(store: Store, prefix: str) -> Index | None:
 async def read(store: Store, prefix: str, only: frozenset[str] | None = None) -> tuple[Index, dict[str, bytes]]:
     """The bundle's files (all, or those in `only`), verified.
 
-    Raises Corrupt if anything is missing or not what the index says.
+    Raises Corrupt if a file is missing or differs from the index.
     """
     index = await read_index(store, prefix)
     if index is None:
@@ -58,8 +58,8 @@ async def _read(store: Store, prefix: str, part: Part) -> bytes:
     """Verified off the event loop: it may be large."""
     data = await store.get(prefix + part.name)
     if data is None or len(data) != part.size or await many.off_loop(_sha256, data) != part.sha256:
-        found = "missing" if data is None else f"{len(data)} bytes that are others"
-        raise damaged(prefix + part.name, f"it is {found}; its index says {part.size} bytes of a known hash")
+        problem = "missing" if data is None else f"{len(data)} bytes that are others"
+        raise damaged(prefix + part.name, f"it is {problem}; its index says {part.size} bytes of a known hash")
     return data
 
 
@@ -68,7 +68,7 @@ def _sha256(data: bytes) -> bytes:
 
 
 async def delete(store: Store, prefix: str) -> None:
-    """Remove the bundle, its index first: a reader finds it whole or not at all."""
+    """Delete the bundle, its index first: readers see all of it or nothing."""
     await store.delete(prefix + INDEX)
     for name in await store.list(prefix):
         await store.delete(name)

@@ -1,4 +1,4 @@
-"""A run's machine whose operations are counted and timed: what is applied, and what it costs the device."""
+"""A machine whose operations are counted and timed for the metrics."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +17,9 @@ State = TypeVar("State")
 
 
 class CountedMachine(Generic[State]):
-    """The machine, counted: what is applied, what it costs the device, and how long the first of each takes."""
+    """Counts operations, device seconds, and how long the first adapter and the first step take."""
 
-    def __init__(self, machine: Machine[State], now: Callable[[], float] = time.monotonic) -> None:  # noqa: TID251  as above
+    def __init__(self, machine: Machine[State], now: Callable[[], float] = time.monotonic) -> None:  # noqa: TID251  measured for metrics, decides nothing
         self._machine, self._now = machine, now
         self._first = {"adapter": True, "first_step": True}
 
@@ -27,15 +27,15 @@ class CountedMachine(Generic[State]):
         with self._started("adapter"):
             return await self._machine.create(spec, source, with_optimizer)
 
-    async def thaw(self, spec: Spec, files: Files) -> State:
+    async def restore(self, spec: Spec, files: Files) -> State:
         with self._started("adapter"):
-            return await self._machine.thaw(spec, files)
+            return await self._machine.restore(spec, files)
 
-    async def freeze(self, state: State) -> Files:
-        return await self._machine.freeze(state)
+    async def serialize(self, state: State) -> Files:
+        return await self._machine.serialize(state)
 
-    def frozen_bytes(self, state: State) -> int:
-        return self._machine.frozen_bytes(state)
+    def serialized_bytes(self, state: State) -> int:
+        return self._machine.serialized_bytes(state)
 
     async def apply(self, state: State, operation: Operation, source: Files | None) -> Outcome[State]:
         outcome = "failed"
@@ -54,8 +54,8 @@ class CountedMachine(Generic[State]):
 
     @contextmanager
     def _started(self, stage: str) -> Iterator[None]:
-        began, first = self._now(), self._first[stage]
+        began, is_first = self._now(), self._first[stage]
         self._first[stage] = False
         yield
-        if first:
+        if is_first:
             metrics.cold_start_seconds.labels(stage).observe(self._now() - began)

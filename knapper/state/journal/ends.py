@@ -1,7 +1,7 @@
-"""The end of a run: a record that says so, and a fence that no claim ever passes. What is deleted comes after both.
+"""The end of a run: an End record, then a fence that no claim ever passes. Deletion comes after both.
 
-Whoever claims looks for the record once its manifest is stored, and whoever snapshots before it writes. So a process
-that slept through the end is stopped by the one or by the other, and brings nothing back.
+A claim looks for the record after it has stored its manifest, a snapshot before it writes. So a process that slept
+through the end stops at the record or at the fence, and brings nothing back.
 """
 
 from datetime import UTC, datetime
@@ -14,35 +14,39 @@ from knapper.state.journal.newest import newest_name, newest_of_few
 from knapper.state.journal.records import Commit, End, decode, encode
 from knapper.store import Store
 
-_EPOCH: Final = 2**62  # of the last fence: above that of every claim, and that of none
+_EPOCH: Final = 2**62  # of the last fence: higher than any claim's
 _FENCE: Final = encode(Commit(epoch=_EPOCH, results=[]))
 
 
 async def ended(store: Store, run: RunId) -> End | None:
-    """How the run ended, or None: one read, of a run that goes on."""
+    """The end of the run, or None while it goes on, which costs one read."""
     n, data = await newest_of_few(store, layout.ends(run))
     return None if data is None else decode(data, End, layout.end(run, n))
 
 
-async def end(store: Store, run: RunId, asked: End) -> End:
-    """End the run for good; return its end as it stands. A run that is deleted stays so; a repetition changes nothing.
+async def end(store: Store, run: RunId, request: End) -> End:
+    """End the run for good; return the end that is in force. A deleted run stays deleted, and repetition is harmless.
 
-    On return nothing more is applied, whoever holds the run. Safe to cut off and to repeat.
+    On return no holder applies anything more. Safe to interrupt and to repeat.
     """
+    in_force = await _record(store, run, request)
+    await fence(store, run)
+    return in_force
+
+
+async def _record(store: Store, run: RunId, request: End) -> End:
     while True:
         n, data = await newest_of_few(store, layout.ends(run))
-        stands = None if data is None else decode(data, End, layout.end(run, n))
-        if stands is not None and (stands.reason == "deleted" or asked.reason == "finished"):
-            break
-        if await store.put_if_absent(layout.end(run, n + 1), encode(asked)):
-            stands = asked
-            break
-    await fence(store, run)
-    return stands
+        if data is not None:
+            newest = decode(data, End, layout.end(run, n))
+            if newest.reason == "deleted" or request.reason == "finished":
+                return newest
+        if await store.put_if_absent(layout.end(run, n + 1), encode(request)):
+            return request
 
 
 async def fence(store: Store, run: RunId) -> None:
-    """Take the slot that whoever holds the run needs for its next commit."""
+    """Take the slot that the holder of the run needs for its next commit."""
     newest = await newest_name(store, layout.commits(run))
     n = layout.last_number(newest) if newest else 0
     if newest and await store.get(newest) == _FENCE:
@@ -54,7 +58,7 @@ async def fence(store: Store, run: RunId) -> None:
 
 
 def refusal(run: RunId, end: End) -> NotFound:
-    """What its tenant is told."""
+    """The error for the tenant of a run that has ended."""
     when = f"{datetime.fromtimestamp(end.at, UTC):%Y-%m-%d %H:%M} UTC"
     if end.reason == "deleted":
         return NotFound(f"training run {run} was deleted on {when}; create another with create_lora_training_client")

@@ -1,9 +1,9 @@
-"""The envelope that every record lies in: its format, its kind, and a checksum, so that damage never reads as content.
+"""The envelope of every record: its format, its kind, and a checksum, so that damage is never read as content.
 
     {"v": 3, "kind": "Commit", "sha256": <32 bytes>, "record": {...}}    in msgpack
 
-`v` is the envelope's format; the record within has its own. A knapper from before there were envelopes finds a higher
-`v` than it knows, and says in words that a newer one wrote it.
+`v` is the envelope's format; the record inside has its own. Releases without envelopes find a higher `v` than they
+know, and report that a newer one wrote it.
 """
 
 import hashlib
@@ -14,14 +14,13 @@ import msgspec
 from knapper.errors import NewerFormat, damaged
 
 FORMAT: Final = 3
-# What msgspec raises for bytes that are not what they should be: text that is no UTF-8, or lies too deep, has errors of
-# Python's own.
+# What msgspec raises for wrong bytes. Text that is not UTF-8, or nested too deeply, raises Python's own errors.
 UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-BARE_MAX: Final = 2  # the highest format of a record that was ever written without an envelope
+BARE_MAX: Final = 2  # the highest format of records without an envelope
 
 
 class _Envelope(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`sha256`: over all the others."""
+    """`sha256`: of all other fields."""
 
     v: int
     kind: str
@@ -34,15 +33,15 @@ _decoder = msgspec.msgpack.Decoder(_Envelope)
 
 
 def seal(kind: str, record: bytes) -> bytes:
-    """The record, which is msgpack, in an envelope. The same bytes for the same record, always."""
+    """The record (msgpack) in an envelope. Equal records give equal bytes."""
     envelope = _Envelope(v=FORMAT, kind=kind, sha256=_digest(FORMAT, kind, record), record=msgspec.Raw(record))
     return _encoder.encode(envelope)
 
 
-def opened(data: bytes, kind: str, name: str) -> msgspec.Raw | None:
-    """The record in the envelope, exactly as it was sealed; None if `data` is no envelope.
+def unseal(data: bytes, kind: str, name: str) -> msgspec.Raw | None:
+    """The record as it was sealed, or None if `data` is no envelope.
 
-    Raises Corrupt for other bytes than were sealed, or another kind of record, NewerFormat for an envelope of later.
+    Raises Corrupt if the checksum or the kind of record is wrong, NewerFormat for an envelope of a later release.
     """
     try:
         envelope = _decoder.decode(data)
@@ -57,15 +56,15 @@ def opened(data: bytes, kind: str, name: str) -> msgspec.Raw | None:
     return envelope.record
 
 
-def newer(name: str, kind: str, found: int, known: int) -> NewerFormat:
-    """The error for a format that is not known yet."""
+def newer(name: str, kind: str, stored: int, known: int) -> NewerFormat:
+    """The error for a format that this release does not know."""
     return NewerFormat(
-        f"object {name} has format {found} of {kind}; this knapper reads up to format {known}: run the newer one",
+        f"object {name} has format {stored} of {kind}; this knapper reads up to format {known}: run the newer one",
         retry_after_s=30.0,
     )
 
 
 def _digest(v: int, kind: str, record: bytes | msgspec.Raw) -> bytes:
-    whole = hashlib.sha256(f"{v} {kind} ".encode())
-    whole.update(memoryview(record))
-    return whole.digest()
+    digest = hashlib.sha256(f"{v} {kind} ".encode())
+    digest.update(memoryview(record))
+    return digest.digest()

@@ -1,7 +1,4 @@
-"""What saves and loads mean beyond the state.
-
-An export becomes a checkpoint or a sampler, a path becomes the bundle to load.
-"""
+"""Saves and loads: an export becomes a checkpoint or a sampler, a path becomes the bundle to load."""
 
 from collections.abc import Callable
 
@@ -22,10 +19,7 @@ from knapper.wire.encryption import expect_recipients
 
 
 class Saves:
-    """Runs inside a claim, before the commit that publishes the answer.
-
-    Doing it twice, from any process, changes nothing.
-    """
+    """Runs inside a claim, before the commit that publishes the result. Idempotent, from any process."""
 
     def __init__(self, store: Store, clock: Callable[[], float]) -> None:
         self._store = store
@@ -33,10 +27,7 @@ class Saves:
         self._checkpoints = Checkpoints(store, clock)
 
     async def source(self, operation: Operation, spec: Spec) -> str:
-        """The bundle that a load_weights operation names.
-
-        Raises UserError if there is none, or the owner's tenant differs.
-        """
+        """The bundle of a load_weights operation. Raises UserError if there is none that the tenant may read."""
         request = requests.decode(operation.body(), requests.LoadWeights)
         checkpoint = await self._checkpoints.resolve(TinkerPath.parse(request.path), spec.tenant)
         checkpoint.expect_plain()
@@ -51,14 +42,14 @@ class Saves:
         return checkpoint.bundle
 
     async def check_source(self, bundle: str) -> None:
-        """Raises UserError if the files that a run is to be made from were deleted before it came to that."""
+        """Raises UserError if the bundle to create a run from was deleted meanwhile."""
         if await bundles.read_index(self._store, bundle) is None:
             raise UserError(
                 "the checkpoint to load was deleted, or expired, before the run could be made from it; load another one"
             )
 
     async def check(self, operation: Operation) -> None:
-        """Raises UserError for a save that cannot be named, before anything is computed for it."""
+        """Raises UserError for a save without a valid name, before anything is computed for it."""
         if operation.kind == "save_weights":
             ids.checkpoint_name(requests.decode(operation.body(), requests.SaveWeights).path)
             return
@@ -74,10 +65,7 @@ class Saves:
             raise InvalidField("path", None, "a name, or sampling_session_seq_id for an unnamed snapshot")
 
     async def store_export(self, operation: Operation, spec: Spec, epoch: int, files: Files) -> bytes:
-        """Make the files durable under the name that the request gives them.
-
-        Return the answer. Raises UserError if the name is taken.
-        """
+        """Store the files under the name in the request; return the result. Raises UserError if the name is taken."""
         run = RunId(operation.run)
         bundle = layout.export(run, operation.seq, epoch)
         index = await bundles.write(self._store, bundle, files, spec=spec, seq=operation.seq, epoch=epoch)

@@ -1,4 +1,4 @@
-"""Read what happened to a run, newest first and a few records at a time: for reports, not for the work itself."""
+"""The history of a run for reports: newest first, a few records at a time."""
 
 from collections.abc import AsyncIterator
 
@@ -11,28 +11,28 @@ _AT_ONCE = 32
 
 
 async def operations(store: Store, run: RunId) -> AsyncIterator[list[Operation]]:
-    """What was accepted, without its creation, in groups. Swept records are left out, and damaged ones."""
+    """Accepted operations except the creation, in groups, without collected and damaged records."""
 
     async def read(name: str) -> Operation | None:
         data = await store.get(name)
         return None if data is None else decode(data, Operation, name)
 
-    listed = await store.list(layout.operations(run), start_after=layout.operation(run, 0))
-    for group in _groups(listed):
-        yield [found for found in await damage.readable(group, read) if found is not None]
+    names = await store.list(layout.operations(run), start_after=layout.operation(run, 0))
+    for group in _groups(names):
+        yield [operation for operation in await damage.readable(group, read) if operation is not None]
 
 
 async def commits(store: Store, run: RunId) -> AsyncIterator[list[Commit]]:
-    """What was answered, and when, in groups. Fences, swept and damaged records are left out."""
+    """Commits, in groups, without fences and without collected and damaged records."""
 
     async def read(name: str) -> Commit | None:
         data = await store.get(name)
         return None if data is None else decode(data, Commit, name)
 
     for group in _groups(await store.list(layout.commits(run))):
-        yield [found for found in await damage.readable(group, read) if found is not None and found.results]
+        yield [commit for commit in await damage.readable(group, read) if commit is not None and commit.results]
 
 
-def _groups(listed: Names) -> list[Names]:
-    newest_first = listed[::-1]
+def _groups(names: Names) -> list[Names]:
+    newest_first = names[::-1]
     return [newest_first[at : at + _AT_ONCE] for at in range(0, len(newest_first), _AT_ONCE)]

@@ -1,4 +1,4 @@
-"""What the journal needs of whatever it journals: a pure step from (state, operation) to (state, outcome)."""
+"""The interface between journal and engine: a pure step from (state, operation) to (state, outcome)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ Files = Mapping[str, bytes | memoryview]  # part name -> bytes
 
 @dataclass(frozen=True)
 class Outcome(Generic[State]):
-    """The next state and the answer. `export`, for saves: the files to be stored before the answer may be seen."""
+    """The next state and the result. `export`, of a save: files that are stored before the result is published."""
 
     state: State
     content_type: Literal["application/json", "application/x-protobuf"]
     body: bytes
-    cost_s: float = 0.0  # compute seconds: what a replay of it would cost
+    cost_s: float = 0.0  # compute seconds, which a replay costs again
     export: Files = field(default_factory=dict)
 
 
@@ -26,21 +26,20 @@ class Machine(Protocol[State]):
 
     Raises UserError for the user's mistakes, and then nothing has changed.
 
-    `apply` gets forward_backward, optim_step and load_weights (with the files of the checkpoint as `source`), and
-    the saves,
-    for which it returns the export and leaves the body empty (the journal names the checkpoint and answers).
+    `apply` gets forward_backward, optim_step and load_weights (with the files of the checkpoint as `source`), and the
+    saves, for which it returns the export and an empty body (the journal names the checkpoint and makes the result).
     """
 
     async def create(self, spec: Spec, source: Files | None, with_optimizer: bool) -> State:
-        """The state of a new run: fresh from the seed, or from a checkpoint's files."""
+        """The state of a new run, from its seed or from a checkpoint's files."""
 
     async def apply(self, state: State, operation: Operation, source: Files | None) -> Outcome[State]: ...
 
-    async def freeze(self, state: State) -> Files:
+    async def serialize(self, state: State) -> Files:
         """The whole state (weights, moments, step count, pending gradients) as files; may share memory with it."""
 
-    def frozen_bytes(self, state: State) -> int:
-        """How much `freeze` would store, nearly. Computes nothing."""
+    def serialized_bytes(self, state: State) -> int:
+        """The approximate size of what `serialize` returns. Computes nothing."""
 
-    async def thaw(self, spec: Spec, files: Files) -> State:
-        """The state that `freeze` was given, bit for bit."""
+    async def restore(self, spec: Spec, files: Files) -> State:
+        """The state that was serialized, bit for bit."""

@@ -1,7 +1,7 @@
-"""The newest of records that have numbers, found without reading what came before it.
+"""Finds the newest of numbered records without reading the older ones.
 
-Numbers go up one by one, the highest wins, and the oldest may have been deleted: nothing here rests on any of them but
-the newest, which is there for ever. A search that runs beside writers finds what was the newest as it began, or newer.
+Numbers are consecutive and the highest wins. Old records may be deleted, the newest never is, so the search relies on
+that one alone. Beside writers it finds the record that was newest at its start, or a newer one.
 """
 
 from knapper.errors import Unavailable
@@ -11,15 +11,14 @@ from knapper.state.journal.records import Manifest, decode
 from knapper.store import Store
 from knapper.store.cache import LruCache
 
-PAGE = 999  # names of one listing: a bucket lists a thousand a request, and may begin with the one to start after
+PAGE = 999  # names a listing: a bucket returns a thousand a request, perhaps with the one to start after
 _ATTEMPTS_MAX = 4
 
 
 async def newest_name(store: Store, prefix: str, after: int = 0) -> str:
     """The name with the highest number below the prefix, empty if there is none above `after`.
 
-    One listing if at most 999 came after `after`, a number that is known to have been there. More take two listings for
-    each doubling of them.
+    Costs one listing if at most 999 names follow `after`, a number that existed; two more for each doubling of them.
     """
     page = await store.list(prefix, start_after=f"{prefix}{number(after)}" if after else "", limit=PAGE)
     if len(page) < PAGE:
@@ -33,9 +32,9 @@ async def newest_name(store: Store, prefix: str, after: int = 0) -> str:
 
 
 async def newest_of_few(store: Store, prefix: str) -> tuple[int, bytes | None]:
-    """(n, its bytes) of records 1, 2, 3, ... below the prefix, (0, None) if there is none: read one after another.
+    """(n, bytes) of the newest of records 1, 2, 3, ... below the prefix, or (0, None). Reads one after another.
 
-    Of what is rarely changed: a read costs a tenth of a listing, and a listing that lags hides nothing.
+    For records that change rarely: a read costs a tenth of a listing, and cannot lag behind writes.
     """
     n, newest = 0, None
     while (data := await store.get(f"{prefix}{number(n + 1)}")) is not None:
@@ -44,7 +43,7 @@ async def newest_of_few(store: Store, prefix: str) -> tuple[int, bytes | None]:
 
 
 async def _between(store: Store, prefix: str, low: str, high: int) -> str:
-    """`low` is there, and nothing above `high` was."""
+    """The newest name, where `low` exists and nothing was above `high`."""
     while high - layout.last_number(low) > PAGE:
         middle = (layout.last_number(low) + high) // 2
         if page := await _page_after(store, prefix, middle):
@@ -62,22 +61,22 @@ async def _page_after(store: Store, prefix: str, n: int) -> list[str]:
 
 
 class Manifests:
-    """The newest manifest of each run. What this process has seen of them shortens the next look."""
+    """The newest manifest of each run. Those that this process has seen shorten the next search."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._seen: LruCache[RunId, tuple[int, Manifest]] = LruCache()
 
     def seen(self, run: RunId) -> tuple[int, Manifest] | None:
-        """(n, manifest) as this process last saw it: perhaps no longer the newest. Asks nobody."""
+        """(n, manifest) from memory, perhaps no longer the newest."""
         return self._seen.known(run)
 
-    def saw(self, run: RunId, n: int, manifest: Manifest) -> None:
-        """Manifest `n` of the run is stored, by this process."""
+    def remember(self, run: RunId, n: int, manifest: Manifest) -> None:
+        """Manifest `n` of the run was stored by this process."""
         self._seen.keep(run, (n, manifest))
 
     async def newest(self, run: RunId) -> tuple[int, Manifest] | None:
-        """(n, manifest) of the highest n, or None if nobody ever claimed the run."""
+        """(n, manifest) of the highest n, or None if the run was never claimed."""
         for _ in range(_ATTEMPTS_MAX):
             seen = self._seen.known(run)
             name = await newest_name(self._store, layout.manifests(run), after=seen[0] - 1 if seen else 0)
@@ -87,7 +86,8 @@ class Manifests:
                 return None
             data = await self._store.get(name) if name else None
             if data is not None:
-                self._seen.keep(run, found := (layout.last_number(name), decode(data, Manifest, name)))
-                return found
-            self._seen.forget(run)  # it was superseded, and deleted, at this moment; or the store is an older one now
+                newest = layout.last_number(name), decode(data, Manifest, name)
+                self._seen.keep(run, newest)
+                return newest
+            self._seen.forget(run)  # superseded and deleted just now, or the store was set back to an older copy
         raise Unavailable(f"the newest manifest of {run} was superseded each time that it was read; try again")

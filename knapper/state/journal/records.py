@@ -21,64 +21,59 @@ SAVES: frozenset[Kind] = frozenset({"save_weights", "save_weights_for_sampler", 
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of all. `v` is the format: a type whose old records mean something else has a higher default.
+    """Base of all records. `v` is the format: a type whose old records mean something else has a higher default.
 
-    Old formats are read for ever, newer ones are refused; tests/golden has a file of each that there ever was.
-    Formats 1 and 2 also lie bare in the store, from before there were envelopes.
+    Old formats are read for ever, newer ones are refused; tests/golden has a file of every format.
+    Formats 1 and 2 are also stored without an envelope, by early releases.
     """
 
     v: int = 1
 
 
 class _Format(msgspec.Struct):
-    """What even a record of the future tells."""
+    """The field that records of any later format have too."""
 
     v: int
 
 
 class Operation(Record, frozen=True, kw_only=True):
-    """in/<seq>: one accepted operation, as it came.
+    """in/<seq>: one accepted operation. `sha256` is of its decompressed body, which is stored as zstd."""
 
-    `sha256` is over the body (decompressed), which is kept as zstd.
-    """
-
-    v: int = 2  # 1 had no asked_sha256: its sha256 was that, also of a pass that came as JSON
+    v: int = 2  # 1 had no asked_sha256: its sha256 was of the request, also of a pass sent as JSON
     run: str
     seq: int
     kind: Kind
     sha256: bytes
     body_zstd: bytes
-    accepted_at: float  # seconds since the epoch, for people and for the collector; never for order
-    error: str = ""  # of a tombstone: what the client is told
-    asked_sha256: bytes = b""  # over what the client sent, where that is not the body: JSON, stored as protobuf
+    accepted_at: float  # seconds since the epoch, for people and the collector, never for order
+    error: str = ""  # of a tombstone: its result
+    asked_sha256: bytes = b""  # of the client's request, if that is not the body: JSON, stored as protobuf
 
     @property
-    def asked(self) -> bytes:
-        """The hash of what the client sent, by which a repetition is told."""
+    def request_sha256(self) -> bytes:
+        """The hash of the client's request, by which a repetition is recognised."""
         return self.asked_sha256 or self.sha256
 
     def body(self) -> bytes:
-        """As the client sent it, verified; of a creation the `Creation`, encoded, and of a pass always protobuf.
+        """The request's body, verified; of a creation the encoded `Creation`, of a pass always protobuf.
 
-        Takes a while for a large one.
-
-        Raises Corrupt.
+        Slow for large bodies. Raises Corrupt.
         """
-        where = layout.operation(RunId(self.run), self.seq)
+        name = layout.operation(RunId(self.run), self.seq)
         try:
             body = zstd.decompress(self.body_zstd, limits.body_bytes_max)
         except UserError as error:
-            raise damaged(where, f"field body_zstd cannot be decompressed: {error}") from error
-        # That of a creation is over the client's request, and what nobody sent has none.
+            raise damaged(name, f"field body_zstd cannot be decompressed: {error}") from error
+        # A creation has the hash of the client's request, a tombstone of a gap has none.
         if self.kind == "create" or not self.sha256 or hashlib.sha256(body).digest() == self.sha256:
             return body
-        if self.v == 1 and self.kind == "forward_backward" and _is_written_by_us(body):
+        if self.v == 1 and self.kind == "forward_backward" and _is_our_protobuf(body):
             return body
-        raise damaged(where, "field sha256 is not that of its body")
+        raise damaged(name, "field sha256 is not that of its body")
 
 
-def _is_written_by_us(body: bytes) -> bool:
-    """Whether it may be a pass that came as JSON: as protobuf it is then exactly as we write it."""
+def _is_our_protobuf(body: bytes) -> bool:
+    """Whether this may be a pass that was sent as JSON: it is then protobuf exactly as this server encodes it."""
     try:
         return proto.encode_forward_backward(proto.decode_forward_backward(body)) == body
     except UserError:
@@ -86,31 +81,28 @@ def _is_written_by_us(body: bytes) -> bool:
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The published answer to one operation. `failed`: a user's error; the state did not change."""
+    """The published result of one operation. `failed`: a user's error; the state did not change."""
 
     seq: int
     sha256: bytes
     content_type: Literal["application/json", "application/x-protobuf"]
     body: bytes
     failed: bool = False
-    source: str = ""  # of a load: the bundle whose files were loaded, so that a replay loads the same
+    source: str = ""  # of a load: the bundle, so that a replay loads the same files
 
 
 class Commit(Record, frozen=True, kw_only=True):
-    """out/<n>: results in order of seq, dense after those of out/<n-1>.
-
-    No results: a fence, which only says who holds the run.
-    """
+    """out/<n>: results in order of seq, dense after those of out/<n-1>. A commit without results is a fence."""
 
     v: int = 2  # 1 had no device_s
     epoch: int
     results: list[Result]
-    committed_at: float = 0.0  # seconds since the epoch, for people; of a fence 0
-    device_s: float = 0.0  # of the device, to compute the results; a replay of them adds nothing
+    committed_at: float = 0.0  # seconds since the epoch, for people; 0 for a fence
+    device_s: float = 0.0  # device seconds for the results; a replay adds none
 
 
 class Spec(Record, frozen=True):
-    """What a run is; never changes after creation."""
+    """The configuration of a run; never changes after creation."""
 
     run: str
     tenant: str
@@ -123,11 +115,11 @@ class Spec(Record, frozen=True):
     train_unembed: bool
     user_metadata_json: str = "{}"
     keep_tied: bool = False  # a head that is the embedding is not adapted, whatever train_unembed says
-    copied_from: str = ""  # of a run that only holds a copied checkpoint, and cannot be trained: the tinker:// path
+    copied_from: str = ""  # the tinker:// path, if the run only holds a copied checkpoint and cannot be trained
 
 
 class Creation(Record, frozen=True):
-    """The body of in/0: the new run, fresh from its seed or from the bundle `source`."""
+    """The body of in/0: a new run, from its seed or from the bundle `source`."""
 
     spec: Spec
     source: str = ""
@@ -135,7 +127,7 @@ class Creation(Record, frozen=True):
 
 
 class Terms(Record, frozen=True):
-    """What the bits of a run depend on besides its operations. Of these, the dtype of a run never changes."""
+    """The environment that the bits of a run depend on besides its operations. The dtype of a run never changes."""
 
     device: str  # e.g. "cpu x86_64 AVX512"
     dtype: str  # e.g. "float32"
@@ -144,38 +136,35 @@ class Terms(Record, frozen=True):
 
 
 class Manifest(Record, frozen=True):
-    """manifest/<n>: the highest n wins.
-
-    `snapshot` names a snap/ prefix, or is empty: replay from the first operation.
-    """
+    """manifest/<n>: the highest n wins. `snapshot`: a snap/ prefix; if empty, replay starts at the first operation."""
 
     epoch: int
-    holder: str  # whose claim it is, e.g. "host:pid:start"
+    holder: str  # the name of the claim's holder, e.g. "host:pid:start"
     address: str  # where the holder listens: a hint, for routing only
     claimed_at: float
     terms: Terms
     snapshot: str = ""
-    snapshot_seq: int = -1  # the newest operation that the snapshot contains
-    snapshot_out: int = 0  # the newest out record that it contains
-    snapshot_before: str = ""  # the second newest, which the collector keeps too
+    snapshot_seq: int = -1  # the newest operation in the snapshot
+    snapshot_out: int = 0  # the newest out record in it
+    snapshot_before: str = ""  # the second newest snapshot, which the collector keeps too
     snapshot_before_seq: int = -1
     snapshot_before_out: int = 0
 
     def claimed(self, holder: str, address: str, terms: Terms, now: float) -> "Manifest":
-        """The next epoch's, over the same snapshots."""
+        """The manifest of the next epoch, with the same snapshots."""
         return msgspec.structs.replace(
             self, epoch=self.epoch + 1, holder=holder, address=address, terms=terms, claimed_at=now
         )
 
     def with_snapshot(self, prefix: str, seq: int, out: int) -> "Manifest":
-        """Recoveries start from it."""
+        """The manifest with this as its newest snapshot."""
         return msgspec.structs.replace(
             self, snapshot=prefix, snapshot_seq=seq, snapshot_out=out, snapshot_before=self.snapshot,
             snapshot_before_seq=self.snapshot_seq, snapshot_before_out=self.snapshot_out,
         )  # fmt: skip
 
     def without_newest_snapshot(self) -> "Manifest":
-        """Recoveries start from the one before it."""
+        """The manifest whose newest snapshot is the one before."""
         return msgspec.structs.replace(
             self, snapshot=self.snapshot_before, snapshot_seq=self.snapshot_before_seq,
             snapshot_out=self.snapshot_before_out, snapshot_before="", snapshot_before_seq=-1, snapshot_before_out=0,
@@ -203,10 +192,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Index(Record, frozen=True):
-    """Written last: a bundle (snapshot or adapter) exists once its index does.
-
-    `spec` and `seq` say whose it is and when.
-    """
+    """Written last: a bundle (snapshot or adapter) exists once its index does. `spec` and `seq` name its origin."""
 
     spec: Spec
     seq: int
@@ -219,24 +205,24 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def encode(record: Record) -> bytes:
-    """What is stored: the record in its envelope. The same bytes for equal records, always."""
+    """The record in its envelope, as it is stored. Equal records give equal bytes."""
     return envelope.seal(type(record).__name__, _encoder.encode(record))
 
 
 def decode(data: bytes, kind: type[R], name: str) -> R:
     """The record. Raises Corrupt or NewerFormat, which name the object."""
-    inside = envelope.opened(data, kind.__name__, name)
-    content = data if inside is None else inside
+    sealed = envelope.unseal(data, kind.__name__, name)
+    content = data if sealed is None else sealed
     try:
         record = msgspec.msgpack.decode(content, type=kind)
     except envelope.UNREADABLE as error:
-        found = _format(content)
-        if found > (format_of(kind) if inside is not None else envelope.FORMAT):
-            raise envelope.newer(name, kind.__name__, found, format_of(kind)) from error
-        why = "its envelope is broken" if inside is None and found == envelope.FORMAT else str(error)
-        raise damaged(name, f"it is no {kind.__name__} record: {why}") from error
-    if inside is None and (record.v < 1 or envelope.BARE_MAX < record.v <= envelope.FORMAT):
-        raise damaged(name, f"field v is {record.v}, and a {kind.__name__} record of that format lies in an envelope")
+        v = _format(content)
+        if v > (format_of(kind) if sealed is not None else envelope.FORMAT):
+            raise envelope.newer(name, kind.__name__, v, format_of(kind)) from error
+        reason = "its envelope is broken" if sealed is None and v == envelope.FORMAT else str(error)
+        raise damaged(name, f"it is no {kind.__name__} record: {reason}") from error
+    if sealed is None and (record.v < 1 or envelope.BARE_MAX < record.v <= envelope.FORMAT):
+        raise damaged(name, f"field v is {record.v}, and a {kind.__name__} record of that format has an envelope")
     if record.v > format_of(kind):
         raise envelope.newer(name, kind.__name__, record.v, format_of(kind))
     return record
@@ -244,7 +230,7 @@ def decode(data: bytes, kind: type[R], name: str) -> R:
 
 @cache
 def format_of(kind: type[Record]) -> int:
-    """The format in which it is written today."""
+    """The format in which this release writes the record."""
     return next(int(field.default) for field in msgspec.structs.fields(kind) if field.name == "v")
 
 
@@ -252,4 +238,4 @@ def _format(content: bytes | msgspec.Raw) -> int:
     try:
         return msgspec.msgpack.decode(content, type=_Format).v
     except envelope.UNREADABLE:
-        return 0  # it is no record at all
+        return 0  # no record at all

@@ -1,22 +1,16 @@
-"""The holder's half: claim a run, apply its operations in order, commit. Safe to kill at any line, safe to run twice.
+"""The holder's half of the journal: claim a run, apply its operations in order, commit. Safe to kill at any line.
 
-Nothing here rests on a clock or a lock. `out/<n>` can be created once; a claim first puts a fence into the next slot,
-so an earlier holder that still lives loses the slot it needs and finds a higher epoch there.
+No clock and no lock is involved. `out/<n>` can be created once, and a claim first puts a fence into the next slot, so
+an earlier holder that is still alive loses the slot it needs and finds a higher epoch there.
 """
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Generic
 
 from knapper import limits
-from knapper.errors import (
-    Corrupt,
-    Fenced,
-    NotFound,
-    OutOfMemory,
-    Unavailable,
-)  # fmt: skip
+from knapper.errors import Corrupt, Fenced, NotFound, OutOfMemory, Unavailable
 from knapper.ids import RunId
 from knapper.state import layout
 from knapper.state.journal import bundles, ends
@@ -30,16 +24,16 @@ from knapper.state.journal.records import SAVES, Commit, Creation, Manifest, Ope
 from knapper.state.journal.replay import Replay, SnapshotBudget
 from knapper.store import Store
 
-_COMMIT_AFTER_S = 0.05  # results wait no longer than this for others to share their commit
+_COMMIT_AFTER_S = 0.05  # the longest that a result waits for others to share its commit
 
-_STATELESS = SAVES | {"tombstone"}  # they leave the state alone
+_STATELESS = SAVES | {"tombstone"}  # they do not change the state
 
 Publish = Callable[[int, Commit], Awaitable[None]]
 
 
 @contextmanager
-def _when_there_is_memory(run: RunId) -> Iterator[None]:
-    """Memory that is lacking for what no operation asked for is nobody's mistake: Unavailable, and tried again."""
+def _out_of_memory_is_unavailable(run: RunId) -> Iterator[None]:
+    """Out of memory outside an operation is not the user's mistake: raise Unavailable, so that it is retried."""
     try:
         yield
     except OutOfMemory as error:
@@ -48,19 +42,16 @@ def _when_there_is_memory(run: RunId) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Durable(Generic[State]):
-    """What is committed: the newest operation, the newest out record, the state; and what a recovery of it repeats."""
+    """The committed part of a run: newest operation, newest out record, state, and the replay that a recovery needs."""
 
-    applied: int = -1
-    out: int = 0
-    state: State | None = None
-    replay: Replay = field(default_factory=Replay)
+    applied: int
+    out: int
+    state: State | None
+    replay: Replay
 
 
 class Run(Generic[State]):
-    """A claimed run. Any method may raise Fenced or StoreError.
-
-    After Fenced, drop the object; after StoreError, call again or drop it.
-    """
+    """A claimed run. Any method may raise Fenced (then drop the object) or StoreError (then call again, or drop it)."""
 
     def __init__(
         self,
@@ -75,13 +66,13 @@ class Run(Generic[State]):
         self.holder = holder
         self.epoch = 0
         self.applied = -1  # the newest operation in `state`
-        self._spent_s = 0.0  # compute of the commit that is being made
+        self._spent_s = 0.0  # device seconds of the next commit
         self.creation: Creation
-        self.terms_before: Terms | None = None  # of the claim before this one, if they were others
+        self.terms_before: Terms | None = None  # of the claim before this one, if they differ
         self._state: State | None = None
         self._replay = Replay()  # since the newest snapshot
         self._budget = SnapshotBudget()
-        self._durable: _Durable[State] = _Durable()
+        self._durable: _Durable[State]
         self._store = store
         self._machine = machine
         self._clock = clock
@@ -89,9 +80,9 @@ class Run(Generic[State]):
         self._manifests = manifests
         self._manifest: Manifest
         self._manifest_n = 0
-        self._out = 0  # the newest out record, ours or adopted
-        self._outbox: tuple[int, Commit] | None = None  # applied, and not yet known to be stored
-        self._entered = False  # somebody is in `apply_pending`
+        self._out = 0  # the newest out record, written or adopted
+        self._outbox: tuple[int, Commit] | None = None  # applied, not yet known to be stored
+        self._entered = False  # `apply_pending` is running
 
     # -- claim ---------------------------------------------------------------------------------------------------------
 
@@ -105,27 +96,26 @@ class Run(Generic[State]):
         clock: Callable[[], float],
         manifests: Manifests | None = None,
     ) -> "Run[State]":
-        """Take the run over, from whoever holds it. On return its state is current and every earlier holder is fenced.
+        """Take the run over from its holder. On return its state is current and every earlier holder is fenced.
 
-        `manifests`: of a process that claims more than once, and need not search anew for what it has seen.
+        `manifests`: the process's cache, which spares it a search from the beginning.
 
-        Raises NotFound if there is no such run, or none any more, Fenced if somebody else claims it at this moment,
-        OtherDtype if it was made in another dtype than the holder's; then nothing was written, and the run is still
-        whose it was.
+        Raises NotFound if the run does not exist or has ended, Fenced if another process claims it at this moment,
+        OtherDtype if it was created in another dtype; in that case nothing was written, and its holder keeps it.
         """
         self = cls(store, run, machine, holder, clock, manifests or Manifests(store))
         data = await store.get(layout.operation(run, 0))
         if data is None:
-            if (over := await ends.ended(store, run)) is not None:
-                raise ends.refusal(run, over)
+            if (end := await ends.ended(store, run)) is not None:
+                raise ends.refusal(run, end)
             raise NotFound(f"training run {run!r} does not exist; create one with create_lora_training_client")
         self.creation = decode_creation(decode(data, Operation, layout.operation(run, 0)))
         self._applier = Applier(store, run, self.creation, machine, Saves(store, clock))
         await self._take_manifest()
-        if (over := await ends.ended(store, run)) is not None:
-            raise ends.refusal(run, over)
+        if (end := await ends.ended(store, run)) is not None:
+            raise ends.refusal(run, end)
         try:
-            with _when_there_is_memory(run):
+            with _out_of_memory_is_unavailable(run):
                 await self._recover()
             await self._fence()
         except Corrupt as error:
@@ -136,10 +126,9 @@ class Run(Generic[State]):
         return self
 
     async def _expect_newest(self, error: Corrupt | None = None) -> None:
-        """Raises Fenced if a claim or snapshot came after our manifest.
+        """Raises Fenced if a claim or snapshot came after our manifest: the number after it is then taken, for ever.
 
-        Then what we read may be gone, and the slot that our fence took one of old, which was collected: neither counts.
-        Found by its number, which is never free again.
+        In that case records may be missing, and our fence may have taken the slot of a collected one: neither counts.
         """
         if await self._store.get(layout.manifest(self.run, self._manifest_n + 1)) is not None:
             raise Fenced(f"{self.run} went on without this claim, of epoch {self.epoch}") from error
@@ -163,36 +152,36 @@ class Run(Generic[State]):
         if not await self._store.put_if_absent(name, data) and await self._store.get(name) != data:
             raise Fenced(f"another process claimed {self.run} as its manifest {n}")
         self._manifest, self._manifest_n = manifest, n
-        self._manifests.saw(self.run, n, manifest)
+        self._manifests.remember(self.run, n, manifest)
 
     async def _recover(self) -> None:
-        """Snapshot, then every committed operation after it, in order, each as it was cut when it first ran."""
+        """Restore the newest snapshot, then replay every committed operation after it, in order."""
         manifest = self._manifest
         if manifest.snapshot:
             try:
-                await self._thaw(manifest.snapshot, manifest.snapshot_seq, manifest.snapshot_out)
+                await self._restore(manifest.snapshot, manifest.snapshot_seq, manifest.snapshot_out)
             except Corrupt:
-                # The collector keeps everything since the second newest snapshot; before there were two, everything.
-                # The next snapshot comes after that one: the damaged one is nobody's second newest.
+                # The collector keeps all records since the second newest snapshot, so a replay from there is possible.
+                # The damaged one leaves the manifest, so that it never becomes the second newest.
                 manifest = self._manifest = manifest.without_newest_snapshot()
                 if manifest.snapshot:
-                    await self._thaw(manifest.snapshot, manifest.snapshot_seq, manifest.snapshot_out)
+                    await self._restore(manifest.snapshot, manifest.snapshot_seq, manifest.snapshot_out)
         name = await newest_name(self._store, layout.commits(self.run), after=self._out)
         last = layout.last_number(name) if name else 0
-        while self._out < last:  # by number: what a listing leaves out is read all the same
+        while self._out < last:  # by number, so that a listing that lags hides none
             name = layout.commit(self.run, self._out + 1)
             data = await self._store.get(name)
             if data is None:
                 raise Corrupt(f"{name} is missing, although record {last} of {self.run} exists")
             await self._adopt(decode(data, Commit, name))
 
-    async def _thaw(self, prefix: str, seq: int, out: int) -> None:
+    async def _restore(self, prefix: str, seq: int, out: int) -> None:
         _, files = await bundles.read(self._store, prefix)
-        self._state = await self._machine.thaw(self.creation.spec, files)
+        self._state = await self._machine.restore(self.creation.spec, files)
         self.applied, self._out = seq, out
 
     async def _adopt(self, commit: Commit) -> None:
-        """Make a stored commit part of the state."""
+        """Apply a commit that another claim stored."""
         if commit.epoch > self.epoch:
             raise Fenced(f"{self.run} was taken over at epoch {commit.epoch}; this claim is of epoch {self.epoch}")
         self._replay = self._replay.grown(record_bytes=sum(len(result.body) for result in commit.results))
@@ -202,11 +191,11 @@ class Run(Generic[State]):
                     f"record {self._out + 1} of {self.run} answers operation {result.seq}, after {self.applied}"
                 )
             if not result.failed:
-                await self._repeat(result)
+                await self._replay_operation(result)
             self.applied = result.seq
         self._out += 1
 
-    async def _repeat(self, result: Result) -> None:
+    async def _replay_operation(self, result: Result) -> None:
         operation = await read_operation(self._store, self.run, result.seq)
         if operation is None or operation.sha256 != result.sha256:
             raise Corrupt(f"operation {result.seq} of {self.run} is not the one that was answered")
@@ -215,7 +204,7 @@ class Run(Generic[State]):
             self._take(await self._applier.step(operation, self._state, result.source), result)
 
     def _take(self, outcome: Outcome[State], result: Result) -> None:
-        """What came of an operation becomes part of the state."""
+        """Make the outcome of an operation the current state."""
         loads = bool(result.source) or (result.seq == 0 and bool(self.creation.source))
         self._state = outcome.state
         self._replay = self._replay.grown(outcome.cost_s, loaded=result.seq if loads else -1)
@@ -225,14 +214,14 @@ class Run(Generic[State]):
             pass
 
     async def _put_commit(self, commit: Commit) -> bool:
-        """True if it is stored in the next slot; False if another was found there, and adopted."""
+        """Store the commit in the next slot; False if that had another one, which is adopted."""
         name, data = layout.commit(self.run, self._out + 1), encode(commit)
         if not await self._store.put_if_absent(name, data):
-            found = await self._store.get(name)
-            if found is None:
+            stored = await self._store.get(name)
+            if stored is None:
                 raise Fenced(f"{name} was taken and collected: this claim has slept for long")
-            if found != data:
-                await self._adopt(decode(found, Commit, name))
+            if stored != data:
+                await self._adopt(decode(stored, Commit, name))
                 return False
         self._out += 1
         return True
@@ -240,12 +229,10 @@ class Run(Generic[State]):
     # -- apply and commit ----------------------------------------------------------------------------------------------
 
     async def apply_pending(self, stop: Callable[[], bool], publish: Publish) -> bool:
-        """Apply and commit what waits, in order, until nothing does, or `stop()`, or a snapshot is due.
+        """Apply and commit pending operations in order, until none is left, or `stop()`, or a snapshot is due.
 
-        True if something may still wait.
-
-        `publish(n, commit)` is called with each commit once it is durable. One call at a time: a second would apply
-        what the first is about to commit.
+        True if operations may still be pending. `publish(n, commit)` is called with each commit once it is durable.
+        One call at a time: a second would apply the operations that the first is about to commit.
         """
         assert not self._entered, f"two slices are in {self.run} at once"
         self._entered = True
@@ -258,7 +245,7 @@ class Run(Generic[State]):
         await self._flush(publish)
         while not stop() and not self.must_snapshot:
             try:
-                commit = await self._apply_some(stop)
+                commit = await self._apply_batch(stop)
             except BaseException:
                 self._roll_back()
                 raise
@@ -269,10 +256,9 @@ class Run(Generic[State]):
         return True
 
     def _roll_back(self) -> None:
-        """What was applied and not committed never happened."""
-        was = self._durable
-        self.applied, self._state = was.applied, was.state
-        self._replay = was.replay
+        """Drop what was applied and not committed."""
+        durable = self._durable
+        self.applied, self._state, self._replay = durable.applied, durable.state, durable.replay
 
     async def _flush(self, publish: Publish) -> None:
         if self._outbox is None:
@@ -280,10 +266,9 @@ class Run(Generic[State]):
         n, commit = self._outbox
         data = encode(commit)
         name = layout.commit(self.run, n)
-        if not await self._store.put_if_absent(name, data):
-            found = await self._store.get(name)
-            if found != data:  # after our own fence nobody but a later claim can have this slot
-                raise Fenced(f"slot {n} of {self.run} was taken by another claim")
+        if not await self._store.put_if_absent(name, data) and await self._store.get(name) != data:
+            # After our own fence only a later claim can take this slot.
+            raise Fenced(f"slot {n} of {self.run} was taken by another claim")
         self._out, self._outbox = n, None
         self._replay = self._replay.grown(record_bytes=len(data))
         self._mark_durable()
@@ -292,11 +277,8 @@ class Run(Generic[State]):
     def _mark_durable(self) -> None:
         self._durable = _Durable(self.applied, self._out, self._state, self._replay)
 
-    async def _apply_some(self, stop: Callable[[], bool]) -> Commit | None:
-        """The next commit: one operation, and those behind it that are quick enough to share it.
-
-        None: nothing waits.
-        """
+    async def _apply_batch(self, stop: Callable[[], bool]) -> Commit | None:
+        """The next commit: one operation and the quick ones after it, or None if nothing is pending."""
         began, self._spent_s = self._clock(), 0.0
         results: list[Result] = []
         size = 0
@@ -324,7 +306,7 @@ class Run(Generic[State]):
 
     @property
     def out(self) -> int:
-        """The newest record that is known to be stored."""
+        """The newest out record known to be stored."""
         return self._out
 
     @property
@@ -334,34 +316,32 @@ class Run(Generic[State]):
 
     @property
     def replay_cost_s(self) -> float:
-        """Compute since the newest snapshot, which a recovery repeats."""
+        """Compute seconds since the newest snapshot, which a recovery replays."""
         return self._replay.cost_s
 
     @property
     def must_snapshot(self) -> bool:
-        """Whether nothing more is applied before a snapshot."""
+        """Whether a snapshot must come before the next operation."""
         return self._budget.is_used_up(self._replay, self._manifest.snapshot_seq)
 
     @property
     def wants_snapshot(self) -> bool:
-        """Whether one should be taken in the background now."""
-        return self._budget.is_nearly_used_up(self._replay, self._manifest.snapshot_seq, self._frozen_bytes)
+        """Whether a background snapshot should start now."""
+        return self._budget.is_nearly_used_up(self._replay, self._manifest.snapshot_seq, self._serialized_bytes)
 
     @property
     def worth_snapshot(self) -> bool:
-        """Whether a run that leaves the memory should be stored."""
-        if self._state is None or self.applied == self._manifest.snapshot_seq:
-            return False
-        return self._budget.is_worth_one(self._replay, self._manifest.snapshot_seq, self._frozen_bytes)
+        """Whether to take a snapshot before the run leaves memory."""
+        return self._budget.is_worth_one(self._replay, self._manifest.snapshot_seq, self._serialized_bytes)
 
     @property
-    def _frozen_bytes(self) -> int:
-        return 0 if self._state is None else self._machine.frozen_bytes(self._state)
+    def _serialized_bytes(self) -> int:
+        return 0 if self._state is None else self._machine.serialized_bytes(self._state)
 
     async def snapshot(self) -> None:
-        """Store the committed state, and make recoveries start from it. What that supersedes is the collector's.
+        """Store the committed state; recoveries then start from it. The collector deletes what that supersedes.
 
-        May run while operations go on; one at a time.
+        May run beside `apply_pending`; one at a time.
         """
         stored = self._durable
         seq, state = stored.applied, stored.state
@@ -370,8 +350,8 @@ class Run(Generic[State]):
         await self._expect_newest()
         await self._expect_no_end()
         began = self._clock()
-        with _when_there_is_memory(self.run):
-            files = await self._machine.freeze(state)
+        with _out_of_memory_is_unavailable(self.run):
+            files = await self._machine.serialize(state)
         prefix = layout.snapshot(self.run, seq, self.epoch)
         await bundles.write(self._store, prefix, files, spec=self.creation.spec, seq=seq, epoch=self.epoch)
         manifest = self._manifest.with_snapshot(prefix, seq, stored.out)
@@ -382,8 +362,8 @@ class Run(Generic[State]):
         self._durable = replace(self._durable, replay=self._durable.replay.without(stored.replay))
 
     async def _expect_no_end(self, written: str = "") -> None:
-        """Raises Fenced once the run was ended; a snapshot that was written meanwhile goes again."""
-        creation = layout.operation(self.run, 0)  # in the end it goes, and the record of the end after it
+        """Raises Fenced once the run has ended, and deletes the snapshot `written` meanwhile."""
+        creation = layout.operation(self.run, 0)  # the collector deletes it, and the End record after it
         if await ends.ended(self._store, self.run) is not None or await self._store.get(creation) is None:
             if written:
                 await bundles.delete(self._store, written)
@@ -391,10 +371,10 @@ class Run(Generic[State]):
 
     @property
     def manifest(self) -> Manifest:
-        """The newest, as this claim knows it."""
+        """The newest manifest that this claim knows."""
         return self._manifest
 
     @property
     def manifest_n(self) -> int:
-        """The number of that."""
+        """The number of `manifest`."""
         return self._manifest_n

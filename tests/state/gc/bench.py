@@ -121,11 +121,11 @@ class Bench:
         self.collector.touch(self.session)
         return sum((await self.collector.work()).values())
 
-    async def settle(self, after_s: float) -> None:
+    async def let_pass(self, after_s: float) -> None:
         """Let so much time go by, with a collector at work in it."""
         until = self.clock.at + after_s
         while self.clock.at < until:
-            pause_s = min(max(self.collector.rest_s, self.collector.pace_s), until - self.clock.at)
+            pause_s = min(max(self.collector.idle_s, self.collector.pace_s), until - self.clock.at)
             self.clock.at += pause_s
             await self.collector.work()
 

@@ -1,4 +1,4 @@
-"""What goes, and when, with nobody sweeping: samplers, files, snapshots, answers, runs, sessions."""
+"""What is collected and when, without a sweep: samplers, files, snapshots, results, runs, sessions."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -80,7 +80,7 @@ def test_a_superseded_sampler_goes_once_nobody_asks_and_says_so_by_name() -> Non
         assert second is not None
         await bench.collect()
         for _ in range(5):
-            bench.collector.ask(first)
+            bench.collector.touch_sampler(first)
             await bench.collect(after_s=KEEP.samplers_s - 1)
             assert await bench.get_sampler(first) == files
         await bench.collect(after_s=1)
@@ -117,7 +117,7 @@ def test_an_inflight_sampler_that_is_used_stays_and_moves_on_to_the_newest_weigh
         for _ in range(20):
             await bench.step(sampler=False)
             newest = await bench.save_sampler("inflight")
-            bench.collector.ask(used)
+            bench.collector.touch_sampler(used)
             await bench.collect(after_s=KEEP.samplers_s / 2)
         assert len(await bench.names("samplers/")) <= 5
         assert len(await bench.names("inflight/")) <= 5
@@ -143,11 +143,11 @@ def test_samplers_of_checkpoints_and_base_models_stay_while_their_session_lives(
             )  # fmt: skip
             await Samplers(bench.store).create(sampler)
         await bench.checkpoints.delete(TinkerPath.parse(path), "local")
-        await bench.settle(6 * DAY_S)
+        await bench.let_pass(6 * DAY_S)
         assert len(await bench.names("samplers/")) == 2
         assert await bench.bundles() == {found.bundle}, "a sampler holds it"
         await bench.finish()
-        await bench.settle(KEEP.samplers_s + KEEP.orphans_s + 100)
+        await bench.let_pass(KEEP.samplers_s + KEEP.orphans_s + 100)
         assert await bench.names("samplers/") == []
         assert await bench.bundles() == set()
 
@@ -164,11 +164,11 @@ def test_a_time_to_live_ends_by_itself() -> None:
         await bench.apply("save_weights", path="for-good")
         await bench.apply("save_weights", path="for-an-hour", ttl_seconds=3600)
         kept = await bench.checkpoints.resolve(TinkerPath(bench.run, "weights", "for-good"), "local")
-        await bench.settle(3500)
+        await bench.let_pass(3500)
         assert len(await bench.bundles()) == 2
-        await bench.settle(100 + KEEP.orphans_s + 2 * bench.collector.pace_s)
+        await bench.let_pass(100 + KEEP.orphans_s + 2 * bench.collector.pace_s)
         assert await bench.bundles() == {kept.bundle}
-        await bench.settle(300 * DAY_S)
+        await bench.let_pass(300 * DAY_S)
         assert await bench.bundles() == {kept.bundle}
 
     asyncio.run(story())
@@ -181,7 +181,7 @@ def test_a_name_that_is_overwritten_again_and_again_leaves_one_version_and_its_f
         for _ in range(20):
             await bench.apply("save_weights", path="latest", overwrite=True)
             await bench.collect(after_s=KEEP.orphans_s / 2)
-        await bench.settle(2 * KEEP.orphans_s)
+        await bench.let_pass(2 * KEEP.orphans_s)
         found = await bench.checkpoints.resolve(TinkerPath(bench.run, "weights", "latest"), "local")
         assert (found.seq, await bench.bundles()) == (20, {found.bundle})
         assert len(await bench.names("checkpoints/")) == len(await bench.names("labels/")) == 2, "the first, the newest"
@@ -213,7 +213,7 @@ def test_a_save_under_way_keeps_its_files_however_long_it_takes() -> None:
         store = Interrupted()
         bench = Bench(store)
         await bench.begin()
-        store.before["checkpoints/"] = store.before["samplers/"] = lambda: bench.settle(2 * DAY_S)
+        store.before["checkpoints/"] = store.before["samplers/"] = lambda: bench.let_pass(2 * DAY_S)
         path = (await bench.apply("save_weights", path="slow"))["path"]
         found = await bench.checkpoints.resolve(TinkerPath.parse(path), "local")
         await bundles.read(store, found.bundle)
@@ -231,10 +231,10 @@ def test_files_that_were_never_named_go_once_their_operation_is_answered() -> No
         await bench.begin()
         torn = f"adapters/{bench.run}/{1:020d}-{9:020d}/"
         await bench.store.put_if_absent(f"{torn}weights", b"whole or not")
-        await bench.settle(5 * DAY_S)
+        await bench.let_pass(5 * DAY_S)
         assert await bench.bundles() == {torn}
         sampler = await bench.save_sampler()
-        await bench.settle(KEEP.orphans_s + 2 * bench.collector.pace_s)
+        await bench.let_pass(KEEP.orphans_s + 2 * bench.collector.pace_s)
         assert await bench.bundles() == {await bench.get_sampler(sampler)}
 
     asyncio.run(story())
@@ -254,11 +254,11 @@ def test_files_that_a_copy_leads_to_stay_for_it_and_go_after_it() -> None:
         copied = msgspec.structs.replace(source, path=str(copy), seq=0)
         await other.checkpoints.save(copied, overwrite=False)
         await bench.collector.delete(bench.run, "local")
-        await bench.settle(3 * DAY_S)
+        await bench.let_pass(3 * DAY_S)
         assert await bench.bundles() == {source.bundle}
         assert (await other.checkpoints.resolve(copy, "local")).bundle == source.bundle
         await other.checkpoints.delete(copy, "local")
-        await bench.settle(KEEP.orphans_s + 3700)
+        await bench.let_pass(KEEP.orphans_s + 3700)
         assert await bench.bundles() == set()
 
     asyncio.run(story())
@@ -319,9 +319,9 @@ def test_a_snapshot_that_its_holder_died_over_goes_and_a_holder_that_only_slept_
         async def sleep() -> None:
             assert await store.get(f"{asleep}state") is not None
             assert asleep in await snapshots_of(bench)
-            await bench.settle(KEEP.orphans_s - 10)
+            await bench.let_pass(KEEP.orphans_s - 10)
             assert asleep in await snapshots_of(bench)
-            await bench.settle(3 * KEEP.orphans_s)
+            await bench.let_pass(3 * KEEP.orphans_s)
             assert asleep not in await snapshots_of(bench)
 
         store.before[f"{asleep}index"] = sleep
@@ -330,7 +330,7 @@ def test_a_snapshot_that_its_holder_died_over_goes_and_a_holder_that_only_slept_
         assert not store.before
         await bench.claim("second")
         assert await digest_of(LedgerMachine(), bench.held) == before
-        await bench.settle(DAY_S)
+        await bench.let_pass(DAY_S)
         assert len(await snapshots_of(bench)) == 2
 
     asyncio.run(story())
@@ -411,11 +411,11 @@ def test_a_job_finds_the_answers_of_its_step_however_long_it_stood_still() -> No
         assert await lowest() == 1, "no step is done yet"
         await bench.store.put_if_absent(start.trained(0), encode(trained))
         await steps(2)
-        await bench.settle(20 * DAY_S)
+        await bench.let_pass(20 * DAY_S)
         assert await lowest() == 5, "the second step begins there"
         assert await ends.ended(bench.store, bench.run) is None, "nothing ends under a job that runs"
         assert await control.change(bench.store, start, "completed", "", bench.clock.at)
-        await bench.settle(DAY_S)
+        await bench.let_pass(DAY_S)
         end = await ends.ended(bench.store, bench.run)
         assert end is not None
         assert end.reason == "finished"
@@ -436,9 +436,9 @@ def test_a_run_ends_after_its_session_and_its_checkpoints_stay() -> None:
         path = TinkerPath.parse((await bench.apply("save_weights", path="a"))["path"])
         holder = bench.held
         await bench.finish()
-        await bench.settle(KEEP.finished_s - 10)
+        await bench.let_pass(KEEP.finished_s - 10)
         assert len(await snapshots_of(bench)) == 2
-        await bench.settle(10 + KEEP.orphans_s + 4 * bench.collector.pace_s)
+        await bench.let_pass(10 + KEEP.orphans_s + 4 * bench.collector.pace_s)
         left = await bench.names(f"{layout.operations(bench.run)[:-3]}")
         kinds = sorted(name.split("/")[2] for name in left)
         assert kinds == ["end", "in", "out", "out"], "its end, its creation, the fence of its claim and the last one"
@@ -462,7 +462,7 @@ async def _nothing(_n: int, _commit: Commit) -> None:
 
 @pytest.mark.parametrize("asleep", ["state", "index", "manifest", "nowhere"])
 def test_a_holder_that_slept_through_the_deletion_of_its_run_brings_nothing_back(asleep: str) -> None:
-    """Before its snapshot, or over any part of it; in another process than whoever deletes."""
+    """Before its snapshot, or over any part of it; in another process than the deletion's."""
 
     async def story() -> None:
         store = Interrupted()
@@ -536,7 +536,7 @@ def test_a_session_without_checkpoints_leaves_nothing_in_the_end() -> None:
             await bench.snapshot()
         await bench.apply("save_weights", path="a", ttl_seconds=3600)
         await bench.finish()
-        await bench.settle(KEEP.records_s + DAY_S)
+        await bench.let_pass(KEEP.records_s + DAY_S)
         assert await bench.names() == ["collect/begun"]
 
     asyncio.run(story())
@@ -548,12 +548,12 @@ def test_a_session_with_a_checkpoint_stays_unwatched_until_that_is_deleted() -> 
         await bench.begin()
         path = TinkerPath.parse((await bench.apply("save_weights", path="a"))["path"])
         await bench.finish()
-        await bench.settle(KEEP.records_s + DAY_S)
+        await bench.let_pass(KEEP.records_s + DAY_S)
         assert await bench.names("collect/") == ["collect/begun"]
         assert await bench.names("sessions/")
         await bench.checkpoints.resolve(path, "local")
         await bench.checkpoints.delete(path, "local")
-        await bench.settle(DAY_S)
+        await bench.let_pass(DAY_S)
         assert await bench.names() == ["collect/begun"]
 
     asyncio.run(story())
@@ -565,9 +565,9 @@ def test_a_silent_session_is_over_after_a_week_and_its_run_ends_a_while_later() 
         await bench.begin()
         await bench.step()
         await bench.snapshot()
-        await bench.settle(7 * DAY_S)
+        await bench.let_pass(7 * DAY_S)
         assert await ends.ended(bench.store, bench.run) is None
-        await bench.settle(KEEP.finished_s + 2 * DAY_S)
+        await bench.let_pass(KEEP.finished_s + 2 * DAY_S)
         assert await ends.ended(bench.store, bench.run) is not None
         assert await bench.bundles() == set()
 
@@ -597,14 +597,14 @@ def test_sessions_in_which_nothing_happens_cost_a_handful_of_calls_an_hour() -> 
         for _ in range(3):
             await bench.step()
             await bench.snapshot()
-        await bench.settle(DAY_S)
+        await bench.let_pass(DAY_S)
         before = calls()
-        await bench.settle(DAY_S)
+        await bench.let_pass(DAY_S)
         assert calls() - before < 24 * 5, "an open session: the marks once an hour, itself once a day"
         await bench.finish()
-        await bench.settle(3 * DAY_S)
+        await bench.let_pass(3 * DAY_S)
         before = calls()
-        await bench.settle(DAY_S)
+        await bench.let_pass(DAY_S)
         assert calls() - before <= 25, "nothing is left but to look for marks"
 
     asyncio.run(story())
@@ -619,7 +619,7 @@ def test_what_is_finished_is_not_looked_through_again() -> None:
             await other.begin()
             await other.apply("save_weights", path="kept")
             await other.finish()
-        await bench.settle(KEEP.records_s + DAY_S)
+        await bench.let_pass(KEEP.records_s + DAY_S)
         fresh = Bench(bench.store, bench.clock, number=0)
         fresh.clock.at += 3600
         before = calls()
@@ -705,7 +705,7 @@ def test_a_damaged_run_can_be_deleted(which: str) -> None:
         }
         await store.delete(names_of[which])
         await store.put_if_absent(names_of[which], b"damaged")
-        tenant, count = await bench.collector.delete_of_anybody(bench.run)
+        tenant, count = await bench.collector.delete_of_any_tenant(bench.run)
         assert (tenant, count > 0) == (bench.tenant, True)
         assert await store.list(layout.operations(bench.run)) == []
         assert await store.list(layout.snapshots(bench.run)) == []
@@ -722,7 +722,7 @@ def test_fences_and_manifests_of_a_run_that_lives_stay() -> None:
             await bench.step()
             await bench.snapshot()
         manifests = await bench.names(layout.manifests(bench.run))
-        await bench.settle(6 * DAY_S)
+        await bench.let_pass(6 * DAY_S)
         assert await bench.names(layout.manifests(bench.run)) == manifests
         kept = await bench.names(layout.commits(bench.run))
         fences = [name for name in kept if not decode(await bench.store.get(name) or b"", Commit, name).results]

@@ -38,17 +38,17 @@ class Bench:
         assert await self.store.put_if_absent(layout.manifest(RUN, n), encode(manifest))
 
 
-def story(told: Callable[[Bench], Awaitable[None]]) -> None:
+def story(scenario: Callable[[Bench], Awaitable[None]]) -> None:
     async def tell() -> None:
         bench = Bench()
         await bench.acceptor.create(CREATION, b"create")
-        await told(bench)
+        await scenario(bench)
 
     asyncio.run(tell())
 
 
 def test_what_is_stored_is_what_came_with_its_hash_and_its_time() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         bench.now = 1234.5
         assert await bench.acceptor.accept(RUN, 3, "optim_step", pack(b"body")) == 1234.5
         stored = await bench.stored(3)
@@ -63,11 +63,11 @@ def test_what_is_stored_is_what_came_with_its_hash_and_its_time() -> None:
         assert stored.sha256 == hashlib.sha256(b"body").digest()
         assert zstd.decompress(stored.body_zstd, 100) == b"body"
 
-    story(told)
+    story(scenario)
 
 
 def test_a_repetition_is_told_by_its_body_and_changes_nothing() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         assert await bench.acceptor.accept(RUN, 1, "optim_step", pack(b"a")) == 1000.0
         before = await bench.stored(1)
         bench.now = 2000.0
@@ -76,11 +76,11 @@ def test_a_repetition_is_told_by_its_body_and_changes_nothing() -> None:
             await bench.acceptor.accept(RUN, 1, "optim_step", pack(b"b"))
         assert await bench.stored(1) == before
 
-    story(told)
+    story(scenario)
 
 
 def test_a_run_is_made_once_and_by_one_request() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.acceptor.create(CREATION, b"create")
         with pytest.raises(UserError, match=r"seq_id 0 .*another request \(create\)"):
             await bench.acceptor.create(CREATION, b"another")
@@ -91,40 +91,40 @@ def test_a_run_is_made_once_and_by_one_request() -> None:
         assert decode_creation(stored) == CREATION
         assert await bench.acceptor.creation(RunId(f"{RUN}1")) is None
 
-    story(told)
+    story(scenario)
 
 
 def test_a_run_that_has_ended_is_not_made_again() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await ends.end(bench.store, RUN, End(reason="deleted", tenant="local", at=0.0))
         await bench.store.delete(layout.operation(RUN, 0))
         with pytest.raises(NotFound, match="was deleted on 1970-01-01 00:00 UTC; create another"):
             await bench.acceptor.create(CREATION, b"create")
         assert await bench.stored(0) is None
 
-    story(told)
+    story(scenario)
 
 
 @pytest.mark.parametrize("seq", [1, 2, 10**18 - 1])
 def test_numbers_are_taken_in_any_order_from_1_to_18_digits(seq: int) -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         assert await bench.acceptor.accept(RUN, seq, "optim_step", pack(b"a")) == 1000.0
         assert await bench.stored(seq) is not None
 
-    story(told)
+    story(scenario)
 
 
 @pytest.mark.parametrize("seq", [0, -1, 10**18])
 def test_no_other_number_is_taken(seq: int) -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         with pytest.raises(InvalidField, match=rf"^seq_id is {seq}; allowed: 1, 2, 3"):
             await bench.acceptor.accept(RUN, seq, "optim_step", pack(b"a"))
 
-    story(told)
+    story(scenario)
 
 
 def test_what_is_in_a_snapshot_and_swept_is_never_accepted_anew() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.claimed(1, snapshot_seq=5)
         for seq in (1, 5):
             with pytest.raises(UserError, match=rf"seq_id {seq} of .* was applied long ago and its record is gone"):
@@ -132,20 +132,20 @@ def test_what_is_in_a_snapshot_and_swept_is_never_accepted_anew() -> None:
             assert await bench.stored(seq) is None
         assert await bench.acceptor.accept(RUN, 6, "optim_step", pack(b"a")) == 1000.0
 
-    story(told)
+    story(scenario)
 
 
 def test_what_is_in_a_snapshot_and_still_there_is_a_repetition() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.acceptor.accept(RUN, 5, "optim_step", pack(b"a"))
         await bench.claimed(1, snapshot_seq=5)
         assert await Acceptor(bench.store, lambda: 0.0).accept(RUN, 5, "optim_step", pack(b"a")) is None
 
-    story(told)
+    story(scenario)
 
 
 def test_how_far_the_newest_snapshot_goes_is_asked_once_an_hour() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         assert (
             await bench.acceptor.accept(RUN, 1, "optim_step", pack(b"a")) == 1000.0
         )  # no manifest: nothing is consumed
@@ -156,11 +156,11 @@ def test_how_far_the_newest_snapshot_goes_is_asked_once_an_hour() -> None:
         with pytest.raises(UserError, match="applied long ago"):
             await bench.acceptor.accept(RUN, 3, "optim_step", pack(b"a"))
 
-    story(told)
+    story(scenario)
 
 
 def test_a_rejected_request_uses_its_number_up_with_its_error() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.acceptor.reject(RUN, 2, pack(b"wrong"), "colour is red")
         stored = await bench.stored(2)
         assert stored is not None
@@ -168,7 +168,7 @@ def test_a_rejected_request_uses_its_number_up_with_its_error() -> None:
         assert await bench.acceptor.accept(RUN, 2, "optim_step", pack(b"late")) is None, "its answer is the error"
         assert await bench.stored(2) == stored
 
-    story(told)
+    story(scenario)
 
 
 async def waiting(bench: Bench, *seqs: int) -> None:
@@ -179,50 +179,50 @@ async def waiting(bench: Bench, *seqs: int) -> None:
 @pytest.mark.parametrize(
     ("after_s", "finished", "filled"),
     [
-        (limits.hole_s - 1, False, []), (limits.hole_s, False, [1, 2, 4]), (limits.hole_s + 1, False, [1, 2, 4]),
+        (limits.gap_s - 1, False, []), (limits.gap_s, False, [1, 2, 4]), (limits.gap_s + 1, False, [1, 2, 4]),
         (0.0, True, [1, 2, 4]),
     ],
 )  # fmt: skip
-def test_holes_are_filled_once_what_follows_them_is_old_or_nobody_sends_any_more(
+def test_gaps_are_filled_once_what_follows_them_is_old_or_nobody_sends_any_more(
     after_s: float, finished: bool, filled: list[int]
 ) -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await waiting(bench, 3, 5)
         bench.now += after_s
-        assert await bench.acceptor.fill_holes(RUN, 0, finished) == filled
+        assert await bench.acceptor.fill_gaps(RUN, 0, finished) == filled
         for seq in filled:
             stored = await bench.stored(seq)
             assert stored is not None
             assert (stored.kind, stored.sha256, stored.accepted_at) == ("tombstone", b"", bench.now)
             assert zstd.decompress(stored.body_zstd, 10) == b""
             assert stored.error.startswith(f"operation {seq} of {RUN} never arrived")
-        assert await bench.acceptor.fill_holes(RUN, 0, finished) == []
+        assert await bench.acceptor.fill_gaps(RUN, 0, finished) == []
 
-    story(told)
+    story(scenario)
 
 
 @pytest.mark.parametrize(("applied", "filled"), [(-1, [1, 2, 4]), (0, [1, 2, 4]), (3, [4]), (4, []), (5, [])])
-def test_holes_are_looked_for_behind_what_was_applied(applied: int, filled: list[int]) -> None:
-    async def told(bench: Bench) -> None:
+def test_gaps_are_looked_for_behind_what_was_applied(applied: int, filled: list[int]) -> None:
+    async def scenario(bench: Bench) -> None:
         await waiting(bench, 3, 5)
-        assert await bench.acceptor.fill_holes(RUN, applied, finished=True) == filled
+        assert await bench.acceptor.fill_gaps(RUN, applied, finished=True) == filled
 
-    story(told)
+    story(scenario)
 
 
-def test_what_is_collected_while_holes_are_looked_for_is_said() -> None:
+def test_what_is_collected_while_gaps_are_looked_for_is_said() -> None:
     class Collected(MemoryStore):
         async def get(self, name: str) -> bytes | None:
             return None if name == layout.operation(RUN, 3) else await super().get(name)
 
-    async def told() -> None:
+    async def scenario() -> None:
         store = Collected()
         acceptor = Acceptor(store, lambda: 0.0)
         await acceptor.accept(RUN, 3, "optim_step", pack(b"a"))
         with pytest.raises(NotFound, match="was collected while it was being read"):
-            await acceptor.fill_holes(RUN, 0, finished=True)
+            await acceptor.fill_gaps(RUN, 0, finished=True)
 
-    asyncio.run(told())
+    asyncio.run(scenario())
 
 
 def sampler_save(number: int | None, **more: object) -> bytes:
@@ -240,7 +240,7 @@ def sampler_save(number: int | None, **more: object) -> bytes:
 def test_a_sampler_save_may_come_again_with_another_number_and_with_nothing_else(
     first: bytes, second: bytes, same: bool
 ) -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.acceptor.accept(RUN, 1, "save_weights_for_sampler", pack(first))
         again = bench.acceptor.accept(RUN, 1, "save_weights_for_sampler", pack(second))
         if same:
@@ -249,16 +249,16 @@ def test_a_sampler_save_may_come_again_with_another_number_and_with_nothing_else
             with pytest.raises(UserError, match="was used before"):
                 await again
 
-    story(told)
+    story(scenario)
 
 
 def test_another_kind_of_save_is_another_request() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.acceptor.accept(RUN, 1, "save_weights", pack(sampler_save(3)))
         with pytest.raises(UserError, match=r"another request \(save_weights\)"):
             await bench.acceptor.accept(RUN, 1, "save_weights_for_sampler", pack(sampler_save(4)))
 
-    story(told)
+    story(scenario)
 
 
 def test_a_damaged_creation_is_refused_by_its_name() -> None:
@@ -268,7 +268,7 @@ def test_a_damaged_creation_is_refused_by_its_name() -> None:
 
 
 def test_the_newest_manifest_is_the_one_of_the_highest_number() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         assert await newest_manifest(bench.store, RUN) is None
         for n in (1, 2, 10):
             await bench.claimed(n, snapshot_seq=n)
@@ -276,11 +276,11 @@ def test_the_newest_manifest_is_the_one_of_the_highest_number() -> None:
         assert found is not None
         assert (found[0], found[1].snapshot_seq) == (10, 10)
 
-    story(told)
+    story(scenario)
 
 
 def test_acceptors_may_share_what_is_known_of_manifests() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         known = Manifests(bench.store)
         await bench.claimed(1, snapshot_seq=5)
         await known.newest(RUN)
@@ -289,4 +289,4 @@ def test_acceptors_may_share_what_is_known_of_manifests() -> None:
             await shared.accept(RUN, 5, "optim_step", pack(b"a"))
         assert known.seen(RUN) is not None
 
-    story(told)
+    story(scenario)

@@ -22,7 +22,7 @@ async def written() -> MemoryStore:
 
 
 def test_the_index_says_whose_it_is_and_each_file_s_size_and_hash() -> None:
-    async def told() -> None:
+    async def scenario() -> None:
         store = MemoryStore()
         index = await bundles.write(store, AT, FILES, spec=SPEC, seq=7, epoch=3)
         parts = [Part(name=name, size=len(data), sha256=hashlib.sha256(data).digest()) for name, data in FILES.items()]
@@ -31,11 +31,11 @@ def test_the_index_says_whose_it_is_and_each_file_s_size_and_hash() -> None:
         assert await store.list("") == [f"{AT}{name}" for name in (*FILES, "index")]
         assert await bundles.write(store, AT, FILES, spec=SPEC, seq=7, epoch=3) == index, "writing it again is harmless"
 
-    asyncio.run(told())
+    asyncio.run(scenario())
 
 
 def test_all_files_are_read_or_those_that_are_asked_for() -> None:
-    async def told() -> None:
+    async def scenario() -> None:
         store = await written()
         index, files = await bundles.read(store, AT)
         assert files == FILES
@@ -46,22 +46,22 @@ def test_all_files_are_read_or_those_that_are_asked_for() -> None:
         with pytest.raises(Corrupt, match=f"bundle {AT} has no file none"):
             await bundles.read_part(store, AT, index, "none")
 
-    asyncio.run(told())
+    asyncio.run(scenario())
 
 
 def test_without_its_index_a_bundle_is_not_there() -> None:
-    async def told() -> None:
+    async def scenario() -> None:
         store = await written()
         await store.delete(f"{AT}index")
         assert await bundles.read_index(store, AT) is None
         with pytest.raises(Corrupt, match="has no index: it was never finished, or was deleted"):
             await bundles.read(store, AT)
 
-    asyncio.run(told())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(
-    ("found", "said"),
+    ("stored", "said"),
     [
         (None, "missing"),
         (b"firsu", "5 bytes that are others"),
@@ -69,18 +69,18 @@ def test_without_its_index_a_bundle_is_not_there() -> None:
         (b"first!", "6 bytes"),
     ],
 )
-def test_a_file_that_is_not_what_the_index_says_is_refused_by_name(found: bytes | None, said: str) -> None:
-    async def told() -> None:
+def test_a_file_that_is_not_what_the_index_says_is_refused_by_name(stored: bytes | None, said: str) -> None:
+    async def scenario() -> None:
         store = await written()
         await store.delete(f"{AT}a.bin")
-        if found is not None:
-            await store.put_if_absent(f"{AT}a.bin", found)
+        if stored is not None:
+            await store.put_if_absent(f"{AT}a.bin", stored)
         with pytest.raises(
             Corrupt, match=rf"object {AT}a.bin is damaged: it is {said}.*its index says 5 bytes of a known hash"
         ):
             await bundles.read(store, AT)
 
-    asyncio.run(told())
+    asyncio.run(scenario())
 
 
 def test_a_deleted_bundle_leaves_nothing_and_loses_its_index_first() -> None:
@@ -91,7 +91,7 @@ def test_a_deleted_bundle_leaves_nothing_and_loses_its_index_first() -> None:
             self.deleted.append(name)
             await super().delete(name)
 
-    async def told() -> None:
+    async def scenario() -> None:
         store = Noting()
         store.deleted = []
         await bundles.write(store, AT, FILES, spec=SPEC, seq=7, epoch=3)
@@ -100,4 +100,4 @@ def test_a_deleted_bundle_leaves_nothing_and_loses_its_index_first() -> None:
         assert store.deleted[0] == f"{AT}index"
         assert await store.list("") == ["snap/10/a"]
 
-    asyncio.run(told())
+    asyncio.run(scenario())

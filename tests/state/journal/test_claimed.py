@@ -25,7 +25,7 @@ from tests.sim.history import CREATION, RUN, TERMS
 from tests.sim.ledger import SIZE, LedgerMachine, LedgerState
 
 ROW = np.ones(SIZE, np.float32).tobytes()
-FROZEN_BYTES = 4 * 4 * SIZE + 8  # of a state of the ledger
+SERIALIZED_BYTES = 4 * 4 * SIZE + 8  # of a state of the ledger
 
 
 class Machine(LedgerMachine):
@@ -33,7 +33,7 @@ class Machine(LedgerMachine):
 
     def __init__(self, bench: "Bench") -> None:
         self.failures: list[Exception] = []
-        self.bench, self.took_s, self.frozen = bench, 0.0, FROZEN_BYTES
+        self.bench, self.took_s, self.serialized = bench, 0.0, SERIALIZED_BYTES
 
     async def apply(self, state: LedgerState, operation: Operation, source: object) -> Outcome[LedgerState]:
         self.bench.now += self.took_s
@@ -41,8 +41,8 @@ class Machine(LedgerMachine):
             raise self.failures.pop(0)
         return await super().apply(state, operation, source)  # type: ignore[arg-type]
 
-    def frozen_bytes(self, state: LedgerState) -> int:
-        return self.frozen
+    def serialized_bytes(self, state: LedgerState) -> int:
+        return self.serialized
 
 
 class Bench:
@@ -70,16 +70,16 @@ class Bench:
         return [[result.seq for result in commit.results] for _, commit in self.published]
 
     def answer(self, seq: int) -> dict[str, object]:
-        [found] = [result for _, commit in self.published for result in commit.results if result.seq == seq]
-        told: dict[str, object] = json.loads(found.body)
-        return {**told, "failed": found.failed, "content": found.content_type}
+        [result] = [result for _, commit in self.published for result in commit.results if result.seq == seq]
+        content: dict[str, object] = json.loads(result.body)
+        return {**content, "failed": result.failed, "content": result.content_type}
 
 
-def story(told: Callable[[Bench], Awaitable[None]]) -> None:
+def story(scenario: Callable[[Bench], Awaitable[None]]) -> None:
     async def tell() -> None:
         bench = Bench()
         await bench.acceptor.create(CREATION, b"create")
-        await told(bench)
+        await scenario(bench)
 
     asyncio.run(tell())
 
@@ -88,7 +88,7 @@ def story(told: Callable[[Bench], Awaitable[None]]) -> None:
 
 
 def test_a_claim_writes_who_holds_the_run_and_a_fence() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         for n in (1, 2):
             run = await bench.claim(f"h{n}", threads=n)
             data = await bench.store.get(layout.manifest(RUN, n))
@@ -103,11 +103,11 @@ def test_a_claim_writes_who_holds_the_run_and_a_fence() -> None:
             assert run.terms_before == (None if n == 1 else msgspec.structs.replace(TERMS, threads=1))
         assert (await bench.claim("h3", threads=2)).terms_before is None
 
-    story(told)
+    story(scenario)
 
 
 def test_what_cannot_be_claimed_is_refused_and_nothing_is_written() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         other = RunId(f"{RUN}1")
         with pytest.raises(NotFound, match="does not exist; create one"):
             await Run.claim(bench.store, other, bench.machine, Holder("h", "", TERMS), lambda: 0.0)
@@ -125,11 +125,11 @@ def test_what_cannot_be_claimed_is_refused_and_nothing_is_written() -> None:
         with pytest.raises(NotFound, match="was deleted"):
             await bench.claim("later")
 
-    story(told)
+    story(scenario)
 
 
 def test_an_earlier_holder_loses_its_slot_and_knows_it() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.send(b"{}")
         early = await bench.claim("early")
         late = await bench.claim("late")
@@ -139,11 +139,11 @@ def test_an_earlier_holder_loses_its_slot_and_knows_it() -> None:
         assert not await bench.applied(late)
         assert bench.cut() == [[0, 1]]
 
-    story(told)
+    story(scenario)
 
 
 def test_an_earlier_holder_stores_no_snapshot() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         early = await bench.claim("early")
         assert not await bench.applied(early)
         await bench.claim("late")
@@ -151,12 +151,12 @@ def test_an_earlier_holder_stores_no_snapshot() -> None:
             await early.snapshot()
         assert await bench.store.list(layout.snapshots(RUN)) == []
 
-    story(told)
+    story(scenario)
 
 
 @pytest.mark.parametrize("damage", ["missing", "order", "sha256"])
 def test_a_record_that_does_not_follow_is_damage(damage: str) -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.send(b"{}", b"{}")
         run = await bench.claim()
         bench.machine.took_s = 1.0
@@ -177,14 +177,29 @@ def test_a_record_that_does_not_follow_is_damage(damage: str) -> None:
         with pytest.raises(Corrupt, match=said):
             await bench.claim("again")
 
-    story(told)
+    story(scenario)
+
+
+@pytest.mark.parametrize("changes", [{"seq": 2}, {"run": f"{RUN}1"}])
+def test_an_operation_under_the_name_of_another_is_damage(changes: dict[str, Any]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.send(b"{}")
+        run = await bench.claim()
+        name = layout.operation(RUN, 1)
+        operation = decode(await bench.store.get(name) or b"", Operation, name)
+        await bench.store.delete(name)
+        await bench.store.put_if_absent(name, encode(msgspec.structs.replace(operation, **changes)))
+        with pytest.raises(Corrupt, match=f"object {name} is damaged: fields run and seq say that it is operation"):
+            await bench.applied(run)
+
+    story(scenario)
 
 
 # ---- commits
 
 
 def test_results_share_a_commit_until_fifty_milliseconds_are_over() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.send(*[b"{}"] * 6)
         run = await bench.claim()
         bench.machine.took_s = 0.03
@@ -196,19 +211,19 @@ def test_results_share_a_commit_until_fifty_milliseconds_are_over() -> None:
         assert {commit.epoch for _, commit in bench.published} == {1}
         assert (run.applied, run.out) == (6, 4)
 
-    story(told)
+    story(scenario)
 
 
 @pytest.mark.parametrize(("took_s", "cut"), [(0.0625, [[0, 1], [2]]), (0.046875, [[0, 1, 2]]), (-1.0, [[0, 1], [2]])])
 def test_a_clock_that_steps_back_ends_a_commit_too(took_s: float, cut: list[list[int]]) -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.send(b"{}", b"{}")
         run = await bench.claim()
         bench.machine.took_s = took_s
         await bench.applied(run)
         assert bench.cut() == cut
 
-    story(told)
+    story(scenario)
 
 
 @pytest.mark.parametrize(("bytes_max", "cut"), [(10, [[0], [1], [2]]), (150, [[0, 1, 2]])])
@@ -218,7 +233,7 @@ def test_a_commit_has_so_many_bytes_and_no_more_results_after_them(
     """The answers are 77, 10 and 10 bytes."""
     monkeypatch.setattr(limits, "commit_inline_bytes_max", bytes_max)
 
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.send(b"{}", b"{}")
         await bench.applied(await bench.claim())
         assert bench.cut() == cut
@@ -229,11 +244,11 @@ def test_a_commit_has_so_many_bytes_and_no_more_results_after_them(
             "content": "application/json",
         }
 
-    story(told)
+    story(scenario)
 
 
 def test_who_is_told_to_stop_commits_what_it_has_and_says_that_more_waits() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.send(b"{}", b"{}")
         run, asked = await bench.claim(), iter([False, False, True, True])
         assert await bench.applied(run, lambda: next(asked))
@@ -243,7 +258,7 @@ def test_who_is_told_to_stop_commits_what_it_has_and_says_that_more_waits() -> N
         assert not await bench.applied(run)
         assert bench.cut() == [[0, 1], [2]]
 
-    story(told)
+    story(scenario)
 
 
 def test_what_could_not_be_stored_is_stored_first_when_it_goes_on() -> None:
@@ -256,7 +271,7 @@ def test_what_could_not_be_stored_is_stored_first_when_it_goes_on() -> None:
                 raise Unavailable("not now")
             return await super().put_if_absent(name, data)
 
-    async def told() -> None:
+    async def scenario() -> None:
         bench = Bench()
         bench.store = store = Refusing()
         bench.acceptor = Acceptor(store, lambda: bench.now)
@@ -272,14 +287,14 @@ def test_what_could_not_be_stored_is_stored_first_when_it_goes_on() -> None:
         assert run.state is not None
         assert run.state.step == 1, "it was applied once"
 
-    asyncio.run(told())
+    asyncio.run(scenario())
 
 
 # ---- failures
 
 
 def test_a_defect_is_tried_three_times_and_then_answered_as_the_server_s() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.send(b"{}", b"{}")
         run = await bench.claim()
         bench.machine.failures = [RuntimeError("boom")] * 3
@@ -296,11 +311,11 @@ def test_a_defect_is_tried_three_times_and_then_answered_as_the_server_s() -> No
         }  # fmt: skip
         assert bench.answer(2) == {"step": 1, "failed": False, "content": "application/json"}
 
-    story(told)
+    story(scenario)
 
 
 def test_attempts_are_counted_for_one_operation_at_a_time() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.send(b"{}", b"{}")
         run = await bench.claim()
         for failing in (1, 1):
@@ -315,11 +330,11 @@ def test_attempts_are_counted_for_one_operation_at_a_time() -> None:
         assert not await bench.applied(run)
         assert bench.answer(2)["step"] == 2
 
-    story(told)
+    story(scenario)
 
 
 def test_memory_that_lacks_three_times_is_told_as_the_user_s() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.send(b"{}")
         run = await bench.claim()
         bench.machine.failures = [OutOfMemory("too long")] * 3
@@ -330,11 +345,11 @@ def test_memory_that_lacks_three_times_is_told_as_the_user_s() -> None:
         assert bench.answer(1)["error"] == "operation 1 failed 3 times: too long"
         assert bench.answer(1)["category"] == "user"
 
-    story(told)
+    story(scenario)
 
 
 def test_a_user_s_mistake_is_answered_at_once_and_changes_nothing() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.send(b"wrong", b"{}")
         await bench.acceptor.reject(RUN, 3, pack(b"x"), "colour is red")
         run = await bench.claim()
@@ -348,11 +363,11 @@ def test_a_user_s_mistake_is_answered_at_once_and_changes_nothing() -> None:
         assert run.state is not None
         assert again.state.bytes() == run.state.bytes()
 
-    story(told)
+    story(scenario)
 
 
 def test_what_waits_behind_a_creation_that_failed_is_told_so() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.send(b"{}")
         run = await bench.claim()
         run.applied, run._state = 0, None
@@ -360,11 +375,11 @@ def test_what_waits_behind_a_creation_that_failed_is_told_so() -> None:
         assert not await bench.applied(run)
         assert "was never made: its creation failed" in str(bench.answer(1)["error"])
 
-    story(told)
+    story(scenario)
 
 
 def test_memory_that_lacks_for_a_claim_or_a_snapshot_is_nobody_s_mistake() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.send(b"{}")
         run = await bench.claim()
         await bench.applied(run)
@@ -373,14 +388,14 @@ def test_memory_that_lacks_for_a_claim_or_a_snapshot_is_nobody_s_mistake() -> No
             await bench.claim("again")
         assert raised.value.retry_after_s == 5.0
 
-    story(told)
+    story(scenario)
 
 
 # ---- snapshots
 
 
 @pytest.mark.parametrize(
-    ("cost_s", "frozen", "storing_s", "must", "wants", "worth"),
+    ("cost_s", "serialized", "storing_s", "must", "wants", "worth"),
     [
         (30.1, 0, 2.0, True, True, True), (30.0, 0, 2.0, False, True, True), (26.1, 0, 2.0, False, True, True),
         (26.0, 0, 2.0, False, False, True), (15.1, 0, 60.0, False, True, True), (15.0, 0, 60.0, False, False, True),
@@ -390,39 +405,39 @@ def test_memory_that_lacks_for_a_claim_or_a_snapshot_is_nobody_s_mistake() -> No
     ],
 )  # fmt: skip
 def test_when_a_snapshot_is_due_wanted_and_worth_it(
-    cost_s: float, frozen: int, storing_s: float, must: bool, wants: bool, worth: bool
+    cost_s: float, serialized: int, storing_s: float, must: bool, wants: bool, worth: bool
 ) -> None:
     """The budget is 30 s of replay, 25 MiB are stored to spare one, and a snapshot is begun twice its time ahead."""
 
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.send(b"{}")
         run = await bench.claim()
         await bench.applied(run)
-        run._replay, run._budget.storing_s, bench.machine.frozen = Replay(cost_s), storing_s, frozen
+        run._replay, run._budget.storing_s, bench.machine.serialized = Replay(cost_s), storing_s, serialized
         assert (run.must_snapshot, run.wants_snapshot, run.worth_snapshot) == (must, wants, worth)
 
-    story(told)
+    story(scenario)
 
 
-@pytest.mark.parametrize(("bytes_", "frozen", "wants"), [
+@pytest.mark.parametrize(("bytes_", "serialized", "wants"), [
     (limits.MIB // 4, 0, False), (limits.MIB // 4 + 1, 0, True), (limits.MIB, limits.MIB, False),
     (limits.MIB + 1, limits.MIB, True),
 ])  # fmt: skip
 def test_a_snapshot_is_wanted_when_there_is_more_to_read_than_it_is_large(
-    bytes_: int, frozen: int, wants: bool
+    bytes_: int, serialized: int, wants: bool
 ) -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.send(b"{}")
         run = await bench.claim()
         await bench.applied(run)
-        run._replay, bench.machine.frozen = Replay(bytes=bytes_), frozen
+        run._replay, bench.machine.serialized = Replay(bytes=bytes_), serialized
         assert run.wants_snapshot is wants
 
-    story(told)
+    story(scenario)
 
 
 def test_what_a_recovery_has_to_read_is_counted_by_pages_of_four_kilobytes() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.send(b"{}", np.random.default_rng(0).random(SIZE * 1024, np.float32).tobytes())
         run = await bench.claim()
         bench.machine.failures = []
@@ -431,11 +446,11 @@ def test_what_a_recovery_has_to_read_is_counted_by_pages_of_four_kilobytes() -> 
         again = await bench.claim("again")
         assert again._replay.bytes == 3 * 4096 + 4096, "the same, and the fence between"
 
-    story(told)
+    story(scenario)
 
 
 def test_a_snapshot_is_where_the_next_claim_begins_and_the_one_before_is_remembered() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.send(b"{}", b"{}", b"{}")
         run = await bench.claim()
         await bench.applied(run, iter([False, False, True, True]).__next__)
@@ -463,23 +478,23 @@ def test_a_snapshot_is_where_the_next_claim_begins_and_the_one_before_is_remembe
         assert run.state is not None
         assert again.state.bytes() == run.state.bytes()
 
-    story(told)
+    story(scenario)
 
 
 @pytest.mark.parametrize(("cost_s", "wants"), [(26.0, False), (26.1, True)])
 def test_before_the_first_snapshot_it_is_thought_to_take_two_seconds(cost_s: float, wants: bool) -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.send(b"{}")
         run = await bench.claim()
         await bench.applied(run)
         run._replay = Replay(cost_s)
         assert run.wants_snapshot is wants
 
-    story(told)
+    story(scenario)
 
 
 def test_what_a_snapshot_spares_is_spared_after_a_failure_too() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.send(b"{}", b"{}", b"{}")
         run = await bench.claim()
         await bench.applied(run, iter([False, False, True, True]).__next__)
@@ -489,20 +504,20 @@ def test_what_a_snapshot_spares_is_spared_after_a_failure_too() -> None:
             await bench.applied(run)
         assert (run.applied, run.replay_cost_s, run._replay.bytes) == (1, 0.0, 0)
 
-    story(told)
+    story(scenario)
 
 
 def test_a_snapshot_beside_which_operations_went_on_leaves_what_they_cost() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.send(b"{}", b"{}", b"{}")
         run = await bench.claim()
         await bench.applied(run, iter([False, False, True, True]).__next__)
 
         class Beside(Machine):
-            async def freeze(self, state: LedgerState) -> Files:
+            async def serialize(self, state: LedgerState) -> Files:
                 assert not await bench.applied(run)
                 bench.now += 3.0
-                return await super().freeze(state)
+                return await super().serialize(state)
 
         run._machine = Beside(bench)
         await run.snapshot()
@@ -510,11 +525,11 @@ def test_a_snapshot_beside_which_operations_went_on_leaves_what_they_cost() -> N
         assert run._replay.bytes == 3 * 4096, "two operations and their commit"
         assert run._budget.storing_s == 3.0
 
-    story(told)
+    story(scenario)
 
 
 def test_a_run_that_was_ended_stores_no_snapshot_and_takes_back_what_it_wrote() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.send(b"{}")
         run = await bench.claim()
         await bench.applied(run)
@@ -523,7 +538,7 @@ def test_a_run_that_was_ended_stores_no_snapshot_and_takes_back_what_it_wrote() 
             await run.snapshot()
         assert await bench.store.list(layout.snapshots(RUN)) == []
 
-    story(told)
+    story(scenario)
 
 
 def test_a_run_that_is_ended_while_its_snapshot_is_stored_takes_it_back() -> None:
@@ -537,7 +552,7 @@ def test_a_run_that_is_ended_while_its_snapshot_is_stored_takes_it_back() -> Non
                 await ends.end(self, RUN, End(reason="deleted", tenant="local", at=0.0))
             return won
 
-    async def told() -> None:
+    async def scenario() -> None:
         bench = Bench()
         bench.store = store = Ending()
         bench.acceptor = Acceptor(store, lambda: bench.now)
@@ -550,11 +565,11 @@ def test_a_run_that_is_ended_while_its_snapshot_is_stored_takes_it_back() -> Non
             await run.snapshot()
         assert await store.list(layout.snapshots(RUN)) == []
 
-    asyncio.run(told())
+    asyncio.run(scenario())
 
 
 def test_two_slices_of_one_run_are_a_defect() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         run = await bench.claim()
 
         async def publish(_n: int, _commit: Commit) -> None:
@@ -564,15 +579,15 @@ def test_two_slices_of_one_run_are_a_defect() -> None:
         assert not await run.apply_pending(lambda: False, publish)
         assert not await bench.applied(run)
 
-    story(told)
+    story(scenario)
 
 
 def test_a_result_carries_the_hash_of_its_operation() -> None:
-    async def told(bench: Bench) -> None:
+    async def scenario(bench: Bench) -> None:
         await bench.send(ROW)
         await bench.applied(await bench.claim())
         results: list[Result] = [result for _, commit in bench.published for result in commit.results]
         assert [result.sha256 for result in results] == [pack(b"create").sha256, pack(ROW).sha256]
         assert [result.source for result in results] == ["", ""]
 
-    story(told)
+    story(scenario)

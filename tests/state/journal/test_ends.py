@@ -1,4 +1,4 @@
-"""The end of a run: what it says, that it stays, and the fence that stops whoever holds the run."""
+"""The end of a run: its record, which stays, and the fence that stops the holder."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -15,8 +15,8 @@ FINISHED = End(reason="finished", tenant="alice", at=10.0, asked_at=5.0)
 DELETED = End(reason="deleted", tenant="alice", at=20.0)
 
 
-def story(told: Callable[[MemoryStore], Awaitable[None]]) -> None:
-    asyncio.run(told(MemoryStore()))  # type: ignore[arg-type]  # it is a coroutine
+def story(scenario: Callable[[MemoryStore], Awaitable[None]]) -> None:
+    asyncio.run(scenario(MemoryStore()))  # type: ignore[arg-type]  # it is a coroutine
 
 
 async def listed(store: MemoryStore, prefix: str) -> list[int]:
@@ -29,17 +29,17 @@ async def fenced(store: MemoryStore) -> Commit:
 
 
 def test_a_run_that_goes_on_has_no_end_and_one_that_ended_says_how() -> None:
-    async def told(store: MemoryStore) -> None:
+    async def scenario(store: MemoryStore) -> None:
         assert await ends.ended(store, RUN) is None
         assert await ends.end(store, RUN, FINISHED) == FINISHED
         assert await ends.ended(store, RUN) == FINISHED
         assert await listed(store, layout.ends(RUN)) == [1]
 
-    story(told)
+    story(scenario)
 
 
 def test_what_is_finished_can_be_deleted_and_what_is_deleted_stays_so() -> None:
-    async def told(store: MemoryStore) -> None:
+    async def scenario(store: MemoryStore) -> None:
         await ends.end(store, RUN, FINISHED)
         assert await ends.end(store, RUN, End(reason="finished", tenant="alice", at=11.0)) == FINISHED
         assert await ends.end(store, RUN, DELETED) == DELETED
@@ -48,12 +48,12 @@ def test_what_is_finished_can_be_deleted_and_what_is_deleted_stays_so() -> None:
         assert await ends.ended(store, RUN) == DELETED
         assert await listed(store, layout.ends(RUN)) == [1, 2]
 
-    story(told)
+    story(scenario)
 
 
 @pytest.mark.parametrize("commits", [0, 1, 3])
 def test_the_fence_takes_the_slot_after_the_last_commit_and_is_put_once(commits: int) -> None:
-    async def told(store: MemoryStore) -> None:
+    async def scenario(store: MemoryStore) -> None:
         for n in range(1, commits + 1):
             await store.put_if_absent(layout.commit(RUN, n), encode(Commit(epoch=n, results=[])))
         for _ in range(2):
@@ -62,7 +62,7 @@ def test_the_fence_takes_the_slot_after_the_last_commit_and_is_put_once(commits:
         fence = await fenced(store)
         assert (fence.epoch, fence.results) == (2**62, [])
 
-    story(told)
+    story(scenario)
 
 
 def test_who_commits_beside_the_fence_is_passed_and_who_fenced_meanwhile_is_enough() -> None:
@@ -78,7 +78,7 @@ def test_who_commits_beside_the_fence_is_passed_and_who_fenced_meanwhile_is_enou
                     await super().put_if_absent(layout.commit(RUN, n), other)
             return await super().put_if_absent(name, data)
 
-    async def told() -> None:
+    async def scenario() -> None:
         late = encode(Commit(epoch=7, results=[]))
         store = Beside()
         store.others = [late, late, late]
@@ -92,7 +92,7 @@ def test_who_commits_beside_the_fence_is_passed_and_who_fenced_meanwhile_is_enou
         await ends.fence(again, RUN)
         assert await listed(again, layout.commits(RUN)) == [1, 2]
 
-    asyncio.run(told())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(

@@ -59,18 +59,18 @@ def test_the_newest_is_found_beside_those_who_write_and_those_who_delete(
             await store.put_if_absent(f"{PREFIX}{number(n)}", b"")
         after = draw.choice([0, 0, draw.randrange(first, store.last + 1), max(first - 1, 1), store.last])
         at_first, store.working = store.last, draw.random() < 0.7
-        found = await newest_name(store, PREFIX, after)
+        name = await newest_name(store, PREFIX, after)
         store.working = False
-        if not found:
+        if not name:
             assert after >= at_first, "there was none above it"
         else:
-            assert max(at_first, after + 1) <= int(found.removeprefix(PREFIX)) <= store.last
+            assert max(at_first, after + 1) <= int(name.removeprefix(PREFIX)) <= store.last
 
     asyncio.run(story())
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_holes_hide_nothing(seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_gaps_hide_nothing(seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A process that slept may write a number again that was deleted long ago."""
     draw = random.Random(seed)
     monkeypatch.setattr(newest, "PAGE", draw.choice([2, 3, 7]))
@@ -131,17 +131,17 @@ def test_the_newest_manifest_costs_a_process_that_has_seen_one_a_listing_however
         await lay_manifests(store, 1, count)
         manifests = Manifests(store)
         store.calls.clear()
-        found = await manifests.newest(RUN)
-        assert found is not None
-        assert (found[0], found[1].epoch) == (count, count)
+        newest_seen = await manifests.newest(RUN)
+        assert newest_seen is not None
+        assert (newest_seen[0], newest_seen[1].epoch) == (count, count)
         cold = {10: 1, 998: 1, 2000: 2, 30_000: 10}
         assert store.calls == {("list", "runs/manifest"): cold[count], ("get", "runs/manifest"): 1}
         store.calls.clear()
-        assert await manifests.newest(RUN) == found
+        assert await manifests.newest(RUN) == newest_seen
         assert store.calls == {("list", "runs/manifest"): 1}
         await lay_manifests(store, count + 1, count + 1)
         store.calls.clear()
-        assert await manifests.newest(RUN) == (count + 1, found[1].__class__(
+        assert await manifests.newest(RUN) == (count + 1, newest_seen[1].__class__(
             epoch=count + 1, holder=f"h{count + 1}", address="", claimed_at=0.0, terms=TERMS))  # fmt: skip
         assert store.calls == {("list", "runs/manifest"): 1, ("get", "runs/manifest"): 1}
 
@@ -226,9 +226,9 @@ def test_a_first_look_at_results_costs_as_much_after_a_long_life(operations: int
     async def story() -> None:
         store = CountingStore(MemoryStore())
         await live(store.store, operations)
-        found = await Results(store).find(RUN, operations)
-        assert found is not None
-        assert found.body == b'{"step":%d}' % operations
+        result = await Results(store).find(RUN, operations)
+        assert result is not None
+        assert result.body == b'{"step":%d}' % operations
         assert store.calls == {
             ("list", "runs/out"): 2, ("list", "runs/manifest"): 1, ("get", "runs/manifest"): 1, ("get", "runs/out"): 1,
         }  # fmt: skip
@@ -236,7 +236,7 @@ def test_a_first_look_at_results_costs_as_much_after_a_long_life(operations: int
         manifests = Manifests(store)
         await manifests.newest(RUN)  # as a gateway does that has rung the holder
         store.calls.clear()
-        assert await Results(store, manifests).find(RUN, operations) == found
+        assert await Results(store, manifests).find(RUN, operations) == result
         assert store.calls == {("list", "runs/out"): 1, ("get", "runs/out"): 1}
         store.calls.clear()
         late = await Results(store, manifests).find(RUN, 3)
@@ -258,9 +258,9 @@ def test_an_answer_that_is_gone_is_not_searched_for_among_all_that_are() -> None
         results = Results(store)
         assert (await results.find(RUN, 2000)) is not None
         store.calls.clear()
-        found = await results.find(RUN, 7)
-        assert found is not None
-        assert b"is gone" in found.body
+        gone = await results.find(RUN, 7)
+        assert gone is not None
+        assert b"is gone" in gone.body
         assert store.verbs["get"] <= 26
 
     asyncio.run(story())
@@ -308,15 +308,15 @@ def test_every_answer_that_is_there_is_found_in_any_order(seed: int) -> None:
         wanted = list(range(seq + 2))
         draw.shuffle(wanted)
         for each in wanted:
-            found = await results_seen.find(RUN, each)
+            result = await results_seen.find(RUN, each)
             if each >= seq or not any(n > swept for n in where.values()):
-                assert found is None, (each, found)
+                assert result is None, (each, result)
             elif where[each] > swept:
-                assert found is not None
-                assert found.body == b"%d" % each
+                assert result is not None
+                assert result.body == b"%d" % each
             else:
-                assert found is not None
-                assert b"is gone" in found.body
+                assert result is not None
+                assert b"is gone" in result.body
 
     asyncio.run(story())
 
@@ -337,13 +337,13 @@ def test_a_gateway_that_was_told_nothing_for_long_begins_anew_at_the_end(monkeyp
         assert (await results.find(RUN, 5)) is not None
         await answer(6, 500)
         store.calls.clear()
-        found = await results.find(RUN, 500)
-        assert found is not None
-        assert found.body == b"500"
+        result = await results.find(RUN, 500)
+        assert result is not None
+        assert result.body == b"500"
         assert store.calls == {("list", "runs/out"): 1, ("get", "runs/out"): 1}
         for seq in (7, 250, 499, 3):
-            found = await results.find(RUN, seq)
-            assert found is not None
-            assert found.body == b"%d" % seq
+            result = await results.find(RUN, seq)
+            assert result is not None
+            assert result.body == b"%d" % seq
 
     asyncio.run(story())

@@ -15,6 +15,7 @@ from knapper.state.journal.records import (
     SAVES,
     Commit,
     Creation,
+    End,
     Kind,
     Manifest,
     Operation,
@@ -64,6 +65,7 @@ def test_what_is_encoded_is_decoded() -> None:
     assert (Commit(epoch=1, results=[]).committed_at, Commit(epoch=1, results=[]).device_s) == (0.0, 0.0)
     plain = Result(seq=1, sha256=b"", content_type="application/json", body=b"")
     assert (plain.failed, plain.source) == (False, "")
+    assert End(reason="finished", tenant="alice", at=1.0).asked_at == 0.0, "as in ends of releases that did not note it"
 
 
 def test_saves_are_the_three_that_store_weights() -> None:
@@ -79,14 +81,14 @@ def test_a_newer_format_is_told_from_damage(kind: type[Record], format_: int) ->
     """Within its envelope a record says its own format; without one, only those were written that are as old."""
     assert format_of(kind) == format_
     name = kind.__name__
-    told = f"object x has format {{}} of {name}; this knapper reads up to format {{}}: run the newer one"
+    message = f"object x has format {{}} of {name}; this knapper reads up to format {{}}: run the newer one"
     for newer, found in (
         (envelope.seal(name, pack({"v": format_ + 1, "unheard_of": 1})), format_ + 1),
         (pack({"v": 4}), 4),
     ):
         with pytest.raises(NewerFormat) as refused:
             decode(newer, kind, "x")
-        assert str(refused.value) == told.format(found, format_)
+        assert str(refused.value) == message.format(found, format_)
         assert refused.value.retry_after_s == 30.0
     old = {"v": format_, "unheard_of": 1}
     for damaged in (envelope.seal(name, pack(old)), pack(old), pack([1]), b"", b"\xc1", envelope.seal(name, b"\xc1")):
@@ -102,16 +104,16 @@ def test_an_envelope_says_kind_and_checksum_and_is_the_same_each_time() -> None:
     digest = hashlib.sha256(b"3 Terms " + inside).digest()
     assert msgspec.msgpack.decode(whole) == {"v": 3, "kind": "Terms", "sha256": digest, "record": {"v": 1, "a": "b"}}
     assert envelope.seal("Terms", inside) == whole
-    assert envelope.opened(whole, "Terms", "x") == msgspec.Raw(inside)
-    assert envelope.opened(inside, "Terms", "x") is None
+    assert envelope.unseal(whole, "Terms", "x") == msgspec.Raw(inside)
+    assert envelope.unseal(inside, "Terms", "x") is None
     with pytest.raises(Corrupt, match=r"object x is damaged: field kind is 'Terms'; allowed there: 'Spec'"):
-        envelope.opened(whole, "Spec", "x")
+        envelope.unseal(whole, "Spec", "x")
     changed = pack({**msgspec.msgpack.decode(whole), "record": {"v": 1, "a": "c"}})
     with pytest.raises(Corrupt, match="field sha256 is not that of its other bytes"):
-        envelope.opened(changed, "Terms", "x")
+        envelope.unseal(changed, "Terms", "x")
     later = hashlib.sha256(b"4 Terms " + inside).digest()
     with pytest.raises(NewerFormat, match="object x has format 4 of Terms; this knapper reads up to format 3"):
-        envelope.opened(pack({"v": 4, "kind": "Terms", "sha256": later, "record": msgspec.Raw(inside)}), "Terms", "x")
+        envelope.unseal(pack({"v": 4, "kind": "Terms", "sha256": later, "record": msgspec.Raw(inside)}), "Terms", "x")
 
 
 @pytest.mark.parametrize(("v", "said"), [(0, "field v is 0"), (3, "field v is 3"), (-1, "field v is -1")])
@@ -140,7 +142,7 @@ def test_a_newer_format_with_the_same_fields_is_refused_too() -> None:
 
 
 def test_history_is_read_newest_first_in_groups_without_creation_fences_and_gaps() -> None:
-    async def told() -> None:
+    async def scenario() -> None:
         store = MemoryStore()
         for seq in range(71):
             operation = Operation(
@@ -162,7 +164,7 @@ def test_history_is_read_newest_first_in_groups_without_creation_fences_and_gaps
         assert answered == [seq for seq in range(70, -1, -1) if seq % 10 != 5]
         assert [group async for group in history.commits(store, RunId("none"))] == []
 
-    asyncio.run(told())
+    asyncio.run(scenario())
 
 
 def test_what_is_swept_while_history_is_read_is_left_out() -> None:
@@ -170,7 +172,7 @@ def test_what_is_swept_while_history_is_read_is_left_out() -> None:
         async def get(self, name: str) -> bytes | None:
             return None if layout.last_number(name) == 2 else await super().get(name)
 
-    async def told() -> None:
+    async def scenario() -> None:
         store = Swept()
         for n in (1, 2, 3):
             operation = Operation(run=RUN, seq=n, kind="optim_step", sha256=b"", body_zstd=b"", accepted_at=0.0)
@@ -180,7 +182,7 @@ def test_what_is_swept_while_history_is_read_is_left_out() -> None:
         assert [each.seq async for group in history.operations(store, RUN) for each in group] == [3, 1]
         assert [each.results[0].seq async for group in history.commits(store, RUN) for each in group] == [3, 1]
 
-    asyncio.run(told())
+    asyncio.run(scenario())
 
 
 def operation(kind: Kind, body: bytes, sha256: bytes, v: int = 2) -> Operation:
@@ -205,8 +207,8 @@ OTHERS = hashlib.sha256(b"of what the client sent").digest()
 )
 def test_the_body_is_what_was_accepted(given: Operation) -> None:
     assert given.body() == zstd.decompress(given.body_zstd)
-    assert given.asked == given.sha256
-    assert msgspec.structs.replace(given, asked_sha256=b"json").asked == b"json"
+    assert given.request_sha256 == given.sha256
+    assert msgspec.structs.replace(given, asked_sha256=b"json").request_sha256 == b"json"
 
 
 @pytest.mark.parametrize(

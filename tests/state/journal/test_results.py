@@ -1,4 +1,4 @@
-"""Answers are found by whoever looks for the first time, whatever the newest is; what is remembered is bounded."""
+"""A first search finds every result, whatever the newest record is; the cache is bounded."""
 
 import asyncio
 import json
@@ -71,8 +71,8 @@ async def lay(store: MemoryStore, *numbers: int) -> None:
 
 
 async def body(results: Results, seq: int) -> bytes | None:
-    found = await results.find(RUN, seq)
-    return None if found is None else found.body
+    result = await results.find(RUN, seq)
+    return None if result is None else result.body
 
 
 @pytest.mark.parametrize("last", [1, 2, 9, 24])
@@ -110,7 +110,7 @@ def test_what_is_known_costs_no_call_and_is_complete_until_more_is_told() -> Non
         assert await body(results, 1) is None
         assert (results.applied(RUN), results.complete(RUN)) == (-1, True)
         await lay(memory, 1, 2, 3)
-        results.hear(RUN, 3)
+        results.announce(RUN, 3)
         assert not results.complete(RUN)
         assert await body(results, 3) == b"3"
         assert (results.applied(RUN), results.complete(RUN)) == (3, True)
@@ -118,8 +118,8 @@ def test_what_is_known_costs_no_call_and_is_complete_until_more_is_told() -> Non
         assert [await body(results, seq) for seq in (1, 2, 3)] == [b"1", b"2", b"3"]
         assert store.calls == {}
 
-        results.hear(RUN, 5)
-        results.hear(RUN, 2)  # late: it takes nothing back
+        results.announce(RUN, 5)
+        results.announce(RUN, 2)  # late: it takes nothing back
         assert not results.complete(RUN)
         results.offer(RUN, 4, commit(4))
         assert (results.applied(RUN), results.complete(RUN)) == (4, False)
@@ -156,9 +156,9 @@ def test_an_answer_that_is_gone_says_so_as_a_users_error() -> None:
         gone = await Results(store).find(RUN, 4)
         assert gone is not None
         assert (gone.seq, gone.failed, gone.content_type, gone.sha256) == (4, True, "application/json", b"")
-        told = json.loads(gone.body)
-        assert (set(told), told["category"]) == ({"error", "category"}, "user")
-        assert told["error"].startswith("the result of this operation is gone")
+        body = json.loads(gone.body)
+        assert (set(body), body["category"]) == ({"error", "category"}, "user")
+        assert body["error"].startswith("the result of this operation is gone")
 
     asyncio.run(story())
 
@@ -198,7 +198,7 @@ def test_runs_do_not_share_what_is_known_or_forgotten() -> None:
     results.offer(other, 1, commit(1, body=b"another"))
     results.forget(RUN)
     results.forget(RUN)
-    found = results.known(other, 1)
+    result = results.known(other, 1)
     assert results.known(RUN, 1) is None
-    assert found is not None
-    assert found.body == b"another"
+    assert result is not None
+    assert result.body == b"another"

@@ -52,7 +52,7 @@ def test_a_load_forces_a_snapshot_though_another_was_taken_before_its_commit() -
         assert await run.apply_pending(lambda: False, nothing), "it stops for a snapshot"
         assert run.must_snapshot
         again = await Run.claim(store, RUN, LedgerMachine(), Holder("h2", "", TERMS), lambda: 0.0)
-        assert again.must_snapshot, "whoever recovers owes it as well"
+        assert again.must_snapshot, "a recovery owes it as well"
         await again.snapshot()
         assert not again.must_snapshot
         newest = await newest_manifest(store, RUN)
@@ -75,8 +75,8 @@ def test_what_results_cost_the_device_is_told_once_whoever_computes_them_again()
             run = await Run.claim(store, RUN, LedgerMachine(), Holder(holder, "", TERMS), lambda: now)
             assert not await run.apply_pending(lambda: False, nothing)
             assert run.replay_cost_s == (9.0 if seq < 3 else 18.0), "what was computed again"
-        told = await usage.device_seconds(store, [RUN], usage.Window(2, 3))
-        assert told == {(2, RUN): 18.0}
+        seconds = await usage.device_seconds(store, [RUN], usage.Window(2, 3))
+        assert seconds == {(2, RUN): 18.0}
         assert await usage.device_seconds(store, [RUN], usage.Window(0, 2)) == {}
 
     asyncio.run(story())

@@ -30,25 +30,25 @@ def test_what_is_pushed_is_known_without_looking() -> None:
     results = Results(MemoryStore())
     assert (results.known(RUN, 0), results.applied(RUN), results.complete(RUN)) == (None, -1, False)
     results.offer(RUN, 2, commit(0, 1))
-    found = results.known(RUN, 1)
-    assert found is not None
-    assert (found.seq, found.body) == (1, b"1")
+    result = results.known(RUN, 1)
+    assert result is not None
+    assert (result.seq, result.body) == (1, b"1")
     assert (results.known(RUN, 2), results.applied(RUN), results.applied(OTHER)) == (None, 1, -1)
     results.offer(RUN, 1, commit())
     assert results.applied(RUN) == 1
 
 
 def test_it_is_complete_once_all_was_read_that_anybody_told_of() -> None:
-    async def told() -> None:
+    async def scenario() -> None:
         results = Results(await stored(commit(), commit(0), commit(1)))
         assert not results.complete(RUN)
         assert await results.find(RUN, 1) is not None
         assert results.complete(RUN)
-        results.hear(RUN, 3)
+        results.announce(RUN, 3)
         assert results.complete(RUN)
-        results.hear(RUN, 4)
+        results.announce(RUN, 4)
         assert not results.complete(RUN)
-        results.hear(RUN, 2)
+        results.announce(RUN, 2)
         assert not results.complete(RUN), "what was heard before stays heard"
         results.offer(RUN, 4, commit(2))
         assert results.complete(RUN)
@@ -56,39 +56,52 @@ def test_it_is_complete_once_all_was_read_that_anybody_told_of() -> None:
         assert not results.complete(RUN), "the one between is missing"
         assert results.applied(RUN) == 4
 
-    asyncio.run(told())
+    asyncio.run(scenario())
 
 
 def test_a_run_that_nobody_claimed_is_read_from_its_beginning() -> None:
-    async def told() -> None:
+    async def scenario() -> None:
         results = Results(store := MemoryStore())
         assert await results.find(RUN, 0) is None
         assert results.complete(RUN)
         for n, each in enumerate((commit(), commit(0), commit(1, 2)), 1):
             await store.put_if_absent(layout.commit(RUN, n), encode(each))
         for seq in (0, 1, 2):
-            found = await results.find(RUN, seq)
-            assert found is not None
-            assert found.body == b"%d" % seq
+            result = await results.find(RUN, seq)
+            assert result is not None
+            assert result.body == b"%d" % seq
+        results.announce(RUN, 3)
         assert await results.find(RUN, 3) is None
+        assert results.complete(RUN), "a search without a result forgets nothing"
 
-    asyncio.run(told())
+    asyncio.run(scenario())
+
+
+def test_fences_after_collected_records_are_all_there_is_to_read() -> None:
+    async def scenario() -> None:
+        store = await stored(commit(0), commit(), commit())
+        await store.delete(layout.commit(RUN, 1))
+        results = Results(store)
+        assert await results.find(RUN, 0) is None
+        assert results.complete(RUN)
+
+    asyncio.run(scenario())
 
 
 def test_an_answer_that_was_swept_says_that_it_is_gone() -> None:
-    async def told() -> None:
+    async def scenario() -> None:
         store = await stored(commit(0), commit(1), commit(2))
         await store.delete(layout.commit(RUN, 1))
-        found = await Results(store).find(RUN, 0)
-        assert found is not None
-        assert (found.seq, found.body, found.failed, found.content_type) == (0, GONE, True, "application/json")
+        result = await Results(store).find(RUN, 0)
+        assert result is not None
+        assert (result.seq, result.body, result.failed, result.content_type) == (0, GONE, True, "application/json")
         assert b'"category":"user"' in GONE
 
-    asyncio.run(told())
+    asyncio.run(scenario())
 
 
 def test_what_is_forgotten_is_read_again_and_what_was_kept_is_given_back() -> None:
-    async def told() -> None:
+    async def scenario() -> None:
         results = Results(await stored(commit(0), commit(1, 2)))
         results.offer(OTHER, 1, commit(0))
         alone = results._commits.size
@@ -101,11 +114,11 @@ def test_what_is_forgotten_is_read_again_and_what_was_kept_is_given_back() -> No
         assert (results._commits.size, results.known(RUN, 2), results.applied(RUN)) == (alone, None, -1)
         results.forget(RUN)
         assert results.known(OTHER, 0) is not None
-        found = await results.find(RUN, 2)
-        assert found is not None
-        assert found.body == b"2"
+        result = await results.find(RUN, 2)
+        assert result is not None
+        assert result.body == b"2"
 
-    asyncio.run(told())
+    asyncio.run(scenario())
 
 
 def test_the_oldest_answers_go_first_when_there_are_too_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,26 +140,26 @@ def test_the_oldest_answers_go_first_when_there_are_too_many_bytes(monkeypatch: 
 def test_what_was_let_go_is_read_from_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("knapper.state.journal.results._CACHE_BYTES_MAX", 500)
 
-    async def told() -> None:
+    async def scenario() -> None:
         results = Results(await stored(commit(0), commit(1), commit(2)))
         for _ in range(2):
             for seq in (2, 0, 1):
-                found = await results.find(RUN, seq)
-                assert found is not None
-                assert found.body == b"%d" % seq
+                result = await results.find(RUN, seq)
+                assert result is not None
+                assert result.body == b"%d" % seq
 
-    asyncio.run(told())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("fences", [1, 2, 5])
 def test_an_answer_in_the_first_record_of_all_is_found_behind_fences(fences: int) -> None:
-    async def told() -> None:
+    async def scenario() -> None:
         results = Results(await stored(commit(0), *[commit()] * fences))
-        found = await results.find(RUN, 0)
-        assert found is not None
-        assert found.body == b"0"
+        result = await results.find(RUN, 0)
+        assert result is not None
+        assert result.body == b"0"
 
-    asyncio.run(told())
+    asyncio.run(scenario())
 
 
 def test_who_is_a_little_behind_reads_what_came_and_who_is_far_behind_begins_at_the_end(
@@ -154,7 +167,7 @@ def test_who_is_a_little_behind_reads_what_came_and_who_is_far_behind_begins_at_
 ) -> None:
     monkeypatch.setattr("knapper.state.journal.results._BEHIND_MAX", 10)
 
-    async def told() -> None:
+    async def scenario() -> None:
         store = await stored(*[commit(seq) for seq in range(30)])
         results = Results(store)
         await results.find(RUN, 29)
@@ -165,4 +178,4 @@ def test_who_is_a_little_behind_reads_what_came_and_who_is_far_behind_begins_at_
             assert (results.known(RUN, first) is not None) is read
             assert await results.find(RUN, first) is not None
 
-    asyncio.run(told())
+    asyncio.run(scenario())
