@@ -113,7 +113,7 @@ async def assembled(
             subscription=None if place is None else _subscribed(settings.subscription, connections),
             present=partial(presence, settings.run_directory),
             seen_jobs=Seen(),
-            job_quiet_s=settings.job_quiet_s,
+            job_stalled_s=settings.job_stalled_s,
             heartbeats=Heartbeats(monotonic),
             waits=Waits(monotonic),
             stirs=Stirs(),

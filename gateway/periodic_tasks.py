@@ -27,7 +27,7 @@ log = structlog.get_logger()
 
 def chores(gateway: Services) -> list[Chore]:
     """All of it, but for uploads. What is told by the store costs a few listings an hour where nothing happens."""
-    jobs_s = min(_JOBS_S, max(1.0, gateway.job_quiet_s / 4))
+    jobs_s = min(_JOBS_S, max(1.0, gateway.job_stalled_s / 4))
     return [
         Chore("publish", partial(publish, gateway), _TICK_S),
         Chore("tick", partial(tick, gateway), _TICK_S),
@@ -44,7 +44,7 @@ async def jobs(gateway: Services) -> float | None:
     if gateway.place is None:
         return REST_S
     seen = gateway.seen_jobs
-    for bell in await due(gateway.place, seen, gateway.job_quiet_s):
+    for bell in await due(gateway.place, seen, gateway.job_stalled_s):
         log.info("job has not moved: its event is sent again", job=bell.subject, type=bell.type, step=bell.step)
         await gateway.place.bells.post(bell)
     if seen.lively:

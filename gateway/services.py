@@ -64,7 +64,7 @@ class Services:
     subscription: "Subscription | None"  # tells of uploads; None: the inbox is looked into
     present: Present  # whether the functions' processes run, where that can be known
     seen_jobs: Seen  # how far jobs were at the last tick
-    job_quiet_s: float
+    job_stalled_s: float
     heartbeats: Heartbeats
     waits: Waits
     stirs: Stirs

@@ -45,7 +45,7 @@ from knapper.store.factory import open_store
 
 _SLOTS_MAX = 64  # from some 64 rows on a CPU's matrix products are saturated: more only make each text wait longer
 _MORE_MEMORY = "Free some, raise KNAPPER_GPU_MEMORY_SHARE if it is less than 1, or serve a smaller model"
-_PLACES = 8  # of the runs that are served most: how many metrics tell the share of
+_POSITIONS = 8  # of the runs that are served most: how many metrics tell the share of
 
 log = structlog.get_logger()
 
@@ -99,7 +99,7 @@ def engine() -> ServingEngine:
     where = expect_device(settings)
     expect_files(Path(settings.model_directory))
     device = Executor(settle=partial(finish, where))
-    exactness = Exactness(promised=settings.exact)
+    exactness = Exactness(promised=settings.batch_invariant)
     try:
         decoder, threads = device.submit(_loaded(settings, where, exactness)).result()
     except BaseException:
@@ -129,7 +129,7 @@ def engine() -> ServingEngine:
     )
     sampler = _sampler(settings, decoder, device, StoredAdapters(store, decoder.config, where))
     metrics.Readings(readings(machine, sampler))
-    residents = ClaimedRuns(store, CountedMachine(machine), holder, time.time, rest_s=settings.rest_s)
+    residents = ClaimedRuns(store, CountedMachine(machine), holder, time.time, rest_s=settings.run_idle_s)
     shutdown.before(residents.leave)
     return ServingEngine(
         base_model=settings.model,
@@ -192,7 +192,7 @@ def _promise(exactness: Exactness, where: torch.device) -> str:
     if where.type != "cpu":
         return f"no: {where.type}"
     if not exactness.promised:
-        return "no: KNAPPER_EXACT=false"
+        return "no: KNAPPER_BATCH_INVARIANT=false"
     if exactness.broken:
         return f"not of {', '.join(exactness.broken)}"
     ways = [f"{product}: {way}" for product, way in exactness.found.items()]
@@ -200,40 +200,42 @@ def _promise(exactness: Exactness, where: torch.device) -> str:
 
 
 def readings(machine: TrainingMachine, sampler: EngineSampler) -> list[Reading]:
-    """What a scrape is told of both."""
+    """The metrics of training and sampling, read from their counters at each scrape."""
     passes, counts = machine.passes.counters, sampler.counters
     return [
-        Reading("knapper_device_busy_seconds", "Seconds in which the device's thread computed, for whomever.",
-                lambda: machine.device.busy_s, counts=True),
-        Reading("knapper_train_passes", "Passes of training.", lambda: passes.passes, counts=True),
-        Reading("knapper_train_rows", "Tokens that those computed.", lambda: passes.rows, counts=True),
-        Reading("knapper_train_shares", "Requests in those: over passes, how many share one.", lambda: passes.shares,
+        Reading("knapper_device_busy_seconds", "Total seconds the device was busy.", lambda: machine.device.busy_s,
                 counts=True),
-        Reading("knapper_train_room", "Tokens that they had room for: rows over room is how full one is.",
-                lambda: passes.room, counts=True),
-        Reading("knapper_train_waiting", "Requests that wait for a pass.", lambda: machine.passes.waiting),
-        Reading("knapper_train_oldest_seconds", "How long the longest of those has waited.", machine.passes.oldest_s),
-        Reading("knapper_train_share", "Of the tokens of the last 1,024 shares, the part of the run that had most "
-                "(place 1), second most, ...; which runs they are, `knapper usage` tells.",
-                lambda: _by_place(machine.passes.shares(_PLACES)), label="place"),
+        Reading("knapper_train_forward_passes", "Forward passes of training, with or without a backward pass.",
+                lambda: passes.passes, counts=True),
+        Reading("knapper_train_tokens", "Tokens computed in those passes.", lambda: passes.rows, counts=True),
+        Reading("knapper_train_microbatches", "Micro-batches in those passes, each of one request; divided by the "
+                "passes: how many requests share one.", lambda: passes.shares, counts=True),
+        Reading("knapper_train_capacity_tokens", "Tokens those passes had capacity for; knapper_train_tokens divided "
+                "by it: their utilisation.", lambda: passes.room, counts=True),
+        Reading("knapper_train_requests_waiting", "Training requests waiting for a pass.",
+                lambda: machine.passes.waiting),
+        Reading("knapper_train_queue_age_seconds", "How long the oldest of those has waited.", machine.passes.oldest_s),
+        Reading("knapper_train_run_token_ratio", "Fraction of the tokens of the last 1,024 micro-batches that belonged "
+                "to the run with the most (position 1), the second most, ...; `knapper usage` names the runs.",
+                lambda: _by_position(machine.passes.shares(_POSITIONS)), label="position"),
         Reading("knapper_prefilled_tokens", "Prompt tokens computed.", lambda: counts.prefilled_tokens, counts=True),
-        Reading("knapper_reused_tokens", "Prompt tokens that were there already.", lambda: counts.reused_tokens,
+        Reading("knapper_reused_tokens", "Prompt tokens taken from the prefix cache.", lambda: counts.reused_tokens,
                 counts=True),
         Reading("knapper_sampled_tokens", "Tokens sampled.", lambda: counts.decoded_tokens, counts=True),
-        Reading("knapper_sample_device_seconds", "Seconds of the device that samples took.", lambda: counts.device_s,
+        Reading("knapper_sample_device_seconds", "Device seconds spent on samples.", lambda: counts.device_s,
                 counts=True),
-        Reading("knapper_sample_steps", "Decoding steps: tokens over steps is how full one is.", lambda: counts.steps,
-                counts=True),
-        Reading("knapper_sample_parked", "Texts that had to wait, after they had begun, because memory ran out.",
+        Reading("knapper_sample_steps", "Decoding steps; knapper_sampled_tokens divided by it: the batch size.",
+                lambda: counts.steps, counts=True),
+        Reading("knapper_sample_preemptions", "Sequences preempted after they had begun, because memory ran out.",
                 lambda: counts.parked, counts=True),
-        Reading("knapper_sample_slots", "Texts that decode now.", lambda: sampler.active),
-        Reading("knapper_sample_slots_max", "Texts that can decode at once.", lambda: _SLOTS_MAX),
+        Reading("knapper_sample_slots", "Sequences decoding now.", lambda: sampler.active),
+        Reading("knapper_sample_slots_max", "Sequences that can decode at once.", lambda: _SLOTS_MAX),
     ]  # fmt: skip
 
 
-def _by_place(shares: Sequence[float]) -> dict[str, float]:
-    """All places, so that none keeps an old value."""
-    return {str(place + 1): shares[place] if place < len(shares) else 0.0 for place in range(_PLACES)}
+def _by_position(shares: Sequence[float]) -> dict[str, float]:
+    """All positions, so that none keeps an old value."""
+    return {str(index + 1): shares[index] if index < len(shares) else 0.0 for index in range(_POSITIONS)}
 
 
 def _terms(device: torch.device, model: Model, threads: int) -> Terms:

@@ -69,12 +69,12 @@ def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, 
         memory=settings.vllm_memory,
         kv_bytes=kv_bytes,
         threads=settings.threads,
-        sleeps=device == "cuda" and settings.vllm_rest_s > 0,
+        sleeps=device == "cuda" and settings.vllm_idle_s > 0,
     )
     attempts = Attempts(f"model {settings.model}", time.monotonic)
-    engine = CoreLifecycle(lambda: Core.start(options, environ), settings.vllm_rest_s, attempts)
+    engine = CoreLifecycle(lambda: Core.start(options, environ), settings.vllm_idle_s, attempts)
     refuse = partial(unsupported.refusal, rank_max=settings.vllm_rank)
-    shelf = AdapterFiles(store, facts, settings.vllm_shelf, engine.forget, refuse)
+    shelf = AdapterFiles(store, facts, settings.vllm_adapter_directory, engine.forget, refuse)
     atexit.register(shelf.close)
     atexit.register(engine.close)
     shutdown.before(engine.leave)
@@ -124,13 +124,13 @@ def device_for(setting: str, present: Literal["cuda", "cpu"]) -> Literal["cuda",
 def _readings(sampler: VllmSampler, engine: CoreLifecycle, shares: Shares, texts_max: int) -> list[Reading]:
     counts = sampler.counters
     return [
-        Reading("knapper_vllm_prefilled_tokens", "Prompt tokens, those that were in the cache too.",
+        Reading("knapper_vllm_prefilled_tokens", "Prompt tokens, including those in the prefix cache.",
                 lambda: counts.prefilled_tokens, counts=True),
         Reading("knapper_vllm_sampled_tokens", "Tokens sampled.", lambda: counts.decoded_tokens, counts=True),
-        Reading("knapper_vllm_device_seconds", "Seconds in which a text was under way.", lambda: shares.device_s,
+        Reading("knapper_vllm_device_seconds", "Seconds with a sequence in progress.", lambda: shares.device_s,
                 counts=True),
-        Reading("knapper_vllm_slots", "Texts that decode now.", lambda: sampler.active),
-        Reading("knapper_vllm_slots_max", "Texts that can decode at once.", lambda: texts_max),
-        Reading("knapper_vllm_starts", "Engine cores that were started.", lambda: engine.starts, counts=True),
-        Reading("knapper_vllm_resting", "1 while the core has given its memory back.", lambda: engine.resting),
+        Reading("knapper_vllm_slots", "Sequences decoding now.", lambda: sampler.active),
+        Reading("knapper_vllm_slots_max", "Sequences that can decode at once.", lambda: texts_max),
+        Reading("knapper_vllm_starts", "Engine-core processes started.", lambda: engine.starts, counts=True),
+        Reading("knapper_vllm_sleeping", "1 while the engine core has released its memory.", lambda: engine.resting),
     ]  # fmt: skip

@@ -144,7 +144,7 @@ def test_a_job_that_waits_is_rung_for_again_and_again_and_ever_less_often() -> N
                 await asyncio.sleep(1.0)
                 while len(at) < len(idle.rung) - 1:
                     at.append(asyncio.get_running_loop().time() - began)
-            assert at[0] <= 60 + 15 + 1, "KNAPPER_JOB_QUIET_S, and the pace of looking"
+            assert at[0] <= 60 + 15 + 1, "KNAPPER_JOB_STALLED_S, and the pace of looking"
             assert max(after - before for before, after in itertools.pairwise(at)) <= 601
             hour = await idle.hour()
             assert sum(hour.values()) <= 12 + 6 * 8, "six looks at the job, and six bells"

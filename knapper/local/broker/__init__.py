@@ -3,7 +3,7 @@
     main      the process: the broker's port, and the inbox watcher
     triggers  who hears what
     delivery  one event to one subscriber: retries, replies, dead letters
-    mischief  duplicates, losses and reordering on purpose
+    fault_injection  duplicates, losses and reordering on purpose
     watcher   files in the inbox become events of storage
 
 In memory, as Knative's own in-memory channel: what is on its way when the process dies is lost, and rung again by the

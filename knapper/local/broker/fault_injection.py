@@ -10,7 +10,7 @@ LATE_S_MAX: Final = 0.5
 
 
 @dataclass
-class Mischief:
+class FaultInjection:
     """One seed, one history. Of each delivery: how many copies come, and how late each is."""
 
     seed: int
