@@ -75,7 +75,7 @@ async def _received(request: Request, size_max: int) -> tuple[bytes, bool]:
             continue
         del kept[_PREFIX_BYTES:]
         kept += chunk[: _PREFIX_BYTES - len(kept)]
-        if size > size_max + limits.body_thrown_bytes_max:
+        if size > size_max + limits.body_discarded_bytes_max:
             break
     whole = size <= size_max
     # A large one is not copied, which everybody would wait for: nothing changes it from here on.

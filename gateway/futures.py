@@ -148,7 +148,7 @@ async def retrieve_futures(request: Request) -> Response:
     until = loop.time() + hold_s
     with gateway.samples.watch(client) as more:
         while (
-            not (done := gateway.samples.done_after(client, asked.prev_cursor, limits.futures_told_max))
+            not (done := gateway.samples.done_after(client, asked.prev_cursor, limits.futures_listed_max))
             and (left := until - loop.time()) > 0
         ):
             more.clear()

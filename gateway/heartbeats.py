@@ -18,14 +18,14 @@ class Heartbeats:
 
     def heard(self, session: SessionId) -> bool:
         """Whether its client lives, as far as this process knows."""
-        return self._now() - self._heard.get(session, float("-inf")) < limits.session_lapse_s
+        return self._now() - self._heard.get(session, float("-inf")) < limits.session_timeout_s
 
     def forget(self, session: SessionId) -> None:
         self._heard.pop(session, None)
 
     def lapsed(self) -> list[SessionId]:
         """Sessions that were silent for too long; each is told once."""
-        before = self._now() - limits.session_lapse_s
+        before = self._now() - limits.session_timeout_s
         gone = [session for session, at in self._heard.items() if at < before]
         for session in gone:
             del self._heard[session]

@@ -25,8 +25,6 @@ from knapper.state import layout
 from knapper.state.job_records import Started, read
 from knapper.wire import fields, json
 
-_FILES_MAX = 64
-
 log = structlog.get_logger()
 
 
@@ -40,19 +38,19 @@ class Uploaded(Struct, frozen=True, forbid_unknown_fields=True):
 class Submit(fields.RequestBody, frozen=True, kw_only=True):
     """`files`: their texts; job.yaml is one of them. `uploads`: of others, what they are. `name`: none makes one up."""
 
-    name: Annotated[str, Meta(max_length=63)] | None = None
-    files: Annotated[dict[str, str], Meta(min_length=1, max_length=_FILES_MAX)]
-    uploads: Annotated[dict[str, Uploaded], Meta(max_length=_FILES_MAX)] = {}
+    name: Annotated[str, Meta(max_length=limits.job_name_chars_max)] | None = None
+    files: Annotated[dict[str, str], Meta(min_length=1, max_length=limits.job_files_max)]
+    uploads: Annotated[dict[str, Uploaded], Meta(max_length=limits.job_files_max)] = {}
     again: bool = False  # start them once more, though the same files were started before
 
 
 class List(fields.RequestBody, frozen=True, kw_only=True):
-    limit: Annotated[int, Meta(ge=1, le=limits.jobs_told_max)] = 100
-    offset: Annotated[int, Meta(ge=0, le=10**9)] = 0
+    limit: Annotated[int, Meta(ge=1, le=limits.jobs_listed_max)] = 100
+    offset: Annotated[int, Meta(ge=0, le=limits.offset_max)] = 0
 
 
 class Show(fields.RequestBody, frozen=True, kw_only=True):
-    after: Annotated[int, Meta(ge=0, le=10**9)] = 0
+    after: Annotated[int, Meta(ge=0, le=limits.offset_max)] = 0
 
 
 @dataclass(frozen=True)

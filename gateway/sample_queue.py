@@ -27,9 +27,6 @@ from knapper.wire import progress
 from knapper.wire.progress import FailedEvent, FinishedEvent, TokenEvent
 
 _IN_FLIGHT_MAX = 256
-_WAITING_BYTES_MAX = 256 * limits.MIB
-_KEPT_BYTES_MAX = 256 * limits.MIB  # results; clients fetch them within a poll or two
-_KEPT_S = 600.0
 _BACK_OFF_S, _BACK_OFF_MAX_S = 0.2, 5.0
 _DEFECTS_MAX = 3  # a 500 may be a pod that died: its reply becomes the result only when it comes again
 _COLD_S = 1.0
@@ -159,7 +156,10 @@ class SampleQueue:
         """
         if (entry := self.known(address)) is not None:
             return entry
-        if self._unfinished >= limits.samples_waiting_max or self._waiting_bytes + len(call) > _WAITING_BYTES_MAX:
+        if (
+            self._unfinished >= limits.samples_waiting_max
+            or self._waiting_bytes + len(call) > limits.samples_waiting_bytes_max
+        ):
             raise TooMany(
                 f"{self._unfinished} samples wait; allowed: {limits.samples_waiting_max}; send it again later"
             )
@@ -249,7 +249,8 @@ class SampleQueue:
     def expire(self) -> None:
         """Forget results that nobody fetched."""
         while self._finished and (
-            self._kept_bytes > _KEPT_BYTES_MAX or self._now() - self._finished[0].done_at > _KEPT_S
+            self._kept_bytes > limits.sample_results_bytes_max
+            or self._now() - self._finished[0].done_at > limits.sample_results_s
         ):
             entry = self._finished.popleft()
             self._kept_bytes -= len(entry.body or b"")
@@ -302,7 +303,7 @@ class SampleQueue:
                 self._answered_at = self._now()
                 if status == 200:
                     self._refusals.answered(entry.url)
-                    return content if len(content) <= _KEPT_BYTES_MAX else _oversized(len(content))
+                    return content if len(content) <= limits.sample_results_bytes_max else _oversized(len(content))
                 reason = f"{status}: {content[:200].decode(errors='replace')}"
                 told = _told(status, content)
                 entry.unservable = str(told) if told.code == Unservable.code else ""
@@ -371,7 +372,8 @@ class SampleQueue:
 def _oversized(size: int) -> TooLarge:
     """Told in place of an answer that could not be kept until it is fetched, and would be asked for again and again."""
     return TooLarge(
-        f"the answer has {size} bytes; allowed: {_KEPT_BYTES_MAX}. Ask for fewer samples or alternatives at once"
+        f"the answer has {size} bytes; allowed: {limits.sample_results_bytes_max}. "
+        f"Ask for fewer samples or alternatives at once"
     )
 
 

@@ -151,7 +151,8 @@ class TrainStepClient:
         if line is not None and line.task is None and line.accepted > applied:
             return "paused_capacity", (
                 f"operation {applied + 1} has not arrived, and later ones wait for it; if it never does (a cancelled "
-                f"request, say), it is skipped {limits.hole_s:.0f} s after they came, or when the session is closed"
+                f"request, say), it is skipped "
+                f"{limits.sequence_gap_s:.0f} s after they came, or when the session is closed"
             )
         since = line.unanswered_since if line is not None else None
         waited = 0.0 if since is None else self._now() - since
@@ -265,7 +266,7 @@ class TrainStepClient:
         bell = replace(cloudevents.bell(run, self._new_id(), hint), traceparent=traces.current())
         headers, body = bell.encode()
         direct = hint.way == "direct"
-        async with asyncio.timeout(limits.holder_answers_s if direct else None):  # until it begins to answer
+        async with asyncio.timeout(limits.holder_timeout_s if direct else None):  # until it begins to answer
             response = await self._client.post(url, headers=headers, data=body, timeout=_DIRECT if direct else _TIMEOUT)
         try:
             return await self._hear(run, line, response, direct)

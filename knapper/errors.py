@@ -7,11 +7,10 @@ code.
 from itertools import islice
 from typing import Final, Literal
 
+from knapper import limits
 from knapper.text.printable import printable
 
 Category = Literal["user", "server"]
-
-_MESSAGE_CHARS_MAX = 2000  # messages quote names that clients made up, which may be as long as a request
 
 
 class KnapperError(Exception):
@@ -24,8 +23,10 @@ class KnapperError(Exception):
 
     def __init__(self, message: str = "") -> None:
         """Of a long message, the middle is left out: what is wrong stands first, what to do last."""
-        half = _MESSAGE_CHARS_MAX // 2
-        super().__init__(message if len(message) <= _MESSAGE_CHARS_MAX else f"{message[:half]} ... {message[-half:]}")
+        half = limits.error_message_chars_max // 2
+        super().__init__(
+            message if len(message) <= limits.error_message_chars_max else f"{message[:half]} ... {message[-half:]}"
+        )
 
     def __str__(self) -> str:
         """One line, fit for a terminal: messages quote what users sent."""

@@ -34,7 +34,7 @@ class MessagePart(msgspec.Struct, frozen=True, kw_only=True):
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The fields below `name` are those of answers that clients send back; they must say nothing."""
 
-    role: Annotated[str, Meta(min_length=1, max_length=64)]
+    role: Annotated[str, Meta(min_length=1, max_length=limits.role_chars_max)]
     content: str | list[MessagePart] | None = None
     name: str | None = None
     refusal: None = None

@@ -53,7 +53,7 @@ def submit(
 
 @app.command("list")
 def list_jobs(
-    limit: Annotated[int, typer.Option(min=1, max=limits.jobs_told_max, help="How many to print.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, max=limits.jobs_listed_max, help="How many to print.")] = 100,
     url: Url = None,
     as_json: Json = False,
 ) -> None:

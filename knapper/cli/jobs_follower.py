@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
+from knapper import limits
 from knapper.cli.jobs_client import ENDED, JobsClient, doing, lines, timing
 from knapper.errors import KnapperError, NotFound, UserError
 from knapper.text.durations import clock
@@ -14,8 +15,6 @@ from knapper.text.printable import say
 
 _POLL_S: Final = 1.0
 _QUIET_S: Final = 10.0  # without a step for so long, what goes on is said again
-_AWAITED_S: Final = 60.0  # what was copied a moment ago is a job within a second, or a minute in a bucket
-_LOST_S: Final = 900.0  # a server that is silent for so long does not come back by itself
 
 
 @dataclass
@@ -54,14 +53,14 @@ class Follower:
         try:
             told = self.client.show(self.job, self._after)
         except NotFound:
-            if self._heard_at is not None or self.now() - began > _AWAITED_S:
+            if self._heard_at is not None or self.now() - began > limits.job_appears_s:
                 raise
             self._wait(f"there is no job {self.job!r} yet; waiting for it")
             return None
         except UserError:
             raise
         except KnapperError as error:
-            if self._heard_at is None or self.now() - self._heard_at > _LOST_S:
+            if self._heard_at is None or self.now() - self._heard_at > limits.job_server_lost_s:
                 raise
             self._wait(f"{error}; waiting for it: the job goes on with its server")
             return None

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 import httpx
 import msgspec
 
+from knapper import limits
 from knapper.catalogue.served_models import record_of
 from knapper.cluster.kustomize import Object
 from knapper.cluster.model import only, samples_by_vllm
@@ -16,7 +17,6 @@ from knapper.errors import InvalidField, Unavailable
 from knapper.state.model_record import ModelRecord
 
 HUB = "https://huggingface.co"
-_CONFIG_BYTES_MAX = 1024 * 1024
 _TIMEOUT_S = 20.0
 
 
@@ -43,7 +43,7 @@ def _from_hub(model: str, hub: str) -> bytes:
         raise Unavailable(f"{hub} does not answer ({error}); give the model's config.json: --config PATH") from error
     if answer.status_code in (401, 403, 404):
         raise InvalidField("model", model, f"one that {hub} shows", "Or give its config.json: --config PATH")
-    if not answer.is_success or len(answer.content) > _CONFIG_BYTES_MAX:
+    if not answer.is_success or len(answer.content) > limits.config_json_bytes_max:
         raise Unavailable(f"{hub} answers {answer.status_code}; give the model's config.json: --config PATH")
     return answer.content
 

@@ -24,7 +24,6 @@ from knapper.state.journal import envelope
 from knapper.state.layout import ObjectKind
 from knapper.store import Store, many
 
-_METRICS_MAX = 1000  # lines that one answer has
 _BILL_BYTES_MAX = 64 * 1024
 
 
@@ -74,7 +73,7 @@ async def whole(place: JobServices, tenant: Tenant, job: str, after: int, presen
     found = await newest(place.store, tenant, job)
     start, told = found.start, await _line(place.store, found)
     trained = await damage.readable(
-        range(after, min(told["step"], after + _METRICS_MAX)),
+        range(after, min(told["step"], after + limits.job_metrics_listed_max)),
         lambda step: read(place.store, start.trained(step), Trained),
     )
     lines = [(after + n, each) for n, each in enumerate(trained, 1) if each is not None]

@@ -104,7 +104,9 @@ class JobSpec(SpecPart, frozen=True, kw_only=True):
     """What every kind of job says."""
 
     data: File
-    base_model: Annotated[str, Meta(max_length=1024)] | None = None  # none: the only one that is served
+    base_model: Annotated[str, Meta(max_length=limits.text_chars_max)] | None = (
+        None  # none: the only one that is served
+    )
     lora: LoraSpec = LoraSpec()
     optimizer: Optimizer = Optimizer()
     seed: Seed = 0  # of the data's order, and of the samples

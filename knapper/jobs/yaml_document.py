@@ -16,7 +16,6 @@ from knapper.errors import UserError
 from knapper.wire.untrusted import parsing
 
 Path = tuple[str | int, ...]
-_DEPTH_MAX = 16
 
 
 class JobError(UserError):
@@ -108,8 +107,8 @@ def _check_events(text: str) -> None:
         if (anchor := getattr(event, "anchor", None)) is not None:
             raise JobError(line, "an anchor or alias", anchor, "plain values", "Write the value out")
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
-        if depth > _DEPTH_MAX:
-            raise JobError(line, "its depth", "deeper", f"at most {_DEPTH_MAX} levels")
+        if depth > limits.job_yaml_depth_max:
+            raise JobError(line, "its depth", "deeper", f"at most {limits.job_yaml_depth_max} levels")
 
 
 def _content(loader: _Loader, node: Node, at: Path, lines: dict[Path, int]) -> Any:

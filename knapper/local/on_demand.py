@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import structlog
 
+from knapper import limits
 from knapper.errors import Unavailable, Unservable
 from knapper.local import web
 from knapper.local.process import Process
@@ -24,7 +25,6 @@ log = structlog.get_logger()
 
 Changed = Callable[[str, Process | None, bool], None]  # name, what runs now, whether it has accepted anybody
 
-wait_s_max = 600.0  # of a caller that nobody accepts: a large model comes from a slow disk; after that, it hangs
 stop_grace_s = 10.0
 _backoff_s_max = 30.0
 _PATIENCE = 3  # failures in a row that may be a moment's
@@ -96,7 +96,7 @@ class Service:
         ending = await process.ending()
         self._changed(self.name, None, False)
         if hung:
-            raise self._failed(f"hung: it took nobody's call for {wait_s_max:.0f} s")
+            raise self._failed(f"hung: it took nobody's call for {limits.start_s_max:.0f} s")
         if not self._up:
             raise self._failed(f"did not start: {ending}; its last lines:\n{await process.last_words()}")
         if ending not in _BY_ITSELF:
@@ -113,7 +113,7 @@ class Service:
                     self._came_up(process, heard - began)
             if process.exited.done():
                 return False
-            if loop.time() - heard > wait_s_max:
+            if loop.time() - heard > limits.start_s_max:
                 await process.stop(grace_s=1)
                 return True
             await asyncio.wait([process.exited], timeout=_POLL_S if self._up else _START_POLL_S)

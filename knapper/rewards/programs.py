@@ -14,11 +14,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from knapper import limits
 from knapper.rewards import plaindata, tasks
 from knapper.rewards.sources import Source
-
-_frame_bytes_max = 1024 * 1024
-_names_max = 1000
 
 
 class ProgramEnded(BaseException):
@@ -41,7 +39,9 @@ def program(arguments: dict[str, Any], link: int) -> None:
     except BaseException as error:  # noqa: BLE001  code of others fails in any way it likes
         _send(link, {"failed": type(error).__name__})
         return
-    public = [name for name in module if isinstance(name, str) and not name.startswith("__")][:_names_max]
+    public = [name for name in module if isinstance(name, str) and not name.startswith("__")][
+        : limits.program_names_max
+    ]
     values = {}
     for name in public:
         try:
@@ -211,7 +211,7 @@ def _unpacked(value: Any) -> Any:
 
 def _send(link: int, message: object) -> None:
     content = json.dumps(message).encode()
-    if len(content) > _frame_bytes_max:
+    if len(content) > limits.program_message_bytes_max:
         raise ProgramEnded
     frame = struct.pack("!I", len(content)) + content
     try:
@@ -224,7 +224,7 @@ def _send(link: int, message: object) -> None:
 def _receive(link: int, within_s: float | None) -> Any:
     deadline = None if within_s is None else time.monotonic() + within_s
     (size,) = struct.unpack("!I", _exactly(link, 4, deadline))
-    if size > _frame_bytes_max:
+    if size > limits.program_message_bytes_max:
         raise ProgramEnded
     frame = _exactly(link, size, deadline)
     try:

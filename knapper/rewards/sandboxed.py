@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from knapper import limits
 from knapper.errors import UserError
 from knapper.rewards.plain import check, part
 from knapper.rewards.rollouts import ScorableRollout
@@ -16,8 +17,6 @@ _TASKS = "knapper.rewards.tasks"
 _PROGRAMS = "knapper.rewards.programs"
 _EQUATIONS = "knapper.rewards.equations"
 _QUERIES = "knapper.rewards.queries"
-_judging_s = 3.0  # beyond the program's time, in which the tests do their own work
-_loading_s = 30.0  # for what a reward.py imports
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,9 @@ async def imports(term: Term, files: Mapping[str, str], sandbox: Sandbox) -> tup
 
 async def _loaded(name: str, code: str, sandbox: Sandbox) -> tuple[str, ...]:
     """What of the code's imports can be loaded, tried in a cell: what exits or hangs there would end every warden."""
-    order = Order(f"{_TASKS}:imports", {"code": code, "name": name}, _loading_s, codes=["code"], trial=True)
+    order = Order(
+        f"{_TASKS}:imports", {"code": code, "name": name}, limits.reward_loading_s, codes=["code"], trial=True
+    )
     try:
         return tuple(map(str, await _value(order, preload=(_TASKS,), sandbox=sandbox)))
     except Ended as error:
@@ -119,7 +120,7 @@ async def _python_tests(
 ) -> SandboxResult:
     tests = rollout.answer
     assert isinstance(tests, str | list), "it was checked"
-    within_s = term.timeout_s + _judging_s
+    within_s = term.timeout_s + limits.reward_judging_s
     program = {"program": part(term, rollout.completion)}
     judged = {
         "tests": tests, "partial": term.partial, "timeout_s": term.timeout_s,

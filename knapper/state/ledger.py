@@ -141,7 +141,7 @@ class Accounts:
             if tail is None:  # a damaged record is its run's misfortune: its lines say how much it used before
                 continue
             read += sum(window.hour(each.at) is not None for each in tail.asked if each.seq > 0)
-            if read > limits.operations_told_max:
+            if read > limits.operations_listed_max:
                 raise usage.too_much(window, "operations that no line has yet")
             for hour in tail.hours:
                 if window.first <= hour < window.end:

@@ -120,12 +120,12 @@ class Sessions:
             return finish.finished_at
         heard = await newest_name(self.store, ObjectKind.HEARTBEAT.under(session))
         if heard:
-            silent_at = (layout.last_number(heard) + 1) * DAY_S + limits.session_silent_s
+            silent_at = (layout.last_number(heard) + 1) * DAY_S + limits.session_expiry_s
         else:
             record = await self.find(session)
             if record is None:  # nothing is known of it, so nothing of it is given up
                 return None
-            silent_at = record.created_at + limits.session_silent_s
+            silent_at = record.created_at + limits.session_expiry_s
         return silent_at if now > silent_at else None
 
     async def delete(self, session: SessionId) -> int:

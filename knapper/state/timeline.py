@@ -24,7 +24,7 @@ async def of_session(store: Store, runs: list[RunId]) -> bytes:
     for number, run in enumerate(runs):
         kept: list[Operation] = []
         async for group in history.operations(store, run):
-            room = limits.operations_told_max - told
+            room = limits.operations_listed_max - told
             more = more or len(group) > room
             kept += group[:room]
             told += len(group[:room])
@@ -34,7 +34,7 @@ async def of_session(store: Store, runs: list[RunId]) -> bytes:
         events.append({"ph": "M", "name": "process_name", "pid": number, "args": {"name": run}})
         for operation in reversed(kept):
             events += _events(number, operation, answers.get(operation.seq))
-    other = {"operations": told, "complete": not more, "operations_max": limits.operations_told_max}
+    other = {"operations": told, "complete": not more, "operations_max": limits.operations_listed_max}
     return msgspec.json.encode({"traceEvents": events, "displayTimeUnit": "ms", "otherData": other})
 
 

@@ -93,7 +93,7 @@ async def tokens_sampled(store: Store, tenant: str, window: Window) -> list[tupl
         return int(ObjectKind.USAGE.parse(name)[1]), decode(data, Samplings, name).rows
 
     within = await names_within(store, ObjectKind.USAGE.under(tenant), window)
-    if len(within) > limits.operations_told_max:
+    if len(within) > limits.operations_listed_max:
         raise too_much(window, "minutes of samples")
     totals: dict[tuple[int, str, str], Sampled] = {}
     for hour, rows in await damage.readable(within, read):
@@ -115,7 +115,7 @@ async def tokens_trained(store: Store, runs: list[RunId], window: Window) -> dic
         async for group in history.operations(store, run):
             within = [(hour, each) for each in group if (hour := window.hour(each.accepted_at)) is not None]
             read += len(within)
-            if read > limits.operations_told_max:
+            if read > limits.operations_listed_max:
                 raise too_much(window, "operations")
             for hour, operation in within:
                 counted[hour, run] += await damage.unless(asyncio.to_thread(tokens_of, operation), 0)
@@ -134,7 +134,7 @@ async def device_seconds(store: Store, runs: list[RunId], window: Window) -> dic
     for run in runs:
         async for group in history.commits(store, run):
             read += sum(window.hour(each.committed_at) is not None for each in group)
-            if read > limits.operations_told_max:
+            if read > limits.operations_listed_max:
                 raise too_much(window, "operations")
             for commit in group:
                 if (hour := window.hour(commit.committed_at)) is not None:
@@ -168,6 +168,7 @@ def tokens_of(operation: Operation) -> int:
 
 def too_much(window: Window, what: str) -> InvalidField:
     return InvalidField(
-        "starting_on", begin_of(window.first).isoformat(), f"a window with at most {limits.operations_told_max} {what}",
+        "starting_on", begin_of(window.first).isoformat(),
+        f"a window with at most {limits.operations_listed_max} {what}",
         "Ask for fewer hours at a time",
     )  # fmt: skip

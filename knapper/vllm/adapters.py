@@ -139,7 +139,7 @@ class AdapterFiles:
         }
         count, size = len(here), sum(shelved.size for _, shelved in here.values())
         for content, (place, shelved) in here.items():
-            if count <= limits.adapters_kept_max and size <= limits.adapters_kept_bytes_max:
+            if count <= limits.adapters_cached_max and size <= limits.adapters_cached_bytes_max:
                 return
             if place.users == 0 and self._here.get(content) is place:
                 del self._here[content]

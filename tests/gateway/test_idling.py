@@ -162,7 +162,7 @@ def test_a_run_that_waits_for_an_operation_is_looked_at_ever_less_often() -> Non
             assert (await running.result(run, 0))["type"] == "create_model"
             await running.step(run, 2)
             store.calls.clear()
-            await asyncio.sleep(limits.hole_s)
+            await asyncio.sleep(limits.sequence_gap_s)
             assert await store.get(layout.operation(RunId(run), 1)) is None
             assert store.verbs["list"] <= 34, store.calls
             await asyncio.sleep(61)

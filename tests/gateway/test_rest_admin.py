@@ -126,7 +126,7 @@ def test_too_much_usage_for_one_window_says_so(running: Running, monkeypatch: py
     run = running.make_run()
     for seq in (1, 2):
         running.forward_backward(fwdbwd(run, seq))
-    monkeypatch.setattr(limits, "operations_told_max", 2)
+    monkeypatch.setattr(limits, "operations_listed_max", 2)
     assert len(usage(running)["data"]) == 1
     running.forward_backward(fwdbwd(run, 3))
     reply = running.http.get("billing/usage/events", params=_DAY)
@@ -199,7 +199,7 @@ def test_a_trace_that_leaves_something_out_says_so(running: Running, monkeypatch
     for run, seq in ((runs[0], 1), (runs[0], 2), (runs[1], 1)):
         running.forward_backward(fwdbwd(run, seq))
     for most, complete in ((3, True), (2, False)):
-        monkeypatch.setattr(limits, "operations_told_max", most)
+        monkeypatch.setattr(limits, "operations_listed_max", most)
         link = running.http.get(f"sessions/{session}/trace_export").json()["url"]
         with urllib.request.urlopen(link, timeout=10) as reply:
             told = json_of(reply.read())

@@ -165,7 +165,7 @@ def test_too_many_records_for_one_report_say_so(
     running: Running, upstream: tuple[str, list[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where = sampler(running)
-    monkeypatch.setattr(limits, "operations_told_max", 1)
+    monkeypatch.setattr(limits, "operations_listed_max", 1)
     replies = []
     for seq in (1, 2):
         upstream[1].append(drawn(1))

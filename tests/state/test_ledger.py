@@ -323,7 +323,7 @@ def test_a_long_life_leaves_a_line_an_hour_and_one_mark() -> None:
 
 
 def test_too_much_that_is_not_accounted_for_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "operations_told_max", 3)
+    monkeypatch.setattr(limits, "operations_listed_max", 3)
 
     async def story() -> None:
         clock, store, run = Clock(BEGAN_AT), MemoryStore(), run_of(0)

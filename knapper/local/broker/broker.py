@@ -51,8 +51,8 @@ class LocalBroker:
             if not url or not trigger.wants(attributes):
                 continue
             for late_s in self._faults.copies() if self._faults else [0.0]:
-                if self.under_way >= limits.events_under_way_max:
-                    raise TooMany(f"{self.under_way} events are under way; allowed: {limits.events_under_way_max}")
+                if self.under_way >= limits.events_in_flight_max:
+                    raise TooMany(f"{self.under_way} events are under way; allowed: {limits.events_in_flight_max}")
                 task = asyncio.create_task(self._deliver(letter, url, late_s))
                 self._under_way.add(task)
                 task.add_done_callback(self._ended)

@@ -101,7 +101,7 @@ class Acceptor:
             seq = layout.last_number(name)
             if seq > expected:
                 behind = decode(await self._must_get(name), Operation, name)
-                if finished or self._clock() - behind.accepted_at >= limits.hole_s:
+                if finished or self._clock() - behind.accepted_at >= limits.sequence_gap_s:
                     for hole in range(expected, seq):
                         await self._bury(run, hole)
                         filled.append(hole)

@@ -192,7 +192,7 @@ def test_a_chain_of_replies_ends_after_255_hops_and_one_of_posts_does_not() -> N
 
 
 def test_too_many_under_way_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "events_under_way_max", 3)
+    monkeypatch.setattr(limits, "events_in_flight_max", 3)
 
     async def answer(_: web.Request, __: int) -> web.Response:
         await asyncio.sleep(0.05)
@@ -238,7 +238,7 @@ def _copies(seed: int, count: int) -> list[list[float]]:
 
 def test_a_reply_that_finds_the_broker_full_is_no_reply_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     async def answer(_: web.Request, before: int) -> web.Response:
-        monkeypatch.setattr(limits, "events_under_way_max", 4096 if before else 0)
+        monkeypatch.setattr(limits, "events_in_flight_max", 4096 if before else 0)
         if before >= 2:
             return web.Response(status=204)
         headers, _body = SAMPLED.next(cloudevents.ROLLOUTS_SAMPLED, "test", 9).encode()
