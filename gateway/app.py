@@ -39,7 +39,7 @@ from gateway.tenants import Doorkeeper
 from knapper import limits
 from knapper.errors import KnapperError
 from knapper.exchange.factory import expect_subscribable
-from knapper.jobs.services import JobServices, open_place
+from knapper.jobs.services import JobServices, open_services
 from knapper.observability import logs
 from knapper.settings import Settings
 from knapper.store import Store
@@ -139,7 +139,7 @@ def _from_environment() -> Starlette:
     expect_subscribable(settings)
     store = CountedStore(open_store(settings))
     _collect_seldom()
-    return create_app(store, settings, place=open_place(settings, store, time.time))
+    return create_app(store, settings, place=open_services(settings, store, time.time))
 
 
 def _collect_seldom() -> None:

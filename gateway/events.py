@@ -88,7 +88,7 @@ async def started(gateway: Services, place: JobServices, tenant: ids.Tenant, job
     gateway.stirs.jobs.set()
     gateway.stirs.inbox.set()  # who uploads one file uploads more
     if start is not None:
-        await place.bells.post(await revive.first(place, start))
+        await place.notifier.post(await revive.first(place, start))
 
 
 def folder_of(name: str) -> tuple[ids.Tenant, str] | None:

@@ -28,7 +28,7 @@ async def progress(request: Request) -> Response:
     exchange = place_of(parts(request)).exchange
     there = await staging.received(exchange, file)
     left = sum(size for offset, size in file.parts.items() if offset not in there)
-    await staging.expect_room(exchange, file.tenant, left)
+    await staging.expect_capacity(exchange, file.tenant, left)
     listed = [
         {"offset": offset, "size": size, "received": offset in there, "signed": await _signed(exchange, file, offset)}
         for offset, size in file.parts.items()

@@ -109,7 +109,7 @@ async def submit(request: Request) -> Response:
         await staging.forget(place.exchange, file)
     gateway.stirs.jobs.set()
     if start is not None:
-        await place.bells.post(await revive.first(place, start))
+        await place.notifier.post(await revive.first(place, start))
     return JSONResponse(await listings.whole(place, tenant, job, 0, gateway.present) | {"equal": equal})
 
 
@@ -144,7 +144,7 @@ async def cancel(request: Request) -> Response:
     log.info("job cancelled", job=str(found.start))
     await outputs.publish_status(place, started)
     first = notifications.started(started)
-    await place.bells.ring(first, cloudevents.JOB_CANCELLED, "knapper/gateway", 0)
+    await place.notifier.ring(first, cloudevents.JOB_CANCELLED, "knapper/gateway", 0)
     return await _told(gateway, tenant, found)
 
 
@@ -160,7 +160,7 @@ async def resume(request: Request) -> Response:
     log.info("job resumed", job=str(found.start))
     await outputs.publish_status(place, started)
     for event in await revive.again(place, started, found.start):
-        await place.bells.post(event)
+        await place.notifier.post(event)
     return await _told(gateway, tenant, found)
 
 

@@ -46,7 +46,7 @@ async def jobs(gateway: Services) -> float | None:
     seen = gateway.seen_jobs
     for bell in await due(gateway.place, seen, gateway.job_stalled_s):
         log.info("job has not moved: its event is sent again", job=bell.subject, type=bell.type, step=bell.step)
-        await gateway.place.bells.post(bell)
+        await gateway.place.notifier.post(bell)
     if seen.lively:
         return None
     return _AWAITING_S if seen.awaiting else _WAITING_S if seen.known else REST_S

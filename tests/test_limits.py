@@ -1,4 +1,4 @@
-"""`knapper/limits.py` has every limit a user can meet; bounds that stand elsewhere are listed here with their reasons."""
+"""`knapper/limits.py` has every limit a user can meet; bounds that stand elsewhere are listed here, with reasons."""
 
 import ast
 import re
@@ -20,9 +20,9 @@ ELSEWHERE = {
         "gateway/result_reader.py": "_RUNS_MAX",
         "knapper/engine/sampling/sampler.py": "_ADAPTER_BYTES_MAX",
         "knapper/exchange/directory.py": "_HASHED_MAX",
-        "knapper/jobs/job_files.py": "_KEPT_MAX",
+        "knapper/jobs/job_files.py": "_CACHED_MAX",
         "knapper/jobs/notifications.py": "_REMEMBERED_MAX",
-        "knapper/jobs/outputs.py": "_KEPT_MAX",
+        "knapper/jobs/outputs.py": "_CACHED_MAX",
         "knapper/jobs/worker.py": "_TAKEN_MAX",
         "knapper/sandbox/pool.py": "_idle_max",
         "knapper/serving/runs.py": "_RESIDENTS_MAX",
@@ -118,7 +118,7 @@ ELSEWHERE = {
         "knapper/exchange/directory.py": "_PIECE_BYTES",
         "knapper/exchange/gcs.py": "_PIECE_BYTES",
         "knapper/jobs/run_client.py": "_TOKENS_MAX _DATUMS_MAX",
-        "knapper/jobs/runner.py": "_COURSES_MAX",
+        "knapper/jobs/runner.py": "_RECIPES_MAX",
         "knapper/local/refusal.py": "_PIECE_BYTES",
         "knapper/serving/engine.py": "_SLOTS_MAX",
         "knapper/state/gc/session.py": "_FENCES_MAX",

@@ -13,7 +13,7 @@ from knapper.events import cloudevents
 from knapper.events.function_key import FunctionKey
 from knapper.jobs.job_files import Folders
 from knapper.jobs.scores import Scoring
-from knapper.jobs.services import JobServices, open_place
+from knapper.jobs.services import JobServices, open_services
 from knapper.jobs.worker import Worker
 from knapper.observability import logs, traces
 from knapper.rewards import requests
@@ -29,21 +29,21 @@ sandbox = Sandbox()  # its processes start with the first reward that needs them
 
 
 @cache
-def place() -> JobServices:
+def services() -> JobServices:
     """Where the state lies comes from the environment."""
     settings = Settings.load(os.environ)
-    return open_place(settings, CountedStore(open_store(settings)), time.time)
+    return open_services(settings, CountedStore(open_store(settings)), time.time)
 
 
 @cache
 def key() -> FunctionKey:
-    return FunctionKey(place().store)
+    return FunctionKey(services().store)
 
 
 @cache
 def scoring() -> Scoring:
     """What is done for jobs."""
-    worker = Worker("reward", place(), Folders(place().store), ["rl"])
+    worker = Worker("reward", services(), Folders(services().store), ["rl"])
     return Scoring(worker, lambda *given: score(*given, sandbox=sandbox))
 
 

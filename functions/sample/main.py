@@ -17,7 +17,7 @@ from knapper.wire import proto, sample_requests
 from knapper.wire.progress import DEVICE_S, FRAMES
 
 gates.sampler()  # before the port binds: the weights are there when the first request comes, or why they are not
-key = FunctionKey(jobs.place().store)
+key = FunctionKey(jobs.services().store)
 
 
 @functions_framework.aio.http

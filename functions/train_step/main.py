@@ -14,7 +14,7 @@ from knapper.observability import traces
 from knapper.serving import gates, http, jobs, metrics_page
 
 engine = gates.engine()  # before the port binds: the weights are there when the first bell rings, or why they are not
-key = FunctionKey(jobs.place().store)
+key = FunctionKey(jobs.services().store)
 
 
 @functions_framework.aio.http

@@ -30,7 +30,7 @@ from knapper.engine.run_machine import TrainingMachine
 from knapper.engine.sampling.sampler import EngineSampler
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.errors import InvalidField, NotFound
-from knapper.jobs.services import JobServices, open_place
+from knapper.jobs.services import JobServices, open_services
 from knapper.observability import metrics
 from knapper.observability.metrics import Reading
 from knapper.serving.runs import ClaimedRuns
@@ -137,7 +137,7 @@ def engine() -> ServingEngine:
         context=context,
         residents=residents,
         sampler=sampler,
-        place=open_place(settings, store, time.time),
+        place=open_services(settings, store, time.time),
     )
 
 

@@ -17,7 +17,7 @@ from knapper.jobs.names import Start
 from knapper.jobs.rollouts import RolloutSampler
 from knapper.jobs.run_client import Journal
 from knapper.jobs.runner import Training
-from knapper.jobs.services import JobServices, open_place
+from knapper.jobs.services import JobServices, open_services
 from knapper.jobs.spec import KINDS, Kind
 from knapper.jobs.worker import Worker
 from knapper.serving import gates
@@ -44,16 +44,16 @@ async def _answer(part: Callable[[], Training | RolloutSampler], event: Event) -
     try:
         worker = part()
     except Unservable as error:
-        await pause.note(place(), Start.parse(event.subject), str(error))
+        await pause.note(services(), Start.parse(event.subject), str(error))
         raise
     await worker.answer(event)
 
 
 @cache
-def place() -> JobServices:
+def services() -> JobServices:
     """Where the state lies, with or without an engine."""
     settings = Settings.load(os.environ)
-    return open_place(settings, CountedStore(open_store(settings)), time.time)
+    return open_services(settings, CountedStore(open_store(settings)), time.time)
 
 
 @cache
@@ -74,9 +74,9 @@ def _worker(function: Function, own: "ServingEngine | Served", kinds: Sequence[K
 
 
 @cache
-def _folders(place: JobServices) -> Folders:
+def _folders(services: JobServices) -> Folders:
     """Both functions of a process read a job once."""
-    return Folders(place.store)
+    return Folders(services.store)
 
 
 @cache

@@ -81,7 +81,7 @@ def test_who_dies_between_the_start_and_its_bell_is_made_good_by_the_tick(
         raise RuntimeError("died")
 
     with monkeypatch.context() as patch:
-        patch.setattr(http.parts.place.bells, "_post", lost)  # type: ignore[union-attr]  # there is a place
+        patch.setattr(http.parts.place.notifier, "_post", lost)  # type: ignore[union-attr]  # there is a place
         assert send(http, event).status_code == 500
     assert send(http, event).status_code == 204
     assert rung.events == [], "it was started before"

@@ -30,7 +30,7 @@ from knapper.store.memory import MemoryStore
 from tests.gateway.finished import lay_jobs, lay_runs
 from tests.gateway.hours import HOUR_S, CountingStore, Gateway, clock, engine, gateway, lived
 from tests.gateway.running import MODEL
-from tests.jobs.places import Folder, serve
+from tests.jobs.services import Folder, serve
 from tests.sim.ledger import LedgerMachine, LedgerState
 
 DAY_S = 24 * HOUR_S
@@ -239,7 +239,7 @@ def test_a_job_that_another_process_started_and_lost_the_bell_of_is_found() -> N
         async with house() as idle:
             await asyncio.sleep(DAY_S)
             idle.bucket.put("j", FILES)
-            other = JobServices(idle.store, idle.bucket, idle.place.bells, clock)
+            other = JobServices(idle.store, idle.bucket, idle.place.notifier, clock)
             assert await inbox.look(other, LOCAL_TENANT, "j") is not None  # it dies before it rings, and tells nobody
             await asyncio.sleep(periodic_tasks.REST_S + 2 * 60 + 4 * 15)
             assert {event.type for event in idle.rung} == {cloudevents.JOB_STARTED}

@@ -28,7 +28,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> House:
 
 
 async def told(works: Works, present: Present = lambda _: READY) -> dict[str, Any]:
-    return await listings.whole(works.place, LOCAL_TENANT, "j", 0, present)
+    return await listings.whole(works.services, LOCAL_TENANT, "j", 0, present)
 
 
 def phase(shown: dict[str, Any]) -> tuple[Any, ...]:
@@ -232,7 +232,7 @@ def test_marks_of_functions_are_no_progress(house: House) -> None:
         works = Works(house)
         start = await works.submit(JOBS["rl"])
         await works.run(start)
-        outline = progress.Outline(start, decode((await inbox.started(works.place, start)).spec_json), 2)
+        outline = progress.Outline(start, decode((await inbox.started(works.services, start)).spec_json), 2)
         now = await progress.ProgressReader(works.store).look(outline, 4)
         assert (now.trained, progress.finished(outline, now, 4)) == (4, True)
         marks = await works.store.list(ObjectKind.JOB_TAKEN.under(start.tenant, start.job, start.id))
