@@ -105,7 +105,7 @@ ELSEWHERE = {
         "gateway/worker_pool.py": "_LARGE_BYTES",
         "knapper/catalogue/served_models.py": "_attempts_max",
         "knapper/catalogue/tokenizer.py": "_PIECE_CHARS",
-        "knapper/cli/jobs_transfer.py": "_PIECE_BYTES _CHANGES_MAX",
+        "knapper/cli/jobs_transfer.py": "_CHUNK_BYTES _CHANGES_MAX",
         "knapper/engine/layers/batch_invariance.py": "_ROWS_MAX _ELEMENTS_MAX _TRIED_MAX",
         "knapper/engine/layers/batch_invariant_attention.py": "ROWS_MIN _scores_max",
         "knapper/engine/layers/checkpointing.py": "_saved_bytes_least",

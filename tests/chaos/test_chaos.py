@@ -54,7 +54,7 @@ def test_nothing_is_killed_without_the_operators_word(tmp_path: Path) -> None:
 def test_it_must_be_said_whose_processes_die(whose: list[str]) -> None:
     done = chaos(*whose, YES)
     assert done.returncode == 1
-    assert "allowed: one of them: whose to kill" in done.stderr
+    assert "allowed: exactly one of them" in done.stderr
 
 
 def _directory(tmp_path: Path, **roles: int) -> Path:
