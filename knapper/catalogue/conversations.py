@@ -1,4 +1,4 @@
-"""Messages as people write them: those of OpenAI's clients, and turns of ShareGPT, both as chat templates take them.
+"""Messages of OpenAI's clients and turns of ShareGPT, both converted for chat templates.
 
 The gateway's `/v1` and the files of jobs read messages here, so that what one takes, the other does.
 """

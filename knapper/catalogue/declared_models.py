@@ -1,7 +1,7 @@
 """Models that a directory declares: one JSON file a model, which the gateway publishes in the catalogue.
 
-On a cluster the directory is a mounted ConfigMap, which `knapper deploy add` writes: whoever may deploy needs no access
-to the store, and the files change under a running gateway. `knapper up` has no such directory: it publishes its model.
+On a cluster the directory is a mounted ConfigMap, which `knapper deploy add` writes: deploying needs no access to the
+store, and the files change under a running gateway. `knapper up` has no such directory: it publishes its model.
 """
 
 from pathlib import Path
@@ -15,12 +15,12 @@ from knapper.state.model_record import ModelRecord
 
 
 def encode(record: ModelRecord) -> str:
-    """The text of a model's file: what `read` makes an equal record of."""
+    """The text of a model's file, from which `read` gives an equal record."""
     return msgspec.json.format(msgspec.json.encode(record), indent=2).decode() + "\n"
 
 
 def read(directory: Path) -> list[ModelRecord]:
-    """What the directory declares, by file name. Raises InvalidField for a file that is no model."""
+    """The directory's models, by file name. Raises InvalidField for a file that is no model."""
     try:
         paths = sorted(path for path in directory.glob("*.json") if not path.name.startswith("."))
     except OSError as error:
@@ -48,7 +48,7 @@ def _record(path: Path) -> ModelRecord:
 
 
 class Declared:
-    """Keeps the catalogue at what the directory says. Asked often, it writes only what changed."""
+    """Keeps the catalogue equal to the directory. Called often, it writes only changes."""
 
     def __init__(self, directory: Path, catalogue: Catalogue) -> None:
         self._directory = directory

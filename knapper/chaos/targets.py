@@ -1,4 +1,4 @@
-"""What may be killed: processes of one machine, or pods of a namespace. Nothing else is ever touched."""
+"""Processes that may be killed: those of one machine, or pods of a namespace. Nothing else is touched."""
 
 import os
 import signal
@@ -27,10 +27,10 @@ class Target:
 
 class Targets(Protocol):
     def living(self) -> Sequence[Target]:
-        """Those that could be killed now."""
+        """The targets that can be killed now."""
 
     def kill(self, target: Target) -> bool:
-        """At once, without a chance to tidy up. False if it had ended already."""
+        """Kill at once, without cleanup. False if it had ended already."""
 
 
 class _Process(msgspec.Struct):
@@ -51,7 +51,7 @@ class ProcessTargets:
             raise InvalidField("--url", url, f"the gateway over {data}, which listens on port {gateway.port}")
 
     def living(self) -> Sequence[Target]:
-        """Children of the supervisor only: a number in an old file may be anybody's by now."""
+        """Children of the supervisor only: a pid in an old file may belong to another process by now."""
         found = self._read()
         supervisor = found.get("supervisor")
         return [

@@ -1,4 +1,4 @@
-"""What a base model's record needs to know of the model: its config.json, from a file or from the hub."""
+"""A base model's record, from its config.json in a file or on the hub."""
 
 import os
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def _from_hub(model: str, hub: str) -> bytes:
 def wants_vllm(sampler: str, record: ModelRecord, rendered: Sequence[Object]) -> bool:
     """Whether vLLM is to sample and does not by these manifests. Raises InvalidField for a sampler that cannot be."""
     if sampler not in ("", "vllm"):
-        raise InvalidField("sampler", sampler, "vllm, or none: what the manifests say")
+        raise InvalidField("sampler", sampler, "vllm, or empty: that of the manifests")
     if not sampler:
         return False
     if record.computed_by != "native":
@@ -64,7 +64,7 @@ def wants_vllm(sampler: str, record: ModelRecord, rendered: Sequence[Object]) ->
 
 
 def manifests(given: Path | None, root: Path) -> Path:
-    """The kustomization to make objects of: a directory, or the name of an overlay."""
+    """The kustomization to derive objects from: a directory, or the name of an overlay."""
     found = given or Path("gke-l4")
     if not found.is_dir() and os.sep not in str(found):
         found = root / "knative" / "overlays" / found

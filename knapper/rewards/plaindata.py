@@ -1,4 +1,4 @@
-"""Values that may go from one cell to the other: plain data of exactly these types, as JSON. Nothing in it can run."""
+"""Values that may go from one cell to the other: plain data of exactly these types, as JSON. None of it runs."""
 
 from typing import Any
 

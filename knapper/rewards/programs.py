@@ -36,7 +36,7 @@ def program(arguments: dict[str, Any], link: int) -> None:
     module: dict[Any, Any] = {"__name__": "program"}
     try:
         exec(compile(arguments["program"], "program.py", "exec", dont_inherit=True), module)  # noqa: S102
-    except BaseException as error:  # noqa: BLE001  code of others fails in any way it likes
+    except BaseException as error:  # noqa: BLE001  untrusted code fails in any way
         _send(link, {"failed": type(error).__name__})
         return
     public = [name for name in module if isinstance(name, str) and not name.startswith("__")][
@@ -64,7 +64,7 @@ def tests(arguments: dict[str, Any], link: int) -> dict[str, Any]:
     given = arguments["tests"]
     try:
         sources = [Source.read(text) for text in ([given] if isinstance(given, str) else given)]
-    except Exception as error:  # noqa: BLE001  whatever compiling raises, the text is at fault
+    except Exception as error:  # noqa: BLE001  any compile error is the text's fault
         return {"error": f"the tests are no Python: {tasks.reason(error, 'tests')}"}
     tested = Program(link, arguments["timeout_s"], arguments["functions"])
     if tested.failed:

@@ -1,4 +1,4 @@
-"""Which work in cells each reward means, and what its results and its endings mean."""
+"""The work in cells for each reward, and the meaning of its results and endings."""
 
 import hashlib
 import math
@@ -28,7 +28,7 @@ class SandboxResult:
 
 
 async def imports(term: Term, files: Mapping[str, str], sandbox: Sandbox) -> tuple[str, ...]:
-    """What is loaded once for all rollouts, and not for each. Raises UserError."""
+    """The work loaded once for all rollouts. Raises UserError."""
     match term:
         case Code():
             code = files[term.code]
@@ -46,7 +46,7 @@ async def imports(term: Term, files: Mapping[str, str], sandbox: Sandbox) -> tup
 
 
 async def _loaded(name: str, code: str, sandbox: Sandbox) -> tuple[str, ...]:
-    """What of the code's imports can be loaded, tried in a cell: what exits or hangs there would end every warden."""
+    """The code's loadable imports, tried in a cell: one that exits or hangs would end every warden."""
     order = Order(
         f"{_TASKS}:imports", {"code": code, "name": name}, limits.reward_loading_s, codes=["code"], trial=True
     )

@@ -221,7 +221,7 @@ def test_a_process_that_hangs_at_its_start_is_killed_and_whoever_waits_is_told(
             hanging = world.roles["engine"]
             refused = await answer
             assert (refused.status_code, refused.json()["code"]) == (503, "unavailable")
-            assert "engine hung: it took nobody's call for 1 s" in refused.json()["detail"]
+            assert "engine hung: it accepted no call for 1 s" in refused.json()["detail"]
             assert gone(hanging)
             monkeypatch.setattr(limits, "start_s_max", 60.0)
             (root / "notes" / "hangs").unlink()

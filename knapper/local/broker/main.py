@@ -30,9 +30,9 @@ log = structlog.get_logger()
 
 
 async def post(request: Request) -> Response:
-    """202 once the event is here. As Knative's: what becomes of it later, its producer is not told.
+    """202 once the event is accepted; like Knative's, the producer does not learn about its delivery.
 
-    But for events of storage, which the gateway alone hears, and believes nothing of, they are this deployment's own.
+    Events must be signed by this deployment, except storage events, which only the gateway receives and does not trust.
     """
     broker: LocalBroker = request.app.state.broker
     key: FunctionKey = request.app.state.key
@@ -42,7 +42,7 @@ async def post(request: Request) -> Response:
         if letter.attributes.get("type") != cloudevents.OBJECT_FINALIZED and not await key.signed(
             request.headers, body
         ):
-            raise Unauthorized("the event has no signature of this deployment; those that make jobs go on have one")
+            raise Unauthorized("the event has no signature of this deployment; all but storage events need one")
         await broker.post(letter)
     except (TooLarge, Unauthorized) as error:
         return _refused(error.status, error)
