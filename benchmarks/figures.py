@@ -1,4 +1,4 @@
-"""What a benchmark says: figures, each beside the bare loop that it is compared with, from the same run."""
+"""Figures of a benchmark, each beside its bare loop, from the same run."""
 
 import json
 import os
@@ -21,7 +21,7 @@ Timed = Callable[[], object]
 
 @dataclass(frozen=True)
 class Figure:
-    """`ours` and `bare` in `unit`; `ratio` says how many times better we are, whichever way that is."""
+    """`ours` and `bare` in `unit`; `ratio`: how many times better ours is, lower or higher."""
 
     section: str
     name: str
@@ -36,7 +36,7 @@ class Figure:
 
     @property
     def remarks(self) -> str:
-        """The note, and how much repeats differed where that is much."""
+        """The note, and the spread of repeats where it is large."""
         noisy = self.spread is not None and self.spread > NOISY
         return "; ".join(
             filter(None, [self.note, f"repeats differ by {100 * (self.spread or 0):.0f} %" if noisy else ""])
@@ -53,7 +53,7 @@ HEADER = f"{'':66}{'ours':>10}{'bare':>10} {'':6}{'better':>8}  {'goal':22}{'str
 
 
 class Pair(NamedTuple):
-    """Medians of seconds, and how far repeats' ratios lie apart: half their range over their median."""
+    """Medians of seconds, and the spread of the repeats' ratios: half their range over their median."""
 
     ours_s: float
     bare_s: float
@@ -76,13 +76,13 @@ def paired(ours: Timed, bare: Timed, repeats: int, warm_up: int = 1) -> Pair:
 
 
 def faster(section: str, name: str, pair: Pair, goal: str = "", stretch: str = "", note: str = "") -> Figure:
-    """Of two durations."""
+    """A figure of two durations."""
     ratio = pair.bare_s / pair.ours_s
     return Figure(section, name, pair.ours_s, pair.bare_s, "s", ratio, goal, stretch, pair.spread, note)
 
 
 def machine() -> dict[str, object]:
-    """Where the figures are from, and how busy it was otherwise."""
+    """The machine, and its load."""
     model = next((line for line in _cpuinfo() if line.startswith("model name")), "")
     return {
         "cpu": model.partition(":")[2].strip() or platform.machine(),
@@ -101,20 +101,20 @@ def _cpuinfo() -> Iterable[str]:
 
 
 def versions(python: Path, *names: str) -> dict[str, str]:
-    """Of those packages that another environment has."""
+    """Versions of packages in another environment."""
     code = (
         "import sys, importlib.metadata as m; print(*(f'{d.name} {d.version}' for d in m.distributions()), sep='\\n')"
     )
-    said = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
-    installed = dict(line.split(" ", 1) for line in said.splitlines())
+    stdout = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
+    installed = dict(line.split(" ", 1) for line in stdout.splitlines())
     return {name: installed[name] for name in names if name in installed}
 
 
-def store(figures: Iterable[Figure], path: Path, **said: object) -> None:
-    """As JSON: what is said of the run, and the figures."""
-    write(path, **said, figures=[{**asdict(one), "remarks": one.remarks} for one in figures])
+def store(figures: Iterable[Figure], path: Path, **header: object) -> None:
+    """Writes the header of the run and its figures as JSON."""
+    write(path, **header, figures=[{**asdict(figure), "remarks": figure.remarks} for figure in figures])
 
 
-def write(path: Path, **stored: object) -> None:
+def write(path: Path, **document: object) -> None:
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(stored, indent=2) + "\n")
+    path.write_text(json.dumps(document, indent=2) + "\n")

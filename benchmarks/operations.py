@@ -1,4 +1,4 @@
-"""What an operation costs through the SDK and `knapper up`, beside the same work called in this process.
+"""Operations through the SDK and `knapper up`, beside the same work called in this process.
 
 On a tiny random model, one thread each.
 """
@@ -81,7 +81,7 @@ def bare(model: Path, device: Executor, loop: asyncio.AbstractEventLoop) -> dict
 
 
 def measure(repeats: int = REPEATS) -> list[Figure]:
-    """One thread each: what is measured is the road, and not the matrices."""
+    """One thread each: measures the overhead, not the matrices."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     device, loop = Executor("bench"), asyncio.new_event_loop()
@@ -118,11 +118,11 @@ def _first_token(service: tinker.ServiceClient, model: Path, repeats: int) -> Fi
         client.save_weights_and_get_sampling_client().result().sample(prompt, 1, params).result()
 
     once()
-    found = statistics.median(1000 * seconds(once) for _ in range(repeats))
+    median_ms = statistics.median(1000 * seconds(once) for _ in range(repeats))
     return Figure(
         "operations",
         "save_weights_and_get_sampling_client to first token",
-        found,
+        median_ms,
         None,
         "ms",
         None,

@@ -1,8 +1,7 @@
-"""What `max_staleness` saves: the same rl job with 0 and with 1, each function in a process of its own.
+"""Time saved by `max_staleness`: the same rl job with 0 and with 1, each function in a process of its own.
 
-Seconds a step, from the bill's wall clock; jobs of both kinds alternate. On a machine with as many cores as processes
-that compute, step k+1 is really sampled while step k trains; on one device they take turns, and only the ways between
-them overlap.
+Seconds a step, from the bill's wall clock; jobs of both kinds alternate. With a core for each computing process, step
+k+1 is sampled while step k trains; on one device they take turns, and only the time between them overlaps.
 """
 
 import json
@@ -30,19 +29,21 @@ PROMPTS = "".join(json.dumps({"prompt": f"Tell me {n} times what the sea is like
 
 def measured(repeats: int = REPEATS) -> dict[str, float]:
     """Seconds a step, the median of the repeats, by max_staleness."""
-    found: dict[int, list[float]] = {0: [], 1: []}
+    seconds_by_staleness: dict[int, list[float]] = {0: [], 1: []}
     with tempfile.TemporaryDirectory(prefix="knapper-bench-") as scratch:
         model = tiny_model(Path(scratch) / "model")
         with Server.start(model, Path(scratch) / "data", "--isolated", dtype="float32") as server:
             _run(server, 0, "warm-up")
             for repeat in range(repeats):
-                for staleness, seconds in found.items():
+                for staleness, seconds in seconds_by_staleness.items():
                     seconds.append(_run(server, staleness, f"job-{staleness}-{repeat}"))
-    return {f"max_staleness {staleness}": statistics.median(seconds) for staleness, seconds in found.items()}
+    return {
+        f"max_staleness {staleness}": statistics.median(seconds) for staleness, seconds in seconds_by_staleness.items()
+    }
 
 
 def figures(repeats: int = REPEATS) -> list[Figure]:
-    """As the other sections have them."""
+    """Figures of both."""
     without, with_ = measured(repeats).values()
     name = "an rl job, tiny model: seconds a step with max_staleness 1, against 0"
     return [faster("jobs", name, Pair(with_, without, None))]

@@ -20,7 +20,7 @@ from tinker import types
 from benchmarks.bare import Bare
 from benchmarks.figures import Figure, faster, paired, seconds
 from benchmarks.served import Setting, step
-from benchmarks.training import texts
+from benchmarks.train_steps import texts
 
 SAMPLES = 8
 
@@ -66,9 +66,9 @@ def _iteration(setting: Setting, length: int) -> Figure:
 
     def theirs() -> None:
         repeated = [prompt for prompt in prompts for _ in range(SAMPLES)]
-        found = bare.generate(repeated, tokens).tolist()
-        weights = [[0.0] * length + [1.0 if index % 2 else -1.0] * tokens for index in range(len(found))]
-        bare.step(found, weights, at_once=SAMPLES)
+        sequences = bare.generate(repeated, tokens).tolist()
+        weights = [[0.0] * length + [1.0 if index % 2 else -1.0] * tokens for index in range(len(sequences))]
+        bare.step(sequences, weights, at_once=SAMPLES)
 
     pair = paired(lambda: iterate(client, prompts, tokens), theirs, 1 if length > 96 else setting.repeats(2), 0)
     name = f"GRPO iteration: {groups} prompts of {length} x {SAMPLES} samples of {tokens}"
@@ -76,15 +76,15 @@ def _iteration(setting: Setting, length: int) -> Figure:
 
 
 def _sharing(setting: Setting) -> list[Figure]:
-    """Loops that wait two thirds of their time for a reward: how much do several get done on one engine?"""
+    """Loops that wait two thirds of their time for a reward: the steps of several on one engine."""
     prompts, tokens = texts([48]), 8
     alone = setting.training_client()
     iterate(alone, prompts, tokens)
     wait_s = 2 * statistics.median(seconds(lambda: iterate(alone, prompts, tokens)) for _ in range(setting.repeats(3)))
     counts = (1, 3) if setting.quick else (1, 2, 3, 8)
     together = {jobs: _together(setting, jobs, prompts, tokens, wait_s) for jobs in counts}
-    rates = {jobs: one.steps_a_minute for jobs, one in together.items()}
-    _draw(rates, {jobs: one.busy for jobs, one in together.items()}, Path("out/sharing.png"))
+    rates = {jobs: measurement.steps_a_minute for jobs, measurement in together.items()}
+    _draw(rates, {jobs: measurement.busy for jobs, measurement in together.items()}, Path("out/sharing.png"))
     figures = []
     for jobs in counts:
         name = f"{jobs} loops that wait {wait_s:.1f} s of each step: steps a minute"
@@ -102,9 +102,9 @@ class Together:
 
 
 def _together(setting: Setting, jobs: int, prompts: list[list[int]], tokens: int, wait_s: float) -> Together:
-    """All begin at once, which is the worst that they can do, and go on until each has made as many steps as count.
+    """All start at once, the worst case, and run until each has made `steps` counted steps.
 
-    The first ones do not: they get the loops out of step.
+    The first steps are not counted: they desynchronise the loops.
     """
     clients = [setting.training_client(seed) for seed in range(jobs)]
     skipped, counted = (1, 2) if setting.quick else (2, 6)
@@ -135,7 +135,7 @@ def _together(setting: Setting, jobs: int, prompts: list[list[int]], tokens: int
 
 
 def _device_busy_s(setting: Setting) -> float:
-    """So far; 0 of somebody else's server."""
+    """Device seconds so far; 0 of another server."""
     if setting.server is None:
         return 0.0
     scraped = httpx.get(f"http://127.0.0.1:{setting.server.ports()['engine']}/train_step/metrics", trust_env=False)

@@ -1,4 +1,4 @@
-"""The server that is measured: one of our own, or any that speaks the Tinker protocol."""
+"""The measured server: our own, or any that speaks the Tinker protocol."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from tests.conformance.server import Server
 
 @dataclass(frozen=True)
 class Setting:
-    """What every section is given. `server` is None for one that somebody else started."""
+    """The arguments of every section. `server` is None for an external server."""
 
     service: tinker.ServiceClient
     model: str  # its name on the server
@@ -24,7 +24,7 @@ class Setting:
     server: Server | None
 
     def engine_mib(self) -> float | None:
-        """Memory of the engine's process; None of somebody else's server."""
+        """Memory of the engine's process; None of an external server."""
         if self.server is None:
             return None
         status = Path(f"/proc/{self.server.processes()['engine']}/status").read_text()
@@ -52,7 +52,7 @@ def serving(model: Path, name: str, base_url: str, *, quick: bool, threads: int)
 
 
 def datum(tokens: Sequence[int], weights: Sequence[float]) -> types.Datum:
-    """Predict each token from those before it; `weights` of the tokens."""
+    """A datum that predicts each token from those before it; `weights` of the tokens."""
     return types.Datum(
         model_input=types.ModelInput.from_ints(list(tokens[:-1])),
         loss_fn_inputs={"target_tokens": list(tokens[1:]), "weights": list(weights[1:])},
@@ -60,7 +60,7 @@ def datum(tokens: Sequence[int], weights: Sequence[float]) -> types.Datum:
 
 
 def step(client: tinker.TrainingClient, data: list[types.Datum], loss: str = "cross_entropy") -> None:
-    """forward_backward and optim_step, both on their way before the first is waited for."""
+    """forward_backward and optim_step, both sent before the first is awaited."""
     first = client.forward_backward(data, loss)  # type: ignore[arg-type]  # the SDK lists the names
     second = client.optim_step(types.AdamParams(learning_rate=1e-4))
     first.result()

@@ -1,6 +1,6 @@
-"""What the stores cost: a directory of this machine, and the bucket store over fake-gcs-server on this machine.
+"""The stores' speed: a directory, and the bucket store over fake-gcs-server, both on this machine.
 
-The emulator has no network and no disk: its figures are what our own client costs, and not what Google's service would.
+The emulator has no network and no disk: its figures are our own client's cost, not Google's service's.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ _SPEC = Spec(
 Figures = dict[str, float]
 
 
-def measured() -> dict[str, Figures]:
+def measure() -> dict[str, Figures]:
     """Medians of `put_ms` and `get_ms` (1 KB, one after another), best of `up_mb_s` and `down_mb_s` (a bundle)."""
     with tempfile.TemporaryDirectory(prefix="knapper-stores-") as scratch:
         figures = {"directory": asyncio.run(_figures(open_store(Settings.load({"KNAPPER_DATA": scratch}))))}
@@ -43,7 +43,7 @@ def measured() -> dict[str, Figures]:
 
 
 def figures() -> list[Figure]:
-    """Of both, as the other sections have them."""
+    """Figures of both stores."""
     units = {"put_ms": ("put 1 KB", "ms"), "get_ms": ("get 1 KB", "ms"), "up_mb_s": ("bundle up", "MB/s"),
              "down_mb_s": ("bundle down", "MB/s")}  # fmt: skip
     return [
@@ -55,8 +55,8 @@ def figures() -> list[Figure]:
             units[name][1],
             note="emulator, no network" * (store != "directory"),
         )
-        for store, each in measured().items()
-        for name, value in each.items()
+        for store, values in measure().items()
+        for name, value in values.items()
     ]
 
 

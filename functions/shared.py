@@ -1,9 +1,9 @@
-"""One function or several in one process, at /NAME/ each, under functions-framework: `knapper up` runs them so.
+"""One or several functions in one process, at /NAME/ each, under functions-framework, as `knapper up` runs them.
 
-Several share one copy of the base weights. The process ends when nobody has called it for long.
+They share one copy of the base weights. The process ends when it is idle.
 
 FUNCTION_SOURCES: paths of main.py files, joined by os.pathsep; each defines the function that its directory is named
-for. What they share lives in the library, since every main.py becomes sys.modules["main"].
+after. Shared state lives in the library, since every main.py becomes sys.modules["main"].
 """
 
 import os

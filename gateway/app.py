@@ -1,4 +1,4 @@
-"""The gateway's entry: `uvicorn gateway.main:app --lifespan on`, or `create_app` for a store of one's own."""
+"""The gateway's entry point: `uvicorn gateway.app:app --lifespan on`, or `create_app` over a given store."""
 
 import gc
 import os
@@ -31,7 +31,7 @@ from gateway.events import ROUTES as EVENT_ROUTES
 from gateway.job_artifacts import ROUTES as ARTIFACT_ROUTES
 from gateway.job_uploads import ROUTES as UPLOAD_ROUTES
 from gateway.jobs import ROUTES as JOB_ROUTES
-from gateway.lifespan import assembled
+from gateway.lifespan import Sources, open_services
 from gateway.openai.routes import ROUTES as OPENAI_ROUTES
 from gateway.rest.routes import ROUTES
 from gateway.routing import Door
@@ -39,7 +39,7 @@ from gateway.tenants import Doorkeeper
 from knapper import limits
 from knapper.errors import KnapperError
 from knapper.exchange.factory import expect_subscribable
-from knapper.jobs.services import JobServices, open_services
+from knapper.jobs.services import JobServices, open_job_services
 from knapper.observability import logs
 from knapper.settings import Settings
 from knapper.store import Store
@@ -47,7 +47,7 @@ from knapper.store.counted import CountedStore
 from knapper.store.factory import open_store
 
 _SMALL, _LABELS, _LARGE = limits.small_body_bytes_max, limits.labels_body_bytes_max, limits.body_bytes_max
-# (handler, the most that its request's body may have)
+# path -> (handler, body limit in bytes)
 _POST = {
     "auth/token": (auth.token, _SMALL),
     "client/config": (service.client_config, _SMALL),
@@ -86,32 +86,33 @@ def create_app(
     store: Store,
     settings: Settings,
     *,
-    place: JobServices | None = None,
+    job_services: JobServices | None = None,
     clock: Callable[[], float] = time.time,
     monotonic: Callable[[], float] = time.monotonic,
     new_id: Callable[[], str] = lambda: secrets.token_hex(16),
 ) -> Starlette:
-    """The gateway over `store`. `place`: of jobs; without it there are none."""
+    """The gateway over `store`. Without `job_services` it serves no jobs."""
+    sources = Sources(clock, monotonic, new_id)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with assembled(settings, store, place, clock=clock, monotonic=monotonic, new_id=new_id) as parts:
-            app.state.parts = parts
-            await periodic_tasks.begin(parts)
-            async with periodic.done([*periodic_tasks.chores(parts), *uploads.chores(parts)]):
+        async with open_services(settings, store, job_services, sources) as services:
+            app.state.services = services
+            await periodic_tasks.begin(services)
+            async with periodic.running([*periodic_tasks.tasks(services), *uploads.tasks(services)]):
                 yield
-            await parts.bells.close()
-            await parts.samples.close()
-            await periodic_tasks.end(parts)
+            await services.train_client.close()
+            await services.sample_queue.close()
+            await periodic_tasks.end(services)
 
     return Starlette(
         routes=_routes(),
         middleware=[*origins.middleware(settings), Middleware(Doorkeeper)],
         exception_handlers={
-            KnapperError: errors.known,
-            HTTPException: errors.http,
-            ClientDisconnect: errors.disconnected,
-            Exception: errors.unknown(new_id),
+            KnapperError: errors.known_error,
+            HTTPException: errors.http_error,
+            ClientDisconnect: errors.client_disconnected,
+            Exception: errors.unknown_error(new_id),
         },
         lifespan=lifespan,
     )
@@ -119,8 +120,11 @@ def create_app(
 
 def _routes() -> list[BaseRoute]:
     return [
-        *(Door(f"/api/v1/{path}", does, methods=["POST"], body_bytes_max=most) for path, (does, most) in _POST.items()),
-        *(Door(f"/api/v1/{path}", does, methods=["GET"], body_bytes_max=0) for path, does in _GET.items()),
+        *(
+            Door(f"/api/v1/{path}", handler, methods=["POST"], body_bytes_max=limit)
+            for path, (handler, limit) in _POST.items()
+        ),
+        *(Door(f"/api/v1/{path}", handler, methods=["GET"], body_bytes_max=0) for path, handler in _GET.items()),
         Door("/api/v1/auth/apikey/me", auth.delete_key, methods=["DELETE"], body_bytes_max=0),
         *ROUTES,
         *JOB_ROUTES,
@@ -138,19 +142,19 @@ def _from_environment() -> Starlette:
     settings.expect_keys_beyond_loopback()
     expect_subscribable(settings)
     store = CountedStore(open_store(settings))
-    _collect_seldom()
-    return create_app(store, settings, place=open_services(settings, store, time.time))
+    _tune_garbage_collector()
+    return create_app(store, settings, job_services=open_job_services(settings, store, time.time))
 
 
-def _collect_seldom() -> None:
-    """What was imported is never looked through again, or each body of many values would make the collector do it."""
+def _tune_garbage_collector() -> None:
+    """Skip what was imported: else every body of many values would make the collector scan it again."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)
 
 
 def __getattr__(name: str) -> Starlette:
-    """`app`, built when uvicorn asks for it: importing this module reads no environment and opens no store."""
+    """`app`, built on first access: importing this module reads no environment and opens no store."""
     if name == "app":
         return _from_environment()
     raise AttributeError(name)

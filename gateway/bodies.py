@@ -1,4 +1,4 @@
-"""Request bodies, bounded while they stream in: what is too large is thrown away as it comes, except its beginning."""
+"""Request bodies, bounded while they stream in: of one over the limit, only the beginning is kept."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,13 +8,13 @@ from typing import Concatenate, ParamSpec, TypeVar, cast
 from starlette.requests import Request
 
 from gateway.routing import body_bytes_max, hold_of
-from gateway.services import parts
+from gateway.services import services_of
 from gateway.tenants import tenant_of
 from knapper import limits
 from knapper.errors import InvalidField, TooLarge, UserError
 from knapper.wire import zstd
 
-_SMALL_BYTES = 64 * 1024  # work on so few takes less time than it takes to give it away
+_SMALL_BYTES = 64 * 1024  # decoding so few takes less time than handing them to a worker
 _COPIED_BYTES = 2 * limits.MIB
 _PREFIX_BYTES = 256 * 1024  # two zstd blocks: enough for the first bytes of any content
 
@@ -25,14 +25,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Body:
-    """`data`, decompressed: all of it, or of a body over the limit only the beginning."""
+    """`data`, decompressed: the whole body, or only the beginning of one over the limit."""
 
     data: bytes
     whole: bool
 
 
 async def read(request: Request) -> bytes:
-    """The whole body. Raises TooLarge past the limit of its route, TooMany while others take all memory for bodies."""
+    """The whole body. Raises TooLarge over the limit of its route, TooMany while other bodies use all the memory."""
     body = await read_or_peek(request)
     if not body.whole:
         raise too_large(request)
@@ -40,18 +40,18 @@ async def read(request: Request) -> bytes:
 
 
 async def read_or_peek(request: Request) -> Body:
-    """The body, or the beginning of one over the limit, of which so much is off the wire that an answer is heard.
+    """The body, or the beginning of one over the limit: enough of it is read that the client can read the response.
 
-    Only for whoever may be here: raises what `tenant_of` does. Raises UserError for a broken encoding, TooMany.
+    Authenticates first: raises what `tenant_of` does. Raises UserError for a broken encoding, TooMany.
     """
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding not in ("identity", "zstd"):
         raise InvalidField("Content-Encoding", encoding, "zstd, or none")
-    hold_of(request.scope).open(parts(request).budget, tenant_of(request))
+    hold_of(request.scope).open(services_of(request).body_budget, tenant_of(request))
     size_max = body_bytes_max(request)
     if encoding == "identity":
         return Body(*await _received(request, size_max))
-    # The limit is of the content, and what does not compress is longer on its way.
+    # The limit is on the content; incompressible content is slightly longer when encoded.
     data, whole = await _received(request, size_max + size_max // 256 + 64)
     if not whole:
         return Body(await asyncio.to_thread(_beginning, data), False)
@@ -65,40 +65,40 @@ async def read_or_peek(request: Request) -> Body:
 
 
 async def _received(request: Request, size_max: int) -> tuple[bytes, bool]:
-    """(what came, whether that is all); past `size_max` only the beginning is kept."""
-    take, kept, size = hold_of(request.scope).take, bytearray(), 0
+    """(bytes, whether they are the whole body); past `size_max` only the beginning is kept."""
+    take, received, size = hold_of(request.scope).take, bytearray(), 0
     async for chunk in request.stream():
         size += len(chunk)
         if size <= size_max:
             take(len(chunk))
-            kept += chunk
+            received += chunk
             continue
-        del kept[_PREFIX_BYTES:]
-        kept += chunk[: _PREFIX_BYTES - len(kept)]
+        del received[_PREFIX_BYTES:]
+        received += chunk[: _PREFIX_BYTES - len(received)]
         if size > size_max + limits.body_discarded_bytes_max:
             break
     whole = size <= size_max
-    # A large one is not copied, which everybody would wait for: nothing changes it from here on.
-    return bytes(kept) if len(kept) <= _COPIED_BYTES else cast(bytes, kept), whole
+    # Copying a large body would block the event loop. The cast is safe: nothing changes the bytearray from here on.
+    return bytes(received) if len(received) <= _COPIED_BYTES else cast(bytes, received), whole
 
 
-async def computed(
-    request: Request, work: Callable[Concatenate[bytes, P], T], body: bytes, *given: P.args, **named: P.kwargs
+async def in_worker(
+    request: Request, work: Callable[Concatenate[bytes, P], T], body: bytes, *args: P.args, **kwargs: P.kwargs
 ) -> T:
-    """What the work returns, whose time grows with the body: in a process of its own, unless it is small.
+    """`work(body, *args)`, whose time grows with the body: in a worker process, unless the body is small.
 
-    See `gateway.worker_pool` for what may be given and returned.
+    See `gateway.worker_pool` for what can be passed and returned.
     """
     if len(body) <= _SMALL_BYTES:
-        return work(body, *given, **named)
-    return await parts(request).workers.run(tenant_of(request), work, body, *given, **named)
+        return work(body, *args, **kwargs)
+    return await services_of(request).worker_pool.run(tenant_of(request), work, body, *args, **kwargs)
 
 
-async def aside(request: Request, size: int, work: Callable[[], T]) -> T:
-    """The same in a thread, for work that lets go of the interpreter's lock: of large bodies one a tenant."""
+async def in_thread(request: Request, size: int, work: Callable[[], T]) -> T:
+    """`work()` in a thread, if it releases the interpreter's lock: for large bodies, one at a time per tenant."""
     if size <= _SMALL_BYTES:
         return await asyncio.to_thread(work)
-    return await parts(request).workers.aside(tenant_of(request), work)
+    return await services_of(request).worker_pool.in_thread(tenant_of(request), work)
 
 
 def too_large(request: Request) -> TooLarge:
@@ -110,7 +110,7 @@ def too_large(request: Request) -> TooLarge:
 
 
 def _beginning(data: bytes) -> bytes:
-    """Of a cut zstd frame, what comes out first; empty if nothing does."""
+    """The first bytes of a truncated zstd frame, decompressed; empty if there are none."""
     try:
         return zstd.decompress_prefix(data, 4096)[0]
     except UserError:

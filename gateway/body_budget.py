@@ -1,7 +1,7 @@
-"""The memory for bodies in flight: a part of what this process may use, and no tenant gets more than half of it.
+"""The memory for request bodies: a share of what this process may use, and at most half of it for one tenant.
 
-A body is charged while it comes and while it is decompressed, and given back when its request is answered. Small ones
-are free: there are at most as many of them as connections, and they should pass when large ones do not.
+A body is charged while it is received and decompressed, and released when its request is answered. Small bodies are
+free: there are at most as many as connections, and they should pass while large ones must wait.
 """
 
 import os
@@ -13,12 +13,12 @@ from typing import Final
 from knapper import limits
 from knapper.errors import TooMany
 
-_SHARE: Final = 8  # of the process's memory; a body may be there thrice for a moment (as it came, whole, on its way on)
+_SHARE: Final = 8  # one eighth of the process's memory: a body may exist three times for a moment
 _CGROUPS: Final = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 class Budget:
-    """`total`: bytes. Bodies are decompressed in threads, so it may be asked from any."""
+    """`total`: bytes. Thread-safe, since bodies are decompressed in threads."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -30,7 +30,7 @@ class Budget:
         return self._taken.total()
 
     def take(self, tenant: str, size: int) -> None:
-        """Raises TooMany where the tenant, or all together, would have too much."""
+        """Raises TooMany if the tenant, or all tenants together, would exceed their limit."""
         with self._lock:
             if self._taken[tenant] + size > self.total // 2 or self._taken.total() + size > self.total:
                 raise TooMany(
@@ -39,7 +39,7 @@ class Budget:
                 )
             self._taken[tenant] += size
 
-    def give(self, tenant: str, size: int) -> None:
+    def release(self, tenant: str, size: int) -> None:
         with self._lock:
             self._taken[tenant] -= size
             if not self._taken[tenant]:
@@ -47,7 +47,7 @@ class Budget:
 
 
 class Hold:
-    """What one request has taken."""
+    """The memory that one request has taken."""
 
     def __init__(self) -> None:
         self._budget: Budget | None = None
@@ -58,7 +58,7 @@ class Hold:
         self._budget, self._tenant = budget, tenant
 
     def take(self, size: int) -> None:
-        """So much more. Raises TooMany."""
+        """Take `size` more bytes. Raises TooMany."""
         assert self._budget is not None, "opened before anything is read"
         self._size += size
         if self._size > limits.body_free_bytes:
@@ -67,19 +67,19 @@ class Hold:
 
     def release(self) -> None:
         if self._budget is not None and self._charged:
-            self._budget.give(self._tenant, self._charged)
+            self._budget.release(self._tenant, self._charged)
         self._size = self._charged = 0
 
 
 def budget() -> Budget:
-    """Of this process: by the limit of its container, or what the machine has; at least for four of the largest."""
+    """For this process: by its container's limit, else the machine's memory; at least four of the largest bodies."""
     return Budget(max(_memory_bytes() // _SHARE, 4 * limits.body_bytes_max))
 
 
 def _memory_bytes() -> int:
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in _CGROUPS:
-        said = path.read_text(encoding="ascii").strip() if path.is_file() else ""
-        if said.isdecimal():
-            return min(int(said), machine)
+        limit = path.read_text(encoding="ascii").strip() if path.is_file() else ""
+        if limit.isdecimal():
+            return min(int(limit), machine)
     return machine

@@ -1,6 +1,6 @@
-"""From a large body to what is kept of it: what workers do. Everything here takes bytes, and returns little more.
+"""Decoders of large bodies, run in worker processes: each takes bytes and returns something compact.
 
-Light on purpose: a worker imports this and no more.
+Few imports on purpose: a worker loads this module and little else.
 """
 
 import hashlib
@@ -16,12 +16,12 @@ from knapper.wire import json_forward, proto, sample_requests, scan
 from knapper.wire.types import ForwardBackward
 
 Address = tuple[str, int]  # (model_id, seq_id)
-_NO_NUMBERS = re.compile(rb"(?<=[\[,:\s])-?(?:NaN|Infinity)(?=[\],}\s])")  # that JSON has not, and Python's writes
+_NO_NUMBERS = re.compile(rb"(?<=[\[,:\s])-?(?:NaN|Infinity)(?=[\],}\s])")  # not JSON, but Python's encoder writes them
 
 
 @dataclass(frozen=True)
 class DecodedOperation:
-    """A training operation as it is stored. `tokens`: of a forward pass."""
+    """A training operation as it is stored. `tokens`: the number in a forward pass."""
 
     model_id: str
     seq: int
@@ -31,21 +31,21 @@ class DecodedOperation:
 
 @dataclass(frozen=True)
 class RefusedRequest:
-    """A request that cannot be served; with an address, the number that it used up."""
+    """A request that cannot be served. `address`: the sequence number it uses up, if it states one."""
 
     error: UserError
     packed: PackedBody
     address: Address | None
 
 
-Understood = DecodedOperation | RefusedRequest
+DecodedRequest = DecodedOperation | RefusedRequest
 
 
 # ---- forward and forward_backward
 
 
-def protobuf_forward(body: bytes) -> Understood:
-    """Parsed, without unknown fields; its arrays the trainer judges."""
+def protobuf_forward(body: bytes) -> DecodedRequest:
+    """Checks the structure; the trainer checks the arrays."""
     try:
         model_id, seq, tokens = proto.check_forward_backward(body)
     except UserError as error:
@@ -53,50 +53,50 @@ def protobuf_forward(body: bytes) -> Understood:
     return DecodedOperation(model_id, seq, pack(body), tokens)
 
 
-def json_forward_backward(body: bytes) -> Understood:
+def json_forward_backward(body: bytes) -> DecodedRequest:
     return _json_forward(body, json_forward.decode_forward_backward)
 
 
-def json_forward_only(body: bytes) -> Understood:
+def json_forward_only(body: bytes) -> DecodedRequest:
     return _json_forward(body, json_forward.decode_forward)
 
 
-def _json_forward(body: bytes, decode: Callable[[bytes], ForwardBackward]) -> Understood:
-    """The same operation as in protobuf, and stored as that; repetitions are told by the bytes that came."""
+def _json_forward(body: bytes, decode: Callable[[bytes], ForwardBackward]) -> DecodedRequest:
+    """Converts the operation to protobuf, as it is stored; repetitions are recognised by the JSON bytes."""
     try:
-        asked = decode(body)
+        operation = decode(body)
     except UserError as error:
         return RefusedRequest(error, pack(body), address(body))
-    packed = replace(pack(proto.encode_forward_backward(asked)), asked_sha256=hashlib.sha256(body).digest())
-    return DecodedOperation(asked.run, asked.seq, packed, sum(datum.tokens.size for datum in asked.data))
+    packed = replace(pack(proto.encode_forward_backward(operation)), asked_sha256=hashlib.sha256(body).digest())
+    return DecodedOperation(operation.run, operation.seq, packed, sum(datum.tokens.size for datum in operation.data))
 
 
 class _Addressed(msgspec.Struct):
-    """What is read of a request that may be wrong otherwise."""
+    """The address of a request whose other fields may be wrong."""
 
     model_id: str
     seq_id: int
 
 
 def address(body: bytes) -> Address | None:
-    """Whose a wrong JSON request is, if it says so. Nothing else of it is built, however large it is."""
+    """The address of an invalid JSON request, if it has one. Decodes nothing else of it, however large it is."""
     try:
-        sent = msgspec.json.decode(_NO_NUMBERS.sub(b"null", body), type=_Addressed)
+        addressed = msgspec.json.decode(_NO_NUMBERS.sub(b"null", body), type=_Addressed)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-    return (sent.model_id, sent.seq_id) if 1 <= sent.seq_id <= 10**17 else None
+    return (addressed.model_id, addressed.seq_id) if 1 <= addressed.seq_id <= 10**17 else None
 
 
 # ---- samples
 
 
 def sample_call(body: bytes, base_model: str, bundle: str, seed: int) -> tuple[int, bytes]:
-    """(num_samples, what to ask of the sample function). Raises UserError."""
-    asked = sample_requests.decode(body, sample_requests.AsampleBody)
-    return asked.num_samples, sample_requests.encode(asked.call(base_model, bundle, seed))
+    """(num_samples, body for the sample function). Raises UserError."""
+    sample = sample_requests.decode(body, sample_requests.AsampleBody)
+    return sample.num_samples, sample_requests.encode(sample.call(base_model, bundle, seed))
 
 
-# ---- answers, for those who read no protobuf
+# ---- responses, for clients that read no protobuf
 
 
 def forward_json(body: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Errors as clients see them: one JSON shape, never a 409, never an empty body."""
+"""Errors as clients see them: one JSON schema, never a 409, never an empty body."""
 
 from collections.abc import Awaitable, Callable
 
@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from knapper.errors import STANDING, Corrupt, InvalidToken, KnapperError, StoreError, Unavailable, UserError
 from knapper.text.printable import printable
 
-_OPERATOR_S = 30.0  # what waits for an operator need not be asked for more often
+_OPERATOR_S = 30.0  # retry interval for an error that only an operator can end
 
 log = structlog.get_logger()
 
@@ -26,7 +26,7 @@ def notice(text: str) -> dict[str, str]:
     return {"x-deprecation-note": printable[:1000], "x-deprecation-level": "warning"}
 
 
-async def known(request: Request, error: Exception) -> Response:
+async def known_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, KnapperError), "registered for this class"
     if not isinstance(error, UserError):
         log.warning("request failed", path=request.url.path, code=error.code, reason=str(error))
@@ -35,13 +35,13 @@ async def known(request: Request, error: Exception) -> Response:
         headers["Retry-After"] = f"{_OPERATOR_S:.0f}"
     if isinstance(error, InvalidToken):  # on this, and on no other 401, the SDK exchanges its key anew
         headers |= {"WWW-Authenticate": 'Bearer error="invalid_token"'}
-    # The SDK's inner layer would repeat these for a minute without a word to the user.
+    # The SDK's inner layer would retry these for a minute without telling the user.
     if isinstance(error, StoreError) or error.code in STANDING:
         headers |= {"x-should-retry": "false", **notice(str(error))}
     return JSONResponse(error.as_json(), status_code=error.status, headers=headers)
 
 
-async def http(request: Request, error: Exception) -> Response:
+async def http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), "registered for this class"
     path = printable(request.url.path)
     detail = f"{request.method} {path}: {error.detail}; this server speaks the Tinker protocol of SDK 0.38"
@@ -51,12 +51,12 @@ async def http(request: Request, error: Exception) -> Response:
     )
 
 
-async def disconnected(_request: Request, _error: Exception) -> Response:
+async def client_disconnected(_request: Request, _error: Exception) -> Response:
     return JSONResponse({"detail": "the client went away", "code": "disconnected", "category": "user"}, status_code=499)
 
 
-def unknown(new_id: Callable[[], str]) -> Callable[[Request, Exception], Awaitable[Response]]:
-    """A defect: the traceback stays in the log, under an id that the client is given."""
+def unknown_error(new_id: Callable[[], str]) -> Callable[[Request, Exception], Awaitable[Response]]:
+    """A defect: the traceback stays in the log, under an id that the client receives."""
 
     async def handler(request: Request, error: Exception) -> Response:
         incident = new_id()[:12]

@@ -1,7 +1,7 @@
-"""CloudEvents for the gateway: uploads into the inbox, the tick, and letters that nobody could deliver.
+"""CloudEvents for the gateway: uploads into the inbox, the tick, and dead letters.
 
-They are taken from the cluster's own services only, under a name that no ingress serves (docs/decisions/0008). Nothing
-in them is believed: an upload makes the gateway look into the inbox, a tick into the store.
+They are accepted from the cluster's own services only, under a host name that no ingress serves (docs/decisions/0008).
+Their content is not trusted: an upload makes the gateway list the inbox, a tick read the store.
 """
 
 from typing import Final
@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from gateway import origins, periodic_tasks
 from gateway.routing import Door, body_bytes_max
-from gateway.services import Services, parts
+from gateway.services import Services, services_of
 from gateway.tenants import on_this_machine
 from knapper import ids, limits
 from knapper.errors import InvalidField, NotFound, Unavailable, UserError
@@ -34,90 +34,91 @@ log = structlog.get_logger()
 
 
 class Finalized(msgspec.Struct, frozen=True):
-    """What is read of an object's data; there is more of it."""
+    """The fields of a finalized object that the gateway reads."""
 
     bucket: str
     name: str
 
 
-async def take(request: Request) -> Response:
-    """204 once what the event asks for is durable; 422 for one that never will be."""
-    _expect_insider(request)
+async def receive(request: Request) -> Response:
+    """204 once the event's effect is durable; 422 for an event that can have none."""
+    _expect_internal(request)
     event = cloudevents.decode(request.headers, await requests.body(request, body_bytes_max(request)))
-    with traces.span("gateway", event.traceparent, subject=event.subject):  # what it rings for belongs to this trace
+    with traces.span("gateway", event.traceparent, subject=event.subject):  # its doorbells belong to this trace
         if event.type in _TICKS:
-            await periodic_tasks.jobs(parts(request))
+            await periodic_tasks.jobs(services_of(request))
         elif event.type == cloudevents.OBJECT_FINALIZED:
-            await uploaded(parts(request), event)
+            await start_uploaded_job(services_of(request), event)
         else:
             allowed = ", ".join((*_TICKS, cloudevents.OBJECT_FINALIZED))
             raise InvalidField("type", event.type, allowed)
     return Response(status_code=204)
 
 
-async def bury(request: Request) -> Response:
-    """Keep a letter that could not be delivered, whatever it is: there is nobody behind us who would."""
-    _expect_insider(request)
+async def store_dead_letter(request: Request) -> Response:
+    """Store an undeliverable event, valid or not: this is the last stop, so nothing else would keep it."""
+    _expect_internal(request)
     body = await requests.body(request, body_bytes_max(request))
     attributes = {
         name.removeprefix("ce-"): value[: limits.event_attribute_chars_max]
         for name, value in sorted(request.headers.items())
         if name.startswith("ce-") or name == "content-type"
     }
-    gateway = parts(request)
+    gateway = services_of(request)
     name = await dead_letters.keep(gateway.store, DeadLetter(attributes, body, gateway.clock()))
     log.warning("dead letter", name=name, **{key: attributes.get(key, "")[:200] for key in ("type", "subject", "id")})
     return Response(status_code=204)
 
 
-async def uploaded(gateway: Services, event: Event) -> None:
-    """Look at the folder that the object came into, and ring for the job that starts with it."""
-    if gateway.place is None:
+async def start_uploaded_job(gateway: Services, event: Event) -> None:
+    """Start the job whose inbox folder received the object, if it can start."""
+    job_services = gateway.job_services
+    if job_services is None:
         raise Unavailable("this gateway has no exchange")
-    found = json.decode(event.data, Finalized)
-    if found.bucket != gateway.place.exchange.bucket:
-        raise InvalidField("bucket", found.bucket, repr(gateway.place.exchange.bucket))
-    folder = folder_of(found.name.removeprefix(gateway.place.exchange.prefix))
-    if folder is not None:  # a job starts once, however often anybody hears of its files
-        await started(gateway, gateway.place, *folder)
+    upload = json.decode(event.data, Finalized)
+    if upload.bucket != job_services.exchange.bucket:
+        raise InvalidField("bucket", upload.bucket, repr(job_services.exchange.bucket))
+    folder = folder_of(upload.name.removeprefix(job_services.exchange.prefix))
+    if folder is not None:  # a job starts once, however many events its files cause
+        await start_job(gateway, job_services, *folder)
 
 
-async def started(gateway: Services, place: JobServices, tenant: ids.Tenant, job: str) -> None:
-    """Start the job of this folder if it can be, and ring for it."""
-    start = await look(place, tenant, job)
-    gateway.stirs.jobs.set()
-    gateway.stirs.inbox.set()  # who uploads one file uploads more
+async def start_job(gateway: Services, job_services: JobServices, tenant: ids.Tenant, job: str) -> None:
+    """Start the job of this inbox folder if it can start, and post its first event."""
+    start = await look(job_services, tenant, job)
+    gateway.wakeups.jobs.set()
+    gateway.wakeups.inbox.set()  # more files may follow
     if start is not None:
-        await place.notifier.post(await revive.first(place, start))
+        await job_services.notifier.post(await revive.first(job_services, start))
 
 
 def folder_of(name: str) -> tuple[ids.Tenant, str] | None:
-    """(tenant, job) of an object in somebody's folder of the inbox; None for any other, and for what we put there."""
-    rest = name.removeprefix(layout.INBOX).split("/")
-    if not name.startswith(layout.INBOX) or len(rest) != 3 or rest[2] == names.JOB_ERROR:
+    """(tenant, job) of an object in a job's inbox folder; None for any other, and for the gateway's own error file."""
+    path = name.removeprefix(layout.INBOX).split("/")
+    if not name.startswith(layout.INBOX) or len(path) != 3 or path[2] == names.JOB_ERROR:
         return None
     try:
-        return ids.tenant(rest[0]), names.job(rest[1])
+        return ids.tenant(path[0]), names.job(path[1])
     except UserError:
         log.info("an upload into a folder that no job can have", name=name[:200])
         return None
 
 
-def _expect_insider(request: Request) -> None:
-    """Raises NotFound: outside, this route does not exist. Nor for a page: its browser says where it is from, or sends
-    no header that makes an event."""
+def _expect_internal(request: Request) -> None:
+    """Raises NotFound for a request from outside the cluster, or from a web page: its browser sends `Origin`, or cannot
+    send the headers of an event."""
     host = request.headers.get("host", "")
-    expected = parts(request).events_host
-    inside = (
+    expected = services_of(request).events_host
+    internal = (
         host.rpartition(":")[0] == expected or host == expected
         if expected
         else on_this_machine(request) and origins.is_loopback(origins.name_of(host))
     )
-    if not inside or "origin" in request.headers or not cloudevents.sent(request.headers):
+    if not internal or "origin" in request.headers or not cloudevents.sent(request.headers):
         raise NotFound(f"there is nothing at {request.url.path}")
 
 
 ROUTES: Final = [
-    Door("/events", take, methods=["POST"], body_bytes_max=limits.event_bytes_max),
-    Door("/events/dead", bury, methods=["POST"], body_bytes_max=limits.event_bytes_max),
+    Door("/events", receive, methods=["POST"], body_bytes_max=limits.event_bytes_max),
+    Door("/events/dead", store_dead_letter, methods=["POST"], body_bytes_max=limits.event_bytes_max),
 ]

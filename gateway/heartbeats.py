@@ -1,4 +1,4 @@
-"""When each session was last heard of. In memory: a restarted gateway starts counting anew, to the client's favour."""
+"""The last heartbeat of each session. In memory: after a restart every session has its full time again."""
 
 from collections.abc import Callable
 
@@ -11,22 +11,22 @@ class Heartbeats:
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
-        self._heard: dict[SessionId, float] = {}
+        self._last_seen: dict[SessionId, float] = {}
 
-    def hear(self, session: SessionId) -> None:
-        self._heard[session] = self._now()
+    def record(self, session: SessionId) -> None:
+        self._last_seen[session] = self._now()
 
-    def heard(self, session: SessionId) -> bool:
-        """Whether its client lives, as far as this process knows."""
-        return self._now() - self._heard.get(session, float("-inf")) < limits.session_timeout_s
+    def is_alive(self, session: SessionId) -> bool:
+        """Whether the session's client lives, as far as this process knows."""
+        return self._now() - self._last_seen.get(session, float("-inf")) < limits.session_timeout_s
 
     def forget(self, session: SessionId) -> None:
-        self._heard.pop(session, None)
+        self._last_seen.pop(session, None)
 
     def lapsed(self) -> list[SessionId]:
-        """Sessions that were silent for too long; each is told once."""
+        """Sessions without a heartbeat for too long; each is returned once."""
         before = self._now() - limits.session_timeout_s
-        gone = [session for session, at in self._heard.items() if at < before]
-        for session in gone:
-            del self._heard[session]
-        return gone
+        lapsed = [session for session, at in self._last_seen.items() if at < before]
+        for session in lapsed:
+            del self._last_seen[session]
+        return lapsed

@@ -1,21 +1,21 @@
-"""Files of jobs for their owners: which there are, and each by itself, whole or in ranges."""
+"""The files of jobs, for their owners: listed, and each served whole or in ranges."""
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from gateway import ranges
-from gateway.jobs import place_of
+from gateway.jobs import job_services_of
 from gateway.rest import responses
 from gateway.routing import Door
-from gateway.services import parts
+from gateway.services import services_of
 from gateway.tenants import tenant_of
 from knapper.jobs.artifacts import Artifacts
 
 
 async def list_files(request: Request) -> Response:
-    """`sha256`: null of one that somebody else put there."""
+    """`sha256`: null for a file that another program put there."""
     tenant = tenant_of(request)
-    artifacts = await Artifacts.of(place_of(parts(request)), tenant, request.path_params["job"])
+    artifacts = await Artifacts.of(job_services_of(services_of(request)), tenant, request.path_params["job"])
     files = [
         {
             "name": artifacts.name(entry),
@@ -30,16 +30,16 @@ async def list_files(request: Request) -> Response:
 
 
 async def get_file(request: Request) -> Response:
-    """Of a bucket by whose key somebody can sign, a redirect to it, so that the bytes do not come through here."""
+    """If the bucket can sign URLs, a redirect to it, so that the bytes bypass this server."""
     tenant, name = tenant_of(request), request.path_params["file"]
-    place = place_of(parts(request))
-    opened = await (await Artifacts.of(place, tenant, request.path_params["job"])).open(name)
+    job_services = job_services_of(services_of(request))
+    opened = await (await Artifacts.of(job_services, tenant, request.path_params["job"])).open(name)
     if request.method == "GET":
-        signed = await place.exchange.signed("GET", opened.entry.name, 0)
+        signed = await job_services.exchange.signed("GET", opened.entry.name, 0)
         if signed is not None:
             opened.close()
             return RedirectResponse(signed.url, 307, headers={"Cache-Control": "private, no-store"})
-    return ranges.answer(request, opened, name.rpartition("/")[2])
+    return ranges.respond(request, opened, name.rpartition("/")[2])
 
 
 ROUTES = [

@@ -1,4 +1,4 @@
-"""Large files of jobs, in parts: how far they have come, and one part after another, by whoever was cut off, too."""
+"""Large files of jobs, uploaded in parts: the parts received so far, and one more. An upload can be resumed."""
 
 import base64
 import hashlib
@@ -9,9 +9,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway import bodies
-from gateway.jobs import place_of
+from gateway.jobs import job_services_of
 from gateway.routing import Door
-from gateway.services import parts
+from gateway.services import services_of
 from gateway.tenants import tenant_of
 from knapper import limits
 from knapper.errors import InvalidField
@@ -23,26 +23,31 @@ _SHA256: Final = re.compile(r"sha-256=:([A-Za-z0-9+/]{43}=):")
 
 
 async def progress(request: Request) -> Response:
-    """Each part, and whether it is there; where somebody can sign, the request that sends it past this server."""
+    """Each part, and whether it was received; if the bucket can sign URLs, the request that uploads it there."""
     file = _file(request)
-    exchange = place_of(parts(request)).exchange
-    there = await staging.received(exchange, file)
-    left = sum(size for offset, size in file.parts.items() if offset not in there)
-    await staging.expect_capacity(exchange, file.tenant, left)
-    listed = [
-        {"offset": offset, "size": size, "received": offset in there, "signed": await _signed(exchange, file, offset)}
+    exchange = job_services_of(services_of(request)).exchange
+    received = await staging.received(exchange, file)
+    missing_bytes = sum(size for offset, size in file.parts.items() if offset not in received)
+    await staging.expect_capacity(exchange, file.tenant, missing_bytes)
+    parts = [
+        {
+            "offset": offset,
+            "size": size,
+            "received": offset in received,
+            "signed": await _signed(exchange, file, offset),
+        }
         for offset, size in file.parts.items()
     ]
-    return JSONResponse({"size": file.size, "part_size": limits.upload_part_bytes, "parts": listed})
+    return JSONResponse({"size": file.size, "part_size": limits.upload_part_bytes, "parts": parts})
 
 
 async def put_part(request: Request) -> Response:
-    """Of the part's size, and with its `Content-Digest` (RFC 9530), where that was sent. A repetition is silent."""
+    """Stores one part, after checking its size and, if sent, its `Content-Digest` (RFC 9530). Safe to repeat."""
     file = _file(request)
     offset = file.offset(request.path_params["offset"])
-    exchange = place_of(parts(request)).exchange
+    exchange = job_services_of(services_of(request)).exchange
     data = await bodies.read(request)
-    digest = await bodies.aside(request, len(data), lambda: hashlib.sha256(data).digest())
+    digest = await bodies.in_thread(request, len(data), lambda: hashlib.sha256(data).digest())
     _expect_digest(request, digest)
     await staging.take(exchange, file, offset, bytes(data))
     return JSONResponse({"offset": offset, "size": len(data)})
@@ -58,14 +63,16 @@ async def _signed(exchange: Exchange, file: File, offset: int) -> dict[str, Any]
 
 
 def _expect_digest(request: Request, digest: bytes) -> None:
-    """Raises InvalidField for another than was sent."""
+    """Raises InvalidField unless `digest` is the one in the header, if there is one."""
     header = request.headers.get("content-digest")
     if header is None:
         return
-    found = _SHA256.search(header)
-    if found is None or base64.b64decode(found[1]) != digest:
-        came = base64.b64encode(digest).decode()
-        raise InvalidField("Content-Digest", header, f"sha-256=:{came}:, of the bytes that came", "Send the part again")
+    match = _SHA256.search(header)
+    if match is None or base64.b64decode(match[1]) != digest:
+        actual = base64.b64encode(digest).decode()
+        raise InvalidField(
+            "Content-Digest", header, f"sha-256=:{actual}:, of the bytes that came", "Send the part again"
+        )
 
 
 ROUTES = [

@@ -1,4 +1,4 @@
-"""Jobs for clients: submitted with their files, listed, shown, cancelled, resumed, deleted."""
+"""Jobs over HTTP: submit with files, list, show, cancel, resume, delete."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from gateway import bodies
 from gateway.rest import responses, runs
 from gateway.routing import Door
-from gateway.services import Services, parts
+from gateway.services import Services, services_of
 from gateway.tenants import tenant_of
 from knapper import limits
 from knapper.errors import InvalidField, NotFound, TooLarge, Unavailable
@@ -28,20 +28,20 @@ from knapper.wire import fields, json
 log = structlog.get_logger()
 
 
-class Uploaded(Struct, frozen=True, forbid_unknown_fields=True):
-    """A file whose parts were sent before."""
+class UploadedFile(Struct, frozen=True, forbid_unknown_fields=True):
+    """A file that was uploaded in parts before."""
 
     sha256: str
     size: Annotated[int, Meta(ge=1, le=limits.job_upload_bytes_max)]
 
 
 class Submit(fields.RequestBody, frozen=True, kw_only=True):
-    """`files`: their texts; job.yaml is one of them. `uploads`: of others, what they are. `name`: none makes one up."""
+    """`files`: name -> text, job.yaml included. `uploads`: name -> uploaded file. `name`: null generates one."""
 
     name: Annotated[str, Meta(max_length=limits.job_name_chars_max)] | None = None
     files: Annotated[dict[str, str], Meta(min_length=1, max_length=limits.job_files_max)]
-    uploads: Annotated[dict[str, Uploaded], Meta(max_length=limits.job_files_max)] = {}
-    again: bool = False  # start them once more, though the same files were started before
+    uploads: Annotated[dict[str, UploadedFile], Meta(max_length=limits.job_files_max)] = {}
+    again: bool = False  # start the job even if the same files were started before
 
 
 class List(fields.RequestBody, frozen=True, kw_only=True):
@@ -54,150 +54,156 @@ class Show(fields.RequestBody, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Submitted:
-    """`files`: by their names, job.yaml among them; `uploads`: the others."""
+class Submission:
+    """`files`: name -> content, job.yaml included. `uploads`: name -> uploaded file."""
 
     name: str | None
     again: bool
     files: dict[str, bytes]
-    uploads: dict[str, Uploaded]
+    uploads: dict[str, UploadedFile]
 
 
-def submitted(body: bytes) -> Submitted:
+def parse_submission(body: bytes) -> Submission:
     """Raises UserError."""
-    asked = json.decode(body, Submit)
-    if names.JOB_YAML not in asked.files:
-        raise InvalidField("files", sorted(asked.files), f"{names.JOB_YAML} among them")
-    if both := asked.files.keys() & asked.uploads.keys():
+    job = json.decode(body, Submit)
+    if names.JOB_YAML not in job.files:
+        raise InvalidField("files", sorted(job.files), f"{names.JOB_YAML} among them")
+    if both := job.files.keys() & job.uploads.keys():
         raise InvalidField("uploads", min(both), "names that are not in files, too")
-    files = {names.file(name): text.encode() for name, text in asked.files.items()}
-    uploads = {names.file(name): upload for name, upload in asked.uploads.items()}
+    files = {names.file(name): text.encode() for name, text in job.files.items()}
+    uploads = {names.file(name): upload for name, upload in job.uploads.items()}
     size = sum(map(len, files.values())) + sum(upload.size for upload in uploads.values())
     if size > limits.job_upload_bytes_max:
         raise TooLarge(
             f"the job's files have {size} bytes; allowed: {limits.job_upload_bytes_max} in all; leave rows out, or "
             "copy the folder into the server's inbox"
         )
-    return Submitted(asked.name, asked.again, files, uploads)
+    return Submission(job.name, job.again, files, uploads)
 
 
 async def submit(request: Request) -> Response:
-    """Put the files where uploads go, and look: the same road as any other.
+    """Publish the files to the inbox and start the job from there, like any upload.
 
-    Answers what `show` does, and `equal`: whether these very files were started before, and are not now.
+    The response is that of `show`, and `equal`: true if the same files were started before, and so are not again.
     """
-    gateway, tenant = parts(request), tenant_of(request)
+    gateway, tenant = services_of(request), tenant_of(request)
     body = await bodies.read(request)
-    sent = await bodies.computed(request, submitted, body)
-    place = place_of(gateway)
-    job = names.job(sent.name or f"job-{gateway.new_id()[:12]}")
+    submission = await bodies.in_worker(request, parse_submission, body)
+    job_services = job_services_of(gateway)
+    exchange = job_services.exchange
+    job = names.job(submission.name or f"job-{gateway.new_id()[:12]}")
     inbox = layout.inbox(tenant, job)
-    uploads = {name: staging.File(tenant, names.sha256(one.sha256), one.size) for name, one in sent.uploads.items()}
+    uploads = {
+        name: staging.File(tenant, names.sha256(upload.sha256), upload.size)
+        for name, upload in submission.uploads.items()
+    }
     for name, file in uploads.items():
-        await staging.expect_whole(place.exchange, name, file)
-    sha256s = {name: hashlib.sha256(data).hexdigest() for name, data in sent.files.items()}
+        await staging.expect_whole(exchange, name, file)
+    sha256s = {name: hashlib.sha256(data).hexdigest() for name, data in submission.files.items()}
     sha256s |= {name: file.sha256 for name, file in uploads.items()}
-    equal = not sent.again and await was_started(place, tenant, job, sent.files[names.JOB_YAML], sha256s)
-    # Without a job.yaml nothing starts: nobody shall find new files beside old ones.
-    await place.exchange.remove(f"{inbox}{names.JOB_YAML}")
+    equal = not submission.again and await was_started(
+        job_services, tenant, job, submission.files[names.JOB_YAML], sha256s
+    )
+    # Removing job.yaml first keeps the job from starting with a mix of old and new files.
+    await exchange.remove(f"{inbox}{names.JOB_YAML}")
     for name, file in uploads.items():
-        await staging.assemble(place.exchange, file, f"{inbox}{name}")
-    for name in sorted(sent.files, key=lambda name: name == names.JOB_YAML):
-        await place.exchange.publish(f"{inbox}{name}", sent.files[name])
-    start = await (again if sent.again else look)(place, tenant, job)
+        await staging.assemble(exchange, file, f"{inbox}{name}")
+    for name in sorted(submission.files, key=lambda name: name == names.JOB_YAML):
+        await exchange.publish(f"{inbox}{name}", submission.files[name])
+    start = await (again if submission.again else look)(job_services, tenant, job)
     for file in uploads.values():
-        await staging.forget(place.exchange, file)
-    gateway.stirs.jobs.set()
+        await staging.forget(exchange, file)
+    gateway.wakeups.jobs.set()
     if start is not None:
-        await place.notifier.post(await revive.first(place, start))
-    return JSONResponse(await listings.whole(place, tenant, job, 0, gateway.present) | {"equal": equal})
+        await job_services.notifier.post(await revive.first(job_services, start))
+    return JSONResponse(await listings.whole(job_services, tenant, job, 0, gateway.presence) | {"equal": equal})
 
 
 async def list_jobs(request: Request) -> Response:
-    """Newest first, a page at a time: only of those that are told of anything is read."""
-    gateway, tenant = parts(request), tenant_of(request)
-    asked = json.convert(responses.query(request), List)
-    found = await listings.listed(gateway.store, tenant)
-    page = found[asked.offset : asked.offset + asked.limit]
-    answer = {
+    """Newest first, a page at a time: the details of jobs on other pages are not read."""
+    gateway, tenant = services_of(request), tenant_of(request)
+    query = json.convert(responses.query(request), List)
+    jobs = await listings.listed(gateway.store, tenant)
+    page = jobs[query.offset : query.offset + query.limit]
+    body = {
         "jobs": await listings.briefs(gateway.store, page),
-        "cursor": responses.cursor(asked.offset, asked.limit, len(found)),
+        "cursor": responses.cursor(query.offset, query.limit, len(jobs)),
     }
-    return JSONResponse(answer)
+    return JSONResponse(body)
 
 
 async def show(request: Request) -> Response:
-    gateway, tenant = parts(request), tenant_of(request)
-    asked = json.convert(responses.query(request), Show)
-    told = await listings.whole(place_of(gateway), tenant, request.path_params["job"], asked.after, gateway.present)
-    return JSONResponse(told)
+    gateway, tenant = services_of(request), tenant_of(request)
+    query = json.convert(responses.query(request), Show)
+    job = request.path_params["job"]
+    return JSONResponse(await listings.whole(job_services_of(gateway), tenant, job, query.after, gateway.presence))
 
 
 async def cancel(request: Request) -> Response:
-    """Nothing more is begun for it; what is under way ends within one operation."""
-    gateway, tenant = parts(request), tenant_of(request)
-    place = place_of(gateway)
-    found = await listings.newest(place.store, tenant, request.path_params["job"])
-    started = await _started(place, found)
-    await control.ask(place.store, found.start, "cancelled", "cancelled by its owner", place.clock())
-    await place.store.delete(found.start.working)
-    log.info("job cancelled", job=str(found.start))
-    await outputs.publish_status(place, started)
+    """Start no more work for the job; the work under way ends within one operation."""
+    gateway, tenant = services_of(request), tenant_of(request)
+    job_services = job_services_of(gateway)
+    listing = await listings.newest(job_services.store, tenant, request.path_params["job"])
+    started = await _started(job_services, listing)
+    await control.ask(job_services.store, listing.start, "cancelled", "cancelled by its owner", job_services.clock())
+    await job_services.store.delete(listing.start.working)
+    log.info("job cancelled", job=str(listing.start))
+    await outputs.publish_status(job_services, started)
     first = notifications.started(started)
-    await place.notifier.ring(first, cloudevents.JOB_CANCELLED, "knapper/gateway", 0)
-    return await _told(gateway, tenant, found)
+    await job_services.notifier.ring(first, cloudevents.JOB_CANCELLED, "knapper/gateway", 0)
+    return await _show(gateway, tenant, listing)
 
 
 async def resume(request: Request) -> Response:
-    """Go on where it stopped."""
-    gateway, tenant = parts(request), tenant_of(request)
-    place = place_of(gateway)
-    found = await listings.newest(place.store, tenant, request.path_params["job"])
-    started = await _started(place, found)
-    await control.ask(place.store, found.start, "running", "", place.clock())
-    await place.store.put_if_absent(found.start.working, b"")
-    gateway.stirs.jobs.set()
-    log.info("job resumed", job=str(found.start))
-    await outputs.publish_status(place, started)
-    for event in await revive.again(place, started, found.start):
-        await place.notifier.post(event)
-    return await _told(gateway, tenant, found)
+    """Continue the job where it stopped."""
+    gateway, tenant = services_of(request), tenant_of(request)
+    job_services = job_services_of(gateway)
+    listing = await listings.newest(job_services.store, tenant, request.path_params["job"])
+    started = await _started(job_services, listing)
+    await control.ask(job_services.store, listing.start, "running", "", job_services.clock())
+    await job_services.store.put_if_absent(listing.start.working, b"")
+    gateway.wakeups.jobs.set()
+    log.info("job resumed", job=str(listing.start))
+    await outputs.publish_status(job_services, started)
+    for event in await revive.again(job_services, started, listing.start):
+        await job_services.notifier.post(event)
+    return await _show(gateway, tenant, listing)
 
 
 async def delete(request: Request) -> Response:
-    """For good: files, records, the run with its checkpoints. One that runs has to be cancelled before."""
-    gateway, tenant = parts(request), tenant_of(request)
-    place = place_of(gateway)
-    job = (await listings.newest(place.store, tenant, request.path_params["job"])).start.job
-    await deletion.mark(place, tenant, job)
+    """Delete the job for good: its files, records and run with checkpoints. A running job must be cancelled first."""
+    gateway, tenant = services_of(request), tenant_of(request)
+    job_services = job_services_of(gateway)
+    job = (await listings.newest(job_services.store, tenant, request.path_params["job"])).start.job
+    await deletion.mark(job_services, tenant, job)
     await gateway.audit.write(tenant, "job_delete", job=job)
 
     async def erase(run: RunId) -> None:
         try:
             await runs.erase(gateway, tenant, run)
-        except NotFound:  # it was never made
+        except NotFound:  # the job never created it
             pass
 
-    await deletion.delete(place, tenant, job, erase)
+    await deletion.delete(job_services, tenant, job, erase)
     return JSONResponse({"status": "ok"})
 
 
-async def _started(place: JobServices, found: listings.JobListing) -> Started:
-    started = await read(place.store, found.start.started, Started)
+async def _started(job_services: JobServices, listing: listings.JobListing) -> Started:
+    started = await read(job_services.store, listing.start.started, Started)
     if started is None:
-        raise InvalidField("job", found.start.job, "a job that has started", "See its error in `knapper jobs show`")
+        raise InvalidField("job", listing.start.job, "a job that has started", "See its error in `knapper jobs show`")
     return started
 
 
-async def _told(gateway: Services, tenant: Tenant, found: listings.JobListing) -> Response:
-    place = place_of(gateway)
-    return JSONResponse(await listings.whole(place, tenant, found.start.job, 10**9, gateway.present))
+async def _show(gateway: Services, tenant: Tenant, listing: listings.JobListing) -> Response:
+    job_services = job_services_of(gateway)
+    return JSONResponse(await listings.whole(job_services, tenant, listing.start.job, 10**9, gateway.presence))
 
 
-def place_of(gateway: Services) -> JobServices:
-    if gateway.place is None:
+def job_services_of(gateway: Services) -> JobServices:
+    if gateway.job_services is None:
         raise Unavailable("this gateway has no exchange; its operator sets KNAPPER_EXCHANGE and KNAPPER_BROKER_URL")
-    return gateway.place
+    return gateway.job_services
 
 
 ROUTES = [

@@ -1,7 +1,8 @@
-"""The parts of a gateway, put together out of its settings, and closed at its end."""
+"""Builds the gateway's services from its settings, and closes them when the gateway stops."""
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,18 +12,17 @@ import httpx
 
 from gateway.body_budget import budget
 from gateway.heartbeats import Heartbeats
-from gateway.lookups import Records
-from gateway.openai.shared import OpenAIState
+from gateway.lookups import Lookups
+from gateway.openai.state import OpenAIState
 from gateway.result_reader import ResultReader
-from gateway.reward_client import Rewards
+from gateway.rewards import RewardClient
 from gateway.sample_queue import SampleQueue
-from gateway.sample_usage import Meter
-from gateway.services import Services
+from gateway.sample_usage import SampleUsage
+from gateway.services import Services, Wakeups
 from gateway.train_client import TrainStepClient
-from gateway.unfinished_runs import Waits
+from gateway.unfinished_runs import UnfinishedRuns
 from gateway.unservable import UnservableModels
-from gateway.wakeups import Stirs
-from gateway.worker_pool import Workers
+from gateway.worker_pool import WorkerPool
 from knapper.catalogue.declared_models import Declared
 from knapper.events.cloudevents import Claimed
 from knapper.events.function_key import FunctionKey
@@ -50,77 +50,82 @@ if TYPE_CHECKING:
     from knapper.events.pubsub import Subscription
 
 
+@dataclass(frozen=True)
+class Sources:
+    """Where time and randomness come from. Tests hand in their own."""
+
+    clock: Callable[[], float]  # seconds since the epoch
+    monotonic: Callable[[], float]  # seconds
+    new_id: Callable[[], str]  # 32 random hexadecimal digits
+
+
+@dataclass(frozen=True)
+class _State:
+    """The readers and writers of the store; none of them holds a connection."""
+
+    store: Store
+    manifests: Manifests
+    acceptor: Acceptor
+    results: Results
+    accounts: Accounts
+    collector: Collector
+    lookups: Lookups
+
+
+@dataclass(frozen=True)
+class _Clients:
+    """The clients of the three functions."""
+
+    unservable_models: UnservableModels
+    train: TrainStepClient
+    samples: SampleQueue
+    rewards: RewardClient
+
+
 @asynccontextmanager
-async def assembled(
-    settings: Settings,
-    store: Store,
-    place: JobServices | None,
-    *,
-    clock: Callable[[], float],
-    monotonic: Callable[[], float],
-    new_id: Callable[[], str],
+async def open_services(
+    settings: Settings, store: Store, job_services: JobServices | None, sources: Sources
 ) -> AsyncIterator[Services]:
-    """The parts, with connections that live as long as this is open. `place`: of jobs; without it there are none."""
-    manifests = Manifests(store)
-    acceptor, results = Acceptor(store, clock, manifests), Results(store, manifests)
-    accounts = Accounts(store, clock, monotonic, new_id)
-    keep = Retention.of(settings)
-    collector = Collector(store, keep, clock, monotonic, partial(needs.of, store), accounts.account)
-    records = Records(store, acceptor, monotonic, collector.ask)
-    checkpoints = Checkpoints(store, clock)
-    meter = Meter(store, clock, new_id)
-    audit = Audit(store, clock, new_id)
-    url_of, holder_of = partial(_url_of, records, settings.train_step_url), partial(_holder_of, manifests)
-    async with AsyncExitStack() as connections:
-        workers = Workers()
-        connections.callback(workers.close)
-        opening = await FunctionKey(store, new_id).headers()
-        client = await connections.enter_async_context(_client(opening))
-        crowd = await connections.enter_async_context(_crowd(opening))
-        refusals = UnservableModels()
-        bells = TrainStepClient(
-            crowd,
-            refusals,
-            results,
-            url_of,
-            holder_of,
-            accounts.answered,
-            records.forget_run,
-            new_id,
-            monotonic,
-        )
+    """The services, whose connections stay open as long as this context. `job_services`: None serves no jobs."""
+    clock, monotonic, new_id = sources.clock, sources.monotonic, sources.new_id
+    state = _state(settings, store, sources)
+    audit, sample_usage = Audit(store, clock, new_id), SampleUsage(store, clock, new_id)
+    async with AsyncExitStack() as stack:
+        worker_pool = WorkerPool()
+        stack.callback(worker_pool.close)
+        clients = await _clients(settings, state, sample_usage, sources, stack)
         yield Services(
             store=store,
-            acceptor=acceptor,
-            results=results,
-            looks=ResultReader(results, bells.told, monotonic),
-            records=records,
-            checkpoints=checkpoints,
-            register=Register(store),
-            links=Links(store, clock, new_id),
+            acceptor=state.acceptor,
+            results=state.results,
+            result_reader=ResultReader(state.results, clients.train.expects_commits, monotonic),
+            lookups=state.lookups,
+            checkpoints=Checkpoints(store, clock),
+            tenant_index=Register(store),
+            signed_links=Links(store, clock, new_id),
             audit=audit,
-            collector=collector,
-            bells=bells,
-            refusals=refusals,
-            samples=SampleQueue(crowd, refusals, new_id, monotonic, meter.count, first=int(clock() * 1e6)),
-            meter=meter,
-            accounts=accounts,
-            rewards=Rewards(client, settings.reward_url),
-            budget=budget(),
-            workers=workers,
+            collector=state.collector,
+            train_client=clients.train,
+            unservable_models=clients.unservable_models,
+            sample_queue=clients.samples,
+            sample_usage=sample_usage,
+            accounts=state.accounts,
+            reward_client=clients.rewards,
+            body_budget=budget(),
+            worker_pool=worker_pool,
             events_host=settings.events_host,
-            place=place,
-            subscription=None if place is None else _subscribed(settings.subscription, connections),
-            present=partial(presence, settings.run_directory),
+            job_services=job_services,
+            subscription=None if job_services is None else _subscription(settings.subscription, stack),
+            presence=partial(presence, settings.run_directory),
             seen_jobs=Seen(),
             job_stalled_s=settings.job_stalled_s,
             heartbeats=Heartbeats(monotonic),
-            waits=Waits(monotonic),
-            stirs=Stirs(),
+            unfinished_runs=UnfinishedRuns(monotonic),
+            wakeups=Wakeups(),
             openai=OpenAIState(audit),
             keys=Keyring(Keys(store, clock), monotonic) if settings.keys else None,
-            declared=Declared(Path(settings.models), records.catalogue) if settings.models else None,
-            tokens=await AccessTokens.open(store, clock, new_id) if settings.jwt else None,
+            declared_models=Declared(Path(settings.models), state.lookups.catalogue) if settings.models else None,
+            access_tokens=await AccessTokens.open(store, clock, new_id) if settings.jwt else None,
             sample_url=settings.sample_url,
             notice=settings.notice,
             clock=clock,
@@ -128,31 +133,65 @@ async def assembled(
         )
 
 
-def _client(headers: Mapping[str, str]) -> httpx.AsyncClient:
+def _state(settings: Settings, store: Store, sources: Sources) -> _State:
+    clock, monotonic = sources.clock, sources.monotonic
+    manifests = Manifests(store)
+    acceptor = Acceptor(store, clock, manifests)
+    accounts = Accounts(store, clock, monotonic, sources.new_id)
+    retention = Retention.of(settings)
+    collector = Collector(store, retention, clock, monotonic, partial(needs.of, store), accounts.account)
+    lookups = Lookups(store, acceptor, monotonic, collector.ask)
+    return _State(store, manifests, acceptor, Results(store, manifests), accounts, collector, lookups)
+
+
+async def _clients(
+    settings: Settings, state: _State, sample_usage: SampleUsage, sources: Sources, stack: AsyncExitStack
+) -> _Clients:
+    key = await FunctionKey(state.store, sources.new_id).headers()
+    http = await stack.enter_async_context(_http_client(key))
+    session = await stack.enter_async_context(_http_session(key))
+    unservable_models = UnservableModels()
+    train = TrainStepClient(
+        session,
+        unservable_models,
+        state.results,
+        url_of=partial(_train_step_url, state.lookups, settings.train_step_url),
+        holder_of=partial(_holder_of, state.manifests),
+        on_commit=state.accounts.answered,
+        on_missing_run=state.lookups.forget_run,
+        new_id=sources.new_id,
+        now=sources.monotonic,
+    )
+    first = int(sources.clock() * 1e6)
+    samples = SampleQueue(session, unservable_models, sources.new_id, sources.monotonic, sample_usage.count, first)
+    return _Clients(unservable_models, train, samples, RewardClient(http, settings.reward_url))
+
+
+def _http_client(headers: Mapping[str, str]) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     return httpx.AsyncClient(headers=headers, limits=limits, trust_env=False)
 
 
-def _crowd(headers: Mapping[str, str]) -> aiohttp.ClientSession:
-    """For bells and samples: httpx takes longer for each request, and looks at every connection of its pool for it."""
+def _http_session(headers: Mapping[str, str]) -> aiohttp.ClientSession:
+    """For doorbells and samples: httpx is slower per request, and scans every connection of its pool for each."""
     return aiohttp.ClientSession(
         headers=headers, connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar()
     )
 
 
-def _subscribed(name: str, connections: AsyncExitStack) -> "Subscription | None":
+def _subscription(name: str, stack: AsyncExitStack) -> "Subscription | None":
     if not name:
         return None
     from knapper.events import pubsub  # its client takes half a second to import, and few gateways need it
 
     subscription = pubsub.Subscription(name)
-    connections.callback(subscription.close)
+    stack.callback(subscription.close)
     return subscription
 
 
-async def _url_of(records: Records, everywhere: str, run: RunId) -> str:
-    """Where the run's train_step listens: the same for all runs if settings say so, else its base model's."""
-    return everywhere or (await records.model((await records.spec_of(run)).base_model)).train_step_url
+async def _train_step_url(lookups: Lookups, url_for_all: str, run: RunId) -> str:
+    """The URL of the run's train_step: `url_for_all` if set, else the one in its base model's record."""
+    return url_for_all or (await lookups.model((await lookups.spec_of(run)).base_model)).train_step_url
 
 
 async def _holder_of(manifests: Manifests, run: RunId) -> Claimed | None:

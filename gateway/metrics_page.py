@@ -1,6 +1,6 @@
-"""GET /metrics: what Prometheus sees of the gateway, which it asks at the pod's own address.
+"""GET /metrics: the gateway's metrics, for Prometheus, which scrapes the pod's own address.
 
-No key, so not for outsiders: who comes by a name, as through any ingress, finds nothing here.
+There is no key, so a request by host name, as through an ingress, gets 404.
 """
 
 from collections import Counter
@@ -10,20 +10,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.routing import Door
-from gateway.services import parts
+from gateway.services import services_of
 from knapper.errors import KnapperError, NotFound
 from knapper.ids import RunId
 from knapper.observability import metrics
 
 
 class Ages:
-    """Since when runs wait, as scrapes saw it: a run that was answered in between waits anew."""
+    """Since when runs wait, as seen by scrapes: each applied operation restarts a run's wait."""
 
     def __init__(self) -> None:
         self._since: dict[RunId, tuple[int, float]] = {}
 
     def oldest(self, waiting: dict[RunId, int], now: float) -> float:
-        """Seconds; `waiting`: the last answered operation of each run that waits."""
+        """The longest wait in seconds. `waiting`: the newest applied operation of each run that waits."""
         self._since = {
             run: self._since[run] if self._since.get(run, (-2, 0.0))[0] == applied else (applied, now)
             for run, applied in waiting.items()
@@ -35,27 +35,27 @@ _ages = Ages()
 
 
 async def scrape(request: Request) -> Response:
-    """The metrics of this process; queues as they are now."""
+    """The metrics of this process, with the current length of its queues."""
     _expect_address(request)
-    gateway = parts(request)
-    waiting = gateway.bells.undone()
+    gateway = services_of(request)
+    waiting = gateway.train_client.unfinished()
     models: Counter[str] = Counter()
     for run in waiting:
         try:
-            models[(await gateway.records.spec_of(run)).base_model] += 1
-        except KnapperError:  # deleted, or the store does not answer: a scrape is no reason to fail
+            models[(await gateway.lookups.spec_of(run)).base_model] += 1
+        except KnapperError:  # deleted, or the store is unavailable: the scrape succeeds all the same
             models["unknown"] += 1
     metrics.runs_waiting.clear()
     for model, count in models.items():
         metrics.runs_waiting.labels(model).set(count)
     applied = {run: gateway.results.applied(run) for run in waiting}
     metrics.queue_age_seconds.set(_ages.oldest(applied, gateway.clock()))
-    metrics.samples_waiting.set(gateway.samples.open)
+    metrics.samples_waiting.set(gateway.sample_queue.open)
     return Response(metrics.text(), media_type=metrics.CONTENT_TYPE)
 
 
 def _expect_address(request: Request) -> None:
-    """Raises NotFound for a request by name: an ingress routes by names, and gives none of ours to an address."""
+    """Raises NotFound for a request by host name: an ingress routes by names, and never to an address."""
     host = request.url.hostname or ""
     try:
         ip_address(host)

@@ -1,8 +1,8 @@
-"""By which names, and from whose pages, a gateway without keys may be called.
+"""The host names and origins that a gateway without keys accepts.
 
-Where no key is asked for, whoever has an account on this machine may call; a page that one of them looks at may not. A
-browser lets it call by any name, also one that its owner makes lead here, and says that name (`Host`); and it lets it
-send simple requests to anybody, and says where the page is from (`Origin`).
+Without keys, every account on this machine may call the gateway, but no web page that its users open may. A browser
+lets a page call any host name, including one that its owner points here (DNS rebinding), and names it in `Host`; and it
+lets the page send simple requests to any server, and names the page's site in `Origin`.
 """
 
 import re
@@ -25,34 +25,34 @@ _OWN: Final = "localhost, 127.0.0.1, [::1], and the names in KNAPPER_HOSTS"
 
 
 def middleware(settings: Settings) -> list[Middleware]:
-    """None where keys are asked for: a page has none, and a server with keys is reached by whatever name."""
+    """Empty if keys are on: a page has no key, and a server with keys may be reached by any name."""
     names = (*settings.hosts.split(","), settings.events_host)
-    named = frozenset(name_of(name) for name in names if name)
-    return [] if settings.keys else [Middleware(_Sites, named=named)]
+    allowed = frozenset(name_of(name) for name in names if name)
+    return [] if settings.keys else [Middleware(_OriginCheck, allowed=allowed)]
 
 
-class _Sites:
-    def __init__(self, app: ASGIApp, named: frozenset[str]) -> None:
-        self._app, self._named = app, named
+class _OriginCheck:
+    def __init__(self, app: ASGIApp, allowed: frozenset[str]) -> None:
+        self._app, self._allowed = app, allowed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                expect(Headers(scope=scope), self._named)
+                expect(Headers(scope=scope), self._allowed)
             except ForeignSite as error:
-                await (await errors.known(Request(scope), error))(scope, receive, send)
+                await (await errors.known_error(Request(scope), error))(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
-def expect(headers: Headers, named: frozenset[str]) -> None:
-    """Raises ForeignSite unless a request came by a name of this machine, or `named`, and from no page but theirs."""
+def expect(headers: Headers, allowed: frozenset[str]) -> None:
+    """Raises ForeignSite unless `Host` is this machine or an allowed name, and `Origin` is absent or one of these."""
     hosts, origins = headers.getlist("host"), headers.getlist("origin")
     host = hosts[0] if len(hosts) == 1 else ""
     name = name_of(host)
-    if not (is_loopback(name) or name in named):
+    if not (is_loopback(name) or name in allowed):
         raise ForeignSite(f"the header Host is {_shown(hosts)}; allowed without keys: {_OWN}")
-    if origins and not (len(origins) == 1 and _same_or_named(origins[0], host, named)):
+    if origins and not (len(origins) == 1 and _same_or_allowed(origins[0], host, allowed)):
         raise ForeignSite(
             f"the header Origin is {_shown(origins)}: a page of another server; allowed without keys: this server's "
             "own, and those of the names in KNAPPER_HOSTS"
@@ -60,9 +60,9 @@ def expect(headers: Headers, named: frozenset[str]) -> None:
 
 
 def name_of(authority: str) -> str:
-    """Of `name:port`, as names are compared; empty if it is neither."""
-    found = _AUTHORITY.fullmatch(authority)
-    return found[1].lower().strip("[]").removesuffix(".") if found else ""
+    """The name in `name:port`, normalised for comparison; empty if malformed."""
+    match = _AUTHORITY.fullmatch(authority)
+    return match[1].lower().strip("[]").removesuffix(".") if match else ""
 
 
 def is_loopback(name: str) -> bool:
@@ -74,18 +74,18 @@ def is_loopback(name: str) -> bool:
     return (mapped or address).is_loopback
 
 
-def _same_or_named(origin: str, host: str, named: frozenset[str]) -> bool:
-    found = _ORIGIN.fullmatch(origin)
-    if found is None:  # "null": of a page that hides where it is from
+def _same_or_allowed(origin: str, host: str, allowed: frozenset[str]) -> bool:
+    match = _ORIGIN.fullmatch(origin)
+    if match is None:  # "null": the page hides its origin
         return False
-    scheme, authority = found.groups()
+    scheme, authority = match.groups()
     name = name_of(authority)
-    return bool(name) and (name in named or (name, _port(authority, scheme)) == (name_of(host), _port(host, scheme)))
+    return bool(name) and (name in allowed or (name, _port(authority, scheme)) == (name_of(host), _port(host, scheme)))
 
 
 def _port(authority: str, scheme: str) -> str:
-    found = _AUTHORITY.fullmatch(authority)
-    return (found[2] if found else "") or _PORTS.get(scheme, "")
+    match = _AUTHORITY.fullmatch(authority)
+    return (match[2] if match else "") or _PORTS.get(scheme, "")
 
 
 def _shown(values: list[str]) -> str:

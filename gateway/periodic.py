@@ -1,7 +1,7 @@
-"""What a gateway does by itself, again and again, each piece at its own pace. Nothing that goes wrong once ends it.
+"""Periodic tasks of the gateway, each at its own pace. A failure is logged, and the task continues.
 
-Where nothing happens, a piece that finds nothing to do is done ever less often, so that idling costs next to nothing;
-whatever makes work for it stirs it. Nothing depends on that: what stirred nobody is found at the end of the pause.
+A task that finds nothing to do runs ever less often, so that idling costs next to nothing; a doorbell brings the next
+run forward. Nothing depends on the doorbell: without one, the work is found at the end of the pause.
 """
 
 import asyncio
@@ -13,67 +13,67 @@ import structlog
 
 from knapper.errors import KnapperError
 
-_FAILED_S = 5.0  # what fails is not tried again sooner
+_FAILED_S = 5.0  # the shortest pause after a failure
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
-class Chore:
-    """`work`, again and again. `at_once`: the first time as the gateway starts.
+class PeriodicTask:
+    """Runs `work` again and again. `at_once`: for the first time as the gateway starts.
 
-    It answers how long the pause after it may become: the next one is twice as long as the one before it, `every_s` at
-    least. None: it is `every_s`. Once `stirred`, it is done within `every_s`.
+    `work` returns an upper bound for the next pause in seconds: pauses start at `every_s` and double up to it. None:
+    the pause is `every_s`. Once `doorbell` is set, `work` runs within `every_s`.
     """
 
     name: str
     work: Callable[[], Awaitable[float | None]]
     every_s: float
     at_once: bool = False
-    stirred: asyncio.Event = field(default_factory=asyncio.Event)
+    doorbell: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @asynccontextmanager
-async def done(chores: Iterable[Chore]) -> AsyncIterator[None]:
-    """They are done for as long as this is open; one in the middle of its work is cancelled at the end."""
-    tasks = [asyncio.create_task(_for_ever(chore), name=chore.name) for chore in chores]
+async def running(tasks: Iterable[PeriodicTask]) -> AsyncIterator[None]:
+    """Runs the tasks while this context is open; its end cancels them."""
+    loops = [asyncio.create_task(_run_for_ever(task), name=task.name) for task in tasks]
     try:
         yield
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for loop in loops:
+            loop.cancel()
+        await asyncio.gather(*loops, return_exceptions=True)
 
 
-async def _for_ever(chore: Chore) -> None:
-    pause_s = 0.0 if chore.at_once else chore.every_s
+async def _run_for_ever(task: PeriodicTask) -> None:
+    pause_s = 0.0 if task.at_once else task.every_s
     while True:
-        pause_s = await _work(chore, await _paused(chore, pause_s))
+        pause_s = await _run_once(task, await _pause(task, pause_s))
 
 
-async def _paused(chore: Chore, pause_s: float) -> float:
-    """How long at most, so that the next pause is not longer than it should be for what was stirred."""
-    last_s = min(pause_s, chore.every_s)
+async def _pause(task: PeriodicTask, pause_s: float) -> float:
+    """Pause for `pause_s`, or less once the doorbell rings. Returns the pause from which the next one doubles."""
+    last_s = min(pause_s, task.every_s)
     if pause_s > last_s:
         with suppress(TimeoutError):
-            await asyncio.wait_for(chore.stirred.wait(), pause_s - last_s)
+            await asyncio.wait_for(task.doorbell.wait(), pause_s - last_s)
             pause_s = last_s
-    chore.stirred.clear()  # what stirs from here on, while the work perhaps has looked already, is for the next time
+    task.doorbell.clear()  # from here on it counts for the next run: this one may have looked already
     await asyncio.sleep(last_s)
     return pause_s
 
 
-async def _work(chore: Chore, pause_s: float) -> float:
-    """The work, once; then the next pause. A border of the process: whatever escapes from the work is logged here."""
+async def _run_once(task: PeriodicTask, pause_s: float) -> float:
+    """Run the work once; returns the next pause. The outermost handler: it logs every exception of the work."""
     try:
-        longest_s = await chore.work() or 0.0
-        return max(chore.every_s, min(2 * pause_s, longest_s))
+        pause_max_s = await task.work() or 0.0
+        return max(task.every_s, min(2 * pause_s, pause_max_s))
     except KnapperError as error:
-        log.warning(f"{chore.name} failed", code=error.code, reason=str(error))
+        log.warning(f"{task.name} failed", code=error.code, reason=str(error))
     except asyncio.CancelledError:
-        if (task := asyncio.current_task()) is not None and task.cancelling():
-            raise  # we are told to end; else something else was cancelled, and the work waited for it
-        log.exception(f"{chore.name}: defect")
+        if (current := asyncio.current_task()) is not None and current.cancelling():
+            raise  # the gateway stops; else the work awaited a task that was cancelled
+        log.exception(f"{task.name}: defect")
     except Exception:
-        log.exception(f"{chore.name}: defect")
-    return max(chore.every_s, _FAILED_S)
+        log.exception(f"{task.name}: defect")
+    return max(task.every_s, _FAILED_S)

@@ -1,4 +1,4 @@
-"""A file's bytes over HTTP: whole, or the range that is asked for (RFC 9110, section 14), in pieces."""
+"""A file's bytes over HTTP: whole, or the requested range (RFC 9110, section 14), in chunks."""
 
 import base64
 import re
@@ -14,16 +14,16 @@ _RANGE: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
 class Unsatisfiable(Exception):
-    """The range begins behind the end."""
+    """The range begins past the end."""
 
 
 def range_of(header: str | None, size: int) -> tuple[int, int] | None:
-    """(begin, end) of what is asked for, `end` not among it; None for all: without a header, or with one that may be
-    ignored, as several ranges and other units may. Raises Unsatisfiable."""
-    found = _RANGE.fullmatch(header.replace(" ", "")) if header else None
-    if found is None or found.groups() == ("", ""):
+    """The requested range as (begin, end), `end` excluded; None for the whole file: without a header, or with one that
+    may be ignored, such as several ranges or other units. Raises Unsatisfiable."""
+    match = _RANGE.fullmatch(header.replace(" ", "")) if header else None
+    if match is None or match.groups() == ("", ""):
         return None
-    first, last = found.groups()
+    first, last = match.groups()
     if not first:
         begin, end = max(0, size - int(last)), size
     else:
@@ -35,25 +35,25 @@ def range_of(header: str | None, size: int) -> tuple[int, int] | None:
     return begin, end
 
 
-def answer(request: Request, opened: Opened, filename: str) -> Response:
-    """200, 206, 304 or 416. `filename`: what a browser saves it as. It is read in pieces, and closed in the end."""
+def respond(request: Request, opened: Opened, filename: str) -> Response:
+    """200, 206, 304 or 416. `filename`: the name in Content-Disposition. Reads the file in chunks, then closes it."""
     entry = opened.entry
     headers = _headers(entry, filename)
-    asked, tag = request.headers, headers["ETag"]
-    if tag in [each.strip() for each in asked.get("if-none-match", "").split(",")]:
+    sent, tag = request.headers, headers["ETag"]
+    if tag in [etag.strip() for etag in sent.get("if-none-match", "").split(",")]:
         opened.close()
         return Response(status_code=304, headers=headers)
-    unchanged = asked.get("if-range", tag) == tag  # else it is another file by now, and all of it is wanted
+    unchanged = sent.get("if-range", tag) == tag  # else the file was replaced, and the client wants all of it
     try:
-        part = range_of(asked.get("range") if unchanged else None, entry.size)
+        requested = range_of(sent.get("range") if unchanged else None, entry.size)
     except Unsatisfiable:
         opened.close()
         return Response(status_code=416, headers={**headers, "Content-Range": f"bytes */{entry.size}"})
-    begin, end = part or (0, entry.size)
+    begin, end = requested or (0, entry.size)
     headers["Content-Length"] = str(end - begin)
-    if part is not None:
+    if requested is not None:
         headers["Content-Range"] = f"bytes {begin}-{end - 1}/{entry.size}"
-    status = 200 if part is None else 206
+    status = 200 if requested is None else 206
     if request.method == "HEAD":
         opened.close()
         return Response(status_code=status, headers=headers)
@@ -64,7 +64,7 @@ def _headers(entry: ListedObject, filename: str) -> dict[str, str]:
     digest = {}
     if entry.sha256:
         whole = base64.b64encode(bytes.fromhex(entry.sha256)).decode()
-        digest["Repr-Digest"] = f"sha-256=:{whole}:"  # RFC 9530: of the whole file, also with a range of it
+        digest["Repr-Digest"] = f"sha-256=:{whole}:"  # RFC 9530: of the whole file, also for a range
     return {
         "ETag": f'"{entry.generation}"',
         "Accept-Ranges": "bytes",

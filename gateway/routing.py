@@ -1,4 +1,4 @@
-"""Routes, each with the most that a request to it may carry: there is none without a limit."""
+"""Routes with a limit on the request body: no route is without one."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -14,9 +14,9 @@ _HOLD: Final = "knapper.hold"
 
 
 class Door(Route):
-    """`body_bytes_max`: of a request's body, decompressed; 0 where none is read.
+    """`body_bytes_max`: the limit on the decompressed body; 0 where none is read.
 
-    What a request holds of the memory for bodies it gives back when it is answered.
+    The memory that a request takes for its body is released when the request is answered.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], *, methods: Sequence[str], body_bytes_max: int) -> None:
@@ -24,8 +24,12 @@ class Door(Route):
         self.body_bytes_max = body_bytes_max
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        match, found = super().matches(scope)
-        return match, {**found, _LIMIT: self.body_bytes_max, _HOLD: Hold()} if match is not Match.NONE else found
+        match, child_scope = super().matches(scope)
+        return match, {
+            **child_scope,
+            _LIMIT: self.body_bytes_max,
+            _HOLD: Hold(),
+        } if match is not Match.NONE else child_scope
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -35,7 +39,7 @@ class Door(Route):
 
 
 def body_bytes_max(request: Request) -> int:
-    """What the request's route allows."""
+    """The body limit of the request's route, in bytes."""
     allowed: int = request.scope[_LIMIT]
     return allowed
 

@@ -1,7 +1,6 @@
-"""What samples cost in tokens and in seconds of the device, counted as each is done.
+"""The usage of samples in tokens and device seconds, counted as each is done.
 
-It is written down once a minute and when the gateway stops. A gateway that is killed forgets what it counted since: a
-minute of figures, and no sample.
+It is stored once a minute and when the gateway stops. A gateway that is killed loses a minute of figures, no sample.
 """
 
 from collections.abc import Callable
@@ -20,13 +19,13 @@ log = structlog.get_logger()
 
 
 class _Call(msgspec.Struct):
-    """What is read of a request to the sample function."""
+    """The fields of a sample request that usage needs."""
 
     base_model: str
-    prompt: msgspec.Raw  # a list of numbers, and not empty: nothing of it is built to count them
+    prompt: msgspec.Raw  # a non-empty list of numbers, counted without decoding it
 
 
-class Meter:
+class SampleUsage:
     """`clock`: seconds since the epoch. `new_id`: random."""
 
     def __init__(self, store: Store, clock: Callable[[], float], new_id: Callable[[], str]) -> None:
@@ -36,20 +35,20 @@ class Meter:
         self._counted: dict[tuple[Tenant, int], dict[tuple[str, str], Sampled]] = {}
         self._unwritten: dict[str, bytes] = {}
 
-    def count(self, tenant: Tenant, session: str, call: bytes, answer: bytes, device_s: float) -> None:
-        """A sample is done. `session`: empty for one that belongs to none, as OpenAI's clients ask for them."""
+    def count(self, tenant: Tenant, session: str, call: bytes, response: bytes, device_s: float) -> None:
+        """Count a finished sample. `session`: empty for a sample of the OpenAI protocol, which has none."""
         try:
-            asked = msgspec.json.decode(call, type=_Call)
-            sampled = scan.count_sampled(answer)
+            request = msgspec.json.decode(call, type=_Call)
+            sampled = scan.count_sampled(response)
         except (msgspec.MsgspecError, UserError) as error:
             log.error("a sample cannot be counted", reason=str(error))
             return
         hours = self._counted.setdefault((tenant, int(self._clock() // HOUR_S)), {})
-        before = hours.get((session, asked.base_model), Sampled(session=session, base_model=asked.base_model))
-        hours[session, asked.base_model] = before.plus(bytes(asked.prompt).count(b",") + 1, sampled, device_s)
+        before = hours.get((session, request.base_model), Sampled(session=session, base_model=request.base_model))
+        hours[session, request.base_model] = before.plus(bytes(request.prompt).count(b",") + 1, sampled, device_s)
 
     async def flush(self) -> None:
-        """Make all that was counted durable. What fails is kept, and goes under the same name the next time."""
+        """Store all usage counted so far. A failed write is repeated the next time, under the same name."""
         for (tenant, hour), rows in self._counted.items():
             name = record_name(tenant, hour, self._new_id())
             self._unwritten[name] = encode(Samplings(rows=list(rows.values())))

@@ -1,11 +1,11 @@
-"""Sessions, what this server can do, and what clients should know about it."""
+"""Sessions, and what clients should know about this server: its health, settings, models and notices."""
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway import bodies, errors, notices
-from gateway.services import parts
+from gateway.services import services_of
 from gateway.tenants import tenant_of
 from knapper import ids
 from knapper.errors import Gone
@@ -15,30 +15,30 @@ from knapper.wire import requests
 
 
 async def healthz(request: Request) -> Response:
-    """The gateway is well. `unservable`: why functions cannot serve their base model, one sentence each."""
-    sentences = parts(request).refusals.sentences
-    return JSONResponse({"status": "ok"} | ({"unservable": sentences} if sentences else {}))
+    """The gateway is healthy. `unservable`: why functions cannot serve their base model, one sentence each."""
+    reasons = services_of(request).unservable_models.reasons
+    return JSONResponse({"status": "ok"} | ({"unservable": reasons} if reasons else {}))
 
 
 async def client_config(request: Request) -> Response:
-    """The flags that clients read once. Those left out keep the SDK's defaults."""
-    gateway = parts(request)
+    """The flags that clients read once. Absent flags keep the SDK's defaults."""
+    gateway = services_of(request)
     tenant_of(request)
-    asked = requests.decode(await bodies.read(request), requests.ClientConfig)
+    client = requests.decode(await bodies.read(request), requests.ClientConfig)
     flags = {
         "parallel_fwdbwd_chunks": True,
         "proto_compress_fwdbwd": True,
-        "sample_use_retrieve_futures": False,  # a client that waits on one poll for all waits for ever after a restart
+        "sample_use_retrieve_futures": False,  # a client that polls for all samples at once would hang after a restart
         "custom_loss_server_side": False,
         "sample_join_sampling_session": True,
-        "pjwt_auth_enabled": gateway.tokens is not None,
+        "pjwt_auth_enabled": gateway.access_tokens is not None,
     }
-    note = notices.for_header(asked.sdk_version, gateway.notice)
-    return JSONResponse(flags, headers=errors.notice(note) if note else None)
+    notice = notices.for_header(client.sdk_version, gateway.notice)
+    return JSONResponse(flags, headers=errors.notice(notice) if notice else None)
 
 
 async def client_dynamic_config(request: Request) -> Response:
-    """The flags that clients read again and again."""
+    """The flags that clients read periodically."""
     tenant_of(request)
     requests.decode(await bodies.read(request), requests.ClientConfig)
     return JSONResponse({"refresh_interval_sec": 300, "sample_cancel_enabled": True})
@@ -53,61 +53,61 @@ async def get_server_capabilities(request: Request) -> Response:
             "trainable": model.trainable,
             "sampleable": model.sampleable,
         }
-        for model in await parts(request).records.catalogue.models()
+        for model in await services_of(request).lookups.catalogue.models()
     ]
     return JSONResponse({"supported_models": models})
 
 
 async def create_session(request: Request) -> Response:
-    gateway, tenant = parts(request), tenant_of(request)
-    asked = requests.decode(await bodies.read(request), requests.CreateSession)
+    gateway, tenant = services_of(request), tenant_of(request)
+    settings = requests.decode(await bodies.read(request), requests.CreateSession)
     session = SessionId(f"ses-{gateway.new_id()}")
     record = Session(
         session=session,
         tenant=tenant,
         created_at=gateway.clock(),
-        sdk_version=asked.sdk_version,
-        project_id=asked.project_id or "",
-        display_name=asked.display_name or "",
-        tags=asked.tags,
-        user_metadata_json=asked.user_metadata_json(),
+        sdk_version=settings.sdk_version,
+        project_id=settings.project_id or "",
+        display_name=settings.display_name or "",
+        tags=settings.tags,
+        user_metadata_json=settings.user_metadata_json(),
     )
-    await gateway.register.add_session(record)
-    await gateway.records.sessions.create(record)
-    gateway.heartbeats.hear(session)
-    note = notices.for_session(asked.sdk_version, gateway.notice)
-    return JSONResponse({"type": "create_session", "session_id": session, "warning_message": note or None})
+    await gateway.tenant_index.add_session(record)
+    await gateway.lookups.sessions.create(record)
+    gateway.heartbeats.record(session)
+    notice = notices.for_session(settings.sdk_version, gateway.notice)
+    return JSONResponse({"type": "create_session", "session_id": session, "warning_message": notice or None})
 
 
 async def session_heartbeat(request: Request) -> Response:
-    gateway, tenant = parts(request), tenant_of(request)
-    asked = requests.decode(await bodies.read(request), requests.Heartbeat)
-    session = SessionId((await gateway.records.beating_session(asked.session_id, tenant)).session)
-    gateway.heartbeats.hear(session)
-    await gateway.records.hear(session, int(gateway.clock() // DAY_S))
+    gateway, tenant = services_of(request), tenant_of(request)
+    heartbeat = requests.decode(await bodies.read(request), requests.Heartbeat)
+    session = SessionId((await gateway.lookups.heartbeat_session(heartbeat.session_id, tenant)).session)
+    gateway.heartbeats.record(session)
+    await gateway.lookups.record_activity(session, int(gateway.clock() // DAY_S))
     return JSONResponse({"type": "session_heartbeat"})
 
 
 async def finish_session(request: Request) -> Response:
-    """The first reason stays. What was accepted is still applied, and its results can still be read."""
-    gateway, tenant = parts(request), tenant_of(request)
-    session = ids.session_id((await gateway.records.session(request.path_params["session_id"], tenant)).session)
-    asked = requests.decode(await bodies.read(request), requests.FinishSession)
-    finish = Finish(reason=asked.reason.type, detail=asked.detail or "", finished_at=gateway.clock())
-    await gateway.records.finish(session, finish)
+    """The first reason stays. Accepted operations are still applied, and their results can still be read."""
+    gateway, tenant = services_of(request), tenant_of(request)
+    session = ids.session_id((await gateway.lookups.session(request.path_params["session_id"], tenant)).session)
+    end = requests.decode(await bodies.read(request), requests.FinishSession)
+    finish = Finish(reason=end.reason.type, detail=end.detail or "", finished_at=gateway.clock())
+    await gateway.lookups.finish(session, finish)
     gateway.heartbeats.forget(session)
-    gateway.samples.cancel_session(session, Gone(f"session {session} has finished"))
-    gateway.waits.stir(session)
+    gateway.sample_queue.cancel_session(session, Gone(f"session {session} has finished"))
+    gateway.unfinished_runs.check_soon(session)
     gateway.accounts.forget(session)
-    gateway.stirs.accounts.set()
+    gateway.wakeups.accounts.set()
     gateway.collector.touch(session)
-    gateway.stirs.collect.set()
+    gateway.wakeups.collect.set()
     return JSONResponse({"status": "ok"})
 
 
 async def telemetry(request: Request) -> Response:
     tenant_of(request)
-    asked = requests.decode(await bodies.read(request), requests.Telemetry)
+    report = requests.decode(await bodies.read(request), requests.Telemetry)
     return Response(
-        msgspec.json.encode({"status": "accepted", "events": len(asked.events)}), media_type="application/json"
+        msgspec.json.encode({"status": "accepted", "events": len(report.events)}), media_type="application/json"
     )

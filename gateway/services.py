@@ -1,24 +1,23 @@
-"""What the handlers share: one object a process, built once, found through the request."""
+"""The services that handlers share: built once per process, reached through the request."""
 
+import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from starlette.requests import Request
 
 from gateway.body_budget import Budget
 from gateway.heartbeats import Heartbeats
-from gateway.lookups import Records
-from gateway.openai.shared import OpenAIState
+from gateway.lookups import Lookups
+from gateway.openai.state import OpenAIState
 from gateway.result_reader import ResultReader
-from gateway.reward_client import Rewards
 from gateway.sample_queue import SampleQueue
-from gateway.sample_usage import Meter
+from gateway.sample_usage import SampleUsage
 from gateway.train_client import TrainStepClient
-from gateway.unfinished_runs import Waits
+from gateway.unfinished_runs import UnfinishedRuns
 from gateway.unservable import UnservableModels
-from gateway.wakeups import Stirs
-from gateway.worker_pool import Workers
+from gateway.worker_pool import WorkerPool
 from knapper.catalogue.declared_models import Declared
 from knapper.jobs.presence import Present
 from knapper.jobs.revive import Seen
@@ -36,7 +35,22 @@ from knapper.state.tokens import AccessTokens
 from knapper.store import Store
 
 if TYPE_CHECKING:
+    from gateway.rewards import RewardClient
     from knapper.events.pubsub import Subscription
+
+
+@dataclass(frozen=True)
+class Wakeups:
+    """Set an event to run an idle periodic task soon. They save time only: each task also runs without them.
+
+    `jobs`: a job started, resumed or waits for files. `inbox`: an upload arrived. `collect`: there may be garbage.
+    `accounts`: a run has usage that no ledger entry covers.
+    """
+
+    jobs: asyncio.Event = field(default_factory=asyncio.Event)
+    collect: asyncio.Event = field(default_factory=asyncio.Event)
+    accounts: asyncio.Event = field(default_factory=asyncio.Event)
+    inbox: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(frozen=True)
@@ -44,39 +58,39 @@ class Services:
     store: Store
     acceptor: Acceptor
     results: Results
-    looks: ResultReader
-    records: Records
+    result_reader: ResultReader
+    lookups: Lookups
     checkpoints: Checkpoints
-    register: Register
-    links: Links
+    tenant_index: Register
+    signed_links: Links
     audit: Audit
     collector: Collector
-    bells: TrainStepClient
-    refusals: UnservableModels
-    samples: SampleQueue
-    meter: Meter
+    train_client: TrainStepClient
+    unservable_models: UnservableModels
+    sample_queue: SampleQueue
+    sample_usage: SampleUsage
     accounts: Accounts
-    rewards: Rewards
-    budget: Budget  # the memory for bodies in flight
-    workers: Workers
-    events_host: str  # the name under which events come; empty: this machine's own
-    place: JobServices | None  # of jobs; None: there is nowhere to put their files
-    subscription: "Subscription | None"  # tells of uploads; None: the inbox is looked into
-    present: Present  # whether the functions' processes run, where that can be known
-    seen_jobs: Seen  # how far jobs were at the last tick
+    reward_client: "RewardClient"
+    body_budget: Budget  # memory for request bodies
+    worker_pool: WorkerPool
+    events_host: str  # the host name that events are sent to; empty: this machine
+    job_services: JobServices | None  # None: this gateway has no exchange for the files of jobs
+    subscription: "Subscription | None"  # notifications of uploads; None: the inbox is listed instead
+    presence: Present  # whether the functions' processes run, where that is known
+    seen_jobs: Seen  # the progress of jobs at the last check
     job_stalled_s: float
     heartbeats: Heartbeats
-    waits: Waits
-    stirs: Stirs
+    unfinished_runs: UnfinishedRuns
+    wakeups: Wakeups
     openai: OpenAIState
-    keys: Keyring | None  # None: they are off, and everyone is the tenant `local`
-    declared: Declared | None  # None: whoever serves models publishes them, as `knapper up` does
-    tokens: AccessTokens | None  # None: keys are sent as they are
-    sample_url: str  # where all samples go, or empty: each model's record says
-    notice: str  # the operator's, for every client that starts
+    keys: Keyring | None  # None: keys are off, and every client is the tenant `local`
+    declared_models: Declared | None  # None: another process publishes the served models, as `knapper up` does
+    access_tokens: AccessTokens | None  # None: clients send their keys, not tokens
+    sample_url: str  # the sample function for all models; empty: each model's record names its own
+    notice: str  # the operator's message, shown to each client when it starts
     clock: Callable[[], float]  # seconds since the epoch
     new_id: Callable[[], str]  # 32 random hexadecimal digits
 
 
-def parts(request: Request) -> Services:
-    return cast(Services, request.app.state.parts)
+def services_of(request: Request) -> Services:
+    return cast(Services, request.app.state.services)

@@ -1,11 +1,11 @@
-"""Who asks. Found out once a request, before its handler; handlers hear it from `tenant_of`, and from nothing else."""
+"""The tenant of each request: authenticated once, before its handler, which gets it from `tenant_of` only."""
 
 from ipaddress import IPv6Address, ip_address
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.services import Services, parts
+from gateway.services import Services, services_of
 from knapper.errors import InvalidToken, KnapperError, Unauthorized
 from knapper.ids import LOCAL_TENANT, Tenant
 from knapper.state.api_keys import Key, Keyring
@@ -18,7 +18,7 @@ _BEARER = "bearer "
 def tenant_of(request: Request) -> Tenant:
     """The tenant of the request's key, or of the token in its place. Raises Unauthorized, InvalidToken or StoreError.
 
-    Every handler that looks at anything of anybody calls it first. Where keys are off, all are `local`.
+    Every handler that reads or writes tenants' data calls it first. With keys off, every client is `local`.
     """
     asker: Tenant | KnapperError = request.scope[_ASKER]
     if isinstance(asker, KnapperError):
@@ -27,7 +27,7 @@ def tenant_of(request: Request) -> Tenant:
 
 
 class Doorkeeper:
-    """The middleware that asks. It lets everybody in: who may not go on is refused by `tenant_of`."""
+    """The middleware that authenticates. It lets every request pass: `tenant_of` refuses those without a valid key."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -36,13 +36,13 @@ class Doorkeeper:
         if scope["type"] == "http":
             request = Request(scope)
             try:
-                scope[_ASKER] = await _find(request, parts(request))
+                scope[_ASKER] = await _authenticate(request, services_of(request))
             except KnapperError as error:
                 scope[_ASKER] = error
         await self._app(scope, receive, send)
 
 
-async def _find(request: Request, gateway: Services) -> Tenant:
+async def _authenticate(request: Request, gateway: Services) -> Tenant:
     if gateway.keys is None:
         if not on_this_machine(request):
             raise Unauthorized(
@@ -51,13 +51,13 @@ async def _find(request: Request, gateway: Services) -> Tenant:
             )
         key = key_of(request)
         if is_token(key):
-            _tokens(gateway.tokens).claims(key)
+            _tokens(gateway.access_tokens).claims(key)
         return LOCAL_TENANT
-    return Tenant((await _record(key_of(request), gateway.keys, gateway.tokens)).tenant)
+    return Tenant((await _record(key_of(request), gateway.keys, gateway.access_tokens)).tenant)
 
 
 async def _record(key: str, keys: Keyring, tokens: AccessTokens | None) -> Key:
-    """Of the key, or of the one that the token was exchanged for: a token dies with it."""
+    """The record of the key, or of the key that the token was exchanged for: revoking it ends the token, too."""
     if not is_token(key):
         return await keys.of_key(key)
     claims = _tokens(tokens).claims(key)
@@ -73,20 +73,20 @@ def _tokens(tokens: AccessTokens | None) -> AccessTokens:
 
 
 async def record_of(request: Request) -> Key | None:
-    """What is known of the request's key, or None where keys are off. Raises what `tenant_of` does."""
-    gateway = parts(request)
+    """The record of the request's key, or None if keys are off. Raises what `tenant_of` does."""
+    gateway = services_of(request)
     tenant_of(request)
-    return None if gateway.keys is None else await _record(key_of(request), gateway.keys, gateway.tokens)
+    return None if gateway.keys is None else await _record(key_of(request), gateway.keys, gateway.access_tokens)
 
 
 def key_of(request: Request) -> str:
-    """As the Tinker SDK sends it, or as OpenAI's clients do. Raises Unauthorized if there is none."""
+    """The key, as the Tinker SDK or OpenAI's clients send it. Raises Unauthorized if there is none."""
     if key := request.headers.get("x-api-key"):
         return key
     authorization = request.headers.get("authorization", "")
     if authorization[: len(_BEARER)].lower() == _BEARER and (key := authorization[len(_BEARER) :].strip()):
         return key
-    if parts(request).keys is None:
+    if services_of(request).keys is None:
         allowed = "any key that begins with tml-; set TINKER_API_KEY=tml-local"
     else:
         allowed = "a key that the server's operator made with `knapper key create`; set TINKER_API_KEY to it"
@@ -98,7 +98,7 @@ def is_token(key: str) -> bool:
 
 
 def on_this_machine(request: Request) -> bool:
-    """Whether the client is on the gateway's own machine, as far as the connection, or a proxy on it, tells."""
+    """Whether the connection, or the proxy that forwards it, comes from this machine."""
     if request.client is None:  # a socket in the file system
         return True
     try:

@@ -1,4 +1,4 @@
-"""Runs: made here, and fed. Every operation is durable before its client hears of it; nothing is computed."""
+"""Training runs and their operations. Each is durable before its client gets the future; none is computed here."""
 
 import hashlib
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway import bodies, body_decoders
-from gateway.body_decoders import DecodedOperation, RefusedRequest, Understood
-from gateway.services import Services, parts
+from gateway.body_decoders import DecodedOperation, DecodedRequest, RefusedRequest
+from gateway.services import Services, services_of
 from gateway.tenants import on_this_machine, tenant_of
 from knapper import ids, limits
 from knapper.errors import InvalidField, TooMany, UserError
@@ -33,18 +33,20 @@ Sequenced = TypeVar(
 )
 
 
-# ---- making runs
+# ---- creating runs
 
 
 async def create_model(request: Request) -> Response:
-    gateway, tenant = parts(request), tenant_of(request)
+    gateway, tenant = services_of(request), tenant_of(request)
     body = await bodies.read(request)
-    asked = requests.decode(body, requests.CreateModel)
-    run, lora = asked.run(), asked.lora()
-    await gateway.records.open_session(asked.session_id, tenant)
-    model = await gateway.records.model(asked.base_model)
+    settings = requests.decode(body, requests.CreateModel)
+    run, lora = settings.run(), settings.lora()
+    await gateway.lookups.open_session(settings.session_id, tenant)
+    model = await gateway.lookups.model(settings.base_model)
     if not model.trainable:
-        raise InvalidField("base_model", asked.base_model, "a model that can be trained; see get_server_capabilities")
+        raise InvalidField(
+            "base_model", settings.base_model, "a model that can be trained; see get_server_capabilities"
+        )
     spec = Spec(
         run=run,
         tenant=tenant,
@@ -55,75 +57,73 @@ async def create_model(request: Request) -> Response:
         train_attn=lora.train_attn,
         train_mlp=lora.train_mlp,
         train_unembed=lora.train_unembed,
-        # The SDK's default: it cannot be told from a wish. Asked for alone, it is one.
+        # train_unembed is on by default, so it expresses a wish only if the other two are off.
         keep_tied=lora.train_attn or lora.train_mlp,
-        user_metadata_json=asked.user_metadata_json(),
+        user_metadata_json=settings.user_metadata_json(),
     )
     return await _create(gateway, tenant, Creation(spec=spec), body)
 
 
 async def load_weights(request: Request) -> Response:
-    """Into a run, as one of its operations; or as the making of a new run, whose shape is the checkpoint's."""
-    gateway, tenant = parts(request), tenant_of(request)
+    """Load a checkpoint into a run, as one of its operations; or create a run of the checkpoint's shape from it."""
+    gateway, tenant = services_of(request), tenant_of(request)
     body = await bodies.read(request)
-    asked = await _decode_or_bury(gateway, tenant, body, requests.LoadWeights)
-    if isinstance(asked, Response):
-        return asked
+    load = await _decode_or_reject(gateway, tenant, body, requests.LoadWeights)
+    if isinstance(load, Response):
+        return load
     try:
-        run = asked.creates()
+        run = load.creates()
     except UserError as error:
-        return await _bury(gateway, tenant, RefusedRequest(error, pack(body), body_decoders.address(body)))
+        return await _reject(gateway, tenant, RefusedRequest(error, pack(body), body_decoders.address(body)))
     if run is None:
-        operation = DecodedOperation(asked.model_id or "", asked.seq_id or 0, pack(body))
+        operation = DecodedOperation(load.model_id or "", load.seq_id or 0, pack(body))
         return await _accept(gateway, tenant, "load_weights", operation)
-    await gateway.records.open_session(asked.session(), tenant)
-    checkpoint = await gateway.checkpoints.resolve(TinkerPath.parse(asked.path), tenant)
+    await gateway.lookups.open_session(load.session(), tenant)
+    checkpoint = await gateway.checkpoints.resolve(TinkerPath.parse(load.path), tenant)
     checkpoint.expect_plain()
-    model = await gateway.records.model(checkpoint.base_model)
-    if asked.base_model is not None and asked.base_model not in (model.name, model.directory):
-        raise InvalidField(
-            "base_model", asked.base_model, f"{model.name!r}, on which {asked.path} was trained, or none"
-        )
+    model = await gateway.lookups.model(checkpoint.base_model)
+    if load.base_model is not None and load.base_model not in (model.name, model.directory):
+        raise InvalidField("base_model", load.base_model, f"{model.name!r}, on which {load.path} was trained, or none")
     index = await bundles.read_index(gateway.store, checkpoint.bundle)
     if index is None:
-        raise UserError(f"checkpoint {asked.path} has no files any more; load another one")
-    if asked.optimizer and not any(part.name == _OPTIMIZER_PART for part in index.parts):
+        raise UserError(f"checkpoint {load.path} has no files any more; load another one")
+    if load.optimizer and not any(part.name == _OPTIMIZER_PART for part in index.parts):
         raise InvalidField(
-            "path", asked.path, "a checkpoint with optimizer state (made by save_state), since optimizer is true",
+            "path", load.path, "a checkpoint with optimizer state (made by save_state), since optimizer is true",
             "Use create_training_client_from_state, which takes the weights alone",
         )  # fmt: skip
-    metadata = asked.user_metadata_json()
+    metadata = load.user_metadata_json()
     spec = msgspec.structs.replace(index.spec, run=run, tenant=tenant, user_metadata_json=metadata)
-    creation = Creation(spec=spec, source=checkpoint.bundle, with_optimizer=asked.optimizer)
+    creation = Creation(spec=spec, source=checkpoint.bundle, with_optimizer=load.optimizer)
     await gateway.audit.read(tenant, checkpoint.path, "training")
     return await _create(gateway, tenant, creation, body)
 
 
 async def _create(gateway: Services, tenant: Tenant, creation: Creation, body: bytes) -> Response:
     run = RunId(creation.spec.run)
-    await gateway.register.add_run(await gateway.records.session(ids.session_of(run), tenant), run)
-    await _mark(gateway, tenant, run)
+    await gateway.tenant_index.add_run(await gateway.lookups.session(ids.session_of(run), tenant), run)
+    await _mark_used(gateway, tenant, run)
     await gateway.acceptor.create(creation, body)
-    gateway.bells.ring(run, 0)
-    return _promise(run, 0)
+    gateway.train_client.ring(run, 0)
+    return _future(run, 0)
 
 
 def _seed_of(run: RunId) -> int:
-    """Of a client that chose none: run ids are random, and a retry must get the same."""
+    """The seed if the client chose none: run ids are random, and a retry must get the same seed."""
     return int.from_bytes(hashlib.sha256(run.encode()).digest()[:4], "big")
 
 
 async def get_info(request: Request) -> Response:
-    """`tokenizer_id` is for get_tokenizer: a directory for clients that can read it, the model's name for others."""
-    gateway, tenant = parts(request), tenant_of(request)
-    asked = requests.decode(await bodies.read(request), requests.GetInfo)
-    spec = await gateway.records.spec(asked.model_id, tenant)
-    model = await gateway.records.model(spec.base_model)
+    """`tokenizer_id`, for get_tokenizer, is a directory if the client can read it, else the model's name."""
+    gateway, tenant = services_of(request), tenant_of(request)
+    query = requests.decode(await bodies.read(request), requests.GetInfo)
+    spec = await gateway.lookups.spec(query.model_id, tenant)
+    model = await gateway.lookups.model(spec.base_model)
     tokenizer = (on_this_machine(request) and model.directory) or model.tokenizer_id
     info = {
         "type": "get_info",
         "model_id": spec.run,
-        "model_data": {"arch": model.arch, "model_name": model.name, "tokenizer_id": tokenizer, **_computing(model)},
+        "model_data": {"arch": model.arch, "model_name": model.name, "tokenizer_id": tokenizer, **_computed_by(model)},
         "model_name": model.name,
         "is_lora": True,
         "lora_rank": spec.rank,
@@ -132,13 +132,13 @@ async def get_info(request: Request) -> Response:
     return JSONResponse(info)
 
 
-def _computing(model: ModelRecord) -> dict[str, str]:
-    """Whose code computes the layers, as a field that the SDK carries along."""
+def _computed_by(model: ModelRecord) -> dict[str, str]:
+    """The implementation of the model's layers, as a field that the SDK passes through."""
     return {"computed_by": model.computed_by} if model.computed_by else {}
 
 
 async def create_custom_loss(request: Request) -> Response:
-    """Refused: clients compute their losses themselves, as they do wherever custom_loss_server_side is false."""
+    """Refused: clients compute custom losses themselves, because custom_loss_server_side is false."""
     tenant_of(request)
     await bodies.read_or_peek(request)
     raise UserError(
@@ -147,22 +147,22 @@ async def create_custom_loss(request: Request) -> Response:
     )
 
 
-# ---- feeding them
+# ---- operations
 
 
 async def forward_backward(request: Request) -> Response:
     """Protobuf, or JSON as SDK 0.18 to 0.24 send it.
 
-    A request that is wrong, or too large, is answered through its future if it says whose it is.
+    The error of an invalid or too large request is the result of its future, if the request has an address.
     """
     if "json" in request.headers.get("content-type", ""):
         return await _forward(request, body_decoders.json_forward_backward)
-    gateway, tenant = parts(request), tenant_of(request)
+    gateway, tenant = services_of(request), tenant_of(request)
     body = await bodies.read_or_peek(request)
     if not body.whole:
-        packed = await bodies.computed(request, pack, body.data)
-        return await _bury(gateway, tenant, RefusedRequest(bodies.too_large(request), packed, scan.peek(body.data)))
-    return await _understood(request, body.data, body_decoders.protobuf_forward)
+        packed = await bodies.in_worker(request, pack, body.data)
+        return await _reject(gateway, tenant, RefusedRequest(bodies.too_large(request), packed, scan.peek(body.data)))
+    return await _accept_decoded(request, body.data, body_decoders.protobuf_forward)
 
 
 async def forward(request: Request) -> Response:
@@ -170,17 +170,17 @@ async def forward(request: Request) -> Response:
     return await _forward(request, body_decoders.json_forward_only)
 
 
-async def _forward(request: Request, understand: Callable[[bytes], Understood]) -> Response:
+async def _forward(request: Request, decode: Callable[[bytes], DecodedRequest]) -> Response:
     tenant_of(request)
-    return await _understood(request, await bodies.read(request), understand)
+    return await _accept_decoded(request, await bodies.read(request), decode)
 
 
-async def _understood(request: Request, body: bytes, understand: Callable[[bytes], Understood]) -> Response:
-    gateway, tenant = parts(request), tenant_of(request)
-    asked = await bodies.computed(request, understand, body)
-    if isinstance(asked, RefusedRequest):
-        return await _bury(gateway, tenant, asked)
-    return await _accept(gateway, tenant, "forward_backward", asked)
+async def _accept_decoded(request: Request, body: bytes, decode: Callable[[bytes], DecodedRequest]) -> Response:
+    gateway, tenant = services_of(request), tenant_of(request)
+    decoded = await bodies.in_worker(request, decode, body)
+    if isinstance(decoded, RefusedRequest):
+        return await _reject(gateway, tenant, decoded)
+    return await _accept(gateway, tenant, "forward_backward", decoded)
 
 
 async def optim_step(request: Request) -> Response:
@@ -199,55 +199,55 @@ async def save_weights_external(request: Request) -> Response:
     return await _json_operation(request, "save_weights_external", requests.SaveWeightsExternal)
 
 
-async def _json_operation(request: Request, kind: Kind, form: type[Sequenced]) -> Response:
-    gateway, tenant = parts(request), tenant_of(request)
+async def _json_operation(request: Request, kind: Kind, schema: type[Sequenced]) -> Response:
+    gateway, tenant = services_of(request), tenant_of(request)
     body = await bodies.read(request)
-    asked = await _decode_or_bury(gateway, tenant, body, form)
-    if isinstance(asked, Response):
-        return asked
-    return await _accept(gateway, tenant, kind, DecodedOperation(asked.model_id, asked.seq_id, pack(body)))
+    operation = await _decode_or_reject(gateway, tenant, body, schema)
+    if isinstance(operation, Response):
+        return operation
+    return await _accept(gateway, tenant, kind, DecodedOperation(operation.model_id, operation.seq_id, pack(body)))
 
 
 S = TypeVar("S", bound=msgspec.Struct)
 
 
-async def _decode_or_bury(gateway: Services, tenant: Tenant, body: bytes, form: type[S]) -> S | Response:
-    """The request; or, for a wrong one that says whose it is, the promise of its error."""
+async def _decode_or_reject(gateway: Services, tenant: Tenant, body: bytes, schema: type[S]) -> S | Response:
+    """The request; or, for an invalid one with an address, the future of its error."""
     try:
-        return requests.decode(body, form)
+        return requests.decode(body, schema)
     except UserError as error:
-        return await _bury(gateway, tenant, RefusedRequest(error, pack(body), body_decoders.address(body)))
+        return await _reject(gateway, tenant, RefusedRequest(error, pack(body), body_decoders.address(body)))
 
 
-async def _accept(gateway: Services, tenant: Tenant, kind: Kind, asked: DecodedOperation) -> Response:
-    run, seq = await _trainable(gateway, tenant, asked.model_id), asked.seq
-    await _room(gateway, run, seq)
-    await _mark(gateway, tenant, run)
-    accepted_at = await gateway.acceptor.accept(run, seq, kind, asked.packed)
+async def _accept(gateway: Services, tenant: Tenant, kind: Kind, operation: DecodedOperation) -> Response:
+    run, seq = await _trainable(gateway, tenant, operation.model_id), operation.seq
+    await _expect_capacity(gateway, run, seq)
+    await _mark_used(gateway, tenant, run)
+    accepted_at = await gateway.acceptor.accept(run, seq, kind, operation.packed)
     if accepted_at is not None:
-        gateway.accounts.asked(run, seq, accepted_at, asked.tokens)
+        gateway.accounts.asked(run, seq, accepted_at, operation.tokens)
     if kind in SAVES:
-        gateway.stirs.collect.set()  # it may take the name of another, or have a time to live
-    gateway.bells.ring(run, seq)
-    return _promise(run, seq)
+        gateway.wakeups.collect.set()  # it may replace another of the same name, or have a time to live
+    gateway.train_client.ring(run, seq)
+    return _future(run, seq)
 
 
-async def _bury(gateway: Services, tenant: Tenant, refused: RefusedRequest) -> Response:
-    """Use up the number of a request that cannot be served, and promise the error: a 4xx would leave a hole."""
+async def _reject(gateway: Services, tenant: Tenant, refused: RefusedRequest) -> Response:
+    """Accept a request that cannot be served as a failed operation: a 4xx would leave a gap in the sequence."""
     if refused.address is None:
         raise refused.error
     model_id, seq = refused.address
     run = await _trainable(gateway, tenant, model_id)
-    await _room(gateway, run, seq)
-    await _mark(gateway, tenant, run)
+    await _expect_capacity(gateway, run, seq)
+    await _mark_used(gateway, tenant, run)
     await gateway.acceptor.reject(run, seq, refused.packed, str(refused.error))
-    gateway.bells.ring(run, seq)
-    return _promise(run, seq)
+    gateway.train_client.ring(run, seq)
+    return _future(run, seq)
 
 
 async def _trainable(gateway: Services, tenant: Tenant, model_id: str) -> RunId:
-    """The run. Raises NotFound, also for one that has ended, or UserError for one that only holds a copy."""
-    spec = await gateway.records.living(model_id, tenant)
+    """The run's id. Raises NotFound, also if the run has ended, or UserError if it holds a copy of weights."""
+    spec = await gateway.lookups.active_spec(model_id, tenant)
     if spec.copied_from:
         raise UserError(
             f"training run {model_id} holds a copy of {spec.copied_from} and cannot be trained; "
@@ -256,10 +256,10 @@ async def _trainable(gateway: Services, tenant: Tenant, model_id: str) -> RunId:
     return RunId(spec.run)
 
 
-async def _room(gateway: Services, run: RunId, seq: int) -> None:
-    """Raises TooMany while too much waits before `seq`, InvalidField for a number that no client gets to."""
+async def _expect_capacity(gateway: Services, run: RunId, seq: int) -> None:
+    """Raises TooMany while too many operations wait before `seq`, InvalidField for a `seq` that no client reaches."""
     if seq > max(gateway.results.applied(run), 0) + limits.operations_waiting_max:
-        await gateway.results.find(run, seq)  # perhaps more was applied than this process has heard
+        await gateway.results.find(run, seq)  # this process may not have read the newest commits
         ahead = seq - max(gateway.results.applied(run), 0)
         if ahead > limits.operations_ahead_max:
             allowed = f"at most {limits.operations_ahead_max} past the newest applied operation"
@@ -270,11 +270,11 @@ async def _room(gateway: Services, run: RunId, seq: int) -> None:
             )
 
 
-async def _mark(gateway: Services, tenant: Tenant, run: RunId) -> None:
-    """What the run uses from here on is accounted for, whoever dies."""
+async def _mark_used(gateway: Services, tenant: Tenant, run: RunId) -> None:
+    """Mark the run for accounting, so that its usage is entered even if a process dies."""
     if await gateway.accounts.mark(tenant, run):
-        gateway.stirs.accounts.set()
+        gateway.wakeups.accounts.set()
 
 
-def _promise(run: RunId, seq: int) -> Response:
+def _future(run: RunId, seq: int) -> Response:
     return JSONResponse({"request_id": ids.make_training_request_id(run, seq), "model_id": run})

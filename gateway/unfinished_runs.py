@@ -1,4 +1,4 @@
-"""Runs with work undone, each looked at again: soon at first, and ever later while nothing changes."""
+"""Runs with unfinished work, each checked again: soon at first, and ever later while nothing changes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,35 +10,35 @@ _SOON_S, _LATE_S = 5.0, 60.0
 
 
 @dataclass
-class _Wait:
-    far: object  # how far the run was at the last look
-    at: float
-    pauses: Backoff = field(default_factory=lambda: Backoff(_SOON_S, _LATE_S))
+class _Check:
+    progress: object  # of the run at the last check
+    next_check: float
+    backoff: Backoff = field(default_factory=lambda: Backoff(_SOON_S, _LATE_S))
 
 
-class Waits:
+class UnfinishedRuns:
     """`now`: monotonic seconds."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
-        self._waits: dict[RunId, _Wait] = {}
+        self._checks: dict[RunId, _Check] = {}
 
-    def due(self, waiting: Mapping[RunId, object]) -> list[RunId]:
-        """Those to be looked at now. `waiting`: all that wait, and how far each is."""
+    def due(self, unfinished: Mapping[RunId, object]) -> list[RunId]:
+        """The runs to check now. `unfinished`: every run with unfinished work, and its progress."""
         now = self._now()
-        before, self._waits = self._waits, {}
-        for run, far in waiting.items():
-            known = before.get(run)
-            self._waits[run] = known if known is not None and known.far == far else _Wait(far, now)
-        return [run for run, wait in self._waits.items() if wait.at <= now]
+        before, self._checks = self._checks, {}
+        for run, progress in unfinished.items():
+            check = before.get(run)
+            self._checks[run] = check if check is not None and check.progress == progress else _Check(progress, now)
+        return [run for run, check in self._checks.items() if check.next_check <= now]
 
-    def looked(self, run: RunId) -> None:
-        """It was looked at, and nothing went wrong."""
-        if (wait := self._waits.get(run)) is not None:
-            wait.at = self._now() + wait.pauses.next()
+    def checked(self, run: RunId) -> None:
+        """The check succeeded; the next one comes later."""
+        if (check := self._checks.get(run)) is not None:
+            check.next_check = self._now() + check.backoff.next()
 
-    def stir(self, session: SessionId) -> None:
-        """Look at the session's runs again soon."""
-        for run, wait in self._waits.items():
+    def check_soon(self, session: SessionId) -> None:
+        """Check the session's runs at the next opportunity."""
+        for run, check in self._checks.items():
             if session_of(run) == session:
-                wait.at = self._now()
+                check.next_check = self._now()

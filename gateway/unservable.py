@@ -1,4 +1,4 @@
-"""Which functions cannot serve their base model, as each said last when it was asked. In memory: they say it again."""
+"""Functions that cannot serve their base model, with the reason of each. In memory: every refusal repeats it."""
 
 import structlog
 
@@ -6,23 +6,23 @@ log = structlog.get_logger()
 
 
 class UnservableModels:
-    """By the URL of the function."""
+    """The reason by the URL of the function."""
 
     def __init__(self) -> None:
-        self._said: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}
 
-    def refused(self, url: str, said: str) -> None:
-        if self._said.get(url) != said:
-            log.debug("a function cannot serve", url=url, reason=said)
-        self._said[url] = said
+    def add(self, url: str, reason: str) -> None:
+        if self._reasons.get(url) != reason:
+            log.debug("a function cannot serve", url=url, reason=reason)
+        self._reasons[url] = reason
 
-    def answered(self, url: str) -> None:
-        """It serves its model, whatever it answered. Who said the same for the same reason would do so, too."""
-        if (mended := self._said.get(url)) is not None:
-            self._said = {each: said for each, said in self._said.items() if said != mended}
+    def remove(self, url: str) -> None:
+        """The function serves its model. Other functions with the same reason then do so, too."""
+        if (obsolete := self._reasons.get(url)) is not None:
+            self._reasons = {other: reason for other, reason in self._reasons.items() if reason != obsolete}
             log.debug("a function serves again", url=url)
 
     @property
-    def sentences(self) -> list[str]:
-        """Each once: two functions may have one reason."""
-        return sorted(set(self._said.values()))
+    def reasons(self) -> list[str]:
+        """Each once: two functions may have the same reason."""
+        return sorted(set(self._reasons.values()))

@@ -1,7 +1,7 @@
-"""Uploads that nobody posts to us: pulled from the bucket's subscription, or found by looking into the bucket.
+"""Uploads without an event: pulled from the bucket's subscription, or found by listing the inbox.
 
-With a subscription a job starts seconds after its last file came. Without one (an emulator, another's bucket), the
-inbox is listed: every ten seconds while files come, and ever less often, down to every five minutes, while none do.
+With a subscription a job starts seconds after its last file arrives. Without one (an emulator, another's bucket), the
+inbox is listed: every ten seconds while files arrive, and ever less often, down to every five minutes, while none do.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from gateway import events as taking
-from gateway.periodic import Chore
+from gateway import events
+from gateway.periodic import PeriodicTask
 from gateway.services import Services
 from knapper.errors import KnapperError, Unavailable, UserError
 from knapper.events.cloudevents import Event
@@ -24,71 +24,74 @@ from knapper.state.dead_letters import DeadLetter
 if TYPE_CHECKING:
     from knapper.events.pubsub import PubsubMessage, Subscription
 
-_LOOK_S, _LOOK_REST_S = 10.0, 300.0
+_LOOK_S, _LOOK_IDLE_S = 10.0, 300.0
 
 log = structlog.get_logger()
 
 
-def chores(gateway: Services) -> list[Chore]:
-    """What waits for uploads. A directory is watched by the broker's process; what it lost is found here."""
-    if gateway.place is None:
+def tasks(gateway: Services) -> list[PeriodicTask]:
+    """The tasks that find uploads. The local broker watches a directory; uploads that it missed are found here."""
+    if gateway.job_services is None:
         return []
     if gateway.subscription is not None:
-        return [Chore("uploads", partial(pull, gateway, gateway.subscription), every_s=0.0)]
-    return [Chore("inbox", Inbox(gateway, gateway.place).look, _LOOK_S, at_once=True, stirred=gateway.stirs.inbox)]
+        return [PeriodicTask("uploads", partial(pull, gateway, gateway.subscription), every_s=0.0)]
+    inbox = Inbox(gateway, gateway.job_services)
+    return [PeriodicTask("inbox", inbox.look, _LOOK_S, at_once=True, doorbell=gateway.wakeups.inbox)]
 
 
-async def pull(gateway: Services, source: "Subscription") -> None:
-    """Take what the subscription has; a message is acknowledged once what it asks for is durable."""
+async def pull(gateway: Services, subscription: "Subscription") -> None:
+    """Handle the subscription's messages, and acknowledge each once its effect is durable."""
     from knapper.events.pubsub import finalized
 
-    messages = await source.pull()
-    await source.acknowledge([each for each in messages if await _took(gateway, finalized, each)])
+    messages = await subscription.pull()
+    await subscription.acknowledge([message for message in messages if await _handle(gateway, finalized, message)])
 
 
-async def _took(gateway: Services, read: "Callable[[PubsubMessage], Event | None]", message: "PubsubMessage") -> bool:
-    """Whether the message is done with; poison becomes a dead letter."""
+async def _handle(gateway: Services, read: "Callable[[PubsubMessage], Event | None]", message: "PubsubMessage") -> bool:
+    """Whether the message can be acknowledged; a poison message becomes a dead letter."""
     try:
         event = read(message)
         if event is not None:
-            await taking.uploaded(gateway, event)
+            await events.start_uploaded_job(gateway, event)
     except UserError as error:
-        why = {"knativeerrordest": "gateway", "knativeerrorcode": "422", "knativeerrordata": str(error)[:1000]}
-        letter = DeadLetter({**message.attributes, "id": message.id, **why}, message.data, gateway.clock())
+        failure = {"knativeerrordest": "gateway", "knativeerrorcode": "422", "knativeerrordata": str(error)[:1000]}
+        letter = DeadLetter({**message.attributes, "id": message.id, **failure}, message.data, gateway.clock())
         log.warning("dead letter", name=await dead_letters.keep(gateway.store, letter), reason=str(error))
     except KnapperError as error:
         log.warning("an upload waits", message=message.id, code=error.code, reason=str(error))
         return False
-    except Exception:  # a border: the others that came with it are not to blame
+    except Exception:  # the other messages are still handled
         log.exception("an upload: defect", message=message.id)
         return False
     return True
 
 
 class Inbox:
-    """The inbox of a gateway that nobody tells of uploads, or not of all."""
+    """Finds uploads by listing the inbox."""
 
-    def __init__(self, gateway: Services, place: JobServices) -> None:
+    def __init__(self, gateway: Services, job_services: JobServices) -> None:
         self._gateway = gateway
-        self._place = place
+        self._job_services = job_services
         self._known: set[tuple[str, str]] = set()
 
     async def look(self) -> float | None:
-        """Take what is new since the last look that succeeded: each folder once, and none whose job has started."""
-        found = await self._place.exchange.list(layout.INBOX)
-        new = [entry for entry in found if (entry.name, entry.generation) not in self._known]
-        for tenant, job in dict.fromkeys(folder for entry in new if (folder := taking.folder_of(entry.name))):
+        """Start the jobs of folders with new files since the last success, except those that have started."""
+        entries = await self._job_services.exchange.list(layout.INBOX)
+        new = [entry for entry in entries if (entry.name, entry.generation) not in self._known]
+        for tenant, job in dict.fromkeys(folder for entry in new if (folder := events.folder_of(entry.name))):
             inbox = layout.inbox(tenant, job)
-            there = {each.name.removeprefix(inbox): each.generation for each in found if each.name.startswith(inbox)}
-            if not await damage.unless(upload.unchanged(self._place.store, tenant, job, there), False):
+            files = {
+                entry.name.removeprefix(inbox): entry.generation for entry in entries if entry.name.startswith(inbox)
+            }
+            if not await damage.unless(upload.unchanged(self._job_services.store, tenant, job, files), False):
                 await self._start(tenant, job)
-        self._known = {(entry.name, entry.generation) for entry in found}
-        return None if new else _LOOK_REST_S
+        self._known = {(entry.name, entry.generation) for entry in entries}
+        return None if new else _LOOK_IDLE_S
 
     async def _start(self, tenant: Tenant, job: str) -> None:
-        """What is wrong with one folder stops no other, and is looked at again when something comes into it."""
+        """An invalid folder does not stop the others; it is tried again when another file arrives in it."""
         try:
-            await taking.started(self._gateway, self._place, tenant, job)
+            await events.start_job(self._gateway, self._job_services, tenant, job)
         except Unavailable:
             raise
         except damage.ERRORS as error:

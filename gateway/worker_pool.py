@@ -1,8 +1,8 @@
-"""Processes for what grows with a request's body: decoding holds the interpreter's lock, and everybody would wait.
+"""Worker processes that decode large bodies: decoding holds the interpreter's lock, and would block all requests.
 
-A thread is no help there: one call of a decoder written in C is one hold of the lock, for seconds where a body is
-large. A worker reads the bytes, and answers what is compact. It has a limit of memory, dies with this process, and is
-started by the first body that is not small.
+A thread would not help: one call of a decoder written in C holds the lock throughout, for seconds if the body is large.
+A worker reads the bytes and returns something compact. It has a memory limit, dies with this process, and starts with
+the first body that is not small.
 """
 
 import asyncio
@@ -26,8 +26,8 @@ from knapper import limits
 from knapper.errors import TooLarge
 
 _PROCESSES = 2
-_NICE = 5  # with few cores, everybody else goes before large bodies
-_LARGE_BYTES = 8 * limits.MIB  # of these one at a time: decoded, they take up to fifteen times as much
+_NICE = 5  # with few cores, all else goes before large bodies
+_LARGE_BYTES = 8 * limits.MIB  # one such body at a time: decoded, it takes up to fifteen times as much memory
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 P = ParamSpec("P")
@@ -35,43 +35,43 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 
-class Workers:
-    """Each tenant's bodies one after the other, so that no tenant has all processes for itself."""
+class WorkerPool:
+    """Decodes one body of a tenant at a time, so that no tenant occupies all workers."""
 
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
-        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._tenant_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._large = asyncio.Lock()
 
     async def run(
-        self, tenant: str, work: Callable[Concatenate[bytes, P], T], body: bytes, *given: P.args, **named: P.kwargs
+        self, tenant: str, work: Callable[Concatenate[bytes, P], T], body: bytes, *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """What `work` returns there; it, what it is given and what it returns are pickled, but not the body.
+        """`work(body, *args)` in a worker. `work`, `args` and the result are pickled; the body is not.
 
-        Raises what it raises, and TooLarge where the memory for it does not suffice.
+        Raises what `work` raises, and TooLarge if the worker runs out of memory.
         """
-        assert not named, "what a worker does takes positions only"
-        async with self._turns.setdefault(tenant, asyncio.Lock()):
+        assert not kwargs, "workers take positional arguments only"
+        async with self._tenant_locks.setdefault(tenant, asyncio.Lock()):
             if len(body) <= _LARGE_BYTES:
-                return await self._try(work, body, *given)
+                return await self._try(work, body, *args)
             async with self._large:
-                return await self._try(work, body, *given)
+                return await self._try(work, body, *args)
 
-    async def aside(self, tenant: str, work: Callable[[], T]) -> T:
-        """What `work` returns in a thread, for what lets go of the lock."""
-        async with self._turns.setdefault(tenant, asyncio.Lock()):
+    async def in_thread(self, tenant: str, work: Callable[[], T]) -> T:
+        """`work()` in a thread, for work that releases the interpreter's lock."""
+        async with self._tenant_locks.setdefault(tenant, asyncio.Lock()):
             return await asyncio.to_thread(work)
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _try(self, work: Callable[..., T], body: bytes, *given: object) -> T:
+    async def _try(self, work: Callable[..., T], body: bytes, *args: object) -> T:
         size = len(body)
-        for _ in range(2):  # whose process died may have shared it with what killed it
+        for _ in range(2):  # another body may have killed the worker that they shared
             pool = self._pool = self._pool or _pool()
             try:
-                return await _sent(pool, work, body, *given)
+                return await _run(pool, work, body, *args)
             except BrokenProcessPool as error:
                 log.warning("a worker died", body_bytes=size, reason=str(error))
                 if self._pool is pool:
@@ -86,51 +86,47 @@ class Workers:
         )
 
 
-async def _sent(pool: ProcessPoolExecutor, work: Callable[..., T], body: bytes, *given: object) -> T:
-    """A large body goes through a file in memory: to pickle it is one more hold of the lock, and writing is none."""
-    run = asyncio.get_running_loop().run_in_executor
+async def _run(pool: ProcessPoolExecutor, work: Callable[..., T], body: bytes, *args: object) -> T:
+    """A large body goes through a file in memory: pickling it would hold the interpreter's lock; writing does not."""
+    execute = asyncio.get_running_loop().run_in_executor
     if sys.platform != "linux" or len(body) <= limits.MIB:
-        return await run(pool, work, body, *given)
+        return await execute(pool, work, body, *args)
     file = os.memfd_create("body")
     try:
         await asyncio.to_thread(_write, file, body)
-        return await run(pool, _read_and, work, f"/proc/{os.getpid()}/fd/{file}", *given)
+        return await execute(pool, _read_and, work, f"/proc/{os.getpid()}/fd/{file}", *args)
     finally:
         os.close(file)
 
 
 def _write(file: int, body: bytes) -> None:
-    rest = memoryview(body)
-    while rest:
-        rest = rest[os.write(file, rest) :]
+    remaining = memoryview(body)
+    while remaining:
+        remaining = remaining[os.write(file, remaining) :]
 
 
-def _read_and(work: Callable[..., T], path: str, *given: object) -> T:
-    return work(Path(path).read_bytes(), *given)
+def _read_and(work: Callable[..., T], path: str, *args: object) -> T:
+    return work(Path(path).read_bytes(), *args)
 
 
 def _pool() -> ProcessPoolExecutor:
-    spawning = multiprocessing.get_context(
-        "spawn"
-    )  # a fork would inherit the event loop, and locks as threads hold them
-    return ProcessPoolExecutor(_PROCESSES, mp_context=spawning, initializer=_begin, initargs=(os.getpid(),))
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit the event loop, and locks that threads hold
+    return ProcessPoolExecutor(_PROCESSES, mp_context=spawn, initializer=_begin, initargs=(os.getpid(),))
 
 
 def _begin(parent: int) -> None:
-    """In the worker, first: it imports what it will need, and then may take so much memory more."""
+    """Initialise a worker: import what it needs, then limit the memory that it may take in addition."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
     os.nice(_NICE)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for our parent, who ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     from gateway import body_decoders  # noqa: F401  loaded before memory is limited
     from gateway.openai import schemas  # noqa: F401  as above
 
     gc.freeze()
-    gc.set_threshold(
-        1_000_000
-    )  # millions of values and no cycles: the collector would look through all again and again
+    gc.set_threshold(1_000_000)  # decoding makes millions of values and no cycles: collecting would find nothing
     if sys.platform == "linux":
         used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + limits.worker_memory_bytes,) * 2)

@@ -241,8 +241,8 @@ def damaged(name: str, what: str) -> Corrupt:
     return error
 
 
-class Told(KnapperError):
-    """Another process's error, with its code, status and field."""
+class RemoteError(KnapperError):
+    """An error that another process reported, with the code, status and field it had there."""
 
     def __init__(self, message: str, code: str, status: int, category: Category, field: str | None = None) -> None:
         super().__init__(message)

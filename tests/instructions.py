@@ -65,7 +65,7 @@ def watch() -> None:
     """From now on every model that is made is noted. Nothing, in a process that has no engine."""
     for module, name in (
         ("knapper.engine.models.decoder", "Decoder"),
-        ("knapper.engine.models.transformers", "ForeignModel"),
+        ("knapper.engine.models.transformers", "TransformersModel"),
     ):
         made = getattr(sys.modules.get(module), name, None)
         if made is not None and not hasattr(made.__init__, "__wrapped__"):

@@ -12,10 +12,10 @@ from torch import Tensor
 MEAN, LARGEST = 1.5, 3.0  # times the reference's own distance
 
 
-def expect_near(found: Tensor, truth: Tensor, peer: Tensor, *, what: str = "", exact: float = 1e-4) -> None:
-    """`peer`: the reference in the dtype that computed `found`; in float32 the truth, and `exact` is the bound."""
-    assert found.shape == truth.shape == peer.shape, what
-    off, theirs = ((each.detach().float() - truth.detach().float()).abs() for each in (found, peer))
+def expect_near(value: Tensor, truth: Tensor, peer: Tensor, *, what: str = "", exact: float = 1e-4) -> None:
+    """`peer`: the reference in the dtype that computed `value`; in float32 the truth, and `exact` is the bound."""
+    assert value.shape == truth.shape == peer.shape, what
+    off, theirs = ((tensor.detach().float() - truth.detach().float()).abs() for tensor in (value, peer))
     assert torch.isfinite(off).all(), what
     for name, times, ours, allowed in (
         ("the mean", MEAN, float(off.mean()), float(theirs.mean())),

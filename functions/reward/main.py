@@ -1,4 +1,4 @@
-"""reward: what completions, and a job's rollouts, are worth. Keeps nothing; code of others runs in the sandbox."""
+"""reward: scores completions and a job's rollouts. Stateless; user-supplied code runs in the sandbox."""
 
 import os
 import time
@@ -13,7 +13,7 @@ from knapper.events import cloudevents
 from knapper.events.function_key import FunctionKey
 from knapper.jobs.job_files import Folders
 from knapper.jobs.scores import Scoring
-from knapper.jobs.services import JobServices, open_services
+from knapper.jobs.services import JobServices, open_job_services
 from knapper.jobs.worker import Worker
 from knapper.observability import logs, traces
 from knapper.rewards import requests
@@ -25,34 +25,33 @@ from knapper.store.counted import CountedStore
 from knapper.store.factory import open_store
 
 logs.begin("reward", Settings.load(os.environ))
-sandbox = Sandbox()  # its processes start with the first reward that needs them, and end with this one
+sandbox = Sandbox()  # its processes start with the first reward that needs them, and end with this process
 
 
 @cache
-def services() -> JobServices:
-    """Where the state lies comes from the environment."""
+def job_services() -> JobServices:
     settings = Settings.load(os.environ)
-    return open_services(settings, CountedStore(open_store(settings)), time.time)
+    return open_job_services(settings, CountedStore(open_store(settings)), time.time)
 
 
 @cache
 def key() -> FunctionKey:
-    return FunctionKey(services().store)
+    return FunctionKey(job_services().store)
 
 
 @cache
 def scoring() -> Scoring:
-    """What is done for jobs."""
-    worker = Worker("reward", services(), Folders(services().store), ["rl"])
-    return Scoring(worker, lambda *given: score(*given, sandbox=sandbox))
+    """The worker for jobs."""
+    worker = Worker("reward", job_services(), Folders(job_services().store), ["rl"])
+    return Scoring(worker, lambda *args: score(*args, sandbox=sandbox))
 
 
 @functions_framework.aio.http
 async def reward(request: Request) -> Response:
-    if metrics_page.asked(request):
-        return metrics_page.answer()
+    if metrics_page.is_scrape(request):
+        return metrics_page.respond()
     try:
-        body = await http.admitted(request, key())
+        body = await http.authenticated_body(request, key())
         if cloudevents.sent(request.headers):
             event = cloudevents.decode(request.headers, body)
             with traces.span("reward", event.traceparent, subject=event.subject):

@@ -1,6 +1,6 @@
 """sample: tokens and log-probabilities of (adapter, prompt, parameters, seed); for a job, its rollouts.
 
-Keeps nothing; repeats give the same.
+Stateless and deterministic.
 """
 
 import functions_framework.aio
@@ -16,30 +16,30 @@ from knapper.serving.sampler import served
 from knapper.wire import proto, sample_requests
 from knapper.wire.progress import DEVICE_S, FRAMES
 
-gates.sampler()  # before the port binds: the weights are there when the first request comes, or why they are not
-key = FunctionKey(jobs.services().store)
+gates.sampler()  # before the port binds: the first request finds the weights, or the reason why they are missing
+key = FunctionKey(jobs.job_services().store)
 
 
 @functions_framework.aio.http
 async def sample(request: Request) -> Response:
-    if metrics_page.asked(request):
-        return metrics_page.answer()
+    if metrics_page.is_scrape(request):
+        return metrics_page.respond()
     try:
-        body = await http.admitted(request, key)
+        body = await http.authenticated_body(request, key)
         if cloudevents.sent(request.headers):
             event = cloudevents.decode(request.headers, body)
             with traces.span("sample", event.traceparent, subject=event.subject):
                 await jobs.sample(event)
             return http.durable()
         call = sample_requests.decode(body, sample_requests.SampleCall)
-        own = served()
-        http.expect_model(call.base_model, own.base_model, str(own.directory))
-        asked = call.sample(request.headers.get("knapper-tenant", ""))
+        model = served()
+        http.expect_model(call.base_model, model.base_model, str(model.directory))
+        sample_request = call.sample(request.headers.get("knapper-tenant", ""))
         if call.stream:
-            frames = progress.frames(own.sampler, asked)
-            first = await http.while_connected(request, anext(frames))  # what cannot be asked is said by the status
+            frames = progress.frames(model.sampler, sample_request)
+            first = await http.while_connected(request, anext(frames))  # an invalid request decides the status
             return StreamingResponse(progress.stream(first, frames), media_type=FRAMES)
-        output = await http.while_connected(request, own.sampler.sample(asked))
+        output = await http.while_connected(request, model.sampler.sample(sample_request))
     except KnapperError as error:
         return http.error(error)
     headers = {DEVICE_S: repr(output.device_s)}

@@ -1,4 +1,4 @@
-"""From samples to an answer: whole, or as server-sent events while the tokens are drawn."""
+"""The response to a completion: whole, or as server-sent events while tokens are sampled."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -12,11 +12,11 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.openai import errors
 from gateway.openai.detokenizer import Detokenizer, ScoredToken, TextDelta
-from gateway.openai.models import Chosen
+from gateway.openai.models import SampledModel
 from gateway.openai.responses import ChoiceFormat, Json
-from gateway.openai.samples import PendingSamples, Question, Quiet
+from gateway.openai.samples import KeepAlive, PendingSamples, SampleOptions
 from gateway.openai.schemas import SharedParameters
-from gateway.services import parts
+from gateway.services import services_of
 from gateway.tenants import tenant_of
 from knapper.catalogue.tokenizer import Language
 from knapper.errors import ContextLengthExceeded, KnapperError
@@ -28,102 +28,103 @@ from knapper.wire.types import SampledSequence, SampleOutput, TopK
 
 @dataclass(frozen=True)
 class Generation:
-    """One request, understood. `before`: for each prompt what its choices begin with, the prompt itself if echoed."""
+    """One decoded request. `prefixes`: the text with which each prompt's choices begin: the prompt, if echoed."""
 
-    form: SharedParameters
-    chosen: Chosen
+    parameters: SharedParameters
+    model: SampledModel
     language: Language
     prompts: list[list[int]]
-    question: Question
-    shape: ChoiceFormat
-    before: list[str]
+    options: SampleOptions
+    format: ChoiceFormat
+    prefixes: list[str]
 
-    def text(self, prompt: int) -> Detokenizer:
-        stops = self.question.params.stop_strings
-        return Detokenizer(self.language.tokenizer, self.prompts[prompt], stops, len(self.before[prompt]))
+    def detokenizer(self, prompt: int) -> Detokenizer:
+        stops = self.options.params.stop_strings
+        return Detokenizer(self.language.tokenizer, self.prompts[prompt], stops, len(self.prefixes[prompt]))
 
 
-async def answer(request: Request, task: Generation) -> Response:
-    """The samples in the task's shape. A client that hangs up ends them. Raises KnapperError before the first token."""
+async def respond(request: Request, task: Generation) -> Response:
+    """The samples in the task's format. A client that hangs up cancels them. Raises KnapperError before it streams."""
     try:
-        for prompt in task.prompts:  # said at once: what the samplers would say, once they have started
-            ContextLengthExceeded.check(len(prompt), task.question.params.max_tokens, task.chosen.model.context)
-        return await _answer(request, task)
+        for prompt in task.prompts:  # fails at once, not only when the sample function has started
+            ContextLengthExceeded.check(len(prompt), task.options.params.max_tokens, task.model.record.context)
+        return await _respond(request, task)
     except KnapperError as error:
-        error.field = _asked_as(task, error.field)
+        error.field = _client_field(task, error.field)
         raise
 
 
-async def _answer(request: Request, task: Generation) -> Response:
-    gateway, tenant = parts(request), tenant_of(request)
+async def _respond(request: Request, task: Generation) -> Response:
+    gateway, tenant = services_of(request), tenant_of(request)
     head = {
-        "id": f"{task.shape.id_prefix}-{gateway.new_id()}",
-        "object": task.shape.chunk_object if task.form.stream else task.shape.whole_object,
+        "id": f"{task.format.id_prefix}-{gateway.new_id()}",
+        "object": task.format.chunk_object if task.parameters.stream else task.format.whole_object,
         "created": int(gateway.clock()),
-        "model": task.form.model,
+        "model": task.parameters.model,
     }
-    if task.chosen.checkpoint is not None:
-        await gateway.openai.note_reading(tenant, task.chosen.checkpoint)
-    asked = PendingSamples(gateway, tenant, stream=bool(task.form.stream))
-    await asked.ask(task.chosen, task.prompts, task.question)
-    if not task.form.stream:
+    if task.model.checkpoint is not None:
+        await gateway.openai.note_reading(tenant, task.model.checkpoint)
+    samples = PendingSamples(gateway, tenant, stream=bool(task.parameters.stream))
+    await samples.submit(task.model, task.prompts, task.options)
+    if not task.parameters.stream:
         try:
-            answers = await while_connected(request, asked.answers())
+            responses = await while_connected(request, samples.responses())
         finally:
-            asked.end()
-        return Response(await asyncio.to_thread(_whole, head, task, answers), media_type="application/json")
-    events = _events(head, task, asked)
+            samples.cancel()
+        return Response(await asyncio.to_thread(_whole, head, task, responses), media_type="application/json")
+    events = _events(head, task, samples)
     try:
         first = await while_connected(request, anext(events))
     except BaseException:
-        asked.end()
+        samples.cancel()
         raise
-    return _EventStream(first, events, asked.end)
+    return _EventStream(first, events, samples.cancel)
 
 
-def _asked_as(task: Generation, field: str | None) -> str | None:
-    """What the client calls a field of a sample request."""
-    return task.form.prompt_field if field == "prompt" else field and field.removeprefix("sampling_params.")
+def _client_field(task: Generation, field: str | None) -> str | None:
+    """The client's name for a field of a sample request."""
+    return task.parameters.prompt_field if field == "prompt" else field and field.removeprefix("sampling_params.")
 
 
-def _whole(head: Json, task: Generation, answers: list[bytes]) -> bytes:
-    """The answer's JSON, choice by choice: each call of an encoder holds the interpreter's lock to its end."""
+def _whole(head: Json, task: Generation, responses: list[bytes]) -> bytes:
+    """The response's JSON. Encodes choice by choice, since each call of the encoder holds the interpreter's lock."""
     choices: list[msgspec.Raw] = []
     sampled = 0
-    for prompt, answer in enumerate(answers):
-        output = proto.decode_sample_response(answer)
+    for prompt, response in enumerate(responses):
+        output = proto.decode_sample_response(response)
         scored = _scored_prompt(task, prompt, output)
         for number, sequence in enumerate(output.sequences):
-            piece, ending = _told(task.text(prompt), sequence)
-            piece = TextDelta(task.before[prompt] + piece.text, scored + piece.tokens)
+            text, ending = _text(task.detokenizer(prompt), sequence)
+            text = TextDelta(task.prefixes[prompt] + text.text, scored + text.tokens)
             sampled += sequence.tokens.size
-            choice = task.shape.whole(prompt * task.question.choices + number, piece, ending)
+            choice = task.format.whole(prompt * task.options.choices + number, text, ending)
             choices.append(msgspec.Raw(msgspec.json.encode(choice)))
     return msgspec.json.encode(head | {"choices": choices, "usage": _usage(task, sampled)})
 
 
-def _told(text: Detokenizer, sequence: SampledSequence) -> tuple[TextDelta, Ending]:
-    """The whole text of a sequence, token by token as a stream would tell it."""
+def _text(detokenizer: Detokenizer, sequence: SampledSequence) -> tuple[TextDelta, Ending]:
+    """The whole text of a sequence, decoded token by token as in a stream."""
     ending: Ending = "stop" if sequence.stopped else "length"
-    pieces = []
+    deltas = []
     for position, (token, logprob) in enumerate(zip(sequence.tokens.tolist(), sequence.logprobs.tolist(), strict=True)):
         last = position == sequence.tokens.size - 1
         alternatives = _alternatives(sequence.topk, position)
-        pieces.append(text.add(TokenEvent(0, position, token, logprob, ending if last else "", alternatives)))
-    return TextDelta(
-        "".join(piece.text for piece in pieces), [scored for piece in pieces for scored in piece.tokens]
-    ), ending
+        deltas.append(detokenizer.add(TokenEvent(0, position, token, logprob, ending if last else "", alternatives)))
+    tokens = [scored for delta in deltas for scored in delta.tokens]
+    return TextDelta("".join(delta.text for delta in deltas), tokens), ending
 
 
 def _scored_prompt(task: Generation, prompt: int, output: SampleOutput) -> list[ScoredToken]:
-    """The prompt's tokens, if their log-probabilities were asked for."""
+    """The prompt's tokens with their log-probabilities, if the client wants them; else none."""
     if output.prompt_logprobs is None:
         return []
-    text, offset, scored = Detokenizer(task.language.tokenizer, [], ()), 0, []
-    for at, (token, logprob) in enumerate(zip(task.prompts[prompt], output.prompt_logprobs.tolist(), strict=True)):
-        alternatives = _alternatives(output.topk_prompt_logprobs, at)
-        scored.append(ScoredToken(token, logprob if at else None, alternatives, offset))
-        offset += len(text.add(TokenEvent(0, at, token, 0.0)).text)
+    detokenizer, offset, scored = Detokenizer(task.language.tokenizer, [], ()), 0, []
+    for position, (token, logprob) in enumerate(
+        zip(task.prompts[prompt], output.prompt_logprobs.tolist(), strict=True)
+    ):
+        alternatives = _alternatives(output.topk_prompt_logprobs, position)
+        scored.append(ScoredToken(token, logprob if position else None, alternatives, offset))
+        offset += len(detokenizer.add(TokenEvent(0, position, token, 0.0)).text)
     return scored
 
 
@@ -133,53 +134,54 @@ def _alternatives(topk: TopK | None, position: int) -> list[tuple[int, float]]:
     return list(zip(topk.tokens[position].tolist(), topk.logprobs[position].tolist(), strict=True))
 
 
-async def _events(head: Json, task: Generation, asked: PendingSamples) -> AsyncIterator[bytes]:
+async def _events(head: Json, task: Generation, samples: PendingSamples) -> AsyncIterator[bytes]:
     """Server-sent events. An error before the first is raised; a later one is the last event."""
-    texts = [task.text(prompt) for prompt in range(len(task.prompts)) for _ in range(task.question.choices)]
-    open_choices = set(range(len(texts)))
+    choices = task.options.choices
+    detokenizers = [task.detokenizer(prompt) for prompt in range(len(task.prompts)) for _ in range(choices)]
+    open_choices = set(range(len(detokenizers)))
     sampled, begun = 0, False
-    usage = {"usage": None} if task.form.usage_wanted else {}
+    usage = {"usage": None} if task.parameters.usage_wanted else {}
 
     def event(choice: Json) -> bytes:
         return _data(head | {"choices": [choice]} | usage)
 
     try:
-        async for heard in asked.drawn():
+        async for token in samples.tokens():
             if not begun:
                 begun = True
-                for index in range(len(texts)):
-                    if (opening := task.shape.opening(index)) is not None:
+                for index in range(len(detokenizers)):
+                    if (opening := task.format.opening(index)) is not None:
                         yield event(opening)
-            if isinstance(heard, Quiet):
-                yield f": {heard.reason}\n\n".encode()
+            if isinstance(token, KeepAlive):
+                yield f": {token.reason}\n\n".encode()
                 continue
-            prompt, drawn = heard
-            index = prompt * task.question.choices + drawn.sequence
+            prompt, drawn = token
+            index = prompt * choices + drawn.sequence
             sampled += 1
-            piece = texts[index].add(drawn)
-            if piece.text or drawn.ending:
-                yield event(task.shape.chunk(index, piece, drawn.ending))
+            delta = detokenizers[index].add(drawn)
+            if delta.text or drawn.ending:
+                yield event(task.format.chunk(index, delta, drawn.ending))
             if drawn.ending:
                 open_choices.discard(index)
     except KnapperError as error:
         if not begun:
             raise
-        error.field = _asked_as(task, error.field)
+        error.field = _client_field(task, error.field)
         yield _data(errors.body(error))
         return
-    for index in sorted(open_choices):  # of which no token was asked
-        if (opening := task.shape.opening(index)) is not None and not begun:
+    for index in sorted(open_choices):  # max_tokens is 0
+        if (opening := task.format.opening(index)) is not None and not begun:
             yield event(opening)
-        yield event(task.shape.chunk(index, TextDelta("", []), "length"))
-    if task.form.usage_wanted:
+        yield event(task.format.chunk(index, TextDelta("", []), "length"))
+    if task.parameters.usage_wanted:
         yield _data(head | {"choices": [], "usage": _usage(task, sampled)})
     yield b"data: [DONE]\n\n"
 
 
 def _usage(task: Generation, sampled: int) -> dict[str, int]:
-    """All sampled tokens count, those that stood for the end too."""
-    given = sum(len(prompt) for prompt in task.prompts)
-    return {"prompt_tokens": given, "completion_tokens": sampled, "total_tokens": given + sampled}
+    """All sampled tokens count, end-of-sequence tokens included."""
+    prompt = sum(map(len, task.prompts))
+    return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
 
 
 def _data(message: Any) -> bytes:
@@ -187,21 +189,21 @@ def _data(message: Any) -> bytes:
 
 
 class _EventStream(StreamingResponse):
-    """The events, each at once; whatever ends the response, the client's leaving too, calls `end`."""
+    """Sends each event at once. Calls `on_end` when the response ends, also if the client hangs up."""
 
-    def __init__(self, first: bytes, rest: AsyncIterator[bytes], end: Callable[[], None]) -> None:
+    def __init__(self, first: bytes, remaining: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
         async def events() -> AsyncIterator[bytes]:
             yield first
-            async for event in rest:
+            async for event in remaining:
                 yield event
 
-        # Proxies that collect an answer before they pass it on are asked not to.
+        # X-Accel-Buffering: proxies must not buffer the response.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events(), media_type="text/event-stream", headers=headers)
-        self._end = end
+        self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._end()
+            self._on_end()

@@ -1,4 +1,4 @@
-"""From tokens to text, as they come: never half a character, and never what stands for the end.
+"""Incremental detokenization: never half a character, and never a stop string or an end-of-sequence token.
 
 token -> its characters, once they are whole -> held back while they may begin a stop string -> the client
 """
@@ -9,16 +9,16 @@ from tokenizers import Tokenizer
 
 from knapper.wire.progress import TokenEvent
 
-_WINDOW_MAX = 64  # tokens that may wait for their last character's end; beyond that the bytes are simply not text
-_CONTEXT_MAX = 16  # tokens of the prompt: some without text, and a character, to know whether a space begins the text
+_WINDOW_MAX = 64  # tokens that may wait for the end of a character; longer sequences of bytes are not text
+_CONTEXT_MAX = 16  # tokens of the prompt, enough for one character: it decides whether a space begins the text
 
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """A token of the text. `offset`: where it begins, in characters."""
+    """A token of the text. `offset`: its first character."""
 
     token: int
-    logprob: float | None  # None: nothing predicts the first token of all
+    logprob: float | None  # None for the first token of the prompt, which nothing predicts
     alternatives: list[tuple[int, float]]
     offset: int
 
@@ -32,33 +32,33 @@ class TextDelta:
 
 
 class Characters:
-    """Decodes tokens one by one, after `before`. Special tokens have no text. Pieces add up to the text of all.
+    """Decodes tokens one by one, after `before`. Special tokens have no text. The parts add up to the whole text.
 
-    The library's `DecodeStream` cannot tell an unfinished end, and raises at some bytes that are no text: decision 28.
+    The library's `DecodeStream` does not report an unfinished end, and raises for some invalid bytes: decision 28.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: list[int]) -> None:
         self._tokenizer = tokenizer
         self._tokens = self._context(before)
-        self._read = len(self._tokens)  # whose text has been given
+        self._read = len(self._tokens)  # tokens whose text was returned
 
     def add(self, token: int) -> str:
-        """Whole characters that the token completes."""
+        """The characters that the token completes."""
         self._tokens.append(token)
-        rest = self.rest()
-        if rest.endswith("\ufffd") and len(self._tokens) - self._read < _WINDOW_MAX:
+        pending = self.pending()
+        if pending.endswith("\ufffd") and len(self._tokens) - self._read < _WINDOW_MAX:
             return ""
-        if rest or len(self._tokens) - self._read >= _WINDOW_MAX:
-            del self._tokens[: self._read]  # the rest is what the next token is decoded behind
+        if pending or len(self._tokens) - self._read >= _WINDOW_MAX:
+            del self._tokens[: self._read]  # the others are the context of the next token
             self._read = len(self._tokens)
-        return rest
+        return pending
 
-    def rest(self) -> str:
-        """What has not been given yet, an unfinished character as U+FFFD."""
+    def pending(self) -> str:
+        """The text not returned yet, with an unfinished character as U+FFFD."""
         return self._decode(self._tokens)[len(self._decode(self._tokens[: self._read])) :]
 
     def _context(self, before: list[int]) -> list[int]:
-        """The fewest of the last tokens that are whole characters."""
+        """The shortest suffix of the tokens that decodes to whole characters."""
         for size in range(1, _CONTEXT_MAX + 1):
             text = self._decode(before[-size:])
             if text and not text.endswith("\ufffd"):
@@ -70,46 +70,46 @@ class Characters:
 
 
 class Detokenizer:
-    """One sampled text after `prompt`. It begins at character `offset` of what the client sees."""
+    """The text of one sequence after `prompt`. It begins at character `offset` of the client's text."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: tuple[str, ...], offset: int = 0) -> None:
         self._characters = Characters(tokenizer, prompt)
         self._stops = stops
-        self._given = offset
+        self._sent = offset
         self._held = ""
         self._waiting: list[ScoredToken] = []
 
     def add(self, drawn: TokenEvent) -> TextDelta:
-        """What can be told with this token; with the last one, all that is left."""
-        scored = ScoredToken(drawn.token, drawn.logprob, drawn.alternatives, self._given + len(self._held))
+        """The text that can be sent after this token; after the last one, all that remains."""
+        scored = ScoredToken(drawn.token, drawn.logprob, drawn.alternatives, self._sent + len(self._held))
         if drawn.ending == "stop":
             return self._stop(scored)
         self._held += self._characters.add(drawn.token)
         self._waiting.append(scored)
         if drawn.ending == "length":
-            return TextDelta(self._held + self._characters.rest(), self._waiting)
-        return self._give(len(self._held) - self._perhaps_stop())
+            return TextDelta(self._held + self._characters.pending(), self._waiting)
+        return self._send(len(self._held) - self._possible_stop())
 
-    def _give(self, size: int) -> TextDelta:
+    def _send(self, size: int) -> TextDelta:
         text, self._held = self._held[:size], self._held[size:]
-        self._given += size
-        told = [scored for scored in self._waiting if scored.offset < self._given]
-        self._waiting = self._waiting[len(told) :]
-        return TextDelta(text, told)
+        self._sent += size
+        tokens = [scored for scored in self._waiting if scored.offset < self._sent]
+        self._waiting = self._waiting[len(tokens) :]
+        return TextDelta(text, tokens)
 
     def _stop(self, last: ScoredToken) -> TextDelta:
-        """The text ends before the stop string; without one, the last token is what ended it."""
-        before = self._held + self._characters.rest()
+        """The text up to the stop string; without one, up to the last token, which ended the sequence."""
+        before = self._held + self._characters.pending()
         whole = self._held + self._characters.add(last.token)
-        whole += self._characters.rest()
-        found = [at for at in map(whole.find, self._stops) if at >= 0]
-        if not found:
+        whole += self._characters.pending()
+        ends = [index for index in map(whole.find, self._stops) if index >= 0]
+        if not ends:
             return TextDelta(before, self._waiting)
-        end = self._given + min(found)
-        return TextDelta(whole[: min(found)], [scored for scored in [*self._waiting, last] if scored.offset < end])
+        end = self._sent + min(ends)
+        return TextDelta(whole[: min(ends)], [scored for scored in [*self._waiting, last] if scored.offset < end])
 
-    def _perhaps_stop(self) -> int:
-        """How many of the last characters held may be the beginning of a stop string."""
+    def _possible_stop(self) -> int:
+        """How many of the held characters, at their end, may begin a stop string."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         for size in range(min(longest, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-size:]) for stop in self._stops):

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients know them."""
+"""Errors in the format of the OpenAI protocol."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -16,23 +16,27 @@ log = structlog.get_logger()
 
 
 def body(error: KnapperError) -> dict[str, Any]:
-    """`code` is knapper's own, and stable; `param` names the field where one is wrong."""
-    kind = "rate_limit_error" if error.status == 429 else f"{'invalid_request' if _users(error) else 'server'}_error"
+    """`code` is knapper's own, and stable; `param` names the invalid field, if any."""
+    kind = (
+        "rate_limit_error"
+        if error.status == 429
+        else f"{'invalid_request' if _is_user_error(error) else 'server'}_error"
+    )
     return {"error": {"message": str(error), "type": kind, "param": error.field, "code": error.code}}
 
 
-def spoken(handler: Handler) -> Handler:
-    """The handler, for a client that expects errors in OpenAI's shape."""
+def openai_errors(handler: Handler) -> Handler:
+    """Wraps the handler so that its errors have OpenAI's format."""
 
     async def endpoint(request: Request) -> Response:
         try:
             return await handler(request)
         except KnapperError as error:
-            if not _users(error) and not isinstance(error, Unservable):  # that was logged when it came
+            if not _is_user_error(error) and not isinstance(error, Unservable):  # logged when the function reported it
                 log.warning("request failed", path=request.url.path, code=error.code, reason=str(error))
             status = 400 if error.status == UserError.status else error.status
             headers = {"Retry-After": f"{error.retry_after_s:.0f}"} if isinstance(error, Unavailable) else None
-            if headers and isinstance(error, Unservable):  # clients would repeat it in silence
+            if headers and isinstance(error, Unservable):  # clients would retry in silence
                 headers["x-should-retry"] = "false"
             return JSONResponse(body(error), status_code=status, headers=headers)
 
@@ -45,5 +49,5 @@ async def unknown_path(request: Request) -> Response:
     raise NotFound(f"{request.method} {request.url.path} is not served; of the OpenAI protocol, {served} are")
 
 
-def _users(error: KnapperError) -> bool:
+def _is_user_error(error: KnapperError) -> bool:
     return error.category == "user"

@@ -1,4 +1,4 @@
-"""Names of models: a base model, a checkpoint, or a run or a job, which stand for their newest sampler checkpoint."""
+"""Model names: a base model, a checkpoint, or a run or job, which stands for its newest sampler checkpoint."""
 
 from dataclasses import dataclass
 
@@ -10,37 +10,37 @@ from knapper.jobs import job_names
 from knapper.state.checkpoints import Checkpoint
 from knapper.state.model_record import ModelRecord, slug
 
-_CREATED = 0  # of base models, which say nothing about it; clients want a number
+_CREATED = 0  # base models have no creation time, and clients want a number
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What samples: the base model, with the adapter of a checkpoint, or alone."""
+class SampledModel:
+    """A base model, alone or with the adapter of a checkpoint."""
 
-    model: ModelRecord
+    record: ModelRecord
     checkpoint: Checkpoint | None = None
 
     @property
     def adapter(self) -> str:
-        """Where it lies in the store; empty for none."""
+        """Its name in the store; empty for none."""
         return self.checkpoint.bundle if self.checkpoint is not None else ""
 
 
-async def choose(gateway: Services, tenant: Tenant, name: str) -> Chosen:
-    """What the name stands for now. Raises NotFound, also for another tenant's, and InvalidField."""
+async def resolve(gateway: Services, tenant: Tenant, name: str) -> SampledModel:
+    """The model that the name stands for now. Raises NotFound, also for another tenant's name, and InvalidField."""
     try:
         checkpoint = await _checkpoint(gateway, tenant, name)
-        model = await gateway.records.model(name if checkpoint is None else checkpoint.base_model)
+        model = await gateway.lookups.model(name if checkpoint is None else checkpoint.base_model)
     except NotFound as error:
         error.field = "model"
         raise
     if not model.sampleable:
         raise InvalidField("model", name, "a model that can be sampled; v1/models lists them")
-    return Chosen(model, checkpoint)
+    return SampledModel(model, checkpoint)
 
 
 async def _checkpoint(gateway: Services, tenant: Tenant, name: str) -> Checkpoint | None:
-    """None: the name is no checkpoint's, so it can only be a base model's."""
+    """None if the name stands for no checkpoint; it can then only be a base model's."""
     if name.startswith("tinker://"):
         named = await gateway.checkpoints.resolve(TinkerPath.parse(name, "model"), tenant)
         named.expect_plain()
@@ -49,33 +49,34 @@ async def _checkpoint(gateway: Services, tenant: Tenant, name: str) -> Checkpoin
         run = ids.run_id(name)
     except NotFound:
         return await _of_job(gateway, tenant, name)
-    if (saved := await _newest(gateway, tenant, run)) is None:
+    if (checkpoint := await _newest(gateway, tenant, run)) is None:
         raise NotFound(
             f"run {name!r} does not exist, or has no sampler checkpoint; save one with save_weights_for_sampler"
         )
-    return saved
+    return checkpoint
 
 
 async def _of_job(gateway: Services, tenant: Tenant, name: str) -> Checkpoint | None:
-    """None where a base model has the name, or no job. Raises NotFound for a job that has saved nothing yet."""
-    if name in [model.name for model in await gateway.records.catalogue.models()]:
+    """None if a base model has the name, or no job has. Raises NotFound for a job without a checkpoint yet."""
+    if name in [model.name for model in await gateway.lookups.catalogue.models()]:
         return None
     run = next((run for run, job in (await job_names.newest(gateway.store, tenant)).items() if job == name), None)
     if run is None:
         return None
-    if (saved := await _newest(gateway, tenant, run)) is None:
+    if (checkpoint := await _newest(gateway, tenant, run)) is None:
         raise NotFound(f"job {name!r} has no adapter yet; `knapper jobs show {name}` says how far it is")
-    return saved
+    return checkpoint
 
 
 async def _newest(gateway: Services, tenant: Tenant, run: RunId) -> Checkpoint | None:
-    saved = await gateway.checkpoints.read((await gateway.checkpoints.labels(tenant, f"{run}/sampler_weights/"))[:1])
-    return saved[0] if saved else None
+    labels = await gateway.checkpoints.labels(tenant, f"{run}/sampler_weights/")
+    checkpoints = await gateway.checkpoints.read(labels[:1])
+    return checkpoints[0] if checkpoints else None
 
 
 async def listed(gateway: Services, tenant: Tenant) -> list[dict[str, object]]:
-    """Base models, then the tenant's sampler checkpoints, the newest first, then runs and jobs that have any."""
-    models = [model.name for model in await gateway.records.catalogue.models() if model.sampleable]
+    """Base models, then the tenant's sampler checkpoints, the newest first, then the runs and jobs that have any."""
+    models = [model.name for model in await gateway.lookups.catalogue.models() if model.sampleable]
     slugs = {slug(model) for model in models}
     labels = [label for label in await gateway.checkpoints.labels(tenant) if label.model in slugs]
     saved = [(label.path, int(label.saved_at)) for label in labels]
@@ -83,13 +84,13 @@ async def listed(gateway: Services, tenant: Tenant) -> list[dict[str, object]]:
     newest = {path.run: at for path, at in reversed(saved)}
     jobs = await job_names.newest(gateway.store, tenant)
     return (
-        [described(name) for name in models]
-        + [described(str(path), at) for path, at in saved]
-        + [described(run, at) for run, at in newest.items()]
-        + [described(jobs[run], at) for run, at in newest.items() if run in jobs and jobs[run] not in models]
+        [description(name) for name in models]
+        + [description(str(path), at) for path, at in saved]
+        + [description(run, at) for run, at in newest.items()]
+        + [description(jobs[run], at) for run, at in newest.items() if run in jobs and jobs[run] not in models]
     )
 
 
-def described(name: str, created: int = _CREATED) -> dict[str, object]:
-    """A model as clients know it. `created`: seconds since the epoch."""
+def description(name: str, created: int = _CREATED) -> dict[str, object]:
+    """A model as clients see it. `created`: seconds since the epoch."""
     return {"id": name, "object": "model", "created": created, "owned_by": "knapper"}

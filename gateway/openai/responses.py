@@ -1,4 +1,4 @@
-"""Answers as OpenAI's clients read them: of completions, and of chat completions, whole or in chunks."""
+"""The choices of a response in OpenAI's format: of completions and chat completions, whole or in chunks."""
 
 import math
 from abc import ABC, abstractmethod
@@ -11,11 +11,11 @@ from knapper.catalogue.tokenizer import Language
 from knapper.wire.progress import Ending
 
 Json = dict[str, Any]
-_LIKELIEST_MIN = -9999.0  # a cell that holds no alternative is far below; so is what top_k and top_p cut off
+_LOGPROB_MIN = -9999.0  # empty cells, and tokens that top_k and top_p cut off, are far below
 
 
 class ChoiceFormat(ABC):
-    """The form of one request's choices. `logprobs`: alternatives that the client wants to see, or None."""
+    """The format of one request's choices. `logprobs`: the number of alternatives to show, or None for no scores."""
 
     id_prefix: ClassVar[str]
     whole_object: ClassVar[str]
@@ -26,20 +26,20 @@ class ChoiceFormat(ABC):
         self._logprobs = logprobs
 
     @abstractmethod
-    def whole(self, index: int, piece: TextDelta, ending: Ending) -> Json:
-        """A choice."""
+    def whole(self, index: int, delta: TextDelta, ending: Ending) -> Json:
+        """A whole choice."""
 
     @abstractmethod
     def opening(self, index: int) -> Json | None:
-        """What a streamed choice begins with."""
+        """The first chunk of a streamed choice, or None if it needs none."""
 
     @abstractmethod
-    def chunk(self, index: int, piece: TextDelta, ending: Ending) -> Json:
-        """What a streamed choice goes on with."""
+    def chunk(self, index: int, delta: TextDelta, ending: Ending) -> Json:
+        """A further chunk of a streamed choice."""
 
 
-class CompletionShape(ChoiceFormat):
-    """`echoed`: for each prompt its text, to stand before the choices' own."""
+class CompletionFormat(ChoiceFormat):
+    """`echoed`: the text of each prompt, which precedes that of its choices; empty for no echo."""
 
     id_prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
@@ -49,17 +49,17 @@ class CompletionShape(ChoiceFormat):
         self._echoed = echoed
         self._choices = choices
 
-    def whole(self, index: int, piece: TextDelta, ending: Ending) -> Json:
-        return self.chunk(index, piece, ending)
+    def whole(self, index: int, delta: TextDelta, ending: Ending) -> Json:
+        return self.chunk(index, delta, ending)
 
     def opening(self, index: int) -> Json | None:
         if not self._echoed:
             return None
         return self.chunk(index, TextDelta(self._echoed[index // self._choices], []), "")
 
-    def chunk(self, index: int, piece: TextDelta, ending: Ending) -> Json:
-        logprobs = None if self._logprobs is None else self._scores(piece.tokens, self._logprobs)
-        return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": ending or None}
+    def chunk(self, index: int, delta: TextDelta, ending: Ending) -> Json:
+        logprobs = None if self._logprobs is None else self._scores(delta.tokens, self._logprobs)
+        return {"index": index, "text": delta.text, "logprobs": logprobs, "finish_reason": ending or None}
 
     def _scores(self, tokens: list[ScoredToken], k: int) -> Json:
         return {
@@ -70,33 +70,33 @@ class CompletionShape(ChoiceFormat):
         }
 
     def _likeliest(self, scored: ScoredToken) -> dict[str, float] | None:
-        """With the token itself. Several tokens may read alike; the likeliest of them stands for all."""
+        """The alternatives and the token itself. Of several tokens with the same text, the likeliest is shown."""
         if scored.logprob is None:
             return None
-        found: dict[str, float] = {}
+        logprobs: dict[str, float] = {}
         for token, logprob in [*_possible(scored), (scored.token, scored.logprob)]:
-            found.setdefault(self._language.word(token), logprob)
-        return found
+            logprobs.setdefault(self._language.word(token), logprob)
+        return logprobs
 
 
-class ChatShape(ChoiceFormat):
+class ChatFormat(ChoiceFormat):
     id_prefix = "chatcmpl"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def whole(self, index: int, piece: TextDelta, ending: Ending) -> Json:
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": self._scores(piece), "finish_reason": ending}
+    def whole(self, index: int, delta: TextDelta, ending: Ending) -> Json:
+        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": self._scores(delta), "finish_reason": ending}
 
     def opening(self, index: int) -> Json | None:
         delta = {"role": "assistant", "content": "", "refusal": None}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def chunk(self, index: int, piece: TextDelta, ending: Ending) -> Json:
-        delta = {"content": piece.text} if piece.text else {}
-        return {"index": index, "delta": delta, "logprobs": self._scores(piece), "finish_reason": ending or None}
+    def chunk(self, index: int, delta: TextDelta, ending: Ending) -> Json:
+        content = {"content": delta.text} if delta.text else {}
+        return {"index": index, "delta": content, "logprobs": self._scores(delta), "finish_reason": ending or None}
 
-    def _scores(self, piece: TextDelta) -> Json | None:
+    def _scores(self, delta: TextDelta) -> Json | None:
         if self._logprobs is None:
             return None
         content = [
@@ -104,24 +104,22 @@ class ChatShape(ChoiceFormat):
                 self._score(scored.token, scored.logprob)
                 | {"top_logprobs": [self._score(token, logprob) for token, logprob in _possible(scored)]}
             )
-            for scored in piece.tokens
+            for scored in delta.tokens
         ]
         return {"content": content, "refusal": None}
 
     def _score(self, token: int, logprob: float | None) -> Json:
-        """`bytes` are told where the token is whole characters."""
+        """`bytes` is null if the token is no whole number of characters."""
         word = self._language.word(token)
         return {"token": word, "logprob": logprob, "bytes": None if "\ufffd" in word else list(word.encode())}
 
 
 def _encoded(scores: Json | None) -> msgspec.Raw:
-    """Of one token: those of a long answer with many alternatives would be encoded in one go, and take megabytes."""
+    """The scores of one token as JSON: encoding those of a long response at once would take megabytes."""
     return msgspec.Raw(msgspec.json.encode(scores))
 
 
 def _possible(scored: ScoredToken) -> list[tuple[int, float]]:
     return [
-        (token, logprob)
-        for token, logprob in scored.alternatives
-        if math.isfinite(logprob) and logprob > _LIKELIEST_MIN
+        (token, logprob) for token, logprob in scored.alternatives if math.isfinite(logprob) and logprob > _LOGPROB_MIN
     ]

@@ -1,4 +1,4 @@
-"""/v1, and /oai/api/v1: what OpenAI's clients ask for."""
+"""The routes of the OpenAI protocol, under /v1 and /oai/api/v1."""
 
 from functools import partial
 
@@ -7,12 +7,12 @@ from starlette.responses import JSONResponse, Response
 
 from gateway import bodies
 from gateway.openai import models, schemas
-from gateway.openai.completions import Generation, answer
-from gateway.openai.errors import spoken, unknown_path
-from gateway.openai.responses import ChatShape, CompletionShape
-from gateway.openai.samples import Question
+from gateway.openai.completions import Generation, respond
+from gateway.openai.errors import openai_errors, unknown_path
+from gateway.openai.responses import ChatFormat, CompletionFormat
+from gateway.openai.samples import SampleOptions
 from gateway.routing import Door
-from gateway.services import parts
+from gateway.services import services_of
 from gateway.tenants import tenant_of
 from knapper import limits
 from knapper.catalogue.tokenizer import Language
@@ -20,49 +20,49 @@ from knapper.errors import ContextLengthExceeded
 
 
 async def list_models(request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": await models.listed(parts(request), tenant_of(request))})
+    return JSONResponse({"object": "list", "data": await models.listed(services_of(request), tenant_of(request))})
 
 
 async def get_model(request: Request) -> Response:
     name = request.path_params["name"]
-    await models.choose(parts(request), tenant_of(request), name)
-    return JSONResponse(models.described(name))
+    await models.resolve(services_of(request), tenant_of(request), name)
+    return JSONResponse(models.description(name))
 
 
 async def completions(request: Request) -> Response:
-    gateway, tenant = parts(request), tenant_of(request)
+    gateway, tenant = services_of(request), tenant_of(request)
     body = await bodies.read(request)
-    asked, params, given = await bodies.computed(request, schemas.completion, body)
-    chosen = await models.choose(gateway, tenant, asked.model)
-    language = await gateway.openai.languages.of(chosen.model)
-    read = partial(_read, language, chosen.model.context, given, echo=bool(asked.echo))
-    prompts, before = await bodies.aside(request, len(body), read)
-    prompt_top = asked.logprobs if asked.echo else None
-    question = Question(params, asked.choices, asked.logprobs or 0, prompt_top)
-    shape = CompletionShape(language, asked.logprobs, before if asked.echo else [], asked.choices)
-    return await answer(request, Generation(asked, chosen, language, prompts, question, shape, before))
+    call, params, inputs = await bodies.in_worker(request, schemas.completion, body)
+    model = await models.resolve(gateway, tenant, call.model)
+    language = await gateway.openai.languages.of(model.record)
+    encode = partial(_encode, language, model.record.context, inputs, echo=bool(call.echo))
+    prompts, prefixes = await bodies.in_thread(request, len(body), encode)
+    prompt_top = call.logprobs if call.echo else None
+    options = SampleOptions(params, call.choices, call.logprobs or 0, prompt_top)
+    choice_format = CompletionFormat(language, call.logprobs, prefixes if call.echo else [], call.choices)
+    return await respond(request, Generation(call, model, language, prompts, options, choice_format, prefixes))
 
 
 async def chat_completions(request: Request) -> Response:
-    gateway, tenant = parts(request), tenant_of(request)
+    gateway, tenant = services_of(request), tenant_of(request)
     body = await bodies.read(request)
-    asked, params, messages = await bodies.computed(request, schemas.chat, body)
-    chosen = await models.choose(gateway, tenant, asked.model)
-    language = await gateway.openai.languages.of(chosen.model)
-    more, context = asked.chat_template_kwargs, chosen.model.context
-    read = partial(language.chat, messages, gateway.clock(), more, context=context)
-    prompt = await bodies.aside(request, len(body), read)
-    question = Question(params, asked.choices, asked.top_logprobs or 0)
-    shape = ChatShape(language, (asked.top_logprobs or 0) if asked.logprobs else None)
-    return await answer(request, Generation(asked, chosen, language, [prompt], question, shape, [""]))
+    call, params, messages = await bodies.in_worker(request, schemas.chat, body)
+    model = await models.resolve(gateway, tenant, call.model)
+    language = await gateway.openai.languages.of(model.record)
+    context = model.record.context
+    encode = partial(language.chat, messages, gateway.clock(), call.chat_template_kwargs, context=context)
+    prompt = await bodies.in_thread(request, len(body), encode)
+    options = SampleOptions(params, call.choices, call.top_logprobs or 0)
+    choice_format = ChatFormat(language, (call.top_logprobs or 0) if call.logprobs else None)
+    return await respond(request, Generation(call, model, language, [prompt], options, choice_format, [""]))
 
 
-def _read(
-    language: Language, context: int, given: list[str | list[int]], *, echo: bool
+def _encode(
+    language: Language, context: int, inputs: list[str | list[int]], *, echo: bool
 ) -> tuple[list[list[int]], list[str]]:
-    """(the prompts' tokens, what their choices begin with)"""
-    prompts = [_tokens(language, context, prompt) for prompt in given]
-    return prompts, [_text(language, prompt) if echo else "" for prompt in given]
+    """(tokens of each prompt, prefix of its choices)"""
+    prompts = [_tokens(language, context, prompt) for prompt in inputs]
+    return prompts, [_text(language, prompt) if echo else "" for prompt in inputs]
 
 
 def _tokens(language: Language, context: int, prompt: str | list[int]) -> list[int]:
@@ -81,12 +81,12 @@ _TEXT = limits.text_body_bytes_max
 _ANY = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 ROUTES = [
     route
-    for base in ("/v1", "/oai/api/v1")  # the second is where Tinker's own server has it
+    for base in ("/v1", "/oai/api/v1")  # the second is the prefix of Tinker's own server
     for route in (
-        Door(f"{base}/models", spoken(list_models), methods=["GET"], body_bytes_max=0),
-        Door(f"{base}/models/{{name:path}}", spoken(get_model), methods=["GET"], body_bytes_max=0),
-        Door(f"{base}/completions", spoken(completions), methods=["POST"], body_bytes_max=_TEXT),
-        Door(f"{base}/chat/completions", spoken(chat_completions), methods=["POST"], body_bytes_max=_TEXT),
-        Door(f"{base}/{{path:path}}", spoken(unknown_path), methods=_ANY, body_bytes_max=0),
+        Door(f"{base}/models", openai_errors(list_models), methods=["GET"], body_bytes_max=0),
+        Door(f"{base}/models/{{name:path}}", openai_errors(get_model), methods=["GET"], body_bytes_max=0),
+        Door(f"{base}/completions", openai_errors(completions), methods=["POST"], body_bytes_max=_TEXT),
+        Door(f"{base}/chat/completions", openai_errors(chat_completions), methods=["POST"], body_bytes_max=_TEXT),
+        Door(f"{base}/{{path:path}}", openai_errors(unknown_path), methods=_ANY, body_bytes_max=0),
     )
 ]

@@ -1,7 +1,7 @@
-"""What OpenAI's clients ask, strict and bounded: a parameter is honoured or refused by name, none ignored but labels.
+"""Requests of the OpenAI protocol, strict and bounded: each parameter but labels is honoured, or refused by name.
 
-Defaults are OpenAI's. `top_k`, `ignore_eos` and `chat_template_kwargs` are additions that other servers have too. A
-parameter of theirs that is not served is taken where its value asks for nothing, since clients send it all the same.
+Defaults are OpenAI's. `top_k`, `ignore_eos` and `chat_template_kwargs` are additions that other servers have too. An
+unserved parameter is accepted if its value has no effect, since clients send it anyway.
 """
 
 from typing import Annotated, Any, ClassVar
@@ -28,7 +28,7 @@ Top = Annotated[int, Meta(ge=0, le=limits.top_logprobs_max)]
 Tokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
-# Parameters that are known and not served: the values that ask for nothing, and what to say of all others.
+# Unserved parameters: (values without an effect, what is allowed).
 _UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "presence_penalty": ((None, 0), "0: tokens are drawn from the model's own distribution, without penalties"),
     "frequency_penalty": ((None, 0), "0: tokens are drawn from the model's own distribution, without penalties"),
@@ -65,12 +65,12 @@ _UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of all."""
+    """Refuses unknown fields."""
 
 
 class StreamOptions(Strict, frozen=True, kw_only=True):
     include_usage: bool = False
-    include_obfuscation: bool = False  # of the lengths of chunks; asking for it is refused
+    include_obfuscation: bool = False  # hides the lengths of chunks; not served
 
     def __post_init__(self) -> None:
         if self.include_obfuscation:
@@ -78,7 +78,7 @@ class StreamOptions(Strict, frozen=True, kw_only=True):
 
 
 class SharedParameters(Strict, frozen=True, kw_only=True):
-    """What completions and chat completions share. `prompt_field`: what their prompt is called."""
+    """The parameters of both completions and chat completions. `prompt_field`: the name of the prompt."""
 
     prompt_field: ClassVar[str] = "prompt"
 
@@ -123,7 +123,7 @@ class SharedParameters(Strict, frozen=True, kw_only=True):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def params(self, max_tokens: int | None) -> types.SamplingParams:
-        """Raises InvalidField for what is not served, and for stops that are empty or too many."""
+        """Raises InvalidField for unserved values, and for empty or too many stop strings."""
         for name, (neutral, allowed) in _UNSERVED.items():
             value = getattr(self, name, None)
             if value not in neutral:
@@ -156,16 +156,16 @@ class CompletionRequest(SharedParameters, frozen=True, kw_only=True):
     suffix: Any = None
 
     def prompts(self) -> list[str | list[int]]:
-        """Each a text or token ids. Raises InvalidField without any, or for more choices than one request may have."""
-        given = [self.prompt] if isinstance(self.prompt, str) else self.prompt
-        ids = [each for each in given if isinstance(each, int)]
-        found: list[str | list[int]] = [ids] if ids else [each for each in given if not isinstance(each, int)]
-        if not found or "" in found or [] in found or 0 < len(ids) < len(given):
+        """Each a text or token ids. Raises InvalidField if there is none, and for too many choices."""
+        items = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        ids = [item for item in items if isinstance(item, int)]
+        prompts: list[str | list[int]] = [ids] if ids else [item for item in items if not isinstance(item, int)]
+        if not prompts or "" in prompts or [] in prompts or 0 < len(ids) < len(items):
             raise InvalidField("prompt", self.prompt, "a text, token ids, or a list of such; none empty")
-        if len(found) * self.choices > limits.num_samples_max:
+        if len(prompts) * self.choices > limits.num_samples_max:
             allowed = f"up to {limits.num_samples_max} choices in all"
-            raise InvalidField("prompt: count times n", len(found) * self.choices, allowed)
-        return found
+            raise InvalidField("prompt: count times n", len(prompts) * self.choices, allowed)
+        return prompts
 
     def sampling(self) -> types.SamplingParams:
         """Raises InvalidField."""
@@ -216,16 +216,16 @@ class ChatRequest(SharedParameters, frozen=True, kw_only=True):
         return self.params(both.pop() if both else None)
 
 
-# ---- read whole, by a worker where a body is not small: what is returned holds nothing that was refused
+# ---- decoded in a worker process if the body is not small
 
 
 def completion(body: bytes) -> tuple[CompletionRequest, types.SamplingParams, list[str | list[int]]]:
-    """(without its prompt, parameters, prompts). Raises UserError."""
-    asked = decode(body, CompletionRequest)
-    return msgspec.structs.replace(asked, prompt=""), asked.sampling(), asked.prompts()
+    """(request without its prompt, parameters, prompts). Raises UserError."""
+    request = decode(body, CompletionRequest)
+    return msgspec.structs.replace(request, prompt=""), request.sampling(), request.prompts()
 
 
 def chat(body: bytes) -> tuple[ChatRequest, types.SamplingParams, list[Message]]:
-    """(without its messages, parameters, messages). Raises UserError."""
-    asked = decode(body, ChatRequest)
-    return msgspec.structs.replace(asked, messages=[]), asked.sampling(), asked.conversation()
+    """(request without its messages, parameters, messages). Raises UserError."""
+    request = decode(body, ChatRequest)
+    return msgspec.structs.replace(request, messages=[]), request.sampling(), request.conversation()

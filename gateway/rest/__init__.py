@@ -1,1 +1,1 @@
-"""The REST group: what was made, by whom, how large; and what may be done to it. A file for each noun."""
+"""The REST routes: list, show and change sessions, runs, checkpoints and weights. A file for each noun."""

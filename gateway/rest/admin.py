@@ -1,4 +1,4 @@
-"""What administrators look at: the audit log, and usage. Of the tenant that asks; prices are not ours to know."""
+"""Reports for administrators of a tenant: its audit log, usage and storage. There are no prices."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway.rest import responses
-from gateway.services import Services, parts
+from gateway.services import Services, services_of
 from gateway.tenants import tenant_of
 from knapper.errors import InvalidField, NotFound
 from knapper.ids import RunId, Tenant, session_of
@@ -25,15 +25,24 @@ _RESOURCES = {"all": "", "checkpoints": "checkpoint", "projects": "project", "te
 _RESOURCES["organizations"] = "organization"
 
 
+@dataclass(frozen=True)
+class _Row:
+    hour: int
+    tokens: int
+    session: str  # empty for none
+    base_model: str
+    info: dict[str, Any]
+
+
 async def audit(request: Request) -> Response:
-    """One UTC day, today if none is named."""
-    gateway, tenant = parts(request), tenant_of(request)
-    asked = json.convert(responses.query(request), rest.AuditQuery)
+    """The entries of one UTC day, by default today."""
+    gateway, tenant = services_of(request), tenant_of(request)
+    query = json.convert(responses.query(request), rest.AuditQuery)
     try:
-        day = datetime.fromisoformat(asked.day) if asked.day else datetime.fromtimestamp(gateway.clock(), UTC)
+        day = datetime.fromisoformat(query.day) if query.day else datetime.fromtimestamp(gateway.clock(), UTC)
     except ValueError as error:
-        raise InvalidField("day", asked.day, "a day as YYYY-MM-DD") from error
-    entries = await gateway.audit.day(tenant, day, _RESOURCES[asked.event_type])
+        raise InvalidField("day", query.day, "a day as YYYY-MM-DD") from error
+    entries = await gateway.audit.day(tenant, day, _RESOURCES[query.event_type])
     return JSONResponse({"entries": [_entry(tenant, entry) for entry in entries]})
 
 
@@ -44,35 +53,19 @@ def _entry(tenant: Tenant, entry: Entry) -> dict[str, Any]:
 
 
 async def usage_events(request: Request) -> Response:
-    """Tokens trained and checkpoints saved, for each hour and run, and tokens sampled, for each hour and session.
+    """Tokens trained and checkpoints saved, per hour and run, and tokens sampled, per hour and session.
 
-    Beside the protocol's fields, training says which run, and both say the seconds that they had of the device: what a
-    GPU is paid for. Those of prompts are among those of their samples. No cost is estimated: there is no price list.
+    Beyond the protocol's fields, training rows name the run, and training and sampling rows have device seconds, the
+    GPU time to pay for; a sample's include those of its prompt. No cost is estimated: there is no price list.
     """
-    gateway, tenant = parts(request), tenant_of(request)
+    gateway, tenant = services_of(request), tenant_of(request)
     window = Window(*json.convert(responses.query(request), rest.UsageQuery).hours(gateway.clock()))
-    saved = usage.checkpoints_saved(await gateway.checkpoints.labels(tenant), window)
-    rows = []
-    used = await _trained(gateway, tenant, window)
-    await many.each({run for _, run in used} | {run for _, run in saved}, lambda run: _model(gateway, tenant, run))
-    for (hour, run), (tokens, device_s) in used.items():
-        told = {"type": "training", "training_run_id": run, "device_seconds": round(device_s, 3)}
-        if tokens or device_s:
-            rows.append(_Row(hour, tokens, session_of(run), await _model(gateway, tenant, run), told))
-    for (hour, run), count in saved.items():
-        model, told = await _model(gateway, tenant, run), {"type": "checkpoint", "count": count}
-        rows.append(_Row(hour, 0, session_of(run), model, told))
-    for hour, each in await usage.tokens_sampled(gateway.store, tenant, window):
-        prefill = {"type": "sampling_prefill", "cached": False}  # a prompt that several samples share counts once
-        rows.append(_Row(hour, each.prompt, each.session, each.base_model, prefill))
-        drawn = {"type": "sampling_sample", "device_seconds": round(each.device_s, 3)}
-        rows.append(_Row(hour, each.sampled, each.session, each.base_model, drawn))
-    await many.each({row.session for row in rows if row.session}, lambda each: _project(gateway, tenant, each))
+    rows = [*await _training_rows(gateway, tenant, window), *await _sampling_rows(gateway, tenant, window)]
+    await many.each({row.session for row in rows if row.session}, lambda session: _project(gateway, tenant, session))
     data = [await _event(gateway, tenant, row) for row in sorted(rows, key=lambda row: (row.hour, -row.tokens))]
-    sessions = {}
-    jobs = {}
+    sessions, jobs = {}, {}
     for session in {event["session_id"] for event in data} - {None}:
-        record = await damage.unless(gateway.records.session(session, tenant), None)
+        record = await damage.unless(gateway.lookups.session(session, tenant), None)
         if record is not None:
             sessions[session] = {"user_metadata": responses.labels(record.user_metadata_json)}
             jobs[session] = job_names.of(record)
@@ -81,41 +74,58 @@ async def usage_events(request: Request) -> Response:
     return JSONResponse({"data": data, "sessions": sessions, "cost_data_through": None})
 
 
+async def _training_rows(gateway: Services, tenant: Tenant, window: Window) -> list[_Row]:
+    """Tokens trained, then checkpoints saved."""
+    saved = usage.checkpoints_saved(await gateway.checkpoints.labels(tenant), window)
+    trained = await _trained(gateway, tenant, window)
+    await many.each({run for _, run in trained} | {run for _, run in saved}, lambda run: _model(gateway, tenant, run))
+    rows = []
+    for (hour, run), (tokens, device_s) in trained.items():
+        info = {"type": "training", "training_run_id": run, "device_seconds": round(device_s, 3)}
+        if tokens or device_s:
+            rows.append(_Row(hour, tokens, session_of(run), await _model(gateway, tenant, run), info))
+    for (hour, run), count in saved.items():
+        model, info = await _model(gateway, tenant, run), {"type": "checkpoint", "count": count}
+        rows.append(_Row(hour, 0, session_of(run), model, info))
+    return rows
+
+
+async def _sampling_rows(gateway: Services, tenant: Tenant, window: Window) -> list[_Row]:
+    rows = []
+    for hour, sampled in await usage.tokens_sampled(gateway.store, tenant, window):
+        prefill = {"type": "sampling_prefill", "cached": False}  # several samples of one prompt count it once
+        rows.append(_Row(hour, sampled.prompt, sampled.session, sampled.base_model, prefill))
+        sample = {"type": "sampling_sample", "device_seconds": round(sampled.device_s, 3)}
+        rows.append(_Row(hour, sampled.sampled, sampled.session, sampled.base_model, sample))
+    return rows
+
+
 async def _trained(gateway: Services, tenant: Tenant, window: Window) -> Use:
-    """From accounts; until there are any, from the journals of all runs."""
+    """From the ledger; until it exists, from the journals of all runs."""
     if await gateway.accounts.begun():
         return await gateway.accounts.used(tenant, window)
-    runs = await gateway.register.runs(tenant)
+    runs = await gateway.tenant_index.runs(tenant)
     tokens = await usage.tokens_trained(gateway.store, runs, window)
     device_s = await usage.device_seconds(gateway.store, runs, window)
     return {key: (tokens.get(key, 0), device_s.get(key, 0.0)) for key in tokens.keys() | device_s.keys()}
 
 
-@dataclass(frozen=True)
-class _Row:
-    hour: int
-    tokens: int
-    session: str  # empty: none
-    base_model: str
-    told: dict[str, Any]
-
-
 async def _model(gateway: Services, tenant: Tenant, run: RunId) -> str:
-    """Empty for a run that is gone, or damaged; what it used is not."""
+    """The run's base model, empty if its record is gone or damaged; its usage counts all the same."""
     try:
-        spec = await damage.unless(gateway.records.spec(run, tenant), None)
+        spec = await damage.unless(gateway.lookups.spec(run, tenant), None)
     except NotFound:
         return ""
     return "" if spec is None else spec.base_model
 
 
 async def _project(gateway: Services, tenant: Tenant, session: str) -> str:
-    """Empty for none, and for one that a damaged record hides."""
-    return await damage.unless(gateway.records.project(session, tenant), "")
+    """The session's project, empty for none or if its record is damaged."""
+    return await damage.unless(gateway.lookups.project(session, tenant), "")
 
 
 async def _event(gateway: Services, tenant: Tenant, row: _Row) -> dict[str, Any]:
-    counted = {} if row.told["type"] == "checkpoint" else {"token_count": row.tokens}
+    counted = {} if row.info["type"] == "checkpoint" else {"token_count": row.tokens}
     return {
         "bucket_start": usage.begin_of(row.hour).isoformat(),
         "bucket_end": usage.begin_of(row.hour + 1).isoformat(),
@@ -123,24 +133,25 @@ async def _event(gateway: Services, tenant: Tenant, row: _Row) -> dict[str, Any]
         "user_id": tenant,
         "session_id": row.session or None,
         "project_id": (await _project(gateway, tenant, row.session) or None) if row.session else None,
-        "event_info": row.told | counted,
+        "event_info": row.info | counted,
     }
 
 
 async def storage(request: Request) -> Response:
-    """Checkpoints that live, by project. Files that several share count once in each project."""
-    gateway, tenant = parts(request), tenant_of(request)
-    asked = json.convert(responses.query(request), rest.StorageQuery)
-    living = await gateway.checkpoints.labels(tenant)
-    sessions = list(dict.fromkeys(session_of(label.path.run) for label in living))
-    found = dict(zip(sessions, await many.each(sessions, lambda each: _project(gateway, tenant, each)), strict=True))
+    """Existing checkpoints by project. Files that several checkpoints share count once per project."""
+    gateway, tenant = services_of(request), tenant_of(request)
+    query = json.convert(responses.query(request), rest.StorageQuery)
+    labels = await gateway.checkpoints.labels(tenant)
+    sessions = list(dict.fromkeys(session_of(label.path.run) for label in labels))
+    names = await many.each(sessions, lambda session: _project(gateway, tenant, session))
+    project_of = dict(zip(sessions, names, strict=True))
     projects: dict[str, list[CheckpointEntry]] = {}
-    for label in living:
-        projects.setdefault(found[session_of(label.path.run)], []).append(label)
+    for label in labels:
+        projects.setdefault(project_of[session_of(label.path.run)], []).append(label)
     data = []
-    for project, labels in sorted(projects.items()):
-        if asked.project_id in (None, project):
-            size = usage.stored_bytes(labels)
-            row = {"project_id": project or None, "org_user_urn": tenant, "checkpoint_count": len(labels)}
+    for project, entries in sorted(projects.items()):
+        if query.project_id in (None, project):
+            size = usage.stored_bytes(entries)
+            row = {"project_id": project or None, "org_user_urn": tenant, "checkpoint_count": len(entries)}
             data.append({**row, "size_bytes": size, "size_gigabytes": size / 1e9})
     return JSONResponse({"data": data, "effective_rate_usd_per_gigabyte_month": None})

@@ -1,11 +1,11 @@
-"""Checkpoints: lists, and what their owner may do to one."""
+"""Checkpoints: list, delete, publish, and set a time to live."""
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway import bodies
 from gateway.rest import responses
-from gateway.services import parts
+from gateway.services import services_of
 from gateway.tenants import tenant_of
 from knapper import ids
 from knapper.errors import UserError
@@ -16,36 +16,36 @@ _DONE = {"status": "ok"}
 
 
 async def list_all(request: Request) -> Response:
-    """Of every run of the tenant, newest first."""
-    gateway, tenant = parts(request), tenant_of(request)
-    asked = json.convert(responses.query(request), rest.CheckpointsPage)
-    found = await gateway.checkpoints.labels(tenant)
-    page = await gateway.checkpoints.read(found[asked.offset : asked.offset + asked.limit])
-    answer = {
+    """The checkpoints of all runs of the tenant, newest first."""
+    gateway, tenant = services_of(request), tenant_of(request)
+    query = json.convert(responses.query(request), rest.CheckpointsPage)
+    labels = await gateway.checkpoints.labels(tenant)
+    page = await gateway.checkpoints.read(labels[query.offset : query.offset + query.limit])
+    body = {
         "checkpoints": [responses.checkpoint(checkpoint) for checkpoint in page],
-        "cursor": responses.cursor(asked.offset, asked.limit, len(found)),
+        "cursor": responses.cursor(query.offset, query.limit, len(labels)),
     }
-    return JSONResponse(answer)
+    return JSONResponse(body)
 
 
 async def delete(request: Request) -> Response:
-    """Gone for every new client at once. A sampler that was made from it goes on; its files go when nothing needs them.
+    """New clients no longer find it. Existing samplers keep working; the files are deleted once nothing needs them.
 
-    A repetition is silent: the first reply may have been lost.
+    Idempotent, since the first response may have been lost.
     """
-    gateway, tenant = parts(request), tenant_of(request)
+    gateway, tenant = services_of(request), tenant_of(request)
     path = path_of(request)
     if not await gateway.checkpoints.deleted(path, tenant):
         await gateway.checkpoints.own(path, tenant)
         await gateway.audit.write(tenant, "checkpoint_delete", tinker_path=str(path), model_id=path.run)
         await gateway.checkpoints.delete(path, tenant)
-        gateway.stirs.collect.set()
+        gateway.wakeups.collect.set()
     return JSONResponse(_DONE)
 
 
 async def archive(request: Request) -> Response:
-    """Refused: SDK 0.36 and newer do not ask for archives any more."""
-    await parts(request).checkpoints.own(path_of(request), tenant_of(request))
+    """Refused: SDK 0.36 and newer no longer request archives."""
+    await services_of(request).checkpoints.own(path_of(request), tenant_of(request))
     raise UserError(
         "checkpoints are not served as archives; allowed: their files one by one. With SDK 0.36 or newer, use "
         "save_weights_external and get_external_weights_urls, or `tinker checkpoint download`"
@@ -61,8 +61,8 @@ async def unpublish(request: Request) -> Response:
 
 
 async def _publish(request: Request, *, public: bool) -> Response:
-    """One that is so already stays so: a 409 would be repeated by clients for minutes."""
-    gateway, tenant = parts(request), tenant_of(request)
+    """Idempotent: clients would retry a 409 for minutes."""
+    gateway, tenant = services_of(request), tenant_of(request)
     path = path_of(request)
     if (await gateway.checkpoints.own(path, tenant)).public != public:
         event = "checkpoint_publish" if public else "checkpoint_unpublish"
@@ -72,20 +72,20 @@ async def _publish(request: Request, *, public: bool) -> Response:
 
 
 async def set_ttl(request: Request) -> Response:
-    """Counted from now; null: it never expires."""
-    gateway, tenant = parts(request), tenant_of(request)
-    asked = json.decode(await bodies.read(request), rest.TtlChange)
+    """From now; null: the checkpoint never expires."""
+    gateway, tenant = services_of(request), tenant_of(request)
+    change = json.decode(await bodies.read(request), rest.TtlChange)
     path = path_of(request)
     await gateway.checkpoints.own(path, tenant)
-    ttl = "never" if asked.ttl_seconds is None else str(asked.ttl_seconds)
+    ttl = "never" if change.ttl_seconds is None else str(change.ttl_seconds)
     await gateway.audit.write(tenant, "checkpoint_set_ttl", tinker_path=str(path), model_id=path.run, ttl_seconds=ttl)
-    await gateway.checkpoints.set_ttl(path, tenant, asked.ttl_seconds)
-    gateway.stirs.collect.set()
+    await gateway.checkpoints.set_ttl(path, tenant, change.ttl_seconds)
+    gateway.wakeups.collect.set()
     return JSONResponse(_DONE)
 
 
 def path_of(request: Request) -> TinkerPath:
     """The checkpoint that the URL names. Raises NotFound, or InvalidField."""
-    given = request.path_params
-    run = ids.run_id(given["run_id"])
-    return TinkerPath.parse(f"tinker://{run}/{given['kind']}/{given['name']}", "checkpoint_id")
+    params = request.path_params
+    run = ids.run_id(params["run_id"])
+    return TinkerPath.parse(f"tinker://{run}/{params['kind']}/{params['name']}", "checkpoint_id")

@@ -1,14 +1,15 @@
-"""Links: URLs on this gateway that need no key, because they are signed. `downloads` answers them."""
+"""GET links/{token}: the document behind a signed link. The signature is all that is checked: there is no key."""
 
 from starlette.requests import Request
+from starlette.responses import Response
 
-from gateway.services import parts
-from knapper.state.signed_links import Link
-
-ROUTE = "links/{token}"
+from gateway.rest import sessions, weights
+from gateway.services import services_of
 
 
-async def url(request: Request, link: Link) -> str:
-    """Where the link can be fetched: on the host that this request came to."""
-    token = await parts(request).links.sign(link)
-    return f"{str(request.base_url).rstrip('/')}/api/v1/{ROUTE.format(token=token)}"
+async def follow(request: Request) -> Response:
+    gateway = services_of(request)
+    link = await gateway.signed_links.open(request.path_params["token"])
+    if link.kind == "trace":
+        return await sessions.trace_of(gateway, link)
+    return await weights.file_of(gateway, link)

@@ -1,4 +1,4 @@
-"""Records as the SDK's types have them."""
+"""Responses in the shapes of the SDK's types."""
 
 import json
 from datetime import UTC, datetime
@@ -6,8 +6,10 @@ from typing import Any
 
 from starlette.requests import Request
 
+from gateway.services import services_of
 from knapper.ids import CheckpointKind, TinkerPath
 from knapper.state.checkpoints import Checkpoint
+from knapper.state.signed_links import Link
 
 _TYPES: dict[CheckpointKind, str] = {
     "weights": "training", "sampler_weights": "sampler", "external_weights": "external",
@@ -23,17 +25,17 @@ def time(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).isoformat()
 
 
-def checkpoint(found: Checkpoint) -> dict[str, Any]:
-    path = TinkerPath.parse(found.path)
+def checkpoint(record: Checkpoint) -> dict[str, Any]:
+    path = TinkerPath.parse(record.path)
     return {
         "checkpoint_id": f"{path.kind}/{path.name}",
         "checkpoint_type": _TYPES[path.kind],
-        "time": time(found.saved_at),
-        "tinker_path": found.path,
-        "size_bytes": found.size_bytes,
-        "public": found.public,
-        "user_metadata": found.user_metadata or None,
-        "expires_at": time(found.expires_at) if found.expires_at else None,
+        "time": time(record.saved_at),
+        "tinker_path": record.path,
+        "size_bytes": record.size_bytes,
+        "public": record.public,
+        "user_metadata": record.user_metadata or None,
+        "expires_at": time(record.expires_at) if record.expires_at else None,
     }
 
 
@@ -42,6 +44,12 @@ def cursor(offset: int, limit: int, total: int) -> dict[str, int]:
 
 
 def labels(metadata_json: str) -> dict[str, str] | None:
-    """A client's metadata: the protocol sends back texts, so that other values come as their JSON."""
-    sent = json.loads(metadata_json)
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in sent.items()} or None
+    """A client's metadata. The protocol returns strings, so other values become their JSON."""
+    metadata = json.loads(metadata_json)
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()} or None
+
+
+async def link_url(request: Request, link: Link) -> str:
+    """A URL for the link on the host that this request used. It needs no key, because it is signed."""
+    token = await services_of(request).signed_links.sign(link)
+    return f"{str(request.base_url).rstrip('/')}/api/v1/links/{token}"

@@ -1,10 +1,10 @@
-"""Which handler answers what, and the most that its request's body may have."""
+"""The REST routes: handler and body limit of each."""
 
-from gateway.rest import admin, checkpoints, downloads, links, runs, sessions, weights
+from gateway.rest import admin, checkpoints, links, runs, sessions, weights
 from gateway.routing import Door
 from knapper import limits
 
-_ONE = "training_runs/{run_id}/checkpoints/{kind}/{name}"
+_CHECKPOINT = "training_runs/{run_id}/checkpoints/{kind}/{name}"
 _NONE, _SMALL, _LABELS = 0, limits.small_body_bytes_max, limits.labels_body_bytes_max
 
 ROUTES = [
@@ -15,12 +15,12 @@ ROUTES = [
         ("DELETE", "training_runs/{run_id}", runs.delete_run, _NONE),
         ("GET", "training_runs/{run_id}/checkpoints", runs.list_checkpoints, _NONE),
         ("GET", "checkpoints", checkpoints.list_all, _NONE),
-        ("DELETE", _ONE, checkpoints.delete, _NONE),
-        ("POST", f"{_ONE}/publish", checkpoints.publish, _NONE),
-        ("DELETE", f"{_ONE}/publish", checkpoints.unpublish, _NONE),
-        ("PUT", f"{_ONE}/ttl", checkpoints.set_ttl, _SMALL),
-        ("GET", f"{_ONE}/archive", checkpoints.archive, _NONE),
-        ("GET", f"{_ONE}/external_weights_urls", weights.external_weights_urls, _NONE),
+        ("DELETE", _CHECKPOINT, checkpoints.delete, _NONE),
+        ("POST", f"{_CHECKPOINT}/publish", checkpoints.publish, _NONE),
+        ("DELETE", f"{_CHECKPOINT}/publish", checkpoints.unpublish, _NONE),
+        ("PUT", f"{_CHECKPOINT}/ttl", checkpoints.set_ttl, _SMALL),
+        ("GET", f"{_CHECKPOINT}/archive", checkpoints.archive, _NONE),
+        ("GET", f"{_CHECKPOINT}/external_weights_urls", weights.external_weights_urls, _NONE),
         ("POST", "weights_info", weights.weights_info, _SMALL),
         ("POST", "copy_weights", weights.copy_weights, _SMALL),
         ("GET", "sessions", sessions.list_sessions, _NONE),
@@ -31,6 +31,6 @@ ROUTES = [
         ("GET", "audit", admin.audit, _NONE),
         ("GET", "billing/usage/events", admin.usage_events, _NONE),
         ("GET", "billing/usage/checkpoints/current", admin.storage, _NONE),
-        ("GET", links.ROUTE, downloads.follow, _NONE),
+        ("GET", "links/{token}", links.follow, _NONE),
     )
 ]

@@ -1,4 +1,4 @@
-"""Training runs: lists and single ones."""
+"""Training runs: list, show, delete, and list their checkpoints."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway.rest import responses
-from gateway.services import Services, parts
+from gateway.services import Services, services_of
 from gateway.tenants import tenant_of
 from knapper import ids
 from knapper.errors import NotFound
@@ -21,39 +21,39 @@ _SHOWN: tuple[CheckpointKind, ...] = ("weights", "sampler_weights")
 
 
 async def list_runs(request: Request) -> Response:
-    """Those of the newest session first, and of a session the newest."""
-    gateway, tenant = parts(request), tenant_of(request)
-    asked = json.convert(responses.query(request), rest.RunsPage)
-    runs = await gateway.register.runs(tenant)
-    if asked.project_id is not None:
-        runs = await _in_project(gateway, tenant, runs, asked.project_id)
-    page = runs[asked.offset : asked.offset + asked.limit]
+    """Newest session first, and within a session the newest run first."""
+    gateway, tenant = services_of(request), tenant_of(request)
+    query = json.convert(responses.query(request), rest.RunsPage)
+    runs = await gateway.tenant_index.runs(tenant)
+    if query.project_id is not None:
+        runs = await _in_project(gateway, tenant, runs, query.project_id)
+    page = runs[query.offset : query.offset + query.limit]
 
-    async def shown(run: RunId) -> dict[str, Any] | None:
+    async def describe(run: RunId) -> dict[str, Any] | None:
         try:
-            spec = await gateway.records.spec(run, tenant)
-        except NotFound:  # registered, and then its maker died before making it
+            spec = await gateway.lookups.spec(run, tenant)
+        except NotFound:  # the gateway that registered it died before creating it
             return None
-        return await _shape(gateway, spec)
+        return await _description(gateway, spec)
 
-    found = [run for run in await damage.readable(page, shown) if run is not None]
-    answer = {"training_runs": found, "cursor": responses.cursor(asked.offset, asked.limit, len(runs))}
-    return JSONResponse(answer)
+    descriptions = [run for run in await damage.readable(page, describe) if run is not None]
+    cursor = responses.cursor(query.offset, query.limit, len(runs))
+    return JSONResponse({"training_runs": descriptions, "cursor": cursor})
 
 
 async def get_run(request: Request) -> Response:
-    gateway, tenant = parts(request), tenant_of(request)
+    gateway, tenant = services_of(request), tenant_of(request)
     json.convert(responses.query(request), rest.Access)
-    spec = await gateway.records.spec(request.path_params["run_id"], tenant)
-    return JSONResponse(await _shape(gateway, spec))
+    spec = await gateway.lookups.spec(request.path_params["run_id"], tenant)
+    return JSONResponse(await _description(gateway, spec))
 
 
 async def delete_run(request: Request) -> Response:
-    """With all that is of it, checkpoints included, at once and for good; what others lead to stays for those.
+    """Delete the run and its checkpoints at once and for good. Files that other records refer to stay for these.
 
-    A repetition is silent: the first reply may have been lost.
+    Idempotent, since the first response may have been lost.
     """
-    gateway, tenant = parts(request), tenant_of(request)
+    gateway, tenant = services_of(request), tenant_of(request)
     await erase(gateway, tenant, ids.run_id(request.path_params["run_id"]))
     return JSONResponse({"status": "ok"})
 
@@ -62,30 +62,32 @@ async def erase(gateway: Services, tenant: Tenant, run: RunId) -> None:
     """Raises NotFound."""
     end = await ends.ended(gateway.store, run)
     if end is None or end.tenant != tenant or end.reason != "deleted":
-        await gateway.records.spec(run, tenant)
+        await gateway.lookups.spec(run, tenant)
         await gateway.audit.write(tenant, "training_run_delete", model_id=run)
     await gateway.collector.delete(run, tenant)
-    gateway.records.forget_run(run)
-    gateway.records.forget_samplers()
-    await gateway.bells.forget(run)
-    gateway.stirs.collect.set()
+    gateway.lookups.forget_run(run)
+    gateway.lookups.forget_samplers()
+    await gateway.train_client.forget(run)
+    gateway.wakeups.collect.set()
 
 
 async def list_checkpoints(request: Request) -> Response:
-    """All of the run, newest first."""
-    gateway, tenant = parts(request), tenant_of(request)
-    spec = await gateway.records.spec(request.path_params["run_id"], tenant)
-    found = await gateway.checkpoints.listed(tenant, within=f"{spec.run}/")
-    return JSONResponse({"checkpoints": [responses.checkpoint(checkpoint) for checkpoint in found], "cursor": None})
+    """The run's checkpoints, newest first."""
+    gateway, tenant = services_of(request), tenant_of(request)
+    spec = await gateway.lookups.spec(request.path_params["run_id"], tenant)
+    checkpoints = await gateway.checkpoints.listed(tenant, within=f"{spec.run}/")
+    return JSONResponse(
+        {"checkpoints": [responses.checkpoint(checkpoint) for checkpoint in checkpoints], "cursor": None}
+    )
 
 
-async def _shape(gateway: Services, spec: Spec) -> dict[str, Any]:
-    saved = await gateway.checkpoints.labels(Tenant(spec.tenant), within=f"{spec.run}/")
-    newest = {label.path.kind: label for label in reversed(saved)}
-    read = await gateway.checkpoints.read(label for kind in _SHOWN if (label := newest.get(kind)) is not None)
-    shown = {TinkerPath.parse(checkpoint.path).kind: responses.checkpoint(checkpoint) for checkpoint in read}
+async def _description(gateway: Services, spec: Spec) -> dict[str, Any]:
+    labels = await gateway.checkpoints.labels(Tenant(spec.tenant), within=f"{spec.run}/")
+    newest = {label.path.kind: label for label in reversed(labels)}
+    checkpoints = await gateway.checkpoints.read(label for kind in _SHOWN if (label := newest.get(kind)) is not None)
+    shown = {TinkerPath.parse(checkpoint.path).kind: responses.checkpoint(checkpoint) for checkpoint in checkpoints}
     name = await _name(gateway, spec)
-    labels = responses.labels(spec.user_metadata_json)
+    metadata = responses.labels(spec.user_metadata_json)
     return {
         "training_run_id": spec.run,
         **({"name": name} if name else {}),
@@ -93,25 +95,25 @@ async def _shape(gateway: Services, spec: Spec) -> dict[str, Any]:
         "model_owner": spec.tenant,
         "is_lora": True,
         "lora_rank": spec.rank,
-        "last_request_time": responses.time(await gateway.records.asked_at(RunId(spec.run))),
+        "last_request_time": responses.time(await gateway.lookups.last_request_at(RunId(spec.run))),
         "last_checkpoint": shown.get("weights"),
         "last_sampler_checkpoint": shown.get("sampler_weights"),
-        "user_metadata": {"job": name} if name else labels,  # SDKs have no field for a name
+        "user_metadata": {"job": name} if name else metadata,  # SDKs have no field for a name
     }
 
 
 async def _name(gateway: Services, spec: Spec) -> str:
-    """Of the job that the run is of; empty for a client's."""
+    """The name of the run's job, empty if it has none."""
     return job_names.of(
-        await damage.unless(gateway.records.session(session_of(RunId(spec.run)), Tenant(spec.tenant)), None)
+        await damage.unless(gateway.lookups.session(session_of(RunId(spec.run)), Tenant(spec.tenant)), None)
     )
 
 
 async def _in_project(gateway: Services, tenant: Tenant, runs: list[RunId], project: str) -> list[RunId]:
     sessions = list(dict.fromkeys(session_of(run) for run in runs))
 
-    async def found(session: SessionId) -> tuple[SessionId, str]:
-        return session, await gateway.records.project(session, tenant)
+    async def project_of(session: SessionId) -> tuple[SessionId, str]:
+        return session, await gateway.lookups.project(session, tenant)
 
-    wanted = {session for session, its in await damage.readable(sessions, found) if its == project}
+    wanted = {session for session, name in await damage.readable(sessions, project_of) if name == project}
     return [run for run in runs if session_of(run) in wanted]

@@ -1,4 +1,4 @@
-"""Weights: what they are, copies of them, and links to their files."""
+"""Weights of checkpoints: describe, copy, and link to their files."""
 
 import asyncio
 import hashlib
@@ -8,9 +8,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway import bodies
-from gateway.rest import links, responses
+from gateway.rest import responses
 from gateway.rest.checkpoints import path_of
-from gateway.services import Services, parts
+from gateway.services import Services, services_of
 from gateway.tenants import tenant_of
 from knapper import ids, limits
 from knapper.errors import InvalidField, UserError
@@ -25,10 +25,10 @@ from knapper.wire.fields import expect_no_access_token
 
 
 async def weights_info(request: Request) -> Response:
-    """What is needed to load a checkpoint: one's own, or a public one."""
-    gateway, tenant = parts(request), tenant_of(request)
-    asked = json.decode(await bodies.read(request), rest.WeightsInfo)
-    checkpoint = await gateway.checkpoints.resolve(TinkerPath.parse(asked.tinker_path, "tinker_path"), tenant)
+    """The parameters needed to load a checkpoint, the tenant's own or a public one."""
+    gateway, tenant = services_of(request), tenant_of(request)
+    query = json.decode(await bodies.read(request), rest.WeightsInfo)
+    checkpoint = await gateway.checkpoints.resolve(TinkerPath.parse(query.tinker_path, "tinker_path"), tenant)
     spec = (await _index(gateway, checkpoint)).spec
     info = {
         "base_model": checkpoint.base_model,
@@ -43,64 +43,64 @@ async def weights_info(request: Request) -> Response:
 
 
 async def copy_weights(request: Request) -> Response:
-    """A checkpoint of the same kind, name and files under a run of its own, which cannot be trained.
+    """Copy a checkpoint, with its kind and name, into a new run, which cannot be trained.
 
-    The files are shared: they stay while either lives. A repetition (the same body under the same idempotency key)
-    answers the first one's path.
+    The two share the files, which stay while either exists. A repeated request (the same body under the same
+    idempotency key) gets the first one's path.
     """
-    gateway, tenant = parts(request), tenant_of(request)
+    gateway, tenant = services_of(request), tenant_of(request)
     body = await bodies.read(request)
-    asked = json.decode(body, rest.CopyWeights)
-    expect_no_access_token(asked.weights_access_token or request.headers.get("x-tinker-weights-access-token"))
-    path = TinkerPath.parse(asked.source_path, "source_path")
+    order = json.decode(body, rest.CopyWeights)
+    expect_no_access_token(order.weights_access_token or request.headers.get("x-tinker-weights-access-token"))
+    path = TinkerPath.parse(order.source_path, "source_path")
     source = await gateway.checkpoints.resolve(path, tenant)
     spec = (await _index(gateway, source)).spec
-    run = asked.run()
+    run = order.run()
     if run is None:
         key = request.headers.get("x-idempotency-key") or gateway.new_id()
-        session = await _session(gateway, tenant, key, body, asked.destination_project_id or "")
+        session = await _session(gateway, tenant, key, body, order.destination_project_id or "")
         run = ids.make_run_id(SessionId(session.session), 0)
     else:
-        session = await gateway.records.open_session(ids.session_of(run), tenant)
+        session = await gateway.lookups.open_session(ids.session_of(run), tenant)
     copy = TinkerPath(run, path.kind, path.name)
     await gateway.audit.write(
         tenant, "checkpoint_copy", tinker_path=source.path, model_id=path.run, copied_to=str(copy)
     )
-    await gateway.register.add_run(session, run)
+    await gateway.tenant_index.add_run(session, run)
     spec = msgspec.structs.replace(spec, run=run, tenant=tenant, copied_from=source.path, user_metadata_json="{}")
     await gateway.acceptor.create(Creation(spec=spec, source=source.bundle), body)
     now = gateway.clock()
     await gateway.checkpoints.save(
         msgspec.structs.replace(
             source, path=str(copy), tenant=tenant, seq=0, saved_at=now, public=False,
-            expires_at=now + asked.ttl_seconds if asked.ttl_seconds is not None else 0.0,
+            expires_at=now + order.ttl_seconds if order.ttl_seconds is not None else 0.0,
         ),
         overwrite=False,
     )  # fmt: skip
-    gateway.stirs.collect.set()
+    gateway.wakeups.collect.set()
     return JSONResponse({"tinker_path": str(copy)})
 
 
 async def _session(gateway: Services, tenant: Tenant, key: str, body: bytes, project: str) -> Session:
-    """The session of a copy; whoever asks again with the same key finds the same."""
+    """The session of a copy; a request with the same key gets the same session."""
     digest = hashlib.sha256(b"\0".join((tenant.encode(), key.encode(), body))).hexdigest()
     session = SessionId(f"ses-{digest[:32]}")
-    made = Session(
+    session_record = Session(
         session=session, tenant=tenant, created_at=gateway.clock(), project_id=project, display_name="copy of weights"
     )
-    found = await gateway.records.sessions.find_or_create(made)
-    await gateway.register.add_session(found)
-    finish = Finish(reason="success", detail="copy_weights", finished_at=made.created_at)
-    await gateway.records.finish(session, finish)
-    return found
+    stored = await gateway.lookups.sessions.find_or_create(session_record)
+    await gateway.tenant_index.add_session(stored)
+    finish = Finish(reason="success", detail="copy_weights", finished_at=session_record.created_at)
+    await gateway.lookups.finish(session, finish)
+    return stored
 
 
 async def external_weights_urls(request: Request) -> Response:
-    """A link for each file of an external checkpoint, good for an hour, which anyone who has it may fetch.
+    """A link to each file of an external checkpoint: valid for an hour, for anyone who has it.
 
-    Of an encrypted one the files end in .age.
+    The files of an encrypted checkpoint end in .age.
     """
-    gateway, tenant = parts(request), tenant_of(request)
+    gateway, tenant = services_of(request), tenant_of(request)
     path = path_of(request)
     if path.kind != "external_weights":
         raise InvalidField("checkpoint_id", f"{path.kind}/{path.name}", "external_weights/<name>")
@@ -114,15 +114,14 @@ async def external_weights_urls(request: Request) -> Response:
             kind="weights", tenant=tenant, subject=str(path), expires_at=expires_at, part=part.name,
             bundle=checkpoint.bundle,
         )  # fmt: skip
-        urls[_name(checkpoint, part.name)] = await links.url(request, link)
+        urls[_name(checkpoint, part.name)] = await responses.link_url(request, link)
     return JSONResponse({"urls": urls, "expires": responses.time(expires_at)})
 
 
 async def file_of(gateway: Services, link: Link) -> Response:
-    """The file that a link leads to, if it still could be had.
+    """The file behind a link, if its checkpoint still exists.
 
-    It is encrypted here, and not when it is saved: what is encrypted twice is never the same, and a save that is done
-    again must be.
+    Files are encrypted here and not when saved: encryption is not deterministic, and a repeated save must be.
     """
     checkpoint = await gateway.checkpoints.resolve(TinkerPath.parse(link.subject), link.tenant)
     index = await _index(gateway, checkpoint)
@@ -143,7 +142,7 @@ async def file_of(gateway: Services, link: Link) -> Response:
 
 
 def _name(checkpoint: Checkpoint, part: str) -> str:
-    """Of a file, as whoever downloads it sees it."""
+    """The name of a file for its downloader."""
     return part + encryption.SUFFIX if checkpoint.recipients else part
 
 

@@ -1,1 +1,1 @@
-"""What threads and tasks that share something need: who is next, and who may go on."""
+"""Fair sharing, retries, and shutdown for threads and tasks."""

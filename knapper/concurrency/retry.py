@@ -1,4 +1,4 @@
-"""When to try again what could not be started, and what to say meanwhile. Loads nothing heavy."""
+"""When to retry a failed start, and how to refuse requests meanwhile. Imports nothing heavy."""
 
 import re
 from collections.abc import Callable
@@ -12,19 +12,19 @@ from knapper.web.backoff import Backoff
 
 _PAUSE_S, _PAUSE_MAX_S = 1.0, 30.0
 _NUMBER: Final = re.compile(r"[\d.]+")
-_SOON_S: Final = 2.0  # an attempt is under way: whoever asks so much later may hear another answer
+_SOON_S: Final = 2.0  # the retry interval for clients while an attempt is under way
 
 log = structlog.get_logger()
 
 
 class Attempts:
-    """Of starting `what`. Pauses double up to half a minute, and never are shorter than the attempt before took.
+    """Attempts to start `what`. Pauses double up to half a minute, and are never shorter than the last attempt took.
 
     `now`: monotonic seconds.
     """
 
     def __init__(self, what: str, now: Callable[[], float]) -> None:
-        self.reason = ""  # of the newest failure; empty: there is none
+        self.reason = ""  # of the newest failure; empty if there is none
         self._what = what
         self.now = now
         self._backoff = Backoff(_PAUSE_S, _PAUSE_MAX_S)
@@ -35,11 +35,11 @@ class Attempts:
         return self.now() >= self._next
 
     def failed(self, reason: str, took_s: float = 0.0, times: int = 1) -> None:
-        """The reason is logged when it is news. `times`: how often it failed since anybody noted it."""
+        """Logs a new reason. `times`: the number of failures that this call reports."""
         self._backoff.failures += times - 1
         pause_s = max(self._backoff.next(), took_s)
         self._next = self.now() + pause_s
-        if _NUMBER.sub("", reason) != _NUMBER.sub("", self.reason):  # how much memory is free is no news
+        if _NUMBER.sub("", reason) != _NUMBER.sub("", self.reason):  # another amount of free memory is no news
             log.error(f"{self._what} cannot be served: {reason}", next_attempt_s=round(pause_s))
             self.reason = reason
 
@@ -50,7 +50,7 @@ class Attempts:
         self._backoff.reset()
 
     def refusal(self) -> Unservable:
-        """What whoever asks is told: the same sentence each time, so that nobody is told it twice."""
+        """The error for requests: the same sentence each time, so that clients show it once."""
         sentence = (
             f"{self._what} cannot be served: {self.reason.rstrip('.')}. Only its operator can fix that; "
             "it is tried again by itself, and what waits goes on then"
@@ -59,9 +59,9 @@ class Attempts:
 
 
 class Deaths:
-    """How often a process ended in the middle of an attempt, as those that are killed for their memory do.
+    """Counts how often the process died during an attempt, as one killed for its memory does.
 
-    Told by a file, which outlives the process: a pod's container that is started again has its /tmp still.
+    The count is in a file, which outlives the process: a restarted container keeps its /tmp.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,7 +79,7 @@ class Deaths:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text(str(self.count + 1))
         except OSError:
-            pass  # nothing can be written here: then nothing is remembered
+            pass  # without a writable directory nothing is counted
 
     def survived(self) -> None:
         try:

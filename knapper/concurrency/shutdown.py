@@ -1,34 +1,34 @@
-"""What a process does before it ends by SIGTERM: those who ring it directly hear that it leaves, cores are given up."""
+"""Callbacks that run before a process ends by SIGTERM: it refuses doorbells, and releases its cores."""
 
 import signal
 from collections.abc import Callable
 from types import FrameType
 
-_first: list[Callable[[], None]] = []
+_callbacks: list[Callable[[], None]] = []
 
 
-def before(leave: Callable[[], None]) -> None:
-    """Call it first, whichever thread this is."""
-    _first.append(leave)
+def before(callback: Callable[[], None]) -> None:
+    """Call `callback` before the process ends. Any thread may register it."""
+    _callbacks.append(callback)
 
 
-def heed(*, by_itself: bool = False) -> None:
-    """From now on; on the main thread only. What the signal did before, it does then.
+def install(*, by_itself: bool = False) -> None:
+    """Install the handler of SIGTERM, on the main thread; after the callbacks it runs the handler installed before.
 
-    `by_itself`: the server ends itself by the signal once it has drained, and what is registered with atexit would not
-    run. Blocked from the first one on, the signal cannot; the process then ends as one that has nothing left to do.
+    `by_itself`: the server sends itself the signal again once it has drained, which would skip atexit. Blocking the
+    signal after the first one prevents that: the process then returns from its main function.
     """
-    others = signal.getsignal(signal.SIGTERM)
+    previous = signal.getsignal(signal.SIGTERM)
 
     def end(number: int, frame: FrameType | None) -> None:
-        for leave in _first:
-            leave()
-        if callable(others):
+        for callback in _callbacks:
+            callback()
+        if callable(previous):
             if by_itself:
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-            others(number, frame)
+            previous(number, frame)
         else:
-            signal.signal(number, others)
+            signal.signal(number, previous)
             signal.raise_signal(number)
 
     signal.signal(signal.SIGTERM, end)

@@ -1,1 +1,1 @@
-"""The compute: one frozen base model, many adapters, training and sampling on one device."""
+"""The engine: one frozen base model, many adapters, training and sampling on one device."""

@@ -1,8 +1,7 @@
-"""An adapter as files: the PEFT directory that a user downloads, the optimizer beside it, and the raw snapshot of a
-run.
+"""A run as files: the PEFT directory that a user downloads, the optimizer state, and the raw snapshot.
 
-P parameters of an adapter. A safetensors file is a JSON header and one block of bytes; the arena is that block as it
-lies, so that a save writes a header and copies nothing tensor by tensor.
+P parameters of an adapter. A safetensors file is a JSON header and one block of bytes. The arena is that block as it
+is, so that a save writes a header and copies no single tensor.
 """
 
 import json
@@ -33,19 +32,20 @@ UNTIE_FIRST = (
 
 
 def peft_names(module: str) -> tuple[str, str]:
-    """What PEFT calls the A and the B of a site's module."""
+    """PEFT's names of A and B of a module."""
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 
 def export(state: RunState, *, with_optimizer: bool) -> Files:
-    """A PEFT directory that PEFT, transformers and vLLM load unchanged; with the optimizer, training can go on from it.
+    """A PEFT directory that PEFT, transformers and vLLM load unchanged; with the optimizer, training can resume from
+    it.
 
-    Every number is kept bit for bit. Pending gradients are not part of it. The safetensors metadata `merges` says
-    whether `merge_and_unload` gives the same model.
+    Every number is kept bit for bit, pending gradients are left out. The safetensors metadata `merges` says whether
+    `merge_and_unload` gives the same model.
     """
     names: list[tuple[str, tuple[int, ...]]] = []
-    for site, a, b in state.layout.matrices(state.weights_P):
-        a_name, b_name = peft_names(site.module)
+    for target, a, b in state.layout.matrices(state.weights_P):
+        a_name, b_name = peft_names(target.module)
         names += [(a_name, tuple(a.shape)), (b_name, tuple(b.shape))]
     files = {
         CONFIG: json.dumps(_config(state.spec, state.layout), indent=2).encode() + b"\n",
@@ -61,16 +61,15 @@ def export(state: RunState, *, with_optimizer: bool) -> Files:
 
 
 def read(files: Files, spec: Spec, layout: Layout, *, with_optimizer: bool) -> tuple[Tensor, Moments | None]:
-    """What `export` wrote, bit for bit, for a run of the same base model, rank, alpha and targets.
+    """The content of an `export`, bit for bit, for a run of the same base model, rank, alpha and targets.
 
-    Raises InvalidField for a checkpoint of another form, UserError for numbers that are not finite, Corrupt for broken
-    files.
+    Raises InvalidField for a checkpoint of another form, UserError for non-finite numbers, Corrupt for broken files.
     """
     _check_config(_json(_file(files, CONFIG), CONFIG), _config(spec, layout))
     tensors, _ = _tensors(_file(files, ADAPTER), ADAPTER)
     weights_P = torch.empty(layout.numel)
-    for site, *parts in layout.matrices(weights_P):
-        for name, part in zip(peft_names(site.module), parts, strict=True):
+    for target, *parts in layout.matrices(weights_P):
+        for name, part in zip(peft_names(target.module), parts, strict=True):
             part.copy_(_take(tensors, name, tuple(part.shape), ADAPTER))
     if tensors:
         raise Corrupt(f"{ADAPTER} has tensors that its configuration does not: {', '.join(sorted(tensors)[:4])}")
@@ -88,17 +87,17 @@ def read(files: Files, spec: Spec, layout: Layout, *, with_optimizer: bool) -> t
         if not metadata.get("step", "").isdecimal():
             raise Corrupt(f"{OPTIMIZER} has no step count")
         moments = Moments(m_P, v_P, int(metadata["step"]))
-    for what, arena_P in (
+    for kind, arena_P in (
         ("weights", weights_P),
         *([("moments", moments.m_P), ("moments", moments.v_P)] if moments else []),
     ):
         if not is_finite(arena_P):
-            raise UserError(f"the checkpoint's {what} have NaN or infinite numbers; load another checkpoint")
+            raise UserError(f"the checkpoint's {kind} have NaN or infinite numbers; load another checkpoint")
     return weights_P, moments
 
 
 class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of a snapshot. `numel` guards against a layout that changed between versions."""
+    """The header of a snapshot. `numel` guards against a layout that changed between versions."""
 
     v: int
     step: int
@@ -121,12 +120,12 @@ def freeze(state: RunState) -> Files:
 
 
 def frozen_bytes(state: RunState) -> int:
-    """How large the files of `freeze` are, without the header."""
+    """Bytes of the files of `freeze`, without the header."""
     return 4 * state.layout.numel * (3 + (state.grads_P is not None))
 
 
 def thaw(files: Files, layout: Layout) -> tuple[Tensor, Moments, Tensor | None]:
-    """(weights, moments, pending gradients) as `freeze` got them, bit for bit. Raises Corrupt."""
+    """(weights, moments, pending gradients) of a `freeze`, bit for bit. Raises Corrupt."""
     with parsing(lambda error: Corrupt(f"the snapshot's header.json cannot be read: {error}")):
         header = msgspec.json.decode(bytes(_file(files, "header.json")), type=_Header)
     if header.v != 1 or header.numel != layout.numel:
@@ -147,7 +146,7 @@ def _config(spec: Spec, layout: Layout) -> dict[str, Any]:
         "r": spec.rank,
         "lora_alpha": int(spec.alpha) if spec.alpha.is_integer() else spec.alpha,  # vLLM wants a whole number
         "lora_dropout": 0.0,
-        "target_modules": list(dict.fromkeys(site.target for site in layout.sites)),
+        "target_modules": list(dict.fromkeys(target.peft_target for target in layout.lora_targets)),
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
@@ -158,14 +157,14 @@ def _config(spec: Spec, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _check_config(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """The fields that decide what the numbers mean."""
+def _check_config(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Compares the fields that give the numbers their meaning."""
     for field in ("base_model_name_or_path", "r", "lora_alpha", "target_modules"):
-        if field not in found:
+        if field not in stored:
             raise Corrupt(f"{CONFIG} has no {field}")
-        if found[field] != wanted[field]:
+        if stored[field] != expected[field]:
             raise InvalidField(
-                f"the checkpoint's {field}", found[field], f"{wanted[field]!r}, which this run has",
+                f"the checkpoint's {field}", stored[field], f"{expected[field]!r}, which this run has",
                 "Create a new run from the checkpoint (create_training_client_from_state)",
             )  # fmt: skip
 
@@ -175,14 +174,14 @@ def _safetensors(
 ) -> bytes:
     """A safetensors file of float32 tensors that lie one after another in the arenas."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    at = 0
+    start = 0
     for name, shape in names:
-        end = at + 4 * int(np.prod(shape))
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join([struct.pack("<Q", len(text)), text, *map(_raw, arenas)])
+        end = start + 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+        start = end
+    header_bytes = json.dumps(header, separators=(",", ":")).encode()
+    header_bytes += b" " * (-len(header_bytes) % 8)
+    return b"".join([struct.pack("<Q", len(header_bytes)), header_bytes, *map(_raw, arenas)])
 
 
 def _tensors(data: bytes | memoryview, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -195,11 +194,11 @@ def _tensors(data: bytes | memoryview, name: str) -> tuple[dict[str, Tensor], di
 
 
 def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], file: str) -> Tensor:
-    found = tensors.pop(name, None)
-    if found is None or found.dtype != torch.float32 or tuple(found.shape) != shape:
-        what = "is missing" if found is None else f"is {found.dtype} {tuple(found.shape)}"
-        raise Corrupt(f"tensor {name} of {file} {what}; expected float32 {shape}")
-    return found
+    tensor = tensors.pop(name, None)
+    if tensor is None or tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
+        problem = "is missing" if tensor is None else f"is {tensor.dtype} {tuple(tensor.shape)}"
+        raise Corrupt(f"tensor {name} of {file} {problem}; expected float32 {shape}")
+    return tensor
 
 
 def _file(files: Files, name: str) -> bytes | memoryview:

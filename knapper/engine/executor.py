@@ -1,7 +1,7 @@
-"""One thread computes. Work comes as generators.
+"""One thread computes. Work is a generator.
 
-Each `yield` is a place where other work may go first, so nobody waits long. Owners share the device evenly by time
-(`FairShare`): training and sampling have half of it each while both have work, however long their steps are.
+Other work may go first at each `yield`, so no task waits long. Owners share the device evenly by time (`FairShare`):
+training and sampling have half of it each while both have work, however long their steps are.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ Now = Callable[[], float]
 class _Turn(Generic[T]):
     task: Work[T]
     future: Future[T]
-    whose: str
+    owner: str
 
 
 class Executor:
@@ -36,69 +36,70 @@ class Executor:
     def __init__(
         self,
         name: str = "device",
-        now: Now = time.monotonic,  # noqa: TID251  what turns take is measured, and decides only whose turn is next
-        settle: Callable[[], None] = lambda: None,
+        now: Now = time.monotonic,  # noqa: TID251  measures turns, and decides only which comes next
+        synchronize: Callable[[], None] = lambda: None,
     ) -> None:
-        """`settle` waits until what a turn began is done, on hardware that computes while its thread goes on: called
-        when others wait, so that each is charged its own."""
-        self.busy_s = 0.0  # that turns took
-        self._now, self._settle = now, settle
+        """`synchronize` waits for the work that a turn queued, on hardware that computes beside its thread. Called when
+        other tasks wait, so that each owner is charged its own time.
+        """
+        self.busy_s = 0.0  # seconds of all turns
+        self._now, self._synchronize = now, synchronize
         self._arrivals: queue.SimpleQueue[_Turn[Any] | None] = queue.SimpleQueue()
         self._shares = FairShare()  # in seconds, by owner
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    async def run(self, task: Work[T], whose: str = "") -> T:
-        """What the task returns or raises. If the caller is cancelled, the task is closed at its next yield."""
-        return await asyncio.wrap_future(self.submit(task, whose))
+    async def run(self, task: Work[T], owner: str = "") -> T:
+        """The task's result or error. If the caller is cancelled, the task is closed at its next yield."""
+        return await asyncio.wrap_future(self.submit(task, owner))
 
-    def submit(self, task: Work[T], whose: str = "") -> Future[T]:
-        """`whose` time it takes: tasks of one owner take turns within its share."""
+    def submit(self, task: Work[T], owner: str = "") -> Future[T]:
+        """Charges the task's time to `owner`: tasks of one owner take turns within its share."""
         future: Future[T] = Future()
-        self._arrivals.put(_Turn(task, future, whose))
+        self._arrivals.put(_Turn(task, future, owner))
         return future
 
     def close(self) -> None:
-        """End the thread after the step under way; what is not finished then is cancelled."""
+        """End the thread after the current step and cancel unfinished tasks."""
         self._arrivals.put(None)
         self._thread.join()
 
     def _work(self) -> None:
-        ready: list[_Turn[Any]] = []  # who had a turn goes to the end
+        ready: list[_Turn[Any]] = []  # a task goes to the end after its turn
         while True:
-            arrival = None
+            arrived = None
             while not ready or not self._arrivals.empty():
-                arrival = self._arrivals.get()
-                if arrival is None:
+                arrived = self._arrivals.get()
+                if arrived is None:
                     for turn in ready:
                         turn.task.close()
                         turn.future.cancel()
                     return
-                self._shares.join(arrival.whose)
-                ready.append(arrival)
-            turn = min(ready, key=lambda one: self._shares.rank(one.whose))
+                self._shares.join(arrived.owner)
+                ready.append(arrived)
+            turn = min(ready, key=lambda turn: self._shares.rank(turn.owner))
             ready.remove(turn)
             if self._charged(turn, alone=not ready):
                 ready.append(turn)
             else:
-                self._shares.leave((one.whose,) for one in ready)
-            del turn, arrival  # while it waits, the thread must not keep the last result: a run's whole state
+                self._shares.leave((turn.owner,) for turn in ready)
+            del turn, arrived  # else the waiting thread would keep the last result: a run's whole state
 
     def _charged(self, turn: _Turn[Any], *, alone: bool) -> bool:
-        """A step, on its owner's account. True if the task has more to do."""
-        self._shares.serve(turn.whose)
+        """Run a step and charge its owner. True if the task has more steps."""
+        self._shares.serve(turn.owner)
         began = self._now()
         more = self._step(turn.task, turn.future)
         if not alone:
-            self._settle()
+            self._synchronize()
         took_s = self._now() - began
         self.busy_s += took_s
-        self._shares.charge(took_s, turn.whose)
+        self._shares.charge(took_s, turn.owner)
         return more
 
     @staticmethod
     def _step(task: Work[Any], future: Future[Any]) -> bool:
-        """True if the task has more to do."""
+        """True if the task has more steps."""
         if future.cancelled():
             task.close()
             return False
@@ -118,7 +119,7 @@ class Executor:
 
 
 def timed(task: Work[T], now: Now) -> Work[tuple[T, float]]:
-    """(what the task returns, the seconds that its own pieces took: not those of its neighbours)."""
+    """(the task's result, the seconds of its own steps without those of other tasks)."""
     spent_s = 0.0
     try:
         while True:

@@ -1,8 +1,8 @@
-"""Which device computes, with how much of its memory, and in which dtype: decided here alone.
+"""The choice of device, memory and dtype; no other module makes it.
 
-The account of memory: weights are loaded first. Of what they leave, keys and values of samples get a part, adapters
-that samples use a smaller one, and the rest is for passes (activations, and a prompt's keys and values until its texts
-have copies) and for the runs that train.
+The memory account: weights are loaded first. Of the rest, the KV cache of samples gets a part and their adapters a
+smaller one; what remains is for passes (activations, and prompt keys and values until sequences have copies) and for
+runs that train.
 """
 
 import time
@@ -17,36 +17,36 @@ from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.errors import InvalidField
 
-_KV_PART: Final = 0.25  # of what the weights leave: so much is for keys and values
-_KV_PART_MOST: Final = 0.75  # where one text of the whole context needs more
-_ADAPTERS_PART: Final = 1 / 16  # of what the weights leave, for adapters that samples use
-_ROWS, _WIDTH, _TURNS = 128, 1024, 5  # of the products that dtypes are compared by: a millisecond or two each
+_KV_PART: Final = 0.25  # of the memory beside the weights, for the KV cache
+_KV_PART_MOST: Final = 0.75  # where one sequence of the whole context needs more
+_ADAPTERS_PART: Final = 1 / 16  # of the memory beside the weights, for adapters of samples
+_ROWS, _WIDTH, _REPEATS = 128, 1024, 5  # of the products that compare dtypes: a millisecond or two each
 _GFLOP: Final = 2e-9 * _ROWS * _WIDTH * _WIDTH
-_FASTER: Final = 1.3  # docs/decisions/0017
+_SPEEDUP_MIN: Final = 1.3  # docs/decisions/0017
 
 log = structlog.get_logger()
 
 
 def device_for(setting: str) -> torch.device:
-    """`auto`: cuda, else cpu; a Mac's GPU (mps) only where it is asked for: knapper was never run on one.
+    """`auto`: cuda, else cpu. A Mac's GPU (mps) only by name: knapper was never run on one.
 
-    Of several GPUs the first that CUDA_VISIBLE_DEVICES shows, by its index: torch caps no memory without one.
-    Raises InvalidField for a device that this machine lacks.
+    Of several GPUs the first of CUDA_VISIBLE_DEVICES, with its index: torch caps no memory without one. Raises
+    InvalidField for a device that this machine lacks.
     """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    able = [name for name, there in present.items() if there]
+    available = [name for name, is_present in present.items() if is_present]
     automatic = "cuda" if present["cuda"] else "cpu"
     chosen = automatic if setting == "auto" else setting
-    if chosen not in able:
-        raise InvalidField("KNAPPER_DEVICE", setting, f"auto, {', '.join(able)} on this machine")
+    if chosen not in available:
+        raise InvalidField("KNAPPER_DEVICE", setting, f"auto, {', '.join(available)} on this machine")
     return torch.device(chosen, 0) if chosen == "cuda" else torch.device(chosen)
 
 
 def take_memory(device: torch.device, share: float) -> int | None:
-    """The bytes that this process may take on a device with a memory of its own, else None; torch gives it no more.
+    """Cap this process's memory on a device with memory of its own, and return the cap in bytes; else None.
 
-    What CUDA itself takes, some hundred MB a process, is not among them. Raises InvalidField for a share of a memory
-    that is not divided.
+    CUDA itself takes some hundred MB a process beyond it. Raises InvalidField for a share of memory that cannot be
+    capped.
     """
     if device.type != "cuda":
         if share != 1:
@@ -60,20 +60,19 @@ def take_memory(device: torch.device, share: float) -> int | None:
 
 
 def memory_left(device: torch.device) -> int:
-    """Bytes that this process can still take: of a GPU what its share and the card have left, else of the machine."""
+    """Bytes that this process can still allocate on the device, or on the machine if it has no memory of its own."""
     if device.type != "cuda":
         return host_memory.available()
     free_on_card, total = torch.cuda.mem_get_info(device)
-    held, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-    own = int(torch.cuda.get_per_process_memory_fraction(device) * total)
-    return max(0, min(own, free_on_card + reserved) - held)
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    cap = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return max(0, min(cap, free_on_card + reserved) - allocated)
 
 
 def kv_bytes(left: int, part: float, context_bytes: int) -> int:
-    """For the keys and values of all texts that decode at once; `left` once the weights are there.
+    """Bytes for the KV cache of all decoding sequences; `left` bytes beside the weights.
 
-    `part` of that. 0: a quarter; and where one text that fills the context needs more, as much as it needs, up to three
-    quarters.
+    `part` of `left`. 0: a quarter, or the need of one sequence that fills the context, up to three quarters.
     """
     if part > 0:
         return int(part * left)
@@ -81,12 +80,12 @@ def kv_bytes(left: int, part: float, context_bytes: int) -> int:
 
 
 def adapter_bytes(left: int) -> int:
-    """For the adapters of samples that are kept, those in use among them; `left` once the weights are there."""
+    """Bytes for adapters of samples, cached ones included; `left` bytes beside the weights."""
     return int(_ADAPTERS_PART * left)
 
 
 def release(device: torch.device) -> None:
-    """Give back what torch keeps of the device's memory for later: a pass needs it in other pieces."""
+    """Return torch's cached device memory: a pass needs it in other sizes."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -94,7 +93,7 @@ def release(device: torch.device) -> None:
 
 
 def finish(device: torch.device) -> None:
-    """Wait until the device has computed what it was given: what follows is then not charged for it."""
+    """Wait until the device has done its queued work, so that later work is not charged for it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -104,7 +103,7 @@ def finish(device: torch.device) -> None:
 def dtype_for(setting: str, device: torch.device, cpu_s: Callable[[], float] = time.thread_time) -> torch.dtype:
     """`auto`: bfloat16 where the hardware computes it faster than float32, else float32.
 
-    `cpu_s`: seconds that this thread has computed.
+    `cpu_s`: CPU seconds of this thread.
     """
     if setting != "auto":
         return torch.bfloat16 if setting == "bfloat16" else torch.float32
@@ -116,40 +115,40 @@ def dtype_for(setting: str, device: torch.device, cpu_s: Callable[[], float] = t
 
 
 def _faster_on_this_cpu(cpu_s: Callable[[], float]) -> torch.dtype:
-    """bfloat16 if it is faster by so much that no other start on this machine finds otherwise.
+    """bfloat16 if it is faster by a margin that every start on this machine reproduces.
 
-    Measured, because no flag tells: of two CPUs with avx512_bf16 one computes it twice as fast as float32, and the
-    other slower. On one thread and in its own time, to which whoever else computes on the machine adds nothing.
+    Measured, because no flag says it: of two CPUs with avx512_bf16 one computes it twice as fast as float32, the other
+    slower. On one thread and by CPU time, which other processes do not add to.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        took_s = _took_s(cpu_s)
+        took_s = _product_seconds(cpu_s)
     finally:
         torch.set_num_threads(threads)
     ratio = took_s[torch.float32] / took_s[torch.bfloat16]
-    chosen = torch.bfloat16 if ratio >= _FASTER else torch.float32
+    chosen = torch.bfloat16 if ratio >= _SPEEDUP_MIN else torch.float32
     log.info(
         "KNAPPER_DTYPE is auto: measured on this CPU",
         dtype=str(chosen).removeprefix("torch."),
-        reason=f"bfloat16 products are {ratio:.2f} times as fast as float32's; it is taken from {_FASTER} on",
-        gflops={str(dtype).removeprefix("torch."): round(_GFLOP / each_s) for dtype, each_s in took_s.items()},
+        reason=f"bfloat16 products are {ratio:.2f} times as fast as float32's; it is taken from {_SPEEDUP_MIN} on",
+        gflops={str(dtype).removeprefix("torch."): round(_GFLOP / product_s) for dtype, product_s in took_s.items()},
     )
     return chosen
 
 
-def _took_s(cpu_s: Callable[[], float]) -> dict[torch.dtype, float]:
-    """The least that a linear took, by dtype; in turns, as the engine computes one."""
+def _product_seconds(cpu_s: Callable[[], float]) -> dict[torch.dtype, float]:
+    """The shortest time of a linear by dtype, measured in turns."""
     w = torch.linspace(-1, 1, _WIDTH * _WIDTH).view(_WIDTH, _WIDTH)
     raw = Exactness(promised=False)
     linears = [FrozenLinear([w.to(dtype)], dtype, exactness=raw) for dtype in (torch.float32, torch.bfloat16)]
     least_s = {linear.dtype: float("inf") for linear in linears}
-    for turn in range(1 + _TURNS):
+    for repeat in range(1 + _REPEATS):
         for linear in linears:
             x = w[:_ROWS].to(linear.dtype)
             began = cpu_s()
             linear(x)
             took_s = cpu_s() - began
-            if turn > 0:  # in the first one, oneDNN makes its kernels
+            if repeat > 0:  # oneDNN builds its kernels in the first one
                 least_s[linear.dtype] = min(least_s[linear.dtype], took_s)
     return least_s

@@ -1,6 +1,6 @@
-"""How much memory this process can still take on the machine: what the kernel has left, and its control groups.
+"""Memory that this process can still take on the machine, by the kernel's account and by its control groups.
 
-A container sees the whole machine in /proc/meminfo; what ends it is the limit of its control group, or of one above.
+A container sees the whole machine in /proc/meminfo; its limit is its control group's, or that of a group above.
 """
 
 import os
@@ -12,55 +12,55 @@ from typing import Final
 _RECLAIMED: Final = (
     "inactive_file",
     "active_file",
-)  # pages of files, which the kernel takes back before it ends anyone
+)  # page cache, which the kernel reclaims before it kills a process
 
 
 def available(root: Path = Path("/")) -> int:
     """Bytes, 0 at least. `root`: where proc and sys are."""
-    return max(0, min([_machine(root), *_groups(root), *_own(root)]))
+    return max(0, min([_kernel(root), *_groups(root), *_process_limit(root)]))
 
 
-def _machine(root: Path) -> int:
+def _kernel(root: Path) -> int:
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
-    except FileNotFoundError:  # no Linux: nothing says what is free, and half of it mostly is
+    except FileNotFoundError:  # not Linux: free memory is unknown; half of all is mostly free
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     fields = dict(line.split(":", 1) for line in lines)
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
-def _own(root: Path) -> Iterator[int]:
-    """What the process's own limit (`ulimit -v`) leaves."""
+def _process_limit(root: Path) -> Iterator[int]:
+    """The remainder of the process's own limit (`ulimit -v`)."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY and (pages := _read(root / "proc/self/statm")):
         yield limit - int(pages.split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _groups(root: Path) -> Iterator[int]:
-    """What each control group of the process, and each one above it, has left. Both versions may be there."""
+    """The remainder of each control group of the process and of each group above it. Versions 1 and 2 may coexist."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except FileNotFoundError:
         return
     for line in lines:
-        _, controllers, own = line.split(":", 2)
+        _, controllers, group_path = line.split(":", 2)
         limits, used = ["memory.limit_in_bytes"], "memory.usage_in_bytes"
         base = root / "sys/fs/cgroup/memory"
         if not controllers:
             base, limits, used = base.parent, ["memory.max", "memory.high"], "memory.current"
         elif "memory" not in controllers.split(","):
             continue
-        # A container may see its own group as the root, under a path that only the machine has.
-        steps = Path(own.lstrip("/")).parts
+        # A container may see its own group as the root, under a path that exists on the machine only.
+        steps = Path(group_path.lstrip("/")).parts
         for count in range(len(steps) + 1):
             group = base.joinpath(*steps[:count])
-            found = [int(text) for name in limits if (text := _read(group / name)) not in ("", "max")]
-            if found:
-                yield min(found) - int(_read(group / used)) + _reclaimed(_read(group / "memory.stat"))
+            limits_set = [int(value) for name in limits if (value := _read(group / name)) not in ("", "max")]
+            if limits_set:
+                yield min(limits_set) - int(_read(group / used)) + _reclaimed(_read(group / "memory.stat"))
 
 
 def _reclaimed(stat: str) -> int:
-    """`total_`: with the groups below it, which is how the first version counts usage."""
+    """`total_`: with the groups below, as version 1 counts usage."""
     fields = dict(line.split() for line in stat.splitlines())
     return sum(int(fields.get(f"total_{name}", fields.get(name, 0))) for name in _RECLAIMED)
 
@@ -68,12 +68,12 @@ def _reclaimed(stat: str) -> int:
 def _read(path: Path) -> str:
     try:
         return path.read_text().strip()
-    except OSError:  # the group has no such file, or is not shown to this process
+    except OSError:  # the group has no such file, or hides it from this process
         return ""
 
 
 def swap(root: Path = Path("/")) -> int:
-    """Bytes of swap that are free on the machine; 0 where nothing says so."""
+    """Free bytes of swap on the machine; 0 where unknown."""
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except FileNotFoundError:

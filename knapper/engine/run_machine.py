@@ -1,4 +1,4 @@
-"""What a journal needs of training: an operation in, the next state and the answer out. The device computes."""
+"""The journal's state machine over training: an operation in, the next state and the answer out."""
 
 import asyncio
 from collections.abc import Callable
@@ -21,13 +21,13 @@ T = TypeVar("T")
 
 
 class TrainingMachine:
-    """knapper.state.journal.machine.Machine over a trainer. `clock`, in seconds, only tells what an operation costs."""
+    """knapper.state.journal.machine.Machine over a trainer. `clock`, in seconds, only measures costs."""
 
     def __init__(self, trainer: Trainer, device: Executor, clock: Callable[[], float]) -> None:
         self._trainer = trainer
         self.device = device
         self._clock = clock
-        self.passes = TrainingScheduler(trainer, device, clock)
+        self.scheduler = TrainingScheduler(trainer, device, clock)
 
     async def create(self, spec: Spec, source: Files | None, with_optimizer: bool) -> RunState:
         """Raises InvalidField for a spec that cannot be trained, or a checkpoint of another form than the spec's."""
@@ -36,9 +36,9 @@ class TrainingMachine:
         return await self._run(lambda: _once(lambda: self._load(spec, source, with_optimizer)), spec)
 
     async def apply(self, state: RunState, operation: Operation, source: Files | None) -> Outcome[RunState]:
-        """Raises UserError for the user's mistakes, OutOfMemory where memory is lacking; the state is the same then."""
+        """Raises UserError for a user's mistake, OutOfMemory if memory is lacking; the state is unchanged then."""
         if operation.kind == "forward_backward":
-            future = self.passes.submit(state, lambda: proto.decode_forward_backward(operation.body()))
+            future = self.scheduler.submit(state, lambda: proto.decode_forward_backward(operation.body()))
             state, output, cost_s = future.result() if future.done() else await asyncio.wrap_future(future)
             return Outcome(state, "application/x-protobuf", proto.encode_forward_backward_output(output), cost_s=cost_s)
         outcome, cost_s = await self._run(lambda: timed(self._apply(state, operation, source), self._clock), state.spec)
@@ -54,21 +54,23 @@ class TrainingMachine:
         return await self._run(lambda: _once(lambda: self._thaw(spec, files)), spec)
 
     async def _run(self, begin: Callable[[], Work[T]], spec: Spec) -> T:
-        """A task; one that lacks memory once more, when all that is kept for later has been given back.
+        """Run a task; if it lacks memory, release all caches and run it once more.
 
-        Raises OutOfMemory when it is lacking then too.
+        Raises OutOfMemory if memory is lacking then too.
         """
-        failed = MemoryShortage(None)
+        shortage = MemoryShortage(None)
         for _ in range(2):
             try:
                 return await self.device.run(begin(), spec.run)
             except Exception as error:
-                if (lacking := MemoryShortage.of(error)) is None:
+                if (shortage_now := MemoryShortage.of(error)) is None:
                     raise
-                failed = lacking
+                shortage = shortage_now
             hardware.release(self._trainer.decoder.device)
-        what = f"what an operation of {spec.run} needs, an adapter of rank {spec.rank},"
-        raise failed.error(what, self._trainer.decoder.device, "Train one of a lower rank, or when fewer others train")
+        subject = f"what an operation of {spec.run} needs, an adapter of rank {spec.rank},"
+        raise shortage.error(
+            subject, self._trainer.decoder.device, "Train one of a lower rank, or when fewer others train"
+        )
 
     def _apply(self, state: RunState, operation: Operation, source: Files | None) -> Work[Outcome[RunState]]:
         match operation.kind:
@@ -91,7 +93,7 @@ class TrainingMachine:
                 raise Corrupt(f"operation {operation.seq} of {operation.run} is of kind {operation.kind}")
 
     def _load(self, spec: Spec, files: Files, with_optimizer: bool) -> RunState:
-        """The run as the checkpoint has it: no pending gradients; without the optimizer zero moments, zero steps."""
+        """The run of a checkpoint: no pending gradients; without the optimizer, zero moments and zero steps."""
         layout = self._trainer.layout(spec)
         return self._trainer.begin(spec, *checkpoint_format.read(files, spec, layout, with_optimizer=with_optimizer))
 
@@ -106,6 +108,6 @@ def _answer(state: RunState, body: object) -> Outcome[RunState]:
 
 
 def _once(function: Callable[[], T]) -> Work[T]:
-    """A task of one piece."""
+    """A task of one step."""
     yield from ()
     return function()

@@ -6,8 +6,9 @@ also says whether they run.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from statistics import fmean
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from knapper.ids import number
 from knapper.jobs import progress, schedule
@@ -37,6 +38,13 @@ class Activity:
     step: int | None = None
     done: int | None = None
     of: int | None = None
+
+    def told(self) -> dict[str, Any]:
+        return {"phase": self.phase, "step": self.step, "done": self.done, "of": self.of, "since": iso(self.since)}
+
+
+def iso(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
 
 
 async def take_up(store: Store, start: Start, function: str, at: float) -> None:

@@ -15,7 +15,7 @@ from knapper import limits
 from knapper.catalogue.served_models import Catalogue
 from knapper.errors import InvalidField, NotFound, TooLarge, UserError
 from knapper.ids import Tenant, number
-from knapper.jobs import control, datasets, names, spec, upload
+from knapper.jobs import control, datasets, names, outputs, spec, upload
 from knapper.jobs.names import Start
 from knapper.jobs.rows import RlRow, Row
 from knapper.jobs.services import JobServices
@@ -213,6 +213,7 @@ async def _begin(services: JobServices, start: Start, started: Started, whole: U
     await services.exchange.remove(f"{layout.inbox(start.tenant, start.job)}{names.JOB_ERROR}")
     job = spec.decode(started.spec_json)
     log.info("job started", job=str(start), kind=job.kind, rows=started.rows, adapts=",".join(job.lora.adapts))
+    await outputs.publish_status(services, started)
     return True
 
 

@@ -11,7 +11,7 @@ from knapper import limits
 from knapper.errors import NotFound, damaged
 from knapper.ids import Tenant, TinkerPath
 from knapper.jobs import activity, control, names, outputs
-from knapper.jobs.activity import Activity
+from knapper.jobs.activity import Activity, iso
 from knapper.jobs.completion import FINAL
 from knapper.jobs.names import Start
 from knapper.jobs.presence import Present
@@ -106,8 +106,8 @@ async def _timing(
     control_now = await control.now(store, start)
     ended = control_now.state != "running"
     fields: dict[str, Any] = {
-        "started_at": _iso(started.started_at),
-        "ended_at": _iso(control_now.at) if ended else None,
+        "started_at": iso(started.started_at),
+        "ended_at": iso(control_now.at) if ended else None,
         "elapsed_seconds": round((control_now.at if ended else clock) - started.started_at, 3),
         "activity": None, "seconds_left": None, "ends_at": None,
     }  # fmt: skip
@@ -126,20 +126,13 @@ async def _timing(
     else:
         current = await activity.activity(store, outline, now, steps or limits.job_steps_max, moved_at, present)
     spent_s = max(0.0, clock - current.since)
-    fields["activity"] = {
-        "phase": current.phase, "step": current.step, "done": current.done, "of": current.of,
-        "since": _iso(current.since), "seconds": round(spent_s, 3),
-    }  # fmt: skip
+    fields["activity"] = {**current.told(), "seconds": round(spent_s, 3)}
     worked_s = 0.0 if current.phase in activity.IDLE else spent_s
     if steps is not None:
         left_s = activity.seconds_left(job, recent, evaluated, now.trained, steps, worked_s)
         if left_s is not None:
-            fields |= {"seconds_left": round(left_s, 3), "ends_at": _iso(clock + left_s)}
+            fields |= {"seconds_left": round(left_s, 3), "ends_at": iso(clock + left_s)}
     return fields
-
-
-def _iso(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
 
 
 async def _line(store: Store, listing: JobListing) -> dict[str, Any]:

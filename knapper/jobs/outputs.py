@@ -1,19 +1,20 @@
 """What a job publishes in the exchange while it runs; all of it is derived from the store, and can be republished."""
 
-from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
+from knapper import limits
 from knapper.ids import Tenant
-from knapper.jobs import control
+from knapper.jobs import activity, control
+from knapper.jobs.activity import Activity, iso
 from knapper.jobs.job_files import Folder
 from knapper.jobs.names import Start
-from knapper.jobs.progress import newest_step
+from knapper.jobs.progress import Outline, ProgressReader
 from knapper.jobs.services import JobServices
 from knapper.jobs.spec import decode
 from knapper.state import damage, layout
-from knapper.state.job_records import Evaluated, Started, Trained, read
+from knapper.state.job_records import Control, Evaluated, Started, Trained, read
 from knapper.state.layout import last_number
 from knapper.store import Store
 from knapper.store.cache import LruCache
@@ -29,7 +30,7 @@ def metrics_line(step: int, trained: Trained) -> dict[str, Any]:
     """`step`: counted from 1. `at`: when it was done. `wall_seconds`: since the previous one was done."""
     return {
         "step": step,
-        "at": datetime.fromtimestamp(trained.ended_at, UTC).isoformat(timespec="milliseconds"),
+        "at": iso(trained.ended_at),
         **trained.metrics,
         "device_seconds": round(trained.device_s + trained.spent.sample_device_s, 4),
         "wall_seconds": round(trained.ended_at - (trained.before_at or trained.began_at), 4),
@@ -87,15 +88,32 @@ async def publish_status(services: JobServices, started: Started) -> None:
     """Publish status.json, except for a replaced or deleted start."""
     start = Start(Tenant(started.tenant), started.job, started.start)
     now = await control.now(services.store, start)
-    if now.state == "deleted" or (now.state == "cancelled" and now.reason.startswith(control.REPLACED)):
-        return
-    job = decode(started.spec_json)
-    status = {
-        "job": start.job, "start": start.id, "kind": job.kind, "state": now.state,
-        "reason": now.reason, "step": await newest_step(services.store, start), "base_model": started.base_model,
-        "run": start.run, "adapts": job.lora.adapts,
+    while not (now.state == "deleted" or (now.state == "cancelled" and now.reason.startswith(control.REPLACED))):
+        await _publish_json(services, start, "status.json", await _status(services, start, started, now))
+        before, now = now, await control.now(services.store, start)
+        if now == before:  # else a newer status may just have been overwritten
+            return
+
+
+async def _status(services: JobServices, start: Start, started: Started, now: Control) -> dict[str, Any]:
+    job, at = decode(started.spec_json), services.clock()
+    steps, most = job.steps, job.steps if job.steps is not None else limits.job_steps_max
+    outline = Outline(start, job, started.held_out)
+    done = await ProgressReader(services.store).look(outline, most)
+    if done.trained and (
+        last := await damage.unless(read(services.store, start.trained(done.trained - 1), Trained), None)
+    ):
+        steps = last.steps
+    current: Activity | None = None
+    if now.state == "running" and now.reason:
+        current = Activity("waiting", now.at)
+    elif now.state == "running":
+        current = await activity.activity(services.store, outline, done, steps or most, at, lambda _: None)
+    return {
+        "job": start.job, "start": start.id, "kind": job.kind, "state": now.state, "reason": now.reason,
+        "step": done.trained, "steps": steps, "activity": current and current.told(), "at": iso(at),
+        "base_model": started.base_model, "run": start.run, "adapts": job.lora.adapts,
     }  # fmt: skip
-    await _publish_json(services, start, "status.json", status)
 
 
 async def publish_bill(services: JobServices, folder: Folder, bill: dict[str, Any]) -> None:

@@ -118,7 +118,8 @@ class Training:
         await outputs.publish_rollouts(self._services, folder, f"evaluation-{version}", outcome.readable)
         await self._services.store.put_if_absent(folder.start.evaluated(version), encode(evaluated))
         await outputs.publish_evaluations(self._services, folder, recipe.steps)
-        await self._note(folder, "")
+        await control.note(self._services.store, folder.start, "", self._services.clock())
+        await outputs.publish_status(self._services, folder.started)
 
     async def _note(self, folder: Folder, reason: str) -> None:
         if await control.note(self._services.store, folder.start, reason, self._services.clock()):

@@ -22,7 +22,7 @@ class JobServices:
     clock: Callable[[], float]
 
 
-def open_services(settings: Settings, store: Store, clock: Callable[[], float]) -> JobServices:
+def open_job_services(settings: Settings, store: Store, clock: Callable[[], float]) -> JobServices:
     """The services of this process. Raises InvalidField for a malformed exchange address."""
     broker = Broker(settings.broker_url, FunctionKey(store))
     return JobServices(store, open_exchange(settings), Notifier(broker.post, clock), clock)

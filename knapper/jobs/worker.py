@@ -108,7 +108,7 @@ class Worker:
         """True if the slice's time was used up: then a doorbell was sent for the rest."""
         services, start = self.services, folder.start
         try:
-            await self._take_up(start)
+            await self._take_up(folder)
             await work(folder, Slice(services, start, services.clock() + self.slice_s), event)
             self._defects.pop(start, None)
             await self._goes_on(folder)
@@ -132,10 +132,11 @@ class Worker:
             await self._fail(event, folder, f"failed {times} times by a defect of the server: {defect!r}")
         return False
 
-    async def _take_up(self, start: Start) -> None:
+    async def _take_up(self, folder: Folder) -> None:
         """Record once per job that this function works on it, for `knapper jobs show`."""
-        if start not in self._taken:
+        if (start := folder.start) not in self._taken:
             await activity.take_up(self.services.store, start, self.function, self.services.clock())
+            await outputs.publish_status(self.services, folder.started)
             if len(self._taken) >= _TAKEN_MAX:
                 self._taken.clear()
             self._taken.add(start)

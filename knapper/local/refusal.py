@@ -15,7 +15,7 @@ _PIECE_BYTES = 65536
 
 async def refuse(listener: socket.socket, error: Unavailable) -> None:
     """Answer with the error whoever waits on the listening socket, or comes before it may be tried again."""
-    tell = partial(_tell, connections.answer(error))
+    tell = partial(_tell, connections.encode_error(error))
     server = await asyncio.start_server(tell, sock=listener.dup(), backlog=BACKLOG)
     try:
         await asyncio.sleep(error.retry_after_s)

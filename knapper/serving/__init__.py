@@ -1,4 +1,1 @@
-"""What a function's process holds between two requests.
-
-The engine, the runs it has claimed, the adapters it samples from.
-"""
+"""State that a function's process keeps between requests: the engine, claimed runs, and adapters."""

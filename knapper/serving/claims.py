@@ -1,4 +1,4 @@
-"""Who may take a run over when a bell comes. For liveness only: whoever claims, the fence keeps the run safe."""
+"""Whether a process may claim a run on a doorbell. For liveness only: the fence keeps the run safe in any case."""
 
 from knapper import limits
 from knapper.errors import NotHolder
@@ -12,28 +12,30 @@ from knapper.store import Store
 
 
 async def expect_free(
-    store: Store, run: RunId, us: Holder, hint: Hint, now: float, manifests: Manifests | None = None
+    store: Store, run: RunId, own: Holder, hint: Hint, now: float, manifests: Manifests | None = None
 ) -> None:
-    """Raises NotHolder, which names the holder, unless the run is ours, nobody's, or its holder is lost."""
+    """Raises NotHolder, which names the holder, unless `own` is the holder, there is none, or it is lost."""
     newest = await (manifests or Manifests(store)).newest(run)
     if newest is None:
         return
     holder = newest[1]
-    if holder.holder.startswith(f"{us.name}/") or (hint.way != "direct" and await _lost(store, run, holder, hint, now)):
+    if holder.holder.startswith(f"{own.name}/") or (
+        hint.way != "direct" and await _lost(store, run, holder, hint, now)
+    ):
         return
     raise NotHolder(f"{run} is held by {holder.holder} at {holder.address}, since epoch {holder.epoch}", 0.2)
 
 
 async def _lost(store: Store, run: RunId, holder: Manifest, hint: Hint, now: float) -> bool:
-    """Whether the gateway says so of this very claim, nobody can ring it, or nothing was heard of it for long."""
+    """Whether the gateway reports this claim lost, the holder has no address, or has been silent for too long."""
     if not holder.address or (hint.way == "lost" and (hint.holder, hint.epoch) == (holder.holder, holder.epoch)):
         return True
-    heard = max(holder.claimed_at, await _last_commit(store, run, holder.snapshot_out))
-    return not 0.0 <= now - heard < limits.holder_stale_s  # one in the future tells nothing: a clock stepped
+    last_seen = max(holder.claimed_at, await _last_commit(store, run, holder.snapshot_out))
+    return not 0.0 <= now - last_seen < limits.holder_stale_s  # a time in the future proves nothing: a clock stepped
 
 
 async def _last_commit(store: Store, run: RunId, after: int) -> float:
-    """When; 0 if there is none."""
+    """When the last commit was made; 0 if there is none."""
     name = await newest_name(store, layout.commits(run), after)
     data = await store.get(name) if name else None
     return 0.0 if data is None else decode(data, Commit, name).committed_at

@@ -1,8 +1,8 @@
-"""What a function answers from, or the reason why there is nothing: the process stays up, and says it.
+"""A lazily loaded value, or the reason why it cannot be loaded: the process stays up and reports it.
 
-A process that ended with its model's fault would be started again and again, here as in a pod, while whoever waits
-hears nothing. The first attempt is made before the port binds; a later one begins when somebody asks, beside the
-answers that give the reason.
+A process that exited because of its model would be restarted again and again, locally as in a pod, while clients wait
+without a reason. The first attempt is made before the port binds; a later one starts when a request comes, while
+requests are refused with the reason.
 """
 
 import threading
@@ -15,7 +15,7 @@ from knapper.concurrency.retry import Attempts, Deaths
 from knapper.engine import host_memory
 from knapper.errors import KnapperError
 
-_DEATHS_MAX: Final = 2  # then the process stands, and says so, before it tries again
+_DEATHS_MAX: Final = 2  # then the process starts without an attempt, and reports the reason first
 _KILLED: Final = (
     "its process was killed, time and again, while it loaded, as one is that takes more memory than there is: give it "
     "more, or serve a smaller model"
@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 
 class Gate(Generic[T]):
-    """`load` blocks, and may raise anything; `what` it loads, as a refusal names it. `now`: monotonic seconds."""
+    """`load` blocks, and may raise anything. `what`: its name in refusals. `now`: monotonic seconds."""
 
     def __init__(self, what: str, load: Callable[[], T], deaths: Deaths, now: Callable[[], float]) -> None:
         self._load = load
@@ -34,31 +34,31 @@ class Gate(Generic[T]):
         self._now = now
         self._attempts = Attempts(what, now)
         self._loaded: T | None = None
-        self._trying = threading.Lock()
+        self._attempt_lock = threading.Lock()
 
     def open(self) -> None:
-        """The first attempt, if there was none. Blocks."""
+        """Make the first attempt, if there was none. Blocks."""
         if self._loaded is not None or self._attempts.reason:
             return
         if (died := self._deaths.count) >= _DEATHS_MAX:
             self._attempts.failed(_KILLED, times=died)
             return
-        with self._trying:
+        with self._attempt_lock:
             self._try()
 
     def value(self) -> T:
-        """What was loaded. Raises Unservable at once while there is nothing."""
+        """The loaded value. Raises Unservable at once if there is none."""
         if self._loaded is None:
-            if self._attempts.due and self._trying.acquire(blocking=False):
-                threading.Thread(target=self._try_beside, name="another attempt", daemon=True).start()
+            if self._attempts.due and self._attempt_lock.acquire(blocking=False):
+                threading.Thread(target=self._try_in_background, name="another attempt", daemon=True).start()
             raise self._attempts.refusal()
         return self._loaded
 
-    def _try_beside(self) -> None:
+    def _try_in_background(self) -> None:
         try:
             self._try()
         finally:
-            self._trying.release()
+            self._attempt_lock.release()
 
     def _try(self) -> None:
         began = self._now()
@@ -66,17 +66,17 @@ class Gate(Generic[T]):
         try:
             self._loaded = self._load()
             self._attempts.succeeded()
-        except Exception as error:  # noqa: BLE001  the border of the process: whatever it is, whoever asks is told
-            self._attempts.failed(self._why(error), self._now() - began)
+        except Exception as error:  # noqa: BLE001  the outermost handler: every error becomes the reason
+            self._attempts.failed(self._reason(error), self._now() - began)
         finally:
             self._deaths.survived()
 
-    def _why(self, error: Exception) -> str:
+    def _reason(self, error: Exception) -> str:
         match error:
             case KnapperError():
                 return str(error)
             case ImportError():
-                return f"{error}: install what it needs (pip install 'knapper[train]'), or mend what is installed"
+                return f"{error}: install what it needs (pip install 'knapper[train]'), or repair what is installed"
             case OSError():
                 return (
                     f"{error.strerror or error}: {error.filename or 'the model'}; free space, or give the right to read"

@@ -1,4 +1,4 @@
-"""The gates of this process: what its functions answer from, each opened once, however many functions share it."""
+"""The gates of this process to its engine and to vLLM: each opened once, however many functions share it."""
 
 import os
 import time
@@ -23,47 +23,47 @@ T = TypeVar("T")
 
 @cache
 def engine() -> "Gate[ServingEngine]":
-    """Of what trains, and samples unless vLLM does. The first call, on the main thread, makes the first attempt."""
-    settings = _begun("engine")
+    """The gate to the engine, which trains, and samples unless vLLM does. First called on the main thread."""
+    settings = _settings("engine")
     if settings.address:
-        shutdown.heed()
-    return _opened("engine", settings, _engine)
+        shutdown.install()
+    return _open("engine", settings, _engine)
 
 
 @cache
 def vllm() -> "Gate[Served]":
-    """Of vLLM, likewise."""
-    settings = _begun("sample")
-    shutdown.heed(by_itself=True)
-    return _opened("vllm", settings, _by_vllm)
+    """The gate to vLLM. First called on the main thread."""
+    settings = _settings("sample")
+    shutdown.install(by_itself=True)
+    return _open("vllm", settings, _vllm)
 
 
 def sampler() -> "Gate[Served] | Gate[ServingEngine]":
-    """Of whoever samples."""
+    """The gate to the sampler that the settings name."""
     return vllm() if Settings.load(os.environ).sampler == "vllm" else engine()
 
 
-def _begun(process: str) -> Settings:
+def _settings(process: str) -> Settings:
     settings = Settings.load(os.environ)
     if not structlog.is_configured():  # the other gate may have done it
         logs.begin(process, settings)
     return settings
 
 
-def _opened(name: str, settings: Settings, load: Callable[[], T]) -> Gate[T]:
-    place = f"loading-{name}-{os.environ.get('FUNCTION_TARGET', 'shared')}"
-    gate = Gate(f"model {settings.model}", load, Deaths(settings.run_directory / place), time.monotonic)
+def _open(name: str, settings: Settings, load: Callable[[], T]) -> Gate[T]:
+    marker = f"loading-{name}-{os.environ.get('FUNCTION_TARGET', 'shared')}"
+    gate = Gate(f"model {settings.model}", load, Deaths(settings.run_directory / marker), time.monotonic)
     gate.open()
     return gate
 
 
 def _engine() -> "ServingEngine":
-    from knapper.serving.engine import engine  # torch, which may be missing or broken
+    from knapper.serving.engine import engine  # imports torch, which may be missing or broken
 
     return engine()
 
 
-def _by_vllm() -> "Served":
+def _vllm() -> "Served":
     from knapper.serving.sampler import by_vllm
 
     return by_vllm(Settings.load(os.environ))

@@ -1,6 +1,6 @@
-"""A process that ends itself once nobody has called it for a while.
+"""Ends an idle process.
 
-The supervisor holds its socket, so that nobody is refused: a caller that comes too late is served by the next process.
+The supervisor holds its socket, so no request is refused: one that comes too late is served by the next process.
 """
 
 import asyncio
@@ -9,16 +9,16 @@ import signal
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_FIRST_S = 5.0  # for who woke the process, at least
-_DRAIN_S = 60  # to end, after the last answer
+_FIRST_S = 5.0  # at least, for the request that started the process
+_DRAIN_S = 60  # to exit, after the last response
 
 log = structlog.get_logger()
 
 
 class IdleTimeout:
-    """The `application`, which ends by SIGTERM when `idle_s` have passed without a request under way.
+    """Wraps an application: ends the process by SIGTERM after `idle_s` without a request under way.
 
-    The server then stops accepting, and answers whatever it had accepted.
+    The server then stops accepting, and answers the requests it has accepted.
     """
 
     def __init__(self, application: ASGIApp, idle_s: float) -> None:
@@ -30,7 +30,7 @@ class IdleTimeout:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._application(scope, receive, self._noting_start(send))
+            await self._application(scope, receive, self._arm_on_startup(send))
             return
         self._under_way += 1
         self._disarm()
@@ -41,13 +41,13 @@ class IdleTimeout:
             if not self._under_way:
                 self._arm(self._idle_s)
 
-    def _noting_start(self, send: Send) -> Send:
-        async def noted(message: Message) -> None:
+    def _arm_on_startup(self, send: Send) -> Send:
+        async def forward(message: Message) -> None:
             await send(message)
             if message["type"] == "lifespan.startup.complete":
                 self._arm(max(self._idle_s, _FIRST_S))
 
-        return noted
+        return forward
 
     def _arm(self, after_s: float) -> None:
         if self._ending:
@@ -64,5 +64,5 @@ class IdleTimeout:
     def _end(self) -> None:
         log.info(f"idle for {self._idle_s:g} s, scaled to zero")
         self._ending = True
-        signal.alarm(_DRAIN_S)  # whose signal ends a process that hangs, whatever it hangs in
+        signal.alarm(_DRAIN_S)  # SIGALRM ends a process that hangs while exiting
         signal.raise_signal(signal.SIGTERM)

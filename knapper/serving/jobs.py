@@ -1,4 +1,4 @@
-"""What the engines' functions do for jobs, made once a process."""
+"""The workers of train_step and sample for jobs, made once per process."""
 
 import os
 import time
@@ -17,7 +17,7 @@ from knapper.jobs.names import Start
 from knapper.jobs.rollouts import RolloutSampler
 from knapper.jobs.run_client import Journal
 from knapper.jobs.runner import Training
-from knapper.jobs.services import JobServices, open_services
+from knapper.jobs.services import JobServices, open_job_services
 from knapper.jobs.spec import KINDS, Kind
 from knapper.jobs.worker import Worker
 from knapper.serving import gates
@@ -31,51 +31,54 @@ if TYPE_CHECKING:
 
 
 async def train(event: Event) -> None:
-    """train_step's part of a job. Raises Unservable, of which the job then tells its user."""
-    await _answer(training, event)
+    """Handle an event for train_step. Raises Unservable, after noting it in the job's status."""
+    await _handle(training, event)
 
 
 async def sample(event: Event) -> None:
-    """sample's part, likewise."""
-    await _answer(sampling, event)
+    """Handle an event for sample. Raises Unservable, after noting it in the job's status."""
+    await _handle(sampling, event)
 
 
-async def _answer(part: Callable[[], Training | RolloutSampler], event: Event) -> None:
+async def _handle(make_worker: Callable[[], Training | RolloutSampler], event: Event) -> None:
     try:
-        worker = part()
+        worker = make_worker()
     except Unservable as error:
-        await pause.note(services(), Start.parse(event.subject), str(error))
+        await pause.note(job_services(), Start.parse(event.subject), str(error))
         raise
     await worker.answer(event)
 
 
 @cache
-def services() -> JobServices:
-    """Where the state lies, with or without an engine."""
+def job_services() -> JobServices:
+    """Needs no engine."""
     settings = Settings.load(os.environ)
-    return open_services(settings, CountedStore(open_store(settings)), time.time)
+    return open_job_services(settings, CountedStore(open_store(settings)), time.time)
 
 
 @cache
 def sampling() -> RolloutSampler:
-    own = served()
-    return RolloutSampler(_worker("sample", own, ["rl"]), own.sampler, _language(own.directory), own.context)
+    sampler = served()
+    return RolloutSampler(
+        _worker("sample", sampler, ["rl"]), sampler.sampler, _language(sampler.directory), sampler.context
+    )
 
 
 @cache
 def training() -> Training:
-    own = gates.engine().value()
-    journal = Journal(own.place.store, own.residents, own.place.clock)
-    return Training(_worker("train_step", own, KINDS), journal, _language(own.directory), own.context)
+    engine = gates.engine().value()
+    journal = Journal(engine.job_services.store, engine.runs, engine.job_services.clock)
+    return Training(_worker("train_step", engine, KINDS), journal, _language(engine.directory), engine.context)
 
 
-def _worker(function: Function, own: "ServingEngine | Served", kinds: Sequence[Kind]) -> Worker:
-    return Worker(function, own.place, _folders(own.place), kinds, own.base_model, directory=str(own.directory))
+def _worker(function: Function, engine: "ServingEngine | Served", kinds: Sequence[Kind]) -> Worker:
+    services = engine.job_services
+    return Worker(function, services, _folders(services), kinds, engine.base_model, directory=str(engine.directory))
 
 
 @cache
 def _folders(services: JobServices) -> Folders:
-    """Both functions of a process read a job once."""
+    """Shared, so that both functions of a process read a job once."""
     return Folders(services.store)
 
 

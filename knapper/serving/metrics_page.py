@@ -1,4 +1,4 @@
-"""GET /metrics of a function: what Prometheus sees of it, beside the work that it is called for."""
+"""GET /metrics of a function, for Prometheus."""
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -6,10 +6,10 @@ from starlette.responses import Response
 from knapper.observability import metrics
 
 
-def asked(request: Request) -> bool:
-    """Whether this is a scrape, and no call."""
+def is_scrape(request: Request) -> bool:
+    """Whether the request is for the metrics, and not for the function."""
     return request.method == "GET" and request.url.path.endswith("/metrics")
 
 
-def answer() -> Response:
+def respond() -> Response:
     return Response(metrics.text(), media_type=metrics.CONTENT_TYPE)

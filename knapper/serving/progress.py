@@ -1,4 +1,4 @@
-"""A sample, told token by token to whoever asked for it."""
+"""A sample, streamed token by token."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -15,36 +15,36 @@ log = structlog.get_logger()
 
 
 async def frames(sampler: SamplerProtocol, sample: SampleRequest) -> AsyncIterator[StreamEvent]:
-    """Each token when it is drawn, then the whole answer. Closing it ends the sample.
+    """Each token when it is drawn, then the whole output. Closing the iterator cancels the sample.
 
     An error before the first token is raised; a later one is the last frame.
     """
     loop = asyncio.get_running_loop()
-    heard: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
+    tokens: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
 
-    def listen(drawn: TokenEvent) -> None:
-        loop.call_soon_threadsafe(heard.put_nowait, drawn)
+    def on_token(token: TokenEvent) -> None:
+        loop.call_soon_threadsafe(tokens.put_nowait, token)
 
-    work = asyncio.ensure_future(sampler.sample(sample, listen))
-    work.add_done_callback(lambda _: heard.put_nowait(None))  # behind every token: the loop keeps their order
-    told = 0
+    work = asyncio.ensure_future(sampler.sample(sample, on_token))
+    work.add_done_callback(lambda _: tokens.put_nowait(None))  # behind every token: the loop keeps their order
+    sent = 0
     try:
-        while (drawn := await heard.get()) is not None:
-            told += 1
-            yield drawn
+        while (token := await tokens.get()) is not None:
+            sent += 1
+            yield token
         output = work.result()
         yield FinishedEvent(proto.encode_sample_response(output), output.device_s)
     except KnapperError as error:
-        if not told:
+        if not sent:
             raise
         yield FailedEvent(error.status, str(error), error.code, error.category, error.field)
     finally:
         if work.cancel():
-            log.info("client left: its sample is cancelled", prompt_tokens=int(sample.prompt.size), told=told)
+            log.info("client left: its sample is cancelled", prompt_tokens=int(sample.prompt.size), told=sent)
 
 
-async def stream(first: StreamEvent, rest: AsyncIterator[StreamEvent]) -> AsyncIterator[bytes]:
+async def stream(first: StreamEvent, remaining: AsyncIterator[StreamEvent]) -> AsyncIterator[bytes]:
     """The frames as bytes, each at once."""
     yield progress.encode(first)
-    async for frame in rest:
+    async for frame in remaining:
         yield progress.encode(frame)

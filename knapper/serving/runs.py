@@ -1,7 +1,4 @@
-"""The runs that this process holds.
-
-Claimed on the first bell, worked on in slices, dropped when fenced or long unused.
-"""
+"""The runs that this process has claimed: on their first doorbell, until they are fenced or idle."""
 
 import asyncio
 import itertools
@@ -28,28 +25,25 @@ from knapper.state.journal.records import Commit
 from knapper.state.journal.run import Run
 from knapper.store import Store
 
-_RESIDENTS_MAX = 64  # states in memory; more than that, and the longest unused is dropped (its journal has everything)
+_RUNS_MAX = 64  # states in memory; beyond that the least recently used is evicted (its journal has everything)
 
 log = structlog.get_logger()
 
 
 @dataclass
-class _Resident(Generic[State]):
-    """One claimed run. `lock` keeps slices apart.
-
-    Snapshots run beside them, one at a time (`snapshots`), the last when all is quiet.
-    """
+class _Entry(Generic[State]):
+    """One run. `lock` serializes slices. Snapshots run beside them, one at a time (`snapshots`), the last when idle."""
 
     run: Run[State] | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     snapshots: asyncio.Lock = field(default_factory=asyncio.Lock)
-    rest: asyncio.TimerHandle | None = None  # of the last bell; it changes with the next
+    idle_timer: asyncio.TimerHandle | None = None  # replaced by each doorbell
     background: asyncio.Task[None] | None = None
-    work: asyncio.Task[bool] | None = None  # of the slice under way, or the last one
+    work: asyncio.Task[bool] | None = None  # the slice under way, or the last one
 
 
 class ClaimedRuns(Generic[State]):
-    """Answers bells. A run that none came for in `rest_s` leaves the memory; 0: never."""
+    """Answers doorbells. A run without a doorbell for `idle_s` is unloaded; 0: never."""
 
     def __init__(
         self,
@@ -58,104 +52,104 @@ class ClaimedRuns(Generic[State]):
         holder: Holder,
         clock: Callable[[], float],
         *,
-        rest_s: float = 0.0,
+        idle_s: float = 0.0,
     ) -> None:
         self._store = store
         self._machine = machine
         self._holder = holder
         self._clock = clock
-        self._rest_s = rest_s
+        self._idle_s = idle_s
         self._manifests = Manifests(store)
-        self._residents: OrderedDict[RunId, _Resident[State]] = OrderedDict()
+        self._entries: OrderedDict[RunId, _Entry[State]] = OrderedDict()
         self._claims = itertools.count(1)
         self._leaving = False
 
     @property
-    def present(self) -> int:
-        """Runs whose state is in memory."""
-        return sum(resident.run is not None for resident in self._residents.values())
+    def loaded(self) -> int:
+        """The number of runs whose state is in memory."""
+        return sum(entry.run is not None for entry in self._entries.values())
 
     def leave(self) -> None:
-        """This process is about to end: slices end after the operation under way, and bells are refused."""
+        """This process is about to end: slices end after the operation under way, and doorbells are refused."""
         self._leaving = True
 
-    async def answer(self, of: RunId, hint: Hint | None = None) -> AsyncIterator[Frame]:
-        """Work on the run for a slice. `hint`: of a gateway that knows who holds it; without one, it is taken over.
+    async def answer(self, run_id: RunId, hint: Hint | None = None) -> AsyncIterator[Frame]:
+        """Work on the run for a slice. `hint`: the holder that the gateway knows of; without one, claim the run anyway.
 
-        Yield each commit as it becomes durable. Raises KnapperError: ring again, unless the user's.
+        Yields each commit as it becomes durable. Raises KnapperError; unless it is a UserError, ring again.
 
-        The work goes on to the end of the operation even if nobody reads; what is durable is found in the store.
+        If the caller hangs up, the operation under way is finished all the same, and its commit is in the store.
         """
-        resident = self._resident(of)
-        await resident.lock.acquire()
+        entry = self._entry(run_id)
+        await entry.lock.acquire()
         try:
-            if resident.rest is not None:
-                resident.rest.cancel()
+            if entry.idle_timer is not None:
+                entry.idle_timer.cancel()
             if self._leaving:
-                raise NotHolder(f"{self._holder.name} is leaving, and works on {of} no more")
-            run = await self._claimed(of, resident, hint)
+                raise NotHolder(f"{self._holder.name} is leaving, and works on {run_id} no more")
+            run = await self._claimed(run_id, entry, hint)
             age_s = metrics.process_age_s() or 0.0
             claimed = Claimed(
                 epoch=run.epoch, holder=run.holder.name, address=run.holder.address, age_s=age_s, out=run.out
             )  # fmt: skip
-            async with aclosing(self._slice(run, resident, claimed)) as frames:
+            async with aclosing(self._slice(run, entry, claimed)) as frames:
                 async for frame in frames:
                     yield frame
         except Unavailable as error:
-            # The same claim goes on with the next bell: it counts what fails again and again.
-            log.warning("slice broken off", run=of, code=error.code, reason=str(error))
+            # The claim stays for the next doorbell: it counts consecutive failures.
+            log.warning("slice broken off", run=run_id, code=error.code, reason=str(error))
             raise
         except KnapperError as error:
-            log.warning("run dropped from memory", run=of, code=error.code, reason=str(error))
-            resident.run = None
+            log.warning("run dropped from memory", run=run_id, code=error.code, reason=str(error))
+            entry.run = None
             raise
         finally:
-            # Nothing is awaited here: a reader that leaves is cancelled again at every await, and a lock let go before
-            # the work has ended would let two slices into one run.
-            if resident.work is None or resident.work.done():
-                resident.lock.release()
+            # No await here: the task of a caller that hung up is cancelled again at every await, and releasing the lock
+            # before the work has ended would let two slices work on one run.
+            if entry.work is None or entry.work.done():
+                entry.lock.release()
             else:
-                resident.work.add_done_callback(lambda work: _let_go(resident.lock, work))
-            self._rest_later(resident)
+                entry.work.add_done_callback(lambda work: _release(entry.lock, work))
+            self._unload_later(entry)
 
-    def _resident(self, run: RunId) -> _Resident[State]:
-        resident = self._residents.setdefault(run, _Resident())
-        self._residents.move_to_end(run)
-        for other in list(self._residents):
-            if len(self._residents) <= _RESIDENTS_MAX:
+    def _entry(self, run: RunId) -> _Entry[State]:
+        entry = self._entries.setdefault(run, _Entry())
+        self._entries.move_to_end(run)
+        for other in list(self._entries):
+            if len(self._entries) <= _RUNS_MAX:
                 break
-            if not self._residents[other].lock.locked() and other != run:
-                del self._residents[other]
-        return resident
+            if not self._entries[other].lock.locked() and other != run:
+                del self._entries[other]
+        return entry
 
-    async def _claimed(self, run: RunId, resident: _Resident[State], hint: Hint | None) -> Run[State]:
-        if resident.run is not None and hint is not None and hint.epoch > resident.run.epoch:
+    async def _claimed(self, run: RunId, entry: _Entry[State], hint: Hint | None) -> Run[State]:
+        if entry.run is not None and hint is not None and hint.epoch > entry.run.epoch:
             log.warning("run dropped from memory", run=run, reason=f"{hint.holder} claimed it at epoch {hint.epoch}")
-            resident.run = None
-        if resident.run is None:
+            entry.run = None
+        if entry.run is None:
             if hint is not None and self._holder.address:
                 await claims.expect_free(self._store, run, self._holder, hint, self._clock(), self._manifests)
             began = self._clock()
             holder = replace(self._holder, name=f"{self._holder.name}/{next(self._claims)}")
-            resident.run = await Run.claim(self._store, run, self._machine, holder, self._clock, self._manifests)
-            metrics.replayed_seconds.inc(resident.run.replay_cost_s)
-            tell = log.info if resident.run.epoch > 1 else log.debug  # a new run is no news
-            tell(
-                "run restored", run=run, epoch=resident.run.epoch, applied=resident.run.applied,
-                replayed_s=round(resident.run.replay_cost_s, 2), took_s=round(self._clock() - began, 2),
+            entry.run = await Run.claim(self._store, run, self._machine, holder, self._clock, self._manifests)
+            metrics.replayed_seconds.inc(entry.run.replay_cost_s)
+            write = log.info if entry.run.epoch > 1 else log.debug  # a new run is no news
+            write(
+                "run restored", run=run, epoch=entry.run.epoch, applied=entry.run.applied,
+                replayed_s=round(entry.run.replay_cost_s, 2), took_s=round(self._clock() - began, 2),
             )  # fmt: skip
-            if resident.run.terms_before is not None:
+            if entry.run.terms_before is not None:
                 log.warning(
                     "claimed on other terms: what is replayed may differ in its last bits; published results stay",
                     run=run,
-                    before=msgspec.structs.asdict(resident.run.terms_before),
+                    before=msgspec.structs.asdict(entry.run.terms_before),
                     now=msgspec.structs.asdict(self._holder.terms),
                 )
-        return resident.run
+        return entry.run
 
-    async def _slice(self, run: Run[State], resident: _Resident[State], claimed: Claimed) -> AsyncGenerator[Frame]:
-        """The claim, told while the work begins already; its commits; its end."""
-        now = asyncio.get_running_loop().time  # the clock of the day may step, and a slice stays one
+    async def _slice(self, run: Run[State], entry: _Entry[State], claimed: Claimed) -> AsyncGenerator[Frame]:
+        """Yields the claim, while the work already begins; then the commits; then the end."""
+        now = asyncio.get_running_loop().time  # monotonic, so that a slice keeps its length
         end = now() + limits.slice_s
 
         def over() -> bool:
@@ -166,32 +160,32 @@ class ClaimedRuns(Generic[State]):
         async def publish(n: int, commit: Commit) -> None:
             committed.put_nowait(Committed(n=n, commit=commit))
             if run.wants_snapshot:
-                self._snapshot_in_background(run, resident)
+                self._snapshot_in_background(run, entry)
 
         async def work() -> bool:
             try:
                 while not over():
                     if run.must_snapshot:
-                        await self._snapshot(run, resident, lambda: run.must_snapshot)
+                        await self._snapshot(run, entry, lambda: run.must_snapshot)
                     if not await run.apply_pending(over, publish):
                         return False
                 return True
             finally:
                 committed.put_nowait(None)
 
-        task = resident.work = asyncio.ensure_future(work())
+        task = entry.work = asyncio.ensure_future(work())
         try:
             yield claimed
             while (frame := await committed.get()) is not None:
                 yield frame
             more = await asyncio.shield(task)
         finally:
-            end = now()  # if the reader left: the operation under way is finished, and then `answer` lets go
+            end = now()  # if the caller hung up: finish the operation under way, then `answer` releases the lock
         yield Done(applied=run.applied, more=more)
 
-    async def _snapshot(self, run: Run[State], resident: _Resident[State], wanted: Callable[[], bool]) -> None:
-        """Take one, unless another that was under way made it needless; and delete those that it supersedes."""
-        async with resident.snapshots:
+    async def _snapshot(self, run: Run[State], entry: _Entry[State], wanted: Callable[[], bool]) -> None:
+        """Take a snapshot, unless another made it needless meanwhile; and delete those that it supersedes."""
+        async with entry.snapshots:
             if not wanted():
                 return
             began = self._clock()
@@ -202,60 +196,60 @@ class ClaimedRuns(Generic[State]):
             except StoreError as error:
                 log.debug("superseded snapshots are left to the gateway", run=run.run, reason=str(error))
 
-    def _snapshot_in_background(self, run: Run[State], resident: _Resident[State]) -> None:
-        if resident.snapshots.locked():
+    def _snapshot_in_background(self, run: Run[State], entry: _Entry[State]) -> None:
+        if entry.snapshots.locked():
             return
 
         async def snapshot() -> None:
             try:
-                await self._snapshot(run, resident, lambda: run.wants_snapshot)
+                await self._snapshot(run, entry, lambda: run.wants_snapshot)
             except KnapperError as error:
                 log.warning("snapshot failed", run=run.run, code=error.code, reason=str(error))
-                if resident.run is run:
-                    resident.run = None  # the next bell claims anew
+                if entry.run is run:
+                    entry.run = None  # the next doorbell claims the run again
 
-        resident.background = asyncio.ensure_future(snapshot())
+        entry.background = asyncio.ensure_future(snapshot())
 
-    def _rest_later(self, resident: _Resident[State]) -> None:
-        if resident.rest is not None:
-            resident.rest.cancel()
-        if self._rest_s > 0:
-            resident.rest = asyncio.get_running_loop().call_later(self._rest_s, self._rest, resident)
+    def _unload_later(self, entry: _Entry[State]) -> None:
+        if entry.idle_timer is not None:
+            entry.idle_timer.cancel()
+        if self._idle_s > 0:
+            entry.idle_timer = asyncio.get_running_loop().call_later(self._idle_s, self._unload, entry)
 
-    def _rest(self, resident: _Resident[State]) -> None:
-        """No bell came for long: the run leaves the memory, stored if its replay is worth more than its bytes.
+    def _unload(self, entry: _Entry[State]) -> None:
+        """Unload an idle run, with a snapshot if replaying would cost more than storing it.
 
-        The next bell claims it anew, from its newest snapshot, to the last bit.
+        The next doorbell claims it again and restores it bit by bit.
         """
-        run, timer = resident.run, resident.rest
+        run, timer = entry.run, entry.idle_timer
         if run is None:
             return
-        if _busy(resident) or resident.snapshots.locked():
-            self._rest_later(resident)
+        if _busy(entry) or entry.snapshots.locked():
+            self._unload_later(entry)
             return
 
-        async def rest() -> None:
+        async def unload() -> None:
             try:
-                await self._snapshot(run, resident, lambda: run.worth_snapshot)
+                await self._snapshot(run, entry, lambda: run.worth_snapshot)
             except KnapperError as error:
                 log.warning("snapshot failed", run=run.run, code=error.code, reason=str(error))
                 if isinstance(error, Unavailable):
-                    self._rest_later(resident)
+                    self._unload_later(entry)
                     return
-            # Nothing is awaited from here on: a bell that came meanwhile keeps the run.
-            if resident.run is run and resident.rest is timer and not _busy(resident):
-                resident.run = None
+            # No await from here on: a doorbell that came meanwhile keeps the run.
+            if entry.run is run and entry.idle_timer is timer and not _busy(entry):
+                entry.run = None
                 log.debug("run unloaded: it was idle", run=run.run, applied=run.applied)
 
-        resident.background = asyncio.ensure_future(rest())
+        entry.background = asyncio.ensure_future(unload())
 
 
-def _busy(resident: _Resident[Any]) -> bool:
-    return resident.lock.locked() or (resident.work is not None and not resident.work.done())
+def _busy(entry: _Entry[Any]) -> bool:
+    return entry.lock.locked() or (entry.work is not None and not entry.work.done())
 
 
-def _let_go(lock: asyncio.Lock, work: asyncio.Task[bool]) -> None:
-    """The end of work that nobody reads of. What it met, the next bell meets again."""
-    if not work.cancelled() and (met := work.exception()) is not None:
-        log.warning("a slice that nobody reads broke off", reason=str(met))
+def _release(lock: asyncio.Lock, work: asyncio.Task[bool]) -> None:
+    """Ends a slice whose caller hung up. The next doorbell meets the same error again."""
+    if not work.cancelled() and (error := work.exception()) is not None:
+        log.warning("a slice that nobody reads broke off", reason=str(error))
     lock.release()

@@ -1,4 +1,4 @@
-"""The sampler of this process, whichever its settings name: the engine's own, or vLLM."""
+"""The sampler of this process: the engine's own, or vLLM, as its settings say."""
 
 import os
 import time
@@ -9,7 +9,7 @@ from typing import Protocol
 
 from knapper.catalogue.servable import expect_files
 from knapper.errors import InvalidField
-from knapper.jobs.services import JobServices, open_services
+from knapper.jobs.services import JobServices, open_job_services
 from knapper.observability import metrics
 from knapper.serving import gates
 from knapper.settings import Settings
@@ -20,7 +20,7 @@ from knapper.wire.types import SampleOutput, SampleRequest
 
 
 class SamplerProtocol(Protocol):
-    """What both are: knapper.engine.sampling.sampler.EngineSampler says what is promised."""
+    """The interface of both; knapper.engine.sampling.sampler.EngineSampler documents it."""
 
     @property
     def active(self) -> int: ...
@@ -32,28 +32,25 @@ class SamplerProtocol(Protocol):
 
 @dataclass(frozen=True)
 class Served:
-    """What the sample function needs to answer."""
+    """A sampler and its base model."""
 
     base_model: str
     directory: Path
     context: int
     sampler: SamplerProtocol
-    place: JobServices  # of jobs
+    job_services: JobServices
 
 
 def served() -> Served:
-    """What samples. Raises Unservable. Everything comes from the environment.
-
-    The gate was opened before: see knapper.serving.gates.
-    """
+    """The sampler of the environment's settings, whose gate must be open already. Raises Unservable."""
     if Settings.load(os.environ).sampler == "vllm":
         return gates.vllm().value()
-    own = gates.engine().value()
-    return Served(own.base_model, own.directory, own.context, own.sampler, own.place)
+    engine = gates.engine().value()
+    return Served(engine.base_model, engine.directory, engine.context, engine.sampler, engine.job_services)
 
 
 def by_vllm(settings: Settings) -> Served:
-    """A process that only samples loads nothing of training. Raises UserError."""
+    """Start vLLM. Loads nothing of training. Raises UserError."""
     from knapper.vllm.factory import open_sampler
 
     if not settings.model_directory:
@@ -63,5 +60,5 @@ def by_vllm(settings: Settings) -> Served:
     store = CountedStore(open_store(settings))
     sampler, context = open_sampler(settings, store, os.environ)
     metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
-    place = open_services(settings, store, time.time)
-    return Served(settings.model, Path(settings.model_directory), context, sampler, place)
+    job_services = open_job_services(settings, store, time.time)
+    return Served(settings.model, Path(settings.model_directory), context, sampler, job_services)

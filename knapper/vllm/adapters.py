@@ -1,8 +1,8 @@
-"""Adapters as files that the core reads: fetched once, verified, in memory, the least used gone first.
+"""Adapters as files that the core reads: fetched once, verified, kept in memory, least recently used evicted first.
 
     adapters/<run>/<seq>/  --bundles.read, verified-->  <memory>/knapper-adapters-.../<number>/adapter_model.safetensors
 
-What they hold is what they are: two checkpoints with the same bytes are one adapter, and no two others ever are.
+Their content identifies them: checkpoints with the same bytes are one adapter, all others are different adapters.
 """
 
 import asyncio
@@ -37,8 +37,8 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
-class Shelved:
-    """An adapter that is here."""
+class FetchedAdapter:
+    """An adapter whose files are here."""
 
     adapter: Adapter
     spec: Spec
@@ -46,10 +46,10 @@ class Shelved:
 
 
 @dataclass(eq=False)
-class _Place:
-    """`users`: samples that need the adapter now, or wait for it: it stays."""
+class _Entry:
+    """`users`: samples that use the adapter or wait for it; it stays meanwhile."""
 
-    fetched: asyncio.Future[Shelved]
+    fetched: asyncio.Future[FetchedAdapter]
     users: int = 0
 
     @property
@@ -58,7 +58,9 @@ class _Place:
 
 
 class AdapterFiles:
-    """`forget` hears of an adapter that goes. `refuse(spec)` says why the core cannot have one, or nothing."""
+    """The local adapter files. `forget` is called for an evicted adapter. `refuse(spec)`: why the core cannot have one;
+    empty if it can.
+    """
 
     def __init__(
         self,
@@ -71,85 +73,94 @@ class AdapterFiles:
         self._store, self._facts, self._forget, self._refuse = store, facts, forget, refuse
         _sweep(memory)
         self._memory = memory
-        self._directory: Path | None = None  # made for the first adapter: a process without any leaves nothing
-        self._held = -1  # a descriptor of it, as long as this process lives
+        self._directory: Path | None = None  # made for the first adapter: without any, a process leaves nothing
+        self._descriptor = -1  # the open directory, for as long as this process lives
         self._numbers = itertools.count(1)
-        self._contents: dict[str, str] = {}  # of bundles: what a name holds never changes
-        self._here: OrderedDict[str, _Place] = OrderedDict()  # by content, the longest unused first
+        self._contents: dict[str, str] = {}  # by bundle, whose content never changes
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # by content, least recently used first
 
     @asynccontextmanager
-    async def take(self, bundle: str) -> AsyncIterator[Shelved]:
-        """The adapter of a bundle, which stays until this is left.
+    async def take(self, bundle: str) -> AsyncIterator[FetchedAdapter]:
+        """The adapter of a bundle, which stays until the context exits.
 
-        Raises NotFound once it was deleted, Corrupt if it is not what its index says, UserError for one that the core
-        cannot have.
+        Raises NotFound if it was deleted, Corrupt if it differs from its index, UserError if the core cannot have it.
         """
-        place = await self._place(bundle)
-        place.users += 1
+        entry = await self._entry(bundle)
+        entry.users += 1
         try:
-            shelved = await asyncio.shield(place.fetched)  # one caller's end must not take it from another
-            await self._make_room()
-            yield shelved
+            fetched = await asyncio.shield(entry.fetched)  # shielded: other callers may wait for the same fetch
+            await self._trim()
+            yield fetched
         finally:
-            place.users -= 1
+            entry.users -= 1
 
     def close(self) -> None:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
-            os.close(self._held)
+            os.close(self._descriptor)
 
-    async def _place(self, bundle: str) -> _Place:
+    async def _entry(self, bundle: str) -> _Entry:
         content = self._contents.get(bundle)
-        if content is None or content not in self._here:
+        if content is None or content not in self._entries:
             index = await bundles.read_index(self._store, bundle)
             if index is None:
                 raise NotFound(
                     "the weights of this sampler are gone: its checkpoint was deleted or expired, and its session has "
                     "ended; create another sampling client"
                 )
-            if why := self._refuse(index.spec):
-                raise UserError(why)
+            if reason := self._refuse(index.spec):
+                raise UserError(reason)
             content = self._contents[bundle] = _content(index)
-        place = self._here.get(content)
-        if place is None or place.failed:
-            place = self._here[content] = _Place(asyncio.ensure_future(self._fetch(bundle, content)))
-        self._here.move_to_end(content)
-        return place
+        entry = self._entries.get(content)
+        if entry is None or entry.failed:
+            entry = self._entries[content] = _Entry(asyncio.ensure_future(self._fetch(bundle, content)))
+        self._entries.move_to_end(content)
+        return entry
 
-    async def _fetch(self, bundle: str, content: str) -> Shelved:
+    async def _fetch(self, bundle: str, content: str) -> FetchedAdapter:
         index, files = await bundles.read(self._store, bundle, _FILES)
-        # Whatever is wrong with it is found here: what the core fails to load may end it, for all.
-        where = layout(self._facts, index.spec)
-        await asyncio.to_thread(checkpoint_format.read, files, index.spec, where, with_optimizer=False)
+        # Checked here: an adapter that the core fails to load may end the core, for all requests.
+        adapter_layout = layout(self._facts, index.spec)
+        await asyncio.to_thread(checkpoint_format.read, files, index.spec, adapter_layout, with_optimizer=False)
         number = next(self._numbers)
         if self._directory is None:
-            self._directory, self._held = _own(self._memory)
+            self._directory, self._descriptor = _locked_directory(self._memory)
         directory = self._directory / str(number)
         await asyncio.to_thread(_write, directory, files)
         size = sum(map(len, files.values()))
         log.info("adapter fetched", adapter=bundle, content=content[:12], bytes=size)
-        return Shelved(Adapter(number, content, directory), index.spec, size)
+        return FetchedAdapter(Adapter(number, content, directory), index.spec, size)
 
-    async def _make_room(self) -> None:
-        """The longest unused go, until the rest fits; those that are needed now stay in any case."""
-        here = {
-            content: (place, place.fetched.result())
-            for content, place in self._here.items()
-            if place.fetched.done() and not place.failed
+    async def _trim(self) -> None:
+        """Evict the least recently used until the rest fits; adapters in use stay in any case."""
+        present = {
+            content: (entry, entry.fetched.result())
+            for content, entry in self._entries.items()
+            if entry.fetched.done() and not entry.failed
         }
-        count, size = len(here), sum(shelved.size for _, shelved in here.values())
-        for content, (place, shelved) in here.items():
+        count, size = len(present), sum(fetched.size for _, fetched in present.values())
+        for content, (entry, fetched) in present.items():
             if count <= limits.adapters_cached_max and size <= limits.adapters_cached_bytes_max:
                 return
-            if place.users == 0 and self._here.get(content) is place:
-                del self._here[content]
-                count, size = count - 1, size - shelved.size
-                await self._forget(shelved.adapter)
-                await asyncio.to_thread(shutil.rmtree, shelved.adapter.directory, ignore_errors=True)
+            if entry.users == 0 and self._entries.get(content) is entry:
+                del self._entries[content]
+                count, size = count - 1, size - fetched.size
+                await self._forget(fetched.adapter)
+                await asyncio.to_thread(shutil.rmtree, fetched.adapter.directory, ignore_errors=True)
+
+
+def refusal(spec: Spec, rank_max: int) -> str:
+    """Why vLLM cannot have an adapter that the engine's sampler can; empty if it can."""
+    if spec.rank > rank_max:
+        return (
+            f"the adapter has rank {spec.rank}; this vLLM sampler has room for ranks up to {rank_max}. Sample it with "
+            "the torch sampler (KNAPPER_SAMPLER=torch), or raise KNAPPER_VLLM_RANK"
+        )
+    return ""
 
 
 def _content(index: Index) -> str:
-    """The hash of what the core reads of the bundle."""
+    """The hash of the bundle's files that the core reads."""
     parts = sorted((part.name, part.sha256) for part in index.parts if part.name in _FILES)
     return hashlib.sha256(b"".join(sha256 for _, sha256 in parts)).hexdigest()
 
@@ -160,13 +171,13 @@ def _write(directory: Path, files: dict[str, bytes]) -> None:
         (directory / name).write_bytes(files[name])
 
 
-def _own(memory: Path) -> tuple[Path, int]:
-    """A new directory for this account alone, and a descriptor that holds it."""
+def _locked_directory(memory: Path) -> tuple[Path, int]:
+    """A new directory for this account alone, and its descriptor, which locks it."""
     while True:
         directory = Path(tempfile.mkdtemp(prefix=_OURS, dir=memory))
         try:
             descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:  # another process swept it before it was held
+        except FileNotFoundError:  # another process swept it before it was locked
             continue
         hold(descriptor)
         if os.fstat(descriptor).st_nlink:
@@ -175,7 +186,7 @@ def _own(memory: Path) -> tuple[Path, int]:
 
 
 def _sweep(memory: Path) -> None:
-    """What processes left that were killed: it is memory. Those that live hold their directory."""
+    """Remove directories of killed processes, as they take memory. A living process locks its own."""
     for path in memory.glob(f"{_OURS}*"):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

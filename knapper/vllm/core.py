@@ -1,6 +1,6 @@
-"""The one module that imports vLLM: an engine core in processes of its own, and what is asked of it.
+"""The one module that imports vLLM: an engine core in processes of its own, and requests to it.
 
-The core's processes are vLLM's. This side holds an `AsyncLLM`, which is bound to the event loop that uses it first.
+The core's processes are vLLM's. This side holds an `AsyncLLM`, which binds to the event loop that uses it first.
 """
 
 import itertools
@@ -15,26 +15,25 @@ from typing import Any, Final, Literal
 from knapper import limits
 from knapper.errors import InvalidField, KnapperError, Unavailable
 
-RANKS: Final = (8, 16, 32, 64, 128, 256)  # that vLLM makes room for; an adapter's may be any up to it
-TEMPERATURES: Final = (0.01, 2.0)  # outside of these vLLM raises it in silence, or refuses it
-SERVER: Final = "_KNAPPER_VLLM_SERVER"  # names this process to the core's, which end with it; it is no setting
-_CLOSE_S: Final = 1.5  # for a core to end by itself, then it is killed: it holds nothing that must be saved
+RANKS: Final = (8, 16, 32, 64, 128, 256)  # vLLM's sizes of adapter slots; an adapter's rank may be any up to its slot's
+TEMPERATURES: Final = (0.01, 2.0)  # outside of these vLLM raises it silently, or refuses it
+SERVER: Final = "_KNAPPER_VLLM_SERVER"  # tells the core's processes which process to end with; not a setting
+_CLOSE_S: Final = 1.5  # seconds for a core to end by itself before it is killed: it holds nothing to save
 Top = list[tuple[int, float]]  # (token, log-probability), the likeliest first
 
 
 class CoreEnded(Unavailable):
-    """vLLM's engine core ended under a request. Another is on its way: ask again."""
+    """vLLM's engine core ended during a request. Another one starts: retry."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a core is made. `memory`: the part of a GPU that it takes; on a CPU keys and values have `kv_bytes`, which
-    are whole GiB."""
+    """The options of a core. `memory`: its part of a GPU; on a CPU the KV cache has `kv_bytes`, whole GiB."""
 
     directory: Path
     dtype: Literal["float32", "bfloat16"]
     context: int
-    texts_max: int
+    sequences_max: int
     rank_max: int
     adapters_at_once: int
     adapters_kept: int
@@ -46,10 +45,10 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One text. `top`: alternatives told with each token; `prompt_top`: with each of the prompt's, None: nothing.
+class SequenceRequest:
+    """One sequence. `top`: alternatives of each token; `prompt_top`: of each prompt token, None: no prompt scores.
 
-    `whole`: it is told once it has ended, and not token by token.
+    `whole`: one delta at the end instead of one for each step.
     """
 
     prompt: list[int]
@@ -66,7 +65,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Files that the core can read. `number` names it to the core, `content` its bytes: both are never used twice."""
+    """Adapter files for the core. `number` names them to the core, `content` their bytes; neither is reused."""
 
     number: int
     content: str
@@ -75,20 +74,20 @@ class Adapter:
 
 @dataclass(frozen=True)
 class TokenDelta:
-    """What came of a text: tokens since the last piece, each with its log-probability and its alternatives.
+    """New output of a sequence: tokens since the last delta, each with its log-probability and its alternatives.
 
-    `prompt`: with the first piece, for each token of the prompt (own log-probability, alternatives), None at 0.
+    `prompt`, with the first delta: (own log-probability, alternatives) of each prompt token, None at 0.
     """
 
     tokens: Sequence[int]
     logprobs: Sequence[float]
     tops: Sequence[Top]
     prompt: Sequence[tuple[float, Top] | None] | None = None
-    cached: int = 0  # tokens of the prompt that other texts had left
+    cached: int = 0  # prompt tokens that the prefix cache had
 
 
 class Core:
-    """A running engine. Make it with `start`; it is of no more use once `ended`."""
+    """A running engine core, made by `start`; of no use once `ended`."""
 
     def __init__(self, llm: Any, sleeps: bool) -> None:
         self._llm = llm
@@ -98,7 +97,8 @@ class Core:
 
     @classmethod
     def start(cls, options: Options, environ: MutableMapping[str, str]) -> "Core":
-        """Blocks for tens of seconds, until it can sample. `environ`: this process's, which vLLM reads settings from.
+        """Blocks for tens of seconds, until the core can sample. `environ`: this process's; vLLM reads settings from
+        it.
 
         Raises Unavailable if vLLM does not start.
         """
@@ -112,12 +112,12 @@ class Core:
         arguments = AsyncEngineArgs(
             model=str(options.directory),
             skip_tokenizer_init=True,  # token ids in, token ids out; stops are found here
-            generation_config="vllm",  # a model's own defaults for temperature and the like are no part of the contract
+            generation_config="vllm",  # ignores the model's own defaults for temperature and the like
             dtype=options.dtype,
             max_model_len=options.context,
-            max_num_seqs=options.texts_max,
+            max_num_seqs=options.sequences_max,
             max_logprobs=limits.top_logprobs_max,
-            logprobs_mode="processed_logprobs",  # of the distribution that is drawn from: tempered and cut
+            logprobs_mode="processed_logprobs",  # of the sampling distribution: tempered and truncated
             enable_lora=True,
             max_loras=options.adapters_at_once,
             max_cpu_loras=max(options.adapters_kept, options.adapters_at_once),
@@ -127,69 +127,69 @@ class Core:
             gpu_memory_utilization=options.memory,
             enable_sleep_mode=options.sleeps,
             disable_log_stats=True,
-            worker_extension_cls="knapper.vllm.worker.Mends",
+            worker_extension_cls="knapper.vllm.worker.WorkerPatches",
         )
         try:
             return cls(AsyncLLM.from_engine_args(arguments), options.sleeps)
-        except Exception as error:  # whatever keeps it from starting; its own lines are in the log
+        except Exception as error:  # any reason; its own lines are in the log
             raise Unavailable(f"vLLM did not start: {error}", retry_after_s=10.0) from error
 
-    async def mend(self) -> None:
-        """Before the first sample. Raises CoreEnded."""
-        with _told():
-            await self._llm.collective_rpc("knapper_mend")
+    async def patch(self) -> None:
+        """Patch the worker before the first sample. Raises CoreEnded."""
+        with _core_errors():
+            await self._llm.collective_rpc("knapper_patch")
 
     @property
     def ended(self) -> bool:
-        """Whether its processes are gone, or about to be."""
+        """Whether its processes have ended, or are about to."""
         return bool(self._llm.errored)
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes that this one started for it; those have workers of their own."""
+        """The processes that this one started for it; those have workers of their own."""
         return [process.pid for process in self._processes]
 
-    async def generate(self, ask: Ask, adapter: Adapter | None) -> AsyncGenerator[TokenDelta]:
-        """Closing it ends the text in the core too. Raises CoreEnded."""
+    async def generate(self, request: SequenceRequest, adapter: Adapter | None) -> AsyncGenerator[TokenDelta]:
+        """Closing it ends the sequence in the core too. Raises CoreEnded."""
         from vllm.inputs import tokens_input
 
         name = str(next(self._names))
-        answers = self._llm.generate(tokens_input(ask.prompt), _params(ask), name, lora_request=_lora(adapter))
-        with _told():
-            async with aclosing(answers):
-                async for answer in answers:
-                    yield _piece(answer, ask)
+        outputs = self._llm.generate(tokens_input(request.prompt), _params(request), name, lora_request=_lora(adapter))
+        with _core_errors():
+            async with aclosing(outputs):
+                async for output in outputs:
+                    yield _delta(output, request)
 
     async def load(self, adapter: Adapter) -> None:
-        """Into the core's memory, between two of its steps. Raises CoreEnded, or KnapperError if vLLM refuses it."""
+        """Load an adapter between two steps. Raises CoreEnded, or KnapperError if vLLM refuses it."""
         try:
-            with _told():
+            with _core_errors():
                 await self._llm.add_lora(_lora(adapter))
         except KnapperError:
             raise
-        except Exception as error:  # what its worker raises comes as whatever it was
+        except Exception as error:  # its worker's errors come as any type
             raise KnapperError(f"vLLM does not load adapter {adapter.content}: {error}") from error
 
     async def forget(self, adapter: Adapter) -> None:
-        """Nothing happens if it is not loaded, or the core has ended."""
+        """Unload an adapter. No effect if it is not loaded, or the core has ended."""
         if not self.ended:
             await self._llm.remove_lora(adapter.number)
 
     async def sleep(self) -> bool:
-        """Give the GPU's memory back, weights kept in the host's. False where vLLM cannot: close it then."""
+        """Release the GPU's memory, weights kept in the host's. False where vLLM cannot: close it then."""
         if not self._sleeps:
             return False
-        with _told():
+        with _core_errors():
             await self._llm.sleep(level=1)
         return True
 
     async def wake(self) -> None:
-        """After `sleep`. Raises CoreEnded."""
-        with _told():
+        """Undo `sleep`. Raises CoreEnded."""
+        with _core_errors():
             await self._llm.wake_up()
 
     def close(self) -> None:
-        """End its processes. Blocks until they are gone, a few seconds at most."""
+        """End its processes. Blocks until they have ended, a few seconds at most."""
         try:
             self._llm.shutdown(timeout=_CLOSE_S)
         finally:
@@ -199,15 +199,15 @@ class Core:
 
 
 def abandon_start() -> None:
-    """Make a `Core.start` that blocks in another thread raise soon, if it has a process yet. Running cores end too."""
+    """End a `Core.start` that blocks in another thread, once it has a process. Running cores end too."""
     for process in multiprocessing.active_children():
         if process.name.startswith("EngineCore"):
             process.kill()
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """What vLLM raises when its core is gone, in this library's words."""
+def _core_errors() -> Iterator[None]:
+    """Raises CoreEnded for vLLM's errors of an ended core."""
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
     try:
@@ -217,17 +217,18 @@ def _told() -> Iterator[None]:
 
 
 def _prepare(options: Options, environ: MutableMapping[str, str]) -> None:
-    """What vLLM takes from the environment only. What an operator set stays, but for what KNAPPER_ variables say.
+    """Sets the options that vLLM reads from the environment only. An operator's values stay, except for KNAPPER_
+    settings.
 
-    Raises InvalidField for what would end the core at the first sample.
+    Raises InvalidField for a value that would end the core at the first sample.
     """
     if options.device == "cpu" and environ.get("VLLM_BATCH_INVARIANT", "0") != "0":
         raise InvalidField(
             "VLLM_BATCH_INVARIANT", environ["VLLM_BATCH_INVARIANT"], "0 on a CPU",
             "vLLM's batch-invariant kernels are for GPUs: unset it",
         )  # fmt: skip
-    wanted = {
-        "VLLM_USE_V2_MODEL_RUNNER": "0",  # the mends of knapper.vllm.worker are for the first
+    variables = {
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # the patches of knapper.vllm.worker are for version 1
         "VLLM_NO_USAGE_STATS": "1",  # it would report to its makers
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
@@ -235,70 +236,70 @@ def _prepare(options: Options, environ: MutableMapping[str, str]) -> None:
         "HF_HUB_OFFLINE": "1",
     }
     if options.device == "cpu":
-        wanted |= {
+        variables |= {
             "VLLM_CPU_KVCACHE_SPACE": str(options.kv_bytes // (1024 * limits.MIB)),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes of a pod or laptop compute too
             "OMP_WAIT_POLICY": "PASSIVE",
             "KMP_BLOCKTIME": "0",
-            "TORCH_COMPILE_DISABLE": "1",  # one small function of the sampler is, for 13 s of the first request
+            "TORCH_COMPILE_DISABLE": "1",  # it compiles one small function, for 13 s of the first request
         }
         if options.threads:
             environ["OMP_NUM_THREADS"] = str(options.threads)
-    for name, value in wanted.items():
+    for name, value in variables.items():
         environ.setdefault(name, value)
     environ[SERVER] = str(os.getpid())
 
 
-def _params(ask: Ask) -> Any:
+def _params(request: SequenceRequest) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        max_tokens=ask.tokens_max,
-        seed=ask.seed,
-        temperature=ask.temperature,
-        top_k=ask.top_k,
-        top_p=ask.top_p,
-        ignore_eos=True,  # those that count are among the stops
-        stop_token_ids=list(ask.ends),
-        logprobs=ask.top,
-        prompt_logprobs=ask.prompt_top,
+        max_tokens=request.tokens_max,
+        seed=request.seed,
+        temperature=request.temperature,
+        top_k=request.top_k,
+        top_p=request.top_p,
+        ignore_eos=True,  # end tokens are among stop_token_ids
+        stop_token_ids=list(request.ends),
+        logprobs=request.top,
+        prompt_logprobs=request.prompt_top,
         detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY if ask.whole else RequestOutputKind.DELTA,
+        output_kind=RequestOutputKind.FINAL_ONLY if request.whole else RequestOutputKind.DELTA,
     )
 
 
 def _lora(adapter: Adapter | None) -> Any:
     from vllm.lora.request import LoRARequest
 
-    # The name keys cached prompts: it is the content, so that no two adapters ever share one.
+    # The name is the key of cached prompts: by content, no two adapters ever share one.
     return None if adapter is None else LoRARequest(adapter.content, adapter.number, str(adapter.directory))
 
 
-def _piece(answer: Any, ask: Ask) -> TokenDelta:
-    [text] = answer.outputs
-    if text.finish_reason in ("abort", "error"):
-        raise CoreEnded(f"vLLM broke a text off ({text.finish_reason})")
-    tokens = list(text.token_ids)
-    rows = text.logprobs or []
-    prompt = answer.prompt_logprobs or None
+def _delta(output: Any, request: SequenceRequest) -> TokenDelta:
+    [completion] = output.outputs
+    if completion.finish_reason in ("abort", "error"):
+        raise CoreEnded(f"vLLM aborted a sequence ({completion.finish_reason})")
+    tokens = list(completion.token_ids)
+    rows = completion.logprobs or []
+    prompt = output.prompt_logprobs or None
     return TokenDelta(
         tokens=tokens,
         logprobs=[row[token].logprob for token, row in zip(tokens, rows, strict=True)],
-        tops=[_top(row, ask.top) for row in rows],
-        prompt=None if prompt is None else [_of_prompt(row, ask) for row in prompt],
-        cached=answer.num_cached_tokens or 0,
+        tops=[_top(row, request.top) for row in rows],
+        prompt=None if prompt is None else [_prompt_row(row, request) for row in prompt],
+        cached=output.num_cached_tokens or 0,
     )
 
 
-def _of_prompt(row: Any, ask: Ask) -> tuple[float, Top] | None:
+def _prompt_row(row: Any, request: SequenceRequest) -> tuple[float, Top] | None:
     if row is None:
         return None
-    own = next(iter(row.values()))  # the prompt's own token comes first
-    return own.logprob, _top(row, ask.prompt_top or 0)
+    first = next(iter(row.values()))  # the prompt's own token comes first
+    return first.logprob, _top(row, request.prompt_top or 0)
 
 
 def _top(row: Any, k: int) -> Top:
-    """The k likeliest: the token itself is in the row too, at whatever rank."""
-    ranked = sorted((each.rank, token, each.logprob) for token, each in row.items() if each.rank <= k)
+    """The k likeliest; the row also has the token itself, at any rank."""
+    ranked = sorted((entry.rank, token, entry.logprob) for token, entry in row.items() if entry.rank <= k)
     return [(token, logprob) for _, token, logprob in ranked][:k]

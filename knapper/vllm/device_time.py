@@ -1,44 +1,44 @@
-"""What a text had of the GPU, where nobody outside of vLLM's core sees its batches: a share of the wall clock.
+"""A sequence's part of the GPU's time, as an equal share of the wall clock: vLLM's core hides its batches.
 
-Each second in which n texts are under way is divided into n equal parts, whatever the core computes for them. The
-shares of all texts add up to the time in which there was any. On a GPU that others use too, it is an upper bound.
+Each second with n active sequences is divided into n equal parts, whatever the core computes for them. The parts of all
+sequences add up to the time with any active. On a GPU with other users it is an upper bound.
 """
 
 from collections.abc import Callable
 
 
-class Shares:
+class DeviceTime:
     """`now` in seconds."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
-        self._at = 0.0  # when both of these were last brought up to date
-        self._each = 0.0  # seconds of a text that had been under way since the beginning
-        self._any = 0.0
-        self._texts = 0
+        self._updated_s = 0.0  # when both of these were last updated
+        self._per_sequence_s = 0.0  # seconds of a sequence that was active from the start
+        self._busy_s = 0.0
+        self._active = 0
 
     @property
     def device_s(self) -> float:
-        """The seconds in which a text was under way."""
+        """Seconds with any active sequence."""
         self._advance()
-        return self._any
+        return self._busy_s
 
     def begin(self) -> Callable[[], float]:
-        """A text begins. Call what is returned once, when it ends: it says what the text had."""
+        """Start a sequence. Call the result once, when it ends: it returns the sequence's seconds."""
         self._advance()
-        self._texts += 1
-        before = self._each
+        self._active += 1
+        before = self._per_sequence_s
 
         def end() -> float:
             self._advance()
-            self._texts -= 1
-            return self._each - before
+            self._active -= 1
+            return self._per_sequence_s - before
 
         return end
 
     def _advance(self) -> None:
         now = self._now()
-        if self._texts:
-            self._each += (now - self._at) / self._texts
-            self._any += now - self._at
-        self._at = now
+        if self._active:
+            self._per_sequence_s += (now - self._updated_s) / self._active
+            self._busy_s += now - self._updated_s
+        self._updated_s = now

@@ -1,4 +1,4 @@
-"""A vLLM sampler as this process's settings want it, ready when it is returned."""
+"""Opens the vLLM sampler of this process's settings, ready to sample."""
 
 import atexit
 import time
@@ -23,32 +23,31 @@ from knapper.errors import InvalidField
 from knapper.observability.metrics import Reading, Readings
 from knapper.settings import Settings
 from knapper.store import Store
-from knapper.vllm import unsupported
-from knapper.vllm.adapters import AdapterFiles
+from knapper.vllm.adapters import AdapterFiles, refusal
 from knapper.vllm.core import Core, Options
-from knapper.vllm.device_time import Shares
+from knapper.vllm.device_time import DeviceTime
 from knapper.vllm.engine import CoreLifecycle
 from knapper.vllm.fair_queue import SlotQueue
 from knapper.vllm.sampler import VllmSampler
 
-_TEXTS_MAX: Final = {"cpu": 64, "cuda": 256}  # that decode at once
-_GIB: Final = 1024 * limits.MIB  # what vLLM's keys and values on a CPU are counted in
-_BLOCK: Final = 128  # positions of keys and values that a text takes at a time there
+_SEQUENCES_MAX: Final = {"cpu": 64, "cuda": 256}  # sequences that decode at once
+_GIB: Final = 1024 * limits.MIB  # the unit of vLLM's KV cache on a CPU
+_BLOCK: Final = 128  # positions in a block of the KV cache there
 
 log = structlog.get_logger()
 
 
 def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, str]) -> tuple[VllmSampler, int]:
-    """(the sampler, the tokens of the model's context). Blocks until it can sample, or vLLM did not start.
+    """(the sampler, the context in tokens). Blocks until it can sample, or vLLM did not start.
 
-    Raises UnsupportedModel for an architecture of which knapper does not know where adapters go.
+    Raises UnsupportedModel for an architecture outside of the native registry, whose target modules are unknown.
     """
     began = time.monotonic()
     directory = Path(settings.model_directory)
     facts = ModelConfig.read(directory)
     device = device_for(settings.device, "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype_for(settings.dtype, torch.device(device))
-    kv_bytes = 0  # on a GPU it is what KNAPPER_VLLM_MEMORY leaves
+    kv_bytes = 0  # on a GPU KNAPPER_VLLM_MEMORY decides
     if device == "cpu":
         kv_bytes, fits = on_cpu(facts, dtype, _left(directory, dtype), settings.kv_memory)
         if fits < facts.context:
@@ -61,7 +60,7 @@ def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, 
         directory=directory,
         dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
         context=facts.context,
-        texts_max=_TEXTS_MAX[device],
+        sequences_max=_SEQUENCES_MAX[device],
         rank_max=settings.vllm_rank,
         adapters_at_once=settings.vllm_adapters,
         adapters_kept=limits.adapters_cached_max,
@@ -73,34 +72,34 @@ def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, 
     )
     attempts = Attempts(f"model {settings.model}", time.monotonic)
     engine = CoreLifecycle(lambda: Core.start(options, environ), settings.vllm_idle_s, attempts)
-    refuse = partial(unsupported.refusal, rank_max=settings.vllm_rank)
-    shelf = AdapterFiles(store, facts, settings.vllm_adapter_directory, engine.forget, refuse)
-    atexit.register(shelf.close)
+    refuse = partial(refusal, rank_max=settings.vllm_rank)
+    adapters = AdapterFiles(store, facts, settings.vllm_adapter_directory, engine.forget, refuse)
+    atexit.register(adapters.close)
     atexit.register(engine.close)
-    shutdown.before(engine.leave)
+    shutdown.before(engine.shut_down)
     engine.begin()
-    turns = SlotQueue(options.texts_max, options.adapters_at_once)
-    tokenizer, shares = Tokenizer.from_file(str(directory / "tokenizer.json")), Shares(time.monotonic)
-    sampler = VllmSampler(engine, shelf, facts, tokenizer, turns, shares)
+    slots = SlotQueue(options.sequences_max, options.adapters_at_once)
+    tokenizer, device_time = Tokenizer.from_file(str(directory / "tokenizer.json")), DeviceTime(time.monotonic)
+    sampler = VllmSampler(engine, adapters, facts, tokenizer, slots, device_time)
     log.info(
         "vllm: ready", model=settings.model, context=facts.context, device=device, dtype=options.dtype,
         took_s=round(time.monotonic() - began, 2),
     )  # fmt: skip
-    Readings(_readings(sampler, engine, shares, options.texts_max))
+    Readings(_readings(sampler, engine, device_time, options.sequences_max))
     return sampler, facts.context
 
 
 def on_cpu(facts: ModelConfig, dtype: torch.dtype, left: int, part: float) -> tuple[int, int]:
-    """(bytes of keys and values, tokens of the longest text) on a CPU whose memory has `left` beside the weights.
+    """(bytes of the KV cache, tokens of the longest sequence) on a CPU with `left` bytes of memory beside the weights.
 
-    `part` as hardware.kv_bytes has it. vLLM takes whole GiB, one at least, and does not start unless they hold a text
-    of the context that it is told.
+    `part` as in hardware.kv_bytes. vLLM takes whole GiB, at least one, and starts only if they hold a sequence of the
+    context.
     """
-    one = bytes_per_token(facts, dtype)
-    text = (facts.context + -facts.context % _BLOCK) * one
-    most = _TEXTS_MAX["cpu"] * text  # it takes all at once, whoever samples
-    kv = min(hardware.kv_bytes(left, part, _whole(text)), _whole(most)) // _GIB * _GIB
-    return max(_GIB, kv), min(facts.context, max(_GIB, kv) // (_BLOCK * one) * _BLOCK)
+    token_bytes = bytes_per_token(facts, dtype)
+    longest_bytes = (facts.context + -facts.context % _BLOCK) * token_bytes
+    most_bytes = _SEQUENCES_MAX["cpu"] * longest_bytes  # vLLM takes all at once, used or not
+    kv = min(hardware.kv_bytes(left, part, _whole(longest_bytes)), _whole(most_bytes)) // _GIB * _GIB
+    return max(_GIB, kv), min(facts.context, max(_GIB, kv) // (_BLOCK * token_bytes) * _BLOCK)
 
 
 def _whole(count: int) -> int:
@@ -108,7 +107,7 @@ def _whole(count: int) -> int:
 
 
 def _left(directory: Path, dtype: torch.dtype) -> int:
-    """Of the machine's memory, once vLLM has the weights: in float32 they may take twice the bytes of their files."""
+    """Memory left beside vLLM's weights: in float32 they may take twice the bytes of their files."""
     files = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     return max(0, host_memory.available() - files * (2 if dtype == torch.float32 else 1))
 
@@ -121,16 +120,18 @@ def device_for(setting: str, present: Literal["cuda", "cpu"]) -> Literal["cuda",
     return present
 
 
-def _readings(sampler: VllmSampler, engine: CoreLifecycle, shares: Shares, texts_max: int) -> list[Reading]:
+def _readings(
+    sampler: VllmSampler, engine: CoreLifecycle, device_time: DeviceTime, sequences_max: int
+) -> list[Reading]:
     counts = sampler.counters
     return [
-        Reading("knapper_vllm_prefilled_tokens", "Prompt tokens, including those in the prefix cache.",
+        Reading("knapper_vllm_prefilled_tokens", "Prompt tokens, cached ones included.",
                 lambda: counts.prefilled_tokens, counts=True),
         Reading("knapper_vllm_sampled_tokens", "Tokens sampled.", lambda: counts.decoded_tokens, counts=True),
-        Reading("knapper_vllm_device_seconds", "Seconds with a sequence in progress.", lambda: shares.device_s,
+        Reading("knapper_vllm_device_seconds", "Seconds with any active sequence.", lambda: device_time.device_s,
                 counts=True),
-        Reading("knapper_vllm_slots", "Sequences decoding now.", lambda: sampler.active),
-        Reading("knapper_vllm_slots_max", "Sequences that can decode at once.", lambda: texts_max),
-        Reading("knapper_vllm_starts", "Engine-core processes started.", lambda: engine.starts, counts=True),
-        Reading("knapper_vllm_sleeping", "1 while the engine core has released its memory.", lambda: engine.resting),
+        Reading("knapper_vllm_slots", "Sequences that decode now.", lambda: sampler.active),
+        Reading("knapper_vllm_slots_max", "Sequences that can decode at once.", lambda: sequences_max),
+        Reading("knapper_vllm_starts", "Engine cores started.", lambda: engine.starts, counts=True),
+        Reading("knapper_vllm_sleeping", "1 while the core has released its memory.", lambda: engine.released),
     ]  # fmt: skip

@@ -1,6 +1,6 @@
-"""What a request wants to know of its prompt: as vLLM is asked for it, and as the contract tells it.
+"""The prompt log-probabilities of a request: what to ask vLLM for, and its answer as fields of SampleOutput.
 
-P prompt tokens, k alternatives. Nothing tells of token 0. Log-probabilities are untempered.
+P prompt tokens, k alternatives. Token 0 has no score. Log-probabilities are untempered.
 """
 
 from collections.abc import Sequence
@@ -13,29 +13,29 @@ from knapper.vllm.core import TokenDelta, Top
 from knapper.wire.types import SampleRequest, TopK
 
 
-def wanted(request: SampleRequest) -> int | None:
-    """How many alternatives to each token of the prompt; None if nothing is asked of them."""
-    asked = request.prompt_logprobs or request.topk_prompt_logprobs
-    return request.topk_prompt_logprobs if asked else None
+def alternatives_of(request: SampleRequest) -> int | None:
+    """Alternatives that vLLM must return for each prompt token; None without prompt scores."""
+    requested = request.prompt_logprobs or request.topk_prompt_logprobs
+    return request.topk_prompt_logprobs if requested else None
 
 
-def told(request: SampleRequest, piece: TokenDelta) -> dict[str, Any]:
+def prompt_fields(request: SampleRequest, delta: TokenDelta) -> dict[str, Any]:
     """Fields of SampleOutput."""
-    found: dict[str, Any] = {}
-    if piece.prompt is not None:
+    fields: dict[str, Any] = {}
+    if delta.prompt is not None:
         first = 1
         if request.prompt_logprobs_last_n is not None:
             first = int(request.prompt.size) - request.prompt_logprobs_last_n
-        rows = [row if at >= first else None for at, row in enumerate(piece.prompt)]
+        rows = [row if position >= first else None for position, row in enumerate(delta.prompt)]
         if request.prompt_logprobs:
-            found["prompt_logprobs"] = np.array([np.nan if row is None else row[0] for row in rows], dtype=np.float32)
+            fields["prompt_logprobs"] = np.array([np.nan if row is None else row[0] for row in rows], dtype=np.float32)
         if k := request.topk_prompt_logprobs:
-            found["topk_prompt_logprobs"] = table([[] if row is None else row[1] for row in rows], k)
-    return found
+            fields["topk_prompt_logprobs"] = table([[] if row is None else row[1] for row in rows], k)
+    return fields
 
 
 def table(tops: Sequence[Top], k: int) -> TopK:
-    """(N, k), with empty cells where there are fewer."""
+    """(N, k), with empty cells where a row has fewer."""
     tokens = np.full((len(tops), k), empty_token, dtype=np.int32)
     logprobs = np.full((len(tops), k), empty_logprob, dtype=np.float32)
     for row, top in enumerate(tops):

@@ -1,6 +1,6 @@
-"""The contract of `knapper.engine.sampling.sampler`, kept by vLLM: equal answers, within the bounds of docs/vllm.md.
+"""The contract of `knapper.engine.sampling.sampler` by vLLM: equal answers, within the bounds of docs/vllm.md.
 
-A request of n samples is n texts of vLLM's, each with a seed of its own; they share the prompt in vLLM's cache.
+A request of n samples is n sequences of vLLM's, each with its own seed; they share the prompt in vLLM's prefix cache.
 """
 
 import asyncio
@@ -21,8 +21,8 @@ from knapper.engine.sampling.stop import StopCriteria
 from knapper.errors import ContextLengthExceeded, InvalidField, Unavailable
 from knapper.vllm import prompts
 from knapper.vllm.adapters import AdapterFiles
-from knapper.vllm.core import TEMPERATURES, Adapter, Ask, Core, TokenDelta, Top
-from knapper.vllm.device_time import Shares
+from knapper.vllm.core import TEMPERATURES, Adapter, Core, SequenceRequest, TokenDelta, Top
+from knapper.vllm.device_time import DeviceTime
 from knapper.vllm.engine import CoreLifecycle
 from knapper.vllm.fair_queue import SlotQueue
 from knapper.wire.progress import Ending, TokenEvent
@@ -31,9 +31,9 @@ from knapper.wire.types import SampledSequence, SampleOutput, SampleRequest
 
 @dataclass
 class VllmCounters:
-    """Since the sampler began."""
+    """Since the sampler started."""
 
-    prefilled_tokens: int = 0  # prompt tokens, those that the cache had included
+    prefilled_tokens: int = 0  # prompt tokens, cached ones included
     decoded_tokens: int = 0
     finished: int = 0  # requests
     failed: int = 0
@@ -41,8 +41,8 @@ class VllmCounters:
 
 
 @dataclass(eq=False)
-class _Job:
-    """One request, and what came of it so far."""
+class _RequestState:
+    """One request in progress."""
 
     request: SampleRequest
     adapter: Adapter | None
@@ -53,38 +53,44 @@ class _Job:
     sequences: dict[int, SampledSequence] = field(default_factory=dict)
     prompt: TokenDelta | None = None
     cached: int = 0
-    device_s: float = 0.0  # its texts' shares of the wall clock
+    device_s: float = 0.0  # its sequences' parts of the wall clock
 
 
 class VllmSampler:
-    """As many texts at once as the engine's core has slots for; the rest wait in turn."""
+    """As many sequences at once as the core has slots; the rest wait in turn."""
 
     def __init__(
         self,
         engine: CoreLifecycle,
-        shelf: AdapterFiles,
+        adapters: AdapterFiles,
         facts: Facts,
         tokenizer: Tokenizer,
-        turns: SlotQueue,
-        shares: Shares,
+        slots: SlotQueue,
+        device_time: DeviceTime,
     ) -> None:
         self.counters = VllmCounters()
-        self._shares = shares
-        self._engine, self._shelf, self._facts, self._tokenizer, self._turns = engine, shelf, facts, tokenizer, turns
+        self._device_time = device_time
+        self._engine, self._adapters, self._facts, self._tokenizer, self._slots = (
+            engine,
+            adapters,
+            facts,
+            tokenizer,
+            slots,
+        )
         self._requests = 0
 
     @property
     def active(self) -> int:
-        """Texts that decode."""
-        return self._turns.active
+        """Sequences that decode."""
+        return self._slots.active
 
     async def sample(self, request: SampleRequest, listen: Callable[[TokenEvent], None] | None = None) -> SampleOutput:
-        """The samples of one request: the same tokens for the same request, as far as rounding allows.
+        """The samples of one request: the same tokens for the same request, within rounding.
 
-        The log-probabilities are those of the distribution that each token was drawn from; those of the prompt are
-        untempered. Cancelling the caller frees the slots. `listen` hears each token as it comes.
-        Raises InvalidField or UserError for what cannot be asked, NonFiniteLogits for broken weights, Unavailable when
-        too many wait, CoreEnded when vLLM ended under the request.
+        A token's log-probability is that of the distribution that it was drawn from; those of the prompt are
+        untempered. Cancelling the caller frees the slots. `listen` gets each token as it comes. Raises InvalidField or
+        UserError for an invalid request, NonFiniteLogits for broken weights, Unavailable when too many requests wait,
+        CoreEnded if vLLM ended during the request.
         """
         self._check(request)
         if self._requests >= limits.samples_waiting_max:
@@ -121,34 +127,34 @@ class VllmSampler:
 
     async def _sample(self, request: SampleRequest, listen: Callable[[TokenEvent], None] | None) -> SampleOutput:
         params = request.params
-        async with AsyncExitStack() as held:
-            core = await held.enter_async_context(self._engine.use())
+        async with AsyncExitStack() as stack:
+            core = await stack.enter_async_context(self._engine.use())
             adapter = None
             if request.adapter:
-                adapter = (await held.enter_async_context(self._shelf.take(request.adapter))).adapter
+                adapter = (await stack.enter_async_context(self._adapters.take(request.adapter))).adapter
                 await self._engine.load(core, adapter)
-            room = self._facts.context - int(request.prompt.size)
+            context_left = self._facts.context - int(request.prompt.size)
             ends = (*(() if params.ignore_eos else self._facts.eos), *params.stop_tokens)
-            job = _Job(
+            state = _RequestState(
                 request=request,
                 adapter=adapter,
                 stops=StopCriteria(ends, params.stop_strings, self._tokenizer),
                 ends=ends,
-                tokens_max=room if params.max_tokens is None else min(params.max_tokens, room),
+                tokens_max=context_left if params.max_tokens is None else min(params.max_tokens, context_left),
                 listen=listen,
             )
             self.counters.prefilled_tokens += int(request.prompt.size)
-            await self._texts(core, job)
-            return _output(job)
+            await self._sample_all(core, state)
+            return _output(state)
 
-    async def _texts(self, core: Core, job: _Job) -> None:
-        """All texts of the job, each when it is its turn. The first that fails ends the others."""
-        wanted = job.request.num_samples if job.tokens_max else 1
+    async def _sample_all(self, core: Core, state: _RequestState) -> None:
+        """All sequences of the request, each in its turn. The first error ends the others."""
+        alternatives_of = state.request.num_samples if state.tokens_max else 1
         tasks: list[asyncio.Task[None]] = []
         try:
-            for number in range(wanted):
-                leave = await self._turns.take(job.request.tenant, job.adapter.content if job.adapter else "")
-                tasks.append(asyncio.create_task(self._charged(core, job, number)))
+            for number in range(alternatives_of):
+                leave = await self._slots.take(state.request.tenant, state.adapter.content if state.adapter else "")
+                tasks.append(asyncio.create_task(self._charged(core, state, number)))
                 tasks[-1].add_done_callback(leave)
                 if any(task.done() and task.exception() for task in tasks):
                     break
@@ -158,55 +164,55 @@ class VllmSampler:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _charged(self, core: Core, job: _Job, number: int) -> None:
-        """A text; its share of the time is the job's."""
-        end = self._shares.begin()
+    async def _charged(self, core: Core, state: _RequestState, number: int) -> None:
+        """Sample a sequence and add its part of the device's time to the request."""
+        end = self._device_time.begin()
         try:
-            await self._text(core, job, number)
+            await self._sample_one(core, state, number)
         finally:
-            job.device_s += end()
+            state.device_s += end()
 
-    async def _text(self, core: Core, job: _Job, number: int) -> None:
-        request, params = job.request, job.request.params
-        ask = Ask(
+    async def _sample_one(self, core: Core, state: _RequestState, number: int) -> None:
+        request, params = state.request, state.request.params
+        vllm_request = SequenceRequest(
             prompt=request.prompt.tolist(),
             seed=_seed(request.seed, number),
-            tokens_max=max(1, job.tokens_max),
+            tokens_max=max(1, state.tokens_max),
             temperature=params.temperature,
             top_k=-1 if params.top_k >= self._facts.vocab_size else params.top_k,
             top_p=params.top_p,
-            ends=job.ends,
+            ends=state.ends,
             top=request.topk_sample_logprobs,
-            prompt_top=prompts.wanted(request) if number == 0 else None,
-            whole=job.listen is None and not params.stop_strings,
+            prompt_top=prompts.alternatives_of(request) if number == 0 else None,
+            whole=state.listen is None and not params.stop_strings,
         )
-        text = _Text(job, number)
-        async with aclosing(core.generate(ask, job.adapter)) as pieces:
-            async for piece in pieces:
-                if piece.prompt is not None:
-                    job.prompt = piece
-                job.cached = max(job.cached, piece.cached)
-                for token, logprob, top in zip(piece.tokens, piece.logprobs, piece.tops, strict=True):
-                    if job.tokens_max == 0:
+        sequence = _Sequence(state, number)
+        async with aclosing(core.generate(vllm_request, state.adapter)) as deltas:
+            async for delta in deltas:
+                if delta.prompt is not None:
+                    state.prompt = delta
+                state.cached = max(state.cached, delta.cached)
+                for token, logprob, top in zip(delta.tokens, delta.logprobs, delta.tops, strict=True):
+                    if state.tokens_max == 0:
                         break
                     self.counters.decoded_tokens += 1
-                    if text.take(token, logprob, top):
+                    if sequence.take(token, logprob, top):
                         return
-        text.finish(stopped=False)
+        sequence.finish(stopped=False)
 
 
-class _Text:
+class _Sequence:
     """One sample of a request."""
 
-    def __init__(self, job: _Job, number: int) -> None:
-        self._job, self._number = job, number
+    def __init__(self, state: _RequestState, number: int) -> None:
+        self._state, self._number = state, number
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
         self._tops: list[Top] = []
 
     def take(self, token: int, logprob: float, top: Top) -> bool:
-        """Add a token. True when the text ends with it; the job then has its sequence. Raises NonFiniteLogits."""
-        request = self._job.request
+        """Add a token. True when the sequence ends with it; the request then has its result. Raises NonFiniteLogits."""
+        request = self._state.request
         if not math.isfinite(logprob):
             weights = f"adapter {request.adapter}" if request.adapter else f"model {request.base_model}"
             raise NonFiniteLogits(
@@ -214,20 +220,22 @@ class _Text:
             )
         self._tokens.append(token)
         self._logprobs.append(logprob)
-        top = [each for each in top if each[1] > -math.inf]  # those that top_k or top_p cut off
+        top = [
+            alternative for alternative in top if alternative[1] > -math.inf
+        ]  # without those that top_k or top_p removed
         self._tops.append(top)
-        stopped = self._job.stops.ended(self._tokens)
-        full = len(self._tokens) >= self._job.tokens_max
-        if self._job.listen is not None:
+        stopped = self._state.stops.ended(self._tokens)
+        full = len(self._tokens) >= self._state.tokens_max
+        if self._state.listen is not None:
             ending: Ending = "stop" if stopped else "length" if full else ""
-            self._job.listen(TokenEvent(self._number, len(self._tokens) - 1, token, logprob, ending, top))
+            self._state.listen(TokenEvent(self._number, len(self._tokens) - 1, token, logprob, ending, top))
         if stopped or full:
             self.finish(stopped)
         return stopped or full
 
     def finish(self, stopped: bool) -> None:
-        k = self._job.request.topk_sample_logprobs
-        self._job.sequences[self._number] = SampledSequence(
+        k = self._state.request.topk_sample_logprobs
+        self._state.sequences[self._number] = SampledSequence(
             tokens=np.array(self._tokens, dtype=np.int32),
             logprobs=np.array(self._logprobs, dtype=np.float32),
             stopped=stopped,
@@ -235,14 +243,14 @@ class _Text:
         )
 
 
-def _output(job: _Job) -> SampleOutput:
-    count = job.request.num_samples
-    sequences = [job.sequences[number if job.tokens_max else 0] for number in range(count)]
-    told = prompts.told(job.request, job.prompt) if job.prompt is not None else {}
-    return SampleOutput(sequences, prompt_cache_hit_tokens=job.cached, device_s=job.device_s, **told)
+def _output(state: _RequestState) -> SampleOutput:
+    count = state.request.num_samples
+    sequences = [state.sequences[number if state.tokens_max else 0] for number in range(count)]
+    fields = prompts.prompt_fields(state.request, state.prompt) if state.prompt is not None else {}
+    return SampleOutput(sequences, prompt_cache_hit_tokens=state.cached, device_s=state.device_s, **fields)
 
 
 def _seed(seed: int, number: int) -> int:
-    """Of a request's text: requests whose seeds follow each other have no text in common."""
+    """The seed of one sequence: requests with consecutive seeds share none."""
     digest = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

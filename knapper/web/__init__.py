@@ -1,1 +1,1 @@
-"""HTTP that gateway, functions and the local broker share: bounds on connections, and what a target may name."""
+"""HTTP shared by the gateway, the functions and the local broker: bounded connections and bodies, request targets."""

@@ -1,4 +1,4 @@
-"""How long to wait before what failed is tried again."""
+"""Exponential back-off."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ class Backoff:
     failures: int = 0  # in a row
 
     def next(self) -> float:
-        """After one more failure."""
+        """The pause after one more failure."""
         pause_s = min(self.first_s * 2.0 ** min(self.failures, 1000), self.max_s)  # floats end at 2**1024
         self.failures += 1
         return pause_s
 
     def reset(self) -> None:
-        """It succeeded."""
+        """Start over after a success."""
         self.failures = 0

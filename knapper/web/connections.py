@@ -1,10 +1,10 @@
-"""HTTP before any key is read: what a connection may cost whoever is at its other end.
+"""HTTP connections with bounds, which hold before any key is read.
 
     uvicorn --http knapper.web.connections:Protocol --ws none ...
 
 uvicorn bounds neither headers nor how long a client may take. Here every connection has bounds on the bytes and the
-number of its headers, deadlines for them and for bodies, and a place among so many; all are in knapper.limits. What is
-over them is answered where an answer can still be read, and hung up on.
+number of its headers, and deadlines for them and for bodies; the number of connections is limited. knapper.limits has
+all limits. A client over one gets an error if it can still read it, and its connection is closed.
 """
 
 import asyncio
@@ -24,11 +24,11 @@ from knapper.web.sockets import readable
 from knapper.web.targets import Targeted
 
 _LOOK_S = 1.0
-_LAST_S = 1.0  # for a request to come that was on its way when we began to end
-_FILES_SHARE = 0.75  # of the files that this process may open; the others are for what it asks of others
+_LAST_S = 1.0  # for a request that is on its way when shutdown begins
+_FILES_SHARE = 0.75  # of the file descriptors of this process; the others are for its own requests
 
 Protocols = dict["Protocol", None]  # in order
-_headless: MutableMapping[ServerState, Protocols] = WeakKeyDictionary()  # those who have not said what they want
+_idle: MutableMapping[ServerState, Protocols] = WeakKeyDictionary()  # connections without a whole request head
 
 
 class Protocol(Targeted):
@@ -42,17 +42,17 @@ class Protocol(Targeted):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._others = _headless.setdefault(server_state, {})
+        self._others = _idle.setdefault(server_state, {})
         self._phase: Literal["head", "body", "whole"] = "head"
-        self._began = 0.0  # of the phase; in a body, of what `_heard` counts. Loop time
-        self._heard = 0  # bytes of the body
-        self._thrown = 0  # bytes of a body that was answered before it was all here
-        self._unheard = 0  # bytes since anything came out of the parser: it keeps what is not whole
+        self._began = 0.0  # loop time at which the phase began; in a body, since when `_received` counts
+        self._received = 0  # bytes of the body
+        self._discarded = 0  # bytes of a body that arrived after its response
+        self._unparsed = 0  # bytes that the parser has buffered since its last callback
         self._head_bytes = self._head_fields = 0
-        self._pieces: list[bytes] = []  # of a body, from one reading: it may come in chunks of a byte
-        self._unsent = 0, 0.0  # bytes of answers, and since when so many
+        self._chunks: list[bytes] = []  # of a body, from one read: HTTP chunks may be a byte each
+        self._unsent = 0, 0.0  # (unsent bytes of responses, since when that many)
         self._refusal: KnapperError | None = None
-        self._last = False  # the next answer is the last one
+        self._last = False  # the next response is the last one
         self._watch: asyncio.TimerHandle | None = None
 
     # ---- the connection
@@ -81,17 +81,17 @@ class Protocol(Targeted):
             return
         if self._phase == "whole":
             self._await_head()
-        self._unheard += len(data)
+        self._unparsed += len(data)
         super().data_received(data)
-        self._tell_body()
-        if self._unheard > 2 * limits.head_bytes_max and self._refusal is None:  # with what stands between its fields
+        self._pass_on_body()
+        if self._unparsed > 2 * limits.head_bytes_max and self._refusal is None:  # separators included
             self._refuse(_too_large(f"the request's headers are over {limits.head_bytes_max} bytes"))
 
     def send_400_response(self, msg: str) -> None:
-        """Of uvicorn's, for what its parser refuses, which is also what raised in a callback below."""
+        """Called by uvicorn when its parser refuses the request, or a callback below raised."""
         self._refuse(self._refusal or UserError(msg))
 
-    # ---- what the parser finds
+    # ---- the parser's callbacks
 
     def on_message_begin(self) -> None:
         self._await_head()
@@ -108,25 +108,25 @@ class Protocol(Targeted):
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= limits.pipelined_max:
             self._fail(UserError(f"over {limits.pipelined_max} requests came before their answers; send one at a time"))
-        self._unheard = 0
-        self._phase, self._began, self._heard, self._thrown = "body", self.loop.time(), 0, 0
+        self._unparsed = 0
+        self._phase, self._began, self._received, self._discarded = "body", self.loop.time(), 0, 0
         self._others.pop(self, None)
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self._last
 
     def on_body(self, body: bytes) -> None:
-        self._unheard = 0
-        self._heard += len(body)
+        self._unparsed = 0
+        self._received += len(body)
         if not self.cycle.response_complete:
-            self._pieces.append(body)
+            self._chunks.append(body)
             return
-        self._thrown += len(body)
-        if self._thrown > limits.body_discarded_bytes_max:
+        self._discarded += len(body)
+        if self._discarded > limits.body_discarded_bytes_max:
             self._close()
 
     def on_message_complete(self) -> None:
-        self._unheard = 0
-        self._tell_body()
+        self._unparsed = 0
+        self._pass_on_body()
         self._phase = "whole"
         super().on_message_complete()
         if self.cycle.response_complete:
@@ -137,11 +137,11 @@ class Protocol(Targeted):
         if self._phase == "whole":
             self._await_next()
         else:
-            self._began = self.loop.time()  # of throwing away what comes yet
+            self._began = self.loop.time()  # from here on the rest of the body is discarded
 
-    def _tell_body(self) -> None:
-        if self._pieces:
-            body, self._pieces = b"".join(self._pieces), []
+    def _pass_on_body(self) -> None:
+        if self._chunks:
+            body, self._chunks = b"".join(self._chunks), []
             super().on_body(body)
 
     def _count_head(self, size: int, fields: int) -> None:
@@ -153,7 +153,7 @@ class Protocol(Targeted):
             self._fail(_too_large(f"the request has over {limits.head_fields_max} headers"))
 
     def _fail(self, error: KnapperError) -> None:
-        """Out of the parser, which tells `send_400_response`."""
+        """Leave the parser, which calls `send_400_response`."""
         self._refusal = error
         raise error
 
@@ -165,7 +165,7 @@ class Protocol(Targeted):
         self._await_next()
 
     def _await_next(self) -> None:
-        """Last among those who may be hung up on when there are too many."""
+        """Become the last of the connections to be closed if there are too many."""
         self._others.pop(self, None)
         self._others[self] = None
 
@@ -179,39 +179,40 @@ class Protocol(Targeted):
         elif self._phase == "body":
             self._look_at_body(now)
         elif self._answering:
-            self._began = now if self._phase == "head" else self._began  # some end a body with an empty line too much
+            if self._phase == "head":  # some clients send an extra empty line after a body
+                self._began = now
         elif self._phase == "head" and now - self._began > limits.head_s:
             self._refuse(TooSlow(f"the request's headers did not come within {limits.head_s:g} s; send it again"))
 
     @property
     def _answering(self) -> bool:
-        """Whether a request is all here, and its answer is not all gone."""
+        """Whether a request has arrived, and its response is not sent yet."""
         return self._phase != "body" and self._unanswered is not None
 
     @property
     def _unanswered(self) -> RequestResponseCycle | None:
-        """The newest request, while its answer is not all gone."""
-        newest: RequestResponseCycle | None = self.cycle  # None before the first, whatever its type says
+        """The newest request, until its response is sent."""
+        newest: RequestResponseCycle | None = self.cycle  # None before the first, despite its type
         return None if newest is None or newest.response_complete else newest
 
     def _look_at_body(self, now: float) -> None:
         if self.cycle.response_complete:
             if now - self._began > limits.body_discarded_s:
                 self._close()
-        elif self.flow.read_paused:  # it is we who are slow
-            self._began, self._heard = now, 0
+        elif self.flow.read_paused:  # this server is slow, not the client
+            self._began, self._received = now, 0
         elif now - self._began > limits.body_stalled_s:
-            if self._heard < limits.body_rate_min * limits.body_stalled_s:
+            if self._received < limits.body_rate_min * limits.body_stalled_s:
                 self._refuse(
                     TooSlow(
                         f"the request's body came slower than {limits.body_rate_min} bytes a second for "
                         f"{limits.body_stalled_s:g} s; send it again, over a faster connection"
                     )
                 )
-            self._began, self._heard = now, 0
+            self._began, self._received = now, 0
 
     def _stalled(self, now: float) -> bool:
-        """Whether an answer waits for a client that has long taken nothing of it."""
+        """Whether a client has read nothing of its response for too long."""
         unsent = self.transport.get_write_buffer_size()
         if not unsent or unsent != self._unsent[0]:
             self._unsent = unsent, now
@@ -220,30 +221,30 @@ class Protocol(Targeted):
     # ---- the end
 
     def shutdown(self) -> None:
-        """Of uvicorn's, when its process begins to end: what was sent before that is answered, and then we hang up."""
+        """Called by uvicorn at shutdown: requests sent before it are answered, then the connection is closed."""
         self._last = True
         if self.transport.is_closing():
             return
-        if self._phase != "body" and self._unanswered is None and self._expects():
+        if self._phase != "body" and self._unanswered is None and self._expects_request():
             self.loop.call_later(_LAST_S, self._leave)
         else:
             super().shutdown()
 
-    def _expects(self) -> bool:
-        """Whether a request is on its way: the first of its connection, or one of which something is here."""
-        first: RequestResponseCycle | None = self.cycle  # None before the first, whatever its type says
-        return first is None or self._unheard > 0 or readable(self.transport.get_extra_info("socket").fileno())
+    def _expects_request(self) -> bool:
+        """Whether a request is on its way: the first of its connection, or one that has begun to arrive."""
+        first: RequestResponseCycle | None = self.cycle  # None before the first, despite its type
+        return first is None or self._unparsed > 0 or readable(self.transport.get_extra_info("socket").fileno())
 
     def _leave(self) -> None:
         if self._phase != "body" and self._unanswered is None:
             self.transport.close()
 
     def _refuse(self, error: KnapperError) -> None:
-        """Answer, if nothing of another answer has gone out, and hang up."""
+        """Send the error, unless a response is partly sent, and close the connection."""
         self._refusal = error
         if not self.transport.is_closing():
             if not self._answering and (self._phase == "head" or not self.cycle.response_started):
-                self.transport.write(answer(error))
+                self.transport.write(encode_error(error))
             self._close()
 
     def _close(self) -> None:
@@ -253,18 +254,18 @@ class Protocol(Targeted):
         self.transport.close()
 
 
-def answer(error: KnapperError) -> bytes:
-    """The error as a whole answer, after which the connection is closed."""
+def encode_error(error: KnapperError) -> bytes:
+    """The error as a whole HTTP response that closes the connection."""
     content = json.dumps(error.as_json()).encode()
     retry = b"retry-after: %d\r\n" % max(1, round(error.retry_after_s)) if isinstance(error, Unavailable) else b""
     length = b"content-length: %d\r\nconnection: close\r\n\r\n" % len(content)
-    status = 400 if type(error) is UserError else error.status  # what is not HTTP at all
+    status = 400 if type(error) is UserError else error.status  # not valid HTTP
     return STATUS_LINE[status] + b"content-type: application/json\r\n" + retry + length + content
 
 
 def _too_large(what: str) -> HeadersTooLarge:
     allowed = f"{limits.head_fields_max} headers and {limits.head_bytes_max} bytes, with the URL"
-    return HeadersTooLarge(f"{what}; allowed: {allowed}; send what is long in a body")
+    return HeadersTooLarge(f"{what}; allowed: {allowed}; send long values in the body")
 
 
 def _connections_max() -> int:

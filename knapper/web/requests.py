@@ -1,4 +1,4 @@
-"""What all our servers do with a request: read a bounded body, and end the work for a caller who has hung up."""
+"""Requests of all servers: read a bounded body, and cancel the work for a caller that hung up."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 async def body(request: Request, bytes_max: int) -> bytes:
-    """The whole body. Raises TooLarge past the limit, without reading on."""
+    """The whole body. Raises TooLarge over the limit, without reading on."""
     received = bytearray()
     async for chunk in request.stream():
         received += chunk
@@ -22,22 +22,22 @@ async def body(request: Request, bytes_max: int) -> bytes:
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
-    """What the work returns; it is cancelled when the caller hangs up. Raises ClientDisconnect then.
+    """The result of `work`. If the caller hangs up, cancels it and raises ClientDisconnect.
 
     The request's body must have been read, so that nothing else can come.
     """
-    working = asyncio.ensure_future(work)
-    hung_up = asyncio.ensure_future(_hang_up(request))
+    result = asyncio.ensure_future(work)
+    disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
-        await asyncio.wait((working, hung_up), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
+        await asyncio.wait((result, disconnect), return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
             raise ClientDisconnect
-        return working.result()
+        return result.result()
     finally:
-        for waiting in (working, hung_up):
-            waiting.cancel()
+        for task in (result, disconnect):
+            task.cancel()
 
 
-async def _hang_up(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

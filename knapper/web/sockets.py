@@ -1,4 +1,4 @@
-"""What a socket tells without a byte being taken from it."""
+"""The state of a socket, without reading from it."""
 
 import select
 

@@ -16,12 +16,12 @@ def test_what_the_engine_computes_is_within_its_floors_and_a_lost_optimisation_i
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model(tmp_path)
-    found = check.computed(model)
-    assert set(found) < set(FLOORS)
-    assert check.lost(found, {name: FLOORS[name] for name in found}) == []
+    values = check.computed(model)
+    assert set(values) < set(FLOORS)
+    assert check.lost(values, {name: FLOORS[name] for name in values}) == []
     monkeypatch.setattr(Prefixes, "_walk", lambda *_: [])  # nothing is found to be in common
-    (said,) = check.lost(check.computed(model), {name: FLOORS[name] for name in found})
-    assert said.startswith("tokens of a group over rows computed: 1, and must be at least 2.8")
+    (complaint,) = check.lost(check.computed(model), {name: FLOORS[name] for name in values})
+    assert complaint.startswith("tokens of a group over rows computed: 1, and must be at least 2.8")
 
 
 def test_a_figure_without_a_floor_and_a_floor_without_a_figure_are_told() -> None:

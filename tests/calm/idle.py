@@ -1,4 +1,4 @@
-"""A server that does nothing: what its health takes meanwhile is the machine's doing. `uvicorn tests.calm.idle:app`."""
+"""A server that does nothing: its latency meanwhile is that of the machine. `uvicorn tests.calm.idle:app`."""
 
 from starlette.applications import Starlette
 from starlette.requests import Request

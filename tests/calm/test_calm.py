@@ -1,4 +1,4 @@
-"""While one client sends the worst that a route takes, nobody else waits: a health check is answered within 250 ms.
+"""While one client sends the worst body of a route, others do not wait: a health check is answered within 250 ms.
 
 `make calm` sends every body, plain and as zstd; CI those that handlers read to their end, as zstd. What
 is asserted: the longest that /healthz took, asked every 50 ms, less what a server that does nothing took at the same
@@ -38,8 +38,8 @@ def doors() -> list[tuple[str, Door]]:
     routes = create_app(MemoryStore(), settings()).routes
     others = [route for route in routes if not isinstance(route, Door)]
     assert not others, f"routes without a limit: {others}"
-    found = [route for route in routes if isinstance(route, Door)]
-    return [(method, door) for door in found for method in sorted((door.methods or set()) - {"HEAD"})]
+    routes_with_limits = [route for route in routes if isinstance(route, Door)]
+    return [(method, door) for door in routes_with_limits for method in sorted((door.methods or set()) - {"HEAD"})]
 
 
 def test_every_route_has_a_limit_and_its_worst_bodies() -> None:
@@ -82,10 +82,10 @@ class Calm:
 
 def _peak(pid: int) -> int:
     try:
-        said = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     except OSError:
         return 0
-    return int(said.partition("VmHWM:")[2].split()[0]) * 1024 if "VmHWM:" in said else 0
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 if "VmHWM:" in status else 0
 
 
 @pytest.fixture(scope="module")
@@ -133,12 +133,12 @@ def _expect_calm(calm: Calm, sendings: list[tuple[str, Door, Worst, bool]]) -> N
                 break
             status, waited = calm.send(method, path, body, headers)
         size = f"{len(body)} bytes{' of zstd' if packed else ''}"
-        said = f"{method} {door.path}, {worst.name}, {size}: {status}, {waited:.3f} s"
-        print(said)
+        summary = f"{method} {door.path}, {worst.name}, {size}: {status}, {waited:.3f} s"
+        print(summary)
         if waited > WAIT_S_MAX:
-            slow.append(said)
+            slow.append(summary)
         if status >= 500:
-            wrong.append(said)
+            wrong.append(summary)
     assert not slow, "others waited too long:\n" + "\n".join(slow)
     assert not wrong, "the server is not at fault:\n" + "\n".join(wrong)
     gateway, *workers = calm.memory().values()

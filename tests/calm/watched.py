@@ -40,9 +40,9 @@ class Watch:
         limit = time.monotonic() + 300
         while True:
             lines = self._log.read_text(encoding="ascii").splitlines()[:-1]
-            asked = [Asked(*map(float, line.split())) for line in lines]
-            if asked and asked[-1].began > end:
-                return [each for each in asked if each.began < end and each.began + each.took > begin]
+            requests = [Asked(*map(float, line.split())) for line in lines]
+            if requests and requests[-1].began > end:
+                return [each for each in requests if each.began < end and each.began + each.took > begin]
             assert self._process.poll() is None, "the server's health does not answer"
             assert time.monotonic() < limit, "the server's health does not answer"
             time.sleep(0.02)
@@ -55,9 +55,11 @@ class Watched:
     def waited(self, begin: float, end: float) -> float:
         """The longest that others waited for the server that works, beyond what the machine made them wait; seconds."""
         idle = self._idle.between(begin - 1, end + 1)
-        asked = self._working.between(begin, end)
-        assert asked, "nobody asked meanwhile"
-        return max(each.took - max((other.took for other in idle if each.near(other)), default=0.0) for each in asked)
+        requests = self._working.between(begin, end)
+        assert requests, "there was a request meanwhile"
+        return max(
+            each.took - max((other.took for other in idle if each.near(other)), default=0.0) for each in requests
+        )
 
 
 @contextmanager
@@ -77,10 +79,10 @@ def _idle_server(directory: Path) -> Iterator[str]:
     with log.open("wb") as out:
         process = subprocess.Popen(command, cwd=_HERE.parents[1], stdout=out, stderr=out)
     try:
-        while "running on " not in (said := log.read_text(encoding="utf-8")):
-            assert process.poll() is None, said
+        while "running on " not in (output := log.read_text(encoding="utf-8")):
+            assert process.poll() is None, output
             time.sleep(0.05)
-        yield said.partition("running on ")[2].split()[0]
+        yield output.partition("running on ")[2].split()[0]
     finally:
         process.terminate()
         process.wait()

@@ -119,8 +119,8 @@ def _protobuf(objects: Objects) -> Iterator[Worst]:
 
 
 def _chunks(objects: Objects, seq: int) -> str:
-    asked = {"sampling_session_id": objects.sampler, "seq_id": seq, "sampling_params": {"max_tokens": 1}}
-    return json.dumps(asked)[:-1] + ', "prompt": {"chunks": ['
+    body = {"sampling_session_id": objects.sampler, "seq_id": seq, "sampling_params": {"max_tokens": 1}}
+    return json.dumps(body)[:-1] + ', "prompt": {"chunks": ['
 
 
 def _targets(objects: Objects, seq: int) -> str:
@@ -137,8 +137,8 @@ def legal(objects: Objects) -> dict[str, list[Worst]]:
     saved = {**seq, "path": "a"}
     metadata = ("user_metadata", "[]", '{"a": [', "]}")
     answered = json.dumps(rollouts)[:-1] + ', "rollouts": [{"id": "a", "completion": "b", "answer": ['
-    said = json.dumps(prompt)[:-1] + ', "messages": [{"role": "user", "content":'
-    found = {
+    prefix = json.dumps(prompt)[:-1] + ', "messages": [{"role": "user", "content":'
+    bodies = {
         "/api/v1/auth/token": [_of({}, "a", "[]")],
         "/api/v1/client/config": [_text({}, "sdk_version", "x")],
         "/api/v1/client/dynamic_config": [_text({}, "sdk_version", "x")],
@@ -207,10 +207,10 @@ def legal(objects: Objects) -> dict[str, list[Worst]]:
         "/v1/chat/completions": [
             _of(prompt, "messages", '{"role": "user", "content": "a"}'),
             _text(prompt, "messages", "x"),
-            Worst("one long message", filled(f'{said} "', "hello, world! ", '"}]}', between="")),
-            Worst("parts", filled(f"{said} [", '{"type": "text"}', "]}]}")),
+            Worst("one long message", filled(f'{prefix} "', "hello, world! ", '"}]}', between="")),
+            Worst("parts", filled(f"{prefix} [", '{"type": "text"}', "]}]}")),
             _of({**prompt, "messages": [{"role": "user", "content": "a"}]}, "tools", "{}"),
         ],
     }
-    texts = {path: worst for path, worst in found.items() if path.startswith("/v1/")}
-    return found | {f"/oai/api{path}": worst for path, worst in texts.items()}
+    texts = {path: worst for path, worst in bodies.items() if path.startswith("/v1/")}
+    return bodies | {f"/oai/api{path}": worst for path, worst in texts.items()}

@@ -1,4 +1,4 @@
-"""Shares are equal while somebody wants them, newcomers begin level, and nothing is kept of whoever left."""
+"""Shares are equal while keys wait, newcomers begin level, and no state is kept of keys that left."""
 
 import random
 from collections import Counter

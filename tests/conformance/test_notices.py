@@ -44,22 +44,22 @@ def test_a_cold_start_is_told_from_its_first_second_and_once_a_minute(
 ) -> None:
     """Of training in the way of notices, as the SDK is silent for a quarter of an hour; of samples it prints itself."""
     started, asked, later_s = threading.Event(), [0], [0.0]
-    tell = TrainStepClient.tell
+    take_notice = TrainStepClient.take_notice
 
     async def starting(request: Request) -> Response:
         await request.body()
         await asyncio.to_thread(started.wait)
         return JSONResponse({"detail": "it has started", "category": "user"}, status_code=422)
 
-    def counted(bells: TrainStepClient, run: RunId) -> str:
+    def counted(client: TrainStepClient, run: RunId) -> str:
         asked[0] += 1
-        return tell(bells, run)
+        return take_notice(client, run)
 
     def said(what: str) -> list[str]:
         messages = (record.getMessage() for record in caplog.records if record.name.startswith("tinker"))
         return [message for message in messages if what in message]
 
-    monkeypatch.setattr(TrainStepClient, "tell", counted)
+    monkeypatch.setattr(TrainStepClient, "take_notice", counted)
     monkeypatch.setattr("gateway.futures._PAUSED_HOLD_S", 0.2)  # many polls
     function = Starlette(routes=[Route("/", starting, methods=["POST"])])
     with (
@@ -71,16 +71,14 @@ def test_a_cold_start_is_told_from_its_first_second_and_once_a_minute(
     ):
         made = service.create_lora_training_client(MODEL.name, rank=2)
         wait_until(lambda: bool(said("train_step is starting")), "the user is told")
-        told = (
-            "Deprecation notice: train_step is starting from zero; waited [1-9] s, how long it takes is not known yet"
-        )
-        assert re.fullmatch(told, said("train_step is starting")[0])
+        notice = r"Deprecation notice: train_step is starting from zero: [1-9] s so far \(no estimate yet\)"
+        assert re.fullmatch(notice, said("train_step is starting")[0])
         polls = asked[0]
         wait_until(lambda: asked[0] > polls + 20, "more polls")
         assert len(said("train_step is starting")) == 1
         later_s[0] += 60.0
         wait_until(lambda: len(said("train_step is starting")) == 2, "the user is told again")
-        assert re.search("waited 6. s", said("train_step is starting")[1])
+        assert re.search("6. s so far", said("train_step is starting")[1])
 
         sampler = service.create_sampling_client(base_model=MODEL.name).result()
         drawn = sampler.sample(types.ModelInput.from_ints([5]), 1, types.SamplingParams(max_tokens=1))
@@ -92,7 +90,7 @@ def test_a_cold_start_is_told_from_its_first_second_and_once_a_minute(
         started.set()
         with pytest.raises(tinker.RequestFailedError, match="it has started"):
             drawn.result()
-        [run] = running.parts.bells.runs()
+        [run] = running.parts.train_client.runs()
         body = b'{"type": "create_model", "model_id": "%s"}' % run.encode()
         record = Commit(epoch=1, results=[Result(seq=0, sha256=b"", content_type="application/json", body=body)])
         running.run(running.store.put_if_absent(layout.commit(run, 1), encode(record)))

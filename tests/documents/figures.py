@@ -103,7 +103,7 @@ IN_WORDS: Final[dict[str, list[tuple[str, float, str]]]] = {
         ("the newest thousand of your sampler checkpoints", 1000, "limits:models_listed_max"),
     ],
     "docs/operating.md": [
-        ("| 64, the most that a pod keeps |", 64, "knapper.serving.runs:_RESIDENTS_MAX"),
+        ("| 64, the most that a pod keeps |", 64, "knapper.serving.runs:_RUNS_MAX"),
         ("every ten seconds while files come", 10, "gateway.uploads:_LOOK_S"),
     ],
     "docs/rewards.md": [("(10 unless given, at most 60)", 60, "limits:reward_s_max")],

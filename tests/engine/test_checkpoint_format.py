@@ -61,8 +61,8 @@ def test_the_adapter_is_a_plain_safetensors_file(state: RunState, tmp_path: Path
     with safe_open(path, framework="pt") as opened:
         names = set(opened.keys())
         assert opened.metadata() == {"format": "pt", "merges": UNTIE_FIRST}
-        for site, a, b in state.layout.matrices(state.weights_P):
-            for name, matrix in zip(checkpoint_format.peft_names(site.module), (a, b), strict=True):
+        for target, a, b in state.layout.matrices(state.weights_P):
+            for name, matrix in zip(checkpoint_format.peft_names(target.module), (a, b), strict=True):
                 assert torch.equal(opened.get_tensor(name), matrix)
                 names.remove(name)
     assert not names

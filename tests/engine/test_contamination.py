@@ -12,7 +12,7 @@ from torch import Tensor
 from knapper.engine.layers import batch_invariant_attention, head
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
-from knapper.engine.layers.lora_gathered import Scattered, Stack
+from knapper.engine.layers.lora_gathered import GatheredLora, Stack
 from knapper.engine.layers.lora_grouped import Segment, Segments
 
 # Inner sizes that are no whole number of tiles, odd ones among them, and some that are.
@@ -33,10 +33,10 @@ def assert_stays(compute: Callable[[Tensor], Tensor], x_N: Tensor, planted: floa
     for sick in {0, len(x_N) // 2, len(x_N) - 1}:
         x = x_N.clone()
         x[sick] = planted
-        found = compute(x)
-        assert not found[sick].isfinite().all(), "the planted row shows what was planted, or nothing was tested"
+        outputs = compute(x)
+        assert not outputs[sick].isfinite().all(), "the planted row shows what was planted, or nothing was tested"
         others = [row for row in range(len(x_N)) if row != sick]
-        assert torch.equal(found[others], healthy[others]), (sick, planted)
+        assert torch.equal(outputs[others], healthy[others]), (sick, planted)
 
 
 @pytest.mark.parametrize("planted", PLANTED)
@@ -68,7 +68,7 @@ def test_of_adapters_in_training_and_in_decoding(rank: int, dtype: torch.dtype, 
     row_loras = [loras[row % 3] if row % 4 else None for row in range(18)]
 
     def decoded(x_NI: Tensor) -> Tensor:
-        return Scattered(Stack(loras), row_loras, torch.device("cpu"))(["q"], x_NI, linear)[0]
+        return GatheredLora(Stack(loras), row_loras, torch.device("cpu"))(["q"], x_NI, linear)[0]
 
     def trained(x_NI: Tensor) -> Tensor:
         segments = Segments([Segment(0, 5, loras[0]), Segment(5, 7, None), Segment(7, 18, loras[1])])
@@ -102,9 +102,9 @@ def test_of_the_head(vocabulary: int, dtype: torch.dtype, planted: float) -> Non
 @pytest.mark.parametrize("planted", PLANTED)
 @pytest.mark.parametrize("width", [8, 24, 64])
 def test_of_attention_over_several_texts(width: int, planted: float) -> None:
-    texts, tokens, heads, groups = 3, 70, 4, 2
-    k, v = (random(texts, tokens, groups, width, seed=seed) for seed in (2, 3))
-    bias = torch.zeros(texts, 1, 1, batch_invariant_attention.KEYS)
+    sequences, tokens, heads, groups = 3, 70, 4, 2
+    k, v = (random(sequences, tokens, groups, width, seed=seed) for seed in (2, 3))
+    bias = torch.zeros(sequences, 1, 1, batch_invariant_attention.KEYS)
     keys, values = (x[:, : batch_invariant_attention.KEYS].transpose(1, 2) for x in (k, v))
 
     def trained(q: Tensor) -> Tensor:
@@ -112,8 +112,8 @@ def test_of_attention_over_several_texts(width: int, planted: float) -> None:
 
     def decoded(q: Tensor) -> Tensor:
         return batch_invariant_attention.decoded(
-            q[:, 0].view(texts, groups, heads // groups, width), keys, values, bias
+            q[:, 0].view(sequences, groups, heads // groups, width), keys, values, bias
         )
 
     for compute in (trained, decoded):
-        assert_stays(compute, random(texts, tokens, heads, width, seed=1), planted)
+        assert_stays(compute, random(sequences, tokens, heads, width, seed=1), planted)

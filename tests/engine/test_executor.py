@@ -147,7 +147,7 @@ def test_who_was_away_begins_level_and_waits_for_one_turn() -> None:
             again.set_result(device.submit(spent.task("came back", 1.0, 8), "came back"))
 
         device.submit(middle(), "there")
-        begin.set()  # not sooner: it could be through with all its turns before the other one is there
+        begin.set()  # else it could finish before the other one arrives
         again.result(10).result(10)
         there.result(10)
     finally:
@@ -162,12 +162,12 @@ def test_who_was_away_begins_level_and_waits_for_one_turn() -> None:
 
 
 def test_what_a_turn_began_is_waited_for_only_if_others_wait() -> None:
-    settled: list[int] = []
+    synchronized: list[int] = []
     seen: list[str] = []
-    device, begin = Executor("settles", settle=lambda: settled.append(len(seen))), threading.Event()
+    device, begin = Executor("settles", synchronize=lambda: synchronized.append(len(seen))), threading.Event()
     try:
         device.submit(steps(seen, "a", 5)).result(10)
-        assert settled == []
+        assert synchronized == []
         first = device.submit(steps(seen, "b", 2, begin), "b")
         other = device.submit(steps(seen, "c", 2), "c")
         begin.set()
@@ -175,4 +175,4 @@ def test_what_a_turn_began_is_waited_for_only_if_others_wait() -> None:
         other.result(10)
     finally:
         device.close()
-    assert settled
+    assert synchronized

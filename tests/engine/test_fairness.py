@@ -1,4 +1,4 @@
-"""Who computes when: shares by rows, the order of passes, and who waits for whom. Counted, never timed."""
+"""The order of passes, the shares of rows, and the waiting times between runs. Counted, never timed."""
 
 import asyncio
 import itertools
@@ -21,7 +21,7 @@ from knapper.engine.training.scheduler import TrainingScheduler
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.wire.types import Datum, ForwardBackward, SampleRequest, SamplingParams
 from tests.engine.runs import datum, request, spec, tiny_trainer
-from tests.engine.sampling.test_scheduler import Shelf
+from tests.engine.sampling.test_scheduler import AdapterDict
 from tests.engine.test_run_machine import optim_step
 from tests.engine.training.test_scheduler import gathered, held, submitted
 
@@ -44,31 +44,31 @@ def device() -> Iterator[Executor]:
 @pytest.fixture
 def turns(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, int]]]:
     """(run, rows) of each pass that was computed, as it happens."""
-    found: list[list[tuple[str, int]]] = []
+    passes: list[list[tuple[str, int]]] = []
     names: dict[int, str] = {}
     opened, compute = trainer.open, batch.compute
 
-    def named(state: RunState, asked: ForwardBackward) -> PendingRequest:
-        one = opened(state, asked)
+    def named(state: RunState, opened_run: ForwardBackward) -> PendingRequest:
+        one = opened(state, opened_run)
         names[id(one)] = state.spec.run
         return one
 
     def noted(model: object, chosen: list[PendingRequest]) -> Work[None]:
-        found.append([(names[id(one)], one.waiting[0].rows) for one in chosen])
+        passes.append([(names[id(one)], one.waiting[0].rows) for one in chosen])
         return compute(model, chosen)  # type: ignore[arg-type]  # a Model
 
     monkeypatch.setattr(trainer, "open", named)
     monkeypatch.setattr(batch, "compute", noted)
-    return found
+    return passes
 
 
-def texts(count: int, length: int) -> list[Datum]:
+def datums(count: int, length: int) -> list[Datum]:
     rng = np.random.default_rng(count * 100 + length)
     return [datum(length, "cross_entropy", rng) for _ in range(count)]
 
 
-def asked(trainer: Trainer, name: str, count: int, length: int) -> tuple[RunState, ForwardBackward]:
-    return trainer.create(spec(run=name)), request(texts(count, length))
+def opened_run(trainer: Trainer, name: str, count: int, length: int) -> tuple[RunState, ForwardBackward]:
+    return trainer.create(spec(run=name)), request(datums(count, length))
 
 
 @pytest.mark.parametrize(("lengths", "bound"), [([10] * 8, 10), ([3, 5, 8, 10, 16, 24, 30, 32], 3 * ROWS_MAX)])
@@ -76,7 +76,7 @@ def test_runs_that_always_want_more_get_equal_shares_by_rows(
     trainer: Trainer, device: Executor, turns: list[list[tuple[str, int]]], lengths: list[int], bound: int
 ) -> None:
     """Eight closed loops, each of which asks again as soon as it is answered."""
-    clock, rounds = TrainingScheduler(trainer, device, lambda: 0.0), 80
+    scheduler, rounds = TrainingScheduler(trainer, device, lambda: 0.0), 80
     over = threading.Event()
 
     def ask(name: str, state: RunState, wanted: ForwardBackward) -> None:
@@ -86,11 +86,11 @@ def test_runs_that_always_want_more_get_equal_shares_by_rows(
             else:
                 ask(name, state, wanted)
 
-        submitted(clock, state, wanted).add_done_callback(again)
+        submitted(scheduler, state, wanted).add_done_callback(again)
 
     gate = held(device)
     for index, length in enumerate(lengths):
-        ask(f"run-{index}", *asked(trainer, f"run-{index}", 1, length))
+        ask(f"run-{index}", *opened_run(trainer, f"run-{index}", 1, length))
     gate.set()
     assert over.wait(60)
     served = Counter[str]()
@@ -100,28 +100,28 @@ def test_runs_that_always_want_more_get_equal_shares_by_rows(
     assert max(served.values()) - min(served.values()) <= bound
     if bound == 10:
         assert max(served.values()) / min(served.values()) <= 1.05
-        assert clock.shares(3) == pytest.approx([1 / 8] * 3, rel=0.05)
+        assert scheduler.shares(3) == pytest.approx([1 / 8] * 3, rel=0.05)
 
 
 def test_a_veteran_does_not_wait_for_a_newcomer_to_catch_up(
     trainer: Trainer, device: Executor, turns: list[list[tuple[str, int]]]
 ) -> None:
-    clock = TrainingScheduler(trainer, device, lambda: 0.0)
-    gathered(device, clock, [asked(trainer, "veteran", 20, 32)])
+    scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
+    gathered(device, scheduler, [opened_run(trainer, "veteran", 20, 32)])
     turns.clear()
-    gathered(device, clock, [asked(trainer, "new", 6, 32), asked(trainer, "veteran", 6, 32)])
+    gathered(device, scheduler, [opened_run(trainer, "new", 6, 32), opened_run(trainer, "veteran", 6, 32)])
     assert [name for ((name, _),) in turns] == ["new", "veteran"] * 6
 
 
 def test_a_newcomer_does_not_catch_up_with_what_others_had_before_it_came(
     trainer: Trainer, device: Executor, turns: list[list[tuple[str, int]]]
 ) -> None:
-    clock = TrainingScheduler(trainer, device, lambda: 0.0)
+    scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
     gate = held(device)
-    busy, first = (submitted(clock, *asked(trainer, name, n, 32)) for name, n in (("busy", 12), ("first", 4)))
-    late = asked(trainer, "new", 4, 32)
+    busy, first = (submitted(scheduler, *opened_run(trainer, name, n, 32)) for name, n in (("busy", 12), ("first", 4)))
+    late = opened_run(trainer, "new", 4, 32)
     later: Future[Any] = Future()
-    first.add_done_callback(lambda _: submitted(clock, *late).add_done_callback(later.set_result))
+    first.add_done_callback(lambda _: submitted(scheduler, *late).add_done_callback(later.set_result))
     gate.set()
     later.result(60).result(60)
     busy.result(60)
@@ -137,7 +137,7 @@ def test_another_runs_optim_step_waits_for_one_pass_at_most(
     """The barrier is each run's own: a step of `short` is applied while `long` has most of its passes before it."""
     machine = TrainingMachine(trainer, device, lambda: 0.0)
     gate = held(device)
-    long = submitted(machine.passes, *asked(trainer, "long", 30, 32))
+    long = submitted(machine.scheduler, *opened_run(trainer, "long", 30, 32))
 
     async def short() -> int:
         await machine.apply(trainer.create(spec(run="short")), optim_step(learning_rate=1e-3), None)
@@ -160,9 +160,9 @@ def test_sampling_takes_its_turns_within_a_pass(
 ) -> None:
     """Neither waits for the other's end: between two layers of a pass there are decoding steps, and the reverse."""
     sampler = EngineSampler(
-        trainer.decoder, device, Shelf({}), None, slots_max=8, kv_tokens_max=4096, now=time.monotonic
+        trainer.decoder, device, AdapterDict({}), None, slots_max=8, kv_tokens_max=4096, now=time.monotonic
     )
-    clock = TrainingScheduler(trainer, device, lambda: 0.0)
+    scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
     before: list[int] = []  # decoding steps before each piece of a pass
     compute = batch.compute
 
@@ -177,7 +177,7 @@ def test_sampling_takes_its_turns_within_a_pass(
 
     async def story() -> None:
         gate = held(device)
-        futures = [submitted(clock, *asked(trainer, f"run-{n}", 40 // loops, 32)) for n in range(loops)]
+        futures = [submitted(scheduler, *opened_run(trainer, f"run-{n}", 40 // loops, 32)) for n in range(loops)]
         work = [asyncio.ensure_future(sampler.sample(one)) for one in samples]
         await asyncio.sleep(0.01)
         gate.set()
@@ -185,27 +185,27 @@ def test_sampling_takes_its_turns_within_a_pass(
 
     asyncio.run(story())
     assert len(turns) == 40
-    pieces = len(before) // 40
-    within = [before[n * pieces + pieces - 1] - before[n * pieces] for n in range(40)]
+    chunk = len(before) // 40
+    within = [before[n * chunk + chunk - 1] - before[n * chunk] for n in range(40)]
     assert sum(within) > 0  # decoding goes on while a pass is under way
-    assert len([n for n in before if 0 < n < max(before)]) > 1  # and passes while texts are
+    assert len([n for n in before if 0 < n < max(before)]) > 1  # and passes while sequences are
 
 
 def test_what_waits_and_how_full_passes_are_is_counted(trainer: Trainer, device: Executor) -> None:
     now = [100.0]
-    clock = TrainingScheduler(trainer, device, lambda: now[0])
-    assert (clock.waiting, clock.oldest_s(), clock.shares(8)) == (0, 0.0, [])
+    scheduler = TrainingScheduler(trainer, device, lambda: now[0])
+    assert (scheduler.waiting, scheduler.oldest_s(), scheduler.shares(8)) == (0, 0.0, [])
     gate = held(device)
     futures: list[Future[Any]] = []
     for name, count in (("a", 1), ("b", 1), ("c", 2)):
-        futures.append(submitted(clock, *asked(trainer, name, count, 16)))
+        futures.append(submitted(scheduler, *opened_run(trainer, name, count, 16)))
         now[0] += 5.0
-    assert (clock.waiting, clock.oldest_s()) == (3, 15.0)
+    assert (scheduler.waiting, scheduler.oldest_s()) == (3, 15.0)
     gate.set()
     for future in futures:
         future.result(60)
-    assert (clock.waiting, clock.oldest_s()) == (0, 0.0)
-    counters = clock.counters
-    assert (counters.passes, counters.rows, counters.room, counters.shares) == (2, 64, 64, 3)
-    assert clock.shares(8) == [0.5, 0.25, 0.25]
-    assert clock.shares(1) == [0.5]
+    assert (scheduler.waiting, scheduler.oldest_s()) == (0, 0.0)
+    counters = scheduler.counters
+    assert (counters.passes, counters.rows, counters.capacity, counters.shares) == (2, 64, 64, 3)
+    assert scheduler.shares(8) == [0.5, 0.25, 0.25]
+    assert scheduler.shares(1) == [0.5]

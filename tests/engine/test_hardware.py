@@ -152,11 +152,11 @@ def test_auto_sees_that_onednn_may_not_use_the_instructions() -> None:
         env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
         cwd=Path(knapper.__file__).parent.parent, check=True, capture_output=True, text=True,
     )  # fmt: skip
-    told, chosen = done.stdout.splitlines()
+    log_line, chosen = done.stdout.splitlines()
     assert chosen == "torch.float32"
-    assert "KNAPPER_DTYPE is auto: measured" in told
-    assert "dtype=float32" in told
-    assert "is taken from 1.3 on" in told
+    assert "KNAPPER_DTYPE is auto: measured" in log_line
+    assert "dtype=float32" in log_line
+    assert "is taken from 1.3 on" in log_line
 
 
 def test_a_dtype_that_is_asked_for_is_taken_unmeasured() -> None:

@@ -28,8 +28,8 @@ def of_layers(whole: Path, directory: Path, count: int) -> Path:
     assert config["num_hidden_layers"] > count
     (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": count}))
     with safe_open(whole / "model.safetensors", framework="pt") as weights:
-        kept = [name for name in weights.keys() if ".layers." not in name or int(name.split(".")[2]) < count]  # noqa: SIM118
-        save_file({name: weights.get_tensor(name) for name in kept}, directory / "model.safetensors")
+        names = [name for name in weights.keys() if ".layers." not in name or int(name.split(".")[2]) < count]  # noqa: SIM118
+        save_file({name: weights.get_tensor(name) for name in names}, directory / "model.safetensors")
     return directory
 
 

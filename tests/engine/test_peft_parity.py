@@ -17,7 +17,7 @@ from knapper.wire.types import AdamW, Datum
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
 from tests.nearness import expect_near
 
-# PEFT's advice about tied heads (docs/decisions/0002 says what we do and why) and a base model that is not on the hub.
+# PEFT warns about tied heads (docs/decisions/0002) and about a base model that is not on the hub.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tie_word_embeddings"),
     pytest.mark.filterwarnings("ignore:Could not find a config file"),
@@ -36,11 +36,11 @@ BATCHES: list[list[Request]] = [  # of one optimizer step each: (loss, config, c
 ]
 
 
-def plain_loss(name: str, p: Tensor, given: dict[str, Tensor], config: dict[str, float]) -> Tensor:
+def plain_loss(name: str, p: Tensor, loss_inputs: dict[str, Tensor], config: dict[str, float]) -> Tensor:
     """The published formulas, written down once more."""
     if name == "cross_entropy":
-        return -(given["weights"] * p).sum()
-    q, a = given["logprobs"], given["advantages"]
+        return -(loss_inputs["weights"] * p).sum()
+    q, a = loss_inputs["logprobs"], loss_inputs["advantages"]
     r = (p - q).exp()
     if name == "importance_sampling":
         return -(r * a).sum()
@@ -51,17 +51,17 @@ def plain_loss(name: str, p: Tensor, given: dict[str, Tensor], config: dict[str,
         return -(r.detach().clip(low, high) * p * a).sum()
     low, high = config.get("clip_low_threshold", 0.8), config.get("clip_high_threshold", 1.2)
     if name == "gspo":
-        mask = given["sequence_ratio_mask"]
+        mask = loss_inputs["sequence_ratio_mask"]
         r = ((mask * (p.detach() - q)).sum() / mask.sum()).exp() * (p - p.detach()).exp()
     return -torch.min(r * a, r.clip(low, high) * a).sum()
 
 
-def plain_logprobs(model: torch.nn.Module, one: Datum) -> Tensor:
-    logits = model(input_ids=torch.from_numpy(one.tokens).long()[None]).logits[0].float()
-    targets = torch.from_numpy(one.inputs["target_tokens"])
+def plain_logprobs(model: torch.nn.Module, example: Datum) -> Tensor:
+    logits = model(input_ids=torch.from_numpy(example.tokens).long()[None]).logits[0].float()
+    targets = torch.from_numpy(example.inputs["target_tokens"])
     columns = targets if targets.dim() == 2 else targets[:, None]
-    found = torch.log_softmax(logits, dim=-1).gather(1, columns)
-    return found if targets.dim() == 2 else found[:, 0]
+    logprobs = torch.log_softmax(logits, dim=-1).gather(1, columns)
+    return logprobs if targets.dim() == 2 else logprobs[:, 0]
 
 
 def load_in_peft(
@@ -84,7 +84,9 @@ def batch(loss: str, columns: int, rng: np.random.Generator) -> list[Datum]:
 def arena(state: RunState, model: torch.nn.Module, of: Callable[[Tensor], Tensor | None]) -> Tensor:
     """What `of` says of PEFT's weights, in our arena's order."""
     named = {name.replace(".default", ""): of(p) for name, p in model.named_parameters()}
-    ordered = [named[name] for site in state.layout.sites for name in checkpoint_format.peft_names(site.module)]
+    ordered = [
+        named[name] for target in state.layout.lora_targets for name in checkpoint_format.peft_names(target.module)
+    ]
     return torch.cat([each.flatten() for each in ordered if each is not None])
 
 
@@ -106,13 +108,13 @@ def test_a_run_equals_a_plain_peft_loop(tmp_path: Path, kind: str, unembed: bool
             data = batch(loss, columns, rng)
             state, output = done(trainer.forward_backward(state, request(data, loss, config)))
             total = 0.0
-            for one, found in zip(data, output.outputs, strict=True):
-                p = plain_logprobs(model, one)
-                given = {name: torch.from_numpy(values) for name, values in one.inputs.items()}
-                value = plain_loss(loss, p, given, config)
+            for example, output_of_datum in zip(data, output.outputs, strict=True):
+                p = plain_logprobs(model, example)
+                loss_inputs = {name: torch.from_numpy(values) for name, values in example.inputs.items()}
+                value = plain_loss(loss, p, loss_inputs, config)
                 value.backward()
                 total += value.item()
-                np.testing.assert_allclose(found["logprobs"], p.detach().numpy(), atol=1e-5, rtol=1e-5)
+                np.testing.assert_allclose(output_of_datum["logprobs"], p.detach().numpy(), atol=1e-5, rtol=1e-5)
             assert output.metrics["loss:sum"] == pytest.approx(total, rel=1e-5, abs=1e-3)
         norm = float(torch.nn.utils.clip_grad_norm_(trainable, 1.0))
         adam.step()
@@ -138,13 +140,13 @@ def test_a_run_in_bfloat16_is_as_near_the_truth_as_peft_in_bfloat16(tmp_path: Pa
     wanted = []
     for name, dtype in (("truth", torch.float32), ("peer", torch.bfloat16)):
         model = load_in_peft(state, tmp_path / "model", tmp_path / name, trainable=True, dtype=dtype)
-        logprobs = [plain_logprobs(model, one) for one in data]
-        for p, one in zip(logprobs, data, strict=True):
-            plain_loss("cross_entropy", p, {"weights": torch.from_numpy(one.inputs["weights"])}, {}).backward()
+        logprobs = [plain_logprobs(model, example) for example in data]
+        for p, example in zip(logprobs, data, strict=True):
+            plain_loss("cross_entropy", p, {"weights": torch.from_numpy(example.inputs["weights"])}, {}).backward()
         wanted.append((torch.cat(logprobs), arena(state, model, lambda p: p.grad)))
     (truth, truth_P), (peer, peer_P) = wanted
-    found = torch.cat([torch.from_numpy(each["logprobs"]) for each in output.outputs])
-    expect_near(found, truth, peer, what="log-probabilities", exact=0.0)
+    ours = torch.cat([torch.from_numpy(each["logprobs"]) for each in output.outputs])
+    expect_near(ours, truth, peer, what="log-probabilities", exact=0.0)
     assert after.grads_P is not None
     expect_near(after.grads_P, truth_P, peer_P, what="gradients", exact=0.0)
 
@@ -171,7 +173,9 @@ def test_an_exported_adapter_gives_the_same_log_probabilities_in_peft(
         state, _ = done(trainer.optim_step(state, AdamW(learning_rate=1e-2)))
     after = done(trainer.forward_backward(state, request(data, forward_only=True)))[1]
     model = load_in_peft(state, tmp_path / "model", tmp_path / "adapter")
-    for one, was, found in zip(data, before.outputs, after.outputs, strict=True):
-        assert np.abs(found["logprobs"] - was["logprobs"]).max() > 1e-2
+    for example, was, output_of_datum in zip(data, before.outputs, after.outputs, strict=True):
+        assert np.abs(output_of_datum["logprobs"] - was["logprobs"]).max() > 1e-2
         with torch.no_grad():
-            np.testing.assert_allclose(found["logprobs"], plain_logprobs(model, one).numpy(), atol=1e-5, rtol=1e-5)
+            np.testing.assert_allclose(
+                output_of_datum["logprobs"], plain_logprobs(model, example).numpy(), atol=1e-5, rtol=1e-5
+            )

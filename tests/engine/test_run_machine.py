@@ -137,10 +137,10 @@ def test_a_run_in_a_crowd_ends_with_the_bits_of_a_run_alone(machine: TrainingMac
             machine, await apply_all(machine, await machine.create(spec(seed=seed), None, False), OPERATIONS)
         )
 
-    async def crowd() -> list[dict[str, bytes]]:
+    async def several_runs() -> list[dict[str, bytes]]:
         return await asyncio.gather(*(one(seed) for seed in range(4)))
 
-    together = run(crowd())
+    together = run(several_runs())
     assert together == [run(one(seed)) for seed in range(4)]
     assert together[0] != together[1]
 
@@ -178,13 +178,16 @@ def test_loading_replaces_weights_and_drops_pending_gradients(machine: TrainingM
             outcome = await machine.apply(other, load(optimizer=optimizer), files)
             answer = json.loads(outcome.body)
             assert (answer["path"], answer["type"]) == (CHECKPOINT, "load_weights")
-            found, wanted = await bits(machine, outcome.state), await bits(machine, state)
-            assert found["weights.f32"] == wanted["weights.f32"]
-            assert "grads.f32" not in found
+            resumed_state, wanted = await bits(machine, outcome.state), await bits(machine, state)
+            assert resumed_state["weights.f32"] == wanted["weights.f32"]
+            assert "grads.f32" not in resumed_state
             assert outcome.state.spec.seed == 8
-            assert (found["m.f32"] == wanted["m.f32"], found["v.f32"] == wanted["v.f32"]) == (optimizer, optimizer)
+            assert (resumed_state["m.f32"] == wanted["m.f32"], resumed_state["v.f32"] == wanted["v.f32"]) == (
+                optimizer,
+                optimizer,
+            )
             assert outcome.state.moments.step == (2 if optimizer else 0)
-            assert any(found["m.f32"]) is optimizer
+            assert any(resumed_state["m.f32"]) is optimizer
 
     run(story())
 
@@ -194,9 +197,9 @@ def test_training_goes_on_from_a_checkpoint_as_if_nothing_had_happened(machine: 
         state = await apply_all(machine, await machine.create(spec(), None, False), OPERATIONS[:3])
         files = (await machine.apply(state, save(), None)).export
         resumed = await machine.create(spec(run=RUN.replace(":0", ":1")), files, True)
-        found = await apply_all(machine, resumed, OPERATIONS[3:])
+        resumed_state = await apply_all(machine, resumed, OPERATIONS[3:])
         wanted = await apply_all(machine, state, OPERATIONS[3:])
-        assert await bits(machine, found) == await bits(machine, wanted)
+        assert await bits(machine, resumed_state) == await bits(machine, wanted)
 
     run(story())
 
@@ -237,9 +240,9 @@ def test_the_cost_is_that_of_the_operations_own_pieces(
         state = await machine.create(spec(), None, False)
         outcomes = await asyncio.gather(*(machine.apply(state, OPERATIONS[0], None) for _ in range(3)))
         assert isinstance(trainer.decoder, Decoder)
-        stretches = trainer.decoder.config.layers + 1
-        pieces = 3 * (2 * stretches + 2)  # each pass: the stretches, the head, the stretches backward, the end
-        assert [outcome.cost_s for outcome in outcomes] == [pieces] * 3  # a second for each, none for waiting
+        layer_segments = trainer.decoder.config.layers + 1
+        segments = 3 * (2 * layer_segments + 2)  # each pass: the stretches, the head, the stretches backward, the end
+        assert [outcome.cost_s for outcome in outcomes] == [segments] * 3  # a second for each, none for waiting
 
     run(story())
 

@@ -1,4 +1,4 @@
-"""Training when memory is scarce: whoever does not fit alone is told so, and nobody else's bits change."""
+"""Training when memory is scarce: a request that does not fit alone fails, and no other run's bits change."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -71,39 +71,39 @@ def test_a_request_that_does_not_fit_alone_is_told_so_and_the_others_go_on(
     passes: Callable[[Callable[[], Exception]], list[int]],
     error: Callable[[], Exception],
 ) -> None:
-    asked = [runs(trainer)[index] for index in (0, 3)]
-    alone = [done(trainer.forward_backward(state, one)) for state, one in asked]
+    requests = [runs(trainer)[index] for index in (0, 3)]
+    alone = [done(trainer.forward_backward(state, one)) for state, one in requests]
     seen = passes(error)
-    clock = TrainingScheduler(trainer, device, lambda: 0.0)
-    *found, failed = gathered(device, clock, [*asked, bad(trainer)])
-    for mine, wanted in zip(found, alone, strict=True):
-        assert_equal(mine, *wanted)
+    scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
+    *results, failed = gathered(device, scheduler, [*requests, bad(trainer)])
+    for result, wanted in zip(results, alone, strict=True):
+        assert_equal(result, *wanted)
     assert isinstance(failed, OutOfMemory)
     assert "a training pass of bad does not fit into the server's memory: it needs" in str(failed)
     assert "Send shorter datums or fewer of them in a request" in str(failed)
     assert seen[0] > 20, "they shared a pass at first"
     assert seen.count(20) == 2, "once by itself, and once more with all given back"
-    assert clock.waiting == 0
+    assert scheduler.waiting == 0
 
 
 def test_wherever_memory_is_lacking_for_a_moment_training_is_the_same(trainer: Trainer, device: Executor) -> None:
     """One operator after another fails once: where gradients are allocated, in passes, in losses, in sums."""
-    asked = runs(trainer)
-    alone = [done(trainer.forward_backward(state, one)) for state, one in asked]
+    requests = runs(trainer)
+    alone = [done(trainer.forward_backward(state, one)) for state, one in requests]
     counted = Operators(lambda _number, _name: False, gpu_error)
     with on(device, counted):
-        gathered(device, TrainingScheduler(trainer, device, lambda: 0.0), asked)
+        gathered(device, TrainingScheduler(trainer, device, lambda: 0.0), requests)
     rng = np.random.default_rng(2)
     firsts = range(1, 25)  # where gradients' arenas are made
     for at in [*firsts, *sorted(rng.integers(25, counted.count + 1, 25).tolist())]:
-        clock = TrainingScheduler(trainer, device, lambda: 0.0)
+        scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
         broken = Operators(lambda number, _name, at=at: number == at, gpu_error)  # type: ignore[misc]
         with on(device, broken):
-            found = gathered(device, clock, asked)
+            results = gathered(device, scheduler, requests)
         assert broken.broken == 1
-        for mine, wanted in zip(found, alone, strict=True):
-            assert_equal(mine, *wanted)
-        assert clock.waiting == 0
+        for result, wanted in zip(results, alone, strict=True):
+            assert_equal(result, *wanted)
+        assert scheduler.waiting == 0
 
 
 def test_every_operation_is_tried_once_more_and_leaves_the_state_as_it_is(trainer: Trainer, device: Executor) -> None:

@@ -1,4 +1,4 @@
-"""When memory is scarce, whoever cannot be served alone is told so; everybody else has the same bits, only later."""
+"""Sampling when memory is scarce: a request that does not fit alone fails; all others have the same bits, later."""
 
 import asyncio
 import itertools
@@ -24,7 +24,7 @@ from knapper.wire.progress import TokenEvent
 from knapper.wire.types import SampleOutput, SampleRequest
 from tests.engine.faults import Operators, cpu_error, gpu_error, on
 from tests.engine.runs import tiny_trainer
-from tests.engine.sampling.test_scheduler import House, Shelf, prompt_of, request, same, until
+from tests.engine.sampling.test_scheduler import AdapterDict, House, prompt_of, request, same, until
 
 POISON = 260  # a token; three of them in a row are what some test's pass cannot compute
 Embedding = Callable[[Callable[[Tensor], None]], None]
@@ -55,7 +55,7 @@ def poisonous(tokens_N: Tensor) -> bool:
     return bool((tokens_N.unfold(0, 3, 1) == POISON).all(-1).any()) if len(tokens_N) >= 3 else False
 
 
-def crowd(count: int, max_tokens: int = 40) -> list[SampleRequest]:
+def requests_of(count: int, max_tokens: int = 40) -> list[SampleRequest]:
     return [
         request(
             adapter=["", "adapter-1", "adapter-2"][index % 3],
@@ -80,12 +80,12 @@ def same_scores(one: SampleOutput, other: SampleOutput) -> bool:
     return np.array_equal(one.prompt_logprobs, other.prompt_logprobs, equal_nan=True)
 
 
-def alike(found: Answers, wanted: list[SampleOutput]) -> bool:
-    return len(found) == len(wanted) and all(
+def alike(answers_given: Answers, wanted: list[SampleOutput]) -> bool:
+    return len(answers_given) == len(wanted) and all(
         isinstance(one, SampleOutput)
         and all(same(a, b) for a, b in zip(one.sequences, other.sequences, strict=True))
         and same_scores(one, other)
-        for one, other in zip(found, wanted, strict=True)
+        for one, other in zip(answers_given, wanted, strict=True)
     )
 
 
@@ -111,8 +111,8 @@ def nothing_left(house: House) -> bool:
 def test_a_prompt_that_does_not_fit_fails_alone(
     house: House, embedding: Embedding, error: Callable[[], Exception], needs: str
 ) -> None:
-    """It comes while others decode, of other tenants; who comes after it is served too."""
-    small = crowd(12)
+    """It arrives while sequences of other tenants decode; later requests are served too."""
+    small = requests_of(12)
     undisturbed = house.run(*small)
 
     def before(tokens_N: Tensor) -> None:
@@ -145,9 +145,9 @@ def test_a_prompt_that_does_not_fit_fails_alone(
 def test_prompts_of_one_pass_are_computed_apart_when_it_breaks(
     house: House, embedding: Embedding, error: Callable[[], Exception], scored: bool
 ) -> None:
-    small = [request(prompt=one.prompt, seed=one.seed, prompt_logprobs=scored, num_samples=2) for one in crowd(5)]
+    small = [request(prompt=one.prompt, seed=one.seed, prompt_logprobs=scored, num_samples=2) for one in requests_of(5)]
     undisturbed = house.run(*small)
-    house.sampler._scheduler._prefilling.trim(0)
+    house.sampler._scheduler._prefiller.trim(0)
     passes: list[int] = []
 
     def before(tokens_N: Tensor) -> None:
@@ -164,11 +164,11 @@ def test_prompts_of_one_pass_are_computed_apart_when_it_breaks(
 
 
 def test_a_prompt_that_fits_alone_waits_until_nobody_decodes(house: House, embedding: Embedding) -> None:
-    """Others go past it meanwhile, but not for ever: as many texts as there are slots."""
+    """Others go past it meanwhile, but not for ever: as many sequences as there are slots."""
     large, long = bad(200, max_tokens=20), request(max_tokens=300, prompt=prompt_of(5, seed=1))
     passing = [request(seed=seed, max_tokens=6) for seed in range(40)]
     undisturbed = house.run(large, long, *passing)
-    house.sampler._scheduler._prefilling.trim(0)
+    house.sampler._scheduler._prefiller.trim(0)
     at_first = house.sampler.counters.finished
     order: list[str] = []
     before_it: list[int] = []
@@ -204,7 +204,7 @@ def test_a_prompt_that_fits_alone_waits_until_nobody_decodes(house: House, embed
 def test_when_a_step_lacks_memory_the_youngest_wait_and_all_come_out_the_same(
     house: House, embedding: Embedding
 ) -> None:
-    requests = crowd(10)
+    requests = requests_of(10)
     undisturbed = house.run(*requests)
     steps: list[int] = []
 
@@ -235,14 +235,14 @@ def test_when_a_step_lacks_memory_the_youngest_wait_and_all_come_out_the_same(
 
 
 def test_a_text_whose_step_does_not_fit_alone_fails_alone(house: House, embedding: Embedding) -> None:
-    """Its 60th token never fits, whoever is there; all others come out as ever."""
-    requests = crowd(6, max_tokens=30)
+    """Its 60th token never fits, even alone; all other requests have their usual outputs."""
+    requests = requests_of(6, max_tokens=30)
     large = request(prompt=prompt_of(50, seed=50), max_tokens=200, seed=50)
     undisturbed = house.run(*requests)
 
     def before(tokens_N: Tensor) -> None:
-        texts = house.sampler._scheduler._active.texts.values()
-        if len(tokens_N) == len(texts) and any(len(text.tokens) >= 60 for text in texts):
+        sequences = house.sampler._scheduler._batch.sequences.values()
+        if len(tokens_N) == len(sequences) and any(len(text.tokens) >= 60 for text in sequences):
             raise cpu_error()
 
     embedding(before)
@@ -255,13 +255,15 @@ def test_a_text_whose_step_does_not_fit_alone_fails_alone(house: House, embeddin
 
 
 def test_a_defect_in_a_step_fails_nobody_but_whose_it_is(house: House, embedding: Embedding) -> None:
-    requests = crowd(6, max_tokens=30)
+    requests = requests_of(6, max_tokens=30)
     undisturbed = house.run(*requests)
     large = request(prompt=prompt_of(50, seed=50), max_tokens=200, seed=50)
 
     def before(tokens_N: Tensor) -> None:
-        texts = house.sampler._scheduler._active.texts.values()
-        if len(tokens_N) == len(texts) and any(text.job.request is large and len(text.tokens) > 9 for text in texts):
+        sequences = house.sampler._scheduler._batch.sequences.values()
+        if len(tokens_N) == len(sequences) and any(
+            text.group.request is large and len(text.tokens) > 9 for text in sequences
+        ):
             raise ValueError("of one text")
 
     embedding(before)
@@ -272,7 +274,7 @@ def test_a_defect_in_a_step_fails_nobody_but_whose_it_is(house: House, embedding
 
 
 def test_who_listens_badly_fails_alone(house: House) -> None:
-    requests = crowd(4)
+    requests = requests_of(4)
     undisturbed = house.run(*requests)
 
     def deaf(drawn: TokenEvent) -> None:
@@ -290,8 +292,8 @@ def test_who_listens_badly_fails_alone(house: House) -> None:
 
 
 def test_a_listener_hears_each_token_once_though_its_text_was_parked(house: House, embedding: Embedding) -> None:
-    heard: list[TokenEvent] = []
-    requests = crowd(5)
+    events: list[TokenEvent] = []
+    requests = requests_of(5)
 
     def before(tokens_N: Tensor) -> None:
         if house.sampler.active == len(tokens_N) > 2 and house.sampler.counters.steps > 5:
@@ -300,15 +302,15 @@ def test_a_listener_hears_each_token_once_though_its_text_was_parked(house: Hous
     async def story() -> SampleOutput:
         others = asyncio.ensure_future(answers(house, requests))
         await until(lambda: house.sampler.waiting + house.sampler.active >= 5)
-        output = await house.sampler.sample(request(seed=9, max_tokens=30), heard.append)
+        output = await house.sampler.sample(request(seed=9, max_tokens=30), events.append)
         await others
         return output
 
     embedding(before)
     output = house.within(story())
     assert house.sampler.counters.parked > 0
-    assert [drawn.token for drawn in heard] == output.sequences[0].tokens.tolist()
-    assert [drawn.position for drawn in heard] == list(range(30))
+    assert [drawn.token for drawn in events] == output.sequences[0].tokens.tolist()
+    assert [drawn.position for drawn in events] == list(range(30))
 
 
 def test_a_parked_text_can_be_cancelled(house: House, embedding: Embedding) -> None:
@@ -337,16 +339,16 @@ def test_a_parked_text_can_be_cancelled(house: House, embedding: Embedding) -> N
 def test_texts_of_a_model_of_transformers_come_out_the_same_too(
     tmp_path: Path, embedding: Embedding, kind: str
 ) -> None:
-    """Some of its caches slide, and all are left half grown by a step that breaks: such texts begin again."""
+    """Some of its caches slide, and all are left half grown by a step that breaks: such sequences begin again."""
     house = House(tmp_path / "native")
     house.decoder = tiny_trainer(tmp_path / "model", kind).decoder  # type: ignore[assignment]
-    sites = house.decoder.config.sites
+    lora_targets = house.decoder.config.lora_targets
     draw = torch.Generator().manual_seed(1)
-    a = {site.name: torch.randn(4, site.inputs, generator=draw) * 0.1 for site in sites}
-    b = {site.name: torch.randn(site.outputs, 4, generator=draw) * 0.1 for site in sites}
-    shelf = Shelf({"adapter": Lora(a, b, 1.0)})
+    a = {target.name: torch.randn(4, target.inputs, generator=draw) * 0.1 for target in lora_targets}
+    b = {target.name: torch.randn(target.outputs, 4, generator=draw) * 0.1 for target in lora_targets}
+    adapter_dict = AdapterDict({"adapter": Lora(a, b, 1.0)})
     house.sampler = EngineSampler(
-        house.decoder, house.device, shelf, None, slots_max=16, kv_tokens_max=4096, now=time.monotonic
+        house.decoder, house.device, adapter_dict, None, slots_max=16, kv_tokens_max=4096, now=time.monotonic
     )
     requests = [
         request(adapter=["", "adapter"][n % 2], prompt=prompt_of(4 + 5 * n, seed=n) % 60, seed=n, max_tokens=20 + n)
@@ -373,38 +375,38 @@ def test_texts_of_a_model_of_transformers_come_out_the_same_too(
 def test_wherever_memory_is_lacking_for_a_moment_nothing_changes(house: House, error: Callable[[], Exception]) -> None:
     """One operator after another fails once, or some in a row: in passes, scores, draws, or while pools grow."""
     scored = request(prompt=prompt_of(60, seed=8), prompt_logprobs=True, num_samples=2, max_tokens=8)
-    requests = [*crowd(2, max_tokens=10), scored]
+    requests = [*requests_of(2, max_tokens=10), scored]
     undisturbed = house.run(*requests)
-    house.sampler._scheduler._prefilling.trim(0)
+    house.sampler._scheduler._prefiller.trim(0)
     counted = Operators(lambda _number, _name: False, error)
     with on(house.device, counted):
         assert alike(house.run(*requests), undisturbed)  # type: ignore[arg-type]
     rng = np.random.default_rng(5)
     for at in sorted(rng.integers(1, counted.count, 12).tolist()):
-        house.sampler._scheduler._prefilling.trim(0)
+        house.sampler._scheduler._prefiller.trim(0)
         broken = Operators(lambda number, _name, at=at: number == at, error)  # type: ignore[misc]
         with on(house.device, broken):
-            found = house.within(answers(house, requests))
+            outputs = house.within(answers(house, requests))
         assert broken.broken == 1
-        assert alike(found, undisturbed), f"operator {at} of {counted.count}"
+        assert alike(outputs, undisturbed), f"operator {at} of {counted.count}"
         assert nothing_left(house)
 
 
 def test_while_memory_is_lacking_nobody_gets_other_bits(house: House) -> None:
-    """Each operator fails with a chance: whoever is answered has what it has undisturbed, and no other error comes."""
-    requests = crowd(5, max_tokens=10)
+    """Each operator may fail: a served request has its undisturbed output, and only memory errors occur."""
+    requests = requests_of(5, max_tokens=10)
     undisturbed = house.run(*requests)
     served = 0
     for seed in range(8):
-        house.sampler._scheduler._prefilling.trim(0)
+        house.sampler._scheduler._prefiller.trim(0)
         rng = np.random.default_rng(seed)
         broken = Operators(lambda _number, _name, rng=rng: bool(rng.random() < 1e-3), gpu_error)  # type: ignore[misc]
         with on(house.device, broken):
-            found = house.within(answers(house, requests))
+            outputs = house.within(answers(house, requests))
         assert broken.broken > 0
-        for one, wanted in zip(found, undisturbed, strict=True):
+        for one, wanted in zip(outputs, undisturbed, strict=True):
             assert isinstance(one, OutOfMemory) or alike([one], [wanted]), f"seed {seed}"
-        served += sum(isinstance(one, SampleOutput) for one in found)
+        served += sum(isinstance(one, SampleOutput) for one in outputs)
         assert nothing_left(house)
     assert served > 20, "of 40: most are"
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from knapper.engine.executor import Executor, Work
-from knapper.engine.models.decode import NativeTexts
+from knapper.engine.models.decode import NativeDecodeState
 from knapper.engine.sampling.sampler import EngineSampler
 from knapper.engine.training import batch
 from knapper.engine.training.batch import PendingRequest
@@ -27,7 +27,7 @@ from knapper.engine.training.trainer import Trainer
 from knapper.wire.progress import TokenEvent
 from knapper.wire.types import SampleRequest, SamplingParams
 from tests.engine.runs import datum, request, spec, tiny_trainer
-from tests.engine.sampling.test_scheduler import Shelf
+from tests.engine.sampling.test_scheduler import AdapterDict
 
 SAMPLES, TOKENS, ROWS = 8, 8, 104
 ALONE_S = 2.3  # a step of one loop without its reward: what the turns below add up to
@@ -41,8 +41,8 @@ def pass_s(rows: int) -> float:
     return 0.25 + 0.0074 * rows
 
 
-def decoding_s(texts: int) -> float:
-    return 0.10 + 0.006 * texts
+def decoding_s(sequences: int) -> float:
+    return 0.10 + 0.006 * sequences
 
 
 def prefill_s(prompts: int) -> float:
@@ -50,7 +50,7 @@ def prefill_s(prompts: int) -> float:
 
 
 class World:
-    """Time, and what happens at what time. All of it on the device's thread, so that it is the same every time."""
+    """Simulated time and its events, on the device's thread, so that every run of the test is the same."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -72,7 +72,7 @@ class World:
             heapq.heappop(self._later)[2]()
 
     def rest(self) -> Work[None]:
-        """A turn in which nobody has work: until somebody does."""
+        """A turn without work, until some arrives."""
         while not self.under_way and self._later and not self.over.is_set():
             self.idle.append((self.now_s, self._later[0][0]))
             self.now_s = self._later[0][0]
@@ -85,14 +85,14 @@ class Loops:
 
     def __init__(self, world: World, trainer: Trainer, device: Executor, count: int, steps: int) -> None:
         self.world, self.device = world, device
-        self.clock = TrainingScheduler(trainer, device, lambda: world.now_s)
+        self.scheduler = TrainingScheduler(trainer, device, lambda: world.now_s)
         self.sampler = EngineSampler(
-            trainer.decoder, device, Shelf({}), None, slots_max=64, kv_tokens_max=65536, now=lambda: world.now_s
+            trainer.decoder, device, AdapterDict({}), None, slots_max=64, kv_tokens_max=65536, now=lambda: world.now_s
         )
         self.ends: list[list[float]] = [[] for _ in range(count)]
         self.steps = steps
         rng = np.random.default_rng(0)
-        self.asked = request([datum(ROWS // SAMPLES, "cross_entropy", rng) for _ in range(SAMPLES)])
+        self.request_body = request([datum(ROWS // SAMPLES, "cross_entropy", rng) for _ in range(SAMPLES)])
         self.states = [trainer.create(spec(run=f"run-{index}")) for index in range(count)]
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
@@ -131,7 +131,7 @@ class Loops:
 
     def train(self, index: int) -> None:
         self.world.under_way += 1
-        answer = self.clock.submit(self.states[index], lambda: self.asked)
+        answer = self.scheduler.submit(self.states[index], lambda: self.request_body)
         answer.add_done_callback(lambda _: self.step_done(index))
 
     def step_done(self, index: int) -> None:
@@ -155,7 +155,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 @pytest.fixture
 def world(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     world = World()
-    compute, step, prompts = batch.compute, NativeTexts.step, trainer.decoder.prompts
+    compute, step, prompts = batch.compute, NativeDecodeState.step, trainer.decoder.prefill
 
     def computed(model: Any, chosen: Sequence[PendingRequest]) -> Work[None]:
         takes_s = pass_s(sum(one.waiting[0].rows for one in chosen))
@@ -165,18 +165,18 @@ def world(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
             world.spend(takes_s / (2 * LAYERS))
             yield
 
-    def stepped(self: NativeTexts, *given: Any) -> Any:
-        found = step(self, *given)
+    def stepped(self: NativeDecodeState, *args: Any) -> Any:
+        result = step(self, *args)
         world.spend(decoding_s(len(self.rows)))
-        return found
+        return result
 
-    def prefilled(given: Sequence[Any]) -> Any:
-        world.spend(prefill_s(len(given)))
-        return prompts(given)
+    def prefilled(args: Sequence[Any]) -> Any:
+        world.spend(prefill_s(len(args)))
+        return prompts(args)
 
     monkeypatch.setattr(batch, "compute", computed)
-    monkeypatch.setattr(NativeTexts, "step", stepped)
-    monkeypatch.setattr(trainer.decoder, "prompts", prefilled)
+    monkeypatch.setattr(NativeDecodeState, "step", stepped)
+    monkeypatch.setattr(trainer.decoder, "prefill", prefilled)
     yield world
     world.over.set()
 
@@ -202,7 +202,7 @@ def measured(world: World, trainer: Trainer, count: int) -> tuple[float, float]:
 def test_loops_that_wait_for_rewards_do_not_fall_into_step(
     trainer: Trainer, world: World, count: int, times: float, busy: float
 ) -> None:
-    """Three do at least 2.7 times what one does, of 3 that are possible; eight leave the device no time to rest."""
+    """Three loops do at least 2.7 times the work of one, of 3 that are possible; eight keep the device busy."""
     rate, share = measured(world, trainer, count)
     assert rate * (WAIT_S + ALONE_S) >= times
     assert share >= busy

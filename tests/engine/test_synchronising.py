@@ -44,7 +44,7 @@ class _Operations(TorchDispatchMode):
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     seen: Counter[str] = Counter()
 
-    def told(name: str, original: Any) -> Any:
+    def counting(name: str, original: Any) -> Any:
         def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             seen[name] += 1
             return original(tensor, *args, **kwargs)
@@ -53,7 +53,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
     with monkeypatch.context() as patch, _Operations(seen):
         for name in _IN_PYTHON:
-            patch.setattr(torch.Tensor, name, told(name, getattr(torch.Tensor, name)))
+            patch.setattr(torch.Tensor, name, counting(name, getattr(torch.Tensor, name)))
         yield seen
 
 
@@ -94,8 +94,8 @@ def test_a_pass_waits_as_often_for_many_layers(tmp_path: Path, monkeypatch: pyte
 def test_several_runs_in_a_pass_wait_as_often_each_as_one(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     def together(runs: int) -> Counter[str]:
         rng = np.random.default_rng(0)
-        asked = [request([datum(20 + run, "ppo", rng, prompt=4)], "ppo") for run in range(runs)]
-        ones = [trainer.open(trainer.create(spec(rank=4 + run)), each) for run, each in enumerate(asked)]
+        requests = [request([datum(20 + run, "ppo", rng, prompt=4)], "ppo") for run in range(runs)]
+        ones = [trainer.open(trainer.create(spec(rank=4 + run)), each) for run, each in enumerate(requests)]
         with counted(monkeypatch) as seen:
             done(batch.compute(trainer.decoder, ones))
         return seen
@@ -113,21 +113,21 @@ def test_a_head_in_chunks_waits_as_often_as_a_whole_one(trainer: Trainer, monkey
 
 @pytest.mark.parametrize("adapters", [0, 1, 3])
 def test_a_decoding_step_waits_for_its_tokens_only(tmp_path: Path, adapters: int) -> None:
-    """However many texts it serves, and however long they are."""
-    for texts in (2, 11):
-        steps = _steps(tmp_path / str(texts), texts, adapters)
+    """However many sequences it serves, and however long they are."""
+    for sequences in (2, 11):
+        steps = _steps(tmp_path / str(sequences), sequences, adapters)
         assert max(each.total() for each in steps) <= 3, steps  # tokens, log-probabilities, whether they are finite
 
 
-def _steps(directory: Path, texts: int, adapters: int) -> list[Counter[str]]:
-    """Of each decoding step of so many texts, with so many adapters and the base model."""
+def _steps(directory: Path, sequences: int, adapters: int) -> list[Counter[str]]:
+    """Of each decoding step of so many sequences, with so many adapters and the base model."""
     house = House(directory)
     seen: list[Counter[str]] = []
     step = house.sampler._scheduler._step
 
     def counting() -> None:
-        with pytest.MonkeyPatch.context() as patch, counted(patch) as found:
-            seen.append(found)  # before the step: that tells its answers, and nobody waits for more
+        with pytest.MonkeyPatch.context() as patch, counted(patch) as counts:
+            seen.append(counts)  # before the step: it returns results, and nothing waits for more
             step()
 
     house.sampler._scheduler._step = counting  # type: ignore[method-assign]  # the device's thread calls it
@@ -135,7 +135,7 @@ def _steps(directory: Path, texts: int, adapters: int) -> list[Counter[str]]:
     house.run(
         *(
             sample_request(adapter=names[n % len(names)], prompt=prompt_of(9 + n), seed=n, max_tokens=12)
-            for n in range(texts)
+            for n in range(sequences)
         )
     )
     assert len(seen) == house.sampler.counters.steps > 10

@@ -49,14 +49,14 @@ def tiny_model(directory: Path, *, seed: int = 0, kind: Kind = "llama", context:
 
 def _tokenizer() -> Tokenizer:
     """256 bytes, ten merges and two special tokens: every text has tokens, and many characters take several."""
-    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = sorted(pre_tokenizers.ByteLevel.alphabet())
     for merge in _merges:
         merged = merge.replace(" ", "")
-        if merged not in pieces:
-            pieces.append(merged)
+        if merged not in vocabulary:
+            vocabulary.append(merged)
     bpe = models.BPE(
-        vocab={piece: index for index, piece in enumerate(pieces)},
-        merges=[(left, right) for left, right in (merge.split(" ") for merge in _merges) if left in pieces],
+        vocab={token: index for index, token in enumerate(vocabulary)},
+        merges=[(left, right) for left, right in (merge.split(" ") for merge in _merges) if left in vocabulary],
     )
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -138,8 +138,8 @@ def _write(path: Path, value: dict[str, object]) -> None:
 
 
 def sentencepiece() -> Tokenizer:
-    """As Llama 2's: spaces are marks, what has no piece goes by bytes, and the first space of all is not told."""
-    pieces = {
+    """As Llama 2's: spaces are marks, unknown characters become bytes, and the first space is dropped."""
+    vocabulary = {
         "▁the": 0,
         "▁and": 1,
         "!": 2,
@@ -149,7 +149,7 @@ def sentencepiece() -> Tokenizer:
         "e": 6,
         **{f"<0x{n:02X}>": 7 + n for n in range(256)},
     }
-    tokenizer = Tokenizer(models.BPE(vocab=pieces, merges=[], byte_fallback=True))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

@@ -1,4 +1,4 @@
-"""A gateway whose clock the test turns; modules that need no clock have a `running` of their own."""
+"""A gateway whose clock the test advances; modules that need no clock have a `running` of their own."""
 
 from collections.abc import Iterator
 

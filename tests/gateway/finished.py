@@ -1,4 +1,4 @@
-"""What is finished, as real parts leave it behind: sessions, runs and their checkpoints, and jobs."""
+"""Finished sessions, runs with checkpoints, and jobs, as the real components store them."""
 
 import hashlib
 from collections.abc import Callable

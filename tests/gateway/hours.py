@@ -1,4 +1,4 @@
-"""Hours of a real gateway in seconds: a loop whose time leaps to the next timer, and a store that counts its calls."""
+"""Hours of a real gateway in seconds: a loop whose time jumps to the next timer, and a store that counts its calls."""
 
 import asyncio
 import selectors
@@ -92,10 +92,10 @@ class CountingStore:
 
     @property
     def verbs(self) -> dict[str, int]:
-        found: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for (verb, _), count in self.calls.items():
-            found[verb] += count
-        return dict(found)
+            counts[verb] += count
+        return dict(counts)
 
     async def put_if_absent(self, name: str, data: bytes) -> bool:
         self.calls["put", _what(name)] += 1
@@ -130,16 +130,16 @@ class Gateway:
         return (await self.http.post(path, json=json)).raise_for_status().json()
 
     async def session(self) -> str:
-        asked: dict[str, Any] = {"tags": [], "user_metadata": None, "sdk_version": "0.38.0", "type": "create_session"}
-        return str((await self.post("create_session", asked))["session_id"])
+        body: dict[str, Any] = {"tags": [], "user_metadata": None, "sdk_version": "0.38.0", "type": "create_session"}
+        return str((await self.post("create_session", body))["session_id"])
 
     async def run(self, session: str, n: int = 0) -> str:
         return str((await self.post("create_model", create_model(session, n)))["model_id"])
 
     async def step(self, run: str, seq: int, status: int = 200) -> None:
         """An optimizer step, accepted."""
-        asked = {"model_id": run, "seq_id": seq, "adam_params": {"learning_rate": 1e-4}, "type": "optim_step"}
-        assert (await self.http.post("optim_step", json=asked)).status_code == status
+        body = {"model_id": run, "seq_id": seq, "adam_params": {"learning_rate": 1e-4}, "type": "optim_step"}
+        assert (await self.http.post("optim_step", json=body)).status_code == status
 
     async def result(self, run: str, seq: int) -> Any:
         """As the SDK waits for it."""
@@ -157,27 +157,27 @@ class Gateway:
 
 
 @asynccontextmanager
-async def gateway(store: Store, place: JobServices | None = None, **changes: Any) -> AsyncIterator[Gateway]:
-    """The whole gateway, chores and all, whose clocks are the loop's. `changes`: of its settings."""
+async def gateway(store: Store, job_services: JobServices | None = None, **changes: Any) -> AsyncIterator[Gateway]:
+    """The whole gateway with its periodic tasks, on the clock of the loop. `changes`: of its settings."""
     now = asyncio.get_running_loop().time
-    app = create_app(store, settings(**changes), place=place, clock=clock, monotonic=now)
+    app = create_app(store, settings(**changes), job_services=job_services, clock=clock, monotonic=now)
     transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
     headers = {"X-API-Key": "tml-local", "Accept": "application/x-protobuf, application/json"}
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1/api/v1/", headers=headers) as http,
     ):
-        yield Gateway(http, app.state.parts)
+        yield Gateway(http, app.state.services)
 
 
 @asynccontextmanager
 async def engine(store: Store, machine: Machine[Any]) -> AsyncIterator[str]:
     """A train_step on a port of its own, in this very loop: where it is."""
-    residents = ClaimedRuns(store, machine, Holder("engine", "", TERMS), clock)
+    runs = ClaimedRuns(store, machine, Holder("engine", "", TERMS), clock)
 
-    async def bell(request: web.Request) -> web.StreamResponse:
+    async def doorbell(request: web.Request) -> web.StreamResponse:
         event = cloudevents.decode(request.headers, await request.read())
-        frames = residents.answer(cloudevents.run_of(event), event.hint)
+        frames = runs.answer(cloudevents.run_of(event), event.hint)
         try:
             first = await anext(frames)
         except KnapperError as error:
@@ -194,7 +194,7 @@ async def engine(store: Store, machine: Machine[Any]) -> AsyncIterator[str]:
     assert isinstance(loop, LeapingLoop)
     loop.sockets = True
     app = web.Application()
-    app.router.add_post("/", bell)
+    app.router.add_post("/", doorbell)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     with socket.create_server(("127.0.0.1", 0)) as listener:

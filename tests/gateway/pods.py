@@ -42,8 +42,8 @@ class Pod:
         self.address = f"http://127.0.0.1:{self.port}"
         self.data = directory / "data"
         self.log = directory / f"{name}.log"
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("KNAPPER_")}
-        self._environment = kept | {
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("KNAPPER_")}
+        self._environment = environment | {
             "KNAPPER_DATA": str(self.data), "KNAPPER_MODEL": MODEL.name,
             "KNAPPER_MODEL_DIRECTORY": str(tiny_model(directory / "model")), "KNAPPER_THREADS": "1",
             "KNAPPER_DTYPE": "float32", "FUNCTION_TARGET": "train_step", "OMP_NUM_THREADS": "1",
@@ -127,8 +127,8 @@ class Two:
             await self.acceptor.accept(run, seq, *_operation(run, seq, tokens))
 
     async def accept_save(self, run: RunId, seq: int) -> None:
-        asked = {"model_id": run, "seq_id": seq, "path": "end"}
-        await self.acceptor.accept(run, seq, "save_weights", pack(msgspec.json.encode(asked)))
+        body = {"model_id": run, "seq_id": seq, "path": "end"}
+        await self.acceptor.accept(run, seq, "save_weights", pack(msgspec.json.encode(body)))
 
     async def hint(self, run: RunId, way: cloudevents.Way) -> Hint:
         """What a gateway that has just looked would send."""
@@ -155,8 +155,8 @@ class Two:
 
 def _operation(run: RunId, seq: int, tokens: int) -> tuple[Kind, PackedBody]:
     if seq % 3 == 0:
-        asked = {"model_id": run, "seq_id": seq, "adam_params": {"learning_rate": 1e-2}}
-        return "optim_step", pack(msgspec.json.encode(asked))
+        body = {"model_id": run, "seq_id": seq, "adam_params": {"learning_rate": 1e-2}}
+        return "optim_step", pack(msgspec.json.encode(body))
     return "forward_backward", pack(fwdbwd(run, seq, tokens + seq % 5))
 
 

@@ -1,4 +1,4 @@
-"""A gateway on a real port, over a store that the test can look into, and requests to it as the SDK's."""
+"""A gateway on a real port, over a store that the test can read, and requests to it as the SDK sends them."""
 
 import asyncio
 import contextlib
@@ -53,13 +53,13 @@ class Running:
 
     @property
     def parts(self) -> Services:
-        parts: Services = self.app.state.parts
+        parts: Services = self.app.state.services
         return parts
 
     def door(self, path: str) -> Door:
         """The route of POSTs to /api/v1/`path`."""
-        found = [each for each in self.app.routes if isinstance(each, Door) and each.path == f"/api/v1/{path}"]
-        return found[0]
+        doors = [each for each in self.app.routes if isinstance(each, Door) and each.path == f"/api/v1/{path}"]
+        return doors[0]
 
     def run(self, coroutine: Any) -> Any:
         """Run it where the gateway runs."""
@@ -71,13 +71,13 @@ class Running:
         return reply.json()
 
     def session(self) -> str:
-        asked: dict[str, Any] = {"tags": [], "user_metadata": None, "sdk_version": "0.38.0", "type": "create_session"}
-        created: str = self.post("create_session", asked)["session_id"]
+        body: dict[str, Any] = {"tags": [], "user_metadata": None, "sdk_version": "0.38.0", "type": "create_session"}
+        created: str = self.post("create_session", body)["session_id"]
         return created
 
     def make_run(self, session: str | None = None, model_seq_id: int = 0) -> str:
-        asked = create_model(session or self.session(), model_seq_id)
-        return str(self.post("create_model", asked)["model_id"])
+        body = create_model(session or self.session(), model_seq_id)
+        return str(self.post("create_model", body)["model_id"])
 
     def forward_backward(self, body: bytes, **headers: str) -> httpx.Response:
         return self.http.post(
@@ -139,7 +139,7 @@ def gateway(
     store: Store | None = None,
     *,
     model: ModelRecord | None = MODEL,
-    place: JobServices | None = None,
+    job_services: JobServices | None = None,
     clock: Callable[[], float] = time.time,
     monotonic: Callable[[], float] = time.monotonic,
     **changes: Any,
@@ -148,7 +148,7 @@ def gateway(
     store = store if store is not None else MemoryStore()
     if model is not None:
         asyncio.run(Catalogue(store).publish(model))
-    app = create_app(store, settings(**changes), place=place, clock=clock, monotonic=monotonic)
+    app = create_app(store, settings(**changes), job_services=job_services, clock=clock, monotonic=monotonic)
     with serve(app) as (url, loop):
         running = Running(url, store, app, loop)
         with running.http:

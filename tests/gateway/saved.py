@@ -1,4 +1,4 @@
-"""Runs and checkpoints of any tenant, laid into the store as a train_step would, and a clock that a test turns."""
+"""Runs and checkpoints of any tenant, stored as train_step stores them, and a clock that the test advances."""
 
 import hashlib
 
@@ -64,7 +64,7 @@ def others_run(running: Running, n: int = 0) -> str:
 
     async def make() -> None:
         await Register(running.store).add_session(record)
-        await running.parts.records.sessions.find_or_create(record)
+        await running.parts.lookups.sessions.find_or_create(record)
         await Register(running.store).add_run(record, run)
         await Acceptor(running.store, running.parts.clock).create(Creation(spec=spec(run, OTHER)), run.encode())
 
@@ -74,5 +74,5 @@ def others_run(running: Running, n: int = 0) -> str:
 
 def bundle_names(running: Running) -> list[str]:
     """Objects of adapters that lie in the store."""
-    found: list[str] = running.run(running.store.list("adapters/"))
-    return found
+    names: list[str] = running.run(running.store.list("adapters/"))
+    return names

@@ -1,4 +1,4 @@
-"""What a client hears of its key, and what is in the token that it gets for it."""
+"""The description of a key, and the token that a client gets for it."""
 
 from knapper.ids import Tenant
 from knapper.state.api_keys import Keys
@@ -8,10 +8,10 @@ from tests.gateway.running import Running, gateway
 def claims(running: Running, key: str) -> tuple[str, str]:
     """(tenant, key's id) of the token that the key is exchanged for."""
     token = running.post("auth/token", headers={"X-API-Key": key})["jwt"]
-    tokens = running.parts.tokens
+    tokens = running.parts.access_tokens
     assert tokens is not None
-    found = tokens.claims(token)
-    return found.tenant, found.key
+    claims_of_token = tokens.claims(token)
+    return claims_of_token.tenant, claims_of_token.key
 
 
 def test_where_keys_are_off_a_token_names_none_and_a_key_is_described_so() -> None:

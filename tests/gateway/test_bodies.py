@@ -1,4 +1,4 @@
-"""Bodies have a limit at each route and a memory in common; large ones are read by workers, whose death is no harm."""
+"""Bodies have a limit at each route and share a memory budget; workers read large ones, and may die."""
 
 import os
 import pickle
@@ -54,7 +54,7 @@ def test_no_tenant_takes_more_than_half_of_the_memory_and_all_no_more_than_all()
     with pytest.raises(TooMany, match="900 bytes, 0 of them yours"):
         budget.take("c", 101)
     budget.take("c", 100)
-    budget.give("a", 500)
+    budget.release("a", 500)
     budget.take("b", 100)
     assert budget.taken == 600
 
@@ -72,7 +72,7 @@ def test_small_bodies_are_free_and_what_a_request_took_is_given_back() -> None:
 
 
 def test_when_the_memory_for_bodies_is_taken_large_ones_come_later_and_small_ones_pass(running: Running) -> None:
-    budget = running.parts.budget
+    budget = running.parts.body_budget
     budget.take("somebody", budget.total // 2)
     budget.take("another", budget.total // 2)
     try:
@@ -81,19 +81,19 @@ def test_when_the_memory_for_bodies_is_taken_large_ones_come_later_and_small_one
         assert large.headers["retry-after"] == "1"
         assert running.session()
     finally:
-        budget.give("somebody", budget.total // 2)
-        budget.give("another", budget.total // 2)
+        budget.release("somebody", budget.total // 2)
+        budget.release("another", budget.total // 2)
     assert running.http.post("asample", content=b" " * (limits.body_free_bytes + 1)).status_code == 422
     assert budget.taken == 0, "what the requests took was given back"
 
 
 def test_a_worker_that_dies_takes_nobody_with_it(running: Running) -> None:
     tokens = [1] * 100_000
-    asked = {"model_id": running.make_run(), "seq_id": 1}
+    payload = {"model_id": running.make_run(), "seq_id": 1}
     data = [{"model_input": {"chunks": [{"tokens": tokens}]}, "loss_fn_inputs": {}}]
-    body = {**asked, "forward_backward_input": {"loss_fn": "cross_entropy", "data": data}}
+    body = {**payload, "forward_backward_input": {"loss_fn": "cross_entropy", "data": data}}
     assert running.http.post("forward_backward", json=body).status_code == 200
-    pool = running.parts.workers._pool
+    pool = running.parts.worker_pool._pool
     assert pool is not None
     (pid, *_) = pool._processes
     os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Events at the gateway: uploads start jobs once, ticks ring again, dead letters are kept; outsiders find nothing."""
+"""Events at the gateway: uploads start jobs once, ticks ring again, dead letters are stored; outsiders get 404."""
 
 import json
 from collections.abc import Iterator
@@ -17,17 +17,17 @@ from knapper.local.broker.watcher import finalized
 from knapper.state import dead_letters
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import Running, gateway
-from tests.gateway.test_jobs import FILES, Rung
+from tests.gateway.test_jobs import FILES, DoorbellLog
 
 
 @pytest.fixture
-def running(tmp_path: Path) -> Iterator[tuple[Running, Rung]]:
-    store, rung = MemoryStore(), Rung()
-    place = JobServices(
-        store, DirectoryExchange(tmp_path), Notifier(rung.post, lambda: 0.0), iter(range(10**6)).__next__
+def running(tmp_path: Path) -> Iterator[tuple[Running, DoorbellLog]]:
+    store, doorbells = MemoryStore(), DoorbellLog()
+    job_services = JobServices(
+        store, DirectoryExchange(tmp_path), Notifier(doorbells.post, lambda: 0.0), iter(range(10**6)).__next__
     )
-    with gateway(store, place=place) as running:
-        yield running, rung
+    with gateway(store, job_services=job_services) as running:
+        yield running, doorbells
 
 
 def put(root: Path, name: str, text: str) -> Event:
@@ -42,22 +42,22 @@ def send(running: Running, event: Event, path: str = "/events", **headers: str) 
     return httpx.post(f"{running.url}{path}", headers={**given, **headers}, content=body, timeout=30)
 
 
-def test_uploads_in_any_order_start_a_job_once(running: tuple[Running, Rung], tmp_path: Path) -> None:
-    http, rung = running
+def test_uploads_in_any_order_start_a_job_once(running: tuple[Running, DoorbellLog], tmp_path: Path) -> None:
+    http, doorbells = running
     first = put(tmp_path, "job.yaml", FILES["job.yaml"])
     assert send(http, first).status_code == 204
-    assert rung.events == []
+    assert doorbells.events == []
     second = put(tmp_path, "d.jsonl", FILES["d.jsonl"])
     for event in (second, second, first, second):
         answer = send(http, event)
         assert (answer.status_code, answer.content) == (204, b"")
-    assert [event.type for event in rung.events] == [cloudevents.JOB_STARTED]
-    assert rung.events[0].subject.startswith("local/j/")
-    assert rung.events[0].kind == "sft"
+    assert [event.type for event in doorbells.events] == [cloudevents.JOB_STARTED]
+    assert doorbells.events[0].subject.startswith("local/j/")
+    assert doorbells.events[0].kind == "sft"
 
 
-def test_the_structured_mode_of_eventarc_is_taken_too(running: tuple[Running, Rung], tmp_path: Path) -> None:
-    http, rung = running
+def test_the_structured_mode_of_eventarc_is_taken_too(running: tuple[Running, DoorbellLog], tmp_path: Path) -> None:
+    http, doorbells = running
     put(tmp_path, "d.jsonl", FILES["d.jsonl"])
     event = put(tmp_path, "job.yaml", FILES["job.yaml"])
     sent = {
@@ -67,13 +67,13 @@ def test_the_structured_mode_of_eventarc_is_taken_too(running: tuple[Running, Ru
     headers = {"Content-Type": "application/cloudevents+json; charset=UTF-8"}
     answer = httpx.post(f"{http.url}/events", headers=headers, content=json.dumps(sent), timeout=30)
     assert answer.status_code == 204
-    assert len(rung.events) == 1
+    assert len(doorbells.events) == 1
 
 
 def test_who_dies_between_the_start_and_its_bell_is_made_good_by_the_tick(
-    running: tuple[Running, Rung], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    running: tuple[Running, DoorbellLog], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    http, rung = running
+    http, doorbells = running
     put(tmp_path, "d.jsonl", FILES["d.jsonl"])
     event = put(tmp_path, "job.yaml", FILES["job.yaml"])
 
@@ -81,22 +81,22 @@ def test_who_dies_between_the_start_and_its_bell_is_made_good_by_the_tick(
         raise RuntimeError("died")
 
     with monkeypatch.context() as patch:
-        patch.setattr(http.parts.place.notifier, "_post", lost)  # type: ignore[union-attr]  # there is a place
+        patch.setattr(http.parts.job_services.notifier, "_post", lost)  # type: ignore[union-attr]  # there are job services
         assert send(http, event).status_code == 500
     assert send(http, event).status_code == 204
-    assert rung.events == [], "it was started before"
+    assert doorbells.events == [], "it was started before"
     for _ in range(200):  # the job's clock moves a second each time that it is read
         assert send(http, Event(type="dev.knative.sources.ping", subject="", id="t")).status_code == 204
-        if rung.events:
+        if doorbells.events:
             break
-    assert [event.type for event in rung.events] == [cloudevents.JOB_STARTED]
+    assert [event.type for event in doorbells.events] == [cloudevents.JOB_STARTED]
 
 
-def test_an_idle_tick_rings_for_nobody(running: tuple[Running, Rung]) -> None:
-    http, rung = running
+def test_an_idle_tick_rings_for_nobody(running: tuple[Running, DoorbellLog]) -> None:
+    http, doorbells = running
     for _ in range(3):
         assert send(http, Event(type=cloudevents.TICK, subject="", id="t")).status_code == 204
-    assert rung.events == []
+    assert doorbells.events == []
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_an_idle_tick_rings_for_nobody(running: tuple[Running, Rung]) -> None:
         finalized("inbox/local/j/job.yaml", "1", 1, 0.0, bucket="somebody-elses"),
     ],
 )
-def test_poison_is_answered_422(running: tuple[Running, Rung], event: Event) -> None:
+def test_poison_is_answered_422(running: tuple[Running, DoorbellLog], event: Event) -> None:
     http, _ = running
     assert send(http, event).status_code == 422
 
@@ -119,15 +119,15 @@ def test_poison_is_answered_422(running: tuple[Running, Rung], event: Event) -> 
      "inbox/local/../job.yaml", "inbox/local/j/job.error.json", "x", "", "/", "inbox", "inbox/", "inbox//", "inbox///",
      "inbox//j/job.yaml", "/inbox/local/j/job.yaml", "inbox/local/j j/job.yaml"],
 )  # fmt: skip
-def test_what_is_no_file_of_a_job_is_nobodys_business(running: tuple[Running, Rung], name: str) -> None:
-    http, rung = running
+def test_what_is_no_file_of_a_job_is_nobodys_business(running: tuple[Running, DoorbellLog], name: str) -> None:
+    http, doorbells = running
     before = http.run(http.store.list(""))
     assert send(http, finalized(name, "1", 1, 0.0)).status_code == 204
-    assert rung.events == []
+    assert doorbells.events == []
     assert http.run(http.store.list("")) == before
 
 
-def test_dead_letters_are_kept_once_whatever_they_are(running: tuple[Running, Rung]) -> None:
+def test_dead_letters_are_kept_once_whatever_they_are(running: tuple[Running, DoorbellLog]) -> None:
     http, _ = running
     letter = Event(type=cloudevents.ROLLOUTS_SCORED, subject="local/j/x", id="7", source="knapper/reward")
     why = {"ce-knativeerrorcode": "422", "ce-knativeerrordest": "http://train-step", "ce-knativeerrordata": "no job"}
@@ -179,14 +179,14 @@ def test_on_a_cluster_events_come_under_the_name_that_only_the_cluster_serves() 
             assert send(http, tick, Host=host).status_code == 404
 
 
-def test_what_is_put_back_is_looked_at_again(running: tuple[Running, Rung], tmp_path: Path) -> None:
-    http, rung = running
+def test_what_is_put_back_is_looked_at_again(running: tuple[Running, DoorbellLog], tmp_path: Path) -> None:
+    http, doorbells = running
     assert send(http, put(tmp_path, "d.jsonl", FILES["d.jsonl"])).status_code == 204
     assert send(http, put(tmp_path, "d.jsonl", "broken")).status_code == 204
     assert send(http, put(tmp_path, "job.yaml", FILES["job.yaml"])).status_code == 204
     assert (tmp_path / "inbox/local/j/job.error.json").exists()
     assert send(http, put(tmp_path, "d.jsonl", FILES["d.jsonl"])).status_code == 204
-    assert [event.type for event in rung.events] == [cloudevents.JOB_STARTED]
+    assert [event.type for event in doorbells.events] == [cloudevents.JOB_STARTED]
     assert not (tmp_path / "inbox/local/j/job.error.json").exists()
 
 
@@ -216,16 +216,16 @@ ODD = {
 
 
 @pytest.mark.parametrize("body", ODD.values(), ids=ODD.keys())
-def test_what_no_parser_takes_is_poison_and_no_defect(running: tuple[Running, Rung], body: bytes) -> None:
-    http, rung = running
+def test_what_no_parser_takes_is_poison_and_no_defect(running: tuple[Running, DoorbellLog], body: bytes) -> None:
+    http, doorbells = running
     answer = httpx.post(f"{http.url}/events", headers=STRUCTURED, content=body, timeout=30)
     assert answer.status_code == 422, answer.text
     assert httpx.post(f"{http.url}/events/dead", headers=STRUCTURED, content=body, timeout=30).status_code == 204
-    assert rung.events == []
+    assert doorbells.events == []
 
 
 @pytest.mark.parametrize("data", [b"[" * 100_000, b'{"bucket": "local", "name": "\\ud800"}', b"\xff", b'{"name": "x"}'])
-def test_data_that_no_parser_takes_is_poison(running: tuple[Running, Rung], data: bytes) -> None:
+def test_data_that_no_parser_takes_is_poison(running: tuple[Running, DoorbellLog], data: bytes) -> None:
     http, _ = running
     headers = {"ce-specversion": "1.0", "ce-type": cloudevents.OBJECT_FINALIZED, "ce-source": "s", "ce-id": "1"}
     for kind in ("application/json", "text/plain", ""):

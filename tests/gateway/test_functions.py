@@ -1,4 +1,4 @@
-"""The gateway and the real functions, as processes over one directory: trained, sampled, killed and gone on."""
+"""The gateway and the real functions, as processes over one directory: train, sample, kill and continue."""
 
 import json
 import os
@@ -85,16 +85,16 @@ def wait_for(running: Running, request_id: str) -> httpx.Response:
 
 
 def step(running: Running, run: str, seq: int) -> str:
-    asked = {"model_id": run, "seq_id": seq, "adam_params": {"learning_rate": 0.01}}
-    return str(running.post("optim_step", asked)["request_id"])
+    body = {"model_id": run, "seq_id": seq, "adam_params": {"learning_rate": 0.01}}
+    return str(running.post("optim_step", body)["request_id"])
 
 
 def test_a_run_is_trained_and_sampled_from_zero_and_across_a_kill(running: Running, upstream: Functions) -> None:
     upstream.kill()
     session = running.session()
-    run = running.make_run(session)  # nothing is running: the first bell goes unanswered
+    run = running.make_run(session)  # nothing is running: the first doorbell goes unanswered
     time.sleep(1.2)
-    state, reason = running.parts.bells.queue_state(run)  # type: ignore[arg-type]
+    state, reason = running.parts.train_client.queue_state(run)  # type: ignore[arg-type]
     assert state == "paused_capacity"
     assert reason is not None
     upstream.start()
@@ -140,8 +140,8 @@ def test_a_run_is_trained_and_sampled_from_zero_and_across_a_kill(running: Runni
 
 def logprobs(running: Running, session: str, source: dict[str, Any], n: int) -> Any:
     """Of the prompt 0 1 2 3."""
-    asked = {"session_id": session, "sampling_session_seq_id": n} | source
-    sampler = running.post("create_sampling_session", asked)["sampling_session_id"]
+    body = {"session_id": session, "sampling_session_seq_id": n} | source
+    sampler = running.post("create_sampling_session", body)["sampling_session_id"]
     promise = running.post(
         "asample",
         {
@@ -161,8 +161,8 @@ def test_a_prompt_past_the_context_is_the_users_error(running: Running, upstream
     if upstream.process is None or upstream.process.poll() is not None:
         upstream.start()
     session = running.session()
-    asked = {"session_id": session, "sampling_session_seq_id": 0, "base_model": MODEL.name}
-    sampler = running.post("create_sampling_session", asked)["sampling_session_id"]
+    body = {"session_id": session, "sampling_session_seq_id": 0, "base_model": MODEL.name}
+    sampler = running.post("create_sampling_session", body)["sampling_session_id"]
     long = {"chunks": [{"type": "encoded_text", "tokens": [1] * 600}]}
     promise = running.post(
         "asample", {"sampling_session_id": sampler, "seq_id": 0, "prompt": long, "sampling_params": {}}
@@ -177,16 +177,18 @@ def test_the_seconds_that_samples_had_of_the_device_are_told_once(running: Runni
         upstream.start()
 
     def told(session: str) -> float:
-        running.run(running.parts.meter.flush())
+        running.run(running.parts.sample_usage.flush())
         now = running.parts.clock()
         hours = [datetime.fromtimestamp(now // 3600 * 3600 + more, UTC).isoformat() for more in (-3600, 3600)]
         window = dict(zip(("starting_on", "ending_before"), hours, strict=True))
-        found = running.http.get("billing/usage/events", params=window).raise_for_status().json()["data"]
-        return float(sum(row["event_info"].get("device_seconds", 0.0) for row in found if row["session_id"] == session))
+        events = running.http.get("billing/usage/events", params=window).raise_for_status().json()["data"]
+        return float(
+            sum(row["event_info"].get("device_seconds", 0.0) for row in events if row["session_id"] == session)
+        )
 
     session = running.session()
-    asked = {"session_id": session, "sampling_session_seq_id": 0, "base_model": MODEL.name}
-    sampler = running.post("create_sampling_session", asked)["sampling_session_id"]
+    body = {"session_id": session, "sampling_session_seq_id": 0, "base_model": MODEL.name}
+    sampler = running.post("create_sampling_session", body)["sampling_session_id"]
     prompt = {"chunks": [{"type": "encoded_text", "tokens": [0, 1, 2, 3]}]}
     sample = {"sampling_session_id": sampler, "seq_id": 0, "prompt": prompt, "num_samples": 2}
     sample["sampling_params"] = {"max_tokens": 64, "seed": 1}
@@ -200,8 +202,8 @@ def test_the_seconds_that_samples_had_of_the_device_are_told_once(running: Runni
     assert told(session) > once
     command = [sys.executable, "-m", "knapper", "usage", "--hours", "2", "--url", running.url]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    said = rf"^{session}  {MODEL.name}: 8 prompt tokens, \d+ tokens sampled, \d+\.\d{{3}} device seconds$"
-    assert re.search(said, printed, re.MULTILINE), printed
+    line = rf"^{session}  {MODEL.name}: 8 prompt tokens, \d+ tokens sampled, \d+\.\d{{3}} device seconds$"
+    assert re.search(line, printed, re.MULTILINE), printed
     rows = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
     (row,) = [row for row in rows if row["about"] == session]
     assert (row["base_model"], row["prompt_tokens"]) == (MODEL.name, 8)

@@ -1,4 +1,4 @@
-"""Polls: held, woken, and asked to come again."""
+"""Polls: held, woken, and asked to try again."""
 
 import time
 from collections.abc import Iterator
@@ -47,10 +47,10 @@ def test_a_pending_poll_is_held_and_then_asked_to_come_again(running: Running, m
 
 def test_a_cold_start_is_told_with_the_time_it_has_taken(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     run = running.make_run()
-    monkeypatch.setattr("gateway.futures._PAUSED_HOLD_S", 1.2)  # a bell without an answer is a cold start after 1 s
+    monkeypatch.setattr("gateway.futures._PAUSED_HOLD_S", 1.2)  # an unanswered doorbell is a cold start after 1 s
     body = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
     assert body["queue_state"] == "paused_capacity"
-    assert body["queue_state_reason"].startswith("train_step is starting from zero; waited ")
+    assert body["queue_state_reason"].startswith("train_step is starting from zero: ")
 
 
 def test_whoever_waits_on_a_damaged_run_hears_what_is_damaged_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,10 +63,10 @@ def test_whoever_waits_on_a_damaged_run_hears_what_is_damaged_and_what_to_do(mon
     function = Starlette(routes=[Route("/", damaged, methods=["POST"])])
     with serve(function) as (url, _), gateway(train_step_url=f"{url}/") as running:
         run = running.make_run()
-        told = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
-    assert told["queue_state"] == "paused_capacity"
-    assert "object runs/x/out/7 is not a Commit record" in told["queue_state_reason"]
-    assert f"{run} waits until it is restored from a backup; or go on from a checkpoint" in told["queue_state_reason"]
+        reply = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
+    assert reply["queue_state"] == "paused_capacity"
+    assert "object runs/x/out/7 is not a Commit record" in reply["queue_state_reason"]
+    assert f"{run} waits until it is restored from a backup; or go on from a checkpoint" in reply["queue_state_reason"]
 
 
 def test_whoever_waits_on_a_damaged_answer_hears_it_and_the_answers_beside_it_are_told(running: Running) -> None:
@@ -79,10 +79,10 @@ def test_whoever_waits_on_a_damaged_answer_hears_it_and_the_answers_beside_it_ar
     sound = running.run(running.store.get(name))
     damaged = sound[:40] + bytes([sound[40] ^ 4]) + sound[41:]
     running.run(put_instead(running, name, damaged))
-    told = running.post("retrieve_future", {"request_id": f"{run}:2"}, status=408)
-    assert told["queue_state"] == "paused_capacity"
-    assert f"object {name} is damaged" in told["queue_state_reason"]
-    assert "operator" in told["queue_state_reason"]
+    reply = running.post("retrieve_future", {"request_id": f"{run}:2"}, status=408)
+    assert reply["queue_state"] == "paused_capacity"
+    assert f"object {name} is damaged" in reply["queue_state_reason"]
+    assert "operator" in reply["queue_state_reason"]
     for seq in (0, 1, 3):
         assert running.post("retrieve_future", {"request_id": f"{run}:{seq}"}) == {"metrics": {}}
     running.run(put_instead(running, name, sound))
@@ -100,13 +100,13 @@ def test_a_run_whose_manifest_is_damaged_is_no_cold_start(running: Running, monk
     run = running.make_run()
     name = layout.manifest(RunId(run), 1)
     running.run(running.store.put_if_absent(name, b"damaged"))
-    told = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
+    reply = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
     for _ in range(20):
-        if "damaged" in (told.get("queue_state_reason") or ""):
+        if "damaged" in (reply.get("queue_state_reason") or ""):
             break
-        told = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
-    assert told["queue_state"] == "paused_capacity"
-    assert f"object {name} is damaged" in told["queue_state_reason"]
+        reply = running.post("retrieve_future", {"request_id": f"{run}:0"}, status=408)
+    assert reply["queue_state"] == "paused_capacity"
+    assert f"object {name} is damaged" in reply["queue_state_reason"]
 
 
 def test_a_promise_of_a_store_that_was_put_back_to_an_older_backup_is_not_waited_for(
@@ -117,10 +117,10 @@ def test_a_promise_of_a_store_that_was_put_back_to_an_older_backup_is_not_waited
     running.forward_backward(fwdbwd(run, 1))
     assert running.post("retrieve_future", {"request_id": f"{run}:1"}, status=408)["type"] == "try_again"
     running.run(running.store.delete(layout.operation(RunId(run), 1)))
-    told = running.post("retrieve_future", {"request_id": f"{run}:1"})
-    assert told["error"].startswith(f"operation 1 of {run} is not in the server's store")
-    assert "create_training_client_from_state" in told["error"]
-    assert told["category"] == "server"
+    reply = running.post("retrieve_future", {"request_id": f"{run}:1"})
+    assert reply["error"].startswith(f"operation 1 of {run} is not in the server's store")
+    assert "create_training_client_from_state" in reply["error"]
+    assert reply["category"] == "server"
 
 
 def test_results_in_the_store_are_found_and_stay(running: Running) -> None:
@@ -152,7 +152,7 @@ def test_protobuf_results_keep_their_type(running: Running) -> None:
 
 
 def test_a_pushed_result_wakes_those_who_wait(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.futures._LOOK_S", 30.0)  # nobody looks: only the push can wake
+    monkeypatch.setattr("gateway.futures._READ_EVERY_S", 30.0)  # no reads: only the stream can wake the poll
     run = running.make_run()
     with ThreadPoolExecutor() as pool:
         polls = [pool.submit(running.post, "retrieve_future", {"request_id": f"{run}:0"}) for _ in range(3)]
@@ -161,7 +161,7 @@ def test_a_pushed_result_wakes_those_who_wait(running: Running, monkeypatch: pyt
 
         async def push() -> None:
             running.parts.results.offer(run, 1, Commit(epoch=1, results=[result(0)]))  # type: ignore[arg-type]
-            running.parts.bells.wake(run)  # type: ignore[arg-type]
+            running.parts.train_client.wake(run)  # type: ignore[arg-type]
 
         running.run(push())
         assert [poll.result(10) for poll in polls] == [{"metrics": {}}] * 3
@@ -198,11 +198,11 @@ def test_many_polls_share_one_look_at_the_store(running: Running, monkeypatch: p
     run = running.make_run()
     for seq in range(1, 40):
         running.forward_backward(fwdbwd(run, seq))
-    looks: list[str] = []
+    reads: list[str] = []
     listed = running.store.list
 
     async def counting(prefix: str, start_after: str = "", limit: int = 0) -> list[str]:
-        looks.append(prefix)
+        reads.append(prefix)
         return await listed(prefix, start_after, limit)
 
     monkeypatch.setattr(running.store, "list", counting)
@@ -213,5 +213,5 @@ def test_many_polls_share_one_look_at_the_store(running: Running, monkeypatch: p
             pool.map(lambda seq: running.http.post("retrieve_future", json={"request_id": f"{run}:{seq}"}), range(40))
         )
     assert {reply.status_code for reply in replies} == {408}
-    assert sum(prefix == layout.commits(run) for prefix in looks) <= 12  # type: ignore[arg-type]
+    assert sum(prefix == layout.commits(run) for prefix in reads) <= 12  # type: ignore[arg-type]
     assert json_of(replies[0].content)["type"] == "try_again"

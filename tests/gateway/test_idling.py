@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from gateway import periodic_tasks, uploads
-from gateway.periodic import Chore, done
+from gateway import periodic, periodic_tasks, uploads
+from gateway.periodic import PeriodicTask
 from knapper import limits
 from knapper.catalogue.served_models import Catalogue
 from knapper.events import cloudevents
@@ -55,12 +55,12 @@ class Bucket(Folder):
 
 @dataclass
 class House:
-    """A gateway over a store that counts, and whoever hears its bells."""
+    """A gateway over a store that counts, and the doorbells it posts."""
 
     store: CountingStore
     bucket: Bucket
-    place: JobServices
-    rung: list[Event]
+    job_services: JobServices
+    doorbells: list[Event]
     gateway: Gateway
 
     async def hour(self) -> dict[str, int]:
@@ -76,17 +76,17 @@ class House:
 
 @asynccontextmanager
 async def house(lay: Callable[[CountingStore], Awaitable[object]] | None = None) -> AsyncIterator[House]:
-    store, bucket, rung = CountingStore(MemoryStore()), Bucket(), list[Event]()
+    store, bucket, doorbells = CountingStore(MemoryStore()), Bucket(), list[Event]()
     await serve(store)
     if lay is not None:
         await lay(store)
 
     async def hear(event: Event) -> None:
-        rung.append(event)
+        doorbells.append(event)
 
-    place = JobServices(store, bucket, Notifier(hear, clock), clock)
-    async with gateway(store, place) as running:
-        yield House(store, bucket, place, rung, running)
+    job_services = JobServices(store, bucket, Notifier(hear, clock), clock)
+    async with gateway(store, job_services) as running:
+        yield House(store, bucket, job_services, doorbells, running)
 
 
 @pytest.mark.parametrize("count", [0, 10, 2000])
@@ -138,16 +138,16 @@ def test_a_job_that_waits_is_rung_for_again_and_again_and_ever_less_often() -> N
     async def story() -> None:
         async with house() as idle:
             await idle.gateway.post("jobs", {"name": "j", "files": FILES})
-            assert [event.type for event in idle.rung] == [cloudevents.JOB_STARTED]
+            assert [event.type for event in idle.doorbells] == [cloudevents.JOB_STARTED]
             began, at = asyncio.get_running_loop().time(), list[float]()
             while len(at) < 8:
                 await asyncio.sleep(1.0)
-                while len(at) < len(idle.rung) - 1:
+                while len(at) < len(idle.doorbells) - 1:
                     at.append(asyncio.get_running_loop().time() - began)
             assert at[0] <= 60 + 15 + 1, "KNAPPER_JOB_STALLED_S, and the pace of looking"
             assert max(after - before for before, after in itertools.pairwise(at)) <= 601
             hour = await idle.hour()
-            assert sum(hour.values()) <= 12 + 6 * 8, "six looks at the job, and six bells"
+            assert sum(hour.values()) <= 12 + 6 * 8, "six checks of the job, and six doorbells"
 
     lived(story)
 
@@ -171,7 +171,7 @@ def test_a_run_that_waits_for_an_operation_is_looked_at_ever_less_often() -> Non
             store.calls.clear()
             await asyncio.sleep(5 * 60)
             # A look of the collector, as the session is silent by now, and at most one of the accounts: whether the
-            # first operation stirred those before or after they began to pause at second 0 moves their looks.
+            # first operation rang for those before or after they began to pause at second 0 moves their looks.
             accounts = sum(count for (_, what), count in store.calls.items() if what in ("used", "using", "runs/used"))
             assert sum(store.calls.values()) - accounts <= 15, store.calls
             assert accounts <= 9, store.calls
@@ -200,7 +200,7 @@ def test_polls_look_at_nothing_while_the_holder_tells_of_what_it_commits() -> No
             took_s = asyncio.get_running_loop().time() - began
             assert took_s == pytest.approx(300.0, abs=2.0)
             assert store.calls["list", "runs/out"] <= 1 + took_s / 20.0, "for what should have been told and was not"
-            assert store.calls["list", "runs/in"] <= 1, "nobody looks for holes before an operation that is at work"
+            assert store.calls["list", "runs/in"] <= 1, "no check for gaps while an operation is at work"
 
     lived(story)
 
@@ -239,10 +239,10 @@ def test_a_job_that_another_process_started_and_lost_the_bell_of_is_found() -> N
         async with house() as idle:
             await asyncio.sleep(DAY_S)
             idle.bucket.put("j", FILES)
-            other = JobServices(idle.store, idle.bucket, idle.place.notifier, clock)
+            other = JobServices(idle.store, idle.bucket, idle.job_services.notifier, clock)
             assert await inbox.look(other, LOCAL_TENANT, "j") is not None  # it dies before it rings, and tells nobody
-            await asyncio.sleep(periodic_tasks.REST_S + 2 * 60 + 4 * 15)
-            assert {event.type for event in idle.rung} == {cloudevents.JOB_STARTED}
+            await asyncio.sleep(periodic_tasks.IDLE_S + 2 * 60 + 4 * 15)
+            assert {event.type for event in idle.doorbells} == {cloudevents.JOB_STARTED}
 
     lived(story)
 
@@ -252,8 +252,8 @@ def test_uploads_that_nobody_tells_of_are_found_within_five_minutes() -> None:
         async with house() as idle:
             await asyncio.sleep(DAY_S)
             idle.bucket.put("j", FILES)
-            await asyncio.sleep(uploads._LOOK_REST_S + 1)
-            assert {event.type for event in idle.rung} == {cloudevents.JOB_STARTED}
+            await asyncio.sleep(uploads._LOOK_IDLE_S + 1)
+            assert {event.type for event in idle.doorbells} == {cloudevents.JOB_STARTED}
 
     lived(story)
 
@@ -283,21 +283,21 @@ def test_what_is_refused_is_not_looked_at_again_until_something_comes() -> None:
     async def story() -> None:
         async with house() as idle:
             idle.bucket.put("j", {"job.yaml": YAML})
-            await inbox.look(idle.place, LOCAL_TENANT, "j")
+            await inbox.look(idle.job_services, LOCAL_TENANT, "j")
             assert len(await idle.store.list("expected/")) == 1
             idle.bucket.put("j", {"d.jsonl": "{}\n"})
-            await inbox.look(idle.place, LOCAL_TENANT, "j")
+            await inbox.look(idle.job_services, LOCAL_TENANT, "j")
             assert b"d.jsonl" in idle.bucket.files["inbox/local/j/job.error.json"]
             assert await idle.store.list("expected/") == []
-            assert await revive.due(idle.place, revive.Seen()) == []
+            assert await revive.due(idle.job_services, revive.Seen()) == []
 
     lived(story)
 
 
-# ---- how chores rest
+# ---- how periodic tasks idle
 
 
-def test_a_chore_that_finds_nothing_rests_ever_longer_and_is_back_once_it_is_stirred() -> None:
+def test_a_task_that_finds_nothing_pauses_ever_longer_and_is_back_once_its_doorbell_rings() -> None:
     async def story() -> list[float]:
         loop, at = asyncio.get_running_loop(), list[float]()
 
@@ -305,28 +305,28 @@ def test_a_chore_that_finds_nothing_rests_ever_longer_and_is_back_once_it_is_sti
             at.append(loop.time())
             return 100.0
 
-        chore = Chore("c", work, 10.0)
-        async with done([chore]):
+        task = PeriodicTask("c", work, 10.0)
+        async with periodic.running([task]):
             await asyncio.sleep(400)
-            chore.stirred.set()  # at 400, in the middle of a pause that began at 350
+            task.doorbell.set()  # at 400, in the middle of a pause that began at 350
             await asyncio.sleep(31)
         return at
 
     assert lived(story) == [10, 30, 70, 150, 250, 350, 410, 430]
 
 
-def test_what_stirs_a_chore_at_work_is_for_its_next_time() -> None:
+def test_a_doorbell_during_the_work_counts_for_the_next_run() -> None:
     async def story() -> list[float]:
         loop, at = asyncio.get_running_loop(), list[float]()
 
         async def work() -> float:
             at.append(loop.time())
             if len(at) == 3:
-                chore.stirred.set()  # it has looked already
+                task.doorbell.set()  # it has looked already
             return 1000.0
 
-        chore = Chore("c", work, 10.0)
-        async with done([chore]):
+        task = PeriodicTask("c", work, 10.0)
+        async with periodic.running([task]):
             await asyncio.sleep(101)
         return at
 

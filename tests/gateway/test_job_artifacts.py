@@ -1,4 +1,4 @@
-"""What a job has published, by HTTP and by the command line: listed, whole, in ranges, and after a cut."""
+"""The published files of a job, over HTTP and the command line: listed, whole, in ranges, and resumed."""
 
 import base64
 import hashlib
@@ -20,7 +20,7 @@ from knapper.jobs.services import JobServices
 from knapper.state import layout
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import Running, gateway
-from tests.gateway.test_jobs import YAML, Rung, command, submit
+from tests.gateway.test_jobs import YAML, DoorbellLog, command, submit
 
 ADAPTER = bytes(range(256)) * 20_000  # 5 MB: several pieces
 SHA256 = hashlib.sha256(ADAPTER).hexdigest()
@@ -30,22 +30,22 @@ FILE = "adapter/adapter_model.safetensors"
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Running]:
     store = MemoryStore()
-    place = JobServices(
+    job_services = JobServices(
         store,
         DirectoryExchange(tmp_path / "data"),
-        Notifier(Rung().post, lambda: 0.0),
+        Notifier(DoorbellLog().post, lambda: 0.0),
         itertools.count(1000.0).__next__,
     )
-    with gateway(store, place=place) as running:
+    with gateway(store, job_services=job_services) as running:
         submit(running)
         publish(running, FILE, ADAPTER)
         yield running
 
 
 def publish(running: Running, name: str, data: bytes, job: str = "j") -> None:
-    place = running.parts.place
-    assert place is not None
-    running.run(place.exchange.publish(f"{layout.outputs(LOCAL_TENANT, job)}{name}", data))
+    job_services = running.parts.job_services
+    assert job_services is not None
+    running.run(job_services.exchange.publish(f"{layout.outputs(LOCAL_TENANT, job)}{name}", data))
 
 
 def test_files_are_listed_with_what_they_are(running: Running) -> None:
@@ -65,12 +65,12 @@ def test_a_file_is_fetched_whole_and_in_ranges(running: Running) -> None:
     assert whole.headers["content-length"] == str(len(ADAPTER))
     digest = f"sha-256=:{base64.b64encode(bytes.fromhex(SHA256)).decode()}:"
     tag = whole.headers["etag"]
-    for asked, begin, end in (
+    for header, begin, end in (
         ("bytes=0-0", 0, 1), ("bytes=1000000-", 1_000_000, len(ADAPTER)), ("bytes=-7", len(ADAPTER) - 7, len(ADAPTER)),
         ("bytes=5-99999999999", 5, len(ADAPTER)), (f"bytes=0-{len(ADAPTER)}", 0, len(ADAPTER)),
     ):  # fmt: skip
-        part = running.http.get(url, headers={"Range": asked, "If-Range": tag})
-        assert (part.status_code, part.content == ADAPTER[begin:end]) == (206, True), asked
+        part = running.http.get(url, headers={"Range": header, "If-Range": tag})
+        assert (part.status_code, part.content == ADAPTER[begin:end]) == (206, True), header
         assert part.headers["content-range"] == f"bytes {begin}-{end - 1}/{len(ADAPTER)}"
         assert part.headers["repr-digest"] == digest, "of the whole file"
     behind = running.http.get(url, headers={"Range": f"bytes={len(ADAPTER)}-"})
@@ -207,8 +207,8 @@ def test_a_job_is_deleted_with_all_its_bytes_and_can_be_submitted_anew(running: 
         assert [path for path in (tmp_path / "data" / where / "local" / "j").rglob("*") if path.is_file()] == []
     left = [name for name in running.run(running.store.list("")) if "/j/" in name]
     assert [name.split("/")[4] for name in left] == ["control"] * 4, "cancelled, deleted; twice"
-    for asked in (running.http.get("jobs/j"), running.http.delete("jobs/j"), running.http.get("jobs/j/files")):
-        assert asked.status_code == 404
+    for reply in (running.http.get("jobs/j"), running.http.delete("jobs/j"), running.http.get("jobs/j/files")):
+        assert reply.status_code == 404
     assert running.http.get("jobs").json()["jobs"] == []
     entries = running.http.get("audit").json()["entries"]
     assert [entry["event_details"]["job"] for entry in entries if entry["event"] == "job_delete"] == ["j"]

@@ -1,4 +1,4 @@
-"""Large files of a job come in parts: what is there is not sent again, and what is not whole starts nothing."""
+"""Large files of a job, uploaded in parts: received parts are not sent again, and an incomplete file starts no job."""
 
 import base64
 import hashlib
@@ -17,7 +17,7 @@ from knapper.jobs.notifications import Notifier
 from knapper.jobs.services import JobServices
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import Running, gateway
-from tests.gateway.test_jobs import YAML, Rung, command
+from tests.gateway.test_jobs import YAML, DoorbellLog, command
 
 ROW = b'{"prompt": "a", "completion": "b"}\n'
 DATA = ROW * 500_000  # 17 MB: three parts
@@ -29,8 +29,10 @@ PART = limits.upload_part_bytes
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Running]:
     store = MemoryStore()
-    place = JobServices(store, DirectoryExchange(tmp_path / "data"), Notifier(Rung().post, lambda: 0.0), lambda: 1000.0)
-    with gateway(store, place=place) as running:
+    job_services = JobServices(
+        store, DirectoryExchange(tmp_path / "data"), Notifier(DoorbellLog().post, lambda: 0.0), lambda: 1000.0
+    )
+    with gateway(store, job_services=job_services) as running:
         yield running
 
 
@@ -41,14 +43,14 @@ def put(running: Running, offset: int, data: bytes | None = None, **headers: str
 
 def submitted(running: Running, status: int = 200, **changes: object) -> dict[str, object]:
     upload = {"sha256": SHA256, "size": len(DATA)} | changes
-    asked = {"name": "j", "files": {"job.yaml": YAML}, "uploads": {"d.jsonl": upload}}
-    answer: dict[str, object] = running.post("jobs", asked, status=status)
+    body = {"name": "j", "files": {"job.yaml": YAML}, "uploads": {"d.jsonl": upload}}
+    answer: dict[str, object] = running.post("jobs", body, status=status)
     return answer
 
 
 def test_parts_come_in_any_order_and_once_they_are_all_there_the_job_starts(running: Running, tmp_path: Path) -> None:
-    told = running.http.get(URL).json()
-    assert [(part["offset"], part["size"], part["received"]) for part in told["parts"]] == [
+    progress = running.http.get(URL).json()
+    assert [(part["offset"], part["size"], part["received"]) for part in progress["parts"]] == [
         (0, PART, False), (PART, PART, False), (2 * PART, len(DATA) - 2 * PART, False),
     ]  # fmt: skip
     for offset in (2 * PART, 0):
@@ -128,10 +130,10 @@ def test_what_nobody_takes_expires(running: Running, tmp_path: Path) -> None:
         put(running, offset)
     old = next(path for path in (tmp_path / "data/uploads").rglob("000000000000"))
     os.utime(old, (1000.0, 1000.0))
-    place = running.parts.place
-    assert place is not None
-    assert running.run(staging.expire(place.exchange, 1000.0 + limits.upload_s - 1)) == 0
-    assert running.run(staging.expire(place.exchange, 1000.0 + limits.upload_s)) == 1
+    job_services = running.parts.job_services
+    assert job_services is not None
+    assert running.run(staging.expire(job_services.exchange, 1000.0 + limits.upload_s - 1)) == 0
+    assert running.run(staging.expire(job_services.exchange, 1000.0 + limits.upload_s)) == 1
     assert [part["received"] for part in running.http.get(URL).json()["parts"]] == [False, True, False]
 
 

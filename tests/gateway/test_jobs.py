@@ -1,4 +1,4 @@
-"""Jobs by HTTP: the same road as an upload, and what a client sees of it."""
+"""Jobs over HTTP: they start like any upload, and clients see their state."""
 
 import json
 import os
@@ -26,7 +26,7 @@ YAML = "kind: sft\ndata: d.jsonl\nsteps: 3\n"
 FILES = {"job.yaml": YAML, "d.jsonl": '{"prompt": "a", "completion": "b"}\n'}
 
 
-class Rung:
+class DoorbellLog:
     def __init__(self) -> None:
         self.events: list[Event] = []
 
@@ -35,27 +35,29 @@ class Rung:
 
 
 @pytest.fixture
-def running(tmp_path: Path) -> Iterator[tuple[Running, Rung]]:
-    store, rung = MemoryStore(), Rung()
-    place = JobServices(
-        store, DirectoryExchange(tmp_path), Notifier(rung.post, lambda: 0.0), iter(range(10**6)).__next__
+def running(tmp_path: Path) -> Iterator[tuple[Running, DoorbellLog]]:
+    store, doorbells = MemoryStore(), DoorbellLog()
+    job_services = JobServices(
+        store, DirectoryExchange(tmp_path), Notifier(doorbells.post, lambda: 0.0), iter(range(10**6)).__next__
     )
-    with gateway(store, place=place) as running:
-        yield running, rung
+    with gateway(store, job_services=job_services) as running:
+        yield running, doorbells
 
 
 def submit(running: Running, **more: Any) -> Any:
     return running.post("jobs", {"name": "j", "files": {**FILES, **more}})
 
 
-def test_a_job_is_submitted_listed_shown_cancelled_and_resumed(running: tuple[Running, Rung], tmp_path: Path) -> None:
-    http, rung = running
+def test_a_job_is_submitted_listed_shown_cancelled_and_resumed(
+    running: tuple[Running, DoorbellLog], tmp_path: Path
+) -> None:
+    http, doorbells = running
     made = submit(http)
     assert (made["job"], made["state"], made["kind"], made["step"], made["steps"]) == ("j", "running", "sft", 0, 3)
     assert (tmp_path / "inbox/local/j/job.yaml").read_text() == YAML
-    assert [event.type for event in rung.events] == [cloudevents.JOB_STARTED]
+    assert [event.type for event in doorbells.events] == [cloudevents.JOB_STARTED]
     assert submit(http)["start"] == made["start"]
-    assert len(rung.events) == 1, "the same again starts nothing"
+    assert len(doorbells.events) == 1, "the same again starts nothing"
     start = Start(LOCAL_TENANT, "j", made["start"])
     for step in range(2):
         record = Trained(
@@ -74,15 +76,15 @@ def test_a_job_is_submitted_listed_shown_cancelled_and_resumed(running: tuple[Ru
     assert http.run(http.store.list("working/")) == []
     assert http.post("jobs/j/resume")["state"] == "running"
     assert http.run(http.store.list("working/")) == [start.working]
-    assert [event.type for event in rung.events] == [
+    assert [event.type for event in doorbells.events] == [
         cloudevents.JOB_STARTED,
         cloudevents.JOB_CANCELLED,
         cloudevents.JOB_STARTED,
     ]
 
 
-def test_a_submit_says_whether_it_is_equal_and_again_starts_anew(running: tuple[Running, Rung]) -> None:
-    http, rung = running
+def test_a_submit_says_whether_it_is_equal_and_again_starts_anew(running: tuple[Running, DoorbellLog]) -> None:
+    http, doorbells = running
     first = submit(http)
     same = submit(http)
     assert (first["equal"], same["equal"], same["start"]) == (False, True, first["start"])
@@ -97,17 +99,17 @@ def test_a_submit_says_whether_it_is_equal_and_again_starts_anew(running: tuple[
     corrected = submit(http, **{data: FILES[data] + "\n"})
     assert (corrected["equal"], corrected["state"]) == (False, "running")
     assert corrected["start"] not in (first["start"], anew["start"])
-    assert [event.type for event in rung.events].count(cloudevents.JOB_STARTED) == 3
+    assert [event.type for event in doorbells.events].count(cloudevents.JOB_STARTED) == 3
 
 
-def test_a_wrong_job_yaml_is_told_in_the_answer_and_in_the_list(running: tuple[Running, Rung]) -> None:
-    http, rung = running
+def test_a_wrong_job_yaml_is_told_in_the_answer_and_in_the_list(running: tuple[Running, DoorbellLog]) -> None:
+    http, doorbells = running
     made = submit(http, **{"job.yaml": "kind: sft\ndata: d.jsonl\nsteps: none\n"})
     assert made["state"] == "refused"
     assert (made["error"]["line"], made["error"]["field"], made["error"]["value"]) == (3, "steps", "'none'")
     (brief,) = http.http.get("jobs").json()["jobs"]
     assert "job.yaml, line 3: steps is 'none'" in brief["reason"]
-    assert rung.events == []
+    assert doorbells.events == []
     assert submit(http)["state"] == "running"
 
 
@@ -124,7 +126,7 @@ def test_a_wrong_job_yaml_is_told_in_the_answer_and_in_the_list(running: tuple[R
     ],
 )
 def test_names_that_are_no_plain_names_are_refused(
-    running: tuple[Running, Rung], tmp_path: Path, name: str, files: dict[str, str], field: str
+    running: tuple[Running, DoorbellLog], tmp_path: Path, name: str, files: dict[str, str], field: str
 ) -> None:
     refused = running[0].post("jobs", {"name": name, "files": files}, status=422)
     assert refused["detail"].startswith(field), refused
@@ -143,7 +145,7 @@ def test_names_that_are_no_plain_names_are_refused(
     ],
 )
 def test_what_the_adapter_changes_is_told_beside_the_default_of_the_sdk(
-    running: tuple[Running, Rung], tmp_path: Path, lora: str, adapts: list[str], says: str
+    running: tuple[Running, DoorbellLog], tmp_path: Path, lora: str, adapts: list[str], says: str
 ) -> None:
     http, _ = running
     assert submit(http, **{"job.yaml": YAML + lora})["adapts"] == adapts
@@ -152,7 +154,7 @@ def test_what_the_adapter_changes_is_told_beside_the_default_of_the_sdk(
     assert says in command(http, "jobs", "show", "j").stdout.splitlines()
 
 
-def test_jobs_are_told_as_json_whole(running: tuple[Running, Rung]) -> None:
+def test_jobs_are_told_as_json_whole(running: tuple[Running, DoorbellLog]) -> None:
     http, _ = running
     start = Start(LOCAL_TENANT, "j", submit(http)["start"])
     http.post("jobs", {"name": "i", "files": {"job.yaml": 'kind: "\\u202e"\n'}})
@@ -178,7 +180,7 @@ def test_jobs_are_told_as_json_whole(running: tuple[Running, Rung]) -> None:
     assert (both.returncode, both.stdout) == (2, "")
 
 
-def test_empty_listings_say_so_and_what_to_do(running: tuple[Running, Rung]) -> None:
+def test_empty_listings_say_so_and_what_to_do(running: tuple[Running, DoorbellLog]) -> None:
     http, _ = running
     assert command(http, "jobs", "list").stdout == "there are no jobs; `knapper submit JOB.YAML` starts one\n"
     assert command(http, "usage").stdout == "nothing was used in the last 24 hours; --hours looks further back\n"
@@ -186,7 +188,7 @@ def test_empty_listings_say_so_and_what_to_do(running: tuple[Running, Rung]) -> 
         assert json.loads(command(http, *listing, "--json").stdout) == []
 
 
-def test_what_is_not_there_is_not_found(running: tuple[Running, Rung]) -> None:
+def test_what_is_not_there_is_not_found(running: tuple[Running, DoorbellLog]) -> None:
     http = running[0]
     assert http.http.get("jobs/none").status_code == 404
     http.post("jobs/none/cancel", status=404)
@@ -202,7 +204,7 @@ def command(running: Running, *arguments: str) -> "subprocess.CompletedProcess[s
     )
 
 
-def test_the_command_line_submits_a_folder_and_follows_it(running: tuple[Running, Rung], tmp_path: Path) -> None:
+def test_the_command_line_submits_a_folder_and_follows_it(running: tuple[Running, DoorbellLog], tmp_path: Path) -> None:
     http, _ = running
     folder = tmp_path / "my-job"
     folder.mkdir()

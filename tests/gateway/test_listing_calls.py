@@ -28,8 +28,8 @@ async def asked(count: int) -> tuple[dict[str, Told], dict[str, dict[str, int]]]
     async def unheard(_: object) -> None:
         pass
 
-    place = JobServices(store, Folder(), Notifier(unheard, clock), clock)
-    async with gateway(store, place):
+    job_services = JobServices(store, Folder(), Notifier(unheard, clock), clock)
+    async with gateway(store, job_services):
         await asyncio.sleep(6 * HOUR_S)  # what the runs used is accounted for
     end = datetime.fromtimestamp(clock() // HOUR_S * HOUR_S, UTC)
     answers, calls = {}, {}
@@ -46,7 +46,7 @@ async def asked(count: int) -> tuple[dict[str, Told], dict[str, dict[str, int]]]
         ("billing/usage/events", _window(end - timedelta(hours=12), end)),
         ("billing/usage/checkpoints/current", {}),
     ):
-        async with gateway(store, place) as running:
+        async with gateway(store, job_services) as running:
             store.calls.clear()
             answer = await running.http.get(path, params=query)
             name = f"{path} {sorted(query.items())}"
@@ -61,8 +61,8 @@ def _window(first: datetime, end: datetime) -> dict[str, str]:
 def test_lists_cost_the_same_whatever_is_finished() -> None:
     (few_told, few), (many_told, many) = lived(lambda: asked(10)), lived(lambda: asked(2000))
     assert few.keys() == many.keys()
-    told = few.keys() - {name for name in few if "usage/events" in name}
-    for name in told:
+    names = few.keys() - {name for name in few if "usage/events" in name}
+    for name in names:
         if "current" in name:
             assert many[name]["get"] == 2 * 2000, "which project each of the sessions is in whose weights are there"
         else:
@@ -87,10 +87,10 @@ def _expect_all(usage: Told, count: int) -> None:
 
 
 def test_pages_are_what_a_list_that_reads_everything_would_tell() -> None:
-    told, _ = lived(lambda: asked(10))
+    pages_of_ten, _ = lived(lambda: asked(10))
 
     def pages(part: str) -> Told:
-        return next(answer for name, answer in told.items() if part in name)
+        return next(answer for name, answer in pages_of_ten.items() if part in name)
 
     first = [run["training_run_id"] for run in pages("('offset', 2)")["training_runs"]]
     second = [run["training_run_id"] for run in pages("('offset', 5)")["training_runs"]]

@@ -1,4 +1,4 @@
-"""Each client is told once, in the way that its SDK prints, and nobody who has nothing to hear."""
+"""Each client gets its notice once, in the form that its SDK prints, and other clients get none."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ NOTICE = "Down at 18:00 for an hour."
 
 def told(running: Running, sdk_version: str) -> tuple[str, str]:
     """(what the header of client/config says, what create_session's reply says)"""
-    asked = {"sdk_version": sdk_version}
-    config = running.http.post("client/config", json=asked)
-    session: dict[str, Any] = running.post("create_session", asked)
+    body = {"sdk_version": sdk_version}
+    config = running.http.post("client/config", json=body)
+    session: dict[str, Any] = running.post("create_session", body)
     assert ("x-deprecation-level" in config.headers) == ("x-deprecation-note" in config.headers)
     return config.headers.get("x-deprecation-note", ""), session["warning_message"] or ""
 
@@ -29,10 +29,10 @@ def told(running: Running, sdk_version: str) -> tuple[str, str]:
 ])  # fmt: skip
 def test_what_an_sdk_is_told_of_itself(sdk_version: str, word: str) -> None:
     with gateway() as running:
-        said = told(running, sdk_version)
-    assert (word in "".join(said)) if word else said == ("", "")
-    assert "" in said, "twice the same"
-    assert not word or "pip install tinker==0.38.0" in "".join(said)
+        notice = told(running, sdk_version)
+    assert (word in "".join(notice)) if word else notice == ("", "")
+    assert "" in notice, "twice the same"
+    assert not word or "pip install tinker==0.38.0" in "".join(notice)
 
 
 @pytest.mark.parametrize(("sdk_version", "in_header"), [

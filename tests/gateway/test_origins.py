@@ -1,4 +1,4 @@
-"""A gateway without keys answers by its machine's own names, and from its own pages; with keys it does not look."""
+"""A gateway without keys answers to its machine's own names and its own pages; with keys it checks neither."""
 
 import http.client
 import re

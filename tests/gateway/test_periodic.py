@@ -1,4 +1,4 @@
-"""What a gateway does by itself goes on, whatever goes wrong in it, and ends without a word when the gateway does."""
+"""Periodic tasks continue after any failure, and end silently with the gateway."""
 
 import asyncio
 import time
@@ -10,7 +10,7 @@ import pytest
 import structlog
 
 from gateway import periodic, periodic_tasks
-from gateway.periodic import Chore
+from gateway.periodic import PeriodicTask
 from knapper.errors import StoreError
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import fwdbwd, gateway
@@ -32,7 +32,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 class Sore(MemoryStore):
-    """Does to the task of a chore what the test says, once for each thing it says; everybody else sees a store."""
+    """Does to a periodic task what the test says, once for each thing it says; everybody else sees a store."""
 
     def __init__(self, name: str, *ills: BaseException) -> None:
         super().__init__()
@@ -57,17 +57,17 @@ def test_a_tick_with_a_defect_is_logged_with_its_traceback_and_the_next_one_work
         run = running.make_run(session)
         running.forward_backward(fwdbwd(run, 2))
         running.post(f"sessions/{session}/finish", {"reason": {"type": "interrupted"}})
-        until(lambda: running.stored(run, 1) is not None)  # a tick closed the hole
+        until(lambda: running.stored(run, 1) is not None)  # a tick filled the gap
     assert store.ills == []
-    told = [line for line in lines if line["event"].startswith("tick")]
-    assert [line["event"] for line in told] == ["tick: defect", "tick: defect", "tick failed"]
-    assert "RuntimeError: a defect" in told[0]["exception"]
-    assert "revive" in told[0]["exception"], "the traceback says where"
-    assert "a stranger's" in told[1]["exception"]
-    assert (told[2]["code"], told[2]["reason"]) == ("store_unavailable", "away")
+    ticks = [line for line in lines if line["event"].startswith("tick")]
+    assert [line["event"] for line in ticks] == ["tick: defect", "tick: defect", "tick failed"]
+    assert "RuntimeError: a defect" in ticks[0]["exception"]
+    assert "revive" in ticks[0]["exception"], "the traceback says where"
+    assert "a stranger's" in ticks[1]["exception"]
+    assert (ticks[2]["code"], ticks[2]["reason"]) == ("store_unavailable", "away")
 
 
-def test_a_gateway_that_stops_in_the_middle_of_its_chores_logs_no_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gateway_that_stops_in_the_middle_of_its_tasks_logs_no_defect(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []
 
     def stuck(name: str) -> Callable[[object], Any]:
@@ -77,9 +77,9 @@ def test_a_gateway_that_stops_in_the_middle_of_its_chores_logs_no_defect(monkeyp
 
         return work
 
-    for name in ("tick", "jobs", "settle"):
+    for name in ("tick", "jobs", "settle_accounts"):
         monkeypatch.setattr(periodic_tasks, name, stuck(name))
-    for pace in ("_TICK_S", "_JOBS_S", "_METER_S", "_ACCOUNTS_S"):
+    for pace in ("_TICK_S", "_JOBS_S", "_SAMPLE_USAGE_S", "_ACCOUNTS_S"):
         monkeypatch.setattr(periodic_tasks, pace, 0.01)
     with logged() as lines:
         with gateway():
@@ -103,7 +103,7 @@ def test_what_fails_is_not_tried_again_at_once(monkeypatch: pytest.MonkeyPatch) 
             if tries.count("worked") == 20:
                 often.set()
 
-        async with periodic.done([Chore("a", fail, 0.0), Chore("b", work, 0.0)]):
+        async with periodic.running([PeriodicTask("a", fail, 0.0), PeriodicTask("b", work, 0.0)]):
             await often.wait()
 
     asyncio.run(story())

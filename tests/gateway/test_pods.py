@@ -1,4 +1,4 @@
-"""Two pods over one store: whoever is rung, in whatever way, there is one trajectory, the undisturbed one's."""
+"""Two pods over one store: whichever is rung, and how, the trajectory is that of an undisturbed run."""
 
 import asyncio
 import random
@@ -27,7 +27,7 @@ def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
 
 @pytest.fixture(scope="module")
 def calm(pods: Two) -> tuple[str, list[bytes]]:
-    """Weights and answers of the run that nobody disturbs: one pod, a bell after each operation."""
+    """Weights and results of an undisturbed run: one pod, and a doorbell after each operation."""
 
     async def story() -> tuple[str, list[bytes]]:
         run = await pods.make("calm")
@@ -48,12 +48,12 @@ async def expect_calm(pods: Two, run: RunId, calm: tuple[str, list[bytes]]) -> N
 
 
 async def _answered(pods: Two, run: RunId) -> list[int]:
-    found: list[int] = []
+    numbers: list[int] = []
     for name in await pods.store.list(layout.commits(run)):
         data = await pods.store.get(name)
         assert data is not None
-        found += [result.seq for result in decode(data, Commit, name).results]
-    return found
+        numbers += [result.seq for result in decode(data, Commit, name).results]
+    return numbers
 
 
 def test_bells_to_both_to_the_wrong_one_twice_and_to_none_make_one_trajectory(
@@ -66,10 +66,12 @@ def test_bells_to_both_to_the_wrong_one_twice_and_to_none_make_one_trajectory(
         both = [pods.a, pods.b]
         for seq in range(1, LAST):
             await pods.accept(run, [seq])
-            rung = draw.choice([both, [pods.a], [pods.b], both * 2, [pods.b, pods.b], []])
+            targets = draw.choice([both, [pods.a], [pods.b], both * 2, [pods.b, pods.b], []])
             hint = await pods.hint(run, draw.choice(["direct", "service", "lost"]))
-            ways = [None if draw.random() < 0.3 else hint for _ in rung]  # none: as an event of a job, which takes over
-            await asyncio.gather(*(pod.ring(run, way) for pod, way in zip(rung, ways, strict=True)))
+            ways = [
+                None if draw.random() < 0.3 else hint for _ in targets
+            ]  # none: as an event of a job, which takes over
+            await asyncio.gather(*(pod.ring(run, way) for pod, way in zip(targets, ways, strict=True)))
         await pods.accept_save(run, LAST)
         async with asyncio.timeout(60):
             while (await _answered(pods, run))[-1:] != [LAST]:
@@ -91,19 +93,19 @@ def test_a_pod_that_is_not_the_holder_says_who_is_and_takes_over_only_from_the_l
         assert first.address == pods.a.address
         await pods.accept(run, [3])
         for way in ("service", "direct"):
-            status, said, _ = await pods.b.ring(run, await pods.hint(run, way))
+            status, detail, _ = await pods.b.ring(run, await pods.hint(run, way))
             assert status == 503
-            assert '"not_holder"' in said
-            assert pods.a.address in said
+            assert '"not_holder"' in detail
+            assert pods.a.address in detail
         stale = Hint(first.holder, first.epoch - 1, "lost")
         assert (await pods.b.ring(run, stale))[0] == 503, "the gateway speaks of an earlier claim"
         _, _, frames = await pods.b.ring(run, await pods.hint(run, "lost"))
         assert committed(frames) == [3]
         assert await pods.holder(run) == pods.b.address
         await pods.accept(run, [4])
-        status, said, _ = await pods.a.ring(run, await pods.hint(run, "service"))
-        assert status == 503, "it sees from the bell that it was taken over"
-        assert pods.b.address in said
+        status, detail, _ = await pods.a.ring(run, await pods.hint(run, "service"))
+        assert status == 503, "it sees from the doorbell that it was taken over"
+        assert pods.b.address in detail
 
     asyncio.run(story())
 
@@ -122,9 +124,9 @@ def test_a_pod_that_leaves_ends_its_slice_says_so_and_another_goes_on(
         _, _, frames = await working
         assert isinstance(frames[-1], Done), "the slice ended, and did not break off"
         assert frames[-1].more
-        status, said, _ = await waiting
+        status, detail, _ = await waiting
         assert status == 503
-        assert "leaving" in said
+        assert "leaving" in detail
         assert pods.a.process is not None
         pods.a.process.wait(20)
         _, _, frames = await pods.b.ring(run, await pods.hint(run, "lost"))
@@ -143,8 +145,8 @@ def test_a_gateway_rings_the_holder_and_the_service_once_it_is_lost(pods: Two, m
 
     def pass_and_wait(gateway: Running, seq: int) -> None:
         gateway.forward_backward(fwdbwd(run, seq)).raise_for_status()
-        asked = {"request_id": f"{run}:{seq}"}
-        while (answer := gateway.http.post("retrieve_future", json=asked)).status_code == 408:
+        body = {"request_id": f"{run}:{seq}"}
+        while (answer := gateway.http.post("retrieve_future", json=body)).status_code == 408:
             pass  # told after a second what it waits for
         assert answer.status_code == 200, answer.text
 
@@ -178,12 +180,12 @@ def test_a_holder_that_slept_through_a_takeover_writes_nothing_that_counts(
 ) -> None:
     """SIGSTOP in the middle of its work, at ten places; SIGCONT when the other has done it all."""
 
-    async def story(place: int) -> None:
-        run = await pods.make(f"zombie{place}")
+    async def story(index: int) -> None:
+        run = await pods.make(f"zombie{index}")
         await pods.a.ring(run, Hint())
         await pods.accept(run, range(1, LAST))
         sleeping = asyncio.create_task(pods.a.ring(run, await pods.hint(run, "direct")))
-        await asyncio.sleep(0.002 * place)
+        await asyncio.sleep(0.002 * index)
         pods.a.send(signal.SIGSTOP)
         try:
             await pods.accept_save(run, LAST)
@@ -193,11 +195,11 @@ def test_a_holder_that_slept_through_a_takeover_writes_nothing_that_counts(
         finally:
             pods.a.send(signal.SIGCONT)
         await asyncio.gather(sleeping, return_exceptions=True)
-        status, said, _ = await pods.a.ring(run, await pods.hint(run, "service"))
+        status, detail, _ = await pods.a.ring(run, await pods.hint(run, "service"))
         assert status == 503
-        assert pods.b.address in said
+        assert pods.b.address in detail
         assert (await pods.store.list(layout.commits(run)), await pods.store.list(layout.manifests(run))) == before
         await expect_calm(pods, run, calm)
 
-    for place in range(10):
-        asyncio.run(story(place))
+    for index in range(10):
+        asyncio.run(story(index))

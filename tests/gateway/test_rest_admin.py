@@ -18,14 +18,14 @@ from tests.gateway.test_rest_checkpoints import sampler_of, url
 
 
 def entries(running: Running, **query: Any) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = running.http.get("audit", params=query).raise_for_status().json()["entries"]
-    return found
+    log: list[dict[str, Any]] = running.http.get("audit", params=query).raise_for_status().json()["entries"]
+    return log
 
 
 def test_the_audit_log_tells_what_became_of_a_checkpoint(running: Running, clock: Clock) -> None:
     run = running.make_run()
     path = saved.save(running, run, "a", "external_weights")
-    asked = {"source_path": path, "destination_project_id": "p"}
+    body = {"source_path": path, "destination_project_id": "p"}
     calls: tuple[Callable[[], httpx.Response], ...] = (
         lambda: sampler_of(running, path),
         lambda: running.http.get(url(path, "/external_weights_urls")),
@@ -33,22 +33,22 @@ def test_the_audit_log_tells_what_became_of_a_checkpoint(running: Running, clock
         lambda: running.http.post(url(path, "/publish")),
         lambda: running.http.delete(url(path, "/publish")),
         lambda: running.http.put(url(path, "/ttl"), json={"ttl_seconds": 7200}),
-        lambda: running.http.post("copy_weights", json=asked),
+        lambda: running.http.post("copy_weights", json=body),
         lambda: running.http.delete(url(path)),
         lambda: running.http.delete(url(path)),
     )
     for call in calls:
         call().raise_for_status()
         clock.at += 1
-    found = entries(running)
-    assert [(entry["event"], entry["purpose"]) for entry in found] == [
+    log = entries(running)
+    assert [(entry["event"], entry["purpose"]) for entry in log] == [
         ("checkpoint_read", "sampling"), ("checkpoint_read", "download"), ("checkpoint_publish", None),
         ("checkpoint_unpublish", None), ("checkpoint_set_ttl", None), ("checkpoint_copy", None),
         ("checkpoint_delete", None),
     ]  # fmt: skip
-    assert all((entry["tinker_path"], entry["model_id"]) == (path, run) for entry in found)
-    assert found[4]["event_details"]["ttl_seconds"] == "7200"
-    assert found[0]["timestamp"] == "2027-01-15T08:00:00+00:00"
+    assert all((entry["tinker_path"], entry["model_id"]) == (path, run) for entry in log)
+    assert log[4]["event_details"]["ttl_seconds"] == "7200"
+    assert log[0]["timestamp"] == "2027-01-15T08:00:00+00:00"
 
 
 def test_the_audit_log_is_by_day_and_kind(running: Running, clock: Clock) -> None:
@@ -93,17 +93,17 @@ def test_usage_counts_tokens_and_checkpoints_by_hour_and_run(running: Running, c
     clock.at += 3600
     running.forward_backward(fwdbwd(runs[0], 3, 5))
     saved.save(running, runs[0], "a", seq=4)
-    found = usage(running)
+    rows = usage(running)
     nobody_trained = {"type": "training", "device_seconds": 0.0}
-    assert [(row["bucket_start"][11:16], row["event_info"]) for row in found["data"]] == [
+    assert [(row["bucket_start"][11:16], row["event_info"]) for row in rows["data"]] == [
         ("08:00", {**nobody_trained, "training_run_id": runs[1], "token_count": 50}),
         ("08:00", {**nobody_trained, "training_run_id": runs[0], "token_count": 7}),
         ("09:00", {**nobody_trained, "training_run_id": runs[0], "token_count": 5}),
         ("09:00", {"type": "checkpoint", "count": 1}),
     ]
-    first = found["data"][0]
+    first = rows["data"][0]
     assert (first["base_model"], first["session_id"], first["project_id"]) == (MODEL.name, session, "p")
-    assert list(found["sessions"]) == [session]
+    assert list(rows["sessions"]) == [session]
     later = usage(running, starting_on="2027-01-15T09:00:00Z")
     assert [row["event_info"]["type"] for row in later["data"]] == ["training", "checkpoint"]
     assert usage(running, starting_on="2027-01-15T07:00:00Z", ending_before="2027-01-15T08:00:00Z")["data"] == []
@@ -147,8 +147,8 @@ def test_what_a_deleted_run_used_is_told_for_good(running: Running) -> None:
             assert running.http.delete(f"training_runs/{run}").status_code == 200
             assert running.run(running.store.get(layout.commit(RunId(run), 1))) is None, "its journal is gone"
         (row,) = usage(running)["data"]
-        told = {"type": "training", "training_run_id": run, "token_count": 5, "device_seconds": 0.5}
-        assert row["event_info"] == told
+        info = {"type": "training", "training_run_id": run, "token_count": 5, "device_seconds": 0.5}
+        assert row["event_info"] == info
         assert row["session_id"] == run.partition(":")[0]
 
 
@@ -161,8 +161,8 @@ def test_storage_is_counted_by_project_and_shared_bytes_once(running: Running) -
     saved.save(running, saved.others_run(running), "theirs", tenant=saved.OTHER)
 
     def stored(**query: str) -> list[tuple[str | None, int, int]]:
-        found = running.http.get("billing/usage/checkpoints/current", params=query).raise_for_status().json()["data"]
-        return [(row["project_id"], row["checkpoint_count"], row["size_bytes"]) for row in found]
+        rows = running.http.get("billing/usage/checkpoints/current", params=query).raise_for_status().json()["data"]
+        return [(row["project_id"], row["checkpoint_count"], row["size_bytes"]) for row in rows]
 
     assert stored() == [(None, 1, saved.SIZE), ("p", 3, 2 * saved.SIZE)]
     assert stored(project_id="p") == [("p", 3, 2 * saved.SIZE)]
@@ -202,5 +202,5 @@ def test_a_trace_that_leaves_something_out_says_so(running: Running, monkeypatch
         monkeypatch.setattr(limits, "operations_listed_max", most)
         link = running.http.get(f"sessions/{session}/trace_export").json()["url"]
         with urllib.request.urlopen(link, timeout=10) as reply:
-            told = json_of(reply.read())
-        assert told["otherData"] == {"operations": most, "complete": complete, "operations_max": most}
+            trace = json_of(reply.read())
+        assert trace["otherData"] == {"operations": most, "complete": complete, "operations_max": most}

@@ -16,18 +16,20 @@ def url(path: str, ending: str = "") -> str:
 
 
 def paths(running: Running, where: str = "checkpoints") -> list[str]:
-    return [found["tinker_path"] for found in running.http.get(where).raise_for_status().json()["checkpoints"]]
+    return [
+        checkpoint["tinker_path"] for checkpoint in running.http.get(where).raise_for_status().json()["checkpoints"]
+    ]
 
 
 def loads(running: Running, path: str) -> int:
     """The status of an attempt to load it into a new run."""
-    asked = {"session_id": running.session(), "model_seq_id": 0, "path": path, "optimizer": False}
-    return running.http.post("load_weights", json=asked).status_code
+    body = {"session_id": running.session(), "model_seq_id": 0, "path": path, "optimizer": False}
+    return running.http.post("load_weights", json=body).status_code
 
 
 def sampler_of(running: Running, path: str, session: str | None = None, n: int = 0) -> httpx.Response:
-    asked = {"session_id": session or running.session(), "sampling_session_seq_id": n, "model_path": path}
-    return running.http.post("create_sampling_session", json=asked)
+    body = {"session_id": session or running.session(), "sampling_session_seq_id": n, "model_path": path}
+    return running.http.post("create_sampling_session", json=body)
 
 
 def test_a_list_is_newest_first_and_pages_with_a_cursor(running: Running, clock: Clock) -> None:
@@ -38,7 +40,7 @@ def test_a_list_is_newest_first_and_pages_with_a_cursor(running: Running, clock:
         clock.at += 1
     assert paths(running) == made[::-1]
     pages = [running.http.get("checkpoints", params={"limit": 2, "offset": at}).json() for at in (0, 2, 4)]
-    assert [found["tinker_path"] for page in pages for found in page["checkpoints"]] == made[::-1]
+    assert [checkpoint["tinker_path"] for page in pages for checkpoint in page["checkpoints"]] == made[::-1]
     assert [page["cursor"] for page in pages] == [
         {"offset": at, "limit": 2, "total_count": 5} for at in (0, 2, 4)
     ]  # fmt: skip
@@ -50,11 +52,11 @@ def test_a_list_of_one_run_shows_each_kind(running: Running) -> None:
     saved.save(running, run, "a", "sampler_weights", seq=2)
     saved.save(running, run, "a", "external_weights", seq=3)
     saved.save(running, running.make_run(), "elsewhere")
-    found = running.http.get(f"training_runs/{run}/checkpoints").json()["checkpoints"]
-    assert {each["checkpoint_id"]: each["checkpoint_type"] for each in found} == {
+    checkpoints = running.http.get(f"training_runs/{run}/checkpoints").json()["checkpoints"]
+    assert {each["checkpoint_id"]: each["checkpoint_type"] for each in checkpoints} == {
         "weights/a": "training", "sampler_weights/a": "sampler", "external_weights/a": "external",
     }  # fmt: skip
-    assert all(each["size_bytes"] == saved.SIZE and each["user_metadata"] == {"note": "a"} for each in found)
+    assert all(each["size_bytes"] == saved.SIZE and each["user_metadata"] == {"note": "a"} for each in checkpoints)
 
 
 @pytest.mark.parametrize(("name", "value"), [("limit", 0), ("limit", limits.page_max + 1), ("offset", -1), ("x", 1)])
@@ -170,14 +172,14 @@ GRACE_S, UNASKED_S = settings().keep_orphans_s, settings().keep_samplers_s
 
 
 def sweep(running: Running) -> list[str]:
-    """The collector's next look, as the gateway's chore does it; the bundles that are gone after it."""
+    """One run of the gateway's collector task; returns the bundles that it deleted."""
     before = bundles_of(running)
     running.run(periodic_tasks.collect(running.parts))
     return sorted(before - bundles_of(running))
 
 
 def gone_within(running: Running, clock: Clock, seconds: float) -> int:
-    """How many bundles go in that time and two looks, while the chore does what it does."""
+    """How many bundles the periodic task deletes in that time and two more runs."""
     pace_s = running.parts.collector.pace_s
     gone = 0
     for _ in range(int(seconds / pace_s) + 2):
@@ -192,7 +194,7 @@ def bundles_of(running: Running) -> set[str]:
 
 def test_bytes_go_an_hour_after_the_last_name_that_led_to_them(running: Running, clock: Clock) -> None:
     run = running.make_run()
-    kept = saved.save(running, run, "kept", seq=1)
+    remaining = saved.save(running, run, "kept", seq=1)
     gone = saved.save(running, run, "gone", seq=2, ttl_s=3600)
     running.http.delete(url(saved.save(running, run, "deleted", seq=3))).raise_for_status()
     before = saved.bundle_names(running)
@@ -206,7 +208,7 @@ def test_bytes_go_an_hour_after_the_last_name_that_led_to_them(running: Running,
     assert len(sweep(running)) == 1
     left = {name.rpartition("/")[0] for name in saved.bundle_names(running)}
     assert len(left) == 1
-    assert [loads(running, kept), loads(running, gone)] == [200, 404]
+    assert [loads(running, remaining), loads(running, gone)] == [200, 404]
 
 
 def test_a_save_under_way_keeps_its_bytes(running: Running, clock: Clock) -> None:

@@ -23,8 +23,8 @@ def run_ids(running: Running, **query: Any) -> list[str]:
 
 
 def make_session(running: Running, clock: Clock, **more: Any) -> str:
-    asked = {"tags": [], "sdk_version": "0.38.0", "type": "create_session"} | more
-    made: str = running.post("create_session", asked)["session_id"]
+    body = {"tags": [], "sdk_version": "0.38.0", "type": "create_session"} | more
+    made: str = running.post("create_session", body)["session_id"]
     clock.at += 1
     return made
 
@@ -52,16 +52,16 @@ def test_a_run_made_twice_is_listed_once(running: Running) -> None:
 
 def test_a_run_that_was_registered_and_never_made_is_not_shown(running: Running, clock: Clock) -> None:
     session = make_session(running, clock)
-    record = running.run(running.parts.records.session(session, LOCAL_TENANT))
-    running.run(running.parts.register.add_run(record, RunId(f"{session}:train:0")))
+    record = running.run(running.parts.lookups.session(session, LOCAL_TENANT))
+    running.run(running.parts.tenant_index.add_run(record, RunId(f"{session}:train:0")))
     assert run_ids(running) == []
     assert running.http.get(f"training_runs/{session}:train:0").status_code == 404
 
 
 def test_a_run_tells_of_itself(running: Running, clock: Clock) -> None:
     session = make_session(running, clock)
-    asked = create_model(session, user_metadata={"task": "sums", "n": 3})
-    run = running.post("create_model", asked)["model_id"]
+    settings = create_model(session, user_metadata={"task": "sums", "n": 3})
+    run = running.post("create_model", settings)["model_id"]
     clock.at += 60
     assert running.forward_backward(fwdbwd(run, 1)).status_code == 200
     saved.save(running, run, "old", seq=2)
@@ -69,11 +69,11 @@ def test_a_run_tells_of_itself(running: Running, clock: Clock) -> None:
     kinds: tuple[CheckpointKind, ...] = ("weights", "sampler_weights")
     for kind in kinds:
         saved.save(running, run, "new", kind, seq=3)
-    found = get(running, f"training_runs/{run}", access_scope="accessible")
-    assert found["last_checkpoint"].pop("tinker_path") == f"tinker://{run}/weights/new"
-    assert found["last_sampler_checkpoint"].pop("tinker_path") == f"tinker://{run}/sampler_weights/new"
-    del found["last_checkpoint"], found["last_sampler_checkpoint"]
-    assert found == {
+    record = get(running, f"training_runs/{run}", access_scope="accessible")
+    assert record["last_checkpoint"].pop("tinker_path") == f"tinker://{run}/weights/new"
+    assert record["last_sampler_checkpoint"].pop("tinker_path") == f"tinker://{run}/sampler_weights/new"
+    del record["last_checkpoint"], record["last_sampler_checkpoint"]
+    assert record == {
         "training_run_id": run, "base_model": MODEL.name, "model_owner": "local", "is_lora": True, "lora_rank": 4,
         "last_request_time": "2027-01-15T08:01:01+00:00", "user_metadata": {"task": "sums", "n": "3"},
     }  # fmt: skip
@@ -96,12 +96,12 @@ def test_a_deleted_run_is_gone_with_all_that_is_of_it_and_its_owner_is_told(runn
     session = running.session()
     run, other = running.make_run(session), running.make_run(session, 1)
     path = saved.save(running, run, "a")
-    kept = saved.save(running, other, "a")
+    remaining = saved.save(running, other, "a")
     running.forward_backward(fwdbwd(run, 1)).raise_for_status()
     for _ in range(2):  # a repetition is silent: the first reply may have been lost
         assert running.http.delete(f"training_runs/{run}").raise_for_status().json() == {"status": "ok"}
     assert run_ids(running) == [other]
-    assert [found["tinker_path"] for found in get(running, "checkpoints")["checkpoints"]] == [kept]
+    assert [checkpoint["tinker_path"] for checkpoint in get(running, "checkpoints")["checkpoints"]] == [remaining]
     assert {name.split("/")[1] for name in saved.bundle_names(running)} == {other}
     left = running.run(running.store.list(run_prefix(RunId(run))))
     assert {name.split("/")[2] for name in left} == {"end", "out"}
@@ -118,7 +118,7 @@ def test_a_deleted_run_is_gone_with_all_that_is_of_it_and_its_owner_is_told(runn
         assert f"training run {run} was deleted on" in reply.json()["detail"]
     missing = running.http.post("load_weights", json=_load(running.session(), path))
     assert missing.status_code == 404
-    assert running.http.post("load_weights", json=_load(running.session(), kept)).status_code == 200
+    assert running.http.post("load_weights", json=_load(running.session(), remaining)).status_code == 200
     entries = get(running, "audit")["entries"]
     assert [entry["model_id"] for entry in entries if entry["event"] == "training_run_delete"] == [run]
 
@@ -158,7 +158,7 @@ def test_a_poll_hears_that_its_run_was_deleted_behind_the_gateway_s_back(running
     running.forward_backward(fwdbwd(run, 1)).raise_for_status()
     collector = Collector(running.store, Retention.of(settings()), running.parts.clock, running.parts.clock)
     running.run(collector.delete(RunId(run), "local"))
-    running.parts.records.forget_run(RunId(run))  # as a bell does that was answered so
+    running.parts.lookups.forget_run(RunId(run))  # as the reply to a doorbell does
     reply = running.http.post("retrieve_future", json={"request_id": f"{run}:1", "allow_metadata_only": True})
     assert (reply.status_code, "was deleted on" in reply.text) == (404, True)
 
@@ -177,8 +177,8 @@ def test_a_session_tells_of_its_runs_and_samplers(running: Running, clock: Clock
     session = make_session(running, clock, display_name="nightly", user_metadata={"a": "b"})
     runs = [running.make_run(session, n) for n in (0, 2)]
     for n in (1, 10):
-        asked = {"session_id": session, "sampling_session_seq_id": n, "base_model": MODEL.name}
-        running.post("create_sampling_session", asked)
+        body = {"session_id": session, "sampling_session_seq_id": n, "base_model": MODEL.name}
+        running.post("create_sampling_session", body)
     make_session(running, clock)
     assert get(running, f"sessions/{session}") == {
         "training_run_ids": runs, "sampler_ids": [f"{session}:sample:1", f"{session}:sample:10"],
@@ -201,8 +201,8 @@ def test_another_tenants_session_answers_as_a_missing_one(running: Running) -> N
         }
 
 
-def search(running: Running, **asked: Any) -> list[str]:
-    return [found["session_id"] for found in running.post("sessions/search", asked)["sessions"]]
+def search(running: Running, **query: Any) -> list[str]:
+    return [entry["session_id"] for entry in running.post("sessions/search", query)["sessions"]]
 
 
 def test_search_pages_through_everything_once(running: Running, clock: Clock) -> None:
@@ -213,7 +213,7 @@ def test_search_pages_through_everything_once(running: Running, clock: Clock) ->
     seen, cursor = [], None
     for _ in range(3):
         page = running.post("sessions/search", {"limit": 2} | ({"cursor": cursor} if cursor else {}))
-        seen += [found["session_id"] for found in page["sessions"]]
+        seen += [entry["session_id"] for entry in page["sessions"]]
         cursor = page["next_cursor"]
     assert cursor is None
     assert seen == [*sorted(made[2:], reverse=True), made[1], made[0]]

@@ -1,4 +1,4 @@
-"""Weights over raw HTTP: what they are, copies, and signed links to files."""
+"""Weights over raw HTTP: descriptions, copies, and signed links to files."""
 
 import base64
 import urllib.error
@@ -30,8 +30,8 @@ def status_of(link: str) -> int:
 
 
 def urls(running: Running, path: str) -> dict[str, str]:
-    found: dict[str, str] = running.http.get(url(path, "/external_weights_urls")).raise_for_status().json()["urls"]
-    return found
+    links: dict[str, str] = running.http.get(url(path, "/external_weights_urls")).raise_for_status().json()["urls"]
+    return links
 
 
 def test_weights_info_says_what_a_load_needs(running: Running) -> None:
@@ -121,8 +121,8 @@ def test_damaged_bytes_are_not_served(running: Running) -> None:
 
 
 def copy(running: Running, path: str, key: str = "k", **more: Any) -> str:
-    asked = {"source_path": path, "destination_project_id": "archive"} | more
-    made: str = running.post("copy_weights", asked, headers={"X-Idempotency-Key": key})["tinker_path"]
+    body = {"source_path": path, "destination_project_id": "archive"} | more
+    made: str = running.post("copy_weights", body, headers={"X-Idempotency-Key": key})["tinker_path"]
     return made
 
 
@@ -158,9 +158,9 @@ def test_a_copy_asked_for_again_is_the_same(running: Running, clock: Clock) -> N
 def test_a_copy_has_a_life_and_a_project_of_its_own(running: Running, clock: Clock) -> None:
     path = saved.save(running, running.make_run(), "a")
     made = copy(running, path, ttl_seconds=7200)
-    found = {each["tinker_path"]: each for each in running.http.get("checkpoints").json()["checkpoints"]}
-    assert found[path]["expires_at"] is None
-    assert found[made]["expires_at"] == "2027-01-15T10:00:00+00:00"
+    checkpoints = {each["tinker_path"]: each for each in running.http.get("checkpoints").json()["checkpoints"]}
+    assert checkpoints[path]["expires_at"] is None
+    assert checkpoints[made]["expires_at"] == "2027-01-15T10:00:00+00:00"
     runs = running.http.get("training_runs", params={"project_id": "archive"}).json()["training_runs"]
     assert [run["training_run_id"] for run in runs] == [made.removeprefix("tinker://").partition("/")[0]]
     assert runs[0]["last_checkpoint"]["tinker_path"] == made
@@ -178,8 +178,8 @@ def test_a_copys_run_cannot_be_trained(running: Running) -> None:
 def test_a_copy_goes_into_a_session_that_is_named(running: Running) -> None:
     path = saved.save(running, running.make_run(), "a")
     session = running.session()
-    asked = {"source_path": path, "session_id": session, "model_seq_id": 3}
-    assert running.post("copy_weights", asked)["tinker_path"] == f"tinker://{session}:train:3/weights/a"
+    body = {"source_path": path, "session_id": session, "model_seq_id": 3}
+    assert running.post("copy_weights", body)["tinker_path"] == f"tinker://{session}:train:3/weights/a"
     assert running.http.get(f"sessions/{session}").json()["training_run_ids"] == [f"{session}:train:3"]
 
 
@@ -187,11 +187,11 @@ def test_a_copy_of_what_others_keep_to_themselves_is_refused(running: Running) -
     run = saved.others_run(running)
     private = saved.save(running, run, "private", tenant=saved.OTHER)
     public = saved.save(running, run, "public", tenant=saved.OTHER, public=True, seq=2)
-    asked = {"source_path": private, "destination_project_id": "archive"}
-    assert running.http.post("copy_weights", json=asked).status_code == 404
+    body = {"source_path": private, "destination_project_id": "archive"}
+    assert running.http.post("copy_weights", json=body).status_code == 404
     made = copy(running, public)
-    [found] = running.http.get("checkpoints").json()["checkpoints"]
-    assert (found["tinker_path"], found["public"]) == (made, False)
+    [checkpoint] = running.http.get("checkpoints").json()["checkpoints"]
+    assert (checkpoint["tinker_path"], checkpoint["public"]) == (made, False)
 
 
 @pytest.mark.parametrize("more", [

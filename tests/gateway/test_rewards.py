@@ -1,4 +1,4 @@
-"""A client's rollouts go through the gateway to the real reward function, and what it says comes back as it is."""
+"""A client's rollouts go through the gateway to the real reward function, whose response comes back unchanged."""
 
 import os
 import socket
@@ -59,9 +59,9 @@ def test_scores_come_back_in_order(running: Running) -> None:
 
 
 def test_code_is_run_and_its_error_is_told_with_its_line(running: Running) -> None:
-    asked: dict[str, Any] = {"reward": {"code": "reward.py"}, "rollouts": ROLLOUTS}
+    body: dict[str, Any] = {"reward": {"code": "reward.py"}, "rollouts": ROLLOUTS}
     code = "def reward(prompt, completion, answer):\n    return 1 / (int(completion) - answer)\n"
-    answer = running.post("rewards", {**asked, "files": {"reward.py": code}}, status=422)
+    answer = running.post("rewards", {**body, "files": {"reward.py": code}}, status=422)
     assert answer == {
         "detail": "rollout a: ZeroDivisionError: division by zero "
         "(reward.py, line 2: return 1 / (int(completion) - answer))",
@@ -104,7 +104,7 @@ def test_a_function_that_is_not_there_is_a_reason_to_try_again() -> None:
 
 def test_a_process_that_ended_on_the_way_is_no_reason_for_an_error() -> None:
     """As one that was idle does while a call comes: its successor answers the same call."""
-    asked: list[bytes] = []
+    requests: list[bytes] = []
 
     def hear(listener: socket.socket) -> None:
         for answer in (
@@ -115,15 +115,15 @@ def test_a_process_that_ended_on_the_way_is_no_reason_for_an_error() -> None:
             with connection, connection.makefile("rb") as request:
                 head = [line.lower() for line in iter(request.readline, b"\r\n")]
                 length = next(line for line in head if line.startswith(b"content-length:"))
-                asked.append(request.read(int(length.partition(b":")[2])))
+                requests.append(request.read(int(length.partition(b":")[2])))
                 connection.sendall(answer)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         function = threading.Thread(target=hear, args=(listener,), daemon=True)
         function.start()
         with gateway(model=None, reward_url=f"http://127.0.0.1:{listener.getsockname()[1]}") as running:
-            told = running.post("rewards", {"reward": {"name": "numeric"}, "rollouts": ROLLOUTS})
+            reply = running.post("rewards", {"reward": {"name": "numeric"}, "rollouts": ROLLOUTS})
         function.join()
-    assert told == {"scores": []}
-    assert len(asked) == 2
-    assert asked[0] == asked[1]
+    assert reply == {"scores": []}
+    assert len(requests) == 2
+    assert requests[0] == requests[1]

@@ -1,4 +1,4 @@
-"""Tokens of samples, from the answer of the sample function to the report of usage."""
+"""Tokens of samples, from the response of the sample function to the usage report."""
 
 import time
 from collections.abc import Iterator
@@ -76,13 +76,13 @@ def draw(running: Running, session: str, seq: int) -> None:
 
 def reported(running: Running) -> list[tuple[str, str | None, str, int]]:
     """(hour, session, what, tokens)"""
-    running.run(running.parts.meter.flush())
-    found = running.http.get("billing/usage/events", params=_HOURS).raise_for_status().json()
-    assert set(found["sessions"]) == {row["session_id"] for row in found["data"] if row["session_id"]}
-    assert all(row["base_model"] == MODEL.name and row["user_id"] == "local" for row in found["data"])
+    running.run(running.parts.sample_usage.flush())
+    usage = running.http.get("billing/usage/events", params=_HOURS).raise_for_status().json()
+    assert set(usage["sessions"]) == {row["session_id"] for row in usage["data"] if row["session_id"]}
+    assert all(row["base_model"] == MODEL.name and row["user_id"] == "local" for row in usage["data"])
     return [
         (row["bucket_start"][11:13], row["session_id"], row["event_info"]["type"], row["event_info"]["token_count"])
-        for row in found["data"]
+        for row in usage["data"]
     ]
 
 
@@ -112,9 +112,9 @@ def test_seconds_of_the_device_are_reported_with_the_tokens_that_took_them(
     upstream[1].extend([drawn(5), drawn(2)])
     for seq in (1, 1, 2, 3):  # a repetition, and one that fails
         draw(running, where, seq)
-    running.run(running.parts.meter.flush())
-    found = running.http.get("billing/usage/events", params=_HOURS).raise_for_status().json()["data"]
-    assert [row["event_info"] for row in found] == [
+    running.run(running.parts.sample_usage.flush())
+    rows = running.http.get("billing/usage/events", params=_HOURS).raise_for_status().json()["data"]
+    assert [row["event_info"] for row in rows] == [
         {"type": "sampling_sample", "token_count": 7, "device_seconds": 0.5},
         {"type": "sampling_prefill", "token_count": 6, "cached": False},
     ]
@@ -146,7 +146,7 @@ def test_what_a_store_would_not_take_is_written_later_and_once(
     draw(running, where, 1)
     store.broken = True
     with pytest.raises(StoreError):
-        running.run(running.parts.meter.flush())
+        running.run(running.parts.sample_usage.flush())
     store.broken = False
     draw(running, where, 2)
     for _ in range(2):
@@ -170,7 +170,7 @@ def test_too_many_records_for_one_report_say_so(
     for seq in (1, 2):
         upstream[1].append(drawn(1))
         draw(running, where, seq)
-        running.run(running.parts.meter.flush())
+        running.run(running.parts.sample_usage.flush())
         replies.append(running.http.get("billing/usage/events", params=_HOURS))
     assert [reply.status_code for reply in replies] == [200, 422]
     assert "fewer hours" in replies[1].json()["detail"]

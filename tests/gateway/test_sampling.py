@@ -1,4 +1,4 @@
-"""Sampling sessions and promises of samples, against an upstream that does what each test needs of it."""
+"""Sampling sessions and sample futures, against an upstream that each test controls."""
 
 import asyncio
 import json
@@ -74,7 +74,7 @@ def fresh(served: tuple[Running, Upstream]) -> Iterator[Upstream]:
     upstream.replies, upstream.calls, upstream.open, upstream.cancelled = [], [], True, 0
     yield upstream
     upstream.open = True
-    until(lambda: not running.parts.samples.open)  # one still on its way would take a reply of the next test
+    until(lambda: not running.parts.sample_queue.open)  # one still on its way would take a reply of the next test
 
 
 @pytest.fixture
@@ -89,14 +89,14 @@ def running(served: tuple[Running, Upstream]) -> Running:
 
 
 def sampler(running: Running, session: str | None = None, n: int = 0) -> str:
-    asked = {"session_id": session or running.session(), "sampling_session_seq_id": n, "base_model": MODEL.name}
-    return str(running.post("create_sampling_session", asked)["sampling_session_id"])
+    body = {"session_id": session or running.session(), "sampling_session_seq_id": n, "base_model": MODEL.name}
+    return str(running.post("create_sampling_session", body)["sampling_session_id"])
 
 
 def asample(session: str, seq: int = 1, **changes: Any) -> dict[str, Any]:
     prompt = {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}, {"type": "encoded_text", "tokens": [3]}]}
-    asked = {"sampling_session_id": session, "seq_id": seq, "prompt": prompt, "sampling_params": {}, "type": "sample"}
-    return asked | changes
+    body = {"sampling_session_id": session, "seq_id": seq, "prompt": prompt, "sampling_params": {}, "type": "sample"}
+    return body | changes
 
 
 def until(condition: Any) -> None:
@@ -118,11 +118,11 @@ def test_a_sampling_session_is_made_once_and_can_be_looked_up(running: Running) 
     }
     assert sampler(running, session, 1) == f"{session}:sample:1"
     assert running.http.get(f"samplers/{session}:sample:9").status_code == 404
-    asked = {"session_id": session, "sampling_session_seq_id": 2}
-    assert "base_model is None" in running.post("create_sampling_session", asked, status=422)["detail"]
-    missing = asked | {"model_path": f"tinker://{session}:train:0/weights/x"}
+    body = {"session_id": session, "sampling_session_seq_id": 2}
+    assert "base_model is None" in running.post("create_sampling_session", body, status=422)["detail"]
+    missing = body | {"model_path": f"tinker://{session}:train:0/weights/x"}
     assert "does not exist" in running.post("create_sampling_session", missing, status=404)["detail"]
-    unserved = running.post("create_sampling_session", asked | {"base_model": "no/such"}, status=404)
+    unserved = running.post("create_sampling_session", body | {"base_model": "no/such"}, status=404)
     assert f"served: '{MODEL.name}'" in unserved["detail"]
 
 
@@ -298,7 +298,7 @@ def test_a_cold_start_is_told(running: Running, upstream: Upstream, monkeypatch:
     monkeypatch.setattr("gateway.futures._PAUSED_HOLD_S", 1.4)
     upstream.replies += [Response("no", status_code=503) for _ in range(6)]
     promise = running.post("asample", asample(sampler(running)))
-    told = running.post("retrieve_future", {"request_id": promise["request_id"]}, status=408)
-    assert told["queue_state"] == "paused_capacity"
-    assert "sample does not answer yet (503: no)" in told["queue_state_reason"]
+    reply = running.post("retrieve_future", {"request_id": promise["request_id"]}, status=408)
+    assert reply["queue_state"] == "paused_capacity"
+    assert "sample does not answer yet (503: no)" in reply["queue_state_reason"]
     running.post("cancel_future", {"request_id": promise["request_id"]})

@@ -1,4 +1,4 @@
-"""One poll for all samples of a client, clones of a client, and samplers whose weights move on."""
+"""One poll for all samples of a client, clones of a client, and samplers whose weights advance."""
 
 import threading
 import time
@@ -143,7 +143,7 @@ def test_polls_of_an_unknown_sampler_are_refused_and_leave_nothing_behind(runnin
     target = {"sampling_session_id": "ses-" + "0" * 32 + ":sample:0"}
     running.post("retrieve_futures", {"target": target}, status=404)
     poll(running, sampler(running), clone=99, timeout=0)
-    assert not running.parts.samples._watching
+    assert not running.parts.sample_queue._watchers
 
 
 def test_each_clone_gets_a_number_of_its_own_also_after_a_restart() -> None:
@@ -170,7 +170,7 @@ def test_clones_have_a_limit(running: Running, upstream: Upstream, monkeypatch: 
 def test_inflight_samplers_of_a_run_move_on_together_and_snapshots_stay(
     running: Running, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.inflight_samplers._FRESH_S", 0.0)
+    monkeypatch.setattr("gateway.lookups._INFLIGHT_FRESH_S", 0.0)
     session = running.session()
 
     def save(n: int, seq: int, kind: str, run: int = 0) -> str:
@@ -200,7 +200,7 @@ def test_a_new_inflight_sampler_never_uses_weights_older_than_its_own(
     running: Running, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However long ago the newest was looked up."""
-    monkeypatch.setattr("gateway.inflight_samplers._FRESH_S", 3600.0)
+    monkeypatch.setattr("gateway.lookups._INFLIGHT_FRESH_S", 3600.0)
     session = running.session()
     adapters: list[str] = []
     for n, seq in enumerate((3, 11)):
@@ -216,6 +216,6 @@ def test_a_new_inflight_sampler_never_uses_weights_older_than_its_own(
 
 
 def test_custom_losses_are_refused_with_what_to_do_instead(running: Running) -> None:
-    asked = {"session_id": running.session(), "custom_loss_seq_id": 0, "name": "mine", "inputs": [], "graph": {}}
-    refused = running.post("create_custom_loss", asked, status=422)
+    body = {"session_id": running.session(), "custom_loss_seq_id": 0, "name": "mine", "inputs": [], "graph": {}}
+    refused = running.post("create_custom_loss", body, status=422)
     assert "forward_backward_custom" in refused["detail"]

@@ -1,4 +1,4 @@
-"""Sessions, configuration, and the one shape of errors."""
+"""Sessions, configuration, and the one JSON schema of errors."""
 
 import re
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ def test_each_client_has_a_session_of_its_own_that_ends(running: Running) -> Non
     running.post(f"sessions/{first}/finish", {"reason": {"type": "errored"}, "detail": "late"})
     assert running.post("session_heartbeat", beat, status=410)["code"] == "gone"
     running.post("session_heartbeat", beat | {"session_id": second})
-    finish = running.run(running.parts.records.sessions.finished(first))  # type: ignore[arg-type]
+    finish = running.run(running.parts.lookups.sessions.finished(first))  # type: ignore[arg-type]
     assert finish.reason == "success"
 
 

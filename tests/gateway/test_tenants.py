@@ -1,4 +1,4 @@
-"""Who asks: the key as any client sends it, and which machine it comes from."""
+"""Authentication: the key as any client sends it, and the machine it comes from."""
 
 import itertools
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""How often a pod is rung that answers 503, and how soon its client hears why."""
+"""How often the gateway rings a pod that answers 503, and how soon its client gets the reason."""
 
 import time
 from collections import Counter
@@ -28,14 +28,14 @@ class Refusing:
     """A train_step that can serve no run: the first one of a session meets what stands, the second what passes."""
 
     def __init__(self) -> None:
-        self.bells: Counter[str] = Counter()
+        self.doorbells: Counter[str] = Counter()
 
     async def answer(self, request: Request) -> Response:
         run = cloudevents.run_of(
             cloudevents.decode(request.headers, await requests.body(request, limits.body_bytes_max))
         )
         why = "stands" if run.endswith(":0") else "passes"
-        self.bells[why] += 1
+        self.doorbells[why] += 1
         return http.error(REASONS[why])
 
 
@@ -60,11 +60,11 @@ def test_what_no_retry_ends_is_not_asked_for_again_and_again_and_is_told_at_once
     stands, passes = running.make_run(session, 0), running.make_run(session, 1)
     for run in (stands, passes):
         running.forward_backward(fwdbwd(run, 1))
-    told = running.http.post("retrieve_future", json={"request_id": f"{stands}:1"}, timeout=20)
-    assert told.status_code == 408, "no result: the operation waits"
-    assert "it was made in float32" in told.headers["x-deprecation-note"]
+    reply = running.http.post("retrieve_future", json={"request_id": f"{stands}:1"}, timeout=20)
+    assert reply.status_code == 408, "no result: the operation waits"
+    assert "it was made in float32" in reply.headers["x-deprecation-note"]
     end = time.monotonic() + 20
-    while refusing.bells["passes"] < 4 and time.monotonic() < end:
+    while refusing.doorbells["passes"] < 4 and time.monotonic() < end:
         time.sleep(0.05)
-    assert refusing.bells["passes"] >= 4
-    assert refusing.bells["stands"] == 1
+    assert refusing.doorbells["passes"] >= 4
+    assert refusing.doorbells["stands"] == 1

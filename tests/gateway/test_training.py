@@ -1,4 +1,4 @@
-"""What is accepted is stored before it is promised, in any order, once; what is wrong fails in its future."""
+"""Operations are stored before their future exists, in any order, once; an invalid one fails in its future."""
 
 import time
 from collections.abc import Iterator
@@ -116,7 +116,7 @@ def test_a_client_elsewhere_hears_the_tokenizer_s_name_and_no_directory_of_the_s
 
 def test_a_seed_that_was_not_chosen_differs_between_runs_and_not_between_retries(running: Running) -> None:
     runs = [running.make_run() for _ in range(3)]
-    seeds = {running.run(running.parts.records.spec(run, "local")).seed for run in runs}  # type: ignore[arg-type]
+    seeds = {running.run(running.parts.lookups.spec(run, "local")).seed for run in runs}  # type: ignore[arg-type]
     assert len(seeds) == 3
 
 
@@ -265,8 +265,8 @@ def test_a_hole_is_closed_when_the_session_ends(running: Running) -> None:
 
 def test_a_checkpoint_that_does_not_exist_makes_no_run(running: Running) -> None:
     session = running.session()
-    asked = {"session_id": session, "model_seq_id": 0, "optimizer": True, "type": "load_weights"}
+    body = {"session_id": session, "model_seq_id": 0, "optimizer": True, "type": "load_weights"}
     missing = f"tinker://{session}:train:7/weights/a"
-    assert "does not exist" in running.post("load_weights", asked | {"path": missing}, status=404)["detail"]
-    wrong = running.post("load_weights", asked | {"path": "/etc/passwd"}, status=422)
+    assert "does not exist" in running.post("load_weights", body | {"path": missing}, status=404)["detail"]
+    wrong = running.post("load_weights", body | {"path": "/etc/passwd"}, status=422)
     assert "allowed: tinker://<run>/" in wrong["detail"]

@@ -32,7 +32,7 @@ from knapper.jobs.services import JobServices
 from knapper.state import dead_letters
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import Running, gateway
-from tests.gateway.test_jobs import FILES, Rung
+from tests.gateway.test_jobs import FILES, DoorbellLog
 from tests.store.emulator import Emulator, gcs
 
 __all__ = ["gcs"]
@@ -61,13 +61,13 @@ class Topic:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "max_messages must be greater than 0")
         time.sleep(0.02)
         with self._lock:
-            found = []
+            messages = []
             for id_, message in list(self.messages.items())[: request.max_messages]:
                 self.deliveries[id_] = self.deliveries.get(id_, 0) + 1
                 ack = f"ack {id_} {self.deliveries[id_]}"
                 self._acks[ack] = id_
-                found.append(ReceivedMessage(ack_id=ack, message=message))
-        return PullResponse(received_messages=found)
+                messages.append(ReceivedMessage(ack_id=ack, message=message))
+        return PullResponse(received_messages=messages)
 
     def acknowledge(self, request: AcknowledgeRequest, context: grpc.ServicerContext) -> Empty:
         self._expect(request.subscription, context)
@@ -85,9 +85,9 @@ class Topic:
         """Also where the request is routed to, which the client says beside it."""
         if subscription != SUBSCRIPTION:
             context.abort(grpc.StatusCode.NOT_FOUND, f"resource not found (resource={subscription})")
-        told = dict(context.invocation_metadata()).get("x-goog-request-params")
-        if told != f"subscription={SUBSCRIPTION}":
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"routed by {told!r}")
+        routing = dict(context.invocation_metadata()).get("x-goog-request-params")
+        if routing != f"subscription={SUBSCRIPTION}":
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"routed by {routing!r}")
 
 
 @pytest.fixture
@@ -115,20 +115,24 @@ def exchange(gcs: Emulator, monkeypatch: pytest.MonkeyPatch) -> GcsExchange:
 
 
 @pytest.fixture
-def rung() -> Rung:
-    return Rung()
+def doorbells() -> DoorbellLog:
+    return DoorbellLog()
 
 
-def place(exchange: Exchange, store: MemoryStore, rung: Rung) -> JobServices:
-    return JobServices(store, exchange, Notifier(rung.post, time.time), time.time)
+def job_services(exchange: Exchange, store: MemoryStore, doorbells: DoorbellLog) -> JobServices:
+    return JobServices(store, exchange, Notifier(doorbells.post, time.time), time.time)
 
 
 def upload(running: Running, exchange: Exchange, name: str, text: str) -> dict[str, str]:
     """Put it there; what its notification says."""
     running.run(exchange.publish(f"inbox/local/j/{name}", text.encode()))
     blob = running.run(exchange.read(f"inbox/local/j/{name}", 1000))
-    told = {"bucketId": exchange.bucket, "objectId": f"team/inbox/local/j/{name}", "objectGeneration": blob.generation}
-    return {**BUCKET_KEYS, **told}
+    attributes = {
+        "bucketId": exchange.bucket,
+        "objectId": f"team/inbox/local/j/{name}",
+        "objectGeneration": blob.generation,
+    }
+    return {**BUCKET_KEYS, **attributes}
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -138,25 +142,29 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_notifications_start_a_job_once_and_are_acknowledged(topic: Topic, exchange: GcsExchange, rung: Rung) -> None:
+def test_notifications_start_a_job_once_and_are_acknowledged(
+    topic: Topic, exchange: GcsExchange, doorbells: DoorbellLog
+) -> None:
     store = MemoryStore()
-    with gateway(store, place=place(exchange, store, rung), subscription=SUBSCRIPTION) as running:
+    with gateway(store, job_services=job_services(exchange, store, doorbells), subscription=SUBSCRIPTION) as running:
         first = upload(running, exchange, "job.yaml", FILES["job.yaml"])
         topic.publish("1", first, json.dumps({"bucket": exchange.bucket, "name": first["objectId"], "size": "9",
                                               "generation": first["objectGeneration"]}).encode())  # fmt: skip
         until(lambda: not topic.messages)
-        assert rung.events == []
+        assert doorbells.events == []
         second = upload(running, exchange, "d.jsonl", FILES["d.jsonl"])
         topic.publish("2", second)
         topic.publish("3", second)
         topic.publish("4", {**second, "eventType": "OBJECT_DELETE"})
         until(lambda: not topic.messages)
-        assert [event.type for event in rung.events] == [cloudevents.JOB_STARTED]
+        assert [event.type for event in doorbells.events] == [cloudevents.JOB_STARTED]
 
 
-def test_a_message_that_no_bucket_sends_becomes_a_dead_letter(topic: Topic, exchange: GcsExchange, rung: Rung) -> None:
+def test_a_message_that_no_bucket_sends_becomes_a_dead_letter(
+    topic: Topic, exchange: GcsExchange, doorbells: DoorbellLog
+) -> None:
     store = MemoryStore()
-    with gateway(store, place=place(exchange, store, rung), subscription=SUBSCRIPTION) as running:
+    with gateway(store, job_services=job_services(exchange, store, doorbells), subscription=SUBSCRIPTION) as running:
         topic.publish("9", {"hello": "world"}, b"\xff")
         topic.publish("8", {**BUCKET_KEYS, "bucketId": "others", "objectId": "inbox/a/b/c", "objectGeneration": "1"})
         until(lambda: not topic.messages)
@@ -166,24 +174,28 @@ def test_a_message_that_no_bucket_sends_becomes_a_dead_letter(topic: Topic, exch
         assert "bucketId" in letters["9"].attributes["knativeerrordata"]
 
 
-def test_an_odd_name_keeps_none_of_those_that_came_with_it(topic: Topic, exchange: GcsExchange, rung: Rung) -> None:
+def test_an_odd_name_keeps_none_of_those_that_came_with_it(
+    topic: Topic, exchange: GcsExchange, doorbells: DoorbellLog
+) -> None:
     store = MemoryStore()
-    with gateway(store, place=place(exchange, store, rung), subscription=SUBSCRIPTION) as running:
-        told = {**BUCKET_KEYS, "bucketId": exchange.bucket, "objectGeneration": "1"}
+    with gateway(store, job_services=job_services(exchange, store, doorbells), subscription=SUBSCRIPTION) as running:
+        attributes = {**BUCKET_KEYS, "bucketId": exchange.bucket, "objectGeneration": "1"}
         for n, name in enumerate(
             ["x", "", "team/", "team/inbox", "team/x", "\u202e", "a\nb", "team/inbox/" + "a/" * 400]
         ):
-            topic.publish(f"odd {n}", {**told, "objectId": name})
-        topic.publish("deep", {**told, "objectId": "x", "payloadFormat": "JSON_API_V1"}, b"[" * 100_000)
+            topic.publish(f"odd {n}", {**attributes, "objectId": name})
+        topic.publish("deep", {**attributes, "objectId": "x", "payloadFormat": "JSON_API_V1"}, b"[" * 100_000)
         upload(running, exchange, "d.jsonl", FILES["d.jsonl"])
         topic.publish("good", upload(running, exchange, "job.yaml", FILES["job.yaml"]))
         until(lambda: not topic.messages)
-        assert [event.type for event in rung.events] == [cloudevents.JOB_STARTED]
+        assert [event.type for event in doorbells.events] == [cloudevents.JOB_STARTED]
         assert set(topic.deliveries.values()) == {1}, "each was taken at once"
         assert {letter.attributes["id"] for letter in running.run(dead_letters.listed(store))} == {"deep"}
 
 
-def test_what_cannot_be_done_now_is_delivered_again(topic: Topic, exchange: GcsExchange, rung: Rung) -> None:
+def test_what_cannot_be_done_now_is_delivered_again(
+    topic: Topic, exchange: GcsExchange, doorbells: DoorbellLog
+) -> None:
     class Failing(MemoryStore):
         failures = 1
 
@@ -196,25 +208,25 @@ def test_what_cannot_be_done_now_is_delivered_again(topic: Topic, exchange: GcsE
             return await super().put_if_absent(name, data)
 
     store = Failing()
-    with gateway(store, place=place(exchange, store, rung), subscription=SUBSCRIPTION) as running:
+    with gateway(store, job_services=job_services(exchange, store, doorbells), subscription=SUBSCRIPTION) as running:
         upload(running, exchange, "d.jsonl", FILES["d.jsonl"])
         topic.publish("1", upload(running, exchange, "job.yaml", FILES["job.yaml"]))
         until(lambda: not topic.messages)
         assert topic.deliveries["1"] >= 2
-        assert [event.type for event in rung.events] == [cloudevents.JOB_STARTED]
+        assert [event.type for event in doorbells.events] == [cloudevents.JOB_STARTED]
 
 
 def test_a_bucket_that_nobody_tells_of_is_looked_into(
-    exchange: GcsExchange, rung: Rung, monkeypatch: pytest.MonkeyPatch
+    exchange: GcsExchange, doorbells: DoorbellLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.uploads._LOOK_S", 0.05)
     store = MemoryStore()
-    with gateway(store, place=place(exchange, store, rung)) as running:
+    with gateway(store, job_services=job_services(exchange, store, doorbells)) as running:
         upload(running, exchange, "job.yaml", FILES["job.yaml"])
         upload(running, exchange, "d.jsonl", FILES["d.jsonl"])
-        until(lambda: bool(rung.events))
+        until(lambda: bool(doorbells.events))
         time.sleep(0.3)
-        assert [event.type for event in rung.events] == [cloudevents.JOB_STARTED]
+        assert [event.type for event in doorbells.events] == [cloudevents.JOB_STARTED]
 
 
 def test_a_subscription_without_its_library_keeps_gateway_and_knapper_up_from_starting(tmp_path: Path) -> None:
@@ -233,8 +245,8 @@ main.main()
 """
     environment = {**os.environ, "KNAPPER_SUBSCRIPTION": SUBSCRIPTION, "KNAPPER_DATA": str(tmp_path)}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
-    said = f"KNAPPER_SUBSCRIPTION is {SUBSCRIPTION!r}; allowed: a subscription only with the extra gcp. pip install"
-    assert said in ran.stdout
-    assert said in ran.stderr
+    message = f"KNAPPER_SUBSCRIPTION is {SUBSCRIPTION!r}; allowed: a subscription only with the extra gcp. pip install"
+    assert message in ran.stdout
+    assert message in ran.stderr
     assert "Traceback" not in ran.stderr
     assert ran.returncode == 1

@@ -4,11 +4,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from knapper.cli import jobs_client
 from knapper.ids import LOCAL_TENANT
-from knapper.jobs import control, inbox, listings, progress
+from knapper.jobs import control, inbox, listings, outputs, progress
 from knapper.jobs.activity import seconds_left
 from knapper.jobs.names import Start
 from knapper.jobs.presence import Presence, Present
@@ -115,6 +116,61 @@ def test_until_a_function_takes_it_up_a_job_waits_for_the_engine(house: House) -
         after = await told(works, lambda _: None)
         assert phase(after) == ("sampling", 1, 0, 3)
         assert seconds(after["activity"]["since"]) > seconds(before["started_at"])
+
+    run(story)
+
+
+# Of rl only the ends: between them three functions take turns.
+COURSES: dict[str, list[tuple[Any, ...]]] = {
+    "sft": [("waiting for the engine", None), ("evaluating", 0), ("training", 1), ("training", 2), ("evaluating", 2),
+            ("training", 3), ("training", 4), ("evaluating", 4), ("training", 5), ("saving", None)],
+    "rl": [("waiting for the engine", None), ("sampling", 1), ("saving", None)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", COURSES)
+def test_status_json_says_what_is_next_from_the_first_moment_to_the_last(house: House, kind: str) -> None:
+    async def story() -> None:
+        works, seen = Works(house), list[dict[str, Any]]()
+        publish = works.services.exchange.publish
+
+        async def watched(name: str, data: bytes) -> None:
+            if name.endswith("/status.json"):
+                seen.append(msgspec.json.decode(data))
+            await publish(name, data)
+
+        works.services.exchange.publish = watched  # type: ignore[method-assign]
+        start = await works.submit(JOBS[kind])
+        assert [phase(each) for each in seen] == [("waiting for the engine", None, None, None)]
+        assert seen[0]["activity"]["since"] == seen[0]["at"]
+        assert (seen[0]["state"], seen[0]["step"]) == ("running", 0)
+        await works.run(start)
+        doing = list(dict.fromkeys(phase(each)[:2] for each in seen if each["activity"]))
+        assert (doing if kind == "sft" else [*doing[:2], doing[-1]]) == COURSES[kind]
+        last = seen[-1]
+        assert (last["state"], last["step"], last["activity"]) == ("completed", last["steps"], None)
+
+    run(story)
+
+
+def test_a_status_that_was_read_before_the_end_does_not_stay(house: House) -> None:
+    """Two functions publish at once: the one that read earlier writes later."""
+
+    async def story() -> None:
+        works = Works(house)
+        start = await works.submit(JOBS["sft"])
+        publish = works.services.exchange.publish
+
+        async def overtaken(name: str, data: bytes) -> None:
+            if msgspec.json.decode(data)["state"] == "running":
+                await control.change(works.store, start, "cancelled", "enough", works.clock())
+            await publish(name, data)
+
+        works.services.exchange.publish = overtaken  # type: ignore[method-assign]
+        record = await inbox.started(works.services, start)
+        await outputs.publish_status(works.services, record)
+        status = msgspec.json.decode(works.output("status.json"))
+        assert (status["state"], status["reason"], status["activity"]) == ("cancelled", "enough", None)
 
     run(story)
 

@@ -28,7 +28,7 @@ from knapper.state.journal.records import Operation, Spec
 from knapper.store.counted import CountedStore
 from knapper.store.memory import MemoryStore
 from tests.engine.runs import datum, request, spec, tiny_trainer
-from tests.engine.sampling.test_scheduler import Shelf
+from tests.engine.sampling.test_scheduler import AdapterDict
 from tests.gateway.running import gateway
 
 ROOT = Path(__file__).parents[2]
@@ -174,9 +174,9 @@ def test_shares_are_reported_by_position_and_never_by_name(tmp_path: Path) -> No
         machine = TrainingMachine(trainer, device, lambda: 0.0)
         for name, lengths in (("one", [20, 10]), ("two", [10])):
             data = [datum(length, "cross_entropy", np.random.default_rng(0)) for length in lengths]
-            machine.passes.submit(trainer.create(spec(run=name)), partial(request, data)).result(60)
+            machine.scheduler.submit(trainer.create(spec(run=name)), partial(request, data)).result(60)
         sampler = EngineSampler(
-            trainer.decoder, device, Shelf({}), None, slots_max=1, kv_tokens_max=64, now=time.monotonic
+            trainer.decoder, device, AdapterDict({}), None, slots_max=1, kv_tokens_max=64, now=time.monotonic
         )
         registry = CollectorRegistry()
         metrics.Readings(readings(machine, sampler), registry)

@@ -1,1 +1,1 @@
-"""What strangers, other tenants and bad input are answered."""
+"""Requests of strangers and of other tenants, and bad input."""

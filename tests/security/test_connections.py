@@ -63,12 +63,12 @@ def connect(port: int) -> socket.socket:
     return ours
 
 
-def ask(port: int, *pieces: bytes) -> bytes:
+def ask(port: int, *chunks: bytes) -> bytes:
     """What comes until the server hangs up, or has answered once and waits."""
     with connect(port) as ours:
-        for piece in pieces:
+        for chunk in chunks:
             try:
-                ours.sendall(piece)
+                ours.sendall(chunk)
             except OSError:
                 break  # it has hung up already; its answer is still there
         return heard(ours)

@@ -314,8 +314,8 @@ class World:
         name = f"ckpt-{next(self.counter):04d}"
         for seq, kind in enumerate(("weights", "sampler_weights", "external_weights")):
             saved.save(self.running, run, name, kind, seq=seq + 1, tenant=tenant)  # type: ignore[arg-type]
-        asked = {"session_id": session, "sampling_session_seq_id": 0, "base_model": MODEL.name}
-        sampler = self.post(tenant, "create_sampling_session", asked)["sampling_session_id"]
+        body = {"session_id": session, "sampling_session_seq_id": 0, "base_model": MODEL.name}
+        sampler = self.post(tenant, "create_sampling_session", body)["sampling_session_id"]
         sample = self.post(tenant, "asample", asample(sampler))["request_id"]
         job = self.post(tenant, "jobs", {"name": f"job-{next(self.counter):04d}", "files": JOB})["job"]
         return Objects(session, run, sampler, sample, name, job)
@@ -334,8 +334,8 @@ class World:
         async def read() -> dict[str, bytes]:
             return {name: await self.running.store.get(name) or b"" for name in await self.running.store.list("")}
 
-        found: dict[str, bytes] = self.running.run(read())
-        return found
+        objects: dict[str, bytes] = self.running.run(read())
+        return objects
 
 
 async def _unheard(_: Event) -> None:
@@ -345,10 +345,13 @@ async def _unheard(_: Event) -> None:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     store = MemoryStore()
-    place = JobServices(
+    job_services = JobServices(
         store, DirectoryExchange(tmp_path_factory.mktemp("exchange")), Notifier(_unheard, time.time), time.time
     )
-    with pytest.MonkeyPatch.context() as patch, gateway(store, keys=True, jwt=True, place=place) as running:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        gateway(store, keys=True, jwt=True, job_services=job_services) as running,
+    ):
         patch.setattr(futures, "_PAUSED_HOLD_S", 0.05)  # its owner's poll is held; this is about who may poll
         patch.setattr(limits, "poll_hold_s", 0.1)
         with httpx.Client(base_url=running.url, timeout=30) as http:
@@ -375,10 +378,10 @@ def revoked(world: World) -> list[str]:
     return [key, token]
 
 
-def filled(path: str, given: dict[str, str]) -> str:
+def filled(path: str, values: dict[str, str]) -> str:
     """The route's path with its parameters. KeyError for one that `Objects` does not name."""
     for name in [part.strip("{}").partition(":")[0] for part in path.split("/") if part.startswith("{")]:
-        path = path.replace(f"{{{name}}}", given[name]).replace(f"{{{name}:path}}", given[name])
+        path = path.replace(f"{{{name}}}", values[name]).replace(f"{{{name}:path}}", values[name])
     return path
 
 
@@ -405,8 +408,8 @@ def test_strangers_are_refused_everywhere(
     for key, given in [*((key, ask) for key in wrong + revoked), (None, unreadable), (revoked[0], unreadable)]:
         answer = world.ask(method, url, key, given)
         assert answer.status_code == 401, f"{key and key[:8]}: {answer.status_code} {answer.text[:300]}"
-        found = answer.json()
-        code = found["error"]["code"] if path.startswith(("/v1/", "/oai/")) else found["code"]
+        error = answer.json()
+        code = error["error"]["code"] if path.startswith(("/v1/", "/oai/")) else error["code"]
         assert code in ("unauthorized", "invalid_token")
         assert not [each for each in owned.ids() if each in answer.text]
     assert world.stored() == before
@@ -426,7 +429,7 @@ def test_another_tenant_s_object_is_answered_as_a_missing_one(world: World, meth
     after = {name: data for name, data in world.stored().items() if "alice" not in name}
     assert {name: after[name] for name in before} == before, "something of theirs changed"
     assert not [name for name in set(after) - set(before) if theirs.session in name]
-    entry = world.running.parts.samples.find(theirs.sample, Tenant("bob"))
+    entry = world.running.parts.sample_queue.find(theirs.sample, Tenant("bob"))
     assert entry is not None
     assert not entry.done.is_set(), "their sample was ended"
     owner = world.ask(method, filled(path, door.path(theirs)), world.keys["bob"], door.asks[n](theirs, theirs))
@@ -458,9 +461,9 @@ def test_what_is_not_named_shows_only_one_s_own(world: World, method: str, path:
 def test_what_is_public_can_be_read_by_others_and_changed_by_none(world: World) -> None:
     """As Tinker has it: who knows the path of a published checkpoint may load it, sample from it, copy it."""
     theirs, mine = world.objects("bob"), world.objects("alice")
-    place = f"/api/v1/training_runs/{theirs.run}/checkpoints"
+    prefix = f"/api/v1/training_runs/{theirs.run}/checkpoints"
     for kind in ("weights", "sampler_weights", "external_weights"):
-        published = world.ask("POST", f"{place}/{kind}/{theirs.checkpoint}/publish", world.keys["bob"], {})
+        published = world.ask("POST", f"{prefix}/{kind}/{theirs.checkpoint}/publish", world.keys["bob"], {})
         assert published.status_code == 200
     path = theirs.path()
     copied = {"source_path": path, "session_id": mine.session, "model_seq_id": 7}
@@ -471,16 +474,16 @@ def test_what_is_public_can_be_read_by_others_and_changed_by_none(world: World) 
         ("copy_weights", copied),
     ):
         world.post("alice", name, asked)
-    urls = f"{place}/external_weights/{theirs.checkpoint}/external_weights_urls"
+    urls = f"{prefix}/external_weights/{theirs.checkpoint}/external_weights_urls"
     link = world.ask("GET", urls, world.keys["alice"], {}).json()["urls"]["adapter_config.json"]
     assert world.http.get(link).content == saved.FILES["adapter_config.json"]
     for method, tail, ask in (
         ("DELETE", "", {}), ("DELETE", "/publish", {}), ("PUT", "/ttl", {"json": {"ttl_seconds": 7200}}),
     ):  # fmt: skip
-        changed = world.ask(method, f"{place}/weights/{theirs.checkpoint}{tail}", world.keys["alice"], ask)
+        changed = world.ask(method, f"{prefix}/weights/{theirs.checkpoint}{tail}", world.keys["alice"], ask)
         assert changed.status_code == 404
     assert theirs.run not in world.ask("GET", "/api/v1/checkpoints", world.keys["alice"], {}).text
-    private = world.ask("DELETE", f"{place}/external_weights/{theirs.checkpoint}/publish", world.keys["bob"], {})
+    private = world.ask("DELETE", f"{prefix}/external_weights/{theirs.checkpoint}/publish", world.keys["bob"], {})
     assert private.status_code == 200
     assert world.http.get(link).status_code == 404, "links outlive what they lead to"
 
@@ -488,8 +491,8 @@ def test_what_is_public_can_be_read_by_others_and_changed_by_none(world: World) 
 def test_links_are_signed(world: World) -> None:
     """A link needs no key; changed by a byte, or made by another server, it leads nowhere."""
     theirs = world.objects("bob")
-    place = f"/api/v1/training_runs/{theirs.run}/checkpoints/external_weights/{theirs.checkpoint}/external_weights_urls"
-    link = next(iter(world.ask("GET", place, world.keys["bob"], {}).json()["urls"].values()))
+    path = f"/api/v1/training_runs/{theirs.run}/checkpoints/external_weights/{theirs.checkpoint}/external_weights_urls"
+    link = next(iter(world.ask("GET", path, world.keys["bob"], {}).json()["urls"].values()))
     assert world.http.get(link).status_code == 200
     head, _, token = link.rpartition("/")
     changed = [token[:at] + ("A" if token[at] != "A" else "B") + token[at + 1 :] for at in range(0, len(token) - 1, 7)]

@@ -134,11 +134,11 @@ def test_the_way_out_is_closed(name: str, world: World, sandbox: Sandbox, runner
     assert works or name in CLOSED_ELSEWHERE_TOO, f"the attempt itself is broken:\n{outside.stderr[-2000:]}"
 
     world.visits()
-    told = world.told(f"{name}-inside")
+    arguments = world.told(f"{name}-inside")
     os.environ["CANARY"] = "sings"
     reward = spec.parse({"code": "reward.py"}, {"reward.py": INSIDE.encode()})
     try:
-        (scored,) = runner.run(scorer.score(reward, [ScorableRollout("r", "", name, told)], sandbox=sandbox))
+        (scored,) = runner.run(scorer.score(reward, [ScorableRollout("r", "", name, arguments)], sandbox=sandbox))
         outcome = f"{scored.value}"
     except RewardFailed as error:
         outcome = error.reason
@@ -147,6 +147,6 @@ def test_the_way_out_is_closed(name: str, world: World, sandbox: Sandbox, runner
     assert outcome == "0.0" or "ended" in outcome or "killed" in outcome
     assert world.visits() == []
     assert world.victim.poll() is None
-    assert sorted(path.name for path in Path(str(told["scratch"])).iterdir()) == ["victim"]
-    assert Path(str(told["victim_file"])).read_text() == "as it was"
+    assert sorted(path.name for path in Path(str(arguments["scratch"])).iterdir()) == ["victim"]
+    assert Path(str(arguments["victim_file"])).read_text() == "as it was"
     assert (world.directory / "canary").read_text() == "sings"

@@ -1,4 +1,4 @@
-"""What takes too much of anything ends, as an error of that rollout; what lies about its result gets nothing by it."""
+"""A rollout that exhausts a resource ends with an error; one that forges its result gains nothing."""
 
 import asyncio
 import subprocess

@@ -164,10 +164,10 @@ def running(clock: Clock) -> Iterator[Running]:
 
 
 def create(running: Running, tenant: str = "alice", n: int = 1, note: str = "") -> tuple[str, Key]:
-    found: tuple[str, Key] = running.run(
+    created: tuple[str, Key] = running.run(
         Keys(running.store, running.parts.clock).create(Tenant(tenant), note, lambda: f"{n:064x}")
     )
-    return found
+    return created
 
 
 def ask(running: Running, key: str, method: str = "GET", path: str = "get_server_capabilities") -> httpx.Response:
@@ -176,8 +176,8 @@ def ask(running: Running, key: str, method: str = "GET", path: str = "get_server
 
 def test_a_key_says_whose_it_is(running: Running) -> None:
     key, record = create(running, note="laptop")
-    said = ask(running, key, path="auth/apikey/me").json()
-    assert said == {
+    description = ask(running, key, path="auth/apikey/me").json()
+    assert description == {
         "key_id": int(record.id, 16), "name": record.id, "note": "laptop",
         "details": {"org_details": {"name": "alice"}, "user_details": {"email": "alice"}},
     }  # fmt: skip
@@ -239,8 +239,8 @@ class Elsewhere:
                 headers = {"X-API-Key": "tml-local"}
                 return await client.get("/api/v1/get_server_capabilities", headers=headers)
 
-        found: httpx.Response = running.run(get())
-        return found
+        response: httpx.Response = running.run(get())
+        return response
 
 
 @pytest.mark.parametrize(("host", "status"), [
@@ -299,7 +299,7 @@ def test_no_log_line_and_no_answer_repeats_a_key(
     key, _ = create(running)
     wrong = f"tml-{7:064x}"
     with structlog.testing.capture_logs() as lines:
-        said = [
+        texts = [
             ask(running, wrong), ask(running, wrong, "POST", "create_session"), ask(running, key, "POST", "get_info"),
             ask(running, key, path="nowhere"), ask(running, key, path="training_runs/x"),
         ]  # fmt: skip
@@ -311,9 +311,9 @@ def test_no_log_line_and_no_answer_repeats_a_key(
         monkeypatch.setattr(running.store, "list", defect)
         for each in (key, token):  # uvicorn ends the connection that a defect came by
             headers = {"X-API-Key": each, "Connection": "close"}
-            said.append(running.http.get("get_server_capabilities", headers=headers))
-    assert [answer.status_code for answer in said] == [401, 401, 422, 404, 404, 500, 500]
-    written = "\n".join(map(str, lines)) + caplog.text + "".join(answer.text for answer in said)
+            texts.append(running.http.get("get_server_capabilities", headers=headers))
+    assert [answer.status_code for answer in texts] == [401, 401, 422, 404, 404, 500, 500]
+    written = "\n".join(map(str, lines)) + caplog.text + "".join(answer.text for answer in texts)
     assert "a defect" in written
     for secret in (key, wrong, token):
         assert secret not in written

@@ -24,20 +24,20 @@ async def frames_of(house: House, sample: SampleRequest) -> list[StreamEvent]:
 
 
 def test_the_frames_of_a_stream_are_the_answer(house: House) -> None:
-    asked = request(num_samples=3, max_tokens=9, topk_sample_logprobs=2, ignore_eos=True)
-    *drawn, whole = house.within(frames_of(house, asked))
+    sample = request(num_samples=3, max_tokens=9, topk_sample_logprobs=2, ignore_eos=True)
+    *drawn, whole = house.within(frames_of(house, sample))
     assert isinstance(whole, FinishedEvent)
     assert whole.device_s > 0
     output = proto.decode_sample_response(whole.answer)
-    assert output.sequences[0].tokens.tolist() == house.run(asked)[0].sequences[0].tokens.tolist()
+    assert output.sequences[0].tokens.tolist() == house.run(sample)[0].sequences[0].tokens.tolist()
     for number, sequence in enumerate(output.sequences):
-        heard = [frame for frame in drawn if isinstance(frame, TokenEvent) and frame.sequence == number]
-        assert [frame.position for frame in heard] == list(range(9))
-        assert [frame.token for frame in heard] == sequence.tokens.tolist()
-        assert [frame.logprob for frame in heard] == sequence.logprobs.tolist()
+        tokens = [frame for frame in drawn if isinstance(frame, TokenEvent) and frame.sequence == number]
+        assert [frame.position for frame in tokens] == list(range(9))
+        assert [frame.token for frame in tokens] == sequence.tokens.tolist()
+        assert [frame.logprob for frame in tokens] == sequence.logprobs.tolist()
         assert sequence.topk is not None
-        assert [[token for token, _ in frame.alternatives] for frame in heard] == sequence.topk.tokens.tolist()
-        assert [frame.ending for frame in heard] == [""] * 8 + ["length"]
+        assert [[token for token, _ in frame.alternatives] for frame in tokens] == sequence.topk.tokens.tolist()
+        assert [frame.ending for frame in tokens] == [""] * 8 + ["length"]
 
 
 def test_a_stop_is_told_with_the_token_that_stops(house: House) -> None:
@@ -51,15 +51,15 @@ def test_a_stop_is_told_with_the_token_that_stops(house: House) -> None:
 def test_tokens_come_before_the_end_and_leaving_frees_the_slot(house: House) -> None:
     async def leave() -> int:
         frames = serving.frames(house.sampler, request(max_tokens=400))
-        heard = 0
+        count = 0
         async for frame in frames:
             assert isinstance(frame, TokenEvent)
-            heard += 1
-            if heard == 5:
+            count += 1
+            if count == 5:
                 break
         await frames.aclose()  # type: ignore[attr-defined]
         await until(lambda: house.sampler.counters.cancelled == 1)
-        return heard
+        return count
 
     assert house.within(leave()) == 5
     assert house.sampler.active == 0

@@ -1,4 +1,4 @@
-"""A run that nobody asks anything of leaves the memory of a living engine, and comes back as it was."""
+"""An idle run is unloaded from a living engine, and restored bit by bit."""
 
 import asyncio
 import json
@@ -90,8 +90,8 @@ def _steps() -> list[Step]:
     return steps
 
 
-async def _ring(residents: ClaimedRuns[RunState]) -> AsyncIterator[bytes]:
-    async for frame in residents.answer(RUN):
+async def _ring(runs: ClaimedRuns[RunState]) -> AsyncIterator[bytes]:
+    async for frame in runs.answer(RUN):
         if isinstance(frame, Committed):
             for result in frame.commit.results:
                 assert not result.failed, result.body
@@ -105,19 +105,19 @@ def worth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "snapshot_bytes_per_replay_s", 10**18)
 
 
-async def _story(machine: Watched, rest_s: float) -> tuple[list[bytes], ClaimedRuns[RunState], MemoryStore]:
-    """The answers to one step a bell; with `rest_s` the run rests after each."""
+async def _story(machine: Watched, idle_s: float) -> tuple[list[bytes], ClaimedRuns[RunState], MemoryStore]:
+    """The results of one step per doorbell; with `idle_s` the run is unloaded after each."""
     store = MemoryStore()
     acceptor = Acceptor(store, lambda: 0.0)
     await acceptor.create(Creation(spec=spec()), b"create")
-    residents = ClaimedRuns(store, machine, Holder("h", "", TERMS), lambda: 0.0, rest_s=rest_s)
+    runs = ClaimedRuns(store, machine, Holder("h", "", TERMS), lambda: 0.0, idle_s=idle_s)
     answers: list[bytes] = []
     for step in _steps():
         await send(acceptor, step)
-        answers += [body async for body in _ring(residents)]
-        while rest_s and residents.present:  # noqa: ASYNC110  nothing in it tells of a rest
+        answers += [body async for body in _ring(runs)]
+        while idle_s and runs.loaded:  # noqa: ASYNC110  nothing signals that a run was unloaded
             await asyncio.sleep(0.001)
-    return answers, residents, store
+    return answers, runs, store
 
 
 @pytest.mark.usefixtures("worth")
@@ -126,16 +126,16 @@ def test_a_run_that_rests_after_every_operation_gives_the_bits_of_one_that_never
 ) -> None:
     resting, awake = Watched(trainer, device), Watched(trainer, device)
     with_rests, _, store = asyncio.run(_story(resting, 0.001))
-    without, residents, _ = asyncio.run(_story(awake, 0.0))
+    without, runs, _ = asyncio.run(_story(awake, 0.0))
     assert with_rests == without
     assert len(with_rests) == len(_steps()) + 1  # the creation too
     assert (resting.thawed, awake.thawed) == (len(_steps()) - 1, 0)
-    assert residents.present == 1
+    assert runs.loaded == 1
 
     async def newest() -> int:
-        found = await newest_manifest(store, RUN)
-        assert found is not None
-        return found[1].snapshot_seq
+        manifest = await newest_manifest(store, RUN)
+        assert manifest is not None
+        return manifest[1].snapshot_seq
 
     assert asyncio.run(newest()) == len(_steps()), "it left the memory, and its last operation is in no snapshot"
 
@@ -154,8 +154,8 @@ def test_a_run_whose_replay_is_short_rests_without_a_snapshot_and_gives_the_same
 
 def test_a_run_that_rests_leaves_nothing_of_its_state_in_memory(trainer: Trainer, device: Executor) -> None:
     machine = Watched(trainer, device)
-    _, residents, _ = asyncio.run(_story(machine, 0.001))
-    assert residents.present == 0
+    _, runs, _ = asyncio.run(_story(machine, 0.001))
+    assert runs.loaded == 0
     device.submit(_nothing()).result(10)  # the device's thread has let go of what it computed last
     assert machine.alive == 0
 

@@ -1,4 +1,4 @@
-"""Runs in memory: what the server cannot apply is tried again, and a run of another dtype is left as it is."""
+"""Claimed runs: operations that the server cannot apply are retried, and a run of another dtype stays unchanged."""
 
 import asyncio
 import itertools
@@ -35,10 +35,10 @@ def test_a_defect_is_answered_after_three_tries_and_the_run_goes_on() -> None:
         await acceptor.create(CREATION, b"create")
         for seq in (1, 2):
             await send(acceptor, Step(seq, "optim_step", b"{}"))
-        residents = ClaimedRuns(store, Defective(), Holder("h", "", TERMS), lambda: 0.0)
+        runs = ClaimedRuns(store, Defective(), Holder("h", "", TERMS), lambda: 0.0)
 
         async def ring() -> list[Frame]:
-            return [frame async for frame in residents.answer(RUN)]
+            return [frame async for frame in runs.answer(RUN)]
 
         for _ in range(2):
             with pytest.raises(Unavailable, match="a defect"):
@@ -53,7 +53,7 @@ def test_a_defect_is_answered_after_three_tries_and_the_run_goes_on() -> None:
 
 
 class Cramped(LedgerMachine):
-    """Has no memory for operation 1, whoever asks, and none to make a run again for as long as it is `full`."""
+    """Has no memory for operation 1, and none to restore a run as long as it is `full`."""
 
     full = False
 
@@ -70,10 +70,10 @@ def test_what_does_not_fit_is_told_after_three_tries_by_its_name_and_the_run_goe
         await acceptor.create(CREATION, b"create")
         for seq in (1, 2):
             await send(acceptor, Step(seq, "optim_step", b"{}"))
-        residents = ClaimedRuns(store, machine, Holder("h", "", TERMS), lambda: 0.0)
+        runs = ClaimedRuns(store, machine, Holder("h", "", TERMS), lambda: 0.0)
 
         async def ring() -> list[Frame]:
-            return [frame async for frame in residents.answer(RUN)]
+            return [frame async for frame in runs.answer(RUN)]
 
         for _ in range(2):
             with pytest.raises(Unavailable, match=r"9\.0 GiB"):
@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_told_after_three_tries_by_its_name_and_the_run_goe
         assert not results[2].failed
 
         machine.full = True
-        residents = ClaimedRuns(store, machine, Holder("h2", "", TERMS), lambda: 0.0)
+        runs = ClaimedRuns(store, machine, Holder("h2", "", TERMS), lambda: 0.0)
         with pytest.raises(Unavailable, match=rf"no memory for {RUN} now: it does not fit"):  # operation 2 is replayed
             await ring()
         machine.full = False
@@ -139,8 +139,8 @@ def test_a_slice_ends_though_the_clock_of_the_day_goes_back(monkeypatch: pytest.
         await acceptor.create(CREATION, b"create")
         for seq in range(1, 5):
             await send(acceptor, Step(seq, "optim_step", b"{}"))
-        residents = ClaimedRuns(store, LedgerMachine(), Holder("h", "", TERMS), lambda: next(back))
-        frames = [frame async for frame in residents.answer(RUN)]
+        runs = ClaimedRuns(store, LedgerMachine(), Holder("h", "", TERMS), lambda: next(back))
+        frames = [frame async for frame in runs.answer(RUN)]
         assert [frame.more for frame in frames if isinstance(frame, Done)] == [True]
         assert not [frame for frame in frames if isinstance(frame, Committed)], "the slice was over before it began"
 
@@ -169,10 +169,10 @@ def test_a_reader_that_is_cancelled_at_every_await_lets_nobody_in_before_the_wor
         await acceptor.create(CREATION, b"create")
         for seq in range(1, 9):
             await send(acceptor, Step(seq, "optim_step", b"{}"))
-        residents = ClaimedRuns(store, machine, Holder("h", "", TERMS), lambda: 0.0)
+        runs = ClaimedRuns(store, machine, Holder("h", "", TERMS), lambda: 0.0)
 
         async def read() -> None:
-            async for _ in residents.answer(RUN):
+            async for _ in runs.answer(RUN):
                 pass
 
         for _ in range(3):
@@ -210,19 +210,19 @@ class Costly(LedgerMachine):
         return self.size
 
 
-async def taken(machine: Costly, bells: int, rest_s: float = 0.0) -> tuple[list[int], int]:
-    """After which operations snapshots were taken, of one operation a bell; and how many are left."""
+async def taken(machine: Costly, doorbells: int, idle_s: float = 0.0) -> tuple[list[int], int]:
+    """After which operations snapshots were taken, of one operation per doorbell; and how many are left."""
     store = MemoryStore()
     acceptor = Acceptor(store, lambda: 0.0)
     await acceptor.create(CREATION, b"create")
-    residents = ClaimedRuns(store, machine, Holder("h", "", TERMS), lambda: 0.0, rest_s=rest_s)
-    for seq in range(1, bells + 1):
+    runs = ClaimedRuns(store, machine, Holder("h", "", TERMS), lambda: 0.0, idle_s=idle_s)
+    for seq in range(1, doorbells + 1):
         await send(acceptor, Step(seq, "optim_step", b"{}"))
-        async for _ in residents.answer(RUN):
+        async for _ in runs.answer(RUN):
             pass
         for _ in range(20):  # what goes on in the background
             await asyncio.sleep(0)
-        while rest_s and residents.present:  # noqa: ASYNC110  nothing in it tells of a rest
+        while idle_s and runs.loaded:  # noqa: ASYNC110  nothing signals that a run was unloaded
             await asyncio.sleep(0.001)
     listed = await store.list(layout.manifests(RUN))
     seqs = {decode(await store.get(name) or b"", Manifest, name).snapshot_seq for name in listed}
@@ -251,13 +251,13 @@ def test_a_snapshot_is_taken_when_the_budget_asks_for_it_and_two_are_left(cost_s
         (2.0, 0, [1, 2, 3, 4, 5, 6]),  # free to store
         (2.0, 5 * limits.snapshot_bytes_per_replay_s, [3, 6]),  # six seconds of replay are worth five of bytes
         (2.0, 10**12, []),  # never worth it below half a budget
-        (7.0, 10**12, [3, 6]),  # and always above that: whoever comes back waits no longer
+        (7.0, 10**12, [3, 6]),  # and always above that, which bounds the wait for a restored run
     ],
 )
 def test_a_run_that_rests_is_stored_if_its_replay_is_worth_more_than_its_bytes(
     cost_s: float, size: int, after: list[int]
 ) -> None:
-    assert asyncio.run(taken(Costly(cost_s, size), 6, rest_s=0.001))[0] == after
+    assert asyncio.run(taken(Costly(cost_s, size), 6, idle_s=0.001))[0] == after
 
 
 def test_a_snapshot_in_the_background_that_comes_in_time_makes_the_forced_one_needless() -> None:
@@ -275,10 +275,10 @@ def test_a_snapshot_in_the_background_that_comes_in_time_makes_the_forced_one_ne
         await acceptor.create(CREATION, b"create")
         for seq in range(1, 41):
             await send(acceptor, Step(seq, "optim_step", b"{}"))
-        residents = ClaimedRuns(store, Costly(1.0), Holder("h", "", TERMS), lambda: 0.0)
-        async for _ in residents.answer(RUN):
+        runs = ClaimedRuns(store, Costly(1.0), Holder("h", "", TERMS), lambda: 0.0)
+        async for _ in runs.answer(RUN):
             pass
-        found = await store.list(layout.manifests(RUN))
-        assert len(found) == 2, "the claim, and one snapshot"
+        manifests = await store.list(layout.manifests(RUN))
+        assert len(manifests) == 2, "the claim, and one snapshot"
 
     asyncio.run(story())

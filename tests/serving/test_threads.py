@@ -1,4 +1,4 @@
-"""One thread of an engine computes, on as many as it is given: nobody else gets a team of OpenMP's."""
+"""One thread of an engine computes, on its share of threads: no other thread starts a team of OpenMP's."""
 
 import json
 import os
@@ -33,15 +33,15 @@ print(json.dumps({"device": threads, "others": torch.get_num_threads(), "tasks":
 
 
 def _told(directory: Path, threads: int) -> dict[str, Any]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("KNAPPER_", "OMP_"))}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("KNAPPER_", "OMP_"))}
     settings = {"KNAPPER_MODEL_DIRECTORY": str(directory / "model"), "KNAPPER_DATA": str(directory / "data")}
     done = subprocess.run(
         [sys.executable, "-c", _CODE],
-        env={**kept, **settings, "KNAPPER_THREADS": str(threads), "KNAPPER_DTYPE": "auto"},  # which computes too
+        env={**environment, **settings, "KNAPPER_THREADS": str(threads), "KNAPPER_DTYPE": "auto"},  # which computes too
         cwd=Path(knapper.__file__).parent.parent, check=True, capture_output=True, text=True,
     )  # fmt: skip
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    output: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return output
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts a process's threads in /proc")

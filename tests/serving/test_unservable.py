@@ -56,7 +56,7 @@ class Pod:
         self.process, self.url, self.log, self.opening = process, url, log, opening
 
     def ask(self) -> httpx.Response:
-        """A bell for a run that does not exist: 404 once there is an engine."""
+        """A doorbell for a run that does not exist: 404 once there is an engine."""
         end = time.monotonic() + 100
         while True:
             assert self.process.poll() is None, self.log.read_text()
@@ -126,7 +126,7 @@ def test_pauses_double_up_to_half_a_minute_and_are_no_shorter_than_the_attempt()
         assert not attempts.due
         now += pauses[-1]
         assert attempts.due
-    assert pauses == [2.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]  # whoever asks waits two seconds at least
+    assert pauses == [2.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]  # clients wait at least two seconds
     attempts.failed("it has 8 bytes", took_s=90.0)
     assert attempts.refusal().retry_after_s == 90.0
     assert "it has 7 bytes" in str(attempts.refusal()), "the same sentence: another number is no news"

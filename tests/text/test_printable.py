@@ -21,7 +21,7 @@ from knapper.store.directory import DirectoryStore
 from knapper.store.memory import MemoryStore
 from knapper.text.printable import printable
 from tests.gateway.running import gateway
-from tests.gateway.test_jobs import Rung
+from tests.gateway.test_jobs import DoorbellLog
 
 # A title, a colour, C1's CSI, a bell, a backspace, a forged line, text that runs backwards, half a pair, a tag.
 ODD = "\x1b]0;owned\x07\x1b[31m\x9b2J\x07\x08\r\n12:00:00 info up: forged\u2028\u202eabc\u2066\u200f\ud800\U000e0041"
@@ -89,9 +89,9 @@ def knapper(*arguments: str, **environment: str) -> str:
 def test_commands_print_text(tmp_path: Path) -> None:
     yaml = 'kind: rl\n"\\e]0;owned\\x07\\u202E\\r\\n": 1\n'
     store = MemoryStore()
-    bells = Notifier(Rung().post, lambda: 0.0)
+    notifier = Notifier(DoorbellLog().post, lambda: 0.0)
     with gateway(
-        store, place=JobServices(store, DirectoryExchange(tmp_path), bells, iter(range(10**6)).__next__)
+        store, job_services=JobServices(store, DirectoryExchange(tmp_path), notifier, iter(range(10**6)).__next__)
     ) as running:
         running.post("jobs", {"name": "odd", "files": {"job.yaml": yaml}})
         for command in (["list"], ["show", "odd"], ["cancel", "odd"]):

@@ -18,10 +18,9 @@ from knapper.engine.training.trainer import RunState
 from knapper.state.journal import bundles
 from knapper.state.journal.records import Spec
 from knapper.store.memory import MemoryStore
-from knapper.vllm import unsupported
-from knapper.vllm.adapters import AdapterFiles
+from knapper.vllm.adapters import AdapterFiles, refusal
 from knapper.vllm.core import Core, Options
-from knapper.vllm.device_time import Shares
+from knapper.vllm.device_time import DeviceTime
 from knapper.vllm.engine import CoreLifecycle
 from knapper.vllm.fair_queue import SlotQueue
 from knapper.vllm.sampler import VllmSampler
@@ -47,7 +46,7 @@ class House:
         memory: Path,
         *,
         rest_s: float = 0.0,
-        texts_max: int = 16,
+        sequences_max: int = 16,
         rank_max: int = 16,
         dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
@@ -57,16 +56,16 @@ class House:
         self.store = MemoryStore()
         self.loop = asyncio.Runner()
         options = Options(
-            directory=model, dtype=dtype, context=self.facts.context, texts_max=texts_max, rank_max=rank_max,
+            directory=model, dtype=dtype, context=self.facts.context, sequences_max=sequences_max, rank_max=rank_max,
             adapters_at_once=2, adapters_kept=4, device="cpu", memory=0.9, kv_bytes=2**30, threads=1, sleeps=False,
         )  # fmt: skip
         self.engine = CoreLifecycle(lambda: Core.start(options, os.environ), rest_s)
-        self.shelf = AdapterFiles(
-            self.store, self.facts, memory, self.engine.forget, lambda spec: unsupported.refusal(spec, rank_max)
+        self.adapters = AdapterFiles(
+            self.store, self.facts, memory, self.engine.forget, lambda spec: refusal(spec, rank_max)
         )
-        self.turns = SlotQueue(texts_max, options.adapters_at_once)
-        self.shares = Shares(time.monotonic)
-        self.sampler = VllmSampler(self.engine, self.shelf, self.facts, self.tokenizer, self.turns, self.shares)
+        self.slots = SlotQueue(sequences_max, options.adapters_at_once)
+        self.device_time = DeviceTime(time.monotonic)
+        self.sampler = VllmSampler(self.engine, self.adapters, self.facts, self.tokenizer, self.slots, self.device_time)
 
     def run(self, *requests: SampleRequest) -> list[SampleOutput]:
         async def together() -> list[SampleOutput]:
@@ -91,7 +90,7 @@ class House:
 
     def close(self) -> None:
         self.engine.close()
-        self.shelf.close()
+        self.adapters.close()
         self.loop.close()
 
 

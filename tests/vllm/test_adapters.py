@@ -1,4 +1,4 @@
-"""The shelf: what lies there is what was saved, once, and the least used goes first."""
+"""Local adapter files: as saved, once for the same content, least recently used evicted first."""
 
 import asyncio
 import os
@@ -14,7 +14,7 @@ from knapper.errors import Corrupt, NotFound, UserError
 from knapper.state.journal import bundles
 from knapper.state.journal.records import Spec
 from knapper.store.memory import MemoryStore
-from knapper.vllm import adapters, unsupported
+from knapper.vllm import adapters
 from knapper.vllm.adapters import AdapterFiles
 from knapper.vllm.core import Adapter
 from tests.engine.tiny import tiny_model
@@ -26,19 +26,17 @@ SPEC = Spec(
 )  # fmt: skip
 
 
-class Room:
+class Bench:
     def __init__(self, directory: Path) -> None:
         self.store = MemoryStore()
         self.facts = ModelConfig.read(tiny_model(directory / "model"))
         self.forgotten: list[int] = []
         self.memory = directory / "memory"
         self.memory.mkdir()
-        self.shelf = self.open()
+        self.adapter_files = self.open()
 
     def open(self) -> AdapterFiles:
-        return AdapterFiles(
-            self.store, self.facts, self.memory, self.forget, lambda spec: unsupported.refusal(spec, 16)
-        )
+        return AdapterFiles(self.store, self.facts, self.memory, self.forget, lambda spec: adapters.refusal(spec, 16))
 
     async def forget(self, adapter: Adapter) -> None:
         self.forgotten.append(adapter.number)
@@ -50,85 +48,85 @@ class Room:
 
 
 @pytest.fixture
-def room(tmp_path: Path) -> Room:
-    return Room(tmp_path)
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
 
 
-def test_it_lies_there_as_saved_and_equal_ones_are_one(room: Room) -> None:
+def test_it_lies_there_as_saved_and_equal_ones_are_one(bench: Bench) -> None:
     async def story() -> None:
-        saved = await room.save("a")
-        await room.save("twin")
-        await room.save("other", msgspec.structs.replace(SPEC, seed=2))
-        async with room.shelf.take(bundle("a")) as a, room.shelf.take(bundle("twin")) as twin:
+        saved = await bench.save("a")
+        await bench.save("twin")
+        await bench.save("other", msgspec.structs.replace(SPEC, seed=2))
+        async with bench.adapter_files.take(bundle("a")) as a, bench.adapter_files.take(bundle("twin")) as twin:
             assert {path.name: path.read_bytes() for path in a.adapter.directory.iterdir()} == saved
             assert a.adapter == twin.adapter
-            async with room.shelf.take(bundle("other")) as other:
+            async with bench.adapter_files.take(bundle("other")) as other:
                 assert other.adapter.content != a.adapter.content
                 assert other.adapter.number != a.adapter.number
-        together = await asyncio.gather(*(take(room.shelf, bundle("a")) for _ in range(5)))
+        together = await asyncio.gather(*(take(bench.adapter_files, bundle("a")) for _ in range(5)))
         assert {each.number for each in together} == {a.adapter.number}
 
     asyncio.run(story())
 
 
-def test_what_is_changed_gone_or_of_another_shape_is_refused(room: Room) -> None:
+def test_what_is_changed_gone_or_of_another_shape_is_refused(bench: Bench) -> None:
     async def story() -> None:
-        files = await room.save("changed")
-        await room.store.delete(bundle("changed") + checkpoint_format.ADAPTER)
-        await room.store.put_if_absent(
+        files = await bench.save("changed")
+        await bench.store.delete(bundle("changed") + checkpoint_format.ADAPTER)
+        await bench.store.put_if_absent(
             bundle("changed") + checkpoint_format.ADAPTER, bytes(len(files[checkpoint_format.ADAPTER]))
         )
         with pytest.raises(Corrupt, match="bytes that are others"):
-            await take(room.shelf, bundle("changed"))
+            await take(bench.adapter_files, bundle("changed"))
         with pytest.raises(NotFound, match="deleted or expired"):
-            await take(room.shelf, bundle("gone"))
-        await room.save("wide", msgspec.structs.replace(SPEC, rank=17))
+            await take(bench.adapter_files, bundle("gone"))
+        await bench.save("wide", msgspec.structs.replace(SPEC, rank=17))
         with pytest.raises(UserError, match="rank 17; this vLLM sampler has room for ranks up to 16"):
-            await take(room.shelf, bundle("wide"))
+            await take(bench.adapter_files, bundle("wide"))
 
     asyncio.run(story())
 
 
-def test_the_longest_unused_goes_and_what_is_used_stays(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_longest_unused_goes_and_what_is_used_stays(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "adapters_cached_max", 2)
 
     async def story() -> None:
         for n in range(4):
-            await room.save(f"a{n}", msgspec.structs.replace(SPEC, seed=10 + n))
-        async with room.shelf.take(bundle("a0")) as used:
-            a1 = await take(room.shelf, bundle("a1"))
-            await take(room.shelf, bundle("a2"))
-            assert room.forgotten == [a1.number]
+            await bench.save(f"a{n}", msgspec.structs.replace(SPEC, seed=10 + n))
+        async with bench.adapter_files.take(bundle("a0")) as used:
+            a1 = await take(bench.adapter_files, bundle("a1"))
+            await take(bench.adapter_files, bundle("a2"))
+            assert bench.forgotten == [a1.number]
             assert not a1.directory.exists()
             assert used.adapter.directory.exists()
-        again = await take(room.shelf, bundle("a1"))
+        again = await take(bench.adapter_files, bundle("a1"))
         assert again.content == a1.content
         assert again.number != a1.number
 
     asyncio.run(story())
 
 
-def test_what_a_killed_process_left_in_memory_is_swept(room: Room) -> None:
-    left = room.memory / "knapper-adapters-x"
+def test_what_a_killed_process_left_in_memory_is_swept(bench: Bench) -> None:
+    left = bench.memory / "knapper-adapters-x"
     left.mkdir()
-    stranger = room.memory / "something"
+    stranger = bench.memory / "something"
     stranger.mkdir()
-    other = room.open()
-    assert list(room.memory.iterdir()) == [stranger]  # and the new one has none until an adapter comes
+    other = bench.open()
+    assert list(bench.memory.iterdir()) == [stranger]  # and the new one has none until an adapter comes
     other.close()
 
 
-def test_two_processes_with_one_pid_leave_each_other_their_adapters(room: Room) -> None:
-    """Containers that share a memory file system: who starts later sees only what is held, or is not."""
-    directory, held = adapters._own(room.memory)
+def test_two_processes_with_one_pid_leave_each_other_their_adapters(bench: Bench) -> None:
+    """Containers that share a memory file system: a later process sees only whether a directory is locked."""
+    directory, descriptor = adapters._locked_directory(bench.memory)
     (directory / "1").mkdir()
-    room.open().close()
+    bench.open().close()
     assert (directory / "1").is_dir()
-    os.close(held)  # as when its process ends
-    room.open().close()
+    os.close(descriptor)  # as when its process ends
+    bench.open().close()
     assert not directory.exists()
 
 
-async def take(shelf: AdapterFiles, name: str) -> Adapter:
-    async with shelf.take(name) as shelved:
-        return shelved.adapter
+async def take(adapter_files: AdapterFiles, name: str) -> Adapter:
+    async with adapter_files.take(name) as fetched:
+        return fetched.adapter

@@ -30,25 +30,25 @@ def coarse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 def test_log_probabilities_are_the_trainers_as_far_as_bfloat16_goes(coarse: House) -> None:
     trainer = decoder_of(coarse.model, torch.bfloat16)
     loras = {"": None, "one": coarse.save("one", rank=16).lora(), "two": coarse.save("two", seed=2, rank=3).lora()}
-    asked = [
+    requests = [
         request(
             adapter=bundle(name) if name else "", prompt=prompt_of(40, seed=n), seed=n, num_samples=2, max_tokens=20,
             temperature=temperature, prompt_logprobs=True,
         )
         for n, (name, temperature) in enumerate((name, t) for name in loras for t in (0.0, 1.0))
     ]  # fmt: skip
-    apart: list[np.ndarray] = []
-    for one, output in zip(asked, coarse.run(*asked), strict=True):
-        lora = loras[one.adapter.split("/")[1] if one.adapter else ""]
+    distances: list[np.ndarray] = []
+    for sample_request, output in zip(requests, coarse.run(*requests), strict=True):
+        lora = loras[sample_request.adapter.split("/")[1] if sample_request.adapter else ""]
         assert output.prompt_logprobs is not None
         for sequence in output.sequences:
-            whole = torch.tensor([*one.prompt.tolist(), *sequence.tokens.tolist()])
+            whole = torch.tensor([*sample_request.prompt.tolist(), *sequence.tokens.tolist()])
             adapt = [Segment(0, len(whole), lora)]
             with torch.no_grad():
                 logits_TV = trainer.logits(trainer.hidden(whole, [len(whole)], adapt), Segments(adapt))
             own = logits_TV.float().log_softmax(-1)[:-1].gather(1, whole[1:, None])[:, 0].numpy()
-            apart.append(np.abs(np.concatenate([output.prompt_logprobs[1:], sequence.logprobs]) - own))
-    found = np.concatenate(apart)
-    assert found.max() < LARGEST
-    assert found.mean() < MEAN
-    assert found.mean() > 1e-3, "float32 computed this, on one side at least"
+            distances.append(np.abs(np.concatenate([output.prompt_logprobs[1:], sequence.logprobs]) - own))
+    gaps = np.concatenate(distances)
+    assert gaps.max() < LARGEST
+    assert gaps.mean() < MEAN
+    assert gaps.mean() > 1e-3, "float32 computed this, on one side at least"

@@ -1,4 +1,4 @@
-"""vLLM keeps what the torch sampler promises; `make test-vllm` runs this, in an environment that has it."""
+"""vLLM keeps the torch sampler's contract; `make test-vllm` runs this, in an environment that has vLLM."""
 
 import asyncio
 import os
@@ -49,7 +49,7 @@ def test_log_probabilities_are_the_trainers_in_one_batch_of_all_shapes(
     house: House, trainer: Decoder, adapters: dict[str, Lora]
 ) -> None:
     """The base model, two adapters at once and more that wait; tempered, with prompts scored."""
-    asked = [
+    requests = [
         request(
             adapter=bundle(name) if name else "", prompt=prompt_of(40 + n, seed=n), seed=n, num_samples=2,
             max_tokens=20, temperature=temperature, prompt_logprobs=True, topk_prompt_logprobs=2,
@@ -57,16 +57,18 @@ def test_log_probabilities_are_the_trainers_in_one_batch_of_all_shapes(
         )
         for n, (name, temperature) in enumerate((name, t) for t in (0.0, 0.6, 1.0, 1.7) for name in ("", *adapters))
     ]  # fmt: skip
-    for one, output in zip(asked, house.run(*asked), strict=True):
-        lora = adapters.get(one.adapter.split("/")[1]) if one.adapter else None
+    for sample_request, output in zip(requests, house.run(*requests), strict=True):
+        lora = adapters.get(sample_request.adapter.split("/")[1]) if sample_request.adapter else None
         for sequence in output.sequences:
-            whole = [*one.prompt.tolist(), *sequence.tokens.tolist()]
+            whole = [*sample_request.prompt.tolist(), *sequence.tokens.tolist()]
             logits_TV = logits(trainer, whole, lora)
             plain = logits_TV.log_softmax(-1)
-            own = plain[:-1].gather(1, torch.tensor(whole[1:])[:, None])[: one.prompt.size - 1, 0]
+            own = plain[:-1].gather(1, torch.tensor(whole[1:])[:, None])[: sample_request.prompt.size - 1, 0]
             assert output.prompt_logprobs is not None
             np.testing.assert_allclose(output.prompt_logprobs[1:], own.numpy(), atol=TOLERANCE)
-            drawn = (logits_TV / (one.params.temperature or 1.0)).log_softmax(-1)[one.prompt.size - 1 : -1]
+            drawn = (logits_TV / (sample_request.params.temperature or 1.0)).log_softmax(-1)[
+                sample_request.prompt.size - 1 : -1
+            ]
             wanted = drawn.gather(1, torch.from_numpy(sequence.tokens).long()[:, None])[:, 0]
             np.testing.assert_allclose(sequence.logprobs, wanted.numpy(), atol=TOLERANCE)
             assert sequence.topk is not None
@@ -84,9 +86,9 @@ def test_cut_distributions_are_renormalised(house: House, trainer: Decoder) -> N
 
 def test_seeds_reproduce_and_samples_differ(house: House) -> None:
     first, again, other = (house.run(request(num_samples=3, max_tokens=15, seed=seed))[0] for seed in (5, 5, 6))
-    texts = [[tuple(each.tokens.tolist()) for each in output.sequences] for output in (first, again, other)]
-    assert texts[0] == texts[1]
-    assert len({*texts[0], *texts[2]}) == 6
+    sampled = [[tuple(each.tokens.tolist()) for each in output.sequences] for output in (first, again, other)]
+    assert sampled[0] == sampled[1]
+    assert len({*sampled[0], *sampled[2]}) == 6
 
 
 def test_stops_stay_in_the_output(house: House) -> None:
@@ -106,11 +108,11 @@ def test_stops_stay_in_the_output(house: House) -> None:
 
 
 def test_tokens_are_heard_as_they_come(house: House) -> None:
-    heard: list[TokenEvent] = []
-    output = house.within(house.sampler.sample(request(num_samples=2, max_tokens=9), heard.append))
+    events: list[TokenEvent] = []
+    output = house.within(house.sampler.sample(request(num_samples=2, max_tokens=9), events.append))
     for number, sequence in enumerate(output.sequences):
-        assert [each.token for each in heard if each.sequence == number] == sequence.tokens.tolist()
-        assert [each.ending for each in heard if each.sequence == number] == [""] * 8 + ["length"]
+        assert [each.token for each in events if each.sequence == number] == sequence.tokens.tolist()
+        assert [each.ending for each in events if each.sequence == number] == [""] * 8 + ["length"]
 
 
 def test_who_leaves_frees_the_slots(house: House) -> None:
@@ -150,10 +152,10 @@ def test_adapters_beyond_the_shelf_come_back_as_they_were(house: House) -> None:
     names = [f"many-{n}" for n in range(6)]
     for n, name in enumerate(names):
         house.save(name, seed=100 + n)
-    asked = [request(adapter=bundle(name), temperature=0.0, max_tokens=6) for name in names]
-    before = [output.sequences[0].tokens.tolist() for output in house.run(*asked)]
+    requests = [request(adapter=bundle(name), temperature=0.0, max_tokens=6) for name in names]
+    before = [output.sequences[0].tokens.tolist() for output in house.run(*requests)]
     assert len({tuple(each) for each in before}) == 6
-    assert [house.run(one)[0].sequences[0].tokens.tolist() for one in asked] == before
+    assert [house.run(sample_request)[0].sequences[0].tokens.tolist() for sample_request in requests] == before
 
 
 @pytest.mark.long
@@ -177,7 +179,7 @@ def test_a_core_that_dies_is_answered_and_healed(house: House) -> None:
 
 
 def test_the_seconds_of_samples_add_up_to_the_time_in_which_there_was_any(house: House) -> None:
-    before = house.shares.device_s
+    before = house.device_time.device_s
     outputs = house.run(request(seed=1, num_samples=3), request(seed=2, max_tokens=3))
     assert all(output.device_s > 0 for output in outputs)
-    assert sum(output.device_s for output in outputs) == pytest.approx(house.shares.device_s - before)
+    assert sum(output.device_s for output in outputs) == pytest.approx(house.device_time.device_s - before)

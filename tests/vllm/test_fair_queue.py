@@ -10,38 +10,38 @@ def play(story: Coroutine[None, None, None]) -> None:
     asyncio.run(asyncio.wait_for(story, 10))
 
 
-async def crowd(
-    turns: SlotQueue, order: list[str], *who: tuple[str, str]
+async def begin_all(
+    slots: SlotQueue, order: list[str], *who: tuple[str, str]
 ) -> list[asyncio.Task[Callable[[object], None]]]:
-    """Everyone asks, in this order; `order` hears who got a slot."""
+    """Submit all, in this order; `order` records who got a slot."""
 
-    async def one(tenant: str, adapter: str) -> Callable[[object], None]:
-        leave = await turns.take(tenant, adapter)
+    async def begin(tenant: str, adapter: str) -> Callable[[object], None]:
+        leave = await slots.take(tenant, adapter)
         order.append(f"{tenant}/{adapter}")
         return leave
 
-    tasks = [asyncio.create_task(one(*each)) for each in who]
+    tasks = [asyncio.create_task(begin(*each)) for each in who]
     await asyncio.sleep(0.01)
     return tasks
 
 
 def test_a_slot_goes_to_the_tenant_with_the_fewest_texts() -> None:
     async def story() -> None:
-        turns, order = SlotQueue(2, 8), list[str]()
-        tasks = await crowd(turns, order, *[("greedy", "a")] * 6, ("modest", "b"))
+        slots, order = SlotQueue(2, 8), list[str]()
+        tasks = await begin_all(slots, order, *[("greedy", "a")] * 6, ("modest", "b"))
         assert order == ["greedy/a", "greedy/a"]
         tasks[0].result()(None)
         await asyncio.sleep(0.01)
         assert order[2:] == ["modest/b"]
-        assert turns.active == 2
+        assert slots.active == 2
 
     play(story())
 
 
 def test_and_there_to_the_adapter_with_the_fewest() -> None:
     async def story() -> None:
-        turns, order = SlotQueue(2, 8), list[str]()
-        tasks = await crowd(turns, order, *[("one", "a")] * 4, ("one", "b"))
+        slots, order = SlotQueue(2, 8), list[str]()
+        tasks = await begin_all(slots, order, *[("one", "a")] * 4, ("one", "b"))
         tasks[0].result()(None)
         await asyncio.sleep(0.01)
         assert order == ["one/a", "one/a", "one/b"]
@@ -51,8 +51,8 @@ def test_and_there_to_the_adapter_with_the_fewest() -> None:
 
 def test_an_adapter_beyond_those_at_once_waits_and_comes_in_the_end() -> None:
     async def story() -> None:
-        turns, order = SlotQueue(4, 1), list[str]()
-        tasks = await crowd(turns, order, *[("one", "a")] * 2, ("two", "b"), ("one", ""))
+        slots, order = SlotQueue(4, 1), list[str]()
+        tasks = await begin_all(slots, order, *[("one", "a")] * 2, ("two", "b"), ("one", ""))
         assert order == ["one/a", "one/a", "one/"]
         for task in tasks[:2]:
             task.result()(None)
@@ -64,11 +64,11 @@ def test_an_adapter_beyond_those_at_once_waits_and_comes_in_the_end() -> None:
 
 def test_others_cannot_keep_it_out_for_ever() -> None:
     async def story() -> None:
-        turns, order = SlotQueue(2, 1), list[str]()
-        holding = await turns.take("one", "a")
-        (late,) = await crowd(turns, order, ("two", "b"))
+        slots, order = SlotQueue(2, 1), list[str]()
+        holding = await slots.take("one", "a")
+        (late,) = await begin_all(slots, order, ("two", "b"))
         for _ in range(200):  # a slot is free, and adapter a asks for it again and again
-            (task,) = await crowd(turns, order, ("one", "a"))
+            (task,) = await begin_all(slots, order, ("one", "a"))
             if not task.done():
                 break
             task.result()(None)
@@ -83,13 +83,13 @@ def test_others_cannot_keep_it_out_for_ever() -> None:
 
 def test_who_stops_waiting_takes_no_slot() -> None:
     async def story() -> None:
-        turns, order = SlotQueue(1, 8), list[str]()
-        first, second, third = await crowd(turns, order, ("one", ""), ("two", ""), ("three", ""))
+        slots, order = SlotQueue(1, 8), list[str]()
+        first, second, third = await begin_all(slots, order, ("one", ""), ("two", ""), ("three", ""))
         second.cancel()
         first.result()(None)
         await asyncio.sleep(0.01)
         assert order == ["one/", "three/"]
         third.result()(None)
-        assert turns.active == 0
+        assert slots.active == 0
 
     play(story())

@@ -26,13 +26,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server(model: Path, tmp_path: Path) -> Iterator[Server]:
     """A sampler of vLLM that keeps its adapters in a directory of this test's."""
-    shelf = tmp_path / "shelf"
-    shelf.mkdir()
-    settings = {"KNAPPER_SAMPLER": "vllm", "KNAPPER_VLLM_ADAPTER_DIRECTORY": str(shelf)}
+    memory = tmp_path / "shelf"
+    memory.mkdir()
+    settings = {"KNAPPER_SAMPLER": "vllm", "KNAPPER_VLLM_ADAPTER_DIRECTORY": str(memory)}
     with Server.start(model, tmp_path / "data", settings=settings) as started:
         yield started
         started.stop()
-        assert list(shelf.iterdir()) == [], "adapters stay in memory"
+        assert list(memory.iterdir()) == [], "adapters stay in memory"
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=lambda stop: stop.name)
@@ -87,17 +87,17 @@ def test_a_core_that_rests_has_no_process_and_the_next_sample_wakes_another(mode
     """On a CPU; on a GPU it sleeps instead, which was not run."""
     house = House(model, tmp_path, rest_s=0.5)
     house.save("some")
-    asked = request(adapter=bundle("some"), prompt=prompt_of(12), seed=3, max_tokens=8)
+    sample_request = request(adapter=bundle("some"), prompt=prompt_of(12), seed=3, max_tokens=8)
     try:
-        [before] = house.run(asked)
+        [before] = house.run(sample_request)
         core = house.engine.core
         assert core is not None
         pids = core.pids
         assert pids
         assert all(map(running, pids))
         house.within(asyncio.to_thread(wait_until, lambda: not any(map(running, pids)), "the core has ended"))
-        assert house.engine.resting
-        [after] = house.run(asked)
+        assert house.engine.released
+        [after] = house.run(sample_request)
         assert house.engine.starts == 2
         assert after.sequences[0].tokens.tolist() == before.sequences[0].tokens.tolist()
     finally:

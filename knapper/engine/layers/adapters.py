@@ -1,7 +1,8 @@
-"""How adapters enter the linears: several of them, each on its own rows, over one frozen base.
+"""LoRA on the frozen linears: several adapters, each on its own rows, over one base.
 
-N rows, I inputs, O outputs, R rank. delta = (scale * (x A^T)) B^T, in the adapter's dtype (float32 for a trained one);
-the sum is rounded to the base's dtype once. `Segments` differentiates, `Scattered` decodes.
+N rows, I inputs, O outputs, R rank. delta = (scale * (x A^T)) B^T (arXiv 2106.09685, section 4.1), in the adapter's
+dtype (float32 for a trained one); the sum is rounded to the base's dtype once. `Segments` differentiates,
+`GatheredLora` decodes.
 """
 
 from collections.abc import Sequence
@@ -12,44 +13,43 @@ from torch import Tensor
 
 from knapper.engine.layers.batch_invariance import RowLayout
 from knapper.engine.layers.linear import FrozenLinear
-from knapper.engine.models.config import HEAD, Facts
+from knapper.engine.models.config import Facts
 
-# The fused linears of a layer and the sites that they stack.
-sites: Final[dict[str, tuple[str, ...]]] = {
+# The fused linears of a layer, and the linears that each stacks.
+FUSED: Final[dict[str, tuple[str, ...]]] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
     "o": ("o_proj",),
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
-head_site: Final = HEAD
-_ranks_multiple: Final = 16
+_RANK_MULTIPLE: Final = 16
 
 
-def site_shapes(config: Facts) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of every site that an adapter may have."""
-    return {site.name: (site.inputs, site.outputs) for site in config.sites}
+def target_shapes(config: Facts) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of every target module."""
+    return {target.name: (target.inputs, target.outputs) for target in config.lora_targets}
 
 
-def rank_padded(rank: int) -> int:
-    """What a GEMM runs on: on fewer columns it is slower. Adapters of one padded rank share a batch."""
-    return rank + -rank % _ranks_multiple
+def padded_rank(rank: int) -> int:
+    """The rank that a GEMM computes: fewer columns are slower. Adapters of one padded rank share a batch."""
+    return rank + -rank % _RANK_MULTIPLE
 
 
-def ranks_padded(matrix: Tensor, dim: int) -> Tensor:
-    """A or B of an adapter with zeros along its rank `dim`, up to `rank_padded`."""
-    short = rank_padded(matrix.shape[dim]) - matrix.shape[dim]
-    return matrix if short == 0 else F.pad(matrix, (0, 0) * (matrix.dim() - 1 - dim) + (0, short))
+def pad_rank(matrix: Tensor, dim: int) -> Tensor:
+    """A or B of an adapter with zeros along its rank `dim`, up to `padded_rank`."""
+    missing = padded_rank(matrix.shape[dim]) - matrix.shape[dim]
+    return matrix if missing == 0 else F.pad(matrix, (0, 0) * (matrix.dim() - 1 - dim) + (0, missing))
 
 
-def times(way: RowLayout, x_MI: Tensor, w_OI: Tensor) -> Tensor:
+def product(layout: RowLayout, x_MI: Tensor, w_OI: Tensor) -> Tensor:
     """x w^T (M, O), of an adapter's matrix."""
-    return way(lambda x: F.linear(x, w_OI), x_MI)
+    return layout(lambda x: F.linear(x, w_OI), x_MI)
 
 
 class Adapt(Protocol):
-    """One linear with the adapters' part, rows by rows.
+    """A linear with the adapters' part, by rows.
 
-    `names`: the sites that `linear` stacks. Returns one tensor (N, width) for each.
+    `names`: the target modules that `linear` stacks. Returns one tensor (N, width) for each.
     """
 
     def __call__(self, names: Sequence[str], x_NI: Tensor, linear: FrozenLinear) -> tuple[Tensor, ...]: ...

@@ -1,6 +1,7 @@
-"""Causal attention over packed rows. Each sequence sees itself alone, so its bits do not depend on its neighbours.
+"""Causal attention over packed rows. A sequence sees itself alone, so its bits do not depend on its neighbours.
 
-N rows, H heads, G key/value heads, D head elements, T tokens of one sequence.
+N rows, H heads, G key/value heads, D head elements, T tokens of one sequence. Source: arXiv 1706.03762, equation 1,
+with the grouped queries of arXiv 2305.13245.
 """
 
 import itertools
@@ -53,21 +54,21 @@ class PackedAttention:
 
 
 class SharedPrefixAttention:
-    """Rows that several sequences have in common (`Prefixes`): each sequence attends as if it were alone.
+    """Rows that several sequences share (`Prefixes`): each sequence attends as if it were alone.
 
-    So its bits are those that it has alone. What a common row gets is the same from each, and taken from the first.
+    So it has the bits that it has alone. Every sequence gives a shared row the same output; the first one's is taken.
     """
 
-    def __init__(self, lengths: Sequence[int], places_N: Tensor, first_U: Tensor) -> None:
-        self._packed, self._places_N, self._first_U = PackedAttention(lengths), places_N, first_U
+    def __init__(self, lengths: Sequence[int], rows_N: Tensor, first_U: Tensor) -> None:
+        self._packed, self._rows_N, self._first_U = PackedAttention(lengths), rows_N, first_U
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
-        q, k, v = (x.index_select(0, self._places_N) for x in (q_NHD, k_NGD, v_NGD))
+        q, k, v = (x.index_select(0, self._rows_N) for x in (q_NHD, k_NGD, v_NGD))
         return self._packed(layer, q, k, v).index_select(0, self._first_U)
 
 
-class Continued:
-    """The rest of one sequence, whose beginning was computed before: `past_kv` (layers, 2, P, G, D)."""
+class ContinuedAttention:
+    """The rest of one sequence after its prefix: `past_kv` (layers, 2, P, G, D)."""
 
     def __init__(self, past_kv: Tensor) -> None:
         self._past_kv = past_kv
@@ -78,8 +79,8 @@ class Continued:
         return _causal(q_NHD[None], k[None], v[None]).reshape(q_NHD.shape[0], -1)
 
 
-class Joined:
-    """Attentions of several groups of rows, one after another, that do not all attend alike."""
+class ConcatenatedAttention:
+    """Several groups of rows, one after another, each with its own attention."""
 
     def __init__(self, attends: Sequence[Attend], rows: Sequence[int]) -> None:
         self._attends, self._rows = attends, list(rows)
@@ -91,8 +92,8 @@ class Joined:
         return torch.cat([attend(layer, *part) for attend, part in zip(self._attends, parts, strict=True)])
 
 
-class Recorded:
-    """Another attention, whose keys and values are kept for decoding: `kv` (layers, 2, N, G, D)."""
+class RecordedAttention:
+    """Another attention, whose keys and values are also stored for decoding: `kv` (layers, 2, N, G, D)."""
 
     def __init__(self, attend: Attend, kv: Tensor) -> None:
         self._attend, self._kv = attend, kv
@@ -103,28 +104,28 @@ class Recorded:
         return self._attend(layer, q_NHD, k_NGD, v_NGD)
 
 
-def of_groups(groups: Sequence[Prefixes], device: torch.device) -> Attend:
-    """How the rows attend that are computed of the groups, one group after another."""
+def prefix_attention(groups: Sequence[Prefixes], device: torch.device) -> Attend:
+    """The attention of the groups' computed rows, one group after another."""
     lengths = [length for group in groups for length in group.lengths]
     if all(len(group) == group.total for group in groups):
         return PackedAttention(lengths)
-    places_N = _one_after_another([group.places_N for group in groups], [len(group) for group in groups])
-    first_U = _one_after_another([group.first_U for group in groups], [group.total for group in groups])
-    return SharedPrefixAttention(lengths, places_N.to(device, non_blocking=True), first_U.to(device, non_blocking=True))
+    rows_N = _offset_by_part([group.rows_N for group in groups], [len(group) for group in groups])
+    first_U = _offset_by_part([group.first_U for group in groups], [group.total for group in groups])
+    return SharedPrefixAttention(lengths, rows_N.to(device, non_blocking=True), first_U.to(device, non_blocking=True))
 
 
-def _one_after_another(places: Sequence[NDArray[np.int64]], sizes: Sequence[int]) -> Tensor:
-    """Places in each of several parts, as places in the whole."""
+def _offset_by_part(rows: Sequence[NDArray[np.int64]], sizes: Sequence[int]) -> Tensor:
+    """Indices within each of several parts, as indices within the whole."""
     starts = itertools.accumulate(sizes[:-1], initial=0)
-    return torch.from_numpy(np.concatenate([part + start for part, start in zip(places, starts, strict=True)]))
+    return torch.from_numpy(np.concatenate([part + start for part, start in zip(rows, starts, strict=True)]))
 
 
 def _causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
     if q_BTHD.device.type == "cpu":
-        return batch_invariant_attention.causal(q_BTHD, k_BTGD, v_BTGD)  # the bits of decoding
+        return batch_invariant_attention.causal(q_BTHD, k_BTGD, v_BTGD)  # bit-equal to decoding
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
     tokens, keys = q.shape[2], k.shape[2]
-    seen = None if tokens == keys else torch.ones(tokens, keys, dtype=torch.bool, device=q.device).tril_(keys - tokens)
+    mask = None if tokens == keys else torch.ones(tokens, keys, dtype=torch.bool, device=q.device).tril_(keys - tokens)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
     ).transpose(1, 2)

@@ -1,11 +1,11 @@
-"""Products in which a row has the same bits however many rows there are: how that is reached is found out on this CPU.
+"""Batch-invariant products: a row has the same bits however many rows there are. Probed on this CPU.
 
-Libraries choose a kernel, and with it the order in which it adds, by the CPU, the shape and the number of rows. So
-nothing is taken for granted: every product of the model and of its adapters is tried at its real shape, once, and goes
-the first of a few ways in which no row's bits depend on the others. The last of them are blocks of a fixed number of
-rows, which leave a kernel nothing to choose. Training, prefill and decoding go the same way.
+Libraries choose a kernel, and with it the order of additions, by the CPU, the shape and the number of rows. So every
+product of the model and of its adapters is tried once at its real shape, with several row layouts; it uses the first in
+which no row's bits depend on other rows. The last layouts are blocks of a fixed number of rows, which leave a kernel
+nothing to choose. Training, prefill and decoding use the same layout.
 
-A search takes no time into account, so that it ends alike on every start: replayed bits depend on it.
+The search ignores time, so that it ends alike on every start: replayed bits depend on it.
 docs/decisions/0013-exactness-is-probed.md has the measurements. N rows, M rows of one adapter, I inputs, O outputs, R
 rank.
 """
@@ -27,42 +27,42 @@ Make = Callable[[Tensor], Product]
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How rows go into a product: zero rows are added up to `least`, or up to whole blocks of `block`.
+    """How rows enter a product: padded with zero rows up to `least`, or up to whole blocks of `block`.
 
-    Each block is then a product of its own. What is computed of added rows is never read. Rows begin where a vector
-    register's would: of others, which a tensor's part may be, some kernels add the first numbers in another order.
+    Each block is a product of its own. The output of padding is never read. Rows are aligned to vector registers: of
+    unaligned rows, which a view may have, some kernels add the first numbers in another order.
     """
 
     least: int = 1
     block: int = 0  # all rows at once
 
     def rows(self, count: int) -> int:
-        """`count` with the rows that are added."""
+        """`count` with padding."""
         return count + -count % self.block if self.block else max(count, self.least)
 
-    def filled(self, x_N: Tensor) -> Tensor:
-        """`x_N` with the rows that are added; the same tensor where nothing is missing."""
+    def padded(self, x_N: Tensor) -> Tensor:
+        """`x_N` with padding; the same tensor if none is missing."""
         added = self.rows(len(x_N)) - len(x_N)
         if added:
             return torch.cat([x_N, x_N.new_zeros(added, *x_N.shape[1:])])
-        return x_N if self == AS_IT_IS or x_N.data_ptr() % _ALIGNMENT == 0 else x_N.clone()
+        return x_N if self == UNCHANGED or x_N.data_ptr() % _ALIGNMENT == 0 else x_N.clone()
 
     def __call__(self, product: Product, x_NI: Tensor) -> Tensor:
         """product(x_NI) (N, O)."""
-        filled = self.filled(x_NI)
-        if not self.block or len(filled) == self.block:
-            return product(filled)[: len(x_NI)]
-        return torch.cat([product(block) for block in filled.split(self.block)])[: len(x_NI)]
+        padded = self.padded(x_NI)
+        if not self.block or len(padded) == self.block:
+            return product(padded)[: len(x_NI)]
+        return torch.cat([product(block) for block in padded.split(self.block)])[: len(x_NI)]
 
     def __str__(self) -> str:
         return f"blocks of {self.block} rows" if self.block else f"{self.least} rows at least"
 
 
-AS_IT_IS: Final = RowLayout()
-# In the order in which they are tried: what costs least first. A model's matrices are read from memory anyway, so that
-# some rows more cost a decoding step little; smaller blocks would cost a training step more.
-MODEL_WAYS: Final = (
-    AS_IT_IS,
+UNCHANGED: Final = RowLayout()
+# In the order of the search, the cheapest first. A model's matrices are read from memory anyway, so that padding costs
+# a decoding step little; smaller blocks would cost a training step more.
+MODEL_LAYOUTS: Final = (
+    UNCHANGED,
     RowLayout(2),
     RowLayout(8),
     RowLayout(16),
@@ -70,8 +70,8 @@ MODEL_WAYS: Final = (
     RowLayout(block=128),
     RowLayout(block=256),
 )
-BACKWARD_WAYS: Final = (RowLayout(8), *MODEL_WAYS[3:])
-ADAPTER_WAYS: Final = (
+BACKWARD_LAYOUTS: Final = (RowLayout(8), *MODEL_LAYOUTS[3:])
+ADAPTER_LAYOUTS: Final = (
     RowLayout(8),
     RowLayout(16),
     RowLayout(block=16),
@@ -80,80 +80,82 @@ ADAPTER_WAYS: Final = (
     RowLayout(block=128),
 )
 
-_ALIGNMENT: Final = 64  # bytes, of a register of AVX-512; torch's own tensors begin so
+_ALIGNMENT: Final = 64  # bytes of an AVX-512 register; torch's own tensors are aligned so
 _COUNTS: Final = (1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 64, 65, 130, 257)  # below and above where kernels change
-_COUNTS_LARGE: Final = (1, 2, 8, 17, 33, 130)  # of a matrix of more than so many elements:
+_COUNTS_LARGE: Final = (1, 2, 8, 17, 33, 130)  # for a matrix with more elements than:
 _LARGE: Final = 1 << 22
 _ROWS_MAX: Final = 1024  # of a pass
-_ELEMENTS_MAX: Final = 1 << 24  # of what a trial computes at a time
-_TRIED_MAX: Final = 1 << 26  # elements of a matrix; a larger one is tried with fewer outputs
+_ELEMENTS_MAX: Final = 1 << 24  # of a probe at a time
+_PROBE_ELEMENTS_MAX: Final = 1 << 26  # of a matrix; a larger one is probed with fewer outputs
 
 
 class Exactness:
-    """What was found for one model, on one number of threads.
+    """The row layouts of one model's products, on one number of threads.
 
-    `promised`: False computes as fast as it goes, whatever the bits; so does any device but a CPU.
+    `promised`: False computes as fast as possible, whatever the bits; so does any device but a CPU.
     """
 
     def __init__(self, *, promised: bool = True) -> None:
         self.promised = promised
-        self.broken: list[str] = []  # products for which there is no way
-        self._ways: dict[tuple[object, ...], RowLayout] = {}
-        self._linears: set[tuple[int, tuple[int, ...]]] = set()  # (inputs, widths) of those that adapters enter
+        self.broken: list[str] = []  # products without an invariant layout
+        self._layouts: dict[tuple[object, ...], RowLayout] = {}
+        self._linears: set[tuple[int, tuple[int, ...]]] = set()  # (inputs, widths) of the linears with adapters
 
     @property
-    def found(self) -> dict[str, str]:
-        """By product, where it does not go as it is: which way it goes."""
-        return {" ".join(map(str, key)): str(way) for key, way in self._ways.items() if way != AS_IT_IS}
+    def layouts(self) -> dict[str, str]:
+        """The layout of each product that is not unchanged."""
+        return {" ".join(map(str, key)): str(layout) for key, layout in self._layouts.items() if layout != UNCHANGED}
 
     def add(self, inputs: int, widths: tuple[int, ...]) -> None:
-        """A linear that adapters enter."""
+        """Register a linear that adapters enter."""
         self._linears.add((inputs, widths))
 
     def product(
-        self, name: str, ways: Sequence[RowLayout], make: Make, inputs: int, outputs: int, like: Tensor
+        self, name: str, layouts: Sequence[RowLayout], make: Make, inputs: int, outputs: int, like: Tensor
     ) -> RowLayout:
-        """For products x w^T that `make` makes of a matrix w (O, I) with the dtype and device of `like`."""
-        if not self._tried(like):
-            return AS_IT_IS
+        """The layout for products x w^T, `make` of a matrix w (O, I), with the dtype and device of `like`."""
+        if not self._probes(like):
+            return UNCHANGED
         key = (name, f"{inputs}x{outputs}", _short(like.dtype))
-        if key not in self._ways:
-            x_NI, w_OI = _cancelling(inputs, min(outputs, max(1, _TRIED_MAX // inputs)), like)
+        if key not in self._layouts:
+            x_NI, w_OI = _probe_tensors(inputs, min(outputs, max(1, _PROBE_ELEMENTS_MAX // inputs)), like)
             product = make(w_OI)
-            self._ways[key] = self._first(key, ways, lambda way: _steady(way, product, x_NI, outputs))
-        return self._ways[key]
+            self._layouts[key] = self._first(key, layouts, lambda layout: _is_invariant(layout, product, x_NI, outputs))
+        return self._layouts[key]
 
     def adapter(self, rank: int, like: Tensor) -> RowLayout:
-        """Of every product of an adapter whose rank was padded to `rank`, on any of the linears."""
-        if not self._tried(like):
-            return AS_IT_IS
+        """The layout for every product of an adapter of padded rank `rank`, on any of the linears."""
+        if not self._probes(like):
+            return UNCHANGED
         name = ("adapter of rank", str(rank), _short(like.dtype))
-        if name not in self._ways:
+        if name not in self._layouts:
             pairs = [
                 (len(widths), inputs, rank, width) for inputs, widths in sorted(self._linears) for width in set(widths)
             ]
             shapes = {(inputs, parts * rank) for parts, inputs, rank, _ in pairs} | {(r, w) for _, _, r, w in pairs}
-            self._ways[name] = self._first(name, ADAPTER_WAYS, lambda way: _adapter_steady(way, sorted(shapes), like))
-        return self._ways[name]
+            self._layouts[name] = self._first(
+                name, ADAPTER_LAYOUTS, lambda layout: _adapter_is_invariant(layout, sorted(shapes), like)
+            )
+        return self._layouts[name]
 
-    def check(self, name: str, steady: bool) -> None:
-        """Something that goes one way only."""
-        if not steady:
+    def check(self, name: str, is_invariant: bool) -> None:
+        """Record a computation that has one layout only."""
+        if not is_invariant:
             self._break(name)
 
-    def _tried(self, like: Tensor) -> bool:
+    def _probes(self, like: Tensor) -> bool:
         return self.promised and like.device.type == "cpu"
 
     def _first(
-        self, name: tuple[object, ...], ways: Iterable[RowLayout], steady: Callable[[RowLayout], bool]
+        self, name: tuple[object, ...], layouts: Iterable[RowLayout], is_invariant: Callable[[RowLayout], bool]
     ) -> RowLayout:
-        first, *others = ways
-        for way in (first, *others):
+        first, *others = layouts
+        for layout in (first, *others):
             with torch.inference_mode():
-                if steady(way):
-                    if way != first:
-                        log.debug("exact bits", product=" ".join(map(str, name)), way=str(way))
-                    return way
+                if is_invariant(layout):
+                    if layout != first:
+                        log.debug("exact bits", product=" ".join(map(str, name)), way=str(layout))
+                    return layout
         self._break(" ".join(map(str, name)))
         return first
 
@@ -169,52 +171,52 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _cancelling(inputs: int, outputs: int, like: Tensor, elements_max: int = _ELEMENTS_MAX) -> tuple[Tensor, Tensor]:
-    """x (N, I) and w (O, I) whose products are 0, but for the rounding of the sums on the way.
+def _probe_tensors(inputs: int, outputs: int, like: Tensor, elements_max: int = _ELEMENTS_MAX) -> tuple[Tensor, Tensor]:
+    """x (N, I) and w (O, I) whose products are 0, but for the rounding of partial sums.
 
-    So what comes out is the order in which they were added, and nothing else. Of other numbers bfloat16 would round
-    most differences away, and show them of one number in ten thousand.
+    So the results show the order of additions and nothing else. With other numbers bfloat16 would round most
+    differences away, and show them in one number of ten thousand.
     """
     rows = max(_COUNTS_LARGE[-1] + 1, min(_ROWS_MAX, elements_max // max(inputs, outputs)))
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(inputs, generator=generator)
     halves = [torch.rand(count, inputs // 2, generator=generator).sub_(0.5) for count in (rows, outputs)]
-    rest = [torch.zeros(count, inputs % 2) for count in (rows, outputs)]
+    odd = [torch.zeros(count, inputs % 2) for count in (rows, outputs)]
     x_NI, w_OI = (
-        torch.cat([half, sign * half, none], dim=1)[:, order].to(like.dtype)
-        for half, none, sign in zip(halves, rest, (1, -1), strict=True)
+        torch.cat([half, sign * half, odd_column], dim=1)[:, order].to(like.dtype)
+        for half, odd_column, sign in zip(halves, odd, (1, -1), strict=True)
     )
     return x_NI, w_OI
 
 
-def _steady(way: RowLayout, product: Product, x_NI: Tensor, outputs: int) -> bool:
-    """Whether some rows have, at any place, the bits that they have among all."""
-    whole = way(product, x_NI)
+def _is_invariant(layout: RowLayout, product: Product, x_NI: Tensor, outputs: int) -> bool:
+    """Whether some rows, anywhere, have the bits that they have among all."""
+    whole = layout(product, x_NI)
     for count in _COUNTS_LARGE if x_NI.shape[1] * outputs > _LARGE else _COUNTS:
         start = (7 * count) % max(1, len(whole) - count)
         if count < len(whole) and not torch.equal(
-            way(product, x_NI[start : start + count]), whole[start : start + count]
+            layout(product, x_NI[start : start + count]), whole[start : start + count]
         ):
             return False
     return True
 
 
-def _adapter_steady(way: RowLayout, shapes: Sequence[tuple[int, int]], like: Tensor) -> bool:
+def _adapter_is_invariant(layout: RowLayout, shapes: Sequence[tuple[int, int]], like: Tensor) -> bool:
     """As training computes it (`F.linear`), and as decoding does: several adapters in one batch."""
     for inputs, outputs in shapes:
-        x_NI, w_OI = _cancelling(inputs, outputs, like, _LARGE)
+        x_NI, w_OI = _probe_tensors(inputs, outputs, like, _LARGE)
 
         def linear(x_NI: Tensor, w_OI: Tensor = w_OI) -> Tensor:
             return F.linear(x_NI, w_OI)
 
-        if not _steady(way, linear, x_NI, outputs):
+        if not _is_invariant(layout, linear, x_NI, outputs):
             return False
-        whole = way(linear, x_NI)
+        whole = layout(linear, x_NI)
         for adapters, count in ((1, 1), (3, 1), (2, 9), (1, 64)):
             batch = x_NI[: adapters * count].view(adapters, count, inputs)
-            filled = torch.stack([way.filled(each) for each in batch])
-            blocks = filled.view(-1, way.block or filled.shape[1], inputs)
-            found = torch.bmm(blocks, w_OI.T.expand(len(blocks), -1, -1)).view(adapters, -1, outputs)[:, :count]
-            if not torch.equal(found.reshape(-1, outputs), whole[: adapters * count]):
+            padded = torch.stack([layout.padded(rows) for rows in batch])
+            blocks = padded.view(-1, layout.block or padded.shape[1], inputs)
+            products = torch.bmm(blocks, w_OI.T.expand(len(blocks), -1, -1)).view(adapters, -1, outputs)[:, :count]
+            if not torch.equal(products.reshape(-1, outputs), whole[: adapters * count]):
                 return False
     return True

@@ -1,7 +1,7 @@
-"""What the forward pass keeps of a layer for the backward pass, and when it keeps the layer's input alone.
+"""Activation checkpointing (arXiv 1604.06174): a layer keeps its activations for the backward pass, or its input only.
 
-Layers whose activations are not kept are computed again before they are differentiated: the same operations on the same
-numbers, so that gradients are the same to the last bit, and which layers they are may depend on the machine.
+Layers without activations are computed again before they are differentiated: the same operations on the same numbers,
+so gradients are the same to the last bit, and the choice of layers may depend on the machine.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,16 @@ from torch import Tensor
 
 from knapper.engine.models.config import ModelConfig
 
-_saved_bytes_least: Final = 1024 << 20  # of a small model's layers at a time; of a larger one's, as much as its weights
-_gpu_part: Final = 4  # of a GPU's memory: at most 1 / so much
+_saved_bytes_least: Final = (
+    1024 << 20
+)  # of a small model's layers at a time; a larger one's may take as much as its weights
+_gpu_part: Final = 4  # at most 1 / this of a GPU's memory
 
 Layer = Callable[[Tensor], Tensor]
 
 
 def saved_bytes_max(weights_bytes: int, device: torch.device) -> int:
-    """How much one pass may keep of its layers."""
+    """Bytes of activations that one pass may keep."""
     most = max(_saved_bytes_least, weights_bytes)
     if device.type != "cuda":
         return most
@@ -27,7 +29,7 @@ def saved_bytes_max(weights_bytes: int, device: torch.device) -> int:
 
 
 def saved_bytes_of_row(config: ModelConfig) -> int:
-    """What one row leaves in one layer, as `tests/engine/layers/test_checkpointing.py` measures it.
+    """Bytes that one row leaves in one layer, as `tests/engine/layers/test_checkpointing.py` measures them.
 
     Five rows of the residual's width (both norms' inputs, and the inputs of three linears), queries, keys, values,
     attention's outputs, and four of the MLP's width. In bfloat16 most of it is float32 all the same.
@@ -36,20 +38,20 @@ def saved_bytes_of_row(config: ModelConfig) -> int:
     return 4 * (5 * config.hidden + 2 * q + 2 * kv + 4 * config.intermediate)
 
 
-def through(layer: Layer, x_NH: Tensor, *, keep: bool) -> Tensor:
-    """`layer(x_NH)`. Without `keep`, and where x_NH has a gradient to come, only x_NH is kept.
+def checkpointed(layer: Layer, x_NH: Tensor, *, keep: bool) -> Tensor:
+    """`layer(x_NH)`. Without `keep`, and where x_NH gets a gradient, only x_NH is kept.
 
-    So the first layer, whose input has none, always keeps what it needs.
+    The first layer's input gets none, so that layer always keeps its activations.
     """
     if keep or not x_NH.requires_grad:
         return layer(x_NH)
-    found = _Again.apply(layer, x_NH)  # type: ignore[no-untyped-call]  # the library has no types here
-    assert isinstance(found, Tensor)
-    return found
+    y_NH = _Checkpoint.apply(layer, x_NH)  # type: ignore[no-untyped-call]  # the library has no types here
+    assert isinstance(y_NH, Tensor)
+    return y_NH
 
 
-class _Again(torch.autograd.Function):
-    """torch.utils.checkpoint does this too, and imports torch._dynamo when it is first called: seconds and memory.
+class _Checkpoint(torch.autograd.Function):
+    """torch.utils.checkpoint does the same, but imports torch._dynamo on its first call: seconds and memory.
 
     The layer's own leaves get their gradients inside.
     """
@@ -65,6 +67,6 @@ class _Again(torch.autograd.Function):
         (x_NH,) = ctx.saved_tensors
         x_NH = x_NH.detach().requires_grad_()
         with torch.enable_grad():
-            found = ctx.layer(x_NH)
-        torch.autograd.backward(found, grads[0])
+            y_NH = ctx.layer(x_NH)
+        torch.autograd.backward(y_NH, grads[0])
         return None, x_NH.grad

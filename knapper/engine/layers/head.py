@@ -1,11 +1,11 @@
-"""From hidden states to the log-probabilities of chosen tokens, without ever holding rows x vocabulary.
+"""From hidden states to the log-probabilities of target tokens, without ever holding rows x vocabulary.
 
 N rows, H hidden, V vocabulary, K targets of a row, R rank, C rows of a chunk.
 
-The head's weight W is frozen, so that a row's gradient is known up to a factor while its logits are at hand:
-d logp(t) / d h = W[t] - softmax(W h) W. The forward pass keeps the second term, (N, H), and the backward pass is a
-scaling of rows: two products with W instead of three. A head with a LoRA of its own needs the softmax again for the
-LoRA's gradient and computes it again, chunk by chunk.
+The head's weight W is frozen, so that a row's gradient is known up to a factor while its logits are in memory: d
+logp(t) / d h = W[t] - softmax(W h) W. The forward pass keeps the second term, (N, H), and the backward pass scales
+rows: two products with W instead of three. A head with a LoRA needs the softmax again for the LoRA's gradient, and
+computes it again, chunk by chunk.
 """
 
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from knapper.engine.layers.adapters import rank_padded, ranks_padded, times
+from knapper.engine.layers.adapters import pad_rank, padded_rank, product
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.row_padding import row_sums
 
-ELEMENTS_MAX = 1 << 24  # logits alive at a time: 64 MiB of float32
+ELEMENTS_MAX = 1 << 24  # logits in memory at a time: 64 MiB of float32
 ROWS_MIN = 16  # smaller products take other kernels, whose last bits differ
 
 
@@ -42,31 +42,31 @@ def target_logprobs(
 ) -> Tensor:
     """Log-probabilities of `targets`, int64 (N) or (N, K), in their shape; float32 (float64 for float64 hidden states).
 
-    Differentiable in the hidden states and in the LoRA; the head is taken as frozen. `needed_N`: rows that are False
-    promise a zero gradient, and cost no backward work; it is an AssertionError to break the promise. It is not on the
-    device, so that nobody waits for the device to know which rows they are.
+    Differentiable in the hidden states and in the LoRA; the head is frozen. `needed_N`: False promises a zero gradient,
+    and skips the row's backward work; a broken promise is an AssertionError. It is an array of the host, so that the
+    host never waits for the device.
     """
     columns_NK = targets.unsqueeze(1) if targets.dim() == 1 else targets
     if needed_N is None:
         needed_N = np.ones(len(hidden_NH), dtype=bool)
     if lora is None:
-        found = _FrozenHead.apply(hidden_NH, head, columns_NK, needed_N)  # type: ignore[no-untyped-call]  # the library has no types here
+        logprobs = _FrozenHead.apply(hidden_NH, head, columns_NK, needed_N)  # type: ignore[no-untyped-call]  # the library has no types here
     else:
-        found = _AdaptedHead.apply(  # type: ignore[no-untyped-call]  # the library has no types here
+        logprobs = _AdaptedHead.apply(  # type: ignore[no-untyped-call]  # the library has no types here
             hidden_NH, head, columns_NK, needed_N, lora.a, lora.b, lora.scale
         )
-    assert isinstance(found, Tensor)
-    return found.squeeze(1) if targets.dim() == 1 else found
+    assert isinstance(logprobs, Tensor)
+    return logprobs.squeeze(1) if targets.dim() == 1 else logprobs
 
 
 def logits(hidden_NH: Tensor, head: FrozenLinear, lora: HeadLora | None = None) -> Tensor:
     """(N, V), float32 or wider. A row's bits do not depend on how many rows there are."""
-    found_NV = head(hidden_NH)
+    logits_NV = head(hidden_NH)
     if lora is not None:
-        way = head.exactness.adapter(rank_padded(len(lora.a)), lora.a)
-        low_NR = times(way, hidden_NH.to(lora.a.dtype), ranks_padded(lora.a, 0)) * lora.scale
-        found_NV = (found_NV + times(way, low_NR, ranks_padded(lora.b, 1))).to(found_NV.dtype)
-    return found_NV.to(_wide(hidden_NH))
+        layout = head.exactness.adapter(padded_rank(len(lora.a)), lora.a)
+        low_NR = product(layout, hidden_NH.to(lora.a.dtype), pad_rank(lora.a, 0)) * lora.scale
+        logits_NV = (logits_NV + product(layout, low_NR, pad_rank(lora.b, 1))).to(logits_NV.dtype)
+    return logits_NV.to(_wide(hidden_NH))
 
 
 def _wide(values: Tensor) -> torch.dtype:
@@ -91,15 +91,15 @@ class _FrozenHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_NH: Tensor, head: FrozenLinear, targets_NK: Tensor, needed_N: NDArray[np.bool_]
     ) -> Tensor:
-        found: list[Tensor] = []
+        logprobs: list[Tensor] = []
         differentiate = ctx.needs_input_grad[0]
         mean_NH = torch.zeros_like(hidden_NH) if differentiate else hidden_NH.new_empty(0)
         for chunk in _chunks(len(hidden_NH), head.outputs):
             logits_CV = logits(hidden_NH[chunk], head)
             logprobs_CK, total_C1 = _log_softmax_(logits_CV, targets_NK[chunk])
-            found.append(logprobs_CK)
+            logprobs.append(logprobs_CK)
             if differentiate:
-                rows = _places(needed_N[chunk], hidden_NH.device)
+                rows = _needed_rows(needed_N[chunk], hidden_NH.device)
                 if len(rows):
                     whole = len(rows) == len(logits_CV)
                     p_CV = logits_CV if whole else logits_CV[rows]
@@ -107,7 +107,7 @@ class _FrozenHead(torch.autograd.Function):
                     mean_NH[chunk.start + rows] = head.back([p_CV]).to(mean_NH.dtype)
         ctx.head, ctx.needed_N = head, needed_N
         ctx.save_for_backward(targets_NK, mean_NH)
-        return torch.cat(found)
+        return torch.cat(logprobs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -116,10 +116,10 @@ class _FrozenHead(torch.autograd.Function):
         head: FrozenLinear = ctx.head
         _check_promise(grad_NK, ctx.needed_N)
         wide = grad_NK.dtype
-        found_NH = mean_NH.to(wide) * -grad_NK.sum(dim=1, keepdim=True)
+        grad_NH = mean_NH.to(wide) * -grad_NK.sum(dim=1, keepdim=True)
         for k in range(targets_NK.shape[1]):
-            found_NH.addcmul_(head.rows(targets_NK[:, k]).to(wide), grad_NK[:, k : k + 1])
-        return found_NH.to(mean_NH.dtype), None, None, None
+            grad_NH.addcmul_(head.rows(targets_NK[:, k]).to(wide), grad_NK[:, k : k + 1])
+        return grad_NH.to(mean_NH.dtype), None, None, None
 
 
 class _AdaptedHead(torch.autograd.Function):
@@ -152,7 +152,7 @@ class _AdaptedHead(torch.autograd.Function):
         head: FrozenLinear = ctx.head
         lora = HeadLora(a_RH, b_VR, ctx.scale)
         _check_promise(grad_NK, ctx.needed_N)
-        rows_M = _places(ctx.needed_N, hidden_NH.device)
+        rows_M = _needed_rows(ctx.needed_N, hidden_NH.device)
         wide = grad_NK.dtype
         grad_hidden_NH = torch.zeros_like(hidden_NH)
         grad_a_RH, grad_b_VR = torch.zeros_like(a_RH), torch.zeros_like(b_VR)
@@ -172,7 +172,7 @@ class _AdaptedHead(torch.autograd.Function):
         return grad_hidden_NH, None, None, None, grad_a_RH, grad_b_VR, None
 
 
-def _places(needed_N: NDArray[np.bool_], device: torch.device) -> Tensor:
+def _needed_rows(needed_N: NDArray[np.bool_], device: torch.device) -> Tensor:
     return torch.from_numpy(needed_N.nonzero()[0]).to(device, non_blocking=True)
 
 

@@ -1,8 +1,8 @@
-"""A forward and a backward pass in stretches, a layer each, between which others compute.
+"""A forward and a backward pass in segments, a layer each, with other work between them.
 
-A pass over many rows takes a CPU seconds. Whoever comes meanwhile waits for a stretch of it, and not for all. The bits
-are those of one forward and one backward: a stretch begins with what the one before gave, and is differentiated with
-the gradient that the one after left there.
+A pass over many rows takes a CPU seconds; other work waits for one segment of it only. The bits are those of one
+forward and one backward: a segment starts from the previous one's output, and is differentiated with the gradient that
+the next one left there.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,37 +12,39 @@ from torch import Tensor
 
 from knapper.engine.executor import Work
 
-Stretch = Callable[[Tensor], Tensor]
+LayerSegment = Callable[[Tensor], Tensor]
 
 
 class LayerwisePass:
-    """One pass. What is needed to differentiate a stretch is kept until that is done."""
+    """One pass. The graph of a segment is kept until it is differentiated."""
 
     def __init__(self, *, differentiates: bool) -> None:
         self._differentiates = differentiates
-        self._joints: list[tuple[Tensor, Tensor]] = []  # what a stretch gave, and the same as the next began with it
+        self._boundaries: list[
+            tuple[Tensor, Tensor]
+        ] = []  # a segment's output, and the leaf from which the next starts
 
-    def forward(self, x: Tensor, stretches: Sequence[Stretch]) -> Work[Tensor]:
-        """What the last stretch gives. It requires a gradient where it depends on what does."""
-        for stretch in stretches:
+    def forward(self, x: Tensor, layer_segments: Sequence[LayerSegment]) -> Work[Tensor]:
+        """The last segment's output. It requires a gradient if it depends on a tensor that does."""
+        for segment in layer_segments:
             with torch.set_grad_enabled(self._differentiates):
-                x = self._joined(stretch(x))
+                x = self._detached(segment(x))
             yield
         return x
 
     def backward(self, grad: Tensor) -> Work[None]:
-        """Gradients to all that the stretches used; `grad` is that of what `forward` returned."""
-        if self._joints:
-            self._joints[-1][1].grad = grad
-        while self._joints:
-            given, taken = self._joints.pop()
-            torch.autograd.backward(given, taken.grad)
-            del given, taken  # its part of the graph is free before the next is differentiated
+        """Adds gradients to every leaf of the segments; `grad` is that of the output of `forward`."""
+        if self._boundaries:
+            self._boundaries[-1][1].grad = grad
+        while self._boundaries:
+            output, leaf = self._boundaries.pop()
+            torch.autograd.backward(output, leaf.grad)
+            del output, leaf  # frees its part of the graph before the next segment is differentiated
             yield
 
-    def _joined(self, given: Tensor) -> Tensor:
-        if not given.requires_grad:
-            return given
-        taken = given.detach().requires_grad_()
-        self._joints.append((given, taken))
-        return taken
+    def _detached(self, output: Tensor) -> Tensor:
+        if not output.requires_grad:
+            return output
+        leaf = output.detach().requires_grad_()
+        self._boundaries.append((output, leaf))
+        return leaf

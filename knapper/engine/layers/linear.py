@@ -1,13 +1,12 @@
-"""A frozen linear: x W^T + b, and its gradient in x. A row has the same bits whatever the rows beside it (`Exactness`).
+"""A frozen linear: x W^T + b, and its gradient in x. A row's bits do not depend on other rows (`Exactness`).
 
-On a CPU W is packed once, as oneDNN's kernels read it: products of a few rows take 0.4 to 0.8 of the time. A packed
-product adds in another order than F.linear, so training, prefill and decoding must all use it. W itself is what the
-gradient is computed with: parts of the model's file, mapped, which a process that only samples does not touch again.
+On a CPU W is packed once in the layout of oneDNN's kernels: products of a few rows take 0.4 to 0.8 of the time. A
+packed product adds in another order than F.linear, so training, prefill and decoding must all use it. The gradient uses
+W itself: parts of the model's file, mapped, which a process that only samples does not touch again.
 
-On a CPU the inner size is a whole number of registers, filled with zeros that are really there. Where it is not, AMX
-multiplies in bfloat16 what lies behind a row, and a neighbour's NaN is not removed by a zero; and in float32 a row's
-bits depend on where in memory it begins.
-N rows, I inputs, O outputs.
+On a CPU the inner size is padded with zeros to whole registers. Unpadded, AMX multiplies in bfloat16 the memory behind
+a row, where a zero does not remove a neighbour's NaN; and in float32 a row's bits depend on its address. N rows, I
+inputs, O outputs.
 """
 
 from collections.abc import Sequence
@@ -18,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knapper.engine.layers.batch_invariance import BACKWARD_WAYS, MODEL_WAYS, Exactness, Product, RowLayout
+from knapper.engine.layers.batch_invariance import BACKWARD_LAYOUTS, MODEL_LAYOUTS, Exactness, Product, RowLayout
 
 _REGISTER_BYTES: Final = 64  # of AVX-512, and of a row of AMX's tiles
 
 
 class FrozenLinear:
-    """W (O, I) is `parts` stacked, in the dtype of the model's file; `dtype` computes."""
+    """W (O, I) is `parts` stacked, in the dtype of the model's file; it computes in `dtype`."""
 
     def __init__(
         self,
@@ -35,37 +34,37 @@ class FrozenLinear:
         pack: bool = True,
         exactness: Exactness | None = None,
     ) -> None:
-        """`pack`: a second copy in memory is worth it. `exactness`: of the model; without one, its own."""
+        """`pack`: keep a packed copy in memory. `exactness`: the model's; None: one of its own."""
         self.exactness = exactness or Exactness()
         self.widths = tuple(len(part) for part in parts)
         self.outputs, self.inputs = sum(self.widths), parts[0].shape[1]
         self.dtype = dtype
-        where = parts[0].device
-        self._multiple = _REGISTER_BYTES // dtype.itemsize if where.type == "cpu" else 1
-        self.packed = pack and where.type == "cpu" and _packs(dtype)
+        device = parts[0].device
+        self._multiple = _REGISTER_BYTES // dtype.itemsize if device.type == "cpu" else 1
+        self.packed = pack and device.type == "cpu" and _packs(dtype)
         whole_OI = _stacked(parts, dtype)
         self._parts = tuple(parts) if self.packed else (whole_OI,)
         self._product = self._make(whole_OI, bias_O)
         self.exactness.add(self.inputs, self.widths)
 
-        def tried(whole_OI: Tensor) -> Product:  # with a bias of zeros, that does not round away what is looked for
+        def probe(whole_OI: Tensor) -> Product:  # a bias of zeros rounds no difference away
             return self._make(whole_OI, None if bias_O is None else bias_O.new_zeros(len(whole_OI)))
 
-        self._way = self.exactness.product("forward", MODEL_WAYS, tried, self.inputs, self.outputs, self._like)
+        self._layout = self.exactness.product("forward", MODEL_LAYOUTS, probe, self.inputs, self.outputs, self._like)
 
     @property
     def nbytes(self) -> int:
-        """Of W, once, as it computes."""
+        """Bytes of W, once, in `dtype`."""
         return self.outputs * self.inputs * self.dtype.itemsize
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         """(N, O), a tensor of its own. Not differentiable: `back` is its gradient."""
-        return self._way(self._product, x_NI)
+        return self._layout(self._product, x_NI)
 
     def back(self, grads: Sequence[Tensor]) -> Tensor:
         """grad W (N, I), of gradients (N, width) by part."""
         grad_NO = grads[0] if len(grads) == 1 else torch.cat(list(grads), dim=1)
-        return self._way_back(self._product_back, grad_NO)
+        return self._layout_back(self._product_back, grad_NO)
 
     def rows(self, outputs_N: Tensor) -> Tensor:
         """W[outputs] (N, I), of a W of one part."""
@@ -78,25 +77,25 @@ class FrozenLinear:
 
     def _make(self, whole_OI: Tensor, bias_O: Tensor | None) -> Product:
         """x -> x W^T + b."""
-        filled_OI = self._filled(whole_OI, 1)
+        padded_OI = self._padded(whole_OI, 1)
         if not self.packed:
-            return lambda x_NI: F.linear(self._filled(x_NI, 1), filled_OI, bias_O)
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(filled_OI, None)
+            return lambda x_NI: F.linear(self._padded(x_NI, 1), padded_OI, bias_O)
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(padded_OI, None)
 
         def product(x_NI: Tensor) -> Tensor:
-            found: Tensor = torch.ops.mkldnn._linear_pointwise(self._filled(x_NI, 1), packed, bias_O, "none", [], "")
-            return found
+            y_NO: Tensor = torch.ops.mkldnn._linear_pointwise(self._padded(x_NI, 1), packed, bias_O, "none", [], "")
+            return y_NO
 
         return product
 
-    # What only training needs comes when it first asks: who only samples has neither its memory nor its trials.
+    # Made when training first needs it: a process that only samples has neither its memory nor its probes.
 
     @cached_property
-    def _way_back(self) -> RowLayout:
+    def _layout_back(self) -> RowLayout:
         def make(w_IO: Tensor) -> Product:
             return self._make_back(w_IO.T.contiguous().split(self._widths_back))
 
-        return self.exactness.product("backward", BACKWARD_WAYS, make, self.outputs, self.inputs, self._like)
+        return self.exactness.product("backward", BACKWARD_LAYOUTS, make, self.outputs, self.inputs, self._like)
 
     @cached_property
     def _product_back(self) -> Product:
@@ -105,25 +104,25 @@ class FrozenLinear:
 
     @property
     def _widths_back(self) -> tuple[int, ...]:
-        """Added up part by part, bfloat16 would be rounded as often: there the parts are one."""
+        """bfloat16 would round the sum after each part: there the parts are one."""
         return self.widths if len(self._parts) > 1 and self.dtype != torch.bfloat16 else (self.outputs,)
 
     def _make_back(self, parts: Sequence[Tensor]) -> Product:
         """g -> g W."""
-        filled = [self._filled(part, 0) for part in parts]
+        padded = [self._padded(part, 0) for part in parts]
 
         def product(grad_NO: Tensor) -> Tensor:
             grads = grad_NO.split([len(part) for part in parts], dim=1)
-            first, *rest = zip((self._filled(grad, 1) for grad in grads), filled, strict=True)
-            found_NI = torch.mm(first[0], first[1].to(self.dtype))
-            for grad, part in rest:
-                found_NI.addmm_(grad, part.to(self.dtype))
-            return found_NI
+            first, *others = zip((self._padded(grad, 1) for grad in grads), padded, strict=True)
+            grad_NI = torch.mm(first[0], first[1].to(self.dtype))
+            for grad, part in others:
+                grad_NI.addmm_(grad, part.to(self.dtype))
+            return grad_NI
 
         return product
 
-    def _filled(self, matrix: Tensor, dim: int) -> Tensor:
-        """With zeros along the inner dimension, up to whole registers; the same tensor where none is missing."""
+    def _padded(self, matrix: Tensor, dim: int) -> Tensor:
+        """Padded with zeros along the inner dimension, up to whole registers; the same tensor if none is missing."""
         missing = -matrix.shape[dim] % self._multiple
         return matrix if missing == 0 else F.pad(matrix, (0, 0) * (1 - dim) + (0, missing))
 

@@ -1,10 +1,11 @@
-"""A LoRA adapter: which linears it touches, where its numbers lie, and how it begins.
+"""A LoRA adapter (arXiv 2106.09685): its target modules, its layout in memory, its initial weights.
 
 R rank, P parameters of an adapter.
 
 All numbers of one run lie in one flat float32 arena, so that an optimizer step, a save and a snapshot are each one
 operation, not hundreds. Moments and gradients are arenas of the same layout. The order: layers from the first to the
-last; in each q, k, v, o, gate, up, down; lm_head at the end; of every site A (R, in), then B (out, R), row-major.
+last; in each q, k, v, o, gate, up, down; lm_head at the end; of every target module A (R, in), then B (out, R),
+row-major.
 """
 
 import math
@@ -16,17 +17,16 @@ import torch
 from torch import Tensor
 
 from knapper import limits
-from knapper.engine.models.config import Facts, Site
+from knapper.engine.models.config import Facts, LoraTarget
 from knapper.errors import InvalidField
 from knapper.state.journal.records import Spec
 
 
 @dataclass(frozen=True)
 class Lora:
-    """What a forward pass reads, by site: y += scale * (x @ a.T) @ b.T.
+    """An adapter for a forward pass, by target module: y += scale * (x @ a.T) @ b.T.
 
-    `a`: (R, in), `b`: (out, R), float32. Sites are named as the model names them (`Facts.sites`); one that is missing
-    is not adapted.
+    `a`: (R, in), `b`: (out, R), float32. The names are those of `Facts.lora_targets`; a missing one is not adapted.
     """
 
     a: dict[str, Tensor]
@@ -40,43 +40,42 @@ class Lora:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each site's A and B lie in an arena (P). `merges`: the adapter can be added into the model's own weights,
-    since none of them is used elsewhere too.
+    """The location of each target module's A and B in an arena (P). `merges`: the adapter can be added into the model's
+    weights, because none of them has a second use.
     """
 
     rank: int
-    sites: tuple[Site, ...]
+    lora_targets: tuple[LoraTarget, ...]
     merges: bool = True
 
     @cached_property
     def numel(self) -> int:
-        return sum(self.rank * (site.inputs + site.outputs) for site in self.sites)
+        return sum(self.rank * (target.inputs + target.outputs) for target in self.lora_targets)
 
-    def matrices(self, arena_P: Tensor) -> Iterator[tuple[Site, Tensor, Tensor]]:
-        """(site, A, B) in order; A and B are views of the arena."""
+    def matrices(self, arena_P: Tensor) -> Iterator[tuple[LoraTarget, Tensor, Tensor]]:
+        """(target module, A, B) in order; A and B are views of the arena."""
         start = 0
-        for site in self.sites:
-            middle = start + self.rank * site.inputs
-            end = middle + site.outputs * self.rank
-            yield site, arena_P[start:middle].view(self.rank, -1), arena_P[middle:end].view(-1, self.rank)
+        for target in self.lora_targets:
+            middle = start + self.rank * target.inputs
+            end = middle + target.outputs * self.rank
+            yield target, arena_P[start:middle].view(self.rank, -1), arena_P[middle:end].view(-1, self.rank)
             start = end
 
     def lora(self, arena_P: Tensor, scale: float) -> Lora:
-        """The adapter that lies in the arena; its tensors are views."""
-        found = list(self.matrices(arena_P))
-        return Lora({site.name: a for site, a, _ in found}, {site.name: b for site, _, b in found}, scale)
+        """The adapter in the arena; its tensors are views."""
+        matrices = list(self.matrices(arena_P))
+        return Lora({target.name: a for target, a, _ in matrices}, {target.name: b for target, _, b in matrices}, scale)
 
-    def begin(self, seed: int) -> Tensor:
-        """The weights of a new adapter, as PEFT begins: A uniform in +-1/sqrt(inputs) (kaiming uniform, a = sqrt(5)), B
-        zero.
+    def initial(self, seed: int) -> Tensor:
+        """The initial weights, as PEFT's: A uniform in +-1/sqrt(inputs) (kaiming uniform, a = sqrt(5)), B zero.
 
         Drawn on the CPU by a generator of its own, A by A in the arena's order: a function of the layout and the seed
         alone.
         """
         generator = torch.Generator().manual_seed(seed)
         arena_P = torch.zeros(self.numel)
-        for site, a, _ in self.matrices(arena_P):
-            bound = 1 / math.sqrt(site.inputs)
+        for target, a, _ in self.matrices(arena_P):
+            bound = 1 / math.sqrt(target.inputs)
             a.uniform_(-bound, bound, generator=generator)
         return arena_P
 
@@ -98,6 +97,6 @@ def layout(config: Facts, spec: Spec) -> Layout:
             "lora_config", "train_attn=False, train_mlp=False, train_unembed=False", "at least one of them True"
         )
     head = spec.train_unembed and not (config.tied and spec.keep_tied)
-    wanted = {"attention": spec.train_attn, "mlp": spec.train_mlp, "unembed": head}
-    sites = tuple(site for site in config.sites if wanted[site.part])
-    return Layout(spec.rank, sites, merges=not (head and config.tied))
+    trained = {"attention": spec.train_attn, "mlp": spec.train_mlp, "unembed": head}
+    lora_targets = tuple(target for target in config.lora_targets if trained[target.part])
+    return Layout(spec.rank, lora_targets, merges=not (head and config.tied))

@@ -1,8 +1,8 @@
-"""Adapters over rows in any order, as decoding has them: gathered by adapter, computed in one batch, put back.
+"""LoRA over rows in any order, for decoding: gathered by adapter, computed in one batch, scattered back.
 
-Those that have the same sites and ranks share batched products, in which each has the shape that it has alone: who else
-decodes changes no bit.
-A adapters, X blocks of rows, M rows of a block, N rows, I inputs, O outputs, R rank.
+The BGMV of multi-LoRA serving (Punica, arXiv 2310.18547). Adapters of the same target modules and ranks share batched
+products, in which each has the shape that it has alone: other decoding sequences change no bit. A adapters, X blocks of
+rows, M rows of a block, N rows, I inputs, O outputs, R rank.
 """
 
 from collections.abc import Sequence
@@ -11,56 +11,58 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from knapper.engine.layers.adapters import rank_padded, ranks_padded
+from knapper.engine.layers.adapters import pad_rank, padded_rank
 from knapper.engine.layers.batch_invariance import RowLayout
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
 
-_Shape = tuple[tuple[str, int], ...]  # padded ranks by site
+_Shape = tuple[tuple[str, int], ...]  # padded ranks by target module
 
 
 class Stack:
-    """The tensors of several adapters, ranks padded with zeros, those of one shape side by side."""
+    """The tensors of several adapters, ranks padded with zeros; adapters of one shape are stacked."""
 
     def __init__(self, loras: Sequence[Lora]) -> None:
         assert loras
         self.loras = tuple(loras)
         by_shape: dict[_Shape, list[Lora]] = {}
         for lora in loras:
-            by_shape.setdefault(tuple((site, rank_padded(len(a_RI))) for site, a_RI in lora.a.items()), []).append(lora)
-        self.groups = [AdapterGroup(each) for each in by_shape.values()]
+            by_shape.setdefault(tuple((target, padded_rank(len(a_RI))) for target, a_RI in lora.a.items()), []).append(
+                lora
+            )
+        self.groups = [AdapterGroup(group) for group in by_shape.values()]
 
 
 class AdapterGroup:
-    """Adapters of the same sites and ranks."""
+    """Adapters of the same target modules and ranks."""
 
     def __init__(self, loras: Sequence[Lora]) -> None:
         self.loras = loras
         first = next(iter(loras[0].a.values()))
-        self.rank = rank_padded(len(first))
+        self.rank = padded_rank(len(first))
         self.scale_A11 = first.new_tensor([lora.scale for lora in loras])[:, None, None]
         self._stacked: dict[tuple[str, ...], tuple[Tensor, list[Tensor | None]] | None] = {}
 
     def of(self, names: Sequence[str]) -> tuple[Tensor, list[Tensor | None]] | None:
-        """A of the sites side by side (A, sum of R, I) and B by site (A, O, R); None when the adapters have none."""
+        """A of the target modules side by side (A, sum of R, I), B by target module (A, O, R); None without any."""
         key = tuple(names)
         if key not in self._stacked:
-            having = [name for name in names if name in self.loras[0].a]
-            self._stacked[key] = None if not having else (
-                torch.cat([torch.stack([ranks_padded(lora.a[name], 0) for lora in self.loras]) for name in having], 1),
+            adapted = [name for name in names if name in self.loras[0].a]
+            self._stacked[key] = None if not adapted else (
+                torch.cat([torch.stack([pad_rank(lora.a[name], 0) for lora in self.loras]) for name in adapted], 1),
                 [
-                    torch.stack([ranks_padded(lora.b[name], 1) for lora in self.loras]) if name in having else None
+                    torch.stack([pad_rank(lora.b[name], 1) for lora in self.loras]) if name in adapted else None
                     for name in names
                 ],
             )  # fmt: skip
         return self._stacked[key]
 
 
-class Scattered:
+class GatheredLora:
     """knapper.engine.layers.adapters.Adapt of one decoding step."""
 
     def __init__(self, stack: Stack, row_loras: Sequence[Lora | None], device: torch.device) -> None:
-        """`row_loras`: for each row its adapter, one of the stack's, or None for the base model."""
+        """`row_loras`: each row's adapter, one of the stack's, or None for the base model."""
         rows: dict[int, list[int]] = {}
         for row, lora in enumerate(row_loras):
             if lora is not None:
@@ -71,9 +73,9 @@ class Scattered:
             for group in stack.groups
             if any(members := [rows.get(id(lora), []) for lora in group.loras])
         ]
-        # One adapter for all rows, as often: they lie as its product wants them.
+        # One adapter for all rows, as often: the rows need no gathering.
         lone = len(self._groups) == 1 and len(self._groups[0][1]) == 1
-        self._straight = lone and len(self._groups[0][1][0]) == len(row_loras)
+        self._in_order = lone and len(self._groups[0][1][0]) == len(row_loras)
         self._blocks: dict[tuple[int, RowLayout], _Blocks] = {}
 
     def __call__(self, names: Sequence[str], x_NI: Tensor, linear: FrozenLinear) -> tuple[Tensor, ...]:
@@ -82,10 +84,10 @@ class Scattered:
             stacked = group.of(names)
             if stacked is not None:
                 a_ARI, b_parts = stacked
-                way = linear.exactness.adapter(group.rank, a_ARI)
-                if (index, way) not in self._blocks:
-                    self._blocks[index, way] = _blocks(members, way, self._device)
-                parts = self._added(parts, x_NI, group, a_ARI, b_parts, self._blocks[index, way])
+                layout = linear.exactness.adapter(group.rank, a_ARI)
+                if (index, layout) not in self._blocks:
+                    self._blocks[index, layout] = _blocks(members, layout, self._device)
+                parts = self._added(parts, x_NI, group, a_ARI, b_parts, self._blocks[index, layout])
         return parts
 
     def _added(
@@ -97,7 +99,7 @@ class Scattered:
         b_parts: Sequence[Tensor | None],
         blocks: "_Blocks",
     ) -> tuple[Tensor, ...]:
-        if self._straight:
+        if self._in_order:
             rows_NI = torch.cat([x_NI, x_NI.new_zeros(blocks.rows - len(x_NI), x_NI.shape[1])])
         else:
             rows_NI = x_NI.index_select(0, blocks.gather)
@@ -112,50 +114,52 @@ class Scattered:
         )
 
     def _sum(self, y_NO: Tensor, delta: Tensor, blocks: "_Blocks") -> Tensor:
-        if self._straight:
+        if self._in_order:
             return (y_NO + delta[: len(y_NO)]).to(y_NO.dtype)
-        full = delta.new_zeros(y_NO.shape).index_copy_(0, blocks.rows_of, delta.index_select(0, blocks.where))
+        full = delta.new_zeros(y_NO.shape).index_copy_(0, blocks.group_rows, delta.index_select(0, blocks.block_rows))
         return (y_NO + full).to(y_NO.dtype)
 
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Where a group's rows lie: each adapter's in blocks of `width`, filled up with row 0, which is never put back."""
+    """Row indices of a group: each adapter's in blocks of `width`, padded with row 0, whose output is dropped."""
 
     width: int
     adapters: list[int]  # of each block
     gather: Tensor
-    rows_of: Tensor
-    where: Tensor
-    every: bool  # there is one block for each adapter, in order
+    group_rows: Tensor
+    block_rows: Tensor
+    one_each: bool  # one block for each adapter, in order
 
     @property
     def rows(self) -> int:
         return self.width * len(self.adapters)
 
     def of(self, stacked: Tensor) -> Tensor:
-        """What the adapters have, by block."""
-        if self.every:
+        """The adapters' tensors, by block."""
+        if self.one_each:
             return stacked
         if len(stacked) == 1:
             return stacked.expand(len(self.adapters), *stacked.shape[1:])
         return stacked[self.adapters]
 
 
-def _blocks(members: Sequence[Sequence[int]], way: RowLayout, device: torch.device) -> _Blocks:
-    width = way.block or way.rows(max(len(rows) for rows in members))
-    cut = [
+def _blocks(members: Sequence[Sequence[int]], layout: RowLayout, device: torch.device) -> _Blocks:
+    width = layout.block or layout.rows(max(len(rows) for rows in members))
+    blocks = [
         (adapter, rows[start : start + width])
         for adapter, rows in enumerate(members)
-        for start in range(0, max(1, len(rows)) if not way.block else len(rows), width)
+        for start in range(0, max(1, len(rows)) if not layout.block else len(rows), width)
     ]
-    adapters = [adapter for adapter, _ in cut]
+    adapters = [adapter for adapter, _ in blocks]
     return _Blocks(
         width,
         adapters,
-        _indices([row for _, rows in cut for row in [*rows, *[0] * (width - len(rows))]], device),
-        _indices([row for _, rows in cut for row in rows], device),
-        _indices([block * width + place for block, (_, rows) in enumerate(cut) for place in range(len(rows))], device),
+        _indices([row for _, rows in blocks for row in [*rows, *[0] * (width - len(rows))]], device),
+        _indices([row for _, rows in blocks for row in rows], device),
+        _indices(
+            [block * width + offset for block, (_, rows) in enumerate(blocks) for offset in range(len(rows))], device
+        ),
         adapters == list(range(len(members))),
     )
 

@@ -1,8 +1,8 @@
-"""Adapters over consecutive rows, differentiable in their matrices: what training and prefill use.
+"""LoRA over consecutive rows, differentiable in the adapters' matrices, for training and prefill.
 
-A linear and all adapters on it are one node of the graph. Left to autograd they were nine to an adapter and site: for
-small runs that share a pass, those cost as much as their products.
-N rows, M rows of one adapter, I inputs, O outputs, R rank.
+The SGMV of multi-LoRA serving (Punica, arXiv 2310.18547). A linear and all adapters on it are one node of the graph.
+Autograd would make nine for an adapter and target module: for small runs that share a pass, those cost as much as their
+products. N rows, M rows of one adapter, I inputs, O outputs, R rank.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from knapper.engine.layers.adapters import rank_padded, ranks_padded, times
+from knapper.engine.layers.adapters import pad_rank, padded_rank, product
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
 
@@ -28,7 +28,7 @@ class Segment:
 
 
 class Segments:
-    """knapper.engine.layers.adapters.Adapt of rows that lie by adapter."""
+    """knapper.engine.layers.adapters.Adapt of rows sorted by adapter."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         ordered = sorted(segments, key=lambda segment: segment.start)
@@ -46,14 +46,14 @@ class Segments:
             if parts:
                 spans.append(_Span(start, stop, parts, lora.scale))
                 matrices += [side[names[part]] for side in (lora.a, lora.b) for part in parts]
-        found = _Adapted.apply(linear, spans, x_NI, *matrices)  # type: ignore[no-untyped-call]  # the library has no types here
-        assert isinstance(found, tuple)
-        return found
+        outputs = _Adapted.apply(linear, spans, x_NI, *matrices)  # type: ignore[no-untyped-call]  # the library has no types here
+        assert isinstance(outputs, tuple)
+        return outputs
 
 
 @dataclass(frozen=True)
 class _Span:
-    """An adapter on one linear: its rows, and which of the linear's parts it has matrices for."""
+    """An adapter on one linear: its rows, and the parts of the linear that it adapts."""
 
     start: int
     stop: int
@@ -73,12 +73,12 @@ class _Adapted(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         parts: tuple[Tensor, ...] = linear(x_NI).split(linear.widths, dim=1)
         lows: list[Tensor] = []
-        for span, a, b in _each(spans, matrices):
+        for span, a, b in _matrices_of(spans, matrices):
             x_MI = span.of(x_NI).to(a[0].dtype)
-            way = linear.exactness.adapter(rank_padded(len(a[0])), a[0])
-            low_MR = times(way, x_MI, _stacked([ranks_padded(a_RI, 0) for a_RI in a])) * span.scale
+            layout = linear.exactness.adapter(padded_rank(len(a[0])), a[0])
+            low_MR = product(layout, x_MI, _stacked([pad_rank(a_RI, 0) for a_RI in a])) * span.scale
             for part, low, b_OR in zip(span.parts, _by_part(low_MR, a), b, strict=True):
-                span.of(parts[part]).add_(times(way, low, ranks_padded(b_OR, 1)))
+                span.of(parts[part]).add_(product(layout, low, pad_rank(b_OR, 1)))
             lows.append(low_MR)
         ctx.linear, ctx.spans = linear, spans
         ctx.save_for_backward(x_NI, *lows, *matrices)
@@ -91,32 +91,34 @@ class _Adapted(torch.autograd.Function):
         x_NI, *saved = ctx.saved_tensors
         lows, matrices = saved[: len(spans)], saved[len(spans) :]
         grad_NI = linear.back(grads) if ctx.needs_input_grad[2] else None
-        found: list[Tensor] = []
-        for low_MR, (span, a, b) in zip(lows, _each(spans, matrices), strict=True):
+        matrix_grads: list[Tensor] = []
+        for low_MR, (span, a, b) in zip(lows, _matrices_of(spans, matrices), strict=True):
             x_MI = span.of(x_NI).to(a[0].dtype)
-            own = [span.of(grads[part]).to(x_MI.dtype) for part in span.parts]
-            grad_low_MR = _joined([grad_MO @ b_OR for grad_MO, b_OR in zip(own, b, strict=True)]).mul_(span.scale)
-            found += (grad_low_MR.T @ x_MI).split([len(a_RI) for a_RI in a])
-            for grad_MO, low, a_RI in zip(own, _by_part(low_MR, a), a, strict=True):
-                found.append(grad_MO.T @ low[:, : len(a_RI)])
+            part_grads = [span.of(grads[part]).to(x_MI.dtype) for part in span.parts]
+            grad_low_MR = _joined([grad_MO @ b_OR for grad_MO, b_OR in zip(part_grads, b, strict=True)]).mul_(
+                span.scale
+            )
+            matrix_grads += (grad_low_MR.T @ x_MI).split([len(a_RI) for a_RI in a])
+            for grad_MO, low, a_RI in zip(part_grads, _by_part(low_MR, a), a, strict=True):
+                matrix_grads.append(grad_MO.T @ low[:, : len(a_RI)])
             if grad_NI is not None:
                 span.of(grad_NI).add_(grad_low_MR @ _stacked(a))
-        return None, None, grad_NI, *found
+        return None, None, grad_NI, *matrix_grads
 
 
-def _each(
+def _matrices_of(
     spans: Sequence[_Span], matrices: Sequence[Tensor]
 ) -> Iterator[tuple[_Span, Sequence[Tensor], Sequence[Tensor]]]:
     """Each span with its A and its B."""
-    at = 0
+    start = 0
     for span in spans:
         count = len(span.parts)
-        yield span, matrices[at : at + count], matrices[at + count : at + 2 * count]
-        at += 2 * count
+        yield span, matrices[start : start + count], matrices[start + count : start + 2 * count]
+        start += 2 * count
 
 
 def _by_part(low_MR: Tensor, a: Sequence[Tensor]) -> Sequence[Tensor]:
-    parts: Sequence[Tensor] = low_MR.split([rank_padded(len(a_RI)) for a_RI in a], dim=1)
+    parts: Sequence[Tensor] = low_MR.split([padded_rank(len(a_RI)) for a_RI in a], dim=1)
     return parts
 
 

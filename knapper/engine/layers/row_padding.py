@@ -1,11 +1,11 @@
-"""How many rows go into a computation, so that one row's bits do not depend on how many others there are."""
+"""Row padding that keeps a row's bits independent of the number of rows."""
 
 import torch
 from torch import Tensor
 
 
-def rows_padded(rows: int) -> int:
-    """How many rows a GEMM of the library runs on.
+def padded_rows(rows: int) -> int:
+    """Rows that a GEMM of the library computes.
 
     Small float32 GEMMs take other kernels, or split unevenly over threads; from 8 rows (then 16) on they do not.
     """
@@ -13,11 +13,11 @@ def rows_padded(rows: int) -> int:
 
 
 def padded(x_N: Tensor) -> Tensor:
-    """`x_N` with zero rows at the end, up to `rows_padded`: computed, never read. The same tensor if it has enough."""
-    short = rows_padded(x_N.shape[0]) - x_N.shape[0]
-    return x_N if short == 0 else torch.cat([x_N, x_N.new_zeros(short, *x_N.shape[1:])])
+    """`x_N` with zero rows at the end, up to `padded_rows`: computed, never read. `x_N` if none is missing."""
+    missing = padded_rows(x_N.shape[0]) - x_N.shape[0]
+    return x_N if missing == 0 else torch.cat([x_N, x_N.new_zeros(missing, *x_N.shape[1:])])
 
 
 def row_sums(values_NV: Tensor) -> Tensor:
-    """(N, 1). The sum of a few rows is split over threads, and then in another order than that of many."""
+    """(N, 1). Without padding, the sum of a few rows is split over threads, in another order than that of many."""
     return padded(values_NV).sum(dim=1, keepdim=True)[: len(values_NV)]

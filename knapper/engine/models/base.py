@@ -1,7 +1,7 @@
-"""What a base model is to training and sampling, whoever computes its layers.
+"""The interface of a base model to training and sampling.
 
-`Decoder` computes those that `ModelConfig` knows; `ForeignModel` leaves any other to transformers.
-N rows, U rows that differ (`Prefixes`), H hidden size, V vocabulary, K targets of a row.
+`Decoder` computes the architectures of the registry; `TransformersModel` leaves any other to transformers. N rows, U
+distinct rows (`Prefixes`), H hidden size, V vocabulary, K targets of a row.
 """
 
 from collections.abc import Hashable, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from knapper.engine.layers.adapters import Adapt
 from knapper.engine.layers.head import HeadLora
-from knapper.engine.layers.layerwise import Stretch
+from knapper.engine.layers.layerwise import LayerSegment
 from knapper.engine.layers.lora import Lora
 from knapper.engine.models.config import ComputedBy, Facts
 from knapper.engine.models.prefill import Prefilled, PrefillPrompt
@@ -24,51 +24,51 @@ SlotT = TypeVar("SlotT", bound=Hashable)
 
 
 class DecodeState(Protocol[SlotT]):
-    """The texts that decode, and what the model keeps of each. `rows`: the order in which a step takes them."""
+    """The decode batch: sequences and their keys and values. `rows`: the order in which a step takes the sequences."""
 
     @property
     def rows(self) -> list[SlotT]: ...
 
     @property
     def tokens(self) -> int:
-        """Positions that the texts occupy."""
+        """Positions that the sequences occupy."""
         ...
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text that there is room for when there is no other."""
+        """Tokens of the longest sequence that fits when there is no other."""
         ...
 
     def positions(self, length: int) -> int:
-        """What a text of `length` tokens occupies, in the unit of `positions_max`; more than that: it cannot be."""
+        """Positions of a sequence of `length` tokens; above `positions_max` for one that cannot be."""
         ...
 
-    def add(self, kept: Any, length: int) -> SlotT:
-        """A text whose first `length` tokens left `kept`, which other texts may begin with too."""
+    def add(self, past: Any, length: int) -> SlotT:
+        """Add a sequence whose first `length` tokens have the keys and values `past`, which others may share."""
         ...
 
     def remove(self, slot: SlotT) -> None: ...
 
-    def settle(self) -> None:
-        """Room for one more token in every text. This may change `rows`."""
+    def reserve(self) -> None:
+        """Reserve one more token in every sequence. This may change `rows`."""
         ...
 
     def step(self, tokens_N: Tensor, loras: Sequence[Lora | None]) -> Tensor:
-        """One token for every text: float32 logits (N, V) of the next. The texts are one token longer afterwards."""
+        """One token for every sequence: float32 logits (N, V) of the next. Each is one token longer then."""
         ...
 
-    def restored(self, slot: SlotT, length: int) -> bool:
-        """After `settle` or `step` broke: have the text `length` tokens long, as it was before, or is one longer.
+    def roll_back(self, slot: SlotT, length: int) -> bool:
+        """After `reserve` or `step` failed: set the sequence, now `length` tokens long or one longer, back to `length`.
 
-        False: what it had is lost. Remove it.
+        False: its keys and values are lost. Remove it.
         """
         ...
 
 
 class Model(Protocol):
-    """A frozen base model. Adapters come with each call; nothing of them is kept.
+    """A frozen base model. Adapters come with each call and are not kept.
 
-    A row's bits depend on its own sequence and adapter, and on the request that it came with; never on other requests.
+    A row's bits depend on its own sequence and adapter, and on its own request; never on other requests.
     """
 
     @property
@@ -82,7 +82,7 @@ class Model(Protocol):
 
     @property
     def versions(self) -> tuple[str, ...]:
-        """Of what its last bits depend on, beside torch."""
+        """Versions that its last bits depend on, besides torch's."""
         ...
 
     @property
@@ -93,19 +93,21 @@ class Model(Protocol):
 
     @property
     def bytes_per_token(self) -> int:
-        """What decoding keeps of a token, in the dtype in which it is kept."""
+        """Bytes of a token's keys and values while decoding."""
         ...
 
     @property
     def context_positions(self) -> int:
-        """What a text that fills the context occupies."""
+        """Positions of a sequence that fills the context."""
         ...
 
-    def stretches(self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]) -> tuple[Tensor, Sequence[Stretch]]:
-        """A forward pass: its beginning, and what is done with that one after another, others computing between.
+    def layer_segments(
+        self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]
+    ) -> tuple[Tensor, Sequence[LayerSegment]]:
+        """A forward pass as its input and a list of layer segments, to be called in order; other work may go between.
 
-        The last gives the rows (U, H) that the head takes, group after group, each with its adapter; differentiable in
-        these, each stretch by itself.
+        The last segment gives the rows (U, H) for the head, group after group, each group with its adapter.
+        Differentiable in the adapters, each segment by itself.
         """
         ...
 
@@ -121,13 +123,13 @@ class Model(Protocol):
 
     @property
     def continues(self) -> bool:
-        """Whether a prompt can go on from a part of what another one left. Else none of `prompts` reuses anything."""
+        """Whether a prompt can reuse a part of an earlier one. If not, no prompt of `prefill` reuses anything."""
         ...
 
-    def prompts(self, prompts: Sequence[PrefillPrompt]) -> list[Prefilled]:
-        """Each with the rows that it did not reuse, and what texts of it begin with."""
+    def prefill(self, prompts: Sequence[PrefillPrompt]) -> list[Prefilled]:
+        """Each prompt's rows that were not reused, and its keys and values."""
         ...
 
-    def texts(self, positions_max: int) -> DecodeState[Any]:
-        """None as yet. They occupy `positions_max` at most, as whoever adds them sees to."""
+    def decode_state(self, positions_max: int) -> DecodeState[Any]:
+        """An empty decode batch. The caller keeps its sequences within `positions_max`."""
         ...

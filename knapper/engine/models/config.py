@@ -1,4 +1,4 @@
-"""What a model directory says about its architecture, checked here so that nothing later guesses."""
+"""The configuration of a model directory, checked here so that no later code guesses."""
 
 import json
 from collections.abc import Mapping
@@ -7,25 +7,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
+from knapper.engine.models.registry import ARCHITECTURES
 from knapper.errors import NotFound, UserError
 
 ComputedBy = Literal["native", "transformers"]
 Part = Literal["attention", "mlp", "unembed"]
 HEAD: Final = "lm_head"
 
-model_types = ("llama", "mistral", "qwen2", "qwen3")
-
 
 class UnsupportedModel(UserError):
-    """The architecture, or an option of it, is not one that the decoder computes."""
+    """The decoder does not compute the architecture, or an option of it."""
 
     code = "unsupported_model"
 
 
 @dataclass(frozen=True)
-class Site:
+class LoraTarget:
     """A linear, (inputs) -> (outputs), that an adapter may have. `name` is ours; `module` is its name in transformers,
-    `target` what PEFT's target_modules names it by.
+    `peft_target` its name in PEFT's target_modules.
     """
 
     name: str
@@ -33,12 +32,13 @@ class Site:
     outputs: int
     part: Part
     module: str
-    target: str
+    peft_target: str
 
 
 class Facts(Protocol):
-    """What requests and adapters are held to. `context` in tokens; `eos`: token ids that end a text; `tied`: the head
-    is the embedding; `sites`: from the first layer to the last, the head's at the end."""
+    """Limits of a model for requests and adapters. `context` in tokens; `eos`: token ids that end a text; `tied`: the
+    head is the embedding; `lora_targets`: from the first layer to the last, then the head.
+    """
 
     @property
     def vocab_size(self) -> int: ...
@@ -53,12 +53,12 @@ class Facts(Protocol):
     def tied(self) -> bool: ...
 
     @property
-    def sites(self) -> tuple[Site, ...]: ...
+    def lora_targets(self) -> tuple[LoraTarget, ...]: ...
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretched rotary frequencies (Llama 3.1 model card; `rope_type: llama3`)."""
+    """Llama 3.1's scaling of rotary frequencies (`rope_type: llama3`); its formula and source are in `layers.rope`."""
 
     factor: float
     low_freq_factor: float
@@ -89,26 +89,32 @@ class ModelConfig:
     eos: tuple[int, ...]
 
     @cached_property
-    def sites(self) -> tuple[Site, ...]:
+    def lora_targets(self) -> tuple[LoraTarget, ...]:
         """In each layer q, k, v, o, gate, up, down."""
-        hidden, wide = self.hidden, self.intermediate
+        hidden, inner = self.hidden, self.intermediate
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = (("q_proj", hidden, q), ("k_proj", hidden, kv), ("v_proj", hidden, kv), ("o_proj", q, hidden))
-        mlp = (("gate_proj", hidden, wide), ("up_proj", hidden, wide), ("down_proj", wide, hidden))
+        mlp = (("gate_proj", hidden, inner), ("up_proj", hidden, inner), ("down_proj", inner, hidden))
 
-        def layer(i: int) -> list[Site]:
-            at = f"model.layers.{i}"
+        def layer(index: int) -> list[LoraTarget]:
+            prefix = f"model.layers.{index}"
             return [
-                *(Site(f"layers.{i}.{n}", x, y, "attention", f"{at}.self_attn.{n}", n) for n, x, y in attention),
-                *(Site(f"layers.{i}.{n}", x, y, "mlp", f"{at}.mlp.{n}", n) for n, x, y in mlp),
+                *(
+                    LoraTarget(f"layers.{index}.{name}", x, y, "attention", f"{prefix}.self_attn.{name}", name)
+                    for name, x, y in attention
+                ),
+                *(
+                    LoraTarget(f"layers.{index}.{name}", x, y, "mlp", f"{prefix}.mlp.{name}", name)
+                    for name, x, y in mlp
+                ),
             ]
 
-        head = Site(HEAD, hidden, self.vocab_size, "unembed", HEAD, HEAD)
-        return (*(site for i in range(self.layers) for site in layer(i)), head)
+        head = LoraTarget(HEAD, hidden, self.vocab_size, "unembed", HEAD, HEAD)
+        return (*(target for index in range(self.layers) for target in layer(index)), head)
 
     @classmethod
     def read(cls, directory: Path) -> "ModelConfig":
-        """The configuration in `config.json` (and `generation_config.json` for more end tokens).
+        """The configuration in `config.json`, with the end tokens of `generation_config.json`.
 
         Raises NotFound without a config.json, UnsupportedModel for an architecture or option that is not supported.
         """
@@ -117,22 +123,22 @@ class ModelConfig:
             raise NotFound(
                 f"{directory} has no config.json; a model directory holds config.json and safetensors weights"
             )
-        model_type = raw.get("model_type")
-        if model_type not in model_types:
-            architectures = ", ".join(map(str, _listed(raw.get("architectures")))) or "?"
+        architecture = ARCHITECTURES.get(str(raw.get("model_type")))
+        if architecture is None:
+            names = ", ".join(map(str, _listed(raw.get("architectures")))) or "?"
             raise UnsupportedModel(
-                f"{directory}: model_type is {model_type!r} (architecture {architectures}); "
-                f"supported: {', '.join(model_types)}"
+                f"{directory}: model_type is {raw.get('model_type')!r} (architecture {names}); "
+                f"supported: {', '.join(ARCHITECTURES)}"
             )
-        _refuse_options(raw, directory)
+        if reason := architecture.refusal(raw):
+            raise UnsupportedModel(f"{directory}: {architecture.model_type} with {reason} is not supported")
         hidden, heads = _size(raw, "hidden_size", directory), _size(raw, "num_attention_heads", directory)
         kv_heads = _size(raw, "num_key_value_heads", directory, heads)
         if heads % kv_heads:
             raise UnsupportedModel(f"{directory}: {heads} heads do not divide over {kv_heads} key/value heads")
         theta, scaling = _rope(raw, directory)
-        bias = bool(raw.get("attention_bias", False))
         return cls(
-            model_type=model_type,
+            model_type=architecture.model_type,
             vocab_size=_size(raw, "vocab_size", directory),
             hidden=hidden,
             layers=_size(raw, "num_hidden_layers", directory),
@@ -144,9 +150,9 @@ class ModelConfig:
             rope_theta=theta,
             rope_scaling=scaling,
             tied=bool(raw.get("tie_word_embeddings", False)),
-            qk_norm=model_type == "qwen3",
-            attention_bias=bias or model_type == "qwen2",
-            output_bias=bias and model_type in ("llama", "qwen3"),
+            qk_norm=architecture.qk_norm,
+            attention_bias=architecture.qkv_bias(raw),
+            output_bias=architecture.output_bias(raw),
             context=_size(raw, "max_position_embeddings", directory),
             eos=end_tokens(raw, directory),
         )
@@ -162,7 +168,7 @@ def computed_by(directory: Path) -> ComputedBy:
 
 
 def end_tokens(raw: Mapping[str, Any], directory: Path) -> tuple[int, ...]:
-    """The ids that `raw`, the text model's configuration, and generation_config.json end a text with."""
+    """The end tokens of `raw`, the text model's configuration, and of generation_config.json."""
     more = directory / "generation_config.json"
     generation = read_json(more) or {}
     ids = _ids(raw.get("eos_token_id"), directory / "config.json") | _ids(generation.get("eos_token_id"), more)
@@ -170,7 +176,7 @@ def end_tokens(raw: Mapping[str, Any], directory: Path) -> tuple[int, ...]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file, None without one. Raises UserError for what cannot be read, or is no object."""
+    """The JSON object in a file; None without it. Raises UserError for an unreadable file or another value."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -185,20 +191,20 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def expect_text_model(raw: Mapping[str, Any], directory: Path) -> None:
-    """Raises UnsupportedModel for what no library would make a decoder-only model of text with weights of floats."""
-    for wrong, why in (
+    """Raises UnsupportedModel unless it is a decoder-only text model with weights in floating point."""
+    for refused, reason in (
         (raw.get("is_encoder_decoder"), "it is an encoder-decoder; served: decoder-only language models"),
         (raw.get("quantization_config") is not None, "its weights are quantized; use the unquantized model"),
         ("vision_config" in raw or "audio_config" in raw, "it takes more than text; use its text-only model"),
     ):
-        if wrong:
-            raise UnsupportedModel(f"{described(raw, directory)} is not served: {why}")
+        if refused:
+            raise UnsupportedModel(f"{described(raw, directory)} is not served: {reason}")
 
 
 def described(raw: Mapping[str, Any], directory: Path) -> str:
-    """The model, as a refusal names it."""
-    named = next(iter(_listed(raw.get("architectures"))), None)
-    return f"{directory}: model_type {raw.get('model_type')!r}, architecture {named!r}"
+    """The model, as an error message names it."""
+    class_name = next(iter(_listed(raw.get("architectures"))), None)
+    return f"{directory}: model_type {raw.get('model_type')!r}, architecture {class_name!r}"
 
 
 def _size(raw: Mapping[str, Any], field: str, directory: Path, default: int | None = None) -> int:
@@ -223,25 +229,9 @@ def _listed(value: object) -> list[Any]:
 
 def _ids(value: object, path: Path) -> set[int]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(each, int) and each >= 0 for each in ids):
+    if not all(isinstance(token, int) and token >= 0 for token in ids):
         raise UserError(f"{path}: eos_token_id is {value!r}; expected a token id, or a list of them")
     return set(ids)
-
-
-def _refuse_options(raw: Mapping[str, Any], directory: Path) -> None:
-    activation = raw.get("hidden_act", "silu")
-    sliding = raw.get("sliding_window") is not None and (
-        raw["model_type"] == "mistral" or raw.get("use_sliding_window", False)
-    )
-    for wrong, what in (
-        (activation not in ("silu", "swish"), f"hidden_act {activation!r} (only silu)"),
-        (sliding, f"sliding_window {raw.get('sliding_window')} (only full attention)"),
-        (raw.get("mlp_bias", False), "mlp_bias"),
-        (raw.get("quantization_config") is not None, "quantized weights (quantization_config)"),
-        (raw.get("partial_rotary_factor", 1.0) != 1.0, "partial_rotary_factor"),
-    ):
-        if wrong:
-            raise UnsupportedModel(f"{directory}: {raw['model_type']} with {what} is not supported")
 
 
 def _rope(raw: Mapping[str, Any], directory: Path) -> tuple[float, RopeScaling | None]:

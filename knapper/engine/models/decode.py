@@ -1,4 +1,4 @@
-"""The texts that the native decoder decodes: their keys and values, and their adapters side by side."""
+"""The native decoder's decode batch: keys and values of its sequences, and their adapters stacked."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from knapper.engine.layers.adapters import Adapt
 from knapper.engine.layers.lora import Lora
-from knapper.engine.layers.lora_gathered import Scattered, Stack
+from knapper.engine.layers.lora_gathered import GatheredLora, Stack
 from knapper.engine.layers.lora_grouped import base
 from knapper.engine.sampling.kv_cache import Cache, Slot
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from knapper.engine.models.decoder import Decoder
 
 
-class NativeTexts:
-    """knapper.engine.models.base.DecodeState: all of them in one pass a step."""
+class NativeDecodeState:
+    """knapper.engine.models.base.DecodeState: all sequences in one pass a step."""
 
     def __init__(self, decoder: "Decoder", positions_max: int) -> None:
         self._decoder = decoder
@@ -39,17 +39,17 @@ class NativeTexts:
     def positions(self, length: int) -> int:
         return self._cache.positions(length)
 
-    def add(self, kept: Tensor, length: int) -> Slot:
-        return self._cache.add(kept, length)
+    def add(self, past: Tensor, length: int) -> Slot:
+        return self._cache.add(past, length)
 
     def remove(self, slot: Slot) -> None:
         self._cache.remove(slot)
 
-    def settle(self) -> None:
-        self._cache.settle()
+    def reserve(self) -> None:
+        self._cache.reserve()
 
-    def restored(self, slot: Slot, length: int) -> bool:
-        return self._cache.restored(slot, length)
+    def roll_back(self, slot: Slot, length: int) -> bool:
+        return self._cache.roll_back(slot, length)
 
     @torch.inference_mode()
     def step(self, tokens_N: Tensor, loras: Sequence[Lora | None]) -> Tensor:
@@ -57,12 +57,12 @@ class NativeTexts:
         return self._decoder.logits(self._decoder.step(tokens_N, self._cache, adapt), adapt)
 
     def _adapt(self, loras: Sequence[Lora | None]) -> Adapt:
-        wanted = {id(lora): lora for lora in loras if lora is not None}
-        if not wanted:
+        used = {id(lora): lora for lora in loras if lora is not None}
+        if not used:
             self._stack = None
             return base
         stacked = set() if self._stack is None else {id(lora) for lora in self._stack.loras}
-        # Copying adapters costs about a step, computing ones that nobody uses a little of each: rebuild at half.
-        if self._stack is None or not wanted.keys() <= stacked or 2 * len(wanted) < len(stacked):
-            self._stack = Stack(list(wanted.values()))
-        return Scattered(self._stack, loras, self._decoder.device)
+        # Stacking costs about a step, an unused adapter in the stack a little of each: restack at half.
+        if self._stack is None or not used.keys() <= stacked or 2 * len(used) < len(stacked):
+            self._stack = Stack(list(used.values()))
+        return GatheredLora(self._stack, loras, self._decoder.device)

@@ -1,7 +1,8 @@
-"""The model: one pass of the layers over packed rows, for training, prefill and decoding alike.
+"""The native decoder: one pass of the layers over packed rows, for training, prefill and decoding alike.
 
-What differs between them is handed in: how rows attend (`Attend`) and which adapters they use (`Adapt`).
-N rows, H hidden size, V vocabulary.
+They differ in two arguments: how rows attend (`Attend`) and which adapters they use (`Adapt`). N rows, H hidden size, V
+vocabulary. Sources: the block of Llama, arXiv 2302.13971 (pre-norm, RMS norm, SwiGLU of arXiv 2002.05202, rotary
+positions), with grouped queries of arXiv 2305.13245 and the q/k norm of Qwen3, arXiv 2505.09388.
 """
 
 from collections.abc import Sequence
@@ -15,15 +16,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from knapper.engine.layers import checkpointing, rope
-from knapper.engine.layers.adapters import Adapt, head_site, sites
-from knapper.engine.layers.attention import Attend, PackedAttention, Recorded, attention_dtype, of_groups
+from knapper.engine.layers.adapters import FUSED, Adapt
+from knapper.engine.layers.attention import (
+    Attend,
+    PackedAttention,
+    RecordedAttention,
+    attention_dtype,
+    prefix_attention,
+)
 from knapper.engine.layers.head import HeadLora, target_logprobs
-from knapper.engine.layers.layerwise import Stretch
+from knapper.engine.layers.layerwise import LayerSegment
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_grouped import Segment, Segments
-from knapper.engine.models.config import ComputedBy, ModelConfig
-from knapper.engine.models.decode import NativeTexts
+from knapper.engine.models.config import HEAD, ComputedBy, ModelConfig
+from knapper.engine.models.decode import NativeDecodeState
 from knapper.engine.models.prefill import Prefilled, PrefillPrompt, prefill
 from knapper.engine.models.weights import LayerWeights, Weights
 from knapper.engine.sampling.kv_cache import Cache, bytes_per_token, context_positions
@@ -64,10 +71,12 @@ class Decoder:
         `tokens_N` int64, `lengths` sum to N. Differentiable in the segments' adapters. A row's bits depend on its own
         sequence and adapter only.
         """
-        return self.hidden_of(tokens_N, _positions(lengths, self.device), PackedAttention(lengths), segments)
+        return self.hidden_with(tokens_N, _positions(lengths, self.device), PackedAttention(lengths), segments)
 
-    def stretches(self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]) -> tuple[Tensor, list[Stretch]]:
-        """To (U, H), a layer each: the groups' common rows are computed once."""
+    def layer_segments(
+        self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]
+    ) -> tuple[Tensor, list[LayerSegment]]:
+        """To (U, H), a segment for each layer: rows that the groups share are computed once."""
 
         def on_device(arrays: Sequence[np.ndarray]) -> Tensor:
             return torch.from_numpy(np.concatenate(arrays)).to(self.device, non_blocking=True)
@@ -77,10 +86,10 @@ class Decoder:
         for count, lora in zip(rows, loras, strict=True):
             start = segments[-1].stop if segments else 0
             segments.append(Segment(start, start + count, lora))
-        return self._stretches(
+        return self._layer_segments(
             on_device([group.tokens_U for group in groups]),
             on_device([group.positions_U for group in groups]),
-            of_groups(groups, self.device),
+            prefix_attention(groups, self.device),
             Segments(segments),
         )
 
@@ -89,25 +98,25 @@ class Decoder:
     ) -> Tensor:
         return target_logprobs(hidden_NH, self.weights.head, targets_NK, lora, needed_N)
 
-    def hidden_of(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, segments: Sequence[Segment]) -> Tensor:
-        """`hidden`, for rows that attend in another way than packed sequences do."""
+    def hidden_with(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, segments: Sequence[Segment]) -> Tensor:
+        """`hidden`, for rows with another attention than packed sequences."""
         return self._pass(tokens_N, positions_N, attend, Segments(segments))
 
     @torch.inference_mode()
-    def recorded(
+    def hidden_and_kv(
         self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, segments: Sequence[Segment]
     ) -> tuple[Tensor, Tensor]:
-        """`hidden_of`, and the rows' keys and values: (layers, 2, N, key/value heads, head_dim)."""
+        """`hidden_with`, and the rows' keys and values: (layers, 2, N, key/value heads, head_dim)."""
         config = self.config
         shape = (config.layers, 2, tokens_N.shape[0], config.kv_heads, config.head_dim)
         kv = torch.empty(shape, dtype=self.attention_dtype, device=self.device)
-        return self.hidden_of(tokens_N, positions_N, Recorded(attend, kv), segments), kv
+        return self.hidden_with(tokens_N, positions_N, RecordedAttention(attend, kv), segments), kv
 
-    def prompts(self, prompts: Sequence[PrefillPrompt]) -> list[Prefilled]:
+    def prefill(self, prompts: Sequence[PrefillPrompt]) -> list[Prefilled]:
         return prefill(self, prompts)
 
-    def texts(self, positions_max: int) -> NativeTexts:
-        return NativeTexts(self, positions_max)
+    def decode_state(self, positions_max: int) -> NativeDecodeState:
+        return NativeDecodeState(self, positions_max)
 
     @torch.inference_mode()
     def step(self, tokens_N: Tensor, cache: Cache, adapt: Adapt) -> Tensor:
@@ -120,43 +129,53 @@ class Decoder:
 
     def logits(self, hidden_NH: Tensor, adapt: Adapt) -> Tensor:
         """float32 (N, V), with the adapters' part of the head where they have one."""
-        (logits_NV,) = adapt((head_site,), hidden_NH, self.weights.head)
+        (logits_NV,) = adapt((HEAD,), hidden_NH, self.weights.head)
         return logits_NV.float()
 
     def _pass(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, adapt: Adapt) -> Tensor:
-        x_NH, stretches = self._stretches(tokens_N, positions_N, attend, adapt)
-        for stretch in stretches:
-            x_NH = stretch(x_NH)
+        x_NH, segments = self._layer_segments(tokens_N, positions_N, attend, adapt)
+        for segment in segments:
+            x_NH = segment(x_NH)
         return x_NH
 
-    def _stretches(
+    def _layer_segments(
         self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, adapt: Adapt
-    ) -> tuple[Tensor, list[Stretch]]:
-        """The embedded rows, and what is done with them one after another: each layer, and the final norm."""
+    ) -> tuple[Tensor, list[LayerSegment]]:
+        """The embedded rows, and the segments: each layer, then the final norm."""
         rows = tokens_N.shape[0]
         assert rows == positions_N.shape[0], f"{rows} tokens for {positions_N.shape[0]} positions"
         x_NH = F.embedding(tokens_N, self.weights.embed)
-        turns = rope.turns(positions_N, self._frequencies)
-        kept = self._saved_bytes_max // (rows * self._saved_bytes_of_row)
+        cos_sin = rope.cos_sin(positions_N, self._frequencies)
+        layers_saved = self._saved_bytes_max // (rows * self._saved_bytes_of_row)
         layers = [
-            partial(checkpointing.through, partial(self._layer, index, turns, attend, adapt), keep=index < kept)
+            partial(
+                checkpointing.checkpointed,
+                partial(self._layer, index, cos_sin, attend, adapt),
+                keep=index < layers_saved,
+            )
             for index in range(len(self.weights.layers))
         ]
         return x_NH, [*layers, lambda x_NH: self._norm(x_NH, self.weights.norm)]
 
-    def _layer(self, index: int, turns: tuple[Tensor, Tensor], attend: Attend, adapt: Adapt, x_NH: Tensor) -> Tensor:
+    def _layer(self, index: int, cos_sin: tuple[Tensor, Tensor], attend: Attend, adapt: Adapt, x_NH: Tensor) -> Tensor:
         layer = self.weights.layers[index]
-        x_NH = x_NH + self._attention(index, layer, self._norm(x_NH, layer.input_norm), turns, attend, adapt)
+        x_NH = x_NH + self._attention(index, layer, self._norm(x_NH, layer.input_norm), cos_sin, attend, adapt)
         return x_NH + self._mlp(index, layer, self._norm(x_NH, layer.post_norm), adapt)
 
     def _attention(
-        self, index: int, layer: LayerWeights, x_NH: Tensor, turns: tuple[Tensor, Tensor], attend: Attend, adapt: Adapt
+        self,
+        index: int,
+        layer: LayerWeights,
+        x_NH: Tensor,
+        cos_sin: tuple[Tensor, Tensor],
+        attend: Attend,
+        adapt: Adapt,
     ) -> Tensor:
         q, k, v = self._linear(index, "qkv", x_NH, layer.qkv, adapt)
         q, k, v = (x.unflatten(1, (-1, self.config.head_dim)) for x in (q, k, v))
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
-        q, k = (rope.rotated(x, turns).to(self.attention_dtype) for x in (q, k))
+        q, k = (rope.rotated(x, cos_sin).to(self.attention_dtype) for x in (q, k))
         o = attend(index, q, k, v.to(self.attention_dtype)).to(x_NH.dtype)
         return self._linear(index, "o", o, layer.o, adapt)[0]
 
@@ -165,10 +184,13 @@ class Decoder:
         return self._linear(index, "down", F.silu(gate) * up, layer.down, adapt)[0]
 
     def _linear(self, index: int, name: str, x: Tensor, linear: FrozenLinear, adapt: Adapt) -> tuple[Tensor, ...]:
-        return adapt([f"layers.{index}.{site}" for site in sites[name]], x, linear)
+        return adapt([f"layers.{index}.{linear_name}" for linear_name in FUSED[name]], x, linear)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x / sqrt(mean(x^2) + eps), in float32, then scaled in the base's dtype."""
+        """x / sqrt(mean(x^2) + eps), in float32, then scaled in the base's dtype.
+
+        Source: RMS norm, arXiv 1910.07467, equation 4; dtypes as transformers' LlamaRMSNorm.
+        """
         wide = x.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.rms_eps)).to(x.dtype) * weight
 

@@ -1,4 +1,4 @@
-"""A model directory becomes a model: by our own layer code if it knows the architecture, else through transformers."""
+"""Loads a model directory: in native layer code if the registry has the architecture, else through transformers."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from knapper.engine.models.decoder import Decoder
 
 
 def expect_architecture(directory: Path) -> None:
-    """Raises UnsupportedModel for one that neither way computes, as far as that shows without the weights."""
+    """Raises UnsupportedModel for an architecture that neither computes, as far as config.json shows."""
     if computed_by(directory) == "transformers":
         from knapper.engine.models import transformers_loader as models_transformers_loader
 
@@ -26,14 +26,14 @@ def load(
     device: torch.device | str = "cpu",
     exactness: Exactness | None = None,
 ) -> Model:
-    """The model in `directory`, in `dtype` on `device`; `exactness` then has what was found of its products.
+    """The model in `directory`, in `dtype` on `device`; `exactness` records how its products keep their bits.
 
-    Raises NotFound for missing files, BrokenModel for wrong ones, UnsupportedModel for what neither way computes.
+    Raises NotFound for missing files, BrokenModel for wrong ones, UnsupportedModel for a model that neither computes.
     """
     try:
         config = ModelConfig.read(directory)
     except UnsupportedModel as not_native:
-        # Only here: importing transformers takes longer than all else that the start of a native model does.
+        # Imported only here: that takes longer than the rest of a native model's start.
         from knapper.engine.models import transformers_loader
 
         try:
@@ -43,5 +43,7 @@ def load(
     exactness = exactness or Exactness()
     decoder = Decoder(config, weights.load(directory, config, dtype, device, exactness))
     if exactness.promised and decoder.device.type == "cpu":
-        exactness.check("attention", batch_invariant_attention.steady(config.heads, config.kv_heads, config.head_dim))
+        exactness.check(
+            "attention", batch_invariant_attention.is_invariant(config.heads, config.kv_heads, config.head_dim)
+        )
     return decoder

@@ -1,6 +1,6 @@
-"""Prompts that are computed together: rows that they share once, and none that an earlier prompt has left.
+"""Prefill of several prompts in one pass: shared rows are computed once, rows of an earlier prompt are reused.
 
-N rows of all prompts, U rows that differ (`Prefixes`), P positions of an earlier prompt, T tokens of one prompt.
+N rows of all prompts, U distinct rows (`Prefixes`), P positions of an earlier prompt, T tokens of one prompt.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from knapper.engine.layers.attention import Attend, Continued, Joined, of_groups
+from knapper.engine.layers.attention import Attend, ConcatenatedAttention, ContinuedAttention, prefix_attention
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_grouped import Segment
 from knapper.engine.training.prefix_sharing import Prefixes
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class PrefillPrompt:
-    """A prompt whose first `reused` tokens, not all, are those that `past` begins with: another's `Prefilled.kept`.
+    """A prompt whose first `reused` tokens (not all) are the first tokens of `past`: an earlier prompt's
+    `Prefilled.past`.
 
-    `drawn`: how many of the last tokens came one by one, in steps of decoding. A model whose bits depend on that
+    `drawn`: how many of the last tokens were drawn one by one while decoding. A model whose bits depend on that
     computes them so again.
     """
 
@@ -38,31 +39,32 @@ class PrefillPrompt:
 
 @dataclass(frozen=True)
 class Prefilled:
-    """`rows` (T - reused, H): of the tokens that were not reused. `kept`: what texts begin with, and later prompts.
+    """`rows` (T - reused, H): of the tokens that were not reused. `past`: keys and values, for sequences and later
+    prompts.
 
-    `computed`: how many rows it took beside the prompts before it.
+    `computed`: rows computed for this prompt, beyond those of the prompts before it.
     """
 
     rows: Tensor
-    kept: Any
+    past: Any
     computed: int
 
 
 @dataclass
 class _Part:
-    """Rows of one adapter that attend together, and the prompts that are made of them."""
+    """Rows of one adapter that attend together, and the prompts that they belong to."""
 
     lora: Lora | None
     tokens: NDArray[np.int64]
     positions: NDArray[np.int64]
     attend: Attend
-    past: Tensor | None  # (layers, 2, P, G, D), as far as it is reused
-    prompts: list[tuple[int, NDArray[np.int64], int]]  # its number, the rows among these, rows that no earlier one has
+    past: Tensor | None  # (layers, 2, P, G, D), the reused positions
+    prompts: list[tuple[int, NDArray[np.int64], int]]  # (number, its rows among these, rows computed for it)
 
 
 @torch.inference_mode()
 def prefill(decoder: "Decoder", prompts: Sequence[PrefillPrompt]) -> list[Prefilled]:
-    """In their order. A prompt has the bits that it has alone, whatever it shares and reuses."""
+    """In the prompts' order. A prompt has the bits that it has alone, whatever it shares and reuses."""
     first: dict[tuple[int, int, bytes], int] = {}
     same = [first.setdefault((id(p.lora), p.reused, p.tokens_T.tobytes()), n) for n, p in enumerate(prompts)]
     parts = _fresh(decoder, prompts, set(same)) + [
@@ -76,20 +78,25 @@ def prefill(decoder: "Decoder", prompts: Sequence[PrefillPrompt]) -> list[Prefil
         torch.from_numpy(np.concatenate(arrays)).to(decoder.device)
         for arrays in ([part.tokens for part in parts], [part.positions for part in parts])
     )
-    hidden_NH, kv = decoder.recorded(tokens_N, positions_N, Joined([part.attend for part in parts], rows), segments)
-    found: dict[int, Prefilled] = {}
+    hidden_NH, kv = decoder.hidden_and_kv(
+        tokens_N, positions_N, ConcatenatedAttention([part.attend for part in parts], rows), segments
+    )
+    by_number: dict[int, Prefilled] = {}
     for start, part in zip(starts, parts, strict=False):
-        for number, places, computed in part.prompts:
-            at = torch.from_numpy(start + places).to(decoder.device)
-            # Copies: a view would keep the pass of all prompts alive for as long as one text waits.
-            own = kv.index_select(2, at)
-            kept = own if part.past is None else torch.cat([part.past, own], dim=2)
-            found[number] = Prefilled(hidden_NH.index_select(0, at), kept, computed)
-    return [found[n] if n == number else Prefilled(found[n].rows, found[n].kept, 0) for number, n in enumerate(same)]
+        for number, rows_of, computed in part.prompts:
+            index = torch.from_numpy(start + rows_of).to(decoder.device)
+            # Copies: a view would keep the pass of all prompts alive for as long as one sequence waits.
+            kv_of = kv.index_select(2, index)
+            past = kv_of if part.past is None else torch.cat([part.past, kv_of], dim=2)
+            by_number[number] = Prefilled(hidden_NH.index_select(0, index), past, computed)
+    return [
+        by_number[n] if n == number else Prefilled(by_number[n].rows, by_number[n].past, 0)
+        for number, n in enumerate(same)
+    ]
 
 
 def _fresh(decoder: "Decoder", prompts: Sequence[PrefillPrompt], chosen: set[int]) -> list[_Part]:
-    """The prompts that reuse nothing, by adapter: beginnings that they have in common are computed once."""
+    """The prompts that reuse nothing, by adapter: common prefixes are computed once."""
     groups: dict[int, tuple[Prefixes, list[tuple[int, int]]]] = {}
     for number in sorted(chosen):
         prompt = prompts[number]
@@ -99,15 +106,17 @@ def _fresh(decoder: "Decoder", prompts: Sequence[PrefillPrompt], chosen: set[int
             group.add(prompt.tokens_T)
     parts = []
     for group, members in groups.values():
-        places = np.split(group.places_N, np.cumsum(group.lengths)[:-1])
-        made = [(number, at, computed) for (number, computed), at in zip(members, places, strict=True)]
-        attend = of_groups([group], decoder.device)
-        parts.append(_Part(prompts[members[0][0]].lora, group.tokens_U, group.positions_U, attend, None, made))
+        rows_of_prompts = np.split(group.rows_N, np.cumsum(group.lengths)[:-1])
+        of_prompts = [
+            (number, rows, computed) for (number, computed), rows in zip(members, rows_of_prompts, strict=True)
+        ]
+        attend = prefix_attention([group], decoder.device)
+        parts.append(_Part(prompts[members[0][0]].lora, group.tokens_U, group.positions_U, attend, None, of_prompts))
     return parts
 
 
 def _continued(number: int, prompt: PrefillPrompt) -> _Part:
     total, past = len(prompt.tokens_T), prompt.past[:, :, : prompt.reused]
     tokens = prompt.tokens_T[prompt.reused :].astype(np.int64)
-    made = [(number, np.arange(len(tokens)), len(tokens))]
-    return _Part(prompt.lora, tokens, np.arange(prompt.reused, total), Continued(past), past, made)
+    of_prompt = [(number, np.arange(len(tokens)), len(tokens))]
+    return _Part(prompt.lora, tokens, np.arange(prompt.reused, total), ContinuedAttention(past), past, of_prompt)

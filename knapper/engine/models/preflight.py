@@ -1,8 +1,8 @@
-"""What torch and transformers can say of a model before its weights are read: the device, the memory, the architecture.
+"""Checks of a model before its weights are read, with torch and transformers: device, memory, architecture.
 
-An engine asks before it loads. `knapper up` asks in a process of its own, where config.json leaves it open, so that the
-server's own process never holds torch: `python -m knapper.engine.models.preflight`, which reads its settings from the
-environment. It prints the reason and exits with REFUSED; whatever else ends it, the engine will tell.
+An engine runs them before it loads. `knapper up` runs them in a process of its own if config.json leaves it open, so
+that the server's process never holds torch: `python -m knapper.engine.models.preflight`, with settings from the
+environment. It prints the reason and exits with REFUSED. Any other failure shows when the engine starts.
 """
 
 import os
@@ -21,35 +21,37 @@ from knapper.settings import Settings
 from knapper.text.sizes import sized
 
 REFUSED: Final = 3
-_LEAST_BYTES: Final = {"float32": 4, "bfloat16": 2, "auto": 2}  # of a number, by KNAPPER_DTYPE
+_LEAST_BYTES: Final = {"float32": 4, "bfloat16": 2, "auto": 2}  # bytes of a number, by KNAPPER_DTYPE
 
 
 def expect_device(settings: Settings) -> torch.device:
-    """Where the settings want it computed, with their share of its memory. Raises InvalidField."""
-    where = device_for(settings.device)
-    take_memory(where, settings.gpu_memory_share)
-    return where
+    """The device of the settings, with its memory capped at their share. Raises InvalidField."""
+    device = device_for(settings.device)
+    take_memory(device, settings.gpu_memory_share)
+    return device
 
 
-def expect_loadable(settings: Settings, where: torch.device, least_bytes: int | None = None) -> None:
-    """Raises UnsupportedModel for an architecture that is refused, UserError for weights that do not fit.
+def expect_loadable(settings: Settings, device: torch.device, least_bytes: int | None = None) -> None:
+    """Raises UnsupportedModel for a refused architecture, UserError for weights that do not fit.
 
-    `least_bytes`: of a number, once the dtype is known.
+    `least_bytes`: bytes of a number, once the dtype is known.
     """
     directory = Path(settings.model_directory)
     expect_architecture(directory)
-    if any(directory.glob("*.safetensors")):  # else this is before its download
-        each = least_bytes or _LEAST_BYTES[settings.dtype]
-        _expect_memory(settings, where, each * sum(one.numbers for one in weight_files.entries(directory).values()))
+    if any(directory.glob("*.safetensors")):  # none before the download
+        bytes_each = least_bytes or _LEAST_BYTES[settings.dtype]
+        _expect_memory(
+            settings, device, bytes_each * sum(header.numbers for header in weight_files.entries(directory).values())
+        )
 
 
-def _expect_memory(settings: Settings, where: torch.device, needed: int) -> None:
-    """A CPU's weights may go into swap, slow as that is: what is refused would end the process, and others with it."""
-    free = memory_left(where) + (host_memory.swap() if where.type == "cpu" else 0)
+def _expect_memory(settings: Settings, device: torch.device, needed: int) -> None:
+    """A CPU's weights may go into swap, though slowly. Beyond that the kernel would kill this process, or another."""
+    free = memory_left(device) + (host_memory.swap() if device.type == "cpu" else 0)
     if needed > free:
         raise UserError(
             f"the weights of {settings.model} take {sized(needed)}, and {sized(free)} of memory are free on "
-            f"{where.type}: free some, give the engine a larger machine, set KNAPPER_DTYPE=bfloat16 if it is float32, "
+            f"{device.type}: free some, give the engine a larger machine, set KNAPPER_DTYPE=bfloat16 if it is float32, "
             "or serve a smaller model"
         )
 

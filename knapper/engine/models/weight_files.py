@@ -1,6 +1,6 @@
-"""The weight files of a model directory, looked over by their headers: whole, and with what config.json promises.
+"""The weight files of a model directory, checked by their headers against config.json.
 
-Loads no torch: whoever starts a server knows in milliseconds whether an engine could read them.
+Loads no torch: the start of a server fails within milliseconds if an engine could not read them.
 """
 
 import json
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from knapper.engine.models.config import ModelConfig
 from knapper.errors import NotFound, UserError
 
-ALLOWED: Final = ("bfloat16", "float16", "float32", "float64")  # that base weights may be stored in
+ALLOWED: Final = ("bfloat16", "float16", "float32", "float64")  # dtypes of stored base weights
 _DTYPES: Final = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
@@ -27,14 +27,14 @@ Shape = tuple[int, ...]
 
 
 class BrokenModel(UserError):
-    """The weight files do not hold the tensors that config.json promises."""
+    """The weight files lack the tensors that config.json promises."""
 
     code = "broken_model"
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One tensor as its file's header has it. `dtype`: by torch's name."""
+    """A tensor's entry in its file's header. `dtype`: torch's name."""
 
     path: Path
     shape: Shape
@@ -53,13 +53,13 @@ class _Index(msgspec.Struct):
 
 
 def paths(directory: Path) -> list[Path]:
-    """The files that hold the weights: one, or the shards of an index. Raises NotFound, BrokenModel."""
+    """The weight files: one, or the shards of an index. Raises NotFound, BrokenModel."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
         raise NotFound(f"{directory} has neither model.safetensors nor model.safetensors.index.json")
-    # A name with a directory in it could leave the model's own.
+    # Without directories: a path could leave the model's.
     shards = [directory / name for name in sorted({Path(name).name for name in _weight_map(index).values()})]
     missing = [path.name for path in shards if not path.is_file()]
     if missing:
@@ -69,24 +69,24 @@ def paths(directory: Path) -> list[Path]:
 
 
 def entries(directory: Path) -> dict[str, TensorHeader]:
-    """Every tensor by name, from the headers of whole files. Raises NotFound, BrokenModel."""
-    found: dict[str, TensorHeader] = {}
+    """Every tensor by name, from the headers of complete files. Raises NotFound, BrokenModel."""
+    headers: dict[str, TensorHeader] = {}
     for path in paths(directory):
         with opened(path, "numpy") as file:
             for name in names(file):
-                part = file.get_slice(name)
-                dtype = part.get_dtype()
-                found[name] = TensorHeader(path, tuple(part.get_shape()), _DTYPES.get(dtype, dtype))
+                tensor = file.get_slice(name)
+                dtype = tensor.get_dtype()
+                headers[name] = TensorHeader(path, tuple(tensor.get_shape()), _DTYPES.get(dtype, dtype))
     index = directory / "model.safetensors.index.json"
     if not (directory / "model.safetensors").is_file():
         for name, shard in _weight_map(index).items():
-            if name not in found:
+            if name not in headers:
                 raise BrokenModel(f"{directory}: tensor {name} is missing; the index promises it in {shard}")
-    return found
+    return headers
 
 
 def promised(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    """Every tensor that a native model is made of."""
+    """Name and shape of every tensor of a native model."""
     q_rows, kv_rows = config.heads * config.head_dim, config.kv_heads * config.head_dim
     hidden, inner = config.hidden, config.intermediate
     linears = (
@@ -102,44 +102,46 @@ def promised(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     norms += [(f"self_attn.{name}_norm", config.head_dim) for name in "qk"] if config.qk_norm else []
     yield "model.embed_tokens.weight", (config.vocab_size, hidden)
     yield "model.norm.weight", (hidden,)
-    for at in (f"model.layers.{index}" for index in range(config.layers)):
-        yield from ((f"{at}.{name}.weight", (width,)) for name, width in norms)
-        yield from ((f"{at}.{name}.weight", (rows, inputs)) for name, rows, inputs, _ in linears)
-        yield from ((f"{at}.{name}.bias", (rows,)) for name, rows, _, biased in linears if biased)
+    for prefix in (f"model.layers.{index}" for index in range(config.layers)):
+        yield from ((f"{prefix}.{name}.weight", (width,)) for name, width in norms)
+        yield from ((f"{prefix}.{name}.weight", (rows, inputs)) for name, rows, inputs, _ in linears)
+        yield from ((f"{prefix}.{name}.bias", (rows,)) for name, rows, _, biased in linears if biased)
     if not config.tied:
         yield "lm_head.weight", (config.vocab_size, hidden)
 
 
 def expect_promised(directory: Path, config: ModelConfig) -> dict[str, TensorHeader]:
-    """The promised tensors. Raises NotFound, BrokenModel for one that is missing, unexpected, or of another form."""
-    found = entries(directory)
-    wanted: list[str] = []
+    """The promised tensors. Raises NotFound, BrokenModel for one that is missing, unexpected, or of another shape."""
+    headers = entries(directory)
+    names: list[str] = []
     for name, shape in promised(config):
-        if name not in found:
+        if name not in headers:
             raise BrokenModel(f"{directory}: tensor {name} is missing; config.json promises it as {list(shape)}")
-        one = found[name]
-        if one.shape != shape:
-            raise BrokenModel(f"{directory}: tensor {name} is {list(one.shape)}; config.json makes it {list(shape)}")
-        if one.dtype not in ALLOWED:
-            raise BrokenModel(f"{directory}: tensor {name} is {one.dtype}; allowed: {', '.join(ALLOWED)}")
-        wanted.append(name)
-    needless = {"lm_head.weight"} if config.tied else set()
-    extra = sorted(name for name in found.keys() - set(wanted) - needless if not name.endswith("rotary_emb.inv_freq"))
-    if extra:
-        shown = ", ".join(extra[:5]) + (", ..." if len(extra) > 5 else "")
-        raise BrokenModel(f"{directory}: {len(extra)} tensors that the architecture does not have: {shown}")
-    return {name: found[name] for name in wanted}
+        header = headers[name]
+        if header.shape != shape:
+            raise BrokenModel(f"{directory}: tensor {name} is {list(header.shape)}; config.json makes it {list(shape)}")
+        if header.dtype not in ALLOWED:
+            raise BrokenModel(f"{directory}: tensor {name} is {header.dtype}; allowed: {', '.join(ALLOWED)}")
+        names.append(name)
+    optional = {"lm_head.weight"} if config.tied else set()
+    unexpected = sorted(
+        name for name in headers.keys() - set(names) - optional if not name.endswith("rotary_emb.inv_freq")
+    )
+    if unexpected:
+        shown = ", ".join(unexpected[:5]) + (", ..." if len(unexpected) > 5 else "")
+        raise BrokenModel(f"{directory}: {len(unexpected)} tensors that the architecture does not have: {shown}")
+    return {name: headers[name] for name in names}
 
 
 def opened(path: Path, framework: str) -> safe_open:
-    """The file, its header checked against its size. Raises BrokenModel, which says what is wrong with it."""
+    """The file, its header checked against its size. Raises BrokenModel, which names the defect."""
     try:
-        path.open("rb").close()  # the library says of every file that it cannot open that it is not there
+        path.open("rb").close()  # safetensors reports any file that it cannot open as missing
         return safe_open(path, framework=framework, device="cpu")
     except PermissionError as error:
         raise BrokenModel(f"{path} cannot be read: {error.strerror}; give this user the right to read it") from error
     except (SafetensorError, OSError) as error:
-        raise BrokenModel(f"{path} cannot be read as safetensors: {_why(path) or error}") from error
+        raise BrokenModel(f"{path} cannot be read as safetensors: {_defect(path) or error}") from error
 
 
 def names(file: safe_open) -> list[str]:
@@ -153,8 +155,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise BrokenModel(f"{index} is not a safetensors index: {error}") from error
 
 
-def _why(path: Path) -> str:
-    """What keeps a file from being safetensors, where that can be told; else empty."""
+def _defect(path: Path) -> str:
+    """Why a file is not valid safetensors; empty if unknown."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -168,10 +170,14 @@ def _why(path: Path) -> str:
             header = file.read(length)
         if len(header) < length:
             return f"it was cut: it has {size} bytes, and its header alone {8 + length}. Download it again"
-        ends = [int(one["data_offsets"][1]) for name, one in json.loads(header).items() if name != "__metadata__"]
+        ends = [int(tensor["data_offsets"][1]) for name, tensor in json.loads(header).items() if name != "__metadata__"]
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return ""
-    wanted = 8 + length + max(ends, default=0)
-    if size < wanted:
-        return f"it was cut: it has {size} of the {wanted} bytes that its header promises. Download it again"
-    return f"it has {size} bytes, and its header promises {wanted}. Download it again" if size > wanted else ""
+    promised_bytes = 8 + length + max(ends, default=0)
+    if size < promised_bytes:
+        return f"it was cut: it has {size} of the {promised_bytes} bytes that its header promises. Download it again"
+    return (
+        f"it has {size} bytes, and its header promises {promised_bytes}. Download it again"
+        if size > promised_bytes
+        else ""
+    )

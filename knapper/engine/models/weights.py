@@ -1,4 +1,4 @@
-"""Base weights from safetensors files: named, complete, of the right shape, in the dtype that computes."""
+"""Base weights from safetensors files, checked, in the dtype that computes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from knapper.engine.models.config import ModelConfig
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer. Linears that read the same input are one, rows stacked: `qkv`, `gate_up`."""
+    """One layer. Linears with the same input are fused, rows stacked: `qkv`, `gate_up`."""
 
     input_norm: Tensor
     qkv: FrozenLinear
@@ -28,7 +28,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class Weights:
-    """Frozen: no gradient ever. `head` (V, H) has the numbers of `embed` when the model ties them."""
+    """Frozen, without gradients. `head` (V, H) equals `embed` when the model ties them."""
 
     embed: Tensor
     layers: tuple[LayerWeights, ...]
@@ -38,8 +38,10 @@ class Weights:
 
     @property
     def nbytes(self) -> int:
-        """Of the large ones: all matrices, a tied head once."""
-        linears = sum(one.nbytes for layer in self.layers for one in (layer.qkv, layer.o, layer.gate_up, layer.down))
+        """Bytes of all matrices, a tied head once."""
+        linears = sum(
+            linear.nbytes for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        )
         return linears + self.embed.nbytes + (0 if self.tied else self.head.nbytes)
 
 
@@ -66,16 +68,16 @@ def load(
         return tensors.take(f"{name}.weight").to(dtype)
 
     def layer(index: int) -> LayerWeights:
-        at = f"model.layers.{index}"
-        q, k, v, o = (f"{at}.self_attn.{name}_proj" for name in "qkvo")
-        gate, up, down = (f"{at}.mlp.{name}_proj" for name in ("gate", "up", "down"))
+        prefix = f"model.layers.{index}"
+        q, k, v, o = (f"{prefix}.self_attn.{name}_proj" for name in "qkvo")
+        gate, up, down = (f"{prefix}.mlp.{name}_proj" for name in ("gate", "up", "down"))
         return LayerWeights(
-            input_norm=norm(f"{at}.input_layernorm"),
+            input_norm=norm(f"{prefix}.input_layernorm"),
             qkv=linear(q, k, v, biased=config.attention_bias),
-            q_norm=norm(f"{at}.self_attn.q_norm") if config.qk_norm else None,
-            k_norm=norm(f"{at}.self_attn.k_norm") if config.qk_norm else None,
+            q_norm=norm(f"{prefix}.self_attn.q_norm") if config.qk_norm else None,
+            k_norm=norm(f"{prefix}.self_attn.k_norm") if config.qk_norm else None,
             o=linear(o, biased=config.output_bias),
-            post_norm=norm(f"{at}.post_attention_layernorm"),
+            post_norm=norm(f"{prefix}.post_attention_layernorm"),
             gate_up=linear(gate, up),
             down=linear(down),
         )
@@ -88,13 +90,13 @@ def load(
 
 
 class _Tensors:
-    """Memory-mapped tensors by name, all of which were found to be as promised."""
+    """Memory-mapped tensors by name, checked against the configuration."""
 
     def __init__(self, directory: Path, config: ModelConfig, device: torch.device) -> None:
         self._device = device
-        found = weight_files.expect_promised(directory, config)
-        opened = {path: weight_files.opened(path, "pt") for path in {entry.path for entry in found.values()}}
-        self._files = {name: opened[entry.path] for name, entry in found.items()}
+        headers = weight_files.expect_promised(directory, config)
+        opened = {path: weight_files.opened(path, "pt") for path in {header.path for header in headers.values()}}
+        self._files = {name: opened[header.path] for name, header in headers.items()}
 
     def take(self, name: str) -> Tensor:
         tensor: Tensor = self._files[name].get_tensor(name)  # type: ignore[no-untyped-call]  # the library has no types here

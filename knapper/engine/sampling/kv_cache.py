@@ -1,11 +1,11 @@
-"""Keys and values of the sequences that decode, in pools of equal capacity, within a number of positions.
+"""The KV cache of the sequences that decode: pools of equal capacity, within a number of positions.
 
-A sequence lies in the pool of its own length's capacity and attends over all of it: the shape of its attention, and
-so its bits, depend on its own length and never on who else is there.
+A sequence lies in the pool for its own length and attends over the pool's whole capacity: the shape of its attention,
+and so its bits, depend on its own length and never on other sequences.
 
-What the pools take is never more than they may. Places that are spare, so that not every sequence makes its pool grow,
-are given back before anything is refused; a pool grows, and a sequence moves to the next one, a layer at a time, so
-that only one layer of a pool is there twice.
+The pools never take more than `positions_max`. Spare slots, which keep pools from growing for every sequence, are freed
+before anything is refused. A pool grows, and a sequence moves to the next pool, one layer at a time, so that only one
+layer of a pool is in memory twice.
 
 N rows, H heads, G key/value heads, D head elements, C capacity, Q queries a key/value head.
 """
@@ -21,13 +21,13 @@ from knapper.engine.layers import batch_invariant_attention
 from knapper.engine.models.config import ModelConfig
 
 capacity_min = batch_invariant_attention.KEYS
-_NOWHERE: Final = -1  # the length of a sequence that lost its place
+_NOWHERE: Final = -1  # the length of a sequence that lost its slot
 
 
 def capacity_for(length: int) -> int:
     """Positions that a sequence of `length` tokens occupies: 64, 128, 192, 256, 384, 512, 768, 1024...
 
-    From 128 on at most half more each time: little is wasted, and a growing sequence is copied only a few times.
+    From 128 on each step adds at most half: little is wasted, and a growing sequence is copied only a few times.
     """
     capacity = capacity_min
     while capacity < length:
@@ -37,18 +37,18 @@ def capacity_for(length: int) -> int:
 
 
 def context_positions(config: ModelConfig) -> int:
-    """What a sequence that fills the context occupies. Capacities end there: half more would be of no use to it."""
+    """Positions of a sequence that fills the context: the last capacity ends there."""
     return config.context + -config.context % capacity_min
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """`dtype`: the one in which keys and values are kept."""
+    """`dtype` of the stored keys and values."""
     return config.layers * 2 * config.kv_heads * config.head_dim * dtype.itemsize
 
 
 @dataclass(eq=False)
 class Slot:
-    """One sequence. `length` tokens of it have keys and values."""
+    """One sequence. `length` of its tokens have keys and values."""
 
     length: int
     pool: "Pool"
@@ -65,68 +65,68 @@ class Shape:
 
 
 class Pool:
-    """Sequences of one capacity, without holes: the last one moves into a place that becomes free.
+    """Sequences of one capacity, without gaps: the last sequence moves into a slot that becomes free.
 
-    `places` there are in every layer, for those that are here and for some to come.
+    `size`: allocated slots in every layer, used and spare.
     """
 
     def __init__(self, capacity: int, shape: Shape) -> None:
         self.capacity = capacity
         self.slots: list[Slot] = []
-        self.places = 0
+        self.size = 0
         self._shape = shape
-        self._layers = [self._allocated(0) for _ in range(shape.layers)]  # each (2, places, G, C, D)
+        self._layers = [self._buffer(0) for _ in range(shape.layers)]  # each (2, size, G, C, D)
 
     @property
     def spare(self) -> int:
-        return self.places - len(self.slots)
+        return self.size - len(self.slots)
 
-    def resize(self, places: int) -> None:
-        """Have so many places. Where that fails there are as many as before, or fewer if that was asked for."""
-        for _ in self.resizing(places, len(self.slots)):
+    def resize(self, size: int) -> None:
+        """Allocate `size` slots. After a failure there are as many as before, or fewer if fewer were requested."""
+        for _ in self.resizing(size, len(self.slots)):
             pass
 
-    def resizing(self, places: int, kept: int) -> Iterator[None]:
-        """The same, a layer at a time, in their order; the first `kept` sequences stay."""
-        self.places = min(self.places, places)
+    def resizing(self, size: int, used: int) -> Iterator[None]:
+        """The same as a generator, one layer a step, in order; the first `used` sequences stay."""
+        self.size = min(self.size, size)
         for index in range(len(self._layers)):
-            resized = self._allocated(places)
-            resized[:, :kept] = self._layers[index][:, :kept]
+            resized = self._buffer(size)
+            resized[:, :used] = self._layers[index][:, :used]
             self._layers[index] = resized
             if index == len(self._layers) - 1:
-                self.places = places
+                self.size = size
             yield
 
     def add(self, kv: Sequence[Tensor] | Tensor, length: int) -> Slot:
-        """By layer, keys and values `kv` (2, at least `length` positions, G, D). There must be a spare place."""
-        for layer, own in enumerate(kv):
-            self.put(layer, len(self.slots), own, length)
-        return self.entered(Slot(length, self, 0))
+        """By layer, keys and values `kv` (2, at least `length` positions, G, D). Needs a spare slot."""
+        for layer, layer_kv in enumerate(kv):
+            self.put(layer, len(self.slots), layer_kv, length)
+        return self.append(Slot(length, self, 0))
 
-    def put(self, layer: int, index: int, own: Tensor, length: int) -> None:
-        place = self._layers[layer][:, index]
-        place[:, :, :length] = own[:, :length].transpose(1, 2)
-        # What an earlier sequence left is masked, but 0 * NaN would still be NaN.
-        place[:, :, length:] = 0
+    def put(self, layer: int, index: int, layer_kv: Tensor, length: int) -> None:
+        slot_kv = self._layers[layer][:, index]
+        slot_kv[:, :, :length] = layer_kv[:, :length].transpose(1, 2)
+        # The previous sequence's values are masked, but 0 * NaN would still be NaN.
+        slot_kv[:, :, length:] = 0
 
-    def entered(self, slot: Slot) -> Slot:
-        """The sequence that is in the first spare place."""
+    def append(self, slot: Slot) -> Slot:
+        """Record the sequence whose keys and values are in the first spare slot."""
         slot.pool, slot.index = self, len(self.slots)
         self.slots.append(slot)
         return slot
 
     def remove(self, slot: Slot) -> None:
         for layer in range(self._shape.layers):
-            self.close(layer, slot.index)
-        self.left(slot)
+            self.fill_gap(layer, slot.index)
+        self.detach(slot)
 
-    def close(self, layer: int, index: int) -> None:
-        """The last sequence moves into the place."""
+    def fill_gap(self, layer: int, index: int) -> None:
+        """Move the last sequence into the slot."""
         last = len(self.slots) - 1
         if index != last:
             self._layers[layer][:, index] = self._layers[layer][:, last]
 
-    def left(self, slot: Slot) -> None:
+    def detach(self, slot: Slot) -> None:
         last = self.slots.pop()
         if last is not slot:
             self.slots[slot.index] = last
@@ -137,17 +137,17 @@ class Pool:
         return self._layers[layer][:, slot.index, :, : slot.length].transpose(1, 2)
 
     def layer(self, index: int) -> Tensor:
-        """Keys and values (2, N, G, C, D) of the sequences that are here."""
+        """Keys and values (2, N, G, C, D) of the sequences."""
         return self._layers[index][:, : len(self.slots)]
 
-    def end(self) -> None:
-        """Give the memory back, whoever still holds one of its sequences."""
+    def free(self) -> None:
+        """Free the memory, even if a reference to one of the sequences is left."""
         self._layers.clear()
 
-    def _allocated(self, places: int) -> Tensor:
+    def _buffer(self, size: int) -> Tensor:
         shape = self._shape
-        size = (2, places, shape.kv_heads, self.capacity, shape.head_dim)
-        return torch.empty(size, dtype=shape.dtype, device=shape.device)
+        sizes = (2, size, shape.kv_heads, self.capacity, shape.head_dim)
+        return torch.empty(sizes, dtype=shape.dtype, device=shape.device)
 
 
 class Cache:
@@ -156,12 +156,12 @@ class Cache:
     def __init__(
         self, config: ModelConfig, dtype: torch.dtype, device: torch.device, positions_max: int | None = None
     ) -> None:
-        """`positions_max` that all of them take at most; None: as many as they need."""
+        """`positions_max` of all sequences together; None: unlimited."""
         self._shape = Shape(config.layers, config.kv_heads, config.head_dim, dtype, device)
         self._pools: dict[int, Pool] = {}
         self._positions_max = positions_max
         context = context_positions(config)
-        # The last capacity: neither the context nor what there is need end where another begins.
+        # The largest capacity: neither the context nor the memory need end at a capacity of `capacity_for`.
         self.longest = context if positions_max is None else min(context, positions_max - positions_max % capacity_min)
 
     @property
@@ -175,11 +175,11 @@ class Cache:
 
     @property
     def allocated(self) -> int:
-        """Positions that there is memory for, spare places included."""
-        return sum(capacity * pool.places for capacity, pool in self._pools.items())
+        """Positions with memory, spare slots included."""
+        return sum(capacity * pool.size for capacity, pool in self._pools.items())
 
     def positions(self, length: int) -> int:
-        """What a sequence of `length` tokens occupies; more than there are for one that is longer than the longest."""
+        """Positions that a sequence of `length` tokens occupies; above `longest` for one that does not fit."""
         capacity = capacity_for(length)
         return min(capacity, self.longest) if length <= self.longest else capacity
 
@@ -189,23 +189,24 @@ class Cache:
         pool = self._pool(self.positions(length))
         try:
             if not pool.spare:
-                pool.resize(self._widened(pool))
+                pool.resize(self._grown_size(pool))
             return pool.add(kv, length)
         finally:
-            self._let_go(pool)
+            self._drop_if_empty(pool)
 
     @torch.inference_mode()
     def remove(self, slot: Slot) -> None:
         if slot.length == _NOWHERE:
             return
         slot.pool.remove(slot)
-        self._let_go(slot.pool)
+        self._drop_if_empty(slot.pool)
 
     @torch.inference_mode()
-    def settle(self) -> None:
-        """Room for one more token in every sequence. This may change the order of `rows`; a step uses the new one.
+    def reserve(self) -> None:
+        """Reserve one more token in every sequence. This may change the order of `rows`; a step uses the new order.
 
-        If there is no memory for a sequence's move it has lost its place, as `restored` tells; the others have theirs.
+        If a move lacks memory, that sequence has lost its slot (`roll_back` then returns False); the others keep
+        theirs.
         """
         for slot in self.rows:
             if slot.length == slot.pool.capacity:
@@ -213,7 +214,7 @@ class Cache:
 
     @torch.inference_mode()
     def extend(self) -> "Attention":
-        """Make every sequence one token longer; the attention through which a step fills that token in."""
+        """Make every sequence one token longer; returns the attention with which a step fills that token in."""
         assert not any(slot.length == slot.pool.capacity for slot in self.rows), "settle() goes before a step"
         pools = [self._pools[capacity] for capacity in sorted(self._pools)]
         parts = []
@@ -231,24 +232,24 @@ class Cache:
         return attention
 
     @staticmethod
-    def restored(slot: Slot, length: int) -> bool:
-        """Have the sequence `length` tokens long again, after a step that broke. False: it has lost its place."""
+    def roll_back(slot: Slot, length: int) -> bool:
+        """Set the sequence back to `length` tokens after a failed step. False: it has lost its slot."""
         if slot.length == _NOWHERE:
             return False
         assert length <= slot.length <= length + 1, f"{slot.length} tokens are kept of a text of {length}"
-        slot.length = length  # what the step left behind them is masked, and the next one writes it anew
+        slot.length = length  # the step's leftovers are masked, and the next step overwrites them
         return True
 
     def _pool(self, capacity: int) -> Pool:
         return self._pools.setdefault(capacity, Pool(capacity, self._shape))
 
-    def _let_go(self, pool: Pool) -> None:
+    def _drop_if_empty(self, pool: Pool) -> None:
         if not pool.slots:
             self._pools.pop(pool.capacity, None)
-            pool.end()
+            pool.free()
 
-    def _free(self, wanted: int) -> int:
-        """Positions without memory as yet: `wanted`, if need be by giving spare places back, or all that there are."""
+    def _available(self, wanted: int) -> int:
+        """Positions without memory: `wanted`, by freeing spare slots if need be; else all that there are."""
         if self._positions_max is None:
             return wanted
         for pool in list(self._pools.values()):
@@ -258,43 +259,43 @@ class Cache:
                 pool.resize(len(pool.slots))
         return self._positions_max - self.allocated
 
-    def _widened(self, pool: Pool) -> int:
-        """Places for one more: with half as many again for those to come, as far as there is room."""
+    def _grown_size(self, pool: Pool) -> int:
+        """Slots for one more sequence, and half as many again for later ones as far as memory allows."""
         here = len(pool.slots)
-        return here + max(1, min(max(2, here // 2), self._free(pool.capacity) // pool.capacity))
+        return here + max(1, min(max(2, here // 2), self._available(pool.capacity) // pool.capacity))
 
     def _move(self, slot: Slot) -> None:
-        """Into the next capacity's pool, a layer at a time: where there is no room for both, the old place goes first.
+        """Move to the next capacity's pool, layer by layer; if memory for both lacks, the old slot is freed first.
 
-        The caller holds `slot`: it takes the new place.
+        The caller holds `slot`, which gets the new location.
         """
         old, new = slot.pool, self._pool(self.positions(slot.length + 1))
-        there, moved = len(new.slots), 0
-        widening = None if new.spare else new.resizing(self._widened(new), there)
-        tight = widening is not None and self._free(new.capacity) < new.capacity
+        index, moved = len(new.slots), 0
+        widening = None if new.spare else new.resizing(self._grown_size(new), index)
+        tight = widening is not None and self._available(new.capacity) < new.capacity
         narrowing = old.resizing(len(old.slots) - 1, len(old.slots) - 1) if tight else None
         try:
             for layer in range(self._shape.layers):
                 if widening is not None:
                     next(widening)
-                new.put(layer, there, old.read(layer, slot), slot.length)
-                old.close(layer, slot.index)
+                new.put(layer, index, old.read(layer, slot), slot.length)
+                old.fill_gap(layer, slot.index)
                 moved += 1
                 if narrowing is not None:
                     next(narrowing)
         except BaseException:
-            if moved:  # it is in neither pool whole
+            if moved:  # neither pool has all layers of it
                 for layer in range(moved, self._shape.layers):
-                    old.close(layer, slot.index)
-                old.left(slot)
+                    old.fill_gap(layer, slot.index)
+                old.detach(slot)
                 slot.length = _NOWHERE
             raise
         else:
-            old.left(slot)
-            new.entered(slot)
+            old.detach(slot)
+            new.append(slot)
         finally:
-            self._let_go(old)
-            self._let_go(new)
+            self._drop_if_empty(old)
+            self._drop_if_empty(new)
 
 
 @dataclass(frozen=True)
@@ -306,7 +307,7 @@ class PoolPart:
 
 
 class Attention:
-    """One new token a sequence: its key and value are stored, then it attends over its own past."""
+    """One new token a sequence: stores its key and value, then attends over the sequence's own past."""
 
     def __init__(self, parts: list[PoolPart]) -> None:
         self._parts = parts
@@ -328,7 +329,7 @@ class Attention:
         keys[part.rows_N, :, part.at_N] = k_NGD
         values[part.rows_N, :, part.at_N] = v_NGD
         if q_NGQD.device.type == "cpu":
-            return batch_invariant_attention.decoded(q_NGQD, keys, values, part.bias_N11C)  # the bits of training
+            return batch_invariant_attention.decoded(q_NGQD, keys, values, part.bias_N11C)  # bit-equal to training
         scaled = q_NGQD * q_NGQD.shape[-1] ** -0.5
         scores = torch.matmul(scaled, keys.transpose(-1, -2)).add_(part.bias_N11C)
         return torch.matmul(scores.softmax(-1), values)

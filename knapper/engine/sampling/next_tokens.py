@@ -1,4 +1,4 @@
-"""From the logits of several texts to a token of each. N texts, V vocabulary."""
+"""From the logits of several sequences to one token each. N sequences, V vocabulary."""
 
 from collections.abc import Sequence
 
@@ -11,36 +11,38 @@ from knapper.errors import UserError
 
 
 class NonFiniteLogits(UserError):
-    """The weights give logits that are not numbers: nothing can be drawn from them."""
+    """The weights give non-finite logits: no token can be drawn."""
 
     code = "non_finite"
 
     @classmethod
-    def of(cls, job: SequenceGroup) -> "NonFiniteLogits":
-        weights = f"adapter {job.request.adapter}" if job.request.adapter else f"model {job.request.base_model}"
+    def of(cls, group: SequenceGroup) -> "NonFiniteLogits":
+        weights = f"adapter {group.request.adapter}" if group.request.adapter else f"model {group.request.base_model}"
         return cls(f"{weights} gives logits that are not finite: broken weights. Use an earlier checkpoint")
 
 
-def take_tokens(texts: Sequence[RunningSequence], logits_NV: Tensor) -> dict[SequenceGroup, Exception]:
-    """Each text takes a token, but those of jobs that fail by it: returned, with what is wrong."""
+def take_tokens(sequences: Sequence[RunningSequence], logits_NV: Tensor) -> dict[SequenceGroup, Exception]:
+    """Draw a token for each sequence. Returns the requests that fail, with their errors; their sequences take none."""
     finite = logits_NV.isfinite().all(-1, keepdim=True)
     drawn = draw(
-        torch.where(finite, logits_NV, 0.0), [text.job.request.params for text in texts], [t.uniform() for t in texts]
+        torch.where(finite, logits_NV, 0.0),
+        [sequence.group.request.params for sequence in sequences],
+        [t.uniform() for t in sequences],
     )
-    widest = max(text.job.request.topk_sample_logprobs for text in texts)
-    likeliest = alternatives(drawn.logprobs_NV, widest) if widest else None
-    failed: dict[SequenceGroup, Exception] = {}
-    for row, (text, token, logprob, fine) in enumerate(
-        zip(texts, drawn.tokens_N.tolist(), drawn.logprobs_N.tolist(), finite[:, 0].tolist(), strict=True)
+    k_max = max(sequence.group.request.topk_sample_logprobs for sequence in sequences)
+    likeliest = alternatives(drawn.logprobs_NV, k_max) if k_max else None
+    failures: dict[SequenceGroup, Exception] = {}
+    for row, (sequence, token, logprob, is_finite) in enumerate(
+        zip(sequences, drawn.tokens_N.tolist(), drawn.logprobs_N.tolist(), finite[:, 0].tolist(), strict=True)
     ):
-        if not fine:
-            failed[text.job] = NonFiniteLogits.of(text.job)
-        if text.job in failed:
+        if not is_finite:
+            failures[sequence.group] = NonFiniteLogits.of(sequence.group)
+        if sequence.group in failures:
             continue
-        k = text.job.request.topk_sample_logprobs
+        k = sequence.group.request.topk_sample_logprobs
         topk = (likeliest[0][row, :k], likeliest[1][row, :k]) if likeliest is not None and k else None
         try:
-            text.take(token, logprob, topk)
-        except Exception as error:  # noqa: BLE001  of who listens to it, or of its stops: nobody else's affair
-            failed[text.job] = error
-    return failed
+            sequence.take(token, logprob, topk)
+        except Exception as error:  # noqa: BLE001  raised by its listener or its stop criteria: fails this request only
+            failures[sequence.group] = error
+    return failures

@@ -1,4 +1,4 @@
-"""Who waits, and who of them begins or goes on in the next pass over prompts."""
+"""The queue of waiting requests, and which of them start or resume in the next pass over prompts."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,162 +8,165 @@ from typing import Final
 from knapper.concurrency.fair_share import FairShare
 from knapper.engine.sampling.sequence import Isolation, RunningSequence, SequenceGroup
 
-_ROWS_MAX: Final = 512  # tokens of one pass over prompts (a longer one goes alone): bounds how long decoding waits
-_JOBS_MAX: Final = 64  # of one pass: bounds vocabulary-wide tensors
+_ROWS_MAX: Final = 512  # tokens of one pass over prompts (a longer prompt goes alone); bounds how long decoding waits
+_GROUPS_MAX: Final = 64  # of one pass; bounds vocabulary-wide tensors
 
 
-class WaitingJobs:
-    """Jobs with texts that have not begun: tenants share by the tokens that are computed for them, jobs wait in line.
+class PrefillQueue:
+    """Requests with sequences that have not started. Tenants share by computed tokens; a tenant's requests are in
+    order.
 
-    `turn`: texts of a job that begin before it goes to the end of the line.
+    `turn`: sequences that a request may start before it goes to the end of the queue.
     """
 
     def __init__(self, turn: int) -> None:
         self._turn = turn
-        self._line: deque[SequenceGroup] = deque()
+        self._queue: deque[SequenceGroup] = deque()
         self._shares = FairShare()
 
     def __len__(self) -> int:
-        return len(self._line)
+        return len(self._queue)
 
     def __iter__(self) -> Iterator[SequenceGroup]:
-        return iter(self._line)
+        return iter(self._queue)
 
-    def join(self, jobs: Iterable[SequenceGroup]) -> None:
-        for job in jobs:
-            job.turn = self._turn
-            self._line.append(job)
-            self._shares.join(job.request.tenant)
+    def join(self, groups: Iterable[SequenceGroup]) -> None:
+        for group in groups:
+            group.turn = self._turn
+            self._queue.append(group)
+            self._shares.join(group.request.tenant)
 
-    def drop(self, job: SequenceGroup) -> None:
-        if job in self._line:
-            self._line.remove(job)
+    def drop(self, group: SequenceGroup) -> None:
+        if group in self._queue:
+            self._queue.remove(group)
 
     def clear(self) -> None:
-        self._line.clear()
+        self._queue.clear()
 
     def in_turn(self) -> Iterator[SequenceGroup]:
-        """The order in which they are served; it counts what those before will begin as if it were computed already."""
-        lines: dict[str, deque[SequenceGroup]] = {}
-        for job in self._line:
-            lines.setdefault(job.request.tenant, deque()).append(job)
-        served = {tenant: self._shares.rank(tenant)[0] for tenant in lines}
-        while lines:
-            tenant = min(lines, key=served.__getitem__)
-            job = lines[tenant].popleft()
-            served[tenant] += job.prompt_tokens + min(job.left, job.turn)
-            if not lines[tenant]:
-                del lines[tenant]
-            yield job
+        """Requests in the order of service, as if the sequences of the earlier ones were computed already."""
+        queues: dict[str, deque[SequenceGroup]] = {}
+        for group in self._queue:
+            queues.setdefault(group.request.tenant, deque()).append(group)
+        served = {tenant: self._shares.rank(tenant)[0] for tenant in queues}
+        while queues:
+            tenant = min(queues, key=served.__getitem__)
+            group = queues[tenant].popleft()
+            served[tenant] += group.prompt_tokens + min(group.left, group.turn)
+            if not queues[tenant]:
+                del queues[tenant]
+            yield group
 
-    def begin(self, job: SequenceGroup, count: int) -> list[RunningSequence]:
-        """So many of its texts. It is first in line again while its turn lasts, else last."""
-        self._line.remove(job)
-        texts = job.begin(count)
-        job.turn -= count
-        if job.left and job.turn > 0:
-            self._line.appendleft(job)
-        elif job.left:
-            job.turn = self._turn
-            self._line.append(job)
-        return texts
+    def begin(self, group: SequenceGroup, count: int) -> list[RunningSequence]:
+        """Start `count` of its sequences. It stays first while its turn lasts, then goes to the end."""
+        self._queue.remove(group)
+        sequences = group.begin(count)
+        group.turn -= count
+        if group.left and group.turn > 0:
+            self._queue.appendleft(group)
+        elif group.left:
+            group.turn = self._turn
+            self._queue.append(group)
+        return sequences
 
-    def take_back(self, text: RunningSequence) -> None:
-        """It has no token as yet: it begins again, before others."""
-        job = text.job
-        job.take_back(text)
-        job.turn += 1
-        if job not in self._line:
-            self._line.appendleft(job)
+    def take_back(self, sequence: RunningSequence) -> None:
+        """Put back a sequence that got no token: it starts again, before others."""
+        group = sequence.group
+        group.take_back(sequence)
+        group.turn += 1
+        if group not in self._queue:
+            self._queue.appendleft(group)
 
     def keep_prompts(self, free: int) -> int:
-        """Of those that are kept, the first in line stay, in so many positions. Returns what is left of these."""
-        for job in self._line:
-            if job.kept is not None:
-                free -= job.prompt_tokens
+        """Keep prompts in queue order within `free` positions. Returns the positions that are left."""
+        for group in self._queue:
+            if group.past is not None:
+                free -= group.prompt_tokens
                 if free < 0:
-                    job.kept = None
+                    group.past = None
         return free
 
-    def serve(self, job: SequenceGroup) -> None:
-        """It is the first of a pass."""
-        self._shares.serve(job.request.tenant)
+    def serve(self, group: SequenceGroup) -> None:
+        """Mark the request as the first of a pass."""
+        self._shares.serve(group.request.tenant)
 
-    def charge(self, job: SequenceGroup, tokens: int) -> None:
-        """So many were computed for it."""
-        self._shares.charge(tokens, job.request.tenant)
+    def charge(self, group: SequenceGroup, tokens: int) -> None:
+        """Charge the request's tenant for computed tokens."""
+        self._shares.charge(tokens, group.request.tenant)
 
-    def keep_shares_of(self, jobs: Iterable[SequenceGroup]) -> None:
-        """These are all that are not finished."""
-        self._shares.leave((job.request.tenant,) for job in jobs)
+    def keep_shares_of(self, groups: Iterable[SequenceGroup]) -> None:
+        """Forget the shares of tenants without an unfinished request."""
+        self._shares.leave((group.request.tenant,) for group in groups)
 
 
 @dataclass(frozen=True)
 class FreeCapacity:
-    """What is free: `slots`, and `positions` to reserve. `decoding`: whose texts have the others."""
+    """Free `slots` and `positions`. `decoding`: the requests that hold the others."""
 
     slots: int
     positions: int
     decoding: Sequence[SequenceGroup]
-    overtaken_max: int  # texts that may begin before those of a job that came first
+    overtaken_max: int  # sequences that may start before those of an earlier request
 
 
 def next_turns(
-    waiting: Iterable[SequenceGroup], places: FreeCapacity, rows_of: Callable[[SequenceGroup], int]
+    waiting: Iterable[SequenceGroup], capacity: FreeCapacity, rows_of: Callable[[SequenceGroup], int]
 ) -> list[tuple[SequenceGroup, int]]:
-    """Which jobs begin now and how many texts each, in order, until the first for which there is no room.
+    """Requests that start now, with a number of sequences each, in order, until the first that does not fit.
 
-    Who may only begin when no other job decodes is overtaken, a number of times. `rows_of`: of a job's prompt.
+    A request that must decode alone is overtaken, `overtaken_max` times at most. `rows_of`: rows of a request's prompt.
     """
     turns: list[tuple[SequenceGroup, int]] = []
     skipped: list[SequenceGroup] = []
-    slots, free, rows = places.slots, places.positions, 0
-    prompts: set[tuple[str, bytes]] = set()  # of this turn: each is computed once
-    for job in waiting:
-        if not _joins(job, [*places.decoding, *(other for other, _ in turns)]):
-            skipped.append(job)
+    slots, free, rows = capacity.slots, capacity.positions, 0
+    prompts: set[tuple[str, bytes]] = set()  # of this pass: each is computed once
+    for group in waiting:
+        if not _may_decode_beside(group, [*capacity.decoding, *(other for other, _ in turns)]):
+            skipped.append(group)
             continue
-        if any(other.overtaken >= places.overtaken_max for other in skipped):
+        if any(other.overtaken >= capacity.overtaken_max for other in skipped):
             break
-        if job.needs_prefill and (prompt := (job.request.adapter, job.request.prompt.tobytes())) not in prompts:
+        if group.needs_prefill and (prompt := (group.request.adapter, group.request.prompt.tobytes())) not in prompts:
             prompts.add(prompt)
-            rows += rows_of(job)
-        if turns and (_apart(*(other for other, _ in turns), job) or rows > _ROWS_MAX or len(turns) == _JOBS_MAX):
+            rows += rows_of(group)
+        if turns and (
+            _need_own_pass(*(other for other, _ in turns), group) or rows > _ROWS_MAX or len(turns) == _GROUPS_MAX
+        ):
             break
-        wanted = job.left if job.cost == 0 else min(job.left, job.turn)
-        count = wanted if job.cost == 0 else min(wanted, slots, free // job.cost)
+        wanted = group.left if group.cost == 0 else min(group.left, group.turn)
+        count = wanted if group.cost == 0 else min(wanted, slots, free // group.cost)
         if count > 0:
-            turns.append((job, count))
+            turns.append((group, count))
             for other in skipped:
                 other.overtaken += count
         if count < wanted:
             break
-        slots, free = slots - (count if job.cost else 0), free - count * job.cost
+        slots, free = slots - (count if group.cost else 0), free - count * group.cost
     return turns
 
 
-def next_parked(parked: Iterable[RunningSequence], places: FreeCapacity) -> list[RunningSequence]:
-    """Which parked texts go on now, in order, until the first for which there is no room."""
+def next_parked(parked: Iterable[RunningSequence], capacity: FreeCapacity) -> list[RunningSequence]:
+    """Parked sequences that resume now, in order, until the first that does not fit."""
     chosen: list[RunningSequence] = []
-    slots, free, rows = places.slots, places.positions, 0
-    for text in parked:
-        slots, free, rows = slots - 1, free - text.job.cost, rows + text.length
-        jobs = [each.job for each in chosen]
-        if slots < 0 or free < 0 or not _joins(text.job, [*places.decoding, *jobs]):
+    slots, free, rows = capacity.slots, capacity.positions, 0
+    for sequence in parked:
+        slots, free, rows = slots - 1, free - sequence.group.cost, rows + sequence.length
+        groups = [parked_sequence.group for parked_sequence in chosen]
+        if slots < 0 or free < 0 or not _may_decode_beside(sequence.group, [*capacity.decoding, *groups]):
             break
-        if chosen and (_apart(*jobs, text.job) or rows > _ROWS_MAX):
+        if chosen and (_need_own_pass(*groups, sequence.group) or rows > _ROWS_MAX):
             break
-        chosen.append(text)
+        chosen.append(sequence)
     return chosen
 
 
-def _apart(*jobs: SequenceGroup) -> bool:
+def _need_own_pass(*groups: SequenceGroup) -> bool:
     """Whether one of them shares no pass over prompts."""
-    return any(job.company > Isolation.ANY for job in jobs)
+    return any(group.isolation > Isolation.ANY for group in groups)
 
 
-def _joins(job: SequenceGroup, decoding: Iterable[SequenceGroup]) -> bool:
-    """Whether the job's texts may decode beside those of these jobs."""
-    others = set(decoding) - {job}
-    alone = job.suspect or job.company == Isolation.NOBODY or any(other.suspect for other in others)
+def _may_decode_beside(group: SequenceGroup, decoding: Iterable[SequenceGroup]) -> bool:
+    """Whether the request's sequences may decode beside those of `decoding`."""
+    others = set(decoding) - {group}
+    alone = group.suspect or group.isolation == Isolation.ALONE or any(other.suspect for other in others)
     return not (alone and others)

@@ -1,7 +1,7 @@
-"""What a request wants to know of its prompt: filled range by range, as the prompt's rows of logits come.
+"""The prompt log-probabilities that a request asks for, filled range by range as rows of logits are computed.
 
-P prompt tokens, N rows, V vocabulary, k alternatives, K targets a position. Row j tells of token j + 1; nothing tells
-of token 0. Log-probabilities are untempered.
+P prompt tokens, N rows, V vocabulary, k alternatives, K targets a position. Row j scores token j + 1; token 0 has no
+score. Log-probabilities are untempered.
 """
 
 from dataclasses import replace
@@ -22,7 +22,7 @@ from knapper.wire.types import Cells, Float32, PromptDraws, SampleRequest, TopK
 
 
 class PromptLogprobs:
-    """The answers of one request; what it does not ask for is None."""
+    """The prompt scores of one request; None where it does not ask."""
 
     def __init__(self, request: SampleRequest) -> None:
         self._request = request
@@ -38,16 +38,16 @@ class PromptLogprobs:
         if k:
             empty = np.full((tokens, k), empty_logprob, dtype=np.float32)
             self.topk = TopK(np.zeros((tokens, k), dtype=np.int32), empty)
-        if (asked := request.target_prompt_logprobs) is not None:
-            self.targets = replace(asked, values=np.zeros(asked.values.shape, dtype=np.float32))
-            self._target_rows = asked.rows()
+        if (requested := request.target_prompt_logprobs) is not None:
+            self.targets = replace(requested, values=np.zeros(requested.values.shape, dtype=np.float32))
+            self._target_rows = requested.rows()
         if k := request.prompt_alt_tokens_k:
             self._uniforms = prompt_uniforms(request.seed, tokens - 1, k)
             drawn = np.zeros((tokens - 1, k), dtype=np.int64), np.zeros((tokens - 1, k), dtype=np.float32)
             self.draws = PromptDraws(*drawn)
 
     @staticmethod
-    def wanted(request: SampleRequest) -> bool:
+    def is_requested(request: SampleRequest) -> bool:
         return bool(
             request.prompt_logprobs
             or request.topk_prompt_logprobs
@@ -57,7 +57,7 @@ class PromptLogprobs:
 
     @property
     def first(self) -> int:
-        """The first row that matters: those before it need not be added."""
+        """The first row that is needed: earlier rows need not be added."""
         firsts = [int(self._request.prompt.size) - 1]
         if self.logprobs is not None or self.topk is not None:
             firsts.append(self._first_logprob)
@@ -68,7 +68,7 @@ class PromptLogprobs:
         return min(firsts)
 
     def add(self, start: int, logits_NV: Tensor) -> None:
-        """The rows from `start` on; their logits are finite."""
+        """Add the rows from `start` on; their logits are finite."""
         logits_NV = where_float64(logits_NV)
         logprobs_NV = log_distribution(logits_NV)
         stop = start + len(logits_NV)
@@ -84,20 +84,20 @@ class PromptLogprobs:
             self.draws.logprobs[start:stop] = logprobs_NV.gather(1, tokens_Nk).cpu().numpy()
 
     def _add_logprobs(self, start: int, logprobs_NV: Tensor) -> None:
-        of = slice(start + 1, start + 1 + len(logprobs_NV))
+        positions = slice(start + 1, start + 1 + len(logprobs_NV))
         if self.logprobs is not None:
-            following = torch.from_numpy(self._request.prompt[of].astype(np.int64)).to(logprobs_NV.device)
-            self.logprobs[of] = logprobs_NV.gather(1, following[:, None])[:, 0].cpu().numpy()
+            following = torch.from_numpy(self._request.prompt[positions].astype(np.int64)).to(logprobs_NV.device)
+            self.logprobs[positions] = logprobs_NV.gather(1, following[:, None])[:, 0].cpu().numpy()
         if self.topk is not None:
             tokens, logprobs = alternatives(logprobs_NV, self._request.topk_prompt_logprobs)
-            self.topk.tokens[of], self.topk.logprobs[of] = tokens.cpu().numpy(), logprobs.cpu().numpy()
+            self.topk.tokens[positions], self.topk.logprobs[positions] = tokens.cpu().numpy(), logprobs.cpu().numpy()
 
     def _add_targets(self, start: int, stop: int, logprobs_NV: Tensor) -> None:
         assert self.targets is not None
         assert self._request.target_prompt_logprobs is not None
         low, high = np.searchsorted(self._target_rows, [start, stop])
         tokens = self._request.target_prompt_logprobs.values[low:high]
-        asked = np.flatnonzero(tokens >= 0)
-        rows = torch.from_numpy(self._target_rows[low:high][asked] - start)
-        found = logprobs_NV[rows.to(logprobs_NV.device), torch.from_numpy(tokens[asked]).to(logprobs_NV.device)]
-        self.targets.values[low + asked] = found.cpu().numpy()
+        requested = np.flatnonzero(tokens >= 0)
+        rows = torch.from_numpy(self._target_rows[low:high][requested] - start)
+        logprobs = logprobs_NV[rows.to(logprobs_NV.device), torch.from_numpy(tokens[requested]).to(logprobs_NV.device)]
+        self.targets.values[low + requested] = logprobs.cpu().numpy()

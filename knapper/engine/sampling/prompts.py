@@ -1,4 +1,4 @@
-"""The prompts of requests: which rows have to be computed, and what is kept of them for later ones."""
+"""Prefill of requests' prompts: computes the rows that no earlier prompt left, and caches them for later ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,87 +9,92 @@ from torch import Tensor
 
 from knapper.engine.models.base import Model
 from knapper.engine.models.prefill import PrefillPrompt
-from knapper.engine.sampling.prefix_cache import Beginning, PrefixCache
+from knapper.engine.sampling.prefix_cache import CachedPrompt, PrefixCache
 from knapper.engine.sampling.sequence import RunningSequence, SequenceGroup
 
 
 @dataclass
 class SamplingCounters:
-    """Since the sampler began."""
+    """Since the sampler started."""
 
     prefilled_tokens: int = 0
-    reused_tokens: int = 0  # of prompts, that another request had computed
-    decoded_tokens: int = 0  # sampled ones, the first of each text included
-    prefills: int = 0  # passes, of one or several prompts
-    steps: int = 0  # passes of one token a text
+    reused_tokens: int = 0  # of prompts, computed for another request
+    decoded_tokens: int = 0  # sampled tokens, the first of each sequence included
+    prefills: int = 0  # passes over one or several prompts
+    steps: int = 0  # passes of one token a sequence
     finished: int = 0  # requests
     failed: int = 0
     cancelled: int = 0
-    parked: int = 0  # texts that had to wait, after they had begun, because memory ran out
-    device_s: float = 0.0  # of the device, for all of these
+    parked: int = 0  # sequences that were parked because memory ran out
+    device_s: float = 0.0  # for all of these
 
 
 class Prefiller:
-    """Computes prompts on one model; `tokens_max` of earlier ones are kept at most. For the device's thread only."""
+    """Computes prompts on one model and caches `tokens_max` tokens of earlier ones. For the device's thread only."""
 
     def __init__(self, model: Model, counters: SamplingCounters, tokens_max: int) -> None:
         self._model, self._counters = model, counters
-        self._beginnings = PrefixCache(tokens_max, partly=model.continues)
+        self._prefix_cache = PrefixCache(tokens_max, partial=model.continues)
 
     @property
-    def kept(self) -> int:
-        """Tokens of earlier prompts."""
-        return self._beginnings.tokens
+    def cached_tokens(self) -> int:
+        """Tokens of cached prompts."""
+        return self._prefix_cache.tokens
 
     def trim(self, tokens_max: int) -> None:
-        """Keep no more than so many tokens of earlier prompts."""
-        self._beginnings.trim(tokens_max)
+        """Evict cached prompts down to `tokens_max` tokens."""
+        self._prefix_cache.trim(tokens_max)
 
-    def rows(self, job: SequenceGroup) -> int:
-        """How many rows the job's prompt takes."""
-        return job.prompt_tokens - self._found(job)[1]
+    def rows(self, group: SequenceGroup) -> int:
+        """Rows of the request's prompt that must be computed."""
+        return group.prompt_tokens - self._cached(group)[1]
 
     @torch.inference_mode()
-    def compute(self, jobs: Sequence[SequenceGroup]) -> list[Tensor]:
-        """One pass over what is not there yet of the jobs' prompts: the rows of each, without those that it reused.
+    def compute(self, groups: Sequence[SequenceGroup]) -> list[Tensor]:
+        """One pass over the missing rows of the requests' prompts. Returns each request's rows, without the reused
+        ones.
 
-        The jobs have then what their texts begin with.
+        Sets `past` and `last_1H` of each request.
         """
-        found = [self._found(job) for job in jobs]
-        fresh = [
-            PrefillPrompt(job.request.prompt, job.lora, None if beginning is None else beginning.kept, reused)
-            for job, (beginning, reused) in zip(jobs, found, strict=True)
-            if reused < job.prompt_tokens
+        cached = [self._cached(group) for group in groups]
+        prompts = [
+            PrefillPrompt(
+                group.request.prompt, group.lora, None if prompt_cached is None else prompt_cached.past, reused
+            )
+            for group, (prompt_cached, reused) in zip(groups, cached, strict=True)
+            if reused < group.prompt_tokens
         ]
-        computed = iter(self._model.prompts(fresh) if fresh else ())
-        self._counters.prefills += bool(fresh)
+        computed = iter(self._model.prefill(prompts) if prompts else ())
+        self._counters.prefills += bool(prompts)
         rows: list[Tensor] = []
-        for job, (beginning, reused) in zip(jobs, found, strict=True):
-            first = job.last_1H is None
-            if beginning is not None and reused == job.prompt_tokens:
-                job.last_1H, kept, new = beginning.last_1H, beginning.kept, 0
-                rows.append(beginning.last_1H[:0])
+        for group, (prompt_cached, reused) in zip(groups, cached, strict=True):
+            first = group.last_1H is None
+            if prompt_cached is not None and reused == group.prompt_tokens:
+                group.last_1H, past, rows_computed = prompt_cached.last_1H, prompt_cached.past, 0
+                rows.append(prompt_cached.last_1H[:0])
             else:
-                made = next(computed)
-                job.last_1H, kept, new = made.rows[-1:].clone(), made.kept, made.computed
-                rows.append(made.rows)
-                self._beginnings.add(job.request.adapter, job.request.prompt, kept, job.last_1H)
-            job.kept = kept if job.cost else None
-            self._counters.prefilled_tokens += new
-            self._counters.reused_tokens += job.prompt_tokens - new
+                prefilled = next(computed)
+                group.last_1H, past, rows_computed = prefilled.rows[-1:].clone(), prefilled.past, prefilled.computed
+                rows.append(prefilled.rows)
+                self._prefix_cache.add(group.request.adapter, group.request.prompt, past, group.last_1H)
+            group.past = past if group.cost else None
+            self._counters.prefilled_tokens += rows_computed
+            self._counters.reused_tokens += group.prompt_tokens - rows_computed
             if first:
-                job.reused = job.prompt_tokens - new
+                group.reused = group.prompt_tokens - rows_computed
         return rows
 
     @torch.inference_mode()
-    def again(self, texts: Sequence[RunningSequence]) -> list[Any]:
-        """What each text had before it was parked, all but its last token: one pass over the texts so far."""
-        prompts = [PrefillPrompt(text.fed_T, text.job.lora, drawn=len(text.tokens) - 1) for text in texts]
-        made = self._model.prompts(prompts)
+    def recompute(self, sequences: Sequence[RunningSequence]) -> list[Any]:
+        """Recompute keys and values of parked sequences, all tokens but the last, in one pass."""
+        prompts = [
+            PrefillPrompt(sequence.fed_T, sequence.group.lora, drawn=len(sequence.tokens) - 1) for sequence in sequences
+        ]
+        prefilled = self._model.prefill(prompts)
         self._counters.prefills += 1
-        self._counters.prefilled_tokens += sum(each.computed for each in made)
-        return [each.kept for each in made]
+        self._counters.prefilled_tokens += sum(prompt.computed for prompt in prefilled)
+        return [prompt.past for prompt in prefilled]
 
-    def _found(self, job: SequenceGroup) -> tuple[Beginning | None, int]:
-        """An earlier prompt that this job's begins like, and how many tokens of it are of use."""
-        return self._beginnings.find(job.request.adapter, job.request.prompt, job.reusable) or (None, 0)
+    def _cached(self, group: SequenceGroup) -> tuple[CachedPrompt | None, int]:
+        """The cached prompt with the longest common prefix, and how many of its tokens the request can reuse."""
+        return self._prefix_cache.find(group.request.adapter, group.request.prompt, group.reusable) or (None, 0)

@@ -1,4 +1,4 @@
-"""Samples of one request: checked, with its adapter loaded, and handed to the scheduler, which computes them."""
+"""The sampler of the engine: checks a sample request, loads its adapter, and submits it to the scheduler."""
 
 import asyncio
 from collections.abc import Callable
@@ -24,9 +24,9 @@ _ADAPTER_BYTES_MAX: Final = 1024 * limits.MIB
 
 
 class EngineSampler:
-    """Continuous batching over one decoder: `slots_max` texts decode at once, within `kv_tokens_max` positions.
+    """Continuous batching over one decoder: `slots_max` sequences decode at once, within `kv_tokens_max` positions.
 
-    Adapters are kept between requests, up to `adapter_bytes_max`. `now`, in seconds, only tells what a request costs.
+    Adapters are cached between requests, up to `adapter_bytes_max`. `now`, in seconds, only measures costs.
     """
 
     def __init__(
@@ -52,24 +52,26 @@ class EngineSampler:
 
     @property
     def active(self) -> int:
-        """Texts that decode."""
+        """Sequences that decode."""
         return self._scheduler.active
 
     @property
     def waiting(self) -> int:
-        """Requests with texts that have not begun."""
+        """Requests with sequences that have not started."""
         return self._scheduler.waiting
 
     async def sample(self, request: SampleRequest, listen: Callable[[TokenEvent], None] | None = None) -> SampleOutput:
-        """The samples of one request: in float32 the same tokens for the same request, whoever else is there.
+        """The samples of one request: in float32 the same tokens for the same request, whatever other requests there
+        are.
 
-        The log-probabilities are those of the distribution that each token was drawn from (`draw.draw` says more);
-        those of the prompt are untempered; only alternatives to its tokens are drawn at the request's temperature, and
-        without its top_k and top_p. max_tokens 0 only scores the prompt; None goes to the end of the context, or of the
-        memory where that ends earlier. Cancelling the caller frees the slots. `listen` hears each token as it is drawn:
+        A token's log-probability is that of the distribution that it was drawn from (see `token_sampling.draw`). Prompt
+        log-probabilities are untempered; alternatives to prompt tokens are drawn at the request's temperature, without
+        its top_k and top_p. max_tokens 0 only scores the prompt; None samples to the end of the context, or of the
+        memory where that ends earlier. Cancelling the caller frees the slots. `listen` gets each token as it is drawn,
         on the device's thread, which waits for it.
-        Raises InvalidField or UserError for what cannot be asked, TooLarge for what can never fit, OutOfMemory for what
-        turns out not to, NonFiniteLogits for broken weights, Unavailable when too many wait.
+
+        Raises InvalidField or UserError for an invalid request, TooLarge if it can never fit, OutOfMemory if it turns
+        out not to, NonFiniteLogits for broken weights, Unavailable when too many requests wait.
         """
         config, params = self._decoder.config, request.params
         validation.check(request, config)
@@ -78,12 +80,12 @@ class EngineSampler:
             raise InvalidField("sampling_params.stop", params.stop_strings[0], allowed)
         ends = () if params.ignore_eos else config.eos
         tokens_max, cost = self._reserved_by(request)
-        async with AsyncExitStack() as held:
+        async with AsyncExitStack() as stack:
             lora = None
             if request.adapter:
-                lora = await held.enter_async_context(self._adapters.use(request.adapter))
+                lora = await stack.enter_async_context(self._adapters.use(request.adapter))
                 validation.check_adapter(request.adapter, lora, config)
-            job = SequenceGroup(
+            group = SequenceGroup(
                 request=request,
                 lora=lora,
                 stops=StopCriteria((*ends, *params.stop_tokens), params.stop_strings, self._tokenizer),
@@ -91,15 +93,15 @@ class EngineSampler:
                 cost=cost,
                 listen=listen,
             )
-            self._scheduler.submit(job)
-            return await asyncio.wrap_future(job.future)
+            self._scheduler.submit(group)
+            return await asyncio.wrap_future(group.future)
 
     def _reserved_by(self, request: SampleRequest) -> tuple[int, int]:
-        """(tokens that a text may have, positions that it then needs). Raises TooLarge."""
-        prompt, asked = int(request.prompt.size), request.params.max_tokens
-        room = self._decoder.config.context - prompt
+        """(tokens that a sequence may have, positions that it reserves). Raises TooLarge."""
+        prompt, requested = int(request.prompt.size), request.params.max_tokens
+        context_left = self._decoder.config.context - prompt
         fits = self._scheduler.longest - prompt + 1  # the last token is never fed
-        tokens_max = min(room, asked if asked is not None else fits if fits > 0 else room)
+        tokens_max = min(context_left, requested if requested is not None else fits if fits > 0 else context_left)
         cost = 0 if tokens_max <= 1 else self._scheduler.positions(prompt + tokens_max - 1)
         if cost > self._kv_tokens_max and fits < 1:
             because = f", as the server has key/value memory for {self._scheduler.longest}"

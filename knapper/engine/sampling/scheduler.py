@@ -1,25 +1,24 @@
-"""Requests of several adapters decode together, each as if it were alone.
+"""Continuous batching: requests of several adapters decode together, each with the bits that it has alone.
 
-One task on the device serves all of them: it admits what fits, computes prompts, then gives every active text one token
-a step, and yields between steps, so that training takes its turns. It ends when nothing is left.
+One task on the device serves all requests. It admits what fits, computes prompts, gives every active sequence one token
+a step, and yields between steps so that training gets its share. It ends when no request is left.
 
-    waiting jobs --turn--> prefill --first token--> slots of the cache --step, step ...--> results
+    waiting requests --turn--> prefill --first token--> slots of the cache --step, step ...--> results
                                                           |     ^
-                                                          +-> parked texts
+                                                          +-> parked sequences
 
-Next is the tenant for which the fewest tokens were computed, of prompts and of samples (`FairShare`; a virtual token
-counter: Sheng et al., OSDI 2024), there the job that arrived first, a quarter of the slots' worth of texts a turn, so
-that a request for a thousand does not hold up the rest.
+Order: the tenant with the fewest computed tokens, prompts and samples alike (`FairShare`; the virtual token counter of
+Sheng et al., OSDI 2024), then its oldest request. A turn starts at most a quarter of the slots' worth of sequences, so
+that a request for a thousand does not block the rest.
 
-Memory: a text reserves, when it begins, the positions that it can grow to. A job's prompt's keys and values are kept
-between its turns while there is room, else computed again. In room that nobody else needs they are kept for later
-requests too (`Beginnings`).
+Memory: a sequence reserves at its start the positions that it can grow to. A request's prompt keys and values are kept
+between its turns while there is capacity, else computed again. Capacity that no request needs keeps them for later
+requests (`PrefixCache`).
 
-What breaks is its own job's affair. A pass over several prompts that breaks is repeated, each job by itself, and one
-that lacks memory once more when no other text decodes; who breaks it then fails, and says what there was too little of.
-A step that lacks memory is repeated once everything that was kept for later is gone, then with the younger half of the
-texts parked: they wait, and go on from where they were (on a CPU to the last bit). A step that breaks otherwise goes on
-with one job after another.
+Failures stay with the request that causes them. If a pass over several prompts fails, each request repeats it alone;
+one that then lacks memory repeats it when no other sequence decodes, and else fails with an error that names the lack.
+If a step lacks memory, it is repeated without any cache, then with the younger half of the sequences parked; these
+resume where they were (on a CPU to the last bit). After any other failure of a step, requests decode one by one.
 """
 
 import itertools
@@ -36,24 +35,24 @@ from knapper.engine import hardware
 from knapper.engine.executor import Executor, Work
 from knapper.engine.layers.lora_grouped import Segments
 from knapper.engine.models.base import Model
-from knapper.engine.out_of_memory import MemoryShortage, told
+from knapper.engine.out_of_memory import MemoryShortage, as_shortage
 from knapper.engine.sampling.decode_batch import DecodeBatch
 from knapper.engine.sampling.next_tokens import NonFiniteLogits, take_tokens
-from knapper.engine.sampling.prefill_queue import FreeCapacity, WaitingJobs, next_parked, next_turns
+from knapper.engine.sampling.prefill_queue import FreeCapacity, PrefillQueue, next_parked, next_turns
 from knapper.engine.sampling.prompt_logprobs import PromptLogprobs
 from knapper.engine.sampling.prompts import Prefiller, SamplingCounters
 from knapper.engine.sampling.sequence import Isolation, RunningSequence, SequenceGroup
 from knapper.errors import Unavailable
 from knapper.text.sizes import sized
 
-_LOGIT_ROWS: Final = 64  # rows of vocabulary-wide tensors at a time: bounds memory
-_PREFIX_CACHE_PART: Final = 4  # of the memory for keys and values: 1 / so much may hold prompts of earlier requests
+_LOGIT_ROWS: Final = 64  # rows of vocabulary-wide tensors at a time; bounds memory
+_PREFIX_CACHE_PART: Final = 4  # prompts of earlier requests may take 1 / this of the key/value memory
 
 log = structlog.get_logger()
 
 
 class SamplingScheduler:
-    """At most `slots_max` texts decode at once, within `kv_tokens_max` positions. `now`: seconds, for costs only."""
+    """At most `slots_max` sequences decode at once, within `kv_tokens_max` positions. `now`, in seconds: for costs."""
 
     def __init__(
         self, decoder: Model, device: Executor, slots_max: int, kv_tokens_max: int, now: Callable[[], float]
@@ -62,338 +61,339 @@ class SamplingScheduler:
         self.counters = SamplingCounters()
         self._decoder, self._device = decoder, device
         self._slots_max, self._kv_tokens_max, self._now = slots_max, kv_tokens_max, now
-        # Callers and the device's thread meet at these two, under the lock.
+        # Shared by callers and the device's thread, under the lock.
         self._lock = threading.Lock()
         self._arrivals: list[SequenceGroup] = []
         self._working = False
-        # The rest belongs to the device's thread.
-        self._jobs: list[SequenceGroup] = []  # all that are not finished
-        self._waiting = WaitingJobs(max(1, slots_max // 4))
+        # Used by the device's thread only.
+        self._groups: list[SequenceGroup] = []  # all unfinished requests
+        self._waiting = PrefillQueue(max(1, slots_max // 4))
         self._ages = itertools.count()
-        self._cache = decoder.texts(kv_tokens_max)
-        self._active = DecodeBatch(self._cache, kv_tokens_max, self.counters)
-        self._strained = False  # the last step lacked memory, and is tried once more before anyone joins
-        self._prefilling = Prefiller(decoder, self.counters, kv_tokens_max // _PREFIX_CACHE_PART)
+        self._cache = decoder.decode_state(kv_tokens_max)
+        self._batch = DecodeBatch(self._cache, kv_tokens_max, self.counters)
+        self._short_of_memory = False  # the last step lacked memory and is retried before anything else starts
+        self._prefiller = Prefiller(decoder, self.counters, kv_tokens_max // _PREFIX_CACHE_PART)
 
     @property
     def longest(self) -> int:
-        """Positions that one text can have."""
+        """Positions that one sequence can have at most."""
         return self._cache.longest
 
     def positions(self, length: int) -> int:
-        """What a text of so many reserves."""
+        """Positions that a sequence of this length reserves."""
         return self._cache.positions(length)
 
     @property
     def active(self) -> int:
-        """Texts that decode."""
-        return len(self._active.texts)
+        """Sequences that decode."""
+        return len(self._batch.sequences)
 
     @property
     def waiting(self) -> int:
-        """Requests with texts that have not begun."""
+        """Requests with sequences that have not started."""
         return len(self._arrivals) + len(self._waiting)
 
-    def submit(self, job: SequenceGroup) -> None:
-        """Its future has the answer. Raises Unavailable when too many wait."""
+    def submit(self, group: SequenceGroup) -> None:
+        """The group's future gets the output. Raises Unavailable when too many requests wait."""
         with self._lock:
             if self.waiting >= limits.samples_waiting_max:
                 raise Unavailable(f"{self.waiting} sample requests wait; allowed: {limits.samples_waiting_max}")
-            self._arrivals.append(job)
+            self._arrivals.append(group)
             if not self._working:
                 self._working = True
                 self._device.submit(self._work(), "samples")
 
-    # From here on: the device's thread.
+    # The rest runs on the device's thread.
 
     def _work(self) -> Work[None]:
         try:
-            while self._look():
-                if not (self._strained and self._active.texts):
+            while self._take_arrivals():
+                if not (self._short_of_memory and self._batch.sequences):
                     yield from self._resume()
                     yield from self._admit()
-                if self._active.texts:
+                if self._batch.sequences:
                     self._advance()
                 yield
         except BaseException as error:
             self._abandon(error)
             raise
 
-    def _look(self) -> bool:
-        """Take in what arrived and drop what was cancelled. False when nothing is left: the task then ends."""
+    def _take_arrivals(self) -> bool:
+        """Accept arrivals and drop cancelled requests. False when none is left: the task then ends."""
         with self._lock:
             arrived, self._arrivals = self._arrivals, []
-            self._jobs.extend(arrived)
+            self._groups.extend(arrived)
             self._waiting.join(arrived)
-            for job in [job for job in self._jobs if job.future.cancelled()]:
-                self._drop(job)
+            for group in [group for group in self._groups if group.future.cancelled()]:
+                self._drop(group)
                 self.counters.cancelled += 1
-            self._waiting.keep_shares_of(self._jobs)
-            self._working = bool(self._jobs)
+            self._waiting.keep_shares_of(self._groups)
+            self._working = bool(self._groups)
             return self._working
 
     def _abandon(self, error: BaseException) -> None:
-        """Something broke that no request is to blame for: every caller hears it, the next request begins afresh."""
+        """Fail every request after an error that no single request caused; the next request starts afresh."""
         with self._lock:
-            jobs = self._jobs + self._arrivals
-            self._jobs, self._arrivals, self._working = [], [], False
+            groups = self._groups + self._arrivals
+            self._groups, self._arrivals, self._working = [], [], False
             self._waiting.clear()
-            self._cache = self._decoder.texts(self._kv_tokens_max)
-            self._active, self._strained = DecodeBatch(self._cache, self._kv_tokens_max, self.counters), False
-            self._prefilling.trim(0)
-        for job in jobs:
+            self._cache = self._decoder.decode_state(self._kv_tokens_max)
+            self._batch, self._short_of_memory = DecodeBatch(self._cache, self._kv_tokens_max, self.counters), False
+            self._prefiller.trim(0)
+        for group in groups:
             self.counters.failed += 1
-            job.answer(error)
+            group.answer(error)
 
-    # -- beginning -----------------------------------------------------------------------------------------------------
+    # -- start ---------------------------------------------------------------------------------------------------------
 
     def _admit(self) -> Work[None]:
-        """Begin what there is room for."""
-        waiting = () if self._active.parked else self._waiting.in_turn()  # who has begun goes first
-        if not (turns := next_turns(waiting, self._places(), self._prefilling.rows)):
+        """Start what fits."""
+        waiting = () if self._batch.parked else self._waiting.in_turn()  # parked sequences go first
+        if not (turns := next_turns(waiting, self._free_capacity(), self._prefiller.rows)):
             return
         self._waiting.serve(turns[0][0])
         try:
-            yield from self._prefill([job for job, _ in turns if job.needs_prefill])
+            yield from self._prefill([group for group, _ in turns if group.needs_prefill])
             self._begin(turns)
-        except Exception as error:  # noqa: BLE001  what one job's prompt brings out must not fail the others
-            failed = told(error)
+        except Exception as error:  # noqa: BLE001  what one request's prompt brings out must not fail the others
+            failure = as_shortage(error)
         else:
             yield
             return
-        self._part([job for job, _ in turns], failed)
+        self._isolate([group for group, _ in turns], failure)
         yield
 
-    def _places(self) -> FreeCapacity:
-        active = self._active
+    def _free_capacity(self) -> FreeCapacity:
+        active = self._batch
         return FreeCapacity(
-            self._slots_max - len(active.texts), active.free(), active.jobs, overtaken_max=self._slots_max
+            self._slots_max - len(active.sequences), active.free(), active.groups, overtaken_max=self._slots_max
         )
 
-    def _prefill(self, jobs: Sequence[SequenceGroup]) -> Work[None]:
-        """One pass over the prompts of `jobs`, then their log-probabilities if they are asked for."""
-        if not jobs:
+    def _prefill(self, groups: Sequence[SequenceGroup]) -> Work[None]:
+        """One pass over the prompts of `groups`, then the prompt log-probabilities that they request."""
+        if not groups:
             return
         began_s = self._now()
-        hidden = self._prefilling.compute(jobs)
+        hidden = self._prefiller.compute(groups)
         hardware.finish(self._decoder.device)
-        self._charge(began_s, [(job, rows.shape[0]) for job, rows in zip(jobs, hidden, strict=True)])
+        self._charge(began_s, [(group, rows.shape[0]) for group, rows in zip(groups, hidden, strict=True)])
         yield
-        for job, rows in zip(jobs, hidden, strict=True):
-            if job.scores is None and PromptLogprobs.wanted(job.request):
-                scores = PromptLogprobs(job.request)
-                before, last = job.prompt_tokens - rows.shape[0], job.prompt_tokens - 1
-                for start in range(scores.first, last, _LOGIT_ROWS):  # the last row tells of the first sampled token
+        for group, rows in zip(groups, hidden, strict=True):
+            if group.scores is None and PromptLogprobs.is_requested(group.request):
+                scores = PromptLogprobs(group.request)
+                before, last = group.prompt_tokens - rows.shape[0], group.prompt_tokens - 1
+                for start in range(scores.first, last, _LOGIT_ROWS):  # the last row scores the first sampled token
                     stop = min(start + _LOGIT_ROWS, last)
-                    if not self._score(job, scores, start, rows[start - before : stop - before]):
+                    if not self._score(group, scores, start, rows[start - before : stop - before]):
                         break
                     yield
-                job.scores = scores
+                group.scores = scores
 
     @torch.inference_mode()
-    def _score(self, job: SequenceGroup, scores: PromptLogprobs, start: int, hidden_NH: Tensor) -> bool:
-        """False when the job failed: its logits are not numbers."""
+    def _score(self, group: SequenceGroup, scores: PromptLogprobs, start: int, hidden_NH: Tensor) -> bool:
+        """False if the request failed because its logits are not finite."""
         began_s = self._now()
-        logits = self._decoder.logits(hidden_NH, Segments([job.segment(0, hidden_NH.shape[0])]))
+        logits = self._decoder.logits(hidden_NH, Segments([group.segment(0, hidden_NH.shape[0])]))
         finite = bool(logits.isfinite().all())
         if finite:
             scores.add(start, logits)
-        self._charge(began_s, [(job, 1)])
+        self._charge(began_s, [(group, 1)])
         if not finite:
-            self._fail(job, NonFiniteLogits.of(job))
+            self._fail(group, NonFiniteLogits.of(group))
         return finite
 
     @torch.inference_mode()
     def _begin(self, turns: Sequence[tuple[SequenceGroup, int]]) -> None:
-        """The first token of `count` texts of each job; those that go on get their slots."""
-        texts: list[RunningSequence] = []
-        for job, count in turns:
-            if job in self._jobs and not job.future.cancelled():
-                texts += self._waiting.begin(job, count)
-        for text in texts:
-            text.age = next(self._ages)
-            if text.job.tokens_max == 0:
-                text.finish(stopped=False)
+        """Draw the first token of `count` sequences of each request; those that continue get slots."""
+        sequences: list[RunningSequence] = []
+        for group, count in turns:
+            if group in self._groups and not group.future.cancelled():
+                sequences += self._waiting.begin(group, count)
+        for sequence in sequences:
+            sequence.age = next(self._ages)
+            if sequence.group.tokens_max == 0:
+                sequence.finish(stopped=False)
         try:
-            self._first_tokens([text for text in texts if text.job.tokens_max > 0])
+            self._first_tokens([sequence for sequence in sequences if sequence.group.tokens_max > 0])
         finally:
-            self._not_begun(texts)
+            self._not_begun(sequences)
             self._release_prompts()
             self._deliver()
 
-    def _first_tokens(self, texts: Sequence[RunningSequence]) -> None:
-        for start in range(0, len(texts), _LOGIT_ROWS):
-            began_s, some = self._now(), texts[start : start + _LOGIT_ROWS]
-            jobs = list(dict.fromkeys(text.job for text in some))
-            last_JH = torch.cat([job.last_1H for job in jobs if job.last_1H is not None])
-            logits_JV = self._decoder.logits(last_JH, Segments([job.segment(row, 1) for row, job in enumerate(jobs)]))
-            place = {job: row for row, job in enumerate(jobs)}
-            rows = torch.tensor([place[text.job] for text in some], device=logits_JV.device)
-            for text in self._draw(some, logits_JV[rows]):
-                self._active.seat(text, text.job.kept)
-            self._charge(began_s, [(text.job, 1) for text in some])
+    def _first_tokens(self, sequences: Sequence[RunningSequence]) -> None:
+        for start in range(0, len(sequences), _LOGIT_ROWS):
+            began_s, chunk = self._now(), sequences[start : start + _LOGIT_ROWS]
+            groups = list(dict.fromkeys(sequence.group for sequence in chunk))
+            last_JH = torch.cat([group.last_1H for group in groups if group.last_1H is not None])
+            segments = Segments([group.segment(row, 1) for row, group in enumerate(groups)])
+            logits_JV = self._decoder.logits(last_JH, segments)
+            row_of = {group: row for row, group in enumerate(groups)}
+            rows = torch.tensor([row_of[sequence.group] for sequence in chunk], device=logits_JV.device)
+            for sequence in self._draw(chunk, logits_JV[rows]):
+                self._batch.add(sequence, sequence.group.past)
+            self._charge(began_s, [(sequence.group, 1) for sequence in chunk])
 
-    def _not_begun(self, texts: Sequence[RunningSequence]) -> None:
-        """Those that broke off before they had a place: with a token they are parked, without one they begin again."""
-        seated = set(self._active.texts.values())
-        for text in texts:
-            job = text.job
-            if job not in self._jobs or text.finished or text in seated:
+    def _not_begun(self, sequences: Sequence[RunningSequence]) -> None:
+        """Sequences that failed before they got a slot: with a token they are parked, else they start again."""
+        decoding = set(self._batch.sequences.values())
+        for sequence in sequences:
+            group = sequence.group
+            if group not in self._groups or sequence.finished or sequence in decoding:
                 continue
-            if text.tokens:
-                self._active.wait(text)
-                continue
-            self._waiting.take_back(text)
+            if sequence.tokens:
+                self._batch.park(sequence)
+            else:
+                self._waiting.take_back(sequence)
 
     def _release_prompts(self) -> None:
-        """Prompts stay for texts that are still to begin, the first in line first, in room that no text reserved.
-
-        What is left is for the prompts of earlier requests.
-        """
-        free = self._active.free()
-        for job in self._jobs:
-            if not job.left:
-                job.kept = None
-        self._prefilling.trim(self._waiting.keep_prompts(free))
+        """Keep prompts for sequences still to start within the unreserved capacity; cached ones get the rest of it."""
+        free = self._batch.free()
+        for group in self._groups:
+            if not group.left:
+                group.past = None
+        self._prefiller.trim(self._waiting.keep_prompts(free))
 
     # -- decoding ------------------------------------------------------------------------------------------------------
 
     def _advance(self) -> None:
-        """A step, which fails nobody but who breaks it alone."""
+        """Run a step; an error fails only the request that causes it."""
         try:
             self._step()
-        except Exception as error:  # noqa: BLE001  what one text brings out must not fail the others
-            failed = told(error)
+        except Exception as error:  # noqa: BLE001  what one sequence brings out must not fail the others
+            failure = as_shortage(error)
         else:
-            self._strained = False
+            self._short_of_memory = False
             return
-        self._active.restore()
+        self._batch.restore()
         self._deliver()
-        self._relieve(failed)
+        self._relieve(failure)
 
     @torch.inference_mode()
     def _step(self) -> None:
-        """One token for every active text."""
+        """One token for every active sequence."""
         began_s = self._now()
-        self._cache.settle()
-        texts = [self._active.texts[slot] for slot in self._cache.rows]
-        tokens = torch.tensor([text.tokens[-1] for text in texts], device=self._decoder.device)
-        self._draw(texts, self._cache.step(tokens, [text.job.lora for text in texts]))
-        self._active.leave()
+        self._cache.reserve()
+        sequences = [self._batch.sequences[slot] for slot in self._cache.rows]
+        tokens = torch.tensor([sequence.tokens[-1] for sequence in sequences], device=self._decoder.device)
+        self._draw(sequences, self._cache.step(tokens, [sequence.group.lora for sequence in sequences]))
+        self._batch.remove_finished()
         self.counters.steps += 1
-        self._charge(began_s, [(text.job, 1) for text in texts])
+        self._charge(began_s, [(sequence.group, 1) for sequence in sequences])
         self._deliver()
 
-    # -- when something breaks -----------------------------------------------------------------------------------------
+    # -- failures ------------------------------------------------------------------------------------------------------
 
-    def _relieve(self, failed: Exception) -> None:
-        """A step broke, and is as if it had not been: what can be done that the next one does not."""
-        self._let_go()
-        jobs = self._active.jobs
-        if isinstance(failed, MemoryShortage) and not self._strained:
-            self._strained = True
-        elif isinstance(failed, MemoryShortage) and self.active > 1:
-            self._active.park_younger_half()
-        elif len(jobs) > 1:
-            for job in jobs:
-                job.suspect = True
-            self._active.park_all()
+    def _relieve(self, failure: Exception) -> None:
+        """Undo a failed step's cause as far as possible: free memory, park, isolate; fail a request that is alone."""
+        self._release_caches()
+        groups = self._batch.groups
+        if isinstance(failure, MemoryShortage) and not self._short_of_memory:
+            self._short_of_memory = True
+        elif isinstance(failure, MemoryShortage) and self.active > 1:
+            self._batch.park_younger_half()
+        elif len(groups) > 1:
+            for group in groups:
+                group.suspect = True
+            self._batch.park_all()
         else:
-            for job in jobs:
-                self._fail(job, self._answer(job, failed))
-        log.warning("a step broke", reason=repr(failed), decoding=self.active, parked=len(self._active.parked))
+            for group in groups:
+                self._fail(group, self._error_for(group, failure))
+        log.warning("a step broke", reason=repr(failure), decoding=self.active, parked=len(self._batch.parked))
 
-    def _part(self, jobs: Sequence[SequenceGroup], failed: Exception) -> None:
-        """A pass over the jobs' prompts, or over what their parked texts had, broke: they are computed again apart."""
-        self._let_go()
-        present = [job for job in jobs if job in self._jobs]
-        for job in present:
-            job.forget_prompt()
-            if len(present) > 1 or (isinstance(failed, MemoryShortage) and job.company == Isolation.ANY):
-                job.company = max(job.company, Isolation.OWN_PASSES)
-            elif self._may_fit_alone(job, failed):
-                job.company = Isolation.NOBODY
+    def _isolate(self, groups: Sequence[SequenceGroup], failure: Exception) -> None:
+        """After a failed pass over prompts or parked sequences: compute each request again in a pass of its own."""
+        self._release_caches()
+        present = [group for group in groups if group in self._groups]
+        for group in present:
+            group.forget_prompt()
+            if len(present) > 1 or (isinstance(failure, MemoryShortage) and group.isolation == Isolation.ANY):
+                group.isolation = max(group.isolation, Isolation.OWN_PASSES)
+            elif self._may_fit_alone(group, failure):
+                group.isolation = Isolation.ALONE
             else:
-                self._fail(job, self._answer(job, failed))
+                self._fail(group, self._error_for(group, failure))
 
-    def _may_fit_alone(self, job: SequenceGroup, failed: Exception) -> bool:
-        """Whether memory is lacking that the texts of others hold."""
-        if not isinstance(failed, MemoryShortage) or job.company == Isolation.NOBODY or set(self._active.jobs) <= {job}:
+    def _may_fit_alone(self, group: SequenceGroup, failure: Exception) -> bool:
+        """Whether the sequences of other requests hold the memory that is lacking."""
+        alone = group.isolation == Isolation.ALONE or set(self._batch.groups) <= {group}
+        if alone or not isinstance(failure, MemoryShortage):
             return False
         others = self._cache.tokens * self._decoder.bytes_per_token
-        return failed.needed is None or failed.needed <= hardware.memory_left(self._decoder.device) + others
+        return failure.needed is None or failure.needed <= hardware.memory_left(self._decoder.device) + others
 
     def _resume(self) -> Work[None]:
-        """Parked texts go on, the oldest first, as far as there is room: one pass over what they had."""
-        if not (texts := next_parked(self._active.parked, self._places())):
+        """Resume parked sequences that fit, the oldest first: one pass recomputes their keys and values."""
+        if not (sequences := next_parked(self._batch.parked, self._free_capacity())):
             return
         began_s = self._now()
         try:
-            kept = self._prefilling.again(texts)
+            pasts = self._prefiller.recompute(sequences)
             hardware.finish(self._decoder.device)
-            for text, own in zip(texts, kept, strict=True):
-                self._active.seat(text, own)
-                self._active.parked.remove(text)
+            for sequence, past in zip(sequences, pasts, strict=True):
+                self._batch.add(sequence, past)
+                self._batch.parked.remove(sequence)
         except Exception as error:  # noqa: BLE001  as above
-            failed = told(error)
+            failure = as_shortage(error)
         else:
-            self._charge(began_s, [(text.job, text.length) for text in texts])
+            self._charge(began_s, [(sequence.group, sequence.length) for sequence in sequences])
             yield
             return
-        self._part(list(dict.fromkeys(text.job for text in texts if text in self._active.parked)), failed)
+        self._isolate(
+            list(dict.fromkeys(sequence.group for sequence in sequences if sequence in self._batch.parked)), failure
+        )
         yield
 
-    def _let_go(self) -> None:
-        """Of everything that is kept only because it may be of use later."""
-        for job in self._jobs:
-            job.kept = None
-        self._prefilling.trim(0)
+    def _release_caches(self) -> None:
+        """Drop everything that is kept only for reuse."""
+        for group in self._groups:
+            group.past = None
+        self._prefiller.trim(0)
         hardware.release(self._decoder.device)
 
-    # -- of both -------------------------------------------------------------------------------------------------------
+    # -- shared --------------------------------------------------------------------------------------------------------
 
     def _charge(self, began_s: float, parts: Sequence[tuple[SequenceGroup, int]]) -> None:
-        """The seconds since then were the jobs', by their rows; where none was computed, in equal parts."""
+        """Charge the seconds since `began_s` to the requests by their rows; in equal parts if no row was computed."""
         spent_s = self._now() - began_s
         total = sum(rows for _, rows in parts)
         self.counters.device_s += spent_s
-        for job, rows in parts:
-            job.device_s += spent_s * (rows / total if total else 1 / len(parts))
-            self._waiting.charge(job, rows)
+        for group, rows in parts:
+            group.device_s += spent_s * (rows / total if total else 1 / len(parts))
+            self._waiting.charge(group, rows)
 
-    def _draw(self, texts: Sequence[RunningSequence], logits_NV: Tensor) -> list[RunningSequence]:
-        """A token for each text. Returns those that go on; a job whose logits are not numbers fails."""
-        for start in range(0, len(texts), _LOGIT_ROWS):
-            some = texts[start : start + _LOGIT_ROWS]
-            failed = take_tokens(some, logits_NV[start : start + _LOGIT_ROWS])
-            self.counters.decoded_tokens += sum(text.job not in failed for text in some)
-            for job, error in failed.items():
-                self._fail(job, error)
-        return [text for text in texts if text.job in self._jobs and not text.finished]
+    def _draw(self, sequences: Sequence[RunningSequence], logits_NV: Tensor) -> list[RunningSequence]:
+        """Draw a token for each sequence. Returns those that continue; a request with non-finite logits fails."""
+        for start in range(0, len(sequences), _LOGIT_ROWS):
+            chunk = sequences[start : start + _LOGIT_ROWS]
+            failures = take_tokens(chunk, logits_NV[start : start + _LOGIT_ROWS])
+            self.counters.decoded_tokens += sum(sequence.group not in failures for sequence in chunk)
+            for group, error in failures.items():
+                self._fail(group, error)
+        return [sequence for sequence in sequences if sequence.group in self._groups and not sequence.finished]
 
     def _deliver(self) -> None:
-        for job in [job for job in self._jobs if job.finished]:
-            self._drop(job)
+        for group in [group for group in self._groups if group.finished]:
+            self._drop(group)
             self.counters.finished += 1
-            job.answer(job.output())
+            group.answer(group.output())
 
-    def _fail(self, job: SequenceGroup, error: Exception) -> None:
-        if job not in self._jobs:
+    def _fail(self, group: SequenceGroup, error: Exception) -> None:
+        if group not in self._groups:
             return
-        self._drop(job)
+        self._drop(group)
         self.counters.failed += 1
-        job.answer(error)
+        group.answer(error)
 
-    def _answer(self, job: SequenceGroup, failed: Exception) -> Exception:
-        """What is told to the caller of a job that fails alone."""
-        if not isinstance(failed, MemoryShortage):
-            return failed
-        log.warning("no memory for a sample", prompt=job.prompt_tokens, needed=sized(failed.needed or 0))
+    def _error_for(self, group: SequenceGroup, failure: Exception) -> Exception:
+        """The error for the caller of a request that fails alone."""
+        if not isinstance(failure, MemoryShortage):
+            return failure
+        log.warning("no memory for a sample", prompt=group.prompt_tokens, needed=sized(failure.needed or 0))
         todo = "Send a shorter prompt, or lower sampling_params.max_tokens"
-        return failed.error(job.what(), self._decoder.device, todo)
+        return failure.error(group.description(), self._decoder.device, todo)
 
-    def _drop(self, job: SequenceGroup) -> None:
-        """The job leaves, and its slots at once."""
-        self._jobs.remove(job)
-        self._waiting.drop(job)
-        self._active.drop(job)
+    def _drop(self, group: SequenceGroup) -> None:
+        """Remove the request and free its slots."""
+        self._groups.remove(group)
+        self._waiting.drop(group)
+        self._batch.drop(group)

@@ -1,4 +1,4 @@
-"""A sample request under way, and each of its texts. V vocabulary, H hidden size, k alternatives."""
+"""A sample request and its sequences. V vocabulary, H hidden size, k alternatives."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -21,19 +21,19 @@ from knapper.wire.types import SampledSequence, SampleOutput, SampleRequest, Top
 
 
 class Isolation(IntEnum):
-    """Beside whom the passes of a job are computed."""
+    """Which other requests a request may share passes with."""
 
     ANY = 0
-    OWN_PASSES = 1  # those over its prompt, or over its parked texts, are its own
-    NOBODY = 2  # and only while no other job has texts that decode
+    OWN_PASSES = 1  # its prompt and its parked sequences are computed in passes of their own
+    ALONE = 2  # and only while no other request decodes
 
 
 @dataclass(eq=False)
 class SequenceGroup:
-    """One request. `tokens_max` of a text: what was asked, within the context. `turn`: texts before others go first, as
-    `WaitingJobs` sets it.
+    """One request. `tokens_max` of a sequence, within the context. `turn`: sequences that may start before it is the
+    next group's turn; `PrefillQueue` sets it.
 
-    `cost`: positions that one text reserves. Its last token is never fed, so a text of one token costs nothing.
+    `cost`: positions that one sequence reserves. The last token is never fed, so a sequence of one token costs nothing.
     """
 
     request: SampleRequest
@@ -41,22 +41,22 @@ class SequenceGroup:
     stops: StopCriteria
     tokens_max: int
     cost: int
-    listen: Callable[[TokenEvent], None] | None = None  # called on the device's thread, and must return at once
+    listen: Callable[[TokenEvent], None] | None = None  # on the device's thread; must return at once
     future: "Future[SampleOutput]" = field(default_factory=Future)
     turn: int = 0
-    started: int = 0  # texts
-    sequences: dict[int, SampledSequence] = field(default_factory=dict)  # finished texts by number
-    kept: Any = (
-        None  # what texts begin with after the prompt: kept while texts wait and there is room, else computed again
+    started: int = 0  # sequences
+    sequences: dict[int, SampledSequence] = field(default_factory=dict)  # finished ones, by number
+    past: Any = (
+        None  # the prompt's keys and values: kept while sequences wait and there is capacity, else computed again
     )
     last_1H: Tensor | None = None  # the prompt's last row
-    reused: int = 0  # prompt tokens that were not computed for this request
+    reused: int = 0  # prompt tokens that another request had computed
     device_s: float = 0.0  # its part of the passes that it was in
-    scores: PromptLogprobs | None = None  # what the request wants to know of its prompt, once it is all there
-    company: Isolation = Isolation.ANY  # less after a pass that broke
-    suspect: bool = False  # a decoding step that it was in broke: no other job's texts decode beside its own
-    overtaken: int = 0  # texts that began before its own, although it came first
-    _again: list["RunningSequence"] = field(default_factory=list)  # texts that had begun, without a token
+    scores: PromptLogprobs | None = None  # the prompt log-probabilities that the request asks for, once complete
+    isolation: Isolation = Isolation.ANY  # raised after a failed pass
+    suspect: bool = False  # a decoding step with it failed: it decodes alone
+    overtaken: int = 0  # sequences of later requests that started before its own
+    _restarts: list["RunningSequence"] = field(default_factory=list)  # sequences that started and got no token
 
     @property
     def prompt_tokens(self) -> int:
@@ -64,17 +64,17 @@ class SequenceGroup:
 
     @property
     def left(self) -> int:
-        """Texts that have not begun."""
-        return self.request.num_samples - self.started + len(self._again)
+        """Sequences that have not started."""
+        return self.request.num_samples - self.started + len(self._restarts)
 
     @property
     def needs_prefill(self) -> bool:
-        return self.last_1H is None or (self.kept is None and self.cost > 0)
+        return self.last_1H is None or (self.past is None and self.cost > 0)
 
     @property
     def reusable(self) -> int:
-        """How many of the prompt's rows the request does not want to see."""
-        if self.scores is None and PromptLogprobs.wanted(self.request):
+        """How many of the prompt's rows the request does not need to see."""
+        if self.scores is None and PromptLogprobs.is_requested(self.request):
             return PromptLogprobs(self.request).first
         return self.prompt_tokens
 
@@ -86,18 +86,18 @@ class SequenceGroup:
         return Segment(start, start + rows, self.lora)
 
     def begin(self, count: int) -> list["RunningSequence"]:
-        """`count` texts, `left` at most."""
-        again, self._again = self._again[:count], self._again[count:]
+        """`count` sequences, `left` at most."""
+        again, self._restarts = self._restarts[:count], self._restarts[count:]
         fresh = [RunningSequence(self, self.started + index) for index in range(count - len(again))]
         self.started += len(fresh)
         return again + fresh
 
-    def take_back(self, text: "RunningSequence") -> None:
-        """It has no token as yet, and has not begun."""
-        self._again.append(text)
+    def take_back(self, sequence: "RunningSequence") -> None:
+        """Undo the start of a sequence that got no token."""
+        self._restarts.append(sequence)
 
     def answer(self, result: SampleOutput | BaseException) -> None:
-        """What its caller gets, if it still waits."""
+        """Resolve the future, if the caller still waits."""
         if not self.future.set_running_or_notify_cancel():
             return
         if isinstance(result, BaseException):
@@ -106,11 +106,11 @@ class SequenceGroup:
             self.future.set_result(result)
 
     def forget_prompt(self) -> None:
-        """Its prompt is computed again: a pass over it broke."""
-        self.last_1H = self.kept = None
+        """Compute the prompt again: a pass over it failed."""
+        self.last_1H = self.past = None
 
-    def what(self) -> str:
-        """The request, as a message names it."""
+    def description(self) -> str:
+        """The request, as an error message names it."""
         return f"a prompt of {self.prompt_tokens} tokens with up to {self.tokens_max} sampled ones"
 
     def output(self) -> SampleOutput:
@@ -131,57 +131,57 @@ class SequenceGroup:
 class RunningSequence:
     """One sample of a request. Its random numbers come from (seed, its number) alone, one a token."""
 
-    def __init__(self, job: SequenceGroup, number: int) -> None:
-        self.job = job
-        self.age = -1  # by when it began: the higher, the younger
+    def __init__(self, group: SequenceGroup, number: int) -> None:
+        self.group = group
+        self.age = -1  # start order; the youngest has the highest
         self.tokens: list[int] = []
         self._number = number
-        self._uniforms = uniforms(job.request.seed, number)
+        self._uniforms = uniforms(group.request.seed, number)
         self._uniform: float | None = None
         self._logprobs: list[float] = []
         self._topk: list[tuple[Tensor, Tensor]] = []
 
     @property
     def length(self) -> int:
-        """How many tokens have keys and values: the last one is fed by the next step."""
-        return self.job.prompt_tokens + len(self.tokens) - 1
+        """Tokens with keys and values: the next step feeds the last one."""
+        return self.group.prompt_tokens + len(self.tokens) - 1
 
     @property
     def fed_T(self) -> NDArray[np.int32]:
-        """Those tokens."""
-        return np.concatenate([self.job.request.prompt, np.array(self.tokens[:-1], dtype=np.int32)])
+        """The tokens with keys and values."""
+        return np.concatenate([self.group.request.prompt, np.array(self.tokens[:-1], dtype=np.int32)])
 
     @property
     def finished(self) -> bool:
-        return self._number in self.job.sequences
+        return self._number in self.group.sequences
 
     def uniform(self) -> float:
-        """For the next token: the same until that is taken."""
+        """The next token's random number; the same until that token is taken."""
         if self._uniform is None:
             self._uniform = float(self._uniforms.random())
         return self._uniform
 
     def take(self, token: int, logprob: float, topk: tuple[Tensor, Tensor] | None) -> bool:
-        """Add a token. True when the text ends with it; the job then has its sequence."""
+        """Add a token. True when the sequence ends with it; the group then has the finished sequence."""
         self.tokens.append(token)
         self._uniform = None
         self._logprobs.append(logprob)
         if topk is not None:
             self._topk.append(topk)
-        stopped = self.job.stops.ended(self.tokens)
-        full = len(self.tokens) >= self.job.tokens_max
-        if self.job.listen is not None:
+        stopped = self.group.stops.ended(self.tokens)
+        full = len(self.tokens) >= self.group.tokens_max
+        if self.group.listen is not None:
             ending: Ending = "stop" if stopped else "length" if full else ""
             ids, logprobs = ([], []) if topk is None else (topk[0].tolist(), topk[1].tolist())
             alternatives = list(zip(ids, logprobs, strict=True))
-            self.job.listen(TokenEvent(self._number, len(self.tokens) - 1, token, logprob, ending, alternatives))
+            self.group.listen(TokenEvent(self._number, len(self.tokens) - 1, token, logprob, ending, alternatives))
         if stopped or full:
             self.finish(stopped)
         return stopped or full
 
     def finish(self, stopped: bool) -> None:
-        k = self.job.request.topk_sample_logprobs
-        self.job.sequences[self._number] = SampledSequence(
+        k = self.group.request.topk_sample_logprobs
+        self.group.sequences[self._number] = SampledSequence(
             tokens=np.array(self.tokens, dtype=np.int32),
             logprobs=np.array(self._logprobs, dtype=np.float32),
             stopped=stopped,

@@ -1,16 +1,16 @@
-"""When a sampled text ends: a stop token, or a stop string in the decoded text. Both stay in the output."""
+"""Stop criteria of a sample: a stop token, or a stop string in the decoded text. Both stay in the output."""
 
 from collections.abc import Sequence
 from typing import Final
 
 from tokenizers import Tokenizer
 
-# A decoded window may begin inside a character, or lose a leading space: it has so many more tokens than needed.
+# A decoded window may start inside a character, or lose a leading space: it gets this many extra tokens.
 _edge_tokens: Final = 4
 
 
 class StopCriteria:
-    """The ends of one request."""
+    """The stop tokens and strings of one request."""
 
     def __init__(self, tokens: Sequence[int], strings: Sequence[str], tokenizer: Tokenizer | None) -> None:
         assert tokenizer is not None or not strings
@@ -20,13 +20,14 @@ class StopCriteria:
         self._longest = max((len(string.encode()) for string in strings), default=0)
 
     def ended(self, sampled: Sequence[int]) -> bool:
-        """Whether the newest of the sampled tokens ends the text. Called after each token."""
+        """Whether the newest sampled token ends the text. Called after each token."""
         return sampled[-1] in self._tokens or (bool(self._strings) and self._string_in(sampled))
 
     def _string_in(self, sampled: Sequence[int]) -> bool:
-        """Only a window is decoded: a string that the newest token completes lies in as many tokens as it has bytes.
+        """Decodes only a window: a string that the newest token completes lies in at most as many tokens as it has
+        bytes.
 
-        Tokens without text make the window longer.
+        Tokens that decode to nothing widen the window.
         """
         assert self._tokenizer is not None
         window = self._longest + _edge_tokens

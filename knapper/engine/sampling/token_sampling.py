@@ -1,6 +1,7 @@
-"""From logits to tokens: the distribution that is sampled from, and a draw from it that depends on one row alone.
+"""From logits to tokens: the sampling distribution, and a draw from it that depends on its own row alone.
 
 N rows, V vocabulary, k alternatives or draws. Everything is float32 but the cumulative sums, which are float64.
+Sources: top-k, arXiv 1805.04833; top-p (nucleus), arXiv 1904.09751.
 """
 
 import hashlib
@@ -15,18 +16,18 @@ from torch import Tensor
 from knapper.engine.layers.row_padding import padded, row_sums
 from knapper.wire.types import SamplingParams
 
-empty_token, empty_logprob = 0, -99999.0  # a cell of top-k log-probabilities that holds nothing
-_block: Final = 256  # tokens of one partial sum of the cumulative distribution
-_sorted_first: Final = 1024  # values that top-p looks at before it sorts the whole vocabulary
+empty_token, empty_logprob = 0, -99999.0  # an empty cell of top-k log-probabilities
+_BLOCK: Final = 256  # tokens of one partial sum of the cumulative distribution
+_TOP_P_FIRST: Final = 1024  # values that top-p looks at before it sorts the whole vocabulary
 
 
 def uniforms(seed: int, sample: int) -> np.random.Generator:
-    """Sample `sample` of a request with `seed` takes one number in [0, 1) of this generator for each token it draws."""
+    """The generator of a request's sample: one number in [0, 1) for each token that it draws."""
     return _generator(f"{seed}:{sample}")
 
 
 def prompt_uniforms(seed: int, rows: int, k: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """The numbers (rows, k) in [0, 1) that draw alternatives to a prompt's tokens; none of `uniforms` is among them."""
+    """Numbers (rows, k) in [0, 1) that draw alternatives to a prompt's tokens; independent of `uniforms`."""
     return _generator(f"{seed}:prompt").random((rows, k))
 
 
@@ -37,7 +38,7 @@ def _generator(of: str) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """`logprobs_NV`: of the distribution that was sampled from; -inf where a token was cut off."""
+    """`logprobs_NV`: of the sampling distribution; -inf for tokens that top_k or top_p removed."""
 
     tokens_N: Tensor
     logprobs_NV: Tensor
@@ -50,11 +51,11 @@ class SampledTokens:
 def draw(logits_NV: Tensor, params: list[SamplingParams], uniforms_N: list[float]) -> SampledTokens:
     """One token a row, by inverse transform: the first id whose cumulative probability exceeds the row's number.
 
-    The log-probabilities are those of the distribution that was sampled from: tempered, and after top_k and top_p
-    renormalised over the tokens that were left, so that exp(logprob) is the chance with which the token was drawn and
-    importance ratios against it are exact. A greedy row (temperature 0) takes the likeliest token, the lowest id among
-    equals; its distribution would be a certainty, so its log-probabilities are the untempered ones. `logits_NV` must be
-    finite. A row's result does not depend on the others.
+    The log-probabilities are those of the sampling distribution: tempered, and after top_k and top_p renormalised over
+    the remaining tokens, so that exp(logprob) is the probability with which the token was drawn and importance ratios
+    are exact. A greedy row (temperature 0) takes the likeliest token, the lowest id among equals; its distribution
+    would be a certainty, so its log-probabilities are the untempered ones. `logits_NV` must be finite. A row's result
+    does not depend on other rows.
     """
     logits_NV = where_float64(logits_NV)
     device = logits_NV.device
@@ -73,7 +74,7 @@ def draw(logits_NV: Tensor, params: list[SamplingParams], uniforms_N: list[float
 
 
 def where_float64(logits_NV: Tensor) -> Tensor:
-    """The logits where draws can be computed: mps has no float64, and shares its memory with the CPU."""
+    """The logits on a device with float64: mps has none, and shares its memory with the CPU."""
     return logits_NV.cpu() if logits_NV.device.type == "mps" else logits_NV
 
 
@@ -86,7 +87,7 @@ def redraw(logits_NV: Tensor, temperature: float, uniforms_Nk: Tensor) -> Tensor
 
 
 def alternatives(logprobs_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k likeliest tokens of each row and their log-probabilities (N, k), in order; cut ones are empty cells."""
+    """The k likeliest tokens of each row and their log-probabilities (N, k), in order; removed ones are empty."""
     values, tokens = logprobs_NV.topk(min(k, logprobs_NV.shape[1]), dim=-1)
     gone = values == -torch.inf
     values, tokens = values.masked_fill(gone, empty_logprob), tokens.masked_fill(gone, empty_token)
@@ -99,12 +100,12 @@ def log_distribution(logits_NV: Tensor, temperature_N: Tensor | None = None) -> 
     # The largest logit becomes 0 first: a small temperature then sends the others to -inf and never makes a NaN.
     shifted = logits_NV - logits_NV.max(-1, keepdim=True).values
     scaled = shifted if temperature_N is None else shifted / temperature_N[:, None].float()
-    # As `head` has it for training, operation for operation.
+    # The operations of `head` in training, in the same order.
     return scaled - row_sums(scaled.exp()).log()
 
 
 def _truncated(logprobs_NV: Tensor, top_k_N: Tensor, top_p: list[float]) -> Tensor:
-    """Renormalised over the smallest set of likeliest tokens that holds `top_p` of what the `top_k` likeliest hold.
+    """Renormalised over the smallest set of likeliest tokens that holds `top_p` of the mass of the `top_k` likeliest.
 
     Among equals the lower ids stay.
     """
@@ -112,37 +113,37 @@ def _truncated(logprobs_NV: Tensor, top_k_N: Tensor, top_p: list[float]) -> Tens
     p_NV = padded(logprobs_NV.exp())
     top_k_N = F.pad(top_k_N, (0, p_NV.shape[0] - rows), value=1)
     top_p_N = torch.tensor(top_p + [0.0] * (p_NV.shape[0] - rows), dtype=torch.float64, device=p_NV.device)
-    first = min(_sorted_first, vocabulary)
+    first = min(_TOP_P_FIRST, vocabulary)
     likeliest = p_NV.topk(first, dim=-1).values
-    until = likeliest.cumsum(-1, dtype=torch.float64)
-    enough = (top_k_N <= first) | ((until[:, -1] >= top_p_N) & (top_p_N < 1))
+    cumulative = likeliest.cumsum(-1, dtype=torch.float64)
+    enough = (top_k_N <= first) | ((cumulative[:, -1] >= top_p_N) & (top_p_N < 1))
     if not bool(enough.all()):
         likeliest = p_NV.sort(dim=-1, descending=True).values
-        until = likeliest.cumsum(-1, dtype=torch.float64)
-    last = top_k_N.clamp(max=until.shape[1])[:, None] - 1
-    mass = torch.where(top_k_N == vocabulary, 1.0, until.gather(1, last)[:, 0])
-    before = F.pad(until, (1, -1))
+        cumulative = likeliest.cumsum(-1, dtype=torch.float64)
+    last = top_k_N.clamp(max=cumulative.shape[1])[:, None] - 1
+    mass = torch.where(top_k_N == vocabulary, 1.0, cumulative.gather(1, last)[:, 0])
+    before = F.pad(cumulative, (1, -1))
     nucleus = torch.where(top_p_N < 1, (before < (top_p_N * mass)[:, None]).sum(-1).clamp(min=1), vocabulary)
-    kept_N = torch.minimum(top_k_N, nucleus)
-    edge = likeliest.gather(1, kept_N[:, None] - 1)
+    size_N = torch.minimum(top_k_N, nucleus)
+    edge = likeliest.gather(1, size_N[:, None] - 1)
     above, tied = p_NV > edge, p_NV == edge
-    room = kept_N - above.sum(-1)
-    keep = above | (tied & (tied.cumsum(-1) <= room[:, None]))
-    return F.log_softmax(padded(logprobs_NV).masked_fill(~keep, -torch.inf), dim=-1)[:rows]
+    ties_N = size_N - above.sum(-1)
+    mask_NV = above | (tied & (tied.cumsum(-1) <= ties_N[:, None]))
+    return F.log_softmax(padded(logprobs_NV).masked_fill(~mask_NV, -torch.inf), dim=-1)[:rows]
 
 
 def _inverse(logprobs_NV: Tensor, uniforms_Nk: Tensor) -> Tensor:
     """(N, k): for each number the first id whose cumulative probability exceeds it."""
     rows, vocabulary = logprobs_NV.shape
-    p_NV = F.pad(logprobs_NV.exp(), (0, -vocabulary % _block))
-    blocks = p_NV.view(rows, -1, _block)
-    until = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-    total = until[:, -1:]
+    p_NV = F.pad(logprobs_NV.exp(), (0, -vocabulary % _BLOCK))
+    blocks = p_NV.view(rows, -1, _BLOCK)
+    cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    total = cumulative[:, -1:]
     target = torch.minimum(uniforms_Nk * total, torch.nextafter(total, torch.zeros_like(total)))
-    block = torch.searchsorted(until, target, right=True)
-    start = F.pad(until, (1, 0)).gather(1, block)
-    own = blocks.gather(1, block[:, :, None].expand(-1, -1, _block)).double()
-    within = torch.searchsorted(start[:, :, None] + own.cumsum(-1), target[:, :, None], right=True)[:, :, 0]
-    # Rounding may leave the block's end just short of the target: its last token with any probability is meant then.
-    last = (_block - 1) - (own.flip(-1) > 0).int().argmax(-1)
-    return block * _block + torch.minimum(within, last)
+    block = torch.searchsorted(cumulative, target, right=True)
+    start = F.pad(cumulative, (1, 0)).gather(1, block)
+    block_p = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).double()
+    within = torch.searchsorted(start[:, :, None] + block_p.cumsum(-1), target[:, :, None], right=True)[:, :, 0]
+    # Rounding may leave the block's end just short of the target: its last token with any probability is then right.
+    last = (_BLOCK - 1) - (block_p.flip(-1) > 0).int().argmax(-1)
+    return block * _BLOCK + torch.minimum(within, last)

@@ -1,11 +1,11 @@
-"""What a sample request may ask for. Every refusal names the field, the value and what is allowed."""
+"""Validation of sample requests. Every refusal names the field, the value and what is allowed."""
 
 import math
 
 import numpy as np
 
 from knapper import limits
-from knapper.engine.layers.adapters import site_shapes
+from knapper.engine.layers.adapters import target_shapes
 from knapper.engine.layers.lora import Lora
 from knapper.engine.models.config import Facts
 from knapper.errors import ContextLengthExceeded, InvalidField, TooLarge, UserError
@@ -38,16 +38,16 @@ def check(request: SampleRequest, config: Facts) -> None:
 
 
 def check_adapter(adapter: str, lora: Lora, config: Facts) -> None:
-    """Raises UserError for an adapter that was made for another model."""
-    shapes = site_shapes(config)
-    for site, a in lora.a.items():
-        if site not in shapes:
-            raise UserError(f"adapter {adapter} has the site {site}, which the model does not have")
-        found = (a.shape[1], lora.b[site].shape[0])
-        if found != shapes[site] or a.shape[0] != lora.b[site].shape[1]:
+    """Raises UserError for an adapter of another model."""
+    shapes = target_shapes(config)
+    for target, a in lora.a.items():
+        if target not in shapes:
+            raise UserError(f"adapter {adapter} has the target module {target}, which the model does not have")
+        sizes = (a.shape[1], lora.b[target].shape[0])
+        if sizes != shapes[target] or a.shape[0] != lora.b[target].shape[1]:
             raise UserError(
-                f"adapter {adapter}: site {site} maps {found[0]} to {found[1]}; "
-                f"the model's maps {shapes[site][0]} to {shapes[site][1]}. It was trained on another model"
+                f"adapter {adapter}: target module {target} maps {sizes[0]} to {sizes[1]}; "
+                f"the model's maps {shapes[target][0]} to {shapes[target][1]}. It was trained on another model"
             )
 
 
@@ -57,9 +57,9 @@ def _check_prompt(request: SampleRequest, config: Facts) -> None:
         raise InvalidField("prompt", list(prompt.shape), "a list of at least one token")
     wrong = np.flatnonzero((prompt < 0) | (prompt >= config.vocab_size))
     if wrong.size:
-        at = int(wrong[0])
+        position = int(wrong[0])
         allowed = f"token ids 0 to {config.vocab_size - 1} (the vocabulary has {config.vocab_size})"
-        raise InvalidField(f"prompt[{at}]", int(prompt[at]), allowed)
+        raise InvalidField(f"prompt[{position}]", int(prompt[position]), allowed)
     ContextLengthExceeded.check(int(prompt.size), request.params.max_tokens, config.context)
 
 
@@ -81,8 +81,8 @@ def _check_scores(request: SampleRequest, config: Facts) -> None:
         )
     wrong = np.flatnonzero((targets.values < -1) | (targets.values >= config.vocab_size))
     if wrong.size:
-        at, allowed = int(wrong[0]), f"-1 (nothing is asked), or a token id, 0 to {config.vocab_size - 1}"
-        raise InvalidField(f"target_prompt_logprobs.data[{at}]", int(targets.values[at]), allowed)
+        index, allowed = int(wrong[0]), f"-1 (nothing is asked), or a token id, 0 to {config.vocab_size - 1}"
+        raise InvalidField(f"target_prompt_logprobs.data[{index}]", int(targets.values[index]), allowed)
     if not (targets.values >= 0).any():
         raise InvalidField("target_prompt_logprobs", "-1 everywhere", "at least one token id")
 

@@ -1,10 +1,10 @@
-"""forward_backward requests under way, and one pass of the model over pieces of several of them.
+"""Pending forward_backward requests, and one pass of the model over micro-batches of several of them.
 
-A request is cut into micro-batches, by itself alone; a pass computes micro-batches of any runs together, and gives each
-the bits that it has alone: rows are computed row by row whatever their number, an adapter's gradient comes from its own
-rows only, and the loss is each request's own.
+A request is cut into micro-batches independently of others. A pass computes micro-batches of any runs together, and
+each has the bits that it has alone: a row's bits do not depend on the number of rows, an adapter's gradient comes from
+its own rows only, and each request has its own loss.
 
-N rows of all sequences, U rows that are computed (`Prefixes`), M different (row, targets) of the head, K targets.
+N rows of all sequences, U computed rows (`Prefixes`), M distinct (row, targets) of the head, K targets.
 """
 
 import math
@@ -30,9 +30,9 @@ from knapper.wire.types import Datum, ForwardBackwardOutput
 
 T = TypeVar("T")
 
-_ATTENDED_TIMES = 4  # sequences of a micro-batch have at most so many times the rows that are computed of it
+_ATTENDED_TIMES = 4  # sequences of a micro-batch have at most this many times its computed rows
 
-_HEAD_ROWS = 128  # of several requests in one product: it is saturated, and others wait for one such product at most
+_HEAD_ROWS = 128  # of several requests in one product: saturates it, and others wait for one such product at most
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class MicroBatch:
 
 @dataclass
 class PendingRequest:
-    """One request, as far as it got. With `sums_P`, gradients are added there; None: forward only.
+    """One request in progress. Gradients are added to `sums_P`; None: forward only.
 
-    `failed` ends it: what it would have changed is left alone.
+    `error` ends it and leaves the run unchanged.
     """
 
     lora: Lora
@@ -63,7 +63,7 @@ class PendingRequest:
     waiting: deque[MicroBatch]
     outputs: list[dict[str, np.ndarray]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
-    failed: UserError | None = None
+    error: UserError | None = None
 
     @property
     def differentiates(self) -> bool:
@@ -71,12 +71,12 @@ class PendingRequest:
 
     @property
     def done(self) -> bool:
-        return not self.waiting or self.failed is not None
+        return not self.waiting or self.error is not None
 
     def output(self) -> ForwardBackwardOutput:
-        """Raises what it failed with."""
-        if self.failed is not None:
-            raise self.failed
+        """Raises `error`."""
+        if self.error is not None:
+            raise self.error
         return ForwardBackwardOutput(self.outputs, self.metrics)
 
 
@@ -92,184 +92,197 @@ def micro_batches(data: Sequence[Datum], rows_max: int) -> Iterator[MicroBatch]:
     yield MicroBatch(first, data[first:], prefixes)
 
 
-def compute(model: Model, passes: Sequence[PendingRequest]) -> Work[None]:
-    """The next micro-batch of each, in one forward and backward. All of them differentiate, or none does.
+def compute(model: Model, requests: Sequence[PendingRequest]) -> Work[None]:
+    """The next micro-batch of each request, in one forward and backward. All of them differentiate, or none does.
 
-    Yields after every layer, forward and backward, and after the head of some requests. A pass whose loss is not finite
-    has `failed` afterwards; the others do not notice.
+    Yields after every layer, forward and backward, and after each batch of the head. A request whose loss is not finite
+    has `error` afterwards; the others are unaffected.
     """
-    batches = [one.waiting.popleft() for one in passes]
-    course = LayerwisePass(differentiates=passes[0].differentiates)
-    begin, stretches = model.stretches([batch.prefixes for batch in batches], [one.lora for one in passes])
-    rows_UH = yield from course.forward(begin, stretches)
-    asked = [_Asked.of(one.loss, batch) for one, batch in zip(passes, batches, strict=True)]
+    batches = [request.waiting.popleft() for request in requests]
+    layer_pass = LayerwisePass(differentiates=requests[0].differentiates)
+    embedded_UH, layer_segments = model.layer_segments(
+        [batch.prefixes for batch in batches], [request.lora for request in requests]
+    )
+    rows_UH = yield from layer_pass.forward(embedded_UH, layer_segments)
+    inputs = [_HeadInputs.of(request.loss, batch) for request, batch in zip(requests, batches, strict=True)]
     grads = list(rows_UH.split([batch.rows for batch in batches]))
-    for some in _headed(passes, asked):
-        found = _head(model, _at(passes, some), _at(batches, some), _at(asked, some), _at(grads, some))
-        for index, grad in zip(some, found, strict=True):
+    for indices in _head_batches(requests, inputs):
+        head_grads = _head(
+            model, _take(requests, indices), _take(batches, indices), _take(inputs, indices), _take(grads, indices)
+        )
+        for index, grad in zip(indices, head_grads, strict=True):
             grads[index] = grad
         yield
-    yield from course.backward(torch.cat(grads))
+    yield from layer_pass.backward(torch.cat(grads))
 
 
 def _head(
     model: Model,
-    passes: Sequence[PendingRequest],
+    requests: Sequence[PendingRequest],
     batches: Sequence[MicroBatch],
-    asked: Sequence["_Asked"],
+    inputs: Sequence["_HeadInputs"],
     hidden: Sequence[Tensor],
 ) -> list[Tensor]:
-    """The losses' gradient in each one's rows, zero if nothing is differentiated; that in a head's adapter is added."""
+    """The losses' gradient in each request's rows, zeros if none differentiates. Adds that of a head's adapter."""
     leaves = [rows_UH.detach().requires_grad_(rows_UH.requires_grad) for rows_UH in hidden]
-    with torch.set_grad_enabled(passes[0].differentiates):
-        found = _logprobs(model, passes, batches, asked, leaves)
-        losses = [_losses(model, *each) for each in zip(passes, batches, found, strict=True)]
+    with torch.set_grad_enabled(requests[0].differentiates):
+        logprobs = _logprobs(model, requests, batches, inputs, leaves)
+        losses = [_losses_of(model, *of_request) for of_request in zip(requests, batches, logprobs, strict=True)]
     sums = [loss for loss in losses if loss is not None]
-    if sums and passes[0].differentiates:
+    if sums and requests[0].differentiates:
         torch.stack(sums).sum().backward()
-    return [  # of one that failed it may be 0 * NaN
-        torch.zeros_like(rows_UH) if one.failed is not None or rows_UH.grad is None else rows_UH.grad
-        for one, rows_UH in zip(passes, leaves, strict=True)
+    return [  # of a failed request it may be 0 * NaN
+        torch.zeros_like(rows_UH) if request.error is not None or rows_UH.grad is None else rows_UH.grad
+        for request, rows_UH in zip(requests, leaves, strict=True)
     ]
 
 
-def _losses(model: Model, one: PendingRequest, batch: MicroBatch, found: Sequence[Tensor]) -> Tensor | None:
-    """The sum of the datums' losses, whose outputs and metrics are then in the pass; None when it has failed.
+def _losses_of(model: Model, request: PendingRequest, batch: MicroBatch, logprobs: Sequence[Tensor]) -> Tensor | None:
+    """The sum of the datums' losses; outputs and metrics are added to the request. None if it failed.
 
-    `found`: the targets' log-probabilities, by datum.
+    `logprobs`: the targets' log-probabilities, by datum.
     """
-    inputs = _inputs(batch.data, model.device)
-    losses = [one.loss(p, given, one.config) for p, given in zip(found, inputs, strict=True)]
+    datum_inputs = _inputs(batch.data, model.device)
+    losses = [
+        request.loss(p, loss_inputs, request.config) for p, loss_inputs in zip(logprobs, datum_inputs, strict=True)
+    ]
     values = torch.stack([loss.total for loss in losses])
     for index, value in enumerate(values.detach().tolist()):  # one transfer for all
         if not math.isfinite(value):
-            one.failed = _not_finite(batch.first + index, one.loss, value, found[index])
+            request.error = _not_finite(batch.first + index, request.loss, value, logprobs[index])
             return None
-    told = {"logprobs": [p.detach() for p in found]}
-    if one.loss.terms_told:
-        told["elementwise_loss"] = [loss.terms for loss in losses]
-    one.outputs += [dict(zip(told, arrays, strict=True)) for arrays in zip(*map(_arrays, told.values()), strict=True)]
+    outputs = {"logprobs": [p.detach() for p in logprobs]}
+    if request.loss.returns_terms:
+        outputs["elementwise_loss"] = [loss.terms for loss in losses]
+    request.outputs += [
+        dict(zip(outputs, arrays, strict=True)) for arrays in zip(*map(_arrays, outputs.values()), strict=True)
+    ]
     names = list(losses[0].metrics)
     for name, *column in zip(names, *_metrics(losses, names), strict=True):
         for value in column:
-            one.metrics[name] = one.metrics.get(name, 0.0) + value
+            request.metrics[name] = request.metrics.get(name, 0.0) + value
     return values.sum()
 
 
 def _arrays(by_datum: Sequence[Tensor]) -> list[np.ndarray]:
     """Each in its shape; in one transfer."""
-    flat = torch.cat([each.flatten() for each in by_datum]).cpu().numpy()
-    parts = np.split(flat, np.cumsum([each.numel() for each in by_datum])[:-1])
-    return [part.reshape(each.shape) for part, each in zip(parts, by_datum, strict=True)]
+    flat = torch.cat([tensor.flatten() for tensor in by_datum]).cpu().numpy()
+    parts = np.split(flat, np.cumsum([tensor.numel() for tensor in by_datum])[:-1])
+    return [part.reshape(tensor.shape) for part, tensor in zip(parts, by_datum, strict=True)]
 
 
 def _metrics(losses: Sequence[LossValue], names: Sequence[str]) -> list[list[float]]:
-    """A list of values, by name, for each datum; in one transfer."""
+    """For each datum its values in the order of `names`; in one transfer."""
     return torch.stack([torch.stack([loss.metrics[name].float() for name in names]) for loss in losses]).tolist()
 
 
 def _inputs(data: Sequence[Datum], device: torch.device) -> list[dict[str, Tensor]]:
-    """What the loss is given of each datum, its targets aside; one transfer a name."""
-    given: list[dict[str, Tensor]] = [{} for _ in data]
+    """The loss inputs of each datum without its targets; one transfer a name."""
+    by_datum: list[dict[str, Tensor]] = [{} for _ in data]
     for name in dict.fromkeys(name for datum in data for name in datum.inputs if name != "target_tokens"):
-        having = [index for index, datum in enumerate(data) if name in datum.inputs]
-        arrays = [data[index].inputs[name] for index in having]
+        with_input = [index for index, datum in enumerate(data) if name in datum.inputs]
+        arrays = [data[index].inputs[name] for index in with_input]
         flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays])).to(device, non_blocking=True)
-        for index, array, part in zip(having, arrays, flat.split([array.size for array in arrays]), strict=True):
-            given[index][name] = part.view(array.shape)
-    return given
+        for index, array, part in zip(with_input, arrays, flat.split([array.size for array in arrays]), strict=True):
+            by_datum[index][name] = part.view(array.shape)
+    return by_datum
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What a micro-batch wants of the head. Without `rows_M` and `places_N`: all rows, in order."""
+class _HeadInputs:
+    """A micro-batch's input to the head. Without `rows_M` and `rows_N`: all rows, in order."""
 
     rows_M: np.ndarray | None
-    places_N: np.ndarray | None
+    rows_N: np.ndarray | None
     targets_MK: np.ndarray
     needed_M: np.ndarray
 
     @classmethod
-    def of(cls, loss: Loss, batch: MicroBatch) -> "_Asked":
+    def of(cls, loss: Loss, batch: MicroBatch) -> "_HeadInputs":
         targets = [datum.inputs["target_tokens"] for datum in batch.data]
         columns = max(1 if target.ndim == 1 else target.shape[1] for target in targets)
         targets_NK = np.concatenate([_widened(target, columns) for target in targets])
         needed_N = np.concatenate([loss.needs_gradient(datum.inputs) for datum in batch.data])
         if batch.rows == batch.prefixes.total:
             return cls(None, None, targets_NK, needed_N)
-        rows_M, places_N, targets_MK, needed_M = _distinct(batch.prefixes.places_N, targets_NK, needed_N)
-        return cls(rows_M, places_N, targets_MK, needed_M)
+        rows_M, rows_N, targets_MK, needed_M = _distinct(batch.prefixes.rows_N, targets_NK, needed_N)
+        return cls(rows_M, rows_N, targets_MK, needed_M)
 
 
-def _headed(passes: Sequence[PendingRequest], asked: Sequence[_Asked]) -> list[list[int]]:
-    """Who goes through the head together: a row's bits are its own there too.
+def _head_batches(requests: Sequence[PendingRequest], inputs: Sequence[_HeadInputs]) -> list[list[int]]:
+    """Groups requests into products of the head; a row keeps its bits there too.
 
-    A head with an adapter goes by itself, and so do other numbers of targets, which are added up in another order.
+    A head with an adapter goes alone. So do requests with another number of targets, whose gradients add in another
+    order.
     """
-    open_: dict[int, list[int]] = {}  # by number of targets, those that may become more
-    rows: dict[int, int] = {}
-    found: list[list[int]] = []
-    for index, (one, mine) in enumerate(zip(passes, asked, strict=True)):
-        own, columns = mine.targets_MK.shape
-        if HEAD in one.lora.a:
-            found.append([index])
-        elif columns in open_ and rows[columns] + own <= _HEAD_ROWS:
-            open_[columns].append(index)
-            rows[columns] += own
+    open_batches: dict[int, list[int]] = {}  # by number of targets: batches that have rows left
+    row_counts: dict[int, int] = {}
+    batches: list[list[int]] = []
+    for index, (request, request_inputs) in enumerate(zip(requests, inputs, strict=True)):
+        rows_of_request, columns = request_inputs.targets_MK.shape
+        if HEAD in request.lora.a:
+            batches.append([index])
+        elif columns in open_batches and row_counts[columns] + rows_of_request <= _HEAD_ROWS:
+            open_batches[columns].append(index)
+            row_counts[columns] += rows_of_request
         else:
-            open_[columns], rows[columns] = [index], own
-            found.append(open_[columns])
-    return found
+            open_batches[columns], row_counts[columns] = [index], rows_of_request
+            batches.append(open_batches[columns])
+    return batches
 
 
 def _logprobs(
     model: Model,
-    passes: Sequence[PendingRequest],
+    requests: Sequence[PendingRequest],
     batches: Sequence[MicroBatch],
-    asked: Sequence[_Asked],
+    inputs: Sequence[_HeadInputs],
     hidden: Sequence[Tensor],
 ) -> list[list[Tensor]]:
-    """Of the targets, by request and datum in the shape of its targets. A head's adapter is of one request alone."""
-    lora = passes[0].lora
+    """Log-probabilities by request and datum, in the shape of its targets. A head's adapter is of one request."""
+    lora = requests[0].lora
     logprobs_MK = model.target_logprobs(
-        torch.cat([_selected(rows_UH, mine.rows_M) for rows_UH, mine in zip(hidden, asked, strict=True)]),
-        _on(model.device, np.concatenate([mine.targets_MK for mine in asked])),
+        torch.cat(
+            [_selected(rows_UH, request_inputs.rows_M) for rows_UH, request_inputs in zip(hidden, inputs, strict=True)]
+        ),
+        _on(model.device, np.concatenate([request_inputs.targets_MK for request_inputs in inputs])),
         HeadLora(lora.a[HEAD], lora.b[HEAD], lora.scale) if HEAD in lora.a else None,
-        np.concatenate([mine.needed_M for mine in asked]),
+        np.concatenate([request_inputs.needed_M for request_inputs in inputs]),
     )
-    found: list[list[Tensor]] = []
-    parts = logprobs_MK.split([len(mine.needed_M) for mine in asked])
-    for mine, batch, own_MK in zip(asked, batches, parts, strict=True):
-        by_datum = zip(batch.data, _selected(own_MK, mine.places_N).split(batch.prefixes.lengths), strict=True)
-        found.append([_as(one.inputs["target_tokens"], found_TK) for one, found_TK in by_datum])
-    return found
+    logprobs: list[list[Tensor]] = []
+    parts = logprobs_MK.split([len(request_inputs.needed_M) for request_inputs in inputs])
+    for request_inputs, batch, of_request_MK in zip(inputs, batches, parts, strict=True):
+        by_datum = zip(
+            batch.data, _selected(of_request_MK, request_inputs.rows_N).split(batch.prefixes.lengths), strict=True
+        )
+        logprobs.append([_in_shape_of(datum.inputs["target_tokens"], logprobs_TK) for datum, logprobs_TK in by_datum])
+    return logprobs
 
 
-def _at(these: Sequence[T], places: Sequence[int]) -> list[T]:
-    return [these[place] for place in places]
+def _take(items: Sequence[T], indices: Sequence[int]) -> list[T]:
+    return [items[index] for index in indices]
 
 
-def _selected(rows: Tensor, which: np.ndarray | None) -> Tensor:
-    return rows if which is None else rows.index_select(0, _on(rows.device, which))
+def _selected(rows: Tensor, indices: np.ndarray | None) -> Tensor:
+    return rows if indices is None else rows.index_select(0, _on(rows.device, indices))
 
 
 def _on(device: torch.device, array: np.ndarray) -> Tensor:
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 
-def _as(target: np.ndarray, found_TK: Tensor) -> Tensor:
-    return found_TK[:, 0] if target.ndim == 1 else found_TK[:, : target.shape[1]]
+def _in_shape_of(target: np.ndarray, logprobs_TK: Tensor) -> Tensor:
+    return logprobs_TK[:, 0] if target.ndim == 1 else logprobs_TK[:, : target.shape[1]]
 
 
 def _distinct(
-    places_N: np.ndarray, targets_NK: np.ndarray, needed_N: np.ndarray
+    rows_N: np.ndarray, targets_NK: np.ndarray, needed_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Rows that are one and want the same targets cost the head once: (rows M, place of each N, targets, needed)."""
-    pairs, places = np.unique(np.column_stack([places_N, targets_NK]), axis=0, return_inverse=True)
-    places = places.reshape(-1)
+    """Equal rows with equal targets go through the head once: (rows M, index of each N, targets, needed)."""
+    pairs, index_N = np.unique(np.column_stack([rows_N, targets_NK]), axis=0, return_inverse=True)
+    index_N = index_N.reshape(-1)
     needed_M = np.zeros(len(pairs), dtype=bool)
-    np.logical_or.at(needed_M, places, needed_N)
-    return np.ascontiguousarray(pairs[:, 0]), places, np.ascontiguousarray(pairs[:, 1:]), needed_M
+    np.logical_or.at(needed_M, index_N, needed_N)
+    return np.ascontiguousarray(pairs[:, 0]), index_N, np.ascontiguousarray(pairs[:, 1:]), needed_M
 
 
 def _widened(target: np.ndarray, columns: int) -> np.ndarray:

@@ -28,7 +28,7 @@ from torch import Tensor
 from knapper.errors import InvalidField, UserError
 
 ByToken = dict[str, Tensor]  # name -> a value of each token, whose sum over the trained tokens is the metric `name:sum`
-Formula = Callable[..., tuple[Tensor, ByToken]]  # (terms, what is told of them), each in the shape of `learner_T`
+Formula = Callable[..., tuple[Tensor, ByToken]]  # (terms, metrics), each in the shape of `learner_T`
 Threshold = float | Tensor  # one for all tokens (config), or one a token (input)
 
 
@@ -80,8 +80,8 @@ def cispo(
     """
     ratio_T = torch.exp(learner_T - logprobs).detach()
     clipped_T = _clip(ratio_T, clip_low_threshold, clip_high_threshold)
-    told = _off_policy(learner_T, logprobs, ratio_T) | {"clipped": clipped_T != ratio_T}
-    return -(clipped_T * learner_T * advantages), told
+    metrics = _off_policy(learner_T, logprobs, ratio_T) | {"clipped": clipped_T != ratio_T}
+    return -(clipped_T * learner_T * advantages), metrics
 
 
 def dro(learner_T: Tensor, *, logprobs: Tensor, advantages: Tensor, beta: float = 0.05) -> tuple[Tensor, ByToken]:
@@ -124,15 +124,15 @@ def _clipped(
     learner_T: Tensor, logprobs: Tensor, advantages: Tensor, ratio_T: Tensor, low: Threshold, high: Threshold
 ) -> tuple[Tensor, ByToken]:
     plain_T, clipped_T = ratio_T * advantages, _clip(ratio_T, low, high) * advantages
-    told = _off_policy(learner_T, logprobs, ratio_T) | {"clipped": clipped_T < plain_T}
-    return -torch.minimum(plain_T, clipped_T), told
+    metrics = _off_policy(learner_T, logprobs, ratio_T) | {"clipped": clipped_T < plain_T}
+    return -torch.minimum(plain_T, clipped_T), metrics
 
 
 def _clip(ratio_T: Tensor, low: Threshold, high: Threshold) -> Tensor:
-    def each(bound: Threshold) -> Tensor:
+    def expanded(bound: Threshold) -> Tensor:
         return torch.as_tensor(bound, dtype=ratio_T.dtype, device=ratio_T.device).expand_as(ratio_T)
 
-    return torch.clamp(ratio_T, each(low), each(high))
+    return torch.clamp(ratio_T, expanded(low), expanded(high))
 
 
 def _off_policy(learner_T: Tensor, sampler_T: Tensor, ratio_T: Tensor) -> ByToken:
@@ -145,7 +145,7 @@ def _off_policy(learner_T: Tensor, sampler_T: Tensor, ratio_T: Tensor) -> ByToke
 
 
 class LossValue(NamedTuple):
-    """Of one datum. `terms` is in the shape of its targets; their sum is `total`, which alone carries a gradient."""
+    """The loss of one datum. `terms` is in the shape of its targets; their sum `total` alone carries a gradient."""
 
     total: Tensor
     metrics: dict[str, Tensor]  # `name:sum` -> a scalar; `loss:sum` is the total
@@ -154,9 +154,9 @@ class LossValue(NamedTuple):
 
 @dataclass(frozen=True)
 class Loss:
-    """A formula and what a request must and may give it.
+    """A formula, and the inputs and config that a request must or may give.
 
-    `silent`: the inputs whose zeros make a token's gradient zero, whatever the model's weights.
+    `silent`: inputs whose zeros make a token's gradient zero, whatever the model's weights.
     """
 
     name: str
@@ -166,7 +166,7 @@ class Loss:
     config: tuple[str, ...] = ()
     silent: tuple[str, ...] = ("weights", "advantages")
     columns: bool = False  # (T, K) targets allowed
-    terms_told: bool = False  # `elementwise_loss` is among the outputs
+    returns_terms: bool = False  # `elementwise_loss` is among the outputs
 
     def needs_gradient(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
         """(T), False where no gradient can arise."""
@@ -190,9 +190,9 @@ class Loss:
         return values
 
     def default(self, key: str) -> float | None:
-        """The value of a config key that the request leaves out; None: it must be given, by config or as an input."""
-        found = inspect.signature(self.formula).parameters[key].default
-        return None if found is inspect.Parameter.empty else float(found)
+        """The default of a config key; None: the request must give it, as config or as an input."""
+        value = inspect.signature(self.formula).parameters[key].default
+        return None if value is inspect.Parameter.empty else float(value)
 
     def __call__(self, learner_T: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float]) -> LossValue:
         """`inputs` without the targets."""
@@ -200,18 +200,21 @@ class Loss:
         for name in self.silent:
             if name in inputs:
                 trained_T = trained_T & (inputs[name] != 0)
-        # Where no gradient can arise none does, not even 0 times the infinite one of a far ratio.
+        # Else 0 times the infinite gradient of a far ratio would be NaN.
         learner_T = torch.where(trained_T, learner_T, learner_T.detach())
-        given = {name: value for name, value in inputs.items() if name != "weights"}
-        terms_T, told = self.formula(learner_T, **given, **config)
+        formula_inputs = {name: value for name, value in inputs.items() if name != "weights"}
+        terms_T, token_metrics = self.formula(learner_T, **formula_inputs, **config)
         weights_T = inputs.get("weights", torch.ones_like(terms_T))
         terms_T = torch.where(weights_T != 0, terms_T * weights_T, 0.0)
         metrics = {
             "loss:sum": (total := terms_T.sum()).detach(),
             "tokens:sum": trained_T.sum(dtype=torch.float32),
             "weights:sum": weights_T.sum(),
-            # By `where`: a mask as an index would make the device tell how many there are.
-            **{f"{name}:sum": torch.where(trained_T, each.detach().float(), 0.0).sum() for name, each in told.items()},
+            # By `where`: a mask as an index would make the host wait for the device.
+            **{
+                f"{name}:sum": torch.where(trained_T, values.detach().float(), 0.0).sum()
+                for name, values in token_metrics.items()
+            },
         }
         return LossValue(total, {name: value.detach() for name, value in metrics.items()}, terms_T.detach())
 
@@ -223,7 +226,7 @@ _WEIGHTS = ("weights",)  # optional everywhere; without them each token weighs 1
 LOSSES: dict[str, Loss] = {
     loss.name: loss
     for loss in (
-        Loss("cross_entropy", cross_entropy, ("target_tokens",), _WEIGHTS, columns=True, terms_told=True),
+        Loss("cross_entropy", cross_entropy, ("target_tokens",), _WEIGHTS, columns=True, returns_terms=True),
         Loss("importance_sampling", importance_sampling, _SAMPLED, _WEIGHTS),
         Loss("ppo", ppo, _SAMPLED, (*_WEIGHTS, *_THRESHOLDS), _THRESHOLDS),
         Loss("cispo", cispo, _SAMPLED, (*_WEIGHTS, *_THRESHOLDS), _THRESHOLDS),
@@ -234,7 +237,7 @@ LOSSES: dict[str, Loss] = {
 
 
 def find(name: str) -> Loss:
-    """The loss. Raises InvalidField, or UserError for one that Tinker has and knapper cannot have."""
+    """The loss. Raises InvalidField, or UserError for a loss of Tinker's that knapper cannot have."""
     if name == "stable_reinforce":
         raise UserError(
             "loss_fn is 'stable_reinforce', whose formula is not published, so knapper cannot compute it; "

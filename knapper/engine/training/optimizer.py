@@ -1,4 +1,4 @@
-"""AdamW on flat arenas: a pure function; what it is given stays as it was, whatever happens.
+"""AdamW on flat arenas: a pure function that leaves its arguments unchanged, also when it fails.
 
 P parameters of one run.
 """
@@ -28,7 +28,7 @@ _SMALL = 1e-9  # squares of parts of a smaller norm may vanish in float32
 
 @dataclass(frozen=True)
 class Moments:
-    """Of Adam: running means of gradients and of their squares, float32 (P), after `step` steps."""
+    """Adam's running means of gradients and of their squares, float32 (P), after `step` steps."""
 
     m_P: Tensor
     v_P: Tensor
@@ -96,7 +96,7 @@ def step(
 
 
 def is_finite(values_P: Tensor) -> bool:
-    """Whether every number is finite: their norm is then and only then (float32 squares cannot overflow it)."""
+    """Whether every number is finite: exactly then the norm is (float32 squares cannot overflow it)."""
     return math.isfinite(_norm_in_rows(values_P)) or math.isfinite(_norm_of_any(values_P))
 
 
@@ -107,9 +107,9 @@ def norm_of(values_P: Tensor) -> float:
 
 
 def _norm_in_rows(values_P: Tensor) -> float:
-    """The norm where float32 squares neither overflow nor vanish: without the float64 copy, which costs 30 times it."""
-    rows, left = values_P.split([len(values_P) // _ROW * _ROW, len(values_P) % _ROW])
-    norms = [torch.linalg.vector_norm(rows.view(-1, _ROW), dim=1), torch.linalg.vector_norm(left)[None]]
+    """The norm if float32 squares neither overflow nor vanish: 30 times as fast as with a float64 copy."""
+    rows, remainder = values_P.split([len(values_P) // _ROW * _ROW, len(values_P) % _ROW])
+    norms = [torch.linalg.vector_norm(rows.view(-1, _ROW), dim=1), torch.linalg.vector_norm(remainder)[None]]
     return math.hypot(*torch.cat(norms).tolist())  # one transfer
 
 
@@ -121,10 +121,10 @@ def _norm_of_any(values_P: Tensor) -> float:
 
 
 def scaled_norm(values_P: Tensor) -> float:
-    """The same for devices without float64: the largest element is taken out, so that no float32 square overflows."""
+    """For devices without float64: scaled by the largest element, so that no float32 square overflows."""
     if not len(values_P):
         return 0.0
     largest = values_P.abs().amax()
     squares = (values_P / largest.clamp(min=torch.finfo(torch.float32).tiny)).square()
-    found, scale = torch.stack([squares.sum().sqrt(), largest]).tolist()  # one transfer
-    return float(found) * float(scale)
+    norm, scale = torch.stack([squares.sum().sqrt(), largest]).tolist()  # one transfer
+    return float(norm) * float(scale)

@@ -1,9 +1,9 @@
-"""Sequences that begin alike: the rows that they share, each computed once.
+"""Prefix sharing: rows that several sequences have in common are computed once.
 
-A causal model's row depends on the tokens up to it and on none after it. So sequences with a common beginning have
-common rows there: the samples of a group share their prompt, the turns of a conversation all that came before.
+A causal model's row depends on the tokens up to it and on no later one. So sequences with a common prefix have common
+rows: the samples of a group share their prompt, the turns of a conversation all earlier ones.
 
-N rows of all sequences, one after another; U rows that differ.
+N rows of all sequences, one after another; U distinct rows.
 """
 
 import numpy as np
@@ -13,27 +13,27 @@ _Ints = NDArray[np.int64]
 
 
 class Prefixes:
-    """Grows by whole sequences. Two rows are one when the tokens up to and with them are the same."""
+    """A prefix tree of sequences. Two rows are one if the tokens up to and including them are the same."""
 
     def __init__(self) -> None:
         self._children: dict[tuple[int, int], int] = {}  # (row before, token) -> row
         self._tokens: list[int] = []
         self._positions: list[int] = []
-        self._first: list[int] = []  # where among the N rows each of the U first stands
-        self._places: list[_Ints] = []
+        self._first: list[int] = []  # the first of the N rows that each of the U stands for
+        self._rows: list[_Ints] = []
         self.lengths: list[int] = []
 
     def __len__(self) -> int:
-        """How many rows have to be computed."""
+        """Rows to compute."""
         return len(self._tokens)
 
     @property
     def total(self) -> int:
-        """How many rows the sequences have."""
+        """Rows of all sequences."""
         return sum(self.lengths)
 
     def new_rows(self, tokens_T: NDArray[np.int32]) -> int:
-        """How many rows `add` would add."""
+        """Rows that `add` would add."""
         return len(tokens_T) - len(self._walk(tokens_T.tolist()))
 
     def add(self, tokens_T: NDArray[np.int32]) -> None:
@@ -48,19 +48,19 @@ class Prefixes:
             self._positions.append(position)
             self._first.append(start + position)
             path.append(row)
-        self._places.append(np.array(path, dtype=np.int64))
+        self._rows.append(np.array(path, dtype=np.int64))
         self.lengths.append(len(tokens))
 
     def _walk(self, tokens: list[int]) -> list[int]:
-        """The rows that are there already, as far as the sequence goes along with an earlier one."""
+        """The existing rows of the longest prefix in the tree."""
         path: list[int] = []
         row = -1
         for token in tokens:
-            found = self._children.get((row, token))
-            if found is None:
+            next_row = self._children.get((row, token))
+            if next_row is None:
                 break
-            path.append(found)
-            row = found
+            path.append(next_row)
+            row = next_row
         return path
 
     @property
@@ -73,10 +73,10 @@ class Prefixes:
 
     @property
     def first_U(self) -> _Ints:
-        """For each row that is computed, a place among the N where it stands."""
+        """For each computed row, the first of the N rows that it stands for."""
         return np.array(self._first, dtype=np.int64)
 
     @property
-    def places_N(self) -> _Ints:
-        """For each row of each sequence, the computed row that it is."""
-        return np.concatenate(self._places)
+    def rows_N(self) -> _Ints:
+        """For each row of each sequence, its computed row."""
+        return np.concatenate(self._rows)

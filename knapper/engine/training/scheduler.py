@@ -1,9 +1,9 @@
-"""Which runs compute next: forward_backward requests of all of them, gathered into passes of the one base model.
+"""Schedules training: batches forward_backward requests of many runs into passes of the one base model.
 
-One task on the device serves all, as the sampler's does, and yields after every layer of a pass, so that sampling and
-optimizer steps take their turns. Nobody is waited for: what arrives while a pass runs shares the next one. Fair by
-rows (`FairShare`): the run that was served least goes first, and others fill the pass up. A request that no other could
-share a pass with is not held up by it.
+One task on the device serves all runs, as the sampler's does. It yields after every layer of a pass, so that sampling
+and optimizer steps get their turns. A pass never waits for requests: those that arrive meanwhile share the next one.
+Fair by rows (`FairShare`): the least served run goes first, and others fill the pass. A request that cannot share a
+pass never waits for one that could.
 """
 
 import math
@@ -17,7 +17,7 @@ from typing import Final
 from knapper.concurrency.fair_share import FairShare
 from knapper.engine import hardware
 from knapper.engine.executor import Executor, Work, timed
-from knapper.engine.out_of_memory import MemoryShortage, told
+from knapper.engine.out_of_memory import MemoryShortage, as_shortage
 from knapper.engine.training import batch
 from knapper.engine.training.batch import PendingRequest
 from knapper.engine.training.trainer import RunState, Trainer
@@ -26,18 +26,18 @@ from knapper.wire.types import ForwardBackward, ForwardBackwardOutput
 
 TrainingResult = tuple[RunState, ForwardBackwardOutput, float]
 
-_SHARES_REMEMBERED: Final = 1024  # micro-batches over which `shares` tells who was served
+_SHARES_REMEMBERED: Final = 1024  # micro-batches that `shares` looks back on
 
 
 @dataclass
 class TrainingCounters:
-    """Since the clock began."""
+    """Since the scheduler started."""
 
     passes: int = 0
-    rows: int = 0  # computed, of all passes
-    room: int = 0  # rows that they could have had: rows / room is how full they were
-    shares: int = 0  # micro-batches: shares / passes runs are in a pass on average
-    repeated: int = 0  # requests that were computed again, alone, after a pass that broke or lacked memory
+    rows: int = 0  # computed rows of all passes
+    capacity: int = 0  # rows that the passes could hold: rows / capacity is how full they were
+    shares: int = 0  # micro-batches: shares / passes is the mean number of runs in a pass
+    repeated: int = 0  # requests that were computed again alone, after a pass failed or lacked memory
 
 
 @dataclass(eq=False)
@@ -47,8 +47,8 @@ class _Request:
     arrived_s: float
     future: "Future[TrainingResult]" = field(default_factory=Future)
     opened: PendingRequest | None = None
-    alone: bool = False  # a pass that it was part of broke
-    spared: bool = False  # it lacked memory, and all that was kept for later has been given back
+    alone: bool = False  # a pass with it failed
+    spared: bool = False  # it lacked memory and is repeated after all caches were released
     cost_s: float = 0.0
 
     @property
@@ -68,45 +68,45 @@ def _share(first: _Request, other: _Request) -> bool:
 
 
 class TrainingScheduler:
-    """Passes on one device. `now` in seconds only tells what a request costs, and how long it has waited."""
+    """Passes on one device. `now` in seconds only measures costs and waiting times."""
 
     def __init__(self, trainer: Trainer, device: Executor, now: Callable[[], float]) -> None:
         self.counters = TrainingCounters()
         self._trainer, self._device, self._now = trainer, device, now
-        # Callers and the device's thread meet at these, under the lock.
+        # Shared by callers and the device's thread, under the lock.
         self._lock = threading.Lock()
         self._arrivals: list[_Request] = []
         self._working = False
         self._recent: deque[tuple[str, int]] = deque(maxlen=_SHARES_REMEMBERED)  # (run, rows)
-        # The rest belongs to the device's thread.
+        # Used by the device's thread only.
         self._requests: list[_Request] = []
         self._shares = FairShare()  # in rows, by run
 
     @property
     def waiting(self) -> int:
-        """Requests that are not finished."""
+        """Unfinished requests."""
         return len(self._arrivals) + len(self._requests)
 
     def oldest_s(self) -> float:
-        """How long the request that waits longest has; 0 if none does."""
+        """Age of the oldest waiting request in seconds; 0 if none waits."""
         now_s = self._now()
         with self._lock:
-            return max((now_s - one.arrived_s for one in [*self._arrivals, *self._requests]), default=0.0)
+            return max((now_s - request.arrived_s for request in [*self._arrivals, *self._requests]), default=0.0)
 
-    def shares(self, places: int) -> list[float]:
-        """Of the rows computed lately, the parts of the `places` runs that had most; the largest first."""
+    def shares(self, count: int) -> list[float]:
+        """The parts of the recently computed rows of the `count` most served runs, the largest first."""
         rows: dict[str, int] = {}
         with self._lock:
-            for run, own in self._recent:
-                rows[run] = rows.get(run, 0) + own
+            for run, run_rows in self._recent:
+                rows[run] = rows.get(run, 0) + run_rows
         total = sum(rows.values())
-        return [own / total for own in sorted(rows.values(), reverse=True)[:places]]
+        return [run_rows / total for run_rows in sorted(rows.values(), reverse=True)[:count]]
 
     def submit(self, state: RunState, read: Callable[[], ForwardBackward]) -> "Future[TrainingResult]":
-        """(state, output, seconds of the passes that were this request's), as `Trainer.forward_backward` has them.
+        """(state, output, seconds of the passes that were this request's), as `Trainer.forward_backward` returns them.
 
-        The same bits, whoever shares the passes. `read` is called on the device's thread; what it raises is raised.
-        Cancelling the future ends the request with its micro-batch.
+        The bits do not depend on the requests that share the passes. `read` is called on the device's thread; its
+        errors are raised. Cancelling the future ends the request after its micro-batch.
         """
         request = _Request(state, read, self._now())
         with self._lock:
@@ -116,135 +116,135 @@ class TrainingScheduler:
             self._device.submit(self._work(), "passes")
         return request.future
 
-    # From here on: the device's thread.
+    # The rest runs on the device's thread.
 
     def _work(self) -> Work[None]:
         try:
-            while self._look():
+            while self._take_arrivals():
                 if chosen := self._choose():
                     yield from self._compute(chosen)
         except BaseException as error:
             self._abandon(error)
             raise
 
-    def _look(self) -> bool:
-        """Take in what arrived and drop what was cancelled. False when nothing is left: the task then ends."""
+    def _take_arrivals(self) -> bool:
+        """Accept arrivals and drop cancelled requests. False when none is left: the task then ends."""
         with self._lock:
             arrived, self._arrivals = self._arrivals, []
-            self._requests = [one for one in self._requests + arrived if not one.future.cancelled()]
+            self._requests = [request for request in self._requests + arrived if not request.future.cancelled()]
             self._working = bool(self._requests)
-        for one in arrived:
-            self._shares.join(one.run)
-        self._shares.leave((one.run,) for one in self._requests)
-        for one in list(self._requests):
-            if one.opened is None:
-                self._open(one)
+        for request in arrived:
+            self._shares.join(request.run)
+        self._shares.leave((request.run,) for request in self._requests)
+        for request in list(self._requests):
+            if request.opened is None:
+                self._open(request)
         return self._working
 
-    def _open(self, one: _Request) -> None:
-        """With its gradients' memory, or it is opened again at the next look."""
+    def _open(self, request: _Request) -> None:
+        """Allocate its gradients; after a memory shortage it is opened again at the next look."""
         try:
-            one.opened = self._trainer.open(one.state, one.read())
+            request.opened = self._trainer.open(request.state, request.read())
         except BaseException as error:  # noqa: BLE001  the border of the thread: the waiting caller gets it
-            failed = told(error)
+            failure = as_shortage(error)
         else:
             return
-        self._part([one], failed)
+        self._isolate([request], failure)
 
     def _choose(self) -> list[_Request]:
-        """Who computes a micro-batch now: the least served, and whoever else fits beside it.
+        """The requests of the next pass: the least served, and others that fit beside it.
 
-        Nobody fills up who is a whole pass ahead of a run that is left out: what fills up costs that run time.
+        A run that is a whole pass ahead of one that is left out does not fill up: that would cost the other run time.
         """
         rows_max, rows_shared = self._trainer.rows_max, self._trainer.rows_shared(len(self._requests))
-        waiting = [one for one in self._requests if one.opened is not None]
-        waiting.sort(key=lambda one: self._shares.rank(one.run))
+        waiting = [request for request in self._requests if request.opened is not None]
+        waiting.sort(key=lambda request: self._shares.rank(request.run))
         chosen: list[_Request] = []
         rows, bound = 0, math.inf
-        for one in waiting:
-            (served,) = self._shares.rank(one.run)
+        for request in waiting:
+            (served,) = self._shares.rank(request.run)
             if not chosen:
-                self._shares.serve(one.run)
-            if not chosen or (served <= bound and rows + one.rows <= rows_shared and _share(chosen[0], one)):
-                chosen.append(one)
-                rows += one.rows
+                self._shares.serve(request.run)
+            if not chosen or (served <= bound and rows + request.rows <= rows_shared and _share(chosen[0], request)):
+                chosen.append(request)
+                rows += request.rows
             else:
                 bound = min(bound, served + rows_max)
         return chosen
 
     def _compute(self, chosen: Sequence[_Request]) -> Work[None]:
-        rows, room = [one.rows for one in chosen], self._trainer.rows_shared(len(self._requests))
-        opened = [one.opened for one in chosen if one.opened is not None]
+        rows, capacity = [request.rows for request in chosen], self._trainer.rows_shared(len(self._requests))
+        opened = [request.opened for request in chosen if request.opened is not None]
         try:
             _, spent_s = yield from timed(batch.compute(self._trainer.decoder, opened), self._now)
         except Exception as error:  # noqa: BLE001  a defect that one request brings out must not fail the others
-            failed = told(error)
+            failure = as_shortage(error)
         else:
-            self._computed(chosen, spent_s, rows, room)
+            self._computed(chosen, spent_s, rows, capacity)
             return
-        del opened  # gradients that are half added, and perhaps the memory that was lacking
-        self._part(chosen, failed)
+        del opened  # frees gradients that are half added, and perhaps the memory that was lacking
+        self._isolate(chosen, failure)
 
-    def _computed(self, chosen: Sequence[_Request], spent_s: float, rows: Sequence[int], room: int) -> None:
-        """A pass is done, of which `rows` are each one's."""
+    def _computed(self, chosen: Sequence[_Request], spent_s: float, rows: Sequence[int], capacity: int) -> None:
+        """Account a finished pass; `rows` of each request."""
         self.counters.passes += 1
         self.counters.shares += len(chosen)
         self.counters.rows += sum(rows)
-        self.counters.room += max(room, sum(rows))
+        self.counters.capacity += max(capacity, sum(rows))
         with self._lock:
-            self._recent.extend((one.run, own) for one, own in zip(chosen, rows, strict=True))
-        for one, own in zip(chosen, rows, strict=True):
-            one.cost_s += spent_s * own / sum(rows)
-            self._shares.charge(own, one.run)
-            if one.opened is not None and one.opened.done:
-                self._finish(one, one.opened)
+            self._recent.extend((request.run, request_rows) for request, request_rows in zip(chosen, rows, strict=True))
+        for request, request_rows in zip(chosen, rows, strict=True):
+            request.cost_s += spent_s * request_rows / sum(rows)
+            self._shares.charge(request_rows, request.run)
+            if request.opened is not None and request.opened.done:
+                self._finish(request, request.opened)
 
-    def _part(self, chosen: Sequence[_Request], failed: BaseException) -> None:
-        """A pass broke, perhaps with gradients half added: begin each of its requests anew, by itself.
+    def _isolate(self, chosen: Sequence[_Request], failure: BaseException) -> None:
+        """After a failed pass, perhaps with gradients half added: start each of its requests anew, alone.
 
-        One that lacked memory by itself is tried once more, when all that is kept for later has been given back.
+        A request that lacked memory alone is repeated once more after all caches are released.
         """
         device = self._trainer.decoder.device
-        for one in chosen:
-            one.alone, one.opened = True, None
-        if isinstance(failed, MemoryShortage):
+        for request in chosen:
+            request.alone, request.opened = True, None
+        if isinstance(failure, MemoryShortage):
             hardware.release(device)
-        for one in chosen:
-            if len(chosen) > 1 or (isinstance(failed, MemoryShortage) and not one.spared):
+        for request in chosen:
+            if len(chosen) > 1 or (isinstance(failure, MemoryShortage) and not request.spared):
                 self.counters.repeated += 1
-                one.spared = len(chosen) == 1
-            elif isinstance(failed, MemoryShortage):
+                request.spared = len(chosen) == 1
+            elif isinstance(failure, MemoryShortage):
                 todo = "Send shorter datums or fewer of them in a request, or train an adapter of a lower rank"
-                self._answer(one, failed.error(f"a training pass of {one.run}", device, todo))
+                self._answer(request, failure.error(f"a training pass of {request.run}", device, todo))
             else:
-                self._answer(one, failed)
+                self._answer(request, failure)
 
-    def _finish(self, one: _Request, opened: PendingRequest) -> None:
+    def _finish(self, request: _Request, opened: PendingRequest) -> None:
         try:
-            state, output = self._trainer.close(one.state, opened)
+            state, output = self._trainer.close(request.state, opened)
         except UserError as error:
-            self._answer(one, error)
+            self._answer(request, error)
             return
         except Exception as error:  # noqa: BLE001  as above
-            failed = told(error)
+            failure = as_shortage(error)
         else:
-            self._answer(one, (state, output, one.cost_s))
+            self._answer(request, (state, output, request.cost_s))
             return
-        self._part([one], failed)
+        self._isolate([request], failure)
 
-    def _answer(self, one: _Request, result: TrainingResult | BaseException) -> None:
-        self._requests.remove(one)
-        if one.future.set_running_or_notify_cancel():
+    def _answer(self, request: _Request, result: TrainingResult | BaseException) -> None:
+        self._requests.remove(request)
+        if request.future.set_running_or_notify_cancel():
             if isinstance(result, BaseException):
-                one.future.set_exception(result)
+                request.future.set_exception(result)
             else:
-                one.future.set_result(result)
+                request.future.set_result(result)
 
     def _abandon(self, error: BaseException) -> None:
-        """The device closes, or something broke that no request is to blame for: every caller hears it."""
+        """Fail every request: the device closes, or an error that no single request caused."""
         with self._lock:
             requests = self._requests + self._arrivals
             self._requests, self._arrivals, self._working = [], [], False
-        for one in requests:
-            if one.future.set_running_or_notify_cancel():
-                one.future.set_exception(error)
+        for request in requests:
+            if request.future.set_running_or_notify_cancel():
+                request.future.set_exception(error)

@@ -1,5 +1,4 @@
-"""Training steps of one run: pure functions from (state, request) to (state, result), in pieces that other work may go
-between.
+"""Training steps of one run: pure functions from (state, request) to (state, result), as generators.
 
 P parameters.
 """
@@ -21,20 +20,20 @@ from knapper.errors import UserError
 from knapper.state.journal.records import Spec
 from knapper.wire.types import AdamW, ForwardBackward, ForwardBackwardOutput
 
-# Rows of a micro-batch: they bound memory and how long neighbours wait; a longer datum goes alone. A CPU's products are
+# Rows of a micro-batch bound memory and the waiting time of others; a longer datum goes alone. A CPU's products are
 # saturated from some 128 rows on, a GPU's are not.
 ROWS_MAX_CPU, ROWS_MAX_GPU = 1024, 8192
-# Rows up to which a CPU's pass takes in more requests. From 384 on it computes each no faster. From 128 on little
-# faster, and whoever shares a pass waits for all of it: a few runs go one after another then, or they would end every
-# step together, and wait for their rewards together; more than a few gain by it, as those behind them do.
+# Up to this many rows a CPU's pass takes more requests. From 384 on each is no faster. From 128 on little faster, and
+# every request waits for the whole pass: so a few runs go one after another, or they would end every step together and
+# then all wait for rewards; more runs gain, since those behind them do.
 ROWS_SHARED_CPU, ROWS_SHARED_BY_FEW_CPU, FEW = 384, 128, 3
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything that a run is. Its tensors are never written to again; a step makes new ones.
+    """The whole state of a run. Its tensors are never written to; a step makes new ones.
 
-    `weights_P`, `grads_P` float32 arenas in `layout`. `grads_P`: the sum since the last optimizer step; None: nothing
+    `weights_P`, `grads_P` float32 arenas in `layout`. `grads_P`: the sum since the last optimizer step; None: none
     since. It is always finite.
     """
 
@@ -49,20 +48,20 @@ class RunState:
         return self.spec.alpha / self.spec.rank
 
     def lora(self) -> Lora:
-        """The adapter as it is, for a forward pass; views of the arena."""
+        """The current adapter for a forward pass; views of the arena."""
         return self.layout.lora(self.weights_P, self.scale)
 
 
 class Trainer:
-    """Trains adapters of many runs on one frozen base model; keeps nothing of any of them."""
+    """Trains adapters of many runs on one frozen base model; keeps no run's state."""
 
     def __init__(self, decoder: Model, rows_max: int | None = None) -> None:
-        """`rows_max` of a micro-batch; None: what suits the device."""
+        """`rows_max` of a micro-batch; None: the device's default."""
         self.decoder = decoder
         self.rows_max = rows_max or (ROWS_MAX_CPU if decoder.device.type == "cpu" else ROWS_MAX_GPU)
 
     def rows_shared(self, waiting: int) -> int:
-        """Rows up to which a pass takes in more requests while so many wait."""
+        """Rows up to which a pass takes more requests while `waiting` wait."""
         if self.decoder.device.type != "cpu":
             return self.rows_max
         return min(self.rows_max, ROWS_SHARED_BY_FEW_CPU if waiting <= FEW else ROWS_SHARED_CPU)
@@ -72,51 +71,51 @@ class Trainer:
         return layout(self.decoder.config, spec)
 
     def create(self, spec: Spec) -> RunState:
-        """A new run, before its first step. Raises InvalidField."""
-        where = self.layout(spec)
-        return self.begin(spec, where.begin(spec.seed))
+        """A new run before its first step. Raises InvalidField."""
+        run_layout = self.layout(spec)
+        return self.begin(spec, run_layout.initial(spec.seed))
 
     def begin(self, spec: Spec, weights_P: Tensor, moments: Moments | None = None) -> RunState:
-        """A run with these weights; without moments they are zero and the step count too."""
-        where = self.layout(spec)
+        """A run with these weights; without moments they and the step count are zero."""
+        run_layout = self.layout(spec)
         weights_P = weights_P.to(self.decoder.device)
         if moments is None:
             moments = Moments(torch.zeros_like(weights_P), torch.zeros_like(weights_P), 0)
         else:
             moments = Moments(moments.m_P.to(self.decoder.device), moments.v_P.to(self.decoder.device), moments.step)
-        return RunState(spec, where, weights_P, moments)
+        return RunState(spec, run_layout, weights_P, moments)
 
     def open(self, state: RunState, request: ForwardBackward) -> PendingRequest:
-        """The request, cut into micro-batches; how depends on it alone, so that its bits do. Raises UserError."""
+        """The request in micro-batches, cut by its own size only, so that its bits are its own. Raises UserError."""
         loss, config = check(request, self.decoder.config)
         sums_P = None if request.forward_only else torch.zeros_like(state.weights_P)
         batches = deque(micro_batches(request.data, self.rows_max))
         return PendingRequest(_leaves(state, sums_P), loss, config, sums_P, batches)
 
-    def close(self, state: RunState, one: PendingRequest) -> tuple[RunState, ForwardBackwardOutput]:
-        """The state that the finished pass leads to. Raises UserError for what it failed with."""
-        output = one.output()
-        return (state if one.sums_P is None else replace(state, grads_P=_added(state, one.sums_P))), output
+    def close(self, state: RunState, pending: PendingRequest) -> tuple[RunState, ForwardBackwardOutput]:
+        """The state after the finished request. Raises its UserError."""
+        output = pending.output()
+        return (state if pending.sums_P is None else replace(state, grads_P=_added(state, pending.sums_P))), output
 
     def forward_backward(
         self, state: RunState, request: ForwardBackward
     ) -> Work[tuple[RunState, ForwardBackwardOutput]]:
-        """The loss of each datum, and its gradient added to those pending; forward_only leaves these as they are.
+        """Adds the gradient of each datum's loss to the pending ones; forward_only leaves them unchanged.
 
-        Yields after each layer. Losses and gradients are sums, never means. Raises UserError for a request that
-        is wrong, or whose loss or gradient is not finite; `state` holds as before then. The clock computes the same for
-        several runs at a time.
+        Yields after each layer. Losses and gradients are sums, never means. Raises UserError for a wrong request or a
+        non-finite loss or gradient; `state` is unchanged then. `TrainingScheduler` computes the same for several runs
+        at once.
         """
-        one = self.open(state, request)
-        while not one.done:
-            yield from compute(self.decoder, [one])
-        return self.close(state, one)
+        pending = self.open(state, request)
+        while not pending.done:
+            yield from compute(self.decoder, [pending])
+        return self.close(state, pending)
 
     def optim_step(self, state: RunState, values: AdamW) -> Work[tuple[RunState, dict[str, float]]]:
-        """One AdamW step with the pending gradients, which are then used up. (state, metrics)
+        """One AdamW step with the pending gradients, which it uses up. (state, metrics)
 
-        With nothing pending the gradient is zero: moments decay, the weights move by what momentum is left, and the
-        step counts.
+        Without pending gradients the gradient is zero: moments decay, the weights move by their momentum, the step
+        counts.
         """
         yield from ()
         grads_P = torch.zeros_like(state.weights_P) if state.grads_P is None else state.grads_P
@@ -125,30 +124,30 @@ class Trainer:
 
 
 def _leaves(state: RunState, sums_P: Tensor | None) -> Lora:
-    """The adapter as leaves whose gradients are added straight into the arena `sums_P`; plain views without one."""
+    """The adapter as leaves whose gradients add into the arena `sums_P`; plain views without one."""
     lora = state.lora()
     if sums_P is None:
         return lora
     sums = state.layout.lora(sums_P, state.scale)
     for tensors, grads in ((lora.a, sums.a), (lora.b, sums.b)):
-        for site in tensors:
-            tensors[site] = tensors[site].detach().requires_grad_()
-            tensors[site].grad = grads[site]
+        for target in tensors:
+            tensors[target] = tensors[target].detach().requires_grad_()
+            tensors[target].grad = grads[target]
     return lora
 
 
 def _added(state: RunState, sums_P: Tensor) -> Tensor:
-    """Pending gradients with this request's. Raises UserError, naming a site, when one is not finite."""
+    """Pending gradients plus this request's. Raises UserError, naming a target module, for a non-finite one."""
     total_P = sums_P if state.grads_P is None else state.grads_P + sums_P
     if not is_finite(total_P):
-        wrong = next(
-            f"{site.name} ({'AB'[part]})"
-            for site, *matrices in state.layout.matrices(total_P)
+        matrix_name = next(
+            f"{target.name} ({'AB'[part]})"
+            for target, *matrices in state.layout.matrices(total_P)
             for part, matrix in enumerate(matrices)
             if not is_finite(matrix)
         )
         raise UserError(
-            f"the gradient of {wrong} is not finite; this request added nothing to the pending gradients. "
+            f"the gradient of {matrix_name} is not finite; this request added nothing to the pending gradients. "
             "Look for huge weights or advantages"
         )
     return total_P

@@ -1,5 +1,5 @@
-"""What a forward_backward request must be before anything is computed. The first thing wrong is named, with its datum
-and position.
+"""Validation of forward_backward requests before anything is computed. An error names the first wrong datum and
+position.
 
 T tokens of a datum, K targets a position.
 """

@@ -1,4 +1,4 @@
-"""What the sampler says of a token is what the trainer says of it, to the last bit: on a CPU, whoever else is there.
+"""Sampler and trainer give a token the same log-probability, to the last bit, on a CPU and in any batch.
 
 So that the ratio of an on-policy step is 1, and not 1 and some noise.
 """
@@ -19,7 +19,7 @@ from knapper.engine.sampling.sampler import EngineSampler
 from knapper.engine.training.trainer import RunState
 from knapper.wire.types import AdamW, Datum, SampleOutput, SampleRequest, SamplingParams
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
-from tests.engine.sampling.test_scheduler import Shelf
+from tests.engine.sampling.test_scheduler import AdapterDict
 from tests.engine.training.test_scheduler import held
 
 SEED = 4
@@ -52,7 +52,7 @@ class Pair:
         self.sampler = EngineSampler(
             self.trainer.decoder,
             self.device,
-            Shelf(loras),
+            AdapterDict(loras),
             None,
             slots_max=24,
             kv_tokens_max=1 << 14,
@@ -67,29 +67,29 @@ class Pair:
         state, _ = done(self.trainer.forward_backward(state, request(data)))
         return done(self.trainer.optim_step(state, AdamW(learning_rate=0.03)))[0]
 
-    def sampled(self, *asked: SampleRequest) -> list[SampleOutput]:
+    def sampled(self, *requests: SampleRequest) -> list[SampleOutput]:
         """All having arrived before the first begins."""
         gate = held(self.device)
 
         async def together() -> list[SampleOutput]:
-            tasks = [asyncio.ensure_future(self.sampler.sample(one)) for one in asked]
-            while self.sampler.waiting < len(asked):  # noqa: ASYNC110  no event tells
+            tasks = [asyncio.ensure_future(self.sampler.sample(sample_request)) for sample_request in requests]
+            while self.sampler.waiting < len(requests):  # noqa: ASYNC110  no event tells
                 await asyncio.sleep(0)
             gate.set()
             return list(await asyncio.gather(*tasks))
 
         return asyncio.run(asyncio.wait_for(together(), 60))
 
-    def trained(self, name: str, texts: list[np.ndarray], *, forward_only: bool = False) -> list[np.ndarray]:
-        """The trainer's log-probabilities of each text's tokens after the first, all texts in one request."""
+    def trained(self, name: str, sequences: list[np.ndarray], *, forward_only: bool = False) -> list[np.ndarray]:
+        """The trainer's log-probabilities of each sequence's tokens after the first, all sequences in one request."""
         data = [
-            Datum(text[:-1].astype(np.int32), {"target_tokens": text[1:].astype(np.int64),
-                                               "weights": np.ones(len(text) - 1, np.float32)})
-            for text in texts
+            Datum(token_ids[:-1].astype(np.int32), {"target_tokens": token_ids[1:].astype(np.int64),
+                                               "weights": np.ones(len(token_ids) - 1, np.float32)})
+            for token_ids in sequences
         ]  # fmt: skip
-        asked = request(data, forward_only=forward_only)
-        _, output = done(self.trainer.forward_backward(self.states[name], asked))
-        return [one["logprobs"] for one in output.outputs]
+        requests = request(data, forward_only=forward_only)
+        _, output = done(self.trainer.forward_backward(self.states[name], requests))
+        return [datum_output["logprobs"] for datum_output in output.outputs]
 
 
 @pytest.fixture(
@@ -100,8 +100,8 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Pair:
     return Pair(tmp_path, *request.param)
 
 
-def crowd() -> list[SampleRequest]:
-    """Of every adapter, texts of many lengths: through several pools, past 256 keys, one of a single token."""
+def many_requests() -> list[SampleRequest]:
+    """Sequences of many lengths with every adapter: in several pools, past 256 keys, one of a single token."""
     rng = np.random.default_rng(SEED)
     names = list(SPECS)
     shapes = [(1, 9), (7, 1), (9, 70), (40, 30), (63, 3), (64, 12), (130, 20), (250, 80), (383, 12), (66, 66)]
@@ -115,27 +115,27 @@ def crowd() -> list[SampleRequest]:
     ]  # fmt: skip
 
 
-def assert_equal(pair: Pair, asked: list[SampleRequest], outputs: list[SampleOutput]) -> None:
-    for one, output in zip(asked, outputs, strict=True):
-        prompt = len(one.prompt)
-        texts = [np.concatenate([one.prompt, sequence.tokens]) for sequence in output.sequences]
-        group = pair.trained(one.adapter, texts)
-        for text, sequence, logprobs in zip(texts, output.sequences, group, strict=True):
+def assert_equal(pair: Pair, requests: list[SampleRequest], outputs: list[SampleOutput]) -> None:
+    for sample_request, output in zip(requests, outputs, strict=True):
+        prompt = len(sample_request.prompt)
+        sequences = [np.concatenate([sample_request.prompt, sequence.tokens]) for sequence in output.sequences]
+        group = pair.trained(sample_request.adapter, sequences)
+        for token_ids, sequence, logprobs in zip(sequences, output.sequences, group, strict=True):
             np.testing.assert_array_equal(sequence.logprobs, logprobs[prompt - 1 :])
-            (alone,) = pair.trained(one.adapter, [text], forward_only=True)
+            (alone,) = pair.trained(sample_request.adapter, [token_ids], forward_only=True)
             np.testing.assert_array_equal(alone, logprobs)
-            if one.prompt_logprobs:
+            if sample_request.prompt_logprobs:
                 assert output.prompt_logprobs is not None
                 np.testing.assert_array_equal(output.prompt_logprobs[1:], logprobs[: prompt - 1])
 
 
 @pytest.mark.usefixtures("threads")
 def test_sampled_and_prompt_logprobs_are_the_trainers_bit_for_bit(pair: Pair) -> None:
-    asked = crowd()
-    outputs = pair.sampled(*asked)
-    assert_equal(pair, asked, outputs)
-    said = np.concatenate([sequence.logprobs for output in outputs for sequence in output.sequences])
-    assert len(np.unique(said)) > 0.9 * len(said)
+    requests = many_requests()
+    outputs = pair.sampled(*requests)
+    assert_equal(pair, requests, outputs)
+    prompts = np.concatenate([sequence.logprobs for output in outputs for sequence in output.sequences])
+    assert len(np.unique(prompts)) > 0.9 * len(prompts)
 
 
 @pytest.mark.usefixtures("threads")
@@ -143,23 +143,25 @@ def test_a_conversation_that_goes_on_where_it_was_has_the_trainers_bits(pair: Pa
     """Each turn begins with all that was said before, two of them with the same; other adapters say the same beside."""
     rng = np.random.default_rng(SEED)
     names = list(SPECS)
-    said = {name: [rng.integers(0, 256, 45).astype(np.int32)] * 2 for name in names}
-    said["wide"] = said["narrow"]  # tokens alone must not tell
+    prompts = {name: [rng.integers(0, 256, 45).astype(np.int32)] * 2 for name in names}
+    prompts["wide"] = prompts["narrow"]  # tokens alone must not tell
     for turn in range(4):
-        asked = [
+        requests = [
             SampleRequest("tiny", name, prompt, SamplingParams(max_tokens=21, ignore_eos=True), seed=10 * turn + number)
             for name in names
-            for number, prompt in enumerate(said[name])
+            for number, prompt in enumerate(prompts[name])
         ]
-        outputs = pair.sampled(*asked)
-        assert_equal(pair, asked, outputs)
+        outputs = pair.sampled(*requests)
+        assert_equal(pair, requests, outputs)
         if turn:
             assert all(output.prompt_cache_hit_tokens >= 45 + 51 * (turn - 1) for output in outputs)
-        texts = iter(
-            np.concatenate([one.prompt, output.sequences[0].tokens, rng.integers(0, 256, 30)]).astype(np.int32)
-            for one, output in zip(asked, outputs, strict=True)
+        sequences = iter(
+            np.concatenate([sample_request.prompt, output.sequences[0].tokens, rng.integers(0, 256, 30)]).astype(
+                np.int32
+            )
+            for sample_request, output in zip(requests, outputs, strict=True)
         )
-        said = {name: [next(texts) for _ in said[name]] for name in names}
+        prompts = {name: [next(sequences) for _ in prompts[name]] for name in names}
 
 
 @pytest.mark.usefixtures("threads")
@@ -167,7 +169,7 @@ def test_prompts_that_begin_alike_have_the_trainers_bits(pair: Pair) -> None:
     """In one pass, and with the log-probabilities of the part that differs."""
     rng = np.random.default_rng(SEED)
     common = rng.integers(0, 256, 60).astype(np.int32)
-    asked = [
+    requests = [
         SampleRequest(
             "tiny", name, np.concatenate([common, rng.integers(0, 256, length).astype(np.int32)]),
             SamplingParams(max_tokens=5, ignore_eos=True), seed=length, prompt_logprobs=scored,
@@ -175,7 +177,7 @@ def test_prompts_that_begin_alike_have_the_trainers_bits(pair: Pair) -> None:
         for name in ("narrow", BASE)
         for length, scored in ((1, False), (7, True), (50, False))
     ]  # fmt: skip
-    outputs = pair.sampled(*asked)
-    assert_equal(pair, asked, outputs)
+    outputs = pair.sampled(*requests)
+    assert_equal(pair, requests, outputs)
     assert pair.sampler.counters.prefilled_tokens == 2 * (60 + 58)
     assert pair.sampler.counters.reused_tokens == 2 * 120

@@ -20,10 +20,10 @@ def test_gradients_have_the_same_bits_however_many_layers_are_computed_again(
 ) -> None:
     trainer = tiny_trainer(tmp_path / "model", kind, dtype)
     rows = 3 * 40
-    kept = {layers: _step(trainer, layers, rows) for layers in (2, 1, 0)}
+    saved = {layers: _step(trainer, layers, rows) for layers in (2, 1, 0)}
     for layers in (1, 0):
-        assert torch.equal(kept[layers][0], kept[2][0])
-        assert np.array_equal(kept[layers][1], kept[2][1])
+        assert torch.equal(saved[layers][0], saved[2][0])
+        assert np.array_equal(saved[layers][1], saved[2][1])
 
 
 def test_what_a_row_leaves_in_a_layer_is_what_is_reckoned_with(tmp_path: Path) -> None:
@@ -72,13 +72,13 @@ def _saved(trainer: Trainer, layers: int, rows: int) -> int:
     weights = trainer.decoder.weights
     tensors = [one for layer in weights.layers for one in vars(layer).values() if isinstance(one, Tensor)]
     own = {one.untyped_storage().data_ptr() for one in (*tensors, weights.embed, weights.norm)}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
     inside = 0
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own and not inside:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     def give(tensor: Tensor) -> Tensor:
@@ -88,4 +88,4 @@ def _saved(trainer: Trainer, layers: int, rows: int) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, give):
         _step(trainer, layers, rows)
-    return sum(kept.values())
+    return sum(saved.values())

@@ -31,8 +31,8 @@ def plain(hidden_NH: Tensor, head_VH: Tensor, targets: Tensor, lora: HeadLora | 
     all_NV = hidden_NH @ head_VH.T
     if lora is not None:
         all_NV = all_NV + lora.scale * hidden_NH @ lora.a.T @ lora.b.T
-    found = torch.log_softmax(all_NV, dim=-1).gather(1, targets if targets.dim() == 2 else targets[:, None])
-    return found if targets.dim() == 2 else found[:, 0]
+    logprobs = torch.log_softmax(all_NV, dim=-1).gather(1, targets if targets.dim() == 2 else targets[:, None])
+    return logprobs if targets.dim() == 2 else logprobs[:, 0]
 
 
 @pytest.fixture(params=[head.ELEMENTS_MAX, 1], ids=["one chunk", "many chunks"])
@@ -45,21 +45,21 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("adapted", [False, True])
 def test_values_and_gradients_equal_log_softmax(columns: int, adapted: bool) -> None:
     hidden_NH, head_VH, targets, lora = draw(columns)
-    given = lora if adapted else None
-    found, wanted = (
-        target_logprobs(hidden_NH, frozen(head_VH), targets, given),
-        plain(hidden_NH, head_VH, targets, given),
+    head_lora = lora if adapted else None
+    logprobs, wanted = (
+        target_logprobs(hidden_NH, frozen(head_VH), targets, head_lora),
+        plain(hidden_NH, head_VH, targets, head_lora),
     )
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    assert found.shape == targets.shape
-    factor = torch.randn(found.shape, dtype=found.dtype, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(logprobs, wanted, rtol=1e-12, atol=1e-12)
+    assert logprobs.shape == targets.shape
+    factor = torch.randn(logprobs.shape, dtype=logprobs.dtype, generator=torch.Generator().manual_seed(4))
     leaves = [hidden_NH, lora.a, lora.b] if adapted else [hidden_NH]
-    for mine, plain_grad in zip(
-        torch.autograd.grad((found * factor).sum(), leaves),
+    for own_grad, plain_grad in zip(
+        torch.autograd.grad((logprobs * factor).sum(), leaves),
         torch.autograd.grad((wanted * factor).sum(), leaves),
         strict=True,
     ):
-        torch.testing.assert_close(mine, plain_grad, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(own_grad, plain_grad, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.usefixtures("chunks")
@@ -78,14 +78,14 @@ def test_rows_that_need_no_gradient_change_nothing_for_the_others(adapted: bool)
     hidden_NH, head_VH, targets, lora = draw(2)
     needed_N = torch.arange(ROWS) % 3 != 0
     needed_N[:16] = False  # a whole chunk, where there are many
-    given = lora if adapted else None
+    head_lora = lora if adapted else None
     leaves = [hidden_NH, lora.a, lora.b] if adapted else [hidden_NH]
     factor = needed_N[:, None] * torch.linspace(-1, 2, ROWS * 2, dtype=torch.float64).view(ROWS, 2)
-    found = target_logprobs(hidden_NH, frozen(head_VH), targets, given, needed_N.numpy())
-    everywhere = target_logprobs(hidden_NH, frozen(head_VH), targets, given)
-    assert torch.equal(found, everywhere)
+    logprobs = target_logprobs(hidden_NH, frozen(head_VH), targets, head_lora, needed_N.numpy())
+    everywhere = target_logprobs(hidden_NH, frozen(head_VH), targets, head_lora)
+    assert torch.equal(logprobs, everywhere)
     for sparse, whole in zip(
-        torch.autograd.grad((found * factor).sum(), leaves),
+        torch.autograd.grad((logprobs * factor).sum(), leaves),
         torch.autograd.grad((everywhere * factor).sum(), leaves),
         strict=True,
     ):
@@ -96,34 +96,34 @@ def test_rows_that_need_no_gradient_change_nothing_for_the_others(adapted: bool)
 def test_a_broken_promise_of_no_gradient_is_an_error(adapted: bool) -> None:
     hidden_NH, head_VH, targets, lora = draw()
     needed_N = torch.arange(ROWS) != 5
-    found = target_logprobs(hidden_NH, frozen(head_VH), targets, lora if adapted else None, needed_N.numpy())
+    logprobs = target_logprobs(hidden_NH, frozen(head_VH), targets, lora if adapted else None, needed_N.numpy())
     with pytest.raises(AssertionError, match="promised"):
-        found.sum().backward()
+        logprobs.sum().backward()
 
 
 def test_large_logits_stay_finite_in_float32() -> None:
     hidden_NH, head_VH, targets, _ = draw(dtype=torch.float32)
     hidden_NH = (hidden_NH.detach() * 1e4).requires_grad_()
-    found = target_logprobs(hidden_NH, frozen(head_VH), targets)
-    torch.testing.assert_close(found, plain(hidden_NH, head_VH, targets, None), rtol=1e-5, atol=0.1)
-    (grad,) = torch.autograd.grad(found.sum(), hidden_NH)
-    assert torch.isfinite(found).all()
+    logprobs = target_logprobs(hidden_NH, frozen(head_VH), targets)
+    torch.testing.assert_close(logprobs, plain(hidden_NH, head_VH, targets, None), rtol=1e-5, atol=0.1)
+    (grad,) = torch.autograd.grad(logprobs.sum(), hidden_NH)
+    assert torch.isfinite(logprobs).all()
     assert torch.isfinite(grad).all()
 
 
 def test_bfloat16_weights_give_float32_log_probabilities() -> None:
     hidden_NH, head_VH, targets, lora = draw(dtype=torch.float32)
     half, half_head = hidden_NH.detach().bfloat16().requires_grad_(), head_VH.bfloat16()
-    found = target_logprobs(half, frozen(half_head), targets, lora)
+    logprobs = target_logprobs(half, frozen(half_head), targets, lora)
     wanted = plain(half.float(), half_head.float(), targets, lora)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0.1)
+    assert logprobs.dtype == torch.float32
+    torch.testing.assert_close(logprobs, wanted, rtol=0, atol=0.1)
     leaves = (half, lora.a, lora.b)
-    for mine, plain_grad in zip(
-        torch.autograd.grad(found.sum(), leaves), torch.autograd.grad(wanted.sum(), leaves), strict=True
+    for own_grad, plain_grad in zip(
+        torch.autograd.grad(logprobs.sum(), leaves), torch.autograd.grad(wanted.sum(), leaves), strict=True
     ):
-        assert mine.dtype == plain_grad.dtype
-        torch.testing.assert_close(mine, plain_grad, rtol=0.05, atol=0.3)
+        assert own_grad.dtype == plain_grad.dtype
+        torch.testing.assert_close(own_grad, plain_grad, rtol=0.05, atol=0.3)
 
 
 def test_a_row_of_logits_does_not_depend_on_its_neighbours() -> None:

@@ -1,4 +1,4 @@
-"""Stretches of a pass: the bits of one forward and one backward, and nothing kept of what is done."""
+"""Segments of a pass: the bits of one forward and one backward, and nothing kept of what is done."""
 
 import gc
 import weakref
@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from knapper.engine.layers.layerwise import LayerwisePass, Stretch
+from knapper.engine.layers.layerwise import LayerSegment, LayerwisePass
 from tests.engine.runs import done
 
 
-def layers(count: int) -> tuple[list[Tensor], list[Stretch]]:
+def layers(count: int) -> tuple[list[Tensor], list[LayerSegment]]:
     generator = torch.Generator().manual_seed(5)
     weights = [torch.randn(16, 16, generator=generator, requires_grad=True) for _ in range(count)]
 
@@ -27,62 +27,62 @@ def begin() -> Tensor:
 
 
 def test_gradients_are_bit_for_bit_those_of_one_backward() -> None:
-    (whole, one), (parts, stretches) = layers(6), layers(6)
+    (whole, one), (parts, layer_segments) = layers(6), layers(6)
     x = begin()
     for layer in one:
         x = layer(x)
     (x.square().sum()).backward()
-    course = LayerwisePass(differentiates=True)
-    rows = done(course.forward(begin(), stretches))
+    layer_pass = LayerwisePass(differentiates=True)
+    rows = done(layer_pass.forward(begin(), layer_segments))
     assert torch.equal(rows, x)
-    done(course.backward(2 * rows.detach()))
-    for mine, theirs in zip(parts, whole, strict=True):
+    done(layer_pass.backward(2 * rows.detach()))
+    for leaf, theirs in zip(parts, whole, strict=True):
         assert theirs.grad is not None
-        assert mine.grad is not None
-        assert torch.equal(mine.grad, theirs.grad)
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad, theirs.grad)
 
 
 @pytest.mark.parametrize("trained", [0, 3, 5])
 def test_what_is_frozen_before_the_first_trained_stretch_is_not_differentiated(trained: int) -> None:
-    weights, stretches = layers(6)
+    weights, layer_segments = layers(6)
     for weight in weights[:trained]:
         weight.requires_grad = False
-    course = LayerwisePass(differentiates=True)
-    rows = done(course.forward(begin(), stretches))
-    assert len(list(course.backward(torch.ones_like(rows)))) == 6 - trained
+    layer_pass = LayerwisePass(differentiates=True)
+    rows = done(layer_pass.forward(begin(), layer_segments))
+    assert len(list(layer_pass.backward(torch.ones_like(rows)))) == 6 - trained
     assert [weight.grad is not None for weight in weights] == [False] * trained + [True] * (6 - trained)
 
 
 def test_forward_only_keeps_no_graph() -> None:
-    _, stretches = layers(3)
-    course = LayerwisePass(differentiates=False)
-    rows = done(course.forward(begin(), stretches))
+    _, layer_segments = layers(3)
+    layer_pass = LayerwisePass(differentiates=False)
+    rows = done(layer_pass.forward(begin(), layer_segments))
     assert not rows.requires_grad
-    assert list(course.backward(torch.ones_like(rows))) == []
+    assert list(layer_pass.backward(torch.ones_like(rows))) == []
 
 
 def test_others_compute_without_gradients_between_two_stretches() -> None:
     """How gradients are kept is the thread's, and other tasks are on it."""
-    _, stretches = layers(3)
+    _, layer_segments = layers(3)
     for differentiates in (True, False):
-        for _ in LayerwisePass(differentiates=differentiates).forward(begin(), stretches):
+        for _ in LayerwisePass(differentiates=differentiates).forward(begin(), layer_segments):
             assert torch.is_grad_enabled()
 
 
 def test_what_a_stretch_kept_is_free_once_it_is_differentiated() -> None:
-    kept: list[weakref.ref[Tensor]] = []
+    graphs: list[weakref.ref[Tensor]] = []
     weight = torch.ones(16, requires_grad=True)
 
-    def stretch(x: Tensor) -> Tensor:
+    def segment(x: Tensor) -> Tensor:
         y = x * weight
-        kept.append(weakref.ref(y))
+        graphs.append(weakref.ref(y))
         return y
 
-    course = LayerwisePass(differentiates=True)
-    rows = done(course.forward(begin(), [stretch] * 3))
+    layer_pass = LayerwisePass(differentiates=True)
+    rows = done(layer_pass.forward(begin(), [segment] * 3))
     gc.disable()
     try:
-        for index, _ in enumerate(course.backward(torch.ones_like(rows))):
-            assert [ref() is not None for ref in kept] == [True] * (2 - index) + [False] * (index + 1)
+        for index, _ in enumerate(layer_pass.backward(torch.ones_like(rows))):
+            assert [ref() is not None for ref in graphs] == [True] * (2 - index) + [False] * (index + 1)
     finally:
         gc.enable()

@@ -37,13 +37,13 @@ def in_layers(names: list[str]) -> list[str]:
 def test_flags_choose_the_sites_in_the_documented_order(
     config: ModelConfig, attn: bool, mlp: bool, unembed: bool, wanted: list[str]
 ) -> None:
-    found = layout(config, spec(train_attn=attn, train_mlp=mlp, train_unembed=unembed))
-    assert [site.name for site in found.sites] == wanted
+    adapter_layout = layout(config, spec(train_attn=attn, train_mlp=mlp, train_unembed=unembed))
+    assert [target.name for target in adapter_layout.lora_targets] == wanted
 
 
 def test_shapes_follow_the_model_whose_heads_do_not_add_up_to_its_hidden_size(config: ModelConfig) -> None:
-    found = layout(config, spec(rank=3, train_unembed=True))
-    lora = found.lora(torch.zeros(found.numel), 1.0)
+    adapter_layout = layout(config, spec(rank=3, train_unembed=True))
+    lora = adapter_layout.lora(torch.zeros(adapter_layout.numel), 1.0)
     q, kv = heads * config.head_dim, kv_heads * config.head_dim
     assert q != hidden
     wanted = {
@@ -51,25 +51,25 @@ def test_shapes_follow_the_model_whose_heads_do_not_add_up_to_its_hidden_size(co
         "gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden),
         "lm_head": (hidden, config.vocab_size),
     }  # fmt: skip
-    for site in found.sites:
-        inputs, outputs = wanted[site.name.rpartition(".")[2]]
-        assert lora.a[site.name].shape == (3, inputs)
-        assert lora.b[site.name].shape == (outputs, 3)
+    for target in adapter_layout.lora_targets:
+        inputs, outputs = wanted[target.name.rpartition(".")[2]]
+        assert lora.a[target.name].shape == (3, inputs)
+        assert lora.b[target.name].shape == (outputs, 3)
 
 
 def test_the_views_cover_the_arena_once(config: ModelConfig) -> None:
-    found = layout(config, spec(train_unembed=True))
-    arena = torch.zeros(found.numel)
-    for _, a, b in found.matrices(arena):
+    adapter_layout = layout(config, spec(train_unembed=True))
+    arena = torch.zeros(adapter_layout.numel)
+    for _, a, b in adapter_layout.matrices(arena):
         a.add_(1)
         b.add_(1)
-    assert torch.equal(arena, torch.ones(found.numel))
+    assert torch.equal(arena, torch.ones(adapter_layout.numel))
 
 
 def test_an_adapter_begins_as_pefts_does(config: ModelConfig) -> None:
-    found = layout(config, spec(rank=16))
-    for site, a, b in found.matrices(found.begin(0)):
-        bound = site.inputs**-0.5
+    adapter_layout = layout(config, spec(rank=16))
+    for target, a, b in adapter_layout.matrices(adapter_layout.initial(0)):
+        bound = target.inputs**-0.5
         assert not b.any()
         assert a.abs().max() <= bound
         assert a.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
@@ -77,19 +77,19 @@ def test_an_adapter_begins_as_pefts_does(config: ModelConfig) -> None:
 
 
 def test_the_seed_alone_decides_how_it_begins(config: ModelConfig) -> None:
-    found = layout(config, spec())
-    first = found.begin(3)
+    adapter_layout = layout(config, spec())
+    first = adapter_layout.initial(3)
     torch.manual_seed(99)
     torch.rand(7)
     before = torch.get_rng_state()
-    assert torch.equal(found.begin(3), first)
+    assert torch.equal(adapter_layout.initial(3), first)
     assert torch.equal(torch.get_rng_state(), before)
-    assert not torch.equal(found.begin(4), first)
+    assert not torch.equal(adapter_layout.initial(4), first)
 
 
 def test_targets_that_come_later_do_not_move_the_earlier_ones(config: ModelConfig) -> None:
     plain, more = layout(config, spec()), layout(config, spec(train_unembed=True))
-    assert torch.equal(more.begin(5)[: plain.numel], plain.begin(5))
+    assert torch.equal(more.initial(5)[: plain.numel], plain.initial(5))
 
 
 @pytest.mark.parametrize(
@@ -115,4 +115,4 @@ def test_a_spec_that_cannot_be_trained_is_refused(config: ModelConfig, changes: 
 )
 def test_the_limits_themselves_are_allowed(config: ModelConfig, changes: dict[str, Any]) -> None:
     chosen = spec(train_attn=False, **changes)
-    assert layout(config, chosen).begin(chosen.seed).isfinite().all()
+    assert layout(config, chosen).initial(chosen.seed).isfinite().all()

@@ -25,14 +25,14 @@ def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor
 def adapters(dtype: torch.dtype = torch.float64) -> dict[str, Lora]:
     return {
         name: Lora(
-            {site: random(rank, INPUTS, seed=rank, dtype=dtype).requires_grad_() for site in sites},
+            {target: random(rank, INPUTS, seed=rank, dtype=dtype).requires_grad_() for target in lora_targets},
             {
-                site: random(WIDTHS[NAMES.index(site)], rank, seed=rank + 1, dtype=dtype).requires_grad_()
-                for site in sites
+                target: random(WIDTHS[NAMES.index(target)], rank, seed=rank + 1, dtype=dtype).requires_grad_()
+                for target in lora_targets
             },
             scale,
         )
-        for name, (sites, rank, scale) in ADAPTERS.items()
+        for name, (lora_targets, rank, scale) in ADAPTERS.items()
     }
 
 
@@ -45,15 +45,15 @@ def segments(loras: dict[str, Lora]) -> Segments:
 
 
 def formula(x_NI: Tensor, linear_OI: Tensor, loras: dict[str, Lora]) -> list[Tensor]:
-    found = []
+    outputs = []
     for name, y_NO in zip(NAMES, (x_NI @ linear_OI.T).split(WIDTHS, dim=1), strict=True):
         for which, lora in loras.items():
             if name in lora.a:
                 own = torch.zeros(ROWS, 1, dtype=y_NO.dtype)
                 own[slice(*SPANS[which])] = lora.scale
                 y_NO = y_NO + own * (x_NI @ lora.a[name].T) @ lora.b[name].T
-        found.append(y_NO)
-    return found
+        outputs.append(y_NO)
+    return outputs
 
 
 @pytest.mark.parametrize("goes_on", [True, False])
@@ -64,11 +64,11 @@ def test_values_and_gradients_are_those_of_the_formula(goes_on: bool) -> None:
     loras = adapters()
     wanted = torch.cat(formula(x_NI, weight_OI, loras), dim=1)
     linear = FrozenLinear(weight_OI.split(WIDTHS), torch.float64)
-    found = torch.cat(segments(loras)(NAMES, x_NI, linear), dim=1)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
-    asked = [*leaves(loras), *([x_NI] if goes_on else [])]
+    outputs = torch.cat(segments(loras)(NAMES, x_NI, linear), dim=1)
+    torch.testing.assert_close(outputs, wanted, rtol=0, atol=1e-12)
+    wanted_grads = [*leaves(loras), *([x_NI] if goes_on else [])]
     for found_grad, wanted_grad in zip(
-        torch.autograd.grad(found, asked, weigh), torch.autograd.grad(wanted, asked, weigh), strict=True
+        torch.autograd.grad(outputs, wanted_grads, weigh), torch.autograd.grad(wanted, wanted_grads, weigh), strict=True
     ):
         torch.testing.assert_close(found_grad, wanted_grad, rtol=0, atol=1e-11)
 
@@ -83,12 +83,12 @@ def test_without_adapters_a_gradient_goes_through_all_the_same() -> None:
 def test_a_base_in_bfloat16_is_rounded_once_and_its_adapters_stay_in_float32() -> None:
     weight_OI = random(sum(WIDTHS), INPUTS, seed=1).bfloat16()
     x_NI, loras = random(ROWS, INPUTS, seed=2).bfloat16().requires_grad_(), adapters(torch.float32)
-    found = segments(loras)(NAMES, x_NI, FrozenLinear(weight_OI.split(WIDTHS), torch.bfloat16))
+    outputs = segments(loras)(NAMES, x_NI, FrozenLinear(weight_OI.split(WIDTHS), torch.bfloat16))
     wanted = formula(x_NI.float(), torch.zeros(sum(WIDTHS), INPUTS), loras)
     plain = (x_NI @ weight_OI.T).split(WIDTHS, dim=1)
-    for part, y_NO, delta_NO in zip(found, plain, wanted, strict=True):
+    for part, y_NO, delta_NO in zip(outputs, plain, wanted, strict=True):
         torch.testing.assert_close(part, (y_NO + delta_NO).bfloat16(), rtol=2**-7, atol=1e-5)
-    torch.autograd.backward(found, [torch.ones_like(part) for part in found])
+    torch.autograd.backward(outputs, [torch.ones_like(part) for part in outputs])
     assert x_NI.grad is not None
     assert x_NI.grad.dtype == torch.bfloat16
     assert {leaf.grad.dtype for leaf in leaves(loras) if leaf.grad is not None} == {torch.float32}

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knapper.engine.layers.batch_invariance import (
-    ADAPTER_WAYS,
-    AS_IT_IS,
-    BACKWARD_WAYS,
-    MODEL_WAYS,
+    ADAPTER_LAYOUTS,
+    BACKWARD_LAYOUTS,
+    MODEL_LAYOUTS,
+    UNCHANGED,
     Exactness,
     Product,
     RowLayout,
@@ -39,7 +39,7 @@ def kernels(choose: Callable[[int], int]) -> Callable[[Tensor], Product]:
 @pytest.mark.parametrize(
     ("choose", "way"),
     [
-        (lambda _: 3, AS_IT_IS),
+        (lambda _: 3, UNCHANGED),
         (lambda rows: 1 if rows == 1 else 4, RowLayout(2)),
         (lambda rows: 2 if rows < 7 else 4, RowLayout(8)),
         (lambda rows: 2 if rows < 11 else 4, RowLayout(16)),
@@ -52,9 +52,9 @@ def test_the_first_way_that_keeps_the_bits_is_taken(
 ) -> None:
     exactness = Exactness()
     like = torch.empty(0, dtype=dtype)
-    assert exactness.product("forward", MODEL_WAYS, kernels(choose), INPUTS, OUTPUTS, like) == way
+    assert exactness.product("forward", MODEL_LAYOUTS, kernels(choose), INPUTS, OUTPUTS, like) == way
     assert exactness.broken == []
-    assert len(exactness.found) == (way != AS_IT_IS)
+    assert len(exactness.layouts) == (way != UNCHANGED)
 
 
 def test_where_no_way_keeps_the_bits_it_is_said_and_the_product_goes_as_it_would() -> None:
@@ -65,8 +65,8 @@ def test_where_no_way_keeps_the_bits_it_is_said_and_the_product_goes_as_it_would
         return first_row_differs
 
     exactness = Exactness()
-    way = exactness.product("forward", MODEL_WAYS, make, INPUTS, OUTPUTS, torch.empty(0))
-    assert way == AS_IT_IS
+    way = exactness.product("forward", MODEL_LAYOUTS, make, INPUTS, OUTPUTS, torch.empty(0))
+    assert way == UNCHANGED
     assert exactness.broken == [f"forward {INPUTS}x{OUTPUTS} float32"]
 
 
@@ -75,13 +75,13 @@ def test_without_the_promise_nothing_is_tried() -> None:
         raise AssertionError
 
     exactness = Exactness(promised=False)
-    assert exactness.product("forward", MODEL_WAYS, never, INPUTS, OUTPUTS, torch.empty(0)) == AS_IT_IS
-    assert exactness.adapter(16, torch.empty(0)) == AS_IT_IS
+    assert exactness.product("forward", MODEL_LAYOUTS, never, INPUTS, OUTPUTS, torch.empty(0)) == UNCHANGED
+    assert exactness.adapter(16, torch.empty(0)) == UNCHANGED
     on_gpu = torch.empty(0, device="meta")
-    assert Exactness().product("forward", MODEL_WAYS, never, INPUTS, OUTPUTS, on_gpu) == AS_IT_IS
+    assert Exactness().product("forward", MODEL_LAYOUTS, never, INPUTS, OUTPUTS, on_gpu) == UNCHANGED
 
 
-@pytest.mark.parametrize("way", sorted({*MODEL_WAYS, *BACKWARD_WAYS, *ADAPTER_WAYS}, key=str), ids=str)
+@pytest.mark.parametrize("way", sorted({*MODEL_LAYOUTS, *BACKWARD_LAYOUTS, *ADAPTER_LAYOUTS}, key=str), ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 7, 16, 63, 64, 65, 129, 300])
 def test_every_way_gives_the_product(way: RowLayout, rows: int) -> None:
     generator = torch.Generator().manual_seed(rows)
@@ -102,6 +102,6 @@ def test_an_adapter_goes_one_way_on_every_linear_whether_it_trains_or_decodes() 
     exactness.add(64, (48, 16, 16))
     exactness.add(160, (64,))
     way = exactness.adapter(32, torch.empty(0))
-    assert way in ADAPTER_WAYS
+    assert way in ADAPTER_LAYOUTS
     assert exactness.adapter(32, torch.empty(0)) is way
     assert exactness.broken == []

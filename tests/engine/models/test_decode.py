@@ -1,4 +1,4 @@
-"""Texts that decode together come and go, and each keeps its own adapter."""
+"""Sequences that decode together come and go, and each keeps its own adapter."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,23 +16,25 @@ from tests.engine.tiny import tiny_model
 
 
 def steps(decoder: Decoder, adapters: Sequence[Lora | None], story: Sequence[Sequence[int]]) -> list[dict[int, Tensor]]:
-    """Logits by text, for each step; `story`: which texts take part in it, text n with `adapters[n]`."""
-    texts = decoder.texts(1 << 14)
+    """Logits by sequence, for each step; `story`: which sequences take part in it, sequence n with `adapters[n]`."""
+    decode_state = decoder.decode_state(1 << 14)
     slots: dict[int, object] = {}
-    found = []
+    by_step = []
     for members in story:
         for gone in set(slots) - set(members):
-            texts.remove(slots.pop(gone))  # type: ignore[arg-type]  # whatever it is
+            decode_state.remove(slots.pop(gone))  # type: ignore[arg-type]  # whatever it is
         for number in members:
             if number not in slots:
                 prompt = PrefillPrompt(np.arange(20 + number, dtype=np.int32), adapters[number])
-                (prefilled,) = decoder.prompts([prompt])
-                slots[number] = texts.add(prefilled.kept, len(prompt.tokens_T))
-        texts.settle()
-        order = [next(number for number, slot in slots.items() if slot is each) for each in texts.rows]
-        logits = texts.step(torch.tensor([7 + number for number in order]), [adapters[number] for number in order])
-        found.append(dict(zip(order, logits, strict=True)))
-    return found
+                (prefilled,) = decoder.prefill([prompt])
+                slots[number] = decode_state.add(prefilled.past, len(prompt.tokens_T))
+        decode_state.reserve()
+        order = [next(number for number, slot in slots.items() if slot is each) for each in decode_state.rows]
+        logits = decode_state.step(
+            torch.tensor([7 + number for number in order]), [adapters[number] for number in order]
+        )
+        by_step.append(dict(zip(order, logits, strict=True)))
+    return by_step
 
 
 @pytest.mark.parametrize("ranks", [(4, 4, 4), (3, 5, 8), (8, 40, 16)])
@@ -52,7 +54,7 @@ def test_an_adapter_stays_a_texts_own_whoever_came_with_it_and_left(
         [[0, 3], [0], [0]],
     ):
         began: dict[int, int] = {}
-        for step, found in enumerate(steps(decoder, [*adapters, None], story)):
-            for number, logits in found.items():
+        for step, logits_by_number in enumerate(steps(decoder, [*adapters, None], story)):
+            for number, logits in logits_by_number.items():
                 own = step - began.setdefault(number, step)
                 assert torch.equal(logits, alone[number][own][number]), f"text {number} in step {step} of {story}"

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from knapper.engine.layers.adapters import site_shapes
+from knapper.engine.layers.adapters import target_shapes
 from knapper.engine.layers.attention import PackedAttention
 from knapper.engine.layers.lora import Lora
-from knapper.engine.layers.lora_gathered import Scattered, Stack
+from knapper.engine.layers.lora_gathered import GatheredLora, Stack
 from knapper.engine.layers.lora_grouped import Segment, Segments, base
 from knapper.engine.models import weights
 from knapper.engine.models.config import ModelConfig, UnsupportedModel
@@ -37,13 +37,13 @@ def tokens_of(decoder: Decoder, lengths: Sequence[int], seed: int = 0) -> Tensor
 
 
 def lora_of(decoder: Decoder, *, seed: int, rank: int = 4, scale: float = 2.0, only: Sequence[str] = ()) -> Lora:
-    """Random in every site (or in those whose name ends in one of `only`), with a B that is far from zero."""
+    """Random in every target module (or in those whose name ends in one of `only`), with a B that is far from zero."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = site_shapes(decoder.config)
-    wanted = {site: size for site, size in shapes.items() if not only or site.endswith(tuple(only))}
+    shapes = target_shapes(decoder.config)
+    wanted = {target: size for target, size in shapes.items() if not only or target.endswith(tuple(only))}
     return Lora(
-        a={site: torch.randn(rank, size[0], generator=generator) * 0.1 for site, size in wanted.items()},
-        b={site: torch.randn(size[1], rank, generator=generator) * 0.1 for site, size in wanted.items()},
+        a={target: torch.randn(rank, size[0], generator=generator) * 0.1 for target, size in wanted.items()},
+        b={target: torch.randn(size[1], rank, generator=generator) * 0.1 for target, size in wanted.items()},
         scale=scale,
     )
 
@@ -52,26 +52,26 @@ def prefill(
     decoder: Decoder, tokens_N: Tensor, lengths: Sequence[int], segments: Sequence[Segment]
 ) -> tuple[Tensor, Tensor]:
     positions_N = torch.cat([torch.arange(length) for length in lengths])
-    return decoder.recorded(tokens_N, positions_N, PackedAttention(lengths), segments)
+    return decoder.hidden_and_kv(tokens_N, positions_N, PackedAttention(lengths), segments)
 
 
-def tensor_name(site: str) -> str:
-    if site == "lm_head":
+def tensor_name(target: str) -> str:
+    if target == "lm_head":
         return "lm_head.weight"
-    _, index, linear = site.split(".")
+    _, index, linear = target.split(".")
     return f"model.layers.{index}.{'self_attn' if linear[0] in 'qkvo' else 'mlp'}.{linear}.weight"
 
 
-def merged(directory: Path, target: Path, lora: Lora) -> Path:
+def merged(directory: Path, merged_directory: Path, lora: Lora) -> Path:
     """A copy of the model with the adapter added to its weights: what the adapter must compute."""
-    target.mkdir()
+    merged_directory.mkdir()
     for name in ("config.json", "generation_config.json"):
-        (target / name).write_bytes((directory / name).read_bytes())
+        (merged_directory / name).write_bytes((directory / name).read_bytes())
     tensors = load_file(directory / "model.safetensors")
-    for site, a in lora.a.items():
-        tensors[tensor_name(site)] += lora.scale * lora.b[site] @ a
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
+    for target, a in lora.a.items():
+        tensors[tensor_name(target)] += lora.scale * lora.b[target] @ a
+    save_file(tensors, merged_directory / "model.safetensors", metadata={"format": "pt"})
+    return merged_directory
 
 
 @pytest.mark.parametrize("kind", kinds)
@@ -114,19 +114,20 @@ def test_gradients_equal_those_through_merged_weights(tmp_path: Path) -> None:
     segments = [Segment(0, 14, lora), Segment(20, 32, lora)]
     logits = decoder.logits(decoder.hidden(tokens, [14, 6, 12], segments), Segments(segments))
     (logits * weight).sum().backward()
-    found = [leaf.grad for leaf in leaves]
+    gradients = [leaf.grad for leaf in leaves]
 
     for leaf in leaves:
         leaf.grad = None
     reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    originals = {tensor_name(site): reference.get_parameter(tensor_name(site)).detach() for site in lora.a}
+    originals = {tensor_name(target): reference.get_parameter(tensor_name(target)).detach() for target in lora.a}
     moved = {
-        tensor_name(site): originals[tensor_name(site)] + lora.scale * lora.b[site] @ lora.a[site] for site in lora.a
+        tensor_name(target): originals[tensor_name(target)] + lora.scale * lora.b[target] @ lora.a[target]
+        for target in lora.a
     }
     for start, stop in ((0, 14), (20, 32)):
         out = torch.func.functional_call(reference, moved, (tokens[None, start:stop],))
         (out.logits[0] * weight[start:stop]).sum().backward(retain_graph=True)
-    for leaf, gradient in zip(leaves, found, strict=True):
+    for leaf, gradient in zip(leaves, gradients, strict=True):
         assert leaf.grad is not None
         assert gradient is not None
         assert leaf.grad.abs().max() > 0.1
@@ -169,15 +170,15 @@ def test_decoding_step_by_step_equals_one_pass(tmp_path: Path, kind: Kind) -> No
     lengths, prompts = [100, 75, 140, 66], [30, 3, 120, 60]
     loras = [lora_of(decoder, seed=1), None, lora_of(decoder, seed=2, rank=7), None]
     loras[3] = loras[0]
-    texts = [tokens_of(decoder, [length], seed=index) for index, length in enumerate(lengths)]
-    packed = torch.cat([text[:prompt] for text, prompt in zip(texts, prompts, strict=True)])
+    sequences = [tokens_of(decoder, [length], seed=index) for index, length in enumerate(lengths)]
+    packed = torch.cat([sequence[:prompt] for sequence, prompt in zip(sequences, prompts, strict=True)])
     starts = [sum(prompts[:index]) for index in range(4)]
     hidden, kv = prefill(
         decoder, packed, prompts, [Segment(s, s + p, lora) for s, p, lora in zip(starts, prompts, loras, strict=True)]
     )
     cache = Cache(decoder.config, decoder.attention_dtype, decoder.device)
     slots = [cache.add(kv[:, :, s : s + p], p) for s, p in zip(starts, prompts, strict=True)]
-    found = [list(hidden[s : s + p]) for s, p in zip(starts, prompts, strict=True)]
+    gradients = [list(hidden[s : s + p]) for s, p in zip(starts, prompts, strict=True)]
     stack = Stack([lora for lora in loras[:3] if lora is not None])
     while cache.rows:
         for index, slot in enumerate(slots):
@@ -185,16 +186,16 @@ def test_decoding_step_by_step_equals_one_pass(tmp_path: Path, kind: Kind) -> No
                 cache.remove(slot)
         if not cache.rows:
             break
-        cache.settle()
+        cache.reserve()
         order = [slots.index(slot) for slot in cache.rows]
-        tokens = torch.stack([texts[index][slots[index].length] for index in order])
-        out = decoder.step(tokens, cache, Scattered(stack, [loras[index] for index in order], decoder.device))
+        tokens = torch.stack([sequences[index][slots[index].length] for index in order])
+        out = decoder.step(tokens, cache, GatheredLora(stack, [loras[index] for index in order], decoder.device))
         for row, index in enumerate(order):
-            found[index].append(out[row])
+            gradients[index].append(out[row])
     for index, length in enumerate(lengths):
         with torch.no_grad():
-            expected = decoder.hidden(texts[index], [length], [Segment(0, length, loras[index])])
-        torch.testing.assert_close(torch.stack(found[index]), expected, atol=1e-5, rtol=1e-5)
+            expected = decoder.hidden(sequences[index], [length], [Segment(0, length, loras[index])])
+        torch.testing.assert_close(torch.stack(gradients[index]), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_decoding_sequence_has_the_same_bits_alone_and_in_a_crowd(tmp_path: Path) -> None:
@@ -206,26 +207,26 @@ def test_a_decoding_sequence_has_the_same_bits_alone_and_in_a_crowd(tmp_path: Pa
         slots = {}
         for index in members:
             prompt = 3 + 11 * index
-            text = tokens_of(decoder, [prompt], seed=index)
-            _, kv = prefill(decoder, text, [prompt], [Segment(0, prompt, loras[index % 3])])
+            sequence = tokens_of(decoder, [prompt], seed=index)
+            _, kv = prefill(decoder, sequence, [prompt], [Segment(0, prompt, loras[index % 3])])
             slots[index] = cache.add(kv, prompt)
         stack = Stack([loras[which] for which in sorted({index % 3 for index in members})])
         out: dict[int, list[Tensor]] = {index: [] for index in members}
         for step in range(80):
-            cache.settle()
+            cache.reserve()
             order = [next(index for index in members if slots[index] is slot) for slot in cache.rows]
             tokens = torch.tensor([(7 * step + 13 * index) % 256 for index in order])
             hidden = decoder.step(
-                tokens, cache, Scattered(stack, [loras[index % 3] for index in order], decoder.device)
+                tokens, cache, GatheredLora(stack, [loras[index % 3] for index in order], decoder.device)
             )
             for row, index in enumerate(order):
                 out[index].append(hidden[row])
         return out
 
-    crowd = decoded(range(11))
+    together = decoded(range(11))
     for index in (0, 4, 10):
         alone = decoded([index])[index]
-        assert all(torch.equal(a, b) for a, b in zip(alone, crowd[index], strict=True)), index
+        assert all(torch.equal(a, b) for a, b in zip(alone, together[index], strict=True)), index
 
 
 def test_a_sequence_that_left_does_not_poison_its_place(tmp_path: Path) -> None:
@@ -334,5 +335,5 @@ def test_unsupported_models_are_refused_by_name(tmp_path: Path, change: dict[str
 
 def test_the_tiny_tokenizer_loads_in_transformers_and_keeps_text(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model(tmp_path))
-    text = "the cat and 猫"
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    sequence = "the cat and 猫"
+    assert tokenizer.decode(tokenizer.encode(sequence)) == sequence

@@ -31,8 +31,8 @@ from knapper.engine.training.batch import compute
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.wire.types import AdamW, Datum, SampleOutput, SampleRequest
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
-from tests.engine.sampling.test_scheduler import Shelf, prompt_of, same
-from tests.engine.sampling.test_scheduler import request as asked
+from tests.engine.sampling.test_scheduler import AdapterDict, prompt_of, same
+from tests.engine.sampling.test_scheduler import request as sample_request
 from tests.engine.strange import CONFIGS, strange_model
 from tests.engine.test_peft_parity import load_in_peft
 from tests.engine.tiny import tiny_model
@@ -59,7 +59,7 @@ def sampled(
     device = Executor()
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     sampler = EngineSampler(
-        trainer.decoder, device, Shelf(adapters), tokenizer, slots_max=6, kv_tokens_max=4096, now=time.monotonic
+        trainer.decoder, device, AdapterDict(adapters), tokenizer, slots_max=6, kv_tokens_max=4096, now=time.monotonic
     )
 
     async def together() -> list[SampleOutput]:
@@ -77,8 +77,8 @@ def logprobs_of(model: Any, tokens: np.ndarray[Any, Any]) -> Tensor:
     """(T - 1): of each token after the first, by the model itself."""
     ids = torch.from_numpy(tokens.astype(np.int64))
     with torch.no_grad():
-        found: Tensor = model(input_ids=ids[None]).logits[0].float().log_softmax(-1)
-    return found[:-1].gather(1, ids[1:, None])[:, 0]
+        logprobs: Tensor = model(input_ids=ids[None]).logits[0].float().log_softmax(-1)
+    return logprobs[:-1].gather(1, ids[1:, None])[:, 0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,7 +88,8 @@ def test_samples_are_those_of_transformers_and_peft(tmp_path: Path, kind: str) -
     state = trained(trainer, train_unembed=True)
     prompts = [prompt_of(length, seed=length) for length in (9, 14, 30, 2)]
     greedy = [
-        asked(adapter="mine", prompt=prompt, temperature=0.0, max_tokens=25, prompt_logprobs=True) for prompt in prompts
+        sample_request(adapter="mine", prompt=prompt, temperature=0.0, max_tokens=25, prompt_logprobs=True)
+        for prompt in prompts
     ]
     outputs = sampled(trainer, {"mine": state.lora()}, directory, *greedy)
     model: Any = load_in_peft(state, directory, tmp_path / "adapter")
@@ -104,8 +105,8 @@ def test_samples_are_those_of_transformers_and_peft(tmp_path: Path, kind: str) -
         wanted = logprobs_of(model, np.concatenate([prompt, tokens])).numpy()
         np.testing.assert_allclose(output.sequences[0].logprobs, wanted[len(prompt) - 1 :], atol=2e-5)
         assert output.prompt_logprobs is not None
-        found = np.array(output.prompt_logprobs[1:], dtype=np.float32)
-        np.testing.assert_allclose(found, wanted[: len(prompt) - 1], atol=2e-5)
+        logprobs = np.array(output.prompt_logprobs[1:], dtype=np.float32)
+        np.testing.assert_allclose(logprobs, wanted[: len(prompt) - 1], atol=2e-5)
     assert len(seen) > 3
 
 
@@ -113,12 +114,14 @@ def test_samples_are_those_of_transformers_and_peft(tmp_path: Path, kind: str) -
 def test_a_seed_gives_the_same_text_alone_and_in_a_crowd(tmp_path: Path, kind: str) -> None:
     trainer = tiny_trainer(tmp_path, kind)
     adapters = {"one": trained(trainer).lora(), "two": trained(trainer, rank=7, seed=2, train_unembed=True).lora()}
-    crowd = [
-        asked(adapter=adapter, seed=seed, num_samples=2, max_tokens=25, prompt=asked().prompt[: 3 + seed])
+    requests = [
+        sample_request(
+            adapter=adapter, seed=seed, num_samples=2, max_tokens=25, prompt=sample_request().prompt[: 3 + seed]
+        )
         for seed, adapter in enumerate(["", "one", "two", "one"])
     ]
-    together = sampled(trainer, adapters, tmp_path, *crowd)
-    for one, crowded in zip(crowd, together, strict=True):
+    together = sampled(trainer, adapters, tmp_path, *requests)
+    for one, crowded in zip(requests, together, strict=True):
         (alone,) = sampled(trainer, adapters, tmp_path, one)
         assert all(map(same, alone.sequences, crowded.sequences))
         assert not same(alone.sequences[0], alone.sequences[1])
@@ -140,8 +143,8 @@ def test_a_run_in_a_crowd_equals_the_run_alone_bit_for_bit(tmp_path: Path, kind:
         assert together.grads_P is not None
         assert alone.grads_P.any()
         assert torch.equal(alone.grads_P, together.grads_P)
-        for mine, theirs in zip(output.outputs, crowd_output.outputs, strict=True):
-            np.testing.assert_array_equal(mine["logprobs"], theirs["logprobs"])
+        for own, theirs in zip(output.outputs, crowd_output.outputs, strict=True):
+            np.testing.assert_array_equal(own["logprobs"], theirs["logprobs"])
 
 
 def test_sequences_that_begin_alike_get_what_each_gets_alone(tmp_path: Path) -> None:
@@ -153,9 +156,9 @@ def test_sequences_that_begin_alike_get_what_each_gets_alone(tmp_path: Path) -> 
     both, output = done(trainer.forward_backward(state, request(data)))
     assert both.grads_P is not None
     total = torch.zeros_like(both.grads_P)
-    for one, found in zip(data, output.outputs, strict=True):
+    for one, logprobs in zip(data, output.outputs, strict=True):
         alone, wanted = done(trainer.forward_backward(state, request([one])))
-        np.testing.assert_allclose(found["logprobs"], wanted.outputs[0]["logprobs"], atol=1e-5)
+        np.testing.assert_allclose(logprobs["logprobs"], wanted.outputs[0]["logprobs"], atol=1e-5)
         assert alone.grads_P is not None
         total += alone.grads_P
     torch.testing.assert_close(both.grads_P, total, rtol=1e-4, atol=1e-5 * float(total.abs().max()))

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 ONE = 2 * 4 * 8 * 16  # bytes of one adapter
 
 
-class Shelf:
+class AdapterDict:
     """`short`: how many loads from now on lack memory."""
 
     def __init__(self) -> None:
@@ -40,102 +40,102 @@ def within(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(asyncio.wait_for(work, 10))
 
 
-async def used(kept: AdapterCache, *adapters: str) -> None:
+async def used(cache: AdapterCache, *adapters: str) -> None:
     for adapter in adapters:
-        async with kept.use(adapter) as lora:
+        async with cache.use(adapter) as lora:
             assert lora.nbytes == ONE
 
 
 def test_as_many_bytes_are_kept_as_there_is_room_for_and_one_more_takes_the_longest_unused() -> None:
-    shelf = Shelf()
+    adapter_dict = AdapterDict()
 
     async def story() -> None:
-        kept = AdapterCache(shelf, CPU, 3 * ONE)
-        await used(kept, "a", "b", "c", "a", "b", "c")
-        assert shelf.loads == ["a", "b", "c"]
-        assert kept.bytes == 3 * ONE
-        await used(kept, "a", "d")
-        assert kept.bytes == 3 * ONE
-        await used(kept, "a", "c", "d")
-        assert shelf.loads == ["a", "b", "c", "d"], "b was unused for longest"
-        await used(kept, "b")
-        assert shelf.loads[4:] == ["b"]
+        cache = AdapterCache(adapter_dict, CPU, 3 * ONE)
+        await used(cache, "a", "b", "c", "a", "b", "c")
+        assert adapter_dict.loads == ["a", "b", "c"]
+        assert cache.bytes == 3 * ONE
+        await used(cache, "a", "d")
+        assert cache.bytes == 3 * ONE
+        await used(cache, "a", "c", "d")
+        assert adapter_dict.loads == ["a", "b", "c", "d"], "b was unused for longest"
+        await used(cache, "b")
+        assert adapter_dict.loads[4:] == ["b"]
 
     within(story())
 
 
 def test_one_byte_less_keeps_one_less() -> None:
-    shelf = Shelf()
+    adapter_dict = AdapterDict()
 
     async def story() -> None:
-        kept = AdapterCache(shelf, CPU, 3 * ONE - 1)
-        await used(kept, "a", "b", "c")
-        assert kept.bytes == 2 * ONE
+        cache = AdapterCache(adapter_dict, CPU, 3 * ONE - 1)
+        await used(cache, "a", "b", "c")
+        assert cache.bytes == 2 * ONE
 
     within(story())
 
 
 def test_those_in_use_stay_whatever_they_take() -> None:
-    shelf = Shelf()
+    adapter_dict = AdapterDict()
 
     async def story() -> None:
-        kept = AdapterCache(shelf, CPU, ONE)
+        cache = AdapterCache(adapter_dict, CPU, ONE)
         async with AsyncExitStack() as held:
             for adapter in "abcd":
-                await held.enter_async_context(kept.use(adapter))
-            assert kept.bytes == 4 * ONE
-            await used(kept, "a", "b", "e", "c", "d")
-            assert shelf.loads == ["a", "b", "c", "d", "e"]
-            assert kept.bytes == 4 * ONE, "the one that nobody uses went"
-        assert kept.bytes == ONE
+                await held.enter_async_context(cache.use(adapter))
+            assert cache.bytes == 4 * ONE
+            await used(cache, "a", "b", "e", "c", "d")
+            assert adapter_dict.loads == ["a", "b", "c", "d", "e"]
+            assert cache.bytes == 4 * ONE, "the unused one was evicted"
+        assert cache.bytes == ONE
 
     within(story())
 
 
 def test_several_that_want_it_load_it_once_and_one_that_leaves_takes_it_from_nobody() -> None:
-    shelf = Shelf()
+    adapter_dict = AdapterDict()
 
     async def story() -> None:
-        kept = AdapterCache(shelf, CPU, 0)
-        first, second = asyncio.ensure_future(used(kept, "a")), asyncio.ensure_future(used(kept, "a"))
+        cache = AdapterCache(adapter_dict, CPU, 0)
+        first, second = asyncio.ensure_future(used(cache, "a")), asyncio.ensure_future(used(cache, "a"))
         await asyncio.sleep(0)
         first.cancel()
         await second
-        assert shelf.loads == ["a"]
-        assert kept.bytes == 0
+        assert adapter_dict.loads == ["a"]
+        assert cache.bytes == 0
 
     within(story())
 
 
 def test_a_failed_load_is_heard_by_who_waits_and_tried_again() -> None:
-    shelf = Shelf()
+    adapter_dict = AdapterDict()
 
     async def story() -> None:
-        kept = AdapterCache(shelf, CPU, ONE)
+        cache = AdapterCache(adapter_dict, CPU, ONE)
         for _ in range(2):
             with pytest.raises(NotFound):
-                await used(kept, "none")
-        assert shelf.loads == ["none", "none"]
+                await used(cache, "none")
+        assert adapter_dict.loads == ["none", "none"]
 
     within(story())
 
 
 def test_a_load_that_lacks_memory_takes_that_of_unused_ones() -> None:
-    shelf = Shelf()
+    adapter_dict = AdapterDict()
 
     async def story() -> None:
-        kept = AdapterCache(shelf, CPU, 3 * ONE)
-        await used(kept, "a", "b")
-        shelf.short = 1
-        await used(kept, "c")
-        assert kept.bytes == ONE
-        shelf.short = 2
+        cache = AdapterCache(adapter_dict, CPU, 3 * ONE)
+        await used(cache, "a", "b")
+        adapter_dict.short = 1
+        await used(cache, "c")
+        assert cache.bytes == ONE
+        adapter_dict.short = 2
         with pytest.raises(OutOfMemory, match=r"adapter d does not fit into the server's memory: it needs 1024 GiB"):
-            await used(kept, "d")
-        async with kept.use("c"):
-            shelf.short = 2
+            await used(cache, "d")
+        async with cache.use("c"):
+            adapter_dict.short = 2
             with pytest.raises(Unavailable, match="adapter d does not fit beside those that other samples use now"):
-                await used(kept, "d")
-        await used(kept, "d")
+                await used(cache, "d")
+        await used(cache, "d")
 
     within(story())

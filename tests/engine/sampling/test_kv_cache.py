@@ -77,45 +77,47 @@ def test_bytes_are_counted_in_the_dtype_in_which_keys_and_values_are_kept(tmp_pa
     directory = tiny_model(tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
         model = load(directory, dtype)
-        texts = model.texts(1 << 14)
+        decode_state = model.decode_state(1 << 14)
         with Held() as held:
-            texts.add(random_kv(ModelConfig.read(directory), 64, seed=1), 64)
+            decode_state.add(random_kv(ModelConfig.read(directory), 64, seed=1), 64)
         assert held.bytes == 2 * 64 * model.bytes_per_token, "as many places as a pool begins with"
         assert model.bytes_per_token == 2 * 2 * 2 * 16 * 4
 
 
 @torch.inference_mode()
 def test_sequences_move_and_leave_within_the_memory_and_keep_what_they_are(config: ModelConfig) -> None:
-    """Seeded stories of texts that begin, grow and leave, as full as reservations let them be."""
+    """Seeded stories of sequences that begin, grow and leave, as full as reservations let them be."""
     one_layer = bytes_per_token(config, torch.float32) // config.layers
     for seed in range(6):
         rng = np.random.default_rng(seed)
         positions_max = int(rng.choice([1024, 1500, 2048, 4096]))
         with Held() as held:
             cache = cache_of(config, positions_max)
-            texts: dict[Slot, tuple[Tensor, int, int]] = {}  # its keys and values, where it ends, what it reserved
+            decode_state: dict[
+                Slot, tuple[Tensor, int, int]
+            ] = {}  # its keys and values, where it ends, what it reserved
             for step in range(150):
                 length, end = sorted(rng.integers(1, min(1000, cache.longest) + 1, 2).tolist())
-                if sum(cost for *_, cost in texts.values()) + cache.positions(end) <= positions_max:
+                if sum(cost for *_, cost in decode_state.values()) + cache.positions(end) <= positions_max:
                     kv = random_kv(config, length, seed=1000 * seed + step)
-                    texts[cache.add(kv, length)] = kv, end, cache.positions(end)
-                for slot in list(texts):
-                    kv, end, cost = texts[slot]
+                    decode_state[cache.add(kv, length)] = kv, end, cache.positions(end)
+                for slot in list(decode_state):
+                    kv, end, cost = decode_state[slot]
                     if slot.length == end or rng.random() < 0.01:
                         cache.remove(slot)
-                        del texts[slot]
-                cache.settle()
+                        del decode_state[slot]
+                cache.reserve()
                 jump = int(rng.integers(1, 60))
-                for slot, (kv, end, cost) in list(texts.items()):
+                for slot, (kv, end, cost) in list(decode_state.items()):
                     grown = min(end, slot.length + jump, slot.pool.capacity)
                     more = random_kv(config, grown - slot.length, seed=step)
                     for layer in range(config.layers):
                         slot.pool.layer(layer)[:, slot.index, :, slot.length : grown] = more[layer].transpose(1, 2)
-                    texts[slot] = torch.cat([kv, more], dim=2), end, cost
+                    decode_state[slot] = torch.cat([kv, more], dim=2), end, cost
                     slot.length = grown
-                for slot, (kv, _, _) in texts.items():
-                    found = torch.stack([slot.pool.read(layer, slot) for layer in range(config.layers)])
-                    assert torch.equal(found, kv), f"seed {seed}, step {step}"
+                for slot, (kv, _, _) in decode_state.items():
+                    read_back = torch.stack([slot.pool.read(layer, slot) for layer in range(config.layers)])
+                    assert torch.equal(read_back, kv), f"seed {seed}, step {step}"
                 assert cache.tokens <= cache.allocated <= positions_max
         assert held.peak <= (positions_max * config.layers + positions_max) * one_layer, "and one layer, while it grows"
 
@@ -126,7 +128,7 @@ def test_a_lone_text_grows_to_all_that_there_is(config: ModelConfig) -> None:
         cache = cache_of(config, context_positions(config))
         slot = cache.add(random_kv(config, 700, seed=1), 700)
         for _ in range(300):
-            cache.settle()
+            cache.reserve()
             slot.length += 1
     assert slot.pool.capacity == 1024
     assert held.peak <= 1.3 * 1024 * bytes_per_token(config, torch.float32)
@@ -134,32 +136,32 @@ def test_a_lone_text_grows_to_all_that_there_is(config: ModelConfig) -> None:
 
 @pytest.mark.parametrize("positions_max", [None, 1216, 4096])
 def test_wherever_a_move_breaks_others_are_as_they_were(config: ModelConfig, positions_max: int | None) -> None:
-    """Every operator of it in turn. The one that moves is where it was, or has lost its place and is told to have."""
+    """A move fails at each of its operators in turn. The sequence keeps its slot, or has lost it and says so."""
     lengths, number, lost = [100, 192, 150], 0, 0
     while True:
         number += 1
         cache = cache_of(config, positions_max)
-        kept = [random_kv(config, length, seed=length) for length in lengths]
-        slots = [cache.add(kv, length) for kv, length in zip(kept, lengths, strict=True)]
+        contents = [random_kv(config, length, seed=length) for length in lengths]
+        slots = [cache.add(kv, length) for kv, length in zip(contents, lengths, strict=True)]
         broken = Operators(lambda count, _name, number=number: count == number, gpu_error)  # type: ignore[misc]
         try:
             with broken:
-                cache.settle()
+                cache.reserve()
         except torch.OutOfMemoryError:
             pass
         if not broken.broken:
             break
-        for slot, kv, length in zip(slots, kept, lengths, strict=True):
-            if not Cache.restored(slot, length):
+        for slot, kv, length in zip(slots, contents, lengths, strict=True):
+            if not Cache.roll_back(slot, length):
                 assert length == 192
                 cache.remove(slot)
                 lost += 1
                 continue
-            found = torch.stack([slot.pool.read(layer, slot) for layer in range(config.layers)])
-            assert torch.equal(found, kv), f"operator {number}"
-        cache.settle()
-        again = cache.add(kept[0], 100)
-        assert torch.equal(again.pool.read(0, again), kept[0][0])
+            read_back = torch.stack([slot.pool.read(layer, slot) for layer in range(config.layers)])
+            assert torch.equal(read_back, kv), f"operator {number}"
+        cache.reserve()
+        again = cache.add(contents[0], 100)
+        assert torch.equal(again.pool.read(0, again), contents[0][0])
         assert cache.rows.count(again) == 1
     assert number > 4 * config.layers
     assert lost > 0

@@ -14,66 +14,68 @@ from tests.engine.sampling.test_scheduler import House, prompt_of, request, same
 LAST = torch.zeros(1, 4)
 
 
-def kept(*prompts: tuple[str, np.ndarray[Any, Any]], tokens_max: int = 1000, partly: bool = True) -> PrefixCache:
-    found = PrefixCache(tokens_max, partly=partly)
+def prefix_cache(
+    *prompts: tuple[str, np.ndarray[Any, Any]], tokens_max: int = 1000, partial: bool = True
+) -> PrefixCache:
+    filled = PrefixCache(tokens_max, partial=partial)
     for number, (adapter, tokens) in enumerate(prompts):
-        found.add(adapter, tokens, number, LAST)
-    return found
+        filled.add(adapter, tokens, number, LAST)
+    return filled
 
 
-def common(beginnings: PrefixCache, adapter: str, tokens: np.ndarray[Any, Any], most: int = 10**6) -> int:
-    found = beginnings.find(adapter, tokens, most)
-    return 0 if found is None else found[1]
+def common(cache: PrefixCache, adapter: str, tokens: np.ndarray[Any, Any], most: int = 10**6) -> int:
+    match = cache.find(adapter, tokens, most)
+    return 0 if match is None else match[1]
 
 
 def test_the_longest_common_beginning_of_the_same_adapter_is_found() -> None:
-    text = prompt_of(200)
-    other = text.copy()
+    prompt = prompt_of(200)
+    other = prompt.copy()
     other[120:] += 1
-    beginnings = kept(("a", text[:100]), ("b", text), ("a", other))
-    assert common(beginnings, "a", text) == 120
-    assert common(beginnings, "b", text[:150]) == 149  # the last row was not kept
-    assert common(beginnings, "b", text) == 200
-    assert common(beginnings, "b", text, most=80) == 80
-    assert common(beginnings, "c", text) == 0
+    cache = prefix_cache(("a", prompt[:100]), ("b", prompt), ("a", other))
+    assert common(cache, "a", prompt) == 120
+    assert common(cache, "b", prompt[:150]) == 149  # the last row was not kept
+    assert common(cache, "b", prompt) == 200
+    assert common(cache, "b", prompt, most=80) == 80
+    assert common(cache, "c", prompt) == 0
 
 
 def test_short_beginnings_are_computed_again_unless_all_is_the_same() -> None:
-    text = prompt_of(60)
-    beginnings = kept(("", text[:COMMON_MIN]), ("", text[:5]))
-    assert common(beginnings, "", text) == COMMON_MIN
-    assert common(beginnings, "", text[: COMMON_MIN - 1]) == 0
-    assert common(beginnings, "", text[:5]) == 5
+    prompt = prompt_of(60)
+    cache = prefix_cache(("", prompt[:COMMON_MIN]), ("", prompt[:5]))
+    assert common(cache, "", prompt) == COMMON_MIN
+    assert common(cache, "", prompt[: COMMON_MIN - 1]) == 0
+    assert common(cache, "", prompt[:5]) == 5
 
 
 def test_a_model_that_cannot_go_on_from_a_part_takes_the_same_prompt_only() -> None:
-    text = prompt_of(90)
-    beginnings = kept(("", text[:80]), ("", text), partly=False)
-    assert (common(beginnings, "", text[:80]), common(beginnings, "", text), len(beginnings)) == (80, 90, 2)
-    assert common(beginnings, "", text[:85]) == 0
+    prompt = prompt_of(90)
+    cache = prefix_cache(("", prompt[:80]), ("", prompt), partial=False)
+    assert (common(cache, "", prompt[:80]), common(cache, "", prompt), len(cache)) == (80, 90, 2)
+    assert common(cache, "", prompt[:85]) == 0
 
 
 def test_a_longer_prompt_takes_the_place_of_those_that_it_begins_with() -> None:
-    text = prompt_of(300)
-    beginnings = kept(*(("a", text[:length]) for length in range(50, 300, 50)), ("b", text[:50]))
-    assert len(beginnings) == 2
-    assert beginnings.tokens == 250 + 64
+    prompt = prompt_of(300)
+    cache = prefix_cache(*(("a", prompt[:length]) for length in range(50, 300, 50)), ("b", prompt[:50]))
+    assert len(cache) == 2
+    assert cache.tokens == 250 + 64
 
 
 def test_what_was_not_used_for_longest_goes_first_and_the_limit_holds() -> None:
-    texts = [prompt_of(100, seed) for seed in range(3)]
-    beginnings = kept(*(("", text) for text in texts), tokens_max=300)
-    assert beginnings.tokens == 300
-    common(beginnings, "", texts[0])
-    beginnings.add("", prompt_of(101, 9), 9, LAST)  # one more than there is room for beside two
-    assert [common(beginnings, "", text) for text in texts] == [100, 0, 0]
-    beginnings.add("", prompt_of(301, 10), 10, LAST)
-    assert common(beginnings, "", prompt_of(301, 10)) == 0
-    beginnings.add("", prompt_of(300, 11), 11, LAST)
-    assert (common(beginnings, "", prompt_of(300, 11)), len(beginnings)) == (300, 1)
-    beginnings.trim(299)
-    assert (len(beginnings), beginnings.tokens) == (0, 0)
-    assert not beginnings._alike
+    prompts = [prompt_of(100, seed) for seed in range(3)]
+    cache = prefix_cache(*(("", prompt) for prompt in prompts), tokens_max=300)
+    assert cache.tokens == 300
+    common(cache, "", prompts[0])
+    cache.add("", prompt_of(101, 9), 9, LAST)  # one more than there is room for beside two
+    assert [common(cache, "", prompt) for prompt in prompts] == [100, 0, 0]
+    cache.add("", prompt_of(301, 10), 10, LAST)
+    assert common(cache, "", prompt_of(301, 10)) == 0
+    cache.add("", prompt_of(300, 11), 11, LAST)
+    assert (common(cache, "", prompt_of(300, 11)), len(cache)) == (300, 1)
+    cache.trim(299)
+    assert (len(cache), cache.tokens) == (0, 0)
+    assert not cache._by_start
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def group(adapter: str = "adapter-1") -> list[Any]:
 
 def test_a_group_sent_as_requests_of_one_computes_its_prompt_once(house: House) -> None:
     outputs = house.run(*group())
-    outputs += [output for one in group() for output in house.run(one)]
+    outputs += [output for entry in group() for output in house.run(entry)]
     counters = house.sampler.counters
     assert (counters.prefilled_tokens, counters.reused_tokens, counters.prefills) == (50, 11 * 50, 1)
     assert [output.prompt_cache_hit_tokens for output in outputs] == [0] + 11 * [50]
@@ -97,19 +99,19 @@ def test_a_group_sent_as_requests_of_one_computes_its_prompt_once(house: House) 
 
 
 def test_reuse_changes_no_bit_and_asked_rows_are_computed(house: House, tmp_path: Any) -> None:
-    text = prompt_of(140)
-    first = request(adapter="adapter-3", prompt=text[:100])
-    asked = [
-        request(adapter="adapter-3", prompt=text, topk_sample_logprobs=3),
-        request(adapter="adapter-3", prompt=text, prompt_logprobs=True, prompt_logprobs_last_n=20),
-        request(adapter="adapter-3", prompt=text, prompt_logprobs=True),
+    prompt = prompt_of(140)
+    first = request(adapter="adapter-3", prompt=prompt[:100])
+    requests = [
+        request(adapter="adapter-3", prompt=prompt, topk_sample_logprobs=3),
+        request(adapter="adapter-3", prompt=prompt, prompt_logprobs=True, prompt_logprobs_last_n=20),
+        request(adapter="adapter-3", prompt=prompt, prompt_logprobs=True),
     ]
     house.run(first)
-    for one, reused in zip(asked, (100, 119, 0), strict=True):
-        (warm,), (cold,) = house.run(one), House(tmp_path).run(one)
+    for entry, reused in zip(requests, (100, 119, 0), strict=True):
+        (warm,), (cold,) = house.run(entry), House(tmp_path).run(entry)
         assert (warm.prompt_cache_hit_tokens, cold.prompt_cache_hit_tokens) == (reused, 0)
         assert same(warm.sequences[0], cold.sequences[0])
-        if one.prompt_logprobs:
+        if entry.prompt_logprobs:
             assert warm.prompt_logprobs is not None
             assert cold.prompt_logprobs is not None
             np.testing.assert_array_equal(warm.prompt_logprobs, cold.prompt_logprobs)
@@ -118,29 +120,29 @@ def test_reuse_changes_no_bit_and_asked_rows_are_computed(house: House, tmp_path
 def test_earlier_prompts_give_way_to_texts(tmp_path: Any) -> None:
     house = House(tmp_path, slots_max=4, kv_tokens_max=512)
     house.run(request(prompt=prompt_of(100), max_tokens=10))
-    assert house.sampler._scheduler._prefilling.kept == 100
+    assert house.sampler._scheduler._prefiller.cached_tokens == 100
     held: list[int] = []
 
     async def story() -> SampleOutput:
         work = house.sampler.sample(request(prompt=prompt_of(9), max_tokens=50, num_samples=8))
         task = asyncio.ensure_future(work)
         await until(lambda: house.sampler.active == 4 or task.done())
-        held.append(house.sampler._scheduler._prefilling.kept)
+        held.append(house.sampler._scheduler._prefiller.cached_tokens)
         return await task
 
     house.within(story())
     assert held[0] + 4 * 64 <= 512
     house.run(request(prompt=prompt_of(300, 3), max_tokens=100))  # reserves 512: all there is
-    assert house.sampler._scheduler._prefilling.kept <= 128
+    assert house.sampler._scheduler._prefiller.cached_tokens <= 128
 
 
 def test_memory_is_flat_over_a_thousand_requests(house: House) -> None:
     house.run(*(request(prompt=prompt_of(3 + n % 20, n), seed=n, max_tokens=1) for n in range(500)))
-    kept_then = house.sampler._scheduler._prefilling.kept
+    cached_then = house.sampler._scheduler._prefiller.cached_tokens
     house.run(*(request(prompt=prompt_of(3 + n % 20, n), seed=n, max_tokens=1) for n in range(500, 1000)))
     assert house.sampler.counters.finished == 1000
-    assert 0 < kept_then <= 8192 // 4
-    assert 0 < house.sampler._scheduler._prefilling.kept <= 8192 // 4
-    tensors = sum(one.kept.shape[2] for one in house.sampler._scheduler._prefilling._beginnings._entries.values())
+    assert 0 < cached_then <= 8192 // 4
+    assert 0 < house.sampler._scheduler._prefiller.cached_tokens <= 8192 // 4
+    tensors = sum(entry.past.shape[2] for entry in house.sampler._scheduler._prefiller._prefix_cache._entries.values())
     assert tensors <= 8192 // 4
     assert house.sampler._scheduler._cache.tokens == 0

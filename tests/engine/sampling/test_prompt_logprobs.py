@@ -26,7 +26,7 @@ def house(tmp_path: Any) -> House:
 
 def distribution(house: House, prompt: np.ndarray[Any, Any]) -> torch.Tensor:
     """(P - 1, V): log p of every token at each position after the first, by one pass, under ADAPTER."""
-    adapt = [Segment(0, len(prompt), house.shelf.adapters[ADAPTER])]
+    adapt = [Segment(0, len(prompt), house.adapter_dict.adapters[ADAPTER])]
     with torch.no_grad():
         hidden = house.decoder.hidden(torch.from_numpy(prompt.astype("int64")), [len(prompt)], adapt)
         logits = house.decoder.logits(hidden, Segments(adapt))
@@ -53,14 +53,14 @@ def test_targets_are_those_of_one_pass_in_both_layouts(house: House) -> None:
     expected = distribution(house, prompt)
     for cells in (Cells(ids.reshape(-1), (149, 5)), sparse(ids)):
         (output,) = house.run(request(prompt=prompt, adapter=ADAPTER, max_tokens=1, target_prompt_logprobs=cells))
-        found = output.target_prompt_logprobs
-        assert found is not None
-        assert found.shape == (149, 5)
-        assert found.values.dtype == np.float32
-        for value, token, row in zip(found.values.tolist(), cells.values.tolist(), cells.rows().tolist(), strict=True):
+        scores = output.target_prompt_logprobs
+        assert scores is not None
+        assert scores.shape == (149, 5)
+        assert scores.values.dtype == np.float32
+        for value, token, row in zip(scores.values.tolist(), cells.values.tolist(), cells.rows().tolist(), strict=True):
             wanted = float(expected[row, token]) if token >= 0 else 0.0
             assert value == pytest.approx(wanted, abs=1e-5), (row, token)
-        assert (found.values[cells.values < 0] == 0.0).all()
+        assert (scores.values[cells.values < 0] == 0.0).all()
         assert output.prompt_logprobs is None
         assert output.prompt_draws is None
 
@@ -79,43 +79,43 @@ def test_targets_equal_prompt_logprobs_where_they_name_the_same_token(house: Hou
 
 def test_the_last_n_are_scored_and_nothing_before(house: House) -> None:
     prompt = prompt_of(150)
-    whole, some = house.run(
+    whole, partial = house.run(
         request(prompt=prompt, prompt_logprobs=True, topk_prompt_logprobs=2),
         request(prompt=prompt, prompt_logprobs=True, topk_prompt_logprobs=2, prompt_logprobs_last_n=80),
     )
     assert whole.prompt_logprobs is not None
-    assert some.prompt_logprobs is not None
-    assert np.isnan(some.prompt_logprobs[:-80]).all()
-    assert np.array_equal(some.prompt_logprobs[-80:], whole.prompt_logprobs[-80:])
-    assert some.topk_prompt_logprobs is not None
+    assert partial.prompt_logprobs is not None
+    assert np.isnan(partial.prompt_logprobs[:-80]).all()
+    assert np.array_equal(partial.prompt_logprobs[-80:], whole.prompt_logprobs[-80:])
+    assert partial.topk_prompt_logprobs is not None
     assert whole.topk_prompt_logprobs is not None
-    assert (some.topk_prompt_logprobs.logprobs[:-80] == -99999.0).all()
-    assert (some.topk_prompt_logprobs.tokens[:-80] == 0).all()
-    assert np.array_equal(some.topk_prompt_logprobs.logprobs[-80:], whole.topk_prompt_logprobs.logprobs[-80:])
-    assert np.array_equal(some.sequences[0].tokens, whole.sequences[0].tokens)
+    assert (partial.topk_prompt_logprobs.logprobs[:-80] == -99999.0).all()
+    assert (partial.topk_prompt_logprobs.tokens[:-80] == 0).all()
+    assert np.array_equal(partial.topk_prompt_logprobs.logprobs[-80:], whole.topk_prompt_logprobs.logprobs[-80:])
+    assert np.array_equal(partial.sequences[0].tokens, whole.sequences[0].tokens)
 
 
 def test_the_last_n_bound_neither_targets_nor_draws(house: House) -> None:
     prompt = prompt_of(30)
     cells = Cells(prompt[1:].astype(np.int64), (29, 1))
-    asked = {"target_prompt_logprobs": cells, "prompt_alt_tokens_k": 2, "prompt_logprobs": True}
-    (some,) = house.run(request(prompt=prompt, prompt_logprobs_last_n=3, **asked))
-    (whole,) = house.run(request(prompt=prompt, **asked))
-    assert some.target_prompt_logprobs is not None
+    options = {"target_prompt_logprobs": cells, "prompt_alt_tokens_k": 2, "prompt_logprobs": True}
+    (partial,) = house.run(request(prompt=prompt, prompt_logprobs_last_n=3, **options))
+    (whole,) = house.run(request(prompt=prompt, **options))
+    assert partial.target_prompt_logprobs is not None
     assert whole.target_prompt_logprobs is not None
-    assert np.array_equal(some.target_prompt_logprobs.values, whole.target_prompt_logprobs.values)
-    assert some.prompt_draws is not None
+    assert np.array_equal(partial.target_prompt_logprobs.values, whole.target_prompt_logprobs.values)
+    assert partial.prompt_draws is not None
     assert whole.prompt_draws is not None
-    assert np.array_equal(some.prompt_draws.tokens, whole.prompt_draws.tokens)
-    assert some.prompt_logprobs is not None
-    assert np.isnan(some.prompt_logprobs[:-3]).all()
+    assert np.array_equal(partial.prompt_draws.tokens, whole.prompt_draws.tokens)
+    assert partial.prompt_logprobs is not None
+    assert np.isnan(partial.prompt_logprobs[:-3]).all()
 
 
 def test_only_rows_that_matter_are_computed() -> None:
     prompt = prompt_of(100)
-    one = np.full((99, 2), -1, dtype=np.int64)
-    one[60, 1] = 7
-    cells = Cells(one.reshape(-1), (99, 2))
+    requested = np.full((99, 2), -1, dtype=np.int64)
+    requested[60, 1] = 7
+    cells = Cells(requested.reshape(-1), (99, 2))
     assert PromptLogprobs(request(prompt=prompt, target_prompt_logprobs=cells)).first == 60
     assert PromptLogprobs(request(prompt=prompt, prompt_logprobs=True, prompt_logprobs_last_n=4)).first == 95
     assert PromptLogprobs(request(prompt=prompt, prompt_alt_tokens_k=1, target_prompt_logprobs=cells)).first == 0
@@ -159,12 +159,12 @@ def test_draws_at_temperature_0_are_the_likeliest_tokens(house: House) -> None:
 
 
 def test_draws_depend_on_the_seed_alone_and_not_on_the_crowd(house: House) -> None:
-    asked = [
+    options = [
         request(prompt=prompt_of(40 + n, n), seed=n, prompt_alt_tokens_k=4, prompt_logprobs=True) for n in range(6)
     ]
-    together = house.run(*asked)
-    for one, output in zip(asked, together, strict=True):
-        (alone,) = house.run(one)
+    together = house.run(*options)
+    for requested, output in zip(options, together, strict=True):
+        (alone,) = house.run(requested)
         assert alone.prompt_draws is not None
         assert output.prompt_draws is not None
         assert np.array_equal(alone.prompt_draws.tokens, output.prompt_draws.tokens)

@@ -31,7 +31,7 @@ from tests.engine.training.test_scheduler import held
 T = TypeVar("T")
 
 
-class Shelf:
+class AdapterDict:
     """Adapters by name, and how often each was loaded."""
 
     def __init__(self, adapters: dict[str, Lora]) -> None:
@@ -65,13 +65,15 @@ class House:
     ) -> None:
         self.decoder = decoder_of(make(directory))
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        self.shelf = Shelf({f"adapter-{seed}": lora_of(self.decoder, seed=seed, rank=3 + seed) for seed in (1, 2, 3)})
+        self.adapter_dict = AdapterDict(
+            {f"adapter-{seed}": lora_of(self.decoder, seed=seed, rank=3 + seed) for seed in (1, 2, 3)}
+        )
         self.device = Executor()
         weakref.finalize(self, self.device.close)
         self.sampler = EngineSampler(
             self.decoder,
             self.device,
-            self.shelf,
+            self.adapter_dict,
             self.tokenizer,
             slots_max=slots_max,
             kv_tokens_max=kv_tokens_max,
@@ -88,7 +90,7 @@ class House:
         return asyncio.run(asyncio.wait_for(work, 60))
 
     def logprobs(self, tokens: list[int], lora: Lora | None = None) -> torch.Tensor:
-        """(T - 1): of each token after the first, by one pass over the whole text."""
+        """(T - 1): of each token after the first, by one pass over the whole sequence."""
         adapt = [Segment(0, len(tokens), lora)]
         with torch.no_grad():
             hidden = self.decoder.hidden(torch.tensor(tokens), [len(tokens)], adapt)
@@ -122,7 +124,7 @@ def same(first: SampledSequence, second: SampledSequence) -> bool:
 
 
 def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(house: House) -> None:
-    crowd = [
+    requests = [
         request(
             adapter=["", "adapter-1", "adapter-2", "adapter-3"][index % 4],
             prompt=prompt_of(3 + 17 * (index % 7), seed=index),
@@ -134,21 +136,21 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(house: House) -> None
         )
         for index in range(12)
     ]
-    together = house.run(*crowd)
-    for one, output in zip(crowd, together, strict=True):
-        (alone,) = house.run(one)
-        assert all(same(a, b) for a, b in zip(alone.sequences, output.sequences, strict=True)), one
+    together = house.run(*requests)
+    for sample_request, output in zip(requests, together, strict=True):
+        (alone,) = house.run(sample_request)
+        assert all(same(a, b) for a, b in zip(alone.sequences, output.sequences, strict=True)), sample_request
     assert house.sampler.active == house.sampler.waiting == 0
 
 
 def test_samples_of_one_seed_differ_and_each_keeps_its_number(house: House) -> None:
     (three,) = house.run(request(num_samples=3, max_tokens=15))
-    texts = {tuple(sequence.tokens.tolist()) for sequence in three.sequences}
-    assert len(texts) == 3
+    sequences = {tuple(sequence.tokens.tolist()) for sequence in three.sequences}
+    assert len(sequences) == 3
     (five,) = house.run(request(num_samples=5, max_tokens=15))
     assert all(same(a, b) for a, b in zip(three.sequences, five.sequences, strict=False))
     (other,) = house.run(request(num_samples=3, max_tokens=15, seed=6))
-    assert not texts & {tuple(sequence.tokens.tolist()) for sequence in other.sequences}
+    assert not sequences & {tuple(sequence.tokens.tolist()) for sequence in other.sequences}
 
 
 def test_decoded_logprobs_equal_those_of_one_pass(house: House) -> None:
@@ -156,7 +158,7 @@ def test_decoded_logprobs_equal_those_of_one_pass(house: House) -> None:
         (output,) = house.run(request(adapter=adapter, prompt=prompt_of(30), max_tokens=100, num_samples=2))
         for sequence in output.sequences:
             whole = [*prompt_of(30).tolist(), *sequence.tokens.tolist()]
-            expected = house.logprobs(whole, house.shelf.adapters.get(adapter))[29:]
+            expected = house.logprobs(whole, house.adapter_dict.adapters.get(adapter))[29:]
             torch.testing.assert_close(torch.from_numpy(sequence.logprobs), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -191,7 +193,7 @@ def test_prompt_logprobs_are_untempered_and_start_with_nan(house: House) -> None
     assert output.prompt_logprobs is not None
     assert np.isnan(output.prompt_logprobs[0])
     assert output.prompt_logprobs.dtype == np.float32
-    expected = house.logprobs(prompt.tolist(), house.shelf.adapters["adapter-1"])
+    expected = house.logprobs(prompt.tolist(), house.adapter_dict.adapters["adapter-1"])
     torch.testing.assert_close(torch.from_numpy(output.prompt_logprobs[1:]), expected, atol=1e-5, rtol=1e-5)
     topk = output.topk_prompt_logprobs
     assert topk is not None
@@ -221,7 +223,7 @@ def test_requests_decode_together_and_the_prompt_is_computed_once(house: House) 
     counters = house.sampler.counters
     assert counters.prefilled_tokens == 3 * 9
     assert counters.decoded_tokens == 12 * 20
-    assert counters.steps <= 2 * 19  # one request after another would take 3 * 19, one text after another 12 * 19
+    assert counters.steps <= 2 * 19  # one request after another would take 3 * 19, one sequence after another 12 * 19
     assert counters.finished == 3
 
 
@@ -265,8 +267,8 @@ def test_more_samples_than_slots_and_memory_all_come_and_small_requests_go_in_be
     house = House(tmp_path, slots_max=4, kv_tokens_max=64 * 3)
     order: list[tuple[str, int]] = []
 
-    async def named(name: str, one: SampleRequest) -> SampleOutput:
-        output = await house.sampler.sample(one)
+    async def named(name: str, sample_request: SampleRequest) -> SampleOutput:
+        output = await house.sampler.sample(sample_request)
         order.append((name, house.sampler.counters.decoded_tokens))
         return output
 
@@ -290,13 +292,13 @@ def test_a_tenant_with_many_requests_leaves_another_its_half(tmp_path: Path) -> 
     house = House(tmp_path, slots_max=4)
     done: dict[str, int] = {}
 
-    async def asked(tenant: str, seed: int) -> None:
+    async def sampled(tenant: str, seed: int) -> None:
         await house.sampler.sample(request(seed=seed, num_samples=4, tenant=tenant))
         done[tenant] = house.sampler.counters.decoded_tokens
 
     async def story() -> None:
         await asyncio.gather(
-            *(asked("greedy", seed) for seed in range(10)), *(asked("modest", seed) for seed in range(10, 13))
+            *(sampled("greedy", seed) for seed in range(10)), *(sampled("modest", seed) for seed in range(10, 13))
         )
 
     house.within(story())
@@ -306,7 +308,7 @@ def test_a_tenant_with_many_requests_leaves_another_its_half(tmp_path: Path) -> 
 
 
 def test_prompts_wait_in_spare_memory_only_and_are_computed_again_without_it(tmp_path: Path) -> None:
-    large = request(prompt=prompt_of(60), num_samples=12, max_tokens=5)  # 64 positions a text
+    large = request(prompt=prompt_of(60), num_samples=12, max_tokens=5)  # 64 positions a sequence
     outputs = []
     for kv_tokens_max, prefilled in ((192, 4 * 60), (192 + 60, 60)):
         house = House(tmp_path, slots_max=12, kv_tokens_max=kv_tokens_max)
@@ -324,7 +326,7 @@ def test_a_request_that_can_never_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_context_that_is_no_capacity_can_be_filled(tmp_path: Path) -> None:
-    """300 tokens lie between the capacities 256 and 384: what a text reserves ends with the context, at 320."""
+    """300 tokens lie between the capacities 256 and 384: what a sequence reserves ends with the context, at 320."""
     house = House(tmp_path, kv_tokens_max=320, make=partial(tiny_model, context=300))
     (output,) = house.run(request(prompt=prompt_of(10), max_tokens=None))
     assert output.sequences[0].tokens.size == 290
@@ -335,7 +337,7 @@ def test_a_context_that_is_no_capacity_can_be_filled(tmp_path: Path) -> None:
 
 
 def test_where_the_context_does_not_fit_a_text_may_fill_what_there_is(tmp_path: Path) -> None:
-    """Of 200 positions 192 are of use; a text's last token needs none. One more is refused, with the limit."""
+    """Of 200 positions 192 are of use; a sequence's last token needs none. One more is refused, with the limit."""
     house = House(tmp_path, kv_tokens_max=200, make=partial(tiny_model, context=300))
     (output,) = house.run(request(prompt=prompt_of(10), max_tokens=None))
     assert output.sequences[0].tokens.size == 183
@@ -384,7 +386,7 @@ def test_a_stop_string_across_tokens_ends_a_text_and_stays_in_it(house: House) -
 
 def test_stop_strings_need_a_tokenizer(house: House) -> None:
     bare = EngineSampler(
-        house.decoder, house.device, house.shelf, None, slots_max=4, kv_tokens_max=1024, now=time.monotonic
+        house.decoder, house.device, house.adapter_dict, None, slots_max=4, kv_tokens_max=1024, now=time.monotonic
     )
     with pytest.raises(UserError, match="no tokenizer"):
         house.within(bare.sample(request(stop_strings=("x",))))
@@ -448,10 +450,10 @@ def test_limits_are_allowed_themselves(house: House) -> None:
 
 
 def test_broken_weights_are_an_error_for_their_request_only(house: House) -> None:
-    good = house.shelf.adapters["adapter-1"]
-    site = "layers.1.down_proj"
-    house.shelf.adapters["broken"] = Lora(
-        good.a, {**good.b, site: torch.full_like(good.b[site], torch.nan)}, good.scale
+    good = house.adapter_dict.adapters["adapter-1"]
+    target = "layers.1.down_proj"
+    house.adapter_dict.adapters["broken"] = Lora(
+        good.a, {**good.b, target: torch.full_like(good.b[target], torch.nan)}, good.scale
     )
 
     async def story() -> list[SampleOutput | BaseException]:
@@ -476,22 +478,22 @@ def test_broken_weights_are_an_error_for_their_request_only(house: House) -> Non
 def test_an_adapter_is_loaded_once_and_a_failed_load_is_tried_again(house: House) -> None:
     house.run(*[request(adapter="adapter-1", seed=seed) for seed in range(3)])
     house.run(request(adapter="adapter-1"))
-    assert house.shelf.loads == ["adapter-1"]
+    assert house.adapter_dict.loads == ["adapter-1"]
     with pytest.raises(NotFound, match="no adapter late"):
         house.run(request(adapter="late"))
-    house.shelf.adapters["late"] = house.shelf.adapters["adapter-2"]
+    house.adapter_dict.adapters["late"] = house.adapter_dict.adapters["adapter-2"]
     assert house.run(request(adapter="late"))[0].sequences[0].tokens.size == 12
 
 
 def test_an_adapter_of_another_model_is_refused(house: House) -> None:
-    good = house.shelf.adapters["adapter-1"]
-    for site, a, b, complaint in (
+    good = house.adapter_dict.adapters["adapter-1"]
+    for target, a, b, complaint in (
         ("layers.9.q_proj", torch.zeros(2, 64), torch.zeros(64, 2), "does not have"),
         ("layers.0.q_proj", torch.zeros(2, 32), torch.zeros(64, 2), "maps 32 to 64; the model's maps 64 to 64"),
     ):
-        house.shelf.adapters[site] = Lora({**good.a, site: a}, {**good.b, site: b}, 1.0)
+        house.adapter_dict.adapters[target] = Lora({**good.a, target: a}, {**good.b, target: b}, 1.0)
         with pytest.raises(UserError, match=complaint):
-            house.run(request(adapter=site))
+            house.run(request(adapter=target))
 
 
 def test_a_failing_device_is_heard_by_every_caller_and_the_next_request_works(house: House) -> None:
@@ -531,15 +533,21 @@ def test_bfloat16_samples_are_the_same_alone_and_in_a_crowd(tmp_path: Path) -> N
     house = House(tmp_path)
     house.decoder = decoder_of(tmp_path, torch.bfloat16)
     house.sampler = EngineSampler(
-        house.decoder, house.device, house.shelf, house.tokenizer, slots_max=16, kv_tokens_max=8192, now=time.monotonic
+        house.decoder,
+        house.device,
+        house.adapter_dict,
+        house.tokenizer,
+        slots_max=16,
+        kv_tokens_max=8192,
+        now=time.monotonic,
     )
-    crowd = [request(adapter=["", "adapter-1"][n % 2], prompt=prompt_of(5 + n, seed=n), seed=n) for n in range(9)]
-    for one, output in zip(crowd, house.run(*crowd), strict=True):
-        assert same(house.run(one)[0].sequences[0], output.sequences[0])
+    requests = [request(adapter=["", "adapter-1"][n % 2], prompt=prompt_of(5 + n, seed=n), seed=n) for n in range(9)]
+    for sample_request, output in zip(requests, house.run(*requests), strict=True):
+        assert same(house.run(sample_request)[0].sequences[0], output.sequences[0])
 
 
 def test_the_seconds_of_each_pass_are_divided_over_its_rows(tmp_path: Path) -> None:
-    """A clock that says how often it was asked: every pass takes one second of it."""
+    """A clock that counts its calls: every pass takes one second of it."""
     ticks = itertools.count()
     house = House(tmp_path, now=lambda: float(next(ticks)))
 
@@ -556,7 +564,7 @@ def test_the_seconds_of_each_pass_are_divided_over_its_rows(tmp_path: Path) -> N
     gate = held(house.device)
 
     async def together() -> list[SampleOutput]:
-        tasks = [asyncio.ensure_future(house.sampler.sample(one)) for one in (short, long)]
+        tasks = [asyncio.ensure_future(house.sampler.sample(sample_request)) for sample_request in (short, long)]
         await until(lambda: house.sampler.waiting == 2)
         gate.set()
         return list(await asyncio.gather(*tasks))

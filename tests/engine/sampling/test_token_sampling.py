@@ -30,10 +30,10 @@ def random_logits(vocabulary: int, seed: int = 0) -> Tensor:
 def test_frequencies_follow_the_probabilities() -> None:
     logits = random_logits(700)
     count = 40_000
-    found = torch.bincount(drawn(logits, SamplingParams(), count).tokens_N, minlength=700).double() / count
+    frequencies = torch.bincount(drawn(logits, SamplingParams(), count).tokens_N, minlength=700).double() / count
     expected = logits.double().softmax(-1)
     # Five standard deviations of each frequency.
-    assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-9).all()
+    assert ((frequencies - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-9).all()
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
@@ -69,12 +69,12 @@ def expected_set(logits: Tensor, top_k: int, top_p: float) -> list[int]:
     order = sorted(range(len(p)), key=lambda token: (-p[token], token))
     order = order[: top_k if top_k != -1 else len(order)]
     mass = sum(p[token] for token in order)
-    kept: list[int] = []
+    remaining: list[int] = []
     for token in order:
-        if top_p < 1 and kept and sum(p[other] for other in kept) >= top_p * mass:
+        if top_p < 1 and remaining and sum(p[other] for other in remaining) >= top_p * mass:
             break
-        kept.append(token)
-    return sorted(kept)
+        remaining.append(token)
+    return sorted(remaining)
 
 
 @pytest.mark.parametrize("vocabulary", [40, 3000])
@@ -85,17 +85,17 @@ def test_cuts_keep_the_defined_set_and_renormalise_over_it(vocabulary: int, top_
     logits = random_logits(vocabulary) / 2  # flat enough that top_p 0.999 needs more than a thousand tokens
     params = SamplingParams(top_k=top_k, top_p=top_p)
     result = drawn(logits, params, 500)
-    kept = expected_set(logits, top_k, top_p)
+    remaining = expected_set(logits, top_k, top_p)
     logprobs = result.logprobs_NV[0]
-    assert (logprobs > -torch.inf).nonzero()[:, 0].tolist() == kept
-    assert set(result.tokens_N.tolist()) <= set(kept)
-    torch.testing.assert_close(logprobs[kept], logits[kept].log_softmax(-1), atol=1e-5, rtol=1e-5)
+    assert (logprobs > -torch.inf).nonzero()[:, 0].tolist() == remaining
+    assert set(result.tokens_N.tolist()) <= set(remaining)
+    torch.testing.assert_close(logprobs[remaining], logits[remaining].log_softmax(-1), atol=1e-5, rtol=1e-5)
 
 
 def test_top_k_among_equals_keeps_the_lower_ids() -> None:
     logits = torch.tensor([0.0, 3.0, 1.0, 3.0, 3.0, 1.0])
-    kept = drawn(logits, SamplingParams(top_k=2), 1).logprobs_NV[0] > -torch.inf
-    assert kept.nonzero()[:, 0].tolist() == [1, 3]
+    remaining = drawn(logits, SamplingParams(top_k=2), 1).logprobs_NV[0] > -torch.inf
+    assert remaining.nonzero()[:, 0].tolist() == [1, 3]
 
 
 def test_the_ends_of_the_unit_interval_draw_possible_tokens() -> None:

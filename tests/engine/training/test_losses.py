@@ -15,14 +15,14 @@ from knapper.engine.training.losses import LOSSES
 from knapper.errors import InvalidField, UserError
 
 TOKENS, VOCABULARY = 50, 11
-Given = dict[str, Tensor]
+LossInputs = dict[str, Tensor]
 
 
 def normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def inputs_of(name: str, columns: int = 0, *, weighted: bool = True) -> Given:
+def inputs_of(name: str, columns: int = 0, *, weighted: bool = True) -> LossInputs:
     """Inputs that reach every branch: ratios on both sides of the bounds, advantages and weights of both signs and
     zero.
     """
@@ -32,10 +32,10 @@ def inputs_of(name: str, columns: int = 0, *, weighted: bool = True) -> Given:
         return {"weights": weights} if weighted else {}
     advantages = normal(2, TOKENS)
     advantages[::5] = 0
-    given = {"logprobs": normal(3, TOKENS) * 0.5 - 2.4, "advantages": advantages}
+    loss_inputs = {"logprobs": normal(3, TOKENS) * 0.5 - 2.4, "advantages": advantages}
     if name == "gspo":
-        given["sequence_ratio_mask"] = (torch.arange(TOKENS) % 3 != 0).float()
-    return given | ({"weights": weights} if weighted else {})
+        loss_inputs["sequence_ratio_mask"] = (torch.arange(TOKENS) % 3 != 0).float()
+    return loss_inputs | ({"weights": weights} if weighted else {})
 
 
 def logits_and_targets(columns: int = 0) -> tuple[Tensor, Tensor]:
@@ -44,34 +44,34 @@ def logits_and_targets(columns: int = 0) -> tuple[Tensor, Tensor]:
     return normal(5, TOKENS, VOCABULARY), targets
 
 
-def by_loops(name: str, logits: Tensor, targets: Tensor, given: Given, config: dict[str, float]) -> Tensor:
+def by_loops(name: str, logits: Tensor, targets: Tensor, loss_inputs: LossInputs, config: dict[str, float]) -> Tensor:
     """Token after token, with `max` and `min` as conditions: nothing shared with the code under test."""
     total = torch.zeros(())
     normaliser = logits.exp().sum(dim=1).log()
     if name == "gspo":
-        kept = [t for t in range(TOKENS) if given["sequence_ratio_mask"][t] == 1]
-        differences = [(logits[t, targets[t, 0]] - normaliser[t]).detach() - given["logprobs"][t] for t in kept]
-        sequence = math.exp(sum(float(d) for d in differences) / len(kept))
+        masked = [t for t in range(TOKENS) if loss_inputs["sequence_ratio_mask"][t] == 1]
+        differences = [(logits[t, targets[t, 0]] - normaliser[t]).detach() - loss_inputs["logprobs"][t] for t in masked]
+        sequence = math.exp(sum(float(d) for d in differences) / len(masked))
     else:
         sequence = 0.0
     for t in range(TOKENS):
         for k in range(targets.shape[1]):
             p = logits[t, targets[t, k]] - normaliser[t]
-            total = total + weight_of(given, t, k) * term(name, p, given, t, sequence, config)
+            total = total + weight_of(loss_inputs, t, k) * term(name, p, loss_inputs, t, sequence, config)
     return total
 
 
-def weight_of(given: Given, t: int, k: int) -> float:
-    if "weights" not in given:
+def weight_of(loss_inputs: LossInputs, t: int, k: int) -> float:
+    if "weights" not in loss_inputs:
         return 1.0
-    return float(given["weights"][t] if given["weights"].dim() == 1 else given["weights"][t, k])
+    return float(loss_inputs["weights"][t] if loss_inputs["weights"].dim() == 1 else loss_inputs["weights"][t, k])
 
 
-def term(name: str, p: Tensor, given: Given, t: int, sequence: float, config: dict[str, float]) -> Tensor:
+def term(name: str, p: Tensor, loss_inputs: LossInputs, t: int, sequence: float, config: dict[str, float]) -> Tensor:
     """Of one token, before its weight."""
     if name == "cross_entropy":
         return -p
-    q, a = given["logprobs"][t], given["advantages"][t]
+    q, a = loss_inputs["logprobs"][t], loss_inputs["advantages"][t]
     ratio = (p - q).exp()
     if name == "importance_sampling":
         return -ratio * a
@@ -117,14 +117,14 @@ def test_cross_entropy_takes_several_targets_a_position(weighted: bool) -> None:
 
 
 def check_against_loops(
-    name: str, config: dict[str, float], meaning: dict[str, float], given: Given, columns: int
+    name: str, config: dict[str, float], meaning: dict[str, float], loss_inputs: LossInputs, columns: int
 ) -> None:
     raw, targets = logits_and_targets(columns)
     mine_logits, plain_logits = raw.clone().requires_grad_(), raw.clone().requires_grad_()
     learner = torch.log_softmax(mine_logits, dim=-1).gather(1, targets)
     loss = losses.find(name)
-    value, metrics, terms = loss(learner if columns else learner[:, 0], given, loss.read_config(config))
-    plain = by_loops(name, plain_logits, targets, given, meaning)
+    value, metrics, terms = loss(learner if columns else learner[:, 0], loss_inputs, loss.read_config(config))
+    plain = by_loops(name, plain_logits, targets, loss_inputs, meaning)
     assert value.item() == pytest.approx(plain.item(), rel=1e-5, abs=1e-4)
     assert metrics["loss:sum"].item() == value.item()
     assert terms.shape == (targets.shape if columns else targets.shape[:1])
@@ -137,21 +137,25 @@ def check_against_loops(
         loss.needs_gradient(
             {
                 "target_tokens": (targets if columns else targets[:, 0]).numpy(),
-                **{name: value.numpy() for name, value in given.items()},
+                **{name: value.numpy() for name, value in loss_inputs.items()},
             }
         )
     )
     assert not mine_grad[~needed].any()
-    assert (~needed).any() == any(name in given for name in loss.silent)
+    assert (~needed).any() == any(name in loss_inputs for name in loss.silent)
     assert all(key.count(":") == 1 for key in metrics)
 
 
 def test_a_weight_of_zero_takes_a_token_out_however_far_its_ratio() -> None:
     """exp(-1 - -200) is infinite in float32, and 0 times that is no number."""
     learner = torch.tensor([-1.0, -2.0], requires_grad=True)
-    given = {"logprobs": torch.tensor([-200.0, -2.0]), "advantages": torch.ones(2), "weights": torch.tensor([0.0, 3.0])}
+    loss_inputs = {
+        "logprobs": torch.tensor([-200.0, -2.0]),
+        "advantages": torch.ones(2),
+        "weights": torch.tensor([0.0, 3.0]),
+    }
     for name in ("importance_sampling", "ppo", "cispo"):
-        value, metrics, terms = LOSSES[name](learner, given, {})
+        value, metrics, terms = LOSSES[name](learner, loss_inputs, {})
         (grad,) = torch.autograd.grad(value, learner)
         # ratio 1, advantage 1, weight 3; cispo's term is the log-probability times the ratio
         assert terms.tolist() == [0.0, 6.0 if name == "cispo" else -3.0]
@@ -160,19 +164,21 @@ def test_a_weight_of_zero_takes_a_token_out_however_far_its_ratio() -> None:
 
 
 def test_thresholds_may_differ_by_token() -> None:
-    given, (raw, targets) = inputs_of("ppo"), logits_and_targets()
+    loss_inputs, (raw, targets) = inputs_of("ppo"), logits_and_targets()
     learner = torch.log_softmax(raw, dim=-1).gather(1, targets)[:, 0]
     loss = LOSSES["ppo"]
     low, high = torch.full((TOKENS,), 0.5), torch.full((TOKENS,), 1.3)
-    same, *_ = loss(learner, given, {"clip_low_threshold": 0.5, "clip_high_threshold": 1.3})
-    each, *_ = loss(learner, {**given, "clip_low_threshold": low, "clip_high_threshold": high}, {})
+    same, *_ = loss(learner, loss_inputs, {"clip_low_threshold": 0.5, "clip_high_threshold": 1.3})
+    each, *_ = loss(learner, {**loss_inputs, "clip_low_threshold": low, "clip_high_threshold": high}, {})
     assert each.item() == same.item()
     first = torch.arange(TOKENS) < TOKENS // 2
     low[~first], high[~first] = 0.9, 1.1
-    mixed, *_ = loss(learner, {**given, "clip_low_threshold": low, "clip_high_threshold": high}, {})
+    mixed, *_ = loss(learner, {**loss_inputs, "clip_low_threshold": low, "clip_high_threshold": high}, {})
     parts = [
         loss(
-            learner[half], {k: v[half] for k, v in given.items()}, {"clip_low_threshold": lo, "clip_high_threshold": hi}
+            learner[half],
+            {k: v[half] for k, v in loss_inputs.items()},
+            {"clip_low_threshold": lo, "clip_high_threshold": hi},
         )[0]
         for half, lo, hi in ((first, 0.5, 1.3), (~first, 0.9, 1.1))
     ]
@@ -183,21 +189,21 @@ def test_thresholds_may_differ_by_token() -> None:
 def test_cispo_carries_no_gradient_through_the_ratio() -> None:
     """d/dp (stop_gradient(r) p A) = r A, with r = exp(-1 + 2) = e here, which the bounds leave alone."""
     learner = torch.full((4,), -1.0, requires_grad=True)
-    given = {"logprobs": torch.full((4,), -2.0), "advantages": torch.tensor([1.0, -2.0, 0.5, 0.0])}
-    value, *_ = LOSSES["cispo"](learner, given, {})
+    loss_inputs = {"logprobs": torch.full((4,), -2.0), "advantages": torch.tensor([1.0, -2.0, 0.5, 0.0])}
+    value, *_ = LOSSES["cispo"](learner, loss_inputs, {})
     (grad,) = torch.autograd.grad(value, learner)
-    torch.testing.assert_close(grad, -math.e * given["advantages"])
+    torch.testing.assert_close(grad, -math.e * loss_inputs["advantages"])
 
 
 def test_metrics_are_sums_over_trained_tokens() -> None:
     learner = torch.tensor([-1.0, -2.0, -3.0])
-    given = {"logprobs": torch.tensor([-1.0, -2.5, 0.0]), "advantages": torch.tensor([1.0, 1.0, 0.0])}
-    metrics = LOSSES["ppo"](learner, given, {}).metrics
-    found = {name: value.item() for name, value in metrics.items()}
-    assert found["tokens:sum"] == 2
-    assert found["ratio:sum"] == pytest.approx(1 + math.exp(0.5))
-    assert found["kl:sum"] == pytest.approx(-0.5)
-    assert found["clipped:sum"] == 1
+    loss_inputs = {"logprobs": torch.tensor([-1.0, -2.5, 0.0]), "advantages": torch.tensor([1.0, 1.0, 0.0])}
+    metrics = LOSSES["ppo"](learner, loss_inputs, {}).metrics
+    values = {name: value.item() for name, value in metrics.items()}
+    assert values["tokens:sum"] == 2
+    assert values["ratio:sum"] == pytest.approx(1 + math.exp(0.5))
+    assert values["kl:sum"] == pytest.approx(-0.5)
+    assert values["clipped:sum"] == 1
     metrics = LOSSES["cross_entropy"](learner, {"weights": torch.tensor([0.0, 2.0, -0.5])}, {}).metrics
     assert (metrics["tokens:sum"].item(), metrics["weights:sum"].item()) == (2, 1.5)
     metrics = LOSSES["cross_entropy"](learner, {}, {}).metrics
@@ -297,9 +303,11 @@ ANSWERS: list[tuple[str, dict[str, float], Answer]] = [
 def test_the_loss_its_terms_and_each_of_its_metrics_are_those_of_numpy(
     name: str, config: dict[str, float], answer: Answer, weights: NDArray[Any] | None, dtype: torch.dtype, near: float
 ) -> None:
-    given = {"logprobs": SAMPLER, "advantages": ADVANTAGES} | ({"sequence_ratio_mask": MASK} if name == "gspo" else {})
-    given |= {} if weights is None else {"weights": weights}
-    tensors = {key: torch.tensor(value, dtype=dtype) for key, value in given.items()}
+    loss_inputs = {"logprobs": SAMPLER, "advantages": ADVANTAGES} | (
+        {"sequence_ratio_mask": MASK} if name == "gspo" else {}
+    )
+    loss_inputs |= {} if weights is None else {"weights": weights}
+    tensors = {key: torch.tensor(value, dtype=dtype) for key, value in loss_inputs.items()}
     learner = torch.tensor(LEARNER, dtype=dtype, requires_grad=True)
     computed = LOSSES[name](learner, tensors, config)
     weights = EVEN if weights is None else weights
@@ -309,9 +317,9 @@ def test_the_loss_its_terms_and_each_of_its_metrics_are_those_of_numpy(
         "loss:sum": (terms * weights).sum(), "tokens:sum": trained.sum(), "weights:sum": weights.sum(),
         "ratio:sum": ratio[trained].sum(), "kl:sum": (SAMPLER - LEARNER)[trained].sum(),
     } | ({} if clipped is None else {"clipped:sum": clipped[trained].sum()})  # fmt: skip
-    found = {key: metric.item() for key, metric in computed.metrics.items()}
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert found["loss:sum"] == computed.total.item() == pytest.approx(expected["loss:sum"], rel=near)
+    metrics = {key: metric.item() for key, metric in computed.metrics.items()}
+    assert metrics == pytest.approx(expected, rel=1e-5)
+    assert metrics["loss:sum"] == computed.total.item() == pytest.approx(expected["loss:sum"], rel=near)
     np.testing.assert_allclose(computed.terms.numpy(), terms * weights, rtol=near, atol=1e-12)
     assert computed.total.requires_grad
     assert not any(each.requires_grad for each in (computed.terms, *computed.metrics.values())), "they hold no graph"
@@ -321,8 +329,10 @@ def test_the_loss_its_terms_and_each_of_its_metrics_are_those_of_numpy(
 def test_cross_entropy_is_the_weighted_sum_of_what_was_not_expected() -> None:
     learner, weights = torch.tensor(LEARNER), torch.tensor(UNEVEN)
     computed = LOSSES["cross_entropy"](learner, {"weights": weights}, {})
-    told = {key: metric.item() for key, metric in computed.metrics.items()}
-    assert told == pytest.approx({"loss:sum": -(LEARNER * UNEVEN).sum(), "tokens:sum": 7, "weights:sum": UNEVEN.sum()})
+    metrics = {key: metric.item() for key, metric in computed.metrics.items()}
+    assert metrics == pytest.approx(
+        {"loss:sum": -(LEARNER * UNEVEN).sum(), "tokens:sum": 7, "weights:sum": UNEVEN.sum()}
+    )
     assert LOSSES["cross_entropy"](learner, {}, {}).total.item() == pytest.approx(-LEARNER.sum())
 
 
@@ -340,12 +350,12 @@ def test_the_defaults_are_those_that_are_published(name: str, key: str, value: f
 
 def test_what_each_loss_takes_is_what_the_protocol_says() -> None:
     sampled, both = ("target_tokens", "logprobs", "advantages"), ("clip_low_threshold", "clip_high_threshold")
-    told = {
-        name: (loss.required, loss.optional, loss.config, loss.silent, loss.columns, loss.terms_told)
+    metrics = {
+        name: (loss.required, loss.optional, loss.config, loss.silent, loss.columns, loss.returns_terms)
         for name, loss in LOSSES.items()
     }
     silent = ("weights", "advantages")
-    assert told == {
+    assert metrics == {
         "cross_entropy": (("target_tokens",), ("weights",), (), silent, True, True),
         "importance_sampling": (sampled, ("weights",), (), silent, False, False),
         "ppo": (sampled, ("weights", *both), both, silent, False, False),
@@ -357,12 +367,16 @@ def test_what_each_loss_takes_is_what_the_protocol_says() -> None:
 
 def test_a_gradient_is_needed_where_any_column_has_a_weight() -> None:
     weights = np.array([[0.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [1.0, 1.0]], np.float32)
-    given: dict[str, NDArray[Any]] = {"target_tokens": np.zeros((4, 2), np.int64), "weights": weights}
-    assert LOSSES["cross_entropy"].needs_gradient(given).tolist() == [False, True, True, True]
-    given = {"target_tokens": np.zeros(3, np.int64), "advantages": np.array([0.0, 1.0, -1.0])}
-    assert LOSSES["ppo"].needs_gradient(given).tolist() == [False, True, True]
-    assert LOSSES["ppo"].needs_gradient(given | {"weights": np.array([1.0, 0.0, 2.0])}).tolist() == [False, False, True]
-    assert LOSSES["dro"].needs_gradient(given).tolist() == [True] * 3
+    loss_inputs: dict[str, NDArray[Any]] = {"target_tokens": np.zeros((4, 2), np.int64), "weights": weights}
+    assert LOSSES["cross_entropy"].needs_gradient(loss_inputs).tolist() == [False, True, True, True]
+    loss_inputs = {"target_tokens": np.zeros(3, np.int64), "advantages": np.array([0.0, 1.0, -1.0])}
+    assert LOSSES["ppo"].needs_gradient(loss_inputs).tolist() == [False, True, True]
+    assert LOSSES["ppo"].needs_gradient(loss_inputs | {"weights": np.array([1.0, 0.0, 2.0])}).tolist() == [
+        False,
+        False,
+        True,
+    ]
+    assert LOSSES["dro"].needs_gradient(loss_inputs).tolist() == [True] * 3
 
 
 def test_a_config_is_read_as_numbers_and_zero_is_one() -> None:

@@ -55,9 +55,9 @@ def test_steps_equal_torch_adamw_with_values_that_change_every_step(clip: float)
 def test_first_step_is_the_formula_by_hand() -> None:
     weights, grads = torch.tensor([2.0, -1.0]), torch.tensor([0.5, -3.0])
     zero = torch.zeros(2)
-    found, moments, _ = step(weights, grads, Moments(zero, zero, 0), AdamW(learning_rate=0.1, weight_decay=0.5))
+    result, moments, _ = step(weights, grads, Moments(zero, zero, 0), AdamW(learning_rate=0.1, weight_decay=0.5))
     # decay: w * (1 - 0.1 * 0.5); bias correction makes the first step lr * sign(gradient)
-    torch.testing.assert_close(found, torch.tensor([2.0 * 0.95 - 0.1, -1.0 * 0.95 + 0.1]))
+    torch.testing.assert_close(result, torch.tensor([2.0 * 0.95 - 0.1, -1.0 * 0.95 + 0.1]))
     torch.testing.assert_close(moments.m_P, 0.1 * grads)
     torch.testing.assert_close(moments.v_P, 0.05 * grads**2)
 
@@ -70,8 +70,8 @@ def test_what_it_is_given_is_not_written_to() -> None:
 
 
 def test_a_zero_gradient_moves_nothing_without_momentum_and_counts() -> None:
-    found, moments, metrics = step(draw(0), torch.zeros(SIZE), fresh(), AdamW())
-    assert torch.equal(found, draw(0))
+    result, moments, metrics = step(draw(0), torch.zeros(SIZE), fresh(), AdamW())
+    assert torch.equal(result, draw(0))
     assert (moments.step, metrics["grad_norm"]) == (1, 0.0)
 
 
@@ -111,8 +111,8 @@ def test_a_result_that_is_not_finite_is_refused_and_named(grads: Tensor, values:
 
 
 def test_clipping_saves_what_would_overflow() -> None:
-    found, _, metrics = step(draw(0), draw(1, 1e25), fresh(), AdamW(grad_clip_norm=1.0))
-    assert is_finite(found)
+    result, _, metrics = step(draw(0), draw(1, 1e25), fresh(), AdamW(grad_clip_norm=1.0))
+    assert is_finite(result)
     assert metrics["grad_norm"] == pytest.approx(draw(1).double().norm().item() * 1e25, rel=1e-5)
 
 
@@ -158,7 +158,7 @@ def test_one_wrong_number_is_seen_wherever_it_is(wrong: float, place: int) -> No
 
 
 def test_large_and_small_numbers_are_added_apart_so_that_no_small_one_is_lost() -> None:
-    """Rows of 1024 are summed in float32, their norms in float64: this one is exact, and in another order it is not."""
+    """Rows of 1024 are summed in float32, their norms in float64: exact here, and inexact in another order."""
     values = torch.ones(4096, 1024)
     values[::4] = 2000.0
     assert norm_of(values.flatten()) == pytest.approx(math.sqrt(1024 * 1024 * (4e6 + 3)), rel=1e-9)

@@ -53,26 +53,28 @@ def runs(trainer: Trainer) -> list[tuple[RunState, ForwardBackward]]:
         (spec(run="d", rank=8, seed=3), [*group(rng, "dro", 8, (3, 3)), datum(30, "dro", rng)], "dro"),
         (spec(run="e"), [datum(n, "cross_entropy", rng, columns=k) for n, k in ((9, 3), (4, 0))], "cross_entropy"),
     ]
-    found = []
+    results = []
     for one, data, loss in shapes:
         state = trainer.create(one)
         warm = request([datum(17, "cross_entropy", rng)])
         state, _ = done(trainer.forward_backward(state, warm))
         state, _ = done(trainer.optim_step(state, AdamW(learning_rate=1e-2)))
-        found.append((state, request(data, loss)))
-    return found
+        results.append((state, request(data, loss)))
+    return results
 
 
-def gathered(device: Executor, clock: TrainingScheduler, asked: list[tuple[RunState, ForwardBackward]]) -> list[object]:
+def gathered(
+    device: Executor, scheduler: TrainingScheduler, requests: list[tuple[RunState, ForwardBackward]]
+) -> list[object]:
     """What each gets, all having arrived before the first pass began."""
     gate = held(device)
-    futures = [submitted(clock, state, one) for state, one in asked]
+    futures = [submitted(scheduler, state, one) for state, one in requests]
     gate.set()
     return [error if (error := future.exception(60)) else future.result() for future in futures]
 
 
-def submitted(clock: TrainingScheduler, state: RunState, asked: ForwardBackward) -> "Future[TrainingResult]":
-    return clock.submit(state, lambda: asked)
+def submitted(scheduler: TrainingScheduler, state: RunState, body: ForwardBackward) -> "Future[TrainingResult]":
+    return scheduler.submit(state, lambda: body)
 
 
 def held(device: Executor) -> threading.Event:
@@ -89,13 +91,13 @@ def held(device: Executor) -> threading.Event:
     return gate
 
 
-def assert_equal(found: object, state: RunState, output: ForwardBackwardOutput) -> None:
-    assert isinstance(found, tuple), found
-    after, said, cost_s = found
+def assert_equal(result: object, state: RunState, output: ForwardBackwardOutput) -> None:
+    assert isinstance(result, tuple), result
+    after, result_output, cost_s = result
     assert cost_s >= 0
-    assert said.metrics == output.metrics
-    for mine, other in zip(said.outputs, output.outputs, strict=True):
-        np.testing.assert_array_equal(mine["logprobs"], other["logprobs"])
+    assert result_output.metrics == output.metrics
+    for mine_output, other in zip(result_output.outputs, output.outputs, strict=True):
+        np.testing.assert_array_equal(mine_output["logprobs"], other["logprobs"])
     assert (after.grads_P is None) == (state.grads_P is None)
     if state.grads_P is not None:
         assert torch.equal(after.grads_P, state.grads_P)
@@ -107,15 +109,15 @@ def test_a_run_in_a_crowd_has_the_bits_that_it_has_alone(trainer: Trainer, devic
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        asked = runs(trainer)
-        alone = [done(trainer.forward_backward(state, one)) for state, one in asked]
+        requests = runs(trainer)
+        alone = [done(trainer.forward_backward(state, one)) for state, one in requests]
         for order in ([0, 1, 2, 3, 4], [4, 2, 0], [1, 3], [3, 4, 1, 0]):
-            clock = TrainingScheduler(trainer, device, lambda: 0.0)
-            found = gathered(device, clock, [asked[index] for index in order])
-            assert clock.counters.passes == 1
-            assert clock.counters.shares == len(order)
-            for index, mine in zip(order, found, strict=True):
-                assert_equal(mine, *alone[index])
+            scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
+            results = gathered(device, scheduler, [requests[index] for index in order])
+            assert scheduler.counters.passes == 1
+            assert scheduler.counters.shares == len(order)
+            for index, result in zip(order, results, strict=True):
+                assert_equal(result, *alone[index])
     finally:
         torch.set_num_threads(before)
 
@@ -125,13 +127,13 @@ def test_a_shared_prompt_is_computed_once_and_changes_no_log_probability(trainer
     state = runs(trainer)[0][0]
     data = group(rng, "importance_sampling", 40, (7, 12, 7, 3))
     together, output = done(trainer.forward_backward(state, request(data, "importance_sampling")))
-    clock = TrainingScheduler(trainer, device, lambda: 0.0)
-    gathered(device, clock, [(state, request(data, "importance_sampling"))])
-    assert clock.counters.rows == 40 + 7 + 12 + 7 + 3
+    scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
+    gathered(device, scheduler, [(state, request(data, "importance_sampling"))])
+    assert scheduler.counters.rows == 40 + 7 + 12 + 7 + 3
     total = torch.zeros_like(state.weights_P)
-    for one, mine in zip(data, output.outputs, strict=True):
-        alone, said = done(trainer.forward_backward(state, request([one], "importance_sampling")))
-        np.testing.assert_array_equal(mine["logprobs"], said.outputs[0]["logprobs"])
+    for one, result in zip(data, output.outputs, strict=True):
+        alone, alone_output = done(trainer.forward_backward(state, request([one], "importance_sampling")))
+        np.testing.assert_array_equal(result["logprobs"], alone_output.outputs[0]["logprobs"])
         assert alone.grads_P is not None
         total += alone.grads_P
     assert together.grads_P is not None
@@ -142,65 +144,65 @@ def test_a_shared_prompt_is_computed_once_and_changes_no_log_probability(trainer
 
 
 def test_rows_with_other_targets_are_told_apart(trainer: Trainer) -> None:
-    """The tokens of two datums are the same, what they are asked for is not."""
+    """Two datums with the same tokens and different targets."""
     rng = np.random.default_rng(SEED)
     first, second = datum(12, "cross_entropy", rng), datum(12, "cross_entropy", rng)
     second.tokens[:] = first.tokens
     state = runs(trainer)[1][0]
     _, both = done(trainer.forward_backward(state, request([first, second])))
-    for one, mine in zip([first, second], both.outputs, strict=True):
+    for one, result in zip([first, second], both.outputs, strict=True):
         _, alone = done(trainer.forward_backward(state, request([one])))
-        np.testing.assert_array_equal(mine["logprobs"], alone.outputs[0]["logprobs"])
+        np.testing.assert_array_equal(result["logprobs"], alone.outputs[0]["logprobs"])
     assert not np.array_equal(both.outputs[0]["logprobs"], both.outputs[1]["logprobs"])
 
 
 def test_forward_only_requests_have_passes_of_their_own(trainer: Trainer, device: Executor) -> None:
-    asked = runs(trainer)[:3]
-    (state, one), *_ = asked
-    asked[0] = state, request(one.data, one.loss, forward_only=True)
-    clock = TrainingScheduler(trainer, device, lambda: 0.0)
-    found = gathered(device, clock, asked)
-    assert clock.counters.passes == 2
-    for (state, one), mine in zip(asked, found, strict=True):
-        assert_equal(mine, *done(trainer.forward_backward(state, one)))
+    requests = runs(trainer)[:3]
+    (state, one), *_ = requests
+    requests[0] = state, request(one.data, one.loss, forward_only=True)
+    scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
+    results = gathered(device, scheduler, requests)
+    assert scheduler.counters.passes == 2
+    for (state, one), result in zip(requests, results, strict=True):
+        assert_equal(result, *done(trainer.forward_backward(state, one)))
 
 
 def test_who_fails_fails_alone(trainer: Trainer, device: Executor) -> None:
-    asked = runs(trainer)
-    alone = [done(trainer.forward_backward(state, one)) for state, one in asked]
-    _, one = asked[0]
+    requests = runs(trainer)
+    alone = [done(trainer.forward_backward(state, one)) for state, one in requests]
+    _, one = requests[0]
     one.data[2].inputs["logprobs"][23] = -500.0
     one.data[2].inputs["advantages"][23] = -1.0  # the ratio overflows, and nothing clips it
-    broken = asked[3][0].weights_P * 1e30
-    asked[3] = trainer.begin(asked[3][0].spec, broken), asked[3][1]
-    found = gathered(device, TrainingScheduler(trainer, device, lambda: 0.0), asked)
-    assert isinstance(found[0], UserError)
-    assert "datum 2" in str(found[0])
-    assert isinstance(found[3], UserError)
+    broken = requests[3][0].weights_P * 1e30
+    requests[3] = trainer.begin(requests[3][0].spec, broken), requests[3][1]
+    results = gathered(device, TrainingScheduler(trainer, device, lambda: 0.0), requests)
+    assert isinstance(results[0], UserError)
+    assert "datum 2" in str(results[0])
+    assert isinstance(results[3], UserError)
     for index in (1, 2, 4):
-        assert_equal(found[index], *alone[index])
+        assert_equal(results[index], *alone[index])
 
 
 def test_a_defect_that_one_request_brings_out_fails_no_other(
     trainer: Trainer, device: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = runs(trainer)[:3]
-    alone = [done(trainer.forward_backward(state, one)) for state, one in asked]
-    compute, culprit = training_batch.compute, asked[1][1].data[0]
+    requests = runs(trainer)[:3]
+    alone = [done(trainer.forward_backward(state, one)) for state, one in requests]
+    compute, culprit = training_batch.compute, requests[1][1].data[0]
 
     def defective(decoder: Decoder, chosen: list[PendingRequest]) -> Work[None]:
-        mine = any(batch.data[0] is culprit for one in chosen for batch in one.waiting)
+        broken = any(batch.data[0] is culprit for one in chosen for batch in one.waiting)
         yield from compute(decoder, chosen)  # its gradients are added, and then it breaks
-        if mine:
+        if broken:
             raise RuntimeError("out of memory")
 
     monkeypatch.setattr(training_batch, "compute", defective)
-    clock = TrainingScheduler(trainer, device, lambda: 0.0)
-    found = gathered(device, clock, asked)
-    assert isinstance(found[1], RuntimeError)
-    assert clock.counters.repeated == 3
+    scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
+    results = gathered(device, scheduler, requests)
+    assert isinstance(results[1], RuntimeError)
+    assert scheduler.counters.repeated == 3
     for index in (0, 2):
-        assert_equal(found[index], *alone[index])
+        assert_equal(results[index], *alone[index])
 
 
 def test_the_device_is_shared_by_rows_and_nobody_starves(
@@ -218,17 +220,17 @@ def test_the_device_is_shared_by_rows_and_nobody_starves(
     names: dict[int, str] = {}
     opened = trainer.open
 
-    def open_named(state: RunState, asked: ForwardBackward) -> PendingRequest:
-        one = opened(state, asked)
+    def open_named(state: RunState, body: ForwardBackward) -> PendingRequest:
+        one = opened(state, body)
         names[id(one.lora.a)] = state.spec.run
         return one
 
     monkeypatch.setattr(trainer, "open", open_named)
     monkeypatch.setattr(training_batch, "compute", noted)
-    clock = TrainingScheduler(trainer, device, lambda: 0.0)
+    scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
     long = trainer.create(spec(run="long")), request([datum(16, "cross_entropy", rng) for _ in range(9)])
     short = trainer.create(spec(run="short")), request([datum(12, "cross_entropy", rng) for _ in range(3)])
-    gathered(device, clock, [long, short])
+    gathered(device, scheduler, [long, short])
     assert order[:2] == ["long", "short"]
     assert "".join(name[0] for name in order[:7]).count("s") == 3  # done in turns, not after the long one
     assert order.count("long") == 9
@@ -236,22 +238,22 @@ def test_the_device_is_shared_by_rows_and_nobody_starves(
 
 def test_a_cancelled_request_leaves_at_once(trainer: Trainer, device: Executor) -> None:
     (state, one), other = runs(trainer)[:2]
-    clock = TrainingScheduler(trainer, device, lambda: 0.0)
+    scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
     gate = held(device)
-    leaving, staying = clock.submit(state, lambda: one), clock.submit(other[0], lambda: other[1])
+    leaving, staying = scheduler.submit(state, lambda: one), scheduler.submit(other[0], lambda: other[1])
     assert leaving.cancel()
     gate.set()
     assert_equal(staying.result(60), *done(trainer.forward_backward(*other)))
-    assert clock.counters.shares == 1
-    assert clock.waiting == 0
+    assert scheduler.counters.shares == 1
+    assert scheduler.waiting == 0
 
 
 def test_a_request_that_cannot_be_read_is_answered_with_that(trainer: Trainer, device: Executor) -> None:
     def unreadable() -> ForwardBackward:
         raise UserError("not a request")
 
-    clock = TrainingScheduler(trainer, device, lambda: 0.0)
+    scheduler = TrainingScheduler(trainer, device, lambda: 0.0)
     (state, one), *_ = runs(trainer)
     with pytest.raises(UserError, match="not a request"):
-        clock.submit(state, unreadable).result(60)
-    assert_equal(clock.submit(state, lambda: one).result(60), *done(trainer.forward_backward(state, one)))
+        scheduler.submit(state, unreadable).result(60)
+    assert_equal(scheduler.submit(state, lambda: one).result(60), *done(trainer.forward_backward(state, one)))

@@ -33,8 +33,8 @@ def trained(trainer: Trainer, steps: int = 2) -> RunState:
 
 
 def tensors(state: RunState) -> list[Tensor]:
-    found = [state.weights_P, state.moments.m_P, state.moments.v_P]
-    return found if state.grads_P is None else [*found, state.grads_P]
+    arenas = [state.weights_P, state.moments.m_P, state.moments.v_P]
+    return arenas if state.grads_P is None else [*arenas, state.grads_P]
 
 
 def gradient(trainer: Trainer, state: RunState, data: list[Datum]) -> Tensor:
@@ -73,8 +73,8 @@ def test_forward_only_leaves_the_state_as_it_is(trainer: Trainer) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, tensors(after), strict=True))
     full = done(trainer.forward_backward(state, request(batch(seed=9))))[1]
     assert full.metrics == output.metrics
-    for mine, other in zip(output.outputs, full.outputs, strict=True):
-        np.testing.assert_array_equal(mine["logprobs"], other["logprobs"])
+    for datum_output, other in zip(output.outputs, full.outputs, strict=True):
+        np.testing.assert_array_equal(datum_output["logprobs"], other["logprobs"])
 
 
 def test_log_probabilities_have_the_shape_of_their_targets(trainer: Trainer) -> None:
@@ -89,13 +89,13 @@ def test_micro_batches_change_nothing_but_the_last_bits(trainer: Trainer, monkey
     state, data = trained(trainer), batch()
     whole, output = done(trainer.forward_backward(state, request(data)))
     monkeypatch.setattr(trainer, "rows_max", 40)
-    pieces = len(trainer.open(state, request(data)).waiting)
+    micro_batch_count = len(trainer.open(state, request(data)).waiting)
     cut, cut_output = done(trainer.forward_backward(state, request(data)))
-    assert pieces == 4  # 19 | 33 + 7 | 33 | 20
+    assert micro_batch_count == 4  # 19 | 33 + 7 | 33 | 20
     torch.testing.assert_close(cut.grads_P, whole.grads_P, rtol=1e-4, atol=1e-5)
     assert cut_output.metrics["loss:sum"] == pytest.approx(output.metrics["loss:sum"], rel=1e-5)
-    for mine, other in zip(cut_output.outputs, output.outputs, strict=True):
-        np.testing.assert_array_equal(mine["logprobs"], other["logprobs"])
+    for datum_output, other in zip(cut_output.outputs, output.outputs, strict=True):
+        np.testing.assert_array_equal(datum_output["logprobs"], other["logprobs"])
 
 
 def test_the_same_request_gives_the_same_bits(trainer: Trainer) -> None:
@@ -139,21 +139,21 @@ def test_a_loss_that_is_not_finite_is_refused_half_way_and_changes_nothing(
 
 def test_a_gradient_that_is_not_finite_is_refused_and_the_site_named(trainer: Trainer) -> None:
     state = trained(trainer)
-    one = datum(9, "cross_entropy", np.random.default_rng(0))
-    one.inputs["weights"][:] = 0
-    one.inputs["weights"][4] = 3e37  # the loss is finite; its gradient is not
+    example = datum(9, "cross_entropy", np.random.default_rng(0))
+    example.inputs["weights"][:] = 0
+    example.inputs["weights"][4] = 3e37  # the loss is finite; its gradient is not
     with pytest.raises(UserError, match=r"gradient of .* \([AB]\) is not finite.*added nothing"):
-        done(trainer.forward_backward(state, request([one])))
+        done(trainer.forward_backward(state, request([example])))
 
 
 def test_sums_that_overflow_together_are_refused_where_they_do(trainer: Trainer) -> None:
     state = trained(trainer)
     huge = state.weights_P.new_full((state.layout.numel,), torch.finfo(torch.float32).max)
     state = RunState(state.spec, state.layout, state.weights_P, state.moments, huge)
-    one = datum(9, "cross_entropy", np.random.default_rng(0))
-    one.inputs["weights"][:] *= 1e36
+    example = datum(9, "cross_entropy", np.random.default_rng(0))
+    example.inputs["weights"][:] *= 1e36
     with pytest.raises(UserError, match="added nothing to the pending gradients"):
-        done(trainer.forward_backward(state, request([one])))
+        done(trainer.forward_backward(state, request([example])))
 
 
 def test_weights_that_give_nan_are_blamed_on_the_weights(trainer: Trainer) -> None:
@@ -207,8 +207,8 @@ def test_clipping_looks_at_this_runs_parameters_alone(trainer: Trainer) -> None:
     alone, _ = done(trainer.optim_step(state, AdamW(grad_clip_norm=0.1)))
     other = trainer.create(spec(seed=1))
     big = batch(seed=3)
-    for one in big:
-        one.inputs["weights"] *= 1e6
+    for example in big:
+        example.inputs["weights"] *= 1e6
     other, _ = done(trainer.forward_backward(other, request(big)))
     done(trainer.optim_step(other, AdamW(grad_clip_norm=0.1)))
     crowded, _ = done(trainer.optim_step(state, AdamW(grad_clip_norm=0.1)))
@@ -219,13 +219,13 @@ def test_a_bfloat16_base_trains_float32_adapters_to_about_the_same_gradients(tmp
     half = tiny_trainer(tmp_path, dtype=torch.bfloat16)
     state, data = trained(trainer), batch()
     wanted, output = done(trainer.forward_backward(state, request(data)))
-    found, half_output = done(half.forward_backward(state, request(data)))
-    assert found.grads_P is not None
+    half_state, half_output = done(half.forward_backward(state, request(data)))
+    assert half_state.grads_P is not None
     assert wanted.grads_P is not None
-    assert found.grads_P.dtype == torch.float32
-    assert torch.cosine_similarity(found.grads_P, wanted.grads_P, dim=0) > 0.98
-    for mine, other in zip(half_output.outputs, output.outputs, strict=True):
-        assert np.abs(mine["logprobs"] - other["logprobs"]).mean() < 0.1
+    assert half_state.grads_P.dtype == torch.float32
+    assert torch.cosine_similarity(half_state.grads_P, wanted.grads_P, dim=0) > 0.98
+    for datum_output, other in zip(half_output.outputs, output.outputs, strict=True):
+        assert np.abs(datum_output["logprobs"] - other["logprobs"]).mean() < 0.1
 
 
 def test_the_scale_is_alpha_over_rank(trainer: Trainer) -> None:
@@ -236,12 +236,12 @@ def test_the_scale_is_alpha_over_rank(trainer: Trainer) -> None:
         b.mul_(2)
     data = batch()
     wanted = done(trainer.forward_backward(state, request(data, forward_only=True)))[1]
-    found = done(
+    half_state = done(
         trainer.forward_backward(
             trainer.begin(spec(train_unembed=True, alpha=4.0), doubled_b), request(data, forward_only=True)
         )
     )[1]
     other = done(trainer.forward_backward(half, request(data, forward_only=True)))[1]
-    for mine, same, different in zip(found.outputs, wanted.outputs, other.outputs, strict=True):
-        np.testing.assert_allclose(mine["logprobs"], same["logprobs"], atol=1e-5)
+    for datum_output, same, different in zip(half_state.outputs, wanted.outputs, other.outputs, strict=True):
+        np.testing.assert_allclose(datum_output["logprobs"], same["logprobs"], atol=1e-5)
         assert np.abs(different["logprobs"] - same["logprobs"]).max() > 1e-3

@@ -28,10 +28,10 @@ def good(loss: str, length: int = 19, columns: int = 0) -> Datum:
     return datum(length, loss, rng(), columns=columns)
 
 
-def changed(one: Datum, **inputs: Any) -> Datum:
+def changed(example: Datum, **inputs: Any) -> Datum:
     """The datum with other inputs; None removes one."""
-    merged = {**one.inputs, **inputs}
-    return Datum(one.tokens, {name: value for name, value in merged.items() if value is not None})
+    merged = {**example.inputs, **inputs}
+    return Datum(example.tokens, {name: value for name, value in merged.items() if value is not None})
 
 
 def f32(*values: float) -> np.ndarray:
@@ -180,7 +180,7 @@ def test_what_is_wrong_is_named(
 
 
 @pytest.mark.parametrize(
-    ("loss", "one", "config"),
+    ("loss", "example", "config"),
     [
         ("cross_entropy", CE, {}),
         ("cross_entropy", CE2, {}),
@@ -194,9 +194,9 @@ def test_what_is_wrong_is_named(
         ("gspo", GSPO, BOUNDS),
     ],
 )
-def test_what_is_right_passes(model: ModelConfig, loss: str, one: Datum, config: dict[str, float]) -> None:
-    found, read = check(request([one], loss, config), model)
-    assert (found.name, read) == (loss, config)
+def test_what_is_right_passes(model: ModelConfig, loss: str, example: Datum, config: dict[str, float]) -> None:
+    loss_of, read = check(request([example], loss, config), model)
+    assert (loss_of.name, read) == (loss, config)
 
 
 def test_one_past_each_limit_is_refused(model: ModelConfig) -> None:

@@ -27,28 +27,28 @@ def tell(
     return [text.add(TokenEvent(0, i, token, -1.0 - i, ending if i == last else "")) for i, token in enumerate(tokens)]
 
 
-def joined(pieces: list[TextDelta]) -> str:
-    return "".join(piece.text for piece in pieces)
+def joined(deltas: list[TextDelta]) -> str:
+    return "".join(delta.text for delta in deltas)
 
 
 def test_pieces_add_up_and_no_character_is_cut(tokenizer: Tokenizer) -> None:
     tokens = tokenizer.encode(WORLD).ids
-    pieces = tell(tokenizer, tokens)
-    assert joined(pieces) == WORLD
-    assert not any("\ufffd" in piece.text for piece in pieces)
-    assert len([piece for piece in pieces if piece.text]) > 20, "it is told as it comes"
-    assert [scored.token for piece in pieces for scored in piece.tokens] == tokens
+    deltas = tell(tokenizer, tokens)
+    assert joined(deltas) == WORLD
+    assert not any("\ufffd" in delta.text for delta in deltas)
+    assert len([delta for delta in deltas if delta.text]) > 20, "it is told as it comes"
+    assert [scored.token for delta in deltas for scored in delta.tokens] == tokens
 
 
 def test_bytes_that_are_no_text_are_shown_as_such_and_do_not_hold_up_the_rest(tokenizer: Tokenizer) -> None:
     tokens = random.Random(1).choices(range(256), k=400)
-    pieces = tell(tokenizer, tokens)
-    assert joined(pieces) == tokenizer.decode(tokens)
+    deltas = tell(tokenizer, tokens)
+    assert joined(deltas) == tokenizer.decode(tokens)
     broken = tokenizer.encode("漢").ids[:1] * 300
     characters = Characters(tokenizer, [])
-    told = [characters.add(token) for token in broken]
-    assert max(i for i, text in enumerate(told) if text) > 200, "characters that never end are let go"
-    assert len("".join(told) + characters.rest()) == 300
+    texts = [characters.add(token) for token in broken]
+    assert max(i for i, text in enumerate(texts) if text) > 200, "characters that never end are let go"
+    assert len("".join(texts) + characters.pending()) == 300
 
 
 def test_an_unfinished_character_at_the_end_is_told(tokenizer: Tokenizer) -> None:
@@ -60,9 +60,9 @@ def test_an_unfinished_character_at_the_end_is_told(tokenizer: Tokenizer) -> Non
 def test_the_token_that_ends_a_text_is_not_part_of_it(tokenizer: Tokenizer) -> None:
     tokens = tokenizer.encode("the and").ids
     end = tokenizer.encode(eos).ids[0]
-    pieces = tell(tokenizer, [*tokens, end], "stop")
-    assert joined(pieces) == "the and"
-    assert [scored.token for piece in pieces for scored in piece.tokens] == tokens
+    deltas = tell(tokenizer, [*tokens, end], "stop")
+    assert joined(deltas) == "the and"
+    assert [scored.token for delta in deltas for scored in delta.tokens] == tokens
     ordinary = tokenizer.encode("!").ids  # a stop token need not be special
     assert joined(tell(tokenizer, tokens + ordinary, "stop")) == "the and"
     assert joined(tell(tokenizer, [*tokens, end, *ordinary])) == "the and!", "a special token has no text"
@@ -72,19 +72,19 @@ def test_the_token_that_ends_a_text_is_not_part_of_it(tokenizer: Tokenizer) -> N
 def test_a_stop_string_is_cut_off_and_no_part_of_it_was_told(tokenizer: Tokenizer, stop: str) -> None:
     tokens = tokenizer.encode(WORLD).ids
     end = next(i for i in range(1, len(tokens) + 1) if stop in tokenizer.decode(tokens[:i]))
-    pieces = tell(tokenizer, tokens[:end], "stop", ("never", stop))
-    assert joined(pieces) == WORLD[: WORLD.index(stop)]
-    scored = [scored for piece in pieces for scored in piece.tokens]
+    deltas = tell(tokenizer, tokens[:end], "stop", ("never", stop))
+    assert joined(deltas) == WORLD[: WORLD.index(stop)]
+    scored = [scored for delta in deltas for scored in delta.tokens]
     assert all(one.offset < WORLD.index(stop) for one in scored)
     assert [one.token for one in scored] == tokens[: len(scored)]
 
 
 def test_what_only_begins_like_a_stop_string_is_told_in_the_end(tokenizer: Tokenizer) -> None:
     tokens = tokenizer.encode("the andthe").ids
-    pieces = tell(tokenizer, tokens, stops=("theory", "the end"))
-    assert joined(pieces) == "the andthe"
-    assert pieces[0].text == ""
-    assert [scored.offset for piece in pieces for scored in piece.tokens] == [0, 3, 7]
+    deltas = tell(tokenizer, tokens, stops=("theory", "the end"))
+    assert joined(deltas) == "the andthe"
+    assert deltas[0].text == ""
+    assert [scored.offset for delta in deltas for scored in delta.tokens] == [0, 3, 7]
 
 
 def test_random_texts_stop_where_their_stop_string_begins(tokenizer: Tokenizer) -> None:
@@ -101,9 +101,9 @@ def test_random_texts_stop_where_their_stop_string_begins(tokenizer: Tokenizer) 
 
 
 def wordpiece() -> Tokenizer:
-    """As BERT's: spaces stand between pieces, and before some of them none."""
-    pieces = ["[UNK]", "the", "##s", "and", "!", "don", "'", "t", "##é", "."]
-    tokenizer = Tokenizer(models.WordPiece(vocab={piece: n for n, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    """As BERT's: spaces stand between words, and before some word pieces none."""
+    vocabulary = ["[UNK]", "the", "##s", "and", "!", "don", "'", "t", "##é", "."]
+    tokenizer = Tokenizer(models.WordPiece(vocab={word: n for n, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     return tokenizer
@@ -120,18 +120,18 @@ def test_whole_texts_come_in_the_pieces_of_the_librarys_stream(kind: str, tokeni
     decoder = {"byte-level": lambda: tokenizer, "sentencepiece": sentencepiece, "wordpiece": wordpiece}[kind]()
     words = ["the", "thes", "and", "!", "don't", "é", "."] + ["漢", "🦊🏽‍🚀", "\n"] * (kind != "wordpiece")
     special = [] if kind == "wordpiece" else [decoder.encode(eos if kind == "byte-level" else "</s>").ids[-1]]
-    rng, told = random.Random(3), 0
+    rng, whole_count = random.Random(3), 0
     for _ in range(1000):
         before, tokens = ([
             token for word in rng.choices(words, k=rng.randint(0, 8))
             for token in decoder.encode(word).ids + special * (rng.random() < 0.1)
         ] for _ in range(2))  # fmt: skip
         characters = Characters(decoder, before)
-        pieces = [characters.add(token) for token in tokens]
-        assert pieces == stream(decoder, before, tokens), (before, tokens)
-        assert characters.rest() == ""
-        told += len("".join(pieces))
-    assert told > 5000
+        parts = [characters.add(token) for token in tokens]
+        assert parts == stream(decoder, before, tokens), (before, tokens)
+        assert characters.pending() == ""
+        whole_count += len("".join(parts))
+    assert whole_count > 5000
 
 
 def test_bytes_that_are_no_text_end_no_request_of_a_sentencepiece_model() -> None:
@@ -150,8 +150,8 @@ def test_a_space_between_prompt_and_text_is_kept(prompt: str) -> None:
     tokenizer = sentencepiece()
     text = Detokenizer(tokenizer, tokenizer.encode(prompt).ids, ())
     tokens = [1, 0, *(tokenizer.get_vocab()[f"<0x{byte:02X}>"] for byte in "漢".encode()), 2]
-    told = [text.add(TokenEvent(0, i, token, 0.0)).text for i, token in enumerate(tokens)]
-    assert told == [" and", " the", "", "", "漢", "!"]
+    texts = [text.add(TokenEvent(0, i, token, 0.0)).text for i, token in enumerate(tokens)]
+    assert texts == [" and", " the", "", "", "漢", "!"]
     assert tokenizer.decode([1]) == "and", "or the test proves nothing"
 
 

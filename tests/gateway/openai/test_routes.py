@@ -94,19 +94,19 @@ class Served:
         ids: list[int] = language.tokenizer.encode(text).ids
         return ids
 
-    def post(self, path: str, status: int = 200, **asked: Any) -> Any:
-        reply = self.http.post(path, json={"model": MODEL.name} | asked)
+    def post(self, path: str, status: int = 200, **fields: Any) -> Any:
+        reply = self.http.post(path, json={"model": MODEL.name} | fields)
         assert reply.status_code == status, reply.text
         return reply.json()
 
-    def complete(self, **asked: Any) -> Any:
-        return self.post("completions", **({"prompt": "the"} | asked))
+    def complete(self, **fields: Any) -> Any:
+        return self.post("completions", **({"prompt": "the"} | fields))
 
-    def events(self, path: str = "completions", **asked: Any) -> list[Any]:
+    def events(self, path: str = "completions", **fields: Any) -> list[Any]:
         """What a stream says, without the comments and the last mark, which must be there."""
-        prompt = {} if "messages" in asked else {"prompt": "the"}
-        asked = {"model": MODEL.name, "stream": True} | prompt | asked
-        reply = self.http.post(path, json=asked)
+        prompt = {} if "messages" in fields else {"prompt": "the"}
+        fields = {"model": MODEL.name, "stream": True} | prompt | fields
+        reply = self.http.post(path, json=fields)
         assert reply.status_code == 200, reply.text
         assert reply.headers["content-type"].startswith("text/event-stream")
         lines = [line for line in reply.text.split("\n\n") if line and not line.startswith(":")]
@@ -174,7 +174,7 @@ def test_a_stream_says_what_the_whole_answer_says(served: Served) -> None:
 
 def test_what_a_stream_took_of_the_device_is_metered_once_though_it_broke_off(served: Served) -> None:
     def told() -> float:
-        served.running.run(served.running.parts.meter.flush())
+        served.running.run(served.running.parts.sample_usage.flush())
         now = served.running.parts.clock() // 3600
         window = {"starting_on": _hour(now), "ending_before": _hour(now + 1)}
         answer = served.http.get(f"{served.running.url}/api/v1/billing/usage/events", params=window)
@@ -195,8 +195,8 @@ def _hour(number: float) -> str:
 
 def test_tokens_are_told_while_others_are_still_to_be_drawn(served: Served) -> None:
     served.upstream.pause.clear()
-    asked = {"model": MODEL.name, "prompt": "the", "stream": True}
-    with served.http.stream("POST", "completions", json=asked) as reply:
+    body = {"model": MODEL.name, "prompt": "the", "stream": True}
+    with served.http.stream("POST", "completions", json=body) as reply:
         lines = reply.iter_lines()
         assert json.loads(next(lines).removeprefix("data: "))["choices"][0]["text"] == "the"
         assert not served.upstream.pause.is_set()
@@ -242,17 +242,17 @@ def test_an_error_after_the_first_token_is_the_last_event(served: Served) -> Non
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_error_before_the_first_token_has_a_status(served: Served, stream: bool) -> None:
     """And the code and the field that it had where it arose, by the name that the client knows."""
-    told = {"detail": "too long", "code": "too_large", "category": "user", "field": "sampling_params.max_tokens"}
-    served.upstream.refusals = [JSONResponse(told, status_code=413)]
+    error = {"detail": "too long", "code": "too_large", "category": "user", "field": "sampling_params.max_tokens"}
+    served.upstream.refusals = [JSONResponse(error, status_code=413)]
     refused = served.post("completions", 413, prompt="the", stream=stream)["error"]
     assert refused == {
         "message": "too long", "type": "invalid_request_error", "param": "max_tokens", "code": "too_large",
     }  # fmt: skip
     for path, param in (("completions", "prompt"), ("chat/completions", "messages")):
-        told = {"detail": "no", "code": "context_length_exceeded", "category": "user", "field": "prompt"}
-        served.upstream.refusals = [JSONResponse(told, status_code=422)]
-        asked: Any = {"prompt": "the"} if param == "prompt" else {"messages": [{"role": "user", "content": "the"}]}
-        refused = served.post(path, 400, **asked, stream=stream)["error"]
+        error = {"detail": "no", "code": "context_length_exceeded", "category": "user", "field": "prompt"}
+        served.upstream.refusals = [JSONResponse(error, status_code=422)]
+        body: Any = {"prompt": "the"} if param == "prompt" else {"messages": [{"role": "user", "content": "the"}]}
+        refused = served.post(path, 400, **body, stream=stream)["error"]
         assert (refused["param"], refused["code"]) == (param, "context_length_exceeded")
     served.upstream.refusals = [Response("boom", status_code=500) for _ in range(3)]
     assert served.post("completions", 500, prompt="the", stream=stream)["error"]["type"] == "server_error"
@@ -267,17 +267,17 @@ def test_a_prompt_that_is_too_long_wakes_no_sampler(served: Served) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_whoever_hangs_up_ends_the_sample(served: Served, stream: bool) -> None:
     served.upstream.pause.clear()
-    asked = {"model": MODEL.name, "prompt": "the", "stream": stream}
+    body = {"model": MODEL.name, "prompt": "the", "stream": stream}
     with pytest.raises(httpx.ReadTimeout):
-        served.http.post("completions", json=asked, timeout=0.5)
+        served.http.post("completions", json=body, timeout=0.5)
     until(lambda: served.upstream.left == 1)
 
 
 def test_a_quiet_stream_says_what_it_waits_for(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "_QUIET_S", 0.3)
+    monkeypatch.setattr(samples, "_KEEP_ALIVE_S", 0.3)
     served.upstream.refusals = [Response("no", status_code=503) for _ in range(3)]
-    asked = {"model": MODEL.name, "prompt": "the", "stream": True}
-    reply = served.http.post("completions", json=asked)
+    body = {"model": MODEL.name, "prompt": "the", "stream": True}
+    reply = served.http.post("completions", json=body)
     comments = [line for line in reply.text.split("\n\n") if line.startswith(":")]
     assert any("sample does not answer yet" in comment for comment in comments)
     assert reply.text.endswith("data: [DONE]\n\n")
@@ -331,8 +331,8 @@ def test_what_is_not_served_says_so_in_the_same_shape(served: Served) -> None:
 def test_models_are_base_models_checkpoints_and_runs(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     async def save(name: str, kind: str, seq: int, at: float, tenant: str = LOCAL_TENANT) -> str:
         path = f"tinker://{RUN}/{kind}/{name}"
-        found = Checkpoint(path, tenant, MODEL.name, 4, f"adapters/{name}/", seq, 10, at)
-        await Checkpoints(served.running.store, lambda: 1000.0).save(found, overwrite=False)
+        checkpoint = Checkpoint(path, tenant, MODEL.name, 4, f"adapters/{name}/", seq, 10, at)
+        await Checkpoints(served.running.store, lambda: 1000.0).save(checkpoint, overwrite=False)
         return path
 
     run = served.running.run

@@ -23,13 +23,13 @@ def completion(**more: Any) -> schemas.CompletionRequest:
 
 
 def test_parameters_become_those_of_a_sample() -> None:
-    asked = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "seed": 7, "stop": ["a", "b"], "ignore_eos": True}
+    parameters = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "seed": 7, "stop": ["a", "b"], "ignore_eos": True}
     meant = SamplingParams(
         max_tokens=3, seed=7, stop_strings=("a", "b"), ignore_eos=True, temperature=0.5, top_k=5, top_p=0.9
     )
-    assert chat(max_completion_tokens=3, **asked).sampling() == meant
-    assert chat(max_tokens=3, **asked).sampling() == meant
-    assert completion(max_tokens=3, **asked).sampling() == meant
+    assert chat(max_completion_tokens=3, **parameters).sampling() == meant
+    assert chat(max_tokens=3, **parameters).sampling() == meant
+    assert completion(max_tokens=3, **parameters).sampling() == meant
     assert chat(stop="a").stops == ("a",)
 
 
@@ -58,9 +58,9 @@ def test_what_is_left_out_or_null_is_openais_default() -> None:
 )  # fmt: skip
 def test_values_that_ask_for_nothing_are_taken(field: str, value: Any) -> None:
     """Also null, which clients send for what was not set."""
-    for given in (value, None):
-        assert chat(**{field: given}).sampling() == SamplingParams()
-        assert completion(**{field: given}).sampling() == SamplingParams(max_tokens=16)
+    for neutral in (value, None):
+        assert chat(**{field: neutral}).sampling() == SamplingParams()
+        assert completion(**{field: neutral}).sampling() == SamplingParams(max_tokens=16)
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,8 @@ def test_values_that_ask_for_nothing_are_taken(field: str, value: Any) -> None:
     ],
 )  # fmt: skip
 def test_values_that_ask_a_chat_for_nothing_are_taken(field: str, value: Any) -> None:
-    for given in (value, None):
-        assert chat(**{field: given}).sampling() == SamplingParams()
+    for neutral in (value, None):
+        assert chat(**{field: neutral}).sampling() == SamplingParams()
 
 
 @pytest.mark.parametrize("temperature", [0, 5e-324, 1e-12, 1e-8, 1e-6])
@@ -164,8 +164,8 @@ def test_a_chat_has_at_most_so_many_messages() -> None:
 
 def test_messages_are_texts_whole_or_in_parts() -> None:
     parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "end"}]
-    asked = chat(messages=[{"role": "system", "content": parts, "name": "me"}, {"role": "user", "content": ""}])
-    assert asked.conversation() == [
+    request = chat(messages=[{"role": "system", "content": parts, "name": "me"}, {"role": "user", "content": ""}])
+    assert request.conversation() == [
         {"role": "system", "content": "the end", "name": "me"},
         {"role": "user", "content": ""},
     ]

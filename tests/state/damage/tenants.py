@@ -50,7 +50,7 @@ class Server:
     def client(self) -> TestClient:
         """Of a gateway that has seen nothing yet, whose defects answer 500."""
         place = JobServices(self.store, DirectoryExchange(self.exchange), Notifier(_nobody, lambda: AT), lambda: AT)
-        app = create_app(self.store, settings(keys=True, jwt=True), place=place, clock=lambda: AT)
+        app = create_app(self.store, settings(keys=True, jwt=True), job_services=place, clock=lambda: AT)
         return TestClient(app, base_url="http://testserver/api/v1/", raise_server_exceptions=False)
 
     def asked(self, client: TestClient, tenant: Tenant, method: str, path: str, **more: Any) -> Any:

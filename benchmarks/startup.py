@@ -1,4 +1,4 @@
-"""From nothing to the first answered operation, by stage; and what a step takes of memory."""
+"""From nothing to the first answered operation, by stage; and the memory of a step."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.figures import Figure, seconds
 from benchmarks.served import Setting, datum, serving, step
-from benchmarks.training import texts
+from benchmarks.train_steps import texts
 
 _LOAD = (
     "import sys, time; from pathlib import Path; from knapper.engine.models import weights; "
@@ -42,7 +42,7 @@ def _python_s(code: str, times: int) -> float:
 
 
 def _first_operation(setting: Setting) -> list[Figure]:
-    """Of a server whose engine is at zero; then its peak memory after a large step."""
+    """The first operation of an engine at zero; then its peak memory after a large step."""
     rows = 1 if setting.quick else 16
     data = texts([128] * rows)
     sent = [datum(text, [1.0] * len(text)) for text in data]
@@ -55,12 +55,12 @@ def _first_operation(setting: Setting) -> list[Figure]:
         assert fresh.server is not None
         peak = _peak_mib(Path(f"/proc/{fresh.server.processes()['engine']}/status").read_text())
     first = "the first forward_backward of an engine at zero"
-    found = [Figure("starting", first, whole_s, None, "s", None, "<= 4 s", "2.5 s")]
-    if setting.quick:  # what a small step takes is the process, and no step
-        return found
+    figures = [Figure("starting", first, whole_s, None, "s", None, "<= 4 s", "2.5 s")]
+    if setting.quick:  # a small step's memory is the process's
+        return figures
     bare = float(_bare_peak(setting.directory, rows))
     return [
-        *found,
+        *figures,
         Figure(
             "starting", f"peak memory of the process, a step of {rows} x 128 tokens", peak, bare, "MiB", bare / peak,
             ">= 2x (half of it)", "3.3x",
@@ -75,7 +75,7 @@ def _peak_mib(status: str) -> float:
 def _bare_peak(directory: Path, rows: int) -> str:
     code = (
         "import sys; from pathlib import Path; "
-        "from benchmarks.bare import Bare; from benchmarks.training import texts; "
+        "from benchmarks.bare import Bare; from benchmarks.train_steps import texts; "
         f"data = texts([128] * {rows}); Bare(Path(sys.argv[1])).step(data, [[1.0] * 128] * {rows}); "
         "print(int(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0]) / 1024)"
     )

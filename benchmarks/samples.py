@@ -9,14 +9,14 @@ from tinker import types
 from benchmarks.bare import Bare
 from benchmarks.figures import Figure, faster, paired, seconds
 from benchmarks.served import Setting
-from benchmarks.training import texts
+from benchmarks.train_steps import texts
 
 PROMPT = 64
 
 
 def measure(setting: Setting) -> Iterator[Figure]:
     bare, tokens = Bare(setting.directory), 16 if setting.quick else 32
-    alone = 2 if setting.quick else 8  # texts that are generated one by one; the time of more is reckoned from theirs
+    alone = 2 if setting.quick else 8  # texts generated one by one; the time of more is extrapolated
     trained = setting.training_client().save_weights_and_get_sampling_client().result()
     for count, goal, by_hand in ((8, (">= 7x", "14x"), (">= 1.4x", "2x")), (32, (">= 15x", "30x"), None)):
         if setting.quick and count > 8:
@@ -30,15 +30,15 @@ def measure(setting: Setting) -> Iterator[Figure]:
         if by_hand:
             pair = paired(ours, partial(bare.generate, prompts, tokens), setting.repeats(5))
             yield faster("sampling", f"{name}, generate batched", pair, *by_hand)
-    yield _crowd(setting)
+    yield _many_requests(setting)
 
 
 def _ours(sampler: tinker.SamplingClient, prompts: list[list[int]], tokens: int) -> Callable[[], None]:
     params = types.SamplingParams(max_tokens=tokens, temperature=1.0, stop=[])
 
     def run() -> None:
-        given = [types.ModelInput.from_ints(prompt) for prompt in prompts]
-        futures = [sampler.sample(each, num_samples=1, sampling_params=params) for each in given]
+        inputs = [types.ModelInput.from_ints(prompt) for prompt in prompts]
+        futures = [sampler.sample(model_input, num_samples=1, sampling_params=params) for model_input in inputs]
         for future in futures:
             future.result()
 
@@ -53,7 +53,7 @@ def _one_by_one(bare: Bare, prompts: list[list[int]], tokens: int) -> Callable[[
     return run
 
 
-def _crowd(setting: Setting) -> Figure:
+def _many_requests(setting: Setting) -> Figure:
     sampler = setting.service.create_sampling_client(base_model=setting.model).result()
     prompt, params = types.ModelInput.from_ints(texts([8])[0]), types.SamplingParams(max_tokens=1, stop=[])
     count = 200 if setting.quick else 1000
@@ -62,7 +62,7 @@ def _crowd(setting: Setting) -> Figure:
         for future in [sampler.sample(prompt, num_samples=1, sampling_params=params) for _ in range(count)]:
             future.result()
 
-    run()  # all buffers are as large then as they get
+    run()  # all buffers have their final size then
     before = setting.engine_mib()
     took_s, after = seconds(run), setting.engine_mib()
     grown = "" if before is None or after is None else f"the engine grew by {after - before:.0f} MiB"

@@ -39,8 +39,8 @@ def _step(
 ) -> Figure:
     client, bare = setting.training_client(), Bare(setting.directory, dtype=dtype)
     weights = [[1.0] * len(text) for text in data]
-    sent = [datum(text, each) for text, each in zip(data, weights, strict=True)]
-    pair = paired(lambda: step(client, sent), lambda: bare.step(data, weights), setting.repeats(3))
+    datums = [datum(text, weights_of_text) for text, weights_of_text in zip(data, weights, strict=True)]
+    pair = paired(lambda: step(client, datums), lambda: bare.step(data, weights), setting.repeats(3))
     return faster("training", name, pair, *aims)
 
 
@@ -50,14 +50,17 @@ def _tenants(setting: Setting, runs: int, tokens: int = 32) -> Iterator[Figure]:
     bare = Bare(setting.directory, adapters=runs)
     data = [texts([tokens], seed)[0] for seed in range(runs)]
     ones = [1.0] * tokens
-    sent = [datum(text, ones) for text in data]
+    datums = [datum(text, ones) for text in data]
 
     def ours() -> None:
-        asked = [
-            (client.forward_backward([one], "cross_entropy"), client.optim_step(types.AdamParams(learning_rate=1e-4)))
-            for client, one in zip(clients, sent, strict=True)
+        futures = [
+            (
+                client.forward_backward([datum_of_run], "cross_entropy"),
+                client.optim_step(types.AdamParams(learning_rate=1e-4)),
+            )
+            for client, datum_of_run in zip(clients, datums, strict=True)
         ]
-        for first, second in asked:
+        for first, second in futures:
             first.result()
             second.result()
 
@@ -67,15 +70,15 @@ def _tenants(setting: Setting, runs: int, tokens: int = 32) -> Iterator[Figure]:
 
     pair = paired(ours, theirs, setting.repeats(5))
     yield faster("training", f"{runs} runs, a step of {tokens} tokens each", pair, ">= 2.5x", "4x")
-    if not setting.quick:  # of a few steps it would be the order in which they began
-        spread = _unevenness(clients, sent, 24)
+    if not setting.quick:  # of few steps it would be the order of their start
+        spread = _unevenness(clients, datums, 24)
         yield Figure("training", "the same, slowest run : fastest run", spread, None, "", goal="<= 1.05")
 
 
-def _unevenness(clients: Sequence[tinker.TrainingClient], sent: Sequence[types.Datum], steps: int) -> float:
-    """Every run steps as fast as it can until all have made `steps`: the slowest's time for those over the fastest's.
+def _unevenness(clients: Sequence[tinker.TrainingClient], datums: Sequence[types.Datum], steps: int) -> float:
+    """Every run steps as fast as it can until all have made `steps`: the slowest's time over the fastest's.
 
-    To a number of steps, and not for a time: of few steps, one more or less would say 1.25 of equal runs.
+    By the number of steps, not by a time: of few steps, one more or less would say 1.25 of equal runs.
     """
     took_s: dict[int, float] = {}
     began = time.monotonic()
@@ -83,7 +86,7 @@ def _unevenness(clients: Sequence[tinker.TrainingClient], sent: Sequence[types.D
     def loop(index: int) -> None:
         done = 0
         while len(took_s) < len(clients):
-            step(clients[index], [sent[index]])
+            step(clients[index], [datums[index]])
             done += 1
             if done == steps:
                 took_s[index] = time.monotonic() - began

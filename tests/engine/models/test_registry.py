@@ -1,0 +1,92 @@
+"""Rows of the registry agree with transformers' code, and an architecture of the same kind takes one row."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from knapper.engine.layers.lora_grouped import base
+from knapper.engine.models import registry, weight_files, weights
+from knapper.engine.models.config import ModelConfig, UnsupportedModel, computed_by
+from knapper.engine.models.decoder import Decoder
+from knapper.engine.models.registry import ARCHITECTURES, Architecture
+
+SIZES: Final[dict[str, Any]] = {
+    "vocab_size": 90, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 64, "pad_token_id": 0, "sliding_window": None,
+}  # fmt: skip
+
+
+def random_model(directory: Path, model_type: str, **options: Any) -> Path:
+    """`directory`, now holding a model of this type as transformers makes it, no parameter of which is neutral."""
+    config = AutoConfig.for_model(model_type, **{**SIZES, **options})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # the library has no types here
+        for name, parameter in model.named_parameters():
+            mean, spread = (1.0, 0.2) if "norm" in name else (0.0, 0.2)
+            torch.nn.init.normal_(parameter, mean, spread)
+    model.save_pretrained(directory)
+    return directory
+
+
+def expect_same_logits(directory: Path) -> None:
+    config = ModelConfig.read(directory)
+    decoder = Decoder(config, weights.load(directory, config, torch.float32))
+    tokens = torch.randint(config.vocab_size, (40,), generator=torch.Generator().manual_seed(1))
+    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        expected = reference(tokens[None]).logits[0]
+        logits = decoder.logits(decoder.hidden(tokens, [40], []), base)
+    assert expected.std() > 0.5
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("model_type", "attention_bias"), list(itertools.product(ARCHITECTURES, (False, True))))
+def test_a_row_has_the_biases_and_norms_of_the_architecture(
+    tmp_path: Path, model_type: str, attention_bias: bool
+) -> None:
+    directory = random_model(tmp_path, model_type, attention_bias=attention_bias)
+    stored = {name: entry.shape for name, entry in weight_files.entries(directory).items()}
+    assert dict(weight_files.promised(ModelConfig.read(directory))) == stored
+    expect_same_logits(directory)
+
+
+def test_an_architecture_of_the_same_kind_takes_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = random_model(tmp_path, "seed_oss", attention_bias=True, attention_out_bias=False)
+    assert computed_by(directory) == "transformers"
+    with pytest.raises(UnsupportedModel, match=r"'seed_oss'.*supported: llama, mistral, qwen2, qwen3$"):
+        ModelConfig.read(directory)
+    row = Architecture("seed_oss", output_bias=registry.never)
+    monkeypatch.setattr("knapper.engine.models.config.ARCHITECTURES", {**ARCHITECTURES, "seed_oss": row})
+    assert computed_by(directory) == "native"
+    expect_same_logits(directory)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "reason"),
+    [
+        ("mistral", {"sliding_window": 16}, "sliding_window 16"),
+        ("qwen2", {"sliding_window": 16}, ""),
+        ("qwen2", {"sliding_window": 16, "use_sliding_window": True}, "sliding_window 16"),
+        ("qwen3", {"sliding_window": None, "use_sliding_window": True}, ""),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ("llama", {"hidden_act": "swish"}, ""),
+        ("llama", {"mlp_bias": True}, "mlp_bias"),
+        ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("qwen3", {"quantization_config": {"bits": 4}}, "quantized weights"),
+    ],
+)
+def test_a_row_refuses_options_that_the_decoder_does_not_compute(
+    tmp_path: Path, model_type: str, options: dict[str, Any], reason: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **SIZES, **options}))
+    if reason:
+        with pytest.raises(UnsupportedModel, match=f"{model_type} with {reason}"):
+            ModelConfig.read(tmp_path)
+    else:
+        assert ModelConfig.read(tmp_path).model_type == model_type
