@@ -12,7 +12,7 @@ text and weights, between
 
 Each is 0 where nothing is lost. Instruction sets are those that the libraries can be told to use: each in a process of
 its own, because they read that once. Speed: a training step and a decoding step, with the bits kept, and beside it with
-them given up (`KNAPPER_EXACT=false`). Written to out/exactness.json.
+them given up (`KNAPPER_BATCH_INVARIANT=false`). Written to out/exactness.json.
 """
 
 import argparse

@@ -39,7 +39,7 @@ from gateway.tenants import Doorkeeper
 from knapper import limits
 from knapper.errors import KnapperError
 from knapper.exchange.factory import expect_subscribable
-from knapper.jobs.services import JobServices, open_place
+from knapper.jobs.services import JobServices, open_job_services
 from knapper.observability import logs
 from knapper.settings import Settings
 from knapper.store import Store
@@ -143,7 +143,7 @@ def _from_environment() -> Starlette:
     expect_subscribable(settings)
     store = CountedStore(open_store(settings))
     _tune_garbage_collector()
-    return create_app(store, settings, job_services=open_place(settings, store, time.time))
+    return create_app(store, settings, job_services=open_job_services(settings, store, time.time))
 
 
 def _tune_garbage_collector() -> None:

@@ -75,7 +75,7 @@ async def _received(request: Request, size_max: int) -> tuple[bytes, bool]:
             continue
         del received[_PREFIX_BYTES:]
         received += chunk[: _PREFIX_BYTES - len(received)]
-        if size > size_max + limits.body_thrown_bytes_max:
+        if size > size_max + limits.body_discarded_bytes_max:
             break
     whole = size <= size_max
     # Copying a large body would block the event loop. The cast is safe: nothing changes the bytearray from here on.

@@ -89,7 +89,7 @@ async def start_job(gateway: Services, job_services: JobServices, tenant: ids.Te
     gateway.wakeups.jobs.set()
     gateway.wakeups.inbox.set()  # more files may follow
     if start is not None:
-        await job_services.bells.post(await revive.first(job_services, start))
+        await job_services.notifier.post(await revive.first(job_services, start))
 
 
 def folder_of(name: str) -> tuple[ids.Tenant, str] | None:

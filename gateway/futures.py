@@ -149,7 +149,7 @@ async def retrieve_futures(request: Request) -> Response:
     until = loop.time() + hold_s
     with gateway.sample_queue.watch(client) as more:
         while (
-            not (done := gateway.sample_queue.done_after(client, poll.prev_cursor, limits.futures_told_max))
+            not (done := gateway.sample_queue.done_after(client, poll.prev_cursor, limits.futures_listed_max))
             and (remaining_s := until - loop.time()) > 0
         ):
             more.clear()

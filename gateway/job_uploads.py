@@ -28,7 +28,7 @@ async def progress(request: Request) -> Response:
     exchange = job_services_of(services_of(request)).exchange
     received = await staging.received(exchange, file)
     missing_bytes = sum(size for offset, size in file.parts.items() if offset not in received)
-    await staging.expect_room(exchange, file.tenant, missing_bytes)
+    await staging.expect_capacity(exchange, file.tenant, missing_bytes)
     parts = [
         {
             "offset": offset,

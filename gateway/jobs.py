@@ -25,8 +25,6 @@ from knapper.state import layout
 from knapper.state.job_records import Started, read
 from knapper.wire import fields, json
 
-_FILES_MAX = 64
-
 log = structlog.get_logger()
 
 
@@ -40,19 +38,19 @@ class UploadedFile(Struct, frozen=True, forbid_unknown_fields=True):
 class Submit(fields.RequestBody, frozen=True, kw_only=True):
     """`files`: name -> text, job.yaml included. `uploads`: name -> uploaded file. `name`: null generates one."""
 
-    name: Annotated[str, Meta(max_length=63)] | None = None
-    files: Annotated[dict[str, str], Meta(min_length=1, max_length=_FILES_MAX)]
-    uploads: Annotated[dict[str, UploadedFile], Meta(max_length=_FILES_MAX)] = {}
+    name: Annotated[str, Meta(max_length=limits.job_name_chars_max)] | None = None
+    files: Annotated[dict[str, str], Meta(min_length=1, max_length=limits.job_files_max)]
+    uploads: Annotated[dict[str, UploadedFile], Meta(max_length=limits.job_files_max)] = {}
     again: bool = False  # start the job even if the same files were started before
 
 
 class List(fields.RequestBody, frozen=True, kw_only=True):
-    limit: Annotated[int, Meta(ge=1, le=limits.jobs_told_max)] = 100
-    offset: Annotated[int, Meta(ge=0, le=10**9)] = 0
+    limit: Annotated[int, Meta(ge=1, le=limits.jobs_listed_max)] = 100
+    offset: Annotated[int, Meta(ge=0, le=limits.offset_max)] = 0
 
 
 class Show(fields.RequestBody, frozen=True, kw_only=True):
-    after: Annotated[int, Meta(ge=0, le=10**9)] = 0
+    after: Annotated[int, Meta(ge=0, le=limits.offset_max)] = 0
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ async def submit(request: Request) -> Response:
         await staging.forget(exchange, file)
     gateway.wakeups.jobs.set()
     if start is not None:
-        await job_services.bells.post(await revive.first(job_services, start))
+        await job_services.notifier.post(await revive.first(job_services, start))
     return JSONResponse(await listings.whole(job_services, tenant, job, 0, gateway.presence) | {"equal": equal})
 
 
@@ -152,7 +150,7 @@ async def cancel(request: Request) -> Response:
     log.info("job cancelled", job=str(listing.start))
     await outputs.publish_status(job_services, started)
     first = notifications.started(started)
-    await job_services.bells.ring(first, cloudevents.JOB_CANCELLED, "knapper/gateway", 0)
+    await job_services.notifier.ring(first, cloudevents.JOB_CANCELLED, "knapper/gateway", 0)
     return await _show(gateway, tenant, listing)
 
 
@@ -168,7 +166,7 @@ async def resume(request: Request) -> Response:
     log.info("job resumed", job=str(listing.start))
     await outputs.publish_status(job_services, started)
     for event in await revive.again(job_services, started, listing.start):
-        await job_services.bells.post(event)
+        await job_services.notifier.post(event)
     return await _show(gateway, tenant, listing)
 
 

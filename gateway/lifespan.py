@@ -118,7 +118,7 @@ async def open_services(
             subscription=None if job_services is None else _subscription(settings.subscription, stack),
             presence=partial(presence, settings.run_directory),
             seen_jobs=Seen(),
-            job_quiet_s=settings.job_quiet_s,
+            job_stalled_s=settings.job_stalled_s,
             heartbeats=Heartbeats(monotonic),
             unfinished_runs=UnfinishedRuns(monotonic),
             wakeups=Wakeups(),

@@ -27,7 +27,7 @@ log = structlog.get_logger()
 
 def tasks(gateway: Services) -> list[PeriodicTask]:
     """All periodic tasks except those for uploads. An idle gateway lists the store a few times an hour for them."""
-    jobs_s = min(_JOBS_S, max(1.0, gateway.job_quiet_s / 4))
+    jobs_s = min(_JOBS_S, max(1.0, gateway.job_stalled_s / 4))
     return [
         PeriodicTask("publish", partial(publish, gateway), _TICK_S),
         PeriodicTask("tick", partial(tick, gateway), _TICK_S),
@@ -44,9 +44,9 @@ async def jobs(gateway: Services) -> float | None:
     if gateway.job_services is None:
         return IDLE_S
     seen = gateway.seen_jobs
-    for event in await due(gateway.job_services, seen, gateway.job_quiet_s):
+    for event in await due(gateway.job_services, seen, gateway.job_stalled_s):
         log.info("job has not moved: its event is sent again", job=event.subject, type=event.type, step=event.step)
-        await gateway.job_services.bells.post(event)
+        await gateway.job_services.notifier.post(event)
     if seen.lively:
         return None
     return _JOBS_AWAITING_FILES_S if seen.awaiting else _JOBS_STALLED_S if seen.known else IDLE_S

@@ -27,9 +27,6 @@ from knapper.wire import progress
 from knapper.wire.progress import FailedEvent, FinishedEvent, TokenEvent
 
 _IN_FLIGHT_MAX = 256
-_WAITING_BYTES_MAX = 256 * limits.MIB
-_RESULT_BYTES_MAX = 256 * limits.MIB  # finished results; clients fetch them within a poll or two
-_RESULT_TTL_S = 600.0
 _BACK_OFF_S, _BACK_OFF_MAX_S = 0.2, 5.0
 _DEFECTS_MAX = 3  # a 500 may be a pod that died: only a repeated one becomes the result
 _COLD_S = 1.0
@@ -156,7 +153,10 @@ class SampleQueue:
         """
         if (entry := self.known(address)) is not None:
             return entry
-        if self._unfinished >= limits.samples_waiting_max or self._waiting_bytes + len(call) > _WAITING_BYTES_MAX:
+        if (
+            self._unfinished >= limits.samples_waiting_max
+            or self._waiting_bytes + len(call) > limits.samples_waiting_bytes_max
+        ):
             raise TooMany(
                 f"{self._unfinished} samples wait; allowed: {limits.samples_waiting_max}; send it again later"
             )
@@ -246,7 +246,8 @@ class SampleQueue:
     def expire(self) -> None:
         """Drop results that their client did not fetch."""
         while self._finished and (
-            self._result_bytes > _RESULT_BYTES_MAX or self._now() - self._finished[0].done_at > _RESULT_TTL_S
+            self._result_bytes > limits.sample_results_bytes_max
+            or self._now() - self._finished[0].done_at > limits.sample_results_s
         ):
             entry = self._finished.popleft()
             self._result_bytes -= len(entry.body or b"")
@@ -299,7 +300,7 @@ class SampleQueue:
                 self._answered_at = self._now()
                 if status == 200:
                     self._unservable_models.remove(entry.url)
-                    return content if len(content) <= _RESULT_BYTES_MAX else _oversized(len(content))
+                    return content if len(content) <= limits.sample_results_bytes_max else _oversized(len(content))
                 reason = f"{status}: {content[:200].decode(errors='replace')}"
                 error = _error(status, content)
                 entry.unservable = str(error) if error.code == Unservable.code else ""
@@ -368,7 +369,8 @@ class SampleQueue:
 def _oversized(size: int) -> TooLarge:
     """The result for a response too large to keep until its client fetches it: without one, the client would retry."""
     return TooLarge(
-        f"the answer has {size} bytes; allowed: {_RESULT_BYTES_MAX}. Ask for fewer samples or alternatives at once"
+        f"the answer has {size} bytes; allowed: {limits.sample_results_bytes_max}. "
+        f"Ask for fewer samples or alternatives at once"
     )
 
 

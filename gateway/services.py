@@ -78,7 +78,7 @@ class Services:
     subscription: "Subscription | None"  # notifications of uploads; None: the inbox is listed instead
     presence: Present  # whether the functions' processes run, where that is known
     seen_jobs: Seen  # the progress of jobs at the last check
-    job_quiet_s: float
+    job_stalled_s: float
     heartbeats: Heartbeats
     unfinished_runs: UnfinishedRuns
     wakeups: Wakeups

@@ -156,7 +156,8 @@ class TrainStepClient:
         if state is not None and state.task is None and state.accepted > applied:
             return "paused_capacity", (
                 f"operation {applied + 1} has not arrived, and later ones wait for it; if it never does (a cancelled "
-                f"request, say), it is skipped {limits.gap_s:.0f} s after they came, or when the session is closed"
+                f"request, say), it is skipped "
+                f"{limits.sequence_gap_s:.0f} s after they came, or when the session is closed"
             )
         since = state.unanswered_since if state is not None else None
         waited = 0.0 if since is None else self._now() - since
@@ -266,7 +267,7 @@ class TrainStepClient:
         doorbell = replace(cloudevents.doorbell(run, self._new_id(), hint), traceparent=traces.current())
         headers, body = doorbell.encode()
         direct = hint.way == "direct"
-        async with asyncio.timeout(limits.holder_answers_s if direct else None):  # until the response begins
+        async with asyncio.timeout(limits.holder_timeout_s if direct else None):  # until the response begins
             response = await self._session.post(
                 url, headers=headers, data=body, timeout=_DIRECT if direct else _TIMEOUT
             )

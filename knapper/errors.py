@@ -1,17 +1,15 @@
-"""The one tree of errors: each class knows its HTTP status, its stable code, and who is at fault.
+"""All errors: each class has its HTTP status, its stable code, and whose fault it is.
 
-A message says what was wrong, which value, what is allowed and what to do. `docs/errors.md` has a section for each
-code.
+A message names the error, the value, what is allowed and what to do. `docs/errors.md` has a section for each code.
 """
 
 from itertools import islice
 from typing import Final, Literal
 
+from knapper import limits
 from knapper.text.printable import printable
 
 Category = Literal["user", "server"]
-
-_MESSAGE_CHARS_MAX = 2000  # messages quote names that clients made up, which may be as long as a request
 
 
 class KnapperError(Exception):
@@ -20,23 +18,25 @@ class KnapperError(Exception):
     code: str = "internal"
     status: int = 500
     category: Category = "server"
-    field: str | None = None  # the one that is wrong, where it is one
+    field: str | None = None  # the wrong field, if it is one
 
     def __init__(self, message: str = "") -> None:
-        """Of a long message, the middle is left out: what is wrong stands first, what to do last."""
-        half = _MESSAGE_CHARS_MAX // 2
-        super().__init__(message if len(message) <= _MESSAGE_CHARS_MAX else f"{message[:half]} ... {message[-half:]}")
+        """Shortens a long message in the middle: the error comes first, the remedy last."""
+        half = limits.error_message_chars_max // 2
+        super().__init__(
+            message if len(message) <= limits.error_message_chars_max else f"{message[:half]} ... {message[-half:]}"
+        )
 
     def __str__(self) -> str:
         """One line, fit for a terminal: messages quote what users sent."""
         return printable(super().__str__())
 
     def as_json(self) -> dict[str, str]:
-        """As all our servers tell it. `detail` is what the SDK and its command line print."""
+        """The body of every server's error answer. The SDK and its command line print `detail`."""
         return {"detail": str(self), "code": self.code, "category": self.category}
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Errors go from process to process, whatever their classes are made with."""
+        """Errors are pickled between processes, whatever arguments their constructors take."""
         return _made, (type(self), self.args, vars(self))
 
 
@@ -47,7 +47,7 @@ def _made(kind: type[KnapperError], args: tuple[object, ...], more: dict[str, ob
 
 
 class UserError(KnapperError):
-    """The request cannot be served as it is; sending it again changes nothing."""
+    """The request cannot be served as it is; repeating it changes nothing."""
 
     code = "invalid_request"
     status = 422
@@ -72,7 +72,7 @@ class InvalidField(UserError):
 
 
 def _brief(value: object, depth: int = 4) -> object:
-    """As much of it as a message can show: the whole of a large one takes seconds to write."""
+    """As much as a message can show: formatting a whole large value takes seconds."""
     if isinstance(value, (str, bytes)):
         return value[:120]
     if isinstance(value, (list, tuple)):
@@ -83,9 +83,7 @@ def _brief(value: object, depth: int = 4) -> object:
 
 
 class ContextLengthExceeded(UserError):
-    """A prompt is longer than the model reads. Programs that shorten their prompts look for this code, and for these
-    words.
-    """
+    """The prompt exceeds the model's context. Programs that shorten prompts look for this code and this wording."""
 
     code = "context_length_exceeded"
 
@@ -99,7 +97,7 @@ class ContextLengthExceeded(UserError):
 
     @classmethod
     def check(cls, prompt: int, max_tokens: int | None, context: int) -> None:
-        """Raises it for a prompt of so many tokens. One that only is scored needs no room for a token after it."""
+        """Raises it for a prompt of so many tokens. A prompt that is only scored needs no position after it."""
         longest = context if max_tokens == 0 else context - 1
         if prompt > longest:
             raise cls(prompt, longest, context)
@@ -127,14 +125,14 @@ class HeadersTooLarge(UserError):
 
 
 class TooSlow(UserError):
-    """The request did not come in time, by the network's fault or its client's. It can be sent again."""
+    """The request did not arrive in time, because of the network or the client. It can be repeated."""
 
     code = "too_slow"
     status = 408
 
 
 class OutOfMemory(UserError):
-    """What the request needs at once does not fit into the memory that the server has, even by itself."""
+    """The request alone needs more memory than the server has."""
 
     code = "out_of_memory"
     status = 413
@@ -155,14 +153,14 @@ class Unauthorized(UserError):
 
 
 class ForeignSite(UserError):
-    """The request came by a name, or from a page, that this server does not go by: a browser may have been misled."""
+    """The request used a host name, or came from a page, that is not this server's: a browser may have been misled."""
 
     code = "foreign_site"
     status = 403
 
 
 class InvalidToken(Unauthorized):
-    """The token in the place of the API key has expired, or is not ours: exchange the key for another."""
+    """The token sent instead of the API key has expired or is not ours: exchange the key for a new one."""
 
     code = "invalid_token"
 
@@ -186,13 +184,13 @@ class TooMany(Unavailable):
 
 
 class StoreError(Unavailable):
-    """The store did not do what it was asked; whether it happened is unknown unless the message says so."""
+    """A call to the store failed; whether it took effect is unknown unless the message says so."""
 
     code = "store_unavailable"
 
 
 class NewerFormat(Unavailable):
-    """The record was written by a newer knapper: nothing is wrong with it, and this one cannot read it."""
+    """The record was written by a newer knapper: it is intact, but this one cannot read it."""
 
     code = "newer_format"
 
@@ -204,7 +202,7 @@ class OtherDtype(Unavailable):
 
 
 class Unservable(Unavailable):
-    """The base model cannot be loaded. Whoever asks is told why; it is tried again, and what waits then goes on."""
+    """The base model cannot be loaded. Every caller is told why; loading is retried, and requests wait for it."""
 
     code = "unservable"
 
@@ -217,24 +215,24 @@ class Fenced(KnapperError):
 
 
 class NotHolder(Unavailable):
-    """Another process holds the run, or this one is leaving: ring that one, or the service."""
+    """Another process holds the run, or this one is shutting down: notify that one, or the service."""
 
     code = "not_holder"
 
 
 class Corrupt(KnapperError):
-    """Stored bytes are not those that were written. Never used, never repaired in silence; an operator is needed.
+    """Stored bytes are not those that were written. Never used, and never repaired silently; an operator is needed.
 
-    `object_name`: the damaged object, where it is one.
+    `object_name`: the damaged object, if it is one.
     """
 
     code = "corrupt"
-    status = 503  # not now: what waits goes on once the object is restored
+    status = 503  # not now: waiting requests continue once the object is restored
     object_name: str = ""
 
 
 def damaged(name: str, what: str) -> Corrupt:
-    """The error for a damaged object: which it is, what of it is wrong, and what to do."""
+    """The error for a damaged object: its name, the damage, and the remedy."""
     error = Corrupt(
         f"object {name} is damaged: {what}. Nothing was made of it. Tell the server's operator, who restores it from a "
         'backup (docs/operating.md, "A damaged object")'
@@ -251,5 +249,5 @@ class RemoteError(KnapperError):
         self.code, self.status, self.category, self.field = code, status, category, field
 
 
-# Codes of what waits for an operator: nothing that a client or a retry does ends it.
+# Codes of errors that need an operator: neither clients nor retries end them.
 STANDING: Final = frozenset({Corrupt.code, NewerFormat.code, OtherDtype.code, Unservable.code})

@@ -1,4 +1,4 @@
-"""Names: what a client sends. Nothing from a request becomes a name unchecked."""
+"""Ids and names in requests. Each is checked before use."""
 
 import re
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from knapper.errors import InvalidField, NotFound
 
 Tenant = NewType("Tenant", str)
 SessionId = NewType("SessionId", str)
-RunId = NewType("RunId", str)  # {session_id}:train:{n}: the SDK computes it by itself
+RunId = NewType("RunId", str)  # {session_id}:train:{n}: the SDK computes it too
 SamplerId = NewType("SamplerId", str)  # {session_id}:sample:{n}
 RequestId = NewType("RequestId", str)  # {run_id}:{seq} for training, s-<random> for samples
 CheckpointKind = Literal["weights", "sampler_weights", "external_weights"]
@@ -34,9 +34,9 @@ def tenant(value: str) -> Tenant:
 
 
 def session_id(value: str) -> SessionId:
-    """The id, checked. Raises NotFound: an id of another form was never given out."""
+    """The id, checked. Raises NotFound: no id has another form."""
     if not _SESSION.fullmatch(value):
-        raise NotFound(f"session {value!r} does not exist; create one with create_session (the SDK does so by itself)")
+        raise NotFound(f"session {value!r} does not exist; create one with create_session (the SDK does it by itself)")
     return SessionId(value)
 
 
@@ -46,14 +46,14 @@ def is_session(value: str) -> bool:
 
 
 def run_id(value: str) -> RunId:
-    """The id, checked. Raises NotFound: an id of another form was never given out."""
+    """The id, checked. Raises NotFound: no id has another form."""
     if not _RUN.fullmatch(value):
         raise NotFound(f"training run {value!r} does not exist; create one with create_lora_training_client")
     return RunId(value)
 
 
 def sampler_id(value: str) -> SamplerId:
-    """The id, checked. Raises NotFound: an id of another form was never given out."""
+    """The id, checked. Raises NotFound: no id has another form."""
     if not _SAMPLER.fullmatch(value):
         raise NotFound(f"sampler {value!r} does not exist; create one with create_sampling_client")
     return SamplerId(value)
@@ -112,7 +112,7 @@ class TinkerPath:
 
 
 def number(n: int) -> str:
-    """A sequence number as it stands in object names: 20 digits, so that names sort as numbers do."""
+    """A sequence number in object names: 20 digits, so that names sort like numbers."""
     if not 0 <= n < 10**20:
         raise ValueError(n)
     return f"{n:020d}"

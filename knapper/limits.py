@@ -1,74 +1,138 @@
-"""Every limit, in one place. Each is tested at the limit and one past it."""
+"""Every limit a user can meet: the sizes that are refused, the lists that are cut, the times after which things expire.
+
+Each is tested at the limit and one past it. Other bounds (caches, polls, time-outs between our own processes, kernels)
+stand beside the code they serve; `tests/test_limits.py` lists them with the reason why no user meets them.
+Bounds of the fields of job.yaml stand in its schema, and on docs/jobs.md.
+"""
 
 MIB = 1024 * 1024
 
-# Bodies, after decompression; what each route takes stands beside it.
-body_bytes_max = (
-    64 * MIB
-)  # of training's, jobs' and rewards'. The SDK's chunks are about 5 MB; one huge datum goes alone.
+# ---- HTTP. Bodies are measured after decompression; each route names its limit.
+body_bytes_max = 64 * MIB  # training, jobs, rewards. The SDK's chunks are about 5 MB; one huge datum travels alone.
 sample_body_bytes_max = 32 * MIB  # a prompt, and the cells of target_prompt_logprobs, all as JSON
-text_body_bytes_max = 4 * MIB  # of the OpenAI protocol: a million tokens as ids, or of most texts
-labels_body_bytes_max = MIB // 2  # what has lists or texts of a person's own: tags, reasons, events of telemetry
+text_body_bytes_max = 4 * MIB  # the OpenAI protocol: a million tokens as ids, or of most texts
+labels_body_bytes_max = MIB // 2  # lists and texts that people write: tags, reasons, telemetry events
 small_body_bytes_max = 128 * 1024  # all others: a few names and numbers, and 16 KiB of metadata, every byte escaped
-body_free_bytes = 64 * 1024  # of a body that are not counted in the memory for bodies
-worker_memory_bytes = 1024 * MIB  # that decoding one body may take
-head_bytes_max = 32 * 1024  # of a request's URL and headers together: a token is about one thousand
+body_free_bytes = 64 * 1024  # of each body are not counted in the memory budget for bodies
+worker_memory_bytes = 1024 * MIB  # the memory that decoding one body may use
+zstd_window_bytes_max = 8 * MIB  # a decoder's memory; RFC 9659 allows no larger window over HTTP
+head_bytes_max = 32 * 1024  # a request's URL and headers together: a token is about one thousand
 head_fields_max = 128
 head_s = 20.0  # for all headers of a request, from its first byte; of a new connection's first, from the beginning
-body_rate_min = 1024  # bytes a second of a body that is being read; over `body_silent_s`
-body_silent_s = 20.0
-body_thrown_bytes_max = 64 * MIB  # of a body that was answered already: clients listen only when they have sent it all
-body_thrown_s = 30.0
-answer_stalled_s = 120.0  # a client that takes nothing of its answer for so long is hung up on
+body_rate_min = 1024  # bytes a second while a body is read; averaged over `body_stalled_s`
+body_stalled_s = 20.0
+body_discarded_bytes_max = 64 * MIB  # of a body that was answered early: clients read the answer once all is sent
+body_discarded_s = 30.0
+answer_stalled_s = 120.0  # a client that reads nothing of its answer for this long is disconnected
 connections_max = 16384  # of one process; fewer where it may open fewer files
-pipelined_max = 8  # requests of one connection that wait for their turn; clients send one at a time
-age_recipients_max = 10  # for whom one export is encrypted; as Tinker's own server has it
+pipelined_max = 8  # requests queued on one connection; clients send one at a time
+error_message_chars_max = 2000  # messages quote names that clients chose, which may be as long as a request
+
+# ---- Fields of requests.
+id_chars_max = 200
+text_chars_max = 1024
+token_chars_max = 4096  # a weights_access_token
 name_chars_max = 128  # checkpoint names
+project_chars_max = 128
+key_note_chars_max = 128
+role_chars_max = 64  # the role of a chat message
 user_metadata_bytes_max = 16 * 1024
+cursor_max = 2**63 - 1  # of sample sequence numbers, and of the cursor over them
+tags_max = 256  # of a session
+finish_detail_chars_max = 100_000
+seed_min, seed_max = -(2**63), 2**63 - 1  # torch's range
+counter_max = 10**17  # of a client's own counters, sequence numbers among them
+ttl_s_min, ttl_s_max = 3600, 315_360_000
+
+# ---- Lists.
+page_max = 1000  # runs, checkpoints or sessions in one answer
+offset_max = 10**9
+sessions_found_max = 200  # of one search
+search_projects_max = 1000
+search_owners_max = 10
+search_statuses_max = 32
+futures_listed_max = 4096  # samples in one answer of retrieve_futures; its cursor continues from there
+models_listed_max = 1000  # checkpoints that v1/models lists, the newest; all others can be used too
+operations_listed_max = 20_000  # operations that one trace, or one usage report, is made from
+usage_days_max = 14
+dead_letters_listed_max = 1000
+jobs_listed_max = 1000
+job_metrics_listed_max = 1000  # steps in one answer
+
+# ---- Training.
 datums_per_request_max = 4096
-rank_max = 256
-target_columns_max = 64  # K of (N, K) targets
 datum_parts_max = 262_144  # text chunks, arrays and provenance spans of all datums of one request
 sparse_cells_max = 16 * MIB  # cells of one sparse array, once dense
+target_columns_max = 64  # K of (N, K) targets
+loss_inputs_max = 32  # arrays of one datum
+loss_config_keys_max = 64
+unknown_fields_max = 256  # protobuf fields of a request besides its datums
+rank_max = 256
+operations_waiting_max = 16384  # accepted and not yet applied, for one run
+operations_ahead_max = 1_000_000  # how far past the newest applied operation a seq_id may be
+age_recipients_max = 10  # of one encrypted export; the same as Tinker's own server
+
+# ---- Sampling.
 num_samples_max = 1024  # samples of one asample request
 stop_sequences_max = 64
-adapters_kept_max = 32  # that vLLM has on its shelf, used or not
-adapters_kept_bytes_max = 4 * 1024 * MIB  # of their files, which lie in memory
+temperature_max = 1e6
+greedy_temperature_max = 1e-6  # below it float32 cannot tell a distribution from its likeliest token
 chat_messages_max = 4096  # of one chat completion
-models_listed_max = 1000  # checkpoints that v1/models lists, the newest; others can be used all the same
 top_logprobs_max = 64  # k of topk_prompt_logprobs, topk_sample_logprobs and prompt_alt_tokens_k
 prompt_targets_max = MIB  # cells of target_prompt_logprobs
-operations_waiting_max = 16384  # accepted and not yet applied, for one run
-operations_ahead_max = 1_000_000  # how far past the newest applied operation a seq_id may lie
 clones_max = 100_000  # clients of one sampling session, besides the one that made it
-futures_told_max = 4096  # samples that one retrieve_futures tells of; its cursor goes on from there
-samples_waiting_max = 8192  # asample requests that one gateway holds
-ttl_s_min, ttl_s_max = 3600, 315_360_000
+clone_id_max = 10**9
+samples_waiting_max = 8192  # asample requests in one gateway
+samples_waiting_bytes_max = 256 * MIB  # of their prompts
+sample_results_bytes_max = 256 * MIB  # results in one gateway; clients fetch them within a poll or two
+sample_results_s = 600.0  # and for this long
+adapters_cached_max = 32  # in vLLM's adapter directory, in use or not
+adapters_cached_bytes_max = 4 * 1024 * MIB  # of their files, which are in memory
+
+# ---- Time: sessions, results, holders.
 poll_hold_s = 30.0  # retrieve_future; the SDK gives up at 45 s
-holder_answers_s = 60.0  # a holder that is silent for so long after a bell is taken for dead: a slice, and one more
-holder_stale_s = 600.0  # nothing heard of a holder for so long: whoever is rung takes the run over
-slice_s = 30.0  # how long one bell works on a run before it rings the next
-gap_s = 900.0  # a sequence number that never arrives becomes a tombstone after this
-session_lapse_s = 300.0  # no heartbeat for so long: samples cancelled, runs released from memory
+start_s_max = 600.0  # of a function on this machine: a large model may come from a slow disk
+poll_timeout_s_max = 3600  # that a client may ask for
+session_timeout_s = 300.0  # without a heartbeat: samples are cancelled, runs released from memory
+session_expiry_s = 7 * 24 * 3600.0  # without a heartbeat: the session no longer keeps its samplers' weights alive
+token_s = 3600.0  # the life of a token; the SDK exchanges its key for another after half of it
+key_fresh_s = 0.5  # how long a key check is cached; a revoked key is refused within a second
+link_s = 3600.0  # the life of a signed URL
+holder_timeout_s = 60.0  # a holder that does not answer a doorbell for this long is presumed dead: two slices
+holder_stale_s = 600.0  # without a sign of life from a holder, the process that is notified takes the run over
+slice_s = 30.0  # how long one doorbell works on a run before it rings the next
+sequence_gap_s = 900.0  # a sequence number that has not arrived after this becomes a tombstone
 replay_budget_s = 30.0  # compute that a recovery may have to repeat
-replay_bytes_min = MIB // 4  # of records that a recovery may have to read in any case
-snapshot_bytes_per_replay_s = 25 * MIB  # so many bytes are stored to spare a recovery one second of compute
-snapshot_least_replay_s = 1.0  # and however few they are: it is ten calls of the store
-torn_after_s = 7 * 24 * 3600.0  # parts of large objects that nothing refers to: no writer takes so long
+replay_bytes_min = MIB // 4  # records that a recovery may have to read in any case
+snapshot_bytes_per_replay_s = 25 * MIB  # bytes that are worth storing to spare a recovery one second of compute
+snapshot_replay_s_min = 1.0  # and however few bytes: a snapshot is ten calls to the store
+torn_after_s = 7 * 24 * 3600.0  # unreferenced parts of large objects are deleted: no writer takes this long
+store_retry_s = 20.0  # retries of one call to the store; then the client retries
 commit_inline_bytes_max = 4 * MIB  # results that share one commit
-page_max = 1000  # how many runs, checkpoints or sessions one list answers
-project_chars_max = 128
-token_s = 3600.0  # a token is good for this long; the SDK exchanges its key for another at half of it
-key_note_chars_max = 128
-key_fresh_s = 0.5  # a key that was good so long ago is good; a revoked one is refused within a second
-link_s = 3600.0  # a signed URL is good for this long
-session_silent_s = (
-    7 * 24 * 3600.0
-)  # after this long without a heartbeat a session no longer keeps its samplers' weights
-operations_listed_max = 20_000  # operations that one trace, or one report of usage, is made from
-usage_days_max = 14
+
+# ---- Jobs.
+job_name_chars_max = 63
+job_yaml_bytes_max = 64 * 1024
+job_yaml_depth_max = 16
+job_files_max = 64  # submitted with one job.yaml over HTTP
+job_file_bytes_max = 256 * MIB  # one data file of a job
+job_upload_bytes_max = 256 * MIB  # all files of a job that is submitted over HTTP
+upload_part_bytes = 8 * MIB  # each part of a file but the last
+uploads_bytes_max = 1024 * MIB  # a tenant's parts that no job has claimed
+upload_s = 24 * 3600.0  # unclaimed parts are deleted after this, once a day
+job_rows_max = 1_000_000  # of one data file
+job_steps_max = 100_000
+job_batch_max = 4096  # prompts, sequences or pairs of one step
+job_staleness_max = 4
+job_missing_s = 600.0  # files that job.yaml names and that have not arrived are an error after this
+job_appears_s = 60.0  # `knapper jobs show --follow` waits this long for a job: an upload to a bucket takes a minute
+job_server_lost_s = 900.0  # and this long for a server that went away
+
+# ---- Rewards and their sandbox.
 reward_terms_max = 16  # of one weighted sum
-reward_s_max = 60.0  # the longest that a job may give its reward for one rollout
+reward_s_max = 60.0  # the longest timeout that a job may give its reward for one rollout
+reward_loading_s = 30.0  # for the imports of a reward.py
+reward_judging_s = 3.0  # for the tests' own work, beyond the program's time
 reward_pattern_chars_max = 1000
 reward_file_bytes_max = MIB  # reward.py, a schema, a database's script
 reward_reason_chars_max = 400  # of why a rollout has no score
@@ -76,19 +140,22 @@ reward_text_chars_max = MIB  # of one completion, and of prompt and answer as JS
 rollouts_per_request_max = 1024
 reward_request_values_max = 4 * MIB  # commas and brackets of one request's JSON, those in its texts too
 rewards_request_s = 240.0  # for all rollouts of one request; a cluster ends requests at 300
-job_yaml_bytes_max = 64 * 1024
-job_file_bytes_max = 256 * MIB  # one data file of a job
-job_upload_bytes_max = 256 * MIB  # of all files of a job that is submitted over HTTP
-upload_part_bytes = 8 * MIB  # of a file that is sent in parts: all of them but the last
-uploads_bytes_max = 1024 * MIB  # of parts that a tenant has sent, and that no job has taken
-upload_s = 24 * 3600.0  # parts that no job has taken are deleted after this, by a look a day
-job_rows_max = 1_000_000  # of one data file
-job_steps_max = 100_000
-job_batch_max = 4096  # prompts, sequences or pairs of one step
-job_staleness_max = 4
-job_missing_s = 600.0  # files that job.yaml names and that do not come are an error after this
-jobs_told_max = 1000  # jobs that one list answers
-event_bytes_max = MIB  # of a CloudEvent; a doorbell has none, an event of storage about one thousand
-events_under_way_max = 4096  # deliveries of the local broker
-event_attribute_chars_max = 1024  # an object's name, the longest of them, has as many
-dead_letters_listed_max = 1000
+program_names_max = 1000  # public names of a program that tests can call
+program_message_bytes_max = MIB  # one call or result between a program and its tests
+value_depth_max = 50  # nesting of what a program returns
+query_rows_max = 10_000
+query_value_bytes_max = 10_000_000
+sandbox_memory_bytes = 256 * MIB  # that one task may use beyond what was loaded before it
+sandbox_loading_bytes = 4 * 1024 * MIB  # of address space, while modules load
+sandbox_imports_max = 64  # modules that one program can name
+sandbox_output_bytes_max = 64 * 1024  # of one cell
+
+# ---- Events.
+event_bytes_max = MIB  # of a CloudEvent; a doorbell has none, a storage event about one thousand
+events_in_flight_max = 4096  # deliveries of the local broker
+event_attribute_chars_max = 1024  # the longest attribute is an object's name
+
+# ---- Models, for operators.
+models_declared_max = 64
+model_record_bytes_max = 64 * 1024
+config_json_bytes_max = MIB

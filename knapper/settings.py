@@ -1,10 +1,10 @@
-"""Every knob, read from `KNAPPER_*` variables, each with its reason. `knapper settings` prints them all.
+"""Every setting, read from `KNAPPER_*` variables, each with its reason. `knapper settings` prints them all.
 
 Light on purpose: every process reads it first.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -16,84 +16,93 @@ from knapper.errors import InvalidField
 from knapper.text.suggestions import did_you_mean
 
 PREFIX = "KNAPPER_"
-_QUEUE_PROXY_PORT = 8012  # of every Knative pod: it keeps to containerConcurrency, and counts for the autoscaler
+_QUEUE_PROXY_PORT = 8012  # in every Knative pod: enforces containerConcurrency, and reports to the autoscaler
 _NAME = r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])"
 _ADDRESS = re.compile(r"https?://[A-Za-z0-9.:\[\]-]{1,255}/?")
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """One process's settings; a child process gets them whole, as `environment()`."""
+_RENAMED = {  # old name -> new one: a variable that is still set under its old name must not be ignored
+    "KNAPPER_EXACT": "KNAPPER_BATCH_INVARIANT",
+    "KNAPPER_JOB_QUIET_S": "KNAPPER_JOB_STALLED_S",
+    "KNAPPER_MISCHIEF": "KNAPPER_FAULT_INJECTION_SEED",
+    "KNAPPER_REST_S": "KNAPPER_RUN_IDLE_S",
+    "KNAPPER_VLLM_REST_S": "KNAPPER_VLLM_IDLE_S",
+    "KNAPPER_VLLM_SHELF": "KNAPPER_VLLM_ADAPTER_DIRECTORY",
+}
 
-    data: Annotated[Path, Meta(description="Everything that must survive: the store, and run/ with locks and states.")]
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings of one process; a child process inherits all of them through `environment()`."""
+
+    data: Annotated[
+        Path, Meta(description="Data that must survive restarts: the store, and run/ with locks and process states.")
+    ]
     store: Annotated[
-        str, Meta(description="Where the store is: empty for KNAPPER_DATA/store, or gs://BUCKET or gs://BUCKET/PREFIX.")
+        str, Meta(description="The object store: empty for KNAPPER_DATA/store, or gs://BUCKET or gs://BUCKET/PREFIX.")
     ] = ""
     exchange: Annotated[
         str,
         Meta(description="Where inbox/ and jobs/ are: empty for KNAPPER_DATA, or gs://BUCKET or gs://BUCKET/PREFIX."),
     ] = ""
-    cache: Annotated[
-        Path, Meta(description="Base models that were downloaded or converted; can be deleted at any time.")
-    ]
+    cache: Annotated[Path, Meta(description="Downloaded and converted base models; can be deleted at any time.")]
     model: Annotated[
         str, Meta(min_length=1, description="The base model: a name, or a directory. The default runs on any laptop.")
     ] = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    model_directory: Annotated[
-        str, Meta(description="Where the model's files lie; `knapper up` finds it out, an image sets it.")
-    ] = ""
+    model_directory: Annotated[str, Meta(description="The model's files; `knapper up` and the images set it.")] = ""
     models: Annotated[
         str, Meta(description="A directory of model records that the gateway publishes; on a cluster a ConfigMap.")
     ] = ""
-    train_step_url: Annotated[str, Meta(description="Where the gateway rings for training; `knapper up` sets it.")] = ""
-    sample_url: Annotated[str, Meta(description="Where the gateway rings for samples; `knapper up` sets it.")] = ""
-    reward_url: Annotated[str, Meta(description="Where the gateway sends rollouts to score; `knapper up` sets it.")] = (
+    train_step_url: Annotated[str, Meta(description="Where the gateway notifies train_step; `knapper up` sets it.")] = (
         ""
     )
+    sample_url: Annotated[str, Meta(description="Where the gateway sends sample requests; `knapper up` sets it.")] = ""
+    reward_url: Annotated[str, Meta(description="Where the gateway sends rollouts; `knapper up` sets it.")] = ""
     broker_url: Annotated[
-        str, Meta(description="Where events are posted; `knapper up` sets its own broker's address. Empty: no jobs.")
+        str, Meta(description="Where events are posted: `knapper up` sets its own broker. Empty: jobs are off.")
     ] = ""
     gateway_url: Annotated[
-        str, Meta(description="Where the local broker delivers to the gateway; `knapper up` sets its address.")
+        str, Meta(description="Where the local broker delivers to the gateway; `knapper up` sets it.")
     ] = ""
     subscription: Annotated[
         str,
         Meta(
             pattern="^(projects/[a-z0-9:.-]{1,64}/subscriptions/[A-Za-z0-9._~+%-]{3,255})?$",
-            description="Tells of uploads: projects/P/subscriptions/S. Empty: the inbox is looked into.",
+            description="Announces uploads: projects/P/subscriptions/S. Empty: the inbox is polled.",
             title="projects/P/subscriptions/S, or empty",
         ),
     ] = ""
     events_host: Annotated[
-        str,
-        Meta(description="The name under which a cluster's own services reach the gateway: it takes events there."),
+        str, Meta(description="The cluster's own name for the gateway: it accepts events under no other.")
     ] = ""
-    job_quiet_s: Annotated[
+    job_stalled_s: Annotated[
         float,
-        Meta(ge=1, le=3600, description="A job that has not moved for so long is rung for again: a bell may be lost."),
+        Meta(
+            ge=1, le=3600, description="Notify a job again after this long without progress: notifications can be lost."
+        ),
     ] = 60.0
-    mischief: Annotated[
+    fault_injection_seed: Annotated[
         str,
         Meta(
             pattern="^[0-9]{0,9}$",
-            description="A seed: the local broker then doubles, drops and delays events, as a test.",
+            description="A random seed, for tests: the local broker duplicates, drops and delays events.",
             title="a whole number of at most 9 digits, or empty",
         ),
     ] = ""
     host: Annotated[
-        str, Meta(min_length=1, description="Where the gateway listens; beyond loopback only with KNAPPER_KEYS=true.")
+        str, Meta(min_length=1, description="The address to listen on; beyond loopback only with KNAPPER_KEYS=true.")
     ] = "127.0.0.1"
     hosts: Annotated[
         str,
         Meta(
             pattern=f"^({_NAME}(,{_NAME}){{0,63}})?$",
-            description="Without keys: more names to answer by, beside this machine's own, and whose pages may call.",
+            description="Without keys: host names to answer to besides this machine's own; their pages may call.",
             title="names without ports, separated by commas, or empty",
         ),
     ] = ""
     port: Annotated[int, Meta(ge=0, le=65535, description="The gateway's port; 0 takes a free one.")] = 8000
     device: Annotated[
         Literal["auto", "cuda", "mps", "cpu"],
-        Meta(description="What computes; auto: cuda, else cpu. mps was never run: docs/models.md; vLLM: docs/vllm.md."),
+        Meta(description="The device; auto: cuda, else cpu. mps is untested: docs/models.md; vLLM: docs/vllm.md."),
     ] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
@@ -101,64 +110,73 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = "auto"
     threads: Annotated[
         int,
-        Meta(ge=0, le=1024, description="Of torch on a CPU; 0: as many as torch takes. Replayed bits depend on it."),
+        Meta(
+            ge=0,
+            le=1024,
+            description="Torch's threads on a CPU; 0: torch's default. The bits of a replay depend on it.",
+        ),
     ] = 0
-    exact: Annotated[
-        bool,
-        Meta(description="On a CPU, bits do not depend on neighbours; false gives that up, for speed on some CPUs."),
+    batch_invariant: Annotated[
+        bool, Meta(description="On a CPU, a row's bits do not depend on its batch; false gives that up for speed.")
     ] = True
     gpu_memory_share: Annotated[
         float,
-        Meta(gt=0, le=1, description="The part of a GPU's memory that the engine takes; less where others share it."),
+        Meta(
+            gt=0, le=1, description="The fraction of a GPU's memory that the engine uses; less where others share it."
+        ),
     ] = 1.0
     kv_memory: Annotated[
         float,
         Meta(
             ge=0,
             le=0.9,
-            description="The part of the memory that weights leave which keys and values of samples take; 0: "
-            "a quarter, or what one text of the whole context needs, up to three.",
+            description="The fraction of the memory left by the weights that sampling's KV cache uses; 0: a quarter, "
+            "or what one sequence of the full context needs, up to three quarters.",
         ),
     ] = 0.0
     sampler: Annotated[
         Literal["torch", "vllm"],
-        Meta(description="Who samples: the engine itself, or vLLM in an environment of its own: docs/vllm.md."),
+        Meta(description="The sampling backend: the engine's own, or vLLM in an environment of its own: docs/vllm.md."),
     ] = "torch"
     vllm_rank: Annotated[
-        int, Meta(ge=1, le=256, description="The highest rank of adapters that vLLM makes room for: it costs memory.")
+        int, Meta(ge=1, le=256, description="The highest adapter rank that vLLM accepts; a higher one costs memory.")
     ] = 64
     vllm_adapters: Annotated[
         int,
-        Meta(ge=1, le=64, description="Different adapters in one batch of vLLM; each takes memory by vllm_rank."),
+        Meta(
+            ge=1, le=64, description="Different adapters in one batch of vLLM; each takes memory by KNAPPER_VLLM_RANK."
+        ),
     ] = 8
     vllm_memory: Annotated[
-        float, Meta(gt=0, le=1, description="The part of a GPU that vLLM takes; less where train_step shares it.")
-    ] = 0.9
-    vllm_rest_s: Annotated[
         float,
-        Meta(ge=0, le=86400, description="vLLM without samples for so long gives its memory back; 0: never."),
+        Meta(gt=0, le=1, description="The fraction of a GPU's memory that vLLM uses; less where train_step shares it."),
+    ] = 0.9
+    vllm_idle_s: Annotated[
+        float, Meta(ge=0, le=86400, description="Idle time after which vLLM releases its memory; 0 disables.")
     ] = 0.0
-    vllm_shelf: Annotated[
-        Path, Meta(description="A memory file system where vLLM reads adapters; each process has a directory there.")
+    vllm_adapter_directory: Annotated[
+        Path, Meta(description="An in-memory file system for vLLM's adapters; each process has a directory there.")
     ] = Path("/dev/shm")
     idle_s: Annotated[
         float,
         Meta(
             gt=0,
             le=7 * 86400,
-            description="A function that nobody calls for so long ends; the next call starts it.",
+            description="Idle time after which a function's process ends; the next call starts it again.",
         ),
     ] = 300.0
-    rest_s: Annotated[
+    run_idle_s: Annotated[
         float,
-        Meta(ge=0, le=86400, description="A run without bells for so long leaves a living engine's memory; 0: never."),
+        Meta(
+            ge=0, le=86400, description="Idle time after which a run is evicted from the engine's memory; 0 disables."
+        ),
     ] = 120.0
     keep_results_s: Annotated[
         float,
         Meta(
             gt=0,
             le=30 * 86400,
-            description="An answer that no recovery needs stays so long after its commit, for clients that poll late.",
+            description="A result that no recovery needs is kept this long, for clients that poll late.",
         ),
     ] = 3600.0
     keep_samplers_s: Annotated[
@@ -166,7 +184,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Meta(
             gt=0,
             le=30 * 86400,
-            description="Weights of an unnamed sampler that newer ones superseded stay so long after the last use.",
+            description="Superseded weights of an unnamed sampler are kept this long after their last use.",
         ),
     ] = 900.0
     keep_orphans_s: Annotated[
@@ -174,7 +192,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Meta(
             gt=0,
             le=30 * 86400,
-            description="Files that nothing leads to any more stay so long, so that loads under way come to their end.",
+            description="Unreferenced files are kept this long, so that loads in progress can finish.",
         ),
     ] = 3600.0
     keep_finished_s: Annotated[
@@ -182,7 +200,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Meta(
             gt=0,
             le=3650 * 86400,
-            description="The state of a run stays so long after its session ended; its checkpoints stay anyway.",
+            description="A run's state is kept this long after its session ended; checkpoints stay.",
         ),
     ] = 86400.0
     keep_records_s: Annotated[
@@ -190,63 +208,63 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Meta(
             gt=0,
             le=3650 * 86400,
-            description="A session without checkpoints is listed so long after it ended, and so are its runs.",
+            description="A session without checkpoints, and its runs, stay listed this long after it ended.",
         ),
     ] = 30 * 86400.0
     pod_ip: Annotated[
-        str, Meta(description="A train_step pod's own IP: the gateway rings it there, at Knative's queue-proxy (8012).")
+        str,
+        Meta(description="This train_step pod's IP: the gateway notifies it there, at Knative's queue-proxy (8012)."),
     ] = ""
     holder_address: Annotated[
-        str, Meta(description="The same as a URL, of a process that is no pod. Empty both: rung at its service only.")
+        str,
+        Meta(description="The same as a URL, for a process that is no pod. Both empty: only its service is notified."),
     ] = ""
     keys: Annotated[
-        bool,
-        Meta(
-            description="Only keys made by `knapper key create` open the API. Off: any key does, on this machine alone."
-        ),
+        bool, Meta(description="Accept only keys of `knapper key create`. Off: any key, from this machine alone.")
     ] = False
     jwt: Annotated[
         bool,
-        Meta(
-            description="Clients exchange their keys for tokens of an hour, so that requests carry no lasting secret."
-        ),
+        Meta(description="Clients exchange keys for tokens that last an hour: no request carries a lasting secret."),
     ] = False
     notice: Annotated[
         str,
         Meta(
             pattern="^[ -~]{0,500}$",
-            description="What every client prints once when it starts, for example when this server will be down.",
+            description="A line that every client prints when it starts, such as planned downtime.",
             title="at most 500 printable ASCII characters",
         ),
     ] = ""
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], Meta(description="The least that is written to stderr.")
+        Literal["debug", "info", "warning", "error"], Meta(description="The lowest level that is written to stderr.")
     ] = "info"
     log_format: Annotated[
-        Literal["text", "json"], Meta(description="Of stderr: lines for people, or an object a line for a log service.")
+        Literal["text", "json"],
+        Meta(description="The format of stderr: text for people, json (one object a line) for a log service."),
     ] = "text"
     traces: Annotated[
-        str, Meta(description="An OTLP collector (HTTP) that gets traces, as http://collector:4318; empty: none does.")
+        str, Meta(description="The OTLP collector (HTTP) for traces, as http://collector:4318; empty: off.")
     ] = ""
 
     @staticmethod
     def load(environ: Mapping[str, str]) -> "Settings":
-        """The settings of this environment. Raises InvalidField for a wrong value or an unknown KNAPPER_ variable."""
+        """The settings of this environment.
+
+        Raises InvalidField for a wrong value, and for a KNAPPER_ variable that is unknown or has another name now.
+        """
         types = {field.name: field.type for field in msgspec.structs.fields(Settings)}
-        known = {variable(name): name for name in types}
+        fields = {variable(name): name for name in types}
         values: dict[str, Any] = default_directories(environ)
-        if "K_SERVICE" in environ:  # Knative's container contract: it listens on every address
+        if "K_SERVICE" in environ:  # Knative's container contract: listen on every address
             values["host"] = "0.0.0.0"
-        for given, text in environ.items():
-            if given.startswith(PREFIX):
-                if given not in known:
-                    todo = f"{did_you_mean(given, known)} Correct its name, or unset it".strip()
-                    raise InvalidField("environment variable", given, ", ".join(known), todo)
-                values[known[given]] = _convert(given, text, types[known[given]])
+        for name, text in environ.items():
+            if name.startswith(PREFIX):
+                if name not in fields:
+                    raise _unknown(name, fields)
+                values[fields[name]] = _convert(name, text, types[fields[name]])
         return Settings(**values)
 
     def expect_keys_beyond_loopback(self) -> None:
-        """Raises InvalidField where others than this machine's users could reach a gateway that asks for no keys."""
+        """Raises InvalidField if other machines could reach a gateway that asks for no keys."""
         if not self.keys and not _is_loopback(self.host):
             raise InvalidField(
                 variable("host"), self.host, "127.0.0.1, ::1 or localhost while KNAPPER_KEYS is false",
@@ -256,7 +274,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def address(self) -> str:
-        """Where this very process can be rung; empty if only its service can. Raises InvalidField."""
+        """The URL for doorbells to this very process; empty if only its service has one. Raises InvalidField."""
         if self.holder_address:
             if not _ADDRESS.fullmatch(self.holder_address):
                 raise InvalidField(variable("holder_address"), self.holder_address, "http://HOST:PORT, or empty")
@@ -275,7 +293,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def run_directory(self) -> Path:
-        """Locks and states of running processes: of no use after them."""
+        """Locks and states of running processes; worthless once they end."""
         return self.data / "run"
 
     def environment(self) -> dict[str, str]:
@@ -312,12 +330,19 @@ def variable(field: str) -> str:
 
 
 def default_directories(environ: Mapping[str, str]) -> dict[str, Path]:
-    """Data and cache where the XDG specification wants them: one place a user, whatever the working directory."""
+    """Data and cache directories of the XDG specification: the same from every working directory."""
     home = Path(environ.get("HOME") or "/")
     return {
         "data": Path(environ.get("XDG_DATA_HOME") or home / ".local/share") / "knapper",
         "cache": Path(environ.get("XDG_CACHE_HOME") or home / ".cache") / "knapper/models",
     }
+
+
+def _unknown(name: str, known: Iterable[str]) -> InvalidField:
+    if name in _RENAMED:
+        return InvalidField("environment variable", name, _RENAMED[name], f"Set {_RENAMED[name]} in its place")
+    todo = f"{did_you_mean(name, known)} Correct its name, or unset it".strip()
+    return InvalidField("environment variable", name, ", ".join(known), todo)
 
 
 def _is_loopback(host: str) -> bool:
@@ -345,6 +370,6 @@ def _allowed(kind: Any) -> str:
     if base is bool:
         return "true or false"
     if base is str:
-        return meta.title or "a text that is not empty"  # a pattern has its words there
+        return meta.title or "a text that is not empty"  # the title says in words what a pattern allows
     least = f"from {meta.ge}" if meta.ge is not None else f"above {meta.gt}"
     return f"a {'whole ' if base is int else ''}number {least} to {meta.le}"

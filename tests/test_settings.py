@@ -44,7 +44,7 @@ def test_a_child_reads_equal_settings() -> None:
         ("KNAPPER_MODEL", "", "a text that is not empty"),
         ("KNAPPER_DATA", "", "a directory"),
         ("KNAPPER_SUBSCRIPTION", "uploads", "projects/P/subscriptions/S, or empty"),
-        ("KNAPPER_MISCHIEF", "seven", "a whole number of at most 9 digits, or empty"),
+        ("KNAPPER_FAULT_INJECTION_SEED", "seven", "a whole number of at most 9 digits, or empty"),
     ],
 )
 def test_a_wrong_value_names_the_variable_and_what_is_allowed(variable: str, value: str, allowed: str) -> None:
@@ -61,6 +61,24 @@ def test_the_limits_themselves_are_allowed(port: int) -> None:
 def test_a_misspelt_variable_is_refused() -> None:
     with pytest.raises(InvalidField, match=r"KNAPPER_PROT.*KNAPPER_PORT"):
         Settings.load({"KNAPPER_PROT": "1"})
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("KNAPPER_EXACT", "KNAPPER_BATCH_INVARIANT"),
+        ("KNAPPER_JOB_QUIET_S", "KNAPPER_JOB_STALLED_S"),
+        ("KNAPPER_MISCHIEF", "KNAPPER_FAULT_INJECTION_SEED"),
+        ("KNAPPER_REST_S", "KNAPPER_RUN_IDLE_S"),
+        ("KNAPPER_VLLM_REST_S", "KNAPPER_VLLM_IDLE_S"),
+        ("KNAPPER_VLLM_SHELF", "KNAPPER_VLLM_ADAPTER_DIRECTORY"),
+    ],
+)
+def test_a_renamed_variable_is_refused_with_its_new_name(old: str, new: str) -> None:
+    with pytest.raises(InvalidField) as raised:
+        Settings.load({**HOME, old: "1"})
+    assert str(raised.value) == f"environment variable is {old!r}; allowed: {new}. Set {new} in its place"
+    assert new in {setting.variable for setting in describe(HOME)}
 
 
 def test_every_setting_is_described_with_source_and_reason() -> None:

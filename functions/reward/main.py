@@ -13,7 +13,7 @@ from knapper.events import cloudevents
 from knapper.events.function_key import FunctionKey
 from knapper.jobs.job_files import Folders
 from knapper.jobs.scores import Scoring
-from knapper.jobs.services import JobServices, open_place
+from knapper.jobs.services import JobServices, open_job_services
 from knapper.jobs.worker import Worker
 from knapper.observability import logs, traces
 from knapper.rewards import requests
@@ -31,7 +31,7 @@ sandbox = Sandbox()  # its processes start with the first reward that needs them
 @cache
 def job_services() -> JobServices:
     settings = Settings.load(os.environ)
-    return open_place(settings, CountedStore(open_store(settings)), time.time)
+    return open_job_services(settings, CountedStore(open_store(settings)), time.time)
 
 
 @cache

@@ -18,10 +18,10 @@ from knapper.wire.json import decode
 __all__ = ["ChatRequest", "CompletionRequest", "SharedParameters", "chat", "completion", "decode"]
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; chats have none
-Name = Annotated[str, Meta(min_length=1, max_length=1024)]
+Name = Annotated[str, Meta(min_length=1, max_length=limits.text_chars_max)]
 Count = Annotated[int, Meta(ge=1, le=limits.num_samples_max)]
-Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-Temperature = Annotated[float, Meta(ge=0, le=1e6)]
+Seed = Annotated[int, Meta(ge=limits.seed_min, le=limits.seed_max)]
+Temperature = Annotated[float, Meta(ge=0, le=limits.temperature_max)]
 TopP = Annotated[float, Meta(gt=0, le=1)]
 TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 Top = Annotated[int, Meta(ge=0, le=limits.top_logprobs_max)]

@@ -1,6 +1,6 @@
-"""Chat templates: a model's own, in Jinja, rendered in a sandbox where they can change nothing and reach nothing.
+"""Models' own chat templates, in Jinja, rendered in a sandbox without side effects.
 
-What a template may use beside Jinja itself is what transformers gives it: `messages`, `add_generation_prompt`, the
+Besides Jinja itself, a template may use what transformers provides: `messages`, `add_generation_prompt`, the
 special tokens, `raise_exception`, `strftime_now`, loop controls, and the block `generation`.
 """
 
@@ -49,10 +49,10 @@ class Template:
         for name in more:
             if name in _OURS or name in self._special_tokens:
                 raise InvalidField("chat_template_kwargs", name, "names that the server does not fill itself")
-        given = self._special_tokens | dict(more)
+        variables = self._special_tokens | dict(more)
         with parsing(lambda error: UserError(f"the model's chat template cannot render these messages: {error}")):
             return self._template.render(
-                **given,
+                **variables,
                 messages=[dict(message) for message in messages],
                 tools=None,
                 documents=None,
@@ -72,7 +72,7 @@ class _Generation(Extension):
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
-    """Without the HTML escapes of Jinja's own."""
+    """Without Jinja's HTML escapes."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
 
 

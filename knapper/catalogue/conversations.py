@@ -1,4 +1,4 @@
-"""Messages as people write them: those of OpenAI's clients, and turns of ShareGPT, both as chat templates take them.
+"""Messages of OpenAI's clients and turns of ShareGPT, both converted for chat templates.
 
 The gateway's `/v1` and the files of jobs read messages here, so that what one takes, the other does.
 """
@@ -34,7 +34,7 @@ class MessagePart(msgspec.Struct, frozen=True, kw_only=True):
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The fields below `name` are those of answers that clients send back; they must say nothing."""
 
-    role: Annotated[str, Meta(min_length=1, max_length=64)]
+    role: Annotated[str, Meta(min_length=1, max_length=limits.role_chars_max)]
     content: str | list[MessagePart] | None = None
     name: str | None = None
     refusal: None = None

@@ -1,34 +1,34 @@
 """Models that a directory declares: one JSON file a model, which the gateway publishes in the catalogue.
 
-On a cluster the directory is a mounted ConfigMap, which `knapper deploy add` writes: whoever may deploy needs no access
-to the store, and the files change under a running gateway. `knapper up` has no such directory: it publishes its model.
+On a cluster the directory is a mounted ConfigMap, which `knapper deploy add` writes: deploying needs no access to the
+store, and the files change under a running gateway. `knapper up` has no such directory: it publishes its model.
 """
 
 from pathlib import Path
 
 import msgspec
 
+from knapper import limits
 from knapper.catalogue.served_models import Catalogue
 from knapper.errors import InvalidField
 from knapper.state.model_record import ModelRecord
 
-MODELS_MAX = 64
-_FILE_BYTES_MAX = 64 * 1024
-
 
 def encode(record: ModelRecord) -> str:
-    """The text of a model's file: what `read` makes an equal record of."""
+    """The text of a model's file, from which `read` gives an equal record."""
     return msgspec.json.format(msgspec.json.encode(record), indent=2).decode() + "\n"
 
 
 def read(directory: Path) -> list[ModelRecord]:
-    """What the directory declares, by file name. Raises InvalidField for a file that is no model."""
+    """The directory's models, by file name. Raises InvalidField for a file that is no model."""
     try:
         paths = sorted(path for path in directory.glob("*.json") if not path.name.startswith("."))
     except OSError as error:
         raise InvalidField("KNAPPER_MODELS", str(directory), "a directory that can be read", str(error)) from error
-    if len(paths) > MODELS_MAX:
-        raise InvalidField("KNAPPER_MODELS", str(directory), f"at most {MODELS_MAX} files, and there are {len(paths)}")
+    if len(paths) > limits.models_declared_max:
+        raise InvalidField(
+            "KNAPPER_MODELS", str(directory), f"at most {limits.models_declared_max} files, and there are {len(paths)}"
+        )
     records = [_record(path) for path in paths]
     names = [record.name for record in records]
     if double := next((name for name in names if names.count(name) > 1), None):
@@ -39,8 +39,8 @@ def read(directory: Path) -> list[ModelRecord]:
 def _record(path: Path) -> ModelRecord:
     try:
         data = path.read_bytes()
-        if len(data) > _FILE_BYTES_MAX:
-            raise InvalidField("KNAPPER_MODELS", str(path), f"a file of at most {_FILE_BYTES_MAX} bytes")
+        if len(data) > limits.model_record_bytes_max:
+            raise InvalidField("KNAPPER_MODELS", str(path), f"a file of at most {limits.model_record_bytes_max} bytes")
         return msgspec.json.decode(data, type=ModelRecord)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         allowed = "a model as `knapper deploy add --dry-run` prints it"
@@ -48,7 +48,7 @@ def _record(path: Path) -> ModelRecord:
 
 
 class Declared:
-    """Keeps the catalogue at what the directory says. Asked often, it writes only what changed."""
+    """Keeps the catalogue equal to the directory. Called often, it writes only changes."""
 
     def __init__(self, directory: Path, catalogue: Catalogue) -> None:
         self._directory = directory

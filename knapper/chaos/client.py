@@ -1,4 +1,4 @@
-"""The protocol over plain HTTP, with a client's duty: send again, and poll, until there is an answer."""
+"""The protocol over plain HTTP, with a client's retries and polls."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from knapper.errors import Gone, InvalidField, Unavailable, UserError
 _TIMEOUT = httpx.Timeout(45.0, connect=5.0)
 _HEARTBEAT_S = 30.0
 _PAUSE_S = 0.1
-PATIENCE_S = 1800.0  # without an answer: longer than any start from zero
+PATIENCE_S = 1800.0  # without an answer: longer than any cold start
 
 
 @dataclass(frozen=True)
@@ -81,25 +81,25 @@ class ChaosClient:
         return self._clock()
 
     def _send(self, method: str, path: str, content: bytes = b"", kind: str = "") -> httpx.Response:
-        """An answer of 2xx. Whoever does not answer, or asks to come again, is asked again."""
+        """A 2xx answer. Retries when the server does not answer, or asks to try again."""
         until = self._clock() + PATIENCE_S
         headers = {"Content-Type": kind} if kind else {}
         while True:
             self._keep_alive()
             try:
                 reply = self._http.request(method, path, content=content, headers=headers)
-                told = f"{reply.status_code} {reply.text[:300]}" if reply.status_code >= 400 else ""
+                last = f"{reply.status_code} {reply.text[:300]}" if reply.status_code >= 400 else ""
                 status = reply.status_code
                 if status < 300:
                     return reply
             except httpx.TransportError as error:
-                told, status = str(error), 503
+                last, status = str(error), 503
             if status == 410 and path == "retrieve_future":
-                raise Gone(told)
+                raise Gone(last)
             if status not in (408, 429) and status < 500:
-                raise UserError(f"{method} {path}: {told}")
+                raise UserError(f"{method} {path}: {last}")
             if self._clock() > until:
-                raise Unavailable(f"{method} {path}: no answer within {PATIENCE_S:.0f} s; the last word was: {told}")
+                raise Unavailable(f"{method} {path}: no answer within {PATIENCE_S:.0f} s; the last answer was: {last}")
             self._sleep(_PAUSE_S)
 
     def _keep_alive(self) -> None:

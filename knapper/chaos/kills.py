@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from knapper.chaos.targets import Victim, Victims
+from knapper.chaos.targets import Target, Targets
 from knapper.errors import KnapperError, Unavailable
 
 _APPEARS_S = 60.0
@@ -20,9 +20,9 @@ class Killer:
     """
 
     def __init__(
-        self, victims: Victims, kills: int, steps: int, step_s: float, seed: int, sleep: Callable[[float], None]
+        self, targets: Targets, kills: int, steps: int, step_s: float, seed: int, sleep: Callable[[float], None]
     ) -> None:  # fmt: skip
-        self._victims, self._step_s, self._sleep = victims, step_s, sleep
+        self._targets, self._step_s, self._sleep = targets, step_s, sleep
         self._draw = np.random.default_rng([seed, 1])
         self._due = Counter(int(n) for n in self._draw.choice(steps, kills, replace=kills > steps))
         self._thread: threading.Thread | None = None
@@ -51,12 +51,12 @@ class Killer:
         except KnapperError as error:
             self._failure = error
 
-    def _one(self) -> Victim:
+    def _one(self) -> Target:
         for _ in range(int(_APPEARS_S / _LOOK_S)):
-            living = sorted(self._victims.living(), key=lambda each: (each.role, each.name))
+            living = sorted(self._targets.living(), key=lambda each: (each.role, each.name))
             fewest = min((self.killed[each.role] for each in living), default=0)
             turn = [each for each in living if self.killed[each.role] == fewest]
-            if turn and self._victims.kill(victim := turn[int(self._draw.integers(len(turn)))]):
-                return victim
+            if turn and self._targets.kill(target := turn[int(self._draw.integers(len(turn)))]):
+                return target
             self._sleep(_LOOK_S)
         raise Unavailable(f"nothing to kill appeared within {_APPEARS_S:.0f} s; look at the deployment's own log")

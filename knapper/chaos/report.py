@@ -13,7 +13,7 @@ _SHOWN_MAX = 10
 
 @dataclass(frozen=True)
 class Comparison:
-    """`differences`: what counts. `remarks`: what is told, and not judged."""
+    """`differences`: what counts. `remarks`: reported, but not judged."""
 
     differences: list[str]
     remarks: list[str]

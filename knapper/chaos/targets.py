@@ -1,4 +1,4 @@
-"""What may be killed: processes of one machine, or pods of a namespace. Nothing else is ever touched."""
+"""Processes that may be killed: those of one machine, or pods of a namespace. Nothing else is touched."""
 
 import os
 import signal
@@ -20,17 +20,17 @@ _SERVICE = "serving.knative.dev/service"  # Knative labels each pod so
 
 
 @dataclass(frozen=True)
-class Victim:
+class Target:
     role: str
     name: str  # a pid, or a pod's name
 
 
-class Victims(Protocol):
-    def living(self) -> Sequence[Victim]:
-        """Those that could be killed now."""
+class Targets(Protocol):
+    def living(self) -> Sequence[Target]:
+        """The targets that can be killed now."""
 
-    def kill(self, victim: Victim) -> bool:
-        """At once, without a chance to tidy up. False if it had ended already."""
+    def kill(self, target: Target) -> bool:
+        """Kill at once, without cleanup. False if it had ended already."""
 
 
 class _Process(msgspec.Struct):
@@ -50,21 +50,21 @@ class ProcessTargets:
         if urlsplit(url).port != gateway.port:
             raise InvalidField("--url", url, f"the gateway over {data}, which listens on port {gateway.port}")
 
-    def living(self) -> Sequence[Victim]:
-        """Children of the supervisor only: a number in an old file may be anybody's by now."""
+    def living(self) -> Sequence[Target]:
+        """Children of the supervisor only: a pid in an old file may belong to another process by now."""
         found = self._read()
         supervisor = found.get("supervisor")
         return [
-            Victim(role, str(process.pid))
+            Target(role, str(process.pid))
             for role, process in sorted(found.items())
             if role in ROLES and supervisor is not None and _parent(process.pid) == supervisor.pid
         ]
 
-    def kill(self, victim: Victim) -> bool:
-        if victim not in self.living():
+    def kill(self, target: Target) -> bool:
+        if target not in self.living():
             return False
         try:
-            os.kill(int(victim.name), signal.SIGKILL)
+            os.kill(int(target.name), signal.SIGKILL)
         except ProcessLookupError:
             return False
         return True
@@ -85,20 +85,20 @@ class Pods:
         self._api, self._namespace = api, namespace
         self._labels = labels or _SERVICE
 
-    def living(self) -> Sequence[Victim]:
+    def living(self) -> Sequence[Target]:
         return [
-            Victim(str(pod["metadata"]["labels"][_SERVICE]), str(pod["metadata"]["name"]))
+            Target(str(pod["metadata"]["labels"][_SERVICE]), str(pod["metadata"]["name"]))
             for pod in self._api.list("v1", "Pod", self._namespace, self._labels)
             if _SERVICE in pod["metadata"].get("labels", {})
             and pod.get("status", {}).get("phase") == "Running"
             and "deletionTimestamp" not in pod["metadata"]
         ]
 
-    def kill(self, victim: Victim) -> bool:
+    def kill(self, target: Target) -> bool:
         pod = {
             "apiVersion": "v1",
             "kind": "Pod",
-            "metadata": {"namespace": self._namespace, "name": victim.name},
+            "metadata": {"namespace": self._namespace, "name": target.name},
         }
         return self._api.delete(pod, at_once=True)
 

@@ -1,4 +1,4 @@
-"""`knapper chaos`. What it needs is imported inside it."""
+"""`knapper chaos`. It imports what it needs."""
 
 import os
 from pathlib import Path
@@ -10,25 +10,27 @@ from knapper.text.printable import say
 
 if TYPE_CHECKING:
     from knapper.chaos.client import ChaosClient
-    from knapper.chaos.targets import Victims
+    from knapper.chaos.targets import Targets
 
 _STEPS_MIN = 12
 
 
 def chaos(
     url: Annotated[
-        str | None, typer.Option(help="The gateway; else TINKER_BASE_URL, or http://127.0.0.1:8000.")
+        str | None, typer.Option(help="The gateway; default: TINKER_BASE_URL, or http://127.0.0.1:8000.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="The data directory of a `knapper up` on this machine.")] = None,
-    namespace: Annotated[str, typer.Option(help="Instead of --data: where the pods of a cluster are.")] = "",
-    labels: Annotated[str, typer.Option(help="Which of its pods, as kubectl's --selector; else all of Knative.")] = "",
-    kills: Annotated[int, typer.Option(min=1, max=10_000, help="How many.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the data, and of whom to kill when.")] = 0,
-    model: Annotated[str | None, typer.Option(help="Base model; else the only one that is served.")] = None,
+    namespace: Annotated[str, typer.Option(help="Instead of --data: the namespace of a cluster's pods.")] = "",
+    labels: Annotated[str, typer.Option(help="Pods to kill, as kubectl's --selector; default: all of Knative.")] = "",
+    kills: Annotated[int, typer.Option(min=1, max=10_000, help="Number of kills.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the data and of the kills.")] = 0,
+    model: Annotated[str | None, typer.Option(help="Base model; default: the only one served.")] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="How far answers may differ; 0, as on a CPU: in no bit.")
+        float, typer.Option(min=0.0, max=1.0, help="Largest allowed difference; 0, as on a CPU: not a bit.")
     ] = 0.0,
-    yes: Annotated[bool, typer.Option("--yes-kill-processes", help="Processes others use will die.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes-kill-processes", help="Confirm that processes in use will be killed.")
+    ] = False,
     kubeconfig: Annotated[Path | None, typer.Option(help="As kubectl's --kubeconfig.")] = None,
     context: Annotated[str | None, typer.Option(help="As kubectl's --context.")] = None,
 ) -> None:
@@ -43,17 +45,17 @@ def chaos(
 
     if not yes:
         raise InvalidField(
-            "--yes-kill-processes", False, "given: processes are killed, whoever uses this deployment",
-            "Nothing acknowledged is lost, but everybody waits for restarts",
+            "--yes-kill-processes", False, "given: processes that others use are killed",
+            "Nothing acknowledged is lost, but all users wait for restarts",
         )  # fmt: skip
     url = url or os.environ.get("TINKER_BASE_URL") or "http://127.0.0.1:8000"
     client = ChaosClient(url, os.environ.get("TINKER_API_KEY") or "tml-local", time.monotonic, time.sleep)
-    victims = _victims(url, data, namespace, labels, kubeconfig, context)
+    targets = _targets(url, data, namespace, labels, kubeconfig, context)
     plan = Plan(model or _only_model(client), seed, max(_STEPS_MIN, kills + 2))
     say(f"{plan.model}, seed {seed}: {plan.steps} steps undisturbed")
     calm = train(client, plan, lambda _step: None, lambda: None)
     say(f"the same under {kills} kills")
-    killer = Killer(victims, kills, plan.steps, sorted(calm.step_s)[plan.steps // 2], seed, time.sleep)
+    killer = Killer(targets, kills, plan.steps, sorted(calm.step_s)[plan.steps // 2], seed, time.sleep)
     wild = train(client, plan, killer.before_step, killer.after_step)
     client.close()
     verdict = compare(calm, wild, tolerance)
@@ -62,14 +64,14 @@ def chaos(
     raise typer.Exit(1 if verdict.differences else 0)
 
 
-def _victims(
+def _targets(
     url: str, data: Path | None, namespace: str, labels: str, kubeconfig: Path | None, context: str | None
-) -> "Victims":  # fmt: skip
+) -> "Targets":  # fmt: skip
     from knapper.chaos.targets import Pods, ProcessTargets
     from knapper.errors import InvalidField
 
     if (data is None) == (not namespace):
-        raise InvalidField("(--data, --namespace)", (data and str(data), namespace), "one of them: whose to kill")
+        raise InvalidField("(--data, --namespace)", (data and str(data), namespace), "exactly one of them")
     if data is not None:
         return ProcessTargets(data, url)
     from knapper.cluster.api import Api
@@ -88,7 +90,7 @@ def _only_model(client: "ChaosClient") -> str:
 
 
 def _recoveries(data: Path | None, run: str) -> str:
-    """How often another process took the run over, by its manifests, where its store can be listed from here."""
+    """How often another process took over the run, by its manifests, where its store can be listed from here."""
     import asyncio
 
     from knapper.errors import KnapperError

@@ -19,28 +19,30 @@ app = typer.Typer(name="deploy", help="Base models on a Knative cluster.", no_ar
 
 Kubeconfig = Annotated[Path | None, typer.Option(help="As kubectl's --kubeconfig.")]
 Context = Annotated[str | None, typer.Option(help="As kubectl's --context.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the objects; touch nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the objects and change nothing.")]
 
 
 @app.command()
 def add(
-    model: Annotated[str, typer.Argument(help="The base model's name, as clients will ask for it.")],
-    accelerator: Annotated[str, typer.Option(help="The GPU, as GKE names it; empty: what the manifests say.")] = "",
+    model: Annotated[str, typer.Argument(help="The base model's name, as clients request it.")],
+    accelerator: Annotated[str, typer.Option(help="The GPU, by its GKE name; empty: that of the manifests.")] = "",
     manifests: Annotated[
-        Path | None, typer.Option(help="A kustomization: a directory, or an overlay's name. Else: gke-l4.")
+        Path | None, typer.Option(help="A kustomization: a directory, or an overlay's name; default: gke-l4.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="The model's config.json; else the hub is asked.")] = None,
+    config: Annotated[Path | None, typer.Option(help="The model's config.json; default: from the hub.")] = None,
     directory: Annotated[
-        str, typer.Option(help="Where pods find the weights; else /srv/models/ORGANISATION--NAME.")
+        str, typer.Option(help="The weights' directory in pods; default: /srv/models/ORGANISATION--NAME.")
     ] = "",
-    dtype: Annotated[str, typer.Option(help="Of the base weights: auto, float32 or bfloat16.")] = "auto",
-    sampler: Annotated[str, typer.Option(help="vllm: it samples this model; empty: what the manifests say.")] = "",
-    sample_replicas_max: Annotated[int | None, typer.Option(min=1, help="Pods that sample, at most.")] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of the base weights: auto, float32 or bfloat16.")] = "auto",
+    sampler: Annotated[
+        str, typer.Option(help="vllm to sample this model with vLLM; empty: that of the manifests.")
+    ] = "",
+    sample_replicas_max: Annotated[int | None, typer.Option(min=1, help="Most pods that sample.")] = None,
     dry_run: DryRun = False,
     kubeconfig: Kubeconfig = None,
     context: Context = None,
 ) -> None:
-    """Serve a base model: its train_step and sample Services, their Triggers, its entry in the gateway's list."""
+    """Serve a base model: create its train_step and sample Services, their Triggers and its catalogue entry."""
     import yaml
 
     from knapper.cluster import model_description
@@ -65,7 +67,7 @@ def add(
     for thing in applied:
         api.apply(thing)
         say(f"applied: {thing['kind']} {thing['metadata']['name']}")
-    api.merge(entry)  # last: the gateway tells clients of a model whose Services are there
+    api.merge(entry)  # last: the gateway announces a model once its Services exist
     say(f"declared: {model}; the gateway serves it within two minutes, and no GPU runs before the first request")
 
 
@@ -76,7 +78,7 @@ def remove(
     kubeconfig: Kubeconfig = None,
     context: Context = None,
 ) -> None:
-    """Stop serving a base model. Its runs stay in the store, and go on when it is added again."""
+    """Stop serving a base model. Its runs stay in the store, and continue when it is added again."""
     from knapper.cluster.model import LABEL, NAMESPACE, no_entry
     from knapper.state.model_record import slug
 
@@ -85,19 +87,19 @@ def remove(
     kinds = (("eventing.knative.dev/v1", "Trigger"), ("serving.knative.dev/v1", "Service"))
     found = [thing for kind in kinds for thing in api.list(*kind, NAMESPACE, label)]
     if not dry_run:
-        api.merge(no_entry(model))  # first: nobody is told of it any more
+        api.merge(no_entry(model))  # first: it is no longer announced
     for thing in found:
         kind, name = thing["kind"], thing["metadata"]["name"]
         say(f"would delete: {kind} {name}" if dry_run else f"deleted: {kind} {name}")
         if not dry_run:
             api.delete(thing)
     if not found:
-        say(f"{model}: nothing of it was there")
+        say(f"{model}: nothing to delete")
 
 
 @app.command("list")
 def list_(kubeconfig: Kubeconfig = None, context: Context = None, as_json: Json = False) -> None:
-    """One line for each base model."""
+    """Print one line per base model."""
     from dataclasses import asdict
 
     from knapper.cluster.state import deployed
@@ -123,7 +125,7 @@ def status(
     context: Context = None,
     as_json: Json = False,
 ) -> None:
-    """What runs of one base model: revisions, replicas, cold or warm, GPU, what waits, how the last pod started."""
+    """Print a base model's state: revisions, replicas, cold or warm, GPU, queue, the last pod's start."""
     from dataclasses import asdict
 
     from knapper.cluster.state import deployed
@@ -145,8 +147,10 @@ def _status(one: "Deployed") -> Iterator[str]:
     yield from table(("SERVICE", "REVISION", "REPLICAS", "STATE", "GPU", "LAST ERROR"), rows)
     for start in (each.start for each in one.parts if each.start is not None):
         stages = (("node", start.node_s), ("image and volumes", start.image_s), ("process", start.ready_s))
-        told = ", ".join(f"{stage} {'not yet' if taken is None else f'{taken:.0f} s'}" for stage, taken in stages)
-        yield f"start of {start.pod}: {told}{f' ({start.waits_for})' if start.waits_for else ''}"
+        stages_text = ", ".join(
+            f"{stage} {'not yet' if taken is None else f'{taken:.0f} s'}" for stage, taken in stages
+        )
+        yield f"start of {start.pod}: {stages_text}{f' ({start.waits_for})' if start.waits_for else ''}"
 
 
 def _names(every: "Sequence[Deployed]") -> list[str]:
@@ -160,50 +164,50 @@ def _api(kubeconfig: Path | None, context: str | None) -> "Api":
 
 
 def doctor(
-    project: Annotated[str, typer.Option(help="Google Cloud project: quotas are looked at.")] = "",
-    region: Annotated[str, typer.Option(help="Where GPUs and buckets should be.")] = "",
-    accelerator: Annotated[str, typer.Option(help="The GPU whose quota is looked at, as GKE names it.")] = "",
-    subscription: Annotated[str, typer.Option(help="projects/PROJECT/subscriptions/NAME of the uploads.")] = "",
-    spot: Annotated[bool, typer.Option(help="Whether GPUs are Spot: they count against another quota.")] = True,
+    project: Annotated[str, typer.Option(help="Google Cloud project, to check quotas.")] = "",
+    region: Annotated[str, typer.Option(help="The region for GPUs and buckets.")] = "",
+    accelerator: Annotated[str, typer.Option(help="The GPU whose quota is checked, by its GKE name.")] = "",
+    subscription: Annotated[str, typer.Option(help="The uploads' projects/PROJECT/subscriptions/NAME.")] = "",
+    spot: Annotated[bool, typer.Option(help="Whether GPUs are Spot, which have their own quota.")] = True,
     cold_start: Annotated[
-        float, typer.Option(min=1, help="Seconds that a start from zero may take, node and all.")
+        float, typer.Option(min=1, help="Seconds that a cold start may take, the node included.")
     ] = 900,
-    every: Annotated[bool, typer.Option("--all", help="Show what is good, too.")] = False,
-    data: Annotated[Path | None, typer.Option(help="The data directory of a `knapper up` that runs here.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Also print what is good.")] = False,
+    data: Annotated[Path | None, typer.Option(help="The data directory of a `knapper up` on this machine.")] = None,
     kubeconfig: Kubeconfig = None,
     context: Context = None,
     as_json: Json = False,
 ) -> None:
-    """Look for what is wrong, and say what mends it: with the `knapper up` that runs here, else with a cluster.
+    """Find problems and print their remedies: of the `knapper up` on this machine, else of a cluster.
 
-    Exit status 1 if something is.
+    Exit status 1 if there are any.
     """
     from dataclasses import asdict
 
-    from knapper.cluster.doctor import Patient, examine
+    from knapper.cluster.doctor import DoctorTarget, examine
     from knapper.cluster.google import Google, default_token
     from knapper.local.package_root import deployables
 
     findings = None if kubeconfig or context or project else _here(data)
     if findings is None:
         google = Google(default_token, project, region, accelerator, subscription, spot)
-        findings = examine(Patient(_api(kubeconfig, context), deployables(), cold_start, [google.examine]))
+        findings = examine(DoctorTarget(_api(kubeconfig, context), deployables(), cold_start, [google.examine]))
     counts = {"good": 0, "wrong": 0, "unknown": 0}
     rows = []
     for finding in findings:
         counts[finding.verdict] += 1
         if finding.verdict != "good" or every:
             rows.append(asdict(finding))
-            if not as_json:  # as they come: some take their time
+            if not as_json:  # at once: some checks take a while
                 say(f"{finding.verdict:<7} {finding.subject}: {finding.seen}")
-                if finding.mend:
-                    say(f"        {finding.mend}")
+                if finding.remedy:
+                    say(f"        {finding.remedy}")
     listing(rows, [f"{counts['wrong']} wrong, {counts['unknown']} unknown, {counts['good']} good"], "", as_json=as_json)
     raise typer.Exit(1 if counts["wrong"] else 0)
 
 
 def _here(data: Path | None) -> "Iterable[Finding] | None":
-    """Of the server over the data directory; None where none runs."""
+    """Findings about the server of the data directory; None where none runs."""
     import asyncio
 
     from knapper.errors import UserError
@@ -215,5 +219,5 @@ def _here(data: Path | None) -> "Iterable[Finding] | None":
     if port is not None:
         return asyncio.run(local.examine(settings, port))
     if data is not None:
-        raise UserError(f"no `knapper up` runs over {settings.data}; start one, or look at a cluster without --data")
+        raise UserError(f"no `knapper up` runs over {settings.data}; start one, or leave out --data to check a cluster")
     return None

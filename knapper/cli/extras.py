@@ -1,4 +1,4 @@
-"""Which extra brings a module: what is missing is told in one line, with the command that installs it."""
+"""Which extra brings a module, so that a missing one is reported in one line with the command that installs it."""
 
 from typing import Final
 
@@ -30,14 +30,14 @@ EXTRA_OF: Final = {
 
 
 def extra_of(module: str) -> str | None:
-    """The extra that brings `module`; None for one of the core, or of nobody."""
+    """The extra that brings `module`; None for a module of the core, or of no extra."""
     parts = module.split(".")
     names = (".".join(parts[:size]) for size in range(len(parts), 0, -1))
     return next((EXTRA_OF[name] for name in names if name in EXTRA_OF), None)
 
 
 def refusal(error: ModuleNotFoundError) -> UserError | None:
-    """What to tell of a module that an extra would have brought; None for any other, which is a defect."""
+    """The error for a module that an extra would have brought; None for any other, which is a defect."""
     extra = extra_of(error.name or "")
     if extra is None and (error.name or "").partition(".")[0] == "google":
         extra = "gcp"  # not even the namespace is there

@@ -1,4 +1,4 @@
-"""A client of a gateway's jobs, and of what they and others used, as the command line is one."""
+"""A client of a gateway's jobs and usage, for the command line."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from knapper.jobs import names, spec
 from knapper.text.durations import clock
 
 _TIMEOUT = httpx.Timeout(60.0, connect=5.0)
-_SUBMIT_TIMEOUT = httpx.Timeout(300.0, connect=5.0)  # all rows are looked at before the answer
+_SUBMIT_TIMEOUT = httpx.Timeout(300.0, connect=5.0)  # the server checks all rows before it answers
 _LATER = (408, 425, 429)
 _METRICS = ("reward/mean", "loss/mean", "accuracy/mean", "tokens/mean", "grad_norm", "wall_seconds")
 _USED = {
@@ -54,16 +54,16 @@ class JobsClient:
             )  # fmt: skip
         large = {name: file for name, file in files.items() if file.size and size > limits.upload_part_bytes}
         small = {names.JOB_YAML: yaml, **{name: file for name, file in files.items() if name not in large}}
-        asked = {
+        request: dict[str, Any] = {
             "name": names.job(name or folder.name),
             "files": {each: file.path.read_text(encoding="utf-8") for each, file in small.items()},
             "again": again,
         }
         if large:
-            asked["uploads"] = {each: {"sha256": file.sha256, "size": file.size} for each, file in large.items()}
+            request["uploads"] = {each: {"sha256": file.sha256, "size": file.size} for each, file in large.items()}
             for each, file in large.items():
                 jobs_transfer.send(self, each, file)
-        return self.ask("POST", "/jobs", asked, _SUBMIT_TIMEOUT)
+        return self.ask("POST", "/jobs", request, _SUBMIT_TIMEOUT)
 
     def jobs(self, limit: int) -> tuple[list[dict[str, Any]], int]:
         """(the newest, how many there are)."""
@@ -83,31 +83,31 @@ class JobsClient:
         return self.ask("DELETE", f"/jobs/{names.job(job)}")
 
     def files(self, job: str) -> list[dict[str, Any]]:
-        """What the job has published."""
-        found: list[dict[str, Any]] = self.ask("GET", f"/jobs/{names.job(job)}/files")["files"]
-        return found
+        """The files that the job has published."""
+        files: list[dict[str, Any]] = self.ask("GET", f"/jobs/{names.job(job)}/files")["files"]
+        return files
 
     def usage(self, starting_on: datetime, ending_before: datetime) -> list[dict[str, Any]]:
-        """What was used in each hour between two full hours."""
+        """Usage in each hour between two full hours."""
         window = {"starting_on": starting_on.isoformat(), "ending_before": ending_before.isoformat()}
-        found: list[dict[str, Any]] = self.ask("GET", f"/billing/usage/events?{urlencode(window)}")["data"]
-        return found
+        events: list[dict[str, Any]] = self.ask("GET", f"/billing/usage/events?{urlencode(window)}")["data"]
+        return events
 
     def ask(self, method: str, path: str, body: object = None, timeout: httpx.Timeout = _TIMEOUT) -> dict[str, Any]:
-        """Raises UserError, as the server has it, or Unavailable where it does not answer, or not now."""
-        with self._told():
+        """Raises the server's UserError, or Unavailable if it does not answer, or not now."""
+        with self._reachable():
             answer = self._http.request(method, path, json=body, timeout=timeout)
-        return self._said(answer)
+        return self._decoded(answer)
 
     def put(self, path: str, content: bytes, headers: Mapping[str, str]) -> None:
         """Raises what `ask` does."""
-        with self._told():
+        with self._reachable():
             answer = self._http.put(path, content=content, headers=dict(headers))
-        self._said(answer)
+        self._decoded(answer)
 
     def put_signed(self, url: str, content: bytes, headers: Mapping[str, str]) -> None:
-        """To whoever the URL is of, without the key. Raises Unavailable."""
-        with self._told():
+        """Send to a signed URL, without the key. Raises Unavailable."""
+        with self._reachable():
             answer = httpx.put(url, content=content, headers=dict(headers), timeout=_TIMEOUT)
         if answer.status_code >= 300:
             raise Unavailable(f"a part was not taken: {answer.status_code} {answer.text[:300]}")
@@ -118,23 +118,25 @@ class JobsClient:
 
         Raises what `ask` does, also from within.
         """
-        with self._told():
+        with self._reachable():
             with self._http.stream("GET", path, headers=dict(headers)) as answer:
                 if answer.status_code != 307:
                     if answer.status_code >= 300:
                         answer.read()
-                        self._said(answer)
+                        self._decoded(answer)
                     yield answer
                     return
                 url = answer.headers["location"]
-            asked = {name: value for name, value in headers.items() if name != "If-Range"}  # of our names for versions
-            with httpx.stream("GET", url, headers=asked, timeout=_TIMEOUT) as answer:
+            forwarded = {
+                name: value for name, value in headers.items() if name != "If-Range"
+            }  # its value is our own name for the version
+            with httpx.stream("GET", url, headers=forwarded, timeout=_TIMEOUT) as answer:
                 if answer.status_code >= 300:
                     raise Unavailable(f"{path} is not answered by the bucket: {answer.status_code}")
                 yield answer
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _reachable(self) -> Iterator[None]:
         try:
             yield
         except httpx.TransportError as error:
@@ -142,75 +144,77 @@ class JobsClient:
                 f"{self._url} does not answer ({error}); start `knapper up`, or set TINKER_BASE_URL to your server"
             ) from error
 
-    def _said(self, answer: httpx.Response) -> dict[str, Any]:
+    def _decoded(self, answer: httpx.Response) -> dict[str, Any]:
         try:
-            said: dict[str, Any] = answer.json()
+            body: dict[str, Any] = answer.json()
         except ValueError as error:
-            raise Unavailable(f"{self._url} answered {answer.status_code}, and no JSON; is it a knapper?") from error
+            raise Unavailable(
+                f"{self._url} answered {answer.status_code} without JSON; is it a knapper gateway?"
+            ) from error
         if answer.status_code >= 400:
-            detail = str(said.get("detail", said))
+            detail = str(body.get("detail", body))
             if answer.status_code == NotFound.status:
                 raise NotFound(detail)
             if answer.status_code in _LATER or answer.status_code >= 500:
                 raise Unavailable(detail)
             raise UserError(detail)
-        return said
+        return body
 
 
-def lines(told: dict[str, Any]) -> Iterator[str]:
-    """A line a step."""
-    for step in told.get("metrics", []):
+def lines(job: dict[str, Any]) -> Iterator[str]:
+    """One line per step."""
+    for step in job.get("metrics", []):
         shown = "  ".join(f"{name} {step[name]:.4g}" for name in _METRICS if name in step)
-        yield f"step {step['step']:>4}{_of(told)}  {shown}"
+        yield f"step {step['step']:>4}{_of(job)}  {shown}"
 
 
-def doing(told: dict[str, Any], *, counts: bool = True) -> str:
-    """What a job does now, empty if nothing; `counts`: with how much of it is done, and for how long it does that."""
-    if told["state"] == "waiting":
-        return str(told["reason"] or "waiting")
-    if not (activity := told.get("activity")):
+def doing(job: dict[str, Any], *, counts: bool = True) -> str:
+    """A job's current activity, empty if none; `counts`: with its progress and duration."""
+    if job["state"] == "waiting":
+        return str(job["reason"] or "waiting")
+    if not (activity := job.get("activity")):
         return ""
     step, of = activity["step"], activity["of"]
     if step is None:
         text = str(activity["phase"])
     elif activity["phase"] == "evaluating":
-        text = f"evaluating after step {step}{_of(told)}" if step else "evaluating before step 1"
+        text = f"evaluating after step {step}{_of(job)}" if step else "evaluating before step 1"
     else:
-        text = f"{activity['phase']} step {step}{_of(told)}"
+        text = f"{activity['phase']} step {step}{_of(job)}"
     if not counts:
         return text
     if of is not None:
         text += f": {of} rows" if activity["done"] is None else f": {activity['done']} of {of} prompts"
-    return f"{text}, for {clock(activity['seconds'])}" + (f"; {told['reason']}" if told["reason"] else "")
+    return f"{text}, for {clock(activity['seconds'])}" + (f"; {job['reason']}" if job["reason"] else "")
 
 
-def timing(told: dict[str, Any]) -> str:
-    """When the job may end, empty if nobody can tell yet."""
-    left_s = told.get("seconds_left")
+def timing(job: dict[str, Any]) -> str:
+    """When the job may end, empty while there is no estimate."""
+    left_s = job.get("seconds_left")
     return "" if left_s is None else f"ends in about {clock(left_s)}"
 
 
-def summary(told: dict[str, Any]) -> Iterator[str]:
-    """What became of a job, or is becoming."""
-    took = f", {clock(told['elapsed_seconds'])}" if "elapsed_seconds" in told else ""
-    yield f"{told['job']}: {told['state']}, step {told['step']}{_of(told)}{took}"
-    if told.get("activity"):
-        yield f"{doing(told)}; {timing(told) or 'its first step will tell when it may end'}"
-    elif told["reason"]:
-        yield told["reason"]
-    if adapts := told.get("adapts"):
+def summary(job: dict[str, Any]) -> Iterator[str]:
+    """The state of a job."""
+    took = f", {clock(job['elapsed_seconds'])}" if "elapsed_seconds" in job else ""
+    yield f"{job['job']}: {job['state']}, step {job['step']}{_of(job)}{took}"
+    if job.get("activity"):
+        yield f"{doing(job)}; {timing(job) or 'no estimate before its first step'}"
+    elif job["reason"]:
+        yield job["reason"]
+    if adapts := job.get("adapts"):
         more = "" if "unembed" in adapts else "; not unembed, as the SDK's default does: `lora: {train_unembed: true}`"
         yield f"adapts {', '.join(adapts)}{more}"
-    evaluation = told.get("evaluation") or {}
+    evaluation = job.get("evaluation") or {}
     for when in ("before", "after"):
         if evaluation.get(when):
             yield f"{when:6}  " + "  ".join(f"{name} {value:.4g}" for name, value in evaluation[when].items())
-    if told.get("checkpoint"):
-        yield f"adapter: {told['outputs']}adapter/, and {told['checkpoint']}"
+    if job.get("checkpoint"):
+        yield f"adapter: {job['outputs']}adapter/, and {job['checkpoint']}"
 
 
 def overview(jobs: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """A line a job, if there is any."""
+    """A table with one line per job; nothing without jobs."""
     rows = [
         (
             job["job"],
@@ -227,18 +231,18 @@ def overview(jobs: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def used(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The sums of each job, run, or session, and model, in the order of their names."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for each in events:
-        told = each["event_info"]
-        about = each.get("job") or told.get("training_run_id") or each["session_id"] or "-"
-        model = each["base_model"]
-        row = found.setdefault((about, model), {"about": about, "base_model": model})
+    """Sums by job, run or session, and by model, in the order of their names."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for event in events:
+        info = event["event_info"]
+        about = event.get("job") or info.get("training_run_id") or event["session_id"] or "-"
+        model = event["base_model"]
+        row = rows.setdefault((about, model), {"about": about, "base_model": model})
         for name in ("token_count", "device_seconds", "count"):
-            if (column := _USED.get((told["type"], name))) is not None:
-                row[column] = row.get(column, 0) + told.get(name, 0)
-    return [row for _, row in sorted(found.items())]
+            if (column := _USED.get((info["type"], name))) is not None:
+                row[column] = row.get(column, 0) + info.get(name, 0)
+    return [row for _, row in sorted(rows.items())]
 
 
-def _of(told: dict[str, Any]) -> str:
-    return f"/{told['steps']}" if told["steps"] is not None else ""
+def _of(job: dict[str, Any]) -> str:
+    return f"/{job['steps']}" if job["steps"] is not None else ""

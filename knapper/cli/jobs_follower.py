@@ -1,4 +1,4 @@
-"""`--follow`: a job's course in a terminal, from before it is there to its end, through restarts of its server."""
+"""`--follow`: prints a job's progress, from before it exists to its end, through restarts of its server."""
 
 import sys
 import time
@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
+from knapper import limits
 from knapper.cli.jobs_client import ENDED, JobsClient, doing, lines, timing
 from knapper.errors import KnapperError, NotFound, UserError
 from knapper.text.durations import clock
 from knapper.text.printable import say
 
 _POLL_S: Final = 1.0
-_QUIET_S: Final = 10.0  # without a step for so long, what goes on is said again
-_AWAITED_S: Final = 60.0  # what was copied a moment ago is a job within a second, or a minute in a bucket
-_LOST_S: Final = 900.0  # a server that is silent for so long does not come back by itself
+_QUIET_S: Final = 10.0  # without a step for this long, the current activity is printed again
 
 
 @dataclass
@@ -25,76 +24,76 @@ class Follower:
     client: JobsClient
     job: str
     now: Callable[[], float]
-    _after: int = 0  # steps that were said
+    _after: int = 0  # steps printed
     _phase: str = ""
-    _said_at: float = float("-inf")
-    _heard_at: float | None = None  # when the server told of the job last
-    _waits: bool = False  # which was said
+    _printed_at: float = float("-inf")
+    _answered_at: float | None = None  # when the server last answered
+    _waits: bool = False  # and printed so
 
     def follow(self) -> dict[str, Any]:
-        """Say each step, and what goes on between steps; return what became of the job.
+        """Print each step, and the activity between steps; return the job's final state.
 
-        Raises NotFound if there is no such job within a minute, and what the client met if the server is silent from
-        the first call on, or for a quarter of an hour. Ctrl-C ends the printing, and not the job.
+        Raises NotFound if the job does not appear within a minute, and the client's error if the server does not answer
+        the first call, or for a quarter of an hour. Ctrl-C ends the printing, not the job.
         """
         began = self.now()
         while True:
-            told = self._ask(began)
-            if told is not None:
-                say(*self._news(told))
-                if told["metrics"]:
-                    self._after = told["metrics"][-1]["step"]
+            job = self._ask(began)
+            if job is not None:
+                say(*self._news(job))
+                if job["metrics"]:
+                    self._after = job["metrics"][-1]["step"]
                     continue  # there may be more
-                if told["state"] in ENDED:
-                    return told
+                if job["state"] in ENDED:
+                    return job
             time.sleep(_POLL_S)
 
     def _ask(self, began: float) -> dict[str, Any] | None:
-        """What the server tells of the job; None while it cannot, which is said once."""
+        """The job's state from the server; None while it cannot answer, which is printed once."""
         try:
-            told = self.client.show(self.job, self._after)
+            job = self.client.show(self.job, self._after)
         except NotFound:
-            if self._heard_at is not None or self.now() - began > _AWAITED_S:
+            if self._answered_at is not None or self.now() - began > limits.job_appears_s:
                 raise
             self._wait(f"there is no job {self.job!r} yet; waiting for it")
             return None
         except UserError:
             raise
         except KnapperError as error:
-            if self._heard_at is None or self.now() - self._heard_at > _LOST_S:
+            if self._answered_at is None or self.now() - self._answered_at > limits.job_server_lost_s:
                 raise
-            self._wait(f"{error}; waiting for it: the job goes on with its server")
+            self._wait(f"{error}; waiting for it: the job continues with its server")
             return None
-        if self._waits and self._heard_at is not None:
+        if self._waits and self._answered_at is not None:
             say("the server answers again", file=sys.stderr)
-        self._heard_at, self._waits = self.now(), False
-        return told
+        self._answered_at, self._waits = self.now(), False
+        return job
 
     def _wait(self, why: str) -> None:
         if not self._waits:
             say(why, file=sys.stderr)
         self._waits = True
 
-    def _news(self, told: dict[str, Any]) -> list[str]:
-        """Each new step; without one, what the job is doing now, if that is another thing or was not said for long.
+    def _news(self, job: dict[str, Any]) -> list[str]:
+        """Each new step; without one the current activity, if it is new or was not printed for a while.
 
-        Between steps it changes all the time: once there was one, only what takes long is said.
+        Activities change often between steps: after the first step, only long ones are printed.
         """
-        found = [f"{_when(told, step)}  {line}" for step, line in zip(told["metrics"], lines(told), strict=True)]
-        if found and (left := timing(told)):
-            found[-1] += f"  {left}"
-        phase, now = doing(told, counts=False), self.now()
-        if not found and phase:
-            first = phase != self._phase and not told["step"]
-            if first or now - self._said_at > _QUIET_S:
-                found.append(f"{clock(told.get('elapsed_seconds', 0.0)):>7}  {doing(told)}")
+        printed = [f"{_when(job, step)}  {line}" for step, line in zip(job["metrics"], lines(job), strict=True)]
+        if printed and (left := timing(job)):
+            printed[-1] += f"  {left}"
+        phase, now = doing(job, counts=False), self.now()
+        if not printed and phase:
+            first = phase != self._phase and not job["step"]
+            if first or now - self._printed_at > _QUIET_S:
+                printed.append(f"{clock(job.get('elapsed_seconds', 0.0)):>7}  {doing(job)}")
                 self._phase = phase
-        if found:
-            self._said_at = now
-        return found
+        if printed:
+            self._printed_at = now
+        return printed
 
 
-def _when(told: dict[str, Any], step: dict[str, Any]) -> str:
-    """How long after its start the job had done the step."""
-    seconds = (datetime.fromisoformat(step["at"]) - datetime.fromisoformat(told["started_at"])).total_seconds()
+def _when(job: dict[str, Any], step: dict[str, Any]) -> str:
+    """Time from the job's start to the end of the step."""
+    seconds = (datetime.fromisoformat(step["at"]) - datetime.fromisoformat(job["started_at"])).total_seconds()
     return f"{clock(seconds):>7}"

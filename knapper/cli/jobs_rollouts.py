@@ -1,4 +1,4 @@
-"""Rollouts of a job as it publishes them, read from a server: which file is wanted, and its rows for people."""
+"""Reads the rollouts that a job has published from a server, and prints them."""
 
 import json
 import re
@@ -18,20 +18,22 @@ _SHOWN_CHARS: Final = 60
 
 
 def read(client: "JobsClient", job: str, step: int | None, evaluation: int | None) -> list[dict[str, Any]]:
-    """Of the step, of the evaluation, or of the newest step. Raises NotFound, saying which there are."""
-    found = [match for file in client.files(job) if (match := _NAME.fullmatch(file["name"]))]
+    """Rollouts of the step, of the evaluation, or of the newest step. Raises NotFound, naming those that exist."""
+    matches = [match for file in client.files(job) if (match := _NAME.fullmatch(file["name"]))]
     kind, wanted = ("step", step) if evaluation is None else ("evaluation", evaluation)
-    there = sorted(int(match[2]) for match in found if match[1] == kind)
-    n = wanted if wanted is not None else there[-1] if there else None
-    if n not in there:
-        which = f"{there[0]} to {there[-1]}" if there else "none; only jobs of kind rl have any, once a step is done"
+    numbers = sorted(int(match[2]) for match in matches if match[1] == kind)
+    n = wanted if wanted is not None else numbers[-1] if numbers else None
+    if n not in numbers:
+        which = (
+            f"{numbers[0]} to {numbers[-1]}" if numbers else "none; only jobs of kind rl have any, once a step is done"
+        )
         raise NotFound(f"job {job} has no rollouts of {kind} {'1' if n is None else n}; there are {which}")
     with client.stream(f"/jobs/{names.job(job)}/files/{quote(f'rollouts/{kind}-{n}.jsonl')}", {}) as answer:
-        return [json.loads(line) for line in answer.read().split(b"\n") if line]  # texts have other ends of lines
+        return [json.loads(line) for line in answer.read().split(b"\n") if line]  # texts may contain other line ends
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """A line a rollout; texts are cut."""
+    """One line per rollout; texts are shortened."""
     if rows:
         yield from table(("REWARD", "ADVANTAGE", "TOKENS", "PROMPT", "COMPLETION"), [_line(row) for row in rows])
 

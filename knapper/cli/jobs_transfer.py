@@ -1,4 +1,4 @@
-"""Files of jobs, from here to a server and back: in pieces, and from where the one before was cut off."""
+"""Uploads and downloads of job files, in parts, resuming where the last attempt was interrupted."""
 
 import base64
 import codecs
@@ -17,14 +17,14 @@ from knapper.text.suggestions import did_you_mean
 if TYPE_CHECKING:
     from knapper.cli.jobs_client import JobsClient
 
-_PIECE_BYTES: Final = 1024 * 1024
-_TRIES, _PAUSE_S = 6, 0.5  # in a row without a byte more; each pause is twice the one before
-_CHANGES_MAX = 3  # of a file while it is fetched: metrics of a job that runs
+_CHUNK_BYTES: Final = 1024 * 1024
+_TRIES, _PAUSE_S = 6, 0.5  # in a row without progress; each pause is twice the previous one
+_CHANGES_MAX = 3  # of a file while it is fetched, such as metrics of a running job
 
 
 @dataclass(frozen=True)
 class Text:
-    """A file that is to be sent: a text in UTF-8 of `size` bytes."""
+    """A file to send: UTF-8 text of `size` bytes."""
 
     path: Path
     size: int
@@ -32,11 +32,11 @@ class Text:
 
 
 def checked(path: Path) -> Text:
-    """Read it through. Raises InvalidField for one that cannot be read, or is no text."""
+    """Read the whole file. Raises InvalidField if it cannot be read or is not text."""
     digest, decoder, size = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), 0
     try:
         with path.open("rb") as file:
-            while data := file.read(_PIECE_BYTES):
+            while data := file.read(_CHUNK_BYTES):
                 digest.update(data)
                 decoder.decode(data)
                 size += len(data)
@@ -50,13 +50,13 @@ def checked(path: Path) -> Text:
 
 
 def send(client: "JobsClient", name: str, text: Text) -> None:
-    """All parts that are not there yet. Raises Unavailable once nothing more gets through."""
+    """Send all missing parts. Raises Unavailable after too many attempts without progress."""
     url, tries, before = f"/uploads/{text.sha256}/{text.size}", 0, -1
     while True:
         missing: list[dict[str, Any]] = []
         try:
-            told = client.ask("GET", url)
-            missing = [part for part in told["parts"] if not part["received"]]
+            upload = client.ask("GET", url)
+            missing = [part for part in upload["parts"] if not part["received"]]
             if not missing:
                 return
             tries, before = (0, len(missing)) if len(missing) != before else (tries, before)
@@ -80,9 +80,9 @@ def _send_parts(client: "JobsClient", url: str, name: str, text: Text, parts: Se
 
 
 def download(client: "JobsClient", job: str, wanted: Sequence[str], folder: Path) -> Iterator[tuple[str, bool]]:
-    """(name, whether it was fetched) of each file that is wanted, or in a folder that is; without any, of all.
+    """(name, whether it was fetched) of each wanted file, or file of a wanted folder; without any, of all.
 
-    Raises UserError for one that is not there, before anything is fetched.
+    Raises UserError for a missing one, before anything is fetched.
     """
     for name in _chosen([file["name"] for file in client.files(job)], wanted):
         yield name, _current(client, job, name, folder)
@@ -91,20 +91,20 @@ def download(client: "JobsClient", job: str, wanted: Sequence[str], folder: Path
 def _chosen(there: Sequence[str], wanted: Sequence[str]) -> list[str]:
     for name in there:
         if not names.is_artifact(name):
-            raise UserError(f"the server has a file {name!r}, and no file of a job is called so; nothing is fetched")
+            raise UserError(f"the server has a file {name!r}, which no job can publish; nothing is fetched")
     chosen = [name for name in there if not wanted]
     for want in wanted:
-        found = [name for name in there if name == want or name.startswith(want.rstrip("/") + "/")]
-        if not found:
+        matches = [name for name in there if name == want or name.startswith(want.rstrip("/") + "/")]
+        if not matches:
             folders = {name.rpartition("/")[0] for name in there} - {""}
             shown = ", ".join([*sorted(folders), *(name for name in there if "/" not in name)]) or "it has none yet"
             raise InvalidField("FILE", want, shown, did_you_mean(want, [*there, *folders]))
-        chosen += [name for name in found if name not in chosen]
+        chosen += [name for name in matches if name not in chosen]
     return chosen
 
 
 def _current(client: "JobsClient", job: str, name: str, folder: Path) -> bool:
-    """The file as it is now: another may take its place while it is fetched."""
+    """Fetch the current version; the file may be replaced meanwhile. False if it was there already."""
     for _ in range(_CHANGES_MAX):
         file = next((file for file in client.files(job) if file["name"] == name), None)
         if file is None:
@@ -114,11 +114,11 @@ def _current(client: "JobsClient", job: str, name: str, folder: Path) -> bool:
             return False
         if _fetch(client, job, file, target):
             return True
-    raise UserError(f"{name} of job {job} changed each time that it was fetched, or is gone; fetch it again later")
+    raise UserError(f"{name} of job {job} changed during every attempt, or is gone; download it again later")
 
 
 def _fetch(client: "JobsClient", job: str, file: dict[str, Any], target: Path) -> bool:
-    """False if what came is not the file that was listed. What came before a cut lies beside it, under its version."""
+    """False if the received bytes are not the listed file's. A partial download stays beside it, under its version."""
     target.parent.mkdir(parents=True, exist_ok=True)
     version = hashlib.sha256(f"{file['sha256']} {file['etag']}".encode()).hexdigest()[:16]
     part, tries = target.with_name(f".{target.name}.{version}.part"), 0
@@ -152,7 +152,7 @@ def _append(client: "JobsClient", path: str, file: dict[str, Any], part: Path) -
 
 
 def _pause(tries: int, error: Unavailable) -> int:
-    """One more. Raises the error after too many."""
+    """Wait, and count one more attempt. Raises the error after too many."""
     if tries + 1 >= _TRIES:
         raise error
     time.sleep(_PAUSE_S * 2**tries)

@@ -1,4 +1,4 @@
-"""The `knapper` command. What a subcommand needs is imported inside it, so that `--help` answers at once."""
+"""The `knapper` command. Subcommands import what they need, so that `--help` answers at once."""
 
 import os
 import sys
@@ -57,11 +57,13 @@ def common(
 def up(
     model: Annotated[str | None, typer.Option(help="Base model: a name, or a directory.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="The gateway's port; 0: any free one.")] = None,
-    host: Annotated[str | None, typer.Option(help="Where the gateway listens.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Directory of everything that must survive.")] = None,
-    dtype: Annotated[Literal["auto", "float32", "bfloat16"] | None, typer.Option(help="Of the base weights.")] = None,
-    idle: Annotated[float | None, typer.Option(help="Seconds without work after which the engine ends.")] = None,
-    isolated: Annotated[bool, typer.Option("--isolated", help="One process for each function.")] = False,
+    host: Annotated[str | None, typer.Option(help="Address the gateway listens on.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Directory of all data that must survive restarts.")] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"] | None, typer.Option(help="Dtype of the base weights.")
+    ] = None,
+    idle: Annotated[float | None, typer.Option(help="Idle seconds after which the engine ends.")] = None,
+    isolated: Annotated[bool, typer.Option("--isolated", help="Run each function in its own process.")] = False,
 ) -> None:
     """Serve the Tinker API on this machine until Ctrl-C. Defaults: see `knapper settings`."""
     from knapper.local.package_root import deployables
@@ -69,8 +71,8 @@ def up(
     from knapper.observability import logs
     from knapper.settings import Settings, variable
 
-    given = {"model": model, "port": port, "host": host, "data": data, "dtype": dtype, "idle_s": idle}
-    flags = {variable(name): str(value) for name, value in given.items() if value is not None}
+    options = {"model": model, "port": port, "host": host, "data": data, "dtype": dtype, "idle_s": idle}
+    flags = {variable(name): str(value) for name, value in options.items() if value is not None}
     settings = Settings.load({**os.environ, **flags})
     logs.configure("up", settings.log_level)
     up(settings, deployables(), os.environ, isolated=isolated)
@@ -78,7 +80,7 @@ def up(
 
 @app.command()
 def sweep(data: Annotated[Path | None, typer.Option(help="The data directory of `knapper up`.")] = None) -> None:
-    """Delete at once what a gateway deletes by itself: whatever is needed no more. A server may run meanwhile."""
+    """Delete unreferenced objects now, instead of waiting for the gateway. A server may run meanwhile."""
     import asyncio
     import time
 
@@ -86,7 +88,7 @@ def sweep(data: Annotated[Path | None, typer.Option(help="The data directory of 
 
     collector, store = _collector(data)
 
-    async def sweep_and_tell() -> None:
+    async def sweep_and_print() -> None:
         swept = await collector.sweep()
         for session, count in swept.items():
             say(f"{session}: {count} objects deleted")
@@ -94,14 +96,14 @@ def sweep(data: Annotated[Path | None, typer.Option(help="The data directory of 
         if torn:
             say(f"torn writes: {torn} objects deleted")
         if not swept and not torn:
-            say("there is nothing to delete: everything is needed")
+            say("nothing to delete: every object is needed")
 
-    asyncio.run(sweep_and_tell())
+    asyncio.run(sweep_and_print())
 
 
 @app.command()
 def verify(data: Annotated[Path | None, typer.Option(help="The data directory of `knapper up`.")] = None) -> None:
-    """Read every object of the store and name those that are damaged; ends with 1 then. A server may run meanwhile."""
+    """Read every object of the store and list the damaged ones; exit status 1 if there are any. A server may run."""
     import asyncio
 
     from knapper.settings import Settings, variable
@@ -119,12 +121,12 @@ def verify(data: Annotated[Path | None, typer.Option(help="The data directory of
         return read, wrong
 
     read, wrong = asyncio.run(read_all())
-    say(f"{read} objects are read; {wrong or 'none'} cannot be used")
+    say(f"{read} objects read; {wrong or 'none'} unreadable")
     raise typer.Exit(1 if wrong else 0)
 
 
 def _collector(data: Path | None) -> "tuple[Collector, Store]":
-    """Of this deployment, and its store."""
+    """The collector of this deployment, and its store."""
     import secrets
     import time
     from functools import partial
@@ -150,23 +152,25 @@ Data = Annotated[Path | None, typer.Option(help="The data directory of `knapper 
 def delete_run(
     run: Annotated[str, typer.Argument(help="The run's id, as `tinker run list` shows it.")], data: Data = None
 ) -> None:
-    """Delete a training run, whosever it is, with its checkpoints; a server may run meanwhile. There is no way back."""
+    """Delete a training run of any tenant, with its checkpoints, for good. A server may run meanwhile."""
     import asyncio
 
     from knapper import ids
 
     collector, _ = _collector(data)
     tenant, count = asyncio.run(collector.delete_of_any_tenant(ids.run_id(run)))
-    say(f"training run {run} of tenant {tenant} is deleted: {count} objects")
+    say(f"training run {run} of tenant {tenant} deleted: {count} objects")
 
 
 @key.command("create")
 def create_key(
-    tenant: Annotated[str, typer.Argument(help="Whose objects it opens: small letters, digits and '-'.")],
-    note: Annotated[str, typer.Option(help="What it is for, as `knapper key list` shows it.")] = "",
+    tenant: Annotated[
+        str, typer.Argument(help="The tenant whose objects it opens: lower-case letters, digits and '-'.")
+    ],
+    note: Annotated[str, typer.Option(help="A note that `knapper key list` shows.")] = "",
     data: Data = None,
 ) -> None:
-    """Make a key and print it, once: the store keeps a hash. It is good at once."""
+    """Make a key and print it once; the store keeps only its hash. It is valid at once."""
     import asyncio
     import secrets
 
@@ -179,23 +183,23 @@ def create_key(
 
 @key.command("list")
 def list_keys(data: Data = None, as_json: Json = False) -> None:
-    """Print the keys there are and were: id, tenant, when each was made, whether it is good, and its note."""
+    """Print all keys, revoked ones too: id, tenant, creation time, state and note."""
     import asyncio
 
     rows, lines = [], []
-    for each in asyncio.run(_keys(data).listed()):
-        made, revoked = utc(each.created_at), utc(each.revoked_at) if each.revoked_at else None
+    for record in asyncio.run(_keys(data).listed()):
+        made, revoked = utc(record.created_at), utc(record.revoked_at) if record.revoked_at else None
         rows.append(
-            {"id": each.id, "tenant": each.tenant, "created_at": made, "revoked_at": revoked, "note": each.note}
+            {"id": record.id, "tenant": record.tenant, "created_at": made, "revoked_at": revoked, "note": record.note}
         )
-        state = f"revoked {revoked}" if revoked else "good"
-        lines.append(f"{each.id}  {each.tenant}  {made}  {state}  {each.note}".rstrip())
+        state = f"revoked {revoked}" if revoked else "valid"
+        lines.append(f"{record.id}  {record.tenant}  {made}  {state}  {record.note}".rstrip())
     listing(rows, lines, "there are no keys; `knapper key create TENANT` makes one", as_json=as_json)
 
 
 @key.command("revoke")
 def revoke_key(key_id: Annotated[str, typer.Argument(help="The key's id, not the key.")], data: Data = None) -> None:
-    """End a key for good. Gateways refuse it, and tokens that were issued for it, within a second."""
+    """Revoke a key for good. Gateways refuse it, and tokens issued for it, within a second."""
     import asyncio
 
     record = asyncio.run(_keys(data).revoke(key_id))
@@ -215,7 +219,7 @@ def _keys(data: Path | None) -> "Keys":
 
 @app.command()
 def dead_letters(data: Data = None, as_json: Json = False) -> None:
-    """List events that nobody could deliver: when, what, for whom, and what that one said."""
+    """List events that could not be delivered: time, type, subject, receiver and its answer."""
     import asyncio
 
     from knapper.settings import Settings, variable
@@ -225,18 +229,18 @@ def dead_letters(data: Data = None, as_json: Json = False) -> None:
     loaded = Settings.load({**os.environ, **({variable("data"): str(data)} if data else {})})
     rows, lines = [], []
     for letter in asyncio.run(state_dead_letters.listed(open_store(loaded))):
-        told, when = letter.attributes.get, utc(letter.kept_at)
+        get, when = letter.attributes.get, utc(letter.kept_at)
         rows.append({"kept_at": when, **letter.attributes})
-        lines.append(f"{when}  {told('type', '?')}  {told('subject', '')}  id {told('id', '?')}")
+        lines.append(f"{when}  {get('type', '?')}  {get('subject', '')}  id {get('id', '?')}")
         lines.append(
-            f"    to {told('knativeerrordest', '?')}: {told('knativeerrorcode', '?')} {told('knativeerrordata', '')}"
+            f"    to {get('knativeerrordest', '?')}: {get('knativeerrorcode', '?')} {get('knativeerrordata', '')}"
         )
     listing(rows, lines, "there are no dead letters: every event was delivered", as_json=as_json)
 
 
 @app.command()
 def settings(as_json: Json = False) -> None:
-    """Print every setting: its variable, its value, where that comes from, and why it exists."""
+    """Print every setting: its variable, value, source and meaning."""
     from knapper.settings import describe
 
     rows, lines = [], []
@@ -253,7 +257,7 @@ def version() -> None:
 
 
 def main() -> None:
-    """The border of the process: what a user can mend becomes one line, a defect keeps its traceback."""
+    """Entry point: an error that a user can fix becomes one line, a defect keeps its traceback."""
     from knapper.cli import extras
     from knapper.errors import KnapperError
 
@@ -263,9 +267,9 @@ def main() -> None:
         say(f"knapper: {error}", file=sys.stderr)
         sys.exit(1)
     except ModuleNotFoundError as error:
-        if (told := extras.refusal(error)) is None:
+        if (refusal := extras.refusal(error)) is None:
             raise
-        say(f"knapper: {told}", file=sys.stderr)
+        say(f"knapper: {refusal}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:  # before or after the event loop heeds signals
+    except KeyboardInterrupt:  # before or after the event loop handles signals
         sys.exit(130)

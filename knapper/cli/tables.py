@@ -1,4 +1,4 @@
-"""What listings print: columns for people, or with `--json` one JSON value for programs."""
+"""Listings: columns for people, or with `--json` one JSON value for programs."""
 
 from collections.abc import Iterator, Sequence
 from typing import Annotated
@@ -11,7 +11,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """A line for the header and for each row, in columns; the last one is as wide as it is."""
+    """The header and the rows, in columns; the last column is not padded."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     for line in lines:
@@ -19,9 +19,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
 
 
 def listing(value: object, lines: Sequence[str], empty: str, *, as_json: bool) -> None:
-    """Print `lines`, or what to know and do where there are none; `as_json`: print `value` in their place.
+    """Print `lines`, or `empty` if there are none; `as_json`: print `value` instead.
 
-    JSON is ASCII alone: whatever could change a terminal is escaped.
+    JSON is pure ASCII: anything that could affect a terminal is escaped.
     """
     if as_json:
         import json

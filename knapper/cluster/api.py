@@ -1,4 +1,4 @@
-"""The Kubernetes API, as much of it as an operator's commands need: objects read, applied, merged and deleted.
+"""The part of the Kubernetes API that the operator's commands need: reads, applies, merges and deletes objects.
 
 The `kubernetes` package brings what is hard: kubeconfigs and their many ways to prove who one is, and the paths
 of kinds, which the cluster is asked for. Ours are a limit of time, and errors.
@@ -31,7 +31,7 @@ class Api:
 
     @staticmethod
     def open(kubeconfig: Path | None = None, context: str | None = None) -> "Api":
-        """By a kubeconfig, as kubectl finds it. Raises InvalidField, and as every method does."""
+        """Open by a kubeconfig, which is found as kubectl does. Raises InvalidField, and as every method does."""
         try:
             path = str(kubeconfig) if kubeconfig else None
             client = kubernetes.config.new_client_from_config(path, context)  # type: ignore[no-untyped-call]  # no types
@@ -41,7 +41,7 @@ class Api:
         return Api(_Client(client, cache_file=str(_NO_CACHE)))  # type: ignore[no-untyped-call]  # no types
 
     def version(self) -> str:
-        """Of Kubernetes, as v1.34.9."""
+        """The version of Kubernetes, such as v1.34.9."""
         return str(self._client.version["kubernetes"]["gitVersion"])
 
     def get(self, api_version: str, kind: str, name: str, namespace: str = "") -> Object | None:
@@ -54,7 +54,7 @@ class Api:
         return [] if found is None else list(found["items"])
 
     def apply(self, thing: Object) -> None:
-        """Make the object what it says, server-side: repeats change nothing, and fields of others stay theirs."""
+        """Server-side apply: repeats change nothing, and fields of other managers are kept."""
         more = {"field_manager": _MANAGER, "force_conflicts": "true"}
         if self._ask_of("server_side_apply", thing, body=thing, **more) is None:
             raise UserError(
@@ -122,8 +122,8 @@ class _Client(DynamicClient):
             raise kind(f"{about}: {status} {_message(error.body)}") from error
         except urllib3.exceptions.HTTPError as error:
             raise Unavailable(f"the cluster does not answer: {error}") from error
-        if isinstance(answer, str):  # what the library gives where it reads no JSON
-            raise Unavailable(f"{about}: the cluster answered with something that is no JSON")
+        if isinstance(answer, str):  # the library returns text for anything but JSON
+            raise Unavailable(f"{about}: the cluster's answer is no JSON")
         return answer
 
 

@@ -1,6 +1,6 @@
-"""What is wrong with a cluster, before it is met in the middle of a run: each finding with the command that mends it.
+"""Finds problems of a cluster before a run meets them, each with the command that fixes it.
 
-Looks only. What it cannot see (no permission, no Google Cloud) it says so of; it never takes silence for health.
+Reads only. It reports what it cannot see (no permission, no Google Cloud), and never takes silence for health.
 """
 
 import json
@@ -39,82 +39,82 @@ _DUTIES = (  # what `knapper deploy` does
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. `mend`: a command, or what to do; empty for what is good."""
+    """The result of one check. `remedy`: a command, or what to do; empty if good."""
 
     subject: str
     verdict: Verdict
     seen: str
-    mend: str = ""
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
-class Patient:
-    """What is looked at: the cluster, this version's manifests, and how long a start from zero may take."""
+class DoctorTarget:
+    """What is checked: the cluster, this version's manifests, and how long a cold start may take."""
 
     api: Api
     root: Path  # holds knative/
     cold_start_s: float = 900.0
-    more: Sequence[Callable[[Object], Iterator[Finding]]] = field(default=())  # given the settings of the services
+    more: Sequence[Callable[[Object], Iterator[Finding]]] = field(default=())  # called with the services' settings
 
 
-def examine(patient: Patient) -> Iterator[Finding]:
-    """Everything, in an order in which mending it makes sense."""
-    looks: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
+def examine(target: DoctorTarget) -> Iterator[Finding]:
+    """All checks, in the order in which to fix their findings."""
+    looks: tuple[Callable[[DoctorTarget], Iterator[Finding]], ...] = (
         versions, kinds, flags, permissions, services, models, pods, times, eventing, accelerators,
     )  # fmt: skip
     for look in looks:
         try:
-            yield from look(patient)
+            yield from look(target)
         except KnapperError as error:
-            yield Finding(look.__name__, "unknown", str(error), "mend what is above, or ask for the permission")
-    settings = (patient.api.get("v1", "ConfigMap", "knapper", NAMESPACE) or {}).get("data", {})
-    for more in patient.more:
+            yield Finding(look.__name__, "unknown", str(error), "fix the findings above, or ask for the permission")
+    settings = (target.api.get("v1", "ConfigMap", "knapper", NAMESPACE) or {}).get("data", {})
+    for more in target.more:
         yield from more(settings)
 
 
-def versions(patient: Patient) -> Iterator[Finding]:
+def versions(target: DoctorTarget) -> Iterator[Finding]:
     """Kubernetes, Serving and Eventing are new enough."""
-    yield _version("Kubernetes", patient.api.version(), KUBERNETES_MIN, "upgrade the cluster")
+    yield _version("Kubernetes", target.api.version(), KUBERNETES_MIN, "upgrade the cluster")
     for part, deployment in (("serving", "activator"), ("eventing", "eventing-controller")):
-        found = patient.api.get("apps/v1", "Deployment", deployment, f"knative-{part}")
+        found = target.api.get("apps/v1", "Deployment", deployment, f"knative-{part}")
         labels = (found or {}).get("metadata", {}).get("labels", {})
-        mend = f"install Knative {part.title()} 1.{KNATIVE_MIN[1]}: kubectl apply -k knative/cluster/operator"
-        yield _version(f"Knative {part.title()}", labels.get("app.kubernetes.io/version", ""), KNATIVE_MIN, mend)
+        remedy = f"install Knative {part.title()} 1.{KNATIVE_MIN[1]}: kubectl apply -k knative/cluster/operator"
+        yield _version(f"Knative {part.title()}", labels.get("app.kubernetes.io/version", ""), KNATIVE_MIN, remedy)
 
 
-def _version(what: str, text: str, least: tuple[int, int], mend: str) -> Finding:
+def _version(what: str, text: str, least: tuple[int, int], remedy: str) -> Finding:
     match = re.search(r"(\d+)\.(\d+)", text)
     if match is None:
-        return Finding(what, "wrong", "not installed", mend)
+        return Finding(what, "wrong", "not installed", remedy)
     new = (int(match[1]), int(match[2])) >= least
-    return Finding(what, "good" if new else "wrong", text, "" if new else f"needs {least[0]}.{least[1]}: {mend}")
+    return Finding(what, "good" if new else "wrong", text, "" if new else f"needs {least[0]}.{least[1]}: {remedy}")
 
 
-def kinds(patient: Patient) -> Iterator[Finding]:
-    """The kinds that our manifests use exist."""
+def kinds(target: DoctorTarget) -> Iterator[Finding]:
+    """The kinds of our manifests exist."""
     for name, part in _KINDS.items():
-        there = patient.api.get("apiextensions.k8s.io/v1", "CustomResourceDefinition", name) is not None
-        mend = "" if there else f"install Knative {part.title()}: kubectl apply -k knative/cluster/operator"
-        yield Finding(f"kind {name}", "good" if there else "wrong", "there" if there else "missing", mend)
+        there = target.api.get("apiextensions.k8s.io/v1", "CustomResourceDefinition", name) is not None
+        remedy = "" if there else f"install Knative {part.title()}: kubectl apply -k knative/cluster/operator"
+        yield Finding(f"kind {name}", "good" if there else "wrong", "there" if there else "missing", remedy)
 
 
-def flags(patient: Patient) -> Iterator[Finding]:
-    """Knative allows, and does, what knative/cluster says."""
-    for wanted in configuration(patient.root):
+def flags(target: DoctorTarget) -> Iterator[Finding]:
+    """Knative's settings are those of knative/cluster."""
+    for wanted in configuration(target.root):
         name = wanted["metadata"]["name"]
-        mend = (
+        remedy = (
             f"kubectl patch configmap {name} -n knative-serving --type merge --patch-file "
             f"{CONFIGURATION}/{name.removeprefix('config-')}.yaml (with Knative's operator: "
             "kubectl apply --server-side -k knative/cluster/operator)"
         )
-        found = patient.api.get("v1", "ConfigMap", name, "knative-serving") or {}
+        found = target.api.get("v1", "ConfigMap", name, "knative-serving") or {}
         for key, value in wanted["data"].items():
             seen = found.get("data", {}).get(key)
             about = f"{name} {key}"
             if seen == value:
                 yield Finding(about, "good", str(seen))
             else:
-                yield Finding(about, "wrong", f"{'not set' if seen is None else seen}, should be {value}", mend)
+                yield Finding(about, "wrong", f"{'not set' if seen is None else seen}, should be {value}", remedy)
 
 
 def configuration(root: Path) -> list[Object]:
@@ -122,21 +122,21 @@ def configuration(root: Path) -> list[Object]:
     return [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted((root / CONFIGURATION).glob("*.yaml"))]
 
 
-def permissions(patient: Patient) -> Iterator[Finding]:
-    """Whoever asks may deploy."""
+def permissions(target: DoctorTarget) -> Iterator[Finding]:
+    """The current user may deploy."""
     for verb, group, resource in _DUTIES:
-        may = patient.api.review(verb, group, resource, NAMESPACE)
+        may = target.api.review(verb, group, resource, NAMESPACE)
         about = f"permission to {verb} {resource}{'.' + group if group else ''}"
-        mend = (
+        remedy = (
             f"kubectl create rolebinding knapper-deploy -n {NAMESPACE} "
             "--clusterrole=knative-serving-namespaced-admin --user=YOU"
         )
-        yield Finding(about, "good" if may else "wrong", "yes" if may else "no", "" if may else mend)
+        yield Finding(about, "good" if may else "wrong", "yes" if may else "no", "" if may else remedy)
 
 
-def services(patient: Patient) -> Iterator[Finding]:
+def services(target: DoctorTarget) -> Iterator[Finding]:
     """Each Service is ready, has a ceiling, and knows where its image is."""
-    for service in _ours(patient):
+    for service in _ours(target):
         about = f"Service {service['metadata']['name']}"
         ready = next(
             (each for each in service.get("status", {}).get("conditions", []) if each["type"] == "Ready"), None
@@ -158,28 +158,28 @@ def services(patient: Patient) -> Iterator[Finding]:
             )
 
 
-def models(patient: Patient) -> Iterator[Finding]:
-    """No function says that it cannot serve its base model."""
-    health = gateway_says(patient.api, "api/v1/healthz")
+def models(target: DoctorTarget) -> Iterator[Finding]:
+    """No function reports that it cannot serve its base model."""
+    health = gateway_says(target.api, "api/v1/healthz")
     if health is None:
-        return  # no gateway runs, of which `services` tells
+        return  # no gateway runs; `services` reports that
     for reason in json.loads(health).get("unservable", []):
-        yield Finding("base model", "wrong", reason, "mend its files, or deploy it otherwise: it goes on by itself")
+        yield Finding("base model", "wrong", reason, "fix its files, or deploy it differently: it continues by itself")
 
 
-def pods(patient: Patient) -> Iterator[Finding]:
+def pods(target: DoctorTarget) -> Iterator[Finding]:
     """No container of ours ends and is started again, in silence: one that is killed cannot say why."""
-    for pod in patient.api.list("v1", "Pod", NAMESPACE, "app.kubernetes.io/part-of=knapper"):
+    for pod in target.api.list("v1", "Pod", NAMESPACE, "app.kubernetes.io/part-of=knapper"):
         for container in pod.get("status", {}).get("containerStatuses", []):
             ended = container.get("lastState", {}).get("terminated", {})
             times = int(container.get("restartCount", 0))
             if container.get("name") != "user-container" or times < _RESTARTS_MAX or not ended:
                 continue
             name, reason = pod["metadata"]["name"], ended.get("reason", "Error")
-            mend = f"kubectl logs -n {NAMESPACE} {name} -c user-container --previous"
+            remedy = f"kubectl logs -n {NAMESPACE} {name} -c user-container --previous"
             if reason == "OOMKilled":
-                mend = "raise resources.limits.memory in the overlay, or serve a smaller model"
-            yield Finding(f"Pod {name}", "wrong", f"{reason}, started {times} times again", mend)
+                remedy = "raise resources.limits.memory in the overlay, or serve a smaller model"
+            yield Finding(f"Pod {name}", "wrong", f"{reason}, started {times} times again", remedy)
 
 
 _WANTED: dict[str, Callable[[str], bool]] = {
@@ -189,11 +189,11 @@ _WANTED: dict[str, Callable[[str], bool]] = {
 }
 
 
-def times(patient: Patient) -> Iterator[Finding]:
+def times(target: DoctorTarget) -> Iterator[Finding]:
     """Nothing gives up before a start from zero is over."""
-    api, budget = patient.api, patient.cold_start_s
+    api, budget = target.api, target.cold_start_s
     deployment = (api.get("v1", "ConfigMap", "config-deployment", "knative-serving") or {}).get("data", {})
-    for service in _ours(patient):
+    for service in _ours(target):
         template = service["spec"]["template"]
         container = template["spec"]["containers"][0]
         if "nvidia.com/gpu" not in container.get("resources", {}).get("limits", {}):
@@ -221,22 +221,22 @@ def times(patient: Patient) -> Iterator[Finding]:
 
 
 def _enough(
-    about: str, seen_s: float, needed_s: float, where: str, needed_for: str = "a start from zero may take"
+    about: str, seen_s: float, needed_s: float, where: str, needed_for: str = "a cold start may take"
 ) -> Finding:  # fmt: skip
     if seen_s >= needed_s:
         return Finding(about, "good", f"{seen_s:.0f} s")
-    mend = where if where.startswith("kubectl") else f"raise {where} in the overlay, and apply it"
-    return Finding(about, "wrong", f"{seen_s:.0f} s, and {needed_for} {needed_s:.0f} s", mend)
+    remedy = where if where.startswith("kubectl") else f"raise {where} in the overlay, and apply it"
+    return Finding(about, "wrong", f"{seen_s:.0f} s, and {needed_for} {needed_s:.0f} s", remedy)
 
 
-def eventing(patient: Patient) -> Iterator[Finding]:
-    """Broker, Triggers and the tick are ready, and try again for longer than a start from zero takes."""
+def eventing(target: DoctorTarget) -> Iterator[Finding]:
+    """Broker, Triggers and PingSource are ready, and retry for longer than a cold start takes."""
     for version, kind in (
         ("eventing.knative.dev/v1", "Broker"),
         ("eventing.knative.dev/v1", "Trigger"),
         ("sources.knative.dev/v1", "PingSource"),
     ):
-        found = patient.api.list(version, kind, NAMESPACE)
+        found = target.api.list(version, kind, NAMESPACE)
         if not found:
             yield Finding(kind, "wrong", "none", "kubectl apply -k knative/overlays/...: jobs need it")
         for thing in found:
@@ -255,7 +255,7 @@ def eventing(patient: Patient) -> Iterator[Finding]:
                 yield _enough(
                     f"Trigger {name} retries",
                     outlasts_s(thing["spec"].get("delivery", {})),
-                    patient.cold_start_s,
+                    target.cold_start_s,
                     "delivery.retry",
                 )
             notes = thing["metadata"].get("annotations", {})
@@ -264,24 +264,24 @@ def eventing(patient: Patient) -> Iterator[Finding]:
                 and notes.get("eventing.knative.dev/broker.class", _CHANNELS) == _CHANNELS
                 and notes.get("messaging.knative.dev/async-handler") != "true"
             ):
-                mend = "delete the Broker, apply the overlay again: the annotation counts when it is made"
+                remedy = "delete the Broker, apply the overlay again: the annotation counts when it is made"
                 yield Finding(
-                    f"Broker {name} async-handler", "wrong", "callers wait for the whole chain of events", mend
+                    f"Broker {name} async-handler", "wrong", "callers wait for the whole chain of events", remedy
                 )
 
 
-def accelerators(patient: Patient) -> Iterator[Finding]:
-    """Where GPUs are asked for, nodes that have them are known; pools at zero show nothing here."""
+def accelerators(target: DoctorTarget) -> Iterator[Finding]:
+    """GPUs that Services request exist on nodes; node pools at zero are not visible here."""
     asked = {
         kind
-        for service in _ours(patient)
+        for service in _ours(target)
         for key, kind in service["spec"]["template"]["spec"].get("nodeSelector", {}).items()
         if key == "cloud.google.com/gke-accelerator"
     }
     for kind in sorted(asked):
-        nodes = patient.api.list("v1", "Node", labels=f"cloud.google.com/gke-accelerator={kind}")
+        nodes = target.api.list("v1", "Node", labels=f"cloud.google.com/gke-accelerator={kind}")
         free = sum(int(node["status"].get("allocatable", {}).get("nvidia.com/gpu", 0)) for node in nodes)
-        seen = f"{free} on {len(nodes)} nodes" if nodes else "no node now, as it is while idle"
+        seen = f"{free} on {len(nodes)} nodes" if nodes else "no node now, which is normal while idle"
         yield Finding(
             f"GPU {kind}",
             "good" if free else "unknown",
@@ -290,19 +290,19 @@ def accelerators(patient: Patient) -> Iterator[Finding]:
         )
 
 
-def _ours(patient: Patient) -> list[Object]:
-    return patient.api.list("serving.knative.dev/v1", "Service", NAMESPACE, "app.kubernetes.io/part-of=knapper")
+def _ours(target: DoctorTarget) -> list[Object]:
+    return target.api.list("serving.knative.dev/v1", "Service", NAMESPACE, "app.kubernetes.io/part-of=knapper")
 
 
 def outlasts_s(delivery: Object) -> float:
-    """How long deliveries are tried again, not counting the attempts themselves."""
+    """How long deliveries are retried, not counting the attempts themselves."""
     delay, retries = seconds(delivery.get("backoffDelay", "PT0.2S")), int(delivery.get("retry", 10))
     exponential = delivery.get("backoffPolicy", "exponential") == "exponential"
     return float(sum(delay * (2.0**n if exponential else n) for n in range(1, retries + 1)))
 
 
 def seconds(text: str) -> float:
-    """Of 90s, 1m30s, PT2S, PT0.2S, PT15M."""
+    """Seconds of 90s, 1m30s, PT2S, PT0.2S or PT15M."""
     units = {"h": 3600.0, "m": 60.0, "s": 1.0}
     return sum(
         float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)([hms])", text.lower().removeprefix("pt"))

@@ -1,4 +1,4 @@
-"""What only Google Cloud can tell of a deployment: buckets, the subscription, quotas; with the caller's rights."""
+"""Checks a deployment's buckets, subscription and quotas on Google Cloud, with the caller's rights."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ class Google:
                 about,
                 "unknown",
                 trouble,
-                "gcloud auth application-default login, as somebody who may storage.buckets.get",
+                "gcloud auth application-default login, as a user with storage.buckets.get",
             )
             return
         update = f"gcloud storage buckets update gs://{bucket}"
@@ -146,12 +146,12 @@ class Google:
         return (answer.json(), "") if answer.is_success else (None, f"{answer.status_code} for {url}")
 
 
-def _expect(about: str, good: bool, seen: str, mend: str) -> Finding:
-    return Finding(about, "good" if good else "wrong", seen, "" if good else mend)
+def _expect(about: str, good: bool, seen: str, remedy: str) -> Finding:
+    return Finding(about, "good" if good else "wrong", seen, "" if good else remedy)
 
 
 def default_token() -> str:
-    """Of whoever runs this: application default credentials."""
+    """The current user's application default credentials."""
     import google.auth
     from google.auth.transport.requests import Request
 

@@ -1,4 +1,4 @@
-"""The part of kustomize that our manifests use, so that no program must be installed to render them.
+"""The part of kustomize that our manifests use, so that rendering needs no other program.
 
 resources, components, patches (RFC 6902, with a target), configMapGenerator (literals, files, merge) and images.
 Whatever else a kustomization says is refused: nothing is rendered in another way than `kubectl kustomize` renders it (a

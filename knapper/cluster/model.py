@@ -1,4 +1,4 @@
-"""The objects of one base model on a cluster, made from the manifests of the model that these describe."""
+"""The objects of one base model on a cluster, derived from the manifests of another."""
 
 import copy
 import re
@@ -22,10 +22,10 @@ _PLACEHOLDER = re.compile(r"PROJECT_ID|PROJECT_NUMBER|REGION-docker")
 
 @dataclass(frozen=True)
 class Wanted:
-    """What `knapper deploy add` was asked for."""
+    """The arguments of `knapper deploy add`."""
 
     record: ModelRecord  # its URLs are set here
-    accelerator: str  # as GKE names it; empty: what the manifests say
+    accelerator: str  # by its GKE name; empty: that of the manifests
     sample_replicas_max: int | None = None
 
 
@@ -98,7 +98,7 @@ def samples_by_vllm(service: Object) -> bool:
 
 
 def _with_vllm(image: str) -> str:
-    """The image of the same release that has vLLM in it. Raises InvalidField where the name does not tell it."""
+    """The image of the same release that has vLLM in it. Raises InvalidField if the name does not show it."""
     if re.search(r"(^|/)sample-vllm([:@]|$)", image):
         return image
     renamed, count = re.subn(r"(^|/)sample(:[^/@]+)?$", r"\1sample-vllm\2", image)

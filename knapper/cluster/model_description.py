@@ -1,4 +1,4 @@
-"""What a base model's record needs to know of the model: its config.json, from a file or from the hub."""
+"""A base model's record, from its config.json in a file or on the hub."""
 
 import os
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 import httpx
 import msgspec
 
+from knapper import limits
 from knapper.catalogue.served_models import record_of
 from knapper.cluster.kustomize import Object
 from knapper.cluster.model import only, samples_by_vllm
@@ -16,7 +17,6 @@ from knapper.errors import InvalidField, Unavailable
 from knapper.state.model_record import ModelRecord
 
 HUB = "https://huggingface.co"
-_CONFIG_BYTES_MAX = 1024 * 1024
 _TIMEOUT_S = 20.0
 
 
@@ -43,7 +43,7 @@ def _from_hub(model: str, hub: str) -> bytes:
         raise Unavailable(f"{hub} does not answer ({error}); give the model's config.json: --config PATH") from error
     if answer.status_code in (401, 403, 404):
         raise InvalidField("model", model, f"one that {hub} shows", "Or give its config.json: --config PATH")
-    if not answer.is_success or len(answer.content) > _CONFIG_BYTES_MAX:
+    if not answer.is_success or len(answer.content) > limits.config_json_bytes_max:
         raise Unavailable(f"{hub} answers {answer.status_code}; give the model's config.json: --config PATH")
     return answer.content
 
@@ -51,7 +51,7 @@ def _from_hub(model: str, hub: str) -> bytes:
 def wants_vllm(sampler: str, record: ModelRecord, rendered: Sequence[Object]) -> bool:
     """Whether vLLM is to sample and does not by these manifests. Raises InvalidField for a sampler that cannot be."""
     if sampler not in ("", "vllm"):
-        raise InvalidField("sampler", sampler, "vllm, or none: what the manifests say")
+        raise InvalidField("sampler", sampler, "vllm, or empty: that of the manifests")
     if not sampler:
         return False
     if record.computed_by != "native":
@@ -64,7 +64,7 @@ def wants_vllm(sampler: str, record: ModelRecord, rendered: Sequence[Object]) ->
 
 
 def manifests(given: Path | None, root: Path) -> Path:
-    """The kustomization to make objects of: a directory, or the name of an overlay."""
+    """The kustomization to derive objects from: a directory, or the name of an overlay."""
     found = given or Path("gke-l4")
     if not found.is_dir() and os.sep not in str(found):
         found = root / "knative" / "overlays" / found

@@ -1,4 +1,4 @@
-"""What runs of each base model: read from the cluster, never remembered."""
+"""The state of each base model, read from the cluster every time."""
 
 import itertools
 import re
@@ -35,13 +35,13 @@ class ModelService:
     replicas: int
     state: str  # warm, cold, starting or failing
     gpu: str
-    error: str  # what is wrong, as Knative says it; empty for nothing
+    error: str  # Knative's message; empty if nothing is wrong
     start: PodStart | None = None  # of the newest pod, while there is one
 
 
 @dataclass(frozen=True)
 class Deployed:
-    """One base model. `waiting`: runs with operations that are not answered, None where the gateway does not say."""
+    """One base model. `waiting`: runs with operations that are not answered, None if the gateway does not answer."""
 
     model: str
     declared: bool
@@ -131,7 +131,7 @@ def _moment(text: str | None) -> datetime | None:
 
 
 def _waiting(api: Api) -> dict[str, int] | None:
-    """Runs that wait, by base model, as the gateway counts them."""
+    """Waiting runs by base model, from the gateway's metrics."""
     text = gateway_says(api, "metrics")
     if text is None:
         return None
@@ -140,7 +140,7 @@ def _waiting(api: Api) -> dict[str, int] | None:
 
 
 def gateway_says(api: Api, path: str) -> str | None:
-    """What a gateway's pod answers to a GET of the path; None where none runs, or it does not answer."""
+    """A gateway pod's answer to a GET of the path; None if no gateway runs or answers."""
     pods = api.list("v1", "Pod", NAMESPACE, "app.kubernetes.io/name=gateway")
     ready = [each["metadata"]["name"] for each in pods if each.get("status", {}).get("phase") == "Running"]
     return api.pod_text(ready[0], 8080, path, NAMESPACE) if ready else None

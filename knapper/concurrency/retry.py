@@ -52,7 +52,7 @@ class Attempts:
     def refusal(self) -> Unservable:
         """The error for requests: the same sentence each time, so that clients show it once."""
         sentence = (
-            f"{self._what} cannot be served: {self.reason.rstrip('.')}. Only its operator can mend that; "
+            f"{self._what} cannot be served: {self.reason.rstrip('.')}. Only its operator can fix that; "
             "it is tried again by itself, and what waits goes on then"
         )
         return Unservable(sentence, max(_SOON_S, self._next - self.now()))

@@ -1,7 +1,7 @@
-"""What a job that runs is doing now, since when, and when it may end: out of what lies in the store.
+"""What a running job is doing, since when, and when it may end, from its records in the store.
 
-A function that takes a job up leaves a mark with the time. Where the functions are processes of this machine, it is
-known besides whether they run: the caller says so.
+A function that begins to work on a job records the time. Where the functions are processes of this machine, the caller
+also says whether they run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ Phase = Literal[
 ]
 Function = Literal["train_step", "sample", "reward"]
 IDLE: Final[tuple[Phase, ...]] = ("waiting", "waiting for the engine", "loading the model")
-RECENT: Final = 10  # steps that tell how long the next ones take
+RECENT: Final = 10  # steps from which the duration of the next ones is estimated
 
 
 @dataclass(frozen=True)
@@ -48,28 +48,28 @@ def iso(at: float) -> str:
 
 
 async def take_up(store: Store, start: Start, function: str, at: float) -> None:
-    """Say that the function works on the job from now on."""
+    """Record that the function works on the job from now on."""
     await store.put_if_absent(f"{start.taken(function)}{number(int(at * 1e6))}", b"")
 
 
 async def activity(
     store: Store, outline: Outline, now: Progress, steps: int, moved_at: float, present: Present
 ) -> Activity:
-    """`moved_at`: when the job was started, resumed, or something of it was done last."""
-    function, doing = next_work(outline, now, steps)
+    """`moved_at`: when the job was started, resumed, or last made progress."""
+    function, work = next_work(outline, now, steps)
     marks = await store.list(outline.start.taken(function))
     taken_at = last_number(marks[-1]) / 1e6 if marks else None
-    there = present(function)
-    if function != "reward":  # which has no model to wait for
-        if there is not None and there.state == "loading":
-            return Activity("loading the model", there.since or moved_at)
-        if there.state == "absent" if there is not None else taken_at is None:
+    presence = present(function)
+    if function != "reward":  # reward has no model to wait for
+        if presence is not None and presence.state == "loading":
+            return Activity("loading the model", presence.since or moved_at)
+        if presence.state == "absent" if presence is not None else taken_at is None:
             return Activity("waiting for the engine", moved_at)
-    return replace(doing, since=max(moved_at, taken_at or 0.0))
+    return replace(work, since=max(moved_at, taken_at or 0.0))
 
 
 def next_work(outline: Outline, now: Progress, steps: int) -> tuple[Function, Activity]:
-    """Who works on what, where several do on what takes longest; `since` is still to be said."""
+    """The function at work and its activity (of several: the longest); the caller fills in `since`."""
     open_versions = list(progress.evaluations(outline, now, steps))
     if isinstance(outline.job, RlJob):
         return _rl_work(outline, outline.job, now, open_versions)
@@ -79,7 +79,7 @@ def next_work(outline: Outline, now: Progress, steps: int) -> tuple[Function, Ac
 
 
 def _rl_work(outline: Outline, job: RlJob, now: Progress, open_versions: Sequence[int]) -> tuple[Function, Activity]:
-    """The sampler takes steps before evaluations, and finishes what it has begun."""
+    """The sampler prefers steps to evaluations, and finishes a round that it has begun."""
     step, prompts = now.trained, job.batch.prompts
     parts = now.parts("steps", step)
     begun = 0 < len(parts.rollouts) < prompts
@@ -105,10 +105,10 @@ def _rl_work(outline: Outline, job: RlJob, now: Progress, open_versions: Sequenc
 def seconds_left(
     job: AnyJob, recent: Sequence[Trained], evaluated: Mapping[int, Evaluated], trained: int, steps: int, spent_s: float
 ) -> float | None:
-    """Until the end, as the newest steps and evaluations went; None before there is one.
+    """Estimated from the newest steps and evaluations; None before the first.
 
-    `recent`: the last steps that are done. `spent_s`: on what is being done now. Evaluations of rl, but for the last
-    one, are done beside its steps, and are in what those took.
+    `recent`: the last steps done. `spent_s`: on the current activity. All evaluations of rl but the last run beside its
+    steps and are part of their duration.
     """
     if not recent:
         return None
@@ -121,7 +121,7 @@ def seconds_left(
 
 
 def _step_s(trained: Trained) -> float:
-    """Since what came before it, without the wait for an engine that began later."""
+    """Seconds since the previous step or evaluation, not counting a wait for the engine to start."""
     began_at = min([trained.began_at, *(began for began, _ in trained.spent.busy)])
     return trained.ended_at - max(trained.before_at, began_at)
 

@@ -1,4 +1,4 @@
-"""What a job's newest start has published, as its owner may list and fetch it: adapter, metrics, rollouts, bill."""
+"""The files that a job's newest start has published for its owner: adapter, metrics, rollouts, bill."""
 
 from dataclasses import dataclass
 
@@ -13,39 +13,39 @@ from knapper.state.job_records import Started, read
 
 @dataclass(frozen=True)
 class Artifacts:
-    """`since`: what was published before, an earlier start of the job left; seconds since the epoch."""
+    """`since`: files published before this are of an earlier start; seconds since the epoch."""
 
-    place: JobServices
+    services: JobServices
     tenant: Tenant
     job: str
     since: float
 
     @staticmethod
-    async def of(place: JobServices, tenant: Tenant, job: str) -> "Artifacts":
+    async def of(services: JobServices, tenant: Tenant, job: str) -> "Artifacts":
         """Raises NotFound."""
-        found = await listings.newest(place.store, tenant, job)
-        started = await read(place.store, found.start.started, Started)
-        return Artifacts(place, tenant, found.start.job, 0.0 if started is None else started.started_at)
+        listing = await listings.newest(services.store, tenant, job)
+        started = await read(services.store, listing.start.started, Started)
+        return Artifacts(services, tenant, listing.start.job, 0.0 if started is None else started.started_at)
 
     @property
     def _prefix(self) -> str:
         return layout.outputs(self.tenant, self.job)
 
     async def listed(self) -> list[ListedObject]:
-        """In the order of their names, which have the job's folder before them."""
-        return [entry for entry in await self.place.exchange.list(self._prefix) if entry.modified_at >= self.since]
+        """In the order of their names, which begin with the job's folder."""
+        return [entry for entry in await self.services.exchange.list(self._prefix) if entry.modified_at >= self.since]
 
     def name(self, entry: ListedObject) -> str:
-        """As the owner knows it."""
+        """The name as its owner knows it."""
         return entry.name.removeprefix(self._prefix)
 
     async def open(self, name: str) -> Opened:
         """Raises NotFound, also for a name that no file can have."""
-        found = await self.place.exchange.open(f"{self._prefix}{name}") if names.is_artifact(name) else None
-        if found is not None and found.entry.modified_at >= self.since:
-            return found
-        if found is not None:
-            found.close()
+        opened = await self.services.exchange.open(f"{self._prefix}{name}") if names.is_artifact(name) else None
+        if opened is not None and opened.entry.modified_at >= self.since:
+            return opened
+        if opened is not None:
+            opened.close()
         raise NotFound(
             f"job {self.job!r} has no file {name[:200]!r}; `knapper jobs files {self.job}` lists those it has"
         )

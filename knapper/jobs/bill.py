@@ -1,4 +1,4 @@
-"""What a job used: tokens, seconds of the device, the wall clock's with and without work for it, bytes."""
+"""What a job used: tokens, device seconds, wall-clock seconds with and without work, bytes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,14 +10,14 @@ Interval = tuple[float, float]
 
 
 def union(intervals: Sequence[Interval]) -> list[Interval]:
-    """The same times without overlaps, in order."""
-    found: list[Interval] = []
+    """The same times, in order and without overlaps."""
+    merged: list[Interval] = []
     for began, ended in sorted(intervals):
-        if found and began <= found[-1][1]:
-            found[-1] = (found[-1][0], max(found[-1][1], ended))
+        if merged and began <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], ended))
         else:
-            found.append((began, ended))
-    return found
+            merged.append((began, ended))
+    return merged
 
 
 def covered(intervals: Sequence[Interval]) -> float:
@@ -27,9 +27,9 @@ def covered(intervals: Sequence[Interval]) -> float:
 def bill(
     folder: Folder, done: Sequence[Trained | Evaluated], saving_s: float, adapter_bytes: int, now: float
 ) -> dict[str, Any]:
-    """Of a whole job. `saving_s`: seconds of the device that its last saves took.
+    """The bill of a whole job. `saving_s`: device seconds of its last saves.
 
-    `device_seconds` are what `knapper usage` counts. `wall_seconds` of the functions overlap with `max_staleness`; in
+    `device_seconds` are those of `knapper usage`. With `max_staleness`, `wall_seconds` of the functions overlap; during
     `idle` none of them worked.
     """
     spent = [each.spent for each in done]

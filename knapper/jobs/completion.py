@@ -1,4 +1,4 @@
-"""The end of a job: its adapter gets a name for good, and everything that people get is published whole."""
+"""The end of a job: the adapter gets its permanent name, and all outputs are published."""
 
 import structlog
 
@@ -7,7 +7,7 @@ from knapper.ids import TinkerPath
 from knapper.jobs import control, outputs, sample_usage
 from knapper.jobs.bill import bill
 from knapper.jobs.job_files import Folder
-from knapper.jobs.recipes import Lines
+from knapper.jobs.recipes import RunClients
 from knapper.jobs.services import JobServices
 from knapper.jobs.worker import Stopped
 from knapper.state.checkpoints import Checkpoints
@@ -21,35 +21,37 @@ log = structlog.get_logger()
 _FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 
 
-async def write(place: JobServices, checkpoints: Checkpoints, folder: Folder, lines: Lines, steps: int) -> None:
-    """Safe to cut off and to repeat. Raises Stopped if the job was cancelled at the last moment."""
-    start, store = folder.start, place.store
-    adapter = TinkerPath.parse(await lines.run.save_for_sampler(FINAL))
-    await lines.run.save(FINAL)
+async def write(
+    services: JobServices, checkpoints: Checkpoints, folder: Folder, clients: RunClients, steps: int
+) -> None:
+    """Safe to interrupt and repeat. Raises Stopped if the job was cancelled at the last moment."""
+    start, store = folder.start, services.store
+    adapter = TinkerPath.parse(await clients.run.save_for_sampler(FINAL))
+    await clients.run.save(FINAL)
     index, files = await bundles.read(store, (await checkpoints.own(adapter, start.tenant)).bundle, _FILES)
     for name, data in files.items():
-        await place.exchange.publish(outputs.where(start, f"adapter/{name}"), data)
-    await outputs.publish_evaluations(place, folder, steps)
-    trained = await many.each(range(steps), lambda step: _trained(place, folder, step))
+        await services.exchange.publish(outputs.where(start, f"adapter/{name}"), data)
+    await outputs.publish_evaluations(services, folder, steps)
+    trained = await many.each(range(steps), lambda step: _trained(services, folder, step))
     evaluated = (await outputs.evaluations(store, start)).values()
     size = sum(part.size for part in index.parts if part.name in _FILES)
     await sample_usage.after_all(store, folder, trained[-1])
-    told = bill(folder, [*trained, *evaluated], lines.device_s, size, place.clock())
-    await outputs.publish_bill(place, folder, told)
-    if not await control.change(store, start, "completed", "", place.clock()):
+    total = bill(folder, [*trained, *evaluated], clients.device_s, size, services.clock())
+    await outputs.publish_bill(services, folder, total)
+    if not await control.change(store, start, "completed", "", services.clock()):
         raise Stopped
     for checkpoint in await checkpoints.listed(start.tenant, within=f"{start.run}/sampler_weights/step-"):
         await checkpoints.delete(TinkerPath.parse(checkpoint.path), start.tenant)
-    took_s = round(place.clock() - folder.started.started_at)
+    took_s = round(services.clock() - folder.started.started_at)
     log.info("job completed", job=str(start), steps=steps, took_s=took_s, adapter=str(adapter))
-    finish = Finish(reason="success", detail="the job is completed", finished_at=place.clock())
+    finish = Finish(reason="success", detail="the job is completed", finished_at=services.clock())
     await Sessions(store).finish(start.session, finish)
     await store.delete(start.working)
-    await outputs.publish_status(place, folder.started)
+    await outputs.publish_status(services, folder.started)
 
 
-async def _trained(place: JobServices, folder: Folder, step: int) -> Trained:
-    found = await read(place.store, folder.start.trained(step), Trained)
-    if found is None:
+async def _trained(services: JobServices, folder: Folder, step: int) -> Trained:
+    record = await read(services.store, folder.start.trained(step), Trained)
+    if record is None:
         raise Corrupt(f"object {folder.start.trained(step)} is missing")
-    return found
+    return record

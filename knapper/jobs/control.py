@@ -1,8 +1,8 @@
-"""What becomes of a job: versions of one small record, of which the highest wins. Without any, the job runs.
+"""The state of a job: versions of one small record, of which the highest wins. Without any, the job runs.
 
 running -> cancelled | failed | completed;  cancelled -> running;  failed -> running;  all but running -> deleted
 
-Of a deleted job this record stays: whoever still works on it, or finds its files once more, sees that.
+A deleted job keeps this record, so that a process that still works on it, or finds its files again, sees that.
 """
 
 from knapper.errors import UserError
@@ -24,7 +24,7 @@ _RUNNING = Control(state="running", reason="", at=0.0)
 
 
 async def now(store: Store, start: Start) -> Control:
-    """What the job is at this moment."""
+    """The job's state at this moment."""
     return (await _newest(store, start))[1]
 
 
@@ -33,7 +33,7 @@ async def runs(store: Store, start: Start) -> bool:
 
 
 async def change(store: Store, start: Start, state: State, reason: str, at: float) -> bool:
-    """True once it is in this state; False if another change that excludes this one came first."""
+    """True once the job is in this state; False if an earlier change excludes it."""
     while True:
         n, newest = await _newest(store, start)
         if newest.state == state:
@@ -46,9 +46,9 @@ async def change(store: Store, start: Start, state: State, reason: str, at: floa
 
 
 async def note(store: Store, start: Start, reason: str, at: float) -> bool:
-    """Say why the job, which runs, does not move; empty: it does. True if that is news.
+    """Record why a running job makes no progress; empty: it does. True if that changed.
 
-    Of one that does not run nothing is noted.
+    Does nothing for a job that does not run.
     """
     n, newest = await _newest(store, start)
     if newest.state != "running" or newest.reason == reason:
@@ -59,7 +59,7 @@ async def note(store: Store, start: Start, reason: str, at: float) -> bool:
 
 
 async def ask(store: Store, start: Start, state: State, reason: str, at: float) -> None:
-    """Raises UserError if the job cannot come into this state."""
+    """Change the state. Raises UserError if the job cannot enter it."""
     if not await change(store, start, state, reason, at):
         is_now = (await now(store, start)).state
         verb = {"cancelled": "cancelled", "running": "resumed"}.get(state, state)

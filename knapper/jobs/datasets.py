@@ -1,4 +1,4 @@
-"""Data files: JSON Lines, each row checked, whatever is wrong named with its line. No tokenizer is needed for that."""
+"""Data files: JSON Lines with every row checked, and errors with their line. Needs no tokenizer."""
 
 import codecs
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ def rl(name: str, data: bytes) -> list[RlRow]:
 
 
 def sft(name: str, data: bytes, loss_on: str | Sequence[str]) -> list[SftRow]:
-    """`loss_on`: roles are for chats, so that a row without roles is an error then. Raises JobError."""
+    """`loss_on`: if it names roles, a row without roles is an error. Raises JobError."""
     rows: list[SftRow] = []
     for line, row in _read("sft", name, data):
         rows.append(row)
@@ -43,7 +43,7 @@ def dpo(name: str, data: bytes) -> list[PairRow]:
 
 
 def rows(job: AnyJob, name: str, data: bytes) -> Sequence[Row]:
-    """Of a data file of this job, `data` or `evaluate.data`. Raises JobError."""
+    """The rows of a data file of this job, `data` or `evaluate.data`. Raises JobError."""
     match job:
         case RlJob():
             return rl(name, data)
@@ -60,15 +60,15 @@ def line_of(name: str, data: bytes, row: int) -> int:
 
 def _lines(name: str, data: bytes) -> Iterator[tuple[int, bytes]]:
     """(number from 1, bytes) of each line that is not empty."""
-    found = 0
+    count = 0
     for number, text in enumerate(data.split(b"\n"), 1):
-        text = text.removeprefix(codecs.BOM_UTF8)  # before any line: files with such a mark are joined, too
+        text = text.removeprefix(codecs.BOM_UTF8)  # of any line: files with such a mark get concatenated, too
         if text.strip():
-            found += 1
-            if found > limits.job_rows_max:
-                raise JobError(number, "its number of rows", found, f"at most {limits.job_rows_max}", file=name)
+            count += 1
+            if count > limits.job_rows_max:
+                raise JobError(number, "its number of rows", count, f"at most {limits.job_rows_max}", file=name)
             yield number, text
-    if not found:
+    if not count:
         raise JobError(1, "its content", "empty", "a row of JSON in each line", file=name)
 
 

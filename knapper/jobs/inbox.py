@@ -1,7 +1,7 @@
-"""The beginning of a job: files that somebody put into the inbox, in any order, become one start, exactly once.
+"""The beginning of a job: files uploaded into the inbox, in any order, become one start, exactly once.
 
-Every upload makes somebody look. What is complete and right is copied into the store, as it is at this moment, and the
-record `started` is written last. What is wrong is said beside job.yaml, and looked at again with the next upload.
+Every upload leads to a look. A complete and valid folder is copied into the store as it is at this moment, and the
+record `started` is written last. An error is reported beside job.yaml, and the next upload leads to another look.
 """
 
 import asyncio
@@ -33,117 +33,119 @@ from knapper.state.model_record import slug
 log = structlog.get_logger()
 
 
-async def look(place: JobServices, tenant: Tenant, job: str) -> Start | None:
+async def look(services: JobServices, tenant: Tenant, job: str) -> Start | None:
     """Start the job of this folder if everything is there, and this content was not started before; return the start.
 
-    The caller rings `dev.knapper.job.started` for it; `revive` does if that gets lost. Safe to call at any time, by
+    The caller posts `dev.knapper.job.started` for it; `revive` repeats it if it gets lost. Safe to call at any time, by
     any number of processes at once.
     """
     names.job(job)
-    # First: what is current later was not awaited before.
-    awaited = await place.store.list(ObjectKind.JOB_EXPECTED.under(tenant, job))
-    seen = await _look(place, tenant, job)
-    for name in awaited:  # by a job.yaml that another took the place of, or nobody; or everything has come
+    # First, so that a start that becomes current later was not awaited before.
+    awaited = await services.store.list(ObjectKind.JOB_EXPECTED.under(tenant, job))
+    seen = await _look(services, tenant, job)
+    for name in awaited:  # of a replaced job.yaml, or all its files have arrived
         if seen.awaits is None or name != seen.awaits.expected:
-            await place.store.delete(name)
+            await services.store.delete(name)
     return seen.begun
 
 
-async def again(place: JobServices, tenant: Tenant, job: str) -> Start | None:
-    """Start the folder's content once more, although it was started before and nothing changed.
+async def again(services: JobServices, tenant: Tenant, job: str) -> Start | None:
+    """Start the folder's content once more, although nothing changed since it was started.
 
-    None if it cannot be started, as `look` has it. Raises InvalidField while it runs.
+    None if it cannot be started, as with `look`. Raises InvalidField while it runs.
     """
-    whole = await _whole(place, tenant, names.job(job))
-    start = None if whole is None else await upload.current(place.store, whole.content)
-    if whole is not None and start is not None and await place.store.get(start.started) is not None:
-        if await control.runs(place.store, start):
+    whole = await _whole(services, tenant, names.job(job))
+    start = None if whole is None else await upload.current(services.store, whole.content)
+    if whole is not None and start is not None and await services.store.get(start.started) is not None:
+        if await control.runs(services.store, start):
             raise InvalidField("again", True, "for a job that has ended", "It runs; cancel it first")
-        await upload.repeat(place.store, whole.content)
-    return await look(place, tenant, job)
+        await upload.repeat(services.store, whole.content)
+    return await look(services, tenant, job)
 
 
-async def was_started(place: JobServices, tenant: Tenant, job: str, yaml: bytes, sha256s: Mapping[str, str]) -> bool:
-    """Whether a job of just this job.yaml and these files was started, under this name."""
+async def was_started(services: JobServices, tenant: Tenant, job: str, yaml: bytes, sha256s: Mapping[str, str]) -> bool:
+    """Whether a job of exactly this job.yaml and these files was started under this name."""
     try:
         parsed = spec.parse(yaml)
     except UserError:
         return False
     sent = Content(tenant, job, yaml, {name: sha256s[name] for name in parsed.job.files if name in sha256s})
-    return await place.store.get((await upload.current(place.store, sent)).started) is not None
+    return await services.store.get((await upload.current(services.store, sent)).started) is not None
 
 
-async def _whole(place: JobServices, tenant: Tenant, job: str) -> Upload | None:
-    """What lies in the folder; None if nobody can tell what belongs to it."""
+async def _whole(services: JobServices, tenant: Tenant, job: str) -> Upload | None:
+    """The folder's content; None if there is no valid job.yaml."""
     try:
-        found = await upload.job_yaml(place, tenant, job)
-        return None if found is None else await upload.read_files(place, tenant, job, found, spec.parse(found.data))
+        job_yaml = await upload.job_yaml(services, tenant, job)
+        if job_yaml is None:
+            return None
+        return await upload.read_files(services, tenant, job, job_yaml, spec.parse(job_yaml.data))
     except UserError:
         return None
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """`begun`: by this look. `awaits`: what stands for a job.yaml whose files are not all there."""
+    """`begun`: the start made by this look. `awaits`: the placeholder of a job.yaml whose files are incomplete."""
 
     begun: Start | None = None
     awaits: Start | None = None
 
 
-async def _look(place: JobServices, tenant: Tenant, job: str) -> _Seen:
+async def _look(services: JobServices, tenant: Tenant, job: str) -> _Seen:
     try:
-        found = await upload.job_yaml(place, tenant, job)
-    except TooLarge as error:  # all that are too large share one start that never is
-        await _refuse(place, Start.of(tenant, job, "too large"), _as_job_error(error))
+        job_yaml = await upload.job_yaml(services, tenant, job)
+    except TooLarge as error:  # all oversized ones share one start, which never begins
+        await _refuse(services, Start.of(tenant, job, "too large"), _as_job_error(error))
         return _Seen()
-    if found is None:
+    if job_yaml is None:
         return _Seen()
-    start, parsed = upload.of_job_yaml(tenant, job, found.data), None
+    start, parsed = upload.of_job_yaml(tenant, job, job_yaml.data), None
     try:
-        parsed = spec.parse(found.data)
-        whole = await upload.read_files(place, tenant, job, found, parsed)
+        parsed = spec.parse(job_yaml.data)
+        whole = await upload.read_files(services, tenant, job, job_yaml, parsed)
         missing = [name for name in parsed.job.files if name not in whole.files]
         if missing:
-            return _Seen(awaits=start if await _wait(place, start, parsed, missing) else None)
-        start = await upload.current(place.store, whole.content)
-        if (await control.now(place.store, start)).state == "deleted":
-            start = await upload.repeat(place.store, whole.content)
-        elif await place.store.get(start.started) is not None:
-            if not await _was_replaced(place, start, whole):
-                await _make_current(place, start)
+            return _Seen(awaits=start if await _wait(services, start, parsed, missing) else None)
+        start = await upload.current(services.store, whole.content)
+        if (await control.now(services.store, start)).state == "deleted":
+            start = await upload.repeat(services.store, whole.content)
+        elif await services.store.get(start.started) is not None:
+            if not await _was_replaced(services, start, whole):
+                await _make_current(services, start)
                 return _Seen()
-            start = await upload.repeat(place.store, whole.content)
-        started = await _checked(place, start, parsed, whole)
+            start = await upload.repeat(services.store, whole.content)
+        started = await _checked(services, start, parsed, whole)
     except UserError as error:
-        await _refuse(place, start, parsed.wrong(error) if parsed is not None else _as_job_error(error))
+        await _refuse(services, start, parsed.wrong(error) if parsed is not None else _as_job_error(error))
         return _Seen()
-    return _Seen(begun=start if await _begin(place, start, started, whole) else None)
+    return _Seen(begun=start if await _begin(services, start, started, whole) else None)
 
 
-async def _was_replaced(place: JobServices, start: Start, whole: Upload) -> bool:
-    """Whether other content ended this start, and this one has come back since.
+async def _was_replaced(services: JobServices, start: Start, whole: Upload) -> bool:
+    """Whether other content ended this start, and this content has come back since.
 
-    What lies there is read once more: the look that found it may have begun before the other content came.
+    The folder is read once more: the look that read it may have begun before the other content came.
     """
-    now = await control.now(place.store, start)
+    now = await control.now(services.store, start)
     if now.state != "cancelled" or not now.reason.startswith(control.REPLACED):
         return False
-    there = await _whole(place, start.tenant, start.job)
-    if there is None or there.job_yaml.data != whole.job_yaml.data:
+    current = await _whole(services, start.tenant, start.job)
+    if current is None or current.job_yaml.data != whole.job_yaml.data:
         return False
-    return there.content.sha256s == whole.content.sha256s
+    return current.content.sha256s == whole.content.sha256s
 
 
-async def _make_current(place: JobServices, start: Start) -> None:
-    """What lies in the folder is this start again, after something that was refused: people see it, and no error."""
-    listed = await place.store.list(ObjectKind.TENANT_START.under(start.tenant, start.job))
+async def _make_current(services: JobServices, start: Start) -> None:
+    """The folder holds this start again, after a refused one: list it, and remove the error."""
+    listed = await services.store.list(ObjectKind.TENANT_START.under(start.tenant, start.job))
     if listed and not listed[-1].endswith(f"/{start.id}"):
-        await _list_now(place, start)
-        await place.exchange.remove(f"{layout.inbox(start.tenant, start.job)}{names.JOB_ERROR}")
+        await _list_now(services, start)
+        await services.exchange.remove(f"{layout.inbox(start.tenant, start.job)}{names.JOB_ERROR}")
 
 
-async def _checked(place: JobServices, start: Start, parsed: Parsed, whole: Upload) -> Started:
-    """The record of the start. Raises UserError for whatever can be found wrong before it."""
+async def _checked(services: JobServices, start: Start, parsed: Parsed, whole: Upload) -> Started:
+    """The record of the start. Raises UserError for every error that can be found before it."""
     files = {name: blob.data for name, blob in whole.files.items()}
     job = parsed.job
     rows = await asyncio.to_thread(datasets.rows, job, job.data, files[job.data])
@@ -155,13 +157,13 @@ async def _checked(place: JobServices, start: Start, parsed: Parsed, whole: Uplo
         await asyncio.to_thread(_check_answers, reward, job.data, files[job.data], rows)
         if job.evaluate is not None:
             await asyncio.to_thread(_check_answers, reward, job.evaluate.data, files[job.evaluate.data], held_out)
-    model = await _model(place, job.base_model)
+    model = await _model(services, job.base_model)
     return Started(
         tenant=start.tenant, job=start.job, start=start.id, generation=whole.job_yaml.generation,
         generations=whole.generations, spec_json=spec.encode(job), job_yaml=whole.job_yaml.data,
         files=dict(whole.content.sha256s),
         files_bytes=sum(map(len, files.values())), base_model=model, model=slug(model), rows=len(rows),
-        held_out=len(held_out), started_at=place.clock(),
+        held_out=len(held_out), started_at=services.clock(),
     )  # fmt: skip
 
 
@@ -174,7 +176,7 @@ def _reward(job: RlJob, files: Mapping[str, bytes]) -> Reward:
 
 
 def _check_answers(reward: Reward, name: str, data: bytes, rows: Sequence[Row]) -> None:
-    """Raises JobError for the first row whose answer a term can compare nothing with."""
+    """Raises JobError for the first row whose answer a reward term cannot use."""
     for n, row in enumerate(rows):
         assert isinstance(row, RlRow), "the job is one of rl"
         for term in reward.terms.values():
@@ -185,9 +187,9 @@ def _check_answers(reward: Reward, name: str, data: bytes, rows: Sequence[Row]) 
                 raise JobError(line, "answer", row.answer, "", file=name, message=str(error)) from error
 
 
-async def _model(place: JobServices, asked: str | None) -> str:
+async def _model(services: JobServices, asked: str | None) -> str:
     """The served name. Raises InvalidField."""
-    served = [model for model in await Catalogue(place.store).models() if model.trainable and model.sampleable]
+    served = [model for model in await Catalogue(services.store).models() if model.trainable and model.sampleable]
     if asked is None and len(served) == 1:
         return served[0].name
     for model in served:
@@ -197,68 +199,68 @@ async def _model(place: JobServices, asked: str | None) -> str:
     raise InvalidField("base_model", asked, shown)
 
 
-async def _begin(place: JobServices, start: Start, started: Started, whole: Upload) -> bool:
-    store = place.store
+async def _begin(services: JobServices, start: Start, started: Started, whole: Upload) -> bool:
+    store = services.store
     for name, blob in whole.files.items():
         await store.put_if_absent(start.content(started.files[name]), blob.data)
-    await _list(place, start)
+    await _list(services, start)
     await store.put_if_absent(start.working, b"")
-    await _end_earlier(place, start)
+    await _end_earlier(services, start)
     won = await store.put_if_absent(start.started, encode(started))
-    await store.put_if_absent(start.working, b"")  # again: `revive` clears away what never started
+    await store.put_if_absent(start.working, b"")  # again: `revive` removes those that never started
     if not won:
         return False
-    await place.exchange.remove(f"{layout.inbox(start.tenant, start.job)}{names.JOB_ERROR}")
+    await services.exchange.remove(f"{layout.inbox(start.tenant, start.job)}{names.JOB_ERROR}")
     job = spec.decode(started.spec_json)
     log.info("job started", job=str(start), kind=job.kind, rows=started.rows, adapts=",".join(job.lora.adapts))
-    await outputs.publish_status(place, started)
+    await outputs.publish_status(services, started)
     return True
 
 
-async def _end_earlier(place: JobServices, start: Start) -> None:
-    """Earlier starts of the same job would write over each other's results."""
-    for name in await place.store.list(ObjectKind.JOB_WORKING.under(start.tenant, start.job)):
+async def _end_earlier(services: JobServices, start: Start) -> None:
+    """End earlier starts of the job: they would overwrite each other's results."""
+    for name in await services.store.list(ObjectKind.JOB_WORKING.under(start.tenant, start.job)):
         other = Start(start.tenant, start.job, name.rpartition("/")[2])
-        if other != start and await place.store.get(other.started) is not None:
+        if other != start and await services.store.get(other.started) is not None:
             reason = f"{control.REPLACED}: start {start.id} took its place"
-            if await control.change(place.store, other, "cancelled", reason, place.clock()):
-                await place.store.delete(other.working)
+            if await control.change(services.store, other, "cancelled", reason, services.clock()):
+                await services.store.delete(other.working)
 
 
-async def _list(place: JobServices, start: Start) -> None:
-    """Into the tenant's lists: once, or once more if somebody dies here, which changes nothing."""
-    if await place.store.get(start.listed) is None:
-        await _list_now(place, start)
-        await place.store.put_if_absent(start.listed, b"")
+async def _list(services: JobServices, start: Start) -> None:
+    """Add to the tenant's lists: once, or twice after a crash here, which changes nothing."""
+    if await services.store.get(start.listed) is None:
+        await _list_now(services, start)
+        await services.store.put_if_absent(start.listed, b"")
 
 
-async def _list_now(place: JobServices, start: Start) -> None:
-    at = int(place.clock() * 1e6)
-    await place.store.put_if_absent(ObjectKind.TENANT_START.key(start.tenant, start.job, at, start.id), b"")
-    await place.store.put_if_absent(ObjectKind.TENANT_JOB.key(start.tenant, at, start.job, start.id), b"")
+async def _list_now(services: JobServices, start: Start) -> None:
+    at = int(services.clock() * 1e6)
+    await services.store.put_if_absent(ObjectKind.TENANT_START.key(start.tenant, start.job, at, start.id), b"")
+    await services.store.put_if_absent(ObjectKind.TENANT_JOB.key(start.tenant, at, start.job, start.id), b"")
 
 
-async def _wait(place: JobServices, start: Start, parsed: Parsed, missing: list[str]) -> bool:
-    """Files may come in any order. False once they took too long, which is said: then only uploads lead to a look."""
-    now = place.clock()
-    await _list(place, start)
-    waiting = await read(place.store, start.waiting, Waiting)
-    if waiting is None:  # nothing is written by those who look again
+async def _wait(services: JobServices, start: Start, parsed: Parsed, missing: list[str]) -> bool:
+    """Wait for files, which may come in any order. False after too long: refuse, and wait for another upload."""
+    now = services.clock()
+    await _list(services, start)
+    waiting = await read(services.store, start.waiting, Waiting)
+    if waiting is None:  # later looks write nothing
         waiting = Waiting(since=now)
-        await place.store.put_if_absent(start.expected, b"")
-        await place.store.put_if_absent(start.waiting, encode(waiting))
+        await services.store.put_if_absent(start.expected, b"")
+        await services.store.put_if_absent(start.waiting, encode(waiting))
         log.info("job waits for files", job=str(start), missing=missing)
     if now - waiting.since < limits.job_missing_s:
         return True
     field = next(field for field, name in _fields(parsed) if name in missing)
     todo = f"Upload {', '.join(missing)} beside job.yaml: the job starts as soon as all are there"
     allowed = f"a file that is there within {limits.job_missing_s / 60:.0f} minutes"
-    await _refuse(place, start, parsed.wrong(InvalidField(field, missing[0], allowed, todo)))
+    await _refuse(services, start, parsed.wrong(InvalidField(field, missing[0], allowed, todo)))
     return False
 
 
 def _fields(parsed: Parsed) -> list[tuple[str, str]]:
-    """(field, file) of all that job.yaml names."""
+    """(field, file) of every file that job.yaml names."""
     job = parsed.job
     fields = [("data", job.data)]
     if job.evaluate is not None:
@@ -266,38 +268,38 @@ def _fields(parsed: Parsed) -> list[tuple[str, str]]:
     return fields + [("reward", name) for name in job.files if name not in {file for _, file in fields}]
 
 
-async def _refuse(place: JobServices, start: Start, error: JobError) -> None:
-    """Say what is wrong: beside job.yaml, in the list of jobs, in the log."""
-    await _list(place, start)
+async def _refuse(services: JobServices, start: Start, error: JobError) -> None:
+    """Report the error beside job.yaml, in the list of jobs and in the log."""
+    await _list(services, start)
     report = error.report()
-    listed = await place.store.list(start.refusals)
-    newest = await read(place.store, listed[-1], Refusal) if listed else None
+    listed = await services.store.list(start.refusals)
+    newest = await read(services.store, listed[-1], Refusal) if listed else None
     if newest is None or newest.report != report:
         n = last_number(listed[-1]) if listed else 0
-        refusal = Refusal(report=report, at=place.clock())
-        await place.store.put_if_absent(f"{start.refusals}{number(n + 1)}", encode(refusal))
+        refusal = Refusal(report=report, at=services.clock())
+        await services.store.put_if_absent(f"{start.refusals}{number(n + 1)}", encode(refusal))
         log.error("job refused", job=str(start), reason=str(error))
     data = msgspec.json.format(msgspec.json.encode(report)) + b"\n"
     beside = f"{layout.inbox(start.tenant, start.job)}{names.JOB_ERROR}"
-    if not await _lies_there(place, beside, data):
-        await place.exchange.publish(beside, data)
+    if not await _is_published(services, beside, data):
+        await services.exchange.publish(beside, data)
 
 
-async def _lies_there(place: JobServices, name: str, data: bytes) -> bool:
+async def _is_published(services: JobServices, name: str, data: bytes) -> bool:
     try:
-        found = await place.exchange.read(name, len(data))
+        blob = await services.exchange.read(name, len(data))
     except TooLarge:
         return False
-    return found is not None and found.data == data
+    return blob is not None and blob.data == data
 
 
 def _as_job_error(error: UserError) -> JobError:
     return error if isinstance(error, JobError) else JobError(1, "job.yaml", None, "", message=str(error))
 
 
-async def started(place: JobServices, start: Start) -> Started:
+async def started(services: JobServices, start: Start) -> Started:
     """Raises NotFound."""
-    found = await read(place.store, start.started, Started)
-    if found is None:
+    record = await read(services.store, start.started, Started)
+    if record is None:
         raise NotFound(f"job {start} was not started; put job.yaml and its files into {start.tenant}'s inbox")
-    return found
+    return record

@@ -1,4 +1,4 @@
-"""Jobs as this process has read them: the record of the start, and the files that were copied with it."""
+"""Jobs as this process has read them: the record of the start, and the files copied with it."""
 
 import asyncio
 import hashlib
@@ -15,7 +15,7 @@ from knapper.state.job_records import Started, read
 from knapper.store import Store
 from knapper.store.cache import LruCache
 
-_KEPT_MAX = 8
+_CACHED_MAX = 8
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Folder:
 
 
 class Folders:
-    """The most recently used ones."""
+    """A cache of the most recently used folders."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._kept: LruCache[Start, Folder] = LruCache(_KEPT_MAX)
+        self._cached: LruCache[Start, Folder] = LruCache(_CACHED_MAX)
 
     async def read(self, start: Start) -> Folder:
         """Raises NotFound for a job that was never started, Corrupt if its files are not what its record says."""
-        return await self._kept.get_once(start, lambda: _read(self._store, start))
+        return await self._cached.get_once(start, lambda: _read(self._store, start))
 
 
 async def _read(store: Store, start: Start) -> Folder:
@@ -57,7 +57,9 @@ async def _read(store: Store, start: Start) -> Folder:
         if data is None:
             raise damaged(start.content(sha256), f"it is missing, and was {name} of job {start}")
         if await asyncio.to_thread(_sha256, data) != sha256:
-            raise damaged(start.content(sha256), f"its {len(data)} bytes are others than {name} of job {start} had")
+            raise damaged(
+                start.content(sha256), f"its {len(data)} bytes differ from those that {name} of job {start} had"
+            )
         files[name] = data
     rows = await asyncio.to_thread(datasets.rows, job, job.data, files.pop(job.data))
     held_out: Sequence[Row] = []

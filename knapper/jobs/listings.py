@@ -1,4 +1,4 @@
-"""What there is to tell about jobs: lists, and single ones, from the records in the store."""
+"""Lists and descriptions of jobs, from the records in the store."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,13 +24,12 @@ from knapper.state.journal import envelope
 from knapper.state.layout import ObjectKind
 from knapper.store import Store, many
 
-_METRICS_MAX = 1000  # lines that one answer has
 _BILL_BYTES_MAX = 64 * 1024
 
 
 @dataclass(frozen=True)
 class JobListing:
-    """A start that was ever looked at."""
+    """A start that a look has found, whether it began or not."""
 
     start: Start
     at: float
@@ -38,13 +37,13 @@ class JobListing:
 
 async def listed(store: Store, tenant: Tenant) -> list[JobListing]:
     """The newest start of each job, newest first."""
-    found = damage.parsed(await store.list(ObjectKind.TENANT_JOB.under(tenant)), _listed)
-    newest = {each.start.job: each for each in found}  # in order of time: the last one stays
-    return sorted(newest.values(), key=lambda each: each.at, reverse=True)
+    listings = damage.parsed(await store.list(ObjectKind.TENANT_JOB.under(tenant)), _listed)
+    newest = {listing.start.job: listing for listing in listings}  # in order of time: the last one stays
+    return sorted(newest.values(), key=lambda listing: listing.at, reverse=True)
 
 
 def _listed(key: str) -> JobListing:
-    """Raises ValueError for a key that is none of ours."""
+    """Raises ValueError for a malformed key."""
     tenant, at_us, job, start = ObjectKind.TENANT_JOB.parse(key)
     return JobListing(Start(Tenant(tenant), job, start), int(at_us) / 1e6)
 
@@ -54,126 +53,126 @@ async def newest(store: Store, tenant: Tenant, job: str) -> JobListing:
     if starts := await store.list(ObjectKind.TENANT_START.under(tenant, names.job(job))):
         _, _, at_us, start = ObjectKind.TENANT_START.parse(starts[-1])
         return JobListing(Start(tenant, job, start), int(at_us) / 1e6)
-    # One from before there were such names, or none.
-    for each in await listed(store, tenant):
-        if each.start.job == job:
-            return each
+    # Starts of earlier versions are in the tenant's list only.
+    for listing in await listed(store, tenant):
+        if listing.start.job == job:
+            return listing
     raise NotFound(f"job {job!r} does not exist; `knapper jobs` lists those that do")
 
 
 async def briefs(store: Store, chosen: list[JobListing]) -> list[dict[str, Any]]:
-    """A line each, in their order."""
-    return await many.each(chosen, lambda each: _line(store, each))
+    """One line for each, in their order."""
+    return await many.each(chosen, lambda listing: _line(store, listing))
 
 
-async def whole(place: JobServices, tenant: Tenant, job: str, after: int, present: Present) -> dict[str, Any]:
-    """Everything about one job; its metrics from the step behind `after` on, a thousand at most. Raises NotFound.
+async def whole(services: JobServices, tenant: Tenant, job: str, after: int, present: Present) -> dict[str, Any]:
+    """Everything about one job; its metrics from the step after `after` on, a thousand at most. Raises NotFound.
 
     `present`: whether the functions' processes run.
     """
-    found = await newest(place.store, tenant, job)
-    start, told = found.start, await _line(place.store, found)
+    listing = await newest(services.store, tenant, job)
+    start, fields = listing.start, await _line(services.store, listing)
     trained = await damage.readable(
-        range(after, min(told["step"], after + _METRICS_MAX)),
-        lambda step: read(place.store, start.trained(step), Trained),
+        range(after, min(fields["step"], after + limits.job_metrics_listed_max)),
+        lambda step: read(services.store, start.trained(step), Trained),
     )
-    lines = [(after + n, each) for n, each in enumerate(trained, 1) if each is not None]
-    told["metrics"] = [outputs.metrics_line(step, each) for step, each in lines]
-    started = await damage.unless(read(place.store, start.started, Started), None)
+    lines = [(after + n, step) for n, step in enumerate(trained, 1) if step is not None]
+    fields["metrics"] = [outputs.metrics_line(n, step) for n, step in lines]
+    started = await damage.unless(read(services.store, start.started, Started), None)
     if started is None:
-        return told
-    evaluations = await outputs.evaluations(place.store, start)
-    last = told["steps"] if told["steps"] is not None else -1
-    told |= {
+        return fields
+    evaluations = await outputs.evaluations(services.store, start)
+    last = fields["steps"] if fields["steps"] is not None else -1
+    fields |= {
         "base_model": started.base_model,
         "adapts": decode(started.spec_json).lora.adapts,
         "run": start.run,
         "evaluation": outputs.evaluation(evaluations, last) if evaluations else None,
         "outputs": layout.outputs(tenant, job),
         "job_yaml": started.job_yaml.decode(),
-        **await damage.unless(_course(place, start, started, evaluations, present), {}),
+        **await damage.unless(_timing(services, start, started, evaluations, present), {}),
     }
-    if told["state"] == "completed":
-        told["checkpoint"] = str(TinkerPath(start.run, "sampler_weights", FINAL))
-        told["bill"] = await damage.unless(_bill(place, start), None)
-    return told
+    if fields["state"] == "completed":
+        fields["checkpoint"] = str(TinkerPath(start.run, "sampler_weights", FINAL))
+        fields["bill"] = await damage.unless(_bill(services, start), None)
+    return fields
 
 
-async def _course(
-    place: JobServices, start: Start, started: Started, evaluated: Mapping[int, Evaluated], present: Present
+async def _timing(
+    services: JobServices, start: Start, started: Started, evaluated: Mapping[int, Evaluated], present: Present
 ) -> dict[str, Any]:
-    """When it started and ended, or what it is doing, and when that may end. Seconds are of this machine's clock."""
-    store, clock = place.store, place.clock()
+    """When the job started and ended, or its activity and when it may end, by this machine's clock."""
+    store, clock = services.store, services.clock()
     control_now = await control.now(store, start)
     ended = control_now.state != "running"
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "started_at": iso(started.started_at),
         "ended_at": iso(control_now.at) if ended else None,
         "elapsed_seconds": round((control_now.at if ended else clock) - started.started_at, 3),
         "activity": None, "seconds_left": None, "ends_at": None,
     }  # fmt: skip
     if ended:
-        return told
+        return fields
     job = decode(started.spec_json)
     outline = Outline(start, job, started.held_out)
     now = await ProgressReader(store).look(outline, job.steps if job.steps is not None else limits.job_steps_max)
     numbers = range(max(0, now.trained - activity.RECENT), now.trained)
-    recent = [each for n in numbers if (each := await read(store, start.trained(n), Trained)) is not None]
+    recent = [step for n in numbers if (step := await read(store, start.trained(n), Trained)) is not None]
     steps = recent[-1].steps if recent else job.steps
     done_at = [each.ended_at for each in recent] + [each.ended_at for each in evaluated.values()]
     moved_at = max([started.started_at, control_now.at, *done_at])
-    if control_now.reason:  # it cannot go on, and that says why
-        doing = Activity("waiting", control_now.at)
+    if control_now.reason:  # it is stalled, for this reason
+        current = Activity("waiting", control_now.at)
     else:
-        doing = await activity.activity(store, outline, now, steps or limits.job_steps_max, moved_at, present)
-    spent_s = max(0.0, clock - doing.since)
-    told["activity"] = {**doing.told(), "seconds": round(spent_s, 3)}
-    worked_s = 0.0 if doing.phase in activity.IDLE else spent_s
+        current = await activity.activity(store, outline, now, steps or limits.job_steps_max, moved_at, present)
+    spent_s = max(0.0, clock - current.since)
+    fields["activity"] = {**current.told(), "seconds": round(spent_s, 3)}
+    worked_s = 0.0 if current.phase in activity.IDLE else spent_s
     if steps is not None:
         left_s = activity.seconds_left(job, recent, evaluated, now.trained, steps, worked_s)
         if left_s is not None:
-            told |= {"seconds_left": round(left_s, 3), "ends_at": iso(clock + left_s)}
-    return told
+            fields |= {"seconds_left": round(left_s, 3), "ends_at": iso(clock + left_s)}
+    return fields
 
 
-async def _line(store: Store, found: JobListing) -> dict[str, Any]:
-    """Of a job with a damaged record it says that."""
+async def _line(store: Store, listing: JobListing) -> dict[str, Any]:
+    """The job's line; for a damaged record, one that says so."""
     try:
-        return await _brief(store, found)
+        return await _brief(store, listing)
     except damage.ERRORS as error:
         damage.report(error)
-        return _blank(found) | {"state": "unknown", "reason": str(error)}
+        return _blank(listing) | {"state": "unknown", "reason": str(error)}
 
 
-async def _brief(store: Store, found: JobListing) -> dict[str, Any]:
-    start, told = found.start, _blank(found)
+async def _brief(store: Store, listing: JobListing) -> dict[str, Any]:
+    start, fields = listing.start, _blank(listing)
     started = await read(store, start.started, Started)
     if started is None:
-        return told | await _unstarted(store, start)
+        return fields | await _unstarted(store, start)
     job, now = decode(started.spec_json), await control.now(store, start)
     step = await newest_step(store, start)
     last = await damage.unless(read(store, start.trained(step - 1), Trained), None) if step else None
     kind: Kind = job.kind
     steps = job.steps if isinstance(job, RlJob) or job.steps is not None else None if last is None else last.steps
-    return told | {"kind": kind, "state": now.state, "reason": now.reason, "step": step, "steps": steps}
+    return fields | {"kind": kind, "state": now.state, "reason": now.reason, "step": step, "steps": steps}
 
 
-async def _bill(place: JobServices, start: Start) -> object:
-    """Raises Corrupt: anybody may have written over what people are shown."""
+async def _bill(services: JobServices, start: Start) -> object:
+    """Raises Corrupt: anyone may have overwritten a published file."""
     name = outputs.where(start, "bill.json")
-    bill = await place.exchange.read(name, _BILL_BYTES_MAX)
+    bill = await services.exchange.read(name, _BILL_BYTES_MAX)
     try:
         return None if bill is None else msgspec.json.decode(bill.data)
     except envelope.UNREADABLE as error:
         raise damaged(name, f"it is not JSON: {error}") from error
 
 
-def _blank(found: JobListing) -> dict[str, Any]:
-    """Of a job that nothing is known of but that it was looked at."""
-    start = found.start
+def _blank(listing: JobListing) -> dict[str, Any]:
+    """The line of a job of which only its listing is known."""
+    start = listing.start
     return {
         "job": start.job, "start": start.id, "kind": None, "state": "waiting", "reason": "", "step": 0, "steps": None,
-        "created_at": datetime.fromtimestamp(found.at, UTC).isoformat(),
+        "created_at": datetime.fromtimestamp(listing.at, UTC).isoformat(),
     }  # fmt: skip
 
 
@@ -183,5 +182,5 @@ async def _unstarted(store: Store, start: Start) -> dict[str, Any]:
     if refused is not None:
         return {"state": "refused", "reason": str(refused.report.get("error", "")), "error": refused.report}
     if await read(store, start.waiting, Waiting) is not None:
-        return {"reason": "files that job.yaml names are not there yet"}
+        return {"reason": "files that job.yaml names have not arrived yet"}
     return {}

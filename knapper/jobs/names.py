@@ -1,4 +1,4 @@
-"""Names of jobs, and of their starts; where each lies, `knapper.state.layout` says.
+"""Names of jobs and of their starts; `knapper.state.layout` maps them to keys.
 
 A round is a step (its rollouts, their scores, trained) or the evaluation of a version of the adapter.
 """
@@ -40,7 +40,7 @@ def file(value: str) -> str:
 
 
 def is_artifact(name: str) -> bool:
-    """Whether a file that a job publishes can have this name: that of no other place."""
+    """Whether a job can publish a file under this name; no such name leaves the job's folder."""
     return _ARTIFACT.fullmatch(name) is not None
 
 
@@ -53,7 +53,7 @@ def sha256(value: str) -> str:
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a job: with any other content of job.yaml, or of a file that it names, it is another."""
+    """One start of a job: other content of job.yaml, or of a file that it names, makes another start."""
 
     tenant: Tenant
     job: str
@@ -62,12 +62,12 @@ class Start:
     @staticmethod
     def of(tenant: Tenant, job: str, content: str) -> "Start":
         """`content`: a digest of everything that the start depends on."""
-        told = f"{layout.inbox(tenant, job)}{JOB_YAML}#{content}"
-        return Start(tenant, job, hashlib.sha256(told.encode()).hexdigest()[:16])
+        content_name = f"{layout.inbox(tenant, job)}{JOB_YAML}#{content}"
+        return Start(tenant, job, hashlib.sha256(content_name.encode()).hexdigest()[:16])
 
     @staticmethod
     def parse(subject: str) -> "Start":
-        """Of an event's subject. Raises InvalidField."""
+        """Parse an event's subject. Raises InvalidField."""
         parts = subject.split("/")
         if len(parts) != 3 or not _START.fullmatch(parts[2]):
             raise InvalidField("subject", subject, "<tenant>/<job>/<start>")
@@ -82,7 +82,7 @@ class Start:
 
     @property
     def prefix(self) -> str:
-        """Of all its records, but those that index it."""
+        """The prefix of all its records except its indexes."""
         return f"{ObjectKind.JOB_STARTED.under(self.tenant, self.job)}{self.id}/"
 
     @property
@@ -91,17 +91,17 @@ class Start:
 
     @property
     def listed(self) -> str:
-        """There once the start stands in the tenant's lists."""
+        """Exists once the start is in the tenant's lists."""
         return ObjectKind.JOB_LISTED.key(*self._fields)
 
     @property
     def working(self) -> str:
-        """There while work is undone."""
+        """Exists while the start has open work."""
         return ObjectKind.JOB_WORKING.key(*self._fields)
 
     @property
     def expected(self) -> str:
-        """There while files are awaited."""
+        """Exists while the start waits for files."""
         return ObjectKind.JOB_EXPECTED.key(*self._fields)
 
     @property
@@ -110,7 +110,7 @@ class Start:
 
     @property
     def repetitions(self) -> str:
-        """The same content is to be started once more, under another id."""
+        """Marks that the same content is started once more, under another id."""
         return ObjectKind.JOB_AGAIN.under(*self._fields)
 
     @property
@@ -127,7 +127,7 @@ class Start:
         return ObjectKind.JOB_TAKEN.under(*self._fields, function)
 
     def content(self, sha256: str) -> str:
-        """Of a file as it was when the job started."""
+        """A file's content when the job started."""
         return ObjectKind.JOB_FILE.key(*self._fields, sha256)
 
     def rounds(self, kind: Round) -> str:
@@ -147,7 +147,7 @@ class Start:
 
     @property
     def session(self) -> SessionId:
-        """A session as clients have them, so that the job's run and checkpoints are like any others."""
+        """A session like a client's, so that the job's run and checkpoints are like any others."""
         return SessionId(f"ses-{hashlib.sha256(f'job:{self}'.encode()).hexdigest()[:32]}")
 
     @property
@@ -156,5 +156,5 @@ class Start:
 
     @property
     def reference(self) -> RunId:
-        """Of dpo: a run that is never trained."""
+        """dpo's reference: a run that is never trained."""
         return ids.make_run_id(self.session, 1)

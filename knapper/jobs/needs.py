@@ -1,6 +1,6 @@
-"""What a job may still ask of its runs: the answers since its newest whole step, whatever that takes.
+"""Which results a job may still need from its runs: all since its newest complete step.
 
-A job that goes on after a break sends the operations of the step that it is in again, and finds their answers.
+A job that continues after a break sends the operations of its current step again, and gets their first results.
 """
 
 from knapper.ids import RunId, Tenant
@@ -17,14 +17,14 @@ TAG = "job"  # of the sessions that jobs make
 
 
 async def of(store: Store, session: Session, run: RunId) -> Need:
-    """Of a run in this session."""
+    """The need for a run in this session."""
     if TAG not in session.tags:
         return Need()
     for name in await store.list(ObjectKind.TENANT_JOB.under(session.tenant)):
         start = Start(Tenant(session.tenant), *ObjectKind.TENANT_JOB.parse(name)[2:])
         if start.session == session.session:
             return await _of(store, start, run)
-    return Need()  # a client may give its sessions whatever tags it likes
+    return Need()  # a client may give its sessions any tags
 
 
 async def _of(store: Store, start: Start, run: RunId) -> Need:

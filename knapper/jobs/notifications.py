@@ -1,4 +1,4 @@
-"""The bells of a job: who is rung next. Each says only which job and how far; whoever hears it looks into the store."""
+"""The doorbells of a job. Each says only which job and how far it is; the receiver looks into the store."""
 
 import hashlib
 from collections.abc import Awaitable, Callable
@@ -15,41 +15,40 @@ _REMEMBERED_MAX = 4096
 
 
 class Notifier:
-    """Posts events to the Broker. What it posts is lost or doubled now and then, and nothing depends on it.
+    """Posts events to the Broker. Events may be lost or duplicated; nothing depends on one.
 
-    The same bell is not posted again within ten seconds, or a Broker that doubles events would be answered by ever more
-    of them.
+    The same doorbell is not posted again within ten seconds, or a Broker that duplicates events would cause ever more.
     """
 
     def __init__(self, post: Callable[[Event], Awaitable[object]], clock: Callable[[], float]) -> None:
         self._post = post
         self._clock = clock
-        self._rung: dict[tuple[str, str, str], float] = {}
+        self._posted_at: dict[tuple[str, str, str], float] = {}
 
     async def ring(self, event: Event, what: str, source: str, n: int, kind: Round = "steps") -> None:
-        """The bell after `event`: this round is so far, or this version of the adapter there."""
-        bell = event.next(what, source, step=n)
-        if kind == "evaluations":  # of a step of the same number there may be another
-            bell = replace(bell, id=hashlib.sha256(f"{bell.id}|{kind}".encode()).hexdigest()[:32])
+        """Post the doorbell after `event`: the round has got this far, or this version of the adapter exists."""
+        doorbell = event.next(what, source, step=n)
+        if kind == "evaluations":  # a step of the same number may have its own
+            doorbell = replace(doorbell, id=hashlib.sha256(f"{doorbell.id}|{kind}".encode()).hexdigest()[:32])
         key, now = (what, event.subject, f"{kind}/{n}"), self._clock()
-        if now - self._rung.get(key, -_QUIET_S) < _QUIET_S:
+        if now - self._posted_at.get(key, -_QUIET_S) < _QUIET_S:
             return
-        if len(self._rung) >= _REMEMBERED_MAX:
-            self._rung = {known: at for known, at in self._rung.items() if now - at < _QUIET_S}
-        self._rung[key] = now
-        await self._post(bell)
+        if len(self._posted_at) >= _REMEMBERED_MAX:
+            self._posted_at = {known: at for known, at in self._posted_at.items() if now - at < _QUIET_S}
+        self._posted_at[key] = now
+        await self._post(doorbell)
 
     async def post(self, event: Event) -> None:
-        """This very event."""
+        """Post this very event."""
         await self._post(event)
 
     async def go_on(self, event: Event) -> None:
-        """Ring the same bell again, for the rest of the work."""
+        """Post the same doorbell again, for the rest of the work."""
         await self._post(event.next(event.type, event.source, step=event.step))
 
 
 def started(record: Started) -> Event:
-    """The first bell of a job; its id is the start's, so that repetitions are told."""
+    """The first doorbell of a job; its id is the start's, so that repetitions can be recognised."""
     start = f"{record.tenant}/{record.job}/{record.start}"
     kind = decode(record.spec_json).kind
     return Event(
@@ -58,7 +57,7 @@ def started(record: Started) -> Event:
 
 
 def revived(record: Started, start: Start, what: str, step: int, when: int) -> Event:
-    """A bell that may have been lost; `when` tells one revival from the next."""
+    """A doorbell that may have been lost; `when` tells one revival from the next."""
     kind = decode(record.spec_json).kind
     event = Event(type=what, subject=str(start), id=f"revived-{start.id}-{when}", kind=kind, model=record.model)
     return event.next(what, "knapper/gateway", step=step)

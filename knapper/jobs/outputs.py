@@ -1,4 +1,4 @@
-"""What people see of a job while it runs, in the exchange: all of it derived from the store, and published again."""
+"""What a job publishes in the exchange while it runs; all of it is derived from the store, and can be republished."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from knapper.state.layout import last_number
 from knapper.store import Store
 from knapper.store.cache import LruCache
 
-_KEPT_MAX = 64
+_CACHED_MAX = 64
 
 
 def where(start: Start, name: str) -> str:
@@ -27,7 +27,7 @@ def where(start: Start, name: str) -> str:
 
 
 def metrics_line(step: int, trained: Trained) -> dict[str, Any]:
-    """`step`: counted from 1. `at`: when it was done. `wall_seconds`: since what came before it in the run was."""
+    """`step`: counted from 1. `at`: when it was done. `wall_seconds`: since the previous one was done."""
     return {
         "step": step,
         "at": iso(trained.ended_at),
@@ -38,88 +38,88 @@ def metrics_line(step: int, trained: Trained) -> dict[str, Any]:
 
 
 class Metrics:
-    """metrics.jsonl of jobs under way; what was read of them is kept, as it never changes."""
+    """metrics.jsonl of running jobs; lines are cached, as they never change."""
 
-    def __init__(self, place: JobServices) -> None:
-        self._place = place
-        self._lines: LruCache[Start, list[bytes]] = LruCache(_KEPT_MAX)
+    def __init__(self, services: JobServices) -> None:
+        self._services = services
+        self._lines: LruCache[Start, list[bytes]] = LruCache(_CACHED_MAX)
 
     async def publish(self, folder: Folder) -> None:
         if (lines := self._lines.known(folder.start)) is None:
             self._lines.keep(folder.start, lines := [])
-        while (trained := await read(self._place.store, folder.start.trained(len(lines)), Trained)) is not None:
+        while (trained := await read(self._services.store, folder.start.trained(len(lines)), Trained)) is not None:
             lines.append(msgspec.json.encode(metrics_line(len(lines) + 1, trained)) + b"\n")
-        await self._place.exchange.extend(where(folder.start, "metrics.jsonl"), b"".join(lines))
+        await self._services.exchange.extend(where(folder.start, "metrics.jsonl"), b"".join(lines))
 
     def forget(self, folder: Folder) -> None:
         self._lines.forget(folder.start)
 
 
-async def publish_rollouts(place: JobServices, folder: Folder, name: str, readable: bytes) -> None:
+async def publish_rollouts(services: JobServices, folder: Folder, name: str, readable: bytes) -> None:
     if readable:
-        await place.exchange.publish(where(folder.start, f"rollouts/{name}.jsonl"), readable)
+        await services.exchange.publish(where(folder.start, f"rollouts/{name}.jsonl"), readable)
 
 
 async def evaluations(store: Store, start: Start) -> dict[int, Evaluated]:
-    """By version, in order; without damaged ones."""
+    """By version, in order, without damaged records."""
     listed = await store.list(start.rounds("evaluations"))
 
-    async def one(name: str) -> tuple[int, Evaluated]:
+    async def read_one(name: str) -> tuple[int, Evaluated]:
         evaluated = await read(store, name, Evaluated)
         assert evaluated is not None, "it was listed, and nobody deletes it"
         return last_number(name.removesuffix("/evaluated")), evaluated
 
-    return dict(await damage.readable([name for name in listed if name.endswith("/evaluated")], one))
+    return dict(await damage.readable([name for name in listed if name.endswith("/evaluated")], read_one))
 
 
-def evaluation(found: dict[int, Evaluated], steps: int) -> dict[str, Any]:
-    """Before, after, and at the steps between."""
-    told = {version: each.metrics for version, each in found.items()}
-    between = [{"step": version, **metrics} for version, metrics in told.items() if 0 < version < steps]
-    return {"before": told.get(0), "after": told.get(steps), "during": between}
+def evaluation(evaluations: dict[int, Evaluated], steps: int) -> dict[str, Any]:
+    """Metrics before, after and at the steps between."""
+    metrics_of = {version: evaluated.metrics for version, evaluated in evaluations.items()}
+    between = [{"step": version, **metrics} for version, metrics in metrics_of.items() if 0 < version < steps]
+    return {"before": metrics_of.get(0), "after": metrics_of.get(steps), "during": between}
 
 
-async def publish_evaluations(place: JobServices, folder: Folder, steps: int) -> None:
-    found = evaluation(await evaluations(place.store, folder.start), steps)
-    await _publish_json(place, folder.start, "evaluation.json", found)
+async def publish_evaluations(services: JobServices, folder: Folder, steps: int) -> None:
+    summary = evaluation(await evaluations(services.store, folder.start), steps)
+    await _publish_json(services, folder.start, "evaluation.json", summary)
 
 
-async def publish_status(place: JobServices, started: Started) -> None:
-    """status.json; of a start that another took the place of, or that is deleted, nothing."""
+async def publish_status(services: JobServices, started: Started) -> None:
+    """Publish status.json, except for a replaced or deleted start."""
     start = Start(Tenant(started.tenant), started.job, started.start)
-    now = await control.now(place.store, start)
+    now = await control.now(services.store, start)
     while not (now.state == "deleted" or (now.state == "cancelled" and now.reason.startswith(control.REPLACED))):
-        await _publish_json(place, start, "status.json", await _status(place, start, started, now))
-        before, now = now, await control.now(place.store, start)
-        if now == before:  # else somebody's newer status may just have been written over
+        await _publish_json(services, start, "status.json", await _status(services, start, started, now))
+        before, now = now, await control.now(services.store, start)
+        if now == before:  # else a newer status may just have been overwritten
             return
 
 
-async def _status(place: JobServices, start: Start, started: Started, now: Control) -> dict[str, Any]:
-    job, at = decode(started.spec_json), place.clock()
+async def _status(services: JobServices, start: Start, started: Started, now: Control) -> dict[str, Any]:
+    job, at = decode(started.spec_json), services.clock()
     steps, most = job.steps, job.steps if job.steps is not None else limits.job_steps_max
     outline = Outline(start, job, started.held_out)
-    there = await ProgressReader(place.store).look(outline, most)
-    if there.trained and (
-        last := await damage.unless(read(place.store, start.trained(there.trained - 1), Trained), None)
+    done = await ProgressReader(services.store).look(outline, most)
+    if done.trained and (
+        last := await damage.unless(read(services.store, start.trained(done.trained - 1), Trained), None)
     ):
         steps = last.steps
-    doing: Activity | None = None
+    current: Activity | None = None
     if now.state == "running" and now.reason:
-        doing = Activity("waiting", now.at)
+        current = Activity("waiting", now.at)
     elif now.state == "running":
-        doing = await activity.activity(place.store, outline, there, steps or most, at, lambda _: None)
+        current = await activity.activity(services.store, outline, done, steps or most, at, lambda _: None)
     return {
         "job": start.job, "start": start.id, "kind": job.kind, "state": now.state, "reason": now.reason,
-        "step": there.trained, "steps": steps, "activity": doing and doing.told(), "at": iso(at),
+        "step": done.trained, "steps": steps, "activity": current and current.told(), "at": iso(at),
         "base_model": started.base_model, "run": start.run, "adapts": job.lora.adapts,
     }  # fmt: skip
 
 
-async def publish_bill(place: JobServices, folder: Folder, bill: dict[str, Any]) -> None:
-    await _publish_json(place, folder.start, "bill.json", bill)
+async def publish_bill(services: JobServices, folder: Folder, bill: dict[str, Any]) -> None:
+    await _publish_json(services, folder.start, "bill.json", bill)
 
 
-async def _publish_json(place: JobServices, start: Start, name: str, value: dict[str, Any]) -> None:
+async def _publish_json(services: JobServices, start: Start, name: str, value: dict[str, Any]) -> None:
     data = msgspec.json.format(msgspec.json.encode(value)) + b"\n"
-    await place.exchange.publish(where(start, name), data)
+    await services.exchange.publish(where(start, name), data)

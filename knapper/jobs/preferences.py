@@ -20,7 +20,7 @@ from knapper.wire.types import Float32
 
 @dataclass(frozen=True)
 class Preference:
-    """Of one pair. `weight`: of each token of the chosen completion."""
+    """The preference for one pair. `weight`: of each token of the chosen completion."""
 
     loss: float
     margin: float
@@ -33,7 +33,7 @@ class Preference:
 
 
 def preference(beta: float, chosen: tuple[float, float], rejected: tuple[float, float]) -> Preference:
-    """Each of (l, r)."""
+    """`chosen` and `rejected`: (l, r) each."""
     z = beta * ((chosen[0] - chosen[1]) - (rejected[0] - rejected[1]))
     loss = math.log1p(math.exp(-abs(z))) + max(-z, 0.0)
     weight = beta / (1.0 + math.exp(z)) if z < 0 else beta * math.exp(-z) / (1.0 + math.exp(-z))

@@ -1,4 +1,4 @@
-"""Whether a function's process runs, as far as that can be known."""
+"""Whether a function's process runs, where that is known."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Presence:
-    """Of the process that serves a function. `since`: seconds since the epoch, known of one that loads."""
+    """The state of a function's process. `since`: seconds since the epoch, known while it loads."""
 
     state: Literal["absent", "loading", "ready"]
     since: float | None = None
 
 
-Present = Callable[[str], Presence | None]  # by the function's name; None: nobody knows, as on a cluster
+Present = Callable[[str], Presence | None]  # by the function's name; None: unknown, as on a cluster

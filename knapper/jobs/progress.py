@@ -1,4 +1,4 @@
-"""How far a job is, from the names of what lies in the store; and what can be done next, and by whom.
+"""How far a job is, from the names of its objects in the store; and which work is open.
 
 Step k: its prompts are sampled, each sample is scored, then it is trained, which makes version k + 1 of the adapter.
 """
@@ -15,7 +15,7 @@ from knapper.store import Store
 
 @dataclass(frozen=True)
 class Outline:
-    """What must be known of a job to tell how far it is. `held_out`: rows that it is evaluated with."""
+    """What the progress of a job depends on. `held_out`: number of evaluation rows."""
 
     start: Start
     job: AnyJob
@@ -24,7 +24,7 @@ class Outline:
 
 @dataclass
 class RoundParts:
-    """Of one round: the prompts whose rollouts, and whose scores, are there."""
+    """One round: the prompts whose rollouts, and whose scores, exist."""
 
     rollouts: set[int] = field(default_factory=set)
     scores: set[int] = field(default_factory=set)
@@ -33,32 +33,32 @@ class RoundParts:
 
 @dataclass(frozen=True)
 class Progress:
-    """`trained`: steps that are done, which is the newest version of the adapter. Rounds from there on."""
+    """`trained`: steps done, which is the newest version of the adapter. `rounds`: from there on."""
 
     trained: int
     rounds: Mapping[tuple[Round, int], RoundParts]
-    evaluated_to: int  # every version below it that was to be evaluated is
+    evaluated_to: int  # all versions below it are evaluated that have to be
 
     def parts(self, kind: Round, n: int) -> RoundParts:
         return self.rounds.get((kind, n), RoundParts())
 
 
 async def newest_step(store: Store, start: Start) -> int:
-    """Steps that are done, found with few looks: they are dense, and there may be many."""
-    there, beyond = 0, 1
+    """Number of steps done, by galloping search: they are dense, and there may be many."""
+    done, beyond = 0, 1
     while await store.get(start.trained(beyond - 1)) is not None:
-        there, beyond = beyond, 2 * beyond
-    while beyond - there > 1:
-        middle = (there + beyond) // 2
+        done, beyond = beyond, 2 * beyond
+    while beyond - done > 1:
+        middle = (done + beyond) // 2
         if await store.get(start.trained(middle - 1)) is not None:
-            there = middle
+            done = middle
         else:
             beyond = middle
-    return there
+    return done
 
 
 class ProgressReader:
-    """Looks at the store; remembers what is done for good, so that each look is short."""
+    """Reads progress from the store; remembers finished work, so that each look is short."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -106,14 +106,14 @@ def _split(name: str) -> tuple[int, str, int]:
 
 
 def evaluations(outline: Outline, progress: Progress, steps: int) -> Iterator[int]:
-    """Versions that are there and still to be evaluated."""
+    """Versions that exist and are not evaluated yet."""
     for version in range(progress.evaluated_to, progress.trained + 1):
         if schedule.evaluated(outline.job, version, steps) and not progress.parts("evaluations", version).done:
             yield version
 
 
 def rounds(outline: Outline, job: RlJob, progress: Progress) -> list[tuple[Round, int, int]]:
-    """(kind, number, prompts) of the rounds of an rl job that can be worked on now, the most urgent first."""
+    """(kind, number, prompts) of the rounds of an rl job that are open now, the most urgent first."""
     last = min(progress.trained + job.max_staleness, job.steps - 1)
     steps: Sequence[tuple[Round, int, int]] = [
         ("steps", step, job.batch.prompts) for step in range(progress.trained, last + 1)
@@ -123,5 +123,5 @@ def rounds(outline: Outline, job: RlJob, progress: Progress) -> list[tuple[Round
 
 
 def finished(outline: Outline, progress: Progress, steps: int) -> bool:
-    """Whether only the end is left to be written."""
+    """Whether only the end of the job is left to write."""
     return progress.trained >= steps and next(evaluations(outline, progress, steps), None) is None

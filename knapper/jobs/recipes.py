@@ -1,4 +1,4 @@
-"""What a kind of job does at a step and at an evaluation; how it is driven is `training`'s."""
+"""What each kind of job does in a step and in an evaluation; `runner` drives it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +11,10 @@ from knapper.state.job_records import Spent
 
 
 @dataclass(frozen=True)
-class Lines:
-    """Where operations go: the run that is trained, and the one that is not (dpo).
+class RunClients:
+    """Clients of a job's two runs: the trained one, and dpo's untrained reference.
 
-    `before_at`: when what came before in the run was done.
+    `before_at`: when the previous step or evaluation in the run was done.
     """
 
     run: RunClient
@@ -35,13 +35,13 @@ class Lines:
 
     @property
     def began_at(self) -> float | None:
-        """When the first operation was accepted; None before there was one."""
-        return min((each.began_at for each in (self.run, self.reference) if each.began_at is not None), default=None)
+        """When the first operation was accepted; None before the first."""
+        return min((run.began_at for run in (self.run, self.reference) if run.began_at is not None), default=None)
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """Of a step or an evaluation. `spent`: what its rollouts cost; `readable`: them, for people."""
+    """Result of a step or an evaluation. `spent`: the cost of its rollouts; `readable`: the rollouts as JSON Lines."""
 
     metrics: dict[str, float]
     spent: Spent = field(default_factory=Spent)
@@ -49,7 +49,7 @@ class StepOutcome:
 
 
 class Recipe(Protocol):
-    """One job's way. Everything is a function of its folder and of what lies in the store."""
+    """How one job is trained. Everything depends only on its folder and the store."""
 
     @property
     def steps(self) -> int: ...
@@ -63,8 +63,8 @@ class Recipe(Protocol):
 
     @property
     def scores(self) -> Mapping[Round, int]:
-        """How many prompts of a round must be scored before it can be trained, or evaluated."""
+        """How many prompts of a round must be scored before it can be trained on or evaluated."""
 
-    async def train(self, lines: Lines, step: int, /) -> StepOutcome: ...
+    async def train(self, lines: RunClients, step: int, /) -> StepOutcome: ...
 
-    async def evaluate(self, lines: Lines, version: int, /) -> StepOutcome: ...
+    async def evaluate(self, lines: RunClients, version: int, /) -> StepOutcome: ...

@@ -1,4 +1,4 @@
-"""Bells that got lost: found by looking at the jobs that do not move, and rung again."""
+"""Repeats lost doorbells: notifies again the jobs that make no progress."""
 
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
@@ -26,141 +26,141 @@ log = structlog.get_logger()
 
 @dataclass
 class _Known:
-    """A job at the last look: how far it was, and since when. `since` moves on with each bell."""
+    """A job's progress at the last look, and since when it is unchanged; each doorbell resets `since`."""
 
     started: Started
-    moved: object
+    position: object
     since: float
-    rung: bool = False  # nothing has moved since a bell
+    notified: bool = False  # no progress since a doorbell
 
 
 @dataclass
 class Seen:
-    """What a gateway remembers of the jobs between two looks.
+    """What a gateway remembers about jobs between two looks.
 
-    `lively`: a job has moved lately, so that it will soon be known whether it goes on. `awaiting`: files are awaited.
+    `lively`: a job made progress recently, so the next look comes soon. `awaiting`: some job waits for files.
     """
 
     known: dict[Start, _Known] = field(default_factory=dict)
-    looks: ProgressReader | None = None
+    progress_reader: ProgressReader | None = None
     lively: bool = False
     awaiting: bool = False
 
 
-async def due(place: JobServices, seen: Seen, quiet_s: float = _QUIET_S) -> list[Event]:
-    """The bells for jobs with work undone that have not moved for so long; and first bells of jobs that start now."""
-    found: list[Event] = []
-    expected = await _starts(place, ObjectKind.JOB_EXPECTED)
+async def due(services: JobServices, seen: Seen, quiet_s: float = _QUIET_S) -> list[Event]:
+    """Doorbells for jobs with open work and no progress for `quiet_s`, and the first ones of jobs that start now."""
+    events: list[Event] = []
+    expected = await _starts(services, ObjectKind.JOB_EXPECTED)
     for start in expected:
-        found += await _alone(start, _awaited(place, start))
-    working = await _starts(place, ObjectKind.JOB_WORKING)
+        events += await _alone(start, _awaited(services, start))
+    working = await _starts(services, ObjectKind.JOB_WORKING)
     seen.known = {start: known for start, known in seen.known.items() if start in working}
     for start in working:
-        found += await _alone(start, _of(place, seen, start, quiet_s))
-    now = place.clock()
+        events += await _alone(start, _stalled(services, seen, start, quiet_s))
+    now = services.clock()
     seen.awaiting = bool(expected)
-    seen.lively = any(now - known.since < quiet_s and not known.rung for known in seen.known.values())
-    return found
+    seen.lively = any(now - known.since < quiet_s and not known.notified for known in seen.known.values())
+    return events
 
 
-async def _alone(start: Start, bells: Awaitable[list[Event]]) -> list[Event]:
-    """The bells of one job. What is wrong with it stops no other."""
+async def _alone(start: Start, events: Awaitable[list[Event]]) -> list[Event]:
+    """The doorbells of one job. An error in one job stops no other."""
     try:
-        return await bells
+        return await events
     except damage.ERRORS as error:
         damage.report(error)
     except KnapperError as error:
-        log.warning("a job cannot be looked at", job=str(start), code=error.code, reason=str(error))
+        log.warning("a job cannot be checked", job=str(start), code=error.code, reason=str(error))
     except Exception:
-        log.exception("a job cannot be looked at: defect", job=str(start))
+        log.exception("a job cannot be checked: defect", job=str(start))
     return []
 
 
-async def _starts(place: JobServices, kind: ObjectKind) -> list[Start]:
+async def _starts(services: JobServices, kind: ObjectKind) -> list[Start]:
     def parse(name: str) -> Start:
         try:
             return Start.parse(name.removeprefix(kind.under()))
         except UserError as error:
             raise ValueError(name) from error
 
-    return damage.parsed(await place.store.list(kind.under()), parse)
+    return damage.parsed(await services.store.list(kind.under()), parse)
 
 
-async def _awaited(place: JobServices, start: Start) -> list[Event]:
-    """Look again; where nobody can, nothing is awaited any more after the time that files may take."""
+async def _awaited(services: JobServices, start: Start) -> list[Event]:
+    """Look again. If looking fails, stop waiting once the time for files is over."""
     try:
-        begun = await look(place, start.tenant, start.job)
+        begun = await look(services, start.tenant, start.job)
     except Exception:
-        waiting = await read(place.store, start.waiting, Waiting)
-        if waiting is None or place.clock() - waiting.since >= limits.job_missing_s:
-            await place.store.delete(start.expected)
+        waiting = await read(services.store, start.waiting, Waiting)
+        if waiting is None or services.clock() - waiting.since >= limits.job_missing_s:
+            await services.store.delete(start.expected)
         raise
-    return [] if begun is None else [await first(place, begun)]
+    return [] if begun is None else [await first(services, begun)]
 
 
-async def _of(place: JobServices, seen: Seen, start: Start, quiet_s: float) -> list[Event]:
-    store = place.store
+async def _stalled(services: JobServices, seen: Seen, start: Start, quiet_s: float) -> list[Event]:
+    store = services.store
     before = seen.known.get(start)
     started = before.started if before is not None else await read(store, start.started, Started)
     if started is None:
-        return await _unstarted(place, start)
+        return await _unstarted(services, start)
     if not await control.runs(store, start):
         await store.delete(start.working)
         seen.known.pop(start, None)
         return []
-    moved, now = await _moved(place, seen, start, started), place.clock()
-    if before is None or before.moved != moved:
-        seen.known[start] = before = _Known(started, moved, now)
+    position, now = await _position(services, seen, start, started), services.clock()
+    if before is None or before.position != position:
+        seen.known[start] = before = _Known(started, position, now)
     if now - before.since < quiet_s:
         return []
-    seen.known[start] = _Known(started, moved, now, rung=True)
-    return await again(place, started, start)
+    seen.known[start] = _Known(started, position, now, notified=True)
+    return await again(services, started, start)
 
 
-async def _moved(place: JobServices, seen: Seen, start: Start, started: Started) -> object:
-    """Something that is another whenever the job has moved."""
-    if seen.looks is None:
-        seen.looks = ProgressReader(place.store)
+async def _position(services: JobServices, seen: Seen, start: Start, started: Started) -> object:
+    """A value that changes whenever the job makes progress."""
+    if seen.progress_reader is None:
+        seen.progress_reader = ProgressReader(services.store)
     job = decode(started.spec_json)
     steps = job.steps if job.steps is not None else limits.job_steps_max
-    now = await seen.looks.look(Outline(start, job, started.held_out), steps)
-    parts = [(len(each.rollouts), len(each.scores), each.done) for each in now.rounds.values()]
+    now = await seen.progress_reader.look(Outline(start, job, started.held_out), steps)
+    parts = [(len(parts.rollouts), len(parts.scores), parts.done) for parts in now.rounds.values()]
     return now.trained, now.evaluated_to, parts
 
 
-async def _unstarted(place: JobServices, start: Start) -> list[Event]:
-    """Whoever was starting it died, or is about to be done."""
-    begun = await look(place, start.tenant, start.job)
-    await place.store.delete(start.working)
-    if await place.store.get(start.started) is not None:
-        await place.store.put_if_absent(start.working, b"")
-    return [] if begun is None else [await first(place, begun)]
+async def _unstarted(services: JobServices, start: Start) -> list[Event]:
+    """The process that was starting the job died, or is about to finish."""
+    begun = await look(services, start.tenant, start.job)
+    await services.store.delete(start.working)
+    if await services.store.get(start.started) is not None:
+        await services.store.put_if_absent(start.working, b"")
+    return [] if begun is None else [await first(services, begun)]
 
 
-async def first(place: JobServices, start: Start) -> Event:
-    """The bell that begins a started job."""
-    started = await read(place.store, start.started, Started)
+async def first(services: JobServices, start: Start) -> Event:
+    """The doorbell that begins a started job."""
+    started = await read(services.store, start.started, Started)
     assert started is not None, "the caller has seen it"
     return notifications.started(started)
 
 
-async def again(place: JobServices, started: Started, start: Start) -> list[Event]:
-    """The bells of whoever has something to do for the job."""
-    when = int(place.clock() * 1e3)
+async def again(services: JobServices, started: Started, start: Start) -> list[Event]:
+    """A doorbell for each function that has work to do for the job."""
+    when = int(services.clock() * 1e3)
     job = decode(started.spec_json)
     if not isinstance(job, RlJob):
-        return [notifications.revived(started, start, cloudevents.JOB_STARTED, 0, when)]  # train_step is the only one
+        return [notifications.revived(started, start, cloudevents.JOB_STARTED, 0, when)]  # only train_step has work
     outline = Outline(start, job, started.held_out)
-    now = await ProgressReader(place.store).look(outline, job.steps)
-    found: dict[str, int] = {}
+    now = await ProgressReader(services.store).look(outline, job.steps)
+    steps: dict[str, int] = {}  # by event type
     for kind, n, prompts in progress.rounds(outline, job, now):
         parts = now.parts(kind, n)
         if len(parts.rollouts) < prompts:
-            found.setdefault(cloudevents.JOB_STARTED, now.trained)
+            steps.setdefault(cloudevents.JOB_STARTED, now.trained)
         elif len(parts.scores) < prompts:
-            found.setdefault(cloudevents.ROLLOUTS_SAMPLED, n)
+            steps.setdefault(cloudevents.ROLLOUTS_SAMPLED, n)
         elif kind == "evaluations" or n == now.trained:
-            found.setdefault(cloudevents.ROLLOUTS_SCORED, n)
+            steps.setdefault(cloudevents.ROLLOUTS_SCORED, n)
     if progress.finished(outline, now, job.steps):
-        found[cloudevents.ROLLOUTS_SCORED] = now.trained
-    return [notifications.revived(started, start, what, n, when) for what, n in found.items()]
+        steps[cloudevents.ROLLOUTS_SCORED] = now.trained
+    return [notifications.revived(started, start, what, step, when) for what, step in steps.items()]

@@ -1,4 +1,4 @@
-"""A step of reinforcement learning: rollouts and their scores become advantages, and these the loss's data."""
+"""The recipe of reinforcement learning: rollouts and scores become advantages, and advantages the loss's data."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from knapper.jobs import advantages, schedule
 from knapper.jobs.bill import covered, union
 from knapper.jobs.job_files import Folder
 from knapper.jobs.names import Round
-from knapper.jobs.recipes import Lines, StepOutcome
+from knapper.jobs.recipes import RunClients, StepOutcome
 from knapper.jobs.rollouts import step_name
 from knapper.jobs.rows import RlRow, Row
 from knapper.jobs.spec import RlJob
@@ -40,7 +40,7 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True)
-class Reinforcing:
+class Rl:
     folder: Folder
     job: RlJob
     store: Store
@@ -59,9 +59,9 @@ class Reinforcing:
     def scores(self) -> Mapping[Round, int]:
         return {"steps": self.job.batch.prompts, "evaluations": len(self.folder.held_out)}
 
-    async def train(self, lines: Lines, step: int) -> StepOutcome:
+    async def train(self, clients: RunClients, step: int) -> StepOutcome:
         groups = await read_groups(self.store, self.folder, "steps", step, self.job.batch.prompts)
-        line = lines.run
+        client = clients.run
         advantages_of = [self._advantages(group) for group in groups]
         sampled = sum(size_of(each) for group in groups if not group.scores.refused for each in group.rollouts.rollouts)
         data = [
@@ -72,9 +72,9 @@ class Reinforcing:
         ]
         metrics = _described(self.job, step, groups, advantages_of)
         if data:
-            output = await line.forward_backward(data, self.job.loss.name, self._thresholds())
+            output = await client.forward_backward(data, self.job.loss.name, self._thresholds())
             values = schedule.adamw(self.job.optimizer, step, self.steps)
-            stepped = await line.optim_step(values)
+            stepped = await client.optim_step(values)
             counted = max(output.metrics.get("tokens:sum", 0.0), 1.0)
             metrics |= {
                 "loss/mean": output.metrics["loss:sum"],
@@ -83,10 +83,10 @@ class Reinforcing:
                 "learning_rate": values.learning_rate,
                 "grad_norm": stepped["grad_norm"],
             }
-        await line.save_for_sampler(step_name(step + 1))
+        await client.save_for_sampler(step_name(step + 1))
         return StepOutcome(metrics, _spent(groups), _readable(self.folder.rows, groups, advantages_of))
 
-    async def evaluate(self, _lines: Lines, version: int) -> StepOutcome:
+    async def evaluate(self, _clients: RunClients, version: int) -> StepOutcome:
         groups = await read_groups(self.store, self.folder, "evaluations", version, len(self.folder.held_out))
         rewards = [float(group.rewards_G.mean()) for group in groups if not group.scores.refused]
         metrics = {"reward/mean": float(np.mean(rewards)) if rewards else 0.0, "prompts": float(len(rewards))}
@@ -100,25 +100,25 @@ class Reinforcing:
 
     def _thresholds(self) -> dict[str, float]:
         loss = self.job.loss
-        given = {"clip_low_threshold": loss.clip_low_threshold, "clip_high_threshold": loss.clip_high_threshold}
-        return {name: value for name, value in given.items() if value is not None}
+        thresholds = {"clip_low_threshold": loss.clip_low_threshold, "clip_high_threshold": loss.clip_high_threshold}
+        return {name: value for name, value in thresholds.items() if value is not None}
 
 
 async def read_groups(store: Store, folder: Folder, kind: Round, n: int, prompts: int) -> list[RolloutGroup]:
-    """All of a round. Raises Corrupt if one is missing."""
+    """All groups of a round. Raises Corrupt if one is missing."""
     start = folder.start
 
-    async def one(part: int) -> RolloutGroup:
+    async def read_group(part: int) -> RolloutGroup:
         names = (start.rollouts(kind, n, part), start.scores(kind, n, part))
-        found = [await store.get(name) for name in names]
-        for name, data in zip(names, found, strict=True):
+        objects = [await store.get(name) for name in names]
+        for name, data in zip(names, objects, strict=True):
             if data is None:
                 raise damaged(name, "it is missing")
-        first, second = (data or b"" for data in found)
+        first, second = (data or b"" for data in objects)
         size = len(first) + len(second)
         return RolloutGroup(decode(first, Rollouts, names[0]), decode(second, Scores, names[1]), size)
 
-    return await many.each(range(prompts), one)
+    return await many.each(range(prompts), read_group)
 
 
 def size_of(rollout: Rollout) -> int:
@@ -141,8 +141,8 @@ def datum(prompt: "np.ndarray[Any, np.dtype[np.int32]]", rollout: Rollout, advan
     return Datum(tokens[:-1], inputs)
 
 
-def _described(job: RlJob, step: int, groups: Sequence[RolloutGroup], found: Sequence[Any]) -> dict[str, float]:
-    """What metrics.jsonl says of the rollouts."""
+def _described(job: RlJob, step: int, groups: Sequence[RolloutGroup], advantages_of: Sequence[Any]) -> dict[str, float]:
+    """The rollouts' metrics, for metrics.jsonl."""
     used = [group for group in groups if not group.scores.refused]
     rewards = np.concatenate([group.rewards_G for group in used]) if used else np.zeros(1)
     rollouts = [rollout for group in groups for rollout in group.rollouts.rollouts]
@@ -154,7 +154,7 @@ def _described(job: RlJob, step: int, groups: Sequence[RolloutGroup], found: Seq
         "tokens/mean": float(np.mean([size_of(rollout) for rollout in rollouts])),
         "stopped/mean": float(np.mean([rollout.stopped for rollout in rollouts])),
         "groups/refused": float(refused),
-        "groups/silent": float(sum(not each.any() for each in found) - refused),
+        "groups/silent": float(sum(not each.any() for each in advantages_of) - refused),
         "staleness": float(step - schedule.sampled_from(job, step)),
     }
 
@@ -180,23 +180,23 @@ def _spent(groups: Sequence[RolloutGroup]) -> Spent:
     )
 
 
-def _readable(rows: Sequence[Row], groups: Sequence[RolloutGroup], found: Sequence[Any] | None) -> bytes:
-    """JSON Lines, a rollout each: what was asked, what came, what it was worth."""
+def _readable(rows: Sequence[Row], groups: Sequence[RolloutGroup], advantages_of: Sequence[Any] | None) -> bytes:
+    """JSON Lines, one rollout per line: its prompt, its completion and its reward."""
     lines = []
     for n, group in enumerate(groups):
         row = rows[group.rollouts.row]
         assert isinstance(row, RlRow)
         for m, rollout in enumerate(group.rollouts.rollouts):
-            told: dict[str, Any] = {"id": rollout.id, "prompt": row.prompt, "completion": rollout.text}
-            told |= {"answer": row.answer, "tokens": size_of(rollout), "stopped": rollout.stopped}
+            line: dict[str, Any] = {"id": rollout.id, "prompt": row.prompt, "completion": rollout.text}
+            line |= {"answer": row.answer, "tokens": size_of(rollout), "stopped": rollout.stopped}
             if group.scores.refused:
-                told["refused"] = group.scores.refused
+                line["refused"] = group.scores.refused
             else:
                 score = group.scores.scores[m]
-                told |= {"reward": score.value, "parts": score.parts}
+                line |= {"reward": score.value, "parts": score.parts}
                 if score.reasons:
-                    told["reasons"] = score.reasons
-            if found is not None:
-                told["advantage"] = float(found[n][m])
-            lines.append(msgspec.json.encode(told) + b"\n")
+                    line["reasons"] = score.reasons
+            if advantages_of is not None:
+                line["advantage"] = float(advantages_of[n][m])
+            lines.append(msgspec.json.encode(line) + b"\n")
     return b"".join(lines)

@@ -1,7 +1,7 @@
-"""sample's part of a job: the rollouts of the next rounds, each prompt's as one object.
+"""sample's part of a job: the rollouts of the next rounds, one object per prompt.
 
-A rollout is a function of (adapter, prompt, parameters, seed), and its seed of (job, round, prompt): doing it twice
-gives the same.
+A rollout is a function of (adapter, prompt, parameters, seed), and its seed of (job, round, prompt): a repetition
+gives the same rollout.
 """
 
 import asyncio
@@ -30,31 +30,31 @@ from knapper.store.cache import LruCache
 from knapper.wire.types import SampledSequence as Sampled
 from knapper.wire.types import SampleOutput, SampleRequest, SamplingParams
 
-_TEXTS_AT_ONCE = 128  # twice as many as decode at once, so that none waits for its turn to be asked for
+_SEQUENCES_AT_ONCE = 128  # twice as many as decode at once, to keep the sampler's queue filled
 _WATCH_S = 1.0
 SOURCE = "knapper/sample"
 
 
-class Draws(Protocol):
-    """What is needed of knapper.engine.sampling.sampler.EngineSampler."""
+class SamplingBackend(Protocol):
+    """The part of knapper.engine.sampling.sampler.EngineSampler that jobs use."""
 
     async def sample(self, request: SampleRequest) -> SampleOutput: ...
 
 
 @dataclass
 class RolloutSampler:
-    """`context`: tokens that the model takes."""
+    """`context`: the model's context, in tokens."""
 
     worker: Worker
-    sampler: Draws
+    sampler: SamplingBackend
     language: Language
     context: int
     _prompts: "LruCache[str, Prompts]" = field(default_factory=LruCache)
 
     def __post_init__(self) -> None:
-        self._place = self.worker.place
-        self._looks = ProgressReader(self._place.store)
-        self._checkpoints = Checkpoints(self._place.store, self._place.clock)
+        self._services = self.worker.services
+        self._progress_reader = ProgressReader(self._services.store)
+        self._checkpoints = Checkpoints(self._services.store, self._services.clock)
 
     async def answer(self, event: Event) -> None:
         await self.worker.answer(event, self._work)
@@ -64,107 +64,109 @@ class RolloutSampler:
         assert isinstance(job, RlJob), "the worker takes no others"
         while True:
             await within.go_on()
-            now = await self._looks.look(folder.outline, job.steps)
+            now = await self._progress_reader.look(folder.outline, job.steps)
             for kind, n, prompts in progress.rounds(folder.outline, job, now):
                 parts = now.parts(kind, n)
                 missing = sorted(set(range(prompts)) - parts.rollouts)
                 if missing:
                     await self._sample(_Round(folder, job, kind, n), missing, within)
                 if missing or len(parts.scores) < prompts:
-                    await self._place.bells.ring(event, cloudevents.ROLLOUTS_SAMPLED, SOURCE, n, kind)
+                    await self._services.notifier.ring(event, cloudevents.ROLLOUTS_SAMPLED, SOURCE, n, kind)
                 if missing:
                     break
             else:
                 return
 
-    async def _sample(self, one: "_Round", missing: Sequence[int], within: Slice) -> None:
-        """Those prompts' rollouts, several prompts at a time. Raises SliceOver if not all were begun, and Stopped."""
-        prompts = await self._prompts.get(str(one.folder.start), lambda: asyncio.to_thread(self._encode, one))
-        adapter = await self._adapter(one)
-        gate = asyncio.Semaphore(max(1, _TEXTS_AT_ONCE // one.samples))
+    async def _sample(self, job_round: "_Round", missing: Sequence[int], within: Slice) -> None:
+        """Sample the missing prompts, several at a time. Raises SliceOver if not all were begun, and Stopped."""
+        prompts = await self._prompts.get(
+            str(job_round.folder.start), lambda: asyncio.to_thread(self._encode, job_round)
+        )
+        adapter = await self._adapter(job_round)
+        gate = asyncio.Semaphore(max(1, _SEQUENCES_AT_ONCE // job_round.samples))
 
-        async def late(part: int) -> bool:
+        async def sample_unless_over(part: int) -> bool:
             async with gate:
-                over = self._place.clock() >= within.end
+                over = self._services.clock() >= within.end
                 if not over:
-                    await self._sample_one(one, part, prompts, adapter)
+                    await self._sample_one(job_round, part, prompts, adapter)
                 return over
 
-        tasks = [asyncio.ensure_future(late(part)) for part in missing]
-        every, watch = asyncio.gather(*tasks), asyncio.ensure_future(_watch(within))
+        tasks = [asyncio.ensure_future(sample_unless_over(part)) for part in missing]
+        samples, watch = asyncio.gather(*tasks), asyncio.ensure_future(_watch(within))
         try:
-            await asyncio.wait((every, watch), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((samples, watch), return_when=asyncio.FIRST_COMPLETED)
             if watch.done():
                 watch.result()
-            if any(every.result()):
+            if any(samples.result()):
                 raise SliceOver
         finally:
             for task in (*tasks, watch):
                 task.cancel()
-            await asyncio.gather(*tasks, every, watch, return_exceptions=True)
+            await asyncio.gather(*tasks, samples, watch, return_exceptions=True)
 
-    async def _sample_one(self, one: "_Round", part: int, prompts: "Prompts", adapter: str) -> None:
-        began_at = self._place.clock()
-        row, tokens = one.row(part), prompts.of(one.kind, one.row(part))
+    async def _sample_one(self, job_round: "_Round", part: int, prompts: "Prompts", adapter: str) -> None:
+        began_at = self._services.clock()
+        row, tokens = job_round.row(part), prompts.of(job_round.kind, job_round.row(part))
         output = await self.sampler.sample(
             SampleRequest(
-                base_model=one.folder.started.base_model,
+                base_model=job_round.folder.started.base_model,
                 adapter=adapter,
                 prompt=np.array(tokens, np.int32),
-                params=one.params,
-                seed=schedule.sample_seed(one.job.seed, one.seed_of, part),
-                num_samples=one.samples,
-                tenant=one.folder.start.tenant,
+                params=job_round.params,
+                seed=schedule.sample_seed(job_round.job.seed, job_round.seed_of, part),
+                num_samples=job_round.samples,
+                tenant=job_round.folder.start.tenant,
             )
         )
         rollouts = [
             Rollout(
-                id=f"{one.spoken}/{part}/{n}",
+                id=f"{job_round.label}/{part}/{n}",
                 tokens=sequence.tokens.astype("<i4").tobytes(),
                 logprobs=sequence.logprobs.astype("<f4").tobytes(),
-                text=_text(self.language, sequence, one.params.stop_strings),
+                text=_text(self.language, sequence, job_round.params.stop_strings),
                 stopped=sequence.stopped,
             )
             for n, sequence in enumerate(output.sequences)
         ]
         record = Rollouts(
             row=row, prompt_tokens=np.array(tokens, "<i4").tobytes(), rollouts=rollouts, began_at=began_at,
-            ended_at=self._place.clock(), device_s=output.device_s,
+            ended_at=self._services.clock(), device_s=output.device_s,
         )  # fmt: skip
-        name = one.folder.start.rollouts(one.kind, one.n, part)
-        await self._place.store.put_if_absent(name, encode(record))
+        name = job_round.folder.start.rollouts(job_round.kind, job_round.n, part)
+        await self._services.store.put_if_absent(name, encode(record))
 
-    async def _adapter(self, one: "_Round") -> str:
-        """The bundle of the version that the round is sampled from; of version 0, which is untouched, none."""
-        if one.version == 0:
+    async def _adapter(self, job_round: "_Round") -> str:
+        """The bundle of the version that the round samples from; empty for version 0, the untrained one."""
+        if job_round.version == 0:
             return ""
-        path = TinkerPath(one.folder.start.run, "sampler_weights", step_name(one.version))
-        return (await self._checkpoints.own(path, one.folder.start.tenant)).bundle
+        path = TinkerPath(job_round.folder.start.run, "sampler_weights", step_name(job_round.version))
+        return (await self._checkpoints.own(path, job_round.folder.start.tenant)).bundle
 
-    def _encode(self, one: "_Round") -> "Prompts":
+    def _encode(self, job_round: "_Round") -> "Prompts":
         """Every prompt of the job, each checked to fit. Raises UserError."""
-        folder, job = one.folder, one.job
-        texts = RowTokenizer(self.language, folder.started.started_at, self.context)
-        room = self.context - job.sampling.max_tokens
-        found = []
+        folder, job = job_round.folder, job_round.job
+        tokenizer = RowTokenizer(self.language, folder.started.started_at, self.context)
+        capacity = self.context - job.sampling.max_tokens
+        prompts = []
         for file, rows in ((job.data, folder.rows), (job.evaluate.data if job.evaluate else "", folder.held_out)):
             tokens = []
             for n, row in enumerate(rows):
                 assert isinstance(row, RlRow)
-                tokens.append(texts.prompt(row.prompt))
-                if not 1 <= len(tokens[-1]) <= room:
+                tokens.append(tokenizer.prompt(row.prompt))
+                if not 1 <= len(tokens[-1]) <= capacity:
                     raise InvalidField(
                         f"row {n + 1} of {file}: the prompt's length in tokens", len(tokens[-1]),
-                        f"1 to {room}: the model's context is {self.context}, and sampling.max_tokens "
+                        f"1 to {capacity}: the model's context is {self.context}, and sampling.max_tokens "
                         f"{job.sampling.max_tokens}", "Shorten the prompt, or lower sampling.max_tokens",
                     )  # fmt: skip
-            found.append(tokens)
-        return Prompts(*found)
+            prompts.append(tokens)
+        return Prompts(*prompts)
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """As tokens, by row."""
+    """Tokenized prompts, by row."""
 
     rows: Sequence[list[int]]
     held_out: Sequence[list[int]]
@@ -193,25 +195,25 @@ class _Round:
 
     @property
     def params(self) -> SamplingParams:
-        asked = self.job.sampling
-        stops = tuple(asked.stop)
+        sampling = self.job.sampling
+        stops = tuple(sampling.stop)
         if self.kind == "steps":
             return SamplingParams(
-                max_tokens=asked.max_tokens, stop_strings=stops, temperature=asked.temperature, top_k=asked.top_k,
-                top_p=asked.top_p,
+                max_tokens=sampling.max_tokens, stop_strings=stops, temperature=sampling.temperature,
+                top_k=sampling.top_k, top_p=sampling.top_p,
             )  # fmt: skip
         assert self.job.evaluate is not None, "a job without it has no such rounds"
         return SamplingParams(
-            max_tokens=asked.max_tokens, stop_strings=stops, temperature=self.job.evaluate.temperature
+            max_tokens=sampling.max_tokens, stop_strings=stops, temperature=self.job.evaluate.temperature
         )
 
     @property
     def seed_of(self) -> str:
-        """Versions are evaluated with the same numbers, so that they can be compared."""
+        """All versions are evaluated with the same seeds, so that they can be compared."""
         return f"steps/{self.n}" if self.kind == "steps" else "evaluations"
 
     @property
-    def spoken(self) -> str:
+    def label(self) -> str:
         return str(self.n + 1) if self.kind == "steps" else f"e{self.n}"
 
     def row(self, part: int) -> int:
@@ -221,7 +223,7 @@ class _Round:
 
 
 def step_name(version: int) -> str:
-    """What the checkpoint of a version is called while the job needs it."""
+    """The checkpoint name of a version while the job needs it."""
     return f"step-{version}"
 
 
@@ -233,9 +235,9 @@ async def _watch(within: Slice) -> None:
 
 
 def _text(language: Language, sequence: Sampled, stops: Sequence[str]) -> str:
-    """Without what ended it."""
+    """The text without its stop string."""
     text = str(language.tokenizer.decode(sequence.tokens.tolist(), skip_special_tokens=True))
     if not sequence.stopped:
         return text
-    found = [at for at in map(text.find, stops) if at >= 0]
-    return text[: min(found)] if found else text
+    ends = [at for at in map(text.find, stops) if at >= 0]
+    return text[: min(ends)] if ends else text

@@ -1,4 +1,4 @@
-"""The rows of data files: every form that people write them in, read as one of four kinds."""
+"""The rows of data files: every accepted form, read as one of four kinds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ Completion = str | Messages  # messages: those that follow a prompt of messages
 
 @dataclass(frozen=True)
 class RlRow:
-    """What the model is asked. `answer`: whatever the reward compares with."""
+    """A prompt. `answer`: what the reward compares completions with."""
 
     prompt: Prompt
     answer: Any = None
@@ -41,7 +41,7 @@ class CompletionRow:
 
 @dataclass(frozen=True)
 class PairRow:
-    """A prompt, and of two completions the better one."""
+    """A prompt, a better completion and a worse one."""
 
     prompt: Prompt
     chosen: Completion
@@ -87,7 +87,7 @@ class ShareGptForm(RowForm, frozen=True, kw_only=True):
     conversations: list[Any]
     system: str | None = None
     tools: Any = None
-    id: str | int | None = None  # a label, which trains nothing
+    id: str | int | None = None  # a label; ignored
 
     def row(self) -> ChatRow | PairRow:
         return ChatRow(self.messages())
@@ -140,7 +140,7 @@ class DivergingForm(RowForm, frozen=True, kw_only=True):
     def row(self) -> PairRow:
         if isinstance(self.chosen, str) or isinstance(self.rejected, str):
             todo = "Or write `chosen` and `rejected` as whole conversations, which begin with it"
-            raise InvalidField("prompt", None, "a value: where it ends in two texts cannot be told", todo)
+            raise InvalidField("prompt", None, "a value: in two texts its end cannot be recognised", todo)
         return _diverging(self.chosen, self.rejected)
 
 
@@ -163,7 +163,7 @@ FORMS: Mapping[Kind, tuple[type[RowForm], ...]] = {
 
 
 def read(kind: Kind, text: bytes) -> Row:
-    """Raises UserError; InvalidField where it is one field, and with all forms where it is the form."""
+    """Raises UserError: InvalidField for a wrong field; an unknown form's error shows all forms."""
     sent = json.loads(text)
     forms = FORMS[kind]
     if not isinstance(sent, dict):
@@ -172,7 +172,7 @@ def read(kind: Kind, text: bytes) -> Row:
         return json.decode(text, fitting).row()
     shown = f"Rows of {kind} are: " + ", or ".join(form.shown for form in forms)
     known = list(dict.fromkeys(name for form in forms for name in form.__struct_fields__))
-    for name in (each for each in sent if each not in known):
+    for name in (field for field in sent if field not in known):
         todo = f"{did_you_mean(name, known)} {shown}".strip()
         raise InvalidField(name, sent[name], f"no field of this name, only {', '.join(known)}", todo)
     nearest = max(forms, key=lambda form: (len(sent.keys() & _names(form)), -len(_required(form) - sent.keys())))
@@ -198,7 +198,7 @@ def _prompt(sent: str | list[Any]) -> Prompt:
 
 
 def _completion(prompt: Prompt, sent: str | list[Any], at: str) -> Completion:
-    """What follows the prompt. Raises InvalidField for what cannot be told to."""
+    """The completion of the prompt. Raises InvalidField unless it clearly follows the prompt."""
     if isinstance(sent, str):
         return sent
     messages = conversation(sent, at)
@@ -228,7 +228,7 @@ def _pair(prompt: Prompt, chosen: str | list[Any], rejected: str | list[Any]) ->
 
 
 def _diverging(chosen: list[Any], rejected: list[Any]) -> PairRow:
-    """Two whole conversations: what both begin with is the prompt. Raises InvalidField."""
+    """Two whole conversations: their common beginning is the prompt. Raises InvalidField."""
     better, worse = conversation(chosen, "chosen"), conversation(rejected, "rejected")
     same = 0
     while same < min(len(better), len(worse)) and better[same] == worse[same]:
@@ -243,9 +243,9 @@ def _diverging(chosen: list[Any], rejected: list[Any]) -> PairRow:
 
 
 def _repeating(prompt: str, row: PairRow) -> PairRow:
-    """Whole conversations beside a prompt of text. Raises InvalidField if they do not say it: which is meant then?"""
-    said = [] if isinstance(row.prompt, str) else row.prompt
-    if {"role": "user", "content": prompt} not in said:
+    """Whole conversations beside a text prompt. Raises InvalidField if they do not contain the prompt."""
+    messages = [] if isinstance(row.prompt, str) else row.prompt
+    if {"role": "user", "content": prompt} not in messages:
         todo = "Write the prompt as messages, or leave it out, or write `chosen` and `rejected` as texts"
         raise InvalidField("prompt", prompt, "what a user says in `chosen` and `rejected` before they differ", todo)
     return row

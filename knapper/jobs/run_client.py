@@ -1,6 +1,6 @@
-"""The training part of a job: operations with derived sequence numbers, in the journal of a run like any other.
+"""A job's client of its run: operations with derived sequence numbers, in the journal of a run like any other.
 
-So exactly-once and recovery are the journal's. A repetition makes the same bytes, and finds the answer to the first.
+The journal gives exactly-once and recovery. A repetition sends the same bytes, and gets the first one's result.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -25,14 +25,14 @@ _DATUMS_MAX = 512
 
 
 class Applies(Protocol):
-    """What is needed of knapper.serving.runs.ClaimedRuns."""
+    """The part of knapper.serving.runs.ClaimedRuns that jobs use."""
 
     def answer(self, run_id: RunId) -> AsyncIterator[Frame]: ...
 
 
 @dataclass(frozen=True)
 class AppliedOperation:
-    """`accepted_at`: when it was accepted first, None where nobody knows any more. `device_s`: what it took."""
+    """`accepted_at`: when it was first accepted, None where that is no longer known. `device_s`: its device seconds."""
 
     result: Result
     accepted_at: float | None
@@ -40,39 +40,39 @@ class AppliedOperation:
 
 
 class Journal:
-    """Of all runs that jobs of this process train."""
+    """The journals of all runs that this process's jobs train."""
 
-    def __init__(self, store: Store, residents: Applies, clock: Callable[[], float]) -> None:
+    def __init__(self, store: Store, claimed_runs: Applies, clock: Callable[[], float]) -> None:
         manifests = Manifests(store)
         self._acceptor = Acceptor(store, clock, manifests)
         self._results = Results(store, manifests)
-        self._residents = residents
+        self._claimed_runs = claimed_runs
 
     async def create(self, spec: Spec) -> None:
-        """The run, with its first operation. Doing it again changes nothing."""
+        """Create the run, with its first operation. Repeating it changes nothing."""
         await self._acceptor.create(Creation(spec=spec), msgspec.json.encode(spec))
         await self._result(RunId(spec.run), 0)
 
     async def apply(self, run: RunId, seq: int, kind: Kind, body: bytes) -> AppliedOperation:
-        """The operation, done. Raises UserError if it failed by what it asks."""
+        """Apply the operation. Raises UserError if it failed because of its request."""
         accepted_at = await self._acceptor.accept(run, seq, kind, pack(body))
         result = await self._result(run, seq)
-        if accepted_at is None:  # by an earlier slice, or a process that is gone
+        if accepted_at is None:  # by an earlier slice or process
             accepted_at = await self._acceptor.accepted_at(run, seq)
         return AppliedOperation(result, accepted_at, await self._results.device_s(run, seq))
 
     async def creation_s(self, run: RunId) -> float:
-        """Seconds of the device that making the run took."""
+        """Device seconds that creating the run took."""
         await self._result(run, 0)
         return await self._results.device_s(run, 0)
 
     def forget(self, run: RunId) -> None:
-        """Free the memory; the store still knows."""
+        """Free the run's memory; the store keeps everything."""
         self._results.forget(run)
 
     async def _result(self, run: RunId, seq: int) -> Result:
         while (result := await self._results.find(run, seq)) is None:
-            async for frame in self._residents.answer(run):
+            async for frame in self._claimed_runs.answer(run):
                 if isinstance(frame, Committed):
                     self._results.offer(run, frame.n, frame.commit)
         if result.failed:
@@ -82,29 +82,29 @@ class Journal:
 
 @dataclass
 class RunClient:
-    """Operations of one run, one after another. `go_on` stands before each, and may raise."""
+    """Operations of one run, one after another. `go_on` is called before each, and may raise."""
 
     journal: Journal
     run: RunId
-    seq: int  # of the next one
+    seq: int  # of the next operation
     go_on: Callable[[], Awaitable[None]]
     tokens: int = 0  # sent so far
-    sent_bytes: int = 0  # and what came back
-    device_s: float = 0.0  # that its operations took
-    began_at: float | None = None  # when the first of them was accepted, whoever sent it
+    sent_bytes: int = 0  # and received
+    device_s: float = 0.0  # of its operations
+    began_at: float | None = None  # when the first of them was accepted
 
     async def forward_backward(
         self, data: Sequence[Datum], loss: str, config: dict[str, float], *, forward_only: bool = False
     ) -> ForwardBackwardOutput:
-        """Of all data, in as many operations as it takes; metrics are sums, so they are added."""
+        """Over all data, in as many operations as needed; metrics are sums, and are added up."""
         outputs: list[dict[str, Any]] = []
         metrics: dict[str, float] = {}
         for chunk in chunks(data):
             request = ForwardBackward(self.run, self.seq, chunk, loss, dict(config), forward_only)
             result = await self._apply("forward_backward", proto.encode_forward_backward(request))
-            found = proto.decode_forward_backward_output(result.body)
-            outputs += found.outputs
-            for name, value in found.metrics.items():
+            output = proto.decode_forward_backward_output(result.body)
+            outputs += output.outputs
+            for name, value in output.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + value
             self.tokens += sum(datum.tokens.size for datum in chunk)
         return ForwardBackwardOutput(outputs, metrics)
@@ -124,7 +124,7 @@ class RunClient:
         return _path(await self._apply("save_weights_for_sampler", requests.encode(request)))
 
     async def save(self, name: str) -> str:
-        """The checkpoint's path; it has the optimizer's state."""
+        """The checkpoint's path; it includes the optimizer's state."""
         request = requests.SaveWeights(model_id=self.run, seq_id=self.seq, path=name)
         return _path(await self._apply("save_weights", requests.encode(request)))
 
@@ -148,7 +148,7 @@ class _Saved(msgspec.Struct):
 
 
 def chunks(data: Sequence[Datum]) -> Iterator[list[Datum]]:
-    """In order, cut between datums; how depends on the data alone, so that a repetition makes the same operations."""
+    """Cut in order, between datums, and depending on the data alone, so that a repetition makes the same operations."""
     chunk, tokens = list[Datum](), 0
     for datum in data:
         if chunk and (tokens + datum.tokens.size > _TOKENS_MAX or len(chunk) == _DATUMS_MAX):

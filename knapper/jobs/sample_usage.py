@@ -1,7 +1,7 @@
-"""A job's samples, as `knapper usage` counts them: by the minute, each once, whatever was repeated or killed.
+"""A job's samples for `knapper usage`: by the minute, each exactly once, in spite of repetitions and kills.
 
-What a step's samples cost goes from record to record (`Trained.uncounted`) until a minute is over; then it is written
-down, under a name and with a content that a repetition makes again.
+The cost of a step's samples is carried from record to record (`Trained.uncounted`) until a minute is over; then it is
+written under a name and with content that a repetition would produce again.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ _MINUTE_S: Final = 60.0
 
 
 async def after_step(store: Store, folder: Folder, step: int, spent: Spent, ended_at: float) -> Uncounted:
-    """What waits to be counted after this step, which is not on record yet."""
+    """The uncounted cost after this step, whose record is not written yet."""
     before = await read(store, folder.start.trained(step - 1), Trained) if step else None
     waiting = Uncounted() if before is None else before.uncounted
     if waiting.sampled_tokens and ended_at // _MINUTE_S > waiting.since // _MINUTE_S:
@@ -42,7 +42,7 @@ async def after_evaluation(store: Store, folder: Folder, version: int, spent: Sp
 
 
 async def after_all(store: Store, folder: Folder, last: Trained) -> None:
-    """Count what is left when the job has ended."""
+    """Count the rest when the job has ended."""
     if last.uncounted.sampled_tokens:
         await _count(store, folder, "the last steps", last.uncounted)
 

@@ -48,13 +48,13 @@ def rows(seed: int, step: int, batch: int, count: int, total: int | None = None)
     """
     end = (step + 1) * batch if total is None else min((step + 1) * batch, total)
     orders: dict[int, Sequence[int]] = {}
-    found = []
+    chosen = []
     for at in range(step * batch, end):
-        epoch, place = divmod(at, count)
+        epoch, index = divmod(at, count)
         if epoch not in orders:
             orders[epoch] = order(seed, epoch, count)
-        found.append(orders[epoch][place])
-    return found
+        chosen.append(orders[epoch][index])
+    return chosen
 
 
 def order(seed: int, epoch: int, count: int) -> Sequence[int]:

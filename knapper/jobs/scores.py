@@ -1,4 +1,4 @@
-"""reward's part of a job: the scores of what was sampled, each prompt's as one object."""
+"""reward's part of a job: the scores of rollouts, one object per prompt."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -32,8 +32,8 @@ class Scoring:
     judge: Judge
 
     def __post_init__(self) -> None:
-        self._place = self.worker.place
-        self._looks = ProgressReader(self._place.store)
+        self._services = self.worker.services
+        self._progress_reader = ProgressReader(self._services.store)
 
     async def answer(self, event: Event) -> None:
         await self.worker.answer(event, self._work)
@@ -44,7 +44,7 @@ class Scoring:
         reward = spec.parse(job.reward, folder.files)
         while True:
             await within.go_on()
-            now = await self._looks.look(folder.outline, job.steps)
+            now = await self._progress_reader.look(folder.outline, job.steps)
             for kind, n, prompts in progress.rounds(folder.outline, job, now):
                 parts = now.parts(kind, n)
                 todo = sorted(parts.rollouts - parts.scores)
@@ -53,31 +53,31 @@ class Scoring:
                     group = todo[first : first + _GROUPS_AT_ONCE]
                     await asyncio.gather(*(self._score(folder, job, reward, kind, n, part) for part in group))
                 if len(parts.scores | set(todo)) == prompts and not parts.done:
-                    await self._place.bells.ring(event, cloudevents.ROLLOUTS_SCORED, SOURCE, n, kind)
+                    await self._services.notifier.ring(event, cloudevents.ROLLOUTS_SCORED, SOURCE, n, kind)
                 if todo:
                     break
             else:
                 return
 
     async def _score(self, folder: Folder, job: RlJob, reward: Reward, kind: Round, n: int, part: int) -> None:
-        """Raises RewardFailed, unless the job goes on without such groups."""
+        """Score one prompt's rollouts. Raises RewardFailed, unless the job skips such groups."""
         name = folder.start.rollouts(kind, n, part)
-        record = await read(self._place.store, name, Rollouts)
+        record = await read(self._services.store, name, Rollouts)
         if record is None:
             raise damaged(name, "it was listed, and is missing")
         row = (folder.rows if kind == "steps" else folder.held_out)[record.row]
         assert isinstance(row, RlRow)
-        began_at, refused, scores = self._place.clock(), "", list[scorer.RewardScore]()
+        began_at, refused, scores = self._services.clock(), "", list[scorer.RewardScore]()
         try:
-            scores = await self.judge(reward, [_asked(row, each) for each in record.rollouts])
+            scores = await self.judge(reward, [_scorable(row, rollout) for rollout in record.rollouts])
         except scorer.RewardFailed as error:
             if job.on_reward_error == "fail":
                 raise
             refused = str(error)
-        found = [Score(value=score.value, parts=score.parts, reasons=score.reasons) for score in scores]
-        record_of = Scores(scores=found, refused=refused, began_at=began_at, ended_at=self._place.clock())
-        await self._place.store.put_if_absent(folder.start.scores(kind, n, part), encode(record_of))
+        stored = [Score(value=score.value, parts=score.parts, reasons=score.reasons) for score in scores]
+        score_record = Scores(scores=stored, refused=refused, began_at=began_at, ended_at=self._services.clock())
+        await self._services.store.put_if_absent(folder.start.scores(kind, n, part), encode(score_record))
 
 
-def _asked(row: RlRow, rollout: Rollout) -> scorer.ScorableRollout:
+def _scorable(row: RlRow, rollout: Rollout) -> scorer.ScorableRollout:
     return scorer.ScorableRollout(id=rollout.id, prompt=row.prompt, completion=rollout.text, answer=row.answer)

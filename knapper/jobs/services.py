@@ -1,4 +1,4 @@
-"""What every part of a job works with: where state lies, where people look, who is rung, what time it is."""
+"""The services that every part of a job uses: the store, the exchange, the notifier and the clock."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ class JobServices:
 
     store: Store
     exchange: Exchange
-    bells: Notifier
+    notifier: Notifier
     clock: Callable[[], float]
 
 
-def open_place(settings: Settings, store: Store, clock: Callable[[], float]) -> JobServices:
-    """That of this process. Raises InvalidField for an exchange's address that is none."""
+def open_job_services(settings: Settings, store: Store, clock: Callable[[], float]) -> JobServices:
+    """The services of this process. Raises InvalidField for a malformed exchange address."""
     broker = Broker(settings.broker_url, FunctionKey(store))
     return JobServices(store, open_exchange(settings), Notifier(broker.post, clock), clock)

@@ -83,7 +83,7 @@ class DpoBatch(SpecPart, frozen=True, kw_only=True):
 
 
 class LossName(SpecPart, frozen=True, kw_only=True):
-    """Not dro: it counts the prompt's tokens too, which nobody sampled."""
+    """Not dro: it counts the prompt's tokens too, which were not sampled."""
 
     name: Literal["importance_sampling", "ppo", "cispo", "gspo"] = "importance_sampling"
     clip_low_threshold: Factor | None = None
@@ -101,10 +101,10 @@ class RlEvaluate(Evaluate, frozen=True, kw_only=True):
 
 
 class JobSpec(SpecPart, frozen=True, kw_only=True):
-    """What every kind of job says."""
+    """The fields of every kind of job."""
 
     data: File
-    base_model: Annotated[str, Meta(max_length=1024)] | None = None  # none: the only one that is served
+    base_model: Annotated[str, Meta(max_length=limits.text_chars_max)] | None = None  # none: the only served one
     lora: LoraSpec = LoraSpec()
     optimizer: Optimizer = Optimizer()
     seed: Seed = 0  # of the data's order, and of the samples
@@ -163,7 +163,7 @@ TYPES: dict[Kind, type[RlJob] | type[SftJob] | type[DpoJob]] = {"rl": RlJob, "sf
 
 @dataclass(frozen=True)
 class Parsed:
-    """The job, and where its fields stand, for what is found wrong with them later."""
+    """The job, and the lines of its fields, for errors found later."""
 
     job: AnyJob
     document: Document
@@ -174,7 +174,7 @@ class Parsed:
 
 
 def parse(data: bytes) -> Parsed:
-    """Raises JobError: the first thing that is wrong, with its line."""
+    """Raises JobError for the first error, with its line."""
     document = yaml_document.read(data)
     content = document.content
     if not isinstance(content, dict):
@@ -195,7 +195,7 @@ def parse(data: bytes) -> Parsed:
 
 
 def decode(data: bytes) -> AnyJob:
-    """What `encode` wrote."""
+    """Decode what `encode` wrote."""
     kind = msgspec.json.decode(data, type=_Kinded).kind
     return msgspec.json.decode(data, type=TYPES[kind])
 
@@ -209,7 +209,7 @@ class _Kinded(msgspec.Struct):
 
 
 def _check(job: AnyJob) -> None:
-    """What no single field says. Raises InvalidField."""
+    """Checks across fields. Raises InvalidField."""
     if not (job.lora.train_attn or job.lora.train_mlp or job.lora.train_unembed):
         raise InvalidField("lora.train_attn", False, "at least one of train_attn, train_mlp and train_unembed is true")
     if isinstance(job, RlJob):
@@ -217,8 +217,8 @@ def _check(job: AnyJob) -> None:
         _check_loss(job.loss)
         return
     if (job.steps is None) == (job.epochs is None):
-        given = "both" if job.steps is not None else None
-        raise InvalidField("steps", given, "one of `steps:` and `epochs:`")
+        value = "both" if job.steps is not None else None
+        raise InvalidField("steps", value, "one of `steps:` and `epochs:`")
 
 
 def _check_loss(loss: LossName) -> None:

@@ -1,7 +1,7 @@
-"""Files that come in parts, before a job takes them: in the exchange, where nothing that is not whole starts anything.
+"""Files uploaded in parts, before a job takes them: in the exchange, where no incomplete file starts anything.
 
-A part is an object of its own, under the hash of the file that it is of. So sending one again changes nothing, who was
-cut off asks which are there, and nobody has to remember an upload.
+Each part is an object under its file's hash. So repeating a part changes nothing, an interrupted client asks which
+parts have arrived, and the server keeps no state of an upload.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from knapper.state import layout
 
 @dataclass(frozen=True)
 class File:
-    """What all parts together will be. `size`: bytes, at least one."""
+    """The complete file. `size`: bytes, at least one."""
 
     tenant: Tenant
     sha256: str
@@ -24,12 +24,12 @@ class File:
 
     @staticmethod
     def parse(tenant: Tenant, sha256: str, size: str) -> "File":
-        """Of a URL. Raises InvalidField."""
-        wanted = f"1 to {limits.job_upload_bytes_max} bytes"
+        """Parse the values of a URL. Raises InvalidField."""
+        allowed = f"1 to {limits.job_upload_bytes_max} bytes"
         if not (size.isascii() and size.isdecimal() and len(size) < 20):
-            raise InvalidField("size", size, wanted)
+            raise InvalidField("size", size, allowed)
         if not 1 <= int(size) <= limits.job_upload_bytes_max:
-            raise InvalidField("size", int(size), wanted, "Leave rows out, or copy the folder into the server's inbox")
+            raise InvalidField("size", int(size), allowed, "Leave rows out, or copy the folder into the server's inbox")
         return File(tenant, names.sha256(sha256), int(size))
 
     @property
@@ -48,28 +48,28 @@ class File:
 
     def offset(self, value: str) -> int:
         """Raises InvalidField unless a part begins there."""
-        found = int(value) if value.isascii() and value.isdecimal() and len(value) < 20 else -1
-        if found not in self.parts:
+        offset = int(value) if value.isascii() and value.isdecimal() and len(value) < 20 else -1
+        if offset not in self.parts:
             raise InvalidField("offset", value, f"a multiple of {limits.upload_part_bytes} below {self.size}")
-        return found
+        return offset
 
 
 async def received(exchange: Exchange, file: File) -> set[int]:
-    """Offsets of the parts that are there."""
+    """Offsets of the parts that have arrived."""
     sizes = {entry.name: entry.size for entry in await exchange.list(file.prefix)}
     return {offset for offset, size in file.parts.items() if sizes.get(file.part(offset)) == size}
 
 
 async def take(exchange: Exchange, file: File, offset: int, data: bytes) -> None:
-    """Durable on return. Raises InvalidField for another size, TooMany where the tenant has sent too much already."""
+    """Store a part; durable on return. Raises InvalidField for a wrong size, TooMany over the tenant's quota."""
     if len(data) != file.parts[offset]:
         raise InvalidField("the part's size", len(data), f"{file.parts[offset]} bytes at offset {offset}")
-    await expect_room(exchange, file.tenant, len(data), file.part(offset))
+    await expect_capacity(exchange, file.tenant, len(data), file.part(offset))
     await exchange.publish(file.part(offset), data)
 
 
-async def expect_room(exchange: Exchange, tenant: Tenant, size: int, instead_of: str = "") -> None:
-    """Raises TooMany where so many bytes more are too much."""
+async def expect_capacity(exchange: Exchange, tenant: Tenant, size: int, instead_of: str = "") -> None:
+    """Raises TooMany if `size` more bytes exceed the tenant's quota."""
     staged = sum(entry.size for entry in await exchange.list(layout.uploads_of(tenant)) if entry.name != instead_of)
     if staged + size > limits.uploads_bytes_max:
         raise TooMany(
@@ -80,8 +80,8 @@ async def expect_room(exchange: Exchange, tenant: Tenant, size: int, instead_of:
 
 async def expect_whole(exchange: Exchange, name: str, file: File) -> None:
     """Raises NotFound, naming the first part that is missing."""
-    there = await received(exchange, file)
-    missing = [offset for offset in file.parts if offset not in there]
+    arrived = await received(exchange, file)
+    missing = [offset for offset in file.parts if offset not in arrived]
     if missing:
         raise NotFound(
             f"{name} is not whole: {len(missing)} of {len(file.parts)} parts are missing, the first at {missing[0]}; "
@@ -90,7 +90,7 @@ async def expect_whole(exchange: Exchange, name: str, file: File) -> None:
 
 
 async def assemble(exchange: Exchange, file: File, name: str) -> None:
-    """Put the whole file under the name. Raises InvalidField if it is another: then all parts go, to be sent anew."""
+    """Put the whole file under the name. For a wrong hash, deletes the parts and raises InvalidField."""
     try:
         await exchange.compose(name, [file.part(offset) for offset in file.parts], file.sha256)
     except InvalidField:

@@ -1,4 +1,4 @@
-"""Steps over rows of text: supervised fine-tuning, and direct preference optimisation."""
+"""Recipes over rows of text: supervised fine-tuning and direct preference optimisation."""
 
 import asyncio
 import math
@@ -11,7 +11,7 @@ from knapper.jobs import schedule
 from knapper.jobs.job_files import Folder
 from knapper.jobs.names import Round
 from knapper.jobs.preferences import Preference, preference, summed
-from knapper.jobs.recipes import Lines, StepOutcome
+from knapper.jobs.recipes import RunClients, StepOutcome
 from knapper.jobs.rows import ChatRow, CompletionRow, PairRow, Row
 from knapper.jobs.run_client import RunClient
 from knapper.jobs.spec import DpoJob, SftJob
@@ -34,21 +34,21 @@ class Sft:
     evaluates_in_run = True
 
     @staticmethod
-    async def read(folder: Folder, job: SftJob, texts: RowTokenizer) -> "Sft":
-        """Raises UserError, naming the row, for one that does not fit."""
+    async def read(folder: Folder, job: SftJob, tokenizer: RowTokenizer) -> "Sft":
+        """Tokenize the rows. Raises UserError, naming the row, for one that does not fit."""
 
         def examples(file: str, rows: Sequence[Row]) -> list[Example]:
-            return [_example(texts, job, row, f"row {n} of {file}") for n, row in enumerate(rows, 1)]
+            return [_example(tokenizer, job, row, f"row {n} of {file}") for n, row in enumerate(rows, 1)]
 
-        found = await asyncio.to_thread(examples, job.data, folder.rows)
+        training = await asyncio.to_thread(examples, job.data, folder.rows)
         held_out = await asyncio.to_thread(examples, job.evaluate.data if job.evaluate else "", folder.held_out)
-        return Sft(folder, job, found, held_out, texts.tokens_max)
+        return Sft(folder, job, training, held_out, tokenizer.tokens_max)
 
     @property
     def steps(self) -> int:
         if self.job.steps is not None:
             return self.job.steps
-        assert self.job.epochs is not None, "the spec has one of both"
+        assert self.job.epochs is not None, "the spec has one of the two"
         total = sum(len(self._sequences(epoch)) for epoch in range(self.job.epochs))
         return math.ceil(total / self.job.batch.sequences)
 
@@ -60,14 +60,14 @@ class Sft:
     def scores(self) -> Mapping[Round, int]:
         return {"steps": 0, "evaluations": 0}
 
-    async def train(self, lines: Lines, step: int) -> StepOutcome:
+    async def train(self, clients: RunClients, step: int) -> StepOutcome:
         """The mean over the batch's counted tokens of -log p."""
         batch = self._batch(step)
         counted = sum(example.counted for example in batch)
         data = [example.datum(1 / counted) for example in batch]
-        output = await lines.run.forward_backward(data, "cross_entropy", {})
+        output = await clients.run.forward_backward(data, "cross_entropy", {})
         values = schedule.adamw(self.job.optimizer, step, self.steps)
-        stepped = await lines.run.optim_step(values)
+        stepped = await clients.run.optim_step(values)
         metrics = {
             "loss/mean": output.metrics["loss:sum"],
             "tokens/counted": float(counted),
@@ -77,26 +77,26 @@ class Sft:
         }
         return StepOutcome(metrics)
 
-    async def evaluate(self, lines: Lines, _version: int) -> StepOutcome:
+    async def evaluate(self, clients: RunClients, _version: int) -> StepOutcome:
         counted = sum(example.counted for example in self.held_out)
         data = [example.datum(1.0) for example in self.held_out]
-        output = await lines.run.forward_backward(data, "cross_entropy", {}, forward_only=True)
+        output = await clients.run.forward_backward(data, "cross_entropy", {}, forward_only=True)
         loss = output.metrics["loss:sum"] / counted
         return StepOutcome({"loss/mean": loss, "tokens/counted": float(counted)})
 
     def _batch(self, step: int) -> list[Example]:
-        """Sequences of the step: epochs one after another, cut into batches without a gap."""
+        """The step's sequences: epochs one after another, cut into batches without a gap."""
         size, epochs = self.job.batch.sequences, self.job.epochs
-        found: list[Example] = []
+        batch: list[Example] = []
         first, epoch = step * size, 0
-        while len(found) < size and (epochs is None or epoch < epochs):
+        while len(batch) < size and (epochs is None or epoch < epochs):
             sequences = self._sequences(epoch)
-            found += sequences[first : first + size - len(found)]
+            batch += sequences[first : first + size - len(batch)]
             first, epoch = max(0, first - len(sequences)), epoch + 1
-        return found
+        return batch
 
     def _sequences(self, epoch: int) -> list[Example]:
-        """Of one epoch, in its order."""
+        """The sequences of one epoch, in its order."""
         if epoch not in self._packed:
             order = schedule.order(self.job.seed, epoch, len(self.examples))
             examples = [self.examples[row] for row in order]
@@ -114,21 +114,21 @@ class Dpo:
     evaluates_in_run = True
 
     @staticmethod
-    async def read(folder: Folder, job: DpoJob, texts: RowTokenizer) -> "Dpo":
-        """Raises UserError, naming the row, for one that does not fit."""
+    async def read(folder: Folder, job: DpoJob, tokenizer: RowTokenizer) -> "Dpo":
+        """Tokenize the rows. Raises UserError, naming the row, for one that does not fit."""
 
         def pairs(file: str, rows: Sequence[Row]) -> list[Pair]:
-            return [_pair(texts, row, f"row {n} of {file}") for n, row in enumerate(rows, 1)]
+            return [_pair(tokenizer, row, f"row {n} of {file}") for n, row in enumerate(rows, 1)]
 
-        found = await asyncio.to_thread(pairs, job.data, folder.rows)
+        training = await asyncio.to_thread(pairs, job.data, folder.rows)
         held_out = await asyncio.to_thread(pairs, job.evaluate.data if job.evaluate else "", folder.held_out)
-        return Dpo(folder, job, found, held_out)
+        return Dpo(folder, job, training, held_out)
 
     @property
     def steps(self) -> int:
         if self.job.steps is not None:
             return self.job.steps
-        assert self.job.epochs is not None, "the spec has one of both"
+        assert self.job.epochs is not None, "the spec has one of the two"
         return math.ceil(len(self.pairs) * self.job.epochs / self.job.batch.pairs)
 
     @property
@@ -139,60 +139,60 @@ class Dpo:
     def scores(self) -> Mapping[Round, int]:
         return {"steps": 0, "evaluations": 0}
 
-    async def train(self, lines: Lines, step: int) -> StepOutcome:
+    async def train(self, clients: RunClients, step: int) -> StepOutcome:
         """The mean over the batch's pairs."""
         total = None if self.job.epochs is None else len(self.pairs) * self.job.epochs
         rows = schedule.rows(self.job.seed, step, self.job.batch.pairs, len(self.pairs), total)
         batch = [self.pairs[row] for row in rows]
-        found = await self._preferences(lines, batch)
+        preferences = await self._preferences(clients, batch)
         data = [
-            example.datum(sign * each.weight / len(batch))
-            for pair, each in zip(batch, found, strict=True)
+            example.datum(sign * preferred.weight / len(batch))
+            for pair, preferred in zip(batch, preferences, strict=True)
             for example, sign in zip(pair, (1.0, -1.0), strict=True)
         ]
-        await lines.run.forward_backward(data, "cross_entropy", {})
+        await clients.run.forward_backward(data, "cross_entropy", {})
         values = schedule.adamw(self.job.optimizer, step, self.steps)
-        stepped = await lines.run.optim_step(values)
+        stepped = await clients.run.optim_step(values)
         more = {"learning_rate": values.learning_rate, "grad_norm": stepped["grad_norm"]}
-        return StepOutcome({**_described(found), **more})
+        return StepOutcome({**_metrics(preferences), **more})
 
-    async def evaluate(self, lines: Lines, _version: int) -> StepOutcome:
-        return StepOutcome(_described(await self._preferences(lines, self.held_out)))
+    async def evaluate(self, clients: RunClients, _version: int) -> StepOutcome:
+        return StepOutcome(_metrics(await self._preferences(clients, self.held_out)))
 
-    async def _preferences(self, lines: Lines, pairs: Sequence[Pair]) -> list[Preference]:
+    async def _preferences(self, clients: RunClients, pairs: Sequence[Pair]) -> list[Preference]:
         examples = [example for pair in pairs for example in pair]
-        reference = await _summed(lines.reference, examples)
-        policy = await _summed(lines.run, examples)
+        reference = await _summed(clients.reference, examples)
+        policy = await _summed(clients.run, examples)
         both = list(zip(policy, reference, strict=True))
         return [preference(self.job.beta, both[at], both[at + 1]) for at in range(0, len(both), 2)]
 
 
-def _example(texts: RowTokenizer, job: SftJob, row: Row, where: str) -> Example:
+def _example(tokenizer: RowTokenizer, job: SftJob, row: Row, where: str) -> Example:
     assert isinstance(row, ChatRow | CompletionRow)
     try:
-        return texts.sft(row, job.loss_on)
+        return tokenizer.sft(row, job.loss_on)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
 
-def _pair(texts: RowTokenizer, row: Row, where: str) -> Pair:
+def _pair(tokenizer: RowTokenizer, row: Row, where: str) -> Pair:
     assert isinstance(row, PairRow)
     try:
-        return texts.pair(row)
+        return tokenizer.pair(row)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
 
-async def _summed(line: RunClient, examples: Sequence[Example]) -> list[float]:
+async def _summed(client: RunClient, examples: Sequence[Example]) -> list[float]:
     data = [example.datum(1.0) for example in examples]
-    output = await line.forward_backward(data, "cross_entropy", {}, forward_only=True)
+    output = await client.forward_backward(data, "cross_entropy", {}, forward_only=True)
     return [summed(example, each["logprobs"]) for example, each in zip(examples, output.outputs, strict=True)]
 
 
-def _described(found: Sequence[Preference]) -> dict[str, float]:
+def _metrics(preferences: Sequence[Preference]) -> dict[str, float]:
     return {
-        "loss/mean": sum(each.loss for each in found) / len(found),
-        "margin/mean": sum(each.margin for each in found) / len(found),
-        "accuracy/mean": sum(each.right for each in found) / len(found),
-        "pairs": float(len(found)),
+        "loss/mean": sum(each.loss for each in preferences) / len(preferences),
+        "margin/mean": sum(each.margin for each in preferences) / len(preferences),
+        "accuracy/mean": sum(each.right for each in preferences) / len(preferences),
+        "pairs": float(len(preferences)),
     }

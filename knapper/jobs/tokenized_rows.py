@@ -1,4 +1,4 @@
-"""Rows of text as the model's tokens, each with the tokens that its loss counts.
+"""Tokenized rows, with the tokens that the loss counts.
 
 T tokens of an example.
 """
@@ -37,9 +37,9 @@ class Example:
 
 @dataclass(frozen=True)
 class RowTokenizer:
-    """`now`: what templates may call the date, in seconds since the epoch: of a job always the same.
+    """`now`: the date for chat templates, in seconds since the epoch; constant for a job.
 
-    `tokens_max`: of one example; a longer one is an error, never cut.
+    `tokens_max`: of one example; a longer one is an error, and never truncated.
     """
 
     language: Language
@@ -47,7 +47,7 @@ class RowTokenizer:
     tokens_max: int
 
     def prompt(self, prompt: Prompt) -> list[int]:
-        """Up to where the model goes on."""
+        """Up to where the model continues."""
         if isinstance(prompt, str):
             return self.language.encode(prompt)
         return self.language.chat(prompt, self.now, {})
@@ -58,7 +58,7 @@ class RowTokenizer:
     def answered(self, prompt: Prompt, completion: Completion) -> Example:
         """The prompt, the completion, and the token that ends a text; the loss counts what follows the prompt.
 
-        Of messages that follow it, what the model itself would write.
+        Of following messages, it counts only what the model itself would write.
         """
         if not isinstance(completion, str):
             assert not isinstance(prompt, str), "messages follow messages"
@@ -101,8 +101,8 @@ class RowTokenizer:
         until = self.language.render(messages[: n + 1], self.now, {}, answering=False).rstrip()
         if not (whole.startswith(until) and until.startswith(before)):
             raise UserError(
-                f"the model's chat template writes message {n} in another way once others follow it, so that what to "
-                "learn cannot be told; allowed: rows whose last message is the only one of its role, or `loss_on: all`"
+                f"the model's chat template changes message {n} when others follow it: the tokens to learn "
+                "cannot be located; allowed: rows in which only the last message has its role, or `loss_on: all`"
             )
         return len(before), len(until)
 
@@ -122,17 +122,17 @@ class RowTokenizer:
 
 
 def pack(examples: Sequence[Example], tokens_max: int) -> list[Example]:
-    """Several examples one after another in each sequence, in order, as long as they fit; none is cut."""
+    """Pack examples into sequences, in order, as long as they fit; none is split."""
     packed: list[list[Example]] = []
-    room = 0
+    capacity = 0
     for example in examples:
-        if len(example.tokens_T) > room:
+        if len(example.tokens_T) > capacity:
             packed.append([])
-            room = tokens_max
+            capacity = tokens_max
         packed[-1].append(example)
-        room -= len(example.tokens_T)
+        capacity -= len(example.tokens_T)
     return [
-        Example(np.concatenate([one.tokens_T for one in group]), np.concatenate([one.counts_T for one in group]))
+        Example(np.concatenate([each.tokens_T for each in group]), np.concatenate([each.counts_T for each in group]))
         for group in packed
     ]
 

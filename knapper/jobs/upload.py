@@ -1,7 +1,7 @@
-"""What lies in a job's folder of the inbox, and which start that is: by its content, and by nothing else.
+"""A job's folder in the inbox, and the start that it stands for, which depends on its content alone.
 
-The content is that of job.yaml and of every file that it names. Where the exchange is, and how often a file was
-uploaded, change nothing; one byte of any of them does.
+The content is that of job.yaml and of every file it names. Where the exchange is and how often a file was uploaded make
+no difference; one byte of any file does.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from knapper.store import Store
 
 @dataclass(frozen=True)
 class Content:
-    """What a start depends on. `sha256s`: of the files that job.yaml names. `generation`: of job.yaml, where known."""
+    """What a start depends on. `sha256s`: of the files that job.yaml names. `generation`: of job.yaml, if known."""
 
     tenant: Tenant
     job: str
@@ -38,8 +38,8 @@ class Content:
     def first(self) -> Start:
         """The start of this content, unless it is started once more."""
         own = hashlib.sha256(self.yaml).hexdigest()
-        told = msgspec.json.encode([own, sorted(self.sha256s.items())])
-        return Start.of(self.tenant, self.job, hashlib.sha256(told).hexdigest())
+        content = msgspec.json.encode([own, sorted(self.sha256s.items())])
+        return Start.of(self.tenant, self.job, hashlib.sha256(content).hexdigest())
 
     def repeated(self, n: int) -> Start:
         """The `n`th after the first."""
@@ -48,7 +48,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Upload:
-    """One look at the folder. `files`: those that job.yaml names and that are there."""
+    """The folder at one look. `files`: those that job.yaml names and that exist."""
 
     tenant: Tenant
     job: str
@@ -62,32 +62,32 @@ class Upload:
 
     @property
     def generations(self) -> dict[str, str]:
-        """In the exchange: while all are these, nothing was uploaded since."""
+        """Generations in the exchange: while they are unchanged, nothing was uploaded since."""
         return {name: blob.generation for name, blob in {names.JOB_YAML: self.job_yaml, **self.files}.items()}
 
 
 def of_job_yaml(tenant: Tenant, job: str, data: bytes) -> Start:
-    """What stands for a job.yaml that cannot be started: its files are not all there, or it is wrong."""
+    """The placeholder of a job.yaml that cannot start: its files are incomplete, or it is invalid."""
     return Start.of(tenant, job, hashlib.sha256(data).hexdigest())
 
 
-async def job_yaml(place: JobServices, tenant: Tenant, job: str) -> Blob | None:
+async def job_yaml(services: JobServices, tenant: Tenant, job: str) -> Blob | None:
     """Raises TooLarge."""
-    return await place.exchange.read(f"{layout.inbox(tenant, job)}{names.JOB_YAML}", limits.job_yaml_bytes_max)
+    return await services.exchange.read(f"{layout.inbox(tenant, job)}{names.JOB_YAML}", limits.job_yaml_bytes_max)
 
 
-async def read_files(place: JobServices, tenant: Tenant, job: str, found: Blob, parsed: Parsed) -> Upload:
-    """With those files that are there. Raises TooLarge."""
+async def read_files(services: JobServices, tenant: Tenant, job: str, yaml: Blob, parsed: Parsed) -> Upload:
+    """The folder with those files that exist. Raises TooLarge."""
     files = {}
     for name in parsed.job.files:
         at = f"{layout.inbox(tenant, job)}{names.file(name)}"
-        if (blob := await place.exchange.read(at, limits.job_file_bytes_max)) is not None:
+        if (blob := await services.exchange.read(at, limits.job_file_bytes_max)) is not None:
             files[name] = blob
-    return Upload(tenant, job, found, files)
+    return Upload(tenant, job, yaml, files)
 
 
 async def current(store: Store, content: Content) -> Start:
-    """The newest start of this content: the first, unless somebody asked for it once more."""
+    """The newest start of this content: the first, unless a repetition was requested."""
     if (old := await _by_generation(store, content)) is not None:
         return old
     n = await _repetitions(store, content)
@@ -95,14 +95,14 @@ async def current(store: Store, content: Content) -> Start:
 
 
 async def repeat(store: Store, content: Content) -> Start:
-    """From now on another start stands for this content."""
+    """Make a new start stand for this content."""
     n = await _repetitions(store, content)
     await store.put_if_absent(f"{content.first.repetitions}{number(n + 1)}", b"")
     return content.repeated(n + 1)
 
 
 async def unchanged(store: Store, tenant: Tenant, job: str, generations: Mapping[str, str]) -> bool:
-    """Whether the job's newest start was made from just these objects, so that none needs to be read."""
+    """Whether the job's newest start was made from exactly these objects, so that none needs to be read."""
     listed = await store.list(ObjectKind.TENANT_START.under(tenant, job))
     if not listed:
         return False
@@ -118,7 +118,7 @@ async def _repetitions(store: Store, content: Content) -> int:
 
 
 async def _by_generation(store: Store, content: Content) -> Start | None:
-    """The start that an earlier version made of this content: it looked at the generation of job.yaml alone."""
+    """The start that an earlier knapper made of this content: it looked only at the generation of job.yaml."""
     old = Start.of(content.tenant, content.job, content.generation)
     started = await read(store, old.started, Started)
     if started is None or await _repetitions(store, content):

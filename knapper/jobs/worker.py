@@ -1,7 +1,6 @@
-"""How a function answers a job's bell: one worker a job, in slices, until nothing is left to do here.
+"""How a function works on a job it is notified of: one task per job, in slices, until it has no more work here.
 
-Whatever goes wrong by the user's fault ends the job, and says why; whatever may pass is answered 503, and the bell
-comes again.
+A user's error ends the job and says why; a temporary failure is answered 503, and the doorbell comes again.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -20,38 +19,38 @@ from knapper.jobs.names import Start
 from knapper.jobs.services import JobServices
 from knapper.jobs.spec import Kind
 
-_DEFECTS_MAX = 3  # in a row: then the job ends with that, instead of being tried for ever
+_DEFECTS_MAX = 3  # in a row; then the job fails, instead of being retried for ever
 _TAKEN_MAX = 1024
-_WAITS_MAX = 3  # in a row: then the job says what it waits for
+_WAITS_MAX = 3  # in a row; then the job's status says what it waits for
 
 log = structlog.get_logger()
 
 
 class SliceOver(Exception):
-    """The time of this slice is used up; the work goes on with another bell."""
+    """This slice's time is used up; the next doorbell continues the work."""
 
 
 class Stopped(Exception):
-    """The job does not run any more: it was cancelled, or it ended."""
+    """The job no longer runs: it was cancelled, or it ended."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """`go_on` stands before each piece of work."""
+    """One slice of work on a job; `go_on` is called before each part of it."""
 
-    place: JobServices
+    services: JobServices
     start: Start
     end: float
 
     async def go_on(self) -> None:
         """Raises Stopped or SliceOver."""
         await self.expect_running()
-        if self.place.clock() >= self.end:
+        if self.services.clock() >= self.end:
             raise SliceOver
 
     async def expect_running(self) -> None:
         """Raises Stopped."""
-        if not await control.runs(self.place.store, self.start):
+        if not await control.runs(self.services.store, self.start):
             raise Stopped
 
 
@@ -60,15 +59,15 @@ Work = Callable[[Folder, Slice, Event], Awaitable[None]]
 
 @dataclass
 class Worker:
-    """Of `function` in one process. `base_model`: what it has in memory; empty: it needs none."""
+    """Runs `function`'s work on jobs, in one process. `base_model`: the loaded one; empty if it needs none."""
 
     function: Function
-    place: JobServices
+    services: JobServices
     folders: Folders
-    kinds: Sequence[Kind]  # of the jobs that it has a part in
+    kinds: Sequence[Kind]  # of jobs that it works on
     base_model: str = ""
     slice_s: float = limits.slice_s
-    directory: str = ""  # of that model: another name of it
+    directory: str = ""  # of that model; another name for it
     _busy: set[Start] = field(default_factory=set)
     _again: set[Start] = field(default_factory=set)
     _taken: set[Start] = field(default_factory=set)
@@ -76,11 +75,11 @@ class Worker:
     _waiting: dict[Start, int] = field(default_factory=dict)
 
     async def answer(self, event: Event, work: Work) -> None:
-        """Do what is there to do. Raises UserError for a bell that is poison, Unavailable and its kin for 'not now'."""
+        """Do the open work. Raises UserError for a poison doorbell, Unavailable and its kin for 'not now'."""
         start = Start.parse(event.subject)
         folder = await self._folder(start)
         if start in self._busy:
-            self._again.add(start)  # whoever is at work looks once more before it goes
+            self._again.add(start)  # the running task looks once more before it ends
             return
         self._busy.add(start)
         try:
@@ -94,10 +93,10 @@ class Worker:
             self._again.discard(start)
 
     async def _folder(self, start: Start) -> Folder:
-        """Raises InvalidField for a job that this function has no part in: its bell is poison, the job is not."""
+        """Raises InvalidField for a job that this function does not work on: the doorbell is poison, the job is not."""
         try:
             folder = await self.folders.read(start)
-        except NotFound as error:  # a Broker would try again for a 404
+        except NotFound as error:  # a Broker would retry a 404
             raise InvalidField("subject", str(start), "a job that was started") from error
         if folder.job.kind not in self.kinds:
             raise InvalidField("kind", folder.job.kind, " or ".join(self.kinds))
@@ -106,20 +105,20 @@ class Worker:
         return folder
 
     async def _slice(self, event: Event, folder: Folder, work: Work) -> bool:
-        """True if its time was used up: then a bell was rung for the rest."""
-        place, start = self.place, folder.start
+        """True if the slice's time was used up: then a doorbell was sent for the rest."""
+        services, start = self.services, folder.start
         try:
             await self._take_up(folder)
-            await work(folder, Slice(place, start, place.clock() + self.slice_s), event)
+            await work(folder, Slice(services, start, services.clock() + self.slice_s), event)
             self._defects.pop(start, None)
             await self._goes_on(folder)
         except SliceOver:
-            await place.bells.go_on(event)
+            await services.notifier.go_on(event)
             return True
         except Stopped:
             self._taken.discard(start)
-            await place.store.delete(start.working)
-            await outputs.publish_status(place, folder.started)
+            await services.store.delete(start.working)
+            await outputs.publish_status(services, folder.started)
         except UserError as error:
             await self._fail(event, folder, str(error))
         except KnapperError as error:
@@ -134,16 +133,16 @@ class Worker:
         return False
 
     async def _take_up(self, folder: Folder) -> None:
-        """Once a job, for people who look what it is doing."""
+        """Record once per job that this function works on it, for `knapper jobs show`."""
         if (start := folder.start) not in self._taken:
-            await activity.take_up(self.place.store, start, self.function, self.place.clock())
-            await outputs.publish_status(self.place, folder.started)
+            await activity.take_up(self.services.store, start, self.function, self.services.clock())
+            await outputs.publish_status(self.services, folder.started)
             if len(self._taken) >= _TAKEN_MAX:
                 self._taken.clear()
             self._taken.add(start)
 
     async def _waits(self, folder: Folder, error: KnapperError) -> None:
-        """Say what the job waits for, once that was the same so often that it does not pass by itself."""
+        """Publish what the job waits for, once waiting has repeated so often that it will not pass by itself."""
         if not isinstance(error, Unavailable) or isinstance(error, StoreError | NotHolder):
             return
         times = self._waiting[folder.start] = self._waiting.get(folder.start, 0) + 1
@@ -156,14 +155,14 @@ class Worker:
             await self._note(folder, "")
 
     async def _note(self, folder: Folder, reason: str) -> None:
-        if await control.note(self.place.store, folder.start, reason, self.place.clock()):
-            await outputs.publish_status(self.place, folder.started)
+        if await control.note(self.services.store, folder.start, reason, self.services.clock()):
+            await outputs.publish_status(self.services, folder.started)
 
     async def _fail(self, event: Event, folder: Folder, reason: str) -> None:
-        place, start = self.place, folder.start
+        services, start = self.services, folder.start
         self._taken.discard(start)
-        if await control.change(place.store, start, "failed", reason, place.clock()):
+        if await control.change(services.store, start, "failed", reason, services.clock()):
             log.error("job failed", job=str(start), reason=reason)
-            await place.bells.ring(event, cloudevents.JOB_FAILED, event.source, event.step or 0)
-        await place.store.delete(start.working)
-        await outputs.publish_status(place, folder.started)
+            await services.notifier.ring(event, cloudevents.JOB_FAILED, event.source, event.step or 0)
+        await services.store.delete(start.working)
+        await outputs.publish_status(services, folder.started)

@@ -1,4 +1,4 @@
-"""YAML as plain data that knows its lines. Read safely: no tags, no aliases, no key twice, and bounded."""
+"""YAML as plain data with line numbers. Read safely: no tags, aliases or duplicate keys, and bounded."""
 
 import re
 from collections.abc import Mapping
@@ -16,11 +16,10 @@ from knapper.errors import UserError
 from knapper.wire.untrusted import parsing
 
 Path = tuple[str | int, ...]
-_DEPTH_MAX = 16
 
 
 class JobError(UserError):
-    """job.yaml, or a file that it names, is not what is allowed. `line`: of `file`, counted from 1."""
+    """job.yaml, or a file that it names, is invalid. `line`: of `file`, counted from 1."""
 
     code = "invalid_job"
 
@@ -37,12 +36,12 @@ class JobError(UserError):
         shown = repr(value)
         self.shown = shown if len(shown) <= 120 else shown[:117] + "..."
         self.file, self.line, self.allowed, self.todo = file, line, allowed, todo
-        said = message or f"{field} is {self.shown}; allowed: {allowed}" + (f". {todo}" if todo else "")
-        super().__init__(f"{file}, line {line}: {said}")
+        problem = message or f"{field} is {self.shown}; allowed: {allowed}" + (f". {todo}" if todo else "")
+        super().__init__(f"{file}, line {line}: {problem}")
         self.field = field
 
     def report(self) -> dict[str, object]:
-        """What job.error.json says."""
+        """The content of job.error.json."""
         return {
             "error": str(self), "code": self.code, "file": self.file, "line": self.line, "field": self.field,
             "value": self.shown, "allowed": self.allowed, "todo": self.todo,
@@ -57,14 +56,14 @@ class Document:
     lines: Mapping[Path, int]
 
     def line(self, path: Path) -> int:
-        """Where the field stands; where it would stand, if it is missing."""
+        """The line of the field; where it would be, if it is missing."""
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path, 1)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but 1e-4 is a number, and dates are texts."""
+    """YAML 1.1 as PyYAML reads it, but 1e-4 is a number and dates are strings."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -97,37 +96,38 @@ def _unreadable(data: bytes, error: Exception) -> JobError:
         return JobError(line, "its encoding", data[error.start : error.start + 4], "UTF-8")
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error) or "it cannot be read"
-    return JobError(mark.line + 1 if mark else 1, "its syntax", problem, "YAML: `field: value` lines")
+    line = mark.line + 1 if mark else 1
+    return JobError(line, "its syntax", problem, "YAML: `field: value` lines", message=f"invalid YAML: {problem}")
 
 
 def _check_events(text: str) -> None:
-    """What must be known before anything is built from it. Raises JobError and YAMLError."""
+    """Checks that must come before anything is built. Raises JobError and YAMLError."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         line = event.start_mark.line + 1 if event.start_mark else 1
         if (anchor := getattr(event, "anchor", None)) is not None:
             raise JobError(line, "an anchor or alias", anchor, "plain values", "Write the value out")
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
-        if depth > _DEPTH_MAX:
-            raise JobError(line, "its depth", "deeper", f"at most {_DEPTH_MAX} levels")
+        if depth > limits.job_yaml_depth_max:
+            raise JobError(line, "its depth", "deeper", f"at most {limits.job_yaml_depth_max} levels")
 
 
 def _content(loader: _Loader, node: Node, at: Path, lines: dict[Path, int]) -> Any:
     line = node.start_mark.line + 1
     if isinstance(node, MappingNode):
-        found: dict[str, Any] = {}
+        mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             here = key_node.start_mark.line + 1
             key = key_node.value
             if not isinstance(key_node, ScalarNode) or key_node.tag not in _PLAIN:
                 raise JobError(here, spoken(at) or "a field", "<<" if key == "<<" else "a list or a map", "a name")
-            if key in found:
+            if key in mapping:
                 raise JobError(here, spoken((*at, key)), "there a second time", "each field once")
             with parsing(partial(_no_name, here, key)):
                 key.encode()
             lines[(*at, key)] = here
-            found[key] = _content(loader, value_node, (*at, key), lines)
-        return found
+            mapping[key] = _content(loader, value_node, (*at, key), lines)
+        return mapping
     if isinstance(node, SequenceNode):
         items = []
         for n, item in enumerate(node.value):
@@ -138,7 +138,7 @@ def _content(loader: _Loader, node: Node, at: Path, lines: dict[Path, int]) -> A
         raise JobError(line, spoken(at) or "the document", node.tag, "plain values: texts, numbers, true, false")
     with parsing(lambda _: JobError(line, spoken(at), node.value, "a number or a text that can be read")):
         value = loader.construct_object(node)
-        msgspec.json.encode(value)  # neither half of a character, nor more digits than anything holds
+        msgspec.json.encode(value)  # no lone surrogates, and no more digits than a number has
     return value
 
 

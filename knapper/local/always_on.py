@@ -1,4 +1,4 @@
-"""A process of which there is always one: started again at once when it ends, on the same socket throughout."""
+"""A process that always runs: restarted at once when it ends, on the same listening socket."""
 
 import asyncio
 import socket
@@ -18,15 +18,15 @@ from knapper.web.backoff import Backoff
 log = structlog.get_logger()
 
 _healthy_s_max = 120.0
-_grace_s = 2.0  # the gateway may hold polls of half a minute; clients repeat them
-_steady_s = 5.0  # who lived so long is started again without delay
+_grace_s = 2.0  # the gateway may hold polls for half a minute; clients repeat them
+_steady_s = 5.0  # a process that lived this long is restarted without delay
 _backoff_s, _backoff_s_max = 0.1, 5.0
 
 
-class Standing:
-    """We hold the listening socket: while there is no process, clients wait in it, and are not refused.
+class AlwaysOn:
+    """The supervisor holds the listening socket: while no process runs, clients wait in it, and are not refused.
 
-    `application` is served from `directory`; it is up when a GET of `health` succeeds.
+    Serves `application` from `directory`; it is up when a GET of `health` succeeds.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class Standing:
 
     @property
     def url(self) -> str:
-        """Where a client on this machine reaches it."""
+        """Its URL on this machine."""
         return web.url(self._listener)
 
     async def keep(self, ready: Callable[[], None] = lambda: None) -> NoReturn:
-        """Run it until cancelled; `ready` is called once. Raises Unavailable if it cannot even begin to serve."""
+        """Run it until cancelled; `ready` is called once. Raises Unavailable if the first start fails."""
         loop = asyncio.get_running_loop()
         self._listener.listen(web.BACKLOG)
         served, backoff = False, Backoff(_backoff_s, _backoff_s_max)
@@ -83,12 +83,12 @@ class Standing:
             self._process.kill()
 
     async def _until_healthy(self, process: Process) -> None:
-        asking = asyncio.create_task(self._ask_health())
-        await asyncio.wait([asking, process.exited], return_when=asyncio.FIRST_COMPLETED)
-        if asking.done():
-            asking.result()
+        health_check = asyncio.create_task(self._ask_health())
+        await asyncio.wait([health_check, process.exited], return_when=asyncio.FIRST_COMPLETED)
+        if health_check.done():
+            health_check.result()
             return
-        asking.cancel()
+        health_check.cancel()
         raise Unavailable(
             f"the {self.name} did not start ({await process.ending()}); its last lines:\n{await process.last_words()}"
         )

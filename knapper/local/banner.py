@@ -1,4 +1,4 @@
-"""What `knapper up` says once it serves: what, where, with which key, and how it ends."""
+"""What `knapper up` prints once it is ready: model, addresses, key, and how to stop."""
 
 from pathlib import Path
 

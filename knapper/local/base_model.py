@@ -1,4 +1,4 @@
-"""The base model that `knapper up` serves: found, looked over, and refused in one line before anything is served."""
+"""The base model of `knapper up`: located, checked, and refused in one line before anything is served."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,22 +18,22 @@ log = structlog.get_logger()
 
 
 def chosen(settings: Settings, environ: Mapping[str, str]) -> Settings:
-    """With the model's name and directory. Raises KnapperError for one that cannot be had, or cannot be served."""
+    """The settings with the model's name and directory. Raises KnapperError if it is unavailable or unservable."""
 
     def accept(partial: Path) -> None:
-        """Before its weights come, which may be many."""
+        """Check before the weights are downloaded."""
         by = servable.expect_config(partial)
         servable.expect_libraries(settings, by)
         servable.expect_rehearsed(_with(settings, settings.model, partial), environ, by)
 
-    given = Path(settings.model).expanduser()
+    path = Path(settings.model).expanduser()
     try:
         directory = obtain(settings.model, settings.cache, say=log.info, accept=accept)
-        name = str(directory) if given.is_dir() and not is_name(settings.model) else settings.model
-        if given.is_dir() and "/" in name and is_name(name):
-            log.info(f"model {name}: taken from the directory of that name; the hub's: start where there is none")
+        name = str(directory) if path.is_dir() and not is_name(settings.model) else settings.model
+        if path.is_dir() and "/" in name and is_name(name):
+            log.info(f"model {name}: taken from the directory of that name; to use the hub's, start elsewhere")
         settings = _with(settings, name, directory)
-        numbers = sum(one.numbers for one in servable.expect_files(directory).values())
+        numbers = sum(file.numbers for file in servable.expect_files(directory).values())
     except OSError as error:
         raise UserError(
             f"model {settings.model!r}: {error.strerror or error} ({error.filename or settings.cache}). Free space, "
@@ -48,14 +48,14 @@ def chosen(settings: Settings, environ: Mapping[str, str]) -> Settings:
 def served(settings: Settings) -> ModelRecord:
     """The model's record in the catalogue."""
     directory = Path(settings.model_directory)
-    found = record_of(
+    record = record_of(
         directory,
         settings.model,
         dtype=settings.dtype,
         train_step_url=settings.train_step_url,
         sample_url=settings.sample_url,
     )
-    return msgspec.structs.replace(found, computed_by=computed_by(directory))
+    return msgspec.structs.replace(record, computed_by=computed_by(directory))
 
 
 def _with(settings: Settings, name: str, directory: Path) -> Settings:

@@ -20,7 +20,7 @@ def main() -> None:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:  # it died before the line above
         sys.exit(1)
-    os.setpgid(0, 0)  # Ctrl-C reaches the supervisor alone, which ends us; group.py then ends whoever we leave
+    os.setpgid(0, 0)  # Ctrl-C reaches the supervisor alone, which ends us; process_group.py then ends what we leave
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.execvp(command[0], command)
 

@@ -1,4 +1,4 @@
-"""What is wrong with the `knapper up` of a data directory, as far as it and its files tell."""
+"""Finds problems of the `knapper up` of a data directory."""
 
 import json
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def running(settings: Settings) -> int | None:
 
 
 async def examine(settings: Settings, port: int) -> list[Finding]:
-    """The server, its engine as whoever asked heard of it last, and the models' files as they are now."""
+    """Check the server, its engine's last reported state, and the models' files."""
     models = await Catalogue(open_store(settings)).models()
     return [*_server(port), *(_files(model.name, Path(model.directory)) for model in models)]
 
@@ -42,12 +42,14 @@ def _server(port: int) -> Iterator[Finding]:
         return
     yield Finding("knapper up", "good", f"answers at {url}")
     for reason in refusals:
-        yield Finding("engine", "wrong", reason, "mend that, and it goes on by itself; or restart with another --model")
+        yield Finding(
+            "engine", "wrong", reason, "fix that, and it continues by itself; or restart with another --model"
+        )
 
 
 def _files(name: str, directory: Path) -> Finding:
     try:
         servable.expect_files(directory)
     except KnapperError as error:
-        return Finding(f"model {name}", "wrong", str(error), "mend the directory, or restart with another --model")
+        return Finding(f"model {name}", "wrong", str(error), "fix the directory, or restart with another --model")
     return Finding(f"model {name}", "good", f"its files in {directory} are whole")

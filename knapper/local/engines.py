@@ -13,13 +13,13 @@ from knapper.local.state import ENGINES
 Layout = Mapping[str, tuple[str, ...]]  # a process's name: its functions
 
 FUNCTIONS: Final = (*ENGINES, "reward")
-# reward is never beside the engines: it needs no model, and starts processes for code of others
+# reward never shares a process with the engines: it needs no model, and starts processes for untrusted code
 SHARED: Final[Layout] = {"engine": ENGINES, "reward": ("reward",)}
 ISOLATED: Final[Layout] = {name: (name,) for name in FUNCTIONS}
 
 
 def urls(layout: Layout, listeners: Mapping[str, socket.socket]) -> dict[str, str]:
-    """Where each function listens."""
+    """The URL of each function."""
     return {name: f"{web.url(listeners[process])}/{name}/" for process, names in layout.items() for name in names}
 
 

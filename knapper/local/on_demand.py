@@ -1,8 +1,8 @@
 """A process that exists only while it is needed: started by the first caller, ended by idleness or a crash.
 
-We hold its listening socket from beginning to end, and never accept from it: while there is no process, callers wait in
-the kernel's queue, and are not refused. That one waits is what starts the process, which ends itself (see
-knapper/serving/idle.py); who comes in between waits for the next one.
+The supervisor holds its listening socket, and never accepts from it: while no process runs, callers wait in the
+kernel's queue, and are not refused. A waiting caller starts the process, which ends itself when idle (see
+knapper/serving/idle.py); callers in between wait for the next one.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import structlog
 
+from knapper import limits
 from knapper.errors import Unavailable, Unservable
 from knapper.local import web
 from knapper.local.process import Process
@@ -24,12 +25,11 @@ log = structlog.get_logger()
 
 Changed = Callable[[str, Process | None, bool], None]  # name, what runs now, whether it has accepted anybody
 
-wait_s_max = 600.0  # of a caller that nobody accepts: a large model comes from a slow disk; after that, it hangs
 stop_grace_s = 10.0
 _backoff_s_max = 30.0
-_PATIENCE = 3  # failures in a row that may be a moment's
+_PATIENCE = 3  # failures in a row that may be temporary
 _START_POLL_S, _POLL_S = 0.02, 1.0
-_BY_ITSELF = ("exit code 0", "killed by SIGTERM")  # uvicorn ends by the signal that it heeded
+_BY_ITSELF = ("exit code 0", "killed by SIGTERM")  # uvicorn ends by the signal that it handled
 
 
 class Service:
@@ -96,11 +96,11 @@ class Service:
         ending = await process.ending()
         self._changed(self.name, None, False)
         if hung:
-            raise self._failed(f"hung: it took nobody's call for {wait_s_max:.0f} s")
+            raise self._failed(f"hung: it accepted no call for {limits.start_s_max:.0f} s")
         if not self._up:
             raise self._failed(f"did not start: {ending}; its last lines:\n{await process.last_words()}")
         if ending not in _BY_ITSELF:
-            log.error(f"{self.name}: ended ({ending}); the next caller starts it again", pid=process.pid)
+            log.error(f"{self.name}: ended ({ending}); the next call starts it again", pid=process.pid)
 
     async def _watch(self, process: Process) -> bool:
         """Until it has ended. True if it had to be: somebody waited too long for it to accept."""
@@ -113,7 +113,7 @@ class Service:
                     self._came_up(process, heard - began)
             if process.exited.done():
                 return False
-            if loop.time() - heard > wait_s_max:
+            if loop.time() - heard > limits.start_s_max:
                 await process.stop(grace_s=1)
                 return True
             await asyncio.wait([process.exited], timeout=_POLL_S if self._up else _START_POLL_S)

@@ -26,7 +26,7 @@ from knapper.catalogue.served_models import Catalogue
 from knapper.events.function_key import FunctionKey
 from knapper.exchange.factory import expect_subscribable
 from knapper.local import engines, web
-from knapper.local.always_on import Standing
+from knapper.local.always_on import AlwaysOn
 from knapper.local.banner import banner
 from knapper.local.base_model import chosen, served
 from knapper.local.process import Process
@@ -82,10 +82,10 @@ class Supervisor:
         self._settings = settings
         self._processes = ProcessTable(settings.run_directory)
         self._ports = {name: listener.getsockname()[1] for name, listener in listeners.items()}
-        self._gateway = Standing(
+        self._gateway = AlwaysOn(
             "gateway", "gateway.app:app", root, environment, listeners["gateway"], "/api/v1/healthz", self._changed
         )
-        self._broker = Standing(
+        self._broker = AlwaysOn(
             "broker", "knapper.local.broker.main:app", package, environment, listeners["broker"], "/", self._changed
         )
         self._services = engines.services(layout, root, environment, listeners, self._changed)

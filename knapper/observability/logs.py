@@ -16,7 +16,7 @@ Event = MutableMapping[str, Any]
 
 
 def begin(process_name: str, settings: Settings) -> None:
-    """Logs and traces of this process, as its settings want them; once, at its entry."""
+    """Configure this process's logs and traces from its settings; once, at its entry."""
     configure(process_name, settings.log_level, settings.log_format)
     traces.configure(process_name, settings.traces)
 
@@ -39,7 +39,7 @@ def configure(process_name: str, level: str, form: str = "text") -> None:
     )
     logging.basicConfig(
         stream=sys.stderr,
-        level=max(number, logging.WARNING),  # libraries speak up only when something is wrong
+        level=max(number, logging.WARNING),  # libraries log only warnings and errors
         force=True,
     )
     own = _Json(process_name) if form == "json" else _Text(process_name)
@@ -49,17 +49,17 @@ def configure(process_name: str, level: str, form: str = "text") -> None:
 
 def record(process_name: str, event: Event) -> str:
     """One event as one JSON object, with the fields that log services look for."""
-    said = {
+    own = {
         "severity": event.pop("level").upper(),
         "time": event.pop("timestamp"),
         "message": event.pop("event"),
         "process": process_name,
     }
-    return json.dumps({**event, **said}, default=str)
+    return json.dumps({**event, **own}, default=str)
 
 
 class _Json(logging.Formatter):
-    """Lines of libraries, in the same form."""
+    """Formats libraries' log records in the same form."""
 
     def __init__(self, process_name: str) -> None:
         super().__init__(datefmt="%Y-%m-%dT%H:%M:%S")
@@ -73,7 +73,7 @@ class _Json(logging.Formatter):
 
 
 class _Text(logging.Formatter):
-    """Lines of libraries, for people."""
+    """Formats libraries' log records for people."""
 
     def __init__(self, process_name: str) -> None:
         super().__init__(f"%(asctime)s %(levelname)-7s {process_name}: %(name)s: %(message)s", "%H:%M:%S")
@@ -96,5 +96,5 @@ def line(process_name: str, event: Event) -> str:
 
 
 def _traceback(text: str) -> str:
-    """On lines that are indented: none of them looks like an event, whatever the exception says."""
+    """Indented, so that no line of a traceback looks like an event."""
     return "\n".join(f"  {line}" for line in printable(text, "\n\t").split("\n"))

@@ -1,7 +1,6 @@
-"""What Prometheus sees: every metric there is, each with its meaning. `text()` is what a scrape gets.
+"""Every Prometheus metric, each with its meaning. `text()` answers a scrape.
 
-Counted where things happen, or read from counters that exist; nothing here decides anything. Labels are few and
-bounded: never a run, a tenant or a name that a client chose. What a job costs is in its bill.
+Labels are few and bounded: never a run, a tenant or a name that a client chose. What a job costs is in its bill.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,53 +17,53 @@ _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _STARTS = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0)
 
 operations = Counter(
-    "knapper_operations", "Operations that the engine applied, by kind and outcome (ok, refused, failed).",
+    "knapper_operations", "Operations the engine applied, by kind and outcome (ok, refused, failed).",
     ["kind", "outcome"], registry=REGISTRY,
 )  # fmt: skip
 device_seconds = Counter(
-    "knapper_device_seconds", "Seconds of the device that operations took: what a GPU is paid for.", ["kind"],
+    "knapper_device_seconds", "Device seconds spent on training operations.", ["kind"],
     registry=REGISTRY,
 )  # fmt: skip
 replayed_seconds = Counter(
-    "knapper_replayed_seconds", "Device seconds of operations that were computed again after a claim.",
+    "knapper_replayed_seconds", "Device seconds spent on operations recomputed after a claim.",
     registry=REGISTRY,
 )  # fmt: skip
 store_calls = Counter(
-    "knapper_store_calls", "Calls of the object store, by verb and outcome (ok, lost, missing, failed).",
+    "knapper_store_calls", "Calls to the object store, by verb and outcome (ok, lost, missing, failed).",
     ["verb", "outcome"], registry=REGISTRY,
 )  # fmt: skip
 store_seconds = Histogram(
-    "knapper_store_seconds", "How long the object store took.", ["verb"], buckets=_SECONDS, registry=REGISTRY
+    "knapper_store_seconds", "Duration of calls to the object store.", ["verb"], buckets=_SECONDS, registry=REGISTRY
 )
 cold_start_seconds = Histogram(
     "knapper_cold_start_seconds",
-    "Starts from zero, by stage: total (as the gateway waits), pod (of it, until the process began: node and image), "
-    "import, weights, adapter (the first state that is made or loaded), first_step.",
+    "Duration of cold starts, by stage: total (as the gateway waits), pod (until the process begins: node and image), "
+    "import, weights, adapter (the first state created or loaded), first_step.",
     ["stage"], buckets=_STARTS, registry=REGISTRY,
 )  # fmt: skip
 runs_waiting = Gauge(
-    "knapper_runs_waiting", "Runs with operations that are accepted and not answered.", ["model"], registry=REGISTRY
+    "knapper_runs_waiting", "Runs with accepted operations that have no result yet.", ["model"], registry=REGISTRY
 )
 queue_age_seconds = Gauge(
-    "knapper_queue_age_seconds", "How long the run that waits longest has waited without a result, as scrapes saw it.",
+    "knapper_queue_age_seconds", "How long the longest-waiting run has been without a result, as scrapes saw it.",
     registry=REGISTRY,
 )  # fmt: skip
 unreadable_objects = Counter(
     "knapper_unreadable_objects",
-    "Objects of the store that were met and cannot be read, damaged or of a newer format; `knapper verify` lists them.",
+    "Unreadable objects met in the store, damaged or of a newer format; `knapper verify` lists them.",
     registry=REGISTRY,
 )
-samples_waiting = Gauge("knapper_samples_waiting", "Samples that are asked for and not done.", registry=REGISTRY)
+samples_waiting = Gauge("knapper_samples_waiting", "Samples requested and not finished.", registry=REGISTRY)
 
 
 def text() -> bytes:
-    """All metrics, as Prometheus reads them."""
+    """All metrics, in Prometheus' text format."""
     return bytes(generate_latest(REGISTRY))
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One value, read when it is asked for, or one for each value of `label`. `counts`: it only grows."""
+    """A metric read at each scrape: one value, or one for each value of `label`. `counts`: it is a counter."""
 
     name: str
     meaning: str
@@ -74,27 +73,27 @@ class Reading:
 
 
 class Readings:
-    """Counters and gauges that live elsewhere: asked at each scrape, kept nowhere twice."""
+    """Counters and gauges kept elsewhere, read at each scrape."""
 
     def __init__(self, readings: Iterable[Reading], registry: CollectorRegistry = REGISTRY) -> None:
         self._readings = tuple(readings)
         registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        for each in self._readings:
-            family = CounterMetricFamily if each.counts else GaugeMetricFamily
-            found = each.read()
-            if isinstance(found, Mapping):
-                metric = family(each.name, each.meaning, labels=[each.label])
-                for value, number in found.items():
-                    metric.add_metric([value], number)
+        for reading in self._readings:
+            family = CounterMetricFamily if reading.counts else GaugeMetricFamily
+            value = reading.read()
+            if isinstance(value, Mapping):
+                metric = family(reading.name, reading.meaning, labels=[reading.label])
+                for label, number in value.items():
+                    metric.add_metric([label], number)
                 yield metric
             else:
-                yield family(each.name, each.meaning, value=found)
+                yield family(reading.name, reading.meaning, value=value)
 
 
 def process_age_s() -> float | None:
-    """How long this process has run, imports and all; None where the system does not say (it is for a metric)."""
+    """Seconds since this process started, imports included; None where the system does not report it."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         up_s = float(Path("/proc/uptime").read_text().split()[0])

@@ -1,7 +1,7 @@
-"""Traces: what a bell leads to, through gateway, Broker and functions, where KNAPPER_TRACES names a collector.
+"""Traces the effects of an event through gateway, Broker and functions, if KNAPPER_TRACES names a collector.
 
-The thread between processes is `traceparent`, which events carry (W3C Trace Context). Without a collector nothing of
-OpenTelemetry is imported, and events pass on what they came with.
+Events carry `traceparent` (W3C Trace Context) between processes. Without a collector, OpenTelemetry is not imported,
+and events pass on the `traceparent` they came with.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ _provider: Any = None  # of this process; None: no collector
 
 
 def configure(process: str, collector: str) -> None:
-    """Send this process's spans to an OTLP collector over HTTP; nowhere, if it is empty. Raises InvalidField."""
+    """Send this process's spans to an OTLP collector over HTTP; empty: nowhere. Raises InvalidField."""
     if not collector:
         return
     try:
@@ -44,7 +44,7 @@ def export_to(process: str, exporter: "SpanExporter") -> None:
 
 
 def close() -> None:
-    """Send what is left, and stop."""
+    """Send the remaining spans, and stop."""
     global _provider
     if _provider is not None:
         _provider.shutdown()
@@ -53,9 +53,9 @@ def close() -> None:
 
 @contextmanager
 def span(name: str, traceparent: str = "", **attributes: str) -> Iterator[None]:
-    """What is done inside belongs together, below whoever sent `traceparent`; log lines inside say so too.
+    """A span below `traceparent`, whose id is in all log lines inside.
 
-    An error that leaves it is in the span.
+    Records an error that leaves it.
     """
     with structlog.contextvars.bound_contextvars(**attributes):
         if _provider is None:
@@ -64,15 +64,15 @@ def span(name: str, traceparent: str = "", **attributes: str) -> Iterator[None]:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         parent = TraceContextTextMapPropagator().extract({"traceparent": traceparent})
-        said = {f"knapper.{key}": value for key, value in attributes.items()}
-        with _provider.get_tracer("knapper").start_as_current_span(name, context=parent, attributes=said) as here:
+        own = {f"knapper.{key}": value for key, value in attributes.items()}
+        with _provider.get_tracer("knapper").start_as_current_span(name, context=parent, attributes=own) as here:
             trace = format(here.get_span_context().trace_id, "032x")
             with structlog.contextvars.bound_contextvars(trace=trace):
                 yield
 
 
 def current(otherwise: str = "") -> str:
-    """The traceparent to send on: of the span that we are in, or `otherwise`, what came."""
+    """The traceparent to send on: the current span's, or `otherwise`."""
     if _provider is None:
         return otherwise
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator

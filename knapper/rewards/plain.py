@@ -12,7 +12,7 @@ _FENCE = "```"
 
 
 def part(term: Textual, completion: str) -> str | None:
-    """What the term looks at, or None where the completion does not have it."""
+    """The part of the completion that the term judges, or None if there is none."""
     text = completion
     if term.between is not None:
         before, after = term.between
@@ -64,7 +64,7 @@ def format(term: Format, completion: str) -> float:  # noqa: A001  the reward's 
 
 
 def check(term: Term, answer: object) -> None:
-    """Raises UserError for an answer that the term can compare nothing with, as far as that can be told at once."""
+    """Raises UserError for an answer that the term cannot use, as far as that can be checked at once."""
     match term:
         case ExactMatch():
             _text(answer)
@@ -108,10 +108,10 @@ def _finite(answer: object) -> float:
 
 def _number(text: str) -> float | None:
     """The last number, or None."""
-    found = None
-    for found in _NUMBER.finditer(text):  # noqa: B007  the last one is meant
+    match = None
+    for match in _NUMBER.finditer(text):  # noqa: B007  the last one counts
         pass
-    return float(found[0].replace(",", "")) if found else None
+    return float(match[0].replace(",", "")) if match else None
 
 
 def _code_block(text: str) -> str:

@@ -1,8 +1,9 @@
-"""Values that may go from one cell to the other: plain data of exactly these types, as JSON. Nothing in it can run."""
+"""Values that may go from one cell to the other: plain data of exactly these types, as JSON. None of it runs."""
 
 from typing import Any
 
-_depth_max = 50
+from knapper import limits
+
 _ATOMS = (type(None), bool, float, str)
 
 
@@ -17,8 +18,8 @@ class TooDeep(NotPlain):
 def pack(value: object, depth: int = 0) -> Any:
     """Raises NotPlain. Exact types: a subclass could behave as it likes on the other side."""
     kind = type(value)
-    if depth > _depth_max:
-        raise TooDeep(f"nested deeper than {_depth_max}")
+    if depth > limits.value_depth_max:
+        raise TooDeep(f"nested deeper than {limits.value_depth_max}")
     if kind in _ATOMS:
         return value
     match value:

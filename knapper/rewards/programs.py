@@ -14,11 +14,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from knapper import limits
 from knapper.rewards import plaindata, tasks
 from knapper.rewards.sources import Source
-
-_frame_bytes_max = 1024 * 1024
-_names_max = 1000
 
 
 class ProgramEnded(BaseException):
@@ -38,10 +36,12 @@ def program(arguments: dict[str, Any], link: int) -> None:
     module: dict[Any, Any] = {"__name__": "program"}
     try:
         exec(compile(arguments["program"], "program.py", "exec", dont_inherit=True), module)  # noqa: S102
-    except BaseException as error:  # noqa: BLE001  code of others fails in any way it likes
+    except BaseException as error:  # noqa: BLE001  untrusted code fails in any way
         _send(link, {"failed": type(error).__name__})
         return
-    public = [name for name in module if isinstance(name, str) and not name.startswith("__")][:_names_max]
+    public = [name for name in module if isinstance(name, str) and not name.startswith("__")][
+        : limits.program_names_max
+    ]
     values = {}
     for name in public:
         try:
@@ -64,7 +64,7 @@ def tests(arguments: dict[str, Any], link: int) -> dict[str, Any]:
     given = arguments["tests"]
     try:
         sources = [Source.read(text) for text in ([given] if isinstance(given, str) else given)]
-    except Exception as error:  # noqa: BLE001  whatever compiling raises, the text is at fault
+    except Exception as error:  # noqa: BLE001  any compile error is the text's fault
         return {"error": f"the tests are no Python: {tasks.reason(error, 'tests')}"}
     tested = Program(link, arguments["timeout_s"], arguments["functions"])
     if tested.failed:
@@ -211,7 +211,7 @@ def _unpacked(value: Any) -> Any:
 
 def _send(link: int, message: object) -> None:
     content = json.dumps(message).encode()
-    if len(content) > _frame_bytes_max:
+    if len(content) > limits.program_message_bytes_max:
         raise ProgramEnded
     frame = struct.pack("!I", len(content)) + content
     try:
@@ -224,7 +224,7 @@ def _send(link: int, message: object) -> None:
 def _receive(link: int, within_s: float | None) -> Any:
     deadline = None if within_s is None else time.monotonic() + within_s
     (size,) = struct.unpack("!I", _exactly(link, 4, deadline))
-    if size > _frame_bytes_max:
+    if size > limits.program_message_bytes_max:
         raise ProgramEnded
     frame = _exactly(link, size, deadline)
     try:

@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-_rows_max = 10_000
-_sql_text_max = 10_000_000  # bytes of one value
+from knapper import limits
+
 _steps_between_looks = 10_000
 
 
@@ -43,9 +43,9 @@ class _Rows:
         cursor = connection.execute(wanted)
         if cursor.description is None:  # nothing, or a comment: else it would equal any query without rows
             raise sqlite3.DataError("it is no query")
-        rows = cursor.fetchmany(_rows_max + 1)
-        if len(rows) > _rows_max:
-            raise sqlite3.DataError(f"over {_rows_max} rows")
+        rows = cursor.fetchmany(limits.query_rows_max + 1)
+        if len(rows) > limits.query_rows_max:
+            raise sqlite3.DataError(f"over {limits.query_rows_max} rows")
         return _Rows(len(cursor.description), [_comparable(row) for row in rows])
 
     def equal(self, other: "_Rows", *, ordered: bool) -> bool:
@@ -56,7 +56,7 @@ class _Rows:
 
 def _database(script: str, deadline: float) -> sqlite3.Connection:
     connection = sqlite3.connect(":memory:")
-    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _sql_text_max)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, limits.query_value_bytes_max)
     connection.execute("PRAGMA temp_store = MEMORY")
     connection.executescript(script)
     connection.commit()

@@ -1,4 +1,4 @@
-"""Rollouts that a client sends to be scored: the JSON of a request and of its answer."""
+"""Requests to score a client's rollouts: the JSON of request and answer."""
 
 import asyncio
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ class PromptMessage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Sent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One rollout. `id`: whatever tells it from the others; errors name it."""
+    """One rollout. `id`: identifies it in the request and in errors."""
 
     id: Annotated[str, Meta(min_length=1, max_length=limits.name_chars_max)]
     prompt: str | list[PromptMessage] = ""
@@ -82,7 +82,7 @@ async def answer(body: bytes, sandbox: Sandbox) -> bytes:
 
 
 def _expect_few_values(body: bytes) -> None:
-    """Raises TooLarge for what would take much more memory than its bytes, before anything of it is built."""
+    """Raises TooLarge for a body that would take far more memory than its bytes, before it is decoded."""
     values = sum(body.count(each) for each in (b",", b"[", b"{"))
     if values > limits.reward_request_values_max:
         raise TooLarge(

@@ -1,4 +1,4 @@
-"""What is scored."""
+"""The rollout to score."""
 
 from dataclasses import dataclass
 

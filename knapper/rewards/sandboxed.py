@@ -1,4 +1,4 @@
-"""Which work in cells each reward means, and what its results and its endings mean."""
+"""The work in cells for each reward, and the meaning of its results and endings."""
 
 import hashlib
 import math
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from knapper import limits
 from knapper.errors import UserError
 from knapper.rewards.plain import check, part
 from knapper.rewards.rollouts import ScorableRollout
@@ -16,8 +17,6 @@ _TASKS = "knapper.rewards.tasks"
 _PROGRAMS = "knapper.rewards.programs"
 _EQUATIONS = "knapper.rewards.equations"
 _QUERIES = "knapper.rewards.queries"
-_judging_s = 3.0  # beyond the program's time, in which the tests do their own work
-_loading_s = 30.0  # for what a reward.py imports
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class SandboxResult:
 
 
 async def imports(term: Term, files: Mapping[str, str], sandbox: Sandbox) -> tuple[str, ...]:
-    """What is loaded once for all rollouts, and not for each. Raises UserError."""
+    """The work loaded once for all rollouts. Raises UserError."""
     match term:
         case Code():
             code = files[term.code]
@@ -47,8 +46,10 @@ async def imports(term: Term, files: Mapping[str, str], sandbox: Sandbox) -> tup
 
 
 async def _loaded(name: str, code: str, sandbox: Sandbox) -> tuple[str, ...]:
-    """What of the code's imports can be loaded, tried in a cell: what exits or hangs there would end every warden."""
-    order = Order(f"{_TASKS}:imports", {"code": code, "name": name}, _loading_s, codes=["code"], trial=True)
+    """The code's loadable imports, tried in a cell: one that exits or hangs would end every warden."""
+    order = Order(
+        f"{_TASKS}:imports", {"code": code, "name": name}, limits.reward_loading_s, codes=["code"], trial=True
+    )
     try:
         return tuple(map(str, await _value(order, preload=(_TASKS,), sandbox=sandbox)))
     except Ended as error:
@@ -119,7 +120,7 @@ async def _python_tests(
 ) -> SandboxResult:
     tests = rollout.answer
     assert isinstance(tests, str | list), "it was checked"
-    within_s = term.timeout_s + _judging_s
+    within_s = term.timeout_s + limits.reward_judging_s
     program = {"program": part(term, rollout.completion)}
     judged = {
         "tests": tests, "partial": term.partial, "timeout_s": term.timeout_s,

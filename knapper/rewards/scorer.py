@@ -1,4 +1,4 @@
-"""Scores of rollouts: for each a finite number, and what each term of the reward gave. Anything else is an error."""
+"""Scores rollouts: a finite number for each, and the value of each term of the reward. Anything else is an error."""
 
 import asyncio
 import math
@@ -102,7 +102,7 @@ async def _values(
     tasks = [asyncio.ensure_future(one(rollout)) for rollout in rollouts]
     try:
         return list(await asyncio.gather(*tasks))
-    finally:  # one failed, or nobody waits: the others are of no use
+    finally:  # one failed, or the caller left: the others are useless
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -125,7 +125,7 @@ async def _value(
 
 @contextmanager
 def _named(rollout: ScorableRollout) -> Iterator[None]:
-    """What goes wrong inside, under the rollout's name."""
+    """Errors inside are reported under the rollout's name."""
     try:
         yield
     except (SandboxMissing, RewardFailed):

@@ -35,7 +35,7 @@ def imports(arguments: dict[str, Any], _link: int) -> dict[str, Any]:
     """Those of the modules that the code names which this cell could load."""
     try:
         names = cell.imported(arguments["code"])
-    except Exception as error:  # noqa: BLE001  whatever parsing raises, the text is at fault
+    except Exception as error:  # noqa: BLE001  any parse error is the text's fault
         return {"error": reason(error, arguments["name"])}
     return {"value": [name for name in names if name in sys.modules]}
 
@@ -110,7 +110,7 @@ def json_schema(arguments: dict[str, Any], _link: int) -> dict[str, Any]:
         return {"value": float(validator.is_valid(value))}
     except (Unresolvable, re.error) as error:  # a reference, or a pattern, that only some texts reach
         return {"error": f"the schema cannot be used: {str(error)[:200]}"}
-    except Exception as error:  # noqa: BLE001  no JSON, or so deep or large that it cannot be looked at
+    except Exception as error:  # noqa: BLE001  no JSON, or too deep or large to check
         return {"value": 0.0, "reason": f"{type(error).__name__}: {str(error)[:200]}"}
 
 

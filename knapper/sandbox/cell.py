@@ -13,12 +13,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
+from knapper import limits
 from knapper.sandbox import layers, seccomp
-
-memory_bytes = 256 * 1024 * 1024  # what a task may take beyond what was loaded before it
-loading_bytes = 4 * 1024**3  # of address space, while modules load
-imports_max = 64
-
 
 Task = Callable[[dict[str, Any], int], object]  # arguments and the link's file descriptor, or -1
 
@@ -57,7 +53,9 @@ def imported(code: str) -> list[str]:
             found[node.module] = None
             found |= dict.fromkeys(f"{node.module}.{alias.name}" for alias in node.names if alias.name != "*")
     # Two that act when they are imported, and all that would run as a program.
-    return [name for name in found if name not in ("antigravity", "this") and "__main__" not in name][:imports_max]
+    return [name for name in found if name not in ("antigravity", "this") and "__main__" not in name][
+        : limits.sandbox_imports_max
+    ]
 
 
 def run(order: dict[str, Any], end: int, link: int, warden: int, *, seal: bool) -> NoReturn:
@@ -66,7 +64,7 @@ def run(order: dict[str, Any], end: int, link: int, warden: int, *, seal: bool) 
     layers.die_with_parent(warden)
     layers.limit(cpu_s=int(order["timeout_s"]) + 2)
     if not order["trial"]:
-        resource.setrlimit(resource.RLIMIT_AS, (loading_bytes, loading_bytes))
+        resource.setrlimit(resource.RLIMIT_AS, (limits.sandbox_loading_bytes, limits.sandbox_loading_bytes))
     if seal:
         seccomp.install("loading")
     module, _, name = order["task"].partition(":")
@@ -82,7 +80,7 @@ def run(order: dict[str, Any], end: int, link: int, warden: int, *, seal: bool) 
         if not order["reads"]:  # root's files may be for root only
             layers.drop_root()
             layers.die_with_parent(warden)  # again: another user's process has forgotten it
-        layers.limit_memory(memory_bytes)
+        layers.limit_memory(limits.sandbox_memory_bytes)
         seccomp.install("reading" if order["reads"] else "sealed")
     result = task(order["arguments"], link)
     # json, and not repr: whatever a task gives, the caller reads plain data
@@ -116,7 +114,7 @@ class _Discarding(io.TextIOBase):
 def prove(end: int) -> int:
     """In a cell of its own: write `sealed`, or what a sealed process could still do."""
     layers.limit(cpu_s=5)
-    layers.limit_memory(memory_bytes)
+    layers.limit_memory(limits.sandbox_memory_bytes)
     seccomp.install("loading")
     seccomp.install("sealed")
     attempts: dict[str, Callable[[], object]] = {
@@ -124,7 +122,7 @@ def prove(end: int) -> int:
         "open a file": lambda: os.open("/proc/self/status", os.O_RDONLY),
         "start a process": os.fork,
         "signal a process": lambda: os.kill(os.getppid(), 0),
-        "pass its memory limit": lambda: bytearray(2 * memory_bytes),
+        "pass its memory limit": lambda: bytearray(2 * limits.sandbox_memory_bytes),
         "raise its limits": lambda: resource.setrlimit(resource.RLIMIT_CPU, (100, 100)),
     }
     for name, attempt in attempts.items():

@@ -19,7 +19,6 @@ import time
 from typing import NoReturn
 
 CONTROL = 0  # the socket to the caller
-output_bytes_max = 65536  # of one cell
 FAILED = 0  # the first byte of what a cell writes whose task raised; then the error. No JSON begins so
 taken_s_max = 60.0  # a cell has read its frame after this, or the caller is stuck
 
@@ -113,6 +112,8 @@ def taken(pipe: int) -> float:
 
 def collect(pid: int, pipe: int, deadline: float) -> tuple[bytes, bytes]:
     """How the cell ended, and its output: `t`ime over, `o`utput over the limit, `e`xit, or killed by `s`ignal."""
+    from knapper import limits
+
     output, how = b"", b""
     while not how:
         left_s = deadline - time.monotonic()
@@ -122,7 +123,7 @@ def collect(pid: int, pipe: int, deadline: float) -> tuple[bytes, bytes]:
             break
         else:
             output += chunk
-            how = b"o" if len(output) > output_bytes_max else b""
+            how = b"o" if len(output) > limits.sandbox_output_bytes_max else b""
     os.close(pipe)
     code = None if how else ended(pid, deadline)
     if code is None:  # its time is over, or it closed its pipe and goes on

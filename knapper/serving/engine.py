@@ -30,7 +30,7 @@ from knapper.engine.run_machine import TrainingMachine
 from knapper.engine.sampling.sampler import EngineSampler
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.errors import InvalidField, NotFound
-from knapper.jobs.services import JobServices, open_place
+from knapper.jobs.services import JobServices, open_job_services
 from knapper.observability import metrics
 from knapper.observability.metrics import Reading
 from knapper.serving.runs import ClaimedRuns
@@ -98,7 +98,7 @@ def engine() -> ServingEngine:
         raise InvalidField("KNAPPER_MODEL_DIRECTORY", "", "the directory of the base model's files")
     device = expect_device(settings)
     expect_files(Path(settings.model_directory))
-    exactness = Exactness(promised=settings.exact)
+    exactness = Exactness(promised=settings.batch_invariant)
     executor, model, threads = _open_device(settings, device, exactness)
     metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
     store = CountedStore(open_store(settings))
@@ -108,7 +108,7 @@ def engine() -> ServingEngine:
     sampler = _sampler(settings, model, executor, StoredAdapters(store, model.config, device))
     metrics.Readings(readings(machine, sampler))
     holder = Holder(f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}", settings.address, terms)
-    runs = ClaimedRuns(store, CountedMachine(machine), holder, time.time, idle_s=settings.rest_s)
+    runs = ClaimedRuns(store, CountedMachine(machine), holder, time.time, idle_s=settings.run_idle_s)
     shutdown.before(runs.leave)
     return ServingEngine(
         base_model=settings.model,
@@ -116,7 +116,7 @@ def engine() -> ServingEngine:
         context=model.config.context,
         runs=runs,
         sampler=sampler,
-        job_services=open_place(settings, store, time.time),
+        job_services=open_job_services(settings, store, time.time),
     )
 
 
@@ -201,7 +201,7 @@ def _promise(exactness: Exactness, device: torch.device) -> str:
     if device.type != "cpu":
         return f"no: {device.type}"
     if not exactness.promised:
-        return "no: KNAPPER_EXACT=false"
+        return "no: KNAPPER_BATCH_INVARIANT=false"
     if exactness.broken:
         return f"not of {', '.join(exactness.broken)}"
     ways = [f"{product}: {way}" for product, way in exactness.layouts.items()]
@@ -214,17 +214,20 @@ def readings(machine: TrainingMachine, sampler: EngineSampler) -> list[Reading]:
     return [
         Reading("knapper_device_busy_seconds", "Total seconds the device was busy.",
                 lambda: machine.device.busy_s, counts=True),
-        Reading("knapper_train_passes", "Training passes.", lambda: passes.passes, counts=True),
-        Reading("knapper_train_rows", "Tokens computed in training passes.", lambda: passes.rows, counts=True),
-        Reading("knapper_train_shares", "Requests in training passes; over passes: how many share one.",
-                lambda: passes.shares, counts=True),
-        Reading("knapper_train_room", "Capacity of training passes in tokens; rows over room: how full they are.",
-                lambda: passes.capacity, counts=True),
-        Reading("knapper_train_waiting", "Requests that wait for a training pass.", lambda: machine.scheduler.waiting),
-        Reading("knapper_train_oldest_seconds", "The longest wait for a training pass.", machine.scheduler.oldest_s),
-        Reading("knapper_train_share", "Fraction of the tokens of the last 1,024 requests, by rank of the run "
-                "(place 1: the largest); `knapper usage` names the runs.",
-                lambda: _by_rank(machine.scheduler.shares(_TOP_RUNS)), label="place"),
+        Reading("knapper_train_forward_passes", "Forward passes of training, with or without a backward pass.",
+                lambda: passes.passes, counts=True),
+        Reading("knapper_train_tokens", "Tokens computed in those passes.", lambda: passes.rows, counts=True),
+        Reading("knapper_train_microbatches", "Micro-batches in those passes, each of one request; divided by the "
+                "passes: how many requests share one.", lambda: passes.shares, counts=True),
+        Reading("knapper_train_capacity_tokens", "Tokens those passes had capacity for; knapper_train_tokens divided "
+                "by it: their utilisation.", lambda: passes.capacity, counts=True),
+        Reading("knapper_train_requests_waiting", "Training requests waiting for a pass.",
+                lambda: machine.scheduler.waiting),
+        Reading("knapper_train_queue_age_seconds", "How long the oldest of those has waited.",
+                machine.scheduler.oldest_s),
+        Reading("knapper_train_run_token_ratio", "Fraction of the tokens of the last 1,024 micro-batches that belonged "
+                "to the run with the most (position 1), the second most, ...; `knapper usage` names the runs.",
+                lambda: _by_position(machine.scheduler.shares(_TOP_RUNS)), label="position"),
         Reading("knapper_prefilled_tokens", "Prompt tokens computed.", lambda: counts.prefilled_tokens, counts=True),
         Reading("knapper_reused_tokens", "Prompt tokens found in the prefix cache.", lambda: counts.reused_tokens,
                 counts=True),
@@ -233,16 +236,16 @@ def readings(machine: TrainingMachine, sampler: EngineSampler) -> list[Reading]:
                 counts=True),
         Reading("knapper_sample_steps", "Decoding steps; tokens over steps: how full they are.", lambda: counts.steps,
                 counts=True),
-        Reading("knapper_sample_parked", "Sequences preempted because memory ran out.",
+        Reading("knapper_sample_preemptions", "Sequences preempted because memory ran out.",
                 lambda: counts.parked, counts=True),
         Reading("knapper_sample_slots", "Sequences that decode now.", lambda: sampler.active),
         Reading("knapper_sample_slots_max", "Sequences that can decode at once.", lambda: _SLOTS_MAX),
     ]  # fmt: skip
 
 
-def _by_rank(shares: Sequence[float]) -> dict[str, float]:
-    """All ranks, so that none keeps an old value."""
-    return {str(rank + 1): shares[rank] if rank < len(shares) else 0.0 for rank in range(_TOP_RUNS)}
+def _by_position(shares: Sequence[float]) -> dict[str, float]:
+    """All positions, so that none keeps an old value."""
+    return {str(index + 1): shares[index] if index < len(shares) else 0.0 for index in range(_TOP_RUNS)}
 
 
 def _terms(device: torch.device, model: Model, threads: int) -> Terms:

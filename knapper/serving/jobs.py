@@ -17,7 +17,7 @@ from knapper.jobs.names import Start
 from knapper.jobs.rollouts import RolloutSampler
 from knapper.jobs.run_client import Journal
 from knapper.jobs.runner import Training
-from knapper.jobs.services import JobServices, open_place
+from knapper.jobs.services import JobServices, open_job_services
 from knapper.jobs.spec import KINDS, Kind
 from knapper.jobs.worker import Worker
 from knapper.serving import gates
@@ -53,7 +53,7 @@ async def _handle(make_worker: Callable[[], Training | RolloutSampler], event: E
 def job_services() -> JobServices:
     """Needs no engine."""
     settings = Settings.load(os.environ)
-    return open_place(settings, CountedStore(open_store(settings)), time.time)
+    return open_job_services(settings, CountedStore(open_store(settings)), time.time)
 
 
 @cache

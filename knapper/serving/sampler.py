@@ -9,7 +9,7 @@ from typing import Protocol
 
 from knapper.catalogue.servable import expect_files
 from knapper.errors import InvalidField
-from knapper.jobs.services import JobServices, open_place
+from knapper.jobs.services import JobServices, open_job_services
 from knapper.observability import metrics
 from knapper.serving import gates
 from knapper.settings import Settings
@@ -60,5 +60,5 @@ def by_vllm(settings: Settings) -> Served:
     store = CountedStore(open_store(settings))
     sampler, context = open_sampler(settings, store, os.environ)
     metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
-    job_services = open_place(settings, store, time.time)
+    job_services = open_job_services(settings, store, time.time)
     return Served(settings.model, Path(settings.model_directory), context, sampler, job_services)

@@ -120,12 +120,12 @@ class Sessions:
             return finish.finished_at
         heartbeat = await newest_name(self.store, ObjectKind.HEARTBEAT.under(session))
         if heartbeat:
-            silent_at = (layout.last_number(heartbeat) + 1) * DAY_S + limits.session_silent_s
+            silent_at = (layout.last_number(heartbeat) + 1) * DAY_S + limits.session_expiry_s
         else:
             record = await self.find(session)
             if record is None:  # unknown, so nothing of it may be deleted
                 return None
-            silent_at = record.created_at + limits.session_silent_s
+            silent_at = record.created_at + limits.session_expiry_s
         return silent_at if now > silent_at else None
 
     async def delete(self, session: SessionId) -> int:

@@ -34,7 +34,6 @@ _POINTER = b"knapper parts 1\n"  # the beginning of a pointer; other content tha
 _WRITER, _ID, _COUNT, _OF = "knapper-writer", "knapper-parts", "knapper-count", "knapper-of"  # metadata of objects
 _AT_ONCE, _PARTS_AT_ONCE = 32, 8  # requests; parts have their own threads, so that no commit waits for a snapshot
 _TIMEOUT_S = (5.0, 30.0)  # to connect, and between bytes
-_PATIENCE_S = 20.0  # for the retries of one request; clients wait longer, and callers of the store retry anyway
 _FAILURES = (
     GoogleAPIError, GoogleAuthError, InvalidResponse, DataCorruption, requests.RequestException, HTTPError, OSError,
 )  # fmt: skip
@@ -69,7 +68,9 @@ class GcsStore:
     Nothing is connected before the first verb.
     """
 
-    def __init__(self, bucket: str, prefix: str, new_id: Callable[[], str], patience_s: float = _PATIENCE_S) -> None:
+    def __init__(
+        self, bucket: str, prefix: str, new_id: Callable[[], str], patience_s: float = limits.store_retry_s
+    ) -> None:
         self._bucket_name, self._prefix = bucket, prefix
         self._new_id = new_id
         # Uploads have a condition; reads and deletes can be repeated without one.

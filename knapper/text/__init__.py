@@ -1,1 +1,1 @@
-"""Text for people: sizes, suggestions for a mistyped word, and what is fit for a terminal."""
+"""Text for people: sizes, suggestions for mistyped words, and safe output on terminals."""

@@ -1,4 +1,4 @@
-"""Lengths of time for people."""
+"""Durations for people."""
 
 
 def clock(seconds: float) -> str:

@@ -1,7 +1,7 @@
-"""Text of anybody, made fit for a terminal and for one line of a log: the one place that all of them go through.
+"""Makes untrusted text safe for terminals and log lines; all output passes through here.
 
-Escape sequences that move a cursor or set a title, characters that turn the direction of writing, line breaks that
-forge a line, halves of surrogate pairs that no encoding has: each stands there as Python writes it, `\\x1b`.
+Terminal escape sequences, characters that change the writing direction, line breaks that forge log lines, and lone
+surrogates are written as Python escapes, such as `\\x1b`.
 """
 
 import sys
@@ -9,14 +9,14 @@ from typing import TextIO
 
 
 def printable(text: str, keep: str = "") -> str:
-    """The text with every character that is not printable escaped, but those in `keep`."""
+    """The text with all unprintable characters escaped, except those in `keep`."""
     if text.isprintable():
         return text
-    return "".join(each if each.isprintable() or each in keep else repr(each)[1:-1] for each in text)
+    return "".join(char if char.isprintable() or char in keep else repr(char)[1:-1] for char in text)
 
 
 def say(*texts: object, file: TextIO | None = None) -> None:
-    """Print the texts, a line each and all at once: what a command does in place of `print`."""
+    """Print the texts, one line each and all at once; commands use this instead of `print`."""
     out = file or sys.stdout
     out.write("".join(printable(str(text)) + "\n" for text in texts))
     out.flush()

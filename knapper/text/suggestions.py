@@ -1,8 +1,8 @@
-"""The known word that somebody most likely meant: what every error about an unknown name ends with."""
+"""Suggests the known word that was probably meant, for errors about unknown names."""
 
 from collections.abc import Iterable
 
-_CHARS_MAX = 200  # longer words are no slips, and comparing takes the product of both lengths
+_CHARS_MAX = 200  # longer words are no typos, and comparing costs the product of both lengths
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -11,9 +11,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
     if len(word) > _CHARS_MAX:
         return ""
-    words = {_folded(each): each for each in known}
-    found = difflib.get_close_matches(_folded(word), words, n=1)
-    return f"Did you mean {words[found[0]]}?" if found else ""
+    words = {_folded(name): name for name in known}
+    matches = difflib.get_close_matches(_folded(word), words, n=1)
+    return f"Did you mean {words[matches[0]]}?" if matches else ""
 
 
 def _folded(word: str) -> str:

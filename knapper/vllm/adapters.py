@@ -140,7 +140,7 @@ class AdapterFiles:
         }
         count, size = len(present), sum(fetched.size for _, fetched in present.values())
         for content, (entry, fetched) in present.items():
-            if count <= limits.adapters_kept_max and size <= limits.adapters_kept_bytes_max:
+            if count <= limits.adapters_cached_max and size <= limits.adapters_cached_bytes_max:
                 return
             if entry.users == 0 and self._entries.get(content) is entry:
                 del self._entries[content]

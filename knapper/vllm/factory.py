@@ -63,17 +63,17 @@ def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, 
         sequences_max=_SEQUENCES_MAX[device],
         rank_max=settings.vllm_rank,
         adapters_at_once=settings.vllm_adapters,
-        adapters_kept=limits.adapters_kept_max,
+        adapters_kept=limits.adapters_cached_max,
         device=device,
         memory=settings.vllm_memory,
         kv_bytes=kv_bytes,
         threads=settings.threads,
-        sleeps=device == "cuda" and settings.vllm_rest_s > 0,
+        sleeps=device == "cuda" and settings.vllm_idle_s > 0,
     )
     attempts = Attempts(f"model {settings.model}", time.monotonic)
-    engine = CoreLifecycle(lambda: Core.start(options, environ), settings.vllm_rest_s, attempts)
+    engine = CoreLifecycle(lambda: Core.start(options, environ), settings.vllm_idle_s, attempts)
     refuse = partial(refusal, rank_max=settings.vllm_rank)
-    adapters = AdapterFiles(store, facts, settings.vllm_shelf, engine.forget, refuse)
+    adapters = AdapterFiles(store, facts, settings.vllm_adapter_directory, engine.forget, refuse)
     atexit.register(adapters.close)
     atexit.register(engine.close)
     shutdown.before(engine.shut_down)
@@ -133,5 +133,5 @@ def _readings(
         Reading("knapper_vllm_slots", "Sequences that decode now.", lambda: sampler.active),
         Reading("knapper_vllm_slots_max", "Sequences that can decode at once.", lambda: sequences_max),
         Reading("knapper_vllm_starts", "Engine cores started.", lambda: engine.starts, counts=True),
-        Reading("knapper_vllm_resting", "1 while the core has released its memory.", lambda: engine.released),
+        Reading("knapper_vllm_sleeping", "1 while the core has released its memory.", lambda: engine.released),
     ]  # fmt: skip

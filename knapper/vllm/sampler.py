@@ -26,7 +26,7 @@ from knapper.vllm.device_time import DeviceTime
 from knapper.vllm.engine import CoreLifecycle
 from knapper.vllm.fair_queue import SlotQueue
 from knapper.wire.progress import Ending, TokenEvent
-from knapper.wire.types import GREEDY_TEMPERATURE_MAX, SampledSequence, SampleOutput, SampleRequest
+from knapper.wire.types import SampledSequence, SampleOutput, SampleRequest
 
 
 @dataclass
@@ -113,7 +113,7 @@ class VllmSampler:
         validation.check(request, self._facts)
         low, high = TEMPERATURES
         if request.params.temperature != 0 and not low <= request.params.temperature <= high:
-            allowed = f"0 to {GREEDY_TEMPERATURE_MAX:g} (greedy), or {low:g} to {high:g} with the vLLM sampler"
+            allowed = f"0 to {limits.greedy_temperature_max:g} (greedy), or {low:g} to {high:g} with the vLLM sampler"
             raise InvalidField("sampling_params.temperature", request.params.temperature, allowed)
         if request.prompt_alt_tokens_k:
             allowed = "0 with the vLLM sampler, which draws no alternatives to a prompt's tokens"

@@ -121,7 +121,7 @@ class Protocol(Targeted):
             self._chunks.append(body)
             return
         self._discarded += len(body)
-        if self._discarded > limits.body_thrown_bytes_max:
+        if self._discarded > limits.body_discarded_bytes_max:
             self._close()
 
     def on_message_complete(self) -> None:
@@ -197,16 +197,16 @@ class Protocol(Targeted):
 
     def _look_at_body(self, now: float) -> None:
         if self.cycle.response_complete:
-            if now - self._began > limits.body_thrown_s:
+            if now - self._began > limits.body_discarded_s:
                 self._close()
         elif self.flow.read_paused:  # this server is slow, not the client
             self._began, self._received = now, 0
-        elif now - self._began > limits.body_silent_s:
-            if self._received < limits.body_rate_min * limits.body_silent_s:
+        elif now - self._began > limits.body_stalled_s:
+            if self._received < limits.body_rate_min * limits.body_stalled_s:
                 self._refuse(
                     TooSlow(
                         f"the request's body came slower than {limits.body_rate_min} bytes a second for "
-                        f"{limits.body_silent_s:g} s; send it again, over a faster connection"
+                        f"{limits.body_stalled_s:g} s; send it again, over a faster connection"
                     )
                 )
             self._began, self._received = now, 0

@@ -8,14 +8,14 @@ from msgspec import Meta
 from knapper import limits
 from knapper.errors import InvalidField
 
-Id = Annotated[str, Meta(min_length=1, max_length=200)]
-Text = Annotated[str, Meta(max_length=1024)]
-Number = Annotated[int, Meta(ge=0, le=10**17)]  # a client's counter
-Seq = Annotated[int, Meta(ge=1, le=10**17)]
-Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Id = Annotated[str, Meta(min_length=1, max_length=limits.id_chars_max)]
+Text = Annotated[str, Meta(max_length=limits.text_chars_max)]
+Number = Annotated[int, Meta(ge=0, le=limits.counter_max)]  # a client's counter
+Seq = Annotated[int, Meta(ge=1, le=limits.counter_max)]
+Seed = Annotated[int, Meta(ge=limits.seed_min, le=limits.seed_max)]
 Ttl = Annotated[int, Meta(ge=limits.ttl_s_min, le=limits.ttl_s_max)]
 Token = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-Path = Annotated[str, Meta(max_length=1024)]
+Path = Annotated[str, Meta(max_length=limits.text_chars_max)]
 Labels = dict[str, str]
 
 
@@ -23,7 +23,7 @@ class RequestBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Base of all JSON requests."""
 
 
-AccessToken = Annotated[str, Meta(max_length=4096)]
+AccessToken = Annotated[str, Meta(max_length=limits.token_chars_max)]
 
 
 def expect_no_access_token(token: str | None) -> None:

@@ -17,19 +17,16 @@ from knapper.wire.sample_requests import PromptBody
 from knapper.wire.tensors import Array
 from knapper.wire.types import Cells, Datum, Float32, ForwardBackward, ForwardBackwardOutput, SampleOutput, TopK
 
-_CONFIG_KEYS_MAX = 64
-_INPUTS_MAX = 32
-
 
 class JsonDatum(RequestBody, frozen=True, kw_only=True):
-    loss_fn_inputs: Annotated[dict[Text, TensorData], Meta(max_length=_INPUTS_MAX)]
+    loss_fn_inputs: Annotated[dict[Text, TensorData], Meta(max_length=limits.loss_inputs_max)]
     model_input: PromptBody
 
 
 class ForwardBackwardInput(RequestBody, frozen=True, kw_only=True):
     data: list[JsonDatum]
     loss_fn: Text
-    loss_fn_config: Annotated[dict[Text, float | str], Meta(max_length=_CONFIG_KEYS_MAX)] | None = None
+    loss_fn_config: Annotated[dict[Text, float | str], Meta(max_length=limits.loss_config_keys_max)] | None = None
 
     def request(self, run: str, seq: int, field: str, *, forward_only: bool) -> ForwardBackward:
         if len(self.data) > limits.datums_per_request_max:

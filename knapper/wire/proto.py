@@ -25,10 +25,6 @@ from knapper.wire.types import (
 from knapper.wire.types import SampledSequence as Sampled
 from knapper.wire.untrusted import parsing
 
-_LOSS_CONFIG_KEYS_MAX = 64
-_LOSS_INPUTS_MAX = 32
-
-
 # ---- forward_backward: request
 
 
@@ -36,8 +32,8 @@ def decode_forward_backward(body: bytes) -> ForwardBackward:
     """The request, each array checked against its shape. The trainer checks values (vocabulary, lengths, NaN)."""
     request = _parse_request(body)
     keys = max(len(request.loss_fn_config_v2), len(request.loss_fn_config))
-    if keys > _LOSS_CONFIG_KEYS_MAX:
-        raise TooLarge(f"loss_fn_config has {keys} keys; allowed: {_LOSS_CONFIG_KEYS_MAX}")
+    if keys > limits.loss_config_keys_max:
+        raise TooLarge(f"loss_fn_config has {keys} keys; allowed: {limits.loss_config_keys_max}")
     if len(request.data) > limits.datums_per_request_max:
         raise TooLarge(
             f"data has {len(request.data)} datums; allowed: {limits.datums_per_request_max}; send fewer a call"
@@ -94,8 +90,10 @@ def _decode_datum(datum: Any, field: str) -> Datum:
         if len(data) % 4:
             raise InvalidField(f"{field}.model_input.chunks[{j}].tokens: length in bytes", len(data), "a multiple of 4")
         chunks.append(np.frombuffer(data, dtype="<i4").astype(np.int32))
-    if len(datum.loss_fn_inputs) > _LOSS_INPUTS_MAX:
-        raise TooLarge(f"{field}.loss_fn_inputs has {len(datum.loss_fn_inputs)} arrays; allowed: {_LOSS_INPUTS_MAX}")
+    if len(datum.loss_fn_inputs) > limits.loss_inputs_max:
+        raise TooLarge(
+            f"{field}.loss_fn_inputs has {len(datum.loss_fn_inputs)} arrays; allowed: {limits.loss_inputs_max}"
+        )
     return Datum(
         tokens=np.concatenate(chunks) if chunks else np.zeros(0, np.int32),
         inputs={

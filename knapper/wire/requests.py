@@ -44,7 +44,7 @@ class ClientConfig(RequestBody, frozen=True, kw_only=True):
 
 
 class CreateSession(RequestBody, frozen=True, kw_only=True):
-    tags: Annotated[list[Text], Meta(max_length=256)] = []
+    tags: Annotated[list[Text], Meta(max_length=limits.tags_max)] = []
     user_metadata: dict[str, Any] | None = None
     sdk_version: Text = ""
     project_id: Text | None = None
@@ -66,7 +66,7 @@ class FinishReason(RequestBody, frozen=True, kw_only=True):
 
 class FinishSession(RequestBody, frozen=True, kw_only=True):
     reason: FinishReason
-    detail: Annotated[str, Meta(max_length=100_000)] | None = None
+    detail: Annotated[str, Meta(max_length=limits.finish_detail_chars_max)] | None = None
 
 
 class Telemetry(RequestBody, frozen=True, kw_only=True):
@@ -252,7 +252,7 @@ class FuturesTarget(RequestBody, frozen=True, kw_only=True):
     """One client of a sampling session: its requests have seq_id // 10^9 == `cloned_sampler_id`."""
 
     sampling_session_id: Id
-    cloned_sampler_id: Annotated[int, Meta(ge=0, le=10**9)] = 0
+    cloned_sampler_id: Annotated[int, Meta(ge=0, le=limits.clone_id_max)] = 0
     type: Literal["sampling_session"] = "sampling_session"
 
 
@@ -260,8 +260,8 @@ class RetrieveFutures(RequestBody, frozen=True, kw_only=True):
     """`timeout`: seconds that the poll may take; None: the server decides."""
 
     target: FuturesTarget
-    prev_cursor: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
-    timeout: Annotated[float, Meta(ge=0, le=3600)] | None = None
+    prev_cursor: Annotated[int, Meta(ge=0, le=limits.cursor_max)] = 0
+    timeout: Annotated[float, Meta(ge=0, le=limits.poll_timeout_s_max)] | None = None
     retrieved_request_ids: list[Id] = []
 
 

@@ -15,7 +15,7 @@ from knapper.ids import RunId
 from knapper.wire.fields import AccessToken, Id, Labels, Number, Path, RequestBody, Text, Ttl
 
 Scope = Literal["owned", "accessible"]  # the same here: a tenant may read only its own
-Offset = Annotated[int, Meta(ge=0, le=10**9)]
+Offset = Annotated[int, Meta(ge=0, le=limits.offset_max)]
 PageSize = Annotated[int, Meta(ge=1, le=limits.page_max)]
 Project = Annotated[str, Meta(min_length=1, max_length=limits.project_chars_max)]
 
@@ -86,7 +86,7 @@ class Accessible(RequestBody, frozen=True, kw_only=True, tag="accessible"):
 
 
 class Users(RequestBody, frozen=True, kw_only=True, tag="user"):
-    owner_urns: Annotated[list[Text], Meta(min_length=1, max_length=10)]
+    owner_urns: Annotated[list[Text], Meta(min_length=1, max_length=limits.search_owners_max)]
 
 
 class Active(RequestBody, frozen=True, kw_only=True, tag="active"):
@@ -115,12 +115,12 @@ class Cursor(RequestBody, frozen=True, kw_only=True):
 
 class SessionSearch(RequestBody, frozen=True, kw_only=True):
     session_id: Id | None = None
-    project_ids: Annotated[list[Project], Meta(max_length=1000)] | None = None
+    project_ids: Annotated[list[Project], Meta(max_length=limits.search_projects_max)] | None = None
     user_metadata: Labels = {}
-    display_name: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
+    display_name: Annotated[str, Meta(min_length=1, max_length=limits.text_chars_max)] | None = None
     owner: Own | Accessible | Users = msgspec.field(default_factory=Own)
-    statuses: Annotated[list[Status], Meta(min_length=1, max_length=32)] | None = None
-    limit: Annotated[int, Meta(ge=1, le=200)] = 50
+    statuses: Annotated[list[Status], Meta(min_length=1, max_length=limits.search_statuses_max)] | None = None
+    limit: Annotated[int, Meta(ge=1, le=limits.sessions_found_max)] = 50
     cursor: Cursor | None = None
 
 

@@ -73,7 +73,7 @@ class SamplingParamsBody(RequestBody, frozen=True, kw_only=True):
     max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     seed: Seed | None = None
     stop: str | list[str | int] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=1e6)] = 1.0
+    temperature: Annotated[float, Meta(ge=0, le=limits.temperature_max)] = 1.0
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = -1
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
 
@@ -97,7 +97,7 @@ class SamplingParamsBody(RequestBody, frozen=True, kw_only=True):
 
 
 TopK = Annotated[int, Meta(ge=0, le=limits.top_logprobs_max)]
-SampleSeq = Annotated[int, Meta(ge=0, le=2**63 - 1)]  # clone k of a client counts from k * 10^9, k to 10^9
+SampleSeq = Annotated[int, Meta(ge=0, le=limits.cursor_max)]  # clone k of a client counts from k * 10^9, k to 10^9
 LastN = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 

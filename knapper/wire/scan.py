@@ -8,8 +8,7 @@ from knapper.errors import TooLarge, UserError
 
 _DATUM = 3  # the number of ForwardBackwardRequest.data
 _SEQUENCES, _TOKENS = 1, 2  # of SampleResponse, and of its sequences; a token has four bytes
-_PEEKED_BYTES = 4096  # the first field may be endless, or one of a million empty ones
-_OTHER_FIELDS_MAX = 256
+_PEEKED_BYTES = 4096  # what stands first may be a field without end, or a million empty ones
 _FIXED_BYTES = {1: 8, 5: 4}  # by wire type
 
 B = TypeVar("B", bytes, memoryview)
@@ -41,7 +40,7 @@ def bound(body: bytes) -> None:
     """
     parts = 0
     for count, (number, value) in enumerate(_fields(memoryview(body))):
-        if count >= limits.datums_per_request_max + _OTHER_FIELDS_MAX:
+        if count >= limits.datums_per_request_max + limits.unknown_fields_max:
             raise TooLarge(f"data has too many datums; allowed: {limits.datums_per_request_max}; send fewer a call")
         if number == _DATUM and not isinstance(value, int):
             for _ in _fields(value):

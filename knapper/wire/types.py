@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from knapper import limits
+
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
@@ -53,9 +55,6 @@ class AdamW:
     grad_clip_norm: float = 0.0  # 0: off
 
 
-GREEDY_TEMPERATURE_MAX = 1e-6  # below it, a float32 distribution is its likeliest token
-
-
 @dataclass(frozen=True)
 class SamplingParams:
     max_tokens: int | None = None  # None: up to the model's context
@@ -68,7 +67,7 @@ class SamplingParams:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if 0 <= self.temperature <= GREEDY_TEMPERATURE_MAX:
+        if 0 <= self.temperature <= limits.greedy_temperature_max:
             object.__setattr__(self, "temperature", 0.0)
 
 

@@ -8,7 +8,6 @@ from knapper import limits
 from knapper.errors import TooLarge, UserError
 
 _STEP_BYTES = 256  # 64 blocks of at most 128 KiB: the most that one step can overshoot the cap is 8 MiB
-_WINDOW_BYTES_MAX = 8 * limits.MIB  # of a decoder's memory; the maximum for HTTP by RFC 9659
 
 
 def compress(data: bytes, level: int = 3) -> bytes:
@@ -62,11 +61,11 @@ def _whole(data: bytes, limit: int, take: Callable[[int], None]) -> bytes | None
         if not 0 < size <= limit:
             return None
         take(size)
-        frame = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES_MAX)
+        frame = zstandard.ZstdDecompressor(max_window_size=limits.zstd_window_bytes_max)
         return frame.decompress(data, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError:
         return None  # the decoder of parts reports the error
 
 
 def _frame() -> "zstandard.ZstdDecompressionObj":  # a name that only the type stubs have
-    return zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES_MAX).decompressobj()
+    return zstandard.ZstdDecompressor(max_window_size=limits.zstd_window_bytes_max).decompressobj()

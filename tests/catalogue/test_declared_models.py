@@ -8,7 +8,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from gateway.app import create_app
-from knapper.catalogue.declared_models import MODELS_MAX, Declared, encode, read
+from knapper import limits
+from knapper.catalogue.declared_models import Declared, encode, read
 from knapper.catalogue.served_models import Catalogue
 from knapper.errors import InvalidField, NotFound
 from knapper.state.model_record import ModelRecord, slug
@@ -72,11 +73,11 @@ def test_a_file_that_is_no_model_is_named_and_keeps_the_gateway_from_starting(
 
 
 def test_one_model_twice_and_too_many_are_refused(tmp_path: Path) -> None:
-    for number in range(MODELS_MAX):
+    for number in range(limits.models_declared_max):
         write(tmp_path, msgspec.structs.replace(RECORD, name=f"org/{number}"))
-    assert len(read(tmp_path)) == MODELS_MAX
+    assert len(read(tmp_path)) == limits.models_declared_max
     write(tmp_path, RECORD)
-    with pytest.raises(InvalidField, match=f"at most {MODELS_MAX}"):
+    with pytest.raises(InvalidField, match=f"at most {limits.models_declared_max}"):
         read(tmp_path)
     for path in tmp_path.glob("*"):
         path.unlink()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from knapper.chaos.report import compare, report
-from knapper.chaos.targets import Pods, ProcessTargets, Victim
+from knapper.chaos.targets import Pods, ProcessTargets, Target
 from knapper.chaos.workload import TrainingTrace
 from knapper.cluster.api import Api
 from knapper.errors import InvalidField
@@ -54,7 +54,7 @@ def test_nothing_is_killed_without_the_operators_word(tmp_path: Path) -> None:
 def test_it_must_be_said_whose_processes_die(whose: list[str]) -> None:
     done = chaos(*whose, YES)
     assert done.returncode == 1
-    assert "allowed: one of them: whose to kill" in done.stderr
+    assert "allowed: exactly one of them" in done.stderr
 
 
 def _directory(tmp_path: Path, **roles: int) -> Path:
@@ -73,13 +73,13 @@ def test_only_children_of_the_supervisor_are_killed_and_never_itself(tmp_path: P
         directory = _directory(
             tmp_path, supervisor=os.getpid(), gateway=engine, sample=stranger, reward=reward, engine=2**22 + 1
         )
-        victims = ProcessTargets(directory, "http://127.0.0.1:8000")
-        assert victims.living() == [Victim("gateway", str(engine))]
-        assert not victims.kill(Victim("sample", str(stranger)))
-        assert not victims.kill(Victim("supervisor", str(os.getpid())))
-        assert victims.kill(Victim("gateway", str(engine)))
+        targets = ProcessTargets(directory, "http://127.0.0.1:8000")
+        assert targets.living() == [Target("gateway", str(engine))]
+        assert not targets.kill(Target("sample", str(stranger)))
+        assert not targets.kill(Target("supervisor", str(os.getpid())))
+        assert targets.kill(Target("gateway", str(engine)))
         assert children[0].wait() == -9
-        assert not victims.kill(Victim("gateway", str(engine)))
+        assert not targets.kill(Target("gateway", str(engine)))
         assert children[1].poll() is None
     finally:
         for child in children:
@@ -111,13 +111,13 @@ def test_pods_are_deleted_without_grace(tmp_path: Path) -> None:
         metadata = {"name": name, "namespace": "knapper", "labels": labels}
         cluster.put({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "status": {"phase": phase}})
     with serving(cluster, tmp_path) as kubeconfig:
-        victims = Pods(Api.open(kubeconfig), "knapper")
-        assert list(victims.living()) == [Victim("gateway", "gateway-1"), Victim("train-step", "train-step-1")]
+        targets = Pods(Api.open(kubeconfig), "knapper")
+        assert list(targets.living()) == [Target("gateway", "gateway-1"), Target("train-step", "train-step-1")]
         one = Pods(Api.open(kubeconfig), "knapper", "serving.knative.dev/service=gateway")
-        assert list(one.living()) == [Victim("gateway", "gateway-1")]
-        assert victims.kill(Victim("train-step", "train-step-1"))
-        assert not victims.kill(Victim("train-step", "train-step-1"))
-        assert list(victims.living()) == [Victim("gateway", "gateway-1")]
+        assert list(one.living()) == [Target("gateway", "gateway-1")]
+        assert targets.kill(Target("train-step", "train-step-1"))
+        assert not targets.kill(Target("train-step", "train-step-1"))
+        assert list(targets.living()) == [Target("gateway", "gateway-1")]
     deleted = ("DELETE", "/api/v1/namespaces/knapper/pods/train-step-1", {"gracePeriodSeconds": ["0"]})
     assert deleted in cluster.asked
 

@@ -128,7 +128,7 @@ class House:
 
 @contextmanager
 def running(
-    objects: list[Object], model: Path, emulator: str, root: Path, mischief: str = "", traces: str = ""
+    objects: list[Object], model: Path, emulator: str, root: Path, faults: str = "", traces: str = ""
 ) -> Iterator[tuple[dict[str, Container], dict[str, int]]]:
     """All services and the Broker, answering; the ports by service."""
     names = [service["metadata"]["name"] for service in services(objects)]
@@ -140,8 +140,8 @@ def running(
             container.environment["KNAPPER_EVENTS_HOST"] = "127.0.0.1"
     for container in containers.values():
         container.environment["KNAPPER_TRACES"] = traces
-    containers["gateway"].environment["KNAPPER_JOB_QUIET_S"] = "3"  # a minute: tests do not wait so long for lost bells
-    containers["broker"] = _broker(containers, ports, root, mischief)
+    containers["gateway"].environment["KNAPPER_JOB_STALLED_S"] = "3"  # not a minute: bells get lost
+    containers["broker"] = _broker(containers, ports, root, faults)
     with ExitStack() as stack:
         for container in containers.values():
             container.start()
@@ -151,13 +151,14 @@ def running(
         yield containers, ports
 
 
-def _broker(containers: Mapping[str, Container], ports: Mapping[str, int], root: Path, mischief: str) -> Container:
+def _broker(containers: Mapping[str, Container], ports: Mapping[str, int], root: Path, faults: str) -> Container:
     """The subscribers are those of the Triggers that the overlay has: the test compares the two tables."""
     train_step = next(name for name in ports if name.startswith("train-step"))
     sample = next(name for name in ports if name.startswith("sample"))
     environment = {
         "PATH": os.environ["PATH"], "HOME": str(root), "PYTHONPATH": containers["gateway"].environment["PYTHONPATH"],
-        "KNAPPER_DATA": str(root / "broker"), "KNAPPER_EXCHANGE": "gs://knapper", "KNAPPER_MISCHIEF": mischief,
+        "KNAPPER_DATA": str(root / "broker"), "KNAPPER_EXCHANGE": "gs://knapper",
+        "KNAPPER_FAULT_INJECTION_SEED": faults,
         "KNAPPER_TRAIN_STEP_URL": f"http://127.0.0.1:{ports[train_step]}",
         "KNAPPER_SAMPLE_URL": f"http://127.0.0.1:{ports[sample]}",
         "KNAPPER_REWARD_URL": f"http://127.0.0.1:{ports['reward']}",

@@ -132,7 +132,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
         answer.raise_for_status()
         with (
             collecting() as (collector, heard),
-            running(overlay(model), model, emulator.url, root, mischief="7", traces=collector) as (containers, ports),
+            running(overlay(model), model, emulator.url, root, faults="7", traces=collector) as (containers, ports),
         ):
             gateway = containers["gateway"]
             # As the operator makes one: kubectl exec into the gateway, and this.

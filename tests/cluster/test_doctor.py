@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from knapper.cluster.api import Api
-from knapper.cluster.doctor import Finding, Patient, examine
+from knapper.cluster.doctor import DoctorTarget, Finding, examine
 from knapper.cluster.google import Google
 from tests.cluster.apiserver import Cluster, ready, serving
 from tests.cluster.test_deploy import knapper
@@ -29,7 +29,7 @@ EVENTING = "/apis/eventing.knative.dev/v1/namespaces/knapper"
 def look(cluster: Cluster, directory: Path, google: Google | None = None) -> list[Finding]:
     with serving(cluster, directory) as kubeconfig:
         more = [google.examine] if google else []
-        return list(examine(Patient(Api.open(kubeconfig), ROOT, more=more)))
+        return list(examine(DoctorTarget(Api.open(kubeconfig), ROOT, more=more)))
 
 
 def test_a_healthy_cluster_has_nothing_wrong(cluster: Cluster, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_what_is_broken_is_found_alone_with_its_command(what: str, cluster: Clus
         "no permission": [f"permission to {verb} triggers.eventing.knative.dev" for verb in ("patch", "delete")],
         "a kind that is missing": [subject, "PingSource"],  # without the kind there is none of it
     }.get(what, [subject])
-    assert command in wrong[0].mend
+    assert command in wrong[0].remedy
 
 
 def _pod(name: str, service: str, **status: Any) -> Any:
@@ -155,7 +155,7 @@ def test_a_container_that_is_killed_and_started_again_is_told_of(cluster: Cluste
     cluster.put(_pod("sample-1", "sample", containerStatuses=[{**container, "restartCount": 1}]))
     (wrong,) = [each for each in look(cluster, tmp_path) if each.verdict == "wrong"]
     assert (wrong.subject, wrong.seen) == ("Pod train-step-1", "OOMKilled, started 2 times again")
-    assert "resources.limits.memory" in wrong.mend
+    assert "resources.limits.memory" in wrong.remedy
 
 
 GOOGLE: dict[str, Any] = {
@@ -243,7 +243,7 @@ def test_what_is_wrong_at_google_is_found_alone(what: str, cluster: Cluster, tmp
     with google(answers) as asked:
         wrong = [each for each in look(cluster, tmp_path, asked) if each.verdict == "wrong"]
     assert [each.subject.endswith(subject) for each in wrong] == [True]
-    assert command in wrong[0].mend
+    assert command in wrong[0].remedy
 
 
 def test_what_google_does_not_show_is_unknown_and_never_good(cluster: Cluster, tmp_path: Path) -> None:

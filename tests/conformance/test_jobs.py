@@ -129,7 +129,7 @@ def test_uploads_end_with_the_same_adapters_whatever_is_lost_doubled_or_killed(c
         wanted = results(calm)
         assert "Traceback" not in calm.log(), calm.log()[-4000:]
     sent = poison()
-    settings = {"KNAPPER_MISCHIEF": "7", "KNAPPER_JOB_QUIET_S": "1"}
+    settings = {"KNAPPER_FAULT_INJECTION_SEED": "7", "KNAPPER_JOB_STALLED_S": "1"}
     with Server.start(chatting, tmp_path / "wild", settings=settings) as wild:
         upload(wild)
         dead_pids: list[int] = []
@@ -177,7 +177,7 @@ def test_a_job_of_five_hundred_steps_runs_through_a_broker_that_ends_chains_of_r
         "kind: rl\ndata: p.jsonl\nsteps: 500\nlora: {rank: 2}\nbatch: {prompts: 1, samples: 2}\n"
         "sampling: {max_tokens: 2}\nreward: {name: length, max: 1, slope: 3}\n"
     )
-    with Server.start(chatting, tmp_path / "data", settings={"KNAPPER_JOB_QUIET_S": "600"}) as server:
+    with Server.start(chatting, tmp_path / "data", settings={"KNAPPER_JOB_STALLED_S": "600"}) as server:
         inbox, results = (server.data / part / "local" / "long" for part in ("inbox", "jobs"))
         inbox.mkdir(parents=True)
         (inbox / "p.jsonl").write_text('{"prompt": "and the"}\n')

@@ -71,9 +71,7 @@ def test_whoever_waits_is_told_why_and_goes_on_once_the_files_are_mended(
         status = submit(server)
         wait_until(lambda: caplog.text.count(WHY) >= 2, "both who wait are told", TOLD_S)
         told = next(line for line in caplog.text.splitlines() if WHY in line)
-        assert told.endswith(
-            "Only its operator can mend that; it is tried again by itself, and what waits goes on then"
-        )
+        assert told.endswith("Only its operator can fix that; it is tried again by itself, and what waits goes on then")
 
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="tml-local")
         for stream in (False, True):

@@ -28,9 +28,9 @@ FIGURES: Final[dict[str, list[tuple[str, str]]]] = {
     "docs/errors.md": [
         ("64 MiB", "limits:body_bytes_max"), ("32 MiB", "limits:sample_body_bytes_max"),
         ("4 MiB", "limits:text_body_bytes_max"), ("512 KiB", "limits:labels_body_bytes_max"),
-        ("128 KiB", "limits:small_body_bytes_max"), ("64 MiB", "limits:body_thrown_bytes_max"),
+        ("128 KiB", "limits:small_body_bytes_max"), ("64 MiB", "limits:body_discarded_bytes_max"),
         ("32,768 bytes", "limits:head_bytes_max"), ("20 s", "limits:head_s"), ("1,024 bytes", "limits:body_rate_min"),
-        ("20 s", "limits:body_silent_s"), ("30 seconds", "knapper.concurrency.retry:_PAUSE_MAX_S"),
+        ("20 s", "limits:body_stalled_s"), ("30 seconds", "knapper.concurrency.retry:_PAUSE_MAX_S"),
     ],
     "docs/events.md": [("30 s", "limits:slice_s"), ("0.3 s", "knapper.local.broker.watcher:_STILL_S")],
     "docs/jobs.md": [
@@ -51,7 +51,7 @@ FIGURES: Final[dict[str, list[tuple[str, str]]]] = {
         ("5 min", "knative/base/train-step.yaml: scale-to-zero-pod-retention-period: 300s"),
         ("2 min", "knative/base/sample.yaml: scale-to-zero-pod-retention-period: 120s"),
         ("0.5 min", "(Knative's scale-to-zero-grace-period)"), ("10 min", _AUTOSCALER), ("17 minutes", _AUTOSCALER),
-        ("20 s", "knapper.store.gcs:_PATIENCE_S"), ("7 days", "limits:torn_after_s"), ("15 minutes", "limits:gap_s"),
+        ("20 s", "limits:store_retry_s"), ("7 days", "limits:torn_after_s"), ("15 minutes", "limits:sequence_gap_s"),
         ("30 s", "knapper.concurrency.retry:_PAUSE_MAX_S"), ("8 MiB", "knapper.store.gcs:part_bytes_max"),
     ],
     "docs/quickstart.md": [
@@ -63,12 +63,12 @@ FIGURES: Final[dict[str, list[tuple[str, str]]]] = {
         ("209 MiB", _RUN), ("1,060 MiB", _RUN)
     ],
     "docs/rewards.md": [
-        ("256 MiB", "knapper.sandbox.cell:memory_bytes"), ("240 seconds", "limits:rewards_request_s"),
-        ("256 MiB", "knapper.sandbox.cell:memory_bytes"),
+        ("256 MiB", "limits:sandbox_memory_bytes"), ("240 seconds", "limits:rewards_request_s"),
+        ("256 MiB", "limits:sandbox_memory_bytes"),
     ],
     "docs/security.md": [
         ("30 s", "limits:poll_hold_s"), ("32 KiB", "limits:head_bytes_max"), ("20 s", "limits:head_s"),
-        ("1 KiB", "limits:body_rate_min"), ("8 MiB", "knapper.wire.zstd:_WINDOW_BYTES_MAX"),
+        ("1 KiB", "limits:body_rate_min"), ("8 MiB", "limits:zstd_window_bytes_max"),
         ("64 KiB", "limits:body_free_bytes"), ("1 GiB", "limits:worker_memory_bytes"),
         ("50 ms", "tests/calm/watch.py: EVERY_S = 0.05"),
         ("250 ms", "tests/calm/test_calm.py: WAIT_S_MAX = 0.25"),
@@ -83,7 +83,7 @@ IN_WORDS: Final[dict[str, list[tuple[str, float, str]]]] = {
         ("| an hour after their commit | `KNAPPER_KEEP_RESULTS_S`", 3600, "settings:keep_results_s"),
         ("| a quarter of an hour after somebody last sampled", 900, "settings:keep_samplers_s"),
         ("| after an hour | `KNAPPER_KEEP_ORPHANS_S`", 3600, "settings:keep_orphans_s"),
-        ("silent for a week |", 7 * 86400, "limits:session_silent_s"),
+        ("silent for a week |", 7 * 86400, "limits:session_expiry_s"),
         ("| after a day; a job's", 86400, "settings:keep_finished_s"),
         ("| after thirty days | `KNAPPER_KEEP_RECORDS_S`", 30 * 86400, "settings:keep_records_s"),
         ("a link for each file, good for an hour", 3600, "limits:link_s"),
@@ -116,8 +116,8 @@ IN_WORDS: Final[dict[str, list[tuple[str, float, str]]]] = {
         ("may fetch that one file, for an hour", 3600, "limits:link_s"),
     ],
     "docs/vllm.md": [
-        ("Up to 32 stay", 32, "limits:adapters_kept_max"),
-        ("in up to 4 GiB", 4 * 1024**3, "limits:adapters_kept_bytes_max"),
+        ("Up to 32 stay", 32, "limits:adapters_cached_max"),
+        ("in up to 4 GiB", 4 * 1024**3, "limits:adapters_cached_bytes_max"),
     ],
 }  # fmt: skip
 

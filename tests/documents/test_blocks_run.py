@@ -124,7 +124,7 @@ def test_keys_are_made_listed_and_revoked(place: Place) -> None:
     key, listed, revoked, after = said.splitlines()
     assert re.fullmatch("tml-[0-9a-f]{64}", key)
     assert " alice " in listed
-    assert listed.endswith("good  laptop")
+    assert listed.endswith("valid  laptop")
     assert "revoked" in revoked
     assert after.split()[0] == listed.split()[0]
     assert "revoked" in after

@@ -81,7 +81,7 @@ def test_who_dies_between_the_start_and_its_bell_is_made_good_by_the_tick(
         raise RuntimeError("died")
 
     with monkeypatch.context() as patch:
-        patch.setattr(http.parts.job_services.bells, "_post", lost)  # type: ignore[union-attr]  # there are job services
+        patch.setattr(http.parts.job_services.notifier, "_post", lost)  # type: ignore[union-attr]  # there are job services
         assert send(http, event).status_code == 500
     assert send(http, event).status_code == 204
     assert doorbells.events == [], "it was started before"

@@ -30,7 +30,7 @@ from knapper.store.memory import MemoryStore
 from tests.gateway.finished import lay_jobs, lay_runs
 from tests.gateway.hours import HOUR_S, CountingStore, Gateway, clock, engine, gateway, lived
 from tests.gateway.running import MODEL
-from tests.jobs.places import Folder, serve
+from tests.jobs.services import Folder, serve
 from tests.sim.ledger import LedgerMachine, LedgerState
 
 DAY_S = 24 * HOUR_S
@@ -144,7 +144,7 @@ def test_a_job_that_waits_is_rung_for_again_and_again_and_ever_less_often() -> N
                 await asyncio.sleep(1.0)
                 while len(at) < len(idle.doorbells) - 1:
                     at.append(asyncio.get_running_loop().time() - began)
-            assert at[0] <= 60 + 15 + 1, "KNAPPER_JOB_QUIET_S, and the pace of looking"
+            assert at[0] <= 60 + 15 + 1, "KNAPPER_JOB_STALLED_S, and the pace of looking"
             assert max(after - before for before, after in itertools.pairwise(at)) <= 601
             hour = await idle.hour()
             assert sum(hour.values()) <= 12 + 6 * 8, "six checks of the job, and six doorbells"
@@ -162,7 +162,7 @@ def test_a_run_that_waits_for_an_operation_is_looked_at_ever_less_often() -> Non
             assert (await running.result(run, 0))["type"] == "create_model"
             await running.step(run, 2)
             store.calls.clear()
-            await asyncio.sleep(limits.gap_s)
+            await asyncio.sleep(limits.sequence_gap_s)
             assert await store.get(layout.operation(RunId(run), 1)) is None
             assert store.verbs["list"] <= 34, store.calls
             await asyncio.sleep(61)
@@ -239,7 +239,7 @@ def test_a_job_that_another_process_started_and_lost_the_bell_of_is_found() -> N
         async with house() as idle:
             await asyncio.sleep(DAY_S)
             idle.bucket.put("j", FILES)
-            other = JobServices(idle.store, idle.bucket, idle.job_services.bells, clock)
+            other = JobServices(idle.store, idle.bucket, idle.job_services.notifier, clock)
             assert await inbox.look(other, LOCAL_TENANT, "j") is not None  # it dies before it rings, and tells nobody
             await asyncio.sleep(periodic_tasks.IDLE_S + 2 * 60 + 4 * 15)
             assert {event.type for event in idle.doorbells} == {cloudevents.JOB_STARTED}

@@ -139,7 +139,7 @@ def test_the_command_line_fetches_files_and_goes_on_where_it_was_cut(
     ]  # fmt: skip
     assert (to / FILE).read_bytes() == ADAPTER
     again = command(running, "jobs", "download", "j", FILE, "--to", str(to))
-    assert "was there already" in again.stdout
+    assert "was already there" in again.stdout
     (to / FILE).write_bytes(b"torn")
     entry = next(file for file in running.http.get("jobs/j/files").json()["files"] if file["name"] == FILE)
     version = hashlib.sha256(f"{entry['sha256']} {entry['etag']}".encode()).hexdigest()[:16]

@@ -219,7 +219,7 @@ def test_the_command_line_submits_a_folder_and_follows_it(running: tuple[Running
     state, doing = done.stdout.splitlines()[:2]
     assert done.returncode == 0
     assert re.fullmatch(r"my-job: running, step 0/3, \d:\d\d", state)
-    assert re.fullmatch(r"waiting for the engine, for \d:\d\d; its first step will tell when it may end", doing)
+    assert re.fullmatch(r"waiting for the engine, for \d:\d\d; no estimate before its first step", doing)
     assert "my-job  sft   running  0/3" in command(http, "jobs", "list").stdout
     assert command(http, "jobs", "cancel", "my-job").stdout.startswith("my-job: cancelled")
     followed = command(http, "jobs", "show", "my-job", "--follow")

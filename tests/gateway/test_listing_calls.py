@@ -12,7 +12,7 @@ from knapper.jobs.services import JobServices
 from knapper.store.memory import MemoryStore
 from tests.gateway.finished import lay_jobs, lay_runs, run_of
 from tests.gateway.hours import HOUR_S, CountingStore, clock, gateway, lived
-from tests.jobs.places import Folder, serve
+from tests.jobs.services import Folder, serve
 
 Told = dict[str, Any]
 

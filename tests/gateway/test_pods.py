@@ -138,7 +138,7 @@ def test_a_pod_that_leaves_ends_its_slice_says_so_and_another_goes_on(
 
 def test_a_gateway_rings_the_holder_and_the_service_once_it_is_lost(pods: Two, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held by one pod while the service leads to the other; killed; come back; stopped."""
-    monkeypatch.setattr(limits, "holder_answers_s", 1.0)
+    monkeypatch.setattr(limits, "holder_timeout_s", 1.0)
 
     def holder() -> str:
         return asyncio.run(pods.holder(RunId(run)))

@@ -252,7 +252,7 @@ def test_a_session_that_nobody_hears_of_keeps_nothing_after_a_week(running: Runn
     path = saved.save(running, running.make_run(), "a")
     sampler_of(running, path).raise_for_status()
     running.http.delete(url(path)).raise_for_status()
-    clock.at += limits.session_silent_s
+    clock.at += limits.session_expiry_s
     assert sweep(running) == []
     clock.at += GRACE_S
     assert sweep(running) == [], "silent for a week only now"

@@ -223,7 +223,7 @@ def test_samples_of_a_client_that_fell_silent_are_cancelled(
     until(lambda: upstream.calls)
     running.run(periodic_tasks.tick(running.parts))
     assert upstream.cancelled == 0
-    monkeypatch.setattr(limits, "session_lapse_s", 0.0)
+    monkeypatch.setattr(limits, "session_timeout_s", 0.0)
     time.sleep(0.01)
     running.run(periodic_tasks.tick(running.parts))
     until(lambda: upstream.cancelled == 1)
@@ -264,7 +264,7 @@ def test_results_that_nobody_fetches_are_forgotten(
     session = sampler(running)
     promise = running.post("asample", asample(session))
     assert running.http.post("retrieve_future", json={"request_id": promise["request_id"]}).status_code == 200
-    monkeypatch.setattr("gateway.sample_queue._RESULT_BYTES_MAX", 4)
+    monkeypatch.setattr("knapper.limits.sample_results_bytes_max", 4)
     running.run(periodic_tasks.tick(running.parts))
     running.post("retrieve_future", {"request_id": promise["request_id"]}, status=410)
     assert running.post("asample", asample(session))["request_id"] != promise["request_id"]
@@ -286,9 +286,9 @@ def test_an_answer_that_cannot_be_kept_is_refused_in_words(
         return running.http.post("retrieve_future", json={"request_id": promise["request_id"]})
 
     size = len(whole)
-    monkeypatch.setattr("gateway.sample_queue._RESULT_BYTES_MAX", size)
+    monkeypatch.setattr("knapper.limits.sample_results_bytes_max", size)
     assert asked(1).content == whole, "the limit itself is allowed"
-    monkeypatch.setattr("gateway.sample_queue._RESULT_BYTES_MAX", size - 1)
+    monkeypatch.setattr("knapper.limits.sample_results_bytes_max", size - 1)
     told = asked(2).json()
     assert told["category"] == "user"
     assert told["error"].startswith(f"the answer has {size} bytes; allowed: {size - 1}. Ask for fewer samples")

@@ -229,7 +229,7 @@ def test_a_zstd_bomb_is_promised_its_error(running: Running) -> None:
 
 def test_a_body_too_long_to_be_drained_is_cut_off(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running.door("forward_backward"), "body_bytes_max", 10_000)
-    monkeypatch.setattr(limits, "body_thrown_bytes_max", 20_000)
+    monkeypatch.setattr(limits, "body_discarded_bytes_max", 20_000)
     with httpx.Client(headers=running.http.headers) as once:  # whose connection is of no more use
         reply = once.post(f"{running.url}/api/v1/forward_backward", content=bytes(3_000_000))
         assert (reply.status_code, reply.json()["code"]) == (413, "too_large")

@@ -29,7 +29,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> House:
 
 
 async def told(works: Works, present: Present = lambda _: READY) -> dict[str, Any]:
-    return await listings.whole(works.place, LOCAL_TENANT, "j", 0, present)
+    return await listings.whole(works.services, LOCAL_TENANT, "j", 0, present)
 
 
 def phase(shown: dict[str, Any]) -> tuple[Any, ...]:
@@ -132,14 +132,14 @@ COURSES: dict[str, list[tuple[Any, ...]]] = {
 def test_status_json_says_what_is_next_from_the_first_moment_to_the_last(house: House, kind: str) -> None:
     async def story() -> None:
         works, seen = Works(house), list[dict[str, Any]]()
-        publish = works.place.exchange.publish
+        publish = works.services.exchange.publish
 
         async def watched(name: str, data: bytes) -> None:
             if name.endswith("/status.json"):
                 seen.append(msgspec.json.decode(data))
             await publish(name, data)
 
-        works.place.exchange.publish = watched  # type: ignore[method-assign]
+        works.services.exchange.publish = watched  # type: ignore[method-assign]
         start = await works.submit(JOBS[kind])
         assert [phase(each) for each in seen] == [("waiting for the engine", None, None, None)]
         assert seen[0]["activity"]["since"] == seen[0]["at"]
@@ -159,16 +159,16 @@ def test_a_status_that_was_read_before_the_end_does_not_stay(house: House) -> No
     async def story() -> None:
         works = Works(house)
         start = await works.submit(JOBS["sft"])
-        publish = works.place.exchange.publish
+        publish = works.services.exchange.publish
 
         async def overtaken(name: str, data: bytes) -> None:
             if msgspec.json.decode(data)["state"] == "running":
                 await control.change(works.store, start, "cancelled", "enough", works.clock())
             await publish(name, data)
 
-        works.place.exchange.publish = overtaken  # type: ignore[method-assign]
-        record = await inbox.started(works.place, start)
-        await outputs.publish_status(works.place, record)
+        works.services.exchange.publish = overtaken  # type: ignore[method-assign]
+        record = await inbox.started(works.services, start)
+        await outputs.publish_status(works.services, record)
         status = msgspec.json.decode(works.output("status.json"))
         assert (status["state"], status["reason"], status["activity"]) == ("cancelled", "enough", None)
 
@@ -288,7 +288,7 @@ def test_marks_of_functions_are_no_progress(house: House) -> None:
         works = Works(house)
         start = await works.submit(JOBS["rl"])
         await works.run(start)
-        outline = progress.Outline(start, decode((await inbox.started(works.place, start)).spec_json), 2)
+        outline = progress.Outline(start, decode((await inbox.started(works.services, start)).spec_json), 2)
         now = await progress.ProgressReader(works.store).look(outline, 4)
         assert (now.trained, progress.finished(outline, now, 4)) == (4, True)
         marks = await works.store.list(ObjectKind.JOB_TAKEN.under(start.tenant, start.job, start.id))

@@ -9,7 +9,7 @@ from knapper import limits
 from knapper.errors import InvalidField
 from knapper.jobs import datasets, rows, spec
 from knapper.jobs.yaml_document import JobError
-from tests.jobs.places import lines
+from tests.jobs.services import lines
 
 CHAT = {
     "messages": [

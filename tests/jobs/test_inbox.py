@@ -14,7 +14,7 @@ from knapper.jobs.job_files import Folders
 from knapper.jobs.names import Start
 from knapper.jobs.rows import RlRow
 from knapper.state.job_records import Started, read
-from tests.jobs.places import lines, place, serve
+from tests.jobs.services import lines, serve, services
 
 YAML = "kind: rl\ndata: p.jsonl\nsteps: 3\nreward: {code: reward.py}\nevaluate: {data: e.jsonl}\n"
 FILES = {
@@ -30,7 +30,7 @@ def test_files_come_in_any_order_and_the_job_starts_once(
     order: tuple[str, ...],
 ) -> None:
     async def story() -> None:
-        here, folder, _ = place()
+        here, folder, _ = services()
         await serve(here.store)
         starts = []
         for name in order:
@@ -54,7 +54,7 @@ def test_files_come_in_any_order_and_the_job_starts_once(
 
 def test_a_byte_order_mark_is_skipped_in_every_file() -> None:
     async def story() -> None:
-        here, folder, _ = place()
+        here, folder, _ = services()
         await serve(here.store)
         folder.put("j", {name: b"\xef\xbb\xbf" + content.encode() for name, content in FILES.items()})
         begun = await inbox.look(here, LOCAL_TENANT, "j")
@@ -68,7 +68,7 @@ def test_a_byte_order_mark_is_skipped_in_every_file() -> None:
 
 def test_a_corrected_job_yaml_is_another_start_and_ends_the_first() -> None:
     async def story() -> None:
-        here, folder, _ = place()
+        here, folder, _ = services()
         await serve(here.store)
         folder.put("j", FILES)
         first = await inbox.look(here, LOCAL_TENANT, "j")
@@ -104,7 +104,7 @@ def test_what_is_wrong_is_said_beside_job_yaml_until_it_is_right(
     files: dict[str, str | bytes], line: int, says: str
 ) -> None:
     async def story() -> None:
-        here, folder, _ = place()
+        here, folder, _ = services()
         await serve(here.store)
         folder.put("j", {**FILES, **files})
         assert await inbox.look(here, LOCAL_TENANT, "j") is None
@@ -121,7 +121,7 @@ def test_what_is_wrong_is_said_beside_job_yaml_until_it_is_right(
 
 def test_files_that_do_not_come_are_an_error_after_ten_minutes_and_start_the_job_when_they_do() -> None:
     async def story() -> None:
-        here, folder, clock = place()
+        here, folder, clock = services()
         await serve(here.store)
         folder.put("j", {name: FILES[name] for name in ("job.yaml", "p.jsonl", "reward.py")})
         assert await inbox.look(here, LOCAL_TENANT, "j") is None
@@ -144,7 +144,7 @@ def test_files_that_do_not_come_are_an_error_after_ten_minutes_and_start_the_job
 
 def test_states_follow_their_order_whoever_comes_first() -> None:
     async def story() -> None:
-        here, _, _ = place()
+        here, _, _ = services()
         one = Start(LOCAL_TENANT, "j", "0" * 16)
         assert (await control.now(here.store, one)).state == "running"
         won = await asyncio.gather(
@@ -186,7 +186,7 @@ def test_a_data_file_of_the_size_that_is_allowed_and_one_byte_more(
     monkeypatch.setattr(limits, "job_file_bytes_max", 200)
 
     async def story() -> None:
-        here, folder, _ = place()
+        here, folder, _ = services()
         await serve(here.store)
         padded = lines({"prompt": "a"})
         folder.put("j", {**FILES, "p.jsonl": padded + "\n" * (201 - len(padded))})

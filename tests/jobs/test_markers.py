@@ -20,7 +20,7 @@ from knapper.rewards.rollouts import ScorableRollout
 from knapper.rewards.scorer import RewardScore
 from knapper.rewards.spec import Reward
 from knapper.store.memory import MemoryStore
-from tests.jobs.places import Folder, lines, place, serve
+from tests.jobs.services import Folder, lines, serve, services
 from tests.jobs.test_inbox import FILES, YAML
 from tests.jobs.test_works import PROMPTS, RL
 from tests.jobs.works import House, Works, run, variety
@@ -63,9 +63,9 @@ AFTERWARDS: dict[str, Callable[[Folder], object]] = {
 @pytest.mark.parametrize("change", AFTERWARDS.values(), ids=AFTERWARDS.keys())
 def test_what_is_awaited_costs_no_writes_and_ends(change: Callable[[Folder], object]) -> None:
     async def story() -> None:
-        _, _, clock = place()
+        _, _, clock = services()
         store, folder = Counting(), Published()
-        here = JobServices(store, folder, place()[0].bells, clock)
+        here = JobServices(store, folder, services()[0].notifier, clock)
         await serve(store)
         folder.put("j", {"job.yaml": YAML})
         assert await inbox.look(here, LOCAL_TENANT, "j") is None
@@ -98,8 +98,8 @@ def test_a_job_that_cannot_be_looked_at_keeps_no_other_and_is_not_awaited_for_ev
             (folder / name.replace("_", ".")).write_text(text)
 
     async def story() -> None:
-        made, _, clock = place()
-        here = JobServices(made.store, DirectoryExchange(tmp_path), made.bells, clock)
+        made, _, clock = services()
+        here = JobServices(made.store, DirectoryExchange(tmp_path), made.notifier, clock)
         await serve(here.store)
         for job in ("broken", "good"):
             put(job, job_yaml=YAML)
@@ -137,7 +137,7 @@ def test_a_job_whose_function_cannot_go_on_says_what_it_waits_for_and_goes_on(ho
         begun = await works.submit({"job.yaml": RL, "p.jsonl": PROMPTS, "e.jsonl": PROMPTS})
         for _ in range(60):
             await works.deliver() if works._queue else None
-            for event in await revive.due(works.place, works._seen, quiet_s=0):
+            for event in await revive.due(works.services, works._seen, quiet_s=0):
                 await works.post(event)
         status = json.loads(works.output("status.json"))
         assert (status["state"], status["reason"]) == ("running", "waits: the sandbox did not start: \\x1b[31m")
@@ -165,7 +165,7 @@ def test_an_answer_that_nothing_can_be_compared_with_is_named_before_the_job_sta
     reward: str, answers: list[object], says: str
 ) -> None:
     async def story() -> None:
-        here, folder, _ = place()
+        here, folder, _ = services()
         await serve(here.store)
         rows = lines({"prompt": "a", "answer": answers[0]}) + "\n" + lines({"prompt": "a", "answer": answers[1]})
         yaml = f"kind: rl\ndata: p.jsonl\nsteps: 3\nreward: {reward}\nevaluate: {{data: e.jsonl}}\n"

@@ -21,7 +21,7 @@ def test_a_job_that_hears_no_bell_but_the_ticks_ends(house: House, name: str) ->
         for _ in range(60):
             if not await control.runs(works.store, begun):
                 break
-            rung = await revive.due(works.place, seen, quiet_s=0)
+            rung = await revive.due(works.services, seen, quiet_s=0)
             assert rung, "a job with work undone is rung for"
             assert len({event.id for event in rung}) == len(rung)
             for event in rung:
@@ -30,7 +30,7 @@ def test_a_job_that_hears_no_bell_but_the_ticks_ends(house: House, name: str) ->
                 await works.post(event)
             await works.drain_once()
         assert (await control.now(works.store, begun)).state == "completed"
-        assert await revive.due(works.place, seen, quiet_s=0) == [], "an ended job wakes nobody"
+        assert await revive.due(works.services, seen, quiet_s=0) == [], "an ended job wakes nobody"
         assert wakened < 40
 
     run(story)
@@ -44,12 +44,12 @@ def test_a_job_is_rung_for_only_after_it_has_not_moved_for_a_while(
         await works.submit(JOBS["rl"])
         works.silence()
         seen = Seen()
-        assert await revive.due(works.place, seen, quiet_s=60) == []
+        assert await revive.due(works.services, seen, quiet_s=60) == []
         works.clock.at += 59
-        assert await revive.due(works.place, seen, quiet_s=60) == []
+        assert await revive.due(works.services, seen, quiet_s=60) == []
         works.clock.at += 2
-        assert [event.type for event in await revive.due(works.place, seen, quiet_s=60)] == [cloudevents.JOB_STARTED]
-        assert await revive.due(works.place, seen, quiet_s=60) == [], "and again only after as long"
+        assert [event.type for event in await revive.due(works.services, seen, quiet_s=60)] == [cloudevents.JOB_STARTED]
+        assert await revive.due(works.services, seen, quiet_s=60) == [], "and again only after as long"
 
     run(story)
 
@@ -62,7 +62,7 @@ def test_whoever_has_nothing_to_do_is_not_woken(house: House) -> None:
         await works.submit(JOBS["rl"])
         await works.deliver()  # sample
         works.silence()
-        types = [event.type for event in await revive.due(works.place, Seen(), quiet_s=0)]
+        types = [event.type for event in await revive.due(works.services, Seen(), quiet_s=0)]
         assert types == [cloudevents.ROLLOUTS_SAMPLED]
 
     run(story)

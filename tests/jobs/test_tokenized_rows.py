@@ -93,7 +93,7 @@ def test_a_template_gets_the_names_of_those_who_speak() -> None:
 
 def test_a_template_that_rewrites_earlier_messages_is_refused_instead_of_guessed() -> None:
     forgetful = "{% for m in messages %}{{ m.role }}:{{ m.content if loop.last else '...' }}\n{% endfor %}"
-    with pytest.raises(UserError, match="message 2 in another way"):
+    with pytest.raises(UserError, match="changes message 2 when others follow it"):
         texts(template=forgetful).sft(CHATTED, "completions")
 
 

@@ -13,7 +13,7 @@ from knapper.jobs import control, inbox, listings, names, upload
 from knapper.jobs.names import Start
 from knapper.jobs.services import JobServices
 from knapper.state.job_records import Started, encode, read
-from tests.jobs.places import Folder, place, serve
+from tests.jobs.services import Folder, serve, services
 from tests.jobs.test_inbox import FILES
 
 
@@ -35,7 +35,7 @@ async def look(here: JobServices) -> Start | None:
 @pytest.mark.parametrize("name", FILES)
 def test_one_corrected_byte_of_any_file_is_another_start_that_uses_it(name: str) -> None:
     async def story() -> None:
-        here, folder, _ = place()
+        here, folder, _ = services()
         await serve(here.store)
         folder.put("j", FILES)
         first = await look(here)
@@ -57,7 +57,7 @@ def test_one_corrected_byte_of_any_file_is_another_start_that_uses_it(name: str)
 @pytest.mark.parametrize("name", FILES)
 def test_a_failed_job_is_begun_anew_by_a_corrected_file(name: str) -> None:
     async def story() -> None:
-        here, folder, _ = place()
+        here, folder, _ = services()
         await serve(here.store)
         folder.put("j", FILES)
         first = await look(here)
@@ -74,11 +74,11 @@ def test_a_failed_job_is_begun_anew_by_a_corrected_file(name: str) -> None:
 @pytest.mark.parametrize("kind", [Folder, Bucket], ids=["a directory", "a bucket"])
 def test_the_same_files_again_are_the_same_start_wherever_they_lie(kind: type[Folder]) -> None:
     async def story() -> None:
-        here, folder, _ = place()
+        here, folder, _ = services()
         await serve(here.store)
         folder.put("j", FILES)
         first = await look(here)
-        other = JobServices(here.store, kind(dict(folder.files)), here.bells, here.clock)
+        other = JobServices(here.store, kind(dict(folder.files)), here.notifier, here.clock)
         assert await look(other) is None
         assert await look(other) is None
         assert (await listings.newest(here.store, LOCAL_TENANT, "j")).start == first
@@ -88,7 +88,7 @@ def test_the_same_files_again_are_the_same_start_wherever_they_lie(kind: type[Fo
 
 def test_files_that_job_yaml_does_not_name_change_nothing() -> None:
     async def story() -> None:
-        here, folder, _ = place()
+        here, folder, _ = services()
         await serve(here.store)
         folder.put("j", FILES)
         assert await look(here) is not None
@@ -100,7 +100,7 @@ def test_files_that_job_yaml_does_not_name_change_nothing() -> None:
 
 def test_once_more_is_another_start_each_time_and_never_beside_one_that_runs() -> None:
     async def story() -> None:
-        here, folder, _ = place()
+        here, folder, _ = services()
         await serve(here.store)
         folder.put("j", FILES)
         begun = [await inbox.again(here, LOCAL_TENANT, "j")]  # nothing to repeat: it is the first
@@ -121,7 +121,7 @@ def test_once_more_is_another_start_each_time_and_never_beside_one_that_runs() -
 
 def test_content_that_was_replaced_and_comes_back_is_begun_again() -> None:
     async def story() -> None:
-        here, folder, _ = place()
+        here, folder, _ = services()
         await serve(here.store)
         seen = []
         for seed in ("", "seed: 1\n", "", "seed: 1\n"):
@@ -137,7 +137,7 @@ def test_content_that_was_replaced_and_comes_back_is_begun_again() -> None:
 
 def test_content_that_somebody_cancelled_stays_so() -> None:
     async def story() -> None:
-        here, folder, _ = place()
+        here, folder, _ = services()
         await serve(here.store)
         folder.put("j", FILES)
         begun = await look(here)
@@ -165,12 +165,12 @@ class LateReader(Folder):
 
 def test_a_look_that_slept_while_its_content_was_replaced_begins_nothing() -> None:
     async def story() -> None:
-        here, folder, _ = place()
+        here, folder, _ = services()
         await serve(here.store)
         folder.put("j", FILES)
         first = await look(here)
         assert first is not None
-        slept = JobServices(here.store, LateReader(dict(folder.files), folder), here.bells, here.clock)
+        slept = JobServices(here.store, LateReader(dict(folder.files), folder), here.notifier, here.clock)
         folder.put("j", {"job.yaml": FILES["job.yaml"] + "seed: 1\n"})
         second = await look(here)
         assert await look(slept) is None
@@ -182,7 +182,7 @@ def test_a_look_that_slept_while_its_content_was_replaced_begins_nothing() -> No
 
 def test_right_content_after_something_wrong_takes_the_error_away() -> None:
     async def story() -> None:
-        here, folder, _ = place()
+        here, folder, _ = services()
         await serve(here.store)
         folder.put("j", FILES)
         first = await look(here)
@@ -199,20 +199,20 @@ def test_right_content_after_something_wrong_takes_the_error_away() -> None:
 
 def test_a_job_that_an_earlier_version_started_is_not_started_again() -> None:
     async def story() -> None:
-        here, folder, _ = place()
+        here, folder, _ = services()
         await serve(here.store)
         folder.put("j", FILES)
         made = await look(here)
         assert made is not None
         record = await read(here.store, made.started, Started)
         assert record is not None
-        old, older = Start.of(LOCAL_TENANT, "j", record.generation), place()[0]
+        old, older = Start.of(LOCAL_TENANT, "j", record.generation), services()[0]
         content = {
             each: getattr(record, each) for each in record.__struct_fields__ if each not in ("start", "generations")
         }
         await serve(older.store)
         await older.store.put_if_absent(old.started, encode(Started(start=old.id, **content)))
-        there = JobServices(older.store, folder, older.bells, older.clock)
+        there = JobServices(older.store, folder, older.notifier, older.clock)
         assert await look(there) is None
         folder.put("j", {"reward.py": FILES["reward.py"] + "\n"})
         assert await look(there) is not None
@@ -222,7 +222,7 @@ def test_a_job_that_an_earlier_version_started_is_not_started_again() -> None:
 
 def test_a_gateway_that_starts_anew_reads_no_folder_that_did_not_change() -> None:
     async def story() -> None:
-        here, folder, _ = place()
+        here, folder, _ = services()
         await serve(here.store)
         folder.put("j", FILES)
         assert not await upload.unchanged(here.store, LOCAL_TENANT, "j", {})
@@ -237,7 +237,7 @@ def test_a_gateway_that_starts_anew_reads_no_folder_that_did_not_change() -> Non
 
 def test_files_of_a_time_out_are_awaited_no_more_and_start_the_job_when_they_come() -> None:
     async def story() -> None:
-        here, folder, clock = place()
+        here, folder, clock = services()
         await serve(here.store)
         folder.put("j", {"job.yaml": FILES["job.yaml"]})
         assert await look(here) is None

@@ -20,7 +20,7 @@ from knapper.rewards import scorer
 from knapper.rewards.rollouts import ScorableRollout
 from knapper.rewards.scorer import RewardScore
 from knapper.rewards.spec import Reward
-from tests.jobs.places import lines
+from tests.jobs.services import lines
 from tests.jobs.works import TERMS, House, Malice, Works, run, variety
 
 RL = """\
@@ -206,7 +206,7 @@ def test_a_job_whose_run_has_another_dtype_waits_says_why_and_goes_on_to_the_sam
         trained = await progress.newest_step(works.store, begun)
         works.restart(msgspec.structs.replace(TERMS, dtype="bfloat16"))
         for _ in range(8):
-            for event in await revive.due(works.place, Seen(), quiet_s=0):
+            for event in await revive.due(works.services, Seen(), quiet_s=0):
                 await works.post(event)
             await works.drain_once()
         status = json.loads(works.output("status.json"))
@@ -401,7 +401,7 @@ def test_bells_that_nobody_should_have_rung_are_poison_and_harm_no_job(
     async def story() -> None:
         works = Works(house)
         begun = await works.submit(JOBS["sft"])
-        there = await revive.first(works.place, begun)
+        there = await revive.first(works.services, begun)
         wrongs: tuple[tuple[Function, Event], ...] = (
             ("sample", there),  # of a job that has nothing to sample
             ("reward", there),

@@ -49,7 +49,7 @@ from knapper.state.journal.holder import Holder
 from knapper.state.journal.records import Terms
 from knapper.store.memory import MemoryStore
 from tests.engine.tiny import tiny_model
-from tests.jobs.places import Clock, Folder, serve
+from tests.jobs.services import Clock, Folder, serve
 
 FUNCTIONS: tuple[Function, ...] = ("sample", "reward", "train_step")
 CONTEXT = 512
@@ -103,17 +103,17 @@ class Works:
         self._seen = Seen()
         self._lives = itertools.count()
         self._processes: dict[str, Callable[[Event], Awaitable[None]]] = {}
-        self.place = JobServices(self.store, self.folder, Notifier(self.post, self.clock), self.clock)
+        self.services = JobServices(self.store, self.folder, Notifier(self.post, self.clock), self.clock)
         for name in FUNCTIONS:
             self._begin(name)
 
     def _begin(self, name: Function) -> None:
         """A process with an empty memory."""
-        place = JobServices(self.store, self.folder, Notifier(self.post, self.clock), self.clock)
+        services = JobServices(self.store, self.folder, Notifier(self.post, self.clock), self.clock)
         kinds: Sequence[Kind] = KINDS if name == "train_step" else ["rl"]
         worker = Worker(
             name,
-            place,
+            services,
             Folders(self.store),
             kinds,
             "" if name == "reward" else "tiny",
@@ -137,8 +137,8 @@ class Works:
         else:
             machine = TrainingMachine(Trainer(house.decoder), house.device, self.clock)
             holder = Holder(f"life-{next(self._lives)}", "", self.terms)
-            residents = ClaimedRuns(self.store, machine, holder, self.clock)
-            journal = Journal(self.store, residents, self.clock)
+            claimed_runs = ClaimedRuns(self.store, machine, holder, self.clock)
+            journal = Journal(self.store, claimed_runs, self.clock)
             self._processes[name] = Training(worker, journal, house.language, CONTEXT).answer
 
     def restart(self, terms: Terms) -> None:
@@ -157,9 +157,9 @@ class Works:
     async def submit(self, files: Mapping[str, str | bytes], job: str = "j") -> Start:
         await serve(self.store)
         self.folder.put(job, files)
-        begun = await inbox.look(self.place, LOCAL_TENANT, job)
+        begun = await inbox.look(self.services, LOCAL_TENANT, job)
         assert begun is not None, self.folder.files.get(f"inbox/local/{job}/job.error.json")
-        await self.post(await revive.first(self.place, begun))
+        await self.post(await revive.first(self.services, begun))
         return begun
 
     async def run(self, begun: Start, turns_max: int = 3000) -> None:
@@ -168,7 +168,7 @@ class Works:
             if not await control.runs(self.store, begun):
                 return
             if not self._queue:
-                for event in await revive.due(self.place, self._seen, quiet_s=0):
+                for event in await revive.due(self.services, self._seen, quiet_s=0):
                     await self.post(event)
                 continue
             await self.deliver()

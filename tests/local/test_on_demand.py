@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from knapper.local import on_demand as module
+from knapper import limits
 from tests.local.work import World, gone, make_root, on_demand, until
 
 
@@ -210,7 +210,7 @@ def test_a_function_that_fails_to_import_is_503_then_backs_off_then_recovers(
 def test_a_process_that_hangs_at_its_start_is_killed_and_whoever_waits_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "wait_s_max", 1.0)
+    monkeypatch.setattr(limits, "start_s_max", 1.0)
 
     async def story() -> None:
         root = make_root(tmp_path)
@@ -221,9 +221,9 @@ def test_a_process_that_hangs_at_its_start_is_killed_and_whoever_waits_is_told(
             hanging = world.roles["engine"]
             refused = await answer
             assert (refused.status_code, refused.json()["code"]) == (503, "unavailable")
-            assert "engine hung: it took nobody's call for 1 s" in refused.json()["detail"]
+            assert "engine hung: it accepted no call for 1 s" in refused.json()["detail"]
             assert gone(hanging)
-            monkeypatch.setattr(module, "wait_s_max", 60.0)
+            monkeypatch.setattr(limits, "start_s_max", 60.0)
             (root / "notes" / "hangs").unlink()
             while (await world.post()).status_code == 503:  # noqa: ASYNC110  what a client does
                 await asyncio.sleep(0.05)
@@ -248,7 +248,7 @@ def test_a_process_that_stops_accepting_is_replaced(tmp_path: Path, monkeypatch:
     async def story() -> None:
         async with on_demand(make_root(tmp_path)) as world:
             first = await world.pid()
-            monkeypatch.setattr(module, "wait_s_max", 2.0)
+            monkeypatch.setattr(limits, "start_s_max", 2.0)
             os.kill(first, signal.SIGSTOP)
             async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
                 assert "engine hung" in (await client.post(world.urls["train_step"])).json()["detail"]

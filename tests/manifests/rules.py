@@ -165,7 +165,7 @@ def _vllm(spec: Object) -> Iterator[str]:
         empty = volumes.get(mount["name"], {}).get("emptyDir", {})
         if mount["mountPath"] == "/dev/shm" and empty.get("medium") == "Memory":
             shelf = gib(empty.get("sizeLimit", "0Gi"))
-    if shelf < 1 + limits.adapters_kept_bytes_max / 2**30:
+    if shelf < 1 + limits.adapters_cached_bytes_max / 2**30:
         yield "/dev/shm has no room for the adapters that vLLM keeps"
     if shelf >= gib(container["resources"]["limits"]["memory"]) / 2:
         yield "/dev/shm takes half of the container's memory"

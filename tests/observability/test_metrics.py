@@ -114,7 +114,7 @@ def test_a_run_is_as_old_as_its_oldest_unanswered_operation() -> None:
     assert ages.oldest({}, 160.0) == 0.0
 
 
-def test_a_scrape_needs_no_key_and_names_nobody() -> None:
+def test_a_scrape_needs_no_key_and_names_no_tenant() -> None:
     with gateway() as running:
         answer = httpx.get(f"{running.url}/metrics", trust_env=False)
     assert answer.status_code == 200
@@ -167,7 +167,7 @@ class Ledger:
         return 0
 
 
-def test_shares_are_told_by_place_and_never_by_name(tmp_path: Path) -> None:
+def test_shares_are_reported_by_position_and_never_by_name(tmp_path: Path) -> None:
     device = Executor()
     try:
         trainer = tiny_trainer(tmp_path)
@@ -183,10 +183,12 @@ def test_shares_are_told_by_place_and_never_by_name(tmp_path: Path) -> None:
     finally:
         device.close()
     families = {family.name: family for family in registry.collect()}
-    share = {sample.labels["place"]: sample.value for sample in families["knapper_train_share"].samples}
-    assert share == {"1": 0.75, "2": 0.25} | {str(place): 0.0 for place in range(3, 9)}
-    assert [sample.value for sample in families["knapper_train_room"].samples] == [2 * trainer.rows_shared(1)]
-    assert [sample.value for sample in families["knapper_train_rows"].samples] == [40]
+    share = {sample.labels["position"]: sample.value for sample in families["knapper_train_run_token_ratio"].samples}
+    assert share == {"1": 0.75, "2": 0.25} | {str(position): 0.0 for position in range(3, 9)}
+    assert [sample.value for sample in families["knapper_train_capacity_tokens"].samples] == [
+        2 * trainer.rows_shared(1)
+    ]
+    assert [sample.value for sample in families["knapper_train_tokens"].samples] == [40]
     assert [sample.value for sample in families["knapper_device_busy_seconds"].samples] == [device.busy_s]
     assert device.busy_s > 0
-    assert [sample.value for sample in families["knapper_train_oldest_seconds"].samples] == [0.0]
+    assert [sample.value for sample in families["knapper_train_queue_age_seconds"].samples] == [0.0]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from knapper.rewards import sandboxed
+from knapper import limits
 from knapper.rewards.scorer import RewardFailed
 from tests.rewards.conftest import Scorer
 
@@ -26,7 +26,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, (text, _) in MODULES.items():
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(sandboxed, "_loading_s", 1.0)
+    monkeypatch.setattr(limits, "reward_loading_s", 1.0)
 
 
 @pytest.mark.parametrize("name", MODULES)

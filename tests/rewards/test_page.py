@@ -10,7 +10,6 @@ import yaml
 
 from knapper import limits
 from knapper.rewards import requests, spec
-from knapper.sandbox import cell
 from knapper.sandbox.pool import Sandbox
 from knapper.sandbox.syscalls import STAGES
 
@@ -51,7 +50,7 @@ def test_its_numbers_are_those_of_the_code() -> None:
     assert f"At most {limits.rollouts_per_request_max} rollouts" in PAGE
     assert f"at most {limits.reward_text_chars_max:,} characters" in PAGE
     assert f"{limits.rewards_request_s:g} seconds for all" in PAGE
-    assert f"{cell.memory_bytes // limits.MIB} MiB" in PAGE
+    assert f"{limits.sandbox_memory_bytes // limits.MIB} MiB" in PAGE
     assert f"(10 unless given, at most {limits.reward_s_max:g})" in PAGE
     assert spec.Code(code="reward.py").timeout_s == 10
     assert 40 <= len(STAGES["sealed"]) < 50  # "some forty"

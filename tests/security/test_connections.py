@@ -156,7 +156,7 @@ def test_a_body_in_chunks_of_a_byte_is_put_together(port: int) -> None:
 )  # fmt: skip
 def test_half_a_request_is_hung_up_on(port: int, monkeypatch: pytest.MonkeyPatch, sent: bytes, expected: int) -> None:
     monkeypatch.setattr(limits, "head_s", 1.0)
-    monkeypatch.setattr(limits, "body_silent_s", 1.0)
+    monkeypatch.setattr(limits, "body_stalled_s", 1.0)
     with connect(port) as ours:
         ours.sendall(sent)
         assert status(heard(ours)) == expected
@@ -173,7 +173,7 @@ def test_a_second_request_has_a_deadline_too(port: int, monkeypatch: pytest.Monk
 
 
 def test_drops_of_a_body_are_too_slow_and_a_slow_stream_is_not(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "body_silent_s", 1.0)
+    monkeypatch.setattr(limits, "body_stalled_s", 1.0)
     for size, expected in ((1, 408), (limits.body_rate_min, 200)):
         with connect(port) as ours:
             ours.sendall(POST + b"Content-Length: %d\r\n\r\n" % (size * 16))
@@ -187,7 +187,7 @@ def test_drops_of_a_body_are_too_slow_and_a_slow_stream_is_not(port: int, monkey
 
 
 def test_a_client_is_not_blamed_for_a_server_that_does_not_read(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "body_silent_s", 0.5)
+    monkeypatch.setattr(limits, "body_stalled_s", 0.5)
     body = b"a" * 3_000_000
     with connect(port) as ours:
         ours.sendall(b"POST /busy HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body))
@@ -221,7 +221,7 @@ def test_no_end_of_a_body_is_thrown_away(port: int) -> None:
                 sent += ours.send(bytes(2**20))
         except OSError:
             pass
-        assert sent < limits.body_thrown_bytes_max * 1.5
+        assert sent < limits.body_discarded_bytes_max * 1.5
         assert status(heard(ours)) == 413
 
 

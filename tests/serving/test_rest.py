@@ -101,7 +101,7 @@ async def _ring(runs: ClaimedRuns[RunState]) -> AsyncIterator[bytes]:
 @pytest.fixture
 def worth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes cost nothing: a run that leaves the memory is stored, however short its replay would be."""
-    monkeypatch.setattr(limits, "snapshot_least_replay_s", 0.0)
+    monkeypatch.setattr(limits, "snapshot_replay_s_min", 0.0)
     monkeypatch.setattr(limits, "snapshot_bytes_per_replay_s", 10**18)
 
 

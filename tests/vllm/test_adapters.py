@@ -88,7 +88,7 @@ def test_what_is_changed_gone_or_of_another_shape_is_refused(bench: Bench) -> No
 
 
 def test_the_longest_unused_goes_and_what_is_used_stays(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "adapters_kept_max", 2)
+    monkeypatch.setattr(limits, "adapters_cached_max", 2)
 
     async def story() -> None:
         for n in range(4):

@@ -28,7 +28,7 @@ def server(model: Path, tmp_path: Path) -> Iterator[Server]:
     """A sampler of vLLM that keeps its adapters in a directory of this test's."""
     memory = tmp_path / "shelf"
     memory.mkdir()
-    settings = {"KNAPPER_SAMPLER": "vllm", "KNAPPER_VLLM_SHELF": str(memory)}
+    settings = {"KNAPPER_SAMPLER": "vllm", "KNAPPER_VLLM_ADAPTER_DIRECTORY": str(memory)}
     with Server.start(model, tmp_path / "data", settings=settings) as started:
         yield started
         started.stop()

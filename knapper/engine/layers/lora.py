@@ -21,8 +21,6 @@ from knapper.engine.models.config import Facts, LoraTarget
 from knapper.errors import InvalidField
 from knapper.state.journal.records import Spec
 
-SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1  # torch's range
-
 
 @dataclass(frozen=True)
 class Lora:
@@ -90,8 +88,8 @@ def layout(config: Facts, spec: Spec) -> Layout:
     """
     if not 1 <= spec.rank <= limits.rank_max:
         raise InvalidField("lora_config.rank", spec.rank, f"1 to {limits.rank_max}")
-    if not SEED_MIN <= spec.seed <= SEED_MAX:
-        raise InvalidField("lora_config.seed", spec.seed, f"{SEED_MIN} to {SEED_MAX}")
+    if not limits.seed_min <= spec.seed <= limits.seed_max:
+        raise InvalidField("lora_config.seed", spec.seed, f"{limits.seed_min} to {limits.seed_max}")
     if not (math.isfinite(spec.alpha) and spec.alpha > 0):
         raise InvalidField("alpha", spec.alpha, "a finite number above 0")
     if not (spec.train_attn or spec.train_mlp or spec.train_unembed):

@@ -9,9 +9,7 @@ from knapper.engine.layers.adapters import target_shapes
 from knapper.engine.layers.lora import Lora
 from knapper.engine.models.config import Facts
 from knapper.errors import ContextLengthExceeded, InvalidField, TooLarge, UserError
-from knapper.wire.types import GREEDY_TEMPERATURE_MAX, SampleRequest
-
-temperature_max = 1e6
+from knapper.wire.types import SampleRequest
 
 
 def check(request: SampleRequest, config: Facts) -> None:
@@ -27,8 +25,10 @@ def check(request: SampleRequest, config: Facts) -> None:
         raise InvalidField(
             "sampling_params.max_tokens", params.max_tokens, "0 or more, or none for up to the context's end"
         )
-    if not 0 <= params.temperature <= temperature_max:  # a NaN is in no range
-        allowed = f"0 to {temperature_max:g}; up to {GREEDY_TEMPERATURE_MAX:g} the likeliest token is taken"
+    if not 0 <= params.temperature <= limits.temperature_max:  # a NaN is in no range
+        allowed = (
+            f"0 to {limits.temperature_max:g}; up to {limits.greedy_temperature_max:g} the likeliest token is taken"
+        )
         raise InvalidField("sampling_params.temperature", params.temperature, allowed)
     if not (math.isfinite(params.top_p) and 0 < params.top_p <= 1):
         raise InvalidField("sampling_params.top_p", params.top_p, "above 0, up to 1")

@@ -9,21 +9,25 @@ import structlog
 from knapper import limits
 from knapper.errors import TooMany
 from knapper.local.broker.delivery import HOPS_MAX, Delivery, Letter
-from knapper.local.broker.fault_injection import Mischief
+from knapper.local.broker.fault_injection import FaultInjection
 from knapper.local.broker.triggers import TRIGGERS
 
 log = structlog.get_logger()
 
 
 class LocalBroker:
-    """`urls`: where each subscriber listens. `mischief`: what is done to deliveries, None for nothing."""
+    """`urls`: where each subscriber listens. `faults`: applied to deliveries, None for none."""
 
     def __init__(
-        self, client: aiohttp.ClientSession, urls: Mapping[str, str], dead_url: str, mischief: Mischief | None = None
+        self,
+        client: aiohttp.ClientSession,
+        urls: Mapping[str, str],
+        dead_url: str,
+        faults: FaultInjection | None = None,
     ) -> None:
         self._urls = urls
         self._delivery = Delivery(client, self._take, dead_url)
-        self._mischief = mischief
+        self._faults = faults
         self._under_way: set[asyncio.Task[None]] = set()
 
     @property
@@ -46,9 +50,9 @@ class LocalBroker:
             url = self._urls.get(trigger.subscriber, "")
             if not url or not trigger.wants(attributes):
                 continue
-            for late_s in self._mischief.copies() if self._mischief else [0.0]:
-                if self.under_way >= limits.events_under_way_max:
-                    raise TooMany(f"{self.under_way} events are under way; allowed: {limits.events_under_way_max}")
+            for late_s in self._faults.copies() if self._faults else [0.0]:
+                if self.under_way >= limits.events_in_flight_max:
+                    raise TooMany(f"{self.under_way} events are under way; allowed: {limits.events_in_flight_max}")
                 task = asyncio.create_task(self._deliver(letter, url, late_s))
                 self._under_way.add(task)
                 task.add_done_callback(self._ended)

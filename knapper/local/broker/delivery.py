@@ -1,4 +1,4 @@
-"""One event to one subscriber, as Knative delivers it: what an answer means, when to try again, when to give up.
+"""Delivers one event to one subscriber, like Knative: the meaning of answers, retries, and dead letters.
 
 2xx with an empty body is done; 2xx with a CloudEvent is done too, and that event goes back into the broker; 2xx with
 anything else is an error. 5xx, 404, 408, 409, 429 and no answer at all are tried again, later and later; everything
@@ -22,7 +22,7 @@ _AGAIN: Final = (404, 408, 409, 429)
 _RETRIES_MAX: Final = 12
 _BACK_OFF_S, _BACK_OFF_MAX_S = 0.2, 30.0
 _TIMEOUT = aiohttp.ClientTimeout(total=600.0, sock_connect=5.0)
-_HOPS: Final = "ce-knativebrokerttl"  # how many replies in a row an event may still lead to
+_HOPS: Final = "ce-knativebrokerttl"  # how many replies in a row may still follow an event
 HOPS_MAX: Final = 255
 _ERROR_CHARS_MAX: Final = 1024
 
@@ -31,7 +31,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Letter:
-    """An event in binary mode, as it came: whatever attributes it has, it keeps."""
+    """An event in binary mode, with all its attributes."""
 
     headers: Mapping[str, str]
     body: bytes
@@ -42,15 +42,15 @@ class Letter:
 
     @property
     def hops_left(self) -> int:
-        found = self.headers.get(_HOPS, "")
-        return min(int(found), HOPS_MAX) if found.isdecimal() and len(found) < 6 else HOPS_MAX
+        text = self.headers.get(_HOPS, "")
+        return min(int(text), HOPS_MAX) if text.isdecimal() and len(text) < 6 else HOPS_MAX
 
     def with_hops(self, left: int) -> "Letter":
         return Letter({**self.headers, _HOPS: str(left)}, self.body)
 
 
 class Delivery:
-    """`reply`: what is done with an event that a subscriber answers. `dead_url`: where dead letters go."""
+    """`reply`: called with each event that a subscriber answers. `dead_url`: where dead letters go."""
 
     def __init__(
         self,
@@ -63,37 +63,37 @@ class Delivery:
 
     async def deliver(self, letter: Letter, url: str) -> None:
         """Return once it is delivered, or a dead letter."""
-        status, said = await self._try(letter, url, lambda status: status < 0 or status >= 500 or status in _AGAIN)
+        status, content = await self._try(letter, url, lambda status: status < 0 or status >= 500 or status in _AGAIN)
         if status:
-            await self._bury(letter, url, status, said)
+            await self._dead_letter(letter, url, status, content)
 
     async def _try(self, letter: Letter, url: str, again: Callable[[int], bool]) -> tuple[int, bytes]:
-        """The last attempt's status, 0 for success, and what was said."""
+        """The last attempt's status, 0 for success, and its answer."""
         backoff = Backoff(_BACK_OFF_S, _BACK_OFF_MAX_S)
-        status, said, after_s = await self._attempt(letter, url)
+        status, content, after_s = await self._attempt(letter, url)
         for _ in range(_RETRIES_MAX):
             if status == 0 or not again(status):
                 break
             await self._sleep(max(backoff.next(), after_s))
-            status, said, after_s = await self._attempt(letter, url)
-        return status, said
+            status, content, after_s = await self._attempt(letter, url)
+        return status, content
 
     async def _attempt(self, letter: Letter, url: str) -> tuple[int, bytes, float]:
-        """(0 if it is done, else the status or -1; what was said; seconds that were asked for)."""
+        """(0 if it is done, else the status or -1; the answer; the Retry-After seconds)."""
         try:
             async with self._client.post(
                 url, data=letter.body, headers=letter.headers, timeout=_TIMEOUT, allow_redirects=False
             ) as answer:
-                said = await answer.content.read(limits.event_bytes_max + 1)
+                content = await answer.content.read(limits.event_bytes_max + 1)
                 if not 200 <= answer.status < 300:
-                    return answer.status, said, _seconds(answer.headers.get("Retry-After", ""))
+                    return answer.status, content, _seconds(answer.headers.get("Retry-After", ""))
                 headers = {name.lower(): value for name, value in answer.headers.items()}
         except (aiohttp.ClientError, TimeoutError) as error:
             return -1, (str(error) or type(error).__name__).encode(), 0.0
-        if not said and "ce-type" not in headers:
+        if not content and "ce-type" not in headers:
             return 0, b"", 0.0
         try:
-            answered = Letter(*cloudevents.as_binary(headers, said))
+            answered = Letter(*cloudevents.as_binary(headers, content))
         except UserError as error:
             return 502, f"a reply that is no CloudEvent: {error}".encode(), 0.0
         if letter.hops_left <= 1:
@@ -105,8 +105,8 @@ class Delivery:
             return 503, str(error).encode(), 0.0
         return 0, b"", 0.0
 
-    async def _bury(self, letter: Letter, url: str, status: int, said: bytes) -> None:
-        reason = said[:_ERROR_CHARS_MAX].decode(errors="replace")
+    async def _dead_letter(self, letter: Letter, url: str, status: int, content: bytes) -> None:
+        reason = content[:_ERROR_CHARS_MAX].decode(errors="replace")
         log.warning("dead letter", to=url, status=status, reason=reason[:200], **_names(letter))
         extensions = {
             "ce-knativeerrordest": url,
@@ -114,17 +114,17 @@ class Delivery:
             "ce-knativeerrordata": reason.encode("unicode_escape").decode("ascii")[:_ERROR_CHARS_MAX],
         }
         dead = Letter({**letter.headers, **extensions}, letter.body)
-        status, said = await self._try(dead, self._dead_url, lambda _: True)
+        status, content = await self._try(dead, self._dead_url, lambda _: True)
         if status:
-            reason = said[:200].decode(errors="replace")
+            reason = content[:200].decode(errors="replace")
             log.error("a dead letter is lost", status=status, reason=reason, **_names(letter))
 
 
 def _seconds(text: str) -> float:
-    """Of a Retry-After header; dates are not understood."""
+    """Seconds of a Retry-After header; dates are ignored."""
     return float(min(int(text), 600)) if text.isdecimal() and len(text) < 9 else 0.0
 
 
 def _names(letter: Letter) -> dict[str, str]:
-    found = letter.attributes
-    return {name: found.get(name, "")[:200] for name in ("type", "subject", "id")}
+    attributes = letter.attributes
+    return {name: attributes.get(name, "")[:200] for name in ("type", "subject", "id")}

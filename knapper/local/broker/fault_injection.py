@@ -1,4 +1,4 @@
-"""What a broker may do, done on purpose: events come again, late, in another order, or not at all."""
+"""Fault injection, within a broker's guarantees: events come twice, late, in another order, or not at all."""
 
 import random
 from dataclasses import dataclass, field
@@ -10,8 +10,8 @@ LATE_S_MAX: Final = 0.5
 
 
 @dataclass
-class Mischief:
-    """One seed, one history. Of each delivery: how many copies come, and how late each is."""
+class FaultInjection:
+    """For each delivery: the number of copies and their delays, all determined by the seed."""
 
     seed: int
     _random: random.Random = field(init=False)

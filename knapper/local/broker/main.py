@@ -19,7 +19,7 @@ from knapper.events.cloudevents import Event
 from knapper.events.function_key import FunctionKey
 from knapper.local.broker.broker import LocalBroker
 from knapper.local.broker.delivery import Letter
-from knapper.local.broker.fault_injection import Mischief
+from knapper.local.broker.fault_injection import FaultInjection
 from knapper.local.broker.watcher import Watcher
 from knapper.observability import logs
 from knapper.settings import Settings
@@ -30,9 +30,9 @@ log = structlog.get_logger()
 
 
 async def post(request: Request) -> Response:
-    """202 once the event is here. As Knative's: what becomes of it later, its producer is not told.
+    """202 once the event is accepted; like Knative's, the producer does not learn about its delivery.
 
-    But for events of storage, which the gateway alone hears, and believes nothing of, they are this deployment's own.
+    Events must be signed by this deployment, except storage events, which only the gateway receives and does not trust.
     """
     broker: LocalBroker = request.app.state.broker
     key: FunctionKey = request.app.state.key
@@ -42,7 +42,7 @@ async def post(request: Request) -> Response:
         if letter.attributes.get("type") != cloudevents.OBJECT_FINALIZED and not await key.is_signed(
             request.headers, body
         ):
-            raise Unauthorized("the event has no signature of this deployment; those that make jobs go on have one")
+            raise Unauthorized("the event has no signature of this deployment; all but storage events need one")
         await broker.post(letter)
     except (TooLarge, Unauthorized) as error:
         return _refused(error.status, error)
@@ -71,28 +71,28 @@ def create_app(settings: Settings) -> Starlette:
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar()) as client:
             app.state.key = FunctionKey(open_store(settings))
-            mischief = Mischief(int(settings.mischief)) if settings.mischief else None
-            broker = app.state.broker = LocalBroker(client, urls, f"{settings.gateway_url}/events/dead", mischief)
+            faults = FaultInjection(int(settings.fault_injection_seed)) if settings.fault_injection_seed else None
+            broker = app.state.broker = LocalBroker(client, urls, f"{settings.gateway_url}/events/dead", faults)
 
             async def tell(event: Event) -> None:
                 await broker.post(Letter(*cloudevents.as_binary(*event.encode())))
 
             stop = asyncio.Event()
-            watching = None
+            watch_task = None
             if not settings.exchange:  # a bucket sends events of its own
-                watching = asyncio.create_task(Watcher(settings.data, tell).watch(stop))
-                watching.add_done_callback(_heard)
+                watch_task = asyncio.create_task(Watcher(settings.data, tell).watch(stop))
+                watch_task.add_done_callback(_log_defect)
             yield
             stop.set()
-            if watching is not None:
-                await asyncio.wait([watching])
+            if watch_task is not None:
+                await asyncio.wait([watch_task])
             await broker.close()
 
     return Starlette(routes=[Route("/", post, methods=["POST"]), Route("/", state, methods=["GET"])], lifespan=lifespan)
 
 
-def _heard(watching: asyncio.Task[None]) -> None:
-    if not watching.cancelled() and (defect := watching.exception()) is not None:
+def _log_defect(watch_task: asyncio.Task[None]) -> None:
+    if not watch_task.cancelled() and (defect := watch_task.exception()) is not None:
         log.error("watcher: defect", exc_info=defect)
 
 

@@ -1,4 +1,4 @@
-"""Who hears what: the same table as knative/base/triggers.yaml (but for `model`: one machine has one base model)."""
+"""Which subscriber receives which event: as in knative/base/triggers.yaml, without `model` (here there is one)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Files in the inbox become the events that a bucket would send.
 
 A file is announced once it has been still for a moment, so that one that is being copied does not start half a job;
-`mv` from the same disk is whole at once. What came while nobody watched is found at the start.
+`mv` from the same disk is complete at once. Files that came while no watcher ran are found at the start.
 """
 
 import asyncio
@@ -27,20 +27,20 @@ from knapper.wire.untrusted import parsing
 
 _FOLDERS: Final = 2  # inbox/<tenant>/<job>/<file>: nothing of a job lies deeper
 _STILL_S: Final = 0.3
-_LOOK_S: Final = 10.0  # even if the file system told nothing: some do not
+_LOOK_S: Final = 10.0  # even without a notification: some file systems send none
 
 log = structlog.get_logger()
 _Stat = tuple[int, int]  # bytes, modified at ns
 
 
 class Watcher:
-    """`post` hears of each file once for each content."""
+    """Posts an event once for each content of each file."""
 
     def __init__(self, root: Path, post: Callable[[Event], Awaitable[object]]) -> None:
         self._exchange = DirectoryExchange(root)
         self._inbox = root.resolve() / "inbox"
         self._post = post
-        self._told: dict[Path, _Stat] = {}
+        self._announced: dict[Path, _Stat] = {}
 
     async def watch(self, stop: asyncio.Event) -> None:
         """Until `stop` is set."""
@@ -51,8 +51,8 @@ class Watcher:
                 moved.clear()
                 try:
                     await self._look()
-                except KnapperError as error:  # the next look tells what this one could not
-                    log.warning("the inbox waits", code=error.code, reason=str(error))
+                except KnapperError as error:  # the next look announces what this one could not
+                    log.warning("the inbox cannot be read", code=error.code, reason=str(error))
                 except Exception:
                     log.exception("the inbox: defect")
                 try:
@@ -67,38 +67,38 @@ class Watcher:
         try:
             async for _ in awatch(self._inbox, stop_event=stop, debounce=200, step=50):
                 moved.set()
-        except (OSError, RuntimeError) as error:  # the system has no watch to give
-            log.warning(f"the inbox is looked at every {_LOOK_S:.0f} s", reason=str(error))
+        except (OSError, RuntimeError) as error:  # the system has no watches left
+            log.warning(f"the inbox is polled every {_LOOK_S:.0f} s", reason=str(error))
         moved.set()
 
     async def _look(self) -> None:
-        """Tell of what is new and still."""
+        """Announce new files that are still."""
         before = await asyncio.to_thread(self._stats)
-        self._told = {path: known for path, known in self._told.items() if path in before}
-        new = {path: found for path, found in before.items() if self._told.get(path) != found}
+        self._announced = {path: known for path, known in self._announced.items() if path in before}
+        new = {path: stat for path, stat in before.items() if self._announced.get(path) != stat}
         while new:
             await asyncio.sleep(_STILL_S)
             now = await asyncio.to_thread(self._stats)
-            for path in [path for path, found in new.items() if now.get(path) == found]:
-                await self._tell(path, modified_ns=new[path][1])
-                self._told[path] = new[path]
-            new = {path: found for path, found in now.items() if self._told.get(path) != found}
+            for path in [path for path, stat in new.items() if now.get(path) == stat]:
+                await self._announce(path, modified_ns=new[path][1])
+                self._announced[path] = new[path]
+            new = {path: stat for path, stat in now.items() if self._announced.get(path) != stat}
 
     def _stats(self) -> dict[Path, _Stat]:
-        found: dict[Path, _Stat] = {}
+        stats: dict[Path, _Stat] = {}
         try:
             with files.below(self._inbox.parent, ["inbox"]) as inbox:
                 for name, folder, last in files.regular(inbox, "inbox", _FOLDERS):
                     if not last.startswith("."):
                         with suppress(FileNotFoundError):
                             status = os.stat(last, dir_fd=folder, follow_symlinks=False)
-                            found[self._inbox.parent / name] = (status.st_size, status.st_mtime_ns)
+                            stats[self._inbox.parent / name] = (status.st_size, status.st_mtime_ns)
         except OSError as error:
             raise StoreError(f"cannot look into {self._inbox}: {error.strerror}") from error
-        return found
+        return stats
 
-    async def _tell(self, path: Path, modified_ns: int) -> None:
-        """What cannot be told of one file, whatever its owner called it, stops no other."""
+    async def _announce(self, path: Path, modified_ns: int) -> None:
+        """Announce one file. A file that cannot be announced, whatever its name, stops no other."""
         name = path.relative_to(self._inbox.parent).as_posix()
         try:
             with parsing(lambda error: UserError(f"it has a name or a time that no event can have: {error}")):
@@ -109,7 +109,7 @@ class Watcher:
                 event = finalized(entry.name, entry.generation, entry.size, modified_ns / 1e9)
             await self._post(event)
         except (StoreError, UserError) as error:
-            log.warning("a file in the inbox cannot be told of", file=name, reason=str(error))
+            log.warning("a file in the inbox cannot be announced", file=name, reason=str(error))
             return
         log.debug("a file arrived", file=name, bytes=entry.size)
 

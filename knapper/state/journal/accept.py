@@ -97,7 +97,7 @@ class Acceptor:
             seq = layout.last_number(name)
             if seq > expected:
                 later = decode(await self._must_get(name), Operation, name)
-                if finished or self._clock() - later.accepted_at >= limits.gap_s:
+                if finished or self._clock() - later.accepted_at >= limits.sequence_gap_s:
                     for gap in range(expected, seq):
                         await self._fill_with_tombstone(run, gap)
                         filled.append(gap)

@@ -53,6 +53,6 @@ class SnapshotBudget:
 
     def is_worth_one(self, replay: Replay, snapshot_seq: int, serialized_bytes: int) -> bool:
         """Whether to snapshot a run that leaves memory: its replay would cost more than storing its bytes."""
-        worth_s = max(limits.snapshot_least_replay_s, serialized_bytes / limits.snapshot_bytes_per_replay_s)
+        worth_s = max(limits.snapshot_replay_s_min, serialized_bytes / limits.snapshot_bytes_per_replay_s)
         worth = replay.cost_s > min(worth_s, limits.replay_budget_s / 2)
         return worth or self.is_used_up(replay, snapshot_seq)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from knapper import limits
-from knapper.engine.layers.lora import SEED_MAX, SEED_MIN, layout
+from knapper.engine.layers.lora import layout
 from knapper.engine.models.config import ModelConfig
 from knapper.errors import InvalidField
 from tests.engine.runs import spec
@@ -100,8 +100,8 @@ def test_targets_that_come_later_do_not_move_the_earlier_ones(config: ModelConfi
         ({"rank": limits.rank_max + 1}, "rank is 257"),
         ({"alpha": 0.0}, "alpha"),
         ({"alpha": float("nan")}, "alpha"),
-        ({"seed": SEED_MAX + 1}, "seed"),
-        ({"seed": SEED_MIN - 1}, "seed"),
+        ({"seed": limits.seed_max + 1}, "seed"),
+        ({"seed": limits.seed_min - 1}, "seed"),
         ({"train_attn": False, "train_mlp": False}, "at least one of them True"),
     ],
 )
@@ -110,7 +110,9 @@ def test_a_spec_that_cannot_be_trained_is_refused(config: ModelConfig, changes: 
         layout(config, spec(**changes))
 
 
-@pytest.mark.parametrize("changes", [{"rank": 1}, {"rank": limits.rank_max}, {"seed": SEED_MAX}, {"seed": SEED_MIN}])
+@pytest.mark.parametrize(
+    "changes", [{"rank": 1}, {"rank": limits.rank_max}, {"seed": limits.seed_max}, {"seed": limits.seed_min}]
+)
 def test_the_limits_themselves_are_allowed(config: ModelConfig, changes: dict[str, Any]) -> None:
     chosen = spec(train_attn=False, **changes)
     assert layout(config, chosen).initial(chosen.seed).isfinite().all()

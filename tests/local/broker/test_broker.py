@@ -16,7 +16,7 @@ from knapper.events.cloudevents import Event
 from knapper.local.broker import delivery
 from knapper.local.broker.broker import LocalBroker
 from knapper.local.broker.delivery import HOPS_MAX, Letter
-from knapper.local.broker.fault_injection import COPIES_MAX, Mischief
+from knapper.local.broker.fault_injection import COPIES_MAX, FaultInjection
 
 SAMPLED = Event(type=cloudevents.ROLLOUTS_SAMPLED, subject="local/a/0123456789abcdef", id="1", step=3, kind="rl")
 Answer = Callable[[web.Request, int], Awaitable[web.Response]]
@@ -41,7 +41,9 @@ class Subscriber:
 
 
 @asynccontextmanager
-async def broker_of(answer: Answer, mischief: Mischief | None = None) -> AsyncIterator[tuple[LocalBroker, Subscriber]]:
+async def broker_of(
+    answer: Answer, faults: FaultInjection | None = None
+) -> AsyncIterator[tuple[LocalBroker, Subscriber]]:
     subscriber = Subscriber(answer)
     app = web.Application()
     app.router.add_post("/reward", subscriber.reward)
@@ -52,7 +54,7 @@ async def broker_of(answer: Answer, mischief: Mischief | None = None) -> AsyncIt
     await site.start()
     subscriber.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     async with aiohttp.ClientSession() as client:
-        broker = LocalBroker(client, {"reward": f"{subscriber.url}/reward"}, f"{subscriber.url}/dead", mischief)
+        broker = LocalBroker(client, {"reward": f"{subscriber.url}/reward"}, f"{subscriber.url}/dead", faults)
         yield broker, subscriber
         await broker.close()
     await runner.cleanup()
@@ -190,7 +192,7 @@ def test_a_chain_of_replies_ends_after_255_hops_and_one_of_posts_does_not() -> N
 
 
 def test_too_many_under_way_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "events_under_way_max", 3)
+    monkeypatch.setattr(limits, "events_in_flight_max", 3)
 
     async def answer(_: web.Request, __: int) -> web.Response:
         await asyncio.sleep(0.05)
@@ -210,14 +212,14 @@ def test_too_many_under_way_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
     asyncio.run(story())
 
 
-def test_mischief_doubles_drops_and_mixes_and_a_seed_is_a_history() -> None:
-    counts = [len(Mischief(3).copies()) for _ in range(1)] + [len(each) for each in _copies(3, 999)]
+def test_fault_injection_duplicates_drops_and_reorders_and_a_seed_is_a_history() -> None:
+    counts = [len(FaultInjection(3).copies()) for _ in range(1)] + [len(each) for each in _copies(3, 999)]
     assert set(counts) == set(range(COPIES_MAX + 1))
     assert 0.15 < counts.count(0) / len(counts) < 0.25
     assert _copies(3, 50) == _copies(3, 50) != _copies(4, 50)
 
     async def story() -> None:
-        async with broker_of(always(204), Mischief(3)) as (broker, subscriber):
+        async with broker_of(always(204), FaultInjection(3)) as (broker, subscriber):
             for n in range(40):
                 await broker.post(letter(SAMPLED.next(cloudevents.ROLLOUTS_SAMPLED, "test", n)))
             await settled(broker)
@@ -230,13 +232,13 @@ def test_mischief_doubles_drops_and_mixes_and_a_seed_is_a_history() -> None:
 
 
 def _copies(seed: int, count: int) -> list[list[float]]:
-    mischief = Mischief(seed)
-    return [mischief.copies() for _ in range(count)]
+    faults = FaultInjection(seed)
+    return [faults.copies() for _ in range(count)]
 
 
 def test_a_reply_that_finds_the_broker_full_is_no_reply_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     async def answer(_: web.Request, before: int) -> web.Response:
-        monkeypatch.setattr(limits, "events_under_way_max", 4096 if before else 0)
+        monkeypatch.setattr(limits, "events_in_flight_max", 4096 if before else 0)
         if before >= 2:
             return web.Response(status=204)
         headers, _body = SAMPLED.next(cloudevents.ROLLOUTS_SAMPLED, "test", 9).encode()

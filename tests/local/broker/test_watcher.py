@@ -30,7 +30,7 @@ def shallow() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def watching(root: Path) -> AsyncIterator[list[Event]]:
+async def watch_task(root: Path) -> AsyncIterator[list[Event]]:
     heard: list[Event] = []
 
     async def post(event: Event) -> None:
@@ -67,7 +67,7 @@ def put(root: Path, name: str, data: bytes) -> Path:
 def test_what_lies_there_and_what_comes_is_told_once_for_each_content(tmp_path: Path) -> None:
     async def story() -> None:
         put(tmp_path, "before.jsonl", b"{}")
-        async with watching(tmp_path) as heard:
+        async with watch_task(tmp_path) as heard:
             await until(heard, 1)
             path = put(tmp_path, "job.yaml", b"kind: rl")
             await until(heard, 2)
@@ -89,7 +89,7 @@ def test_what_lies_there_and_what_comes_is_told_once_for_each_content(tmp_path: 
 
 def test_a_file_that_still_grows_is_not_told_of(tmp_path: Path) -> None:
     async def story() -> None:
-        async with watching(tmp_path) as heard:
+        async with watch_task(tmp_path) as heard:
             path = put(tmp_path, "data.jsonl", b"")
             whole = b""
             for _ in range(12):
@@ -144,7 +144,7 @@ def test_files_that_nobody_can_be_told_of_hide_no_others(tmp_path: Path, shallow
             deep = below
         os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=deep))
         os.close(deep)
-        async with watching(tmp_path) as heard:
+        async with watch_task(tmp_path) as heard:
             await until(heard, 1)
             put(tmp_path, "z last", b"x")
             async with asyncio.timeout(20):

@@ -212,7 +212,7 @@ def test_what_is_damaged_is_found_by_the_operator(server: Server, tmp_path: Path
         asyncio.run(store.put_if_absent(name, asyncio.run(server.store.get(name)) or b""))
     sound = CliRunner().invoke(app, ["verify", "--data", str(tmp_path)])
     assert sound.exit_code == 0, sound.output
-    assert f"{len(names_of(server.store))} objects are read; none" in sound.output
+    assert f"{len(names_of(server.store))} objects read; none" in sound.output
     damaged = next(name for name in names_of(store) if name.startswith("sessions/"))
     path = tmp_path / "store" / damaged
     path.write_bytes(flips.flipped(path.read_bytes(), 99))

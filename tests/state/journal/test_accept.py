@@ -179,7 +179,8 @@ async def waiting(bench: Bench, *seqs: int) -> None:
 @pytest.mark.parametrize(
     ("after_s", "finished", "filled"),
     [
-        (limits.gap_s - 1, False, []), (limits.gap_s, False, [1, 2, 4]), (limits.gap_s + 1, False, [1, 2, 4]),
+        (limits.sequence_gap_s - 1, False, []), (limits.sequence_gap_s, False, [1, 2, 4]),
+        (limits.sequence_gap_s + 1, False, [1, 2, 4]),
         (0.0, True, [1, 2, 4]),
     ],
 )  # fmt: skip

@@ -105,7 +105,7 @@ async def serve(store: Store, model: str = "tiny", directory: str = "") -> None:
     await Catalogue(store).publish(record)
 
 
-def place() -> tuple[JobServices, Folder, Clock]:
+def services() -> tuple[JobServices, Folder, Clock]:
     """A place whose bells nobody hears."""
     folder, clock = Folder(), Clock()
     return JobServices(MemoryStore(), folder, Notifier(_lost, clock), clock), folder, clock
