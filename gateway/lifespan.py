@@ -1,6 +1,6 @@
 """Builds the gateway's services from its settings, and closes them when the gateway stops."""
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from knapper.jobs.revive import Seen
 from knapper.jobs.services import JobServices
 from knapper.local.state import presence
 from knapper.settings import Settings
+from knapper.state import damage
 from knapper.state.api_keys import Keyring, Keys
 from knapper.state.audit import Audit
 from knapper.state.checkpoints import Checkpoints
@@ -147,7 +148,11 @@ def _state(settings: Settings, store: Store, sources: Sources) -> _State:
 async def _clients(
     settings: Settings, state: _State, sample_usage: SampleUsage, sources: Sources, stack: AsyncExitStack
 ) -> _Clients:
-    key = await FunctionKey(state.store, sources.new_id).headers()
+    key = FunctionKey(state.store, sources.new_id)
+    try:
+        await key.headers()  # made now if there is none
+    except damage.ERRORS as error:  # this gateway starts all the same: whoever needs a function is told
+        damage.tell(error)
     http = await stack.enter_async_context(_http_client(key))
     session = await stack.enter_async_context(_http_session(key))
     unservable_models = UnservableModels()
@@ -167,15 +172,31 @@ async def _clients(
     return _Clients(unservable_models, train, samples, RewardClient(http, settings.reward_url))
 
 
-def _http_client(headers: Mapping[str, str]) -> httpx.AsyncClient:
+class _KeyAuth(httpx.Auth):
+    """Sends the key of the functions. Raises Corrupt in place of a request while it cannot be read."""
+
+    def __init__(self, key: FunctionKey) -> None:
+        self._key = key
+
+    async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
+        request.headers.update(await self._key.headers())
+        yield request
+
+
+def _http_client(key: FunctionKey) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    return httpx.AsyncClient(headers=headers, limits=limits, trust_env=False)
+    return httpx.AsyncClient(auth=_KeyAuth(key), limits=limits, trust_env=False)
 
 
-def _http_session(headers: Mapping[str, str]) -> aiohttp.ClientSession:
+def _http_session(key: FunctionKey) -> aiohttp.ClientSession:
     """For doorbells and samples: httpx is slower per request, and scans every connection of its pool for each."""
+
+    async def send(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+        request.headers.update(await key.headers())
+        return await handler(request)
+
     return aiohttp.ClientSession(
-        headers=headers, connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar()
+        connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar(), middlewares=(send,)
     )
 
 
