@@ -75,8 +75,9 @@ class _State:
 
 @dataclass(frozen=True)
 class _Clients:
-    """The clients of the three functions."""
+    """The clients of the three functions, and the key that opens these."""
 
+    key: FunctionKey
     unservable_models: UnservableModels
     train: TrainStepClient
     samples: SampleQueue
@@ -89,7 +90,8 @@ async def open_services(
 ) -> AsyncIterator[Services]:
     """The services, whose connections stay open as long as this context. `job_services`: None serves no jobs."""
     clock, monotonic, new_id = sources.clock, sources.monotonic, sources.new_id
-    state = _state(settings, store, sources)
+    wakeups = Wakeups()
+    state = _state(settings, store, sources, wakeups)
     audit, sample_usage = Audit(store, clock, new_id), SampleUsage(store, clock, new_id)
     async with AsyncExitStack() as stack:
         worker_pool = WorkerPool()
@@ -112,6 +114,7 @@ async def open_services(
             sample_usage=sample_usage,
             accounts=state.accounts,
             reward_client=clients.rewards,
+            function_key=clients.key,
             body_budget=budget(),
             worker_pool=worker_pool,
             events_host=settings.events_host,
@@ -122,7 +125,7 @@ async def open_services(
             job_quiet_s=settings.job_quiet_s,
             heartbeats=Heartbeats(monotonic),
             unfinished_runs=UnfinishedRuns(monotonic),
-            wakeups=Wakeups(),
+            wakeups=wakeups,
             openai=OpenAIState(audit),
             keys=Keyring(Keys(store, clock), monotonic) if settings.keys else None,
             declared_models=Declared(Path(settings.models), state.lookups.catalogue) if settings.models else None,
@@ -134,14 +137,14 @@ async def open_services(
         )
 
 
-def _state(settings: Settings, store: Store, sources: Sources) -> _State:
+def _state(settings: Settings, store: Store, sources: Sources, wakeups: Wakeups) -> _State:
     clock, monotonic = sources.clock, sources.monotonic
     manifests = Manifests(store)
     acceptor = Acceptor(store, clock, manifests)
     accounts = Accounts(store, clock, monotonic, sources.new_id)
     retention = Retention.of(settings)
     collector = Collector(store, retention, clock, monotonic, partial(needs.of, store), accounts.account)
-    lookups = Lookups(store, acceptor, monotonic, collector.touch_sampler)
+    lookups = Lookups(store, acceptor, monotonic, collector.touch_sampler, wakeups.store.set)
     return _State(store, manifests, acceptor, Results(store, manifests), accounts, collector, lookups)
 
 
@@ -152,7 +155,7 @@ async def _clients(
     try:
         await key.headers()  # made now if there is none
     except damage.ERRORS as error:  # this gateway starts all the same: whoever needs a function is told
-        damage.tell(error)
+        damage.report(error)
     http = await stack.enter_async_context(_http_client(key))
     session = await stack.enter_async_context(_http_session(key))
     unservable_models = UnservableModels()
@@ -169,7 +172,7 @@ async def _clients(
     )
     first = int(sources.clock() * 1e6)
     samples = SampleQueue(session, unservable_models, sources.new_id, sources.monotonic, sample_usage.count, first)
-    return _Clients(unservable_models, train, samples, RewardClient(http, settings.reward_url))
+    return _Clients(key, unservable_models, train, samples, RewardClient(http, settings.reward_url))
 
 
 class _KeyAuth(httpx.Auth):
