@@ -1,6 +1,6 @@
 """Builds the gateway's services from its settings, and closes them when the gateway stops."""
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from knapper.jobs.revive import Seen
 from knapper.jobs.services import JobServices
 from knapper.local.state import presence
 from knapper.settings import Settings
+from knapper.state import damage
 from knapper.state.api_keys import Keyring, Keys
 from knapper.state.audit import Audit
 from knapper.state.checkpoints import Checkpoints
@@ -74,8 +75,9 @@ class _State:
 
 @dataclass(frozen=True)
 class _Clients:
-    """The clients of the three functions."""
+    """The clients of the three functions, and the key that opens these."""
 
+    key: FunctionKey
     unservable_models: UnservableModels
     train: TrainStepClient
     samples: SampleQueue
@@ -88,7 +90,8 @@ async def open_services(
 ) -> AsyncIterator[Services]:
     """The services, whose connections stay open as long as this context. `job_services`: None serves no jobs."""
     clock, monotonic, new_id = sources.clock, sources.monotonic, sources.new_id
-    state = _state(settings, store, sources)
+    wakeups = Wakeups()
+    state = _state(settings, store, sources, wakeups)
     audit, sample_usage = Audit(store, clock, new_id), SampleUsage(store, clock, new_id)
     async with AsyncExitStack() as stack:
         worker_pool = WorkerPool()
@@ -111,6 +114,7 @@ async def open_services(
             sample_usage=sample_usage,
             accounts=state.accounts,
             reward_client=clients.rewards,
+            function_key=clients.key,
             body_budget=budget(),
             worker_pool=worker_pool,
             events_host=settings.events_host,
@@ -121,7 +125,7 @@ async def open_services(
             job_stalled_s=settings.job_stalled_s,
             heartbeats=Heartbeats(monotonic),
             unfinished_runs=UnfinishedRuns(monotonic),
-            wakeups=Wakeups(),
+            wakeups=wakeups,
             openai=OpenAIState(audit),
             keys=Keyring(Keys(store, clock), monotonic) if settings.keys else None,
             declared_models=Declared(Path(settings.models), state.lookups.catalogue) if settings.models else None,
@@ -133,21 +137,25 @@ async def open_services(
         )
 
 
-def _state(settings: Settings, store: Store, sources: Sources) -> _State:
+def _state(settings: Settings, store: Store, sources: Sources, wakeups: Wakeups) -> _State:
     clock, monotonic = sources.clock, sources.monotonic
     manifests = Manifests(store)
     acceptor = Acceptor(store, clock, manifests)
     accounts = Accounts(store, clock, monotonic, sources.new_id)
     retention = Retention.of(settings)
     collector = Collector(store, retention, clock, monotonic, partial(needs.of, store), accounts.account)
-    lookups = Lookups(store, acceptor, monotonic, collector.touch_sampler)
+    lookups = Lookups(store, acceptor, monotonic, collector.touch_sampler, wakeups.store.set)
     return _State(store, manifests, acceptor, Results(store, manifests), accounts, collector, lookups)
 
 
 async def _clients(
     settings: Settings, state: _State, sample_usage: SampleUsage, sources: Sources, stack: AsyncExitStack
 ) -> _Clients:
-    key = await FunctionKey(state.store, sources.new_id).headers()
+    key = FunctionKey(state.store, sources.new_id)
+    try:
+        await key.headers()  # made now if there is none
+    except damage.ERRORS as error:  # this gateway starts all the same: whoever needs a function is told
+        damage.report(error)
     http = await stack.enter_async_context(_http_client(key))
     session = await stack.enter_async_context(_http_session(key))
     unservable_models = UnservableModels()
@@ -164,18 +172,34 @@ async def _clients(
     )
     first = int(sources.clock() * 1e6)
     samples = SampleQueue(session, unservable_models, sources.new_id, sources.monotonic, sample_usage.count, first)
-    return _Clients(unservable_models, train, samples, RewardClient(http, settings.reward_url))
+    return _Clients(key, unservable_models, train, samples, RewardClient(http, settings.reward_url))
 
 
-def _http_client(headers: Mapping[str, str]) -> httpx.AsyncClient:
+class _KeyAuth(httpx.Auth):
+    """Sends the key of the functions. Raises Corrupt in place of a request while it cannot be read."""
+
+    def __init__(self, key: FunctionKey) -> None:
+        self._key = key
+
+    async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
+        request.headers.update(await self._key.headers())
+        yield request
+
+
+def _http_client(key: FunctionKey) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    return httpx.AsyncClient(headers=headers, limits=limits, trust_env=False)
+    return httpx.AsyncClient(auth=_KeyAuth(key), limits=limits, trust_env=False)
 
 
-def _http_session(headers: Mapping[str, str]) -> aiohttp.ClientSession:
+def _http_session(key: FunctionKey) -> aiohttp.ClientSession:
     """For doorbells and samples: httpx is slower per request, and scans every connection of its pool for each."""
+
+    async def send(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+        request.headers.update(await key.headers())
+        return await handler(request)
+
     return aiohttp.ClientSession(
-        headers=headers, connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar()
+        connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar(), middlewares=(send,)
     )
 
 

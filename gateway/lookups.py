@@ -50,14 +50,21 @@ class InflightSamplers:
 
 
 class Lookups:
-    """`on_sampler_use` is called for each sampler that a client uses or lists. `now`: monotonic seconds."""
+    """`on_sampler_use` is called for each sampler that a client uses or lists, `on_missing_model` when no model has a
+    name. `now`: monotonic seconds.
+    """
 
     def __init__(
-        self, store: Store, acceptor: Acceptor, now: Callable[[], float], on_sampler_use: Callable[[str], None]
+        self,
+        store: Store,
+        acceptor: Acceptor,
+        now: Callable[[], float],
+        on_sampler_use: Callable[[str], None],
+        on_missing_model: Callable[[], None] = lambda: None,
     ) -> None:
         self.sessions = Sessions(store)
         self.samplers = Samplers(store)
-        self.catalogue = Catalogue(store)
+        self.catalogue = Catalogue(store, on_missing_model)
         self.inflight = InflightSamplers(self.samplers, now)
         self._store = store
         self._acceptor = acceptor

@@ -1,5 +1,6 @@
 """The periodic tasks: lost doorbells, gaps in a run's sequence, lapsed sessions, usage, garbage collection."""
 
+import signal
 from functools import partial
 
 import structlog
@@ -80,8 +81,20 @@ async def settle_accounts(gateway: Services) -> float | None:
 
 
 async def publish(gateway: Services) -> None:
-    """Update the catalogue from the declared models, if there are any."""
-    if gateway.declared_models is not None and (names := await gateway.declared_models.publish()):
+    """Update the catalogue from the declared models, if there are any.
+
+    Where a model is missing although it was published, the store may be another one by now, emptied or replaced, and
+    what this process remembers is of the old one. It ends then. Kubernetes starts the next one, which publishes its
+    models and makes the key of the functions there.
+    """
+    if gateway.declared_models is None:
+        return
+    if gateway.wakeups.store.is_set():
+        gateway.wakeups.store.clear()
+        if not await gateway.function_key.in_store():
+            log.error("the store was emptied or replaced under this gateway, which ends and is started anew")
+            signal.raise_signal(signal.SIGTERM)
+    if names := await gateway.declared_models.publish():
         log.info("models are published", names=names)
 
 

@@ -314,6 +314,8 @@ class SampleQueue:
                         return error
             except (aiohttp.ClientError, TimeoutError) as lost:
                 reason = f"starting from zero: {type(lost).__name__}"
+            except KnapperError as error:  # raised here, before anything was sent
+                return error
             if entry.refused_since is None:
                 entry.refused_since = self._now()
             entry.refusal = reason

@@ -19,6 +19,7 @@ from gateway.unfinished_runs import UnfinishedRuns
 from gateway.unservable import UnservableModels
 from gateway.worker_pool import WorkerPool
 from knapper.catalogue.declared_models import Declared
+from knapper.events.function_key import FunctionKey
 from knapper.jobs.presence import Present
 from knapper.jobs.revive import Seen
 from knapper.jobs.services import JobServices
@@ -44,13 +45,14 @@ class Wakeups:
     """Set an event to run an idle periodic task soon. They save time only: each task also runs without them.
 
     `jobs`: a job started, resumed or waits for files. `inbox`: an upload arrived. `collect`: there may be garbage.
-    `accounts`: a run has usage that no ledger entry covers.
+    `accounts`: a run has usage that no ledger entry covers. `store`: a model is missing.
     """
 
     jobs: asyncio.Event = field(default_factory=asyncio.Event)
     collect: asyncio.Event = field(default_factory=asyncio.Event)
     accounts: asyncio.Event = field(default_factory=asyncio.Event)
     inbox: asyncio.Event = field(default_factory=asyncio.Event)
+    store: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Services:
     sample_usage: SampleUsage
     accounts: Accounts
     reward_client: "RewardClient"
+    function_key: FunctionKey  # opens the functions to this deployment
     body_budget: Budget  # memory for request bodies
     worker_pool: WorkerPool
     events_host: str  # the host name that events are sent to; empty: this machine

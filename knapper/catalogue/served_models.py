@@ -1,6 +1,6 @@
 """Which base models are served, by whom and on what terms: numbered records, of which the highest number wins."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -18,15 +18,22 @@ _attempts_max = 16  # each lost attempt means that another publisher won: they a
 
 
 class Catalogue:
-    """The models of a store. Records are created, never changed; two publishers at once leave two versions."""
+    """The models of a store. Records are created, never changed; two publishers at once leave two versions.
 
-    def __init__(self, store: Store) -> None:
+    `on_missing` is called when a model is asked for that is not served, and when none is.
+    """
+
+    def __init__(self, store: Store, on_missing: Callable[[], None] = lambda: None) -> None:
         self._store = store
+        self._on_missing = on_missing
         self._records: LruCache[str, ModelRecord] = LruCache()
 
     async def models(self) -> list[ModelRecord]:
         """Those served now, by name."""
-        return [record for record in await self._newest() if record.trainable or record.sampleable]
+        served = [record for record in await self._newest() if record.trainable or record.sampleable]
+        if not served:
+            self._on_missing()
+        return served
 
     async def find(self, base_model: str) -> ModelRecord:
         """The served model of this name or directory. Raises NotFound, which lists what is served."""
@@ -37,6 +44,7 @@ class Catalogue:
         if newest := await self._newest_name(slug(base_model)):
             await self._read(newest)  # raises if it is damaged, and was left out for that
         names = ", ".join(repr(record.name) for record in served) or "none"
+        self._on_missing()
         raise NotFound(f"base_model {base_model!r} is not served here; served: {names}. "
                        "Use one of them, or start knapper with --model")  # fmt: skip
 

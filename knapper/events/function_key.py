@@ -33,6 +33,13 @@ class FunctionKey:
         """The headers of a call. Raises Unavailable while there is no key, StoreError."""
         return {"Authorization": _BEARER + (await self._read()).decode()}
 
+    async def in_store(self) -> bool:
+        """Whether the key that this process uses is still the store's. False: another store lies there now.
+
+        Raises Corrupt, StoreError.
+        """
+        return not self._key or await secrets.find(self._store, "functions") == self._key
+
     async def sign(self, event: Event) -> Event:
         """The event with the signature that functions require."""
         return replace(event, signature=await self._signature(event))

@@ -147,9 +147,12 @@ def test_one_damaged_object_hides_nothing_else_and_is_no_500(server: Server) -> 
 
 
 def chosen(store: Store) -> list[str]:
-    """Objects with bytes: all, or one of each kind."""
+    """Objects with bytes: all, or one of each kind, and of the secrets, whose uses differ, each."""
     names = [name for name in names_of(store) if not isinstance(inventory.holds(name), Empty)]
-    return list({layout.kind_of(name): name for name in names}.values()) if MOST else names
+    if not MOST:
+        return names
+    secrets = [name for name in names if layout.kind_of(name) is ObjectKind.SECRET]
+    return [*{layout.kind_of(name): name for name in names}.values(), *secrets]
 
 
 def owner_of(server: Server, name: str) -> str:
