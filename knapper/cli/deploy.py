@@ -12,7 +12,7 @@ from knapper.text.printable import say
 
 if TYPE_CHECKING:
     from knapper.cluster.api import Api
-    from knapper.cluster.doctor import Finding
+    from knapper.cluster.findings import Finding
     from knapper.cluster.state import Deployed
 
 app = typer.Typer(name="deploy", help="Base models on a Knative cluster.", no_args_is_help=True, rich_markup_mode=None)
@@ -182,16 +182,20 @@ def doctor(
 
     Exit status 1 if there are any.
     """
+    import time
     from dataclasses import asdict
+    from datetime import UTC, datetime
 
-    from knapper.cluster.doctor import DoctorTarget, examine
+    from knapper.cluster.doctor import examine
+    from knapper.cluster.findings import DoctorTarget
     from knapper.cluster.google import Google, default_token
     from knapper.local.package_root import deployables
 
     findings = None if kubeconfig or context or project else _here(data)
     if findings is None:
         google = Google(default_token, project, region, accelerator, subscription, spot)
-        findings = examine(DoctorTarget(_api(kubeconfig, context), deployables(), cold_start, [google.examine]))
+        today = datetime.fromtimestamp(time.time(), UTC).date()
+        findings = examine(DoctorTarget(_api(kubeconfig, context), deployables(), today, cold_start, [google.examine]))
     counts = {"good": 0, "wrong": 0, "unknown": 0}
     rows = []
     for finding in findings:

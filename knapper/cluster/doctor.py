@@ -5,31 +5,17 @@ Reads only. It reports what it cannot see (no permission, no Google Cloud), and 
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from collections.abc import Callable, Iterator
 
-import yaml
-
-from knapper.cluster.api import Api
+from knapper.cluster import installation
+from knapper.cluster.findings import DoctorTarget, Finding
 from knapper.cluster.kustomize import Object
 from knapper.cluster.model import LABEL, NAMESPACE
 from knapper.cluster.state import gateway_says
 from knapper.errors import KnapperError
 
-Verdict = Literal["good", "wrong", "unknown"]
-
 _RESTARTS_MAX = 2
 _CHANNELS = "MTChannelBasedBroker"
-CONFIGURATION = "knative/cluster/configmaps"
-KNATIVE_MIN = (1, 22)  # the manifests were checked against it
-KUBERNETES_MIN = (1, 34)  # what that Knative asks for
-_KINDS = {
-    "services.serving.knative.dev": "serving", "revisions.serving.knative.dev": "serving",
-    "brokers.eventing.knative.dev": "eventing", "triggers.eventing.knative.dev": "eventing",
-    "pingsources.sources.knative.dev": "eventing", "inmemorychannels.messaging.knative.dev": "eventing",
-}  # fmt: skip
 _DUTIES = (  # what `knapper deploy` does
     ("patch", "serving.knative.dev", "services"), ("delete", "serving.knative.dev", "services"),
     ("patch", "eventing.knative.dev", "triggers"), ("delete", "eventing.knative.dev", "triggers"),
@@ -37,30 +23,10 @@ _DUTIES = (  # what `knapper deploy` does
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check. `remedy`: a command, or what to do; empty if good."""
-
-    subject: str
-    verdict: Verdict
-    seen: str
-    remedy: str = ""
-
-
-@dataclass(frozen=True)
-class DoctorTarget:
-    """What is checked: the cluster, this version's manifests, and how long a cold start may take."""
-
-    api: Api
-    root: Path  # holds knative/
-    cold_start_s: float = 900.0
-    more: Sequence[Callable[[Object], Iterator[Finding]]] = field(default=())  # called with the services' settings
-
-
 def examine(target: DoctorTarget) -> Iterator[Finding]:
     """All checks, in the order in which to fix their findings."""
     looks: tuple[Callable[[DoctorTarget], Iterator[Finding]], ...] = (
-        versions, kinds, flags, permissions, services, models, pods, times, eventing, accelerators,
+        *installation.CHECKS, permissions, services, capacity, models, pods, times, eventing, accelerators,
     )  # fmt: skip
     for look in looks:
         try:
@@ -70,56 +36,6 @@ def examine(target: DoctorTarget) -> Iterator[Finding]:
     settings = (target.api.get("v1", "ConfigMap", "knapper", NAMESPACE) or {}).get("data", {})
     for more in target.more:
         yield from more(settings)
-
-
-def versions(target: DoctorTarget) -> Iterator[Finding]:
-    """Kubernetes, Serving and Eventing are new enough."""
-    yield _version("Kubernetes", target.api.version(), KUBERNETES_MIN, "upgrade the cluster")
-    for part, deployment in (("serving", "activator"), ("eventing", "eventing-controller")):
-        found = target.api.get("apps/v1", "Deployment", deployment, f"knative-{part}")
-        labels = (found or {}).get("metadata", {}).get("labels", {})
-        remedy = f"install Knative {part.title()} 1.{KNATIVE_MIN[1]}: kubectl apply -k knative/cluster/operator"
-        yield _version(f"Knative {part.title()}", labels.get("app.kubernetes.io/version", ""), KNATIVE_MIN, remedy)
-
-
-def _version(what: str, text: str, least: tuple[int, int], remedy: str) -> Finding:
-    match = re.search(r"(\d+)\.(\d+)", text)
-    if match is None:
-        return Finding(what, "wrong", "not installed", remedy)
-    new = (int(match[1]), int(match[2])) >= least
-    return Finding(what, "good" if new else "wrong", text, "" if new else f"needs {least[0]}.{least[1]}: {remedy}")
-
-
-def kinds(target: DoctorTarget) -> Iterator[Finding]:
-    """The kinds of our manifests exist."""
-    for name, part in _KINDS.items():
-        there = target.api.get("apiextensions.k8s.io/v1", "CustomResourceDefinition", name) is not None
-        remedy = "" if there else f"install Knative {part.title()}: kubectl apply -k knative/cluster/operator"
-        yield Finding(f"kind {name}", "good" if there else "wrong", "there" if there else "missing", remedy)
-
-
-def flags(target: DoctorTarget) -> Iterator[Finding]:
-    """Knative's settings are those of knative/cluster."""
-    for wanted in configuration(target.root):
-        name = wanted["metadata"]["name"]
-        remedy = (
-            f"kubectl patch configmap {name} -n knative-serving --type merge --patch-file "
-            f"{CONFIGURATION}/{name.removeprefix('config-')}.yaml (with Knative's operator: "
-            "kubectl apply --server-side -k knative/cluster/operator)"
-        )
-        found = target.api.get("v1", "ConfigMap", name, "knative-serving") or {}
-        for key, value in wanted["data"].items():
-            seen = found.get("data", {}).get(key)
-            about = f"{name} {key}"
-            if seen == value:
-                yield Finding(about, "good", str(seen))
-            else:
-                yield Finding(about, "wrong", f"{'not set' if seen is None else seen}, should be {value}", remedy)
-
-
-def configuration(root: Path) -> list[Object]:
-    """The patches of Knative's own ConfigMaps; `root` holds knative/."""
-    return [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted((root / CONFIGURATION).glob("*.yaml"))]
 
 
 def permissions(target: DoctorTarget) -> Iterator[Finding]:
@@ -156,6 +72,30 @@ def services(target: DoctorTarget) -> Iterator[Finding]:
             yield Finding(
                 f"{about} image", "wrong", image, "apply the overlay that terraform/stages/30-functions wrote"
             )
+
+
+def capacity(target: DoctorTarget) -> Iterator[Finding]:
+    """Each Service's pod fits on some node. A pool at zero, or one that the cloud adds, is not visible here."""
+    nodes = [node["status"].get("allocatable", {}) for node in target.api.list("v1", "Node")]
+    for service in _ours(target):
+        spec = service["spec"]["template"]["spec"]
+        requests = spec["containers"][0].get("resources", {}).get("requests", {})
+        wanted = {name: quantity(requests[name]) for name in ("cpu", "memory") if name in requests}
+        if not nodes or not wanted or spec.get("nodeSelector"):
+            continue
+        fits = any(all(quantity(node.get(name, "0")) >= value for name, value in wanted.items()) for node in nodes)
+        shown = ", ".join(f"{name} {requests[name]}" for name in wanted)
+        yield Finding(
+            f"Service {service['metadata']['name']} requests",
+            "good" if fits else "unknown" if _grows(nodes) else "wrong",
+            shown if fits else f"{shown}; no node has so much",
+            "" if fits else "lower resources.requests in the overlay, or add a larger node",
+        )
+
+
+def _grows(nodes: list[Object]) -> bool:
+    """Whether an autoscaler may bring larger nodes: one that has GPUs is of a pool, and there may be others."""
+    return any("nvidia.com/gpu" in node for node in nodes)
 
 
 def models(target: DoctorTarget) -> Iterator[Finding]:
@@ -307,3 +247,10 @@ def seconds(text: str) -> float:
     return sum(
         float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)([hms])", text.lower().removeprefix("pt"))
     )
+
+
+def quantity(text: str) -> float:
+    """A Kubernetes quantity: 250m, 2, 512Mi, 8Gi, 1500M."""
+    number, unit = re.fullmatch(r"([\d.]+)([A-Za-z]*)", str(text)).groups()  # type: ignore[union-attr]  # the API checked it
+    units = {"": 1.0, "m": 1e-3, **{f"{c}i": 1024.0**n for n, c in enumerate("KMGTP", 1)}}
+    return float(number) * (units | {c: 1000.0**n for n, c in enumerate("kMGTP", 1)})[unit]

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from knapper.cluster.doctor import Finding
+from knapper.cluster.findings import Finding
 from knapper.cluster.kustomize import Object
 
 _TIMEOUT_S = 20.0

@@ -8,7 +8,7 @@ import httpx
 
 from knapper.catalogue import servable
 from knapper.catalogue.served_models import Catalogue
-from knapper.cluster.doctor import Finding
+from knapper.cluster.findings import Finding
 from knapper.errors import KnapperError
 from knapper.settings import Settings
 from knapper.store.factory import open_store

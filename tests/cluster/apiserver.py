@@ -32,6 +32,7 @@ BUILT_IN: Final[dict[tuple[str, str], tuple[str, bool]]] = {
     ("/apis/apps/v1", "Deployment"): ("deployments", True),
     ("/apis/authorization.k8s.io/v1", "SelfSubjectAccessReview"): ("selfsubjectaccessreviews", False),
     ("/apis/networking.k8s.io/v1", "NetworkPolicy"): ("networkpolicies", True),
+    ("/apis/resource.k8s.io/v1", "ResourceSlice"): ("resourceslices", False),
 }
 # What Knative's CRDs say: plural and group, and kind.
 KNATIVE: Final[dict[str, str]] = {
@@ -57,6 +58,7 @@ class Cluster:
         self.forbidden: set[str] = set()  # resources that whoever asks may not touch
         self.texts: dict[str, str] = {}  # what proxied pods answer
         self.broken: set[str] = set()  # paths that are answered by 503
+        self.version = "v1.34.9"
 
     def put(self, *things: Object) -> None:
         for thing in things:
@@ -115,7 +117,7 @@ class Cluster:
         if path in self.broken:
             return self._wrong(503, "the server is currently unable to handle the request")
         if path == "/version":
-            return 200, {"major": "1", "minor": "34", "gitVersion": "v1.34.9"}
+            return 200, {"major": "1", "minor": self.version.split(".")[1], "gitVersion": self.version}
         if path.endswith("/selfsubjectaccessreviews"):
             return self._review(method, body, kind)
         if path in self.texts:
@@ -314,11 +316,13 @@ def healthy(objects: list[Object], knative: list[Object]) -> Cluster:
     cluster = Cluster()
     cluster.put(*(crd(*each) for each in KNATIVE.items()))
     cluster.put(*knative)
+    maps = "/api/v1/namespaces/knative-serving/configmaps"
+    cluster.objects[f"{maps}/config-deployment"]["data"]["queue-sidecar-image"] = "queue@sha256:0"
     for part, name in (("serving", "activator"), ("eventing", "eventing-controller")):
         cluster.put({
             "apiVersion": "apps/v1", "kind": "Deployment",
             "metadata": {
-                "name": name, "namespace": f"knative-{part}", "labels": {"app.kubernetes.io/version": "1.22.1"}
+                "name": name, "namespace": f"knative-{part}", "labels": {"app.kubernetes.io/version": "1.23.0"}
             },
             "spec": {"template": {"spec": {"terminationGracePeriodSeconds": 600}}},
         })  # fmt: skip

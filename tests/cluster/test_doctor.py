@@ -8,6 +8,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import date
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from typing import Any
 import pytest
 
 from knapper.cluster.api import Api
-from knapper.cluster.doctor import DoctorTarget, Finding, examine
+from knapper.cluster.doctor import examine, quantity
+from knapper.cluster.findings import DoctorTarget, Finding
 from knapper.cluster.google import Google
-from tests.cluster.apiserver import Cluster, ready, serving
+from knapper.cluster.installation import SupportEnds
+from tests.cluster.apiserver import Cluster, crd, ready, serving
 from tests.cluster.test_deploy import knapper
 from tests.manifests.rendering import ROOT
 
+TODAY = date(2026, 11, 28)
 CONFIG = "/api/v1/namespaces/knative-serving/configmaps"
 SERVICE = "/apis/serving.knative.dev/v1/namespaces/knapper/services"
 EVENTING = "/apis/eventing.knative.dev/v1/namespaces/knapper"
@@ -29,7 +33,7 @@ EVENTING = "/apis/eventing.knative.dev/v1/namespaces/knapper"
 def look(cluster: Cluster, directory: Path, google: Google | None = None) -> list[Finding]:
     with serving(cluster, directory) as kubeconfig:
         more = [google.examine] if google else []
-        return list(examine(DoctorTarget(Api.open(kubeconfig), ROOT, more=more)))
+        return list(examine(DoctorTarget(Api.open(kubeconfig), ROOT, TODAY, more=more)))
 
 
 def test_a_healthy_cluster_has_nothing_wrong(cluster: Cluster, tmp_path: Path) -> None:
@@ -43,23 +47,70 @@ def template(cluster: Cluster, name: str = "train-step") -> Any:
     return cluster.objects[f"{SERVICE}/{name}"]["spec"]["template"]
 
 
+OPERATED = {
+    "apiVersion": "operator.knative.dev/v1beta1", "kind": "KnativeServing",
+    "metadata": {"name": "knative-serving", "namespace": "knative-serving"}, "spec": {},
+}  # fmt: skip
+
+
+def by_operator(cluster: Cluster) -> Any:
+    """The flags of a Knative that its operator installed."""
+    cluster.put(crd("knativeservings.operator.knative.dev", "KnativeServing", version="v1beta1"), OPERATED)
+    return cluster.objects[f"{CONFIG}/config-features"]["data"]
+
+
+def node(name: str, allocatable: dict[str, str]) -> Any:
+    labels = {"cloud.google.com/gke-accelerator": "nvidia-l4"} if "nvidia.com/gpu" in allocatable else {}
+    status = {"allocatable": allocatable}
+    return {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}, "status": status}
+
+
 # What is broken, what is said of, and a word of the command that mends it.
 BROKEN: dict[str, tuple[Callable[[Cluster], object], str, str]] = {
     "a flag": (
         lambda cluster: cluster.objects[f"{CONFIG}/config-features"]["data"].pop("kubernetes.podspec-fieldref"),
-        "config-features kubernetes.podspec-fieldref", "kubectl apply --server-side",
+        "config-features kubernetes.podspec-fieldref", "--patch-file knative/cluster/configmaps/features.yaml",
     ),
     "zero at first": (
         lambda cluster: cluster.objects[f"{CONFIG}/config-autoscaler"]["data"].update(
             {"allow-zero-initial-scale": "false"}
         ),
-        "config-autoscaler allow-zero-initial-scale", "kubectl apply --server-side",
+        "config-autoscaler allow-zero-initial-scale", "kubectl patch configmap config-autoscaler",
     ),
     "an old Knative": (
         lambda cluster: cluster.objects["/apis/apps/v1/namespaces/knative-serving/deployments/activator"]["metadata"][
             "labels"
         ].update({"app.kubernetes.io/version": "1.17.0"}),
         "Knative Serving", "knative/cluster/operator",
+    ),
+    "a Knative past its end": (
+        lambda cluster: cluster.objects["/apis/apps/v1/namespaces/knative-serving/deployments/activator"]["metadata"][
+            "labels"
+        ].update({"app.kubernetes.io/version": "1.22.1"}),
+        "Knative Serving", "upgrade",
+    ),
+    "a flag, with the operator": (
+        lambda cluster: by_operator(cluster).pop("kubernetes.podspec-fieldref"),
+        "config-features kubernetes.podspec-fieldref", "kubectl apply --server-side -k knative/cluster/operator",
+    ),
+    "a key that an apply dropped": (
+        lambda cluster: cluster.objects[f"{CONFIG}/config-deployment"]["data"].pop("queue-sidecar-image"),
+        "config-deployment queue-sidecar-image", "serving-core.yaml",
+    ),
+    "a driver that loses mounts": (
+        lambda cluster: setattr(cluster, "version", "v1.36.4-gke.2000000"), "Cloud Storage FUSE", "1.36.5-gke.1032000",
+    ),
+    "GPUs that are given away twice": (
+        lambda cluster: cluster.put(
+            node("a", {"cpu": "32", "memory": "64Gi", "nvidia.com/gpu": "1"}),
+            {"apiVersion": "resource.k8s.io/v1", "kind": "ResourceSlice", "metadata": {"name": "a"},
+             "spec": {"driver": "gpu.nvidia.com", "nodeName": "a"}},
+        ),
+        "Node a GPUs", "device plugin",
+    ),
+    "a pod that fits nowhere": (
+        lambda cluster: cluster.put(node("a", {"cpu": "100m", "memory": "64Gi"})),
+        "Service gateway requests", "resources.requests",
     ),
     "no Eventing": (
         lambda cluster: cluster.objects.pop(
@@ -266,3 +317,24 @@ def test_the_command_prints_what_is_wrong_and_fails(cluster: Cluster, tmp_path: 
     assert (good.returncode, bad.returncode) == (0, 1), good.stdout + good.stderr
     assert "0 wrong" in good.stdout
     assert "wrong   config-features kubernetes.podspec-fieldref: not set, should be enabled" in bad.stdout
+
+
+@pytest.mark.parametrize(("minor", "end"), [(20, date(2026, 5, 5)), (22, date(2026, 11, 3)), (23, date(2027, 2, 2))])
+def test_when_knative_ends_to_mend_a_version(minor: int, end: date) -> None:
+    assert SupportEnds.of(minor) == end
+
+
+@pytest.mark.parametrize(
+    ("version", "verdicts"),
+    [("v1.34.9", []), ("v1.36.5-gke.1032000", ["good"]), ("v1.37.1-gke.1551999", ["wrong"]), ("v1.36.4", [])],
+)
+def test_the_fault_of_the_driver_is_told_by_the_version(
+    version: str, verdicts: list[str], cluster: Cluster, tmp_path: Path
+) -> None:
+    cluster.version = version
+    assert [each.verdict for each in look(cluster, tmp_path) if each.subject == "Cloud Storage FUSE"] == verdicts
+
+
+@pytest.mark.parametrize(("text", "value"), [("250m", 0.25), ("2", 2), ("512Mi", 512 * 2**20), ("1500M", 1.5e9)])
+def test_quantities_are_those_of_kubernetes(text: str, value: float) -> None:
+    assert quantity(text) == value

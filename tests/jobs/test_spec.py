@@ -1,10 +1,13 @@
 """job.yaml: what is right is read, what is wrong is named with its line."""
 
+from typing import get_args
+
 import pytest
 
 from knapper import limits
+from knapper.engine.training.losses import LOSSES
 from knapper.jobs import schedule, spec
-from knapper.jobs.spec import DpoJob, Optimizer, RlJob, SftJob
+from knapper.jobs.spec import DpoJob, LossName, Optimizer, RlJob, SftJob
 from knapper.jobs.yaml_document import JobError
 
 DESIGN = b"""\
@@ -128,3 +131,9 @@ def test_an_epoch_has_every_row_once_and_batches_go_on_over_its_end() -> None:
     assert sorted(taken[:10]) == sorted(taken[10:20]) == list(range(10))
     assert taken[:10] != taken[10:20]
     assert taken != [row for step in range(5) for row in schedule.rows(8, step, 4, 10)]
+
+
+def test_jobs_take_every_loss_that_learns_from_samples() -> None:
+    """One table of losses: the engine's. dro alone is left out, whose sum goes over the prompt's tokens too."""
+    sampled = {name for name, loss in LOSSES.items() if {"logprobs", "advantages"} <= set(loss.required)}
+    assert set(get_args(LossName.__annotations__["name"])) == sampled - {"dro"}

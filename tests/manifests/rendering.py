@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from knapper.cluster.doctor import configuration
+from knapper.cluster.installation import configuration
 from knapper.cluster.kustomize import Object, render
 
 ROOT = Path(__file__).parents[2]

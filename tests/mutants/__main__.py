@@ -16,7 +16,6 @@ from tests.mutants.mutations import Mutation, mutations
 from tests.mutants.trial import ROOT, Trial, Verdict
 
 _GRACE_S = 5.0
-_THEN_S = 60.0  # what the tests for survivors compute, at most
 
 
 def arguments() -> argparse.Namespace:
@@ -83,7 +82,7 @@ def tried(wanted: list[Mutation], at_once: int, quick: bool) -> dict[str, Verdic
     while waiting or going:
         while waiting and len(going) < at_once:
             mutation, tests = waiting.popleft()
-            chosen, cpu_s = cover(mutation, tests) if tests == MODULES[mutation.path].first else (list(tests), _THEN_S)
+            chosen, cpu_s = cover(mutation, tests)
             tree = mutation.apply(source_of(mutation.path))
             begun = trial.begin(mutation.path, tree, chosen, 3 * cpu_s + _GRACE_S) if chosen else None
             going.append((begun, mutation, tests))

@@ -1,0 +1,146 @@
+"""What is installed on a cluster: versions, kinds, Knative's settings, and the faults of drivers that meet here."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Final
+
+import yaml
+
+from knapper.cluster.findings import DoctorTarget, Finding
+from knapper.cluster.kustomize import Object
+from knapper.cluster.model import NAMESPACE
+
+CONFIGURATION: Final = "knative/cluster/configmaps"
+KNATIVE_MIN: Final = (1, 22)  # the manifests were checked against it
+KUBERNETES_MIN: Final = (1, 34)  # what that Knative asks for
+_BY_OPERATOR: Final = "kubectl apply --server-side -k knative/cluster/operator"
+_FUSE_FIXED: Final = {36: (5, 1032000), 37: (1, 1552000)}  # minor version of GKE -> (patch, build)
+_KINDS = {
+    "services.serving.knative.dev": "serving", "revisions.serving.knative.dev": "serving",
+    "brokers.eventing.knative.dev": "eventing", "triggers.eventing.knative.dev": "eventing",
+    "pingsources.sources.knative.dev": "eventing", "inmemorychannels.messaging.knative.dev": "eventing",
+}  # fmt: skip
+
+
+def versions(target: DoctorTarget) -> Iterator[Finding]:
+    """Kubernetes, Serving and Eventing are new enough, and not too old to be mended."""
+    yield _version("Kubernetes", target.api.version(), KUBERNETES_MIN, "upgrade the cluster")
+    for part, deployment in (("serving", "activator"), ("eventing", "eventing-controller")):
+        found = target.api.get("apps/v1", "Deployment", deployment, f"knative-{part}")
+        labels = (found or {}).get("metadata", {}).get("labels", {})
+        remedy = (
+            f"install Knative {part.title()} 1.{KNATIVE_MIN[1]} or newer: kubectl apply -k knative/cluster/operator"
+        )
+        version = labels.get("app.kubernetes.io/version", "")
+        yield _version(f"Knative {part.title()}", version, KNATIVE_MIN, remedy, SupportEnds(target.today))
+
+
+def _version(what: str, text: str, least: tuple[int, int], remedy: str, ends: "SupportEnds | None" = None) -> Finding:
+    match = re.search(r"(\d+)\.(\d+)", text)
+    if match is None:
+        return Finding(what, "wrong", "not installed", remedy)
+    version = (int(match[1]), int(match[2]))
+    if version < least:
+        return Finding(what, "wrong", text, f"needs {least[0]}.{least[1]}: {remedy}")
+    if ends is not None and (end := ends.of(version[1])) < ends.today:
+        newer = "upgrade, one minor version at a time: kubectl apply -k knative/cluster/operator"
+        return Finding(what, "wrong", f"{text}, without fixes since {end}", newer)
+    return Finding(what, "good", text)
+
+
+@dataclass(frozen=True)
+class SupportEnds:
+    """Until when Knative mends a minor version: a week after the second one that follows it, each a quarter apart.
+
+    By knative/community's RELEASE-SCHEDULE.md; 1.21 came on 2026-01-27, and 1.20 ended on 2026-05-05.
+    """
+
+    today: date
+
+    @staticmethod
+    def of(minor: int) -> date:
+        return date(2026, 1, 27) + timedelta(weeks=13 * (minor + 2 - 21) + 1)
+
+
+def kinds(target: DoctorTarget) -> Iterator[Finding]:
+    """The kinds of our manifests exist."""
+    for name, part in _KINDS.items():
+        there = target.api.get("apiextensions.k8s.io/v1", "CustomResourceDefinition", name) is not None
+        remedy = "" if there else f"install Knative {part.title()}: kubectl apply -k knative/cluster/operator"
+        yield Finding(f"kind {name}", "good" if there else "wrong", "there" if there else "missing", remedy)
+
+
+def flags(target: DoctorTarget) -> Iterator[Finding]:
+    """Knative's settings are those of knative/cluster, and its own are still there."""
+    serving = target.api.get("operator.knative.dev/v1beta1", "KnativeServing", "knative-serving", "knative-serving")
+    by_operator = serving is not None  # which takes back what is set in its ConfigMaps
+    for wanted in configuration(target.root):
+        name = wanted["metadata"]["name"]
+        remedy = (
+            _BY_OPERATOR
+            if by_operator
+            else (
+                f"kubectl patch configmap {name} -n knative-serving --type merge --patch-file "
+                f"{CONFIGURATION}/{name.removeprefix('config-')}.yaml"
+            )
+        )
+        found = target.api.get("v1", "ConfigMap", name, "knative-serving") or {}
+        for key, value in wanted["data"].items():
+            seen = found.get("data", {}).get(key)
+            about = f"{name} {key}"
+            if seen == value:
+                yield Finding(about, "good", str(seen))
+            else:
+                yield Finding(about, "wrong", f"{'not set' if seen is None else seen}, should be {value}", remedy)
+
+
+def lost_keys(target: DoctorTarget) -> Iterator[Finding]:
+    """No apply has dropped what Knative came with: without this key its webhook refuses every further change."""
+    found = target.api.get("v1", "ConfigMap", "config-deployment", "knative-serving")
+    if found is not None and "queue-sidecar-image" not in found.get("data", {}):
+        yield Finding(
+            "config-deployment queue-sidecar-image", "wrong", "lost",
+            "apply serving-core.yaml of the installed release of Knative again, then the patches of " + CONFIGURATION,
+        )  # fmt: skip
+
+
+def fuse(target: DoctorTarget) -> Iterator[Finding]:
+    """GKE's Cloud Storage FUSE driver is not one that loses mounts, where weights are read through it."""
+    match = re.fullmatch(r"v1\.(\d+)\.(\d+)-gke\.(\d+)", version := target.api.version())
+    if match is None or int(match[1]) not in _FUSE_FIXED:
+        return
+    services = target.api.list("serving.knative.dev/v1", "Service", NAMESPACE)
+    volumes = [volume for each in services for volume in each["spec"]["template"]["spec"].get("volumes", [])]
+    if not any(volume.get("csi", {}).get("driver") == "gcsfuse.csi.storage.gke.io" for volume in volumes):
+        return
+    patch, build = _FUSE_FIXED[int(match[1])]
+    fixed = f"1.{match[1]}.{patch}-gke.{build}"
+    if (int(match[2]), int(match[3])) >= (patch, build):
+        yield Finding("Cloud Storage FUSE", "good", version)
+    else:
+        remedy = f"gcloud container clusters upgrade NAME --cluster-version {fixed}, and its node pools"
+        yield Finding("Cloud Storage FUSE", "wrong", f"{version} has a fault that {fixed} fixed", remedy)
+
+
+def shared_twice(target: DoctorTarget) -> Iterator[Finding]:
+    """No node offers its GPUs by DRA and by the device plugin: each would give them away without the other."""
+    slices = target.api.list("resource.k8s.io/v1", "ResourceSlice")
+    by_dra = {each["spec"].get("nodeName", "") for each in slices if each["spec"].get("driver") == "gpu.nvidia.com"}
+    for node in target.api.list("v1", "Node") if by_dra else []:
+        name, allocatable = node["metadata"]["name"], node["status"].get("allocatable", {})
+        if name in by_dra and int(allocatable.get("nvidia.com/gpu", 0)):
+            yield Finding(
+                f"Node {name} GPUs", "wrong", "offered by DRA and by the device plugin",
+                "use one on each node; Knative's pods ask the device plugin (nvidia.com/gpu)",
+            )  # fmt: skip
+
+
+def configuration(root: Path) -> list[Object]:
+    """The patches of Knative's own ConfigMaps; `root` holds knative/."""
+    return [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted((root / CONFIGURATION).glob("*.yaml"))]
+
+
+CHECKS: Final = (versions, kinds, flags, lost_keys, fuse, shared_twice)
