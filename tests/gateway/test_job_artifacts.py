@@ -50,7 +50,8 @@ def publish(running: Running, name: str, data: bytes, job: str = "j") -> None:
 
 def test_files_are_listed_with_what_they_are(running: Running) -> None:
     publish(running, "metrics.jsonl", b"{}\n")
-    adapter, metrics = running.http.get("jobs/j/files").json()["files"]
+    adapter, metrics, status = running.http.get("jobs/j/files").json()["files"]
+    assert status["name"] == "status.json"
     assert (adapter["name"], adapter["size"], adapter["sha256"]) == (FILE, len(ADAPTER), SHA256)
     assert (metrics["name"], metrics["size"]) == ("metrics.jsonl", 3)
     assert metrics["sha256"] == hashlib.sha256(b"{}\n").hexdigest()
@@ -120,7 +121,7 @@ def test_what_an_earlier_start_left_is_not_shown_as_the_newest_ones(running: Run
     old.write_bytes(b"{}")
     os.utime(old, (10.0, 10.0))  # before the job's clock said 1000
     names = [file["name"] for file in running.http.get("jobs/j/files").json()["files"]]
-    assert names == [FILE]
+    assert names == [FILE, "status.json"]
     assert running.http.get("jobs/j/files/bill.json").status_code == 404
 
 

@@ -49,7 +49,7 @@ def test_sweep_deletes_at_once_what_nothing_needs_and_the_run_is_the_same(tmp_pa
     assert snapshots == 2
     assert files == 3 + 2, "a gateway knows which superseded samplers are used; checkpoints have two"
     assert digest == before
-    assert knapper(tmp_path, "sweep").stdout == "there is nothing to delete: everything is needed\n"
+    assert knapper(tmp_path, "sweep").stdout == "nothing to delete: every object is needed\n"
 
 
 def test_a_run_that_the_operator_deletes_is_gone_with_all_that_is_of_it(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_run_that_the_operator_deletes_is_gone_with_all_that_is_of_it(tmp_path
 
     asyncio.run(train())
     done = knapper(tmp_path, "runs", "delete", bench.run)
-    assert done.stdout.startswith(f"training run {bench.run} of tenant ada is deleted: "), done.stderr
+    assert done.stdout.startswith(f"training run {bench.run} of tenant ada deleted: "), done.stderr
     left = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in left) < 1000, [(path, path.stat().st_size) for path in left]
     with pytest.raises(NotFound, match="was deleted on"):
