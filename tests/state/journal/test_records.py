@@ -119,7 +119,7 @@ def test_an_envelope_says_kind_and_checksum_and_is_the_same_each_time() -> None:
 @pytest.mark.parametrize(("v", "said"), [(0, "field v is 0"), (3, "field v is 3"), (-1, "field v is -1")])
 def test_a_record_without_an_envelope_is_of_a_format_that_had_none(v: int, said: str) -> None:
     bare = pack({**msgspec.to_builtins(TERMS), "v": v})
-    with pytest.raises(Corrupt, match=f"{said}, and a Terms record of that format lies in an envelope"):
+    with pytest.raises(Corrupt, match=f"{said}, and a Terms record of that format has an envelope"):
         decode(bare, Terms, "x")
     assert decode(pack({**msgspec.to_builtins(TERMS), "v": 1}), Terms, "x") == TERMS
     with pytest.raises(NewerFormat, match="has format 2 of Terms; this knapper reads up to format 1"):
