@@ -66,7 +66,9 @@ _BETWEEN = "return await _between(store, prefix, page[-1], layout.last_number(pa
 _SEARCHED = "if seq <= seen.applied and seq not in seen.record_of and seen.low > 0:"
 _AHEAD = "while ahead := await _page_after(store, prefix, layout.last_number(page[-1]) + step):"
 _EPOCHS = "_COLLECTED, _UNREADABLE = 0, -1  # epochs in place of a record that is gone or damaged; claims count from 1"
+_NONE_FAILED = "self._failed = (-1, 0)  # (operation, how often it failed by a defect)"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
+    ("knapper/state/journal/apply.py", _NONE_FAILED, "1 -> 2"): "no operation has a number below 0",
     (_NEWEST, _BETWEEN, "-1 without its USub"): _STRIDE,
     (_NEWEST, _BETWEEN, "1 -> 2"): _STRIDE,
     (_NEWEST, _BETWEEN, "1 -> 0"): _STRIDE,

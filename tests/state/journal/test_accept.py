@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -45,6 +46,18 @@ def story(scenario: Callable[[Bench], Awaitable[None]]) -> None:
         await scenario(bench)
 
     asyncio.run(tell())
+
+
+def test_a_repetition_is_told_by_what_the_client_sent_where_that_is_stored_in_another_encoding() -> None:
+    async def scenario(bench: Bench) -> None:
+        body = pack(b"protobuf")
+        sent, other = (replace(body, asked_sha256=hashlib.sha256(json).digest()) for json in (b"{}", b'{"a": 1}'))
+        assert await bench.acceptor.accept(RUN, 1, "forward_backward", sent) == 1000.0
+        assert await bench.acceptor.accept(RUN, 1, "forward_backward", sent) is None
+        with pytest.raises(UserError, match=r"seq_id 1 of .* was used before"):
+            await bench.acceptor.accept(RUN, 1, "forward_backward", other)
+
+    story(scenario)
 
 
 def test_what_is_stored_is_what_came_with_its_hash_and_its_time() -> None:
