@@ -81,8 +81,9 @@ ADAPTER_LAYOUTS: Final = (
 )
 
 _ALIGNMENT: Final = 64  # bytes of an AVX-512 register; torch's own tensors are aligned so
-_COUNTS: Final = (1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 64, 65, 130, 257)  # below and above where kernels change
-_COUNTS_LARGE: Final = (1, 2, 8, 17, 33, 130)  # for a matrix with more elements than:
+# Every small one: kernels change between them, and at others where each thread is given a part of the rows.
+_COUNTS: Final = (*range(1, 34), 48, 63, 64, 65, 96, 127, 130, 257)
+_COUNTS_LARGE: Final = (1, 2, 8, 9, 12, 17, 33, 130)  # for a matrix with more elements than:
 _LARGE: Final = 1 << 22
 _ROWS_MAX: Final = 1024  # of a pass
 _ELEMENTS_MAX: Final = 1 << 24  # of a probe at a time

@@ -43,6 +43,8 @@ def kernels(choose: Callable[[int], int]) -> Callable[[Tensor], Product]:
         (lambda rows: 1 if rows == 1 else 4, RowLayout(2)),
         (lambda rows: 2 if rows < 7 else 4, RowLayout(8)),
         (lambda rows: 2 if rows < 11 else 4, RowLayout(16)),
+        (lambda rows: 2 if 8 < rows < 13 else 4, RowLayout(16)),  # as MKL's are by AVX2 on two threads
+        (lambda rows: 2 if rows == 15 else 4, RowLayout(16)),
         (lambda rows: 1 + min(rows // 32, 3), RowLayout(block=64)),
         (lambda rows: 4 if rows < 100 and rows % 2 else 2, RowLayout(block=64)),
     ],
