@@ -101,7 +101,7 @@ bench-backends: setup .venv/vllm/.installed ## samples a second by torch and by 
 bench-agreement: setup .venv/vllm/.installed ## how far samplers' log-probabilities are from the trainer's, by backend and dtype
 	@$(BIN)/python -m benchmarks.agreement $(BENCH_ARGS)
 
-exactness: setup ## are the promised bits kept on this CPU, in every instruction set that it has, at what cost? (10 minutes; BENCH_ARGS=--quick)
+exactness: setup ## are the promised bits kept on this CPU, in every instruction set that it has, at what cost? (some minutes a row; BENCH_ARGS=--quick)
 	@$(BIN)/python -m benchmarks.exactness $(BENCH_ARGS)
 
 bench-page: setup ## write the figures of the last runs into docs/performance.md and docs/vllm.md

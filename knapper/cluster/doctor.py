@@ -7,6 +7,8 @@ import json
 import re
 from collections.abc import Callable, Iterator
 
+from kubernetes.utils import parse_quantity
+
 from knapper.cluster import installation
 from knapper.cluster.findings import DoctorTarget, Finding
 from knapper.cluster.kustomize import Object
@@ -80,22 +82,21 @@ def capacity(target: DoctorTarget) -> Iterator[Finding]:
     for service in _ours(target):
         spec = service["spec"]["template"]["spec"]
         requests = spec["containers"][0].get("resources", {}).get("requests", {})
-        wanted = {name: quantity(requests[name]) for name in ("cpu", "memory") if name in requests}
+        wanted = {name: _quantity(requests[name]) for name in ("cpu", "memory") if name in requests}
         if not nodes or not wanted or spec.get("nodeSelector"):
             continue
-        fits = any(all(quantity(node.get(name, "0")) >= value for name, value in wanted.items()) for node in nodes)
+        fits = any(all(_quantity(node.get(name, "0")) >= wanted[name] for name in wanted) for node in nodes)
         shown = ", ".join(f"{name} {requests[name]}" for name in wanted)
         yield Finding(
             f"Service {service['metadata']['name']} requests",
-            "good" if fits else "unknown" if _grows(nodes) else "wrong",
+            "good" if fits else "wrong",
             shown if fits else f"{shown}; no node has so much",
             "" if fits else "lower resources.requests in the overlay, or add a larger node",
         )
 
 
-def _grows(nodes: list[Object]) -> bool:
-    """Whether an autoscaler may bring larger nodes: one that has GPUs is of a pool, and there may be others."""
-    return any("nvidia.com/gpu" in node for node in nodes)
+def _quantity(text: str) -> float:
+    return float(parse_quantity(text))  # type: ignore[no-untyped-call]  # the library has no types
 
 
 def models(target: DoctorTarget) -> Iterator[Finding]:
@@ -247,10 +248,3 @@ def seconds(text: str) -> float:
     return sum(
         float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)([hms])", text.lower().removeprefix("pt"))
     )
-
-
-def quantity(text: str) -> float:
-    """A Kubernetes quantity: 250m, 2, 512Mi, 8Gi, 1500M."""
-    number, unit = re.fullmatch(r"([\d.]+)([A-Za-z]*)", str(text)).groups()  # type: ignore[union-attr]  # the API checked it
-    units = {"": 1.0, "m": 1e-3, **{f"{c}i": 1024.0**n for n, c in enumerate("KMGTP", 1)}}
-    return float(number) * (units | {c: 1000.0**n for n, c in enumerate("kMGTP", 1)})[unit]

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Final
@@ -35,34 +34,28 @@ def versions(target: DoctorTarget) -> Iterator[Finding]:
             f"install Knative {part.title()} 1.{KNATIVE_MIN[1]} or newer: kubectl apply -k knative/cluster/operator"
         )
         version = labels.get("app.kubernetes.io/version", "")
-        yield _version(f"Knative {part.title()}", version, KNATIVE_MIN, remedy, SupportEnds(target.today))
+        yield _version(f"Knative {part.title()}", version, KNATIVE_MIN, remedy, target.today)
 
 
-def _version(what: str, text: str, least: tuple[int, int], remedy: str, ends: "SupportEnds | None" = None) -> Finding:
+def _version(what: str, text: str, least: tuple[int, int], remedy: str, today: date | None = None) -> Finding:
     match = re.search(r"(\d+)\.(\d+)", text)
     if match is None:
         return Finding(what, "wrong", "not installed", remedy)
     version = (int(match[1]), int(match[2]))
     if version < least:
         return Finding(what, "wrong", text, f"needs {least[0]}.{least[1]}: {remedy}")
-    if ends is not None and (end := ends.of(version[1])) < ends.today:
+    if today is not None and (end := support_ends(version[1])) < today:
         newer = "upgrade, one minor version at a time: kubectl apply -k knative/cluster/operator"
         return Finding(what, "wrong", f"{text}, without fixes since {end}", newer)
     return Finding(what, "good", text)
 
 
-@dataclass(frozen=True)
-class SupportEnds:
-    """Until when Knative mends a minor version: a week after the second one that follows it, each a quarter apart.
+def support_ends(minor: int) -> date:
+    """Until when Knative 1.`minor` gets fixes: a week after the second release that follows it, a quarter apart each.
 
     By knative/community's RELEASE-SCHEDULE.md; 1.21 came on 2026-01-27, and 1.20 ended on 2026-05-05.
     """
-
-    today: date
-
-    @staticmethod
-    def of(minor: int) -> date:
-        return date(2026, 1, 27) + timedelta(weeks=13 * (minor + 2 - 21) + 1)
+    return date(2026, 1, 27) + timedelta(weeks=13 * (minor + 2 - 21) + 1)
 
 
 def kinds(target: DoctorTarget) -> Iterator[Finding]:

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from knapper.cluster.api import Api
-from knapper.cluster.doctor import examine, quantity
+from knapper.cluster.doctor import examine
 from knapper.cluster.findings import DoctorTarget, Finding
 from knapper.cluster.google import Google
-from knapper.cluster.installation import SupportEnds
+from knapper.cluster.installation import support_ends
 from tests.cluster.apiserver import Cluster, crd, ready, serving
 from tests.cluster.test_deploy import knapper
 from tests.manifests.rendering import ROOT
@@ -321,7 +321,7 @@ def test_the_command_prints_what_is_wrong_and_fails(cluster: Cluster, tmp_path: 
 
 @pytest.mark.parametrize(("minor", "end"), [(20, date(2026, 5, 5)), (22, date(2026, 11, 3)), (23, date(2027, 2, 2))])
 def test_when_knative_ends_to_mend_a_version(minor: int, end: date) -> None:
-    assert SupportEnds.of(minor) == end
+    assert support_ends(minor) == end
 
 
 @pytest.mark.parametrize(
@@ -333,8 +333,3 @@ def test_the_fault_of_the_driver_is_told_by_the_version(
 ) -> None:
     cluster.version = version
     assert [each.verdict for each in look(cluster, tmp_path) if each.subject == "Cloud Storage FUSE"] == verdicts
-
-
-@pytest.mark.parametrize(("text", "value"), [("250m", 0.25), ("2", 2), ("512Mi", 512 * 2**20), ("1500M", 1.5e9)])
-def test_quantities_are_those_of_kubernetes(text: str, value: float) -> None:
-    assert quantity(text) == value

@@ -81,8 +81,8 @@ ADAPTER_LAYOUTS: Final = (
 )
 
 _ALIGNMENT: Final = 64  # bytes of an AVX-512 register; torch's own tensors are aligned so
-# Every small one: kernels change between them, and at others where each thread is given a part of the rows.
-_COUNTS: Final = (*range(1, 34), 48, 63, 64, 65, 96, 127, 130, 257)
+_COUNTS: Final = (1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 48, 64, 65, 96, 130, 257)  # below and above where kernels change
+_COUNTS_DENSE: Final = 16  # rows of each thread: up to so many every count is tried
 _COUNTS_LARGE: Final = (1, 2, 8, 9, 12, 17, 33, 130)  # for a matrix with more elements than:
 _LARGE: Final = 1 << 22
 _ROWS_MAX: Final = 1024  # of a pass
@@ -190,10 +190,16 @@ def _probe_tensors(inputs: int, outputs: int, like: Tensor, elements_max: int = 
     return x_NI, w_OI
 
 
+def _counts() -> list[int]:
+    """Numbers of rows to try. A library gives each thread its part of few rows, so all of these may differ."""
+    dense = range(1, _COUNTS_DENSE * torch.get_num_threads() + 2)
+    return sorted({*_COUNTS, *(count for count in dense if count <= _COUNTS[-1])})
+
+
 def _is_invariant(layout: RowLayout, product: Product, x_NI: Tensor, outputs: int) -> bool:
     """Whether some rows, anywhere, have the bits that they have among all."""
     whole = layout(product, x_NI)
-    for count in _COUNTS_LARGE if x_NI.shape[1] * outputs > _LARGE else _COUNTS:
+    for count in _COUNTS_LARGE if x_NI.shape[1] * outputs > _LARGE else _counts():
         start = (7 * count) % max(1, len(whole) - count)
         if count < len(whole) and not torch.equal(
             layout(product, x_NI[start : start + count]), whole[start : start + count]
