@@ -29,18 +29,21 @@ EXTRA_OF: Final = {
 }
 
 
-def extra_of(module: str) -> str | None:
-    """The extra that brings `module`; None for a module of the core, or of no extra."""
+def brought_by(module: str) -> tuple[str, str] | None:
+    """The name under which EXTRA_OF lists `module` or a package around it, and the extra that brings it; None for a
+    module of the core, or of no extra."""
     parts = module.split(".")
     names = (".".join(parts[:size]) for size in range(len(parts), 0, -1))
-    return next((EXTRA_OF[name] for name in names if name in EXTRA_OF), None)
+    return next(((name, EXTRA_OF[name]) for name in names if name in EXTRA_OF), None)
 
 
 def refusal(error: ModuleNotFoundError) -> UserError | None:
     """The error for a module that an extra would have brought; None for any other, which is a defect."""
-    extra = extra_of(error.name or "")
-    if extra is None and (error.name or "").partition(".")[0] == "google":
-        extra = "gcp"  # not even the namespace is there
-    if extra is None:
+    module = error.name or ""
+    brought = brought_by(module)
+    if brought is None and module.partition(".")[0] == "google":
+        brought = module, "gcp"  # not even the namespace is there
+    if brought is None:
         return None
-    return UserError(f"{error.name} is not installed; it comes with: pip install 'knapper[{extra}]'")
+    name, extra = brought
+    return UserError(f"{name} is not installed; it comes with: pip install 'knapper[{extra}]'")
