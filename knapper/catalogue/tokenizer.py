@@ -92,8 +92,9 @@ class Language:
         """
         if self.template is None:
             raise UserError(
-                "the model has no chat template, as base models do not; allowed: a prompt that is plain text "
-                "(v1/completions), or put a chat_template.jinja into the model's directory and start knapper again"
+                "the model has no chat template, as base models do not; allowed: a prompt that is plain text (to "
+                "v1/completions, or in a job's rows), or put a chat_template.jinja into the model's directory and "
+                "start knapper again"
             )
         return self.template.render(messages, now, more, answering=answering)
 

@@ -31,7 +31,9 @@ _UNITS = (
 
 
 def submit(
-    job_yaml: Annotated[Path, typer.Argument(help="job.yaml; the files it names must be beside it.")],
+    job_yaml: Annotated[
+        Path, typer.Argument(help="job.yaml, or its folder; the files it names must be beside it.", show_default=False)
+    ],
     name: Annotated[str | None, typer.Option(help="The job's name; default: the folder's.")] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Print each step until the job ends.")] = False,
     again: Annotated[

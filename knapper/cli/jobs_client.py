@@ -42,7 +42,12 @@ class JobsClient:
         self._http.close()
 
     def submit(self, job_yaml: Path, name: str | None, *, again: bool = False) -> dict[str, Any]:
-        """Send job.yaml and the files that it names, which lie beside it. Raises UserError before anything is sent."""
+        """Send job.yaml, which may be given by its folder, and the files that it names, which lie beside it.
+
+        Raises UserError before anything is sent.
+        """
+        if job_yaml.is_dir():
+            job_yaml /= "job.yaml"
         folder = job_yaml.resolve().parent
         yaml = jobs_transfer.checked(job_yaml)
         files = {each: jobs_transfer.checked(folder / each) for each in spec.parse(yaml.path.read_bytes()).job.files}

@@ -162,7 +162,7 @@ def test_the_command_line_sends_what_is_large_in_parts_and_only_what_is_missing(
     assert seen == [str(PART), str(2 * PART)]
     assert (tmp_path / "data/inbox/local/large/d.jsonl").read_bytes() == DATA
     (folder / "d.jsonl").write_bytes(DATA + b"\xff")
-    wrong = command(running, "submit", str(folder / "job.yaml"))
+    wrong = command(running, "submit", str(folder))  # by its folder too
     assert (wrong.returncode, "d.jsonl" in wrong.stderr, "UTF-8" in wrong.stderr) == (1, True, True)
     with (folder / "d.jsonl").open("wb") as file:
         file.truncate(limits.job_upload_bytes_max)
