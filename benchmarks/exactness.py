@@ -1,6 +1,7 @@
 """`make exactness`: are the promised bits kept on this CPU, under every instruction set that it has, at what cost?
 
     python -m benchmarks.exactness [--quick] [--model DIRECTORY_OR_NAME] [--threads 1 2] [--dtypes float32]
+        [--instructions AVX2 AVX-512]
 
 The engine on a real model, base and adapters of several ranks. The largest difference in a log-probability, of the same
 text and weights, between
@@ -358,6 +359,8 @@ def main() -> int:
     parser.add_argument("--model", default=SMOLLM2, help="a directory, or a name")
     parser.add_argument("--threads", type=int, nargs="+", default=[min(2, os.cpu_count() or 1)])
     parser.add_argument("--dtypes", nargs="+", choices=[*DTYPES], default=[*DTYPES])
+    here = [each.name for each in instruction_sets()]
+    parser.add_argument("--instructions", nargs="+", choices=here, default=here, help="which; default: all")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter texts, one step, no speed")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -367,9 +370,8 @@ def main() -> int:
         print(json.dumps(asdict(row)))
         return 0
     rows = []
-    for instruction_set, dtype, threads in itertools.product(
-        instruction_sets(), options.dtypes, dict.fromkeys(options.threads)
-    ):
+    chosen = [each for each in instruction_sets() if each.name in options.instructions]
+    for instruction_set, dtype, threads in itertools.product(chosen, options.dtypes, dict.fromkeys(options.threads)):
         rows.append(measured(instruction_set, str(directory), dtype, threads, quick=options.quick))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
         for product, layout in rows[-1].found.items():
