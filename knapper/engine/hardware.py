@@ -1,9 +1,4 @@
-"""The choice of device, memory and dtype; no other module makes it.
-
-The memory account: weights are loaded first. Of the rest, the KV cache of samples gets a part and their adapters a
-smaller one; what remains is for passes (activations, and prompt keys and values until sequences have copies) and for
-runs that train.
-"""
+"""The choice of device and dtype, and what a device has of memory; no other module asks. `memory` divides it."""
 
 import time
 from collections.abc import Callable
@@ -17,9 +12,6 @@ from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.errors import InvalidField
 
-_KV_PART: Final = 0.25  # of the memory beside the weights, for the KV cache
-_KV_PART_MOST: Final = 0.75  # where one sequence of the whole context needs more
-_ADAPTERS_PART: Final = 1 / 16  # of the memory beside the weights, for adapters of samples
 _ROWS, _WIDTH, _REPEATS = 128, 1024, 5  # of the products that compare dtypes: a millisecond or two each
 _GFLOP: Final = 2e-9 * _ROWS * _WIDTH * _WIDTH
 _SPEEDUP_MIN: Final = 1.3  # docs/decisions/0017
@@ -69,21 +61,6 @@ def memory_left(device: torch.device) -> int:
     return max(0, min(cap, free_on_card + reserved) - allocated)
 
 
-def kv_bytes(left: int, part: float, context_bytes: int) -> int:
-    """Bytes for the KV cache of all decoding sequences; `left` bytes beside the weights.
-
-    `part` of `left`. 0: a quarter, or the need of one sequence that fills the context, up to three quarters.
-    """
-    if part > 0:
-        return int(part * left)
-    return max(int(_KV_PART * left), min(context_bytes, int(_KV_PART_MOST * left)))
-
-
-def adapter_bytes(left: int) -> int:
-    """Bytes for adapters of samples, cached ones included; `left` bytes beside the weights."""
-    return int(_ADAPTERS_PART * left)
-
-
 def release(device: torch.device) -> None:
     """Return torch's cached device memory: a pass needs it in other sizes."""
     if device.type == "cuda":
@@ -103,8 +80,12 @@ def finish(device: torch.device) -> None:
 def dtype_for(setting: str, device: torch.device, cpu_s: Callable[[], float] = time.thread_time) -> torch.dtype:
     """`auto`: bfloat16 where the hardware computes it faster than float32, else float32.
 
-    `cpu_s`: CPU seconds of this thread.
+    `cpu_s`: CPU seconds of this thread. Raises InvalidField for bfloat16 on a GPU that only emulates it.
     """
+    if setting == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        allowed = f"auto or float32 on {name}, which has no bfloat16 and would emulate it"
+        raise InvalidField("KNAPPER_DTYPE", setting, allowed)
     if setting != "auto":
         return torch.bfloat16 if setting == "bfloat16" else torch.float32
     if device.type == "cuda":

@@ -14,21 +14,25 @@ import structlog
 import torch
 from tokenizers import Tokenizer
 
+from knapper import limits
 from knapper.catalogue.servable import expect_files
 from knapper.concurrency import shutdown
-from knapper.engine import checkpoint_format, hardware
+from knapper.engine import checkpoint_format, hardware, memory
 from knapper.engine.executor import Executor, Work
 from knapper.engine.hardware import dtype_for, finish, release
 from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.layers.lora import Lora, layout
+from knapper.engine.memory import Account, ModelBytes
 from knapper.engine.models.base import Model
 from knapper.engine.models.config import Facts
+from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.loader import load
 from knapper.engine.models.preflight import expect_device, expect_loadable
 from knapper.engine.out_of_memory import MemoryShortage
 from knapper.engine.run_machine import TrainingMachine
 from knapper.engine.sampling.sampler import EngineSampler
 from knapper.engine.training.trainer import RunState, Trainer
+from knapper.engine.transfer import to_device
 from knapper.errors import InvalidField, NotFound
 from knapper.jobs.services import JobServices, open_job_services
 from knapper.observability import metrics
@@ -64,11 +68,15 @@ class ServingEngine:
 
 @dataclass(frozen=True)
 class StoredAdapters:
-    """Loads adapters for a sampler from their immutable bundles, and verifies them."""
+    """Loads adapters for a sampler from their immutable bundles, and verifies them.
+
+    On a GPU they are in the base's dtype, half the bytes; on a CPU in float32, in which trainer and sampler agree.
+    """
 
     store: Store
     config: Facts
     device: torch.device
+    dtype: torch.dtype
 
     async def load(self, adapter: str) -> Lora:
         """Raises NotFound once the bundle was deleted, Corrupt if it does not match its index."""
@@ -81,7 +89,8 @@ class StoredAdapters:
         index, files = await bundles.read(self.store, adapter, only)
         arena = layout(self.config, index.spec)
         weights_P, _ = checkpoint_format.read(files, index.spec, arena, with_optimizer=False)
-        return arena.lora(weights_P.to(self.device), index.spec.alpha / index.spec.rank)
+        dtype = torch.float32 if self.device.type == "cpu" else self.dtype
+        return arena.lora(to_device(weights_P, self.device, dtype), index.spec.alpha / index.spec.rank)
 
 
 @cache
@@ -102,13 +111,16 @@ def engine() -> ServingEngine:
     executor, model, threads = _open_device(settings, device, exactness)
     metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
     store = CountedStore(open_store(settings))
-    machine = TrainingMachine(Trainer(model), executor, time.monotonic)
+    account = _account(settings, model)
+    trainer = Trainer(model, account.rows_max, account.datum_rows_max)
+    machine = TrainingMachine(trainer, executor, time.monotonic)
     terms = _terms(device, model, threads)
     _log_loaded(settings.model, model, terms, _promise(exactness, device), time.monotonic() - began)
-    sampler = _sampler(settings, model, executor, StoredAdapters(store, model.config, device))
-    metrics.Readings(readings(machine, sampler))
+    sampler = _sampler(settings, model, executor, StoredAdapters(store, model.config, device, model.dtype), account)
+    metrics.Readings([*readings(machine, sampler), *memory_readings(account)])
     holder = Holder(f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}", settings.address, terms)
-    runs = ClaimedRuns(store, CountedMachine(machine), holder, time.time, idle_s=settings.run_idle_s)
+    counted = CountedMachine(machine)
+    runs = ClaimedRuns(store, counted, holder, time.time, idle_s=settings.run_idle_s, bytes_max=account.runs)
     shutdown.before(runs.leave)
     return ServingEngine(
         base_model=settings.model,
@@ -150,27 +162,40 @@ def _log_loaded(name: str, model: Model, terms: Terms, exact: str, took_s: float
     )
 
 
-def _sampler(settings: Settings, model: Model, executor: Executor, adapters: StoredAdapters) -> EngineSampler:
-    """The sampler, with its share of the memory that the weights leave free."""
-    free, token = hardware.memory_left(model.device), model.bytes_per_token
-    kv = hardware.kv_bytes(free, settings.kv_memory, model.context_positions * token)
-    kv_tokens, cache = kv // token, hardware.adapter_bytes(free)
-    log.info("memory", free_mib=free >> 20, kv_cache_mib=kv >> 20, kv_cache_tokens=kv_tokens, adapters_mib=cache >> 20)
-    if kv_tokens < model.context_positions:
+def _account(settings: Settings, model: Model) -> Account:
+    """The process's account of memory, printed. Raises UserError if nothing fits beside the weights."""
+    left, is_cpu = hardware.memory_left(model.device), model.device.type == "cpu"
+    account = memory.divide(left, ModelBytes.of(model, model.weights_bytes), settings.kv_memory, is_cpu=is_cpu)
+    if isinstance(model, Decoder) and account.passes is not None:
+        model.passes = account.passes
+    log.info(
+        "memory", account=account.described(), kv_cache_tokens=account.kv_tokens, rows_of_a_pass=account.rows_max,
+        **{f"{part}_mib": size // limits.MIB for part, size in account.parts.items()},
+    )  # fmt: skip
+    longest = min(account.kv_tokens, account.text_tokens_max or account.kv_tokens)
+    if longest < model.context_positions:
         log.warning(
             "not even one text of the whole context fits: longer ones are refused",
-            tokens=kv_tokens, context=model.config.context, bytes_per_token=token,
+            tokens=longest, context=model.config.context, bytes_per_token=model.bytes_per_token,
             todo="raise KNAPPER_KV_MEMORY, or give the engine more memory",
         )  # fmt: skip
+    return account
+
+
+def _sampler(
+    settings: Settings, model: Model, executor: Executor, adapters: StoredAdapters, account: Account
+) -> EngineSampler:
+    """The sampler, with its part of the account."""
     return EngineSampler(
         model,
         executor,
         adapters,
         Tokenizer.from_file(f"{settings.model_directory}/tokenizer.json"),
         slots_max=_SLOTS_MAX,
-        kv_tokens_max=kv_tokens,
+        kv_tokens_max=account.kv_tokens,
         now=time.monotonic,
-        adapter_bytes_max=cache,
+        adapter_bytes_max=account.adapters,
+        text_tokens_max=account.text_tokens_max,
     )
 
 
@@ -240,6 +265,18 @@ def readings(machine: TrainingMachine, sampler: EngineSampler) -> list[Reading]:
                 lambda: counts.parked, counts=True),
         Reading("knapper_sample_slots", "Sequences that decode now.", lambda: sampler.active),
         Reading("knapper_sample_slots_max", "Sequences that can decode at once.", lambda: _SLOTS_MAX),
+    ]  # fmt: skip
+
+
+def memory_readings(account: Account) -> list[Reading]:
+    """The account by part, and what may be computed by it."""
+    return [
+        Reading("knapper_memory_bytes", "The process's account of memory by part: what each may take.",
+                lambda: {name: float(size) for name, size in account.parts.items()}, label="part"),
+        Reading("knapper_memory_total_bytes", "What the process may take of its device's memory, weights included.",
+                lambda: account.total),
+        Reading("knapper_train_pass_rows_max", "Tokens of a training pass, by the account of memory.",
+                lambda: account.rows_max),
     ]  # fmt: skip
 
 

@@ -43,7 +43,10 @@ class _Entry(Generic[State]):
 
 
 class ClaimedRuns(Generic[State]):
-    """Answers doorbells. A run without a doorbell for `idle_s` is unloaded; 0: never."""
+    """Answers doorbells. A run without a doorbell for `idle_s` is unloaded; 0: never.
+
+    States in memory are held to `bytes_max` (None: no limit): the least recently used go first.
+    """
 
     def __init__(
         self,
@@ -53,12 +56,13 @@ class ClaimedRuns(Generic[State]):
         clock: Callable[[], float],
         *,
         idle_s: float = 0.0,
+        bytes_max: int | None = None,
     ) -> None:
         self._store = store
         self._machine = machine
         self._holder = holder
         self._clock = clock
-        self._idle_s = idle_s
+        self._idle_s, self._bytes_max = idle_s, bytes_max
         self._manifests = Manifests(store)
         self._entries: OrderedDict[RunId, _Entry[State]] = OrderedDict()
         self._claims = itertools.count(1)
@@ -115,12 +119,20 @@ class ClaimedRuns(Generic[State]):
     def _entry(self, run: RunId) -> _Entry[State]:
         entry = self._entries.setdefault(run, _Entry())
         self._entries.move_to_end(run)
-        for other in list(self._entries):
-            if len(self._entries) <= _RUNS_MAX:
-                break
-            if not self._entries[other].lock.locked() and other != run:
-                del self._entries[other]
+        self._evict(run)
         return entry
+
+    def _evict(self, kept: RunId) -> None:
+        """Drop the least recently used runs that nobody works on, down to the number and the bytes that may stay."""
+        for other, entry in list(self._entries.items()):
+            if len(self._entries) <= _RUNS_MAX and (self._bytes_max is None or self._bytes <= self._bytes_max):
+                break
+            if not entry.lock.locked() and other != kept:
+                del self._entries[other]
+
+    @property
+    def _bytes(self) -> int:
+        return sum(entry.run.state_bytes for entry in self._entries.values() if entry.run is not None)
 
     async def _claimed(self, run: RunId, entry: _Entry[State], hint: Hint | None) -> Run[State]:
         if entry.run is not None and hint is not None and hint.epoch > entry.run.epoch:
@@ -145,6 +157,7 @@ class ClaimedRuns(Generic[State]):
                     before=msgspec.structs.asdict(entry.run.terms_before),
                     now=msgspec.structs.asdict(self._holder.terms),
                 )
+            self._evict(run)
         return entry.run
 
     async def _slice(self, run: Run[State], entry: _Entry[State], claimed: Claimed) -> AsyncGenerator[Frame]:

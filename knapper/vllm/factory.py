@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from knapper import limits
 from knapper.concurrency import shutdown
 from knapper.concurrency.retry import Attempts
-from knapper.engine import hardware, host_memory
+from knapper.engine import host_memory, memory
 from knapper.engine.hardware import dtype_for
 from knapper.engine.models.config import ModelConfig
 from knapper.engine.sampling.kv_cache import bytes_per_token
@@ -92,13 +92,13 @@ def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, 
 def on_cpu(facts: ModelConfig, dtype: torch.dtype, left: int, part: float) -> tuple[int, int]:
     """(bytes of the KV cache, tokens of the longest sequence) on a CPU with `left` bytes of memory beside the weights.
 
-    `part` as in hardware.kv_bytes. vLLM takes whole GiB, at least one, and starts only if they hold a sequence of the
+    `part` as in memory.kv_bytes. vLLM takes whole GiB, at least one, and starts only if they hold a sequence of the
     context.
     """
     token_bytes = bytes_per_token(facts, dtype)
     longest_bytes = (facts.context + -facts.context % _BLOCK) * token_bytes
     most_bytes = _SEQUENCES_MAX["cpu"] * longest_bytes  # vLLM takes all at once, used or not
-    kv = min(hardware.kv_bytes(left, part, _whole(longest_bytes)), _whole(most_bytes)) // _GIB * _GIB
+    kv = min(memory.kv_bytes(left, part, _whole(longest_bytes)), _whole(most_bytes)) // _GIB * _GIB
     return max(_GIB, kv), min(facts.context, max(_GIB, kv) // (_BLOCK * token_bytes) * _BLOCK)
 
 

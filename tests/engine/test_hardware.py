@@ -1,4 +1,4 @@
-"""The device is chosen in one place, a wrong one is refused with what the machine has, and its memory is divided."""
+"""The device is chosen in one place, a wrong one is refused with what the machine has."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ import torch
 
 import knapper
 from knapper.engine import hardware
-from knapper.engine.hardware import adapter_bytes, device_for, dtype_for, kv_bytes, memory_left, take_memory
+from knapper.engine.hardware import device_for, dtype_for, memory_left, take_memory
 from knapper.errors import InvalidField
 from tests.engine.gpu import GIB, Driver, with_gpu
 
@@ -68,7 +68,6 @@ def test_a_gpu_is_started_as_torch_and_its_driver_want_it(monkeypatch: pytest.Mo
     assert driver.capped == {0: 0.5}
     driver.held, driver.reserved = 16 * GIB, 18 * GIB
     assert memory_left(device) == 24 * GIB
-    assert kv_bytes(memory_left(device), 0, 0) == 6 * GIB
     assert dtype_for("auto", device) == torch.bfloat16
     hardware.release(device)
     assert driver.emptied == 1
@@ -87,7 +86,11 @@ def test_bfloat16_is_chosen_where_a_gpu_computes_it_itself(
     assert torch.cuda.is_bf16_supported()
     device = device_for("auto")
     assert dtype_for("auto", device) == getattr(torch, dtype), card
-    assert dtype_for("bfloat16", device) == torch.bfloat16, "who asks for it has it"
+    if dtype == "bfloat16":
+        assert dtype_for("bfloat16", device) == torch.bfloat16
+    else:
+        with pytest.raises(InvalidField, match=r"KNAPPER_DTYPE is 'bfloat16'; allowed: auto or float32 on .* emulate"):
+            dtype_for("bfloat16", device)
 
 
 def test_what_others_hold_of_a_gpu_is_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,15 +100,6 @@ def test_what_others_hold_of_a_gpu_is_not_left(monkeypatch: pytest.MonkeyPatch) 
     assert memory_left(device) == 6 * GIB, "5 that nobody has, and 1 that torch has ready"
     driver.others = 20 * GIB
     assert memory_left(device) == 0
-
-
-def test_keys_and_values_have_a_quarter_and_a_text_of_the_whole_context_has_more() -> None:
-    assert kv_bytes(64 * GIB, 0, 6 * GIB) == 16 * GIB
-    assert kv_bytes(16 * GIB, 0, 9 * GIB) == 9 * GIB, "more than a quarter, less than three"
-    assert kv_bytes(16 * GIB, 0, 16 * GIB) == 12 * GIB, "three quarters: the context does not fit"
-    assert kv_bytes(16 * GIB, 0.5, 16 * GIB) == 8 * GIB, "an operator's part is that part"
-    assert kv_bytes(0, 0, GIB) == 0
-    assert adapter_bytes(64 * GIB) == 4 * GIB
 
 
 def _clock(float32_s: Iterable[float], bfloat16_s: Iterable[float]) -> Callable[[], float]:

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from knapper.engine.layers import batch_invariant_attention
+from knapper.engine.layers import batch_invariant_attention, varlen_attention
+from knapper.engine.layers.varlen_attention import VarlenAttention
 from knapper.engine.training.prefix_sharing import Prefixes
+from knapper.engine.transfer import to_device
 
 
 def attention_dtype(base: torch.dtype, device: torch.device) -> torch.dtype:
@@ -34,12 +36,15 @@ class PackedAttention:
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = list(lengths)
+        self._varlen = VarlenAttention(lengths, lengths)
         self._buckets: dict[int, list[int]] = {}
         for index, length in enumerate(lengths):
             self._buckets.setdefault(length, []).append(index)
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:  # noqa: ARG002  the protocol gives each layer its number
         rows = q_NHD.shape[0]
+        if varlen_attention.computes(q_NHD):
+            return self._varlen(q_NHD, k_NGD, v_NGD).reshape(rows, -1)
         if len(self._buckets) == 1:
             return _causal(*(x.view(len(self.lengths), -1, *x.shape[1:]) for x in (q_NHD, k_NGD, v_NGD))).reshape(
                 rows, -1
@@ -72,10 +77,14 @@ class ContinuedAttention:
 
     def __init__(self, past_kv: Tensor) -> None:
         self._past_kv = past_kv
+        self._varlen: VarlenAttention | None = None
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
         keys, values = self._past_kv[layer]
         k, v = torch.cat([keys, k_NGD]), torch.cat([values, v_NGD])
+        if varlen_attention.computes(q_NHD):
+            self._varlen = self._varlen or VarlenAttention([len(q_NHD)], [len(k)])
+            return self._varlen(q_NHD, k, v).reshape(q_NHD.shape[0], -1)
         return _causal(q_NHD[None], k[None], v[None]).reshape(q_NHD.shape[0], -1)
 
 
@@ -111,13 +120,13 @@ def prefix_attention(groups: Sequence[Prefixes], device: torch.device) -> Attend
         return PackedAttention(lengths)
     rows_N = _offset_by_part([group.rows_N for group in groups], [len(group) for group in groups])
     first_U = _offset_by_part([group.first_U for group in groups], [group.total for group in groups])
-    return SharedPrefixAttention(lengths, rows_N.to(device, non_blocking=True), first_U.to(device, non_blocking=True))
+    return SharedPrefixAttention(lengths, to_device(rows_N, device), to_device(first_U, device))
 
 
-def _offset_by_part(rows: Sequence[NDArray[np.int64]], sizes: Sequence[int]) -> Tensor:
+def _offset_by_part(rows: Sequence[NDArray[np.int64]], sizes: Sequence[int]) -> NDArray[np.int64]:
     """Indices within each of several parts, as indices within the whole."""
     starts = itertools.accumulate(sizes[:-1], initial=0)
-    return torch.from_numpy(np.concatenate([part + start for part, start in zip(rows, starts, strict=True)]))
+    return np.concatenate([part + start for part, start in zip(rows, starts, strict=True)])
 
 
 def _causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ so gradients are the same to the last bit, and the choice of layers may depend o
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -15,27 +16,50 @@ from knapper.engine.models.config import ModelConfig
 _saved_bytes_least: Final = (
     1024 << 20
 )  # of a small model's layers at a time; a larger one's may take as much as its weights
-_gpu_part: Final = 4  # at most 1 / this of a GPU's memory
 
 Layer = Callable[[Tensor], Tensor]
 
 
-def saved_bytes_max(weights_bytes: int, device: torch.device) -> int:
-    """Bytes of activations that one pass may keep."""
-    most = max(_saved_bytes_least, weights_bytes)
-    if device.type != "cuda":
-        return most
-    return min(most, int(torch.cuda.get_device_properties(device).total_memory) // _gpu_part)
+@dataclass(frozen=True)
+class PassBytes:
+    """The activations of one pass: `total` bytes, of which each row takes `row` in any case, and `layer_row` more in
+    each layer that keeps its activations.
+    """
+
+    total: int
+    row: int
+    layer_row: int
+
+    def layers_kept(self, rows: int) -> int:
+        """Layers that keep their activations in a pass of so many rows."""
+        spare = self.total - rows * self.row
+        return max(0, spare) // (rows * self.layer_row) if self.layer_row else 0
 
 
-def saved_bytes_of_row(config: ModelConfig) -> int:
-    """Bytes that one row leaves in one layer, as `tests/engine/layers/test_checkpointing.py` measures them.
+def on_cpu(config: ModelConfig, weights_bytes: int) -> PassBytes:
+    """Small passes keep everything; a large model's may keep as much as its weights take."""
+    return PassBytes(max(_saved_bytes_least, weights_bytes), 0, saved_bytes_of_row(config))
+
+
+def saved_bytes_of_row(config: ModelConfig, size: int = 4) -> int:
+    """Bytes that one row leaves in one layer, as `tests/engine/layers/test_checkpointing.py` measures them on a CPU,
+    and the gate of `tests/engine/gate` for a GPU, whose dtype has `size` bytes.
 
     Five rows of the residual's width (both norms' inputs, and the inputs of three linears), queries, keys, values,
-    attention's outputs, and four of the MLP's width. In bfloat16 most of it is float32 all the same.
+    attention's outputs, and four of the MLP's width. In bfloat16 most of it is float32 all the same on a CPU; on a GPU
+    two thirds remain.
     """
     q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    return 4 * (5 * config.hidden + 2 * q + 2 * kv + 4 * config.intermediate)
+    wide = 4 * (5 * config.hidden + 2 * q + 2 * kv + 4 * config.intermediate)
+    return wide if size == 4 else 2 * wide // 3
+
+
+def pass_bytes_of_row(config: ModelConfig, size: int) -> int:
+    """Bytes that one row takes in a pass in which no layer but the first keeps its activations.
+
+    The layers' inputs; the first layer's activations; those of the layer that is computed again, with its gradients.
+    """
+    return config.layers * config.hidden * size + 3 * saved_bytes_of_row(config, size)
 
 
 def checkpointed(layer: Layer, x_NH: Tensor, *, keep: bool) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from knapper.engine.layers.adapters import pad_rank, padded_rank, product
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.row_padding import row_sums
+from knapper.engine.transfer import to_device
 
 ELEMENTS_MAX = 1 << 24  # logits in memory at a time: 64 MiB of float32
 ROWS_MIN = 16  # smaller products take other kernels, whose last bits differ
@@ -43,8 +44,8 @@ def target_logprobs(
     """Log-probabilities of `targets`, int64 (N) or (N, K), in their shape; float32 (float64 for float64 hidden states).
 
     Differentiable in the hidden states and in the LoRA; the head is frozen. `needed_N`: False promises a zero gradient,
-    and skips the row's backward work; a broken promise is an AssertionError. It is an array of the host, so that the
-    host never waits for the device.
+    and skips the row's backward work; a broken promise is an AssertionError (on a CPU). It is an array of the host, so
+    that the host never waits for the device.
     """
     columns_NK = targets.unsqueeze(1) if targets.dim() == 1 else targets
     if needed_N is None:
@@ -94,17 +95,17 @@ class _FrozenHead(torch.autograd.Function):
         logprobs: list[Tensor] = []
         differentiate = ctx.needs_input_grad[0]
         mean_NH = torch.zeros_like(hidden_NH) if differentiate else hidden_NH.new_empty(0)
-        for chunk in _chunks(len(hidden_NH), head.outputs):
+        chunks = _chunks(len(hidden_NH), head.outputs)
+        needed = _needed_rows(needed_N, hidden_NH.device).split([int(needed_N[chunk].sum()) for chunk in chunks])
+        for chunk, rows_C in zip(chunks, needed, strict=True):
             logits_CV = logits(hidden_NH[chunk], head)
             logprobs_CK, total_C1 = _log_softmax_(logits_CV, targets_NK[chunk])
             logprobs.append(logprobs_CK)
-            if differentiate:
-                rows = _needed_rows(needed_N[chunk], hidden_NH.device)
-                if len(rows):
-                    whole = len(rows) == len(logits_CV)
-                    p_CV = logits_CV if whole else logits_CV[rows]
-                    p_CV = p_CV.div_(total_C1 if whole else total_C1[rows]).to(head.dtype)
-                    mean_NH[chunk.start + rows] = head.back([p_CV]).to(mean_NH.dtype)
+            if differentiate and len(rows_C):
+                whole, rows = len(rows_C) == len(logits_CV), rows_C - chunk.start
+                p_CV = logits_CV if whole else logits_CV[rows]
+                p_CV = p_CV.div_(total_C1 if whole else total_C1[rows]).to(head.dtype)
+                mean_NH[rows_C] = head.back([p_CV]).to(mean_NH.dtype)
         ctx.head, ctx.needed_N = head, needed_N
         ctx.save_for_backward(targets_NK, mean_NH)
         return torch.cat(logprobs)
@@ -173,9 +174,11 @@ class _AdaptedHead(torch.autograd.Function):
 
 
 def _needed_rows(needed_N: NDArray[np.bool_], device: torch.device) -> Tensor:
-    return torch.from_numpy(needed_N.nonzero()[0]).to(device, non_blocking=True)
+    return to_device(needed_N.nonzero()[0], device)
 
 
 def _check_promise(grad_NK: Tensor, needed_N: NDArray[np.bool_]) -> None:
-    idle_N1 = torch.from_numpy(~needed_N[:, None]).to(grad_NK.device, non_blocking=True)
-    assert not (grad_NK.ne(0) & idle_N1).any(), "a row that promised a zero gradient has another"
+    """On a CPU only: a GPU would have to be waited for, and the losses that promise are the same there."""
+    if grad_NK.device.type == "cpu":
+        idle_N1 = torch.from_numpy(~needed_N[:, None])
+        assert not (grad_NK.ne(0) & idle_N1).any(), "a row that promised a zero gradient has another"

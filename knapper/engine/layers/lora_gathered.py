@@ -15,6 +15,7 @@ from knapper.engine.layers.adapters import pad_rank, padded_rank
 from knapper.engine.layers.batch_invariance import RowLayout
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
+from knapper.engine.transfer import to_device
 
 _Shape = tuple[tuple[str, int], ...]  # padded ranks by target module
 
@@ -40,7 +41,10 @@ class AdapterGroup:
         self.loras = loras
         first = next(iter(loras[0].a.values()))
         self.rank = padded_rank(len(first))
-        self.scale_A11 = first.new_tensor([lora.scale for lora in loras])[:, None, None]
+        scales_A = to_device(
+            [lora.scale for lora in loras], first.device, torch.promote_types(first.dtype, torch.float32)
+        )
+        self.scale_A11 = scales_A[:, None, None]
         self._stacked: dict[tuple[str, ...], tuple[Tensor, list[Tensor | None]] | None] = {}
 
     def of(self, names: Sequence[str]) -> tuple[Tensor, list[Tensor | None]] | None:
@@ -105,6 +109,7 @@ class GatheredLora:
             rows_NI = x_NI.index_select(0, blocks.gather)
         x_XMI = rows_NI.view(-1, blocks.width, x_NI.shape[1]).to(a_ARI.dtype)
         low_XMR = torch.bmm(x_XMI, blocks.of(a_ARI).transpose(1, 2)) * blocks.of(group.scale_A11)
+        low_XMR = low_XMR.to(a_ARI.dtype)
         lows = iter(low_XMR.split(group.rank, dim=2))
         return tuple(
             part
@@ -125,7 +130,7 @@ class _Blocks:
     """Row indices of a group: each adapter's in blocks of `width`, padded with row 0, whose output is dropped."""
 
     width: int
-    adapters: list[int]  # of each block
+    adapters: Tensor  # of each block
     gather: Tensor
     group_rows: Tensor
     block_rows: Tensor
@@ -141,7 +146,7 @@ class _Blocks:
             return stacked
         if len(stacked) == 1:
             return stacked.expand(len(self.adapters), *stacked.shape[1:])
-        return stacked[self.adapters]
+        return stacked.index_select(0, self.adapters)
 
 
 def _blocks(members: Sequence[Sequence[int]], layout: RowLayout, device: torch.device) -> _Blocks:
@@ -154,7 +159,7 @@ def _blocks(members: Sequence[Sequence[int]], layout: RowLayout, device: torch.d
     adapters = [adapter for adapter, _ in blocks]
     return _Blocks(
         width,
-        adapters,
+        _indices(adapters, device),
         _indices([row for _, rows in blocks for row in [*rows, *[0] * (width - len(rows))]], device),
         _indices([row for _, rows in blocks for row in rows], device),
         _indices(
@@ -165,4 +170,4 @@ def _blocks(members: Sequence[Sequence[int]], layout: RowLayout, device: torch.d
 
 
 def _indices(values: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=device)
+    return to_device(values, device, torch.int64)

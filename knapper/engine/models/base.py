@@ -92,6 +92,11 @@ class Model(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     @property
+    def weights_bytes(self) -> int:
+        """Bytes of the base weights on the device."""
+        ...
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of a token's keys and values while decoding."""
         ...

@@ -35,6 +35,7 @@ from knapper.engine.models.prefill import Prefilled, PrefillPrompt, prefill
 from knapper.engine.models.weights import LayerWeights, Weights
 from knapper.engine.sampling.kv_cache import Cache, bytes_per_token, context_positions
 from knapper.engine.training.prefix_sharing import Prefixes
+from knapper.engine.transfer import to_device
 
 __all__ = ["Decoder", "Segment"]
 
@@ -54,8 +55,11 @@ class Decoder:
         self.device = weights.embed.device
         self.attention_dtype = attention_dtype(self.dtype, self.device)
         self._frequencies = rope.frequencies(config, self.device)
-        self._saved_bytes_max = checkpointing.saved_bytes_max(weights.nbytes, self.device)
-        self._saved_bytes_of_row = checkpointing.saved_bytes_of_row(config)
+        self.passes = checkpointing.on_cpu(config, weights.nbytes)  # of a GPU the account of memory says it
+
+    @property
+    def weights_bytes(self) -> int:
+        return self.weights.nbytes
 
     @property
     def bytes_per_token(self) -> int:
@@ -79,7 +83,7 @@ class Decoder:
         """To (U, H), a segment for each layer: rows that the groups share are computed once."""
 
         def on_device(arrays: Sequence[np.ndarray]) -> Tensor:
-            return torch.from_numpy(np.concatenate(arrays)).to(self.device, non_blocking=True)
+            return to_device(np.concatenate(arrays), self.device)
 
         rows = [len(group) for group in groups]
         segments: list[Segment] = []
@@ -146,7 +150,7 @@ class Decoder:
         assert rows == positions_N.shape[0], f"{rows} tokens for {positions_N.shape[0]} positions"
         x_NH = F.embedding(tokens_N, self.weights.embed)
         cos_sin = rope.cos_sin(positions_N, self._frequencies)
-        layers_saved = self._saved_bytes_max // (rows * self._saved_bytes_of_row)
+        layers_saved = self.passes.layers_kept(rows)
         layers = [
             partial(
                 checkpointing.checkpointed,
@@ -196,4 +200,4 @@ class Decoder:
 
 
 def _positions(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.cat([torch.arange(length) for length in lengths]).to(device, non_blocking=True)
+    return to_device(torch.cat([torch.arange(length) for length in lengths]), device)

@@ -16,6 +16,7 @@ from knapper.engine.layers.attention import Attend, ConcatenatedAttention, Conti
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_grouped import Segment
 from knapper.engine.training.prefix_sharing import Prefixes
+from knapper.engine.transfer import to_device
 
 if TYPE_CHECKING:
     from knapper.engine.models.decoder import Decoder
@@ -75,7 +76,7 @@ def prefill(decoder: "Decoder", prompts: Sequence[PrefillPrompt]) -> list[Prefil
     starts = np.cumsum([0, *rows]).tolist()
     segments = [Segment(start, start + n, part.lora) for start, n, part in zip(starts, rows, parts, strict=False)]
     tokens_N, positions_N = (
-        torch.from_numpy(np.concatenate(arrays)).to(decoder.device)
+        to_device(np.concatenate(arrays), decoder.device)
         for arrays in ([part.tokens for part in parts], [part.positions for part in parts])
     )
     hidden_NH, kv = decoder.hidden_and_kv(
@@ -84,7 +85,7 @@ def prefill(decoder: "Decoder", prompts: Sequence[PrefillPrompt]) -> list[Prefil
     by_number: dict[int, Prefilled] = {}
     for start, part in zip(starts, parts, strict=False):
         for number, rows_of, computed in part.prompts:
-            index = torch.from_numpy(start + rows_of).to(decoder.device)
+            index = to_device(start + rows_of, decoder.device)
             # Copies: a view would keep the pass of all prompts alive for as long as one sequence waits.
             kv_of = kv.index_select(2, index)
             past = kv_of if part.past is None else torch.cat([part.past, kv_of], dim=2)

@@ -29,6 +29,7 @@ from knapper.engine.layers.lora_grouped import Segment, Segments
 from knapper.engine.models.config import HEAD, ComputedBy, LoraTarget
 from knapper.engine.models.prefill import Prefilled, PrefillPrompt
 from knapper.engine.training.prefix_sharing import Prefixes
+from knapper.engine.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class TransformersModel:
         self.context_positions = config.context
         self.device, self.dtype = head.weight_VH.device, head.weight_VH.dtype
         self.head = head
+        self.weights_bytes = sum(weight.nbytes for weight in {*body.parameters(), head.weight_VH})  # a tied head once
         self._body = body
         self._lora: Lora | None = None
         self.adapted: set[str] = set()  # target modules that a pass has called
@@ -123,10 +125,10 @@ class TransformersModel:
         """(U, H). Every sequence is computed whole; of shared rows, the first sequence's are taken."""
         group_rows: list[Tensor] = []
         for group, lora in zip(groups, loras, strict=True):
-            tokens_N = torch.from_numpy(group.tokens_U[group.rows_N]).to(self.device)
+            tokens_N = to_device(group.tokens_U[group.rows_N], self.device)
             rows_NH = torch.cat([self.rows(tokens_T, lora)[0] for tokens_T in tokens_N.split(group.lengths)])
             shared = len(group) < group.total
-            group_rows.append(rows_NH[torch.from_numpy(group.first_U).to(self.device)] if shared else rows_NH)
+            group_rows.append(rows_NH[to_device(group.first_U, self.device)] if shared else rows_NH)
         return torch.cat(group_rows)
 
     def target_logprobs(
@@ -146,7 +148,7 @@ class TransformersModel:
             if key in by_key:
                 prefilled.append(replace(by_key[key], computed=0))
                 continue
-            tokens_T = torch.from_numpy(prompt.tokens_T.astype("int64")).to(self.device)
+            tokens_T = to_device(prompt.tokens_T.astype("int64"), self.device)
             with _no_grad():
                 rows_TH, past = self._rows_and_cache(tokens_T, prompt)
             by_key[key] = Prefilled(rows_TH, past, len(tokens_T))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from knapper.engine.layers import batch_invariant_attention
 from knapper.engine.models.config import ModelConfig
+from knapper.engine.transfer import to_device
 
 capacity_min = batch_invariant_attention.KEYS
 _NOWHERE: Final = -1  # the length of a sequence that lost its slot
@@ -219,7 +220,7 @@ class Cache:
         pools = [self._pools[capacity] for capacity in sorted(self._pools)]
         parts = []
         for pool in pools:
-            at_N = torch.tensor([slot.length for slot in pool.slots], device=self._shape.device)
+            at_N = to_device([slot.length for slot in pool.slots], self._shape.device)
             masked = torch.arange(pool.capacity, device=self._shape.device) > at_N[:, None]
             bias = torch.zeros(masked.shape, dtype=self._shape.dtype, device=self._shape.device).masked_fill_(
                 masked, -torch.inf

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from knapper.engine.sampling.sequence import RunningSequence, SequenceGroup
-from knapper.engine.sampling.token_sampling import alternatives, draw
+from knapper.engine.sampling.token_sampling import alternatives, draw, where_float64
 from knapper.errors import UserError
 
 
@@ -30,10 +30,10 @@ def take_tokens(sequences: Sequence[RunningSequence], logits_NV: Tensor) -> dict
         [t.uniform() for t in sequences],
     )
     k_max = max(sequence.group.request.topk_sample_logprobs for sequence in sequences)
-    likeliest = alternatives(drawn.logprobs_NV, k_max) if k_max else None
+    likeliest = [cells.cpu() for cells in alternatives(drawn.logprobs_NV, k_max)] if k_max else None
     failures: dict[SequenceGroup, Exception] = {}
     for row, (sequence, token, logprob, is_finite) in enumerate(
-        zip(sequences, drawn.tokens_N.tolist(), drawn.logprobs_N.tolist(), finite[:, 0].tolist(), strict=True)
+        zip(sequences, *_on_host(drawn.tokens_N, drawn.logprobs_N, where_float64(finite[:, 0])), strict=True)
     ):
         if not is_finite:
             failures[sequence.group] = NonFiniteLogits.of(sequence.group)
@@ -46,3 +46,9 @@ def take_tokens(sequences: Sequence[RunningSequence], logits_NV: Tensor) -> dict
         except Exception as error:  # noqa: BLE001  raised by its listener or its stop criteria: fails this request only
             failures[sequence.group] = error
     return failures
+
+
+def _on_host(tokens_N: Tensor, logprobs_N: Tensor, finite_N: Tensor) -> tuple[list[int], list[float], list[bool]]:
+    """In one transfer, as float64: it holds every token and every float32 exactly."""
+    tokens, logprobs, finite = torch.stack([values.double() for values in (tokens_N, logprobs_N, finite_N)]).tolist()
+    return [int(token) for token in tokens], logprobs, [bool(value) for value in finite]

@@ -7,7 +7,6 @@ score. Log-probabilities are untempered.
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from knapper.engine.sampling.token_sampling import (
@@ -18,6 +17,7 @@ from knapper.engine.sampling.token_sampling import (
     redraw,
     where_float64,
 )
+from knapper.engine.transfer import to_device
 from knapper.wire.types import Cells, Float32, PromptDraws, SampleRequest, TopK
 
 
@@ -78,7 +78,7 @@ class PromptLogprobs:
             self._add_targets(start, stop, logprobs_NV)
         if self.draws is not None:
             device = logits_NV.device
-            uniforms_Nk = torch.from_numpy(self._uniforms[start:stop]).to(device)
+            uniforms_Nk = to_device(self._uniforms[start:stop], device)
             tokens_Nk = redraw(logits_NV, self._request.params.temperature, uniforms_Nk)
             self.draws.tokens[start:stop] = tokens_Nk.cpu().numpy()
             self.draws.logprobs[start:stop] = logprobs_NV.gather(1, tokens_Nk).cpu().numpy()
@@ -86,7 +86,7 @@ class PromptLogprobs:
     def _add_logprobs(self, start: int, logprobs_NV: Tensor) -> None:
         positions = slice(start + 1, start + 1 + len(logprobs_NV))
         if self.logprobs is not None:
-            following = torch.from_numpy(self._request.prompt[positions].astype(np.int64)).to(logprobs_NV.device)
+            following = to_device(self._request.prompt[positions].astype(np.int64), logprobs_NV.device)
             self.logprobs[positions] = logprobs_NV.gather(1, following[:, None])[:, 0].cpu().numpy()
         if self.topk is not None:
             tokens, logprobs = alternatives(logprobs_NV, self._request.topk_prompt_logprobs)
@@ -98,6 +98,9 @@ class PromptLogprobs:
         low, high = np.searchsorted(self._target_rows, [start, stop])
         tokens = self._request.target_prompt_logprobs.values[low:high]
         requested = np.flatnonzero(tokens >= 0)
-        rows = torch.from_numpy(self._target_rows[low:high][requested] - start)
-        logprobs = logprobs_NV[rows.to(logprobs_NV.device), torch.from_numpy(tokens[requested]).to(logprobs_NV.device)]
+        rows, columns = (
+            to_device(indices, logprobs_NV.device)
+            for indices in (self._target_rows[low:high][requested] - start, tokens[requested])
+        )
+        logprobs = logprobs_NV[rows, columns]
         self.targets.values[low + requested] = logprobs.cpu().numpy()

@@ -26,7 +26,8 @@ _ADAPTER_BYTES_MAX: Final = 1024 * limits.MIB
 class EngineSampler:
     """Continuous batching over one decoder: `slots_max` sequences decode at once, within `kv_tokens_max` positions.
 
-    Adapters are cached between requests, up to `adapter_bytes_max`. `now`, in seconds, only measures costs.
+    Adapters are cached between requests, up to `adapter_bytes_max`. `text_tokens_max`: for more the device has no room
+    when they are computed at once, as a prompt is. `now`, in seconds, only measures costs.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class EngineSampler:
         kv_tokens_max: int,
         now: Callable[[], float],
         adapter_bytes_max: int = _ADAPTER_BYTES_MAX,
+        text_tokens_max: int | None = None,
     ) -> None:
-        self._decoder, self._tokenizer = decoder, tokenizer
+        self._decoder, self._tokenizer, self._text_tokens_max = decoder, tokenizer, text_tokens_max
         self._kv_tokens_max = kv_tokens_max
         self._adapters = AdapterCache(adapters, decoder.device, adapter_bytes_max)
         self._scheduler = SamplingScheduler(decoder, device, slots_max, kv_tokens_max, now)
@@ -100,15 +102,19 @@ class EngineSampler:
         """(tokens that a sequence may have, positions that it reserves). Raises TooLarge."""
         prompt, requested = int(request.prompt.size), request.params.max_tokens
         context_left = self._decoder.config.context - prompt
-        fits = self._scheduler.longest - prompt + 1  # the last token is never fed
+        at_once = self._text_tokens_max or self._decoder.config.context
+        longest = min(self._scheduler.longest, at_once)
+        fits = longest - prompt + 1  # the last token is never fed
         tokens_max = min(context_left, requested if requested is not None else fits if fits > 0 else context_left)
         cost = 0 if tokens_max <= 1 else self._scheduler.positions(prompt + tokens_max - 1)
-        if cost > self._kv_tokens_max and fits < 1:
-            because = f", as the server has key/value memory for {self._scheduler.longest}"
-            raise ContextLengthExceeded(prompt, self._scheduler.longest, self._decoder.config.context, because)
-        if cost > self._kv_tokens_max:
+        lacks_memory = cost > self._kv_tokens_max or prompt + max(0, tokens_max - 1) > at_once
+        if lacks_memory and fits < 1:
+            because = f", as the server has key/value memory for {longest}"
+            raise ContextLengthExceeded(prompt, longest, self._decoder.config.context, because)
+        if lacks_memory:
             raise TooLarge(
                 f"a prompt of {prompt} tokens with up to {tokens_max} sampled ones needs {cost} positions of key/value "
-                f"memory; allowed: {self._kv_tokens_max}. Lower sampling_params.max_tokens, or send a shorter prompt"
+                f"memory; allowed: {min(self._kv_tokens_max, at_once)}. Lower sampling_params.max_tokens, or send a "
+                "shorter prompt"
             )
         return tokens_max, cost

@@ -42,6 +42,7 @@ from knapper.engine.sampling.prefill_queue import FreeCapacity, PrefillQueue, ne
 from knapper.engine.sampling.prompt_logprobs import PromptLogprobs
 from knapper.engine.sampling.prompts import Prefiller, SamplingCounters
 from knapper.engine.sampling.sequence import Isolation, RunningSequence, SequenceGroup
+from knapper.engine.transfer import to_device
 from knapper.errors import Unavailable
 from knapper.text.sizes import sized
 
@@ -228,7 +229,7 @@ class SamplingScheduler:
             segments = Segments([group.segment(row, 1) for row, group in enumerate(groups)])
             logits_JV = self._decoder.logits(last_JH, segments)
             row_of = {group: row for row, group in enumerate(groups)}
-            rows = torch.tensor([row_of[sequence.group] for sequence in chunk], device=logits_JV.device)
+            rows = to_device([row_of[sequence.group] for sequence in chunk], logits_JV.device)
             for sequence in self._draw(chunk, logits_JV[rows]):
                 self._batch.add(sequence, sequence.group.past)
             self._charge(began_s, [(sequence.group, 1) for sequence in chunk])
@@ -274,7 +275,7 @@ class SamplingScheduler:
         began_s = self._now()
         self._cache.reserve()
         sequences = [self._batch.sequences[slot] for slot in self._cache.rows]
-        tokens = torch.tensor([sequence.tokens[-1] for sequence in sequences], device=self._decoder.device)
+        tokens = to_device([sequence.tokens[-1] for sequence in sequences], self._decoder.device)
         self._draw(sequences, self._cache.step(tokens, [sequence.group.lora for sequence in sequences]))
         self._batch.remove_finished()
         self.counters.steps += 1

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knapper.engine.layers.row_padding import padded, row_sums
+from knapper.engine.transfer import to_device
 from knapper.wire.types import SamplingParams
 
 empty_token, empty_logprob = 0, -99999.0  # an empty cell of top-k log-probabilities
@@ -59,17 +60,17 @@ def draw(logits_NV: Tensor, params: list[SamplingParams], uniforms_N: list[float
     """
     logits_NV = where_float64(logits_NV)
     device = logits_NV.device
-    temperature_N = torch.tensor([p.temperature or 1.0 for p in params], dtype=torch.float64, device=device)
+    temperature_N = to_device([p.temperature or 1.0 for p in params], device, torch.float64)
     logprobs_NV = log_distribution(logits_NV, temperature_N)
     cut = [row for row, p in enumerate(params) if p.temperature > 0 and (p.top_k != -1 or p.top_p < 1)]
     if cut:
-        rows = torch.tensor(cut, device=device)
+        rows = to_device(cut, device)
         vocabulary = logits_NV.shape[1]
         top_k = [vocabulary if params[row].top_k == -1 else min(params[row].top_k, vocabulary) for row in cut]
         top_p = [params[row].top_p for row in cut]
-        logprobs_NV[rows] = _truncated(logprobs_NV[rows], torch.tensor(top_k, device=device), top_p)
-    tokens_N = _inverse(logprobs_NV, torch.tensor(uniforms_N, dtype=torch.float64, device=device)[:, None])[:, 0]
-    greedy = torch.tensor([p.temperature == 0 for p in params], device=device)
+        logprobs_NV[rows] = _truncated(logprobs_NV[rows], top_k, top_p)
+    tokens_N = _inverse(logprobs_NV, to_device(uniforms_N, device, torch.float64)[:, None])[:, 0]
+    greedy = to_device([p.temperature == 0 for p in params], device)
     return SampledTokens(torch.where(greedy, logits_NV.argmax(-1), tokens_N), logprobs_NV)
 
 
@@ -104,22 +105,17 @@ def log_distribution(logits_NV: Tensor, temperature_N: Tensor | None = None) -> 
     return scaled - row_sums(scaled.exp()).log()
 
 
-def _truncated(logprobs_NV: Tensor, top_k_N: Tensor, top_p: list[float]) -> Tensor:
+def _truncated(logprobs_NV: Tensor, top_k: list[int], top_p: list[float]) -> Tensor:
     """Renormalised over the smallest set of likeliest tokens that holds `top_p` of the mass of the `top_k` likeliest.
 
     Among equals the lower ids stay.
     """
     rows, vocabulary = logprobs_NV.shape
     p_NV = padded(logprobs_NV.exp())
-    top_k_N = F.pad(top_k_N, (0, p_NV.shape[0] - rows), value=1)
-    top_p_N = torch.tensor(top_p + [0.0] * (p_NV.shape[0] - rows), dtype=torch.float64, device=p_NV.device)
-    first = min(_TOP_P_FIRST, vocabulary)
-    likeliest = p_NV.topk(first, dim=-1).values
-    cumulative = likeliest.cumsum(-1, dtype=torch.float64)
-    enough = (top_k_N <= first) | ((cumulative[:, -1] >= top_p_N) & (top_p_N < 1))
-    if not bool(enough.all()):
-        likeliest = p_NV.sort(dim=-1, descending=True).values
-        cumulative = likeliest.cumsum(-1, dtype=torch.float64)
+    missing = p_NV.shape[0] - rows
+    top_k_N = to_device(top_k + [1] * missing, p_NV.device)
+    top_p_N = to_device(top_p + [0.0] * missing, p_NV.device, torch.float64)
+    likeliest, cumulative = _likeliest(p_NV, top_k_N, top_p_N)
     last = top_k_N.clamp(max=cumulative.shape[1])[:, None] - 1
     mass = torch.where(top_k_N == vocabulary, 1.0, cumulative.gather(1, last)[:, 0])
     before = F.pad(cumulative, (1, -1))
@@ -130,6 +126,19 @@ def _truncated(logprobs_NV: Tensor, top_k_N: Tensor, top_p: list[float]) -> Tens
     ties_N = size_N - above.sum(-1)
     mask_NV = above | (tied & (tied.cumsum(-1) <= ties_N[:, None]))
     return F.log_softmax(padded(logprobs_NV).masked_fill(~mask_NV, -torch.inf), dim=-1)[:rows]
+
+
+def _likeliest(p_NV: Tensor, top_k_N: Tensor, top_p_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest probabilities of each row in order, as many as top_k and top_p need, and their cumulative sums."""
+    first = min(_TOP_P_FIRST, p_NV.shape[1])
+    if p_NV.device.type == "cpu":  # elsewhere sorting costs less than waiting to know whether it is needed
+        likeliest = p_NV.topk(first, dim=-1).values
+        cumulative = likeliest.cumsum(-1, dtype=torch.float64)
+        enough = (top_k_N <= first) | ((cumulative[:, -1] >= top_p_N) & (top_p_N < 1))
+        if bool(enough.all()):
+            return likeliest, cumulative
+    likeliest = p_NV.sort(dim=-1, descending=True).values
+    return likeliest, likeliest.cumsum(-1, dtype=torch.float64)
 
 
 def _inverse(logprobs_NV: Tensor, uniforms_Nk: Tensor) -> Tensor:

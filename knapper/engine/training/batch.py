@@ -7,6 +7,7 @@ its own rows only, and each request has its own loss.
 N rows of all sequences, U computed rows (`Prefixes`), M distinct (row, targets) of the head, K targets.
 """
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,9 @@ from knapper.engine.layers.layerwise import LayerwisePass
 from knapper.engine.layers.lora import Lora
 from knapper.engine.models.base import Model
 from knapper.engine.models.config import HEAD
-from knapper.engine.training.losses import Loss, LossValue
+from knapper.engine.training.losses import Loss
 from knapper.engine.training.prefix_sharing import Prefixes
+from knapper.engine.transfer import to_device
 from knapper.errors import UserError
 from knapper.wire.types import Datum, ForwardBackwardOutput
 
@@ -146,34 +148,30 @@ def _losses_of(model: Model, request: PendingRequest, batch: MicroBatch, logprob
     losses = [
         request.loss(p, loss_inputs, request.config) for p, loss_inputs in zip(logprobs, datum_inputs, strict=True)
     ]
-    values = torch.stack([loss.total for loss in losses])
-    for index, value in enumerate(values.detach().tolist()):  # one transfer for all
-        if not math.isfinite(value):
-            request.error = _not_finite(batch.first + index, request.loss, value, logprobs[index])
-            return None
+    totals = torch.stack([loss.total for loss in losses])
+    names = list(losses[0].metrics)
+    metrics = torch.stack([torch.stack([loss.metrics[name].float() for name in names]) for loss in losses])
     outputs = {"logprobs": [p.detach() for p in logprobs]}
     if request.loss.returns_terms:
         outputs["elementwise_loss"] = [loss.terms for loss in losses]
-    request.outputs += [
-        dict(zip(outputs, arrays, strict=True)) for arrays in zip(*map(_arrays, outputs.values()), strict=True)
-    ]
-    names = list(losses[0].metrics)
-    for name, *column in zip(names, *_metrics(losses, names), strict=True):
+    values, rows, *arrays = _arrays([totals.detach(), metrics, *itertools.chain(*outputs.values())])
+    for index, value in enumerate(values.tolist()):
+        if not math.isfinite(value):
+            request.error = _not_finite(batch.first + index, request.loss, value, logprobs[index])
+            return None
+    by_output = [arrays[start : start + len(losses)] for start in range(0, len(arrays), len(losses))]
+    request.outputs += [dict(zip(outputs, by_datum, strict=True)) for by_datum in zip(*by_output, strict=True)]
+    for name, *column in zip(names, *rows.tolist(), strict=True):
         for value in column:
             request.metrics[name] = request.metrics.get(name, 0.0) + value
-    return values.sum()
+    return totals.sum()
 
 
-def _arrays(by_datum: Sequence[Tensor]) -> list[np.ndarray]:
+def _arrays(tensors: Sequence[Tensor]) -> list[np.ndarray]:
     """Each in its shape; in one transfer."""
-    flat = torch.cat([tensor.flatten() for tensor in by_datum]).cpu().numpy()
-    parts = np.split(flat, np.cumsum([tensor.numel() for tensor in by_datum])[:-1])
-    return [part.reshape(tensor.shape) for part, tensor in zip(parts, by_datum, strict=True)]
-
-
-def _metrics(losses: Sequence[LossValue], names: Sequence[str]) -> list[list[float]]:
-    """For each datum its values in the order of `names`; in one transfer."""
-    return torch.stack([torch.stack([loss.metrics[name].float() for name in names]) for loss in losses]).tolist()
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu().numpy()
+    parts = np.split(flat, np.cumsum([tensor.numel() for tensor in tensors])[:-1])
+    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _inputs(data: Sequence[Datum], device: torch.device) -> list[dict[str, Tensor]]:
@@ -182,7 +180,7 @@ def _inputs(data: Sequence[Datum], device: torch.device) -> list[dict[str, Tenso
     for name in dict.fromkeys(name for datum in data for name in datum.inputs if name != "target_tokens"):
         with_input = [index for index, datum in enumerate(data) if name in datum.inputs]
         arrays = [data[index].inputs[name] for index in with_input]
-        flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays])).to(device, non_blocking=True)
+        flat = to_device(np.concatenate([array.ravel() for array in arrays]), device)
         for index, array, part in zip(with_input, arrays, flat.split([array.size for array in arrays]), strict=True):
             by_datum[index][name] = part.view(array.shape)
     return by_datum
@@ -244,7 +242,7 @@ def _logprobs(
         torch.cat(
             [_selected(rows_UH, request_inputs.rows_M) for rows_UH, request_inputs in zip(hidden, inputs, strict=True)]
         ),
-        _on(model.device, np.concatenate([request_inputs.targets_MK for request_inputs in inputs])),
+        to_device(np.concatenate([request_inputs.targets_MK for request_inputs in inputs]), model.device),
         HeadLora(lora.a[HEAD], lora.b[HEAD], lora.scale) if HEAD in lora.a else None,
         np.concatenate([request_inputs.needed_M for request_inputs in inputs]),
     )
@@ -263,11 +261,7 @@ def _take(items: Sequence[T], indices: Sequence[int]) -> list[T]:
 
 
 def _selected(rows: Tensor, indices: np.ndarray | None) -> Tensor:
-    return rows if indices is None else rows.index_select(0, _on(rows.device, indices))
-
-
-def _on(device: torch.device, array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
+    return rows if indices is None else rows.index_select(0, to_device(indices, rows.device))
 
 
 def _in_shape_of(target: np.ndarray, logprobs_TK: Tensor) -> Tensor:

@@ -130,7 +130,8 @@ def _clipped(
 
 def _clip(ratio_T: Tensor, low: Threshold, high: Threshold) -> Tensor:
     def expanded(bound: Threshold) -> Tensor:
-        return torch.as_tensor(bound, dtype=ratio_T.dtype, device=ratio_T.device).expand_as(ratio_T)
+        tensor = bound if isinstance(bound, Tensor) else ratio_T.new_full((), bound)
+        return tensor.to(ratio_T.dtype).expand_as(ratio_T)
 
     return torch.clamp(ratio_T, expanded(low), expanded(high))
 

@@ -11,18 +11,16 @@ from torch import Tensor
 
 from knapper.engine.executor import Work
 from knapper.engine.layers.lora import Layout, Lora, layout
+from knapper.engine.memory import ROWS_CPU
 from knapper.engine.models.base import Model
 from knapper.engine.training import optimizer
 from knapper.engine.training.batch import PendingRequest, compute, micro_batches
 from knapper.engine.training.optimizer import Moments, is_finite
-from knapper.engine.training.validation import check
+from knapper.engine.training.validation import check, expect_fit
 from knapper.errors import UserError
 from knapper.state.journal.records import Spec
 from knapper.wire.types import AdamW, ForwardBackward, ForwardBackwardOutput
 
-# Rows of a micro-batch bound memory and the waiting time of others; a longer datum goes alone. A CPU's products are
-# saturated from some 128 rows on, a GPU's are not.
-ROWS_MAX_CPU, ROWS_MAX_GPU = 1024, 8192
 # Up to this many rows a CPU's pass takes more requests. From 384 on each is no faster. From 128 on little faster, and
 # every request waits for the whole pass: so a few runs go one after another, or they would end every step together and
 # then all wait for rewards; more runs gain, since those behind them do.
@@ -55,10 +53,11 @@ class RunState:
 class Trainer:
     """Trains adapters of many runs on one frozen base model; keeps no run's state."""
 
-    def __init__(self, decoder: Model, rows_max: int | None = None) -> None:
-        """`rows_max` of a micro-batch; None: the device's default."""
-        self.decoder = decoder
-        self.rows_max = rows_max or (ROWS_MAX_CPU if decoder.device.type == "cpu" else ROWS_MAX_GPU)
+    def __init__(self, decoder: Model, rows_max: int = ROWS_CPU, datum_rows_max: int | None = None) -> None:
+        """`rows_max` of a micro-batch bounds memory and how long others wait; a longer datum goes alone, up to
+        `datum_rows_max` tokens. Both are of the process's account of memory.
+        """
+        self.decoder, self.rows_max, self._datum_rows_max = decoder, rows_max, datum_rows_max
 
     def rows_shared(self, waiting: int) -> int:
         """Rows up to which a pass takes more requests while `waiting` wait."""
@@ -88,6 +87,7 @@ class Trainer:
     def open(self, state: RunState, request: ForwardBackward) -> PendingRequest:
         """The request in micro-batches, cut by its own size only, so that its bits are its own. Raises UserError."""
         loss, config = check(request, self.decoder.config)
+        expect_fit(request, self._datum_rows_max)
         sums_P = None if request.forward_only else torch.zeros_like(state.weights_P)
         batches = deque(micro_batches(request.data, self.rows_max))
         return PendingRequest(_leaves(state, sums_P), loss, config, sums_P, batches)

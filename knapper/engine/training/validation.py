@@ -44,6 +44,16 @@ def check(request: ForwardBackward, model: Facts) -> tuple[Loss, dict[str, float
     return loss, config
 
 
+def expect_fit(request: ForwardBackward, rows_max: int | None) -> None:
+    """Raises TooLarge for a datum of more tokens than the device's memory can hold the activations of."""
+    for index, datum in enumerate(request.data):
+        if rows_max is not None and len(datum.tokens) > rows_max:
+            raise TooLarge(
+                f"datum {index} has {len(datum.tokens)} tokens; allowed: {rows_max}, for which the server's memory has "
+                "room in a training pass. Send shorter ones, or train where there is more memory"
+            )
+
+
 def _check_tokens(where: str, tokens_T: Array, model: Facts) -> None:
     if not 1 <= len(tokens_T) <= model.context:
         raise InvalidField(

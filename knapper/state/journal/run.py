@@ -335,6 +335,11 @@ class Run(Generic[State]):
         return self._budget.is_worth_one(self._replay, self._manifest.snapshot_seq, self._serialized_bytes)
 
     @property
+    def state_bytes(self) -> int:
+        """What the state takes in memory, approximately."""
+        return self._serialized_bytes
+
+    @property
     def _serialized_bytes(self) -> int:
         return 0 if self._state is None else self._machine.serialized_bytes(self._state)
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from knapper.engine.layers import checkpointing
+from knapper.engine.layers.checkpointing import PassBytes
+from knapper.engine.models.config import ModelConfig
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.training.trainer import RunState, Trainer
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
@@ -36,11 +38,12 @@ def test_what_a_row_leaves_in_a_layer_is_what_is_reckoned_with(tmp_path: Path) -
     assert 0.85 * reckoned < whole - least < 1.25 * reckoned  # adapters add to it: the narrower the model, the more
 
 
-def test_small_passes_keep_everything_and_large_ones_what_there_is_room_for() -> None:
+def test_small_passes_keep_everything_and_large_ones_what_there_is_room_for(tmp_path: Path) -> None:
     mib = 1 << 20
-    cpu = torch.device("cpu")
-    assert checkpointing.saved_bytes_max(512 * mib, cpu) == 1024 * mib
-    assert checkpointing.saved_bytes_max(9000 * mib, cpu) == 9000 * mib
+    config = tiny_trainer(tmp_path / "model").decoder.config
+    assert isinstance(config, ModelConfig)
+    assert checkpointing.on_cpu(config, 512 * mib).total == 1024 * mib
+    assert checkpointing.on_cpu(config, 9000 * mib).total == 9000 * mib
 
 
 def _request(rows: int) -> list[object]:
@@ -51,7 +54,7 @@ def _request(rows: int) -> list[object]:
 def _limited(trainer: Trainer, layers: int, rows: int) -> None:
     decoder = trainer.decoder
     assert isinstance(decoder, Decoder)
-    decoder._saved_bytes_max = layers * rows * checkpointing.saved_bytes_of_row(decoder.config)
+    decoder.passes = PassBytes(layers * rows * decoder.passes.layer_row, 0, decoder.passes.layer_row)
 
 
 def _step(trainer: Trainer, layers: int, rows: int) -> tuple[Tensor, np.ndarray]:

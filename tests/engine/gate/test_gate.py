@@ -1,0 +1,78 @@
+"""The GPU's side of the engine, without a GPU: what each phase asks at real sizes, and what fits each card."""
+
+import gc
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from knapper.engine import memory
+from knapper.engine.models.config import UnsupportedModel
+from knapper.engine.models.loader import expect_architecture
+from knapper.settings import Settings
+from tests.engine.gate import checks
+from tests.engine.gate.conftest import expect_reference
+from tests.engine.gate.models import CONFIGS, REFUSED, write_config
+from tests.engine.gate.phases import Bench
+from tests.engine.gpu import Driver, with_gpu
+
+_REASONS = {  # the engine serves neither: their phases are added here with them
+    "Gemma-3-12B": "is not served: it takes more than text; use its text-only model",
+    "Qwen3-30B-A3B": "has no submodule|target|linear|experts|router",
+}
+
+
+def test_every_model_and_phase_has_floors() -> None:
+    assert {model: set(phases) for model, phases in checks.FLOORS.items()} == {
+        model: set(checks.PHASES) for model in CONFIGS
+    }
+
+
+@pytest.mark.parametrize("phase", list(checks.PHASES))
+def test_a_phase_asks_no_more_of_a_gpu_than_its_floor(sized_model: tuple[str, Bench], phase: str) -> None:
+    name, bench = sized_model
+    expect_reference(bench)
+    gc.collect()  # what earlier phases have not let go of
+    assert checks.complaints(name, phase, checks.PHASES[phase](bench)) == []
+
+
+@pytest.mark.parametrize("card", list(memory.CARDS))
+def test_a_pass_fits_a_card(sized_model: tuple[str, Bench], card: str) -> None:
+    """With what the account gives it, and not with half of it: an account that gives too little is slow."""
+    _, bench = sized_model
+    of_card, plan = checks.account(bench, memory.CARDS[card]), _plan(bench, card)
+    if any(plan == _plan(bench, smaller) for smaller in list(memory.CARDS)[: list(memory.CARDS).index(card)]):
+        return  # the same pass as on a smaller card
+    assert checks.over_budget(bench, memory.CARDS[card], of_card) == []
+    beside = bench.meter.counts.peak - bench.decoder.weights_bytes
+    keeps_all = plan[1] >= bench.decoder.config.layers
+    assert keeps_all or beside > 0.6 * of_card.activations, "most of it is not used"
+
+
+def _plan(bench: Bench, card: str) -> tuple[int, int]:
+    """(rows of a pass, layers that keep their activations)"""
+    of_card = checks.account(bench, memory.CARDS[card])
+    assert of_card.passes is not None
+    return of_card.rows_max, of_card.passes.layers_kept(of_card.rows_max)
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_a_model_without_a_row_is_refused_in_words(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UnsupportedModel, match=_REASONS[name]):
+        expect_architecture(write_config(tmp_path / "model", REFUSED[name]))
+
+
+@pytest.mark.parametrize("setting", ["auto", "cuda"])
+def test_an_engine_starts_on_a_gpu(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    with_gpu(monkeypatch, Driver())
+    assert checks.started(Settings.load({"KNAPPER_DEVICE": setting, "KNAPPER_GPU_MEMORY_SHARE": "0.5"})) == []
+
+
+def test_weights_are_what_the_plan_of_a_card_counts(sized_model: tuple[str, Bench]) -> None:
+    name, bench = sized_model
+    config = bench.decoder.config
+    planned = memory.ModelBytes.planned(config)
+    loaded = memory.ModelBytes.of(bench.decoder, bench.decoder.weights_bytes)
+    small = asdict(planned) | {"weights": loaded.weights}
+    assert asdict(loaded) == small, name
+    assert abs(planned.weights - loaded.weights) < 0.001 * loaded.weights, "norms are left out of one"
