@@ -111,6 +111,7 @@ ELSEWHERE = {
         "knapper/engine/layers/checkpointing.py": "_saved_bytes_least",
         "knapper/engine/layers/head.py": "ELEMENTS_MAX ROWS_MIN",
         "knapper/engine/layers/linear.py": "_REGISTER_BYTES",
+        "knapper/engine/memory.py": "ROWS_CPU _HEAD_BYTES CUDA_BYTES",
         "knapper/engine/sampling/prefill_queue.py": "_ROWS_MAX _GROUPS_MAX",
         "knapper/engine/sampling/prefix_cache.py": "COMMON_MIN _COST_MIN",
         "knapper/engine/training/trainer.py": "ROWS_SHARED_CPU ROWS_SHARED_BY_FEW_CPU",

@@ -54,6 +54,9 @@ _TOP_RUNS = 8  # the number of runs whose share is a metric
 log = structlog.get_logger()
 
 
+Loaded = tuple[Model, Account, int]  # the last: threads
+
+
 @dataclass(frozen=True)
 class ServingEngine:
     """The runs and the sampler that functions serve."""
@@ -108,10 +111,9 @@ def engine() -> ServingEngine:
     device = expect_device(settings)
     expect_files(Path(settings.model_directory))
     exactness = Exactness(promised=settings.batch_invariant)
-    executor, model, threads = _open_device(settings, device, exactness)
+    executor, (model, account, threads) = _open_device(settings, device, exactness)
     metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
     store = CountedStore(open_store(settings))
-    account = _account(settings, model)
     trainer = Trainer(model, account.rows_max, account.datum_rows_max)
     machine = TrainingMachine(trainer, executor, time.monotonic)
     terms = _terms(device, model, threads)
@@ -132,11 +134,11 @@ def engine() -> ServingEngine:
     )
 
 
-def _open_device(settings: Settings, device: torch.device, exactness: Exactness) -> tuple[Executor, Model, int]:
-    """The device's thread, with the model loaded on it, and its number of threads. Raises UserError as `_load` does."""
+def _open_device(settings: Settings, device: torch.device, exactness: Exactness) -> tuple[Executor, Loaded]:
+    """The device's thread, and what was loaded on it. Raises UserError as `_load` does."""
     executor = Executor(synchronize=partial(finish, device))
     try:
-        model, threads = executor.submit(_load(settings, device, exactness)).result()
+        loaded = executor.submit(_load(settings, device, exactness)).result()
     except BaseException:
         executor.close()
         release(device)
@@ -144,7 +146,7 @@ def _open_device(settings: Settings, device: torch.device, exactness: Exactness)
     finally:
         torch.set_num_threads(1)  # for all threads but the device's: see _load
     atexit.register(executor.close)  # torch aborts if the interpreter goes away under its thread
-    return executor, model, threads
+    return executor, loaded
 
 
 def _log_loaded(name: str, model: Model, terms: Terms, exact: str, took_s: float) -> None:
@@ -199,13 +201,14 @@ def _sampler(
     )
 
 
-def _load(settings: Settings, device: torch.device, exactness: Exactness) -> Work[tuple[Model, int]]:
-    """The model, and the number of threads that the device's thread computes on.
+def _load(settings: Settings, device: torch.device, exactness: Exactness) -> Work[Loaded]:
+    """The model, the account of memory, and the number of threads that the device's thread computes on.
 
     It runs on the device's thread, because OpenMP keeps a team of threads for each thread that ever computed on
     several. Two teams have more threads than there are CPUs, so they sleep between two products instead of spinning.
 
-    Raises UserError if the weights do not fit into the memory, or the settings name something unavailable.
+    Raises UserError if the weights do not fit into the memory, or nothing fits beside them, or the settings name
+    something unavailable.
     """
     yield from ()
     threads = settings.threads or torch.get_num_threads()
@@ -213,9 +216,11 @@ def _load(settings: Settings, device: torch.device, exactness: Exactness) -> Wor
     dtype = dtype_for(settings.dtype, device)
     expect_loadable(settings, device, dtype.itemsize)
     try:
-        return load(Path(settings.model_directory), dtype, device, exactness), threads
+        model = load(Path(settings.model_directory), dtype, device, exactness)
+        return model, _account(settings, model), threads
     except Exception as error:
         if (shortage := MemoryShortage.of(error)) is None:
+            error.__traceback__ = None  # its frames hold the weights
             raise
         failed = shortage.error(f"what the weights of {settings.model} need", device, _MORE_MEMORY)
     raise failed  # without the traceback, whose frames hold the weights

@@ -123,7 +123,7 @@ class Works:
         if name == "reward":
             self._processes[name] = Scoring(worker, lambda *given: self.judge(*given)).answer
         elif name == "sample":
-            adapters = StoredAdapters(self.store, house.config, torch.device("cpu"))
+            adapters = StoredAdapters(self.store, house.config, torch.device("cpu"), torch.float32)
             sampler = EngineSampler(
                 house.decoder,
                 house.device,

@@ -26,7 +26,7 @@ def test_an_adapter_of_other_bytes_than_were_saved_is_never_sampled_from(tmp_pat
         await bundles.write(store, PREFIX, files, spec=SPEC, seq=1, epoch=1)
         await store.delete(PREFIX + part)
         await store.put_if_absent(PREFIX + part, files[part][:-1] + b"\x01")  # as long as before
-        adapters = StoredAdapters(store, ModelConfig.read(tiny_model(tmp_path)), torch.device("cpu"))
+        adapters = StoredAdapters(store, ModelConfig.read(tiny_model(tmp_path)), torch.device("cpu"), torch.float32)
         with pytest.raises(Corrupt, match=rf"{part} is damaged: it is \d+ bytes that are others"):
             await adapters.load(PREFIX)
 

@@ -10,6 +10,7 @@ import pytest
 from knapper import limits
 from knapper.errors import OtherDtype, OutOfMemory, Unavailable
 from knapper.events.cloudevents import Committed, Done, Frame
+from knapper.ids import RunId
 from knapper.serving.runs import ClaimedRuns
 from knapper.state import layout
 from knapper.state.journal.accept import Acceptor
@@ -280,5 +281,34 @@ def test_a_snapshot_in_the_background_that_comes_in_time_makes_the_forced_one_ne
             pass
         manifests = await store.list(layout.manifests(RUN))
         assert len(manifests) == 2, "the claim, and one snapshot"
+
+    asyncio.run(story())
+
+
+class Large(LedgerMachine):
+    """States of 100 bytes."""
+
+    def serialized_bytes(self, state: LedgerState) -> int:
+        return 100
+
+
+@pytest.mark.parametrize(("bytes_max", "stay"), [(None, 3), (300, 3), (250, 2), (50, 1)])
+def test_states_in_memory_are_held_to_their_bytes_the_least_recently_used_go(bytes_max: int | None, stay: int) -> None:
+    async def story() -> None:
+        store = MemoryStore()
+        acceptor = Acceptor(store, lambda: 0.0)
+        names = [RunId(f"{RUN[:-1]}{n}") for n in range(3)]
+        for name in names:
+            creation = msgspec.structs.replace(CREATION, spec=msgspec.structs.replace(CREATION.spec, run=name))
+            await acceptor.create(creation, b"create")
+        runs = ClaimedRuns(store, Large(), Holder("h", "", TERMS), lambda: 0.0, bytes_max=bytes_max)
+        for name in names:
+            assert [frame async for frame in runs.answer(name)]
+        assert runs.loaded == stay
+        epochs = []
+        for name in reversed(names):  # the newest are still there, and are not claimed again
+            frames = [frame async for frame in runs.answer(name)]
+            epochs.append(frames[0].epoch)  # type: ignore[union-attr]  # a slice begins with its claim
+        assert epochs == [1] * stay + [2] * (3 - stay)
 
     asyncio.run(story())

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -167,22 +167,18 @@ class _Adapters:
 def bench(directory: Path) -> Iterator[Bench]:
     """The model in `directory`, loaded under a meter."""
     meter, executor = Meter(), Executor("card")
-    made = MadeOnHost(meter)
+    made, modes = MadeOnHost(meter), ExitStack()
 
     def enter() -> Decoder:
-        meter.__enter__()
-        made.__enter__()
+        modes.enter_context(meter)
+        modes.enter_context(made)
         return meta_decoder(directory)
-
-    def leave() -> None:
-        made.__exit__(None, None, None)
-        meter.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # the library has no types here
 
     try:
         one = Bench(executor.submit(_once(enter)).result(_WAIT_S), executor, meter)
         yield one
     finally:
-        executor.submit(_once(leave)).result(_WAIT_S)
+        executor.submit(_once(modes.close)).result(_WAIT_S)
         executor.close()
 
 

@@ -62,6 +62,7 @@ class House:
         kv_tokens_max: int = 8192,
         now: Callable[[], float] = time.monotonic,
         make: Callable[[Path], Path] = tiny_model,
+        text_tokens_max: int | None = None,
     ) -> None:
         self.decoder = decoder_of(make(directory))
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -78,6 +79,7 @@ class House:
             slots_max=slots_max,
             kv_tokens_max=kv_tokens_max,
             now=now,
+            text_tokens_max=text_tokens_max,
         )
 
     def run(self, *requests: SampleRequest) -> list[SampleOutput]:

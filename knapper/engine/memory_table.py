@@ -1,0 +1,63 @@
+"""docs/operating.md's table of what fits which card, by the account of memory: `python -m knapper.engine.memory_table`.
+
+Nothing of it is measured on a GPU.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+from knapper.engine import memory
+from knapper.engine.memory import CARDS, ModelBytes
+from knapper.engine.models.config import ModelConfig
+from knapper.errors import UserError
+
+_SHARES: Final = (1.0, 0.45)
+
+
+def _model(hidden: int, layers: int, heads: int, inner: int, *, tied: bool, family: str = "qwen3") -> ModelConfig:
+    """A model by its sizes; heads of 128, 8 of them with keys and values."""
+    qwen = family == "qwen3"
+    return ModelConfig(
+        model_type=family, vocab_size=151_936 if qwen else 128_256, hidden=hidden, layers=layers, heads=heads,
+        kv_heads=8, head_dim=128, intermediate=inner, rms_eps=1e-6, rope_theta=1e6, rope_scaling=None, tied=tied,
+        qk_norm=qwen, attention_bias=False, output_bias=False, context=40_960 if qwen else 131_072, eos=(),
+    )  # fmt: skip
+
+
+MODELS: Final[Mapping[str, ModelConfig]] = {
+    "Qwen3-1.7B": _model(2048, 28, 16, 6144, tied=True),
+    "Llama-3.2-3B": _model(3072, 28, 24, 8192, tied=True, family="llama"),
+    "Qwen3-4B": _model(2560, 36, 32, 9728, tied=True),
+    "Qwen3-8B": _model(4096, 36, 32, 12288, tied=False),
+    "Qwen3-14B": _model(5120, 40, 40, 17408, tied=False),
+    "Qwen3-32B": _model(5120, 64, 64, 25600, tied=False),
+}
+
+
+def lines() -> Iterator[str]:
+    """The table, in Markdown: rows of a pass, the longest datum, the tokens of samples in memory."""
+    yield f"| base model | share | {' | '.join(CARDS)} |"
+    yield "|---|---|" + "---|" * len(CARDS)
+    for name, config in MODELS.items():
+        model = ModelBytes.planned(config)
+        for share in _SHARES:
+            cells = " | ".join(_cell(model, card, share) for card in CARDS.values())
+            yield f"| {name}, {model.weights / 1e9:.1f} GB | {share:g} | {cells} |"
+
+
+def _cell(model: ModelBytes, card: int, share: float) -> str:
+    try:
+        account = memory.divide(memory.planned_left(card, share, model.weights), model, 0, is_cpu=False)
+    except UserError:
+        return "no"
+    longest = min(account.datum_rows_max or 0, model.context)
+    return f"{_short(account.rows_max)} / {_short(longest)} / {_short(account.kv_tokens)}"
+
+
+def _short(count: int) -> str:
+    return f"{count / 1000:.1f}k" if count < 10_000 else f"{count / 1000:.0f}k"
+
+
+if __name__ == "__main__":
+    sys.stdout.write("\n".join(lines()) + "\n")
