@@ -115,6 +115,7 @@ class ClaimedRuns(Generic[State]):
             else:
                 entry.work.add_done_callback(lambda work: _release(entry.lock, work))
             self._unload_later(entry)
+            self._evict(run_id)  # a run has its size only once it is restored, and grows by its pending gradients
 
     def _entry(self, run: RunId) -> _Entry[State]:
         entry = self._entries.setdefault(run, _Entry())
@@ -157,7 +158,6 @@ class ClaimedRuns(Generic[State]):
                     before=msgspec.structs.asdict(entry.run.terms_before),
                     now=msgspec.structs.asdict(self._holder.terms),
                 )
-            self._evict(run)
         return entry.run
 
     async def _slice(self, run: Run[State], entry: _Entry[State], claimed: Claimed) -> AsyncGenerator[Frame]:

@@ -16,6 +16,7 @@ from tests.engine.gate.models import CONFIGS, REFUSED, write_config
 from tests.engine.gate.phases import Bench
 from tests.engine.gpu import Driver, with_gpu
 
+pytestmark = pytest.mark.timeout(300)  # on a machine that does much else
 _REASONS = {  # the engine serves neither: their phases are added here with them
     "Gemma-3-12B": "is not served: it takes more than text; use its text-only model",
     "Qwen3-30B-A3B": "has no submodule|target|linear|experts|router",

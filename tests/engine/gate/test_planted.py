@@ -23,6 +23,7 @@ from tests.engine.gate.models import write_model
 from tests.engine.gate.phases import Bench, bench, prompt
 from tests.engine.gpu import Driver, with_gpu
 
+pytestmark = pytest.mark.timeout(300)  # on a machine that does much else
 _MODEL = "Llama-3.2-3B"
 
 
