@@ -19,7 +19,8 @@ from knapper.concurrency import shutdown
 from knapper.engine import checkpoint_format, hardware
 from knapper.engine.executor import Executor, Work
 from knapper.engine.hardware import dtype_for, finish, release
-from knapper.engine.layers.batch_invariance import Exactness
+from knapper.engine.layers.batch_invariance import Exactness, Findings
+from knapper.engine.layers.fingerprint import fingerprint
 from knapper.engine.layers.lora import Lora, layout
 from knapper.engine.models.base import Model
 from knapper.engine.models.config import Facts
@@ -33,6 +34,7 @@ from knapper.errors import InvalidField, NotFound
 from knapper.jobs.services import JobServices, open_job_services
 from knapper.observability import metrics
 from knapper.observability.metrics import Reading
+from knapper.serving.probe_results import StoredFindings
 from knapper.serving.runs import ClaimedRuns
 from knapper.settings import Settings
 from knapper.state.journal import bundles
@@ -98,10 +100,9 @@ def engine() -> ServingEngine:
         raise InvalidField("KNAPPER_MODEL_DIRECTORY", "", "the directory of the base model's files")
     device = expect_device(settings)
     expect_files(Path(settings.model_directory))
-    exactness = Exactness(promised=settings.batch_invariant)
-    executor, model, threads = _open_device(settings, device, exactness)
-    metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
     store = CountedStore(open_store(settings))
+    executor, model, threads, exactness = _open_device(settings, device, store)
+    metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
     machine = TrainingMachine(Trainer(model), executor, time.monotonic)
     terms = _terms(device, model, threads)
     _log_loaded(settings.model, model, terms, _promise(exactness, device), time.monotonic() - began)
@@ -120,11 +121,14 @@ def engine() -> ServingEngine:
     )
 
 
-def _open_device(settings: Settings, device: torch.device, exactness: Exactness) -> tuple[Executor, Model, int]:
-    """The device's thread, with the model loaded on it, and its number of threads. Raises UserError as `_load` does."""
+def _open_device(settings: Settings, device: torch.device, store: Store) -> tuple[Executor, Model, int, Exactness]:
+    """The device's thread, the model loaded on it, its number of threads, and which bits its products keep.
+
+    Raises UserError as `_load` does.
+    """
     executor = Executor(synchronize=partial(finish, device))
     try:
-        model, threads = executor.submit(_load(settings, device, exactness)).result()
+        model, threads, exactness = executor.submit(_load(settings, device, store)).result()
     except BaseException:
         executor.close()
         release(device)
@@ -132,7 +136,7 @@ def _open_device(settings: Settings, device: torch.device, exactness: Exactness)
     finally:
         torch.set_num_threads(1)  # for all threads but the device's: see _load
     atexit.register(executor.close)  # torch aborts if the interpreter goes away under its thread
-    return executor, model, threads
+    return executor, model, threads, exactness
 
 
 def _log_loaded(name: str, model: Model, terms: Terms, exact: str, took_s: float) -> None:
@@ -174,8 +178,8 @@ def _sampler(settings: Settings, model: Model, executor: Executor, adapters: Sto
     )
 
 
-def _load(settings: Settings, device: torch.device, exactness: Exactness) -> Work[tuple[Model, int]]:
-    """The model, and the number of threads that the device's thread computes on.
+def _load(settings: Settings, device: torch.device, store: Store) -> Work[tuple[Model, int, Exactness]]:
+    """The model, the number of threads that the device's thread computes on, and which bits its products keep.
 
     It runs on the device's thread, because OpenMP keeps a team of threads for each thread that ever computed on
     several. Two teams have more threads than there are CPUs, so they sleep between two products instead of spinning.
@@ -187,13 +191,23 @@ def _load(settings: Settings, device: torch.device, exactness: Exactness) -> Wor
     torch.set_num_threads(threads)
     dtype = dtype_for(settings.dtype, device)
     expect_loadable(settings, device, dtype.itemsize)
+    exactness = Exactness(promised=settings.batch_invariant, findings=_findings(settings, device, store))
     try:
-        return load(Path(settings.model_directory), dtype, device, exactness), threads
+        return load(Path(settings.model_directory), dtype, device, exactness), threads, exactness
     except Exception as error:
         if (shortage := MemoryShortage.of(error)) is None:
             raise
         failed = shortage.error(f"what the weights of {settings.model} need", device, _MORE_MEMORY)
     raise failed  # without the traceback, whose frames hold the weights
+
+
+def _findings(settings: Settings, device: torch.device, store: Store) -> Findings | None:
+    """Where the findings of this CPU are kept; None where nothing is searched for, or the CPU is not described."""
+    if device.type != "cpu" or not settings.batch_invariant:
+        return None
+    model = (Path(settings.model_directory) / "config.json").read_bytes()
+    found = fingerprint(model, os.environ)
+    return None if found is None else StoredFindings(store, found)
 
 
 def _promise(exactness: Exactness, device: torch.device) -> str:

@@ -34,9 +34,9 @@ _START_S = 60.0
 
 
 class Pod:
-    """One train_step. `address` is its own; empty in the settings where `routed` is false."""
+    """One train_step. `address` is its own; empty in the settings where `routed` is false. `model`: else a tiny one."""
 
-    def __init__(self, name: str, directory: Path, *, routed: bool) -> None:
+    def __init__(self, name: str, directory: Path, *, routed: bool, model: Path | None = None, **settings: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
@@ -45,10 +45,10 @@ class Pod:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("KNAPPER_")}
         self._environment = environment | {
             "KNAPPER_DATA": str(self.data), "KNAPPER_MODEL": MODEL.name,
-            "KNAPPER_MODEL_DIRECTORY": str(tiny_model(directory / "model")), "KNAPPER_THREADS": "1",
+            "KNAPPER_MODEL_DIRECTORY": str(model or tiny_model(directory / "model")), "KNAPPER_THREADS": "1",
             "KNAPPER_DTYPE": "float32", "FUNCTION_TARGET": "train_step", "OMP_NUM_THREADS": "1",
             "KNAPPER_HOLDER_ADDRESS": self.address if routed else "",
-            "FUNCTION_SOURCE": str(_ROOT / "functions" / "train_step" / "main.py"),
+            "FUNCTION_SOURCE": str(_ROOT / "functions" / "train_step" / "main.py"), **settings,
         }  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
 
