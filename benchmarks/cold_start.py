@@ -60,7 +60,8 @@ def pod_s(model: Path, dtype: str, threads: int, directory: Path) -> tuple[float
         _, said, frames = await pod.ring(run, Hint())
         took_s = time.perf_counter() - began
         assert committed(frames) == [0, 1], said
-        return took_s, stages(httpx.get(f"{pod.address}/metrics", trust_env=False).text)
+        async with httpx.AsyncClient(trust_env=False) as client:
+            return took_s, stages((await client.get(f"{pod.address}/metrics")).text)
 
     try:
         return asyncio.run(first_step())

@@ -3,7 +3,6 @@
 import atexit
 import os
 import platform
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from knapper.catalogue.servable import expect_files
-from knapper.concurrency import shutdown
+from knapper.concurrency import quiesce, shutdown
 from knapper.engine import checkpoint_format, hardware
 from knapper.engine.executor import Executor, Work
 from knapper.engine.hardware import dtype_for, finish, release
@@ -34,6 +33,7 @@ from knapper.errors import InvalidField, NotFound
 from knapper.jobs.services import JobServices, open_job_services
 from knapper.observability import metrics
 from knapper.observability.metrics import Reading
+from knapper.serving.identity import ProcessIdentity
 from knapper.serving.probe_results import StoredFindings
 from knapper.serving.runs import ClaimedRuns
 from knapper.settings import Settings
@@ -108,9 +108,9 @@ def engine() -> ServingEngine:
     _log_loaded(settings.model, model, terms, _promise(exactness, device), time.monotonic() - began)
     sampler = _sampler(settings, model, executor, StoredAdapters(store, model.config, device))
     metrics.Readings(readings(machine, sampler))
-    holder = Holder(f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}", settings.address, terms)
-    runs = ClaimedRuns(store, CountedMachine(machine), holder, time.time, idle_s=settings.run_idle_s)
-    shutdown.before(runs.leave)
+    runs = _runs(store, machine, terms, settings)
+    quiesce.before(sampler.release)
+    quiesce.before(runs.quiesce)
     return ServingEngine(
         base_model=settings.model,
         directory=Path(settings.model_directory),
@@ -119,6 +119,22 @@ def engine() -> ServingEngine:
         sampler=sampler,
         job_services=open_job_services(settings, store, time.time),
     )
+
+
+def _runs(store: Store, machine: TrainingMachine, terms: Terms, settings: Settings) -> ClaimedRuns[RunState]:
+    identity = ProcessIdentity(time.time, time.monotonic)
+
+    def holder() -> Holder:
+        """Read anew: a copy of this process has the address of its own pod."""
+        return Holder(identity.renew(), Settings.load(os.environ).address, terms)
+
+    runs = ClaimedRuns(
+        store, CountedMachine(machine), holder(), time.time, idle_s=settings.run_idle_s,
+        renewed=lambda: holder() if identity.moved else None,
+    )  # fmt: skip
+    shutdown.before(runs.leave)
+    quiesce.after(lambda: runs.resume(holder()))
+    return runs
 
 
 def _open_device(settings: Settings, device: torch.device, store: Store) -> tuple[Executor, Model, int, Exactness]:

@@ -96,6 +96,11 @@ class EngineSampler:
             self._scheduler.submit(group)
             return await asyncio.wrap_future(group.future)
 
+    async def release(self) -> None:
+        """Free what is kept for later requests only: keys and values, and adapters that none uses now."""
+        self._adapters.release()
+        await self._scheduler.release()
+
     def _reserved_by(self, request: SampleRequest) -> tuple[int, int]:
         """(tokens that a sequence may have, positions that it reserves). Raises TooLarge."""
         prompt, requested = int(request.prompt.size), request.params.max_tokens

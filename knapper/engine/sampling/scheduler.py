@@ -131,6 +131,19 @@ class SamplingScheduler:
             self._working = bool(self._groups)
             return self._working
 
+    async def release(self) -> None:
+        """Free the memory of keys and values that no request needs now."""
+
+        def work() -> Work[None]:
+            yield from ()
+            with self._lock:
+                if not self._groups:
+                    self._cache = self._decoder.decode_state(self._kv_tokens_max)
+                    self._batch = DecodeBatch(self._cache, self._kv_tokens_max, self.counters)
+            self._release_caches()
+
+        await self._device.run(work())
+
     def _abandon(self, error: BaseException) -> None:
         """Fail every request after an error that no single request caused; the next request starts afresh."""
         with self._lock:
