@@ -43,6 +43,10 @@ class StoredFindings:
         self._known[product] = result
         self._thread.submit(_run, self._keep(result))
 
+    def flush(self) -> None:
+        """Wait until all that was found is stored, or cannot be."""
+        self._thread.submit(lambda: None).result()
+
     async def _keep(self, result: ProbeResult) -> None:
         try:
             await probe_results.keep(self._store, self._fingerprint, result)
