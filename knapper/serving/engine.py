@@ -95,14 +95,14 @@ def engine() -> ServingEngine:
     settings = Settings.load(os.environ)
     began = time.monotonic()
     if (age_s := metrics.process_age_s()) is not None:
-        metrics.cold_start_seconds.labels("import").observe(age_s)
+        metrics.stage("import", age_s)
     if not settings.model_directory:
         raise InvalidField("KNAPPER_MODEL_DIRECTORY", "", "the directory of the base model's files")
     device = expect_device(settings)
     expect_files(Path(settings.model_directory))
     store = CountedStore(open_store(settings))
     executor, model, threads, exactness = _open_device(settings, device, store)
-    metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
+    metrics.stage("weights", time.monotonic() - began)
     machine = TrainingMachine(Trainer(model), executor, time.monotonic)
     terms = _terms(device, model, threads)
     _log_loaded(settings.model, model, terms, _promise(exactness, device), time.monotonic() - began)

@@ -124,7 +124,8 @@ class ClaimedRuns(Generic[State]):
             run = await self._claimed(run_id, entry, hint)
             age_s = metrics.process_age_s() or 0.0
             claimed = Claimed(
-                epoch=run.epoch, holder=run.holder.name, address=run.holder.address, age_s=age_s, out=run.out
+                epoch=run.epoch, holder=run.holder.name, address=run.holder.address, age_s=age_s, out=run.out,
+                stages=metrics.stages(),
             )  # fmt: skip
             async with aclosing(self._slice(run, entry, claimed)) as frames:
                 async for frame in frames:
