@@ -12,6 +12,7 @@ import structlog
 
 from knapper.concurrency import shutdown
 from knapper.concurrency.retry import Deaths
+from knapper.engine.models import prefetch
 from knapper.observability import logs
 from knapper.serving import pod_snapshot
 from knapper.serving.gate import Gate
@@ -74,6 +75,9 @@ def _go_on_from_snapshots(settings: Settings) -> None:
 
 
 def _engine() -> "ServingEngine":
+    settings = Settings.load(os.environ)
+    if settings.model_directory:
+        prefetch.begin(Path(settings.model_directory))
     from knapper.serving.engine import engine  # imports torch, which may be missing or broken
 
     return engine()
