@@ -19,7 +19,7 @@ _MEMORY_PART: Final = 0.5  # of the memory that is free: more could push out wha
 
 
 def begin(directory: Path) -> threading.Thread | None:
-    """Start reading; None if there is nothing, or more than the memory may hold. An unreadable file is the loader's to report."""
+    """Start reading; None if there is nothing, or too much. What cannot be read is the loader's to report."""
     files = {path: path.stat().st_size for path in sorted(directory.glob("*.safetensors")) if path.is_file()}
     if not 0 < sum(files.values()) <= _MEMORY_PART * host_memory.available():
         return None
