@@ -127,11 +127,11 @@ def _start(pod: Object, api: Api) -> PodStart:
     said: Object = scheduled if scheduled.get("status") == "False" else now.get("waiting", {})
     waits_for = " ".join(filter(None, (said.get("reason", ""), said.get("message", ""))))
     name = pod["metadata"]["name"]
-    said_itself = {} if spans[2] is None else _stages(api.pod_text(name, 8080, "metrics", NAMESPACE) or "")
+    said_itself = {} if spans[2] is None else process_stages(api.pod_text(name, 8080, "metrics", NAMESPACE) or "")
     return PodStart(name, spans[0], spans[1], spans[2], waits_for, said_itself)
 
 
-def _stages(page: str) -> dict[str, float]:
+def process_stages(page: str) -> dict[str, float]:
     """Seconds of each stage of a process's start, from its metrics."""
     found = dict(re.findall(r'^knapper_cold_start_seconds_sum\{stage="(\w+)"\} ([\d.e+-]+)$', page, flags=re.MULTILINE))
     return {stage: float(found[stage]) for stage in PROCESS_STAGES if stage in found}

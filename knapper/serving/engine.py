@@ -18,7 +18,7 @@ from knapper.concurrency import quiesce, shutdown
 from knapper.engine import checkpoint_format, hardware
 from knapper.engine.executor import Executor, Work
 from knapper.engine.hardware import dtype_for, finish, release
-from knapper.engine.layers.batch_invariance import Exactness, Findings
+from knapper.engine.layers.batch_invariance import Exactness, LayoutChoices
 from knapper.engine.layers.fingerprint import fingerprint
 from knapper.engine.layers.lora import Lora, layout
 from knapper.engine.models.base import Model
@@ -34,7 +34,7 @@ from knapper.jobs.services import JobServices, open_job_services
 from knapper.observability import metrics
 from knapper.observability.metrics import Reading
 from knapper.serving.identity import ProcessIdentity
-from knapper.serving.probe_results import StoredFindings
+from knapper.serving.probe_results import StoredChoices
 from knapper.serving.runs import ClaimedRuns
 from knapper.settings import Settings
 from knapper.state.journal import bundles
@@ -207,7 +207,7 @@ def _load(settings: Settings, device: torch.device, store: Store) -> Work[tuple[
     torch.set_num_threads(threads)
     dtype = dtype_for(settings.dtype, device)
     expect_loadable(settings, device, dtype.itemsize)
-    exactness = Exactness(promised=settings.batch_invariant, findings=_findings(settings, device, store))
+    exactness = Exactness(promised=settings.batch_invariant, choices=_choices(settings, device, store))
     try:
         return load(Path(settings.model_directory), dtype, device, exactness), threads, exactness
     except Exception as error:
@@ -217,13 +217,13 @@ def _load(settings: Settings, device: torch.device, store: Store) -> Work[tuple[
     raise failed  # without the traceback, whose frames hold the weights
 
 
-def _findings(settings: Settings, device: torch.device, store: Store) -> Findings | None:
-    """Where the findings of this CPU are kept; None where nothing is searched for, or the CPU is not described."""
+def _choices(settings: Settings, device: torch.device, store: Store) -> LayoutChoices | None:
+    """Where the layouts that were chosen on this CPU are kept; None where nothing is searched for, or the CPU is not described."""
     if device.type != "cpu" or not settings.batch_invariant:
         return None
     model = (Path(settings.model_directory) / "config.json").read_bytes()
     found = fingerprint(model, os.environ)
-    return None if found is None else StoredFindings(store, found)
+    return None if found is None else StoredChoices(store, found)
 
 
 def _promise(exactness: Exactness, device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""The findings of earlier processes about this CPU, from the store; and those of this process, into it."""
+"""The layouts that earlier processes chose on this CPU, from the store; and those of this process, into it."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from knapper.engine.layers.batch_invariance import Finding, RowLayout
+from knapper.engine.layers.batch_invariance import LayoutChoice, RowLayout
 from knapper.errors import KnapperError
 from knapper.state import probe_results
 from knapper.state.probe_results import ProbeResult
@@ -17,8 +17,8 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 
-class StoredFindings:
-    """Findings of one fingerprint. All methods may be called on any thread, with an event loop or without."""
+class StoredChoices:
+    """LayoutChoices of one fingerprint. All methods may be called on any thread, with an event loop or without."""
 
     def __init__(self, store: Store, fingerprint: str) -> None:
         """Reads what there is; a store in trouble costs the time of the search, and no more."""
@@ -27,18 +27,20 @@ class StoredFindings:
         try:
             self._known = self._thread.submit(_run, probe_results.read(store, fingerprint)).result()
         except KnapperError as error:
-            log.warning("findings about this CPU cannot be read, and are made anew", reason=str(error))
+            log.warning(
+                "the layouts that were chosen on this CPU cannot be read: they are searched for", reason=str(error)
+            )
             self._known = {}
 
-    def get(self, product: str) -> Finding | None:
+    def get(self, product: str) -> LayoutChoice | None:
         known = self._known.get(product)
-        return None if known is None else Finding(RowLayout(known.least, known.block), known.invariant)
+        return None if known is None else LayoutChoice(RowLayout(known.least, known.block), known.invariant)
 
-    def add(self, product: str, finding: Finding) -> None:
+    def add(self, product: str, choice: LayoutChoice) -> None:
         """Stored behind the caller's back, which does not wait."""
-        layout = finding.layout
+        layout = choice.layout
         result = ProbeResult(
-            product=product, least=layout.least, block=layout.block, invariant=finding.invariant
+            product=product, least=layout.least, block=layout.block, invariant=choice.invariant
         )  # fmt: skip
         self._known[product] = result
         self._thread.submit(_run, self._keep(result))
@@ -51,7 +53,7 @@ class StoredFindings:
         try:
             await probe_results.keep(self._store, self._fingerprint, result)
         except KnapperError as error:  # sample's account may not write, for one
-            log.info("a finding about this CPU is not kept", product=result.product, reason=str(error))
+            log.info("a layout that was chosen on this CPU is not kept", product=result.product, reason=str(error))
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:

@@ -34,9 +34,21 @@ _START_S = 60.0
 
 
 class Pod:
-    """One train_step. `address` is its own; empty in the settings where `routed` is false. `model`: else a tiny one."""
+    """One train_step. `address` is its own; empty in the settings where `routed` is false. `model`: else a tiny one.
 
-    def __init__(self, name: str, directory: Path, *, routed: bool, model: Path | None = None, **settings: str) -> None:
+    `root`: the checkout that it runs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        *,
+        routed: bool,
+        model: Path | None = None,
+        root: Path = _ROOT,
+        **settings: str,
+    ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
@@ -48,8 +60,10 @@ class Pod:
             "KNAPPER_MODEL_DIRECTORY": str(model or tiny_model(directory / "model")), "KNAPPER_THREADS": "1",
             "KNAPPER_DTYPE": "float32", "FUNCTION_TARGET": "train_step", "OMP_NUM_THREADS": "1",
             "KNAPPER_HOLDER_ADDRESS": self.address if routed else "",
-            "FUNCTION_SOURCE": str(_ROOT / "functions" / "train_step" / "main.py"), **settings,
+            "FUNCTION_SOURCE": str(root / "functions" / "train_step" / "main.py"), "PYTHONPATH": str(root),
+            **settings,
         }  # fmt: skip
+        self._root = root
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -58,7 +72,7 @@ class Pod:
             "--lifespan", "on", "--log-level", "warning",
         ]  # fmt: skip
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, env=self._environment, cwd=_ROOT, stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, env=self._environment, cwd=self._root, stdout=log, stderr=log)
 
     def wait(self) -> None:
         """Until it listens."""

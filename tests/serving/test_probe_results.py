@@ -11,7 +11,7 @@ from torch import Tensor
 from knapper.engine.layers.batch_invariance import MODEL_LAYOUTS, Exactness, Product, RowLayout
 from knapper.engine.layers.fingerprint import fingerprint
 from knapper.errors import StoreError
-from knapper.serving.probe_results import StoredFindings
+from knapper.serving.probe_results import StoredChoices
 from knapper.state.layout import ObjectKind
 from knapper.store.memory import MemoryStore
 
@@ -41,8 +41,8 @@ def never(_: Tensor) -> Product:
 
 def found(store: MemoryStore, make: Callable[[Tensor], Product], print_: str = "cpu") -> tuple[RowLayout, list[str]]:
     """What a process finds, which starts with this store and ends."""
-    findings = StoredFindings(store, print_)
-    exactness = Exactness(findings=findings)
+    findings = StoredChoices(store, print_)
+    exactness = Exactness(choices=findings)
     layout = exactness.product("forward", MODEL_LAYOUTS, make, 64, 48, LIKE)
     findings.flush()
     return layout, exactness.broken

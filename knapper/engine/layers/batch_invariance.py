@@ -6,7 +6,7 @@ which no row's bits depend on other rows. The last layouts are blocks of a fixed
 nothing to choose. Training, prefill and decoding use the same layout.
 
 The search ignores time, so that it ends alike on every start: replayed bits depend on it. It takes seconds, so what it
-found may be kept (`Findings`) for later processes on an equal CPU.
+found may be kept (`LayoutChoices`) for later processes on an equal CPU.
 docs/decisions/0013-exactness-is-probed.md has the measurements. N rows, M rows of one adapter, I inputs, O outputs, R
 rank.
 """
@@ -93,32 +93,32 @@ _PROBE_ELEMENTS_MAX: Final = 1 << 26  # of a matrix; a larger one is probed with
 
 
 @dataclass(frozen=True)
-class Finding:
+class LayoutChoice:
     """The end of one search: the layout that is used, and whether it keeps the bits."""
 
     layout: RowLayout
     invariant: bool
 
 
-class Findings(Protocol):
-    """Findings of earlier processes, on this very model, CPU, libraries and number of threads."""
+class LayoutChoices(Protocol):
+    """LayoutChoices of earlier processes, on this very model, CPU, libraries and number of threads."""
 
-    def get(self, product: str) -> Finding | None: ...
+    def get(self, product: str) -> LayoutChoice | None: ...
 
-    def add(self, product: str, finding: Finding) -> None:
+    def add(self, product: str, choice: LayoutChoice) -> None:
         """Keep it for later processes. Returns at once."""
 
 
 class Exactness:
     """The row layouts of one model's products, on one number of threads.
 
-    `promised`: False computes as fast as possible, whatever the bits; so does any device but a CPU. `findings`: what
+    `promised`: False computes as fast as possible, whatever the bits; so does any device but a CPU. `choices`: what
     need not be searched for again; without them everything is.
     """
 
-    def __init__(self, *, promised: bool = True, findings: Findings | None = None) -> None:
+    def __init__(self, *, promised: bool = True, choices: LayoutChoices | None = None) -> None:
         self.promised = promised
-        self._findings = findings
+        self._choices = choices
         self.broken: list[str] = []  # products without an invariant layout
         self._layouts: dict[tuple[object, ...], RowLayout] = {}
         self._linears: set[tuple[int, tuple[int, ...]]] = set()  # (inputs, widths) of the linears with adapters
@@ -165,7 +165,7 @@ class Exactness:
 
     def check(self, name: str, is_invariant: Callable[[], bool]) -> None:
         """Record whether a computation that has one layout only keeps the bits."""
-        self._found(name, lambda: Finding(UNCHANGED, is_invariant()))
+        self._found(name, lambda: LayoutChoice(UNCHANGED, is_invariant()))
 
     def _probes(self, like: Tensor) -> bool:
         return self.promised and like.device.type == "cpu"
@@ -173,11 +173,11 @@ class Exactness:
     def _first(
         self, name: tuple[object, ...], layouts: Sequence[RowLayout], probe: Callable[[], Callable[[RowLayout], bool]]
     ) -> RowLayout:
-        def search() -> Finding:
+        def search() -> LayoutChoice:
             is_invariant = probe()
             with torch.inference_mode():
                 found = next((layout for layout in layouts if is_invariant(layout)), None)
-            return Finding(found or layouts[0], found is not None)
+            return LayoutChoice(found or layouts[0], found is not None)
 
         product = " ".join(map(str, name))
         layout = self._found(product, search)
@@ -185,15 +185,15 @@ class Exactness:
             log.debug("exact bits", product=product, way=str(layout))
         return layout
 
-    def _found(self, product: str, search: Callable[[], Finding]) -> RowLayout:
-        finding = None if self._findings is None else self._findings.get(product)
-        if finding is None:
-            finding = search()
-            if self._findings is not None:
-                self._findings.add(product, finding)
-        if not finding.invariant:
+    def _found(self, product: str, search: Callable[[], LayoutChoice]) -> RowLayout:
+        choice = None if self._choices is None else self._choices.get(product)
+        if choice is None:
+            choice = search()
+            if self._choices is not None:
+                self._choices.add(product, choice)
+        if not choice.invariant:
             self._break(product)
-        return finding.layout
+        return choice.layout
 
     def _break(self, name: str) -> None:
         self.broken.append(name)

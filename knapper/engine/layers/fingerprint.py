@@ -1,4 +1,4 @@
-"""What the findings of `batch_invariance` depend on, as one hash: they hold wherever it is equal.
+"""What the choices of `batch_invariance` depend on, as one hash: they hold wherever it is equal.
 
 Libraries choose their kernels, and block them, by the CPU's model, instruction sets and caches, by their versions and
 environment variables, and by the number of threads. The layers' own code decides what is multiplied.

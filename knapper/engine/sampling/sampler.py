@@ -8,7 +8,7 @@ from typing import Final
 from tokenizers import Tokenizer
 
 from knapper import limits
-from knapper.engine.executor import Executor
+from knapper.engine.executor import Executor, Work
 from knapper.engine.models.base import Model
 from knapper.engine.sampling import validation
 from knapper.engine.sampling.adapter_cache import AdapterCache, AdapterSource
@@ -41,7 +41,7 @@ class EngineSampler:
         now: Callable[[], float],
         adapter_bytes_max: int = _ADAPTER_BYTES_MAX,
     ) -> None:
-        self._decoder, self._tokenizer = decoder, tokenizer
+        self._decoder, self._device, self._tokenizer = decoder, device, tokenizer
         self._kv_tokens_max = kv_tokens_max
         self._adapters = AdapterCache(adapters, decoder.device, adapter_bytes_max)
         self._scheduler = SamplingScheduler(decoder, device, slots_max, kv_tokens_max, now)
@@ -97,9 +97,14 @@ class EngineSampler:
             return await asyncio.wrap_future(group.future)
 
     async def release(self) -> None:
-        """Free what is kept for later requests only: keys and values, and adapters that none uses now."""
+        """Free what is kept for later requests only: keys and values of prompts, and adapters that none uses now."""
+
+        def work() -> Work[None]:
+            yield from ()
+            self._scheduler.release_caches()
+
         self._adapters.release()
-        await self._scheduler.release()
+        await self._device.run(work())
 
     def _reserved_by(self, request: SampleRequest) -> tuple[int, int]:
         """(tokens that a sequence may have, positions that it reserves). Raises TooLarge."""

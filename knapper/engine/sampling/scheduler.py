@@ -131,19 +131,6 @@ class SamplingScheduler:
             self._working = bool(self._groups)
             return self._working
 
-    async def release(self) -> None:
-        """Free the memory of keys and values that no request needs now."""
-
-        def work() -> Work[None]:
-            yield from ()
-            with self._lock:
-                if not self._groups:
-                    self._cache = self._decoder.decode_state(self._kv_tokens_max)
-                    self._batch = DecodeBatch(self._cache, self._kv_tokens_max, self.counters)
-            self._release_caches()
-
-        await self._device.run(work())
-
     def _abandon(self, error: BaseException) -> None:
         """Fail every request after an error that no single request caused; the next request starts afresh."""
         with self._lock:
@@ -298,7 +285,7 @@ class SamplingScheduler:
 
     def _relieve(self, failure: Exception) -> None:
         """Undo a failed step's cause as far as possible: free memory, park, isolate; fail a request that is alone."""
-        self._release_caches()
+        self.release_caches()
         groups = self._batch.groups
         if isinstance(failure, MemoryShortage) and not self._short_of_memory:
             self._short_of_memory = True
@@ -315,7 +302,7 @@ class SamplingScheduler:
 
     def _isolate(self, groups: Sequence[SequenceGroup], failure: Exception) -> None:
         """After a failed pass over prompts or parked sequences: compute each request again in a pass of its own."""
-        self._release_caches()
+        self.release_caches()
         present = [group for group in groups if group in self._groups]
         for group in present:
             group.forget_prompt()
@@ -356,8 +343,8 @@ class SamplingScheduler:
         )
         yield
 
-    def _release_caches(self) -> None:
-        """Drop everything that is kept only for reuse."""
+    def release_caches(self) -> None:
+        """Drop everything that is kept only for reuse. On the device's thread."""
         for group in self._groups:
             group.past = None
         self._prefiller.trim(0)
