@@ -218,7 +218,7 @@ def _load(settings: Settings, device: torch.device, store: Store) -> Work[tuple[
 
 
 def _choices(settings: Settings, device: torch.device, store: Store) -> LayoutChoices | None:
-    """Where the layouts that were chosen on this CPU are kept; None where nothing is searched for, or the CPU is not described."""
+    """Where the layouts chosen on this CPU are kept; None where none is searched for, or the CPU is not described."""
     if device.type != "cpu" or not settings.batch_invariant:
         return None
     model = (Path(settings.model_directory) / "config.json").read_bytes()

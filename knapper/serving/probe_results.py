@@ -18,7 +18,7 @@ log = structlog.get_logger()
 
 
 class StoredChoices:
-    """LayoutChoices of one fingerprint. All methods may be called on any thread, with an event loop or without."""
+    """The layouts of one fingerprint. All methods may be called on any thread, with an event loop or without."""
 
     def __init__(self, store: Store, fingerprint: str) -> None:
         """Reads what there is; a store in trouble costs the time of the search, and no more."""
@@ -39,9 +39,7 @@ class StoredChoices:
     def add(self, product: str, choice: LayoutChoice) -> None:
         """Stored behind the caller's back, which does not wait."""
         layout = choice.layout
-        result = ProbeResult(
-            product=product, least=layout.least, block=layout.block, invariant=choice.invariant
-        )  # fmt: skip
+        result = ProbeResult(product=product, least=layout.least, block=layout.block, invariant=choice.invariant)
         self._known[product] = result
         self._thread.submit(_run, self._keep(result))
 
