@@ -343,7 +343,11 @@ def _by_stages(waited_s: float, claim: Claimed) -> str:
     if not 0 < claim.age_s < waited_s:
         return f"usually {waited_s:.0f} s"
     stages = {name: claim.stages[name] for name in ("import", "weights") if name in claim.stages}
-    parts = {"pod": waited_s - claim.age_s, **stages, "claim": max(0.0, claim.age_s - sum(stages.values()))}
+    parts: dict[str, float] = {
+        "pod": waited_s - claim.age_s,
+        **stages,
+        "claim": max(0.0, claim.age_s - sum(stages.values())),
+    }
     return f"usually {waited_s:.0f} s: {', '.join(f'{name} {took_s:.1f} s' for name, took_s in parts.items())}"
 
 

@@ -14,7 +14,7 @@ def backward(output: Tensor, grad: Tensor) -> None:
     with torch.enable_grad():  # off inside the backward of another function
         seed = _Seed.apply(output, grad)  # type: ignore[no-untyped-call]  # the library has no types here
     assert isinstance(seed, Tensor)
-    seed.backward()  # type: ignore[no-untyped-call]  # the same
+    seed.backward()
 
 
 class _Seed(torch.autograd.Function):
