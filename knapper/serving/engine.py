@@ -18,7 +18,7 @@ from knapper.concurrency import quiesce, shutdown
 from knapper.engine import checkpoint_format, hardware
 from knapper.engine.executor import Executor, Work
 from knapper.engine.hardware import dtype_for, finish, release
-from knapper.engine.layers.batch_invariance import Exactness, LayoutChoices
+from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.layers.fingerprint import fingerprint
 from knapper.engine.layers.lora import Lora, layout
 from knapper.engine.models.base import Model
@@ -207,17 +207,22 @@ def _load(settings: Settings, device: torch.device, store: Store) -> Work[tuple[
     torch.set_num_threads(threads)
     dtype = dtype_for(settings.dtype, device)
     expect_loadable(settings, device, dtype.itemsize)
-    exactness = Exactness(promised=settings.batch_invariant, choices=_choices(settings, device, store))
+    choices = _choices(settings, device, store)
+    exactness = Exactness(promised=settings.batch_invariant, choices=choices)
     try:
-        return load(Path(settings.model_directory), dtype, device, exactness), threads, exactness
+        model = load(Path(settings.model_directory), dtype, device, exactness)
     except Exception as error:
         if (shortage := MemoryShortage.of(error)) is None:
             raise
         failed = shortage.error(f"what the weights of {settings.model} need", device, _MORE_MEMORY)
+    else:
+        if choices is not None:
+            choices.flush()  # once on each kind of CPU; from here on no other thread is at work
+        return model, threads, exactness
     raise failed  # without the traceback, whose frames hold the weights
 
 
-def _choices(settings: Settings, device: torch.device, store: Store) -> LayoutChoices | None:
+def _choices(settings: Settings, device: torch.device, store: Store) -> StoredChoices | None:
     """Where the layouts chosen on this CPU are kept; None where none is searched for, or the CPU is not described."""
     if device.type != "cpu" or not settings.batch_invariant:
         return None
