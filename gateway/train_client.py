@@ -342,7 +342,7 @@ def _by_stages(waited_s: float, claim: Claimed) -> str:
     """How long a cold start took, and which part of it each stage; an older process was busy, and not cold."""
     if not 0 < claim.age_s < waited_s:
         return f"usually {waited_s:.0f} s"
-    stages = {name: claim.stages[name] for name in ("import", "weights") if name in claim.stages}
+    stages: dict[str, float] = {name: claim.stages[name] for name in ("import", "weights") if name in claim.stages}
     parts: dict[str, float] = {
         "pod": waited_s - claim.age_s,
         **stages,
