@@ -99,6 +99,10 @@ FIGURES = Part(
     Path("out/bench.json"), DOCS / "performance.md",
     "<!-- figures: written by make bench-page -->", "<!-- end of the figures -->", tables,
 )  # fmt: skip
+COLD_START = Part(
+    Path("out/cold_start.json"), DOCS / "performance.md",
+    "<!-- cold starts: written by make bench-page -->", "<!-- end of the cold starts -->", tables,
+)  # fmt: skip
 BEFORE = Part(
     Path("out/before.json"), DOCS / "performance.md",
     "<!-- before and now: written by make bench-page -->", "<!-- end of before and now -->", before_and_now,
@@ -140,7 +144,7 @@ def _cell(text: str) -> str:
 
 
 def main() -> None:
-    for part in (FIGURES, BEFORE, BACKENDS, AGREEMENT):
+    for part in (FIGURES, COLD_START, BEFORE, BACKENDS, AGREEMENT):
         if not part.stored.exists():
             print(f"{part.page} keeps what it has: there is no {part.stored}")
             continue

@@ -93,7 +93,7 @@ class TrainStepClient:
         self._new_id = new_id
         self._now = now
         self._states: dict[RunId, _RunState] = {}
-        self._cold_start_s: float | None = None  # as last measured
+        self._cold_start = "no estimate yet"  # as last measured, by stages
 
     def ring(self, run: RunId, accepted: int = -1) -> None:
         """Tell train_step that the run may have work. Returns at once."""
@@ -170,8 +170,7 @@ class TrainStepClient:
             return "active", None
         if self._is_serving():
             return "paused_capacity", f"train_step is busy with other runs; waited {waited:.0f} s"
-        estimate = "no estimate yet" if self._cold_start_s is None else f"usually {self._cold_start_s:.0f} s"
-        return "paused_capacity", f"train_step is starting from zero: {waited:.0f} s so far ({estimate})"
+        return "paused_capacity", f"train_step is starting from zero: {waited:.0f} s so far ({self._cold_start})"
 
     def _is_serving(self) -> bool:
         """Whether train_step works on any run now."""
@@ -323,7 +322,7 @@ class TrainStepClient:
         self._unservable_models.remove(state.service_url)
         waited = self._now() - (state.unanswered_since or self._now())
         if waited > _COLD_S:
-            self._cold_start_s = waited
+            self._cold_start = _by_stages(waited, claim)
             metrics.cold_start_seconds.labels("total").observe(waited)
             if 0 < claim.age_s < waited:  # an older process was busy, and not cold
                 metrics.cold_start_seconds.labels("pod").observe(waited - claim.age_s)
@@ -337,6 +336,19 @@ class TrainStepClient:
         state = self._states.get(run)
         if state is not None and state.result_event is not None:
             state.result_event.set()
+
+
+def _by_stages(waited_s: float, claim: Claimed) -> str:
+    """How long a cold start took, and which part of it each stage; an older process was busy, and not cold."""
+    if not 0 < claim.age_s < waited_s:
+        return f"usually {waited_s:.0f} s"
+    stages: dict[str, float] = {name: claim.stages[name] for name in ("import", "weights") if name in claim.stages}
+    parts: dict[str, float] = {
+        "pod": waited_s - claim.age_s,
+        **stages,
+        "claim": max(0.0, claim.age_s - sum(stages.values())),
+    }
+    return f"usually {waited_s:.0f} s: {', '.join(f'{name} {took_s:.1f} s' for name, took_s in parts.items())}"
 
 
 def _seconds(retry_after: str) -> float:

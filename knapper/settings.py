@@ -219,6 +219,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         str,
         Meta(description="The same as a URL, for a process that is no pod. Both empty: only its service is notified."),
     ] = ""
+    pod_snapshot: Annotated[
+        str,
+        Meta(
+            description="Where a loaded function asks for a snapshot of its pod: /proc/gvisor/checkpoint; empty: off."
+        ),
+    ] = ""
     keys: Annotated[
         bool, Meta(description="Accept only keys of `knapper key create`. Off: any key, from this machine alone.")
     ] = False

@@ -159,6 +159,11 @@ ELSEWHERE = {
         "knapper/jobs/listings.py": "_BILL_BYTES_MAX",
         "knapper/wire/frames.py": "_FRAME_BYTES_MAX",
     },
+    "of a start, and of a copy of a process: nobody's request": {
+        "knapper/engine/models/prefetch.py": "_RANGE_BYTES",
+        "knapper/serving/identity.py": "_CLOCK_STEP_S",
+        "knapper/serving/pod_snapshot.py": "_LINE_MAX _SEED_BYTES",
+    },
     "a test's own": {
         "knapper/cli/chaos.py": "_STEPS_MIN",
         "knapper/local/broker/fault_injection.py": "COPIES_MAX LATE_S_MAX",

@@ -150,7 +150,9 @@ def _status(one: "Deployed") -> Iterator[str]:
         stages_text = ", ".join(
             f"{stage} {'not yet' if taken is None else f'{taken:.0f} s'}" for stage, taken in stages
         )
-        yield f"start of {start.pod}: {stages_text}{f' ({start.waits_for})' if start.waits_for else ''}"
+        own = ", ".join(f"{stage.replace('_', ' ')} {took_s:.1f} s" for stage, took_s in start.stages.items())
+        of_it = f" ({own})" if own else ""
+        yield f"start of {start.pod}: {stages_text}{of_it}{f' ({start.waits_for})' if start.waits_for else ''}"
 
 
 def _names(every: "Sequence[Deployed]") -> list[str]:

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -11,6 +11,7 @@ from knapper.cluster.kustomize import Object
 from knapper.cluster.model import LABEL, MODELS, NAMESPACE, SERVICES
 from knapper.state.model_record import slug
 
+PROCESS_STAGES = ("import", "weights", "adapter", "first_step")  # knapper_cold_start_seconds, in their order
 _ACCELERATORS = ("cloud.google.com/gke-accelerator", "nvidia.com/gpu.product")
 
 
@@ -23,6 +24,7 @@ class PodStart:
     image_s: float | None  # until its process began: image, volumes
     ready_s: float | None  # until it answered: imports, weights
     waits_for: str  # what Kubernetes says of a pod that has no node, or whose container cannot start
+    stages: Mapping[str, float]  # of its process, as it says itself; those that are over, once it answers
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,13 @@ def _part(api: Api, service: Object) -> ModelService:
     labels = service["metadata"]["labels"]
     name = service["metadata"]["name"]
     pods = api.list("v1", "Pod", NAMESPACE, f"serving.knative.dev/service={name}")
-    start = _start(max(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))) if pods else None
+    newest = max(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")), default=None)
+    start = None if newest is None else _start(newest, api)
     error = errors[0] if errors else ""
     return ModelService(labels["app.kubernetes.io/name"], name, revision, replicas, state, gpu, error, start)
 
 
-def _start(pod: Object) -> PodStart:
+def _start(pod: Object, api: Api) -> PodStart:
     status = pod.get("status", {})
     conditions = {each["type"]: each for each in status.get("conditions", [])}
     container: Object = next(
@@ -123,7 +126,15 @@ def _start(pod: Object) -> PodStart:
     ]
     said: Object = scheduled if scheduled.get("status") == "False" else now.get("waiting", {})
     waits_for = " ".join(filter(None, (said.get("reason", ""), said.get("message", ""))))
-    return PodStart(pod["metadata"]["name"], spans[0], spans[1], spans[2], waits_for)
+    name = pod["metadata"]["name"]
+    said_itself = {} if spans[2] is None else process_stages(api.pod_text(name, 8080, "metrics", NAMESPACE) or "")
+    return PodStart(name, spans[0], spans[1], spans[2], waits_for, said_itself)
+
+
+def process_stages(page: str) -> dict[str, float]:
+    """Seconds of each stage of a process's start, from its metrics."""
+    found = dict(re.findall(r'^knapper_cold_start_seconds_sum\{stage="(\w+)"\} ([\d.e+-]+)$', page, flags=re.MULTILINE))
+    return {stage: float(found[stage]) for stage in PROCESS_STAGES if stage in found}
 
 
 def _moment(text: str | None) -> datetime | None:

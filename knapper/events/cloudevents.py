@@ -182,7 +182,8 @@ def run_of(event: Event) -> RunId:
 class Claimed(msgspec.Struct, frozen=True, tag="claimed"):
     """The holder has the run, and its state is current. `address`: where it listens, or empty.
 
-    `age_s`: the age of its process, 0 if unknown. `out`: the newest record; later ones follow in this stream.
+    `age_s`: the age of its process, 0 if unknown. `out`: the newest record; later ones follow in this stream. `stages`:
+    seconds of the stages of the process's start that are over.
     """
 
     epoch: int
@@ -190,6 +191,7 @@ class Claimed(msgspec.Struct, frozen=True, tag="claimed"):
     address: str = ""
     age_s: float = 0.0
     out: int = -1  # unknown
+    stages: dict[str, float] = {}
 
 
 class Committed(msgspec.Struct, frozen=True, tag="committed"):

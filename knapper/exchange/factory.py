@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 
+from knapper.concurrency import quiesce
 from knapper.errors import InvalidField
 from knapper.exchange import Exchange
 from knapper.exchange.directory import DirectoryExchange
@@ -16,7 +17,9 @@ def open_exchange(settings: Settings) -> Exchange:
     bucket, prefix = bucket_of("exchange", settings.exchange)
     from knapper.exchange.gcs import GcsExchange
 
-    return GcsExchange(bucket, prefix)
+    exchange = GcsExchange(bucket, prefix)
+    quiesce.before(exchange.disconnect)
+    return exchange
 
 
 def expect_subscribable(settings: Settings) -> None:

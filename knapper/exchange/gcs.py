@@ -48,6 +48,13 @@ class GcsExchange:
         self._connecting = threading.Lock()
         self._connected: Any = None  # google.cloud.storage.Bucket; only the store's module may import it
 
+    async def disconnect(self) -> None:
+        """Close the connections. The next verb connects again."""
+        with self._connecting:
+            connected, self._connected = self._connected, None
+        if connected is not None:
+            connected.client.close()
+
     @property
     def bucket(self) -> str:
         return self._bucket_name

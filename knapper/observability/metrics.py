@@ -56,6 +56,20 @@ unreadable_objects = Counter(
 samples_waiting = Gauge("knapper_samples_waiting", "Samples requested and not finished.", registry=REGISTRY)
 
 
+_stages: dict[str, float] = {}
+
+
+def stage(name: str, took_s: float) -> None:
+    """A stage of this process's own start is over."""
+    cold_start_seconds.labels(name).observe(took_s)
+    _stages.setdefault(name, took_s)
+
+
+def stages() -> dict[str, float]:
+    """Seconds of the stages of this process's start, in their order; what is not over is missing."""
+    return dict(_stages)
+
+
 def text() -> bytes:
     """All metrics, in Prometheus' text format."""
     return bytes(generate_latest(REGISTRY))

@@ -3,7 +3,6 @@
 import atexit
 import os
 import platform
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from tokenizers import Tokenizer
 
 from knapper import limits
 from knapper.catalogue.servable import expect_files
-from knapper.concurrency import shutdown
+from knapper.concurrency import quiesce, shutdown
 from knapper.engine import checkpoint_format, hardware, memory
 from knapper.engine.executor import Executor, Work
 from knapper.engine.hardware import dtype_for, finish, release
 from knapper.engine.layers.batch_invariance import Exactness
+from knapper.engine.layers.fingerprint import fingerprint
 from knapper.engine.layers.lora import Lora, layout
 from knapper.engine.memory import Account, ModelBytes
 from knapper.engine.models.base import Model
@@ -37,6 +37,8 @@ from knapper.errors import InvalidField, NotFound
 from knapper.jobs.services import JobServices, open_job_services
 from knapper.observability import metrics
 from knapper.observability.metrics import Reading
+from knapper.serving.identity import ProcessIdentity
+from knapper.serving.probe_results import StoredChoices
 from knapper.serving.runs import ClaimedRuns
 from knapper.settings import Settings
 from knapper.state.journal import bundles
@@ -54,7 +56,14 @@ _TOP_RUNS = 8  # the number of runs whose share is a metric
 log = structlog.get_logger()
 
 
-Loaded = tuple[Model, Account, int]  # the last: threads
+@dataclass(frozen=True)
+class Loaded:
+    """The model, the account of memory, the device's thread's number of threads, and which bits products keep."""
+
+    model: Model
+    account: Account
+    threads: int
+    exactness: Exactness
 
 
 @dataclass(frozen=True)
@@ -105,25 +114,24 @@ def engine() -> ServingEngine:
     settings = Settings.load(os.environ)
     began = time.monotonic()
     if (age_s := metrics.process_age_s()) is not None:
-        metrics.cold_start_seconds.labels("import").observe(age_s)
+        metrics.stage("import", age_s)
     if not settings.model_directory:
         raise InvalidField("KNAPPER_MODEL_DIRECTORY", "", "the directory of the base model's files")
     device = expect_device(settings)
     expect_files(Path(settings.model_directory))
-    exactness = Exactness(promised=settings.batch_invariant)
-    executor, (model, account, threads) = _open_device(settings, device, exactness)
-    metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
     store = CountedStore(open_store(settings))
+    executor, loaded = _open_device(settings, device, store)
+    model, account = loaded.model, loaded.account
+    metrics.stage("weights", time.monotonic() - began)
     trainer = Trainer(model, account.rows_max, account.datum_rows_max)
     machine = TrainingMachine(trainer, executor, time.monotonic)
-    terms = _terms(device, model, threads)
-    _log_loaded(settings.model, model, terms, _promise(exactness, device), time.monotonic() - began)
+    terms = _terms(device, model, loaded.threads)
+    _log_loaded(settings.model, model, terms, _promise(loaded.exactness, device), time.monotonic() - began)
     sampler = _sampler(settings, model, executor, StoredAdapters(store, model.config, device, model.dtype), account)
     metrics.Readings([*readings(machine, sampler), *memory_readings(account)])
-    holder = Holder(f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}", settings.address, terms)
-    counted = CountedMachine(machine)
-    runs = ClaimedRuns(store, counted, holder, time.time, idle_s=settings.run_idle_s, bytes_max=account.runs)
-    shutdown.before(runs.leave)
+    runs = _runs(store, machine, terms, settings, account)
+    quiesce.before(sampler.release)
+    quiesce.before(runs.quiesce)
     return ServingEngine(
         base_model=settings.model,
         directory=Path(settings.model_directory),
@@ -134,11 +142,30 @@ def engine() -> ServingEngine:
     )
 
 
-def _open_device(settings: Settings, device: torch.device, exactness: Exactness) -> tuple[Executor, Loaded]:
+def _runs(
+    store: Store, machine: TrainingMachine, terms: Terms, settings: Settings, account: Account
+) -> ClaimedRuns[RunState]:
+    """The runs, whose states in memory have their part of the account."""
+    identity = ProcessIdentity(time.time, time.monotonic)
+
+    def holder() -> Holder:
+        """Read anew: a copy of this process has the address of its own pod."""
+        return Holder(identity.renew(), Settings.load(os.environ).address, terms)
+
+    runs = ClaimedRuns(
+        store, CountedMachine(machine), holder(), time.time, idle_s=settings.run_idle_s, bytes_max=account.runs,
+        renewed=lambda: holder() if identity.moved else None,
+    )  # fmt: skip
+    shutdown.before(runs.leave)
+    quiesce.after(lambda: runs.resume(holder()))
+    return runs
+
+
+def _open_device(settings: Settings, device: torch.device, store: Store) -> tuple[Executor, Loaded]:
     """The device's thread, and what was loaded on it. Raises UserError as `_load` does."""
     executor = Executor(synchronize=partial(finish, device))
     try:
-        loaded = executor.submit(_load(settings, device, exactness)).result()
+        loaded = executor.submit(_load(settings, device, store)).result()
     except BaseException:
         executor.close()
         release(device)
@@ -201,8 +228,8 @@ def _sampler(
     )
 
 
-def _load(settings: Settings, device: torch.device, exactness: Exactness) -> Work[Loaded]:
-    """The model, the account of memory, and the number of threads that the device's thread computes on.
+def _load(settings: Settings, device: torch.device, store: Store) -> Work[Loaded]:
+    """The model, and what was found out while it was loaded.
 
     It runs on the device's thread, because OpenMP keeps a team of threads for each thread that ever computed on
     several. Two teams have more threads than there are CPUs, so they sleep between two products instead of spinning.
@@ -215,15 +242,30 @@ def _load(settings: Settings, device: torch.device, exactness: Exactness) -> Wor
     torch.set_num_threads(threads)
     dtype = dtype_for(settings.dtype, device)
     expect_loadable(settings, device, dtype.itemsize)
+    choices = _choices(settings, device, store)
+    exactness = Exactness(promised=settings.batch_invariant, choices=choices)
     try:
         model = load(Path(settings.model_directory), dtype, device, exactness)
-        return model, _account(settings, model), threads
+        account = _account(settings, model)
     except Exception as error:
         if (shortage := MemoryShortage.of(error)) is None:
             error.__traceback__ = None  # its frames hold the weights
             raise
         failed = shortage.error(f"what the weights of {settings.model} need", device, _MORE_MEMORY)
+    else:
+        if choices is not None:
+            choices.flush()  # once on each kind of CPU; from here on no other thread is at work
+        return Loaded(model, account, threads, exactness)
     raise failed  # without the traceback, whose frames hold the weights
+
+
+def _choices(settings: Settings, device: torch.device, store: Store) -> StoredChoices | None:
+    """Where the layouts chosen on this CPU are kept; None where none is searched for, or the CPU is not described."""
+    if device.type != "cpu" or not settings.batch_invariant:
+        return None
+    model = (Path(settings.model_directory) / "config.json").read_bytes()
+    found = fingerprint(model, os.environ)
+    return None if found is None else StoredChoices(store, found)
 
 
 def _promise(exactness: Exactness, device: torch.device) -> str:

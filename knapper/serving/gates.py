@@ -1,16 +1,20 @@
 """The gates of this process to its engine and to vLLM: each opened once, however many functions share it."""
 
+import asyncio
 import os
 import time
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
 from knapper.concurrency import shutdown
 from knapper.concurrency.retry import Deaths
+from knapper.engine.models import prefetch
 from knapper.observability import logs
+from knapper.serving import pod_snapshot
 from knapper.serving.gate import Gate
 from knapper.settings import Settings
 
@@ -54,10 +58,26 @@ def _open(name: str, settings: Settings, load: Callable[[], T]) -> Gate[T]:
     marker = f"loading-{name}-{os.environ.get('FUNCTION_TARGET', 'shared')}"
     gate = Gate(f"model {settings.model}", load, Deaths(settings.run_directory / marker), time.monotonic)
     gate.open()
+    _go_on_from_snapshots(settings)
     return gate
 
 
+def _go_on_from_snapshots(settings: Settings) -> None:
+    """Before the port binds: nothing is claimed yet, and nobody is connected."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:  # imported by a tool, which serves nothing
+        return
+    pod_snapshot.install(loop)
+    if settings.pod_snapshot:
+        pod_snapshot.offer(Path(settings.pod_snapshot), os.environ)
+        pod_snapshot.watch(Path(settings.pod_snapshot), loop, os.environ)
+
+
 def _engine() -> "ServingEngine":
+    settings = Settings.load(os.environ)
+    if settings.model_directory:
+        prefetch.begin(Path(settings.model_directory))
     from knapper.serving.engine import engine  # imports torch, which may be missing or broken
 
     return engine()

@@ -57,16 +57,20 @@ class ClaimedRuns(Generic[State]):
         *,
         idle_s: float = 0.0,
         bytes_max: int | None = None,
+        renewed: Callable[[], Holder | None] = lambda: None,
     ) -> None:
+        """`renewed`: the holder that this process is now, if it is no longer the one that it was."""
         self._store = store
         self._machine = machine
         self._holder = holder
+        self._renewed = renewed
         self._clock = clock
         self._idle_s, self._bytes_max = idle_s, bytes_max
         self._manifests = Manifests(store)
         self._entries: OrderedDict[RunId, _Entry[State]] = OrderedDict()
         self._claims = itertools.count(1)
         self._leaving = False
+        self._lives = 0  # a slice of an earlier one ends after the operation under way
 
     @property
     def loaded(self) -> int:
@@ -77,6 +81,33 @@ class ClaimedRuns(Generic[State]):
         """This process is about to end: slices end after the operation under way, and doorbells are refused."""
         self._leaving = True
 
+    async def quiesce(self) -> None:
+        """As `leave`; then drop every claim and every state, with a snapshot where it is worth its bytes."""
+        self.leave()
+        for entry in list(self._entries.values()):
+            async with entry.lock:
+                if entry.idle_timer is not None:
+                    entry.idle_timer.cancel()
+                if entry.background is not None:
+                    await asyncio.gather(entry.background, return_exceptions=True)
+                if entry.run is not None:
+                    await self._snapshot_if_worth(entry.run, entry)
+                entry.run = None
+
+    def resume(self, holder: Holder) -> None:
+        """Go on as another process: nothing is claimed any more, and what was read before counts for nothing."""
+        self._holder, self._manifests = holder, Manifests(self._store)
+        self._lives += 1
+        for entry in self._entries.values():
+            entry.run = None
+        self._leaving = False
+
+    async def _snapshot_if_worth(self, run: Run[State], entry: _Entry[State]) -> None:
+        try:
+            await self._snapshot(run, entry, lambda: run.worth_snapshot)
+        except KnapperError as error:  # whoever claims it replays more
+            log.warning("snapshot failed", run=run.run, code=error.code, reason=str(error))
+
     async def answer(self, run_id: RunId, hint: Hint | None = None) -> AsyncIterator[Frame]:
         """Work on the run for a slice. `hint`: the holder that the gateway knows of; without one, claim the run anyway.
 
@@ -84,6 +115,9 @@ class ClaimedRuns(Generic[State]):
 
         If the caller hangs up, the operation under way is finished all the same, and its commit is in the store.
         """
+        if (holder := self._renewed()) is not None:
+            log.warning("this process is a copy, or slept: it claims anew", before=self._holder.name, now=holder.name)
+            self.resume(holder)
         entry = self._entry(run_id)
         await entry.lock.acquire()
         try:
@@ -94,7 +128,8 @@ class ClaimedRuns(Generic[State]):
             run = await self._claimed(run_id, entry, hint)
             age_s = metrics.process_age_s() or 0.0
             claimed = Claimed(
-                epoch=run.epoch, holder=run.holder.name, address=run.holder.address, age_s=age_s, out=run.out
+                epoch=run.epoch, holder=run.holder.name, address=run.holder.address, age_s=age_s, out=run.out,
+                stages=metrics.stages(),
             )  # fmt: skip
             async with aclosing(self._slice(run, entry, claimed)) as frames:
                 async for frame in frames:
@@ -163,10 +198,10 @@ class ClaimedRuns(Generic[State]):
     async def _slice(self, run: Run[State], entry: _Entry[State], claimed: Claimed) -> AsyncGenerator[Frame]:
         """Yields the claim, while the work already begins; then the commits; then the end."""
         now = asyncio.get_running_loop().time  # monotonic, so that a slice keeps its length
-        end = now() + limits.slice_s
+        end, life = now() + limits.slice_s, self._lives
 
         def over() -> bool:
-            return self._leaving or now() >= end
+            return self._leaving or self._lives != life or now() >= end
 
         committed: asyncio.Queue[Frame | None] = asyncio.Queue()
 

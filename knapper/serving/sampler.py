@@ -59,6 +59,6 @@ def by_vllm(settings: Settings) -> Served:
     expect_files(Path(settings.model_directory))
     store = CountedStore(open_store(settings))
     sampler, context = open_sampler(settings, store, os.environ)
-    metrics.cold_start_seconds.labels("weights").observe(time.monotonic() - began)
+    metrics.stage("weights", time.monotonic() - began)
     job_services = open_job_services(settings, store, time.time)
     return Served(settings.model, Path(settings.model_directory), context, sampler, job_services)

@@ -67,6 +67,7 @@ class ObjectKind(Enum):
     AUDIT = ("audit/<tenant>/<date>/<us>-<id>", "Entry", "state.audit")
     DEAD_LETTER = ("dead/<sha256>", "DeadLetter", "state.dead_letters")
     SECRET = ("secrets/<secret>", "Secret", "state.secrets")
+    PROBE_RESULT = ("probes/<fingerprint>/<sha256>", "ProbeResult", "state.probe_results")
     # Jobs: one exists once `started` does.
     JOB_STARTED = ("jobs/<tenant>/<job>/<start>/started", "Started", "jobs.inbox")
     JOB_WAITING = ("jobs/<tenant>/<job>/<start>/waiting", "Waiting", "jobs.inbox")

@@ -3,6 +3,7 @@
 import re
 from secrets import token_hex  # noqa: TID251 - marks of writers: unique, and never replayed
 
+from knapper.concurrency import quiesce
 from knapper.errors import InvalidField
 from knapper.settings import Settings, variable
 from knapper.store import Store
@@ -22,7 +23,9 @@ def open_store(settings: Settings) -> Store:
     bucket, prefix = bucket_of("store", settings.store)
     from knapper.store.gcs import GcsStore
 
-    return GcsStore(bucket, prefix, lambda: token_hex(16))
+    store = GcsStore(bucket, prefix, lambda: token_hex(16))
+    quiesce.before(store.disconnect)
+    return store
 
 
 def bucket_of(setting: str, address: str) -> tuple[str, str]:

@@ -109,6 +109,13 @@ class GcsStore:
             raise ValueError(f"bad object name {name!r}: {_PARTS} is the store's own")
         return name
 
+    async def disconnect(self) -> None:
+        """Close the connections. The next verb connects again."""
+        with self._connecting:
+            connected, self._connected = self._connected, None
+        if connected is not None:
+            connected.client.close()
+
     def close(self) -> None:
         """Close threads and connections, which otherwise end with the process."""
         self._threads.shutdown()

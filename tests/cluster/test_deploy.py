@@ -234,12 +234,16 @@ def test_status_tells_how_a_start_from_zero_went_stage_by_stage(cluster: Cluster
         pod_of("train-step", had_a_node, answered, container={"running": {"startedAt": "2027-01-15T08:02:52Z"}}),
         pod_of("sample", no_node, container={}),
     )
+    took = {"weights": "1.25", "import": "2.4", "total": "9.0", "first_step": "0.5"}
+    page = "".join(f'knapper_cold_start_seconds_sum{{stage="{name}"}} {seconds}\n' for name, seconds in took.items())
+    cluster.texts["/api/v1/namespaces/knapper/pods/train-step-00001-deployment-x:8080/proxy/metrics"] = page
     with serving(cluster, tmp_path) as kubeconfig:
         done = knapper("deploy", "status", DEFAULT, "--kubeconfig", str(kubeconfig))
         cluster.put(pod_of("sample", had_a_node, container={"waiting": {"reason": "ImagePullBackOff"}}))
         later = knapper("deploy", "status", DEFAULT, "--kubeconfig", str(kubeconfig))
     told = {line.split("-00001")[0]: line for line in done.stdout.splitlines() if line.startswith("start of")}
-    assert told["start of train-step"].endswith(": node 132 s, image and volumes 40 s, process 28 s")
+    own = "import 2.4 s, weights 1.2 s, first step 0.5 s"
+    assert told["start of train-step"].endswith(f": node 132 s, image and volumes 40 s, process 28 s ({own})")
     nothing = "node not yet, image and volumes not yet, process not yet"
     assert told["start of sample"].endswith(f": {nothing} (Unschedulable 0/1 nodes are available)")
     assert "node 132 s, image and volumes not yet, process not yet (ImagePullBackOff)" in later.stdout

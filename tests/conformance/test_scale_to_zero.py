@@ -48,6 +48,9 @@ def test_functions_end_when_idle_and_come_back_on_the_next_bell(
 
         after = training.forward([datum(1)], "cross_entropy").result().metrics["loss:sum"]
         assert after == before
+        again = [each.getMessage() for each in caplog.records if "starting from zero" in each.getMessage()][-1]
+        stages = ", ".join(rf"{stage} [\d.]+ s" for stage in ("pod", "import", "weights", "claim"))
+        assert re.search(rf"\d+ s so far \(usually \d+ s: {stages}\)", again), "each stage of the one before, timed"
         assert sampled() == first
         service.close("success").result()
         told = httpx.get(f"{server.url}/metrics", trust_env=False).text

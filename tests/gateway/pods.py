@@ -34,9 +34,21 @@ _START_S = 60.0
 
 
 class Pod:
-    """One train_step. `address` is its own; empty in the settings where `routed` is false."""
+    """One train_step. `address` is its own; empty in the settings where `routed` is false. `model`: else a tiny one.
 
-    def __init__(self, name: str, directory: Path, *, routed: bool) -> None:
+    `root`: the checkout that it runs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        *,
+        routed: bool,
+        model: Path | None = None,
+        root: Path = _ROOT,
+        **settings: str,
+    ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
@@ -45,11 +57,13 @@ class Pod:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("KNAPPER_")}
         self._environment = environment | {
             "KNAPPER_DATA": str(self.data), "KNAPPER_MODEL": MODEL.name,
-            "KNAPPER_MODEL_DIRECTORY": str(tiny_model(directory / "model")), "KNAPPER_THREADS": "1",
+            "KNAPPER_MODEL_DIRECTORY": str(model or tiny_model(directory / "model")), "KNAPPER_THREADS": "1",
             "KNAPPER_DTYPE": "float32", "FUNCTION_TARGET": "train_step", "OMP_NUM_THREADS": "1",
             "KNAPPER_HOLDER_ADDRESS": self.address if routed else "",
-            "FUNCTION_SOURCE": str(_ROOT / "functions" / "train_step" / "main.py"),
+            "FUNCTION_SOURCE": str(root / "functions" / "train_step" / "main.py"), "PYTHONPATH": str(root),
+            **settings,
         }  # fmt: skip
+        self._root = root
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -58,7 +72,7 @@ class Pod:
             "--lifespan", "on", "--log-level", "warning",
         ]  # fmt: skip
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, env=self._environment, cwd=_ROOT, stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, env=self._environment, cwd=self._root, stdout=log, stderr=log)
 
     def wait(self) -> None:
         """Until it listens."""

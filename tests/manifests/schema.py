@@ -11,6 +11,7 @@ import kubernetes_validate
 import yaml
 
 from knapper.cluster.kustomize import Object
+from tests.manifests import pod_snapshots
 from tests.manifests.rendering import ROOT
 
 # The CRD files of Knative, in a directory `knative-crds` of a sibling of the checkout: serving/ and eventing/ as in
@@ -77,6 +78,8 @@ def errors(thing: Object) -> Iterator[str]:
                 yield f"{'.'.join(map(str, error.absolute_path)) or thing['kind']}: {error.message[:300]}"
         if thing["kind"] == "Service":
             yield from _core(pod_of(thing))
+    elif group == pod_snapshots.GROUP:
+        yield from pod_snapshots.errors(thing)
     elif thing["kind"] not in _OPERATOR:
         yield from _core(thing)
 

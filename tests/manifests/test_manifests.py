@@ -20,7 +20,7 @@ from knapper.cluster.kustomize import Object, identity, render
 from knapper.serving import engine, runs
 from knapper.state.model_record import slug
 from knapper.vllm import factory
-from tests.manifests import knative, rules, schema
+from tests.manifests import knative, pod_snapshots, rules, schema
 from tests.manifests.rendering import (
     APPLIED,
     KUBECTL,
@@ -221,6 +221,52 @@ def test_events_go_by_kafka_where_its_component_is_added(tmp_path: Path) -> None
     if KUBECTL is not None:
         said = subprocess.run([KUBECTL, "kustomize", str(tmp_path)], capture_output=True, text=True, check=True).stdout
         assert {identity(each): each for each in yaml.safe_load_all(said)} == {identity(each): each for each in objects}
+
+
+@pytest.mark.parametrize("overlay", ["overlays/gke-l4", "overlays/gke-h100", "overlays/gke-l4-shared"])
+def test_functions_with_a_model_start_from_snapshots_where_its_component_is_added(tmp_path: Path, overlay: str) -> None:
+    stacked(tmp_path, overlay, "components/pod-snapshots")
+    objects = render(tmp_path)
+    assert list(rules.findings(objects)) == []
+    (policy,) = [thing for thing in objects if thing["kind"] == "PodSnapshotPolicy"]
+    assert find(objects, "PodSnapshotStorageConfig", policy["spec"]["storageConfigName"])
+    (selected,) = policy["spec"]["selector"]["matchExpressions"]
+    for service in services(objects):
+        template = service["spec"]["template"]
+        labels, runs = template["metadata"]["labels"], template["spec"]
+        asks = {"name": "KNAPPER_POD_SNAPSHOT", "value": "/proc/gvisor/checkpoint"} in runs["containers"][0]["env"]
+        assert (
+            asks
+            == (labels[selected["key"]] in selected["values"])
+            == (service["metadata"]["name"] in ("train-step", "sample"))
+        )
+        if asks:
+            assert (runs["runtimeClassName"], runs["nodeSelector"]["sandbox.gke.io/runtime"]) == ("gvisor", "gvisor")
+            assert set(policy["spec"]["snapshotGroupingRules"]["groupByLabelValue"]["labels"]) <= labels.keys()
+            assert runs["nodeSelector"]["cloud.google.com/gke-accelerator"], "the GPU is chosen as it was"
+    if schema.CRDS is not None:
+        assert [error for thing in objects for error in schema.errors(thing)] == []
+    if KUBECTL is not None:
+        said = subprocess.run([KUBECTL, "kustomize", str(tmp_path)], capture_output=True, text=True, check=True).stdout
+        assert {identity(each): each for each in yaml.safe_load_all(said)} == {identity(each): each for each in objects}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"triggerConfig": {"type": "onLoad"}},
+        {"triggerConfig": {"type": "workload", "postCheckpoint": "delete"}},
+        {"retentionConfig": {"lastAccessTimeout": "720"}},
+        {"storageConfig": "knapper"},
+        {"selector": {"matchLabel": {"app": "x"}}},
+    ],
+)
+def test_a_field_that_pod_snapshots_do_not_have_is_found(tmp_path: Path, change: dict[str, Any]) -> None:
+    objects = render(stacked(tmp_path, "overlays/gke-l4", "components/pod-snapshots"))
+    policy = copy.deepcopy(find(objects, "PodSnapshotPolicy", "knapper"))
+    assert list(pod_snapshots.errors(policy)) == []
+    policy["spec"] |= change
+    assert len(list(pod_snapshots.errors(policy))) == 1
 
 
 def maps() -> dict[str, dict[str, str]]:

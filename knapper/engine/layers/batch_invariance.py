@@ -5,14 +5,16 @@ product of the model and of its adapters is tried once at its real shape, with s
 which no row's bits depend on other rows. The last layouts are blocks of a fixed number of rows, which leave a kernel
 nothing to choose. Training, prefill and decoding use the same layout.
 
-The search ignores time, so that it ends alike on every start: replayed bits depend on it.
+The search ignores time, so that it ends alike on every start: replayed bits depend on it. It takes seconds, so what it
+found may be kept (`LayoutChoices`) for later processes on an equal CPU.
 docs/decisions/0013-exactness-is-probed.md has the measurements. N rows, M rows of one adapter, I inputs, O outputs, R
 rank.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import Final, Protocol
 
 import structlog
 import torch
@@ -90,14 +92,33 @@ _ELEMENTS_MAX: Final = 1 << 24  # of a probe at a time
 _PROBE_ELEMENTS_MAX: Final = 1 << 26  # of a matrix; a larger one is probed with fewer outputs
 
 
+@dataclass(frozen=True)
+class LayoutChoice:
+    """The end of one search: the layout that is used, and whether it keeps the bits."""
+
+    layout: RowLayout
+    invariant: bool
+
+
+class LayoutChoices(Protocol):
+    """LayoutChoices of earlier processes, on this very model, CPU, libraries and number of threads."""
+
+    def get(self, product: str) -> LayoutChoice | None: ...
+
+    def add(self, product: str, choice: LayoutChoice) -> None:
+        """Keep it for later processes. Returns at once."""
+
+
 class Exactness:
     """The row layouts of one model's products, on one number of threads.
 
-    `promised`: False computes as fast as possible, whatever the bits; so does any device but a CPU.
+    `promised`: False computes as fast as possible, whatever the bits; so does any device but a CPU. `choices`: what
+    need not be searched for again; without them everything is.
     """
 
-    def __init__(self, *, promised: bool = True) -> None:
+    def __init__(self, *, promised: bool = True, choices: LayoutChoices | None = None) -> None:
         self.promised = promised
+        self._choices = choices
         self.broken: list[str] = []  # products without an invariant layout
         self._layouts: dict[tuple[object, ...], RowLayout] = {}
         self._linears: set[tuple[int, tuple[int, ...]]] = set()  # (inputs, widths) of the linears with adapters
@@ -119,9 +140,12 @@ class Exactness:
             return UNCHANGED
         key = (name, f"{inputs}x{outputs}", _short(like.dtype))
         if key not in self._layouts:
-            x_NI, w_OI = _probe_tensors(inputs, min(outputs, max(1, _PROBE_ELEMENTS_MAX // inputs)), like)
-            product = make(w_OI)
-            self._layouts[key] = self._first(key, layouts, lambda layout: _is_invariant(layout, product, x_NI, outputs))
+
+            def probe() -> Callable[[RowLayout], bool]:
+                x_NI, w_OI = _probe_tensors(inputs, min(outputs, max(1, _PROBE_ELEMENTS_MAX // inputs)), like)
+                return partial(_is_invariant, product=make(w_OI), x_NI=x_NI, outputs=outputs)
+
+            self._layouts[key] = self._first(key, layouts, probe)
         return self._layouts[key]
 
     def adapter(self, rank: int, like: Tensor) -> RowLayout:
@@ -135,30 +159,41 @@ class Exactness:
             ]
             shapes = {(inputs, parts * rank) for parts, inputs, rank, _ in pairs} | {(r, w) for _, _, r, w in pairs}
             self._layouts[name] = self._first(
-                name, ADAPTER_LAYOUTS, lambda layout: _adapter_is_invariant(layout, sorted(shapes), like)
+                name, ADAPTER_LAYOUTS, lambda: partial(_adapter_is_invariant, shapes=sorted(shapes), like=like)
             )
         return self._layouts[name]
 
-    def check(self, name: str, is_invariant: bool) -> None:
-        """Record a computation that has one layout only."""
-        if not is_invariant:
-            self._break(name)
+    def check(self, name: str, is_invariant: Callable[[], bool]) -> None:
+        """Record whether a computation that has one layout only keeps the bits."""
+        self._found(name, lambda: LayoutChoice(UNCHANGED, is_invariant()))
 
     def _probes(self, like: Tensor) -> bool:
         return self.promised and like.device.type == "cpu"
 
     def _first(
-        self, name: tuple[object, ...], layouts: Iterable[RowLayout], is_invariant: Callable[[RowLayout], bool]
+        self, name: tuple[object, ...], layouts: Sequence[RowLayout], probe: Callable[[], Callable[[RowLayout], bool]]
     ) -> RowLayout:
-        first, *others = layouts
-        for layout in (first, *others):
+        def search() -> LayoutChoice:
+            is_invariant = probe()
             with torch.inference_mode():
-                if is_invariant(layout):
-                    if layout != first:
-                        log.debug("exact bits", product=" ".join(map(str, name)), way=str(layout))
-                    return layout
-        self._break(" ".join(map(str, name)))
-        return first
+                found = next((layout for layout in layouts if is_invariant(layout)), None)
+            return LayoutChoice(found or layouts[0], found is not None)
+
+        product = " ".join(map(str, name))
+        layout = self._found(product, search)
+        if layout != layouts[0]:
+            log.debug("exact bits", product=product, way=str(layout))
+        return layout
+
+    def _found(self, product: str, search: Callable[[], LayoutChoice]) -> RowLayout:
+        choice = None if self._choices is None else self._choices.get(product)
+        if choice is None:
+            choice = search()
+            if self._choices is not None:
+                self._choices.add(product, choice)
+        if not choice.invariant:
+            self._break(product)
+        return choice.layout
 
     def _break(self, name: str) -> None:
         self.broken.append(name)

@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from knapper.engine.layers import gradient
 from knapper.engine.models.config import ModelConfig
 
 _saved_bytes_least: Final = (
@@ -92,5 +93,5 @@ class _Checkpoint(torch.autograd.Function):
         x_NH = x_NH.detach().requires_grad_()
         with torch.enable_grad():
             y_NH = ctx.layer(x_NH)
-        torch.autograd.backward(y_NH, grads[0])
+        gradient.backward(y_NH, grads[0])
         return None, x_NH.grad

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from knapper.engine.executor import Work
+from knapper.engine.layers import gradient
 
 LayerSegment = Callable[[Tensor], Tensor]
 
@@ -38,7 +39,8 @@ class LayerwisePass:
             self._boundaries[-1][1].grad = grad
         while self._boundaries:
             output, leaf = self._boundaries.pop()
-            torch.autograd.backward(output, leaf.grad)
+            assert leaf.grad is not None, "the segment after it leaves one"
+            gradient.backward(output, leaf.grad)
             del output, leaf  # frees its part of the graph before the next segment is differentiated
             yield
 

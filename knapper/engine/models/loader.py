@@ -1,5 +1,6 @@
 """Loads a model directory: in native layer code if the registry has the architecture, else through transformers."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,7 +44,6 @@ def load(
     exactness = exactness or Exactness()
     decoder = Decoder(config, weights.load(directory, config, dtype, device, exactness))
     if exactness.promised and decoder.device.type == "cpu":
-        exactness.check(
-            "attention", batch_invariant_attention.is_invariant(config.heads, config.kv_heads, config.head_dim)
-        )
+        is_invariant = partial(batch_invariant_attention.is_invariant, config.heads, config.kv_heads, config.head_dim)
+        exactness.check("attention", is_invariant)
     return decoder

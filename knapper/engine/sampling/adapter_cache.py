@@ -71,6 +71,10 @@ class AdapterCache:
                 self._entries.move_to_end(adapter)
             self._trim(self._bytes_max)
 
+    def release(self) -> None:
+        """Drop every adapter that no request uses."""
+        self._trim(0)
+
     async def _load(self, adapter: str) -> Lora:
         try:
             return await self._source.load(adapter)

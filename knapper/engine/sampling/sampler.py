@@ -8,7 +8,7 @@ from typing import Final
 from tokenizers import Tokenizer
 
 from knapper import limits
-from knapper.engine.executor import Executor
+from knapper.engine.executor import Executor, Work
 from knapper.engine.models.base import Model
 from knapper.engine.sampling import validation
 from knapper.engine.sampling.adapter_cache import AdapterCache, AdapterSource
@@ -43,7 +43,8 @@ class EngineSampler:
         adapter_bytes_max: int = _ADAPTER_BYTES_MAX,
         text_tokens_max: int | None = None,
     ) -> None:
-        self._decoder, self._tokenizer, self._text_tokens_max = decoder, tokenizer, text_tokens_max
+        self._decoder, self._device, self._tokenizer = decoder, device, tokenizer
+        self._text_tokens_max = text_tokens_max
         self._kv_tokens_max = kv_tokens_max
         self._adapters = AdapterCache(adapters, decoder.device, adapter_bytes_max)
         self._scheduler = SamplingScheduler(decoder, device, slots_max, kv_tokens_max, now)
@@ -97,6 +98,16 @@ class EngineSampler:
             )
             self._scheduler.submit(group)
             return await asyncio.wrap_future(group.future)
+
+    async def release(self) -> None:
+        """Free what is kept for later requests only: keys and values of prompts, and adapters that none uses now."""
+
+        def work() -> Work[None]:
+            yield from ()
+            self._scheduler.release_caches()
+
+        self._adapters.release()
+        await self._device.run(work())
 
     def _reserved_by(self, request: SampleRequest) -> tuple[int, int]:
         """(tokens that a sequence may have, positions that it reserves). Raises TooLarge."""

@@ -286,7 +286,7 @@ class SamplingScheduler:
 
     def _relieve(self, failure: Exception) -> None:
         """Undo a failed step's cause as far as possible: free memory, park, isolate; fail a request that is alone."""
-        self._release_caches()
+        self.release_caches()
         groups = self._batch.groups
         if isinstance(failure, MemoryShortage) and not self._short_of_memory:
             self._short_of_memory = True
@@ -303,7 +303,7 @@ class SamplingScheduler:
 
     def _isolate(self, groups: Sequence[SequenceGroup], failure: Exception) -> None:
         """After a failed pass over prompts or parked sequences: compute each request again in a pass of its own."""
-        self._release_caches()
+        self.release_caches()
         present = [group for group in groups if group in self._groups]
         for group in present:
             group.forget_prompt()
@@ -344,8 +344,8 @@ class SamplingScheduler:
         )
         yield
 
-    def _release_caches(self) -> None:
-        """Drop everything that is kept only for reuse."""
+    def release_caches(self) -> None:
+        """Drop everything that is kept only for reuse. On the device's thread."""
         for group in self._groups:
             group.past = None
         self._prefiller.trim(0)

@@ -58,4 +58,4 @@ class CountedMachine(Generic[State]):
         self._first[stage] = False
         yield
         if is_first:
-            metrics.cold_start_seconds.labels(stage).observe(self._now() - began)
+            metrics.stage(stage, self._now() - began)

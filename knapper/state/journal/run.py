@@ -82,6 +82,7 @@ class Run(Generic[State]):
         self._manifest_n = 0
         self._out = 0  # the newest out record, written or adopted
         self._outbox: tuple[int, Commit] | None = None  # applied, not yet known to be stored
+        self._unsure = set[str]()  # names that this claim tried to create, with an outcome that it does not know
         self._entered = False  # `apply_pending` is running
 
     # -- claim ---------------------------------------------------------------------------------------------------------
@@ -147,9 +148,7 @@ class Run(Generic[State]):
             self.terms_before = before.terms
 
     async def _put_manifest(self, n: int, manifest: Manifest) -> None:
-        data = encode(manifest)
-        name = layout.manifest(self.run, n)
-        if not await self._store.put_if_absent(name, data) and await self._store.get(name) != data:
+        if await self._create(layout.manifest(self.run, n), encode(manifest)) is not None:
             raise Fenced(f"another process claimed {self.run} as its manifest {n}")
         self._manifest, self._manifest_n = manifest, n
         self._manifests.remember(self.run, n, manifest)
@@ -182,7 +181,7 @@ class Run(Generic[State]):
 
     async def _adopt(self, commit: Commit) -> None:
         """Apply a commit that another claim stored."""
-        if commit.epoch > self.epoch:
+        if commit.epoch >= self.epoch:  # of the same epoch: by a copy of this process, as this claim has none yet
             raise Fenced(f"{self.run} was taken over at epoch {commit.epoch}; this claim is of epoch {self.epoch}")
         self._replay = self._replay.grown(record_bytes=sum(len(result.body) for result in commit.results))
         for result in commit.results:
@@ -215,16 +214,29 @@ class Run(Generic[State]):
 
     async def _put_commit(self, commit: Commit) -> bool:
         """Store the commit in the next slot; False if that had another one, which is adopted."""
-        name, data = layout.commit(self.run, self._out + 1), encode(commit)
-        if not await self._store.put_if_absent(name, data):
-            stored = await self._store.get(name)
-            if stored is None:
-                raise Fenced(f"{name} was taken and collected: this claim has slept for long")
-            if stored != data:
-                await self._adopt(decode(stored, Commit, name))
-                return False
+        name = layout.commit(self.run, self._out + 1)
+        if (stored := await self._create(name, encode(commit))) is not None:
+            await self._adopt(decode(stored, Commit, name))
+            return False
         self._out += 1
         return True
+
+    async def _create(self, name: str, data: bytes) -> bytes | None:
+        """None once the object is this claim's, else what another wrote there. Raises Fenced if that was collected.
+
+        Equal bytes are this claim's only if an attempt of it failed that may have stored them. Otherwise a copy of this
+        very process wrote them: one image of its memory may go on twice, and both then write the same.
+        """
+        tried = name in self._unsure
+        self._unsure.add(name)
+        created = await self._store.put_if_absent(name, data)
+        stored = None if created else await self._store.get(name)
+        self._unsure.discard(name)
+        if created or (tried and stored == data):
+            return None
+        if stored is None:
+            raise Fenced(f"{name} was taken and collected: this claim has slept for long")
+        return stored
 
     # -- apply and commit ----------------------------------------------------------------------------------------------
 
@@ -265,9 +277,8 @@ class Run(Generic[State]):
             return
         n, commit = self._outbox
         data = encode(commit)
-        name = layout.commit(self.run, n)
-        if not await self._store.put_if_absent(name, data) and await self._store.get(name) != data:
-            # After our own fence only a later claim can take this slot.
+        if await self._create(layout.commit(self.run, n), data) is not None:
+            # After our own fence only a later claim can take this slot, or a copy of this process.
             raise Fenced(f"slot {n} of {self.run} was taken by another claim")
         self._out, self._outbox = n, None
         self._replay = self._replay.grown(record_bytes=len(data))

@@ -15,13 +15,14 @@ from knapper.ids import RunId, SamplerId, SessionId, Tenant, TinkerPath
 from knapper.jobs.names import Start
 from knapper.jobs.notifications import Notifier
 from knapper.jobs.services import JobServices
-from knapper.state import dead_letters, layout, ledger_entries, usage
+from knapper.state import dead_letters, layout, ledger_entries, probe_results, usage
 from knapper.state.api_keys import Keys
 from knapper.state.checkpoints import Checkpoint, Checkpoints
 from knapper.state.dead_letters import DeadLetter
 from knapper.state.job_records import Evaluated, Rollouts, Scores, Spent, Trained, Waiting, encode
 from knapper.state.journal import bundles, ends
 from knapper.state.journal.records import Commit, End, Manifest, Result, Terms
+from knapper.state.probe_results import ProbeResult
 from knapper.state.sessions import Sampler, Samplers
 from knapper.state.signed_links import Link, Links
 from knapper.state.usage import Sampled, Samplings
@@ -72,6 +73,8 @@ def furnished(store: Store, exchange: Path) -> Server:
         asyncio.run(Catalogue(store).publish(msgspec.structs.replace(MODEL, name=name)))
     asyncio.run(dead_letters.keep(store, DeadLetter(attributes={"id": "1"}, body=b"{}", kept_at=AT)))
     asyncio.run(dead_letters.keep(store, DeadLetter(attributes={"id": "2"}, body=b"{}", kept_at=AT)))
+    probed = ProbeResult(product="forward 64x48 float32", least=8, block=0, invariant=True)
+    asyncio.run(probe_results.keep(store, "f" * 64, probed))
     link = Link(kind="trace", tenant="one", subject="", expires_at=AT)
     asyncio.run(Links(store, lambda: AT, lambda: "d" * 32).sign(link))
     server = Server(store, exchange, keys)
