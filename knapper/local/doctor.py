@@ -61,7 +61,8 @@ def _memory(run_directory: Path) -> Iterator[Finding]:
     for role, process in roles.items():
         if role not in ("engine", *ENGINES) or "port" not in process or "loading_since" in process:
             continue
-        url = f"http://127.0.0.1:{process['port']}/metrics"
+        function = ENGINES[0] if role == "engine" else role
+        url = f"http://127.0.0.1:{process['port']}/{function}/metrics"
         try:
             text = httpx.get(url, timeout=_ANSWER_S, trust_env=False).raise_for_status().text
         except httpx.HTTPError as error:
