@@ -104,6 +104,7 @@ def create_app(
             await services.train_client.close()
             await services.sample_queue.close()
             await periodic_tasks.end(services)
+            await services.admission.close()
 
     return Starlette(
         routes=_routes(),

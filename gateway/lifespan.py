@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import httpx
 
+from gateway.admission import Admission, Readers
 from gateway.body_budget import budget
 from gateway.heartbeats import Heartbeats
 from gateway.lookups import Lookups
@@ -28,6 +29,7 @@ from knapper.events.cloudevents import Claimed
 from knapper.events.function_key import FunctionKey
 from knapper.ids import RunId
 from knapper.jobs import needs
+from knapper.jobs.quota_file import QuotaFile
 from knapper.jobs.revive import Seen
 from knapper.jobs.services import JobServices
 from knapper.local.state import presence
@@ -36,12 +38,17 @@ from knapper.state import damage
 from knapper.state.api_keys import Keyring, Keys
 from knapper.state.audit import Audit
 from knapper.state.checkpoints import Checkpoints
+from knapper.state.daily_tokens import DailyTokens
 from knapper.state.gc.collector import Collector
 from knapper.state.gc.lookups import Retention
+from knapper.state.holds import Holds
 from knapper.state.journal.accept import Acceptor
 from knapper.state.journal.newest import Manifests
 from knapper.state.journal.results import Results
 from knapper.state.ledger import Accounts
+from knapper.state.open_runs import OpenRuns
+from knapper.state.prices import Prices
+from knapper.state.quotas import QuotaBook
 from knapper.state.signed_links import Links
 from knapper.state.tenant_index import Register
 from knapper.state.tokens import AccessTokens
@@ -113,6 +120,9 @@ async def open_services(
             sample_queue=clients.samples,
             sample_usage=sample_usage,
             accounts=state.accounts,
+            admission=_admission(store, state, clients.samples, sample_usage, sources),
+            quota_file=QuotaFile(Path(settings.quotas), QuotaBook(store, monotonic)) if settings.quotas else None,
+            prices=Prices.of(settings),
             reward_client=clients.rewards,
             function_key=clients.key,
             body_budget=budget(),
@@ -146,6 +156,17 @@ def _state(settings: Settings, store: Store, sources: Sources, wakeups: Wakeups)
     collector = Collector(store, retention, clock, monotonic, partial(needs.of, store), accounts.account)
     lookups = Lookups(store, acceptor, monotonic, collector.touch_sampler, wakeups.store.set)
     return _State(store, manifests, acceptor, Results(store, manifests), accounts, collector, lookups)
+
+
+def _admission(store: Store, state: _State, samples: SampleQueue, counted: SampleUsage, sources: Sources) -> Admission:
+    readers = Readers(
+        QuotaBook(store, sources.monotonic),
+        DailyTokens.over(store, state.accounts, sources.clock),
+        OpenRuns(store, sources.clock),
+        Checkpoints(store, sources.clock),
+        state.acceptor,
+    )
+    return Admission(readers, Holds(store, sources.new_id(), sources.clock), samples, counted, sources.monotonic)
 
 
 async def _clients(

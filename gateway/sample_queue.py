@@ -5,7 +5,7 @@ each session is served in order of arrival.
 """
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,6 +51,7 @@ class QueuedSample:
     num_samples: int
     url: str
     call: bytes
+    tokens: int = 0  # the most that it may have, where its tenant has a quota of them
     wait_if_unservable: bool = True  # wait for a model that cannot be served now; else fail
     on_token: Callable[[TokenEvent], None] | None = None  # called as tokens are drawn; from the first after a retry
     done: asyncio.Event = field(default_factory=asyncio.Event)
@@ -121,11 +122,21 @@ class SampleQueue:
         self._number = first
         self._answered_at = float("-inf")  # when the sample function last responded
         self._waiting_bytes = self._result_bytes = self._unfinished = self._in_flight = 0
+        self._samples_of: Counter[Tenant] = Counter()  # not done, by tenant
+        self._tokens_of: Counter[Tenant] = Counter()  # that these may have
 
     @property
     def open(self) -> int:
         """The number of samples that are not done."""
         return self._unfinished
+
+    def in_flight(self, tenant: Tenant) -> int:
+        """The number of the tenant's samples that are not done; a request for several counts as so many."""
+        return self._samples_of[tenant]
+
+    def tokens_held(self, tenant: Tenant) -> int:
+        """The most tokens that these may have."""
+        return self._tokens_of[tenant]
 
     def active_samplers(self) -> set[SamplerId]:
         """Samplers of samples that are not done."""
@@ -144,12 +155,13 @@ class SampleQueue:
         call: bytes,
         on_token: Callable[[TokenEvent], None] | None = None,
         *,
+        tokens: int = 0,
         wait_if_unservable: bool = True,
     ) -> QueuedSample:
         """Queue the request, or find it queued before. Raises TooMany when the queue is full.
 
-        `on_token` is for a `call` that asks for a stream. `wait_if_unservable`: wait for a model that cannot be served
-        now, instead of failing.
+        `on_token` is for a `call` that asks for a stream. `tokens`: the most that it may have. `wait_if_unservable`:
+        wait for a model that cannot be served now, instead of failing.
         """
         if (entry := self.known(address)) is not None:
             return entry
@@ -161,12 +173,14 @@ class SampleQueue:
                 f"{self._unfinished} samples wait; allowed: {limits.samples_waiting_max}; send it again later"
             )
         entry = QueuedSample(
-            f"s-{self._new_id()}", address, tenant, num_samples, url, call, wait_if_unservable, on_token
+            f"s-{self._new_id()}", address, tenant, num_samples, url, call, tokens, wait_if_unservable, on_token
         )
         self._entries[entry.request_id] = self._by_address[entry.address] = entry
         self._waiting.setdefault(entry.share_key, deque()).append(entry)
         self._shares.join(*entry.share_key)
         self._unfinished += 1
+        self._samples_of[tenant] += num_samples
+        self._tokens_of[tenant] += tokens
         self._waiting_bytes += len(call)
         self._dispatch()
         return entry
@@ -349,6 +363,8 @@ class SampleQueue:
             return
         body = msgspec.json.encode(errors.failure(result)) if isinstance(result, KnapperError) else result
         self._unfinished -= 1
+        self._samples_of[entry.tenant] -= entry.num_samples
+        self._tokens_of[entry.tenant] -= entry.tokens
         self._waiting_bytes -= len(entry.call)
         if isinstance(result, KnapperError):
             entry.error = result

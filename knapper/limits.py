@@ -150,6 +150,14 @@ sandbox_loading_bytes = 4 * 1024 * MIB  # of address space, while modules load
 sandbox_imports_max = 64  # modules that one program can name
 sandbox_output_bytes_max = 64 * 1024  # of one cell
 
+# ---- Quotas of tenants.
+quota_max = 10**17
+quotas_file_bytes_max = MIB
+quota_fresh_s = 5.0  # a changed quota is in force everywhere after this
+quota_usage_fresh_s = 30.0  # how often the tokens of a tenant with a quota are read from the store while it works
+quota_run_silent_s = 24 * 3600.0  # a run whose client was not heard of for this long, and up to a day more, is not open
+quota_pause_s_max = 25 * 3600  # the SDK waits this long for a quota: a day, and an hour for clocks
+
 # ---- Events.
 event_bytes_max = MIB  # of a CloudEvent; a doorbell has none, a storage event about one thousand
 events_in_flight_max = 4096  # deliveries of the local broker

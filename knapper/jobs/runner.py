@@ -179,6 +179,7 @@ class Training:
         start, started = folder.start, folder.started
         if await self._services.store.get(start.trained(0)) is not None:
             return
+        await self._services.quota.expect_runs(start.tenant, list(recipe.runs))
         session = Session(
             session=start.session, tenant=start.tenant, created_at=started.started_at, display_name=start.job,
             tags=[needs.TAG, folder.job.kind],

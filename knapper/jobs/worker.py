@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 import structlog
 
 from knapper import limits
-from knapper.errors import InvalidField, KnapperError, NotFound, NotHolder, StoreError, Unavailable, UserError
+from knapper.errors import (
+    InvalidField,
+    KnapperError,
+    NotFound,
+    NotHolder,
+    QuotaUsedUp,
+    StoreError,
+    Unavailable,
+    UserError,
+)
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
 from knapper.jobs import activity, control, outputs
@@ -43,8 +52,9 @@ class Slice:
     end: float
 
     async def go_on(self) -> None:
-        """Raises Stopped or SliceOver."""
+        """Raises Stopped, SliceOver, or QuotaUsedUp, which pauses the job."""
         await self.expect_running()
+        await self.services.quota.expect(self.start.tenant)
         if self.services.clock() >= self.end:
             raise SliceOver
 
@@ -119,6 +129,9 @@ class Worker:
             self._taken.discard(start)
             await services.store.delete(start.working)
             await outputs.publish_status(services, folder.started)
+        except QuotaUsedUp as error:  # the gateway sends the doorbell again once there is more
+            log.info("job pauses", job=str(start), reason=str(error))
+            await self._note(folder, f"{control.PAUSED}: {error}")
         except UserError as error:
             await self._fail(event, folder, str(error))
         except KnapperError as error:

@@ -182,6 +182,7 @@ ASKS: dict[Way, Callable[[World, Random], Ask]] = {
     ("PUT", "/api/v1/sessions/{session_id}/project"): body(lambda *_: {"project_id": "p"}),
     ("GET", "/api/v1/sessions/{session_id}/trace_export"): nothing,
     ("GET", "/api/v1/audit"): query(day="2026-01-01", event_type="checkpoints"),
+    ("GET", "/api/v1/quota"): nothing,
     ("GET", "/api/v1/billing/usage/events"): query(
         starting_on="2026-01-01T00:00:00Z", ending_before="2026-01-02T00:00:00Z"
     ),

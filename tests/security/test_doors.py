@@ -234,6 +234,7 @@ DOORS: dict[tuple[str, str], Open | Own | Named] = {
     ("PUT", "/api/v1/sessions/{session_id}/project"): Named([body(lambda *_: {"project_id": "p"})]),
     ("GET", "/api/v1/sessions/{session_id}/trace_export"): Named([nothing]),
     ("GET", "/api/v1/audit"): Own(),
+    ("GET", "/api/v1/quota"): Own(shows=lambda _: '"tokens_a_day"'),
     ("GET", "/api/v1/billing/usage/events"): Own({"params": _HOURS}),
     ("GET", "/api/v1/billing/usage/checkpoints/current"): Own(shows=lambda _: '"size_bytes"'),
     ("GET", "/api/v1/links/{token}"): Open("a signed link is its own key; see test_links_are_signed"),
