@@ -130,7 +130,7 @@ async def _has_quota(services: JobServices, start: Start, started: Started) -> b
     """Whether the quota of its tenant lets a paused job go on."""
     runs = [start.run, start.reference] if isinstance(decode(started.spec_json), DpoJob) else [start.run]
     try:
-        await services.quota.expect(start.tenant)
+        await services.quota.expect(start.tenant, services.clock())
         if await services.store.get(start.trained(0)) is None:
             await services.quota.expect_runs(start.tenant, runs)
     except QuotaUsedUp:

@@ -45,17 +45,18 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Slice:
-    """One slice of work on a job; `go_on` is called before each part of it."""
+    """One slice of work on a job; `go_on` is called before each part of it, with the tokens that it will train on."""
 
     services: JobServices
     start: Start
     end: float
 
-    async def go_on(self) -> None:
+    async def go_on(self, tokens: int = 0) -> None:
         """Raises Stopped, SliceOver, or QuotaUsedUp, which pauses the job."""
         await self.expect_running()
-        await self.services.quota.expect(self.start.tenant)
-        if self.services.clock() >= self.end:
+        at = self.services.clock()
+        await self.services.quota.expect(self.start.tenant, at, tokens)
+        if at >= self.end:
             raise SliceOver
 
     async def expect_running(self) -> None:

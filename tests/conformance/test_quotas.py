@@ -24,7 +24,7 @@ PRICES = {
     "KNAPPER_PRICE_TRAINED": "3.5", "KNAPPER_PRICE_PREFILLED": "0.5", "KNAPPER_PRICE_SAMPLED": "11",
     "KNAPPER_PRICE_DEVICE_SECOND": "0.25", "KNAPPER_PRICE_STORED": "0.125", "KNAPPER_JOB_STALLED_S": "1",
 }  # fmt: skip
-SFT = "kind: sft\ndata: d.jsonl\nsteps: 4\nlora: {rank: 2}\nbatch: {size: 1}\n"
+SFT = "kind: sft\ndata: d.jsonl\nsteps: 4\nlora: {rank: 2}\nbatch: {sequences: 1}\n"
 UNLIMITED = ("runs", "bytes", "tokens-a-day", "samples-in-flight", "rank")
 
 
@@ -123,7 +123,7 @@ def test_samples_in_flight_wait_for_each_other_in_the_sdk(
     house: Server, service: tinker.ServiceClient, model: Path
 ) -> None:
     allow(house, "--samples-in-flight", "2")
-    client = service.create_sampling_client(base_model=str(model))
+    client = service.create_sampling_client(base_model=str(model)).result()
     params = types.SamplingParams(max_tokens=4, seed=1)
     futures = [client.sample(types.ModelInput.from_ints([1, 2, n]), 2, params) for n in range(3, 8)]
     assert [len(future.result().sequences) for future in futures] == [2] * 5
@@ -190,7 +190,7 @@ def test_usage_speaks_money_and_quotas(house: Server, service: tinker.ServiceCli
     assert re.search(r"^quota: [\d.]+ (MiB|KiB) of 1.0 GiB in checkpoints$", printed, flags=re.MULTILINE)
     assert "quota: rank up to 8\n" in printed
     assert "runs open" not in printed, "there is no quota of runs"
-    rest = tinker.RestClient(base_url=house.url, api_key="tml-local")
-    storage = rest.get_current_checkpoint_storage_usage().result()
+    admin = tinker.AdminClient(base_url=house.url, api_key="tml-local")
+    storage = admin.get_current_checkpoint_storage_usage().result()
     assert storage.effective_rate_usd_per_gigabyte_month == pytest.approx(0.125 * 1e9 / 2**30)
     assert storage.data[0].estimated_monthly_cost_usd == pytest.approx(storage.data[0].size_bytes / 2**30 * 0.125)
