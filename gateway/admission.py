@@ -12,15 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.sample_queue import SampleQueue
 from gateway.sample_usage import SampleUsage
+from gateway.tenant_load import TenantLoad
 from knapper import limits
 from knapper.errors import InvalidField, QuotaReached, QuotaUsedUp, TooLarge
 from knapper.ids import RunId, Tenant
 from knapper.state import usage
 from knapper.state.checkpoints import Checkpoints
 from knapper.state.daily_tokens import DailyTokens
-from knapper.state.holds import HELD_S, RENEWED_S, Hold, Holds
+from knapper.state.holds import HELD_S, RENEWED_S, Holds, UnderWay
 from knapper.state.journal.accept import Acceptor
 from knapper.state.open_runs import OpenRuns
 from knapper.state.quotas import Quota, QuotaBook
@@ -44,7 +44,7 @@ class _Look:
 class _Others:
     """The holds of other gateways. `samples`, `tokens`: what this process held then."""
 
-    hold: Hold
+    hold: UnderWay
     samples: int
     tokens: int
     at: float
@@ -65,11 +65,11 @@ class Admission:
     """`now`: monotonic seconds."""
 
     def __init__(
-        self, readers: Readers, holds: Holds, samples: SampleQueue, counted: SampleUsage, now: Callable[[], float]
+        self, readers: Readers, holds: Holds, load: TenantLoad, counted: SampleUsage, now: Callable[[], float]
     ) -> None:
         self._readers = readers
         self._holds = holds
-        self._samples = samples
+        self._load = load
         self._counted = counted
         self._now = now
         self._trained: Counter[Tenant] = Counter()  # tokens accepted by this process
@@ -152,7 +152,7 @@ class Admission:
     async def renew(self) -> None:
         """Renew the holds of tenants whose samples are under way; release those of tenants that ask for nothing."""
         for tenant in self._holds.due():
-            if self._samples.in_flight(tenant):
+            if self._load.samples(tenant):
                 await self._holds.renew(tenant, *self._held(tenant))
             elif self._now() - self._others[tenant].at >= HELD_S:
                 await self._holds.release(tenant)
@@ -169,7 +169,7 @@ class Admission:
             "runs": len(await self._readers.open_runs.of(tenant)),
             "bytes": await self._stored_bytes(tenant),
             "tokens_a_day": self._used(tenant, look),
-            "samples_in_flight": self._samples.in_flight(tenant) + others.hold.samples,
+            "samples_in_flight": self._load.samples(tenant) + others.hold.samples,
             "rank": None,
         }
         report: dict[str, Any] = {
@@ -186,11 +186,11 @@ class Admission:
         if tokens > most:
             raise TooLarge(quota_messages.too_many_tokens(tenant, tokens, most))
         look, others = await self._fresh_look(tenant), await self._fresh_others(tenant)
-        left = most - self._used(tenant, look) - self._samples.tokens_held(tenant) - others.hold.tokens
-        handed_out = self._used(tenant, look) + self._samples.tokens_held(tenant) - look.recorded - others.tokens
+        left = most - self._used(tenant, look) - self._load.tokens(tenant) - others.hold.tokens
+        handed_out = self._used(tenant, look) + self._load.tokens(tenant) - look.recorded - others.tokens
         if others.hold.gateways > 1 and 0 < tokens <= left < (handed_out + tokens) * others.hold.gateways:
             look, others = await self._look(tenant), await self._look_at_others(tenant)
-        used, held = self._used(tenant, look), self._samples.tokens_held(tenant) + others.hold.tokens
+        used, held = self._used(tenant, look), self._load.tokens(tenant) + others.hold.tokens
         if used + held + tokens <= most:
             return
         self._refused_at[tenant] = self._now()
@@ -230,17 +230,17 @@ class Admission:
         if samples > most:
             raise InvalidField("num_samples", samples, f"at most {most} at the same time: the quota of tenant {tenant}")
         others = await self._fresh_others(tenant)
-        left = most - self._samples.in_flight(tenant) - others.hold.samples
-        handed_out = self._samples.in_flight(tenant) - others.samples
+        left = most - self._load.samples(tenant) - others.hold.samples
+        handed_out = self._load.samples(tenant) - others.samples
         if others.hold.gateways > 1 and samples <= left < (handed_out + samples) * others.hold.gateways:
             others = await self._look_at_others(tenant)
-        in_flight = self._samples.in_flight(tenant) + others.hold.samples
+        in_flight = self._load.samples(tenant) + others.hold.samples
         if in_flight + samples > most:
             raise QuotaReached(quota_messages.samples(tenant, in_flight, samples, most))
 
     def _held(self, tenant: Tenant) -> tuple[int, int]:
         """(samples, tokens) that no record has yet."""
-        return self._samples.in_flight(tenant), self._samples.tokens_held(tenant)
+        return self._load.samples(tenant), self._load.tokens(tenant)
 
     async def _fresh_others(self, tenant: Tenant) -> _Others:
         others = self._others.get(tenant)

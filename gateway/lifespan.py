@@ -120,7 +120,7 @@ async def open_services(
             sample_queue=clients.samples,
             sample_usage=sample_usage,
             accounts=state.accounts,
-            admission=_admission(store, state, clients.samples, sample_usage, sources),
+            admission=_admission(store, state, clients.samples.load, sample_usage, sources),
             quota_file=QuotaFile(Path(settings.quotas), QuotaBook(store, monotonic)) if settings.quotas else None,
             prices=Prices.of(settings),
             reward_client=clients.rewards,
@@ -166,7 +166,7 @@ def _admission(store: Store, state: _State, samples: SampleQueue, counted: Sampl
         Checkpoints(store, sources.clock),
         state.acceptor,
     )
-    return Admission(readers, Holds(store, sources.new_id(), sources.clock), samples, counted, sources.monotonic)
+    return Admission(readers, Holds(store, sources.new_id(), sources.clock), load, counted, sources.monotonic)
 
 
 async def _clients(

@@ -5,7 +5,7 @@ each session is served in order of arrival.
 """
 
 import asyncio
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ import msgspec
 import structlog
 
 from gateway import errors
+from gateway.tenant_load import TenantLoad
 from gateway.unservable import UnservableModels
 from knapper import ids, limits
 from knapper.concurrency.fair_share import FairShare
@@ -122,21 +123,12 @@ class SampleQueue:
         self._number = first
         self._answered_at = float("-inf")  # when the sample function last responded
         self._waiting_bytes = self._result_bytes = self._unfinished = self._in_flight = 0
-        self._samples_of: Counter[Tenant] = Counter()  # not done, by tenant
-        self._tokens_of: Counter[Tenant] = Counter()  # that these may have
+        self.load = TenantLoad()
 
     @property
     def open(self) -> int:
         """The number of samples that are not done."""
         return self._unfinished
-
-    def in_flight(self, tenant: Tenant) -> int:
-        """The number of the tenant's samples that are not done; a request for several counts as so many."""
-        return self._samples_of[tenant]
-
-    def tokens_held(self, tenant: Tenant) -> int:
-        """The most tokens that these may have."""
-        return self._tokens_of[tenant]
 
     def active_samplers(self) -> set[SamplerId]:
         """Samplers of samples that are not done."""
@@ -179,8 +171,7 @@ class SampleQueue:
         self._waiting.setdefault(entry.share_key, deque()).append(entry)
         self._shares.join(*entry.share_key)
         self._unfinished += 1
-        self._samples_of[tenant] += num_samples
-        self._tokens_of[tenant] += tokens
+        self.load.add(tenant, num_samples, tokens)
         self._waiting_bytes += len(call)
         self._dispatch()
         return entry
@@ -363,8 +354,7 @@ class SampleQueue:
             return
         body = msgspec.json.encode(errors.failure(result)) if isinstance(result, KnapperError) else result
         self._unfinished -= 1
-        self._samples_of[entry.tenant] -= entry.num_samples
-        self._tokens_of[entry.tenant] -= entry.tokens
+        self.load.remove(entry.tenant, entry.num_samples, entry.tokens)
         self._waiting_bytes -= len(entry.call)
         if isinstance(result, KnapperError):
             entry.error = result

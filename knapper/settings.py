@@ -246,9 +246,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     price_device_second: Annotated[
         float, Meta(ge=0, le=1e9, description="A second of the device, beside or in place of prices for tokens.")
     ] = 0.0
-    price_stored: Annotated[float, Meta(ge=0, le=1e9, description="A GiB of checkpoints for a month (720 hours).")] = (
-        0.0
-    )
+    price_stored: Annotated[float, Meta(ge=0, le=1e9, description="A GiB of checkpoints for a month.")] = 0.0
     jwt: Annotated[
         bool,
         Meta(description="Clients exchange keys for tokens that last an hour: no request carries a lasting secret."),

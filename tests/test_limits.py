@@ -36,11 +36,12 @@ ELSEWHERE = {
         "knapper/state/journal/accept.py": "_MANIFEST_FRESH_S",
     },
     "how often something is looked at, tried again or reported; nothing is refused by it": {
+        "gateway/admission.py": "_SOON_S _FREED_S",
         "gateway/errors.py": "_OPERATOR_S",
         "gateway/futures.py": "_FIRST_HOLD_S _PAUSED_HOLD_S _READ_EVERY_S",
         "gateway/openai/samples.py": "_KEEP_ALIVE_S _RETRY_AFTER_S",
         "gateway/periodic.py": "_FAILED_S",
-        "gateway/periodic_tasks.py": "_TICK_S _JOBS_S _JOBS_AWAITING_FILES_S _JOBS_STALLED_S _SAMPLE_USAGE_S _PARTS_S "
+        "gateway/periodic_tasks.py": "_TICK_S _JOBS_S _JOBS_AWAITING_FILES_S _JOBS_PAUSED_S _JOBS_STALLED_S _SAMPLE_USAGE_S _PARTS_S "
         "_ACCOUNTS_S _ACCOUNTS_OPEN_S _ACCOUNTS_IDLE_S IDLE_S",
         "gateway/sample_queue.py": "_BACK_OFF_S _BACK_OFF_MAX_S _COLD_S _NOTICE_EVERY_S _ASLEEP_S",
         "gateway/train_client.py": "_BACK_OFF_S _BACK_OFF_MAX_S _COLD_S _NOTICE_EVERY_S",
@@ -60,6 +61,7 @@ ELSEWHERE = {
         "knapper/serving/idle.py": "_FIRST_S _DRAIN_S",
         "knapper/state/gc/collector.py": "_PACE_S _PAUSE_MAX_S _LISTING_S _FAR_S",
         "knapper/state/gc/session.py": "_HELD_S",
+        "knapper/state/holds.py": "RENEWED_S HELD_S",
         "knapper/state/journal/holder.py": "_OTHER_DTYPE_S",
         "knapper/state/journal/replay.py": "_STORING_S _RECORD_BYTES_MIN",
         "knapper/state/journal/run.py": "_COMMIT_AFTER_S",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from knapper.ids import Tenant
 from knapper.state.ledger import Accounts
 from knapper.state.sessions import DAY_S
-from knapper.state.usage import HOUR_S, SampledTokens, Window
+from knapper.state.usage import HOUR_S, SampledTotals, Window
 from knapper.store import Store
 
 
@@ -19,12 +19,12 @@ class DailyTokens:
     """`clock`: seconds since the epoch."""
 
     accounts: Accounts
-    sampled: SampledTokens
+    sampled: SampledTotals
     clock: Callable[[], float]
 
     @staticmethod
     def over(store: Store, accounts: Accounts, clock: Callable[[], float]) -> "DailyTokens":
-        return DailyTokens(accounts, SampledTokens(store), clock)
+        return DailyTokens(accounts, SampledTotals(store), clock)
 
     @property
     def day(self) -> int:

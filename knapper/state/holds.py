@@ -18,8 +18,8 @@ HELD_S: Final = 60.0
 
 
 @dataclass(frozen=True)
-class Hold:
-    """`gateways`: how many hold this together, this one included."""
+class UnderWay:
+    """What no record has yet. `gateways`: how many hold this together, this one included."""
 
     samples: int = 0
     tokens: int = 0
@@ -53,7 +53,7 @@ class Holds:
         if (own := self._own.pop(tenant, None)) is not None:
             await self._store.delete(own[0])
 
-    async def of_others(self, tenant: Tenant) -> Hold:
+    async def of_others(self, tenant: Tenant) -> UnderWay:
         """What the other gateways show, all together. Deletes holds of gateways that died."""
         newest: dict[str, tuple[int, int, int]] = {}
         for name in damage.parsed(await self._store.list(ObjectKind.HOLD.under(tenant)), _parse):
@@ -66,7 +66,7 @@ class Holds:
             else:
                 newest[gateway] = at_us, samples, tokens  # in order of time
         samples, tokens = (sum(each[n] for each in newest.values()) for n in (1, 2))
-        return Hold(samples, tokens, len(newest) + 1)
+        return UnderWay(samples, tokens, len(newest) + 1)
 
 
 def _parse(name: str) -> tuple[str, int, int, int]:

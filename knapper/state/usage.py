@@ -105,7 +105,7 @@ async def tokens_sampled(store: Store, tenant: str, window: Window) -> list[tupl
     return [(hour, total) for (hour, _, _), total in totals.items()]
 
 
-class SampledTokens:
+class SampledTotals:
     """The number of tokens that samples of a tenant had, prompts included. Records are read once: they never change."""
 
     def __init__(self, store: Store) -> None:

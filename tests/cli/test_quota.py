@@ -1,12 +1,16 @@
 """`knapper quota`, as an operator runs it."""
 
 import json
+import re
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from knapper.jobs import quota_file
+from knapper.state.quotas import Quota
 from tests.security.test_keys import knapper
 
 ALICE = ("--runs", "20", "--bytes", "50GiB", "--tokens-a-day", "10M", "--samples-in-flight", "64", "--rank", "32")
@@ -72,3 +76,29 @@ def test_what_is_wrong_is_named(tmp_path: Path, arguments: tuple[str, ...], stat
     assert refused.returncode == status
     assert message in " ".join(refused.stderr.replace("│", " ").split())
     assert shown(tmp_path) == {"default": {}, "tenants": {}}, "nothing was set"
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "operating.md").read_text(encoding="utf-8")
+
+
+def block(language: str, beginning: str) -> str:
+    """The block of the page that begins so."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    return next(each for each in blocks if each.startswith(beginning))
+
+
+def test_the_commands_of_the_page_do_what_they_say(tmp_path: Path) -> None:
+    for line in block("sh", "knapper quota set alice").splitlines():
+        command = shlex.split(line, comments=True)
+        assert command[:2] == ["knapper", "quota"]
+        done = quota(tmp_path, *command[2:])
+        assert done.returncode == 0, done.stderr
+        if command[2:4] == ["set", "alice"]:
+            assert shown(tmp_path, "alice")["tokens_a_day"] == 10_000_000
+    assert shown(tmp_path) == {"default": {"runs": 5, "rank": 16}, "tenants": {}}
+
+
+def test_the_file_of_the_page_is_a_file_of_quotas(tmp_path: Path) -> None:
+    content = quota_file.parse(tmp_path, block("yaml", "default: {runs: 5, rank: 16}").encode())
+    assert content.of("alice") == Quota(20, 50 * 2**30, 10**7, 64, None)
+    assert content.of("bob") == Quota(runs=5, rank=16)
