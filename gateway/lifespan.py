@@ -20,6 +20,7 @@ from gateway.rewards import RewardClient
 from gateway.sample_queue import SampleQueue
 from gateway.sample_usage import SampleUsage
 from gateway.services import Services, Wakeups
+from gateway.tenant_load import TenantLoad
 from gateway.train_client import TrainStepClient
 from gateway.unfinished_runs import UnfinishedRuns
 from gateway.unservable import UnservableModels
@@ -158,7 +159,7 @@ def _state(settings: Settings, store: Store, sources: Sources, wakeups: Wakeups)
     return _State(store, manifests, acceptor, Results(store, manifests), accounts, collector, lookups)
 
 
-def _admission(store: Store, state: _State, samples: SampleQueue, counted: SampleUsage, sources: Sources) -> Admission:
+def _admission(store: Store, state: _State, load: TenantLoad, counted: SampleUsage, sources: Sources) -> Admission:
     readers = Readers(
         QuotaBook(store, sources.monotonic),
         DailyTokens.over(store, state.accounts, sources.clock),

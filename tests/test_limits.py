@@ -41,8 +41,8 @@ ELSEWHERE = {
         "gateway/futures.py": "_FIRST_HOLD_S _PAUSED_HOLD_S _READ_EVERY_S",
         "gateway/openai/samples.py": "_KEEP_ALIVE_S _RETRY_AFTER_S",
         "gateway/periodic.py": "_FAILED_S",
-        "gateway/periodic_tasks.py": "_TICK_S _JOBS_S _JOBS_AWAITING_FILES_S _JOBS_PAUSED_S _JOBS_STALLED_S _SAMPLE_USAGE_S _PARTS_S "
-        "_ACCOUNTS_S _ACCOUNTS_OPEN_S _ACCOUNTS_IDLE_S IDLE_S",
+        "gateway/periodic_tasks.py": "_TICK_S _JOBS_S _JOBS_AWAITING_FILES_S _JOBS_PAUSED_S _JOBS_STALLED_S "
+        "_SAMPLE_USAGE_S _PARTS_S _ACCOUNTS_S _ACCOUNTS_OPEN_S _ACCOUNTS_IDLE_S IDLE_S",
         "gateway/sample_queue.py": "_BACK_OFF_S _BACK_OFF_MAX_S _COLD_S _NOTICE_EVERY_S _ASLEEP_S",
         "gateway/train_client.py": "_BACK_OFF_S _BACK_OFF_MAX_S _COLD_S _NOTICE_EVERY_S",
         "gateway/unfinished_runs.py": "_SOON_S _LATE_S",
