@@ -154,7 +154,7 @@ class Admission:
         for tenant in self._holds.due():
             if self._load.samples(tenant):
                 await self._holds.renew(tenant, *self._held(tenant))
-            elif self._now() - self._others[tenant].at >= HELD_S:
+            elif (others := self._others.get(tenant)) is None or self._now() - others.at >= HELD_S:
                 await self._holds.release(tenant)
 
     async def close(self) -> None:
@@ -164,12 +164,12 @@ class Admission:
     async def report(self, tenant: Tenant) -> dict[str, Any]:
         """The quota of the tenant and what it has used of it, field by field; `quota` null is no limit."""
         quota = await self._readers.quotas.of(tenant)
-        look, others = await self._look(tenant), await self._look_at_others(tenant)
+        look, others = await self._look(tenant), await self._holds.of_others(tenant)
         used = {
             "runs": len(await self._readers.open_runs.of(tenant)),
             "bytes": await self._stored_bytes(tenant),
             "tokens_a_day": self._used(tenant, look),
-            "samples_in_flight": self._load.samples(tenant) + others.hold.samples,
+            "samples_in_flight": self._load.samples(tenant) + others.samples,
             "rank": None,
         }
         report: dict[str, Any] = {

@@ -127,7 +127,6 @@ async def delete_stale_parts(gateway: Services) -> None:
 
 async def tick(gateway: Services) -> None:
     gateway.sample_queue.expire()
-    await gateway.admission.renew()
     for session in gateway.heartbeats.lapsed():
         log.info("session timed out: no heartbeat", session=session)
         gateway.sample_queue.cancel_session(session, Gone(f"session {session} has not been heard of for too long"))
@@ -139,6 +138,7 @@ async def tick(gateway: Services) -> None:
     for run in gateway.unfinished_runs.due(stalled):
         await damage.unless(revive(gateway, run), None)
         gateway.unfinished_runs.checked(run)
+    await gateway.admission.renew()
 
 
 async def revive(gateway: Services, run: RunId) -> None:

@@ -53,7 +53,7 @@ class JobQuota:
         look = await self._fresh_look(tenant)
         if quota.tokens_a_day is not None and look.tokens >= quota.tokens_a_day:
             left_s = self._daily_tokens.seconds_left
-            raise QuotaUsedUp(quota_messages.tokens_of_job(tenant, look.tokens, quota.tokens_a_day, left_s), left_s)
+            raise QuotaUsedUp(quota_messages.tokens_of_job(tenant, look.tokens, quota.tokens_a_day), left_s)
         if quota.bytes is not None and look.stored >= quota.bytes:
             raise QuotaUsedUp(quota_messages.stored(tenant, look.stored, 0, quota.bytes))
         look.tokens += tokens

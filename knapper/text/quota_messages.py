@@ -49,10 +49,10 @@ def stored(tenant: str, stored: int, more: int, most: int) -> str:
     )
 
 
-def tokens_of_job(tenant: str, used: int, most: int, left_s: float) -> str:
+def tokens_of_job(tenant: str, used: int, most: int) -> str:
     return (
         f"tenant {tenant} has used {used} tokens today; allowed: {most} a day. The job goes on by itself when the next "
-        f"day has begun, at 00:00 UTC, in {clock(left_s)}. {_MORE}"
+        f"day has begun, at 00:00 UTC. {_MORE}"
     )
 
 

@@ -83,7 +83,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "operating.md").read_text(encoding=
 
 def block(language: str, beginning: str) -> str:
     """The block of the page that begins so."""
-    blocks = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    blocks: list[str] = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
     return next(each for each in blocks if each.startswith(beginning))
 
 

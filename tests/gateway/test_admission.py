@@ -137,8 +137,9 @@ def test_a_request_that_no_day_has_room_for_fails_in_its_future_and_leaves_no_ga
 def test_another_tenant_is_not_touched(clock: Clock) -> None:
     with gateway(clock=clock, monotonic=clock, keys=True) as running:
         keys = Keys(running.store, clock)
-        for n, tenant in enumerate(("alice", "bob")):
-            key = running.run(keys.create(Tenant(tenant), "", lambda n=n: f"{n:064x}"))[0]
+        secrets = iter(f"{n:064x}" for n in range(2))
+        for tenant in ("alice", "bob"):
+            key = running.run(keys.create(Tenant(tenant), "", secrets.__next__))[0]
             running.http.headers["X-API-Key"] = key
             run = running.make_run()
             if tenant == "alice":

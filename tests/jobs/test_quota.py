@@ -59,7 +59,7 @@ def test_a_job_out_of_tokens_pauses_until_there_are_more(house: House, name: str
         begun = await works.submit(JOBS[name], name)
         reason = await paused(works, begun)
         assert reason.startswith(f"{control.PAUSED}: tenant local has used ")
-        assert "allowed: 1 a day. The job goes on by itself when the next day has begun, at 00:00 UTC, in " in reason
+        assert "allowed: 1 a day. The job goes on by itself when the next day has begun, at 00:00 UTC. " in reason
         seen = Seen()
         for _ in range(3):
             assert await revive.due(works.services, seen, quiet_s=0) == [], "nobody is woken to find that out"
