@@ -1,9 +1,11 @@
 """Quotas, as users of the unmodified SDK and of jobs meet them: what waits, what raises, and what they are told."""
 
+import json
 import logging
 import re
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,21 @@ def quota(server: Server) -> dict[str, Any]:
 def used(server: Server) -> int:
     number: int = quota(server)["tokens_a_day"]["used"]
     return number
+
+
+def window() -> tuple[datetime, datetime]:
+    """The last day."""
+    end = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) + timedelta(hours=1)
+    return end - timedelta(hours=24), end
+
+
+def events(server: Server) -> list[dict[str, Any]]:
+    begin, end = window()
+    query = {"starting_on": begin.isoformat(), "ending_before": end.isoformat()}
+    url = f"{server.url}/api/v1/billing/usage/events"
+    answer = httpx.get(url, params=query, headers={"X-API-Key": "tml-local"}, timeout=30).raise_for_status()
+    rows: list[dict[str, Any]] = answer.json()["data"]
+    return rows
 
 
 def allow(server: Server, *options: str) -> None:
@@ -167,6 +184,11 @@ def test_a_job_over_its_quota_pauses_with_the_reason_and_goes_on(house: Server, 
     assert "The job goes on by itself when the next day has begun, at 00:00 UTC" in shown
     allow(house, "--tokens-a-day", "10M")
     wait_until(lambda: "small: completed" in told(house, "jobs", "show", "small"), "it goes on by itself", 120)
+    bill = json.loads(told(house, "jobs", "show", "small", "--json"))["bill"]
+    of_job = [row for row in events(house) if row["job"] == "small"]
+    assert sum(row["cost"] or 0.0 for row in of_job) == pytest.approx(bill["cost"]["total"], rel=1e-6)
+    trained = sum(row["event_info"]["token_count"] for row in of_job if row["event_info"]["type"] == "training")
+    assert trained == bill["tokens"]["trained"] > 0
     (folder / "job.yaml").write_text((folder / "high.yaml").read_text())
     refused = knapper_submit(house, folder)
     assert "job.yaml, line 4: lora.rank is 64; allowed: 1 to 8: the quota of tenant local" in refused
@@ -191,6 +213,15 @@ def test_usage_speaks_money_and_quotas(house: Server, service: tinker.ServiceCli
     assert "quota: rank up to 8\n" in printed
     assert "runs open" not in printed, "there is no quota of runs"
     admin = tinker.AdminClient(base_url=house.url, api_key="tml-local")
+    begin, end = window()
+    costs = [row.estimated_cost_usd for row in admin.get_billing_usage(begin, end).result().data]
+    assert printed_total(printed) == pytest.approx(sum(cost or 0.0 for cost in costs), abs=1e-4)
     storage = admin.get_current_checkpoint_storage_usage().result()
     assert storage.effective_rate_usd_per_gigabyte_month == pytest.approx(0.125 * 1e9 / 2**30)
     assert storage.data[0].estimated_monthly_cost_usd == pytest.approx(storage.data[0].size_bytes / 2**30 * 0.125)
+
+
+def printed_total(printed: str) -> float:
+    match = re.search(r"^total: (\d+\.\d{4}) USD", printed, flags=re.MULTILINE)
+    assert match
+    return float(match[1])
