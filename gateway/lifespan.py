@@ -12,6 +12,7 @@ import httpx
 
 from gateway.admission import Admission, Readers
 from gateway.body_budget import budget
+from gateway.console.state import Console
 from gateway.heartbeats import Heartbeats
 from gateway.lookups import Lookups
 from gateway.openai.state import OpenAIState
@@ -138,6 +139,7 @@ async def open_services(
             unfinished_runs=UnfinishedRuns(monotonic),
             wakeups=wakeups,
             openai=OpenAIState(audit),
+            console=Console.open(store, settings.admin, clock, monotonic, new_id),
             keys=Keyring(Keys(store, clock), monotonic) if settings.keys else None,
             declared_models=Declared(Path(settings.models), state.lookups.catalogue) if settings.models else None,
             access_tokens=await AccessTokens.open(store, clock, new_id) if settings.jwt else None,

@@ -9,6 +9,7 @@ from starlette.requests import Request
 
 from gateway.admission import Admission
 from gateway.body_budget import Budget
+from gateway.console.state import Console
 from gateway.heartbeats import Heartbeats
 from gateway.lookups import Lookups
 from gateway.openai.state import OpenAIState
@@ -92,6 +93,7 @@ class Services:
     unfinished_runs: UnfinishedRuns
     wakeups: Wakeups
     openai: OpenAIState
+    console: Console
     keys: Keyring | None  # None: keys are off, and every client is the tenant `local`
     declared_models: Declared | None  # None: another process publishes the served models, as `knapper up` does
     access_tokens: AccessTokens | None  # None: clients send their keys, not tokens

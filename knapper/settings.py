@@ -251,6 +251,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         bool,
         Meta(description="Clients exchange keys for tokens that last an hour: no request carries a lasting secret."),
     ] = False
+    admin: Annotated[
+        str,
+        Meta(
+            pattern="^([a-z0-9][a-z0-9-]{0,62})?$",
+            description="With keys: the tenant that sees all tenants' keys and usage in the console. Empty: none.",
+            title="a tenant's name, or empty",
+        ),
+    ] = ""
     notice: Annotated[
         str,
         Meta(

@@ -72,9 +72,7 @@ async def usage_events(request: Request) -> Response:
     """
     gateway, tenant = services_of(request), tenant_of(request)
     window = Window(*json.convert(responses.query(request), rest.UsageQuery).hours(gateway.clock()))
-    rows = [*await _training_rows(gateway, tenant, window), *await _sampling_rows(gateway, tenant, window)]
-    await many.each({row.session for row in rows if row.session}, lambda session: _project(gateway, tenant, session))
-    data = [await _event(gateway, tenant, row) for row in sorted(rows, key=lambda row: (row.hour, -row.tokens))]
+    data = await used(gateway, tenant, window)
     sessions, jobs = {}, {}
     for session in {event["session_id"] for event in data} - {None}:
         record = await damage.unless(gateway.lookups.session(session, tenant), None)
@@ -86,6 +84,13 @@ async def usage_events(request: Request) -> Response:
     prices = gateway.prices
     total = {"currency": prices.currency, "total_cost": sum(row.cost for row in rows)} if prices.any else {}
     return JSONResponse({"data": data, "sessions": sessions, "cost_data_through": None, **total})
+
+
+async def used(gateway: Services, tenant: Tenant, window: Window) -> list[dict[str, Any]]:
+    """The tenant's usage, an event for each hour, and run or session. Raises InvalidField for too much of it."""
+    rows = [*await _training_rows(gateway, tenant, window), *await _sampling_rows(gateway, tenant, window)]
+    await many.each({row.session for row in rows if row.session}, lambda session: _project(gateway, tenant, session))
+    return [await _event(gateway, tenant, row) for row in sorted(rows, key=lambda row: (row.hour, -row.tokens))]
 
 
 async def _training_rows(gateway: Services, tenant: Tenant, window: Window) -> list[_Row]:

@@ -18,7 +18,7 @@ from knapper.jobs.presence import Present
 from knapper.jobs.progress import Outline, ProgressReader, newest_step
 from knapper.jobs.services import JobServices
 from knapper.jobs.spec import Kind, RlJob, decode
-from knapper.state import damage, layout
+from knapper.state import damage, layout, recent
 from knapper.state.job_records import Evaluated, Refusal, Started, Trained, Waiting, read
 from knapper.state.journal import envelope
 from knapper.state.layout import ObjectKind
@@ -40,6 +40,14 @@ async def listed(store: Store, tenant: Tenant) -> list[JobListing]:
     listings = damage.parsed(await store.list(ObjectKind.TENANT_JOB.under(tenant)), _listed)
     newest = {listing.start.job: listing for listing in listings}  # in order of time: the last one stays
     return sorted(newest.values(), key=lambda listing: listing.at, reverse=True)
+
+
+async def listed_page(store: Store, tenant: Tenant, size: int, before_us: int) -> tuple[list[JobListing], int]:
+    """(the newest jobs of those whose newest start was before, the cursor of the page after them or 0)"""
+    page = await recent.page(store, ObjectKind.TENANT_JOB.under(tenant), size, before_us)
+    found = damage.parsed(page.names, _listed)
+    newest_of = await many.each([each.start.job for each in found], lambda job: newest(store, tenant, job))
+    return [each for each, its in zip(found, newest_of, strict=True) if each.start == its.start], page.older
 
 
 def _listed(key: str) -> JobListing:

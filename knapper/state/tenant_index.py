@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from knapper import ids
 from knapper.ids import RunId, SessionId, Tenant
-from knapper.state import damage
+from knapper.state import damage, recent
 from knapper.state.layout import ObjectKind
 from knapper.state.sessions import Session
 from knapper.store import Store
@@ -49,6 +49,16 @@ class Register:
         fields = () if session is None else _fields(session)
         names = await self.store.list(ObjectKind.TENANT_RUN.under(tenant, *fields))
         return [run for _, run in damage.parsed(reversed(names), _run)]
+
+    async def runs_page(self, tenant: str, size: int, before_us: int) -> tuple[list[RunId], int]:
+        """(the newest runs of sessions that began before, the cursor of the page after them or 0)"""
+        page = await recent.page(self.store, ObjectKind.TENANT_RUN.under(tenant), size, before_us)
+        return [run for _, run in damage.parsed(page.names, _run)], page.older
+
+    async def sessions_page(self, tenant: str, size: int, before_us: int) -> tuple[list[SessionListing], int]:
+        """(the newest sessions of those that began before, the cursor of the page after them or 0)"""
+        page = await recent.page(self.store, ObjectKind.TENANT_SESSION.under(tenant), size, before_us)
+        return damage.parsed(page.names, _listed), page.older
 
     async def runs_of_all_tenants(self) -> list[tuple[Tenant, RunId]]:
         """(tenant, run) of all tenants, in no particular order."""
