@@ -5,7 +5,7 @@ import re
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from gateway.console.pages import Viewer, cookie_name, open_page, page, render, with_cookie
+from gateway.console.pages import Viewer, cookie_name, open_page, page, render, wants_html, with_cookie
 from knapper import limits
 from knapper.errors import Unauthorized
 
@@ -28,6 +28,8 @@ async def sign_in(request: Request, viewer: Viewer) -> Response:
     try:
         key = await keys.of_key(fields.get("key", "").strip())
     except Unauthorized:
+        if not wants_html(request):
+            raise
         wrong = "This is not a key of this server, or it was revoked. Its operator makes keys with knapper key create."
         return render(request, viewer, "signin.html", 401, next=to, wrong=wrong)
     session = sessions.begin(key.tenant, key.id)

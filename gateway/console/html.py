@@ -17,8 +17,8 @@ _TEMPLATES: Final = Path(__file__).parent / "templates"
 
 
 def render(template: str, *, request: Request, **values: object) -> str:
-    """The page; `request.url.path` says which entry of the navigation it belongs to."""
-    return _environment.get_template(template).render(path=request.url.path, **values)
+    """The page; its path says which entry of the navigation it belongs to."""
+    return _environment.get_template(template).render(here=request.url.path, **values)
 
 
 def at(seconds: float) -> str:

@@ -68,7 +68,7 @@ async def follow(request: Request, viewer: Viewer) -> Response:
         newest = _step(points) or newest
         return {"points": points, "state": state} if points or before not in ("", state) else None
 
-    return await live.respond(gateway.console.watches, f"job {start}", look)
+    return await live.respond(request, gateway.console.watches, f"job {start}", look)
 
 
 # ---- rollouts

@@ -11,10 +11,11 @@ from typing import Any, Final
 
 import msgspec
 import structlog
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from knapper import limits
-from knapper.errors import KnapperError, TooMany
+from knapper.errors import InvalidField, KnapperError, TooMany
 
 _LOOK_S, _LOOK_MAX_S = 1.0, 30.0
 _KEEP_ALIVE_S: Final = 15.0  # proxies close an idle connection; and a viewer that left is noticed
@@ -114,8 +115,11 @@ class Watches:
             self._end(key, watch)
 
 
-async def respond(watches: Watches, key: str, look: Look) -> Response:
-    """A stream of events. Raises TooMany."""
+async def respond(request: Request, watches: Watches, key: str, look: Look) -> Response:
+    """A stream of events. Raises TooMany, and InvalidField for a client that did not ask for one: it may be long."""
+    accept = request.headers.get("accept", "")
+    if "text/event-stream" not in accept:
+        raise InvalidField("the header Accept", accept[:80], "text/event-stream")
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     events = await watches.follow(key, look)
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)

@@ -64,7 +64,7 @@ def render(request: Request, viewer: Viewer, template: str, status: int = 200, *
     return HTMLResponse(html.render(template, request=request, viewer=viewer, **values), status)
 
 
-async def form(request: Request) -> dict[str, str]:
+async def _form(request: Request) -> dict[str, str]:
     """The fields of a form. Raises UserError, TooLarge."""
     body = await requests.body(request, body_bytes_max_of(request))
     with parsing(lambda error: InvalidField("the form", str(error)[:80], "fields of a form, as a browser sends them")):
@@ -165,21 +165,22 @@ async def _expect_own_page(request: Request, viewer: Viewer) -> None:
     A form's fields are then in `request.state.form`.
     """
     origins.expect_same_origin(request.headers)
-    request.state.form = {}
+    is_form = request.headers.get("content-type", "").startswith(_FORM)
+    request.state.form = await _form(request) if is_form else {}
     if viewer.session is None:  # it came with a key, which no browser sends by itself
-        if request.headers.get("content-type", "").startswith(_FORM):
-            request.state.form = await form(request)
         return
-    token = request.headers.get("x-csrf-token")
-    if token is None:
-        request.state.form = await form(request)
-        token = request.state.form.get("csrf", "")
+    token = request.headers.get("x-csrf-token") or request.state.form.get("csrf", "")
     await viewer.gateway.console.sessions.expect_csrf(viewer.session, token)
+
+
+def wants_html(request: Request) -> bool:
+    """Whether a browser asks; other clients are told of errors as the API tells them."""
+    return "text/html" in request.headers.get("accept", "") or "hx-request" in request.headers
 
 
 async def _failed(request: Request, viewer: Viewer, error: KnapperError) -> Response:
     """A page that says what is wrong, for a browser; for other clients what the API answers."""
-    if "text/html" not in request.headers.get("accept", "") and "hx-request" not in request.headers:
+    if not wants_html(request):
         return await errors.known_error(request, error)
     if isinstance(error, Unauthorized) and request.method in _SAFE and services_of(request).keys is not None:
         return RedirectResponse(f"/signin?next={quote(request.url.path)}", 303)

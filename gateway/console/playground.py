@@ -38,5 +38,5 @@ async def chat(request: Request, _: Viewer) -> Response:
 
 ROUTES = [
     page("/playground", show),
-    page("/playground/chat", chat, method="POST", body_bytes_max=limits.text_body_bytes_max),
+    page("/playground/chat", chat, method="POST", body_bytes_max=limits.labels_body_bytes_max),
 ]

@@ -70,7 +70,7 @@ async def follow(request: Request, viewer: Viewer) -> Response:
         return {"points": points, "state": activity.state, "reason": activity.reason}
 
     newest = _newest(list((await gateway.console.histories.of(run)).points))
-    return await live.respond(gateway.console.watches, run, look)
+    return await live.respond(request, gateway.console.watches, run, look)
 
 
 async def show_checkpoint(request: Request, viewer: Viewer) -> Response:

@@ -13,6 +13,7 @@ from knapper.errors import NotFound, UserError
 from knapper.ids import Tenant
 from knapper.state import usage
 from knapper.state.api_keys import Keys
+from knapper.state.model_record import slug
 from knapper.state.usage import Window
 
 _HOUR_S: Final = 3600.0
@@ -33,13 +34,16 @@ async def show_stored(request: Request, viewer: Viewer) -> Response:
     """What the tenant's bytes are spent on; a part of the page, since it reads the labels of all checkpoints."""
     tenant = _tenant(request, viewer)
     labels = await viewer.gateway.checkpoints.labels(tenant)
+    names = {slug(model.name): model.name for model in await viewer.gateway.lookups.catalogue.models()}
     rows = []
     for kind, words in (
         ("weights", "training states"), ("sampler_weights", "sampler weights"), ("external_weights", "exports"),
     ):  # fmt: skip
         for model in sorted({label.model for label in labels if label.path.kind == kind}):
             of = [label for label in labels if label.path.kind == kind and label.model == model]
-            rows.append({"kind": words, "model": model, "count": len(of), "bytes": usage.stored_bytes(of)})
+            rows.append(
+                {"kind": words, "model": names.get(model, model), "count": len(of), "bytes": usage.stored_bytes(of)}
+            )
     return render(request, viewer, "stored.html", rows=rows, total=usage.stored_bytes(labels))
 
 

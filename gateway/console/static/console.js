@@ -30,10 +30,17 @@ function options(width, height, lines) {
     label: line, stroke: colour(`--c${n}`), width: 1.5, spanGaps: true, points: { show: (u, at) => u.data[at].filter((v) => v !== null).length < 2 },
   }));
   return {
-    width, height, scales: { x: { time: false } }, legend: { show: false }, cursor: { drag: { x: true, y: false } },
-    axes: [{ ...axis, size: 24, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? tick : "")) }, { ...axis, size: 58, values: (_, ticks) => ticks.map(digits) }],
+    width, height, scales: { x: { time: false }, y: { range: span } }, legend: { show: false }, cursor: { drag: { x: true, y: false } },
+    axes: [{ ...axis, size: 24, space: 60, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? tick : "")) }, { ...axis, size: 58, space: 26, values: (_, ticks) => ticks.map(digits) }],
     series: [{}, ...series],
   };
+}
+
+// A line that does not change is in the middle, with its own value beside it.
+function span(_, low, high) {
+  if (low === null || high === null) return [0, 1];
+  const room = low === high ? Math.abs(low) || 1 : 0.08 * (high - low);
+  return [low - room, high + room];
 }
 
 // ---- the curves of one run or job
