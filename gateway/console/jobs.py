@@ -17,7 +17,7 @@ from knapper import limits
 from knapper.catalogue.tokenizer import Language
 from knapper.errors import InvalidField, KnapperError
 from knapper.ids import Tenant
-from knapper.jobs import listings, rl
+from knapper.jobs import control, listings, rl
 from knapper.jobs.artifacts import Artifacts
 from knapper.jobs.names import Round, Start
 from knapper.jobs.rl import RolloutGroup
@@ -58,15 +58,14 @@ async def curve(request: Request, viewer: Viewer) -> Response:
 async def follow(request: Request, viewer: Viewer) -> Response:
     gateway, start = viewer.gateway, await _start(request, viewer)
     newest = _step(await gateway.console.job_steps.of(start))
-    state = ""
+    state = (await control.now(gateway.store, start)).state
 
     async def look() -> dict[str, Any] | None:
         nonlocal newest, state
         points = [point for point in await gateway.console.job_steps.of(start) if point["step"] > newest]
-        (job,) = await listings.briefs(gateway.store, [listings.JobListing(start, 0.0)])
-        before, state = state, job["state"]
+        before, state = state, (await control.now(gateway.store, start)).state
         newest = _step(points) or newest
-        return {"points": points, "state": state} if points or before not in ("", state) else None
+        return {"points": points, "state": state} if points or before != state else None
 
     return await live.respond(request, gateway.console.watches, f"job {start}", look)
 
