@@ -30,7 +30,7 @@ Point = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Done:
+class AnsweredOperation:
     """An operation with its result. `size`: bytes of its record's body. Times in seconds since the epoch."""
 
     seq: int
@@ -54,11 +54,11 @@ class RunHistory:
 
     through: int = 0
     points: deque[Point] = field(default_factory=lambda: deque(maxlen=limits.console_points_max))
-    operations: deque[Done] = field(default_factory=lambda: deque(maxlen=limits.console_points_max))
+    operations: deque[AnsweredOperation] = field(default_factory=lambda: deque(maxlen=limits.console_points_max))
     _sums: dict[str, float] = field(default_factory=dict)  # of passes since the last step
     _device_s: float = 0.0
 
-    def newest(self) -> list[Done]:
+    def newest(self) -> list[AnsweredOperation]:
         """The newest operations, newest first."""
         return list(self.operations)[: -limits.console_operations_max - 1 : -1]
 
@@ -80,7 +80,7 @@ class RunHistory:
         self._device_s += commit.device_s
         for operation, result, metrics in answered:
             error = _error(result) if result.failed else ""
-            done = Done(
+            done = AnsweredOperation(
                 operation.seq, operation.kind, operation.accepted_at, commit.committed_at, commit.epoch,
                 len(operation.body_zstd), result.failed, error,
             )  # fmt: skip

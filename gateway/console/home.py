@@ -19,13 +19,13 @@ from knapper.state.tenant_index import SessionListing
 _ROWS: Final = limits.console_page_rows_max
 _FIRST_JOBS: Final = 6  # of the first page; the others have a page of their own
 _SESSION_RUNS: Final = 100
-_LAST_US: Final = limits.counter_max
+_SKEW_S: Final = 3600.0  # another gateway's clock may be ahead by this
 _FUNCTIONS: Final = ("train_step", "sample", "reward")
 _WORDS: Final = {"absent": "asleep", "loading": "loading the model", "ready": "awake"}
 
 
 @dataclass(frozen=True)
-class Activity:
+class RunActivity:
     """What a run does now. `state`: working, waiting or idle; `reason`: for people, of one that waits."""
 
     state: str
@@ -34,16 +34,16 @@ class Activity:
 
 async def show(request: Request, viewer: Viewer) -> Response:
     gateway, tenant = viewer.gateway, viewer.tenant
-    before = query_number(request, "before", _LAST_US, _LAST_US)
+    before, first = before_us(request, viewer), is_first(request)
     found, older = await gateway.tenant_index.runs_page(tenant, _ROWS, before)
     described = await runs.described(gateway, tenant, found)
     rows = [run | {"activity": activity_of(gateway, RunId(run["training_run_id"]))} for run in described]
     jobs: list[dict[str, Any]] = []
-    if before == _LAST_US:
-        listed, _ = await listings.listed_page(gateway.store, tenant, _FIRST_JOBS, _LAST_US)
+    if first:
+        listed, _ = await listings.listed_page(gateway.store, tenant, _FIRST_JOBS, before)
         jobs = await listings.briefs(gateway.store, listed)
     return render(
-        request, viewer, "home.html", rows=rows, jobs=jobs, older=older, first=before == _LAST_US,
+        request, viewer, "home.html", rows=rows, jobs=jobs, older=older, first=first,
         functions=functions_of(gateway), unservable=gateway.unservable_models.reasons, compared=_COMPARED,
     )  # fmt: skip
 
@@ -52,14 +52,14 @@ _COMPARED: Final = limits.console_compared_max
 
 
 async def list_jobs(request: Request, viewer: Viewer) -> Response:
-    gateway, before = viewer.gateway, query_number(request, "before", _LAST_US, _LAST_US)
+    gateway, before = viewer.gateway, before_us(request, viewer)
     listed, older = await listings.listed_page(gateway.store, viewer.tenant, _ROWS, before)
     jobs = await listings.briefs(gateway.store, listed)
-    return render(request, viewer, "jobs.html", jobs=jobs, older=older, first=before == _LAST_US, compared=_COMPARED)
+    return render(request, viewer, "jobs.html", jobs=jobs, older=older, first=is_first(request), compared=_COMPARED)
 
 
 async def list_sessions(request: Request, viewer: Viewer) -> Response:
-    gateway, before = viewer.gateway, query_number(request, "before", _LAST_US, _LAST_US)
+    gateway, before = viewer.gateway, before_us(request, viewer)
     listed, older = await gateway.tenant_index.sessions_page(viewer.tenant, _ROWS, before)
 
     async def read(listing: SessionListing) -> dict[str, Any] | None:
@@ -70,7 +70,7 @@ async def list_sessions(request: Request, viewer: Viewer) -> Response:
         return {"session": session, "job": job_names.of(session), "finish": finish}
 
     rows = [row for row in await damage.readable(listed, read) if row is not None]
-    return render(request, viewer, "sessions.html", rows=rows, older=older, first=before == _LAST_US)
+    return render(request, viewer, "sessions.html", rows=rows, older=older, first=is_first(request))
 
 
 async def show_session(request: Request, viewer: Viewer) -> Response:
@@ -92,11 +92,11 @@ async def show_session(request: Request, viewer: Viewer) -> Response:
 
 async def list_checkpoints(request: Request, viewer: Viewer) -> Response:
     """Those of the newest runs."""
-    gateway, before = viewer.gateway, query_number(request, "before", _LAST_US, _LAST_US)
+    gateway, before = viewer.gateway, before_us(request, viewer)
     found, older = await gateway.tenant_index.runs_page(viewer.tenant, _ROWS, before)
     rows = [(run, *await checkpoints_of(gateway, viewer.tenant, run)) for run in found]
     rows = [row for row in rows if row[1]]
-    return render(request, viewer, "checkpoints.html", rows=rows, older=older, first=before == _LAST_US)
+    return render(request, viewer, "checkpoints.html", rows=rows, older=older, first=is_first(request))
 
 
 async def checkpoints_of(gateway: Services, tenant: Tenant, run: RunId) -> tuple[list[dict[str, Any]], int]:
@@ -116,11 +116,26 @@ async def _samplers(gateway: Services, tenant: Tenant, session: SessionId) -> tu
     return await damage.readable(listed[:_ROWS], read), len(listed)
 
 
-def activity_of(gateway: Services, run: RunId) -> Activity:
+def is_first(request: Request) -> bool:
+    """Whether it is the page of the newest."""
+    return "before" not in request.query_params
+
+
+def before_us(request: Request, viewer: Viewer) -> int:
+    """The page's cursor: what it shows began earlier. Raises InvalidField."""
+    return query_number(request, "before", now_us(viewer), limits.counter_max)
+
+
+def now_us(viewer: Viewer) -> int:
+    """A cursor before which is everything."""
+    return int((viewer.gateway.clock() + _SKEW_S) * 1e6)
+
+
+def activity_of(gateway: Services, run: RunId) -> RunActivity:
     if run not in gateway.train_client.unfinished():
-        return Activity("idle")
+        return RunActivity("idle")
     state, reason = gateway.train_client.queue_state(run)
-    return Activity("working" if state == "active" else "waiting", reason or "")
+    return RunActivity("working" if state == "active" else "waiting", reason or "")
 
 
 def functions_of(gateway: Services) -> list[tuple[str, str]]:

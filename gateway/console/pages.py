@@ -10,7 +10,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from gateway import errors, origins, tenants
 from gateway.console import html
-from gateway.console.session import Session
+from gateway.console.session import BrowserSession
 from gateway.routing import Door
 from gateway.routing import body_bytes_max as body_bytes_max_of
 from gateway.services import Services, services_of
@@ -37,7 +37,7 @@ class Viewer:
 
     gateway: Services
     tenant: Tenant
-    session: Session | None
+    session: BrowserSession | None
     csrf: str = ""
     is_new: bool = False  # the browser does not have the session yet
 
@@ -142,7 +142,7 @@ async def _anyone(request: Request) -> Viewer:
     return Viewer(gateway, Tenant(session.tenant), session, await sessions.csrf(session), is_new)
 
 
-async def _session(gateway: Services, cookie: str) -> Session | None:
+async def _session(gateway: Services, cookie: str) -> BrowserSession | None:
     """The session of the cookie, whose key is still good; None for any other."""
     try:
         session = await gateway.console.sessions.open(cookie)

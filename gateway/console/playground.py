@@ -5,20 +5,20 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gateway.console import home
 from gateway.console.pages import Viewer, page, render
 from gateway.openai.errors import openai_errors
 from gateway.openai.routes import chat_completions
 from knapper import limits
 
 _RUNS: Final = limits.console_page_rows_max
-_LAST_US: Final = limits.counter_max
 
 
 async def show(request: Request, viewer: Viewer) -> Response:
     """Suggests base models, and the sampler checkpoints of the newest runs; any other can be named."""
     gateway = viewer.gateway
     models = [model for model in await gateway.lookups.catalogue.models() if model.sampleable]
-    runs, _ = await gateway.tenant_index.runs_page(viewer.tenant, _RUNS, _LAST_US)
+    runs, _ = await gateway.tenant_index.runs_page(viewer.tenant, _RUNS, home.now_us(viewer))
     labels = [
         label
         for run in runs

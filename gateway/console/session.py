@@ -1,4 +1,4 @@
-"""Sessions of browsers: a signed cookie that names a key, and a token for the forms of its pages.
+"""BrowserSessions of browsers: a signed cookie that names a key, and a token for the forms of its pages.
 
 Nothing of a session is stored: the cookie says whose it is and when it ends, under a signature. It ends with its key,
 within a second. The API takes no cookies, and a cookie is no key: only the console's own pages read it.
@@ -21,7 +21,7 @@ from knapper.wire.untrusted import parsing
 _MAC_BYTES = hashlib.sha256().digest_size
 
 
-class Session(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class BrowserSession(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`tenant`: empty before signing in. `key`: its id, empty while keys are off. `nonce`: random."""
 
     tenant: str
@@ -31,7 +31,7 @@ class Session(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @dataclass
-class Sessions:
+class BrowserSessions:
     """`clock`: seconds since the epoch. `new_id`: 128 random bits in hexadecimal."""
 
     store: Store
@@ -39,31 +39,31 @@ class Sessions:
     new_id: Callable[[], str]
     _secret: bytes = field(default=b"", repr=False)
 
-    def begin(self, tenant: str = "", key: str = "") -> Session:
-        return Session(tenant, key, self.new_id(), self.clock() + limits.console_session_s)
+    def begin(self, tenant: str = "", key: str = "") -> BrowserSession:
+        return BrowserSession(tenant, key, self.new_id(), self.clock() + limits.console_session_s)
 
-    async def seal(self, session: Session) -> str:
+    async def seal(self, session: BrowserSession) -> str:
         """The cookie's value."""
         content = msgspec.json.encode(session)
         return base64.urlsafe_b64encode(await self._mac(b"session", content) + content).decode().rstrip("=")
 
-    async def open(self, cookie: str) -> Session:
+    async def open(self, cookie: str) -> BrowserSession:
         """Raises Unauthorized for a cookie that has expired or that this server did not make."""
         with parsing(_not_ours):
             signed = base64.urlsafe_b64decode(cookie + "=" * (-len(cookie) % 4))
         mac, content = signed[:_MAC_BYTES], signed[_MAC_BYTES:]
         if not hmac.compare_digest(mac, await self._mac(b"session", content)):
             raise _not_ours(None)
-        session = msgspec.json.decode(content, type=Session)
+        session = msgspec.json.decode(content, type=BrowserSession)
         if session.expires_at <= self.clock():
             raise Unauthorized("this session has expired; sign in again")
         return session
 
-    async def csrf(self, session: Session) -> str:
+    async def csrf(self, session: BrowserSession) -> str:
         """The token that a form of this session's pages carries: another site cannot know it."""
         return (await self._mac(b"csrf", session.nonce.encode())).hex()
 
-    async def expect_csrf(self, session: Session, token: str) -> None:
+    async def expect_csrf(self, session: BrowserSession, token: str) -> None:
         """Raises UserError."""
         if not hmac.compare_digest((await self.csrf(session)).encode(), token.encode()):
             raise UserError("the form was not made for this session, or is too old; load its page again, and resend it")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from gateway.console.history import Histories
 from gateway.console.job_steps import JobSteps
 from gateway.console.live import Watches
-from gateway.console.session import Sessions
+from gateway.console.session import BrowserSessions
 from knapper.store import Store
 
 
@@ -14,7 +14,7 @@ from knapper.store import Store
 class Console:
     """`admin`: the tenant that sees all tenants, empty for none."""
 
-    sessions: Sessions
+    sessions: BrowserSessions
     histories: Histories
     job_steps: JobSteps
     watches: Watches
@@ -25,4 +25,4 @@ class Console:
         store: Store, admin: str, clock: Callable[[], float], now: Callable[[], float], new_id: Callable[[], str]
     ) -> "Console":
         """`clock`: seconds since the epoch; `now`: monotonic seconds; `new_id`: 128 random bits in hexadecimal."""
-        return Console(Sessions(store, clock, new_id), Histories(store), JobSteps(store), Watches(now), admin)
+        return Console(BrowserSessions(store, clock, new_id), Histories(store), JobSteps(store), Watches(now), admin)
