@@ -46,8 +46,14 @@ async def listed_page(store: Store, tenant: Tenant, size: int, before_us: int) -
     """(the newest jobs of those whose newest start was before, the cursor of the page after them or 0)"""
     page = await recent.page(store, ObjectKind.TENANT_JOB.under(tenant), size, before_us)
     found = damage.parsed(page.names, _listed)
-    newest_of = await many.each([each.start.job for each in found], lambda job: newest(store, tenant, job))
-    return [each for each, its in zip(found, newest_of, strict=True) if each.start == its.start], page.older
+    are_newest = await many.each(found, lambda listing: _is_newest(store, listing))
+    return [listing for listing, is_newest in zip(found, are_newest, strict=True) if is_newest], page.older
+
+
+async def _is_newest(store: Store, listing: JobListing) -> bool:
+    """Whether the job was not started again since; always true of starts of earlier versions."""
+    starts = await store.list(ObjectKind.TENANT_START.under(listing.start.tenant, listing.start.job))
+    return not starts or ObjectKind.TENANT_START.parse(starts[-1])[-1] == listing.start.id
 
 
 def _listed(key: str) -> JobListing:
