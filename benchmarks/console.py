@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def _pages(runs: list[RunId]) -> list[str]:
-    middle, last = int((time.time() - _YEAR_S / 2) * 1e6), runs[-1]
+    middle, last = f"{int((time.time() - _YEAR_S / 2) * 1e6)}-0", runs[-1]
     return [
         "/", f"/?before={middle}", "/jobs", f"/jobs?before={middle}", "/sessions", f"/sessions?before={middle}",
         "/checkpoints", f"/checkpoints?before={middle}", f"/runs/{last}", f"/runs/{last}/operations",

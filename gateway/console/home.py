@@ -1,24 +1,28 @@
 """What there is: runs and jobs, sessions with their samplers, checkpoints; newest first, a page at a time."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gateway.console.pages import Viewer, page, query_number, render
+from gateway.console.pages import Viewer, page, render
 from gateway.rest import responses, runs
 from gateway.services import Services
 from knapper import limits
+from knapper.errors import InvalidField
 from knapper.ids import RunId, SamplerId, SessionId, Tenant
 from knapper.jobs import job_names, listings
 from knapper.state import damage
+from knapper.state.recent import Cursor
 from knapper.state.sessions import Sampler, Session
 from knapper.state.tenant_index import SessionListing
 
 _ROWS: Final = limits.console_page_rows_max
 _FIRST_JOBS: Final = 6  # of the first page; the others have a page of their own
 _SESSION_RUNS: Final = 100
+_CURSOR: Final = re.compile(r"([0-9]{1,17})-([0-9]{1,9})")
 _SKEW_S: Final = 3600.0  # another gateway's clock may be ahead by this
 _FUNCTIONS: Final = ("train_step", "sample", "reward")
 _WORDS: Final = {"absent": "asleep", "loading": "loading the model", "ready": "awake"}
@@ -34,7 +38,7 @@ class RunActivity:
 
 async def show(request: Request, viewer: Viewer) -> Response:
     gateway, tenant = viewer.gateway, viewer.tenant
-    before, first = before_us(request, viewer), is_first(request)
+    before, first = cursor_of(request, viewer), is_first(request)
     found, older = await gateway.tenant_index.runs_page(tenant, _ROWS, before)
     described = await runs.described(gateway, tenant, found)
     rows = [run | {"activity": activity_of(gateway, RunId(run["training_run_id"]))} for run in described]
@@ -52,14 +56,14 @@ _COMPARED: Final = limits.console_compared_max
 
 
 async def list_jobs(request: Request, viewer: Viewer) -> Response:
-    gateway, before = viewer.gateway, before_us(request, viewer)
+    gateway, before = viewer.gateway, cursor_of(request, viewer)
     listed, older = await listings.listed_page(gateway.store, viewer.tenant, _ROWS, before)
     jobs = await listings.briefs(gateway.store, listed)
     return render(request, viewer, "jobs.html", jobs=jobs, older=older, first=is_first(request), compared=_COMPARED)
 
 
 async def list_sessions(request: Request, viewer: Viewer) -> Response:
-    gateway, before = viewer.gateway, before_us(request, viewer)
+    gateway, before = viewer.gateway, cursor_of(request, viewer)
     listed, older = await gateway.tenant_index.sessions_page(viewer.tenant, _ROWS, before)
 
     async def read(listing: SessionListing) -> dict[str, Any] | None:
@@ -92,7 +96,7 @@ async def show_session(request: Request, viewer: Viewer) -> Response:
 
 async def list_checkpoints(request: Request, viewer: Viewer) -> Response:
     """Those of the newest runs."""
-    gateway, before = viewer.gateway, before_us(request, viewer)
+    gateway, before = viewer.gateway, cursor_of(request, viewer)
     found, older = await gateway.tenant_index.runs_page(viewer.tenant, _ROWS, before)
     rows = [(run, *await checkpoints_of(gateway, viewer.tenant, run)) for run in found]
     rows = [row for row in rows if row[1]]
@@ -121,14 +125,20 @@ def is_first(request: Request) -> bool:
     return "before" not in request.query_params
 
 
-def before_us(request: Request, viewer: Viewer) -> int:
-    """The page's cursor: what it shows began earlier. Raises InvalidField."""
-    return query_number(request, "before", now_us(viewer), limits.counter_max)
+def cursor_of(request: Request, viewer: Viewer) -> Cursor:
+    """Where the page begins. Raises InvalidField."""
+    text = request.query_params.get("before")
+    if text is None:
+        return newest(viewer)
+    match = _CURSOR.fullmatch(text)
+    if match is None:
+        raise InvalidField("before", text[:80], "a cursor: what the link to older ones has")
+    return Cursor(int(match[1]), int(match[2]))
 
 
-def now_us(viewer: Viewer) -> int:
-    """A cursor before which is everything."""
-    return int((viewer.gateway.clock() + _SKEW_S) * 1e6)
+def newest(viewer: Viewer) -> Cursor:
+    """Before which is everything."""
+    return Cursor(int((viewer.gateway.clock() + _SKEW_S) * 1e6))
 
 
 def activity_of(gateway: Services, run: RunId) -> RunActivity:

@@ -18,7 +18,7 @@ async def show(request: Request, viewer: Viewer) -> Response:
     """Suggests base models, and the sampler checkpoints of the newest runs; any other can be named."""
     gateway = viewer.gateway
     models = [model for model in await gateway.lookups.catalogue.models() if model.sampleable]
-    runs, _ = await gateway.tenant_index.runs_page(viewer.tenant, _RUNS, home.now_us(viewer))
+    runs, _ = await gateway.tenant_index.runs_page(viewer.tenant, _RUNS, home.newest(viewer))
     labels = [
         label
         for run in runs

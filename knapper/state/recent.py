@@ -11,25 +11,38 @@ from knapper.store import Names, Store
 
 _FIRST_SPAN_S: Final = 6 * 3600.0
 _WIDER: Final = 64  # a window that has nothing is followed by one this many times as long
-_READ_MAX: Final = 8  # times as many names as a page has are read for it, and one listing more if they are too few
-_NARROWER_MAX: Final = 16
+_READ_MAX: Final = 8  # times as many names as a page has are read for it, and more only of one moment
+_WINDOWS_MAX: Final = 16
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a page begins: after the `skip` newest names of this microsecond, and after all later ones."""
+
+    us: int
+    skip: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.us}-{self.skip}"
 
 
 @dataclass(frozen=True)
 class NamePage:
-    """`names`: newest first. `older`: the cursor of the page after it, 0 on the last one."""
+    """`names`: newest first. `older`: where the page after it begins, None after the last one."""
 
     names: Names
-    older: int
+    older: Cursor | None
 
 
-async def page(store: Store, prefix: str, size: int, before_us: int) -> NamePage:
-    """The newest names `<prefix><us>...` of earlier than `before_us`, `size` or, of one moment, a few more."""
-    found = await _window(store, prefix, size + 1, before_us)
-    kept = found[:size]
-    while kept and len(kept) < len(found) and _us(found[len(kept)], prefix) == _us(kept[-1], prefix):
-        kept.append(found[len(kept)])
-    return NamePage(kept, _us(kept[-1], prefix) if len(kept) < len(found) else 0)
+async def page(store: Store, prefix: str, size: int, start: Cursor) -> NamePage:
+    """The newest `size` names `<prefix><us>...` from `start` on."""
+    found = await _window(store, prefix, start.skip + size + 1, start.us + bool(start.skip))
+    skipped = sum(_us(name, prefix) == start.us for name in found[: start.skip])
+    kept = found[skipped : skipped + size]
+    if skipped + size >= len(found):
+        return NamePage(kept, None)
+    last = _us(kept[-1], prefix)
+    return NamePage(kept, Cursor(last, sum(_us(name, prefix) == last for name in found[: skipped + size])))
 
 
 async def _window(store: Store, prefix: str, wanted: int, before_us: int) -> Names:
@@ -37,7 +50,7 @@ async def _window(store: Store, prefix: str, wanted: int, before_us: int) -> Nam
     end, most = f"{prefix}{number(before_us)}", _READ_MAX * wanted
     few, many = 0.0, 0.0  # the longest span that had too few names, and the shortest that had too many to read
     span = _FIRST_SPAN_S * 1e6
-    for _ in range(_NARROWER_MAX):
+    for _ in range(_WINDOWS_MAX):
         first = max(0, int(before_us - span))
         listed = await store.list(prefix, start_after=f"{prefix}{number(first)}", limit=most)
         found = [name for name in listed if name < end]
@@ -47,8 +60,11 @@ async def _window(store: Store, prefix: str, wanted: int, before_us: int) -> Nam
             return found[::-1]
         else:
             few = span
+        if many and many < 2 * max(few, 1.0):
+            break
         span = (few * many) ** 0.5 if few and many else many / _WIDER if many else span * _WIDER
-    return [name for name in await store.list(prefix) if name < end][::-1]
+    first = max(0, int(before_us - (many or before_us)))  # a moment that has many
+    return [name for name in await store.list(prefix, start_after=f"{prefix}{number(first)}") if name < end][::-1]
 
 
 def _us(name: str, prefix: str) -> int:

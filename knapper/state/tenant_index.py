@@ -10,6 +10,7 @@ from knapper import ids
 from knapper.ids import RunId, SessionId, Tenant
 from knapper.state import damage, recent
 from knapper.state.layout import ObjectKind
+from knapper.state.recent import Cursor
 from knapper.state.sessions import Session
 from knapper.store import Store
 
@@ -50,14 +51,14 @@ class Register:
         names = await self.store.list(ObjectKind.TENANT_RUN.under(tenant, *fields))
         return [run for _, run in damage.parsed(reversed(names), _run)]
 
-    async def runs_page(self, tenant: str, size: int, before_us: int) -> tuple[list[RunId], int]:
-        """(the newest runs of sessions that began before, the cursor of the page after them or 0)"""
-        page = await recent.page(self.store, ObjectKind.TENANT_RUN.under(tenant), size, before_us)
+    async def runs_page(self, tenant: str, size: int, start: Cursor) -> tuple[list[RunId], Cursor | None]:
+        """(the tenant's newest runs from there on, where the page after them begins)"""
+        page = await recent.page(self.store, ObjectKind.TENANT_RUN.under(tenant), size, start)
         return [run for _, run in damage.parsed(page.names, _run)], page.older
 
-    async def sessions_page(self, tenant: str, size: int, before_us: int) -> tuple[list[SessionListing], int]:
-        """(the newest sessions of those that began before, the cursor of the page after them or 0)"""
-        page = await recent.page(self.store, ObjectKind.TENANT_SESSION.under(tenant), size, before_us)
+    async def sessions_page(self, tenant: str, size: int, start: Cursor) -> tuple[list[SessionListing], Cursor | None]:
+        """(the tenant's newest sessions from there on, where the page after them begins)"""
+        page = await recent.page(self.store, ObjectKind.TENANT_SESSION.under(tenant), size, start)
         return damage.parsed(page.names, _listed), page.older
 
     async def runs_of_all_tenants(self) -> list[tuple[Tenant, RunId]]:

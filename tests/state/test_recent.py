@@ -7,6 +7,7 @@ import pytest
 
 from knapper.ids import number
 from knapper.state import recent
+from knapper.state.recent import Cursor
 from knapper.store.memory import MemoryStore
 from tests.gateway.hours import CountingStore
 
@@ -23,13 +24,15 @@ def pages(times: list[int], size: int) -> tuple[list[str], int]:
             await store.put_if_absent(f"t/{number(at)}-{n}", b"")
         for other in ("s/1", f"u/{number(NOW)}-x"):
             await store.put_if_absent(other, b"")
-        names, before, most = [], NOW, 0
-        while before:
+        names, most = list[str](), 0
+        start: Cursor | None = Cursor(NOW)
+        while start is not None:
             store.calls.clear()
-            page = await recent.page(store, "t/", size, before)
+            page = await recent.page(store, "t/", size, start)
             most = max(most, store.verbs["list"])
+            assert len(page.names) <= size
             names += page.names
-            before = page.older
+            start = page.older
         return names, most
 
     return asyncio.run(walk())
