@@ -23,7 +23,7 @@ def main() -> None:
         made.completed(JOB)
         with chromium.browser() as browser:
             for theme in ("light", "dark"):
-                context = browser.new_context(viewport={"width": 1100, "height": 760}, color_scheme=theme)  # type: ignore[arg-type]
+                context = browser.new_context(viewport={"width": 1100, "height": 760}, color_scheme=theme)
                 page = context.new_page()
                 _take(page, made, "signin", "/signin", theme)
                 _sign_in(page, made.url, made.keys["ops"])

@@ -1,6 +1,7 @@
 """A run's curve, operations and pauses are what its journal says; each record is read once."""
 
 import asyncio
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,7 +24,7 @@ JSON, PROTOBUF = "application/json", "application/x-protobuf"
 
 
 def _pass(seq: int, *, forward_only: bool = False) -> bytes:
-    inputs = {"target_tokens": np.array([1, 2], np.int64), "weights": np.ones(2, np.float32)}
+    inputs: dict[str, Any] = {"target_tokens": np.array([1, 2], np.int64), "weights": np.ones(2, np.float32)}
     data = [Datum(tokens=np.array([1, 2], np.int32), inputs=inputs)]
     return proto.encode_forward_backward(ForwardBackward(RUN, seq, data, "cross_entropy", {}, forward_only))
 
