@@ -1,8 +1,7 @@
 """How long a page of the console takes in a store of many runs: `python -m benchmarks.console --runs 10000`.
 
-The store is a directory of finished sessions with a run, a checkpoint and a sampler each, and as many jobs, as the real
-components store them. The gateway is a process of its own; each page is loaded once by one that has just started, and
-then again and again.
+The store is a directory of finished sessions with a run, a checkpoint and a sampler each, and as many jobs. The gateway
+is a process of its own; each page is loaded once by one that has just started, and then again and again.
 """
 
 import argparse
@@ -19,13 +18,14 @@ from pathlib import Path
 
 import httpx
 
-from knapper.ids import RunId, session_of
+from knapper.ids import LOCAL_TENANT, RunId, session_of
 from knapper.state.layout import ObjectKind
 from knapper.store.memory import MemoryStore
 from tests.conformance.server import wait_until
-from tests.gateway.finished import lay_jobs, lay_runs
+from tests.gateway.finished import lay_jobs, lay_runs, run_of
 
 _REPEATS = 10
+_WHOLE = 60  # runs, and jobs: more than two pages
 _YEAR_S = 365 * 86400.0  # over which all of them are spread
 
 
@@ -51,23 +51,44 @@ def _pages(runs: list[RunId]) -> list[str]:
 
 
 async def _lay(root: Path, count: int) -> list[RunId]:
-    """By the real components into memory, and from there into files, without syncing each."""
-    memory = MemoryStore()
-    runs = await lay_runs(memory, _spread(count, 20), count)
-    await lay_jobs(memory, _spread(count, 3), count)
+    """Some at the end and in the middle whole, by the real components; of the others what lists read, their names.
+
+    All of it in memory first, and from there in files, without syncing each.
+    """
+    memory, now = MemoryStore(), time.time()
+    for n in range(count):
+        await _names(memory, n, now - _YEAR_S * (count - n) / count)
+    whole = await lay_runs(memory, _clock(now, 18), 2 * _WHOLE)
+    await lay_jobs(memory, _clock(now, 3), 2 * _WHOLE)
     for done in (ObjectKind.LEDGER_BEGAN, ObjectKind.COLLECT_BEGUN):  # else the gateway brings an old store up to date
         await memory.put_if_absent(done.key(), b"")
     for name in await memory.list(""):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(await memory.get(name) or b"")
-    return runs
+    return whole
 
 
-def _spread(count: int, calls: int) -> Callable[[], float]:
-    """A clock that goes on by as much at each call that all of them are within the last year."""
-    began, ticks = time.time() - _YEAR_S, itertools.count()
-    return lambda: min(began + next(ticks) * _YEAR_S / (count * calls), time.time())
+async def _names(store: MemoryStore, n: int, at: float) -> None:
+    """A session with a run, a checkpoint and a sampler, and a job, as their lists have them."""
+    us, run = int(at * 1e6), run_of(n, "names")
+    session, start = session_of(run), f"{n:016x}"
+    for key in (
+        ObjectKind.TENANT_SESSION.key(LOCAL_TENANT, us, session),
+        ObjectKind.TENANT_RUN.key(LOCAL_TENANT, us, session, 0),
+        ObjectKind.SAMPLER.key(f"{session}:sample:0"), ObjectKind.OPERATION.key(f"{n:08x}-{run}", 0),
+        ObjectKind.CHECKPOINT.key(LOCAL_TENANT, run, "sampler_weights", "end", 1),
+        ObjectKind.TENANT_JOB.key(LOCAL_TENANT, us, f"names-{n}", start),
+        ObjectKind.TENANT_START.key(LOCAL_TENANT, f"names-{n}", us, start),
+    ):  # fmt: skip
+        await store.put_if_absent(key, b"")
+
+
+def _clock(now: float, calls: int) -> Callable[[], float]:
+    """Half of what is laid whole, at so many calls each, is of the middle of the year, and the rest of its end."""
+    ticks = itertools.count()
+    first = calls * _WHOLE
+    return lambda: now - 3600.0 + tick if (tick := next(ticks)) > first else now - _YEAR_S / 2 - first + tick
 
 
 def _measure(data: Path, pages: list[str]) -> None:

@@ -15,6 +15,7 @@ from tests.browser.world import HOSTILE, World, pages, world
 AXE = Path(__file__).with_name("axe.min.js")
 AXE_SHA256 = "29348999450cdf2849a8e70b7912fc2da85a849da39c0d0d5394f51d4a9ed95c"
 JOB = "sums"
+pytestmark = pytest.mark.timeout(300)  # the first has a knapper and a browser to start
 _ALL_READ = "() => !/reading …|is read …|are read …/.test(document.body.innerText)"
 
 
