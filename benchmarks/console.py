@@ -1,16 +1,13 @@
 """How long a page of the console takes in a store of many runs: `python -m benchmarks.console --runs 10000`.
 
-The store is a directory of finished sessions with a run, a checkpoint and a sampler each, and as many jobs. The gateway
-is a process of its own; each page is loaded once by one that has just started, and then again and again.
+The store is a directory of finished sessions with a run, a checkpoint and a sampler each, and as many jobs. What is
+measured is the processor time of the whole gateway for a page, which other work on the machine does not lengthen.
 """
 
 import argparse
 import asyncio
 import itertools
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,13 +15,15 @@ from pathlib import Path
 
 import httpx
 
+from gateway.app import create_app
 from knapper.ids import LOCAL_TENANT, RunId, session_of
+from knapper.settings import Settings
 from knapper.state.layout import ObjectKind
+from knapper.store.directory import DirectoryStore
 from knapper.store.memory import MemoryStore
-from tests.conformance.server import wait_until
 from tests.gateway.finished import lay_jobs, lay_runs, run_of
 
-_REPEATS = 10
+_REPEATS = 11
 _WHOLE = 60  # runs, and jobs: more than two pages
 _YEAR_S = 365 * 86400.0  # over which all of them are spread
 
@@ -35,9 +34,9 @@ def main() -> None:
     count = parser.parse_args().runs
     with tempfile.TemporaryDirectory() as place:
         began = time.monotonic()
-        runs = asyncio.run(_lay(Path(place) / "data" / "store", count))
+        runs = asyncio.run(_lay(Path(place) / "store", count))
         print(f"{count} runs and {count} jobs, laid in {time.monotonic() - began:.0f} s", flush=True)
-        _measure(Path(place) / "data", _pages(runs))
+        asyncio.run(_measure(Path(place) / "store", _pages(runs)))
 
 
 def _pages(runs: list[RunId]) -> list[str]:
@@ -91,34 +90,23 @@ def _clock(now: float, calls: int) -> Callable[[], float]:
     return lambda: now - 3600.0 + tick if (tick := next(ticks)) > first else now - _YEAR_S / 2 - first + tick
 
 
-def _measure(data: Path, pages: list[str]) -> None:
-    address = {"KNAPPER_DATA": str(data), "KNAPPER_TRAIN_STEP_URL": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "uvicorn", "gateway.app:app", "--port", "8765", "--log-level", "warning"]
-    print(f"{'page':<60}{'first':>10}{'median':>10}{'slowest':>10}{'bytes':>10}")
-    for page in pages:
-        with subprocess.Popen(command, env={**os.environ, **address}, stderr=subprocess.DEVNULL) as gateway:
-            with httpx.Client(base_url="http://127.0.0.1:8765", headers={"Accept": "text/html"}) as http:
-                wait_until(lambda http=http: _answers(http), "the gateway answers", 60.0)  # type: ignore[misc]
-                times = [_timed(http, page) for _ in range(_REPEATS + 1)]
-            gateway.terminate()
-        first, *others = (each for each, _ in times)
-        told = "".join(f"{1e3 * each:>7.1f} ms" for each in (first, statistics.median(others), max(others)))
-        name = page.partition("?")[0] + (" in the middle" if "?" in page else "")
-        print(f"{name[:58]:<60}{told}{times[0][1]:>10}", flush=True)
-
-
-def _answers(http: httpx.Client) -> bool:
-    try:
-        return http.get("/api/v1/healthz").status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def _timed(http: httpx.Client, page: str) -> tuple[float, int]:
-    began = time.perf_counter()
-    answer = http.get(page)
-    took = time.perf_counter() - began
-    return took, len(answer.raise_for_status().content)
+async def _measure(store: Path, pages: list[str]) -> None:
+    app = create_app(DirectoryStore(store), Settings.load({"KNAPPER_TRAIN_STEP_URL": "http://127.0.0.1:9"}))
+    transport, html = httpx.ASGITransport(app, client=("127.0.0.1", 1)), {"Accept": "text/html"}
+    print(f"{'page':<70}{'first':>10}{'then':>10}{'bytes':>10}")
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=html) as http,
+    ):
+        for page in pages:
+            spent = []
+            for _ in range(_REPEATS):
+                began = time.process_time()
+                answer = (await http.get(page)).raise_for_status()
+                spent.append(1e3 * (time.process_time() - began))
+            name = page.partition("?")[0] + (" in the middle" if "?" in page else "")
+            then = statistics.median(spent[1:])
+            print(f"{name:<70}{spent[0]:>7.0f} ms{then:>7.0f} ms{len(answer.content):>10}", flush=True)
 
 
 if __name__ == "__main__":
