@@ -1,6 +1,6 @@
 """How long a page of the console takes in a store of many runs: `python -m benchmarks.console --runs 10000`.
 
-The store is a directory of finished sessions with a run, a checkpoint and a sampler each, and as many jobs. What is
+The store is a directory of finished sessions with a run and a sampler each, and as many jobs. What is
 measured is the processor time of the whole gateway for a page, which other work on the machine does not lengthen.
 """
 
@@ -45,7 +45,6 @@ def _pages(runs: list[RunId]) -> list[str]:
         "/", f"/?before={middle}", "/jobs", f"/jobs?before={middle}", "/sessions", f"/sessions?before={middle}",
         "/checkpoints", f"/checkpoints?before={middle}", f"/runs/{last}", f"/runs/{last}/operations",
         f"/runs/{last}/curve", f"/sessions/{session_of(last)}", "/jobs/job-7/curve", "/playground", "/usage",
-        "/usage/stored",
     ]  # fmt: skip
 
 
@@ -69,14 +68,13 @@ async def _lay(root: Path, count: int) -> list[RunId]:
 
 
 async def _names(store: MemoryStore, n: int, at: float) -> None:
-    """A session with a run, a checkpoint and a sampler, and a job, as their lists have them."""
+    """A session with a run and a sampler, and a job, as their lists have them."""
     us, run = int(at * 1e6), run_of(n, "names")
     session, start = session_of(run), f"{n:016x}"
     for key in (
         ObjectKind.TENANT_SESSION.key(LOCAL_TENANT, us, session),
         ObjectKind.TENANT_RUN.key(LOCAL_TENANT, us, session, 0),
         ObjectKind.SAMPLER.key(f"{session}:sample:0"), ObjectKind.OPERATION.key(f"{n:08x}-{run}", 0),
-        ObjectKind.CHECKPOINT.key(LOCAL_TENANT, run, "sampler_weights", "end", 1),
         ObjectKind.TENANT_JOB.key(LOCAL_TENANT, us, f"names-{n}", start),
         ObjectKind.TENANT_START.key(LOCAL_TENANT, f"names-{n}", us, start),
     ):  # fmt: skip
