@@ -15,7 +15,7 @@ from knapper.errors import InvalidField
 from knapper.ids import RunId, SamplerId, SessionId, Tenant
 from knapper.jobs import job_names, listings
 from knapper.state import damage
-from knapper.state.recent import Cursor
+from knapper.state.recent import PageStart
 from knapper.state.sessions import Sampler, Session
 from knapper.state.tenant_index import SessionListing
 
@@ -125,7 +125,7 @@ def is_first(request: Request) -> bool:
     return "before" not in request.query_params
 
 
-def cursor_of(request: Request, viewer: Viewer) -> Cursor:
+def cursor_of(request: Request, viewer: Viewer) -> PageStart:
     """Where the page begins. Raises InvalidField."""
     text = request.query_params.get("before")
     if text is None:
@@ -133,12 +133,12 @@ def cursor_of(request: Request, viewer: Viewer) -> Cursor:
     match = _CURSOR.fullmatch(text)
     if match is None:
         raise InvalidField("before", text[:80], "a cursor: what the link to older ones has")
-    return Cursor(int(match[1]), int(match[2]))
+    return PageStart(int(match[1]), int(match[2]))
 
 
-def newest(viewer: Viewer) -> Cursor:
+def newest(viewer: Viewer) -> PageStart:
     """Before which is everything."""
-    return Cursor(int((viewer.gateway.clock() + _SKEW_S) * 1e6))
+    return PageStart(int((viewer.gateway.clock() + _SKEW_S) * 1e6))
 
 
 def activity_of(gateway: Services, run: RunId) -> RunActivity:

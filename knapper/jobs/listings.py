@@ -22,7 +22,7 @@ from knapper.state import damage, layout, recent
 from knapper.state.job_records import Evaluated, Refusal, Started, Trained, Waiting, read
 from knapper.state.journal import envelope
 from knapper.state.layout import ObjectKind
-from knapper.state.recent import Cursor
+from knapper.state.recent import PageStart
 from knapper.store import Store, many
 
 _BILL_BYTES_MAX = 64 * 1024
@@ -43,7 +43,9 @@ async def listed(store: Store, tenant: Tenant) -> list[JobListing]:
     return sorted(newest.values(), key=lambda listing: listing.at, reverse=True)
 
 
-async def listed_page(store: Store, tenant: Tenant, size: int, start: Cursor) -> tuple[list[JobListing], Cursor | None]:
+async def listed_page(
+    store: Store, tenant: Tenant, size: int, start: PageStart
+) -> tuple[list[JobListing], PageStart | None]:
     """(the jobs of the newest starts from there on, where the page after them begins)"""
     page = await recent.page(store, ObjectKind.TENANT_JOB.under(tenant), size, start)
     found = damage.parsed(page.names, _listed)

@@ -16,7 +16,7 @@ _WINDOWS_MAX: Final = 16
 
 
 @dataclass(frozen=True)
-class Cursor:
+class PageStart:
     """Where a page begins: after the `skip` newest names of this microsecond, and after all later ones."""
 
     us: int
@@ -31,10 +31,10 @@ class NamePage:
     """`names`: newest first. `older`: where the page after it begins, None after the last one."""
 
     names: Names
-    older: Cursor | None
+    older: PageStart | None
 
 
-async def page(store: Store, prefix: str, size: int, start: Cursor) -> NamePage:
+async def page(store: Store, prefix: str, size: int, start: PageStart) -> NamePage:
     """The newest `size` names `<prefix><us>...` from `start` on."""
     found = await _window(store, prefix, start.skip + size + 1, start.us + bool(start.skip))
     skipped = sum(_us(name, prefix) == start.us for name in found[: start.skip])
@@ -42,7 +42,7 @@ async def page(store: Store, prefix: str, size: int, start: Cursor) -> NamePage:
     if skipped + size >= len(found):
         return NamePage(kept, None)
     last = _us(kept[-1], prefix)
-    return NamePage(kept, Cursor(last, sum(_us(name, prefix) == last for name in found[: skipped + size])))
+    return NamePage(kept, PageStart(last, sum(_us(name, prefix) == last for name in found[: skipped + size])))
 
 
 async def _window(store: Store, prefix: str, wanted: int, before_us: int) -> Names:

@@ -7,7 +7,7 @@ import pytest
 
 from knapper.ids import number
 from knapper.state import recent
-from knapper.state.recent import Cursor
+from knapper.state.recent import PageStart
 from knapper.store.memory import MemoryStore
 from tests.gateway.hours import CountingStore
 
@@ -25,7 +25,7 @@ def pages(times: list[int], size: int) -> tuple[list[str], int]:
         for other in ("s/1", f"u/{number(NOW)}-x"):
             await store.put_if_absent(other, b"")
         names, most = list[str](), 0
-        start: Cursor | None = Cursor(NOW)
+        start: PageStart | None = PageStart(NOW)
         while start is not None:
             store.calls.clear()
             page = await recent.page(store, "t/", size, start)
