@@ -97,14 +97,15 @@ async def _measure(store: Path, pages: list[str]) -> None:
         httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=html) as http,
     ):
         for page in pages:
-            spent = []
+            spent, size = [], 0
             for _ in range(_REPEATS):
                 began = time.process_time()
                 answer = (await http.get(page)).raise_for_status()
                 spent.append(1e3 * (time.process_time() - began))
+                size = len(answer.content)
             name = page.partition("?")[0] + (" in the middle" if "?" in page else "")
             then = statistics.median(spent[1:])
-            print(f"{name:<70}{spent[0]:>7.0f} ms{then:>7.0f} ms{len(answer.content):>10}", flush=True)
+            print(f"{name:<70}{spent[0]:>7.0f} ms{then:>7.0f} ms{size:>10}", flush=True)
 
 
 if __name__ == "__main__":
