@@ -26,7 +26,7 @@ async def show(request: Request, viewer: Viewer) -> Response:
     gateway, tenant = viewer.gateway, _tenant(request, viewer)
     days = max(1, query_number(request, "days", 1, limits.usage_days_max))
     end = int(gateway.clock() // _HOUR_S) + 1
-    events = await admin.used(gateway, tenant, Window(end - 24 * days, end))
+    events, _ = await admin.used(gateway, tenant, Window(end - 24 * days, end))
     return render(request, viewer, "usage.html", tenant=tenant, days=days, rows=_sums(events), choices=(1, 3, 7, 14))
 
 

@@ -72,7 +72,7 @@ async def usage_events(request: Request) -> Response:
     """
     gateway, tenant = services_of(request), tenant_of(request)
     window = Window(*json.convert(responses.query(request), rest.UsageQuery).hours(gateway.clock()))
-    data = await used(gateway, tenant, window)
+    data, cost = await used(gateway, tenant, window)
     sessions, jobs = {}, {}
     for session in {event["session_id"] for event in data} - {None}:
         record = await damage.unless(gateway.lookups.session(session, tenant), None)
@@ -82,15 +82,19 @@ async def usage_events(request: Request) -> Response:
     for event in data:
         event["job"] = jobs.get(event["session_id"]) or None
     prices = gateway.prices
-    total = {"currency": prices.currency, "total_cost": sum(row.cost for row in rows)} if prices.any else {}
+    total = {"currency": prices.currency, "total_cost": cost} if prices.any else {}
     return JSONResponse({"data": data, "sessions": sessions, "cost_data_through": None, **total})
 
 
-async def used(gateway: Services, tenant: Tenant, window: Window) -> list[dict[str, Any]]:
-    """The tenant's usage, an event for each hour, and run or session. Raises InvalidField for too much of it."""
+async def used(gateway: Services, tenant: Tenant, window: Window) -> tuple[list[dict[str, Any]], float]:
+    """The tenant's usage, an event for each hour, and run or session, and its cost by the server's prices.
+
+    Raises InvalidField for too much of it.
+    """
     rows = [*await _training_rows(gateway, tenant, window), *await _sampling_rows(gateway, tenant, window)]
     await many.each({row.session for row in rows if row.session}, lambda session: _project(gateway, tenant, session))
-    return [await _event(gateway, tenant, row) for row in sorted(rows, key=lambda row: (row.hour, -row.tokens))]
+    in_order = sorted(rows, key=lambda row: (row.hour, -row.tokens))
+    return [await _event(gateway, tenant, row) for row in in_order], sum(row.cost for row in rows)
 
 
 async def _training_rows(gateway: Services, tenant: Tenant, window: Window) -> list[_Row]:
