@@ -134,6 +134,7 @@ bench-check: setup ## has an optimisation been lost? counted work and one ratio 
 	@touch $@
 
 .venv/.developer: .venv/.installed $(COOKBOOK)
+	@command -v chromium >/dev/null || echo "note: there is no chromium, so the console's tests will be skipped: apt-get install -y chromium"
 	@echo "1/2 what the tests and checks need"
 	@$(PIP) --editable '.[train,gcp,reward,deploy,traces,demo,dev]'
 	@# The oldest SDK that is served, for tests that run it in a process of its own; its dependencies are the newest one's.

@@ -27,6 +27,7 @@ from gateway import (
     training,
     uploads,
 )
+from gateway.console.routes import ROUTES as CONSOLE_ROUTES
 from gateway.events import ROUTES as EVENT_ROUTES
 from gateway.job_artifacts import ROUTES as ARTIFACT_ROUTES
 from gateway.job_uploads import ROUTES as UPLOAD_ROUTES
@@ -101,9 +102,11 @@ def create_app(
             await periodic_tasks.begin(services)
             async with periodic.running([*periodic_tasks.tasks(services), *uploads.tasks(services)]):
                 yield
+            await services.console.watches.close()
             await services.train_client.close()
             await services.sample_queue.close()
             await periodic_tasks.end(services)
+            await services.admission.close()
 
     return Starlette(
         routes=_routes(),
@@ -133,6 +136,7 @@ def _routes() -> list[BaseRoute]:
         *EVENT_ROUTES,
         *OPENAI_ROUTES,
         *metrics_page.ROUTES,
+        *CONSOLE_ROUTES,
     ]
 
 

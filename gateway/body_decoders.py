@@ -90,10 +90,26 @@ def address(body: bytes) -> Address | None:
 # ---- samples
 
 
-def sample_call(body: bytes, base_model: str, bundle: str, seed: int) -> tuple[int, bytes]:
-    """(num_samples, body for the sample function). Raises UserError."""
+@dataclass(frozen=True)
+class DecodedSample:
+    """`call`: the body for the sample function. `max_tokens`: of each sample; None: as many as the model's context."""
+
+    num_samples: int
+    call: bytes
+    prompt_tokens: int
+    max_tokens: int | None
+
+    def tokens_max(self, context: int) -> int:
+        """The most tokens that the prompt, once, and all samples may have."""
+        each = max(0, context - self.prompt_tokens)
+        return self.prompt_tokens + self.num_samples * min(each, each if self.max_tokens is None else self.max_tokens)
+
+
+def sample_call(body: bytes, base_model: str, bundle: str, seed: int) -> DecodedSample:
+    """Raises UserError."""
     sample = sample_requests.decode(body, sample_requests.AsampleBody)
-    return sample.num_samples, sample_requests.encode(sample.call(base_model, bundle, seed))
+    call = sample.call(base_model, bundle, seed)
+    return DecodedSample(sample.num_samples, sample_requests.encode(call), len(call.prompt), call.params.max_tokens)
 
 
 # ---- responses, for clients that read no protobuf

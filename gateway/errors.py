@@ -7,7 +7,17 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from knapper.errors import STANDING, Corrupt, InvalidToken, KnapperError, StoreError, Unavailable, UserError
+from knapper.errors import (
+    STANDING,
+    Corrupt,
+    InvalidToken,
+    KnapperError,
+    QuotaReached,
+    QuotaUsedUp,
+    StoreError,
+    Unavailable,
+    UserError,
+)
 from knapper.text.printable import printable
 
 _OPERATOR_S = 30.0  # retry interval for an error that only an operator can end
@@ -28,7 +38,7 @@ def notice(text: str) -> dict[str, str]:
 
 async def known_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, KnapperError), "registered for this class"
-    if not isinstance(error, UserError):
+    if not isinstance(error, (UserError, QuotaReached, QuotaUsedUp)):
         log.warning("request failed", path=request.url.path, code=error.code, reason=str(error))
     headers = {"Retry-After": f"{error.retry_after_s:.0f}"} if isinstance(error, Unavailable) else {}
     if isinstance(error, Corrupt):
@@ -36,7 +46,7 @@ async def known_error(request: Request, error: Exception) -> Response:
     if isinstance(error, InvalidToken):  # on this, and on no other 401, the SDK exchanges its key anew
         headers |= {"WWW-Authenticate": 'Bearer error="invalid_token"'}
     # The SDK's inner layer would retry these for a minute without telling the user.
-    if isinstance(error, StoreError) or error.code in STANDING:
+    if isinstance(error, (StoreError, QuotaReached)) or error.code in STANDING:
         headers |= {"x-should-retry": "false", **notice(str(error))}
     return JSONResponse(error.as_json(), status_code=error.status, headers=headers)
 

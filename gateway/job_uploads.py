@@ -14,7 +14,7 @@ from gateway.routing import Door
 from gateway.services import services_of
 from gateway.tenants import tenant_of
 from knapper import limits
-from knapper.errors import InvalidField
+from knapper.errors import InvalidField, QuotaUsedUp
 from knapper.exchange import Exchange
 from knapper.jobs import staging
 from knapper.jobs.staging import File
@@ -29,6 +29,8 @@ async def progress(request: Request) -> Response:
     received = await staging.received(exchange, file)
     missing_bytes = sum(size for offset, size in file.parts.items() if offset not in received)
     await staging.expect_capacity(exchange, file.tenant, missing_bytes)
+    if missing_bytes:
+        await services_of(request).admission.expect_bytes(file.tenant, file.size)
     parts = [
         {
             "offset": offset,
@@ -49,6 +51,11 @@ async def put_part(request: Request) -> Response:
     data = await bodies.read(request)
     digest = await bodies.in_thread(request, len(data), lambda: hashlib.sha256(data).digest())
     _expect_digest(request, digest)
+    try:
+        await services_of(request).admission.expect_bytes(file.tenant, file.size)
+    except QuotaUsedUp:
+        if offset not in await staging.received(exchange, file):
+            raise
     await staging.take(exchange, file, offset, bytes(data))
     return JSONResponse({"offset": offset, "size": len(data)})
 

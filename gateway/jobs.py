@@ -104,6 +104,9 @@ async def submit(request: Request) -> Response:
     equal = not submission.again and await was_started(
         job_services, tenant, job, submission.files[names.JOB_YAML], sha256s
     )
+    if not equal:
+        size = sum(map(len, submission.files.values())) + sum(file.size for file in uploads.values())
+        await gateway.admission.expect_bytes(tenant, size)
     # Removing job.yaml first keeps the job from starting with a mix of old and new files.
     await exchange.remove(f"{inbox}{names.JOB_YAML}")
     for name, file in uploads.items():

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import aiohttp
 import httpx
 
+from gateway.admission import Admission, Readers
 from gateway.body_budget import budget
+from gateway.console.state import Console
 from gateway.heartbeats import Heartbeats
 from gateway.lookups import Lookups
 from gateway.openai.state import OpenAIState
@@ -19,6 +21,7 @@ from gateway.rewards import RewardClient
 from gateway.sample_queue import SampleQueue
 from gateway.sample_usage import SampleUsage
 from gateway.services import Services, Wakeups
+from gateway.tenant_load import TenantLoad
 from gateway.train_client import TrainStepClient
 from gateway.unfinished_runs import UnfinishedRuns
 from gateway.unservable import UnservableModels
@@ -28,6 +31,7 @@ from knapper.events.cloudevents import Claimed
 from knapper.events.function_key import FunctionKey
 from knapper.ids import RunId
 from knapper.jobs import needs
+from knapper.jobs.quota_file import QuotaFile
 from knapper.jobs.revive import Seen
 from knapper.jobs.services import JobServices
 from knapper.local.state import presence
@@ -36,12 +40,17 @@ from knapper.state import damage
 from knapper.state.api_keys import Keyring, Keys
 from knapper.state.audit import Audit
 from knapper.state.checkpoints import Checkpoints
+from knapper.state.daily_tokens import DailyTokens
 from knapper.state.gc.collector import Collector
 from knapper.state.gc.lookups import Retention
+from knapper.state.holds import Holds
 from knapper.state.journal.accept import Acceptor
 from knapper.state.journal.newest import Manifests
 from knapper.state.journal.results import Results
 from knapper.state.ledger import Accounts
+from knapper.state.open_runs import OpenRuns
+from knapper.state.prices import Prices
+from knapper.state.quotas import QuotaBook
 from knapper.state.signed_links import Links
 from knapper.state.tenant_index import Register
 from knapper.state.tokens import AccessTokens
@@ -113,6 +122,9 @@ async def open_services(
             sample_queue=clients.samples,
             sample_usage=sample_usage,
             accounts=state.accounts,
+            admission=_admission(store, state, clients.samples.load, sample_usage, sources),
+            quota_file=QuotaFile(Path(settings.quotas), QuotaBook(store, monotonic)) if settings.quotas else None,
+            prices=Prices.of(settings),
             reward_client=clients.rewards,
             function_key=clients.key,
             body_budget=budget(),
@@ -127,6 +139,7 @@ async def open_services(
             unfinished_runs=UnfinishedRuns(monotonic),
             wakeups=wakeups,
             openai=OpenAIState(audit),
+            console=Console.open(store, settings.admin, clock, monotonic, new_id),
             keys=Keyring(Keys(store, clock), monotonic) if settings.keys else None,
             declared_models=Declared(Path(settings.models), state.lookups.catalogue) if settings.models else None,
             access_tokens=await AccessTokens.open(store, clock, new_id) if settings.jwt else None,
@@ -146,6 +159,17 @@ def _state(settings: Settings, store: Store, sources: Sources, wakeups: Wakeups)
     collector = Collector(store, retention, clock, monotonic, partial(needs.of, store), accounts.account)
     lookups = Lookups(store, acceptor, monotonic, collector.touch_sampler, wakeups.store.set)
     return _State(store, manifests, acceptor, Results(store, manifests), accounts, collector, lookups)
+
+
+def _admission(store: Store, state: _State, load: TenantLoad, counted: SampleUsage, sources: Sources) -> Admission:
+    readers = Readers(
+        QuotaBook(store, sources.monotonic),
+        DailyTokens.over(store, state.accounts, sources.clock),
+        OpenRuns(store, sources.clock),
+        Checkpoints(store, sources.clock),
+        state.acceptor,
+    )
+    return Admission(readers, Holds(store, sources.new_id(), sources.clock), load, counted, sources.monotonic)
 
 
 async def _clients(

@@ -59,6 +59,16 @@ def expect(headers: Headers, allowed: frozenset[str]) -> None:
         )
 
 
+def expect_same_origin(headers: Headers) -> None:
+    """Raises ForeignSite for a request that a page of another server made. Programs that are no browser name none."""
+    hosts, origins = headers.getlist("host"), headers.getlist("origin")
+    own = (
+        len(hosts) == 1 and len(origins) <= 1 and all(_same_or_allowed(each, hosts[0], frozenset()) for each in origins)
+    )
+    if not own or headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        raise ForeignSite(f"the header Origin is {_shown(origins)}; allowed here: pages of this very server")
+
+
 def name_of(authority: str) -> str:
     """The name in `name:port`, normalised for comparison; empty if malformed."""
     match = _AUTHORITY.fullmatch(authority)

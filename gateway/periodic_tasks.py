@@ -8,7 +8,7 @@ import structlog
 from gateway.periodic import PeriodicTask
 from gateway.services import Services
 from knapper.errors import Gone, KnapperError, Unavailable
-from knapper.ids import RunId, session_of
+from knapper.ids import RunId, Tenant, session_of
 from knapper.jobs import staging
 from knapper.jobs.revive import due
 from knapper.state import damage
@@ -17,6 +17,7 @@ from knapper.store import forget_torn_writes
 _TICK_S = 5.0
 _JOBS_S = 15.0
 _JOBS_AWAITING_FILES_S = 60.0  # the wait for files can time out
+_JOBS_PAUSED_S = 60.0  # a paused job goes on this long after there is more quota
 _JOBS_STALLED_S = 600.0  # every job that runs was notified, and none has made progress
 _SAMPLE_USAGE_S = 60.0
 _PARTS_S = 24 * 3600.0
@@ -50,6 +51,8 @@ async def jobs(gateway: Services) -> float | None:
         await gateway.job_services.notifier.post(event)
     if seen.lively:
         return None
+    if seen.paused:
+        return _JOBS_PAUSED_S
     return _JOBS_AWAITING_FILES_S if seen.awaiting else _JOBS_STALLED_S if seen.known else IDLE_S
 
 
@@ -87,6 +90,8 @@ async def publish(gateway: Services) -> None:
     what this process remembers is of the old one. It ends then. Kubernetes starts the next one, which publishes its
     models and makes the key of the functions there.
     """
+    if gateway.quota_file is not None and await gateway.quota_file.apply():
+        log.info("quotas are those of the file")
     if gateway.declared_models is None:
         return
     if gateway.wakeups.store.is_set():
@@ -133,12 +138,16 @@ async def tick(gateway: Services) -> None:
     for run in gateway.unfinished_runs.due(stalled):
         await damage.unless(revive(gateway, run), None)
         gateway.unfinished_runs.checked(run)
+    await gateway.admission.renew()
 
 
 async def revive(gateway: Services, run: RunId) -> None:
     """Fill the sequence gaps of a run whose client is gone or has waited long enough, and ring for its operations."""
     finished = await gateway.lookups.sessions.finished(session_of(run)) is not None
-    filled = await gateway.acceptor.fill_gaps(run, gateway.results.applied(run), finished)
+    tenant = Tenant((await gateway.lookups.spec_of(run)).tenant)
+    filled = []
+    if finished or not await gateway.admission.pauses(tenant):  # else the client sends them once its quota is free
+        filled = await gateway.acceptor.fill_gaps(run, gateway.results.applied(run), finished)
     if filled:
         log.info("operations that never arrived are skipped", run=run, seqs=filled[:10], count=len(filled))
     if not gateway.train_client.is_ringing(run):

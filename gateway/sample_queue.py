@@ -17,6 +17,7 @@ import msgspec
 import structlog
 
 from gateway import errors
+from gateway.tenant_load import TenantLoad
 from gateway.unservable import UnservableModels
 from knapper import ids, limits
 from knapper.concurrency.fair_share import FairShare
@@ -51,6 +52,7 @@ class QueuedSample:
     num_samples: int
     url: str
     call: bytes
+    tokens: int = 0  # the most that it may have, where its tenant has a quota of them
     wait_if_unservable: bool = True  # wait for a model that cannot be served now; else fail
     on_token: Callable[[TokenEvent], None] | None = None  # called as tokens are drawn; from the first after a retry
     done: asyncio.Event = field(default_factory=asyncio.Event)
@@ -121,6 +123,7 @@ class SampleQueue:
         self._number = first
         self._answered_at = float("-inf")  # when the sample function last responded
         self._waiting_bytes = self._result_bytes = self._unfinished = self._in_flight = 0
+        self.load = TenantLoad()
 
     @property
     def open(self) -> int:
@@ -144,12 +147,13 @@ class SampleQueue:
         call: bytes,
         on_token: Callable[[TokenEvent], None] | None = None,
         *,
+        tokens: int = 0,
         wait_if_unservable: bool = True,
     ) -> QueuedSample:
         """Queue the request, or find it queued before. Raises TooMany when the queue is full.
 
-        `on_token` is for a `call` that asks for a stream. `wait_if_unservable`: wait for a model that cannot be served
-        now, instead of failing.
+        `on_token` is for a `call` that asks for a stream. `tokens`: the most that it may have. `wait_if_unservable`:
+        wait for a model that cannot be served now, instead of failing.
         """
         if (entry := self.known(address)) is not None:
             return entry
@@ -161,12 +165,13 @@ class SampleQueue:
                 f"{self._unfinished} samples wait; allowed: {limits.samples_waiting_max}; send it again later"
             )
         entry = QueuedSample(
-            f"s-{self._new_id()}", address, tenant, num_samples, url, call, wait_if_unservable, on_token
+            f"s-{self._new_id()}", address, tenant, num_samples, url, call, tokens, wait_if_unservable, on_token
         )
         self._entries[entry.request_id] = self._by_address[entry.address] = entry
         self._waiting.setdefault(entry.share_key, deque()).append(entry)
         self._shares.join(*entry.share_key)
         self._unfinished += 1
+        self.load.add(tenant, num_samples, tokens)
         self._waiting_bytes += len(call)
         self._dispatch()
         return entry
@@ -349,6 +354,7 @@ class SampleQueue:
             return
         body = msgspec.json.encode(errors.failure(result)) if isinstance(result, KnapperError) else result
         self._unfinished -= 1
+        self.load.remove(entry.tenant, entry.num_samples, entry.tokens)
         self._waiting_bytes -= len(entry.call)
         if isinstance(result, KnapperError):
             entry.error = result

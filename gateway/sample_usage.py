@@ -3,6 +3,7 @@
 It is stored once a minute and when the gateway stops. A gateway that is killed loses a minute of figures, no sample.
 """
 
+from collections import Counter
 from collections.abc import Callable
 
 import msgspec
@@ -34,6 +35,11 @@ class SampleUsage:
         self._new_id = new_id
         self._counted: dict[tuple[Tenant, int], dict[tuple[str, str], Sampled]] = {}
         self._unwritten: dict[str, bytes] = {}
+        self._tokens: Counter[Tenant] = Counter()
+
+    def tokens(self, tenant: Tenant) -> int:
+        """Tokens of all samples that this process has counted, prompts included."""
+        return self._tokens[tenant]
 
     def count(self, tenant: Tenant, session: str, call: bytes, response: bytes, device_s: float) -> None:
         """Count a finished sample. `session`: empty for a sample of the OpenAI protocol, which has none."""
@@ -45,7 +51,9 @@ class SampleUsage:
             return
         hours = self._counted.setdefault((tenant, int(self._clock() // HOUR_S)), {})
         before = hours.get((session, request.base_model), Sampled(session=session, base_model=request.base_model))
-        hours[session, request.base_model] = before.plus(bytes(request.prompt).count(b",") + 1, sampled, device_s)
+        prompt = bytes(request.prompt).count(b",") + 1
+        hours[session, request.base_model] = before.plus(prompt, sampled, device_s)
+        self._tokens[tenant] += prompt + sampled
 
     async def flush(self) -> None:
         """Store all usage counted so far. A failed write is repeated the next time, under the same name."""
@@ -55,4 +63,4 @@ class SampleUsage:
         self._counted = {}
         for name, data in list(self._unwritten.items()):
             await self._store.put_if_absent(name, data)
-            del self._unwritten[name]
+            self._unwritten.pop(name, None)  # another flush may have written it meanwhile

@@ -77,6 +77,10 @@ async def asample(request: Request) -> Response:
         seed = int(gateway.new_id()[:12], 16)
         serving = await gateway.lookups.inflight.serving(sampler)
         weights = (serving.base_model, serving.bundle)
-        num_samples, call = await bodies.in_worker(request, body_decoders.sample_call, body, *weights, seed)
-        entry = gateway.sample_queue.submit(address, tenant, num_samples, url, call)
+        sample = await bodies.in_worker(request, body_decoders.sample_call, body, *weights, seed)
+        tokens = 0
+        if await gateway.admission.counts_tokens(tenant):
+            tokens = sample.tokens_max((await gateway.lookups.model(sampler.base_model)).context)
+        await gateway.admission.expect_samples(tenant, sample.num_samples, tokens)
+        entry = gateway.sample_queue.submit(address, tenant, sample.num_samples, url, sample.call, tokens=tokens)
     return JSONResponse({"request_id": entry.request_id, "sample_sequence_ids": entry.sequence_ids})

@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse, Response
 from gateway import bodies, errors, notices
 from gateway.services import services_of
 from gateway.tenants import tenant_of
-from knapper import ids
+from knapper import ids, limits
 from knapper.errors import Gone
 from knapper.ids import SessionId
 from knapper.state.sessions import DAY_S, Finish, Session
@@ -32,6 +32,7 @@ async def client_config(request: Request) -> Response:
         "custom_loss_server_side": False,
         "sample_join_sampling_session": True,
         "pjwt_auth_enabled": gateway.access_tokens is not None,
+        "billing_exception_max_pause_duration_sec": limits.quota_pause_s_max,  # it waits for the next day's tokens
     }
     notice = notices.for_header(client.sdk_version, gateway.notice)
     return JSONResponse(flags, headers=errors.notice(notice) if notice else None)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, cast
 
 from starlette.requests import Request
 
+from gateway.admission import Admission
 from gateway.body_budget import Budget
+from gateway.console.state import Console
 from gateway.heartbeats import Heartbeats
 from gateway.lookups import Lookups
 from gateway.openai.state import OpenAIState
@@ -21,6 +23,7 @@ from gateway.worker_pool import WorkerPool
 from knapper.catalogue.declared_models import Declared
 from knapper.events.function_key import FunctionKey
 from knapper.jobs.presence import Present
+from knapper.jobs.quota_file import QuotaFile
 from knapper.jobs.revive import Seen
 from knapper.jobs.services import JobServices
 from knapper.state.api_keys import Keyring
@@ -30,6 +33,7 @@ from knapper.state.gc.collector import Collector
 from knapper.state.journal.accept import Acceptor
 from knapper.state.journal.results import Results
 from knapper.state.ledger import Accounts
+from knapper.state.prices import Prices
 from knapper.state.signed_links import Links
 from knapper.state.tenant_index import Register
 from knapper.state.tokens import AccessTokens
@@ -72,6 +76,9 @@ class Services:
     sample_queue: SampleQueue
     sample_usage: SampleUsage
     accounts: Accounts
+    admission: Admission
+    quota_file: QuotaFile | None  # None: quotas are set by commands alone
+    prices: Prices
     reward_client: "RewardClient"
     function_key: FunctionKey  # opens the functions to this deployment
     body_budget: Budget  # memory for request bodies
@@ -86,6 +93,7 @@ class Services:
     unfinished_runs: UnfinishedRuns
     wakeups: Wakeups
     openai: OpenAIState
+    console: Console
     keys: Keyring | None  # None: keys are off, and every client is the tenant `local`
     declared_models: Declared | None  # None: another process publishes the served models, as `knapper up` does
     access_tokens: AccessTokens | None  # None: clients send their keys, not tokens

@@ -26,6 +26,11 @@ def tenant_of(request: Request) -> Tenant:
     return asker
 
 
+def admit(request: Request, tenant: Tenant) -> None:
+    """From here on the request is the tenant's, whatever its headers say: the console's pages know it by a cookie."""
+    request.scope[_ASKER] = tenant or Unauthorized("sign in with a key of this server, or send it as X-API-Key")
+
+
 class Doorkeeper:
     """The middleware that authenticates. It lets every request pass: `tenant_of` refuses those without a valid key."""
 
@@ -44,16 +49,21 @@ class Doorkeeper:
 
 async def _authenticate(request: Request, gateway: Services) -> Tenant:
     if gateway.keys is None:
-        if not on_this_machine(request):
-            raise Unauthorized(
-                "keys are off on this server, so it answers its own machine only; allowed elsewhere: a server whose "
-                "operator sets KNAPPER_KEYS=true, and makes keys with `knapper key create`"
-            )
+        expect_this_machine(request)
         key = key_of(request)
         if is_token(key):
             _tokens(gateway.access_tokens).claims(key)
         return LOCAL_TENANT
     return Tenant((await _record(key_of(request), gateway.keys, gateway.access_tokens)).tenant)
+
+
+def expect_this_machine(request: Request) -> None:
+    """Raises Unauthorized for a request from elsewhere, to a server that asks for no keys."""
+    if not on_this_machine(request):
+        raise Unauthorized(
+            "keys are off on this server, so it answers its own machine only; allowed elsewhere: a server whose "
+            "operator sets KNAPPER_KEYS=true, and makes keys with `knapper key create`"
+        )
 
 
 async def _record(key: str, keys: Keyring, tokens: AccessTokens | None) -> Key:

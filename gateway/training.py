@@ -13,7 +13,7 @@ from gateway.body_decoders import DecodedOperation, DecodedRequest, RefusedReque
 from gateway.services import Services, services_of
 from gateway.tenants import on_this_machine, tenant_of
 from knapper import ids, limits
-from knapper.errors import InvalidField, TooMany, UserError
+from knapper.errors import InvalidField, QuotaReached, TooLarge, TooMany, UserError
 from knapper.ids import RunId, Tenant, TinkerPath
 from knapper.state.journal import bundles
 from knapper.state.journal.accept import pack
@@ -47,6 +47,7 @@ async def create_model(request: Request) -> Response:
         raise InvalidField(
             "base_model", settings.base_model, "a model that can be trained; see get_server_capabilities"
         )
+    await gateway.admission.expect_rank(tenant, lora.rank)
     spec = Spec(
         run=run,
         tenant=tenant,
@@ -92,6 +93,7 @@ async def load_weights(request: Request) -> Response:
             "path", load.path, "a checkpoint with optimizer state (made by save_state), since optimizer is true",
             "Use create_training_client_from_state, which takes the weights alone",
         )  # fmt: skip
+    await gateway.admission.expect_rank(tenant, index.spec.rank)
     metadata = load.user_metadata_json()
     spec = msgspec.structs.replace(index.spec, run=run, tenant=tenant, user_metadata_json=metadata)
     creation = Creation(spec=spec, source=checkpoint.bundle, with_optimizer=load.optimizer)
@@ -101,7 +103,13 @@ async def load_weights(request: Request) -> Response:
 
 async def _create(gateway: Services, tenant: Tenant, creation: Creation, body: bytes) -> Response:
     run = RunId(creation.spec.run)
-    await gateway.tenant_index.add_run(await gateway.lookups.session(ids.session_of(run), tenant), run)
+    session = await gateway.lookups.session(ids.session_of(run), tenant)
+    await gateway.tenant_index.add_run(session, run)
+    try:
+        await gateway.admission.expect_run(tenant, run)
+    except QuotaReached:
+        await gateway.tenant_index.remove_run(session, run)
+        raise
     await _mark_used(gateway, tenant, run)
     await gateway.acceptor.create(creation, body)
     gateway.train_client.ring(run, 0)
@@ -205,7 +213,9 @@ async def _json_operation(request: Request, kind: Kind, schema: type[Sequenced])
     operation = await _decode_or_reject(gateway, tenant, body, schema)
     if isinstance(operation, Response):
         return operation
-    return await _accept(gateway, tenant, kind, DecodedOperation(operation.model_id, operation.seq_id, pack(body)))
+    saves = getattr(operation, "path", None) is not None
+    decoded = DecodedOperation(operation.model_id, operation.seq_id, pack(body))
+    return await _accept(gateway, tenant, kind, decoded, saves=saves)
 
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -219,11 +229,23 @@ async def _decode_or_reject(gateway: Services, tenant: Tenant, body: bytes, sche
         return await _reject(gateway, tenant, RefusedRequest(error, pack(body), body_decoders.address(body)))
 
 
-async def _accept(gateway: Services, tenant: Tenant, kind: Kind, operation: DecodedOperation) -> Response:
+async def _accept(
+    gateway: Services, tenant: Tenant, kind: Kind, operation: DecodedOperation, *, saves: bool = False
+) -> Response:
+    """`saves`: the operation makes a checkpoint."""
     run, seq = await _trainable(gateway, tenant, operation.model_id), operation.seq
     await _expect_capacity(gateway, run, seq)
-    await _mark_used(gateway, tenant, run)
-    accepted_at = await gateway.acceptor.accept(run, seq, kind, operation.packed)
+    try:
+        taken = await gateway.admission.take(tenant, run, seq, operation.tokens, saves=saves)
+    except TooLarge as error:
+        return await _reject(gateway, tenant, RefusedRequest(error, operation.packed, (run, seq)))
+    accepted_at = None
+    try:
+        await _mark_used(gateway, tenant, run)
+        accepted_at = await gateway.acceptor.accept(run, seq, kind, operation.packed)
+    finally:
+        if accepted_at is None:  # a repetition, or an error
+            gateway.admission.give_back(tenant, taken)
     if accepted_at is not None:
         gateway.accounts.note_accepted(run, seq, accepted_at, operation.tokens)
     if kind in SAVES:

@@ -183,6 +183,21 @@ class TooMany(Unavailable):
     status = 429
 
 
+class QuotaReached(TooMany):
+    """The tenant has as much at the same time as its quota allows: more once some of it has ended."""
+
+    code = "quota_reached"
+    category = "user"
+
+
+class QuotaUsedUp(Unavailable):
+    """The tenant has used what its quota allows. The SDK pauses on this status, says why, and goes on by itself."""
+
+    code = "quota_used_up"
+    status = 402
+    category = "user"
+
+
 class StoreError(Unavailable):
     """A call to the store failed; whether it took effect is unknown unless the message says so."""
 

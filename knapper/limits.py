@@ -128,6 +128,19 @@ job_missing_s = 600.0  # files that job.yaml names and that have not arrived are
 job_appears_s = 60.0  # `knapper jobs show --follow` waits this long for a job: an upload to a bucket takes a minute
 job_server_lost_s = 900.0  # and this long for a server that went away
 
+# ---- The console.
+console_session_s = 12 * 3600.0  # then one signs in again
+console_page_rows_max = 25  # of a list, and of a step's prompts
+console_operations_max = 50  # the newest of a run
+console_points_max = 2000  # of a curve: the newest steps
+console_compared_max = 8  # runs and jobs on one chart
+console_text_chars_max = 4000  # of one text on a page: a prompt, a completion, a reason
+console_tokens_max = 4096  # of one conversation, each a cell
+console_fields_max = 32  # of a form
+console_form_bytes_max = 4096  # of a form of few fields; signing in, nobody is known yet
+console_streams_max = 256  # open pages that are followed, of one gateway
+console_watch_s = 300.0  # a page is followed this long after its run or job last changed
+
 # ---- Rewards and their sandbox.
 reward_terms_max = 16  # of one weighted sum
 reward_s_max = 60.0  # the longest timeout that a job may give its reward for one rollout
@@ -149,6 +162,14 @@ sandbox_memory_bytes = 256 * MIB  # that one task may use beyond what was loaded
 sandbox_loading_bytes = 4 * 1024 * MIB  # of address space, while modules load
 sandbox_imports_max = 64  # modules that one program can name
 sandbox_output_bytes_max = 64 * 1024  # of one cell
+
+# ---- Quotas of tenants.
+quota_max = 10**17
+quotas_file_bytes_max = MIB
+quota_fresh_s = 5.0  # a changed quota is in force everywhere after this
+quota_usage_fresh_s = 30.0  # how often the tokens of a tenant with a quota are read from the store while it works
+quota_run_silent_s = 24 * 3600.0  # a run whose client was not heard of for this long, and up to a day more, is not open
+quota_pause_s_max = 25 * 3600  # the SDK waits this long for a quota: a day, and an hour for clocks
 
 # ---- Events.
 event_bytes_max = MIB  # of a CloudEvent; a doorbell has none, a storage event about one thousand

@@ -60,9 +60,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     broker_url: Annotated[
         str, Meta(description="Where events are posted: `knapper up` sets its own broker. Empty: jobs are off.")
     ] = ""
-    gateway_url: Annotated[
-        str, Meta(description="Where the local broker delivers to the gateway; `knapper up` sets it.")
-    ] = ""
+    gateway_url: Annotated[str, Meta(description="Where the local broker delivers; `knapper up` sets it.")] = ""
     subscription: Annotated[
         str,
         Meta(
@@ -228,10 +226,30 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     keys: Annotated[
         bool, Meta(description="Accept only keys of `knapper key create`. Off: any key, from this machine alone.")
     ] = False
+    quotas: Annotated[
+        str,
+        Meta(
+            description="A file of all tenants' quotas, applied whenever it changes; empty: `knapper quota` sets them."
+        ),
+    ] = ""
+    currency: Annotated[
+        str,
+        Meta(pattern="^[A-Z]{3}$", description="Of the prices below.", title="three capital letters, such as USD"),
+    ] = "USD"
+    price_trained: Annotated[
+        float, Meta(ge=0, le=1e9, description="A million trained tokens; usage and bills then show amounts.")
+    ] = 0.0
+    price_prefilled: Annotated[float, Meta(ge=0, le=1e9, description="A million tokens of prompts.")] = 0.0
+    price_sampled: Annotated[float, Meta(ge=0, le=1e9, description="A million sampled tokens.")] = 0.0
+    price_device_second: Annotated[
+        float, Meta(ge=0, le=1e9, description="A second of the device, beside or in place of prices for tokens.")
+    ] = 0.0
+    price_stored: Annotated[float, Meta(ge=0, le=1e9, description="A GiB of checkpoints for a month.")] = 0.0
     jwt: Annotated[
         bool,
         Meta(description="Clients exchange keys for tokens that last an hour: no request carries a lasting secret."),
     ] = False
+    admin: Annotated[str, Meta(description="The tenant that sees all tenants in the console; empty: none.")] = ""
     notice: Annotated[
         str,
         Meta(

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway.tenants import tenant_of
-from knapper.errors import KnapperError, NotFound, Unavailable, Unservable, UserError
+from knapper.errors import KnapperError, NotFound, QuotaReached, QuotaUsedUp, Unavailable, Unservable, UserError
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -16,7 +16,11 @@ log = structlog.get_logger()
 
 
 def body(error: KnapperError) -> dict[str, Any]:
-    """`code` is knapper's own, and stable; `param` names the invalid field, if any."""
+    """`code` is knapper's own, and stable, except for quotas; `param` names the invalid field, if any."""
+    if isinstance(error, (QuotaReached, QuotaUsedUp)):
+        code = "insufficient_quota" if isinstance(error, QuotaUsedUp) else "rate_limit_exceeded"
+        kind = code if isinstance(error, QuotaUsedUp) else "requests"
+        return {"error": {"message": str(error), "type": kind, "param": None, "code": code}}
     kind = (
         "rate_limit_error"
         if error.status == 429
@@ -34,9 +38,9 @@ def openai_errors(handler: Handler) -> Handler:
         except KnapperError as error:
             if not _is_user_error(error) and not isinstance(error, Unservable):  # logged when the function reported it
                 log.warning("request failed", path=request.url.path, code=error.code, reason=str(error))
-            status = 400 if error.status == UserError.status else error.status
+            status = {UserError.status: 400, QuotaUsedUp.status: 429}.get(error.status, error.status)
             headers = {"Retry-After": f"{error.retry_after_s:.0f}"} if isinstance(error, Unavailable) else None
-            if headers and isinstance(error, Unservable):  # clients would retry in silence
+            if headers and isinstance(error, (Unservable, QuotaUsedUp)):  # clients would retry in silence
                 headers["x-should-retry"] = "false"
             return JSONResponse(body(error), status_code=status, headers=headers)
 

@@ -31,6 +31,11 @@ class SampleOptions:
     top: int = 0
     prompt_top: int | None = None
 
+    def tokens_max(self, prompt: int, context: int) -> int:
+        """The most tokens that a prompt of so many, once, and all its choices may have."""
+        each = context - prompt if self.params.max_tokens is None else self.params.max_tokens
+        return prompt + self.choices * max(0, min(each, context - prompt))
+
 
 @dataclass(frozen=True)
 class KeepAlive:
@@ -53,7 +58,7 @@ class PendingSamples:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
 
     async def submit(self, model: SampledModel, prompts: list[list[int]], options: SampleOptions) -> None:
-        """Queue a sample for each prompt. Raises TooMany when the queue is full."""
+        """Queue a sample for each prompt. Raises TooMany when the queue is full, and what admission does."""
         url = self._gateway.sample_url or model.record.sample_url
         seed = options.params.seed
         try:
@@ -73,8 +78,10 @@ class PendingSamples:
                 address = (SamplerId(f"openai:{self._tenant}"), next(self._gateway.openai.numbers))
                 body = await asyncio.to_thread(sample_requests.encode, call)
                 on_token = _TokenListener(number, self._events) if self._stream else None
+                tokens = options.tokens_max(len(prompt), model.record.context)
+                await self._gateway.admission.expect_samples(self._tenant, options.choices, tokens)
                 entry = self._gateway.sample_queue.submit(
-                    address, self._tenant, options.choices, url, body, on_token, wait_if_unservable=False
+                    address, self._tenant, options.choices, url, body, on_token, tokens=tokens, wait_if_unservable=False
                 )
                 self._entries.append(entry)
         except BaseException:

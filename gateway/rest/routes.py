@@ -29,6 +29,7 @@ ROUTES = [
         ("PUT", "sessions/{session_id}/project", sessions.assign_project, _SMALL),
         ("GET", "sessions/{session_id}/trace_export", sessions.trace_export, _NONE),
         ("GET", "audit", admin.audit, _NONE),
+        ("GET", "quota", admin.quota, _NONE),
         ("GET", "billing/usage/events", admin.usage_events, _NONE),
         ("GET", "billing/usage/checkpoints/current", admin.storage, _NONE),
         ("GET", "links/{token}", links.follow, _NONE),

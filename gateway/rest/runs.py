@@ -29,23 +29,28 @@ async def list_runs(request: Request) -> Response:
         runs = await _in_project(gateway, tenant, runs, query.project_id)
     page = runs[query.offset : query.offset + query.limit]
 
+    cursor = responses.cursor(query.offset, query.limit, len(runs))
+    return JSONResponse({"training_runs": await described(gateway, tenant, page), "cursor": cursor})
+
+
+async def described(gateway: Services, tenant: Tenant, runs: list[RunId]) -> list[dict[str, Any]]:
+    """The runs as clients see them, in their order, without those that are gone or damaged."""
+
     async def describe(run: RunId) -> dict[str, Any] | None:
         try:
             spec = await gateway.lookups.spec(run, tenant)
         except NotFound:  # the gateway that registered it died before creating it
             return None
-        return await _description(gateway, spec)
+        return await description(gateway, spec)
 
-    descriptions = [run for run in await damage.readable(page, describe) if run is not None]
-    cursor = responses.cursor(query.offset, query.limit, len(runs))
-    return JSONResponse({"training_runs": descriptions, "cursor": cursor})
+    return [run for run in await damage.readable(runs, describe) if run is not None]
 
 
 async def get_run(request: Request) -> Response:
     gateway, tenant = services_of(request), tenant_of(request)
     json.convert(responses.query(request), rest.Access)
     spec = await gateway.lookups.spec(request.path_params["run_id"], tenant)
-    return JSONResponse(await _description(gateway, spec))
+    return JSONResponse(await description(gateway, spec))
 
 
 async def delete_run(request: Request) -> Response:
@@ -81,7 +86,8 @@ async def list_checkpoints(request: Request) -> Response:
     )
 
 
-async def _description(gateway: Services, spec: Spec) -> dict[str, Any]:
+async def description(gateway: Services, spec: Spec) -> dict[str, Any]:
+    """One run as clients see it."""
     labels = await gateway.checkpoints.labels(Tenant(spec.tenant), within=f"{spec.run}/")
     newest = {label.path.kind: label for label in reversed(labels)}
     checkpoints = await gateway.checkpoints.read(label for kind in _SHOWN if (label := newest.get(kind)) is not None)

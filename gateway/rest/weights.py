@@ -63,6 +63,8 @@ async def copy_weights(request: Request) -> Response:
     else:
         session = await gateway.lookups.open_session(ids.session_of(run), tenant)
     copy = TinkerPath(run, path.kind, path.name)
+    if source.tenant != tenant and await gateway.acceptor.missing(run, 0):  # a copy of one's own shares its files
+        await gateway.admission.expect_bytes(tenant, source.size_bytes)
     await gateway.audit.write(
         tenant, "checkpoint_copy", tinker_path=source.path, model_id=path.run, copied_to=str(copy)
     )

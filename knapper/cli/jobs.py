@@ -200,15 +200,24 @@ def usage(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Print what your runs and sessions used: tokens and device seconds."""
+    """Print what your runs and sessions used, what it costs if the server has prices, and your quota."""
     from datetime import UTC, datetime, timedelta
 
-    from knapper.cli.jobs_client import used
+    from knapper.cli.jobs_client import quota_lines, used
 
+    client = _client(url)
     end = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) + timedelta(hours=1)
-    rows = used(_client(url).usage(end - timedelta(hours=hours), end))
+    answer, quota = client.usage(end - timedelta(hours=hours), end), client.quota()
+    rows, currency = used(answer["data"]), answer.get("currency")
     lines = []
     for row in rows:
         parts = [f"{row[name]:{form}} {unit}" for name, form, unit in _UNITS if name in row]
+        if "cost" in row:
+            parts.append(f"{row['cost']:.4f} {currency}")
         lines.append(f"{row['about']}  {row['base_model']}: {', '.join(parts)}")
-    listing(rows, lines, f"nothing was used in the last {hours} hours; --hours looks further back", as_json=as_json)
+    if currency is not None:
+        stored = sum(row.get("monthly_cost", 0.0) for row in client.storage())
+        lines.append(f"total: {answer['total_cost']:.4f} {currency}; checkpoints: {stored:.4f} {currency} a month")
+    lines += quota_lines(quota)
+    empty = f"nothing was used in the last {hours} hours; --hours looks further back"
+    listing(rows, lines if rows else [empty, *lines], "", as_json=as_json)

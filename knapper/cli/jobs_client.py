@@ -1,6 +1,6 @@
 """A client of a gateway's jobs and usage, for the command line."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ from knapper.cli.tables import table
 from knapper.errors import InvalidField, NotFound, Unavailable, UserError
 from knapper.jobs import names, spec
 from knapper.text.durations import clock
+from knapper.text.sizes import sized
 
 _TIMEOUT = httpx.Timeout(60.0, connect=5.0)
 _SUBMIT_TIMEOUT = httpx.Timeout(300.0, connect=5.0)  # the server checks all rows before it answers
@@ -27,6 +28,12 @@ _USED = {
     ("sampling_sample", "token_count"): "tokens_sampled",
     ("sampling_sample", "device_seconds"): "sampling_device_seconds",
     ("checkpoint", "count"): "checkpoints",
+}
+_QUOTA = {
+    "runs": "runs open",
+    "bytes": "in checkpoints",
+    "tokens_a_day": "tokens used today",
+    "samples_in_flight": "samples in flight",
 }
 ENDED = ("completed", "failed", "cancelled", "refused")
 
@@ -92,11 +99,19 @@ class JobsClient:
         files: list[dict[str, Any]] = self.ask("GET", f"/jobs/{names.job(job)}/files")["files"]
         return files
 
-    def usage(self, starting_on: datetime, ending_before: datetime) -> list[dict[str, Any]]:
-        """Usage in each hour between two full hours."""
+    def usage(self, starting_on: datetime, ending_before: datetime) -> dict[str, Any]:
+        """`data`: usage in each hour between two full hours; its `total_cost` and `currency` if there are prices."""
         window = {"starting_on": starting_on.isoformat(), "ending_before": ending_before.isoformat()}
-        events: list[dict[str, Any]] = self.ask("GET", f"/billing/usage/events?{urlencode(window)}")["data"]
-        return events
+        return self.ask("GET", f"/billing/usage/events?{urlencode(window)}")
+
+    def storage(self) -> list[dict[str, Any]]:
+        """What is stored now, by project."""
+        rows: list[dict[str, Any]] = self.ask("GET", "/billing/usage/checkpoints/current")["data"]
+        return rows
+
+    def quota(self) -> dict[str, Any]:
+        """The quota of the key's tenant, and what it has used of it."""
+        return self.ask("GET", "/quota")
 
     def ask(self, method: str, path: str, body: object = None, timeout: httpx.Timeout = _TIMEOUT) -> dict[str, Any]:
         """Raises the server's UserError, or Unavailable if it does not answer, or not now."""
@@ -246,7 +261,22 @@ def used(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         for name in ("token_count", "device_seconds", "count"):
             if (column := _USED.get((info["type"], name))) is not None:
                 row[column] = row.get(column, 0) + info.get(name, 0)
+        if event.get("cost") is not None:
+            row["cost"] = row.get("cost", 0.0) + event["cost"]
     return [row for _, row in sorted(rows.items())]
+
+
+def quota_lines(quota: dict[str, Any]) -> Iterator[str]:
+    """What is used of each limit; nothing for fields without one."""
+    forms: dict[str, Callable[[int], str]] = {"bytes": sized}
+    for name, words in _QUOTA.items():
+        field, form = quota[name], forms.get(name, str)
+        if field["quota"] is not None:
+            yield f"quota: {form(field['used'])} of {form(field['quota'])} {words}"
+    if quota["rank"]["quota"] is not None:
+        yield f"quota: rank up to {quota['rank']['quota']}"
+    if quota["tokens_a_day"]["quota"] is not None:
+        yield f"the next day begins at 00:00 UTC, in {clock(quota['seconds_left'])}"
 
 
 def _of(job: dict[str, Any]) -> str:

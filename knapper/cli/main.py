@@ -9,7 +9,7 @@ import typer
 
 import knapper
 from knapper.cli import chaos as chaos
-from knapper.cli import deploy
+from knapper.cli import deploy, quota
 from knapper.cli import jobs as jobs
 from knapper.cli.tables import Json, listing, utc
 from knapper.text.printable import say
@@ -30,6 +30,7 @@ key = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 app.add_typer(key, name="key")
 runs = typer.Typer(help="Delete training runs.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
+app.add_typer(quota.app, name="quota")
 app.add_typer(jobs.app, name="jobs")
 app.command()(jobs.submit)
 app.command()(jobs.usage)

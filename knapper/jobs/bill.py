@@ -5,6 +5,7 @@ from typing import Any
 
 from knapper.jobs.job_files import Folder
 from knapper.state.job_records import Evaluated, Trained
+from knapper.state.prices import Prices
 
 Interval = tuple[float, float]
 
@@ -25,12 +26,17 @@ def covered(intervals: Sequence[Interval]) -> float:
 
 
 def bill(
-    folder: Folder, done: Sequence[Trained | Evaluated], saving_s: float, adapter_bytes: int, now: float
+    folder: Folder,
+    done: Sequence[Trained | Evaluated],
+    saving_s: float,
+    adapter_bytes: int,
+    now: float,
+    prices: Prices,
 ) -> dict[str, Any]:
     """The bill of a whole job. `saving_s`: device seconds of its last saves.
 
-    `device_seconds` are those of `knapper usage`. With `max_staleness`, `wall_seconds` of the functions overlap; during
-    `idle` none of them worked.
+    `cost` is null without prices; keeping the adapter costs `stored_a_month` beyond it. `device_seconds` are those of
+    `knapper usage`. With `max_staleness`, `wall_seconds` of the functions overlap; during `idle` none of them worked.
     """
     spent = [each.spent for each in done]
     wall_s = now - folder.started.started_at
@@ -60,4 +66,24 @@ def bill(
             "journal": sum(each.bytes for each in done),
             "adapter": adapter_bytes,
         },
+        "cost": _cost(done, saving_s, adapter_bytes, prices) if prices.any else None,
     }
+
+
+def _cost(
+    done: Sequence[Trained | Evaluated], saving_s: float, adapter_bytes: int, prices: Prices
+) -> dict[str, float | str]:
+    """What `knapper usage` adds up to for this job."""
+    spent = [each.spent for each in done]
+    training = prices.cost(
+        trained=sum(each.tokens for each in done), device_s=saving_s + sum(each.device_s for each in done)
+    )
+    sampling = prices.cost(
+        prefilled=sum(each.prompt_tokens for each in spent),
+        sampled=sum(each.sampled_tokens for each in spent),
+        device_s=sum(each.sample_device_s for each in spent),
+    )
+    return {
+        "currency": prices.currency, "training": training, "sampling": sampling, "total": training + sampling,
+        "stored_a_month": prices.a_month(adapter_bytes),
+    }  # fmt: skip

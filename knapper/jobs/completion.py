@@ -36,7 +36,8 @@ async def write(
     evaluated = (await outputs.evaluations(store, start)).values()
     size = sum(part.size for part in index.parts if part.name in _FILES)
     await sample_usage.after_all(store, folder, trained[-1])
-    total = bill(folder, [*trained, *evaluated], clients.device_s, size, services.clock())
+    now = services.clock()
+    total = bill(folder, [*trained, *evaluated], clients.device_s, size, now, services.prices)
     await outputs.publish_bill(services, folder, total)
     if not await control.change(store, start, "completed", "", services.clock()):
         raise Stopped

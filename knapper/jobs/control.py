@@ -13,6 +13,7 @@ from knapper.state.journal.newest import newest_of_few
 from knapper.store import Store
 
 REPLACED = "job.yaml was replaced"
+PAUSED = "paused by its quota"  # how the reason of a running job begins that waits for its tenant's quota
 _MAY = {
     "running": ("cancelled", "failed", "completed"),
     "cancelled": ("running", "deleted"),

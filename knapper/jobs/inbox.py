@@ -115,6 +115,7 @@ async def _look(services: JobServices, tenant: Tenant, job: str) -> _Seen:
                 await _make_current(services, start)
                 return _Seen()
             start = await upload.repeat(services.store, whole.content)
+        await _expect_rank(services, start.tenant, parsed.job.lora.rank)
         started = await _checked(services, start, parsed, whole)
     except UserError as error:
         await _refuse(services, start, parsed.wrong(error) if parsed is not None else _as_job_error(error))
@@ -142,6 +143,13 @@ async def _make_current(services: JobServices, start: Start) -> None:
     if listed and not listed[-1].endswith(f"/{start.id}"):
         await _list_now(services, start)
         await services.exchange.remove(f"{layout.inbox(start.tenant, start.job)}{names.JOB_ERROR}")
+
+
+async def _expect_rank(services: JobServices, tenant: Tenant, rank: int) -> None:
+    """Raises InvalidField for a rank above the tenant's quota."""
+    most = await services.quota.rank(tenant)
+    if most is not None and rank > most:
+        raise InvalidField("lora.rank", rank, f"1 to {most}: the quota of tenant {tenant}")
 
 
 async def _checked(services: JobServices, start: Start, parsed: Parsed, whole: Upload) -> Started:

@@ -18,10 +18,11 @@ from knapper.jobs.presence import Present
 from knapper.jobs.progress import Outline, ProgressReader, newest_step
 from knapper.jobs.services import JobServices
 from knapper.jobs.spec import Kind, RlJob, decode
-from knapper.state import damage, layout
+from knapper.state import damage, layout, recent
 from knapper.state.job_records import Evaluated, Refusal, Started, Trained, Waiting, read
 from knapper.state.journal import envelope
 from knapper.state.layout import ObjectKind
+from knapper.state.recent import PageStart
 from knapper.store import Store, many
 
 _BILL_BYTES_MAX = 64 * 1024
@@ -40,6 +41,22 @@ async def listed(store: Store, tenant: Tenant) -> list[JobListing]:
     listings = damage.parsed(await store.list(ObjectKind.TENANT_JOB.under(tenant)), _listed)
     newest = {listing.start.job: listing for listing in listings}  # in order of time: the last one stays
     return sorted(newest.values(), key=lambda listing: listing.at, reverse=True)
+
+
+async def listed_page(
+    store: Store, tenant: Tenant, size: int, start: PageStart
+) -> tuple[list[JobListing], PageStart | None]:
+    """(the jobs of the newest starts from there on, where the page after them begins)"""
+    page = await recent.page(store, ObjectKind.TENANT_JOB.under(tenant), size, start)
+    found = damage.parsed(page.names, _listed)
+    are_newest = await many.each(found, lambda listing: _is_newest(store, listing))
+    return [listing for listing, is_newest in zip(found, are_newest, strict=True) if is_newest], page.older
+
+
+async def _is_newest(store: Store, listing: JobListing) -> bool:
+    """Whether the job was not started again since; always true of starts of earlier versions."""
+    starts = await store.list(ObjectKind.TENANT_START.under(listing.start.tenant, listing.start.job))
+    return not starts or ObjectKind.TENANT_START.parse(starts[-1])[-1] == listing.start.id
 
 
 def _listed(key: str) -> JobListing:

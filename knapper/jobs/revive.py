@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 import structlog
 
 from knapper import limits
-from knapper.errors import KnapperError, UserError
+from knapper.errors import KnapperError, QuotaUsedUp, UserError
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
-from knapper.jobs import control, notifications, progress
+from knapper.jobs import control, notifications, outputs, progress
 from knapper.jobs.inbox import look
 from knapper.jobs.names import Start
 from knapper.jobs.progress import Outline, ProgressReader
 from knapper.jobs.services import JobServices
-from knapper.jobs.spec import RlJob, decode
+from knapper.jobs.spec import DpoJob, RlJob, decode
 from knapper.state import damage
 from knapper.state.job_records import Started, Waiting, read
 from knapper.state.layout import ObjectKind
@@ -38,18 +38,21 @@ class _Known:
 class Seen:
     """What a gateway remembers about jobs between two looks.
 
-    `lively`: a job made progress recently, so the next look comes soon. `awaiting`: some job waits for files.
+    `lively`: a job made progress recently, so the next look comes soon. `awaiting`: some job waits for files. `paused`:
+    one waits for its tenant's quota.
     """
 
     known: dict[Start, _Known] = field(default_factory=dict)
     progress_reader: ProgressReader | None = None
     lively: bool = False
     awaiting: bool = False
+    paused: bool = False
 
 
 async def due(services: JobServices, seen: Seen, quiet_s: float = _QUIET_S) -> list[Event]:
     """Doorbells for jobs with open work and no progress for `quiet_s`, and the first ones of jobs that start now."""
     events: list[Event] = []
+    seen.paused = False
     expected = await _starts(services, ObjectKind.JOB_EXPECTED)
     for start in expected:
         events += await _alone(start, _awaited(services, start))
@@ -108,13 +111,33 @@ async def _stalled(services: JobServices, seen: Seen, start: Start, quiet_s: flo
         await store.delete(start.working)
         seen.known.pop(start, None)
         return []
+    paused = (await control.now(store, start)).reason.startswith(control.PAUSED)
+    if paused and not await _has_quota(services, start, started):
+        seen.paused = True
+        return []
     position, now = await _position(services, seen, start, started), services.clock()
+    if paused:
+        before = _Known(started, position, float("-inf"))
     if before is None or before.position != position:
         seen.known[start] = before = _Known(started, position, now)
     if now - before.since < quiet_s:
         return []
     seen.known[start] = _Known(started, position, now, notified=True)
     return await again(services, started, start)
+
+
+async def _has_quota(services: JobServices, start: Start, started: Started) -> bool:
+    """Whether the quota of its tenant lets a paused job go on."""
+    runs = [start.run, start.reference] if isinstance(decode(started.spec_json), DpoJob) else [start.run]
+    try:
+        await services.quota.expect(start.tenant, services.clock())
+        if await services.store.get(start.trained(0)) is None:
+            await services.quota.expect_runs(start.tenant, runs)
+    except QuotaUsedUp:
+        return False
+    if await control.note(services.store, start, "", services.clock()):
+        await outputs.publish_status(services, started)
+    return True
 
 
 async def _position(services: JobServices, seen: Seen, start: Start, started: Started) -> object:

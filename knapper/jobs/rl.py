@@ -12,7 +12,7 @@ from knapper.ids import RunId
 from knapper.jobs import advantages, schedule
 from knapper.jobs.bill import covered, union
 from knapper.jobs.job_files import Folder
-from knapper.jobs.names import Round
+from knapper.jobs.names import Round, Start
 from knapper.jobs.recipes import RunClients, StepOutcome
 from knapper.jobs.rollouts import step_name
 from knapper.jobs.rows import RlRow, Row
@@ -62,7 +62,7 @@ class Rl:
     async def train(self, clients: RunClients, step: int) -> StepOutcome:
         groups = await read_groups(self.store, self.folder, "steps", step, self.job.batch.prompts)
         client = clients.run
-        advantages_of = [self._advantages(group) for group in groups]
+        advantages_of = [advantages_of_group(self.job, group) for group in groups]
         sampled = sum(size_of(each) for group in groups if not group.scores.refused for each in group.rollouts.rollouts)
         data = [
             datum(group.prompt, rollout, advantage / sampled, masked=self.job.loss.name == "gspo")
@@ -93,11 +93,6 @@ class Rl:
         metrics |= _parts(groups)
         return StepOutcome(metrics, _spent(groups), _readable(self.folder.held_out, groups, None))
 
-    def _advantages(self, group: RolloutGroup) -> "np.ndarray[Any, np.dtype[np.float64]]":
-        if group.scores.refused:
-            return np.zeros(len(group.rollouts.rollouts))
-        return advantages.FORMULAS[self.job.advantage](group.rewards_G)
-
     def _thresholds(self) -> dict[str, float]:
         loss = self.job.loss
         thresholds = {"clip_low_threshold": loss.clip_low_threshold, "clip_high_threshold": loss.clip_high_threshold}
@@ -109,16 +104,30 @@ async def read_groups(store: Store, folder: Folder, kind: Round, n: int, prompts
     start = folder.start
 
     async def read_group(part: int) -> RolloutGroup:
-        names = (start.rollouts(kind, n, part), start.scores(kind, n, part))
-        objects = [await store.get(name) for name in names]
-        for name, data in zip(names, objects, strict=True):
-            if data is None:
-                raise damaged(name, "it is missing")
-        first, second = (data or b"" for data in objects)
-        size = len(first) + len(second)
-        return RolloutGroup(decode(first, Rollouts, names[0]), decode(second, Scores, names[1]), size)
+        rollouts, scores = await find_group(store, start, kind, n, part)
+        if rollouts is None or scores is None:
+            name = (start.rollouts if rollouts is None else start.scores)(kind, n, part)
+            raise damaged(name, "it is missing")
+        return RolloutGroup(rollouts[0], scores[0], rollouts[1] + scores[1])
 
     return await many.each(range(prompts), read_group)
+
+
+async def find_group(
+    store: Store, start: Start, kind: Round, n: int, part: int
+) -> tuple[tuple[Rollouts, int] | None, tuple[Scores, int] | None]:
+    """The rollouts of one prompt and their scores, each with its size in the store; None for what is not there yet."""
+    names = (start.rollouts(kind, n, part), start.scores(kind, n, part))
+    first, second = [await store.get(name) for name in names]
+    rollouts = None if first is None else (decode(first, Rollouts, names[0]), len(first))
+    return rollouts, None if second is None else (decode(second, Scores, names[1]), len(second))
+
+
+def advantages_of_group(job: RlJob, group: RolloutGroup) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    """(G,) zeros for a group without scores."""
+    if group.scores.refused:
+        return np.zeros(len(group.rollouts.rollouts))
+    return advantages.FORMULAS[job.advantage](group.rewards_G)
 
 
 def size_of(rollout: Rollout) -> int:

@@ -82,12 +82,12 @@ class Journal:
 
 @dataclass
 class RunClient:
-    """Operations of one run, one after another. `go_on` is called before each, and may raise."""
+    """Operations of one run, one after another. `go_on` is called before each, with its tokens, and may raise."""
 
     journal: Journal
     run: RunId
     seq: int  # of the next operation
-    go_on: Callable[[], Awaitable[None]]
+    go_on: Callable[[int], Awaitable[None]]
     tokens: int = 0  # sent so far
     sent_bytes: int = 0  # and received
     device_s: float = 0.0  # of its operations
@@ -101,12 +101,13 @@ class RunClient:
         metrics: dict[str, float] = {}
         for chunk in chunks(data):
             request = ForwardBackward(self.run, self.seq, chunk, loss, dict(config), forward_only)
-            result = await self._apply("forward_backward", proto.encode_forward_backward(request))
+            tokens = sum(datum.tokens.size for datum in chunk)
+            result = await self._apply("forward_backward", proto.encode_forward_backward(request), tokens)
             output = proto.decode_forward_backward_output(result.body)
             outputs += output.outputs
             for name, value in output.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + value
-            self.tokens += sum(datum.tokens.size for datum in chunk)
+            self.tokens += tokens
         return ForwardBackwardOutput(outputs, metrics)
 
     async def optim_step(self, values: AdamW) -> dict[str, float]:
@@ -128,8 +129,8 @@ class RunClient:
         request = requests.SaveWeights(model_id=self.run, seq_id=self.seq, path=name)
         return _path(await self._apply("save_weights", requests.encode(request)))
 
-    async def _apply(self, kind: Kind, body: bytes) -> Result:
-        await self.go_on()
+    async def _apply(self, kind: Kind, body: bytes, tokens: int = 0) -> Result:
+        await self.go_on(tokens)
         applied = await self.journal.apply(self.run, self.seq, kind, body)
         self.seq += 1
         self.sent_bytes += len(body) + len(applied.result.body)

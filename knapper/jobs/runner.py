@@ -26,6 +26,7 @@ from knapper.jobs.worker import Slice, Worker
 from knapper.state.checkpoints import Checkpoints
 from knapper.state.job_records import Evaluated, Trained, encode, read
 from knapper.state.journal.records import Spec
+from knapper.state.ledger import Accounts
 from knapper.state.sessions import DAY_S, Session, Sessions
 from knapper.state.tenant_index import Register
 from knapper.store.cache import LruCache
@@ -49,6 +50,8 @@ class Training:
         self._progress_reader = ProgressReader(self._services.store)
         self._checkpoints = Checkpoints(self._services.store, self._services.clock)
         self._metrics = Metrics(self._services)
+        clock = self._services.clock
+        self._accounts = Accounts(self._services.store, clock, clock, lambda: "job")
 
     async def answer(self, event: Event) -> None:
         await self.worker.answer(event, self._work)
@@ -67,6 +70,8 @@ class Training:
             folder.start.session, int(self._services.clock() // DAY_S)
         )
         recipe = await self._course(folder)
+        for run in recipe.runs:  # for `knapper usage`; a slice takes less time than a mark lasts
+            await self._accounts.mark(folder.start.tenant, run)
         await self._create(folder, recipe)
         while True:
             await within.go_on()
@@ -179,6 +184,7 @@ class Training:
         start, started = folder.start, folder.started
         if await self._services.store.get(start.trained(0)) is not None:
             return
+        await self._services.quota.expect_runs(start.tenant, list(recipe.runs))
         session = Session(
             session=start.session, tenant=start.tenant, created_at=started.started_at, display_name=start.job,
             tags=[needs.TAG, folder.job.kind],

@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 import structlog
 
 from knapper import limits
-from knapper.errors import InvalidField, KnapperError, NotFound, NotHolder, StoreError, Unavailable, UserError
+from knapper.errors import (
+    InvalidField,
+    KnapperError,
+    NotFound,
+    NotHolder,
+    QuotaUsedUp,
+    StoreError,
+    Unavailable,
+    UserError,
+)
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
 from knapper.jobs import activity, control, outputs
@@ -36,16 +45,18 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Slice:
-    """One slice of work on a job; `go_on` is called before each part of it."""
+    """One slice of work on a job; `go_on` is called before each part of it, with the tokens that it will train on."""
 
     services: JobServices
     start: Start
     end: float
 
-    async def go_on(self) -> None:
-        """Raises Stopped or SliceOver."""
+    async def go_on(self, tokens: int = 0) -> None:
+        """Raises Stopped, SliceOver, or QuotaUsedUp, which pauses the job."""
         await self.expect_running()
-        if self.services.clock() >= self.end:
+        at = self.services.clock()
+        await self.services.quota.expect(self.start.tenant, at, tokens)
+        if at >= self.end:
             raise SliceOver
 
     async def expect_running(self) -> None:
@@ -119,6 +130,9 @@ class Worker:
             self._taken.discard(start)
             await services.store.delete(start.working)
             await outputs.publish_status(services, folder.started)
+        except QuotaUsedUp as error:  # the gateway sends the doorbell again once there is more
+            log.info("job pauses", job=str(start), reason=str(error))
+            await self._note(folder, f"{control.PAUSED}: {error}")
         except UserError as error:
             await self._fail(event, folder, str(error))
         except KnapperError as error:

@@ -76,10 +76,10 @@ _Loader.add_implicit_resolver(
 _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null")}
 
 
-def read(data: bytes) -> Document:
+def read(data: bytes, bytes_max: int = limits.job_yaml_bytes_max) -> Document:
     """Raises JobError."""
-    if len(data) > limits.job_yaml_bytes_max:
-        raise JobError(1, "its size in bytes", len(data), f"at most {limits.job_yaml_bytes_max}")
+    if len(data) > bytes_max:
+        raise JobError(1, "its size in bytes", len(data), f"at most {bytes_max}")
     with parsing(lambda error: _unreadable(data, error)):
         loader = _Loader(data.decode())
         _check_events(data.decode())

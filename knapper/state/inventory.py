@@ -23,6 +23,7 @@ from knapper.state.journal.records import Commit, End, Index, Manifest, Operatio
 from knapper.state.layout import ObjectKind
 from knapper.state.model_record import ModelRecord
 from knapper.state.probe_results import ProbeResult
+from knapper.state.quotas import Quotas
 from knapper.state.secrets import Secret, decode_secret
 from knapper.state.sessions import Assignment, Finish, Sampler, Session
 from knapper.state.usage import Samplings
@@ -55,8 +56,8 @@ Holds = type[Record] | Empty | BundlePart | NamedByHash | SecretOrBare
 
 _RECORDS: Final[tuple[type[Record], ...]] = (
     Assignment, Checkpoint, Commit, Control, DeadLetter, End, Entry, Evaluated, Finish, Index, Key, Manifest,
-    ModelRecord, Operation, ProbeResult, Refusal, Rollouts, Sampler, Samplings, Scores, Session, Started, Trained,
-    Waiting,
+    ModelRecord, Operation, ProbeResult, Quotas, Refusal, Rollouts, Sampler, Samplings, Scores, Session, Started,
+    Trained, Waiting,
 )  # fmt: skip
 _HELD: Final[dict[str, Holds]] = {
     layout.EMPTY: Empty(), layout.PART: BundlePart(), layout.NAMED_BY_HASH: NamedByHash(),

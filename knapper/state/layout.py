@@ -57,6 +57,9 @@ class ObjectKind(Enum):
     LEDGER_LINE = ("used/<tenant>/<hour>/<run>/<line>", EMPTY, "state.ledger_entries")
     LEDGER_MARK = ("using/<tenant>/<run>/<us>-<id>", EMPTY, "state.ledger")
     LEDGER_BEGAN = ("accounts/began", EMPTY, "state.ledger")
+    # Quotas: all tenants' in one record, of which the highest n wins; and what each gateway has under way for a tenant
+    QUOTAS = ("quotas/<n>", "Quotas", "state.quotas")
+    HOLD = ("held/<tenant>/<gateway>/<hold>", EMPTY, "state.holds")
     # The collector's marks
     COLLECT_BEGUN = ("collect/begun", EMPTY, "state.gc.marks")
     COLLECT_NOW = ("collect/now/<session>/<what>", EMPTY, "state.gc.marks")

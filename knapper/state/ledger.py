@@ -123,10 +123,10 @@ class Accounts:
             self._begun = is_new_store or await self._store.get(_BEGAN) is not None
         return self._begun
 
-    async def used(self, tenant: Tenant, window: Window) -> Use:
+    async def used(self, tenant: Tenant, window: Window, *, all_of_them: bool = False) -> Use:
         """By hour and run: the entries, and the later usage in the journals of marked runs.
 
-        Raises InvalidField if there is too much for one response.
+        Raises InvalidField if there is too much for one response, unless `all_of_them`.
         """
         names = await self._store.list(ObjectKind.LEDGER_MARK.under(tenant))
         marked = {mark.run for mark in damage.parsed(names, _Mark.parse)}
@@ -138,7 +138,7 @@ class Accounts:
             if tail is None:  # damaged: the entries still have the earlier usage of this run
                 continue
             read += sum(window.hour(operation.at) is not None for operation in tail.accepted if operation.seq > 0)
-            if read > limits.operations_listed_max:
+            if read > limits.operations_listed_max and not all_of_them:
                 raise usage.too_much(window, "operations that no ledger entry has yet")
             for hour in tail.hours:
                 if window.first <= hour < window.end:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from knapper import ids
 from knapper.ids import RunId, SessionId, Tenant
-from knapper.state import damage
+from knapper.state import damage, recent
 from knapper.state.layout import ObjectKind
+from knapper.state.recent import PageStart
 from knapper.state.sessions import Session
 from knapper.store import Store
 
@@ -49,6 +50,18 @@ class Register:
         fields = () if session is None else _fields(session)
         names = await self.store.list(ObjectKind.TENANT_RUN.under(tenant, *fields))
         return [run for _, run in damage.parsed(reversed(names), _run)]
+
+    async def runs_page(self, tenant: str, size: int, start: PageStart) -> tuple[list[RunId], PageStart | None]:
+        """(the tenant's newest runs from there on, where the page after them begins)"""
+        page = await recent.page(self.store, ObjectKind.TENANT_RUN.under(tenant), size, start)
+        return [run for _, run in damage.parsed(page.names, _run)], page.older
+
+    async def sessions_page(
+        self, tenant: str, size: int, start: PageStart
+    ) -> tuple[list[SessionListing], PageStart | None]:
+        """(the tenant's newest sessions from there on, where the page after them begins)"""
+        page = await recent.page(self.store, ObjectKind.TENANT_SESSION.under(tenant), size, start)
+        return damage.parsed(page.names, _listed), page.older
 
     async def runs_of_all_tenants(self) -> list[tuple[Tenant, RunId]]:
         """(tenant, run) of all tenants, in no particular order."""

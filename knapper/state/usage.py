@@ -20,6 +20,7 @@ from knapper.state.journal import history
 from knapper.state.journal.records import Operation, Record, decode
 from knapper.state.layout import ObjectKind
 from knapper.store import Names, Store
+from knapper.store.cache import LruCache
 from knapper.wire import proto
 
 HOUR_S = 3600
@@ -102,6 +103,23 @@ async def tokens_sampled(store: Store, tenant: str, window: Window) -> list[tupl
             before = totals.get(key, Sampled(session=row.session, base_model=row.base_model))
             totals[key] = before.plus(row.prompt, row.sampled, row.device_s)
     return [(hour, total) for (hour, _, _), total in totals.items()]
+
+
+class SampledTotals:
+    """The number of tokens that samples of a tenant had, prompts included. Records are read once: they never change."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._tokens: LruCache[str, int] = LruCache()
+
+    async def within(self, tenant: str, window: Window) -> int:
+        names = await names_within(self._store, ObjectKind.USAGE.under(tenant), window)
+        return sum(await damage.readable(names, lambda name: self._tokens.get(name, lambda: self._read(name))))
+
+    async def _read(self, name: str) -> int:
+        data = await self._store.get(name)
+        assert data is not None, "usage records are never deleted"
+        return sum(row.prompt + row.sampled for row in decode(data, Samplings, name).rows)
 
 
 async def tokens_trained(store: Store, runs: list[RunId], window: Window) -> dict[tuple[int, RunId], int]:

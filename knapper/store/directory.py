@@ -11,6 +11,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 from knapper.errors import StoreError
@@ -135,26 +136,29 @@ class DirectoryStore:
     def _list(self, prefix: str, start_after: str, limit: int) -> Names:
         folder, _, _ = prefix.rpartition("/")
         try:
-            names = sorted(
-                name for name in self._walk(folder, prefix) if name.startswith(prefix) and name > start_after
-            )
+            names = self._walk(folder, prefix, start_after)
+            return list(islice(names, limit) if limit else names)
         except OSError as error:
             raise _explained(error, f"list {prefix!r}") from error
-        return names[:limit] if limit else names
 
-    def _walk(self, folder: str, prefix: str) -> Iterator[str]:
+    def _walk(self, folder: str, prefix: str, start_after: str) -> Iterator[str]:
+        """The names in order; reads no directory of names that are not asked for, or past a limit."""
+        below = f"{folder}/" if folder else ""
         try:
-            entries = [*os.scandir(self._root / folder)]
+            with os.scandir(self._root / folder) as entries:
+                found = [
+                    name if entry.is_dir(follow_symlinks=False) else name[:-1]
+                    for entry in entries
+                    if _may_hold(name := f"{below}{entry.name}/", prefix, start_after)
+                ]
         except (FileNotFoundError, NotADirectoryError):
             return
-        for entry in entries:
-            name = f"{folder}/{entry.name}" if folder else entry.name
-            if name == _TEMPORARY:
-                continue
-            if not entry.is_dir(follow_symlinks=False):
-                yield name
-            elif name.startswith(prefix) or prefix.startswith(name):
-                yield from self._walk(name, prefix)
+        for name in sorted(found):  # a directory by its `/`
+            if not name.endswith("/"):
+                if name.startswith(prefix) and name > start_after:
+                    yield name
+            elif name != f"{_TEMPORARY}/":
+                yield from self._walk(name[:-1], prefix, start_after)
 
     def _delete(self, path: Path) -> None:
         try:
@@ -190,6 +194,13 @@ class DirectoryStore:
                 self._make_directory(directory.parent)
                 with suppress(FileNotFoundError, FileExistsError):
                     directory.mkdir(0o700 | _UNSYNCED)
+
+
+def _may_hold(directory: str, prefix: str, start_after: str) -> bool:
+    """Whether a name below `directory`, which ends in `/`, or its own without that, may be asked for."""
+    if not (directory.startswith(prefix) or prefix.startswith(directory)):
+        return directory[:-1] == prefix
+    return directory > start_after or start_after.startswith(directory)
 
 
 def _in_memory(path: Path) -> bytes | None:

@@ -64,6 +64,11 @@ def check_forward_backward(body: bytes) -> tuple[str, int, int]:
     return request.model_id, request.seq_id, tokens
 
 
+def is_forward_only(body: bytes) -> bool:
+    """Whether the request computes no gradients."""
+    return bool(_parse(descriptor.ForwardBackwardRequest, body).forward_only)
+
+
 def _parse_request(body: bytes) -> Any:
     scan.bound(body)
     request = _parse(descriptor.ForwardBackwardRequest, body)
@@ -160,6 +165,11 @@ def decode_forward_backward_output(body: bytes) -> ForwardBackwardOutput:
                 datum[name] = flat.reshape([flat.size // (math.prod(trailing) or 1), *trailing])
         outputs += datums
     return ForwardBackwardOutput(outputs=outputs, metrics=dict(message.metrics))
+
+
+def decode_metrics(body: bytes) -> dict[str, float]:
+    """The metrics of a result, without its arrays."""
+    return dict(_parse(descriptor.ForwardBackwardOutput, body).metrics)
 
 
 def _groups(outputs: Sequence[dict[str, tensors.Array]]) -> Iterator[list[dict[str, tensors.Array]]]:

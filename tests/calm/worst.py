@@ -82,6 +82,13 @@ def _of(
     return Worst(f"{name} of {unit}", filled(head, unit, closing + "}", between))
 
 
+_FORM = "application/x-www-form-urlencoded"
+_FORMS = [
+    Worst("the most fields", filled("", "a=1", "", "&"), _FORM),
+    Worst("escapes", filled("a=", "%C3", "", ""), _FORM),
+]
+
+
 def _text(fields: dict[str, Any], name: str, unit: str) -> Worst:
     return _of(fields, name, unit, '"', '"', between="")
 
@@ -211,6 +218,8 @@ def legal(objects: Objects) -> dict[str, list[Worst]]:
             Worst("parts", filled(f"{prefix} [", '{"type": "text"}', "]}]}")),
             _of({**prompt, "messages": [{"role": "user", "content": "a"}]}, "tools", "{}"),
         ],
+        "/playground/chat": [_of(prompt, "messages", '{"role": "user", "content": "a"}')],
+        **dict.fromkeys(("/signin", "/signout", "/admin/keys", "/admin/keys/revoke"), _FORMS),
     }
     texts = {path: worst for path, worst in bodies.items() if path.startswith("/v1/")}
     return bodies | {f"/oai/api{path}": worst for path, worst in texts.items()}

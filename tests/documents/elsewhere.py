@@ -54,6 +54,11 @@ TESTS: Final = {
         "   0:00  loading the model, for 0:01",
     ): "tests/conformance/test_follow.py::test_a_job_that_is_not_there_yet_is_waited_for_and_its_cold_start_is_told",
     ("docs/jobs.md", "kind: rl "): "tests/jobs/test_documentation.py::test_the_example_of_the_page_is_a_job",
+    (_OPERATING, "knapper quota set alice"): "tests/cli/test_quota.py::test_the_commands_of_the_page_do_what_they_say",
+    (
+        _OPERATING,
+        "default: {runs: 5, rank: 16}",
+    ): "tests/cli/test_quota.py::test_the_file_of_the_page_is_a_file_of_quotas",
     ("docs/openai.md", "import tinker"): "tests/conformance/test_openai.py::test_the_program_of_the_documentation_runs",
     ("docs/rewards.md", "reward: {name: exact_match}"): _REWARDS,
     ("docs/rewards.md", "reward: {code: reward.py}"): _REWARDS,

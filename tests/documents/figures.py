@@ -25,6 +25,7 @@ FIGURES: Final[dict[str, list[tuple[str, str]]]] = {
         ("400 bytes", "(a manifest's size, about)"),
     ],
     "docs/cluster-trial.md": [("10 GiB", "(what a trial needs, about)")],
+    "docs/console.md": [("12 hours", "limits:console_session_s"), ("30 s", "gateway.console.live:_LOOK_MAX_S")],
     "docs/errors.md": [
         ("64 MiB", "limits:body_bytes_max"), ("32 MiB", "limits:sample_body_bytes_max"),
         ("4 MiB", "limits:text_body_bytes_max"), ("512 KiB", "limits:labels_body_bytes_max"),
@@ -67,8 +68,9 @@ FIGURES: Final[dict[str, list[tuple[str, str]]]] = {
         ("256 MiB", "limits:sandbox_memory_bytes"),
     ],
     "docs/security.md": [
-        ("30 s", "limits:poll_hold_s"), ("32 KiB", "limits:head_bytes_max"), ("20 s", "limits:head_s"),
-        ("1 KiB", "limits:body_rate_min"), ("8 MiB", "limits:zstd_window_bytes_max"),
+        ("30 s", "limits:poll_hold_s"), ("12 hours", "limits:console_session_s"), ("32 KiB", "limits:head_bytes_max"),
+        ("20 s", "limits:head_s"), ("1 KiB", "limits:body_rate_min"), ("4 KiB", "limits:console_form_bytes_max"),
+        ("8 MiB", "limits:zstd_window_bytes_max"),
         ("64 KiB", "limits:body_free_bytes"), ("1 GiB", "limits:worker_memory_bytes"),
         ("50 ms", "tests/calm/watch.py: EVERY_S = 0.05"),
         ("250 ms", "tests/calm/test_calm.py: WAIT_S_MAX = 0.25"),
@@ -107,6 +109,13 @@ IN_WORDS: Final[dict[str, list[tuple[str, float, str]]]] = {
         ("every ten seconds while files come", 10, "gateway.uploads:_LOOK_S"),
     ],
     "docs/rewards.md": [("(10 unless given, at most 60)", 60, "limits:reward_s_max")],
+    "docs/console.md": [
+        ("the newest 50 operations", 50, "limits:console_operations_max"),
+        ("up to eight runs and jobs", 8, "limits:console_compared_max"),
+        ("the newest 2000 steps", 2000, "limits:console_points_max"),
+        ("of the 16 runs that were looked at last", 16, "gateway.console.history:_RUNS_MAX"),
+        ("none five minutes after the last change", 300, "limits:console_watch_s"),
+    ],
     "docs/security.md": [
         ("at most 128 headers", 128, "limits:head_fields_max"),
         ("holds 16,384 connections", 16384, "limits:connections_max"),

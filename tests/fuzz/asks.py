@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable
 from random import Random
 from typing import Any
+from urllib.parse import urlencode
 
 from starlette.routing import Route
 
@@ -82,6 +83,11 @@ def _own_key(world: World, rng: Random) -> Ask:
 
 def _ranged(_world: World, rng: Random) -> Ask:
     return Ask(headers={"Range": rng.choice(["bytes=0-3", "bytes=-5", "bytes=2-"]), "If-Range": '"a"'})
+
+
+def _form(fields: Callable[[World], dict[str, str]]) -> Callable[[World, Random], Ask]:
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    return lambda world, _: Ask(headers=dict(headers), body=urlencode(fields(world)).encode())
 
 
 _SESSION = {"tags": ["a"], "user_metadata": {"k": {"n": [1, 2.5, None]}}, "sdk_version": "0.38.0", "project_id": "p"}
@@ -182,6 +188,7 @@ ASKS: dict[Way, Callable[[World, Random], Ask]] = {
     ("PUT", "/api/v1/sessions/{session_id}/project"): body(lambda *_: {"project_id": "p"}),
     ("GET", "/api/v1/sessions/{session_id}/trace_export"): nothing,
     ("GET", "/api/v1/audit"): query(day="2026-01-01", event_type="checkpoints"),
+    ("GET", "/api/v1/quota"): nothing,
     ("GET", "/api/v1/billing/usage/events"): query(
         starting_on="2026-01-01T00:00:00Z", ending_before="2026-01-02T00:00:00Z"
     ),
@@ -189,6 +196,31 @@ ASKS: dict[Way, Callable[[World, Random], Ask]] = {
     ("GET", "/api/v1/links/{token}"): nothing,
     **_openai("/v1"),
     **_openai("/oai/api/v1"),
+    # ---- the console
+    ("GET", "/static/{name}"): query(v="0123456789abcdef"),
+    ("GET", "/signin"): query(next="/jobs"),
+    ("POST", "/signin"): _form(lambda world: {"key": world.key, "next": "/jobs"}),
+    ("POST", "/signout"): _form(lambda _: {"csrf": "0" * 64}),
+    ("GET", "/"): query(before="2000000000000000-0"),
+    ("GET", "/jobs"): query(before="2000000000000000-0"),
+    ("GET", "/sessions"): query(before="2000000000000000-0"),
+    ("GET", "/sessions/{session_id}"): nothing,
+    ("GET", "/checkpoints"): query(before="2000000000000000-0"),
+    **{("GET", f"/runs/{{run_id}}{part}"): nothing for part in ("", "/operations", "/curve", "/live")},
+    ("GET", "/runs/{run_id}/checkpoints/{kind}/{name}"): nothing,
+    ("GET", "/runs/{run_id}/checkpoints/{kind}/{name}/files/{file}"): nothing,
+    **{("GET", f"/jobs/{{job}}{part}"): nothing for part in ("", "/status", "/curve", "/live")},
+    ("GET", "/jobs/{job}/files/{file:path}"): _ranged,
+    ("GET", "/jobs/{job}/rollouts/{round}/{n}"): query(first=0),
+    ("GET", "/jobs/{job}/rollouts/{round}/{n}/{part}/{sample}"): query(first=0),
+    ("GET", "/compare"): lambda world, _: Ask(query=[("of", world.mine.run), ("of", world.mine.job)]),
+    ("GET", "/playground"): lambda world, _: Ask(query=[("model", world.mine.run), ("base", world.model)]),
+    ("POST", "/playground/chat"): body(bodies.chat),
+    ("GET", "/usage"): query(days=3),
+    ("GET", "/usage/stored"): nothing,
+    ("GET", "/admin"): nothing,
+    ("POST", "/admin/keys"): _form(lambda _: {"tenant": "mallory", "note": "n"}),
+    ("POST", "/admin/keys/revoke"): _form(lambda _: {"id": "0123456789ab"}),
 }  # fmt: skip
 
 
@@ -197,6 +229,11 @@ def parameters(world: World, way: Way, rng: Random) -> dict[str, str]:
     kind = rng.choice(["weights", "sampler_weights", "external_weights"])
     values = world.mine.in_path() | {"kind": kind, "token": "abc", "path": "a/b", "file": "status.json"}
     values |= {"sha256": "0" * 64, "size": "31", "offset": "0"}
+    values |= {"round": "steps", "n": "0", "part": "0", "sample": "0"}
+    if way[1].startswith("/static"):
+        values["name"] = "console.css"
+    if way[1].endswith("/files/{file}"):
+        values["file"] = "adapter_config.json"
     if way[1].endswith("external_weights_urls"):
         values["kind"] = "external_weights"
     if way[1].endswith("/models/{name:path}"):

@@ -49,6 +49,10 @@ def sender(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sender]:
 UNSERVED = {
     "/api/v1/create_custom_loss": 422, f"{asks.ONE}/archive": 422, "/api/v1/links/{token}": 404, "/v1/{path:path}": 404,
     "/oai/api/v1/{path:path}": 404,
+    # The console's: for browsers that are not signed in, for administrators, for other kinds of jobs, and streams.
+    "/signin": 303, "/signout": 303, "/admin": 404, "/admin/keys": 404, "/admin/keys/revoke": 404,
+    "/runs/{run_id}/live": 422, "/jobs/{job}/live": 422,
+    "/jobs/{job}/rollouts/{round}/{n}": 404, "/jobs/{job}/rollouts/{round}/{n}/{part}/{sample}": 404,
 }  # fmt: skip
 
 

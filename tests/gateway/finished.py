@@ -97,6 +97,7 @@ async def lay_jobs(store: Store, clock: Callable[[], float], count: int) -> None
         at = int(clock() * 1e6) + n
         await store.put_if_absent(start.listed, b"")
         await store.put_if_absent(layout.ObjectKind.TENANT_JOB.key(LOCAL_TENANT, at, start.job, start.id), b"")
+        await store.put_if_absent(layout.ObjectKind.TENANT_START.key(LOCAL_TENANT, start.job, at, start.id), b"")
         await store.put_if_absent(start.started, encode(started))
         for step in range(2):
             trained = Trained(

@@ -8,6 +8,8 @@ import pytest
 from knapper.ids import LOCAL_TENANT
 from knapper.jobs import control
 from knapper.state import usage
+from knapper.state.ledger import Accounts
+from knapper.state.prices import Prices
 from knapper.state.tenant_index import Register
 from knapper.state.usage import Window
 from tests.jobs.test_works import JOBS
@@ -61,6 +63,36 @@ def test_a_tenants_bills_add_up_to_what_usage_counts(house: House, malice: Malic
         assert sum(seconds) == pytest.approx(found[part], abs=0.001 * len(JOBS)), part  # each is rounded
     assert found["train_step"] > 0
     assert found["sample"] > 0
+
+
+@pytest.mark.parametrize("malice", [Malice(), Malice(0.2, 5, True, 0.1)], ids=["calm", "wild"])
+def test_what_bills_cost_adds_up_to_what_usage_costs(house: House, malice: Malice) -> None:
+    """By the ledger, as `knapper usage` has it: while its journals are there, and when they are accounted for."""
+    prices = Prices("EUR", trained=3.5, prefilled=0.5, sampled=11.0, device_second=0.25, stored=0.125)
+    works = Works(house, 7, malice, prices=prices)
+
+    async def usage_costs() -> float:
+        accounts = Accounts(works.store, works.clock, works.clock, lambda: "x")
+        trained = await accounts.used(LOCAL_TENANT, EVER)
+        sampled = [each for _, each in await usage.tokens_sampled(works.store, LOCAL_TENANT, EVER)]
+        return sum(prices.cost(trained=tokens, device_s=device_s) for tokens, device_s in trained.values()) + sum(
+            prices.cost(prefilled=each.prompt, sampled=each.sampled, device_s=each.device_s) for each in sampled
+        )
+
+    async def story() -> None:
+        await done(works, *JOBS)
+        costs = [bill(works, name)["cost"] for name in JOBS]
+        assert {cost["currency"] for cost in costs} == {"EUR"}
+        total = sum(cost["total"] for cost in costs)
+        assert total == pytest.approx(sum(cost["training"] + cost["sampling"] for cost in costs), rel=1e-12)
+        assert all(cost["stored_a_month"] > 0 for cost in costs)
+        assert await usage_costs() == pytest.approx(total, rel=1e-9)
+        works.clock.at += 7200
+        await Accounts(works.store, works.clock, works.clock, lambda: "y").update()
+        assert await usage_costs() == pytest.approx(total, rel=1e-9)
+
+    run(story)
+    assert bill(run(lambda: done(Works(house), "sft")), "sft")["cost"] is None, "without prices"
 
 
 @pytest.mark.parametrize("name", ["sft", "rl"])

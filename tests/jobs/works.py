@@ -47,6 +47,7 @@ from knapper.serving.engine import StoredAdapters
 from knapper.serving.runs import ClaimedRuns
 from knapper.state.journal.holder import Holder
 from knapper.state.journal.records import Terms
+from knapper.state.prices import Prices
 from knapper.store.memory import MemoryStore
 from tests.engine.tiny import tiny_model
 from tests.jobs.services import Clock, Folder, serve
@@ -57,6 +58,7 @@ CHAT = (
     "{% for message in messages %}<|begin|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|begin|>assistant\n{% endif %}"
 )
+FREE = Prices()
 TERMS = Terms(device="cpu", dtype="float32", threads=1, versions="")
 
 
@@ -92,9 +94,10 @@ class Works:
         seed: int = 0,
         malice: Malice = Malice(),
         slice_s: float = 30.0,
+        prices: Prices = FREE,
     ) -> None:
         self.store, self.folder, self.clock = MemoryStore(), Folder(), Clock()
-        self.terms = TERMS
+        self.terms, self.prices = TERMS, prices
         self.house, self.malice, self.slice_s = house, malice, slice_s
         self.judge: Judge = variety
         self.log: list[Event] = []
@@ -109,7 +112,7 @@ class Works:
 
     def _begin(self, name: Function) -> None:
         """A process with an empty memory."""
-        services = JobServices(self.store, self.folder, Notifier(self.post, self.clock), self.clock)
+        services = JobServices(self.store, self.folder, Notifier(self.post, self.clock), self.clock, self.prices)
         kinds: Sequence[Kind] = KINDS if name == "train_step" else ["rl"]
         worker = Worker(
             name,
@@ -178,6 +181,10 @@ class Works:
         """Deliver what is still under way."""
         while self._queue:
             await self.deliver()
+
+    def waits(self) -> bool:
+        """Whether anything is under way."""
+        return bool(self._queue)
 
     def silence(self) -> None:
         """Lose every bell that is under way."""

@@ -137,6 +137,10 @@ def openai_doors(base: str) -> dict[tuple[str, str], Open | Own | Named]:
     }  # fmt: skip
 
 
+def _round(owned: Objects) -> dict[str, str]:
+    return {**owned.in_path(), "round": "steps", "n": "0", "part": "0", "sample": "0"}
+
+
 NAMELESS = {
     "path": "nothing",
     "sha256": "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881",
@@ -234,9 +238,43 @@ DOORS: dict[tuple[str, str], Open | Own | Named] = {
     ("PUT", "/api/v1/sessions/{session_id}/project"): Named([body(lambda *_: {"project_id": "p"})]),
     ("GET", "/api/v1/sessions/{session_id}/trace_export"): Named([nothing]),
     ("GET", "/api/v1/audit"): Own(),
+    ("GET", "/api/v1/quota"): Own(shows=lambda _: '"tokens_a_day"'),
     ("GET", "/api/v1/billing/usage/events"): Own({"params": _HOURS}),
     ("GET", "/api/v1/billing/usage/checkpoints/current"): Own(shows=lambda _: '"size_bytes"'),
     ("GET", "/api/v1/links/{token}"): Open("a signed link is its own key; see test_links_are_signed"),
+    # ---- the console
+    ("GET", "/static/{name}"): Open("its scripts and styles, the same for everyone"),
+    ("GET", "/signin"): Open("where one signs in"),
+    ("POST", "/signin"): Open("it takes the key in its form; see tests/gateway/console/test_entry.py"),
+    ("POST", "/signout"): Own(),
+    ("GET", "/"): Own(shows=lambda owned: owned.run),
+    ("GET", "/jobs"): Own(shows=lambda owned: owned.job),
+    ("GET", "/sessions"): Own(shows=lambda owned: owned.session),
+    ("GET", "/sessions/{session_id}"): Named([nothing]),
+    ("GET", "/checkpoints"): Own(shows=lambda owned: owned.checkpoint),
+    **{("GET", f"/runs/{{run_id}}{part}"): Named([nothing]) for part in ("", "/operations", "/curve", "/live")},
+    ("GET", "/runs/{run_id}/checkpoints/{kind}/{name}"): Named([nothing]),
+    ("GET", "/runs/{run_id}/checkpoints/{kind}/{name}/files/{file}"): Named(
+        [nothing], path=lambda owned: {**owned.in_path(), "file": "adapter_config.json"}
+    ),
+    **{("GET", f"/jobs/{{job}}{part}"): Named([nothing]) for part in ("", "/status", "/curve", "/live")},
+    ("GET", "/jobs/{job}/files/{file:path}"): Named([nothing]),
+    ("GET", "/jobs/{job}/rollouts/{round}/{n}"): Named([nothing], path=_round),
+    ("GET", "/jobs/{job}/rollouts/{round}/{n}/{part}/{sample}"): Named([nothing], path=_round),
+    ("GET", "/compare"): Named([
+        lambda theirs, _: {"params": {"of": theirs.run}},
+        lambda theirs, mine: {"params": {"of": [mine.job, theirs.job]}},
+    ]),
+    ("GET", "/playground"): Own(shows=lambda owned: owned.path("sampler_weights")),
+    ("POST", "/playground/chat"): Named([
+        body(lambda theirs, _: {"model": theirs.path("sampler_weights"), **_CHAT}),
+        body(lambda theirs, _: {"model": theirs.run, **_CHAT}),
+    ]),
+    ("GET", "/usage"): Own(),
+    ("GET", "/usage/stored"): Own(shows=lambda _: "sampler weights"),
+    ("GET", "/admin"): Own(),
+    ("POST", "/admin/keys"): Own({"data": {"tenant": "bob", "note": "mine"}}),
+    ("POST", "/admin/keys/revoke"): Own({"data": {"id": "0123456789ab"}}),
     # ---- OpenAI's protocol
     **openai_doors("/v1"),
     **openai_doors("/oai/api/v1"),

@@ -33,6 +33,18 @@ async def commits(store: Store, run: RunId) -> AsyncIterator[list[Commit]]:
         yield [commit for commit in await damage.readable(group, read) if commit is not None and commit.results]
 
 
+async def commits_after(store: Store, run: RunId, after: int, most: int) -> AsyncIterator[list[tuple[int, Commit]]]:
+    """(n, commit) after commit `after`, oldest first, in groups: the newest `most`, without damaged records."""
+
+    async def read(name: str) -> tuple[int, Commit] | None:
+        data = await store.get(name)
+        return None if data is None else (layout.last_number(name), decode(data, Commit, name))
+
+    names = await store.list(layout.commits(run), start_after=layout.commit(run, after) if after else "")
+    for group in reversed(_groups(names[-most:])):
+        yield [commit for commit in await damage.readable(group[::-1], read) if commit is not None]
+
+
 def _groups(names: Names) -> list[Names]:
     newest_first = names[::-1]
     return [newest_first[at : at + _AT_ONCE] for at in range(0, len(newest_first), _AT_ONCE)]

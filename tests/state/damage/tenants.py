@@ -23,6 +23,7 @@ from knapper.state.job_records import Evaluated, Rollouts, Scores, Spent, Traine
 from knapper.state.journal import bundles, ends
 from knapper.state.journal.records import Commit, End, Manifest, Result, Terms
 from knapper.state.probe_results import ProbeResult
+from knapper.state.quotas import QuotaBook
 from knapper.state.sessions import Sampler, Samplers
 from knapper.state.signed_links import Link, Links
 from knapper.state.usage import Sampled, Samplings
@@ -75,6 +76,9 @@ def furnished(store: Store, exchange: Path) -> Server:
     asyncio.run(dead_letters.keep(store, DeadLetter(attributes={"id": "2"}, body=b"{}", kept_at=AT)))
     probed = ProbeResult(product="forward 64x48 float32", least=8, block=0, invariant=True)
     asyncio.run(probe_results.keep(store, "f" * 64, probed))
+    book = QuotaBook(store, lambda: AT)
+    for runs in (100, 200):
+        asyncio.run(book.change(lambda newest, runs=runs: newest.changed("one", {"runs": runs})))  # type: ignore[misc]
     link = Link(kind="trace", tenant="one", subject="", expires_at=AT)
     asyncio.run(Links(store, lambda: AT, lambda: "d" * 32).sign(link))
     server = Server(store, exchange, keys)

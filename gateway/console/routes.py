@@ -1,0 +1,14 @@
+"""The console's routes."""
+
+from gateway.console import assets, comparison, entry, home, jobs, playground, runs, usage
+
+ROUTES = [
+    *assets.ROUTES,
+    *entry.ROUTES,
+    *home.ROUTES,
+    *runs.ROUTES,
+    *jobs.ROUTES,
+    *comparison.ROUTES,
+    *playground.ROUTES,
+    *usage.ROUTES,
+]
