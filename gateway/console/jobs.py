@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from gateway.console import live
 from gateway.console.pages import Viewer, missing, page, query_number, render
-from gateway.console.tokens import advantage_shade, tokens_of
+from gateway.console.tokens import advantage_shade, legend, tokens_of
 from gateway.job_artifacts import get_file
 from gateway.jobs import job_services_of
 from gateway.services import Services
@@ -123,7 +123,7 @@ async def show_conversation(request: Request, viewer: Viewer) -> Response:
         request, viewer, "conversation.html", job=start.job, kind=kind, n=n, part=part, sample=sample, tokens=tokens,
         first=first, count=len(rollout.tokens) // 4, page_size=limits.console_tokens_max,
         prompt=_prompt(language, rollouts[0]), shown=shown, samples=len(rollouts[0].rollouts),
-        advantage=advantage_shade(shown["advantage"]), readable=language is not None,
+        advantage=advantage_shade(shown["advantage"]), readable=language is not None, legend=legend(),
     )  # fmt: skip
 
 

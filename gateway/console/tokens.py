@@ -35,6 +35,11 @@ class Token:
         return sum(-self.logprob > bound for bound in _SURPRISES)
 
 
+def legend() -> list[str]:
+    """What each shade stands for, in per cent of probability."""
+    return [*(f"≥ {100 * exp(-bound):.2g} %" for bound in _SURPRISES), "less"]
+
+
 def advantage_shade(advantage: float | None) -> int:
     """-4 to 4, 0 for none: of all tokens of a completion, since each has the advantage of the whole."""
     if advantage is None:
