@@ -13,6 +13,7 @@ import structlog
 from gateway import events
 from gateway.periodic import PeriodicTask
 from gateway.services import Services
+from knapper import limits
 from knapper.errors import KnapperError, Unavailable, UserError
 from knapper.events.cloudevents import Event
 from knapper.ids import Tenant
@@ -24,7 +25,7 @@ from knapper.state.dead_letters import DeadLetter
 if TYPE_CHECKING:
     from knapper.events.pubsub import PubsubMessage, Subscription
 
-_LOOK_S, _LOOK_IDLE_S = 10.0, 300.0
+_LOOK_S = 10.0
 
 log = structlog.get_logger()
 
@@ -86,7 +87,7 @@ class Inbox:
             if not await damage.unless(upload.unchanged(self._job_services.store, tenant, job, files), False):
                 await self._start(tenant, job)
         self._known = {(entry.name, entry.generation) for entry in entries}
-        return None if new else _LOOK_IDLE_S
+        return None if new else limits.job_inbox_look_s
 
     async def _start(self, tenant: Tenant, job: str) -> None:
         """An invalid folder does not stop the others; it is tried again when another file arrives in it."""

@@ -125,7 +125,8 @@ job_steps_max = 100_000
 job_batch_max = 4096  # prompts, sequences or pairs of one step
 job_staleness_max = 4
 job_missing_s = 600.0  # files that job.yaml names and that have not arrived are an error after this
-job_appears_s = 60.0  # `knapper jobs show --follow` waits this long for a job: an upload to a bucket takes a minute
+job_inbox_look_s = 300.0  # where nobody announces uploads, an inbox with nothing new is listed this often at last
+job_appears_s = job_inbox_look_s + 60.0  # so long `--follow` waits for a job: such a look, and its start
 job_server_lost_s = 900.0  # and this long for a server that went away
 
 # ---- The console.

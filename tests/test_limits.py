@@ -49,7 +49,7 @@ ELSEWHERE = {
         "gateway/sample_queue.py": "_BACK_OFF_S _BACK_OFF_MAX_S _COLD_S _NOTICE_EVERY_S _ASLEEP_S",
         "gateway/train_client.py": "_BACK_OFF_S _BACK_OFF_MAX_S _COLD_S _NOTICE_EVERY_S",
         "gateway/unfinished_runs.py": "_SOON_S _LATE_S",
-        "gateway/uploads.py": "_LOOK_S _LOOK_IDLE_S",
+        "gateway/uploads.py": "_LOOK_S",
         "knapper/cli/jobs_follower.py": "_POLL_S _QUIET_S",
         "knapper/cli/jobs_transfer.py": "_PAUSE_S",
         "knapper/concurrency/retry.py": "_PAUSE_S _PAUSE_MAX_S _SOON_S",

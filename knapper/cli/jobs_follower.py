@@ -33,8 +33,8 @@ class Follower:
     def follow(self) -> dict[str, Any]:
         """Print each step, and the activity between steps; return the job's final state.
 
-        Raises NotFound if the job does not appear within a minute, and the client's error if the server does not answer
-        the first call, or for a quarter of an hour. Ctrl-C ends the printing, not the job.
+        Raises NotFound if the job does not appear within six minutes, and the client's error if the server does not
+        answer the first call, or for a quarter of an hour. Ctrl-C ends the printing, not the job.
         """
         began = self.now()
         while True:
@@ -55,7 +55,7 @@ class Follower:
         except NotFound:
             if self._answered_at is not None or self.now() - began > limits.job_appears_s:
                 raise
-            self._wait(f"there is no job {self.job!r} yet; waiting for it")
+            self._wait(f"there is no job {self.job!r} yet; waiting for it, as an upload may be found minutes later")
             return None
         except UserError:
             raise

@@ -13,7 +13,7 @@ from knapper.cluster import installation
 from knapper.cluster.findings import DoctorTarget, Finding
 from knapper.cluster.kustomize import Object
 from knapper.cluster.model import LABEL, NAMESPACE
-from knapper.cluster.state import gateway_says
+from knapper.cluster.state import gateway_pod, gateway_says
 from knapper.errors import KnapperError
 
 _RESTARTS_MAX = 2
@@ -101,9 +101,15 @@ def _quantity(text: str) -> float:
 
 def models(target: DoctorTarget) -> Iterator[Finding]:
     """No function reports that it cannot serve its base model."""
+    pod = gateway_pod(target.api)
+    if pod is None:
+        return  # no gateway runs; `services` reports that
     health = gateway_says(target.api, "api/v1/healthz")
     if health is None:
-        return  # no gateway runs; `services` reports that
+        seen = f"{pod} does not answer through the cluster's API, which a network policy may keep from port 8080"
+        remedy = f"kubectl port-forward -n {NAMESPACE} {pod} 8000:8080, then curl http://127.0.0.1:8000/api/v1/healthz"
+        yield Finding("base model", "unknown", seen, remedy)
+        return
     for reason in json.loads(health).get("unservable", []):
         yield Finding("base model", "wrong", reason, "fix its files, or deploy it differently: it continues by itself")
 

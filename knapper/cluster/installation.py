@@ -16,6 +16,7 @@ CONFIGURATION: Final = "knative/cluster/configmaps"
 KNATIVE_MIN: Final = (1, 22)  # the manifests were checked against it
 KUBERNETES_MIN: Final = (1, 34)  # what that Knative asks for
 _BY_OPERATOR: Final = "kubectl apply --server-side -k knative/cluster/operator"
+_BY_HAND: Final = "kubectl apply -f the files of that release, as docs/cluster-trial.md has them (step 1)"
 _FUSE_FIXED: Final = {36: (5, 1032000), 37: (1, 1552000)}  # minor version of GKE -> (patch, build)
 _KINDS = {
     "services.serving.knative.dev": "serving", "revisions.serving.knative.dev": "serving",
@@ -27,17 +28,28 @@ _KINDS = {
 def versions(target: DoctorTarget) -> Iterator[Finding]:
     """Kubernetes, Serving and Eventing are new enough, and not too old to be mended."""
     yield _version("Kubernetes", target.api.version(), KUBERNETES_MIN, "upgrade the cluster")
+    how = _by_hand_or_operator(target)
     for part, deployment in (("serving", "activator"), ("eventing", "eventing-controller")):
         found = target.api.get("apps/v1", "Deployment", deployment, f"knative-{part}")
         labels = (found or {}).get("metadata", {}).get("labels", {})
-        remedy = (
-            f"install Knative {part.title()} 1.{KNATIVE_MIN[1]} or newer: kubectl apply -k knative/cluster/operator"
-        )
+        remedy = f"install Knative {part.title()} 1.{KNATIVE_MIN[1]} or newer: {how}"
         version = labels.get("app.kubernetes.io/version", "")
         yield _version(f"Knative {part.title()}", version, KNATIVE_MIN, remedy, target.today)
 
 
+def _by_hand_or_operator(target: DoctorTarget) -> str:
+    """How Knative is installed on this cluster: the operator's resource is of no use where the operator is not."""
+    return _BY_OPERATOR if _operated(target) else _BY_HAND
+
+
+def _operated(target: DoctorTarget) -> bool:
+    """Whether Knative's operator keeps Serving, and takes back what is set in its ConfigMaps."""
+    where = ("operator.knative.dev/v1beta1", "KnativeServing", "knative-serving", "knative-serving")
+    return target.api.get(*where) is not None
+
+
 def _version(what: str, text: str, least: tuple[int, int], remedy: str, today: date | None = None) -> Finding:
+    """`remedy`: how a newer one is installed."""
     match = re.search(r"(\d+)\.(\d+)", text)
     if match is None:
         return Finding(what, "wrong", "not installed", remedy)
@@ -45,7 +57,7 @@ def _version(what: str, text: str, least: tuple[int, int], remedy: str, today: d
     if version < least:
         return Finding(what, "wrong", text, f"needs {least[0]}.{least[1]}: {remedy}")
     if today is not None and (end := support_ends(version[1])) < today:
-        newer = "upgrade, one minor version at a time: kubectl apply -k knative/cluster/operator"
+        newer = f"upgrade, one minor version at a time: {remedy.partition(': ')[2]}"
         return Finding(what, "wrong", f"{text}, without fixes since {end}", newer)
     return Finding(what, "good", text)
 
@@ -60,16 +72,16 @@ def support_ends(minor: int) -> date:
 
 def kinds(target: DoctorTarget) -> Iterator[Finding]:
     """The kinds of our manifests exist."""
+    how = _by_hand_or_operator(target)
     for name, part in _KINDS.items():
         there = target.api.get("apiextensions.k8s.io/v1", "CustomResourceDefinition", name) is not None
-        remedy = "" if there else f"install Knative {part.title()}: kubectl apply -k knative/cluster/operator"
+        remedy = "" if there else f"install Knative {part.title()}: {how}"
         yield Finding(f"kind {name}", "good" if there else "wrong", "there" if there else "missing", remedy)
 
 
 def flags(target: DoctorTarget) -> Iterator[Finding]:
     """Knative's settings are those of knative/cluster, and its own are still there."""
-    serving = target.api.get("operator.knative.dev/v1beta1", "KnativeServing", "knative-serving", "knative-serving")
-    by_operator = serving is not None  # which takes back what is set in its ConfigMaps
+    by_operator = _operated(target)
     for wanted in configuration(target.root):
         name = wanted["metadata"]["name"]
         remedy = (

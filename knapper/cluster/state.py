@@ -152,9 +152,16 @@ def _waiting(api: Api) -> dict[str, int] | None:
 
 def gateway_says(api: Api, path: str) -> str | None:
     """A gateway pod's answer to a GET of the path; None if no gateway runs or answers."""
-    pods = api.list("v1", "Pod", NAMESPACE, "app.kubernetes.io/name=gateway")
-    ready = [each["metadata"]["name"] for each in pods if each.get("status", {}).get("phase") == "Running"]
-    return api.pod_text(ready[0], 8080, path, NAMESPACE) if ready else None
+    pod = gateway_pod(api)
+    return None if pod is None else api.pod_text(pod, 8080, path, NAMESPACE)
+
+
+def gateway_pod(api: Api) -> str | None:
+    """The name of a gateway pod that runs and is not about to end; None if there is none."""
+    for each in api.list("v1", "Pod", NAMESPACE, "app.kubernetes.io/name=gateway"):
+        if each.get("status", {}).get("phase") == "Running" and "deletionTimestamp" not in each["metadata"]:
+            return str(each["metadata"]["name"])
+    return None
 
 
 def is_of(service: Object, model: str) -> bool:

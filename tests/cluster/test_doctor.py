@@ -59,6 +59,11 @@ def by_operator(cluster: Cluster) -> Any:
     return cluster.objects[f"{CONFIG}/config-features"]["data"]
 
 
+def release(cluster: Cluster, version: str) -> None:
+    activator = cluster.objects["/apis/apps/v1/namespaces/knative-serving/deployments/activator"]
+    activator["metadata"]["labels"]["app.kubernetes.io/version"] = version
+
+
 def node(name: str, allocatable: dict[str, str]) -> Any:
     labels = {"cloud.google.com/gke-accelerator": "nvidia-l4"} if "nvidia.com/gpu" in allocatable else {}
     status = {"allocatable": allocatable}
@@ -77,17 +82,14 @@ BROKEN: dict[str, tuple[Callable[[Cluster], object], str, str]] = {
         ),
         "config-autoscaler allow-zero-initial-scale", "kubectl patch configmap config-autoscaler",
     ),
-    "an old Knative": (
-        lambda cluster: cluster.objects["/apis/apps/v1/namespaces/knative-serving/deployments/activator"]["metadata"][
-            "labels"
-        ].update({"app.kubernetes.io/version": "1.17.0"}),
-        "Knative Serving", "knative/cluster/operator",
-    ),
+    "an old Knative": (lambda cluster: release(cluster, "1.17.0"), "Knative Serving", "docs/cluster-trial.md"),
     "a Knative past its end": (
-        lambda cluster: cluster.objects["/apis/apps/v1/namespaces/knative-serving/deployments/activator"]["metadata"][
-            "labels"
-        ].update({"app.kubernetes.io/version": "1.22.1"}),
-        "Knative Serving", "upgrade",
+        lambda cluster: release(cluster, "1.22.1"), "Knative Serving",
+        "upgrade, one minor version at a time: kubectl apply -f",
+    ),
+    "a Knative past its end, with the operator": (
+        lambda cluster: (by_operator(cluster), release(cluster, "1.22.1")), "Knative Serving",
+        "upgrade, one minor version at a time: kubectl apply --server-side -k knative/cluster/operator",
     ),
     "a flag, with the operator": (
         lambda cluster: by_operator(cluster).pop("kubernetes.podspec-fieldref"),
@@ -116,13 +118,13 @@ BROKEN: dict[str, tuple[Callable[[Cluster], object], str, str]] = {
         lambda cluster: cluster.objects.pop(
             "/apis/apps/v1/namespaces/knative-eventing/deployments/eventing-controller"
         ),
-        "Knative Eventing", "knative/cluster/operator",
+        "Knative Eventing", "docs/cluster-trial.md",
     ),
     "a kind that is missing": (
         lambda cluster: cluster.objects.pop(
             "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/pingsources.sources.knative.dev"
         ),
-        "kind pingsources.sources.knative.dev", "knative/cluster/operator",
+        "kind pingsources.sources.knative.dev", "docs/cluster-trial.md",
     ),
     "no permission": (lambda cluster: cluster.forbidden.add("triggers"), "permission to patch triggers", "rolebinding"),
     "a Service that is not ready": (
@@ -197,6 +199,24 @@ def test_a_model_that_cannot_be_served_is_told_of_in_the_engines_words(cluster: 
     assert [(each.subject, each.seen) for each in wrong] == [("base model", said)]
     cluster.texts[path] = json.dumps({"status": "ok"})
     assert [each for each in look(cluster, tmp_path) if each.verdict == "wrong"] == []
+
+
+def test_a_gateway_that_does_not_answer_through_the_api_is_unknown_and_never_good(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    cluster.put(_pod("gateway-1", "gateway"))
+    cluster.texts.pop("/api/v1/namespaces/knapper/pods/gateway-1:8080/proxy/api/v1/healthz", None)
+    (found,) = [each for each in look(cluster, tmp_path) if each.subject == "base model"]
+    assert (found.verdict, "gateway-1 does not answer" in found.seen) == ("unknown", True)
+    assert found.remedy.startswith("kubectl port-forward -n knapper gateway-1 8000:8080")
+
+
+def test_a_gateway_that_is_about_to_end_is_not_asked(cluster: Cluster, tmp_path: Path) -> None:
+    ending = _pod("gateway-1", "gateway")
+    ending["metadata"]["deletionTimestamp"] = "2026-11-28T00:00:00Z"
+    cluster.put(ending, _pod("gateway-2", "gateway"))
+    cluster.texts["/api/v1/namespaces/knapper/pods/gateway-2:8080/proxy/api/v1/healthz"] = '{"status": "ok"}'
+    assert [each for each in look(cluster, tmp_path) if each.subject == "base model"] == []
 
 
 def test_a_container_that_is_killed_and_started_again_is_told_of(cluster: Cluster, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from gateway import periodic, periodic_tasks, uploads
+from gateway import periodic, periodic_tasks
 from gateway.periodic import PeriodicTask
 from knapper import limits
 from knapper.catalogue.served_models import Catalogue
@@ -252,7 +252,7 @@ def test_uploads_that_nobody_tells_of_are_found_within_five_minutes() -> None:
         async with house() as idle:
             await asyncio.sleep(DAY_S)
             idle.bucket.put("j", FILES)
-            await asyncio.sleep(uploads._LOOK_IDLE_S + 1)
+            await asyncio.sleep(limits.job_inbox_look_s + 1)
             assert {event.type for event in idle.doorbells} == {cloudevents.JOB_STARTED}
 
     lived(story)
