@@ -59,9 +59,11 @@ def by_operator(cluster: Cluster) -> Any:
     return cluster.objects[f"{CONFIG}/config-features"]["data"]
 
 
-def release(cluster: Cluster, version: str) -> None:
+def release(cluster: Cluster, version: str) -> Any:
+    """The labels by which Serving says its version."""
     activator = cluster.objects["/apis/apps/v1/namespaces/knative-serving/deployments/activator"]
     activator["metadata"]["labels"]["app.kubernetes.io/version"] = version
+    return activator["metadata"]["labels"]
 
 
 def node(name: str, allocatable: dict[str, str]) -> Any:
