@@ -69,6 +69,13 @@ def services(target: DoctorTarget) -> Iterator[Finding]:
             value, wanted = notes.get(f"autoscaling.knative.dev/{key}", default), _WANTED[key]
             if LABEL in service["metadata"].get("labels", {}) and not wanted(value):
                 yield Finding(f"{about} {key}", "wrong", value, "apply knative/overlays again: it was changed by hand")
+        most = notes.get("autoscaling.knative.dev/max-scale", "0")
+        if service["metadata"].get("labels", {}).get("app.kubernetes.io/name") == "gateway" and most != "1":
+            remedy = (
+                "set max-scale to 1: gateways do not know each other's samples in flight, and a client whose "
+                "requests go to two in turn is never answered"
+            )
+            yield Finding(f"{about} max-scale", "wrong", most, remedy)
         image = service["spec"]["template"]["spec"]["containers"][0]["image"]
         if "PROJECT_ID" in image:
             yield Finding(

@@ -137,6 +137,12 @@ BROKEN: dict[str, tuple[Callable[[Cluster], object], str, str]] = {
         lambda cluster: template(cluster)["metadata"]["annotations"].pop("autoscaling.knative.dev/max-scale"),
         "Service train-step max-scale", "apply",
     ),
+    "a second gateway": (
+        lambda cluster: template(cluster, "gateway")["metadata"]["annotations"].update(
+            {"autoscaling.knative.dev/max-scale": "2"}
+        ),
+        "Service gateway max-scale", "set max-scale to 1",
+    ),
     "an image of nobody's": (
         lambda cluster: template(cluster, "gateway")["spec"]["containers"][0].update(image="PROJECT_ID/x"),
         "Service gateway image", "30-functions",
