@@ -96,7 +96,7 @@ async def publish(gateway: Services) -> None:
         return
     if gateway.wakeups.store.is_set():
         gateway.wakeups.store.clear()
-        if not await gateway.function_key.in_store():
+        if not (await gateway.declared_models.in_store() and await gateway.function_key.in_store()):
             log.error("the store was emptied or replaced under this gateway, which ends and is started anew")
             signal.raise_signal(signal.SIGTERM)
     if names := await gateway.declared_models.publish():

@@ -55,6 +55,10 @@ class Declared:
         self._catalogue = catalogue
         self._published: list[ModelRecord] | None = None
 
+    async def in_store(self) -> bool:
+        """Whether all that this process published is in the store. False: another store lies there now."""
+        return all([await self._catalogue.has_record(record.name) for record in self._published or []])
+
     async def publish(self) -> list[str]:
         """The names that are served now, if that changed; else nothing. Raises KnapperError, and then tries again."""
         records = read(self._directory)

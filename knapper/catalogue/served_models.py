@@ -48,6 +48,10 @@ class Catalogue:
         raise NotFound(f"base_model {base_model!r} is not served here; served: {names}. "
                        "Use one of them, or start knapper with --model")  # fmt: skip
 
+    async def has_record(self, base_model: str) -> bool:
+        """Whether the model was ever published in this store: of one that nobody serves any more there is a record."""
+        return bool(await self._newest_name(slug(base_model)))
+
     async def publish(self, record: ModelRecord) -> bool:
         """Make this the newest version; True if that needed a new one."""
         for _ in range(_attempts_max):

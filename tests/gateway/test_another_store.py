@@ -1,5 +1,6 @@
 """A store that is emptied under a running gateway: that ends by itself, and the next one serves what it did."""
 
+import asyncio
 import os
 import shutil
 import socket
@@ -13,7 +14,10 @@ import httpx
 import msgspec
 import pytest
 
-from knapper.catalogue.declared_models import encode
+from knapper.catalogue.declared_models import Declared, encode
+from knapper.catalogue.served_models import Catalogue
+from knapper.events.function_key import FunctionKey
+from knapper.store.memory import MemoryStore
 from tests.gateway.running import MODEL, NOWHERE, create_model, gateway
 
 _START_S = 60.0
@@ -71,3 +75,23 @@ def test_a_model_that_is_missing_has_the_store_looked_at() -> None:
         body = create_model(running.session(), base_model="another/model")
         running.post("create_model", body, status=404)
         assert running.parts.wakeups.store.is_set()
+
+
+def test_a_gateway_that_has_called_no_function_yet_notices_it_too(tmp_path: Path) -> None:
+    """It has used no key by which it could tell: what it published is what is missing."""
+    (tmp_path / "tiny.json").write_text(encode(MODEL))
+
+    async def check() -> None:
+        store = MemoryStore()
+        declared = Declared(tmp_path, Catalogue(store))
+        assert await declared.in_store(), "nothing was published yet"
+        await declared.publish()
+        assert await declared.in_store()
+        assert await FunctionKey(MemoryStore()).in_store(), "a key that was never read says nothing"
+        await Catalogue(store).serve_exactly([])
+        assert await declared.in_store(), "a model that another one took off is no other store"
+        for name in await store.list(""):
+            await store.delete(name)
+        assert not await declared.in_store()
+
+    asyncio.run(check())
