@@ -39,6 +39,7 @@ FIGURES: Final[dict[str, list[tuple[str, str]]]] = {
         ("8.4 s", "(as it was seen there)"),
         ("17 s", "(as it was seen there)"),
         ("22 s", "(as it was seen there)"),
+        ("192 s", "(as it was seen there)"),
         ("5.6 s", "(as it was seen there)"),
         ("0.6 s", "(as it was seen there)"),
         ("1.7 s", "(as it was seen there)"),
