@@ -53,7 +53,7 @@ def _refusal(way: Way, answer: Answer) -> str | None:
         return f"a {answer.status} without the error's form: {answer.body[:300]!r}"
     if answer.status == 408 and way[1] == "/api/v1/retrieve_future":
         return None if content.get("type") == "try_again" else f"a 408 of another form: {content}"
-    if way[1].startswith(("/v1/", "/oai/")) and "error" in content:
+    if way[1].startswith(("/v1/", "/oai/", "/playground/")) and "error" in content:
         content = content["error"]
         said, code, whose = content.get("message"), content.get("code"), content.get("type") == "invalid_request_error"
     else:

@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -37,7 +38,10 @@ def test_every_route_takes_no_more_than_its_limit(running: Running) -> None:
         path = door.path.format(session_id=session, run_id=running.make_run(session), kind="weights", name="a")
         for method in door.methods or ():
             body = b" " * (door.body_bytes_max + 1)
-            for sent, headers in ((body, {}), (zstd.compress(body), {"Content-Encoding": "zstd"})):
+            kinds = [(body, {}), (zstd.compress(body), {"Content-Encoding": "zstd"})]
+            if not path.startswith(("/api/", "/v1", "/oai/")):  # the console's: it reads none but a page's own forms
+                kinds = [(body, {"Content-Type": "application/x-www-form-urlencoded"})]
+            for sent, headers in kinds:
                 reply = running.http.request(method, f"{running.url}{path}", content=sent, headers=headers)
                 expected = 422 if "custom_loss" in path else 413  # refused whatever it is
                 assert reply.status_code == expected, (path, reply.text)
@@ -84,6 +88,10 @@ def test_when_the_memory_for_bodies_is_taken_large_ones_come_later_and_small_one
         budget.release("somebody", budget.total // 2)
         budget.release("another", budget.total // 2)
     assert running.http.post("asample", content=b" " * (limits.body_free_bytes + 1)).status_code == 422
+    for _ in range(100):  # a moment after the answer
+        if budget.taken == 0:
+            break
+        time.sleep(0.05)
     assert budget.taken == 0, "what the requests took was given back"
 
 

@@ -138,8 +138,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("knapper/engine/training/optimizer.py", "if scale < 1:", "Lt -> LtE"): "a gradient times 1 is the gradient",
     (
         "knapper/engine/training/optimizer.py",
-        "[torch.tensor(float(moments.step), device=weights_P.device)],",
-        "torch.tensor(float(moments.step), device=weights_P.device) without device",
+        "[torch.full((), float(moments.step), device=weights_P.device)],",
+        "torch.full((), float(moments.step), device=weights_P.device) without device",
     ): _DEVICE,
     ("knapper/engine/training/optimizer.py", 'if values_P.device.type == "mps":', "'mps' -> 'mpsx'"): _DEVICE,
     ("knapper/engine/training/optimizer.py", "return scaled_norm(values_P)", "return None"): _DEVICE,

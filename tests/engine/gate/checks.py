@@ -1,6 +1,5 @@
 """What the gate asks of each phase, and its answers in words: none if the phase is as it must be."""
 
-import gc
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -59,6 +58,12 @@ PHASES: Final[Mapping[str, Callable[[Bench], Counts]]] = {
 }
 
 
+def counted(bench: Bench, phase: str) -> Counts:
+    """The counts of a phase that nothing of an earlier one is held beside."""
+    bench.forget()
+    return PHASES[phase](bench)
+
+
 def complaints(model: str, phase: str, counts: Counts) -> list[str]:
     """Whatever of the phase is above its floor; mixed devices and pageable copies have none."""
     floor = FLOORS[model][phase]
@@ -87,8 +92,8 @@ def over_budget(bench: Bench, card: int, of_card: Account) -> list[str]:
     """A whole micro-batch of one run on the card, within what the account gives to weights, a run and passes."""
     assert of_card.passes is not None
     bench.decoder.passes = of_card.passes
-    gc.collect()
-    others = bench.meter.held - bench.decoder.weights_bytes  # adapters, and what earlier phases have not let go of
+    bench.forget()
+    others = bench.meter.held - bench.decoder.weights_bytes
     counts = bench.train([[of_card.rows_max]], of_card.rows_max)
     aside = of_card.kv + of_card.adapters + of_card.fragments + memory.CUDA_BYTES
     budget = min(of_card.weights + of_card.activations + of_card.runs, card - aside)

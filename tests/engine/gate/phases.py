@@ -1,6 +1,7 @@
 """The engine's phases on the card that is none: its own classes, on its own thread, under a meter."""
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -135,6 +136,11 @@ class Bench:
                 lambda: layout.lora(torch.empty(layout.numel, dtype=self.decoder.dtype, device=META), 1.0)
             )
         return self.adapters[adapter]
+
+    def forget(self) -> None:
+        """Let go of what earlier phases hold: adapters, and what only a cycle keeps alive."""
+        self.adapters.clear()
+        gc.collect()
 
     @contextmanager
     def _held(self) -> Iterator[Callable[[], None]]:

@@ -34,7 +34,7 @@ def test_a_phase_asks_no_more_of_a_gpu_than_its_floor(sized_model: tuple[str, Be
     name, bench = sized_model
     expect_reference(bench)
     gc.collect()  # what earlier phases have not let go of
-    assert checks.complaints(name, phase, checks.PHASES[phase](bench)) == []
+    assert checks.complaints(name, phase, checks.counted(bench, phase)) == []
 
 
 @pytest.mark.parametrize("card", list(memory.CARDS))

@@ -54,10 +54,10 @@ def test_a_device_without_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_float32_scores(llama: Bench) -> None:
     phase = "prefill of 512"
-    assert checks.complaints(_MODEL, phase, checks.PHASES[phase](llama)) == []
+    assert checks.complaints(_MODEL, phase, checks.counted(llama, phase)) == []
     llama.decoder.attention_dtype = torch.float32
     try:
-        found = checks.complaints(_MODEL, phase, checks.PHASES[phase](llama))
+        found = checks.complaints(_MODEL, phase, checks.counted(llama, phase))
     finally:
         llama.decoder.attention_dtype = torch.bfloat16
     assert _seen(found, "of the products are float32"), found
