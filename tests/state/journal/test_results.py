@@ -107,6 +107,8 @@ def test_what_is_known_costs_no_call_and_is_complete_until_more_is_told() -> Non
         store = CountingStore(memory)
         results = Results(store)
         assert (results.applied(RUN), results.complete(RUN), results.known(RUN, 1)) == (-1, False, None)
+        results.announce(RUN, 0)
+        assert not results.complete(RUN), "nothing was read yet"
         assert await body(results, 1) is None
         assert (results.applied(RUN), results.complete(RUN)) == (-1, True)
         await lay(memory, 1, 2, 3)
