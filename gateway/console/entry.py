@@ -5,7 +5,7 @@ import re
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from gateway.console.pages import Viewer, cookie_name, open_page, page, render, wants_html, with_cookie
+from gateway.console.pages import Viewer, open_page, page, render, wants_html, with_cookie, without_cookie
 from knapper import limits
 from knapper.errors import Unauthorized
 
@@ -38,9 +38,7 @@ async def sign_in(request: Request, viewer: Viewer) -> Response:
 
 
 async def sign_out(request: Request, _: Viewer) -> Response:
-    response = RedirectResponse("/signin", 303)
-    response.delete_cookie(cookie_name(request), path="/", httponly=True, samesite="strict")
-    return response
+    return without_cookie(request, RedirectResponse("/signin", 303))
 
 
 def _next(path: str) -> str:

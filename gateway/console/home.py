@@ -18,8 +18,10 @@ from knapper.state import damage
 from knapper.state.recent import PageStart
 from knapper.state.sessions import Sampler, Session
 from knapper.state.tenant_index import SessionListing
+from knapper.store import many
 
 _ROWS: Final = limits.console_page_rows_max
+_COMPARED: Final = limits.console_compared_max
 _FIRST_JOBS: Final = 6  # of the first page; the others have a page of their own
 _SESSION_RUNS: Final = 100
 _CURSOR: Final = re.compile(r"([0-9]{1,17})-([0-9]{1,9})")
@@ -50,9 +52,6 @@ async def show(request: Request, viewer: Viewer) -> Response:
         request, viewer, "home.html", rows=rows, jobs=jobs, older=older, first=first,
         functions=functions_of(gateway), unservable=gateway.unservable_models.reasons, compared=_COMPARED,
     )  # fmt: skip
-
-
-_COMPARED: Final = limits.console_compared_max
 
 
 async def list_jobs(request: Request, viewer: Viewer) -> Response:
@@ -98,8 +97,8 @@ async def list_checkpoints(request: Request, viewer: Viewer) -> Response:
     """Those of the newest runs."""
     gateway, before = viewer.gateway, cursor_of(request, viewer)
     found, older = await gateway.tenant_index.runs_page(viewer.tenant, _ROWS, before)
-    rows = [(run, *await checkpoints_of(gateway, viewer.tenant, run)) for run in found]
-    rows = [row for row in rows if row[1]]
+    listed = await many.each(found, lambda run: checkpoints_of(gateway, viewer.tenant, run))
+    rows = [(run, *of_run) for run, of_run in zip(found, listed, strict=True) if of_run[0]]
     return render(request, viewer, "checkpoints.html", rows=rows, older=older, first=is_first(request))
 
 

@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 from gateway.console import assets
 from knapper import limits
+from knapper.text import durations
 from knapper.text.printable import printable
 from knapper.text.sizes import sized
 
@@ -24,16 +25,6 @@ def render(template: str, *, request: Request, **values: object) -> str:
 def at(seconds: float) -> str:
     """A moment, for people, in UTC."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S") if seconds else "never"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds >= 0.1 else f"{seconds * 1e3:.0f} ms"
-    minutes, rest = divmod(int(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def clip(text: object, most: int = limits.console_text_chars_max) -> str:
@@ -61,7 +52,7 @@ def _made() -> Environment:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     filters: Mapping[str, Any] = {
-        "at": at, "duration": duration, "clip": clip, "number": number, "brief": brief, "size": sized,
+        "at": at, "duration": durations.rounded, "clip": clip, "number": number, "brief": brief, "size": sized,
     }  # fmt: skip
     environment.filters.update(filters)
     environment.globals["asset"] = assets.url

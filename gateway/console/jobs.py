@@ -57,14 +57,14 @@ async def curve(request: Request, viewer: Viewer) -> Response:
 
 async def follow(request: Request, viewer: Viewer) -> Response:
     gateway, start = viewer.gateway, await _start(request, viewer)
-    newest = _step(await gateway.console.job_steps.of(start))
+    newest = live.newest(await gateway.console.job_steps.of(start), "step")
     state = (await control.now(gateway.store, start)).state
 
     async def look() -> dict[str, Any] | None:
         nonlocal newest, state
         points = [point for point in await gateway.console.job_steps.of(start) if point["step"] > newest]
         before, state = state, (await control.now(gateway.store, start)).state
-        newest = _step(points) or newest
+        newest = live.newest(points, "step", newest)
         return {"points": points, "state": state} if points or before != state else None
 
     return await live.respond(request, gateway.console.watches, f"job {start}", look)
@@ -192,10 +192,6 @@ def _number(request: Request, name: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= 9):
         raise InvalidField(name, text, "a whole number")
     return int(text)
-
-
-def _step(points: list[dict[str, Any]]) -> float:
-    return points[-1]["step"] if points else 0.0
 
 
 async def download(request: Request, _: Viewer) -> Response:

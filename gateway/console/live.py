@@ -5,7 +5,7 @@ after the last change it says so and ends. A page in a forgotten tab thus costs 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -113,6 +113,11 @@ class Watches:
             if watch.task is not None:
                 watch.task.cancel()
             self._end(key, watch)
+
+
+def newest(points: Sequence[Mapping[str, Any]], name: str, default: float = 0.0) -> float:
+    """The value that the newest of a curve's points has, by which those after it are known."""
+    return float(points[-1][name]) if points else default
 
 
 async def respond(request: Request, watches: Watches, key: str, look: Look) -> Response:

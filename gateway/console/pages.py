@@ -83,13 +83,21 @@ async def with_cookie(request: Request, viewer: Viewer, response: Response) -> R
     """The response, which gives the browser the viewer's session."""
     assert viewer.session is not None
     response.set_cookie(
-        cookie_name(request), await viewer.gateway.console.sessions.seal(viewer.session),
+        _cookie_name(request), await viewer.gateway.console.sessions.seal(viewer.session),
         max_age=int(limits.console_session_s), path="/", httponly=True, samesite="strict", secure=_is_secure(request),
     )  # fmt: skip
     return response
 
 
-def cookie_name(request: Request) -> str:
+def without_cookie(request: Request, response: Response) -> Response:
+    """The response, on which the browser forgets the session. It minds only what says the same as what set it."""
+    response.delete_cookie(
+        _cookie_name(request), path="/", httponly=True, samesite="strict", secure=_is_secure(request)
+    )
+    return response
+
+
+def _cookie_name(request: Request) -> str:
     """`__Host-`: a browser then takes it from this very host, over TLS, and from nobody else."""
     return "__Host-knapper" if _is_secure(request) else "knapper"
 
@@ -136,7 +144,7 @@ async def _anyone(request: Request) -> Viewer:
         return Viewer(gateway, tenants.tenant_of(request), None)
     tenant = LOCAL_TENANT if gateway.keys is None else ""
     sessions = gateway.console.sessions
-    session = await _session(gateway, request.cookies.get(cookie_name(request), ""))
+    session = await _session(gateway, request.cookies.get(_cookie_name(request), ""))
     is_new = session is None
     session = session or sessions.begin(tenant)
     return Viewer(gateway, Tenant(session.tenant), session, await sessions.csrf(session), is_new)

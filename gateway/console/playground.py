@@ -10,6 +10,7 @@ from gateway.console.pages import Viewer, page, render
 from gateway.openai.errors import openai_errors
 from gateway.openai.routes import chat_completions
 from knapper import limits
+from knapper.store import many
 
 _RUNS: Final = limits.console_page_rows_max
 
@@ -19,16 +20,14 @@ async def show(request: Request, viewer: Viewer) -> Response:
     gateway = viewer.gateway
     models = [model for model in await gateway.lookups.catalogue.models() if model.sampleable]
     runs, _ = await gateway.tenant_index.runs_page(viewer.tenant, _RUNS, home.newest(viewer))
-    labels = [
-        label
-        for run in runs
-        for label in (await gateway.checkpoints.labels(viewer.tenant, within=f"{run}/sampler_weights/"))[:1]
-    ]
+    labels = await many.each(
+        runs, lambda run: gateway.checkpoints.labels(viewer.tenant, within=f"{run}/sampler_weights/")
+    )
     chosen = request.query_params.get("model", "")[: limits.text_chars_max]
     base = request.query_params.get("base", models[0].name if models else "")[: limits.text_chars_max]
     return render(
         request, viewer, "playground.html", models=[model.name for model in models], chosen=chosen, base=base,
-        checkpoints=[str(label.path) for label in labels],
+        checkpoints=[str(newest.path) for newest, *_ in filter(None, labels)],
     )  # fmt: skip
 
 

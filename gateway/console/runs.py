@@ -6,7 +6,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway.console import home, live
-from gateway.console.history import Point
 from gateway.console.pages import Viewer, page, render
 from gateway.rest import runs, weights
 from gateway.rest.checkpoints import path_of
@@ -56,8 +55,8 @@ async def curve(request: Request, viewer: Viewer) -> Response:
 
 async def follow(request: Request, viewer: Viewer) -> Response:
     gateway, run = viewer.gateway, RunId((await _spec(request, viewer)).run)
-    seen = (await gateway.console.histories.of(run)).through, home.activity_of(gateway, run).state
-    newest = 0.0
+    history = await gateway.console.histories.of(run)
+    seen, newest = (history.through, home.activity_of(gateway, run).state), live.newest(history.points, "at")
 
     async def look() -> dict[str, Any] | None:
         nonlocal seen, newest
@@ -66,10 +65,9 @@ async def follow(request: Request, viewer: Viewer) -> Response:
         if before == seen:
             return None
         points = [point for point in history.points if point["at"] > newest]
-        newest = max((point["at"] for point in points), default=newest)
+        newest = live.newest(points, "at", newest)
         return {"points": points, "state": activity.state, "reason": activity.reason}
 
-    newest = _newest(list((await gateway.console.histories.of(run)).points))
     return await live.respond(request, gateway.console.watches, run, look)
 
 
@@ -124,10 +122,6 @@ async def _stored(gateway: Services, tenant: Tenant, run: RunId, manifests: list
         words = f"snapshots, from which a process goes on: {len(there)}"
         sizes.append((words, sum(part.size for index in there for part in index.parts)))
     return sizes
-
-
-def _newest(points: list[Point]) -> float:
-    return points[-1]["at"] if points else 0.0
 
 
 _ONE: Final = "/runs/{run_id}"

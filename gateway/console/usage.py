@@ -14,9 +14,8 @@ from knapper.ids import Tenant
 from knapper.state import usage
 from knapper.state.api_keys import Keys
 from knapper.state.model_record import slug
-from knapper.state.usage import Window
+from knapper.state.usage import HOUR_S, Window
 
-_HOUR_S: Final = 3600.0
 _KEYS: Final = 500
 _TYPES: Final = ("training", "sampling_prefill", "sampling_sample", "checkpoint")
 
@@ -25,7 +24,7 @@ async def show(request: Request, viewer: Viewer) -> Response:
     """The last day, or up to two weeks. `tenant`: another one, for an administrator."""
     gateway, tenant = viewer.gateway, _tenant(request, viewer)
     days = max(1, query_number(request, "days", 1, limits.usage_days_max))
-    end = int(gateway.clock() // _HOUR_S) + 1
+    end = int(gateway.clock() // HOUR_S) + 1
     events, _ = await admin.used(gateway, tenant, Window(end - 24 * days, end))
     return render(request, viewer, "usage.html", tenant=tenant, days=days, rows=_sums(events), choices=(1, 3, 7, 14))
 

@@ -7,6 +7,7 @@ and text that can be computed at all. docs/operating.md's table of cards is made
 On a CPU rows and kept layers are constants, as bits depend on the first and the second costs no memory that is counted.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Self
@@ -68,7 +69,7 @@ class ModelBytes:
     @classmethod
     def planned(cls, config: ModelConfig, size: int = 2) -> Self:
         """Of a native model on a GPU before it is loaded; `size` bytes a number."""
-        weights = size * sum(_product(shape) for _, shape in promised(config))
+        weights = size * sum(math.prod(shape) for _, shape in promised(config))
         kv = config.layers * 2 * config.kv_heads * config.head_dim * size
         return cls._native(config, size, weights, kv)
 
@@ -192,13 +193,6 @@ def _does_not_fit(model: ModelBytes, least: int, left: int) -> UserError:
 
 def _arena(config: Facts) -> int:
     return 4 * _RANK * sum(target.inputs + target.outputs for target in config.lora_targets)
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 CARDS: Final[Mapping[str, int]] = {  # bytes, as the driver counts them

@@ -384,7 +384,7 @@ def test_wherever_memory_is_lacking_for_a_moment_nothing_changes(house: House, e
     rng = np.random.default_rng(5)
     for at in sorted(rng.integers(1, counted.count, 12).tolist()):
         house.sampler._scheduler._prefiller.trim(0)
-        broken = Operators(lambda number, _name, at=at: number == at, error)  # type: ignore[misc]
+        broken = Operators(lambda number, _name, at=at: number == at, error)  # type: ignore[misc]  # a default binds it
         with on(house.device, broken):
             outputs = house.within(answers(house, requests))
         assert broken.broken == 1
@@ -405,7 +405,7 @@ def test_while_memory_is_lacking_nobody_gets_other_bits(house: House) -> None:
     for seed in range(8):
         house.sampler._scheduler._prefiller.trim(0)
         rng = np.random.default_rng(seed)
-        broken = Operators(lambda _number, _name, rng=rng: bool(rng.random() < rate), gpu_error)  # type: ignore[misc]
+        broken = Operators(lambda _number, _name, rng=rng: bool(rng.random() < rate), gpu_error)  # type: ignore[misc]  # a default binds it
         with on(house.device, broken):
             outputs = house.within(answers(house, requests))
         assert broken.broken > 0

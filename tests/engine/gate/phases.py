@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 
@@ -96,8 +97,9 @@ class Bench:
             return call
 
         scheduler = sampler._scheduler
-        scheduler._step = counted(scheduler._step, steps)  # type: ignore[method-assign]
-        scheduler._prefiller.compute = counted(scheduler._prefiller.compute, passes)  # type: ignore[method-assign]
+        monkey = pytest.MonkeyPatch()  # of this sampler alone, which ends here
+        monkey.setattr(scheduler, "_step", counted(scheduler._step, steps))
+        monkey.setattr(scheduler._prefiller, "compute", counted(scheduler._prefiller.compute, passes))
 
         async def together() -> None:
             with self._held() as go:
@@ -109,8 +111,8 @@ class Bench:
                     )
                     for n, (prompt, adapter) in enumerate(texts)
                 ]
-                while sampler.waiting < len(texts) and not any(task.done() for task in tasks):  # noqa: ASYNC110
-                    await asyncio.sleep(0)  # they wait for nothing but their turns on this loop
+                while sampler.waiting < len(texts) and not any(task.done() for task in tasks):  # noqa: ASYNC110  there is
+                    await asyncio.sleep(0)  # no event to wait for: they need nothing but their turns on this loop
                 go()
             await asyncio.gather(*tasks)
 

@@ -42,6 +42,22 @@ def test_over_tls_the_cookie_is_this_host_s_alone(world: World) -> None:
     assert "Secure" in cookie
 
 
+def test_over_tls_signing_out_is_heeded_too(world: World) -> None:
+    """A browser ignores a `__Host-` cookie that comes without Secure, also where it is to be deleted."""
+    tls = {"X-Forwarded-Proto": "https", "Origin": world.running.url.replace("http:", "https:")}
+    with httpx.Client(base_url=world.running.url, headers={**HTML, **tls}) as browser:
+        first = browser.get("/signin")
+        held = {"Cookie": first.headers["set-cookie"].partition(";")[0]}  # httpx sends no Secure cookie over http
+        data = {"csrf": csrf(first), "key": world.key("alice")}
+        signed_in = browser.post("/signin", data=data, headers=held)
+        held = {"Cookie": signed_in.headers["set-cookie"].partition(";")[0]}
+        data = {"csrf": csrf(browser.get("/", headers=held))}
+        gone = browser.post("/signout", data=data, headers=held).headers["set-cookie"]
+    assert gone.startswith('__Host-knapper=""; ')
+    assert "Max-Age=0" in gone
+    assert "Secure" in gone
+
+
 def test_what_is_no_key_opens_nothing(world: World) -> None:
     for wrong in ("", "tml-local", f"tml-{'0' * 64}", world.key("alice")[:-1], "x" * 3000):
         browser = world.browser()
