@@ -17,12 +17,14 @@ log = structlog.get_logger()
 
 
 def make(directory: Path, *, passable: bool = False) -> None:
-    """Make the directory for this account alone. An existing one that is open to others is closed, with a log line.
+    """Make the directory, and those above it that are missing, for this account alone. Of existing ones only the
+    directory itself is closed if it is open to others, with a log line.
 
     `passable`: others keep the right to pass through it. Raises InvalidField if it cannot be closed, OSError if it
     cannot be made.
     """
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for missing in reversed([each for each in (directory, *directory.parents) if not each.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)
     with files.directory(directory) as descriptor:
         status = os.fstat(descriptor)
         mode_before = stat.S_IMODE(status.st_mode)

@@ -47,6 +47,16 @@ def test_a_new_data_directory_is_for_this_account_alone(tmp_path: Path) -> None:
     assert mode(data / "run" / "lock") == 0o600
 
 
+def test_a_command_that_comes_first_leaves_nothing_open(tmp_path: Path) -> None:
+    """`knapper key create`, before the server was ever started: the directories above the store are new as well."""
+    data = tmp_path / "share" / "knapper"
+    DirectoryStore(data / "store")
+    assert [mode(each) for each in (data.parent, data, data / "store")] == [0o700] * 3
+    with capture_logs() as lines:
+        serve_once(data)
+    assert lines == []
+
+
 def test_one_of_an_earlier_version_is_closed_and_a_line_says_so(tmp_path: Path) -> None:
     data = tmp_path / "data"
     earlier(data)
