@@ -158,7 +158,6 @@ ELSEWHERE = {
         "knapper/local/broker/delivery.py": "_RETRIES_MAX HOPS_MAX",
         "knapper/state/journal/envelope.py": "BARE_MAX",
         "knapper/state/sessions.py": "DAY_S",
-        "gateway/console/usage.py": "_HOUR_S",
         "knapper/state/usage.py": "HOUR_S",
         "knapper/store/__init__.py": "NAME_CHARS_MAX",
         "knapper/wire/scan.py": "_FIXED_BYTES",
