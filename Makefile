@@ -45,7 +45,7 @@ powercuts: setup ## cut the power thousands of times at any store call, with hal
 flips: setup ## flip every bit of every kind of object: none may read as something else, or hide anything (some minutes)
 	OMP_NUM_THREADS=1 TEST_FLIPS=0 $(BIN)/python -m pytest -n 0 -s --timeout 3600 tests/state/damage
 
-calm: setup ## does anybody wait while one client sends the worst that each route takes? (a quarter of an hour; CALM_ARGS='-k that_is_read')
+calm: setup ## does anybody wait while one client sends the worst that each route takes? (most of an hour; CALM_ARGS='-k that_is_read')
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -s -p no:randomly tests/calm $(CALM_ARGS)
 
 check: setup ## lint, format, strict types, import directions

@@ -24,11 +24,16 @@ class Objects:
     model: str
     checkpoint: str
 
+    def path(self, door: str) -> str:
+        """`door`, the path of a route, with these in the places of its parameters."""
+        return door.replace(":path", "").format(**self.in_path())
+
     def in_path(self) -> dict[str, str]:
         return {
             "session_id": self.session, "run_id": self.run, "sampler_id": self.sampler, "kind": "weights",
             "name": "worst", "job": "worst", "token": "x", "path": "x", "file": "x",
             "sha256": "0" * 64, "size": str(limits.upload_part_bytes), "offset": "0",
+            "round": "steps", "n": "0", "part": "0", "sample": "0",
         }  # fmt: skip
 
 
