@@ -1,24 +1,20 @@
 """The holder's half of the journal: claim a run, apply its operations in order, commit. Safe to kill at any line.
 
-Work runs ahead of the store: the next operation is read while one computes, and applied while the commit before it is
-being stored. One commit is stored at a time, in order, and nothing is published before its own is.
-
 No clock and no lock is involved. `out/<n>` can be created once, and a claim first puts a fence into the next slot, so
 an earlier holder that is still alive loses the slot it needs and finds a higher epoch there.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic
 
+from knapper import limits
 from knapper.errors import Corrupt, Fenced, NotFound, OutOfMemory, Unavailable
 from knapper.ids import RunId
 from knapper.state import layout
 from knapper.state.journal import bundles, ends
 from knapper.state.journal.accept import decode_creation
-from knapper.state.journal.ahead import Gathered, ReadAhead, Spawn, Task
 from knapper.state.journal.apply import Applier, read_operation
 from knapper.state.journal.exports import Saves
 from knapper.state.journal.holder import Holder, expect_dtype
@@ -27,6 +23,8 @@ from knapper.state.journal.newest import Manifests, newest_name
 from knapper.state.journal.records import SAVES, Commit, Creation, Manifest, Operation, Result, Terms, decode, encode
 from knapper.state.journal.replay import Replay, SnapshotBudget
 from knapper.store import Store
+
+_COMMIT_AFTER_S = 0.05  # the longest that a result waits for others to share its commit
 
 _STATELESS = SAVES | {"tombstone"}  # they do not change the state
 
@@ -43,22 +41,13 @@ def _out_of_memory_is_unavailable(run: RunId) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Version(Generic[State]):
-    """A run as out record `out` leaves it: newest operation, state, and the replay since the claim's snapshot."""
+class _Durable(Generic[State]):
+    """The committed part of a run: newest operation, newest out record, state, and the replay that a recovery needs."""
 
     applied: int
     out: int
     state: State | None
     replay: Replay
-
-
-@dataclass(frozen=True)
-class _Outgoing(Generic[State]):
-    """A commit, its bytes, which an attempt to store it repeats, and what is durable once it is stored."""
-
-    commit: Commit
-    data: bytes
-    version: _Version[State]
 
 
 class Run(Generic[State]):
@@ -72,19 +61,18 @@ class Run(Generic[State]):
         holder: Holder,
         clock: Callable[[], float],
         manifests: Manifests,
-        spawn: Spawn,
     ) -> None:  # use `claim`
         self.run = run
         self.holder = holder
         self.epoch = 0
         self.applied = -1  # the newest operation in `state`
+        self._spent_s = 0.0  # device seconds of the next commit
         self.creation: Creation
         self.terms_before: Terms | None = None  # of the claim before this one, if they differ
         self._state: State | None = None
-        self._replay = Replay()  # since the snapshot that was claimed
-        self._snapshotted = Replay()  # the part of it before the newest snapshot
+        self._replay = Replay()  # since the newest snapshot
         self._budget = SnapshotBudget()
-        self._durable: _Version[State]
+        self._durable: _Durable[State]
         self._store = store
         self._machine = machine
         self._clock = clock
@@ -93,10 +81,7 @@ class Run(Generic[State]):
         self._manifest: Manifest
         self._manifest_n = 0
         self._out = 0  # the newest out record, written or adopted
-        self._spawn = spawn
-        self._gathered = Gathered()  # applied, and in no commit yet
-        self._outgoing: _Outgoing[State] | None = None  # the commit after `_out`, not yet known to be stored
-        self._committing: Task | None = None
+        self._outbox: tuple[int, Commit] | None = None  # applied, not yet known to be stored
         self._unsure = set[str]()  # names that this claim tried to create, with an outcome that it does not know
         self._entered = False  # `apply_pending` is running
 
@@ -111,16 +96,15 @@ class Run(Generic[State]):
         holder: Holder,
         clock: Callable[[], float],
         manifests: Manifests | None = None,
-        spawn: Spawn = asyncio.ensure_future,
     ) -> "Run[State]":
         """Take the run over from its holder. On return its state is current and every earlier holder is fenced.
 
-        `manifests`: the process's cache, which spares it a search from the beginning. `spawn` begins work beside ours.
+        `manifests`: the process's cache, which spares it a search from the beginning.
 
         Raises NotFound if the run does not exist or has ended, Fenced if another process claims it at this moment,
         OtherDtype if it was created in another dtype; in that case nothing was written, and its holder keeps it.
         """
-        self = cls(store, run, machine, holder, clock, manifests or Manifests(store), spawn)
+        self = cls(store, run, machine, holder, clock, manifests or Manifests(store))
         data = await store.get(layout.operation(run, 0))
         if data is None:
             if (end := await ends.ended(store, run)) is not None:
@@ -139,7 +123,7 @@ class Run(Generic[State]):
             await self._expect_newest(error)
             raise
         await self._expect_newest()
-        self._durable = self._version()
+        self._mark_durable()
         return self
 
     async def _expect_newest(self, error: Corrupt | None = None) -> None:
@@ -270,81 +254,64 @@ class Run(Generic[State]):
             self._entered = False
 
     async def _apply_pending(self, stop: Callable[[], bool], publish: Publish) -> bool:
-        await self._settle()
-        await self._commit_gathered(publish)  # what an earlier call left
-        operations = ReadAhead(self._store, self.run, self._spawn)
-        try:
-            more = await self._apply_ahead(operations, stop, publish)
-        except Exception:
-            await operations.close()
-            await self._settle()
-            raise
-        await operations.close()
-        await self._settle()
-        return more
-
-    async def _apply_ahead(self, operations: ReadAhead, stop: Callable[[], bool], publish: Publish) -> bool:
+        await self._flush(publish)
         while not stop() and not self.must_snapshot:
-            idle = self._committing is None
-            operation = await operations.read(self.applied + 1, fresh=idle)
-            if operation is not None:
-                await self._apply(operation)
-                await self._commit_beside(publish)
-            elif idle:
+            try:
+                commit = await self._apply_batch(stop)
+            except BaseException:
+                self._roll_back()
+                raise
+            if commit is None:
                 return False
-            else:
-                await self._settle()
+            self._outbox = (self._out + 1, commit)
+            await self._flush(publish)
         return True
 
-    async def _apply(self, operation: Operation) -> None:
-        """On an error nothing has changed: what is gathered goes with the state at any time."""
+    def _roll_back(self) -> None:
+        """Drop what was applied and not committed."""
+        durable = self._durable
+        self.applied, self._state, self._replay = durable.applied, durable.state, durable.replay
+
+    async def _flush(self, publish: Publish) -> None:
+        if self._outbox is None:
+            return
+        n, commit = self._outbox
+        data = encode(commit)
+        if await self._create(layout.commit(self.run, n), data) is not None:
+            # After our own fence only a later claim can take this slot, or a copy of this process.
+            raise Fenced(f"slot {n} of {self.run} was taken by another claim")
+        self._out, self._outbox = n, None
+        self._replay = self._replay.grown(record_bytes=len(data))
+        self._mark_durable()
+        await publish(n, commit)
+
+    def _mark_durable(self) -> None:
+        self._durable = _Durable(self.applied, self._out, self._state, self._replay)
+
+    async def _apply_batch(self, stop: Callable[[], bool]) -> Commit | None:
+        """The next commit: one operation and the quick ones after it, or None if nothing is pending."""
+        began, self._spent_s = self._clock(), 0.0
+        results: list[Result] = []
+        size = 0
+        while (operation := await read_operation(self._store, self.run, self.applied + 1)) is not None:
+            result = await self._apply(operation)
+            results.append(result)
+            size += len(result.body)
+            late = not 0.0 <= self._clock() - began < _COMMIT_AFTER_S  # also if the clock stepped
+            if late or size >= limits.commit_inline_bytes_max or self.must_snapshot or stop():
+                break
+        if not results:
+            return None
+        return Commit(epoch=self.epoch, results=results, committed_at=self._clock(), device_s=self._spent_s)
+
+    async def _apply(self, operation: Operation) -> Result:
         applied = await self._applier.apply(operation, self._state, self.epoch)
         if applied.outcome is not None:
             self._take(applied.outcome, applied.result)
+            self._spent_s += applied.outcome.cost_s
         self.applied = operation.seq
         self._replay = self._replay.grown(record_bytes=len(operation.body_zstd))
-        self._gathered.add(applied.result, applied.outcome.cost_s if applied.outcome is not None else 0.0)
-
-    async def _commit_beside(self, publish: Publish) -> None:
-        """See to it that what is gathered is being stored. Raises the error of a commit that has failed."""
-        if self._committing is not None and (self._committing.done() or self._gathered.full):
-            await self._settle()
-        if self._committing is None:
-            self._committing = self._spawn(self._commit_gathered(publish))
-
-    async def _settle(self) -> None:
-        """Wait until everything gathered is stored. Raises the error of a commit that has failed."""
-        committing, self._committing = self._committing, None
-        if committing is not None:
-            await committing
-
-    async def _commit_gathered(self, publish: Publish) -> None:
-        """Store what is gathered, and what is gathered meanwhile. After an error the next call stores the same bytes."""
-        while self._outgoing is not None or self._gathered.results:
-            if self._outgoing is None:
-                self._outgoing = self._next_commit()
-            await self._store_commit(self._outgoing)
-            n, commit, self._outgoing = self._out, self._outgoing.commit, None
-            await publish(n, commit)
-
-    def _next_commit(self) -> _Outgoing[State]:
-        gathered, self._gathered = self._gathered, Gathered()
-        commit = Commit(
-            epoch=self.epoch, results=gathered.results, committed_at=self._clock(), device_s=gathered.device_s
-        )
-        data = encode(commit)
-        self._replay = self._replay.grown(record_bytes=len(data))
-        return _Outgoing(commit, data, self._version(self._out + 1))
-
-    async def _store_commit(self, outgoing: _Outgoing[State]) -> None:
-        version = outgoing.version
-        if await self._create(layout.commit(self.run, version.out), outgoing.data) is not None:
-            # After our own fence only a later claim can take this slot, or a copy of this process.
-            raise Fenced(f"slot {version.out} of {self.run} was taken by another claim")
-        self._out, self._durable = version.out, version
-
-    def _version(self, out: int | None = None) -> _Version[State]:
-        return _Version(self.applied, self._out if out is None else out, self._state, self._replay)
+        return applied.result
 
     # -- snapshot ------------------------------------------------------------------------------------------------------
 
@@ -361,26 +328,22 @@ class Run(Generic[State]):
     @property
     def replay_cost_s(self) -> float:
         """Compute seconds since the newest snapshot, which a recovery replays."""
-        return self._since_snapshot.cost_s
-
-    @property
-    def _since_snapshot(self) -> Replay:
-        return self._replay.without(self._snapshotted)
+        return self._replay.cost_s
 
     @property
     def must_snapshot(self) -> bool:
         """Whether a snapshot must come before the next operation."""
-        return self._budget.is_used_up(self._since_snapshot, self._manifest.snapshot_seq)
+        return self._budget.is_used_up(self._replay, self._manifest.snapshot_seq)
 
     @property
     def wants_snapshot(self) -> bool:
         """Whether a background snapshot should start now."""
-        return self._budget.is_nearly_used_up(self._since_snapshot, self._manifest.snapshot_seq, self._serialized_bytes)
+        return self._budget.is_nearly_used_up(self._replay, self._manifest.snapshot_seq, self._serialized_bytes)
 
     @property
     def worth_snapshot(self) -> bool:
         """Whether to take a snapshot before the run leaves memory."""
-        return self._budget.is_worth_one(self._since_snapshot, self._manifest.snapshot_seq, self._serialized_bytes)
+        return self._budget.is_worth_one(self._replay, self._manifest.snapshot_seq, self._serialized_bytes)
 
     @property
     def state_bytes(self) -> int:
@@ -411,7 +374,8 @@ class Run(Generic[State]):
         await self._put_manifest(self._manifest_n + 1, manifest)
         await self._expect_no_end(prefix)
         self._budget.storing_s = max(0.0, self._clock() - began)
-        self._snapshotted = stored.replay
+        self._replay = self._replay.without(stored.replay)
+        self._durable = replace(self._durable, replay=self._durable.replay.without(stored.replay))
 
     async def _expect_no_end(self, written: str = "") -> None:
         """Raises Fenced once the run has ended, and deletes the snapshot `written` meanwhile."""
