@@ -1,86 +1,29 @@
-"""The architectures that the native decoder computes, a row each: how it differs from plain Llama.
+"""The architectures that the native decoder computes, from the files of `families`.
 
-A row states facts about the architecture's config.json and layers; their source is transformers'
-`modeling_<model_type>.py`. An architecture with a formula of its own (another norm, activation or mask) first needs
-that code in `decoder`, and a field here that turns it on.
+A file there with `ARCHITECTURES` is all that a new one needs here. Loads no torch.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+import pkgutil
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Final
 
-Raw = Mapping[str, Any]  # config.json
-Option = Callable[[Raw], str]  # the part that the decoder does not compute, for the error message; empty if none
-Bias = Callable[[Raw], bool]
-
-
-def never(raw: Raw) -> bool:  # noqa: ARG001  one of the rules for a bias
-    return False
+from knapper.engine.models import families
+from knapper.engine.models.architecture import Architecture
 
 
-def always(raw: Raw) -> bool:  # noqa: ARG001  one of the rules for a bias
-    return True
+def _found() -> dict[str, Architecture]:
+    names = sorted(module.name for module in pkgutil.iter_modules(families.__path__))
+    rows = [row for name in names for row in import_module(f"{families.__name__}.{name}").ARCHITECTURES]
+    assert len({row.model_type for row in rows}) == len(rows), "a model_type is in two rows"
+    return {row.model_type: row for row in rows}
 
 
-def by_option(raw: Raw) -> bool:
-    return bool(raw.get("attention_bias", False))
+ARCHITECTURES: Final[Mapping[str, Architecture]] = _found()
 
 
-def activation(raw: Raw) -> str:
-    name = raw.get("hidden_act", "silu")
-    return "" if name in ("silu", "swish") else f"hidden_act {name!r} (only silu)"
-
-
-def mlp_bias(raw: Raw) -> str:
-    return "mlp_bias" if raw.get("mlp_bias", False) else ""
-
-
-def quantization(raw: Raw) -> str:
-    return "" if raw.get("quantization_config") is None else "quantized weights (quantization_config)"
-
-
-def partial_rotary(raw: Raw) -> str:
-    return "" if raw.get("partial_rotary_factor", 1.0) == 1.0 else "partial_rotary_factor"
-
-
-def window(raw: Raw) -> str:
-    """Any window size in the config turns the window on."""
-    size = raw.get("sliding_window")
-    return "" if size is None else f"sliding_window {size} (only full attention)"
-
-
-def switched_window(raw: Raw) -> str:
-    """Only `use_sliding_window` turns the window on: Qwen's configs always have a size."""
-    return window(raw) if raw.get("use_sliding_window", False) else ""
-
-
-OPTIONS: Final[tuple[Option, ...]] = (activation, mlp_bias, quantization, partial_rotary)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One `model_type`. `qk_norm`: RMS norm of each query and key head before rotation. `qkv_bias`, `output_bias`: when
-    q, k, v and o have biases. `window`: when attention would slide. `refused`: further options to check.
-    """
-
-    model_type: str
-    qk_norm: bool = False
-    qkv_bias: Bias = by_option
-    output_bias: Bias = by_option
-    window: Option = switched_window
-    refused: tuple[Option, ...] = OPTIONS
-
-    def refusal(self, raw: Raw) -> str:
-        """The first option of config.json that the decoder does not compute; empty if it computes all."""
-        return next((reason for check in (self.window, *self.refused) if (reason := check(raw))), "")
-
-
-ARCHITECTURES: Final[Mapping[str, Architecture]] = {
-    row.model_type: row
-    for row in (
-        Architecture("llama"),
-        Architecture("mistral", qkv_bias=never, output_bias=never, window=window),
-        Architecture("qwen2", qkv_bias=always, output_bias=never),
-        Architecture("qwen3", qk_norm=True),
-    )
-}
+def table() -> str:
+    """The table of docs/models.md."""
+    head = "| model type | models | beside plain Llama |\n|---|---|---|\n"
+    rows = (f"| `{row.model_type}` | {row.models} | {row.described} |\n" for row in ARCHITECTURES.values())
+    return head + "".join(rows)

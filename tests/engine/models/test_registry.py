@@ -11,14 +11,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from knapper.engine.layers.lora_grouped import base
 from knapper.engine.models import registry, weight_files, weights
+from knapper.engine.models.architecture import Architecture, never
 from knapper.engine.models.config import ModelConfig, UnsupportedModel, computed_by
 from knapper.engine.models.decoder import Decoder
-from knapper.engine.models.registry import ARCHITECTURES, Architecture
+from knapper.engine.models.registry import ARCHITECTURES
 
 SIZES: Final[dict[str, Any]] = {
     "vocab_size": 90, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 64, "pad_token_id": 0, "sliding_window": None,
 }  # fmt: skip
+
+
+DOCUMENT: Final = Path(__file__).parents[3] / "docs" / "models.md"
 
 
 def random_model(directory: Path, model_type: str, **options: Any) -> Path:
@@ -59,9 +63,9 @@ def test_a_row_has_the_biases_and_norms_of_the_architecture(
 def test_an_architecture_of_the_same_kind_takes_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = random_model(tmp_path, "seed_oss", attention_bias=True, attention_out_bias=False)
     assert computed_by(directory) == "transformers"
-    with pytest.raises(UnsupportedModel, match=r"'seed_oss'.*supported: llama, mistral, qwen2, qwen3$"):
+    with pytest.raises(UnsupportedModel, match=rf"'seed_oss'.*supported: {', '.join(ARCHITECTURES)}$"):
         ModelConfig.read(directory)
-    row = Architecture("seed_oss", output_bias=registry.never)
+    row = Architecture("seed_oss", "Seed-OSS", output_bias=never)
     monkeypatch.setattr("knapper.engine.models.config.ARCHITECTURES", {**ARCHITECTURES, "seed_oss": row})
     assert computed_by(directory) == "native"
     expect_same_logits(directory)
@@ -90,3 +94,9 @@ def test_a_row_refuses_options_that_the_decoder_does_not_compute(
             ModelConfig.read(tmp_path)
     else:
         assert ModelConfig.read(tmp_path).model_type == model_type
+
+
+def test_the_document_lists_the_rows() -> None:
+    stated = DOCUMENT.read_text(encoding="utf-8")
+    assert registry.table() in stated, f"docs/models.md must hold this table:\n{registry.table()}"
+    assert {"llama", "mistral", "qwen2", "qwen3"} <= ARCHITECTURES.keys()
