@@ -1,4 +1,4 @@
-"""Tiny random models that the native layer code does not know, written by transformers."""
+"""Tiny random models of other kinds than `tiny`, written by transformers; of them the native code knows SmolLM3."""
 
 import json
 from pathlib import Path
@@ -24,6 +24,7 @@ CONFIGS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "gemma3": ("Gemma3TextConfig", {**_GROUPED, "head_dim": 16, "sliding_window": 16}),
     "olmo2": ("Olmo2Config", _GROUPED),
     "phi": ("PhiConfig", _SIZES),
+    "smollm3": ("SmolLM3Config", {**_GROUPED, "no_rope_layer_interval": 2}),
     "granite": ("GraniteConfig", {**_GROUPED, "logits_scaling": 4.0}),
 }
 

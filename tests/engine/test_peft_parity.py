@@ -90,7 +90,7 @@ def arena(state: RunState, model: torch.nn.Module, of: Callable[[Tensor], Tensor
     return torch.cat([each.flatten() for each in ordered if each is not None])
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama_untied", "qwen3", "gpt_neox", "phi3", "gemma2", "phi"])
+@pytest.mark.parametrize("kind", ["llama", "llama_untied", "qwen3", "smollm3", "gpt_neox", "phi3", "gemma2", "phi"])
 @pytest.mark.parametrize("unembed", [False, True])
 def test_a_run_equals_a_plain_peft_loop(tmp_path: Path, kind: str, unembed: bool) -> None:
     trainer = tiny_trainer(tmp_path / "model", kind)

@@ -12,6 +12,7 @@ from typing import Any, Final
 Raw = Mapping[str, Any]  # config.json
 Option = Callable[[Raw], str]  # the part that the decoder does not compute, for the error message; empty if none
 Bias = Callable[[Raw], bool]
+Layers = Callable[[Raw], frozenset[int]]
 
 
 def never(raw: Raw) -> bool:  # noqa: ARG001  one of the rules for a bias
@@ -24,6 +25,10 @@ def always(raw: Raw) -> bool:  # noqa: ARG001  one of the rules for a bias
 
 def by_option(raw: Raw) -> bool:
     return bool(raw.get("attention_bias", False))
+
+
+def no_layer(raw: Raw) -> frozenset[int]:  # noqa: ARG001  one of the rules for layers
+    return frozenset()
 
 
 def activation(raw: Raw) -> str:
@@ -61,7 +66,8 @@ OPTIONS: Final[tuple[Option, ...]] = (activation, mlp_bias, quantization, partia
 class Architecture:
     """One `model_type`. `models`: well-known ones, for docs/models.md. `qk_norm`: RMS norm of each query and key head
     before rotation. `qkv_bias`, `output_bias`: when q, k, v and o have biases. `window`: when attention would slide.
-    `refused`: further options to check.
+    `refused`: further options to check. `without_positions`: layers that do not rotate queries and keys. `rope_theta`,
+    `tied`: what a config.json that is silent about them means.
     """
 
     model_type: str
@@ -71,6 +77,9 @@ class Architecture:
     output_bias: Bias = by_option
     window: Option = switched_window
     refused: tuple[Option, ...] = OPTIONS
+    without_positions: Layers = no_layer
+    rope_theta: float = 10000.0
+    tied: bool = False
 
     def refusal(self, raw: Raw) -> str:
         """The first option of config.json that the decoder does not compute; empty if it computes all."""
@@ -81,6 +90,7 @@ class Architecture:
         """What it has beside plain Llama, for docs/models.md."""
         parts = [
             "norms of q and k by head" if self.qk_norm else "",
+            "layers without positions" if self.without_positions is not no_layer else "",
             "biases on q, k and v" if self.qkv_bias is always else "",
             "biases on q, k, v and o by `attention_bias`" if self.output_bias is by_option else "",
         ]

@@ -87,6 +87,7 @@ class ModelConfig:
     output_bias: bool  # a bias on o
     context: int
     eos: tuple[int, ...]
+    without_positions: frozenset[int] = frozenset()  # layers that do not rotate queries and keys
 
     @cached_property
     def lora_targets(self) -> tuple[LoraTarget, ...]:
@@ -136,7 +137,7 @@ class ModelConfig:
         kv_heads = _size(raw, "num_key_value_heads", directory, heads)
         if heads % kv_heads:
             raise UnsupportedModel(f"{directory}: {heads} heads do not divide over {kv_heads} key/value heads")
-        theta, scaling = _rope(raw, directory)
+        theta, scaling = _rope(raw, directory, architecture.rope_theta)
         return cls(
             model_type=architecture.model_type,
             vocab_size=_size(raw, "vocab_size", directory),
@@ -149,12 +150,13 @@ class ModelConfig:
             rms_eps=_number(raw, "rms_norm_eps", directory, 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            tied=bool(raw.get("tie_word_embeddings", False)),
+            tied=bool(raw.get("tie_word_embeddings", architecture.tied)),
             qk_norm=architecture.qk_norm,
             attention_bias=architecture.qkv_bias(raw),
             output_bias=architecture.output_bias(raw),
             context=_size(raw, "max_position_embeddings", directory),
             eos=end_tokens(raw, directory),
+            without_positions=architecture.without_positions(raw),
         )
 
 
@@ -234,12 +236,12 @@ def _ids(value: object, path: Path) -> set[int]:
     return set(ids)
 
 
-def _rope(raw: Mapping[str, Any], directory: Path) -> tuple[float, RopeScaling | None]:
+def _rope(raw: Mapping[str, Any], directory: Path, default_theta: float) -> tuple[float, RopeScaling | None]:
     """Theta and scaling from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before)."""
     old, new = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
     if not isinstance(old, dict) or not isinstance(new, dict):
         raise UnsupportedModel(f"{directory}/config.json: rope_scaling and rope_parameters are no objects")
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0), **(new or old)}
+    rope = {"rope_theta": raw.get("rope_theta", default_theta), **(new or old)}
     theta = _number(rope, "rope_theta", directory)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":

@@ -179,8 +179,9 @@ class Decoder:
         q, k, v = (x.unflatten(1, (-1, self.config.head_dim)) for x in (q, k, v))
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
-        q, k = (rope.rotated(x, cos_sin).to(self.attention_dtype) for x in (q, k))
-        o = attend(index, q, k, v.to(self.attention_dtype)).to(x_NH.dtype)
+        if index not in self.config.without_positions:
+            q, k = (rope.rotated(x, cos_sin) for x in (q, k))
+        o = attend(index, *(x.to(self.attention_dtype) for x in (q, k, v))).to(x_NH.dtype)
         return self._linear(index, "o", o, layer.o, adapt)[0]
 
     def _mlp(self, index: int, layer: LayerWeights, x_NH: Tensor, adapt: Adapt) -> Tensor:

@@ -21,6 +21,7 @@ from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.weight_files import BrokenModel
 from knapper.engine.sampling.kv_cache import Cache, capacity_for
 from knapper.errors import NotFound
+from tests.engine.strange import CONFIGS, strange_model
 from tests.engine.tiny import Kind, tiny_model
 
 kinds: tuple[Kind, ...] = ("llama", "llama_untied", "qwen3")
@@ -29,6 +30,12 @@ kinds: tuple[Kind, ...] = ("llama", "llama_untied", "qwen3")
 def decoder_of(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     config = ModelConfig.read(directory)
     return Decoder(config, weights.load(directory, config, dtype))
+
+
+def model_of(directory: Path, kind: str) -> Path:
+    if kind in CONFIGS:
+        return strange_model(directory, kind)
+    return tiny_model(directory, kind="qwen3" if kind == "qwen3" else "llama")
 
 
 def tokens_of(decoder: Decoder, lengths: Sequence[int], seed: int = 0) -> Tensor:
@@ -136,8 +143,11 @@ def test_gradients_equal_those_through_merged_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_sequence_has_the_same_bits_alone_and_packed(tmp_path: Path, dtype: torch.dtype, threads: int) -> None:
-    decoder = decoder_of(tiny_model(tmp_path), dtype)
+@pytest.mark.parametrize("kind", ["llama", "smollm3"])
+def test_a_sequence_has_the_same_bits_alone_and_packed(
+    tmp_path: Path, kind: str, dtype: torch.dtype, threads: int
+) -> None:
+    decoder = decoder_of(model_of(tmp_path, kind), dtype)
     lengths = [5, 33, 5, 70, 1, 33, 12]
     loras = [
         lora_of(decoder, seed=1),
@@ -163,10 +173,10 @@ def test_a_sequence_has_the_same_bits_alone_and_packed(tmp_path: Path, dtype: to
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_decoding_step_by_step_equals_one_pass(tmp_path: Path, kind: Kind) -> None:
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "smollm3"])
+def test_decoding_step_by_step_equals_one_pass(tmp_path: Path, kind: str) -> None:
     """Several sequences of different lengths and adapters, over several pools, through moves from pool to pool."""
-    decoder = decoder_of(tiny_model(tmp_path, kind=kind))
+    decoder = decoder_of(model_of(tmp_path, kind))
     lengths, prompts = [100, 75, 140, 66], [30, 3, 120, 60]
     loras = [lora_of(decoder, seed=1), None, lora_of(decoder, seed=2, rank=7), None]
     loras[3] = loras[0]
@@ -198,8 +208,9 @@ def test_decoding_step_by_step_equals_one_pass(tmp_path: Path, kind: Kind) -> No
         torch.testing.assert_close(torch.stack(gradients[index]), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_decoding_sequence_has_the_same_bits_alone_and_in_a_crowd(tmp_path: Path) -> None:
-    decoder = decoder_of(tiny_model(tmp_path))
+@pytest.mark.parametrize("kind", ["llama", "smollm3"])
+def test_a_decoding_sequence_has_the_same_bits_alone_and_in_a_crowd(tmp_path: Path, kind: str) -> None:
+    decoder = decoder_of(model_of(tmp_path, kind))
     loras = [lora_of(decoder, seed=seed, rank=rank) for seed, rank in ((1, 4), (2, 9), (3, 16))]
 
     def decoded(members: Sequence[int]) -> dict[int, list[Tensor]]:

@@ -177,7 +177,7 @@ def test_saves_and_snapshots_come_back_bit_for_bit(tmp_path: Path, kind: str, ta
     assert torch.equal(checkpoint_format.thaw(checkpoint_format.freeze(state), state.layout)[0], state.weights_P)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "smollm3"])  # that one is native
 def test_every_strange_model_starts_in_bfloat16(tmp_path: Path, kind: str) -> None:
     model = load(strange_model(tmp_path, kind), torch.bfloat16)
     assert model.computed_by == computed_by(tmp_path) == "transformers"
