@@ -51,6 +51,7 @@ class Balancer:
     pods: list[Pod]
     url: str = ""
     turns: Iterator[int] = field(default_factory=itertools.count)
+    statuses: list[int] = field(default_factory=list)
 
     async def forward(self, request: Request) -> Response:
         body = await request.body()
@@ -63,6 +64,7 @@ class Balancer:
                     answer = await http.request(request.method, url, content=body, headers=headers)
                 except httpx.TransportError:
                     continue
+                self.statuses.append(answer.status_code)
                 kept = {k: v for k, v in answer.headers.items() if k not in ("content-length", "content-encoding")}
                 return Response(answer.content, answer.status_code, kept)
         return Response(b"no pod", 502)
@@ -98,10 +100,11 @@ def pods(server: Server, tmp_path: Path, request: pytest.FixtureRequest) -> Iter
 
 
 @pytest.fixture
-def url(pods: list[Pod]) -> Iterator[str]:
-    app = Starlette(routes=[Route("/{path:path}", Balancer(pods).forward, methods=["GET", "POST", "DELETE"])])
-    with serve(app) as (url, _):
-        yield url
+def balancer(pods: list[Pod]) -> Iterator[Balancer]:
+    balancer = Balancer(pods)
+    app = Starlette(routes=[Route("/{path:path}", balancer.forward, methods=["GET", "POST", "DELETE"])])
+    with serve(app) as (balancer.url, _):
+        yield balancer
 
 
 def sampled(sampler: tinker.SamplingClient, count: int, disaster: Callable[[], None] = lambda: None) -> list[Any]:
@@ -124,9 +127,13 @@ def lived(url: str, model: Path, disaster: Callable[[], None] = lambda: None) ->
 
 @pytest.mark.timeout(120)
 def test_a_run_behind_two_gateways_of_which_one_is_killed_is_that_of_one(
-    server: Server, model: Path, pods: list[Pod], url: str
+    server: Server, model: Path, balancer: Balancer
 ) -> None:
-    assert lived(url, model, pods[0].kill) == lived(server.url, model)
+    def kill() -> None:
+        assert 410 not in balancer.statuses, "every sample was found at the first try"
+        balancer.pods[0].kill()
+
+    assert lived(balancer.url, model, kill) == lived(server.url, model)
 
 
 @pytest.mark.parametrize("pods", [{"KNAPPER_KEYS": "true"}], indirect=True)
