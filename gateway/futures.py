@@ -13,7 +13,7 @@ from gateway.services import Services, services_of
 from gateway.tenants import tenant_of
 from knapper import ids, limits
 from knapper.errors import Gone, KnapperError, NotFound, StoreError
-from knapper.ids import RunId, SamplerId, Tenant
+from knapper.ids import RunId, SamplerId, Tenant, session_of
 from knapper.state import damage
 from knapper.state.journal.records import Result
 from knapper.wire import requests
@@ -29,10 +29,11 @@ log = structlog.get_logger()
 async def retrieve_future(request: Request) -> Response:
     """200 with the result (a failure is JSON with `error`), 408 while there is none, 410 for a forgotten sample."""
     gateway, tenant = services_of(request), tenant_of(request)
-    poll = requests.decode(await bodies.read(request), requests.RetrieveFuture)
+    body = await bodies.read(request)
+    poll = requests.decode(body, requests.RetrieveFuture)
     training = ids.parse_training_request_id(poll.request_id)
     if training is None:
-        return await _sample(gateway, poll.request_id, tenant, request)
+        return await _sample(gateway, poll.request_id, tenant, request, body)
     run, seq = training
     try:
         await gateway.lookups.active_spec(run, tenant)
@@ -109,12 +110,15 @@ async def _wait(gateway: Services, run: RunId, seq: int, tenant: Tenant) -> Resu
             pass
 
 
-async def _sample(gateway: Services, request_id: str, tenant: Tenant, request: Request) -> Response:
+async def _sample(gateway: Services, request_id: str, tenant: Tenant, request: Request, poll: bytes) -> Response:
     if not request_id.startswith("s-"):
         raise NotFound(f"request {request_id!r} does not exist; allowed: a request_id that this server gave out")
     sample = gateway.sample_queue.find(request_id, tenant)
     if sample is None:
+        if (answer := await gateway.peers.forward(request, request_id, poll)) is not None:
+            return answer
         raise Gone(f"sample {request_id} is not known any more; send it again (the SDK does so by itself)")
+    gateway.heartbeats.record(session_of(sample.address[0]))  # the heartbeats may all go to another gateway
     loop = asyncio.get_running_loop()
     began = loop.time()
     for hold_s in (_FIRST_HOLD_S, _PAUSED_HOLD_S, limits.poll_hold_s):
@@ -178,8 +182,11 @@ def _try_again(request_id: str, queue_state: str, reason: str | None, notice: st
 async def cancel_future(request: Request) -> Response:
     """Ends a sample that its client no longer needs. Training operations are in the journal, and stay."""
     gateway, tenant = services_of(request), tenant_of(request)
-    cancellation = requests.decode(await bodies.read(request), requests.CancelFuture)
+    body = await bodies.read(request)
+    cancellation = requests.decode(body, requests.CancelFuture)
     sample = gateway.sample_queue.find(cancellation.request_id, tenant)
     if sample is not None:
         gateway.sample_queue.cancel(sample, Gone(f"sample {cancellation.request_id} was cancelled"))
+    else:
+        await gateway.peers.forward(request, cancellation.request_id, body)
     return JSONResponse({"status": "ok"})

@@ -16,6 +16,7 @@ from gateway.console.state import Console
 from gateway.heartbeats import Heartbeats
 from gateway.lookups import Lookups
 from gateway.openai.state import OpenAIState
+from gateway.peers import Peers
 from gateway.result_reader import ResultReader
 from gateway.rewards import RewardClient
 from gateway.sample_queue import SampleQueue
@@ -41,6 +42,7 @@ from knapper.state.api_keys import Keyring, Keys
 from knapper.state.audit import Audit
 from knapper.state.checkpoints import Checkpoints
 from knapper.state.daily_tokens import DailyTokens
+from knapper.state.gateways import Gateways
 from knapper.state.gc.collector import Collector
 from knapper.state.gc.lookups import Retention
 from knapper.state.holds import Holds
@@ -90,6 +92,7 @@ class _Clients:
     unservable_models: UnservableModels
     train: TrainStepClient
     samples: SampleQueue
+    peers: Peers
     rewards: RewardClient
 
 
@@ -105,7 +108,8 @@ async def open_services(
     async with AsyncExitStack() as stack:
         worker_pool = WorkerPool()
         stack.callback(worker_pool.close)
-        clients = await _clients(settings, state, sample_usage, sources, stack)
+        gateway = new_id()
+        clients = await _clients(settings, state, sample_usage, sources, gateway, stack)
         yield Services(
             store=store,
             acceptor=state.acceptor,
@@ -120,9 +124,10 @@ async def open_services(
             train_client=clients.train,
             unservable_models=clients.unservable_models,
             sample_queue=clients.samples,
+            peers=clients.peers,
             sample_usage=sample_usage,
             accounts=state.accounts,
-            admission=_admission(store, state, clients.samples.load, sample_usage, sources),
+            admission=_admission(store, state, clients.samples.load, sample_usage, sources, gateway),
             quota_file=QuotaFile(Path(settings.quotas), QuotaBook(store, monotonic)) if settings.quotas else None,
             prices=Prices.of(settings),
             reward_client=clients.rewards,
@@ -161,7 +166,9 @@ def _state(settings: Settings, store: Store, sources: Sources, wakeups: Wakeups)
     return _State(store, manifests, acceptor, Results(store, manifests), accounts, collector, lookups)
 
 
-def _admission(store: Store, state: _State, load: TenantLoad, counted: SampleUsage, sources: Sources) -> Admission:
+def _admission(
+    store: Store, state: _State, load: TenantLoad, counted: SampleUsage, sources: Sources, gateway: str
+) -> Admission:
     readers = Readers(
         QuotaBook(store, sources.monotonic),
         DailyTokens.over(store, state.accounts, sources.clock),
@@ -169,11 +176,16 @@ def _admission(store: Store, state: _State, load: TenantLoad, counted: SampleUsa
         Checkpoints(store, sources.clock),
         state.acceptor,
     )
-    return Admission(readers, Holds(store, sources.new_id(), sources.clock), load, counted, sources.monotonic)
+    return Admission(readers, Holds(store, gateway, sources.clock), load, counted, sources.monotonic)
 
 
 async def _clients(
-    settings: Settings, state: _State, sample_usage: SampleUsage, sources: Sources, stack: AsyncExitStack
+    settings: Settings,
+    state: _State,
+    sample_usage: SampleUsage,
+    sources: Sources,
+    gateway: str,
+    stack: AsyncExitStack,
 ) -> _Clients:
     key = FunctionKey(state.store, sources.new_id)
     try:
@@ -195,8 +207,17 @@ async def _clients(
         now=sources.monotonic,
     )
     first = int(sources.clock() * 1e6)
-    samples = SampleQueue(session, unservable_models, sources.new_id, sources.monotonic, sample_usage.count, first)
-    return _Clients(key, unservable_models, train, samples, RewardClient(http, settings.reward_url))
+    samples = SampleQueue(
+        session,
+        unservable_models,
+        lambda: f"{gateway}-{sources.new_id()}",  # any gateway sees in a request's id who keeps the sample
+        sources.monotonic,
+        sample_usage.count,
+        first,
+    )
+    gateways = Gateways(state.store, gateway, settings.address, sources.clock)
+    peers = Peers(await stack.enter_async_context(_plain_http_session()), gateways)
+    return _Clients(key, unservable_models, train, samples, peers, RewardClient(http, settings.reward_url))
 
 
 class _KeyAuth(httpx.Auth):
@@ -225,6 +246,11 @@ def _http_session(key: FunctionKey) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar(), middlewares=(send,)
     )
+
+
+def _plain_http_session() -> aiohttp.ClientSession:
+    """For requests to other gateways, which get the credentials of the client and none of ours."""
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar())
 
 
 def _subscription(name: str, stack: AsyncExitStack) -> "Subscription | None":

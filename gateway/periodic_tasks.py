@@ -71,6 +71,10 @@ async def end(gateway: Services) -> None:
         await write_sample_usage(gateway)
     except KnapperError as error:
         log.warning("tokens that were sampled lately are not counted", reason=str(error))
+    try:
+        await gateway.peers.gateways.withdraw()
+    except KnapperError as error:
+        log.warning("this gateway's address stays in the store for some minutes", reason=str(error))
 
 
 async def write_sample_usage(gateway: Services) -> None:
@@ -116,7 +120,8 @@ async def collect(gateway: Services) -> float | None:
 
 
 async def delete_stale_parts(gateway: Services) -> None:
-    """Delete parts of torn writes, and of uploads that no job took in time."""
+    """Delete parts of torn writes, of uploads that no job took in time, and what gateways that died left."""
+    await gateway.peers.gateways.delete_stale()
     if count := await forget_torn_writes(gateway.store, gateway.clock()):
         log.info("parts of torn writes are deleted", objects=count)
     if gateway.job_services is not None and (
@@ -139,6 +144,10 @@ async def tick(gateway: Services) -> None:
         await damage.unless(revive(gateway, run), None)
         gateway.unfinished_runs.checked(run)
     await gateway.admission.renew()
+    if gateway.sample_queue.empty:
+        await gateway.peers.gateways.withdraw(lambda: gateway.sample_queue.empty)
+    else:
+        await gateway.peers.gateways.publish()
 
 
 async def revive(gateway: Services, run: RunId) -> None:

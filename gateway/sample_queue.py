@@ -10,18 +10,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal
 
 import aiohttp
 import msgspec
 import structlog
 
-from gateway import errors
+from gateway import errors, sample_errors
 from gateway.tenant_load import TenantLoad
 from gateway.unservable import UnservableModels
 from knapper import ids, limits
 from knapper.concurrency.fair_share import FairShare
-from knapper.errors import Gone, KnapperError, RemoteError, TooLarge, TooMany, Unservable
+from knapper.errors import Gone, KnapperError, TooMany, Unservable
 from knapper.ids import SamplerId, SessionId, Tenant, session_of
 from knapper.web.backoff import Backoff
 from knapper.wire import progress
@@ -129,6 +128,11 @@ class SampleQueue:
     def open(self) -> int:
         """The number of samples that are not done."""
         return self._unfinished
+
+    @property
+    def empty(self) -> bool:
+        """Whether no sample is kept, waiting, under way or done."""
+        return not self._entries
 
     def active_samplers(self) -> set[SamplerId]:
         """Samplers of samples that are not done."""
@@ -305,9 +309,13 @@ class SampleQueue:
                 self._answered_at = self._now()
                 if status == 200:
                     self._unservable_models.remove(entry.url)
-                    return content if len(content) <= limits.sample_results_bytes_max else _oversized(len(content))
+                    return (
+                        content
+                        if len(content) <= limits.sample_results_bytes_max
+                        else sample_errors.oversized(len(content))
+                    )
                 reason = f"{status}: {content[:200].decode(errors='replace')}"
-                error = _error(status, content)
+                error = sample_errors.remote(status, content)
                 entry.unservable = str(error) if error.code == Unservable.code else ""
                 if entry.unservable:
                     self._unservable_models.add(entry.url, entry.unservable)
@@ -372,29 +380,3 @@ class SampleQueue:
         self._result_bytes += len(body or b"")
         entry.done.set()
         self.expire()
-
-
-def _oversized(size: int) -> TooLarge:
-    """The result for a response too large to keep until its client fetches it: without one, the client would retry."""
-    return TooLarge(
-        f"the answer has {size} bytes; allowed: {limits.sample_results_bytes_max}. "
-        f"Ask for fewer samples or alternatives at once"
-    )
-
-
-class _ErrorBody(msgspec.Struct):
-    """An error of the sample function; all defaults for one of a proxy."""
-
-    detail: str = ""
-    code: str = KnapperError.code
-    category: Literal["", "user", "server"] = ""
-    field: str | None = None
-
-
-def _error(status: int, content: bytes) -> RemoteError:
-    try:
-        body = msgspec.json.decode(content, type=_ErrorBody)
-    except msgspec.MsgspecError:
-        body = _ErrorBody()
-    category = body.category or ("user" if status < 500 else "server")
-    return RemoteError(body.detail or f"the sample function answered {status}", body.code, status, category, body.field)

@@ -82,5 +82,6 @@ async def asample(request: Request) -> Response:
         if await gateway.admission.counts_tokens(tenant):
             tokens = sample.tokens_max((await gateway.lookups.model(sampler.base_model)).context)
         await gateway.admission.expect_samples(tenant, sample.num_samples, tokens)
+        await gateway.peers.gateways.publish()  # before it is acknowledged: any gateway may be polled for it
         entry = gateway.sample_queue.submit(address, tenant, sample.num_samples, url, sample.call, tokens=tokens)
     return JSONResponse({"request_id": entry.request_id, "sample_sequence_ids": entry.sequence_ids})

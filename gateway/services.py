@@ -13,6 +13,7 @@ from gateway.console.state import Console
 from gateway.heartbeats import Heartbeats
 from gateway.lookups import Lookups
 from gateway.openai.state import OpenAIState
+from gateway.peers import Peers
 from gateway.result_reader import ResultReader
 from gateway.sample_queue import SampleQueue
 from gateway.sample_usage import SampleUsage
@@ -74,6 +75,7 @@ class Services:
     train_client: TrainStepClient
     unservable_models: UnservableModels
     sample_queue: SampleQueue
+    peers: Peers  # the other gateways over this store
     sample_usage: SampleUsage
     accounts: Accounts
     admission: Admission

@@ -211,11 +211,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 30 * 86400.0
     pod_ip: Annotated[
         str,
-        Meta(description="This train_step pod's IP: the gateway notifies it there, at Knative's queue-proxy (8012)."),
+        Meta(description="This pod's IP: gateways reach a train_step, or each other, there at queue-proxy (8012)."),
     ] = ""
     holder_address: Annotated[
         str,
-        Meta(description="The same as a URL, for a process that is no pod. Both empty: only its service is notified."),
+        Meta(description="The same as a URL, for a process that is no pod. Both empty: only its service reaches it."),
     ] = ""
     pod_snapshot: Annotated[
         str,

@@ -70,10 +70,13 @@ def services(target: DoctorTarget) -> Iterator[Finding]:
             if LABEL in service["metadata"].get("labels", {}) and not wanted(value):
                 yield Finding(f"{about} {key}", "wrong", value, "apply knative/overlays again: it was changed by hand")
         most = notes.get("autoscaling.knative.dev/max-scale", "0")
-        if service["metadata"].get("labels", {}).get("app.kubernetes.io/name") == "gateway" and most != "1":
+        environment = service["spec"]["template"]["spec"]["containers"][0].get("env", [])
+        addressed = any(each["name"] == "KNAPPER_POD_IP" for each in environment)
+        is_gateway = service["metadata"].get("labels", {}).get("app.kubernetes.io/name") == "gateway"
+        if is_gateway and most != "1" and not addressed:
             remedy = (
-                "set max-scale to 1: gateways do not know each other's samples in flight, and a client whose "
-                "requests go to two in turn is never answered"
+                "set max-scale to 1, or apply knative/overlays again: without KNAPPER_POD_IP gateways do not find each "
+                "other's samples, and a client whose requests go to two in turn is never answered"
             )
             yield Finding(f"{about} max-scale", "wrong", most, remedy)
         image = service["spec"]["template"]["spec"]["containers"][0]["image"]

@@ -60,6 +60,8 @@ class ObjectKind(Enum):
     # Quotas: all tenants' in one record, of which the highest n wins; and what each gateway has under way for a tenant
     QUOTAS = ("quotas/<n>", "Quotas", "state.quotas")
     HOLD = ("held/<tenant>/<gateway>/<hold>", EMPTY, "state.holds")
+    # Where a gateway that keeps samples is reached by the others
+    GATEWAY = ("gateways/<gateway>/<us>-<address>", EMPTY, "state.gateways")
     # The collector's marks
     COLLECT_BEGUN = ("collect/begun", EMPTY, "state.gc.marks")
     COLLECT_NOW = ("collect/now/<session>/<what>", EMPTY, "state.gc.marks")

@@ -137,9 +137,10 @@ BROKEN: dict[str, tuple[Callable[[Cluster], object], str, str]] = {
         lambda cluster: template(cluster)["metadata"]["annotations"].pop("autoscaling.knative.dev/max-scale"),
         "Service train-step max-scale", "apply",
     ),
-    "a second gateway": (
-        lambda cluster: template(cluster, "gateway")["metadata"]["annotations"].update(
-            {"autoscaling.knative.dev/max-scale": "2"}
+    "a second gateway that the first cannot reach": (
+        lambda cluster: (
+            template(cluster, "gateway")["metadata"]["annotations"].update({"autoscaling.knative.dev/max-scale": "2"}),
+            template(cluster, "gateway")["spec"]["containers"][0].pop("env"),
         ),
         "Service gateway max-scale", "set max-scale to 1",
     ),
