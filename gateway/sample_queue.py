@@ -10,18 +10,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal
 
 import aiohttp
 import msgspec
 import structlog
 
-from gateway import errors
+from gateway import errors, sample_errors
 from gateway.tenant_load import TenantLoad
 from gateway.unservable import UnservableModels
 from knapper import ids, limits
 from knapper.concurrency.fair_share import FairShare
-from knapper.errors import Gone, KnapperError, RemoteError, TooLarge, TooMany, Unservable
+from knapper.errors import Gone, KnapperError, TooMany, Unservable
 from knapper.ids import SamplerId, SessionId, Tenant, session_of
 from knapper.web.backoff import Backoff
 from knapper.wire import progress
@@ -59,6 +58,9 @@ class QueuedSample:
     body: bytes | None = None
     error: KnapperError | None = None
     task: asyncio.Task[None] | None = None
+    submitted_at: float = 0.0
+    sampler: str = ""  # backend and dtype, as the response reports them
+    drawn_by: str = ""  # the weights that drew it, for its answer
     sent_at: float = float("inf")  # when it first went to the sample function
     wait_reported: bool = False  # its client knows that it waits
     refused_since: float | None = None
@@ -106,6 +108,8 @@ class SampleQueue:
         now: Callable[[], float],
         on_success: Callable[[Tenant, str, bytes, bytes, float], None],
         first: int = 0,
+        *,
+        on_drawn: Callable[[QueuedSample, bytes], None] = lambda _entry, _response: None,
     ) -> None:
         self._http = http
         self._unservable_models = unservable_models
@@ -113,6 +117,7 @@ class SampleQueue:
         self._new_id = new_id
         self._now = now
         self._on_success = on_success
+        self._on_drawn = on_drawn
         self._entries: dict[str, QueuedSample] = {}
         self._by_address: dict[tuple[SamplerId, int], QueuedSample] = {}
         self._waiting: dict[tuple[Tenant, SamplerId], deque[QueuedSample]] = {}  # none is empty
@@ -165,8 +170,9 @@ class SampleQueue:
                 f"{self._unfinished} samples wait; allowed: {limits.samples_waiting_max}; send it again later"
             )
         entry = QueuedSample(
-            f"s-{self._new_id()}", address, tenant, num_samples, url, call, tokens, wait_if_unservable, on_token
-        )
+            f"s-{self._new_id()}", address, tenant, num_samples, url, call, tokens, wait_if_unservable, on_token,
+            submitted_at=self._now(),
+        )  # fmt: skip
         self._entries[entry.request_id] = self._by_address[entry.address] = entry
         self._waiting.setdefault(entry.share_key, deque()).append(entry)
         self._shares.join(*entry.share_key)
@@ -305,9 +311,13 @@ class SampleQueue:
                 self._answered_at = self._now()
                 if status == 200:
                     self._unservable_models.remove(entry.url)
-                    return content if len(content) <= limits.sample_results_bytes_max else _oversized(len(content))
+                    return (
+                        content
+                        if len(content) <= limits.sample_results_bytes_max
+                        else sample_errors.oversized(len(content))
+                    )
                 reason = f"{status}: {content[:200].decode(errors='replace')}"
-                error = _error(status, content)
+                error = sample_errors.decode(status, content)
                 entry.unservable = str(error) if error.code == Unservable.code else ""
                 if entry.unservable:
                     self._unservable_models.add(entry.url, entry.unservable)
@@ -333,6 +343,7 @@ class SampleQueue:
         headers = {"Content-Type": "application/json", "Knapper-Tenant": entry.tenant}  # for its own fair share
         async with self._http.post(entry.url, data=entry.call, headers=headers, timeout=_TIMEOUT) as response:
             entry.device_s = progress.device_s(response.headers.get(progress.DEVICE_S))
+            entry.sampler = progress.sampler(response.headers.get(progress.SAMPLER, ""))
             if entry.on_token is None or response.status != 200:
                 return response.status, await response.read()
             try:
@@ -361,6 +372,7 @@ class SampleQueue:
         elif body is not None:
             session = session_of(entry.address[0])
             self._on_success(entry.tenant, session if ids.is_session(session) else "", entry.call, body, entry.device_s)
+            self._on_drawn(entry, body)
         entry.call = b""
         entry.body, entry.done_at = body, self._now()
         self._number += 1
@@ -372,29 +384,3 @@ class SampleQueue:
         self._result_bytes += len(body or b"")
         entry.done.set()
         self.expire()
-
-
-def _oversized(size: int) -> TooLarge:
-    """The result for a response too large to keep until its client fetches it: without one, the client would retry."""
-    return TooLarge(
-        f"the answer has {size} bytes; allowed: {limits.sample_results_bytes_max}. "
-        f"Ask for fewer samples or alternatives at once"
-    )
-
-
-class _ErrorBody(msgspec.Struct):
-    """An error of the sample function; all defaults for one of a proxy."""
-
-    detail: str = ""
-    code: str = KnapperError.code
-    category: Literal["", "user", "server"] = ""
-    field: str | None = None
-
-
-def _error(status: int, content: bytes) -> RemoteError:
-    try:
-        body = msgspec.json.decode(content, type=_ErrorBody)
-    except msgspec.MsgspecError:
-        body = _ErrorBody()
-    category = body.category or ("user" if status < 500 else "server")
-    return RemoteError(body.detail or f"the sample function answered {status}", body.code, status, category, body.field)
