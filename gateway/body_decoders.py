@@ -12,7 +12,8 @@ import msgspec
 
 from knapper.errors import UserError
 from knapper.state.journal.accept import PackedBody, pack
-from knapper.wire import json_forward, proto, sample_requests, scan
+from knapper.wire import fingerprints, json_forward, proto, sample_requests, scan
+from knapper.wire.fingerprints import PassContent
 from knapper.wire.types import ForwardBackward
 
 Address = tuple[str, int]  # (model_id, seq_id)
@@ -27,6 +28,8 @@ class DecodedOperation:
     seq: int
     packed: PackedBody
     tokens: int = 0
+    content: PassContent | None = None  # of a pass that differentiates
+    optimizer: bool = False  # a load asks for the optimizer's state
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def protobuf_forward(body: bytes) -> DecodedRequest:
         model_id, seq, tokens = proto.check_forward_backward(body)
     except UserError as error:
         return RefusedRequest(error, pack(body), scan.peek(body))
-    return DecodedOperation(model_id, seq, pack(body), tokens)
+    return DecodedOperation(model_id, seq, pack(body), tokens, _content(body))
 
 
 def json_forward_backward(body: bytes) -> DecodedRequest:
@@ -67,8 +70,18 @@ def _json_forward(body: bytes, decode: Callable[[bytes], ForwardBackward]) -> De
         operation = decode(body)
     except UserError as error:
         return RefusedRequest(error, pack(body), address(body))
-    packed = replace(pack(proto.encode_forward_backward(operation)), asked_sha256=hashlib.sha256(body).digest())
-    return DecodedOperation(operation.run, operation.seq, packed, sum(datum.tokens.size for datum in operation.data))
+    encoded = proto.encode_forward_backward(operation)
+    packed = replace(pack(encoded), asked_sha256=hashlib.sha256(body).digest())
+    tokens = sum(datum.tokens.size for datum in operation.data)
+    return DecodedOperation(operation.run, operation.seq, packed, tokens, _content(encoded))
+
+
+def _content(body: bytes) -> PassContent | None:
+    """Nothing of a body that the trainer will refuse anyway."""
+    try:
+        return fingerprints.of_pass(body)
+    except UserError:
+        return None
 
 
 class _Addressed(msgspec.Struct):

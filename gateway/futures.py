@@ -19,6 +19,7 @@ from knapper.state.journal.records import Result
 from knapper.wire import requests
 
 _PROTOBUF = "application/x-protobuf"
+_WEIGHTS = "Knapper-Weights"  # a header of an answered sample: the weights that drew it
 _FIRST_HOLD_S = 1.1  # of a sample: its client learns of a cold start as soon as it counts as one
 _PAUSED_HOLD_S = 5.0  # polls of a cold start, or of an operation that does not arrive, return early with the reason
 _READ_EVERY_S = 1.0  # polls also read the store: a doorbell may be lost, or another gateway may have rung
@@ -50,9 +51,12 @@ async def retrieve_future(request: Request) -> Response:
     if isinstance(result, str):
         if seq > gateway.results.applied(run) and await gateway.acceptor.missing(run, seq):
             return JSONResponse(_forgotten(run, seq))
-        notice = result or gateway.train_client.refusal(run)
+        notice = result or gateway.train_client.refusal(run) or gateway.monitor.take_notice(run)
         return _try_again(poll.request_id, *gateway.train_client.queue_state(run), notice=notice)
-    return await _respond(request, result.body, result.content_type, body_decoders.forward_json)
+    response = await _respond(request, result.body, result.content_type, body_decoders.forward_json)
+    if alarm := gateway.monitor.take_notice(run):
+        response.headers.update(errors.notice(alarm))
+    return response
 
 
 async def _damaged(request_id: str, run: RunId, error: KnapperError) -> Response:
@@ -135,7 +139,10 @@ async def _sample(gateway: Services, request_id: str, tenant: Tenant, request: R
                 return _try_again(request_id, *state, notice=notice)  # the SDK prints the reason, once a minute
     if sample.body is None:
         raise Gone(f"sample {request_id} is not known any more; send it again (the SDK does so by itself)")
-    return await _respond(request, sample.body, sample.content_type, body_decoders.sample_json)
+    response = await _respond(request, sample.body, sample.content_type, body_decoders.sample_json)
+    if sample.drawn_by:
+        response.headers[_WEIGHTS] = sample.drawn_by
+    return response
 
 
 async def retrieve_futures(request: Request) -> Response:

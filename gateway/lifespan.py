@@ -1,5 +1,6 @@
 """Builds the gateway's services from its settings, and closes them when the gateway stops."""
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import httpx
 from gateway.admission import Admission, Readers
 from gateway.body_budget import budget
 from gateway.console.state import Console
+from gateway.diagnostics.monitor import Monitor
 from gateway.heartbeats import Heartbeats
 from gateway.lookups import Lookups
 from gateway.openai.state import OpenAIState
@@ -48,6 +50,7 @@ from knapper.state.gc.lookups import Retention
 from knapper.state.holds import Holds
 from knapper.state.journal.accept import Acceptor
 from knapper.state.journal.newest import Manifests
+from knapper.state.journal.records import Commit
 from knapper.state.journal.results import Results
 from knapper.state.ledger import Accounts
 from knapper.state.open_runs import OpenRuns
@@ -109,7 +112,10 @@ async def open_services(
         worker_pool = WorkerPool()
         stack.callback(worker_pool.close)
         gateway = new_id()
-        clients = await _clients(settings, state, sample_usage, sources, gateway, stack)
+        monitor = Monitor(store, state.lookups, clock, monotonic)
+        clients = await _clients(settings, state, sample_usage, monitor, sources, gateway, stack)
+        watching = asyncio.create_task(monitor.work())
+        stack.callback(watching.cancel)
         yield Services(
             store=store,
             acceptor=state.acceptor,
@@ -126,6 +132,7 @@ async def open_services(
             sample_queue=clients.samples,
             peers=clients.peers,
             sample_usage=sample_usage,
+            monitor=monitor,
             accounts=state.accounts,
             admission=_admission(store, state, clients.samples.load, sample_usage, sources, gateway),
             quota_file=QuotaFile(Path(settings.quotas), QuotaBook(store, monotonic)) if settings.quotas else None,
@@ -183,6 +190,7 @@ async def _clients(
     settings: Settings,
     state: _State,
     sample_usage: SampleUsage,
+    monitor: Monitor,
     sources: Sources,
     gateway: str,
     stack: AsyncExitStack,
@@ -195,13 +203,18 @@ async def _clients(
     http = await stack.enter_async_context(_http_client(key))
     session = await stack.enter_async_context(_http_session(key))
     unservable_models = UnservableModels()
+
+    def note_committed(run: RunId, n: int, commit: Commit) -> None:
+        state.accounts.note_committed(run, n, commit)
+        monitor.note_committed(run, commit)
+
     train = TrainStepClient(
         session,
         unservable_models,
         state.results,
         url_of=partial(_train_step_url, state.lookups, settings.train_step_url),
         holder_of=partial(_holder_of, state.manifests),
-        on_commit=state.accounts.note_committed,
+        on_commit=note_committed,
         on_missing_run=state.lookups.forget_run,
         new_id=sources.new_id,
         now=sources.monotonic,
@@ -214,6 +227,7 @@ async def _clients(
         sources.monotonic,
         sample_usage.count,
         first,
+        on_drawn=monitor.note_sample,
     )
     gateways = Gateways(state.store, gateway, settings.address, sources.clock)
     peers = Peers(await stack.enter_async_context(_plain_http_session()), gateways)

@@ -1,4 +1,4 @@
-"""Why a sample failed, as its client is told."""
+"""Errors of samples: of the sample function's response, and of one that is too large."""
 
 from typing import Literal
 
@@ -25,8 +25,8 @@ class _ErrorBody(msgspec.Struct):
     field: str | None = None
 
 
-def remote(status: int, content: bytes) -> RemoteError:
-    """The error that the sample function answered, or a proxy before it."""
+def decode(status: int, content: bytes) -> RemoteError:
+    """The error in a response of the sample function."""
     try:
         body = msgspec.json.decode(content, type=_ErrorBody)
     except msgspec.MsgspecError:

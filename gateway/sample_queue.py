@@ -58,6 +58,9 @@ class QueuedSample:
     body: bytes | None = None
     error: KnapperError | None = None
     task: asyncio.Task[None] | None = None
+    submitted_at: float = 0.0
+    sampler: str = ""  # backend and dtype, as the response reports them
+    drawn_by: str = ""  # the weights that drew it, for its answer
     sent_at: float = float("inf")  # when it first went to the sample function
     wait_reported: bool = False  # its client knows that it waits
     refused_since: float | None = None
@@ -105,6 +108,8 @@ class SampleQueue:
         now: Callable[[], float],
         on_success: Callable[[Tenant, str, bytes, bytes, float], None],
         first: int = 0,
+        *,
+        on_drawn: Callable[[QueuedSample, bytes], None] = lambda _entry, _response: None,
     ) -> None:
         self._http = http
         self._unservable_models = unservable_models
@@ -112,6 +117,7 @@ class SampleQueue:
         self._new_id = new_id
         self._now = now
         self._on_success = on_success
+        self._on_drawn = on_drawn
         self._entries: dict[str, QueuedSample] = {}
         self._by_address: dict[tuple[SamplerId, int], QueuedSample] = {}
         self._waiting: dict[tuple[Tenant, SamplerId], deque[QueuedSample]] = {}  # none is empty
@@ -169,8 +175,9 @@ class SampleQueue:
                 f"{self._unfinished} samples wait; allowed: {limits.samples_waiting_max}; send it again later"
             )
         entry = QueuedSample(
-            f"s-{self._new_id()}", address, tenant, num_samples, url, call, tokens, wait_if_unservable, on_token
-        )
+            f"s-{self._new_id()}", address, tenant, num_samples, url, call, tokens, wait_if_unservable, on_token,
+            submitted_at=self._now(),
+        )  # fmt: skip
         self._entries[entry.request_id] = self._by_address[entry.address] = entry
         self._waiting.setdefault(entry.share_key, deque()).append(entry)
         self._shares.join(*entry.share_key)
@@ -315,7 +322,7 @@ class SampleQueue:
                         else sample_errors.oversized(len(content))
                     )
                 reason = f"{status}: {content[:200].decode(errors='replace')}"
-                error = sample_errors.remote(status, content)
+                error = sample_errors.decode(status, content)
                 entry.unservable = str(error) if error.code == Unservable.code else ""
                 if entry.unservable:
                     self._unservable_models.add(entry.url, entry.unservable)
@@ -341,6 +348,7 @@ class SampleQueue:
         headers = {"Content-Type": "application/json", "Knapper-Tenant": entry.tenant}  # for its own fair share
         async with self._http.post(entry.url, data=entry.call, headers=headers, timeout=_TIMEOUT) as response:
             entry.device_s = progress.device_s(response.headers.get(progress.DEVICE_S))
+            entry.sampler = progress.sampler(response.headers.get(progress.SAMPLER, ""))
             if entry.on_token is None or response.status != 200:
                 return response.status, await response.read()
             try:
@@ -369,6 +377,7 @@ class SampleQueue:
         elif body is not None:
             session = session_of(entry.address[0])
             self._on_success(entry.tenant, session if ids.is_session(session) else "", entry.call, body, entry.device_s)
+            self._on_drawn(entry, body)
         entry.call = b""
         entry.body, entry.done_at = body, self._now()
         self._number += 1

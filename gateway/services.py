@@ -10,6 +10,7 @@ from starlette.requests import Request
 from gateway.admission import Admission
 from gateway.body_budget import Budget
 from gateway.console.state import Console
+from gateway.diagnostics.monitor import Monitor
 from gateway.heartbeats import Heartbeats
 from gateway.lookups import Lookups
 from gateway.openai.state import OpenAIState
@@ -77,6 +78,7 @@ class Services:
     sample_queue: SampleQueue
     peers: Peers  # the other gateways over this store
     sample_usage: SampleUsage
+    monitor: Monitor
     accounts: Accounts
     admission: Admission
     quota_file: QuotaFile | None  # None: quotas are set by commands alone

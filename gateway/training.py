@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from gateway import bodies, body_decoders
 from gateway.body_decoders import DecodedOperation, DecodedRequest, RefusedRequest
+from gateway.diagnostics.monitor import Accepted
 from gateway.services import Services, services_of
 from gateway.tenants import on_this_machine, tenant_of
 from knapper import ids, limits
@@ -77,7 +78,7 @@ async def load_weights(request: Request) -> Response:
     except UserError as error:
         return await _reject(gateway, tenant, RefusedRequest(error, pack(body), body_decoders.address(body)))
     if run is None:
-        operation = DecodedOperation(load.model_id or "", load.seq_id or 0, pack(body))
+        operation = DecodedOperation(load.model_id or "", load.seq_id or 0, pack(body), optimizer=load.optimizer)
         return await _accept(gateway, tenant, "load_weights", operation)
     await gateway.lookups.open_session(load.session(), tenant)
     checkpoint = await gateway.checkpoints.resolve(TinkerPath.parse(load.path), tenant)
@@ -111,6 +112,8 @@ async def _create(gateway: Services, tenant: Tenant, creation: Creation, body: b
         await gateway.tenant_index.remove_run(session, run)
         raise
     await _mark_used(gateway, tenant, run)
+    accepted = Accepted("create", optimizer=creation.with_optimizer, source=creation.source)
+    await gateway.monitor.note_accepted(run, 0, accepted)
     await gateway.acceptor.create(creation, body)
     gateway.train_client.ring(run, 0)
     return _future(run, 0)
@@ -242,7 +245,9 @@ async def _accept(
     accepted_at = None
     try:
         await _mark_used(gateway, tenant, run)
-        accepted_at = await gateway.acceptor.accept(run, seq, kind, operation.packed)
+        provenance = await gateway.monitor.trace(tenant, run, operation.content)
+        await gateway.monitor.note_accepted(run, seq, Accepted(kind, provenance, operation.optimizer))
+        accepted_at = await gateway.acceptor.accept(run, seq, kind, operation.packed, provenance)
     finally:
         if accepted_at is None:  # a repetition, or an error
             gateway.admission.give_back(tenant, taken)
@@ -262,6 +267,7 @@ async def _reject(gateway: Services, tenant: Tenant, refused: RefusedRequest) ->
     run = await _trainable(gateway, tenant, model_id)
     await _expect_capacity(gateway, run, seq)
     await _mark_used(gateway, tenant, run)
+    await gateway.monitor.note_accepted(run, seq, Accepted("tombstone"))
     await gateway.acceptor.reject(run, seq, refused.packed, str(refused.error))
     gateway.train_client.ring(run, seq)
     return _future(run, seq)

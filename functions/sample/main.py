@@ -14,7 +14,7 @@ from knapper.observability import traces
 from knapper.serving import gates, http, jobs, metrics_page, progress
 from knapper.serving.sampler import served
 from knapper.wire import proto, sample_requests
-from knapper.wire.progress import DEVICE_S, FRAMES
+from knapper.wire.progress import DEVICE_S, FRAMES, SAMPLER
 
 gates.sampler()  # before the port binds: the first request finds the weights, or the reason why they are missing
 key = FunctionKey(jobs.job_services().store)
@@ -42,5 +42,5 @@ async def sample(request: Request) -> Response:
         output = await http.while_connected(request, model.sampler.sample(sample_request))
     except KnapperError as error:
         return http.error(error)
-    headers = {DEVICE_S: repr(output.device_s)}
+    headers = {DEVICE_S: repr(output.device_s), SAMPLER: model.sampled_by}
     return Response(proto.encode_sample_response(output), media_type="application/x-protobuf", headers=headers)

@@ -88,7 +88,7 @@ class TrainingMachine:
             case "save_weights" | "save_weights_for_sampler" | "save_weights_external":
                 yield
                 files = checkpoint_format.export(state, with_optimizer=operation.kind == "save_weights")
-                return Outcome(state, "application/json", b"", export=files)
+                return Outcome(state, "application/json", b"", export=files, step=state.moments.step)
             case _:
                 raise Corrupt(f"operation {operation.seq} of {operation.run} is of kind {operation.kind}")
 

@@ -17,7 +17,7 @@ from knapper.state.journal.newest import Manifests
 from knapper.state.journal.records import Creation, Kind, Result, Spec
 from knapper.state.journal.results import Results
 from knapper.store import Store
-from knapper.wire import proto, requests
+from knapper.wire import proto, reductions, requests
 from knapper.wire.types import AdamW, Datum, ForwardBackward, ForwardBackwardOutput
 
 _TOKENS_MAX = 8192  # of one forward_backward: bounds how long a cancelled job goes on; a longer datum goes alone
@@ -96,7 +96,7 @@ class RunClient:
     async def forward_backward(
         self, data: Sequence[Datum], loss: str, config: dict[str, float], *, forward_only: bool = False
     ) -> ForwardBackwardOutput:
-        """Over all data, in as many operations as needed; metrics are sums, and are added up."""
+        """Over all data, in as many operations as needed; metrics are joined by their reductions."""
         outputs: list[dict[str, Any]] = []
         metrics: dict[str, float] = {}
         for chunk in chunks(data):
@@ -105,8 +105,7 @@ class RunClient:
             result = await self._apply("forward_backward", proto.encode_forward_backward(request), tokens)
             output = proto.decode_forward_backward_output(result.body)
             outputs += output.outputs
-            for name, value in output.metrics.items():
-                metrics[name] = metrics.get(name, 0.0) + value
+            metrics = reductions.join(metrics, output.metrics)
             self.tokens += tokens
         return ForwardBackwardOutput(outputs, metrics)
 

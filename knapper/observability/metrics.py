@@ -53,6 +53,24 @@ unreadable_objects = Counter(
     "Unreadable objects met in the store, damaged or of a newer format; `knapper verify` lists them.",
     registry=REGISTRY,
 )
+samples_drawn = Counter(
+    "knapper_samples_drawn", "Samples answered, by sampler (backend and dtype).", ["sampler"], registry=REGISTRY
+)
+sample_age = Histogram(
+    "knapper_sample_age_updates",
+    "Updates of a run between the weights that drew its data and those that were trained on it, by data and pass.",
+    buckets=(0, 1, 2, 4, 8, 16, 32, 64, 128), registry=REGISTRY,
+)  # fmt: skip
+sampler_trainer_kl = Histogram(
+    "knapper_sampler_trainer_kl", "Estimate k2 of KL(sampler, trainer) a token, by optimizer step.",
+    buckets=(1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0), registry=REGISTRY,
+)  # fmt: skip
+alarms = Counter(
+    "knapper_alarms",
+    "Alarms raised to users: stale_sampler, other_adapter, wrong_temperature, sampler_trainer_mismatch, doubled_step, "
+    "repeated_data, fresh_optimizer.",
+    ["alarm"], registry=REGISTRY,
+)  # fmt: skip
 samples_waiting = Gauge("knapper_samples_waiting", "Samples requested and not finished.", registry=REGISTRY)
 
 

@@ -76,6 +76,7 @@ class ServingEngine:
     runs: ClaimedRuns[RunState]
     sampler: EngineSampler
     job_services: JobServices
+    sampled_by: str  # backend and dtype of the sampler
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def engine() -> ServingEngine:
         runs=runs,
         sampler=sampler,
         job_services=open_job_services(settings, store, time.time),
+        sampled_by=f"engine {terms.dtype}",
     )
 
 

@@ -39,6 +39,7 @@ class Served:
     context: int
     sampler: SamplerProtocol
     job_services: JobServices
+    sampled_by: str  # backend and dtype
 
 
 def served() -> Served:
@@ -46,7 +47,9 @@ def served() -> Served:
     if Settings.load(os.environ).sampler == "vllm":
         return gates.vllm().value()
     engine = gates.engine().value()
-    return Served(engine.base_model, engine.directory, engine.context, engine.sampler, engine.job_services)
+    return Served(
+        engine.base_model, engine.directory, engine.context, engine.sampler, engine.job_services, engine.sampled_by
+    )
 
 
 def by_vllm(settings: Settings) -> Served:
@@ -58,7 +61,7 @@ def by_vllm(settings: Settings) -> Served:
     began = time.monotonic()
     expect_files(Path(settings.model_directory))
     store = CountedStore(open_store(settings))
-    sampler, context = open_sampler(settings, store, os.environ)
+    sampler, context, dtype = open_sampler(settings, store, os.environ)
     metrics.stage("weights", time.monotonic() - began)
     job_services = open_job_services(settings, store, time.time)
-    return Served(settings.model, Path(settings.model_directory), context, sampler, job_services)
+    return Served(settings.model, Path(settings.model_directory), context, sampler, job_services, f"vllm {dtype}")

@@ -19,7 +19,7 @@ from knapper.state.dead_letters import DeadLetter
 from knapper.state.job_records import Control, Evaluated, Refusal, Rollouts, Scores, Started, Trained, Waiting
 from knapper.state.journal import bundles
 from knapper.state.journal.accept import decode_creation
-from knapper.state.journal.records import Commit, End, Index, Manifest, Operation, Record, decode
+from knapper.state.journal.records import Alarm, Commit, End, Index, Manifest, Operation, Record, decode
 from knapper.state.layout import ObjectKind
 from knapper.state.model_record import ModelRecord
 from knapper.state.probe_results import ProbeResult
@@ -55,7 +55,7 @@ class SecretOrBare:
 Holds = type[Record] | Empty | BundlePart | NamedByHash | SecretOrBare
 
 _RECORDS: Final[tuple[type[Record], ...]] = (
-    Assignment, Checkpoint, Commit, Control, DeadLetter, End, Entry, Evaluated, Finish, Index, Key, Manifest,
+    Alarm, Assignment, Checkpoint, Commit, Control, DeadLetter, End, Entry, Evaluated, Finish, Index, Key, Manifest,
     ModelRecord, Operation, ProbeResult, Quotas, Refusal, Rollouts, Sampler, Samplings, Scores, Session, Started,
     Trained, Waiting,
 )  # fmt: skip

@@ -28,6 +28,7 @@ class ObjectKind(Enum):
     COMMIT = ("runs/<place>/out/<n>", "Commit", "state.journal.run, state.journal.ends")
     MANIFEST = ("runs/<place>/manifest/<n>", "Manifest", "state.journal.run, state.gc.journal")
     END = ("runs/<place>/end/<n>", "End", "state.journal.ends")
+    ALARM = ("runs/<place>/alarm/<seq>/<alarm>", "Alarm", "state.alarms")
     ACCOUNTED = ("runs/<place>/used/<through>", EMPTY, "state.ledger")
     # Bundles: the index is written last.
     SNAPSHOT_INDEX = ("runs/<place>/snap/<seq>-<epoch>/index", "Index", "state.journal.bundles")
@@ -178,6 +179,14 @@ def end(run: RunId, n: int) -> str:
 
 def ends(run: RunId) -> str:
     return ObjectKind.END.under(_hashed(run))
+
+
+def alarm(run: RunId, seq: int, name: str) -> str:
+    return ObjectKind.ALARM.key(_hashed(run), seq, name)
+
+
+def alarms(run: RunId) -> str:
+    return ObjectKind.ALARM.under(_hashed(run))
 
 
 def accounted(run: RunId) -> str:

@@ -37,8 +37,8 @@ _BLOCK: Final = 128  # positions in a block of the KV cache there
 log = structlog.get_logger()
 
 
-def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, str]) -> tuple[VllmSampler, int]:
-    """(the sampler, the context in tokens). Blocks until it can sample, or vLLM did not start.
+def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, str]) -> tuple[VllmSampler, int, str]:
+    """(the sampler, the context in tokens, the dtype). Blocks until it can sample, or vLLM did not start.
 
     Raises UnsupportedModel for an architecture outside of the native registry, whose target modules are unknown.
     """
@@ -86,7 +86,7 @@ def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, 
         took_s=round(time.monotonic() - began, 2),
     )  # fmt: skip
     Readings(_readings(sampler, engine, device_time, options.sequences_max))
-    return sampler, facts.context
+    return sampler, facts.context, options.dtype
 
 
 def on_cpu(facts: ModelConfig, dtype: torch.dtype, left: int, part: float) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 One frame for each token as it is drawn, then one with the complete response, as without streaming, or with an error.
 """
 
+import re
 from collections.abc import AsyncIterator
 from math import inf
 from typing import Final, Literal
@@ -14,6 +15,8 @@ from knapper.wire.frames import frame, split
 
 FRAMES = "application/x-knapper-sample-frames"
 DEVICE_S: Final = "Knapper-Device-Seconds"  # a header of responses without a stream: for this sample
+SAMPLER: Final = "Knapper-Sampler"  # a header of responses without a stream: backend and dtype
+_SAMPLER = re.compile(r"[a-z]{1,16} [a-z0-9]{1,16}")
 log = structlog.get_logger()
 Ending = Literal["", "stop", "length"]
 
@@ -62,6 +65,11 @@ def device_s(header: str | None) -> float:
         return seconds
     log.error("a sample's device seconds cannot be counted", header=header)
     return 0.0
+
+
+def sampler(header: str) -> str:
+    """The value of the header SAMPLER; empty for anything else, as it becomes a label of a metric."""
+    return header if _SAMPLER.fullmatch(header) else ""
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -1,5 +1,6 @@
 """Protobuf read field by field, without building objects: for untrusted requests, and for counting tokens."""
 
+import struct
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -7,7 +8,8 @@ from knapper import limits
 from knapper.errors import TooLarge, UserError
 
 _DATUM = 3  # the number of ForwardBackwardRequest.data
-_SEQUENCES, _TOKENS = 1, 2  # of SampleResponse, and of its sequences; a token has four bytes
+_SEQUENCES, _TOKENS, _LOGPROBS = 1, 2, 3  # of SampleResponse, and of its sequences; a token has four bytes
+_METRICS = 3  # of ForwardBackwardOutput: a map, whose entries have a name and a double
 _PEEKED_BYTES = 4096  # what stands first may be a field without end, or a million empty ones
 _FIXED_BYTES = {1: 8, 5: 4}  # by wire type
 
@@ -57,6 +59,26 @@ def count_sampled(response: bytes) -> int:
     sequences = (value for number, value in _fields(memoryview(response)) if number == _SEQUENCES)
     fields = (field for sequence in sequences if not isinstance(sequence, int) for field in _fields(sequence))
     return sum(len(value) // 4 for number, value in fields if number == _TOKENS and not isinstance(value, int))
+
+
+def sampled(response: bytes) -> Iterator[tuple[memoryview, memoryview]]:
+    """(tokens, log-probabilities) of each completion in a SampleResponse that has both. Raises UserError."""
+    for number, sequence in _fields(memoryview(response)):
+        if number == _SEQUENCES and not isinstance(sequence, int):
+            parts = {key: value for key, value in _fields(sequence) if not isinstance(value, int)}
+            tokens, logprobs = parts.get(_TOKENS), parts.get(_LOGPROBS)
+            if tokens is not None and logprobs is not None and len(tokens) == len(logprobs):
+                yield tokens, logprobs
+
+
+def metrics(output: bytes) -> dict[str, float]:
+    """The metrics of a ForwardBackwardOutput, whose arrays are not copied. Raises UserError."""
+    found = {}
+    for number, entry in _fields(memoryview(output)):
+        if number == _METRICS and not isinstance(entry, int):
+            parts = {key: value for key, value in _fields(entry) if not isinstance(value, int)}
+            found[bytes(parts.get(1, b"")).decode(errors="replace")] = struct.unpack("<d", parts.get(2, bytes(8)))[0]
+    return found
 
 
 def _fields(data: B) -> Iterator[tuple[int, int | B]]:

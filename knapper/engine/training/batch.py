@@ -24,6 +24,7 @@ from knapper.engine.layers.layerwise import LayerwisePass
 from knapper.engine.layers.lora import Lora
 from knapper.engine.models.base import Model
 from knapper.engine.models.config import HEAD
+from knapper.engine.training import divergence
 from knapper.engine.training.losses import Loss
 from knapper.engine.training.prefix_sharing import Prefixes
 from knapper.engine.transfer import to_device
@@ -63,6 +64,7 @@ class PendingRequest:
     config: dict[str, float]
     sums_P: Tensor | None
     waiting: deque[MicroBatch]
+    data: Sequence[Datum] = ()
     outputs: list[dict[str, np.ndarray]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     error: UserError | None = None
@@ -79,7 +81,7 @@ class PendingRequest:
         """Raises `error`."""
         if self.error is not None:
             raise self.error
-        return ForwardBackwardOutput(self.outputs, self.metrics)
+        return ForwardBackwardOutput(self.outputs, self.metrics | divergence.metrics(self.data, self.outputs))
 
 
 def micro_batches(data: Sequence[Datum], rows_max: int) -> Iterator[MicroBatch]:

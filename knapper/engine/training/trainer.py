@@ -90,7 +90,7 @@ class Trainer:
         expect_fit(request, self._datum_rows_max)
         sums_P = None if request.forward_only else torch.zeros_like(state.weights_P)
         batches = deque(micro_batches(request.data, self.rows_max))
-        return PendingRequest(_leaves(state, sums_P), loss, config, sums_P, batches)
+        return PendingRequest(_leaves(state, sums_P), loss, config, sums_P, batches, request.data)
 
     def close(self, state: RunState, pending: PendingRequest) -> tuple[RunState, ForwardBackwardOutput]:
         """The state after the finished request. Raises its UserError."""

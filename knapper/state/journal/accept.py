@@ -12,7 +12,7 @@ from knapper.ids import RunId
 from knapper.state import layout
 from knapper.state.journal import ends
 from knapper.state.journal.newest import Manifests
-from knapper.state.journal.records import Creation, Kind, Manifest, Operation, decode, encode
+from knapper.state.journal.records import Creation, Kind, Manifest, Operation, Provenance, decode, encode
 from knapper.store import Store, many
 from knapper.wire import zstd
 
@@ -62,7 +62,9 @@ class Acceptor:
         """Whether the store has no record of the operation: it never arrived, or was collected."""
         return await self._store.get(layout.operation(run, seq)) is None
 
-    async def accept(self, run: RunId, seq: int, kind: Kind, packed: PackedBody) -> float | None:
+    async def accept(
+        self, run: RunId, seq: int, kind: Kind, packed: PackedBody, provenance: Provenance | None = None
+    ) -> float | None:
         """Store the operation, durably; return the time of acceptance, or None for a repetition of the same body.
 
         Raises UserError if another body has `seq`, or if it is so old that its record is gone.
@@ -74,7 +76,7 @@ class Acceptor:
                 f"seq_id {seq} of {run} was applied long ago and its record is gone; "
                 "continue with the next seq_id, or resume from a checkpoint"
             )
-        return await self._put(run, seq, kind, packed)
+        return await self._put(run, seq, kind, packed, provenance=provenance)
 
     async def accepted_at(self, run: RunId, seq: int) -> float | None:
         """When the operation was first accepted, or None if the store has no record of it."""
@@ -113,8 +115,16 @@ class Acceptor:
         operation = self._operation(run, seq, "tombstone", packed, error)
         await self._store.put_if_absent(layout.operation(run, seq), encode(operation))
 
-    async def _put(self, run: RunId, seq: int, kind: Kind, packed: PackedBody, error: str = "") -> float | None:
-        operation = self._operation(run, seq, kind, packed, error)
+    async def _put(
+        self,
+        run: RunId,
+        seq: int,
+        kind: Kind,
+        packed: PackedBody,
+        error: str = "",
+        provenance: Provenance | None = None,
+    ) -> float | None:
+        operation = self._operation(run, seq, kind, packed, error, provenance)
         large = len(packed.body_zstd) > _ON_LOOP_BYTES_MAX
         data = await many.off_loop(encode, operation) if large else encode(operation)
         if await self._store.put_if_absent(layout.operation(run, seq), data):
@@ -130,10 +140,12 @@ class Acceptor:
             )
         return None
 
-    def _operation(self, run: RunId, seq: int, kind: Kind, packed: PackedBody, error: str) -> Operation:
+    def _operation(
+        self, run: RunId, seq: int, kind: Kind, packed: PackedBody, error: str, provenance: Provenance | None = None
+    ) -> Operation:
         return Operation(
             run=run, seq=seq, kind=kind, sha256=packed.sha256, body_zstd=packed.body_zstd,
-            accepted_at=self._clock(), error=error, asked_sha256=packed.asked_sha256,
+            accepted_at=self._clock(), error=error, asked_sha256=packed.asked_sha256, provenance=provenance,
         )  # fmt: skip
 
     async def _stored(self, run: RunId, seq: int) -> Operation | None:

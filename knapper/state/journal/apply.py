@@ -78,7 +78,7 @@ class Applier(Generic[State]):
         outcome = await self.step(operation, state, source)
         body = outcome.body
         if outcome.export:
-            body = await self._saves.store_export(operation, self._creation.spec, epoch, outcome.export)
+            body = await self._saves.store_export(operation, self._creation.spec, epoch, outcome.export, outcome.step)
         result = Result(
             seq=operation.seq, sha256=operation.sha256, content_type=outcome.content_type, body=body, source=source
         )

@@ -12,7 +12,7 @@ from knapper.state.layout import INDEX
 from knapper.store import Store, many
 
 
-async def write(store: Store, prefix: str, files: Files, *, spec: Spec, seq: int, epoch: int) -> Index:
+async def write(store: Store, prefix: str, files: Files, *, spec: Spec, seq: int, epoch: int, step: int = -1) -> Index:
     """Store the bundle. A repetition is harmless: the owner of a prefix always writes the same bytes."""
 
     async def write_part(name: str) -> Part:
@@ -22,7 +22,7 @@ async def write(store: Store, prefix: str, files: Files, *, spec: Spec, seq: int
         return Part(name=name, size=len(content), sha256=sha256)
 
     parts = await many.each(sorted(files), write_part)
-    index = Index(spec=spec, seq=seq, epoch=epoch, parts=parts)
+    index = Index(spec=spec, seq=seq, epoch=epoch, parts=parts, step=step)
     await store.put_if_absent(prefix + INDEX, encode(index))
     return index
 

@@ -64,11 +64,14 @@ class Saves:
         elif request.sampling_session_seq_id is None:
             raise InvalidField("path", None, "a name, or sampling_session_seq_id for an unnamed snapshot")
 
-    async def store_export(self, operation: Operation, spec: Spec, epoch: int, files: Files) -> bytes:
-        """Store the files under the name in the request; return the result. Raises UserError if the name is taken."""
+    async def store_export(self, operation: Operation, spec: Spec, epoch: int, files: Files, step: int = -1) -> bytes:
+        """Store the files under the name in the request; return the result. Raises UserError if the name is taken.
+
+        `step`: optimizer steps in the weights; -1: not known.
+        """
         run = RunId(operation.run)
         bundle = layout.export(run, operation.seq, epoch)
-        index = await bundles.write(self._store, bundle, files, spec=spec, seq=operation.seq, epoch=epoch)
+        index = await bundles.write(self._store, bundle, files, spec=spec, seq=operation.seq, epoch=epoch, step=step)
         size = sum(part.size for part in index.parts)
         if operation.kind == "save_weights":
             save = requests.decode(operation.body(), requests.SaveWeights)

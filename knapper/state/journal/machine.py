@@ -19,6 +19,7 @@ class Outcome(Generic[State]):
     body: bytes
     cost_s: float = 0.0  # compute seconds, which a replay costs again
     export: Files = field(default_factory=dict)
+    step: int = -1  # optimizer steps in the weights of an export
 
 
 class Machine(Protocol[State]):

@@ -36,10 +36,33 @@ class _Format(msgspec.Struct):
     v: int
 
 
+class Drawn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Datums of a pass whose completions one set of weights drew, as far as the gateway remembers its samples."""
+
+    run: str  # the run that saved the weights; empty for the base model
+    seq: int  # the operation that saved them; 0: as the run began
+    step: int  # optimizer steps in them; -1: not known
+    digest: str  # the beginning of the SHA-256 of their file, in hex; empty for the base model
+    sampler: str = ""  # backend and dtype, as "engine float32"
+    temperature: float = 1.0
+    truncated: bool = False  # by top_k or top_p
+    datums: int
+    overdue: int = 0  # of these: begun and ended while the run stood still on newer weights
+
+
+class Provenance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a forward_backward trains on. `digest`: of its data and loss. `sampled`: datums with log-probabilities."""
+
+    loss: str
+    digest: bytes
+    sampled: int = 0
+    drawn: list[Drawn] = []
+
+
 class Operation(Record, frozen=True, kw_only=True):
     """in/<seq>: one accepted operation. `sha256` is of its decompressed body, which is stored as zstd."""
 
-    v: int = 2  # 1 had no asked_sha256: its sha256 was of the request, also of a pass sent as JSON
+    v: int = 3  # 1 had no asked_sha256: its sha256 was of the request, also of a pass sent as JSON; 2 no provenance
     run: str
     seq: int
     kind: Kind
@@ -48,6 +71,7 @@ class Operation(Record, frozen=True, kw_only=True):
     accepted_at: float  # seconds since the epoch, for people and the collector, never for order
     error: str = ""  # of a tombstone: its result
     asked_sha256: bytes = b""  # of the client's request, if that is not the body: JSON, stored as protobuf
+    provenance: Provenance | None = None  # of a forward_backward that came through a gateway
 
     @property
     def request_sha256(self) -> bytes:
@@ -191,13 +215,25 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     sha256: bytes
 
 
-class Index(Record, frozen=True):
+class Index(Record, frozen=True, kw_only=True):
     """Written last: a bundle (snapshot or adapter) exists once its index does. `spec` and `seq` name its origin."""
 
+    v: int = 2  # 1 had no step
     spec: Spec
     seq: int
     epoch: int
     parts: list[Part]
+    step: int = -1  # optimizer steps in the weights of an export; -1: not known
+
+
+class Alarm(Record, frozen=True, kw_only=True):
+    """alarm/<seq>/<name>: sampler and trainer part, or a run goes on otherwise than it seems meant to."""
+
+    name: str
+    seq: int  # the optimizer step at which it was seen
+    step: int
+    message: str  # what it is and what to do, for the run's user
+    at: float  # seconds since the epoch
 
 
 R = TypeVar("R", bound=Record)

@@ -76,7 +76,7 @@ def pack(fields: object) -> bytes:
     return msgspec.msgpack.encode(fields)
 
 
-@pytest.mark.parametrize(("kind", "format_"), [(Commit, 2), (Operation, 2), (Manifest, 1)])
+@pytest.mark.parametrize(("kind", "format_"), [(Commit, 2), (Operation, 3), (Manifest, 1)])
 def test_a_newer_format_is_told_from_damage(kind: type[Record], format_: int) -> None:
     """Within its envelope a record says its own format; without one, only those were written that are as old."""
     assert format_of(kind) == format_
@@ -91,7 +91,8 @@ def test_a_newer_format_is_told_from_damage(kind: type[Record], format_: int) ->
         assert str(refused.value) == message.format(found, format_)
         assert refused.value.retry_after_s == 30.0
     old = {"v": format_, "unheard_of": 1}
-    for damaged in (envelope.seal(name, pack(old)), pack(old), pack([1]), b"", b"\xc1", envelope.seal(name, b"\xc1")):
+    bare = pack({"v": min(format_, envelope.BARE_MAX), "unheard_of": 1})
+    for damaged in (envelope.seal(name, pack(old)), bare, pack([1]), b"", b"\xc1", envelope.seal(name, b"\xc1")):
         with pytest.raises(Corrupt, match=rf"object x is damaged: it is no {name} record: (?!its envelope)"):
             decode(damaged, kind, "x")
     with pytest.raises(Corrupt, match=rf"it is no {name} record: its envelope is broken"):

@@ -1,0 +1,88 @@
+"""Which weights drew which completion: recent samples by fingerprint, and the weights of each bundle."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Final
+
+from knapper.ids import Tenant
+from knapper.state.journal import bundles
+from knapper.store import Store
+from knapper.store.cache import LruCache
+from knapper.wire.fingerprints import Fingerprint
+
+_SAMPLES_MAX: Final = 131_072  # about 20 MB; a batch of 128 prompts with 16 completions each has 2048
+_ADAPTER: Final = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """`run`, `seq`: who saved them; empty for the base model. `step`: optimizer steps in them, -1 if not known."""
+
+    run: str = ""
+    seq: int = 0
+    step: int = 0
+    digest: str = ""
+    resumable: bool = False  # with the state of the optimizer
+
+
+class WeightsReader:
+    """The weights of bundles, which never change."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._known: LruCache[str, Weights] = LruCache()
+
+    def known(self, bundle: str) -> Weights | None:
+        return self._known.known(bundle) if bundle else Weights()
+
+    async def of(self, bundle: str) -> Weights:
+        """Those of a bundle that was deleted are not known: they have no run."""
+        return await self._known.get(bundle, lambda: self._read(bundle)) if bundle else Weights()
+
+    async def _read(self, bundle: str) -> Weights:
+        index = await bundles.read_index(self._store, bundle)
+        if index is None:
+            return Weights(step=-1, digest="unknown")
+        parts = {part.name: part.sha256.hex() for part in index.parts}
+        resumable = "optimizer.safetensors" in parts
+        return Weights(index.spec.run, index.seq, index.step, parts.get(_ADAPTER, "")[:16], resumable)
+
+
+@dataclass(frozen=True)
+class SampleSource:
+    """How a completion was drawn. `began`, `ended`: monotonic seconds. `sampler`: backend and dtype."""
+
+    weights: Weights
+    sampler: str
+    temperature: float
+    truncated: bool
+    began: float
+    ended: float
+
+
+class SampleIndex:
+    """The newest completions of each tenant; the tenant with the most gives way."""
+
+    def __init__(self, samples_max: int = _SAMPLES_MAX) -> None:
+        self._samples_max = samples_max
+        self._sources: dict[Tenant, OrderedDict[Fingerprint, SampleSource]] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, tenant: Tenant, fingerprints: list[Fingerprint], source: SampleSource) -> None:
+        own = self._sources.setdefault(tenant, OrderedDict())
+        for fingerprint in fingerprints:
+            self._count += fingerprint not in own
+            own[fingerprint] = source
+            own.move_to_end(fingerprint)
+        while self._count > self._samples_max:
+            largest = max(self._sources, key=lambda tenant: len(self._sources[tenant]))
+            self._sources[largest].popitem(last=False)
+            self._count -= 1
+
+    def find(self, tenant: Tenant, fingerprints: tuple[Fingerprint, ...]) -> list[SampleSource]:
+        """The sources of a datum's turns that are known, in order. Never another tenant's."""
+        own = self._sources.get(tenant, OrderedDict())
+        return [own[fingerprint] for fingerprint in fingerprints if fingerprint in own]

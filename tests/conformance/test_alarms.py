@@ -1,0 +1,92 @@
+"""A fault that is planted in a client's loop is printed in its terminal by the SDK, stored, and counted."""
+
+from collections.abc import Callable
+
+import httpx
+import pytest
+import tinker
+from tinker import types
+
+from tests.conformance.server import Server, wait_until
+
+PROMPT = [5, 9, 2]
+NewClient = Callable[..., tinker.TrainingClient]
+
+
+def _rollouts(sampler: tinker.SamplingClient, temperature: float = 1.0) -> list[types.Datum]:
+    """Two of one prompt, as tinker-cookbook assembles them."""
+    params = types.SamplingParams(max_tokens=12, temperature=temperature, stop=[])
+    drawn = sampler.sample(types.ModelInput.from_ints(PROMPT), 2, params).result().sequences
+    return [_datum(each, advantage) for each, advantage in zip(drawn, (1.0, -1.0), strict=True)]
+
+
+def _datum(drawn: types.SampledSequence, advantage: float) -> types.Datum:
+    whole, zeros = [*PROMPT, *drawn.tokens], [0.0] * (len(PROMPT) - 1)
+    inputs = {
+        "target_tokens": types.TensorData(data=whole[1:], dtype="int64"),
+        "logprobs": types.TensorData(data=[*zeros, *(drawn.logprobs or [])], dtype="float32"),
+        "advantages": types.TensorData(data=[*zeros, *[advantage] * len(drawn.tokens)], dtype="float32"),
+    }
+    return types.Datum(model_input=types.ModelInput.from_ints(whole[:-1]), loss_fn_inputs=inputs)
+
+
+def _step(client: tinker.TrainingClient, data: list[types.Datum]) -> dict[str, float]:
+    metrics = client.forward_backward(data, "importance_sampling").result().metrics
+    client.optim_step(types.AdamParams(learning_rate=1e-3)).result()
+    return metrics
+
+
+def _said(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
+    messages = (record.getMessage() for record in caplog.records if record.name.startswith("tinker"))
+    return [message for message in messages if words in message]
+
+
+def test_the_user_is_told_of_a_stale_sampler_and_of_a_wrong_temperature_and_of_nothing_else(
+    new_client: NewClient, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = new_client()
+    sampler = client.save_weights_and_get_sampling_client().result()
+    metrics = _step(client, _rollouts(sampler))
+    assert metrics["sampled_tokens:sum"] == 24
+    assert abs(metrics["kl_sample_train_v1:sum"]) < 1e-4
+    assert metrics["kl_sample_train_v2:sum"] < 1e-8
+    assert metrics["entropy:sum"] > 0
+    assert metrics["ratio_p01:min"] == pytest.approx(1.0, abs=1e-4)
+    assert (metrics["groups:sum"], metrics["degenerate_groups:sum"]) == (1.0, 0.0)
+    for _ in range(2):
+        sampler = client.save_weights_and_get_sampling_client().result()
+        _step(client, _rollouts(sampler))
+    assert not _said(caplog, "rollouts of step"), "three clean steps"
+
+    _step(client, _rollouts(sampler))
+    stale = "all 2 rollouts of step 4 were drawn by weights that are 1 updates old"
+
+    def heard() -> bool:
+        client.forward(_rollouts(sampler), "importance_sampling").result()  # any operation brings the news
+        return bool(_said(caplog, stale))
+
+    wait_until(heard, "the SDK prints it")
+    sampler = client.save_weights_and_get_sampling_client().result()
+    _step(client, _rollouts(sampler, temperature=0.5))
+    sampler = client.save_weights_and_get_sampling_client().result()
+    _step(client, _rollouts(sampler))
+    assert len(_said(caplog, "all 2 rollouts of step 5 were drawn with temperature 0.5")) == 1
+    assert len(_said(caplog, "rollouts of step")) == 2
+
+    counted = httpx.get(f"{server.url}/metrics").text
+    assert 'knapper_alarms_total{alarm="stale_sampler"}' in counted
+    assert 'knapper_alarms_total{alarm="wrong_temperature"}' in counted
+    assert "knapper_sample_age_updates_bucket" in counted
+
+
+def test_another_run_s_adapter_is_said_and_an_answer_names_its_weights(
+    new_client: NewClient, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = (new_client() for _ in range(2))
+    wrong = second.save_weights_and_get_sampling_client().result()
+    _step(second, _rollouts(wrong))
+    wrong = second.save_weights_and_get_sampling_client().result()
+    _step(first, _rollouts(wrong))
+    first.forward(_rollouts(wrong), "importance_sampling").result()
+    (said,) = _said(caplog, "were drawn by another adapter")
+    assert f"that of {second.model_id}, step 1." in said
