@@ -139,7 +139,16 @@ ELSEWHERE = {
         "knapper/wire/scan.py": "_PEEKED_BYTES",
         "knapper/wire/zstd.py": "_STEP_BYTES",
     },
+    "how much a watched run remembers: what is forgotten is not known, and raises no alarm": {
+        "gateway/diagnostics/monitor.py": "_RUNS_MAX _NOTES_MAX _NOTICES_MAX _QUEUE_MAX _MATCH_S",
+        "gateway/diagnostics/sample_index.py": "_SAMPLES_MAX",
+        "gateway/diagnostics/timeline.py": "_OPERATIONS_MAX _UPDATES_MAX",
+        "gateway/diagnostics/watch.py": "_BATCHES_MAX _DOUBLED_TOKENS_MIN",
+        "knapper/engine/training/divergence.py": "_EXPONENT_MAX",
+        "knapper/wire/fingerprints.py": "_TOKENS_MAX",
+    },
     "how much of something is shown or logged": {
+        "knapper/state/alarms.py": "_READ_MAX",
         "gateway/console/history.py": "_CLAIMS_READ_MAX _PAUSE_S",
         "gateway/console/home.py": "_SKEW_S",
         "knapper/chaos/report.py": "_SHOWN_MAX",

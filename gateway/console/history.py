@@ -19,13 +19,17 @@ from knapper.state.journal import history
 from knapper.state.journal.records import Commit, Kind, Manifest, Operation, Result, decode
 from knapper.store import Store, many
 from knapper.store.cache import LruCache
-from knapper.wire import proto
+from knapper.wire import proto, reductions
 
 _RUNS_MAX: Final = 16
 _CLAIMS_READ_MAX: Final = 64
 _PAUSE_S: Final = 1.0  # a shorter one nobody notices
 _WAITED = "waiting for a process, which may have to start and load the model"
 _RESTORED = "restoring the run, and the operation itself"
+_NO_MEANS: Final = frozenset(
+    {"loss:sum", "tokens:sum", "weights:sum", "sampled_tokens:sum", "groups:sum", "degenerate_groups:sum"}
+)
+_SAMPLED: Final = frozenset({"kl_sample_train_v1:sum", "kl_sample_train_v2:sum", "entropy:sum"})  # by sampled tokens
 Point = dict[str, float]
 
 
@@ -86,8 +90,7 @@ class RunHistory:
             )  # fmt: skip
             self.operations.append(done)
             if operation.kind == "forward_backward":
-                for name, value in metrics.items():
-                    self._sums[name] = self._sums.get(name, 0.0) + value
+                self._sums = reductions.join(self._sums, metrics)
             elif operation.kind == "optim_step" and not result.failed:
                 self._step(metrics, commit.committed_at)
 
@@ -96,9 +99,14 @@ class RunHistory:
         point = {"step": metrics.get("optimizer_steps", len(self.points) + 1.0), "at": at}
         if tokens:
             point["loss/mean"] = sums.get("loss:sum", 0.0) / (sums.get("weights:sum") or tokens)
-            means = (name for name in sums if name not in ("loss:sum", "tokens:sum", "weights:sum"))
+            means = [name for name in sums if name.endswith(":sum") and name not in _NO_MEANS | _SAMPLED]
             point |= {name.replace(":sum", "/mean"): sums[name] / tokens for name in means}
             point["tokens"] = tokens
+        if sampled := sums.get("sampled_tokens:sum"):
+            point |= {name.replace(":sum", "/mean"): sums[name] / sampled for name in _SAMPLED if name in sums}
+            point |= {name.partition(":")[0]: sums[name] for name in sums if name.endswith((":min", ":max"))}
+            if groups := sums.get("groups:sum"):
+                point["degenerate_groups"] = sums.get("degenerate_groups:sum", 0.0) / groups
         point |= {name: value for name, value in metrics.items() if name != "optimizer_steps"}
         if tokens and self._device_s:
             point["tokens/second"] = tokens / self._device_s

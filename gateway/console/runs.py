@@ -45,6 +45,7 @@ async def show_operations(request: Request, viewer: Viewer) -> Response:
         request, viewer, "operations.html", spec=spec, operations=history.newest(), pauses=history.pauses(claimed_at),
         stored=[*stored, (f"journal: bodies of {len(history.operations)} operations that were read", journal)],
         activity=home.activity_of(gateway, run), holder=manifests[-1] if manifests else None,
+        alarms=await gateway.monitor.alarms.newest(run),
     )  # fmt: skip
 
 

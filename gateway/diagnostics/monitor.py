@@ -16,7 +16,7 @@ import msgspec
 import structlog
 
 from gateway.diagnostics.rules import Load
-from gateway.diagnostics.sample_index import SampleIndex, SampleSource, Weights, WeightsReader
+from gateway.diagnostics.sample_index import SampleIndex, SampleSource, SavedWeights, WeightsReader
 from gateway.diagnostics.watch import RunWatch
 from gateway.lookups import Lookups
 from gateway.sample_queue import QueuedSample
@@ -114,7 +114,7 @@ class Monitor:
             self._enter(entry, call, found, await self.weights.of(call.adapter), began, ended)
 
     def _enter(
-        self, entry: QueuedSample, call: _Call, found: list[bytes], weights: Weights, began: float, ended: float
+        self, entry: QueuedSample, call: _Call, found: list[bytes], weights: SavedWeights, began: float, ended: float
     ) -> None:
         truncated = call.params.top_k != -1 or call.params.top_p != 1.0
         entry.drawn_by = describe(weights, entry.sampler)
@@ -130,7 +130,7 @@ class Monitor:
         if self._entering and any(content.sampled):
             await asyncio.wait(self._entering, timeout=_MATCH_S)
         watch = (await self._run(run)).watch
-        groups: dict[tuple[Weights, str, float, bool], list[bool]] = {}
+        groups: dict[tuple[SavedWeights, str, float, bool], list[bool]] = {}
         for turns in content.sampled:
             if sources := self.samples.find(tenant, turns):
                 oldest = min(sources, key=lambda source: source.weights.seq)
@@ -222,7 +222,7 @@ class Monitor:
             if bundle:
                 await self._load(watch, result.seq, await self.weights.of(bundle), accepted.optimizer)
 
-    async def _load(self, watch: RunWatch, seq: int, weights: Weights, optimizer: bool) -> None:
+    async def _load(self, watch: RunWatch, seq: int, weights: SavedWeights, optimizer: bool) -> None:
         source = self._runs.known(RunId(weights.run))
         load = Load(seq, weights.run, weights.seq, weights.step, optimizer, weights.resumable)
         watch.own.add(weights.digest)
@@ -255,7 +255,7 @@ class Monitor:
             state.declared = True
 
 
-def describe(weights: Weights, sampler: str) -> str:
+def describe(weights: SavedWeights, sampler: str) -> str:
     """Which weights drew a sample, for its answer: `digest;step=N;sampler=engine float32`."""
     return f"{weights.digest or 'base'};step={weights.step};sampler={sampler or 'unknown'}"
 

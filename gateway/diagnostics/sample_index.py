@@ -15,7 +15,7 @@ _ADAPTER: Final = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
-class Weights:
+class SavedWeights:
     """`run`, `seq`: who saved them; empty for the base model. `step`: optimizer steps in them, -1 if not known."""
 
     run: str = ""
@@ -30,29 +30,29 @@ class WeightsReader:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._known: LruCache[str, Weights] = LruCache()
+        self._known: LruCache[str, SavedWeights] = LruCache()
 
-    def known(self, bundle: str) -> Weights | None:
-        return self._known.known(bundle) if bundle else Weights()
+    def known(self, bundle: str) -> SavedWeights | None:
+        return self._known.known(bundle) if bundle else SavedWeights()
 
-    async def of(self, bundle: str) -> Weights:
+    async def of(self, bundle: str) -> SavedWeights:
         """Those of a bundle that was deleted are not known: they have no run."""
-        return await self._known.get(bundle, lambda: self._read(bundle)) if bundle else Weights()
+        return await self._known.get(bundle, lambda: self._read(bundle)) if bundle else SavedWeights()
 
-    async def _read(self, bundle: str) -> Weights:
+    async def _read(self, bundle: str) -> SavedWeights:
         index = await bundles.read_index(self._store, bundle)
         if index is None:
-            return Weights(step=-1, digest="unknown")
+            return SavedWeights(step=-1, digest="unknown")
         parts = {part.name: part.sha256.hex() for part in index.parts}
         resumable = "optimizer.safetensors" in parts
-        return Weights(index.spec.run, index.seq, index.step, parts.get(_ADAPTER, "")[:16], resumable)
+        return SavedWeights(index.spec.run, index.seq, index.step, parts.get(_ADAPTER, "")[:16], resumable)
 
 
 @dataclass(frozen=True)
 class SampleSource:
     """How a completion was drawn. `began`, `ended`: monotonic seconds. `sampler`: backend and dtype."""
 
-    weights: Weights
+    weights: SavedWeights
     sampler: str
     temperature: float
     truncated: bool

@@ -73,6 +73,13 @@ def test_the_user_is_told_of_a_stale_sampler_and_of_a_wrong_temperature_and_of_n
     assert len(_said(caplog, "all 2 rollouts of step 5 were drawn with temperature 0.5")) == 1
     assert len(_said(caplog, "rollouts of step")) == 2
 
+    page = httpx.get(f"{server.url}/runs/{client.model_id}/operations").text
+    assert "stale_sampler</strong> at step 4: all 2 rollouts of step 4" in page
+    assert "wrong_temperature</strong> at step 5:" in page
+    (*_, point) = httpx.get(f"{server.url}/runs/{client.model_id}/curve").json()["points"]
+    assert point["kl_sample_train_v2/mean"] < 1e-8
+    assert point["ratio_p99"] == pytest.approx(1.0, abs=1e-4)
+    assert point["degenerate_groups"] == 0.0
     counted = httpx.get(f"{server.url}/metrics").text
     assert 'knapper_alarms_total{alarm="stale_sampler"}' in counted
     assert 'knapper_alarms_total{alarm="wrong_temperature"}' in counted

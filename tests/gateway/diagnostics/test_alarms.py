@@ -5,7 +5,7 @@ import pytest
 
 from gateway.diagnostics import rules
 from gateway.diagnostics.monitor import declared_staleness
-from gateway.diagnostics.sample_index import SampleIndex, SampleSource, Weights
+from gateway.diagnostics.sample_index import SampleIndex, SampleSource, SavedWeights
 from knapper.engine.training.losses import LOSSES
 from knapper.ids import Tenant
 from knapper.state.journal.records import Alarm
@@ -350,7 +350,7 @@ def test_another_tenant_s_samples_are_never_matched() -> None:
 
 
 def test_what_is_remembered_of_samples_is_bounded_and_the_largest_tenant_gives_way() -> None:
-    index, source = SampleIndex(4), SampleSource(Weights(), "engine float32", 1.0, False, 0.0, 1.0)
+    index, source = SampleIndex(4), SampleSource(SavedWeights(), "engine float32", 1.0, False, 0.0, 1.0)
     small, large = Tenant("small"), Tenant("large")
     index.add(small, [b"s"], source)
     index.add(large, [bytes([n]) for n in range(9)], source)
