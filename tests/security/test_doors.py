@@ -362,8 +362,8 @@ class World:
         """Names of the same form that nobody has."""
         digits = hashlib.sha256(b"never %d" % next(self.counter)).hexdigest()[:32]
         return Objects(
-            f"ses-{digits}", f"ses-{digits}:train:0", f"ses-{digits}:sample:0", f"s-{digits}", f"ckpt-f{digits[:3]}",
-            f"job-f{digits[:3]}",  # those that there are have numbers
+            f"ses-{digits}", f"ses-{digits}:train:0", f"ses-{digits}:sample:0", f"s-{digits}-{digits}",
+            f"ckpt-f{digits[:3]}", f"job-f{digits[:3]}",  # those that there are have numbers
         )  # fmt: skip
 
     def stored(self) -> dict[str, bytes]:
