@@ -16,12 +16,13 @@ from knapper.jobs.names import Start
 from knapper.jobs.notifications import Notifier
 from knapper.jobs.services import JobServices
 from knapper.state import dead_letters, layout, ledger_entries, probe_results, usage
+from knapper.state.alarms import Alarms
 from knapper.state.api_keys import Keys
 from knapper.state.checkpoints import Checkpoint, Checkpoints
 from knapper.state.dead_letters import DeadLetter
 from knapper.state.job_records import Evaluated, Rollouts, Scores, Spent, Trained, Waiting, encode
 from knapper.state.journal import bundles, ends
-from knapper.state.journal.records import Commit, End, Manifest, Result, Terms
+from knapper.state.journal.records import Alarm, Commit, End, Manifest, Result, Terms
 from knapper.state.probe_results import ProbeResult
 from knapper.state.quotas import QuotaBook
 from knapper.state.sessions import Sampler, Samplers
@@ -172,3 +173,5 @@ async def _snapshot(store: Store, tenant: Tenant, run: RunId) -> None:
     await bundles.write(store, prefix, {"state": b"weights" * 10}, spec=spec(run, tenant), seq=0, epoch=1)
     manifest = Manifest(epoch=1, holder="h", address="", claimed_at=AT, terms=_TERMS, snapshot=prefix, snapshot_seq=0)
     await store.put_if_absent(layout.manifest(run, 1), encode(manifest))
+    alarm = Alarm(name="stale_sampler", seq=1, step=1, message="a stale sampler", at=AT)
+    await Alarms(store).put(run, alarm)
