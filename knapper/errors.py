@@ -216,6 +216,10 @@ class OtherDtype(Unavailable):
     code = "other_dtype"
 
 
+class WaitsForMemory(Unavailable):
+    """The base model fits once the engines of others on this machine have ended. Loading is retried by itself."""
+
+
 class Unservable(Unavailable):
     """The base model cannot be loaded. Every caller is told why; loading is retried, and requests wait for it."""
 

@@ -179,5 +179,6 @@ event_attribute_chars_max = 1024  # the longest attribute is an object's name
 
 # ---- Models, for operators.
 models_declared_max = 64
+models_file_bytes_max = 64 * 1024
 model_record_bytes_max = 64 * 1024
 config_json_bytes_max = MIB

@@ -119,10 +119,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = True
     gpu_memory_share: Annotated[
         float,
-        Meta(
-            gt=0, le=1, description="The fraction of a GPU's memory that the engine uses; less where others share it."
-        ),
+        Meta(gt=0, le=1, description="The part of a GPU's memory that the engine uses; less where others share it."),
     ] = 1.0
+    engines: Annotated[
+        int, Meta(ge=1, le=64, description="Engines that share this machine, one a base model; `knapper up` sets it.")
+    ] = 1
     kv_memory: Annotated[
         float,
         Meta(

@@ -53,7 +53,7 @@ ELSEWHERE = {
         "gateway/uploads.py": "_LOOK_S",
         "knapper/cli/jobs_follower.py": "_POLL_S _QUIET_S",
         "knapper/cli/jobs_transfer.py": "_PAUSE_S",
-        "knapper/concurrency/retry.py": "_PAUSE_S _PAUSE_MAX_S _SOON_S",
+        "knapper/concurrency/retry.py": "_PAUSE_S _PAUSE_MAX_S _SOON_S _WAIT_S",
         "knapper/jobs/notifications.py": "_QUIET_S",
         "knapper/jobs/revive.py": "_QUIET_S",
         "knapper/jobs/rollouts.py": "_WATCH_S",

@@ -26,7 +26,7 @@ _FIRST_JOBS: Final = 6  # of the first page; the others have a page of their own
 _SESSION_RUNS: Final = 100
 _CURSOR: Final = re.compile(r"([0-9]{1,17})-([0-9]{1,9})")
 _SKEW_S: Final = 3600.0  # another gateway's clock may be ahead by this
-_FUNCTIONS: Final = ("train_step", "sample", "reward")
+_ENGINES: Final = ("train_step", "sample")
 _WORDS: Final = {"absent": "asleep", "loading": "loading the model", "ready": "awake"}
 
 
@@ -50,7 +50,7 @@ async def show(request: Request, viewer: Viewer) -> Response:
         jobs = await listings.briefs(gateway.store, listed)
     return render(
         request, viewer, "home.html", rows=rows, jobs=jobs, older=older, first=first,
-        functions=functions_of(gateway), unservable=gateway.unservable_models.reasons, compared=_COMPARED,
+        functions=await functions_of(gateway), unservable=gateway.unservable_models.reasons, compared=_COMPARED,
     )  # fmt: skip
 
 
@@ -147,10 +147,16 @@ def activity_of(gateway: Services, run: RunId) -> RunActivity:
     return RunActivity("working" if state == "active" else "waiting", reason or "")
 
 
-def functions_of(gateway: Services) -> list[tuple[str, str]]:
-    """(function, whether it is awake), where that is known: on one machine."""
-    known = [(function, gateway.presence(function)) for function in _FUNCTIONS]
-    return [(function, _WORDS[presence.state]) for function, presence in known if presence is not None]
+async def functions_of(gateway: Services) -> list[tuple[str, str]]:
+    """(function, whether it is awake), where that is known: on one machine. Of several models each has its own."""
+    models = [record.name for record in await gateway.lookups.catalogue.models()]
+    asked = [(function, model) for model in models for function in _ENGINES] + [("reward", "")]
+    known = [(function, model, gateway.presence(function, model)) for function, model in asked]
+    return [
+        (f"{function}, {model}" if model and len(models) > 1 else function, _WORDS[presence.state])
+        for function, model, presence in known
+        if presence is not None
+    ]
 
 
 def _labels(session: Session) -> dict[str, str]:

@@ -56,7 +56,10 @@ def common(
 
 @app.command()
 def up(
-    model: Annotated[str | None, typer.Option(help="Base model: a name, or a directory.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Base model: a name, or a directory. Several: each as --model.")
+    ] = None,
+    models: Annotated[Path | None, typer.Option(help="A file of base models, a line each; # begins a comment.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="The gateway's port; 0: any free one.")] = None,
     host: Annotated[str | None, typer.Option(help="Address the gateway listens on.")] = None,
     data: Annotated[Path | None, typer.Option(help="Directory of all data that must survive restarts.")] = None,
@@ -67,16 +70,18 @@ def up(
     isolated: Annotated[bool, typer.Option("--isolated", help="Run each function in its own process.")] = False,
 ) -> None:
     """Serve the Tinker API on this machine until Ctrl-C. Defaults: see `knapper settings`."""
+    from knapper.local import base_model
     from knapper.local.package_root import deployables
     from knapper.local.supervisor import up
     from knapper.observability import logs
     from knapper.settings import Settings, variable
 
-    options = {"model": model, "port": port, "host": host, "data": data, "dtype": dtype, "idle_s": idle}
+    options = {"port": port, "host": host, "data": data, "dtype": dtype, "idle_s": idle}
     flags = {variable(name): str(value) for name, value in options.items() if value is not None}
     settings = Settings.load({**os.environ, **flags})
     logs.configure("up", settings.log_level)
-    up(settings, deployables(), os.environ, isolated=isolated)
+    named = [*(model or []), *(base_model.listed(models) if models else [])]
+    up(settings, deployables(), os.environ, named or [settings.model], isolated=isolated)
 
 
 @app.command()

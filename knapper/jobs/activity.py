@@ -4,7 +4,7 @@ A function that begins to work on a job records the time. Where the functions ar
 also says whether they run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from statistics import fmean
@@ -14,7 +14,7 @@ from knapper.ids import number
 from knapper.jobs import progress, schedule
 from knapper.jobs.bill import covered
 from knapper.jobs.names import Start
-from knapper.jobs.presence import Present
+from knapper.jobs.presence import Presence
 from knapper.jobs.progress import Outline, Progress
 from knapper.jobs.spec import AnyJob, RlJob
 from knapper.state.job_records import Evaluated, Trained
@@ -53,7 +53,12 @@ async def take_up(store: Store, start: Start, function: str, at: float) -> None:
 
 
 async def activity(
-    store: Store, outline: Outline, now: Progress, steps: int, moved_at: float, present: Present
+    store: Store,
+    outline: Outline,
+    now: Progress,
+    steps: int,
+    moved_at: float,
+    present: Callable[[str], Presence | None],
 ) -> Activity:
     """`moved_at`: when the job was started, resumed, or last made progress."""
     function, work = next_work(outline, now, steps)

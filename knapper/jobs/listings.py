@@ -141,7 +141,10 @@ async def _timing(
     if control_now.reason:  # it is stalled, for this reason
         current = Activity("waiting", control_now.at)
     else:
-        current = await activity.activity(store, outline, now, steps or limits.job_steps_max, moved_at, present)
+        current = await activity.activity(
+            store, outline, now, steps or limits.job_steps_max, moved_at,
+            lambda function: present(function, started.base_model),
+        )  # fmt: skip
     spent_s = max(0.0, clock - current.since)
     fields["activity"] = {**current.told(), "seconds": round(spent_s, 3)}
     worked_s = 0.0 if current.phase in activity.IDLE else spent_s

@@ -13,4 +13,4 @@ class Presence:
     since: float | None = None
 
 
-Present = Callable[[str], Presence | None]  # by the function's name; None: unknown, as on a cluster
+Present = Callable[[str, str], Presence | None]  # by function and base model; None: unknown, as on a cluster

@@ -1,5 +1,6 @@
 """What `knapper up` prints once it is ready: model, addresses, key, and how to stop."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from knapper.engine.models import weight_files
@@ -11,9 +12,9 @@ _DEVICES = {"auto": "auto: cuda where there is one, else cpu; the log says which
 _DTYPES = {"auto": "auto: the faster one, as the log says when the engine starts"}
 
 
-def banner(settings: Settings, record: ModelRecord, url: str) -> list[str]:
+def banner(settings: Settings, records: Sequence[ModelRecord], url: str) -> list[str]:
     """Lines, of which the first is `ready: URL`."""
-    weights = sized(sum(path.stat().st_size for path in weight_files.paths(Path(record.directory))))
+    models = [line for record in records for line in _model(record)]
     if settings.keys:
         key = "one that `knapper key create TENANT` prints"
     else:
@@ -21,8 +22,6 @@ def banner(settings: Settings, record: ModelRecord, url: str) -> list[str]:
     tenant = "TENANT" if settings.keys else "local"
     exchange = settings.exchange or str(settings.data)
     lines = {
-        "model": f"{record.name} ({record.arch}, {weights}, {record.context} tokens of context, {record.computed_by})",
-        "files": record.directory,
         "device": _DEVICES.get(settings.device, settings.device),
         "dtype": _DTYPES.get(settings.dtype, settings.dtype),
         "data": settings.store or str(settings.data),
@@ -31,6 +30,11 @@ def banner(settings: Settings, record: ModelRecord, url: str) -> list[str]:
         "key": key,
         "stop": "Ctrl-C; what was acknowledged is kept",
     }
-    if record.name == record.directory:
-        del lines["files"]
-    return [f"ready: {url}", *(f"  {name:<7}{value}" for name, value in lines.items())]
+    return [f"ready: {url}", *(f"  {name:<7}{value}" for name, value in (*models, *lines.items()))]
+
+
+def _model(record: ModelRecord) -> list[tuple[str, str]]:
+    weights = sized(sum(path.stat().st_size for path in weight_files.paths(Path(record.directory))))
+    described = f"{record.arch}, {weights}, {record.context} tokens of context, {record.computed_by}"
+    model = ("model", f"{record.name} ({described})")
+    return [model] if record.name == record.directory else [model, ("files", record.directory)]

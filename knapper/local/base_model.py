@@ -1,16 +1,17 @@
 """The base model of `knapper up`: located, checked, and refused in one line before anything is served."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 import structlog
 
+from knapper import limits
 from knapper.catalogue import servable
 from knapper.catalogue.download import is_name, obtain
 from knapper.catalogue.served_models import record_of
 from knapper.engine.models.config import computed_by
-from knapper.errors import UserError
+from knapper.errors import InvalidField, UserError
 from knapper.settings import Settings
 from knapper.state.model_record import ModelRecord
 
@@ -45,15 +46,39 @@ def chosen(settings: Settings, environ: Mapping[str, str]) -> Settings:
     return settings
 
 
-def served(settings: Settings) -> ModelRecord:
-    """The model's record in the catalogue."""
+def listed(path: Path) -> list[str]:
+    """The models of a file, a line each; # begins a comment. Raises InvalidField."""
+    try:
+        if path.stat().st_size > limits.models_file_bytes_max:
+            raise InvalidField("models", str(path), f"a file of at most {limits.models_file_bytes_max} bytes")
+        lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidField("models", str(path), "a text file that can be read", str(error)) from error
+    if not any(lines):
+        raise InvalidField("models", str(path), "a file that names a model a line", "It names none")
+    return [line for line in lines if line]
+
+
+def all_chosen(settings: Settings, environ: Mapping[str, str], models: Sequence[str]) -> list[Settings]:
+    """For each of the models, the settings of its engine. Raises KnapperError as `chosen` does, or for a double."""
+    served = [chosen(msgspec.structs.replace(settings, model=model), environ) for model in models]
+    if len(served) > limits.models_declared_max:
+        raise InvalidField("model", len(served), f"at most {limits.models_declared_max} models")
+    names = [each.model for each in served]
+    if double := next((name for name in names if names.count(name) > 1), None):
+        raise InvalidField("model", double, "each model once")
+    return [msgspec.structs.replace(each, engines=len(served)) for each in served]
+
+
+def served(settings: Settings, urls: Mapping[str, str]) -> ModelRecord:
+    """The model's record in the catalogue; `urls`: of its functions."""
     directory = Path(settings.model_directory)
     record = record_of(
         directory,
         settings.model,
         dtype=settings.dtype,
-        train_step_url=settings.train_step_url,
-        sample_url=settings.sample_url,
+        train_step_url=urls["train_step"],
+        sample_url=urls["sample"],
     )
     return msgspec.structs.replace(record, computed_by=computed_by(directory))
 

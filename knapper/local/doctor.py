@@ -59,9 +59,10 @@ def _memory(run_directory: Path) -> Iterator[Finding]:
     except (OSError, ValueError):
         return
     for role, process in roles.items():
-        if role not in ("engine", *ENGINES) or "port" not in process or "loading_since" in process:
+        name = role.partition(":")[0]
+        if name not in ("engine", *ENGINES) or "port" not in process or "loading_since" in process:
             continue
-        function = ENGINES[0] if role == "engine" else role
+        function = ENGINES[0] if name == "engine" else name
         url = f"http://127.0.0.1:{process['port']}/{function}/metrics"
         try:
             text = httpx.get(url, timeout=_ANSWER_S, trust_env=False).raise_for_status().text

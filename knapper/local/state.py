@@ -16,6 +16,11 @@ from knapper.store import files, private
 ENGINES = ("train_step", "sample")  # what has the base model in memory, in one process or in two
 
 
+def role_of(process: str, model: str) -> str:
+    """The role of a process of one of several base models; of the only one, it is the process's name."""
+    return f"{process}:{model}"
+
+
 class ProcessTable:
     """`run/processes.json`: {role: {"pid": ..., "port": ...}}, replaced whole at each change; some serve no port.
 
@@ -44,13 +49,17 @@ class ProcessTable:
             files.replace(folder, self._path.name, (json.dumps(self._roles, indent=2) + "\n").encode())
 
 
-def presence(run_directory: Path, function: str) -> Presence | None:
-    """Whether a process of this machine serves the function; None where no `knapper up` runs, as on a cluster."""
+def presence(run_directory: Path, function: str, base_model: str) -> Presence | None:
+    """Whether a process of this machine serves the function for the base model; None where no `knapper up` runs, as on
+    a cluster.
+    """
     try:
         roles = msgspec.json.decode((run_directory / "processes.json").read_bytes(), type=dict[str, dict[str, int]])
     except (OSError, msgspec.MsgspecError):
         return None
-    process = roles.get("engine" if function in ENGINES and "engine" in roles else function)
+    serving = ("engine", function) if function in ENGINES else (function,)
+    named = [role for name in serving for role in (name, role_of(name, base_model))]
+    process = next((roles[role] for role in named if role in roles), None)
     if process is None:
         return Presence("absent")
     since = process.get("loading_since")

@@ -3,7 +3,7 @@
 supervisor                  holds every listening socket, and accepts from none
  ├─ gateway                what clients call
  ├─ broker                 delivers events, and watches the inbox
- ├─ engine                 train_step and sample in one process, or a process for each (--isolated)
+ ├─ engine                 of each base model: train_step and sample in one process, or one for each (--isolated)
  └─ reward                 without the base model; it starts a process for each run of somebody's code
 """
 
@@ -28,7 +28,7 @@ from knapper.exchange.factory import expect_subscribable
 from knapper.local import engines, web
 from knapper.local.always_on import AlwaysOn
 from knapper.local.banner import banner
-from knapper.local.base_model import chosen, served
+from knapper.local.base_model import all_chosen
 from knapper.local.process import Process
 from knapper.local.state import ProcessTable, locked
 from knapper.settings import Settings
@@ -38,31 +38,33 @@ from knapper.text.printable import say
 log = structlog.get_logger()
 
 
-def up(settings: Settings, root: Path, environ: Mapping[str, str], *, isolated: bool = False) -> None:
-    """Serve until SIGINT or SIGTERM. Raises KnapperError if that cannot begin; `root` holds gateway/ and functions/."""
+def up(
+    settings: Settings, root: Path, environ: Mapping[str, str], models: Sequence[str], *, isolated: bool = False
+) -> None:
+    """Serve these base models until SIGINT or SIGTERM. `root` holds gateway/ and functions/.
+
+    Raises KnapperError if that cannot begin.
+    """
     os.umask(0o077)  # of every process below: what they write is for this account alone
     settings.expect_keys_beyond_loopback()
     expect_subscribable(settings)
     _allow_many_connections()
     with ExitStack() as stack:
         stack.enter_context(locked(settings.data, settings.run_directory))
-        layout = engines.ISOLATED if isolated else engines.SHARED
         listeners = {"gateway": stack.enter_context(web.bind(settings.host, settings.port))}
-        for name in ("broker", *layout):
+        for name in ("broker", "reward"):
             listeners[name] = stack.enter_context(web.bind("127.0.0.1", 0))
         for died in settings.run_directory.glob("loading-*"):  # under an earlier server
             died.unlink(missing_ok=True)
-        settings = chosen(settings, environ)
-        urls = engines.urls(layout, listeners)
         settings = msgspec.structs.replace(
             settings,
-            train_step_url=urls["train_step"],
-            sample_url=urls["sample"],
-            reward_url=urls["reward"],
+            reward_url=engines.urls(engines.REWARD, listeners)["reward"],
             broker_url=f"{web.url(listeners['broker'])}/",
             gateway_url=f"http://127.0.0.1:{listeners['gateway'].getsockname()[1]}",
         )
-        asyncio.run(Supervisor(settings, root, environ, layout, listeners).serve())
+        layout = engines.ISOLATED if isolated else engines.SHARED
+        served = [engines.Engine.bind(each, layout, stack) for each in all_chosen(settings, environ, models)]
+        asyncio.run(Supervisor(served[0].settings, root, environ, served, listeners).serve())
 
 
 class Supervisor:
@@ -73,22 +75,27 @@ class Supervisor:
         settings: Settings,
         root: Path,
         environ: Mapping[str, str],
-        layout: engines.Layout,
+        served: Sequence[engines.Engine],
         listeners: Mapping[str, socket.socket],
     ) -> None:
         outer = {name: value for name, value in environ.items() if not name.startswith("KNAPPER_")}
-        environment = {**outer, **settings.environment(), "PYTHONUNBUFFERED": "1"}
+        outer["PYTHONUNBUFFERED"] = "1"
+        environment = outer | settings.environment()
         package = Path(knapper.__file__).parent.parent
         self._settings = settings
         self._processes = ProcessTable(settings.run_directory)
-        self._ports = {name: listener.getsockname()[1] for name, listener in listeners.items()}
+        self._served = served
+        self._ports = engines.ports([listeners, *(each.listeners for each in served)])
         self._gateway = AlwaysOn(
             "gateway", "gateway.app:app", root, environment, listeners["gateway"], "/api/v1/healthz", self._changed
         )
         self._broker = AlwaysOn(
             "broker", "knapper.local.broker.main:app", package, environment, listeners["broker"], "/", self._changed
         )
-        self._services = engines.services(layout, root, environment, listeners, self._changed)
+        self._services = engines.services(engines.REWARD, root, environment, listeners, self._changed)
+        for each in served:
+            own = outer | each.settings.environment()
+            self._services += engines.services(each.layout, root, own, each.listeners, self._changed)
         self._store = open_store(settings)
         self._stop = asyncio.Event()
 
@@ -114,10 +121,10 @@ class Supervisor:
         log.info("stopped")
 
     async def _serve_gateway(self) -> None:
-        record = served(self._settings)
-        await Catalogue(self._store).serve_only(record)
+        records = [each.record() for each in self._served]
+        await Catalogue(self._store).serve_exactly(records)
         await FunctionKey(self._store, lambda: token_hex(16)).headers()  # made before anybody needs it
-        await self._gateway.keep(lambda: self._say(banner(self._settings, record, self._gateway.url)))
+        await self._gateway.keep(lambda: self._say(banner(self._settings, records, self._gateway.url)))
 
     @staticmethod
     def _say(lines: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.loader import load
 from knapper.engine.models.preflight import expect_device, expect_loadable
 from knapper.engine.out_of_memory import MemoryShortage
+from knapper.engine.reservations import Reservations
 from knapper.engine.run_machine import TrainingMachine
 from knapper.engine.sampling.sampler import EngineSampler
 from knapper.engine.training.trainer import RunState, Trainer
@@ -193,9 +195,13 @@ def _log_loaded(name: str, model: Model, terms: Terms, exact: str, took_s: float
     )
 
 
-def _account(settings: Settings, model: Model) -> Account:
-    """The process's account of memory, printed. Raises UserError if nothing fits beside the weights."""
-    left, is_cpu = hardware.memory_left(model.device), model.device.type == "cpu"
+def _account(settings: Settings, model: Model, planned: int) -> Account:
+    """The process's account of memory, printed. Raises UserError if nothing fits beside the weights.
+
+    `planned`: bytes that engines of other models will take. Those that may still come leave this one its part.
+    """
+    is_cpu = model.device.type == "cpu"
+    left = max(0, hardware.memory_left(model.device) - planned) // (settings.engines if is_cpu else 1)
     account = memory.divide(left, ModelBytes.of(model, model.weights_bytes), settings.kv_memory, is_cpu=is_cpu)
     if isinstance(model, Decoder) and account.passes is not None:
         model.passes = account.passes
@@ -243,12 +249,16 @@ def _load(settings: Settings, device: torch.device, store: Store) -> Work[Loaded
     threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     dtype = dtype_for(settings.dtype, device)
-    expect_loadable(settings, device, dtype.itemsize)
     choices = _choices(settings, device, store)
     exactness = Exactness(promised=settings.batch_invariant, choices=choices)
+    reservations = Reservations(settings.run_directory)
     try:
-        model = load(Path(settings.model_directory), dtype, device, exactness)
-        account = _account(settings, model)
+        with reservations.turn() if settings.engines > 1 else nullcontext(0) as planned:
+            expect_loadable(settings, device, dtype.itemsize, planned)
+            model = load(Path(settings.model_directory), dtype, device, exactness)
+            account = _account(settings, model, planned)
+            if settings.engines > 1:
+                reservations.write(account.total)
     except Exception as error:
         if (shortage := MemoryShortage.of(error)) is None:
             error.__traceback__ = None  # its frames hold the weights

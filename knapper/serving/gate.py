@@ -13,7 +13,7 @@ import structlog
 
 from knapper.concurrency.retry import Attempts, Deaths
 from knapper.engine import host_memory
-from knapper.errors import KnapperError
+from knapper.errors import KnapperError, WaitsForMemory
 
 _DEATHS_MAX: Final = 2  # then the process starts without an attempt, and reports the reason first
 _KILLED: Final = (
@@ -47,7 +47,7 @@ class Gate(Generic[T]):
             self._try()
 
     def value(self) -> T:
-        """The loaded value. Raises Unservable at once if there is none."""
+        """The loaded value. Raises Unavailable at once if there is none: Unservable, unless it only waits."""
         if self._loaded is None:
             if self._attempts.due and self._attempt_lock.acquire(blocking=False):
                 threading.Thread(target=self._try_in_background, name="another attempt", daemon=True).start()
@@ -66,6 +66,8 @@ class Gate(Generic[T]):
         try:
             self._loaded = self._load()
             self._attempts.succeeded()
+        except WaitsForMemory as error:
+            self._attempts.waits(str(error))
         except Exception as error:  # noqa: BLE001  the outermost handler: every error becomes the reason
             self._attempts.failed(self._reason(error), self._now() - began)
         finally:

@@ -1,12 +1,13 @@
 """tinker-cookbook, unmodified, trains here; docs/cookbook.md has the figures of a run in full."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.conformance.cookbook.loops import LOOPS, Loop, refused
+from tests.conformance.cookbook.loops import LOOPS, Loop, distilled_from_another_model, refused
 from tests.conformance.cookbook.page import COMMAND, PATH, figures_of, render
-from tests.conformance.cookbook.workplace import COOKBOOK, Workplace, installed, opened
+from tests.conformance.cookbook.workplace import COOKBOOK, MODEL, TEACHER, Workplace, installed, opened
 
 pytestmark = pytest.mark.timeout(300)
 CASES = [pytest.param(loop, loop.steps[0], id=loop.name) for loop in LOOPS if loop.steps[0]]
@@ -30,6 +31,16 @@ def at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
 def test_a_loop_of_the_cookbook_has_its_effect(loop: Loop, steps: int, at: Workplace) -> None:
     seen = loop.follow(at, steps)
     print(f"{loop.name}: {loop.figure} {seen.first:.3g} -> {seen.last:.3g}, {seen.steps} steps")
+
+
+def test_a_student_is_taught_by_another_base_model(tmp_path: Path) -> None:
+    """One of random weights is soon approached by nobody: it is about whose log-probabilities the student is given."""
+    assert installed()
+    with opened(tmp_path, TEACHER) as workplace:
+        divergences = distilled_from_another_model(workplace, 2)
+        assert {f"engine:{name}" for name in (MODEL, TEACHER)} <= set(workplace.server.processes())
+    assert len(divergences) == 2
+    assert min(divergences) > 1, "of a student that is its own teacher it is 0"
 
 
 @pytest.mark.parametrize("options", [{}, {"max_steps_off_policy": 1}], ids=["synchronous", "asynchronous"])

@@ -14,7 +14,7 @@ from knapper.jobs.activity import seconds_left
 from knapper.jobs.names import Start
 from knapper.jobs.presence import Presence, Present
 from knapper.jobs.spec import decode, parse
-from knapper.local.state import ProcessTable, presence
+from knapper.local.state import ProcessTable, presence, role_of
 from knapper.state.job_records import Evaluated, Rollouts, Scores, Spent, Trained, encode
 from knapper.state.layout import ObjectKind
 from tests.jobs.test_works import JOBS, RL
@@ -28,7 +28,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> House:
     return House(tmp_path_factory.mktemp("tiny"))
 
 
-async def told(works: Works, present: Present = lambda _: READY) -> dict[str, Any]:
+async def told(works: Works, present: Present = lambda _, __: READY) -> dict[str, Any]:
     return await listings.whole(works.services, LOCAL_TENANT, "j", 0, present)
 
 
@@ -109,11 +109,11 @@ def test_until_a_function_takes_it_up_a_job_waits_for_the_engine(house: House) -
     async def story() -> None:
         works = Works(house, slice_s=0.0)
         await works.submit(JOBS["rl"])
-        before = await told(works, lambda _: None)
+        before = await told(works, lambda *_: None)
         assert phase(before) == ("waiting for the engine", None, None, None)
         assert before["activity"]["since"] == before["started_at"]
         await works.deliver()
-        after = await told(works, lambda _: None)
+        after = await told(works, lambda *_: None)
         assert phase(after) == ("sampling", 1, 0, 3)
         assert seconds(after["activity"]["since"]) > seconds(before["started_at"])
 
@@ -181,7 +181,7 @@ def test_of_processes_on_this_machine_it_is_known_whether_they_load(house: House
         await works.submit(JOBS["rl"])
 
         async def now() -> tuple[str, str]:
-            doing = (await told(works, lambda function: presence(tmp_path, function)))["activity"]
+            doing = (await told(works, lambda *asked: presence(tmp_path, *asked)))["activity"]
             return doing["phase"], doing["since"]
 
         processes.set("gateway", 1, 2)
@@ -195,8 +195,14 @@ def test_of_processes_on_this_machine_it_is_known_whether_they_load(house: House
         assert (await now())[0] == "waiting for the engine"
         processes.set("sample", 3, 4)
         assert (await now())[0] == "sampling"
+        base_model = (await told(works))["base_model"]
+        processes.remove("sample")
+        processes.set(role_of("engine", "another"), 3, 4)
+        assert (await now())[0] == "waiting for the engine"
+        processes.set(role_of("engine", base_model), 3, 4)
+        assert (await now())[0] == "sampling"
         processes.clear()
-        assert presence(tmp_path, "sample") is None
+        assert presence(tmp_path, "sample", "m") is None
 
     run(story)
 
@@ -267,7 +273,7 @@ def test_the_end_is_estimated_from_what_steps_took(house: House) -> None:
         assert shown["seconds_left"] == pytest.approx(3 * 10 - 3 + 5, abs=0.1)
         left_s = seconds(shown["ends_at"]) - works.clock.at
         assert left_s == pytest.approx(shown["seconds_left"], abs=0.1)
-        absent = await told(works, lambda _: Presence("absent"))
+        absent = await told(works, lambda *_: Presence("absent"))
         assert absent["seconds_left"] == pytest.approx(3 * 10 + 5, abs=0.01), "nobody works on it"
 
     run(story)

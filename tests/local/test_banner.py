@@ -16,7 +16,8 @@ def said(directory: Path, **environ: str) -> dict[str, str]:
     settings = Settings.load(
         {"KNAPPER_MODEL": str(model), "KNAPPER_MODEL_DIRECTORY": str(model), "KNAPPER_DATA": str(directory), **environ}
     )
-    first, *lines = banner(settings, served(settings), "http://127.0.0.1:8000")
+    record = served(settings, {"train_step": "", "sample": ""})
+    first, *lines = banner(settings, [record], "http://127.0.0.1:8000")
     assert first == "ready: http://127.0.0.1:8000"
     return {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
 

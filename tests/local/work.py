@@ -13,6 +13,7 @@ import httpx
 
 from knapper.local import engines, web
 from knapper.local.process import Process
+from knapper.local.state import ENGINES
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -58,7 +59,7 @@ def make_root(tmp_path: Path) -> Path:
     """A root whose gateway is the real one and whose functions are tiny; their notes lie in its notes/."""
     root = tmp_path / "root"
     (root / "notes").mkdir(parents=True)
-    for name in engines.FUNCTIONS:
+    for name in (*ENGINES, "reward"):
         main = root / "functions" / name / "main.py"
         main.parent.mkdir(parents=True)
         main.write_text(_FUNCTION.format(name=name, notes=str(root / "notes")))
@@ -112,7 +113,7 @@ class World:
 @asynccontextmanager
 async def on_demand(root: Path, *, isolated: bool = False, idle_s: float = 60.0) -> AsyncIterator[World]:
     """The functions as the supervisor runs them."""
-    layout = engines.ISOLATED if isolated else engines.SHARED
+    layout = {**(engines.ISOLATED if isolated else engines.SHARED), **engines.REWARD}
     with ExitStack() as sockets:
         listeners = {name: sockets.enter_context(web.bind("127.0.0.1", 0)) for name in layout}
         async with httpx.AsyncClient(trust_env=False, timeout=60) as client:

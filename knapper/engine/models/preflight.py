@@ -16,7 +16,7 @@ from knapper.engine import host_memory
 from knapper.engine.hardware import device_for, memory_left, take_memory
 from knapper.engine.models import weight_files
 from knapper.engine.models.loader import expect_architecture
-from knapper.errors import KnapperError, UserError
+from knapper.errors import KnapperError, UserError, WaitsForMemory
 from knapper.settings import Settings
 from knapper.text.sizes import sized
 
@@ -27,27 +27,33 @@ _LEAST_BYTES: Final = {"float32": 4, "bfloat16": 2, "auto": 2}  # bytes of a num
 def expect_device(settings: Settings) -> torch.device:
     """The device of the settings, with its memory capped at their share. Raises InvalidField."""
     device = device_for(settings.device)
-    take_memory(device, settings.gpu_memory_share)
+    shared_by = settings.engines if device.type == "cuda" else 1  # in equal parts: a card tells of nobody's plans
+    take_memory(device, settings.gpu_memory_share / shared_by)
     return device
 
 
-def expect_loadable(settings: Settings, device: torch.device, least_bytes: int | None = None) -> None:
-    """Raises UnsupportedModel for a refused architecture, UserError for weights that do not fit.
+def expect_loadable(settings: Settings, device: torch.device, least_bytes: int | None = None, planned: int = 0) -> None:
+    """Raises UnsupportedModel for a refused architecture, UserError for weights that do not fit, WaitsForMemory for
+    those that do not fit beside the engines of other models.
 
-    `least_bytes`: bytes of a number, once the dtype is known.
+    `least_bytes`: bytes of a number, once the dtype is known. `planned`: bytes that those engines will take.
     """
     directory = Path(settings.model_directory)
     expect_architecture(directory)
     if any(directory.glob("*.safetensors")):  # none before the download
         bytes_each = least_bytes or _LEAST_BYTES[settings.dtype]
-        _expect_memory(
-            settings, device, bytes_each * sum(header.numbers for header in weight_files.entries(directory).values())
-        )
+        numbers = sum(header.numbers for header in weight_files.entries(directory).values())
+        _expect_memory(settings, device, bytes_each * numbers, planned)
 
 
-def _expect_memory(settings: Settings, device: torch.device, needed: int) -> None:
+def _expect_memory(settings: Settings, device: torch.device, needed: int, planned: int) -> None:
     """A CPU's weights may go into swap, though slowly. Beyond that the kernel would kill this process, or another."""
-    free = memory_left(device) + (host_memory.swap() if device.type == "cpu" else 0)
+    free = max(0, memory_left(device) - planned) + (host_memory.swap() if device.type == "cpu" else 0)
+    if needed > free and settings.engines > 1:
+        raise WaitsForMemory(
+            f"its weights take {sized(needed)}, and {sized(free)} of memory are free beside the other models' engines; "
+            f"it goes on once one of those has been idle for {settings.idle_s:.0f} s (KNAPPER_IDLE_S)"
+        )
     if needed > free:
         raise UserError(
             f"the weights of {settings.model} take {sized(needed)}, and {sized(free)} of memory are free on "

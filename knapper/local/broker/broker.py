@@ -1,7 +1,7 @@
 """The broker: takes an event, answers at once, and delivers it to every trigger that wants it."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import aiohttp
 import structlog
@@ -16,16 +16,19 @@ log = structlog.get_logger()
 
 
 class LocalBroker:
-    """`urls`: where each subscriber listens. `faults`: applied to deliveries, None for none."""
+    """`url_of`: where a subscriber listens for an event with these attributes; empty for nowhere.
+
+    `faults`: applied to deliveries, None for none.
+    """
 
     def __init__(
         self,
         client: aiohttp.ClientSession,
-        urls: Mapping[str, str],
+        url_of: Callable[[str, Mapping[str, str]], Awaitable[str]],
         dead_url: str,
         faults: FaultInjection | None = None,
     ) -> None:
-        self._urls = urls
+        self._url_of = url_of
         self._delivery = Delivery(client, self._take, dead_url)
         self._faults = faults
         self._under_way: set[asyncio.Task[None]] = set()
@@ -47,8 +50,7 @@ class LocalBroker:
     async def _take(self, letter: Letter) -> None:
         attributes = letter.attributes
         for trigger in TRIGGERS:
-            url = self._urls.get(trigger.subscriber, "")
-            if not url or not trigger.wants(attributes):
+            if not trigger.wants(attributes) or not (url := await self._url_of(trigger.subscriber, attributes)):
                 continue
             for late_s in self._faults.copies() if self._faults else [0.0]:
                 if self.under_way >= limits.events_in_flight_max:

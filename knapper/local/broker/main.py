@@ -20,6 +20,7 @@ from knapper.events.function_key import FunctionKey
 from knapper.local.broker.broker import LocalBroker
 from knapper.local.broker.delivery import Letter
 from knapper.local.broker.fault_injection import FaultInjection
+from knapper.local.broker.subscribers import Subscribers
 from knapper.local.broker.watcher import Watcher
 from knapper.observability import logs
 from knapper.settings import Settings
@@ -58,21 +59,21 @@ async def state(request: Request) -> Response:
 
 
 def create_app(settings: Settings) -> Starlette:
-    """The broker of the functions and the gateway that the settings name, and the watcher of the inbox."""
-    urls = {
-        "train_step": settings.train_step_url,
-        "sample": settings.sample_url,
-        "reward": settings.reward_url,
-        "gateway": f"{settings.gateway_url}/events",
-    }
+    """The broker of the functions and the gateway, and the watcher of the inbox."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar()) as client:
-            app.state.key = FunctionKey(open_store(settings))
+            store = open_store(settings)
+            app.state.key = FunctionKey(store)
+            subscribers = Subscribers(
+                store, {"reward": settings.reward_url, "gateway": f"{settings.gateway_url}/events"}
+            )
             faults = FaultInjection(int(settings.fault_injection_seed)) if settings.fault_injection_seed else None
-            broker = app.state.broker = LocalBroker(client, urls, f"{settings.gateway_url}/events/dead", faults)
+            broker = app.state.broker = LocalBroker(
+                client, subscribers.url_of, f"{settings.gateway_url}/events/dead", faults
+            )
 
             async def tell(event: Event) -> None:
                 await broker.post(Letter(*cloudevents.as_binary(*event.encode())))

@@ -1,4 +1,4 @@
-"""Which subscriber receives which event: as in knative/base/triggers.yaml, without `model` (here there is one)."""
+"""Which subscriber receives which event: as in knative/base/triggers.yaml, but for `model`: see `subscribers`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

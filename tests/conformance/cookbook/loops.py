@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from tests.conformance.cookbook import material
-from tests.conformance.cookbook.workplace import CHECKS, MODEL, CommandFailed, Ran, Workplace
+from tests.conformance.cookbook.workplace import CHECKS, MODEL, TEACHER, CommandFailed, Ran, Workplace
 
 _nll, _reward = "train_mean_nll", "env/all/reward/total"
 _sampled_and_trained = "optim/kl_sample_train_v2"  # half the mean square of their difference
@@ -183,6 +183,15 @@ def _distilled(at: Workplace, steps: int) -> Seen:
     # What is sampled has no seed: five steps have left 0.48 to 0.72 of it.
     assert divergences[-1] < 0.85 * divergences[0], divergences
     return _ends(divergences)
+
+
+def distilled_from_another_model(at: Workplace, steps: int) -> list[float]:
+    """The KL to a teacher that is another base model of the same server, step by step."""
+    ran = at.recipe(
+        "distillation.on_policy_distillation", teacher_model=TEACHER, lora_rank=8, group_size=4, groups_per_batch=6,
+        learning_rate=4e-3, max_tokens=12, max_steps=steps, eval_every=0, save_every=0,
+    )  # fmt: skip
+    return ran.series("teacher_kl")
 
 
 def _decided(at: Workplace, steps: int) -> Seen:

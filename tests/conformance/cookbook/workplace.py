@@ -20,6 +20,7 @@ COOKBOOK = Path(sys.prefix) / "tinker-cookbook"
 CHECKS = COOKBOOK / "source" / "tests"  # scripts that only its source distribution has
 # One that the cookbook's table of models has, as a base model: its renderer needs nothing of the tokenizer.
 MODEL = "Qwen/Qwen3-8B-Base"
+TEACHER = "Qwen/Qwen3-8B"  # another base model that it has
 _RECIPES = "tinker_cookbook.recipes"
 _context = 2048
 _STOP_S = 30.0
@@ -134,15 +135,17 @@ def installed() -> bool:
 
 
 @contextmanager
-def opened(directory: Path) -> Iterator[Workplace]:
-    """A server over `directory`, and a workplace beside it."""
+def opened(directory: Path, *others: str) -> Iterator[Workplace]:
+    """A server over `directory`, and a workplace beside it. `others`: base models that it serves besides."""
     cache, here = directory / "models", directory / "work"
-    model = tiny_model(cache / MODEL.replace("/", "--"), kind="qwen3", context=_context)
-    (here / MODEL).parent.mkdir(parents=True)
-    (here / MODEL).symlink_to(model)
+    for seed, name in enumerate((MODEL, *others)):
+        model = tiny_model(cache / name.replace("/", "--"), seed=seed, kind="qwen3", context=_context)
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).symlink_to(model)
     material.lay_out(here)
     settings = {"KNAPPER_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    with Server.start(Path(MODEL), directory / "data", settings=settings) as server:
+    flags = [flag for name in others for flag in ("--model", name)]
+    with Server.start(Path(MODEL), directory / "data", *flags, settings=settings) as server:
         with Workplace(here, server) as at:
             yield at
 

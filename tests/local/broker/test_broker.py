@@ -17,6 +17,8 @@ from knapper.local.broker import delivery
 from knapper.local.broker.broker import LocalBroker
 from knapper.local.broker.delivery import HOPS_MAX, Letter
 from knapper.local.broker.fault_injection import COPIES_MAX, FaultInjection
+from knapper.local.broker.subscribers import Subscribers
+from knapper.store.memory import MemoryStore
 
 SAMPLED = Event(type=cloudevents.ROLLOUTS_SAMPLED, subject="local/a/0123456789abcdef", id="1", step=3, kind="rl")
 Answer = Callable[[web.Request, int], Awaitable[web.Response]]
@@ -54,7 +56,8 @@ async def broker_of(
     await site.start()
     subscriber.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     async with aiohttp.ClientSession() as client:
-        broker = LocalBroker(client, {"reward": f"{subscriber.url}/reward"}, f"{subscriber.url}/dead", faults)
+        subscribers = Subscribers(MemoryStore(), {"reward": f"{subscriber.url}/reward"})
+        broker = LocalBroker(client, subscribers.url_of, f"{subscriber.url}/dead", faults)
         yield broker, subscriber
         await broker.close()
     await runner.cleanup()
