@@ -97,3 +97,23 @@ def test_another_run_s_adapter_is_said_and_an_answer_names_its_weights(
     first.forward(_rollouts(wrong), "importance_sampling").result()
     (said,) = _said(caplog, "were drawn by another adapter")
     assert f"that of {second.model_id}, step 1." in said
+
+
+def test_an_answered_sample_names_the_weights_that_drew_it(new_client: NewClient, server: Server) -> None:
+    client = new_client()
+    sampler = client.save_weights_and_get_sampling_client().result()
+    _step(client, _rollouts(sampler))
+    client.save_weights_for_sampler("named").result()
+    with httpx.Client(base_url=f"{server.url}/api/v1/", headers={"X-API-Key": "tml-local"}) as http:
+        path = f"tinker://{client.model_id}/sampler_weights/named"
+        session = client.model_id.partition(":")[0]
+        asked = {"session_id": session, "sampling_session_seq_id": 90, "model_path": path}
+        sampling = http.post("create_sampling_session", json=asked).raise_for_status().json()["sampling_session_id"]
+        prompt = {"chunks": [{"type": "encoded_text", "tokens": PROMPT}]}
+        sample = {"sampling_session_id": sampling, "seq_id": 1, "prompt": prompt, "num_samples": 1}
+        sample |= {"sampling_params": {"max_tokens": 3}}
+        future = http.post("asample", json=sample).raise_for_status().json()["request_id"]
+        answer = http.post("retrieve_future", json={"request_id": future}, timeout=60).raise_for_status()
+        digest, step, sampled_by = answer.headers["knapper-weights"].split(";")
+        assert len(digest) == 16
+        assert (step, sampled_by) == ("step=1", "sampler=engine float32")

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from gateway.diagnostics import rules
 from gateway.diagnostics.monitor import declared_staleness
-from gateway.diagnostics.sample_index import SampleIndex, SampleSource, SavedWeights
+from gateway.diagnostics.sample_index import SampleIndex, SampleSource
+from knapper.diagnostics import rules
+from knapper.diagnostics.weights import SavedWeights
 from knapper.engine.training.losses import LOSSES
 from knapper.ids import Tenant
 from knapper.state.journal.records import Alarm

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from gateway.diagnostics import rules
-from gateway.diagnostics.rules import Before, Load, Step
-from gateway.diagnostics.timeline import Timeline
+from knapper.diagnostics import rules
+from knapper.diagnostics.rules import Before, Load, Step
+from knapper.diagnostics.timeline import Timeline
 from knapper.state.journal.records import Drawn, Provenance
 from knapper.wire import reductions
 
