@@ -222,6 +222,8 @@ def summary(job: dict[str, Any]) -> Iterator[str]:
         yield f"{doing(job)}; {timing(job) or 'no estimate before its first step'}"
     elif job["reason"]:
         yield job["reason"]
+    for alarm in reversed(job.get("alarms", [])):
+        yield f"alarm {alarm['name']}: {alarm['message']}"
     if adapts := job.get("adapts"):
         more = "" if "unembed" in adapts else "; not unembed, as the SDK's default does: `lora: {train_unembed: true}`"
         yield f"adapts {', '.join(adapts)}{more}"

@@ -5,7 +5,7 @@ const root = document.documentElement;
 const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 const NOT_DRAWN = new Set(["step", "at", "tokens", "wall_seconds"]);
-const FIRST = ["loss/mean", "reward/mean", "kl/mean", "grad_norm", "learning_rate", "tokens/second"];
+const FIRST = ["loss/mean", "reward/mean", "kl/mean", "grad_norm", "learning_rate", "staleness", "tokens/second"];
 
 function digits(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return "";

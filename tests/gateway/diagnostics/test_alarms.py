@@ -335,6 +335,27 @@ def test_the_batch_that_a_checkpoint_contains_is_named_when_it_is_trained_on_aga
     told(story)
 
 
+def test_rewards_that_teach_nothing_are_named_after_sixteen_groups_and_chance_is_not() -> None:
+    async def story(bench: Bench) -> None:
+        loop = await bench.run()
+        sampler = await _warm(bench, loop)
+        silent = [await bench.draw(sampler, 2) for _ in range(rules.SILENT_GROUPS)]
+        for group in silent:
+            for datum in group:
+                datum.inputs["advantages"][:] = 0.0
+        assert await loop.step([datum for group in silent[:-1] for datum in group]) == [], "one group less"
+        assert await loop.step(await bench.draw(await loop.save(), 4)) == [], "and these teach"
+        whole = [await bench.draw(await loop.save(), 2) for _ in silent]
+        for group in whole:
+            for datum in group:
+                datum.inputs["advantages"][:] = 0.0
+        (alarm,) = await loop.step([datum for group in whole for datum in group])
+        assert alarm.name == "degenerate_groups"
+        assert "step 6 learned nothing: in the last 16 groups all completions of a prompt have" in alarm.message
+
+    told(story)
+
+
 # ---- whose samples, and how many
 
 
