@@ -1,5 +1,6 @@
 """The records of jobs: create-only msgpack objects, like the journal's."""
 
+from array import array
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -77,6 +78,10 @@ class Rollouts(Record, frozen=True, kw_only=True):
     ended_at: float
     device_s: float = 0.0  # of the device, for all of them
     drawn: Drawn | None = None
+
+    @property
+    def prompt(self) -> list[int]:
+        return array("i", self.prompt_tokens).tolist()
 
 
 class Score(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -5,35 +5,11 @@ from collections.abc import Callable
 import httpx
 import pytest
 import tinker
-from tinker import types
 
+from tests.conformance.loops import PROMPT, rollouts, step
 from tests.conformance.server import Server, wait_until
 
-PROMPT = [5, 9, 2]
 NewClient = Callable[..., tinker.TrainingClient]
-
-
-def _rollouts(sampler: tinker.SamplingClient, temperature: float = 1.0) -> list[types.Datum]:
-    """Two of one prompt, as tinker-cookbook assembles them."""
-    params = types.SamplingParams(max_tokens=12, temperature=temperature, stop=[])
-    drawn = sampler.sample(types.ModelInput.from_ints(PROMPT), 2, params).result().sequences
-    return [_datum(each, advantage) for each, advantage in zip(drawn, (1.0, -1.0), strict=True)]
-
-
-def _datum(drawn: types.SampledSequence, advantage: float) -> types.Datum:
-    whole, zeros = [*PROMPT, *drawn.tokens], [0.0] * (len(PROMPT) - 1)
-    inputs = {
-        "target_tokens": types.TensorData(data=whole[1:], dtype="int64"),
-        "logprobs": types.TensorData(data=[*zeros, *(drawn.logprobs or [])], dtype="float32"),
-        "advantages": types.TensorData(data=[*zeros, *[advantage] * len(drawn.tokens)], dtype="float32"),
-    }
-    return types.Datum(model_input=types.ModelInput.from_ints(whole[:-1]), loss_fn_inputs=inputs)
-
-
-def _step(client: tinker.TrainingClient, data: list[types.Datum]) -> dict[str, float]:
-    metrics = client.forward_backward(data, "importance_sampling").result().metrics
-    client.optim_step(types.AdamParams(learning_rate=1e-3)).result()
-    return metrics
 
 
 def _said(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
@@ -46,7 +22,7 @@ def test_the_user_is_told_of_a_stale_sampler_and_of_a_wrong_temperature_and_of_n
 ) -> None:
     client = new_client()
     sampler = client.save_weights_and_get_sampling_client().result()
-    metrics = _step(client, _rollouts(sampler))
+    metrics = step(client, rollouts(sampler))
     assert metrics["sampled_tokens:sum"] == 24
     assert abs(metrics["kl_sample_train_v1:sum"]) < 1e-4
     assert metrics["kl_sample_train_v2:sum"] < 1e-8
@@ -55,21 +31,21 @@ def test_the_user_is_told_of_a_stale_sampler_and_of_a_wrong_temperature_and_of_n
     assert (metrics["groups:sum"], metrics["degenerate_groups:sum"]) == (1.0, 0.0)
     for _ in range(2):
         sampler = client.save_weights_and_get_sampling_client().result()
-        _step(client, _rollouts(sampler))
+        step(client, rollouts(sampler))
     assert not _said(caplog, "rollouts of step"), "three clean steps"
 
-    _step(client, _rollouts(sampler))
+    step(client, rollouts(sampler))
     stale = "all 2 rollouts of step 4 were drawn by weights that are 1 updates old"
 
     def heard() -> bool:
-        client.forward(_rollouts(sampler), "importance_sampling").result()  # any operation brings the news
+        client.forward(rollouts(sampler), "importance_sampling").result()  # any operation brings the news
         return bool(_said(caplog, stale))
 
     wait_until(heard, "the SDK prints it")
     sampler = client.save_weights_and_get_sampling_client().result()
-    _step(client, _rollouts(sampler, temperature=0.5))
+    step(client, rollouts(sampler, temperature=0.5))
     sampler = client.save_weights_and_get_sampling_client().result()
-    _step(client, _rollouts(sampler))
+    step(client, rollouts(sampler))
     assert len(_said(caplog, "all 2 rollouts of step 5 were drawn with temperature 0.5")) == 1
     assert len(_said(caplog, "rollouts of step")) == 2
 
@@ -91,10 +67,10 @@ def test_another_run_s_adapter_is_said_and_an_answer_names_its_weights(
 ) -> None:
     first, second = (new_client() for _ in range(2))
     wrong = second.save_weights_and_get_sampling_client().result()
-    _step(second, _rollouts(wrong))
+    step(second, rollouts(wrong))
     wrong = second.save_weights_and_get_sampling_client().result()
-    _step(first, _rollouts(wrong))
-    first.forward(_rollouts(wrong), "importance_sampling").result()
+    step(first, rollouts(wrong))
+    first.forward(rollouts(wrong), "importance_sampling").result()
     (said,) = _said(caplog, "were drawn by another adapter")
     assert f"that of {second.model_id}, step 1." in said
 
@@ -102,7 +78,7 @@ def test_another_run_s_adapter_is_said_and_an_answer_names_its_weights(
 def test_an_answered_sample_names_the_weights_that_drew_it(new_client: NewClient, server: Server) -> None:
     client = new_client()
     sampler = client.save_weights_and_get_sampling_client().result()
-    _step(client, _rollouts(sampler))
+    step(client, rollouts(sampler))
     client.save_weights_for_sampler("named").result()
     with httpx.Client(base_url=f"{server.url}/api/v1/", headers={"X-API-Key": "tml-local"}) as http:
         path = f"tinker://{client.model_id}/sampler_weights/named"
@@ -114,6 +90,6 @@ def test_an_answered_sample_names_the_weights_that_drew_it(new_client: NewClient
         sample |= {"sampling_params": {"max_tokens": 3}}
         future = http.post("asample", json=sample).raise_for_status().json()["request_id"]
         answer = http.post("retrieve_future", json={"request_id": future}, timeout=60).raise_for_status()
-        digest, step, sampled_by = answer.headers["knapper-weights"].split(";")
+        digest, steps, sampled_by = answer.headers["knapper-weights"].split(";")
         assert len(digest) == 16
-        assert (step, sampled_by) == ("step=1", "sampler=engine float32")
+        assert (steps, sampled_by) == ("step=1", "sampler=engine float32")

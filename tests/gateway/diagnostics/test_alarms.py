@@ -1,5 +1,9 @@
 """Faults that are planted in loops as tinker-cookbook has them are named within a step; clean loops raise no alarm."""
 
+import inspect
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -385,3 +389,9 @@ def test_what_is_remembered_of_samples_is_bounded_and_the_largest_tenant_gives_w
 def test_the_limit_is_far_above_what_rounding_makes() -> None:
     """bfloat16 keeps eight bits: a log-probability of -4 is off by up to 2^-7 then."""
     assert 0.5 * (2.0**-7) ** 2 < rules.KL_EXACT < rules.KL_LIMIT / 10
+
+
+def test_the_page_has_every_alarm() -> None:
+    page = Path("docs/alarms.md").read_text()
+    told = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    assert told == set(re.findall(r"\"(\w+)\"\]? ?[:=] ", inspect.getsource(rules.alarms)))
