@@ -105,13 +105,12 @@ async def open_services(
 ) -> AsyncIterator[Services]:
     """The services, whose connections stay open as long as this context. `job_services`: None serves no jobs."""
     clock, monotonic, new_id = sources.clock, sources.monotonic, sources.new_id
-    wakeups = Wakeups()
-    state = _state(settings, store, sources, wakeups)
+    wakeups, gateway = Wakeups(), new_id()
+    state = _state(settings, store, sources, wakeups, gateway)
     audit, sample_usage = Audit(store, clock, new_id), SampleUsage(store, clock, new_id)
     async with AsyncExitStack() as stack:
         worker_pool = WorkerPool()
         stack.callback(worker_pool.close)
-        gateway = new_id()
         monitor = Monitor(store, state.lookups, clock, monotonic)
         clients = await _clients(settings, state, sample_usage, monitor, sources, gateway, stack)
         watching = asyncio.create_task(monitor.work())
@@ -162,13 +161,13 @@ async def open_services(
         )
 
 
-def _state(settings: Settings, store: Store, sources: Sources, wakeups: Wakeups) -> _State:
+def _state(settings: Settings, store: Store, sources: Sources, wakeups: Wakeups, gateway: str) -> _State:
     clock, monotonic = sources.clock, sources.monotonic
     manifests = Manifests(store)
     acceptor = Acceptor(store, clock, manifests)
     accounts = Accounts(store, clock, monotonic, sources.new_id)
     retention = Retention.of(settings)
-    collector = Collector(store, retention, clock, monotonic, partial(needs.of, store), accounts.account)
+    collector = Collector(store, retention, clock, monotonic, partial(needs.of, store), accounts.account, gateway)
     lookups = Lookups(store, acceptor, monotonic, collector.touch_sampler, wakeups.store.set)
     return _State(store, manifests, acceptor, Results(store, manifests), accounts, collector, lookups)
 

@@ -109,8 +109,6 @@ async def publish(gateway: Services) -> None:
 
 async def collect(gateway: Services) -> float | None:
     """Delete garbage. Sessions in which nothing happens are visited ever less often."""
-    for sampler in gateway.sample_queue.active_samplers():
-        gateway.collector.touch_sampler(sampler)
     for run in gateway.train_client.changed_runs():
         gateway.collector.touch(session_of(run))
     if deleted := await gateway.collector.work():
@@ -144,6 +142,9 @@ async def tick(gateway: Services) -> None:
         await damage.unless(revive(gateway, run), None)
         gateway.unfinished_runs.checked(run)
     await gateway.admission.renew()
+    for sampler in gateway.sample_queue.active_samplers():
+        gateway.collector.touch_sampler(sampler)
+    await gateway.collector.show_uses()
     if gateway.sample_queue.empty:
         await gateway.peers.gateways.withdraw(lambda: gateway.sample_queue.empty)
     else:

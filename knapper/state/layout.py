@@ -63,10 +63,11 @@ class ObjectKind(Enum):
     HOLD = ("held/<tenant>/<gateway>/<hold>", EMPTY, "state.holds")
     # Where a gateway that keeps samples is reached by the others
     GATEWAY = ("gateways/<gateway>/<us>-<address>", EMPTY, "state.gateways")
-    # The collector's marks
+    # The collector's marks, and which samplers each gateway's clients use
     COLLECT_BEGUN = ("collect/begun", EMPTY, "state.gc.marks")
     COLLECT_NOW = ("collect/now/<session>/<what>", EMPTY, "state.gc.marks")
     COLLECT_LATER = ("collect/later/<us>/<session>", EMPTY, "state.gc.marks")
+    SAMPLERS_IN_USE = ("sampled/<session>/<us>-<gateway>", "SamplersInUse", "state.gc.uses")
     # The deployment
     API_KEY = ("keys/<id>/<n>", "Key", "state.api_keys")
     MODEL = ("models/<slug>/<n>", "ModelRecord", "catalogue.served_models")

@@ -57,7 +57,7 @@ class _Plan:
 class Collector:
     """`clock`: seconds since the epoch, for expiry; `now`: monotonic seconds, for grace periods.
 
-    `need` and `account`: as knapper.state.gc.lookups.Memory has them.
+    `need`, `account` and `gateway`: as knapper.state.gc.lookups.Memory has them.
     """
 
     def __init__(
@@ -68,9 +68,10 @@ class Collector:
         now: Callable[[], float],
         need: Callable[[Session, RunId], Awaitable[Need]] = no_job,
         account: Callable[[str, RunId], Awaitable[None]] = no_accounts,
+        gateway: str = "",
     ) -> None:
         self._store, self._clock, self._now = store, clock, now
-        self._memory = Memory(store, retention, clock, now, need, account)
+        self._memory = Memory(store, retention, clock, now, need, account, gateway)
         self._plans: dict[SessionId, _Plan] = {}
         self._touched: set[SessionId] = set()
         self._listed_at = self._later_at = -inf
@@ -81,7 +82,11 @@ class Collector:
 
     def touch_sampler(self, sampler: str) -> None:
         """A client uses the sampler, or lists it."""
-        self._memory.used_at[SamplerId(sampler)] = self._now()
+        self._memory.uses.record(SamplerId(sampler))
+
+    async def show_uses(self) -> None:
+        """Tell the other gateways' collectors which samplers are used here. Raises StoreError."""
+        await self._memory.uses.show()
 
     def touch(self, session: SessionId) -> None:
         """Something happened in the session."""

@@ -4,10 +4,11 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from math import inf
 
-from knapper.ids import RunId, SamplerId, SessionId
+from knapper.ids import RunId, SessionId
 from knapper.settings import Settings
 from knapper.state import damage
 from knapper.state.checkpoints import EVERYONE, Checkpoints
+from knapper.state.gc.uses import SamplerUses
 from knapper.state.journal.accept import Acceptor
 from knapper.state.journal.newest import Manifests
 from knapper.state.journal.records import decode
@@ -76,8 +77,8 @@ class Memory:
     now: Callable[[], float]
     need: Callable[[Session, RunId], Awaitable[Need]]
     account: Callable[[str, RunId], Awaitable[None]]
+    gateway: str = ""  # the random name of this process
     # In memory only: after a restart, every grace period begins again.
-    used_at: dict[SamplerId, float] = field(default_factory=dict)  # the last use of each sampler
     since: dict[str, float] = field(default_factory=dict)  # when an unreferenced prefix was first seen
     out: dict[RunId, int] = field(default_factory=dict)  # out records up to here are gone, or fences
 
@@ -87,6 +88,7 @@ class Memory:
         self.manifests = Manifests(self.store)
         self.acceptor = Acceptor(self.store, self.clock, self.manifests)
         self.records: LruCache[str, Sampler] = LruCache()
+        self.uses = SamplerUses(self.store, self.gateway, self.retention.samplers_s, self.clock, self.now)
 
     async def sampler(self, name: str) -> Sampler | None:
         """The record, cached: it never changes."""

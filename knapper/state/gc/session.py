@@ -165,10 +165,15 @@ class Visit:
         newest: dict[tuple[str, str], int] = {}
         for sampler in samplers:
             newest[sampler.run, sampler.kind] = max(sampler.seq, newest.get((sampler.run, sampler.kind), 0))
+        elsewhere: dict[str, float] | None = None  # asked for once something is to be deleted
         for sampler in samplers:
             is_old = sampler.run != "" and sampler.seq < newest[sampler.run, sampler.kind]
             superseded = self._over is not None or is_old
             left_s = self._grace_left_s(sampler) if superseded else inf
+            if left_s <= 0:
+                if elsewhere is None:
+                    elsewhere = await self._memory.uses.left_elsewhere(self._session)
+                left_s = max(elsewhere.get(sampler.sampler, 0.0), elsewhere.get("", 0.0))
             if left_s <= 0:
                 await self._drop(sampler)
                 continue
@@ -180,13 +185,12 @@ class Visit:
         """How long the sampler must still be unused before it may go."""
         if self._shared.at_once:  # a sweep, which does not know what is in use
             return inf if self._over is None else self._over + self._keep.samplers_s - self._memory.clock()
-        now = self._memory.now()
-        return self._memory.used_at.setdefault(SamplerId(sampler.sampler), now) + self._keep.samplers_s - now
+        return self._memory.uses.left_s(SamplerId(sampler.sampler))
 
     async def _drop(self, sampler: Sampler) -> None:
         """Delete the record, and its weights if they have no name: nothing else refers to those."""
         self.result.deleted += await self._memory.samplers.delete(sampler)
-        self._memory.used_at.pop(SamplerId(sampler.sampler), None)
+        self._memory.uses.forget(SamplerId(sampler.sampler))
         self._memory.records.forget(ObjectKind.SAMPLER.key(sampler.sampler))
         if sampler.run and sampler.bundle:
             await self._delete_bundle(sampler.bundle)

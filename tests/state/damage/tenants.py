@@ -20,6 +20,7 @@ from knapper.state.alarms import Alarms
 from knapper.state.api_keys import Keys
 from knapper.state.checkpoints import Checkpoint, Checkpoints
 from knapper.state.dead_letters import DeadLetter
+from knapper.state.gc.uses import SamplerUses
 from knapper.state.job_records import Evaluated, Rollouts, Scores, Spent, Trained, Waiting, encode
 from knapper.state.journal import bundles, ends
 from knapper.state.journal.records import Alarm, Commit, End, Manifest, Result, Terms
@@ -138,6 +139,9 @@ async def _worked(store: Store, tenant: Tenant, runs: list[RunId], session: Sess
         run=runs[0], seq=1,
     )  # fmt: skip
     await Samplers(store).create(inflight)
+    uses = SamplerUses(store, "another", 900.0, lambda: AT, lambda: AT)
+    uses.record(SamplerId(inflight.sampler))
+    await uses.show()
     await ends.end(store, RunId(f"{session}:train:7"), End(reason="deleted", tenant=tenant, at=AT))
     hour = int(AT // usage.HOUR_S)
     for n in range(2):

@@ -54,8 +54,11 @@ class Bench:
         self.run = ids.make_run_id(self.session, 0)
         self.acceptor = Acceptor(self.store, self.clock)
         self.checkpoints = Checkpoints(self.store, self.clock)
-        self.collector = Collector(self.store, self.keep, self.clock, self.clock)
+        self.collector = self.collector_of("first")
         self.held: Run[Any]
+
+    def collector_of(self, gateway: str) -> Collector:
+        return Collector(self.store, self.keep, self.clock, self.clock, gateway=gateway)
 
     def spec(self, run: RunId) -> Spec:
         return Spec(

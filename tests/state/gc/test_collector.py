@@ -91,6 +91,77 @@ def test_a_superseded_sampler_goes_once_nobody_asks_and_says_so_by_name() -> Non
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("over", [False, True], ids=["superseded", "of a finished session"])
+def test_a_sampler_that_another_gateway_serves_stays(over: bool) -> None:
+    """Its client keeps to that gateway; this one's collector never sees it used."""
+
+    async def story() -> None:
+        bench = Bench()
+        await bench.begin()
+        used, unused = await bench.step(), await bench.step()
+        assert used is not None
+        assert unused is not None
+        await bench.step()
+        await (bench.finish() if over else bench.collect())
+        other = bench.collector_of("second")
+        for _ in range(5):
+            other.touch_sampler(used)
+            await other.show_uses()
+            assert len(await bench.names("sampled/")) == 1
+            await bench.collect(after_s=KEEP.samplers_s - 1)
+            assert await bench.get_sampler(used)
+        with pytest.raises(NotFound, match="is gone"):
+            await bench.get_sampler(unused)
+        await bench.collect(after_s=2)
+        with pytest.raises(NotFound, match="is gone"):
+            await bench.get_sampler(used)
+        assert await bench.names("sampled/") == [], "the other one died; its record goes once it is too old"
+
+    asyncio.run(story())
+
+
+def test_a_gateway_shows_what_it_serves_once_a_while_and_takes_it_back() -> None:
+    async def story() -> None:
+        bench = Bench(CountedStore(MemoryStore()))
+        await bench.begin()
+        sampler = await bench.step()
+        assert sampler is not None
+        names = list[str]()
+        for _ in range(int(KEEP.samplers_s)):
+            bench.collector.touch_sampler(sampler)
+            await bench.collector.show_uses()
+            names += await bench.names("sampled/")
+            bench.clock.at += 1
+        assert len(set(names)) == 15, "a record for each fifteenth of the retention"
+        assert len(names) == KEEP.samplers_s, "never none, nor two"
+        bench.clock.at += KEEP.samplers_s
+        await bench.collector.show_uses()
+        assert await bench.names("sampled/") == []
+
+    asyncio.run(story())
+
+
+def test_a_damaged_record_of_uses_stands_for_every_sampler_of_its_session() -> None:
+    async def story() -> None:
+        bench = Bench()
+        await bench.begin()
+        first = await bench.step()
+        assert first is not None
+        await bench.step()
+        await bench.collect()
+        bench.clock.at += KEEP.samplers_s / 2
+        name = ObjectKind.SAMPLERS_IN_USE.key(bench.session, int(bench.clock.at * 1e6), "second")
+        await bench.store.put_if_absent(name, b"what is this")
+        await bench.collect(after_s=KEEP.samplers_s - 1)
+        assert await bench.get_sampler(first)
+        await bench.collect(after_s=2)
+        with pytest.raises(NotFound, match="is gone"):
+            await bench.get_sampler(first)
+        assert await bench.names("sampled/") == []
+
+    asyncio.run(story())
+
+
 def test_a_sampler_of_a_finished_session_says_that_and_a_stranger_hears_nothing() -> None:
     async def story() -> None:
         bench = Bench()
