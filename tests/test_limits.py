@@ -148,6 +148,7 @@ ELSEWHERE = {
         "knapper/wire/fingerprints.py": "_TOKENS_MAX",
     },
     "how much of something is shown or logged": {
+        "knapper/diagnostics/weights.py": "_DIGEST_CHARS",
         "knapper/state/alarms.py": "_READ_MAX",
         "gateway/console/history.py": "_CLAIMS_READ_MAX _PAUSE_S",
         "gateway/console/home.py": "_SKEW_S",
