@@ -42,7 +42,7 @@ async def show(request: Request, viewer: Viewer) -> Response:
     gateway, tenant = viewer.gateway, viewer.tenant
     before, first = cursor_of(request, viewer), is_first(request)
     found, older = await gateway.tenant_index.runs_page(tenant, _ROWS, before)
-    rows = await _rows(gateway, await runs.described(gateway, tenant, found))
+    rows = _rows(gateway, await runs.described(gateway, tenant, found))
     jobs: list[dict[str, Any]] = []
     if first:
         listed, _ = await listings.listed_page(gateway.store, tenant, _FIRST_JOBS, before)
@@ -53,13 +53,9 @@ async def show(request: Request, viewer: Viewer) -> Response:
     )  # fmt: skip
 
 
-async def _rows(gateway: Services, described: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With what each run does now, and how many alarms it has."""
-    counts = await many.each(described, lambda run: gateway.monitor.alarms.count(RunId(run["training_run_id"])))
-    return [
-        run | {"activity": activity_of(gateway, RunId(run["training_run_id"])), "alarms": count}
-        for run, count in zip(described, counts, strict=True)
-    ]
+def _rows(gateway: Services, described: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With what each run does now."""
+    return [run | {"activity": activity_of(gateway, RunId(run["training_run_id"]))} for run in described]
 
 
 async def list_jobs(request: Request, viewer: Viewer) -> Response:
@@ -89,7 +85,7 @@ async def show_session(request: Request, viewer: Viewer) -> Response:
     session = await gateway.lookups.session(request.path_params["session_id"], tenant)
     session_id = SessionId(session.session)
     found = await gateway.tenant_index.runs(tenant, session)
-    rows = await _rows(gateway, await runs.described(gateway, tenant, found[:_SESSION_RUNS]))
+    rows = _rows(gateway, await runs.described(gateway, tenant, found[:_SESSION_RUNS]))
     samplers = await _samplers(gateway, tenant, session_id)
     finish = await gateway.lookups.sessions.finished(session_id)
     project = await gateway.lookups.project(session.session, tenant)

@@ -76,7 +76,8 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Print a job's steps and its state."""
-    from knapper.cli.jobs_client import lines, summary
+    from knapper.cli.jobs_client import METRICS, lines, summary
+    from knapper.cli.runs_client import sparks
 
     if follow and as_json:
         raise typer.BadParameter("prints once; leave out --follow", param_hint="--json")
@@ -89,7 +90,8 @@ def show(
         metrics += job_state["metrics"]
         job_state = client.show(job, metrics[-1]["step"])
     job_state["metrics"] = metrics
-    listing(job_state, [*lines(job_state), *summary(job_state)], "", as_json=as_json)
+    drawn = sparks(metrics, METRICS)
+    listing(job_state, [*lines(job_state), *drawn, *summary(job_state)], "", as_json=as_json)
     _exit(job_state)
 
 

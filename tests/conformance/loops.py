@@ -43,7 +43,6 @@ def step(
 
 def clean_steps(client: tinker.TrainingClient, count: int) -> tinker.SamplingClient:
     """The sampler that the last of them trained on: it is stale from then on."""
-    for _ in range(count):
-        sampler = client.save_weights_and_get_sampling_client().result()
-        step(client, rollouts(sampler))
-    return sampler
+    sampler = client.save_weights_and_get_sampling_client().result()
+    step(client, rollouts(sampler))
+    return sampler if count == 1 else clean_steps(client, count - 1)
