@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from knapper import limits
-from knapper.cli.tables import Json, listing
+from knapper.cli.tables import Json, LogTo, listing
 from knapper.text.printable import say
 
 if TYPE_CHECKING:
@@ -53,14 +53,22 @@ def watch(
     steps: Annotated[
         int | None, typer.Option(min=1, help="End at this step, and say until then when that may be.")
     ] = None,
+    log_to: LogTo = [],  # noqa: B006  # typer copies it
     url: Url = None,
 ) -> None:
     """Print each step and alarm as it comes, and what the run waits for, until Ctrl-C."""
     import time
 
-    from knapper.cli.runs_watcher import Watcher
+    from knapper.cli import sinks
+    from knapper.cli.runs_watcher import RunWatcher
 
-    Watcher(_client(url), run, steps, time.monotonic).watch()
+    client = _client(url)
+    client.run(run)  # before anything is made for it
+    forwarder = sinks.Forwarder([sinks.opened(address, run) for address in log_to])
+    try:
+        RunWatcher(client, run, steps, time.monotonic, forwarder).watch()
+    finally:
+        forwarder.close()
 
 
 @app.command()

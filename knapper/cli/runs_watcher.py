@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from knapper.cli.runs_client import RunsClient, alarm_lines, left, step_line
+from knapper.cli.sinks import Forwarder
 from knapper.text.printable import say
 
 _POLL_S: Final = 1.0
@@ -13,13 +14,14 @@ _PAUSE_EVERY_S: Final = 10.0  # a pause is printed again after so long
 
 
 @dataclass
-class Watcher:
+class RunWatcher:
     """`steps`: the step at which it ends; None: never. `now`: monotonic seconds."""
 
     client: RunsClient
     run: str
     steps: int | None
     now: Callable[[], float]
+    forwarder: Forwarder
     _step: float = -1.0  # the newest that was printed
     _said: set[tuple[str, int]] = field(default_factory=set)
     _paused_at: float = float("-inf")
@@ -28,6 +30,7 @@ class Watcher:
         """Until step `steps`, or Ctrl-C. Raises the client's errors."""
         while True:
             progress = self.client.progress(self.run)
+            self.forwarder.send(progress["points"])
             say(*self._news(progress))
             if self.steps is not None and self._step >= self.steps:
                 return

@@ -32,7 +32,12 @@ class StepAlarms:
 
     async def look(self, step: int, seq: int, outcome: StepOutcome, at: float) -> None:
         """Store the alarms of step `step`, counted from 0: each is said once a job. `at`: seconds since the epoch."""
-        found = rules.alarms(await self._step(step, seq, outcome))
+        looked_at = await self._step(step, seq, outcome)
+        for _, age in looked_at.drawn:
+            metrics.sample_age.observe(age or 0)
+        if looked_at.kl is not None:
+            metrics.sampler_trainer_kl.observe(looked_at.kl)
+        found = rules.alarms(looked_at)
         if not found:
             return
         alarms, run = Alarms(self.store), self.start.run

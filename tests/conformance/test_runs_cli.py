@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import tinker
@@ -28,7 +29,7 @@ def knapper(server: Server) -> Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def test_a_run_is_listed_shown_watched_and_compared(
-    new_client: NewClient, knapper: Callable[..., "subprocess.CompletedProcess[str]"]
+    new_client: NewClient, knapper: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path
 ) -> None:
     client, other = new_client(), new_client()
     loops.step(client, loops.rollouts(loops.clean_steps(client, 3)))
@@ -54,6 +55,14 @@ def test_a_run_is_listed_shown_watched_and_compared(
     watched = knapper("watch", run, "--steps", "4").stdout
     assert [line.split()[1] for line in watched.splitlines() if line.startswith("step")] == ["1/4", "2/4", "3/4", "4/4"]
     assert watched.splitlines()[-1].startswith("alarm stale_sampler at step 4: ")
+
+    tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for _ in range(2):
+        logged = knapper("watch", run, "--steps", "4", "--log-to", f"tensorboard:{tmp_path}")
+        assert logged.returncode == 0, logged.stderr
+    events = tensorboard.EventAccumulator(str(tmp_path / run.replace(":", "-")))
+    events.Reload()
+    assert [each.step for each in events.Scalars("staleness")] == [1, 2, 3, 4], "the second time there was nothing new"
 
     compared = knapper("compare", run, other.model_id, "--metric", "grad_norm").stdout
     assert f"{run}  " in compared
