@@ -139,7 +139,10 @@ async def _sample(gateway: Services, request_id: str, tenant: Tenant, request: R
                 return _try_again(request_id, *state, notice=notice)  # the SDK prints the reason, once a minute
     if sample.body is None:
         raise Gone(f"sample {request_id} is not known any more; send it again (the SDK does so by itself)")
-    response = await _respond(request, sample.body, sample.content_type, body_decoders.sample_json)
+    body = sample.body
+    if not sample.failed:
+        await gateway.monitor.entered()
+    response = await _respond(request, body, sample.content_type, body_decoders.sample_json)
     if sample.drawn_by:
         response.headers[_WEIGHTS] = sample.drawn_by
     return response

@@ -248,10 +248,10 @@ def test_no_module_is_named_by_a_gerund() -> None:
 
 def test_whatever_is_imported_is_declared() -> None:
     product = imported_distributions("knapper", "gateway", "functions")
-    assert product - NOT_DECLARED <= declared("core", "train", "gcp", "reward", "deploy", "traces", "vllm")
+    assert product - NOT_DECLARED <= declared("core", "train", "gcp", "reward", "deploy", "traces", "log", "vllm")
     everything = imported_distributions("knapper", "gateway", "functions", "tests", "examples", "benchmarks")
     assert everything - NOT_DECLARED <= declared(
-        "core", "train", "gcp", "reward", "deploy", "traces", "vllm", "demo", "dev"
+        "core", "train", "gcp", "reward", "deploy", "traces", "log", "vllm", "demo", "dev"
     )
 
 
@@ -260,7 +260,10 @@ def test_whatever_is_declared_is_used() -> None:
     everything = product | imported_distributions("tests", "examples", "benchmarks")
     for distribution, (file, text) in NOT_IMPORTED.items():
         assert text in (ROOT / file).read_text(), f"{file} no longer shows the use of {distribution}"
-    assert declared("core", "train", "gcp", "reward", "deploy", "traces", "vllm") - product - set(NOT_IMPORTED) == set()
+    assert (
+        declared("core", "train", "gcp", "reward", "deploy", "traces", "log", "vllm") - product - set(NOT_IMPORTED)
+        == set()
+    )
     assert declared("demo", "dev") - everything - set(NOT_IMPORTED) == set()
     assert set(PROJECT["optional-dependencies"]) == {
         "train",
@@ -268,6 +271,7 @@ def test_whatever_is_declared_is_used() -> None:
         "reward",
         "deploy",
         "traces",
+        "log",
         "vllm",
         "demo",
         "dev",

@@ -38,7 +38,8 @@ async def sample(request: Request) -> Response:
         if call.stream:
             frames = progress.frames(model.sampler, sample_request)
             first = await http.while_connected(request, anext(frames))  # an invalid request decides the status
-            return StreamingResponse(progress.stream(first, frames), media_type=FRAMES)
+            headers = {SAMPLER: model.sampled_by}
+            return StreamingResponse(progress.stream(first, frames), headers=headers, media_type=FRAMES)
         output = await http.while_connected(request, model.sampler.sample(sample_request))
     except KnapperError as error:
         return http.error(error)

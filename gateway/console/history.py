@@ -16,7 +16,7 @@ from knapper.errors import UserError
 from knapper.ids import RunId
 from knapper.state import damage, layout
 from knapper.state.journal import history
-from knapper.state.journal.records import Commit, Kind, Manifest, Operation, Result, decode
+from knapper.state.journal.records import Commit, Drawn, Kind, Manifest, Operation, Result, decode
 from knapper.store import Store, many
 from knapper.store.cache import LruCache
 from knapper.wire import proto, reductions
@@ -60,6 +60,7 @@ class RunHistory:
     points: deque[Point] = field(default_factory=lambda: deque(maxlen=limits.console_points_max))
     operations: deque[AnsweredOperation] = field(default_factory=lambda: deque(maxlen=limits.console_points_max))
     _sums: dict[str, float] = field(default_factory=dict)  # of passes since the last step
+    _sources: list[Drawn] = field(default_factory=list)  # of the same passes
     _device_s: float = 0.0
 
     def newest(self) -> list[AnsweredOperation]:
@@ -91,6 +92,7 @@ class RunHistory:
             self.operations.append(done)
             if operation.kind == "forward_backward":
                 self._sums = reductions.join(self._sums, metrics)
+                self._sources += _own(operation)
             elif operation.kind == "optim_step" and not result.failed:
                 self._step(metrics, commit.committed_at)
 
@@ -110,8 +112,11 @@ class RunHistory:
         point |= {name: value for name, value in metrics.items() if name != "optimizer_steps"}
         if tokens and self._device_s:
             point["tokens/second"] = tokens / self._device_s
+        if datums := sum(drawn.datums for drawn in self._sources):
+            ages = [max(0.0, point["step"] - 1 - drawn.step) * drawn.datums for drawn in self._sources]
+            point["staleness"] = sum(ages) / datums
         self.points.append(point)
-        self._sums, self._device_s = {}, 0.0
+        self._sums, self._sources, self._device_s = {}, [], 0.0
 
 
 @dataclass(frozen=True)
@@ -185,6 +190,13 @@ def _metrics(answered: tuple[Operation, Result]) -> dict[str, float]:
     except (UserError, msgspec.MsgspecError, *damage.ERRORS):
         pass
     return {}
+
+
+def _own(operation: Operation) -> list[Drawn]:
+    """Data of the pass that weights of its own run drew, or the base model: their age is known, in steps."""
+    if operation.provenance is None:
+        return []
+    return [drawn for drawn in operation.provenance.drawn if drawn.run in ("", operation.run) and drawn.step >= 0]
 
 
 def _error(result: Result) -> str:

@@ -42,8 +42,7 @@ async def show(request: Request, viewer: Viewer) -> Response:
     gateway, tenant = viewer.gateway, viewer.tenant
     before, first = cursor_of(request, viewer), is_first(request)
     found, older = await gateway.tenant_index.runs_page(tenant, _ROWS, before)
-    described = await runs.described(gateway, tenant, found)
-    rows = [run | {"activity": activity_of(gateway, RunId(run["training_run_id"]))} for run in described]
+    rows = _rows(gateway, await runs.described(gateway, tenant, found))
     jobs: list[dict[str, Any]] = []
     if first:
         listed, _ = await listings.listed_page(gateway.store, tenant, _FIRST_JOBS, before)
@@ -52,6 +51,11 @@ async def show(request: Request, viewer: Viewer) -> Response:
         request, viewer, "home.html", rows=rows, jobs=jobs, older=older, first=first,
         functions=await functions_of(gateway), unservable=gateway.unservable_models.reasons, compared=_COMPARED,
     )  # fmt: skip
+
+
+def _rows(gateway: Services, described: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With what each run does now."""
+    return [run | {"activity": activity_of(gateway, RunId(run["training_run_id"]))} for run in described]
 
 
 async def list_jobs(request: Request, viewer: Viewer) -> Response:
@@ -81,8 +85,7 @@ async def show_session(request: Request, viewer: Viewer) -> Response:
     session = await gateway.lookups.session(request.path_params["session_id"], tenant)
     session_id = SessionId(session.session)
     found = await gateway.tenant_index.runs(tenant, session)
-    described = await runs.described(gateway, tenant, found[:_SESSION_RUNS])
-    rows = [run | {"activity": activity_of(gateway, RunId(run["training_run_id"]))} for run in described]
+    rows = _rows(gateway, await runs.described(gateway, tenant, found[:_SESSION_RUNS]))
     samplers = await _samplers(gateway, tenant, session_id)
     finish = await gateway.lookups.sessions.finished(session_id)
     project = await gateway.lookups.project(session.session, tenant)

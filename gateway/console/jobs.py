@@ -9,13 +9,12 @@ from starlette.responses import JSONResponse, Response
 
 from gateway.console import live
 from gateway.console.pages import Viewer, missing, page, query_number, render
-from gateway.console.tokens import advantage_shade, legend, tokens_of
+from gateway.console.tokens import advantage_shade, language_of, legend, prompt_of, tokens_of
 from gateway.job_artifacts import get_file
 from gateway.jobs import job_services_of
 from gateway.services import Services
 from knapper import limits
-from knapper.catalogue.tokenizer import Language
-from knapper.errors import InvalidField, KnapperError
+from knapper.errors import InvalidField
 from knapper.ids import Tenant
 from knapper.jobs import control, listings, rl
 from knapper.jobs.artifacts import Artifacts
@@ -89,14 +88,18 @@ async def show_rollouts(request: Request, viewer: Viewer) -> Response:
     kind, n = _round(request), _number(request, "n")
     prompts = job.batch.prompts if kind == "steps" else started.held_out
     first = query_number(request, "first", 0)
-    language = await _language(gateway, started)
+    language = await language_of(gateway, started.base_model)
 
     async def read_group(part: int) -> dict[str, Any] | None:
         rollouts, scores = await rl.find_group(gateway.store, start, kind, n, part)
         if rollouts is None:
             return None
         group = None if scores is None else RolloutGroup(rollouts[0], scores[0], 0)
-        return {"part": part, "prompt": _prompt(language, rollouts[0]), **_completions(job, kind, rollouts[0], group)}
+        return {
+            "part": part,
+            "prompt": prompt_of(language, rollouts[0].prompt),
+            **_completions(job, kind, rollouts[0], group),
+        }
 
     parts = range(first, min(first + _PROMPTS, prompts))
     groups = [group for group in await damage.readable(parts, read_group) if group is not None]
@@ -115,14 +118,14 @@ async def show_conversation(request: Request, viewer: Viewer) -> Response:
     if rollouts is None or sample >= len(rollouts[0].rollouts):
         raise missing(f"job {start.job!r} has no completion {sample} of prompt {part} in {kind} {n}")
     group = None if scores is None else RolloutGroup(rollouts[0], scores[0], 0)
-    language = await _language(gateway, started)
+    language = await language_of(gateway, started.base_model)
     rollout, first = rollouts[0].rollouts[sample], query_number(request, "first", 0)
     tokens = await many.off_loop(lambda _: tokens_of(language, rollouts[0], sample, first), None)
     shown = _completions(job, kind, rollouts[0], group, sample)["completions"][0]
     return render(
         request, viewer, "conversation.html", job=start.job, kind=kind, n=n, part=part, sample=sample, tokens=tokens,
         first=first, count=len(rollout.tokens) // 4, page_size=limits.console_tokens_max,
-        prompt=_prompt(language, rollouts[0]), shown=shown, samples=len(rollouts[0].rollouts),
+        prompt=prompt_of(language, rollouts[0].prompt), shown=shown, samples=len(rollouts[0].rollouts),
         advantage=advantage_shade(shown["advantage"]), readable=language is not None, legend=legend(),
     )  # fmt: skip
 
@@ -149,21 +152,6 @@ def _completions(
             "logprob": float(logprobs.mean()) if logprobs.size else 0.0,
         })  # fmt: skip
     return {"completions": completions, "count": len(rollouts.rollouts), "refused": refused}
-
-
-def _prompt(language: Language | None, rollouts: Rollouts) -> str:
-    tokens = np.frombuffer(rollouts.prompt_tokens, "<i4")[: limits.console_text_chars_max].tolist()
-    if language is None:
-        return " ".join(map(str, tokens))
-    return str(language.tokenizer.decode(tokens, skip_special_tokens=False))
-
-
-async def _language(gateway: Services, started: Started) -> Language | None:
-    """None if the gateway cannot read the model's tokenizer: pages then show token ids."""
-    try:
-        return await gateway.openai.languages.of(await gateway.lookups.model(started.base_model))
-    except KnapperError:
-        return None
 
 
 async def _start(request: Request, viewer: Viewer) -> Start:

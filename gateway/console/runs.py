@@ -13,7 +13,7 @@ from gateway.services import Services
 from knapper.errors import NotFound, UserError
 from knapper.ids import RunId, Tenant, session_of
 from knapper.jobs import job_names
-from knapper.state import damage
+from knapper.state import alarms, damage
 from knapper.state.journal import bundles
 from knapper.state.journal.records import Manifest, Spec
 from knapper.state.signed_links import Link
@@ -50,8 +50,12 @@ async def show_operations(request: Request, viewer: Viewer) -> Response:
 
 
 async def curve(request: Request, viewer: Viewer) -> Response:
-    history = await viewer.gateway.console.histories.of(RunId((await _spec(request, viewer)).run))
-    return JSONResponse({"points": list(history.points)})
+    """Its points, and what `knapper runs` says of it: what it does now, and its alarms, newest first."""
+    gateway, run = viewer.gateway, RunId((await _spec(request, viewer)).run)
+    history, activity = await gateway.console.histories.of(run), home.activity_of(gateway, run)
+    told = [alarms.shown(alarm) for alarm in await gateway.monitor.alarms.newest(run)]
+    now = {"state": activity.state, "reason": activity.reason}
+    return JSONResponse({"points": list(history.points), "alarms": told, **now})
 
 
 async def follow(request: Request, viewer: Viewer) -> Response:

@@ -7,8 +7,10 @@ from math import exp
 import numpy as np
 
 from gateway.openai.detokenizer import Characters
+from gateway.services import Services
 from knapper import limits
 from knapper.catalogue.tokenizer import Language
+from knapper.errors import KnapperError
 from knapper.state.job_records import Rollouts
 
 _SURPRISES = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # nats: the first shade is of tokens that are all but certain
@@ -31,8 +33,12 @@ class Token:
 
     @property
     def shade(self) -> int:
-        """0 to 7: how little the sampler expected it."""
-        return sum(-self.logprob > bound for bound in _SURPRISES)
+        return surprise(self.logprob)
+
+
+def surprise(logprob: float) -> int:
+    """0 to 7: how little the token was expected."""
+    return sum(-logprob > bound for bound in _SURPRISES)
 
 
 def legend() -> list[str]:
@@ -53,17 +59,32 @@ def tokens_of(language: Language | None, rollouts: Rollouts, sample: int, first:
     rollout = rollouts.rollouts[sample]
     ids = np.frombuffer(rollout.tokens, "<i4").tolist()
     logprobs = np.frombuffer(rollout.logprobs, "<f4").tolist()
-    if language is None:
-        texts = [("", str(token)) for token in ids[: first + limits.console_tokens_max]]
-    else:
-        texts = _texts(language, np.frombuffer(rollouts.prompt_tokens, "<i4").tolist(), ids, first)
+    texts = texts_of(language, np.frombuffer(rollouts.prompt_tokens, "<i4").tolist(), ids, first)
     cells = zip(ids, logprobs, texts, strict=False)
     shown = islice(enumerate(cells), first, first + limits.console_tokens_max)
     return [Token(position, token, logprob, text, name) for position, (token, logprob, (text, name)) in shown]
 
 
-def _texts(language: Language, prompt: list[int], ids: list[int], first: int) -> list[tuple[str, str]]:
-    """(text, name) of each token up to the last that is shown."""
+async def language_of(gateway: Services, base_model: str) -> Language | None:
+    """None if the gateway cannot read the model's tokenizer: pages then show token ids."""
+    try:
+        return await gateway.openai.languages.of(await gateway.lookups.model(base_model))
+    except KnapperError:
+        return None
+
+
+def prompt_of(language: Language | None, tokens: list[int]) -> str:
+    """Its text, as far as a page shows it."""
+    shown = tokens[: limits.console_text_chars_max]
+    if language is None:
+        return " ".join(map(str, shown))
+    return str(language.tokenizer.decode(shown, skip_special_tokens=False))
+
+
+def texts_of(language: Language | None, prompt: list[int], ids: list[int], first: int) -> list[tuple[str, str]]:
+    """(text, name) of each token up to the last that is shown. Without `language` its number is its name."""
+    if language is None:
+        return [("", str(token)) for token in ids[: first + limits.console_tokens_max]]
     special = language.tokenizer.get_added_tokens_decoder()
     characters, texts = Characters(language.tokenizer, prompt), []
     for token in ids[: first + limits.console_tokens_max]:

@@ -1,1 +1,1 @@
-"""Where a run's data comes from, and whether its sampler and its trainer part."""
+"""What the gateway sees of samples and passes, for knapper.diagnostics."""

@@ -15,11 +15,12 @@ from typing import Final
 import msgspec
 import structlog
 
-from gateway.diagnostics.rules import Load
-from gateway.diagnostics.sample_index import SampleIndex, SampleSource, SavedWeights, WeightsReader
-from gateway.diagnostics.watch import RunWatch
+from gateway.diagnostics.sample_index import SampleIndex, SampleSource
 from gateway.lookups import Lookups
 from gateway.sample_queue import QueuedSample
+from knapper.diagnostics.rules import Load
+from knapper.diagnostics.watch import RunWatch
+from knapper.diagnostics.weights import SavedWeights, WeightsReader, describe
 from knapper.errors import KnapperError, UserError
 from knapper.ids import RunId, Tenant
 from knapper.observability import metrics
@@ -90,6 +91,11 @@ class Monitor:
 
     # -- samples -------------------------------------------------------------------------------------------------------
 
+    async def entered(self) -> None:
+        """Return once the samples that are done are entered, or after a moment."""
+        if self._entering:
+            await asyncio.wait(self._entering, timeout=_MATCH_S)
+
     def note_sample(self, entry: QueuedSample, response: bytes) -> None:
         """A sample is done. Its weights are read from the store if they are new here."""
         try:
@@ -127,8 +133,8 @@ class Monitor:
         """What the pass trains on, as far as its samples are remembered."""
         if content is None:
             return None
-        if self._entering and any(content.sampled):
-            await asyncio.wait(self._entering, timeout=_MATCH_S)
+        if any(content.sampled):
+            await self.entered()
         watch = (await self._run(run)).watch
         groups: dict[tuple[SavedWeights, str, float, bool], list[bool]] = {}
         for turns in content.sampled:
@@ -253,11 +259,6 @@ class Monitor:
         if not state.declared:
             state.watch.declared = declared_staleness((await self._lookups.spec_of(run)).user_metadata_json)
             state.declared = True
-
-
-def describe(weights: SavedWeights, sampler: str) -> str:
-    """Which weights drew a sample, for its answer: `digest;step=N;sampler=engine float32`."""
-    return f"{weights.digest or 'base'};step={weights.step};sampler={sampler or 'unknown'}"
 
 
 def declared_staleness(user_metadata_json: str) -> int:

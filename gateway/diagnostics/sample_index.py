@@ -1,51 +1,14 @@
-"""Which weights drew which completion: recent samples by fingerprint, and the weights of each bundle."""
+"""Which weights drew which completion: recent samples by fingerprint."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final
 
+from knapper.diagnostics.weights import SavedWeights
 from knapper.ids import Tenant
-from knapper.state.journal import bundles
-from knapper.store import Store
-from knapper.store.cache import LruCache
 from knapper.wire.fingerprints import Fingerprint
 
 _SAMPLES_MAX: Final = 131_072  # about 20 MB; a batch of 128 prompts with 16 completions each has 2048
-_ADAPTER: Final = "adapter_model.safetensors"
-
-
-@dataclass(frozen=True)
-class SavedWeights:
-    """`run`, `seq`: who saved them; empty for the base model. `step`: optimizer steps in them, -1 if not known."""
-
-    run: str = ""
-    seq: int = 0
-    step: int = 0
-    digest: str = ""
-    resumable: bool = False  # with the state of the optimizer
-
-
-class WeightsReader:
-    """The weights of bundles, which never change."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._known: LruCache[str, SavedWeights] = LruCache()
-
-    def known(self, bundle: str) -> SavedWeights | None:
-        return self._known.known(bundle) if bundle else SavedWeights()
-
-    async def of(self, bundle: str) -> SavedWeights:
-        """Those of a bundle that was deleted are not known: they have no run."""
-        return await self._known.get(bundle, lambda: self._read(bundle)) if bundle else SavedWeights()
-
-    async def _read(self, bundle: str) -> SavedWeights:
-        index = await bundles.read_index(self._store, bundle)
-        if index is None:
-            return SavedWeights(step=-1, digest="unknown")
-        parts = {part.name: part.sha256.hex() for part in index.parts}
-        resumable = "optimizer.safetensors" in parts
-        return SavedWeights(index.spec.run, index.seq, index.step, parts.get(_ADAPTER, "")[:16], resumable)
 
 
 @dataclass(frozen=True)

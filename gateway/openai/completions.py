@@ -19,6 +19,7 @@ from gateway.openai.schemas import SharedParameters
 from gateway.services import services_of
 from gateway.tenants import tenant_of
 from knapper.catalogue.tokenizer import Language
+from knapper.diagnostics.weights import SavedWeights, describe
 from knapper.errors import ContextLengthExceeded, KnapperError
 from knapper.web.requests import while_connected
 from knapper.wire import proto
@@ -64,6 +65,7 @@ async def _respond(request: Request, task: Generation) -> Response:
     }
     if task.model.checkpoint is not None:
         await gateway.openai.note_reading(tenant, task.model.checkpoint)
+    weights = await gateway.monitor.weights.of(task.model.adapter)
     samples = PendingSamples(gateway, tenant, stream=bool(task.parameters.stream))
     await samples.submit(task.model, task.prompts, task.options)
     if not task.parameters.stream:
@@ -71,8 +73,9 @@ async def _respond(request: Request, task: Generation) -> Response:
             responses = await while_connected(request, samples.responses())
         finally:
             samples.cancel()
+        head["system_fingerprint"] = describe(weights, samples.sampler)
         return Response(await asyncio.to_thread(_whole, head, task, responses), media_type="application/json")
-    events = _events(head, task, samples)
+    events = _events(head, weights, task, samples)
     try:
         first = await while_connected(request, anext(events))
     except BaseException:
@@ -134,7 +137,7 @@ def _alternatives(topk: TopK | None, position: int) -> list[tuple[int, float]]:
     return list(zip(topk.tokens[position].tolist(), topk.logprobs[position].tolist(), strict=True))
 
 
-async def _events(head: Json, task: Generation, samples: PendingSamples) -> AsyncIterator[bytes]:
+async def _events(head: Json, weights: SavedWeights, task: Generation, samples: PendingSamples) -> AsyncIterator[bytes]:
     """Server-sent events. An error before the first is raised; a later one is the last event."""
     choices = task.options.choices
     detokenizers = [task.detokenizer(prompt) for prompt in range(len(task.prompts)) for _ in range(choices)]
@@ -143,7 +146,8 @@ async def _events(head: Json, task: Generation, samples: PendingSamples) -> Asyn
     usage = {"usage": None} if task.parameters.usage_wanted else {}
 
     def event(choice: Json) -> bytes:
-        return _data(head | {"choices": [choice]} | usage)
+        fingerprint = {"system_fingerprint": describe(weights, samples.sampler)}
+        return _data(head | fingerprint | {"choices": [choice]} | usage)
 
     try:
         async for token in samples.tokens():

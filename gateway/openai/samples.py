@@ -94,6 +94,11 @@ class PendingSamples:
             await entry.done.wait()
         return [_response(entry) for entry in self._entries]
 
+    @property
+    def sampler(self) -> str:
+        """Backend and dtype of what draws them; empty until it answers."""
+        return next((entry.sampler for entry in self._entries if entry.sampler), "")
+
     async def tokens(self) -> AsyncIterator[tuple[int, TokenEvent] | KeepAlive]:
         """(prompt number, token) as tokens are drawn, until all samples are done. Raises KnapperError."""
         tasks = [asyncio.create_task(self._put_end(entry)) for entry in self._entries]

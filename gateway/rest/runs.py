@@ -104,6 +104,7 @@ async def description(gateway: Services, spec: Spec) -> dict[str, Any]:
         "last_request_time": responses.time(await gateway.lookups.last_request_at(RunId(spec.run))),
         "last_checkpoint": shown.get("weights"),
         "last_sampler_checkpoint": shown.get("sampler_weights"),
+        "alarms": await gateway.monitor.alarms.count(RunId(spec.run)),
         "user_metadata": {"job": name} if name else metadata,  # SDKs have no field for a name
     }
 

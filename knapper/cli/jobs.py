@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from knapper import limits
-from knapper.cli.tables import Json, listing, table
+from knapper.cli.tables import Json, LogTo, listing, table
 from knapper.text.printable import say
 
 if TYPE_CHECKING:
@@ -39,9 +39,11 @@ def submit(
     again: Annotated[
         bool, typer.Option("--again", help="Start again, although the same files were started before.")
     ] = False,
+    log_to: LogTo = [],  # noqa: B006  # typer copies it
     url: Url = None,
 ) -> None:
     """Start a job: send job.yaml and its files. It runs on the server, even if this command ends."""
+    _expect_follow(log_to, follow)
     client = _client(url)
     job_state = client.submit(job_yaml, name, again=again)
     if job_state.get("equal"):
@@ -49,7 +51,7 @@ def submit(
         more += ", `knapper jobs resume` continues it" if job_state["state"] in ("failed", "cancelled") else ""
         say(f"these files were submitted before, as this job{more}")
     if follow and job_state["state"] != "refused":
-        job_state = _follow(client, job_state["job"])
+        job_state = _follow(client, job_state["job"], log_to)
     _say(job_state)
 
 
@@ -72,24 +74,28 @@ def list_jobs(
 def show(
     job: Name,
     follow: Annotated[bool, typer.Option("--follow", help="Print each step until the job ends.")] = False,
+    log_to: LogTo = [],  # noqa: B006  # typer copies it
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Print a job's steps and its state."""
-    from knapper.cli.jobs_client import lines, summary
+    from knapper.cli.jobs_client import METRICS, lines, summary
+    from knapper.cli.runs_client import sparks
 
     if follow and as_json:
         raise typer.BadParameter("prints once; leave out --follow", param_hint="--json")
+    _expect_follow(log_to, follow)
     client = _client(url)
     if follow:
-        _say(_follow(client, job))
+        _say(_follow(client, job, log_to))
         return
     job_state, metrics = client.show(job), []
     while job_state["metrics"]:
         metrics += job_state["metrics"]
         job_state = client.show(job, metrics[-1]["step"])
     job_state["metrics"] = metrics
-    listing(job_state, [*lines(job_state), *summary(job_state)], "", as_json=as_json)
+    drawn = sparks(metrics, METRICS)
+    listing(job_state, [*lines(job_state), *drawn, *summary(job_state)], "", as_json=as_json)
     _exit(job_state)
 
 
@@ -163,12 +169,22 @@ def rollouts(
     listing(rows, list(jobs_rollouts.lines(rows)), "the file has no completions", as_json=as_json)
 
 
-def _follow(client: "JobsClient", job: str) -> dict[str, Any]:
+def _expect_follow(log_to: list[str], follow: bool) -> None:
+    if log_to and not follow:
+        raise typer.BadParameter("forwards steps while they are printed; add --follow", param_hint="--log-to")
+
+
+def _follow(client: "JobsClient", job: str, log_to: list[str]) -> dict[str, Any]:
     import time
 
+    from knapper.cli import sinks
     from knapper.cli.jobs_follower import Follower
 
-    return Follower(client, job, time.monotonic).follow()
+    forwarder = sinks.Forwarder([sinks.opened(address, job) for address in log_to])
+    try:
+        return Follower(client, job, time.monotonic, forwarder).follow()
+    finally:
+        forwarder.close()
 
 
 def _say(job_state: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from knapper.text.sizes import sized
 _TIMEOUT = httpx.Timeout(60.0, connect=5.0)
 _SUBMIT_TIMEOUT = httpx.Timeout(300.0, connect=5.0)  # the server checks all rows before it answers
 _LATER = (408, 425, 429)
-_METRICS = ("reward/mean", "loss/mean", "accuracy/mean", "tokens/mean", "grad_norm", "wall_seconds")
+METRICS = ("reward/mean", "loss/mean", "accuracy/mean", "tokens/mean", "grad_norm", "wall_seconds")
 _USED = {
     ("training", "token_count"): "tokens_trained",
     ("training", "device_seconds"): "training_device_seconds",
@@ -42,8 +42,8 @@ class JobsClient:
     """`url`: the gateway's; `key`: the user's."""
 
     def __init__(self, url: str, key: str) -> None:
-        self._url = url.rstrip("/")
-        self._http = httpx.Client(base_url=f"{self._url}/api/v1/", headers={"X-API-Key": key}, timeout=_TIMEOUT)
+        self.url = url.rstrip("/")
+        self._http = httpx.Client(base_url=f"{self.url}/api/v1/", headers={"X-API-Key": key}, timeout=_TIMEOUT)
 
     def close(self) -> None:
         self._http.close()
@@ -161,7 +161,7 @@ class JobsClient:
             yield
         except httpx.TransportError as error:
             raise Unavailable(
-                f"{self._url} does not answer ({error}); start `knapper up`, or set TINKER_BASE_URL to your server"
+                f"{self.url} does not answer ({error}); start `knapper up`, or set TINKER_BASE_URL to your server"
             ) from error
 
     def _decoded(self, answer: httpx.Response) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class JobsClient:
             body: dict[str, Any] = answer.json()
         except ValueError as error:
             raise Unavailable(
-                f"{self._url} answered {answer.status_code} without JSON; is it a knapper gateway?"
+                f"{self.url} answered {answer.status_code} without JSON; is it a knapper gateway?"
             ) from error
         if answer.status_code >= 400:
             detail = str(body.get("detail", body))
@@ -184,7 +184,7 @@ class JobsClient:
 def lines(job: dict[str, Any]) -> Iterator[str]:
     """One line per step."""
     for step in job.get("metrics", []):
-        shown = "  ".join(f"{name} {step[name]:.4g}" for name in _METRICS if name in step)
+        shown = "  ".join(f"{name} {step[name]:.4g}" for name in METRICS if name in step)
         yield f"step {step['step']:>4}{_of(job)}  {shown}"
 
 
@@ -222,6 +222,8 @@ def summary(job: dict[str, Any]) -> Iterator[str]:
         yield f"{doing(job)}; {timing(job) or 'no estimate before its first step'}"
     elif job["reason"]:
         yield job["reason"]
+    for alarm in reversed(job.get("alarms", [])):
+        yield f"alarm {alarm['name']}: {alarm['message']}"
     if adapts := job.get("adapts"):
         more = "" if "unembed" in adapts else "; not unembed, as the SDK's default does: `lora: {train_unembed: true}`"
         yield f"adapts {', '.join(adapts)}{more}"

@@ -3,12 +3,13 @@
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
 from knapper import limits
 from knapper.cli.jobs_client import ENDED, JobsClient, doing, lines, timing
+from knapper.cli.sinks import Forwarder
 from knapper.errors import KnapperError, NotFound, UserError
 from knapper.text.durations import clock
 from knapper.text.printable import say
@@ -24,6 +25,7 @@ class Follower:
     client: JobsClient
     job: str
     now: Callable[[], float]
+    forwarder: Forwarder = field(default_factory=Forwarder)
     _after: int = 0  # steps printed
     _phase: str = ""
     _printed_at: float = float("-inf")
@@ -40,6 +42,7 @@ class Follower:
         while True:
             job = self._ask(began)
             if job is not None:
+                self.forwarder.send([step | {"at": _seconds(step["at"])} for step in job["metrics"]])
                 say(*self._news(job))
                 if job["metrics"]:
                     self._after = job["metrics"][-1]["step"]
@@ -95,5 +98,9 @@ class Follower:
 
 def _when(job: dict[str, Any], step: dict[str, Any]) -> str:
     """Time from the job's start to the end of the step."""
-    seconds = (datetime.fromisoformat(step["at"]) - datetime.fromisoformat(job["started_at"])).total_seconds()
-    return f"{clock(seconds):>7}"
+    return f"{clock(_seconds(step['at']) - _seconds(job['started_at'])):>7}"
+
+
+def _seconds(at: str) -> float:
+    """Since the epoch."""
+    return datetime.fromisoformat(at).timestamp()

@@ -9,7 +9,7 @@ import typer
 
 import knapper
 from knapper.cli import chaos as chaos
-from knapper.cli import deploy, quota
+from knapper.cli import deploy, quota, runs
 from knapper.cli import jobs as jobs
 from knapper.cli.tables import Json, listing, utc
 from knapper.text.printable import say
@@ -28,8 +28,7 @@ app = typer.Typer(
 )
 key = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 app.add_typer(key, name="key")
-runs = typer.Typer(help="Delete training runs.", no_args_is_help=True)
-app.add_typer(runs, name="runs")
+app.add_typer(runs.app, name="runs")
 app.add_typer(quota.app, name="quota")
 app.add_typer(jobs.app, name="jobs")
 app.command()(jobs.submit)
@@ -154,7 +153,7 @@ def _collector(data: Path | None) -> "tuple[Collector, Store]":
 Data = Annotated[Path | None, typer.Option(help="The data directory of `knapper up`.")]
 
 
-@runs.command("delete")
+@runs.app.command("delete")
 def delete_run(
     run: Annotated[str, typer.Argument(help="The run's id, as `tinker run list` shows it.")], data: Data = None
 ) -> None:

@@ -1,4 +1,4 @@
-"""Listings: columns for people, or with `--json` one JSON value for programs."""
+"""Listings: columns for people, or with `--json` one JSON value for programs; and options of several commands."""
 
 from collections.abc import Iterator, Sequence
 from typing import Annotated
@@ -8,6 +8,14 @@ import typer
 from knapper.text.printable import say
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+LogTo = Annotated[
+    list[str],
+    typer.Option(
+        help="Forward each step: tensorboard:DIRECTORY, trackio:PROJECT or wandb:PROJECT; may be given several times. "
+        "Started again, it goes on where it stopped."
+    ),
+]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -18,7 +18,8 @@ from knapper.jobs.presence import Present
 from knapper.jobs.progress import Outline, ProgressReader, newest_step
 from knapper.jobs.services import JobServices
 from knapper.jobs.spec import Kind, RlJob, decode
-from knapper.state import damage, layout, recent
+from knapper.state import alarms, damage, layout, recent
+from knapper.state.alarms import Alarms
 from knapper.state.job_records import Evaluated, Refusal, Started, Trained, Waiting, read
 from knapper.state.journal import envelope
 from knapper.state.layout import ObjectKind
@@ -104,6 +105,7 @@ async def whole(services: JobServices, tenant: Tenant, job: str, after: int, pre
         "base_model": started.base_model,
         "adapts": decode(started.spec_json).lora.adapts,
         "run": start.run,
+        "alarms": [alarms.shown(alarm) for alarm in await Alarms(services.store).newest(start.run)],
         "evaluation": outputs.evaluation(evaluations, last) if evaluations else None,
         "outputs": layout.outputs(tenant, job),
         "job_yaml": started.job_yaml.decode(),

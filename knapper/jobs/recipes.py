@@ -8,6 +8,7 @@ from knapper.ids import RunId
 from knapper.jobs.names import Round
 from knapper.jobs.run_client import RunClient
 from knapper.state.job_records import Spent
+from knapper.state.journal.records import Drawn
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,16 @@ class RunClients:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """Result of a step or an evaluation. `spent`: the cost of its rollouts; `readable`: the rollouts as JSON Lines."""
+    """Result of a step or an evaluation. `spent`: the cost of its rollouts; `readable`: the rollouts as JSON Lines.
+
+    `pass_metrics`, `drawn`: of a step's forward_backward, and by which weights its data was drawn, if it has samples.
+    """
 
     metrics: dict[str, float]
     spent: Spent = field(default_factory=Spent)
     readable: bytes = b""
+    pass_metrics: Mapping[str, float] = field(default_factory=dict)
+    drawn: Sequence[Drawn] = ()
 
 
 class Recipe(Protocol):

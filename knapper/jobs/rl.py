@@ -16,8 +16,10 @@ from knapper.jobs.names import Round, Start
 from knapper.jobs.recipes import RunClients, StepOutcome
 from knapper.jobs.rollouts import step_name
 from knapper.jobs.rows import RlRow, Row
+from knapper.jobs.run_client import joined
 from knapper.jobs.spec import RlJob
 from knapper.state.job_records import Rollout, Rollouts, Scores, Spent, decode
+from knapper.state.journal.records import Drawn
 from knapper.store import Store, many
 from knapper.wire.types import Datum
 
@@ -64,15 +66,16 @@ class Rl:
         client = clients.run
         advantages_of = [advantages_of_group(self.job, group) for group in groups]
         sampled = sum(size_of(each) for group in groups if not group.scores.refused for each in group.rollouts.rollouts)
+        taught = [(group, each) for group, each in zip(groups, advantages_of, strict=True) if each.any()]
         data = [
             datum(group.prompt, rollout, advantage / sampled, masked=self.job.loss.name == "gspo")
-            for group, each in zip(groups, advantages_of, strict=True)
+            for group, each in taught
             for rollout, advantage in zip(group.rollouts.rollouts, each, strict=True)
-            if each.any()
         ]
-        metrics = _described(self.job, step, groups, advantages_of)
+        drawn = [one for group, _ in taught for one in _drawn(group)]
+        metrics, pass_metrics = _described(self.job, step, groups, advantages_of), dict[str, float]()
         if data:
-            output = await client.forward_backward(data, self.job.loss.name, self._thresholds())
+            output = await client.forward_backward(data, self.job.loss.name, self._thresholds(), drawn=drawn)
             values = schedule.adamw(self.job.optimizer, step, self.steps)
             stepped = await client.optim_step(values)
             counted = max(output.metrics.get("tokens:sum", 0.0), 1.0)
@@ -83,8 +86,10 @@ class Rl:
                 "learning_rate": values.learning_rate,
                 "grad_norm": stepped["grad_norm"],
             }
+            pass_metrics = output.metrics
         await client.save_for_sampler(step_name(step + 1))
-        return StepOutcome(metrics, _spent(groups), _readable(self.folder.rows, groups, advantages_of))
+        readable = _readable(self.folder.rows, groups, advantages_of)
+        return StepOutcome(metrics, _spent(groups), readable, pass_metrics, joined(drawn))
 
     async def evaluate(self, _clients: RunClients, version: int) -> StepOutcome:
         groups = await read_groups(self.store, self.folder, "evaluations", version, len(self.folder.held_out))
@@ -128,6 +133,12 @@ def advantages_of_group(job: RlJob, group: RolloutGroup) -> "np.ndarray[Any, np.
     if group.scores.refused:
         return np.zeros(len(group.rollouts.rollouts))
     return advantages.FORMULAS[job.advantage](group.rewards_G)
+
+
+def _drawn(group: RolloutGroup) -> list[Drawn]:
+    """Of each completion by which weights it was drawn; empty where that is not known."""
+    drawn = group.rollouts.drawn
+    return [] if drawn is None else [msgspec.structs.replace(drawn, datums=1)] * len(group.rollouts.rollouts)
 
 
 def size_of(rollout: Rollout) -> int:

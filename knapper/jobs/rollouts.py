@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from knapper.catalogue.tokenizer import Language
+from knapper.diagnostics.weights import WeightsReader
 from knapper.errors import InvalidField
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
@@ -26,6 +27,7 @@ from knapper.jobs.tokenized_rows import RowTokenizer
 from knapper.jobs.worker import Slice, SliceOver, Worker
 from knapper.state.checkpoints import Checkpoints
 from knapper.state.job_records import Rollout, Rollouts, encode
+from knapper.state.journal.records import Drawn
 from knapper.store.cache import LruCache
 from knapper.wire.types import SampledSequence as Sampled
 from knapper.wire.types import SampleOutput, SampleRequest, SamplingParams
@@ -43,18 +45,20 @@ class SamplingBackend(Protocol):
 
 @dataclass
 class RolloutSampler:
-    """`context`: the model's context, in tokens."""
+    """`context`: the model's context, in tokens. `sampled_by`: backend and dtype."""
 
     worker: Worker
     sampler: SamplingBackend
     language: Language
     context: int
+    sampled_by: str
     _prompts: "LruCache[str, Prompts]" = field(default_factory=LruCache)
 
     def __post_init__(self) -> None:
         self._services = self.worker.services
         self._progress_reader = ProgressReader(self._services.store)
         self._checkpoints = Checkpoints(self._services.store, self._services.clock)
+        self._weights = WeightsReader(self._services.store)
 
     async def answer(self, event: Event) -> None:
         await self.worker.answer(event, self._work)
@@ -108,6 +112,7 @@ class RolloutSampler:
     async def _sample_one(self, job_round: "_Round", part: int, prompts: "Prompts", adapter: str) -> None:
         began_at = self._services.clock()
         row, tokens = job_round.row(part), prompts.of(job_round.kind, job_round.row(part))
+        drawn = await self._drawn(job_round, adapter)
         output = await self.sampler.sample(
             SampleRequest(
                 base_model=job_round.folder.started.base_model,
@@ -131,10 +136,19 @@ class RolloutSampler:
         ]
         record = Rollouts(
             row=row, prompt_tokens=np.array(tokens, "<i4").tobytes(), rollouts=rollouts, began_at=began_at,
-            ended_at=self._services.clock(), device_s=output.device_s,
+            ended_at=self._services.clock(), device_s=output.device_s, drawn=drawn,
         )  # fmt: skip
         name = job_round.folder.start.rollouts(job_round.kind, job_round.n, part)
         await self._services.store.put_if_absent(name, encode(record))
+
+    async def _drawn(self, job_round: "_Round", adapter: str) -> Drawn:
+        """By which weights the completions of one prompt are drawn."""
+        weights, params = await self._weights.of(adapter), job_round.params
+        truncated = params.top_k != -1 or params.top_p != 1.0
+        return Drawn(
+            run=weights.run, seq=weights.seq, step=weights.step, digest=weights.digest, sampler=self.sampled_by,
+            temperature=params.temperature, truncated=truncated, datums=job_round.samples,
+        )  # fmt: skip
 
     async def _adapter(self, job_round: "_Round") -> str:
         """The bundle of the version that the round samples from; empty for version 0, the untrained one."""

@@ -3,7 +3,8 @@
 The journal gives exactly-once and recovery. A repetition sends the same bytes, and gets the first one's result.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,10 +15,10 @@ from knapper.events.cloudevents import Committed, Frame
 from knapper.ids import RunId
 from knapper.state.journal.accept import Acceptor, pack
 from knapper.state.journal.newest import Manifests
-from knapper.state.journal.records import Creation, Kind, Result, Spec
+from knapper.state.journal.records import Creation, Drawn, Kind, Provenance, Result, Spec
 from knapper.state.journal.results import Results
 from knapper.store import Store
-from knapper.wire import proto, reductions, requests
+from knapper.wire import fingerprints, proto, reductions, requests
 from knapper.wire.types import AdamW, Datum, ForwardBackward, ForwardBackwardOutput
 
 _TOKENS_MAX = 8192  # of one forward_backward: bounds how long a cancelled job goes on; a longer datum goes alone
@@ -53,9 +54,11 @@ class Journal:
         await self._acceptor.create(Creation(spec=spec), msgspec.json.encode(spec))
         await self._result(RunId(spec.run), 0)
 
-    async def apply(self, run: RunId, seq: int, kind: Kind, body: bytes) -> AppliedOperation:
+    async def apply(
+        self, run: RunId, seq: int, kind: Kind, body: bytes, provenance: Provenance | None = None
+    ) -> AppliedOperation:
         """Apply the operation. Raises UserError if it failed because of its request."""
-        accepted_at = await self._acceptor.accept(run, seq, kind, pack(body))
+        accepted_at = await self._acceptor.accept(run, seq, kind, pack(body), provenance)
         result = await self._result(run, seq)
         if accepted_at is None:  # by an earlier slice or process
             accepted_at = await self._acceptor.accepted_at(run, seq)
@@ -94,15 +97,26 @@ class RunClient:
     began_at: float | None = None  # when the first of them was accepted
 
     async def forward_backward(
-        self, data: Sequence[Datum], loss: str, config: dict[str, float], *, forward_only: bool = False
+        self,
+        data: Sequence[Datum],
+        loss: str,
+        config: dict[str, float],
+        *,
+        forward_only: bool = False,
+        drawn: Sequence[Drawn] = (),
     ) -> ForwardBackwardOutput:
-        """Over all data, in as many operations as needed; metrics are joined by their reductions."""
+        """Over all data, in as many operations as needed; metrics are joined by their reductions.
+
+        `drawn`: of each datum, where its completion is sampled.
+        """
         outputs: list[dict[str, Any]] = []
         metrics: dict[str, float] = {}
         for chunk in chunks(data):
+            own = drawn[len(outputs) : len(outputs) + len(chunk)]
             request = ForwardBackward(self.run, self.seq, chunk, loss, dict(config), forward_only)
             tokens = sum(datum.tokens.size for datum in chunk)
-            result = await self._apply("forward_backward", proto.encode_forward_backward(request), tokens)
+            body = proto.encode_forward_backward(request)
+            result = await self._apply("forward_backward", body, tokens, _provenance(body, own))
             output = proto.decode_forward_backward_output(result.body)
             outputs += output.outputs
             metrics = reductions.join(metrics, output.metrics)
@@ -128,9 +142,9 @@ class RunClient:
         request = requests.SaveWeights(model_id=self.run, seq_id=self.seq, path=name)
         return _path(await self._apply("save_weights", requests.encode(request)))
 
-    async def _apply(self, kind: Kind, body: bytes, tokens: int = 0) -> Result:
+    async def _apply(self, kind: Kind, body: bytes, tokens: int = 0, provenance: Provenance | None = None) -> Result:
         await self.go_on(tokens)
-        applied = await self.journal.apply(self.run, self.seq, kind, body)
+        applied = await self.journal.apply(self.run, self.seq, kind, body, provenance)
         self.seq += 1
         self.sent_bytes += len(body) + len(applied.result.body)
         self.device_s += applied.device_s
@@ -158,6 +172,22 @@ def chunks(data: Sequence[Datum]) -> Iterator[list[Datum]]:
         tokens += datum.tokens.size
     if chunk:
         yield chunk
+
+
+def _provenance(body: bytes, drawn: Sequence[Drawn]) -> Provenance | None:
+    """Of an encoded pass; None for one that only computes."""
+    content = fingerprints.of_pass(body)
+    if content is None:
+        return None
+    return Provenance(loss=content.loss, digest=content.digest, sampled=len(drawn), drawn=joined(drawn))
+
+
+def joined(drawn: Iterable[Drawn]) -> list[Drawn]:
+    """Those of the same weights, drawn in the same way, as one."""
+    datums: Counter[Drawn] = Counter()
+    for each in drawn:
+        datums[msgspec.structs.replace(each, datums=0)] += each.datums
+    return [msgspec.structs.replace(each, datums=count) for each, count in datums.items()]
 
 
 def _path(result: Result) -> str:

@@ -11,6 +11,7 @@ from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
 from knapper.ids import TinkerPath
 from knapper.jobs import completion, control, needs, outputs, progress, sample_usage, schedule
+from knapper.jobs.alarms import StepAlarms
 from knapper.jobs.job_files import Folder
 from knapper.jobs.names import Round, Start
 from knapper.jobs.outputs import Metrics
@@ -97,6 +98,9 @@ class Training:
     async def _train(self, folder: Folder, recipe: Recipe, step: int, within: Slice) -> None:
         clients = await self._clients(folder, recipe, step, within, before_step=True)
         outcome = await recipe.train(clients, step)
+        if isinstance(folder.job, RlJob):
+            alarms = StepAlarms(self._services.store, folder.start, folder.job)
+            await alarms.look(step, clients.run.seq, outcome, self._services.clock())
         made_s = 0.0 if step else sum([await self.journal.creation_s(run) for run in recipe.runs])
         ended_at = self._services.clock()
         trained = Trained(

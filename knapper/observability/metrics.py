@@ -68,7 +68,7 @@ sampler_trainer_kl = Histogram(
 alarms = Counter(
     "knapper_alarms",
     "Alarms raised to users: stale_sampler, other_adapter, wrong_temperature, sampler_trainer_mismatch, doubled_step, "
-    "repeated_data, fresh_optimizer.",
+    "repeated_data, fresh_optimizer, degenerate_groups.",
     ["alarm"], registry=REGISTRY,
 )  # fmt: skip
 samples_waiting = Gauge("knapper_samples_waiting", "Samples requested and not finished.", registry=REGISTRY)

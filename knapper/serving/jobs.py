@@ -60,8 +60,9 @@ def job_services() -> JobServices:
 def sampling() -> RolloutSampler:
     sampler = served()
     return RolloutSampler(
-        _worker("sample", sampler, ["rl"]), sampler.sampler, _language(sampler.directory), sampler.context
-    )
+        _worker("sample", sampler, ["rl"]), sampler.sampler, _language(sampler.directory), sampler.context,
+        sampler.sampled_by,
+    )  # fmt: skip
 
 
 @cache

@@ -10,12 +10,21 @@ from knapper.store import Store
 _READ_MAX = 32
 
 
+def shown(alarm: Alarm) -> dict[str, str | int | float]:
+    """As clients see it. `at`: seconds since the epoch."""
+    return {"name": alarm.name, "step": alarm.step, "message": alarm.message, "at": alarm.at}
+
+
 @dataclass(frozen=True)
 class Alarms:
     store: Store
 
     async def put(self, run: RunId, alarm: Alarm) -> None:
         await self.store.put_if_absent(layout.alarm(run, alarm.seq, alarm.name), encode(alarm))
+
+    async def count(self, run: RunId) -> int:
+        """How many the run has: names alone are read."""
+        return len(await self.store.list(layout.alarms(run)))
 
     async def newest(self, run: RunId) -> list[Alarm]:
         """The run's newest alarms, newest first, without damaged ones."""

@@ -1,10 +1,11 @@
 """The records of jobs: create-only msgpack objects, like the journal's."""
 
+from array import array
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from knapper.state.journal.records import Record, decode, encode
+from knapper.state.journal.records import Drawn, Record, decode, encode
 from knapper.store import Store
 
 __all__ = [
@@ -67,15 +68,20 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Rollouts(Record, frozen=True, kw_only=True):
-    """All completions of one prompt of a round."""
+    """All completions of one prompt of a round. `drawn`: by which weights; None where that is not known."""
 
-    v: int = 2  # 1 had no device_s
+    v: int = 3  # 1 had no device_s, 2 no drawn
     row: int
     prompt_tokens: bytes  # int32, little-endian
     rollouts: list[Rollout]
     began_at: float
     ended_at: float
     device_s: float = 0.0  # of the device, for all of them
+    drawn: Drawn | None = None
+
+    @property
+    def prompt(self) -> list[int]:
+        return array("i", self.prompt_tokens).tolist()
 
 
 class Score(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

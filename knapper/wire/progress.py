@@ -15,7 +15,7 @@ from knapper.wire.frames import frame, split
 
 FRAMES = "application/x-knapper-sample-frames"
 DEVICE_S: Final = "Knapper-Device-Seconds"  # a header of responses without a stream: for this sample
-SAMPLER: Final = "Knapper-Sampler"  # a header of responses without a stream: backend and dtype
+SAMPLER: Final = "Knapper-Sampler"  # a header of all responses: backend and dtype
 _SAMPLER = re.compile(r"[a-z]{1,16} [a-z0-9]{1,16}")
 log = structlog.get_logger()
 Ending = Literal["", "stop", "length"]

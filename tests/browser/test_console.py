@@ -113,6 +113,28 @@ def test_from_a_curve_to_a_token(alice: Visit) -> None:
     assert len({tokens.nth(n).evaluate(background) for n in range(tokens.count())}) == 1, "one for the completion"
 
 
+def test_from_an_alarm_to_the_tokens_where_sampler_and_trainer_differ(alice: Visit, trained: World) -> None:
+    page = alice.page
+    page.get_by_role("link", name="1 alarm").click()
+    expect(page.get_by_role("region", name="Alarms")).to_contain_text(
+        "all 2 rollouts of step 4 were drawn by weights that are 1 updates old"
+    )
+    expect(page.locator(".plot h3", has_text="staleness")).to_contain_text("1")
+    page.get_by_role("link", name="datum by datum").first.click()
+    expect(page.locator(".facts")).to_contain_text("of this run, step 2; engine float32, temperature 1")
+    page.get_by_role("link", name="Datum 1, token by token").click()
+    tokens = page.locator(".tokens .t")
+    assert tokens.count() == 12
+    page.locator(".tokens").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#token")).to_contain_text("; by the sampler -")
+    background = "element => getComputedStyle(element).backgroundColor"
+    assert len({tokens.nth(n).evaluate(background) for n in range(12)}) > 1, "one step has moved some tokens more"
+    page.get_by_label("advantage").check()
+    assert len({tokens.nth(n).evaluate(background) for n in range(12)}) == 1
+    expect(page.locator("[data-for=difference]")).to_be_hidden()
+
+
 def test_runs_and_jobs_are_compared_on_one_chart(alice: Visit, trained: World) -> None:
     page = alice.page
     page.locator(f"input[value='{trained.run}']").check()

@@ -18,7 +18,7 @@ from tinker import types
 from knapper.ids import Tenant
 from knapper.state.api_keys import Keys
 from knapper.store.directory import DirectoryStore
-from tests.conformance import data
+from tests.conformance import data, loops
 from tests.conformance.server import Server, wait_until
 from tests.engine.tiny import tiny_model
 
@@ -43,6 +43,7 @@ class World:
     model: str
     keys: dict[str, str]
     run: str = ""
+    watched: str = ""  # a run with an alarm
 
     @property
     def url(self) -> str:
@@ -74,6 +75,9 @@ class World:
             client.save_state("trained").result()
             client.save_weights_for_sampler("adapter").result()
             self.run = client.model_id
+            stale = service.create_lora_training_client(self.model, rank=4, seed=4).result()
+            loops.step(stale, loops.rollouts(loops.clean_steps(stale, 3)))
+            self.watched = stale.model_id
 
 
 @contextmanager
@@ -100,6 +104,8 @@ def pages(world: World, job: str) -> dict[str, str]:
         "checkpoints": "/checkpoints", "run": f"/runs/{run}",
         "checkpoint": f"/runs/{run}/checkpoints/sampler_weights/adapter", "job": f"/jobs/{job}",
         "rollouts": f"/jobs/{job}/rollouts/steps/0", "conversation": f"/jobs/{job}/rollouts/steps/0/0/1",
+        "alarms": f"/runs/{world.watched}", "pass": f"/runs/{world.watched}/passes/10",
+        "datum": f"/runs/{world.watched}/passes/10/0",
         "compare": f"/compare?of={run}&of={job}", "playground": f"/playground?model=tinker://{run}/sampler_weights/adapter",
         "usage": "/usage", "not-found": "/runs/ses-00000000000000000000000000000000:train:0",
     }  # fmt: skip

@@ -33,7 +33,7 @@ class Objects:
             "session_id": self.session, "run_id": self.run, "sampler_id": self.sampler, "kind": "weights",
             "name": "worst", "job": "worst", "token": "x", "path": "x", "file": "x",
             "sha256": "0" * 64, "size": str(limits.upload_part_bytes), "offset": "0",
-            "round": "steps", "n": "0", "part": "0", "sample": "0",
+            "round": "steps", "n": "0", "part": "0", "sample": "0", "seq": "1", "datum": "0",
         }  # fmt: skip
 
 

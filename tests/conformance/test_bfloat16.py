@@ -7,6 +7,7 @@ import pytest
 
 from tests.conformance.conftest import Trained, train
 from tests.conformance.server import Dtype, Server
+from tests.conformance.test_alarms import test_clean_steps_of_a_real_engine_are_far_below_the_limits
 from tests.conformance.test_cli import (
     cli,
     environment,
@@ -46,6 +47,7 @@ __all__ = [  # what pytest is to find here: tests, and fixtures of theirs
     "test_a_new_run_is_the_base_model",
     "test_alternatives_to_a_prompt_s_tokens_are_drawn_and_scored",
     "test_chosen_targets_of_a_prompt_are_scored_in_their_layout",
+    "test_clean_steps_of_a_real_engine_are_far_below_the_limits",
     "test_each_step_takes_its_own_values",
     "test_greedy_texts_and_their_log_probabilities_are_the_models",
     "test_log_probabilities_are_those_of_the_tempered_distribution",

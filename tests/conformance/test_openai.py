@@ -301,3 +301,20 @@ def test_the_example_talks(server: Server, model: Path, capsys: pytest.CaptureFi
     text = openai_chat.chat(server.url, "tml-local", str(model), "the end?", max_tokens=8)
     assert capsys.readouterr().out.strip("\n") == text.strip("\n")
     assert text
+
+
+def test_every_answer_and_every_chunk_says_which_weights_drew_it(
+    client: openai.OpenAI, taught: tinker.TrainingClient, model: Path, server: Server
+) -> None:
+    path = taught.save_weights_for_sampler("fingerprinted").result().path
+    drawn = r"[0-9a-f]{16};step=\d+;sampler=engine float32"
+    whole = client.chat.completions.create(model=path, messages=QUESTION, max_tokens=2)
+    assert re.fullmatch(drawn, whole.system_fingerprint or "")
+    chunks = client.chat.completions.create(model=path, messages=QUESTION, max_tokens=2, stream=True)
+    assert {chunk.system_fingerprint for chunk in chunks if chunk.choices[0].delta.content} == {
+        whole.system_fingerprint
+    }
+    base = client.chat.completions.create(model=str(model), messages=QUESTION, max_tokens=2)
+    assert base.system_fingerprint == "base;step=0;sampler=engine float32"
+    counted = httpx.get(f"{server.url}/metrics").text
+    assert 'knapper_samples_drawn_total{sampler="unknown"}' not in counted, "streamed samples name theirs too"

@@ -15,6 +15,14 @@ _REWARDS: Final = "tests/rewards/test_page.py::test_the_examples_of_a_job_are_re
 TESTS: Final = {
     ("README.md", "flowchart LR"): "tests/documents/test_architecture.py::test_both_pictures_show_the_same_processes",
     (
+        "docs/alarms.md",
+        "client = service.create_lora_training_client",
+    ): "tests/gateway/diagnostics/test_alarms.py::test_staleness_that_is_declared_raises_none",
+    (
+        "docs/console.md",
+        "knapper runs list",
+    ): "tests/conformance/test_runs_cli.py::test_a_run_is_listed_shown_watched_and_compared",
+    (
         "docs/architecture.md",
         "flowchart TB",
     ): "tests/documents/test_architecture.py::test_both_pictures_show_the_same_processes",

@@ -207,6 +207,8 @@ ASKS: dict[Way, Callable[[World, Random], Ask]] = {
     ("GET", "/sessions/{session_id}"): nothing,
     ("GET", "/checkpoints"): query(before="2000000000000000-0"),
     **{("GET", f"/runs/{{run_id}}{part}"): nothing for part in ("", "/operations", "/curve", "/live")},
+    ("GET", "/runs/{run_id}/passes/{seq}"): query(first=0),
+    ("GET", "/runs/{run_id}/passes/{seq}/{datum}"): query(first=0),
     ("GET", "/runs/{run_id}/checkpoints/{kind}/{name}"): nothing,
     ("GET", "/runs/{run_id}/checkpoints/{kind}/{name}/files/{file}"): nothing,
     **{("GET", f"/jobs/{{job}}{part}"): nothing for part in ("", "/status", "/curve", "/live")},
@@ -229,7 +231,7 @@ def parameters(world: World, way: Way, rng: Random) -> dict[str, str]:
     kind = rng.choice(["weights", "sampler_weights", "external_weights"])
     values = world.mine.in_path() | {"kind": kind, "token": "abc", "path": "a/b", "file": "status.json"}
     values |= {"sha256": "0" * 64, "size": "31", "offset": "0"}
-    values |= {"round": "steps", "n": "0", "part": "0", "sample": "0"}
+    values |= {"round": "steps", "n": "0", "part": "0", "sample": "0", "seq": "1", "datum": "0"}
     if way[1].startswith("/static"):
         values["name"] = "console.css"
     if way[1].endswith("/files/{file}"):

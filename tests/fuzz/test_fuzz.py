@@ -52,6 +52,7 @@ UNSERVED = {
     # The console's: for browsers that are not signed in, for administrators, for other kinds of jobs, and streams.
     "/signin": 303, "/signout": 303, "/admin": 404, "/admin/keys": 404, "/admin/keys/revoke": 404,
     "/runs/{run_id}/live": 422, "/jobs/{job}/live": 422,
+    "/runs/{run_id}/passes/{seq}": 404, "/runs/{run_id}/passes/{seq}/{datum}": 404,
     "/jobs/{job}/rollouts/{round}/{n}": 404, "/jobs/{job}/rollouts/{round}/{n}/{part}/{sample}": 404,
 }  # fmt: skip
 

@@ -15,11 +15,15 @@ from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
 from knapper.jobs import control, progress, revive, run_client
 from knapper.jobs.activity import Function
+from knapper.jobs.names import Start
 from knapper.jobs.revive import Seen
 from knapper.rewards import scorer
 from knapper.rewards.rollouts import ScorableRollout
 from knapper.rewards.scorer import RewardScore
 from knapper.rewards.spec import Reward
+from knapper.state.alarms import Alarms
+from knapper.state.journal import history
+from knapper.state.journal.records import Alarm, Operation
 from tests.jobs.services import lines
 from tests.jobs.works import TERMS, House, Malice, Works, run, variety
 
@@ -453,3 +457,54 @@ def test_a_job_that_is_cancelled_while_it_samples_leaves_nothing_for_the_log(
     run(story)
     gc.collect()
     assert said == []
+
+
+async def always_nothing(_reward: Reward, rollouts: Sequence[ScorableRollout]) -> list[RewardScore]:
+    return [RewardScore(0.0, {}) for _ in rollouts]
+
+
+async def _alarms(works: Works, begun: Start) -> list[Alarm]:
+    await works.run(begun)
+    assert (await control.now(works.store, begun)).state == "completed"
+    return await Alarms(works.store).newest(begun.run)
+
+
+@pytest.mark.parametrize(("name", "ages"), [("rl", [0, 0, 0, 0]), ("rl-ahead", [0, 1, 1, 1])])
+def test_every_pass_of_a_job_says_which_weights_drew_its_data_and_raises_no_alarm(
+    house: House, name: str, ages: list[int]
+) -> None:
+    async def story() -> tuple[list[Operation], list[Alarm]]:
+        works = Works(house)
+        begun = await works.submit(JOBS[name])
+        raised = await _alarms(works, begun)
+        found = [each async for group in history.operations(works.store, begun.run) for each in group]
+        return sorted(found, key=lambda each: each.seq), raised
+
+    operations, raised = run(story)
+    assert raised == []
+    passes = [each.provenance for each in operations if each.kind == "forward_backward"]
+    drawn = [each.drawn[0] for each in passes if each is not None]
+    assert [step - each.step for step, each in enumerate(drawn)] == ages
+    assert [bool(each.digest) for each in drawn] == [each.step > 0 for each in drawn]
+    assert {each.sampler for each in drawn} == {"engine float32"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name", "words"),
+    [
+        ("max_tokens: 6", "max_tokens: 6, temperature: 0.5", "wrong_temperature", "were drawn with temperature 0.5"),
+        ("{prompts: 3, samples: 4}", "{prompts: 4, samples: 2}", "degenerate_groups", "in the last 16 groups"),
+    ],
+)
+def test_a_job_that_teaches_otherwise_than_it_seems_is_told_once(
+    house: House, old: str, new: str, name: str, words: str
+) -> None:
+    async def story() -> list[Alarm]:
+        works = Works(house)
+        if name == "degenerate_groups":
+            works.judge = always_nothing
+        return await _alarms(works, await works.submit({**JOBS["rl"], "job.yaml": RL.replace(old, new)}))
+
+    (alarm,) = run(story)
+    assert alarm.name == name
+    assert words in alarm.message

@@ -54,6 +54,7 @@ from tests.jobs.services import Clock, Folder, serve
 
 FUNCTIONS: tuple[Function, ...] = ("sample", "reward", "train_step")
 CONTEXT = 512
+SAMPLED_BY = "engine float32"
 CHAT = (
     "{% for message in messages %}<|begin|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|begin|>assistant\n{% endif %}"
@@ -136,7 +137,7 @@ class Works:
                 kv_tokens_max=8192,
                 now=self.clock,
             )
-            self._processes[name] = RolloutSampler(worker, sampler, house.language, CONTEXT).answer
+            self._processes[name] = RolloutSampler(worker, sampler, house.language, CONTEXT, SAMPLED_BY).answer
         else:
             machine = TrainingMachine(Trainer(house.decoder), house.device, self.clock)
             holder = Holder(f"life-{next(self._lives)}", "", self.terms)

@@ -141,6 +141,10 @@ def _round(owned: Objects) -> dict[str, str]:
     return {**owned.in_path(), "round": "steps", "n": "0", "part": "0", "sample": "0"}
 
 
+def _pass(owned: Objects) -> dict[str, str]:
+    return {**owned.in_path(), "seq": "1", "datum": "0"}
+
+
 NAMELESS = {
     "path": "nothing",
     "sha256": "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881",
@@ -253,6 +257,8 @@ DOORS: dict[tuple[str, str], Open | Own | Named] = {
     ("GET", "/sessions/{session_id}"): Named([nothing]),
     ("GET", "/checkpoints"): Own(shows=lambda owned: owned.checkpoint),
     **{("GET", f"/runs/{{run_id}}{part}"): Named([nothing]) for part in ("", "/operations", "/curve", "/live")},
+    ("GET", "/runs/{run_id}/passes/{seq}"): Named([nothing], path=_pass),
+    ("GET", "/runs/{run_id}/passes/{seq}/{datum}"): Named([nothing], path=_pass),
     ("GET", "/runs/{run_id}/checkpoints/{kind}/{name}"): Named([nothing]),
     ("GET", "/runs/{run_id}/checkpoints/{kind}/{name}/files/{file}"): Named(
         [nothing], path=lambda owned: {**owned.in_path(), "file": "adapter_config.json"}

@@ -5,7 +5,7 @@ const root = document.documentElement;
 const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 const NOT_DRAWN = new Set(["step", "at", "tokens", "wall_seconds"]);
-const FIRST = ["loss/mean", "reward/mean", "kl/mean", "grad_norm", "learning_rate", "tokens/second"];
+const FIRST = ["loss/mean", "reward/mean", "kl/mean", "grad_norm", "learning_rate", "staleness", "tokens/second"];
 
 function digits(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return "";
@@ -181,10 +181,11 @@ function tokens(box) {
     if (n < 0 || n >= cells.length) return;
     cells[now]?.classList.remove("now");
     now = n;
-    const { n: position, id, lp } = cells[n].dataset;
+    const { n: position, id, lp, by, adv } = cells[n].dataset;
     cells[n].classList.add("now");
     cells[n].scrollIntoView({ block: "nearest" });
-    told.textContent = `token ${position}: “${cells[n].textContent}”, id ${id}, log-probability ${lp}, probability ${(100 * Math.exp(Math.min(0, lp))).toFixed(2)} %`;
+    told.textContent = `token ${position}: “${cells[n].textContent}”, id ${id}, log-probability ${lp}, probability ${(100 * Math.exp(Math.min(0, lp))).toFixed(2)} %`
+      + (by ? `; by the sampler ${by}, difference ${digits(lp - by)}` : "") + (adv ? `; advantage ${adv}` : "");
   };
   box.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10 }[event.key];
@@ -192,7 +193,10 @@ function tokens(box) {
   });
   box.addEventListener("pointerover", (event) => show(cells.indexOf(event.target)));
   for (const radio of document.querySelectorAll("input[name=heat]")) {
-    radio.addEventListener("change", () => { box.dataset.heat = radio.value; });
+    radio.addEventListener("change", () => {
+      box.dataset.heat = radio.value;
+      for (const legend of document.querySelectorAll("[data-for]")) legend.hidden = legend.dataset.for !== radio.value;
+    });
   }
 }
 

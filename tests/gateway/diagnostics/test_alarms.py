@@ -1,11 +1,16 @@
 """Faults that are planted in loops as tinker-cookbook has them are named within a step; clean loops raise no alarm."""
 
+import inspect
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from gateway.diagnostics import rules
 from gateway.diagnostics.monitor import declared_staleness
-from gateway.diagnostics.sample_index import SampleIndex, SampleSource, SavedWeights
+from gateway.diagnostics.sample_index import SampleIndex, SampleSource
+from knapper.diagnostics import rules
+from knapper.diagnostics.weights import SavedWeights
 from knapper.engine.training.losses import LOSSES
 from knapper.ids import Tenant
 from knapper.state.journal.records import Alarm
@@ -334,6 +339,27 @@ def test_the_batch_that_a_checkpoint_contains_is_named_when_it_is_trained_on_aga
     told(story)
 
 
+def test_rewards_that_teach_nothing_are_named_after_sixteen_groups_and_chance_is_not() -> None:
+    async def story(bench: Bench) -> None:
+        loop = await bench.run()
+        sampler = await _warm(bench, loop)
+        silent = [await bench.draw(sampler, 2) for _ in range(rules.SILENT_GROUPS)]
+        for group in silent:
+            for datum in group:
+                datum.inputs["advantages"][:] = 0.0
+        assert await loop.step([datum for group in silent[:-1] for datum in group]) == [], "one group less"
+        assert await loop.step(await bench.draw(await loop.save(), 4)) == [], "and these teach"
+        whole = [await bench.draw(await loop.save(), 2) for _ in silent]
+        for group in whole:
+            for datum in group:
+                datum.inputs["advantages"][:] = 0.0
+        (alarm,) = await loop.step([datum for group in whole for datum in group])
+        assert alarm.name == "degenerate_groups"
+        assert "step 6 learned nothing: in the last 16 groups all completions of a prompt have" in alarm.message
+
+    told(story)
+
+
 # ---- whose samples, and how many
 
 
@@ -363,3 +389,9 @@ def test_what_is_remembered_of_samples_is_bounded_and_the_largest_tenant_gives_w
 def test_the_limit_is_far_above_what_rounding_makes() -> None:
     """bfloat16 keeps eight bits: a log-probability of -4 is off by up to 2^-7 then."""
     assert 0.5 * (2.0**-7) ** 2 < rules.KL_EXACT < rules.KL_LIMIT / 10
+
+
+def test_the_page_has_every_alarm() -> None:
+    page = Path("docs/alarms.md").read_text()
+    told = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    assert told == set(re.findall(r"\"(\w+)\"\]? ?[:=] ", inspect.getsource(rules.alarms)))

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from gateway.diagnostics import rules
-from gateway.diagnostics.rules import Before, Load, Step
-from gateway.diagnostics.timeline import Timeline
+from knapper.diagnostics import rules
+from knapper.diagnostics.rules import Before, Load, Step
+from knapper.diagnostics.timeline import Timeline
 from knapper.state.journal.records import Drawn, Provenance
 from knapper.wire import reductions
 
@@ -37,6 +37,7 @@ class RunWatch:
     batches: OrderedDict[bytes, tuple[int, int]] = field(default_factory=OrderedDict)  # -> (step, seq)
     newest: Before | None = None
     newest_batch: bytes = b""
+    silent_groups: int = 0  # in a row
     repeated: bool = False  # some batch was trained on twice already
     _passes: list[tuple[Provenance, float]] = field(default_factory=list)  # since the newest step, with their tokens
     _drawn: list[tuple[Drawn, int | None]] = field(default_factory=list)
@@ -84,6 +85,7 @@ class RunWatch:
 
     def add_step(self, seq: int, metrics: Mapping[str, float]) -> dict[str, str]:
         """The alarms that this step raises: name -> sentence. None is raised again by the step after."""
+        self._count_silent_groups()
         step = self._step(seq, metrics)
         unknown = step.passes == 0 and (self._excused or not self._stepped)
         found = {} if unknown else rules.alarms(step)
@@ -113,10 +115,16 @@ class RunWatch:
             losses=frozenset(each.loss for each, _ in self._passes), kl=self.kl(),
             sampled=sum(each.sampled for each, _ in self._passes), drawn=tuple(self._drawn), declared=self.declared,
             learning_rate=metrics.get("learning_rate", 0.0), repeats=repeats[0] if repeats else None,
-            doubled_pass=doubled, regular=self._regular and same_round and not self._round.repeats,
+            silent_groups=self.silent_groups, doubled_pass=doubled,
+            regular=self._regular and same_round and not self._round.repeats,
             contained=batch == self.newest_batch and not self.repeated, load=self.load, before=self.before,
             own=frozenset(self.own),
         )  # fmt: skip
+
+    def _count_silent_groups(self) -> None:
+        if groups := self._metrics.get("groups:sum", 0.0):
+            silent = self._metrics.get("degenerate_groups:sum", 0.0) == groups
+            self.silent_groups = self.silent_groups + int(groups) if silent else 0
 
     def _round_key(self) -> int:
         """Which samples the step under way trains on: by the newest weights among those that drew them."""

@@ -13,6 +13,7 @@ from knapper.state.journal.records import Drawn
 KL_LIMIT: Final = 0.01  # mean k2 a token between equal weights; what computing in another order makes is far below
 KL_EXACT: Final = 1e-4  # and where the cause is known besides: above rounding, so that it matters
 KNOWN_SHARE: Final = 0.9  # of a step's datums that have to be known before anything is said of all
+SILENT_GROUPS: Final = 16  # in a row; if half of all groups are degenerate by chance, so many are once in 65,536 times
 RATE_FACTOR: Final = 2.0  # a resumed run goes on with about the learning rate that it had; a new stage warms up
 
 
@@ -33,6 +34,7 @@ class Step:
     """An optimizer step and the passes that it used. `drawn`: with the age of the weights in updates, None if unknown.
 
     `kl`: the mean k2 of a sampled token. `repeats`: the earlier step that trained on exactly this data.
+    `silent_groups`: groups in a row, the step's own last, whose completions all have an advantage of 0.
     """
 
     run: str
@@ -49,6 +51,7 @@ class Step:
     doubled_pass: bool = False
     regular: bool = False  # every earlier round of samples was trained on once
     contained: bool = False  # the repeated step is the last one in the weights that were loaded
+    silent_groups: int = 0
     load: Load | None = None  # since the step before
     before: "Before | None" = None  # what the loaded weights were trained with
     own: frozenset[str] = field(default_factory=frozenset)  # digests of weights that this run began from
@@ -69,7 +72,7 @@ class Before:
 def alarms(step: Step) -> dict[str, str]:
     """name -> sentence, of all that is wrong with the step."""
     found = {"doubled_step": doubled(step), "fresh_optimizer": fresh_optimizer(step), "repeated_data": repeated(step)}
-    found |= {"other_adapter": other_adapter(step)}
+    found |= {"other_adapter": other_adapter(step), "degenerate_groups": degenerate(step)}
     if not found["other_adapter"]:
         found["stale_sampler"] = stale_sampler(step)
         found["wrong_temperature"] = wrong_temperature(step)
@@ -133,6 +136,17 @@ def other_adapter(step: Step) -> str:
         f"{_of(count, step)} of step {step.step} were drawn by another adapter: that of {other.run}, step "
         f"{other.step}. Sample with a client of this run: save_weights_and_get_sampling_client of the training client "
         f"of {step.run}"
+    )
+
+
+def degenerate(step: Step) -> str:
+    if step.silent_groups < SILENT_GROUPS:
+        return ""
+    return (
+        f"step {step.step} learned nothing: in the last {step.silent_groups} groups all completions of a prompt have "
+        "the same reward, so that every advantage is 0. Look at some completions beside their rewards: is the answer "
+        "found where the reward looks for it, are completions cut at max_tokens, are the prompts far too hard or too "
+        "easy?"
     )
 
 
