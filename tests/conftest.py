@@ -64,8 +64,12 @@ def sampler_name(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What may take longer than usual comes first, in any order: no worker is left alone with such a one at the end."""
-    items.sort(key=lambda item: not any(mark.args[0] > 120 for mark in item.iter_markers("timeout")))
+    """Modules with what may take longer than usual come first, in any order: no worker is left alone at the end.
+
+    Whole modules: what is torn from the others of its module starts a server of its own.
+    """
+    patient = {item.path for item in items if any(mark.args[0] > 120 for mark in item.iter_markers("timeout"))}
+    items.sort(key=lambda item: item.path not in patient)
     if config.getoption("--sampler") == "vllm":
         for item in items:  # whichever samples first waits until a core has started
             item.add_marker(pytest.mark.timeout(300), append=False)

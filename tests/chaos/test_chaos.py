@@ -16,6 +16,7 @@ from knapper.chaos.workload import TrainingTrace
 from knapper.cluster.api import Api
 from knapper.errors import InvalidField
 from tests.cluster.apiserver import Cluster, serving
+from tests.command import knapper
 from tests.conformance.server import Server
 from tests.engine.tiny import tiny_model
 
@@ -24,8 +25,7 @@ YES = "--yes-kill-processes"
 
 def chaos(*arguments: object) -> "subprocess.CompletedProcess[str]":
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("KNAPPER_", "TINKER_"))}
-    command = [sys.executable, "-m", "knapper", "chaos", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=inherited, timeout=110)
+    return knapper("chaos", *map(str, arguments), environment=inherited)
 
 
 def test_an_operator_kills_a_running_deployment_and_not_one_bit_differs(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 import knapper
 from knapper.settings import Settings
+from tests import command
 
 HEAVY = {
     "asyncio", "functions_framework", "google.protobuf", "httpx", "huggingface_hub", "msgspec", "numpy", "pydantic",
@@ -41,8 +42,7 @@ def test_settings_are_read_without_anything_heavy() -> None:
 
 
 def _knapper(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "knapper", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    return command.knapper(*arguments, environment={**os.environ, **environment})
 
 
 def test_version_and_settings_are_printed() -> None:
@@ -63,15 +63,15 @@ def test_settings_are_told_as_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "empty"),
+    ("listing", "empty"),
     [
         (["key", "list"], "there are no keys; `knapper key create TENANT` makes one\n"),
         (["dead-letters"], "there are no dead letters: every event was delivered\n"),
     ],
 )
-def test_empty_listings_say_so(command: list[str], empty: str, tmp_path: Path) -> None:
-    assert _knapper(*command, "--data", str(tmp_path)).stdout == empty
-    assert json.loads(_knapper(*command, "--data", str(tmp_path), "--json").stdout) == []
+def test_empty_listings_say_so(listing: list[str], empty: str, tmp_path: Path) -> None:
+    assert _knapper(*listing, "--data", str(tmp_path)).stdout == empty
+    assert json.loads(_knapper(*listing, "--data", str(tmp_path), "--json").stdout) == []
 
 
 def test_keys_are_told_as_json(tmp_path: Path) -> None:
@@ -100,9 +100,9 @@ def test_a_shell_completes_commands(shell: str) -> None:
     assert "deploy" not in done.stdout
 
 
-@pytest.mark.parametrize(("command", "meant"), [(["setings"], "settings"), (["jobs", "lst"], "list")])
-def test_a_misspelt_command_is_told_which_was_meant(command: list[str], meant: str) -> None:
-    done = _knapper(*command)
+@pytest.mark.parametrize(("typed", "meant"), [(["setings"], "settings"), (["jobs", "lst"], "list")])
+def test_a_misspelt_command_is_told_which_was_meant(typed: list[str], meant: str) -> None:
+    done = _knapper(*typed)
     assert done.returncode == 2
     assert f"Did you mean '{meant}'?" in done.stderr
 

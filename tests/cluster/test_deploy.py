@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import yaml
 from knapper.cluster.model import _with_vllm
 from knapper.errors import InvalidField
 from knapper.state.model_record import slug
+from tests import command
 from tests.cluster.apiserver import Cluster, ready, serving
 from tests.manifests import rules, schema
 from tests.manifests.rendering import ROOT, rendered
@@ -29,8 +29,7 @@ DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 def knapper(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
-    command = [sys.executable, "-m", "knapper", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    return command.knapper(*arguments, environment=environment, cwd=ROOT)
 
 
 @pytest.fixture

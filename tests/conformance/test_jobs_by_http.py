@@ -17,6 +17,7 @@ import tinker
 import transformers
 
 from knapper import limits
+from tests.command import knapper
 from tests.conformance.server import Server, wait_until
 
 YAML = """kind: rl
@@ -32,17 +33,21 @@ PROMPTS = '{"prompt": "and the"}\n' * 420_000  # 9 MB: two parts
 
 
 def start(server: Server, *arguments: str) -> "subprocess.Popen[str]":
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("KNAPPER_")}
-    environment |= {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-local"}
     command = [sys.executable, "-m", "knapper", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment_of(server)
+    )
+
+
+def environment_of(server: Server) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("KNAPPER_")}
+    return inherited | {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-local"}
 
 
 def told(server: Server, *arguments: str) -> str:
-    process = start(server, *arguments)
-    out, said = process.communicate(timeout=120)
-    assert process.returncode == 0, f"{out}\n{said}\n{server.log()[-3000:]}"
-    return out
+    done = knapper(*arguments, environment=environment_of(server))
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{server.log()[-3000:]}"
+    return done.stdout
 
 
 @pytest.mark.timeout(240)

@@ -90,16 +90,16 @@ def kill(server: Server, role: str) -> str:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(("kills", "steps"), [(8, 10), pytest.param(20, 24, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("kills", "steps"), [(4, 6), pytest.param(20, 24, marks=pytest.mark.long)])
 def test_kills_of_every_process_change_not_one_bit(
     tmp_path: Path, model: Path, calm: Calm, kills: int, steps: int
 ) -> None:
-    """Each of the four twice, or five times."""
+    """Each of the four, or each five times."""
     kill_often(tmp_path, model, calm, kills, steps, ISOLATED, "--isolated")
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("kills", "steps"), [(8, 10), pytest.param(100, 110, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("kills", "steps"), [(4, 6), pytest.param(100, 110, marks=pytest.mark.long)])
 def test_kills_over_a_bucket_give_what_a_directory_gives(
     tmp_path: Path, model: Path, calm: Calm, gcs: Emulator, monkeypatch: pytest.MonkeyPatch, kills: int, steps: int
 ) -> None:

@@ -3,6 +3,7 @@
 The cookbook's own `weights.download` fetches it, unmodified, in a process of its own.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -88,39 +89,71 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
-def cookbook(server: Server, program: str, *arguments: str) -> None:
-    """Run the program with the cookbook, and nothing of ours, on its path."""
-    environment = {
-        **os.environ, "PYTHONPATH": str(COOKBOOK), "TINKER_API_KEY": "tml-local", "TINKER_BASE_URL": server.url,
-        "TINKER_TELEMETRY": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    command = [sys.executable, "-P", "-c", program, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
+class Cookbook:
+    """A process with the cookbook, nothing of ours on its path, and a fork of it for each program: its imports take
+    seconds, and it keeps the client of its first server.
+    """
+
+    def __init__(self, log: Path) -> None:
+        environment = {
+            **os.environ, "PYTHONPATH": str(COOKBOOK), "TINKER_API_KEY": "tml-local", "TINKER_TELEMETRY": "0",
+            "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        self._log = log
+        with log.open("wb") as said:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _PROGRAM], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=said, text=True,
+            )  # fmt: skip
+
+    def __call__(self, server: Server, *lines: str) -> None:
+        """Run these lines of Python."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"url": server.url, "program": "\n".join(lines)}) + "\n")
+        self._process.stdin.flush()
+        assert self._process.stdout.readline() == "done\n", self._log.read_text(encoding="utf-8")[-4000:]
+
+    def close(self) -> None:
+        self._process.communicate()
 
 
-DOWNLOAD = """
-import sys
+_PROGRAM = """
+import json, os, sys
 from tinker_cookbook import weights
-for at in range(1, len(sys.argv), 2):
-    weights.download(tinker_path=sys.argv[at], output_dir=sys.argv[at + 1])
-"""
-DOWNLOAD_AND_BUILD = """
-import sys
-from tinker_cookbook import weights
-weights.download(tinker_path=sys.argv[1], output_dir=sys.argv[2])
-weights.build_hf_model(base_model=sys.argv[3], adapter_path=sys.argv[2], output_path=sys.argv[4])
+for line in sys.stdin:
+    asked = json.loads(line)
+    if not (pid := os.fork()):
+        os.dup2(2, 1)
+        os.environ["TINKER_BASE_URL"] = asked["url"]
+        exec(asked["program"])
+        os._exit(0)
+    print("done" if os.waitpid(pid, 0)[1] == 0 else "failed", flush=True)
 """
 
 
-def test_a_default_run_merges_into_the_model_that_is_served(server: Server, model: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="session")
+def cookbook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cookbook]:
     assert installed(), f"the cookbook is not in {COOKBOOK}; `make setup` installs it"
+    cookbook = Cookbook(tmp_path_factory.mktemp("cookbook") / "log")
+    yield cookbook
+    cookbook.close()
+
+
+def download(path: str, directory: Path) -> str:
+    return f"weights.download(tinker_path={path!r}, output_dir={str(directory)!r})"
+
+
+def test_a_default_run_merges_into_the_model_that_is_served(
+    server: Server, model: Path, cookbook: Cookbook, tmp_path: Path
+) -> None:
     with tinker.ServiceClient(base_url=server.url, api_key="tml-local") as service:
         client = trained(service, model)
         wanted = served(client)
         path = client.save_state("final").result().path
-        where = [str(tmp_path / "adapter"), str(model), str(tmp_path / "built")]
-        cookbook(server, DOWNLOAD_AND_BUILD, path, *where)
+        adapter, built = str(tmp_path / "adapter"), str(tmp_path / "built")
+        build = f"weights.build_hf_model(base_model={str(model)!r}, adapter_path={adapter!r}, output_path={built!r})"
+        cookbook(server, download(path, tmp_path / "adapter"), build)
     assert float((wanted - logprobs(loaded(model))).abs().max()) > 0.5, "nothing was learned"
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", framework="pt") as opened:
         assert opened.metadata()["merges"] == "yes"
@@ -163,14 +196,15 @@ def test_an_adapter_of_a_tied_head_says_that_it_does_not_merge_and_how_it_would(
 
 
 @pytest.mark.parametrize("model", ["tied"], indirect=True)
-def test_the_cookbook_downloads_every_checkpoint_that_it_takes(server: Server, model: Path, tmp_path: Path) -> None:
+def test_the_cookbook_downloads_every_checkpoint_that_it_takes(
+    server: Server, model: Path, cookbook: Cookbook, tmp_path: Path
+) -> None:
     """A training checkpoint through an encrypted export of its own, which is gone afterwards; an export as it is."""
-    assert installed(), f"the cookbook is not in {COOKBOOK}; `make setup` installs it"
     with tinker.ServiceClient(base_url=server.url, api_key="tml-local") as service:
         client = service.create_lora_training_client(str(model), rank=2, seed=6).result()
         state = client.save_state("state").result().path
         external = client.save_weights_external("external").result().path
-        cookbook(server, DOWNLOAD, state, str(tmp_path / "state"), external, str(tmp_path / "external"))
+        cookbook(server, download(state, tmp_path / "state"), download(external, tmp_path / "external"))
         left = tinker.RestClient(base_url=server.url, api_key="tml-local").list_user_checkpoints(limit=2).result()
     assert [each.tinker_path for each in left.checkpoints] == [external, state], "what the download exported is deleted"
     found = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("state", "external")]

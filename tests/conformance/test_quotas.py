@@ -16,9 +16,10 @@ import tinker
 from tinker import types
 
 from knapper.state.sessions import DAY_S
+from tests import command
 from tests.conformance import data
 from tests.conformance.server import Server, wait_until
-from tests.conformance.test_jobs_by_http import start, told
+from tests.conformance.test_jobs_by_http import environment_of, told
 from tests.security.test_keys import knapper
 
 PAUSED = "The job is paused due to billing status. Error: Error code: 402"
@@ -196,8 +197,8 @@ def test_a_job_over_its_quota_pauses_with_the_reason_and_goes_on(house: Server, 
 
 
 def knapper_submit(server: Server, folder: Path) -> str:
-    out, _ = start(server, "submit", str(folder / "job.yaml"), "--name", "high").communicate(timeout=60)
-    return out
+    submit = ("submit", str(folder / "job.yaml"), "--name", "high")
+    return command.knapper(*submit, environment=environment_of(server)).stdout
 
 
 @pytest.mark.timeout(120)

@@ -23,6 +23,7 @@ from tinker import types
 
 from knapper.local import web
 from knapper.local.package_root import deployables
+from tests.command import knapper
 from tests.conformance.kill_client import datum, tokens
 from tests.conformance.server import Server
 from tests.gateway.console.conftest import csrf
@@ -183,10 +184,7 @@ def test_who_has_signed_in_at_one_gateway_has_at_the_other(server: Server, pods:
 
 
 def key_of(server: Server, tenant: str) -> str:
-    made = subprocess.run(
-        [sys.executable, "-m", "knapper", "key", "create", tenant, "--data", str(server.data)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    made = knapper("key", "create", tenant, "--data", str(server.data))
     assert made.returncode == 0, made.stderr
     found = re.search(r"tml-[0-9A-Za-z_-]+", made.stdout)
     assert found is not None, made.stdout

@@ -15,6 +15,7 @@ import pytest
 import tinker
 from tinker import types
 
+from tests.command import knapper
 from tests.conformance.server import Server, wait_until
 from tests.conformance.test_jobs import CHANGES, EXAMPLES
 from tests.engine.tiny import tiny_model
@@ -28,8 +29,7 @@ TOLD_S = 60.0  # a start of Python and torch on a busy machine, and a few second
 
 
 def doctor(server: Server) -> str:
-    command = [sys.executable, "-m", "knapper", "doctor", "--data", str(server.data)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = knapper("doctor", "--data", str(server.data))
     assert done.returncode == 1, done.stdout + done.stderr
     return done.stdout
 

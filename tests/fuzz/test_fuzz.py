@@ -16,7 +16,7 @@ from tests.fuzz.bodies import World
 from tests.fuzz.senders import Sender
 from tests.fuzz.verdict import Answer, fault
 
-SEED, BODIES = 5, 400
+SEED, BODIES = 5, 250
 WAY = ("POST", "/api/v1/create_model")
 
 

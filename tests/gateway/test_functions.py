@@ -21,6 +21,7 @@ import pytest
 import functions
 from knapper.store.directory import DirectoryStore
 from knapper.wire import proto
+from tests.command import knapper
 from tests.engine.tiny import tiny_model
 from tests.gateway.running import MODEL, Running, fwdbwd, gateway
 
@@ -200,11 +201,11 @@ def test_the_seconds_that_samples_had_of_the_device_are_told_once(running: Runni
     assert once > 0
     wait_for(running, running.post("asample", {**sample, "seq_id": 1})["request_id"])
     assert told(session) > once
-    command = [sys.executable, "-m", "knapper", "usage", "--hours", "2", "--url", running.url]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = ("usage", "--hours", "2", "--url", running.url)
+    printed = knapper(*usage).stdout
     line = rf"^{session}  {MODEL.name}: 8 prompt tokens, \d+ tokens sampled, \d+\.\d{{3}} device seconds$"
     assert re.search(line, printed, re.MULTILINE), printed
-    rows = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    rows = json.loads(knapper(*usage, "--json").stdout)
     (row,) = [row for row in rows if row["about"] == session]
     assert (row["base_model"], row["prompt_tokens"]) == (MODEL.name, 8)
     assert row["tokens_sampled"] > 0 < row["sampling_device_seconds"]

@@ -19,8 +19,8 @@ from knapper.store.memory import MemoryStore
 from tests.gateway.running import Running, gateway
 from tests.gateway.test_jobs import YAML, DoorbellLog, command
 
-ROW = b'{"prompt": "a", "completion": "b"}\n'
-DATA = ROW * 500_000  # 17 MB: three parts
+ROW = b'{"prompt": "a", "completion": "b"' + b" " * 3466 + b"}\n"  # wide: it is bytes that count here
+DATA = ROW * 5000  # 17.5 MB: three parts
 SHA256 = hashlib.sha256(DATA).hexdigest()
 URL = f"uploads/{SHA256}/{len(DATA)}"
 PART = limits.upload_part_bytes

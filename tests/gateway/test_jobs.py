@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from knapper.jobs.notifications import Notifier
 from knapper.jobs.services import JobServices
 from knapper.state.job_records import Spent, Trained, encode
 from knapper.store.memory import MemoryStore
+from tests.command import knapper
 from tests.gateway.running import Running, gateway
 
 YAML = "kind: sft\ndata: d.jsonl\nsteps: 3\n"
@@ -199,9 +199,7 @@ def test_what_is_not_there_is_not_found(running: tuple[Running, DoorbellLog]) ->
 
 def command(running: Running, *arguments: str) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "TINKER_BASE_URL": running.url, "TINKER_API_KEY": "tml-local"}
-    return subprocess.run(
-        [sys.executable, "-m", "knapper", *arguments], capture_output=True, text=True, env=environment
-    )
+    return knapper(*arguments, environment=environment)
 
 
 def test_the_command_line_submits_a_folder_and_follows_it(running: tuple[Running, DoorbellLog], tmp_path: Path) -> None:

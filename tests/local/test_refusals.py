@@ -12,6 +12,9 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from knapper.engine.models.loader import expect_architecture
+from knapper.errors import KnapperError
+from tests.command import knapper
 from tests.engine.tiny import tiny_model
 from tests.local.broken import BROKEN, REFUSED, config, copied
 
@@ -23,20 +26,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refusal(directory: Path | str, tmp_path: Path, *flags: str, cwd: Path | None = None, **settings: str) -> str:
     """The one line with which `knapper up` ended."""
-    command = [
-        sys.executable,
-        "-m",
-        "knapper",
-        "up",
-        "--model",
-        str(directory),
-        "--data",
-        str(tmp_path / "data"),
-    ]
-    environment = {"KNAPPER_CACHE": str(tmp_path / "cache"), **settings}
-    done = subprocess.run(
-        [*command, "--port", "0", *flags], env={**os.environ, **environment}, cwd=cwd, capture_output=True, text=True
-    )
+    environment = {**os.environ, "KNAPPER_CACHE": str(tmp_path / "cache"), **settings}
+    where = ("--model", str(directory), "--data", str(tmp_path / "data"), "--port", "0")
+    done = knapper("up", *where, *flags, environment=environment, cwd=cwd)
     assert done.returncode == 1, done.stderr
     assert "ready" not in done.stdout
     lines = done.stderr.strip().splitlines()
@@ -52,8 +44,15 @@ def test_what_its_files_tell_ends_the_command_with_one_line(what: str, model: Pa
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_an_architecture_that_is_refused_ends_it_too(what: str, model: Path, tmp_path: Path) -> None:
+def test_an_architecture_that_is_refused_is_said_in_words(what: str, model: Path, tmp_path: Path) -> None:
     change, said = REFUSED[what]
+    with pytest.raises(KnapperError, match=said):
+        expect_architecture(copied(model, tmp_path / "model", change))
+
+
+def test_an_architecture_that_is_refused_ends_it_too(model: Path, tmp_path: Path) -> None:
+    """One of them: the command asks a process that imports transformers, which takes seconds."""
+    change, said = REFUSED["a mixture of experts"]
     assert said in refusal(copied(model, tmp_path / "broken" / "model", change), tmp_path)
 
 

@@ -23,6 +23,7 @@ from knapper.state.api_keys import Key, Keyring, Keys
 from knapper.state.journal.records import encode
 from knapper.state.tokens import AccessTokens
 from knapper.store.memory import MemoryStore
+from tests import command
 from tests.gateway.running import Running, gateway
 from tests.gateway.saved import Clock
 
@@ -296,13 +297,9 @@ def test_without_keys_only_this_machine_is_answered(host: str, status: int) -> N
 # ---- through the command line, and on the way to a log
 
 
-def knapper(data: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def knapper(data: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("KNAPPER_", "K_SERVICE"))}
-    return subprocess.run(
-        [sys.executable, "-m", "knapper", *command],
-        env={**inherited, "KNAPPER_DATA": str(data), **environment}, capture_output=True, text=True, timeout=60,
-        check=False,
-    )  # fmt: skip
+    return command.knapper(*arguments, environment={**inherited, "KNAPPER_DATA": str(data), **environment})
 
 
 @pytest.mark.parametrize("environment", [

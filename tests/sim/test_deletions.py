@@ -22,8 +22,6 @@ from tests.sim.ledger import LedgerMachine
 from tests.sim.world import pause
 from tests.store.faulty import Rates
 
-_SEEDS = 250
-
 
 class Deletion(History):
     """The client goes on until it learns that the run is gone; its owner deletes it on the way."""
@@ -122,11 +120,12 @@ def play(seed: int) -> tuple[Deletion, int]:
     return history, history.judge_end()
 
 
-def test_nothing_of_a_deleted_run_comes_back_whoever_slept_or_died() -> None:
-    played = [play(seed) for seed in range(_SEEDS)]
+@pytest.mark.parametrize("seeds", [80, pytest.param(250, marks=pytest.mark.long)])
+def test_nothing_of_a_deleted_run_comes_back_whoever_slept_or_died(seeds: int) -> None:
+    played = [play(seed) for seed in range(seeds)]
     kills, left = sum(history.world.kills for history, _ in played), [size for _, size in played]
-    print(f"\n{_SEEDS} runs deleted among {kills} kills; at most {max(left)} bytes are left of one")
-    assert kills > _SEEDS
+    print(f"\n{seeds} runs deleted among {kills} kills; at most {max(left)} bytes are left of one")
+    assert kills > seeds
     assert max(left) < 4000, "what is left says that it is gone, and keeps out who slept"
 
 

@@ -1,4 +1,4 @@
-"""Thousands of seeded histories of the real journal under kills, zombies, rivals and faults of the store.
+"""Seeded histories of the real journal under kills, zombies, rivals and faults of the store.
 
 One seed, one history.
 
@@ -27,14 +27,14 @@ from tests.sim.history import play, played
 from tests.sim.world import World
 from tests.store.faulty import Rates
 
-KILLS_MIN = 10_000
 RATES = Rates.everywhere(0.003)
 
 
-def test_ten_thousand_kills_lose_and_double_nothing() -> None:
+@pytest.mark.parametrize("kills_min", [3000, pytest.param(10_000, marks=pytest.mark.long)])
+def test_kills_at_any_store_call_lose_and_double_nothing(kills_min: int) -> None:
     kills = errors = collected = deletions = takeovers = seed = 0
     met: Counter[str] = Counter()
-    while kills < KILLS_MIN:
+    while kills < kills_min:
         history = played(seed, faults=50, rates=RATES)
         kills, errors, seed = kills + history.world.kills, errors + history.world.errors, seed + 1
         collected, deletions = collected + history.collected, deletions + history.deletions
@@ -44,8 +44,8 @@ def test_ten_thousand_kills_lose_and_double_nothing() -> None:
         f"looks between them, {errors} failed calls, "
         f"faults of the store {dict(met)}: all states and answers as undisturbed"
     )
-    assert collected > seed
-    assert all(met[name] > 20 for name in RATES.__dataclass_fields__), met
+    assert collected > seed / 2
+    assert all(met[name] > kills / 500 for name in RATES.__dataclass_fields__), met
 
 
 class WithoutFence(Run[Any]):
@@ -133,8 +133,8 @@ def test_what_is_deleted_rests_on_no_clock(monkeypatch: pytest.MonkeyPatch) -> N
     """Nothing is given a moment of grace, and all is well, as long as listings show what is there."""
     monkeypatch.setattr("knapper.state.gc.session.Visit._has_waited", at_once)
     rates = replace(Rates.everywhere(0.003), lag=0.0)
-    deletions = sum(played(seed, faults=50, rates=rates).deletions for seed in range(150))
-    assert deletions > 150 * 10
+    deletions = sum(played(seed, faults=50, rates=rates).deletions for seed in range(60))
+    assert deletions > 60 * 10
 
 
 def test_one_seed_is_one_history() -> None:

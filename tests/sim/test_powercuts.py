@@ -16,7 +16,7 @@ from knapper.store import directory
 from knapper.store.directory import DirectoryStore
 from tests.sim.powercuts import Tally, played
 
-CUTS_MIN = int(os.environ.get("TEST_POWERCUTS", "300"))
+CUTS_MIN = int(os.environ.get("TEST_POWERCUTS", "150"))
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="what was synced is found in /proc")
 
 

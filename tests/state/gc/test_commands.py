@@ -3,7 +3,6 @@
 import asyncio
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,14 +11,14 @@ import pytest
 from knapper.errors import NotFound
 from knapper.state import layout
 from knapper.store.directory import DirectoryStore
+from tests import command
 from tests.sim.history import digest_of
 from tests.state.gc.bench import Bench, Clock
 
 
-def knapper(data: Path, *command: str, **settings: str) -> subprocess.CompletedProcess[str]:
+def knapper(data: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("KNAPPER_")}
-    whole = [sys.executable, "-m", "knapper", *command, "--data", str(data)]
-    return subprocess.run(whole, capture_output=True, text=True, check=False, env={**inherited, **settings})
+    return command.knapper(*arguments, "--data", str(data), environment={**inherited, **settings})
 
 
 def test_sweep_deletes_at_once_what_nothing_needs_and_the_run_is_the_same(tmp_path: Path) -> None:
