@@ -10,6 +10,8 @@ from typing import Final
 from knapper.engine import memory
 from knapper.engine.memory import CARDS, ModelBytes
 from knapper.engine.models.config import ModelConfig
+from knapper.engine.models.layer import Attention, GatedMlp, Layer, Scores
+from knapper.engine.models.rotary import Rope
 from knapper.errors import UserError
 
 _SHARES: Final = (1.0, 0.45)
@@ -18,10 +20,11 @@ _SHARES: Final = (1.0, 0.45)
 def _model(hidden: int, layers: int, heads: int, inner: int, *, tied: bool, family: str = "qwen3") -> ModelConfig:
     """A model by its sizes; heads of 128, 8 of them with keys and values."""
     qwen = family == "qwen3"
+    mixer = Attention(heads, 8, 128, Scores(128**-0.5), Rope(1e6, 128), qk_norm="head" if qwen else None)
     return ModelConfig(
-        model_type=family, vocab_size=151_936 if qwen else 128_256, hidden=hidden, layers=layers, heads=heads,
-        kv_heads=8, head_dim=128, intermediate=inner, rms_eps=1e-6, rope_theta=1e6, rope_scaling=None, tied=tied,
-        qk_norm=qwen, attention_bias=False, output_bias=False, context=40_960 if qwen else 131_072, eos=(),
+        model_type=family, vocab_size=151_936 if qwen else 128_256, hidden=hidden,
+        layers=layers * (Layer(mixer, GatedMlp(inner)),), rms_eps=1e-6, tied=tied,
+        context=40_960 if qwen else 131_072, eos=(),
     )  # fmt: skip
 
 
