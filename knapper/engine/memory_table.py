@@ -10,7 +10,7 @@ from typing import Final
 from knapper.engine import memory
 from knapper.engine.memory import CARDS, ModelBytes
 from knapper.engine.models.config import ModelConfig
-from knapper.engine.models.layer import Attention, GatedMlp, Layer, Scores
+from knapper.engine.models.layer import GatedMlp, Layer, ScoreRule, SelfAttention
 from knapper.engine.models.rotary import Rope
 from knapper.errors import UserError
 
@@ -20,7 +20,7 @@ _SHARES: Final = (1.0, 0.45)
 def _model(hidden: int, layers: int, heads: int, inner: int, *, tied: bool, family: str = "qwen3") -> ModelConfig:
     """A model by its sizes; heads of 128, 8 of them with keys and values."""
     qwen = family == "qwen3"
-    mixer = Attention(heads, 8, 128, Scores(128**-0.5), Rope(1e6, 128), qk_norm="head" if qwen else None)
+    mixer = SelfAttention(heads, 8, 128, ScoreRule(128**-0.5), Rope(1e6, 128), qk_norm="head" if qwen else None)
     return ModelConfig(
         model_type=family, vocab_size=151_936 if qwen else 128_256, hidden=hidden,
         layers=layers * (Layer(mixer, GatedMlp(inner)),), rms_eps=1e-6, tied=tied,

@@ -7,7 +7,7 @@ import pytest
 
 from knapper.engine.layers import batch_invariant_attention, head, rope
 from knapper.engine.models.blocks import RmsNorm
-from knapper.engine.models.layer import Scores
+from knapper.engine.models.layer import ScoreRule
 from knapper.engine.training import losses, optimizer
 
 _SOURCE = re.compile(r"Source: [^\n]*(arXiv \d{4}\.\d{4,5}|the protocol's page)")
@@ -23,7 +23,7 @@ def test_the_optimizer_names_its_source() -> None:
 
 
 FORMULAS = [
-    rope.frequencies, rope.rotated, rope._llama3_scaled, rope._yarn_scaled, rope._long_scaled, RmsNorm, Scores,
+    rope.frequencies, rope.rotated, rope._llama3_scaled, rope._yarn_scaled, rope._long_scaled, RmsNorm, ScoreRule,
     batch_invariant_attention._backward, head.capped_,
 ]  # fmt: skip
 

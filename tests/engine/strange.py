@@ -43,6 +43,51 @@ NATIVE: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "qwen3_window": ("Qwen3Config", {**_GROUPED, **_SWITCHED, "head_dim": 32}),
     "qwen3_yarn": ("Qwen3Config", {**_GROUPED, "head_dim": 32, "rope_parameters": _YARN}),
     "smollm3": ("SmolLM3Config", {**_GROUPED, "no_rope_layer_interval": 2}),
+    "granite": (
+        "GraniteConfig",
+        {
+            **_GROUPED,
+            "logits_scaling": 4.0,
+            "embedding_multiplier": 2.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+        },
+    ),
+    "phi3": ("Phi3Config", {**_GROUPED, **_SLIDING}),
+    "phi4": ("Phi3Config", {**_GROUPED, "original_max_position_embeddings": 256, "rope_parameters": _LONG}),
+    "olmo2": ("Olmo2Config", _GROUPED),
+    "olmo3": (
+        "Olmo3Config",
+        {
+            **_GROUPED,
+            **_SLIDING,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {"full_attention": {**_YARN, "attention_factor": 1.2}, "sliding_attention": _PLAIN},
+        },
+    ),
+    "gemma": ("GemmaConfig", _HEADED),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            **_HEADED,
+            **_SLIDING,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 1.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            **_HEADED,
+            **_SLIDING,
+            "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 24,
+            "rope_parameters": {"full_attention": _LINEAR, "sliding_attention": _PLAIN},
+        },
+    ),
+    "glm": ("GlmConfig", _HEADED),
+    "glm4": ("Glm4Config", _HEADED),
     "smollm3_window": ("SmolLM3Config", {**_GROUPED, **_SWITCHED, "no_rope_layer_interval": 2}),
 }
 # Fused query, key and value, and a head that is its own; biases everywhere, on the head too; layers in parallel, with

@@ -14,7 +14,7 @@ from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_gathered import GatheredLora, Stack
 from knapper.engine.layers.lora_grouped import Segment, Segments
-from knapper.engine.models.layer import Scores
+from knapper.engine.models.layer import ScoreRule
 
 # Inner sizes that are no whole number of tiles, odd ones among them, and some that are.
 SIZES = [(5, 8), (15, 16), (17, 64), (31, 33), (32, 48), (33, 23), (48, 49), (576, 192), (577, 191)]
@@ -104,7 +104,7 @@ def test_of_the_head(vocabulary: int, dtype: torch.dtype, planted: float) -> Non
 @pytest.mark.parametrize("width", [8, 24, 64])
 @pytest.mark.parametrize(("window", "cap"), [(None, None), (9, None), (None, 2.0)])
 def test_of_attention_over_several_texts(width: int, window: int | None, cap: float | None, planted: float) -> None:
-    scores = Scores(width**-0.5, window, cap)
+    scores = ScoreRule(width**-0.5, window, cap)
     sequences, tokens, heads, groups = 3, 70, 4, 2
     k, v = (random(sequences, tokens, groups, width, seed=seed) for seed in (2, 3))
     bias = torch.zeros(sequences, 1, 1, batch_invariant_attention.KEYS)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from knapper.engine.layers import batch_invariant_attention, varlen_attention
 from knapper.engine.layers.varlen_attention import VarlenAttention
-from knapper.engine.models.layer import Scores
+from knapper.engine.models.layer import ScoreRule
 from knapper.engine.training.prefix_sharing import Prefixes
 from knapper.engine.transfer import to_device
 
@@ -29,7 +29,7 @@ def attention_dtype(base: torch.dtype, device: torch.device) -> torch.dtype:
 class Attend(Protocol):
     """Rotated queries (N, H, D), keys and values (N, G, D) of one layer to outputs (N, H * D)."""
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: Scores) -> Tensor: ...
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: ScoreRule) -> Tensor: ...
 
 
 class PackedAttention:
@@ -42,7 +42,7 @@ class PackedAttention:
         for index, length in enumerate(lengths):
             self._buckets.setdefault(length, []).append(index)
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: Scores) -> Tensor:  # noqa: ARG002  the protocol gives each layer its number
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: ScoreRule) -> Tensor:  # noqa: ARG002  the protocol gives each layer its number
         rows = q_NHD.shape[0]
         if varlen_attention.computes(q_NHD, scores):
             return self._varlen(q_NHD, k_NGD, v_NGD, scores).reshape(rows, -1)
@@ -67,7 +67,7 @@ class SharedPrefixAttention:
     def __init__(self, lengths: Sequence[int], rows_N: Tensor, first_U: Tensor) -> None:
         self._packed, self._rows_N, self._first_U = PackedAttention(lengths), rows_N, first_U
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: Scores) -> Tensor:
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: ScoreRule) -> Tensor:
         q, k, v = (x.index_select(0, self._rows_N) for x in (q_NHD, k_NGD, v_NGD))
         return self._packed(layer, q, k, v, scores=scores).index_select(0, self._first_U)
 
@@ -79,7 +79,7 @@ class ContinuedAttention:
         self._past_kv = past_kv
         self._varlen: VarlenAttention | None = None
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: Scores) -> Tensor:
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: ScoreRule) -> Tensor:
         keys, values = self._past_kv[layer]
         k, v = torch.cat([keys, k_NGD]), torch.cat([values, v_NGD])
         if varlen_attention.computes(q_NHD, scores):
@@ -94,7 +94,7 @@ class ConcatenatedAttention:
     def __init__(self, attends: Sequence[Attend], rows: Sequence[int]) -> None:
         self._attends, self._rows = attends, list(rows)
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: Scores) -> Tensor:
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: ScoreRule) -> Tensor:
         if len(self._attends) == 1:
             return self._attends[0](layer, q_NHD, k_NGD, v_NGD, scores=scores)
         parts = zip(*(x.split(self._rows) for x in (q_NHD, k_NGD, v_NGD)), strict=True)
@@ -108,7 +108,7 @@ class RecordedAttention:
     def __init__(self, attend: Attend, kv: Tensor) -> None:
         self._attend, self._kv = attend, kv
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: Scores) -> Tensor:
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: ScoreRule) -> Tensor:
         self._kv[layer, 0].copy_(k_NGD)
         self._kv[layer, 1].copy_(v_NGD)
         return self._attend(layer, q_NHD, k_NGD, v_NGD, scores=scores)
@@ -130,7 +130,7 @@ def _offset_by_part(rows: Sequence[NDArray[np.int64]], sizes: Sequence[int]) -> 
     return np.concatenate([part + start for part, start in zip(rows, starts, strict=True)])
 
 
-def _causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, scores: Scores) -> Tensor:
+def _causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, scores: ScoreRule) -> Tensor:
     if q_BTHD.device.type == "cpu" or scores.cap is not None:  # on a CPU bit-equal to decoding; no kernel has caps
         wide = (x.to(torch.float32) for x in (q_BTHD, k_BTGD, v_BTGD))
         return batch_invariant_attention.causal(*wide, scores=scores).to(q_BTHD.dtype)

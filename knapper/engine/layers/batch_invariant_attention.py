@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knapper.engine.models.layer import Scores
+from knapper.engine.models.layer import ScoreRule
 
 KEYS: Final = 64
 ROWS_MIN: Final = 8
@@ -27,7 +27,7 @@ _queries: Final = 64  # of a block in training: later keys are skipped
 _scores_max: Final = 1 << 18  # of a block: 1 MiB of float32, to stay in the cache
 
 
-def causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, scores: Scores) -> Tensor:
+def causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, scores: ScoreRule) -> Tensor:
     """(B, T, H, D), differentiable in all three, which are float32.
 
     Without gradients there may be more keys than queries: the queries are the last rows.
@@ -37,7 +37,7 @@ def causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, scores: Scores) ->
     return outputs
 
 
-def decoded(q_NGQD: Tensor, keys_NGCD: Tensor, values_NGCD: Tensor, bias_N11C: Tensor, scores: Scores) -> Tensor:
+def decoded(q_NGQD: Tensor, keys_NGCD: Tensor, values_NGCD: Tensor, bias_N11C: Tensor, scores: ScoreRule) -> Tensor:
     """(N, G, Q, D): one token of each of N sequences over its own keys. `bias_N11C`: -inf where a sequence has none,
     or its window ends.
 
@@ -54,7 +54,7 @@ def decoded(q_NGQD: Tensor, keys_NGCD: Tensor, values_NGCD: Tensor, bias_N11C: T
 
 
 @torch.inference_mode()
-def is_invariant(heads: int, groups: int, width: int, scores: Scores) -> bool:
+def is_invariant(heads: int, groups: int, width: int, scores: ScoreRule) -> bool:
     """Whether on this CPU a row has the same bits in a sequence, in a prefix of it, as its rest, and decoded."""
     tokens = 3 * KEYS + 5
     window = None if scores.window is None else min(scores.window, KEYS + 9)
@@ -84,7 +84,7 @@ class _Causal(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, scores: Scores) -> Tensor:
+    def forward(ctx: Any, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, scores: ScoreRule) -> Tensor:
         outputs_BHTD, normalisers_BHT = _forward(q_BTHD, k_BTGD, v_BTGD, scores)
         ctx.save_for_backward(q_BTHD, k_BTGD, v_BTGD, outputs_BHTD, normalisers_BHT)
         ctx.scores = scores
@@ -93,7 +93,7 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, outputs_BHTD, normalisers_BHT = ctx.saved_tensors
-        scores: Scores = ctx.scores
+        scores: ScoreRule = ctx.scores
         if scores.window is not None or scores.cap is not None or q.device.type != "cpu":
             return *_backward(grads[0], q, k, v, outputs_BHTD, normalisers_BHT, scores), None
         grads_in = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -139,7 +139,7 @@ def _bias(rows: range, keys: range, window: int | None, like: Tensor) -> Tensor:
     return like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
 
 
-def _forward(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+def _forward(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, scores: ScoreRule) -> tuple[Tensor, Tensor]:
     """Outputs (B, H, T, D) and the log of each row's sum of exponentials (B, H, T)."""
     sequences, tokens, heads, width = q_BTHD.shape
     total, groups = k_BTGD.shape[1:3]
@@ -163,7 +163,7 @@ def _forward(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, scores: Scores) -> 
 
 def _backward(
     grad_BTHD: Tensor, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, outputs_BHTD: Tensor, normalisers_BHT: Tensor,
-    scores: Scores,
+    scores: ScoreRule,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v: each block's scores again, and from them its part.
 
@@ -209,7 +209,7 @@ def _padded_keys(x_BTGD: Tensor) -> Tensor:
     return F.pad(x_BTGD.transpose(1, 2), (0, 0, 0, _whole_blocks(total) - total))
 
 
-def _scored(q_XMD: Tensor, keys_XCD: Tensor, block: _Block, scores: Scores) -> Tensor:
+def _scored(q_XMD: Tensor, keys_XCD: Tensor, block: _Block, scores: ScoreRule) -> Tensor:
     """(X, M, C): capped products, -inf where a row does not see a key."""
     products_XMC = torch.bmm(q_XMD, keys_XCD.transpose(1, 2))
     _cap_(products_XMC, scores)
@@ -218,7 +218,7 @@ def _scored(q_XMD: Tensor, keys_XCD: Tensor, block: _Block, scores: Scores) -> T
     return products_XMC
 
 
-def _cap_(products: Tensor, scores: Scores) -> None:
+def _cap_(products: Tensor, scores: ScoreRule) -> None:
     if scores.cap is not None:
         products.div_(scores.cap).tanh_().mul_(scores.cap)
 

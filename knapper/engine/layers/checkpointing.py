@@ -47,7 +47,7 @@ def saved_bytes_of_row(config: ModelConfig, size: int = 4) -> int:
     """Bytes that one row leaves in one layer, as `tests/engine/layers/test_checkpointing.py` measures them on a CPU,
     and the gate of `tests/engine/gate` for a GPU, whose dtype has `size` bytes.
 
-    Five rows of the residual's width (both norms' inputs, and the inputs of three linears), queries, keys, values,
+    Rows of the residual's width (the norms' inputs, and the inputs of three linears), queries, keys, values,
     attention's outputs, and four of the MLP's width. In bfloat16 most of it is float32 all the same on a CPU; on a GPU
     two thirds remain.
     """
@@ -57,7 +57,7 @@ def saved_bytes_of_row(config: ModelConfig, size: int = 4) -> int:
 
 def _numbers_of_row(layer: Layer, hidden: int) -> int:
     mixer, mlp = layer.mixer, layer.mlp
-    return 5 * hidden + 2 * mixer.q_width + 2 * mixer.kv_width + 4 * mlp.width
+    return (3 + len(list(layer.norms))) * hidden + 2 * mixer.q_width + 2 * mixer.kv_width + 4 * mlp.width
 
 
 def pass_bytes_of_row(config: ModelConfig, size: int) -> int:

@@ -11,11 +11,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from knapper.engine.models.layer import Scores
+from knapper.engine.models.layer import ScoreRule
 from knapper.engine.transfer import to_device
 
 
-def computes(rows_NHD: Tensor, scores: Scores) -> bool:
+def computes(rows_NHD: Tensor, scores: ScoreRule) -> bool:
     """Whether the kernel takes these rows: of 16 bits, on a GPU, without a cap on scores."""
     on_gpu = rows_NHD.device.type not in ("cpu", "mps")
     return on_gpu and scores.cap is None and rows_NHD.dtype in (torch.bfloat16, torch.float16)
@@ -29,7 +29,7 @@ class VarlenAttention:
         self._lengths = queries, keys
         self._bounds: list[Tensor] = []  # int32, where each sequence starts, and where the last ends
 
-    def __call__(self, q_NHD: Tensor, k_MGD: Tensor, v_MGD: Tensor, scores: Scores) -> Tensor:
+    def __call__(self, q_NHD: Tensor, k_MGD: Tensor, v_MGD: Tensor, scores: ScoreRule) -> Tensor:
         """(N, H, D). Differentiable in all three."""
         # Only where it is used: the import registers operators, which takes a CPU's start time for nothing.
         from torch.nn.attention.varlen import varlen_attn

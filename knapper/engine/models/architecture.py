@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from knapper.engine.models.fields import Raw, UnsupportedModel, number, optional, size
-from knapper.engine.models.layer import PRE_NORMS, Activation, Attention, GatedMlp, Layer, Norms, QkNorm, Scores
+from knapper.engine.models.layer import PRE_NORMS, Activation, GatedMlp, Layer, Norms, QkNorm, ScoreRule, SelfAttention
 from knapper.engine.models.rotary import FULL, SLIDING, LayerType, RopeRule, served_context
 
 Option = Callable[[Raw], str]  # the part that the decoder does not compute, for the error message; empty if none
@@ -183,7 +183,7 @@ class Architecture:
         mlp = GatedMlp(size(raw, "intermediate_size", path), self._activation(raw, path), self.fused_gate_up)
         return Layer(self._attention(raw, path, index), mlp, self.norms, self.residual(raw, path))
 
-    def _attention(self, raw: Raw, path: Path, index: int) -> Attention:
+    def _attention(self, raw: Raw, path: Path, index: int) -> SelfAttention:
         heads = size(raw, "num_attention_heads", path)
         kv_heads = size(raw, "num_key_value_heads", path, heads)
         if heads % kv_heads:
@@ -193,11 +193,11 @@ class Architecture:
         ropes = self.rope.read(raw, path, head_dim)
         scale = head_dim**-0.5 if self.attention_scale is None else self.attention_scale(raw, path)
         cap = optional(raw, "attn_logit_softcapping", path, self.attention_cap) if self.caps else None
-        return Attention(
+        return SelfAttention(
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            scores=Scores(scale, window, cap),
+            scores=ScoreRule(scale, window, cap),
             rope=None if self.without_positions(raw, index) else ropes[FULL if window is None else SLIDING],
             qk_norm=self.qk_norm,
             qkv_bias=self.qkv_bias(raw),
@@ -220,11 +220,30 @@ class Architecture:
     @property
     def described(self) -> str:
         """What it has beside plain Llama, for docs/models.md."""
-        parts = [
-            f"norms of q and k by {self.qk_norm}" if self.qk_norm else "",
-            "layers without positions" if self.without_positions is not no_layer else "",
-            "windows" if self.windows.slides is not no_layer else "",
-            "biases on q, k and v" if self.qkv_bias is always else "",
-            "biases on q, k, v and o by `attention_bias`" if self.output_bias is by_option else "",
-        ]
-        return "; ".join(part for part in parts if part) or "nothing"
+        parts = {
+            f"norms of q and k by {self.qk_norm}": self.qk_norm is not None,
+            "norms after attention and MLP": self.norms.mixer_output is not None and self.norms.mixer_input is None,
+            "norms before and after attention and MLP": self.norms.mixer_output is not None
+            and self.norms.mixer_input is not None,
+            "windows": self.windows != NO_WINDOWS,
+            "layers without positions": self.without_positions is not no_layer,
+            "rotary positions of their own in layers with a window": self.rope.local_theta is not None,
+            "part of a head rotated": self.rope.partial is not None,
+            "neighbouring elements as pairs": self.rope.interleaved,
+            "LongRoPE, up to the context before stretching": "longrope" in self.rope.scalings,
+            "caps of scores and logits": self.caps,
+            "GELU": self.activation != "silu",
+            "scaled embeddings": self.embedding is not one,
+            "scaled scores": self.attention_scale is not None,
+            "scaled layers and logits": self.residual is not one,
+            "biases on q, k and v": self.qkv_bias is always,
+            "biases on q, k and v by `attention_bias`": self.qkv_bias is by_default,
+            "biases on q, k, v and o by `attention_bias`": self.output_bias is by_option,
+        }
+        return "; ".join(part for part, has in parts.items() if has) or "nothing"
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The linears of a layer that take LoRA, in the adapter's order."""
+        mixer = SelfAttention(1, 1, 1, ScoreRule(1.0), None, fused=self.fused_qkv)
+        return tuple(linear.name for linear in Layer(mixer, GatedMlp(1, fused=self.fused_gate_up)).linears(1))

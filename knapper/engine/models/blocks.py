@@ -17,7 +17,7 @@ from knapper.engine.layers.adapters import Adapt
 from knapper.engine.layers.attention import Attend
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.rope import CosSin
-from knapper.engine.models.layer import Attention, GatedMlp
+from knapper.engine.models.layer import GatedMlp, SelfAttention
 from knapper.engine.models.rotary import Rope
 
 
@@ -63,7 +63,7 @@ class RmsNorm:
 class AttentionBlock:
     """`index`: the layer's number, by which its keys and values are kept."""
 
-    facts: Attention
+    facts: SelfAttention
     index: int
     qkv: Sites
     o: Sites

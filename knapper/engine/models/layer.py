@@ -1,6 +1,6 @@
 """What a layer is made of: the facts from which its adapters' sites, its tensors and its memory follow. Loads no torch.
 
-A layer is a mixer of rows and an MLP, each between norms. Today's kinds are `Attention` and `GatedMlp`; another kind is
+A layer is a mixer of rows and an MLP, each between norms. Today: `SelfAttention` and `GatedMlp`. Another kind is
 a class here that lists its linears, and its computation in `blocks`.
 """
 
@@ -31,7 +31,7 @@ class LinearShape:
 
 
 @dataclass(frozen=True)
-class Scores:
+class ScoreRule:
     """How keys are weighted: the softmax of `scale` q k, over the last `window` keys (the row's own is one; None: all).
 
     `cap`: s becomes cap tanh(s / cap) before the softmax. Source: Gemma 2, arXiv 2408.00118, section 2.
@@ -43,7 +43,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Attention:
+class SelfAttention:
     """Causal attention. `rope`: None leaves queries and keys unrotated. `qk_norm`: an RMS norm of queries and keys
     before rotation, by head or over all heads at once. `fused`: the file has q, k and v as one linear, with one
     adapter.
@@ -52,7 +52,7 @@ class Attention:
     heads: int
     kv_heads: int
     head_dim: int
-    scores: Scores
+    scores: ScoreRule
     rope: Rope | None
     qk_norm: QkNorm | None = None
     qkv_bias: bool = False
@@ -133,7 +133,7 @@ PRE_NORMS: Final = Norms("input_layernorm", None, "post_attention_layernorm", No
 class Layer:
     """x + r mixer(x), then x + r mlp(x), with `residual_scale` r."""
 
-    mixer: Attention
+    mixer: SelfAttention
     mlp: GatedMlp
     norms: Norms = PRE_NORMS
     residual_scale: float = 1.0

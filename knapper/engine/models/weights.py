@@ -12,7 +12,7 @@ from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.models import weight_files
 from knapper.engine.models.blocks import AttentionBlock, GatedMlpBlock, LayerBlock, RmsNorm, Sites
 from knapper.engine.models.config import ModelConfig
-from knapper.engine.models.layer import Attention, GatedMlp, Layer, LinearShape
+from knapper.engine.models.layer import GatedMlp, Layer, LinearShape, SelfAttention
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class _Loader:
     def _norm(self, index: int, name: str | None) -> RmsNorm | None:
         return None if name is None else self.norm(f"model.layers.{index}.{name}")
 
-    def _attention(self, index: int, facts: Attention) -> AttentionBlock:
+    def _attention(self, index: int, facts: SelfAttention) -> AttentionBlock:
         hidden = self.config.hidden
         norms = [self.norm(f"model.layers.{index}.{name}") for name in facts.norms()]
         q_norm, k_norm = norms or (None, None)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from knapper.engine.layers import batch_invariant_attention
 from knapper.engine.models.config import ModelConfig
-from knapper.engine.models.layer import Scores
+from knapper.engine.models.layer import ScoreRule
 from knapper.engine.transfer import to_device
 
 capacity_min = batch_invariant_attention.KEYS
@@ -325,7 +325,7 @@ class Attention:
         self._sizes = [len(part.pool.slots) for part in parts]
         self.positions_N = torch.cat([part.at_N for part in parts])
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: Scores) -> Tensor:
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: ScoreRule) -> Tensor:
         rows, _, head_dim = q_NHD.shape
         q_NGQD = q_NHD.reshape(rows, k_NGD.shape[1], -1, head_dim)
         if len(self._parts) == 1:
@@ -335,7 +335,7 @@ class Attention:
         return torch.cat(outputs).reshape(rows, -1)
 
     @staticmethod
-    def _part(layer: int, part: PoolPart, scores: Scores, q_NGQD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+    def _part(layer: int, part: PoolPart, scores: ScoreRule, q_NGQD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
         keys, values = part.pool.layer(layer)
         keys[part.rows_N, :, part.at_N] = k_NGD
         values[part.rows_N, :, part.at_N] = v_NGD

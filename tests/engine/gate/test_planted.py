@@ -14,7 +14,7 @@ from knapper.engine.layers.attention import ContinuedAttention
 from knapper.engine.layers.checkpointing import PassBytes
 from knapper.engine.models import preflight
 from knapper.engine.models.decode import NativeDecodeState
-from knapper.engine.models.layer import Scores
+from knapper.engine.models.layer import ScoreRule
 from knapper.engine.sampling import kv_cache, scheduler
 from knapper.settings import Settings
 from tests.engine.gate import checks
@@ -77,7 +77,7 @@ def test_a_budget_that_ignores_the_card(llama: Bench) -> None:
 
 
 def _masked(
-    self: ContinuedAttention, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: Scores
+    self: ContinuedAttention, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: ScoreRule
 ) -> Tensor:
     """The rest of a text after its beginning, by a mask: no kernel takes it with grouped queries."""
     keys, values = self._past_kv[layer]

@@ -30,8 +30,9 @@ def test_gradients_have_the_same_bits_however_many_layers_are_computed_again(
         assert np.array_equal(saved[layers][1], saved[2][1])
 
 
-def test_what_a_row_leaves_in_a_layer_is_what_is_reckoned_with(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path / "model")
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3", "glm4", "olmo3", "phi4", "granite", "mistral"])
+def test_what_a_row_leaves_in_a_layer_is_what_is_reckoned_with(tmp_path: Path, kind: str) -> None:
+    trainer = tiny_trainer(tmp_path / "model", kind)
     rows = 3 * 40
     whole, least = _saved(trainer, 2, rows), _saved(trainer, 0, rows)
     assert isinstance(trainer.decoder, Decoder)

@@ -7,7 +7,7 @@ from knapper.engine.models.architecture import Architecture, Windows, every_laye
 ARCHITECTURES: Final = (
     Architecture(
         "mistral",
-        "Mistral 7B, Ministral 8B",
+        "Mistral 7B and NeMo",
         qkv_bias=never,
         output_bias=never,
         windows=Windows(every_layer, listed=False, size=4096),
