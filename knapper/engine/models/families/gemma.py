@@ -26,7 +26,7 @@ def _all_but_each_sixth(raw: Raw, index: int) -> bool:
 
 
 _NORM: Final = NormRule(wide=True, offset=1.0)
-_BOTH_SIDES: Final = Norms(
+BOTH_SIDES: Final = Norms(
     "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
 )
 _REFUSED: Final = (*OPTIONS, bidirectional)
@@ -46,7 +46,7 @@ ARCHITECTURES: Final = (
     Architecture(
         "gemma2",
         "Gemma 2",
-        norms=_BOTH_SIDES,
+        norms=BOTH_SIDES,
         norm=_NORM,
         windows=Windows(_every_other, size=4096),
         activation="gelu_pytorch_tanh",
@@ -64,7 +64,7 @@ ARCHITECTURES: Final = (
         "gemma3_text",
         "Gemma 3 1B, and the text part of the others",
         qk_norm="head",
-        norms=_BOTH_SIDES,
+        norms=BOTH_SIDES,
         norm=_NORM,
         windows=Windows(_all_but_each_sixth, size=4096),
         rope=RopeRule(theta=1000000.0, local_theta=10000.0),
