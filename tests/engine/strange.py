@@ -90,13 +90,55 @@ NATIVE: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "glm4": ("Glm4Config", _HEADED),
     "smollm3_window": ("SmolLM3Config", {**_GROUPED, **_SWITCHED, "no_rope_layer_interval": 2}),
 }
-# Fused query, key and value, and a head that is its own; biases everywhere, on the head too; layers in parallel, with
-# windows, and a scaled head; caps on attention and logits, with windows.
+# Left to transformers. Among them: fused query, key and value; biases everywhere, on the head too; layers in parallel;
+# scaled heads; caps on attention and logits with windows; LayerNorms; options that the native code lacks.
 FOREIGN: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "gpt_neox": ("GPTNeoXConfig", _SIZES),
     "phi": ("PhiConfig", _SIZES),
     "cohere2": ("Cohere2Config", {**_GROUPED, **_SLIDING, "logit_scale": 0.25}),
     "vaultgemma": ("VaultGemmaConfig", {**_HEADED, **_SLIDING, "final_logit_softcapping": 1.0}),
+    "llama_mlp_bias": ("LlamaConfig", {**_GROUPED, "mlp_bias": True}),
+    "apertus": ("ApertusConfig", _GROUPED),
+    "arcee": ("ArceeConfig", _GROUPED),
+    "cohere": ("CohereConfig", _GROUPED),
+    "ernie4_5": ("Ernie4_5Config", _HEADED),
+    "exaone4": ("Exaone4Config", {**_GROUPED, **_SLIDING}),
+    "falcon": ("FalconConfig", {name: value for name, value in _SIZES.items() if name != "intermediate_size"}),
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        {
+            **_HEADED,
+            **_SLIDING,
+            "num_kv_shared_layers": 0,
+            "vocab_size_per_layer_input": 270,
+            "hidden_size_per_layer_input": 8,
+            "laurel_rank": 4,
+        },
+    ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {**_HEADED, **_SLIDING, "vocab_size_per_layer_input": 270, "hidden_size_per_layer_input": 8},
+    ),
+    "granite_hybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            **_GROUPED,
+            "layer_types": ["attention", "attention"],
+            "num_local_experts": 0,
+            "shared_intermediate_size": 128,
+        },
+    ),
+    "helium": ("HeliumConfig", _HEADED),
+    "hunyuan": ("HunYuanDenseV1Config", _HEADED),
+    "jais2": ("Jais2Config", _GROUPED),
+    "ministral": ("MinistralConfig", {**_HEADED, **_SLIDING}),
+    "ministral3": ("Ministral3Config", _HEADED),
+    "nemotron": ("NemotronConfig", _GROUPED),
+    "olmo": ("OlmoConfig", _GROUPED),
+    "opt": ("OPTConfig", {**_SIZES, "ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "seed_oss": ("SeedOssConfig", _HEADED),
+    "stablelm": ("StableLmConfig", _GROUPED),
+    "starcoder2": ("Starcoder2Config", _GROUPED),
 }
 CONFIGS: Final = {**NATIVE, **FOREIGN}
 

@@ -10,20 +10,18 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from knapper.engine.layers.lora_grouped import base
-from knapper.engine.models import registry, weight_files, weights
+from knapper.engine.models import weight_files, weights
 from knapper.engine.models.architecture import Architecture, never
 from knapper.engine.models.config import ModelConfig, computed_by
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.fields import UnsupportedModel
 from knapper.engine.models.registry import ARCHITECTURES
+from tests.engine.models import page
 
 SIZES: Final[dict[str, Any]] = {
     "vocab_size": 90, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 64, "pad_token_id": 0, "sliding_window": 16,
 }  # fmt: skip
-
-
-DOCUMENT: Final = Path(__file__).parents[3] / "docs" / "models.md"
 
 
 def random_model(directory: Path, model_type: str, **options: Any) -> Path:
@@ -108,7 +106,7 @@ def test_a_silent_config_means_what_the_architecture_says(tmp_path: Path) -> Non
     assert config.tied == reference.tie_word_embeddings
 
 
-def test_the_document_lists_the_rows() -> None:
-    stated = DOCUMENT.read_text(encoding="utf-8")
-    assert registry.table() in stated, f"docs/models.md must hold this table:\n{registry.table()}"
+def test_the_document_has_the_tables_of_the_registry_and_of_these_tests() -> None:
+    stated = page.PAGE.read_text(encoding="utf-8")
+    assert page.written(stated) == stated, "python -m tests.engine.models.page writes it anew"
     assert {"llama", "mistral", "qwen2", "qwen3"} <= ARCHITECTURES.keys()

@@ -35,7 +35,7 @@ from tests.engine.runs import datum, done, request, spec, tiny_trainer
 from tests.engine.sampling.test_scheduler import AdapterDict, prompt_of, same
 from tests.engine.sampling.test_scheduler import request as sample_request
 from tests.engine.strange import FOREIGN, strange_model
-from tests.engine.test_peft_parity import load_in_peft
+from tests.engine.test_peft_parity import arena, load_in_peft, plain_logprobs, plain_loss
 from tests.engine.tiny import tiny_model
 
 pytestmark = [
@@ -176,6 +176,23 @@ def test_saves_and_snapshots_come_back_bit_for_bit(tmp_path: Path, kind: str, ta
     assert torch.equal(weights_P, state.weights_P)
     assert torch.equal(moments.v_P, state.moments.v_P)
     assert torch.equal(checkpoint_format.thaw(checkpoint_format.freeze(state), state.layout)[0], state.weights_P)
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_pass_equals_that_of_peft(tmp_path: Path, kind: str) -> None:
+    """Log-probabilities and gradients, beyond windows; test_peft_parity has longer runs of some."""
+    trainer, rng = tiny_trainer(tmp_path / "model", kind), np.random.default_rng(5)
+    state = trained(trainer, train_unembed=True)
+    model = load_in_peft(state, tmp_path / "model", tmp_path / "adapter", trainable=True)
+    data = [datum(length, "cross_entropy", rng) for length in (60, 7)]
+    after, output = done(trainer.forward_backward(state, request(data)))
+    for example, found in zip(data, output.outputs, strict=True):
+        p = plain_logprobs(model, example)
+        plain_loss("cross_entropy", p, {"weights": torch.from_numpy(example.inputs["weights"])}, {}).backward()
+        np.testing.assert_allclose(found["logprobs"], p.detach().numpy(), atol=1e-5, rtol=1e-5)
+    gradient_P = arena(state, model, lambda p: p.grad)
+    assert after.grads_P is not None
+    assert (after.grads_P - gradient_P).norm() < 1e-5 * gradient_P.norm()
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
