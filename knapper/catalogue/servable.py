@@ -15,7 +15,8 @@ from knapper.catalogue.served_models import record_of
 from knapper.catalogue.tokenizer import Language
 from knapper.engine import host_memory
 from knapper.engine.models import weight_files
-from knapper.engine.models.config import ComputedBy, ModelConfig, computed_by, expect_text_model, read_json
+from knapper.engine.models.config import ComputedBy, ModelConfig, computed_by, expect_text_model
+from knapper.engine.models.fields import read_json
 from knapper.errors import InvalidField, UserError
 from knapper.settings import Settings
 

@@ -70,7 +70,7 @@ class ModelBytes:
     def planned(cls, config: ModelConfig, size: int = 2) -> Self:
         """Of a native model on a GPU before it is loaded; `size` bytes a number."""
         weights = size * sum(math.prod(shape) for _, shape in promised(config))
-        kv = config.layers * 2 * config.kv_heads * config.head_dim * size
+        kv = 2 * math.prod(config.kv_shape) * size
         return cls._native(config, size, weights, kv)
 
     @classmethod

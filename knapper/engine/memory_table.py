@@ -10,6 +10,9 @@ from typing import Final
 from knapper.engine import memory
 from knapper.engine.memory import CARDS, ModelBytes
 from knapper.engine.models.config import ModelConfig
+from knapper.engine.models.families.gemma import BOTH_SIDES
+from knapper.engine.models.layer import GatedMlp, Layer, ScoreRule, SelfAttention
+from knapper.engine.models.rotary import Rope
 from knapper.errors import UserError
 
 _SHARES: Final = (1.0, 0.45)
@@ -18,10 +21,19 @@ _SHARES: Final = (1.0, 0.45)
 def _model(hidden: int, layers: int, heads: int, inner: int, *, tied: bool, family: str = "qwen3") -> ModelConfig:
     """A model by its sizes; heads of 128, 8 of them with keys and values."""
     qwen = family == "qwen3"
+    mixer = SelfAttention(heads, 8, 128, ScoreRule(128**-0.5), Rope(1e6, 128), qk_norm="head" if qwen else None)
     return ModelConfig(
-        model_type=family, vocab_size=151_936 if qwen else 128_256, hidden=hidden, layers=layers, heads=heads,
-        kv_heads=8, head_dim=128, intermediate=inner, rms_eps=1e-6, rope_theta=1e6, rope_scaling=None, tied=tied,
-        qk_norm=qwen, attention_bias=False, output_bias=False, context=40_960 if qwen else 131_072, eos=(),
+        model_type=family, vocab_size=151_936 if qwen else 128_256, hidden=hidden,
+        layers=layers * (Layer(mixer, GatedMlp(inner)),), rms_eps=1e-6, tied=tied,
+        context=40_960 if qwen else 131_072, eos=(),
+    )  # fmt: skip
+
+
+def _gemma_3_12b() -> ModelConfig:
+    mixer = SelfAttention(16, 8, 256, ScoreRule(256**-0.5), Rope(1e6, 256), qk_norm="head")
+    return ModelConfig(
+        model_type="gemma3_text", vocab_size=262_208, hidden=3840,
+        layers=48 * (Layer(mixer, GatedMlp(15_360), BOTH_SIDES),), rms_eps=1e-6, tied=True, context=131_072, eos=(),
     )  # fmt: skip
 
 
@@ -30,6 +42,7 @@ MODELS: Final[Mapping[str, ModelConfig]] = {
     "Llama-3.2-3B": _model(3072, 28, 24, 8192, tied=True, family="llama"),
     "Qwen3-4B": _model(2560, 36, 32, 9728, tied=True),
     "Qwen3-8B": _model(4096, 36, 32, 12288, tied=False),
+    "Gemma-3-12B, text": _gemma_3_12b(),
     "Qwen3-14B": _model(5120, 40, 40, 17408, tied=False),
     "Qwen3-32B": _model(5120, 64, 64, 25600, tied=False),
 }

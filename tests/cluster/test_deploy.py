@@ -143,7 +143,7 @@ def test_the_image_with_vllm_is_the_sister_of_the_one_without(image: str, become
 
 
 def test_vllm_samples_no_model_that_transformers_computes(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "model_type": "gemma3_text"}))
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "model_type": "cohere2"}))
     at = ["--config", str(tmp_path / "config.json"), "--manifests", "gke-l4", "--sampler", "vllm", "--dry-run"]
     done = knapper("deploy", "add", MODEL, *at)
     assert done.returncode == 1

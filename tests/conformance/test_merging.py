@@ -33,7 +33,7 @@ pytestmark = pytest.mark.timeout(300)
 KINDS: dict[str, Callable[[Path], Path]] = {
     "tied": lambda at: tiny_model(at, kind="llama"),
     "untied": lambda at: tiny_model(at, kind="llama_untied"),
-    "tied, computed by transformers": lambda at: strange_model(at, "gemma2"),
+    "tied, computed by transformers": lambda at: strange_model(at, "vaultgemma"),
 }
 ADAM = types.AdamParams(learning_rate=1e-2)
 BATCH = data.batch(np.random.default_rng(21))

@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import pytest
 
-from knapper.engine.layers import rope
-from knapper.engine.models.decoder import Decoder
+from knapper.engine.layers import batch_invariant_attention, head, rope
+from knapper.engine.models.blocks import RmsNorm
+from knapper.engine.models.layer import ScoreRule
 from knapper.engine.training import losses, optimizer
 
 _SOURCE = re.compile(r"Source: [^\n]*(arXiv \d{4}\.\d{4,5}|the protocol's page)")
@@ -21,6 +22,12 @@ def test_the_optimizer_names_its_source() -> None:
     assert _SOURCE.search(optimizer.step.__doc__ or "")
 
 
-@pytest.mark.parametrize("formula", [rope.frequencies, rope.rotated, rope._llama3_scaled, Decoder._norm])
+FORMULAS = [
+    rope.frequencies, rope.rotated, rope._llama3_scaled, rope._yarn_scaled, rope._long_scaled, RmsNorm, ScoreRule,
+    batch_invariant_attention._backward, head.capped_,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
 def test_a_formula_of_the_decoder_names_its_source(formula: Callable[..., object]) -> None:
     assert _SOURCE.search(formula.__doc__ or "")

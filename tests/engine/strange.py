@@ -1,4 +1,6 @@
-"""Tiny random models of other kinds than `tiny`, written by transformers; of them the native code knows SmolLM3."""
+"""Tiny random models of other kinds than `tiny`, written by transformers: those that the native code computes, and
+some that it leaves to transformers.
+"""
 
 import json
 from pathlib import Path
@@ -15,29 +17,141 @@ _SIZES: Final[dict[str, Any]] = {
     "max_position_embeddings": context, "pad_token_id": 0,
 }  # fmt: skip
 _GROUPED: Final = {**_SIZES, "num_key_value_heads": 2}
-# Fused query, key and value; layers in parallel; a head that is its own; fused gate and up; windows; caps on attention
-# and logits; norms elsewhere; biases everywhere, on the head too; a scaled head.
-CONFIGS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
-    "gpt_neox": ("GPTNeoXConfig", _SIZES),
-    "phi3": ("Phi3Config", _GROUPED),
-    "gemma2": ("Gemma2Config", {**_GROUPED, "head_dim": 16, "sliding_window": 16, "final_logit_softcapping": 1.0}),
-    "gemma3": ("Gemma3TextConfig", {**_GROUPED, "head_dim": 16, "sliding_window": 16}),
-    "olmo2": ("Olmo2Config", _GROUPED),
-    "phi": ("PhiConfig", _SIZES),
+_HEADED: Final = {**_GROUPED, "head_dim": 16}
+_PLAIN: Final = {"rope_type": "default", "rope_theta": 1e4}
+_LINEAR: Final = {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}
+_YARN: Final = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": context // 8,
+}  # fmt: skip
+_LLAMA3: Final = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": context // 8,
+}  # fmt: skip
+_LONG: Final = {
+    "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75, "long_factor": [4.0] * 6,
+    "short_factor": [1.0, 1.1, 1.2, 1.4, 1.7, 2.0], "original_max_position_embeddings": 256,
+}  # fmt: skip
+_SLIDING: Final = {"sliding_window": 16}
+_SWITCHED: Final = {**_SLIDING, "use_sliding_window": True, "max_window_layers": 1}
+
+# One layer with a window of 16 and one without wherever the architecture has both; contexts that are scaled from 64 on.
+NATIVE: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "llama3": ("LlamaConfig", {**_GROUPED, "attention_bias": True, "rope_parameters": _LLAMA3}),
+    "llama_linear": ("LlamaConfig", {**_GROUPED, "tie_word_embeddings": True, "rope_parameters": _LINEAR}),
+    "mistral": ("MistralConfig", {**_HEADED, **_SLIDING}),
+    "qwen2": ("Qwen2Config", {**_GROUPED, **_SWITCHED}),
+    "qwen3_window": ("Qwen3Config", {**_GROUPED, **_SWITCHED, "head_dim": 32}),
+    "qwen3_yarn": ("Qwen3Config", {**_GROUPED, "head_dim": 32, "rope_parameters": _YARN}),
     "smollm3": ("SmolLM3Config", {**_GROUPED, "no_rope_layer_interval": 2}),
-    "granite": ("GraniteConfig", {**_GROUPED, "logits_scaling": 4.0}),
+    "granite": (
+        "GraniteConfig",
+        {
+            **_GROUPED,
+            "logits_scaling": 4.0,
+            "embedding_multiplier": 2.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+        },
+    ),
+    "phi3": ("Phi3Config", {**_GROUPED, **_SLIDING}),
+    "phi4": ("Phi3Config", {**_GROUPED, "original_max_position_embeddings": 256, "rope_parameters": _LONG}),
+    "olmo2": ("Olmo2Config", _GROUPED),
+    "olmo3": (
+        "Olmo3Config",
+        {
+            **_GROUPED,
+            **_SLIDING,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {"full_attention": {**_YARN, "attention_factor": 1.2}, "sliding_attention": _PLAIN},
+        },
+    ),
+    "gemma": ("GemmaConfig", _HEADED),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            **_HEADED,
+            **_SLIDING,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 1.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            **_HEADED,
+            **_SLIDING,
+            "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 24,
+            "rope_parameters": {"full_attention": _LINEAR, "sliding_attention": _PLAIN},
+        },
+    ),
+    "glm": ("GlmConfig", _HEADED),
+    "glm4": ("Glm4Config", _HEADED),
+    "smollm3_window": ("SmolLM3Config", {**_GROUPED, **_SWITCHED, "no_rope_layer_interval": 2}),
 }
+# Left to transformers. Among them: fused query, key and value; biases everywhere, on the head too; layers in parallel;
+# scaled heads; caps on attention and logits with windows; LayerNorms; options that the native code lacks.
+FOREIGN: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "gpt_neox": ("GPTNeoXConfig", _SIZES),
+    "phi": ("PhiConfig", _SIZES),
+    "cohere2": ("Cohere2Config", {**_GROUPED, **_SLIDING, "logit_scale": 0.25}),
+    "vaultgemma": ("VaultGemmaConfig", {**_HEADED, **_SLIDING, "final_logit_softcapping": 1.0}),
+    "llama_mlp_bias": ("LlamaConfig", {**_GROUPED, "mlp_bias": True}),
+    "apertus": ("ApertusConfig", _GROUPED),
+    "arcee": ("ArceeConfig", _GROUPED),
+    "cohere": ("CohereConfig", _GROUPED),
+    "ernie4_5": ("Ernie4_5Config", _HEADED),
+    "exaone4": ("Exaone4Config", {**_GROUPED, **_SLIDING}),
+    "falcon": ("FalconConfig", {name: value for name, value in _SIZES.items() if name != "intermediate_size"}),
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        {
+            **_HEADED,
+            **_SLIDING,
+            "num_kv_shared_layers": 0,
+            "vocab_size_per_layer_input": 270,
+            "hidden_size_per_layer_input": 8,
+            "laurel_rank": 4,
+        },
+    ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {**_HEADED, **_SLIDING, "vocab_size_per_layer_input": 270, "hidden_size_per_layer_input": 8},
+    ),
+    "granite_hybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            **_GROUPED,
+            "layer_types": ["attention", "attention"],
+            "num_local_experts": 0,
+            "shared_intermediate_size": 128,
+        },
+    ),
+    "helium": ("HeliumConfig", _HEADED),
+    "hunyuan": ("HunYuanDenseV1Config", _HEADED),
+    "jais2": ("Jais2Config", _GROUPED),
+    "ministral": ("MinistralConfig", {**_HEADED, **_SLIDING}),
+    "ministral3": ("Ministral3Config", _HEADED),
+    "nemotron": ("NemotronConfig", _GROUPED),
+    "olmo": ("OlmoConfig", _GROUPED),
+    "opt": ("OPTConfig", {**_SIZES, "ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "seed_oss": ("SeedOssConfig", _HEADED),
+    "stablelm": ("StableLmConfig", _GROUPED),
+    "starcoder2": ("Starcoder2Config", _GROUPED),
+}
+CONFIGS: Final = {**NATIVE, **FOREIGN}
 
 
 def strange_model(directory: Path, kind: str, *, seed: int = 0, **changes: Any) -> Path:
-    """`directory`, now holding a model of another architecture with the tiny tokenizer."""
+    """`directory`, now holding a model of another architecture with the tiny tokenizer; no parameter is neutral."""
     tiny_model(directory)
     (directory / "model.safetensors").unlink()
     before = json.loads((directory / "config.json").read_text())
     ids = {name: before[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
     class_name, values = CONFIGS[kind]
     config = getattr(transformers, class_name)(**{**values, **ids, **changes})
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # the library has no types here
         for name, parameter in model.named_parameters():  # every layer matters, more than the token itself
@@ -45,5 +159,7 @@ def strange_model(directory: Path, kind: str, *, seed: int = 0, **changes: Any) 
                 torch.nn.init.normal_(parameter, std=0.08 if "embed" in name else 1.5 * 64**-0.5)
             elif name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.1)
+            elif kind in NATIVE:  # a norm's, around its neutral value
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.save_pretrained(directory)
     return directory

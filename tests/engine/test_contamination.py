@@ -14,6 +14,7 @@ from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_gathered import GatheredLora, Stack
 from knapper.engine.layers.lora_grouped import Segment, Segments
+from knapper.engine.models.layer import ScoreRule
 
 # Inner sizes that are no whole number of tiles, odd ones among them, and some that are.
 SIZES = [(5, 8), (15, 16), (17, 64), (31, 33), (32, 48), (33, 23), (48, 49), (576, 192), (577, 191)]
@@ -101,18 +102,20 @@ def test_of_the_head(vocabulary: int, dtype: torch.dtype, planted: float) -> Non
 
 @pytest.mark.parametrize("planted", PLANTED)
 @pytest.mark.parametrize("width", [8, 24, 64])
-def test_of_attention_over_several_texts(width: int, planted: float) -> None:
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (9, None), (None, 2.0)])
+def test_of_attention_over_several_texts(width: int, window: int | None, cap: float | None, planted: float) -> None:
+    scores = ScoreRule(width**-0.5, window, cap)
     sequences, tokens, heads, groups = 3, 70, 4, 2
     k, v = (random(sequences, tokens, groups, width, seed=seed) for seed in (2, 3))
     bias = torch.zeros(sequences, 1, 1, batch_invariant_attention.KEYS)
     keys, values = (x[:, : batch_invariant_attention.KEYS].transpose(1, 2) for x in (k, v))
 
     def trained(q: Tensor) -> Tensor:
-        return batch_invariant_attention.causal(q, k, v)
+        return batch_invariant_attention.causal(q, k, v, scores=scores)
 
     def decoded(q: Tensor) -> Tensor:
         return batch_invariant_attention.decoded(
-            q[:, 0].view(sequences, groups, heads // groups, width), keys, values, bias
+            q[:, 0].view(sequences, groups, heads // groups, width), keys, values, bias, scores
         )
 
     for compute in (trained, decoded):

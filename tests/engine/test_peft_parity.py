@@ -90,7 +90,7 @@ def arena(state: RunState, model: torch.nn.Module, of: Callable[[Tensor], Tensor
     return torch.cat([each.flatten() for each in ordered if each is not None])
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama_untied", "qwen3", "smollm3", "gpt_neox", "phi3", "gemma2", "phi"])
+@pytest.mark.parametrize("kind", ["llama", "llama_untied", "qwen3", "gpt_neox", "cohere2", "vaultgemma", "phi"])
 @pytest.mark.parametrize("unembed", [False, True])
 def test_a_run_equals_a_plain_peft_loop(tmp_path: Path, kind: str, unembed: bool) -> None:
     trainer = tiny_trainer(tmp_path / "model", kind)
@@ -127,7 +127,7 @@ def test_a_run_equals_a_plain_peft_loop(tmp_path: Path, kind: str, unembed: bool
     assert losses_seen == set(LOSSES)
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama_untied", "qwen3", "gpt_neox", "phi3", "gemma2", "phi", "olmo2"])
+@pytest.mark.parametrize("kind", ["llama", "llama_untied", "qwen3", "gpt_neox", "cohere2", "vaultgemma", "phi"])
 def test_a_run_in_bfloat16_is_as_near_the_truth_as_peft_in_bfloat16(tmp_path: Path, kind: str) -> None:
     """Its log-probabilities and its gradients; the truth is PEFT in float32, with the same adapter."""
     trainer, rng = tiny_trainer(tmp_path / "model", kind, torch.bfloat16), np.random.default_rng(6)
@@ -151,7 +151,7 @@ def test_a_run_in_bfloat16_is_as_near_the_truth_as_peft_in_bfloat16(tmp_path: Pa
     expect_near(after.grads_P, truth_P, peer_P, what="gradients", exact=0.0)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox", "olmo2", "granite"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox", "cohere2"])
 @pytest.mark.parametrize(
     "targets",
     [

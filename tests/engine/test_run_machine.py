@@ -240,7 +240,7 @@ def test_the_cost_is_that_of_the_operations_own_pieces(
         state = await machine.create(spec(), None, False)
         outcomes = await asyncio.gather(*(machine.apply(state, OPERATIONS[0], None) for _ in range(3)))
         assert isinstance(trainer.decoder, Decoder)
-        layer_segments = trainer.decoder.config.layers + 1
+        layer_segments = len(trainer.decoder.config.layers) + 1
         segments = 3 * (2 * layer_segments + 2)  # each pass: the stretches, the head, the stretches backward, the end
         assert [outcome.cost_s for outcome in outcomes] == [segments] * 3  # a second for each, none for waiting
 

@@ -335,7 +335,7 @@ def test_a_parked_text_can_be_cancelled(house: House, embedding: Embedding) -> N
 
 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings", "ignore:Could not find a config file")
-@pytest.mark.parametrize("kind", ["gpt_neox", "gemma2", "gemma3"])
+@pytest.mark.parametrize("kind", ["gpt_neox", "cohere2", "vaultgemma"])
 def test_texts_of_a_model_of_transformers_come_out_the_same_too(
     tmp_path: Path, embedding: Embedding, kind: str
 ) -> None:

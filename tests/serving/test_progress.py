@@ -73,7 +73,7 @@ def test_an_error_is_raised_before_the_first_token_and_a_frame_after_it(house: H
     async def break_weights() -> StreamEvent:
         frames = serving.frames(house.sampler, request(max_tokens=400))
         await anext(frames)
-        house.decoder.weights.norm.fill_(float("nan"))
+        house.decoder.weights.norm.weight.fill_(float("nan"))
         last: StreamEvent | None = None
         async for frame in frames:
             last = frame

@@ -15,13 +15,6 @@ from knapper.engine.layers.batch_invariance import RowLayout
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.models.config import Facts
 
-# The fused linears of a layer, and the linears that each stacks.
-FUSED: Final[dict[str, tuple[str, ...]]] = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "o": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-}
 _RANK_MULTIPLE: Final = 16
 
 

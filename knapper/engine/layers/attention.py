@@ -16,6 +16,7 @@ from torch import Tensor
 
 from knapper.engine.layers import batch_invariant_attention, varlen_attention
 from knapper.engine.layers.varlen_attention import VarlenAttention
+from knapper.engine.models.layer import ScoreRule
 from knapper.engine.training.prefix_sharing import Prefixes
 from knapper.engine.transfer import to_device
 
@@ -28,7 +29,7 @@ def attention_dtype(base: torch.dtype, device: torch.device) -> torch.dtype:
 class Attend(Protocol):
     """Rotated queries (N, H, D), keys and values (N, G, D) of one layer to outputs (N, H * D)."""
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor: ...
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: ScoreRule) -> Tensor: ...
 
 
 class PackedAttention:
@@ -41,18 +42,17 @@ class PackedAttention:
         for index, length in enumerate(lengths):
             self._buckets.setdefault(length, []).append(index)
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:  # noqa: ARG002  the protocol gives each layer its number
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: ScoreRule) -> Tensor:  # noqa: ARG002  the protocol gives each layer its number
         rows = q_NHD.shape[0]
-        if varlen_attention.computes(q_NHD):
-            return self._varlen(q_NHD, k_NGD, v_NGD).reshape(rows, -1)
+        if varlen_attention.computes(q_NHD, scores):
+            return self._varlen(q_NHD, k_NGD, v_NGD, scores).reshape(rows, -1)
         if len(self._buckets) == 1:
-            return _causal(*(x.view(len(self.lengths), -1, *x.shape[1:]) for x in (q_NHD, k_NGD, v_NGD))).reshape(
-                rows, -1
-            )
+            qkv = (x.view(len(self.lengths), -1, *x.shape[1:]) for x in (q_NHD, k_NGD, v_NGD))
+            return _causal(*qkv, scores=scores).reshape(rows, -1)
         q, k, v = (x.split(self.lengths) for x in (q_NHD, k_NGD, v_NGD))
         outputs: list[Tensor] = [q_NHD] * len(self.lengths)
         for indices in self._buckets.values():
-            o_BTHD = _causal(*(torch.stack([x[index] for index in indices]) for x in (q, k, v)))
+            o_BTHD = _causal(*(torch.stack([x[index] for index in indices]) for x in (q, k, v)), scores=scores)
             for index, o_THD in zip(indices, o_BTHD.unbind(), strict=True):
                 outputs[index] = o_THD
         return torch.cat(outputs).reshape(rows, -1)
@@ -67,9 +67,9 @@ class SharedPrefixAttention:
     def __init__(self, lengths: Sequence[int], rows_N: Tensor, first_U: Tensor) -> None:
         self._packed, self._rows_N, self._first_U = PackedAttention(lengths), rows_N, first_U
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: ScoreRule) -> Tensor:
         q, k, v = (x.index_select(0, self._rows_N) for x in (q_NHD, k_NGD, v_NGD))
-        return self._packed(layer, q, k, v).index_select(0, self._first_U)
+        return self._packed(layer, q, k, v, scores=scores).index_select(0, self._first_U)
 
 
 class ContinuedAttention:
@@ -79,13 +79,13 @@ class ContinuedAttention:
         self._past_kv = past_kv
         self._varlen: VarlenAttention | None = None
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: ScoreRule) -> Tensor:
         keys, values = self._past_kv[layer]
         k, v = torch.cat([keys, k_NGD]), torch.cat([values, v_NGD])
-        if varlen_attention.computes(q_NHD):
+        if varlen_attention.computes(q_NHD, scores):
             self._varlen = self._varlen or VarlenAttention([len(q_NHD)], [len(k)])
-            return self._varlen(q_NHD, k, v).reshape(q_NHD.shape[0], -1)
-        return _causal(q_NHD[None], k[None], v[None]).reshape(q_NHD.shape[0], -1)
+            return self._varlen(q_NHD, k, v, scores).reshape(q_NHD.shape[0], -1)
+        return _causal(q_NHD[None], k[None], v[None], scores=scores).reshape(q_NHD.shape[0], -1)
 
 
 class ConcatenatedAttention:
@@ -94,11 +94,12 @@ class ConcatenatedAttention:
     def __init__(self, attends: Sequence[Attend], rows: Sequence[int]) -> None:
         self._attends, self._rows = attends, list(rows)
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: ScoreRule) -> Tensor:
         if len(self._attends) == 1:
-            return self._attends[0](layer, q_NHD, k_NGD, v_NGD)
+            return self._attends[0](layer, q_NHD, k_NGD, v_NGD, scores=scores)
         parts = zip(*(x.split(self._rows) for x in (q_NHD, k_NGD, v_NGD)), strict=True)
-        return torch.cat([attend(layer, *part) for attend, part in zip(self._attends, parts, strict=True)])
+        each = zip(self._attends, parts, strict=True)
+        return torch.cat([attend(layer, *part, scores=scores) for attend, part in each])
 
 
 class RecordedAttention:
@@ -107,10 +108,10 @@ class RecordedAttention:
     def __init__(self, attend: Attend, kv: Tensor) -> None:
         self._attend, self._kv = attend, kv
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: ScoreRule) -> Tensor:
         self._kv[layer, 0].copy_(k_NGD)
         self._kv[layer, 1].copy_(v_NGD)
-        return self._attend(layer, q_NHD, k_NGD, v_NGD)
+        return self._attend(layer, q_NHD, k_NGD, v_NGD, scores=scores)
 
 
 def prefix_attention(groups: Sequence[Prefixes], device: torch.device) -> Attend:
@@ -129,12 +130,20 @@ def _offset_by_part(rows: Sequence[NDArray[np.int64]], sizes: Sequence[int]) -> 
     return np.concatenate([part + start for part, start in zip(rows, starts, strict=True)])
 
 
-def _causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
-    if q_BTHD.device.type == "cpu":
-        return batch_invariant_attention.causal(q_BTHD, k_BTGD, v_BTGD)  # bit-equal to decoding
+def _causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, scores: ScoreRule) -> Tensor:
+    if q_BTHD.device.type == "cpu" or scores.cap is not None:  # on a CPU bit-equal to decoding; no kernel has caps
+        wide = (x.to(torch.float32) for x in (q_BTHD, k_BTGD, v_BTGD))
+        return batch_invariant_attention.causal(*wide, scores=scores).to(q_BTHD.dtype)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
-    tokens, keys = q.shape[2], k.shape[2]
-    mask = None if tokens == keys else torch.ones(tokens, keys, dtype=torch.bool, device=q.device).tril_(keys - tokens)
+    mask = _mask(q.shape[2], k.shape[2], scores.window, q.device)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scores.scale, enable_gqa=q.shape[1] != k.shape[1]
     ).transpose(1, 2)
+
+
+def _mask(tokens: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Which keys each row sees; None where the kernel's own causal mask says it."""
+    if window is None and tokens == keys:
+        return None
+    seen = torch.ones(tokens, keys, dtype=torch.bool, device=device).tril_(keys - tokens)
+    return seen if window is None else seen.triu_(keys - tokens - window + 1)

@@ -11,11 +11,15 @@ For that, every operation is a float32 GEMM or elementwise:
 B sequences, T tokens, C keys, M rows, H heads, G key/value heads, Q heads a key/value head, D head elements.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from knapper.engine.models.layer import ScoreRule
 
 KEYS: Final = 64
 ROWS_MIN: Final = 8
@@ -23,103 +27,200 @@ _queries: Final = 64  # of a block in training: later keys are skipped
 _scores_max: Final = 1 << 18  # of a block: 1 MiB of float32, to stay in the cache
 
 
-def causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
-    """(B, T, H, D), differentiable in all three, which are float32 on a CPU.
+def causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, scores: ScoreRule) -> Tensor:
+    """(B, T, H, D), differentiable in all three, which are float32.
 
     Without gradients there may be more keys than queries: the queries are the last rows.
     """
-    outputs = _Causal.apply(q_BTHD, k_BTGD, v_BTGD)  # type: ignore[no-untyped-call]  # the library has no types here
+    outputs = _Causal.apply(q_BTHD, k_BTGD, v_BTGD, scores)  # type: ignore[no-untyped-call]  # the library has no types here
     assert isinstance(outputs, Tensor)
     return outputs
 
 
-def decoded(q_NGQD: Tensor, keys_NGCD: Tensor, values_NGCD: Tensor, bias_N11C: Tensor) -> Tensor:
-    """(N, G, Q, D): one token of each of N sequences over its own keys. `bias_N11C`: -inf where a sequence has none.
+def decoded(q_NGQD: Tensor, keys_NGCD: Tensor, values_NGCD: Tensor, bias_N11C: Tensor, scores: ScoreRule) -> Tensor:
+    """(N, G, Q, D): one token of each of N sequences over its own keys. `bias_N11C`: -inf where a sequence has none,
+    or its window ends.
 
     C is a multiple of KEYS; keys and values past a sequence's end are finite.
     """
     sequences, groups, queries, width = q_NGQD.shape
     rows = max(ROWS_MIN, queries)  # the padding enters the GEMMs only
     q_NGMD = q_NGQD.new_zeros(sequences, groups, rows, width)
-    torch.mul(q_NGQD, width**-0.5, out=q_NGMD[:, :, :queries])
-    scores = torch.bmm(q_NGMD.flatten(0, 1), keys_NGCD.flatten(0, 1).transpose(1, 2))
-    scores.view(sequences, groups, rows, -1)[:, :, :queries].add_(bias_N11C)
-    return _weighted_(scores, values_NGCD.flatten(0, 1), queries)[0].view(sequences, groups, queries, width)
+    torch.mul(q_NGQD, scores.scale, out=q_NGMD[:, :, :queries])
+    products = torch.bmm(q_NGMD.flatten(0, 1), keys_NGCD.flatten(0, 1).transpose(1, 2))
+    _cap_(products, scores)
+    products.view(sequences, groups, rows, -1)[:, :, :queries].add_(bias_N11C)
+    return _weighted_(products, values_NGCD.flatten(0, 1), queries)[0].view(sequences, groups, queries, width)
 
 
 @torch.inference_mode()
-def is_invariant(heads: int, groups: int, width: int) -> bool:
+def is_invariant(heads: int, groups: int, width: int, scores: ScoreRule) -> bool:
     """Whether on this CPU a row has the same bits in a sequence, in a prefix of it, as its rest, and decoded."""
     tokens = 3 * KEYS + 5
+    window = None if scores.window is None else min(scores.window, KEYS + 9)
+    scores = replace(scores, window=window)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, tokens, count, width, generator=generator) for count in (heads, groups, groups))
-    whole = causal(q, k, v)
+    whole = causal(q, k, v, scores=scores)
     for count in (1, 7, KEYS, KEYS + 1, 2 * KEYS + 9):
-        prefix = causal(*(x[:, :count] for x in (q, k, v)))
-        suffix = causal(q[:, count:], k, v)
+        prefix = causal(*(x[:, :count] for x in (q, k, v)), scores=scores)
+        suffix = causal(q[:, count:], k, v, scores=scores)
         if not (torch.equal(prefix, whole[:, :count]) and torch.equal(suffix, whole[:, count:])):
             return False
         capacity = _whole_blocks(count)
         keys, values = (F.pad(x[:, :count].transpose(1, 2), (0, 0, 0, capacity - count)) for x in (k, v))
         bias = torch.zeros(1, 1, 1, capacity)
         bias[..., count:] = -torch.inf
+        bias[..., : 0 if window is None else max(0, count - window)] = -torch.inf
         row_1GQD = q[:, count - 1].view(1, groups, heads // groups, width)
-        if not torch.equal(decoded(row_1GQD, keys, values, bias).flatten(1, 2), whole[:, count - 1]):
+        if not torch.equal(decoded(row_1GQD, keys, values, bias, scores).flatten(1, 2), whole[:, count - 1]):
             return False
     return True
 
 
 class _Causal(torch.autograd.Function):
-    """The gradient is the library's own attention's, which needs only our outputs and normalisers."""
+    """The gradient is the library's own attention's, which needs only our outputs and normalisers; of windows and caps,
+    which that lacks, it is `_backward`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
-        outputs_BHTD, normalisers_BHT = _forward(q_BTHD, k_BTGD, v_BTGD)
+    def forward(ctx: Any, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, scores: ScoreRule) -> Tensor:
+        outputs_BHTD, normalisers_BHT = _forward(q_BTHD, k_BTGD, v_BTGD, scores)
         ctx.save_for_backward(q_BTHD, k_BTGD, v_BTGD, outputs_BHTD, normalisers_BHT)
+        ctx.scores = scores
         return outputs_BHTD.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, outputs_BHTD, normalisers_BHT = ctx.saved_tensors
+        scores: ScoreRule = ctx.scores
+        if scores.window is not None or scores.cap is not None or q.device.type != "cpu":
+            return *_backward(grads[0], q, k, v, outputs_BHTD, normalisers_BHT, scores), None
         grads_in = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(x.transpose(1, 2) for x in (grads[0], q, k, v)), outputs_BHTD, normalisers_BHT, 0.0, True
-        )
-        return tuple(x.transpose(1, 2) for x in grads_in)
+            *(x.transpose(1, 2) for x in (grads[0], q, k, v)),
+            outputs_BHTD, normalisers_BHT, 0.0, True, scale=scores.scale,
+        )  # fmt: skip
+        return *(x.transpose(1, 2) for x in grads_in), None
 
 
-def _forward(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Block:
+    """Some rows of some sequences, and the keys that any of them sees: whole blocks of KEYS."""
+
+    sequences: slice
+    rows: slice
+    keys: slice
+    bias_MC: Tensor  # of a query head's rows, for the last of the keys: -inf where a row does not see one
+
+
+def _blocks(
+    rows: int, past: int, keys_most: int, sizes: tuple[int, int], like: Tensor, window: int | None
+) -> Iterator[_Block]:
+    """`past`: keys before the first row. `sizes`: of sequences, and of their query heads."""
+    sequences, heads = sizes
+    for start in range(0, rows, _queries):
+        stop = min(start + _queries, rows)
+        first = 0 if window is None else max(0, past + start - window + 1) // KEYS * KEYS
+        last = min(_whole_blocks(past + stop), keys_most)
+        hides_from = first if window is not None else min(past + start, last - 1)  # all rows see the keys before
+        bias_MC = _bias(range(past + start, past + stop), range(hides_from, last), window, like)
+        step = max(1, _scores_max // (heads * (stop - start) * (last - first)))
+        for chunk in range(0, sequences, step):
+            yield _Block(slice(chunk, chunk + step), slice(start, stop), slice(first, last), bias_MC)
+
+
+def _bias(rows: range, keys: range, window: int | None, like: Tensor) -> Tensor:
+    """-inf where a row does not see a key."""
+    row_M1 = torch.arange(rows.start, rows.stop, device=like.device)[:, None]
+    key_C = torch.arange(keys.start, keys.stop, device=like.device)
+    hidden = key_C > row_M1
+    if window is not None:
+        hidden |= key_C <= row_M1 - window
+    return like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+
+
+def _forward(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, scores: ScoreRule) -> tuple[Tensor, Tensor]:
     """Outputs (B, H, T, D) and the log of each row's sum of exponentials (B, H, T)."""
     sequences, tokens, heads, width = q_BTHD.shape
     total, groups = k_BTGD.shape[1:3]
     past, queries = total - tokens, heads // groups
-    keys_BGCD, values_BGCD = (
-        F.pad(x.transpose(1, 2), (0, 0, 0, _whole_blocks(total) - total)) for x in (k_BTGD, v_BTGD)
-    )
-    q_BGQTD = F.pad(
-        (q_BTHD * width**-0.5).view(sequences, tokens, groups, queries, width).permute(0, 2, 3, 1, 4),
-        (0, 0, 0, -tokens % ROWS_MIN),
-    )
+    keys_BGCD, values_BGCD = (_padded_keys(x) for x in (k_BTGD, v_BTGD))
+    q_BGQTD = F.pad(_grouped(q_BTHD * scores.scale, groups), (0, 0, 0, -tokens % ROWS_MIN))
     rows = q_BGQTD.shape[3]
     outputs = q_BTHD.new_empty(sequences, groups, queries, rows, width)
     normalisers = q_BTHD.new_empty(sequences, groups, queries, rows)
-    mask = q_BTHD.new_full((_queries, _queries + KEYS), -torch.inf).triu_(1)
-    for start in range(0, rows, _queries):
-        stop = min(start + _queries, rows)
-        keys = min(_whole_blocks(past + stop), keys_BGCD.shape[2])
-        first_hidden_key = past + start  # the first key that some of these rows must not see
-        step = max(1, _scores_max // (heads * (stop - start) * keys))
-        for first in range(0, sequences, step):
-            chunk = slice(first, first + step)
-            q_XMD = q_BGQTD[chunk, :, :, start:stop].reshape(-1, queries * (stop - start), width)
-            scores_XMC = torch.bmm(q_XMD, keys_BGCD[chunk, :, :keys].flatten(0, 1).transpose(1, 2))
-            scores_XMC.view(-1, stop - start, keys)[..., first_hidden_key:].add_(
-                mask[: stop - start, : keys - first_hidden_key]
-            )
-            values_XCD = values_BGCD[chunk, :, :keys].flatten(0, 1)
-            chunk_outputs, top, sums = _weighted_(scores_XMC, values_XCD, scores_XMC.shape[1])
-            outputs[chunk, :, :, start:stop] = chunk_outputs.view(-1, groups, queries, stop - start, width)
-            normalisers[chunk, :, :, start:stop] = (top + sums.log()).view(-1, groups, queries, stop - start)
+    for block in _blocks(rows, past, keys_BGCD.shape[2], (sequences, heads), q_BTHD, scores.window):
+        chunk, of_rows, of_keys = block.sequences, block.rows, block.keys
+        q_XMD = q_BGQTD[chunk, :, :, of_rows].flatten(0, 1).flatten(1, 2)
+        products_XMC = _scored(q_XMD, keys_BGCD[chunk, :, of_keys].flatten(0, 1), block, scores)
+        values_XCD = values_BGCD[chunk, :, of_keys].flatten(0, 1)
+        chunk_outputs, top, sums = _weighted_(products_XMC, values_XCD, products_XMC.shape[1])
+        here = outputs[chunk, :, :, of_rows]
+        here.copy_(chunk_outputs.view(here.shape))
+        normalisers[chunk, :, :, of_rows] = (top + sums.log()).view(here.shape[:-1])
     return outputs[:, :, :, :tokens].flatten(1, 2), normalisers[..., :tokens].flatten(1, 2)
+
+
+def _backward(
+    grad_BTHD: Tensor, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, outputs_BHTD: Tensor, normalisers_BHT: Tensor,
+    scores: ScoreRule,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v: each block's scores again, and from them its part.
+
+    Source: FlashAttention, arXiv 2205.14135, algorithm 4; d cap tanh(s / cap) / ds = 1 - tanh(s / cap)^2.
+    """
+    sequences, tokens, heads, _ = q_BTHD.shape
+    groups = k_BTGD.shape[2]
+    keys_BGCD, values_BGCD = (_padded_keys(x) for x in (k_BTGD, v_BTGD))
+    q_BGQTD, grad_BGQTD = _grouped(q_BTHD * scores.scale, groups), _grouped(grad_BTHD, groups)
+    mean_BGQT = (grad_BGQTD * outputs_BHTD.view(grad_BGQTD.shape)).sum(-1)
+    normalisers_BGQT = normalisers_BHT.view(mean_BGQT.shape)
+    grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q_BGQTD, keys_BGCD, values_BGCD))
+    for block in _blocks(tokens, 0, keys_BGCD.shape[2], (sequences, heads), q_BTHD, scores.window):
+        chunk, of_rows, of_keys = block.sequences, block.rows, block.keys
+        q_XMD, grad_XMD = (x[chunk, :, :, of_rows].flatten(0, 1).flatten(1, 2) for x in (q_BGQTD, grad_BGQTD))
+        keys_XCD, values_XCD = (x[chunk, :, of_keys].flatten(0, 1) for x in (keys_BGCD, values_BGCD))
+        capped_XMC = _scored(q_XMD, keys_XCD, block, scores)
+        rows_X = [x[chunk, :, :, of_rows].flatten(0, 1).flatten(1, 2)[..., None] for x in (normalisers_BGQT, mean_BGQT)]
+        slope_XMC = None if scores.cap is None else 1 - (capped_XMC.clamp_min(-scores.cap) / scores.cap).square()
+        p_XMC = capped_XMC.sub_(rows_X[0]).exp_()
+        grad_scores = torch.bmm(grad_XMD, values_XCD.transpose(1, 2)).sub_(rows_X[1]).mul_(p_XMC)
+        if slope_XMC is not None:
+            grad_scores.mul_(slope_XMC)
+        here = grad_q[chunk, :, :, of_rows]
+        here.copy_(torch.bmm(grad_scores, keys_XCD).mul_(scores.scale).view(here.shape))
+        for grads, rows_XCD in ((grad_k, torch.bmm(grad_scores.transpose(1, 2), q_XMD)),
+                                (grad_v, torch.bmm(p_XMC.transpose(1, 2), grad_XMD))):  # fmt: skip
+            there = grads[chunk, :, of_keys]
+            there.add_(rows_XCD.view(there.shape))
+    keys = k_BTGD.shape[1]
+    grad_k, grad_v = (x[:, :, :keys].transpose(1, 2) for x in (grad_k, grad_v))
+    return grad_q.permute(0, 3, 1, 2, 4).flatten(2, 3), grad_k, grad_v
+
+
+def _grouped(x_BTHD: Tensor, groups: int) -> Tensor:
+    """(B, G, Q, T, D)."""
+    return torch.unflatten(x_BTHD, 2, (groups, -1)).permute(0, 2, 3, 1, 4)
+
+
+def _padded_keys(x_BTGD: Tensor) -> Tensor:
+    """(B, G, C, D), in whole blocks."""
+    total = x_BTGD.shape[1]
+    return F.pad(x_BTGD.transpose(1, 2), (0, 0, 0, _whole_blocks(total) - total))
+
+
+def _scored(q_XMD: Tensor, keys_XCD: Tensor, block: _Block, scores: ScoreRule) -> Tensor:
+    """(X, M, C): capped products, -inf where a row does not see a key."""
+    products_XMC = torch.bmm(q_XMD, keys_XCD.transpose(1, 2))
+    _cap_(products_XMC, scores)
+    rows, keys = block.bias_MC.shape
+    products_XMC.view(-1, rows, products_XMC.shape[-1])[..., -keys:].add_(block.bias_MC)
+    return products_XMC
+
+
+def _cap_(products: Tensor, scores: ScoreRule) -> None:
+    if scores.cap is not None:
+        products.div_(scores.cap).tanh_().mul_(scores.cap)
 
 
 def _whole_blocks(keys: int) -> int:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from knapper.engine.layers import gradient
 from knapper.engine.models.config import ModelConfig
+from knapper.engine.models.layer import Layer
 
 _saved_bytes_least: Final = (
     1024 << 20
 )  # of a small model's layers at a time; a larger one's may take as much as its weights
 
-Layer = Callable[[Tensor], Tensor]
+LayerPass = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,17 @@ def saved_bytes_of_row(config: ModelConfig, size: int = 4) -> int:
     """Bytes that one row leaves in one layer, as `tests/engine/layers/test_checkpointing.py` measures them on a CPU,
     and the gate of `tests/engine/gate` for a GPU, whose dtype has `size` bytes.
 
-    Five rows of the residual's width (both norms' inputs, and the inputs of three linears), queries, keys, values,
+    Rows of the residual's width (the norms' inputs, and the inputs of three linears), queries, keys, values,
     attention's outputs, and four of the MLP's width. In bfloat16 most of it is float32 all the same on a CPU; on a GPU
     two thirds remain.
     """
-    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    wide = 4 * (5 * config.hidden + 2 * q + 2 * kv + 4 * config.intermediate)
+    wide = 4 * max(_numbers_of_row(layer, config.hidden) for layer in config.layers)
     return wide if size == 4 else 2 * wide // 3
+
+
+def _numbers_of_row(layer: Layer, hidden: int) -> int:
+    mixer, mlp = layer.mixer, layer.mlp
+    return (3 + len(list(layer.norms))) * hidden + 2 * mixer.q_width + 2 * mixer.kv_width + 4 * mlp.width
 
 
 def pass_bytes_of_row(config: ModelConfig, size: int) -> int:
@@ -60,10 +65,10 @@ def pass_bytes_of_row(config: ModelConfig, size: int) -> int:
 
     The layers' inputs; the first layer's activations; those of the layer that is computed again, with its gradients.
     """
-    return config.layers * config.hidden * size + 3 * saved_bytes_of_row(config, size)
+    return len(config.layers) * config.hidden * size + 3 * saved_bytes_of_row(config, size)
 
 
-def checkpointed(layer: Layer, x_NH: Tensor, *, keep: bool) -> Tensor:
+def checkpointed(layer: LayerPass, x_NH: Tensor, *, keep: bool) -> Tensor:
     """`layer(x_NH)`. Without `keep`, and where x_NH gets a gradient, only x_NH is kept.
 
     The first layer's input gets none, so that layer always keeps its activations.
@@ -82,7 +87,7 @@ class _Checkpoint(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, layer: Layer, x_NH: Tensor) -> Tensor:
+    def forward(ctx: Any, layer: LayerPass, x_NH: Tensor) -> Tensor:
         ctx.layer = layer
         ctx.save_for_backward(x_NH)
         return layer(x_NH)

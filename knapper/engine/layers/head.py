@@ -40,34 +40,43 @@ def target_logprobs(
     targets: Tensor,
     lora: HeadLora | None = None,
     needed_N: NDArray[np.bool_] | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """Log-probabilities of `targets`, int64 (N) or (N, K), in their shape; float32 (float64 for float64 hidden states).
 
     Differentiable in the hidden states and in the LoRA; the head is frozen. `needed_N`: False promises a zero gradient,
     and skips the row's backward work; a broken promise is an AssertionError (on a CPU). It is an array of the host, so
-    that the host never waits for the device.
+    that the host never waits for the device. `cap`: of the logits (`capped_`).
     """
     columns_NK = targets.unsqueeze(1) if targets.dim() == 1 else targets
     if needed_N is None:
         needed_N = np.ones(len(hidden_NH), dtype=bool)
     if lora is None:
-        logprobs = _FrozenHead.apply(hidden_NH, head, columns_NK, needed_N)  # type: ignore[no-untyped-call]  # the library has no types here
+        logprobs = _FrozenHead.apply(hidden_NH, head, columns_NK, needed_N, cap)  # type: ignore[no-untyped-call]  # the library has no types here
     else:
         logprobs = _AdaptedHead.apply(  # type: ignore[no-untyped-call]  # the library has no types here
-            hidden_NH, head, columns_NK, needed_N, lora.a, lora.b, lora.scale
+            hidden_NH, head, columns_NK, needed_N, cap, lora.a, lora.b, lora.scale
         )
     assert isinstance(logprobs, Tensor)
     return logprobs.squeeze(1) if targets.dim() == 1 else logprobs
 
 
-def logits(hidden_NH: Tensor, head: FrozenLinear, lora: HeadLora | None = None) -> Tensor:
-    """(N, V), float32 or wider. A row's bits do not depend on how many rows there are."""
+def capped_(logits_NV: Tensor, cap: float | None) -> Tensor:
+    """cap tanh(l / cap), in place; unchanged without a cap.
+
+    Source: Gemma 2, arXiv 2408.00118, section 2.
+    """
+    return logits_NV if cap is None else logits_NV.div_(cap).tanh_().mul_(cap)
+
+
+def logits(hidden_NH: Tensor, head: FrozenLinear, lora: HeadLora | None = None, cap: float | None = None) -> Tensor:
+    """(N, V), float32 or wider, a tensor of its own. A row's bits do not depend on how many rows there are."""
     logits_NV = head(hidden_NH)
     if lora is not None:
         layout = head.exactness.adapter(padded_rank(len(lora.a)), lora.a)
         low_NR = product(layout, hidden_NH.to(lora.a.dtype), pad_rank(lora.a, 0)) * lora.scale
         logits_NV = (logits_NV + product(layout, low_NR, pad_rank(lora.b, 1))).to(logits_NV.dtype)
-    return logits_NV.to(_wide(hidden_NH))
+    return capped_(logits_NV.to(_wide(hidden_NH)), cap)
 
 
 def _wide(values: Tensor) -> torch.dtype:
@@ -87,40 +96,57 @@ def _log_softmax_(logits_CV: Tensor, targets_CK: Tensor) -> tuple[Tensor, Tensor
     return chosen_CK - top_C1 - total_C1.log(), total_C1
 
 
+def _slope(logits_CV: Tensor, cap: float | None) -> Tensor | None:
+    """The derivative of the cap, of capped logits: 1 - (l / cap)^2."""
+    return None if cap is None else 1 - (logits_CV / cap).square_()
+
+
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, head: FrozenLinear, targets_NK: Tensor, needed_N: NDArray[np.bool_]
+        ctx: Any,
+        hidden_NH: Tensor,
+        head: FrozenLinear,
+        targets_NK: Tensor,
+        needed_N: NDArray[np.bool_],
+        cap: float | None,
     ) -> Tensor:
         logprobs: list[Tensor] = []
+        slopes: list[Tensor] = []  # (C, K), of the targets
         differentiate = ctx.needs_input_grad[0]
         mean_NH = torch.zeros_like(hidden_NH) if differentiate else hidden_NH.new_empty(0)
         chunks = _chunks(len(hidden_NH), head.outputs)
         needed = _needed_rows(needed_N, hidden_NH.device).split([int(needed_N[chunk].sum()) for chunk in chunks])
         for chunk, rows_C in zip(chunks, needed, strict=True):
-            logits_CV = logits(hidden_NH[chunk], head)
+            logits_CV = logits(hidden_NH[chunk], head, cap=cap)
+            slope_CV = _slope(logits_CV, cap) if differentiate else None
+            if slope_CV is not None:
+                slopes.append(slope_CV.gather(1, targets_NK[chunk]))
             logprobs_CK, total_C1 = _log_softmax_(logits_CV, targets_NK[chunk])
             logprobs.append(logprobs_CK)
             if differentiate and len(rows_C):
                 whole, rows = len(rows_C) == len(logits_CV), rows_C - chunk.start
                 p_CV = logits_CV if whole else logits_CV[rows]
-                p_CV = p_CV.div_(total_C1 if whole else total_C1[rows]).to(head.dtype)
-                mean_NH[rows_C] = head.back([p_CV]).to(mean_NH.dtype)
+                p_CV = p_CV.div_(total_C1 if whole else total_C1[rows])
+                if slope_CV is not None:
+                    p_CV.mul_(slope_CV if whole else slope_CV[rows])
+                mean_NH[rows_C] = head.back([p_CV.to(head.dtype)]).to(mean_NH.dtype)
         ctx.head, ctx.needed_N = head, needed_N
-        ctx.save_for_backward(targets_NK, mean_NH)
+        ctx.save_for_backward(targets_NK, mean_NH, torch.cat(slopes) if slopes else None)
         return torch.cat(logprobs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad_NK,) = grads
-        targets_NK, mean_NH = ctx.saved_tensors
+        targets_NK, mean_NH, slope_NK = ctx.saved_tensors
         head: FrozenLinear = ctx.head
         _check_promise(grad_NK, ctx.needed_N)
         wide = grad_NK.dtype
         grad_NH = mean_NH.to(wide) * -grad_NK.sum(dim=1, keepdim=True)
+        of_targets_NK = grad_NK if slope_NK is None else grad_NK * slope_NK
         for k in range(targets_NK.shape[1]):
-            grad_NH.addcmul_(head.rows(targets_NK[:, k]).to(wide), grad_NK[:, k : k + 1])
-        return grad_NH.to(mean_NH.dtype), None, None, None
+            grad_NH.addcmul_(head.rows(targets_NK[:, k]).to(wide), of_targets_NK[:, k : k + 1])
+        return grad_NH.to(mean_NH.dtype), None, None, None, None
 
 
 class _AdaptedHead(torch.autograd.Function):
@@ -131,17 +157,18 @@ class _AdaptedHead(torch.autograd.Function):
         head: FrozenLinear,
         targets_NK: Tensor,
         needed_N: NDArray[np.bool_],
+        cap: float | None,
         a_RH: Tensor,
         b_VR: Tensor,
         scale: float,
     ) -> Tensor:
         ctx.head, ctx.needed_N = head, needed_N
         ctx.save_for_backward(hidden_NH, targets_NK, a_RH, b_VR)
-        ctx.scale = scale
+        ctx.scale, ctx.cap = scale, cap
         lora = HeadLora(a_RH, b_VR, scale)
         return torch.cat(
             [
-                _log_softmax_(logits(hidden_NH[chunk], head, lora), targets_NK[chunk])[0]
+                _log_softmax_(logits(hidden_NH[chunk], head, lora, cap), targets_NK[chunk])[0]
                 for chunk in _chunks(len(hidden_NH), head.outputs)
             ]
         )
@@ -160,17 +187,20 @@ class _AdaptedHead(torch.autograd.Function):
         for chunk in _chunks(len(rows_M), head.outputs):
             rows_C = rows_M[chunk]
             h_CH, targets_CK, grad_CK = hidden_NH[rows_C], targets_NK[rows_C], grad_NK[rows_C]
-            logits_CV = logits(h_CH, head, lora)
+            logits_CV = logits(h_CH, head, lora, ctx.cap)
+            slope_CV = _slope(logits_CV, ctx.cap)
             _, total_C1 = _log_softmax_(logits_CV, targets_CK)
             grad_logits_CV = logits_CV.mul_(-grad_CK.sum(dim=1, keepdim=True) / total_C1)
             grad_logits_CV.scatter_add_(1, targets_CK, grad_CK)
+            if slope_CV is not None:
+                grad_logits_CV.mul_(slope_CV)
             low_CR = h_CH.to(wide) @ a_RH.T.to(wide)
             grad_low_CR = (grad_logits_CV @ b_VR.to(wide)).mul_(ctx.scale)
             grad_b_VR.addmm_(grad_logits_CV.T, low_CR, alpha=ctx.scale)
             grad_a_RH.addmm_(grad_low_CR.T, h_CH.to(wide))
             grad_h_CH = head.back([grad_logits_CV.to(head.dtype)]).to(wide).addmm_(grad_low_CR, a_RH.to(wide))
             grad_hidden_NH[rows_C] = grad_h_CH.to(grad_hidden_NH.dtype)
-        return grad_hidden_NH, None, None, None, grad_a_RH, grad_b_VR, None
+        return grad_hidden_NH, None, None, None, None, grad_a_RH, grad_b_VR, None
 
 
 def _needed_rows(needed_N: NDArray[np.bool_], device: torch.device) -> Tensor:

@@ -1,18 +1,23 @@
 """What a family's file states of an architecture: how it differs from plain Llama.
 
-Facts about config.json and the layers; their source is transformers' `modeling_<model_type>.py`. An architecture with a
-formula of its own (another norm, activation or mask) first needs that code in `decoder` or `engine.layers`, and a field
-here that turns it on.
+Facts about config.json and the layers; their source is transformers' `modeling_<model_type>.py`. A formula that no row
+has yet (another norm, activation or mixer) first needs that code in `blocks` or `engine.layers`, and a field here that
+turns it on.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from pathlib import Path
+from typing import Final
 
-Raw = Mapping[str, Any]  # config.json
+from knapper.engine.models.fields import Raw, UnsupportedModel, number, optional, size
+from knapper.engine.models.layer import PRE_NORMS, Activation, GatedMlp, Layer, Norms, QkNorm, ScoreRule, SelfAttention
+from knapper.engine.models.rotary import FULL, SLIDING, LayerType, RopeRule, served_context
+
 Option = Callable[[Raw], str]  # the part that the decoder does not compute, for the error message; empty if none
 Bias = Callable[[Raw], bool]
-Layers = Callable[[Raw], frozenset[int]]
+Layers = Callable[[Raw, int], bool]  # whether it holds for a layer, by its number
+ACTIVATIONS: Final[Mapping[str, Activation]] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def never(raw: Raw) -> bool:  # noqa: ARG001  one of the rules for a bias
@@ -27,13 +32,17 @@ def by_option(raw: Raw) -> bool:
     return bool(raw.get("attention_bias", False))
 
 
-def no_layer(raw: Raw) -> frozenset[int]:  # noqa: ARG001  one of the rules for layers
-    return frozenset()
+def by_default(raw: Raw) -> bool:
+    """As `by_option`, of an architecture whose silent configuration means biases."""
+    return bool(raw.get("attention_bias", True))
 
 
-def activation(raw: Raw) -> str:
-    name = raw.get("hidden_act", "silu")
-    return "" if name in ("silu", "swish") else f"hidden_act {name!r} (only silu)"
+def no_layer(raw: Raw, index: int) -> bool:  # noqa: ARG001  one of the rules for layers
+    return False
+
+
+def every_layer(raw: Raw, index: int) -> bool:  # noqa: ARG001  one of the rules for layers
+    return True
 
 
 def mlp_bias(raw: Raw) -> str:
@@ -44,54 +53,197 @@ def quantization(raw: Raw) -> str:
     return "" if raw.get("quantization_config") is None else "quantized weights (quantization_config)"
 
 
-def partial_rotary(raw: Raw) -> str:
-    return "" if raw.get("partial_rotary_factor", 1.0) == 1.0 else "partial_rotary_factor"
+def bidirectional(raw: Raw) -> str:
+    return "use_bidirectional_attention" if raw.get("use_bidirectional_attention") else ""
 
 
-def window(raw: Raw) -> str:
-    """Any window size in the config turns the window on."""
-    size = raw.get("sliding_window")
-    return "" if size is None else f"sliding_window {size} (only full attention)"
+OPTIONS: Final[tuple[Option, ...]] = (mlp_bias, quantization)
 
 
-def switched_window(raw: Raw) -> str:
-    """Only `use_sliding_window` turns the window on: Qwen's configs always have a size."""
-    return window(raw) if raw.get("use_sliding_window", False) else ""
+@dataclass(frozen=True)
+class Windows:
+    """Which layers attend over the last `sliding_window` tokens only.
+
+    `slides`: where config.json does not list `layer_types`. `switched`: only with `use_sliding_window`, as Qwen's
+    configurations always have a size. `size`: where config.json is silent.
+    """
+
+    slides: Layers
+    listed: bool = True
+    switched: bool = False
+    size: int | None = None
+
+    def read(self, raw: Raw, path: Path, index: int) -> int | None:
+        window = optional(raw, "sliding_window", path, self.size)
+        if window is None or (self.switched and not raw.get("use_sliding_window", False)):
+            return None
+        slides = self._type(raw, path, index) == SLIDING if self._lists(raw) else self.slides(raw, index)
+        return int(window) if slides else None
+
+    def _lists(self, raw: Raw) -> bool:
+        return self.listed and raw.get("layer_types") is not None
+
+    @staticmethod
+    def _type(raw: Raw, path: Path, index: int) -> LayerType:
+        types = raw["layer_types"]
+        expected = isinstance(types, list) and len(types) == raw.get("num_hidden_layers")
+        if not expected or types[index] not in (FULL, SLIDING):
+            raise UnsupportedModel(f"{path}: layer_types is {types!r}; expected {FULL} or {SLIDING} for each layer")
+        kind: LayerType = types[index]
+        return kind
 
 
-OPTIONS: Final[tuple[Option, ...]] = (activation, mlp_bias, quantization, partial_rotary)
+@dataclass(frozen=True)
+class Multiplier:
+    """A factor that config.json states under `name`; 1 where it is silent."""
+
+    name: str
+
+    def __call__(self, raw: Raw, path: Path) -> float:
+        return number(raw, self.name, path, 1.0)
+
+
+def one(raw: Raw, path: Path) -> float:  # noqa: ARG001  the multiplier of most architectures
+    return 1.0
+
+
+Factor = Callable[[Raw, Path], float]
+
+
+@dataclass(frozen=True)
+class NormRule:
+    """How an RMS norm's weight multiplies: in the base's dtype, or with `wide` in float32, `offset` added to it."""
+
+    wide: bool = False
+    offset: float = 0.0
+
+
+PLAIN_NORM: Final = NormRule()
+NO_WINDOWS: Final = Windows(no_layer)
+PLAIN_ROPE: Final = RopeRule()
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One `model_type`. `models`: well-known ones, for docs/models.md. `qk_norm`: RMS norm of each query and key head
-    before rotation. `qkv_bias`, `output_bias`: when q, k, v and o have biases. `window`: when attention would slide.
-    `refused`: further options to check. `without_positions`: layers that do not rotate queries and keys. `rope_theta`,
-    `tied`: what a config.json that is silent about them means.
+    """One `model_type`. `models`: well-known ones, for docs/models.md.
+
+    `qkv_bias`, `output_bias`: when q, k, v and o have biases. `fused_qkv`, `fused_gate_up`: these linears are one in
+    the file. `without_positions`: layers that do not rotate queries and keys. `activation_field`: where config.json
+    names the MLP's; `gelu`: which it means by "gelu". `attention_scale`: of q k; None: the root of a head's width,
+    inverted. `caps`: config.json may cap scores and logits, where it is silent at `attention_cap` and `logits_cap`.
+    `residual`, `embedding`, `logits`: what multiplies a layer's outputs and embeddings, and divides logits. `refused`:
+    options to check. `activation`, `head_dim`, `rms_eps`, `tied`: what a config.json that is silent about them means.
     """
 
     model_type: str
     models: str
-    qk_norm: bool = False
+    qk_norm: QkNorm | None = None
     qkv_bias: Bias = by_option
     output_bias: Bias = by_option
-    window: Option = switched_window
-    refused: tuple[Option, ...] = OPTIONS
+    fused_qkv: bool = False
+    fused_gate_up: bool = False
+    norms: Norms = PRE_NORMS
+    norm: NormRule = PLAIN_NORM
+    windows: Windows = NO_WINDOWS
+    rope: RopeRule = PLAIN_ROPE
     without_positions: Layers = no_layer
-    rope_theta: float = 10000.0
+    activation: str = "silu"
+    activation_field: str = "hidden_act"
+    gelu: str = "gelu"
+    attention_scale: Factor | None = None
+    caps: bool = False
+    attention_cap: float | None = None
+    logits_cap: float | None = None
+    residual: Factor = one
+    embedding: Factor = one
+    logits: Factor = one
+    refused: tuple[Option, ...] = OPTIONS
+    head_dim: int | None = None
+    rms_eps: float = 1e-6
     tied: bool = False
 
     def refusal(self, raw: Raw) -> str:
         """The first option of config.json that the decoder does not compute; empty if it computes all."""
-        return next((reason for check in (self.window, *self.refused) if (reason := check(raw))), "")
+        return next((reason for check in self.refused if (reason := check(raw))), "")
+
+    def layers(self, raw: Raw, path: Path) -> tuple[Layer, ...]:
+        """From the first to the last. Raises UnsupportedModel for what is not computed."""
+        return tuple(self._layer(raw, path, index) for index in range(size(raw, "num_hidden_layers", path)))
+
+    def context(self, raw: Raw, path: Path) -> int:
+        """Tokens of the longest text."""
+        ropes = self.rope.read(raw, path, self._head_dim(raw, path))
+        return served_context(size(raw, "max_position_embeddings", path), raw, ropes, path)
+
+    def cap(self, raw: Raw, path: Path) -> float | None:
+        """Of the logits."""
+        return optional(raw, "final_logit_softcapping", path, self.logits_cap) if self.caps else None
+
+    def _layer(self, raw: Raw, path: Path, index: int) -> Layer:
+        mlp = GatedMlp(size(raw, "intermediate_size", path), self._activation(raw, path), self.fused_gate_up)
+        return Layer(self._attention(raw, path, index), mlp, self.norms, self.residual(raw, path))
+
+    def _attention(self, raw: Raw, path: Path, index: int) -> SelfAttention:
+        heads = size(raw, "num_attention_heads", path)
+        kv_heads = size(raw, "num_key_value_heads", path, heads)
+        if heads % kv_heads:
+            raise UnsupportedModel(f"{path}: {heads} heads do not divide over {kv_heads} key/value heads")
+        head_dim = self._head_dim(raw, path)
+        window = self.windows.read(raw, path, index)
+        ropes = self.rope.read(raw, path, head_dim)
+        scale = head_dim**-0.5 if self.attention_scale is None else self.attention_scale(raw, path)
+        cap = optional(raw, "attn_logit_softcapping", path, self.attention_cap) if self.caps else None
+        return SelfAttention(
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            scores=ScoreRule(scale, window, cap),
+            rope=None if self.without_positions(raw, index) else ropes[FULL if window is None else SLIDING],
+            qk_norm=self.qk_norm,
+            qkv_bias=self.qkv_bias(raw),
+            output_bias=self.output_bias(raw),
+            fused=self.fused_qkv,
+        )
+
+    def _head_dim(self, raw: Raw, path: Path) -> int:
+        plain = size(raw, "hidden_size", path) // size(raw, "num_attention_heads", path)
+        return size(raw, "head_dim", path, self.head_dim or plain)
+
+    def _activation(self, raw: Raw, path: Path) -> Activation:
+        name = raw.get(self.activation_field) or self.activation
+        name = self.gelu if name == "gelu" else name
+        if name not in ACTIVATIONS:
+            allowed = ", ".join(ACTIVATIONS)
+            raise UnsupportedModel(f"{path}: {self.activation_field} {name!r} is not supported; supported: {allowed}")
+        return ACTIVATIONS[name]
 
     @property
     def described(self) -> str:
         """What it has beside plain Llama, for docs/models.md."""
-        parts = [
-            "norms of q and k by head" if self.qk_norm else "",
-            "layers without positions" if self.without_positions is not no_layer else "",
-            "biases on q, k and v" if self.qkv_bias is always else "",
-            "biases on q, k, v and o by `attention_bias`" if self.output_bias is by_option else "",
-        ]
-        return "; ".join(part for part in parts if part) or "nothing"
+        parts = {
+            f"norms of q and k by {self.qk_norm}": self.qk_norm is not None,
+            "norms after attention and MLP": self.norms.mixer_output is not None and self.norms.mixer_input is None,
+            "norms before and after attention and MLP": self.norms.mixer_output is not None
+            and self.norms.mixer_input is not None,
+            "windows": self.windows != NO_WINDOWS,
+            "layers without positions": self.without_positions is not no_layer,
+            "rotary positions of their own in layers with a window": self.rope.local_theta is not None,
+            "part of a head rotated": self.rope.partial is not None,
+            "neighbouring elements as pairs": self.rope.interleaved,
+            "LongRoPE, up to the context before stretching": "longrope" in self.rope.scalings,
+            "caps of scores and logits": self.caps,
+            "GELU": self.activation != "silu",
+            "scaled embeddings": self.embedding is not one,
+            "scaled scores": self.attention_scale is not None,
+            "scaled layers and logits": self.residual is not one,
+            "biases on q, k and v": self.qkv_bias is always,
+            "biases on q, k and v by `attention_bias`": self.qkv_bias is by_default,
+            "biases on q, k, v and o by `attention_bias`": self.output_bias is by_option,
+        }
+        return "; ".join(part for part, has in parts.items() if has) or "nothing"
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The linears of a layer that take LoRA, in the adapter's order."""
+        mixer = SelfAttention(1, 1, 1, ScoreRule(1.0), None, fused=self.fused_qkv)
+        return tuple(linear.name for linear in Layer(mixer, GatedMlp(1, fused=self.fused_gate_up)).linears(1))

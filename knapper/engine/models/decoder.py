@@ -1,8 +1,7 @@
 """The native decoder: one pass of the layers over packed rows, for training, prefill and decoding alike.
 
-They differ in two arguments: how rows attend (`Attend`) and which adapters they use (`Adapt`). N rows, H hidden size, V
-vocabulary. Sources: the block of Llama, arXiv 2302.13971 (pre-norm, RMS norm, SwiGLU of arXiv 2002.05202, rotary
-positions), with grouped queries of arXiv 2305.13245 and the q/k norm of Qwen3, arXiv 2505.09388.
+They differ in two arguments: how rows attend (`Attend`) and which adapters they use (`Adapt`). What a layer computes
+is in `blocks`. N rows, H hidden size, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from knapper.engine.layers import checkpointing, rope
-from knapper.engine.layers.adapters import FUSED, Adapt
+from knapper.engine.layers.adapters import Adapt
 from knapper.engine.layers.attention import (
     Attend,
     PackedAttention,
@@ -24,15 +23,15 @@ from knapper.engine.layers.attention import (
     attention_dtype,
     prefix_attention,
 )
-from knapper.engine.layers.head import HeadLora, target_logprobs
+from knapper.engine.layers.head import HeadLora, capped_, target_logprobs
 from knapper.engine.layers.layerwise import LayerSegment
-from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_grouped import Segment, Segments
+from knapper.engine.models.blocks import LayerBlock, PassRows
 from knapper.engine.models.config import HEAD, ComputedBy, ModelConfig
 from knapper.engine.models.decode import NativeDecodeState
 from knapper.engine.models.prefill import Prefilled, PrefillPrompt, prefill
-from knapper.engine.models.weights import LayerWeights, Weights
+from knapper.engine.models.weights import Weights
 from knapper.engine.sampling.kv_cache import Cache, bytes_per_token, context_positions
 from knapper.engine.training.prefix_sharing import Prefixes
 from knapper.engine.transfer import to_device
@@ -54,7 +53,10 @@ class Decoder:
         self.dtype = weights.embed.dtype
         self.device = weights.embed.device
         self.attention_dtype = attention_dtype(self.dtype, self.device)
-        self._frequencies = rope.frequencies(config, self.device)
+        ropes = {layer.mixer.rope for layer in config.layers if layer.mixer.rope is not None}
+        self._frequencies = {each: rope.frequencies(each, self.device) for each in ropes}
+        scale = torch.tensor(config.embedding_scale, dtype=self.dtype)  # rounded as Gemma's own code rounds it
+        self._embedding_scale = None if config.embedding_scale == 1.0 else float(scale)
         self.passes = checkpointing.on_cpu(config, weights.nbytes)  # of a GPU the account of memory says it
 
     @property
@@ -100,7 +102,7 @@ class Decoder:
     def target_logprobs(
         self, hidden_NH: Tensor, targets_NK: Tensor, lora: HeadLora | None, needed_N: NDArray[np.bool_]
     ) -> Tensor:
-        return target_logprobs(hidden_NH, self.weights.head, targets_NK, lora, needed_N)
+        return target_logprobs(hidden_NH, self.weights.head, targets_NK, lora, needed_N, self.config.logits_cap)
 
     def hidden_with(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, segments: Sequence[Segment]) -> Tensor:
         """`hidden`, for rows with another attention than packed sequences."""
@@ -111,8 +113,8 @@ class Decoder:
         self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, segments: Sequence[Segment]
     ) -> tuple[Tensor, Tensor]:
         """`hidden_with`, and the rows' keys and values: (layers, 2, N, key/value heads, head_dim)."""
-        config = self.config
-        shape = (config.layers, 2, tokens_N.shape[0], config.kv_heads, config.head_dim)
+        layers, kv_heads, head_dim = self.config.kv_shape
+        shape = (layers, 2, len(tokens_N), kv_heads, head_dim)
         kv = torch.empty(shape, dtype=self.attention_dtype, device=self.device)
         return self.hidden_with(tokens_N, positions_N, RecordedAttention(attend, kv), segments), kv
 
@@ -134,7 +136,7 @@ class Decoder:
     def logits(self, hidden_NH: Tensor, adapt: Adapt) -> Tensor:
         """float32 (N, V), with the adapters' part of the head where they have one."""
         (logits_NV,) = adapt((HEAD,), hidden_NH, self.weights.head)
-        return logits_NV.float()
+        return capped_(logits_NV.float(), self.config.logits_cap)
 
     def _pass(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, adapt: Adapt) -> Tensor:
         x_NH, segments = self._layer_segments(tokens_N, positions_N, attend, adapt)
@@ -148,56 +150,28 @@ class Decoder:
         """The embedded rows, and the segments: each layer, then the final norm."""
         rows = tokens_N.shape[0]
         assert rows == positions_N.shape[0], f"{rows} tokens for {positions_N.shape[0]} positions"
-        x_NH = F.embedding(tokens_N, self.weights.embed)
-        cos_sin = rope.cos_sin(positions_N, self._frequencies)
+        x_NH = self._embedded(tokens_N)
+        cos_sin = {each: rope.cos_sin(positions_N, table, each) for each, table in self._frequencies.items()}
+        pass_rows = PassRows(attend, adapt, self.attention_dtype, cos_sin)
         layers_saved = self.passes.layers_kept(rows)
         layers = [
-            partial(
-                checkpointing.checkpointed,
-                partial(self._layer, index, cos_sin, attend, adapt),
-                keep=index < layers_saved,
-            )
-            for index in range(len(self.weights.layers))
+            partial(checkpointing.checkpointed, partial(_layer, layer, pass_rows), keep=index < layers_saved)
+            for index, layer in enumerate(self.weights.layers)
         ]
-        return x_NH, [*layers, lambda x_NH: self._norm(x_NH, self.weights.norm)]
+        return x_NH, [*layers, self._for_head]
 
-    def _layer(self, index: int, cos_sin: tuple[Tensor, Tensor], attend: Attend, adapt: Adapt, x_NH: Tensor) -> Tensor:
-        layer = self.weights.layers[index]
-        x_NH = x_NH + self._attention(index, layer, self._norm(x_NH, layer.input_norm), cos_sin, attend, adapt)
-        return x_NH + self._mlp(index, layer, self._norm(x_NH, layer.post_norm), adapt)
+    def _embedded(self, tokens_N: Tensor) -> Tensor:
+        x_NH = F.embedding(tokens_N, self.weights.embed)
+        return x_NH if self._embedding_scale is None else x_NH * self._embedding_scale
 
-    def _attention(
-        self,
-        index: int,
-        layer: LayerWeights,
-        x_NH: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
-        attend: Attend,
-        adapt: Adapt,
-    ) -> Tensor:
-        q, k, v = self._linear(index, "qkv", x_NH, layer.qkv, adapt)
-        q, k, v = (x.unflatten(1, (-1, self.config.head_dim)) for x in (q, k, v))
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
-        if index not in self.config.without_positions:
-            q, k = (rope.rotated(x, cos_sin) for x in (q, k))
-        o = attend(index, *(x.to(self.attention_dtype) for x in (q, k, v))).to(x_NH.dtype)
-        return self._linear(index, "o", o, layer.o, adapt)[0]
+    def _for_head(self, x_NH: Tensor) -> Tensor:
+        """The last rows, normed. A scale of the logits multiplies them before the head, whose linear it passes."""
+        x_NH, scale = self.weights.norm(x_NH), self.config.logits_scale
+        return x_NH if scale == 1.0 else x_NH * scale
 
-    def _mlp(self, index: int, layer: LayerWeights, x_NH: Tensor, adapt: Adapt) -> Tensor:
-        gate, up = self._linear(index, "gate_up", x_NH, layer.gate_up, adapt)
-        return self._linear(index, "down", F.silu(gate) * up, layer.down, adapt)[0]
 
-    def _linear(self, index: int, name: str, x: Tensor, linear: FrozenLinear, adapt: Adapt) -> tuple[Tensor, ...]:
-        return adapt([f"layers.{index}.{linear_name}" for linear_name in FUSED[name]], x, linear)
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x / sqrt(mean(x^2) + eps), in float32, then scaled in the base's dtype.
-
-        Source: RMS norm, arXiv 1910.07467, equation 4; dtypes as transformers' LlamaRMSNorm.
-        """
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.rms_eps)).to(x.dtype) * weight
+def _layer(layer: LayerBlock, rows: PassRows, x_NH: Tensor) -> Tensor:
+    return layer(x_NH, rows)
 
 
 def _positions(lengths: Sequence[int], device: torch.device) -> Tensor:

@@ -9,8 +9,9 @@ from knapper.engine.layers import batch_invariant_attention
 from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.models import weights
 from knapper.engine.models.base import Model
-from knapper.engine.models.config import ModelConfig, UnsupportedModel, computed_by
+from knapper.engine.models.config import ModelConfig, computed_by
 from knapper.engine.models.decoder import Decoder
+from knapper.engine.models.fields import UnsupportedModel
 
 
 def expect_architecture(directory: Path) -> None:
@@ -44,6 +45,8 @@ def load(
     exactness = exactness or Exactness()
     decoder = Decoder(config, weights.load(directory, config, dtype, device, exactness))
     if exactness.promised and decoder.device.type == "cpu":
-        is_invariant = partial(batch_invariant_attention.is_invariant, config.heads, config.kv_heads, config.head_dim)
-        exactness.check("attention", is_invariant)
+        for mixer in {layer.mixer for layer in config.layers}:
+            sizes = mixer.heads, mixer.kv_heads, mixer.head_dim
+            name = f"attention {mixer.scores}"
+            exactness.check(name, partial(batch_invariant_attention.is_invariant, *sizes, mixer.scores))
     return decoder

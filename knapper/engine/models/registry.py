@@ -24,6 +24,13 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = _found()
 
 def table() -> str:
     """The table of docs/models.md."""
-    head = "| model type | models | beside plain Llama |\n|---|---|---|\n"
-    rows = (f"| `{row.model_type}` | {row.models} | {row.described} |\n" for row in ARCHITECTURES.values())
+    head = "| model type | models | beside plain Llama | linears with LoRA |\n|---|---|---|---|\n"
+    rows = (
+        f"| `{row.model_type}` | {row.models} | {row.described} | {', '.join(map(_short, row.sites))} |\n"
+        for row in ARCHITECTURES.values()
+    )
     return head + "".join(rows)
+
+
+def _short(site: str) -> str:
+    return site.removesuffix("_proj")

@@ -17,13 +17,12 @@ from knapper.engine.layers.lora_grouped import base
 from knapper.engine.models.config import (
     HEAD,
     LoraTarget,
-    Part,
-    UnsupportedModel,
     described,
     end_tokens,
     expect_text_model,
-    read_json,
 )
+from knapper.engine.models.fields import UnsupportedModel, read_json
+from knapper.engine.models.layer import Part
 from knapper.engine.models.transformers import Head, TransformersFacts, TransformersModel
 from knapper.engine.models.weight_files import BrokenModel
 from knapper.errors import NotFound

@@ -87,27 +87,17 @@ def entries(directory: Path) -> dict[str, TensorHeader]:
 
 def promised(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     """Name and shape of every tensor of a native model."""
-    q_rows, kv_rows = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    hidden, inner = config.hidden, config.intermediate
-    linears = (
-        ("self_attn.q_proj", q_rows, hidden, config.attention_bias),
-        ("self_attn.k_proj", kv_rows, hidden, config.attention_bias),
-        ("self_attn.v_proj", kv_rows, hidden, config.attention_bias),
-        ("self_attn.o_proj", hidden, q_rows, config.output_bias),
-        ("mlp.gate_proj", inner, hidden, False),
-        ("mlp.up_proj", inner, hidden, False),
-        ("mlp.down_proj", hidden, inner, False),
-    )
-    norms = [("input_layernorm", hidden), ("post_attention_layernorm", hidden)]
-    norms += [(f"self_attn.{name}_norm", config.head_dim) for name in "qk"] if config.qk_norm else []
-    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
-    yield "model.norm.weight", (hidden,)
-    for prefix in (f"model.layers.{index}" for index in range(config.layers)):
-        yield from ((f"{prefix}.{name}.weight", (width,)) for name, width in norms)
-        yield from ((f"{prefix}.{name}.weight", (rows, inputs)) for name, rows, inputs, _ in linears)
-        yield from ((f"{prefix}.{name}.bias", (rows,)) for name, rows, _, biased in linears if biased)
+    yield "model.embed_tokens.weight", (config.vocab_size, config.hidden)
+    yield "model.norm.weight", (config.hidden,)
+    for index, layer in enumerate(config.layers):
+        prefix = f"model.layers.{index}"
+        yield from ((f"{prefix}.{name}.weight", (width,)) for name, width in layer.norm_widths(config.hidden).items())
+        for linear in layer.linears(config.hidden):
+            yield f"{prefix}.{linear.module}.weight", (linear.outputs, linear.inputs)
+            if linear.biased:
+                yield f"{prefix}.{linear.module}.bias", (linear.outputs,)
     if not config.tied:
-        yield "lm_head.weight", (config.vocab_size, hidden)
+        yield "lm_head.weight", (config.vocab_size, config.hidden)
 
 
 def expect_promised(directory: Path, config: ModelConfig) -> dict[str, TensorHeader]:

@@ -1,5 +1,6 @@
 """Base weights from safetensors files, checked, in the dtype that computes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,21 +10,9 @@ from torch import Tensor
 from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.models import weight_files
+from knapper.engine.models.blocks import AttentionBlock, GatedMlpBlock, LayerBlock, RmsNorm, Sites
 from knapper.engine.models.config import ModelConfig
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """One layer. Linears with the same input are fused, rows stacked: `qkv`, `gate_up`."""
-
-    input_norm: Tensor
-    qkv: FrozenLinear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    o: FrozenLinear
-    post_norm: Tensor
-    gate_up: FrozenLinear
-    down: FrozenLinear
+from knapper.engine.models.layer import GatedMlp, Layer, LinearShape, SelfAttention
 
 
 @dataclass(frozen=True)
@@ -31,17 +20,15 @@ class Weights:
     """Frozen, without gradients. `head` (V, H) equals `embed` when the model ties them."""
 
     embed: Tensor
-    layers: tuple[LayerWeights, ...]
-    norm: Tensor
+    layers: tuple[LayerBlock, ...]
+    norm: RmsNorm
     head: FrozenLinear
     tied: bool
 
     @property
     def nbytes(self) -> int:
         """Bytes of all matrices, a tied head once."""
-        linears = sum(
-            linear.nbytes for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
-        )
+        linears = sum(linear.nbytes for layer in self.layers for linear in layer.linears)
         return linears + self.embed.nbytes + (0 if self.tied else self.head.nbytes)
 
 
@@ -56,37 +43,67 @@ def load(
 
     Raises NotFound without weight files, BrokenModel when a tensor is missing, unexpected or of another shape.
     """
-    tensors = _Tensors(directory, config, torch.device(device))
-    exactness = exactness or Exactness()
+    loader = _Loader(config, _Tensors(directory, config, torch.device(device)), dtype, exactness or Exactness())
+    embed = loader.tensor("model.embed_tokens.weight")
+    layers = tuple(loader.layer(index, layer) for index, layer in enumerate(config.layers))
+    norm = loader.norm("model.norm")
+    head = FrozenLinear([embed], dtype, exactness=loader.exactness) if config.tied else loader.linear(["lm_head"])
+    return Weights(embed=embed, layers=layers, norm=norm, head=head, tied=config.tied)
 
-    def linear(*names: str, biased: bool = False) -> FrozenLinear:
-        weights = [tensors.take(f"{name}.weight") for name in names]
-        bias = torch.cat([tensors.take(f"{name}.bias") for name in names]).to(dtype) if biased else None
-        return FrozenLinear(weights, dtype, bias, exactness=exactness)
 
-    def norm(name: str) -> Tensor:
-        return tensors.take(f"{name}.weight").to(dtype)
+@dataclass(frozen=True)
+class _Loader:
+    """The blocks of a model's facts, of tensors by name."""
 
-    def layer(index: int) -> LayerWeights:
-        prefix = f"model.layers.{index}"
-        q, k, v, o = (f"{prefix}.self_attn.{name}_proj" for name in "qkvo")
-        gate, up, down = (f"{prefix}.mlp.{name}_proj" for name in ("gate", "up", "down"))
-        return LayerWeights(
-            input_norm=norm(f"{prefix}.input_layernorm"),
-            qkv=linear(q, k, v, biased=config.attention_bias),
-            q_norm=norm(f"{prefix}.self_attn.q_norm") if config.qk_norm else None,
-            k_norm=norm(f"{prefix}.self_attn.k_norm") if config.qk_norm else None,
-            o=linear(o, biased=config.output_bias),
-            post_norm=norm(f"{prefix}.post_attention_layernorm"),
-            gate_up=linear(gate, up),
-            down=linear(down),
+    config: ModelConfig
+    tensors: "_Tensors"
+    dtype: torch.dtype
+    exactness: Exactness
+
+    def tensor(self, name: str) -> Tensor:
+        return self.tensors.take(name).to(self.dtype)
+
+    def linear(self, modules: Sequence[str], *, biased: bool = False) -> FrozenLinear:
+        weights = [self.tensors.take(f"{module}.weight") for module in modules]
+        bias = torch.cat([self.tensors.take(f"{module}.bias") for module in modules]).to(self.dtype) if biased else None
+        return FrozenLinear(weights, self.dtype, bias, exactness=self.exactness)
+
+    def norm(self, module: str) -> RmsNorm:
+        rule, weight = self.config.norm, self.tensor(f"{module}.weight")
+        return RmsNorm(weight.float() + rule.offset if rule.wide else weight, self.config.rms_eps)
+
+    def layer(self, index: int, layer: Layer) -> LayerBlock:
+        names = layer.norms
+        return LayerBlock(
+            mixer=self._attention(index, layer.mixer),
+            mlp=self._mlp(index, layer.mlp),
+            mixer_input=self._norm(index, names.mixer_input),
+            mixer_output=self._norm(index, names.mixer_output),
+            mlp_input=self._norm(index, names.mlp_input),
+            mlp_output=self._norm(index, names.mlp_output),
+            residual_scale=layer.residual_scale,
         )
 
-    embed = tensors.take("model.embed_tokens.weight").to(dtype)
-    layers = tuple(layer(index) for index in range(config.layers))
-    last_norm = norm("model.norm")
-    head = FrozenLinear([embed], dtype, exactness=exactness) if config.tied else linear("lm_head")
-    return Weights(embed=embed, layers=layers, norm=last_norm, head=head, tied=config.tied)
+    def _norm(self, index: int, name: str | None) -> RmsNorm | None:
+        return None if name is None else self.norm(f"model.layers.{index}.{name}")
+
+    def _attention(self, index: int, facts: SelfAttention) -> AttentionBlock:
+        hidden = self.config.hidden
+        norms = [self.norm(f"model.layers.{index}.{name}") for name in facts.norms()]
+        q_norm, k_norm = norms or (None, None)
+        qkv, o = self._sites(index, facts.inputs(hidden)), self._sites(index, [facts.output(hidden)])
+        return AttentionBlock(facts, index, qkv, o, q_norm, k_norm)
+
+    def _mlp(self, index: int, facts: GatedMlp) -> GatedMlpBlock:
+        hidden = self.config.hidden
+        gate_up, down = self._sites(index, facts.inputs(hidden)), self._sites(index, [facts.output(hidden)])
+        return GatedMlpBlock(facts, gate_up, down)
+
+    def _sites(self, index: int, shapes: Sequence[LinearShape]) -> Sites:
+        """Linears of the same input as one, rows stacked."""
+        modules = [f"model.layers.{index}.{shape.module}" for shape in shapes]
+        names = tuple(f"layers.{index}.{shape.name}" for shape in shapes)
+        return Sites(names, self.linear(modules, biased=shapes[0].biased))
 
 
 class _Tensors:

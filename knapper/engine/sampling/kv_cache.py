@@ -10,8 +10,9 @@ layer of a pool is in memory twice.
 N rows, H heads, G key/value heads, D head elements, C capacity, Q queries a key/value head.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from knapper.engine.layers import batch_invariant_attention
 from knapper.engine.models.config import ModelConfig
+from knapper.engine.models.layer import ScoreRule
 from knapper.engine.transfer import to_device
 
 capacity_min = batch_invariant_attention.KEYS
@@ -44,7 +46,7 @@ def context_positions(config: ModelConfig) -> int:
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """`dtype` of the stored keys and values."""
-    return config.layers * 2 * config.kv_heads * config.head_dim * dtype.itemsize
+    return 2 * math.prod(config.kv_shape) * dtype.itemsize
 
 
 @dataclass(eq=False)
@@ -158,7 +160,7 @@ class Cache:
         self, config: ModelConfig, dtype: torch.dtype, device: torch.device, positions_max: int | None = None
     ) -> None:
         """`positions_max` of all sequences together; None: unlimited."""
-        self._shape = Shape(config.layers, config.kv_heads, config.head_dim, dtype, device)
+        self._shape = Shape(*config.kv_shape, dtype, device)
         self._pools: dict[int, Pool] = {}
         self._positions_max = positions_max
         context = context_positions(config)
@@ -221,12 +223,8 @@ class Cache:
         parts = []
         for pool in pools:
             at_N = to_device([slot.length for slot in pool.slots], self._shape.device)
-            masked = torch.arange(pool.capacity, device=self._shape.device) > at_N[:, None]
-            bias = torch.zeros(masked.shape, dtype=self._shape.dtype, device=self._shape.device).masked_fill_(
-                masked, -torch.inf
-            )
             rows_N = torch.arange(len(pool.slots), device=self._shape.device)
-            parts.append(PoolPart(pool, rows_N, at_N, bias[:, None, None, :]))
+            parts.append(PoolPart(pool, rows_N, at_N, self._shape.dtype))
         attention = Attention(parts)
         for slot in self.rows:
             slot.length += 1
@@ -304,7 +302,19 @@ class PoolPart:
     pool: Pool
     rows_N: Tensor
     at_N: Tensor  # the position that this step fills
-    bias_N11C: Tensor  # -inf past it
+    dtype: torch.dtype
+    _biases: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def bias_N11C(self, window: int | None) -> Tensor:
+        """-inf past the position, and before its window; made once for all layers of a window."""
+        if window not in self._biases:
+            key_C = torch.arange(self.pool.capacity, device=self.at_N.device)
+            masked = key_C > self.at_N[:, None]
+            if window is not None:
+                masked |= key_C <= self.at_N[:, None] - window
+            zeros = torch.zeros(masked.shape, dtype=self.dtype, device=self.at_N.device)
+            self._biases[window] = zeros.masked_fill_(masked, -torch.inf)[:, None, None, :]
+        return self._biases[window]
 
 
 class Attention:
@@ -315,22 +325,23 @@ class Attention:
         self._sizes = [len(part.pool.slots) for part in parts]
         self.positions_N = torch.cat([part.at_N for part in parts])
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: ScoreRule) -> Tensor:
         rows, _, head_dim = q_NHD.shape
         q_NGQD = q_NHD.reshape(rows, k_NGD.shape[1], -1, head_dim)
         if len(self._parts) == 1:
-            return self._part(layer, self._parts[0], q_NGQD, k_NGD, v_NGD).reshape(rows, -1)
+            return self._part(layer, self._parts[0], scores, q_NGQD, k_NGD, v_NGD).reshape(rows, -1)
         split = (x.split(self._sizes) for x in (q_NGQD, k_NGD, v_NGD))
-        outputs = [self._part(layer, part, *qkv) for part, *qkv in zip(self._parts, *split, strict=True)]
+        outputs = [self._part(layer, part, scores, *qkv) for part, *qkv in zip(self._parts, *split, strict=True)]
         return torch.cat(outputs).reshape(rows, -1)
 
     @staticmethod
-    def _part(layer: int, part: PoolPart, q_NGQD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+    def _part(layer: int, part: PoolPart, scores: ScoreRule, q_NGQD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
         keys, values = part.pool.layer(layer)
         keys[part.rows_N, :, part.at_N] = k_NGD
         values[part.rows_N, :, part.at_N] = v_NGD
-        if q_NGQD.device.type == "cpu":
-            return batch_invariant_attention.decoded(q_NGQD, keys, values, part.bias_N11C)  # bit-equal to training
-        scaled = q_NGQD * q_NGQD.shape[-1] ** -0.5
-        scores = torch.matmul(scaled, keys.transpose(-1, -2)).add_(part.bias_N11C)
-        return torch.matmul(scores.softmax(-1), values)
+        bias_N11C = part.bias_N11C(scores.window)
+        if q_NGQD.device.type == "cpu":  # bit-equal to training
+            return batch_invariant_attention.decoded(q_NGQD, keys, values, bias_N11C, scores)
+        products = torch.matmul(q_NGQD * scores.scale, keys.transpose(-1, -2))
+        capped = products if scores.cap is None else torch.tanh(products.float() / scores.cap) * scores.cap
+        return torch.matmul(capped.add_(bias_N11C).softmax(-1).to(values.dtype), values)

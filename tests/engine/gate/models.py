@@ -34,6 +34,15 @@ CONFIGS: Final[dict[str, dict[str, Any]]] = {
         },
         "tie_word_embeddings": True, "hidden_act": "silu", "eos_token_id": 128001,
     },
+    "Gemma-3-12B, text": {
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_size": 3840,
+        "num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256,
+        "intermediate_size": 15360, "vocab_size": 262208, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256,
+        "hidden_activation": "gelu_pytorch_tanh", "eos_token_id": 106,
+    },
 }  # fmt: skip
 REFUSED: Final[dict[str, dict[str, Any]]] = {
     "Gemma-3-12B": {

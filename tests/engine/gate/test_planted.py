@@ -14,6 +14,7 @@ from knapper.engine.layers.attention import ContinuedAttention
 from knapper.engine.layers.checkpointing import PassBytes
 from knapper.engine.models import preflight
 from knapper.engine.models.decode import NativeDecodeState
+from knapper.engine.models.layer import ScoreRule
 from knapper.engine.sampling import kv_cache, scheduler
 from knapper.settings import Settings
 from tests.engine.gate import checks
@@ -75,13 +76,15 @@ def test_a_budget_that_ignores_the_card(llama: Bench) -> None:
     expect_reference(llama)
 
 
-def _masked(self: ContinuedAttention, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+def _masked(
+    self: ContinuedAttention, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: ScoreRule
+) -> Tensor:
     """The rest of a text after its beginning, by a mask: no kernel takes it with grouped queries."""
     keys, values = self._past_kv[layer]
     q, k, v = (x.transpose(0, 1)[None] for x in (q_NHD, torch.cat([keys, k_NGD]), torch.cat([values, v_NGD])))
     tokens, total = q.shape[2], k.shape[2]
     mask = torch.ones(tokens, total, dtype=torch.bool, device=q.device).tril_(total - tokens)
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scores.scale, enable_gqa=True)
     return o[0].transpose(0, 1).reshape(tokens, -1)
 
 

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from knapper.engine.layers import checkpointing
 from knapper.engine.layers.checkpointing import PassBytes
+from knapper.engine.models.blocks import RmsNorm
 from knapper.engine.models.config import ModelConfig
 from knapper.engine.models.decoder import Decoder
+from knapper.engine.models.weights import Weights
 from knapper.engine.training.trainer import RunState, Trainer
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
 
@@ -28,8 +30,9 @@ def test_gradients_have_the_same_bits_however_many_layers_are_computed_again(
         assert np.array_equal(saved[layers][1], saved[2][1])
 
 
-def test_what_a_row_leaves_in_a_layer_is_what_is_reckoned_with(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path / "model")
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3", "glm4", "olmo3", "phi4", "granite", "mistral"])
+def test_what_a_row_leaves_in_a_layer_is_what_is_reckoned_with(tmp_path: Path, kind: str) -> None:
+    trainer = tiny_trainer(tmp_path / "model", kind)
     rows = 3 * 40
     whole, least = _saved(trainer, 2, rows), _saved(trainer, 0, rows)
     assert isinstance(trainer.decoder, Decoder)
@@ -73,8 +76,7 @@ def _saved(trainer: Trainer, layers: int, rows: int) -> int:
     """Bytes that the forward pass keeps for the backward pass, the model's own aside."""
     assert isinstance(trainer.decoder, Decoder)
     weights = trainer.decoder.weights
-    tensors = [one for layer in weights.layers for one in vars(layer).values() if isinstance(one, Tensor)]
-    own = {one.untyped_storage().data_ptr() for one in (*tensors, weights.embed, weights.norm)}
+    own = {one.untyped_storage().data_ptr() for one in (weights.embed, *_norms(weights))}
     saved: dict[int, int] = {}
     inside = 0
 
@@ -92,3 +94,8 @@ def _saved(trainer: Trainer, layers: int, rows: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, give):
         _step(trainer, layers, rows)
     return sum(saved.values())
+
+
+def _norms(weights: Weights) -> list[Tensor]:
+    within = [one for layer in weights.layers for block in (layer, layer.mixer) for one in vars(block).values()]
+    return [one.weight for one in (weights.norm, *within) if isinstance(one, RmsNorm)]

@@ -10,7 +10,7 @@ from knapper.engine.layers.lora import layout
 from knapper.engine.models.config import ModelConfig
 from knapper.errors import InvalidField
 from tests.engine.runs import spec
-from tests.engine.tiny import heads, hidden, inner, kv_heads, layers, tiny_model
+from tests.engine.tiny import hidden, inner, layers, tiny_model
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -44,7 +44,7 @@ def test_flags_choose_the_sites_in_the_documented_order(
 def test_shapes_follow_the_model_whose_heads_do_not_add_up_to_its_hidden_size(config: ModelConfig) -> None:
     adapter_layout = layout(config, spec(rank=3, train_unembed=True))
     lora = adapter_layout.lora(torch.zeros(adapter_layout.numel), 1.0)
-    q, kv = heads * config.head_dim, kv_heads * config.head_dim
+    q, kv = config.layers[0].mixer.q_width, config.layers[0].mixer.kv_width
     assert q != hidden
     wanted = {
         "q_proj": (hidden, q), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (q, hidden),

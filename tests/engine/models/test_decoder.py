@@ -16,8 +16,9 @@ from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_gathered import GatheredLora, Stack
 from knapper.engine.layers.lora_grouped import Segment, Segments, base
 from knapper.engine.models import weights
-from knapper.engine.models.config import ModelConfig, UnsupportedModel
+from knapper.engine.models.config import ModelConfig
 from knapper.engine.models.decoder import Decoder
+from knapper.engine.models.fields import UnsupportedModel
 from knapper.engine.models.weight_files import BrokenModel
 from knapper.engine.sampling.kv_cache import Cache, capacity_for
 from knapper.errors import NotFound
@@ -325,11 +326,13 @@ def test_wrong_weight_files_are_refused_by_name(tmp_path: Path) -> None:
     ("change", "complaint"),
     [
         (
-            {"model_type": "gemma3", "architectures": ["Gemma3ForCausalLM"]},
-            "Gemma3ForCausalLM.*llama, mistral, qwen2, qwen3",
+            {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]},
+            "Gemma3ForConditionalGeneration.*llama, mistral, .*qwen2, qwen3",
         ),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window 4096"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "dynamic"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "much"}}, "factor is 'much'"),
+        ({"rope_scaling": ["linear"]}, "rope_scaling is"),
+        ({"model_type": "qwen3", "layer_types": ["full_attention"], "use_sliding_window": True}, "layer_types is"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"vocab_size": 0}, "vocab_size is 0"),

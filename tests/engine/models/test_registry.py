@@ -10,25 +10,23 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from knapper.engine.layers.lora_grouped import base
-from knapper.engine.models import registry, transformers_loader, weight_files, weights
+from knapper.engine.models import weight_files, weights
 from knapper.engine.models.architecture import Architecture, never
-from knapper.engine.models.config import ModelConfig, UnsupportedModel, computed_by
+from knapper.engine.models.config import ModelConfig, computed_by
 from knapper.engine.models.decoder import Decoder
+from knapper.engine.models.fields import UnsupportedModel
 from knapper.engine.models.registry import ARCHITECTURES
+from tests.engine.models import page
 
 SIZES: Final[dict[str, Any]] = {
     "vocab_size": 90, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 64, "pad_token_id": 0, "sliding_window": None,
+    "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 64, "pad_token_id": 0, "sliding_window": 16,
 }  # fmt: skip
-
-
-OPTIONS: Final[dict[str, dict[str, Any]]] = {"smollm3": {"no_rope_layer_interval": 2}}  # else no layer differs
-DOCUMENT: Final = Path(__file__).parents[3] / "docs" / "models.md"
 
 
 def random_model(directory: Path, model_type: str, **options: Any) -> Path:
     """`directory`, now holding a model of this type as transformers makes it, no parameter of which is neutral."""
-    config = AutoConfig.for_model(model_type, **{**SIZES, **OPTIONS.get(model_type, {}), **options})
+    config = AutoConfig.for_model(model_type, **{**SIZES, **options})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # the library has no types here
@@ -43,7 +41,7 @@ def expect_same_logits(directory: Path) -> None:
     config = ModelConfig.read(directory)
     decoder = Decoder(config, weights.load(directory, config, torch.float32))
     tokens = torch.randint(config.vocab_size, (40,), generator=torch.Generator().manual_seed(1))
-    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         expected = reference(tokens[None]).logits[0]
         logits = decoder.logits(decoder.hidden(tokens, [40], []), base)
@@ -75,17 +73,15 @@ def test_an_architecture_of_the_same_kind_takes_one_row(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("model_type", "options", "reason"),
     [
-        ("mistral", {"sliding_window": 16}, "sliding_window 16"),
-        ("qwen2", {"sliding_window": 16}, ""),
-        ("qwen2", {"sliding_window": 16, "use_sliding_window": True}, "sliding_window 16"),
-        ("qwen3", {"sliding_window": None, "use_sliding_window": True}, ""),
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ("llama", {"hidden_act": "swish"}, ""),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers"),
         ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval 0"),
-        ("llama", {"mlp_bias": True}, "mlp_bias"),
-        ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ("qwen3", {"quantization_config": {"bits": 4}}, "quantized weights"),
+        ("llama", {"mlp_bias": True}, "llama with mlp_bias"),
+        ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ("qwen2", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ("llama", {"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "expected for all layers"),
+        ("qwen3", {"quantization_config": {"bits": 4}}, "qwen3 with quantized weights"),
     ],
 )
 def test_a_row_refuses_options_that_the_decoder_does_not_compute(
@@ -93,32 +89,24 @@ def test_a_row_refuses_options_that_the_decoder_does_not_compute(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **SIZES, **options}))
     if reason:
-        with pytest.raises(UnsupportedModel, match=f"{model_type} with {reason}"):
+        with pytest.raises(UnsupportedModel, match=reason):
             ModelConfig.read(tmp_path)
     else:
         assert ModelConfig.read(tmp_path).model_type == model_type
-
-
-def test_an_adapter_made_through_transformers_fits_the_native_layers(tmp_path: Path) -> None:
-    directory = random_model(tmp_path, "smollm3")
-    native = ModelConfig.read(directory)
-    foreign = transformers_loader.load(directory, torch.float32, torch.device("cpu")).config
-    assert native.without_positions == {1}
-    sites = [[(t.module, t.peft_target, t.inputs, t.outputs) for t in c.lora_targets] for c in (native, foreign)]
-    assert sites[0] == sites[1]
-    assert len(sites[0]) == 7 * native.layers + 1
 
 
 def test_a_silent_config_means_what_the_architecture_says(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "smollm3", **SIZES, "num_hidden_layers": 8}))
     config = ModelConfig.read(tmp_path)
     reference = AutoConfig.from_pretrained(tmp_path)
-    assert config.without_positions == {3, 7}
-    assert config.rope_theta == reference.rope_parameters["rope_theta"]
+    assert [index for index, layer in enumerate(config.layers) if layer.mixer.rope is None] == [3, 7]
+    rope = config.layers[0].mixer.rope
+    assert rope is not None
+    assert rope.theta == reference.rope_parameters["rope_theta"]
     assert config.tied == reference.tie_word_embeddings
 
 
-def test_the_document_lists_the_rows() -> None:
-    stated = DOCUMENT.read_text(encoding="utf-8")
-    assert registry.table() in stated, f"docs/models.md must hold this table:\n{registry.table()}"
+def test_the_document_has_the_tables_of_the_registry_and_of_these_tests() -> None:
+    stated = page.PAGE.read_text(encoding="utf-8")
+    assert page.written(stated) == stated, "python -m tests.engine.models.page writes it anew"
     assert {"llama", "mistral", "qwen2", "qwen3"} <= ARCHITECTURES.keys()

@@ -22,7 +22,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def config(tmp_path: Path) -> ModelConfig:
-    return replace(ModelConfig.read(tiny_model(tmp_path)), layers=6, context=1000)
+    config = ModelConfig.read(tiny_model(tmp_path))
+    return replace(config, layers=3 * config.layers, context=1000)
 
 
 def cache_of(config: ModelConfig, positions_max: int | None = None) -> Cache:
@@ -31,7 +32,8 @@ def cache_of(config: ModelConfig, positions_max: int | None = None) -> Cache:
 
 def random_kv(config: ModelConfig, length: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(config.layers, 2, length, config.kv_heads, config.head_dim, generator=generator)
+    layers, *heads = config.kv_shape
+    return torch.randn(layers, 2, length, *heads, generator=generator)
 
 
 class Held(TorchDispatchMode):
@@ -87,7 +89,7 @@ def test_bytes_are_counted_in_the_dtype_in_which_keys_and_values_are_kept(tmp_pa
 @torch.inference_mode()
 def test_sequences_move_and_leave_within_the_memory_and_keep_what_they_are(config: ModelConfig) -> None:
     """Seeded stories of sequences that begin, grow and leave, as full as reservations let them be."""
-    one_layer = bytes_per_token(config, torch.float32) // config.layers
+    one_layer = bytes_per_token(config, torch.float32) // len(config.layers)
     for seed in range(6):
         rng = np.random.default_rng(seed)
         positions_max = int(rng.choice([1024, 1500, 2048, 4096]))
@@ -111,15 +113,17 @@ def test_sequences_move_and_leave_within_the_memory_and_keep_what_they_are(confi
                 for slot, (kv, end, cost) in list(decode_state.items()):
                     grown = min(end, slot.length + jump, slot.pool.capacity)
                     more = random_kv(config, grown - slot.length, seed=step)
-                    for layer in range(config.layers):
+                    for layer in range(len(config.layers)):
                         slot.pool.layer(layer)[:, slot.index, :, slot.length : grown] = more[layer].transpose(1, 2)
                     decode_state[slot] = torch.cat([kv, more], dim=2), end, cost
                     slot.length = grown
                 for slot, (kv, _, _) in decode_state.items():
-                    read_back = torch.stack([slot.pool.read(layer, slot) for layer in range(config.layers)])
+                    read_back = torch.stack([slot.pool.read(layer, slot) for layer in range(len(config.layers))])
                     assert torch.equal(read_back, kv), f"seed {seed}, step {step}"
                 assert cache.tokens <= cache.allocated <= positions_max
-        assert held.peak <= (positions_max * config.layers + positions_max) * one_layer, "and one layer, while it grows"
+        assert held.peak <= (positions_max * len(config.layers) + positions_max) * one_layer, (
+            "and one layer, while it grows"
+        )
 
 
 def test_a_lone_text_grows_to_all_that_there_is(config: ModelConfig) -> None:
@@ -157,11 +161,11 @@ def test_wherever_a_move_breaks_others_are_as_they_were(config: ModelConfig, pos
                 cache.remove(slot)
                 lost += 1
                 continue
-            read_back = torch.stack([slot.pool.read(layer, slot) for layer in range(config.layers)])
+            read_back = torch.stack([slot.pool.read(layer, slot) for layer in range(len(config.layers))])
             assert torch.equal(read_back, kv), f"operator {number}"
         cache.reserve()
         again = cache.add(contents[0], 100)
         assert torch.equal(again.pool.read(0, again), contents[0][0])
         assert cache.rows.count(again) == 1
-    assert number > 4 * config.layers
+    assert number > 4 * len(config.layers)
     assert lost > 0

@@ -2,8 +2,14 @@
 
 from typing import Final
 
-from knapper.engine.models.architecture import Architecture, never, window
+from knapper.engine.models.architecture import Architecture, Windows, every_layer, never
 
 ARCHITECTURES: Final = (
-    Architecture("mistral", "Mistral 7B v0.2 and later", qkv_bias=never, output_bias=never, window=window),
+    Architecture(
+        "mistral",
+        "Mistral 7B and NeMo",
+        qkv_bias=never,
+        output_bias=never,
+        windows=Windows(every_layer, listed=False, size=4096),
+    ),
 )

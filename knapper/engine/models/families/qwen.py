@@ -2,9 +2,17 @@
 
 from typing import Final
 
-from knapper.engine.models.architecture import Architecture, always, never
+from knapper.engine.models.architecture import Architecture, Windows, always, never
+from knapper.engine.models.fields import Raw
+
+
+def _after_the_full_ones(raw: Raw, index: int) -> bool:
+    return index >= int(raw.get("max_window_layers", 28))
+
+
+_WINDOWS: Final = Windows(_after_the_full_ones, switched=True, size=4096)
 
 ARCHITECTURES: Final = (
-    Architecture("qwen2", "Qwen 2 and 2.5", qkv_bias=always, output_bias=never),
-    Architecture("qwen3", "Qwen 3, dense", qk_norm=True),
+    Architecture("qwen2", "Qwen 2 and 2.5", qkv_bias=always, output_bias=never, windows=_WINDOWS),
+    Architecture("qwen3", "Qwen 3, dense", qk_norm="head", windows=_WINDOWS, head_dim=128),
 )

@@ -2,23 +2,21 @@
 
 from typing import Final
 
-from knapper.engine.models.architecture import OPTIONS, Architecture, Raw
+from knapper.engine.models.architecture import OPTIONS, Architecture, Windows
+from knapper.engine.models.fields import Raw
+from knapper.engine.models.rotary import RopeRule
 
 
-def _without_positions(raw: Raw) -> frozenset[int]:
-    layers = raw["num_hidden_layers"]
+def _without_positions(raw: Raw, index: int) -> bool:
     rotates = raw.get("no_rope_layers")  # 1 for a layer that rotates, in spite of the name
     if rotates is None:
-        interval = raw.get("no_rope_layer_interval", 4)
-        rotates = [(index + 1) % interval for index in range(layers)]
-    return frozenset(index for index in range(layers) if not rotates[index])
+        return (index + 1) % int(raw.get("no_rope_layer_interval", 4)) == 0
+    return not rotates[index]
 
 
 def _unreadable_layers(raw: Raw) -> str:
     """Before the layers are taken from it."""
     layers, rotates = raw.get("num_hidden_layers"), raw.get("no_rope_layers")
-    if not isinstance(layers, int):
-        return f"num_hidden_layers {layers!r} (only a whole number)"
     if rotates is not None and not (isinstance(rotates, list) and len(rotates) == layers):
         return f"no_rope_layers {rotates!r} (only a list of {layers})"
     interval = raw.get("no_rope_layer_interval", 4)
@@ -31,7 +29,8 @@ ARCHITECTURES: Final = (
         "SmolLM3",
         refused=(*OPTIONS, _unreadable_layers),
         without_positions=_without_positions,
-        rope_theta=2000000.0,
+        windows=Windows(_without_positions, switched=True),
+        rope=RopeRule(theta=2000000.0),
         tied=True,
     ),
 )

@@ -1,0 +1,145 @@
+"""What a layer is made of: the facts from which its adapters' sites, its tensors and its memory follow. Loads no torch.
+
+A layer is a mixer of rows and an MLP, each between norms. Today: `SelfAttention` and `GatedMlp`. Another kind is
+a class here that lists its linears, and its computation in `blocks`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from knapper.engine.models.rotary import Rope
+
+Part = Literal["attention", "mlp", "unembed"]
+Activation = Literal["silu", "gelu_tanh"]
+QkNorm = Literal["head", "width"]
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A stored linear, (inputs) -> (outputs). `module`: its name within the layer, as transformers has it."""
+
+    module: str
+    inputs: int
+    outputs: int
+    part: Part
+    biased: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.module.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class ScoreRule:
+    """How keys are weighted: the softmax of `scale` q k, over the last `window` keys (the row's own is one; None: all).
+
+    `cap`: s becomes cap tanh(s / cap) before the softmax. Source: Gemma 2, arXiv 2408.00118, section 2.
+    """
+
+    scale: float
+    window: int | None = None
+    cap: float | None = None
+
+
+@dataclass(frozen=True)
+class SelfAttention:
+    """Causal attention. `rope`: None leaves queries and keys unrotated. `qk_norm`: an RMS norm of queries and keys
+    before rotation, by head or over all heads at once. `fused`: the file has q, k and v as one linear, with one
+    adapter.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scores: ScoreRule
+    rope: Rope | None
+    qk_norm: QkNorm | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    fused: bool = False
+
+    @property
+    def q_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    def inputs(self, hidden: int) -> tuple[LinearShape, ...]:
+        """The linears that make queries, keys and values, in this order."""
+        q, kv = self.q_width, self.kv_width
+        widths = {"qkv_proj": q + 2 * kv} if self.fused else {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        return tuple(
+            LinearShape(f"self_attn.{name}", hidden, width, "attention", self.qkv_bias)
+            for name, width in widths.items()
+        )
+
+    def output(self, hidden: int) -> LinearShape:
+        return LinearShape("self_attn.o_proj", self.q_width, hidden, "attention", self.output_bias)
+
+    def linears(self, hidden: int) -> tuple[LinearShape, ...]:
+        """All, in the order of transformers' modules, which adapters keep: Phi-3's has the output first."""
+        inputs, output = self.inputs(hidden), self.output(hidden)
+        return (output, *inputs) if self.fused else (*inputs, output)
+
+    def norms(self) -> dict[str, int]:
+        """Name and width of the norms within it."""
+        if self.qk_norm is None:
+            return {}
+        widths = (self.head_dim, self.head_dim) if self.qk_norm == "head" else (self.q_width, self.kv_width)
+        return {"self_attn.q_norm": widths[0], "self_attn.k_norm": widths[1]}
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """down(activation(gate(x)) up(x)), arXiv 2002.05202. `fused`: the file has gate and up as one linear."""
+
+    width: int
+    activation: Activation = "silu"
+    fused: bool = False
+
+    def inputs(self, hidden: int) -> tuple[LinearShape, ...]:
+        """The linears that make gate and up, in this order."""
+        widths = {"gate_up_proj": 2 * self.width} if self.fused else {"gate_proj": self.width, "up_proj": self.width}
+        return tuple(LinearShape(f"mlp.{name}", hidden, width, "mlp") for name, width in widths.items())
+
+    def output(self, hidden: int) -> LinearShape:
+        return LinearShape("mlp.down_proj", self.width, hidden, "mlp")
+
+    def linears(self, hidden: int) -> tuple[LinearShape, ...]:
+        return (*self.inputs(hidden), self.output(hidden))
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Names of a layer's norms, of the input and of the output of its mixer and its MLP; None where there is none."""
+
+    mixer_input: str | None
+    mixer_output: str | None
+    mlp_input: str | None
+    mlp_output: str | None
+
+    def __iter__(self) -> Iterator[str]:
+        names = (self.mixer_input, self.mixer_output, self.mlp_input, self.mlp_output)
+        return (name for name in names if name is not None)
+
+
+PRE_NORMS: Final = Norms("input_layernorm", None, "post_attention_layernorm", None)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """x + r mixer(x), then x + r mlp(x), with `residual_scale` r."""
+
+    mixer: SelfAttention
+    mlp: GatedMlp
+    norms: Norms = PRE_NORMS
+    residual_scale: float = 1.0
+
+    def linears(self, hidden: int) -> tuple[LinearShape, ...]:
+        return (*self.mixer.linears(hidden), *self.mlp.linears(hidden))
+
+    def norm_widths(self, hidden: int) -> dict[str, int]:
+        return {**dict.fromkeys(self.norms, hidden), **self.mixer.norms()}

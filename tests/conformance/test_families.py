@@ -1,0 +1,64 @@
+"""A model with windows, two rotary bases and norms on both sides, through the whole stack: Gemma 3, natively."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tinker
+import torch
+from peft import PeftModel
+from tinker import types
+from transformers import AutoModelForCausalLM
+
+from tests.conformance import data
+from tests.conformance.conftest import exported
+from tests.conformance.data import CE
+from tests.conformance.server import Server
+from tests.engine.strange import strange_model
+
+ADAM = types.AdamParams(learning_rate=1e-2)
+LENGTHS = (40, 90, 17)  # its window is of 16 tokens
+
+
+def step(client: tinker.TrainingClient, n: int) -> list[bytes]:
+    """One step of a run; the bits of its log-probabilities before it."""
+    passed = client.forward_backward(data.batch(np.random.default_rng(n), LENGTHS), CE)
+    client.optim_step(ADAM).result()
+    return data.bits(passed.result())
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+def test_gemma_3_trains_survives_a_kill_samples_what_it_trained_and_loads_in_peft(tmp_path: Path) -> None:
+    model = strange_model(tmp_path / "gemma", "gemma3")
+    with (
+        Server.start(model, tmp_path / "data", dtype="float32") as server,
+        tinker.ServiceClient(base_url=server.url, api_key="tml-local") as service,
+    ):
+        calm, killed = (service.create_lora_training_client(str(model), rank=4, seed=1).result() for _ in range(2))
+        undisturbed = [step(calm, n) for n in range(3)]
+        assert re.search(r"computed_by='?native", server.log())
+        assert step(killed, 0) == undisturbed[0]
+        server.kill()
+        server.up()
+        assert [step(killed, n) for n in (1, 2)] == undisturbed[1:]
+
+        prompt = data.tokens(np.random.default_rng(7), 30)
+        path = killed.save_weights_for_sampler("trained").result().path
+        sampler = service.create_sampling_client(model_path=path).result()
+        params = types.SamplingParams(max_tokens=25, seed=3, stop=[])
+        [drawn] = sampler.sample(types.ModelInput.from_ints(prompt), 1, params).result().sequences
+        text = data.weighted([*prompt, *drawn.tokens])
+        [forward] = data.logprobs(killed.forward([text], CE).result())
+        assert drawn.logprobs is not None
+        np.testing.assert_allclose(drawn.logprobs, forward[len(prompt) - 1 :], atol=1e-5, rtol=0)
+
+        directory = exported(server, path, tmp_path / "adapter")
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+        tokens = torch.tensor([[*prompt, *drawn.tokens]])
+        with torch.no_grad():
+            rows = PeftModel.from_pretrained(base, directory)(input_ids=tokens).logits[0].log_softmax(-1)
+        wanted = rows[:-1].gather(1, tokens[0, 1:, None])[:, 0].numpy()
+        np.testing.assert_allclose(forward, wanted, atol=1e-5, rtol=1e-5)
+        assert "Traceback" not in server.log()
