@@ -103,6 +103,10 @@ COLD_START = Part(
     Path("out/cold_start.json"), DOCS / "performance.md",
     "<!-- cold starts: written by make bench-page -->", "<!-- end of the cold starts -->", tables,
 )  # fmt: skip
+FAR_STORE = Part(
+    Path("out/far_store.json"), DOCS / "performance.md",
+    "<!-- far store: written by make bench-page -->", "<!-- end of the far store -->", tables,
+)  # fmt: skip
 BEFORE = Part(
     Path("out/before.json"), DOCS / "performance.md",
     "<!-- before and now: written by make bench-page -->", "<!-- end of before and now -->", before_and_now,
@@ -144,7 +148,7 @@ def _cell(text: str) -> str:
 
 
 def main() -> None:
-    for part in (FIGURES, COLD_START, BEFORE, BACKENDS, AGREEMENT):
+    for part in (FIGURES, COLD_START, FAR_STORE, BEFORE, BACKENDS, AGREEMENT):
         if not part.stored.exists():
             print(f"{part.page} keeps what it has: there is no {part.stored}")
             continue

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +45,7 @@ from knapper.state.sessions import Sampler, Session
 from knapper.store import Store
 from knapper.store.memory import MemoryStore
 from tests.sim.ledger import SIZE, LedgerMachine
-from tests.sim.world import World, WorldStore, pause
+from tests.sim.world import Process, Thread, World, WorldStore, pause
 from tests.store.faulty import FaultyStore, Rates
 
 RUN = RunId("ses-" + "0" * 32 + ":train:0")
@@ -162,6 +163,7 @@ class History:
     run_class: type[Run[Any]] = Run
     rates: Rates | None = None  # of the store's own faults, which never end
     steady: bool = True  # the clock goes on as it should
+    observed: bool = True  # every object is seen as it is created, as none is where the power is cut in the middle
     back_off: int = 0  # pauses of the client, at times, before it repeats what failed
     memory: Store = field(default_factory=MemoryStore)  # where the run lies, seen from outside the world
     world: World = field(init=False)
@@ -171,6 +173,8 @@ class History:
     collected: int = 0  # looks that found something to delete
     deletions: int = 0  # objects
     takeovers: int = 0  # claims that were completed
+    published: set[int] = field(default_factory=set)  # operations whose results a holder has told
+    lost_ahead: Counter[int] = field(default_factory=Counter)  # holders that died or were fenced, by results ahead
 
     def __post_init__(self) -> None:
         self.world = World(self.seed, faults=self.faults)
@@ -187,6 +191,9 @@ class History:
         self._claims = itertools.count()
         self._fights = 0  # claims that ended another, since the newest commit
         self._epoch = 0  # the highest whose claim was complete
+        self._durable = -1  # the newest operation that has a result
+        self._at_work: dict[str, Run[Any]] = {}  # by process
+        self.world.died = self._note_end
 
     def carry_out(self) -> None:
         world = self.world
@@ -197,7 +204,8 @@ class History:
             world.add(f"holder{n}", self._holder)
         for n in range(2):
             world.add(f"collector{n}", self._collector)
-        world.run(lambda: len(self.seen) == len(self.acked) == len(self.plan) + 1)
+        with world:
+            world.run(lambda: len(self.seen) == len(self.acked) == len(self.plan) + 1)
 
     # -- the client and its gateways -------------------------------------------------------------------------------
 
@@ -242,8 +250,10 @@ class History:
 
     def _see(self, seq: int, result: Result) -> None:
         self.seen.add(seq)
-        if result.body == GONE:
-            return
+        if result.body != GONE:
+            self._expect_same(seq, result)
+
+    def _expect_same(self, seq: int, result: Result) -> None:
         known = self.answers.setdefault(seq, result.body)
         assert known == result.body, f"seed {self.seed}: operation {seq} has two answers: {known!r}, {result.body!r}"
 
@@ -251,13 +261,19 @@ class History:
 
     async def _holder(self) -> None:
         draw = self.world.draw
+        assert self.world.turn is not None
+        process = self.world.turn
+        self._at_work.pop(process.name, None)
         try:
             name = f"pod-{next(self._claims)}"
             await self._expect_free(name)
             holder = Holder(f"{name}/1", f"http://{name}", TERMS)
-            run = await self.run_class.claim(self.store, RUN, self.machine, holder, self.world.clock)
+            run = await self.run_class.claim(
+                self.store, RUN, self.machine, holder, self.world.clock, spawn=self.world.spawn
+            )
             self._epoch = max(self._epoch, run.epoch)
             self.takeovers += 1
+            self._at_work[process.name] = run
             for _ in range(draw.randrange(1, 60)):
                 await self._work(run)
                 await pause()
@@ -265,6 +281,7 @@ class History:
             for _ in range(draw.randrange(50)):
                 await pause()
         except Fenced:
+            self._note_end(process)
             self._fights = min(self._fights + 1, 6)
             for _ in range(draw.randrange(100 * 2**self._fights)):  # who rings backs off while nothing comes of it
                 await pause()
@@ -283,20 +300,63 @@ class History:
 
     async def _work(self, run: Run[Any]) -> None:
         draw = self.world.draw
-        turns, most = itertools.count(), draw.randrange(1, 6)
+        turns, most = itertools.count(), draw.randrange(1, 12)
+        beside: list[Thread[None]] = []
+
+        async def publish(n: int, commit: Commit) -> None:
+            await self._publish(n, commit)
+            if not beside and (run.wants_snapshot or draw.random() < 0.05):
+                beside.append(self.world.spawn(self._snapshot(run)))
+
         try:
-            await run.apply_pending(lambda: next(turns) >= most, _nothing)
+            await run.apply_pending(lambda: next(turns) >= most, publish)
+            for snapshot in beside:
+                await snapshot
             if run.wants_snapshot or draw.random() < 0.05:
-                await run.snapshot()
-                await journal.snapshots(self.store, RUN, run.manifest)
+                await self._snapshot(run)
         except StoreError:
+            for snapshot in beside:
+                await snapshot
             if draw.random() < 0.5:  # half of the time the same claim goes on
                 raise
 
+    async def _snapshot(self, run: Run[Any]) -> None:
+        await run.snapshot()
+        await journal.snapshots(self.store, RUN, run.manifest)
+
+    def _note_end(self, process: Process) -> None:
+        if (run := self._at_work.pop(process.name, None)) is not None:
+            self.lost_ahead[run.ahead] += 1
+
+    async def _publish(self, n: int, commit: Commit) -> None:
+        """Invariant 1: a result is told only once its commit is stored."""
+        stored = asyncio.run(self.sound.memory.get(layout.commit(RUN, n)))
+        assert stored is None or stored == encode(commit), f"seed {self.seed}: record {n} was published as another"
+        assert not self.observed or commit.results[-1].seq <= self._durable, (
+            f"seed {self.seed}: record {n} was published before it was stored"
+        )
+        for result in commit.results:
+            self.published.add(result.seq)
+            self._expect_same(result.seq, result)
+
     def _created(self, name: str, data: bytes) -> None:
-        """Invariant 4: once a claim is complete, no earlier one can write a commit."""
+        """Invariant 4: once a claim is complete, no earlier one can write a commit. Invariant 3: commits are in order.
+
+        And a save names nothing before the operations that made its state are durable.
+        """
+        if name.startswith(("checkpoints/", "samplers/")):
+            is_checkpoint = name.startswith("checkpoints/")
+            saved = decode(data, Checkpoint, name) if is_checkpoint else decode(data, Sampler, name)
+            assert not self.observed or saved.seq <= self._durable + 1, (
+                f"seed {self.seed}: {name} was named before its state is durable"
+            )
         if name.startswith(layout.commits(RUN)):
             commit = decode(data, Commit, name)
+            for result in commit.results:
+                assert not self.observed or result.seq == self._durable + 1, (
+                    f"seed {self.seed}: {name} has the result of {result.seq}"
+                )
+                self._durable = result.seq
             self._fights = 0 if commit.results else self._fights
             assert not commit.results or commit.epoch >= self._epoch, (
                 f"seed {self.seed}: a claim of epoch {commit.epoch} wrote {name} after epoch {self._epoch} was complete"
@@ -392,7 +452,13 @@ class History:
             assert data is not None
             answered += [result.seq for result in decode(data, Commit, name).results]
         assert answered, f"seed {self.seed}: no answer is left, and recoveries may replay the newest"
-        assert answered == list(range(answered[0], len(self.plan) + 1)), f"seed {self.seed}: answered {answered}"
+        assert answered == sorted(set(answered)), f"seed {self.seed}: answered {answered}"
+        newest = await _newest(memory)
+        assert newest is not None
+        # Of older ones some may have gone before others: a listing that lagged did not show these to the collector.
+        first = newest.snapshot_before_seq + 1 if newest.snapshot_before else answered[0]
+        recent = [seq for seq in answered if seq >= first]
+        assert recent == list(range(first, len(self.plan) + 1)), f"seed {self.seed}: answered {answered}"
         for name in await memory.list(layout.operations(RUN)):
             data = await memory.get(name)
             assert data is not None

@@ -88,6 +88,7 @@ class OnDisk:
             faults=self.faults,
             memory=self.local,
             back_off=40,
+            observed=False,
         )
         self.history.world.kill_rate = self.history.world.error_rate = 0.005  # most die inside of store calls
         self.disk.before_sync = self._before_sync
@@ -135,7 +136,7 @@ class OnDisk:
         for seq in sorted(self.history.acked):
             there = await store.get(layout.operation(RUN, seq)) is not None
             assert there or await results.find(RUN, seq) is not None, f"{where}: operation {seq} was acknowledged"
-        for seq in sorted(self.history.seen):
+        for seq in sorted(self.history.seen | self.history.published):
             result = await results.find(RUN, seq)
             assert result is not None, f"{where}: the answer of operation {seq} was seen"
         try:

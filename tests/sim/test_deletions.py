@@ -40,9 +40,10 @@ class Deletion(History):
             world.add(f"holder{n}", self._holder)
         for n in range(2):
             world.add(f"collector{n}", self._collector)
-        world.run(lambda: self.done)
-        before = world.steps
-        world.run(lambda: world.steps > before + 4000)  # sleeping processes wake up and go on
+        with world:
+            world.run(lambda: self.done)
+            before = world.steps
+            world.run(lambda: world.steps > before + 4000)  # sleeping processes wake up and go on
 
     async def _client(self) -> None:
         await self._until_acked(lambda a: a.create(CREATION, b"create"), 0)

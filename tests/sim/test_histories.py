@@ -20,6 +20,7 @@ from knapper.ids import RunId
 from knapper.state.gc import journal
 from knapper.state.gc.lookups import SharedLookups
 from knapper.state.gc.session import Visit
+from knapper.state.journal.outbox import Outbox, Point, Publish
 from knapper.state.journal.records import Commit, Manifest, Result
 from knapper.state.journal.run import Run
 from knapper.store import Store
@@ -34,17 +35,21 @@ RATES = Rates.everywhere(0.003)
 def test_kills_at_any_store_call_lose_and_double_nothing(kills_min: int) -> None:
     kills = errors = collected = deletions = takeovers = seed = 0
     met: Counter[str] = Counter()
+    ahead: Counter[int] = Counter()
     while kills < kills_min:
         history = played(seed, faults=50, rates=RATES)
         kills, errors, seed = kills + history.world.kills, errors + history.world.errors, seed + 1
         collected, deletions = collected + history.collected, deletions + history.deletions
         takeovers, met = takeovers + history.takeovers, met + history.faulty.injected
+        ahead += history.lost_ahead
     print(
         f"\n{seed} histories, {kills} kills, {takeovers} claims, {deletions} objects collected in {collected} "
         f"looks between them, {errors} failed calls, "
         f"faults of the store {dict(met)}: all states and answers as undisturbed"
     )
+    print(f"holders that died or were fenced with 0, 1, ... results ahead of their commits: {sorted(ahead.items())}")
     assert collected > seed / 2
+    assert all(ahead[n] > kills / 500 for n in range(4)), ahead
     assert all(met[name] > kills / 500 for name in RATES.__dataclass_fields__), met
 
 
@@ -52,13 +57,6 @@ class WithoutFence(Run[Any]):
     """Claims, and does not shut earlier holders out."""
 
     async def _fence(self) -> None:
-        return None
-
-
-class WithoutRollback(Run[Any]):
-    """Keeps in memory what it applied and could not commit."""
-
-    def _roll_back(self) -> None:
         return None
 
 
@@ -72,9 +70,71 @@ def red(seeds: int, run_class: type[Run[Any]] = Run) -> str:
     return ""
 
 
-@pytest.mark.parametrize("broken", [WithoutFence, WithoutRollback])
-def test_the_histories_turn_red_when_a_guard_is_taken_out(broken: type[Run[Any]]) -> None:
-    assert red(100, broken)
+def test_the_histories_turn_red_without_the_fence() -> None:
+    assert red(100, WithoutFence)
+
+
+class Early(Outbox[Any]):
+    """Tells of a commit before it is stored."""
+
+    async def _store(self, storing: Any) -> None:
+        await self._publish(storing.n, storing.commit)
+        await super()._store(storing)
+
+
+class Forgetful(Outbox[Any]):
+    """Keeps in memory what it applied, and drops its results if they could not be stored."""
+
+    async def open(self, publish: Publish) -> None:
+        if self._error is not None:
+            self._storing = None
+        await super().open(publish)
+
+
+class Repetitive(Outbox[Any]):
+    """Stores results again in the next slot if it does not know whether it has stored them."""
+
+    async def open(self, publish: Publish) -> None:
+        if self._error is not None and self._storing is not None:
+            self._storing = replace(self._storing, n=self._storing.n + 1)
+        await super().open(publish)
+
+
+class Hasty(Outbox[Any]):
+    """Stores the next commit beside the one before it."""
+
+    def _store_next(self) -> None:
+        if self._error is None and self._due and self._results:
+            beside = self._storing
+            self._storing = self._cut()
+            if beside is not None:
+                self._storing = replace(self._storing, n=beside.n + 1)
+            self._task = self._spawn(self._store(self._storing))
+
+
+class Vain(Outbox[Any]):
+    """Takes for durable what is only applied."""
+
+    def add(self, result: Result, device_s: float, after: Point[Any]) -> None:
+        super().add(result, device_s, after)
+        self.durable = after
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (Early, "was published before it was stored"),
+        (Forgetful, "has the result of"),
+        (Repetitive, "has the result of|no end"),
+        (Hasty, "has the result of|is missing"),
+        (Vain, "no end"),  # no claim can recover from what it stored
+    ],
+)
+def test_the_histories_turn_red_when_results_leave_otherwise_than_in_order(
+    broken: type[Outbox[Any]], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("knapper.state.journal.run.Outbox", broken)
+    assert re.search(says, red(100)), "no history noticed"
 
 
 _snapshots, _records, _commit = journal.snapshots, journal.records, journal._commit
@@ -110,7 +170,7 @@ async def no_name_is_read(_self: Visit) -> None:
 @pytest.mark.parametrize(
     ("broken", "says"),
     [
-        ({"journal.snapshots": keeps_one_snapshot}, "is the spare"),
+        ({"journal.snapshots": keeps_one_snapshot}, "is the spare|has no index"),
         ({"journal._is_dead": lambda _prefix, _manifest: True}, "its holder is storing it|recoveries start from it"),
         ({"journal.records": goes_up_to_the_newest}, "recoveries may replay"),
         ({"journal._commit": takes_fences_for_answers}, "is a fence"),

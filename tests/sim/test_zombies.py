@@ -8,7 +8,7 @@ import random
 import sys
 from collections.abc import Coroutine
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -23,30 +23,18 @@ from knapper.state.journal.results import GONE, Results
 from knapper.state.journal.run import Run
 from tests.sim.history import CREATION, RUN, SESSION, TERMS, Step, Truth, digest_of, make_plan, send, undisturbed
 from tests.sim.ledger import LedgerMachine
-from tests.sim.world import World, WorldStore
+from tests.sim.world import Thread, Threads, World, WorldStore
 
 TRIALS = 500
 _PLANS = 40
+T = TypeVar("T")
 _KEEP = Retention(results_s=1.0, samplers_s=1.0, orphans_s=1.0, finished_s=1e9, records_s=1e9)
-
-
-Story = Coroutine[Any, Any, Any]
 
 
 @cache
 def truth_of(plan: int) -> tuple[list[Step], Truth]:
     steps = make_plan(plan, length=10 + plan % 8)
     return steps, undisturbed(steps, LedgerMachine())
-
-
-def drive(story: Story, turns: int = 10**6) -> bool:
-    """Let it go on for so many turns, each from one store call to the next; False once it has ended."""
-    try:
-        for _ in range(turns):
-            story.send(None)
-    except StopIteration:
-        return False
-    return True
 
 
 class Trial:
@@ -67,26 +55,38 @@ class Trial:
     def play(self) -> None:
         """Raises AssertionError, which names the trial."""
         half = self.draw.randrange(1, len(self.plan))
-        drive(self._send(CREATION, self.plan[:half]))
-        before, zombie = self._worker("before"), self._worker("zombie")
+        self._drive(self._send(CREATION, self.plan[:half]))
+        before, zombie = (Threads(self._worker(name), self.draw) for name in ("before", "zombie"))
         try:
             self._play(half, before, zombie)
         finally:
-            before.close()
-            zombie.close()
+            before.kill()
+            zombie.kill()
         asyncio.run(self._judge())
 
-    def _play(self, half: int, before: Story, zombie: Story) -> None:
-        drive(before, self.draw.choice((0, 100)))
-        self.asleep = drive(zombie, self.draw.randrange(self.draw.choice((40, 400))))
-        drive(self._send(None, self.plan[half:]))
-        drive(before, self.draw.choice((0, 100, 300)))  # while the zombie sleeps in its claim, it goes on
+    def _play(self, half: int, before: Threads, zombie: Threads) -> None:
+        self._go_on(before, self.draw.choice((0, 100)))
+        self.asleep = self._go_on(zombie, self.draw.randrange(self.draw.choice((40, 400))))
+        self._drive(self._send(None, self.plan[half:]))
+        self._go_on(before, self.draw.choice((0, 100, 300)))  # while the zombie sleeps in its claim, it goes on
         for pod in range(2):
-            drive(self._successor(pod, last=pod == 1))
+            self._drive(self._successor(pod, last=pod == 1))
             if self.draw.random() < 0.5:
-                drive(self._collect())
+                self._drive(self._collect())
         assert self.asleep, f"trial {self.number}: it ended before it slept"
-        drive(zombie)
+        self._go_on(zombie)
+
+    def _drive(self, story: Coroutine[Any, Any, None]) -> None:
+        """All of it."""
+        self._go_on(Threads(story, self.draw))
+
+    def _go_on(self, process: Threads, turns: int = 10**6) -> bool:
+        """For so many turns, each from one store call to the next; False once it has ended."""
+        self._turn = process
+        return all(process.go_on(process.next()) for _ in range(turns))
+
+    def _spawn(self, work: Coroutine[Any, Any, T], /) -> Thread[T]:
+        return self._turn.spawn(work)
 
     async def _send(self, creation: Any, steps: list[Step]) -> None:
         if creation is not None:
@@ -96,7 +96,7 @@ class Trial:
 
     async def _claim(self, name: str) -> Run[Any]:
         holder = Holder(name, "", TERMS)
-        run = await self._run_class.claim(self.store, RUN, LedgerMachine(), holder, lambda: 0.0)
+        run = await self._run_class.claim(self.store, RUN, LedgerMachine(), holder, lambda: 0.0, spawn=self._spawn)
         assert not self.voids, (
             f"trial {self.number}: {name} took {self.voids}, of old, and thinks that it holds the run"
         )

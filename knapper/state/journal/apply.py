@@ -1,20 +1,23 @@
 """Applies one operation: a step of the machine, with the files that it loads and exports."""
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, Generic
 
 import msgspec
 
-from knapper.errors import KnapperError, OutOfMemory, Unavailable, UserError, damaged
+from knapper.errors import KnapperError, OutOfMemory, Unavailable, UserError
 from knapper.ids import RunId
-from knapper.state import layout
 from knapper.state.journal import bundles
 from knapper.state.journal.exports import Saves
 from knapper.state.journal.machine import Files, Machine, Outcome, State
-from knapper.state.journal.records import SAVES, Creation, Operation, Result, decode
+from knapper.state.journal.records import SAVES, Creation, Operation, Result
 from knapper.store import Store
 
 _ATTEMPTS_MAX: Final = 3  # of an operation that fails by a defect of the server; then its result is that error
+
+
+Earlier = Callable[[], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -25,18 +28,6 @@ class Applied(Generic[State]):
     outcome: Outcome[State] | None = None
 
 
-async def read_operation(store: Store, run: RunId, seq: int) -> Operation | None:
-    """The operation, or None if the store has none of this number. Raises Corrupt."""
-    name = layout.operation(run, seq)
-    data = await store.get(name)
-    if data is None:
-        return None
-    operation = decode(data, Operation, name)
-    if (operation.run, operation.seq) != (run, seq):
-        raise damaged(name, f"fields run and seq say that it is operation {operation.seq} of {operation.run}")
-    return operation
-
-
 class Applier(Generic[State]):
     """Applies the operations of one claim. It holds no state of the run, only how often an operation has failed."""
 
@@ -45,12 +36,15 @@ class Applier(Generic[State]):
         self._machine, self._saves = machine, saves
         self._failed = (-1, 0)  # (operation, how often it failed by a defect)
 
-    async def apply(self, operation: Operation, state: State | None, epoch: int) -> Applied[State]:
-        """Raises Unavailable, or another error that is not the user's: nothing has changed, and a retry is safe."""
+    async def apply(self, operation: Operation, state: State | None, epoch: int, earlier: Earlier) -> Applied[State]:
+        """Raises Unavailable, or another error that is not the user's: nothing has changed, and a retry is safe.
+
+        `earlier` returns once the results of all earlier operations are durable: a save names nothing before.
+        """
         if operation.kind == "tombstone":
             return Applied(_failure(operation, operation.error, "user"))
         try:
-            return await self._succeed(operation, state, epoch)
+            return await self._succeed(operation, state, epoch, earlier)
         except OutOfMemory as error:  # other runs may free some in a moment
             return Applied(self._given_up(operation, error, f": {error}", "user"))
         except UserError as error:
@@ -69,7 +63,7 @@ class Applier(Generic[State]):
             raise Unavailable(f"operation {operation.seq} of {self._run} failed: {error!r}") from error
         return _failure(operation, f"operation {operation.seq} failed {times} times{why}", category)
 
-    async def _succeed(self, operation: Operation, state: State | None, epoch: int) -> Applied[State]:
+    async def _succeed(self, operation: Operation, state: State | None, epoch: int, earlier: Earlier) -> Applied[State]:
         source = await self._saves.source(operation, self._creation.spec) if operation.kind == "load_weights" else ""
         if operation.kind in SAVES:
             await self._saves.check(operation)
@@ -78,7 +72,10 @@ class Applier(Generic[State]):
         outcome = await self.step(operation, state, source)
         body = outcome.body
         if outcome.export:
-            body = await self._saves.store_export(operation, self._creation.spec, epoch, outcome.export, outcome.step)
+            spec = self._creation.spec
+            export = await self._saves.store(operation, spec, epoch, outcome.export, outcome.step)
+            await earlier()  # by now a process that lost its claim knows it, and names nothing
+            body = await self._saves.name(operation, spec, export)
         result = Result(
             seq=operation.seq, sha256=operation.sha256, content_type=outcome.content_type, body=body, source=source
         )

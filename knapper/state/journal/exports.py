@@ -1,6 +1,7 @@
 """Saves and loads: an export becomes a checkpoint or a sampler, a path becomes the bundle to load."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import msgspec
 
@@ -16,6 +17,14 @@ from knapper.state.sessions import Sampler, Samplers
 from knapper.store import Store
 from knapper.wire import requests
 from knapper.wire.encryption import expect_recipients
+
+
+@dataclass(frozen=True)
+class Export:
+    """The files of a save, as they are stored; `size` in bytes."""
+
+    bundle: str
+    size: int
 
 
 class Saves:
@@ -64,15 +73,15 @@ class Saves:
         elif request.sampling_session_seq_id is None:
             raise InvalidField("path", None, "a name, or sampling_session_seq_id for an unnamed snapshot")
 
-    async def store_export(self, operation: Operation, spec: Spec, epoch: int, files: Files, step: int = -1) -> bytes:
-        """Store the files under the name in the request; return the result. Raises UserError if the name is taken.
-
-        `step`: optimizer steps in the weights; -1: not known.
-        """
-        run = RunId(operation.run)
-        bundle = layout.export(run, operation.seq, epoch)
+    async def store(self, operation: Operation, spec: Spec, epoch: int, files: Files, step: int = -1) -> Export:
+        """Store the files, which nothing leads to yet. `step`: optimizer steps in the weights; -1: not known."""
+        bundle = layout.export(RunId(operation.run), operation.seq, epoch)
         index = await bundles.write(self._store, bundle, files, spec=spec, seq=operation.seq, epoch=epoch, step=step)
-        size = sum(part.size for part in index.parts)
+        return Export(bundle, sum(part.size for part in index.parts))
+
+    async def name(self, operation: Operation, spec: Spec, export: Export) -> bytes:
+        """Give the files the name in the request; return the result. Raises UserError if the name is taken."""
+        run, bundle, size = RunId(operation.run), export.bundle, export.size
         if operation.kind == "save_weights":
             save = requests.decode(operation.body(), requests.SaveWeights)
             path = TinkerPath(run, "weights", ids.checkpoint_name(save.path))

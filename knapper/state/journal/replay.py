@@ -22,6 +22,10 @@ class Replay:
         size = 0 if record_bytes is None else max(record_bytes, _RECORD_BYTES_MIN)
         return Replay(self.cost_s + cost_s, self.bytes + size, max(self.loaded, loaded))
 
+    def plus(self, other: "Replay") -> "Replay":
+        """Both."""
+        return Replay(self.cost_s + other.cost_s, self.bytes + other.bytes, max(self.loaded, other.loaded))
+
     def without(self, stored: "Replay") -> "Replay":
         """What remains after a snapshot that was taken when the replay was `stored`."""
         return replace(self, cost_s=self.cost_s - stored.cost_s, bytes=self.bytes - stored.bytes)

@@ -2,33 +2,34 @@
 
 No clock and no lock is involved. `out/<n>` can be created once, and a claim first puts a fence into the next slot, so
 an earlier holder that is still alive loses the slot it needs and finds a higher epoch there.
+
+The store is waited for beside the device: while an operation is applied, the next is read and the results before it are
+being stored.
 """
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Generic
 
-from knapper import limits
+from knapper.concurrency.tasks import Spawn, spawn
 from knapper.errors import Corrupt, Fenced, NotFound, OutOfMemory, Unavailable
 from knapper.ids import RunId
 from knapper.state import layout
 from knapper.state.journal import bundles, ends
 from knapper.state.journal.accept import decode_creation
-from knapper.state.journal.apply import Applier, read_operation
+from knapper.state.journal.apply import Applier
 from knapper.state.journal.exports import Saves
 from knapper.state.journal.holder import Holder, expect_dtype
 from knapper.state.journal.machine import Machine, Outcome, State
 from knapper.state.journal.newest import Manifests, newest_name
+from knapper.state.journal.operations import Operations
+from knapper.state.journal.outbox import Outbox, Point, Publish
+from knapper.state.journal.own_objects import OwnObjects
 from knapper.state.journal.records import SAVES, Commit, Creation, Manifest, Operation, Result, Terms, decode, encode
 from knapper.state.journal.replay import Replay, SnapshotBudget
 from knapper.store import Store
 
-_COMMIT_AFTER_S = 0.05  # the longest that a result waits for others to share its commit
-
 _STATELESS = SAVES | {"tombstone"}  # they do not change the state
-
-Publish = Callable[[int, Commit], Awaitable[None]]
 
 
 @contextmanager
@@ -38,16 +39,6 @@ def _out_of_memory_is_unavailable(run: RunId) -> Iterator[None]:
         yield
     except OutOfMemory as error:
         raise Unavailable(f"no memory for {run} now: {error}", retry_after_s=5.0) from error
-
-
-@dataclass(frozen=True)
-class _Durable(Generic[State]):
-    """The committed part of a run: newest operation, newest out record, state, and the replay that a recovery needs."""
-
-    applied: int
-    out: int
-    state: State | None
-    replay: Replay
 
 
 class Run(Generic[State]):
@@ -61,28 +52,29 @@ class Run(Generic[State]):
         holder: Holder,
         clock: Callable[[], float],
         manifests: Manifests,
+        spawn: Spawn,
     ) -> None:  # use `claim`
         self.run = run
         self.holder = holder
         self.epoch = 0
         self.applied = -1  # the newest operation in `state`
-        self._spent_s = 0.0  # device seconds of the next commit
         self.creation: Creation
         self.terms_before: Terms | None = None  # of the claim before this one, if they differ
         self._state: State | None = None
-        self._replay = Replay()  # since the newest snapshot
+        self._replay = Replay()  # since the snapshot that this claim began with
+        self._spared = Replay()  # of that, what is in a newer one
         self._budget = SnapshotBudget()
-        self._durable: _Durable[State]
+        self._outbox: Outbox[State]
         self._store = store
+        self._objects = OwnObjects(store)
+        self._operations = Operations(store, run, spawn)
         self._machine = machine
         self._clock = clock
         self._applier: Applier[State]
         self._manifests = manifests
         self._manifest: Manifest
         self._manifest_n = 0
-        self._out = 0  # the newest out record, written or adopted
-        self._outbox: tuple[int, Commit] | None = None  # applied, not yet known to be stored
-        self._unsure = set[str]()  # names that this claim tried to create, with an outcome that it does not know
+        self._out = 0  # the newest out record, written or adopted, up to the fence
         self._entered = False  # `apply_pending` is running
 
     # -- claim ---------------------------------------------------------------------------------------------------------
@@ -96,15 +88,17 @@ class Run(Generic[State]):
         holder: Holder,
         clock: Callable[[], float],
         manifests: Manifests | None = None,
+        spawn: Spawn = spawn,
     ) -> "Run[State]":
         """Take the run over from its holder. On return its state is current and every earlier holder is fenced.
 
-        `manifests`: the process's cache, which spares it a search from the beginning.
+        `manifests`: the process's cache, which spares it a search from the beginning. `spawn` starts what goes on
+        beside the operations.
 
         Raises NotFound if the run does not exist or has ended, Fenced if another process claims it at this moment,
         OtherDtype if it was created in another dtype; in that case nothing was written, and its holder keeps it.
         """
-        self = cls(store, run, machine, holder, clock, manifests or Manifests(store))
+        self = cls(store, run, machine, holder, clock, manifests or Manifests(store), spawn)
         data = await store.get(layout.operation(run, 0))
         if data is None:
             if (end := await ends.ended(store, run)) is not None:
@@ -123,7 +117,7 @@ class Run(Generic[State]):
             await self._expect_newest(error)
             raise
         await self._expect_newest()
-        self._mark_durable()
+        self._outbox = Outbox(run, self.epoch, self._out, self._point(), self._objects, clock, spawn)
         return self
 
     async def _expect_newest(self, error: Corrupt | None = None) -> None:
@@ -148,7 +142,7 @@ class Run(Generic[State]):
             self.terms_before = before.terms
 
     async def _put_manifest(self, n: int, manifest: Manifest) -> None:
-        if await self._create(layout.manifest(self.run, n), encode(manifest)) is not None:
+        if await self._objects.create(layout.manifest(self.run, n), encode(manifest)) is not None:
             raise Fenced(f"another process claimed {self.run} as its manifest {n}")
         self._manifest, self._manifest_n = manifest, n
         self._manifests.remember(self.run, n, manifest)
@@ -195,7 +189,7 @@ class Run(Generic[State]):
         self._out += 1
 
     async def _replay_operation(self, result: Result) -> None:
-        operation = await read_operation(self._store, self.run, result.seq)
+        operation = await self._operations.read(result.seq)
         if operation is None or operation.sha256 != result.sha256:
             raise Corrupt(f"operation {result.seq} of {self.run} is not the one that was answered")
         self._replay = self._replay.grown(record_bytes=len(operation.body_zstd))
@@ -215,28 +209,11 @@ class Run(Generic[State]):
     async def _put_commit(self, commit: Commit) -> bool:
         """Store the commit in the next slot; False if that had another one, which is adopted."""
         name = layout.commit(self.run, self._out + 1)
-        if (stored := await self._create(name, encode(commit))) is not None:
+        if (stored := await self._objects.create(name, encode(commit))) is not None:
             await self._adopt(decode(stored, Commit, name))
             return False
         self._out += 1
         return True
-
-    async def _create(self, name: str, data: bytes) -> bytes | None:
-        """None once the object is this claim's, else what another wrote there. Raises Fenced if that was collected.
-
-        Equal bytes are this claim's only if an attempt of it failed that may have stored them. Otherwise a copy of this
-        very process wrote them: one image of its memory may go on twice, and both then write the same.
-        """
-        tried = name in self._unsure
-        self._unsure.add(name)
-        created = await self._store.put_if_absent(name, data)
-        stored = None if created else await self._store.get(name)
-        self._unsure.discard(name)
-        if created or (tried and stored == data):
-            return None
-        if stored is None:
-            raise Fenced(f"{name} was taken and collected: this claim has slept for long")
-        return stored
 
     # -- apply and commit ----------------------------------------------------------------------------------------------
 
@@ -244,81 +221,65 @@ class Run(Generic[State]):
         """Apply and commit pending operations in order, until none is left, or `stop()`, or a snapshot is due.
 
         True if operations may still be pending. `publish(n, commit)` is called with each commit once it is durable.
-        One call at a time: a second would apply the operations that the first is about to commit.
+        On return all that was applied is. One call at a time: a second would apply the same operations.
         """
         assert not self._entered, f"two slices are in {self.run} at once"
         self._entered = True
         try:
             return await self._apply_pending(stop, publish)
         finally:
+            self._outbox.close()
             self._entered = False
 
     async def _apply_pending(self, stop: Callable[[], bool], publish: Publish) -> bool:
-        await self._flush(publish)
-        while not stop() and not self.must_snapshot:
-            try:
-                commit = await self._apply_batch(stop)
-            except BaseException:
-                self._roll_back()
-                raise
-            if commit is None:
+        await self._outbox.open(publish)
+        try:
+            more = await self._apply_ahead(stop)
+        except Exception:
+            await self._outbox.drain()  # one operation's failure is none of those before it
+            raise
+        await self._outbox.drain()
+        return more
+
+    async def _apply_ahead(self, stop: Callable[[], bool]) -> bool:
+        """Apply operations while their commits are being stored. False once none waits, and all are durable."""
+        while not stop() and not self.must_snapshot and await self._outbox.has_room():
+            operation = await self._operations.read(self.applied + 1)
+            if operation is None or operation.kind != "optim_step":
+                self._outbox.commit()  # a pass's result waits for its step's, which comes at once, and for nothing else
+            if operation is not None:
+                await self._apply(operation)
+            elif not self._outbox.ahead:
                 return False
-            self._outbox = (self._out + 1, commit)
-            await self._flush(publish)
+            else:
+                await self._outbox.drain()
         return True
 
-    def _roll_back(self) -> None:
-        """Drop what was applied and not committed."""
-        durable = self._durable
-        self.applied, self._state, self._replay = durable.applied, durable.state, durable.replay
-
-    async def _flush(self, publish: Publish) -> None:
-        if self._outbox is None:
-            return
-        n, commit = self._outbox
-        data = encode(commit)
-        if await self._create(layout.commit(self.run, n), data) is not None:
-            # After our own fence only a later claim can take this slot, or a copy of this process.
-            raise Fenced(f"slot {n} of {self.run} was taken by another claim")
-        self._out, self._outbox = n, None
-        self._replay = self._replay.grown(record_bytes=len(data))
-        self._mark_durable()
-        await publish(n, commit)
-
-    def _mark_durable(self) -> None:
-        self._durable = _Durable(self.applied, self._out, self._state, self._replay)
-
-    async def _apply_batch(self, stop: Callable[[], bool]) -> Commit | None:
-        """The next commit: one operation and the quick ones after it, or None if nothing is pending."""
-        began, self._spent_s = self._clock(), 0.0
-        results: list[Result] = []
-        size = 0
-        while (operation := await read_operation(self._store, self.run, self.applied + 1)) is not None:
-            result = await self._apply(operation)
-            results.append(result)
-            size += len(result.body)
-            late = not 0.0 <= self._clock() - began < _COMMIT_AFTER_S  # also if the clock stepped
-            if late or size >= limits.commit_inline_bytes_max or self.must_snapshot or stop():
-                break
-        if not results:
-            return None
-        return Commit(epoch=self.epoch, results=results, committed_at=self._clock(), device_s=self._spent_s)
-
-    async def _apply(self, operation: Operation) -> Result:
-        applied = await self._applier.apply(operation, self._state, self.epoch)
+    async def _apply(self, operation: Operation) -> None:
+        self._operations.read_ahead(operation.seq + 1)
+        applied = await self._applier.apply(operation, self._state, self.epoch, self._outbox.drain)
         if applied.outcome is not None:
             self._take(applied.outcome, applied.result)
-            self._spent_s += applied.outcome.cost_s
         self.applied = operation.seq
         self._replay = self._replay.grown(record_bytes=len(operation.body_zstd))
-        return applied.result
+        self._outbox.add(applied.result, applied.outcome.cost_s if applied.outcome is not None else 0.0, self._point())
+        if operation.kind != "forward_backward":
+            self._outbox.commit()
+
+    def _point(self) -> Point[State]:
+        return Point(self.applied, self._state, self._replay)
 
     # -- snapshot ------------------------------------------------------------------------------------------------------
 
     @property
     def out(self) -> int:
         """The newest out record known to be stored."""
-        return self._out
+        return self._outbox.out
+
+    @property
+    def ahead(self) -> int:
+        """How many results are in memory that no commit has yet."""
+        return self._outbox.ahead
 
     @property
     def state(self) -> State | None:
@@ -328,22 +289,27 @@ class Run(Generic[State]):
     @property
     def replay_cost_s(self) -> float:
         """Compute seconds since the newest snapshot, which a recovery replays."""
-        return self._replay.cost_s
+        return self.replay.cost_s
+
+    @property
+    def replay(self) -> Replay:
+        """What a recovery from the newest snapshot would repeat, once all that was applied is durable."""
+        return self._replay.plus(self._outbox.records).without(self._spared)
 
     @property
     def must_snapshot(self) -> bool:
         """Whether a snapshot must come before the next operation."""
-        return self._budget.is_used_up(self._replay, self._manifest.snapshot_seq)
+        return self._budget.is_used_up(self.replay, self._manifest.snapshot_seq)
 
     @property
     def wants_snapshot(self) -> bool:
         """Whether a background snapshot should start now."""
-        return self._budget.is_nearly_used_up(self._replay, self._manifest.snapshot_seq, self._serialized_bytes)
+        return self._budget.is_nearly_used_up(self.replay, self._manifest.snapshot_seq, self._serialized_bytes)
 
     @property
     def worth_snapshot(self) -> bool:
         """Whether to take a snapshot before the run leaves memory."""
-        return self._budget.is_worth_one(self._replay, self._manifest.snapshot_seq, self._serialized_bytes)
+        return self._budget.is_worth_one(self.replay, self._manifest.snapshot_seq, self._serialized_bytes)
 
     @property
     def state_bytes(self) -> int:
@@ -359,7 +325,7 @@ class Run(Generic[State]):
 
         May run beside `apply_pending`; one at a time.
         """
-        stored = self._durable
+        stored, out = self._outbox.durable, self._outbox.out
         seq, state = stored.applied, stored.state
         if state is None or seq == self._manifest.snapshot_seq:
             return
@@ -370,12 +336,11 @@ class Run(Generic[State]):
             files = await self._machine.serialize(state)
         prefix = layout.snapshot(self.run, seq, self.epoch)
         await bundles.write(self._store, prefix, files, spec=self.creation.spec, seq=seq, epoch=self.epoch)
-        manifest = self._manifest.with_snapshot(prefix, seq, stored.out)
+        manifest = self._manifest.with_snapshot(prefix, seq, out)
         await self._put_manifest(self._manifest_n + 1, manifest)
         await self._expect_no_end(prefix)
         self._budget.storing_s = max(0.0, self._clock() - began)
-        self._replay = self._replay.without(stored.replay)
-        self._durable = replace(self._durable, replay=self._durable.replay.without(stored.replay))
+        self._spared = stored.replay
 
     async def _expect_no_end(self, written: str = "") -> None:
         """Raises Fenced once the run has ended, and deletes the snapshot `written` meanwhile."""

@@ -91,7 +91,7 @@ async def image(store: Meeting, before: int) -> Run[LedgerState]:
     await _work(run)
     for step in PLAN[before:]:
         await send(acceptor, step)
-    run._store = run._applier._store = store
+    run._store = run._applier._store = run._objects._store = run._operations._store = store
     return run
 
 
