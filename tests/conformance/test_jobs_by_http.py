@@ -29,7 +29,7 @@ sampling: {max_tokens: 4}
 reward: {name: length, max: 1, slope: 3}
 evaluate: {data: held_out.jsonl}
 """
-PROMPTS = '{"prompt": "and the"}\n' * 420_000  # 9 MB: two parts
+PROMPTS = ('{"prompt": "and the"' + " " * 4000 + "}\n") * 2300  # 9 MB: two parts
 
 
 def start(server: Server, *arguments: str) -> "subprocess.Popen[str]":

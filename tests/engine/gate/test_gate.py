@@ -18,6 +18,8 @@ from tests.engine.gate.phases import Bench
 from tests.engine.gpu import Driver, with_gpu
 
 pytestmark = pytest.mark.timeout(300)  # on a machine that does much else
+# The least, the usual and the most; what lies between is left to the long run.
+_CARDS = [pytest.param(card, marks=[pytest.mark.long] if card == "A100 (40 GB)" else []) for card in memory.CARDS]
 _REASONS = {  # the engine serves neither: their phases are added here with them
     "Gemma-3-12B": "is not served: it takes more than text; use its text-only model",
     "Qwen3-30B-A3B": "has no submodule|target|linear|experts|router",
@@ -38,7 +40,7 @@ def test_a_phase_asks_no_more_of_a_gpu_than_its_floor(sized_model: tuple[str, Be
     assert checks.complaints(name, phase, checks.counted(bench, phase)) == []
 
 
-@pytest.mark.parametrize("card", list(memory.CARDS))
+@pytest.mark.parametrize("card", _CARDS)
 def test_a_pass_fits_a_card(sized_model: tuple[str, Bench], card: str) -> None:
     """With what the account gives it, and not with half of it: an account that gives too little is slow."""
     _, bench = sized_model
