@@ -111,7 +111,7 @@ async def open_services(
     async with AsyncExitStack() as stack:
         worker_pool = WorkerPool()
         stack.callback(worker_pool.close)
-        monitor = Monitor(store, state.lookups, clock, monotonic)
+        monitor = Monitor(store, state.lookups, clock, monotonic, new_id)
         clients = await _clients(settings, state, sample_usage, monitor, sources, gateway, stack)
         watching = asyncio.create_task(monitor.work())
         stack.callback(watching.cancel)

@@ -72,6 +72,10 @@ async def end(gateway: Services) -> None:
     except KnapperError as error:
         log.warning("tokens that were sampled lately are not counted", reason=str(error))
     try:
+        await gateway.monitor.drawn.flush()
+    except KnapperError as error:
+        log.warning("samples that were drawn lately are not known to the next gateway", reason=str(error))
+    try:
         await gateway.peers.gateways.withdraw()
     except KnapperError as error:
         log.warning("this gateway's address stays in the store for some minutes", reason=str(error))
@@ -149,6 +153,7 @@ async def tick(gateway: Services) -> None:
         await gateway.peers.gateways.withdraw(lambda: gateway.sample_queue.empty)
     else:
         await gateway.peers.gateways.publish()
+    await gateway.monitor.drawn.flush()
 
 
 async def revive(gateway: Services, run: RunId) -> None:

@@ -143,6 +143,8 @@ ELSEWHERE = {
     "how much a watched run remembers: what is forgotten is not known, and raises no alarm": {
         "gateway/diagnostics/monitor.py": "_RUNS_MAX _NOTES_MAX _NOTICES_MAX _QUEUE_MAX _MATCH_S",
         "gateway/diagnostics/sample_index.py": "_SAMPLES_MAX",
+        "gateway/diagnostics/drawn_log.py": "_LOOK_EVERY_S",
+        "knapper/state/drawn_samples.py": "OBJECTS_MAX SAMPLES_MAX",
         "knapper/diagnostics/timeline.py": "_OPERATIONS_MAX _UPDATES_MAX",
         "knapper/diagnostics/watch.py": "_BATCHES_MAX _DOUBLED_TOKENS_MIN",
         "knapper/engine/training/divergence.py": "_EXPONENT_MAX",

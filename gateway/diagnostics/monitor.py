@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 import structlog
 
+from gateway.diagnostics.drawn_log import DrawnLog
 from gateway.diagnostics.sample_index import SampleIndex, SampleSource
 from gateway.lookups import Lookups
 from gateway.sample_queue import QueuedSample
@@ -79,10 +80,18 @@ class _Run:
 class Monitor:
     """`clock`: seconds since the epoch. `now`: monotonic seconds."""
 
-    def __init__(self, store: Store, lookups: Lookups, clock: Callable[[], float], now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        lookups: Lookups,
+        clock: Callable[[], float],
+        now: Callable[[], float],
+        new_id: Callable[[], str],
+    ) -> None:
         self.weights = WeightsReader(store)
         self.alarms = Alarms(store)
         self.samples = SampleIndex()
+        self.drawn = DrawnLog(store, self.samples, clock, new_id)
         self._lookups = lookups
         self._clock, self._now = clock, now
         self._runs: LruCache[RunId, _Run] = LruCache(_RUNS_MAX)
@@ -126,6 +135,7 @@ class Monitor:
         entry.drawn_by = describe(weights, entry.sampler)
         source = SampleSource(weights, entry.sampler, call.params.temperature, truncated, began, ended)
         self.samples.add(entry.tenant, found, source)
+        self.drawn.note(entry.tenant, found, source)
 
     # -- operations ----------------------------------------------------------------------------------------------------
 
@@ -135,6 +145,9 @@ class Monitor:
             return None
         if any(content.sampled):
             await self.entered()
+            if not all(self.samples.find(tenant, turns) for turns in content.sampled if turns):
+                with contextlib.suppress(KnapperError):
+                    await self.drawn.look(tenant)
         watch = (await self._run(run)).watch
         groups: dict[tuple[SavedWeights, str, float, bool], list[bool]] = {}
         for turns in content.sampled:

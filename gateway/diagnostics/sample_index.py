@@ -45,6 +45,11 @@ class SampleIndex:
             self._sources[largest].popitem(last=False)
             self._count -= 1
 
+    def add_unknown(self, tenant: Tenant, fingerprints: list[Fingerprint], source: SampleSource) -> None:
+        """Those that are not here already, of which more is known."""
+        own = self._sources.get(tenant, OrderedDict())
+        self.add(tenant, [each for each in fingerprints if each not in own], source)
+
     def find(self, tenant: Tenant, fingerprints: tuple[Fingerprint, ...]) -> list[SampleSource]:
         """The sources of a datum's turns that are known, in order. Never another tenant's."""
         own = self._sources.get(tenant, OrderedDict())

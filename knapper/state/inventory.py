@@ -16,6 +16,7 @@ from knapper.state.audit import Entry
 from knapper.state.checkpoints import Checkpoint
 from knapper.state.damage import ERRORS
 from knapper.state.dead_letters import DeadLetter
+from knapper.state.drawn_samples import DrawnSamples
 from knapper.state.gc.uses import SamplersInUse
 from knapper.state.job_records import Control, Evaluated, Refusal, Rollouts, Scores, Started, Trained, Waiting
 from knapper.state.journal import bundles
@@ -56,9 +57,9 @@ class SecretOrBare:
 Holds = type[Record] | Empty | BundlePart | NamedByHash | SecretOrBare
 
 _RECORDS: Final[tuple[type[Record], ...]] = (
-    Alarm, Assignment, Checkpoint, Commit, Control, DeadLetter, End, Entry, Evaluated, Finish, Index, Key, Manifest,
-    ModelRecord, Operation, ProbeResult, Quotas, Refusal, Rollouts, Sampler, SamplersInUse, Samplings, Scores, Session,
-    Started, Trained, Waiting,
+    Alarm, Assignment, Checkpoint, Commit, Control, DeadLetter, DrawnSamples, End, Entry, Evaluated, Finish, Index, Key,
+    Manifest, ModelRecord, Operation, ProbeResult, Quotas, Refusal, Rollouts, Sampler, SamplersInUse, Samplings, Scores,
+    Session, Started, Trained, Waiting,
 )  # fmt: skip
 _HELD: Final[dict[str, Holds]] = {
     layout.EMPTY: Empty(), layout.PART: BundlePart(), layout.NAMED_BY_HASH: NamedByHash(),

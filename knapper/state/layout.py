@@ -63,6 +63,8 @@ class ObjectKind(Enum):
     HOLD = ("held/<tenant>/<gateway>/<hold>", EMPTY, "state.holds")
     # Where a gateway that keeps samples is reached by the others
     GATEWAY = ("gateways/<gateway>/<us>-<address>", EMPTY, "state.gateways")
+    # Which weights drew recent samples
+    DRAWN = ("drawn/<tenant>/<us>-<id>", "DrawnSamples", "state.drawn_samples")
     # The collector's marks, and which samplers each gateway's clients use
     COLLECT_BEGUN = ("collect/begun", EMPTY, "state.gc.marks")
     COLLECT_NOW = ("collect/now/<session>/<what>", EMPTY, "state.gc.marks")

@@ -58,10 +58,14 @@ class Bench:
     def __post_init__(self) -> None:
         self.store = MemoryStore()
         self.acceptor = Acceptor(self.store, lambda: self.now)
-        lookups = Lookups(self.store, self.acceptor, lambda: self.now, lambda _: None)
-        self.monitor = Monitor(self.store, lookups, lambda: self.now, lambda: self.now)
+        self.restart()
         self.random = np.random.default_rng(self.seed)
         self.base = self.random.normal(size=VOCAB)
+
+    def restart(self) -> None:
+        """Another gateway's monitor, which knows what is in the store."""
+        lookups = Lookups(self.store, self.acceptor, lambda: self.now, lambda _: None)
+        self.monitor = Monitor(self.store, lookups, lambda: self.now, lambda: self.now, lambda: f"{self.requests:032x}")
 
     async def run(self, *, metadata: str = "{}", source: str = "", optimizer: bool = False) -> "Loop":
         """A new run; from the weights `source`, if any."""

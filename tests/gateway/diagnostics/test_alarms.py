@@ -1,5 +1,6 @@
 """Faults that are planted in loops as tinker-cookbook has them are named within a step; clean loops raise no alarm."""
 
+import asyncio
 import inspect
 import re
 from pathlib import Path
@@ -7,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gateway.diagnostics.monitor import declared_staleness
+from gateway.diagnostics.monitor import Accepted, declared_staleness
 from gateway.diagnostics.sample_index import SampleIndex, SampleSource
 from knapper.diagnostics import rules
 from knapper.diagnostics.weights import SavedWeights
 from knapper.engine.training.losses import LOSSES
 from knapper.ids import Tenant
-from knapper.state.journal.records import Alarm
+from knapper.state.drawn_samples import OBJECTS_MAX, DrawnSamplesLog, DrawnTogether
+from knapper.state.journal.records import Alarm, Drawn
 from tests.gateway.diagnostics.loops import TENANT, Bench, Loop, Sampler, told
 
 SAMPLED = [name for name, loss in LOSSES.items() if "logprobs" in loss.required]
@@ -371,6 +373,39 @@ def test_another_tenant_s_samples_are_never_matched() -> None:
         sources = bench.monitor.samples._sources
         sources[Tenant("stranger")] = sources.pop(TENANT)
         assert await loop.step(data) == []
+
+    told(story)
+
+
+def test_samples_are_known_to_the_gateway_that_comes_after_and_to_the_one_beside() -> None:
+    async def story(bench: Bench) -> None:
+        loop = await bench.run()
+        sampler = await _warm(bench, loop)
+        data = await bench.draw(sampler, 4, temperature=0.5)
+        await bench.monitor.drawn.flush()
+        bench.restart()
+        working = asyncio.create_task(bench.monitor.work())
+        await bench.monitor.note_accepted(loop.run, loop.seq, Accepted("optim_step"))
+        (alarm,) = await loop.step(data)
+        assert alarm.name == "wrong_temperature"
+        assert loop.known[-1] == 1.0
+        bench.now += 60.0
+        assert await loop.step(await bench.draw(sampler, 4)) == [], "how old they are is not known there"
+        working.cancel()
+
+    told(story)
+
+
+def test_what_is_stored_of_samples_is_bounded_and_read_once() -> None:
+    async def story(bench: Bench) -> None:
+        log, drawn = DrawnSamplesLog(bench.store), Drawn(run="", seq=0, step=0, digest="", datums=0)
+        for n in range(OBJECTS_MAX + 5):
+            group = DrawnTogether(drawn=drawn, fingerprints=[n.to_bytes(8, "big")])
+            await log.append(TENANT, float(n), f"{n:032x}", [group])
+        groups, newest = await log.after(TENANT, "")
+        assert [group.fingerprints[0][-1] for group in groups] == list(range(5, OBJECTS_MAX + 5))
+        assert await log.after(TENANT, newest) == ([], newest)
+        assert await log.after(Tenant("stranger"), "") == ([], "")
 
     told(story)
 

@@ -20,10 +20,11 @@ from knapper.state.alarms import Alarms
 from knapper.state.api_keys import Keys
 from knapper.state.checkpoints import Checkpoint, Checkpoints
 from knapper.state.dead_letters import DeadLetter
+from knapper.state.drawn_samples import DrawnSamplesLog, DrawnTogether
 from knapper.state.gc.uses import SamplerUses
 from knapper.state.job_records import Evaluated, Rollouts, Scores, Spent, Trained, Waiting, encode
 from knapper.state.journal import bundles, ends
-from knapper.state.journal.records import Alarm, Commit, End, Manifest, Result, Terms
+from knapper.state.journal.records import Alarm, Commit, Drawn, End, Manifest, Result, Terms
 from knapper.state.probe_results import ProbeResult
 from knapper.state.quotas import QuotaBook
 from knapper.state.sessions import Sampler, Samplers
@@ -179,3 +180,6 @@ async def _snapshot(store: Store, tenant: Tenant, run: RunId) -> None:
     await store.put_if_absent(layout.manifest(run, 1), encode(manifest))
     alarm = Alarm(name="stale_sampler", seq=1, step=1, message="a stale sampler", at=AT)
     await Alarms(store).put(run, alarm)
+    drawn = Drawn(run=run, seq=1, step=1, digest="0" * 16, sampler="engine float32", datums=0)
+    together = DrawnTogether(drawn=drawn, fingerprints=[b"\0" * 8])
+    await DrawnSamplesLog(store).append(tenant, AT, "0" * 32, [together])
