@@ -75,7 +75,7 @@ def test_a_run_tells_of_itself(running: Running, clock: Clock) -> None:
     del record["last_checkpoint"], record["last_sampler_checkpoint"]
     assert record == {
         "training_run_id": run, "base_model": MODEL.name, "model_owner": "local", "is_lora": True, "lora_rank": 4,
-        "last_request_time": "2027-01-15T08:01:01+00:00", "user_metadata": {"task": "sums", "n": "3"},
+        "last_request_time": "2027-01-15T08:01:01+00:00", "user_metadata": {"task": "sums", "n": "3"}, "alarms": 0,
     }  # fmt: skip
     assert get(running, "training_runs")["training_runs"][0]["training_run_id"] == run
 
