@@ -25,8 +25,8 @@ class ObjectKind(Enum):
 
     # A run: <place> is made by `run_prefix`. Numbers are consecutive; the first writer of one has it.
     OPERATION = ("runs/<place>/in/<n>", "Operation", "state.journal.accept")
-    COMMIT = ("runs/<place>/out/<n>", "Commit", "state.journal.run, state.journal.ends")
-    MANIFEST = ("runs/<place>/manifest/<n>", "Manifest", "state.journal.run, state.gc.journal")
+    COMMIT = ("runs/<place>/out/<n>", "Commit", "state.journal.own_objects, state.journal.ends")
+    MANIFEST = ("runs/<place>/manifest/<n>", "Manifest", "state.journal.own_objects, state.gc.journal")
     END = ("runs/<place>/end/<n>", "End", "state.journal.ends")
     ALARM = ("runs/<place>/alarm/<seq>/<alarm>", "Alarm", "state.alarms")
     ACCOUNTED = ("runs/<place>/used/<through>", EMPTY, "state.ledger")

@@ -22,7 +22,7 @@ kind: rl
 data: p.jsonl
 steps: 6
 batch: {prompts: 4, samples: 8}
-sampling: {max_tokens: 24, temperature: 2.0}
+sampling: {max_tokens: 24}
 lora: {rank: 4}
 reward: {name: length, max: 10, slope: 60}
 evaluate: {data: p.jsonl}

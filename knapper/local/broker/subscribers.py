@@ -18,10 +18,14 @@ class Subscribers:
         self._urls = urls
 
     async def url_of(self, subscriber: str, event: Mapping[str, str]) -> str:
-        """Empty if nobody serves the event's model. `event`: its attributes. Raises StoreError."""
+        """Empty if no model is served. `event`: its attributes. Raises StoreError.
+
+        An event of a model that nobody serves goes to an engine all the same, which says what is wrong with it.
+        """
         if subscriber not in _OF_MODELS:
-            return self._urls[subscriber]
-        served = {slug(record.name): record for record in await self._catalogue.models()}
-        if (record := served.get(event.get("model", ""))) is None:
+            return self._urls.get(subscriber, "")
+        models = await self._catalogue.models()
+        if not models:
             return ""
+        record = {slug(each.name): each for each in models}.get(event.get("model", ""), models[0])
         return record.train_step_url if subscriber == "train_step" else record.sample_url
