@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
+from knapper import limits
 from knapper.engine.models.architecture import PLAIN_NORM, NormRule
 from knapper.engine.models.composite import BODY, Composite, UnsupportedText
 from knapper.engine.models.fields import Raw, UnsupportedModel, listed, number, read_json, size
@@ -116,6 +117,7 @@ class ModelConfig:
     @classmethod
     def _of(cls, raw: Raw, directory: Path) -> "ModelConfig":
         path = directory / "config.json"
+        _expect_few_layers(raw, path)
         architecture = ARCHITECTURES.get(str(raw.get("model_type")))
         if architecture is None:
             names = ", ".join(map(str, listed(raw.get("architectures")))) or "?"
@@ -185,6 +187,13 @@ def described(raw: Mapping[str, Any], directory: Path) -> str:
     """The model, as an error message names it."""
     class_name = next(iter(listed(raw.get("architectures"))), None)
     return f"{directory}: model_type {raw.get('model_type')!r}, architecture {class_name!r}"
+
+
+def _expect_few_layers(raw: Raw, path: Path) -> None:
+    """No UnsupportedModel: transformers would make all of them, too."""
+    layers = raw.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > limits.model_layers_max:
+        raise UserError(f"{path}: num_hidden_layers is {layers}; allowed: at most {limits.model_layers_max}")
 
 
 def _ids(value: object, path: Path) -> set[int]:
