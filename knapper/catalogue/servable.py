@@ -64,9 +64,9 @@ def record_of(directory: Path, name: str, *, dtype: str, train_step_url: str, sa
     """The record of a model that this machine serves from a directory. Raises InvalidField for a bad config.json."""
     try:
         raw = read_json(directory / "config.json")
-        composite = None if raw is None else composite_of(raw)
-        text = raw if raw is None or composite is None else {**raw, **composite.text(raw, directory)}
-        config = msgspec.convert(text, _Config)
+        if raw is not None and (composite := composite_of(raw)) is not None:
+            raw = {**composite.text(raw, directory), "architectures": raw.get("architectures")}
+        config = msgspec.convert(raw, _Config)
     except (UserError, msgspec.ValidationError) as error:
         raise InvalidField(
             "model", str(directory), "a directory with the config.json of a language model", str(error)

@@ -18,6 +18,7 @@ from knapper.engine.models import loader, weight_files
 from knapper.engine.models.config import ModelConfig, computed_by
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.registry import COMPOSITES
+from knapper.engine.models.rotary import Rope
 from knapper.engine.training.trainer import Trainer
 from knapper.errors import InvalidField, UserError
 from knapper.local.banner import banner
@@ -155,10 +156,31 @@ def test_a_silent_text_config_means_what_transformers_reads(tmp_path: Path) -> N
     assert computed_by(tmp_path) == "native"
     assert config.eos == (1, 106)
     assert (config.vocab_size, config.context) == (expected.vocab_size, expected.max_position_embeddings)
+    record = servable.record_of(tmp_path, "org/composite", dtype="float32", train_step_url="-", sample_url="-")
+    assert (record.vocab, record.context) == (config.vocab_size, config.context)
     assert config.kv_shape == (34, expected.num_key_value_heads, expected.head_dim)
     assert {layer.mixer.heads for layer in config.layers} == {expected.num_attention_heads}
     windows = [layer.mixer.scores.window is not None for layer in config.layers]
     assert windows == [kind == "sliding_attention" for kind in expected.layer_types]
+
+
+def test_a_flat_config_means_what_transformers_reads(tmp_path: Path) -> None:
+    """That of Qwen 2.5 VL 3B, with rotary positions of three axes."""
+    raw = {
+        "model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "eos_token_id": 151645,
+        "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+        "num_key_value_heads": 2, "max_position_embeddings": 128000, "max_window_layers": 70, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True, "use_sliding_window": False,
+        "vocab_size": 151936, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "vision_config": {}}))
+    config, expected = ModelConfig.read(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    text = expected.text_config
+    assert (config.vocab_size, config.context) == (text.vocab_size, text.max_position_embeddings)
+    assert config.tied == expected.tie_word_embeddings
+    ropes = {layer.mixer.rope for layer in config.layers}
+    assert ropes == {Rope(text.rope_parameters["rope_theta"], 128)}
+    assert text.rope_parameters["rope_type"] == "default"
 
 
 @pytest.mark.parametrize(
