@@ -9,16 +9,26 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
-from knapper.catalogue.served_models import record_of
+import msgspec
+
 from knapper.catalogue.tokenizer import Language
 from knapper.engine import host_memory
 from knapper.engine.models import weight_files
-from knapper.engine.models.config import ComputedBy, ModelConfig, computed_by, expect_text_model
+from knapper.engine.models.config import (
+    ComputedBy,
+    ModelConfig,
+    composite_of,
+    computed_by,
+    expect_text_model,
+    is_composite,
+)
 from knapper.engine.models.fields import read_json
 from knapper.errors import InvalidField, UserError
 from knapper.settings import Settings
+from knapper.state.model_record import ModelRecord
+from knapper.text.sizes import sized
 
 _REFUSED: Final = 3  # knapper.engine.models.preflight's exit status
 _REHEARSAL_S: Final = 300.0  # more than imports take on the slowest disk
@@ -45,8 +55,50 @@ def expect_config(directory: Path) -> ComputedBy:
     raw = read_json(directory / "config.json")
     if raw is not None:
         expect_text_model(raw, directory)
+    by = computed_by(directory)
     record_of(directory, str(directory), dtype="", train_step_url="", sample_url="")
-    return computed_by(directory)
+    return by
+
+
+def record_of(directory: Path, name: str, *, dtype: str, train_step_url: str, sample_url: str) -> ModelRecord:
+    """The record of a model that this machine serves from a directory. Raises InvalidField for a bad config.json."""
+    try:
+        raw = read_json(directory / "config.json")
+        if raw is not None and (composite := composite_of(raw)) is not None:
+            raw = {**composite.text(raw, directory), "architectures": raw.get("architectures")}
+        config = msgspec.convert(raw, _Config)
+    except (UserError, msgspec.ValidationError) as error:
+        raise InvalidField(
+            "model", str(directory), "a directory with the config.json of a language model", str(error)
+        ) from error
+    return ModelRecord(
+        name=name,
+        directory=str(directory),
+        tokenizer_id=name,
+        context=config.max_position_embeddings,
+        vocab=config.vocab_size,
+        arch=config.architectures[0],
+        dtype=dtype,
+        trainable=True,
+        sampleable=True,
+        train_step_url=train_step_url,
+        sample_url=sample_url,
+    )
+
+
+class _Config(msgspec.Struct):
+    """What we read of config.json."""
+
+    architectures: Annotated[list[str], msgspec.Meta(min_length=1)]
+    vocab_size: Annotated[int, msgspec.Meta(ge=1)]
+    max_position_embeddings: Annotated[int, msgspec.Meta(ge=1)]
+
+
+def not_served(directory: Path) -> str:
+    """What of a checkpoint is left out, and how large it is; empty for a model of text."""
+    if not is_composite(directory):
+        return ""
+    return f"not served: {sized(weight_files.skipped_bytes(directory))} of weights for them are skipped"
 
 
 def expect_libraries(settings: Settings, by: ComputedBy) -> None:
@@ -58,6 +110,9 @@ def expect_libraries(settings: Settings, by: ComputedBy) -> None:
         wanted["vllm"] = "see docs/vllm.md, or unset KNAPPER_SAMPLER"
         if by == "transformers":
             allowed = f"torch for {settings.model}, which transformers computes"
+            raise InvalidField("KNAPPER_SAMPLER", settings.sampler, allowed)
+        if is_composite(Path(settings.model_directory)):
+            allowed = f"torch for {settings.model}, of which only the text part is served"
             raise InvalidField("KNAPPER_SAMPLER", settings.sampler, allowed)
     for name, todo in wanted.items():
         if importlib.util.find_spec(name) is None:

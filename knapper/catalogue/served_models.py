@@ -1,12 +1,10 @@
 """Which base models are served, by whom and on what terms: numbered records, of which the highest number wins."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Annotated
 
 import msgspec
 
-from knapper.errors import InvalidField, NotFound, Unavailable
+from knapper.errors import NotFound, Unavailable
 from knapper.state import damage
 from knapper.state.journal.records import decode, encode
 from knapper.state.layout import ObjectKind, last_number
@@ -96,35 +94,3 @@ class Catalogue:
             return decode(data, ModelRecord, name)
 
         return await self._records.get(name, load)
-
-
-def record_of(directory: Path, name: str, *, dtype: str, train_step_url: str, sample_url: str) -> ModelRecord:
-    """The record of a model that this machine serves from a directory. Raises InvalidField for a bad config.json."""
-    path = directory / "config.json"
-    try:
-        config = msgspec.json.decode(path.read_bytes(), type=_Config)
-    except (OSError, msgspec.DecodeError) as error:
-        raise InvalidField(
-            "model", str(directory), "a directory with the config.json of a language model", str(error)
-        ) from error
-    return ModelRecord(
-        name=name,
-        directory=str(directory),
-        tokenizer_id=name,
-        context=config.max_position_embeddings,
-        vocab=config.vocab_size,
-        arch=config.architectures[0],
-        dtype=dtype,
-        trainable=True,
-        sampleable=True,
-        train_step_url=train_step_url,
-        sample_url=sample_url,
-    )
-
-
-class _Config(msgspec.Struct):
-    """What we read of config.json."""
-
-    architectures: Annotated[list[str], msgspec.Meta(min_length=1)]
-    vocab_size: Annotated[int, msgspec.Meta(ge=1)]
-    max_position_embeddings: Annotated[int, msgspec.Meta(ge=1)]

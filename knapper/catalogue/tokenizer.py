@@ -26,18 +26,23 @@ class Language:
 
     @staticmethod
     def read(directory: Path) -> "Language":
-        """From tokenizer.json, tokenizer_config.json and chat_template.jinja. Raises InvalidField."""
+        """From tokenizer.json, tokenizer_config.json and chat_template.jinja, or .json as older checkpoints of images
+        have it. Raises InvalidField.
+        """
         try:
             tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
             config = _json(directory / "tokenizer_config.json")
             more = _json(directory / "special_tokens_map.json")
+            older = _json(directory / "chat_template.json")
         except Exception as error:  # tokenizers raises nothing more specific
             allowed = "one whose tokenizer.json and tokenizer_config.json can be read here"
             raise InvalidField("model: directory", str(directory), allowed, str(error)) from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         alone = directory / "chat_template.jinja"
-        source = alone.read_text(encoding="utf-8") if alone.is_file() else _chosen(config.get("chat_template"))
+        source = (
+            alone.read_text(encoding="utf-8") if alone.is_file() else _chosen((older | config).get("chat_template"))
+        )
         special = _special_tokens(more | config)
         template = None if source is None else Template(source, special)
         end = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None

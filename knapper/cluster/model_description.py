@@ -9,7 +9,7 @@ import httpx
 import msgspec
 
 from knapper import limits
-from knapper.catalogue.served_models import record_of
+from knapper.catalogue.servable import record_of
 from knapper.cluster.kustomize import Object
 from knapper.cluster.model import only, samples_by_vllm
 from knapper.engine.models.config import computed_by
@@ -56,6 +56,8 @@ def wants_vllm(sampler: str, record: ModelRecord, rendered: Sequence[Object]) ->
         return False
     if record.computed_by != "native":
         raise InvalidField("sampler", sampler, f"none for {record.name}, which {record.computed_by} computes")
+    if record.arch.endswith("ForConditionalGeneration"):  # of native models, those of images and text
+        raise InvalidField("sampler", sampler, f"none for {record.name}, of which only the text part is served")
     service = only(rendered, "serving.knative.dev/v1", "Service", "sample")
     (container,) = service["spec"]["template"]["spec"]["containers"]
     if "nvidia.com/gpu" not in container["resources"]["limits"]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from knapper.catalogue import servable
 from knapper.engine.models import weight_files
 from knapper.settings import Settings
 from knapper.state.model_record import ModelRecord
@@ -34,7 +35,12 @@ def banner(settings: Settings, records: Sequence[ModelRecord], url: str) -> list
 
 
 def _model(record: ModelRecord) -> list[tuple[str, str]]:
-    weights = sized(sum(path.stat().st_size for path in weight_files.paths(Path(record.directory))))
-    described = f"{record.arch}, {weights}, {record.context} tokens of context, {record.computed_by}"
-    model = ("model", f"{record.name} ({described})")
-    return [model] if record.name == record.directory else [model, ("files", record.directory)]
+    directory = Path(record.directory)
+    read = sum(path.stat().st_size for path in weight_files.paths(directory)) - weight_files.skipped_bytes(directory)
+    described = f"{record.arch}, {sized(read)}, {record.context} tokens of context, {record.computed_by}"
+    lines = {"model": f"{record.name} ({described})"}
+    if record.name != record.directory:
+        lines["files"] = record.directory
+    if left_out := servable.not_served(directory):
+        lines["images"] = left_out
+    return list(lines.items())

@@ -9,7 +9,6 @@ import structlog
 from knapper import limits
 from knapper.catalogue import servable
 from knapper.catalogue.download import is_name, obtain
-from knapper.catalogue.served_models import record_of
 from knapper.engine.models.config import computed_by
 from knapper.errors import InvalidField, UserError
 from knapper.settings import Settings
@@ -43,6 +42,8 @@ def chosen(settings: Settings, environ: Mapping[str, str]) -> Settings:
     by = computed_by(directory)
     servable.expect_libraries(settings, by)
     servable.expect_rehearsed(settings, environ, by, numbers)
+    if left_out := servable.not_served(directory):
+        log.info(f"model {name}: its text is served; images are {left_out}")
     return settings
 
 
@@ -73,7 +74,7 @@ def all_chosen(settings: Settings, environ: Mapping[str, str], models: Sequence[
 def served(settings: Settings, urls: Mapping[str, str]) -> ModelRecord:
     """The model's record in the catalogue; `urls`: of its functions."""
     directory = Path(settings.model_directory)
-    record = record_of(
+    record = servable.record_of(
         directory,
         settings.model,
         dtype=settings.dtype,

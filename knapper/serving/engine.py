@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 
 from knapper import limits
-from knapper.catalogue.servable import expect_files
+from knapper.catalogue.servable import expect_files, not_served
 from knapper.concurrency import quiesce, shutdown
 from knapper.engine import checkpoint_format, hardware, memory
 from knapper.engine.executor import Executor, Work
@@ -129,7 +129,7 @@ def engine() -> ServingEngine:
     trainer = Trainer(model, account.rows_max, account.datum_rows_max)
     machine = TrainingMachine(trainer, executor, time.monotonic)
     terms = _terms(device, model, loaded.threads)
-    _log_loaded(settings.model, model, terms, _promise(loaded.exactness, device), time.monotonic() - began)
+    _log_loaded(settings, model, terms, _promise(loaded.exactness, device), time.monotonic() - began)
     sampler = _sampler(settings, model, executor, StoredAdapters(store, model.config, device, model.dtype), account)
     metrics.Readings([*readings(machine, sampler), *memory_readings(account)])
     runs = _runs(store, machine, terms, settings, account)
@@ -180,10 +180,11 @@ def _open_device(settings: Settings, device: torch.device, store: Store) -> tupl
     return executor, loaded
 
 
-def _log_loaded(name: str, model: Model, terms: Terms, exact: str, took_s: float) -> None:
+def _log_loaded(settings: Settings, model: Model, terms: Terms, exact: str, took_s: float) -> None:
+    left_out = not_served(Path(settings.model_directory))
     log.info(
         "loaded",
-        model=name,
+        model=settings.model,
         architecture=model.architecture,
         computed_by=model.computed_by,
         context=model.config.context,
@@ -192,6 +193,7 @@ def _log_loaded(name: str, model: Model, terms: Terms, exact: str, took_s: float
         threads=terms.threads,
         exact=exact,
         took_s=round(took_s, 2),
+        **({"images": left_out} if left_out else {}),
     )
 
 

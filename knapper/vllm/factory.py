@@ -17,7 +17,7 @@ from knapper.concurrency import shutdown
 from knapper.concurrency.retry import Attempts
 from knapper.engine import host_memory, memory
 from knapper.engine.hardware import dtype_for
-from knapper.engine.models.config import ModelConfig
+from knapper.engine.models.config import ModelConfig, is_composite
 from knapper.engine.sampling.kv_cache import bytes_per_token
 from knapper.errors import InvalidField
 from knapper.observability.metrics import Reading, Readings
@@ -40,11 +40,14 @@ log = structlog.get_logger()
 def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, str]) -> tuple[VllmSampler, int, str]:
     """(the sampler, the context in tokens, the dtype). Blocks until it can sample, or vLLM did not start.
 
-    Raises UnsupportedModel for an architecture outside of the native registry, whose target modules are unknown.
+    Raises UnsupportedModel for an architecture outside of the native registry, whose target modules are unknown,
+    InvalidField for a checkpoint of which the text part alone is served.
     """
     began = time.monotonic()
     directory = Path(settings.model_directory)
     facts = ModelConfig.read(directory)
+    if is_composite(directory):
+        raise InvalidField("KNAPPER_SAMPLER", "vllm", f"torch for {directory}, of which only the text part is served")
     device = device_for(settings.device, "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype_for(settings.dtype, torch.device(device))
     kv_bytes = 0  # on a GPU KNAPPER_VLLM_MEMORY decides

@@ -7,7 +7,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from knapper.catalogue.served_models import Catalogue, record_of
+from knapper.catalogue.servable import record_of
+from knapper.catalogue.served_models import Catalogue
 from knapper.errors import NotFound
 from knapper.state.model_record import ModelRecord, slug
 from knapper.store.memory import MemoryStore

@@ -18,7 +18,7 @@ import pytest
 import tinker
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from knapper.catalogue.served_models import record_of
+from knapper.catalogue.servable import record_of
 from knapper.cluster.kustomize import Object, identity
 from knapper.cluster.model import Wanted, objects
 from knapper.local.broker.triggers import TRIGGERS

@@ -142,12 +142,18 @@ def test_the_image_with_vllm_is_the_sister_of_the_one_without(image: str, become
         assert _with_vllm(image) == becomes
 
 
-def test_vllm_samples_no_model_that_transformers_computes(tmp_path: Path) -> None:
+def test_vllm_samples_neither_what_transformers_computes_nor_a_text_part(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "model_type": "cohere2"}))
     at = ["--config", str(tmp_path / "config.json"), "--manifests", "gke-l4", "--sampler", "vllm", "--dry-run"]
     done = knapper("deploy", "add", MODEL, *at)
     assert done.returncode == 1
     assert f"none for {MODEL}, which transformers computes" in done.stderr
+    whole = {"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"]}
+    text = {**CONFIG, "model_type": "qwen3_vl_text"}
+    (tmp_path / "config.json").write_text(json.dumps({**whole, "text_config": text, "vision_config": {}}))
+    done = knapper("deploy", "add", MODEL, *at)
+    assert done.returncode == 1
+    assert f"none for {MODEL}, of which only the text part is served" in done.stderr
 
 
 def _values(thing: object, key: str) -> list[str]:

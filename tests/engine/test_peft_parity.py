@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,13 +66,19 @@ def plain_logprobs(model: torch.nn.Module, example: Datum) -> Tensor:
 
 
 def load_in_peft(
-    state: RunState, model: Path, adapter: Path, *, trainable: bool = False, dtype: torch.dtype = torch.float32
+    state: RunState,
+    model: Path,
+    adapter: Path,
+    *,
+    trainable: bool = False,
+    dtype: torch.dtype = torch.float32,
+    auto: Any = AutoModelForCausalLM,
 ) -> torch.nn.Module:
     """What a user does with the export."""
     adapter.mkdir()
     for name, data in checkpoint_format.export(state, with_optimizer=False).items():
         (adapter / name).write_bytes(data)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="eager")
+    base = auto.from_pretrained(model, dtype=dtype, attn_implementation="eager")
     loaded = PeftModel.from_pretrained(base, adapter, is_trainable=trainable)
     assert isinstance(loaded, torch.nn.Module)
     return loaded

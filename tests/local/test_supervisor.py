@@ -15,7 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from knapper.catalogue.served_models import Catalogue, record_of
+from knapper.catalogue.servable import record_of
+from knapper.catalogue.served_models import Catalogue
 from knapper.events.function_key import FunctionKey
 from knapper.store.directory import DirectoryStore
 from tests.engine.tiny import tiny_model

@@ -1,15 +1,17 @@
 """The configuration of a model directory, checked here so that no later code guesses."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
+from knapper import limits
 from knapper.engine.models.architecture import PLAIN_NORM, NormRule
-from knapper.engine.models.fields import UnsupportedModel, listed, number, read_json, size
+from knapper.engine.models.composite import BODY, Composite, UnsupportedText
+from knapper.engine.models.fields import Raw, UnsupportedModel, listed, number, read_json, size
 from knapper.engine.models.layer import Layer, Part
-from knapper.engine.models.registry import ARCHITECTURES
+from knapper.engine.models.registry import ARCHITECTURES, COMPOSITES
 from knapper.errors import NotFound, UserError
 
 ComputedBy = Literal["native", "transformers"]
@@ -56,6 +58,7 @@ class ModelConfig:
     """One decoder-only model. Sizes in elements; `context` in tokens; `eos` token ids that end a text.
 
     `embedding_scale` multiplies embeddings, `logits_scale` logits; `logits_cap`: l becomes cap tanh(l / cap).
+    `body`: the decoder's place in transformers' model.
     """
 
     model_type: str
@@ -70,6 +73,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     logits_scale: float = 1.0
     logits_cap: float | None = None
+    body: str = "model"
 
     @cached_property
     def lora_targets(self) -> tuple[LoraTarget, ...]:
@@ -77,7 +81,8 @@ class ModelConfig:
         within = (
             LoraTarget(
                 f"layers.{index}.{shape.name}", shape.inputs, shape.outputs, shape.part,
-                f"model.layers.{index}.{shape.module}", shape.name,
+                module := f"{self.body}.layers.{index}.{shape.module}",
+                module if self.body == BODY else shape.name,  # linears of images may have the short name, too
             )
             for index, layer in enumerate(self.layers)
             for shape in layer.linears(self.hidden)
@@ -94,14 +99,25 @@ class ModelConfig:
     def read(cls, directory: Path) -> "ModelConfig":
         """The configuration in `config.json`, with the end tokens of `generation_config.json`.
 
-        Raises NotFound without a config.json, UnsupportedModel for an architecture or option that is not supported.
+        Raises NotFound without a config.json, UnsupportedModel for an architecture or option that is not supported,
+        UnsupportedText if it is that of a composite's text part.
         """
-        path = directory / "config.json"
-        raw = read_json(path)
+        raw = read_json(directory / "config.json")
         if raw is None:
             raise NotFound(
                 f"{directory} has no config.json; a model directory holds config.json and safetensors weights"
             )
+        if (composite := composite_of(raw)) is None:
+            return cls._of(raw, directory)
+        try:
+            return replace(cls._of(composite.text(raw, directory), directory), body=BODY)
+        except UnsupportedModel as error:
+            raise UnsupportedText(f"text_config, of a model of type {composite.model_type}: {error}") from error
+
+    @classmethod
+    def _of(cls, raw: Raw, directory: Path) -> "ModelConfig":
+        path = directory / "config.json"
+        _expect_few_layers(raw, path)
         architecture = ARCHITECTURES.get(str(raw.get("model_type")))
         if architecture is None:
             names = ", ".join(map(str, listed(raw.get("architectures")))) or "?"
@@ -127,6 +143,15 @@ class ModelConfig:
         )
 
 
+def composite_of(raw: Raw) -> Composite | None:
+    """The row of a checkpoint of which the text part alone is served; None for a model of text."""
+    return COMPOSITES.get(str(raw.get("model_type")))
+
+
+def is_composite(directory: Path) -> bool:
+    return composite_of(read_json(directory / "config.json") or {}) is not None
+
+
 def computed_by(directory: Path) -> ComputedBy:
     """Who computes the layers of the model in `directory`. Raises NotFound, or UserError for a broken config.json."""
     try:
@@ -149,7 +174,10 @@ def expect_text_model(raw: Mapping[str, Any], directory: Path) -> None:
     for refused, reason in (
         (raw.get("is_encoder_decoder"), "it is an encoder-decoder; served: decoder-only language models"),
         (raw.get("quantization_config") is not None, "its weights are quantized; use the unquantized model"),
-        ("vision_config" in raw or "audio_config" in raw, "it takes more than text; use its text-only model"),
+        (
+            composite_of(raw) is None and ("vision_config" in raw or "audio_config" in raw),
+            "it takes more than text; use its text-only model",
+        ),
     ):
         if refused:
             raise UnsupportedModel(f"{described(raw, directory)} is not served: {reason}")
@@ -159,6 +187,13 @@ def described(raw: Mapping[str, Any], directory: Path) -> str:
     """The model, as an error message names it."""
     class_name = next(iter(listed(raw.get("architectures"))), None)
     return f"{directory}: model_type {raw.get('model_type')!r}, architecture {class_name!r}"
+
+
+def _expect_few_layers(raw: Raw, path: Path) -> None:
+    """No UnsupportedModel: transformers would make all of them, too."""
+    layers = raw.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > limits.model_layers_max:
+        raise UserError(f"{path}: num_hidden_layers is {layers}; allowed: at most {limits.model_layers_max}")
 
 
 def _ids(value: object, path: Path) -> set[int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from knapper.engine import host_memory
+from knapper.engine.models import weight_files
 
 _RANGE_BYTES: Final = 8 << 20
 _AT_ONCE: Final = 8
@@ -20,26 +21,29 @@ _MEMORY_PART: Final = 0.5  # of the memory that is free: more could push out wha
 
 def begin(directory: Path) -> threading.Thread | None:
     """Start reading; None if there is nothing, or too much. What cannot be read is the loader's to report."""
-    files = {path: path.stat().st_size for path in sorted(directory.glob("*.safetensors")) if path.is_file()}
-    if not 0 < sum(files.values()) <= _MEMORY_PART * host_memory.available():
+    files = [path for path in sorted(directory.glob("*.safetensors")) if path.is_file()]
+    spans = [(path, *span) for path in files for span in weight_files.text_spans(path)]
+    if not 0 < sum(end - start for _, start, end in spans) <= _MEMORY_PART * host_memory.available():
         return None
-    ranges = [(path, at) for path, size in files.items() for at in range(0, size, _RANGE_BYTES)]
+    ranges = [
+        (path, at, min(_RANGE_BYTES, end - at)) for path, start, end in spans for at in range(start, end, _RANGE_BYTES)
+    ]
     thread = threading.Thread(target=_read, args=(ranges,), name="prefetch", daemon=True)
     thread.start()
     return thread
 
 
-def _read(ranges: list[tuple[Path, int]]) -> None:
+def _read(ranges: list[tuple[Path, int, int]]) -> None:
     with ThreadPoolExecutor(_AT_ONCE, "prefetch") as threads:
         list(threads.map(_read_range, ranges))
 
 
-def _read_range(place: tuple[Path, int]) -> None:
-    path, at = place
+def _read_range(place: tuple[Path, int, int]) -> None:
+    path, at, size = place
     with suppress(OSError), path.open("rb", buffering=0) as file:
         if not _is_in_memory(file.fileno(), at):
             file.seek(at)
-            file.read(_RANGE_BYTES)
+            file.read(size)
 
 
 def _is_in_memory(descriptor: int, at: int) -> bool:

@@ -42,7 +42,7 @@ def expect_loadable(settings: Settings, device: torch.device, least_bytes: int |
     expect_architecture(directory)
     if any(directory.glob("*.safetensors")):  # none before the download
         bytes_each = least_bytes or _LEAST_BYTES[settings.dtype]
-        numbers = sum(header.numbers for header in weight_files.entries(directory).values())
+        numbers = sum(header.numbers for header in weight_files.text_entries(directory).values())
         _expect_memory(settings, device, bytes_each * numbers, planned)
 
 

@@ -4,15 +4,17 @@ Loads no torch: the start of a server fails within milliseconds if an engine cou
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from safetensors import SafetensorError, safe_open
 
-from knapper.engine.models.config import ModelConfig
+from knapper.engine.models.composite import text_name
+from knapper.engine.models.config import ModelConfig, is_composite
 from knapper.errors import NotFound, UserError
 
 ALLOWED: Final = ("bfloat16", "float16", "float32", "float64")  # dtypes of stored base weights
@@ -34,9 +36,10 @@ class BrokenModel(UserError):
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """A tensor's entry in its file's header. `dtype`: torch's name."""
+    """A tensor's entry in its file's header. `stored`: its name there; `dtype`: torch's name."""
 
     path: Path
+    stored: str
     shape: Shape
     dtype: str
 
@@ -46,6 +49,11 @@ class TensorHeader:
         for size in self.shape:
             count *= size
         return count
+
+    @property
+    def nbytes(self) -> int:
+        bits = re.search(r"\d+", self.dtype)
+        return self.numbers * (int(bits[0]) if bits else 8) // 8  # a boolean takes a byte
 
 
 class _Index(msgspec.Struct):
@@ -76,13 +84,59 @@ def entries(directory: Path) -> dict[str, TensorHeader]:
             for name in names(file):
                 tensor = file.get_slice(name)
                 dtype = tensor.get_dtype()
-                headers[name] = TensorHeader(path, tuple(tensor.get_shape()), _DTYPES.get(dtype, dtype))
+                headers[name] = TensorHeader(path, name, tuple(tensor.get_shape()), _DTYPES.get(dtype, dtype))
     index = directory / "model.safetensors.index.json"
     if not (directory / "model.safetensors").is_file():
         for name, shard in _weight_map(index).items():
             if name not in headers:
                 raise BrokenModel(f"{directory}: tensor {name} is missing; the index promises it in {shard}")
     return headers
+
+
+def text_entries(directory: Path) -> dict[str, TensorHeader]:
+    """The language model's tensors, by the names of a model of text alone. Raises NotFound, BrokenModel.
+
+    Of a composite's other parts none is among them: they are neither read nor counted.
+    """
+    headers = entries(directory)
+    if not is_composite(directory):
+        return headers
+    found: dict[str, TensorHeader] = {}
+    for stored, header in headers.items():
+        name = text_name(stored)
+        if name in found:
+            raise BrokenModel(f"{directory}: {stored} and {found[name].stored} are the same tensor. Keep one of them")
+        if name is not None:
+            found[name] = header
+    return found
+
+
+def skipped_bytes(directory: Path) -> int:
+    """Bytes of the tensors that are no part of the language model. Raises NotFound, BrokenModel."""
+    if not is_composite(directory):
+        return 0
+    return sum(header.nbytes for stored, header in entries(directory).items() if text_name(stored) is None)
+
+
+def text_spans(path: Path) -> list[tuple[int, int]]:
+    """Where the file has the language model's tensors: bytes from, to. The whole file, where its header is not read.
+
+    Neighbours are one span, so that of a model of text alone they are the file.
+    """
+    whole = [(0, path.stat().st_size)]
+    try:
+        if not is_composite(path.parent):
+            return whole
+        start, header = _header(path)
+        places = sorted(tensor["data_offsets"] for name, tensor in header.items() if text_name(name) is not None)
+    except (UserError, OSError, ValueError, TypeError, LookupError, AttributeError):
+        return whole  # the loader says what is wrong with it
+    spans: list[tuple[int, int]] = []
+    for begin, end in places:
+        joined = bool(spans) and spans[-1][1] == start + begin
+        first = spans.pop()[0] if joined else start + begin
+        spans.append((first, start + end))
+    return spans
 
 
 def promised(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
@@ -102,7 +156,7 @@ def promised(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 
 def expect_promised(directory: Path, config: ModelConfig) -> dict[str, TensorHeader]:
     """The promised tensors. Raises NotFound, BrokenModel for one that is missing, unexpected, or of another shape."""
-    headers = entries(directory)
+    headers = text_entries(directory)
     names: list[str] = []
     for name, shape in promised(config):
         if name not in headers:
@@ -143,6 +197,14 @@ def _weight_map(index: Path) -> dict[str, str]:
         return msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
     except msgspec.MsgspecError as error:
         raise BrokenModel(f"{index} is not a safetensors index: {error}") from error
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """(where the tensors begin, their entries)."""
+    with path.open("rb") as file:
+        length = min(int.from_bytes(file.read(8), "little"), _HEADER_BYTES_MAX)
+        header = json.loads(file.read(length))
+    return 8 + length, {name: tensor for name, tensor in header.items() if name != "__metadata__"}
 
 
 def _defect(path: Path) -> str:

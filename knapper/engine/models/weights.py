@@ -113,8 +113,9 @@ class _Tensors:
         self._device = device
         headers = weight_files.expect_promised(directory, config)
         opened = {path: weight_files.opened(path, "pt") for path in {header.path for header in headers.values()}}
-        self._files = {name: opened[header.path] for name, header in headers.items()}
+        self._files = {name: (opened[header.path], header.stored) for name, header in headers.items()}
 
     def take(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name)  # type: ignore[no-untyped-call]  # the library has no types here
+        file, stored = self._files[name]
+        tensor: Tensor = file.get_tensor(stored)  # type: ignore[no-untyped-call]  # the library has no types here
         return tensor.to(self._device)

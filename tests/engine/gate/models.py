@@ -45,14 +45,6 @@ CONFIGS: Final[dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 REFUSED: Final[dict[str, dict[str, Any]]] = {
-    "Gemma-3-12B": {
-        "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3",
-        "text_config": {
-            "model_type": "gemma3_text", "hidden_size": 3840, "num_hidden_layers": 48, "num_attention_heads": 16,
-            "num_key_value_heads": 8, "head_dim": 256, "intermediate_size": 15360, "sliding_window": 1024,
-        },
-        "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
-    },
     "Qwen3-30B-A3B": {
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
         "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,

@@ -23,6 +23,7 @@ def written(page: str) -> str:
     """`page` with the tables as they must be."""
     tables = {
         "| model type | models |": registry.table(),
+        "| model type | checkpoints |": registry.composite_table(),
         "| model type | compared": compared(),
         "| class |": foreign(),
     }

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from knapper import limits
 from knapper.engine.layers.lora_grouped import base
 from knapper.engine.models import weight_files, weights
 from knapper.engine.models.architecture import Architecture, never
@@ -16,6 +17,7 @@ from knapper.engine.models.config import ModelConfig, computed_by
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.fields import UnsupportedModel
 from knapper.engine.models.registry import ARCHITECTURES
+from knapper.errors import UserError
 from tests.engine.models import page
 
 SIZES: Final[dict[str, Any]] = {
@@ -93,6 +95,16 @@ def test_a_row_refuses_options_that_the_decoder_does_not_compute(
             ModelConfig.read(tmp_path)
     else:
         assert ModelConfig.read(tmp_path).model_type == model_type
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+def test_layers_are_counted_before_they_are_listed(tmp_path: Path, model_type: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": model_type, **SIZES, "num_hidden_layers": limits.model_layers_max}))
+    assert computed_by(tmp_path) == ("native" if model_type == "llama" else "transformers")
+    path.write_text(json.dumps({"model_type": model_type, **SIZES, "num_hidden_layers": limits.model_layers_max + 1}))
+    with pytest.raises(UserError, match="num_hidden_layers is 1025; allowed: at most 1024"):
+        computed_by(tmp_path)
 
 
 def test_a_silent_config_means_what_the_architecture_says(tmp_path: Path) -> None:

@@ -59,6 +59,18 @@ def test_the_file_of_its_own_wins_and_a_list_has_a_default(tmp_path: Path) -> No
     assert decode(Language.read(directory).chat(CHAT, 0.0, {}), skip_special_tokens=False) == "and<|end|>"
 
 
+def test_a_template_may_lie_in_a_file_of_the_images(tmp_path: Path) -> None:
+    """Of a checkpoint with images; the tokenizer's own is what a client applies."""
+    directory = chat_model(tmp_path / "m")
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    (directory / "chat_template.json").write_text(json.dumps({"chat_template": "the"}))
+    for own, expected in (({"chat_template": "and"}, "and"), ({}, "the")):
+        path.write_text(json.dumps({name: config[name] for name in config.keys() - {"chat_template"}} | own))
+        language = Language.read(directory)
+        assert language.tokenizer.decode(language.chat(CHAT, 0.0, {})) == expected
+
+
 def test_variables_of_the_client_reach_the_template_and_replace_nothing() -> None:
     template = Template("{{ 'thinks' if enable_thinking else 'acts' }}", {"bos_token": "<s>"})
     assert template.render([], 0.0, {"enable_thinking": True}) == "thinks"

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Final
 
 from knapper.engine.models.architecture import OPTIONS, Architecture, NormRule, Windows, bidirectional
+from knapper.engine.models.composite import Composite
 from knapper.engine.models.fields import Raw, number, size
 from knapper.engine.models.layer import Norms
 from knapper.engine.models.rotary import RopeRule
@@ -76,5 +77,23 @@ ARCHITECTURES: Final = (
         refused=_REFUSED,
         head_dim=256,
         tied=True,
+    ),
+)
+
+COMPOSITES: Final = (
+    Composite(
+        "gemma3",
+        "Gemma 3 4B, 12B and 27B, MedGemma 4B and 27B",
+        {"gemma3_text": "gemma3_text", None: "gemma3_text"},
+        {  # the published ones leave most of these out
+            "vocab_size": 262208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 131072,
+            "eos_token_id": 1,
+        },
     ),
 )

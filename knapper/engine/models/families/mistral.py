@@ -3,6 +3,7 @@
 from typing import Final
 
 from knapper.engine.models.architecture import Architecture, Windows, every_layer, never
+from knapper.engine.models.composite import Composite
 
 ARCHITECTURES: Final = (
     Architecture(
@@ -13,3 +14,5 @@ ARCHITECTURES: Final = (
         windows=Windows(every_layer, listed=False, size=4096),
     ),
 )
+
+COMPOSITES: Final = (Composite("mistral3", "Mistral Small 3.1", {"mistral": "mistral", None: "mistral"}),)

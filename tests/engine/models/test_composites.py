@@ -1,0 +1,222 @@
+"""The text part of a checkpoint of images and text equals, of texts, the whole model of transformers with PEFT."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from knapper.catalogue import servable
+from knapper.engine.layers.lora_grouped import base
+from knapper.engine.models import loader, weight_files
+from knapper.engine.models.config import ModelConfig, computed_by
+from knapper.engine.models.decoder import Decoder
+from knapper.engine.models.registry import COMPOSITES
+from knapper.engine.models.rotary import Rope
+from knapper.engine.training.trainer import Trainer
+from knapper.errors import InvalidField, UserError
+from knapper.local.banner import banner
+from knapper.settings import Settings
+from knapper.text.sizes import sized
+from tests.engine.composites import CASES, COMPOSITE, LAYOUTS, composite_model
+from tests.engine.models.test_decoder import decoder_of, tokens_of
+from tests.engine.runs import datum, done, request, spec
+from tests.engine.test_peft_parity import ADAM, arena, load_in_peft, plain_logprobs, plain_loss
+
+# PEFT warns about tied heads (docs/decisions/0002) and about a base model that is not on the hub.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*tie_word_embeddings"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file"),
+]
+LENGTHS = (19, 90, 7, 200)  # beyond the windows, which are of 16 tokens
+OF_IMAGES = ("vision_tower", "multi_modal_projector", "visual")
+
+
+def test_every_composite_has_a_model_here() -> None:
+    assert COMPOSITE.keys() == COMPOSITES.keys()
+
+
+@pytest.mark.parametrize(("kind", "layout"), CASES)
+def test_a_run_equals_peft_in_the_whole_model(tmp_path: Path, kind: str, layout: str) -> None:
+    """In log-probabilities, gradients and weights; so does the merged model. Qwen's positions have three axes there."""
+    trainer = Trainer(loader.load(composite_model(tmp_path / "model", kind, layout)))
+    assert isinstance(trainer.decoder, Decoder)
+    assert trainer.decoder.weights.tied == (kind == "gemma3")
+    state = trainer.create(spec())
+    model = load_in_peft(
+        state, tmp_path / "model", tmp_path / "adapter", trainable=True, auto=AutoModelForImageTextToText
+    )
+    model.eval()  # Gemma's training mode asks for the types of tokens
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trainable) == state.layout.numel  # none in the layers of images
+    adam = torch.optim.AdamW(trainable, lr=3e-3, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.01, foreach=False)
+    rng = np.random.default_rng(5)
+    for loss in ("cross_entropy", "importance_sampling"):
+        adam.zero_grad()
+        data = [datum(length, loss, rng, prompt=length // 3) for length in LENGTHS]
+        state, output = done(trainer.forward_backward(state, request(data, loss)))
+        for example, found in zip(data, output.outputs, strict=True):
+            p = plain_logprobs(model, example)
+            inputs = {name: torch.from_numpy(values) for name, values in example.inputs.items()}
+            plain_loss(loss, p, inputs, {}).backward()
+            np.testing.assert_allclose(found["logprobs"], p.detach().numpy(), atol=1e-5, rtol=1e-5)
+        gradient_P = arena(state, model, lambda p: p.grad)
+        assert state.grads_P is not None
+        assert (state.grads_P - gradient_P).norm() < 1e-5 * gradient_P.norm()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        adam.step()
+        state, _ = done(trainer.optim_step(state, ADAM))
+        np.testing.assert_allclose(
+            state.weights_P.numpy(), arena(state, model, Tensor.detach).numpy(), atol=1e-5, rtol=0
+        )
+    expect_merged(trainer, state, tmp_path, datum(90, "importance_sampling", rng))
+
+
+def expect_merged(trainer: Trainer, state: Any, at: Path, example: Any) -> None:
+    _, output = done(trainer.forward_backward(state, request([example], "importance_sampling")))
+    moved: Any = load_in_peft(state, at / "model", at / "moved", auto=AutoModelForImageTextToText)
+    merged = moved.merge_and_unload().eval()
+    with torch.no_grad():
+        logprobs = plain_logprobs(merged, example)
+    np.testing.assert_allclose(output.outputs[0]["logprobs"], logprobs.numpy(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_for_images_is_neither_counted_nor_read(tmp_path: Path, layout: str) -> None:
+    directory = composite_model(tmp_path, "gemma3", layout)
+    config = ModelConfig.read(directory)
+    found = weight_files.text_entries(directory)
+    assert {name: header.shape for name, header in found.items()} == dict(weight_files.promised(config))
+    assert servable.expect_files(directory).keys() == found.keys()
+    stored = {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    of_images = {name for name in stored if any(part in name for part in OF_IMAGES)}
+    assert of_images
+    skipped = sum(stored[name].nbytes for name in of_images)
+    assert weight_files.skipped_bytes(directory) == skipped
+    read = sum(end - at for path in directory.glob("*.safetensors") for at, end in weight_files.text_spans(path))
+    assert read == sum(tensor.nbytes for tensor in stored.values()) - skipped
+    before = logits(directory)
+    for path in directory.glob("*.safetensors"):
+        _overwrite(path, of_images)
+    assert torch.equal(before, logits(directory))
+
+
+def logits(directory: Path) -> Tensor:
+    decoder = decoder_of(directory)
+    with torch.no_grad():
+        return decoder.logits(decoder.hidden(tokens_of(decoder, [40]), [40], []), base)
+
+
+def _overwrite(path: Path, names: set[str]) -> None:
+    tensors = {name: tensor * float("nan") if name in names else tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_a_model_of_text_is_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"model.visual.x": torch.zeros(3)}, path)
+    assert weight_files.text_spans(path) == [(0, path.stat().st_size)]
+    assert weight_files.skipped_bytes(tmp_path) == 0
+    assert servable.not_served(tmp_path) == ""
+
+
+def test_the_banner_says_that_images_are_not_served_and_what_was_skipped(tmp_path: Path) -> None:
+    directory = composite_model(tmp_path, "gemma3")
+    record = servable.record_of(directory, "org/composite", dtype="float32", train_step_url="-", sample_url="-")
+    text = AutoConfig.from_pretrained(directory).text_config
+    assert (record.vocab, record.context) == (text.vocab_size, text.max_position_embeddings)
+    assert record.arch == "Gemma3ForConditionalGeneration"
+    lines = banner(Settings.load({}), [record], "http://127.0.0.1:1")
+    size = sized(weight_files.skipped_bytes(directory))
+    assert f"  images not served: {size} of weights for them are skipped" in lines
+
+
+def test_vllm_does_not_sample_a_text_part(tmp_path: Path) -> None:
+    directory = composite_model(tmp_path, "gemma3")
+    settings = Settings.load({"KNAPPER_MODEL_DIRECTORY": str(directory), "KNAPPER_SAMPLER": "vllm"})
+    with pytest.raises(InvalidField, match=r"KNAPPER_SAMPLER.*only the text part"):
+        servable.expect_libraries(settings, "native")
+
+
+def test_a_silent_text_config_means_what_transformers_reads(tmp_path: Path) -> None:
+    """That of Gemma 3 4B, which leaves out its vocabulary, its heads and its context."""
+    text = {
+        "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    }  # fmt: skip
+    whole = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": [1, 106]}
+    (tmp_path / "config.json").write_text(json.dumps({**whole, "text_config": text, "vision_config": {}}))
+    config, expected = ModelConfig.read(tmp_path), AutoConfig.from_pretrained(tmp_path).text_config
+    assert computed_by(tmp_path) == "native"
+    assert config.eos == (1, 106)
+    assert (config.vocab_size, config.context) == (expected.vocab_size, expected.max_position_embeddings)
+    record = servable.record_of(tmp_path, "org/composite", dtype="float32", train_step_url="-", sample_url="-")
+    assert (record.vocab, record.context) == (config.vocab_size, config.context)
+    assert config.kv_shape == (34, expected.num_key_value_heads, expected.head_dim)
+    assert {layer.mixer.heads for layer in config.layers} == {expected.num_attention_heads}
+    windows = [layer.mixer.scores.window is not None for layer in config.layers]
+    assert windows == [kind == "sliding_attention" for kind in expected.layer_types]
+
+
+def test_a_flat_config_means_what_transformers_reads(tmp_path: Path) -> None:
+    """That of Qwen 2.5 VL 3B, with rotary positions of three axes."""
+    raw = {
+        "model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "eos_token_id": 151645,
+        "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+        "num_key_value_heads": 2, "max_position_embeddings": 128000, "max_window_layers": 70, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True, "use_sliding_window": False,
+        "vocab_size": 151936, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "vision_config": {}}))
+    config, expected = ModelConfig.read(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    text = expected.text_config
+    assert (config.vocab_size, config.context) == (text.vocab_size, text.max_position_embeddings)
+    assert config.tied == expected.tie_word_embeddings
+    ropes = {layer.mixer.rope for layer in config.layers}
+    assert ropes == {Rope(text.rope_parameters["rope_theta"], 128)}
+    assert text.rope_parameters["rope_type"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"text_config": None}, "text_config is None; expected an object"),
+        ({"text_config": []}, r"text_config is \[\]; expected an object"),
+        ({"text_config": {"model_type": "llama"}}, "text_config has model_type 'llama'; supported in gemma3"),
+        ({"text_config": {"hidden_size": "64"}}, "text_config, of a model of type gemma3: .*hidden_size is '64'"),
+        ({"text_config": {"layer_types": ["x"]}}, "text_config, of a model of type gemma3: .*layer_types"),
+        ({"text_config": {"use_bidirectional_attention": True}}, "text_config, .*use_bidirectional_attention"),
+        ({"quantization_config": {"bits": 4}}, "quantized"),
+    ],
+)
+def test_a_damaged_text_config_is_refused_by_name(tmp_path: Path, change: dict[str, Any], complaint: str) -> None:
+    """Transformers, which computes no part of a model, is not asked."""
+    raw = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps({**raw, **change, "vision_config": {}}))
+    for refuse in (servable.expect_config, ModelConfig.read, computed_by, loader.load, loader.expect_architecture):
+        with pytest.raises(UserError, match=complaint) as refused:
+            refuse(tmp_path)
+        assert refused.value.code == "unsupported_model"
+
+
+@pytest.mark.parametrize(
+    ("stored", "complaint"),
+    [
+        ("audio_tower.x", "1 tensors that the architecture does not have: audio_tower.x"),
+        ("language_model.model.norm.weight", "are the same tensor. Keep one"),
+    ],
+)
+def test_tensors_of_no_known_part_are_refused(tmp_path: Path, stored: str, complaint: str) -> None:
+    directory = composite_model(tmp_path, "gemma3")
+    path = directory / "model-0.safetensors"
+    save_file({**load_file(path), stored: torch.zeros(64)}, path)
+    with safe_open(path, "pt") as file:
+        assert stored in file.keys()  # noqa: SIM118  it is no mapping
+    with pytest.raises(weight_files.BrokenModel, match=complaint):
+        loader.load(directory)
