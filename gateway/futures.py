@@ -109,7 +109,8 @@ async def _wait(gateway: Services, run: RunId, seq: int, tenant: Tenant) -> Resu
         if (notice := train_client.take_notice(run)) or remaining_s <= 0:
             return notice
         try:
-            await asyncio.wait_for(result_event.wait(), min(remaining_s, _READ_EVERY_S))
+            async with asyncio.timeout(min(remaining_s, _READ_EVERY_S)):
+                await result_event.wait()
         except TimeoutError:
             pass
 
@@ -129,7 +130,8 @@ async def _sample(gateway: Services, request_id: str, tenant: Tenant, request: R
         if hold_s == _FIRST_HOLD_S and sample.wait_reported:
             continue
         try:
-            await asyncio.wait_for(sample.done.wait(), began + hold_s - loop.time())
+            async with asyncio.timeout(began + hold_s - loop.time()):
+                await sample.done.wait()
             break
         except TimeoutError:
             state, notice = gateway.sample_queue.queue_state(sample), gateway.sample_queue.take_notice(sample)
@@ -168,7 +170,8 @@ async def retrieve_futures(request: Request) -> Response:
         ):
             more.clear()
             try:
-                await asyncio.wait_for(more.wait(), remaining_s)
+                async with asyncio.timeout(remaining_s):
+                    await more.wait()
             except TimeoutError:
                 pass
     cursor = max([poll.prev_cursor, *(sample.number for sample in done)])

@@ -56,7 +56,8 @@ async def _pause(task: PeriodicTask, pause_s: float) -> float:
     last_s = min(pause_s, task.every_s)
     if pause_s > last_s:
         with suppress(TimeoutError):
-            await asyncio.wait_for(task.doorbell.wait(), pause_s - last_s)
+            async with asyncio.timeout(pause_s - last_s):  # wait_for of Python 3.11 loses a cancellation beside a ring
+                await task.doorbell.wait()
             pause_s = last_s
     task.doorbell.clear()  # from here on it counts for the next run: this one may have looked already
     await asyncio.sleep(last_s)

@@ -61,7 +61,8 @@ class Watches:
             yield b": followed\n\n"
             while True:
                 try:
-                    event = await asyncio.wait_for(events.get(), _KEEP_ALIVE_S)
+                    async with asyncio.timeout(_KEEP_ALIVE_S):
+                        event = await events.get()
                 except TimeoutError:
                     yield b": still\n\n"
                     continue

@@ -106,7 +106,8 @@ class PendingSamples:
         try:
             while pending:
                 try:
-                    event = await asyncio.wait_for(self._events.get(), _KEEP_ALIVE_S)
+                    async with asyncio.timeout(_KEEP_ALIVE_S):
+                        event = await self._events.get()
                 except TimeoutError:
                     yield KeepAlive(self._wait_reason())
                     continue

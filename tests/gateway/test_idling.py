@@ -226,7 +226,7 @@ def test_a_lone_run_lists_nothing_for_its_operations() -> None:
             assert gateways.calls == {("put", "runs/in"): 20}
             assert "list" not in engines.verbs
             assert engines.calls["put", "runs/out"] == 20
-            assert engines.calls["get", "runs/in"] == 60, "each, and twice whether there is another"
+            assert engines.calls["get", "runs/in"] == 80, "each, and three times whether there is another"
 
     lived(story)
 

@@ -56,7 +56,8 @@ class Watcher:
                 except Exception:
                     log.exception("the inbox: defect")
                 try:
-                    await asyncio.wait_for(moved.wait(), _LOOK_S)
+                    async with asyncio.timeout(_LOOK_S):
+                        await moved.wait()
                 except TimeoutError:
                     pass
         finally:
