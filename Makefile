@@ -28,10 +28,10 @@ install: .venv/.installed ## what serving and the demo need, into .venv (95 pack
 setup: .venv/.developer ## what tests and checks need too (170 packages, 2.1 GB)
 
 demo: install ## train a small real model on this machine and plot it (a few minutes)
-	@$(BIN)/python -m examples.demo
+	@$(BIN)/knapper demo
 
 demo-events: install ## put a folder into the inbox and watch an adapter come out (a few minutes)
-	@$(BIN)/python -m examples.demo_events
+	@$(BIN)/knapper demo --events
 
 up: install ## serve http://127.0.0.1:8000 until Ctrl-C (UP_ARGS='--port 9000')
 	@exec $(BIN)/knapper up $(UP_ARGS)
