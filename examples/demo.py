@@ -1,4 +1,4 @@
-"""`make demo`: start knapper, teach a small real model to add and to answer a question, and show what changed."""
+"""`knapper demo`: start knapper, teach a small real model to add and to answer a question, and show what changed."""
 
 import json
 import os
@@ -28,9 +28,9 @@ SUMS = [(3, 4), (2, 6), (5, 1), (4, 4)]
 
 
 @contextmanager
-def knapper() -> Iterator[str]:
+def knapper(model: str) -> Iterator[str]:
     """A running `knapper up` of our own, on a free port: its address. Its data goes too, unless it failed."""
-    command = [sys.executable, "-m", "knapper", "up", "--model", MODEL, "--port", "0", "--data", str(DATA)]
+    command = [sys.executable, "-m", "knapper", "up", "--model", model, "--port", "0", "--data", str(DATA)]
     failed = False
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
@@ -91,8 +91,9 @@ def draw(rewards: list[float], losses: list[float], path: Path) -> None:
 def run(url: str) -> None:
     began = time.monotonic()
     service = tinker.ServiceClient(base_url=url, api_key="tml-local")
-    adder = service.create_lora_training_client(MODEL, rank=16, seed=0, train_unembed=False).result()
-    chatter = service.create_lora_training_client(MODEL, rank=16, seed=0).result()
+    model = str(service.get_server_capabilities().supported_models[0].model_name)
+    adder = service.create_lora_training_client(model, rank=16, seed=0, train_unembed=False).result()
+    chatter = service.create_lora_training_client(model, rank=16, seed=0).result()
     sums, question = [rl_addition.prompt(*each) for each in SUMS], [sft_chat.chat(sft_chat.QUESTION)]
     before = ask(adder, sums, "\n") + ask(chatter, question, "<|im_end|>")
     print("\nReinforcement learning: 8 questions x 8 answers a step, reward 1 for the right sum")
@@ -118,12 +119,16 @@ def run(url: str) -> None:
     print(f"\n{figures['seconds']:.0f} s; curves in {OUT / 'demo.png'}, figures in {OUT / 'demo.json'}")
 
 
-if __name__ == "__main__":
+def main(model: str = MODEL) -> None:
     OUT.mkdir(exist_ok=True)
     os.environ.setdefault("TINKER_TELEMETRY", "0")
     try:
-        with knapper() as address:
+        with knapper(model) as address:
             run(address)
     except KeyboardInterrupt:
         print("\nstopped")
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

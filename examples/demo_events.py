@@ -1,4 +1,4 @@
-"""`make demo-events`: put a folder into the inbox, do nothing else, and watch an adapter come out of it."""
+"""`knapper demo --events`: put a folder into the inbox, do nothing else, and watch an adapter come out of it."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from examples.demo import DATA, OUT, knapper, show
+from examples.demo import DATA, MODEL, OUT, knapper, show
 
 FOLDER = Path(__file__).parent / "jobs" / "rl"
 STEPS = int(re.search(r"^steps: (\d+)$", (FOLDER / "job.yaml").read_text(), re.MULTILINE)[1])  # type: ignore[index]  # it is there
@@ -83,12 +83,16 @@ def run() -> None:
     print(f"\n{figures['seconds']:.0f} s; the curve is in {OUT / 'demo-events.png'}")
 
 
-if __name__ == "__main__":
+def main(model: str = MODEL) -> None:
     OUT.mkdir(exist_ok=True)
     os.environ.setdefault("TINKER_TELEMETRY", "0")
     try:
-        with knapper():
+        with knapper(model):
             run()
     except KeyboardInterrupt:
         print("\nstopped")
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,15 +3,11 @@
 import ast
 import importlib
 import importlib.metadata
-import os
 import pkgutil
 import re
-import shutil
-import signal
 import subprocess
 import sys
 import tomllib
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +20,6 @@ from knapper.ids import RunId
 from knapper.settings import describe
 from knapper.state import layout
 from knapper.state.layout import ObjectKind
-from tests.engine.tiny import tiny_model
 
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 ROOT = Path(__file__).parent.parent
@@ -276,89 +271,3 @@ def test_whatever_is_declared_is_used() -> None:
         "demo",
         "dev",
     }
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a copy of this tree, installed alone into an empty directory."""
-    tmp = tmp_path_factory.mktemp("wheel")
-    source = tmp / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "knapper", "gateway", "functions", "knative"):
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, source / name)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    quiet = ["--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*pip, "wheel", *quiet, "--no-build-isolation", "--wheel-dir", str(tmp), str(source)], check=True)
-    (wheel,) = tmp.glob("knapper-*.whl")
-    assert not [name for name in zipfile.ZipFile(wheel).namelist() if "__pycache__" in name]
-    subprocess.run([*pip, "install", *quiet, "--target", str(tmp / "site"), str(wheel)], check=True)
-    return tmp / "site"
-
-
-def run_installed(site: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Code in a Python that sees the installed wheel and the dependencies, and not the checkout."""
-    # -P keeps the working directory out, the assignment the editable install.
-    boot = f"import sys; sys.path[:] = [{str(site)!r}, *(p for p in sys.path if p != {str(ROOT)!r})]; "
-    command = [sys.executable, "-P", "-c", boot + code, *arguments]
-    return subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=60)
-
-
-def test_the_wheel_puts_one_name_into_site_packages(installed: Path) -> None:
-    assert {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} == {"knapper", "bin"}
-
-
-def test_the_wheel_carries_every_file_of_the_product(installed: Path) -> None:
-    """Data files too: the wire's descriptor, the functions' requirements."""
-    product = tracked("knapper", "gateway", "functions", "knative")
-    places = [installed / ("" if path.startswith("knapper/") else "knapper/_deployables") / path for path in product]
-    assert [place for place in places if not place.is_file()] == []
-
-
-def test_the_command_line_of_the_wheel_answers(installed: Path) -> None:
-    answer = run_installed(installed, "from knapper.cli.main import main; main()", "--help")
-    assert answer.returncode == 0, answer.stderr
-    assert " up " in answer.stdout
-
-
-def test_the_wheel_finds_what_it_deploys(installed: Path) -> None:
-    answer = run_installed(installed, "from knapper.local import package_root; print(package_root.deployables())")
-    assert answer.returncode == 0, answer.stderr
-    assert Path(answer.stdout.strip()) == installed / "knapper" / "_deployables"
-
-
-@pytest.mark.timeout(110)
-def test_the_example_of_the_readme_learns_from_the_wheel_alone(installed: Path, tmp_path: Path) -> None:
-    """`knapper up` as installed, its gateway and functions from the wheel; only address and model are exchanged."""
-    model = tiny_model(tmp_path / "models" / "tiny")
-    environment = {
-        "HOME": str(tmp_path), "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1", "KNAPPER_DTYPE": "float32",
-    }  # fmt: skip
-    up = [sys.executable, str(installed / "bin/knapper"), "up", "--port", "0", "--model", str(model)]
-    with subprocess.Popen(up, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout
-            ready = next((line for line in server.stdout if line.startswith("ready: ")), "")
-            assert ready, "knapper up ended before it was ready; its own lines are above"
-            client = [sys.executable, "-c", readme_example(ready.split()[1], str(model))]
-            said = subprocess.run(client, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90)
-        finally:
-            server.send_signal(signal.SIGINT)
-    assert said.returncode == 0, said.stderr
-    losses_by_step = [float(loss) for loss in re.findall(r"^\d+ (\S+)$", said.stdout, flags=re.MULTILINE)]
-    assert len(losses_by_step) == 10
-    assert losses_by_step[-1] < 0.75 * losses_by_step[0]
-
-
-def readme_example(url: str, model: str) -> str:
-    """The README's program, for another server and another model."""
-    block = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert block
-    program = block[1]
-    for shown, given in (("http://127.0.0.1:8000", url), ("HuggingFaceTB/SmolLM2-135M-Instruct", model)):
-        assert program.count(shown) == 1
-        program = program.replace(shown, given)
-    return program

@@ -9,6 +9,7 @@ import typer
 
 import knapper
 from knapper.cli import chaos as chaos
+from knapper.cli import demo as demo
 from knapper.cli import deploy, quota, runs
 from knapper.cli import jobs as jobs
 from knapper.cli.tables import Json, listing, utc
@@ -36,6 +37,7 @@ app.command()(jobs.usage)
 app.add_typer(deploy.app, name="deploy")
 app.command()(deploy.doctor)
 app.command()(chaos.chaos)
+app.command()(demo.demo)
 
 
 def _print_version(wanted: bool) -> None:

@@ -47,6 +47,8 @@ def without(module: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
         ("kubernetes", ("deploy", "list"), "deploy"),
         ("kubernetes", ("deploy", "status", "a/b"), "deploy"),
         ("kubernetes", ("chaos", "--namespace", "knapper", "--yes-kill-processes"), "deploy"),
+        ("matplotlib", ("demo",), "demo"),
+        ("tinker", ("demo", "--events"), "demo"),
         ("jsonpatch", ("deploy", "add", "a/b", "--dry-run", "--config", "CONFIG"), "deploy"),
     ],
 )

@@ -46,12 +46,11 @@ def test_the_demo_s_server_leaves_nothing_behind_unless_something_failed(
     end: type[BaseException] | None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "MODEL", str(model))
     url = ""
 
     def use() -> None:
         nonlocal url
-        with demo.knapper() as url:
+        with demo.knapper(str(model)) as url:
             assert demo.DATA.is_dir()
             if end is not None:
                 raise end
