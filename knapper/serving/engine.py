@@ -254,12 +254,13 @@ def _load(settings: Settings, device: torch.device, store: Store) -> Work[Loaded
     choices = _choices(settings, device, store)
     exactness = Exactness(promised=settings.batch_invariant, choices=choices)
     reservations = Reservations(settings.run_directory)
+    shares = settings.engines > 1 and device.type == "cpu"  # of a GPU each engine has a part, which torch enforces
     try:
-        with reservations.turn() if settings.engines > 1 else nullcontext(0) as planned:
+        with reservations.turn() if shares else nullcontext(0) as planned:
             expect_loadable(settings, device, dtype.itemsize, planned)
             model = load(Path(settings.model_directory), dtype, device, exactness)
             account = _account(settings, model, planned)
-            if settings.engines > 1:
+            if shares:
                 reservations.write(account.total)
     except Exception as error:
         if (shortage := MemoryShortage.of(error)) is None:

@@ -11,14 +11,16 @@ from knapper.engine.hardware import device_for, memory_left, take_memory
 from knapper.engine.memory import CARDS, Account, ModelBytes, kv_bytes
 from knapper.engine.memory_table import MODELS
 from knapper.engine.models.config import ModelConfig
+from knapper.engine.models.preflight import expect_device, expect_loadable
 from knapper.engine.training.trainer import Trainer
-from knapper.errors import ContextLengthExceeded, InvalidField, TooLarge, UserError
+from knapper.errors import ContextLengthExceeded, InvalidField, TooLarge, UserError, WaitsForMemory
 from knapper.settings import Settings
 from tests.engine.gate.models import CONFIGS, write_config
 from tests.engine.gpu import GIB, Driver, with_gpu
 from tests.engine.runs import datum, request, spec, tiny_trainer
 from tests.engine.sampling.test_scheduler import House, prompt_of
 from tests.engine.sampling.test_scheduler import request as sample_request
+from tests.engine.tiny import tiny_model
 
 
 def _on(card: str, name: str = "Qwen3-8B", share: float = 1.0, part: float = 0.0) -> Account:
@@ -80,6 +82,24 @@ def test_what_a_share_of_a_card_leaves_is_divided(monkeypatch: pytest.MonkeyPatc
     account = memory.divide(memory_left(device), model, 0, is_cpu=False)
     assert account.total == 40 * GIB
     assert account.kv == max(6 * GIB, 40_960 * 147_456)
+
+
+def test_engines_have_equal_parts_of_a_card_and_one_too_small_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What does not fit into its part never will: nobody waits for it, as on a CPU."""
+    weights = tiny_model(tmp_path / "model")
+    settings = Settings.load(
+        {"KNAPPER_MODEL_DIRECTORY": str(weights), "KNAPPER_DATA": str(tmp_path), "KNAPPER_ENGINES": "2"}
+    )
+    with_gpu(monkeypatch, Driver(total=80 * GIB))
+    device = expect_device(settings)
+    assert memory_left(device) == 40 * GIB
+    expect_loadable(settings, device)
+    with_gpu(monkeypatch, Driver(total=1024))
+    with pytest.raises(UserError, match="are free on cuda") as refused:
+        expect_loadable(settings, expect_device(settings))
+    assert not isinstance(refused.value, WaitsForMemory)
 
 
 @pytest.mark.parametrize("share", ["0", "2"])

@@ -49,7 +49,7 @@ def expect_loadable(settings: Settings, device: torch.device, least_bytes: int |
 def _expect_memory(settings: Settings, device: torch.device, needed: int, planned: int) -> None:
     """A CPU's weights may go into swap, though slowly. Beyond that the kernel would kill this process, or another."""
     free = max(0, memory_left(device) - planned) + (host_memory.swap() if device.type == "cpu" else 0)
-    if needed > free and settings.engines > 1:
+    if needed > free and settings.engines > 1 and device.type == "cpu":  # a GPU's parts do not grow
         raise WaitsForMemory(
             f"its weights take {sized(needed)}, and {sized(free)} of memory are free beside the other models' engines; "
             f"it goes on once one of those has been idle for {settings.idle_s:.0f} s (KNAPPER_IDLE_S)"
