@@ -38,7 +38,8 @@ def read(directory: Path) -> list[ModelRecord]:
 
 def _record(path: Path) -> ModelRecord:
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(limits.model_record_bytes_max + 1)
         if len(data) > limits.model_record_bytes_max:
             raise InvalidField("KNAPPER_MODELS", str(path), f"a file of at most {limits.model_record_bytes_max} bytes")
         return msgspec.json.decode(data, type=ModelRecord)

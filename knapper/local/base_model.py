@@ -50,9 +50,13 @@ def chosen(settings: Settings, environ: Mapping[str, str]) -> Settings:
 def listed(path: Path) -> list[str]:
     """The models of a file, a line each; # begins a comment. Raises InvalidField."""
     try:
-        if path.stat().st_size > limits.models_file_bytes_max:
+        if not path.is_file():  # a device has no end, and a pipe may never have one
+            raise InvalidField("models", str(path), "a text file that can be read")
+        with path.open("rb") as file:
+            data = file.read(limits.models_file_bytes_max + 1)
+        if len(data) > limits.models_file_bytes_max:
             raise InvalidField("models", str(path), f"a file of at most {limits.models_file_bytes_max} bytes")
-        lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.partition("#")[0].strip() for line in data.decode("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidField("models", str(path), "a text file that can be read", str(error)) from error
     if not any(lines):

@@ -111,13 +111,21 @@ def test_a_model_that_does_not_fit_beside_another_waits_and_says_so(
         (("--model", "{teacher}"), "is '{teacher}'; allowed: each model once"),
         (("--models", "{empty}"), "allowed: a file that names a model a line"),
         (("--models", "{missing}"), "allowed: a text file that can be read"),
+        (("--models", "/dev/zero"), "allowed: a text file that can be read"),
+        (("--models", "{large}"), "allowed: a file of at most 65536 bytes"),
     ],
 )
 def test_what_is_wrong_with_a_list_of_models_is_said(
     tmp_path: Path, teacher: Path, flags: tuple[str, str], said: str
 ) -> None:
     (tmp_path / "empty").write_text("# nothing\n")
-    names = {"teacher": teacher, "empty": tmp_path / "empty", "missing": tmp_path / "missing"}
+    (tmp_path / "large").write_text("a" * 65537)
+    names = {
+        "large": tmp_path / "large",
+        "teacher": teacher,
+        "empty": tmp_path / "empty",
+        "missing": tmp_path / "missing",
+    }
     with pytest.raises(AssertionError) as failed:
         Server.start(teacher, tmp_path / "data", *(flag.format(**names) for flag in flags))
     assert said.format(**names) in " ".join(str(failed.value).split())
