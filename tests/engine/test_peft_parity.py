@@ -1,6 +1,6 @@
 """A whole run equals a plain torch + PEFT loop that starts from the run's own exported adapter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from knapper.engine import checkpoint_format
 from knapper.engine.training.losses import LOSSES
-from knapper.engine.training.trainer import RunState
+from knapper.engine.training.trainer import RunState, Trainer
 from knapper.wire.types import AdamW, Datum
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
 from tests.nearness import expect_near
@@ -186,3 +186,34 @@ def test_an_exported_adapter_gives_the_same_log_probabilities_in_peft(
             np.testing.assert_allclose(
                 output_of_datum["logprobs"], plain_logprobs(model, example).numpy(), atol=1e-5, rtol=1e-5
             )
+
+
+def expect_equal_steps(
+    trainer: Trainer,
+    state: RunState,
+    model: torch.nn.Module,
+    losses: Sequence[str],
+    lengths: Sequence[int],
+    rng: np.random.Generator,
+) -> RunState:
+    """An optimizer step a loss, by us and by PyTorch on PEFT's `model`: equal log-probabilities, gradients, weights."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    adam = torch.optim.AdamW(trainable, lr=3e-3, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.01, foreach=False)
+    for loss in losses:
+        adam.zero_grad()
+        data = [datum(length, loss, rng, prompt=length // 3) for length in lengths]
+        state, output = done(trainer.forward_backward(state, request(data, loss)))
+        for example, found in zip(data, output.outputs, strict=True):
+            p = plain_logprobs(model, example)
+            inputs = {name: torch.from_numpy(values) for name, values in example.inputs.items()}
+            plain_loss(loss, p, inputs, {}).backward()
+            np.testing.assert_allclose(found["logprobs"], p.detach().numpy(), atol=1e-5, rtol=1e-5)
+        gradient_P = arena(state, model, lambda p: p.grad)
+        assert state.grads_P is not None
+        assert (state.grads_P - gradient_P).norm() < 1e-5 * gradient_P.norm()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        adam.step()
+        state, _ = done(trainer.optim_step(state, ADAM))
+        moved_P = arena(state, model, Tensor.detach)
+        np.testing.assert_allclose(state.weights_P.numpy(), moved_P.numpy(), atol=1e-5, rtol=0)
+    return state

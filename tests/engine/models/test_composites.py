@@ -27,7 +27,7 @@ from knapper.text.sizes import sized
 from tests.engine.composites import CASES, COMPOSITE, LAYOUTS, composite_model
 from tests.engine.models.test_decoder import decoder_of, tokens_of
 from tests.engine.runs import datum, done, request, spec
-from tests.engine.test_peft_parity import ADAM, arena, load_in_peft, plain_logprobs, plain_loss
+from tests.engine.test_peft_parity import expect_equal_steps, load_in_peft, plain_logprobs
 
 # PEFT warns about tied heads (docs/decisions/0002) and about a base model that is not on the hub.
 pytestmark = [
@@ -55,26 +55,8 @@ def test_a_run_equals_peft_in_the_whole_model(tmp_path: Path, kind: str, layout:
     model.eval()  # Gemma's training mode asks for the types of tokens
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trainable) == state.layout.numel  # none in the layers of images
-    adam = torch.optim.AdamW(trainable, lr=3e-3, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.01, foreach=False)
     rng = np.random.default_rng(5)
-    for loss in ("cross_entropy", "importance_sampling"):
-        adam.zero_grad()
-        data = [datum(length, loss, rng, prompt=length // 3) for length in LENGTHS]
-        state, output = done(trainer.forward_backward(state, request(data, loss)))
-        for example, found in zip(data, output.outputs, strict=True):
-            p = plain_logprobs(model, example)
-            inputs = {name: torch.from_numpy(values) for name, values in example.inputs.items()}
-            plain_loss(loss, p, inputs, {}).backward()
-            np.testing.assert_allclose(found["logprobs"], p.detach().numpy(), atol=1e-5, rtol=1e-5)
-        gradient_P = arena(state, model, lambda p: p.grad)
-        assert state.grads_P is not None
-        assert (state.grads_P - gradient_P).norm() < 1e-5 * gradient_P.norm()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        adam.step()
-        state, _ = done(trainer.optim_step(state, ADAM))
-        np.testing.assert_allclose(
-            state.weights_P.numpy(), arena(state, model, Tensor.detach).numpy(), atol=1e-5, rtol=0
-        )
+    state = expect_equal_steps(trainer, state, model, ("cross_entropy", "importance_sampling"), LENGTHS, rng)
     expect_merged(trainer, state, tmp_path, datum(90, "importance_sampling", rng))
 
 

@@ -21,7 +21,7 @@ from knapper.wire.types import AdamW
 from tests.engine.models.test_decoder import decoder_of, lora_of, tokens_of
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
 from tests.engine.strange import NATIVE, strange_model
-from tests.engine.test_peft_parity import ADAM, arena, load_in_peft, plain_logprobs, plain_loss
+from tests.engine.test_peft_parity import expect_equal_steps, load_in_peft
 
 # PEFT warns about tied heads (docs/decisions/0002) and about a base model that is not on the hub.
 pytestmark = [
@@ -48,25 +48,8 @@ def test_three_optimizer_steps_equal_those_of_peft(tmp_path: Path, kind: str) ->
     model = load_in_peft(state, tmp_path / "model", tmp_path / "adapter", trainable=True)
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trainable) == state.layout.numel
-    adam = torch.optim.AdamW(trainable, lr=3e-3, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.01, foreach=False)
     rng = np.random.default_rng(5)
-    for loss in ("cross_entropy", "importance_sampling", "dro"):
-        adam.zero_grad()
-        data = [datum(length, loss, rng, prompt=length // 3) for length in LENGTHS]
-        state, output = done(trainer.forward_backward(state, request(data, loss)))
-        for example, found in zip(data, output.outputs, strict=True):
-            p = plain_logprobs(model, example)
-            inputs = {name: torch.from_numpy(values) for name, values in example.inputs.items()}
-            plain_loss(loss, p, inputs, {}).backward()
-            np.testing.assert_allclose(found["logprobs"], p.detach().numpy(), atol=1e-5, rtol=1e-5)
-        gradient_P = arena(state, model, lambda p: p.grad)
-        assert state.grads_P is not None
-        assert (state.grads_P - gradient_P).norm() < 1e-5 * gradient_P.norm()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        adam.step()
-        state, _ = done(trainer.optim_step(state, ADAM))
-        moved_P = arena(state, model, Tensor.detach)
-        np.testing.assert_allclose(state.weights_P.numpy(), moved_P.numpy(), atol=1e-5, rtol=0)
+    expect_equal_steps(trainer, state, model, ("cross_entropy", "importance_sampling", "dro"), LENGTHS, rng)
 
 
 @pytest.mark.parametrize("kind", NATIVE)
