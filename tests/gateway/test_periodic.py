@@ -10,7 +10,7 @@ import pytest
 import structlog
 
 from gateway import periodic, periodic_tasks
-from gateway.periodic import PeriodicTask
+from gateway.periodic import PeriodicTask, running
 from knapper.errors import StoreError
 from knapper.store.memory import MemoryStore
 from tests.gateway.running import fwdbwd, gateway
@@ -108,3 +108,22 @@ def test_what_fails_is_not_tried_again_at_once(monkeypatch: pytest.MonkeyPatch) 
 
     asyncio.run(story())
     assert tries.count("failed") == 1
+
+
+def test_a_ring_at_the_end_does_not_keep_a_task_alive() -> None:
+    """In the very moment in which it is cancelled: Python 3.11's wait_for forgets the cancellation then."""
+
+    async def story() -> None:
+        worked = asyncio.Event()
+
+        async def work() -> float:
+            worked.set()
+            return 100.0
+
+        task = PeriodicTask("rung", work, 0.01)
+        async with asyncio.timeout(5), running([task]):
+            await worked.wait()
+            await asyncio.sleep(0.4)  # in its pause of 0.64 s, before which it waited 0.3
+            task.doorbell.set()
+
+    asyncio.run(story())
