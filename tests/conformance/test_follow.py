@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -103,7 +104,11 @@ def test_a_follower_goes_on_through_a_server_that_is_killed_and_started_again(ch
             tailing(published, tmp_path) as tailed,
             following(server, tmp_path, "submit", str(yaml), "--follow") as follower,
         ):
-            wait_until(lambda: bool(steps(follower.said())), "a step is printed", 60)
+            wait_until(lambda: published.exists() and bool(published.read_text()), "a step is published", 60)
+            for pid in server.members("engine"):
+                os.kill(pid, signal.SIGSTOP)  # or a fast machine ends the job before the follower looks again
+            wait_until(lambda: bool(steps(follower.said())), "a step is printed")
+            assert max(steps(follower.said())) < 6, "the job has not ended"
             server.kill()
             wait_until(lambda: "waiting for it" in follower.said(), "the follower waits")
             server.up()

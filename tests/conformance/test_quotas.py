@@ -138,11 +138,15 @@ def test_too_many_runs_and_too_high_a_rank_raise_our_sentence_at_once(
 
 
 @pytest.mark.timeout(120)
-def test_samples_in_flight_wait_for_each_other_in_the_sdk(
-    house: Server, service: tinker.ServiceClient, model: Path
-) -> None:
-    allow(house, "--samples-in-flight", "2")
-    client = service.create_sampling_client(base_model=str(model)).result()
+def test_samples_in_flight_wait_for_each_other_in_the_sdk(model: Path, tmp_path: Path) -> None:
+    """On a server of its own: samples are counted up to a minute later, which other tests would see."""
+    with Server.start(model, tmp_path / "data") as server:
+        allow(server, "--samples-in-flight", "2")
+        with tinker.ServiceClient(base_url=server.url, api_key="tml-local") as service:
+            _samples_wait(service.create_sampling_client(base_model=str(model)).result())
+
+
+def _samples_wait(client: tinker.SamplingClient) -> None:
     params = types.SamplingParams(max_tokens=4, seed=1)
     futures = [client.sample(types.ModelInput.from_ints([1, 2, n]), 2, params) for n in range(3, 8)]
     assert [len(future.result().sequences) for future in futures] == [2] * 5
@@ -215,7 +219,7 @@ def test_usage_speaks_money_and_quotas(house: Server, service: tinker.ServiceCli
 
     before = cost()
     printed = told(house, "usage")
-    after = cost()  # samples of the tests before are counted within a minute: at any moment
+    after = cost()  # what the tests before used may be counted at any moment
     assert re.search(r"tokens trained, \d+\.\d+ device seconds.*, \d+\.\d{4} USD\n", printed)
     assert re.search(r"^total: \d+\.\d{4} USD; checkpoints: \d+\.\d{4} USD a month$", printed, flags=re.MULTILINE)
     assert re.search(r"^quota: \d+ of 1000000 tokens used today$", printed, flags=re.MULTILINE)
