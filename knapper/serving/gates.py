@@ -44,7 +44,13 @@ def vllm() -> "Gate[Served]":
 
 def sampler() -> "Gate[Served] | Gate[ServingEngine]":
     """The gate to the sampler that the settings name."""
-    return vllm() if Settings.load(os.environ).sampler == "vllm" else engine()
+    return vllm() if samples_by_vllm() else engine()
+
+
+@cache
+def samples_by_vllm() -> bool:
+    """Read once: loading all settings takes a millisecond, and each sample asks."""
+    return Settings.load(os.environ).sampler == "vllm"
 
 
 def _settings(process: str) -> Settings:

@@ -44,7 +44,7 @@ class Served:
 
 def served() -> Served:
     """The sampler of the environment's settings, whose gate must be open already. Raises Unservable."""
-    if Settings.load(os.environ).sampler == "vllm":
+    if gates.samples_by_vllm():
         return gates.vllm().value()
     engine = gates.engine().value()
     return Served(
