@@ -183,3 +183,4 @@ models_file_bytes_max = 64 * 1024
 model_record_bytes_max = 64 * 1024
 config_json_bytes_max = MIB
 model_layers_max = 1024  # of a base model; its configuration is a list of them before a weight is looked at
+model_experts_max = 1024  # of a layer, for the same reason

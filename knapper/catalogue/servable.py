@@ -114,6 +114,9 @@ def expect_libraries(settings: Settings, by: ComputedBy) -> None:
         if is_composite(Path(settings.model_directory)):
             allowed = f"torch for {settings.model}, of which only the text part is served"
             raise InvalidField("KNAPPER_SAMPLER", settings.sampler, allowed)
+        if ModelConfig.read(Path(settings.model_directory)).has_experts:
+            allowed = f"torch for {settings.model}, a mixture: adapters of experts were never tried in vLLM"
+            raise InvalidField("KNAPPER_SAMPLER", settings.sampler, allowed)
     for name, todo in wanted.items():
         if importlib.util.find_spec(name) is None:
             raise UserError(f"{name} is not installed in {sys.prefix}, and {settings.model} needs it: {todo}")

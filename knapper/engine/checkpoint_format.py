@@ -16,6 +16,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from knapper.engine.layers.lora import Layout
+from knapper.engine.models.config import LoraTarget
 from knapper.engine.training.optimizer import Moments, is_finite
 from knapper.engine.training.trainer import RunState
 from knapper.errors import Corrupt, InvalidField, UserError
@@ -36,6 +37,12 @@ def peft_names(module: str) -> tuple[str, str]:
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 
+def peft_sides(target: LoraTarget) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """PEFT's names of all A and of all B of a target module: of experts one each."""
+    a, b = zip(*map(peft_names, target.modules), strict=True)
+    return a, b
+
+
 def export(state: RunState, *, with_optimizer: bool) -> Files:
     """A PEFT directory that PEFT, transformers and vLLM load unchanged; with the optimizer, training can resume from
     it.
@@ -45,8 +52,8 @@ def export(state: RunState, *, with_optimizer: bool) -> Files:
     """
     names: list[tuple[str, tuple[int, ...]]] = []
     for target, a, b in state.layout.matrices(state.weights_P):
-        a_name, b_name = peft_names(target.module)
-        names += [(a_name, tuple(a.shape)), (b_name, tuple(b.shape))]
+        for name, matrix in zip(peft_sides(target), (a, b), strict=True):
+            names += [(each, tuple(matrix.shape[-2:])) for each in name]
     files = {
         CONFIG: json.dumps(_config(state.spec, state.layout), indent=2).encode() + b"\n",
         ADAPTER: _safetensors(names, [state.weights_P], {"merges": "yes" if state.layout.merges else UNTIE_FIRST}),
@@ -69,8 +76,9 @@ def read(files: Files, spec: Spec, layout: Layout, *, with_optimizer: bool) -> t
     tensors, _ = _tensors(_file(files, ADAPTER), ADAPTER)
     weights_P = torch.empty(layout.numel)
     for target, *parts in layout.matrices(weights_P):
-        for name, part in zip(peft_names(target.module), parts, strict=True):
-            part.copy_(_take(tensors, name, tuple(part.shape), ADAPTER))
+        for names, part in zip(peft_sides(target), parts, strict=True):
+            for name, matrix in zip(names, part.view(-1, *part.shape[-2:]), strict=True):
+                matrix.copy_(_take(tensors, name, tuple(matrix.shape), ADAPTER))
     if tensors:
         raise Corrupt(f"{ADAPTER} has tensors that its configuration does not: {', '.join(sorted(tensors)[:4])}")
     moments: Moments | None = None

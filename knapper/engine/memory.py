@@ -192,7 +192,7 @@ def _does_not_fit(model: ModelBytes, least: int, left: int) -> UserError:
 
 
 def _arena(config: Facts) -> int:
-    return 4 * _RANK * sum(target.inputs + target.outputs for target in config.lora_targets)
+    return 4 * sum(target.numel(_RANK) for target in config.lora_targets)
 
 
 CARDS: Final[Mapping[str, int]] = {  # bytes, as the driver counts them

@@ -1,4 +1,4 @@
-"""A model with windows, two rotary bases and norms on both sides, through the whole stack: Gemma 3, natively."""
+"""Models of another kind than Llama through the whole stack, natively: Gemma 3 with its windows, a mixture."""
 
 import re
 from pathlib import Path
@@ -30,8 +30,10 @@ def step(client: tinker.TrainingClient, n: int) -> list[bytes]:
 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
-def test_gemma_3_trains_survives_a_kill_samples_what_it_trained_and_loads_in_peft(tmp_path: Path) -> None:
-    model = strange_model(tmp_path / "gemma", "gemma3")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_moe"])
+def test_a_run_survives_a_kill_samples_what_it_trained_and_loads_in_peft(tmp_path: Path, kind: str) -> None:
+    model = strange_model(tmp_path / kind, kind)
     with (
         Server.start(model, tmp_path / "data", dtype="float32") as server,
         tinker.ServiceClient(base_url=server.url, api_key="tml-local") as service,

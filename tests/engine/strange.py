@@ -32,6 +32,7 @@ _LONG: Final = {
     "short_factor": [1.0, 1.1, 1.2, 1.4, 1.7, 2.0], "original_max_position_embeddings": 256,
 }  # fmt: skip
 _SLIDING: Final = {"sliding_window": 16}
+_MIXED: Final = {**_GROUPED, "num_local_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 _SWITCHED: Final = {**_SLIDING, "use_sliding_window": True, "max_window_layers": 1}
 
 # One layer with a window of 16 and one without wherever the architecture has both; contexts that are scaled from 64 on.
@@ -88,8 +89,13 @@ NATIVE: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     ),
     "glm": ("GlmConfig", _HEADED),
     "glm4": ("Glm4Config", _HEADED),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_MIXED, "head_dim": 32, "norm_topk_prob": True}),
+    "qwen3_moe_window": ("Qwen3MoeConfig", {**_MIXED, **_SLIDING, "head_dim": 16, "use_sliding_window": True}),
+    "olmoe": ("OlmoeConfig", {**_MIXED, "intermediate_size": 48, "rope_parameters": _LINEAR}),
+    "mixtral": ("MixtralConfig", {**_MIXED, **_SLIDING, "intermediate_size": 48, "num_experts_per_tok": 3}),
     "smollm3_window": ("SmolLM3Config", {**_GROUPED, **_SWITCHED, "no_rope_layer_interval": 2}),
 }
+MIXTURES: Final = ("qwen3_moe", "qwen3_moe_window", "olmoe", "mixtral")
 # Left to transformers. Among them: fused query, key and value; biases everywhere, on the head too; layers in parallel;
 # scaled heads; caps on attention and logits with windows; LayerNorms; options that the native code lacks.
 FOREIGN: Final[dict[str, tuple[str, dict[str, Any]]]] = {

@@ -15,6 +15,7 @@ from knapper.engine import checkpoint_format
 from knapper.engine.training.losses import LOSSES
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.wire.types import AdamW, Datum
+from tests.engine import peft_experts
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
 from tests.nearness import expect_near
 
@@ -91,9 +92,12 @@ def batch(loss: str, columns: int, rng: np.random.Generator) -> list[Datum]:
 def arena(state: RunState, model: torch.nn.Module, of: Callable[[Tensor], Tensor | None]) -> Tensor:
     """What `of` says of PEFT's weights, in our arena's order."""
     named = {name.replace(".default", ""): of(p) for name, p in model.named_parameters()}
-    ordered = [
-        named[name] for target in state.layout.lora_targets for name in checkpoint_format.peft_names(target.module)
-    ]
+    ordered: list[Tensor | None] = []
+    for target in state.layout.lora_targets:
+        if target.experts is not None:
+            ordered += peft_experts.matrices({n: one for n, one in named.items() if one is not None}, target)
+        else:
+            ordered += [named[name] for name in checkpoint_format.peft_names(target.module)]
     return torch.cat([each.flatten() for each in ordered if each is not None])
 
 
@@ -197,6 +201,7 @@ def expect_equal_steps(
     rng: np.random.Generator,
 ) -> RunState:
     """An optimizer step a loss, by us and by PyTorch on PEFT's `model`: equal log-probabilities, gradients, weights."""
+    peft_experts.keep_zeros(model, state.layout.lora_targets)
     trainable = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(trainable, lr=3e-3, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.01, foreach=False)
     for loss in losses:

@@ -131,7 +131,7 @@ BROKEN: Final[Mapping[str, tuple[Change, str]]] = {
 REFUSED: Final[Mapping[str, tuple[Change, str]]] = {
     "an architecture that nobody knows": (config(model_type="wild", architectures=["Wild"]), "does not know it"),
     "a mixture of experts": (
-        config(model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], num_experts=4),
+        config(model_type="granitemoe", architectures=["GraniteMoeForCausalLM"], num_local_experts=4),
         "which no adapter of linears reaches",
     ),
     "a model with a state": (

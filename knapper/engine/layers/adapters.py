@@ -8,19 +8,15 @@ dtype (float32 for a trained one); the sum is rounded to the base's dtype once. 
 from collections.abc import Sequence
 from typing import Final, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from knapper.engine.layers.batch_invariance import RowLayout
 from knapper.engine.layers.linear import FrozenLinear
-from knapper.engine.models.config import Facts
+from knapper.engine.layers.lora import Lora
 
 _RANK_MULTIPLE: Final = 16
-
-
-def target_shapes(config: Facts) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of every target module."""
-    return {target.name: (target.inputs, target.outputs) for target in config.lora_targets}
 
 
 def padded_rank(rank: int) -> int:
@@ -40,9 +36,18 @@ def product(layout: RowLayout, x_MI: Tensor, w_OI: Tensor) -> Tensor:
 
 
 class Adapt(Protocol):
-    """A linear with the adapters' part, by rows.
+    """The adapters of a pass, by rows."""
 
-    `names`: the target modules that `linear` stacks. Returns one tensor (N, width) for each.
-    """
+    def __call__(self, names: Sequence[str], x_NI: Tensor, linear: FrozenLinear) -> tuple[Tensor, ...]:
+        """A linear with the adapters' part.
 
-    def __call__(self, names: Sequence[str], x_NI: Tensor, linear: FrozenLinear) -> tuple[Tensor, ...]: ...
+        `names`: the target modules that `linear` stacks. Returns one tensor (N, width) for each.
+        """
+        ...
+
+    @property
+    def loras(self) -> Sequence[Lora]: ...
+
+    def numbers(self, rows: int, device: torch.device) -> Tensor:
+        """Of each row its adapter's place in `loras`, int64 (N,); len(loras): the base model."""
+        ...

@@ -48,16 +48,16 @@ def saved_bytes_of_row(config: ModelConfig, size: int = 4) -> int:
     and the gate of `tests/engine/gate` for a GPU, whose dtype has `size` bytes.
 
     Rows of the residual's width (the norms' inputs, and the inputs of three linears), queries, keys, values,
-    attention's outputs, and four of the MLP's width. In bfloat16 most of it is float32 all the same on a CPU; on a GPU
-    two thirds remain.
+    attention's outputs, and what the MLP says. In bfloat16 most of it is float32 all the same on a CPU; on a GPU two
+    thirds remain.
     """
     wide = 4 * max(_numbers_of_row(layer, config.hidden) for layer in config.layers)
     return wide if size == 4 else 2 * wide // 3
 
 
 def _numbers_of_row(layer: Layer, hidden: int) -> int:
-    mixer, mlp = layer.mixer, layer.mlp
-    return (3 + len(list(layer.norms))) * hidden + 2 * mixer.q_width + 2 * mixer.kv_width + 4 * mlp.width
+    mixer, mlp = layer.mixer, layer.mlp.numbers_of_row(hidden)
+    return (3 + len(list(layer.norms))) * hidden + 2 * mixer.q_width + 2 * mixer.kv_width + mlp
 
 
 def pass_bytes_of_row(config: ModelConfig, size: int) -> int:

@@ -5,7 +5,7 @@ R rank, P parameters of an adapter.
 All numbers of one run lie in one flat float32 arena, so that an optimizer step, a save and a snapshot are each one
 operation, not hundreds. Moments and gradients are arenas of the same layout. The order: layers from the first to the
 last; in each q, k, v, o, gate, up, down; lm_head at the end; of every target module A (R, in), then B (out, R),
-row-major.
+row-major; of a mixture's A of all experts, then B of all.
 """
 
 import math
@@ -26,7 +26,8 @@ from knapper.state.journal.records import Spec
 class Lora:
     """An adapter for a forward pass, by target module: y += scale * (x @ a.T) @ b.T.
 
-    `a`: (R, in), `b`: (out, R), float32. The names are those of `Facts.lora_targets`; a missing one is not adapted.
+    `a`: (R, in), `b`: (out, R), float32; of experts (E, R, in) and (E, out, R). The names are those of
+    `Facts.lora_targets`; a missing one is not adapted.
     """
 
     a: dict[str, Tensor]
@@ -50,15 +51,15 @@ class Layout:
 
     @cached_property
     def numel(self) -> int:
-        return sum(self.rank * (target.inputs + target.outputs) for target in self.lora_targets)
+        return sum(target.numel(self.rank) for target in self.lora_targets)
 
     def matrices(self, arena_P: Tensor) -> Iterator[tuple[LoraTarget, Tensor, Tensor]]:
         """(target module, A, B) in order; A and B are views of the arena."""
         start = 0
         for target in self.lora_targets:
-            middle = start + self.rank * target.inputs
-            end = middle + target.outputs * self.rank
-            yield target, arena_P[start:middle].view(self.rank, -1), arena_P[middle:end].view(-1, self.rank)
+            a_shape, b_shape = target.shapes(self.rank)
+            middle, end = start + math.prod(a_shape), start + target.numel(self.rank)
+            yield target, arena_P[start:middle].view(a_shape), arena_P[middle:end].view(b_shape)
             start = end
 
     def lora(self, arena_P: Tensor, scale: float) -> Lora:

@@ -7,6 +7,7 @@ rows, M rows of a block, N rows, I inputs, O outputs, R rank.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Stack:
         self.loras = tuple(loras)
         by_shape: dict[_Shape, list[Lora]] = {}
         for lora in loras:
-            by_shape.setdefault(tuple((target, padded_rank(len(a_RI))) for target, a_RI in lora.a.items()), []).append(
+            by_shape.setdefault(tuple((target, padded_rank(a.shape[-2])) for target, a in lora.a.items()), []).append(
                 lora
             )
         self.groups = [AdapterGroup(group) for group in by_shape.values()]
@@ -40,7 +41,7 @@ class AdapterGroup:
     def __init__(self, loras: Sequence[Lora]) -> None:
         self.loras = loras
         first = next(iter(loras[0].a.values()))
-        self.rank = padded_rank(len(first))
+        self.rank = padded_rank(first.shape[-2])
         scales_A = to_device(
             [lora.scale for lora in loras], first.device, torch.promote_types(first.dtype, torch.float32)
         )
@@ -72,6 +73,8 @@ class GatheredLora:
             if lora is not None:
                 rows.setdefault(id(lora), []).append(row)
         self._device = device
+        self.loras = stack.loras
+        self._row_loras = row_loras
         self._groups = [
             (group, members)
             for group in stack.groups
@@ -81,6 +84,14 @@ class GatheredLora:
         lone = len(self._groups) == 1 and len(self._groups[0][1]) == 1
         self._in_order = lone and len(self._groups[0][1][0]) == len(row_loras)
         self._blocks: dict[tuple[int, RowLayout], _Blocks] = {}
+
+    @cached_property
+    def _numbers(self) -> Tensor:
+        places = {id(lora): place for place, lora in enumerate(self.loras)}
+        return _indices([len(places) if lora is None else places[id(lora)] for lora in self._row_loras], self._device)
+
+    def numbers(self, rows: int, device: torch.device) -> Tensor:  # noqa: ARG002  the protocol's, for passes of any rows
+        return self._numbers
 
     def __call__(self, names: Sequence[str], x_NI: Tensor, linear: FrozenLinear) -> tuple[Tensor, ...]:
         parts: tuple[Tensor, ...] = linear(x_NI).split(linear.widths, dim=1)

@@ -10,12 +10,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from knapper.engine.layers.adapters import pad_rank, padded_rank, product
+from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
+from knapper.engine.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,27 @@ class Segments:
                 f"segments overlap: {before.start}..{before.stop}, {after.start}..{after.stop}"
             )
         self._adapted = [(s.start, s.stop, s.lora) for s in ordered if s.lora is not None and s.stop > s.start]
+        self._numbers: Tensor | None = None
+
+    @property
+    def loras(self) -> Sequence[Lora]:
+        return [lora for _, _, lora in self._adapted]
+
+    def numbers(self, rows: int, device: torch.device) -> Tensor:
+        if self._numbers is None or len(self._numbers) != rows:
+            numbers = np.full(rows, len(self._adapted))
+            for place, (start, stop, _) in enumerate(self._adapted):
+                numbers[start:stop] = place
+            self._numbers = to_device(numbers, device)
+        return self._numbers
 
     def __call__(self, names: Sequence[str], x_NI: Tensor, linear: FrozenLinear) -> tuple[Tensor, ...]:
-        spans: list[_Span] = []
+        spans: list[AdaptedRows] = []
         matrices: list[Tensor] = []
         for start, stop, lora in self._adapted:
             parts = tuple(part for part, name in enumerate(names) if name in lora.a)
             if parts:
-                spans.append(_Span(start, stop, parts, lora.scale))
+                spans.append(AdaptedRows(start, stop, parts, lora.scale))
                 matrices += [side[names[part]] for side in (lora.a, lora.b) for part in parts]
         outputs = _Adapted.apply(linear, spans, x_NI, *matrices)  # type: ignore[no-untyped-call]  # the library has no types here
         assert isinstance(outputs, tuple)
@@ -52,7 +68,7 @@ class Segments:
 
 
 @dataclass(frozen=True)
-class _Span:
+class AdaptedRows:
     """An adapter on one linear: its rows, and the parts of the linear that it adapts."""
 
     start: int
@@ -63,23 +79,47 @@ class _Span:
     def of(self, x_N: Tensor) -> Tensor:
         return x_N[self.start : self.stop]
 
+    def add(
+        self, outputs: Sequence[Tensor], x_NI: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], exactness: Exactness
+    ) -> Tensor:
+        """Adds the adapter's part to its rows of each output; x A^T, scaled, which `gradients` takes."""
+        x_MI = self.of(x_NI).to(a[0].dtype)
+        layout = exactness.adapter(padded_rank(len(a[0])), a[0])
+        low_MR = product(layout, x_MI, _stacked([pad_rank(a_RI, 0) for a_RI in a])) * self.scale
+        for part, low, b_OR in zip(self.parts, _by_part(low_MR, a), b, strict=True):
+            self.of(outputs[part]).add_(product(layout, low, pad_rank(b_OR, 1)))
+        return low_MR
+
+    def gradients(
+        self,
+        grads: Sequence[Tensor],
+        grad_NI: Tensor | None,
+        x_NI: Tensor,
+        low_MR: Tensor,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """Those of all A, then of all B, by the outputs' `grads`; that of the rows is added to `grad_NI`."""
+        x_MI = self.of(x_NI).to(a[0].dtype)
+        part_grads = [self.of(grads[part]).to(x_MI.dtype) for part in self.parts]
+        grad_low_MR = _joined([grad_MO @ b_OR for grad_MO, b_OR in zip(part_grads, b, strict=True)]).mul_(self.scale)
+        found = list((grad_low_MR.T @ x_MI).split([len(a_RI) for a_RI in a]))
+        for grad_MO, low, a_RI in zip(part_grads, _by_part(low_MR, a), a, strict=True):
+            found.append(grad_MO.T @ low[:, : len(a_RI)])
+        if grad_NI is not None:
+            self.of(grad_NI).add_(grad_low_MR @ _stacked(a))
+        return found
+
 
 class _Adapted(torch.autograd.Function):
     """The matrices: of each span all A, then all B."""
 
     @staticmethod
     def forward(
-        ctx: Any, linear: FrozenLinear, spans: Sequence[_Span], x_NI: Tensor, *matrices: Tensor
+        ctx: Any, linear: FrozenLinear, spans: Sequence[AdaptedRows], x_NI: Tensor, *matrices: Tensor
     ) -> tuple[Tensor, ...]:
         parts: tuple[Tensor, ...] = linear(x_NI).split(linear.widths, dim=1)
-        lows: list[Tensor] = []
-        for span, a, b in _matrices_of(spans, matrices):
-            x_MI = span.of(x_NI).to(a[0].dtype)
-            layout = linear.exactness.adapter(padded_rank(len(a[0])), a[0])
-            low_MR = product(layout, x_MI, _stacked([pad_rank(a_RI, 0) for a_RI in a])) * span.scale
-            for part, low, b_OR in zip(span.parts, _by_part(low_MR, a), b, strict=True):
-                span.of(parts[part]).add_(product(layout, low, pad_rank(b_OR, 1)))
-            lows.append(low_MR)
+        lows = [span.add(parts, x_NI, a, b, linear.exactness) for span, a, b in _matrices_of(spans, matrices)]
         ctx.linear, ctx.spans = linear, spans
         ctx.save_for_backward(x_NI, *lows, *matrices)
         return parts
@@ -87,28 +127,19 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         linear: FrozenLinear = ctx.linear
-        spans: Sequence[_Span] = ctx.spans
+        spans: Sequence[AdaptedRows] = ctx.spans
         x_NI, *saved = ctx.saved_tensors
         lows, matrices = saved[: len(spans)], saved[len(spans) :]
         grad_NI = linear.back(grads) if ctx.needs_input_grad[2] else None
         matrix_grads: list[Tensor] = []
         for low_MR, (span, a, b) in zip(lows, _matrices_of(spans, matrices), strict=True):
-            x_MI = span.of(x_NI).to(a[0].dtype)
-            part_grads = [span.of(grads[part]).to(x_MI.dtype) for part in span.parts]
-            grad_low_MR = _joined([grad_MO @ b_OR for grad_MO, b_OR in zip(part_grads, b, strict=True)]).mul_(
-                span.scale
-            )
-            matrix_grads += (grad_low_MR.T @ x_MI).split([len(a_RI) for a_RI in a])
-            for grad_MO, low, a_RI in zip(part_grads, _by_part(low_MR, a), a, strict=True):
-                matrix_grads.append(grad_MO.T @ low[:, : len(a_RI)])
-            if grad_NI is not None:
-                span.of(grad_NI).add_(grad_low_MR @ _stacked(a))
+            matrix_grads += span.gradients(grads, grad_NI, x_NI, low_MR, a, b)
         return None, None, grad_NI, *matrix_grads
 
 
 def _matrices_of(
-    spans: Sequence[_Span], matrices: Sequence[Tensor]
-) -> Iterator[tuple[_Span, Sequence[Tensor], Sequence[Tensor]]]:
+    spans: Sequence[AdaptedRows], matrices: Sequence[Tensor]
+) -> Iterator[tuple[AdaptedRows, Sequence[Tensor], Sequence[Tensor]]]:
     """Each span with its A and its B."""
     start = 0
     for span in spans:

@@ -10,9 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from knapper import limits
 from knapper.engine.models.fields import Raw, UnsupportedModel, number, optional, size
-from knapper.engine.models.layer import PRE_NORMS, Activation, GatedMlp, Layer, Norms, QkNorm, ScoreRule, SelfAttention
+from knapper.engine.models.layer import (
+    PLAIN_EXPERTS,
+    PRE_NORMS,
+    Activation,
+    GatedMlp,
+    Layer,
+    Mixture,
+    MixtureNames,
+    Norms,
+    QkNorm,
+    Routing,
+    ScoreRule,
+    SelfAttention,
+)
 from knapper.engine.models.rotary import FULL, SLIDING, LayerType, RopeRule, served_context
+from knapper.errors import UserError
 
 Option = Callable[[Raw], str]  # the part that the decoder does not compute, for the error message; empty if none
 Bias = Callable[[Raw], bool]
@@ -43,6 +58,10 @@ def no_layer(raw: Raw, index: int) -> bool:  # noqa: ARG001  one of the rules fo
 
 def every_layer(raw: Raw, index: int) -> bool:  # noqa: ARG001  one of the rules for layers
     return True
+
+
+def by_norm_topk_prob(raw: Raw) -> bool:
+    return bool(raw.get("norm_topk_prob", False))
 
 
 def mlp_bias(raw: Raw) -> str:
@@ -110,6 +129,33 @@ def one(raw: Raw, path: Path) -> float:  # noqa: ARG001  the multiplier of most 
 Factor = Callable[[Raw, Path], float]
 
 
+_EXPERTS: Final = ("num_experts", "num_local_experts")  # an architecture's own name, or transformers' for all
+
+
+@dataclass(frozen=True)
+class MixtureRule:
+    """Where config.json has a mixture's sizes, and which layers have one.
+
+    `width`: the field of an expert's inner size. `renormalised`: whether the weights of a row's experts are divided by
+    their sum. `dense`: layers with a plain MLP.
+    """
+
+    renormalised: Bias
+    width: str = "moe_intermediate_size"
+    dense: Layers = no_layer
+    names: MixtureNames = PLAIN_EXPERTS
+
+    def read(self, raw: Raw, path: Path, activation: Activation) -> Mixture:
+        name = next((field for field in _EXPERTS if field in raw), _EXPERTS[0])
+        experts, active = size(raw, name, path), size(raw, "num_experts_per_tok", path)
+        if experts > limits.model_experts_max:
+            raise UserError(f"{path}: {name} is {experts}; allowed: at most {limits.model_experts_max}")
+        if active > experts:
+            raise UnsupportedModel(f"{path}: num_experts_per_tok is {active}, and there are {experts} experts")
+        routing = Routing(experts, active, self.renormalised(raw))
+        return Mixture(size(raw, self.width, path), routing, activation, self.names)
+
+
 @dataclass(frozen=True)
 class NormRule:
     """How an RMS norm's weight multiplies: in the base's dtype, or with `wide` in float32, `offset` added to it."""
@@ -132,7 +178,8 @@ class Architecture:
     names the MLP's; `gelu`: which it means by "gelu". `attention_scale`: of q k; None: the root of a head's width,
     inverted. `caps`: config.json may cap scores and logits, where it is silent at `attention_cap` and `logits_cap`.
     `residual`, `embedding`, `logits`: what multiplies a layer's outputs and embeddings, and divides logits. `refused`:
-    options to check. `activation`, `head_dim`, `rms_eps`, `tied`: what a config.json that is silent about them means.
+    options to check. `mixture`: experts in place of MLPs; None: a dense model. `activation`, `head_dim`, `rms_eps`,
+    `tied`: what a config.json that is silent about them means.
     """
 
     model_type: str
@@ -142,6 +189,7 @@ class Architecture:
     output_bias: Bias = by_option
     fused_qkv: bool = False
     fused_gate_up: bool = False
+    mixture: MixtureRule | None = None
     norms: Norms = PRE_NORMS
     norm: NormRule = PLAIN_NORM
     windows: Windows = NO_WINDOWS
@@ -180,8 +228,15 @@ class Architecture:
         return optional(raw, "final_logit_softcapping", path, self.logits_cap) if self.caps else None
 
     def _layer(self, raw: Raw, path: Path, index: int) -> Layer:
-        mlp = GatedMlp(size(raw, "intermediate_size", path), self._activation(raw, path), self.fused_gate_up)
-        return Layer(self._attention(raw, path, index), mlp, self.norms, self.residual(raw, path))
+        return Layer(
+            self._attention(raw, path, index), self._mlp(raw, path, index), self.norms, self.residual(raw, path)
+        )
+
+    def _mlp(self, raw: Raw, path: Path, index: int) -> GatedMlp | Mixture:
+        activation = self._activation(raw, path)
+        if self.mixture is not None and not self.mixture.dense(raw, index):
+            return self.mixture.read(raw, path, activation)
+        return GatedMlp(size(raw, "intermediate_size", path), activation, self.fused_gate_up)
 
     def _attention(self, raw: Raw, path: Path, index: int) -> SelfAttention:
         heads = size(raw, "num_attention_heads", path)
@@ -225,6 +280,7 @@ class Architecture:
             "norms after attention and MLP": self.norms.mixer_output is not None and self.norms.mixer_input is None,
             "norms before and after attention and MLP": self.norms.mixer_output is not None
             and self.norms.mixer_input is not None,
+            "experts": self.mixture is not None,
             "windows": self.windows != NO_WINDOWS,
             "layers without positions": self.without_positions is not no_layer,
             "rotary positions of their own in layers with a window": self.rope.local_theta is not None,
@@ -246,4 +302,8 @@ class Architecture:
     def sites(self) -> tuple[str, ...]:
         """The linears of a layer that take LoRA, in the adapter's order."""
         mixer = SelfAttention(1, 1, 1, ScoreRule(1.0), None, fused=self.fused_qkv)
-        return tuple(linear.name for linear in Layer(mixer, GatedMlp(1, fused=self.fused_gate_up)).linears(1))
+        mlp = GatedMlp(1, fused=self.fused_gate_up)
+        if self.mixture is None:
+            return tuple(linear.name for linear in Layer(mixer, mlp).linears(1))
+        experts = Mixture(1, Routing(1, 1, renormalised=False), names=self.mixture.names)
+        return tuple(linear.name for linear in Layer(mixer, experts).linears(1))

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knapper.engine.layers import rope
+from knapper.engine.layers import experts, rope
 from knapper.engine.layers.adapters import Adapt
 from knapper.engine.layers.attention import Attend
+from knapper.engine.layers.experts import ExpertLinears
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.rope import CosSin
-from knapper.engine.models.layer import GatedMlp, SelfAttention
+from knapper.engine.layers.routing import Dispatch, combined, routed, spread
+from knapper.engine.models.layer import Activation, GatedMlp, Mixture, SelfAttention
 from knapper.engine.models.rotary import Rope
 
 
@@ -40,6 +42,17 @@ class Sites:
 
     def __call__(self, x_N: Tensor, adapt: Adapt) -> tuple[Tensor, ...]:
         return adapt(self.names, x_N, self.linear)
+
+
+@dataclass(frozen=True)
+class ExpertSites:
+    """A frozen linear of every expert, and the adapters' target modules that it stacks."""
+
+    names: tuple[str, ...]
+    linears: ExpertLinears
+
+    def __call__(self, x_S: Tensor, dispatch: Dispatch, adapt: Adapt) -> tuple[Tensor, ...]:
+        return experts.adapted(self.names, x_S, self.linears, dispatch, adapt.loras)
 
 
 @dataclass(frozen=True)
@@ -102,12 +115,43 @@ class GatedMlpBlock:
     def __call__(self, x_NH: Tensor, rows: PassRows) -> Tensor:
         parts = self.gate_up(x_NH, rows.adapt)
         gate, up = parts[0].chunk(2, dim=1) if self.facts.fused else parts
-        active = F.silu(gate) if self.facts.activation == "silu" else F.gelu(gate, approximate="tanh")
-        return self.down(active * up, rows.adapt)[0]
+        return self.down(_activated(gate, self.facts.activation) * up, rows.adapt)[0]
+
+    @property
+    def linears(self) -> tuple[FrozenLinear, ...]:
+        return self.gate_up.linear, self.down.linear
+
+
+@dataclass(frozen=True)
+class MixtureBlock:
+    """Each row goes through its experts; what they give is added, weighted by the router."""
+
+    facts: Mixture
+    router: Sites
+    gate_up: ExpertSites
+    down: ExpertSites
+
+    def __call__(self, x_NH: Tensor, rows: PassRows) -> Tensor:
+        adapt, routing = rows.adapt, self.facts.routing
+        (logits_NE,) = self.router(x_NH, adapt)
+        weights_NK, experts_NK = routed(logits_NE, routing)
+        numbers_N = adapt.numbers(len(x_NH), x_NH.device)
+        dispatch = Dispatch.of(experts_NK, routing.experts, numbers_N, len(adapt.loras))
+        gate, up = self.gate_up(spread(x_NH, dispatch), dispatch, adapt)
+        (y_SH,) = self.down(_activated(gate, self.facts.activation) * up, dispatch, adapt)
+        return combined(y_SH, weights_NK, dispatch)
+
+    @property
+    def linears(self) -> tuple[FrozenLinear | ExpertLinears, ...]:
+        return self.router.linear, self.gate_up.linears, self.down.linears
+
+
+def _activated(x: Tensor, activation: Activation) -> Tensor:
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
 
 
 Mixer = AttentionBlock  # the kinds that a layer may have: another is a type of this union
-Mlp = GatedMlpBlock
+Mlp = GatedMlpBlock | MixtureBlock
 
 
 @dataclass(frozen=True)
@@ -131,8 +175,8 @@ class LayerBlock:
         return x_NH + (y_NH if self.residual_scale == 1.0 else y_NH * self.residual_scale)
 
     @property
-    def linears(self) -> tuple[FrozenLinear, ...]:
-        return tuple(sites.linear for sites in (self.mixer.qkv, self.mixer.o, self.mlp.gate_up, self.mlp.down))
+    def linears(self) -> tuple[FrozenLinear | ExpertLinears, ...]:
+        return (*(sites.linear for sites in (self.mixer.qkv, self.mixer.o)), *self.mlp.linears)
 
 
 def _normed(x_NH: Tensor, norm: RmsNorm | None) -> Tensor:

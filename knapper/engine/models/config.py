@@ -1,5 +1,6 @@
 """The configuration of a model directory, checked here so that no later code guesses."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,7 +11,8 @@ from knapper import limits
 from knapper.engine.models.architecture import PLAIN_NORM, NormRule
 from knapper.engine.models.composite import BODY, Composite, UnsupportedText
 from knapper.engine.models.fields import Raw, UnsupportedModel, listed, number, read_json, size
-from knapper.engine.models.layer import Layer, Part
+from knapper.engine.models.layer import Layer, Part, expert_names
+from knapper.engine.models.missing import needs
 from knapper.engine.models.registry import ARCHITECTURES, COMPOSITES
 from knapper.errors import NotFound, UserError
 
@@ -21,7 +23,8 @@ HEAD: Final = "lm_head"
 @dataclass(frozen=True)
 class LoraTarget:
     """A linear, (inputs) -> (outputs), that an adapter may have. `name` is ours; `module` is its name in transformers,
-    `peft_target` its name in PEFT's target_modules.
+    `peft_target` its name in PEFT's target_modules. `experts`: it is so many linears, each with a pair of its own, and
+    `module` has {} for an expert's number.
     """
 
     name: str
@@ -30,6 +33,20 @@ class LoraTarget:
     part: Part
     module: str
     peft_target: str
+    experts: int | None = None
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return expert_names(self.module, self.experts)
+
+    def numel(self, rank: int) -> int:
+        """Parameters of its adapter."""
+        return sum(math.prod(shape) for shape in self.shapes(rank))
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of A and B."""
+        experts = () if self.experts is None else (self.experts,)
+        return (*experts, rank, self.inputs), (*experts, self.outputs, rank)
 
 
 class Facts(Protocol):
@@ -82,12 +99,17 @@ class ModelConfig:
             LoraTarget(
                 f"layers.{index}.{shape.name}", shape.inputs, shape.outputs, shape.part,
                 module := f"{self.body}.layers.{index}.{shape.module}",
-                module if self.body == BODY else shape.name,  # linears of images may have the short name, too
+                module if self.body == BODY else shape.peft_target,  # linears of images may have the short name, too
+                shape.experts,
             )
             for index, layer in enumerate(self.layers)
             for shape in layer.linears(self.hidden)
         )  # fmt: skip
         return (*within, LoraTarget(HEAD, self.hidden, self.vocab_size, "unembed", HEAD, HEAD))
+
+    @property
+    def has_experts(self) -> bool:
+        return any(target.experts is not None for target in self.lora_targets)
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
@@ -122,7 +144,8 @@ class ModelConfig:
         if architecture is None:
             names = ", ".join(map(str, listed(raw.get("architectures")))) or "?"
             raise UnsupportedModel(
-                f"{directory}: model_type is {raw.get('model_type')!r} (architecture {names}); "
+                f"{directory}: model_type is {raw.get('model_type')!r} (architecture {names})"
+                f"{needs(raw.get('model_type'))}; "
                 f"supported: {', '.join(ARCHITECTURES)}"
             )
         if reason := architecture.refusal(raw):
@@ -186,7 +209,9 @@ def expect_text_model(raw: Mapping[str, Any], directory: Path) -> None:
 def described(raw: Mapping[str, Any], directory: Path) -> str:
     """The model, as an error message names it."""
     class_name = next(iter(listed(raw.get("architectures"))), None)
-    return f"{directory}: model_type {raw.get('model_type')!r}, architecture {class_name!r}"
+    model_type = raw.get("model_type")
+    needed = needs(model_type)
+    return f"{directory}: model_type {model_type!r}, architecture {class_name!r}{needed}{',' * bool(needed)}"
 
 
 def _expect_few_layers(raw: Raw, path: Path) -> None:

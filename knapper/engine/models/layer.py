@@ -1,7 +1,7 @@
 """What a layer is made of: the facts from which its adapters' sites, its tensors and its memory follow. Loads no torch.
 
-A layer is a mixer of rows and an MLP, each between norms. Today: `SelfAttention` and `GatedMlp`. Another kind is
-a class here that lists its linears, and its computation in `blocks`.
+A layer is a mixer of rows and an MLP, each between norms. Today: `SelfAttention`; `GatedMlp` and `Mixture`. Another
+kind is a class here that lists its linears, and its computation in `blocks`.
 """
 
 from collections.abc import Iterator
@@ -17,17 +17,34 @@ QkNorm = Literal["head", "width"]
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A stored linear, (inputs) -> (outputs). `module`: its name within the layer, as transformers has it."""
+    """A stored linear, (inputs) -> (outputs). `module`: its name within the layer, as files have it. `experts`: there
+    are so many of one shape, and `module` has {} for an expert's number.
+    """
 
     module: str
     inputs: int
     outputs: int
     part: Part
     biased: bool = False
+    experts: int | None = None
 
     @property
     def name(self) -> str:
+        return self.peft_target if self.experts is None else f"experts.{self.peft_target}"
+
+    @property
+    def peft_target(self) -> str:
+        """Its short name in PEFT's target_modules."""
         return self.module.rpartition(".")[2]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return expert_names(self.module, self.experts)
+
+
+def expert_names(module: str, experts: int | None) -> tuple[str, ...]:
+    """`module`, or the names of all experts by its pattern."""
+    return (module,) if experts is None else tuple(module.format(expert) for expert in range(experts))
 
 
 @dataclass(frozen=True)
@@ -111,6 +128,72 @@ class GatedMlp:
     def linears(self, hidden: int) -> tuple[LinearShape, ...]:
         return (*self.inputs(hidden), self.output(hidden))
 
+    def routers(self, hidden: int) -> tuple[LinearShape, ...]:  # noqa: ARG002  of every kind of MLP
+        return ()
+
+    def numbers_of_row(self, hidden: int) -> int:  # noqa: ARG002  of every kind of MLP
+        """Numbers that a row leaves for the backward pass."""
+        return 4 * self.width
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A row's experts: the `active` likeliest by the softmax of a frozen linear over all `experts`.
+
+    Their outputs are weighted by these probabilities; `renormalised`: divided by the sum of the chosen ones'.
+    """
+
+    experts: int
+    active: int
+    renormalised: bool
+
+
+@dataclass(frozen=True)
+class MixtureNames:
+    """Within the layer: the router, and the linears of an expert, {} for its number."""
+
+    router: str = "mlp.gate"
+    gate: str = "mlp.experts.{}.gate_proj"
+    up: str = "mlp.experts.{}.up_proj"
+    down: str = "mlp.experts.{}.down_proj"
+
+
+PLAIN_EXPERTS: Final = MixtureNames()
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Gated MLPs of `width`, of which each row takes some, as `routing` says. Sources: arXiv 1701.06538, section 2."""
+
+    width: int
+    routing: Routing
+    activation: Activation = "silu"
+    names: MixtureNames = PLAIN_EXPERTS
+
+    def inputs(self, hidden: int) -> tuple[LinearShape, ...]:
+        """The experts' linears that make gate and up, in this order."""
+        return tuple(self._of_experts(name, hidden, self.width) for name in (self.names.gate, self.names.up))
+
+    def output(self, hidden: int) -> LinearShape:
+        return self._of_experts(self.names.down, self.width, hidden)
+
+    def linears(self, hidden: int) -> tuple[LinearShape, ...]:
+        """Those that take adapters: the router does not, in training as in the field."""
+        return (*self.inputs(hidden), self.output(hidden))
+
+    def router(self, hidden: int) -> LinearShape:
+        return LinearShape(self.names.router, hidden, self.routing.experts, "mlp")
+
+    def routers(self, hidden: int) -> tuple[LinearShape, ...]:
+        return (self.router(hidden),)
+
+    def numbers_of_row(self, hidden: int) -> int:
+        """Numbers that a row leaves for the backward pass: of each of its experts, and of the router."""
+        return self.routing.active * (4 * self.width + 2 * hidden) + 2 * self.routing.experts
+
+    def _of_experts(self, module: str, inputs: int, outputs: int) -> LinearShape:
+        return LinearShape(module, inputs, outputs, "mlp", experts=self.routing.experts)
+
 
 @dataclass(frozen=True)
 class Norms:
@@ -134,12 +217,17 @@ class Layer:
     """x + r mixer(x), then x + r mlp(x), with `residual_scale` r."""
 
     mixer: SelfAttention
-    mlp: GatedMlp
+    mlp: GatedMlp | Mixture
     norms: Norms = PRE_NORMS
     residual_scale: float = 1.0
 
     def linears(self, hidden: int) -> tuple[LinearShape, ...]:
+        """Those that take adapters."""
         return (*self.mixer.linears(hidden), *self.mlp.linears(hidden))
+
+    def stored(self, hidden: int) -> tuple[LinearShape, ...]:
+        """All that the file has."""
+        return (*self.linears(hidden), *self.mlp.routers(hidden))
 
     def norm_widths(self, hidden: int) -> dict[str, int]:
         return {**dict.fromkeys(self.norms, hidden), **self.mixer.norms()}

@@ -146,10 +146,11 @@ def promised(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     for index, layer in enumerate(config.layers):
         prefix = f"model.layers.{index}"
         yield from ((f"{prefix}.{name}.weight", (width,)) for name, width in layer.norm_widths(config.hidden).items())
-        for linear in layer.linears(config.hidden):
-            yield f"{prefix}.{linear.module}.weight", (linear.outputs, linear.inputs)
-            if linear.biased:
-                yield f"{prefix}.{linear.module}.bias", (linear.outputs,)
+        for linear in layer.stored(config.hidden):
+            for module in linear.modules:
+                yield f"{prefix}.{module}.weight", (linear.outputs, linear.inputs)
+                if linear.biased:
+                    yield f"{prefix}.{module}.bias", (linear.outputs,)
     if not config.tied:
         yield "lm_head.weight", (config.vocab_size, config.hidden)
 

@@ -8,11 +8,20 @@ import torch
 from torch import Tensor
 
 from knapper.engine.layers.batch_invariance import Exactness
+from knapper.engine.layers.experts import ExpertLinears
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.models import weight_files
-from knapper.engine.models.blocks import AttentionBlock, GatedMlpBlock, LayerBlock, RmsNorm, Sites
+from knapper.engine.models.blocks import (
+    AttentionBlock,
+    ExpertSites,
+    GatedMlpBlock,
+    LayerBlock,
+    MixtureBlock,
+    RmsNorm,
+    Sites,
+)
 from knapper.engine.models.config import ModelConfig
-from knapper.engine.models.layer import GatedMlp, Layer, LinearShape, SelfAttention
+from knapper.engine.models.layer import GatedMlp, Layer, LinearShape, Mixture, SelfAttention
 
 
 @dataclass(frozen=True)
@@ -94,16 +103,28 @@ class _Loader:
         qkv, o = self._sites(index, facts.inputs(hidden)), self._sites(index, [facts.output(hidden)])
         return AttentionBlock(facts, index, qkv, o, q_norm, k_norm)
 
-    def _mlp(self, index: int, facts: GatedMlp) -> GatedMlpBlock:
+    def _mlp(self, index: int, facts: GatedMlp | Mixture) -> GatedMlpBlock | MixtureBlock:
         hidden = self.config.hidden
-        gate_up, down = self._sites(index, facts.inputs(hidden)), self._sites(index, [facts.output(hidden)])
-        return GatedMlpBlock(facts, gate_up, down)
+        inputs, outputs = facts.inputs(hidden), [facts.output(hidden)]
+        if isinstance(facts, GatedMlp):
+            return GatedMlpBlock(facts, self._sites(index, inputs), self._sites(index, outputs))
+        router = self._sites(index, [facts.router(hidden)])
+        return MixtureBlock(facts, router, self._experts(index, inputs), self._experts(index, outputs))
+
+    def _experts(self, index: int, shapes: Sequence[LinearShape]) -> ExpertSites:
+        """Of every expert its linears of the same input as one."""
+        modules = zip(*(shape.modules for shape in shapes), strict=True)
+        experts = [[self.tensors.take(f"model.layers.{index}.{module}.weight") for module in own] for own in modules]
+        return ExpertSites(_names(index, shapes), ExpertLinears(experts, self.dtype, self.exactness))
 
     def _sites(self, index: int, shapes: Sequence[LinearShape]) -> Sites:
         """Linears of the same input as one, rows stacked."""
         modules = [f"model.layers.{index}.{shape.module}" for shape in shapes]
-        names = tuple(f"layers.{index}.{shape.name}" for shape in shapes)
-        return Sites(names, self.linear(modules, biased=shapes[0].biased))
+        return Sites(_names(index, shapes), self.linear(modules, biased=shapes[0].biased))
+
+
+def _names(index: int, shapes: Sequence[LinearShape]) -> tuple[str, ...]:
+    return tuple(f"layers.{index}.{shape.name}" for shape in shapes)
 
 
 class _Tensors:

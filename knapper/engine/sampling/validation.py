@@ -5,7 +5,6 @@ import math
 import numpy as np
 
 from knapper import limits
-from knapper.engine.layers.adapters import target_shapes
 from knapper.engine.layers.lora import Lora
 from knapper.engine.models.config import Facts
 from knapper.errors import ContextLengthExceeded, InvalidField, TooLarge, UserError
@@ -39,15 +38,15 @@ def check(request: SampleRequest, config: Facts) -> None:
 
 def check_adapter(adapter: str, lora: Lora, config: Facts) -> None:
     """Raises UserError for an adapter of another model."""
-    shapes = target_shapes(config)
-    for target, a in lora.a.items():
-        if target not in shapes:
-            raise UserError(f"adapter {adapter} has the target module {target}, which the model does not have")
-        sizes = (a.shape[1], lora.b[target].shape[0])
-        if sizes != shapes[target] or a.shape[0] != lora.b[target].shape[1]:
+    targets = {target.name: target for target in config.lora_targets}
+    for name, a in lora.a.items():
+        if name not in targets:
+            raise UserError(f"adapter {adapter} has the target module {name}, which the model does not have")
+        b, target = lora.b[name], targets[name]
+        if (tuple(a.shape), tuple(b.shape)) != target.shapes(a.shape[-2]):
             raise UserError(
-                f"adapter {adapter}: target module {target} maps {sizes[0]} to {sizes[1]}; "
-                f"the model's maps {shapes[target][0]} to {shapes[target][1]}. It was trained on another model"
+                f"adapter {adapter}: target module {name} maps {a.shape[-1]} to {b.shape[-2]}; "
+                f"the model's maps {target.inputs} to {target.outputs}. It was trained on another model"
             )
 
 

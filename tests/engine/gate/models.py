@@ -44,15 +44,6 @@ CONFIGS: Final[dict[str, dict[str, Any]]] = {
         "hidden_activation": "gelu_pytorch_tanh", "eos_token_id": 106,
     },
 }  # fmt: skip
-REFUSED: Final[dict[str, dict[str, Any]]] = {
-    "Qwen3-30B-A3B": {
-        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
-        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
-        "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
-        "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
-        "tie_word_embeddings": False, "hidden_act": "silu", "decoder_sparse_step": 1, "mlp_only_layers": [],
-    },
-}  # fmt: skip
 
 
 def write_config(directory: Path, config: dict[str, Any]) -> Path:

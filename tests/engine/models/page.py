@@ -12,6 +12,7 @@ import torch
 
 from knapper.engine.models import registry
 from knapper.engine.models.config import HEAD, Facts, ModelConfig
+from knapper.engine.models.layer import Mixture
 from knapper.engine.models.rotary import LongScaling, Rope
 from knapper.engine.models.transformers_loader import load
 from tests.engine.strange import FOREIGN, NATIVE, strange_model
@@ -58,6 +59,10 @@ def _options(config: ModelConfig) -> Iterator[str]:
         yield "a part of each head rotated"
     if mixers[0].scores.cap is not None:
         yield "caps"
+    mixtures = [layer.mlp.routing for layer in config.layers if isinstance(layer.mlp, Mixture)]
+    if mixtures:
+        summed = ", their weights renormalised" if mixtures[0].renormalised else ""
+        yield f"{mixtures[0].active} of {mixtures[0].experts} experts{summed}"
     if config.tied:
         yield "a tied head"
 

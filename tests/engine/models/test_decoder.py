@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from knapper.engine.layers.adapters import target_shapes
 from knapper.engine.layers.attention import PackedAttention
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_gathered import GatheredLora, Stack
@@ -47,11 +46,11 @@ def tokens_of(decoder: Decoder, lengths: Sequence[int], seed: int = 0) -> Tensor
 def lora_of(decoder: Decoder, *, seed: int, rank: int = 4, scale: float = 2.0, only: Sequence[str] = ()) -> Lora:
     """Random in every target module (or in those whose name ends in one of `only`), with a B that is far from zero."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = target_shapes(decoder.config)
-    wanted = {target: size for target, size in shapes.items() if not only or target.endswith(tuple(only))}
+    shapes = {target.name: target.shapes(rank) for target in decoder.config.lora_targets}
+    wanted = {target: both for target, both in shapes.items() if not only or target.endswith(tuple(only))}
     return Lora(
-        a={target: torch.randn(rank, size[0], generator=generator) * 0.1 for target, size in wanted.items()},
-        b={target: torch.randn(size[1], rank, generator=generator) * 0.1 for target, size in wanted.items()},
+        a={target: torch.randn(a_shape, generator=generator) * 0.1 for target, (a_shape, _) in wanted.items()},
+        b={target: torch.randn(b_shape, generator=generator) * 0.1 for target, (_, b_shape) in wanted.items()},
         scale=scale,
     )
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,12 +11,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from knapper import limits
+from knapper.catalogue.servable import expect_config
 from knapper.engine.layers.lora_grouped import base
 from knapper.engine.models import weight_files, weights
 from knapper.engine.models.architecture import Architecture, never
 from knapper.engine.models.config import ModelConfig, computed_by
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.fields import UnsupportedModel
+from knapper.engine.models.missing import MISSING
 from knapper.engine.models.registry import ARCHITECTURES
 from knapper.errors import UserError
 from tests.engine.models import page
@@ -23,6 +26,7 @@ from tests.engine.models import page
 SIZES: Final[dict[str, Any]] = {
     "vocab_size": 90, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 64, "pad_token_id": 0, "sliding_window": 16,
+    "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
 }  # fmt: skip
 
 
@@ -83,6 +87,10 @@ def test_an_architecture_of_the_same_kind_takes_one_row(tmp_path: Path, monkeypa
         ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("qwen2", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ("llama", {"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "expected for all layers"),
+        ("qwen3_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok is 7, and there are 6 experts"),
+        ("qwen3_moe", {"num_experts": None}, "num_experts is None"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "layers without experts"),
+        ("olmoe", {"clip_qkv": 8.0}, "olmoe with clip_qkv"),
         ("qwen3", {"quantization_config": {"bits": 4}}, "qwen3 with quantized weights"),
     ],
 )
@@ -105,6 +113,28 @@ def test_layers_are_counted_before_they_are_listed(tmp_path: Path, model_type: s
     path.write_text(json.dumps({"model_type": model_type, **SIZES, "num_hidden_layers": limits.model_layers_max + 1}))
     with pytest.raises(UserError, match="num_hidden_layers is 1025; allowed: at most 1024"):
         computed_by(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", MISSING)
+def test_a_mixture_that_is_refused_is_told_what_it_needs(tmp_path: Path, model_type: str) -> None:
+    assert model_type not in ARCHITECTURES
+    config = {"model_type": model_type, "architectures": ["AMixture"], **SIZES}
+    for changed in (config, {**config, "vision_config": {}}):
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=rf"'{model_type}'.*, which needs {re.escape(MISSING[model_type])}[;,]"):
+            expect_config(tmp_path)
+            ModelConfig.read(tmp_path)
+
+
+def test_experts_are_counted_before_they_are_listed(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    for experts in (limits.model_experts_max, limits.model_experts_max + 1):
+        path.write_text(json.dumps({"model_type": "qwen3_moe", **SIZES, "num_experts": experts}))
+        if experts <= limits.model_experts_max:
+            assert ModelConfig.read(tmp_path).lora_targets[4].experts == experts
+        else:
+            with pytest.raises(UserError, match="num_experts is 1025; allowed: at most 1024"):
+                ModelConfig.read(tmp_path)
 
 
 def test_a_silent_config_means_what_the_architecture_says(tmp_path: Path) -> None:

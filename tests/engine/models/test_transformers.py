@@ -249,7 +249,7 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path, change: dict[str, Any]
     [
         (transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=60, n_positions=64), "Conv1D"),
         (
-            transformers.MixtralConfig(
+            transformers.GraniteMoeConfig(
                 hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=60,
                 intermediate_size=32, num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=64,
             ),
@@ -260,7 +260,7 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path, change: dict[str, Any]
             "keeps .*no adapter",
         ),
     ],
-    ids=["gpt2", "mixtral", "mamba"],
+    ids=["gpt2", "granitemoe", "mamba"],
 )  # fmt: skip
 def test_matrices_that_no_adapter_reaches_are_refused(tmp_path: Path, config: Any, complaint: str) -> None:
     model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # the library has no types here

@@ -1,8 +1,17 @@
-"""Qwen 2, arXiv 2407.10671 (biases on q, k and v), and dense Qwen 3, arXiv 2505.09388 (norms of q and k)."""
+"""Qwen 2, arXiv 2407.10671 (biases on q, k and v), and Qwen 3, arXiv 2505.09388 (norms of q and k), dense and mixed."""
 
 from typing import Final
 
-from knapper.engine.models.architecture import Architecture, Windows, always, never
+from knapper.engine.models.architecture import (
+    OPTIONS,
+    Architecture,
+    MixtureRule,
+    Windows,
+    always,
+    by_norm_topk_prob,
+    every_layer,
+    never,
+)
 from knapper.engine.models.composite import Composite
 from knapper.engine.models.fields import Raw
 
@@ -11,11 +20,25 @@ def _after_the_full_ones(raw: Raw, index: int) -> bool:
     return index >= int(raw.get("max_window_layers", 28))
 
 
+def _dense_layers(raw: Raw) -> str:
+    if not raw.get("mlp_only_layers") and raw.get("decoder_sparse_step", 1) == 1:
+        return ""
+    return "layers without experts among those with them (mlp_only_layers, decoder_sparse_step)"
+
+
 _WINDOWS: Final = Windows(_after_the_full_ones, switched=True, size=4096)
 
 ARCHITECTURES: Final = (
     Architecture("qwen2", "Qwen 2 and 2.5", qkv_bias=always, output_bias=never, windows=_WINDOWS),
     Architecture("qwen3", "Qwen 3, dense", qk_norm="head", windows=_WINDOWS, head_dim=128),
+    Architecture(
+        "qwen3_moe",
+        "Qwen 3 30B-A3B and 235B-A22B",
+        qk_norm="head",
+        windows=Windows(every_layer, listed=False, switched=True, size=4096),
+        mixture=MixtureRule(by_norm_topk_prob),
+        refused=(*OPTIONS, _dense_layers),
+    ),
 )
 
 COMPOSITES: Final = (

@@ -1,0 +1,44 @@
+"""Adapters of experts as PEFT holds them beside transformers 5, where a layer's experts are two tensors.
+
+PEFT reads a pair for each expert's gate, up and down; it makes one pair of gate and up, of twice the rank, whose B has
+zeros where the two would mix. E experts.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from knapper.engine.models.config import LoraTarget
+
+_DOWN = ("down_proj", "w2")
+_SECOND = ("up_proj", "w3")
+
+
+def matrices(named: Mapping[str, Tensor], target: LoraTarget) -> tuple[Tensor, Tensor]:
+    """A (E, R, inputs) and B (E, outputs, R) of a target module, of what PEFT has by name; views."""
+    assert target.experts is not None
+    block, _, expert = target.module.partition(".experts.{}.")
+    prefix = f"base_model.model.{block.replace('block_sparse_moe', 'mlp')}.experts"
+    down = expert in _DOWN
+    a, b = (named[f"{prefix}.{'' if down else 'base_layer.'}lora_{side}.weight"] for side in "AB")
+    a, b = a.view(target.experts, -1, target.inputs), b.view(len(b), -1, target.experts).permute(2, 0, 1)
+    if down:
+        return a, b
+    half = int(expert in _SECOND)
+    rank, outputs = a.shape[1] // 2, target.outputs
+    own = slice(half * rank, (half + 1) * rank)
+    return a[:, own], b[:, half * outputs : (half + 1) * outputs, own]
+
+
+def keep_zeros(model: torch.nn.Module, targets: Sequence[LoraTarget]) -> None:
+    """No gradient where gate and up would mix: a pair of each is what is trained."""
+    parameters = {name.replace(".default", ""): p for name, p in model.named_parameters() if ".experts." in name}
+    own = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for target in targets:
+        if target.experts is not None:
+            for matrix in matrices(own, target):
+                matrix.fill_(1.0)
+    for name, parameter in parameters.items():
+        if parameter.requires_grad:
+            parameter.register_hook(own[name].mul)
