@@ -9,10 +9,11 @@ from starlette.responses import JSONResponse, Response
 
 from gateway import bodies, body_decoders, errors
 from gateway.sample_queue import QueuedSample
+from gateway.sampling import at_home
 from gateway.services import Services, services_of
 from gateway.tenants import tenant_of
 from knapper import ids, limits
-from knapper.errors import Gone, KnapperError, NotFound, StoreError
+from knapper.errors import Gone, KnapperError, NotFound, StoreError, Unavailable
 from knapper.ids import RunId, SamplerId, Tenant, session_of
 from knapper.state import damage
 from knapper.state.journal.records import Result
@@ -120,7 +121,7 @@ async def _sample(gateway: Services, request_id: str, tenant: Tenant, request: R
         raise NotFound(f"request {request_id!r} does not exist; allowed: a request_id that this server gave out")
     sample = gateway.sample_queue.find(request_id, tenant)
     if sample is None:
-        if (answer := await gateway.peers.forward(request, request_id, poll)) is not None:
+        if (answer := await _at_its_gateway(gateway, request_id, request, poll)) is not None:
             return answer
         raise Gone(f"sample {request_id} is not known any more; send it again (the SDK does so by itself)")
     gateway.heartbeats.record(session_of(sample.address[0]))  # the heartbeats may all go to another gateway
@@ -150,14 +151,27 @@ async def _sample(gateway: Services, request_id: str, tenant: Tenant, request: R
     return response
 
 
+async def _at_its_gateway(gateway: Services, request_id: str, request: Request, poll: bytes) -> Response | None:
+    """The answer of the gateway that keeps the sample; None if there is none. While that one fails, it may recover."""
+    try:
+        return await gateway.peers.ask_owner(request, request_id, poll)
+    except Unavailable as error:
+        log.warning("a sample at another gateway cannot be asked for", request=request_id, reason=str(error))
+        await asyncio.sleep(_READ_EVERY_S)
+        return _try_again(request_id, "active", None)
+
+
 async def retrieve_futures(request: Request) -> Response:
     """The samples finished for one client of a sampling session after its cursor; held while there are none.
 
-    Cursors belong to one process: they start from the clock, so that those of an earlier process are all smaller.
+    Cursors are times by the clock, so that those of an earlier process are all smaller.
     """
     gateway, tenant = services_of(request), tenant_of(request)
-    poll = requests.decode(await bodies.read(request), requests.RetrieveFutures)
+    body = await bodies.read(request)
+    poll = requests.decode(body, requests.RetrieveFutures)
     sampler = await gateway.lookups.sampler(poll.target.sampling_session_id, tenant)
+    if (answer := await at_home(request, SamplerId(sampler.sampler), body)) is not None:
+        return answer
     client = (SamplerId(sampler.sampler), poll.target.cloned_sampler_id)
     gateway.sample_queue.release(poll.retrieved_request_ids, tenant)
     loop = asyncio.get_running_loop()
@@ -201,5 +215,5 @@ async def cancel_future(request: Request) -> Response:
     if sample is not None:
         gateway.sample_queue.cancel(sample, Gone(f"sample {cancellation.request_id} was cancelled"))
     else:
-        await gateway.peers.forward(request, cancellation.request_id, body)
+        await gateway.peers.ask_owner(request, cancellation.request_id, body)
     return JSONResponse({"status": "ok"})

@@ -228,8 +228,8 @@ async def _clients(
         first,
         on_drawn=monitor.note_sample,
     )
-    gateways = Gateways(state.store, gateway, settings.address, sources.clock)
-    peers = Peers(await stack.enter_async_context(_plain_http_session()), gateways)
+    gateways = Gateways(state.store, gateway, settings.address, sources.clock, sources.monotonic)
+    peers = Peers(await stack.enter_async_context(_plain_http_session()), gateways, sources.monotonic)
     return _Clients(key, unservable_models, train, samples, peers, RewardClient(http, settings.reward_url))
 
 

@@ -136,6 +136,14 @@ class Lookups:
         session_id = ids.session_id(session)
         return await self._session.get((session_id, tenant), lambda: self.sessions.get(session_id, tenant))
 
+    async def created_at(self, session: str, tenant: Tenant) -> float:
+        """When the session was created, in seconds since the epoch; 0 if that cannot be read."""
+        try:
+            record = await damage.unless(self.session(session, tenant), None)
+        except NotFound:
+            return 0.0
+        return 0.0 if record is None else record.created_at
+
     async def open_session(self, session: str, tenant: Tenant) -> Session:
         """Raises NotFound, or Gone once it has finished."""
         record = await self.session(session, tenant)

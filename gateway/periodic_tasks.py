@@ -76,9 +76,9 @@ async def end(gateway: Services) -> None:
     except KnapperError as error:
         log.warning("samples that were drawn lately are not known to the next gateway", reason=str(error))
     try:
-        await gateway.peers.gateways.withdraw()
+        await gateway.peers.gateways.leave()
     except KnapperError as error:
-        log.warning("this gateway's address stays in the store for some minutes", reason=str(error))
+        log.warning("this gateway's address stays in the store until another finds nobody there", reason=str(error))
 
 
 async def write_sample_usage(gateway: Services) -> None:
@@ -123,7 +123,7 @@ async def collect(gateway: Services) -> float | None:
 
 async def delete_stale_parts(gateway: Services) -> None:
     """Delete parts of torn writes, of uploads that no job took in time, and what gateways that died left."""
-    await gateway.peers.gateways.delete_stale()
+    await gateway.peers.remove_dead()
     if count := await forget_torn_writes(gateway.store, gateway.clock()):
         log.info("parts of torn writes are deleted", objects=count)
     if gateway.job_services is not None and (

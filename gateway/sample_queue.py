@@ -94,7 +94,8 @@ class QueuedSample:
 
 
 class SampleQueue:
-    """`now`: monotonic seconds. `first`: completion numbers start above it, so that a later process's are higher.
+    """`now`: monotonic seconds. `first`: microseconds by the clock; completions are numbered by it, so that a later
+    process's numbers are higher.
 
     `on_success` is called for each sample that succeeds: tenant, session (empty if none), request, response, and the
     device time in seconds.
@@ -125,7 +126,7 @@ class SampleQueue:
         self._finished: deque[QueuedSample] = deque()
         self._done: dict[SamplingClient, deque[QueuedSample]] = {}  # finished, for clients that poll for all at once
         self._watchers: dict[SamplingClient, set[asyncio.Event]] = {}
-        self._number = first
+        self._number, self._began_us = first, first - int(now() * 1e6)
         self._answered_at = float("-inf")  # when the sample function last responded
         self._waiting_bytes = self._result_bytes = self._unfinished = self._in_flight = 0
         self.load = TenantLoad()
@@ -380,7 +381,7 @@ class SampleQueue:
             self._on_drawn(entry, body)
         entry.call = b""
         entry.body, entry.done_at = body, self._now()
-        self._number += 1
+        self._number = max(self._number + 1, self._began_us + int(entry.done_at * 1e6))
         entry.number = self._number
         self._finished.append(entry)
         self._done.setdefault(entry.client, deque()).append(entry)

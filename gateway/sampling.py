@@ -1,5 +1,7 @@
 """Sampling sessions, each bound to immutable weights, and sample requests to them."""
 
+from functools import partial
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -8,7 +10,7 @@ from gateway.services import services_of
 from gateway.tenants import tenant_of
 from knapper import ids
 from knapper.errors import InvalidField
-from knapper.ids import SamplerId, TinkerPath
+from knapper.ids import SamplerId, TinkerPath, session_of
 from knapper.state.sessions import Sampler
 from knapper.wire import sample_requests
 
@@ -64,6 +66,13 @@ async def get_sampler(request: Request) -> Response:
     return JSONResponse(description)
 
 
+async def at_home(request: Request, sampler: SamplerId, body: bytes) -> Response | None:
+    """The answer of the gateway that takes the samples of the sampler's session; None if it is this one."""
+    gateway, session = services_of(request), session_of(sampler)
+    created_at = partial(gateway.lookups.created_at, session, tenant_of(request))
+    return await gateway.peers.ask_home(request, session, created_at, body)
+
+
 async def asample(request: Request) -> Response:
     """A future for a sample. A repeated request gets the same future."""
     gateway, tenant = services_of(request), tenant_of(request)
@@ -72,6 +81,8 @@ async def asample(request: Request) -> Response:
     sampler = await gateway.lookups.sampler(session, tenant)
     address = (SamplerId(sampler.sampler), seq)
     entry = gateway.sample_queue.known(address)
+    if entry is None and (answer := await at_home(request, address[0], body)) is not None:
+        return answer
     if entry is None:
         url = gateway.sample_url or (await gateway.lookups.model(sampler.base_model)).sample_url
         seed = int(gateway.new_id()[:12], 16)

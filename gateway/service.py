@@ -1,10 +1,11 @@
 """Sessions, and what clients should know about this server: its health, settings, models and notices."""
 
 import msgspec
+from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from gateway import bodies, errors, notices
+from gateway import bodies, errors, notices, peers
 from gateway.services import services_of
 from gateway.tenants import tenant_of
 from knapper import ids, limits
@@ -15,9 +16,14 @@ from knapper.wire import requests
 
 
 async def healthz(request: Request) -> Response:
-    """The gateway is healthy. `unservable`: why functions cannot serve their base model, one sentence each."""
-    reasons = services_of(request).unservable_models.reasons
-    return JSONResponse({"status": "ok"} | ({"unservable": reasons} if reasons else {}))
+    """The gateway is healthy. `unservable`: why functions cannot serve their base model, one sentence each.
+
+    A header says which gateway it is: others ask before they send it a client's credentials.
+    """
+    gateway = services_of(request)
+    reasons = gateway.unservable_models.reasons
+    said = {"status": "ok"} | ({"unservable": reasons} if reasons else {})
+    return JSONResponse(said, headers={peers.NAME: gateway.peers.gateways.gateway})
 
 
 async def client_config(request: Request) -> Response:
@@ -93,7 +99,8 @@ async def finish_session(request: Request) -> Response:
     """The first reason stays. Accepted operations are still applied, and their results can still be read."""
     gateway, tenant = services_of(request), tenant_of(request)
     session = ids.session_id((await gateway.lookups.session(request.path_params["session_id"], tenant)).session)
-    end = requests.decode(await bodies.read(request), requests.FinishSession)
+    body = await bodies.read(request)
+    end = requests.decode(body, requests.FinishSession)
     finish = Finish(reason=end.reason.type, detail=end.detail or "", finished_at=gateway.clock())
     await gateway.lookups.finish(session, finish)
     gateway.heartbeats.forget(session)
@@ -103,7 +110,7 @@ async def finish_session(request: Request) -> Response:
     gateway.wakeups.accounts.set()
     gateway.collector.touch(session)
     gateway.wakeups.collect.set()
-    return JSONResponse({"status": "ok"})
+    return JSONResponse({"status": "ok"}, background=BackgroundTask(gateway.peers.tell_others, request, body))
 
 
 async def telemetry(request: Request) -> Response:

@@ -17,6 +17,7 @@ ELSEWHERE = {
     "a cache's size: a miss costs time, never an answer": {
         "gateway/lookups.py": "_INFLIGHT_RUNS_MAX",
         "gateway/openai/state.py": "_LANGUAGES_MAX",
+        "gateway/peers.py": "_KNOWN_MAX",
         "gateway/result_reader.py": "_RUNS_MAX",
         "knapper/engine/sampling/sampler.py": "_ADAPTER_BYTES_MAX",
         "gateway/console/history.py": "_RUNS_MAX",
@@ -43,7 +44,7 @@ ELSEWHERE = {
         "gateway/errors.py": "_OPERATOR_S",
         "gateway/futures.py": "_FIRST_HOLD_S _PAUSED_HOLD_S _READ_EVERY_S",
         "gateway/openai/samples.py": "_KEEP_ALIVE_S _RETRY_AFTER_S",
-        "gateway/peers.py": "_CONNECT_S _SPARE_S",
+        "gateway/peers.py": "_CONNECT_S _SPARE_S _LOOK_S _SILENT_S _GONE_S _FAILING_S _MISSED_MAX",
         "gateway/periodic.py": "_FAILED_S",
         "gateway/periodic_tasks.py": "_TICK_S _JOBS_S _JOBS_AWAITING_FILES_S _JOBS_PAUSED_S _JOBS_STALLED_S "
         "_SAMPLE_USAGE_S _PARTS_S _ACCOUNTS_S _ACCOUNTS_OPEN_S _ACCOUNTS_IDLE_S IDLE_S",
@@ -67,7 +68,7 @@ ELSEWHERE = {
         "knapper/state/gc/collector.py": "_PACE_S _PAUSE_MAX_S _LISTING_S _FAR_S",
         "knapper/state/gc/session.py": "_HELD_S",
         "knapper/state/holds.py": "RENEWED_S HELD_S",
-        "knapper/state/gateways.py": "RENEWED_S KEPT_S",
+        "knapper/state/gateways.py": "LISTED_S SETTLED_S IDLE_S",
         "knapper/state/journal/holder.py": "_OTHER_DTYPE_S",
         "knapper/state/journal/replay.py": "_STORING_S _RECORD_BYTES_MIN",
         "knapper/state/ledger.py": "_MARK_S _IDLE_S _FINISHED_IDLE_S",

@@ -1,7 +1,7 @@
 """Holds: what each gateway has under way for a tenant and no record has yet, as names, for the other gateways to see.
 
 A hold, <microseconds>-<samples>-<tokens>, is renewed while samples are under way, and deleted when none are. One that
-was not renewed for a minute is of a gateway that died.
+was not renewed for a minute, since it was first seen here, is of a gateway that died: clocks may be apart.
 """
 
 from collections.abc import Callable
@@ -34,6 +34,7 @@ class Holds:
         self._gateway = gateway
         self._clock = clock
         self._own: dict[Tenant, tuple[str, float]] = {}  # the newest name, and when it was written
+        self._seen: dict[Tenant, dict[str, float]] = {}  # names of others, and when each was first seen
 
     def due(self) -> list[Tenant]:
         """The tenants whose hold is to be renewed, or deleted."""
@@ -55,22 +56,25 @@ class Holds:
 
     async def of_others(self, tenant: Tenant) -> UnderWay:
         """What the other gateways show, all together. Deletes holds of gateways that died."""
-        newest: dict[str, tuple[int, int, int]] = {}
-        for name in damage.parsed(await self._store.list(ObjectKind.HOLD.under(tenant)), _parse):
-            gateway, at_us, samples, tokens = name
+        newest: dict[str, tuple[int, int]] = {}
+        now, seen, before = self._clock(), dict[str, float](), self._seen.pop(tenant, {})
+        for name, gateway, samples, tokens in damage.parsed(
+            await self._store.list(ObjectKind.HOLD.under(tenant)), _parse
+        ):
             if gateway == self._gateway:
                 continue
-            if abs(self._clock() - at_us / 1e6) >= HELD_S:
-                hold = f"{number(at_us)}-{samples}-{tokens}"
-                await self._store.delete(ObjectKind.HOLD.key(tenant, gateway, hold))
+            if abs(now - before.get(name, now)) >= HELD_S:
+                await self._store.delete(name)
             else:
-                newest[gateway] = at_us, samples, tokens  # in order of time
-        samples, tokens = (sum(each[n] for each in newest.values()) for n in (1, 2))
+                seen[name], newest[gateway] = before.get(name, now), (samples, tokens)  # in order of time
+        if seen:
+            self._seen[tenant] = seen
+        samples, tokens = (sum(each[n] for each in newest.values()) for n in (0, 1))
         return UnderWay(samples, tokens, len(newest) + 1)
 
 
-def _parse(name: str) -> tuple[str, int, int, int]:
-    """(gateway, microseconds, samples, tokens). Raises ValueError for a malformed name."""
+def _parse(name: str) -> tuple[str, str, int, int]:
+    """(name, gateway, samples, tokens). Raises ValueError for a malformed name."""
     _, gateway, hold = ObjectKind.HOLD.parse(name)
-    at_us, samples, tokens = map(int, hold.split("-"))
-    return gateway, at_us, samples, tokens
+    _, samples, tokens = map(int, hold.split("-"))
+    return name, gateway, samples, tokens

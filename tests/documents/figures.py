@@ -79,6 +79,7 @@ FIGURES: Final[dict[str, list[tuple[str, str]]]] = {
         ("5 min", "knative/base/train-step.yaml: scale-to-zero-pod-retention-period: 300s"),
         ("2 min", "knative/base/sample.yaml: scale-to-zero-pod-retention-period: 120s"),
         ("0.5 min", "(Knative's scale-to-zero-grace-period)"), ("10 min", _AUTOSCALER), ("17 minutes", _AUTOSCALER),
+        ("20 s", "gateway.peers:_FAILING_S"),
         ("20 s", "limits:store_retry_s"), ("7 days", "limits:torn_after_s"), ("15 minutes", "limits:sequence_gap_s"),
         ("30 s", "knapper.concurrency.retry:_PAUSE_MAX_S"), ("8 MiB", "knapper.store.gcs:part_bytes_max"),
     ],
