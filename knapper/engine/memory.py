@@ -30,6 +30,7 @@ _ROWS_LEAST: Final = 256
 _TOKENS_LEAST: Final = 512  # of keys and values
 _RANK: Final = 32  # of the run that the account expects: the SDK's default, with the head
 _ARENAS_HELD: Final = 4  # weights, two moments, gradients
+_ARENAS_BEHIND: Final = 4  # the same of an earlier state, until a commit of what came after it is stored
 _ARENAS_OF_STEP: Final = 4  # what an optimizer step makes beside those: its results, and the clipped gradients
 _HEAD_BYTES: Final = 5 * 4 * ELEMENTS_MAX  # chunks of logits, their probabilities and gradients
 _KV_PART: Final = 4  # keys and values have 1 / this of what the weights leave
@@ -82,8 +83,8 @@ class ModelBytes:
 
     @property
     def run(self) -> int:
-        """Of one run, in its optimizer step."""
-        return (_ARENAS_HELD + _ARENAS_OF_STEP) * self.arena
+        """Of one run, in its optimizer step, while the commit before it is being stored."""
+        return (_ARENAS_HELD + _ARENAS_BEHIND + _ARENAS_OF_STEP) * self.arena
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _of_card(left: int, model: ModelBytes, kv_part: float) -> Account:
     runs = max(model.run, min(rest // _RUNS_PART, rest - least + model.run))
     activations = rest - runs
     rows = (activations - _HEAD_BYTES) // model.row
-    beside_one_run = rest - _ARENAS_HELD * model.arena
+    beside_one_run = rest - (_ARENAS_HELD + _ARENAS_BEHIND) * model.arena
     return Account(
         total=left + model.weights, weights=model.weights, kv=kv, adapters=adapters, activations=activations, runs=runs,
         fragments=fragments, snapshots=_ARENAS_HELD * model.arena, kv_tokens=kv // model.kv_token,

@@ -51,6 +51,13 @@ def test_no_part_is_given_twice(card: str, share: float) -> None:
     assert account.kv_tokens * 114_688 <= account.kv
 
 
+def test_a_run_has_room_for_a_step_while_the_commit_before_it_is_stored() -> None:
+    model = ModelBytes.planned(MODELS["Qwen3-8B"])
+    durable, newest, step = 4, 4, 4  # weights, two moments, gradients; of a step its results and clipped gradients
+    assert model.run == (durable + newest + step) * model.arena
+    assert _on("H100 (80 GB)").runs >= model.run
+
+
 def test_a_small_card_computes_fewer_rows_and_a_larger_one_keeps_more_layers() -> None:
     rows = [_on(card).rows_max for card in ("L4 (24 GB)", "A100 (40 GB)", "H200 (141 GB)")]
     assert rows[0] < rows[1] == rows[2] == 8192

@@ -312,3 +312,30 @@ def test_states_in_memory_are_held_to_their_bytes_the_least_recently_used_go(byt
         assert epochs == [1] * stay + [2] * (3 - stay)
 
     asyncio.run(story())
+
+
+def test_the_state_before_a_commit_counts_until_the_commit_is_stored() -> None:
+    seen: list[int] = []
+
+    class Watched(MemoryStore):
+        async def put_if_absent(self, name: str, data: bytes) -> bool:
+            if name.startswith(layout.commits(RUN)) and runs.loaded:
+                seen.append(runs._bytes)
+            return await super().put_if_absent(name, data)
+
+    store = Watched()
+    runs = ClaimedRuns(store, Large(), Holder("h", "", TERMS), lambda: 0.0)
+
+    async def story() -> None:
+        acceptor = Acceptor(store, lambda: 0.0)
+        await acceptor.create(CREATION, b"create")
+        for seq in range(1, 4):
+            await send(acceptor, Step(seq, "optim_step", b"{}"))
+        assert [frame async for frame in runs.answer(RUN)]
+
+    asyncio.run(story())
+    created, *later = seen  # before the first commit nothing is durable
+    assert created == 100
+    assert later
+    assert min(later) >= 200, "what is durable, and what came after it"
+    assert runs._bytes == 100, "everything is stored"

@@ -80,6 +80,12 @@ class Outbox(Generic[State]):
         self._publish = _nobody
 
     @property
+    def states(self) -> list[State]:
+        """The run's states that are kept: that which is durable, that of the commit under way, and the newest."""
+        points = [self.durable, self._after, *([] if self._storing is None else [self._storing.after])]
+        return [point.state for point in points if point.state is not None]
+
+    @property
     def ahead(self) -> int:
         """How many results are not durable yet."""
         return len(self._results) + (len(self._storing.commit.results) if self._storing is not None else 0)

@@ -313,8 +313,9 @@ class Run(Generic[State]):
 
     @property
     def state_bytes(self) -> int:
-        """What the state takes in memory, approximately."""
-        return self._serialized_bytes
+        """What its states take in memory, approximately: until a commit is stored, the one before it stays, too."""
+        states = {id(state): state for state in (self._state, *self._outbox.states) if state is not None}
+        return sum(self._machine.serialized_bytes(state) for state in states.values())
 
     @property
     def _serialized_bytes(self) -> int:
