@@ -1,6 +1,6 @@
 """The REST routes: handler and body limit of each."""
 
-from gateway.rest import admin, checkpoints, links, runs, sessions, weights
+from gateway.rest import admin, checkpoints, files, links, runs, sessions, weights
 from gateway.routing import Door
 from knapper import limits
 
@@ -20,6 +20,8 @@ ROUTES = [
         ("DELETE", f"{_CHECKPOINT}/publish", checkpoints.unpublish, _NONE),
         ("PUT", f"{_CHECKPOINT}/ttl", checkpoints.set_ttl, _SMALL),
         ("GET", f"{_CHECKPOINT}/archive", checkpoints.archive, _NONE),
+        ("GET", f"{_CHECKPOINT}/files", files.list_files, _NONE),
+        ("GET", f"{_CHECKPOINT}/files/{{file}}", files.get_file, _NONE),
         ("GET", f"{_CHECKPOINT}/external_weights_urls", weights.external_weights_urls, _NONE),
         ("POST", "weights_info", weights.weights_info, _SMALL),
         ("POST", "copy_weights", weights.copy_weights, _SMALL),

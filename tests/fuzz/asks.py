@@ -177,6 +177,8 @@ ASKS: dict[Way, Callable[[World, Random], Ask]] = {
     ("PUT", f"{ONE}/ttl"): body(lambda *_: {"ttl_seconds": 7200}),
     ("GET", f"{ONE}/archive"): nothing,
     ("GET", f"{ONE}/external_weights_urls"): nothing,
+    ("GET", f"{ONE}/files"): nothing,
+    ("GET", f"{ONE}/files/{{file}}"): _ranged,
     ("POST", "/api/v1/weights_info"): body(lambda world, _: {"tinker_path": world.mine.path()}),
     ("POST", "/api/v1/copy_weights"): body(_copy),
     ("GET", "/api/v1/sessions"): query(limit=5, offset=0, access_scope="accessible"),

@@ -232,6 +232,10 @@ DOORS: dict[tuple[str, str], Open | Own | Named] = {
     ("PUT", f"{_ONE}/ttl"): Named([body(lambda *_: {"ttl_seconds": 7200})]),
     ("GET", f"{_ONE}/archive"): Named([nothing]),
     ("GET", f"{_ONE}/external_weights_urls"): Named([nothing]),
+    ("GET", f"{_ONE}/files"): Named([nothing]),
+    ("GET", f"{_ONE}/files/{{file}}"): Named(
+        [nothing], path=lambda owned: owned.in_path() | {"file": "adapter_config.json"}
+    ),
     ("POST", "/api/v1/weights_info"): Named([body(lambda theirs, _: {"tinker_path": theirs.path()})]),
     ("POST", "/api/v1/copy_weights"): Named([
         body(lambda theirs, _: {"source_path": theirs.path(), "destination_project_id": "p"}),
