@@ -1,4 +1,6 @@
-"""A model with windows, two rotary bases and norms on both sides, through the whole stack: Gemma 3, natively."""
+"""Through the whole stack, natively: Gemma 3, with windows, two rotary bases and norms on both sides; and Qwen 3.5,
+whose layers have states.
+"""
 
 import re
 from pathlib import Path
@@ -18,7 +20,7 @@ from tests.conformance.server import Server
 from tests.engine.strange import strange_model
 
 ADAM = types.AdamParams(learning_rate=1e-2)
-LENGTHS = (40, 90, 17)  # its window is of 16 tokens
+LENGTHS = (40, 90, 17)  # windows are of 16 tokens, chunks of the delta rule of 32
 
 
 def step(client: tinker.TrainingClient, n: int) -> list[bytes]:
@@ -30,8 +32,9 @@ def step(client: tinker.TrainingClient, n: int) -> list[bytes]:
 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
-def test_gemma_3_trains_survives_a_kill_samples_what_it_trained_and_loads_in_peft(tmp_path: Path) -> None:
-    model = strange_model(tmp_path / "gemma", "gemma3")
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_5"])
+def test_a_run_survives_a_kill_samples_what_it_trained_and_loads_in_peft(tmp_path: Path, kind: str) -> None:
+    model = strange_model(tmp_path / "model", kind)
     with (
         Server.start(model, tmp_path / "data", dtype="float32") as server,
         tinker.ServiceClient(base_url=server.url, api_key="tml-local") as service,

@@ -56,8 +56,8 @@ def saved_bytes_of_row(config: ModelConfig, size: int = 4) -> int:
 
 
 def _numbers_of_row(layer: Layer, hidden: int) -> int:
-    mixer, mlp = layer.mixer, layer.mlp
-    return (3 + len(list(layer.norms))) * hidden + 2 * mixer.q_width + 2 * mixer.kv_width + 4 * mlp.width
+    norms = len(list(layer.norms))
+    return (2 + norms) * hidden + layer.mixer.numbers_of_row(hidden) + 4 * layer.mlp.width
 
 
 def pass_bytes_of_row(config: ModelConfig, size: int) -> int:

@@ -38,6 +38,12 @@ def _composites() -> dict[str, Composite]:
 COMPOSITES: Final[Mapping[str, Composite]] = _composites()
 
 
+# By model_type: what the decoder lacks of a model that it computes in part, and transformers' way cannot serve.
+MISSING: Final[Mapping[str, str]] = {
+    model_type: missing for file in _FILES for model_type, missing in getattr(file, "MISSING", {}).items()
+}
+
+
 def table() -> str:
     """The table of docs/models.md."""
     head = "| model type | models | beside plain Llama | linears with LoRA |\n|---|---|---|---|\n"
