@@ -134,8 +134,7 @@ class ModelConfig:
     def _of(cls, raw: Raw, directory: Path) -> "ModelConfig":
         path = directory / "config.json"
         _expect_few_layers(raw, path)
-        if (missing := MISSING.get(str(raw.get("model_type")))) is not None:
-            raise UnsupportedText(f"{described(raw, directory)} is not served: what is missing is {missing}")
+        _expect_whole(raw, directory)
         architecture = ARCHITECTURES.get(str(raw.get("model_type")))
         if architecture is None:
             names = ", ".join(map(str, listed(raw.get("architectures")))) or "?"
@@ -189,7 +188,10 @@ def end_tokens(raw: Mapping[str, Any], directory: Path) -> tuple[int, ...]:
 
 
 def expect_text_model(raw: Mapping[str, Any], directory: Path) -> None:
-    """Raises UnsupportedModel unless it is a decoder-only text model with weights in floating point."""
+    """Raises UnsupportedModel unless it is a decoder-only text model with weights in floating point, UnsupportedText
+    for one that is known to be computed in part only.
+    """
+    _expect_whole(raw, directory)
     for refused, reason in (
         (raw.get("is_encoder_decoder"), "it is an encoder-decoder; served: decoder-only language models"),
         (raw.get("quantization_config") is not None, "its weights are quantized; use the unquantized model"),
@@ -206,6 +208,11 @@ def described(raw: Mapping[str, Any], directory: Path) -> str:
     """The model, as an error message names it."""
     class_name = next(iter(listed(raw.get("architectures"))), None)
     return f"{directory}: model_type {raw.get('model_type')!r}, architecture {class_name!r}"
+
+
+def _expect_whole(raw: Raw, directory: Path) -> None:
+    if (missing := MISSING.get(str(raw.get("model_type")))) is not None:
+        raise UnsupportedText(f"{described(raw, directory)} is not served: what is missing is {missing}")
 
 
 def _expect_few_layers(raw: Raw, path: Path) -> None:

@@ -27,6 +27,7 @@ from knapper.text.sizes import sized
 from tests.engine.composites import CASES, COMPOSITE, LAYOUTS, composite_model
 from tests.engine.models.test_decoder import decoder_of, tokens_of
 from tests.engine.runs import datum, done, request, spec
+from tests.engine.strange import strange_model
 from tests.engine.test_peft_parity import expect_equal_steps, load_in_peft, plain_logprobs
 
 # PEFT warns about tied heads (docs/decisions/0002) and about a base model that is not on the hub.
@@ -87,6 +88,16 @@ def test_what_is_for_images_is_neither_counted_nor_read(tmp_path: Path, layout: 
     for path in directory.glob("*.safetensors"):
         _overwrite(path, of_images)
     assert torch.equal(before, logits(directory))
+
+
+@pytest.mark.parametrize("name", ["mtp.layers.0.x.weight", "mtp.norm.weight"])
+def test_what_drafts_tokens_ahead_is_left_out(tmp_path: Path, name: str) -> None:
+    """In Qwen 3.5 it lies beside the text part; in a model of text alone too."""
+    for directory in (composite_model(tmp_path / "whole", "qwen3_5"), strange_model(tmp_path / "text", "qwen3_5")):
+        before = logits(directory)
+        path = sorted(directory.glob("*.safetensors"))[0]
+        save_file({**load_file(path), name: torch.full((3,), float("nan"))}, path, {"format": "pt"})
+        assert torch.equal(before, logits(directory))
 
 
 def logits(directory: Path) -> Tensor:
