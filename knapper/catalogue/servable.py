@@ -98,7 +98,9 @@ def not_served(directory: Path) -> str:
     """What of a checkpoint is left out, and how large it is; empty for a model of text."""
     if not is_composite(directory):
         return ""
-    return f"not served: {sized(weight_files.skipped_bytes(directory))} of weights for them are skipped"
+    return (
+        f"not served: {sized(weight_files.skipped_bytes(directory))} of weights that a text does not need are skipped"
+    )
 
 
 def expect_libraries(settings: Settings, by: ComputedBy) -> None:
@@ -114,8 +116,12 @@ def expect_libraries(settings: Settings, by: ComputedBy) -> None:
         if is_composite(Path(settings.model_directory)):
             allowed = f"torch for {settings.model}, of which only the text part is served"
             raise InvalidField("KNAPPER_SAMPLER", settings.sampler, allowed)
-        if ModelConfig.read(Path(settings.model_directory)).has_experts:
+        facts = ModelConfig.read(Path(settings.model_directory))
+        if facts.has_experts:
             allowed = f"torch for {settings.model}, a mixture: adapters of experts were never tried in vLLM"
+            raise InvalidField("KNAPPER_SAMPLER", settings.sampler, allowed)
+        if facts.recurrent:
+            allowed = f"torch for {settings.model}, whose layers have states in place of keys and values"
             raise InvalidField("KNAPPER_SAMPLER", settings.sampler, allowed)
     for name, todo in wanted.items():
         if importlib.util.find_spec(name) is None:

@@ -50,7 +50,7 @@ class ModelBytes:
 
     weights: int
     kv_token: int
-    context: int  # positions of a text that fills it
+    context: int  # positions of a text that fills it, its states of recurrent layers counted as such
     arena: int
     prompt_row: int
     row: int
@@ -78,7 +78,7 @@ class ModelBytes:
     def _native(cls, config: ModelConfig, size: int, weights: int, kv: int) -> Self:
         row = checkpointing.pass_bytes_of_row(config, size)
         layer_row = checkpointing.saved_bytes_of_row(config, size)
-        context = config.context + -config.context % 64
+        context = config.context + -config.context % 64 + -(-4 * config.state_numbers // kv)
         return cls(weights, kv, context, _arena(config), 2 * kv + layer_row, row, layer_row)
 
     @property

@@ -41,7 +41,7 @@ def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, 
     """(the sampler, the context in tokens, the dtype). Blocks until it can sample, or vLLM did not start.
 
     Raises UnsupportedModel for an architecture outside of the native registry, whose target modules are unknown,
-    InvalidField for a checkpoint of which the text part alone is served, and for a mixture of experts.
+    InvalidField for a checkpoint of which the text part alone is served, a mixture of experts, and layers with states.
     """
     began = time.monotonic()
     directory = Path(settings.model_directory)
@@ -50,6 +50,9 @@ def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, 
         raise InvalidField("KNAPPER_SAMPLER", "vllm", f"torch for {directory}, of which only the text part is served")
     if facts.has_experts:
         allowed = f"torch for {directory}, a mixture: adapters of experts were never tried in vLLM"
+        raise InvalidField("KNAPPER_SAMPLER", "vllm", allowed)
+    if facts.recurrent:  # their adapters and their memory there were never tried
+        allowed = f"torch for {directory}, whose layers have states in place of keys and values"
         raise InvalidField("KNAPPER_SAMPLER", "vllm", allowed)
     device = device_for(settings.device, "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype_for(settings.dtype, torch.device(device))

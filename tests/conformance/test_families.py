@@ -1,4 +1,6 @@
-"""Models of another kind than Llama through the whole stack, natively: Gemma 3 with its windows, a mixture."""
+"""Through the whole stack, natively: Gemma 3, with windows, two rotary bases and norms on both sides; a mixture; and
+Qwen 3.5, whose layers have states.
+"""
 
 import re
 from pathlib import Path
@@ -18,7 +20,7 @@ from tests.conformance.server import Server
 from tests.engine.strange import strange_model
 
 ADAM = types.AdamParams(learning_rate=1e-2)
-LENGTHS = (40, 90, 17)  # its window is of 16 tokens
+LENGTHS = (40, 90, 17)  # windows are of 16 tokens, chunks of the delta rule of 32
 
 
 def step(client: tinker.TrainingClient, n: int) -> list[bytes]:
@@ -31,7 +33,7 @@ def step(client: tinker.TrainingClient, n: int) -> list[bytes]:
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
-@pytest.mark.parametrize("kind", ["gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_moe", "qwen3_5"])
 def test_a_run_survives_a_kill_samples_what_it_trained_and_loads_in_peft(tmp_path: Path, kind: str) -> None:
     model = strange_model(tmp_path / kind, kind)
     with (

@@ -54,10 +54,24 @@ COMPOSITE: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
             **_IMAGE_TOKENS,
         },
     ),
+    "qwen3_5": (
+        "Qwen3_5Config",
+        {
+            **NATIVE["qwen3_5"][1],
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25,
+                "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+            },
+        },
+        {"vision_config": {**_QWEN, "out_hidden_size": 64, "num_position_embeddings": 16}, **_IMAGE_TOKENS},
+    ),
 }  # fmt: skip
+_LATEST: Final = ("qwen3_vl", "qwen3_5")  # of which there are no older files
 # Names as transformers has them now, and as most published files do.
 LAYOUTS: Final = ("present", "older")
-CASES: Final = [(kind, layout) for kind in COMPOSITE for layout in LAYOUTS if (kind, layout) != ("qwen3_vl", "older")]
+CASES: Final = [
+    (kind, layout) for kind in COMPOSITE for layout in LAYOUTS if layout == "present" or kind not in _LATEST
+]
 _OLDER: Final = {
     "model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
     "model.vision_tower.": "vision_tower.", "model.multi_modal_projector.": "multi_modal_projector.",

@@ -34,6 +34,10 @@ _LONG: Final = {
 _SLIDING: Final = {"sliding_window": 16}
 _MIXED: Final = {**_GROUPED, "num_local_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 _SWITCHED: Final = {**_SLIDING, "use_sliding_window": True, "max_window_layers": 1}
+_DELTA: Final = {
+    **_HEADED, "head_dim": 32, "layer_types": ["full_attention", "linear_attention"], "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 32,
+}  # fmt: skip
 
 # One layer with a window of 16 and one without wherever the architecture has both; contexts that are scaled from 64 on.
 NATIVE: Final[dict[str, tuple[str, dict[str, Any]]]] = {
@@ -93,9 +97,25 @@ NATIVE: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "qwen3_moe_window": ("Qwen3MoeConfig", {**_MIXED, **_SLIDING, "head_dim": 16, "use_sliding_window": True}),
     "olmoe": ("OlmoeConfig", {**_MIXED, "intermediate_size": 48, "rope_parameters": _LINEAR}),
     "mixtral": ("MixtralConfig", {**_MIXED, **_SLIDING, "intermediate_size": 48, "num_experts_per_tok": 3}),
+    "lfm2": (
+        "Lfm2Config",
+        {
+            **_GROUPED,
+            "layer_types": ["conv", "full_attention"],
+            "block_multiple_of": 48,
+            "block_ffn_dim_multiplier": 1.2,
+        },
+    ),
+    "lfm2_bias": (
+        "Lfm2Config",
+        {**_GROUPED, "full_attn_idxs": [0], "conv_bias": True, "conv_L_cache": 4, "block_auto_adjust_ff_dim": False},
+    ),
+    "qwen3_5": ("Qwen3_5TextConfig", _DELTA),
+    "qwen3_next": ("Qwen3NextConfig", {**_DELTA, "num_experts": 0, "linear_num_value_heads": 2}),
     "smollm3_window": ("SmolLM3Config", {**_GROUPED, **_SWITCHED, "no_rope_layer_interval": 2}),
 }
 MIXTURES: Final = ("qwen3_moe", "qwen3_moe_window", "olmoe", "mixtral")
+HYBRIDS: Final = tuple(kind for kind in NATIVE if kind.startswith(("lfm2", "qwen3_5", "qwen3_next")))
 # Left to transformers. Among them: fused query, key and value; biases everywhere, on the head too; layers in parallel;
 # scaled heads; caps on attention and logits with windows; LayerNorms; options that the native code lacks.
 FOREIGN: Final[dict[str, tuple[str, dict[str, Any]]]] = {
@@ -161,8 +181,12 @@ def strange_model(directory: Path, kind: str, *, seed: int = 0, **changes: Any) 
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # the library has no types here
         for name, parameter in model.named_parameters():  # every layer matters, more than the token itself
-            if parameter.dim() > 1:
+            if parameter.dim() > 2:  # a convolution's
+                torch.nn.init.normal_(parameter, std=0.5)
+            elif parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.08 if "embed" in name else 1.5 * 64**-0.5)
+            elif name.endswith("A_log"):  # so that memories decay over a few rows and over many
+                torch.nn.init.normal_(parameter, mean=-2.5, std=1.5)
             elif name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.1)
             elif kind in NATIVE:  # a norm's, around its neutral value

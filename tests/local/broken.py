@@ -123,7 +123,8 @@ BROKEN: Final[Mapping[str, tuple[Change, str]]] = {
         config(model_type="t5", architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True),
         "it is an encoder-decoder",
     ),
-    "a model of images": (config(model_type="qwen3_5", vision_config={}), "it takes more than text"),
+    "a model of images": (config(model_type="lfm2_vl", vision_config={}), "it takes more than text"),
+    "a hybrid with experts": (config(model_type="qwen3_5_moe", vision_config={}), "what is missing is experts"),
     "quantized weights": (config(quantization_config={"quant_method": "mxfp4"}), "its weights are quantized"),
 }  # fmt: skip
 

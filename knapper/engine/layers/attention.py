@@ -1,7 +1,7 @@
-"""Causal attention over packed rows. A sequence sees itself alone, so its bits do not depend on its neighbours.
+"""How packed rows see the past of their sequences: by causal attention, or through a recurrence's state.
 
-N rows, H heads, G key/value heads, D head elements, T tokens of one sequence. Source: arXiv 1706.03762, equation 1,
-with the grouped queries of arXiv 2305.13245.
+A sequence sees itself alone, so its bits do not depend on its neighbours. N rows, H heads, G key/value heads, D head
+elements, T tokens of one sequence. Source: arXiv 1706.03762, equation 1, with the grouped queries of arXiv 2305.13245.
 """
 
 import itertools
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from knapper.engine.layers import batch_invariant_attention, varlen_attention
+from knapper.engine.layers.recurrence import PackedRows, Recurrence, State, Stops
 from knapper.engine.layers.varlen_attention import VarlenAttention
 from knapper.engine.models.layer import ScoreRule
 from knapper.engine.training.prefix_sharing import Prefixes
@@ -26,10 +27,18 @@ def attention_dtype(base: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else base
 
 
+Recurred = tuple[Tensor, list[Stops]]  # outputs, and by sequence the states that were asked for
+
+
 class Attend(Protocol):
-    """Rotated queries (N, H, D), keys and values (N, G, D) of one layer to outputs (N, H * D)."""
+    """Rotated queries (N, H, D), keys and values (N, G, D) of one layer to outputs (N, H * D).
+
+    `layer`: its number among those with attention; of `recur` among those with a recurrence.
+    """
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: ScoreRule) -> Tensor: ...
+
+    def recur(self, layer: int, recurrence: Recurrence, x_NX: Tensor, *, keeps: bool = False) -> Recurred: ...
 
 
 class PackedAttention:
@@ -38,6 +47,7 @@ class PackedAttention:
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = list(lengths)
         self._varlen = VarlenAttention(lengths, lengths)
+        self._rows = PackedRows(self.lengths)
         self._buckets: dict[int, list[int]] = {}
         for index, length in enumerate(lengths):
             self._buckets.setdefault(length, []).append(index)
@@ -57,6 +67,9 @@ class PackedAttention:
                 outputs[index] = o_THD
         return torch.cat(outputs).reshape(rows, -1)
 
+    def recur(self, layer: int, recurrence: Recurrence, x_NX: Tensor, *, keeps: bool = False) -> Recurred:  # noqa: ARG002  as above
+        return recurrence.packed(x_NX, self._rows, keeps=keeps)
+
 
 class SharedPrefixAttention:
     """Rows that several sequences share (`Prefixes`): each sequence attends as if it were alone.
@@ -71,12 +84,16 @@ class SharedPrefixAttention:
         q, k, v = (x.index_select(0, self._rows_N) for x in (q_NHD, k_NGD, v_NGD))
         return self._packed(layer, q, k, v, scores=scores).index_select(0, self._first_U)
 
+    def recur(self, layer: int, recurrence: Recurrence, x_NX: Tensor, *, keeps: bool = False) -> Recurred:
+        y_NY, kept = self._packed.recur(layer, recurrence, x_NX.index_select(0, self._rows_N), keeps=keeps)
+        return y_NY.index_select(0, self._first_U), kept
+
 
 class ContinuedAttention:
-    """The rest of one sequence after its prefix: `past_kv` (layers, 2, P, G, D)."""
+    """The rest of one sequence after its prefix: `past_kv` (layers, 2, P, G, D), and by layer the states after it."""
 
-    def __init__(self, past_kv: Tensor) -> None:
-        self._past_kv = past_kv
+    def __init__(self, past_kv: Tensor, states: Sequence[State] = ()) -> None:
+        self._past_kv, self._states = past_kv, states
         self._varlen: VarlenAttention | None = None
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: ScoreRule) -> Tensor:
@@ -86,6 +103,10 @@ class ContinuedAttention:
             self._varlen = self._varlen or VarlenAttention([len(q_NHD)], [len(k)])
             return self._varlen(q_NHD, k, v, scores).reshape(q_NHD.shape[0], -1)
         return _causal(q_NHD[None], k[None], v[None], scores=scores).reshape(q_NHD.shape[0], -1)
+
+    def recur(self, layer: int, recurrence: Recurrence, x_NX: Tensor, *, keeps: bool = False) -> Recurred:
+        rows = PackedRows([len(x_NX)], self._past_kv.shape[2], self._states[layer])
+        return recurrence.packed(x_NX, rows, keeps=keeps)
 
 
 class ConcatenatedAttention:
@@ -101,17 +122,31 @@ class ConcatenatedAttention:
         each = zip(self._attends, parts, strict=True)
         return torch.cat([attend(layer, *part, scores=scores) for attend, part in each])
 
+    def recur(self, layer: int, recurrence: Recurrence, x_NX: Tensor, *, keeps: bool = False) -> Recurred:
+        each = zip(self._attends, x_NX.split(self._rows), strict=True)
+        outputs, kept = zip(*(attend.recur(layer, recurrence, x, keeps=keeps) for attend, x in each), strict=True)
+        return torch.cat(outputs), list(itertools.chain(*kept))
+
 
 class RecordedAttention:
-    """Another attention, whose keys and values are also stored for decoding: `kv` (layers, 2, N, G, D)."""
+    """Another attention, whose keys and values are also stored for decoding: `kv` (layers, 2, N, G, D).
+
+    `states`: by layer with a recurrence, of each sequence.
+    """
 
     def __init__(self, attend: Attend, kv: Tensor) -> None:
         self._attend, self._kv = attend, kv
+        self.states: list[list[Stops]] = []
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, *, scores: ScoreRule) -> Tensor:
         self._kv[layer, 0].copy_(k_NGD)
         self._kv[layer, 1].copy_(v_NGD)
         return self._attend(layer, q_NHD, k_NGD, v_NGD, scores=scores)
+
+    def recur(self, layer: int, recurrence: Recurrence, x_NX: Tensor, *, keeps: bool = False) -> Recurred:  # noqa: ARG002  it keeps them
+        y_NY, kept = self._attend.recur(layer, recurrence, x_NX, keeps=True)
+        self.states.append(kept)
+        return y_NY, kept
 
 
 def prefix_attention(groups: Sequence[Prefixes], device: torch.device) -> Attend:

@@ -56,8 +56,8 @@ def saved_bytes_of_row(config: ModelConfig, size: int = 4) -> int:
 
 
 def _numbers_of_row(layer: Layer, hidden: int) -> int:
-    mixer, mlp = layer.mixer, layer.mlp.numbers_of_row(hidden)
-    return (3 + len(list(layer.norms))) * hidden + 2 * mixer.q_width + 2 * mixer.kv_width + mlp
+    mixer, mlp = layer.mixer.numbers_of_row(hidden), layer.mlp.numbers_of_row(hidden)
+    return (2 + len(list(layer.norms))) * hidden + mixer + mlp
 
 
 def pass_bytes_of_row(config: ModelConfig, size: int) -> int:

@@ -18,10 +18,12 @@ from knapper.engine.models.layer import (
     Activation,
     GatedMlp,
     Layer,
+    Mixer,
     Mixture,
     MixtureNames,
     Norms,
     QkNorm,
+    Recurrent,
     Routing,
     ScoreRule,
     SelfAttention,
@@ -157,6 +159,36 @@ class MixtureRule:
 
 
 @dataclass(frozen=True)
+class RecurrentLayers:
+    """Layers with another mixer than attention. `read`: a layer's, or None for one with attention; `like`: one of their
+    kind, for docs/models.md, and `described` the words for it.
+    """
+
+    read: Callable[[Raw, Path, int], Recurrent | None]
+    like: Recurrent
+    described: str
+
+
+def plain_width(raw: Raw, path: Path) -> int:
+    return size(raw, "intermediate_size", path)
+
+
+def tie_word_embeddings(raw: Raw, default: bool) -> bool:
+    return bool(raw.get("tie_word_embeddings", default))
+
+
+@dataclass(frozen=True)
+class Names:
+    """Modules that an architecture names in its own way, and the field of config.json for the norms' epsilon."""
+
+    output: str = "o_proj"
+    qk_norms: tuple[str, str] = ("q_norm", "k_norm")
+    mlp: tuple[str, str, str] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    final_norm: str = "model.norm"
+    eps_field: str = "rms_norm_eps"
+
+
+@dataclass(frozen=True)
 class NormRule:
     """How an RMS norm's weight multiplies: in the base's dtype, or with `wide` in float32, `offset` added to it."""
 
@@ -167,6 +199,7 @@ class NormRule:
 PLAIN_NORM: Final = NormRule()
 NO_WINDOWS: Final = Windows(no_layer)
 PLAIN_ROPE: Final = RopeRule()
+PLAIN_NAMES: Final = Names()
 
 
 @dataclass(frozen=True)
@@ -174,12 +207,14 @@ class Architecture:
     """One `model_type`. `models`: well-known ones, for docs/models.md.
 
     `qkv_bias`, `output_bias`: when q, k, v and o have biases. `fused_qkv`, `fused_gate_up`: these linears are one in
-    the file. `without_positions`: layers that do not rotate queries and keys. `activation_field`: where config.json
-    names the MLP's; `gelu`: which it means by "gelu". `attention_scale`: of q k; None: the root of a head's width,
-    inverted. `caps`: config.json may cap scores and logits, where it is silent at `attention_cap` and `logits_cap`.
-    `residual`, `embedding`, `logits`: what multiplies a layer's outputs and embeddings, and divides logits. `refused`:
-    options to check. `mixture`: experts in place of MLPs; None: a dense model. `activation`, `head_dim`, `rms_eps`,
-    `tied`: what a config.json that is silent about them means.
+    the file. `gated_attention`: a gate for each head's output. `without_positions`: layers that do not rotate queries
+    and keys. `activation_field`: where config.json names the MLP's; `gelu`: which it means by "gelu".
+    `attention_scale`: of q k; None: the root of a head's width, inverted. `caps`: config.json may cap scores and
+    logits, where it is silent at `attention_cap` and `logits_cap`. `residual`, `embedding`, `logits`: what multiplies a
+    layer's outputs and embeddings, and divides logits.
+    `recurrent`: layers without attention. `mixture`: experts in place of MLPs; None: a dense model. `mlp_width`: of the
+    MLP, `ties_by`: whether the head is the embedding, where config.json says it in another way. `refused`: options to
+    check. `activation`, `head_dim`, `rms_eps`, `tied`: what a config.json that is silent about them means.
     """
 
     model_type: str
@@ -190,6 +225,7 @@ class Architecture:
     fused_qkv: bool = False
     fused_gate_up: bool = False
     mixture: MixtureRule | None = None
+    gated_attention: bool = False
     norms: Norms = PRE_NORMS
     norm: NormRule = PLAIN_NORM
     windows: Windows = NO_WINDOWS
@@ -205,6 +241,10 @@ class Architecture:
     residual: Factor = one
     embedding: Factor = one
     logits: Factor = one
+    recurrent: RecurrentLayers | None = None
+    mlp_width: Callable[[Raw, Path], int] = plain_width
+    names: Names = PLAIN_NAMES
+    ties_by: Callable[[Raw, bool], bool] = tie_word_embeddings
     refused: tuple[Option, ...] = OPTIONS
     head_dim: int | None = None
     rms_eps: float = 1e-6
@@ -227,16 +267,20 @@ class Architecture:
         """Of the logits."""
         return optional(raw, "final_logit_softcapping", path, self.logits_cap) if self.caps else None
 
+    def ties(self, raw: Raw) -> bool:
+        """Whether the head is the embedding."""
+        return self.ties_by(raw, self.tied)
+
     def _layer(self, raw: Raw, path: Path, index: int) -> Layer:
-        return Layer(
-            self._attention(raw, path, index), self._mlp(raw, path, index), self.norms, self.residual(raw, path)
-        )
+        recurrent = None if self.recurrent is None else self.recurrent.read(raw, path, index)
+        mixer: Mixer = recurrent or self._attention(raw, path, index)
+        return Layer(mixer, self._mlp(raw, path, index), self.norms, self.residual(raw, path))
 
     def _mlp(self, raw: Raw, path: Path, index: int) -> GatedMlp | Mixture:
         activation = self._activation(raw, path)
         if self.mixture is not None and not self.mixture.dense(raw, index):
             return self.mixture.read(raw, path, activation)
-        return GatedMlp(size(raw, "intermediate_size", path), activation, self.fused_gate_up)
+        return GatedMlp(self.mlp_width(raw, path), activation, self.fused_gate_up, self.names.mlp)
 
     def _attention(self, raw: Raw, path: Path, index: int) -> SelfAttention:
         heads = size(raw, "num_attention_heads", path)
@@ -258,6 +302,9 @@ class Architecture:
             qkv_bias=self.qkv_bias(raw),
             output_bias=self.output_bias(raw),
             fused=self.fused_qkv,
+            gated=self.gated_attention,
+            output_name=self.names.output,
+            norm_names=self.names.qk_norms,
         )
 
     def _head_dim(self, raw: Raw, path: Path) -> int:
@@ -276,6 +323,8 @@ class Architecture:
     def described(self) -> str:
         """What it has beside plain Llama, for docs/models.md."""
         parts = {
+            "" if self.recurrent is None else self.recurrent.described: self.recurrent is not None,
+            "gated attention": self.gated_attention,
             f"norms of q and k by {self.qk_norm}": self.qk_norm is not None,
             "norms after attention and MLP": self.norms.mixer_output is not None and self.norms.mixer_input is None,
             "norms before and after attention and MLP": self.norms.mixer_output is not None
@@ -300,10 +349,11 @@ class Architecture:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The linears of a layer that take LoRA, in the adapter's order."""
-        mixer = SelfAttention(1, 1, 1, ScoreRule(1.0), None, fused=self.fused_qkv)
-        mlp = GatedMlp(1, fused=self.fused_gate_up)
-        if self.mixture is None:
-            return tuple(linear.name for linear in Layer(mixer, mlp).linears(1))
-        experts = Mixture(1, Routing(1, 1, renormalised=False), names=self.mixture.names)
-        return tuple(linear.name for linear in Layer(mixer, experts).linears(1))
+        """The linears of its layers that take LoRA, in the adapter's order."""
+        attention = SelfAttention(1, 1, 1, ScoreRule(1.0), None, fused=self.fused_qkv, output_name=self.names.output)
+        recurrent = () if self.recurrent is None else self.recurrent.like.linears(1)
+        mlp: GatedMlp | Mixture = GatedMlp(1, fused=self.fused_gate_up, names=self.names.mlp)
+        if self.mixture is not None:
+            mlp = Mixture(1, Routing(1, 1, renormalised=False), names=self.mixture.names)
+        linears = (*attention.linears(1), *recurrent, *mlp.linears(1))
+        return tuple(dict.fromkeys(linear.name for linear in linears))

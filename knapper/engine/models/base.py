@@ -44,7 +44,7 @@ class DecodeState(Protocol[SlotT]):
         ...
 
     def add(self, past: Any, length: int) -> SlotT:
-        """Add a sequence whose first `length` tokens have the keys and values `past`, which others may share."""
+        """Add a sequence whose first `length` tokens left `past`, which others may share."""
         ...
 
     def remove(self, slot: SlotT) -> None: ...
@@ -98,7 +98,7 @@ class Model(Protocol):
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of a token's keys and values while decoding."""
+        """Bytes of a token's keys and values while decoding. States count as so many positions of these."""
         ...
 
     @property
@@ -126,9 +126,14 @@ class Model(Protocol):
         """float32 (N, V), with the adapters' part of the head where they have one."""
         ...
 
-    @property
-    def continues(self) -> bool:
-        """Whether a prompt can reuse a part of an earlier one. If not, no prompt of `prefill` reuses anything."""
+    def reusable(self, past: Any, tokens: int) -> int:
+        """How many tokens, `tokens` at most, a prompt need not compute that begins with so many of those of `past`: an
+        earlier prompt's `Prefilled.past`.
+        """
+        ...
+
+    def kept_positions(self, past: Any, tokens: int) -> int:
+        """What `past`, of a prompt of so many tokens, takes of the key/value memory."""
         ...
 
     def prefill(self, prompts: Sequence[PrefillPrompt]) -> list[Prefilled]:

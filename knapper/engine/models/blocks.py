@@ -16,10 +16,12 @@ from knapper.engine.layers import experts, rope
 from knapper.engine.layers.adapters import Adapt
 from knapper.engine.layers.attention import Attend
 from knapper.engine.layers.experts import ExpertLinears
+from knapper.engine.layers.gated_delta import GatedDeltaRecurrence
 from knapper.engine.layers.linear import FrozenLinear
+from knapper.engine.layers.recurrence import Convolution
 from knapper.engine.layers.rope import CosSin
 from knapper.engine.layers.routing import Dispatch, combined, routed, spread
-from knapper.engine.models.layer import Activation, GatedMlp, Mixture, SelfAttention
+from knapper.engine.models.layer import Activation, GatedDelta, GatedMlp, Mixture, SelfAttention
 from knapper.engine.models.rotary import Rope
 
 
@@ -74,7 +76,7 @@ class RmsNorm:
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """`index`: the layer's number, by which its keys and values are kept."""
+    """`index`: the layer's number among those with attention, by which its keys and values are kept."""
 
     facts: SelfAttention
     index: int
@@ -84,8 +86,10 @@ class AttentionBlock:
     k_norm: RmsNorm | None
 
     def __call__(self, x_NH: Tensor, rows: PassRows) -> Tensor:
-        facts = self.facts
+        facts, gate = self.facts, None
         q, k, v = self._separate(self.qkv(x_NH, rows.adapt))
+        if facts.gated:
+            q, gate = (part.flatten(1) for part in q.unflatten(1, (facts.heads, -1)).chunk(2, dim=2))
         if facts.qk_norm == "width":
             q, k = self._normed(q, k)
         q, k, v = (x.unflatten(1, (-1, facts.head_dim)) for x in (q, k, v))
@@ -94,7 +98,8 @@ class AttentionBlock:
         if facts.rope is not None:
             q, k = (rope.rotated(x, rows.cos_sin[facts.rope], facts.rope) for x in (q, k))
         o = rows.attend(self.index, *(x.to(rows.attention_dtype) for x in (q, k, v)), scores=facts.scores)
-        return self.o(o.to(x_NH.dtype), rows.adapt)[0]
+        o = o.to(x_NH.dtype)
+        return self.o(o if gate is None else o * torch.sigmoid(gate), rows.adapt)[0]
 
     def _separate(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         facts = self.facts
@@ -104,6 +109,29 @@ class AttentionBlock:
         assert self.q_norm is not None
         assert self.k_norm is not None
         return self.q_norm(q), self.k_norm(k)
+
+    @property
+    def linears(self) -> tuple[FrozenLinear, ...]:
+        return self.qkv.linear, self.o.linear
+
+
+@dataclass(frozen=True)
+class ConvolutionBlock:
+    """`index`: the layer's number among those with a state."""
+
+    index: int
+    inputs: Sites
+    output: Sites
+    convolution: Convolution
+
+    def __call__(self, x_NH: Tensor, rows: PassRows) -> Tensor:
+        b, c, x = self.inputs(x_NH, rows.adapt)[0].chunk(3, dim=1)
+        y_NH, _ = rows.attend.recur(self.index, self.convolution, (b * x).float())
+        return self.output(c * y_NH.to(c.dtype), rows.adapt)[0]
+
+    @property
+    def linears(self) -> tuple[FrozenLinear, ...]:
+        return self.inputs.linear, self.output.linear
 
 
 @dataclass(frozen=True)
@@ -150,7 +178,43 @@ def _activated(x: Tensor, activation: Activation) -> Tensor:
     return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
 
 
-Mixer = AttentionBlock  # the kinds that a layer may have: another is a type of this union
+@dataclass(frozen=True)
+class DeltaBlock:
+    """`index`: the layer's number among those with a state."""
+
+    facts: GatedDelta
+    index: int
+    inputs: Sites
+    output: Sites
+    recurrence: GatedDeltaRecurrence
+    norm: RmsNorm
+
+    def __call__(self, x_NH: Tensor, rows: PassRows) -> Tensor:
+        mixed, z, b, a = self._separate(self.inputs(x_NH, rows.adapt))
+        y_NY, _ = rows.attend.recur(self.index, self.recurrence, torch.cat([mixed, b, a], dim=1).float())
+        y_NHE = self.norm(y_NY.unflatten(1, (self.facts.value_heads, -1)).to(x_NH.dtype))
+        gated = y_NHE.flatten(1) * F.silu(z.float())
+        return self.output(gated.to(x_NH.dtype), rows.adapt)[0]
+
+    def _separate(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Queries, keys and values as one, the output's gate, and the rule's two gates, by value head."""
+        facts = self.facts
+        if not facts.fused:
+            return parts
+        shared = facts.value_heads // facts.key_heads
+        qkvz, ba = (part.unflatten(1, (facts.key_heads, -1)) for part in parts)
+        q, k, v, z = qkvz.split((facts.key_dim, facts.key_dim, *2 * (shared * facts.value_dim,)), dim=2)
+        b, a = ba.chunk(2, dim=2)
+        q, k, v, z, b, a = (part.flatten(1) for part in (q, k, v, z, b, a))
+        return torch.cat([q, k, v], dim=1), z, b, a
+
+    @property
+    def linears(self) -> tuple[FrozenLinear, ...]:
+        return self.inputs.linear, self.output.linear
+
+
+# The kinds that a layer may have: another is a type of these unions.
+Mixer = AttentionBlock | ConvolutionBlock | DeltaBlock
 Mlp = GatedMlpBlock | MixtureBlock
 
 
@@ -176,7 +240,7 @@ class LayerBlock:
 
     @property
     def linears(self) -> tuple[FrozenLinear | ExpertLinears, ...]:
-        return (*(sites.linear for sites in (self.mixer.qkv, self.mixer.o)), *self.mlp.linears)
+        return (*self.mixer.linears, *self.mlp.linears)
 
 
 def _normed(x_NH: Tensor, norm: RmsNorm | None) -> Tensor:

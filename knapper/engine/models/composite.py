@@ -16,7 +16,9 @@ BODY: Final = "model.language_model"  # the decoder's place in transformers' mod
 # How files name the decoder's tensors: in transformers' present order, and in the older one that most have.
 _PREFIXES: Final = {f"{BODY}.": "model.", "language_model.model.": "model.", "language_model.lm_head.": "lm_head."}
 _OTHER_PARTS: Final = tuple(
-    f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector", "visual")
+    f"{prefix}{part}."
+    for prefix in ("", "model.")
+    for part in ("vision_tower", "multi_modal_projector", "visual", "mtp")
 )
 _OF_THE_WHOLE: Final = ("tie_word_embeddings", "eos_token_id", "quantization_config")
 

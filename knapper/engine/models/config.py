@@ -11,8 +11,8 @@ from knapper import limits
 from knapper.engine.models.architecture import PLAIN_NORM, NormRule
 from knapper.engine.models.composite import BODY, Composite, UnsupportedText
 from knapper.engine.models.fields import Raw, UnsupportedModel, listed, number, read_json, size
-from knapper.engine.models.layer import Layer, Part, expert_names
-from knapper.engine.models.missing import needs
+from knapper.engine.models.layer import Layer, Part, Recurrent, SelfAttention, expert_names
+from knapper.engine.models.unsupported import MISSING
 from knapper.engine.models.registry import ARCHITECTURES, COMPOSITES
 from knapper.errors import NotFound, UserError
 
@@ -75,7 +75,7 @@ class ModelConfig:
     """One decoder-only model. Sizes in elements; `context` in tokens; `eos` token ids that end a text.
 
     `embedding_scale` multiplies embeddings, `logits_scale` logits; `logits_cap`: l becomes cap tanh(l / cap).
-    `body`: the decoder's place in transformers' model.
+    `body`: the decoder's place in transformers' model; `final_norm`: the last norm's, in a model of text alone.
     """
 
     model_type: str
@@ -91,6 +91,7 @@ class ModelConfig:
     logits_scale: float = 1.0
     logits_cap: float | None = None
     body: str = "model"
+    final_norm: str = "model.norm"
 
     @cached_property
     def lora_targets(self) -> tuple[LoraTarget, ...]:
@@ -113,9 +114,24 @@ class ModelConfig:
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
-        """(layers, key/value heads, head elements) of what decoding keeps of a token; every layer keeps the same."""
-        (shape,) = {(layer.mixer.kv_heads, layer.mixer.head_dim) for layer in self.layers}
-        return len(self.layers), *shape
+        """(layers with attention, key/value heads, head elements) of what decoding keeps of a token."""
+        (shape,) = {(mixer.kv_heads, mixer.head_dim) for mixer in self.attention}
+        return len(self.attention), *shape
+
+    @cached_property
+    def attention(self) -> tuple[SelfAttention, ...]:
+        """Of the layers that have it; each keeps keys and values of the same shape."""
+        return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, SelfAttention))
+
+    @cached_property
+    def recurrent(self) -> tuple[Recurrent, ...]:
+        """Of the layers that have none: each keeps a state of its own."""
+        return tuple(layer.mixer for layer in self.layers if not isinstance(layer.mixer, SelfAttention))
+
+    @property
+    def state_numbers(self) -> int:
+        """float32 numbers that decoding keeps of a sequence, however long it is."""
+        return sum(layer.state_numbers for layer in self.layers)
 
     @classmethod
     def read(cls, directory: Path) -> "ModelConfig":
@@ -140,12 +156,12 @@ class ModelConfig:
     def _of(cls, raw: Raw, directory: Path) -> "ModelConfig":
         path = directory / "config.json"
         _expect_few_layers(raw, path)
+        _expect_whole(raw, directory)
         architecture = ARCHITECTURES.get(str(raw.get("model_type")))
         if architecture is None:
             names = ", ".join(map(str, listed(raw.get("architectures")))) or "?"
             raise UnsupportedModel(
-                f"{directory}: model_type is {raw.get('model_type')!r} (architecture {names})"
-                f"{needs(raw.get('model_type'))}; "
+                f"{directory}: model_type is {raw.get('model_type')!r} (architecture {names}); "
                 f"supported: {', '.join(ARCHITECTURES)}"
             )
         if reason := architecture.refusal(raw):
@@ -155,11 +171,12 @@ class ModelConfig:
             vocab_size=size(raw, "vocab_size", path),
             hidden=size(raw, "hidden_size", path),
             layers=architecture.layers(raw, path),
-            rms_eps=number(raw, "rms_norm_eps", path, architecture.rms_eps),
-            tied=bool(raw.get("tie_word_embeddings", architecture.tied)),
+            rms_eps=number(raw, architecture.names.eps_field, path, architecture.rms_eps),
+            tied=architecture.ties(raw),
             context=architecture.context(raw, path),
             eos=end_tokens(raw, directory),
             norm=architecture.norm,
+            final_norm=architecture.names.final_norm,
             embedding_scale=architecture.embedding(raw, path),
             logits_scale=1 / architecture.logits(raw, path),
             logits_cap=architecture.cap(raw, path),
@@ -193,7 +210,10 @@ def end_tokens(raw: Mapping[str, Any], directory: Path) -> tuple[int, ...]:
 
 
 def expect_text_model(raw: Mapping[str, Any], directory: Path) -> None:
-    """Raises UnsupportedModel unless it is a decoder-only text model with weights in floating point."""
+    """Raises UnsupportedModel unless it is a decoder-only text model with weights in floating point, UnsupportedText
+    for one that is known to be computed in part only.
+    """
+    _expect_whole(raw, directory)
     for refused, reason in (
         (raw.get("is_encoder_decoder"), "it is an encoder-decoder; served: decoder-only language models"),
         (raw.get("quantization_config") is not None, "its weights are quantized; use the unquantized model"),
@@ -209,9 +229,12 @@ def expect_text_model(raw: Mapping[str, Any], directory: Path) -> None:
 def described(raw: Mapping[str, Any], directory: Path) -> str:
     """The model, as an error message names it."""
     class_name = next(iter(listed(raw.get("architectures"))), None)
-    model_type = raw.get("model_type")
-    needed = needs(model_type)
-    return f"{directory}: model_type {model_type!r}, architecture {class_name!r}{needed}{',' * bool(needed)}"
+    return f"{directory}: model_type {raw.get('model_type')!r}, architecture {class_name!r}"
+
+
+def _expect_whole(raw: Raw, directory: Path) -> None:
+    if (missing := MISSING.get(str(raw.get("model_type")))) is not None:
+        raise UnsupportedText(f"{described(raw, directory)} is not served: it needs {missing}")
 
 
 def _expect_few_layers(raw: Raw, path: Path) -> None:

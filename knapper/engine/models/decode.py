@@ -10,6 +10,7 @@ from knapper.engine.layers.adapters import Adapt
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_gathered import GatheredLora, Stack
 from knapper.engine.layers.lora_grouped import base
+from knapper.engine.models.prefill import Past
 from knapper.engine.sampling.kv_cache import Cache, Slot
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ class NativeDecodeState:
     def positions(self, length: int) -> int:
         return self._cache.positions(length)
 
-    def add(self, past: Tensor, length: int) -> Slot:
-        return self._cache.add(past, length)
+    def add(self, past: Past, length: int) -> Slot:
+        return self._cache.add(past.kv, length, past.states.get(length, ()))
 
     def remove(self, slot: Slot) -> None:
         self._cache.remove(slot)

@@ -27,12 +27,13 @@ from knapper.engine.layers.head import HeadLora, capped_, target_logprobs
 from knapper.engine.layers.layerwise import LayerSegment
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_grouped import Segment, Segments
+from knapper.engine.layers.recurrence import Stops
 from knapper.engine.models.blocks import LayerBlock, PassRows
 from knapper.engine.models.config import HEAD, ComputedBy, ModelConfig
 from knapper.engine.models.decode import NativeDecodeState
-from knapper.engine.models.prefill import Prefilled, PrefillPrompt, prefill
+from knapper.engine.models.prefill import Past, Prefilled, PrefillPrompt, prefill
 from knapper.engine.models.weights import Weights
-from knapper.engine.sampling.kv_cache import Cache, bytes_per_token, context_positions
+from knapper.engine.sampling.kv_cache import Cache, bytes_per_token, context_positions, state_positions
 from knapper.engine.training.prefix_sharing import Prefixes
 from knapper.engine.transfer import to_device
 
@@ -43,7 +44,6 @@ class Decoder:
     """knapper.engine.models.base.Model in layer code of our own."""
 
     computed_by: Final[ComputedBy] = "native"
-    continues: Final = True
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self.config = config
@@ -53,7 +53,7 @@ class Decoder:
         self.dtype = weights.embed.dtype
         self.device = weights.embed.device
         self.attention_dtype = attention_dtype(self.dtype, self.device)
-        ropes = {layer.mixer.rope for layer in config.layers if layer.mixer.rope is not None}
+        ropes = {mixer.rope for mixer in config.attention if mixer.rope is not None}
         self._frequencies = {each: rope.frequencies(each, self.device) for each in ropes}
         scale = torch.tensor(config.embedding_scale, dtype=self.dtype)  # rounded as Gemma's own code rounds it
         self._embedding_scale = None if config.embedding_scale == 1.0 else float(scale)
@@ -69,7 +69,7 @@ class Decoder:
 
     @property
     def context_positions(self) -> int:
-        return context_positions(self.config)
+        return context_positions(self.config) + state_positions(self.config, self.attention_dtype)
 
     def hidden(self, tokens_N: Tensor, lengths: Sequence[int], segments: Sequence[Segment]) -> Tensor:
         """Rows (N, H) after the final norm, for sequences packed one after another, each from position 0.
@@ -111,12 +111,22 @@ class Decoder:
     @torch.inference_mode()
     def hidden_and_kv(
         self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, segments: Sequence[Segment]
-    ) -> tuple[Tensor, Tensor]:
-        """`hidden_with`, and the rows' keys and values: (layers, 2, N, key/value heads, head_dim)."""
+    ) -> tuple[Tensor, Tensor, list[list[Stops]]]:
+        """`hidden_with`; the rows' keys and values: (layers, 2, N, key/value heads, head_dim); by layer with a
+        recurrence, the states of each sequence.
+        """
         layers, kv_heads, head_dim = self.config.kv_shape
         shape = (layers, 2, len(tokens_N), kv_heads, head_dim)
         kv = torch.empty(shape, dtype=self.attention_dtype, device=self.device)
-        return self.hidden_with(tokens_N, positions_N, RecordedAttention(attend, kv), segments), kv
+        recorded = RecordedAttention(attend, kv)
+        return self.hidden_with(tokens_N, positions_N, recorded, segments), kv, recorded.states
+
+    def reusable(self, past: Past, tokens: int) -> int:
+        return past.reusable(tokens)
+
+    def kept_positions(self, past: Past, tokens: int) -> int:
+        """Keys and values of each token, and its states as many as they take of them."""
+        return tokens + len(past.states) * state_positions(self.config, self.attention_dtype)
 
     def prefill(self, prompts: Sequence[PrefillPrompt]) -> list[Prefilled]:
         return prefill(self, prompts)

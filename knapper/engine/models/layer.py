@@ -1,10 +1,11 @@
 """What a layer is made of: the facts from which its adapters' sites, its tensors and its memory follow. Loads no torch.
 
-A layer is a mixer of rows and an MLP, each between norms. Today: `SelfAttention`; `GatedMlp` and `Mixture`. Another
-kind is a class here that lists its linears, and its computation in `blocks`.
+A layer is a mixer of rows and an MLP, each between norms. Mixers: `SelfAttention`, `ShortConvolution`, `GatedDelta`;
+MLPs: `GatedMlp`, `Mixture`. Another kind is a class here that lists its linears, and its computation in `blocks`.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -13,6 +14,8 @@ from knapper.engine.models.rotary import Rope
 Part = Literal["attention", "mlp", "unembed"]
 Activation = Literal["silu", "gelu_tanh"]
 QkNorm = Literal["head", "width"]
+Shape = tuple[int, ...]
+CHUNK_ROWS: Final = 32  # of the delta rule: fewer take more steps over its memory, more a larger state
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class ScoreRule:
 class SelfAttention:
     """Causal attention. `rope`: None leaves queries and keys unrotated. `qk_norm`: an RMS norm of queries and keys
     before rotation, by head or over all heads at once. `fused`: the file has q, k and v as one linear, with one
-    adapter.
+    adapter. `gated`: beside its queries each head has a gate, whose sigmoid multiplies its output. `output_name`,
+    `norm_names`: the modules of the output and of the norms.
     """
 
     heads: int
@@ -75,6 +79,14 @@ class SelfAttention:
     qkv_bias: bool = False
     output_bias: bool = False
     fused: bool = False
+    gated: bool = False
+    output_name: str = "o_proj"
+    norm_names: tuple[str, str] = ("q_norm", "k_norm")
+
+    @property
+    def state_shapes(self) -> tuple[Shape, ...]:
+        """None: it keeps keys and values of all tokens."""
+        return ()
 
     @property
     def q_width(self) -> int:
@@ -87,14 +99,15 @@ class SelfAttention:
     def inputs(self, hidden: int) -> tuple[LinearShape, ...]:
         """The linears that make queries, keys and values, in this order."""
         q, kv = self.q_width, self.kv_width
-        widths = {"qkv_proj": q + 2 * kv} if self.fused else {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        queries = 2 * q if self.gated else q
+        widths = {"qkv_proj": q + 2 * kv} if self.fused else {"q_proj": queries, "k_proj": kv, "v_proj": kv}
         return tuple(
             LinearShape(f"self_attn.{name}", hidden, width, "attention", self.qkv_bias)
             for name, width in widths.items()
         )
 
     def output(self, hidden: int) -> LinearShape:
-        return LinearShape("self_attn.o_proj", self.q_width, hidden, "attention", self.output_bias)
+        return LinearShape(f"self_attn.{self.output_name}", self.q_width, hidden, "attention", self.output_bias)
 
     def linears(self, hidden: int) -> tuple[LinearShape, ...]:
         """All, in the order of transformers' modules, which adapters keep: Phi-3's has the output first."""
@@ -106,24 +119,149 @@ class SelfAttention:
         if self.qk_norm is None:
             return {}
         widths = (self.head_dim, self.head_dim) if self.qk_norm == "head" else (self.q_width, self.kv_width)
-        return {"self_attn.q_norm": widths[0], "self_attn.k_norm": widths[1]}
+        return {f"self_attn.{name}": width for name, width in zip(self.norm_names, widths, strict=True)}
+
+    def tensors(self, hidden: int) -> Mapping[str, Shape]:  # noqa: ARG002  as of other mixers
+        """Name and shape of what is neither a linear nor a norm."""
+        return {}
+
+    def numbers_of_row(self, hidden: int) -> int:
+        """Numbers that a row leaves for the backward pass, beside most of those of the residual's width."""
+        return (5 if self.gated else 2) * self.q_width + 2 * self.kv_width + hidden
+
+
+@dataclass(frozen=True)
+class ShortConvolution:
+    """out(c conv(b x)), with b, c and x of one linear: LFM2, arXiv 2511.23404, section 2.
+
+    A channel's convolution sees the last `taps` rows, the row's own among them.
+    """
+
+    width: int  # the residual's
+    taps: int
+    biased: bool = False
+
+    @property
+    def state_shapes(self) -> tuple[Shape, ...]:
+        """Of one sequence: the last rows of b x."""
+        return ((self.taps, self.width),)
+
+    def inputs(self, hidden: int) -> tuple[LinearShape, ...]:
+        return (LinearShape("conv.in_proj", hidden, 3 * hidden, "attention", self.biased),)
+
+    def output(self, hidden: int) -> LinearShape:
+        return LinearShape("conv.out_proj", hidden, hidden, "attention", self.biased)
+
+    def linears(self, hidden: int) -> tuple[LinearShape, ...]:
+        return (*self.inputs(hidden), self.output(hidden))
+
+    def norms(self) -> dict[str, int]:
+        return {}
+
+    def tensors(self, hidden: int) -> Mapping[str, Shape]:
+        bias = {"conv.conv.bias": (hidden,)} if self.biased else {}
+        return {"conv.conv.weight": (hidden, 1, self.taps), **bias}
+
+    def numbers_of_row(self, hidden: int) -> int:
+        return 6 * hidden
+
+
+@dataclass(frozen=True)
+class GatedDelta:
+    """The gated delta rule, arXiv 2412.06464: a memory from keys to values, as wide as it is at the start.
+
+    Key heads serve several value heads each. A channel's convolution sees `taps` rows. `fused`: the file has queries,
+    keys, values and the output's gate as one linear, by key head, and the rule's two gates as another.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    fused: bool = False
+
+    @property
+    def key_width(self) -> int:
+        return self.key_heads * self.key_dim
+
+    @property
+    def value_width(self) -> int:
+        return self.value_heads * self.value_dim
+
+    @property
+    def conv_width(self) -> int:
+        """Of queries, keys and values."""
+        return 2 * self.key_width + self.value_width
+
+    @property
+    def state_shapes(self) -> tuple[Shape, ...]:
+        """Of one sequence: the convolution's last rows; the memory before a chunk; keys, corrections and decays of the
+        rows in it.
+        """
+        return (
+            (self.taps, self.conv_width),
+            (self.value_heads, self.key_dim, self.value_dim),
+            (self.key_heads, CHUNK_ROWS, self.key_dim),
+            (self.value_heads, CHUNK_ROWS, self.value_dim),
+            (self.value_heads, CHUNK_ROWS),
+        )
+
+    def inputs(self, hidden: int) -> tuple[LinearShape, ...]:
+        heads, values = self.value_heads, self.value_width
+        if self.fused:
+            widths = {"in_proj_qkvz": self.conv_width + values, "in_proj_ba": 2 * heads}
+        else:
+            widths = {"in_proj_qkv": self.conv_width, "in_proj_z": values, "in_proj_b": heads, "in_proj_a": heads}
+        return tuple(LinearShape(f"linear_attn.{name}", hidden, width, "attention") for name, width in widths.items())
+
+    def output(self, hidden: int) -> LinearShape:
+        return LinearShape("linear_attn.out_proj", self.value_width, hidden, "attention")
+
+    def linears(self, hidden: int) -> tuple[LinearShape, ...]:
+        """All, in the order of transformers' modules."""
+        inputs, output = self.inputs(hidden), self.output(hidden)
+        return (*inputs, output) if self.fused else (output, *inputs)
+
+    def norms(self) -> dict[str, int]:
+        return {"linear_attn.norm": self.value_dim}
+
+    def tensors(self, hidden: int) -> Mapping[str, Shape]:  # noqa: ARG002  as of other mixers
+        return {
+            "linear_attn.conv1d.weight": (self.conv_width, 1, self.taps),
+            "linear_attn.dt_bias": (self.value_heads,),
+            "linear_attn.A_log": (self.value_heads,),
+        }
+
+    def numbers_of_row(self, hidden: int) -> int:
+        """The recurrence keeps its input alone; the norm and the gate of its output keep some of its width each."""
+        return 2 * self.conv_width + 6 * self.value_width + hidden
+
+
+Mixer = SelfAttention | ShortConvolution | GatedDelta
+Recurrent = ShortConvolution | GatedDelta  # the mixers with a state of fixed size in place of keys and values
 
 
 @dataclass(frozen=True)
 class GatedMlp:
-    """down(activation(gate(x)) up(x)), arXiv 2002.05202. `fused`: the file has gate and up as one linear."""
+    """down(activation(gate(x)) up(x)), arXiv 2002.05202. `fused`: the file has gate and up as one linear.
+
+    `names`: the modules of gate, up and down.
+    """
 
     width: int
     activation: Activation = "silu"
     fused: bool = False
+    names: tuple[str, str, str] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
     def inputs(self, hidden: int) -> tuple[LinearShape, ...]:
         """The linears that make gate and up, in this order."""
-        widths = {"gate_up_proj": 2 * self.width} if self.fused else {"gate_proj": self.width, "up_proj": self.width}
-        return tuple(LinearShape(f"mlp.{name}", hidden, width, "mlp") for name, width in widths.items())
+        if self.fused:
+            return (LinearShape("mlp.gate_up_proj", hidden, 2 * self.width, "mlp"),)
+        return tuple(LinearShape(name, hidden, self.width, "mlp") for name in self.names[:2])
 
     def output(self, hidden: int) -> LinearShape:
-        return LinearShape("mlp.down_proj", self.width, hidden, "mlp")
+        return LinearShape(self.names[2], self.width, hidden, "mlp")
 
     def linears(self, hidden: int) -> tuple[LinearShape, ...]:
         return (*self.inputs(hidden), self.output(hidden))
@@ -216,7 +354,7 @@ PRE_NORMS: Final = Norms("input_layernorm", None, "post_attention_layernorm", No
 class Layer:
     """x + r mixer(x), then x + r mlp(x), with `residual_scale` r."""
 
-    mixer: SelfAttention
+    mixer: Mixer
     mlp: GatedMlp | Mixture
     norms: Norms = PRE_NORMS
     residual_scale: float = 1.0
@@ -231,3 +369,8 @@ class Layer:
 
     def norm_widths(self, hidden: int) -> dict[str, int]:
         return {**dict.fromkeys(self.norms, hidden), **self.mixer.norms()}
+
+    @property
+    def state_numbers(self) -> int:
+        """float32 numbers that a sequence keeps in it, however long it is."""
+        return sum(math.prod(shape) for shape in self.mixer.state_shapes)

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import torch
 
-from knapper.engine.layers import batch_invariant_attention
+from knapper.engine.layers import batch_invariant_attention, gated_delta
 from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.models import weights
 from knapper.engine.models.base import Model
 from knapper.engine.models.config import ModelConfig, computed_by
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.fields import UnsupportedModel
+from knapper.engine.models.layer import GatedDelta
 
 
 def expect_architecture(directory: Path) -> None:
@@ -45,8 +46,11 @@ def load(
     exactness = exactness or Exactness()
     decoder = Decoder(config, weights.load(directory, config, dtype, device, exactness))
     if exactness.promised and decoder.device.type == "cpu":
-        for mixer in {layer.mixer for layer in config.layers}:
+        for mixer in set(config.attention):
             sizes = mixer.heads, mixer.kv_heads, mixer.head_dim
             name = f"attention {mixer.scores}"
             exactness.check(name, partial(batch_invariant_attention.is_invariant, *sizes, mixer.scores))
+        for recurrent in set(config.recurrent):
+            if isinstance(recurrent, GatedDelta):
+                exactness.check(f"delta rule {recurrent}", partial(gated_delta.is_invariant, recurrent))
     return decoder

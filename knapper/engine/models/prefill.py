@@ -3,8 +3,9 @@
 N rows of all prompts, U distinct rows (`Prefixes`), P positions of an earlier prompt, T tokens of one prompt.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,11 +16,31 @@ from torch import Tensor
 from knapper.engine.layers.attention import Attend, ConcatenatedAttention, ContinuedAttention, prefix_attention
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_grouped import Segment
+from knapper.engine.layers.recurrence import State, Stops, stops
 from knapper.engine.training.prefix_sharing import Prefixes
 from knapper.engine.transfer import to_device
 
 if TYPE_CHECKING:
     from knapper.engine.models.decoder import Decoder
+
+
+@dataclass(frozen=True, eq=False)
+class Past:
+    """What a prompt leaves: keys and values `kv` (layers, 2, T, G, D) and, in a model with recurrences, `states` by
+    number of tokens: each layer's after so many.
+    """
+
+    kv: Tensor
+    states: Mapping[int, Sequence[State]] = field(default_factory=dict)
+
+    def reusable(self, tokens: int) -> int:
+        """How many of the first `tokens` tokens a prompt that begins with them need not compute."""
+        return max((stop for stop in self.states if stop <= tokens), default=0) if self.states else tokens
+
+    def begun(self, tokens: int) -> "Past":
+        """Of the first tokens, without the states that only ends of earlier prompts left."""
+        kept = {*stops(0, tokens)}
+        return Past(self.kv[:, :, :tokens], {stop: state for stop, state in self.states.items() if stop in kept})
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +80,7 @@ class _Part:
     tokens: NDArray[np.int64]
     positions: NDArray[np.int64]
     attend: Attend
-    past: Tensor | None  # (layers, 2, P, G, D), the reused positions
+    past: Past | None  # of the reused positions
     prompts: list[tuple[int, NDArray[np.int64], int]]  # (number, its rows among these, rows computed for it)
 
 
@@ -79,16 +100,17 @@ def prefill(decoder: "Decoder", prompts: Sequence[PrefillPrompt]) -> list[Prefil
         to_device(np.concatenate(arrays), decoder.device)
         for arrays in ([part.tokens for part in parts], [part.positions for part in parts])
     )
-    hidden_NH, kv = decoder.hidden_and_kv(
+    hidden_NH, kv, states = decoder.hidden_and_kv(
         tokens_N, positions_N, ConcatenatedAttention([part.attend for part in parts], rows), segments
     )
     by_number: dict[int, Prefilled] = {}
+    sequences = iter(zip(*states, strict=True)) if states else itertools.repeat(())  # each layer's, in order
     for start, part in zip(starts, parts, strict=False):
         for number, rows_of, computed in part.prompts:
             index = to_device(start + rows_of, decoder.device)
             # Copies: a view would keep the pass of all prompts alive for as long as one sequence waits.
             kv_of = kv.index_select(2, index)
-            past = kv_of if part.past is None else torch.cat([part.past, kv_of], dim=2)
+            past = _joined(part.past, kv_of, next(sequences))
             by_number[number] = Prefilled(hidden_NH.index_select(0, index), past, computed)
     return [
         by_number[n] if n == number else Prefilled(by_number[n].rows, by_number[n].past, 0)
@@ -117,7 +139,16 @@ def _fresh(decoder: "Decoder", prompts: Sequence[PrefillPrompt], chosen: set[int
 
 
 def _continued(number: int, prompt: PrefillPrompt) -> _Part:
-    total, past = len(prompt.tokens_T), prompt.past[:, :, : prompt.reused]
+    total, past = len(prompt.tokens_T), prompt.past.begun(prompt.reused)
     tokens = prompt.tokens_T[prompt.reused :].astype(np.int64)
     of_prompt = [(number, np.arange(len(tokens)), len(tokens))]
-    return _Part(prompt.lora, tokens, np.arange(prompt.reused, total), ContinuedAttention(past), past, of_prompt)
+    attend = ContinuedAttention(past.kv, past.states.get(prompt.reused, ()))
+    return _Part(prompt.lora, tokens, np.arange(prompt.reused, total), attend, past, of_prompt)
+
+
+def _joined(before: Past | None, kv: Tensor, layers: Sequence[Stops]) -> Past:
+    """`layers`: the sequence's states in each layer with a recurrence."""
+    after = {stop: [layer[stop] for layer in layers] for stop in (layers[0] if layers else ())}
+    if before is None:
+        return Past(kv, after)
+    return Past(torch.cat([before.kv, kv], dim=2), {**before.states, **after})

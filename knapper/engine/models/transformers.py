@@ -91,7 +91,6 @@ class TransformersModel:
     """knapper.engine.models.base.Model over a causal language model of transformers."""
 
     computed_by: Final[ComputedBy] = "transformers"
-    continues: Final = False  # its caches may slide, and then have lost their first tokens
 
     def __init__(
         self,
@@ -138,6 +137,13 @@ class TransformersModel:
 
     def logits(self, hidden_NH: Tensor, adapt: Adapt) -> Tensor:
         return self.head.logits(hidden_NH, adapt)
+
+    def reusable(self, past: Any, tokens: int) -> int:  # noqa: ARG002  the interface of all models
+        """None: caches may slide, and then have lost their first tokens."""
+        return 0
+
+    def kept_positions(self, past: Any, tokens: int) -> int:  # noqa: ARG002  the interface of all models
+        return tokens
 
     def prefill(self, prompts: Sequence[PrefillPrompt]) -> list[Prefilled]:
         assert not any(prompt.reused for prompt in prompts)

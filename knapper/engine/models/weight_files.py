@@ -142,10 +142,11 @@ def text_spans(path: Path) -> list[tuple[int, int]]:
 def promised(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     """Name and shape of every tensor of a native model."""
     yield "model.embed_tokens.weight", (config.vocab_size, config.hidden)
-    yield "model.norm.weight", (config.hidden,)
+    yield f"{config.final_norm}.weight", (config.hidden,)
     for index, layer in enumerate(config.layers):
         prefix = f"model.layers.{index}"
         yield from ((f"{prefix}.{name}.weight", (width,)) for name, width in layer.norm_widths(config.hidden).items())
+        yield from ((f"{prefix}.{name}", shape) for name, shape in layer.mixer.tensors(config.hidden).items())
         for linear in layer.stored(config.hidden):
             for module in linear.modules:
                 yield f"{prefix}.{module}.weight", (linear.outputs, linear.inputs)
@@ -170,7 +171,9 @@ def expect_promised(directory: Path, config: ModelConfig) -> dict[str, TensorHea
         names.append(name)
     optional = {"lm_head.weight"} if config.tied else set()
     unexpected = sorted(
-        name for name in headers.keys() - set(names) - optional if not name.endswith("rotary_emb.inv_freq")
+        name
+        for name in headers.keys() - set(names) - optional
+        if not name.endswith("rotary_emb.inv_freq") and not name.startswith("mtp.")  # drafts of tokens ahead
     )
     if unexpected:
         shown = ", ".join(unexpected[:5]) + (", ..." if len(unexpected) > 5 else "")

@@ -9,19 +9,32 @@ from torch import Tensor
 
 from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.layers.experts import ExpertLinears
+from knapper.engine.layers.gated_delta import GatedDeltaRecurrence
 from knapper.engine.layers.linear import FrozenLinear
+from knapper.engine.layers.recurrence import Convolution
 from knapper.engine.models import weight_files
 from knapper.engine.models.blocks import (
     AttentionBlock,
+    ConvolutionBlock,
+    DeltaBlock,
     ExpertSites,
     GatedMlpBlock,
     LayerBlock,
+    Mixer,
     MixtureBlock,
     RmsNorm,
     Sites,
 )
 from knapper.engine.models.config import ModelConfig
-from knapper.engine.models.layer import GatedMlp, Layer, LinearShape, Mixture, SelfAttention
+from knapper.engine.models.layer import (
+    GatedDelta,
+    GatedMlp,
+    Layer,
+    LinearShape,
+    Mixture,
+    SelfAttention,
+    ShortConvolution,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,7 @@ def load(
     loader = _Loader(config, _Tensors(directory, config, torch.device(device)), dtype, exactness or Exactness())
     embed = loader.tensor("model.embed_tokens.weight")
     layers = tuple(loader.layer(index, layer) for index, layer in enumerate(config.layers))
-    norm = loader.norm("model.norm")
+    norm = loader.norm(config.final_norm)
     head = FrozenLinear([embed], dtype, exactness=loader.exactness) if config.tied else loader.linear(["lm_head"])
     return Weights(embed=embed, layers=layers, norm=norm, head=head, tied=config.tied)
 
@@ -84,7 +97,7 @@ class _Loader:
     def layer(self, index: int, layer: Layer) -> LayerBlock:
         names = layer.norms
         return LayerBlock(
-            mixer=self._attention(index, layer.mixer),
+            mixer=self._mixer(index, layer),
             mlp=self._mlp(index, layer.mlp),
             mixer_input=self._norm(index, names.mixer_input),
             mixer_output=self._norm(index, names.mixer_output),
@@ -96,12 +109,50 @@ class _Loader:
     def _norm(self, index: int, name: str | None) -> RmsNorm | None:
         return None if name is None else self.norm(f"model.layers.{index}.{name}")
 
+    def _mixer(self, index: int, layer: Layer) -> Mixer:
+        match layer.mixer:
+            case SelfAttention() as facts:
+                return self._attention(index, facts)
+            case ShortConvolution() as facts:
+                return self._convolution(index, facts)
+            case GatedDelta() as facts:
+                return self._delta(index, facts)
+
+    def _number(self, index: int) -> int:
+        """Of a layer, among those before it that keep the same kind of past: keys and values, or a state."""
+        has_attention = isinstance(self.config.layers[index].mixer, SelfAttention)
+        return sum(isinstance(layer.mixer, SelfAttention) == has_attention for layer in self.config.layers[:index])
+
     def _attention(self, index: int, facts: SelfAttention) -> AttentionBlock:
         hidden = self.config.hidden
         norms = [self.norm(f"model.layers.{index}.{name}") for name in facts.norms()]
         q_norm, k_norm = norms or (None, None)
         qkv, o = self._sites(index, facts.inputs(hidden)), self._sites(index, [facts.output(hidden)])
-        return AttentionBlock(facts, index, qkv, o, q_norm, k_norm)
+        return AttentionBlock(facts, self._number(index), qkv, o, q_norm, k_norm)
+
+    def _convolution(self, index: int, facts: ShortConvolution) -> ConvolutionBlock:
+        hidden = self.config.hidden
+        inputs, output = self._sites(index, facts.inputs(hidden)), self._sites(index, [facts.output(hidden)])
+        bias_H = self._float(index, "conv.conv.bias") if facts.biased else None
+        convolution = Convolution(self._taps(index, "conv.conv.weight"), bias_H)
+        return ConvolutionBlock(self._number(index), inputs, output, convolution)
+
+    def _delta(self, index: int, facts: GatedDelta) -> DeltaBlock:
+        hidden, at = self.config.hidden, "linear_attn"
+        inputs, output = self._sites(index, facts.inputs(hidden)), self._sites(index, [facts.output(hidden)])
+        convolution = Convolution(self._taps(index, f"{at}.conv1d.weight"))
+        decay_H, bias_H = self._float(index, f"{at}.A_log").exp(), self._float(index, f"{at}.dt_bias")
+        recurrence = GatedDeltaRecurrence(facts, convolution, decay_H, bias_H)
+        norm = RmsNorm(self.tensor(f"model.layers.{index}.{at}.norm.weight"), self.config.rms_eps)
+        return DeltaBlock(facts, self._number(index), inputs, output, recurrence, norm)
+
+    def _taps(self, index: int, name: str) -> Tensor:
+        """A convolution's weights (K, X)."""
+        return self._float(index, name)[:, 0].T.contiguous()
+
+    def _float(self, index: int, name: str) -> Tensor:
+        """In float32 of the numbers that `dtype` can hold, as the model's own code computes with them."""
+        return self.tensor(f"model.layers.{index}.{name}").float()
 
     def _mlp(self, index: int, facts: GatedMlp | Mixture) -> GatedMlpBlock | MixtureBlock:
         hidden = self.config.hidden

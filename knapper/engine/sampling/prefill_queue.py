@@ -81,7 +81,7 @@ class PrefillQueue:
         """Keep prompts in queue order within `free` positions. Returns the positions that are left."""
         for group in self._queue:
             if group.past is not None:
-                free -= group.prompt_tokens
+                free -= group.past_positions
                 if free < 0:
                     group.past = None
         return free

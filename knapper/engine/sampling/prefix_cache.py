@@ -1,10 +1,11 @@
-"""Prefix cache: a prompt that begins like a recent one reuses its keys and values.
+"""Prefix cache: a prompt that begins like a recent one reuses its keys and values, and the states of recurrent layers.
 
 So the samples of a group may come as requests of one each, and a conversation computes each turn once. Cached values
 equal recomputed ones (on a CPU to the last bit), so that the cache changes nothing but time.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,27 +21,28 @@ _COST_MIN: Final = 64  # tokens that an entry counts for at least: short prompts
 
 @dataclass(frozen=True, eq=False)
 class CachedPrompt:
-    """A computed prompt of an adapter. `last_1H`: its last row."""
+    """A computed prompt of an adapter. `last_1H`: its last row. `positions`: what `past` takes of the memory."""
 
     adapter: str
     tokens_T: _Tokens
     past: Any
     last_1H: Tensor
+    positions: int
 
     @property
     def cost(self) -> int:
-        return max(_COST_MIN, len(self.tokens_T))
+        return max(_COST_MIN, self.positions)
 
 
 class PrefixCache:
     """At most `tokens_max` tokens of prompts, least recently used evicted first. An adapter's content never changes.
 
-    `partial`: a prompt may reuse a part of an earlier one; False: it must be the same prompt.
+    `reusable`: how many of so many common tokens a prompt may reuse of an earlier one's past, if it is another prompt.
     """
 
-    def __init__(self, tokens_max: int, *, partial: bool) -> None:
+    def __init__(self, tokens_max: int, reusable: Callable[[Any, int], int]) -> None:
         self.tokens = 0  # the sum of the entries' costs
-        self._tokens_max, self._partial = tokens_max, partial
+        self._tokens_max, self._reusable = tokens_max, reusable
         self._entries: OrderedDict[tuple[str, bytes], CachedPrompt] = OrderedDict()  # least recently used first
         self._by_start: dict[tuple[str, bytes], list[CachedPrompt]] = {}  # by their first COMMON_MIN tokens
 
@@ -57,19 +59,21 @@ class PrefixCache:
             return self._used(exact), len(tokens_T)
         best: CachedPrompt | None = None
         shared = COMMON_MIN - 1
-        for entry in self._by_start.get(_start(adapter, tokens_T), ()) if self._partial else ():
-            length = min(_common(entry.tokens_T, tokens_T), tokens_limit, len(tokens_T) - 1)
+        for entry in self._by_start.get(_start(adapter, tokens_T), ()):
+            common = min(_common(entry.tokens_T, tokens_T), tokens_limit, len(tokens_T) - 1)
+            length = self._reusable(entry.past, common)
             if length > shared:
                 best, shared = entry, length
         return None if best is None else (self._used(best), shared)
 
-    def add(self, adapter: str, tokens_T: _Tokens, past: Any, last_1H: Tensor) -> None:
-        """Add a prompt; it replaces entries that are a prefix of it."""
-        entry = CachedPrompt(adapter, tokens_T, past, last_1H)
+    def add(self, adapter: str, tokens_T: _Tokens, past: Any, last_1H: Tensor, positions: int) -> None:
+        """Add a prompt; it replaces entries that are a prefix of it, and of no use beside it."""
+        entry = CachedPrompt(adapter, tokens_T, past, last_1H, positions)
         if entry.cost > self._tokens_max:
             return
         for other in list(self._by_start.get(_start(adapter, tokens_T), ())):
-            if self._partial and _common(other.tokens_T, tokens_T) == len(other.tokens_T):
+            whole = len(other.tokens_T)
+            if _common(other.tokens_T, tokens_T) == whole == self._reusable(past, whole):
                 self._remove(other)
         if (exact := self._entries.get(_key(adapter, tokens_T))) is not None:
             self._remove(exact)

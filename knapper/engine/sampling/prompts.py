@@ -34,11 +34,11 @@ class Prefiller:
 
     def __init__(self, model: Model, counters: SamplingCounters, tokens_max: int) -> None:
         self._model, self._counters = model, counters
-        self._prefix_cache = PrefixCache(tokens_max, partial=model.continues)
+        self._prefix_cache = PrefixCache(tokens_max, model.reusable)
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of cached prompts."""
+        """Positions that cached prompts take of the memory."""
         return self._prefix_cache.tokens
 
     def trim(self, tokens_max: int) -> None:
@@ -76,8 +76,10 @@ class Prefiller:
                 prefilled = next(computed)
                 group.last_1H, past, rows_computed = prefilled.rows[-1:].clone(), prefilled.past, prefilled.computed
                 rows.append(prefilled.rows)
-                self._prefix_cache.add(group.request.adapter, group.request.prompt, past, group.last_1H)
+                positions = self._model.kept_positions(past, group.prompt_tokens)
+                self._prefix_cache.add(group.request.adapter, group.request.prompt, past, group.last_1H, positions)
             group.past = past if group.cost else None
+            group.past_positions = self._model.kept_positions(past, group.prompt_tokens)
             self._counters.prefilled_tokens += rows_computed
             self._counters.reused_tokens += group.prompt_tokens - rows_computed
             if first:

@@ -49,6 +49,7 @@ class SequenceGroup:
     past: Any = (
         None  # the prompt's keys and values: kept while sequences wait and there is capacity, else computed again
     )
+    past_positions: int = 0  # what it takes of the memory
     last_1H: Tensor | None = None  # the prompt's last row
     reused: int = 0  # prompt tokens that another request had computed
     device_s: float = 0.0  # its part of the passes that it was in

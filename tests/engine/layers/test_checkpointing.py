@@ -18,7 +18,7 @@ from tests.engine.runs import datum, done, request, spec, tiny_trainer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_5"])
 def test_gradients_have_the_same_bits_however_many_layers_are_computed_again(
     tmp_path: Path, kind: str, dtype: torch.dtype
 ) -> None:
@@ -31,7 +31,21 @@ def test_gradients_have_the_same_bits_however_many_layers_are_computed_again(
 
 
 @pytest.mark.parametrize(
-    "kind", ["llama", "gemma2", "gemma3", "glm4", "olmo3", "phi4", "granite", "mistral", "mixtral"]
+    "kind",
+    [
+        "llama",
+        "gemma2",
+        "gemma3",
+        "glm4",
+        "olmo3",
+        "phi4",
+        "granite",
+        "mistral",
+        "mixtral",
+        "lfm2",
+        "lfm2_bias",
+        "qwen3_5",
+    ],
 )
 def test_what_a_row_leaves_in_a_layer_is_what_is_reckoned_with(tmp_path: Path, kind: str) -> None:
     trainer = tiny_trainer(tmp_path / "model", kind)

@@ -44,7 +44,7 @@ def test_flags_choose_the_sites_in_the_documented_order(
 def test_shapes_follow_the_model_whose_heads_do_not_add_up_to_its_hidden_size(config: ModelConfig) -> None:
     adapter_layout = layout(config, spec(rank=3, train_unembed=True))
     lora = adapter_layout.lora(torch.zeros(adapter_layout.numel), 1.0)
-    q, kv = config.layers[0].mixer.q_width, config.layers[0].mixer.kv_width
+    q, kv = config.attention[0].q_width, config.attention[0].kv_width
     assert q != hidden
     wanted = {
         "q_proj": (hidden, q), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (q, hidden),

@@ -12,11 +12,12 @@ import torch
 
 from knapper.engine.models import registry
 from knapper.engine.models.config import HEAD, Facts, ModelConfig
-from knapper.engine.models.layer import Mixture
+from knapper.engine.models.layer import GatedDelta, Mixture, ShortConvolution
 from knapper.engine.models.rotary import LongScaling, Rope
 from knapper.engine.models.transformers_loader import load
 from tests.engine.strange import FOREIGN, NATIVE, strange_model
 
+_RECURRENT: Final = {ShortConvolution: "convolutions", GatedDelta: "the gated delta rule"}
 PAGE: Final = Path(__file__).parents[3] / "docs" / "models.md"
 
 
@@ -46,7 +47,11 @@ def compared() -> str:
 
 
 def _options(config: ModelConfig) -> Iterator[str]:
-    mixers = [layer.mixer for layer in config.layers]
+    mixers = config.attention
+    if config.recurrent:
+        mixer = config.recurrent[0]
+        biased = " with biases" if isinstance(mixer, ShortConvolution) and mixer.biased else ""
+        yield f"a layer of {_RECURRENT[type(mixer)]}{biased}"
     if windows := sum(mixer.scores.window is not None for mixer in mixers):
         yield f"a window in {'one layer' if windows == 1 else 'both layers'}"
     if any(mixer.rope is None for mixer in mixers):

@@ -27,6 +27,7 @@ from knapper.text.sizes import sized
 from tests.engine.composites import CASES, COMPOSITE, LAYOUTS, composite_model
 from tests.engine.models.test_decoder import decoder_of, tokens_of
 from tests.engine.runs import datum, done, request, spec
+from tests.engine.strange import strange_model
 from tests.engine.test_peft_parity import expect_equal_steps, load_in_peft, plain_logprobs
 
 # PEFT warns about tied heads (docs/decisions/0002) and about a base model that is not on the hub.
@@ -89,6 +90,16 @@ def test_what_is_for_images_is_neither_counted_nor_read(tmp_path: Path, layout: 
     assert torch.equal(before, logits(directory))
 
 
+@pytest.mark.parametrize("name", ["mtp.layers.0.x.weight", "mtp.norm.weight"])
+def test_what_drafts_tokens_ahead_is_left_out(tmp_path: Path, name: str) -> None:
+    """In Qwen 3.5 it lies beside the text part; in a model of text alone too."""
+    for directory in (composite_model(tmp_path / "whole", "qwen3_5"), strange_model(tmp_path / "text", "qwen3_5")):
+        before = logits(directory)
+        path = sorted(directory.glob("*.safetensors"))[0]
+        save_file({**load_file(path), name: torch.full((3,), float("nan"))}, path, {"format": "pt"})
+        assert torch.equal(before, logits(directory))
+
+
 def logits(directory: Path) -> Tensor:
     decoder = decoder_of(directory)
     with torch.no_grad():
@@ -116,7 +127,7 @@ def test_the_banner_says_that_images_are_not_served_and_what_was_skipped(tmp_pat
     assert record.arch == "Gemma3ForConditionalGeneration"
     lines = banner(Settings.load({}), [record], "http://127.0.0.1:1")
     size = sized(weight_files.skipped_bytes(directory))
-    assert f"  images not served: {size} of weights for them are skipped" in lines
+    assert f"  images not served: {size} of weights that a text does not need are skipped" in lines
 
 
 def test_vllm_does_not_sample_a_text_part(tmp_path: Path) -> None:
@@ -141,8 +152,8 @@ def test_a_silent_text_config_means_what_transformers_reads(tmp_path: Path) -> N
     record = servable.record_of(tmp_path, "org/composite", dtype="float32", train_step_url="-", sample_url="-")
     assert (record.vocab, record.context) == (config.vocab_size, config.context)
     assert config.kv_shape == (34, expected.num_key_value_heads, expected.head_dim)
-    assert {layer.mixer.heads for layer in config.layers} == {expected.num_attention_heads}
-    windows = [layer.mixer.scores.window is not None for layer in config.layers]
+    assert {mixer.heads for mixer in config.attention} == {expected.num_attention_heads}
+    windows = [mixer.scores.window is not None for mixer in config.attention]
     assert windows == [kind == "sliding_attention" for kind in expected.layer_types]
 
 
@@ -160,7 +171,7 @@ def test_a_flat_config_means_what_transformers_reads(tmp_path: Path) -> None:
     text = expected.text_config
     assert (config.vocab_size, config.context) == (text.vocab_size, text.max_position_embeddings)
     assert config.tied == expected.tie_word_embeddings
-    ropes = {layer.mixer.rope for layer in config.layers}
+    ropes = {mixer.rope for mixer in config.attention}
     assert ropes == {Rope(text.rope_parameters["rope_theta"], 128)}
     assert text.rope_parameters["rope_type"] == "default"
 

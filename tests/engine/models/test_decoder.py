@@ -59,7 +59,7 @@ def prefill(
     decoder: Decoder, tokens_N: Tensor, lengths: Sequence[int], segments: Sequence[Segment]
 ) -> tuple[Tensor, Tensor]:
     positions_N = torch.cat([torch.arange(length) for length in lengths])
-    return decoder.hidden_and_kv(tokens_N, positions_N, PackedAttention(lengths), segments)
+    return decoder.hidden_and_kv(tokens_N, positions_N, PackedAttention(lengths), segments)[:2]
 
 
 def tensor_name(target: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_grouped import Segment
@@ -21,7 +22,7 @@ from knapper.engine.models.registry import ARCHITECTURES
 from knapper.wire.types import AdamW
 from tests.engine.models.test_decoder import decoder_of, lora_of, tokens_of
 from tests.engine.runs import datum, done, request, spec, tiny_trainer
-from tests.engine.strange import MIXTURES, NATIVE, strange_model
+from tests.engine.strange import HYBRIDS, MIXTURES, NATIVE, strange_model
 from tests.engine.test_peft_parity import expect_equal_steps, load_in_peft
 
 # PEFT warns about tied heads (docs/decisions/0002) and about a base model that is not on the hub.
@@ -46,7 +47,8 @@ def test_three_optimizer_steps_equal_those_of_peft(tmp_path: Path, kind: str) ->
     """
     trainer = tiny_trainer(tmp_path / "model", kind)
     assert isinstance(trainer.decoder, Decoder)
-    state = trainer.create(spec(train_unembed=True))
+    # Of this type PEFT takes an MLP's linears for those of experts, which all published models have.
+    state = trainer.create(spec(train_unembed=True, train_mlp=kind != "qwen3_next"))
     model = load_in_peft(state, tmp_path / "model", tmp_path / "adapter", trainable=True)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if kind not in MIXTURES:  # of experts PEFT keeps zeros, too
@@ -118,15 +120,17 @@ def test_decoding_and_reuse_of_a_prefix_have_the_bits_of_one_pass(
     lora, length = lora_of(decoder, seed=1), 140
     texts = [tokens_of(decoder, [length], seed=seed) for seed in (1, 2)]
     first, second = (text.numpy().astype(np.int32) for text in texts)
-    (earlier,) = decoder.prefill([PrefillPrompt(first[:50], lora)])
-    past = earlier.past[:, :, :41]
-    prompts = [PrefillPrompt(first[:60], lora, past, 41), PrefillPrompt(second[:30], None)]
+    kept = 41 if decoder.config.recurrent else 50  # of a state no part is reused
+    (earlier,) = decoder.prefill([PrefillPrompt(first[:kept], lora)])
+    reused = decoder.reusable(earlier.past, 41)
+    assert reused == 41
+    prompts = [PrefillPrompt(first[:60], lora, earlier.past, reused), PrefillPrompt(second[:30], None)]
     prefilled = decoder.prefill(prompts)
     wholes = []
     for text, adapter in zip(texts, (lora, None), strict=True):
         with torch.no_grad():
             wholes.append(decoder.hidden(text, [length], [Segment(0, length, adapter)]))
-    assert torch.equal(prefilled[0].rows, wholes[0][41:60])
+    assert torch.equal(prefilled[0].rows, wholes[0][reused:60])
     assert torch.equal(prefilled[1].rows, wholes[1][:30])
     decoding = decoder.decode_state(4096)
     slots = [decoding.add(one.past, size) for one, size in zip(prefilled, (60, 30), strict=True)]
@@ -142,13 +146,34 @@ def test_decoding_and_reuse_of_a_prefix_have_the_bits_of_one_pass(
             places[n] += 1
 
 
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_states_are_kept_for_later_prompts_at_a_few_places_and_have_the_bits_of_one_pass(
+    tmp_path: Path, kind: str
+) -> None:
+    decoder = decoder_of(strange_model(tmp_path, kind))
+    lora, text = lora_of(decoder, seed=1), tokens_of(decoder, [300])
+    tokens = text.numpy().astype(np.int32)
+    with torch.no_grad():
+        whole = decoder.hidden(text, [300], [Segment(0, 300, lora)])
+    other = np.flip(tokens[:70])
+    earlier, beside = decoder.prefill([PrefillPrompt(each, lora) for each in (tokens[:210], other)])
+    assert [sorted(each.past.states) for each in (earlier, beside)] == [[64, 128, 210], [64, 70]]
+    assert [decoder.reusable(earlier.past, common) for common in (63, 64, 209, 210)] == [0, 64, 128, 210]
+    for reused, stop in ((64, 130), (128, 300), (210, 211), (210, 300)):
+        (rest,) = decoder.prefill([PrefillPrompt(tokens[:stop], lora, earlier.past, reused)])
+        assert torch.equal(rest.rows, whole[reused:stop])
+        assert sorted(rest.past.states) == sorted({64, *({128, 256} & {*range(stop)}), reused, stop})
+        longer = PrefillPrompt(tokens, lora, rest.past, stop if stop < 300 else reused)
+        assert torch.equal(decoder.prefill([longer])[0].rows, whole[longer.reused :])
+
+
 @pytest.mark.parametrize("kind", NATIVE)
 def test_the_tensors_of_an_architecture_are_those_that_transformers_writes(tmp_path: Path, kind: str) -> None:
     directory = strange_model(tmp_path, kind)
     config = ModelConfig.read(directory)
     stored = {name: entry.shape for name, entry in weight_files.entries(directory).items()}
     assert dict(weight_files.promised(config)) == stored
-    matrices = sum(4 * math.prod(shape) for shape in stored.values() if len(shape) > 1)
+    matrices = sum(4 * math.prod(shape) for shape in stored.values() if len(shape) == 2)
     assert weights.load(directory, config).nbytes == matrices
 
 
@@ -157,7 +182,12 @@ def test_an_adapter_made_through_transformers_fits_the_native_layers(tmp_path: P
     """Its matrices' names, sizes and order, so that a run's snapshot of one engine is read by the other."""
     directory = strange_model(tmp_path, kind)
     config = ModelConfig.read(directory)
-    foreign = transformers_loader.load(directory, torch.float32, torch.device("cpu")).config
-    sites = [[(t.module, t.peft_target, t.inputs, t.outputs) for t in c.lora_targets] for c in (config, foreign)]
-    assert sites[0] == sites[1]
-    assert (config.context, config.eos, config.tied) == (foreign.context, foreign.eos, foreign.tied)
+    sites = [(t.module, t.peft_target, t.inputs, t.outputs) for t in config.lora_targets]
+    if kind in HYBRIDS:  # transformers' models of these are not served: their layers are made of more than linears
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        linears = [(name, each) for name, each in model.named_modules() if type(each) is torch.nn.Linear]
+        assert sites == [(n, n.rpartition(".")[2], each.in_features, each.out_features) for n, each in linears]
+    else:
+        foreign = transformers_loader.load(directory, torch.float32, torch.device("cpu")).config
+        assert sites == [(t.module, t.peft_target, t.inputs, t.outputs) for t in foreign.lora_targets]
+        assert (config.context, config.eos, config.tied) == (foreign.context, foreign.eos, foreign.tied)

@@ -18,7 +18,7 @@ from knapper.engine.models.architecture import Architecture, never
 from knapper.engine.models.config import ModelConfig, computed_by
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.fields import UnsupportedModel
-from knapper.engine.models.missing import MISSING
+from knapper.engine.models.unsupported import MISSING
 from knapper.engine.models.registry import ARCHITECTURES
 from knapper.errors import UserError
 from tests.engine.models import page
@@ -28,11 +28,17 @@ SIZES: Final[dict[str, Any]] = {
     "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 64, "pad_token_id": 0, "sliding_window": 16,
     "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
 }  # fmt: skip
+# One layer of each kind; of two none would have attention, or each experts.
+MIXED: Final[dict[str, dict[str, Any]]] = {
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"], "num_experts": 0},
+}
 
 
 def random_model(directory: Path, model_type: str, **options: Any) -> Path:
     """`directory`, now holding a model of this type as transformers makes it, no parameter of which is neutral."""
-    config = AutoConfig.for_model(model_type, **{**SIZES, **options})
+    config = AutoConfig.for_model(model_type, **{**SIZES, **MIXED.get(model_type, {}), **options})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # the library has no types here
@@ -116,12 +122,12 @@ def test_layers_are_counted_before_they_are_listed(tmp_path: Path, model_type: s
 
 
 @pytest.mark.parametrize("model_type", MISSING)
-def test_a_mixture_that_is_refused_is_told_what_it_needs(tmp_path: Path, model_type: str) -> None:
+def test_a_model_that_is_refused_is_told_what_it_needs(tmp_path: Path, model_type: str) -> None:
     assert model_type not in ARCHITECTURES
     config = {"model_type": model_type, "architectures": ["AMixture"], **SIZES}
     for changed in (config, {**config, "vision_config": {}}):
         (tmp_path / "config.json").write_text(json.dumps(changed))
-        with pytest.raises(UserError, match=rf"'{model_type}'.*, which needs {re.escape(MISSING[model_type])}[;,]"):
+        with pytest.raises(UserError, match=rf"'{model_type}'.*: it needs {re.escape(MISSING[model_type])}"):
             expect_config(tmp_path)
             ModelConfig.read(tmp_path)
 
@@ -137,12 +143,49 @@ def test_experts_are_counted_before_they_are_listed(tmp_path: Path) -> None:
                 ModelConfig.read(tmp_path)
 
 
+def test_experts_that_no_published_hybrid_goes_without_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_next", **SIZES, "num_experts": 512}))
+    with pytest.raises(UserError, match=r"qwen3_next with layers of experts \(num_experts is 512\) is not supported"):
+        ModelConfig.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kinds"),
+    [("lfm2", ["conv", "conv"]), ("lfm2", ["conv"]), ("qwen3_5_text", ["linear_attention", "sliding_attention"])],
+)
+def test_layers_of_other_kinds_are_refused(tmp_path: Path, model_type: str, kinds: list[str]) -> None:
+    """And those of which none has attention: the context is counted in its keys and values."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **SIZES, "layer_types": kinds}))
+    with pytest.raises(UnsupportedModel, match=r"layer_types is .*; expected full_attention or .* for each layer"):
+        ModelConfig.read(tmp_path)
+
+
+def test_the_first_releases_of_lfm2_mean_what_transformers_reads(tmp_path: Path) -> None:
+    """Attention by numbers of layers, and other names for the MLP's width and a tied head: as LFM2 1.2B has them."""
+    raw = {
+        "model_type": "lfm2", "vocab_size": 65536, "hidden_size": 2048, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 128000, "eos_token_id": 7,
+        "full_attn_idxs": [2, 5, 8, 10, 12, 14], "block_ff_dim": 12288, "block_auto_adjust_ff_dim": True,
+        "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 256, "conv_L_cache": 3, "conv_bias": False,
+        "norm_eps": 1e-5, "rope_theta": 1000000.0,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config, expected = ModelConfig.read(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(expected)  # type: ignore[no-untyped-call]  # as above
+    shapes = {name: tuple(each.shape) for name, each in model.named_parameters()}
+    assert dict(weight_files.promised(config)) == shapes
+    assert (len(config.attention), len(config.recurrent), config.tied) == (6, 10, True)
+    assert config.attention[0].rope is not None
+    assert config.attention[0].rope.theta == expected.rope_parameters["rope_theta"]
+
+
 def test_a_silent_config_means_what_the_architecture_says(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "smollm3", **SIZES, "num_hidden_layers": 8}))
     config = ModelConfig.read(tmp_path)
     reference = AutoConfig.from_pretrained(tmp_path)
-    assert [index for index, layer in enumerate(config.layers) if layer.mixer.rope is None] == [3, 7]
-    rope = config.layers[0].mixer.rope
+    assert [index for index, layer in enumerate(config.attention) if layer.rope is None] == [3, 7]
+    rope = config.attention[0].rope
     assert rope is not None
     assert rope.theta == reference.rope_parameters["rope_theta"]
     assert config.tied == reference.tie_word_embeddings

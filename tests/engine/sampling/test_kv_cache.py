@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from knapper.engine.layers.recurrence import State
 from knapper.engine.models.config import ModelConfig
 from knapper.engine.models.loader import load
+from knapper.engine.models.prefill import Past
 from knapper.engine.sampling.kv_cache import Cache, Slot, bytes_per_token, context_positions
 from tests.engine.faults import Operators, gpu_error
+from tests.engine.strange import strange_model
 from tests.engine.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -26,6 +29,15 @@ def config(tmp_path: Path) -> ModelConfig:
     return replace(config, layers=3 * config.layers, context=1000)
 
 
+@pytest.fixture(params=["llama", "lfm2"])
+def any_config(request: pytest.FixtureRequest, tmp_path: Path, config: ModelConfig) -> ModelConfig:
+    """Of attention alone, and one of whose layers half have a state."""
+    if request.param == "llama":
+        return config
+    hybrid = ModelConfig.read(strange_model(tmp_path / "hybrid", request.param))
+    return replace(hybrid, layers=3 * hybrid.layers, context=1000)
+
+
 def cache_of(config: ModelConfig, positions_max: int | None = None) -> Cache:
     return Cache(config, torch.float32, CPU, positions_max)
 
@@ -34,6 +46,21 @@ def random_kv(config: ModelConfig, length: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     layers, *heads = config.kv_shape
     return torch.randn(layers, 2, length, *heads, generator=generator)
+
+
+def random_states(config: ModelConfig, seed: int) -> list[State]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        tuple(torch.randn(shape, generator=generator) for shape in mixer.state_shapes) for mixer in config.recurrent
+    ]
+
+
+def expect_kept(config: ModelConfig, slot: Slot, kv: Tensor, states: list[State], what: str) -> None:
+    attention = len(config.attention)
+    assert torch.equal(torch.stack([slot.pool.read(layer, slot)[0] for layer in range(attention)]), kv), what
+    for layer, state in enumerate(states):
+        kept = slot.pool.read(attention + layer, slot)
+        assert all(torch.equal(*parts) for parts in zip(kept, state, strict=True)), what
 
 
 class Held(TorchDispatchMode):
@@ -81,49 +108,48 @@ def test_bytes_are_counted_in_the_dtype_in_which_keys_and_values_are_kept(tmp_pa
         model = load(directory, dtype)
         decode_state = model.decode_state(1 << 14)
         with Held() as held:
-            decode_state.add(random_kv(ModelConfig.read(directory), 64, seed=1), 64)
+            decode_state.add(Past(random_kv(ModelConfig.read(directory), 64, seed=1)), 64)
         assert held.bytes == 2 * 64 * model.bytes_per_token, "as many places as a pool begins with"
         assert model.bytes_per_token == 2 * 2 * 2 * 16 * 4
 
 
 @torch.inference_mode()
-def test_sequences_move_and_leave_within_the_memory_and_keep_what_they_are(config: ModelConfig) -> None:
+def test_sequences_move_and_leave_within_the_memory_and_keep_what_they_are(any_config: ModelConfig) -> None:
     """Seeded stories of sequences that begin, grow and leave, as full as reservations let them be."""
-    one_layer = bytes_per_token(config, torch.float32) // len(config.layers)
-    for seed in range(6):
+    config, layers = any_config, len(any_config.attention)
+    one_layer = bytes_per_token(config, torch.float32) // layers
+    for seed in range(2 if config.recurrent else 6):
         rng = np.random.default_rng(seed)
         positions_max = int(rng.choice([1024, 1500, 2048, 4096]))
         with Held() as held:
             cache = cache_of(config, positions_max)
             decode_state: dict[
-                Slot, tuple[Tensor, int, int]
-            ] = {}  # its keys and values, where it ends, what it reserved
+                Slot, tuple[Tensor, list[State], int, int]
+            ] = {}  # its keys and values, its states, where it ends, what it reserved
             for step in range(150):
                 length, end = sorted(rng.integers(1, min(1000, cache.longest) + 1, 2).tolist())
                 if sum(cost for *_, cost in decode_state.values()) + cache.positions(end) <= positions_max:
                     kv = random_kv(config, length, seed=1000 * seed + step)
-                    decode_state[cache.add(kv, length)] = kv, end, cache.positions(end)
+                    states = random_states(config, seed=1000 * seed + step)
+                    decode_state[cache.add(kv, length, states)] = kv, states, end, cache.positions(end)
                 for slot in list(decode_state):
-                    kv, end, cost = decode_state[slot]
+                    kv, states, end, cost = decode_state[slot]
                     if slot.length == end or rng.random() < 0.01:
                         cache.remove(slot)
                         del decode_state[slot]
                 cache.reserve()
                 jump = int(rng.integers(1, 60))
-                for slot, (kv, end, cost) in list(decode_state.items()):
+                for slot, (kv, states, end, cost) in list(decode_state.items()):
                     grown = min(end, slot.length + jump, slot.pool.capacity)
                     more = random_kv(config, grown - slot.length, seed=step)
-                    for layer in range(len(config.layers)):
+                    for layer in range(layers):
                         slot.pool.layer(layer)[:, slot.index, :, slot.length : grown] = more[layer].transpose(1, 2)
-                    decode_state[slot] = torch.cat([kv, more], dim=2), end, cost
+                    decode_state[slot] = torch.cat([kv, more], dim=2), states, end, cost
                     slot.length = grown
-                for slot, (kv, _, _) in decode_state.items():
-                    read_back = torch.stack([slot.pool.read(layer, slot) for layer in range(len(config.layers))])
-                    assert torch.equal(read_back, kv), f"seed {seed}, step {step}"
+                for slot, (kv, states, _, _) in decode_state.items():
+                    expect_kept(config, slot, kv, states, f"seed {seed}, step {step}")
                 assert cache.tokens <= cache.allocated <= positions_max
-        assert held.peak <= (positions_max * len(config.layers) + positions_max) * one_layer, (
-            "and one layer, while it grows"
-        )
+        assert held.peak <= (positions_max * layers + positions_max) * one_layer, "and one layer, while it grows"
 
 
 def test_a_lone_text_grows_to_all_that_there_is(config: ModelConfig) -> None:
@@ -139,14 +165,15 @@ def test_a_lone_text_grows_to_all_that_there_is(config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("positions_max", [None, 1216, 4096])
-def test_wherever_a_move_breaks_others_are_as_they_were(config: ModelConfig, positions_max: int | None) -> None:
+def test_wherever_a_move_breaks_others_are_as_they_were(any_config: ModelConfig, positions_max: int | None) -> None:
     """A move fails at each of its operators in turn. The sequence keeps its slot, or has lost it and says so."""
-    lengths, number, lost = [100, 192, 150], 0, 0
+    config, lengths, number, lost = any_config, [100, 192, 150], 0, 0
     while True:
         number += 1
         cache = cache_of(config, positions_max)
         contents = [random_kv(config, length, seed=length) for length in lengths]
-        slots = [cache.add(kv, length) for kv, length in zip(contents, lengths, strict=True)]
+        states = [random_states(config, seed=length) for length in lengths]
+        slots = [cache.add(*each) for each in zip(contents, lengths, states, strict=True)]
         broken = Operators(lambda count, _name, number=number: count == number, gpu_error)  # type: ignore[misc]
         try:
             with broken:
@@ -155,17 +182,16 @@ def test_wherever_a_move_breaks_others_are_as_they_were(config: ModelConfig, pos
             pass
         if not broken.broken:
             break
-        for slot, kv, length in zip(slots, contents, lengths, strict=True):
+        for slot, kv, length, state in zip(slots, contents, lengths, states, strict=True):
             if not Cache.roll_back(slot, length):
                 assert length == 192
                 cache.remove(slot)
                 lost += 1
                 continue
-            read_back = torch.stack([slot.pool.read(layer, slot) for layer in range(len(config.layers))])
-            assert torch.equal(read_back, kv), f"operator {number}"
+            expect_kept(config, slot, kv, state, f"operator {number}")
         cache.reserve()
-        again = cache.add(contents[0], 100)
-        assert torch.equal(again.pool.read(0, again), contents[0][0])
+        again = cache.add(contents[0], 100, states[0])
+        expect_kept(config, again, contents[0], states[0], "afterwards")
         assert cache.rows.count(again) == 1
     assert number > 4 * len(config.layers)
     assert lost > 0

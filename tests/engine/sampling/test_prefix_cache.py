@@ -1,6 +1,7 @@
 """Prompts of earlier requests: found by what they have in common, of one adapter only, and bounded."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,19 @@ LAST = torch.zeros(1, 4)
 
 
 def prefix_cache(
-    *prompts: tuple[str, np.ndarray[Any, Any]], tokens_max: int = 1000, partial: bool = True
+    *prompts: tuple[str, np.ndarray[Any, Any]],
+    tokens_max: int = 1000,
+    reusable: Callable[[Any, int], int] = lambda _, tokens: tokens,
 ) -> PrefixCache:
-    filled = PrefixCache(tokens_max, partial=partial)
-    for number, (adapter, tokens) in enumerate(prompts):
-        filled.add(adapter, tokens, number, LAST)
+    filled = PrefixCache(tokens_max, reusable)
+    for adapter, tokens in prompts:
+        add(filled, adapter, tokens)
     return filled
+
+
+def add(cache: PrefixCache, adapter: str, tokens: np.ndarray[Any, Any]) -> None:
+    """Its past is its length."""
+    cache.add(adapter, tokens, len(tokens), LAST, len(tokens))
 
 
 def common(cache: PrefixCache, adapter: str, tokens: np.ndarray[Any, Any], most: int = 10**6) -> int:
@@ -50,9 +58,19 @@ def test_short_beginnings_are_computed_again_unless_all_is_the_same() -> None:
 
 def test_a_model_that_cannot_go_on_from_a_part_takes_the_same_prompt_only() -> None:
     prompt = prompt_of(90)
-    cache = prefix_cache(("", prompt[:80]), ("", prompt), partial=False)
+    cache = prefix_cache(("", prompt[:80]), ("", prompt), reusable=lambda _past, _tokens: 0)
     assert (common(cache, "", prompt[:80]), common(cache, "", prompt), len(cache)) == (80, 90, 2)
     assert common(cache, "", prompt[:85]) == 0
+
+
+def test_of_a_model_with_states_an_earlier_prompt_is_reused_where_it_has_one_and_kept_where_no_other_has() -> None:
+    def reusable(past: int, tokens: int) -> int:
+        return max((stop for stop in (64, past) if stop <= tokens), default=0)
+
+    prompt = prompt_of(150)
+    cache = prefix_cache(("", prompt[:64]), ("", prompt[:100]), ("", prompt), reusable=reusable)
+    assert [common(cache, "", prompt[:length]) for length in (65, 80, 100, 120, 150)] == [64, 64, 100, 100, 150]
+    assert len(cache) == 2  # the first is of no use beside the second
 
 
 def test_a_longer_prompt_takes_the_place_of_those_that_it_begins_with() -> None:
@@ -67,11 +85,11 @@ def test_what_was_not_used_for_longest_goes_first_and_the_limit_holds() -> None:
     cache = prefix_cache(*(("", prompt) for prompt in prompts), tokens_max=300)
     assert cache.tokens == 300
     common(cache, "", prompts[0])
-    cache.add("", prompt_of(101, 9), 9, LAST)  # one more than there is room for beside two
+    add(cache, "", prompt_of(101, 9))  # one more than there is room for beside two
     assert [common(cache, "", prompt) for prompt in prompts] == [100, 0, 0]
-    cache.add("", prompt_of(301, 10), 10, LAST)
+    add(cache, "", prompt_of(301, 10))
     assert common(cache, "", prompt_of(301, 10)) == 0
-    cache.add("", prompt_of(300, 11), 11, LAST)
+    add(cache, "", prompt_of(300, 11))
     assert (common(cache, "", prompt_of(300, 11)), len(cache)) == (300, 1)
     cache.trim(299)
     assert (len(cache), cache.tokens) == (0, 0)
@@ -143,6 +161,6 @@ def test_memory_is_flat_over_a_thousand_requests(house: House) -> None:
     assert house.sampler.counters.finished == 1000
     assert 0 < cached_then <= 8192 // 4
     assert 0 < house.sampler._scheduler._prefiller.cached_tokens <= 8192 // 4
-    tensors = sum(entry.past.shape[2] for entry in house.sampler._scheduler._prefiller._prefix_cache._entries.values())
-    assert tensors <= 8192 // 4
+    entries = house.sampler._scheduler._prefiller._prefix_cache._entries.values()
+    assert sum(entry.past.kv.shape[2] for entry in entries) <= 8192 // 4
     assert house.sampler._scheduler._cache.tokens == 0
