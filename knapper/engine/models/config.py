@@ -11,7 +11,7 @@ from knapper import limits
 from knapper.engine.models.architecture import PLAIN_NORM, NormRule
 from knapper.engine.models.composite import BODY, Composite, UnsupportedText
 from knapper.engine.models.fields import Raw, UnsupportedModel, listed, number, read_json, size
-from knapper.engine.models.layer import Layer, Part, expert_names
+from knapper.engine.models.layer import Layer, Mixture, Part, expert_names
 from knapper.engine.models.missing import needs
 from knapper.engine.models.registry import ARCHITECTURES, COMPOSITES
 from knapper.errors import NotFound, UserError
@@ -110,6 +110,11 @@ class ModelConfig:
     @property
     def has_experts(self) -> bool:
         return any(target.experts is not None for target in self.lora_targets)
+
+    @property
+    def experts_of_row(self) -> int:
+        """The most of a layer; 1 of a dense model."""
+        return max(layer.mlp.routing.active if isinstance(layer.mlp, Mixture) else 1 for layer in self.layers)
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:

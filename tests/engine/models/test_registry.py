@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from knapper import limits
-from knapper.catalogue.servable import expect_config
+from knapper.catalogue.servable import expect_config, expect_libraries
 from knapper.engine.layers.lora_grouped import base
 from knapper.engine.models import weight_files, weights
 from knapper.engine.models.architecture import Architecture, never
@@ -20,7 +20,8 @@ from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.fields import UnsupportedModel
 from knapper.engine.models.missing import MISSING
 from knapper.engine.models.registry import ARCHITECTURES
-from knapper.errors import UserError
+from knapper.errors import InvalidField, UserError
+from knapper.settings import Settings
 from tests.engine.models import page
 
 SIZES: Final[dict[str, Any]] = {
@@ -124,6 +125,13 @@ def test_a_mixture_that_is_refused_is_told_what_it_needs(tmp_path: Path, model_t
         with pytest.raises(UserError, match=rf"'{model_type}'.*, which needs {re.escape(MISSING[model_type])}[;,]"):
             expect_config(tmp_path)
             ModelConfig.read(tmp_path)
+
+
+def test_vllm_does_not_sample_a_mixture(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", **SIZES}))
+    settings = Settings.load({"KNAPPER_MODEL_DIRECTORY": str(tmp_path), "KNAPPER_SAMPLER": "vllm"})
+    with pytest.raises(InvalidField, match=r"KNAPPER_SAMPLER.*adapters of experts"):
+        expect_libraries(settings, "native")
 
 
 def test_experts_are_counted_before_they_are_listed(tmp_path: Path) -> None:
